@@ -1,0 +1,9 @@
+//! `ramwire` moves the RAM of a running virtual machine to another host.
+//!
+//! The crate is laid out in floors; imports point down only, which `ci/floors` checks.
+//!
+//! | floor | rooms | duty |
+//! |-------|-------|------|
+//! | nouns | [`units`] | types with units |
+
+pub mod units;

@@ -1,0 +1,3 @@
+//! The command `ramwire`.
+
+fn main() {}
