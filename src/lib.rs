@@ -6,4 +6,7 @@
 //! |-------|-------|------|
 //! | nouns | [`units`] | types with units |
 
+pub mod guest;
+pub mod ram;
+pub mod sys;
 pub mod units;
