@@ -2,7 +2,11 @@
 #![allow(unsafe_code)]
 
 mod host_region;
+mod mapping;
 mod stop;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
+pub use mapping::{Mapping, MappingError, discard, populate};
 pub use stop::{CancelToken, Stop, StopReason};
