@@ -9,4 +9,5 @@
 pub mod guest;
 pub mod ram;
 pub mod sys;
+pub mod transport;
 pub mod units;
