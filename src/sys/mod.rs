@@ -3,8 +3,10 @@
 
 mod host_region;
 mod parts;
+mod scan;
 mod stop;
 
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
+pub use scan::is_zero;
 pub use stop::{CancelToken, Stop, StopReason};
