@@ -6,7 +6,10 @@
 //! |-------|-------|------|
 //! | nouns | [`units`] | types with units |
 
+pub mod engine;
 pub mod guest;
+pub mod page;
 pub mod ram;
 pub mod sys;
+pub mod transport;
 pub mod units;

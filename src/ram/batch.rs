@@ -42,11 +42,13 @@ impl PageBatch {
         if verdict != Verdict::Zero {
             self.whole_pages += run.pages;
         }
-        if let Some(last) = self.pieces.last_mut() {
-            if last.verdict == verdict && last.run.block == run.block && last.run.end() == run.first {
-                last.run.pages += run.pages;
-                return;
-            }
+        if let Some(last) = self.pieces.last_mut()
+            && last.verdict == verdict
+            && last.run.block == run.block
+            && last.run.end() == run.first
+        {
+            last.run.pages += run.pages;
+            return;
         }
         self.pieces.push(Piece { run, verdict });
     }
