@@ -8,6 +8,7 @@
 
 pub mod guest;
 pub mod ram;
+pub mod stream;
 pub mod sys;
 pub mod transport;
 pub mod units;
