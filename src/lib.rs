@@ -10,6 +10,7 @@ pub mod engine;
 pub mod guest;
 pub mod page;
 pub mod ram;
+pub mod stream;
 pub mod sys;
 pub mod transport;
 pub mod units;
