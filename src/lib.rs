@@ -6,4 +6,8 @@
 //! |-------|-------|------|
 //! | nouns | [`units`] | types with units |
 
+pub mod guest;
+pub mod ram;
+pub mod sys;
+pub mod transport;
 pub mod units;
