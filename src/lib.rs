@@ -8,6 +8,7 @@
 
 pub mod engine;
 pub mod guest;
+pub mod observe;
 pub mod page;
 pub mod ram;
 pub mod stream;

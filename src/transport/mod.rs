@@ -67,6 +67,15 @@ pub trait ByteSink: Send {
     /// [`ChannelError`].
     fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError>;
 
+    /// The stream ends here in good order: no byte follows, and what is buffered or on its way to a disk
+    /// has arrived there. The default is [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.flush(stop)
+    }
+
     /// Bytes sent so far.
     fn position(&self) -> u64;
 }
