@@ -3,14 +3,18 @@
 
 mod host_region;
 mod mapping;
+mod pagemap_scan;
 mod parts;
 mod scan;
 mod stop;
 #[cfg(test)]
 pub(crate) mod testing;
+mod uffd;
 
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
 pub use mapping::{Mapping, MappingError, discard, populate};
+pub use pagemap_scan::Pagemap;
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
 pub use scan::is_zero;
 pub use stop::{CancelToken, Stop, StopReason};
+pub use uffd::{UffdError, WriteProtector};
