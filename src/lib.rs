@@ -6,8 +6,11 @@
 //! |-------|-------|------|
 //! | nouns | [`units`] | types with units |
 
+pub mod engine;
 pub mod guest;
+pub mod page;
 pub mod ram;
+pub mod stream;
 pub mod sys;
 pub mod transport;
 pub mod units;

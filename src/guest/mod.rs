@@ -1,8 +1,12 @@
 //! The virtual machine as a migration sees it: its memory, what it wrote, and how it is controlled.
 
+mod mapped;
+
 use std::io::{self, Read, Write};
 
-use crate::ram::{Landing, PageBitmap, PageRun, RamBlockTable, Refusal};
+pub use mapped::{GuestBuilder, MappedGuest};
+
+use crate::ram::{Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};
 use crate::sys::{HostSpan, OutOfRegion};
 use crate::units::{BlockIndex, Percent};
 
@@ -13,6 +17,9 @@ pub enum GuestError {
     /// The range is not in a block, or must not travel.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// The blocks do not make a table.
+    #[error(transparent)]
+    Table(#[from] TableError),
     /// The mapping behind a block is shorter than the block.
     #[error("RAM block {block}: {source}")]
     Unmapped {

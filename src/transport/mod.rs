@@ -8,7 +8,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::guest::GuestError;
-use crate::ram::{MoverAbilities, PageBatch};
+use crate::ram::{MoverAbilities, PageBatch, RoundKind};
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 
 /// Why a channel did not carry bytes.
@@ -125,17 +125,6 @@ pub struct Returned {
     pub receipt: Receipt,
     /// The batch, for its pages and its room.
     pub batch: PageBatch,
-}
-
-/// Which round a link is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RoundKind {
-    /// Block lists are exchanged; no pages.
-    Setup,
-    /// The guest runs.
-    Live,
-    /// The guest is paused: the last round.
-    Final,
 }
 
 /// The source's door.
