@@ -2,9 +2,13 @@
 #![allow(unsafe_code)]
 
 mod host_region;
+mod inherited;
 mod parts;
 mod stop;
+mod tcp_state;
 
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
+pub use inherited::take_inherited_fd;
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
 pub use stop::{CancelToken, Stop, StopReason};
+pub use tcp_state::{TcpState, queued_bytes, tcp_state};

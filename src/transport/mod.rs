@@ -4,6 +4,10 @@
 //! some no byte may pass while a round is open. A new transport is one file here, one line in
 //! `address` and one row in the README's table.
 
+mod address;
+
+pub use address::{Address, AddressError};
+
 use std::io;
 use std::time::Duration;
 
