@@ -11,6 +11,7 @@ pub mod guest;
 pub mod observe;
 pub mod page;
 pub mod ram;
+pub mod session;
 pub mod stream;
 pub mod sys;
 pub mod transport;

@@ -93,13 +93,7 @@ pub struct DestinationEngine {
 
 impl Default for DestinationEngine {
     fn default() -> Self {
-        Self {
-            stage: Stage::Receiving,
-            native: false,
-            digest: false,
-            digests_here: false,
-            committed: false,
-        }
+        Self { stage: Stage::Receiving, native: false, digest: false, digests_here: false, committed: false }
     }
 }
 
@@ -131,9 +125,7 @@ impl DestinationEngine {
             (Stage::Receiving, Arrived::StateSent) if self.native && self.digest => {
                 self.go(Stage::Digesting, Deed::MakeDigest)
             }
-            (Stage::Receiving, Arrived::StateSent) if self.native => {
-                self.go(Stage::Loading, Deed::LoadState)
-            }
+            (Stage::Receiving, Arrived::StateSent) if self.native => self.go(Stage::Loading, Deed::LoadState),
             (Stage::Receiving | Stage::Digesting, Arrived::Digests) if self.digest => {
                 self.digests_here = true;
                 Deed::Receive

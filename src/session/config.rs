@@ -25,7 +25,8 @@ pub struct SourceSettings {
     pub finish_timeout: Duration,
     /// What the peer is, where the caller knows; else it is found out by the greeting.
     pub peer: Option<Peer>,
-    /// How a QEMU peer wants its stream.
+    /// How a QEMU peer wants its stream. Follows the machine's name; one that tells nothing gets the style
+    /// every QEMU reads.
     pub style: PeerStyle,
     /// Pages in one chunk of the clear map.
     pub clear_shift: ClearShift,
@@ -49,7 +50,7 @@ impl SourceSettings {
             stall_timeout: Duration::from_secs(30),
             finish_timeout: Duration::from_secs(60),
             peer: None,
-            style: PeerStyle::for_machine(&configuration.machine),
+            style: PeerStyle::of_machine(&configuration.machine).unwrap_or(PeerStyle::QEMU_7_2),
             clear_shift: ClearShift::default(),
             configuration,
             early_sections: Vec::new(),

@@ -16,9 +16,9 @@ use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
 use crate::transport::{ByteSink, ByteSource};
 
+use super::Error;
 use super::config::DestinationSettings;
 use super::digest::{Digest, digests_of};
-use super::Error;
 use super::greeting::described;
 use super::placing::Placing;
 
@@ -51,7 +51,10 @@ impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
             let index = self.table().find(block.name.as_str()).map_err(GuestError::from)?;
             let ours = self.table().get(index).map_or(0, |block| block.used_length);
             if ours != block.used_length {
-                let what = format!("RAM block {}: the source has {} bytes, this guest {ours}", block.name, block.used_length);
+                let what = format!(
+                    "RAM block {}: the source has {} bytes, this guest {ours}",
+                    block.name, block.used_length
+                );
                 return Err(Error::Config { what, remedy: "start both ends with the same memory" });
             }
         }
@@ -119,6 +122,7 @@ pub struct DestinationSession {
     stop: Stop,
     return_path_open: bool,
     ram_ended: bool,
+    in_native_state: bool,
     migration_id: Option<[u8; 16]>,
     theirs: Vec<u64>,
     ours: Option<Digest>,
@@ -153,6 +157,7 @@ impl DestinationSession {
             state: Vec::new(),
             return_path_open: false,
             ram_ended: false,
+            in_native_state: false,
             migration_id: None,
             theirs: Vec::new(),
             ours: None,
@@ -293,7 +298,7 @@ impl DestinationSession {
                     *start += consumed;
                     if let Some(fact) = fact {
                         if fact == Arrived::Tail {
-                            self.state.extend_from_slice(stream.tail());
+                            self.state.extend_from_slice(stream.tail().bytes());
                         }
                         return Ok(fact);
                     }
@@ -305,7 +310,8 @@ impl DestinationSession {
                     }
                     reader.make_room(needed);
                     let stop = &self.stop;
-                    let got = self.source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
+                    let got =
+                        self.source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
                     if got == 0 {
                         return self.stream_ended(reader);
                     }
@@ -330,8 +336,8 @@ impl DestinationSession {
             return Err(truncated);
         }
         match reader.stream.finish() {
-            Ok(()) => {
-                self.state.extend_from_slice(reader.stream.tail());
+            Ok(_) => {
+                self.state.extend_from_slice(reader.stream.tail().bytes());
                 Ok(Arrived::Tail)
             }
             Err(_) => Err(truncated),
@@ -351,9 +357,9 @@ impl DestinationSession {
             Event::SectionStart { kind: SectionKind::Ram, .. } | Event::MultifdFlush => {}
             Event::SectionEnd { kind: SectionKind::Ram, phase: Phase::End } => self.ram_complete()?,
             Event::SectionEnd { kind: SectionKind::Ram, .. } => {}
-            Event::SectionStart { kind: SectionKind::NativeState, .. }
-            | Event::SectionEnd { kind: SectionKind::NativeState, .. } => {}
-            Event::NativeState(bytes) => self.state.extend_from_slice(bytes),
+            Event::SectionStart { kind: SectionKind::NativeState, .. } => self.in_native_state = true,
+            Event::SectionEnd { kind: SectionKind::NativeState, .. } => self.in_native_state = false,
+            Event::SectionBytes(bytes) if self.in_native_state => self.state.extend_from_slice(bytes),
             Event::SectionStart { .. }
             | Event::SectionEnd { .. }
             | Event::VirtioMem(_)
@@ -424,9 +430,7 @@ impl DestinationSession {
                     self.say(Message::Pong(hello_pong(MAX_VERSION)))?;
                 }
             }
-            Command::SwitchoverStart
-            | Command::PostcopyAdvise { .. }
-            | Command::PostcopyAdviseBitmaps => {}
+            Command::SwitchoverStart | Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps => {}
             Command::Native(order) => return self.order(order),
             other => return Err(out_of_turn(&format!("{other:?}"), "a precopy migration")),
         }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh3::Xxh3;
 
-use super::workers::{Spawner, cores};
 use super::Error;
+use super::workers::{Spawner, cores};
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{BlockName, Landing, RamBlockTable};
 use crate::units::{BlockIndex, BlockOffset};
@@ -59,9 +59,8 @@ impl Digest {
         let ranges = ranges(guest.table());
         let memory = Arc::clone(guest);
         let work = ranges.clone();
-        let hashes = spawner.map("ramwire-digest", cores(), ranges.len(), move |item| {
-            hash_landing(&*memory, work[item])
-        })?;
+        let hashes = spawner
+            .map("ramwire-digest", cores(), ranges.len(), move |item| hash_landing(&*memory, work[item]))?;
         let mut digest = hashes.into_iter().collect::<Result<Vec<u64>, GuestError>>()?;
         digest.push(xxhash_rust::xxh3::xxh3_64(state));
         Ok(Self(digest))

@@ -5,7 +5,7 @@ use crate::stream::Writer;
 use crate::stream::native::{MAX_DIGESTS, Order, STATE_SECTION};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::section::{self, SectionName};
-use crate::stream::qemu::tail;
+use crate::stream::qemu::tail::Tail;
 use crate::sys::{CancelToken, SendPart, Stop};
 
 use super::digest::Digest;
@@ -23,7 +23,7 @@ impl SourceSession {
             self.state = state;
         } else {
             // A QEMU starts the guest when it has read the byte that ends the sections: that byte is COMMIT.
-            self.commit_at = tail::end_of_sections(&state).unwrap_or(state.len().saturating_sub(1));
+            self.commit_at = commit_at(&state);
             self.state = state;
             let uncommitted = SendPart::Own(&self.state[..self.commit_at]);
             self.link.sink().send(&[uncommitted], &self.stop)?;
@@ -82,4 +82,13 @@ impl SourceSession {
         }
         Ok(Input::Done)
     }
+}
+
+/// Where a QEMU's device state commits: at the byte that ends its sections. The VM description behind it is
+/// only looked at by tools. Without one the byte is the last.
+fn commit_at(state: &[u8]) -> usize {
+    let mut tail = Tail::default();
+    let pushed = tail.push(state, state.len(), u32::MAX);
+    let described = pushed.ok().and_then(|_| tail.description().map(|end| end.eof_at));
+    described.unwrap_or(state.len().saturating_sub(1))
 }

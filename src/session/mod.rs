@@ -7,6 +7,7 @@ mod error;
 mod figures;
 mod finish;
 mod greeting;
+mod placing;
 mod return_path;
 mod slice;
 mod source;
@@ -15,9 +16,7 @@ pub mod workers;
 pub use config::{DestinationSettings, SourceSettings};
 pub use destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
 pub use error::{Error, ErrorKind};
-pub use source::{
-    Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream, WallClock,
-};
+pub use source::{Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
 pub use workers::Spawner;
 
 /// What the other end is.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::guest::{GuestError, GuestMemory};
 use crate::observe::PageCounts;
 use crate::ram::{Landing, RamBlock, ReceivedMap};
-use crate::stream::{DecodeError, Fault, xbzrle};
 use crate::stream::qemu::compressed::inflate_page;
+use crate::stream::{DecodeError, Fault, xbzrle};
 use crate::sys::is_zero;
 use crate::units::{BlockIndex, BlockOffset};
 
@@ -70,9 +70,10 @@ impl Placing {
     /// Memory starts out zero, so that a page which was never written need not be touched.
     pub(super) fn zero(&mut self, block: BlockIndex, offset: BlockOffset) -> Result<(), Error> {
         let landing = self.landing(block, offset)?;
-        let known = self.received.block(landing.block()).is_some_and(|map| {
-            map.get(self.memory.table().page().page_of(landing.offset()))
-        });
+        let known = self
+            .received
+            .block(landing.block())
+            .is_some_and(|map| map.get(self.memory.table().page().page_of(landing.offset())));
         if known {
             let span = self.memory.span(landing)?;
             if !is_zero(span) {

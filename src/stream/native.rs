@@ -252,7 +252,8 @@ mod tests {
 
     #[test]
     fn versions_meet_at_the_newest_common_one() {
-        let hello = |min_version, max_version| Hello { min_version, max_version, ..Hello::ours([0; 16], false) };
+        let hello =
+            |min_version, max_version| Hello { min_version, max_version, ..Hello::ours([0; 16], false) };
         assert_eq!(hello(1, 5).common_version(), Some(1));
         assert_eq!(hello(2, 5).common_version(), None);
         assert_eq!(hello(0, 0).common_version(), None);
