@@ -11,6 +11,8 @@ mod placing;
 mod return_path;
 mod slice;
 mod source;
+#[cfg(test)]
+mod tests;
 pub mod workers;
 
 pub use config::{DestinationSettings, SourceSettings};
