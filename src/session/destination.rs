@@ -43,6 +43,10 @@ pub trait MemoryProvider: Send {
     /// # Errors
     /// [`Error::Guest`] or [`Error::Config`] if this guest is not that guest.
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error>;
+
+    /// Everything has come, the device state is loaded next. `incoming` has the early sections now;
+    /// `native` if a ramwire sent it.
+    fn arrived(&mut self, _incoming: &Incoming, _native: bool) {}
 }
 
 impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
@@ -247,6 +251,9 @@ impl DestinationSession {
                 }
             }
             Deed::LoadState => {
+                if let Some(incoming) = &self.incoming {
+                    self.provider.arrived(incoming, self.engine.is_native());
+                }
                 let loaded = self.control.load_devices(&mut &self.state[..]);
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
