@@ -50,6 +50,16 @@ impl DecodeError {
         }
     }
 
+    /// The same for an input that began `by` bytes earlier.
+    pub(crate) fn shifted(self, by: usize) -> Self {
+        match self {
+            Self::Truncated { needed, have } => {
+                Self::Truncated { needed: needed.saturating_add(by), have: have.saturating_add(by) }
+            }
+            corrupt @ Self::Corrupt(_) => corrupt.based(by as u64),
+        }
+    }
+
     /// True if more input may cure it.
     pub fn is_truncated(&self) -> bool {
         matches!(self, Self::Truncated { .. })

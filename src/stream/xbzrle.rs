@@ -165,6 +165,7 @@ fn put_length(len: usize, out: &mut [u8]) -> usize {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::type_complexity)]
     use proptest::prelude::*;
 
     use super::*;

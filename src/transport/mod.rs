@@ -4,12 +4,20 @@
 //! some no byte may pass while a round is open. A new transport is one file here, one line in
 //! `address` and one row in the README's table.
 
+mod address;
+
+pub use address::{Address, AddressError};
+
+mod inline;
+
 use std::io;
 use std::time::Duration;
 
 use crate::guest::GuestError;
 use crate::ram::{MoverAbilities, PageBatch, RoundKind};
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
+
+pub use inline::InlineLink;
 
 /// Why a channel did not carry bytes.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +74,15 @@ pub trait ByteSink: Send {
     /// # Errors
     /// [`ChannelError`].
     fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError>;
+
+    /// The stream ends here in good order: no byte follows, and what is buffered or on its way to a disk
+    /// has arrived there. The default is [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.flush(stop)
+    }
 
     /// Bytes sent so far.
     fn position(&self) -> u64;

@@ -115,7 +115,7 @@ pub fn encode_block_list(blocks: &[BlockAnnouncement], out: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::type_complexity)]
     use super::*;
 
     fn block(name: &str, used_length: u64) -> BlockAnnouncement {

@@ -200,7 +200,7 @@ fn limit(at: usize, what: &'static str, value: u32, limit: u32) -> Result<(), De
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::type_complexity)]
     use super::*;
 
     const NONE: &[u8] = b"QEVM\0\0\0\x03\x07\0\0\0\x04none";

@@ -251,7 +251,7 @@ impl PageAt<'_> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::type_complexity)]
     use proptest::prelude::*;
 
     use super::super::super::xbzrle::XbzrleFault;

@@ -186,7 +186,7 @@ pub fn encode_vm_description(json: &[u8], out: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::type_complexity)]
     use super::*;
 
     #[test]
