@@ -23,12 +23,16 @@ pub use fault::{Fault, FaultKind, Faulty};
 pub use loopback::{Loopback, LoopbackSink, LoopbackSource, loopback};
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 
+mod inline;
+
 use std::io;
 use std::time::Duration;
 
 use crate::guest::GuestError;
-use crate::ram::{MoverAbilities, PageBatch};
+use crate::ram::{MoverAbilities, PageBatch, RoundKind};
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
+
+pub use inline::InlineLink;
 
 /// Why a channel did not carry bytes.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +108,15 @@ pub trait ByteSink: Send {
     /// [`ChannelError`].
     fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError>;
 
+    /// The stream ends here in good order: no byte follows, and what is buffered or on its way to a disk
+    /// has arrived there. The default is [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.flush(stop)
+    }
+
     /// Bytes sent so far.
     fn position(&self) -> u64;
 }
@@ -162,17 +175,6 @@ pub struct Returned {
     pub receipt: Receipt,
     /// The batch, for its pages and its room.
     pub batch: PageBatch,
-}
-
-/// Which round a link is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RoundKind {
-    /// Block lists are exchanged; no pages.
-    Setup,
-    /// The guest runs.
-    Live,
-    /// The guest is paused: the last round.
-    Final,
 }
 
 /// The source's door.
