@@ -38,6 +38,21 @@ pub enum RecvPart<'a> {
     Guest(HostSpan<'a>),
 }
 
+impl RecvPart<'_> {
+    /// Room in bytes.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Own(room) => room.len(),
+            Self::Guest(span) => span.len(),
+        }
+    }
+
+    /// True without room.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// Most parts one call takes (`UIO_MAXIOV`, writev(2)).
 pub const MAX_PARTS: usize = 1024;
 

@@ -5,8 +5,23 @@
 //! `address` and one row in the README's table.
 
 mod address;
+mod allow;
+mod door;
+mod exec;
+mod fault;
+mod file;
+mod loopback;
+mod patience;
+mod stream;
+mod tcp;
+mod unix;
 
 pub use address::{Address, AddressError};
+pub use allow::{AllowError, AllowList};
+pub use door::{Listener, OpenError, connect};
+pub use fault::{Fault, FaultKind, Faulty};
+pub use loopback::{Loopback, LoopbackSink, LoopbackSource, loopback};
+pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 
 mod inline;
 
@@ -40,6 +55,24 @@ pub enum ChannelError {
         doing: &'static str,
         /// The stall time.
         after: Duration,
+    },
+    /// The peer's host no longer answers: dead, cut off, or its network is down.
+    #[error("{peer} has not answered for {} s while {doing}; see whether its host and the network are up", after.as_secs())]
+    Silent {
+        /// Who.
+        peer: String,
+        /// What this end was doing.
+        doing: &'static str,
+        /// How long a silence was borne.
+        after: Duration,
+    },
+    /// The command behind `exec:` failed.
+    #[error("`{command}` failed: {status}; run it by hand to see why")]
+    CommandFailed {
+        /// The command line.
+        command: String,
+        /// Its exit status in words.
+        status: String,
     },
     /// The caller's own deadline or cancel.
     #[error("stopped ({reason:?}) while {doing}")]
