@@ -96,6 +96,8 @@ pub enum Input {
     Running,
     /// The action failed, or the peer did.
     Failed,
+    /// The peer says that it failed and that the guest does not run there.
+    Refused,
 }
 
 /// What the session is to do next.
@@ -201,6 +203,16 @@ impl SourceEngine {
         }
     }
 
+    /// Says when the guest is paused; before [`Input::Begin`].
+    pub fn set_switchover(&mut self, switchover: Switchover) {
+        self.config.switchover = switchover;
+    }
+
+    /// Says what part of the downtime is spent whatever is dirty; may change while it runs.
+    pub fn set_fixed_downtime(&mut self, time: Duration) {
+        self.config.fixed_downtime = time;
+    }
+
     /// Asks for the end. `false` if ownership has passed: then the migration runs to its end.
     pub fn cancel(&mut self) -> bool {
         if self.is_committed() {
@@ -301,7 +313,12 @@ impl SourceEngine {
     fn interrupted(&mut self, input: Input) -> Option<Action> {
         match self.phase {
             Phase::Recovering(_) | Phase::Releasing | Phase::Finished(_) => None,
-            _ if input == Input::Failed => Some(self.abandon(Reason::Failed)),
+            // A QEMU that answers the last byte with an error status has not started the guest: nothing is
+            // in doubt. A ramwire said READY before COMMIT, so its refusal after it proves nothing.
+            _ if input == Input::Refused && self.config.handover == Handover::Shut => {
+                Some(self.go(Phase::Recovering(Reason::Failed), Action::Recover))
+            }
+            _ if matches!(input, Input::Failed | Input::Refused) => Some(self.abandon(Reason::Failed)),
             _ if self.cancelled && !self.is_committed() => Some(self.abandon(Reason::Cancelled)),
             _ => None,
         }
@@ -502,5 +519,7 @@ mod tests {
         assert!(!engine.is_committed());
         assert_eq!(engine.handle(Duration::ZERO, Input::Done), Action::Commit);
         assert!(engine.is_committed());
+        assert_eq!(engine.handle(Duration::ZERO, Input::Done), Action::AwaitRunning);
+        assert_eq!(engine.handle(Duration::ZERO, Input::Refused), Action::Recover, "it has not started");
     }
 }
