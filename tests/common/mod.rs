@@ -6,6 +6,7 @@
 pub(crate) mod memory;
 pub(crate) mod qemu;
 pub(crate) mod qmp;
+pub(crate) mod ramwire;
 pub(crate) mod writer;
 
 use std::{
