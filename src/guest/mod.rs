@@ -3,12 +3,15 @@
 mod mapped;
 #[cfg(test)]
 mod race;
+mod software;
 mod sources;
+pub mod synthetic;
 mod written_pages;
 
 use std::io::{self, Read, Write};
 
 pub use mapped::{GuestBuilder, MappedGuest};
+pub use software::SoftwareBitmap;
 pub use sources::{Choice, NoSource, choose, sync_all};
 pub use written_pages::WrittenPages;
 
