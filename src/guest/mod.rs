@@ -5,6 +5,8 @@ mod kvm;
 mod mapped;
 #[cfg(test)]
 mod race;
+#[cfg(all(test, feature = "kvm"))]
+mod several_writers;
 mod soft_dirty;
 mod software;
 mod sources;
