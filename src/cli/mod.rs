@@ -3,6 +3,7 @@
 
 mod args;
 mod common;
+mod demo;
 mod progress;
 mod receive;
 mod render;
