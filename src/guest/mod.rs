@@ -1,8 +1,21 @@
 //! The virtual machine as a migration sees it: its memory, what it wrote, and how it is controlled.
 
+mod mapped;
+#[cfg(test)]
+mod race;
+mod software;
+mod sources;
+pub mod synthetic;
+mod written_pages;
+
 use std::io::{self, Read, Write};
 
-use crate::ram::{Landing, PageBitmap, PageRun, RamBlockTable, Refusal};
+pub use mapped::{GuestBuilder, MappedGuest};
+pub use software::SoftwareBitmap;
+pub use sources::{Choice, NoSource, choose, sync_all};
+pub use written_pages::WrittenPages;
+
+use crate::ram::{Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};
 use crate::sys::{HostSpan, OutOfRegion};
 use crate::units::{BlockIndex, Percent};
 
@@ -13,6 +26,9 @@ pub enum GuestError {
     /// The range is not in a block, or must not travel.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// The blocks do not make a table.
+    #[error(transparent)]
+    Table(#[from] TableError),
     /// The mapping behind a block is shorter than the block.
     #[error("RAM block {block}: {source}")]
     Unmapped {
@@ -100,7 +116,18 @@ pub trait DirtySource: Send + Sync {
     /// [`DirtyError`].
     fn start(&self) -> Result<(), DirtyError>;
 
-    /// ORs the pages of `block` written since the last sync into `into`.
+    /// Begins a sync: called once before [`sync_into`](Self::sync_into) is called for each block. A source
+    /// whose kernel log covers all blocks at once takes it here; most sources have nothing to do.
+    ///
+    /// # Errors
+    /// [`DirtyError`].
+    fn begin_sync(&self) -> Result<(), DirtyError> {
+        Ok(())
+    }
+
+    /// ORs the pages of `block` written since the last sync into `into`. Part of a sync that
+    /// [`begin_sync`](Self::begin_sync) began; [`sync_all`] does both.
+    ///
     ///
     /// # Errors
     /// [`DirtyError`]; bits already set stay set.

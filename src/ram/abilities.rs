@@ -1,4 +1,4 @@
-//! What a transport can do, as numbers.
+//! What a transport can do, as numbers, and the rounds it does it in.
 
 /// What the page loop may ask of a transport. Policy reads these; nobody asks which transport it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,4 +17,15 @@ pub struct MoverAbilities {
     pub batches_in_flight: u32,
     /// Pages that fit one batch best.
     pub batch_pages: u32,
+}
+
+/// Which round of a migration it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RoundKind {
+    /// Block lists are exchanged; no pages.
+    Setup,
+    /// The guest runs.
+    Live,
+    /// The guest is paused: the last round.
+    Final,
 }

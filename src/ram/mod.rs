@@ -12,7 +12,7 @@ mod dirty_map;
 mod run;
 mod table;
 
-pub use abilities::MoverAbilities;
+pub use abilities::{MoverAbilities, RoundKind};
 pub use atomic_bitmap::{AtomicBitmap, ReceivedMap};
 pub use batch::{PageBatch, Piece, Verdict};
 pub use bitmap::PageBitmap;

@@ -6,6 +6,7 @@
 //! the number has passed a named limit.
 
 mod error;
+pub mod native;
 pub mod qemu;
 mod reader;
 mod writer;

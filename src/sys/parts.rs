@@ -38,8 +38,26 @@ pub enum RecvPart<'a> {
     Guest(HostSpan<'a>),
 }
 
+impl RecvPart<'_> {
+    /// Room in bytes.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Own(room) => room.len(),
+            Self::Guest(span) => span.len(),
+        }
+    }
+
+    /// True without room.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// Most parts one call takes (`UIO_MAXIOV`, writev(2)).
 pub const MAX_PARTS: usize = 1024;
+
+/// Most bytes one call takes, so that a write to a slow disk comes back to be stopped.
+const MAX_CALL: usize = 8 << 20;
 
 /// How a descriptor is written and read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +70,7 @@ pub enum FdKind {
 
 /// Sends from the parts, the first `skip` bytes of which are left out; returns how many bytes went.
 ///
-/// At most [`MAX_PARTS`] parts are looked at; the caller goes on with the rest.
+/// At most [`MAX_PARTS`] parts and a few MiB go in one call; the caller goes on with the rest.
 ///
 /// # Errors
 /// What `sendmsg(2)` or `writev(2)` says; `WouldBlock` on a non-blocking descriptor.
@@ -65,8 +83,9 @@ pub fn send_parts(
     let mut iov = [const { libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 } }; MAX_PARTS];
     let mut used = 0;
     let mut skip = skip;
+    let mut room = MAX_CALL;
     for part in parts {
-        if used == MAX_PARTS {
+        if used == MAX_PARTS || room == 0 {
             break;
         }
         let (base, len) = match part {
@@ -77,7 +96,9 @@ pub fn send_parts(
             skip -= len;
             continue;
         }
-        iov[used] = libc::iovec { iov_base: base.wrapping_add(skip).cast(), iov_len: len - skip };
+        let take = (len - skip).min(room);
+        iov[used] = libc::iovec { iov_base: base.wrapping_add(skip).cast(), iov_len: take };
+        room -= take;
         skip = 0;
         used += 1;
     }

@@ -4,12 +4,35 @@
 //! some no byte may pass while a round is open. A new transport is one file here, one line in
 //! `address` and one row in the README's table.
 
+mod address;
+mod allow;
+mod door;
+mod exec;
+mod fault;
+mod file;
+mod loopback;
+mod patience;
+mod stream;
+mod tcp;
+mod unix;
+
+pub use address::{Address, AddressError};
+pub use allow::{AllowError, AllowList};
+pub use door::{Listener, OpenError, connect};
+pub use fault::{Fault, FaultKind, Faulty};
+pub use loopback::{Loopback, LoopbackSink, LoopbackSource, loopback};
+pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
+
+mod inline;
+
 use std::io;
 use std::time::Duration;
 
 use crate::guest::GuestError;
-use crate::ram::{MoverAbilities, PageBatch};
+use crate::ram::{MoverAbilities, PageBatch, RoundKind};
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
+
+pub use inline::InlineLink;
 
 /// Why a channel did not carry bytes.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +55,24 @@ pub enum ChannelError {
         doing: &'static str,
         /// The stall time.
         after: Duration,
+    },
+    /// The peer's host no longer answers: dead, cut off, or its network is down.
+    #[error("{peer} has not answered for {} s while {doing}; see whether its host and the network are up", after.as_secs())]
+    Silent {
+        /// Who.
+        peer: String,
+        /// What this end was doing.
+        doing: &'static str,
+        /// How long a silence was borne.
+        after: Duration,
+    },
+    /// The command behind `exec:` failed.
+    #[error("`{command}` failed: {status}; run it by hand to see why")]
+    CommandFailed {
+        /// The command line.
+        command: String,
+        /// Its exit status in words.
+        status: String,
     },
     /// The caller's own deadline or cancel.
     #[error("stopped ({reason:?}) while {doing}")]
@@ -66,6 +107,15 @@ pub trait ByteSink: Send {
     /// # Errors
     /// [`ChannelError`].
     fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError>;
+
+    /// The stream ends here in good order: no byte follows, and what is buffered or on its way to a disk
+    /// has arrived there. The default is [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.flush(stop)
+    }
 
     /// Bytes sent so far.
     fn position(&self) -> u64;
@@ -125,17 +175,6 @@ pub struct Returned {
     pub receipt: Receipt,
     /// The batch, for its pages and its room.
     pub batch: PageBatch,
-}
-
-/// Which round a link is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RoundKind {
-    /// Block lists are exchanged; no pages.
-    Setup,
-    /// The guest runs.
-    Live,
-    /// The guest is paused: the last round.
-    Final,
 }
 
 /// The source's door.

@@ -6,6 +6,7 @@
 //! To add a command: a variant, its number in `number`, its body in `encode` and in `decode_body`.
 
 use super::super::error::{DecodeError, Fault};
+use super::super::native::{self, Order};
 use super::super::reader::Reader;
 use super::super::writer::Writer;
 use super::section::COMMAND;
@@ -54,6 +55,8 @@ pub enum Command<'a> {
     },
     /// The VM has stopped; what follows is the last part. Only newer peers know it.
     SwitchoverStart,
+    /// Between ramwire ends only.
+    Native(Order<'a>),
 }
 
 /// Ranges of one block that are to be forgotten.
@@ -94,6 +97,7 @@ impl Command<'_> {
             Self::PostcopyResume => 9,
             Self::RecvBitmap { .. } => 10,
             Self::SwitchoverStart => 11,
+            Self::Native(order) => order.number(),
         }
     }
 
@@ -119,6 +123,7 @@ impl Command<'_> {
             Self::RecvBitmap { block } => {
                 name(&mut writer, block);
             }
+            Self::Native(order) => order.encode_body(out),
             Self::OpenReturnPath
             | Self::PostcopyAdviseBitmaps
             | Self::PostcopyListen
@@ -193,6 +198,7 @@ fn name_of(number: u16) -> Option<&'static str> {
         9 => "POSTCOPY_RESUME",
         10 => "RECV_BITMAP",
         11 => "SWITCHOVER_START",
+        native::FIRST_NUMBER.. => "a ramwire command",
         _ => return None,
     })
 }
@@ -201,7 +207,7 @@ fn name_of(number: u16) -> Option<&'static str> {
 fn fixed_length(number: u16) -> Option<u16> {
     match number {
         2 | 7 => Some(4),
-        3 | 6 | 10 => None,
+        3 | 6 | 10 | native::FIRST_NUMBER.. => None,
         _ => Some(0),
     }
 }
@@ -222,6 +228,7 @@ fn decode_body(number: u16, body: &[u8]) -> Option<Command<'_>> {
         9 => Command::PostcopyResume,
         10 => Command::RecvBitmap { block: reader.name("block name").ok()? },
         11 => Command::SwitchoverStart,
+        native::FIRST_NUMBER.. => return native::decode_order(number, body).map(Command::Native),
         _ => return None,
     };
     reader.rest().is_empty().then_some(command)

@@ -6,6 +6,7 @@
 //! To add a message: a variant, its number in `number`, its body in `encode` and in `decode_body`.
 
 use super::super::error::{DecodeError, Fault};
+use super::super::native::{self, Answer};
 use super::super::reader::Reader;
 use super::super::writer::Writer;
 
@@ -52,6 +53,8 @@ pub enum Message<'a> {
     ResumeAck(u32),
     /// The destination is ready for the switchover.
     SwitchoverAck,
+    /// Between ramwire ends only.
+    Native(Answer<'a>),
 }
 
 impl Message<'_> {
@@ -65,6 +68,7 @@ impl Message<'_> {
             Self::ReceivedBitmap { .. } => 5,
             Self::ResumeAck(_) => 6,
             Self::SwitchoverAck => 7,
+            Self::Native(answer) => answer.number(),
         }
     }
 
@@ -85,6 +89,7 @@ impl Message<'_> {
                 writer.be64(*start).be32(*length);
             }
             Self::ReceivedBitmap { block } => name(&mut writer, block),
+            Self::Native(answer) => answer.encode_body(out),
             Self::SwitchoverAck => {}
         }
         let len = (out.len() - start_at - HEAD_LEN) as u16;
@@ -116,6 +121,7 @@ pub fn decode_message(input: &[u8]) -> Result<(Message<'_>, usize), DecodeError>
         4 => len == 12,
         5 => (2..=256).contains(&len),
         7 => len == 0,
+        native::FIRST_NUMBER.. => true,
         _ => len == 4,
     };
     if !fits || len > MAX_BODY {
@@ -135,6 +141,7 @@ fn name_of(number: u16) -> Option<&'static str> {
         5 => "RECV_BITMAP",
         6 => "RESUME_ACK",
         7 => "SWITCHOVER_ACK",
+        native::FIRST_NUMBER.. => "a ramwire message",
         _ => return None,
     })
 }
@@ -156,6 +163,7 @@ fn decode_body(number: u16, body: &[u8]) -> Option<Message<'_>> {
             _ => return None,
         },
         7 => Message::SwitchoverAck,
+        native::FIRST_NUMBER.. => return native::decode_answer(number, body).map(Message::Native),
         _ => return None,
     };
     reader.rest().is_empty().then_some(message)

@@ -36,6 +36,8 @@ pub enum SectionKind {
     DirtyBitmap,
     /// Which parts of a memory device are plugged, told in front of the first page.
     EarlyVirtioMem,
+    /// Device state between ramwire ends: a section with a length, behind which commands follow.
+    NativeState,
 }
 
 /// A piece of the stream and its meaning.

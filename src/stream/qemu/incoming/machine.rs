@@ -1,6 +1,8 @@
 //! The state machine behind [`IncomingStream`].
 
 use super::super::super::error::{DecodeError, Fault};
+use super::super::super::native::STATE_SECTION;
+use super::super::super::reader::Reader;
 use super::super::blocks::{BlockAnnouncement, ListForm, decode_block};
 use super::super::command::{Command, decode_command};
 use super::super::early::{
@@ -74,6 +76,8 @@ enum State {
     Bitmap,
     /// Bytes of a section that is carried, then a chunk or the footer.
     Carried { left: u64, chunk_follows: bool },
+    /// The length of a ramwire's device state.
+    NativeState,
     /// The footer of the open section.
     Footer,
     /// Bytes of a package.
@@ -240,6 +244,7 @@ impl IncomingStream {
                 self.state = State::Carried { left: mem.bitmap_len(), chunk_follows: false };
                 Ok(Told(used, Event::VirtioMem(mem)))
             }
+            State::NativeState => self.native_state(input),
             State::Bitmap => self.bitmap_chunk(input),
             State::Carried { left: 0, chunk_follows: true } => Ok(self.quietly(State::Bitmap)),
             State::Carried { left: 0, chunk_follows: false } => Ok(self.quietly(State::Footer)),
@@ -375,6 +380,9 @@ impl IncomingStream {
         if started && !self.pages_began && is_early_virtio_mem(name.idstr) {
             return Ok(self.open(Phase::Full, name.id, SectionKind::EarlyVirtioMem, used));
         }
+        if started && self.seen.ram_end && name.idstr == STATE_SECTION {
+            return Ok(self.open(Phase::Full, name.id, SectionKind::NativeState, used));
+        }
         if started && self.pages_began {
             return Ok(self.quietly(State::Tail));
         }
@@ -388,6 +396,7 @@ impl IncomingStream {
             SectionKind::Ram => State::Records,
             SectionKind::DirtyBitmap => State::Bitmap,
             SectionKind::EarlyVirtioMem => State::VirtioMem,
+            SectionKind::NativeState => State::NativeState,
         };
         Told(used, Event::SectionStart { phase, id, kind })
     }
@@ -571,6 +580,18 @@ impl IncomingStream {
         }
         self.state = State::Records;
         Ok(Told(0, Event::Blocks(self.blocks.as_slice().to_vec())))
+    }
+
+    /// A ramwire's device state has a length, so that commands may follow it.
+    fn native_state<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        let left = Reader::new(input).be64()?;
+        let limit = self.config.limits.tail_bytes as u64;
+        if left > limit {
+            let fault = Fault::Limit { what: "the length of the device state", value: left, limit };
+            return Err(DecodeError::corrupt(0, fault));
+        }
+        self.state = State::Carried { left, chunk_follows: false };
+        Ok(Quiet(8))
     }
 
     fn bitmap_chunk<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {

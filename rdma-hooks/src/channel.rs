@@ -1,0 +1,349 @@
+//! One queue pair with its books: what is in flight, what has arrived, whether the peer is alive.
+//!
+//! Writes gather in a chain that goes out with one doorbell; the last of a chain asks for a completion, which stands
+//! for all before it. Messages go out after the chain, so the order of calls is the order on the wire.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::chunk::SpanId;
+use crate::control::{CONTROL_BUFFER_BYTES, Kind, header};
+use crate::counters::Counters;
+use crate::fabric::{Completion, ConnectParams, Endpoint, FabricError, LinkState, Operation, WriteRequest};
+use crate::hooks::HooksError;
+use crate::stop::{Stop, Stopped};
+
+/// A quiet peer is probed this often.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+/// A chain goes out at this many writes...
+const CHAIN_WRITES: usize = 16;
+/// ...or this many bytes, whatever comes first.
+const CHAIN_BYTES: u64 = 256 * 1024;
+/// Longest wait for a farewell ERROR to leave.
+const FAREWELL: Duration = Duration::from_millis(100);
+/// Most latencies kept until somebody collects them.
+const MAX_LATENCIES: usize = 1 << 16;
+
+/// How every connection of this crate is made: room for a deep queue of page writes and for a few messages.
+pub(crate) fn connect_params(private_data: Vec<u8>, window: u16) -> ConnectParams {
+    let receives = usize::from(window) + 3;
+    ConnectParams { private_data, receives, receive_bytes: CONTROL_BUFFER_BYTES, send_depth: 512 }
+}
+
+/// What a write was for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WriteNote {
+    pub(crate) span: Option<SpanId>,
+    pub(crate) block: u32,
+    pub(crate) chunk: u64,
+    pub(crate) ticket: u64,
+}
+
+#[derive(Debug)]
+struct Flight {
+    id: u64,
+    note: Option<WriteNote>,
+    posted_at: Option<Instant>,
+}
+
+pub(crate) struct Channel {
+    endpoint: Box<dyn Endpoint>,
+    next_id: u64,
+    chain: Vec<WriteRequest>,
+    chain_bytes: u64,
+    flights: VecDeque<Flight>,
+    sends_out: usize,
+    probe: Option<u64>,
+    heard_at: Instant,
+    inbox: VecDeque<usize>,
+    scratch: Vec<Completion>,
+    /// Writes that took effect, for the owner to collect.
+    pub(crate) retired: Vec<WriteNote>,
+    pub(crate) latencies: Option<Vec<Duration>>,
+    pub(crate) counters: Counters,
+    broken: bool,
+    said_goodbye: bool,
+}
+
+impl Channel {
+    pub(crate) fn new(endpoint: Box<dyn Endpoint>) -> Self {
+        let heard_at = endpoint.now();
+        Self {
+            endpoint,
+            next_id: 0,
+            chain: Vec::new(),
+            chain_bytes: 0,
+            flights: VecDeque::new(),
+            sends_out: 0,
+            probe: None,
+            heard_at,
+            inbox: VecDeque::new(),
+            scratch: Vec::new(),
+            retired: Vec::new(),
+            latencies: None,
+            counters: Counters::default(),
+            broken: false,
+            said_goodbye: false,
+        }
+    }
+
+    pub(crate) fn endpoint(&self) -> &dyn Endpoint {
+        self.endpoint.as_ref()
+    }
+
+    pub(crate) fn now(&self) -> Instant {
+        self.endpoint.now()
+    }
+
+    /// Requests that may still be posted.
+    pub(crate) fn room(&self) -> usize {
+        self.endpoint.limits().send_depth.saturating_sub(self.flights.len() + self.chain.len() + 1)
+    }
+
+    /// True if nothing posted is without completion.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.flights.is_empty() && self.chain.is_empty()
+    }
+
+    /// Oldest save whose bytes have not taken effect; `None` if all have.
+    pub(crate) fn oldest_ticket(&self) -> Option<u64> {
+        self.flights.iter().find_map(|flight| flight.note.map(|note| note.ticket))
+    }
+
+    fn id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// Adds a write to the chain; the caller saw to it that there is [`room`](Self::room).
+    pub(crate) fn write(&mut self, mut request: WriteRequest, note: WriteNote) -> Result<(), HooksError> {
+        request.id = self.id();
+        request.signalled = false;
+        let posted_at = self.latencies.as_ref().map(|_| self.endpoint.now());
+        self.flights.push_back(Flight { id: request.id, note: Some(note), posted_at });
+        self.chain.push(request);
+        self.chain_bytes += u64::from(request.len);
+        self.counters.writes_posted += 1;
+        self.counters.bytes_written += u64::from(request.len);
+        if self.chain.len() >= CHAIN_WRITES || self.chain_bytes >= CHAIN_BYTES { self.ring() } else { Ok(()) }
+    }
+
+    /// Posts the chain.
+    pub(crate) fn ring(&mut self) -> Result<(), HooksError> {
+        let Some(last) = self.chain.last_mut() else { return Ok(()) };
+        last.signalled = true;
+        let posted = self.endpoint.post_writes(&self.chain);
+        self.chain.clear();
+        self.chain_bytes = 0;
+        self.counters.writes_signalled += 1;
+        self.counters.doorbells += 1;
+        posted.map_err(|error| self.fail(error))
+    }
+
+    /// Sends a message, after all writes; waits for room in the queue, not for the completion.
+    pub(crate) fn send(&mut self, parts: &[&[u8]], stop: &Stop) -> Result<(), HooksError> {
+        self.ring()?;
+        self.wait_for(stop, |channel| {
+            Ok((channel.room() > 0 && channel.sends_out < SENDS_OUT).then_some(()))
+        })?;
+        let id = self.id();
+        self.flights.push_back(Flight { id, note: None, posted_at: None });
+        self.sends_out += 1;
+        self.counters.messages_sent += 1;
+        self.counters.doorbells += 1;
+        self.endpoint.post_send(id, parts).map_err(|error| self.fail(error))
+    }
+
+    /// Takes in what has completed and arrived; true if there was anything.
+    pub(crate) fn pump(&mut self) -> Result<bool, HooksError> {
+        let mut done = std::mem::take(&mut self.scratch);
+        let polled = self.endpoint.poll(&mut done);
+        self.counters.polls += 1;
+        let any = !done.is_empty();
+        if any {
+            self.heard_at = self.endpoint.now();
+        }
+        let mut failure = polled.err();
+        for completion in done.drain(..) {
+            match completion {
+                Completion::Done { id } => self.retire(id),
+                Completion::Received { slot } => self.inbox.push_back(slot),
+                Completion::Failed { operation, status, vendor } => {
+                    failure.get_or_insert(FabricError::Completion { operation, status, vendor });
+                }
+            }
+        }
+        self.scratch = done;
+        // A receive flushed by a disconnect is no news: the link's state says it, after the last message is read.
+        let flushed = |error: &FabricError| {
+            matches!(error, FabricError::Completion { operation: Operation::Receive, .. })
+        };
+        match failure {
+            Some(error) if !flushed(&error) => {
+                let error = self.blame_link(error);
+                Err(self.fail(error))
+            }
+            _ => Ok(any),
+        }
+    }
+
+    /// A request that failed because the link went away is better told as such.
+    fn blame_link(&mut self, error: FabricError) -> FabricError {
+        let flushed = crate::fabric::CompletionStatus::Flushed;
+        match (&error, self.endpoint.link()) {
+            (FabricError::Completion { status, .. }, Ok(LinkState::Disconnected)) if *status == flushed => {
+                FabricError::Disconnected
+            }
+            (FabricError::Completion { .. }, Ok(LinkState::DeviceRemoved)) => FabricError::DeviceRemoved,
+            _ => error,
+        }
+    }
+
+    fn retire(&mut self, id: u64) {
+        let now = self.latencies.is_some().then(|| self.endpoint.now());
+        while self.flights.front().is_some_and(|flight| flight.id <= id) {
+            let Some(flight) = self.flights.pop_front() else { break };
+            match flight.note {
+                Some(note) => self.retired.push(note),
+                None if self.probe == Some(flight.id) => self.probe = None,
+                None => self.sends_out -= 1,
+            }
+            // Only the write that asked for the completion was timed to its end.
+            if let (true, Some(list), Some(now), Some(posted)) =
+                (flight.id == id, &mut self.latencies, now, flight.posted_at)
+                && list.len() < MAX_LATENCIES
+            {
+                list.push(now.saturating_duration_since(posted));
+            }
+        }
+    }
+
+    /// The oldest message that has arrived: its buffer, to be read and reposted.
+    pub(crate) fn take_arrived(&mut self) -> Option<usize> {
+        let slot = self.inbox.pop_front()?;
+        self.counters.messages_received += 1;
+        Some(slot)
+    }
+
+    pub(crate) fn has_arrived(&self) -> bool {
+        !self.inbox.is_empty()
+    }
+
+    pub(crate) fn received(&self, slot: usize) -> &[u8] {
+        self.endpoint.received(slot)
+    }
+
+    pub(crate) fn repost(&mut self, slot: usize) -> Result<(), HooksError> {
+        self.endpoint.repost(slot).map_err(|error| self.fail(error))
+    }
+
+    /// Pumps until `ready` has an answer.
+    pub(crate) fn wait_for<T>(
+        &mut self,
+        stop: &Stop,
+        mut ready: impl FnMut(&mut Self) -> Result<Option<T>, HooksError>,
+    ) -> Result<T, HooksError> {
+        loop {
+            let news = self.pump()?;
+            if let Some(answer) = ready(self)? {
+                return Ok(answer);
+            }
+            if !news {
+                self.rest(stop)?;
+            }
+        }
+    }
+
+    /// Sleeps for a moment, unless the link is down or the wait is over.
+    pub(crate) fn rest(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        self.ring()?;
+        let link = self.endpoint.link().map_err(|error| self.fail(error))?;
+        if link != LinkState::Up {
+            // What arrived before the news is still to be had: one more look before giving up.
+            if self.pump()? {
+                return Ok(());
+            }
+            return Err(self.fail(match link {
+                LinkState::DeviceRemoved => FabricError::DeviceRemoved,
+                LinkState::Up | LinkState::Disconnected => FabricError::Disconnected,
+            }));
+        }
+        let now = self.endpoint.now();
+        stop.check(now)?;
+        self.probe_quiet_peer(now)?;
+        self.counters.waits += 1;
+        self.endpoint.wait(stop.slice(now)).map_err(|error| self.fail(error))
+    }
+
+    /// A write without bytes is acknowledged by the peer's NIC, whatever its software does: if the peer is gone, it
+    /// fails after the transport's retries, and an idle wait does not last for ever.
+    fn probe_quiet_peer(&mut self, now: Instant) -> Result<(), HooksError> {
+        let quiet = now.saturating_duration_since(self.heard_at) >= PROBE_EVERY;
+        if !quiet || !self.flights.is_empty() || self.room() == 0 {
+            return Ok(());
+        }
+        let id = self.id();
+        self.probe = Some(id);
+        self.flights.push_back(Flight { id, note: None, posted_at: None });
+        self.counters.probes += 1;
+        let probe = WriteRequest { id, lkey: 0, from: 0, len: 0, rkey: 0, to: 0, signalled: true };
+        self.endpoint.post_writes(&[probe]).map_err(|error| self.fail(error))
+    }
+
+    fn fail(&mut self, error: FabricError) -> HooksError {
+        self.broken = true;
+        error.into()
+    }
+
+    /// Tells the peer that this end gives up, as far as that is possible within [`FAREWELL`], and disconnects.
+    pub(crate) fn abort(&mut self) {
+        if !std::mem::replace(&mut self.said_goodbye, true) {
+            let link_up = matches!(self.endpoint.link(), Ok(LinkState::Up));
+            if !self.broken && link_up && self.room() > 0 {
+                let id = self.id();
+                let stop = Stop::default().within(self.now(), FAREWELL);
+                let said = self.endpoint.post_send(id, &[&header(Kind::Error, 0, 1)]).is_ok();
+                self.flights.push_back(Flight { id, note: None, posted_at: None });
+                self.sends_out += 1;
+                if said {
+                    let _ = self.wait_for(&stop, |channel| Ok(channel.is_idle().then_some(())));
+                }
+            }
+            self.endpoint.disconnect();
+        }
+    }
+
+    /// Disconnects in peace.
+    pub(crate) fn leave(&mut self) {
+        self.said_goodbye = true;
+        self.endpoint.disconnect();
+    }
+
+    /// Waits until the peer disconnects, at most until `stop`; then disconnects too. True if the peer did.
+    pub(crate) fn part(&mut self, stop: &Stop) -> Result<bool, HooksError> {
+        self.said_goodbye = true;
+        let parted = loop {
+            // A message of ours may be cut off by the peer leaving: it has what it needs.
+            match self.rest(stop).and_then(|()| self.pump()) {
+                Ok(_) => {}
+                Err(HooksError::Fabric(FabricError::Disconnected)) => break true,
+                Err(HooksError::Stopped(Stopped::Deadline)) => break false,
+                Err(error) => {
+                    self.endpoint.disconnect();
+                    return Err(error);
+                }
+            }
+        };
+        self.endpoint.disconnect();
+        Ok(parted)
+    }
+}
+
+/// Messages without completion at a time; the endpoint has a buffer for each.
+pub(crate) const SENDS_OUT: usize = 4;
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        self.abort();
+    }
+}

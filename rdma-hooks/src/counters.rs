@@ -1,0 +1,58 @@
+//! What one end of a migration did, in numbers.
+
+use std::ops::AddAssign;
+
+/// Counts since the connection was made. All only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// RDMA WRITEs of guest memory posted.
+    pub writes_posted: u64,
+    /// Of these, those that asked for a completion.
+    pub writes_signalled: u64,
+    /// Times the device was told of new requests.
+    pub doorbells: u64,
+    /// Bytes of guest memory in the writes.
+    pub bytes_written: u64,
+    /// Zero ranges told instead of written.
+    pub zero_ranges: u64,
+    /// Bytes in them.
+    pub zero_bytes: u64,
+    /// Memory registrations at this end.
+    pub registrations: u64,
+    /// Bytes in them.
+    pub registered_bytes: u64,
+    /// Registrations given back to stay within the pin budget.
+    pub unregistrations: u64,
+    /// Control messages sent, pieces of the byte stream among them.
+    pub messages_sent: u64,
+    /// Control messages received.
+    pub messages_received: u64,
+    /// Bytes of the byte stream sent or received.
+    pub stream_bytes: u64,
+    /// Probes of a quiet peer.
+    pub probes: u64,
+    /// Looks at the completion queues.
+    pub polls: u64,
+    /// Sleeps until the device reports something; each costs a few system calls.
+    pub waits: u64,
+}
+
+impl AddAssign for Counters {
+    fn add_assign(&mut self, other: Self) {
+        self.writes_posted += other.writes_posted;
+        self.writes_signalled += other.writes_signalled;
+        self.doorbells += other.doorbells;
+        self.bytes_written += other.bytes_written;
+        self.zero_ranges += other.zero_ranges;
+        self.zero_bytes += other.zero_bytes;
+        self.registrations += other.registrations;
+        self.registered_bytes += other.registered_bytes;
+        self.unregistrations += other.unregistrations;
+        self.messages_sent += other.messages_sent;
+        self.messages_received += other.messages_received;
+        self.stream_bytes += other.stream_bytes;
+        self.probes += other.probes;
+        self.polls += other.polls;
+        self.waits += other.waits;
+    }
+}

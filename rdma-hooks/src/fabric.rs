@@ -1,0 +1,437 @@
+//! What the protocol needs from a network of queue pairs, and nothing more.
+//!
+//! A [`Fabric`] makes connections; an [`Endpoint`] is one end of a connected, reliable queue pair with its own receive
+//! buffers. Two fabrics exist: [`sim`](crate::sim) inside one process, and `verbs` over a real or emulated NIC. Time is
+//! asked of the fabric, so that a simulation can have its own.
+//!
+//! # Rules every fabric keeps
+//!
+//! - What is posted on one endpoint takes effect at the peer in order; endpoints know nothing of each other.
+//! - A completion of a signalled request also completes everything posted before it on that endpoint.
+//! - No call waits longer than told, and none longer than [`TICK`](crate::stop::TICK) without looking at its [`Stop`].
+//! - Dropping a [`Registration`] deregisters; the memory is let go of afterwards, never before.
+
+use std::any::Any;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use crate::region::HostRegion;
+use crate::stop::{Stop, Stopped};
+
+/// Why the network or the device did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FabricError {
+    /// There is no usable device or library on this host.
+    #[error("no RDMA here: {what} ({source}); {remedy}")]
+    Unavailable {
+        /// What is missing.
+        what: &'static str,
+        /// What to do about it.
+        remedy: &'static str,
+        /// As reported by the system.
+        #[source]
+        source: io::Error,
+    },
+    /// A call into the device's library failed.
+    #[error("{verb} failed: {source}{}{remedy}", if .remedy.is_empty() { "" } else { "; " })]
+    Verb {
+        /// The library's function.
+        verb: &'static str,
+        /// What to do about it; perhaps empty.
+        remedy: &'static str,
+        /// Its errno.
+        #[source]
+        source: io::Error,
+    },
+    /// Memory could not be registered.
+    #[error("cannot register {bytes} bytes of memory ({registered} are registered): {source}; {remedy}")]
+    Registration {
+        /// Bytes asked for.
+        bytes: u64,
+        /// Bytes registered so far through this fabric.
+        registered: u64,
+        /// What to do about it.
+        remedy: &'static str,
+        /// The library's errno.
+        #[source]
+        source: io::Error,
+    },
+    /// The limit on locked memory is too small to begin with.
+    #[error(
+        "{needed} bytes are to be locked in memory, the limit is {limit}; raise it (ulimit -l, LimitMEMLOCK=, \
+         memlock in limits.conf) or give the process CAP_IPC_LOCK"
+    )]
+    MemoryLock {
+        /// Bytes to be locked.
+        needed: u64,
+        /// The limit, bytes.
+        limit: u64,
+    },
+    /// The memory's owner gives no address for a NIC.
+    #[error("memory of {bytes} bytes has no address that is promised to stay; a NIC cannot use it")]
+    NotPinned {
+        /// Bytes of the region.
+        bytes: u64,
+    },
+    /// The connection manager reported something else than what was due.
+    #[error("waiting for {wanted}, the connection manager reported {got} (status {status}); {remedy}")]
+    Event {
+        /// The step under way.
+        wanted: &'static str,
+        /// Name of the event.
+        got: &'static str,
+        /// Its status: an errno, or a reject reason.
+        status: i32,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// A posted request completed with an error; the queue pair is unusable.
+    #[error("{operation} completed with {status} (vendor code {vendor:#x}); {}", .status.remedy())]
+    Completion {
+        /// What was posted.
+        operation: Operation,
+        /// How it ended.
+        status: CompletionStatus,
+        /// The device's own code.
+        vendor: u32,
+    },
+    /// More was posted than the queue holds.
+    #[error("the send queue is full")]
+    QueueFull,
+    /// The peer's end is gone, or it ended the connection.
+    #[error("the peer disconnected; its log says why")]
+    Disconnected,
+    /// The device went away.
+    #[error("the RDMA device was removed")]
+    DeviceRemoved,
+    /// A wait was given up.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
+}
+
+/// What was posted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// A control message.
+    Send,
+    /// A receive buffer.
+    Receive,
+    /// Guest memory, or a probe of the peer.
+    Write,
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Send => "SEND",
+            Self::Receive => "RECEIVE",
+            Self::Write => "RDMA WRITE",
+        })
+    }
+}
+
+/// How a request ended, in the terms of the InfiniBand specification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CompletionStatus {
+    /// A local buffer is too short or the request malformed.
+    LocalLength,
+    /// The queue pair was in no state to take it.
+    LocalQueuePair,
+    /// A local key does not cover the buffer.
+    LocalProtection,
+    /// Flushed after an earlier error or a disconnect.
+    Flushed,
+    /// The peer refused the request as malformed.
+    RemoteInvalid,
+    /// The peer's key does not cover the address, or is dead.
+    RemoteAccess,
+    /// The peer's device failed.
+    RemoteOperation,
+    /// The peer acknowledged nothing for as long as the transport tries.
+    RetryExceeded,
+    /// The peer had no receive buffer posted.
+    ReceiverNotReady,
+    /// The device broke.
+    Fatal,
+    /// Another status, by its number.
+    Other(u32),
+}
+
+impl CompletionStatus {
+    fn remedy(self) -> &'static str {
+        match self {
+            Self::RemoteAccess => "the peer took its key back or has less memory than it announced",
+            Self::RetryExceeded => "the peer or the network between is dead",
+            Self::ReceiverNotReady => "the peer broke the credit protocol",
+            Self::Flushed => "an earlier error or a disconnect ended the connection",
+            Self::Fatal => "the device needs a reset",
+            _ => "a new connection is needed",
+        }
+    }
+}
+
+impl fmt::Display for CompletionStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::LocalLength => f.write_str("local length error"),
+            Self::LocalQueuePair => f.write_str("local queue pair error"),
+            Self::LocalProtection => f.write_str("local protection error"),
+            Self::Flushed => f.write_str("work request flushed"),
+            Self::RemoteInvalid => f.write_str("remote invalid request"),
+            Self::RemoteAccess => f.write_str("remote access error"),
+            Self::RemoteOperation => f.write_str("remote operation error"),
+            Self::RetryExceeded => f.write_str("transport retry counter exceeded"),
+            Self::ReceiverNotReady => f.write_str("receiver-not-ready retry counter exceeded"),
+            Self::Fatal => f.write_str("fatal device error"),
+            Self::Other(number) => write!(f, "status {number}"),
+        }
+    }
+}
+
+/// Who may use registered memory how. Least first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// This end's NIC reads it: source of writes.
+    Read,
+    /// The peer may write to it, not read it.
+    RemoteWrite,
+}
+
+/// Which addresses name the registered bytes on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddressBase {
+    /// Their addresses in this process.
+    Host,
+    /// Counted from this number, so that no host address leaves the process.
+    At(u64),
+}
+
+/// Registered memory. Dropping it deregisters, then lets go of the memory.
+pub struct Registration {
+    /// Names it in requests of this end.
+    pub lkey: u32,
+    /// Names it in requests of the peer.
+    pub rkey: u32,
+    /// Address of its first byte in requests of either end.
+    pub address: u64,
+    /// Bytes.
+    pub len: u64,
+    /// What deregisters when dropped.
+    pub guard: Box<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for Registration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Registration({:#x}+{:#x}, rkey {:#x})", self.address, self.len, self.rkey)
+    }
+}
+
+/// One RDMA WRITE. Without bytes it is a probe: acknowledged by the peer's NIC, needs no key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteRequest {
+    /// Given back by the completion. Ids of an endpoint ascend.
+    pub id: u64,
+    /// [`Registration::lkey`] of the bytes.
+    pub lkey: u32,
+    /// Where they are, in terms of [`Registration::address`].
+    pub from: u64,
+    /// How many.
+    pub len: u32,
+    /// The peer's key.
+    pub rkey: u32,
+    /// The peer's address.
+    pub to: u64,
+    /// Ask for a completion.
+    pub signalled: bool,
+}
+
+/// What became of something posted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completion {
+    /// The send or write with this id, and all before it, took effect.
+    Done {
+        /// As posted.
+        id: u64,
+    },
+    /// A message arrived in a receive buffer.
+    Received {
+        /// Which buffer; to be [reposted](Endpoint::repost).
+        slot: usize,
+    },
+    /// A request failed; everything after it will fail too.
+    Failed {
+        /// What was posted.
+        operation: Operation,
+        /// How it ended.
+        status: CompletionStatus,
+        /// The device's own code.
+        vendor: u32,
+    },
+}
+
+/// State of a connection, as far as the connection manager knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkState {
+    /// Nothing is known to be wrong.
+    Up,
+    /// The peer disconnected, or its host noticed that it died.
+    Disconnected,
+    /// This end's device is gone.
+    DeviceRemoved,
+}
+
+/// What a device can do, in numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests (sends and writes) that may be out at a time.
+    pub send_depth: usize,
+    /// Messages up to this many bytes travel inside the request.
+    pub inline_bytes: usize,
+    /// Longest registration, bytes.
+    pub max_registration_bytes: u64,
+    /// Registered memory need not be resident.
+    pub on_demand: bool,
+}
+
+/// How to connect or accept.
+#[derive(Clone, Debug)]
+pub struct ConnectParams {
+    /// Sent along; at most 56 bytes.
+    pub private_data: Vec<u8>,
+    /// Receive buffers, all posted before the peer can send.
+    pub receives: usize,
+    /// Bytes in each.
+    pub receive_bytes: usize,
+    /// Requests that may be out at a time.
+    pub send_depth: usize,
+}
+
+/// Makes connections.
+pub trait Fabric: Send + Sync {
+    /// Connects a queue pair to `host:port`. Several queue pairs made by one fabric object through the same device
+    /// share its registrations.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept the connection from being made, with the step's name.
+    fn connect(
+        &self,
+        host: &str,
+        port: u16,
+        params: &ConnectParams,
+        stop: &Stop,
+    ) -> Result<Box<dyn Endpoint>, FabricError>;
+
+    /// Listens for connections. Port 0 takes any.
+    ///
+    /// # Errors
+    ///
+    /// No device, or the address is taken or not one of an RDMA device.
+    fn listen(&self, host: &str, port: u16) -> Result<Box<dyn Listener>, FabricError>;
+
+    /// The fabric's clock; deadlines count by it.
+    fn now(&self) -> Instant;
+}
+
+/// Waits for connections.
+pub trait Listener: Send {
+    /// The port listened on.
+    fn port(&self) -> u16;
+
+    /// The next peer that wants to connect.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::Stopped`], or the listener broke.
+    fn next_request(&mut self, stop: &Stop) -> Result<Box<dyn Incoming>, FabricError>;
+}
+
+/// A peer that wants to connect. Dropping it rejects.
+pub trait Incoming: Send {
+    /// What the peer sent along, perhaps padded.
+    fn private_data(&self) -> &[u8];
+    /// The peer's address, where it has one.
+    fn peer(&self) -> Option<SocketAddr>;
+    /// Connects.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept the connection from being made.
+    fn accept(self: Box<Self>, params: &ConnectParams, stop: &Stop)
+    -> Result<Box<dyn Endpoint>, FabricError>;
+}
+
+/// One end of a connected queue pair. Dropping it disconnects and frees everything.
+pub trait Endpoint: Send {
+    /// What the peer sent along with its answer, perhaps padded. Empty on the accepting side.
+    fn private_data(&self) -> &[u8];
+
+    /// What the device can do.
+    fn limits(&self) -> Limits;
+
+    /// The fabric's clock.
+    fn now(&self) -> Instant;
+
+    /// Registers memory for this endpoint's domain.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::Registration`] with the remedy, [`FabricError::NotPinned`].
+    fn register(
+        &self,
+        region: &HostRegion,
+        access: Access,
+        base: AddressBase,
+    ) -> Result<Registration, FabricError>;
+
+    /// Posts a chain of writes with one doorbell. Nothing is posted on error.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::QueueFull`], [`FabricError::Verb`].
+    fn post_writes(&mut self, chain: &[WriteRequest]) -> Result<(), FabricError>;
+
+    /// Posts one message, copied from `parts` in order; always signalled.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::QueueFull`], [`FabricError::Verb`].
+    fn post_send(&mut self, id: u64, parts: &[&[u8]]) -> Result<(), FabricError>;
+
+    /// Appends what has completed; never waits.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::Verb`]. Failed requests are [`Completion::Failed`], no error of this call.
+    fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), FabricError>;
+
+    /// The bytes received in a buffer.
+    fn received(&self, slot: usize) -> &[u8];
+
+    /// Posts a receive buffer again.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::Verb`].
+    fn repost(&mut self, slot: usize) -> Result<(), FabricError>;
+
+    /// Sleeps until something may have completed or happened to the link, at most `at_most`.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::Verb`].
+    fn wait(&mut self, at_most: Duration) -> Result<(), FabricError>;
+
+    /// What the connection manager says. Never waits.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::Verb`].
+    fn link(&mut self) -> Result<LinkState, FabricError>;
+
+    /// Ends the connection; requests still out are flushed.
+    fn disconnect(&mut self);
+}

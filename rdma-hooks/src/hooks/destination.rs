@@ -1,0 +1,451 @@
+//! The destination's hooks: keys are granted, ranges zeroed, the byte stream arrives.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::blocks::{BlockError, DestinationBlocks, RamBlock};
+use crate::capabilities::{Capabilities, Extension, MigrationId, Role};
+use crate::channel::{Channel, connect_params};
+use crate::chunk::{chunk_of, chunk_range, chunks_in};
+use crate::control::{Compress, Kind, Message, RegisterRecord, RegisterResult};
+use crate::counters::Counters;
+use crate::exchange::Receiver;
+use crate::fabric::{Access, AddressBase, FabricError, Listener, Registration};
+use crate::hooks::HooksError;
+use crate::region::HostRegion;
+use crate::stop::Stop;
+use crate::stream::StreamReceiver;
+
+/// How long the source may take for its additional queue pairs.
+const QUEUES_WITHIN: Duration = Duration::from_secs(5);
+/// How long the connection is kept for the source's last acknowledgement.
+const PART_WITHIN: Duration = Duration::from_secs(2);
+/// Registered bytes a source may hold keys for, as a multiple of the announced RAM. Spans that grow into each other
+/// cost at most twice the RAM; a source beyond this is asking for the same memory again and again.
+const REGISTERED_FACTOR: u64 = 4;
+
+/// Decides about a peer by its address.
+pub type PeerFilter = Arc<dyn Fn(SocketAddr) -> bool + Send + Sync>;
+
+/// What the destination offers.
+#[derive(Clone, Default)]
+pub struct DestinationConfig {
+    /// Additional queue pairs a source of this crate may have.
+    pub data_queues: u16,
+    /// Messages a source of this crate may have on the way; 0 and 1 mean one.
+    pub window: u16,
+    /// Which peers may connect; `None` admits all.
+    pub admit: Option<PeerFilter>,
+}
+
+/// What happened in a round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoundSummary {
+    /// The block tables were exchanged.
+    pub blocks_exchanged: bool,
+    /// Registration requests answered.
+    pub registrations: u32,
+    /// Bytes newly registered for them.
+    pub registered_bytes: u64,
+    /// Keys taken back.
+    pub unregistrations: u32,
+    /// Zero ranges.
+    pub zero_ranges: u64,
+    /// Bytes in them.
+    pub zero_bytes: u64,
+}
+
+/// Keys granted for one block.
+#[derive(Debug, Default)]
+struct Grants {
+    /// By first chunk: how many chunks, under which registration.
+    spans: BTreeMap<u64, (u64, Arc<Registration>)>,
+    /// The whole block, with pin-all.
+    whole: Option<Registration>,
+    /// One bit per chunk that was ever granted or zeroed.
+    touched: Vec<u64>,
+}
+
+/// The destination's end of a migration over RDMA.
+///
+/// One thread drives it. The NIC writes guest memory between the hooks at any time; when
+/// [`registration_handle`](Self::registration_handle) returns, everything saved in the round is in memory.
+pub struct DestinationHooks {
+    // Declared before the connection: registrations go while their domain is there.
+    grants: Vec<Grants>,
+    stream: StreamReceiver,
+    data: Vec<Channel>,
+    granted: Capabilities,
+    blocks: DestinationBlocks,
+    registered_bytes: u64,
+    exchanged: bool,
+    rounds: u32,
+}
+
+impl DestinationHooks {
+    /// Waits for a source. Connections that are no migration, or not admitted, are rejected, and the wait goes on.
+    ///
+    /// # Errors
+    ///
+    /// The fabric's.
+    pub fn accept(
+        listener: &mut dyn Listener,
+        config: &DestinationConfig,
+        stop: &Stop,
+    ) -> Result<Self, HooksError> {
+        let able = Extension {
+            role: Role::Main,
+            data_queues: config.data_queues,
+            window: config.window.max(1),
+            migration: MigrationId::default(),
+        };
+        loop {
+            let incoming = listener.next_request(stop)?;
+            let peer = incoming.peer();
+            if let (Some(admit), Some(peer)) = (&config.admit, peer)
+                && !admit(peer)
+            {
+                tracing::warn!(%peer, "connection rejected: peer is not admitted");
+                continue;
+            }
+            let asked = match Capabilities::decode(incoming.private_data()) {
+                Ok(asked) => asked,
+                Err(error) => {
+                    tracing::warn!(?peer, %error, "connection rejected");
+                    continue;
+                }
+            };
+            if asked.extension.is_some_and(|extension| extension.role != Role::Main) {
+                tracing::warn!(?peer, "connection rejected: belongs to another migration");
+                continue;
+            }
+            let granted = asked.grant(Some(&able));
+            let window = granted.extension.map_or(1, |extension| extension.window);
+            let endpoint = incoming.accept(&connect_params(granted.encode(), window), stop)?;
+            let mut hooks = Self {
+                grants: Vec::new(),
+                stream: StreamReceiver::new(Channel::new(endpoint), Receiver::new(window)),
+                data: Vec::new(),
+                granted,
+                blocks: DestinationBlocks::default(),
+                registered_bytes: 0,
+                exchanged: false,
+                rounds: 0,
+            };
+            let within = stop.within(hooks.stream.channel.now(), QUEUES_WITHIN);
+            hooks.accept_data_queues(listener, &within)?;
+            return Ok(hooks);
+        }
+    }
+
+    fn accept_data_queues(&mut self, listener: &mut dyn Listener, stop: &Stop) -> Result<(), HooksError> {
+        let Some(main) = self.granted.extension else { return Ok(()) };
+        while self.data.len() < usize::from(main.data_queues) {
+            let incoming = listener.next_request(stop)?;
+            let Ok(asked) = Capabilities::decode(incoming.private_data()) else { continue };
+            let next = Role::Data(self.data.len() as u16 + 1);
+            let fits = |theirs: Extension| theirs.migration == main.migration && theirs.role == next;
+            if !asked.extension.is_some_and(fits) {
+                tracing::warn!(peer = ?incoming.peer(), "connection rejected: not this migration's queue pair");
+                continue;
+            }
+            let endpoint = incoming.accept(&connect_params(asked.encode(), 1), stop)?;
+            self.data.push(Channel::new(endpoint));
+        }
+        Ok(())
+    }
+
+    /// What was agreed with the source.
+    pub fn granted(&self) -> &Capabilities {
+        &self.granted
+    }
+
+    /// Offers memory under a block's name. Before that block is announced.
+    ///
+    /// # Errors
+    ///
+    /// [`HooksError::Block`] for a name offered twice.
+    pub fn add_block(&mut self, block: RamBlock) -> Result<(), HooksError> {
+        Ok(self.blocks.add(block)?)
+    }
+
+    /// Hook: the stream announced its next block. Returns the block's index.
+    ///
+    /// # Errors
+    ///
+    /// [`HooksError::Block`]: no memory of that name, less than `used_length` bytes of it, announced twice, or after
+    /// the setup round.
+    pub fn block_notification(&mut self, name: &str, used_length: u64) -> Result<u32, HooksError> {
+        Ok(self.blocks.announce(name, used_length)?)
+    }
+
+    /// Reads at least one byte of the stream, at most what fits. Not between a round's mark and
+    /// [`registration_handle`](Self::registration_handle): there are no bytes then.
+    ///
+    /// # Errors
+    ///
+    /// What the connection met; [`FabricError::Disconnected`] once the source is gone and everything is read.
+    pub fn read_stream(&mut self, into: &mut [u8], stop: &Stop) -> Result<usize, HooksError> {
+        self.stream.read(into, stop)
+    }
+
+    /// Hook: the stream's parser met the mark. Serves the source until it ends the round.
+    ///
+    /// # Errors
+    ///
+    /// Anything: the migration is over, and memory is in an undefined state.
+    pub fn registration_handle(&mut self, stop: &Stop) -> Result<RoundSummary, HooksError> {
+        let mut summary = RoundSummary::default();
+        self.rounds += 1;
+        loop {
+            let (slot, request) = self.stream.request(stop)?;
+            let reply = match request {
+                Message::RegisterFinished => {
+                    self.stream.done(slot, None, stop)?;
+                    self.wait_for_fences(stop)?;
+                    return Ok(summary);
+                }
+                Message::RamBlocksRequest => {
+                    summary.blocks_exchanged = true;
+                    Some(self.exchange_blocks()?)
+                }
+                Message::RegisterRequest(records) => {
+                    let results = records
+                        .iter()
+                        .map(|record| self.grant(record, &mut summary))
+                        .collect::<Result<Vec<_>, _>>()?;
+                    Some(Message::RegisterResult { repeat: results.len() as u32, results })
+                }
+                Message::UnregisterRequest(records) => {
+                    records.iter().try_for_each(|record| self.revoke(record, &mut summary))?;
+                    Some(Message::UnregisterFinished { repeat: records.len() as u32 })
+                }
+                Message::Compress(range) => {
+                    self.zero(&range, &mut summary)?;
+                    None
+                }
+                other => return Err(HooksError::unexpected(other.kind(), "a round was open")),
+            };
+            self.stream.done(slot, reply.as_ref(), stop)?;
+        }
+    }
+
+    /// The end of the round on every additional queue pair: what was written there is in memory.
+    fn wait_for_fences(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        for (index, channel) in self.data.iter_mut().enumerate() {
+            channel.wait_for(stop, |channel| Ok(channel.has_arrived().then_some(())))?;
+            let Some(slot) = channel.take_arrived() else { continue };
+            match Message::decode(channel.received(slot))? {
+                Message::Fence { round } if round == self.rounds => {}
+                Message::Fence { round } => {
+                    return Err(HooksError::Fence { queue: index + 1, got: round, want: self.rounds });
+                }
+                other => return Err(HooksError::unexpected(other.kind(), "the end of a round was due")),
+            }
+            channel.repost(slot)?;
+        }
+        Ok(())
+    }
+
+    fn exchange_blocks(&mut self) -> Result<Message<'static>, HooksError> {
+        if std::mem::replace(&mut self.exchanged, true) {
+            return Err(HooksError::unexpected(Kind::RamBlocksRequest, "the block tables are known"));
+        }
+        let count = self.blocks.announced().len();
+        self.grants.resize_with(count, Grants::default);
+        if self.granted.pin_all {
+            for index in 0..count {
+                let region = self.blocks.announced()[index].region.clone();
+                let whole = self.register(&region, 0)?;
+                self.grants[index].whole = Some(whole);
+                let chunks = chunks_in(region.len());
+                mark(&mut self.grants[index].touched, 0, chunks);
+            }
+        }
+        let grants = &self.grants;
+        let rkey = |index: usize| grants[index].whole.as_ref().map_or(0, |whole| whole.rkey);
+        Ok(Message::RamBlocksResult(self.blocks.records(rkey)))
+    }
+
+    /// Registers memory for the source to write to; the wire's addresses are offsets in the block.
+    fn register(&mut self, region: &HostRegion, offset: u64) -> Result<Registration, HooksError> {
+        let announced: u64 = self.blocks.announced().iter().map(|block| block.region.len()).sum();
+        let (asked, limit) =
+            (self.registered_bytes.saturating_add(region.len()), announced.saturating_mul(REGISTERED_FACTOR));
+        if asked > limit {
+            return Err(HooksError::TooMuchRegistered { asked, limit });
+        }
+        let register = || {
+            let endpoint = self.stream.channel.endpoint();
+            endpoint.register(region, Access::RemoteWrite, AddressBase::At(offset))
+        };
+        // Key 0 means "no key" on the wire: should a device ever give it out, hold it and take the next one.
+        let first = register()?;
+        let registration = if first.rkey == 0 { register()? } else { first };
+        if registration.rkey == 0 {
+            return Err(FabricError::Unavailable {
+                what: "the device gives out only key 0",
+                remedy: "use another device",
+                source: std::io::ErrorKind::InvalidData.into(),
+            }
+            .into());
+        }
+        self.registered_bytes = asked;
+        self.stream.channel.counters.registrations += 1;
+        self.stream.channel.counters.registered_bytes += region.len();
+        Ok(registration)
+    }
+
+    /// The block's position among the grants, which exist only once the tables are exchanged.
+    fn granted_block(&self, index: u32) -> Result<&RamBlock, HooksError> {
+        let block = self.blocks.get(index)?;
+        match self.grants.get(index as usize) {
+            Some(_) => Ok(block),
+            None => Err(HooksError::unexpected(Kind::RegisterRequest, "the block tables were due")),
+        }
+    }
+
+    fn grant(
+        &mut self,
+        record: &RegisterRecord,
+        summary: &mut RoundSummary,
+    ) -> Result<RegisterResult, HooksError> {
+        let block = self.granted_block(record.block)?;
+        let length = block.region.len();
+        block.range(record.key, 1)?;
+        let first = chunk_of(record.key);
+        let out_of_block = || BlockError::OutOfBlock {
+            block: block.name.clone(),
+            offset: record.key,
+            len: record.extra_chunks.saturating_mul(crate::chunk::CHUNK_BYTES),
+            length,
+        };
+        // A span that reaches past the block is cut at its end; one whose size makes no sense is refused.
+        let count = record.extra_chunks.checked_add(1).ok_or_else(out_of_block)?;
+        let range = chunk_range(length, first, count).ok_or_else(out_of_block)?;
+        let count = chunks_in(range.end) - first;
+        let region = block.part(range.clone())?;
+        summary.registrations += 1;
+        let index = record.block as usize;
+        if let Some(rkey) = self.existing_key(index, first, count) {
+            return Ok(RegisterResult { rkey, block_base: 0 });
+        }
+        let registration = self.register(&region, range.start)?;
+        summary.registered_bytes += region.len();
+        let rkey = registration.rkey;
+        mark(&mut self.grants[index].touched, first, count);
+        self.grants[index].spans.insert(first, (count, Arc::new(registration)));
+        Ok(RegisterResult { rkey, block_base: 0 })
+    }
+
+    /// A key that covers the chunks already, or was given out for the same first chunk before.
+    fn existing_key(&mut self, index: usize, first: u64, count: u64) -> Option<u32> {
+        let grants = self.grants.get_mut(index)?;
+        if let Some(whole) = &grants.whole {
+            return Some(whole.rkey);
+        }
+        let (&start, (chunks, registration)) = grants.spans.range(..=first).next_back()?;
+        if start == first {
+            return Some(registration.rkey);
+        }
+        if start + chunks < first.checked_add(count)? {
+            return None;
+        }
+        let (rest, shared) = (start + chunks - first, Arc::clone(registration));
+        let rkey = shared.rkey;
+        grants.spans.insert(first, (rest, shared));
+        Some(rkey)
+    }
+
+    fn revoke(&mut self, record: &RegisterRecord, summary: &mut RoundSummary) -> Result<(), HooksError> {
+        let name = self.granted_block(record.block)?.name.clone();
+        let missing = HooksError::NotRegistered { block: name, chunk: record.key };
+        let spans = &mut self.grants[record.block as usize].spans;
+        let (_, registration) = spans.remove(&record.key).ok_or(missing)?;
+        summary.unregistrations += 1;
+        self.stream.channel.counters.unregistrations += 1;
+        if let Ok(last) = Arc::try_unwrap(registration) {
+            self.registered_bytes -= last.len;
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, range: &Compress, summary: &mut RoundSummary) -> Result<(), HooksError> {
+        let block = self.granted_block(range.block)?;
+        let bytes = block.range(range.key, range.length)?;
+        let region = block.part(bytes.clone())?;
+        // In range: the region was cut to it just now.
+        let _ = region.zero(0, range.length);
+        if !bytes.is_empty() {
+            let first = chunk_of(bytes.start);
+            let chunks = chunk_of(bytes.end - 1) - first + 1;
+            mark(&mut self.grants[range.block as usize].touched, first, chunks);
+        }
+        summary.zero_ranges += 1;
+        summary.zero_bytes += range.length;
+        self.stream.channel.counters.zero_ranges += 1;
+        self.stream.channel.counters.zero_bytes += range.length;
+        Ok(())
+    }
+
+    /// Chunks of a block that were ever granted for writing or zeroed: nothing else can have changed.
+    pub fn touched_chunks(&self, block: u32) -> impl Iterator<Item = u64> + '_ {
+        let words = self.grants.get(block as usize).map_or(&[][..], |grants| &grants.touched);
+        let bits = |(word, bits): (usize, &u64)| {
+            let bits = *bits;
+            (0..64).filter(move |bit| bits >> bit & 1 != 0).map(move |bit| word as u64 * 64 + bit)
+        };
+        words.iter().enumerate().flat_map(bits)
+    }
+
+    /// Takes every key back: no write of the source lands any more. Before the guest runs here.
+    pub fn revoke_all(&mut self) {
+        for grants in &mut self.grants {
+            grants.spans.clear();
+            grants.whole = None;
+        }
+        self.registered_bytes = 0;
+    }
+
+    /// Everything is read: takes the keys back and keeps the connection until the source closes it, at most 2 s, so
+    /// that its last message is acknowledged. True if the source closed it.
+    ///
+    /// # Errors
+    ///
+    /// What the connection met; everything was read all the same.
+    pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
+        self.revoke_all();
+        self.data.iter_mut().for_each(Channel::leave);
+        let stop = stop.within(self.stream.channel.now(), PART_WITHIN);
+        if self.granted.extension.is_some() {
+            self.stream.say_done(&stop)?;
+        }
+        let parted = self.stream.channel.part(&stop)?;
+        tracing::debug!(parted, "destination connection closed");
+        Ok(parted)
+    }
+
+    /// What this end did so far.
+    pub fn counters(&self) -> Counters {
+        let mut sum = self.stream.channel.counters;
+        self.data.iter().for_each(|channel| sum += channel.counters);
+        sum
+    }
+
+    /// Bytes the source holds keys for.
+    pub fn registered_bytes(&self) -> u64 {
+        self.registered_bytes
+    }
+}
+
+fn mark(words: &mut Vec<u64>, first: u64, count: u64) {
+    let end = (first + count) as usize;
+    if words.len() * 64 < end {
+        words.resize(end.div_ceil(64), 0);
+    }
+    for chunk in first as usize..end {
+        words[chunk / 64] |= 1 << (chunk % 64);
+    }
+}

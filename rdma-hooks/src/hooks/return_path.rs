@@ -1,0 +1,94 @@
+//! The way back: the destination's byte stream to the source, on a connection of its own.
+
+use crate::capabilities::{Capabilities, Role};
+use crate::channel::{Channel, connect_params};
+use crate::exchange::Receiver;
+use crate::fabric::Listener;
+use crate::hooks::HooksError;
+use crate::stop::Stop;
+use crate::stream::{StreamReceiver, StreamSender};
+
+/// The source's end: reads.
+pub struct ReturnReader {
+    stream: StreamReceiver,
+}
+
+impl ReturnReader {
+    pub(crate) fn new(channel: Channel, stop: &Stop) -> Result<Self, HooksError> {
+        let mut stream = StreamReceiver::new(channel, Receiver::one_ahead(1));
+        stream.grant(stop)?;
+        Ok(Self { stream })
+    }
+
+    /// Reads at least one byte, at most what fits.
+    ///
+    /// # Errors
+    ///
+    /// What the connection met; [`FabricError::Disconnected`](crate::FabricError::Disconnected) once the destination
+    /// closed it and everything is read.
+    pub fn read(&mut self, into: &mut [u8], stop: &Stop) -> Result<usize, HooksError> {
+        self.stream.read(into, stop)
+    }
+}
+
+/// The destination's end: writes.
+pub struct ReturnWriter {
+    stream: StreamSender,
+}
+
+impl ReturnWriter {
+    /// Waits for the source to open the way back. `main` is what was agreed on the main connection.
+    ///
+    /// # Errors
+    ///
+    /// The fabric's. Connections of anyone else are rejected.
+    pub fn accept(listener: &mut dyn Listener, main: &Capabilities, stop: &Stop) -> Result<Self, HooksError> {
+        loop {
+            let incoming = listener.next_request(stop)?;
+            let Ok(asked) = Capabilities::decode(incoming.private_data()) else { continue };
+            let fits = match (main.extension, asked.extension) {
+                (Some(ours), Some(theirs)) => {
+                    theirs.role == Role::ReturnPath && theirs.migration == ours.migration
+                }
+                (None, None) => true,
+                _ => false,
+            };
+            if !fits {
+                tracing::warn!(peer = ?incoming.peer(), "connection rejected: not this migration's return path");
+                continue;
+            }
+            let reply = Capabilities { pin_all: asked.pin_all, extension: None };
+            let endpoint = incoming.accept(&connect_params(reply.encode(), 1), stop)?;
+            return Ok(Self { stream: StreamSender::new(Channel::new(endpoint), 1) });
+        }
+    }
+
+    /// Appends bytes; they leave at the flush, or when 32 KiB have gathered.
+    ///
+    /// # Errors
+    ///
+    /// What the connection met.
+    pub fn write(&mut self, bytes: &[u8], stop: &Stop) -> Result<(), HooksError> {
+        self.stream.write(bytes, stop)
+    }
+
+    /// Sends what has gathered.
+    ///
+    /// # Errors
+    ///
+    /// What the connection met.
+    pub fn flush(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        self.stream.flush(stop)
+    }
+
+    /// Sends the last bytes, waits until they have left, then for the source to close, until `stop`. True if it did.
+    ///
+    /// # Errors
+    ///
+    /// What the connection met.
+    pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
+        self.stream.flush(stop)?;
+        self.stream.wait_for(stop, |stream| stream.channel.is_idle().then_some(()))?;
+        self.stream.channel.part(stop)
+    }
+}

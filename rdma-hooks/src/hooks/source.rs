@@ -1,0 +1,789 @@
+//! The source's hooks: pages leave, the byte stream leaves.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::time::Duration;
+
+use crate::blocks::{BlockError, RamBlock, check_announceable, check_records};
+use crate::capabilities::{Capabilities, Extension, MigrationId, Role};
+use crate::channel::{Channel, WriteNote, connect_params};
+use crate::chunk::{
+    AllBusy, CHUNK_BYTES, Content, MAX_ZERO_BYTES, Merger, Run, SpanId, SpanTable, chunk_of, chunk_range,
+};
+use crate::control::{BlockRecord, Compress, Kind, Message, RegisterRecord};
+use crate::counters::Counters;
+use crate::fabric::{Access, AddressBase, Fabric, Registration, WriteRequest};
+use crate::hooks::{
+    BlockSpan, Delay, HookMark, HooksError, PageContent, RamControl, Reason, ReturnReader, SaveDisposition,
+    Ticket,
+};
+use crate::stop::Stop;
+use crate::stream::StreamSender;
+
+/// How long the destination may take to close the connection once it has the last byte.
+const PART_WITHIN: Duration = Duration::from_secs(10);
+/// How long the destination may take to answer the second connection.
+const RETURN_PATH_WITHIN: Duration = Duration::from_secs(5);
+
+/// What the source asks for.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// Register all of RAM at both ends before the first page. Faster per page, slower to start, and all of RAM is
+    /// resident at both ends.
+    pub pin_all: bool,
+    /// Without pin-all: most bytes registered at a time; the longest unused are given back.
+    pub pin_budget_bytes: Option<u64>,
+    /// Without pin-all: most chunks (of 1 MiB) per registration. A walk in address order reaches it by doubling.
+    pub max_span_chunks: u64,
+    /// Zero runs from this many bytes on are told instead of written where a key is at hand.
+    pub zero_floor_bytes: u64,
+    /// Step in which [`PageContent::Unknown`] is looked at.
+    pub page_bytes: u64,
+    /// Offer what goes beyond QEMU: additional queue pairs and a window of credits. A QEMU ignores it.
+    pub extension: Option<ExtensionOffer>,
+    /// Keep the time each signalled write took, for [`SourceHooks::drain_latencies`].
+    pub record_latencies: bool,
+}
+
+impl Default for SourceConfig {
+    fn default() -> Self {
+        Self {
+            pin_all: false,
+            pin_budget_bytes: None,
+            max_span_chunks: 64,
+            zero_floor_bytes: 64 * 1024,
+            page_bytes: 4096,
+            extension: None,
+            record_latencies: false,
+        }
+    }
+}
+
+/// What goes beyond QEMU, as the source wants it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExtensionOffer {
+    /// Queue pairs for writes besides the main one.
+    pub data_queues: u16,
+    /// Messages that may be on the way at a time.
+    pub window: u16,
+    /// Random; binds the connections of this migration to each other.
+    pub migration: MigrationId,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Round {
+    Closed,
+    /// The mark is on its way into the stream.
+    Marked(RamControl),
+    Open(RamControl),
+}
+
+/// A zero range the destination was told of, until it has dealt with it.
+#[derive(Debug)]
+struct Zeroing {
+    message: u64,
+    block: u32,
+    range: Range<u64>,
+    ticket: u64,
+}
+
+/// A whole block registered at both ends.
+#[derive(Debug)]
+struct Pinned {
+    local: Registration,
+    rkey: u32,
+    base: u64,
+}
+
+/// What a write needs besides the bytes' place in the block.
+struct Keys {
+    lkey: u32,
+    from: u64,
+    rkey: u32,
+    to: u64,
+    span: Option<SpanId>,
+}
+
+/// The source's end of a migration over RDMA.
+///
+/// One thread drives it; it owns the byte stream too, because on this door no stream byte may pass while a round is
+/// open. Dropping it before [`finish`](Self::finish) tells the peer that this end gave up.
+pub struct SourceHooks {
+    // Declared before the connections: registrations go while their domain is there.
+    spans: SpanTable<Registration>,
+    pinned: Vec<Pinned>,
+    main: StreamSender,
+    data: Vec<Channel>,
+    config: SourceConfig,
+    granted: Capabilities,
+    address: (String, u16),
+    blocks: Vec<RamBlock>,
+    remote: Vec<BlockRecord>,
+    merger: Merger,
+    zeroing: VecDeque<Zeroing>,
+    /// Writes in flight by block and chunk; kept only with several queue pairs.
+    chunk_flights: HashMap<(u32, u64), u32>,
+    round: Round,
+    rounds: u32,
+    postcopy: bool,
+    tail: [u8; 8],
+    ticket: u64,
+}
+
+impl SourceHooks {
+    /// Connects to a destination.
+    ///
+    /// # Errors
+    ///
+    /// The fabric's, and [`HooksError::Capability`] if the peer's answer makes no sense.
+    pub fn connect(
+        fabric: &dyn Fabric,
+        host: &str,
+        port: u16,
+        config: SourceConfig,
+        stop: &Stop,
+    ) -> Result<Self, HooksError> {
+        let asked = Capabilities { pin_all: config.pin_all, extension: offer(&config, Role::Main) };
+        let window = config.extension.map_or(1, |extension| extension.window.max(1));
+        let endpoint = fabric.connect(host, port, &connect_params(asked.encode(), window), stop)?;
+        let granted = asked.confirm(endpoint.private_data())?;
+        let window = granted.extension.map_or(1, |extension| extension.window);
+        let mut main = Channel::new(endpoint);
+        main.latencies = config.record_latencies.then(Vec::new);
+        let mut hooks = Self {
+            spans: SpanTable::new([], 1, None),
+            pinned: Vec::new(),
+            main: StreamSender::new(main, window),
+            data: Vec::new(),
+            config,
+            granted,
+            address: (host.to_owned(), port),
+            blocks: Vec::new(),
+            remote: Vec::new(),
+            merger: Merger::default(),
+            zeroing: VecDeque::new(),
+            chunk_flights: HashMap::new(),
+            round: Round::Closed,
+            rounds: 0,
+            postcopy: false,
+            tail: [0; 8],
+            ticket: 0,
+        };
+        hooks.connect_data_queues(fabric, stop)?;
+        Ok(hooks)
+    }
+
+    fn connect_data_queues(&mut self, fabric: &dyn Fabric, stop: &Stop) -> Result<(), HooksError> {
+        let queues = self.granted.extension.map_or(0, |extension| extension.data_queues);
+        for index in 1..=queues {
+            let caps = Capabilities { pin_all: false, extension: offer(&self.config, Role::Data(index)) };
+            let params = connect_params(caps.encode(), 1);
+            let endpoint = fabric.connect(&self.address.0, self.address.1, &params, stop)?;
+            let mut channel = Channel::new(endpoint);
+            channel.latencies = self.config.record_latencies.then(Vec::new);
+            self.data.push(channel);
+        }
+        Ok(())
+    }
+
+    /// What the peer agreed to.
+    pub fn granted(&self) -> &Capabilities {
+        &self.granted
+    }
+
+    /// Queue pairs that carry writes.
+    pub fn queue_pairs(&self) -> usize {
+        1 + self.data.len()
+    }
+
+    /// Opens the way back: a second connection that carries the destination's byte stream.
+    ///
+    /// # Errors
+    ///
+    /// The fabric's; [`HooksError::Stopped`] if the destination does not answer within 5 s, as it happens when it was
+    /// not told to expect a return path.
+    pub fn open_return_path(&self, fabric: &dyn Fabric, stop: &Stop) -> Result<ReturnReader, HooksError> {
+        let extension = self.granted.extension.and_then(|_| offer(&self.config, Role::ReturnPath));
+        let caps = Capabilities { pin_all: self.config.pin_all, extension };
+        let stop = stop.within(fabric.now(), RETURN_PATH_WITHIN);
+        let endpoint =
+            fabric.connect(&self.address.0, self.address.1, &connect_params(caps.encode(), 1), &stop)?;
+        ReturnReader::new(Channel::new(endpoint), &stop)
+    }
+
+    /// Says which blocks migrate, in the order in which the stream announces them. Once, before the setup round.
+    ///
+    /// # Errors
+    ///
+    /// [`HooksError::Block`] for two blocks of one name, or too many; [`HooksError::OutOfOrder`].
+    pub fn set_blocks(&mut self, blocks: Vec<RamBlock>) -> Result<(), HooksError> {
+        if !self.remote.is_empty() || !self.blocks.is_empty() {
+            return Err(HooksError::OutOfOrder("the blocks are known already"));
+        }
+        check_announceable(&blocks)?;
+        let limit = self.main.channel.endpoint().limits().max_registration_bytes / CHUNK_BYTES;
+        let spans = self.config.max_span_chunks.min(limit);
+        let lengths = blocks.iter().map(|block| block.region.len());
+        self.spans = SpanTable::new(lengths, spans, self.config.pin_budget_bytes);
+        self.blocks = blocks;
+        Ok(())
+    }
+
+    /// Appends bytes to the stream. They leave when 32 KiB have gathered, or at a flush or a round.
+    ///
+    /// # Errors
+    ///
+    /// [`HooksError::OutOfOrder`] while a round is open; what the connection meets.
+    pub fn write_stream(&mut self, bytes: &[u8], stop: &Stop) -> Result<(), HooksError> {
+        if matches!(self.round, Round::Open(_)) {
+            return Err(HooksError::OutOfOrder("stream bytes while a round is open"));
+        }
+        let keep = self.tail.len().saturating_sub(bytes.len());
+        let new = bytes.len().min(self.tail.len());
+        self.tail.copy_within(new.., 0);
+        self.tail[keep..].copy_from_slice(&bytes[bytes.len() - new..]);
+        self.main.write(bytes, stop)
+    }
+
+    /// Sends the stream bytes that have gathered.
+    ///
+    /// # Errors
+    ///
+    /// What the connection meets.
+    pub fn flush_stream(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        self.main.flush(stop)
+    }
+
+    /// Hook: a round begins. The embedder writes the mark as the stream's next and last bytes; they leave with the
+    /// first page, or at [`registration_stop`](Self::registration_stop). `None` once postcopy has begun: no round.
+    ///
+    /// # Errors
+    ///
+    /// [`HooksError::OutOfOrder`] if a round is open, or Setup is not the first round and the only one.
+    pub fn registration_start(&mut self, kind: RamControl) -> Result<Option<HookMark>, HooksError> {
+        if self.round != Round::Closed {
+            return Err(HooksError::OutOfOrder("a round is open already"));
+        }
+        if self.postcopy {
+            return Ok(None);
+        }
+        if (kind == RamControl::Setup) != (self.rounds == 0) {
+            return Err(HooksError::OutOfOrder("the setup round comes first and once"));
+        }
+        self.round = Round::Marked(kind);
+        Ok(Some(HookMark(())))
+    }
+
+    /// Sees that the mark has left before anything else of the round does.
+    fn enter_round(&mut self, stop: &Stop) -> Result<RamControl, HooksError> {
+        match self.round {
+            Round::Open(kind) => Ok(kind),
+            Round::Closed => Err(HooksError::OutOfOrder("no round is open")),
+            Round::Marked(kind) => {
+                if self.tail != HookMark(()).to_bytes() {
+                    return Err(HooksError::OutOfOrder("the mark is not the last word in the stream"));
+                }
+                self.main.flush(stop)?;
+                self.tail = [0; 8];
+                self.round = Round::Open(kind);
+                self.rounds += 1;
+                Ok(kind)
+            }
+        }
+    }
+
+    /// Hook: pages to save. They join neighbouring ones into one write per chunk; keys are asked for on demand; zero
+    /// runs are told, not written. Waits only for keys, credits and room in the queue.
+    ///
+    /// The dirty log's bits of the pages must be cleared before the call, and each page comes at most once between two
+    /// rounds' ends with the latest content: the device reads memory at some time after the call.
+    ///
+    /// # Errors
+    ///
+    /// Anything: the migration over this connection is over.
+    pub fn control_save_page(&mut self, span: BlockSpan, stop: &Stop) -> Result<SaveDisposition, HooksError> {
+        if self.postcopy {
+            return Ok(SaveDisposition::NotSupported(Reason::Postcopy));
+        }
+        if self.enter_round(stop)? == RamControl::Setup {
+            return Err(HooksError::OutOfOrder("no pages in the setup round"));
+        }
+        let count = self.blocks.len();
+        let missing = BlockError::NoSuchIndex { index: span.block, count };
+        let range = self.blocks.get(span.block as usize).ok_or(missing)?.range(span.offset, span.len)?;
+        self.ticket += 1;
+        match span.content {
+            PageContent::Data => self.push(span.block, range, Content::Data, stop)?,
+            PageContent::Zero => self.push(span.block, range, Content::Zero, stop)?,
+            PageContent::Unknown => self.look_and_push(span.block, range, stop)?,
+        }
+        self.pump()?;
+        let state = match self.merger.pending() {
+            Some(run) if run.content == Content::Data => Delay::Merging,
+            Some(_) => Delay::Zeroed,
+            None => Delay::Posted,
+        };
+        Ok(SaveDisposition::Delayed { ticket: Ticket(self.ticket), state })
+    }
+
+    /// Cuts a range at changes between zero and data.
+    fn look_and_push(&mut self, block: u32, range: Range<u64>, stop: &Stop) -> Result<(), HooksError> {
+        let step = self.config.page_bytes.max(1);
+        let content_at = |hooks: &Self, at: u64| -> Result<Content, HooksError> {
+            let end = (at + step).min(range.end);
+            let page = hooks.blocks[block as usize].part(at..end)?;
+            let zero = page.is_zero(0, end - at).unwrap_or(false);
+            Ok(if zero { Content::Zero } else { Content::Data })
+        };
+        let mut start = range.start;
+        while start < range.end {
+            let content = content_at(self, start)?;
+            let mut end = (start + step).min(range.end);
+            while end < range.end && content_at(self, end)? == content {
+                end = (end + step).min(range.end);
+            }
+            self.push(block, start..end, content, stop)?;
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// Cuts a range into runs the merger takes.
+    fn push(
+        &mut self,
+        block: u32,
+        range: Range<u64>,
+        content: Content,
+        stop: &Stop,
+    ) -> Result<(), HooksError> {
+        let mut start = range.start;
+        while start < range.end {
+            let most = match content {
+                Content::Data => CHUNK_BYTES - start % CHUNK_BYTES,
+                Content::Zero => MAX_ZERO_BYTES,
+            };
+            let end = range.end.min(start + most);
+            let run = Run { block, range: start..end, content, ticket: self.ticket };
+            if let Some(ready) = self.merger.push(run, self.config.zero_floor_bytes) {
+                self.write_out(ready, stop)?;
+            }
+            // Nothing can join a run that reaches its chunk's end.
+            let full = |run: &Run| run.content == Content::Data && run.range.end.is_multiple_of(CHUNK_BYTES);
+            if self.merger.pending().is_some_and(full)
+                && let Some(ready) = self.merger.take()
+            {
+                self.write_out(ready, stop)?;
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    fn write_out(&mut self, run: Run, stop: &Stop) -> Result<(), HooksError> {
+        if run.content == Content::Data || self.is_better_written(&run) {
+            let mut start = run.range.start;
+            while start < run.range.end {
+                let end = run.range.end.min((chunk_of(start) + 1) * CHUNK_BYTES);
+                self.write(&Run { range: start..end, ..run.clone() }, stop)?;
+                start = end;
+            }
+            return Ok(());
+        }
+        self.wait_for_chunks(&run, stop)?;
+        let key = self.remote_label(run.block) + run.range.start;
+        let range = Compress { block: run.block, key, length: run.len() };
+        let message = self.main.send(&Message::Compress(range), stop)?;
+        self.main.channel.counters.zero_ranges += 1;
+        self.main.channel.counters.zero_bytes += run.len();
+        self.zeroing.push_back(Zeroing { message, block: run.block, range: run.range, ticket: run.ticket });
+        Ok(())
+    }
+
+    /// A few zeros where the key is at hand cost less as bytes than as a message.
+    fn is_better_written(&self, run: &Run) -> bool {
+        let chunks = chunk_of(run.range.start)..=chunk_of(run.range.end - 1);
+        run.len() < self.config.zero_floor_bytes
+            && (!self.pinned.is_empty()
+                || chunks.into_iter().all(|chunk| self.spans.find(run.block, chunk).is_some()))
+    }
+
+    fn remote_label(&self, block: u32) -> u64 {
+        self.remote.get(block as usize).map_or(0, |record| record.label)
+    }
+
+    fn write(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
+        self.wait_for_zeroing(run, stop)?;
+        let keys = self.keys(run, stop)?;
+        let chunk = chunk_of(run.range.start);
+        let queue = self.queue_of(run.block, chunk);
+        while self.channel(queue).room() == 0 {
+            self.channel(queue).ring()?;
+            if !self.pump()? && self.channel(queue).room() == 0 {
+                self.channel(queue).rest(stop)?;
+            }
+        }
+        if let Some(span) = keys.span {
+            self.spans.posted(span);
+        }
+        if !self.data.is_empty() {
+            *self.chunk_flights.entry((run.block, chunk)).or_default() += 1;
+        }
+        let request = WriteRequest {
+            id: 0,
+            lkey: keys.lkey,
+            from: keys.from,
+            len: run.len() as u32,
+            rkey: keys.rkey,
+            to: keys.to,
+            signalled: false,
+        };
+        let note = WriteNote { span: keys.span, block: run.block, chunk, ticket: run.ticket };
+        self.channel(queue).write(request, note)
+    }
+
+    /// The keys for a run inside one chunk; asks the destination if there are none yet.
+    fn keys(&mut self, run: &Run, stop: &Stop) -> Result<Keys, HooksError> {
+        if let Some(pinned) = self.pinned.get(run.block as usize) {
+            return Ok(Keys {
+                lkey: pinned.local.lkey,
+                from: pinned.local.address + run.range.start,
+                rkey: pinned.rkey,
+                to: pinned.base + run.range.start,
+                span: None,
+            });
+        }
+        let chunk = chunk_of(run.range.start);
+        let id = match self.spans.find(run.block, chunk) {
+            Some(id) => id,
+            None => self.register(run.block, chunk, stop)?,
+        };
+        let span = self.spans.get(id).ok_or(HooksError::OutOfOrder("a registration vanished"))?;
+        Ok(Keys {
+            lkey: span.local.lkey,
+            from: span.local.address + (run.range.start - span.first * CHUNK_BYTES),
+            rkey: span.rkey,
+            to: span.base + run.range.start,
+            span: Some(id),
+        })
+    }
+
+    fn register(&mut self, block: u32, chunk: u64, stop: &Stop) -> Result<SpanId, HooksError> {
+        let count = self.spans.plan(block, chunk);
+        self.make_room(self.spans.bytes_of(block, chunk, count), stop)?;
+        let ram = &self.blocks[block as usize];
+        let length = ram.region.len();
+        let range =
+            chunk_range(length, chunk, count).ok_or(HooksError::OutOfOrder("a chunk past its block"))?;
+        let region = ram.part(range.clone())?;
+        let key = self.remote_label(block) + range.start;
+        let record = RegisterRecord { key, block, extra_chunks: count - 1 };
+        self.main.send(&Message::RegisterRequest(vec![record]), stop)?;
+        // This end registers while the other one does.
+        let endpoint = self.main.channel.endpoint();
+        let local = endpoint.register(&region, Access::Read, AddressBase::Host)?;
+        self.main.channel.counters.registrations += 1;
+        self.main.channel.counters.registered_bytes += region.len();
+        let result = match self.reply(stop)? {
+            Message::RegisterResult { results, .. } => results.first().copied().unwrap_or_default(),
+            other => return Err(HooksError::unexpected(other.kind(), "waiting for a key")),
+        };
+        let name = || self.blocks[block as usize].name.clone();
+        if result.rkey == 0 {
+            return Err(HooksError::NoKey { block: name(), chunk });
+        }
+        if result.block_base.checked_add(length).is_none() {
+            let base = result.block_base;
+            return Err(BlockError::Wraps { name: name(), base, label: 0, length }.into());
+        }
+        Ok(self.spans.insert(block, chunk, count, result.rkey, result.block_base, local))
+    }
+
+    /// Gives registrations back until `bytes` more fit the pin budget.
+    fn make_room(&mut self, bytes: u64, stop: &Stop) -> Result<(), HooksError> {
+        loop {
+            match self.spans.victim(bytes) {
+                Ok(None) => return Ok(()),
+                Ok(Some(id)) => self.unregister(id, stop)?,
+                Err(AllBusy) => {
+                    let queue = self.busiest();
+                    self.ring()?;
+                    if !self.pump()? {
+                        self.channel(queue).rest(stop)?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn unregister(&mut self, id: SpanId, stop: &Stop) -> Result<(), HooksError> {
+        let Some(span) = self.spans.remove(id) else { return Ok(()) };
+        let record = RegisterRecord { key: span.first, block: span.block, extra_chunks: 0 };
+        self.main.send(&Message::UnregisterRequest(vec![record]), stop)?;
+        drop(span);
+        self.main.channel.counters.unregistrations += 1;
+        match self.reply(stop)? {
+            Message::UnregisterFinished { .. } => Ok(()),
+            other => Err(HooksError::unexpected(other.kind(), "giving a key back")),
+        }
+    }
+
+    fn reply(&mut self, stop: &Stop) -> Result<Message<'static>, HooksError> {
+        let reply = self.main.reply(stop)?;
+        self.settle();
+        Ok(reply)
+    }
+
+    /// The destination zeroes in its own time: a write into the same range waits until it has.
+    fn wait_for_zeroing(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
+        let overlaps = |zeroing: &Zeroing| {
+            zeroing.block == run.block
+                && zeroing.range.start < run.range.end
+                && run.range.start < zeroing.range.end
+        };
+        let Some(message) = self.zeroing.iter().filter(|z| overlaps(z)).map(|z| z.message).max() else {
+            return Ok(());
+        };
+        self.main.wait_for(stop, |main| main.is_finished(message).then_some(()))?;
+        self.settle();
+        Ok(())
+    }
+
+    /// Writes on other queue pairs know no order with a message on the main one: before a range is zeroed, writes in
+    /// flight to its chunks complete.
+    fn wait_for_chunks(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
+        if self.data.is_empty() {
+            return Ok(());
+        }
+        for chunk in chunk_of(run.range.start)..=chunk_of(run.range.end - 1) {
+            let queue = self.queue_of(run.block, chunk);
+            while queue > 0 && self.chunk_flights.contains_key(&(run.block, chunk)) {
+                self.channel(queue).ring()?;
+                if !self.pump()? {
+                    self.channel(queue).rest(stop)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A chunk's writes all take one queue pair, so they keep their order.
+    fn queue_of(&self, block: u32, chunk: u64) -> usize {
+        let queues = self.queue_pairs() as u64;
+        ((chunk + u64::from(block)) % queues) as usize
+    }
+
+    fn channel(&mut self, queue: usize) -> &mut Channel {
+        match queue.checked_sub(1) {
+            Some(data) => &mut self.data[data],
+            None => &mut self.main.channel,
+        }
+    }
+
+    /// A queue pair with something in flight.
+    fn busiest(&self) -> usize {
+        self.data.iter().position(|channel| !channel.is_idle()).map_or(0, |index| index + 1)
+    }
+
+    /// Hands gathered writes to the device.
+    fn ring(&mut self) -> Result<(), HooksError> {
+        self.main.channel.ring()?;
+        self.data.iter_mut().try_for_each(Channel::ring)
+    }
+
+    /// Takes in completions and messages of all queue pairs; true if there were any.
+    fn pump(&mut self) -> Result<bool, HooksError> {
+        let mut news = self.main.pump()?;
+        for channel in &mut self.data {
+            news |= channel.pump()?;
+            if channel.has_arrived() {
+                return Err(HooksError::unexpected(Kind::Stream, "a queue pair carries only writes"));
+            }
+        }
+        self.settle();
+        Ok(news)
+    }
+
+    /// Books what has taken effect.
+    fn settle(&mut self) {
+        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.data);
+        for note in channels.flat_map(|channel| channel.retired.drain(..)) {
+            if let Some(span) = note.span {
+                self.spans.retired(span);
+            }
+            if let Some(count) = self.chunk_flights.get_mut(&(note.block, note.chunk)) {
+                *count -= 1;
+                if *count == 0 {
+                    self.chunk_flights.remove(&(note.block, note.chunk));
+                }
+            }
+        }
+        while self.zeroing.front().is_some_and(|zeroing| self.main.is_finished(zeroing.message)) {
+            self.zeroing.pop_front();
+        }
+    }
+
+    /// Hook: the round ends. Whatever was saved in it reaches the destination's memory before anything later does. In
+    /// the setup round the block tables are exchanged (and with pin-all everything is registered, at both ends at
+    /// once); at the end of the last round everything has taken effect.
+    ///
+    /// # Errors
+    ///
+    /// [`HooksError::OutOfOrder`] if `kind` is not the open round's; anything else ends the migration.
+    pub fn registration_stop(&mut self, kind: RamControl, stop: &Stop) -> Result<(), HooksError> {
+        if self.postcopy {
+            return Ok(());
+        }
+        if self.enter_round(stop)? != kind {
+            return Err(HooksError::OutOfOrder("another round is open"));
+        }
+        self.flush_pages(stop)?;
+        match kind {
+            RamControl::Setup => self.exchange_blocks(stop)?,
+            RamControl::Round => {}
+            RamControl::Finish => self.drain(stop)?,
+        }
+        let mut fence = Vec::new();
+        Message::Fence { round: self.rounds }.encode(&mut fence);
+        for channel in &mut self.data {
+            channel.send(&[&fence], stop)?;
+        }
+        self.main.send(&Message::RegisterFinished, stop)?;
+        self.settle();
+        self.round = Round::Closed;
+        Ok(())
+    }
+
+    fn flush_pages(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        if let Some(run) = self.merger.take() {
+            self.write_out(run, stop)?;
+        }
+        self.ring()
+    }
+
+    fn exchange_blocks(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        self.main.send(&Message::RamBlocksRequest, stop)?;
+        let mut locals = Vec::new();
+        if self.granted.pin_all {
+            for block in &self.blocks {
+                let endpoint = self.main.channel.endpoint();
+                locals.push(endpoint.register(&block.region, Access::Read, AddressBase::Host)?);
+                self.main.channel.counters.registrations += 1;
+                self.main.channel.counters.registered_bytes += block.region.len();
+            }
+        }
+        let records = match self.reply(stop)? {
+            Message::RamBlocksResult(records) => records,
+            other => return Err(HooksError::unexpected(other.kind(), "waiting for the block table")),
+        };
+        check_records(&self.blocks, &records)?;
+        for (index, local) in locals.into_iter().enumerate() {
+            let (rkey, base) = (records[index].rkey, records[index].base);
+            if rkey == 0 {
+                return Err(HooksError::NoKey { block: self.blocks[index].name.clone(), chunk: 0 });
+            }
+            self.pinned.push(Pinned { local, rkey, base });
+        }
+        self.remote = records;
+        Ok(())
+    }
+
+    /// Looks what has arrived at the destination, without waiting. All saves up to the ticket have.
+    ///
+    /// # Errors
+    ///
+    /// What the connection met: pages after the last ticket reported may not have arrived.
+    pub fn collect(&mut self) -> Result<Ticket, HooksError> {
+        self.ring()?;
+        self.pump()?;
+        let channels = std::iter::once(&self.main.channel).chain(&self.data);
+        let waiting = channels.filter_map(Channel::oldest_ticket);
+        let merging = self.merger.pending().map(|run| run.ticket);
+        let zeroing = self.zeroing.front().map(|zeroing| zeroing.ticket);
+        let oldest = waiting.chain(merging).chain(zeroing).min();
+        Ok(Ticket(oldest.map_or(self.ticket, |oldest| oldest - 1)))
+    }
+
+    /// True if a page can be posted without waiting for the device.
+    pub fn has_room(&self) -> bool {
+        self.main.channel.room() > 1 && self.data.iter().all(|channel| channel.room() > 1)
+    }
+
+    /// Waits until everything saved has arrived.
+    ///
+    /// # Errors
+    ///
+    /// What the connection met.
+    pub fn drain(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        self.flush_pages(stop)?;
+        while self.collect()? < Ticket(self.ticket) {
+            let queue = self.busiest();
+            self.channel(queue).rest(stop)?;
+        }
+        Ok(())
+    }
+
+    /// From now on pages travel in the stream.
+    ///
+    /// # Errors
+    ///
+    /// [`HooksError::OutOfOrder`] while a round is open; what draining meets: a write after the destination discards
+    /// pages would land in memory that is no longer the guest's.
+    pub fn begin_postcopy(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        if self.round != Round::Closed {
+            return Err(HooksError::OutOfOrder("postcopy begins between rounds"));
+        }
+        self.drain(stop)?;
+        self.postcopy = true;
+        Ok(())
+    }
+
+    /// Everything is said: sends the last bytes and waits for the destination to close the connection, so that
+    /// nothing it has not read yet is lost. True if it closed within 10 s; without a return path that is the only sign
+    /// that it read everything.
+    ///
+    /// # Errors
+    ///
+    /// What the connection met; the destination may or may not have everything.
+    pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
+        self.main.flush(stop)?;
+        self.drain(stop)?;
+        self.main.wait_for(stop, |main| main.channel.is_idle().then_some(()))?;
+        self.data.iter_mut().for_each(Channel::leave);
+        let stop = stop.within(self.main.channel.now(), PART_WITHIN);
+        if self.granted.extension.is_some() {
+            // The peer says when it has read everything; a QEMU only closes.
+            self.main.wait_for(&stop, |main| main.peer_is_done().then_some(()))?;
+            self.main.channel.leave();
+            return Ok(true);
+        }
+        let parted = self.main.channel.part(&stop)?;
+        tracing::debug!(parted, "source connection closed");
+        Ok(parted)
+    }
+
+    /// What this end did so far.
+    pub fn counters(&self) -> Counters {
+        let mut sum = self.main.channel.counters;
+        self.data.iter().for_each(|channel| sum += channel.counters);
+        sum
+    }
+
+    /// Bytes registered now.
+    pub fn registered_bytes(&self) -> u64 {
+        self.spans.pinned_bytes() + self.pinned.iter().map(|pinned| pinned.local.len).sum::<u64>()
+    }
+
+    /// Moves out how long signalled writes took from post to completion; see
+    /// [`SourceConfig::record_latencies`]. At most 65536 are kept per queue pair in between.
+    pub fn drain_latencies(&mut self, into: &mut Vec<Duration>) {
+        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.data);
+        for list in channels.filter_map(|channel| channel.latencies.as_mut()) {
+            into.append(list);
+        }
+    }
+}
+
+fn offer(config: &SourceConfig, role: Role) -> Option<Extension> {
+    let ExtensionOffer { data_queues, window, migration } = config.extension?;
+    Some(Extension { role, data_queues, window, migration })
+}

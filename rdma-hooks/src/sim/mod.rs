@@ -1,0 +1,368 @@
+//! A fabric inside one process, for tests: virtual time, seeded delays, seeded faults.
+//!
+//! Two (or more) threads run real hooks over simulated queue pairs. Virtual time stands still while any of them runs
+//! and moves to the next event when all of them wait, so a seed gives the same history every time. Deliveries keep
+//! their order on a queue pair and overtake each other across queue pairs, as on a network. The simulated device
+//! checks what a NIC checks: keys, ranges, access, receive buffers, queue depth; it reads memory when a write is
+//! delivered, not when it is posted.
+//!
+//! # Example
+//!
+//! See the [crate's front page](crate).
+
+mod memory;
+mod world;
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+pub use memory::SparseMemory;
+
+use crate::fabric::{
+    Access, AddressBase, Completion, ConnectParams, Endpoint, Fabric, FabricError, Incoming, Limits,
+    LinkState, Listener, Registration, WriteRequest,
+};
+use crate::region::HostRegion;
+use crate::stop::Stop;
+use world::{EndpointId, Shared, World};
+
+/// Which of the simulation's hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Host {
+    /// The first one.
+    A,
+    /// The second one.
+    B,
+}
+
+/// Something that goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The process dies when it sends its `message`-th message (from 0); the peer's host says so.
+    Killed {
+        /// Messages sent before.
+        message: u64,
+    },
+    /// The host loses power when it sends its `message`-th message; nobody says so.
+    PowerLoss {
+        /// Messages sent before.
+        message: u64,
+    },
+    /// The device goes away at the `request`-th request (send or write).
+    DeviceRemoved {
+        /// Requests posted before.
+        request: u64,
+    },
+    /// The `request`-th request completes with an error.
+    BadCompletion {
+        /// Requests posted before.
+        request: u64,
+    },
+    /// The `registration`-th registration is refused.
+    RegistrationRefused {
+        /// Registrations made before.
+        registration: u64,
+    },
+}
+
+/// How the simulated network behaves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SimConfig {
+    /// Everything random comes from it.
+    pub seed: u64,
+    /// Threads that take part; time stands still until all have called [`SimFabric::enter`].
+    pub threads: usize,
+    /// Longest delay of a delivery.
+    pub max_delay: Duration,
+    /// How many of 1000 deliveries are lost and sent again by the transport.
+    pub loss_per_mille: u64,
+    /// What goes wrong where.
+    pub faults: Vec<(Host, Fault)>,
+    /// Requests a queue pair takes at a time, at most.
+    pub send_depth: usize,
+}
+
+impl Default for SimConfig {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            threads: 2,
+            max_delay: Duration::from_micros(200),
+            loss_per_mille: 0,
+            faults: Vec::new(),
+            send_depth: 512,
+        }
+    }
+}
+
+/// The network between the hosts.
+#[derive(Clone)]
+pub struct Sim(Arc<Shared>);
+
+impl Sim {
+    /// A network at time zero.
+    pub fn new(config: SimConfig) -> Self {
+        Self(Arc::new(Shared::new(World::new(config))))
+    }
+
+    /// The fabric as one host sees it.
+    pub fn fabric(&self, host: Host) -> SimFabric {
+        SimFabric { shared: Arc::clone(&self.0), host }
+    }
+
+    /// Registrations that exist now, on all hosts. Zero after a migration, or something leaks.
+    pub fn live_registrations(&self) -> usize {
+        self.0.lock().regions.len()
+    }
+
+    /// Messages a host has sent so far.
+    pub fn messages_sent(&self, host: Host) -> u64 {
+        self.0.lock().messages_sent(host)
+    }
+
+    /// Messages that met no receive buffer. Zero, or one end broke the credit protocol.
+    pub fn unready_messages(&self) -> u64 {
+        self.0.lock().unready_messages
+    }
+
+    /// Time since the network was made.
+    pub fn elapsed(&self) -> Duration {
+        self.0.lock().now
+    }
+}
+
+/// One host's fabric.
+#[derive(Clone)]
+pub struct SimFabric {
+    shared: Arc<Shared>,
+    host: Host,
+}
+
+/// A thread's part in the simulation; dropping it lets time go on without the thread.
+#[must_use = "the thread takes part while this lives"]
+pub struct Part {
+    shared: Arc<Shared>,
+}
+
+impl SimFabric {
+    /// The calling thread takes part from now on.
+    pub fn enter(&self) -> Part {
+        self.shared.lock().enter();
+        self.shared.changed.notify_all();
+        Part { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        self.shared.lock().leave();
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Fabric for SimFabric {
+    fn connect(
+        &self,
+        _host: &str,
+        port: u16,
+        params: &ConnectParams,
+        stop: &Stop,
+    ) -> Result<Box<dyn Endpoint>, FabricError> {
+        let id = self.shared.lock().connect(self.host, port, params);
+        let endpoint =
+            SimEndpoint { shared: Arc::clone(&self.shared), id, private_data: Vec::new(), slots: Vec::new() };
+        loop {
+            let mut world = self.shared.lock();
+            match world.connected(id) {
+                Some(answer) => {
+                    drop(world);
+                    return Ok(Box::new(endpoint.with_private_data(answer?)));
+                }
+                None => {
+                    stop.check(world.instant())?;
+                    let until = world.now + stop.slice(world.instant());
+                    world = self.shared.wait(world, world::Place::Endpoint(id), until);
+                    drop(world);
+                }
+            }
+        }
+    }
+
+    fn listen(&self, _host: &str, port: u16) -> Result<Box<dyn Listener>, FabricError> {
+        self.shared.lock().listen(port);
+        Ok(Box::new(SimListener { shared: Arc::clone(&self.shared), host: self.host, port }))
+    }
+
+    fn now(&self) -> Instant {
+        self.shared.lock().instant()
+    }
+}
+
+struct SimListener {
+    shared: Arc<Shared>,
+    host: Host,
+    port: u16,
+}
+
+impl Listener for SimListener {
+    fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn next_request(&mut self, stop: &Stop) -> Result<Box<dyn Incoming>, FabricError> {
+        loop {
+            let mut world = self.shared.lock();
+            if let Some((from, private_data)) = world.next_request(self.port) {
+                let (shared, host) = (Arc::clone(&self.shared), self.host);
+                return Ok(Box::new(SimIncoming { shared, host, from, private_data, answered: false }));
+            }
+            world.alive(self.host)?;
+            stop.check(world.instant())?;
+            let until = world.now + stop.slice(world.instant());
+            drop(self.shared.wait(world, world::Place::Port(self.port), until));
+        }
+    }
+}
+
+struct SimIncoming {
+    shared: Arc<Shared>,
+    host: Host,
+    from: EndpointId,
+    private_data: Vec<u8>,
+    answered: bool,
+}
+
+impl Incoming for SimIncoming {
+    fn private_data(&self) -> &[u8] {
+        &self.private_data
+    }
+
+    fn peer(&self) -> Option<SocketAddr> {
+        None
+    }
+
+    fn accept(
+        mut self: Box<Self>,
+        params: &ConnectParams,
+        _: &Stop,
+    ) -> Result<Box<dyn Endpoint>, FabricError> {
+        self.answered = true;
+        let id = self.shared.lock().accept(self.host, self.from, params)?;
+        let shared = Arc::clone(&self.shared);
+        Ok(Box::new(SimEndpoint { shared, id, private_data: Vec::new(), slots: Vec::new() }))
+    }
+}
+
+impl Drop for SimIncoming {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.shared.lock().reject(self.from);
+        }
+    }
+}
+
+struct SimEndpoint {
+    shared: Arc<Shared>,
+    id: EndpointId,
+    private_data: Vec<u8>,
+    /// Received messages by buffer, moved out of the world when reported.
+    slots: Vec<Vec<u8>>,
+}
+
+impl SimEndpoint {
+    fn with_private_data(mut self, private_data: Vec<u8>) -> Self {
+        self.private_data = private_data;
+        self
+    }
+}
+
+impl Endpoint for SimEndpoint {
+    fn private_data(&self) -> &[u8] {
+        &self.private_data
+    }
+
+    fn limits(&self) -> Limits {
+        let send_depth = self.shared.lock().endpoint(self.id).send_depth;
+        Limits { send_depth, inline_bytes: 0, max_registration_bytes: u64::MAX, on_demand: false }
+    }
+
+    fn now(&self) -> Instant {
+        self.shared.lock().instant()
+    }
+
+    fn register(
+        &self,
+        region: &HostRegion,
+        access: Access,
+        base: AddressBase,
+    ) -> Result<Registration, FabricError> {
+        let (key, address) = self.shared.lock().register(self.id, region, access, base)?;
+        let guard = Guard { shared: Arc::clone(&self.shared), key };
+        Ok(Registration { lkey: key, rkey: key, address, len: region.len(), guard: Box::new(guard) })
+    }
+
+    fn post_writes(&mut self, chain: &[WriteRequest]) -> Result<(), FabricError> {
+        self.shared.lock().post_writes(self.id, chain)
+    }
+
+    fn post_send(&mut self, id: u64, parts: &[&[u8]]) -> Result<(), FabricError> {
+        self.shared.lock().post_send(self.id, id, parts.concat())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), FabricError> {
+        let (slots, shared) = (&mut self.slots, &self.shared);
+        shared.lock().poll(self.id, out, |slot, bytes| {
+            if slots.len() <= slot {
+                slots.resize(slot + 1, Vec::new());
+            }
+            slots[slot] = bytes;
+        });
+        Ok(())
+    }
+
+    fn received(&self, slot: usize) -> &[u8] {
+        self.slots.get(slot).map_or(&[], Vec::as_slice)
+    }
+
+    fn repost(&mut self, slot: usize) -> Result<(), FabricError> {
+        self.shared.lock().repost(self.id, slot);
+        Ok(())
+    }
+
+    fn wait(&mut self, at_most: Duration) -> Result<(), FabricError> {
+        let world = self.shared.lock();
+        let until = world.now + at_most;
+        drop(self.shared.wait(world, world::Place::Endpoint(self.id), until));
+        Ok(())
+    }
+
+    fn link(&mut self) -> Result<LinkState, FabricError> {
+        Ok(self.shared.lock().endpoint(self.id).link)
+    }
+
+    fn disconnect(&mut self) {
+        self.shared.lock().disconnect(self.id);
+    }
+}
+
+impl Drop for SimEndpoint {
+    fn drop(&mut self) {
+        self.disconnect();
+    }
+}
+
+struct Guard {
+    shared: Arc<Shared>,
+    key: u32,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.shared.lock().regions.remove(&self.key);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

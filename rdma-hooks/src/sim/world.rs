@@ -1,0 +1,732 @@
+//! The simulated network's state and clock.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Fault, Host, SimConfig, lock};
+use crate::fabric::{
+    Access, AddressBase, Completion, CompletionStatus, ConnectParams, FabricError, LinkState, Operation,
+    WriteRequest,
+};
+use crate::region::HostRegion;
+
+/// The transport gives up on a silent peer after this long.
+const RETRIES_TAKE: Duration = Duration::from_secs(2);
+/// A lost packet is sent again after this long.
+const RETRANSMIT: Duration = Duration::from_millis(4);
+/// The thread that should move time may have died: another one does it after this long by the real clock.
+const STALL: Duration = Duration::from_secs(3);
+/// Private data is padded to these sizes, as on a real fabric.
+const REQUEST_BYTES: usize = 56;
+const REPLY_BYTES: usize = 196;
+
+pub(super) type EndpointId = usize;
+
+/// Where a thread waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    Endpoint(EndpointId),
+    Port(u16),
+}
+
+pub(super) struct Shared {
+    world: Mutex<World>,
+    pub(super) changed: Condvar,
+}
+
+impl Shared {
+    pub(super) fn new(world: World) -> Self {
+        Self { world: Mutex::new(world), changed: Condvar::new() }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, World> {
+        lock(&self.world)
+    }
+
+    /// Waits until something happens at `place` or virtual time reaches `until`.
+    pub(super) fn wait<'a>(
+        &'a self,
+        mut world: MutexGuard<'a, World>,
+        place: Place,
+        until: Duration,
+    ) -> MutexGuard<'a, World> {
+        if world.has_news(place) {
+            return world;
+        }
+        let ticket = world.start_waiting(place, until);
+        loop {
+            if world.woken(ticket) {
+                return world;
+            }
+            if world.all_wait() {
+                world.advance();
+                self.changed.notify_all();
+                continue;
+            }
+            let (next, timeout) =
+                self.changed.wait_timeout(world, STALL).unwrap_or_else(PoisonError::into_inner);
+            world = next;
+            if timeout.timed_out() {
+                world.advance();
+                self.changed.notify_all();
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Waiter {
+    ticket: u64,
+    place: Place,
+    until: Duration,
+    woken: bool,
+}
+
+#[derive(Debug)]
+enum Event {
+    Request { port: u16, from: EndpointId },
+    Answer { to: EndpointId, answer: Option<(EndpointId, Vec<u8>)> },
+    Message { to: EndpointId, from: EndpointId, id: u64, bytes: Vec<u8> },
+    Write { to: EndpointId, from: EndpointId, request: WriteRequest },
+    Ack { to: EndpointId, id: u64 },
+    Fail { to: EndpointId, operation: Operation, status: CompletionStatus },
+    LinkDown { to: EndpointId },
+}
+
+#[derive(Debug)]
+struct Timed {
+    at: Duration,
+    host: Host,
+    seq: u64,
+    event: Event,
+}
+
+impl Timed {
+    fn key(&self) -> (Duration, Host, u64) {
+        (self.at, self.host, self.seq)
+    }
+}
+
+impl PartialEq for Timed {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for Timed {}
+
+impl PartialOrd for Timed {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Timed {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.key().cmp(&other.key())
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct EndpointState {
+    host: Host,
+    peer: Option<EndpointId>,
+    pub(super) link: LinkState,
+    pub(super) send_depth: usize,
+    answer: Option<Result<Vec<u8>, CompletionStatus>>,
+    private_data: Vec<u8>,
+    free_slots: VecDeque<usize>,
+    /// Messages that found no buffer; the transport tries again.
+    unready: VecDeque<(EndpointId, u64, Vec<u8>)>,
+    received: VecDeque<(usize, Vec<u8>)>,
+    completions: VecDeque<Completion>,
+    /// Requests not yet completed, oldest first: id, signalled, what.
+    queue: VecDeque<(u64, bool, Operation)>,
+    broken: bool,
+    last_arrival: Duration,
+    last_ack: Duration,
+    random: u64,
+    news: bool,
+}
+
+#[derive(Debug)]
+struct Region {
+    host: Host,
+    region: HostRegion,
+    access: Access,
+    address: u64,
+}
+
+#[derive(Debug, Default)]
+struct HostState {
+    endpoints: u64,
+    events: u64,
+    messages: u64,
+    requests: u64,
+    registrations: u64,
+    dead: bool,
+    silent: bool,
+}
+
+pub(super) struct World {
+    config: SimConfig,
+    epoch: Instant,
+    pub(super) now: Duration,
+    entered: usize,
+    left: usize,
+    waiters: Vec<Waiter>,
+    next_ticket: u64,
+    events: BinaryHeap<Reverse<Timed>>,
+    hosts: BTreeMap<Host, HostState>,
+    endpoints: Vec<EndpointState>,
+    ports: HashMap<u16, VecDeque<(EndpointId, Vec<u8>)>>,
+    pub(super) regions: HashMap<u32, RegionEntry>,
+    next_key: u32,
+    /// Messages that found no receive buffer: the peer broke the credit protocol.
+    pub(super) unready_messages: u64,
+}
+
+/// Kept opaque to the fabric above.
+pub(super) struct RegionEntry(Region);
+
+impl World {
+    pub(super) fn new(config: SimConfig) -> Self {
+        Self {
+            config,
+            epoch: Instant::now(),
+            now: Duration::ZERO,
+            entered: 0,
+            left: 0,
+            waiters: Vec::new(),
+            next_ticket: 0,
+            events: BinaryHeap::new(),
+            hosts: BTreeMap::new(),
+            endpoints: Vec::new(),
+            ports: HashMap::new(),
+            regions: HashMap::new(),
+            next_key: 0x100,
+            unready_messages: 0,
+        }
+    }
+
+    // --- time and threads -------------------------------------------------------------------------------------------
+
+    pub(super) fn instant(&self) -> Instant {
+        self.epoch + self.now
+    }
+
+    pub(super) fn enter(&mut self) {
+        self.entered += 1;
+    }
+
+    pub(super) fn leave(&mut self) {
+        self.left += 1;
+    }
+
+    fn start_waiting(&mut self, place: Place, until: Duration) -> u64 {
+        self.next_ticket += 1;
+        self.waiters.push(Waiter { ticket: self.next_ticket, place, until, woken: false });
+        self.next_ticket
+    }
+
+    fn woken(&mut self, ticket: u64) -> bool {
+        let Some(index) = self.waiters.iter().position(|waiter| waiter.ticket == ticket) else { return true };
+        let woken = self.waiters[index].woken;
+        if woken {
+            self.waiters.swap_remove(index);
+        }
+        woken
+    }
+
+    fn all_wait(&self) -> bool {
+        let all_here = self.entered >= self.config.threads;
+        let asleep = self.waiters.iter().filter(|waiter| !waiter.woken).count();
+        all_here && asleep == self.waiters.len() && asleep >= self.entered - self.left
+    }
+
+    /// Moves time to the next event or deadline, lets all events of that moment happen, and wakes whom they concern.
+    fn advance(&mut self) {
+        let deadline = self.waiters.iter().map(|waiter| waiter.until).min();
+        let event = self.events.peek().map(|Reverse(timed)| timed.at);
+        let Some(next) = deadline.into_iter().chain(event).min() else { return };
+        self.now = self.now.max(next);
+        while self.events.peek().is_some_and(|Reverse(timed)| timed.at <= self.now) {
+            if let Some(Reverse(timed)) = self.events.pop() {
+                self.happen(timed.event);
+            }
+        }
+        for index in 0..self.waiters.len() {
+            let due = self.waiters[index].until <= self.now;
+            let news = self.has_news(self.waiters[index].place);
+            self.waiters[index].woken |= due || news;
+        }
+    }
+
+    fn has_news(&self, place: Place) -> bool {
+        match place {
+            Place::Endpoint(id) => self.endpoints[id].news,
+            Place::Port(port) => self.ports.get(&port).is_some_and(|requests| !requests.is_empty()),
+        }
+    }
+
+    fn schedule(&mut self, host: Host, at: Duration, event: Event) {
+        let state = self.hosts.entry(host).or_default();
+        state.events += 1;
+        let seq = state.events;
+        self.events.push(Reverse(Timed { at, host, seq, event }));
+    }
+
+    /// A delivery from `from`, in order behind what it sent before. `None`: lost for good.
+    fn arrival(&mut self, from: EndpointId, ack: bool) -> Option<Duration> {
+        let (loss, span) = (self.config.loss_per_mille, self.config.max_delay.as_nanos() as u64 + 1);
+        let now = self.now;
+        let endpoint = &mut self.endpoints[from];
+        let mut delay = Duration::from_nanos(next_random(&mut endpoint.random) % span);
+        let mut tries = 0;
+        while next_random(&mut endpoint.random) % 1000 < loss {
+            delay += RETRANSMIT;
+            tries += 1;
+            if tries > 7 {
+                return None;
+            }
+        }
+        let last = if ack { &mut endpoint.last_ack } else { &mut endpoint.last_arrival };
+        *last = (now + delay).max(*last + Duration::from_nanos(1));
+        Some(*last)
+    }
+
+    // --- hosts and faults -------------------------------------------------------------------------------------------
+
+    pub(super) fn messages_sent(&self, host: Host) -> u64 {
+        self.hosts.get(&host).map_or(0, |state| state.messages)
+    }
+
+    pub(super) fn alive(&self, host: Host) -> Result<(), FabricError> {
+        if self.hosts.get(&host).is_some_and(|state| state.dead) {
+            Err(FabricError::DeviceRemoved)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn faults(&self, host: Host) -> impl Iterator<Item = Fault> + '_ {
+        self.config.faults.iter().filter(move |(at, _)| *at == host).map(|&(_, fault)| fault)
+    }
+
+    /// Everything of a host ends; its peers learn of it unless it went silently.
+    fn end_host(&mut self, host: Host, silent: bool) {
+        let state = self.hosts.entry(host).or_default();
+        (state.dead, state.silent) = (true, silent);
+        for id in 0..self.endpoints.len() {
+            if self.endpoints[id].host == host {
+                self.tear_down(id, LinkState::DeviceRemoved, silent);
+            }
+        }
+    }
+
+    fn tear_down(&mut self, id: EndpointId, link: LinkState, silent: bool) {
+        let endpoint = &mut self.endpoints[id];
+        let (peer, host) = (endpoint.peer, endpoint.host);
+        if endpoint.link == LinkState::Up {
+            endpoint.link = link;
+            endpoint.news = true;
+            self.flush(id);
+            if let Some(peer) = peer
+                && !silent
+                && let Some(at) = self.arrival(id, false)
+            {
+                self.schedule(host, at, Event::LinkDown { to: peer });
+            }
+        }
+    }
+
+    fn flush(&mut self, id: EndpointId) {
+        let endpoint = &mut self.endpoints[id];
+        endpoint.broken = true;
+        endpoint.news = true;
+        for (_, _, operation) in endpoint.queue.drain(..) {
+            let flushed = Completion::Failed { operation, status: CompletionStatus::Flushed, vendor: 0 };
+            endpoint.completions.push_back(flushed);
+        }
+    }
+
+    /// Counts a request and applies the faults due. Err: the host is dead. Ok(true): the request shall fail.
+    fn count_request(&mut self, id: EndpointId, message: bool) -> Result<bool, FabricError> {
+        let host = self.endpoints[id].host;
+        self.alive(host)?;
+        let state = self.hosts.entry(host).or_default();
+        let (requests, messages) = (state.requests, state.messages);
+        state.requests += 1;
+        state.messages += u64::from(message);
+        let mut bad = false;
+        let faults: Vec<Fault> = self.faults(host).collect();
+        for fault in faults {
+            match fault {
+                Fault::Killed { message: at } if message && at == messages => self.end_host(host, false),
+                Fault::PowerLoss { message: at } if message && at == messages => self.end_host(host, true),
+                Fault::DeviceRemoved { request } if request == requests => self.end_host(host, false),
+                Fault::BadCompletion { request } => bad |= request == requests,
+                _ => {}
+            }
+        }
+        self.alive(host)?;
+        Ok(bad)
+    }
+
+    // --- connections ------------------------------------------------------------------------------------------------
+
+    fn new_endpoint(&mut self, host: Host, params: &ConnectParams) -> EndpointId {
+        let state = self.hosts.entry(host).or_default();
+        state.endpoints += 1;
+        let mut random = self.config.seed ^ (state.endpoints << 32) ^ ((host as u64 + 1) << 56);
+        next_random(&mut random);
+        self.endpoints.push(EndpointState {
+            host,
+            peer: None,
+            link: LinkState::Up,
+            send_depth: params.send_depth.min(self.config.send_depth),
+            answer: None,
+            private_data: params.private_data.clone(),
+            free_slots: (0..params.receives).collect(),
+            unready: VecDeque::new(),
+            received: VecDeque::new(),
+            completions: VecDeque::new(),
+            queue: VecDeque::new(),
+            broken: false,
+            last_arrival: self.now,
+            last_ack: self.now,
+            random,
+            news: false,
+        });
+        self.endpoints.len() - 1
+    }
+
+    pub(super) fn endpoint(&self, id: EndpointId) -> &EndpointState {
+        &self.endpoints[id]
+    }
+
+    pub(super) fn connect(&mut self, host: Host, port: u16, params: &ConnectParams) -> EndpointId {
+        let from = self.new_endpoint(host, params);
+        if let Some(at) = self.arrival(from, false) {
+            self.schedule(host, at, Event::Request { port, from });
+        }
+        from
+    }
+
+    pub(super) fn connected(&mut self, id: EndpointId) -> Option<Result<Vec<u8>, FabricError>> {
+        let host = self.endpoints[id].host;
+        let endpoint = &mut self.endpoints[id];
+        endpoint.news = false;
+        match (endpoint.answer.take(), self.alive(host)) {
+            (_, Err(dead)) => Some(Err(dead)),
+            (Some(Ok(private_data)), _) => Some(Ok(private_data)),
+            (Some(Err(_)), _) => Some(Err(FabricError::Event {
+                wanted: "ESTABLISHED",
+                got: "REJECTED",
+                status: 0,
+                remedy: "nobody listens there, or the peer does not want this connection",
+            })),
+            (None, _) => None,
+        }
+    }
+
+    pub(super) fn listen(&mut self, port: u16) {
+        self.ports.entry(port).or_default();
+    }
+
+    pub(super) fn next_request(&mut self, port: u16) -> Option<(EndpointId, Vec<u8>)> {
+        self.ports.get_mut(&port)?.pop_front()
+    }
+
+    pub(super) fn accept(
+        &mut self,
+        host: Host,
+        from: EndpointId,
+        params: &ConnectParams,
+    ) -> Result<EndpointId, FabricError> {
+        self.alive(host)?;
+        let id = self.new_endpoint(host, params);
+        self.endpoints[id].peer = Some(from);
+        let answer = Some((id, padded(&params.private_data, REPLY_BYTES)));
+        if let Some(at) = self.arrival(id, false) {
+            self.schedule(host, at, Event::Answer { to: from, answer });
+        }
+        Ok(id)
+    }
+
+    pub(super) fn reject(&mut self, from: EndpointId) {
+        let (host, at) = (self.endpoints[from].host, self.now);
+        self.schedule(host, at, Event::Answer { to: from, answer: None });
+    }
+
+    pub(super) fn disconnect(&mut self, id: EndpointId) {
+        let silent = self.hosts.get(&self.endpoints[id].host).is_some_and(|state| state.silent);
+        self.tear_down(id, LinkState::Disconnected, silent);
+        self.endpoints[id].broken = true;
+    }
+
+    // --- memory -----------------------------------------------------------------------------------------------------
+
+    pub(super) fn register(
+        &mut self,
+        id: EndpointId,
+        region: &HostRegion,
+        access: Access,
+        base: AddressBase,
+    ) -> Result<(u32, u64), FabricError> {
+        let host = self.endpoints[id].host;
+        self.alive(host)?;
+        let state = self.hosts.entry(host).or_default();
+        let number = state.registrations;
+        state.registrations += 1;
+        let refused = |fault: Fault| matches!(fault, Fault::RegistrationRefused { registration } if registration == number);
+        if self.faults(host).any(refused) {
+            return Err(FabricError::Registration {
+                bytes: region.len(),
+                registered: 0,
+                remedy: "this is a simulated refusal",
+                source: std::io::Error::from_raw_os_error(libc::ENOMEM),
+            });
+        }
+        self.next_key += 1;
+        let key = self.next_key;
+        let address = match base {
+            AddressBase::At(address) => address,
+            AddressBase::Host => u64::from(key) << 40,
+        };
+        self.regions.insert(key, RegionEntry(Region { host, region: region.clone(), access, address }));
+        Ok((key, address))
+    }
+
+    fn find_region(&self, host: Host, key: u32, at: u64, len: u64) -> Option<(&Region, u64)> {
+        let region = &self.regions.get(&key)?.0;
+        let offset = at.checked_sub(region.address)?;
+        let fits = offset.checked_add(len)? <= region.region.len();
+        (fits && region.host == host).then_some((region, offset))
+    }
+
+    // --- requests ---------------------------------------------------------------------------------------------------
+
+    pub(super) fn post_send(&mut self, from: EndpointId, id: u64, bytes: Vec<u8>) -> Result<(), FabricError> {
+        let bad = self.count_request(from, true)?;
+        self.enqueue(from, id, true, Operation::Send)?;
+        match self.endpoints[from].peer {
+            Some(to) => self.deliver(from, Operation::Send, bad, Event::Message { to, from, id, bytes }),
+            None => self.flush(from),
+        }
+        Ok(())
+    }
+
+    pub(super) fn post_writes(
+        &mut self,
+        from: EndpointId,
+        chain: &[WriteRequest],
+    ) -> Result<(), FabricError> {
+        for &request in chain {
+            let bad = self.count_request(from, false)?;
+            self.enqueue(from, request.id, request.signalled, Operation::Write)?;
+            match self.endpoints[from].peer {
+                Some(to) => self.deliver(from, Operation::Write, bad, Event::Write { to, from, request }),
+                None => self.flush(from),
+            }
+        }
+        Ok(())
+    }
+
+    fn enqueue(
+        &mut self,
+        from: EndpointId,
+        id: u64,
+        signalled: bool,
+        operation: Operation,
+    ) -> Result<(), FabricError> {
+        let endpoint = &mut self.endpoints[from];
+        if endpoint.queue.len() >= endpoint.send_depth {
+            return Err(FabricError::QueueFull);
+        }
+        endpoint.queue.push_back((id, signalled, operation));
+        Ok(())
+    }
+
+    fn deliver(&mut self, from: EndpointId, operation: Operation, bad: bool, event: Event) {
+        let host = self.endpoints[from].host;
+        if self.endpoints[from].broken {
+            self.flush(from);
+            return;
+        }
+        let fail = |status| Event::Fail { to: from, operation, status };
+        match self.arrival(from, false) {
+            Some(at) if bad => self.schedule(host, at, fail(CompletionStatus::RemoteOperation)),
+            Some(at) => self.schedule(host, at, event),
+            None => self.schedule(host, self.now + RETRIES_TAKE, fail(CompletionStatus::RetryExceeded)),
+        }
+    }
+
+    pub(super) fn poll(
+        &mut self,
+        id: EndpointId,
+        out: &mut Vec<Completion>,
+        mut store: impl FnMut(usize, Vec<u8>),
+    ) {
+        let endpoint = &mut self.endpoints[id];
+        endpoint.news = false;
+        out.extend(endpoint.completions.drain(..));
+        for (slot, bytes) in endpoint.received.drain(..) {
+            store(slot, bytes);
+            out.push(Completion::Received { slot });
+        }
+    }
+
+    pub(super) fn repost(&mut self, id: EndpointId, slot: usize) {
+        self.endpoints[id].free_slots.push_back(slot);
+        if let Some((from, message, bytes)) = self.endpoints[id].unready.pop_front() {
+            self.arrive(id, from, message, bytes);
+        }
+    }
+
+    // --- events -----------------------------------------------------------------------------------------------------
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Request { port, from } => {
+                let private_data = padded(&self.endpoints[from].private_data, REQUEST_BYTES);
+                match self.ports.get_mut(&port) {
+                    Some(requests) => requests.push_back((from, private_data)),
+                    None => self.reject(from),
+                }
+            }
+            Event::Answer { to, answer } => {
+                let endpoint = &mut self.endpoints[to];
+                endpoint.news = true;
+                endpoint.answer = Some(match answer {
+                    Some((peer, private_data)) => {
+                        endpoint.peer = Some(peer);
+                        Ok(private_data)
+                    }
+                    None => Err(CompletionStatus::RemoteInvalid),
+                });
+            }
+            Event::Message { to, from, id, bytes } => {
+                if self.reaches(to, from, Operation::Send) {
+                    self.arrive(to, from, id, bytes);
+                }
+            }
+            Event::Write { to, from, request } => {
+                if self.reaches(to, from, Operation::Write) {
+                    self.place(to, from, request);
+                }
+            }
+            Event::Ack { to, id } => self.acknowledge(to, id),
+            Event::Fail { to, operation, status } => {
+                if !self.endpoints[to].broken {
+                    let failed = Completion::Failed { operation, status, vendor: 0 };
+                    self.endpoints[to].completions.push_back(failed);
+                    self.flush(to);
+                }
+            }
+            Event::LinkDown { to } => {
+                let endpoint = &mut self.endpoints[to];
+                if endpoint.link == LinkState::Up {
+                    endpoint.link = LinkState::Disconnected;
+                    self.flush(to);
+                }
+            }
+        }
+    }
+
+    /// False if the target is gone: the transport tries for a while, then fails the request.
+    fn reaches(&mut self, to: EndpointId, from: EndpointId, operation: Operation) -> bool {
+        if self.endpoints[from].broken
+            && self.hosts.get(&self.endpoints[from].host).is_some_and(|host| host.dead)
+        {
+            return false;
+        }
+        if self.endpoints[to].broken {
+            let (host, at) = (self.endpoints[from].host, self.now + RETRIES_TAKE);
+            let status = CompletionStatus::RetryExceeded;
+            self.schedule(host, at, Event::Fail { to: from, operation, status });
+            return false;
+        }
+        true
+    }
+
+    fn arrive(&mut self, to: EndpointId, from: EndpointId, id: u64, bytes: Vec<u8>) {
+        let endpoint = &mut self.endpoints[to];
+        match endpoint.free_slots.pop_front() {
+            Some(slot) if endpoint.unready.is_empty() => {
+                endpoint.received.push_back((slot, bytes));
+                endpoint.news = true;
+                self.ack(to, from, id);
+            }
+            slot => {
+                endpoint.free_slots.extend(slot);
+                endpoint.unready.push_back((from, id, bytes));
+                self.unready_messages += 1;
+            }
+        }
+    }
+
+    fn ack(&mut self, by: EndpointId, to: EndpointId, id: u64) {
+        let host = self.endpoints[by].host;
+        if let Some(at) = self.arrival(by, true) {
+            self.schedule(host, at, Event::Ack { to, id });
+        }
+    }
+
+    fn place(&mut self, to: EndpointId, from: EndpointId, request: WriteRequest) {
+        let (source, target) = (self.endpoints[from].host, self.endpoints[to].host);
+        let len = u64::from(request.len);
+        let fail = |status| Event::Fail { to: from, operation: Operation::Write, status };
+        if len > 0 {
+            let mut bytes = vec![0; request.len as usize];
+            let read = self
+                .find_region(source, request.lkey, request.from, len)
+                .and_then(|(region, offset)| region.region.read(offset, &mut bytes).ok());
+            if read.is_none() {
+                self.schedule(source, self.now, fail(CompletionStatus::LocalProtection));
+                return;
+            }
+            let written = self
+                .find_region(target, request.rkey, request.to, len)
+                .filter(|(region, _)| region.access == Access::RemoteWrite)
+                .and_then(|(region, offset)| region.region.write(offset, &bytes).ok());
+            if written.is_none() {
+                self.schedule(source, self.now, fail(CompletionStatus::RemoteAccess));
+                self.flush(to);
+                return;
+            }
+        }
+        self.ack(to, from, request.id);
+    }
+
+    fn acknowledge(&mut self, to: EndpointId, id: u64) {
+        let endpoint = &mut self.endpoints[to];
+        let Some(&(_, signalled, _)) = endpoint.queue.iter().find(|(queued, _, _)| *queued == id) else {
+            return;
+        };
+        if signalled {
+            while endpoint.queue.front().is_some_and(|(queued, _, _)| *queued <= id) {
+                endpoint.queue.pop_front();
+            }
+            endpoint.completions.push_back(Completion::Done { id });
+            endpoint.news = true;
+        }
+    }
+}
+
+fn padded(bytes: &[u8], len: usize) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    bytes.resize(len.max(bytes.len()), 0);
+    bytes
+}
+
+/// The splitmix64 generator.
+fn next_random(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut mixed = *state;
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
