@@ -3,6 +3,7 @@
 
 mod args;
 mod common;
+mod inspect;
 mod progress;
 mod receive;
 mod render;
