@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use super::{demo, receive, send};
+use super::{demo, inspect, receive, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
@@ -38,6 +38,8 @@ enum Command {
     Receive(receive::Args),
     /// Send a guest that a folder holds to a waiting QEMU or ramwire
     Send(send::Args),
+    /// Print the structure of a captured stream
+    Inspect(inspect::Args),
     /// Print shell completions or the man page
     Generate(Generate),
 }
@@ -97,6 +99,7 @@ pub fn run() -> ExitCode {
         Command::DemoDestination(args) => demo::run_destination(&args),
         Command::Receive(args) => receive::run(&args),
         Command::Send(args) => send::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Generate(args) => generate(args.what),
     };
     exit.into()

@@ -4,6 +4,7 @@
 mod args;
 mod common;
 mod demo;
+mod inspect;
 mod progress;
 mod receive;
 mod render;
