@@ -6,4 +6,13 @@
 //! |-------|-------|------|
 //! | nouns | [`units`] | types with units |
 
+pub mod engine;
+pub mod guest;
+pub mod observe;
+pub mod page;
+pub mod ram;
+pub mod session;
+pub mod stream;
+pub mod sys;
+pub mod transport;
 pub mod units;

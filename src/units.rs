@@ -140,6 +140,22 @@ impl Rate {
     }
 }
 
+/// A share of a hundred, 0 to 100 by construction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Percent(u8);
+
+impl Percent {
+    /// `None` above 100.
+    pub const fn new(value: u8) -> Option<Self> {
+        if value <= 100 { Some(Self(value)) } else { None }
+    }
+
+    /// The number.
+    pub const fn get(self) -> u8 {
+        self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,155 @@
+//! A guest on its way into a folder.
+
+use std::io::{self, Read, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
+use ramwire::session::{Error, Incoming, MemoryProvider};
+use ramwire::stream::qemu::tail::Tail;
+use ramwire::sys::Mapping;
+use ramwire::units::PageSize;
+
+use super::{BlockEntry, EARLY, FORMAT, Manifest, State, Store, StoreError, TAIL, failed, private_file};
+
+/// The folder seen by the destination's session: the memory it arrives in, and the machine that "runs" once
+/// everything is on the disk. Clones are the same guest.
+#[derive(Clone)]
+pub struct ArrivingGuest(Arc<Mutex<Inner>>);
+
+struct Inner {
+    store: Store,
+    manifest: Option<Manifest>,
+    mappings: Vec<Mapping>,
+    early: Vec<u8>,
+    native: bool,
+}
+
+impl ArrivingGuest {
+    /// Takes a folder that holds no guest, or one that never arrived.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn new(store: Store) -> Result<Self, StoreError> {
+        if let Some(manifest) = store.manifest()? {
+            if manifest.state != State::Arriving {
+                return Err(StoreError::Occupied { path: store.path.clone(), state: manifest.state });
+            }
+        }
+        let inner = Inner { store, manifest: None, mappings: Vec::new(), early: Vec::new(), native: false };
+        Ok(Self(Arc::new(Mutex::new(inner))))
+    }
+
+    /// The manifest as it stands.
+    pub fn manifest(&self) -> Option<Manifest> {
+        self.lock().manifest.clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl MemoryProvider for ArrivingGuest {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        let made = self.lock().make(incoming);
+        let memory = made.map_err(|error| Error::Config {
+            what: error.to_string(),
+            remedy: "give a folder on a file system with room for all of the guest's RAM",
+        })?;
+        Ok(Arc::new(memory))
+    }
+
+    fn arrived(&mut self, incoming: &Incoming, native: bool) {
+        let mut inner = self.lock();
+        inner.early = incoming.early_sections.clone();
+        inner.native = native;
+    }
+}
+
+impl Inner {
+    fn make(&mut self, incoming: &Incoming) -> Result<MappedGuest, StoreError> {
+        let configuration = &incoming.configuration;
+        let page = configuration.page_size.unwrap_or(PageSize::SIZE_4K);
+        let mut builder = MappedGuest::builder(page);
+        let mut blocks = Vec::new();
+        for (index, block) in incoming.blocks.iter().enumerate() {
+            let file = format!("ram-{index:03}.bin");
+            let path = self.store.file(&file);
+            let opened = private_file(&path).map_err(failed(&path, "making"))?;
+            // A file of an earlier attempt may hold old pages; memory must begin as zero.
+            opened.set_len(0).map_err(failed(&path, "emptying"))?;
+            let mapping = Mapping::file_grown(opened.into(), 0, block.used_length, true)
+                .map_err(|error| failed(&path, "mapping")(io::Error::other(error)))?;
+            builder = builder.mapping(block.clone(), &mapping);
+            self.mappings.push(mapping);
+            blocks.push(BlockEntry {
+                index: index as u32,
+                name: block.name.as_str().to_owned(),
+                file,
+                used_length: block.used_length,
+                guest_addr: block.guest_addr.map(|addr| addr.0),
+            });
+        }
+        let manifest = Manifest {
+            format: FORMAT,
+            state: State::Arriving,
+            machine: configuration.machine.clone(),
+            capabilities: configuration.capabilities.clone(),
+            uuid: configuration.uuid.map(|uuid| uuid.iter().map(|byte| format!("{byte:02x}")).collect()),
+            page_size: configuration.page_size.map(PageSize::bytes),
+            source: "qemu".into(),
+            blocks,
+        };
+        self.store.put_manifest(&manifest)?;
+        self.manifest = Some(manifest);
+        builder.build().map_err(|error| failed(&self.store.path, "mapping")(io::Error::other(error)))
+    }
+
+    /// RAM, early sections and device state onto the disk; the manifest still says `arriving`.
+    fn put_state(&mut self, tail: &[u8]) -> Result<(), StoreError> {
+        for mapping in &self.mappings {
+            if let Some((fd, _)) = mapping.backing() {
+                let synced = rustix::fs::fsync(fd);
+                synced.map_err(|errno| failed(&self.store.path, "syncing RAM")(errno.into()))?;
+            }
+        }
+        self.store.put(EARLY, &self.early)?;
+        self.store.put(TAIL, tail)?;
+        if let Some(manifest) = &mut self.manifest {
+            // Between ramwire ends the state came with its length: nothing need prove that it is complete.
+            let complete = self.native || is_described(tail);
+            manifest.state = if complete { State::Whole } else { State::Incomplete };
+            manifest.source = if self.native { "ramwire" } else { "qemu" }.into();
+        }
+        Ok(())
+    }
+}
+
+/// True if the VM description at the end proves that a QEMU's device state is complete.
+fn is_described(state: &[u8]) -> bool {
+    let mut tail = Tail::default();
+    tail.push(state, state.len(), u32::MAX).is_ok() && tail.description().is_some()
+}
+
+impl GuestControl for ArrivingGuest {
+    fn pause(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// "Runs" from here on: the manifest says so.
+    fn resume(&mut self) -> io::Result<()> {
+        let inner = self.lock();
+        let Some(manifest) = &inner.manifest else { return Err(io::Error::other("nothing has arrived")) };
+        inner.store.put_manifest(manifest).map_err(io::Error::other)
+    }
+
+    fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
+        Err(io::Error::other("a guest that is arriving can't be sent on; use `ramwire relay`"))
+    }
+
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        let mut tail = Vec::new();
+        from.read_to_end(&mut tail)?;
+        self.lock().put_state(&tail).map_err(io::Error::other)
+    }
+}

@@ -1,0 +1,269 @@
+//! A guest kept in a folder: one file a RAM block, the rest of its stream, and a manifest.
+//!
+//! ```text
+//! DIR/manifest.json     what is here and in which state (format version 1)
+//! DIR/ram-000.bin ...   one file a block, in stream order; pages that never came are holes
+//! DIR/early.bin         sections between block list and first page, as they came
+//! DIR/tail.bin          device sections and VM description, as they came
+//! DIR/lock              held while a process works on the folder
+//! ```
+//!
+//! The source lets its guest go once it is told of success, so success is told only after everything is on
+//! the disk and the manifest that says `whole` has been renamed into place.
+
+mod arriving;
+mod stored;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+pub use arriving::ArrivingGuest;
+pub use stored::{Block, Overrides, StoredGuest, keep};
+
+/// Version of the folder's format that this program writes and reads.
+const FORMAT: u32 = 1;
+const MANIFEST: &str = "manifest.json";
+const EARLY: &str = "early.bin";
+const TAIL: &str = "tail.bin";
+
+/// How far a folder's guest has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// A migration is coming in, or broke off.
+    Arriving,
+    /// Everything is here; the guest runs nowhere.
+    Whole,
+    /// Here, but its device state ended without the VM description that proves it complete.
+    Incomplete,
+    /// On its way out.
+    Sending,
+    /// It runs at another place.
+    Sent,
+    /// It may run at another place.
+    InDoubt,
+}
+
+/// One RAM block in the manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockEntry {
+    /// Position in the stream's list.
+    pub index: u32,
+    /// Name.
+    pub name: String,
+    /// File in the folder.
+    pub file: String,
+    /// Bytes.
+    pub used_length: u64,
+    /// Guest-physical address, where the stream announced one.
+    pub guest_addr: Option<u64>,
+}
+
+/// What stands in `manifest.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of the format.
+    pub format: u32,
+    /// How far it has come.
+    pub state: State,
+    /// Machine name.
+    pub machine: String,
+    /// Validated capabilities.
+    pub capabilities: Vec<String>,
+    /// UUID of the VM, in hex, where the stream announced one.
+    pub uuid: Option<String>,
+    /// Target page size, where the stream announced one.
+    pub page_size: Option<u64>,
+    /// Who sent it and how: `qemu` or `ramwire`, and the style its stream has shown.
+    pub source: String,
+    /// The blocks in stream order.
+    pub blocks: Vec<BlockEntry>,
+}
+
+/// Why a folder can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The kernel's answer.
+    #[error("{path}: {doing}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was being done.
+        doing: &'static str,
+        /// The answer.
+        source: io::Error,
+    },
+    /// Another process works on it.
+    #[error("{path} is in use by another ramwire; wait for it to end")]
+    Locked {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// It holds a guest already.
+    #[error("{path} holds a guest already (state {state:?}); name an empty folder")]
+    Occupied {
+        /// The folder.
+        path: PathBuf,
+        /// State of that guest.
+        state: State,
+    },
+    /// Not a manifest of ours.
+    #[error("{path} can't be read as a manifest: {why}")]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// The guest must not be sent.
+    #[error("{path}: the guest is {state:?}: {why}")]
+    NotWhole {
+        /// The folder.
+        path: PathBuf,
+        /// Its state.
+        state: State,
+        /// What to do.
+        why: &'static str,
+    },
+}
+
+/// A folder that this process holds the lock of.
+#[derive(Debug)]
+pub struct Store {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Store {
+    /// Takes the folder; makes it (mode 0700) if it is not there.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Locked`].
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+        made.map_err(failed(path, "making the folder"))?;
+        let lock_path = path.join("lock");
+        let lock = private_file(&lock_path).map_err(failed(&lock_path, "opening"))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(StoreError::Locked { path: path.to_owned() }),
+            Err(errno) => Err(failed(&lock_path, "locking")(errno.into())),
+        }
+    }
+
+    /// A file of the folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The manifest; `None` in a folder without one.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`], [`StoreError::Manifest`].
+    pub fn manifest(&self) -> Result<Option<Manifest>, StoreError> {
+        let path = self.file(MANIFEST);
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(failed(&path, "reading"))?,
+        };
+        let manifest: Manifest = serde_json::from_str(&text)
+            .map_err(|error| StoreError::Manifest { path: path.clone(), why: error.to_string() })?;
+        if manifest.format != FORMAT {
+            let why = format!("format {} is not known, only {FORMAT} is", manifest.format);
+            return Err(StoreError::Manifest { path, why });
+        }
+        Ok(Some(manifest))
+    }
+
+    /// Puts the manifest in place: written aside, synced, renamed, the folder synced.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; the old manifest is then still there.
+    pub fn put_manifest(&self, manifest: &Manifest) -> Result<(), StoreError> {
+        let mut text = serde_json::to_string_pretty(manifest)
+            .map_err(|error| StoreError::Manifest { path: self.file(MANIFEST), why: error.to_string() })?;
+        text.push('\n');
+        self.put(MANIFEST, text.as_bytes())
+    }
+
+    /// Puts a file in place, durably.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        let aside = self.file(&format!("{name}.new"));
+        let mut file = private_file(&aside).map_err(failed(&aside, "making"))?;
+        file.set_len(0).map_err(failed(&aside, "cutting"))?;
+        file.write_all(bytes).map_err(failed(&aside, "writing"))?;
+        file.sync_all().map_err(failed(&aside, "syncing"))?;
+        let path = self.file(name);
+        fs::rename(&aside, &path).map_err(failed(&path, "renaming into place"))?;
+        self.sync_folder()
+    }
+
+    fn sync_folder(&self) -> Result<(), StoreError> {
+        let folder = File::open(&self.path).map_err(failed(&self.path, "opening"))?;
+        folder.sync_all().map_err(failed(&self.path, "syncing"))
+    }
+}
+
+/// A file that only its owner may read: it holds guest memory.
+fn private_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+fn failed<'p>(path: &'p Path, doing: &'static str) -> impl FnOnce(io::Error) -> StoreError + 'p {
+    move |source| StoreError::Io { path: path.to_owned(), doing, source }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn manifest(state: State) -> Manifest {
+        Manifest {
+            format: FORMAT,
+            state,
+            machine: "none".into(),
+            capabilities: Vec::new(),
+            uuid: None,
+            page_size: None,
+            source: "qemu".into(),
+            blocks: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_folder_is_private_locked_and_keeps_its_manifest() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("guest");
+        let store = Store::open(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+        assert!(store.manifest().unwrap().is_none());
+        store.put_manifest(&manifest(State::Whole)).unwrap();
+        let mode = fs::metadata(path.join(MANIFEST)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert!(matches!(Store::open(&path), Err(StoreError::Locked { .. })));
+        drop(store);
+        assert_eq!(Store::open(&path).unwrap().manifest().unwrap(), Some(manifest(State::Whole)));
+    }
+
+    #[test]
+    fn a_manifest_of_another_kind_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        for text in ["", "{}", "[1]", "\0\u{1}"] {
+            store.put(MANIFEST, text.as_bytes()).unwrap();
+            assert!(matches!(store.manifest(), Err(StoreError::Manifest { .. })), "{text:?}");
+        }
+        store.put_manifest(&Manifest { format: 9, ..manifest(State::Whole) }).unwrap();
+        assert!(matches!(store.manifest(), Err(StoreError::Manifest { .. })));
+    }
+}

@@ -1,0 +1,249 @@
+//! A guest in a folder, to be sent on.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
+use ramwire::ram::{BlockName, RamBlock};
+use ramwire::session::Incoming;
+use ramwire::stream::qemu::file::Configuration;
+use ramwire::sys::Mapping;
+use ramwire::units::{BlockIndex, GuestAddr, PageSize};
+
+use super::{ArrivingGuest, EARLY, Manifest, State, Store, StoreError, TAIL, failed};
+
+/// What `ramwire send` may do although the manifest speaks against it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Overrides {
+    /// Send a guest that was sent already.
+    pub again: bool,
+    /// Send a guest whose destination may run it: somebody saw that it does not.
+    pub destination_is_dead: bool,
+    /// Send a guest whose device state has no VM description.
+    pub no_vmdesc: bool,
+}
+
+/// A RAM block in a file of the caller's.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// Its name.
+    pub name: BlockName,
+    /// The file; all of it is the block.
+    pub path: PathBuf,
+}
+
+/// A guest that stands still: memory in files, device state as it was captured.
+pub struct StoredGuest {
+    store: Option<Store>,
+    manifest: Manifest,
+    memory: Arc<MappedGuest>,
+    configuration: Configuration,
+    early: Vec<u8>,
+    tail: Vec<u8>,
+}
+
+impl StoredGuest {
+    /// Opens a folder; `replaced` blocks come from elsewhere.
+    ///
+    /// # Errors
+    /// [`StoreError::NotWhole`] unless the manifest says `whole` or an override allows it.
+    pub fn open(path: &Path, replaced: &[Block], overrides: Overrides) -> Result<Self, StoreError> {
+        let store = Store::open(path)?;
+        let Some(manifest) = store.manifest()? else {
+            let why = "there is no manifest.json; fill the folder with `ramwire receive`".to_owned();
+            return Err(StoreError::Manifest { path: path.to_owned(), why });
+        };
+        allowed(path, manifest.state, overrides)?;
+        let early = read(&store.file(EARLY))?;
+        let tail = read(&store.file(TAIL))?;
+        let page = page_of(&manifest, path)?;
+        let mut builder = MappedGuest::builder(page);
+        for entry in &manifest.blocks {
+            let name = BlockName::new(&entry.name).map_err(|e| unreadable(path, &e))?;
+            // Only a plain name of this folder: a manifest must not reach outside it.
+            let plain = Path::new(&entry.file).file_name().is_some_and(|f| f == entry.file.as_str());
+            let own = store.file(&entry.file);
+            let file = replaced.iter().find(|block| block.name == name).map_or(&own, |block| &block.path);
+            if !plain {
+                return Err(unreadable(path, &format!("file name {:?} is not plain", entry.file)));
+            }
+            let mut block = RamBlock::new(name, entry.used_length);
+            block.guest_addr = entry.guest_addr.map(GuestAddr);
+            builder = builder.mapping(block, &mapped(file, Some(entry.used_length))?);
+        }
+        let memory = builder.build().map_err(|error| unreadable(path, &error))?;
+        let configuration = Configuration {
+            machine: manifest.machine.clone(),
+            page_size: manifest.page_size.and_then(PageSize::from_bytes),
+            capabilities: manifest.capabilities.clone(),
+            uuid: manifest.uuid.as_deref().and_then(parse_uuid),
+        };
+        Ok(Self { store: Some(store), manifest, memory: Arc::new(memory), configuration, early, tail })
+    }
+
+    /// A guest of nothing but the caller's RAM files: no device state, machine `none`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn of_blocks(blocks: &[Block]) -> Result<Self, StoreError> {
+        let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
+        for block in blocks {
+            let mapping = mapped(&block.path, None)?;
+            builder = builder.mapping(RamBlock::new(block.name.clone(), mapping.region().len()), &mapping);
+        }
+        let place = blocks.first().map_or(Path::new("."), |block| &block.path);
+        let memory = builder.build().map_err(|error| unreadable(place, &error))?;
+        let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
+        let manifest = Manifest {
+            format: super::FORMAT,
+            state: State::Whole,
+            machine: "none".into(),
+            capabilities: Vec::new(),
+            uuid: None,
+            page_size: None,
+            source: "files".into(),
+            blocks: Vec::new(),
+        };
+        let (early, tail) = (Vec::new(), Vec::new());
+        Ok(Self { store: None, manifest, memory: Arc::new(memory), configuration, early, tail })
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> Arc<MappedGuest> {
+        Arc::clone(&self.memory)
+    }
+
+    /// What its stream said of the machine.
+    pub fn configuration(&self) -> &Configuration {
+        &self.configuration
+    }
+
+    /// Sections between block list and first page.
+    pub fn early_sections(&self) -> &[u8] {
+        &self.early
+    }
+
+    /// True if it has device state to send.
+    pub fn has_state(&self) -> bool {
+        !self.tail.is_empty()
+    }
+
+    /// The machine for the session: it stands still all the time.
+    pub fn control(&self) -> Box<dyn GuestControl> {
+        Box::new(StandingMachine { tail: self.tail.clone() })
+    }
+
+    /// Puts the new state on the disk.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn mark(&mut self, state: State) -> Result<(), StoreError> {
+        self.manifest.state = state;
+        self.store.as_ref().map_or(Ok(()), |store| store.put_manifest(&self.manifest))
+    }
+}
+
+/// Writes a guest that could not be handed on into a folder of its own.
+///
+/// # Errors
+/// [`StoreError`].
+pub fn keep(
+    path: &Path,
+    incoming: &Incoming,
+    memory: &dyn GuestMemory,
+    tail: &[u8],
+) -> Result<(), StoreError> {
+    use ramwire::session::MemoryProvider;
+    let mut guest = ArrivingGuest::new(Store::open(path)?)?;
+    let failed = |error: &dyn std::fmt::Display| {
+        failed(path, "keeping the guest")(io::Error::other(error.to_string()))
+    };
+    let kept = guest.provide(incoming).map_err(|error| failed(&error))?;
+    let mut window = vec![0u8; 1 << 20];
+    for (index, block) in memory.table().blocks().iter().enumerate() {
+        let target = kept.table().find(block.name.as_str()).map_err(|error| failed(&error))?;
+        let mut offset = 0;
+        while offset < block.used_length {
+            let len = (window.len() as u64).min(block.used_length - offset);
+            let at = ramwire::units::BlockOffset(offset);
+            let from = memory.table().admit(BlockIndex(index as u32), at, len).map_err(|e| failed(&e))?;
+            let to = kept.table().admit(target, at, len).map_err(|e| failed(&e))?;
+            let got = memory.span(from).map_err(|e| failed(&e))?.copy_to(&mut window);
+            kept.span(to).map_err(|e| failed(&e))?.copy_from(&window[..got]);
+            offset += len;
+        }
+    }
+    guest.arrived(incoming, false);
+    guest.load_devices(&mut &tail[..]).map_err(|error| failed(&error))?;
+    guest.resume().map_err(|error| failed(&error))
+}
+
+fn allowed(path: &Path, state: State, overrides: Overrides) -> Result<(), StoreError> {
+    let why = match state {
+        State::Whole => return Ok(()),
+        State::Sent if overrides.again => return Ok(()),
+        State::InDoubt | State::Sending if overrides.destination_is_dead => return Ok(()),
+        State::Incomplete if overrides.no_vmdesc => return Ok(()),
+        State::Sent => "it runs elsewhere; --again sends it once more",
+        State::InDoubt | State::Sending => {
+            "its destination may run it; look there first: if it does, delete this folder, if it does not, \
+             give --destination-is-dead"
+        }
+        State::Incomplete => {
+            "its device state ended without a VM description; --no-vmdesc sends it all the same"
+        }
+        State::Arriving => "it never arrived; receive it again",
+    };
+    Err(StoreError::NotWhole { path: path.to_owned(), state, why })
+}
+
+fn mapped(path: &Path, length: Option<u64>) -> Result<Mapping, StoreError> {
+    let opened = OpenOptions::new().read(true).write(true).open(path).map_err(failed(path, "opening"))?;
+    let length = match length {
+        Some(length) => length,
+        None => opened.metadata().map_err(failed(path, "looking at"))?.len(),
+    };
+    Mapping::file(opened.into(), 0, length).map_err(|error| failed(path, "mapping")(io::Error::other(error)))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, StoreError> {
+    fs::read(path).map_err(failed(path, "reading"))
+}
+
+fn unreadable(path: &Path, why: &dyn std::fmt::Display) -> StoreError {
+    StoreError::Manifest { path: path.to_owned(), why: why.to_string() }
+}
+
+fn page_of(manifest: &Manifest, path: &Path) -> Result<PageSize, StoreError> {
+    let Some(bytes) = manifest.page_size else { return Ok(PageSize::SIZE_4K) };
+    PageSize::from_bytes(bytes).ok_or_else(|| unreadable(path, &format!("{bytes} is no page size")))
+}
+
+fn parse_uuid(hex: &str) -> Option<[u8; 16]> {
+    let value = u128::from_str_radix(hex, 16).ok()?;
+    (hex.len() == 32).then(|| value.to_be_bytes())
+}
+
+struct StandingMachine {
+    tail: Vec<u8>,
+}
+
+impl GuestControl for StandingMachine {
+    fn pause(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(&self.tail)
+    }
+
+    fn load_devices(&mut self, _from: &mut dyn Read) -> io::Result<()> {
+        Err(io::Error::other("a stored guest is sent, not loaded"))
+    }
+}

@@ -1,0 +1,225 @@
+//! The destination of a precopy migration, from the end of the stream to the running guest.
+//!
+//! ```text
+//! a ramwire source:  STATE_SENT -> load -> [digests compared] -> READY -> COMMIT -> resume -> RUNNING
+//! a QEMU source:     end of the device state -> load -> resume -> SHUT(0)
+//! ```
+//!
+//! # Orders that must hold
+//!
+//! The guest never runs here before the source gave it away: without COMMIT (towards a QEMU: without the
+//! last byte of its device state) every end discards what arrived.
+
+/// A fact told to the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrived {
+    /// The source said HELLO.
+    Hello {
+        /// It will send a digest.
+        digest: bool,
+    },
+    /// A QEMU's device state is complete, the byte that commits included.
+    Tail,
+    /// A ramwire's RAM and device state are complete.
+    StateSent,
+    /// The last digest has come.
+    Digests,
+    /// The guest is ours.
+    Commit,
+    /// The last [`Deed`] is done.
+    Done,
+    /// It failed, or the stream did.
+    Failed,
+}
+
+/// What the session is to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deed {
+    /// Read on.
+    Receive,
+    /// Make our own digest of RAM and state; the source makes its own at the same time.
+    MakeDigest,
+    /// Compare it with the source's.
+    CompareDigest,
+    /// Give the device state to the VMM.
+    LoadState,
+    /// Tell the source that COMMIT may come.
+    SayReady,
+    /// Let the guest run.
+    Resume,
+    /// Tell the source that the guest runs: RUNNING or SHUT(0).
+    SayRunning,
+    /// Tell the source that it failed, as far as it can be told.
+    SayFailed,
+    /// Nothing more to do.
+    Finish(Ending),
+}
+
+/// What a migration ended as, seen from the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest runs here.
+    Running,
+    /// The guest does not run here, and nothing of it is kept.
+    Discarded,
+    /// The source gave the guest away, but it could not be started: what arrived must be kept.
+    Stranded,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Receiving,
+    Digesting,
+    AwaitingDigests,
+    Comparing,
+    Loading,
+    SayingReady,
+    AwaitingCommit,
+    Resuming,
+    SayingRunning,
+    Failing(Ending),
+    Ended(Ending),
+}
+
+/// The destination's state machine.
+#[derive(Debug)]
+pub struct DestinationEngine {
+    stage: Stage,
+    native: bool,
+    digest: bool,
+    digests_here: bool,
+    committed: bool,
+}
+
+impl Default for DestinationEngine {
+    fn default() -> Self {
+        Self { stage: Stage::Receiving, native: false, digest: false, digests_here: false, committed: false }
+    }
+}
+
+impl DestinationEngine {
+    /// True once the source speaks ramwire's words.
+    pub fn is_native(&self) -> bool {
+        self.native
+    }
+
+    /// True once the guest was given away by the source.
+    pub fn is_committed(&self) -> bool {
+        self.committed
+    }
+
+    /// Takes a fact, answers with what to do. A fact out of turn (a peer's doing) is a failure.
+    pub fn handle(&mut self, fact: Arrived) -> Deed {
+        match (self.stage, fact) {
+            (Stage::Failing(ending), _) => self.go(Stage::Ended(ending), Deed::Finish(ending)),
+            (Stage::Ended(ending), _) => Deed::Finish(ending),
+            (Stage::Receiving, Arrived::Hello { digest }) => {
+                (self.native, self.digest) = (true, digest);
+                Deed::Receive
+            }
+            (Stage::Receiving, Arrived::Tail) if !self.native => {
+                // The source has sent the byte that commits: from here on it does not resume by itself.
+                self.committed = true;
+                self.go(Stage::Loading, Deed::LoadState)
+            }
+            (Stage::Receiving, Arrived::StateSent) if self.native && self.digest => {
+                self.go(Stage::Digesting, Deed::MakeDigest)
+            }
+            (Stage::Receiving, Arrived::StateSent) if self.native => self.go(Stage::Loading, Deed::LoadState),
+            (Stage::Receiving | Stage::Digesting, Arrived::Digests) if self.digest => {
+                self.digests_here = true;
+                Deed::Receive
+            }
+            (Stage::Digesting, Arrived::Done) if self.digests_here => {
+                self.go(Stage::Comparing, Deed::CompareDigest)
+            }
+            (Stage::Digesting, Arrived::Done) => self.go(Stage::AwaitingDigests, Deed::Receive),
+            (Stage::AwaitingDigests, Arrived::Digests) => self.go(Stage::Comparing, Deed::CompareDigest),
+            (Stage::Comparing, Arrived::Done) => self.go(Stage::Loading, Deed::LoadState),
+            (Stage::Loading, Arrived::Done) if self.native => self.go(Stage::SayingReady, Deed::SayReady),
+            (Stage::Loading, Arrived::Done) => self.go(Stage::Resuming, Deed::Resume),
+            (Stage::SayingReady, Arrived::Done) => self.go(Stage::AwaitingCommit, Deed::Receive),
+            (Stage::AwaitingCommit, Arrived::Commit) => {
+                self.committed = true;
+                self.go(Stage::Resuming, Deed::Resume)
+            }
+            (Stage::Resuming, Arrived::Done) => self.go(Stage::SayingRunning, Deed::SayRunning),
+            // The guest runs here: that the source could not be told changes nothing about it.
+            (Stage::SayingRunning, Arrived::Done | Arrived::Failed) => {
+                self.go(Stage::Ended(Ending::Running), Deed::Finish(Ending::Running))
+            }
+            _ => self.fail(),
+        }
+    }
+
+    /// A QEMU is told by SHUT(1) and resumes its guest, so what arrived is discarded although its last byte
+    /// came. A ramwire never resumes after COMMIT: then the only copy may be ours.
+    fn fail(&mut self) -> Deed {
+        let stranded = self.native && self.committed;
+        let ending = if stranded { Ending::Stranded } else { Ending::Discarded };
+        self.go(Stage::Failing(ending), Deed::SayFailed)
+    }
+
+    fn go(&mut self, stage: Stage, deed: Deed) -> Deed {
+        self.stage = stage;
+        deed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NATIVE: [(Arrived, Deed); 10] = [
+        (Arrived::Hello { digest: true }, Deed::Receive),
+        (Arrived::StateSent, Deed::MakeDigest),
+        (Arrived::Done, Deed::Receive),
+        (Arrived::Digests, Deed::CompareDigest),
+        (Arrived::Done, Deed::LoadState),
+        (Arrived::Done, Deed::SayReady),
+        (Arrived::Done, Deed::Receive),
+        (Arrived::Commit, Deed::Resume),
+        (Arrived::Done, Deed::SayRunning),
+        (Arrived::Done, Deed::Finish(Ending::Running)),
+    ];
+
+    #[test]
+    fn the_guest_runs_here_only_after_commit() {
+        for fault_at in 0..NATIVE.len() {
+            let mut engine = DestinationEngine::default();
+            for (fact, deed) in &NATIVE[..fault_at] {
+                assert_eq!(engine.handle(*fact), *deed);
+            }
+            let ended = if fault_at == 9 {
+                Deed::Finish(Ending::Running)
+            } else {
+                assert_eq!(engine.handle(Arrived::Failed), Deed::SayFailed, "step {fault_at}");
+                let ending = if fault_at > 7 { Ending::Stranded } else { Ending::Discarded };
+                assert_eq!(engine.handle(Arrived::Done), Deed::Finish(ending), "step {fault_at}");
+                Deed::Finish(ending)
+            };
+            assert_eq!(engine.handle(Arrived::Commit), ended, "nothing starts it afterwards");
+        }
+    }
+
+    #[test]
+    fn a_fact_out_of_turn_is_a_failure() {
+        let all = [Arrived::Tail, Arrived::StateSent, Arrived::Digests, Arrived::Commit, Arrived::Done];
+        for fact in all.into_iter().filter(|fact| *fact != Arrived::Tail) {
+            assert_eq!(DestinationEngine::default().handle(fact), Deed::SayFailed, "{fact:?}");
+        }
+        let mut native = DestinationEngine::default();
+        native.handle(Arrived::Hello { digest: false });
+        assert_eq!(native.handle(Arrived::Tail), Deed::SayFailed);
+    }
+
+    #[test]
+    fn a_qemu_commits_with_its_last_byte() {
+        let mut engine = DestinationEngine::default();
+        assert_eq!(engine.handle(Arrived::Tail), Deed::LoadState);
+        assert!(engine.is_committed());
+        assert_eq!(engine.handle(Arrived::Done), Deed::Resume);
+        assert_eq!(engine.handle(Arrived::Done), Deed::SayRunning);
+        assert_eq!(engine.handle(Arrived::Failed), Deed::Finish(Ending::Running));
+    }
+}

@@ -1,0 +1,44 @@
+//! Who owns the guest, and what a migration ended as.
+
+/// How ownership passes to the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handover {
+    /// Both ends are ramwire: READY, COMMIT, RUNNING.
+    Native,
+    /// The peer is a QEMU with a return path: the byte that ends the device state is COMMIT, SHUT is RUNNING.
+    Shut,
+    /// Nobody answers (a file, a pipe): the same byte is COMMIT, an orderly close is RUNNING.
+    OneWay,
+}
+
+impl Handover {
+    /// True if the peer says when it is ready to take the guest.
+    pub fn has_ready(self) -> bool {
+        self == Self::Native
+    }
+
+    /// True if the peer says when the guest runs.
+    pub fn has_running(self) -> bool {
+        self != Self::OneWay
+    }
+}
+
+/// Why a migration did not complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Somebody asked for it.
+    Cancelled,
+    /// Something failed; the session holds the error.
+    Failed,
+}
+
+/// What a migration ended as, seen from the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest runs at the destination; the source's copy is to be dropped.
+    Completed,
+    /// The guest runs here, whole.
+    StaysHere(Reason),
+    /// COMMIT was sent and RUNNING not heard: the source keeps the guest paused until somebody decides.
+    InDoubt,
+}

@@ -1,0 +1,15 @@
+//! Decides what happens next in a migration.
+//!
+//! Nothing here has a socket, a clock or a thread. A state machine is told facts ([`Input`]) and answers
+//! with one thing to do ([`Action`]); time is an argument. Who does it is the session's business, so that a
+//! whole migration, with faults, runs in a unit test under a seed.
+
+mod destination;
+mod handover;
+mod rate;
+mod source;
+
+pub use destination::{Arrived, Deed, DestinationEngine, Ending};
+pub use handover::{Handover, Outcome, Reason};
+pub use rate::RateWindow;
+pub use source::{Action, Input, SourceConfig, SourceEngine, Switchover};

@@ -1,0 +1,186 @@
+//! The virtual machine as a migration sees it: its memory, what it wrote, and how it is controlled.
+
+mod mapped;
+#[cfg(test)]
+mod race;
+mod software;
+mod sources;
+pub mod synthetic;
+mod written_pages;
+
+use std::io::{self, Read, Write};
+
+pub use mapped::{GuestBuilder, MappedGuest};
+pub use software::SoftwareBitmap;
+pub use sources::{Choice, NoSource, choose, sync_all};
+pub use written_pages::WrittenPages;
+
+use crate::ram::{Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};
+use crate::sys::{HostSpan, OutOfRegion};
+use crate::units::{BlockIndex, Percent};
+
+/// Why guest memory could not be reached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GuestError {
+    /// The range is not in a block, or must not travel.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The blocks do not make a table.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// The mapping behind a block is shorter than the block.
+    #[error("RAM block {block}: {source}")]
+    Unmapped {
+        /// The block.
+        block: String,
+        /// The range.
+        source: OutOfRegion,
+    },
+    /// The kernel refused to map or to change memory.
+    #[error("RAM block {block}: {what}: {source}; {remedy}")]
+    Kernel {
+        /// The block.
+        block: String,
+        /// The operation.
+        what: &'static str,
+        /// What can be done about it.
+        remedy: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Guest RAM, block by block.
+///
+/// All methods take `&self`: the page loop, channels and the guest itself reach the memory side by side.
+pub trait GuestMemory: Send + Sync {
+    /// The blocks, in the order of the stream's block list.
+    fn table(&self) -> &RamBlockTable;
+
+    /// Where the bytes of `landing` are in this process. The kernel and the NIC read and write there.
+    ///
+    /// # Errors
+    /// [`GuestError::Unmapped`] if `landing` is of another table.
+    fn span(&self, landing: Landing) -> Result<HostSpan<'_>, GuestError>;
+
+    /// The bytes of `landing` are given up (postcopy, balloon); reads see zero afterwards.
+    ///
+    /// # Errors
+    /// [`GuestError::Kernel`]; never called on memory a NIC has registered.
+    fn discard(&self, landing: Landing) -> Result<(), GuestError>;
+}
+
+/// Why a dirty source can't be used, or failed in use.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DirtyError {
+    /// The kernel, the VMM or this memory can't do it: another source is needed.
+    #[error("{source_name} can't track this guest: {reason}")]
+    Unsupported {
+        /// Name of the dirty source.
+        source_name: &'static str,
+        /// Why, and what would help.
+        reason: String,
+    },
+    /// A call failed in use; the dirty log can't be trusted any more.
+    #[error("{source_name}: {what}: {source}")]
+    Kernel {
+        /// Name of the dirty source.
+        source_name: &'static str,
+        /// The operation.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Knows which pages were written since it was last asked.
+///
+/// A guest has a list of sources and every sync ORs all of them: the KVM log sees only vCPU writes, write
+/// protection only this process's page tables, a vhost-user backend's writes come by a software map.
+/// Methods take `&self`, so that walkers of several blocks can share a source.
+pub trait DirtySource: Send + Sync {
+    /// Short name for reports: `uffd-wp`, `soft-dirty`, `software`, `kvm-log`.
+    fn name(&self) -> &'static str;
+
+    /// Writes a page of scratch memory and looks whether the write is reported.
+    ///
+    /// # Errors
+    /// [`DirtyError::Unsupported`] with the reason and the remedy.
+    fn probe(&self) -> Result<(), DirtyError>;
+
+    /// Starts tracking: every write from here on is reported by a later sync.
+    ///
+    /// # Errors
+    /// [`DirtyError`].
+    fn start(&self) -> Result<(), DirtyError>;
+
+    /// Begins a sync: called once before [`sync_into`](Self::sync_into) is called for each block. A source
+    /// whose kernel log covers all blocks at once takes it here; most sources have nothing to do.
+    ///
+    /// # Errors
+    /// [`DirtyError`].
+    fn begin_sync(&self) -> Result<(), DirtyError> {
+        Ok(())
+    }
+
+    /// ORs the pages of `block` written since the last sync into `into`. Part of a sync that
+    /// [`begin_sync`](Self::begin_sync) began; [`sync_all`] does both.
+    ///
+    ///
+    /// # Errors
+    /// [`DirtyError`]; bits already set stay set.
+    fn sync_into(&self, block: BlockIndex, into: &mut PageBitmap) -> Result<(), DirtyError>;
+
+    /// Arms the log for `run` again; called after the bits are cleared and before the bytes are read.
+    /// A source whose sync re-arms by itself does nothing here.
+    ///
+    /// # Errors
+    /// [`DirtyError`].
+    fn reprotect(&self, _run: PageRun) -> Result<(), DirtyError> {
+        Ok(())
+    }
+
+    /// Stops tracking and takes all protection off. Safe to call twice, and after an error.
+    ///
+    /// # Errors
+    /// [`DirtyError`].
+    fn stop(&self) -> Result<(), DirtyError>;
+}
+
+/// Controls the machine around the memory; implemented by the VMM.
+pub trait GuestControl: Send {
+    /// Stops all vCPUs and every device that writes guest RAM; returns when none does any more.
+    ///
+    /// # Errors
+    /// The VMM's own; the migration then fails and the guest runs on.
+    fn pause(&mut self) -> io::Result<()>;
+
+    /// Lets the guest run (again). On the destination: for the first time.
+    ///
+    /// # Errors
+    /// The VMM's own.
+    fn resume(&mut self) -> io::Result<()>;
+
+    /// Slows the guest's vCPUs down by `share` of their time; 0 lifts the brake.
+    fn throttle(&mut self, _share: Percent) {}
+
+    /// Writes the state of vCPUs and devices; the guest is paused.
+    ///
+    /// # Errors
+    /// The VMM's own or the writer's.
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()>;
+
+    /// Reads what [`save_devices`](Self::save_devices) wrote on the other host.
+    ///
+    /// # Errors
+    /// The VMM's own or the reader's; the destination then refuses the guest.
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()>;
+
+    /// Promises (or no longer promises) that no page is given back to the kernel meanwhile. `false` if the
+    /// guest can't promise: then no NIC may register its memory.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        false
+    }
+}

@@ -1,0 +1,169 @@
+//! Races writers against syncs: a copy that follows only what is reported must end up equal to the memory.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{DirtyError, DirtySource, GuestMemory, MappedGuest, sync_all};
+use crate::ram::{BlockName, ClearShift, DirtyMap, PageRun, RamBlock};
+use crate::sys::Mapping;
+use crate::units::{BlockIndex, PageIndex, PageSize};
+
+const PAGE: u64 = 4096;
+const WRITERS: u64 = 3;
+/// Syncs that at least fall into each pass; writers wait for them, so that none runs beside no sync.
+const SYNCS: u64 = 6;
+
+/// Blocks named b0, b1, ... over the mappings.
+pub(super) fn guest_of(mappings: &[Mapping]) -> MappedGuest {
+    let block = |(index, mapping): (usize, &Mapping)| {
+        let name = BlockName::new(&format!("b{index}")).unwrap();
+        (RamBlock::new(name, mapping.region().len()), mapping.clone())
+    };
+    let blocks = mappings.iter().enumerate().map(block);
+    let builder = MappedGuest::builder(PageSize::SIZE_4K);
+    blocks.fold(builder, |builder, (block, mapping)| builder.mapping(block, &mapping)).build().unwrap()
+}
+
+/// How the race ended.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Outcome {
+    /// Pages whose copy differs from the memory: writes that were reported by no sync.
+    pub(super) lost: u64,
+    /// Pages that syncs during the passes reported.
+    pub(super) reported: u64,
+}
+
+/// Runs `passes` races. In each, every page is written exactly once (nothing later makes a lost write good)
+/// while syncs go on beside, and afterwards the copy is compared.
+///
+/// `write` stores the bytes the way the tracked writers do.
+pub(super) fn race(
+    guest: &MappedGuest,
+    sources: &[Arc<dyn DirtySource>],
+    passes: u64,
+    write: &(dyn Fn(PageRun, [u8; 16]) + Sync),
+) -> Result<Outcome, DirtyError> {
+    let mut follower = Follower::new(guest);
+    sources.iter().try_for_each(|source| source.start())?;
+    follower.copy_all();
+    let mut outcome = Outcome::default();
+    let pages = guest.table().total() / PAGE;
+    for pass in 1..=passes {
+        let synced = AtomicU64::new(0);
+        let left = AtomicU64::new(WRITERS);
+        let result = std::thread::scope(|scope| {
+            for writer in 0..WRITERS {
+                let (synced, left) = (&synced, &left);
+                scope.spawn(move || {
+                    for at in (writer..pages).step_by(WRITERS as usize) {
+                        let gate = Instant::now() + Duration::from_secs(20);
+                        while synced.load(Ordering::Acquire) < at * SYNCS / pages && Instant::now() < gate {
+                            std::thread::yield_now();
+                        }
+                        let mut stamp = [0; 16];
+                        stamp[..8].copy_from_slice(&pass.to_le_bytes());
+                        stamp[8..].copy_from_slice(&(at + 1).to_le_bytes());
+                        write(run_of(guest, scattered(at, pages)), stamp);
+                    }
+                    left.fetch_sub(1, Ordering::Release);
+                });
+            }
+            while left.load(Ordering::Acquire) > 0 {
+                outcome.reported += follower.sync(sources)?;
+                synced.fetch_add(1, Ordering::Release);
+            }
+            Ok(())
+        });
+        // Let the writers out before an error is told.
+        result?;
+        follower.sync(sources)?;
+        outcome.lost += follower.differing();
+    }
+    sources.iter().try_for_each(|source| source.stop())?;
+    Ok(outcome)
+}
+
+/// A fixed permutation of `0..pages`, so that neighbours are written far apart in time.
+fn scattered(at: u64, pages: u64) -> u64 {
+    let stride = (pages * 5 / 8..).find(|stride| gcd(*stride, pages) == 1).unwrap();
+    (at as u128 * u128::from(stride) % u128::from(pages)) as u64
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+fn run_of(guest: &MappedGuest, mut page: u64) -> PageRun {
+    for (index, block) in guest.table().blocks().iter().enumerate() {
+        let pages = block.used_length / PAGE;
+        if page < pages {
+            return PageRun { block: BlockIndex(index as u32), first: PageIndex(page), pages: 1 };
+        }
+        page -= pages;
+    }
+    unreachable!("pages are counted over the table")
+}
+
+/// Stores `stamp` at a place in the page that follows from it; the plain writer of this process.
+pub(super) fn store(guest: &MappedGuest, run: PageRun, stamp: [u8; 16]) {
+    let span = guest.span(guest.table().admit_run(run).unwrap()).unwrap();
+    let at = usize::from(stamp[8]) * 16 % (PAGE as usize - 16);
+    span.part(at, 16).unwrap().copy_from(&stamp);
+}
+
+/// A copy of guest memory that is brought up to date by dirty pages only.
+pub(super) struct Follower<'a> {
+    guest: &'a MappedGuest,
+    dirty: DirtyMap,
+    copy: Vec<Vec<u8>>,
+}
+
+impl<'a> Follower<'a> {
+    pub(super) fn new(guest: &'a MappedGuest) -> Self {
+        let table = guest.table();
+        let copy = table.blocks().iter().map(|block| vec![0; block.used_length as usize]).collect();
+        Self { guest, dirty: DirtyMap::new(table, ClearShift::new(6).unwrap()), copy }
+    }
+
+    pub(super) fn copy_all(&mut self) {
+        for (index, copy) in self.copy.iter_mut().enumerate() {
+            let whole = self.guest.table().whole(BlockIndex(index as u32)).unwrap();
+            self.guest.span(self.guest.table().admit_run(whole).unwrap()).unwrap().copy_to(copy);
+        }
+    }
+
+    /// A round as the engine makes it: sync, clear the bits, re-protect, read. Returns the pages copied.
+    pub(super) fn sync(&mut self, sources: &[Arc<dyn DirtySource>]) -> Result<u64, DirtyError> {
+        let table = self.guest.table();
+        sync_all(sources, table, &mut self.dirty)?;
+        let mut copied = 0;
+        for block in (0..table.blocks().len()).map(|index| BlockIndex(index as u32)) {
+            let mut from = PageIndex(0);
+            while let Some(run) = self.dirty.take_run(block, from, 64) {
+                if let Some(chunk) = self.dirty.take_clear_chunk(run) {
+                    sources.iter().try_for_each(|source| source.reprotect(chunk))?;
+                }
+                let span = self.guest.span(table.admit_run(run).unwrap()).unwrap();
+                let start = (run.first.0 * PAGE) as usize;
+                copied += run.pages;
+                span.copy_to(&mut self.copy[block.as_usize()][start..start + span.len()]);
+                from = run.end();
+            }
+        }
+        Ok(copied)
+    }
+
+    pub(super) fn differing(&self) -> u64 {
+        let mut now = vec![0; PAGE as usize];
+        let mut differing = 0;
+        for (block, _, region) in self.guest.regions() {
+            for (page, copy) in self.copy[block.as_usize()].chunks(PAGE as usize).enumerate() {
+                region.span(page as u64 * PAGE, PAGE).unwrap().copy_to(&mut now);
+                differing += u64::from(now != copy);
+            }
+        }
+        differing
+    }
+}

@@ -1,0 +1,57 @@
+//! What a page travels as: zero or whole.
+
+use crate::guest::{GuestError, GuestMemory};
+use crate::ram::{PageBatch, PageRun, Verdict};
+use crate::sys::is_zero;
+use crate::units::PageIndex;
+
+/// Where zero pages are found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ZeroDetection {
+    /// Nowhere: every page travels whole.
+    None,
+    /// In the page loop, before a page is handed to the transport.
+    #[default]
+    Legacy,
+}
+
+/// Looks at the pages of `run`, whose dirty bits are cleared, and adds them to `batch`.
+///
+/// The bytes are read in place. A page written after it was found zero is marked dirty by that write and
+/// travels again.
+///
+/// # Errors
+/// [`GuestError`] if the run is not in the guest.
+pub fn classify(
+    guest: &dyn GuestMemory,
+    run: PageRun,
+    detection: ZeroDetection,
+    batch: &mut PageBatch,
+) -> Result<(), GuestError> {
+    let landing = guest.table().admit_run(run)?;
+    if detection == ZeroDetection::None {
+        batch.push(run, Verdict::Whole);
+        return Ok(());
+    }
+    let span = guest.span(landing)?;
+    let page = guest.table().page().bytes() as usize;
+    let verdict_at = |index: u64| match span.part(index as usize * page, page) {
+        Some(span) if is_zero(span) => Verdict::Zero,
+        _ => Verdict::Whole,
+    };
+    let mut first = 0;
+    let mut verdict = verdict_at(0);
+    for index in 1..run.pages {
+        let next = verdict_at(index);
+        if next != verdict {
+            batch.push(part(run, first, index), verdict);
+            (first, verdict) = (index, next);
+        }
+    }
+    batch.push(part(run, first, run.pages), verdict);
+    Ok(())
+}
+
+fn part(run: PageRun, from: u64, to: u64) -> PageRun {
+    PageRun { first: PageIndex(run.first.0 + from), pages: to - from, ..run }
+}

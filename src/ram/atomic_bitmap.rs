@@ -1,0 +1,133 @@
+//! Bitmaps that several threads set at once.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{PageBitmap, PageRun, RamBlockTable};
+use crate::units::{BlockIndex, PageIndex};
+
+/// One bit a page of one block, set from any thread.
+#[derive(Debug)]
+pub struct AtomicBitmap {
+    words: Box<[AtomicU64]>,
+    pages: u64,
+}
+
+impl AtomicBitmap {
+    /// `pages` clear bits.
+    pub fn new(pages: u64) -> Self {
+        let words = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
+        Self { words: (0..words).map(|_| AtomicU64::new(0)).collect(), pages }
+    }
+
+    /// Pages the map covers.
+    pub fn len(&self) -> u64 {
+        self.pages
+    }
+
+    /// True if the map covers no page.
+    pub fn is_empty(&self) -> bool {
+        self.pages == 0
+    }
+
+    /// True if `page` is set.
+    pub fn get(&self, page: PageIndex) -> bool {
+        let word = usize::try_from(page.0 / 64).ok().and_then(|at| self.words.get(at));
+        page.0 < self.pages && word.is_some_and(|word| word.load(Ordering::Acquire) >> (page.0 % 64) & 1 == 1)
+    }
+
+    /// Sets `pages` pages from `first`, cut at the end of the map; returns how many were clear before.
+    ///
+    /// Release: whoever takes the bit sees the bytes written before it was set.
+    pub fn set(&self, first: PageIndex, pages: u64) -> u64 {
+        let end = first.0.saturating_add(pages).min(self.pages);
+        let mut at = first.0;
+        let mut fresh = 0;
+        while at < end {
+            let upto = end.min((at / 64 + 1) * 64);
+            let mask = (u64::MAX >> (64 - (upto - at))) << (at % 64);
+            let before = self.words[(at / 64) as usize].fetch_or(mask, Ordering::AcqRel);
+            fresh += u64::from((mask & !before).count_ones());
+            at = upto;
+        }
+        fresh
+    }
+
+    /// Moves every set bit into `into` and clears it here.
+    pub fn take_into(&self, into: &mut PageBitmap) -> u64 {
+        let mut moved = 0;
+        for (at, word) in self.words.iter().enumerate() {
+            // The plain look first: most words of a sparse map are zero and need no locked swap.
+            if word.load(Ordering::Relaxed) != 0 {
+                let bits = word.swap(0, Ordering::AcqRel);
+                moved += into.merge_words(at, &[bits]);
+            }
+        }
+        moved
+    }
+
+    /// Set bits at this moment.
+    pub fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.load(Ordering::Acquire).count_ones())).sum()
+    }
+}
+
+/// Which pages have arrived, over all blocks; channels mark it side by side.
+#[derive(Debug)]
+pub struct ReceivedMap {
+    blocks: Vec<AtomicBitmap>,
+}
+
+impl ReceivedMap {
+    /// No page of any block has arrived.
+    pub fn new(table: &RamBlockTable) -> Self {
+        let blocks = table.blocks().iter().map(|b| AtomicBitmap::new(table.pages_of(b))).collect();
+        Self { blocks }
+    }
+
+    /// Marks a run; returns how many pages arrived for the first time.
+    pub fn mark(&self, run: PageRun) -> u64 {
+        self.blocks.get(run.block.as_usize()).map_or(0, |map| map.set(run.first, run.pages))
+    }
+
+    /// The map of one block.
+    pub fn block(&self, block: BlockIndex) -> Option<&AtomicBitmap> {
+        self.blocks.get(block.as_usize())
+    }
+
+    /// Pages that have arrived at least once.
+    pub fn count(&self) -> u64 {
+        self.blocks.iter().map(AtomicBitmap::count).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_set_from_threads_are_taken_once() {
+        let map = AtomicBitmap::new(10_000);
+        let mut taken = PageBitmap::new(10_000);
+        std::thread::scope(|scope| {
+            for offset in 0..4u64 {
+                let map = &map;
+                scope.spawn(move || {
+                    (0..2500).for_each(|i| assert_eq!(map.set(PageIndex(i * 4 + offset), 1), 1))
+                });
+            }
+            let mut moved = 0;
+            while moved < 10_000 {
+                moved += map.take_into(&mut taken);
+            }
+        });
+        assert_eq!((taken.count(), map.count()), (10_000, 0));
+    }
+
+    #[test]
+    fn a_range_is_cut_at_the_end() {
+        let map = AtomicBitmap::new(70);
+        assert_eq!(map.set(PageIndex(60), 64), 10);
+        assert_eq!(map.set(PageIndex(0), 64), 60);
+        assert!(map.get(PageIndex(69)) && !map.get(PageIndex(70)));
+    }
+}

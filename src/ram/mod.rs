@@ -1,0 +1,22 @@
+//! Pure data about guest RAM: blocks, bitmaps, runs and batches of pages.
+//!
+//! Nothing here touches memory, a file or a socket. What is inside a block's bounds is decided in one
+//! place, [`RamBlockTable::admit`]; everything that reads or writes guest RAM takes its [`Landing`].
+
+mod abilities;
+mod atomic_bitmap;
+mod batch;
+mod bitmap;
+mod block;
+mod dirty_map;
+mod run;
+mod table;
+
+pub use abilities::{MoverAbilities, RoundKind};
+pub use atomic_bitmap::{AtomicBitmap, ReceivedMap};
+pub use batch::{PageBatch, Piece, Verdict};
+pub use bitmap::PageBitmap;
+pub use block::{BlockError, BlockFlags, BlockName, RamBlock};
+pub use dirty_map::{ClearShift, DirtyMap};
+pub use run::PageRun;
+pub use table::{Landing, MAX_BLOCKS, RamBlockTable, Refusal, TableError};

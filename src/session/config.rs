@@ -1,0 +1,104 @@
+//! What a caller may set, with the defaults an embedder may rely on.
+
+use std::time::Duration;
+
+use crate::page::ZeroDetection;
+use crate::ram::ClearShift;
+use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::style::PeerStyle;
+
+use super::Peer;
+use super::workers::Spawner;
+
+/// Settings of a source.
+#[derive(Clone, Debug)]
+pub struct SourceSettings {
+    /// Longest time the guest may stand still; 300 ms.
+    pub downtime_limit: Duration,
+    /// Where zero pages are found.
+    pub zero_detection: ZeroDetection,
+    /// Compare a digest of RAM and device state before the guest is handed over (between ramwire ends).
+    pub digest: bool,
+    /// Without a byte or an answer for this long before COMMIT the migration fails; 30 s.
+    pub stall_timeout: Duration,
+    /// Without RUNNING for this long after COMMIT the outcome is in doubt; 60 s.
+    pub finish_timeout: Duration,
+    /// What the peer is, where the caller knows; else it is found out by the greeting.
+    pub peer: Option<Peer>,
+    /// How a QEMU peer wants its stream. Follows the machine's name; one that tells nothing gets the style
+    /// every QEMU reads.
+    pub style: PeerStyle,
+    /// Pages in one chunk of the clear map.
+    pub clear_shift: ClearShift,
+    /// What the stream says of the machine; a QEMU compares it with its own.
+    pub configuration: Configuration,
+    /// Bytes of sections that go between the block list and the first page, as they were captured.
+    pub early_sections: Vec<u8>,
+    /// Names this migration; 128 random bits.
+    pub migration_id: [u8; 16],
+    /// How threads are started.
+    pub spawner: Spawner,
+}
+
+impl SourceSettings {
+    /// The defaults for a guest of this machine.
+    pub fn new(configuration: Configuration) -> Self {
+        Self {
+            downtime_limit: Duration::from_millis(300),
+            zero_detection: ZeroDetection::default(),
+            digest: false,
+            stall_timeout: Duration::from_secs(30),
+            finish_timeout: Duration::from_secs(60),
+            peer: None,
+            style: PeerStyle::of_machine(&configuration.machine).unwrap_or(PeerStyle::QEMU_7_2),
+            clear_shift: ClearShift::default(),
+            configuration,
+            early_sections: Vec::new(),
+            migration_id: random_id(),
+            spawner: Spawner::default(),
+        }
+    }
+}
+
+/// Settings of a destination.
+#[derive(Clone, Debug)]
+pub struct DestinationSettings {
+    /// Without a byte for this long before COMMIT the migration fails; 30 s.
+    pub stall_timeout: Duration,
+    /// Without COMMIT for this long after READY the migration fails; 60 s.
+    pub finish_timeout: Duration,
+    /// Most bytes of RAM that are accepted.
+    pub max_ram: u64,
+    /// Most bytes of device state that are accepted.
+    pub max_state: u64,
+    /// Take a QEMU's device state that ends with the connection instead of its VM description.
+    pub accept_missing_description: bool,
+    /// How threads are started.
+    pub spawner: Spawner,
+}
+
+impl Default for DestinationSettings {
+    fn default() -> Self {
+        Self {
+            stall_timeout: Duration::from_secs(30),
+            finish_timeout: Duration::from_secs(60),
+            max_ram: 64 << 40,
+            max_state: 1 << 30,
+            accept_missing_description: false,
+            spawner: Spawner::default(),
+        }
+    }
+}
+
+/// 128 bits from the kernel; from the clock and the address space where it has none to give.
+fn random_id() -> [u8; 16] {
+    let mut id = [0; 16];
+    let got = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::NONBLOCK);
+    if got != Ok(id.len()) {
+        use std::hash::{BuildHasher, RandomState};
+        let half = || RandomState::new().hash_one(std::time::Instant::now()).to_ne_bytes();
+        id[..8].copy_from_slice(&half());
+        id[8..].copy_from_slice(&half());
+    }
+    id
+}

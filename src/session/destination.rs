@@ -1,0 +1,518 @@
+//! The destination's session: reads the stream, puts pages in place, and starts the guest once it is ours.
+
+use std::sync::Arc;
+
+use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
+use crate::guest::{GuestControl, GuestError, GuestMemory};
+use crate::observe::{PageCounts, SharedStatistics, Status};
+use crate::ram::{PageRun, RamBlock};
+use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_pong};
+use crate::stream::qemu::blocks::BlockAnnouncement;
+use crate::stream::qemu::command::Command;
+use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, SectionKind, Step, StreamLimits};
+use crate::stream::qemu::return_path::Message;
+use crate::stream::qemu::section::Phase;
+use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
+use crate::transport::{ByteSink, ByteSource};
+
+use super::Error;
+use super::config::DestinationSettings;
+use super::digest::{Digest, digests_of};
+use super::greeting::described;
+use super::placing::Placing;
+
+/// Bytes read at a time: a buffer that stays in the second-level cache costs less than the copy it saves.
+const BUFFER: usize = 256 << 10;
+
+/// What the source announced, before any page.
+#[derive(Clone, Debug)]
+pub struct Incoming {
+    /// Machine and capabilities.
+    pub configuration: Configuration,
+    /// The blocks in stream order.
+    pub blocks: Vec<RamBlock>,
+    /// Sections between the block list and the first page, as they came.
+    pub early_sections: Vec<u8>,
+}
+
+/// Provides the memory a guest arrives in.
+pub trait MemoryProvider: Send {
+    /// The memory for what was announced: the same names, at least the same lengths, all zero.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] or [`Error::Config`] if this guest is not that guest.
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error>;
+
+    /// Everything has come, the device state is loaded next. `incoming` has the early sections now;
+    /// `native` if a ramwire sent it.
+    fn arrived(&mut self, _incoming: &Incoming, _native: bool) {}
+}
+
+impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        for block in &incoming.blocks {
+            let index = self.table().find(block.name.as_str()).map_err(GuestError::from)?;
+            let ours = self.table().get(index).map_or(0, |block| block.used_length);
+            if ours != block.used_length {
+                let what = format!(
+                    "RAM block {}: the source has {} bytes, this guest {ours}",
+                    block.name, block.used_length
+                );
+                return Err(Error::Config { what, remedy: "start both ends with the same memory" });
+            }
+        }
+        Ok(Arc::clone(self) as Arc<dyn GuestMemory>)
+    }
+}
+
+/// Sees pages as they arrive; a relay's.
+pub trait Arrival: Send {
+    /// The memory is there; no page has come.
+    ///
+    /// # Errors
+    /// Ends the migration.
+    fn began(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error>;
+
+    /// The bytes of `run` are in place.
+    fn placed(&mut self, run: PageRun);
+
+    /// Called between reads; may wait to hand pressure back to the source.
+    ///
+    /// # Errors
+    /// Ends the migration.
+    fn between_reads(&mut self) -> Result<(), Error>;
+
+    /// The last page has come: the source's guest stands still.
+    ///
+    /// # Errors
+    /// Ends the migration.
+    fn ram_complete(&mut self) -> Result<(), Error>;
+}
+
+/// How a migration ended, seen from the destination.
+#[derive(Debug)]
+pub struct DestinationReport {
+    /// Whether the guest runs here.
+    pub ending: Ending,
+    /// Why not.
+    pub error: Option<Error>,
+    /// What the source announced, if it came so far.
+    pub incoming: Option<Incoming>,
+    /// Pages that came.
+    pub pages: PageCounts,
+    /// Bytes that came.
+    pub bytes: u64,
+    /// A digest was compared and found equal.
+    pub verified: bool,
+    /// The source is a ramwire.
+    pub native: bool,
+}
+
+/// The destination's session before and while it runs.
+pub struct DestinationSession {
+    pub(super) source: Box<dyn ByteSource>,
+    pub(super) back: Option<Box<dyn ByteSink>>,
+    pub(super) provider: Box<dyn MemoryProvider>,
+    pub(super) control: Box<dyn GuestControl>,
+    pub(super) arrival: Option<Box<dyn Arrival>>,
+    pub(super) settings: DestinationSettings,
+    pub(super) engine: DestinationEngine,
+    pub(super) placing: Option<Placing>,
+    pub(super) incoming: Option<Incoming>,
+    pub(super) configuration: Option<Configuration>,
+    pub(super) state: Vec<u8>,
+    cancel: CancelToken,
+    stop: Stop,
+    return_path_open: bool,
+    ram_ended: bool,
+    in_native_state: bool,
+    migration_id: Option<[u8; 16]>,
+    theirs: Vec<u64>,
+    ours: Option<Digest>,
+    verified: bool,
+    statistics: SharedStatistics,
+    error: Option<Error>,
+}
+
+impl DestinationSession {
+    /// A session over a connection that stands. `back` carries the return path; `None` for files and pipes.
+    pub fn new(
+        source: Box<dyn ByteSource>,
+        back: Option<Box<dyn ByteSink>>,
+        provider: Box<dyn MemoryProvider>,
+        control: Box<dyn GuestControl>,
+        settings: DestinationSettings,
+    ) -> Self {
+        let cancel = CancelToken::default();
+        Self {
+            stop: Stop::on(&cancel),
+            cancel,
+            source,
+            back,
+            provider,
+            control,
+            arrival: None,
+            settings,
+            engine: DestinationEngine::default(),
+            placing: None,
+            incoming: None,
+            configuration: None,
+            state: Vec::new(),
+            return_path_open: false,
+            ram_ended: false,
+            in_native_state: false,
+            migration_id: None,
+            theirs: Vec::new(),
+            ours: None,
+            verified: false,
+            statistics: SharedStatistics::default(),
+            error: None,
+        }
+    }
+
+    /// Somebody wants to see pages as they arrive.
+    pub fn with_arrival(mut self, arrival: Box<dyn Arrival>) -> Self {
+        self.arrival = Some(arrival);
+        self
+    }
+
+    /// A token that the caller has already.
+    pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
+        self.stop = Stop::on(&cancel);
+        self.cancel = cancel;
+        self
+    }
+
+    /// Raise it to cancel; without effect once the guest was given away by the source.
+    pub fn cancel_token(&self) -> CancelToken {
+        self.cancel.clone()
+    }
+
+    /// The figures while it runs.
+    pub fn statistics(&self) -> SharedStatistics {
+        self.statistics.clone()
+    }
+}
+
+impl DestinationSession {
+    /// Runs the migration to its end on this thread.
+    pub fn run(mut self) -> DestinationReport {
+        let config = IncomingConfig {
+            limits: StreamLimits {
+                ram_bytes: self.settings.max_ram,
+                tail_bytes: usize::try_from(self.settings.max_state).unwrap_or(usize::MAX),
+                ..StreamLimits::default()
+            },
+            ..IncomingConfig::default()
+        };
+        let mut reader = StreamReader::new(config);
+        self.statistics.update(|s| s.status = Status::Setup);
+        let mut deed = Deed::Receive;
+        let ending = loop {
+            if let Deed::Finish(ending) = deed {
+                break ending;
+            }
+            let fact = self.perform(deed, &mut reader).unwrap_or_else(|error| {
+                tracing::warn!(%error, at = reader.at, "destination failed");
+                self.error.get_or_insert(error);
+                Arrived::Failed
+            });
+            deed = self.engine.handle(fact);
+            if self.engine.is_committed() {
+                // The guest is ours: no cancel breaks it off any more.
+                self.stop = Stop::on(&CancelToken::default());
+            }
+        };
+        self.report(ending, reader.at)
+    }
+
+    fn report(self, ending: Ending, bytes: u64) -> DestinationReport {
+        self.statistics.update(|s| {
+            s.status = if ending == Ending::Running { Status::Completed } else { Status::Failed };
+            s.error = self.error.as_ref().map(ToString::to_string);
+        });
+        DestinationReport {
+            ending,
+            error: self.error,
+            pages: self.placing.as_ref().map_or_else(PageCounts::default, |placing| placing.pages),
+            incoming: self.incoming,
+            bytes,
+            verified: self.verified,
+            native: self.engine.is_native(),
+        }
+    }
+
+    fn perform(&mut self, deed: Deed, reader: &mut StreamReader) -> Result<Arrived, Error> {
+        match deed {
+            Deed::Receive => return self.receive(reader),
+            Deed::MakeDigest => {
+                let memory = self.memory()?;
+                self.ours = Some(Digest::make(&memory, &self.state, &self.settings.spawner)?);
+            }
+            Deed::CompareDigest => {
+                let theirs = Digest(std::mem::take(&mut self.theirs));
+                if let Some(ours) = self.ours.take() {
+                    ours.compare(&theirs, self.memory()?.table())?;
+                    self.verified = true;
+                }
+            }
+            Deed::LoadState => {
+                if let Some(incoming) = &self.incoming {
+                    self.provider.arrived(incoming, self.engine.is_native());
+                }
+                let loaded = self.control.load_devices(&mut &self.state[..]);
+                loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
+            }
+            Deed::SayReady => self.say(Message::Native(Answer::Ready))?,
+            Deed::Resume => {
+                let resumed = self.control.resume();
+                resumed.map_err(|source| Error::Control { what: "resume", source })?;
+            }
+            Deed::SayRunning if self.engine.is_native() => self.say(Message::Native(Answer::Running))?,
+            Deed::SayRunning => self.say(Message::Shut { status: 0 })?,
+            Deed::SayFailed => self.say_failed()?,
+            Deed::Finish(_) => {}
+        }
+        Ok(Arrived::Done)
+    }
+
+    fn say(&mut self, message: Message<'_>) -> Result<(), Error> {
+        let (true, Some(back)) = (self.return_path_open, &mut self.back) else { return Ok(()) };
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let stop = self.stop.within(self.settings.stall_timeout);
+        back.send(&[SendPart::Own(&bytes)], &stop)?;
+        Ok(back.flush(&stop)?)
+    }
+
+    fn say_failed(&mut self) -> Result<(), Error> {
+        // A cancel must not keep us from saying so.
+        self.stop = Stop::on(&CancelToken::default());
+        let why = self.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        if self.engine.is_native() {
+            return self.say(Message::Native(Answer::Refused { why: &why }));
+        }
+        self.say(Message::Shut { status: 1 })
+    }
+
+    fn memory(&self) -> Result<Arc<dyn GuestMemory>, Error> {
+        let placing = self.placing.as_ref().ok_or_else(|| no_blocks("the end of the state"))?;
+        Ok(Arc::clone(placing.memory()))
+    }
+
+    /// Reads until something is to be decided.
+    fn receive(&mut self, reader: &mut StreamReader) -> Result<Arrived, Error> {
+        loop {
+            let StreamReader { stream, buffer, start, end, .. } = reader;
+            match stream.next(&buffer[*start..*end])? {
+                Step::Event { consumed, event } => {
+                    let raw = &buffer[*start..*start + consumed];
+                    let fact = self.take(event, raw)?;
+                    *start += consumed;
+                    if let Some(fact) = fact {
+                        if fact == Arrived::Tail {
+                            self.state.extend_from_slice(stream.tail().bytes());
+                        }
+                        return Ok(fact);
+                    }
+                }
+                Step::NeedMore { consumed, needed } => {
+                    *start += consumed;
+                    if let Some(placing) = &mut self.placing {
+                        placing.between_reads()?;
+                    }
+                    reader.make_room(needed);
+                    let stop = &self.stop;
+                    let got =
+                        self.source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
+                    if got == 0 {
+                        return self.stream_ended(reader);
+                    }
+                    reader.end += got;
+                    reader.at += got as u64;
+                    self.tell_figures(reader.at);
+                }
+            }
+        }
+    }
+
+    fn tell_figures(&self, bytes: u64) {
+        let pages = self.placing.as_ref().map_or_else(PageCounts::default, |placing| placing.pages);
+        self.statistics.update(|s| (s.transferred, s.pages) = (bytes, pages));
+    }
+
+    /// The source closed. A tail may end so where its description is suppressed.
+    fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<Arrived, Error> {
+        let inside = if self.placing.is_none() { "the setup" } else { "RAM or device state" };
+        let truncated = Error::Truncated { at: reader.at, inside };
+        if self.engine.is_native() || !self.settings.accept_missing_description {
+            return Err(truncated);
+        }
+        match reader.stream.finish() {
+            Ok(_) => {
+                self.state.extend_from_slice(reader.stream.tail().bytes());
+                Ok(Arrived::Tail)
+            }
+            Err(_) => Err(truncated),
+        }
+    }
+
+    /// What an event means for memory, and for the engine. `raw` are the bytes it took.
+    fn take(&mut self, event: Event<'_>, raw: &[u8]) -> Result<Option<Arrived>, Error> {
+        match event {
+            Event::Page { block, offset, bytes } => self.placing()?.page(block, offset, bytes)?,
+            Event::Zero { block, offset } => self.placing()?.zero(block, offset)?,
+            Event::Compressed { block, offset, bytes } => self.placing()?.compressed(block, offset, bytes)?,
+            Event::Xbzrle { block, offset, bytes } => self.placing()?.delta(block, offset, bytes)?,
+            Event::Configuration(configuration) => self.configuration = Some(configuration),
+            Event::Blocks(blocks) => self.blocks(&blocks)?,
+            Event::Command(command) => return self.command(command),
+            Event::SectionStart { kind: SectionKind::Ram, .. } | Event::MultifdFlush => {}
+            Event::SectionEnd { kind: SectionKind::Ram, phase: Phase::End } => self.ram_complete()?,
+            Event::SectionEnd { kind: SectionKind::Ram, .. } => {}
+            Event::SectionStart { kind: SectionKind::NativeState, .. } => self.in_native_state = true,
+            Event::SectionEnd { kind: SectionKind::NativeState, .. } => self.in_native_state = false,
+            Event::SectionBytes(bytes) if self.in_native_state => self.state.extend_from_slice(bytes),
+            Event::SectionStart { .. }
+            | Event::SectionEnd { .. }
+            | Event::VirtioMem(_)
+            | Event::BitmapChunk
+            | Event::SectionBytes(_) => self.carry(raw),
+            Event::TailBytes(_) | Event::Eof => {}
+            Event::Done => return Ok(Some(Arrived::Tail)),
+            Event::Filled { .. }
+            | Event::Hook { .. }
+            | Event::MappedBlock { .. }
+            | Event::MappedBytes(_)
+            | Event::PackageBytes(_)
+            | Event::PackageEnd => {
+                return Err(out_of_turn("a record of another kind of migration", "a plain precopy stream"));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Sections that are not RAM and not understood go on as they came.
+    fn carry(&mut self, raw: &[u8]) {
+        match &mut self.incoming {
+            Some(incoming) if !self.ram_ended => incoming.early_sections.extend_from_slice(raw),
+            _ => self.state.extend_from_slice(raw),
+        }
+    }
+
+    fn placing(&mut self) -> Result<&mut Placing, Error> {
+        self.placing.as_mut().ok_or_else(|| no_blocks("a page"))
+    }
+
+    fn blocks(&mut self, announced: &[BlockAnnouncement]) -> Result<(), Error> {
+        if self.placing.is_some() {
+            return Ok(());
+        }
+        let incoming = Incoming {
+            configuration: self.configuration.clone().unwrap_or_default(),
+            blocks: announced.iter().map(described).collect(),
+            early_sections: Vec::new(),
+        };
+        let memory = self.provider.provide(&incoming)?;
+        if let Some(arrival) = &mut self.arrival {
+            arrival.began(&incoming, &memory)?;
+        }
+        self.placing = Some(Placing::new(memory, &incoming.blocks, self.arrival.take())?);
+        self.incoming = Some(incoming);
+        self.statistics.update(|s| s.status = Status::Active);
+        Ok(())
+    }
+
+    fn ram_complete(&mut self) -> Result<(), Error> {
+        self.ram_ended = true;
+        match &mut self.placing {
+            Some(placing) => placing.ram_complete(),
+            None => Err(no_blocks("the end of RAM")),
+        }
+    }
+
+    fn command(&mut self, command: Command<'_>) -> Result<Option<Arrived>, Error> {
+        match command {
+            Command::OpenReturnPath => self.return_path_open = true,
+            Command::Ping(_) if !self.return_path_open => {
+                return Err(out_of_turn("PING", "a stream without a return path"));
+            }
+            Command::Ping(value) => {
+                self.say(Message::Pong(value))?;
+                if value == GREETING {
+                    self.say(Message::Pong(hello_pong(MAX_VERSION)))?;
+                }
+            }
+            Command::SwitchoverStart | Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps => {}
+            Command::Native(order) => return self.order(order),
+            other => return Err(out_of_turn(&format!("{other:?}"), "a precopy migration")),
+        }
+        Ok(None)
+    }
+
+    fn order(&mut self, order: Order<'_>) -> Result<Option<Arrived>, Error> {
+        match order {
+            Order::Hello(theirs) => {
+                let Some(version) = theirs.common_version() else {
+                    let what = format!("HELLO for versions {} to {}", theirs.min_version, theirs.max_version);
+                    return Err(out_of_turn(&what, "a greeting"));
+                };
+                let answer = Hello { min_version: version, max_version: version, ..theirs };
+                self.migration_id = Some(theirs.migration_id);
+                self.say(Message::Native(Answer::Hello(answer)))?;
+                Ok(Some(Arrived::Hello { digest: theirs.digest }))
+            }
+            Order::StateSent => Ok(Some(Arrived::StateSent)),
+            Order::Digest { first, values } => {
+                let due = digests_of(self.memory()?.table());
+                let count = values.len() / 8;
+                if first as usize != self.theirs.len() || self.theirs.len() + count > due {
+                    return Err(out_of_turn("digests out of order", "comparing"));
+                }
+                let values = values.chunks_exact(8).filter_map(|v| v.try_into().ok().map(u64::from_be_bytes));
+                self.theirs.extend(values);
+                Ok((self.theirs.len() == due).then_some(Arrived::Digests))
+            }
+            Order::Commit { migration_id } if self.migration_id == Some(migration_id) => {
+                Ok(Some(Arrived::Commit))
+            }
+            Order::Commit { .. } => Err(out_of_turn("COMMIT of another migration", "waiting for ours")),
+        }
+    }
+}
+
+/// The buffer between socket and parser.
+struct StreamReader {
+    stream: IncomingStream,
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    at: u64,
+}
+
+impl StreamReader {
+    fn new(config: IncomingConfig) -> Self {
+        let stream = IncomingStream::new(config);
+        Self { stream, buffer: vec![0; BUFFER], start: 0, end: 0, at: 0 }
+    }
+
+    /// Moves what is left to the front, so that the next read is a large one.
+    fn make_room(&mut self, needed: usize) {
+        self.buffer.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+        // The parser promises to need less than the buffer; a growing one would still be bounded by it.
+        if needed > self.buffer.len() {
+            self.buffer.resize(needed, 0);
+        }
+    }
+}
+
+fn no_blocks(what: &'static str) -> Error {
+    out_of_turn(what, "waiting for the list of RAM blocks")
+}
+
+fn out_of_turn(what: &str, while_doing: &'static str) -> Error {
+    Error::OutOfTurn { what: what.to_owned(), while_doing }
+}

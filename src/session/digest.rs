@@ -1,0 +1,129 @@
+//! Whether RAM and device state arrived as they left.
+//!
+//! XXH3 (64 bits) of every 16 MiB range of every block, made on all cores while the guest stands still: an
+//! earlier digest could not see a lost dirty bit. It guards against loss, not against a forger.
+
+use std::sync::Arc;
+
+use xxhash_rust::xxh3::Xxh3;
+
+use super::Error;
+use super::workers::{Spawner, cores};
+use crate::guest::{GuestError, GuestMemory};
+use crate::ram::{BlockName, Landing, RamBlockTable};
+use crate::units::{BlockIndex, BlockOffset};
+
+/// Bytes under one digest.
+pub const RANGE: u64 = 16 << 20;
+
+/// Bytes copied out of guest RAM at a time; stays in the cache.
+const WINDOW: usize = 64 << 10;
+
+/// Where RAM differs.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Mismatch {
+    /// A range of a block.
+    #[error("RAM block {block} differs from the source's between {from} and {to:#x}")]
+    Ram {
+        /// The block.
+        block: BlockName,
+        /// Start of the first range that differs.
+        from: BlockOffset,
+        /// End of the last range that differs without a gap behind it.
+        to: u64,
+    },
+    /// The device state.
+    #[error("the device state differs from the source's")]
+    State,
+    /// The lists can't be compared.
+    #[error("the source's digest covers {theirs} ranges, this guest has {ours}")]
+    Shape {
+        /// Ranges in the peer's list.
+        theirs: usize,
+        /// Ranges in ours.
+        ours: usize,
+    },
+}
+
+/// Digests of all ranges of all travelling blocks in table order, the device state's last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Digest(pub Vec<u64>);
+
+impl Digest {
+    /// Reads all RAM of `guest`, which must stand still.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] and [`Error::Thread`].
+    pub fn make(guest: &Arc<dyn GuestMemory>, state: &[u8], spawner: &Spawner) -> Result<Self, Error> {
+        let ranges = ranges(guest.table());
+        let memory = Arc::clone(guest);
+        let work = ranges.clone();
+        let hashes = spawner
+            .map("ramwire-digest", cores(), ranges.len(), move |item| hash_landing(&*memory, work[item]))?;
+        let mut digest = hashes.into_iter().collect::<Result<Vec<u64>, GuestError>>()?;
+        digest.push(xxhash_rust::xxh3::xxh3_64(state));
+        Ok(Self(digest))
+    }
+
+    /// Compares with the peer's.
+    ///
+    /// # Errors
+    /// [`Mismatch`], which names the block and the range.
+    pub fn compare(&self, theirs: &Self, table: &RamBlockTable) -> Result<(), Mismatch> {
+        if self.0.len() != theirs.0.len() {
+            return Err(Mismatch::Shape { theirs: theirs.0.len(), ours: self.0.len() });
+        }
+        let differs = |at: usize| self.0.get(at) != theirs.0.get(at);
+        let ranges = ranges(table);
+        let Some(first) = (0..ranges.len()).find(|at| differs(*at)) else {
+            return if differs(ranges.len()) { Err(Mismatch::State) } else { Ok(()) };
+        };
+        let block = ranges[first].block();
+        let mut last = first;
+        while ranges.get(last + 1).is_some_and(|next| next.block() == block) && differs(last + 1) {
+            last += 1;
+        }
+        let name = table.get(block).map(|block| block.name.clone());
+        name.map_or(Err(Mismatch::State), |name| {
+            Err(Mismatch::Ram {
+                block: name,
+                from: ranges[first].offset(),
+                to: ranges[last].offset().0 + ranges[last].len(),
+            })
+        })
+    }
+}
+
+/// Number of digests a guest has: what a peer's list must hold.
+pub fn digests_of(table: &RamBlockTable) -> usize {
+    ranges(table).len() + 1
+}
+
+fn ranges(table: &RamBlockTable) -> Vec<Landing> {
+    let mut ranges = Vec::new();
+    for (index, block) in table.blocks().iter().enumerate() {
+        let mut offset = 0;
+        while offset < block.used_length {
+            let len = RANGE.min(block.used_length - offset);
+            // An ignored block is refused here, as it is everywhere: its pages do not travel.
+            let landing = table.admit(BlockIndex(index as u32), BlockOffset(offset), len);
+            ranges.extend(landing.ok());
+            offset += len;
+        }
+    }
+    ranges
+}
+
+fn hash_landing(guest: &dyn GuestMemory, landing: Landing) -> Result<u64, GuestError> {
+    let span = guest.span(landing)?;
+    let mut window = vec![0u8; WINDOW];
+    let mut hash = Xxh3::new();
+    let mut offset = 0;
+    while let Some(part) = span.part(offset, WINDOW.min(span.len() - offset)).filter(|p| !p.is_empty()) {
+        let got = part.copy_to(&mut window);
+        hash.update(&window[..got]);
+        offset += got;
+    }
+    Ok(hash.digest())
+}

@@ -1,0 +1,130 @@
+//! What can end a migration, and what that means for the guest.
+
+use std::io;
+
+use crate::guest::{DirtyError, GuestError};
+use crate::stream::DecodeError;
+use crate::transport::{ChannelError, MoveError};
+
+/// Whose fault an error is, for exit statuses and retries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// What was asked for does not make sense.
+    Config,
+    /// This host or this VMM could not do it.
+    Local,
+    /// The peer broke the protocol or said that it failed.
+    Peer,
+    /// The connection failed.
+    Channel,
+    /// Somebody asked for the end.
+    Cancelled,
+}
+
+/// Why a migration ended early.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// What was asked for does not make sense.
+    #[error("{what}; {remedy}")]
+    Config {
+        /// What is wrong.
+        what: String,
+        /// What to do instead.
+        remedy: &'static str,
+    },
+    /// The VMM's own answer.
+    #[error("the guest could not {what}: {source}")]
+    Control {
+        /// The step.
+        what: &'static str,
+        /// The answer.
+        source: io::Error,
+    },
+    /// Guest memory.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The dirty log.
+    #[error(transparent)]
+    Dirty(#[from] DirtyError),
+    /// The connection.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// The peer's bytes.
+    #[error("the peer's stream is not understood: {0}")]
+    Decode(#[from] DecodeError),
+    /// The stream ended too early.
+    #[error("the stream ended after {at} bytes, inside {inside}; the source has failed or was cancelled")]
+    Truncated {
+        /// Bytes received.
+        at: u64,
+        /// What was being received.
+        inside: &'static str,
+    },
+    /// The peer said that it failed.
+    #[error("the peer failed: {why}")]
+    PeerFailed {
+        /// Its words, or what it did.
+        why: String,
+    },
+    /// The peer said something at a moment at which it means nothing.
+    #[error("the peer sent {what} while {while_doing}")]
+    OutOfTurn {
+        /// What came.
+        what: String,
+        /// What was due.
+        while_doing: &'static str,
+    },
+    /// RAM or state arrived changed.
+    #[error("{0}; the guest was not started from it")]
+    Digest(#[from] super::digest::Mismatch),
+    /// Somebody asked for the end.
+    #[error("cancelled; the guest runs on at the source")]
+    Cancelled,
+    /// A thread could not be started.
+    #[error("thread {name} could not be started: {source}")]
+    Thread {
+        /// Its name.
+        name: &'static str,
+        /// The answer.
+        source: io::Error,
+    },
+}
+
+impl From<MoveError> for Error {
+    fn from(error: MoveError) -> Self {
+        match error {
+            MoveError::Channel(error) => Self::Channel(error),
+            MoveError::Guest(error) => Self::Guest(error),
+        }
+    }
+}
+
+impl Error {
+    /// Whose fault it is.
+    pub fn kind(&self) -> ErrorKind {
+        use crate::sys::StopReason;
+        match self {
+            Self::Config { .. } => ErrorKind::Config,
+            Self::Control { .. } | Self::Guest(_) | Self::Dirty(_) | Self::Thread { .. } => ErrorKind::Local,
+            Self::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }) | Self::Cancelled => {
+                ErrorKind::Cancelled
+            }
+            Self::Channel(_) | Self::Truncated { .. } => ErrorKind::Channel,
+            Self::Decode(_) | Self::PeerFailed { .. } | Self::OutOfTurn { .. } | Self::Digest(_) => {
+                ErrorKind::Peer
+            }
+        }
+    }
+
+    /// True if a deadline passed that the caller itself had set.
+    pub(super) fn is_deadline(&self) -> bool {
+        use crate::sys::StopReason;
+        matches!(self, Self::Channel(ChannelError::Stopped { reason: StopReason::Deadline, .. }))
+    }
+
+    /// True if the same migration may succeed when it is tried again as it is.
+    pub fn is_recoverable(&self) -> bool {
+        matches!(self.kind(), ErrorKind::Channel | ErrorKind::Cancelled)
+    }
+}

@@ -1,0 +1,227 @@
+//! Turns what the session does into the figures people read.
+
+use std::time::Duration;
+
+use crate::engine::{Action, Outcome, Reason};
+use crate::observe::{Latency, PageCounts, RoundReport, SharedStatistics, Status};
+use crate::ram::{PageBatch, RamBlockTable, RoundKind};
+use crate::units::Rate;
+
+use super::Error;
+
+/// What a moment of the downtime is spent on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Pause,
+    Sync,
+    Pages,
+    State,
+    Digest,
+    Ready,
+    Handover,
+}
+
+/// The session's own counters; the shared snapshot is brought up to date once a slice.
+pub(super) struct Figures {
+    shared: SharedStatistics,
+    page_bytes: u64,
+    pages: PageCounts,
+    round_pages: PageCounts,
+    round: RoundReport,
+    round_began: Duration,
+    round_from: u64,
+    rounds_bytes: u64,
+    rounds_time: Duration,
+    last_sync: Option<Duration>,
+    paused_at: Option<Duration>,
+    part: Option<(Part, Duration)>,
+    batch: Latency,
+    fence: Latency,
+}
+
+impl Figures {
+    pub(super) fn new(table: &RamBlockTable) -> Self {
+        let shared = SharedStatistics::default();
+        shared.update(|s| {
+            s.total = table.travelling();
+            s.remaining = table.travelling();
+            s.page_size = table.page().bytes();
+        });
+        Self {
+            shared,
+            page_bytes: table.page().bytes(),
+            pages: PageCounts::default(),
+            round_pages: PageCounts::default(),
+            round: RoundReport::default(),
+            round_began: Duration::ZERO,
+            round_from: 0,
+            rounds_bytes: 0,
+            rounds_time: Duration::ZERO,
+            last_sync: None,
+            paused_at: None,
+            part: None,
+            batch: Latency::default(),
+            fence: Latency::default(),
+        }
+    }
+
+    pub(super) fn shared(&self) -> SharedStatistics {
+        self.shared.clone()
+    }
+
+    /// A step begins: the downtime's parts and the status follow from the steps.
+    pub(super) fn step(&mut self, now: Duration, action: Action) {
+        let part = match action {
+            Action::PauseGuest => {
+                self.paused_at = Some(now);
+                self.shared.update(|s| s.status = Status::Device);
+                Some(Part::Pause)
+            }
+            Action::Sync { last: true } => Some(Part::Sync),
+            Action::OpenRound { kind: RoundKind::Final, .. } => Some(Part::Pages),
+            Action::SendState => Some(Part::State),
+            Action::SendDigest => Some(Part::Digest),
+            Action::AwaitReady => Some(Part::Ready),
+            Action::Commit => Some(Part::Handover),
+            Action::Release | Action::Recover | Action::Finish(_) => {
+                self.close_part(now);
+                return;
+            }
+            _ => None,
+        };
+        if let Some(part) = part {
+            self.close_part(now);
+            self.part = Some((part, now));
+        }
+    }
+
+    fn close_part(&mut self, now: Duration) {
+        let Some((part, since)) = self.part.take() else { return };
+        let took = millis(now.saturating_sub(since));
+        self.shared.update(|s| {
+            let parts = &mut s.downtime_parts;
+            *match part {
+                Part::Pause => &mut parts.pause_ms,
+                Part::Sync => &mut parts.sync_ms,
+                Part::Pages => &mut parts.pages_ms,
+                Part::State => &mut parts.state_ms,
+                Part::Digest => &mut parts.digest_ms,
+                Part::Ready => &mut parts.ready_ms,
+                Part::Handover => &mut parts.handover_ms,
+            } += took;
+            s.downtime = parts.total_ms();
+        });
+    }
+
+    pub(super) fn set_up(&mut self, now: Duration, position: u64) {
+        self.shared.update(|s| {
+            s.status = Status::Active;
+            s.setup_time = millis(now);
+            s.transferred = position;
+        });
+    }
+
+    pub(super) fn synced(&mut self, now: Duration, dirty: u64, fresh: u64, expected: Option<Duration>) {
+        let since = self.last_sync.replace(now).map(|last| now.saturating_sub(last));
+        let rate = since.filter(|s| *s > Duration::ZERO).map(|s| (fresh as f64 / s.as_secs_f64()) as u64);
+        let remaining = dirty * self.page_bytes;
+        self.shared.update(|s| {
+            s.dirty_sync_count += 1;
+            s.remaining = remaining;
+            s.dirty_pages_rate = rate.unwrap_or(s.dirty_pages_rate);
+            s.expected_downtime = expected.map_or(s.expected_downtime, millis);
+        });
+    }
+
+    pub(super) fn round(&mut self, now: Duration, number: u32, dirty_pages: u64) {
+        self.round = RoundReport { round: number, dirty_pages, ..RoundReport::default() };
+        self.round_pages = PageCounts::default();
+        self.round_began = now;
+    }
+
+    pub(super) fn round_closed(&mut self, now: Duration, position: u64) {
+        let took = now.saturating_sub(self.round_began);
+        self.round.pages = self.round_pages;
+        self.round.bytes = position - self.round_from;
+        self.round.took_ms = millis(took);
+        self.rounds_bytes += self.round.bytes;
+        self.rounds_time += took;
+        self.round_from = position;
+        let round = self.round;
+        tracing::info!(
+            round = round.round,
+            dirty_pages = round.dirty_pages,
+            pages_sent = round.pages.normal,
+            zero_pages = round.pages.zero,
+            bytes = round.bytes,
+            took_ms = round.took_ms,
+            "round closed",
+        );
+        let (pages, paused) = (self.pages, self.paused_at.is_some());
+        let latencies = (self.batch.summary(), self.fence.summary());
+        self.shared.update(|s| {
+            s.pages = pages;
+            (s.batch_latency, s.fence_latency) = latencies;
+            s.rounds.push(round);
+            if !paused {
+                s.precopy_bytes = position;
+            }
+        });
+    }
+
+    pub(super) fn offered(&mut self, took: Duration) {
+        self.batch.record(took);
+    }
+
+    pub(super) fn fenced(&mut self, took: Duration) {
+        self.fence.record(took);
+    }
+
+    pub(super) fn counted(&mut self, batch: &PageBatch) {
+        for counts in [&mut self.pages, &mut self.round_pages] {
+            counts.normal += batch.whole_pages();
+            counts.zero += batch.zero_pages();
+        }
+    }
+
+    pub(super) fn sent(&mut self, now: Duration, bytes: u64, pages_left: u64, rate: Option<Rate>) {
+        let (pages, page_bytes) = (self.pages, self.page_bytes);
+        self.shared.update(|s| {
+            s.pages = pages;
+            s.transferred += bytes;
+            s.remaining = pages_left * page_bytes;
+            s.throughput = rate.map_or(s.throughput, |rate| rate.0);
+            s.total_time = millis(now);
+        });
+    }
+
+    /// Bytes in all, as the sink counts them.
+    pub(super) fn position(&mut self, position: u64) {
+        self.shared.update(|s| {
+            s.transferred = position;
+            s.downtime_bytes = position.saturating_sub(s.precopy_bytes);
+        });
+    }
+
+    pub(super) fn ended(&mut self, now: Duration, outcome: Outcome, error: Option<&Error>) {
+        let overall = Rate::of(self.rounds_bytes, self.rounds_time);
+        self.shared.update(|s| {
+            s.total_time = millis(now);
+            s.error = error.map(ToString::to_string);
+            s.status = match outcome {
+                Outcome::Completed => Status::Completed,
+                Outcome::StaysHere(Reason::Cancelled) => Status::Cancelled,
+                Outcome::StaysHere(Reason::Failed) => Status::Failed,
+                Outcome::InDoubt => Status::InDoubt,
+            };
+            if outcome == Outcome::Completed {
+                s.remaining = 0;
+                s.throughput = overall.map_or(s.throughput, |rate| rate.0);
+            }
+        });
+    }
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}

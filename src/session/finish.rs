@@ -1,0 +1,94 @@
+//! How a migration ends at the source: device state, digest, COMMIT.
+
+use crate::engine::{Handover, Input};
+use crate::stream::Writer;
+use crate::stream::native::{MAX_DIGESTS, Order, STATE_SECTION};
+use crate::stream::qemu::command::Command;
+use crate::stream::qemu::section::{self, SectionName};
+use crate::stream::qemu::tail::Tail;
+use crate::sys::{CancelToken, SendPart, Stop};
+
+use super::digest::Digest;
+use super::source::SourceSession;
+use super::{Breakage, Error};
+
+impl SourceSession {
+    /// Everything about the device state but the byte that commits.
+    pub(super) fn send_state(&mut self) -> Result<Input, Error> {
+        let mut state = Vec::new();
+        let saved = self.guest.control.save_devices(&mut state);
+        saved.map_err(|source| Error::Control { what: "save its device state", source })?;
+        if self.handover == Handover::Native {
+            self.send_native_state(&state)?;
+            self.state = state;
+        } else {
+            // A QEMU starts the guest when it has read the byte that ends the sections: that byte is COMMIT.
+            self.commit_at = commit_at(&state);
+            self.state = state;
+            let uncommitted = SendPart::Own(&self.state[..self.commit_at]);
+            self.link.sink().send(&[uncommitted], &self.stop)?;
+        }
+        self.link.sink().flush(&self.stop)?;
+        Ok(Input::Done)
+    }
+
+    fn send_native_state(&mut self, state: &[u8]) -> Result<(), Error> {
+        let id = self.section_id + 1;
+        let mut head = Vec::new();
+        section::encode_full(&SectionName { id, idstr: STATE_SECTION, instance: 0, version: 1 }, &mut head);
+        Writer::new(&mut head).be64(state.len() as u64);
+        let mut end = Vec::new();
+        section::encode_footer(id, &mut end);
+        Command::Native(Order::StateSent).encode(&mut end);
+        let parts = [SendPart::Own(&head), SendPart::Own(state), SendPart::Own(&end)];
+        Ok(self.link.sink().send(&parts, &self.stop)?)
+    }
+
+    /// The peer makes its own digest meanwhile and compares.
+    pub(super) fn send_digest(&mut self) -> Result<Input, Error> {
+        let digest = Digest::make(&self.guest.memory, &self.state, &self.settings.spawner)?;
+        let bytes: Vec<u8> = digest.0.iter().flat_map(|value| value.to_be_bytes()).collect();
+        let mut out = Vec::new();
+        for (at, values) in bytes.chunks(MAX_DIGESTS * 8).enumerate() {
+            let first = (at * MAX_DIGESTS) as u32;
+            Command::Native(Order::Digest { first, values }).encode(&mut out);
+        }
+        self.send_bytes(&out)?;
+        self.link.sink().flush(&self.stop)?;
+        Ok(Input::Done)
+    }
+
+    /// From the first byte of this on the guest is not ours: no cancel breaks it off any more.
+    pub(super) fn commit(&mut self) -> Result<Input, Error> {
+        debug_assert!(self.engine.is_committed());
+        self.stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
+        if self.handover == Handover::Native {
+            let mut order = Vec::new();
+            let migration_id = self.settings.migration_id;
+            Command::Native(Order::Commit { migration_id }).encode(&mut order);
+            self.send_bytes(&order)?;
+        } else {
+            let rest = SendPart::Own(&self.state[self.commit_at..]);
+            self.link.sink().send(&[rest], &self.stop)?;
+        }
+        self.link.sink().flush(&self.stop)?;
+        if self.handover == Handover::OneWay {
+            self.link.sink().finish(&self.stop)?;
+        }
+        let position = self.link.sink().position();
+        self.figures.position(position);
+        if self.breakage == Breakage::ResumeAfterCommit {
+            let _ = self.guest.control.resume();
+        }
+        Ok(Input::Done)
+    }
+}
+
+/// Where a QEMU's device state commits: at the byte that ends its sections. The VM description behind it is
+/// only looked at by tools. Without one the byte is the last.
+fn commit_at(state: &[u8]) -> usize {
+    let mut tail = Tail::default();
+    let pushed = tail.push(state, state.len(), u32::MAX);
+    let described = pushed.ok().and_then(|_| tail.description().map(|end| end.eof_at));
+    described.unwrap_or(state.len().saturating_sub(1))
+}

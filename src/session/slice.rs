@@ -1,0 +1,107 @@
+//! The page loop: which page, as what, to the door, a slice at a time.
+
+use std::time::{Duration, Instant};
+
+use crate::engine::Input;
+use crate::page::classify;
+use crate::ram::{PageBatch, PageRun};
+use crate::transport::{Offer, Receipt};
+
+use super::source::SourceSession;
+use super::{Breakage, Error};
+
+/// Most zero pages in a batch: they cost a header each and no look at the clock.
+const MAX_BATCH_PAGES: u64 = 16 * 1024;
+
+impl SourceSession {
+    /// Sends dirty pages until none is left, or until `until`. The peer is heard once a slice.
+    pub(super) fn send_slice(&mut self, until: Duration) -> Result<Input, Error> {
+        self.hear()?;
+        let before = self.link.sink().position();
+        loop {
+            let batch = self.next_batch()?;
+            if batch.is_empty() {
+                self.spare.push(batch);
+                break;
+            }
+            self.offer(batch)?;
+            if self.clock.now() >= until || self.stop.reason().is_some() {
+                break;
+            }
+        }
+        let bytes = self.link.sink().position() - before;
+        let pages_left = self.dirty.count();
+        self.figures.sent(self.clock.now(), bytes, pages_left, self.engine.rate());
+        Ok(Input::Sent { pages_left, bytes })
+    }
+
+    /// Gathers runs until the batch is full or nothing is dirty.
+    fn next_batch(&mut self) -> Result<PageBatch, Error> {
+        let full = u64::from(self.link.abilities().batch_pages);
+        let mut batch = self.spare.pop().unwrap_or_default();
+        batch.clear();
+        while batch.whole_pages() < full && batch.pages() < MAX_BATCH_PAGES {
+            let room = full - batch.whole_pages();
+            let Some(run) = self.search.next_run(&mut self.dirty, room) else { break };
+            if let Err(error) = self.look_at(run, &mut batch) {
+                self.dirty.set_run(run);
+                self.mark_unsent(&batch);
+                return Err(error);
+            }
+        }
+        Ok(batch)
+    }
+
+    /// Order 1: the bits of `run` are cleared, now the log is armed again, only then are the bytes read.
+    fn look_at(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
+        let chunk = self.dirty.take_clear_chunk(run);
+        if self.breakage == Breakage::ReadBeforeProtect {
+            classify(&*self.guest.memory, run, self.settings.zero_detection, batch)?;
+            let torn = std::mem::take(batch);
+            self.offer(torn)?;
+            return self.reprotect(chunk);
+        }
+        self.reprotect(chunk)?;
+        Ok(classify(&*self.guest.memory, run, self.settings.zero_detection, batch)?)
+    }
+
+    fn reprotect(&mut self, chunk: Option<PageRun>) -> Result<(), Error> {
+        let Some(chunk) = chunk else { return Ok(()) };
+        self.guest.dirty.iter().try_for_each(|source| source.reprotect(chunk))?;
+        Ok(())
+    }
+
+    /// Hands a batch to the door; waits while it is full.
+    fn offer(&mut self, batch: PageBatch) -> Result<(), Error> {
+        let begun = Instant::now();
+        let mut batch = batch;
+        loop {
+            match self.link.offer(batch, &self.stop)? {
+                Offer::Taken(_) => break,
+                Offer::Full(back) => {
+                    batch = back;
+                    self.link.drain(&self.stop)?;
+                    self.take_returned()?;
+                }
+                Offer::Declined(back) => {
+                    self.mark_unsent(&back);
+                    self.spare.push(back);
+                    break;
+                }
+            }
+        }
+        self.figures.offered(begun.elapsed());
+        self.take_returned()
+    }
+
+    /// Takes back what the door has finished.
+    pub(super) fn take_returned(&mut self) -> Result<(), Error> {
+        self.link.collect(&mut self.returned)?;
+        for returned in self.returned.drain(..) {
+            debug_assert!(matches!(returned.receipt, Receipt::Released | Receipt::Placed));
+            self.figures.counted(&returned.batch);
+            self.spare.push(returned.batch);
+        }
+        Ok(())
+    }
+}

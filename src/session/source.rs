@@ -1,0 +1,411 @@
+//! The source's session: does what the engine decides, on one thread.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::engine::{Action, Handover, Input, Outcome, SourceConfig, SourceEngine, Switchover};
+use crate::guest::{DirtySource, GuestControl, GuestMemory};
+use crate::observe::{SharedStatistics, Statistics, Status};
+use crate::page::PageSearch;
+use crate::ram::{DirtyMap, PageBatch, RoundKind};
+use crate::stream::qemu::section;
+use crate::sys::{CancelToken, SendPart, Stop};
+use crate::transport::{ByteSource, ChannelError, Returned, SourceLink};
+use crate::units::BlockIndex;
+
+use super::config::SourceSettings;
+use super::figures::Figures;
+use super::return_path::{ReturnPath, Word};
+use super::{Error, greeting};
+
+/// A guest to be moved.
+pub struct SourceGuest {
+    /// Its memory.
+    pub memory: Arc<dyn GuestMemory>,
+    /// Everything that knows of writes to it; each sync ORs all.
+    pub dirty: Vec<Arc<dyn DirtySource>>,
+    /// Pause, resume, device state.
+    pub control: Box<dyn GuestControl>,
+}
+
+/// A connection to the destination.
+pub struct SourceConnection {
+    /// Where pages and bytes go.
+    pub link: Box<dyn SourceLink>,
+    /// Where the destination's messages come from; `None` for files and pipes.
+    pub back: Option<Box<dyn ByteSource>>,
+}
+
+/// A guest's own source, in front of a relay: tells when it has stopped its guest.
+pub trait Upstream: Send {
+    /// Waits at most `time` for news; true once the guest stands still and its last page has come.
+    ///
+    /// # Errors
+    /// Whatever ended the upstream migration.
+    fn wait(&mut self, time: Duration) -> Result<bool, Error>;
+}
+
+/// How a migration ended, seen from the source.
+#[derive(Debug)]
+pub struct SourceReport {
+    /// Who owns the guest.
+    pub outcome: Outcome,
+    /// Why it is not the destination, or why nobody knows.
+    pub error: Option<Error>,
+    /// The figures.
+    pub statistics: Statistics,
+    /// Pages the destination does not have for certain; all clean after success.
+    pub dirty: DirtyMap,
+}
+
+impl SourceReport {
+    /// True if the guest runs on, whole, at the source.
+    pub fn guest_is_safe_here(&self) -> bool {
+        matches!(self.outcome, Outcome::StaysHere(_))
+    }
+}
+
+/// Time as the engine counts it.
+pub trait Clock: Send {
+    /// Since the start of the migration.
+    fn now(&self) -> Duration;
+}
+
+/// The machine's own clock.
+pub struct WallClock(Instant);
+
+impl Default for WallClock {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Clock for WallClock {
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
+/// The source's session before and while it runs.
+pub struct SourceSession {
+    pub(super) guest: SourceGuest,
+    pub(super) link: Box<dyn SourceLink>,
+    pub(super) back: Option<ReturnPath>,
+    pub(super) settings: SourceSettings,
+    pub(super) upstream: Option<Box<dyn Upstream>>,
+    pub(super) clock: Box<dyn Clock>,
+    pub(super) cancel: CancelToken,
+    pub(super) stop: Stop,
+    pub(super) engine: SourceEngine,
+    pub(super) dirty: DirtyMap,
+    pub(super) search: PageSearch,
+    pub(super) spare: Vec<PageBatch>,
+    pub(super) returned: Vec<Returned>,
+    pub(super) figures: Figures,
+    pub(super) handover: Handover,
+    pub(super) section_id: u32,
+    /// The device state from SendState on; towards a QEMU the part behind `commit_at` is COMMIT.
+    pub(super) state: Vec<u8>,
+    pub(super) commit_at: usize,
+    paused: bool,
+    error: Option<Error>,
+    pub(super) breakage: super::Breakage,
+}
+
+impl SourceSession {
+    /// A session over a connection that stands.
+    pub fn new(guest: SourceGuest, connection: SourceConnection, settings: SourceSettings) -> Self {
+        let table = guest.memory.table();
+        let handover = if connection.back.is_some() { Handover::Shut } else { Handover::OneWay };
+        let mut config = SourceConfig::new(table.page().bytes(), handover);
+        config.downtime_limit = settings.downtime_limit;
+        config.digest = settings.digest;
+        let cancel = CancelToken::default();
+        let dirty = DirtyMap::new(table, settings.clear_shift);
+        let figures = Figures::new(table);
+        Self {
+            stop: Stop::on(&cancel),
+            cancel,
+            engine: SourceEngine::new(config),
+            dirty,
+            figures,
+            guest,
+            link: connection.link,
+            back: connection.back.map(ReturnPath::new),
+            settings,
+            upstream: None,
+            clock: Box::new(WallClock::default()),
+            search: PageSearch::default(),
+            spare: Vec::new(),
+            returned: Vec::new(),
+            handover,
+            section_id: greeting::RAM_SECTION_ID,
+            state: Vec::new(),
+            commit_at: 0,
+            paused: false,
+            error: None,
+            breakage: super::Breakage::default(),
+        }
+    }
+
+    /// The guest is paused when `upstream` says that its own source stopped it.
+    pub fn with_upstream(mut self, upstream: Box<dyn Upstream>) -> Self {
+        self.upstream = Some(upstream);
+        self.engine.set_switchover(Switchover::WhenUpstreamStops);
+        self
+    }
+
+    /// A token that the caller has already.
+    pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
+        self.stop = Stop::on(&cancel);
+        self.cancel = cancel;
+        self
+    }
+
+    /// Raise it to cancel. Refused, and said so, once COMMIT was sent.
+    pub fn cancel_token(&self) -> CancelToken {
+        self.cancel.clone()
+    }
+
+    /// The figures while it runs.
+    pub fn statistics(&self) -> SharedStatistics {
+        self.figures.shared()
+    }
+
+    /// Runs the migration to its end on this thread.
+    pub fn run(mut self) -> SourceReport {
+        let mut action = self.engine.handle(self.clock.now(), Input::Begin);
+        let outcome = loop {
+            if let Action::Finish(outcome) = action {
+                break outcome;
+            }
+            self.look_at_cancel();
+            tracing::trace!(?action, "perform");
+            let input = self.perform(action).unwrap_or_else(|error| self.keep(error));
+            action = self.engine.handle(self.clock.now(), input);
+        };
+        self.report(outcome)
+    }
+
+    fn report(mut self, outcome: Outcome) -> SourceReport {
+        let now = self.clock.now();
+        self.figures.ended(now, outcome, self.error.as_ref());
+        if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
+            self.error = Some(Error::Cancelled);
+        }
+        let statistics = self.figures.shared().snapshot();
+        SourceReport { outcome, error: self.error, statistics, dirty: self.dirty }
+    }
+
+    fn look_at_cancel(&mut self) {
+        if self.cancel.is_cancelled() && !self.engine.cancel() && !self.stop_is_unbreakable() {
+            tracing::warn!("cancel refused: the destination owns the guest");
+        }
+    }
+
+    /// After COMMIT, and while recovering, a cancel must break no wait any more.
+    fn stop_is_unbreakable(&mut self) -> bool {
+        self.stop.reason().is_none() || {
+            self.stop = Stop::on(&CancelToken::default());
+            false
+        }
+    }
+
+    fn keep(&mut self, error: Error) -> Input {
+        tracing::warn!(%error, "migration step failed");
+        let refused = matches!(&error, Error::PeerFailed { .. }) && self.handover == Handover::Shut;
+        self.error.get_or_insert(error);
+        if refused { Input::Refused } else { Input::Failed }
+    }
+
+    fn perform(&mut self, action: Action) -> Result<Input, Error> {
+        let now = self.clock.now();
+        self.figures.step(now, action);
+        match action {
+            Action::StartLogs => self.start_logs(),
+            Action::SendSetup => self.set_up(),
+            Action::Sync { .. } => self.sync(),
+            Action::OpenRound { kind, number } => self.open_round(kind, number),
+            Action::Send { until } => self.send_slice(until),
+            Action::CloseRound { kind } => self.close_round(kind),
+            Action::Wait { until } => self.wait_upstream(until),
+            Action::PauseGuest => {
+                // Paused from here on whatever the VMM answers: a failed pause is undone by resume as well.
+                self.paused = true;
+                let paused = self.guest.control.pause();
+                paused.map_err(|source| Error::Control { what: "pause", source })?;
+                Ok(Input::Done)
+            }
+            Action::Drain => {
+                if self.breakage != super::Breakage::SkipDrain {
+                    self.link.drain(&self.stop)?;
+                }
+                self.take_returned()?;
+                Ok(Input::Done)
+            }
+            Action::SendState => self.send_state(),
+            Action::SendDigest => self.send_digest(),
+            Action::AwaitReady => self.await_ready(),
+            Action::Commit => self.commit(),
+            Action::AwaitRunning => self.await_running(),
+            Action::Release => self.stop_logs(),
+            Action::Recover => self.recover(),
+            Action::Finish(_) => Ok(Input::Done),
+        }
+    }
+
+    fn start_logs(&mut self) -> Result<Input, Error> {
+        self.figures.shared().update(|s| s.status = Status::Setup);
+        for source in &self.guest.dirty {
+            source.start()?;
+        }
+        self.dirty.set_all(self.guest.memory.table());
+        Ok(Input::Done)
+    }
+
+    fn stop_logs(&mut self) -> Result<Input, Error> {
+        let stopped = self.guest.dirty.iter().map(|source| source.stop());
+        // Every source is stopped, even if an earlier one refuses.
+        let results: Vec<_> = stopped.collect();
+        results.into_iter().collect::<Result<(), _>>()?;
+        Ok(Input::Done)
+    }
+
+    fn sync(&mut self) -> Result<Input, Error> {
+        let table = self.guest.memory.table();
+        let mut fresh = 0;
+        for (index, block) in table.blocks().iter().enumerate() {
+            if block.flags.ignored {
+                continue;
+            }
+            let index = BlockIndex(index as u32);
+            let sources = &self.guest.dirty;
+            fresh += self.dirty.sync_block(index, |bitmap| {
+                sources.iter().try_for_each(|source| source.sync_into(index, bitmap))
+            })?;
+        }
+        let dirty_pages = self.dirty.count();
+        let expected = self.engine.expected_downtime(dirty_pages);
+        self.figures.synced(self.clock.now(), dirty_pages, fresh, expected);
+        Ok(Input::Synced { dirty_pages })
+    }
+
+    fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<Input, Error> {
+        self.figures.round(self.clock.now(), number, self.dirty.count());
+        let mut head = Vec::new();
+        if kind == RoundKind::Final {
+            greeting::before_last_section(self, &mut head);
+            section::encode_end(self.section_id, &mut head);
+        } else {
+            section::encode_part(self.section_id, &mut head);
+        }
+        self.send_bytes(&head)?;
+        self.link.open_round(kind, &self.stop)?;
+        Ok(Input::Done)
+    }
+
+    fn close_round(&mut self, kind: RoundKind) -> Result<Input, Error> {
+        let begun = Instant::now();
+        if self.breakage != super::Breakage::SkipFence {
+            self.link.close_round(kind, &self.stop)?;
+        }
+        let mut tail = crate::stream::qemu::ram::EOS_RECORD.to_vec();
+        section::encode_footer(self.section_id, &mut tail);
+        self.send_bytes(&tail)?;
+        self.link.sink().flush(&self.stop)?;
+        self.figures.fenced(begun.elapsed());
+        self.take_returned()?;
+        let sent = self.link.sink().position();
+        self.figures.round_closed(self.clock.now(), sent);
+        Ok(Input::Done)
+    }
+
+    fn wait_upstream(&mut self, until: Duration) -> Result<Input, Error> {
+        self.hear()?;
+        let time = until.saturating_sub(self.clock.now());
+        let Some(upstream) = &mut self.upstream else {
+            return Ok(Input::Woken { upstream_stopped: true });
+        };
+        Ok(Input::Woken { upstream_stopped: upstream.wait(time)? })
+    }
+
+    /// Sees whether the peer failed meanwhile.
+    pub(super) fn hear(&mut self) -> Result<(), Error> {
+        let Some(back) = &mut self.back else { return Ok(()) };
+        while let Some(word) = back.poll()? {
+            refuse_verdict(word)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn send_bytes(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
+        self.link.sink().send(&[SendPart::Own(bytes)], &self.stop)
+    }
+
+    fn await_ready(&mut self) -> Result<Input, Error> {
+        match self.verdict(self.settings.finish_timeout)? {
+            Word::Ready => Ok(Input::Ready),
+            word => refuse_verdict(word).map(|()| Input::Failed),
+        }
+    }
+
+    fn await_running(&mut self) -> Result<Input, Error> {
+        if !self.handover.has_running() {
+            return Ok(Input::Running);
+        }
+        match self.verdict(self.settings.finish_timeout)? {
+            Word::Running if self.handover == Handover::Native => Ok(Input::Running),
+            Word::Shut(0) if self.handover == Handover::Shut => Ok(Input::Running),
+            word => refuse_verdict(word).map(|()| Input::Failed),
+        }
+    }
+
+    fn verdict(&mut self, time: Duration) -> Result<Word, Error> {
+        let stop = self.stop.within(time);
+        let Some(back) = &mut self.back else {
+            return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });
+        };
+        back.next_verdict(&stop)
+    }
+
+    /// Before COMMIT: nothing is lost. Unsent and unconfirmed pages are dirty again, the guest runs.
+    fn recover(&mut self) -> Result<Input, Error> {
+        self.stop = Stop::on(&CancelToken::default());
+        let confirms = self.link.abilities().confirms_placement;
+        if self.breakage != super::Breakage::ForgetUnsent {
+            for batch in self.link.reclaim() {
+                self.mark_unsent(&batch);
+            }
+            // Released is not placed: on such a door nothing counts as arrived before the end.
+            if !confirms {
+                self.dirty.set_all(self.guest.memory.table());
+            }
+        }
+        let stopped = self.stop_logs();
+        self.guest.control.throttle(crate::units::Percent::default());
+        if self.paused {
+            self.paused = false;
+            let resumed = self.guest.control.resume();
+            resumed.map_err(|source| Error::Control { what: "resume", source })?;
+        }
+        stopped
+    }
+
+    pub(super) fn mark_unsent(&mut self, batch: &PageBatch) {
+        for piece in batch.pieces() {
+            self.dirty.set_run(piece.run);
+        }
+    }
+}
+
+/// A word that says the peer failed, or that is out of turn, as an error; harmless ones pass.
+pub(super) fn refuse_verdict(word: Word) -> Result<(), Error> {
+    match word {
+        Word::Pong(_) | Word::SwitchoverAck => Ok(()),
+        Word::Refused(why) => Err(Error::PeerFailed { why }),
+        Word::Shut(status) if status != 0 => {
+            Err(Error::PeerFailed { why: format!("it ended the migration with status {status}") })
+        }
+        word => Err(Error::OutOfTurn { what: format!("{word:?}"), while_doing: "sending RAM" }),
+    }
+}

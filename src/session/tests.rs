@@ -1,0 +1,185 @@
+//! A migration between two threads of one process over a socket pair.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use rustix::event::PollFlags;
+
+use super::*;
+use crate::engine::{Ending, Outcome};
+use crate::guest::{GuestControl, MappedGuest};
+use crate::ram::{BlockName, RamBlock};
+use crate::stream::qemu::file::Configuration;
+use crate::sys::{FdKind, Mapping, RecvPart, SendPart, Stop, recv_parts, send_parts};
+use crate::transport::{ByteSink, ByteSource, ChannelError, InlineLink};
+use crate::units::{BlockIndex, PageSize};
+
+/// A socket as plain as it can be.
+struct Plain(UnixStream, u64);
+
+impl Plain {
+    fn wait(&self, what: PollFlags, stop: &Stop) -> Result<(), ChannelError> {
+        match stop.wait(self.0.as_fd(), what).unwrap() {
+            None => Ok(()),
+            Some(reason) => Err(ChannelError::Stopped { reason, doing: "waiting" }),
+        }
+    }
+}
+
+impl ByteSink for Plain {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        let total: usize = parts.iter().map(SendPart::len).sum();
+        let mut sent = 0;
+        while sent < total {
+            self.wait(PollFlags::OUT, stop)?;
+            match send_parts(self.0.as_fd(), FdKind::Socket, parts, sent) {
+                Ok(more) => sent += more,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(source) => {
+                    return Err(ChannelError::Io { peer: "peer".into(), doing: "sending", source });
+                }
+            }
+        }
+        self.1 += total as u64;
+        Ok(())
+    }
+    fn flush(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+    fn position(&self) -> u64 {
+        self.1
+    }
+}
+
+impl ByteSource for Plain {
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
+        self.wait(PollFlags::IN, stop)?;
+        recv_parts(self.0.as_fd(), into).map_err(|source| ChannelError::Io {
+            peer: "peer".into(),
+            doing: "receiving",
+            source,
+        })
+    }
+}
+
+fn plain(socket: &UnixStream) -> Box<Plain> {
+    socket.set_nonblocking(true).unwrap();
+    Box::new(Plain(socket.try_clone().unwrap(), 0))
+}
+
+#[derive(Clone, Default)]
+struct Machine(Arc<Mutex<(bool, Vec<u8>)>>);
+
+impl Machine {
+    fn runs(&self) -> bool {
+        self.0.lock().unwrap().0
+    }
+}
+
+impl GuestControl for Machine {
+    fn pause(&mut self) -> io::Result<()> {
+        self.0.lock().unwrap().0 = false;
+        Ok(())
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        self.0.lock().unwrap().0 = true;
+        Ok(())
+    }
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(&self.0.lock().unwrap().1)
+    }
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        from.read_to_end(&mut self.0.lock().unwrap().1).map(drop)
+    }
+}
+
+fn guest(pages: &[u64]) -> Arc<MappedGuest> {
+    let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
+    for (index, pages) in pages.iter().enumerate() {
+        let mapping = Mapping::anonymous(pages * 4096).unwrap();
+        let name = BlockName::new(&format!("block{index}")).unwrap();
+        builder = builder.mapping(RamBlock::new(name, pages * 4096), &mapping);
+    }
+    Arc::new(builder.build().unwrap())
+}
+
+fn bytes(guest: &MappedGuest, block: u32) -> Vec<u8> {
+    let region = guest.region(BlockIndex(block)).unwrap();
+    let mut out = vec![0; region.len() as usize];
+    region.span(0, region.len()).unwrap().copy_to(&mut out);
+    out
+}
+
+struct Ends {
+    source: SourceSession,
+    destination: DestinationSession,
+    source_machine: Machine,
+    destination_machine: Machine,
+    from: Arc<MappedGuest>,
+    to: Arc<MappedGuest>,
+}
+
+fn ends() -> Ends {
+    let (near, far) = UnixStream::pair().unwrap();
+    let (from, to) = (guest(&[300, 7]), guest(&[300, 7]));
+    for page in (0..300).filter(|page| page % 3 != 0) {
+        let span = from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap();
+        span.copy_from(&[page as u8 | 1; 4096]);
+    }
+    let source_machine = Machine(Arc::new(Mutex::new((true, b"devices".to_vec()))));
+    let destination_machine = Machine::default();
+    let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
+    settings.digest = true;
+    let link = Box::new(InlineLink::new(plain(&near), from.clone()));
+    let connection = SourceConnection { link, back: Some(plain(&near)) };
+    let control = Box::new(source_machine.clone());
+    let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };
+    let destination = DestinationSession::new(
+        plain(&far),
+        Some(plain(&far)),
+        Box::new(to.clone()),
+        Box::new(destination_machine.clone()),
+        DestinationSettings::default(),
+    );
+    let source = SourceSession::new(source, connection, settings);
+    Ends { source, destination, source_machine, destination_machine, from, to }
+}
+
+#[test]
+fn a_guest_moves_between_two_ramwires() {
+    let ends = ends();
+    let thread = std::thread::spawn(move || ends.destination.run());
+    let sent = ends.source.run();
+    let arrived = thread.join().unwrap();
+    assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
+    assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
+    assert!(arrived.verified && arrived.native);
+    for block in 0..2 {
+        assert!(bytes(&ends.from, block) == bytes(&ends.to, block), "block {block} differs");
+    }
+    assert!(!ends.source_machine.runs() && ends.destination_machine.runs());
+    assert_eq!(ends.destination_machine.0.lock().unwrap().1, b"devices");
+    let statistics = sent.statistics;
+    assert_eq!((statistics.pages.normal, statistics.pages.zero), (200, 107));
+    assert_eq!(arrived.pages, statistics.pages);
+    assert_eq!(arrived.bytes, statistics.transferred);
+    assert!(statistics.downtime > 0.0 && statistics.remaining == 0);
+}
+
+#[test]
+fn a_cancel_before_commit_leaves_the_guest_at_the_source() {
+    let ends = ends();
+    ends.source.cancel_token().cancel();
+    let thread = std::thread::spawn(move || ends.destination.run());
+    let sent = ends.source.run();
+    let arrived = thread.join().unwrap();
+    assert!(sent.guest_is_safe_here() && ends.source_machine.runs());
+    assert_eq!(sent.error.unwrap().kind(), ErrorKind::Cancelled);
+    assert_eq!(sent.dirty.count(), 307);
+    assert_eq!(arrived.ending, Ending::Discarded);
+    assert!(matches!(arrived.error, Some(Error::Truncated { .. })), "{:?}", arrived.error);
+    assert!(!ends.destination_machine.runs());
+}

@@ -1,0 +1,115 @@
+//! Threads, started the way the embedder wants them.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use super::Error;
+
+/// What a thread runs.
+pub type Job = Box<dyn FnOnce() + Send + 'static>;
+
+/// Starts a thread: called with its name and its job. An embedder sets affinity or a seccomp filter here.
+pub type SpawnFn = dyn Fn(&'static str, Job) -> io::Result<JoinHandle<()>> + Send + Sync;
+
+/// How threads are started. Clones share the callback.
+#[derive(Clone)]
+pub struct Spawner(Arc<SpawnFn>);
+
+impl Default for Spawner {
+    fn default() -> Self {
+        Self::new(|name, job| std::thread::Builder::new().name(name.to_owned()).spawn(job))
+    }
+}
+
+impl std::fmt::Debug for Spawner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Spawner")
+    }
+}
+
+impl Spawner {
+    /// Threads are started by `spawn`.
+    pub fn new(
+        spawn: impl Fn(&'static str, Job) -> io::Result<JoinHandle<()>> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Arc::new(spawn))
+    }
+
+    /// Starts one thread.
+    ///
+    /// # Errors
+    /// [`Error::Thread`].
+    pub fn spawn(&self, name: &'static str, job: Job) -> Result<JoinHandle<()>, Error> {
+        (self.0)(name, job).map_err(|source| Error::Thread { name, source })
+    }
+
+    /// Runs `work` for every item of `0..items` on up to `threads` threads and gathers the answers in order.
+    ///
+    /// # Errors
+    /// [`Error::Thread`] if not even one thread could be started; an item whose thread died is missing then
+    /// too.
+    pub fn map<T: Send + 'static>(
+        &self,
+        name: &'static str,
+        threads: usize,
+        items: usize,
+        work: impl Fn(usize) -> T + Send + Sync + 'static,
+    ) -> Result<Vec<T>, Error> {
+        let work = Arc::new(work);
+        let next = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let (give, take) = crossbeam::channel::unbounded();
+        let mut running = Vec::new();
+        for _ in 0..threads.clamp(1, items.max(1)) {
+            let (work, next, give) = (Arc::clone(&work), Arc::clone(&next), give.clone());
+            let job = move || loop {
+                let item = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                if item >= items || give.send((item, work(item))).is_err() {
+                    return;
+                }
+            };
+            match self.spawn(name, Box::new(job)) {
+                Ok(handle) => running.push(handle),
+                Err(error) if running.is_empty() => return Err(error),
+                Err(_) => break,
+            }
+        }
+        drop(give);
+        let mut answers: Vec<Option<T>> = (0..items).map(|_| None).collect();
+        for (item, answer) in take {
+            answers[item] = Some(answer);
+        }
+        for handle in running {
+            // A panic in a worker leaves its answer missing, which is told below.
+            let _ = handle.join();
+        }
+        let died = || Error::Thread { name, source: io::Error::other("it ended before its work was done") };
+        answers.into_iter().collect::<Option<Vec<T>>>().ok_or_else(died)
+    }
+}
+
+/// Threads worth starting for work that fills a core.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn answers_come_in_order_and_a_dead_thread_is_told() {
+        let spawner = Spawner::default();
+        let squares = spawner.map("square", 3, 100, |item| item * item).unwrap();
+        assert!(squares.iter().enumerate().all(|(i, square)| *square == i * i));
+        assert!(spawner.map("none", 3, 0, |item| item).unwrap().is_empty());
+        let refusing = Spawner::new(|_, _| Err(io::Error::other("no")));
+        assert!(matches!(refusing.map("no", 1, 1, |i| i), Err(Error::Thread { .. })));
+        let dying = Spawner::new(|_, job| {
+            drop(job);
+            std::thread::Builder::new().spawn(|| {})
+        });
+        assert!(matches!(dying.map("dead", 1, 1, |i| i), Err(Error::Thread { .. })));
+    }
+}

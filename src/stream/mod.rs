@@ -1,0 +1,17 @@
+//! The migration stream: bytes in, values out.
+//!
+//! No file of this room reads a socket, starts a thread or looks at a clock. Every decoder is a function from bytes
+//! to a value and the number of bytes it took, or to a [`DecodeError`], which keeps *more bytes are needed* apart
+//! from *these bytes are wrong*. Nothing is allocated by a peer's number before the bytes behind it have arrived or
+//! the number has passed a named limit.
+
+mod error;
+pub mod native;
+pub mod qemu;
+mod reader;
+mod writer;
+pub mod xbzrle;
+
+pub use error::{Corrupt, DecodeError, Fault};
+pub use reader::Reader;
+pub use writer::Writer;

@@ -1,0 +1,263 @@
+//! Words between two ramwire ends, spoken only after they have found each other.
+//!
+//! They travel in QEMU's own frames: commands from the source, messages on the return path, both with numbers
+//! from 0x5200 that no QEMU uses. The greeting: the source sends PING([`GREETING`]) and PING(1); a QEMU
+//! answers one PONG to each, a ramwire puts [`hello_pong`] between the two. Whoever sees it says HELLO.
+//!
+//! ```text
+//! source                                     destination
+//! OPEN_RETURN_PATH PING(GREETING) PING(1)    PONG(GREETING) PONG(hello) PONG(1)
+//! HELLO                                      HELLO
+//! ... QEMU's stream up to the device state, which is one sized section ...
+//! STATE_SENT DIGEST*                         READY | REFUSED
+//! COMMIT                                     RUNNING
+//! ```
+
+use super::error::DecodeError;
+use super::reader::Reader;
+use super::writer::Writer;
+
+/// Value of the PING that asks "are you a ramwire?": `RWM1`.
+pub const GREETING: u32 = 0x5257_4d31;
+/// Oldest version of these words that is spoken.
+pub const MIN_VERSION: u16 = 1;
+/// Newest version of these words that is spoken.
+pub const MAX_VERSION: u16 = 1;
+/// First number of a native command or message.
+pub const FIRST_NUMBER: u16 = 0x5200;
+/// Most digests in one DIGEST command; its length is counted in 16 bits.
+pub const MAX_DIGESTS: usize = 4096;
+/// Longest text of a refusal in bytes; a message body has at most 512.
+pub const MAX_REASON: usize = 400;
+/// Name of the section that holds the device state between ramwire ends: `be64 length`, then the bytes.
+pub const STATE_SECTION: &str = "ramwire/state";
+
+/// The second PONG of a ramwire, which carries its newest version.
+pub const fn hello_pong(version: u16) -> u32 {
+    0x5258_0000 | version as u32
+}
+
+/// The version in a [`hello_pong`]; `None` for any other value.
+pub const fn version_of_pong(value: u32) -> Option<u16> {
+    if value >> 16 == 0x5258 { Some(value as u16) } else { None }
+}
+
+/// What an end says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Oldest version it speaks.
+    pub min_version: u16,
+    /// Newest version it speaks; in the answer: the one both speak from here on.
+    pub max_version: u16,
+    /// Names this migration on later channels.
+    pub migration_id: [u8; 16],
+    /// A digest of RAM and state is compared before READY.
+    pub digest: bool,
+}
+
+impl Hello {
+    /// What this version says.
+    pub fn ours(migration_id: [u8; 16], digest: bool) -> Self {
+        Self { min_version: MIN_VERSION, max_version: MAX_VERSION, migration_id, digest }
+    }
+
+    /// The newest version both ends speak.
+    pub fn common_version(&self) -> Option<u16> {
+        let version = self.max_version.min(MAX_VERSION);
+        (version >= self.min_version && version >= MIN_VERSION).then_some(version)
+    }
+
+    fn encode(&self, writer: &mut Writer<'_>) {
+        writer.be16(self.min_version).be16(self.max_version).bytes(&self.migration_id);
+        writer.u8(u8::from(self.digest));
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            min_version: reader.be16()?,
+            max_version: reader.be16()?,
+            migration_id: reader.array()?,
+            digest: reader.u8()? & 1 != 0,
+        })
+    }
+}
+
+/// A command of the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order<'a> {
+    /// Who speaks.
+    Hello(Hello),
+    /// RAM and device state are complete.
+    StateSent,
+    /// Digests of 64 bits, big endian, from number `first` on.
+    Digest {
+        /// Number of the first one.
+        first: u32,
+        /// 8 bytes each, at most [`MAX_DIGESTS`].
+        values: &'a [u8],
+    },
+    /// The guest is yours. The source never resumes it again by itself.
+    Commit {
+        /// The migration it is about.
+        migration_id: [u8; 16],
+    },
+}
+
+impl Order<'_> {
+    /// The command number on the wire.
+    pub fn number(&self) -> u16 {
+        FIRST_NUMBER
+            + match self {
+                Self::Hello(_) => 1,
+                Self::StateSent => 2,
+                Self::Digest { .. } => 3,
+                Self::Commit { .. } => 4,
+            }
+    }
+
+    /// Appends the body.
+    pub fn encode_body(&self, out: &mut Vec<u8>) {
+        let mut writer = Writer::new(out);
+        match self {
+            Self::Hello(hello) => hello.encode(&mut writer),
+            Self::StateSent => {}
+            Self::Digest { first, values } => {
+                writer.be32(*first).bytes(values);
+            }
+            Self::Commit { migration_id } => {
+                writer.bytes(migration_id);
+            }
+        }
+    }
+}
+
+/// Decodes the body of command `number`; `None` if there is no such command or the body is malformed.
+///
+/// HELLO may be longer than this version knows: a newer peer appends.
+pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
+    let mut reader = Reader::new(body);
+    let order = match number.checked_sub(FIRST_NUMBER)? {
+        1 => return Hello::decode(&mut reader).ok().map(Order::Hello),
+        2 => Order::StateSent,
+        3 => {
+            let first = reader.be32().ok()?;
+            let values = reader.rest();
+            let fits = !values.is_empty() && values.len() % 8 == 0 && values.len() / 8 <= MAX_DIGESTS;
+            return fits.then_some(Order::Digest { first, values });
+        }
+        4 => Order::Commit { migration_id: reader.array().ok()? },
+        _ => return None,
+    };
+    reader.rest().is_empty().then_some(order)
+}
+
+/// A message of the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer<'a> {
+    /// Who speaks; `max_version` is the version both speak.
+    Hello(Hello),
+    /// All is loaded, the digest is equal: COMMIT may come.
+    Ready,
+    /// The guest runs here.
+    Running,
+    /// The migration failed here and the guest does not run here.
+    Refused {
+        /// Why, at most [`MAX_REASON`] bytes.
+        why: &'a str,
+    },
+}
+
+impl Answer<'_> {
+    /// The message type on the wire.
+    pub fn number(&self) -> u16 {
+        FIRST_NUMBER
+            + match self {
+                Self::Hello(_) => 1,
+                Self::Ready => 2,
+                Self::Running => 3,
+                Self::Refused { .. } => 4,
+            }
+    }
+
+    /// Appends the body; the text of a refusal is cut at [`MAX_REASON`].
+    pub fn encode_body(&self, out: &mut Vec<u8>) {
+        let mut writer = Writer::new(out);
+        match self {
+            Self::Hello(hello) => hello.encode(&mut writer),
+            Self::Ready | Self::Running => {}
+            Self::Refused { why } => {
+                let cut = (0..=MAX_REASON.min(why.len())).rev().find(|at| why.is_char_boundary(*at));
+                writer.bytes(&why.as_bytes()[..cut.unwrap_or(0)]);
+            }
+        }
+    }
+}
+
+/// Decodes the body of message `number`; `None` if there is no such message or the body is malformed.
+pub fn decode_answer(number: u16, body: &[u8]) -> Option<Answer<'_>> {
+    let mut reader = Reader::new(body);
+    let answer = match number.checked_sub(FIRST_NUMBER)? {
+        1 => return Hello::decode(&mut reader).ok().map(Answer::Hello),
+        2 => Answer::Ready,
+        3 => Answer::Running,
+        4 => return std::str::from_utf8(body).ok().map(|why| Answer::Refused { why }),
+        _ => return None,
+    };
+    reader.rest().is_empty().then_some(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn orders_and_answers_survive_the_wire() {
+        let hello = Hello::ours([7; 16], true);
+        let orders = [
+            Order::Hello(hello),
+            Order::StateSent,
+            Order::Digest { first: 9, values: &[1; 16] },
+            Order::Commit { migration_id: [3; 16] },
+        ];
+        for order in orders {
+            let mut body = Vec::new();
+            order.encode_body(&mut body);
+            assert_eq!(decode_order(order.number(), &body), Some(order));
+        }
+        let long = "ä".repeat(500);
+        for answer in [Answer::Hello(hello), Answer::Ready, Answer::Running, Answer::Refused { why: "no" }] {
+            let mut body = Vec::new();
+            answer.encode_body(&mut body);
+            assert_eq!(decode_answer(answer.number(), &body), Some(answer));
+        }
+        let mut body = Vec::new();
+        Answer::Refused { why: &long }.encode_body(&mut body);
+        assert_eq!(decode_answer(FIRST_NUMBER + 4, &body), Some(Answer::Refused { why: &long[..400] }));
+    }
+
+    #[test]
+    fn malformed_bodies_are_refused() {
+        let cases: [(u16, &[u8]); 7] =
+            [(0, b""), (1, b"\0\x01"), (2, b"x"), (3, b"\0\0\0\0"), (3, b"\0\0\0\0\x01"), (4, b""), (9, b"")];
+        for (number, body) in cases {
+            assert_eq!(decode_order(FIRST_NUMBER + number, body), None, "{number} {body:?}");
+        }
+        assert_eq!(decode_order(1, b""), None);
+        assert_eq!(decode_answer(FIRST_NUMBER + 2, b"x"), None);
+        assert_eq!(decode_answer(FIRST_NUMBER + 4, b"\xff"), None);
+        let too_many = vec![0; 4 + 8 * (MAX_DIGESTS + 1)];
+        assert_eq!(decode_order(FIRST_NUMBER + 3, &too_many), None);
+    }
+
+    #[test]
+    fn versions_meet_at_the_newest_common_one() {
+        let hello =
+            |min_version, max_version| Hello { min_version, max_version, ..Hello::ours([0; 16], false) };
+        assert_eq!(hello(1, 5).common_version(), Some(1));
+        assert_eq!(hello(2, 5).common_version(), None);
+        assert_eq!(hello(0, 0).common_version(), None);
+        assert_eq!(version_of_pong(hello_pong(1)), Some(1));
+        assert_eq!(version_of_pong(GREETING), None);
+    }
+}

@@ -1,0 +1,648 @@
+//! The state machine behind [`IncomingStream`].
+
+use super::super::super::error::{DecodeError, Fault};
+use super::super::super::native::STATE_SECTION;
+use super::super::super::reader::Reader;
+use super::super::blocks::{BlockAnnouncement, ListForm, decode_block};
+use super::super::command::{Command, decode_command};
+use super::super::early::{
+    BitmapChunk, DIRTY_BITMAP, DIRTY_BITMAP_VERSION, decode_bitmap_chunk, decode_virtio_mem,
+    is_early_virtio_mem,
+};
+use super::super::file::{
+    Configuration, HEADER_LEN, IGNORE_SHARED, MAPPED_RAM, decode_configuration, decode_header,
+};
+use super::super::mapped::decode_header as decode_mapped_header;
+use super::super::ram::{self, PageAt, Record, decode_record};
+use super::super::section::{Item, Phase, SectionName, decode_footer, decode_item};
+use super::super::tail::Tail;
+use super::IncomingConfig;
+use super::event::{Ending, Event, SectionKind, Seen, Step};
+use super::table::AnnouncedBlocks;
+use crate::units::{BlockIndex, BlockOffset, PageSize};
+
+/// Reads one incoming stream; see the [module](super).
+#[derive(Clone, Debug)]
+pub struct IncomingStream {
+    config: IncomingConfig,
+    page: PageSize,
+    state: State,
+    /// The section that is open; meaningless between sections.
+    open: Open,
+    /// Offset of the next unread byte.
+    position: u64,
+    configuration: Option<Configuration>,
+    form: ListForm,
+    mapped: bool,
+    blocks: AnnouncedBlocks,
+    /// The list that is arriving.
+    list: AnnouncedBlocks,
+    listed: bool,
+    ram_id: Option<u32>,
+    bitmap_id: Option<u32>,
+    /// A barrier stood in the open START.
+    barrier: bool,
+    /// A ram PART or END has begun.
+    pages_began: bool,
+    /// A package came: what follows is postcopy.
+    postcopy: bool,
+    seen: Seen,
+    tail: Tail,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    phase: Phase,
+    id: u32,
+    kind: SectionKind,
+}
+
+/// What is due next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// File header and configuration.
+    Header,
+    /// A section, a command or the end.
+    Items,
+    /// A record of the open ram section.
+    Records,
+    /// An entry of the block list, or its end if nothing remains.
+    List { remaining: u64 },
+    /// Bitmap and pages of a mapped-ram block, then the list again.
+    Mapped { left: u64, remaining: u64 },
+    /// The head of an early virtio-mem section.
+    VirtioMem,
+    /// A chunk of a dirty-bitmap section.
+    Bitmap,
+    /// Bytes of a section that is carried, then a chunk or the footer.
+    Carried { left: u64, chunk_follows: bool },
+    /// The length of a ramwire's device state.
+    NativeState,
+    /// The footer of the open section.
+    Footer,
+    /// Bytes of a package.
+    Package { left: u32 },
+    /// Device sections and what is behind them.
+    Tail,
+    /// Nothing.
+    Done,
+}
+
+/// One transition: bytes taken, with or without something to tell.
+enum Progress<'a> {
+    Told(usize, Event<'a>),
+    Quiet(usize),
+}
+
+use Progress::{Quiet, Told};
+
+type Advance<'a> = Result<Progress<'a>, DecodeError>;
+
+impl IncomingStream {
+    /// A machine in front of the first byte of a stream.
+    pub fn new(config: IncomingConfig) -> Self {
+        Self {
+            page: config.page_size,
+            config,
+            state: State::Header,
+            open: Open { phase: Phase::Full, id: 0, kind: SectionKind::Ram },
+            position: 0,
+            configuration: None,
+            form: ListForm::default(),
+            mapped: false,
+            blocks: AnnouncedBlocks::default(),
+            list: AnnouncedBlocks::default(),
+            listed: false,
+            ram_id: None,
+            bitmap_id: None,
+            barrier: false,
+            pages_began: false,
+            postcopy: false,
+            seen: Seen::default(),
+            tail: Tail::default(),
+        }
+    }
+
+    /// Continues on a new channel after postcopy was interrupted: the next byte begins an item, no header comes, a
+    /// half-received section is forgotten, and the next record names its block.
+    pub fn restart(&mut self) {
+        self.state = State::Items;
+        self.position = 0;
+        self.blocks.forget_current();
+    }
+
+    /// Takes the next meaningful piece of `input`, which begins at the first byte that was not consumed.
+    ///
+    /// # Errors
+    ///
+    /// Only [`DecodeError::Corrupt`], with the offset from the start of the stream: truncation is
+    /// [`Step::NeedMore`]. The stream is then useless, since nothing tells where the next item begins.
+    #[inline]
+    pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<'a>, DecodeError> {
+        let mut consumed = 0;
+        loop {
+            match self.advance(input.get(consumed..).unwrap_or(&[])) {
+                Ok(Told(used, event)) => {
+                    consumed += used;
+                    self.position += used as u64;
+                    return Ok(Step::Event { consumed, event });
+                }
+                Ok(Quiet(used)) => {
+                    consumed += used;
+                    self.position += used as u64;
+                }
+                Err(DecodeError::Truncated { needed, .. }) => return Ok(Step::NeedMore { consumed, needed }),
+                Err(corrupt) => return Err(corrupt.based(self.position)),
+            }
+        }
+    }
+
+    /// Says what the orderly end of the channel means, after [`Step::NeedMore`].
+    ///
+    /// # Errors
+    ///
+    /// [`DecodeError::Truncated`] if the stream was not at an end.
+    pub fn finish(&self) -> Result<Ending, DecodeError> {
+        match self.state {
+            State::Done => Ok(Ending::Whole),
+            State::Tail if self.tail.description().is_some() => Ok(Ending::Whole),
+            State::Tail if self.tail.may_end_here() => Ok(Ending::NoDescription),
+            _ => Err(DecodeError::Truncated { needed: 1, have: 0 }),
+        }
+    }
+
+    /// Offset of the first byte that has not been consumed, from the start of the stream.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Target page size in force.
+    pub fn page_size(&self) -> PageSize {
+        self.page
+    }
+
+    /// The configuration, once it has arrived.
+    pub fn configuration(&self) -> Option<&Configuration> {
+        self.configuration.as_ref()
+    }
+
+    /// The announced blocks; empty until [`Event::Blocks`].
+    pub fn blocks(&self) -> &AnnouncedBlocks {
+        &self.blocks
+    }
+
+    /// Id of the ram section, once it has started. A stream written anew needs an id of its own, another than any
+    /// in the tail.
+    pub fn ram_section_id(&self) -> Option<u32> {
+        self.ram_id
+    }
+
+    /// What the stream has shown of its sender.
+    pub fn seen(&self) -> &Seen {
+        &self.seen
+    }
+
+    /// Device sections, end of file and VM description, as far as they have arrived.
+    pub fn tail(&self) -> &Tail {
+        &self.tail
+    }
+
+    /// Gives the tail away.
+    pub fn into_tail(self) -> Tail {
+        self.tail
+    }
+
+    /// The largest `needed` that [`Step::NeedMore`] can hold, in bytes: a buffer of this size always gets on.
+    pub fn most_needed(&self) -> usize {
+        const COMMAND: usize = 5 + u16::MAX as usize;
+        COMMAND.max(ram::MAX_HEAD_LEN + ram::compress_bound(self.page) as usize)
+    }
+
+    #[inline]
+    fn advance<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        match self.state {
+            State::Records => self.record(input),
+            _ => self.other(input),
+        }
+    }
+
+    fn other<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        match self.state {
+            State::Header => self.header(input),
+            State::Items => self.item(input),
+            State::Records => self.record(input),
+            State::List { remaining: 0 } => self.list_end(),
+            State::List { remaining } => self.list_entry(input, remaining),
+            State::Mapped { left: 0, remaining } => Ok(self.quietly(State::List { remaining })),
+            State::Mapped { left, remaining } => {
+                let (piece, left) = piece(input, left)?;
+                self.state = State::Mapped { left, remaining };
+                Ok(Told(piece.len(), Event::MappedBytes(piece)))
+            }
+            State::VirtioMem => {
+                let (mem, used) = decode_virtio_mem(input)?;
+                self.state = State::Carried { left: mem.bitmap_len(), chunk_follows: false };
+                Ok(Told(used, Event::VirtioMem(mem)))
+            }
+            State::NativeState => self.native_state(input),
+            State::Bitmap => self.bitmap_chunk(input),
+            State::Carried { left: 0, chunk_follows: true } => Ok(self.quietly(State::Bitmap)),
+            State::Carried { left: 0, chunk_follows: false } => Ok(self.quietly(State::Footer)),
+            State::Carried { left, chunk_follows } => {
+                let (piece, left) = piece(input, left)?;
+                self.state = State::Carried { left, chunk_follows };
+                Ok(Told(piece.len(), Event::SectionBytes(piece)))
+            }
+            State::Footer => self.footer(input),
+            State::Package { left: 0 } => {
+                self.state = State::Items;
+                Ok(Told(0, Event::PackageEnd))
+            }
+            State::Package { left } => {
+                let (piece, left) = piece(input, left.into())?;
+                // Cannot fail: what is left only shrinks.
+                self.state = State::Package { left: u32::try_from(left).unwrap_or(0) };
+                Ok(Told(piece.len(), Event::PackageBytes(piece)))
+            }
+            State::Tail => self.tail_bytes(input),
+            State::Done => Ok(Told(0, Event::Done)),
+        }
+    }
+
+    fn quietly<'a>(&mut self, state: State) -> Progress<'a> {
+        self.state = state;
+        Quiet(0)
+    }
+
+    fn header<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        decode_header(input)?;
+        let body = input.get(HEADER_LEN..).unwrap_or(&[]);
+        let (configuration, used) = decode_configuration(body).map_err(|error| error.shifted(HEADER_LEN))?;
+        for name in &configuration.capabilities {
+            if name != IGNORE_SHARED && name != MAPPED_RAM {
+                let name = name.as_str().into();
+                return Err(DecodeError::corrupt(HEADER_LEN, Fault::Capability { name }));
+            }
+        }
+        match configuration.page_size {
+            Some(page) if self.config.adopt_page_size => self.page = page,
+            Some(page) => self.check_page_size(page.bytes(), HEADER_LEN)?,
+            None => {}
+        }
+        self.form.guest_addrs = configuration.has(IGNORE_SHARED);
+        self.mapped = configuration.has(MAPPED_RAM);
+        self.configuration = Some(configuration.clone());
+        self.state = State::Items;
+        Ok(Told(HEADER_LEN + used, Event::Configuration(configuration)))
+    }
+
+    fn check_page_size(&self, found: u64, at: usize) -> Result<(), DecodeError> {
+        let expected = self.page.bytes();
+        if found == expected {
+            return Ok(());
+        }
+        Err(DecodeError::corrupt(at, Fault::TargetPage { found, expected }))
+    }
+
+    fn item<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        let (item, used) = decode_item(input)?;
+        match item {
+            Item::Command => self.command(input),
+            Item::Start(name) => self.start(name, used),
+            Item::Part(id) => self.part(Phase::Part, id, used),
+            Item::End(id) => self.part(Phase::End, id, used),
+            Item::Full(name) => self.full(name, used),
+            Item::Eof if self.seen.barrier_in_start.is_none() && !self.postcopy => {
+                Err(out_of_order("the end of the stream", "RAM has not been announced"))
+            }
+            Item::Eof if self.postcopy => {
+                self.state = State::Done;
+                Ok(Told(used, Event::Eof))
+            }
+            Item::Eof => {
+                let eof = input.get(..used).unwrap_or(&[]);
+                self.push_tail(eof)?;
+                self.state = State::Tail;
+                Ok(Told(used, Event::Eof))
+            }
+            Item::VmDescription(_) => {
+                let found = super::super::section::VM_DESCRIPTION;
+                Err(DecodeError::corrupt(0, Fault::Item { found }))
+            }
+        }
+    }
+
+    fn start<'a>(&mut self, name: SectionName<'a>, used: usize) -> Advance<'a> {
+        let (kind, supported) = match (name.idstr, name.instance) {
+            (ram::IDSTR, 0) => (SectionKind::Ram, ram::VERSION),
+            (DIRTY_BITMAP, 0) => (SectionKind::DirtyBitmap, DIRTY_BITMAP_VERSION),
+            (idstr, instance) => {
+                return Err(DecodeError::corrupt(
+                    0,
+                    Fault::UnknownIterable { idstr: idstr.into(), instance },
+                ));
+            }
+        };
+        if name.version != supported {
+            let fault = Fault::Version { name: name.idstr.into(), found: name.version, supported };
+            return Err(DecodeError::corrupt(used - 4, fault));
+        }
+        if self.seen.ram_end || self.postcopy {
+            return Err(out_of_order("START", "RAM is complete or the guest has moved"));
+        }
+        let other = if kind == SectionKind::Ram { self.bitmap_id } else { self.ram_id };
+        if other == Some(name.id) {
+            return Err(DecodeError::corrupt(1, Fault::SectionIdTaken { id: name.id }));
+        }
+        let slot = if kind == SectionKind::Ram { &mut self.ram_id } else { &mut self.bitmap_id };
+        *slot = Some(name.id);
+        self.barrier = false;
+        Ok(self.open(Phase::Start, name.id, kind, used))
+    }
+
+    fn part<'a>(&mut self, phase: Phase, id: u32, used: usize) -> Advance<'a> {
+        let kind = match Some(id) {
+            known if known == self.ram_id => SectionKind::Ram,
+            known if known == self.bitmap_id => SectionKind::DirtyBitmap,
+            _ => return Err(DecodeError::corrupt(1, Fault::UnknownSection { id })),
+        };
+        if kind == SectionKind::Ram {
+            if self.seen.ram_end {
+                return Err(out_of_order("a ram section", "ram END has come"));
+            }
+            self.pages_began = true;
+        }
+        Ok(self.open(phase, id, kind, used))
+    }
+
+    fn full<'a>(&mut self, name: SectionName<'a>, used: usize) -> Advance<'a> {
+        let started = self.seen.barrier_in_start.is_some() && !self.postcopy;
+        if started && !self.pages_began && is_early_virtio_mem(name.idstr) {
+            return Ok(self.open(Phase::Full, name.id, SectionKind::EarlyVirtioMem, used));
+        }
+        if started && self.seen.ram_end && name.idstr == STATE_SECTION {
+            return Ok(self.open(Phase::Full, name.id, SectionKind::NativeState, used));
+        }
+        if started && self.pages_began {
+            return Ok(self.quietly(State::Tail));
+        }
+        let fault = Fault::UnknownIterable { idstr: name.idstr.into(), instance: name.instance };
+        Err(DecodeError::corrupt(0, fault))
+    }
+
+    fn open<'a>(&mut self, phase: Phase, id: u32, kind: SectionKind, used: usize) -> Progress<'a> {
+        self.open = Open { phase, id, kind };
+        self.state = match kind {
+            SectionKind::Ram => State::Records,
+            SectionKind::DirtyBitmap => State::Bitmap,
+            SectionKind::EarlyVirtioMem => State::VirtioMem,
+            SectionKind::NativeState => State::NativeState,
+        };
+        Told(used, Event::SectionStart { phase, id, kind })
+    }
+
+    fn footer<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        let Open { phase, id, kind } = self.open;
+        let ((), used) = decode_footer(input, id)?;
+        match (kind, phase) {
+            (SectionKind::Ram, Phase::Start) => {
+                // A second START, which repeats the first, may not take back what the first has shown.
+                let before = self.seen.barrier_in_start.unwrap_or(false);
+                self.seen.barrier_in_start = Some(before || self.barrier);
+            }
+            (SectionKind::Ram, Phase::End) => self.seen.ram_end = true,
+            _ => {}
+        }
+        self.state = State::Items;
+        Ok(Told(used, Event::SectionEnd { phase, kind }))
+    }
+
+    fn command<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        let (command, used) = decode_command(input)?;
+        match command {
+            Command::OpenReturnPath => self.seen.return_path = true,
+            Command::Ping(_) if !self.seen.return_path => {
+                return Err(out_of_order("PING", "the return path has not been opened"));
+            }
+            Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps if self.ram_id.is_some() => {
+                return Err(out_of_order("POSTCOPY_ADVISE", "RAM has started"));
+            }
+            Command::PostcopyAdvise { target_page, .. } => {
+                self.check_page_size(target_page, 13)?;
+                self.seen.postcopy_advised = true;
+                self.form.host_pages = true;
+            }
+            Command::Packaged { size } => self.package(size)?,
+            Command::SwitchoverStart => self.seen.switchover_start = true,
+            _ => {}
+        }
+        Ok(Told(used, Event::Command(command)))
+    }
+
+    fn package(&mut self, size: u32) -> Result<(), DecodeError> {
+        let limit = self.config.limits.package_bytes;
+        if size > limit {
+            let what = "the length of the package";
+            return Err(DecodeError::corrupt(
+                5,
+                Fault::Limit { what, value: size.into(), limit: limit.into() },
+            ));
+        }
+        if !self.seen.postcopy_advised || self.postcopy {
+            return Err(out_of_order("PACKAGED", "postcopy was not advised, or a package has come"));
+        }
+        self.postcopy = true;
+        self.state = State::Package { left: size };
+        Ok(())
+    }
+
+    #[inline]
+    fn record<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        let (record, head) = decode_record(input, self.page)?;
+        match record {
+            Record::Page(at) if !self.mapped => {
+                let (block, offset) = self.locate(at)?;
+                let (bytes, used) = payload(input, head, self.page.bytes() as usize)?;
+                Ok(Told(used, Event::Page { block, offset, bytes }))
+            }
+            Record::Zero { at, fill: 0 } if !self.mapped => {
+                let (block, offset) = self.locate(at)?;
+                Ok(Told(head, Event::Zero { block, offset }))
+            }
+            other => self.rare_record(input, other, head),
+        }
+    }
+
+    fn rare_record<'a>(&mut self, input: &'a [u8], record: Record<'a>, head: usize) -> Advance<'a> {
+        if self.mapped && !matches!(record, Record::Eos | Record::MemSize { .. }) {
+            return Err(out_of_order(
+                "a RAM record",
+                "under mapped-ram pages stand in the file, not in records",
+            ));
+        }
+        if self.postcopy
+            && matches!(record, Record::Xbzrle { .. } | Record::MemSize { .. } | Record::MultifdFlush)
+        {
+            return Err(out_of_order(
+                "this RAM record",
+                "the guest has moved, only whole and zero pages may follow",
+            ));
+        }
+        match record {
+            Record::Eos => Ok({
+                self.state = State::Footer;
+                Quiet(head)
+            }),
+            Record::Zero { at, fill: byte } => {
+                if !self.config.accept_fill {
+                    return Err(DecodeError::corrupt(head - 1, Fault::FillByte { byte }));
+                }
+                let (block, offset) = self.locate(at)?;
+                Ok(Told(head, Event::Filled { block, offset, byte }))
+            }
+            Record::Xbzrle { at, len } => {
+                let (block, offset) = self.locate(at)?;
+                let (bytes, used) = payload(input, head, len.into())?;
+                Ok(Told(used, Event::Xbzrle { block, offset, bytes }))
+            }
+            Record::Compressed { at, len } => {
+                let (block, offset) = self.locate(at)?;
+                let (bytes, used) = payload(input, head, len as usize)?;
+                Ok(Told(used, Event::Compressed { block, offset, bytes }))
+            }
+            Record::MemSize { total } => self.mem_size(total, head),
+            Record::MultifdFlush => {
+                self.barrier = true;
+                Ok(Told(head, Event::MultifdFlush))
+            }
+            Record::Hook { argument } if self.config.accept_hooks => Ok(Told(head, Event::Hook { argument })),
+            Record::Hook { .. } | Record::Page(_) => {
+                Err(DecodeError::corrupt(0, Fault::RecordFlags { flags: ram::HOOK }))
+            }
+        }
+    }
+
+    #[inline]
+    fn locate(&mut self, at: PageAt<'_>) -> Result<(BlockIndex, BlockOffset), DecodeError> {
+        self.blocks.locate(at, self.page).map_err(|fault| DecodeError::corrupt(0, fault))
+    }
+
+    fn mem_size<'a>(&mut self, total: u64, used: usize) -> Advance<'a> {
+        let limit = self.config.limits.ram_bytes;
+        if total > limit {
+            let what = "the total length of RAM";
+            return Err(DecodeError::corrupt(0, Fault::Limit { what, value: total, limit }));
+        }
+        self.list = AnnouncedBlocks::default();
+        self.state = State::List { remaining: total };
+        Ok(Quiet(used))
+    }
+
+    fn list_entry<'a>(&mut self, input: &'a [u8], remaining: u64) -> Advance<'a> {
+        let (block, used) = decode_block(input, self.form, remaining, self.page)?;
+        let remaining = remaining - block.used_length;
+        if self.mapped {
+            return self.mapped_block(input, block, used, remaining);
+        }
+        self.list.push(block).map_err(|fault| DecodeError::corrupt(0, fault))?;
+        self.state = State::List { remaining };
+        Ok(Quiet(used))
+    }
+
+    fn mapped_block<'a>(
+        &mut self,
+        input: &'a [u8],
+        block: BlockAnnouncement,
+        at: usize,
+        remaining: u64,
+    ) -> Advance<'a> {
+        let rest = input.get(at..).unwrap_or(&[]);
+        let (header, used) = decode_mapped_header(rest, self.page).map_err(|error| error.shifted(at))?;
+        let used = at + used;
+        let here = self.position + used as u64;
+        let end = header.pages_offset.checked_add(block.used_length);
+        let left = end.filter(|_| header.pages_offset >= here).map(|end| end - here).ok_or_else(|| {
+            let fault = Fault::Device("the pages of a mapped-ram block stand in front of its header");
+            DecodeError::corrupt(at, fault)
+        })?;
+        self.list.push(block.clone()).map_err(|fault| DecodeError::corrupt(0, fault))?;
+        self.state = State::Mapped { left, remaining };
+        Ok(Told(used, Event::MappedBlock { block, header }))
+    }
+
+    fn list_end<'a>(&mut self) -> Advance<'a> {
+        if self.listed && self.list.as_slice() != self.blocks.as_slice() {
+            return Err(DecodeError::corrupt(0, Fault::BlockListChanged));
+        }
+        if !self.listed {
+            self.blocks = std::mem::take(&mut self.list);
+            self.listed = true;
+        }
+        self.state = State::Records;
+        Ok(Told(0, Event::Blocks(self.blocks.as_slice().to_vec())))
+    }
+
+    /// A ramwire's device state has a length, so that commands may follow it.
+    fn native_state<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        let left = Reader::new(input).be64()?;
+        let limit = self.config.limits.tail_bytes as u64;
+        if left > limit {
+            let fault = Fault::Limit { what: "the length of the device state", value: left, limit };
+            return Err(DecodeError::corrupt(0, fault));
+        }
+        self.state = State::Carried { left, chunk_follows: false };
+        Ok(Quiet(8))
+    }
+
+    fn bitmap_chunk<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        let (chunk, used) = decode_bitmap_chunk(input)?;
+        self.state = match chunk {
+            BitmapChunk::Last => State::Footer,
+            BitmapChunk::More => State::Bitmap,
+            BitmapChunk::Bits { len, last } => State::Carried { left: len, chunk_follows: !last },
+        };
+        Ok(Told(used, Event::BitmapChunk))
+    }
+
+    fn tail_bytes<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
+        if self.tail.description().is_some() {
+            self.state = State::Done;
+            return Ok(Told(0, Event::Done));
+        }
+        if input.is_empty() {
+            return Err(DecodeError::Truncated { needed: 1, have: 0 });
+        }
+        let used = self.push_tail(input)?;
+        Ok(Told(used, Event::TailBytes(input.get(..used).unwrap_or(&[]))))
+    }
+
+    fn push_tail(&mut self, input: &[u8]) -> Result<usize, DecodeError> {
+        let limits = &self.config.limits;
+        let pushed = self.tail.push(input, limits.tail_bytes, limits.description_bytes);
+        pushed.map_err(|fault| DecodeError::corrupt(0, fault))
+    }
+}
+
+#[cold]
+fn out_of_order(what: &'static str, why: &'static str) -> DecodeError {
+    DecodeError::corrupt(0, Fault::OutOfOrder { what, why })
+}
+
+/// The `len` bytes behind a head of `head` bytes, and the bytes of both.
+#[inline]
+fn payload(input: &[u8], head: usize, len: usize) -> Result<(&[u8], usize), DecodeError> {
+    let end = head + len;
+    match input.get(head..end) {
+        Some(bytes) => Ok((bytes, end)),
+        None => Err(DecodeError::Truncated { needed: end, have: input.len() }),
+    }
+}
+
+/// As many of the `left` bytes as have arrived, at least one, and how many are then left.
+fn piece(input: &[u8], left: u64) -> Result<(&[u8], u64), DecodeError> {
+    let len = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());
+    match input.get(..len) {
+        Some(piece) if !piece.is_empty() => Ok((piece, left - len as u64)),
+        _ => Err(DecodeError::Truncated { needed: 1, have: 0 }),
+    }
+}

@@ -1,0 +1,30 @@
+//! QEMU's migration stream.
+//!
+//! | file | what of the stream |
+//! |------|--------------------|
+//! | [`file`] | header and configuration |
+//! | [`section`] | section headers, footers, end of file |
+//! | [`command`] | commands to the destination |
+//! | [`ram`] | records of the `ram` section |
+//! | [`blocks`] | the list of RAM blocks |
+//! | [`mapped`] | fixed page places in a file (mapped-ram) |
+//! | [`compressed`] | pages as zlib streams |
+//! | [`early`] | sections beside RAM that must be passed over |
+//! | [`tail`], [`vmdesc`] | device sections: where they end, how they are cut |
+//! | [`return_path`] | messages back to the source |
+//! | [`style`] | the dialects of senders |
+//! | [`incoming`] | all of it in order: a whole stream on one channel |
+
+pub mod blocks;
+pub mod command;
+pub mod compressed;
+pub mod early;
+pub mod file;
+pub mod incoming;
+pub mod mapped;
+pub mod ram;
+pub mod return_path;
+pub mod section;
+pub mod style;
+pub mod tail;
+pub mod vmdesc;

@@ -1,0 +1,222 @@
+//! Guest RAM as this process sees it: an address and a length, never a slice.
+//!
+//! The guest writes its RAM at any time, from vCPUs and devices, so no `&[u8]` of it is ever made: bytes
+//! leave and enter by copy, or by an address that the kernel or the NIC reads. Every copy goes through the
+//! C library's `memcpy`, `memset` and `memcmp`, which the compiler can't see into and so can't assume still
+//! memory for.
+
+use std::any::Any;
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use crate::units::PageSize;
+
+/// A range that is not inside its region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{len} bytes at {offset:#x} are outside the mapped region of {region_len} bytes")]
+pub struct OutOfRegion {
+    /// Start of the range.
+    pub offset: u64,
+    /// Length of the range in bytes.
+    pub len: u64,
+    /// Bytes mapped.
+    pub region_len: u64,
+}
+
+/// Mapped memory behind one RAM block. Clones share the mapping; the last one lets it go.
+#[derive(Clone)]
+pub struct HostRegion {
+    base: NonNull<u8>,
+    len: usize,
+    page: PageSize,
+    /// Address at which the dirty source finds the same memory; another process's, perhaps.
+    tracked: usize,
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the region is only an address; all access goes through copies that tolerate concurrent writers,
+// and the owner that keeps it mapped is itself Send + Sync.
+unsafe impl Send for HostRegion {}
+// SAFETY: as above.
+unsafe impl Sync for HostRegion {}
+
+impl std::fmt::Debug for HostRegion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostRegion({:p}, {} bytes of {} pages)", self.base, self.len, self.page)
+    }
+}
+
+impl HostRegion {
+    /// Takes memory that somebody else mapped.
+    ///
+    /// `page` is the page size of the backing; `owner` is dropped when the last clone is.
+    ///
+    /// # Safety
+    /// `base..base + len` must be mapped readable and writable until `owner` is dropped, and no Rust
+    /// reference to it may exist while the region does.
+    pub unsafe fn from_raw(
+        base: NonNull<u8>,
+        len: usize,
+        page: PageSize,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        Self { base, len, page, tracked: base.as_ptr() as usize, _owner: owner }
+    }
+
+    /// The same memory, whose writes are found at `address` (of the process whose pagemap and
+    /// userfaultfd the dirty source was given).
+    pub fn tracked_at(mut self, address: usize) -> Self {
+        self.tracked = address;
+        self
+    }
+
+    /// Address in this process.
+    pub fn address(&self) -> usize {
+        self.base.as_ptr() as usize
+    }
+
+    /// Address at which a dirty source tracks the memory.
+    pub fn tracked_address(&self) -> usize {
+        self.tracked
+    }
+
+    /// Bytes mapped.
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// True for a region of no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Page size of the backing.
+    pub fn page(&self) -> PageSize {
+        self.page
+    }
+
+    /// A part of the region, alive as long as the borrow.
+    ///
+    /// # Errors
+    /// [`OutOfRegion`].
+    pub fn span(&self, offset: u64, len: u64) -> Result<HostSpan<'_>, OutOfRegion> {
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.len as u64);
+        if !inside {
+            return Err(OutOfRegion { offset, len, region_len: self.len as u64 });
+        }
+        // SAFETY: offset <= self.len, so the address stays inside (or one past) one mapping.
+        let ptr = unsafe { self.base.add(offset as usize) };
+        Ok(HostSpan { ptr, len: len as usize, region: PhantomData })
+    }
+}
+
+/// A range of mapped guest RAM, borrowed from its region.
+#[derive(Clone, Copy)]
+pub struct HostSpan<'a> {
+    ptr: NonNull<u8>,
+    len: usize,
+    region: PhantomData<&'a HostRegion>,
+}
+
+// SAFETY: an address; see HostRegion.
+unsafe impl Send for HostSpan<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for HostSpan<'_> {}
+
+impl std::fmt::Debug for HostSpan<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostSpan({:p}, {} bytes)", self.ptr, self.len)
+    }
+}
+
+impl<'a> HostSpan<'a> {
+    /// Address in this process.
+    pub fn address(self) -> usize {
+        self.ptr.as_ptr() as usize
+    }
+
+    pub(crate) fn as_ptr(self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Length in bytes.
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    /// True for an empty span.
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// A part of the span; `None` if it is not inside.
+    pub fn part(self, offset: usize, len: usize) -> Option<Self> {
+        if offset.checked_add(len)? > self.len {
+            return None;
+        }
+        // SAFETY: offset <= self.len: inside (or one past) the mapping the span borrows.
+        Some(Self { ptr: unsafe { self.ptr.add(offset) }, len, region: PhantomData })
+    }
+
+    /// Copies the first bytes of the span into `out`; returns how many (the shorter length).
+    ///
+    /// The copy may mix old and new bytes if the guest writes meanwhile; the same write marks the page.
+    pub fn copy_to(self, out: &mut [u8]) -> usize {
+        let len = out.len().min(self.len);
+        // SAFETY: both sides are valid for `len` bytes and can't overlap (no slice of guest RAM exists);
+        // memcpy is opaque to the compiler, so a concurrent guest write can only mix bytes.
+        unsafe { libc::memcpy(out.as_mut_ptr().cast(), self.ptr.as_ptr().cast(), len) };
+        len
+    }
+
+    /// Copies `bytes` to the start of the span; returns how many (the shorter length).
+    pub fn copy_from(self, bytes: &[u8]) -> usize {
+        let len = bytes.len().min(self.len);
+        // SAFETY: as in copy_to, the other way; the region is writable by `from_raw`'s contract.
+        unsafe { libc::memcpy(self.ptr.as_ptr().cast(), bytes.as_ptr().cast(), len) };
+        len
+    }
+
+    /// Stores zeros. Never by punching a hole: the NIC may know the physical pages.
+    pub fn fill_zero(self) {
+        // SAFETY: the span is valid and writable for its length.
+        unsafe { libc::memset(self.ptr.as_ptr().cast(), 0, self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn region(len: usize) -> HostRegion {
+        let mut map = memmap2::MmapMut::map_anon(len).unwrap();
+        let base = NonNull::new(map.as_mut_ptr()).unwrap();
+        // SAFETY: the map lives in the Arc, and no slice of it is taken.
+        unsafe { HostRegion::from_raw(base, len, PageSize::SIZE_4K, Arc::new(map)) }
+    }
+
+    #[test]
+    fn spans_stay_inside_their_region() {
+        let region = region(8192);
+        assert!(region.span(8192, 0).is_ok());
+        assert!(region.span(8191, 2).is_err() && region.span(u64::MAX, 2).is_err());
+        let span = region.span(4096, 4096).unwrap();
+        assert!(span.part(4095, 2).is_none() && span.part(usize::MAX, 2).is_none());
+        assert_eq!(span.part(4, 4).unwrap().address(), region.address() + 4100);
+    }
+
+    #[test]
+    fn bytes_enter_and_leave_by_copy() {
+        let region = region(4096);
+        let span = region.span(0, 4096).unwrap();
+        assert_eq!(span.part(10, 5).unwrap().copy_from(b"hello world"), 5);
+        let mut out = [0u8; 6];
+        assert_eq!(region.clone().span(9, 6).unwrap().copy_to(&mut out), 6);
+        assert_eq!(&out, b"\0hello");
+        span.fill_zero();
+        span.copy_to(&mut out);
+        assert_eq!(out, [0; 6]);
+    }
+}

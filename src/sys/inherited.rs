@@ -1,0 +1,64 @@
+//! Takes over descriptors this process was started with.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+
+/// Makes the inherited descriptor `number` this program's own, closed on exec.
+///
+/// Standard input, output and error are duplicated, since the standard library keeps using them; any other
+/// is taken over, so that the peer sees it closed when we close it.
+///
+/// # Errors
+/// `EBADF` if there is no such descriptor; `InvalidInput` if it was opened by this process itself (or taken
+/// before), which shows by its close-on-exec flag: it then has another owner.
+pub fn take_inherited_fd(number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD only reads a flag; a number that is not open is answered with EBADF.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if number <= 2 {
+        // SAFETY: duplicates an open descriptor; the new number is nobody else's.
+        let new = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+        if new < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: just made by the kernel, owned by nobody.
+        return Ok(unsafe { OwnedFd::from_raw_fd(new) });
+    }
+    if flags & libc::FD_CLOEXEC != 0 {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "was not handed to this process when it was started",
+        ));
+    }
+    // SAFETY: sets a flag of an open descriptor.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: open, and inherited through exec: everything that this program opens carries the flag that
+    // was clear here, so nobody in it owns the number; setting the flag makes sure none takes it twice.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::os::fd::{AsRawFd, IntoRawFd};
+
+    #[test]
+    fn only_what_was_handed_in_is_taken_and_only_once() {
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let refused = take_inherited_fd(reader.as_raw_fd()).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+        let number = reader.into_raw_fd();
+        // SAFETY: clears a flag of a descriptor nobody owns now.
+        assert_eq!(unsafe { libc::fcntl(number, libc::F_SETFD, 0) }, 0);
+        let taken = take_inherited_fd(number).unwrap();
+        assert_eq!(taken.as_raw_fd(), number);
+        assert!(take_inherited_fd(number).is_err());
+        assert!(take_inherited_fd(2).unwrap().as_raw_fd() > 2);
+        assert_eq!(take_inherited_fd(i32::MAX).unwrap_err().raw_os_error(), Some(libc::EBADF));
+    }
+}

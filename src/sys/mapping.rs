@@ -1,0 +1,371 @@
+//! Memory for guest RAM: mapped by us (anonymous, memfd, file, huge pages), filled in ahead, given back.
+//!
+//! A mapping yields a [`HostRegion`]; where a file descriptor stands behind it, it is kept, since other
+//! processes (a vhost-user backend, a second VMM) map the same memory by it. Memory mapped by somebody else
+//! enters by [`HostRegion::from_raw`] and needs nothing of this file but [`populate`] and [`discard`].
+
+use std::io;
+use std::num::NonZeroU64;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::fs::{MemfdFlags, StatFs, fallocate, fstat, fstatfs, ftruncate, memfd_create};
+use rustix::io::Errno;
+use rustix::mm::{Advice, madvise};
+
+use super::{HostRegion, HostSpan};
+use crate::units::PageSize;
+
+/// `f_type` of hugetlbfs (statfs(2)); memfds with huge pages are files of it too.
+const HUGETLBFS_MAGIC: i64 = 0x958458f6;
+
+/// Why memory could not be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MappingError {
+    /// A length that is zero or beyond the address space.
+    #[error("{len} bytes can't be mapped; ask for 1 byte up to the address space")]
+    Length {
+        /// Bytes asked for.
+        len: u64,
+    },
+    /// The kernel has no such huge page to give.
+    #[error(
+        "{len} bytes of {page} pages: {source}; reserve them: echo {pages} > \
+         /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages",
+        pages = page.pages_in(*len), kib = page.bytes() / 1024
+    )]
+    HugePages {
+        /// Bytes asked for.
+        len: u64,
+        /// The page size.
+        page: PageSize,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The file ends before the range.
+    #[error("{len} bytes at {offset:#x} are mapped of a file of {file_len} bytes; make the file longer")]
+    FileTooShort {
+        /// Start of the range in the file.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+        /// Bytes the file has.
+        file_len: u64,
+    },
+    /// An offset that no mapping can start at.
+    #[error("a file is mapped from a multiple of its {page} pages, not from {offset:#x}")]
+    Alignment {
+        /// Start of the range in the file.
+        offset: u64,
+        /// Page size of the file.
+        page: PageSize,
+    },
+    /// A call failed.
+    #[error("{what} {len} bytes: {source}; {remedy}")]
+    Kernel {
+        /// The operation.
+        what: &'static str,
+        /// Bytes asked for.
+        len: u64,
+        /// What can be done about it.
+        remedy: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Memory mapped by us: a region, and the file behind it if there is one.
+#[derive(Clone, Debug)]
+pub struct Mapping {
+    region: HostRegion,
+    file: Option<(Arc<OwnedFd>, u64)>,
+}
+
+impl Mapping {
+    /// Private anonymous memory of base pages, zero until written.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn anonymous(len: u64) -> Result<Self, MappingError> {
+        let map = MmapOptions::new().len(to_usize(len)?).map_anon();
+        let map = map.map_err(|source| kernel("mapping", len, ENOUGH_MEMORY, source))?;
+        Ok(Self { region: region_of(map.into(), base_page()), file: None })
+    }
+
+    /// Private anonymous memory of huge `page`s; `len` is rounded up to whole ones.
+    ///
+    /// # Errors
+    /// [`MappingError::HugePages`] if too few are reserved.
+    pub fn anonymous_huge(len: u64, page: PageSize) -> Result<Self, MappingError> {
+        let rounded = round_up(len, page)?;
+        let map = MmapOptions::new().len(to_usize(rounded)?).huge(Some(page.shift() as u8)).map_anon();
+        let map = map.map_err(|source| MappingError::HugePages { len, page, source })?;
+        Ok(Self { region: region_of(map.into(), page), file: None })
+    }
+
+    /// Shared memory of base pages behind a memfd called `name` (seen in /proc/PID/maps).
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn memfd(name: &str, len: u64) -> Result<Self, MappingError> {
+        let fd = memfd_create(name, MemfdFlags::CLOEXEC)
+            .map_err(|errno| kernel("making a memfd of", len, "its name has at most 249 bytes", errno))?;
+        ftruncate(&fd, len).map_err(|errno| kernel("sizing a memfd to", len, ENOUGH_MEMORY, errno))?;
+        Self::file(fd, 0, len)
+    }
+
+    /// Shared memory of huge `page`s behind a memfd; `len` is rounded up to whole ones.
+    ///
+    /// # Errors
+    /// [`MappingError::HugePages`] if too few are reserved, or the machine has none of that size.
+    pub fn memfd_huge(name: &str, len: u64, page: PageSize) -> Result<Self, MappingError> {
+        let rounded = round_up(len, page)?;
+        let no_pages = |errno: Errno| MappingError::HugePages { len, page, source: errno.into() };
+        // memfd_create(2): log2 of the page size from bit MFD_HUGE_SHIFT on.
+        let size = MemfdFlags::from_bits_retain(page.shift() << libc::MFD_HUGE_SHIFT);
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | size;
+        let fd = memfd_create(name, flags).map_err(no_pages)?;
+        ftruncate(&fd, rounded).map_err(no_pages)?;
+        match Self::file(fd, 0, rounded) {
+            Err(MappingError::Kernel { source, .. }) => Err(MappingError::HugePages { len, page, source }),
+            other => other,
+        }
+    }
+
+    /// A shared mapping of `len` bytes of an open file from `offset` on. The page size is the file system's
+    /// (hugetlbfs), else the base page.
+    ///
+    /// # Errors
+    /// [`MappingError::FileTooShort`] instead of a mapping whose end would raise SIGBUS.
+    pub fn file(fd: OwnedFd, offset: u64, len: u64) -> Result<Self, MappingError> {
+        let bytes = to_usize(len)?;
+        let failed = |errno: Errno| kernel("looking at a file for", len, "give a regular file", errno);
+        let file_len = u64::try_from(fstat(&fd).map_err(failed)?.st_size).unwrap_or(0);
+        let page = page_of_file(&fstatfs(&fd).map_err(failed)?);
+        if !page.divides(offset) {
+            return Err(MappingError::Alignment { offset, page });
+        }
+        if offset.checked_add(len).is_none_or(|end| end > file_len) {
+            return Err(MappingError::FileTooShort { offset, len, file_len });
+        }
+        let map = MmapOptions::new().offset(offset).len(bytes).map_raw(&fd).map_err(|source| {
+            kernel("mapping a file for", len, "open it for reading and writing, and have memory free", source)
+        })?;
+        Ok(Self { region: region_of(map, page), file: Some((Arc::new(fd), offset)) })
+    }
+
+    /// As [`file`](Self::file), for a file that is made longer if it ends before the range. With `allocate`
+    /// the blocks are taken now, so that a full disk is found here and not by SIGBUS later.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn file_grown(fd: OwnedFd, offset: u64, len: u64, allocate: bool) -> Result<Self, MappingError> {
+        let end = offset.checked_add(len).ok_or(MappingError::Length { len })?;
+        let failed = |errno: Errno| kernel("growing a file to", end, "free room on its file system", errno);
+        let stat = fstat(&fd).map_err(failed)?;
+        if u64::try_from(stat.st_size).unwrap_or(0) < end {
+            ftruncate(&fd, end).map_err(failed)?;
+        }
+        if allocate {
+            fallocate(&fd, rustix::fs::FallocateFlags::empty(), offset, len).map_err(failed)?;
+        }
+        Self::file(fd, offset, len)
+    }
+
+    /// The memory.
+    pub fn region(&self) -> &HostRegion {
+        &self.region
+    }
+
+    /// The file behind the memory and the offset the memory starts at; `None` for anonymous memory.
+    pub fn backing(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.file.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
+    }
+}
+
+/// Takes every page of `span` now (MADV_POPULATE_WRITE), so that no later write faults or finds memory short.
+/// Contents stay.
+///
+/// # Errors
+/// ENOMEM or EFAULT where memory or huge pages are short; EINVAL before Linux 5.14.
+pub fn populate(span: HostSpan<'_>) -> io::Result<()> {
+    if span.is_empty() {
+        return Ok(());
+    }
+    // The call wants whole pages; those the span touches lie inside its mapping.
+    let mask = rustix::param::page_size() - 1;
+    let start = span.address() & !mask;
+    let len = (span.address() + span.len() - start + mask) & !mask;
+    loop {
+        // SAFETY: populating changes no contents and the range lies inside one live mapping.
+        match unsafe { madvise(start as *mut _, len, Advice::LinuxPopulateWrite) } {
+            Err(Errno::INTR) => {}
+            done => return Ok(done?),
+        }
+    }
+}
+
+/// Gives the bytes of `span` back to the kernel; reads see zero afterwards.
+///
+/// `page` is the page size of the backing: whole pages are punched out (shared memory, MADV_REMOVE) or
+/// dropped (private memory, MADV_DONTNEED), the edges are zeroed by store. Where the backing can do neither,
+/// as a private mapping of a file, everything is zeroed by store.
+///
+/// # Errors
+/// EINVAL for locked memory (mlock(2)).
+pub fn discard(span: HostSpan<'_>, page: PageSize) -> io::Result<()> {
+    let page = page.bytes() as usize;
+    let head = (span.address().next_multiple_of(page) - span.address()).min(span.len());
+    let whole = (span.len() - head) / page * page;
+    let tail = span.len() - head - whole;
+    let edges = [span.part(0, head), span.part(head + whole, tail)];
+    edges.into_iter().flatten().for_each(HostSpan::fill_zero);
+    let Some(whole) = span.part(head, whole).filter(|whole| !whole.is_empty()) else { return Ok(()) };
+    // The kernel knows what the memory is: REMOVE says EINVAL where no file is behind it, EACCES where it is
+    // private to us, EOPNOTSUPP where the file system has no holes.
+    // SAFETY: the range lies inside one live mapping and holds guest bytes only, which are given up here.
+    match unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxRemove) } {
+        Err(Errno::INVAL) => {
+            // SAFETY: as above; the mapping is anonymous, so the pages come back as zeros.
+            unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxDontNeed)? };
+        }
+        Err(Errno::ACCESS | Errno::OPNOTSUPP) => whole.fill_zero(),
+        done => done?,
+    }
+    Ok(())
+}
+
+const ENOUGH_MEMORY: &str = "free memory, or allow more by vm.overcommit_memory and the cgroup's memory.max";
+
+fn kernel(what: &'static str, len: u64, remedy: &'static str, source: impl Into<io::Error>) -> MappingError {
+    MappingError::Kernel { what, len, remedy, source: source.into() }
+}
+
+fn to_usize(len: u64) -> Result<usize, MappingError> {
+    let bytes = NonZeroU64::new(len).and_then(|len| usize::try_from(len.get()).ok());
+    bytes.filter(|bytes| *bytes <= isize::MAX as usize).ok_or(MappingError::Length { len })
+}
+
+fn round_up(len: u64, page: PageSize) -> Result<u64, MappingError> {
+    len.checked_next_multiple_of(page.bytes()).ok_or(MappingError::Length { len })
+}
+
+fn base_page() -> PageSize {
+    PageSize::from_bytes(rustix::param::page_size() as u64).unwrap_or(PageSize::SIZE_4K)
+}
+
+fn page_of_file(fs: &StatFs) -> PageSize {
+    let huge = if fs.f_type == HUGETLBFS_MAGIC { fs.f_bsize as u64 } else { 0 };
+    PageSize::from_bytes(huge).unwrap_or_else(base_page)
+}
+
+fn region_of(map: MmapRaw, page: PageSize) -> HostRegion {
+    // A successful mmap is never at null, and a dangling address can't be reached with length 0.
+    let base = NonNull::new(map.as_mut_ptr()).unwrap_or(NonNull::dangling());
+    let len = map.len();
+    // SAFETY: MmapRaw keeps the range mapped readable and writable until dropped and never makes a reference
+    // to it; it moves into the owner.
+    unsafe { HostRegion::from_raw(base, len, page, Arc::new(map)) }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::sys::testing::huge_pages;
+
+    fn byte(region: &HostRegion, offset: u64) -> u8 {
+        let mut out = [0];
+        region.span(offset, 1).unwrap().copy_to(&mut out);
+        out[0]
+    }
+
+    fn fill(region: &HostRegion, value: u8) {
+        region.span(0, region.len()).unwrap().copy_from(&vec![value; region.len() as usize]);
+    }
+
+    /// All backings behave the same: zero at first, kept by populate, zero where discarded and nowhere else.
+    #[test]
+    fn every_backing_populates_and_discards() {
+        huge_pages(PageSize::SIZE_2M, 16);
+        const MIB: u64 = 1 << 20;
+        let on_disk = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let in_shm = tempfile::tempfile_in("/dev/shm").unwrap();
+        let cases = [
+            ("anonymous", Mapping::anonymous(4 * MIB)),
+            ("anonymous huge", Mapping::anonymous_huge(3 * MIB, PageSize::SIZE_2M)),
+            ("memfd", Mapping::memfd("ram", 4 * MIB)),
+            ("memfd huge", Mapping::memfd_huge("ram", 3 * MIB, PageSize::SIZE_2M)),
+            ("file", Mapping::file_grown(on_disk.into(), 0, 4 * MIB, true)),
+            ("file on tmpfs", Mapping::file_grown(in_shm.into(), 8192, 4 * MIB, false)),
+        ];
+        for (what, mapping) in cases {
+            let mapping = mapping.unwrap_or_else(|error| panic!("{what}: {error}"));
+            let region = mapping.region();
+            assert_eq!(region.len(), 4 * MIB, "{what}");
+            assert_eq!(region.page() == PageSize::SIZE_2M, what.ends_with("huge"), "{what}");
+            assert_eq!(byte(region, 4 * MIB - 1), 0, "{what}");
+            fill(region, 7);
+            populate(region.span(100, 5000).unwrap()).unwrap();
+            assert_eq!(byte(region, 100), 7, "{what}: populate keeps contents");
+            discard(region.span(4095, 2 * MIB + 4098).unwrap(), region.page()).unwrap();
+            let zero = |offset| byte(region, offset) == 0;
+            assert!(!zero(4094) && zero(4095) && zero(4096) && zero(MIB), "{what}: head");
+            assert!(zero(2 * MIB + 8192) && !zero(2 * MIB + 8193) && !zero(4 * MIB - 1), "{what}: tail");
+        }
+    }
+
+    #[test]
+    fn a_private_file_mapping_is_zeroed_by_store() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(8192).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[9; 8192], 0).unwrap();
+        // SAFETY: nobody truncates the file, and no slice of the map is taken.
+        let mut map = unsafe { MmapOptions::new().map_copy(&file).unwrap() };
+        let base = NonNull::new(map.as_mut_ptr()).unwrap();
+        // SAFETY: the map lives in the Arc.
+        let region = unsafe { HostRegion::from_raw(base, 8192, PageSize::SIZE_4K, Arc::new(map)) };
+        discard(region.span(0, 4096).unwrap(), region.page()).unwrap();
+        assert_eq!((byte(&region, 0), byte(&region, 4096)), (0, 9));
+    }
+
+    #[test]
+    fn a_file_mapped_twice_is_the_same_memory() {
+        let first = Mapping::memfd("ram", 16384).unwrap();
+        let (fd, offset) = first.backing().unwrap();
+        let second = Mapping::file(fd.try_clone_to_owned().unwrap(), offset + 4096, 8192).unwrap();
+        fill(second.region(), 3);
+        assert_eq!([0, 4096, 12287, 12288].map(|at| byte(first.region(), at)), [0, 3, 3, 0]);
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_is_refused_with_its_remedy() {
+        let file = || {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(8192).unwrap();
+            OwnedFd::from(file)
+        };
+        let read_only = || OwnedFd::from(std::fs::File::open("/proc/self/exe").unwrap());
+        let huge = |len| Mapping::memfd_huge("ram", len, PageSize::SIZE_2M);
+        #[rustfmt::skip]
+        let cases = [
+            ("no bytes",             Mapping::anonymous(0),                 "1 byte"),
+            ("no address space",     Mapping::anonymous(u64::MAX),          "address space"),
+            ("more than there is",   Mapping::anonymous(1 << 46),           "vm.overcommit_memory"),
+            ("short file",           Mapping::file(file(), 4096, 8192),     "make the file longer"),
+            ("offset overflows",     Mapping::file(file(), !4095, 8192),    "make the file longer"),
+            ("odd offset",           Mapping::file(file(), 512, 4096),      "multiple"),
+            ("read-only file",       Mapping::file(read_only(), 0, 4096),   "open it for reading and writing"),
+            ("huge rounds over",     huge(u64::MAX),                        "address space"),
+            ("huge beyond the pool", huge(1 << 44),                         "hugepages-2048kB/nr_hugepages"),
+            ("anon huge, too many",  Mapping::anonymous_huge(1 << 44, PageSize::SIZE_2M), "echo 8388608 >"),
+        ];
+        for (what, mapping, remedy) in cases {
+            let error = mapping.map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(remedy), "{what}: {error}");
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The kernel's interfaces, one a file, behind safe functions. This crate's only unsafe code.
+#![allow(unsafe_code)]
+
+mod host_region;
+mod inherited;
+mod mapping;
+mod pagemap_scan;
+mod parts;
+mod scan;
+mod stop;
+mod tcp_state;
+#[cfg(test)]
+pub(crate) mod testing;
+mod uffd;
+
+pub use host_region::{HostRegion, HostSpan, OutOfRegion};
+pub use inherited::take_inherited_fd;
+pub use mapping::{Mapping, MappingError, discard, populate};
+pub use pagemap_scan::Pagemap;
+pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
+pub use scan::is_zero;
+pub use stop::{CancelToken, Stop, StopReason};
+pub use tcp_state::{TcpState, queued_bytes, tcp_state};
+pub use uffd::{UffdError, WriteProtector};

@@ -1,0 +1,139 @@
+//! Scattered bytes, own or the guest's, given to the kernel in one call.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::HostSpan;
+
+/// Bytes to send: our own, or guest RAM that the kernel reads in place.
+#[derive(Clone, Copy, Debug)]
+pub enum SendPart<'a> {
+    /// Bytes of this program.
+    Own(&'a [u8]),
+    /// Guest RAM.
+    Guest(HostSpan<'a>),
+}
+
+impl SendPart<'_> {
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Own(bytes) => bytes.len(),
+            Self::Guest(span) => span.len(),
+        }
+    }
+
+    /// True without bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Room to receive into: our own, or guest RAM that the kernel fills in place.
+#[derive(Debug)]
+pub enum RecvPart<'a> {
+    /// A buffer of this program.
+    Own(&'a mut [u8]),
+    /// Guest RAM.
+    Guest(HostSpan<'a>),
+}
+
+impl RecvPart<'_> {
+    /// Room in bytes.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Own(room) => room.len(),
+            Self::Guest(span) => span.len(),
+        }
+    }
+
+    /// True without room.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Most parts one call takes (`UIO_MAXIOV`, writev(2)).
+pub const MAX_PARTS: usize = 1024;
+
+/// Most bytes one call takes, so that a write to a slow disk comes back to be stopped.
+const MAX_CALL: usize = 8 << 20;
+
+/// How a descriptor is written and read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FdKind {
+    /// A socket: `sendmsg` without a signal where the peer is gone.
+    Socket,
+    /// A pipe or a file: `writev`.
+    Other,
+}
+
+/// Sends from the parts, the first `skip` bytes of which are left out; returns how many bytes went.
+///
+/// At most [`MAX_PARTS`] parts and a few MiB go in one call; the caller goes on with the rest.
+///
+/// # Errors
+/// What `sendmsg(2)` or `writev(2)` says; `WouldBlock` on a non-blocking descriptor.
+pub fn send_parts(
+    fd: BorrowedFd<'_>,
+    kind: FdKind,
+    parts: &[SendPart<'_>],
+    skip: usize,
+) -> io::Result<usize> {
+    let mut iov = [const { libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 } }; MAX_PARTS];
+    let mut used = 0;
+    let mut skip = skip;
+    let mut room = MAX_CALL;
+    for part in parts {
+        if used == MAX_PARTS || room == 0 {
+            break;
+        }
+        let (base, len) = match part {
+            SendPart::Own(bytes) => (bytes.as_ptr().cast_mut(), bytes.len()),
+            SendPart::Guest(span) => (span.as_ptr(), span.len()),
+        };
+        if skip >= len {
+            skip -= len;
+            continue;
+        }
+        let take = (len - skip).min(room);
+        iov[used] = libc::iovec { iov_base: base.wrapping_add(skip).cast(), iov_len: take };
+        room -= take;
+        skip = 0;
+        used += 1;
+    }
+    // SAFETY: every iovec names bytes borrowed by `parts` (for guest spans: mapped as long as the borrow),
+    // which outlives the call; the kernel only reads them.
+    let sent = unsafe {
+        match kind {
+            FdKind::Socket => {
+                let mut msg: libc::msghdr = std::mem::zeroed();
+                msg.msg_iov = iov.as_mut_ptr();
+                msg.msg_iovlen = used as _;
+                libc::sendmsg(fd.as_raw_fd(), &msg, libc::MSG_NOSIGNAL)
+            }
+            FdKind::Other => libc::writev(fd.as_raw_fd(), iov.as_ptr(), used as libc::c_int),
+        }
+    };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Fills the parts in order with what is there; 0 is the end of the stream (or no room given).
+///
+/// # Errors
+/// What `readv(2)` says; `WouldBlock` on a non-blocking descriptor.
+pub fn recv_parts(fd: BorrowedFd<'_>, parts: &mut [RecvPart<'_>]) -> io::Result<usize> {
+    let mut iov = [const { libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 } }; 64];
+    let mut used = 0;
+    for (slot, part) in iov.iter_mut().zip(parts.iter_mut()) {
+        *slot = match part {
+            RecvPart::Own(bytes) => libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() },
+            RecvPart::Guest(span) => libc::iovec { iov_base: span.as_ptr().cast(), iov_len: span.len() },
+        };
+        used += 1;
+    }
+    // SAFETY: every iovec names room borrowed mutably (or guest RAM mapped writable) by `parts`, which
+    // outlives the call.
+    let got = unsafe { libc::readv(fd.as_raw_fd(), iov.as_ptr(), used) };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}

@@ -1,0 +1,53 @@
+//! The zero test, in place.
+//!
+//! The C library's `memcmp` against a page of zeros: it picks the widest vectors of the CPU at run time,
+//! returns at the first difference, and, being opaque to the compiler, may look at memory that the guest
+//! writes meanwhile. `benches/zero_scan.rs` holds it against our own AVX2, SSE2 and scalar loops: on memory
+//! that comes from DRAM, as in a migration, it reaches nine tenths of the best of them.
+
+use super::HostSpan;
+
+/// True if every byte of `span` is zero; an empty span is.
+///
+/// A byte written meanwhile may or may not be seen; the same write marks the page dirty.
+pub fn is_zero(span: HostSpan<'_>) -> bool {
+    static ZERO_PAGE: [u8; 4096] = [0; 4096];
+    let mut at = 0;
+    while at < span.len() {
+        let len = (span.len() - at).min(ZERO_PAGE.len());
+        // SAFETY: at + len <= span.len(), so both sides are mapped for `len` bytes; memcmp is opaque, so
+        // concurrent writers can only change its answer.
+        let equal =
+            unsafe { libc::memcmp(span.as_ptr().add(at).cast(), ZERO_PAGE.as_ptr().cast(), len) == 0 };
+        if !equal {
+            return false;
+        }
+        at += len;
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::sys::Mapping;
+
+    #[test]
+    fn one_byte_anywhere_is_seen_and_none_outside() {
+        let mapping = Mapping::anonymous(16384).unwrap();
+        for (start, len) in [(4096, 4096), (4096, 8192), (4097, 4095), (100, 1), (8191, 2), (0, 0)] {
+            let span = mapping.region().span(start, len).unwrap();
+            assert!(is_zero(span), "{start} {len}");
+            let inside =
+                (start..start + len).filter(|at| at % 61 == 0 || *at == start || at + 1 == start + len);
+            let outside = [start.wrapping_sub(1), start + len];
+            for (at, zero) in inside.map(|at| (at, false)).chain(outside.map(|at| (at, true))) {
+                let Ok(byte) = mapping.region().span(at, 1) else { continue };
+                byte.copy_from(&[0x80]);
+                assert_eq!(is_zero(span), zero, "byte {at} of {start} {len}");
+                byte.copy_from(&[0]);
+            }
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! When a wait must end: a deadline, a cancel, or both. No wait of this crate ignores it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+/// Why a wait ended without what it waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// The deadline passed.
+    Deadline,
+    /// Somebody cancelled.
+    Cancelled,
+}
+
+/// A flag that wakes every wait that watches it. Clones share the flag.
+#[derive(Clone, Debug)]
+pub struct CancelToken(Arc<Flag>);
+
+#[derive(Debug)]
+struct Flag {
+    raised: AtomicBool,
+    /// Readable from the moment the flag is raised. `None` where the kernel had no descriptor left: waits
+    /// then look at the flag every [`LOOK`].
+    event: Option<OwnedFd>,
+}
+
+/// How often a wait without an event descriptor looks at the flag.
+const LOOK: Duration = Duration::from_millis(50);
+
+impl Default for CancelToken {
+    fn default() -> Self {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok();
+        Self(Arc::new(Flag { raised: AtomicBool::new(false), event }))
+    }
+}
+
+impl CancelToken {
+    /// Raises the flag and wakes every wait. Never blocks; safe to call twice.
+    pub fn cancel(&self) {
+        self.0.raised.store(true, Ordering::Release);
+        if let Some(event) = &self.0.event {
+            // A full counter means the flag is readable already.
+            let _ = rustix::io::write(event, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// True once [`cancel`](Self::cancel) was called.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.raised.load(Ordering::Acquire)
+    }
+}
+
+/// A deadline and a cancel token, checked by every wait.
+#[derive(Clone, Debug)]
+pub struct Stop {
+    deadline: Option<Instant>,
+    cancel: CancelToken,
+}
+
+impl Stop {
+    /// Waits end only when `cancel` is raised.
+    pub fn on(cancel: &CancelToken) -> Self {
+        Self { deadline: None, cancel: cancel.clone() }
+    }
+
+    /// The same token with a deadline `time` from now, or the earlier one it has.
+    pub fn within(&self, time: Duration) -> Self {
+        let new = Instant::now().checked_add(time);
+        let deadline = match (self.deadline, new) {
+            (Some(old), Some(new)) => Some(old.min(new)),
+            (old, new) => old.or(new),
+        };
+        Self { deadline, cancel: self.cancel.clone() }
+    }
+
+    /// Time until the deadline; `None` without one.
+    pub fn left(&self) -> Option<Duration> {
+        self.deadline.map(|at| at.saturating_duration_since(Instant::now()))
+    }
+
+    /// The reason to stop now, if there is one.
+    pub fn reason(&self) -> Option<StopReason> {
+        if self.cancel.is_cancelled() {
+            return Some(StopReason::Cancelled);
+        }
+        (self.left() == Some(Duration::ZERO)).then_some(StopReason::Deadline)
+    }
+
+    /// Waits until `fd` is ready for `what` (or broken, which the next call on it will tell).
+    ///
+    /// # Errors
+    /// What `poll(2)` says. `Ok(Some(reason))` if the wait was stopped.
+    pub fn wait(&self, fd: BorrowedFd<'_>, what: PollFlags) -> io::Result<Option<StopReason>> {
+        loop {
+            if let Some(reason) = self.reason() {
+                return Ok(Some(reason));
+            }
+            let left = match (&self.cancel.0.event, self.left()) {
+                (Some(_), left) => left,
+                (None, left) => Some(left.map_or(LOOK, |left| left.min(LOOK))),
+            };
+            // Rounded up to a millisecond, so that a short rest does not spin.
+            let left = left.map(|left| left.max(Duration::from_millis(1)));
+            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+            let event = self.cancel.0.event.as_ref().map_or(fd, AsFd::as_fd);
+            let watch = if self.cancel.0.event.is_some() { PollFlags::IN } else { what };
+            let mut fds = [PollFd::from_borrowed_fd(fd, what), PollFd::from_borrowed_fd(event, watch)];
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(_) if !fds[0].revents().is_empty() => return Ok(None),
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Sleeps for `time`, less if stopped; the reason if stopped.
+    pub fn sleep(&self, time: Duration) -> Option<StopReason> {
+        let until = self.within(time);
+        loop {
+            if let Some(reason) = self.reason() {
+                return Some(reason);
+            }
+            let left = until.left().unwrap_or_default();
+            if left.is_zero() {
+                return None;
+            }
+            match &self.cancel.0.event {
+                Some(event) => drop(until.wait_event(event.as_fd(), left)),
+                None => std::thread::sleep(left.min(LOOK)),
+            }
+        }
+    }
+
+    fn wait_event(&self, event: BorrowedFd<'_>, left: Duration) -> io::Result<()> {
+        let timeout = Timespec::try_from(left.max(Duration::from_millis(1))).ok();
+        let mut fds = [PollFd::from_borrowed_fd(event, PollFlags::IN)];
+        poll(&mut fds, timeout.as_ref())?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_wait_ends_by_data_by_deadline_and_by_cancel() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let cancel = CancelToken::default();
+        let stop = Stop::on(&cancel);
+        let short = stop.within(Duration::from_millis(5));
+        assert_eq!(short.wait(near.as_fd(), PollFlags::IN).unwrap(), Some(StopReason::Deadline));
+        rustix::io::write(&far, b"x").unwrap();
+        assert_eq!(stop.wait(near.as_fd(), PollFlags::IN).unwrap(), None);
+        let other = cancel.clone();
+        let waker = std::thread::spawn(move || {
+            assert_eq!(stop.wait(far.as_fd(), PollFlags::IN).unwrap(), Some(StopReason::Cancelled));
+            assert_eq!(stop.sleep(Duration::from_secs(60)), Some(StopReason::Cancelled));
+        });
+        other.cancel();
+        waker.join().unwrap();
+    }
+
+    #[test]
+    fn the_earlier_deadline_wins() {
+        let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(1));
+        assert!(stop.within(Duration::from_secs(60)).left().unwrap() <= Duration::from_secs(1));
+        assert_eq!(stop.within(Duration::ZERO).reason(), Some(StopReason::Deadline));
+    }
+}

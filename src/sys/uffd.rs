@@ -1,0 +1,123 @@
+//! Write protection that the kernel lifts by itself: userfaultfd in its asynchronous mode.
+//!
+//! A first write to a protected page clears the protection of that page and goes on; nobody is woken and
+//! nothing waits. Which pages lost their protection is asked by [`Pagemap`](super::Pagemap). Needs Linux
+//! 6.7. The descriptor is opened for faults of user mode only, which needs no privilege; the asynchronous
+//! mode nevertheless sees writes by the kernel too (read(2) into guest RAM, KVM's vCPUs), because it hands
+//! no fault to anybody.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+
+use rustix::ioctl::{Updater, ioctl, opcode};
+use rustix::mm::{UserfaultfdFlags, userfaultfd};
+use userfaultfd::{RegisterMode, Uffd};
+
+/// linux/userfaultfd.h: `UFFD_API`.
+const UFFD_API: u64 = 0xAA;
+/// linux/userfaultfd.h.
+const UFFD_USER_MODE_ONLY: u32 = 1;
+/// linux/userfaultfd.h: write protection of anonymous memory, of shared memory and huge pages, of pages not
+/// there yet, and lifted without anybody being asked.
+const FEATURES: u64 = 1 | 1 << 12 | 1 << 13 | 1 << 15;
+
+/// `struct uffdio_api` of linux/userfaultfd.h.
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// Why there is no such descriptor here.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UffdError {
+    /// The system call is missing or forbidden.
+    #[error("userfaultfd: {source}; allow the system call in the seccomp filter (CONFIG_USERFAULTFD=y)")]
+    Open {
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The kernel has no asynchronous write protection.
+    #[error("userfaultfd without asynchronous write protection: {source}; Linux 6.7 or later has it")]
+    Features {
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// A userfaultfd in asynchronous write-protect mode. All ranges are addresses of the process that made it,
+/// in whole pages of the memory there. Dropping the last descriptor takes all protection off.
+#[derive(Debug)]
+pub struct WriteProtector {
+    uffd: Uffd,
+}
+
+impl WriteProtector {
+    /// A descriptor for this process.
+    ///
+    /// # Errors
+    /// [`UffdError`].
+    pub fn new() -> Result<Self, UffdError> {
+        let user_mode_only = UserfaultfdFlags::from_bits_retain(UFFD_USER_MODE_ONLY);
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK | user_mode_only;
+        // SAFETY: the descriptor is used for asynchronous write protection only, which moves no contents.
+        let fd = unsafe { userfaultfd(flags) };
+        // Before 5.11 the flag is unknown; such a kernel lacks the features anyway and says so next.
+        let fd = fd.map_err(|errno| UffdError::Open { source: errno.into() })?;
+        let mut api = UffdioApi { api: UFFD_API, features: FEATURES, ioctls: 0 };
+        const API: rustix::ioctl::Opcode = opcode::read_write::<UffdioApi>(UFFD_API as u8, 0x3F);
+        // SAFETY: UFFDIO_API reads and writes one struct uffdio_api, whose layout UffdioApi has.
+        unsafe { ioctl(&fd, Updater::<API, UffdioApi>::new(&mut api)) }
+            .map_err(|errno| UffdError::Features { source: errno.into() })?;
+        Ok(Self::adopt(fd))
+    }
+
+    /// Takes a descriptor that another process made and already set up with the same features; ranges are
+    /// then addresses of that process.
+    pub fn adopt(fd: OwnedFd) -> Self {
+        // SAFETY: the descriptor is owned and moves in.
+        Self { uffd: unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) } }
+    }
+
+    /// Puts `range` under this descriptor.
+    ///
+    /// # Errors
+    /// EBUSY if another userfaultfd watches it, EINVAL if it is not mapped or not in whole pages.
+    pub fn register(&self, range: Range<usize>) -> io::Result<()> {
+        let mode = RegisterMode::WRITE_PROTECT;
+        self.uffd.register_with_mode(range.start as *mut _, range.len(), mode).map_err(to_io)?;
+        Ok(())
+    }
+
+    /// Protects every page of `range`, those not populated too.
+    ///
+    /// # Errors
+    /// ENOENT if a part of the range is not registered.
+    pub fn protect(&self, range: Range<usize>) -> io::Result<()> {
+        self.uffd.write_protect(range.start as *mut _, range.len()).map_err(to_io)
+    }
+
+    /// Takes protection off `range` and forgets it.
+    ///
+    /// # Errors
+    /// EINVAL if the range is no longer mapped.
+    pub fn unregister(&self, range: Range<usize>) -> io::Result<()> {
+        self.uffd.unregister(range.start as *mut _, range.len()).map_err(to_io)
+    }
+}
+
+impl AsFd for WriteProtector {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+}
+
+fn to_io(error: userfaultfd::Error) -> io::Error {
+    match error {
+        userfaultfd::Error::SystemError(errno) => errno.into(),
+        other => io::Error::other(other),
+    }
+}

@@ -1,0 +1,337 @@
+//! A real QEMU as source or destination: its memory is a file, its monitor a socket, its end certain.
+
+use std::{
+    env,
+    ffi::OsString,
+    fmt,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+};
+
+use serde_json::{Value, json};
+
+use super::{
+    Deadline,
+    qmp::{Qmp, QmpError},
+};
+
+/// Which QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Version {
+    Qemu72,
+    Qemu100,
+}
+
+impl Version {
+    pub(crate) const ALL: [Self; 2] = [Self::Qemu72, Self::Qemu100];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Qemu72 => "7.2",
+            Self::Qemu100 => "10.0",
+        }
+    }
+
+    /// The program, as named by the environment or made by `ci/setup`.
+    pub(crate) fn program(self) -> Option<PathBuf> {
+        let variable = match self {
+            Self::Qemu72 => "RAMWIRE_QEMU72",
+            Self::Qemu100 => "RAMWIRE_QEMU100",
+        };
+        let made = || super::project_root().join("target/peers").join(format!("qemu-{}", self.name()));
+        let path = env::var_os(variable).map_or_else(made, PathBuf::from);
+        path.exists().then_some(path)
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "QEMU {}", self.name())
+    }
+}
+
+/// True if both QEMUs are there; else says aloud that the calling test is skipped, or fails it where `CI=true`.
+pub(crate) fn peers_present() -> bool {
+    let missing: Vec<String> =
+        Version::ALL.iter().filter(|version| version.program().is_none()).map(ToString::to_string).collect();
+    if !missing.is_empty() {
+        super::skip(&format!("there is no {}; run ci/setup", missing.join(" and no ")));
+    }
+    missing.is_empty()
+}
+
+/// Machine type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Machine {
+    Pc,
+    Q35,
+    Microvm,
+    /// The newest type that both versions know, and so the one that travels between them.
+    PcI440fx72,
+}
+
+impl Machine {
+    pub(crate) const ALL: [Self; 4] = [Self::Pc, Self::Q35, Self::Microvm, Self::PcI440fx72];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Pc => "pc",
+            Self::Q35 => "q35",
+            Self::Microvm => "microvm",
+            Self::PcI440fx72 => "pc-i440fx-7.2",
+        }
+    }
+}
+
+/// How a QEMU is started. Unless said otherwise it has no devices, is paused, and expects no migration.
+#[derive(Clone, Debug)]
+pub(crate) struct Guest {
+    pub(crate) version: Version,
+    pub(crate) machine: Machine,
+    /// File of `ram_mib` MiB; it is the guest's RAM block `m0`, shared, so the test can read it at any time.
+    pub(crate) ram: PathBuf,
+    pub(crate) ram_mib: usize,
+    pub(crate) running: bool,
+    pub(crate) incoming: bool,
+    pub(crate) extra: Vec<OsString>,
+}
+
+impl Guest {
+    pub(crate) fn new(version: Version, machine: Machine, ram: impl Into<PathBuf>, ram_mib: usize) -> Self {
+        let ram = ram.into();
+        Self { version, machine, ram, ram_mib, running: false, incoming: false, extra: vec![] }
+    }
+
+    /// Starts a guest that waits for [`Qemu::listen`].
+    pub(crate) fn incoming(mut self) -> Self {
+        self.incoming = true;
+        self
+    }
+
+    pub(crate) fn running(mut self) -> Self {
+        self.running = true;
+        self
+    }
+
+    pub(crate) fn with<S: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
+        self.extra.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    fn arguments(&self, monitor: &Path) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
+        let mib = self.ram_mib.to_string();
+        add(&["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-m", &mib]);
+        add(&["-machine", &format!("{},memory-backend=m0", self.machine.name())]);
+        let backend =
+            format!("memory-backend-file,id=m0,size={mib}M,mem-path={},share=on", self.ram.display());
+        add(&["-object", &backend, "-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
+        if !self.running {
+            add(&["-S"]);
+        }
+        if self.incoming {
+            add(&["-incoming", "defer"]);
+        }
+        arguments.extend(self.extra.iter().cloned());
+        arguments
+    }
+
+    /// Starts it and connects to its monitor. `name` tells it from others in `dir` and in messages.
+    ///
+    /// The kernel ends the QEMU together with the calling thread, so that a killed test leaves nothing behind.
+    ///
+    /// # Panics
+    ///
+    /// If it does not come up within 20 s, with its stderr.
+    pub(crate) fn start(&self, dir: &Path, name: &str) -> Qemu {
+        let program = self.version.program().expect("ask peers_present() first");
+        let monitor = dir.join(format!("{name}.qmp"));
+        let errors = dir.join(format!("{name}.stderr"));
+        let _ = fs::remove_file(&monitor);
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL"])
+            .arg(program)
+            .args(self.arguments(&monitor))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&errors).expect("cannot create a file for stderr"))
+            .spawn()
+            .expect("cannot start setpriv (util-linux)");
+        let label = format!("{name} ({}, {})", self.version, self.machine.name());
+        let mut starting = Starting { child: Some(child) };
+        let state = || fs::read_to_string(&errors).unwrap_or_default();
+        let qmp = Deadline::seconds(20).poll(&format!("{label}: monitor"), state, || {
+            if let Ok(Some(status)) = starting.child.as_mut().expect("not taken yet").try_wait() {
+                panic!("{label}: ended at start with {status}\n{}", state());
+            }
+            Qmp::connect(&monitor).ok()
+        });
+        let child = starting.child.take().expect("not taken yet");
+        Qemu { child, qmp, label, errors, dir: dir.to_owned(), ram: self.ram.clone() }
+    }
+}
+
+/// Ends a QEMU whose monitor never came.
+struct Starting {
+    child: Option<Child>,
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// A QEMU that runs; dropping it kills it.
+pub(crate) struct Qemu {
+    child: Child,
+    qmp: Qmp,
+    label: String,
+    errors: PathBuf,
+    dir: PathBuf,
+    pub(crate) ram: PathBuf,
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Qemu {
+    /// What it has said on stderr, with its name: for failure messages.
+    pub(crate) fn stderr(&self) -> String {
+        format!("stderr of {}:\n{}", self.label, fs::read_to_string(&self.errors).unwrap_or_default())
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Runs a monitor command that may be refused.
+    pub(crate) fn try_execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.qmp.execute(command, arguments)
+    }
+
+    /// Runs a monitor command.
+    ///
+    /// # Panics
+    ///
+    /// If it is refused or QEMU is gone.
+    pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Value {
+        match self.qmp.execute(command, arguments) {
+            Ok(answer) => answer,
+            Err(error) => panic!("{}: {error:?}\n{}", self.label, self.stderr()),
+        }
+    }
+
+    /// Events that came so far, oldest first.
+    pub(crate) fn events(&self) -> &[Value] {
+        &self.qmp.events
+    }
+
+    pub(crate) fn set_capabilities(&mut self, on: &[&str]) {
+        let list: Vec<Value> = on.iter().map(|name| json!({"capability": name, "state": true})).collect();
+        self.execute("migrate-set-capabilities", json!({ "capabilities": list }));
+    }
+
+    /// For example `json!({"max-bandwidth": 0, "downtime-limit": 300})`.
+    pub(crate) fn set_parameters(&mut self, parameters: Value) {
+        self.execute("migrate-set-parameters", parameters);
+    }
+
+    /// Lets a guest started with [`Guest::incoming`] listen on a free TCP port of this machine.
+    ///
+    /// The answer is the URI to migrate to.
+    pub(crate) fn listen_tcp(&mut self) -> String {
+        self.listen("tcp:127.0.0.1:0");
+        let port = self.execute("query-migrate", json!({}))["socket-address"][0]["port"].clone();
+        format!("tcp:127.0.0.1:{}", port.as_str().expect("QEMU tells its port"))
+    }
+
+    /// Lets it listen on a unix socket in its folder; the answer is the URI to migrate to.
+    pub(crate) fn listen_unix(&mut self) -> String {
+        let name = self.label.split(' ').next().unwrap_or("guest");
+        let uri = format!("unix:{}", self.dir.join(format!("{name}.migration")).display());
+        self.listen(&uri);
+        uri
+    }
+
+    /// Lets a guest started with [`Guest::incoming`] listen on `uri`, as written.
+    pub(crate) fn listen(&mut self, uri: &str) {
+        self.execute("migrate-incoming", json!({ "uri": uri }));
+    }
+
+    /// Begins a migration to `uri`; QEMU's own bandwidth limit of 128 MiB/s holds unless a parameter says otherwise.
+    pub(crate) fn migrate(&mut self, uri: &str) {
+        self.execute("migrate", json!({ "uri": uri }));
+    }
+
+    /// `query-migrate`, whole.
+    pub(crate) fn query_migrate(&mut self) -> Value {
+        self.execute("query-migrate", json!({}))
+    }
+
+    /// Waits until the migration has ended one way or another; the answer is the last `query-migrate`.
+    pub(crate) fn wait_migration(&mut self, deadline: Deadline) -> Value {
+        loop {
+            let info = self.query_migrate();
+            if matches!(info["status"].as_str(), Some("completed" | "failed" | "cancelled")) {
+                return info;
+            }
+            assert!(!deadline.is_over(), "{}: still migrating: {info}\n{}", self.label, self.stderr());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+
+    /// Waits until the migration has completed; the answer is the last `query-migrate`.
+    ///
+    /// # Panics
+    ///
+    /// If it failed, was cancelled, or is not over at the deadline.
+    pub(crate) fn wait_completed(&mut self, deadline: Deadline) -> Value {
+        let info = self.wait_migration(deadline);
+        assert_eq!(info["status"], "completed", "{}: {info}\n{}", self.label, self.stderr());
+        info
+    }
+
+    /// Run state, such as `running`, `paused`, `inmigrate`, `postmigrate`.
+    pub(crate) fn status(&mut self) -> String {
+        self.execute("query-status", json!({}))["status"].as_str().unwrap_or("none").to_owned()
+    }
+
+    /// Waits for a run state.
+    pub(crate) fn wait_status(&mut self, wanted: &str, deadline: Deadline) {
+        loop {
+            let status = self.status();
+            if status == wanted {
+                return;
+            }
+            assert!(!deadline.is_over(), "{}: {status}, not {wanted}\n{}", self.label, self.stderr());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+
+    /// Kills it as a crash would (SIGKILL).
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Waits until it has ended by itself.
+    pub(crate) fn wait_exit(&mut self, deadline: Deadline) -> ExitStatus {
+        loop {
+            if let Some(status) = self.child.try_wait().expect("cannot wait for QEMU") {
+                return status;
+            }
+            assert!(!deadline.is_over(), "{}: has not ended\n{}", self.label, self.stderr());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+}

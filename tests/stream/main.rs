@@ -1,0 +1,11 @@
+//! The stream room against streams that real QEMUs wrote.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod captures;
+mod fuzz_bodies;
+mod replay;
+
+mod hostile;
+mod reencode;
+mod vectors;
