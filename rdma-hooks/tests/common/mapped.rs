@@ -8,6 +8,8 @@ use rdma_hooks::{PinnedSpan, RegionMemory};
 
 use super::{PAGE, TestMemory};
 
+static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
+
 /// A private anonymous mapping.
 pub struct Mapped {
     start: NonNull<u8>,
@@ -57,7 +59,7 @@ impl RegionMemory for Mapped {
         (offset..offset + len).step_by(PAGE as usize).all(|at| {
             let part = &mut page[..(offset + len - at).min(PAGE) as usize];
             self.read(at, part);
-            part.iter().all(|&byte| byte == 0)
+            *part == ZEROS[..part.len()]
         })
     }
 

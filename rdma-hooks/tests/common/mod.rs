@@ -296,11 +296,13 @@ fn round(
     let mark = hooks.registration_start(kind)?.expect("no postcopy here");
     hooks.write_stream(&mark.to_bytes(), stop)?;
     let mut arrived = Ticket(0);
-    for span in spans {
+    for (index, span) in spans.iter().enumerate() {
         hooks.control_save_page(*span, stop)?;
-        let now = hooks.collect()?;
-        assert!(now >= arrived, "tickets only grow");
-        arrived = now;
+        if index % 8 == 7 {
+            let now = hooks.collect()?;
+            assert!(now >= arrived, "tickets only grow");
+            arrived = now;
+        }
     }
     hooks.registration_stop(kind, stop)
 }
