@@ -3,6 +3,8 @@
 
 mod args;
 mod common;
+mod demo;
+mod inspect;
 mod progress;
 mod receive;
 mod render;
