@@ -9,7 +9,7 @@ use common::{
     qemu::{Guest, Machine, Version, peers_present},
     ramwire::Ramwire,
     scratch,
-    writer::{self, Console, Images, Load, assert_unbroken, forgiving_qemu_72},
+    writer::{self, Console, Images, Load, assert_unbroken},
 };
 use serde_json::{Value, json};
 
@@ -55,8 +55,8 @@ fn migrate_live(
 
 /// The direct run is the control: what is lost there too is QEMU's own.
 fn through_the_relay(images: &Images, from: Version, to: Version, machine: Machine) {
-    let (direct, _) = forgiving_qemu_72(from, || migrate_live(images, from, to, machine, false));
-    let (relayed, report) = forgiving_qemu_72(from, || migrate_live(images, from, to, machine, true));
+    let (direct, _) = migrate_live(images, from, to, machine, false);
+    let (relayed, report) = migrate_live(images, from, to, machine, true);
     assert_eq!(report["completed"], true, "{report}");
     let first = report["first_page_sent_ms"].as_f64().unwrap();
     let complete = report["ram_complete_ms"].as_f64().unwrap();
