@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use super::{receive, send};
+use super::{bench, receive, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
@@ -34,6 +34,8 @@ enum Command {
     Receive(receive::Args),
     /// Send a guest that a folder holds to a waiting QEMU or ramwire
     Send(send::Args),
+    /// Measure ramwire beside other programs
+    Bench(bench::BenchArgs),
     /// Print shell completions or the man page
     Generate(Generate),
 }
@@ -91,6 +93,7 @@ pub fn run() -> ExitCode {
     let exit = match cli.command {
         Command::Receive(args) => receive::run(&args),
         Command::Send(args) => send::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Generate(args) => generate(args.what),
     };
     exit.into()
