@@ -3,9 +3,11 @@
 
 mod args;
 mod common;
+mod demo;
 mod inspect;
 mod progress;
 mod receive;
+mod relay;
 mod render;
 mod send;
 mod store;
