@@ -261,11 +261,8 @@ impl ByteSink for SimSink {
     }
 
     fn flush(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
-        let turn = self.sim.enter();
-        match turn.world.pipes[self.side as usize].is_broken() {
-            true => Err(broken("flushing")),
-            false => Ok(()),
-        }
+        drop(self.sim.enter());
+        Ok(())
     }
 
     fn position(&self) -> u64 {
