@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::{Action, Handover, Input, Outcome, SourceConfig, SourceEngine, Switchover};
-use crate::guest::{DirtySource, GuestControl, GuestMemory};
+use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
 use crate::observe::{SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
 use crate::stream::qemu::section;
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::{ByteSource, ChannelError, Returned, SourceLink};
-use crate::units::BlockIndex;
 
 use super::config::SourceSettings;
 use super::figures::Figures;
@@ -265,18 +264,7 @@ impl SourceSession {
     }
 
     fn sync(&mut self) -> Result<Input, Error> {
-        let table = self.guest.memory.table();
-        let mut fresh = 0;
-        for (index, block) in table.blocks().iter().enumerate() {
-            if block.flags.ignored {
-                continue;
-            }
-            let index = BlockIndex(index as u32);
-            let sources = &self.guest.dirty;
-            fresh += self.dirty.sync_block(index, |bitmap| {
-                sources.iter().try_for_each(|source| source.sync_into(index, bitmap))
-            })?;
-        }
+        let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.dirty)?;
         let dirty_pages = self.dirty.count();
         let expected = self.engine.expected_downtime(dirty_pages);
         self.figures.synced(self.clock.now(), dirty_pages, fresh, expected);
