@@ -80,8 +80,10 @@ impl SourceSession {
                 Offer::Taken(_) => break,
                 Offer::Full(back) => {
                     batch = back;
-                    self.link.drain(&self.stop)?;
-                    self.take_returned()?;
+                    if let Err(error) = self.make_room() {
+                        self.mark_unsent(&batch);
+                        return Err(error);
+                    }
                 }
                 Offer::Declined(back) => {
                     self.mark_unsent(&back);
@@ -91,6 +93,11 @@ impl SourceSession {
             }
         }
         self.figures.offered(begun.elapsed());
+        self.take_returned()
+    }
+
+    fn make_room(&mut self) -> Result<(), Error> {
+        self.link.drain(&self.stop)?;
         self.take_returned()
     }
 
