@@ -248,10 +248,11 @@ impl SourceSession {
 
     fn start_logs(&mut self) -> Result<Input, Error> {
         self.figures.shared().update(|s| s.status = Status::Setup);
+        // First: should a log not start, nothing is at the destination.
+        self.dirty.set_all(self.guest.memory.table());
         for source in &self.guest.dirty {
             source.start()?;
         }
-        self.dirty.set_all(self.guest.memory.table());
         Ok(Input::Done)
     }
 
