@@ -1,3 +1,7 @@
 //! The command `ramwire`.
 
-fn main() {}
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

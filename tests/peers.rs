@@ -4,7 +4,7 @@
 mod common;
 
 use common::{
-    Deadline,
+    Deadline, RXE_ADDRESS,
     memory::{Difference, Pattern, compare, fill},
     qemu::{Guest, Machine, Version, peers_present},
     scratch,
@@ -68,6 +68,32 @@ fn a_refused_destination_fails_the_source_and_leaves_it_whole() {
         assert_eq!(info["status"], "failed", "{info}");
         assert!(source.try_execute("migrate", json!({"uri": "nonsense"})).is_err(), "refusals are seen");
         assert_eq!(source.status(), "prelaunch");
+    }
+}
+
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_a_paused_guest_goes_over_rdma_from_qemu_to_the_same_qemu() {
+    assert!(peers_present(), "nothing is skipped in the guest");
+    for (version, pin_all) in [(Version::Qemu72, false), (Version::Qemu100, false), (Version::Qemu100, true)]
+    {
+        let dir = scratch();
+        let (sent, arrived) = (dir.path().join("sent"), dir.path().join("arrived"));
+        fill(&sent, 16, Pattern::Mixed { seed: 11 });
+        fill(&arrived, 16, Pattern::Zero);
+        let mut destination =
+            Guest::new(version, Machine::Q35, &arrived, 16).incoming().start(dir.path(), "destination");
+        let mut source = Guest::new(version, Machine::Q35, &sent, 16).start(dir.path(), "source");
+        if pin_all {
+            source.set_capabilities(&["rdma-pin-all"]);
+            destination.set_capabilities(&["rdma-pin-all"]);
+        }
+        let uri = format!("rdma:{RXE_ADDRESS}:4444");
+        destination.listen(&uri);
+        source.migrate(&uri);
+        source.wait_completed(Deadline::seconds(20));
+        destination.wait_status("prelaunch", Deadline::seconds(5));
+        compare(&sent, &arrived).unwrap_or_else(|difference| panic!("{version} over RDMA: {difference:?}"));
     }
 }
 

@@ -179,6 +179,13 @@ impl DestinationSession {
         self
     }
 
+    /// A token that the caller has already.
+    pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
+        self.stop = Stop::on(&cancel);
+        self.cancel = cancel;
+        self
+    }
+
     /// Raise it to cancel; without effect once the guest was given away by the source.
     pub fn cancel_token(&self) -> CancelToken {
         self.cancel.clone()

@@ -154,6 +154,13 @@ impl SourceSession {
         self
     }
 
+    /// A token that the caller has already.
+    pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
+        self.stop = Stop::on(&cancel);
+        self.cancel = cancel;
+        self
+    }
+
     /// Raise it to cancel. Refused, and said so, once COMMIT was sent.
     pub fn cancel_token(&self) -> CancelToken {
         self.cancel.clone()

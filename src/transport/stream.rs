@@ -319,6 +319,10 @@ impl ByteSink for StreamChannel {
         Ok(())
     }
 
+    fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        Self::finish(self, stop)
+    }
+
     fn position(&self) -> u64 {
         self.sent
     }

@@ -9,8 +9,8 @@ use std::{
 
 use serde_json::{Value, json};
 
-/// How long one command may take.
-const ANSWER: Duration = Duration::from_secs(20);
+/// How long one command may take, be the machine emulated.
+const ANSWER: Duration = Duration::from_secs(60);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum QmpError {

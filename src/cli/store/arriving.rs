@@ -35,13 +35,7 @@ impl ArrivingGuest {
                 return Err(StoreError::Occupied { path: store.path.clone(), state: manifest.state });
             }
         }
-        let inner = Inner {
-            store,
-            manifest: None,
-            mappings: Vec::new(),
-            early: Vec::new(),
-            native: false,
-        };
+        let inner = Inner { store, manifest: None, mappings: Vec::new(), early: Vec::new(), native: false };
         Ok(Self(Arc::new(Mutex::new(inner))))
     }
 

@@ -157,7 +157,9 @@ pub fn keep(
 ) -> Result<(), StoreError> {
     use ramwire::session::MemoryProvider;
     let mut guest = ArrivingGuest::new(Store::open(path)?)?;
-    let failed = |error: &dyn std::fmt::Display| failed(path, "keeping the guest")(io::Error::other(error.to_string()));
+    let failed = |error: &dyn std::fmt::Display| {
+        failed(path, "keeping the guest")(io::Error::other(error.to_string()))
+    };
     let kept = guest.provide(incoming).map_err(|error| failed(&error))?;
     let mut window = vec![0u8; 1 << 20];
     for (index, block) in memory.table().blocks().iter().enumerate() {
@@ -189,7 +191,9 @@ fn allowed(path: &Path, state: State, overrides: Overrides) -> Result<(), StoreE
             "its destination may run it; look there first: if it does, delete this folder, if it does not, \
              give --destination-is-dead"
         }
-        State::Incomplete => "its device state ended without a VM description; --no-vmdesc sends it all the same",
+        State::Incomplete => {
+            "its device state ended without a VM description; --no-vmdesc sends it all the same"
+        }
         State::Arriving => "it never arrived; receive it again",
     };
     Err(StoreError::NotWhole { path: path.to_owned(), state, why })

@@ -1,0 +1,136 @@
+//! The command line, and which status a run ends with.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use super::{demo, inspect, receive, send};
+
+/// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
+#[derive(Debug, Parser)]
+#[command(name = "ramwire", version, about, max_term_width = 100, after_long_help = EXIT_STATUS)]
+pub(super) struct Cli {
+    /// What to log to standard error: error, warn, info, debug, trace, or tracing's filter syntax
+    #[arg(long, global = true, default_value = "error", value_name = "FILTER")]
+    log: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_STATUS: &str = "EXIT STATUS:
+    0  done
+    2  bad usage
+    3  failed; the guest is safe at the source
+    4  cancelled; the guest is safe at the source
+    5  in doubt: the guest was given away and nobody said that it runs
+    6  arrived, but not as it left
+
+The first SIGINT or SIGTERM cancels, a second one exits without waiting.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Migrate a writing guest between two processes on this machine, and check every page
+    Demo(demo::Args),
+    #[command(hide = true)]
+    DemoDestination(demo::DestinationArgs),
+    /// Take a guest from a QEMU or a ramwire and keep it in a folder
+    Receive(receive::Args),
+    /// Send a guest that a folder holds to a waiting QEMU or ramwire
+    Send(send::Args),
+    /// Print the structure of a captured stream
+    Inspect(inspect::Args),
+    /// Print shell completions or the man page
+    Generate(Generate),
+}
+
+#[derive(Debug, clap::Args)]
+struct Generate {
+    /// bash, zsh, fish, elvish, powershell, or man
+    what: What,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum What {
+    Bash,
+    Zsh,
+    Fish,
+    Elvish,
+    Powershell,
+    Man,
+}
+
+/// How a run of the command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Exit {
+    Done,
+    Usage,
+    Failed,
+    Cancelled,
+    InDoubt,
+    NotVerified,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(match exit {
+            Exit::Done => 0,
+            Exit::Usage => 2,
+            Exit::Failed => 3,
+            Exit::Cancelled => 4,
+            Exit::InDoubt => 5,
+            Exit::NotVerified => 6,
+        })
+    }
+}
+
+/// Parses the command line and does what it says.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    match tracing_subscriber::EnvFilter::try_new(&cli.log) {
+        Ok(filter) => tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init(),
+        Err(error) => {
+            eprintln!("ramwire: --log {}: {error}; try --log debug", cli.log);
+            return Exit::Usage.into();
+        }
+    }
+    let exit = match cli.command {
+        Command::Demo(args) => demo::run(&args),
+        Command::DemoDestination(args) => demo::run_destination(&args),
+        Command::Receive(args) => receive::run(&args),
+        Command::Send(args) => send::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Generate(args) => generate(args.what),
+    };
+    exit.into()
+}
+
+fn generate(what: What) -> Exit {
+    use clap_complete::Shell;
+    let shell = match what {
+        What::Bash => Shell::Bash,
+        What::Zsh => Shell::Zsh,
+        What::Fish => Shell::Fish,
+        What::Elvish => Shell::Elvish,
+        What::Powershell => Shell::PowerShell,
+        What::Man => {
+            let mut page = Vec::new();
+            let made = clap_mangen::Man::new(Cli::command()).render(&mut page);
+            let written = made.and_then(|()| io::stdout().write_all(&page));
+            return if written.is_ok() { Exit::Done } else { Exit::Failed };
+        }
+    };
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "ramwire", &mut text);
+    if io::stdout().write_all(&text).is_ok() { Exit::Done } else { Exit::Failed }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

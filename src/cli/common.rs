@@ -1,0 +1,154 @@
+//! What several commands share: options, numbers with units, signals, errors in words.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use ramwire::engine::{Outcome, Reason};
+use ramwire::session::{ErrorKind, Peer, SourceReport};
+use ramwire::stream::qemu::style::PeerStyle;
+use ramwire::sys::CancelToken;
+use ramwire::transport::StreamOptions;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::args::Exit;
+
+/// Options of every connection.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct Timeouts {
+    /// Give up when no byte moves for this long before the guest is handed over
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub(super) stall_timeout: Duration,
+    /// After handing the guest over, wait this long for the other end to say that it runs
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub(super) finish_timeout: Duration,
+}
+
+impl Timeouts {
+    pub(super) fn stream_options(&self) -> StreamOptions {
+        StreamOptions { stall: Some(self.stall_timeout), ..StreamOptions::default() }
+    }
+}
+
+/// Connections between two processes of this host.
+pub(super) fn local_options() -> StreamOptions {
+    StreamOptions::default()
+}
+
+/// What `--peer` says.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PeerOption {
+    pub(super) peer: Peer,
+    pub(super) style: PeerStyle,
+}
+
+impl std::str::FromStr for PeerOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let style: PeerStyle = text.parse().map_err(|error| format!("{error}"))?;
+        let peer = if text == "ramwire" { Peer::Ramwire } else { Peer::Qemu };
+        Ok(Self { peer, style })
+    }
+}
+
+/// Seconds, with a fraction perhaps.
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
+    let number: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
+    Duration::try_from_secs_f64(number).map_err(|_| format!("{text:?} is not a possible time"))
+}
+
+/// Bytes with a binary unit: `4096`, `64K`, `200M`, `1G`, `2T`.
+pub(super) fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_lowercase().trim_end_matches("ib").trim_end_matches('b') {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(format!("{text:?}: units are K, M, G and T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size; write 64K, 200M or 1G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is more than 2^64 bytes"))
+}
+
+/// `1.5 GiB`.
+pub(super) fn human_bytes(bytes: u64) -> String {
+    indicatif::HumanBytes(bytes).to_string()
+}
+
+/// The first SIGINT or SIGTERM cancels, a second one exits at once.
+pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) {
+    let Ok(mut signals) = Signals::new([SIGINT, SIGTERM]) else {
+        tracing::warn!("no signal handler: a signal ends the process at once");
+        return;
+    };
+    let spawned = std::thread::Builder::new().name("ramwire-signals".into()).spawn(move || {
+        for (count, _) in signals.forever().enumerate() {
+            if count > 0 {
+                std::process::exit(4);
+            }
+            if std::io::stderr().is_terminal() {
+                eprintln!("cancelling; once more to exit without waiting");
+            }
+            tokens.iter().for_each(CancelToken::cancel);
+        }
+    });
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "no thread for signals: a signal ends the process at once");
+    }
+}
+
+/// Prints an error and every cause that its own text does not hold.
+pub(super) fn complain(command: &str, error: &dyn std::error::Error) {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(deeper) = cause {
+        let more = deeper.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = deeper.source();
+    }
+    eprintln!("ramwire {command}: {text}");
+}
+
+/// The status of a source's run.
+pub(super) fn exit_of(report: &SourceReport) -> Exit {
+    match report.outcome {
+        Outcome::Completed => Exit::Done,
+        Outcome::InDoubt => Exit::InDoubt,
+        Outcome::StaysHere(Reason::Cancelled) => Exit::Cancelled,
+        Outcome::StaysHere(Reason::Failed) => {
+            let kind = report.error.as_ref().map(ramwire::session::Error::kind);
+            if kind == Some(ErrorKind::Cancelled) { Exit::Cancelled } else { Exit::Failed }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_times_have_units_or_a_reason() {
+        assert_eq!(bytes("4096"), Ok(4096));
+        assert_eq!(bytes("64K"), Ok(65536));
+        assert_eq!(bytes("1GiB"), Ok(1 << 30));
+        for wrong in ["", "K", "1X", "-1", "1.5G", "99999999T"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for wrong in ["", "x", "-1", "inf", "1e300"] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn peers_have_names() {
+        assert!("qemu-7.2".parse::<PeerOption>().is_ok_and(|option| option.peer == Peer::Qemu));
+        assert!("ramwire".parse::<PeerOption>().is_ok_and(|option| option.peer == Peer::Ramwire));
+        assert!("xen".parse::<PeerOption>().is_err());
+    }
+}

@@ -1,0 +1,14 @@
+//! The command: words for people around the library.
+#![allow(unreachable_pub)]
+
+mod args;
+mod common;
+mod demo;
+mod inspect;
+mod progress;
+mod receive;
+mod render;
+mod send;
+mod store;
+
+pub use args::run;

@@ -1,0 +1,134 @@
+//! `ramwire receive`.
+
+use std::path::PathBuf;
+
+use ramwire::engine::Ending;
+use ramwire::session::{DestinationReport, DestinationSession, DestinationSettings, ErrorKind};
+use ramwire::sys::{CancelToken, Stop};
+use ramwire::transport::{Address, AllowList, Listener};
+use serde_json::json;
+
+use super::args::Exit;
+use super::common::{Timeouts, bytes, cancel_on_signal, complain, human_bytes};
+use super::progress::Progress;
+use super::store::{ArrivingGuest, State, Store};
+
+/// Takes one migration, then stops listening. Success is told to the source only after everything is on the disk.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "EXAMPLES:
+    # Take a guest from another host, then give it to a QEMU that waits with -incoming
+    ramwire receive tcp:0.0.0.0:4444 --allow 10.0.0.0/8 --dir guest
+    ramwire send tcp:10.0.0.7:4444 --dir guest
+
+    # Read a stream that QEMU wrote with `migrate exec:cat>FILE`
+    ramwire receive file:FILE --dir guest")]
+pub(super) struct Args {
+    /// Where to listen or read: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
+    uri: Address,
+    /// Folder for RAM blocks, device state and manifest; made with mode 0700
+    #[arg(long)]
+    dir: PathBuf,
+    /// Who may connect by TCP, for instance 10.0.0.0/8; repeat for more
+    #[arg(long, value_name = "CIDR")]
+    allow: Vec<AllowList>,
+    /// Refuse a guest with more RAM than this
+    #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
+    max_ram: u64,
+    /// Print one JSON object instead of a report
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    timeouts: Timeouts,
+}
+
+pub(super) fn run(args: &Args) -> Exit {
+    match receive(args) {
+        Ok(exit) => exit,
+        Err(error) => {
+            complain("receive", &*error);
+            Exit::Failed
+        }
+    }
+}
+
+fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
+    let guest = ArrivingGuest::new(Store::open(&args.dir)?)?;
+    let cancel = CancelToken::default();
+    let stop = Stop::on(&cancel);
+    let mut allow = AllowList::default();
+    args.allow.iter().cloned().for_each(|list| allow.extend(list));
+    let mut listener = Listener::bind(&args.uri, allow, &stop)?;
+    if let Some(warning) = listener.warning() {
+        eprintln!("ramwire receive: {warning}");
+    }
+    eprintln!("listening on {}", listener.address());
+    let waiting = cancel.clone();
+    cancel_on_signal(vec![waiting]);
+    let channel = listener.accept(&args.timeouts.stream_options(), &stop)?;
+    // One migration: nobody else gets in.
+    drop(listener);
+    let two_way = matches!(args.uri, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_));
+    let (near, back) = channel.split();
+    let settings = DestinationSettings {
+        stall_timeout: args.timeouts.stall_timeout,
+        finish_timeout: args.timeouts.finish_timeout,
+        max_ram: args.max_ram,
+        accept_missing_description: true,
+        ..DestinationSettings::default()
+    };
+    let back = two_way.then(|| Box::new(back) as Box<_>);
+    let session = DestinationSession::new(
+        Box::new(near),
+        back,
+        Box::new(guest.clone()),
+        Box::new(guest.clone()),
+        settings,
+    )
+    .with_cancel(cancel);
+    let progress = Progress::follow(session.statistics());
+    let report = session.run();
+    drop(progress);
+    Ok(tell(args, &guest, &report))
+}
+
+fn tell(args: &Args, guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
+    let state = guest.manifest().map_or(State::Arriving, |manifest| manifest.state);
+    if let Some(error) = &report.error {
+        complain("receive", error);
+    }
+    let arrived = report.ending == Ending::Running;
+    if args.json {
+        let blocks = guest.manifest().map(|manifest| manifest.blocks);
+        let out = json!({
+            "arrived": arrived,
+            "state": if arrived { state } else { State::Arriving },
+            "source": if report.native { "ramwire" } else { "qemu" },
+            "verified": report.verified,
+            "bytes_received": report.bytes,
+            "pages": report.pages,
+            "blocks": blocks,
+            "error": report.error.as_ref().map(ToString::to_string),
+        });
+        println!("{out}");
+    } else if arrived {
+        let pages = report.pages;
+        println!(
+            "arrived in {}: {} received, {} pages whole, {} zero{}",
+            args.dir.display(),
+            human_bytes(report.bytes),
+            pages.normal,
+            pages.zero,
+            if state == State::Incomplete {
+                " (device state without VM description: incomplete)"
+            } else {
+                ""
+            },
+        );
+    }
+    match (report.ending, report.error.as_ref().map(ramwire::session::Error::kind)) {
+        (Ending::Running, _) => Exit::Done,
+        (Ending::Stranded, _) => Exit::InDoubt,
+        (Ending::Discarded, Some(ErrorKind::Cancelled)) => Exit::Cancelled,
+        (Ending::Discarded, _) => Exit::Failed,
+    }
+}

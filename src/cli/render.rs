@@ -1,0 +1,45 @@
+//! Reports for people.
+
+use std::fmt::Write;
+
+use ramwire::observe::{LatencySummary, Statistics};
+
+use super::common::human_bytes;
+
+/// A few lines about a migration: rounds, rate, downtime and its parts, latencies.
+pub(super) fn statistics(now: &Statistics) -> String {
+    let mut out = String::new();
+    let parts = &now.downtime_parts;
+    // Writing to a string does not fail.
+    let _ = writeln!(
+        out,
+        "{} rounds in {:.0} ms: {} sent at {}/s, {} pages whole, {} zero",
+        now.rounds.len(),
+        now.total_time,
+        human_bytes(now.transferred),
+        human_bytes(now.throughput),
+        now.pages.normal,
+        now.pages.zero,
+    );
+    let _ = writeln!(
+        out,
+        "downtime {:.1} ms = pause {:.1} + sync {:.1} + pages {:.1} + state {:.1} + digest {:.1} + ready {:.1} \
+         + handover {:.1}",
+        now.downtime,
+        parts.pause_ms,
+        parts.sync_ms,
+        parts.pages_ms,
+        parts.state_ms,
+        parts.digest_ms,
+        parts.ready_ms,
+        parts.handover_ms,
+    );
+    let _ = writeln!(out, "batch  {}", latency(&now.batch_latency));
+    let _ = writeln!(out, "fence  {}", latency(&now.fence_latency));
+    out
+}
+
+fn latency(summary: &LatencySummary) -> String {
+    let LatencySummary { count, p50_us, p99_us, max_us } = summary;
+    format!("{count:>7}   p50 <= {p50_us} us   p99 <= {p99_us} us   max {max_us} us")
+}

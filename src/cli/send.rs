@@ -1,0 +1,168 @@
+//! `ramwire send`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ramwire::engine::Outcome;
+use ramwire::page::ZeroDetection;
+use ramwire::ram::BlockName;
+use ramwire::session::{Peer, SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::sys::{CancelToken, Stop};
+use ramwire::transport::{Address, InlineLink, connect};
+use serde_json::json;
+
+use super::args::Exit;
+use super::common::{PeerOption, Timeouts, cancel_on_signal, complain, exit_of};
+use super::progress::Progress;
+use super::render;
+use super::store::{Block, Overrides, State, StoredGuest};
+
+/// Sends a stored guest. The folder's manifest says `sent` once the other end runs it, and `in-doubt` if nobody knows.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "EXAMPLES:
+    # Give a received guest to a QEMU started with -incoming tcp:0.0.0.0:4444
+    ramwire send tcp:10.0.0.7:4444 --dir guest
+
+    # Only RAM, to another ramwire
+    ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin")]
+pub(super) struct Args {
+    /// Where the destination listens: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
+    uri: Address,
+    /// Folder that `ramwire receive` has filled
+    #[arg(long, required_unless_present = "ram")]
+    dir: Option<PathBuf>,
+    /// A RAM block in a file; with --dir it replaces the block of that name. Repeat for more
+    #[arg(long, value_name = "NAME=PATH", value_parser = block)]
+    ram: Vec<Block>,
+    /// What the destination is, if it can't be found out: qemu-7.2, qemu-10.0 or ramwire
+    #[arg(long, value_name = "PEER")]
+    peer: Option<PeerOption>,
+    /// Where zero pages are found: none sends them whole
+    #[arg(long, value_name = "WHERE", default_value = "legacy")]
+    zero_page: ZeroPage,
+    /// Compare a digest of RAM and device state before the guest is handed over (between ramwires)
+    #[arg(long)]
+    digest: bool,
+    /// Longest time the guest may stand still, in milliseconds
+    #[arg(long, value_name = "MS", default_value = "300")]
+    downtime_ms: u64,
+    /// Send a guest that was sent before
+    #[arg(long)]
+    again: bool,
+    /// Send a guest in doubt: you have seen that its destination does not run it
+    #[arg(long)]
+    destination_is_dead: bool,
+    /// Send device state that has no VM description to prove it complete
+    #[arg(long)]
+    no_vmdesc: bool,
+    /// Print one JSON object instead of a report
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    timeouts: Timeouts,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum ZeroPage {
+    /// Nowhere: every page travels whole
+    None,
+    /// In the page loop
+    Legacy,
+}
+
+impl From<ZeroPage> for ZeroDetection {
+    fn from(option: ZeroPage) -> Self {
+        match option {
+            ZeroPage::None => Self::None,
+            ZeroPage::Legacy => Self::Legacy,
+        }
+    }
+}
+
+fn block(text: &str) -> Result<Block, String> {
+    let (name, path) = text.split_once('=').ok_or("write NAME=PATH")?;
+    let name = BlockName::new(name).map_err(|error| error.to_string())?;
+    Ok(Block { name, path: PathBuf::from(path) })
+}
+
+pub(super) fn run(args: &Args) -> Exit {
+    let opened = match &args.dir {
+        Some(dir) => StoredGuest::open(dir, &args.ram, overrides(args)),
+        None => StoredGuest::of_blocks(&args.ram),
+    };
+    let sent = opened.map_err(Into::into).and_then(|guest| send(args, guest));
+    sent.unwrap_or_else(|error: Box<dyn std::error::Error>| {
+        complain("send", &*error);
+        Exit::Failed
+    })
+}
+
+fn overrides(args: &Args) -> Overrides {
+    Overrides { again: args.again, destination_is_dead: args.destination_is_dead, no_vmdesc: args.no_vmdesc }
+}
+
+fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
+    let mut settings = SourceSettings::new(guest.configuration().clone());
+    settings.early_sections = guest.early_sections().to_vec();
+    settings.downtime_limit = Duration::from_millis(args.downtime_ms);
+    settings.zero_detection = args.zero_page.into();
+    settings.digest = args.digest;
+    settings.stall_timeout = args.timeouts.stall_timeout;
+    settings.finish_timeout = args.timeouts.finish_timeout;
+    // Without device state only a ramwire can take the guest.
+    settings.peer = (!guest.has_state()).then_some(Peer::Ramwire);
+    if let Some(option) = args.peer {
+        settings.peer = Some(option.peer);
+        settings.style = option.style;
+    }
+    settings
+}
+
+fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error::Error>> {
+    let cancel = CancelToken::default();
+    cancel_on_signal(vec![cancel.clone()]);
+    let channel = connect(&args.uri, &args.timeouts.stream_options(), &Stop::on(&cancel))?;
+    let two_way = matches!(args.uri, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_));
+    let (sink, back) = channel.split();
+    let memory = guest.memory();
+    let connection = SourceConnection {
+        link: Box::new(InlineLink::new(Box::new(sink), memory.clone())),
+        back: two_way.then(|| Box::new(back) as Box<_>),
+    };
+    let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
+    let session = SourceSession::new(source, connection, settings(args, &guest)).with_cancel(cancel);
+    // From here until the end is known a crash leaves a folder that says so.
+    guest.mark(State::Sending)?;
+    let progress = Progress::follow(session.statistics());
+    let report = session.run();
+    drop(progress);
+    guest.mark(match report.outcome {
+        Outcome::Completed => State::Sent,
+        Outcome::InDoubt => State::InDoubt,
+        Outcome::StaysHere(_) => State::Whole,
+    })?;
+    tell(args, &report);
+    Ok(exit_of(&report))
+}
+
+fn tell(args: &Args, report: &SourceReport) {
+    if let Some(error) = &report.error {
+        complain("send", error);
+    }
+    if report.outcome == Outcome::InDoubt {
+        let dir = args.dir.as_deref().unwrap_or(Path::new("the RAM files"));
+        eprintln!(
+            "the guest was given away, but nobody said that it runs. Look at the destination: if it runs, \
+             delete {}; if it does not, send again with --destination-is-dead",
+            dir.display()
+        );
+    }
+    if args.json {
+        let mut out = report.statistics.query_migrate();
+        out["rounds"] = json!(report.statistics.rounds);
+        out["downtime-parts"] = json!(report.statistics.downtime_parts);
+        println!("{out}");
+    } else if report.outcome == Outcome::Completed {
+        print!("{}", render::statistics(&report.statistics));
+    }
+}

@@ -1,0 +1,252 @@
+//! A guest without a machine: threads that keep writing pages which describe themselves.
+//!
+//! Each writer owns a part of the working set and writes its pages one after the other, in a fixed order and
+//! round again, counting. What every page must hold follows from the configuration and one number a writer:
+//! how many writes it has done. That number travels in the device state, not in RAM, so that a page which
+//! missed the last round is found even though it is a whole, valid page: it holds an older write.
+//!
+//! A writer finishes its page and marks it in the guest's [`SoftwareBitmap`] before it stands still.
+
+mod gate;
+mod page;
+mod plan;
+mod state;
+mod verify;
+
+use std::io::{self, Read, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+pub use page::{Content, Stamp};
+pub use plan::SyntheticConfig;
+#[cfg(test)]
+pub(in crate::guest) use plan::stride;
+pub use verify::{PageFault, VerifyReport};
+
+use self::gate::{Gate, Pace};
+use self::plan::Plan;
+use self::verify::Faults;
+use super::{GuestControl, GuestMemory, MappedGuest, SoftwareBitmap};
+use crate::ram::PageRun;
+use crate::sys::HostSpan;
+use crate::units::{BlockIndex, PageIndex, Percent, Rate};
+
+/// A guest whose threads write self-describing pages. Clones are handles of the same guest; the last one
+/// ends the writers.
+#[derive(Clone, Debug)]
+pub struct SyntheticGuest {
+    memory: Arc<MappedGuest>,
+    software: Arc<SoftwareBitmap>,
+    machine: Arc<Mutex<Option<Machine>>>,
+}
+
+/// The writers and what they share.
+#[derive(Debug)]
+struct Machine {
+    shared: Arc<Shared>,
+    /// Empty until the guest first runs.
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    memory: Arc<MappedGuest>,
+    software: Arc<SoftwareBitmap>,
+    plan: Plan,
+    gate: Gate,
+    /// Writes done, one a writer.
+    done: Vec<AtomicU64>,
+    /// What `done` was when the device state was loaded; 0 where the guest was made.
+    loaded: Vec<u64>,
+    faults: Mutex<Faults>,
+}
+
+impl SyntheticGuest {
+    /// A guest that waits for a device state, over memory into which a migration comes.
+    pub fn empty(memory: Arc<MappedGuest>) -> Self {
+        let software = Arc::new(SoftwareBitmap::new(memory.table()));
+        Self { memory, software, machine: Arc::default() }
+    }
+
+    /// A guest over fresh zero memory, filled as `config` says and standing still.
+    ///
+    /// # Errors
+    /// A configuration that [`load_devices`](GuestControl::load_devices) would refuse too.
+    pub fn filled(memory: Arc<MappedGuest>, config: SyntheticConfig) -> io::Result<Self> {
+        let guest = Self::empty(memory);
+        let plan = Plan::new(guest.memory.table(), config);
+        let writers = plan.config.writers as usize;
+        let shared = guest.install(plan, vec![0; writers]);
+        verify::fill(&shared)?;
+        Ok(guest)
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &Arc<MappedGuest> {
+        &self.memory
+    }
+
+    /// A dirty source that the writers mark, for kernels that can't track their writes.
+    pub fn software(&self) -> Arc<SoftwareBitmap> {
+        self.software.clone()
+    }
+
+    /// Pages written so far by all writers, those on the host before included.
+    pub fn pages_written(&self) -> u64 {
+        let sum = |machine: &mut Machine| machine.shared.done.iter().map(|n| n.load(Ordering::Relaxed)).sum();
+        self.with(|machine| machine.map_or(0, sum))
+    }
+
+    /// Checks every page of every block that travels against what was written last; the guest must stand
+    /// still. Pages that the writers overwrote since the device state was loaded were checked by them before.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the guest runs or has no state yet.
+    pub fn verify(&self) -> io::Result<VerifyReport> {
+        let shared = self.still()?;
+        verify::verify(&shared)
+    }
+
+    fn with<T>(&self, look: impl FnOnce(Option<&mut Machine>) -> T) -> T {
+        look(self.machine.lock().unwrap_or_else(PoisonError::into_inner).as_mut())
+    }
+
+    fn install(&self, plan: Plan, loaded: Vec<u64>) -> Arc<Shared> {
+        let shared = Arc::new(Shared {
+            memory: self.memory.clone(),
+            software: self.software.clone(),
+            gate: Gate::new(plan.config.writers),
+            done: loaded.iter().map(|done| AtomicU64::new(*done)).collect(),
+            loaded,
+            plan,
+            faults: Mutex::default(),
+        });
+        let machine = Machine { shared: shared.clone(), threads: Vec::new() };
+        *self.machine.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine);
+        shared
+    }
+
+    /// The machine if it stands still.
+    fn still(&self) -> io::Result<Arc<Shared>> {
+        let shared =
+            self.with(|machine| machine.map(|machine| machine.shared.clone())).ok_or_else(no_state)?;
+        if !shared.gate.is_closed() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the guest runs; pause it first"));
+        }
+        Ok(shared)
+    }
+}
+
+impl GuestControl for SyntheticGuest {
+    fn pause(&mut self) -> io::Result<()> {
+        self.with(|machine| machine.ok_or_else(no_state)?.shared.gate.close())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        self.with(|machine| {
+            let machine = machine.ok_or_else(no_state)?;
+            if machine.threads.is_empty() {
+                for writer in 0..machine.shared.plan.config.writers {
+                    let shared = machine.shared.clone();
+                    let name = format!("guest-writer-{writer}");
+                    let thread = std::thread::Builder::new().name(name);
+                    machine.threads.push(thread.spawn(move || shared.run_writer(writer))?);
+                }
+            }
+            machine.shared.gate.open();
+            Ok(())
+        })
+    }
+
+    fn throttle(&mut self, share: Percent) {
+        self.with(|machine| machine.iter().for_each(|machine| machine.shared.gate.set_throttle(share)));
+    }
+
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        let shared = self.still()?;
+        let done: Vec<u64> = shared.done.iter().map(|done| done.load(Ordering::Acquire)).collect();
+        out.write_all(&state::encode(self.memory.table(), &shared.plan.config, &done))
+    }
+
+    /// Replaces what the guest was; its memory is what has arrived.
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        let (config, done) = state::decode(self.memory.table(), from)?;
+        self.install(Plan::new(self.memory.table(), config), done);
+        Ok(())
+    }
+
+    /// The synthetic guest gives no page back.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.shared.gate.end();
+        for thread in self.threads.drain(..) {
+            // A writer that panicked has told so; there is nothing to end.
+            drop(thread.join());
+        }
+    }
+}
+
+impl Shared {
+    fn run_writer(&self, writer: u32) {
+        let writers = u64::from(self.plan.config.writers);
+        let mut pace = Pace::new(self.plan.config.rate.map(|rate| Rate(rate.0.div_ceil(writers))));
+        let page_bytes = self.memory.table().page().bytes();
+        let mut buffer = vec![0; page_bytes as usize];
+        let mut ran = self.gate.arrive().then_some(true);
+        while let Some(stood_still) = ran {
+            if stood_still {
+                pace.restart();
+            }
+            if pace.is_idle() || !self.write_next(writer, &mut buffer) {
+                pace.rest(&self.gate);
+            } else {
+                pace.wrote(page_bytes, &self.gate);
+            }
+            ran = self.gate.pass();
+        }
+    }
+
+    /// The writer's next write, whole: bytes, mark, count. `false` if it has no page to write.
+    fn write_next(&self, writer: u32, buffer: &mut [u8]) -> bool {
+        let (Some(done), Some(loaded)) = (self.done.get(writer as usize), self.loaded.get(writer as usize))
+        else {
+            return false;
+        };
+        let sequence = done.load(Ordering::Relaxed) + 1;
+        let Some((block, page)) = self.plan.place(writer, sequence) else { return false };
+        let run = PageRun { block: BlockIndex(block), first: PageIndex(page), pages: 1 };
+        let Some(span) = self.span(run) else { return false };
+        // The first lap after an arrival overwrites what travelled: the last chance to look at it.
+        if *loaded > 0 && sequence <= *loaded + self.plan.pages_of(writer) {
+            span.copy_to(buffer);
+            let expected = self.plan.before(writer, sequence, block, page);
+            self.faults().check(&self.memory, run, expected, page::read(buffer, self.plan.config.seed));
+        }
+        page::write(buffer, self.plan.config.seed, Stamp { block, writer, page, sequence });
+        span.copy_from(buffer);
+        self.software.mark_run(run);
+        done.store(sequence, Ordering::Release);
+        true
+    }
+
+    fn span(&self, run: PageRun) -> Option<HostSpan<'_>> {
+        self.memory.span(self.memory.table().admit_run(run).ok()?).ok()
+    }
+
+    fn faults(&self) -> std::sync::MutexGuard<'_, Faults> {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn no_state() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "the guest has no state: fill it or load its devices first")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+#![allow(clippy::unwrap_used)]
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::guest::race::{Follower, guest_of};
+use crate::guest::{DirtySource, WrittenPages};
+use crate::sys::Mapping;
+use crate::sys::testing::huge_pages;
+use crate::units::PageSize;
+
+fn blocks() -> Arc<MappedGuest> {
+    huge_pages(PageSize::SIZE_2M, 16);
+    Arc::new(guest_of(&[
+        Mapping::anonymous(4 << 20).unwrap(),
+        Mapping::memfd("odd", 4096 * 101).unwrap(),
+        Mapping::memfd_huge("huge", 4 << 20, PageSize::SIZE_2M).unwrap(),
+        Mapping::anonymous(4096).unwrap(),
+    ]))
+}
+
+fn config(rate: Option<Rate>) -> SyntheticConfig {
+    SyntheticConfig { seed: 7, working_set: 2 << 20, rate, writers: 3, ..SyntheticConfig::default() }
+}
+
+fn run_until(guest: &SyntheticGuest, pages: u64) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while guest.pages_written() < pages {
+        assert!(Instant::now() < until, "{} pages written", guest.pages_written());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Copies all memory, in the way of a migration whose rounds are over.
+fn copy(from: &MappedGuest, to: &MappedGuest) {
+    for (block, ram, region) in from.regions() {
+        let mut bytes = vec![0; ram.used_length as usize];
+        region.span(0, ram.used_length).unwrap().copy_to(&mut bytes);
+        to.region(block).unwrap().span(0, ram.used_length).unwrap().copy_from(&bytes);
+    }
+}
+
+fn moved(source: &mut SyntheticGuest) -> SyntheticGuest {
+    let mut target = SyntheticGuest::empty(blocks());
+    copy(source.memory(), target.memory());
+    let mut devices = Vec::new();
+    source.save_devices(&mut devices).unwrap();
+    target.load_devices(&mut devices.as_slice()).unwrap();
+    target
+}
+
+#[test]
+fn a_guest_is_whole_at_every_pause() {
+    let mut guest = SyntheticGuest::filled(blocks(), config(None)).unwrap();
+    let report = guest.verify().unwrap();
+    assert!(report.is_whole() && report.written == 0, "{report:?}");
+    assert!(report.zero > report.pages / 8 && report.filled > report.pages / 2, "{report:?}");
+    for round in 1..=5 {
+        guest.resume().unwrap();
+        run_until(&guest, round * 700);
+        guest.pause().unwrap();
+        let written = guest.pages_written();
+        let report = guest.verify().unwrap();
+        assert!(report.is_whole() && report.written > 500, "{report:?}");
+        assert_eq!(report.zero + report.filled + report.written, report.pages);
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(guest.pages_written(), written, "a paused guest writes nothing");
+    }
+}
+
+#[test]
+fn one_seed_fills_the_same_bytes_and_another_does_not() {
+    let fill = |seed| {
+        let guest = SyntheticGuest::filled(blocks(), SyntheticConfig { seed, ..config(None) }).unwrap();
+        let mut bytes = vec![0; 4 << 20];
+        guest.memory().region(BlockIndex(0)).unwrap().span(0, 4 << 20).unwrap().copy_to(&mut bytes);
+        bytes
+    };
+    assert!(fill(7) == fill(7) && fill(7) != fill(8));
+}
+
+#[test]
+fn what_is_asked_of_a_running_or_stateless_guest_is_refused() {
+    let mut guest = SyntheticGuest::filled(blocks(), config(Some(Rate(0)))).unwrap();
+    guest.resume().unwrap();
+    assert!(guest.verify().is_err() && guest.save_devices(&mut Vec::new()).is_err());
+    guest.pause().unwrap();
+    assert_eq!(guest.pages_written(), 0, "rate 0 is an idle guest");
+    guest.save_devices(&mut Vec::new()).unwrap();
+    let mut empty = SyntheticGuest::empty(blocks());
+    assert!(empty.resume().is_err() && empty.pause().is_err() && empty.verify().is_err());
+}
+
+/// A page that missed the last round is found although it is whole, on the page and by the writer's count.
+#[test]
+fn a_lost_last_write_a_torn_page_and_a_foreign_one_are_named() {
+    let mut source = SyntheticGuest::filled(blocks(), config(None)).unwrap();
+    source.resume().unwrap();
+    run_until(&source, 2000);
+    source.pause().unwrap();
+    let mut before = vec![0; 4 << 20];
+    source.memory().region(BlockIndex(0)).unwrap().span(0, 4 << 20).unwrap().copy_to(&mut before);
+    source.resume().unwrap();
+    run_until(&source, source.pages_written() + 2000);
+    source.pause().unwrap();
+    let target = moved(&mut source);
+    assert!(target.verify().unwrap().is_whole());
+
+    let ram = target.memory().region(BlockIndex(0)).unwrap();
+    let mut now = vec![0; 4 << 20];
+    ram.span(0, 4 << 20).unwrap().copy_to(&mut now);
+    let changed = (0..1024).find(|page| now[page * 4096..][..4096] != before[page * 4096..][..4096]).unwrap();
+    ram.span(changed as u64 * 4096, 4096).unwrap().copy_from(&before[changed * 4096..][..4096]);
+    let report = target.verify().unwrap();
+    assert_eq!((report.wrong, report.faults.len()), (1, 1), "{report:?}");
+    assert_eq!((report.faults[0].block.as_str(), report.faults[0].page.0), ("b0", changed as u64));
+    assert!(report.faults[0].to_string().ends_with("(an older copy)"), "{}", report.faults[0]);
+
+    let mut torn = now[changed * 4096..][..4096].to_vec();
+    torn[2000..].copy_from_slice(&before[changed * 4096 + 2000..][..2096]);
+    ram.span(changed as u64 * 4096, 4096).unwrap().copy_from(&torn);
+    assert_eq!(target.verify().unwrap().faults[0].found, Content::Torn);
+    ram.span(changed as u64 * 4096, 4096).unwrap().copy_from(&[0x55; 4096]);
+    assert_eq!(target.verify().unwrap().faults[0].found, Content::Foreign);
+    ram.span(changed as u64 * 4096, 4096).unwrap().fill_zero();
+    assert_eq!(target.verify().unwrap().faults[0].found, Content::Zero);
+}
+
+/// Faults stay visible after the resumed guest has written over every page of its working set.
+#[test]
+fn a_resumed_guest_checks_what_it_overwrites() {
+    let mut source = SyntheticGuest::filled(blocks(), config(None)).unwrap();
+    source.resume().unwrap();
+    run_until(&source, 1500);
+    source.pause().unwrap();
+    let mut target = moved(&mut source);
+    let written = target.pages_written();
+    target.resume().unwrap();
+    run_until(&target, written + 3000);
+    target.pause().unwrap();
+    assert!(target.verify().unwrap().is_whole());
+
+    let mut target = moved(&mut source);
+    let (block, page) = target.with(|machine| machine.unwrap().shared.plan.place(1, 5)).unwrap();
+    let stale = target.memory().region(BlockIndex(block)).unwrap().span(page * 4096, 4096).unwrap();
+    stale.fill_zero();
+    target.resume().unwrap();
+    run_until(&target, written + 3000);
+    target.pause().unwrap();
+    let report = target.verify().unwrap();
+    assert_eq!((report.wrong, report.faults[0].page.0), (1, page), "{report:?}");
+}
+
+/// The guest, tracked and copied while it runs at full speed, arrives whole.
+#[test]
+fn a_running_guest_followed_by_its_dirty_pages_arrives_whole() {
+    let memory = blocks();
+    let mut guest = SyntheticGuest::filled(memory.clone(), config(None)).unwrap();
+    let trackers: [Arc<dyn DirtySource>; 2] = [Arc::new(WrittenPages::new(&memory)), guest.software()];
+    for source in trackers {
+        guest.resume().unwrap();
+        let sources = [source];
+        let mut follower = Follower::new(&memory);
+        sources[0].start().unwrap();
+        follower.copy_all();
+        for _ in 0..20 {
+            follower.sync(&sources).unwrap();
+        }
+        guest.pause().unwrap();
+        follower.sync(&sources).unwrap();
+        assert_eq!(follower.differing(), 0, "{}", sources[0].name());
+        sources[0].stop().unwrap();
+    }
+}
+
+#[test]
+fn rate_and_throttle_hold_the_writers_back() {
+    let mut guest = SyntheticGuest::filled(blocks(), config(Some(Rate(8 << 20)))).unwrap();
+    let written_in = |guest: &mut SyntheticGuest, share| {
+        guest.throttle(Percent::new(share).unwrap());
+        let before = guest.pages_written();
+        guest.resume().unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        guest.pause().unwrap();
+        guest.pages_written() - before
+    };
+    // 8 MiB/s for 0.3 s are 614 pages; never more than the rate and a burst, and some even on a busy machine.
+    let free = written_in(&mut guest, 0);
+    assert!((60..=800).contains(&free), "{free}");
+    let slow = written_in(&mut guest, 95);
+    assert!(slow < 200, "{slow}");
+}

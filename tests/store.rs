@@ -1,0 +1,101 @@
+//! `ramwire receive` and `ramwire send` between real QEMUs: a guest rests in a folder on its way.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::path::Path;
+
+use common::{
+    Deadline,
+    memory::{Pattern, compare, fill},
+    qemu::{Guest, Machine, Version, peers_present},
+    ramwire::Ramwire,
+    scratch,
+};
+use serde_json::json;
+
+/// File in the folder that holds RAM block `name`.
+fn ram_file(folder: &Path, name: &str) -> std::path::PathBuf {
+    let text = std::fs::read_to_string(folder.join("manifest.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(manifest["state"], "whole", "{manifest}");
+    let blocks = manifest["blocks"].as_array().unwrap();
+    let block = blocks.iter().find(|block| block["name"] == name).expect("the block is in the manifest");
+    folder.join(block["file"].as_str().unwrap())
+}
+
+/// QEMU `from` -> folder -> QEMU `to`: the bytes are equal at each step, and both sides complete.
+fn through_a_folder(from: Version, to: Version, machine: Machine, mib: usize, pattern: Pattern, rp: bool) {
+    let what = format!("{from} to {to}, {}, {mib} MiB, return path {rp}", machine.name());
+    let dir = scratch();
+    let (sent, arrived, folder) =
+        (dir.path().join("sent"), dir.path().join("arrived"), dir.path().join("guest"));
+    fill(&sent, mib, pattern);
+    fill(&arrived, mib, Pattern::Zero);
+
+    let mut receiver =
+        Ramwire::start(dir.path(), &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &folder);
+    let mut source = Guest::new(from, machine, &sent, mib).start(dir.path(), "source");
+    if rp {
+        source.set_capabilities(&["return-path"]);
+    }
+    source.set_parameters(json!({"max-bandwidth": 0}));
+    source.migrate(&receiver.listening());
+    source.wait_completed(Deadline::seconds(60));
+    let report = receiver.finished(Deadline::seconds(30), 0);
+    assert_eq!((&report["arrived"], &report["source"]), (&json!(true), &json!("qemu")), "{what}: {report}");
+    compare(&sent, &ram_file(&folder, "m0")).unwrap_or_else(|d| panic!("{what}: in the folder: {d:?}"));
+    source.kill();
+
+    let mut destination = Guest::new(to, machine, &arrived, mib).incoming().start(dir.path(), "destination");
+    let uri = destination.listen_tcp();
+    let mut sender = Ramwire::start(dir.path(), &["send", &uri, "--json", "--dir"], &folder);
+    let report = sender.finished(Deadline::seconds(60), 0);
+    assert_eq!(report["status"], "completed", "{what}: {report}");
+    destination.wait_completed(Deadline::seconds(10));
+    compare(&sent, &arrived).unwrap_or_else(|d| panic!("{what}: at the destination: {d:?}"));
+    destination.execute("cont", json!({}));
+    assert_eq!(destination.status(), "running", "{what}");
+
+    let mut again = Ramwire::start(dir.path(), &["send", &uri, "--json", "--dir"], &folder);
+    let refusal = again.failed(Deadline::seconds(10), 3);
+    assert!(refusal.contains("--again"), "{what}: {refusal}");
+}
+
+#[test]
+fn every_machine_rests_in_a_folder_and_goes_on() {
+    if peers_present() {
+        for version in Version::ALL {
+            for machine in Machine::ALL {
+                through_a_folder(version, version, machine, 64, Pattern::Mixed { seed: 11 }, false);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_folder_carries_a_guest_between_versions() {
+    if peers_present() {
+        let (old, new) = (Version::Qemu72, Version::Qemu100);
+        through_a_folder(old, new, Machine::PcI440fx72, 32, Pattern::Random { seed: 5 }, false);
+        through_a_folder(new, old, Machine::PcI440fx72, 32, Pattern::Random { seed: 6 }, false);
+    }
+}
+
+#[test]
+fn sizes_from_16_to_512_mib_zero_and_filled() {
+    if peers_present() {
+        for version in Version::ALL {
+            through_a_folder(version, version, Machine::Q35, 16, Pattern::Random { seed: 1 }, false);
+            through_a_folder(version, version, Machine::Q35, 512, Pattern::Zero, false);
+        }
+        through_a_folder(
+            Version::Qemu100,
+            Version::Qemu100,
+            Machine::Pc,
+            512,
+            Pattern::Mixed { seed: 2 },
+            true,
+        );
+    }
+}

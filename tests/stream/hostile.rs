@@ -1,0 +1,105 @@
+//! Cut and damaged captures: refused or asked to go on, never a panic.
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngSeed, TestRunner};
+
+use ramwire::stream::DecodeError;
+use ramwire::stream::qemu::incoming::{Ending, Event, IncomingConfig, IncomingStream, Step};
+
+use super::replay::Replay;
+use super::{captures, fuzz_bodies};
+
+/// A prefix of a good stream always asks for more; only one with the whole device state may be taken as an end.
+#[test]
+fn a_capture_cut_anywhere_is_truncated_never_corrupt() {
+    for (name, promise, bytes) in
+        captures::whole_streams().into_iter().filter(|(_, _, bytes)| bytes.len() < 400_000)
+    {
+        let mut stream = IncomingStream::new(IncomingConfig::default());
+        let (mut at, mut done) = (0, false);
+        for cut in 0..=bytes.len() {
+            match stream.finish() {
+                Ok(Ending::NoDescription) => {
+                    assert!(cut as u64 > promise.first_device_offset.unwrap(), "{name} cut at {cut}")
+                }
+                Err(DecodeError::Truncated { .. }) => {}
+                other => panic!("{name} cut at {cut}: {other:?}"),
+            }
+            loop {
+                match stream
+                    .next(&bytes[at..cut])
+                    .unwrap_or_else(|error| panic!("{name} cut at {cut}: {error}"))
+                {
+                    Step::Event { event: Event::Done, .. } => {
+                        done = true;
+                        break;
+                    }
+                    Step::Event { consumed, .. } => at += consumed,
+                    Step::NeedMore { consumed, needed } => {
+                        at += consumed;
+                        assert!(needed > cut - at, "{name} cut at {cut}: asks for bytes it has");
+                        assert!(
+                            at + needed <= bytes.len(),
+                            "{name} cut at {cut}: asks for more than there is"
+                        );
+                        break;
+                    }
+                }
+            }
+            assert_eq!(done, cut == bytes.len(), "{name} cut at {cut}");
+        }
+    }
+}
+
+/// Streams with a few changed bytes run through the fuzz bodies.
+#[test]
+fn s79_flipped_bytes_are_refused_or_pass_within_bounds() {
+    let captures: Vec<Vec<u8>> = captures::manifest()
+        .into_values()
+        .flat_map(|promise| promise.file.into_iter().chain(promise.parts.into_iter().map(|part| part.file)))
+        .map(|file| captures::read(&file))
+        .filter(|bytes| bytes.len() < 400_000)
+        .collect();
+    assert!(captures.len() > 20);
+    let config =
+        Config { cases: 3000, rng_seed: RngSeed::Fixed(7), failure_persistence: None, ..Config::default() };
+    let flips = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4);
+    let cases = (any::<prop::sample::Index>(), flips, any::<bool>());
+    TestRunner::new(config)
+        .run(&cases, |(which, flips, in_front)| {
+            let mut bytes = which.get(&captures).clone();
+            // Half the cases aim at the front, where headers and the block list stand.
+            let reach = if in_front { bytes.len().min(300) } else { bytes.len() };
+            for (at, byte) in flips {
+                bytes[at.index(reach)] ^= byte;
+            }
+            fuzz_bodies::stream(&bytes);
+            for start in [0, 4, 12, 30] {
+                let rest = bytes.get(start..).unwrap_or(&[]);
+                fuzz_bodies::record(rest);
+                fuzz_bodies::command(rest);
+                fuzz_bodies::message(rest);
+                fuzz_bodies::xbzrle_page(rest.get(..4096).unwrap_or(rest));
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// Every single byte of the smallest stream, changed: the machine stays within its bounds.
+#[test]
+fn s79_every_byte_of_a_small_stream_may_be_wrong() {
+    let bytes = captures::read("q100-none.gz");
+    let mut refused = 0;
+    for at in 0..bytes.len() {
+        for flip in [0x01, 0x80, 0xff] {
+            let mut bad = bytes.clone();
+            bad[at] ^= flip;
+            let mut replay = Replay::new();
+            refused += u32::from(replay.feed(&bad, bad.len()).is_err());
+            fuzz_bodies::stream(&bad);
+        }
+    }
+    // Most bytes of the RAM part are offsets, flags and fill bytes, whose change is noticed.
+    assert!(refused > 5000, "only {refused} of {} changes were refused", 3 * bytes.len());
+}

@@ -1,0 +1,12 @@
+//! The stream room against streams that real QEMUs wrote.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod captures;
+mod fuzz_bodies;
+mod replay;
+
+mod hostile;
+mod postcopy;
+mod reencode;
+mod vectors;
