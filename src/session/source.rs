@@ -107,6 +107,7 @@ pub struct SourceSession {
     pub(super) state: Vec<u8>,
     pub(super) commit_at: usize,
     paused: bool,
+    cancel_refused: bool,
     error: Option<Error>,
     pub(super) breakage: Breakage,
 }
@@ -142,6 +143,7 @@ impl SourceSession {
             state: Vec::new(),
             commit_at: 0,
             paused: false,
+            cancel_refused: false,
             error: None,
             breakage: Breakage::default(),
         }
@@ -197,21 +199,22 @@ impl SourceSession {
     }
 
     fn look_at_cancel(&mut self) {
-        if self.cancel.is_cancelled() && !self.engine.cancel() && !self.stop_is_unbreakable() {
-            tracing::warn!("cancel refused: the destination owns the guest");
+        if !self.cancel.is_cancelled() || self.engine.cancel() {
+            return;
         }
-    }
-
-    /// After COMMIT, and while recovering, a cancel must break no wait any more.
-    fn stop_is_unbreakable(&mut self) -> bool {
-        self.stop.reason().is_none() || self.breakage.is(Breakage::BreakOffAfterCommit) || {
+        // After COMMIT a cancel must break no wait any more.
+        if self.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
             self.stop = Stop::on(&CancelToken::default());
-            false
+        }
+        if !std::mem::replace(&mut self.cancel_refused, true) {
+            tracing::warn!("cancel refused: the destination owns the guest");
         }
     }
 
     fn keep(&mut self, error: Error) -> Input {
         tracing::warn!(%error, "migration step failed");
+        // A cancel that broke the step's wait is the reason, not the broken wait.
+        self.look_at_cancel();
         let refused = matches!(&error, Error::PeerFailed { .. }) && self.handover == Handover::Shut;
         self.error.get_or_insert(error);
         if refused { Input::Refused } else { Input::Failed }
