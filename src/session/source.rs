@@ -100,6 +100,10 @@ pub struct SourceSession {
     pub(super) search: PageSearch,
     pub(super) spare: Vec<PageBatch>,
     pub(super) returned: Vec<Returned>,
+    /// Batches of this round that the door can't carry.
+    pub(super) declined: Vec<PageBatch>,
+    /// Some pages went in the stream although the door is another.
+    pub(super) sent_past_the_door: bool,
     pub(super) figures: Figures,
     pub(super) handover: Handover,
     pub(super) section_id: u32,
@@ -138,6 +142,8 @@ impl SourceSession {
             search: PageSearch::default(),
             spare: Vec::new(),
             returned: Vec::new(),
+            declined: Vec::new(),
+            sent_past_the_door: false,
             handover,
             section_id: greeting::RAM_SECTION_ID,
             state: Vec::new(),
@@ -301,6 +307,7 @@ impl SourceSession {
         if !self.breakage.is(Breakage::SkipFence) {
             self.link.close_round(kind, &self.stop)?;
         }
+        self.send_declined()?;
         let mut tail = crate::stream::qemu::ram::EOS_RECORD.to_vec();
         section::encode_footer(self.section_id, &mut tail);
         self.send_bytes(&tail)?;
@@ -371,8 +378,11 @@ impl SourceSession {
             for batch in self.link.reclaim() {
                 self.mark_unsent(&batch);
             }
+            for batch in std::mem::take(&mut self.declined) {
+                self.mark_unsent(&batch);
+            }
             // Released is not placed: on such a door nothing counts as arrived before the end.
-            if !confirms {
+            if !confirms || self.sent_past_the_door {
                 self.dirty.set_all(self.guest.memory.table());
             }
         }
