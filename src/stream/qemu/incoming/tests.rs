@@ -16,6 +16,9 @@ use crate::units::{BlockIndex, BlockOffset, GuestAddr};
 const RAM: u32 = 0x77;
 const PAGE: usize = 4096;
 
+/// What a case is for, a good beginning, what is added to it, and the fault with its offset in what was added.
+type Case = (&'static str, Bytes, Box<dyn FnOnce(Bytes) -> Bytes>, (u64, Fault));
+
 /// A stream in the making.
 struct Bytes(Vec<u8>);
 
@@ -254,8 +257,10 @@ fn s24_s25_s26_s33_records_out_of_place_are_refused() {
 
 #[test]
 fn s28_s29_s30_s79_block_lists_are_bounded_and_may_not_change() {
+    fn total(bytes: u64) -> Record<'static> {
+        Record::MemSize { total: bytes }
+    }
     let start = || Bytes::new().start();
-    let total = |bytes: u64| Record::MemSize { total: bytes };
     let length = |length, why| Fault::BlockLength { name: "ram".into(), length, why };
     let over = "the blocks are longer than the announced total";
     #[rustfmt::skip]
