@@ -22,9 +22,6 @@ type Case = (&'static str, Bytes, Box<dyn FnOnce(Bytes) -> Bytes>, (u64, Fault))
 /// A stream in the making.
 struct Bytes(Vec<u8>);
 
-/// What is tried, the stream so far, what is added to it, and the fault with its place.
-type Case = (&'static str, Bytes, Box<dyn FnOnce(Bytes) -> Bytes>, (u64, Fault));
-
 impl Bytes {
     fn new() -> Self {
         Self::of(&Configuration { machine: "none".into(), ..Configuration::default() })
