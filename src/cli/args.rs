@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use super::{bench, receive, send};
+use super::{bench, demo, inspect, receive, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
@@ -30,10 +30,16 @@ The first SIGINT or SIGTERM cancels, a second one exits without waiting.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Migrate a writing guest between two processes on this machine, and check every page
+    Demo(demo::Args),
+    #[command(hide = true)]
+    DemoDestination(demo::DestinationArgs),
     /// Take a guest from a QEMU or a ramwire and keep it in a folder
     Receive(receive::Args),
     /// Send a guest that a folder holds to a waiting QEMU or ramwire
     Send(send::Args),
+    /// Print the structure of a captured stream
+    Inspect(inspect::Args),
     /// Measure ramwire beside other programs
     Bench(bench::BenchArgs),
     /// Print shell completions or the man page
@@ -91,8 +97,11 @@ pub fn run() -> ExitCode {
         }
     }
     let exit = match cli.command {
+        Command::Demo(args) => demo::run(&args),
+        Command::DemoDestination(args) => demo::run_destination(&args),
         Command::Receive(args) => receive::run(&args),
         Command::Send(args) => send::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Generate(args) => generate(args.what),
     };

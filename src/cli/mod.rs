@@ -4,6 +4,8 @@
 mod args;
 mod bench;
 mod common;
+mod demo;
+mod inspect;
 mod progress;
 mod receive;
 mod render;

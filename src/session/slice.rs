@@ -55,7 +55,7 @@ impl SourceSession {
     /// Order 1: the bits of `run` are cleared, now the log is armed again, only then are the bytes read.
     fn look_at(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
         let chunk = self.dirty.take_clear_chunk(run);
-        if self.breakage == Breakage::ReadBeforeProtect {
+        if self.breakage.is(Breakage::ReadBeforeProtect) {
             classify(&*self.guest.memory, run, self.settings.zero_detection, batch)?;
             let torn = std::mem::take(batch);
             self.offer(torn)?;

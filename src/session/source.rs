@@ -16,7 +16,7 @@ use crate::units::BlockIndex;
 use super::config::SourceSettings;
 use super::figures::Figures;
 use super::return_path::{ReturnPath, Word};
-use super::{Error, greeting};
+use super::{Breakage, Error, greeting};
 
 /// A guest to be moved.
 pub struct SourceGuest {
@@ -109,7 +109,7 @@ pub struct SourceSession {
     pub(super) commit_at: usize,
     paused: bool,
     error: Option<Error>,
-    pub(super) breakage: super::Breakage,
+    pub(super) breakage: Breakage,
 }
 
 impl SourceSession {
@@ -144,7 +144,7 @@ impl SourceSession {
             commit_at: 0,
             paused: false,
             error: None,
-            breakage: super::Breakage::default(),
+            breakage: Breakage::default(),
         }
     }
 
@@ -205,7 +205,7 @@ impl SourceSession {
 
     /// After COMMIT, and while recovering, a cancel must break no wait any more.
     fn stop_is_unbreakable(&mut self) -> bool {
-        self.stop.reason().is_none() || {
+        self.stop.reason().is_none() || self.breakage.is(Breakage::BreakOffAfterCommit) || {
             self.stop = Stop::on(&CancelToken::default());
             false
         }
@@ -237,7 +237,7 @@ impl SourceSession {
                 Ok(Input::Done)
             }
             Action::Drain => {
-                if self.breakage != super::Breakage::SkipDrain {
+                if !self.breakage.is(Breakage::SkipDrain) {
                     self.link.drain(&self.stop)?;
                 }
                 self.take_returned()?;
@@ -306,7 +306,7 @@ impl SourceSession {
 
     fn close_round(&mut self, kind: RoundKind) -> Result<Input, Error> {
         let begun = Instant::now();
-        if self.breakage != super::Breakage::SkipFence {
+        if !self.breakage.is(Breakage::SkipFence) {
             self.link.close_round(kind, &self.stop)?;
         }
         let mut tail = crate::stream::qemu::ram::EOS_RECORD.to_vec();
@@ -343,6 +343,9 @@ impl SourceSession {
     }
 
     fn await_ready(&mut self) -> Result<Input, Error> {
+        if self.breakage.is(Breakage::CommitBeforeReady) {
+            return Ok(Input::Ready);
+        }
         match self.verdict(self.settings.finish_timeout)? {
             Word::Ready => Ok(Input::Ready),
             word => refuse_verdict(word).map(|()| Input::Failed),
@@ -372,7 +375,7 @@ impl SourceSession {
     fn recover(&mut self) -> Result<Input, Error> {
         self.stop = Stop::on(&CancelToken::default());
         let confirms = self.link.abilities().confirms_placement;
-        if self.breakage != super::Breakage::ForgetUnsent {
+        if !self.breakage.is(Breakage::ForgetUnsent) {
             for batch in self.link.reclaim() {
                 self.mark_unsent(&batch);
             }
@@ -381,9 +384,10 @@ impl SourceSession {
                 self.dirty.set_all(self.guest.memory.table());
             }
         }
-        let stopped = self.stop_logs();
+        let leave_on = self.breakage.is(Breakage::LeaveLogsOn);
+        let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
         self.guest.control.throttle(crate::units::Percent::default());
-        if self.paused {
+        if self.paused && !self.breakage.is(Breakage::StayPaused) {
             self.paused = false;
             let resumed = self.guest.control.resume();
             resumed.map_err(|source| Error::Control { what: "resume", source })?;

@@ -7,5 +7,6 @@ mod fuzz_bodies;
 mod replay;
 
 mod hostile;
+mod postcopy;
 mod reencode;
 mod vectors;

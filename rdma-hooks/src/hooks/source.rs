@@ -215,12 +215,16 @@ impl SourceHooks {
     ///
     /// # Errors
     ///
-    /// [`HooksError::Block`] for two blocks of one name, or too many; [`HooksError::OutOfOrder`].
+    /// [`HooksError::Block`] for two blocks of one name, or too many; [`HooksError::OutOfOrder`];
+    /// [`FabricError::MemoryLock`](crate::FabricError::MemoryLock) if they (or the pin budget) cannot be locked.
     pub fn set_blocks(&mut self, blocks: Vec<RamBlock>) -> Result<(), HooksError> {
         if !self.remote.is_empty() || !self.blocks.is_empty() {
             return Err(HooksError::OutOfOrder("the blocks are known already"));
         }
         check_announceable(&blocks)?;
+        let total: u64 = blocks.iter().map(|block| block.region.len()).sum();
+        let budget = self.config.pin_budget_bytes.filter(|_| !self.granted.pin_all).unwrap_or(total);
+        self.main.channel.endpoint().check_memory_lock(budget.min(total))?;
         let limit = self.main.channel.endpoint().limits().max_registration_bytes / CHUNK_BYTES;
         let spans = self.config.max_span_chunks.min(limit);
         let lengths = blocks.iter().map(|block| block.region.len());

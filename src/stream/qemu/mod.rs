@@ -2,7 +2,7 @@
 //!
 //! | file | what of the stream |
 //! |------|--------------------|
-//! | [`file`] | header and configuration |
+//! | [`mod@file`] | header and configuration |
 //! | [`section`] | section headers, footers, end of file |
 //! | [`command`] | commands to the destination |
 //! | [`ram`] | records of the `ram` section |

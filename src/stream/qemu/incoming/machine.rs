@@ -77,7 +77,7 @@ enum State {
     /// Bytes of a section that is carried, then a chunk or the footer.
     Carried { left: u64, chunk_follows: bool },
     /// The length of a ramwire's device state.
-    NativeState,
+    NativeLength,
     /// The footer of the open section.
     Footer,
     /// Bytes of a package.
@@ -244,7 +244,7 @@ impl IncomingStream {
                 self.state = State::Carried { left: mem.bitmap_len(), chunk_follows: false };
                 Ok(Told(used, Event::VirtioMem(mem)))
             }
-            State::NativeState => self.native_state(input),
+            State::NativeLength => self.native_state(input),
             State::Bitmap => self.bitmap_chunk(input),
             State::Carried { left: 0, chunk_follows: true } => Ok(self.quietly(State::Bitmap)),
             State::Carried { left: 0, chunk_follows: false } => Ok(self.quietly(State::Footer)),
@@ -396,7 +396,7 @@ impl IncomingStream {
             SectionKind::Ram => State::Records,
             SectionKind::DirtyBitmap => State::Bitmap,
             SectionKind::EarlyVirtioMem => State::VirtioMem,
-            SectionKind::NativeState => State::NativeState,
+            SectionKind::NativeState => State::NativeLength,
         };
         Told(used, Event::SectionStart { phase, id, kind })
     }
