@@ -60,9 +60,9 @@ fn guest(mapping: &Mapping) -> Result<Arc<MappedGuest>, BenchError> {
 /// # Errors
 /// [`BenchError`].
 pub fn run(bed: &Bed) -> Result<Run, BenchError> {
-    let mapping = bed::map(&bed.source(), bed.bytes(), true)?;
+    let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = guest(&mapping)?;
-    let peer = Peer::start(Role::Ramwire, &bed.destination(), bed.bytes(), bed.populated())?;
+    let peer = Peer::start(Role::Ramwire, &bed.destination(), bed.bytes(), bed.populated().mapped(true))?;
     let address = Address::Tcp { host: "127.0.0.1".into(), port: peer.port };
     let stop = Stop::on(&CancelToken::default());
     let (begun, cpu) = (Instant::now(), own_cpu_seconds());
@@ -111,13 +111,14 @@ pub fn receive(socket: TcpStream, mapping: &Mapping) -> Result<(), BenchError> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::cli::bench::Populated;
     use crate::cli::bench::bed::Fill;
     use std::net::TcpListener;
 
     #[test]
     fn the_destination_ends_up_with_the_same_memory() {
         let base = tempfile::tempdir().unwrap();
-        let bed = Bed::make(base.path(), 6 << 20, Fill::Mixed(70), true).unwrap();
+        let bed = Bed::make(base.path(), 6 << 20, Fill::Mixed(70), Populated::Yes).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (far, _) = listener.accept().unwrap();
