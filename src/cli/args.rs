@@ -5,11 +5,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-<<<<<<< HEAD
 use super::{bench, demo, inspect, receive, relay, send};
-=======
-use super::{bench, demo, inspect, receive, send};
->>>>>>> transport
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
