@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use super::{demo, inspect, receive, send};
+use super::{demo, inspect, receive, relay, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
@@ -36,6 +36,8 @@ enum Command {
     DemoDestination(demo::DestinationArgs),
     /// Take a guest from a QEMU or a ramwire and keep it in a folder
     Receive(receive::Args),
+    /// Pass a running guest's migration on, from one QEMU or ramwire to another
+    Relay(relay::Args),
     /// Send a guest that a folder holds to a waiting QEMU or ramwire
     Send(send::Args),
     /// Print the structure of a captured stream
@@ -98,6 +100,7 @@ pub fn run() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::DemoDestination(args) => demo::run_destination(&args),
         Command::Receive(args) => receive::run(&args),
+        Command::Relay(args) => relay::run(&args),
         Command::Send(args) => send::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Generate(args) => generate(args.what),

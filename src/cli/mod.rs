@@ -7,6 +7,7 @@ mod demo;
 mod inspect;
 mod progress;
 mod receive;
+mod relay;
 mod render;
 mod send;
 mod store;

@@ -5,6 +5,9 @@ mod kvm;
 mod mapped;
 #[cfg(test)]
 mod race;
+#[cfg(all(test, feature = "kvm"))]
+mod several_writers;
+mod soft_dirty;
 mod software;
 mod sources;
 pub mod synthetic;
@@ -16,6 +19,7 @@ use std::io::{self, Read, Write};
 #[cfg(feature = "kvm")]
 pub use kvm::{KvmDirtyLog, KvmSlot};
 pub use mapped::{GuestBuilder, MappedGuest};
+pub use soft_dirty::{SoftDirty, Standstill};
 pub use software::SoftwareBitmap;
 pub use sources::{Choice, NoSource, choose, sync_all};
 pub use vhost_log::VhostLog;

@@ -262,6 +262,21 @@ mod tests {
         WrittenPages::new(&guest).probe().unwrap();
     }
 
+    /// A kernel before 6.7 (Debian's 6.1) is found out and named.
+    mod in_rxe_guest {
+        use super::*;
+
+        #[test]
+        #[ignore = "runs in ci/rxe-guest"]
+        fn the_probe_names_the_kernel_it_needs() {
+            let guest = guest_of(&[Mapping::anonymous(8192).unwrap()]);
+            let source = WrittenPages::new(&guest);
+            for error in [source.probe().unwrap_err(), source.start().unwrap_err()] {
+                assert!(error.to_string().contains("Linux 6.7 or later"), "{error}");
+            }
+        }
+    }
+
     /// Exactly the host pages written are reported, once, populated before the start or not.
     #[test]
     fn each_write_is_reported_once_on_every_backing() {

@@ -34,6 +34,8 @@ pub struct Incoming {
     pub blocks: Vec<RamBlock>,
     /// Sections between the block list and the first page, as they came.
     pub early_sections: Vec<u8>,
+    /// The source opened a return path: it can be told how it ended.
+    pub has_return_path: bool,
 }
 
 /// Provides the memory a guest arrives in.
@@ -68,7 +70,8 @@ impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
 
 /// Sees pages as they arrive; a relay's.
 pub trait Arrival: Send {
-    /// The memory is there; no page has come.
+    /// The memory is there and pages are next; the early sections have come. Called again before each
+    /// section of pages.
     ///
     /// # Errors
     /// Ends the migration.
@@ -376,6 +379,9 @@ impl DestinationSession {
             Event::Configuration(configuration) => self.configuration = Some(configuration),
             Event::Blocks(blocks) => self.blocks(&blocks)?,
             Event::Command(command) => return self.command(command),
+            Event::SectionStart { kind: SectionKind::Ram, phase: Phase::Part | Phase::End, .. } => {
+                self.pages_begin()?;
+            }
             Event::SectionStart { kind: SectionKind::Ram, .. } | Event::MultifdFlush => {}
             Event::SectionEnd { kind: SectionKind::Ram, phase: Phase::End } => self.ram_complete()?,
             Event::SectionEnd { kind: SectionKind::Ram, .. } => {}
@@ -386,7 +392,7 @@ impl DestinationSession {
             | Event::SectionEnd { .. }
             | Event::VirtioMem(_)
             | Event::BitmapChunk
-            | Event::SectionBytes(_) => self.carry(raw),
+            | Event::SectionBytes(_) => self.carry(raw)?,
             Event::TailBytes(_) | Event::Eof => {}
             Event::Done => return Ok(Some(Arrived::Tail)),
             Event::Filled { .. }
@@ -402,10 +408,23 @@ impl DestinationSession {
     }
 
     /// Sections that are not RAM and not understood go on as they came.
-    fn carry(&mut self, raw: &[u8]) {
-        match &mut self.incoming {
-            Some(incoming) if !self.ram_ended => incoming.early_sections.extend_from_slice(raw),
-            _ => self.state.extend_from_slice(raw),
+    fn carry(&mut self, raw: &[u8]) -> Result<(), Error> {
+        let carried = match &mut self.incoming {
+            Some(incoming) if !self.ram_ended => &mut incoming.early_sections,
+            _ => &mut self.state,
+        };
+        if (carried.len() + raw.len()) as u64 > self.settings.max_state {
+            return Err(out_of_turn("more device state than is accepted", "a precopy migration"));
+        }
+        carried.extend_from_slice(raw);
+        Ok(())
+    }
+
+    /// The early sections are complete: whoever watches pages arrive may begin.
+    fn pages_begin(&mut self) -> Result<(), Error> {
+        match (&mut self.placing, &self.incoming) {
+            (Some(placing), Some(incoming)) => placing.began(incoming),
+            _ => Err(no_blocks("a section of pages")),
         }
     }
 
@@ -421,11 +440,9 @@ impl DestinationSession {
             configuration: self.configuration.clone().unwrap_or_default(),
             blocks: announced.iter().map(described).collect(),
             early_sections: Vec::new(),
+            has_return_path: self.return_path_open && self.back.is_some(),
         };
         let memory = self.provider.provide(&incoming)?;
-        if let Some(arrival) = &mut self.arrival {
-            arrival.began(&incoming, &memory)?;
-        }
         let placing = Placing::new(memory, &incoming.blocks, self.arrival.take())?;
         self.placing.insert(placing).breakage = self.breakage;
         self.incoming = Some(incoming);

@@ -1,5 +1,6 @@
 //! Migrations as threads run them: a session does what the [engine](crate::engine) decides.
 
+mod arrivals;
 mod breakage;
 pub mod config;
 mod destination;
@@ -9,6 +10,7 @@ mod figures;
 mod finish;
 mod greeting;
 mod placing;
+mod relay;
 mod return_path;
 #[cfg(test)]
 mod sim;
@@ -22,6 +24,7 @@ use breakage::Breakage;
 pub use config::{DestinationSettings, SourceSettings};
 pub use destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
 pub use error::{Error, ErrorKind};
+pub use relay::{ConnectFn, Kept, Notice, NoticeFn, RelayReport, relay};
 pub use source::{Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
 pub use workers::Spawner;
 

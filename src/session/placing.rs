@@ -10,7 +10,7 @@ use crate::stream::{DecodeError, Fault, xbzrle};
 use crate::sys::is_zero;
 use crate::units::{BlockIndex, BlockOffset};
 
-use super::destination::Arrival;
+use super::destination::{Arrival, Incoming};
 use super::{Breakage, Error};
 
 /// The guest's memory while it fills. Bytes are copied, then the page is marked, then others see it.
@@ -44,6 +44,12 @@ impl Placing {
 
     pub(super) fn memory(&self) -> &Arc<dyn GuestMemory> {
         &self.memory
+    }
+
+    /// Called at every section of pages; the watcher takes the first as its beginning.
+    pub(super) fn began(&mut self, incoming: &Incoming) -> Result<(), Error> {
+        let watcher = self.arrival.as_mut();
+        watcher.map_or(Ok(()), |arrival| arrival.began(incoming, &self.memory))
     }
 
     fn landing(&self, announced: BlockIndex, offset: BlockOffset) -> Result<Landing, GuestError> {

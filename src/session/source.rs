@@ -53,6 +53,8 @@ pub struct SourceReport {
     pub error: Option<Error>,
     /// The figures.
     pub statistics: Statistics,
+    /// When the first page had been handed to the connection, since the start.
+    pub first_page_sent: Option<std::time::Duration>,
     /// Pages the destination does not have for certain; all clean after success.
     pub dirty: DirtyMap,
 }
@@ -201,7 +203,8 @@ impl SourceSession {
             self.error = Some(Error::Cancelled);
         }
         let statistics = self.figures.shared().snapshot();
-        SourceReport { outcome, error: self.error, statistics, dirty: self.dirty }
+        let first_page_sent = self.figures.first_page;
+        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty: self.dirty }
     }
 
     fn look_at_cancel(&mut self) {
@@ -265,7 +268,9 @@ impl SourceSession {
     fn start_logs(&mut self) -> Result<Input, Error> {
         self.figures.shared().update(|s| s.status = Status::Setup);
         // First: should a log not start, nothing is at the destination.
-        self.dirty.set_all(self.guest.memory.table());
+        if self.settings.all_dirty_at_start {
+            self.dirty.set_all(self.guest.memory.table());
+        }
         for source in &self.guest.dirty {
             source.start()?;
         }

@@ -10,6 +10,7 @@ mod pagemap_scan;
 mod parts;
 mod scan;
 mod shared_bits;
+mod soft_dirty;
 mod stop;
 mod tcp_state;
 #[cfg(test)]
@@ -25,6 +26,7 @@ pub use pagemap_scan::Pagemap;
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
 pub use scan::is_zero;
 pub use shared_bits::SharedBitmap;
+pub use soft_dirty::SoftDirtyBits;
 pub use stop::{CancelToken, Stop, StopReason};
 pub use tcp_state::{TcpState, queued_bytes, tcp_state};
 pub use uffd::{UffdError, WriteProtector};
