@@ -67,7 +67,12 @@ impl SourceSession {
             match back.next(&stop) {
                 Ok(Word::Pong(ORDINARY_PING)) => return Ok(false),
                 Ok(Word::Pong(value)) if version_of_pong(value).is_some() => return Ok(true),
-                Ok(word) => refuse_verdict(word)?,
+                Ok(word) => {
+                    refuse_verdict(word)?;
+                    if stop.reason().is_some() {
+                        return Ok(false);
+                    }
+                }
                 // Silence means a QEMU that is slow to answer; our own cancel is told by the next step.
                 Err(error) if error.is_deadline() => return Ok(false),
                 Err(error) => return Err(error),
