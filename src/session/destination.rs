@@ -189,7 +189,7 @@ impl DestinationSession {
         self
     }
 
-    /// Raise it to cancel; without effect once the guest was given away by the source.
+    /// Raise it to cancel; without effect from READY on, when the source may give the guest away.
     pub fn cancel_token(&self) -> CancelToken {
         self.cancel.clone()
     }
@@ -271,6 +271,9 @@ impl DestinationSession {
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             Deed::SayReady => {
+                // From here on the source may give the guest away at any moment: a cancel could only leave
+                // it in doubt. What ends the wait is its word, the connection's end, or time.
+                self.stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
                 self.say(Message::Native(Answer::Ready))?;
                 if self.breakage.is(Breakage::ResumeBeforeCommit) {
                     let _ = self.control.resume();
