@@ -64,6 +64,11 @@ impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
                 return Err(Error::Config { what, remedy: "start both ends with the same memory" });
             }
         }
+        let announced = |ours: &RamBlock| incoming.blocks.iter().any(|theirs| theirs.name == ours.name);
+        if let Some(missing) = self.table().blocks().iter().find(|ours| !announced(ours)) {
+            let what = format!("RAM block {}: the source has none of this name", missing.name);
+            return Err(Error::Config { what, remedy: "start both ends with the same memory" });
+        }
         Ok(Arc::clone(self) as Arc<dyn GuestMemory>)
     }
 }
@@ -189,7 +194,7 @@ impl DestinationSession {
         self
     }
 
-    /// Raise it to cancel; without effect once the guest was given away by the source.
+    /// Raise it to cancel; without effect from READY on, when the source may give the guest away.
     pub fn cancel_token(&self) -> CancelToken {
         self.cancel.clone()
     }
@@ -271,6 +276,9 @@ impl DestinationSession {
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             Deed::SayReady => {
+                // From here on the source may give the guest away at any moment: a cancel could only leave
+                // it in doubt. What ends the wait is its word, the connection's end, or time.
+                self.stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
                 self.say(Message::Native(Answer::Ready))?;
                 if self.breakage.is(Breakage::ResumeBeforeCommit) {
                     let _ = self.control.resume();
@@ -387,13 +395,14 @@ impl DestinationSession {
             Event::SectionEnd { kind: SectionKind::Ram, .. } => {}
             Event::SectionStart { kind: SectionKind::NativeState, .. } => self.in_native_state = true,
             Event::SectionEnd { kind: SectionKind::NativeState, .. } => self.in_native_state = false,
-            Event::SectionBytes(bytes) if self.in_native_state => self.state.extend_from_slice(bytes),
+            Event::SectionBytes(bytes) if self.in_native_state => self.carry(bytes)?,
             Event::SectionStart { .. }
             | Event::SectionEnd { .. }
             | Event::VirtioMem(_)
             | Event::BitmapChunk
             | Event::SectionBytes(_) => self.carry(raw)?,
             Event::TailBytes(_) | Event::Eof => {}
+            Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
             Event::Done => return Ok(Some(Arrived::Tail)),
             Event::Filled { .. }
             | Event::Hook { .. }
@@ -488,6 +497,9 @@ impl DestinationSession {
                 self.migration_id = Some(theirs.migration_id);
                 self.say(Message::Native(Answer::Hello(answer)))?;
                 Ok(Some(Arrived::Hello { digest: theirs.digest }))
+            }
+            Order::StateSent if !self.ram_ended => {
+                Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
             Order::StateSent => Ok(Some(Arrived::StateSent)),
             Order::Digest { first, values } => {

@@ -82,7 +82,12 @@ impl SourceSession {
             match back.next(&stop) {
                 Ok(Word::Pong(ORDINARY_PING)) => return Ok(false),
                 Ok(Word::Pong(value)) if version_of_pong(value).is_some() => return Ok(true),
-                Ok(word) => refuse_verdict(word)?,
+                Ok(word) => {
+                    refuse_verdict(word)?;
+                    if stop.reason().is_some() {
+                        return Ok(false);
+                    }
+                }
                 // Silence means a QEMU that is slow to answer; our own cancel is told by the next step.
                 Err(error) if error.is_deadline() => return Ok(false),
                 Err(error) => return Err(error),
@@ -99,13 +104,19 @@ impl SourceSession {
         let stop = self.stop.within(self.settings.stall_timeout);
         let Some(back) = &mut self.back else { return Ok(()) };
         match back.next_verdict(&stop)? {
-            Word::Hello(theirs) if theirs.common_version() == Some(theirs.max_version) => {
-                self.handover = Handover::Native;
-                Ok(())
-            }
-            Word::Hello(theirs) => {
+            Word::Hello(theirs) if theirs.common_version() != Some(theirs.max_version) => {
                 let why = format!("it speaks version {} of ramwire's words", theirs.max_version);
                 Err(Error::PeerFailed { why })
+            }
+            // What it repeats tells that it heard right: a lost digest flag would let it start unchecked.
+            Word::Hello(theirs)
+                if (theirs.migration_id, theirs.digest) != (ours.migration_id, ours.digest) =>
+            {
+                Err(Error::PeerFailed { why: "it heard another HELLO than was said".into() })
+            }
+            Word::Hello(_) => {
+                self.handover = Handover::Native;
+                Ok(())
             }
             word => refuse_verdict(word),
         }

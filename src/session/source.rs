@@ -17,6 +17,9 @@ use super::figures::Figures;
 use super::return_path::{ReturnPath, Word};
 use super::{Breakage, Error, greeting};
 
+/// Messages heard in one look at the return path.
+const MOST_HEARD: usize = 64;
+
 /// A guest to be moved.
 pub struct SourceGuest {
     /// Its memory.
@@ -336,7 +339,9 @@ impl SourceSession {
     /// Sees whether the peer failed meanwhile.
     pub(super) fn hear(&mut self) -> Result<(), Error> {
         let Some(back) = &mut self.back else { return Ok(()) };
-        while let Some(word) = back.poll()? {
+        // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
+        for _ in 0..MOST_HEARD {
+            let Some(word) = back.poll()? else { break };
             refuse_verdict(word)?;
         }
         Ok(())
