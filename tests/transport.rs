@@ -375,6 +375,23 @@ fn a_host_without_room_that_answers_is_not_dead() {
 }
 
 #[test]
+fn a_deadline_of_zero_takes_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let unix = format!("unix:{}/a.sock", dir.path().display());
+    for text in ["tcp::0", &unix] {
+        let (mut near, mut far) = pair(text, &StreamOptions::default());
+        let now = stop().within(Duration::ZERO);
+        let mut room = [0; 3];
+        let nothing = far.recv(&mut [RecvPart::Own(&mut room)], &now);
+        assert!(matches!(nothing, Err(ChannelError::Stopped { .. })), "{nothing:?}");
+        send(&mut near, &[7]).unwrap();
+        // What was sent takes its way through the kernel.
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(far.recv(&mut [RecvPart::Own(&mut room)], &now).unwrap(), 1);
+    }
+}
+
+#[test]
 fn every_wait_ends_soon_after_a_cancel() {
     let options = StreamOptions::default();
     let no_room = |text| {

@@ -246,15 +246,13 @@ impl DestinationBlocks {
         Ok((self.announced.len() - 1) as u32)
     }
 
-    /// One record per announced block, in announced order; `rkey` gives each block's key, 0 for none yet. No block
-    /// can be announced afterwards.
-    pub fn records(&mut self, rkey: impl Fn(usize) -> u32) -> Vec<BlockRecord> {
+    /// One record per announced block, in announced order; `key` gives each block's key and base, zeros for none yet.
+    /// No block can be announced afterwards.
+    pub fn records(&mut self, key: impl Fn(usize) -> (u32, u64)) -> Vec<BlockRecord> {
         self.closed = true;
-        let record = |(index, block): (usize, &RamBlock)| BlockRecord {
-            base: 0,
-            label: 0,
-            length: block.region.len(),
-            rkey: rkey(index),
+        let record = |(index, block): (usize, &RamBlock)| {
+            let (rkey, base) = key(index);
+            BlockRecord { base, label: 0, length: block.region.len(), rkey }
         };
         self.announced.iter().enumerate().map(record).collect()
     }
@@ -296,7 +294,7 @@ mod tests {
         }
         assert_eq!(blocks.announce("pc.ram", 0x10_0000), Ok(0));
         assert_eq!(blocks.announce("pc.rom", 0x1000), Ok(1));
-        let records = blocks.records(|index| index as u32 + 5);
+        let records = blocks.records(|index| (index as u32 + 5, 0));
         assert_eq!(records.iter().map(|r| r.length).collect::<Vec<_>>(), [0x10_0000, 0x1000]);
         assert_eq!(records.iter().map(|r| (r.base, r.label, r.rkey)).next(), Some((0, 0, 5)));
         assert_eq!(blocks.announce("late", 1), Err(BlockError::TooLate { name: "late".into() }));

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use crate::chunk::SpanId;
 use crate::control::{CONTROL_BUFFER_BYTES, Kind, header};
 use crate::counters::Counters;
-use crate::fabric::{Completion, ConnectParams, Endpoint, FabricError, LinkState, Operation, WriteRequest};
+use crate::fabric::{
+    Completion, CompletionStatus, ConnectParams, Endpoint, FabricError, LinkState, Operation, WriteRequest,
+};
 use crate::hooks::HooksError;
 use crate::stop::{Stop, Stopped};
 
@@ -168,32 +170,34 @@ impl Channel {
             match completion {
                 Completion::Done { id } => self.retire(id),
                 Completion::Received { slot } => self.inbox.push_back(slot),
+                // Receives are flushed after whatever went wrong: no news in themselves.
+                Completion::Failed {
+                    operation: Operation::Receive,
+                    status: CompletionStatus::Flushed,
+                    ..
+                } => {}
                 Completion::Failed { operation, status, vendor } => {
                     failure.get_or_insert(FabricError::Completion { operation, status, vendor });
                 }
             }
         }
         self.scratch = done;
-        // A receive flushed by a disconnect is no news: the link's state says it, after the last message is read.
-        let flushed = |error: &FabricError| {
-            matches!(error, FabricError::Completion { operation: Operation::Receive, .. })
-        };
         match failure {
-            Some(error) if !flushed(&error) => {
+            Some(error) => {
                 let error = self.blame_link(error);
                 Err(self.fail(error))
             }
-            _ => Ok(any),
+            None => Ok(any),
         }
     }
 
     /// A request that failed because the link went away is better told as such.
     fn blame_link(&mut self, error: FabricError) -> FabricError {
-        let flushed = crate::fabric::CompletionStatus::Flushed;
         match (&error, self.endpoint.link()) {
-            (FabricError::Completion { status, .. }, Ok(LinkState::Disconnected)) if *status == flushed => {
-                FabricError::Disconnected
-            }
+            (
+                FabricError::Completion { status: CompletionStatus::Flushed, .. },
+                Ok(LinkState::Disconnected),
+            ) => FabricError::Disconnected,
             (FabricError::Completion { .. }, Ok(LinkState::DeviceRemoved)) => FabricError::DeviceRemoved,
             _ => error,
         }

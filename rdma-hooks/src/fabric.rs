@@ -375,6 +375,16 @@ pub trait Endpoint: Send {
     /// The fabric's clock.
     fn now(&self) -> Instant;
 
+    /// Whether this process may lock `bytes` of memory, before it tries.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::MemoryLock`] with the limit.
+    fn check_memory_lock(&self, bytes: u64) -> Result<(), FabricError> {
+        let _ = bytes;
+        Ok(())
+    }
+
     /// Registers memory for this endpoint's domain.
     ///
     /// # Errors
@@ -387,7 +397,7 @@ pub trait Endpoint: Send {
         base: AddressBase,
     ) -> Result<Registration, FabricError>;
 
-    /// Posts a chain of writes with one doorbell. Nothing is posted on error.
+    /// Posts a chain of writes with one doorbell. After an error the endpoint is good for nothing but its end.
     ///
     /// # Errors
     ///

@@ -183,3 +183,91 @@ fn a_cancel_before_commit_leaves_the_guest_at_the_source() {
     assert!(matches!(arrived.error, Some(Error::Truncated { .. })), "{:?}", arrived.error);
     assert!(!ends.destination_machine.runs());
 }
+
+/// What a destination makes of a whole stream of bytes.
+fn received(stream: Vec<u8>, to: Arc<MappedGuest>) -> (DestinationReport, Machine) {
+    let (mut near, far) = crate::transport::loopback(1 << 20);
+    let machine = Machine::default();
+    let settings = DestinationSettings { max_state: 1000, ..DestinationSettings::default() };
+    let control = Box::new(machine.clone());
+    let session = DestinationSession::new(
+        Box::new(far.source),
+        Some(Box::new(far.sink)),
+        Box::new(to),
+        control,
+        settings,
+    );
+    let stop = Stop::on(&crate::sys::CancelToken::default());
+    near.sink.send(&[SendPart::Own(&stream)], &stop).unwrap();
+    drop(near.sink);
+    (session.run(), machine)
+}
+
+/// Header, greeting and block list of a ramwire.
+fn native_start(blocks: &[(&str, u64)]) -> Vec<u8> {
+    use crate::stream::native::{Hello, Order};
+    use crate::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
+    use crate::stream::qemu::command::Command;
+    use crate::stream::qemu::section::{SectionName, encode_footer, encode_start};
+    use crate::stream::qemu::{file, ram};
+    let mut out = Vec::new();
+    file::encode_header(&mut out);
+    file::encode_configuration(&Configuration::default(), &mut out);
+    Command::OpenReturnPath.encode(&mut out);
+    Command::Native(Order::Hello(Hello::ours([1; 16], false))).encode(&mut out);
+    encode_start(&SectionName { id: 2, idstr: ram::IDSTR, instance: 0, version: ram::VERSION }, &mut out);
+    let announce = |(name, pages): &(&str, u64)| BlockAnnouncement {
+        name: BlockName::new(name).unwrap(),
+        used_length: pages * 4096,
+        host_page: None,
+        guest_addr: None,
+    };
+    encode_block_list(&blocks.iter().map(announce).collect::<Vec<_>>(), &mut out);
+    out.extend_from_slice(&ram::EOS_RECORD);
+    encode_footer(2, &mut out);
+    out
+}
+
+fn state_section(len: usize) -> Vec<u8> {
+    use crate::stream::native::STATE_SECTION;
+    use crate::stream::qemu::section::{SectionName, encode_footer, encode_full};
+    let mut out = Vec::new();
+    encode_full(&SectionName { id: 3, idstr: STATE_SECTION, instance: 0, version: 1 }, &mut out);
+    out.extend_from_slice(&(len as u64).to_be_bytes());
+    out.resize(out.len() + len, 7);
+    encode_footer(3, &mut out);
+    out
+}
+
+#[test]
+fn a_source_that_leaves_out_ram_starts_no_guest() {
+    use crate::stream::native::Order;
+    use crate::stream::qemu::command::Command;
+    // All is said to be sent, without a last section of pages.
+    let mut early = native_start(&[("block0", 3), ("block1", 1)]);
+    Command::Native(Order::StateSent).encode(&mut early);
+    Command::Native(Order::Commit { migration_id: [1; 16] }).encode(&mut early);
+    // One of our blocks is not in the list.
+    let partial = native_start(&[("block0", 3)]);
+    for (stream, due) in [(early, "STATE_SENT"), (partial, "block1")] {
+        let (report, machine) = received(stream, guest(&[3, 1]));
+        let error = report.error.unwrap().to_string();
+        assert!(error.contains(due), "{error}");
+        assert_eq!(report.ending, Ending::Discarded);
+        assert!(!machine.runs());
+    }
+}
+
+#[test]
+fn device_state_in_many_sections_is_bounded() {
+    use crate::stream::qemu::section::{encode_end, encode_footer};
+    let mut stream = native_start(&[("block0", 1)]);
+    encode_end(2, &mut stream);
+    stream.extend_from_slice(&crate::stream::qemu::ram::EOS_RECORD);
+    encode_footer(2, &mut stream);
+    (0..20).for_each(|_| stream.extend(state_section(100)));
+    let (report, machine) = received(stream, guest(&[1]));
+    let error = report.error.unwrap().to_string();
+    assert!(error.contains("more device state"), "{error}");
+    assert!(!machine.runs());
+}

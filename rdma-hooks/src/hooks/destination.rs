@@ -57,11 +57,19 @@ pub struct RoundSummary {
     pub zero_bytes: u64,
 }
 
+/// A key granted for some chunks.
+#[derive(Clone, Debug)]
+struct Grant {
+    chunks: u64,
+    block_base: u64,
+    registration: Arc<Registration>,
+}
+
 /// Keys granted for one block.
 #[derive(Debug, Default)]
 struct Grants {
-    /// By first chunk: how many chunks, under which registration.
-    spans: BTreeMap<u64, (u64, Arc<Registration>)>,
+    /// By first chunk.
+    spans: BTreeMap<u64, Grant>,
     /// The whole block, with pin-all.
     whole: Option<Registration>,
     /// One bit per chunk that was ever granted or zeroed.
@@ -256,6 +264,8 @@ impl DestinationHooks {
         let count = self.blocks.announced().len();
         self.grants.resize_with(count, Grants::default);
         if self.granted.pin_all {
+            let bytes = self.blocks.announced().iter().map(|block| block.region.len()).sum();
+            self.stream.channel.endpoint().check_memory_lock(bytes)?;
             for index in 0..count {
                 let region = self.blocks.announced()[index].region.clone();
                 let whole = self.register(&region, 0)?;
@@ -265,8 +275,9 @@ impl DestinationHooks {
             }
         }
         let grants = &self.grants;
-        let rkey = |index: usize| grants[index].whole.as_ref().map_or(0, |whole| whole.rkey);
-        Ok(Message::RamBlocksResult(self.blocks.records(rkey)))
+        let key =
+            |index: usize| grants[index].whole.as_ref().map_or((0, 0), |whole| (whole.rkey, whole.address));
+        Ok(Message::RamBlocksResult(self.blocks.records(key)))
     }
 
     /// Registers memory for the source to write to; the wire's addresses are offsets in the block.
@@ -329,44 +340,47 @@ impl DestinationHooks {
         let region = block.part(range.clone())?;
         summary.registrations += 1;
         let index = record.block as usize;
-        if let Some(rkey) = self.existing_key(index, first, count) {
-            return Ok(RegisterResult { rkey, block_base: 0 });
+        if let Some(existing) = self.existing_key(index, first, count) {
+            return Ok(existing);
         }
         let registration = self.register(&region, range.start)?;
         summary.registered_bytes += region.len();
+        // A device that cannot take an address of our choice names the bytes by their own.
+        let block_base = registration.address.wrapping_sub(range.start);
         let rkey = registration.rkey;
         mark(&mut self.grants[index].touched, first, count);
-        self.grants[index].spans.insert(first, (count, Arc::new(registration)));
-        Ok(RegisterResult { rkey, block_base: 0 })
+        let granted = Grant { chunks: count, block_base, registration: Arc::new(registration) };
+        self.grants[index].spans.insert(first, granted);
+        Ok(RegisterResult { rkey, block_base })
     }
 
     /// A key that covers the chunks already, or was given out for the same first chunk before.
-    fn existing_key(&mut self, index: usize, first: u64, count: u64) -> Option<u32> {
+    fn existing_key(&mut self, index: usize, first: u64, count: u64) -> Option<RegisterResult> {
         let grants = self.grants.get_mut(index)?;
         if let Some(whole) = &grants.whole {
-            return Some(whole.rkey);
+            return Some(RegisterResult { rkey: whole.rkey, block_base: whole.address });
         }
-        let (&start, (chunks, registration)) = grants.spans.range(..=first).next_back()?;
+        let (&start, grant) = grants.spans.range(..=first).next_back()?;
+        let result = RegisterResult { rkey: grant.registration.rkey, block_base: grant.block_base };
         if start == first {
-            return Some(registration.rkey);
+            return Some(result);
         }
-        if start + chunks < first.checked_add(count)? {
+        if start + grant.chunks < first.checked_add(count)? {
             return None;
         }
-        let (rest, shared) = (start + chunks - first, Arc::clone(registration));
-        let rkey = shared.rkey;
-        grants.spans.insert(first, (rest, shared));
-        Some(rkey)
+        let rest = Grant { chunks: start + grant.chunks - first, ..grant.clone() };
+        grants.spans.insert(first, rest);
+        Some(result)
     }
 
     fn revoke(&mut self, record: &RegisterRecord, summary: &mut RoundSummary) -> Result<(), HooksError> {
         let name = self.granted_block(record.block)?.name.clone();
         let missing = HooksError::NotRegistered { block: name, chunk: record.key };
         let spans = &mut self.grants[record.block as usize].spans;
-        let (_, registration) = spans.remove(&record.key).ok_or(missing)?;
+        let grant = spans.remove(&record.key).ok_or(missing)?;
         summary.unregistrations += 1;
         self.stream.channel.counters.unregistrations += 1;
-        if let Ok(last) = Arc::try_unwrap(registration) {
+        if let Ok(last) = Arc::try_unwrap(grant.registration) {
             self.registered_bytes -= last.len;
         }
         Ok(())

@@ -208,19 +208,23 @@ impl SourceHooks {
         let stop = stop.within(fabric.now(), RETURN_PATH_WITHIN);
         let endpoint =
             fabric.connect(&self.address.0, self.address.1, &connect_params(caps.encode(), 1), &stop)?;
-        ReturnReader::new(Channel::new(endpoint), &stop)
+        Ok(ReturnReader::new(Channel::new(endpoint), extension.is_none()))
     }
 
     /// Says which blocks migrate, in the order in which the stream announces them. Once, before the setup round.
     ///
     /// # Errors
     ///
-    /// [`HooksError::Block`] for two blocks of one name, or too many; [`HooksError::OutOfOrder`].
+    /// [`HooksError::Block`] for two blocks of one name, or too many; [`HooksError::OutOfOrder`];
+    /// [`FabricError::MemoryLock`](crate::FabricError::MemoryLock) if they (or the pin budget) cannot be locked.
     pub fn set_blocks(&mut self, blocks: Vec<RamBlock>) -> Result<(), HooksError> {
         if !self.remote.is_empty() || !self.blocks.is_empty() {
             return Err(HooksError::OutOfOrder("the blocks are known already"));
         }
         check_announceable(&blocks)?;
+        let total: u64 = blocks.iter().map(|block| block.region.len()).sum();
+        let budget = self.config.pin_budget_bytes.filter(|_| !self.granted.pin_all).unwrap_or(total);
+        self.main.channel.endpoint().check_memory_lock(budget.min(total))?;
         let limit = self.main.channel.endpoint().limits().max_registration_bytes / CHUNK_BYTES;
         let spans = self.config.max_span_chunks.min(limit);
         let lengths = blocks.iter().map(|block| block.region.len());

@@ -346,6 +346,10 @@ impl World {
         let endpoint = &mut self.endpoints[id];
         endpoint.broken = true;
         endpoint.news = true;
+        for _ in endpoint.free_slots.drain(..) {
+            let (operation, status) = (Operation::Receive, CompletionStatus::Flushed);
+            endpoint.completions.push_front(Completion::Failed { operation, status, vendor: 0 });
+        }
         for (_, _, operation) in endpoint.queue.drain(..) {
             let flushed = Completion::Failed { operation, status: CompletionStatus::Flushed, vendor: 0 };
             endpoint.completions.push_back(flushed);

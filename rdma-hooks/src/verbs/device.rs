@@ -1,0 +1,224 @@
+//! Which verbs devices this host has, and what they can do for a migration.
+
+use std::ffi::CStr;
+use std::io;
+use std::ptr::NonNull;
+
+use rdma_sys::{
+    ibv_close_device, ibv_context, ibv_device, ibv_device_attr, ibv_device_attr_ex, ibv_free_device_list,
+    ibv_get_device_list, ibv_get_device_name, ibv_open_device, ibv_port_attr, ibv_query_device,
+    ibv_query_device_ex, ibv_query_gid, ibv_query_port,
+};
+
+use super::call::{check, check_ptr};
+use crate::fabric::FabricError;
+
+/// What a port is wired to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkLayer {
+    /// InfiniBand.
+    InfiniBand,
+    /// Ethernet: RoCE, soft-RoCE, iWARP.
+    Ethernet,
+    /// Anything else, by its number.
+    Other(u8),
+}
+
+/// Whether a port carries traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortState {
+    /// It does.
+    Active,
+    /// It does not; the number is the state of the InfiniBand specification (1 is down).
+    Inactive(u32),
+}
+
+/// One port of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortInfo {
+    /// Counted from 1.
+    pub number: u8,
+    /// Whether it carries traffic.
+    pub state: PortState,
+    /// What it is wired to.
+    pub link_layer: LinkLayer,
+    /// Path MTU in use, bytes.
+    pub mtu_bytes: u32,
+    /// Longest message, bytes.
+    pub max_message_bytes: u32,
+    /// Its addresses (GIDs) that are set, at most 16, in network byte order.
+    pub gids: Vec<[u8; 16]>,
+}
+
+/// One device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// As the kernel names it, such as `mlx5_0` or `rxe0`.
+    pub name: String,
+    /// Firmware version; empty for a software device.
+    pub firmware: String,
+    /// Longest memory registration, bytes.
+    pub max_registration_bytes: u64,
+    /// Most registrations at a time.
+    pub max_registrations: u32,
+    /// Most requests on a queue pair.
+    pub max_requests: u32,
+    /// Most queue pairs.
+    pub max_queue_pairs: u32,
+    /// Registered memory need not be resident (on-demand paging) for RDMA WRITE on reliable connections.
+    pub on_demand: bool,
+    /// Its ports.
+    pub ports: Vec<PortInfo>,
+}
+
+/// Most GIDs reported of a port.
+const MAX_GIDS: i32 = 16;
+
+/// All devices this process may open, in the kernel's order. A device that cannot be opened is left out.
+///
+/// # Errors
+///
+/// [`FabricError::Unavailable`] if there is no library or no device at all.
+pub fn devices() -> Result<Vec<DeviceInfo>, FabricError> {
+    let list = DeviceList::get()?;
+    let opened = list.entries().filter_map(|device| OpenDevice::open(device).ok());
+    opened.map(|device| device.info()).collect()
+}
+
+/// # Errors
+///
+/// [`FabricError::Unavailable`] unless there is a device.
+pub(super) fn any_device() -> Result<(), FabricError> {
+    DeviceList::get().map(drop)
+}
+
+struct DeviceList {
+    list: NonNull<*mut ibv_device>,
+    count: usize,
+}
+
+impl DeviceList {
+    fn get() -> Result<Self, FabricError> {
+        let mut count = 0;
+        // SAFETY: `count` outlives the call; the result is null or an array we free in `Drop`.
+        let list = unsafe { ibv_get_device_list(&mut count) };
+        let list = NonNull::new(list).ok_or_else(|| FabricError::Unavailable {
+            what: "libibverbs finds no devices",
+            remedy: "install rdma-core (libibverbs1, librdmacm1, ibverbs-providers) and load a device driver",
+            source: io::Error::last_os_error(),
+        })?;
+        let list = Self { list, count: usize::try_from(count).unwrap_or(0) };
+        if list.count == 0 {
+            return Err(FabricError::Unavailable {
+                what: "no RDMA device",
+                remedy: "load a device driver, or add soft-RoCE: rdma link add rxe0 type rxe netdev INTERFACE",
+                source: io::ErrorKind::NotFound.into(),
+            });
+        }
+        Ok(list)
+    }
+
+    fn entries(&self) -> impl Iterator<Item = NonNull<ibv_device>> + '_ {
+        // SAFETY: the library promises `count` entries at `list`, which lives until `Drop`.
+        let entry = |index| unsafe { *self.list.as_ptr().add(index) };
+        (0..self.count).filter_map(move |index| NonNull::new(entry(index)))
+    }
+}
+
+impl Drop for DeviceList {
+    fn drop(&mut self) {
+        // SAFETY: `list` came from ibv_get_device_list and is freed once.
+        unsafe { ibv_free_device_list(self.list.as_ptr()) }
+    }
+}
+
+struct OpenDevice {
+    context: NonNull<ibv_context>,
+    name: String,
+}
+
+impl OpenDevice {
+    fn open(device: NonNull<ibv_device>) -> Result<Self, FabricError> {
+        // SAFETY: `device` is an entry of a live list; the name is a string inside it.
+        let name = unsafe {
+            let name = ibv_get_device_name(device.as_ptr());
+            if name.is_null() { String::new() } else { CStr::from_ptr(name).to_string_lossy().into_owned() }
+        };
+        // SAFETY: `device` is an entry of a live list; the context is closed in `Drop`.
+        let context = check_ptr(unsafe { ibv_open_device(device.as_ptr()) }, "ibv_open_device")?;
+        Ok(Self { context, name })
+    }
+
+    fn info(&self) -> Result<DeviceInfo, FabricError> {
+        let attr = query(self.context)?;
+        let firmware =
+            attr.fw_ver.iter().take_while(|&&byte| byte != 0).map(|&byte| byte as u8 as char).collect();
+        let number = |value: i32| u32::try_from(value).unwrap_or(0);
+        let ports = (1..=attr.phys_port_cnt).filter_map(|port| self.port(port).ok()).collect();
+        Ok(DeviceInfo {
+            name: self.name.clone(),
+            firmware,
+            max_registration_bytes: attr.max_mr_size,
+            max_registrations: number(attr.max_mr),
+            max_requests: number(attr.max_qp_wr),
+            max_queue_pairs: number(attr.max_qp),
+            on_demand: on_demand_writes(self.context),
+            ports,
+        })
+    }
+
+    fn port(&self, number: u8) -> Result<PortInfo, FabricError> {
+        // SAFETY: ibv_port_attr is plain numbers, for which zeros are valid.
+        let mut attr: ibv_port_attr = unsafe { std::mem::zeroed() };
+        // SAFETY: the context is open; `attr` outlives the call.
+        check(unsafe { ibv_query_port(self.context.as_ptr(), number, &mut attr) }, "ibv_query_port")?;
+        let gid = |index: i32| {
+            // SAFETY: ibv_gid is 16 bytes, for which zeros are valid.
+            let mut gid: rdma_sys::ibv_gid = unsafe { std::mem::zeroed() };
+            // SAFETY: the context is open; `gid` outlives the call.
+            let got = unsafe { ibv_query_gid(self.context.as_ptr(), number, index, (&raw mut gid).cast()) };
+            // SAFETY: every bit pattern of the union is a valid `raw`.
+            let raw = unsafe { gid.raw };
+            (got == 0 && raw != [0; 16]).then_some(raw)
+        };
+        Ok(PortInfo {
+            number,
+            state: if attr.state == 4 { PortState::Active } else { PortState::Inactive(attr.state) },
+            link_layer: match attr.link_layer {
+                0 | 1 => LinkLayer::InfiniBand,
+                2 => LinkLayer::Ethernet,
+                other => LinkLayer::Other(other),
+            },
+            mtu_bytes: 128_u32.checked_shl(attr.active_mtu).unwrap_or(0),
+            max_message_bytes: attr.max_msg_sz,
+            gids: (0..attr.gid_tbl_len.min(MAX_GIDS)).filter_map(gid).collect(),
+        })
+    }
+}
+
+impl Drop for OpenDevice {
+    fn drop(&mut self) {
+        // SAFETY: opened by us, closed once; nothing was made from it.
+        let _ = unsafe { ibv_close_device(self.context.as_ptr()) };
+    }
+}
+
+/// A device's limits.
+pub(super) fn query(context: NonNull<ibv_context>) -> Result<ibv_device_attr, FabricError> {
+    // SAFETY: ibv_device_attr is plain numbers, for which zeros are valid.
+    let mut attr: ibv_device_attr = unsafe { std::mem::zeroed() };
+    // SAFETY: the caller's context is open; `attr` outlives the call.
+    check(unsafe { ibv_query_device(context.as_ptr(), &mut attr) }, "ibv_query_device")?;
+    Ok(attr)
+}
+
+/// True if memory need not be resident for sends and writes on a reliable connection.
+pub(super) fn on_demand_writes(context: NonNull<ibv_context>) -> bool {
+    const NEEDED: u32 = rdma_sys::ibv_odp_transport_cap_bits::IBV_ODP_SUPPORT_SEND.0
+        | rdma_sys::ibv_odp_transport_cap_bits::IBV_ODP_SUPPORT_WRITE.0;
+    // SAFETY: ibv_device_attr_ex is plain numbers, for which zeros are valid.
+    let mut attr: ibv_device_attr_ex = unsafe { std::mem::zeroed() };
+    // SAFETY: the caller's context is open; no input is allowed; `attr` outlives the call.
+    let queried = unsafe { ibv_query_device_ex(context.as_ptr(), std::ptr::null(), &mut attr) };
+    queried == 0 && attr.odp_caps.per_transport_caps.rc_odp_caps & NEEDED == NEEDED
+}

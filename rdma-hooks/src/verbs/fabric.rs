@@ -1,0 +1,234 @@
+//! Makes connections through librdmacm.
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use rdma_sys::{rdma_accept, rdma_cm_event_type, rdma_conn_param, rdma_connect};
+
+use super::call::check;
+use super::cm::Id;
+use super::domain::Domain;
+use super::endpoint::VerbsEndpoint;
+use super::{MemoryLock, device, memory_lock};
+use crate::fabric::{ConnectParams, Endpoint, Fabric, FabricError, Incoming, Listener};
+use crate::stop::Stop;
+
+/// Times the transport repeats what the peer does not acknowledge.
+const RETRY_COUNT: u8 = 7;
+/// Times the peer's transport may repeat towards us while no receive is posted; 7 means for ever.
+const RNR_RETRY_COUNT: u8 = 7;
+/// RDMA READs of the peer at a time, as QEMU offers and asks for.
+const READS: u8 = 2;
+/// Looked at the completion queues for this long before going to sleep; waking up takes longer.
+const SPIN: Duration = Duration::from_micros(20);
+
+type Domains = Arc<Mutex<HashMap<usize, Weak<Domain>>>>;
+
+/// Connections over this host's verbs devices.
+///
+/// One object per migration: connections made by it through the same device share a protection domain, and no other's.
+#[derive(Clone, Debug, Default)]
+pub struct VerbsFabric {
+    domains: Domains,
+}
+
+impl VerbsFabric {
+    /// # Errors
+    ///
+    /// [`FabricError::Unavailable`] with the reason and the remedy if there is no library or no device.
+    pub fn open() -> Result<Self, FabricError> {
+        device::any_device()?;
+        Ok(Self::default())
+    }
+
+    /// How much memory this process may lock.
+    pub fn memory_lock(&self) -> MemoryLock {
+        memory_lock()
+    }
+}
+
+fn domain_of(domains: &Domains, id: &Arc<Id>) -> Result<Arc<Domain>, FabricError> {
+    let device = id.verbs()?.as_ptr() as usize;
+    let mut domains = domains.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(domain) = domains.get(&device).and_then(Weak::upgrade) {
+        return Ok(domain);
+    }
+    let domain = Arc::new(Domain::new(id)?);
+    domains.insert(device, Arc::downgrade(&domain));
+    Ok(domain)
+}
+
+impl Fabric for VerbsFabric {
+    fn connect(
+        &self,
+        host: &str,
+        port: u16,
+        params: &ConnectParams,
+        stop: &Stop,
+    ) -> Result<Box<dyn Endpoint>, FabricError> {
+        let mut last = None;
+        for address in resolve_name(host, port, stop)? {
+            match self.connect_to(address, params, stop) {
+                Ok(endpoint) => return Ok(Box::new(endpoint)),
+                Err(FabricError::Stopped(stopped)) => return Err(stopped.into()),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| no_address(std::io::ErrorKind::NotFound.into())))
+    }
+
+    fn listen(&self, host: &str, port: u16) -> Result<Box<dyn Listener>, FabricError> {
+        let host = if host.is_empty() { "0.0.0.0" } else { host };
+        let mut last = None;
+        for address in resolve_name(host, port, &Stop::default())? {
+            let id = Id::new()?;
+            match id.bind_and_listen(address) {
+                Ok(port) => {
+                    return Ok(Box::new(VerbsListener { id, port, domains: Arc::clone(&self.domains) }));
+                }
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| no_address(std::io::ErrorKind::NotFound.into())))
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+}
+
+impl VerbsFabric {
+    fn connect_to(
+        &self,
+        address: SocketAddr,
+        params: &ConnectParams,
+        stop: &Stop,
+    ) -> Result<VerbsEndpoint, FabricError> {
+        let id = Arc::new(Id::new()?);
+        id.resolve(address, stop)?;
+        let domain = domain_of(&self.domains, &id)?;
+        let mut endpoint = VerbsEndpoint::new(&id, &domain, params, SPIN)?;
+        let mut conn = conn_param(params, 0, READS);
+        // SAFETY: the id is alive and has its route and queue pair; `conn` and the private data outlive the call.
+        check(unsafe { rdma_connect(id.as_ptr(), &mut conn) }, "rdma_connect")?;
+        let established = id.wait_for(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED, stop)?;
+        endpoint.private_data = established.private_data;
+        Ok(endpoint)
+    }
+}
+
+fn conn_param(params: &ConnectParams, responder_resources: u8, initiator_depth: u8) -> rdma_conn_param {
+    let private_data = params.private_data.get(..56).unwrap_or(&params.private_data);
+    rdma_conn_param {
+        private_data: private_data.as_ptr().cast(),
+        private_data_len: private_data.len() as u8,
+        responder_resources,
+        initiator_depth,
+        flow_control: 0,
+        retry_count: RETRY_COUNT,
+        rnr_retry_count: RNR_RETRY_COUNT,
+        srq: 0,
+        qp_num: 0,
+    }
+}
+
+/// Looks a name up. A lookup may take long and cannot be interrupted, so a thread of its own does it.
+fn resolve_name(host: &str, port: u16, stop: &Stop) -> Result<Vec<SocketAddr>, FabricError> {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    if let Ok(ip) = host.parse() {
+        return Ok(vec![SocketAddr::new(ip, port)]);
+    }
+    let (answer, answered) = channel();
+    let name = host.to_owned();
+    let lookup = move || {
+        // The receiver is gone if the wait was given up.
+        let _ = answer.send((name.as_str(), port).to_socket_addrs().map(Iterator::collect::<Vec<_>>));
+    };
+    std::thread::Builder::new().name("rdma-lookup".into()).spawn(lookup).map_err(no_address)?;
+    loop {
+        let now = Instant::now();
+        stop.check(now)?;
+        match answered.recv_timeout(stop.slice(now)) {
+            Ok(addresses) => {
+                let mut addresses = addresses.map_err(no_address)?;
+                // A QEMU on Ethernet takes no IPv6 connection.
+                addresses.sort_by_key(SocketAddr::is_ipv6);
+                return Ok(addresses);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(no_address(std::io::ErrorKind::NotFound.into()));
+            }
+        }
+    }
+}
+
+fn no_address(source: std::io::Error) -> FabricError {
+    FabricError::Verb { verb: "looking up the host's name", remedy: "give a numeric address", source }
+}
+
+struct VerbsListener {
+    id: Id,
+    port: u16,
+    domains: Domains,
+}
+
+impl Listener for VerbsListener {
+    fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn next_request(&mut self, stop: &Stop) -> Result<Box<dyn Incoming>, FabricError> {
+        let event = self.id.wait_for(rdma_cm_event_type::RDMA_CM_EVENT_CONNECT_REQUEST, stop)?;
+        let request = super::call::check_ptr(
+            event.request.map_or(std::ptr::null_mut(), std::ptr::NonNull::as_ptr),
+            "connection request",
+        )?;
+        let id = Arc::new(Id::adopt(request)?);
+        let (private_data, domains) = (event.private_data, Arc::clone(&self.domains));
+        Ok(Box::new(VerbsIncoming { id, private_data, domains, answered: false }))
+    }
+}
+
+struct VerbsIncoming {
+    id: Arc<Id>,
+    private_data: Vec<u8>,
+    domains: Domains,
+    answered: bool,
+}
+
+impl Incoming for VerbsIncoming {
+    fn private_data(&self) -> &[u8] {
+        &self.private_data
+    }
+
+    fn peer(&self) -> Option<SocketAddr> {
+        self.id.peer()
+    }
+
+    fn accept(
+        mut self: Box<Self>,
+        params: &ConnectParams,
+        stop: &Stop,
+    ) -> Result<Box<dyn Endpoint>, FabricError> {
+        let domain = domain_of(&self.domains, &self.id)?;
+        let endpoint = VerbsEndpoint::new(&self.id, &domain, params, SPIN)?;
+        let mut conn = conn_param(params, READS, 0);
+        // SAFETY: the id is alive and has its queue pair; `conn` and the private data outlive the call.
+        check(unsafe { rdma_accept(self.id.as_ptr(), &mut conn) }, "rdma_accept")?;
+        self.answered = true;
+        endpoint.id().wait_for(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED, stop)?;
+        Ok(Box::new(endpoint))
+    }
+}
+
+impl Drop for VerbsIncoming {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.id.reject();
+        }
+    }
+}
