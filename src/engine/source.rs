@@ -318,8 +318,8 @@ impl SourceEngine {
             _ if input == Input::Refused && self.config.handover == Handover::Shut => {
                 Some(self.go(Phase::Recovering(Reason::Failed), Action::Recover))
             }
-            _ if matches!(input, Input::Failed | Input::Refused) => Some(self.abandon(Reason::Failed)),
             _ if self.cancelled && !self.is_committed() => Some(self.abandon(Reason::Cancelled)),
+            _ if matches!(input, Input::Failed | Input::Refused) => Some(self.abandon(Reason::Failed)),
             _ => None,
         }
     }

@@ -47,7 +47,8 @@ impl ReturnPath {
     /// Waits for the next message.
     ///
     /// # Errors
-    /// The channel's; [`Error::PeerFailed`] if the peer closes; [`Error::Decode`] and [`Error::OutOfTurn`].
+    /// The channel's, [`ChannelError::Closed`] if the peer closes; [`Error::Decode`] and [`Error::OutOfTurn`].
+    /// A close is no word: it does not say that the guest does not run there.
     pub(super) fn next(&mut self, stop: &Stop) -> Result<Word, Error> {
         loop {
             match decode_message(&self.buffer[..self.filled]) {
@@ -65,7 +66,8 @@ impl ReturnPath {
             let room = &mut self.buffer[self.filled..];
             let got = self.source.recv(&mut [RecvPart::Own(room)], stop)?;
             if got == 0 {
-                return Err(Error::PeerFailed { why: "it closed the connection without a word".into() });
+                let (peer, doing) = ("the destination".into(), "its answer was due");
+                return Err(ChannelError::Closed { peer, doing }.into());
             }
             self.filled += got;
         }

@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::{Action, Handover, Input, Outcome, SourceConfig, SourceEngine, Switchover};
-use crate::guest::{DirtySource, GuestControl, GuestMemory};
+use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
 use crate::observe::{SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
 use crate::stream::qemu::section;
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::{ByteSource, ChannelError, Returned, SourceLink};
-use crate::units::BlockIndex;
 
 use super::config::SourceSettings;
 use super::figures::Figures;
@@ -103,6 +102,10 @@ pub struct SourceSession {
     pub(super) search: PageSearch,
     pub(super) spare: Vec<PageBatch>,
     pub(super) returned: Vec<Returned>,
+    /// Batches of this round that the door can't carry.
+    pub(super) declined: Vec<PageBatch>,
+    /// Some pages went in the stream although the door is another.
+    pub(super) sent_past_the_door: bool,
     pub(super) figures: Figures,
     pub(super) handover: Handover,
     pub(super) section_id: u32,
@@ -110,6 +113,7 @@ pub struct SourceSession {
     pub(super) state: Vec<u8>,
     pub(super) commit_at: usize,
     paused: bool,
+    cancel_refused: bool,
     error: Option<Error>,
     pub(super) breakage: Breakage,
 }
@@ -140,11 +144,14 @@ impl SourceSession {
             search: PageSearch::default(),
             spare: Vec::new(),
             returned: Vec::new(),
+            declined: Vec::new(),
+            sent_past_the_door: false,
             handover,
             section_id: greeting::RAM_SECTION_ID,
             state: Vec::new(),
             commit_at: 0,
             paused: false,
+            cancel_refused: false,
             error: None,
             breakage: Breakage::default(),
         }
@@ -201,21 +208,22 @@ impl SourceSession {
     }
 
     fn look_at_cancel(&mut self) {
-        if self.cancel.is_cancelled() && !self.engine.cancel() && !self.stop_is_unbreakable() {
-            tracing::warn!("cancel refused: the destination owns the guest");
+        if !self.cancel.is_cancelled() || self.engine.cancel() {
+            return;
         }
-    }
-
-    /// After COMMIT, and while recovering, a cancel must break no wait any more.
-    fn stop_is_unbreakable(&mut self) -> bool {
-        self.stop.reason().is_none() || self.breakage.is(Breakage::BreakOffAfterCommit) || {
+        // After COMMIT a cancel must break no wait any more.
+        if self.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
             self.stop = Stop::on(&CancelToken::default());
-            false
+        }
+        if !std::mem::replace(&mut self.cancel_refused, true) {
+            tracing::warn!("cancel refused: the destination owns the guest");
         }
     }
 
     fn keep(&mut self, error: Error) -> Input {
         tracing::warn!(%error, "migration step failed");
+        // A cancel that broke the step's wait is the reason, not the broken wait.
+        self.look_at_cancel();
         let refused = matches!(&error, Error::PeerFailed { .. }) && self.handover == Handover::Shut;
         self.error.get_or_insert(error);
         if refused { Input::Refused } else { Input::Failed }
@@ -259,11 +267,12 @@ impl SourceSession {
 
     fn start_logs(&mut self) -> Result<Input, Error> {
         self.figures.shared().update(|s| s.status = Status::Setup);
-        for source in &self.guest.dirty {
-            source.start()?;
-        }
+        // First: should a log not start, nothing is at the destination.
         if self.settings.all_dirty_at_start {
             self.dirty.set_all(self.guest.memory.table());
+        }
+        for source in &self.guest.dirty {
+            source.start()?;
         }
         Ok(Input::Done)
     }
@@ -277,18 +286,7 @@ impl SourceSession {
     }
 
     fn sync(&mut self) -> Result<Input, Error> {
-        let table = self.guest.memory.table();
-        let mut fresh = 0;
-        for (index, block) in table.blocks().iter().enumerate() {
-            if block.flags.ignored {
-                continue;
-            }
-            let index = BlockIndex(index as u32);
-            let sources = &self.guest.dirty;
-            fresh += self.dirty.sync_block(index, |bitmap| {
-                sources.iter().try_for_each(|source| source.sync_into(index, bitmap))
-            })?;
-        }
+        let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.dirty)?;
         let dirty_pages = self.dirty.count();
         let expected = self.engine.expected_downtime(dirty_pages);
         self.figures.synced(self.clock.now(), dirty_pages, fresh, expected);
@@ -314,6 +312,7 @@ impl SourceSession {
         if !self.breakage.is(Breakage::SkipFence) {
             self.link.close_round(kind, &self.stop)?;
         }
+        self.send_declined()?;
         let mut tail = crate::stream::qemu::ram::EOS_RECORD.to_vec();
         section::encode_footer(self.section_id, &mut tail);
         self.send_bytes(&tail)?;
@@ -384,8 +383,11 @@ impl SourceSession {
             for batch in self.link.reclaim() {
                 self.mark_unsent(&batch);
             }
+            for batch in std::mem::take(&mut self.declined) {
+                self.mark_unsent(&batch);
+            }
             // Released is not placed: on such a door nothing counts as arrived before the end.
-            if !confirms {
+            if !confirms || self.sent_past_the_door {
                 self.dirty.set_all(self.guest.memory.table());
             }
         }

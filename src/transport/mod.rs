@@ -32,7 +32,7 @@ use crate::guest::GuestError;
 use crate::ram::{MoverAbilities, PageBatch, RoundKind};
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 
-pub use inline::InlineLink;
+pub use inline::{InlineLink, InlinePages};
 
 /// Why a channel did not carry bytes.
 #[derive(Debug, thiserror::Error)]

@@ -4,6 +4,7 @@
 //! placed at the destination, past the byte stream. Channels know nothing of each other but the fences.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use super::channel::SimSink;
 use super::guest::PAGE;
@@ -16,6 +17,13 @@ use crate::transport::{
 };
 use crate::units::{BlockIndex, PageIndex};
 
+/// Steps after which a door that moves nothing has stalled.
+const PATIENCE: u32 = 5000;
+
+fn cannot_carry(batch: &PageBatch) -> bool {
+    batch.pieces().first().is_some_and(|piece| piece.run.first.0 % 4 == 1)
+}
+
 #[derive(Debug)]
 enum Item {
     Batch(Batch),
@@ -25,6 +33,8 @@ enum Item {
 #[derive(Debug)]
 struct Batch {
     order: u64,
+    /// Bytes of the stream that the destination has taken before it lets the page in.
+    behind: u64,
     ticket: Ticket,
     /// Gone once it was returned.
     batch: Option<PageBatch>,
@@ -114,7 +124,11 @@ impl World {
         if self.door.channels.iter().all(|channel| matches!(channel.front(), Some(Item::Fence))) {
             self.door.channels.iter_mut().for_each(|channel| drop(channel.pop_front()));
         }
-        for _ in 0..1 + self.rng.below(3) {
+        let slowness = self.door.kind.map_or(1, |door| door.slowness);
+        for _ in 0..3 {
+            if !self.rng.one_in(slowness) {
+                continue;
+            }
             let channel = self.rng.below(self.door.channels.len() as u64) as usize;
             if self.rng.one_in(2) { self.read_one(channel) } else { self.place_one(channel) }
         }
@@ -145,8 +159,10 @@ impl World {
 
     fn place_one(&mut self, channel: usize) {
         let queue = &mut self.door.channels[channel];
-        if !matches!(queue.front(), Some(Item::Batch(Batch { bytes: Some(_), .. }))) {
-            return;
+        let taken = self.pipes[Side::Source as usize].taken;
+        match queue.front() {
+            Some(Item::Batch(Batch { bytes: Some(_), behind, .. })) if *behind <= taken => {}
+            _ => return,
         }
         let Some(Item::Batch(batch)) = queue.pop_front() else { return };
         if batch.order < self.door.last_placed {
@@ -209,12 +225,21 @@ impl SimLink {
     }
 
     fn wait_until_empty(&self, stop: &Stop) -> Result<(), MoveError> {
-        while self.call(|world| world.door.under_way())? > 0 {
+        const DOING: &str = "waiting for pages";
+        for _ in 0..PATIENCE {
+            if self.call(|world| world.door.under_way())? == 0 {
+                return Ok(());
+            }
             if let Some(reason) = stop.reason() {
-                return Err(ChannelError::Stopped { reason, doing: "waiting for pages" }.into());
+                return Err(ChannelError::Stopped { reason, doing: DOING }.into());
             }
         }
-        Ok(())
+        let mut world = self.sim.world();
+        if world.plan.fault.is_none() {
+            world.violation("the door waits for ever");
+        }
+        let after = Duration::from_secs(30);
+        Err(ChannelError::Stalled { peer: "sim".into(), doing: DOING, after }.into())
     }
 }
 
@@ -252,7 +277,7 @@ impl SourceLink for SimLink {
                 return Some(Offer::Full(batch));
             }
             // A zero page inside the stream is for memory that only the stream fills.
-            if door.declines && batch.zero_pages() == 0 && world.rng.one_in(4) {
+            if door.declines && batch.zero_pages() == 0 && cannot_carry(&batch) {
                 world.mark(Mark::Declined);
                 world.door.confirm(&batch, false);
                 return Some(Offer::Declined(batch));
@@ -265,7 +290,8 @@ impl SourceLink for SimLink {
             let pieces = batch.pieces().to_vec();
             let order = ticket.0 + 1;
             let channel = world.rng.below(door.channels as u64) as usize;
-            let item = Item::Batch(Batch { order, ticket, batch: Some(batch), pieces, bytes: None });
+            let behind = world.pipes[Side::Source as usize].sent;
+            let item = Item::Batch(Batch { order, behind, ticket, batch: Some(batch), pieces, bytes: None });
             world.door.channels[channel].push_back(item);
             Some(Offer::Taken(ticket))
         });

@@ -124,8 +124,11 @@ pub(super) struct LateDoor {
     pub(super) batch_pages: u32,
     /// Batches come back when they are placed, not when they have been read.
     pub(super) confirms: bool,
+    /// It can't carry one in four pages.
     pub(super) declines: bool,
     pub(super) exclusive: bool,
+    /// One in so many chances to move a batch is taken.
+    pub(super) slowness: u64,
     /// A fence waits until the pages are placed, instead of only ordering them.
     pub(super) fence_waits: bool,
 }
@@ -255,6 +258,7 @@ fn draw_door(rng: &mut Rng) -> DoorKind {
         confirms: rng.one_in(2),
         declines: rng.one_in(3),
         exclusive: rng.one_in(2),
+        slowness: rng.pick(&[1, 6, 40]),
         fence_waits: rng.one_in(3),
     })
 }

@@ -8,7 +8,7 @@ use super::door::{SimLink, SmallBatches};
 use super::guest::{Guest, PAGE, SimControl, SimLog, SimMemory, Watcher};
 use super::plan::{DoorKind, Fault, PeerKind, Plan, Side, Wire};
 use super::world::{Sim, World};
-use crate::engine::{Ending, Outcome};
+use crate::engine::{Ending, Outcome, Reason};
 use crate::guest::DirtySource;
 use crate::ram::ClearShift;
 use crate::session::{
@@ -150,6 +150,7 @@ impl Run {
         }
         if matches!(world.plan.fault, Some(Fault::Cancel { side: Side::Source, .. })) {
             must(outcome != Outcome::InDoubt, "a cancel left the guest in doubt");
+            must(outcome != Outcome::StaysHere(Reason::Failed), "a cancel is told as a failure");
         }
         if matches!(world.plan.fault, Some(Fault::Load)) {
             must(matches!(outcome, Outcome::StaysHere(_)), "the peer refused and the guest is not here");

@@ -129,6 +129,10 @@ impl World {
         self.steps > MAX_STEPS
     }
 
+    pub(super) fn steps(&self) -> u64 {
+        self.steps
+    }
+
     pub(super) fn is_done(&self, side: Side) -> bool {
         self.done[side as usize]
     }
