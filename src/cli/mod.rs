@@ -2,6 +2,7 @@
 #![allow(unreachable_pub)]
 
 mod args;
+mod bench;
 mod common;
 mod demo;
 mod inspect;

@@ -11,6 +11,7 @@ use crate::stream::qemu::section::{SectionName, encode_footer, encode_start};
 use crate::stream::qemu::{file, ram};
 use crate::units::GuestAddr;
 
+use super::digest::Digest;
 use super::return_path::Word;
 use super::source::{SourceSession, refuse_verdict};
 use super::{Error, Peer};
@@ -54,9 +55,23 @@ impl SourceSession {
         end.extend_from_slice(&self.settings.early_sections);
         self.send_bytes(&end)?;
         self.link.sink().flush(&self.stop)?;
+        if self.settings.digest && self.handover == Handover::Native {
+            self.estimate_digest()?;
+        }
         let position = self.link.sink().position();
         self.figures.set_up(self.clock.now(), position);
         Ok(Input::SetUp { handover: self.handover })
+    }
+
+    /// The digest is made while the guest stands still: it counts against the downtime limit.
+    fn estimate_digest(&mut self) -> Result<(), Error> {
+        let before = self.clock.now();
+        let share = Digest::sample(&self.guest.memory, &self.settings.spawner)?;
+        let took = self.clock.now().saturating_sub(before);
+        if share > 0.0 {
+            self.engine.set_fixed_downtime(took.div_f64(share));
+        }
+        Ok(())
     }
 
     /// The greeting is answered before the ordinary PING: whoever answers only that is a QEMU.
