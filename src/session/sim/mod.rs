@@ -37,7 +37,7 @@ use super::{Breakage, Error};
 use crate::engine::{Ending, Outcome, Reason};
 
 /// Seeds of an ordinary test run.
-const SEEDS: u64 = 4000;
+const SEEDS: u64 = 3000;
 /// Seeds among which each order that is switched off must be found.
 const MUTANT_SEEDS: u64 = 1000;
 const WORKERS: usize = 4;
