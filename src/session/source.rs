@@ -60,12 +60,14 @@ pub struct SourceReport {
     pub first_page_sent: Option<std::time::Duration>,
     /// Pages the destination does not have for certain; all clean after success.
     pub dirty: DirtyMap,
+    /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
+    pub stands_still: bool,
 }
 
 impl SourceReport {
     /// True if the guest runs on, whole, at the source.
     pub fn guest_is_safe_here(&self) -> bool {
-        matches!(self.outcome, Outcome::StaysHere(_))
+        matches!(self.outcome, Outcome::StaysHere(_)) && !self.stands_still
     }
 }
 
@@ -201,13 +203,20 @@ impl SourceSession {
 
     fn report(mut self, outcome: Outcome) -> SourceReport {
         let now = self.clock.now();
+        if outcome == Outcome::InDoubt
+            && let Err(error) = self.stop_logs()
+        {
+            // The guest stands still: a log left on costs, and loses nothing.
+            tracing::warn!(%error, "a dirty log could not be stopped");
+        }
         self.figures.ended(now, outcome, self.error.as_ref());
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
             self.error = Some(Error::Cancelled);
         }
         let statistics = self.figures.shared().snapshot();
         let first_page_sent = self.figures.first_page;
-        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty: self.dirty }
+        let (dirty, stands_still) = (self.dirty, self.paused);
+        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
     }
 
     fn look_at_cancel(&mut self) {
@@ -400,9 +409,12 @@ impl SourceSession {
         let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
         self.guest.control.throttle(crate::units::Percent::default());
         if self.paused && !self.breakage.is(Breakage::StayPaused) {
+            if let Err(source) = self.guest.control.resume() {
+                // More urgent than what led here: somebody must look after the guest.
+                let why = self.error.take().map_or_else(|| "cancelled".into(), |error| error.to_string());
+                return Err(Error::StandsStill { why, source });
+            }
             self.paused = false;
-            let resumed = self.guest.control.resume();
-            resumed.map_err(|source| Error::Control { what: "resume", source })?;
         }
         stopped
     }

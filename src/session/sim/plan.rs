@@ -97,15 +97,34 @@ pub(super) enum Wire {
 /// The one thing that goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
-    Wire { from: Side, anchor: Anchor, at: u64, wire: Wire },
-    Cancel { side: Side, anchor: Anchor, at: u64 },
-    Kill { anchor: Anchor, at: u64 },
-    Log { call: u64 },
-    Pause { stands: bool },
+    Wire {
+        from: Side,
+        anchor: Anchor,
+        at: u64,
+        wire: Wire,
+    },
+    Cancel {
+        side: Side,
+        anchor: Anchor,
+        at: u64,
+    },
+    Kill {
+        anchor: Anchor,
+        at: u64,
+    },
+    Log {
+        call: u64,
+    },
+    Pause {
+        stands: bool,
+    },
     Save,
     Load,
-    Resume { side: Side },
-    Door { call: u64 },
+    /// The destination's guest can't be started.
+    Start,
+    Door {
+        call: u64,
+    },
 }
 
 /// The door of the pages.
@@ -163,6 +182,8 @@ pub(super) struct Plan {
     pub(super) bytes_per_ms: u64,
     pub(super) downtime_pages: u64,
     pub(super) fault: Option<Fault>,
+    /// Where the source's guest is to resume, it can't.
+    pub(super) stands_still: bool,
 }
 
 /// What the source is told of its peer, and what the peer is.
@@ -208,6 +229,7 @@ impl Plan {
             bytes_per_ms: rng.pick(&[400, 4096, 100_000]),
             downtime_pages: rng.below(12),
             fault,
+            stands_still: rng.one_in(25),
             blocks,
         }
     }
@@ -296,7 +318,7 @@ fn draw_fault(rng: &mut Rng, total_pages: u64, door: DoorKind) -> Option<Fault> 
         14 => Fault::Log { call: rng.below(40) },
         15 => Fault::Pause { stands: rng.one_in(2) },
         16 => rng.pick(&[Fault::Save, Fault::Load]),
-        17 => Fault::Resume { side: Side::Target },
+        17 => Fault::Start,
         _ if late => Fault::Door { call: rng.below(40) },
         18 => Fault::Log { call: rng.below(8) },
         _ => Fault::Kill { anchor, at: steps },
