@@ -145,7 +145,7 @@ impl DestinationEngine {
             }
             (Stage::Resuming, Arrived::Done) => self.go(Stage::SayingRunning, Deed::SayRunning),
             // The guest runs here: that the source could not be told changes nothing about it.
-            (Stage::SayingRunning, Arrived::Done | Arrived::Failed) => {
+            (Stage::SayingRunning, _) => {
                 self.go(Stage::Ended(Ending::Running), Deed::Finish(Ending::Running))
             }
             _ => self.fail(),
