@@ -315,12 +315,12 @@ fn draw_fault(rng: &mut Rng, total_pages: u64, door: DoorKind) -> Option<Fault> 
             Fault::Cancel { side: rng.pick(&[Side::Source, Side::Source, Side::Target]), anchor, at: steps }
         }
         13 => Fault::Kill { anchor, at: steps },
-        14 => Fault::Log { call: rng.below(40) },
+        14 => Fault::Log { call: rng.below_one_of(&[2, 40]) },
         15 => Fault::Pause { stands: rng.one_in(2) },
         16 => rng.pick(&[Fault::Save, Fault::Load]),
         17 => Fault::Start,
         _ if late => Fault::Door { call: rng.below(40) },
-        18 => Fault::Log { call: rng.below(8) },
+        18 => Fault::Log { call: rng.below_one_of(&[2, 8]) },
         _ => Fault::Kill { anchor, at: steps },
     })
 }
