@@ -67,8 +67,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let channel = listener.accept(&args.timeouts.stream_options(), &stop)?;
     // One migration: nobody else gets in.
     drop(listener);
-    let two_way = matches!(args.uri, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_));
-    let (near, back) = channel.split();
+    let (near, back) = channel.with_return_path();
     let settings = DestinationSettings {
         stall_timeout: args.timeouts.stall_timeout,
         finish_timeout: args.timeouts.finish_timeout,
@@ -76,7 +75,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         accept_missing_description: true,
         ..DestinationSettings::default()
     };
-    let back = two_way.then(|| Box::new(back) as Box<_>);
+    let back = back.map(|back| Box::new(back) as Box<_>);
     let session = DestinationSession::new(
         Box::new(near),
         back,

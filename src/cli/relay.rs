@@ -72,19 +72,17 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     eprintln!("listening on {}", listener.address());
     let options = args.timeouts.stream_options();
-    let (source, back) = listener.accept(&options, &stop)?.split();
+    let (source, back) = listener.accept(&options, &stop)?.with_return_path();
     drop(listener);
-    let two_way =
-        |address: &Address| matches!(address, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_));
-    let back = two_way(&args.listen).then(|| Box::new(back) as Box<_>);
-    let (far, far_two_way, far_stop) = (args.connect.clone(), two_way(&args.connect), stop.clone());
+    let back = back.map(|back| Box::new(back) as Box<_>);
+    let (far, far_stop) = (args.connect.clone(), stop.clone());
     let open = move |memory| {
         let channel = connect(&far, &options, &far_stop).map_err(|error| Error::Config {
             what: format!("the far end can't be reached: {error}"),
             remedy: "start it first, with -incoming or ramwire receive",
         })?;
-        let (sink, ear) = channel.split();
-        let back = far_two_way.then(|| Box::new(ear) as Box<_>);
+        let (sink, ear) = channel.with_return_path();
+        let back = ear.map(|ear| Box::new(ear) as Box<_>);
         Ok(SourceConnection { link: Box::new(InlineLink::new(Box::new(sink), memory)), back })
     };
     let incoming = DestinationSettings {

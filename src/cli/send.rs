@@ -122,12 +122,11 @@ fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error:
     let cancel = CancelToken::default();
     cancel_on_signal(vec![cancel.clone()]);
     let channel = connect(&args.uri, &args.timeouts.stream_options(), &Stop::on(&cancel))?;
-    let two_way = matches!(args.uri, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_));
-    let (sink, back) = channel.split();
+    let (sink, back) = channel.with_return_path();
     let memory = guest.memory();
     let connection = SourceConnection {
         link: Box::new(InlineLink::new(Box::new(sink), memory.clone())),
-        back: two_way.then(|| Box::new(back) as Box<_>),
+        back: back.map(|back| Box::new(back) as Box<_>),
     };
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
     let session = SourceSession::new(source, connection, settings(args, &guest)).with_cancel(cancel);

@@ -191,6 +191,7 @@ mod tests {
                 assert_eq!(engine.handle(*fact), *deed);
             }
             let ended = if fault_at == 9 {
+                assert_eq!(engine.handle(Arrived::Failed), Deed::Finish(Ending::Running));
                 Deed::Finish(Ending::Running)
             } else {
                 assert_eq!(engine.handle(Arrived::Failed), Deed::SayFailed, "step {fault_at}");

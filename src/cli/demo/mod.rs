@@ -141,9 +141,9 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let channel = connect(&address, &super::common::local_options(), &Stop::on(&cancel))?;
     guest.resume()?;
 
-    let (sink, back) = channel.split();
+    let (sink, back) = channel.with_return_path();
     let link = Box::new(InlineLink::new(Box::new(sink), memory.clone()));
-    let connection = SourceConnection { link, back: Some(Box::new(back)) };
+    let connection = SourceConnection { link, back: back.map(|back| Box::new(back) as Box<_>) };
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: Box::new(guest.clone()) };
     let mut settings =
         SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
