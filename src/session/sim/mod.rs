@@ -75,6 +75,7 @@ impl Coverage {
                 flipped(&world.plan) && matches!(arrived.error, Some(Error::Decode(_))),
             ),
             ("flip without harm", marked(Mark::Flipped) && sent.outcome == Outcome::Completed),
+            ("two faults", world.plan.also.is_some() && world.marks.len() >= 2),
             ("cut", marked(Mark::Cut)),
             ("reset", marked(Mark::Reset)),
             ("reset by a close", marked(Mark::Rude)),

@@ -139,6 +139,7 @@ impl Run {
         if there && let Some(page) = world.guest.differs(Side::Target, Side::Target) {
             must(false, &format!("after the start: {page}"));
         }
+        let only = world.plan.fault.filter(|_| world.plan.also.is_none());
         let faultless = match world.plan.fault {
             None => true,
             Some(Fault::Log { .. } | Fault::Door { .. }) => world.marks.is_empty(),
@@ -148,11 +149,11 @@ impl Run {
             must(outcome == Outcome::Completed, "nothing was wrong and the guest did not move");
             must(self.arrived.verified == self.digest_is_due(), "the digest was not compared");
         }
-        if matches!(world.plan.fault, Some(Fault::Cancel { side: Side::Source, .. })) {
+        if matches!(only, Some(Fault::Cancel { side: Side::Source, .. })) {
             must(outcome != Outcome::InDoubt, "a cancel left the guest in doubt");
             must(outcome != Outcome::StaysHere(Reason::Failed), "a cancel is told as a failure");
         }
-        if matches!(world.plan.fault, Some(Fault::Load)) {
+        if matches!(only, Some(Fault::Load)) {
             must(matches!(outcome, Outcome::StaysHere(_)), "the peer refused and the guest is not here");
         }
         let log_failed = matches!(world.plan.fault, Some(Fault::Log { .. }));
@@ -225,6 +226,7 @@ pub(super) fn run_seed(seed: u64, breakage: Breakage) -> Result<Run, Vec<String>
         digest: true,
         door: DoorKind::Inline { batch_pages: 64 },
         fault: None,
+        also: None,
         ..Plan::of(seed)
     };
     let empty = Guest::new(&Plan { blocks: Vec::new(), ..plan.clone() });
