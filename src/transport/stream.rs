@@ -159,6 +159,11 @@ impl StreamChannel {
         (self, other)
     }
 
+    /// True if the same connection carries bytes back: a socket, but not one that leads to a command.
+    pub fn is_two_way(&self) -> bool {
+        matches!(self.end.nature, Nature::Tcp | Nature::Socket) && self.end.child.is_none()
+    }
+
     /// Name of the other end, for messages.
     pub fn peer(&self) -> &str {
         &self.end.peer
