@@ -67,7 +67,6 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let channel = listener.accept(&args.timeouts.stream_options(), &stop)?;
     // One migration: nobody else gets in.
     drop(listener);
-    let (near, back) = channel.with_return_path();
     let settings = DestinationSettings {
         stall_timeout: args.timeouts.stall_timeout,
         finish_timeout: args.timeouts.finish_timeout,
@@ -75,15 +74,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         accept_missing_description: true,
         ..DestinationSettings::default()
     };
-    let back = back.map(|back| Box::new(back) as Box<_>);
-    let session = DestinationSession::new(
-        Box::new(near),
-        back,
-        Box::new(guest.clone()),
-        Box::new(guest.clone()),
-        settings,
-    )
-    .with_cancel(cancel);
+    let (provider, control) = (Box::new(guest.clone()), Box::new(guest.clone()));
+    let session = DestinationSession::over(channel, provider, control, settings).with_cancel(cancel);
     let progress = Progress::follow(session.statistics());
     let report = session.run();
     drop(progress);

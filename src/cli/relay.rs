@@ -10,7 +10,7 @@ use ramwire::session::{
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, InlineLink, Listener, connect};
+use ramwire::transport::{Address, AllowList, Listener, connect};
 use serde_json::json;
 
 use super::args::Exit;
@@ -81,9 +81,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
             what: format!("the far end can't be reached: {error}"),
             remedy: "start it first, with -incoming or ramwire receive",
         })?;
-        let (sink, ear) = channel.with_return_path();
-        let back = ear.map(|ear| Box::new(ear) as Box<_>);
-        Ok(SourceConnection { link: Box::new(InlineLink::new(Box::new(sink), memory)), back })
+        Ok(SourceConnection::over(channel, memory))
     };
     let incoming = DestinationSettings {
         stall_timeout: args.timeouts.stall_timeout,

@@ -10,10 +10,11 @@ use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
 use crate::stream::qemu::section;
 use crate::sys::{CancelToken, SendPart, Stop};
-use crate::transport::{ByteSource, ChannelError, Returned, SourceLink};
+use crate::transport::{ByteSource, ChannelError, InlineLink, Returned, SourceLink, StreamChannel};
 
 use super::config::SourceSettings;
 use super::figures::Figures;
+use super::handle::Commitment;
 use super::return_path::{ReturnPath, Word};
 use super::{Breakage, Error, greeting};
 
@@ -36,6 +37,15 @@ pub struct SourceConnection {
     pub link: Box<dyn SourceLink>,
     /// Where the destination's messages come from; `None` for files and pipes.
     pub back: Option<Box<dyn ByteSource>>,
+}
+
+impl SourceConnection {
+    /// Pages of `memory` go in the stream over `channel`; answers come back on it if it is a socket.
+    pub fn over(channel: StreamChannel, memory: Arc<dyn GuestMemory>) -> Self {
+        let (sink, back) = channel.with_return_path();
+        let link = Box::new(InlineLink::new(Box::new(sink), memory));
+        Self { link, back: back.map(|back| Box::new(back) as Box<_>) }
+    }
 }
 
 /// A guest's own source, in front of a relay: tells when it has stopped its guest.
@@ -101,6 +111,7 @@ pub struct SourceSession {
     pub(super) upstream: Option<Box<dyn Upstream>>,
     pub(super) clock: Box<dyn Clock>,
     pub(super) cancel: CancelToken,
+    pub(super) commitment: Arc<Commitment>,
     pub(super) stop: Stop,
     pub(super) engine: SourceEngine,
     pub(super) dirty: DirtyMap,
@@ -137,6 +148,7 @@ impl SourceSession {
         Self {
             stop: Stop::on(&cancel),
             cancel,
+            commitment: Arc::default(),
             engine: SourceEngine::new(config),
             dirty,
             figures,
@@ -193,10 +205,15 @@ impl SourceSession {
             if let Action::Finish(outcome) = action {
                 break outcome;
             }
-            self.look_at_cancel();
             tracing::trace!(?action, "perform");
             let input = self.perform(action).unwrap_or_else(|error| self.keep(error));
-            action = self.engine.handle(self.clock.now(), input);
+            // A cancel comes before this step or after it, never in between: the step may be COMMIT.
+            let commitment = Arc::clone(&self.commitment);
+            action = commitment.decide(|| {
+                self.look_at_cancel();
+                let action = self.engine.handle(self.clock.now(), input);
+                (action, self.engine.is_committed())
+            });
         };
         self.report(outcome)
     }

@@ -14,7 +14,7 @@ use ramwire::guest::{DirtySource, GuestControl, WrittenPages, choose};
 use ramwire::session::{SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, InlineLink, connect};
+use ramwire::transport::{Address, connect};
 use ramwire::units::{Percent, Rate};
 
 use self::blocks::BlockSpec;
@@ -141,9 +141,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let channel = connect(&address, &super::common::local_options(), &Stop::on(&cancel))?;
     guest.resume()?;
 
-    let (sink, back) = channel.with_return_path();
-    let link = Box::new(InlineLink::new(Box::new(sink), memory.clone()));
-    let connection = SourceConnection { link, back: back.map(|back| Box::new(back) as Box<_>) };
+    let connection = SourceConnection::over(channel, memory.clone());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: Box::new(guest.clone()) };
     let mut settings =
         SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
