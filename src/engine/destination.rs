@@ -108,6 +108,20 @@ impl DestinationEngine {
         self.committed
     }
 
+    /// True while the source alone decides: READY was said, or the guest was given away.
+    pub fn is_bound(&self) -> bool {
+        self.committed || matches!(self.stage, Stage::SayingReady | Stage::AwaitingCommit)
+    }
+
+    /// True if `fact` binds: the last moment for a cancel is in front of it.
+    pub fn binds(&self, fact: Arrived) -> bool {
+        match fact {
+            Arrived::Tail => self.stage == Stage::Receiving,
+            Arrived::Done => self.stage == Stage::Loading && self.native,
+            _ => false,
+        }
+    }
+
     /// Takes a fact, answers with what to do. A fact out of turn (a peer's doing) is a failure.
     pub fn handle(&mut self, fact: Arrived) -> Deed {
         match (self.stage, fact) {

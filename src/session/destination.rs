@@ -243,12 +243,12 @@ impl DestinationSession {
                 self.error.get_or_insert(error);
                 Arrived::Failed
             });
-            // A cancel comes before this step or after it, never in between: the step may take the guest.
+            // A cancel comes before this step or after it, never in between: the step may bind us.
             let commitment = Arc::clone(&self.commitment);
             deed = commitment.decide(|| {
                 let fact = self.unless_cancelled(fact);
                 let deed = self.engine.handle(fact);
-                (deed, self.engine.is_committed())
+                (deed, self.engine.is_bound())
             });
             if self.engine.is_committed() {
                 // The guest is ours: no cancel breaks it off any more.
@@ -260,8 +260,7 @@ impl DestinationSession {
 
     /// The last moment for a cancel that no wait has seen.
     fn unless_cancelled(&mut self, fact: Arrived) -> Arrived {
-        let takes_the_guest = matches!(fact, Arrived::Commit | Arrived::Tail);
-        if !takes_the_guest || !self.cancel.is_cancelled() {
+        if !self.engine.binds(fact) || !self.cancel.is_cancelled() {
             return fact;
         }
         self.error.get_or_insert(Error::Cancelled);

@@ -47,11 +47,9 @@ pub enum CancelReply {
     /// The guest stays at the source: a source resumes it, a destination discards what came. The report
     /// comes as soon as the thread has cleaned up. Accepted too, and without effect, where the migration
     /// has failed already.
-    ///
-    /// A destination that was cancelled after it had said READY may leave its source in doubt, as if the
-    /// connection had broken there: the source then keeps the guest, paused.
     Accepted,
-    /// The guest was given to the destination; the migration runs to its end.
+    /// The guest was given to the destination, or a destination has said READY, and its source alone
+    /// decides; the migration runs to its end.
     TooLate,
 }
 

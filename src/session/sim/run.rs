@@ -153,6 +153,10 @@ impl Run {
             must(outcome != Outcome::InDoubt, "a cancel left the guest in doubt");
             must(outcome != Outcome::StaysHere(Reason::Failed), "a cancel is told as a failure");
         }
+        let native = world.plan.peer != PeerKind::Qemu;
+        if native && matches!(only, Some(Fault::Cancel { side: Side::Target, .. })) {
+            must(outcome != Outcome::InDoubt, "a cancel at the destination left the guest in doubt");
+        }
         if matches!(only, Some(Fault::Load)) {
             must(matches!(outcome, Outcome::StaysHere(_)), "the peer refused and the guest is not here");
         }
