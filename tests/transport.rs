@@ -514,6 +514,21 @@ fn both_halves_end_when_the_connection_is_broken_from_elsewhere() {
 }
 
 #[test]
+fn only_a_socket_has_a_return_path_and_it_waits_as_long_as_the_peer_lives() {
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let pipe = StreamChannel::from_fd(reader.into(), "a pipe", &impatient(20)).unwrap();
+    assert!(pipe.with_return_path().1.is_none());
+    let command = connect(&address("exec:cat > /dev/null"), &impatient(20), &stop()).unwrap();
+    assert!(command.with_return_path().1.is_none());
+    let (near, _far) = pair("tcp::0", &impatient(20));
+    let (mut stream, back) = near.with_return_path();
+    let quiet =
+        back.unwrap().recv(&mut [RecvPart::Own(&mut [0])], &stop().within(Duration::from_millis(300)));
+    assert!(matches!(quiet, Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })), "{quiet:?}");
+    assert!(matches!(recv(&mut stream, &mut [0]), Err(ChannelError::Stalled { .. })));
+}
+
+#[test]
 fn what_is_no_byte_stream_is_refused() {
     let datagrams = std::os::unix::net::UnixDatagram::unbound().unwrap();
     let directory = std::fs::File::open("/").unwrap();

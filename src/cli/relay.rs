@@ -72,11 +72,9 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     eprintln!("listening on {}", listener.address());
     let options = args.timeouts.stream_options();
-    let near = listener.accept(&options, &stop)?;
+    let (source, back) = listener.accept(&options, &stop)?.with_return_path();
     drop(listener);
-    let two_way = near.is_two_way();
-    let (source, back) = near.split();
-    let back = two_way.then(|| Box::new(back) as Box<_>);
+    let back = back.map(|back| Box::new(back) as Box<_>);
     let (far, far_stop) = (args.connect.clone(), stop.clone());
     let open = move |memory| {
         let channel = connect(&far, &options, &far_stop).map_err(|error| Error::Config {

@@ -191,9 +191,8 @@ impl DestinationSession {
         control: Box<dyn GuestControl>,
         settings: DestinationSettings,
     ) -> Self {
-        let two_way = channel.is_two_way();
-        let (source, back) = channel.split();
-        let back = two_way.then(|| Box::new(back) as Box<_>);
+        let (source, back) = channel.with_return_path();
+        let back = back.map(|back| Box::new(back) as Box<_>);
         Self::new(Box::new(source), back, provider, control, settings)
     }
 

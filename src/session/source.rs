@@ -42,10 +42,9 @@ pub struct SourceConnection {
 impl SourceConnection {
     /// Pages of `memory` go in the stream over `channel`; answers come back on it if it is a socket.
     pub fn over(channel: StreamChannel, memory: Arc<dyn GuestMemory>) -> Self {
-        let two_way = channel.is_two_way();
-        let (sink, back) = channel.split();
+        let (sink, back) = channel.with_return_path();
         let link = Box::new(InlineLink::new(Box::new(sink), memory));
-        Self { link, back: two_way.then(|| Box::new(back) as Box<_>) }
+        Self { link, back: back.map(|back| Box::new(back) as Box<_>) }
     }
 }
 
@@ -71,12 +70,14 @@ pub struct SourceReport {
     pub first_page_sent: Option<std::time::Duration>,
     /// Pages the destination does not have for certain; all clean after success.
     pub dirty: DirtyMap,
+    /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
+    pub stands_still: bool,
 }
 
 impl SourceReport {
     /// True if the guest runs on, whole, at the source.
     pub fn guest_is_safe_here(&self) -> bool {
-        matches!(self.outcome, Outcome::StaysHere(_))
+        matches!(self.outcome, Outcome::StaysHere(_)) && !self.stands_still
     }
 }
 
@@ -219,13 +220,20 @@ impl SourceSession {
 
     fn report(mut self, outcome: Outcome) -> SourceReport {
         let now = self.clock.now();
+        if outcome == Outcome::InDoubt
+            && let Err(error) = self.stop_logs()
+        {
+            // The guest stands still: a log left on costs, and loses nothing.
+            tracing::warn!(%error, "a dirty log could not be stopped");
+        }
         self.figures.ended(now, outcome, self.error.as_ref());
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
             self.error = Some(Error::Cancelled);
         }
         let statistics = self.figures.shared().snapshot();
         let first_page_sent = self.figures.first_page;
-        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty: self.dirty }
+        let (dirty, stands_still) = (self.dirty, self.paused);
+        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
     }
 
     fn look_at_cancel(&mut self) {
@@ -418,9 +426,12 @@ impl SourceSession {
         let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
         self.guest.control.throttle(crate::units::Percent::default());
         if self.paused && !self.breakage.is(Breakage::StayPaused) {
+            if let Err(source) = self.guest.control.resume() {
+                // More urgent than what led here: somebody must look after the guest.
+                let why = self.error.take().map_or_else(|| "cancelled".into(), |error| error.to_string());
+                return Err(Error::StandsStill { why, source });
+            }
             self.paused = false;
-            let resumed = self.guest.control.resume();
-            resumed.map_err(|source| Error::Control { what: "resume", source })?;
         }
         stopped
     }

@@ -159,9 +159,13 @@ impl StreamChannel {
         (self, other)
     }
 
-    /// True if the same connection carries bytes back: a socket, but not one that leads to a command.
-    pub fn is_two_way(&self) -> bool {
-        matches!(self.end.nature, Nature::Tcp | Nature::Socket) && self.end.child.is_none()
+    /// The stream and, where the descriptor carries both directions, its return path. What waits there has a
+    /// limit of its own, the caller's [`Stop`]: hearing nothing is no stall.
+    pub fn with_return_path(self) -> (Self, Option<Self>) {
+        let both_ways = self.end.kind() == FdKind::Socket && self.end.child.is_none();
+        let (stream, mut back) = self.split();
+        back.stall = None;
+        (stream, both_ways.then_some(back))
     }
 
     /// Name of the other end, for messages.
