@@ -229,6 +229,12 @@ impl DestinationSession {
                 Arrived::Failed
             });
             deed = self.engine.handle(fact);
+            if deed == Deed::SayFailed {
+                self.error.get_or_insert_with(|| {
+                    let at = reader.stream.position();
+                    out_of_turn(&format!("{fact:?}"), "something else was due").at(at)
+                });
+            }
             if self.engine.is_committed() {
                 // The guest is ours: no cancel breaks it off any more.
                 self.stop = Stop::on(&CancelToken::default());
@@ -327,7 +333,8 @@ impl DestinationSession {
             match stream.next(&buffer[*start..*end])? {
                 Step::Event { consumed, event } => {
                     let raw = &buffer[*start..*start + consumed];
-                    let fact = self.take(event, raw)?;
+                    let at = stream.position() - consumed as u64;
+                    let fact = self.take(event, raw).map_err(|error| error.at(at))?;
                     *start += consumed;
                     if let Some(fact) = fact {
                         if fact == Arrived::Tail {
@@ -552,5 +559,5 @@ fn no_blocks(what: &'static str) -> Error {
 }
 
 fn out_of_turn(what: &str, while_doing: &'static str) -> Error {
-    Error::OutOfTurn { what: what.to_owned(), while_doing }
+    Error::OutOfTurn { what: what.to_owned(), at: None, while_doing }
 }
