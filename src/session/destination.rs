@@ -17,7 +17,7 @@ use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
 use crate::transport::{ByteSink, ByteSource};
 
 use super::config::DestinationSettings;
-use super::digest::{Digest, digests_of};
+use super::digest::{Digest, carried, digests_of};
 use super::greeting::described;
 use super::placing::Placing;
 use super::{Breakage, Error};
@@ -264,7 +264,10 @@ impl DestinationSession {
             Deed::Receive => return self.receive(reader),
             Deed::MakeDigest => {
                 let memory = self.memory()?;
-                self.ours = Some(Digest::make(&memory, &self.state, &self.settings.spawner)?);
+                let incoming = self.incoming.as_ref();
+                let carried = incoming.map(|i| carried(&i.configuration, &i.early_sections));
+                let carried = carried.unwrap_or_default();
+                self.ours = Some(Digest::make(&memory, &carried, &self.state, &self.settings.spawner)?);
             }
             Deed::CompareDigest => {
                 let theirs = Digest(std::mem::take(&mut self.theirs));
