@@ -14,7 +14,7 @@ use ramwire::transport::{Address, AllowList, InlineLink, Listener, connect};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, Timeouts, bytes, cancel_on_signal, complain};
+use super::common::{PeerOption, Timeouts, bytes, cancel_on_signal, complain, failed};
 use super::render;
 use super::store::keep;
 
@@ -54,10 +54,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Exit {
-    run_relay(args).unwrap_or_else(|error| {
-        complain("relay", &*error);
-        Exit::Failed
-    })
+    run_relay(args).unwrap_or_else(|error| failed("relay", &*error))
 }
 
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
@@ -83,7 +80,9 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
             what: format!("the far end can't be reached: {error}"),
             remedy: "start it first, with -incoming or ramwire receive",
         })?;
-        let (sink, ear) = channel.split();
+        let (sink, mut ear) = channel.split();
+        // Every wait for an answer has an end of its own; the one for RUNNING is longer than a stall may be.
+        ear.set_stall(None);
         let back = far_two_way.then(|| Box::new(ear) as Box<_>);
         Ok(SourceConnection { link: Box::new(InlineLink::new(Box::new(sink), memory)), back })
     };

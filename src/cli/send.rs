@@ -12,7 +12,7 @@ use ramwire::transport::{Address, InlineLink, connect};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, Timeouts, cancel_on_signal, complain, exit_of};
+use super::common::{PeerOption, Timeouts, cancel_on_signal, complain, exit_of, failed};
 use super::progress::Progress;
 use super::render;
 use super::store::{Block, Overrides, State, StoredGuest};
@@ -91,10 +91,7 @@ pub(super) fn run(args: &Args) -> Exit {
         None => StoredGuest::of_blocks(&args.ram),
     };
     let sent = opened.map_err(Into::into).and_then(|guest| send(args, guest));
-    sent.unwrap_or_else(|error: Box<dyn std::error::Error>| {
-        complain("send", &*error);
-        Exit::Failed
-    })
+    sent.unwrap_or_else(|error: Box<dyn std::error::Error>| failed("send", &*error))
 }
 
 fn overrides(args: &Args) -> Overrides {
@@ -123,7 +120,9 @@ fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error:
     cancel_on_signal(vec![cancel.clone()]);
     let channel = connect(&args.uri, &args.timeouts.stream_options(), &Stop::on(&cancel))?;
     let two_way = matches!(args.uri, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_));
-    let (sink, back) = channel.split();
+    let (sink, mut back) = channel.split();
+    // Every wait for an answer has an end of its own; the one for RUNNING is longer than a stall may be.
+    back.set_stall(None);
     let memory = guest.memory();
     let connection = SourceConnection {
         link: Box::new(InlineLink::new(Box::new(sink), memory.clone())),
