@@ -6,8 +6,8 @@ use std::time::Duration;
 use ramwire::engine::{Outcome, Reason};
 use ramwire::session::{ErrorKind, Peer, SourceReport};
 use ramwire::stream::qemu::style::PeerStyle;
-use ramwire::sys::CancelToken;
-use ramwire::transport::StreamOptions;
+use ramwire::sys::{CancelToken, StopReason};
+use ramwire::transport::{ChannelError, OpenError, StreamOptions};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -112,6 +112,16 @@ pub(super) fn complain(command: &str, error: &dyn std::error::Error) {
         cause = deeper.source();
     }
     eprintln!("ramwire {command}: {text}");
+}
+
+/// Prints why a command ended before its session began, and gives its status: 4 if a signal ended it.
+pub(super) fn failed(command: &str, error: &(dyn std::error::Error + 'static)) -> Exit {
+    complain(command, error);
+    let cancelled = matches!(
+        error.downcast_ref(),
+        Some(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }))
+    );
+    if cancelled { Exit::Cancelled } else { Exit::Failed }
 }
 
 /// The status of a source's run.

@@ -9,7 +9,7 @@ use ramwire::transport::{Address, AllowList, Listener};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{Timeouts, bytes, cancel_on_signal, complain, human_bytes};
+use super::common::{Timeouts, bytes, cancel_on_signal, complain, failed, human_bytes};
 use super::progress::Progress;
 use super::store::{ArrivingGuest, State, Store};
 
@@ -44,10 +44,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Exit {
     match receive(args) {
         Ok(exit) => exit,
-        Err(error) => {
-            complain("receive", &*error);
-            Exit::Failed
-        }
+        Err(error) => failed("receive", &*error),
     }
 }
 

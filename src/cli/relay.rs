@@ -14,7 +14,7 @@ use ramwire::transport::{Address, AllowList, Listener, connect};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, Timeouts, bytes, cancel_on_signal, complain};
+use super::common::{PeerOption, Timeouts, bytes, cancel_on_signal, complain, failed};
 use super::render;
 use super::store::keep;
 
@@ -54,10 +54,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Exit {
-    run_relay(args).unwrap_or_else(|error| {
-        complain("relay", &*error);
-        Exit::Failed
-    })
+    run_relay(args).unwrap_or_else(|error| failed("relay", &*error))
 }
 
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {

@@ -12,7 +12,7 @@ use ramwire::transport::{Address, connect};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, Timeouts, cancel_on_signal, complain, exit_of};
+use super::common::{PeerOption, Timeouts, cancel_on_signal, complain, exit_of, failed};
 use super::progress::Progress;
 use super::render;
 use super::store::{Block, Overrides, State, StoredGuest};
@@ -91,10 +91,7 @@ pub(super) fn run(args: &Args) -> Exit {
         None => StoredGuest::of_blocks(&args.ram),
     };
     let sent = opened.map_err(Into::into).and_then(|guest| send(args, guest));
-    sent.unwrap_or_else(|error: Box<dyn std::error::Error>| {
-        complain("send", &*error);
-        Exit::Failed
-    })
+    sent.unwrap_or_else(|error: Box<dyn std::error::Error>| failed("send", &*error))
 }
 
 fn overrides(args: &Args) -> Overrides {

@@ -17,7 +17,7 @@ use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
 use crate::transport::{ByteSink, ByteSource, StreamChannel};
 
 use super::config::DestinationSettings;
-use super::digest::{Digest, digests_of};
+use super::digest::{Digest, carried, digests_of};
 use super::greeting::described;
 use super::handle::Commitment;
 use super::placing::Placing;
@@ -250,6 +250,12 @@ impl DestinationSession {
                 let deed = self.engine.handle(fact);
                 (deed, self.engine.is_bound())
             });
+            if deed == Deed::SayFailed {
+                self.error.get_or_insert_with(|| {
+                    let at = reader.stream.position();
+                    out_of_turn(&format!("{fact:?}"), "something else was due").at(at)
+                });
+            }
             if self.engine.is_committed() {
                 // The guest is ours: no cancel breaks it off any more.
                 self.stop = Stop::on(&CancelToken::default());
@@ -288,7 +294,10 @@ impl DestinationSession {
             Deed::Receive => return self.receive(reader),
             Deed::MakeDigest => {
                 let memory = self.memory()?;
-                self.ours = Some(Digest::make(&memory, &self.state, &self.settings.spawner)?);
+                let incoming = self.incoming.as_ref();
+                let carried = incoming.map(|i| carried(&i.configuration, &i.early_sections));
+                let carried = carried.unwrap_or_default();
+                self.ours = Some(Digest::make(&memory, &carried, &self.state, &self.settings.spawner)?);
             }
             Deed::CompareDigest => {
                 let theirs = Digest(std::mem::take(&mut self.theirs));
@@ -357,7 +366,8 @@ impl DestinationSession {
             match stream.next(&buffer[*start..*end])? {
                 Step::Event { consumed, event } => {
                     let raw = &buffer[*start..*start + consumed];
-                    let fact = self.take(event, raw)?;
+                    let at = stream.position() - consumed as u64;
+                    let fact = self.take(event, raw).map_err(|error| error.at(at))?;
                     *start += consumed;
                     if let Some(fact) = fact {
                         if fact == Arrived::Tail {
@@ -582,5 +592,5 @@ fn no_blocks(what: &'static str) -> Error {
 }
 
 fn out_of_turn(what: &str, while_doing: &'static str) -> Error {
-    Error::OutOfTurn { what: what.to_owned(), while_doing }
+    Error::OutOfTurn { what: what.to_owned(), at: None, while_doing }
 }

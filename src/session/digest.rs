@@ -11,6 +11,7 @@ use super::Error;
 use super::workers::Spawner;
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{BlockName, Landing, RamBlockTable};
+use crate::stream::qemu::file::{Configuration, encode_configuration};
 use crate::units::{BlockIndex, BlockOffset};
 
 /// Bytes under one digest.
@@ -34,7 +35,7 @@ pub enum Mismatch {
         to: u64,
     },
     /// The device state.
-    #[error("the device state differs from the source's")]
+    #[error("the device state or the description of the machine differs from the source's")]
     State,
     /// The lists can't be compared.
     #[error("the source's digest covers {theirs} ranges, this guest has {ours}")]
@@ -51,18 +52,27 @@ pub enum Mismatch {
 pub struct Digest(pub Vec<u64>);
 
 impl Digest {
-    /// Reads all RAM of `guest`, which must stand still.
+    /// Reads all RAM of `guest`, which must stand still. `carried` is what the stream tells beside RAM and
+    /// device state, as [`carried`] puts it.
     ///
     /// # Errors
     /// [`Error::Guest`] and [`Error::Thread`].
-    pub fn make(guest: &Arc<dyn GuestMemory>, state: &[u8], spawner: &Spawner) -> Result<Self, Error> {
+    pub fn make(
+        guest: &Arc<dyn GuestMemory>,
+        carried: &[u8],
+        state: &[u8],
+        spawner: &Spawner,
+    ) -> Result<Self, Error> {
         let ranges = ranges(guest.table());
         let memory = Arc::clone(guest);
         let work = ranges.clone();
         let hashes =
             spawner.map("ramwire-digest", ranges.len(), move |item| hash_landing(&*memory, work[item]))?;
         let mut digest = hashes.into_iter().collect::<Result<Vec<u64>, GuestError>>()?;
-        digest.push(xxhash_rust::xxh3::xxh3_64(state));
+        let mut hash = Xxh3::new();
+        hash.update(carried);
+        hash.update(state);
+        digest.push(hash.digest());
         Ok(Self(digest))
     }
 
@@ -111,6 +121,14 @@ impl Digest {
             })
         })
     }
+}
+
+/// What a stream tells of the machine and is not understood: a changed byte of it must be seen too.
+pub(super) fn carried(configuration: &Configuration, early_sections: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    encode_configuration(configuration, &mut bytes);
+    bytes.extend_from_slice(early_sections);
+    bytes
 }
 
 /// Number of digests a guest has: what a peer's list must hold.

@@ -1,6 +1,7 @@
 //! What can end a migration, and what that means for the guest.
 
 use std::io;
+use std::time::Duration;
 
 use crate::guest::{DirtyError, GuestError};
 use crate::stream::DecodeError;
@@ -76,12 +77,22 @@ pub enum Error {
         why: String,
     },
     /// The peer said something at a moment at which it means nothing.
-    #[error("the peer sent {what} while {while_doing}")]
+    #[error("the peer sent {what} while {while_doing}{}", place(*at))]
     OutOfTurn {
         /// What came.
         what: String,
+        /// Bytes of its stream before it, where they are counted.
+        at: Option<u64>,
         /// What was due.
         while_doing: &'static str,
+    },
+    /// The peer is there and does not say what is due.
+    #[error("the destination did not say {what} within {} s; raise --finish-timeout if it is only slow", after.as_secs_f32())]
+    NoAnswer {
+        /// What was due.
+        what: &'static str,
+        /// How long it was waited for.
+        after: Duration,
     },
     /// RAM or state arrived changed.
     #[error("{0}; the guest was not started from it")]
@@ -122,10 +133,21 @@ impl Error {
             Self::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }) | Self::Cancelled => {
                 ErrorKind::Cancelled
             }
-            Self::Channel(_) | Self::Truncated { .. } => ErrorKind::Channel,
+            Self::Channel(_) | Self::Truncated { .. } | Self::NoAnswer { .. } => ErrorKind::Channel,
             Self::Decode(_) | Self::PeerFailed { .. } | Self::OutOfTurn { .. } | Self::Digest(_) => {
                 ErrorKind::Peer
             }
+        }
+    }
+
+    /// Tells where in the peer's stream it was found: `at` bytes from its start.
+    pub(super) fn at(self, offset: u64) -> Self {
+        match self {
+            Self::Decode(error) => Self::Decode(error.based(offset)),
+            Self::OutOfTurn { what, while_doing, .. } => {
+                Self::OutOfTurn { what, at: Some(offset), while_doing }
+            }
+            other => other,
         }
     }
 
@@ -139,4 +161,9 @@ impl Error {
     pub fn is_recoverable(&self) -> bool {
         matches!(self.kind(), ErrorKind::Channel | ErrorKind::Cancelled)
     }
+}
+
+/// ` (at byte 12 (0xc) of its stream)`.
+fn place(at: Option<u64>) -> String {
+    at.map(|at| format!(" (at byte {at} ({at:#x}) of its stream)")).unwrap_or_default()
 }

@@ -8,7 +8,7 @@ use crate::stream::qemu::section::{self, SectionName};
 use crate::stream::qemu::tail::Tail;
 use crate::sys::{CancelToken, SendPart, Stop};
 
-use super::digest::Digest;
+use super::digest::{Digest, carried};
 use super::source::SourceSession;
 use super::{Breakage, Error};
 
@@ -46,7 +46,8 @@ impl SourceSession {
 
     /// The peer makes its own digest meanwhile and compares.
     pub(super) fn send_digest(&mut self) -> Result<Input, Error> {
-        let digest = Digest::make(&self.guest.memory, &self.state, &self.settings.spawner)?;
+        let carried = carried(&self.settings.configuration, &self.settings.early_sections);
+        let digest = Digest::make(&self.guest.memory, &carried, &self.state, &self.settings.spawner)?;
         let bytes: Vec<u8> = digest.0.iter().flat_map(|value| value.to_be_bytes()).collect();
         let mut out = Vec::new();
         for (at, values) in bytes.chunks(MAX_DIGESTS * 8).enumerate() {

@@ -53,7 +53,7 @@ impl ReturnPath {
         loop {
             match decode_message(&self.buffer[..self.filled]) {
                 Ok((message, used)) => {
-                    let word = word_of(message)?;
+                    let word = word_of(message).map_err(|error| error.at(self.at))?;
                     self.buffer.copy_within(used..self.filled, 0);
                     self.filled -= used;
                     self.at += used as u64;
@@ -104,7 +104,7 @@ fn word_of(message: Message<'_>) -> Result<Word, Error> {
         Message::Native(Answer::Refused { why }) => Word::Refused(why.to_owned()),
         other => {
             let what = format!("{other:?}");
-            return Err(Error::OutOfTurn { what, while_doing: "a precopy migration" });
+            return Err(Error::OutOfTurn { what, at: None, while_doing: "a precopy migration" });
         }
     })
 }

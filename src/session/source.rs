@@ -16,7 +16,7 @@ use super::config::SourceSettings;
 use super::figures::Figures;
 use super::handle::Commitment;
 use super::return_path::{ReturnPath, Word};
-use super::{Breakage, Error, greeting};
+use super::{Breakage, Error, ErrorKind, greeting};
 
 /// Messages heard in one look at the return path.
 const MOST_HEARD: usize = 64;
@@ -253,6 +253,7 @@ impl SourceSession {
         tracing::warn!(%error, "migration step failed");
         // A cancel that broke the step's wait is the reason, not the broken wait.
         self.look_at_cancel();
+        let error = self.last_word().filter(|_| error.kind() == ErrorKind::Channel).unwrap_or(error);
         let refused = matches!(&error, Error::PeerFailed { .. }) && self.handover == Handover::Shut;
         self.error.get_or_insert(error);
         if refused { Input::Refused } else { Input::Failed }
@@ -373,6 +374,14 @@ impl SourceSession {
         Ok(())
     }
 
+    /// Why the peer failed, if it said so before the connection broke.
+    fn last_word(&mut self) -> Option<Error> {
+        match self.hear() {
+            Err(error @ Error::PeerFailed { .. }) => Some(error),
+            _ => None,
+        }
+    }
+
     pub(super) fn send_bytes(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
         self.link.sink().send(&[SendPart::Own(bytes)], &self.stop)
     }
@@ -381,7 +390,7 @@ impl SourceSession {
         if self.breakage.is(Breakage::CommitBeforeReady) {
             return Ok(Input::Ready);
         }
-        match self.verdict(self.settings.finish_timeout)? {
+        match self.verdict("that it has loaded the guest")? {
             Word::Ready => Ok(Input::Ready),
             word => refuse_verdict(word).map(|()| Input::Failed),
         }
@@ -391,19 +400,23 @@ impl SourceSession {
         if !self.handover.has_running() {
             return Ok(Input::Running);
         }
-        match self.verdict(self.settings.finish_timeout)? {
+        match self.verdict("that the guest runs")? {
             Word::Running if self.handover == Handover::Native => Ok(Input::Running),
             Word::Shut(0) if self.handover == Handover::Shut => Ok(Input::Running),
             word => refuse_verdict(word).map(|()| Input::Failed),
         }
     }
 
-    fn verdict(&mut self, time: Duration) -> Result<Word, Error> {
-        let stop = self.stop.within(time);
+    fn verdict(&mut self, what: &'static str) -> Result<Word, Error> {
+        let after = self.settings.finish_timeout;
+        let stop = self.stop.within(after);
         let Some(back) = &mut self.back else {
             return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });
         };
-        back.next_verdict(&stop)
+        back.next_verdict(&stop).map_err(|error| match error {
+            error if error.is_deadline() => Error::NoAnswer { what, after },
+            error => error,
+        })
     }
 
     /// Before COMMIT: nothing is lost. Unsent and unconfirmed pages are dirty again, the guest runs.
@@ -451,6 +464,6 @@ pub(super) fn refuse_verdict(word: Word) -> Result<(), Error> {
         Word::Shut(status) if status != 0 => {
             Err(Error::PeerFailed { why: format!("it ended the migration with status {status}") })
         }
-        word => Err(Error::OutOfTurn { what: format!("{word:?}"), while_doing: "sending RAM" }),
+        word => Err(Error::OutOfTurn { what: format!("{word:?}"), at: None, while_doing: "sending RAM" }),
     }
 }

@@ -162,8 +162,12 @@ impl<T: ByteSink> ByteSink for Faulty<T> {
                 self.at += count as u64;
             }
         }
-        // A fault right behind the last byte happens now and not at a send that may never come.
-        self.next(stop).map(drop)
+        // A fault right behind the last byte happens now and not at a send that may never come; a flip needs
+        // the byte.
+        match self.faults.last() {
+            Some(Fault { kind: FaultKind::FlipBit(_), .. }) => Ok(()),
+            _ => self.next(stop).map(drop),
+        }
     }
 
     fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {

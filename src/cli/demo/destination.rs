@@ -1,6 +1,7 @@
 //! The demo's other end: a process of its own that takes the guest, runs it, and lets it check itself.
 
 use std::io::{self, BufRead, BufReader};
+use std::os::fd::AsFd;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use ramwire::session::{DestinationSession, DestinationSettings};
 use ramwire::sys::{CancelToken, Stop, populate};
 use ramwire::transport::{Address, AllowList, Listener};
 use ramwire::units::BlockIndex;
+use rustix::event::PollFlags;
 use serde::{Deserialize, Serialize};
 
 use super::Failure;
@@ -21,6 +23,9 @@ use crate::cli::common::{cancel_on_signal, complain, local_options};
 
 /// How long the guest runs at the destination before it checks itself.
 const RUN: Duration = Duration::from_millis(200);
+
+/// How long the process may take until it listens; with --populate it touches all RAM before.
+const STARTS: Duration = Duration::from_secs(120);
 
 /// What the destination tells the demo when it ends.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,8 +77,15 @@ impl Process {
         Ok(Self { child, out: BufReader::new(out) })
     }
 
-    fn line(&mut self) -> Result<String, Failure> {
+    /// The next line that it prints, which must begin within `patience`.
+    fn line(&mut self, patience: Duration) -> Result<String, Failure> {
         let mut line = String::new();
+        let out = self.out.get_ref().as_fd();
+        let silent = || format!("the destination process said nothing for {} s", patience.as_secs());
+        let stop = Stop::on(&CancelToken::default()).within(patience);
+        if self.out.buffer().is_empty() && stop.wait(out, PollFlags::IN)?.is_some() {
+            return Err(silent().into());
+        }
         if self.out.read_line(&mut line)? == 0 {
             let status = self.child.wait()?;
             return Err(format!("the destination process ended early: {status}").into());
@@ -83,12 +95,13 @@ impl Process {
 
     /// Where it listens.
     pub(super) fn address(&mut self) -> Result<Address, Failure> {
-        Ok(self.line()?.parse()?)
+        Ok(self.line(STARTS)?.parse()?)
     }
 
     /// What it found.
-    pub(super) fn verdict(mut self) -> Result<Verdict, Failure> {
-        Ok(serde_json::from_str(&self.line()?)?)
+    pub(super) fn verdict(mut self, patience: Duration) -> Verdict {
+        let read = self.line(patience).and_then(|line| Ok(serde_json::from_str(&line)?));
+        read.unwrap_or_else(|error| Verdict { error: Some(error.to_string()), ..Verdict::default() })
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use ramwire::engine::Outcome;
 use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
 use ramwire::guest::{DirtySource, GuestControl, WrittenPages, choose};
 use ramwire::session::{SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings};
@@ -21,7 +22,7 @@ use self::blocks::BlockSpec;
 pub(super) use self::destination::Args as DestinationArgs;
 pub(super) use self::destination::run as run_destination;
 use super::args::Exit;
-use super::common::{bytes, cancel_on_signal, complain};
+use super::common::{bytes, cancel_on_signal, complain, failed};
 use super::progress::Progress;
 
 /// Migrates a guest whose threads keep writing pages that describe themselves, from this process to one that it starts,
@@ -107,11 +108,13 @@ fn percent(text: &str) -> Result<Percent, String> {
 }
 
 pub(super) fn run(args: &Args) -> Exit {
-    demo(args).unwrap_or_else(|error| {
-        complain("demo", &*error);
-        Exit::Failed
-    })
+    demo(args).unwrap_or_else(|error| failed("demo", &*error))
 }
+
+/// How long the guest at the destination may check itself.
+const VERDICT: Duration = Duration::from_secs(300);
+/// How long a destination that did not get the guest may take to say why.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -162,7 +165,9 @@ fn finish(
     why: &'static str,
     dirty_source: &str,
 ) -> Result<Exit, Failure> {
-    let arrived = destination.verdict()?;
+    // A destination that failed, was killed or hangs has little or nothing to say.
+    let patience = if report.outcome == Outcome::Completed { VERDICT } else { LAST_WORDS };
+    let arrived = destination.verdict(patience);
     let run = report::Run { transport, why, dirty_source, report, arrived: &arrived };
     if args.json {
         println!("{}", run.json());
@@ -171,6 +176,12 @@ fn finish(
     }
     if let Some(error) = &report.error {
         complain("demo", error);
+    }
+    if report.outcome == Outcome::InDoubt {
+        eprintln!(
+            "in doubt: the guest was given away and nobody said that it runs. Between hosts: if it runs at the \
+             destination, drop the source; if it does not, resume the source (--destination-is-dead)"
+        );
     }
     let exit = super::common::exit_of(report);
     Ok(if exit == Exit::Done && !arrived.verified { Exit::NotVerified } else { exit })

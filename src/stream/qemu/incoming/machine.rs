@@ -382,6 +382,10 @@ impl IncomingStream {
             return Ok(self.open(Phase::Full, name.id, SectionKind::EarlyVirtioMem, used));
         }
         if started && self.seen.ram_end && name.idstr == STATE_SECTION {
+            if (name.instance, name.version) != (0, 1) {
+                let fault = Fault::Version { name: STATE_SECTION.into(), found: name.version, supported: 1 };
+                return Err(DecodeError::corrupt(used - 4, fault));
+            }
             return Ok(self.open(Phase::Full, name.id, SectionKind::NativeState, used));
         }
         if started && self.pages_began {

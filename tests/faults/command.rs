@@ -1,0 +1,193 @@
+//! The command's signals, options and folders.
+
+use std::fs::{self, File};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::common::{
+    Deadline,
+    memory::{Pattern, compare, fill},
+    ramwire::Ramwire,
+    scratch,
+};
+
+fn signal(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
+#[test]
+fn bad_options_exit_2_and_name_the_remedy() {
+    for (arguments, says) in [
+        (&["receive", "tcp:here:1"][..], "--dir"),
+        (&["receive", "carrier-pigeon:coop", "--dir", "d"], "tcp:"),
+        (&["receive", "tcp:127.0.0.1:0", "--dir", "d", "--max-ram", "1X"], "units are K, M, G and T"),
+        (&["receive", "tcp:127.0.0.1:0", "--dir", "d", "--stall-timeout", "soon"], "number of seconds"),
+        (&["receive", "tcp:127.0.0.1:0", "--dir", "d", "--allow", "10.0.0.0/99"], "10.0.0.0/99"),
+        (&["send", "tcp:127.0.0.1:1"], "--dir"),
+        (&["send", "tcp:127.0.0.1:1", "--ram", "nothing"], "NAME=PATH"),
+        (&["send", "tcp:127.0.0.1:1", "--dir", "d", "--peer", "xen"], "qemu"),
+        (&["demo", "--zero", "101"], "0 to 100"),
+        (&["relay", "--listen", "tcp:127.0.0.1:0"], "--connect"),
+        (&["--log", "a=b=c", "demo"], "--log debug"),
+        (&["teleport"], "--help"),
+    ] {
+        let ended = Command::new(env!("CARGO_BIN_EXE_ramwire")).args(arguments).output().unwrap();
+        let text = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert_eq!(ended.status.code(), Some(2), "{arguments:?}: {text}");
+        assert!(text.contains(says), "{arguments:?}: {text:?} does not say {says:?}");
+    }
+}
+
+#[test]
+fn a_signal_cancels_whoever_waits() {
+    for (sent, arguments) in [
+        (Signal::INT, &["receive", "tcp:127.0.0.1:0", "--dir"][..]),
+        (Signal::TERM, &["receive", "tcp:127.0.0.1:0", "--dir"]),
+        (Signal::INT, &["relay", "--connect", "tcp:127.0.0.1:1", "--listen", "tcp:127.0.0.1:0", "--keep"]),
+    ] {
+        let dir = scratch();
+        let mut waiting = Ramwire::start(dir.path(), arguments, dir.path().join("guest"));
+        waiting.listening();
+        signal(waiting.pid(), sent);
+        waiting.failed(Deadline::seconds(10), 4);
+    }
+}
+
+/// A demo whose first round takes a while.
+const LONG: [&str; 5] = ["demo", "--ram", "768M", "--zero", "0"];
+
+/// Waits until the demo's destination has got some pages; gives that process.
+fn destination_of(demo: &Ramwire) -> u32 {
+    let children = format!("/proc/{0}/task/{0}/children", demo.pid());
+    Deadline::seconds(40).poll(
+        "the demo's destination",
+        || demo.errors(),
+        || {
+            let child = fs::read_to_string(&children).ok()?.split_whitespace().next()?.parse().ok()?;
+            let status = fs::read_to_string(format!("/proc/{child}/status")).ok()?;
+            let resident =
+                status.lines().find(|line| line.starts_with("VmRSS:"))?.split_whitespace().nth(1)?;
+            (resident.parse::<u64>().ok()? > 48 << 10).then_some(child)
+        },
+    )
+}
+
+#[test]
+fn a_signal_cancels_a_migration_under_way_and_no_process_is_left() {
+    let dir = scratch();
+    let mut demo = Ramwire::start(dir.path(), &LONG, "--json");
+    let child = destination_of(&demo);
+    signal(demo.pid(), Signal::INT);
+    let report = demo.finished(Deadline::seconds(15), 4);
+    assert_eq!(report["status"], "cancelled", "{report}");
+    assert_eq!(report["verified"], false, "{report}");
+    assert!(!Path::new(&format!("/proc/{child}")).exists(), "the destination process is left");
+}
+
+#[test]
+fn a_demo_whose_destination_is_killed_says_so_and_the_guest_stays() {
+    let dir = scratch();
+    let mut demo = Ramwire::start(dir.path(), &LONG, "--json");
+    let child = destination_of(&demo);
+    signal(child, Signal::KILL);
+    let report = demo.finished(Deadline::seconds(15), 3);
+    assert_eq!(report["status"], "failed", "{report}");
+    assert!(report["error"].as_str().unwrap().len() > 10, "{report}");
+}
+
+/// A folder that holds a guest of 2 MiB, and the file it came from.
+fn received(dir: &Path) -> (PathBuf, PathBuf) {
+    let (ram, folder) = (dir.join("ram"), dir.join("guest"));
+    fill(&ram, 2, Pattern::Mixed { seed: 8 });
+    let mut receiver = Ramwire::start(dir, &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &folder);
+    let uri = receiver.listening();
+    let block = format!("m0={}", ram.display());
+    Ramwire::start(dir, &["send", &uri, "--digest", "--json", "--ram"], &block)
+        .finished(Deadline::seconds(20), 0);
+    let report = receiver.finished(Deadline::seconds(20), 0);
+    assert_eq!((&report["arrived"], &report["verified"]), (&true.into(), &true.into()), "{report}");
+    compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|difference| panic!("{difference:?}"));
+    (ram, folder)
+}
+
+fn put_state(folder: &Path, state: &str) {
+    let path = folder.join("manifest.json");
+    let mut manifest: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    manifest["state"] = state.into();
+    fs::write(&path, manifest.to_string()).unwrap();
+}
+
+#[test]
+fn a_folder_is_sent_only_when_it_may_be() {
+    let dir = scratch();
+    let (_, folder) = received(dir.path());
+    let occupied = ["receive", "tcp:127.0.0.1:0", "--dir"];
+    let text = Ramwire::start(dir.path(), &occupied, &folder).failed(Deadline::seconds(10), 3);
+    assert!(text.contains("holds a guest already") && text.contains("empty folder"), "{text}");
+
+    for (state, says) in [
+        ("sent", "--again"),
+        ("in-doubt", "--destination-is-dead"),
+        ("in-doubt", "delete this folder"),
+        ("sending", "--destination-is-dead"),
+        ("incomplete", "--no-vmdesc"),
+        ("arriving", "receive it again"),
+    ] {
+        put_state(&folder, state);
+        let send = ["send", "tcp:127.0.0.1:1", "--dir"];
+        let text = Ramwire::start(dir.path(), &send, &folder).failed(Deadline::seconds(10), 3);
+        assert!(text.contains(says), "{state}: {text}");
+    }
+
+    put_state(&folder, "whole");
+    let lock = File::options().write(true).custom_flags(0).open(folder.join("lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let text = Ramwire::start(dir.path(), &["send", "tcp:127.0.0.1:1", "--dir"], &folder)
+        .failed(Deadline::seconds(10), 3);
+    assert!(text.contains("in use by another ramwire"), "{text}");
+    drop(lock);
+
+    // Nobody listens: the folder is as it was, and goes at once to somebody who does.
+    let text = Ramwire::start(dir.path(), &["send", "tcp:127.0.0.1:1", "--dir"], &folder)
+        .failed(Deadline::seconds(10), 3);
+    assert!(text.contains("127.0.0.1:1"), "{text}");
+    let next = dir.path().join("next");
+    let mut receiver = Ramwire::start(dir.path(), &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &next);
+    let uri = receiver.listening();
+    Ramwire::start(dir.path(), &["send", &uri, "--json", "--dir"], &folder)
+        .finished(Deadline::seconds(20), 0);
+    receiver.finished(Deadline::seconds(20), 0);
+    compare(&folder.join("ram-000.bin"), &next.join("ram-000.bin")).unwrap();
+}
+
+#[test]
+fn a_full_disk_refuses_the_guest_and_says_what_is_missing() {
+    let dir = scratch();
+    let (ram, disk) = (dir.path().join("ram"), dir.path().join("disk"));
+    fill(&ram, 4, Pattern::Random { seed: 1 });
+    fs::create_dir(&disk).unwrap();
+    // A file system of its own, in a namespace of its own: it is gone with the process.
+    let script =
+        r#"mount -t tmpfs -o size=1M none "$1" && exec "$2" receive "unix:$3" --dir "$1/guest" 2> "$4""#;
+    let (socket, errors) = (dir.path().join("socket"), dir.path().join("errors"));
+    let mut receiver = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"])
+        .arg(&disk)
+        .arg(env!("CARGO_BIN_EXE_ramwire"))
+        .args([&socket, &errors])
+        .spawn()
+        .expect("cannot start unshare (util-linux)");
+    let read = || fs::read_to_string(&errors).unwrap_or_default();
+    let listening = || socket.exists().then_some(()).or_else(|| receiver.try_wait().unwrap().map(drop));
+    Deadline::seconds(20).poll("the receiver listens", read, listening);
+    let uri = format!("unix:{}", socket.display());
+    let block = format!("m0={}", ram.display());
+    let text = Ramwire::start(dir.path(), &["send", &uri, "--ram"], &block).failed(Deadline::seconds(20), 3);
+    assert!(text.contains("No space left") || text.contains("room"), "the source is told: {text}");
+    let status = receiver.wait().unwrap();
+    assert_eq!(status.code(), Some(3), "{}", read());
+    assert!(read().contains("room"), "{}", read());
+}

@@ -1,0 +1,18 @@
+//! What both ends make of a peer that dies, hangs or lies, and of a stream that is cut or changed on its way.
+//!
+//! - `positions`: two sessions in this process, a fault at every byte that is not a page's, and at samples of those.
+//! - `kills`: the peer is a process of its own that dies, freezes or resets the connection at a chosen stage.
+//! - `hostile`: bytes made by hand, from a source and from a destination that mean harm.
+//! - `qemu`: real QEMUs that die, in both roles.
+//! - `command`: the command's signals, options and folders.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod command;
+mod hostile;
+mod kills;
+mod live;
+mod positions;
+mod qemu;

@@ -1,0 +1,233 @@
+//! Real QEMUs as the peer that dies, in both roles, and what a QEMU makes of a changed stream.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::Path;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::common::{
+    Deadline,
+    memory::{Pattern, compare, fill},
+    qemu::{Guest, Machine, Qemu, Version, peers_present},
+    ramwire::Ramwire,
+    scratch,
+};
+
+const MIB: usize = 32;
+const MACHINE: Machine = Machine::Q35;
+
+/// When the one between the two ends acts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum When {
+    /// So many bytes have passed towards the destination.
+    Bytes(u64),
+    /// The source says nothing more. What the destination answers is held back until then.
+    Silence,
+}
+
+/// Stands between source and destination, passes bytes on, and acts once.
+struct Proxy {
+    uri: String,
+    thread: JoinHandle<()>,
+}
+
+impl Proxy {
+    fn start(to: &str, when: When, act: impl FnOnce() + Send + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("tcp:{}", listener.local_addr().unwrap());
+        let to = to.strip_prefix("tcp:").unwrap().to_owned();
+        let thread = std::thread::spawn(move || {
+            let (source, _) = listener.accept().unwrap();
+            let destination = TcpStream::connect(&to).unwrap();
+            let (mut from_far, mut to_near) = (destination.try_clone().unwrap(), source.try_clone().unwrap());
+            let muted = when == When::Silence;
+            let back = std::thread::spawn(move || {
+                // The answer to the greeting passes in any case.
+                let mut first = vec![0; if muted { 16 } else { 0 }];
+                let passed = from_far.read_exact(&mut first).and_then(|()| to_near.write_all(&first));
+                let sink = &mut std::io::sink() as &mut dyn Write;
+                let _ = passed
+                    .and_then(|()| std::io::copy(&mut from_far, if muted { sink } else { &mut to_near }));
+            });
+            pass(&source, &destination, when);
+            act();
+            let _ = source.shutdown(Shutdown::Both);
+            let _ = destination.shutdown(Shutdown::Both);
+            back.join().unwrap();
+        });
+        Self { uri, thread }
+    }
+
+    fn end(self) {
+        self.thread.join().unwrap();
+    }
+}
+
+fn pass(mut source: &TcpStream, mut destination: &TcpStream, when: When) {
+    let mut left = match when {
+        When::Bytes(count) => count,
+        When::Silence => u64::MAX,
+    };
+    source.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let mut buffer = vec![0; 1 << 16];
+    while left > 0 {
+        let room = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let Ok(got @ 1..) = source.read(&mut buffer[..room]) else { return };
+        if destination.write_all(&buffer[..got]).is_err() {
+            return;
+        }
+        left -= got as u64;
+    }
+}
+
+/// A folder with a guest that came from a QEMU; the RAM it had.
+fn folder(dir: &Path, version: Version) -> std::path::PathBuf {
+    let (ram, folder) = (dir.join("ram"), dir.join("guest"));
+    fill(&ram, MIB, Pattern::Mixed { seed: 21 });
+    let mut receiver = Ramwire::start(dir, &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &folder);
+    let mut source = Guest::new(version, MACHINE, &ram, MIB).start(dir, "source");
+    source.set_parameters(json!({"max-bandwidth": 0}));
+    source.migrate(&receiver.listening());
+    source.wait_completed(Deadline::seconds(60));
+    receiver.finished(Deadline::seconds(30), 0);
+    folder
+}
+
+fn state_of(folder: &Path) -> String {
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder.join("manifest.json")).unwrap()).unwrap();
+    manifest["state"].as_str().unwrap().to_owned()
+}
+
+fn waiting(dir: &Path, version: Version, name: &str) -> (Qemu, String) {
+    let ram = dir.join(name).with_extension("ram");
+    fill(&ram, MIB, Pattern::Zero);
+    let mut qemu = Guest::new(version, MACHINE, &ram, MIB).incoming().start(dir, name);
+    let uri = qemu.listen_tcp();
+    (qemu, uri)
+}
+
+fn kill_pid(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+}
+
+#[test]
+fn a_qemu_destination_that_dies_before_the_end_leaves_the_guest_to_send_again() {
+    if !peers_present() {
+        return;
+    }
+    let version = Version::Qemu100;
+    let dir = scratch();
+    let folder = folder(dir.path(), version);
+    for (at, bytes) in [("connect", 0), ("setup", 60), ("mid-round", 5 << 20)] {
+        let (destination, uri) = waiting(dir.path(), version, at);
+        let pid = destination.pid();
+        let proxy = Proxy::start(&uri, When::Bytes(bytes), move || kill_pid(pid));
+        let text = Ramwire::start(dir.path(), &["send", &proxy.uri, "--dir"], &folder)
+            .failed(Deadline::seconds(20), 3);
+        proxy.end();
+        assert!(text.contains("ramwire send: "), "{at}: {text}");
+        assert_eq!(state_of(&folder), "whole", "{at}: {text}");
+    }
+    let (mut destination, uri) = waiting(dir.path(), version, "again");
+    Ramwire::start(dir.path(), &["send", &uri, "--json", "--dir"], &folder)
+        .finished(Deadline::seconds(30), 0);
+    destination.wait_completed(Deadline::seconds(10));
+    compare(&dir.path().join("ram"), &destination.ram).unwrap_or_else(|difference| panic!("{difference:?}"));
+}
+
+#[test]
+fn a_qemu_destination_that_dies_after_the_last_byte_is_in_doubt_until_seen_dead() {
+    if !peers_present() {
+        return;
+    }
+    let version = Version::Qemu72;
+    let dir = scratch();
+    let folder = folder(dir.path(), version);
+    let (destination, uri) = waiting(dir.path(), version, "late");
+    let pid = destination.pid();
+    let proxy = Proxy::start(&uri, When::Silence, move || kill_pid(pid));
+    let text =
+        Ramwire::start(dir.path(), &["send", &proxy.uri, "--dir"], &folder).failed(Deadline::seconds(30), 5);
+    proxy.end();
+    assert!(text.contains("delete") && text.contains("--destination-is-dead"), "both remedies: {text}");
+    assert_eq!(state_of(&folder), "in-doubt", "{text}");
+    let (mut destination, uri) = waiting(dir.path(), version, "again");
+    let refused =
+        Ramwire::start(dir.path(), &["send", &uri, "--dir"], &folder).failed(Deadline::seconds(10), 3);
+    assert!(refused.contains("--destination-is-dead"), "{refused}");
+    let again = ["send", &uri, "--destination-is-dead", "--json", "--dir"];
+    Ramwire::start(dir.path(), &again, &folder).finished(Deadline::seconds(30), 0);
+    destination.wait_completed(Deadline::seconds(10));
+    compare(&dir.path().join("ram"), &destination.ram).unwrap_or_else(|difference| panic!("{difference:?}"));
+}
+
+#[test]
+fn a_receiver_that_dies_fails_a_qemu_source_which_migrates_again_at_once() {
+    if !peers_present() {
+        return;
+    }
+    let version = Version::Qemu100;
+    let dir = scratch();
+    let ram = dir.path().join("ram");
+    fill(&ram, MIB, Pattern::Mixed { seed: 22 });
+    let mut source = Guest::new(version, MACHINE, &ram, MIB).start(dir.path(), "source");
+    source.set_capabilities(&["return-path"]);
+    source.set_parameters(json!({"max-bandwidth": 0}));
+    for (at, bytes) in [("setup", 60), ("mid-round", 5 << 20)] {
+        let arguments = ["receive", "tcp:127.0.0.1:0", "--json", "--dir"];
+        let mut receiver = Ramwire::start(dir.path(), &arguments, dir.path().join(at));
+        let pid = receiver.pid();
+        let proxy = Proxy::start(&receiver.listening(), When::Bytes(bytes), move || kill_pid(pid));
+        source.migrate(&proxy.uri);
+        let info = source.wait_migration(Deadline::seconds(20));
+        proxy.end();
+        assert_eq!(info["status"], "failed", "{at}: {info}");
+        assert_ne!(source.status(), "postmigrate", "{at}");
+        assert_eq!(
+            state_or_none(&dir.path().join(at)),
+            if bytes > 100 { "arriving" } else { "none" },
+            "{at}"
+        );
+    }
+    // A folder in which a guest never arrived is taken again.
+    let arguments = ["receive", "tcp:127.0.0.1:0", "--json", "--dir"];
+    let folder = dir.path().join("mid-round");
+    let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
+    source.migrate(&receiver.listening());
+    source.wait_completed(Deadline::seconds(30));
+    receiver.finished(Deadline::seconds(30), 0);
+    compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|difference| panic!("{difference:?}"));
+}
+
+fn state_or_none(folder: &Path) -> String {
+    if folder.join("manifest.json").exists() { state_of(folder) } else { "none".into() }
+}
+
+#[test]
+fn a_qemu_source_that_dies_leaves_a_folder_that_never_arrived() {
+    if !peers_present() {
+        return;
+    }
+    let dir = scratch();
+    let ram = dir.path().join("ram");
+    fill(&ram, MIB, Pattern::Mixed { seed: 23 });
+    for (version, bytes) in [(Version::Qemu72, 60), (Version::Qemu100, 5 << 20)] {
+        let source_dir = tempfile::tempdir_in(dir.path()).unwrap();
+        let mut source = Guest::new(version, MACHINE, &ram, MIB).start(source_dir.path(), "source");
+        let folder = source_dir.path().join("guest");
+        let mut receiver =
+            Ramwire::start(source_dir.path(), &["receive", "tcp:127.0.0.1:0", "--dir"], &folder);
+        let pid = source.pid();
+        let proxy = Proxy::start(&receiver.listening(), When::Bytes(bytes), move || kill_pid(pid));
+        source.migrate(&proxy.uri);
+        let text = receiver.failed(Deadline::seconds(20), 3);
+        proxy.end();
+        assert!(text.contains("the stream ended after"), "{version}: {text}");
+        assert_ne!(state_or_none(&folder), "whole", "{version}");
+    }
+}
