@@ -270,6 +270,39 @@ fn r33_zeros_and_data_of_one_page_keep_their_order() {
 }
 
 #[test]
+fn w02_a_walk_has_its_next_keys_before_it_needs_them() {
+    let ((), (), _) = both(
+        SimConfig::default(),
+        |fabric| {
+            let stop = seconds(&fabric, 30);
+            let mut hooks =
+                SourceHooks::connect(&fabric, "sim", PORT, SourceConfig::default(), &stop).unwrap();
+            hooks.set_blocks(vec![ram(40 * MIB).1]).unwrap();
+            open(&mut hooks, RamControl::Setup, &stop);
+            hooks.registration_stop(RamControl::Setup, &stop).unwrap();
+            open(&mut hooks, RamControl::Finish, &stop);
+            let mut registered = Vec::new();
+            for chunk in 0..9 {
+                hooks.control_save_page(span(chunk * MIB, MIB, PageContent::Data), &stop).unwrap();
+                hooks.drain(&stop).unwrap();
+                registered.push(hooks.registered_bytes() / MIB);
+            }
+            // Spans of 1, 2, 4 and 8 chunks; from the second on, the next one is asked for in the middle of the last.
+            assert_eq!(registered, [1, 3, 7, 7, 7, 7, 15, 15, 15]);
+            hooks.registration_stop(RamControl::Finish, &stop).unwrap();
+            hooks.finish(&stop).unwrap();
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 30);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            serve(&mut hooks, ram(40 * MIB).1, 2, &stop).unwrap();
+            hooks.finish(&stop).unwrap();
+        },
+    );
+}
+
+#[test]
 fn latencies_are_kept_when_asked_for_and_tickets_say_what_has_arrived() {
     let ((), (), _) = both(
         SimConfig::default(),

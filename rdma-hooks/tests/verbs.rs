@@ -7,43 +7,19 @@
 
 mod common;
 
-use std::net::Ipv6Addr;
 use std::time::{Duration, Instant};
 
+use common::device::address;
 use common::mapped::Mapped;
 use common::{Guest, Plan, Ram, TestMemory, receive, send};
 use rdma_hooks::fabric::{
     Access, AddressBase, Completion, CompletionStatus, ConnectParams, Operation, WriteRequest,
 };
-use rdma_hooks::verbs::{PortState, VerbsFabric, devices};
+use rdma_hooks::verbs::{VerbsFabric, devices};
 use rdma_hooks::{
     Cancel, Counters, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, FabricError, HooksError,
     HostRegion, MigrationId, SourceConfig, SourceHooks, Stop, Stopped,
 };
-
-/// The address of an active device, or `None` (said aloud) without one.
-fn address() -> Option<String> {
-    let needed = std::env::var_os("RDMA_HOOKS_NEED_DEVICE").is_some();
-    let found = devices().map(|devices| {
-        let ports = devices.iter().flat_map(|device| &device.ports);
-        let active = ports.filter(|port| port.state == PortState::Active);
-        let mut gids = active.flat_map(|port| &port.gids).map(|gid| Ipv6Addr::from(*gid));
-        gids.find_map(|gid| gid.to_ipv4_mapped()).map(|ip| ip.to_string())
-    });
-    match found {
-        Ok(Some(address)) => Some(address),
-        Ok(None) => {
-            assert!(!needed, "no device has an active port with an IPv4 address");
-            println!("skipped: no device has an active port with an IPv4 address");
-            None
-        }
-        Err(error) => {
-            assert!(!needed, "{error}");
-            println!("skipped: {error}");
-            None
-        }
-    }
-}
 
 fn seconds(fabric: &dyn Fabric, seconds: u64) -> Stop {
     Stop::new(Some(fabric.now() + Duration::from_secs(seconds)), Cancel::default())
