@@ -37,7 +37,10 @@ mod over_verbs {
         let arguments: Vec<u64> = std::env::args().skip(1).filter_map(|text| text.parse().ok()).collect();
         let mib = arguments.first().copied().unwrap_or(128);
         let repeats = arguments.get(1).copied().unwrap_or(3);
-        let Some(address) = address() else { return };
+        let address = match address() {
+            Ok(address) => address,
+            Err(why) => return println!("skipped: {why}"),
+        };
         let extension = Some(ExtensionOffer { data_queues: 3, window: 4, migration: MigrationId([5; 16]) });
         let modes = [
             ("dynamic", SourceConfig::default()),
