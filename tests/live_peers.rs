@@ -9,7 +9,7 @@ use common::{
     Deadline,
     qemu::{Guest, Machine, Version, peers_present},
     scratch,
-    writer::{self, Console, Images, Load, WRITER_RAM_MIB, assert_unbroken},
+    writer::{self, Console, Images, Load, WRITER_RAM_KIB, assert_unbroken},
 };
 
 const LOAD: Load = Load { mib: 32, pages_per_second: 2000 };
@@ -79,7 +79,7 @@ fn a_spoiled_page_is_found_by_the_guest() {
 
     let memory = OpenOptions::new().read(true).write(true).open(&ram).unwrap();
     // Page 7 of the guest's was its eighth write.
-    let pages = (0..(WRITER_RAM_MIB as u64) << 8).filter(|page| {
+    let pages = (0..(WRITER_RAM_KIB as u64) / 4).filter(|page| {
         let mut head = [0; 16];
         memory.read_exact_at(&mut head, page * 4096).unwrap();
         head == *[7_u64.to_le_bytes(), 8_u64.to_le_bytes()].as_flattened()

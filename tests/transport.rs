@@ -375,6 +375,23 @@ fn a_host_without_room_that_answers_is_not_dead() {
 }
 
 #[test]
+fn a_deadline_of_zero_takes_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let unix = format!("unix:{}/a.sock", dir.path().display());
+    for text in ["tcp::0", &unix] {
+        let (mut near, mut far) = pair(text, &StreamOptions::default());
+        let now = stop().within(Duration::ZERO);
+        let mut room = [0; 3];
+        let nothing = far.recv(&mut [RecvPart::Own(&mut room)], &now);
+        assert!(matches!(nothing, Err(ChannelError::Stopped { .. })), "{nothing:?}");
+        send(&mut near, &[7]).unwrap();
+        // What was sent takes its way through the kernel.
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(far.recv(&mut [RecvPart::Own(&mut room)], &now).unwrap(), 1);
+    }
+}
+
+#[test]
 fn every_wait_ends_soon_after_a_cancel() {
     let options = StreamOptions::default();
     let no_room = |text| {
@@ -494,6 +511,21 @@ fn both_halves_end_when_the_connection_is_broken_from_elsewhere() {
         assert!(matches!(writer.join().unwrap(), Err(ChannelError::Closed { .. })));
     });
     assert!(read_all(&mut far).is_ok(), "what was sent still arrives, then the end");
+}
+
+#[test]
+fn only_a_socket_has_a_return_path_and_it_waits_as_long_as_the_peer_lives() {
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let pipe = StreamChannel::from_fd(reader.into(), "a pipe", &impatient(20)).unwrap();
+    assert!(pipe.with_return_path().1.is_none());
+    let command = connect(&address("exec:cat > /dev/null"), &impatient(20), &stop()).unwrap();
+    assert!(command.with_return_path().1.is_none());
+    let (near, _far) = pair("tcp::0", &impatient(20));
+    let (mut stream, back) = near.with_return_path();
+    let quiet =
+        back.unwrap().recv(&mut [RecvPart::Own(&mut [0])], &stop().within(Duration::from_millis(300)));
+    assert!(matches!(quiet, Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })), "{quiet:?}");
+    assert!(matches!(recv(&mut stream, &mut [0]), Err(ChannelError::Stalled { .. })));
 }
 
 #[test]

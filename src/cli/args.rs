@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use super::{receive, send};
+use super::{bench, demo, inspect, receive, relay, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
@@ -30,10 +30,20 @@ The first SIGINT or SIGTERM cancels, a second one exits without waiting.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Migrate a writing guest between two processes on this machine, and check every page
+    Demo(demo::Args),
+    #[command(hide = true)]
+    DemoDestination(demo::DestinationArgs),
     /// Take a guest from a QEMU or a ramwire and keep it in a folder
     Receive(receive::Args),
+    /// Pass a running guest's migration on, from one QEMU or ramwire to another
+    Relay(relay::Args),
     /// Send a guest that a folder holds to a waiting QEMU or ramwire
     Send(send::Args),
+    /// Print the structure of a captured stream
+    Inspect(inspect::Args),
+    /// Measure ramwire beside other programs
+    Bench(bench::BenchArgs),
     /// Print shell completions or the man page
     Generate(Generate),
 }
@@ -89,8 +99,13 @@ pub fn run() -> ExitCode {
         }
     }
     let exit = match cli.command {
+        Command::Demo(args) => demo::run(&args),
+        Command::DemoDestination(args) => demo::run_destination(&args),
         Command::Receive(args) => receive::run(&args),
+        Command::Relay(args) => relay::run(&args),
         Command::Send(args) => send::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Generate(args) => generate(args.what),
     };
     exit.into()

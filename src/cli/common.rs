@@ -30,6 +30,11 @@ impl Timeouts {
     }
 }
 
+/// Connections between two processes of this host.
+pub(super) fn local_options() -> StreamOptions {
+    StreamOptions::default()
+}
+
 /// What `--peer` says.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PeerOption {

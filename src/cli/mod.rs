@@ -2,9 +2,13 @@
 #![allow(unreachable_pub)]
 
 mod args;
+mod bench;
 mod common;
+mod demo;
+mod inspect;
 mod progress;
 mod receive;
+mod relay;
 mod render;
 mod send;
 mod store;

@@ -145,7 +145,7 @@ impl DestinationEngine {
             }
             (Stage::Resuming, Arrived::Done) => self.go(Stage::SayingRunning, Deed::SayRunning),
             // The guest runs here: that the source could not be told changes nothing about it.
-            (Stage::SayingRunning, Arrived::Done | Arrived::Failed) => {
+            (Stage::SayingRunning, _) => {
                 self.go(Stage::Ended(Ending::Running), Deed::Finish(Ending::Running))
             }
             _ => self.fail(),
@@ -191,6 +191,7 @@ mod tests {
                 assert_eq!(engine.handle(*fact), *deed);
             }
             let ended = if fault_at == 9 {
+                assert_eq!(engine.handle(Arrived::Failed), Deed::Finish(Ending::Running));
                 Deed::Finish(Ending::Running)
             } else {
                 assert_eq!(engine.handle(Arrived::Failed), Deed::SayFailed, "step {fault_at}");

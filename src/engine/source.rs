@@ -318,8 +318,8 @@ impl SourceEngine {
             _ if input == Input::Refused && self.config.handover == Handover::Shut => {
                 Some(self.go(Phase::Recovering(Reason::Failed), Action::Recover))
             }
-            _ if matches!(input, Input::Failed | Input::Refused) => Some(self.abandon(Reason::Failed)),
             _ if self.cancelled && !self.is_committed() => Some(self.abandon(Reason::Cancelled)),
+            _ if matches!(input, Input::Failed | Input::Refused) => Some(self.abandon(Reason::Failed)),
             _ => None,
         }
     }
@@ -489,6 +489,15 @@ mod tests {
                 assert_eq!(engine.handle(Duration::ZERO, Input::Running), end);
             }
         }
+    }
+
+    #[test]
+    fn a_step_that_fails_after_a_cancel_was_cancelled() {
+        let mut engine = started(engine());
+        assert!(engine.cancel());
+        assert_eq!(engine.handle(Duration::ZERO, Input::Failed), Action::Recover);
+        let end = Action::Finish(Outcome::StaysHere(Reason::Cancelled));
+        assert_eq!(engine.handle(Duration::ZERO, Input::Done), end);
     }
 
     #[test]

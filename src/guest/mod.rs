@@ -1,18 +1,28 @@
 //! The virtual machine as a migration sees it: its memory, what it wrote, and how it is controlled.
 
+#[cfg(feature = "kvm")]
+mod kvm;
 mod mapped;
 #[cfg(test)]
 mod race;
+#[cfg(all(test, feature = "kvm"))]
+mod several_writers;
+mod soft_dirty;
 mod software;
 mod sources;
 pub mod synthetic;
+mod vhost_log;
 mod written_pages;
 
 use std::io::{self, Read, Write};
 
+#[cfg(feature = "kvm")]
+pub use kvm::{KvmDirtyLog, KvmSlot};
 pub use mapped::{GuestBuilder, MappedGuest};
+pub use soft_dirty::{SoftDirty, Standstill};
 pub use software::SoftwareBitmap;
 pub use sources::{Choice, NoSource, choose, sync_all};
+pub use vhost_log::VhostLog;
 pub use written_pages::WrittenPages;
 
 use crate::ram::{Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};

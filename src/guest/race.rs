@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::synthetic::stride;
 use super::{DirtyError, DirtySource, GuestMemory, MappedGuest, sync_all};
 use crate::ram::{BlockName, ClearShift, DirtyMap, PageRun, RamBlock};
 use crate::sys::Mapping;
@@ -35,8 +36,8 @@ pub(super) struct Outcome {
     pub(super) reported: u64,
 }
 
-/// Runs `passes` races. In each, every page is written exactly once (nothing later makes a lost write good)
-/// while syncs go on beside, and afterwards the copy is compared.
+/// Runs `passes` races. In each, three writers write every page exactly once (nothing later makes a lost
+/// write good) while syncs go on beside, and afterwards the copy is compared.
 ///
 /// `write` stores the bytes the way the tracked writers do.
 pub(super) fn race(
@@ -45,39 +46,50 @@ pub(super) fn race(
     passes: u64,
     write: &(dyn Fn(PageRun, [u8; 16]) + Sync),
 ) -> Result<Outcome, DirtyError> {
+    let pages = guest.table().total() / PAGE;
+    let share = |pass: u64, writer: u64, synced: &AtomicU64| {
+        for at in (writer..pages).step_by(WRITERS as usize) {
+            let gate = Instant::now() + Duration::from_secs(20);
+            while synced.load(Ordering::Acquire) < at * SYNCS / pages && Instant::now() < gate {
+                std::thread::yield_now();
+            }
+            let mut stamp = [0; 16];
+            stamp[..8].copy_from_slice(&pass.to_le_bytes());
+            stamp[8..].copy_from_slice(&(at + 1).to_le_bytes());
+            write(run_of(guest, scattered(at, pages)), stamp);
+        }
+    };
+    race_passes(guest, sources, passes, &|pass, synced| {
+        std::thread::scope(|scope| {
+            for writer in 0..WRITERS {
+                scope.spawn(move || share(pass, writer, synced));
+            }
+        });
+    })
+}
+
+/// As [`race`], with any writers: `pass` makes the writes of a pass, given its number (from 1) and the count
+/// of syncs so far, and returns when all are made.
+pub(super) fn race_passes(
+    guest: &MappedGuest,
+    sources: &[Arc<dyn DirtySource>],
+    passes: u64,
+    pass: &(dyn Fn(u64, &AtomicU64) + Sync),
+) -> Result<Outcome, DirtyError> {
     let mut follower = Follower::new(guest);
     sources.iter().try_for_each(|source| source.start())?;
     follower.copy_all();
     let mut outcome = Outcome::default();
-    let pages = guest.table().total() / PAGE;
-    for pass in 1..=passes {
+    for number in 1..=passes {
         let synced = AtomicU64::new(0);
-        let left = AtomicU64::new(WRITERS);
-        let result = std::thread::scope(|scope| {
-            for writer in 0..WRITERS {
-                let (synced, left) = (&synced, &left);
-                scope.spawn(move || {
-                    for at in (writer..pages).step_by(WRITERS as usize) {
-                        let gate = Instant::now() + Duration::from_secs(20);
-                        while synced.load(Ordering::Acquire) < at * SYNCS / pages && Instant::now() < gate {
-                            std::thread::yield_now();
-                        }
-                        let mut stamp = [0; 16];
-                        stamp[..8].copy_from_slice(&pass.to_le_bytes());
-                        stamp[8..].copy_from_slice(&(at + 1).to_le_bytes());
-                        write(run_of(guest, scattered(at, pages)), stamp);
-                    }
-                    left.fetch_sub(1, Ordering::Release);
-                });
-            }
-            while left.load(Ordering::Acquire) > 0 {
+        std::thread::scope(|scope| {
+            let writers = scope.spawn(|| pass(number, &synced));
+            while !writers.is_finished() {
                 outcome.reported += follower.sync(sources)?;
                 synced.fetch_add(1, Ordering::Release);
             }
             Ok(())
-        });
-        // Let the writers out before an error is told.
-        result?;
+        })?;
         follower.sync(sources)?;
         outcome.lost += follower.differing();
     }
@@ -87,12 +99,7 @@ pub(super) fn race(
 
 /// A fixed permutation of `0..pages`, so that neighbours are written far apart in time.
 fn scattered(at: u64, pages: u64) -> u64 {
-    let stride = (pages * 5 / 8..).find(|stride| gcd(*stride, pages) == 1).unwrap();
-    (at as u128 * u128::from(stride) % u128::from(pages)) as u64
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
+    (u128::from(at) * u128::from(stride(pages)) % u128::from(pages)) as u64
 }
 
 fn run_of(guest: &MappedGuest, mut page: u64) -> PageRun {

@@ -65,8 +65,9 @@ impl WrittenPages {
     }
 
     fn build(guest: &MappedGuest, given: Option<Arc<Armed>>) -> Self {
+        let elsewhere = given.is_some();
         let tracked = |region: &HostRegion, name: String, length: u64| {
-            let start = region.tracked_address();
+            let start = if elsewhere { region.tracked_address() } else { region.address() };
             // The kernel protects whole host pages; a mapping always ends on one.
             let len = length.min(region.len()).next_multiple_of(region.page().bytes());
             let range = start..start.saturating_add(len as usize);
@@ -260,6 +261,21 @@ mod tests {
     fn the_probe_passes_on_this_kernel() {
         let guest = guest_of(&[Mapping::anonymous(8192).unwrap()]);
         WrittenPages::new(&guest).probe().unwrap();
+    }
+
+    /// A kernel before 6.7 (Debian's 6.1) is found out and named.
+    mod in_rxe_guest {
+        use super::*;
+
+        #[test]
+        #[ignore = "runs in ci/rxe-guest"]
+        fn the_probe_names_the_kernel_it_needs() {
+            let guest = guest_of(&[Mapping::anonymous(8192).unwrap()]);
+            let source = WrittenPages::new(&guest);
+            for error in [source.probe().unwrap_err(), source.start().unwrap_err()] {
+                assert!(error.to_string().contains("Linux 6.7 or later"), "{error}");
+            }
+        }
     }
 
     /// Exactly the host pages written are reported, once, populated before the start or not.

@@ -52,17 +52,27 @@ impl AtomicBitmap {
         fresh
     }
 
-    /// Moves every set bit into `into` and clears it here.
+    /// Moves every set bit into `into` and clears it here; returns how many were clear there before.
     pub fn take_into(&self, into: &mut PageBitmap) -> u64 {
-        let mut moved = 0;
+        self.take(into).1
+    }
+
+    /// Moves every set bit into `into` and clears it here; returns how many were set here.
+    pub fn take_bits(&self, into: &mut PageBitmap) -> u64 {
+        self.take(into).0
+    }
+
+    fn take(&self, into: &mut PageBitmap) -> (u64, u64) {
+        let (mut taken, mut fresh) = (0, 0);
         for (at, word) in self.words.iter().enumerate() {
             // The plain look first: most words of a sparse map are zero and need no locked swap.
             if word.load(Ordering::Relaxed) != 0 {
                 let bits = word.swap(0, Ordering::AcqRel);
-                moved += into.merge_words(at, &[bits]);
+                taken += u64::from(bits.count_ones());
+                fresh += into.merge_words(at, &[bits]);
             }
         }
-        moved
+        (taken, fresh)
     }
 
     /// Set bits at this moment.

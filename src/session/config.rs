@@ -7,6 +7,7 @@ use crate::ram::ClearShift;
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::style::PeerStyle;
 
+use super::Incoming;
 use super::Peer;
 use super::workers::Spawner;
 
@@ -34,6 +35,8 @@ pub struct SourceSettings {
     pub configuration: Configuration,
     /// Bytes of sections that go between the block list and the first page, as they were captured.
     pub early_sections: Vec<u8>,
+    /// Every page is sent at least once. Without it only what the dirty sources report travels.
+    pub all_dirty_at_start: bool,
     /// Names this migration; 128 random bits.
     pub migration_id: [u8; 16],
     /// How threads are started.
@@ -54,9 +57,21 @@ impl SourceSettings {
             clear_shift: ClearShift::default(),
             configuration,
             early_sections: Vec::new(),
+            all_dirty_at_start: true,
             migration_id: random_id(),
             spawner: Spawner::default(),
         }
+    }
+
+    /// Takes over what another source said of its machine, for sending its guest on. A style that was not
+    /// given follows the machine.
+    pub fn adopt(&mut self, incoming: &Incoming) {
+        if self.peer.is_none() {
+            let style = PeerStyle::of_machine(&incoming.configuration.machine);
+            self.style = style.unwrap_or(self.style);
+        }
+        self.configuration = incoming.configuration.clone();
+        self.early_sections = incoming.early_sections.clone();
     }
 }
 

@@ -14,13 +14,14 @@ use crate::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Secti
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
-use crate::transport::{ByteSink, ByteSource};
+use crate::transport::{ByteSink, ByteSource, StreamChannel};
 
-use super::Error;
 use super::config::DestinationSettings;
 use super::digest::{Digest, digests_of};
 use super::greeting::described;
+use super::handle::Commitment;
 use super::placing::Placing;
+use super::{Breakage, Error};
 
 /// Bytes read at a time: a buffer that stays in the second-level cache costs less than the copy it saves.
 const BUFFER: usize = 256 << 10;
@@ -34,6 +35,8 @@ pub struct Incoming {
     pub blocks: Vec<RamBlock>,
     /// Sections between the block list and the first page, as they came.
     pub early_sections: Vec<u8>,
+    /// The source opened a return path: it can be told how it ended.
+    pub has_return_path: bool,
 }
 
 /// Provides the memory a guest arrives in.
@@ -62,13 +65,19 @@ impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
                 return Err(Error::Config { what, remedy: "start both ends with the same memory" });
             }
         }
+        let announced = |ours: &RamBlock| incoming.blocks.iter().any(|theirs| theirs.name == ours.name);
+        if let Some(missing) = self.table().blocks().iter().find(|ours| !announced(ours)) {
+            let what = format!("RAM block {}: the source has none of this name", missing.name);
+            return Err(Error::Config { what, remedy: "start both ends with the same memory" });
+        }
         Ok(Arc::clone(self) as Arc<dyn GuestMemory>)
     }
 }
 
 /// Sees pages as they arrive; a relay's.
 pub trait Arrival: Send {
-    /// The memory is there; no page has come.
+    /// The memory is there and pages are next; the early sections have come. Called again before each
+    /// section of pages.
     ///
     /// # Errors
     /// Ends the migration.
@@ -122,7 +131,8 @@ pub struct DestinationSession {
     pub(super) incoming: Option<Incoming>,
     pub(super) configuration: Option<Configuration>,
     pub(super) state: Vec<u8>,
-    cancel: CancelToken,
+    pub(super) cancel: CancelToken,
+    pub(super) commitment: Arc<Commitment>,
     stop: Stop,
     return_path_open: bool,
     ram_ended: bool,
@@ -133,6 +143,7 @@ pub struct DestinationSession {
     verified: bool,
     statistics: SharedStatistics,
     error: Option<Error>,
+    pub(super) breakage: Breakage,
 }
 
 impl DestinationSession {
@@ -148,6 +159,7 @@ impl DestinationSession {
         Self {
             stop: Stop::on(&cancel),
             cancel,
+            commitment: Arc::default(),
             source,
             back,
             provider,
@@ -168,7 +180,20 @@ impl DestinationSession {
             verified: false,
             statistics: SharedStatistics::default(),
             error: None,
+            breakage: Breakage::default(),
         }
+    }
+
+    /// A session over one channel, whose other direction carries the return path if it is a socket.
+    pub fn over(
+        channel: StreamChannel,
+        provider: Box<dyn MemoryProvider>,
+        control: Box<dyn GuestControl>,
+        settings: DestinationSettings,
+    ) -> Self {
+        let (source, back) = channel.with_return_path();
+        let back = back.map(|back| Box::new(back) as Box<_>);
+        Self::new(Box::new(source), back, provider, control, settings)
     }
 
     /// Somebody wants to see pages as they arrive.
@@ -184,7 +209,7 @@ impl DestinationSession {
         self
     }
 
-    /// Raise it to cancel; without effect once the guest was given away by the source.
+    /// Raise it to cancel; without effect from READY on, when the source may give the guest away.
     pub fn cancel_token(&self) -> CancelToken {
         self.cancel.clone()
     }
@@ -218,13 +243,29 @@ impl DestinationSession {
                 self.error.get_or_insert(error);
                 Arrived::Failed
             });
-            deed = self.engine.handle(fact);
+            // A cancel comes before this step or after it, never in between: the step may take the guest.
+            let commitment = Arc::clone(&self.commitment);
+            deed = commitment.decide(|| {
+                let fact = self.unless_cancelled(fact);
+                let deed = self.engine.handle(fact);
+                (deed, self.engine.is_committed())
+            });
             if self.engine.is_committed() {
                 // The guest is ours: no cancel breaks it off any more.
                 self.stop = Stop::on(&CancelToken::default());
             }
         };
         self.report(ending, reader.at)
+    }
+
+    /// The last moment for a cancel that no wait has seen.
+    fn unless_cancelled(&mut self, fact: Arrived) -> Arrived {
+        let takes_the_guest = matches!(fact, Arrived::Commit | Arrived::Tail);
+        if !takes_the_guest || !self.cancel.is_cancelled() {
+            return fact;
+        }
+        self.error.get_or_insert(Error::Cancelled);
+        Arrived::Failed
     }
 
     fn report(self, ending: Ending, bytes: u64) -> DestinationReport {
@@ -253,6 +294,7 @@ impl DestinationSession {
             Deed::CompareDigest => {
                 let theirs = Digest(std::mem::take(&mut self.theirs));
                 if let Some(ours) = self.ours.take() {
+                    let ours = if self.breakage.is(Breakage::SkipComparing) { theirs.clone() } else { ours };
                     ours.compare(&theirs, self.memory()?.table())?;
                     self.verified = true;
                 }
@@ -264,7 +306,15 @@ impl DestinationSession {
                 let loaded = self.control.load_devices(&mut &self.state[..]);
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
-            Deed::SayReady => self.say(Message::Native(Answer::Ready))?,
+            Deed::SayReady => {
+                // From here on the source may give the guest away at any moment: a cancel could only leave
+                // it in doubt. What ends the wait is its word, the connection's end, or time.
+                self.stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
+                self.say(Message::Native(Answer::Ready))?;
+                if self.breakage.is(Breakage::ResumeBeforeCommit) {
+                    let _ = self.control.resume();
+                }
+            }
             Deed::Resume => {
                 let resumed = self.control.resume();
                 resumed.map_err(|source| Error::Control { what: "resume", source })?;
@@ -368,18 +418,22 @@ impl DestinationSession {
             Event::Configuration(configuration) => self.configuration = Some(configuration),
             Event::Blocks(blocks) => self.blocks(&blocks)?,
             Event::Command(command) => return self.command(command),
+            Event::SectionStart { kind: SectionKind::Ram, phase: Phase::Part | Phase::End, .. } => {
+                self.pages_begin()?;
+            }
             Event::SectionStart { kind: SectionKind::Ram, .. } | Event::MultifdFlush => {}
             Event::SectionEnd { kind: SectionKind::Ram, phase: Phase::End } => self.ram_complete()?,
             Event::SectionEnd { kind: SectionKind::Ram, .. } => {}
             Event::SectionStart { kind: SectionKind::NativeState, .. } => self.in_native_state = true,
             Event::SectionEnd { kind: SectionKind::NativeState, .. } => self.in_native_state = false,
-            Event::SectionBytes(bytes) if self.in_native_state => self.state.extend_from_slice(bytes),
+            Event::SectionBytes(bytes) if self.in_native_state => self.carry(bytes)?,
             Event::SectionStart { .. }
             | Event::SectionEnd { .. }
             | Event::VirtioMem(_)
             | Event::BitmapChunk
-            | Event::SectionBytes(_) => self.carry(raw),
+            | Event::SectionBytes(_) => self.carry(raw)?,
             Event::TailBytes(_) | Event::Eof => {}
+            Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
             Event::Done => return Ok(Some(Arrived::Tail)),
             Event::Filled { .. }
             | Event::Hook { .. }
@@ -394,10 +448,23 @@ impl DestinationSession {
     }
 
     /// Sections that are not RAM and not understood go on as they came.
-    fn carry(&mut self, raw: &[u8]) {
-        match &mut self.incoming {
-            Some(incoming) if !self.ram_ended => incoming.early_sections.extend_from_slice(raw),
-            _ => self.state.extend_from_slice(raw),
+    fn carry(&mut self, raw: &[u8]) -> Result<(), Error> {
+        let carried = match &mut self.incoming {
+            Some(incoming) if !self.ram_ended => &mut incoming.early_sections,
+            _ => &mut self.state,
+        };
+        if (carried.len() + raw.len()) as u64 > self.settings.max_state {
+            return Err(out_of_turn("more device state than is accepted", "a precopy migration"));
+        }
+        carried.extend_from_slice(raw);
+        Ok(())
+    }
+
+    /// The early sections are complete: whoever watches pages arrive may begin.
+    fn pages_begin(&mut self) -> Result<(), Error> {
+        match (&mut self.placing, &self.incoming) {
+            (Some(placing), Some(incoming)) => placing.began(incoming),
+            _ => Err(no_blocks("a section of pages")),
         }
     }
 
@@ -413,12 +480,11 @@ impl DestinationSession {
             configuration: self.configuration.clone().unwrap_or_default(),
             blocks: announced.iter().map(described).collect(),
             early_sections: Vec::new(),
+            has_return_path: self.return_path_open && self.back.is_some(),
         };
         let memory = self.provider.provide(&incoming)?;
-        if let Some(arrival) = &mut self.arrival {
-            arrival.began(&incoming, &memory)?;
-        }
-        self.placing = Some(Placing::new(memory, &incoming.blocks, self.arrival.take())?);
+        let placing = Placing::new(memory, &incoming.blocks, self.arrival.take())?;
+        self.placing.insert(placing).breakage = self.breakage;
         self.incoming = Some(incoming);
         self.statistics.update(|s| s.status = Status::Active);
         Ok(())
@@ -462,6 +528,9 @@ impl DestinationSession {
                 self.migration_id = Some(theirs.migration_id);
                 self.say(Message::Native(Answer::Hello(answer)))?;
                 Ok(Some(Arrived::Hello { digest: theirs.digest }))
+            }
+            Order::StateSent if !self.ram_ended => {
+                Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
             Order::StateSent => Ok(Some(Arrived::StateSent)),
             Order::Digest { first, values } => {

@@ -37,6 +37,8 @@ pub(super) struct Figures {
     part: Option<(Part, Duration)>,
     batch: Latency,
     fence: Latency,
+    /// When the first page had been handed over.
+    pub(super) first_page: Option<Duration>,
 }
 
 impl Figures {
@@ -62,6 +64,7 @@ impl Figures {
             part: None,
             batch: Latency::default(),
             fence: Latency::default(),
+            first_page: None,
         }
     }
 
@@ -185,6 +188,9 @@ impl Figures {
     }
 
     pub(super) fn sent(&mut self, now: Duration, bytes: u64, pages_left: u64, rate: Option<Rate>) {
+        if bytes > 0 {
+            self.first_page.get_or_insert(now);
+        }
         let (pages, page_bytes) = (self.pages, self.page_bytes);
         self.shared.update(|s| {
             s.pages = pages;

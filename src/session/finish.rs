@@ -61,7 +61,9 @@ impl SourceSession {
     /// From the first byte of this on the guest is not ours: no cancel breaks it off any more.
     pub(super) fn commit(&mut self) -> Result<Input, Error> {
         debug_assert!(self.engine.is_committed());
-        self.stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
+        if !self.breakage.is(Breakage::BreakOffAfterCommit) {
+            self.stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
+        }
         if self.handover == Handover::Native {
             let mut order = Vec::new();
             let migration_id = self.settings.migration_id;
@@ -77,7 +79,7 @@ impl SourceSession {
         }
         let position = self.link.sink().position();
         self.figures.position(position);
-        if self.breakage == Breakage::ResumeAfterCommit {
+        if self.breakage.is(Breakage::ResumeAfterCommit) {
             let _ = self.guest.control.resume();
         }
         Ok(Input::Done)

@@ -1,5 +1,7 @@
 //! Migrations as threads run them: a session does what the [engine](crate::engine) decides.
 
+mod arrivals;
+mod breakage;
 pub mod config;
 mod destination;
 pub mod digest;
@@ -7,17 +9,24 @@ mod error;
 mod figures;
 mod finish;
 mod greeting;
+mod handle;
 mod placing;
+mod relay;
 mod return_path;
+#[cfg(test)]
+mod sim;
 mod slice;
 mod source;
 #[cfg(test)]
 mod tests;
 pub mod workers;
 
+use breakage::Breakage;
 pub use config::{DestinationSettings, SourceSettings};
 pub use destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
 pub use error::{Error, ErrorKind};
+pub use handle::{CancelReply, MigrationHandle};
+pub use relay::{ConnectFn, Kept, Notice, NoticeFn, RelayReport, relay};
 pub use source::{Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
 pub use workers::Spawner;
 
@@ -28,27 +37,4 @@ pub enum Peer {
     Qemu,
     /// A ramwire: READY, COMMIT, RUNNING.
     Ramwire,
-}
-
-/// An order of the design switched off, so that a test can prove that it is needed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Breakage {
-    /// As it ships.
-    #[default]
-    None,
-    /// Order 1: the bytes are read before the log is armed again.
-    #[cfg_attr(not(test), allow(dead_code))]
-    ReadBeforeProtect,
-    /// Order 2: rounds are not fenced.
-    #[cfg_attr(not(test), allow(dead_code))]
-    SkipFence,
-    /// Order 3: the migration ends while tickets are out.
-    #[cfg_attr(not(test), allow(dead_code))]
-    SkipDrain,
-    /// Order 4: unsent pages are forgotten after a failure.
-    #[cfg_attr(not(test), allow(dead_code))]
-    ForgetUnsent,
-    /// Order 6: the source lets the guest run after COMMIT.
-    #[cfg_attr(not(test), allow(dead_code))]
-    ResumeAfterCommit,
 }

@@ -10,8 +10,8 @@ use crate::stream::{DecodeError, Fault, xbzrle};
 use crate::sys::is_zero;
 use crate::units::{BlockIndex, BlockOffset};
 
-use super::Error;
-use super::destination::Arrival;
+use super::destination::{Arrival, Incoming};
+use super::{Breakage, Error};
 
 /// The guest's memory while it fills. Bytes are copied, then the page is marked, then others see it.
 pub(super) struct Placing {
@@ -23,6 +23,7 @@ pub(super) struct Placing {
     page_bytes: u64,
     scratch: Vec<u8>,
     pub(super) pages: PageCounts,
+    pub(super) breakage: Breakage,
 }
 
 impl Placing {
@@ -37,11 +38,18 @@ impl Placing {
         let page_bytes = table.page().bytes();
         let received = ReceivedMap::new(table);
         let scratch = vec![0; page_bytes as usize];
-        Ok(Self { received, arrival, blocks, page_bytes, scratch, pages: PageCounts::default(), memory })
+        let (pages, breakage) = (PageCounts::default(), Breakage::default());
+        Ok(Self { received, arrival, blocks, page_bytes, scratch, pages, breakage, memory })
     }
 
     pub(super) fn memory(&self) -> &Arc<dyn GuestMemory> {
         &self.memory
+    }
+
+    /// Called at every section of pages; the watcher takes the first as its beginning.
+    pub(super) fn began(&mut self, incoming: &Incoming) -> Result<(), Error> {
+        let watcher = self.arrival.as_mut();
+        watcher.map_or(Ok(()), |arrival| arrival.began(incoming, &self.memory))
     }
 
     fn landing(&self, announced: BlockIndex, offset: BlockOffset) -> Result<Landing, GuestError> {
@@ -61,6 +69,11 @@ impl Placing {
 
     pub(super) fn page(&mut self, block: BlockIndex, offset: BlockOffset, bytes: &[u8]) -> Result<(), Error> {
         let landing = self.landing(block, offset)?;
+        if self.breakage.is(Breakage::MarkBeforeCopy) {
+            self.placed(landing);
+            self.memory.span(landing)?.copy_from(bytes);
+            return Ok(());
+        }
         self.memory.span(landing)?.copy_from(bytes);
         self.placed(landing);
         self.pages.normal += 1;

@@ -47,7 +47,8 @@ impl ReturnPath {
     /// Waits for the next message.
     ///
     /// # Errors
-    /// The channel's; [`Error::PeerFailed`] if the peer closes; [`Error::Decode`] and [`Error::OutOfTurn`].
+    /// The channel's, [`ChannelError::Closed`] if the peer closes; [`Error::Decode`] and [`Error::OutOfTurn`].
+    /// A close is no word: it does not say that the guest does not run there.
     pub(super) fn next(&mut self, stop: &Stop) -> Result<Word, Error> {
         loop {
             match decode_message(&self.buffer[..self.filled]) {
@@ -65,20 +66,30 @@ impl ReturnPath {
             let room = &mut self.buffer[self.filled..];
             let got = self.source.recv(&mut [RecvPart::Own(room)], stop)?;
             if got == 0 {
-                return Err(Error::PeerFailed { why: "it closed the connection without a word".into() });
+                let (peer, doing) = ("the destination".into(), "its answer was due");
+                return Err(ChannelError::Closed { peer, doing }.into());
             }
             self.filled += got;
         }
     }
 
-    /// Waits for a message, leaving out PONGs and acks that may come at any time.
+    /// Waits for a message, leaving out PONGs and acks that may come at any time. A peer that says nothing
+    /// else is no reason to wait longer.
     pub(super) fn next_verdict(&mut self, stop: &Stop) -> Result<Word, Error> {
         loop {
             match self.next(stop)? {
-                Word::Pong(_) | Word::SwitchoverAck => {}
+                Word::Pong(_) | Word::SwitchoverAck => look_at(stop)?,
                 word => return Ok(word),
             }
         }
+    }
+}
+
+/// The reason to stop, if there is one by now: a wait that always finds bytes does not look at it.
+fn look_at(stop: &Stop) -> Result<(), ChannelError> {
+    match stop.reason() {
+        Some(reason) => Err(ChannelError::Stopped { reason, doing: "hearing the destination" }),
+        None => Ok(()),
     }
 }
 

@@ -1,11 +1,12 @@
 //! The page loop: which page, as what, to the door, a slice at a time.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::Input;
 use crate::page::classify;
 use crate::ram::{PageBatch, PageRun};
-use crate::transport::{Offer, Receipt};
+use crate::transport::{InlinePages, Offer, Receipt};
 
 use super::source::SourceSession;
 use super::{Breakage, Error};
@@ -55,7 +56,7 @@ impl SourceSession {
     /// Order 1: the bits of `run` are cleared, now the log is armed again, only then are the bytes read.
     fn look_at(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
         let chunk = self.dirty.take_clear_chunk(run);
-        if self.breakage == Breakage::ReadBeforeProtect {
+        if self.breakage.is(Breakage::ReadBeforeProtect) {
             classify(&*self.guest.memory, run, self.settings.zero_detection, batch)?;
             let torn = std::mem::take(batch);
             self.offer(torn)?;
@@ -80,17 +81,42 @@ impl SourceSession {
                 Offer::Taken(_) => break,
                 Offer::Full(back) => {
                     batch = back;
-                    self.link.drain(&self.stop)?;
-                    self.take_returned()?;
+                    if let Err(error) = self.make_room() {
+                        self.mark_unsent(&batch);
+                        return Err(error);
+                    }
                 }
                 Offer::Declined(back) => {
-                    self.mark_unsent(&back);
-                    self.spare.push(back);
+                    self.declined.push(back);
                     break;
                 }
             }
         }
         self.figures.offered(begun.elapsed());
+        self.take_returned()
+    }
+
+    /// What the door declined in the round that was just closed goes in the stream. Bytes of a door that is
+    /// not ordered could overtake its pages: they wait for them.
+    pub(super) fn send_declined(&mut self) -> Result<(), Error> {
+        if self.declined.is_empty() {
+            return Ok(());
+        }
+        self.sent_past_the_door = true;
+        if !self.link.abilities().ordered {
+            self.link.drain(&self.stop)?;
+        }
+        let mut pages = InlinePages::new(Arc::clone(&self.guest.memory));
+        while let Some(batch) = self.declined.last() {
+            pages.write(batch, self.link.sink(), &self.stop)?;
+            self.figures.counted(batch);
+            self.spare.extend(self.declined.pop());
+        }
+        Ok(())
+    }
+
+    fn make_room(&mut self) -> Result<(), Error> {
+        self.link.drain(&self.stop)?;
         self.take_returned()
     }
 

@@ -4,19 +4,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::{Action, Handover, Input, Outcome, SourceConfig, SourceEngine, Switchover};
-use crate::guest::{DirtySource, GuestControl, GuestMemory};
+use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
 use crate::observe::{SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
 use crate::stream::qemu::section;
 use crate::sys::{CancelToken, SendPart, Stop};
-use crate::transport::{ByteSource, ChannelError, Returned, SourceLink};
-use crate::units::BlockIndex;
+use crate::transport::{ByteSource, ChannelError, InlineLink, Returned, SourceLink, StreamChannel};
 
 use super::config::SourceSettings;
 use super::figures::Figures;
+use super::handle::Commitment;
 use super::return_path::{ReturnPath, Word};
-use super::{Error, greeting};
+use super::{Breakage, Error, greeting};
+
+/// Messages heard in one look at the return path.
+const MOST_HEARD: usize = 64;
 
 /// A guest to be moved.
 pub struct SourceGuest {
@@ -34,6 +37,15 @@ pub struct SourceConnection {
     pub link: Box<dyn SourceLink>,
     /// Where the destination's messages come from; `None` for files and pipes.
     pub back: Option<Box<dyn ByteSource>>,
+}
+
+impl SourceConnection {
+    /// Pages of `memory` go in the stream over `channel`; answers come back on it if it is a socket.
+    pub fn over(channel: StreamChannel, memory: Arc<dyn GuestMemory>) -> Self {
+        let (sink, back) = channel.with_return_path();
+        let link = Box::new(InlineLink::new(Box::new(sink), memory));
+        Self { link, back: back.map(|back| Box::new(back) as Box<_>) }
+    }
 }
 
 /// A guest's own source, in front of a relay: tells when it has stopped its guest.
@@ -54,14 +66,18 @@ pub struct SourceReport {
     pub error: Option<Error>,
     /// The figures.
     pub statistics: Statistics,
+    /// When the first page had been handed to the connection, since the start.
+    pub first_page_sent: Option<std::time::Duration>,
     /// Pages the destination does not have for certain; all clean after success.
     pub dirty: DirtyMap,
+    /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
+    pub stands_still: bool,
 }
 
 impl SourceReport {
     /// True if the guest runs on, whole, at the source.
     pub fn guest_is_safe_here(&self) -> bool {
-        matches!(self.outcome, Outcome::StaysHere(_))
+        matches!(self.outcome, Outcome::StaysHere(_)) && !self.stands_still
     }
 }
 
@@ -95,12 +111,17 @@ pub struct SourceSession {
     pub(super) upstream: Option<Box<dyn Upstream>>,
     pub(super) clock: Box<dyn Clock>,
     pub(super) cancel: CancelToken,
+    pub(super) commitment: Arc<Commitment>,
     pub(super) stop: Stop,
     pub(super) engine: SourceEngine,
     pub(super) dirty: DirtyMap,
     pub(super) search: PageSearch,
     pub(super) spare: Vec<PageBatch>,
     pub(super) returned: Vec<Returned>,
+    /// Batches of this round that the door can't carry.
+    pub(super) declined: Vec<PageBatch>,
+    /// Some pages went in the stream although the door is another.
+    pub(super) sent_past_the_door: bool,
     pub(super) figures: Figures,
     pub(super) handover: Handover,
     pub(super) section_id: u32,
@@ -108,8 +129,9 @@ pub struct SourceSession {
     pub(super) state: Vec<u8>,
     pub(super) commit_at: usize,
     paused: bool,
+    cancel_refused: bool,
     error: Option<Error>,
-    pub(super) breakage: super::Breakage,
+    pub(super) breakage: Breakage,
 }
 
 impl SourceSession {
@@ -126,6 +148,7 @@ impl SourceSession {
         Self {
             stop: Stop::on(&cancel),
             cancel,
+            commitment: Arc::default(),
             engine: SourceEngine::new(config),
             dirty,
             figures,
@@ -138,13 +161,16 @@ impl SourceSession {
             search: PageSearch::default(),
             spare: Vec::new(),
             returned: Vec::new(),
+            declined: Vec::new(),
+            sent_past_the_door: false,
             handover,
             section_id: greeting::RAM_SECTION_ID,
             state: Vec::new(),
             commit_at: 0,
             paused: false,
+            cancel_refused: false,
             error: None,
-            breakage: super::Breakage::default(),
+            breakage: Breakage::default(),
         }
     }
 
@@ -179,40 +205,54 @@ impl SourceSession {
             if let Action::Finish(outcome) = action {
                 break outcome;
             }
-            self.look_at_cancel();
             tracing::trace!(?action, "perform");
             let input = self.perform(action).unwrap_or_else(|error| self.keep(error));
-            action = self.engine.handle(self.clock.now(), input);
+            // A cancel comes before this step or after it, never in between: the step may be COMMIT.
+            let commitment = Arc::clone(&self.commitment);
+            action = commitment.decide(|| {
+                self.look_at_cancel();
+                let action = self.engine.handle(self.clock.now(), input);
+                (action, self.engine.is_committed())
+            });
         };
         self.report(outcome)
     }
 
     fn report(mut self, outcome: Outcome) -> SourceReport {
         let now = self.clock.now();
+        if outcome == Outcome::InDoubt
+            && let Err(error) = self.stop_logs()
+        {
+            // The guest stands still: a log left on costs, and loses nothing.
+            tracing::warn!(%error, "a dirty log could not be stopped");
+        }
         self.figures.ended(now, outcome, self.error.as_ref());
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
             self.error = Some(Error::Cancelled);
         }
         let statistics = self.figures.shared().snapshot();
-        SourceReport { outcome, error: self.error, statistics, dirty: self.dirty }
+        let first_page_sent = self.figures.first_page;
+        let (dirty, stands_still) = (self.dirty, self.paused);
+        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
     }
 
     fn look_at_cancel(&mut self) {
-        if self.cancel.is_cancelled() && !self.engine.cancel() && !self.stop_is_unbreakable() {
-            tracing::warn!("cancel refused: the destination owns the guest");
+        if !self.cancel.is_cancelled() || self.engine.cancel() {
+            return;
         }
-    }
-
-    /// After COMMIT, and while recovering, a cancel must break no wait any more.
-    fn stop_is_unbreakable(&mut self) -> bool {
-        self.stop.reason().is_none() || {
+        // After COMMIT a cancel must break no wait any more.
+        if self.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
             self.stop = Stop::on(&CancelToken::default());
-            false
+        }
+        if !std::mem::replace(&mut self.cancel_refused, true) {
+            tracing::warn!("cancel refused: the destination owns the guest");
         }
     }
 
     fn keep(&mut self, error: Error) -> Input {
         tracing::warn!(%error, "migration step failed");
+        // A cancel that broke the step's wait is the reason, not the broken wait.
+        self.look_at_cancel();
         let refused = matches!(&error, Error::PeerFailed { .. }) && self.handover == Handover::Shut;
         self.error.get_or_insert(error);
         if refused { Input::Refused } else { Input::Failed }
@@ -237,7 +277,7 @@ impl SourceSession {
                 Ok(Input::Done)
             }
             Action::Drain => {
-                if self.breakage != super::Breakage::SkipDrain {
+                if !self.breakage.is(Breakage::SkipDrain) {
                     self.link.drain(&self.stop)?;
                 }
                 self.take_returned()?;
@@ -256,10 +296,13 @@ impl SourceSession {
 
     fn start_logs(&mut self) -> Result<Input, Error> {
         self.figures.shared().update(|s| s.status = Status::Setup);
+        // First: should a log not start, nothing is at the destination.
+        if self.settings.all_dirty_at_start {
+            self.dirty.set_all(self.guest.memory.table());
+        }
         for source in &self.guest.dirty {
             source.start()?;
         }
-        self.dirty.set_all(self.guest.memory.table());
         Ok(Input::Done)
     }
 
@@ -272,18 +315,7 @@ impl SourceSession {
     }
 
     fn sync(&mut self) -> Result<Input, Error> {
-        let table = self.guest.memory.table();
-        let mut fresh = 0;
-        for (index, block) in table.blocks().iter().enumerate() {
-            if block.flags.ignored {
-                continue;
-            }
-            let index = BlockIndex(index as u32);
-            let sources = &self.guest.dirty;
-            fresh += self.dirty.sync_block(index, |bitmap| {
-                sources.iter().try_for_each(|source| source.sync_into(index, bitmap))
-            })?;
-        }
+        let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.dirty)?;
         let dirty_pages = self.dirty.count();
         let expected = self.engine.expected_downtime(dirty_pages);
         self.figures.synced(self.clock.now(), dirty_pages, fresh, expected);
@@ -306,9 +338,10 @@ impl SourceSession {
 
     fn close_round(&mut self, kind: RoundKind) -> Result<Input, Error> {
         let begun = Instant::now();
-        if self.breakage != super::Breakage::SkipFence {
+        if !self.breakage.is(Breakage::SkipFence) {
             self.link.close_round(kind, &self.stop)?;
         }
+        self.send_declined()?;
         let mut tail = crate::stream::qemu::ram::EOS_RECORD.to_vec();
         section::encode_footer(self.section_id, &mut tail);
         self.send_bytes(&tail)?;
@@ -332,7 +365,9 @@ impl SourceSession {
     /// Sees whether the peer failed meanwhile.
     pub(super) fn hear(&mut self) -> Result<(), Error> {
         let Some(back) = &mut self.back else { return Ok(()) };
-        while let Some(word) = back.poll()? {
+        // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
+        for _ in 0..MOST_HEARD {
+            let Some(word) = back.poll()? else { break };
             refuse_verdict(word)?;
         }
         Ok(())
@@ -343,6 +378,9 @@ impl SourceSession {
     }
 
     fn await_ready(&mut self) -> Result<Input, Error> {
+        if self.breakage.is(Breakage::CommitBeforeReady) {
+            return Ok(Input::Ready);
+        }
         match self.verdict(self.settings.finish_timeout)? {
             Word::Ready => Ok(Input::Ready),
             word => refuse_verdict(word).map(|()| Input::Failed),
@@ -372,21 +410,28 @@ impl SourceSession {
     fn recover(&mut self) -> Result<Input, Error> {
         self.stop = Stop::on(&CancelToken::default());
         let confirms = self.link.abilities().confirms_placement;
-        if self.breakage != super::Breakage::ForgetUnsent {
+        if !self.breakage.is(Breakage::ForgetUnsent) {
             for batch in self.link.reclaim() {
                 self.mark_unsent(&batch);
             }
+            for batch in std::mem::take(&mut self.declined) {
+                self.mark_unsent(&batch);
+            }
             // Released is not placed: on such a door nothing counts as arrived before the end.
-            if !confirms {
+            if !confirms || self.sent_past_the_door {
                 self.dirty.set_all(self.guest.memory.table());
             }
         }
-        let stopped = self.stop_logs();
+        let leave_on = self.breakage.is(Breakage::LeaveLogsOn);
+        let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
         self.guest.control.throttle(crate::units::Percent::default());
-        if self.paused {
+        if self.paused && !self.breakage.is(Breakage::StayPaused) {
+            if let Err(source) = self.guest.control.resume() {
+                // More urgent than what led here: somebody must look after the guest.
+                let why = self.error.take().map_or_else(|| "cancelled".into(), |error| error.to_string());
+                return Err(Error::StandsStill { why, source });
+            }
             self.paused = false;
-            let resumed = self.guest.control.resume();
-            resumed.map_err(|source| Error::Control { what: "resume", source })?;
         }
         stopped
     }

@@ -142,7 +142,8 @@ pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
         3 => {
             let first = reader.be32().ok()?;
             let values = reader.rest();
-            let fits = !values.is_empty() && values.len() % 8 == 0 && values.len() / 8 <= MAX_DIGESTS;
+            let fits =
+                !values.is_empty() && values.len().is_multiple_of(8) && values.len() / 8 <= MAX_DIGESTS;
             return fits.then_some(Order::Digest { first, values });
         }
         4 => Order::Commit { migration_id: reader.array().ok()? },

@@ -3,10 +3,14 @@
 
 mod host_region;
 mod inherited;
+#[cfg(feature = "kvm")]
+mod kvm_dirty;
 mod mapping;
 mod pagemap_scan;
 mod parts;
 mod scan;
+mod shared_bits;
+mod soft_dirty;
 mod stop;
 mod tcp_state;
 #[cfg(test)]
@@ -15,10 +19,14 @@ mod uffd;
 
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
 pub use inherited::take_inherited_fd;
+#[cfg(feature = "kvm")]
+pub(crate) use kvm_dirty::KvmLog;
 pub use mapping::{Mapping, MappingError, discard, populate};
 pub use pagemap_scan::Pagemap;
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
 pub use scan::is_zero;
+pub use shared_bits::SharedBitmap;
+pub use soft_dirty::SoftDirtyBits;
 pub use stop::{CancelToken, Stop, StopReason};
 pub use tcp_state::{TcpState, queued_bytes, tcp_state};
 pub use uffd::{UffdError, WriteProtector};

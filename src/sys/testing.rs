@@ -1,6 +1,11 @@
 //! What several test modules need of the machine.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[cfg(feature = "kvm")]
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+#[cfg(feature = "kvm")]
+use super::{HostRegion, Mapping};
 use crate::units::PageSize;
 
 /// Lets the kernel hand out `pages` huge pages on demand, as an administrator does before starting VMs with
@@ -12,5 +17,95 @@ pub(crate) fn huge_pages(page: PageSize, pages: u64) {
     if now < pages {
         std::fs::write(&path, pages.to_string())
             .unwrap_or_else(|error| panic!("{error}; as root: echo {pages} > {path}"));
+    }
+}
+
+/// A KVM guest without devices: one vCPU in flat 32-bit mode that writes pages as told.
+#[cfg(feature = "kvm")]
+pub(crate) struct TestVm {
+    vcpu: kvm_ioctls::VcpuFd,
+    vm: kvm_ioctls::VmFd,
+    /// Keeps the guest's memory mapped.
+    _memory: Vec<HostRegion>,
+}
+
+#[cfg(feature = "kvm")]
+impl TestVm {
+    const CODE_SLOT: u32 = 99;
+    const CODE_AT: u64 = 0xe000_0000;
+    /// For ECX pages from EBX on: writes EAX, counting up, at 0x10 of the page.
+    const CODE: [u8; 16] = [
+        0x89, 0x43, 0x10, //                   mov [ebx+0x10], eax
+        0x40, //                               inc eax
+        0x81, 0xc3, 0x00, 0x10, 0x00, 0x00, // add ebx, 0x1000
+        0x49, //                               dec ecx
+        0x75, 0xf3, //                         jnz -13
+        0xe6, 0x10, //                         out 0x10, al
+        0xf4, //                               hlt
+    ];
+
+    pub(crate) fn new() -> Self {
+        let kvm =
+            kvm_ioctls::Kvm::new().expect("/dev/kvm; run on a machine with KVM, as a user of group kvm");
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let mut sregs = vcpu.get_sregs().unwrap();
+        sregs.cr0 |= 1;
+        let flat = |kind| kvm_bindings::kvm_segment {
+            limit: u32::MAX,
+            selector: 8,
+            type_: kind,
+            present: 1,
+            db: 1,
+            s: 1,
+            g: 1,
+            ..Default::default()
+        };
+        sregs.cs = flat(0xb);
+        (sregs.ds, sregs.es, sregs.ss) = (flat(3), flat(3), flat(3));
+        vcpu.set_sregs(&sregs).unwrap();
+        let mut this = Self { vcpu, vm, _memory: Vec::new() };
+        let code = Mapping::anonymous(4096).unwrap();
+        code.region().span(0, 4096).unwrap().copy_from(&Self::CODE);
+        this.map(Self::CODE_SLOT, Self::CODE_AT, code.region(), 0, 4096);
+        this
+    }
+
+    /// A duplicate of the VM's descriptor.
+    pub(crate) fn fd(&self) -> OwnedFd {
+        // SAFETY: the VM is open as long as `self` lives.
+        unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) }.try_clone_to_owned().unwrap()
+    }
+
+    /// Shows a part of `region` to the guest.
+    pub(crate) fn map(&mut self, slot: u32, guest_addr: u64, region: &HostRegion, offset: u64, len: u64) {
+        let memory = kvm_bindings::kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: guest_addr,
+            memory_size: len,
+            userspace_addr: region.span(offset, len).unwrap().address() as u64,
+        };
+        // SAFETY: the memory stays mapped as long as the VM, which keeps the region, and no reference to it
+        // exists.
+        unsafe { self.vm.set_user_memory_region(memory) }.unwrap();
+        self._memory.push(region.clone());
+    }
+
+    /// Lets the vCPU write `pages` pages at `guest_addr`, one after the other.
+    pub(crate) fn write_pages(&mut self, guest_addr: u64, pages: u64, stamp: u32) {
+        let regs = kvm_bindings::kvm_regs {
+            rax: stamp.into(),
+            rbx: guest_addr,
+            rcx: pages,
+            rip: Self::CODE_AT,
+            rflags: 2,
+            ..Default::default()
+        };
+        self.vcpu.set_regs(&regs).unwrap();
+        match self.vcpu.run().unwrap() {
+            kvm_ioctls::VcpuExit::IoOut(0x10, _) => {}
+            other => panic!("the test guest left by {other:?}"),
+        }
     }
 }

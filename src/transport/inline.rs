@@ -16,39 +16,36 @@ use crate::units::{BlockIndex, PageIndex};
 /// Whole pages in one vectored send: a header and a page each fill the kernel's limit of parts.
 const PAGES_PER_SEND: usize = MAX_PARTS / 2;
 
-/// The door that every byte channel has.
-pub struct InlineLink {
-    sink: Box<dyn ByteSink>,
+/// Writes batches as records of the stream; what a door of its own declines goes this way, too.
+pub struct InlinePages {
     guest: Arc<dyn GuestMemory>,
     /// The block of the last record; the next one of the same block carries no name.
     current: Option<BlockIndex>,
     headers: Vec<u8>,
-    finished: Vec<Returned>,
-    failed: Vec<PageBatch>,
-    tickets: u64,
 }
 
-impl InlineLink {
-    /// Pages of `guest` go into `sink`.
-    pub fn new(sink: Box<dyn ByteSink>, guest: Arc<dyn GuestMemory>) -> Self {
-        Self {
-            sink,
-            guest,
-            current: None,
-            headers: Vec::with_capacity(PAGES_PER_SEND * 16),
-            finished: Vec::new(),
-            failed: Vec::new(),
-            tickets: 0,
-        }
+impl InlinePages {
+    /// Pages of `guest`; the first record names its block.
+    pub fn new(guest: Arc<dyn GuestMemory>) -> Self {
+        Self { guest, current: None, headers: Vec::with_capacity(PAGES_PER_SEND * 16) }
     }
 
-    fn write(&mut self, batch: &PageBatch, stop: &Stop) -> Result<(), MoveError> {
+    /// Sends the pages of `batch` into `sink`, inside a ram section.
+    ///
+    /// # Errors
+    /// [`MoveError`]; how many pages went is then unknown.
+    pub fn write(
+        &mut self,
+        batch: &PageBatch,
+        sink: &mut dyn ByteSink,
+        stop: &Stop,
+    ) -> Result<(), MoveError> {
         let guest = Arc::clone(&self.guest);
         let mut chunk = Chunk::default();
         for piece in batch.pieces() {
-            self.write_piece(&guest, piece, &mut chunk, stop)?;
+            self.write_piece(&guest, piece, &mut chunk, sink, stop)?;
         }
-        self.flush_chunk(&mut chunk, stop)
+        self.flush_chunk(&mut chunk, sink, stop)
     }
 
     fn write_piece<'g>(
@@ -56,6 +53,7 @@ impl InlineLink {
         guest: &'g Arc<dyn GuestMemory>,
         piece: &Piece,
         chunk: &mut Chunk<'g>,
+        sink: &mut dyn ByteSink,
         stop: &Stop,
     ) -> Result<(), MoveError> {
         let table = guest.table();
@@ -82,14 +80,19 @@ impl InlineLink {
                 chunk.pages.extend(page.map(|page| (self.headers.len(), page)));
             }
             if chunk.pages.len() == PAGES_PER_SEND || self.headers.len() > PAGES_PER_SEND * 16 {
-                self.flush_chunk(chunk, stop)?;
+                self.flush_chunk(chunk, sink, stop)?;
             }
         }
         Ok(())
     }
 
     /// Sends what was gathered: each page behind the header bytes that end where it is due.
-    fn flush_chunk(&mut self, chunk: &mut Chunk<'_>, stop: &Stop) -> Result<(), MoveError> {
+    fn flush_chunk(
+        &mut self,
+        chunk: &mut Chunk<'_>,
+        sink: &mut dyn ByteSink,
+        stop: &Stop,
+    ) -> Result<(), MoveError> {
         let mut parts = [SendPart::Own(&[]); MAX_PARTS + 1];
         let mut used = 0;
         let mut from = 0;
@@ -102,7 +105,7 @@ impl InlineLink {
             parts[used] = SendPart::Own(&self.headers[from..]);
             used += 1;
         }
-        let sent = self.sink.send(&parts[..used], stop);
+        let sent = sink.send(&parts[..used], stop);
         chunk.pages.clear();
         self.headers.clear();
         Ok(sent?)
@@ -117,6 +120,22 @@ struct Chunk<'g> {
 impl Default for Chunk<'_> {
     fn default() -> Self {
         Self { pages: Vec::with_capacity(PAGES_PER_SEND) }
+    }
+}
+
+/// The door that every byte channel has.
+pub struct InlineLink {
+    sink: Box<dyn ByteSink>,
+    pages: InlinePages,
+    finished: Vec<Returned>,
+    failed: Vec<PageBatch>,
+    tickets: u64,
+}
+
+impl InlineLink {
+    /// Pages of `guest` go into `sink`.
+    pub fn new(sink: Box<dyn ByteSink>, guest: Arc<dyn GuestMemory>) -> Self {
+        Self { sink, pages: InlinePages::new(guest), finished: Vec::new(), failed: Vec::new(), tickets: 0 }
     }
 }
 
@@ -142,7 +161,7 @@ impl SourceLink for InlineLink {
     }
 
     fn offer(&mut self, batch: PageBatch, stop: &Stop) -> Result<Offer, MoveError> {
-        if let Err(error) = self.write(&batch, stop) {
+        if let Err(error) = self.pages.write(&batch, &mut *self.sink, stop) {
             self.failed.push(batch);
             return Err(error);
         }

@@ -32,7 +32,7 @@ use crate::guest::GuestError;
 use crate::ram::{MoverAbilities, PageBatch, RoundKind};
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 
-pub use inline::InlineLink;
+pub use inline::{InlineLink, InlinePages};
 
 /// Why a channel did not carry bytes.
 #[derive(Debug, thiserror::Error)]
@@ -124,6 +124,9 @@ pub trait ByteSink: Send {
 /// Where a byte stream comes from.
 pub trait ByteSource: Send {
     /// Fills the parts in order with what is there, waiting for the first byte. 0 is the end of the stream.
+    ///
+    /// A deadline ends the wait, not the reading: what is there when it has passed is taken all the same, so
+    /// that a deadline of zero looks without waiting.
     ///
     /// # Errors
     /// [`ChannelError`].

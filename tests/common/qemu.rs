@@ -89,9 +89,9 @@ impl Machine {
 pub(crate) struct Guest {
     pub(crate) version: Version,
     pub(crate) machine: Machine,
-    /// File of `ram_mib` MiB; it is the guest's RAM block `m0`, shared, so the test can read it at any time.
+    /// File of `ram_kib` KiB; it is the guest's RAM block `m0`, shared, so the test can read it at any time.
     pub(crate) ram: PathBuf,
-    pub(crate) ram_mib: usize,
+    pub(crate) ram_kib: usize,
     pub(crate) running: bool,
     pub(crate) incoming: bool,
     pub(crate) extra: Vec<OsString>,
@@ -100,7 +100,7 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn new(version: Version, machine: Machine, ram: impl Into<PathBuf>, ram_mib: usize) -> Self {
         let ram = ram.into();
-        Self { version, machine, ram, ram_mib, running: false, incoming: false, extra: vec![] }
+        Self { version, machine, ram, ram_kib: ram_mib << 10, running: false, incoming: false, extra: vec![] }
     }
 
     /// Starts a guest that waits for [`Qemu::listen`].
@@ -122,11 +122,11 @@ impl Guest {
     fn arguments(&self, monitor: &Path) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
-        let mib = self.ram_mib.to_string();
-        add(&["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-m", &mib]);
+        let size = format!("{}K", self.ram_kib);
+        add(&["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-m", &size]);
         add(&["-machine", &format!("{},memory-backend=m0", self.machine.name())]);
         let backend =
-            format!("memory-backend-file,id=m0,size={mib}M,mem-path={},share=on", self.ram.display());
+            format!("memory-backend-file,id=m0,size={size},mem-path={},share=on", self.ram.display());
         add(&["-object", &backend, "-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
         if !self.running {
             add(&["-S"]);

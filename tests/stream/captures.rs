@@ -27,6 +27,19 @@ pub(crate) struct Promise {
     pub(crate) blocks: Option<BTreeMap<String, Block>>,
     #[serde(default)]
     pub(crate) parts: Vec<Part>,
+    #[serde(default)]
+    pub(crate) channels: Vec<Part>,
+    #[serde(default)]
+    pub(crate) channel_summary: Vec<ChannelSummary>,
+    pub(crate) barriers: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct ChannelSummary {
+    pub(crate) id: u8,
+    pub(crate) normal: u64,
+    pub(crate) zero: u64,
+    pub(crate) sync: u64,
 }
 
 #[derive(Debug, Deserialize, PartialEq, Eq)]

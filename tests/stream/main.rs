@@ -7,5 +7,7 @@ mod fuzz_bodies;
 mod replay;
 
 mod hostile;
+mod multifd;
+mod postcopy;
 mod reencode;
 mod vectors;

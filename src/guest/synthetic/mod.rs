@@ -20,6 +20,8 @@ use std::thread::JoinHandle;
 
 pub use page::{Content, Stamp};
 pub use plan::SyntheticConfig;
+#[cfg(test)]
+pub(in crate::guest) use plan::stride;
 pub use verify::{PageFault, VerifyReport};
 
 use self::gate::{Gate, Pace};

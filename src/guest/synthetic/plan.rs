@@ -150,7 +150,7 @@ impl LastWrites {
 }
 
 /// A step that visits each of `pages` once before it comes round.
-fn stride(pages: u64) -> u64 {
+pub(in crate::guest) fn stride(pages: u64) -> u64 {
     (pages * 5 / 8..).find(|stride| gcd(*stride, pages) == 1).unwrap_or(1)
 }
 

@@ -101,6 +101,11 @@ impl Command<'_> {
         }
     }
 
+    /// The name QEMU's engineers know it by.
+    pub fn name(&self) -> &'static str {
+        name_of(self.number()).unwrap_or("an unnamed command")
+    }
+
     /// Appends the command, type byte included. The bytes of a package are appended by the caller.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let start = out.len();

@@ -2,7 +2,7 @@
 //!
 //! | file | what of the stream |
 //! |------|--------------------|
-//! | [`file`] | header and configuration |
+//! | [`mod@file`] | header and configuration |
 //! | [`section`] | section headers, footers, end of file |
 //! | [`command`] | commands to the destination |
 //! | [`ram`] | records of the `ram` section |
@@ -11,17 +11,20 @@
 //! | [`compressed`] | pages as zlib streams |
 //! | [`early`] | sections beside RAM that must be passed over |
 //! | [`tail`], [`vmdesc`] | device sections: where they end, how they are cut |
+//! | [`multifd`], [`channel`] | packets of further channels, and one such channel |
 //! | [`return_path`] | messages back to the source |
 //! | [`style`] | the dialects of senders |
 //! | [`incoming`] | all of it in order: a whole stream on one channel |
 
 pub mod blocks;
+pub mod channel;
 pub mod command;
 pub mod compressed;
 pub mod early;
 pub mod file;
 pub mod incoming;
 pub mod mapped;
+pub mod multifd;
 pub mod ram;
 pub mod return_path;
 pub mod section;

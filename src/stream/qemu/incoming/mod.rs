@@ -53,6 +53,8 @@
 mod event;
 mod machine;
 mod table;
+#[cfg(test)]
+mod tests;
 
 pub use event::{Ending, Event, SectionKind, Seen, Step};
 pub use machine::IncomingStream;

@@ -1,0 +1,162 @@
+//! A QEMU as a contestant: two of them with the bed's files as their RAM, the source stopped before its
+//! first instruction.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::bed::Bed;
+use super::qmp::Monitor;
+use super::{BenchError, Run};
+
+/// Longest migration that is waited for.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// Bytes a second that no limit should hold back.
+const NO_LIMIT: u64 = 1 << 40;
+
+/// A QEMU program and how it migrates.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    /// Name in the report.
+    pub name: String,
+    program: PathBuf,
+    /// Page channels; 0 for the plain stream.
+    channels: u8,
+}
+
+impl Qemu {
+    /// Finds the program of `version` (`7.2`, `10.0`): the one given, else the launcher that `ci/setup`
+    /// writes, else one on the PATH that says it is that version.
+    ///
+    /// # Errors
+    /// [`BenchError::Missing`] with what would help.
+    pub fn find(name: &str, version: &str, given: Option<&Path>, channels: u8) -> Result<Self, BenchError> {
+        let launcher = PathBuf::from("target/peers").join(format!("qemu-{version}"));
+        let on_path = PathBuf::from("qemu-system-x86_64");
+        let candidates = match given {
+            Some(given) => vec![given.to_owned()],
+            None => vec![launcher, on_path],
+        };
+        let fits = |program: &PathBuf| version_of(program).is_some_and(|said| said.starts_with(version));
+        match candidates.into_iter().find(fits) {
+            Some(program) => Ok(Self { name: name.to_owned(), program, channels }),
+            None => Err(BenchError::Missing {
+                program: format!("QEMU {version}"),
+                remedy: format!(
+                    "run ci/setup here, or name the program with --qemu{}",
+                    version.replace('.', "")
+                ),
+            }),
+        }
+    }
+
+    /// Migrates the bed's memory from one QEMU to another.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    pub fn run(&self, bed: &Bed) -> Result<Run, BenchError> {
+        let mut target = self.start(bed, "destination", bed.populated().mapped(true))?;
+        let mut source = self.start(bed, "source", bed.populated().mapped(false))?;
+        for monitor in [&mut target.monitor, &mut source.monitor] {
+            let mut parameters = json!({ "max-bandwidth": NO_LIMIT });
+            if self.channels > 0 {
+                parameters["multifd-channels"] = self.channels.into();
+                let on = json!([{ "capability": "multifd", "state": true }]);
+                monitor.call("migrate-set-capabilities", json!({ "capabilities": on }))?;
+            }
+            monitor.call("migrate-set-parameters", parameters)?;
+        }
+        // A port that was free a moment ago; a QEMU does not tell the one it chose for `tcp::0`.
+        let uri = format!("tcp:127.0.0.1:{}", free_port().map_err(self.failed("choosing a port"))?);
+        target.monitor.call("migrate-incoming", json!({ "uri": uri }))?;
+        let before = [&target, &source].map(Process::cpu_seconds);
+        source.monitor.call("migrate", json!({ "uri": uri }))?;
+        let state = source.monitor.await_migration(PATIENCE)?;
+        target.monitor.await_migration(PATIENCE)?;
+        let after = [&target, &source].map(Process::cpu_seconds);
+        let cost = |(before, after): (Option<f64>, Option<f64>)| Some(after? - before?);
+        let costs: Option<Vec<f64>> = before.into_iter().zip(after).map(cost).collect();
+        let total_ms = state["total-time"].as_f64();
+        let missing = || self.failed("reading its figures")(io::ErrorKind::InvalidData.into());
+        Ok(Run {
+            seconds: total_ms.ok_or_else(missing)? / 1e3,
+            cpu_seconds: costs.map(|costs| costs.iter().sum()),
+            downtime_ms: state["downtime"].as_f64(),
+        })
+    }
+
+    fn failed(&self, doing: &'static str) -> impl Fn(io::Error) -> BenchError {
+        let who = self.name.clone();
+        move |source| BenchError::Io { who: who.clone(), doing, source }
+    }
+
+    fn start(&self, bed: &Bed, side: &str, populated: bool) -> Result<Process, BenchError> {
+        let ram = if side == "source" { bed.source() } else { bed.destination() };
+        let socket = bed.folder().join(format!("{side}.qmp"));
+        let _ = std::fs::remove_file(&socket);
+        let log = File::create(bed.folder().join(format!("{side}.log"))).map_err(self.failed("starting"))?;
+        let megabytes = bed.bytes() >> 20;
+        let prealloc = if populated { "on" } else { "off" };
+        let backend = format!(
+            "memory-backend-file,id=m0,size={megabytes}M,mem-path={},share=on,prealloc={prealloc}",
+            ram.display()
+        );
+        let mut command = Command::new(&self.program);
+        command.args(["-accel", "tcg", "-machine", "q35,memory-backend=m0", "-m", &format!("{megabytes}M")]);
+        command.args(["-object", &backend, "-nodefaults", "-display", "none", "-S"]);
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
+        if side == "destination" {
+            command.args(["-incoming", "defer"]);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let mut running = Running(command.spawn().map_err(self.failed("starting"))?);
+        let who = format!("{} ({side})", self.name);
+        let monitor = Monitor::open(&socket, &who, || matches!(running.0.try_wait(), Ok(None)));
+        if monitor.is_err() {
+            let log = std::fs::read_to_string(bed.folder().join(format!("{side}.log"))).unwrap_or_default();
+            tracing::error!(%log, "{who} did not start");
+        }
+        Ok(Process { monitor: monitor?, running })
+    }
+}
+
+/// The version a QEMU program says it is, like `10.0.2`.
+fn version_of(program: &Path) -> Option<String> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    Some(text.strip_prefix("QEMU emulator version ")?.split([' ', '\n']).next()?.to_owned())
+}
+
+fn free_port() -> io::Result<u16> {
+    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// A QEMU that runs; killed when dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+struct Process {
+    monitor: Monitor,
+    running: Running,
+}
+
+impl Process {
+    /// Processor time so far, all threads, also those that have ended (proc(5): fields 14 and 15 of stat).
+    fn cpu_seconds(&self) -> Option<f64> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.running.0.id())).ok()?;
+        // The name in parentheses may hold anything, also spaces and parentheses.
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+        let mut ticks = || fields.next()?.parse::<u64>().ok();
+        Some((ticks()? + ticks()?) as f64 / rustix::param::clock_ticks_per_second() as f64)
+    }
+}

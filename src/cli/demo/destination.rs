@@ -1,0 +1,149 @@
+//! The demo's other end: a process of its own that takes the guest, runs it, and lets it check itself.
+
+use std::io::{self, BufRead, BufReader};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ramwire::engine::Ending;
+use ramwire::guest::synthetic::SyntheticGuest;
+use ramwire::guest::{GuestControl, GuestMemory};
+use ramwire::session::{DestinationSession, DestinationSettings};
+use ramwire::sys::{CancelToken, Stop, populate};
+use ramwire::transport::{Address, AllowList, Listener};
+use ramwire::units::BlockIndex;
+use serde::{Deserialize, Serialize};
+
+use super::Failure;
+use super::blocks::BlockSpec;
+use crate::cli::args::Exit;
+use crate::cli::common::{cancel_on_signal, complain, local_options};
+
+/// How long the guest runs at the destination before it checks itself.
+const RUN: Duration = Duration::from_millis(200);
+
+/// What the destination tells the demo when it ends.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Verdict {
+    /// The guest ran here.
+    pub(super) ran: bool,
+    /// Every page held what it must.
+    pub(super) verified: bool,
+    /// Pages looked at.
+    pub(super) pages: u64,
+    /// Wrong ones.
+    pub(super) wrong: u64,
+    /// The first wrong pages in words.
+    pub(super) faults: Vec<String>,
+    /// A digest was compared.
+    pub(super) digest_compared: bool,
+    /// What went wrong.
+    pub(super) error: Option<String>,
+}
+
+/// The hidden command that the demo starts.
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Args {
+    uri: Address,
+    #[arg(long)]
+    block: Vec<BlockSpec>,
+    #[arg(long)]
+    populate: bool,
+}
+
+/// The process, seen by the demo. Dropping it ends it.
+pub(super) struct Process {
+    child: Child,
+    out: BufReader<ChildStdout>,
+}
+
+impl Process {
+    pub(super) fn start(address: &Address, blocks: &[BlockSpec], populate: bool) -> Result<Self, Failure> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("demo-destination").arg(address.to_string());
+        for block in blocks {
+            command.arg("--block").arg(block.to_string());
+        }
+        if populate {
+            command.arg("--populate");
+        }
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let out = child.stdout.take().ok_or_else(|| io::Error::other("the destination has no output"))?;
+        Ok(Self { child, out: BufReader::new(out) })
+    }
+
+    fn line(&mut self) -> Result<String, Failure> {
+        let mut line = String::new();
+        if self.out.read_line(&mut line)? == 0 {
+            let status = self.child.wait()?;
+            return Err(format!("the destination process ended early: {status}").into());
+        }
+        Ok(line.trim_end().to_owned())
+    }
+
+    /// Where it listens.
+    pub(super) fn address(&mut self) -> Result<Address, Failure> {
+        Ok(self.line()?.parse()?)
+    }
+
+    /// What it found.
+    pub(super) fn verdict(mut self) -> Result<Verdict, Failure> {
+        Ok(serde_json::from_str(&self.line()?)?)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs the hidden command.
+pub(in crate::cli) fn run(args: &Args) -> Exit {
+    let verdict = receive(args).unwrap_or_else(|error| {
+        complain("demo (destination)", &*error);
+        Verdict { error: Some(error.to_string()), ..Verdict::default() }
+    });
+    let verified = verdict.verified;
+    println!("{}", serde_json::to_string(&verdict).unwrap_or_default());
+    if verified { Exit::Done } else { Exit::NotVerified }
+}
+
+fn receive(args: &Args) -> Result<Verdict, Failure> {
+    let memory = Arc::new(BlockSpec::memory(&args.block)?);
+    if args.populate {
+        for index in 0..args.block.len() as u32 {
+            let table = memory.table();
+            let Some(run) = table.whole(BlockIndex(index)) else { continue };
+            populate(memory.span(table.admit_run(run)?)?)?;
+        }
+    }
+    let mut guest = SyntheticGuest::empty(Arc::clone(&memory));
+    let cancel = CancelToken::default();
+    let stop = Stop::on(&cancel);
+    cancel_on_signal(vec![cancel.clone()]);
+    let mut listener = Listener::bind(&args.uri, AllowList::default(), &stop)?;
+    println!("{}", listener.address());
+    let channel = listener.accept(&local_options(), &stop.within(Duration::from_secs(60)))?;
+    drop(listener);
+    let control = Box::new(guest.clone());
+    let session =
+        DestinationSession::over(channel, Box::new(memory), control, DestinationSettings::default());
+    let report = session.with_cancel(cancel).run();
+    let mut verdict = Verdict {
+        ran: report.ending == Ending::Running,
+        digest_compared: report.verified,
+        error: report.error.as_ref().map(ToString::to_string),
+        ..Verdict::default()
+    };
+    if verdict.ran {
+        std::thread::sleep(RUN);
+        guest.pause()?;
+        let found = guest.verify()?;
+        verdict.verified = found.is_whole();
+        (verdict.pages, verdict.wrong) = (found.pages, found.wrong);
+        verdict.faults = found.faults.iter().take(8).map(ToString::to_string).collect();
+    }
+    Ok(verdict)
+}

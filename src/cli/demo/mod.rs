@@ -1,0 +1,195 @@
+//! `ramwire demo`: a whole live migration on one machine, checked page by page.
+
+mod blocks;
+mod destination;
+mod report;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
+use ramwire::guest::{DirtySource, GuestControl, WrittenPages, choose};
+use ramwire::session::{SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::stream::qemu::file::Configuration;
+use ramwire::sys::{CancelToken, Stop};
+use ramwire::transport::{Address, connect};
+use ramwire::units::{Percent, Rate};
+
+use self::blocks::BlockSpec;
+pub(super) use self::destination::Args as DestinationArgs;
+pub(super) use self::destination::run as run_destination;
+use super::args::Exit;
+use super::common::{bytes, cancel_on_signal, complain};
+use super::progress::Progress;
+
+/// Migrates a guest whose threads keep writing pages that describe themselves, from this process to one that it starts,
+/// and lets the guest itself check every page on arrival.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "EXAMPLES:
+    ramwire demo
+    ramwire demo --ram 4G --working-set 256M --dirty-rate 500M --transport tcp
+    ramwire demo --ram 256M --block 12K --block 5M --hugepages 2M --json")]
+pub(super) struct Args {
+    /// RAM of the guest's first block
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = bytes)]
+    ram: u64,
+    /// A further block of this size; repeat for more
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    block: Vec<u64>,
+    /// Page size of the memory behind the first block: 4K, 2M or 1G; huge ones must be reserved in /sys/kernel/mm/hugepages
+    #[arg(long, value_name = "SIZE", default_value = "4K", value_parser = bytes)]
+    hugepages: u64,
+    /// Memory that the guest keeps writing
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = bytes)]
+    working_set: u64,
+    /// Bytes a second that it writes; 0 for an idle guest
+    #[arg(long, value_name = "SIZE", default_value = "200M", value_parser = bytes)]
+    dirty_rate: u64,
+    /// Share of the pages that are zero
+    #[arg(long, value_name = "PERCENT", default_value = "25", value_parser = percent)]
+    zero: Percent,
+    /// Threads that write
+    #[arg(long, value_name = "N", default_value = "2")]
+    writers: u32,
+    /// How the guest travels
+    #[arg(long, value_name = "TRANSPORT", default_value = "auto")]
+    transport: Transport,
+    /// Longest time the guest may stand still, in milliseconds
+    #[arg(long, value_name = "MS", default_value = "300")]
+    downtime_ms: u64,
+    /// Touch the destination's memory before the guest comes
+    #[arg(long)]
+    populate: bool,
+    /// Leave out the digest of RAM and device state that is compared before the guest is handed over
+    #[arg(long)]
+    no_digest: bool,
+    /// Draws what the guest writes
+    #[arg(long, default_value = "1")]
+    seed: u64,
+    /// Print one JSON object instead of a report
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Transport {
+    /// The best that both ends have
+    Auto,
+    /// A TCP connection over the loopback
+    Tcp,
+    /// A UNIX socket
+    Unix,
+}
+
+impl Transport {
+    /// What is taken, and why.
+    fn choose(self) -> (Self, &'static str) {
+        match self {
+            Self::Auto => (Self::Unix, "both ends are on this host"),
+            Self::Tcp => (Self::Tcp, "--transport tcp"),
+            Self::Unix => (Self::Unix, "--transport unix"),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Auto | Self::Unix => "unix",
+        }
+    }
+}
+
+fn percent(text: &str) -> Result<Percent, String> {
+    let number = text.parse().ok().and_then(Percent::new);
+    number.ok_or_else(|| format!("{text:?} is not a number from 0 to 100"))
+}
+
+pub(super) fn run(args: &Args) -> Exit {
+    demo(args).unwrap_or_else(|error| {
+        complain("demo", &*error);
+        Exit::Failed
+    })
+}
+
+type Failure = Box<dyn std::error::Error>;
+
+fn demo(args: &Args) -> Result<Exit, Failure> {
+    let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block)?;
+    let memory = Arc::new(BlockSpec::memory(&blocks)?);
+    let config = SyntheticConfig {
+        seed: args.seed,
+        zero: args.zero,
+        working_set: args.working_set,
+        rate: Some(Rate(args.dirty_rate)),
+        writers: args.writers,
+    };
+    let mut guest = SyntheticGuest::filled(Arc::clone(&memory), config)?;
+    let written: Arc<dyn DirtySource> = Arc::new(WrittenPages::new(&memory));
+    let choice = choose(&[written, guest.software()])?;
+    let (transport, why) = args.transport.choose();
+    let folder = Scratch::new()?;
+    let address = match transport {
+        Transport::Tcp => Address::Tcp { host: "127.0.0.1".into(), port: 0 },
+        Transport::Auto | Transport::Unix => Address::Unix(folder.0.join("guest.sock")),
+    };
+    let mut destination = destination::Process::start(&address, &blocks, args.populate)?;
+    let cancel = CancelToken::default();
+    cancel_on_signal(vec![cancel.clone()]);
+    let address = destination.address()?;
+    let channel = connect(&address, &super::common::local_options(), &Stop::on(&cancel))?;
+    guest.resume()?;
+
+    let connection = SourceConnection::over(channel, memory.clone());
+    let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: Box::new(guest.clone()) };
+    let mut settings =
+        SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
+    settings.downtime_limit = Duration::from_millis(args.downtime_ms);
+    settings.digest = !args.no_digest;
+    let session = SourceSession::new(source, connection, settings).with_cancel(cancel);
+    let progress = Progress::follow(session.statistics());
+    let report = session.run();
+    drop(progress);
+    finish(args, destination, &report, transport.name(), why, &choice.to_string())
+}
+
+fn finish(
+    args: &Args,
+    destination: destination::Process,
+    report: &SourceReport,
+    transport: &'static str,
+    why: &'static str,
+    dirty_source: &str,
+) -> Result<Exit, Failure> {
+    let arrived = destination.verdict()?;
+    let run = report::Run { transport, why, dirty_source, report, arrived: &arrived };
+    if args.json {
+        println!("{}", run.json());
+    } else {
+        print!("{}", run.text());
+    }
+    if let Some(error) = &report.error {
+        complain("demo", error);
+    }
+    let exit = super::common::exit_of(report);
+    Ok(if exit == Exit::Done && !arrived.verified { Exit::NotVerified } else { exit })
+}
+
+/// A folder of this run's own, removed with everything in it.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> std::io::Result<Self> {
+        use std::os::unix::fs::DirBuilderExt;
+        let path = std::env::temp_dir().join(format!("ramwire-demo-{}", std::process::id()));
+        std::fs::DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

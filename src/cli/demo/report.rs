@@ -1,0 +1,63 @@
+//! What the demo tells: for people, and as JSON whose fields docs/demo-json.md describes.
+
+use std::fmt::Write;
+
+use ramwire::session::SourceReport;
+use serde_json::{Value, json};
+
+use super::destination::Verdict;
+use crate::cli::render;
+
+/// One run of the demo.
+pub(super) struct Run<'a> {
+    pub(super) transport: &'static str,
+    pub(super) why: &'static str,
+    pub(super) dirty_source: &'a str,
+    pub(super) report: &'a SourceReport,
+    pub(super) arrived: &'a Verdict,
+}
+
+impl Run<'_> {
+    pub(super) fn json(&self) -> Value {
+        let s = &self.report.statistics;
+        json!({
+            "transport": self.transport,
+            "why": self.why,
+            "verified": self.arrived.verified,
+            "rounds": s.rounds.len(),
+            "total_ms": s.total_time,
+            "setup_ms": s.setup_time,
+            "downtime_ms": s.downtime,
+            "downtime_parts": s.downtime_parts,
+            "bytes_sent": s.transferred,
+            "pages": s.pages,
+            "throughput_bytes_per_s": s.throughput,
+            "dirty_source": self.dirty_source,
+            "digest_compared": self.arrived.digest_compared,
+            "pages_checked": self.arrived.pages,
+            "pages_wrong": self.arrived.wrong,
+            "faults": self.arrived.faults,
+            "round_log": s.rounds,
+            "batch_latency": s.batch_latency,
+            "fence_latency": s.fence_latency,
+            "status": s.status,
+            "error": s.error.as_ref().or(self.arrived.error.as_ref()),
+        })
+    }
+
+    pub(super) fn text(&self) -> String {
+        let mut out = format!("{}: {}; dirty pages by {}\n", self.transport, self.why, self.dirty_source);
+        out.push_str(&render::statistics(&self.report.statistics));
+        let Verdict { ran, verified, pages, wrong, faults, .. } = self.arrived;
+        // Writing to a string does not fail.
+        let _ = match (ran, verified) {
+            (true, true) => writeln!(out, "verified: the guest ran on and checked all {pages} pages"),
+            (true, false) => writeln!(out, "NOT VERIFIED: {wrong} of {pages} pages are wrong"),
+            (false, _) => writeln!(out, "the guest did not run at the destination"),
+        };
+        for fault in faults {
+            let _ = writeln!(out, "  {fault}");
+        }
+        out
+    }
+}

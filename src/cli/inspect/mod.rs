@@ -1,0 +1,204 @@
+//! `ramwire inspect`: the structure of a captured stream.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use ramwire::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
+use ramwire::stream::{Corrupt, DecodeError};
+
+use super::args::Exit;
+use super::common::complain;
+
+mod render;
+mod report;
+
+use report::{End, Report};
+
+/// Prints sections, blocks, page counts, device state and what is wrong, with offsets.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "EXAMPLES:
+    # Look into a stream that a QEMU wrote with migrate exec:cat>vm.stream
+    ramwire inspect vm.stream
+
+    # The same as one JSON object
+    zcat vm.stream.gz | ramwire inspect --json -")]
+pub(super) struct Args {
+    /// Captured stream; - reads standard input
+    file: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Ends with `Done` for a whole stream, `Failed` for a cut or damaged one or if it can't be read.
+pub(super) fn run(args: &Args) -> Exit {
+    let result = if args.file == Path::new("-") {
+        print(io::stdin().lock(), args.json, &mut io::stdout().lock())
+    } else {
+        File::open(&args.file).and_then(|file| print(file, args.json, &mut io::stdout().lock()))
+    };
+    match result {
+        Ok(true) => Exit::Done,
+        Ok(false) => Exit::Failed,
+        Err(error) => {
+            complain("inspect", &error);
+            Exit::Failed
+        }
+    }
+}
+
+/// Reads a stream to its end and prints what it is made of; true if it is whole.
+///
+/// # Errors
+///
+/// What reading and writing say. A damaged stream is no error but a report.
+fn print(input: impl Read, json: bool, out: &mut impl Write) -> io::Result<bool> {
+    let report = inspect(input)?;
+    if json {
+        serde_json::to_writer_pretty(&mut *out, &report)?;
+        writeln!(out)?;
+    } else {
+        out.write_all(render::text(&report).as_bytes())?;
+    }
+    Ok(report.end == End::Whole)
+}
+
+/// Reads a stream to its end, in memory that does not grow with it.
+fn inspect(mut input: impl Read) -> io::Result<Report> {
+    let config = IncomingConfig { adopt_page_size: true, accept_fill: true, ..IncomingConfig::default() };
+    let mut stream = IncomingStream::new(config);
+    let mut report = Report::default();
+    let mut buffer = vec![0; stream.most_needed().max(256 << 10)];
+    let (mut start, mut end) = (0, 0);
+    loop {
+        let unread = buffer.get(start..end).unwrap_or(&[]);
+        let at = stream.position();
+        match stream.next(unread) {
+            Ok(Step::Event { event: Event::Done, .. }) => {
+                let trailing = (end - start) as u64 + io::copy(&mut input, &mut io::sink())?;
+                report.finish(&stream, trailing);
+                return Ok(report);
+            }
+            Ok(Step::Event { consumed, event }) => {
+                start += consumed;
+                report.add(at, consumed as u64, &event);
+            }
+            Ok(Step::NeedMore { consumed, .. }) => {
+                report.extend_row(consumed as u64);
+                buffer.copy_within(start + consumed..end, 0);
+                (start, end) = (0, end - start - consumed);
+                let got = read_some(&mut input, buffer.get_mut(end..).unwrap_or(&mut []))?;
+                if got == 0 {
+                    report.cut(&stream, end as u64);
+                    return Ok(report);
+                }
+                end += got;
+            }
+            Err(DecodeError::Corrupt(Corrupt { at, fault })) => {
+                report.damaged(&stream, at, &fault.to_string());
+                return Ok(report);
+            }
+            // The machine says NeedMore instead.
+            Err(error @ DecodeError::Truncated { .. }) => return Err(io::Error::other(error)),
+        }
+    }
+}
+
+fn read_some(input: &mut impl Read, into: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match input.read(into) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use flate2::read::GzDecoder;
+
+    use super::*;
+
+    fn capture(name: &str) -> Vec<u8> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors").join(name);
+        let mut bytes = Vec::new();
+        GzDecoder::new(File::open(path).unwrap()).read_to_end(&mut bytes).unwrap();
+        bytes
+    }
+
+    fn text(bytes: &[u8]) -> String {
+        let mut out = Vec::new();
+        print(bytes, false, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    fn json(bytes: &[u8]) -> serde_json::Value {
+        let mut out = Vec::new();
+        print(bytes, true, &mut out).unwrap();
+        serde_json::from_slice(&out).unwrap()
+    }
+
+    #[test]
+    fn the_smallest_stream_as_text() {
+        insta::assert_snapshot!(text(&capture("q100-none.gz")));
+    }
+
+    #[test]
+    fn a_stream_with_many_kinds_of_pages_as_text() {
+        insta::assert_snapshot!(text(&capture("q100-microvm-xbzrle.gz")));
+    }
+
+    #[test]
+    fn json_counts_pages_by_kind_and_block() {
+        let report = json(&capture("q72-microvm-compress.gz"));
+        assert_eq!(report["end"], "whole");
+        assert_eq!(report["machine"], "microvm");
+        assert_eq!(report["pages"]["compressed"], 15);
+        assert_eq!(report["pages"]["zero"], 512);
+        assert_eq!(report["pages"]["whole"], 4);
+        assert_eq!(report["blocks"].as_array().unwrap().len(), 5);
+        assert_eq!(report["device_state"]["sections"].as_array().unwrap().len(), 14);
+        assert_eq!(report["anomalies"], serde_json::json!([]));
+    }
+
+    #[test]
+    fn whatever_is_odd_is_told_with_its_offset() {
+        let whole = capture("q100-none.gz");
+        let mut damaged = whole.clone();
+        damaged[100] ^= 0xff;
+        let mut fill = whole.clone();
+        let zero_record = whole.windows(9).position(|w| w == b"\0\0\0\0\0\0\x10\x22\0").unwrap();
+        fill[zero_record + 8] = 7;
+        let json_at = whole.iter().position(|byte| *byte == b'{').unwrap();
+        #[rustfmt::skip]
+        let cases: &[(&str, Vec<u8>, &str, u64, &str)] = &[
+            ("cut in RAM",         whole[..1000].to_vec(),              "truncated",      994,    "ends inside"),
+            ("cut in the header",  whole[..3].to_vec(),                 "truncated",      0,      "ends inside"),
+            ("no description",     whole[..json_at - 5].to_vec(),       "no-description", json_at as u64 - 5, "no VM description"),
+            ("bytes behind",       [&whole[..], b"xyz"].concat(),       "whole",          3427,   "3 bytes follow"),
+            ("damaged",            damaged,                             "damaged",        94,     ""),
+            ("a fill byte",        fill,                                "whole",          zero_record as u64, "fill byte"),
+            ("no stream",          b"hello, world".to_vec(),            "damaged",        0,      "magic"),
+            ("nothing",            vec![],                              "truncated",      0,      "empty"),
+        ];
+        for (what, bytes, end, at, said) in cases {
+            let report = json(bytes);
+            assert_eq!(report["end"], *end, "{what}: {report:#}");
+            let anomaly = &report["anomalies"][0];
+            assert_eq!(anomaly["at"], *at, "{what}: {report:#}");
+            assert!(anomaly["what"].as_str().unwrap().contains(said), "{what}: {anomaly}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_without_end_and_a_mapped_file_are_understood() {
+        let snapshot = json(&capture("q100-microvm-bgsnapshot.gz"));
+        assert_eq!(snapshot["end"], "whole");
+        assert!(snapshot["anomalies"][0]["what"].as_str().unwrap().contains("ram END"));
+        let mapped = json(&capture("q100-microvm-mappedram.gz"));
+        assert_eq!(mapped["end"], "whole");
+        assert_eq!(mapped["blocks"][0]["pages_at"], 0x10_0000);
+    }
+}

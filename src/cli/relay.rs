@@ -1,0 +1,181 @@
+//! `ramwire relay`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ramwire::engine::{Ending, Outcome};
+use ramwire::session::{
+    DestinationSettings, Error, ErrorKind, Notice, RelayReport, SourceConnection, SourceSettings, relay,
+};
+use ramwire::stream::qemu::file::Configuration;
+use ramwire::sys::{CancelToken, Stop};
+use ramwire::transport::{Address, AllowList, Listener, connect};
+use serde_json::json;
+
+use super::args::Exit;
+use super::common::{PeerOption, Timeouts, bytes, cancel_on_signal, complain};
+use super::render;
+use super::store::keep;
+
+/// Takes the stream of a running guest and sends it on as it comes. The guest runs at its source until the source
+/// switches over, and then at the far end.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "EXAMPLES:
+    # From a QEMU told to migrate to this host on port 4444, to a QEMU started with -incoming on port 5555
+    ramwire relay --listen tcp:0.0.0.0:4444 --connect tcp:10.0.0.7:5555")]
+pub(super) struct Args {
+    /// Where the guest's source connects: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
+    #[arg(long, value_name = "URI")]
+    listen: Address,
+    /// Where the far end listens
+    #[arg(long, value_name = "URI")]
+    connect: Address,
+    /// Who may connect by TCP, for instance 10.0.0.0/8; repeat for more
+    #[arg(long, value_name = "CIDR")]
+    allow: Vec<AllowList>,
+    /// What the far end is, if it can't be found out: qemu-7.2, qemu-10.0 or ramwire
+    #[arg(long, value_name = "PEER")]
+    peer: Option<PeerOption>,
+    /// The far end's part of the downtime; bounds how much may wait to be sent on
+    #[arg(long, value_name = "MS", default_value = "300")]
+    downtime_ms: u64,
+    /// Where RAM and device state go if the guest was given away by its source and the far end did not take it
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+    /// Refuse a guest with more RAM than this; the relay holds all of it
+    #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
+    max_ram: u64,
+    /// Print one JSON object instead of a report
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    timeouts: Timeouts,
+}
+
+pub(super) fn run(args: &Args) -> Exit {
+    run_relay(args).unwrap_or_else(|error| {
+        complain("relay", &*error);
+        Exit::Failed
+    })
+}
+
+fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
+    let cancel = CancelToken::default();
+    cancel_on_signal(vec![cancel.clone()]);
+    let stop = Stop::on(&cancel);
+    let mut allow = AllowList::default();
+    args.allow.iter().cloned().for_each(|list| allow.extend(list));
+    let mut listener = Listener::bind(&args.listen, allow, &stop)?;
+    if let Some(warning) = listener.warning() {
+        eprintln!("ramwire relay: {warning}");
+    }
+    eprintln!("listening on {}", listener.address());
+    let options = args.timeouts.stream_options();
+    let (source, back) = listener.accept(&options, &stop)?.with_return_path();
+    drop(listener);
+    let back = back.map(|back| Box::new(back) as Box<_>);
+    let (far, far_stop) = (args.connect.clone(), stop.clone());
+    let open = move |memory| {
+        let channel = connect(&far, &options, &far_stop).map_err(|error| Error::Config {
+            what: format!("the far end can't be reached: {error}"),
+            remedy: "start it first, with -incoming or ramwire receive",
+        })?;
+        Ok(SourceConnection::over(channel, memory))
+    };
+    let incoming = DestinationSettings {
+        stall_timeout: args.timeouts.stall_timeout,
+        finish_timeout: args.timeouts.finish_timeout,
+        max_ram: args.max_ram,
+        accept_missing_description: true,
+        ..DestinationSettings::default()
+    };
+    let mut outgoing = SourceSettings::new(Configuration::default());
+    outgoing.downtime_limit = Duration::from_millis(args.downtime_ms);
+    outgoing.stall_timeout = args.timeouts.stall_timeout;
+    outgoing.finish_timeout = args.timeouts.finish_timeout;
+    if let Some(option) = args.peer {
+        (outgoing.peer, outgoing.style) = (Some(option.peer), option.style);
+    }
+    let report =
+        relay(Box::new(source), back, Box::new(open), incoming, outgoing, cancel, Arc::new(tell_notice));
+    Ok(tell(args, &report))
+}
+
+fn tell_notice(notice: &Notice) {
+    match notice {
+        Notice::NoReturnPath => eprintln!(
+            "ramwire relay: the source opened no return path, so it can't be told how this ends: look at the far \
+             end before you let go of the source, or set its return-path capability"
+        ),
+        Notice::InDoubt { why } => eprintln!(
+            "ramwire relay: in doubt: the far end was given the guest and fell silent ({why}). The source waits. \
+             If the guest runs at the far end, end the source; if not, interrupt this relay: the source then \
+             goes on"
+        ),
+    }
+}
+
+fn tell(args: &Args, report: &RelayReport) -> Exit {
+    let outcome = report.sent.as_ref().map(|sent| sent.outcome);
+    let errors = [report.received.error.as_ref(), report.sent.as_ref().and_then(|sent| sent.error.as_ref())];
+    for error in errors.into_iter().flatten() {
+        complain("relay", error);
+    }
+    if args.json {
+        let far = report.sent.as_ref().map(|sent| {
+            let mut out = sent.statistics.query_migrate();
+            out["rounds"] = json!(sent.statistics.rounds);
+            out["downtime-parts"] = json!(sent.statistics.downtime_parts);
+            out
+        });
+        let out = json!({
+            "completed": report.received.ending == Ending::Running,
+            "received_pages": report.received.pages,
+            "received_bytes": report.received.bytes,
+            "first_page_sent_ms": report.first_page_sent.map(|time| time.as_secs_f64() * 1e3),
+            "ram_complete_ms": report.ram_complete.map(|time| time.as_secs_f64() * 1e3),
+            "far": far,
+        });
+        println!("{out}");
+    } else if let (Ending::Running, Some(sent)) = (report.received.ending, &report.sent) {
+        print!("{}", render::statistics(&sent.statistics));
+    }
+    let completed = report.received.ending == Ending::Running;
+    if !completed && outcome != Some(Outcome::Completed) {
+        keep_guest(args, report);
+    }
+    match (completed, outcome) {
+        (true, _) => Exit::Done,
+        (false, Some(Outcome::InDoubt)) => Exit::InDoubt,
+        (false, Some(Outcome::Completed)) => Exit::InDoubt,
+        (false, _) => {
+            let cancelled = |error: &Error| error.kind() == ErrorKind::Cancelled;
+            let any = errors.into_iter().flatten().any(cancelled);
+            if any { Exit::Cancelled } else { Exit::Failed }
+        }
+    }
+}
+
+/// A guest whose device state has come and whose source may have let go is written down.
+fn keep_guest(args: &Args, report: &RelayReport) {
+    let Some(kept) = &report.kept else { return };
+    let Some(state) = &kept.state else { return };
+    let told = kept.incoming.has_return_path && report.received.ending != Ending::Stranded;
+    let Some(dir) = &args.keep else {
+        if !told {
+            eprintln!(
+                "ramwire relay: the guest is lost here unless its source has kept it; --keep DIR would have kept it"
+            );
+        }
+        return;
+    };
+    match keep(dir, &kept.incoming, &*kept.memory, state) {
+        Ok(()) => eprintln!(
+            "ramwire relay: the guest is in {0}; if it does not run at its source, `ramwire send URI --dir {0}` \
+             sends it on",
+            dir.display()
+        ),
+        Err(error) => complain("relay", &error),
+    }
+}

@@ -1,0 +1,59 @@
+//! Orders of the design switched off, so that a test can prove that each is needed.
+
+/// What a session leaves out. Sessions that ship leave out nothing: [`is`](Self::is) is then always false.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(not(test), allow(dead_code))]
+pub(super) enum Breakage {
+    /// Nothing.
+    #[default]
+    None,
+    /// Order 1: the bytes are read before the log is armed again.
+    ReadBeforeProtect,
+    /// Order 2: rounds are not fenced.
+    SkipFence,
+    /// Order 3: the migration ends while tickets are out.
+    SkipDrain,
+    /// Order 4: unsent pages are forgotten after a failure.
+    ForgetUnsent,
+    /// Order 4: the logs stay on after a failure.
+    LeaveLogsOn,
+    /// Order 6: a failure before COMMIT leaves the guest paused.
+    StayPaused,
+    /// Order 6: the source does not wait for READY.
+    CommitBeforeReady,
+    /// Order 6: the source lets the guest run after COMMIT.
+    ResumeAfterCommit,
+    /// Order 6: a cancel breaks the wait for RUNNING.
+    BreakOffAfterCommit,
+    /// Order 6: the destination does not wait for COMMIT.
+    ResumeBeforeCommit,
+    /// Order 6: the destination says READY whatever the digests say.
+    SkipComparing,
+    /// Bytes copied, then marked: the destination tells of a page before it is there.
+    MarkBeforeCopy,
+}
+
+impl Breakage {
+    /// All but `None`.
+    #[cfg(test)]
+    pub(super) const ALL: [Self; 12] = [
+        Self::ReadBeforeProtect,
+        Self::SkipFence,
+        Self::SkipDrain,
+        Self::ForgetUnsent,
+        Self::LeaveLogsOn,
+        Self::StayPaused,
+        Self::CommitBeforeReady,
+        Self::ResumeAfterCommit,
+        Self::BreakOffAfterCommit,
+        Self::ResumeBeforeCommit,
+        Self::SkipComparing,
+        Self::MarkBeforeCopy,
+    ];
+
+    /// True if `order` is switched off; known to be false where this is not a test.
+    #[inline]
+    pub(super) fn is(self, order: Self) -> bool {
+        cfg!(test) && self == order
+    }
+}

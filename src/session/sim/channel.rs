@@ -1,0 +1,355 @@
+//! The byte streams between the two ends, with at most one fault.
+
+use std::collections::VecDeque;
+use std::io;
+use std::time::Duration;
+
+use super::guest::PAGE;
+use super::plan::{PeerKind, Side, Wire};
+use super::world::{Mark, Sim, Turn, World, may_stall};
+use crate::stream::native::{Answer, Order};
+use crate::stream::qemu::command::Command;
+use crate::stream::qemu::return_path::Message;
+use crate::sys::{RecvPart, SendPart, Stop, StopReason};
+use crate::transport::{ByteSink, ByteSource, ChannelError};
+
+/// Names every migration of the simulation.
+pub(super) const MIGRATION_ID: [u8; 16] = [0x5a; 16];
+
+const STALL: Duration = Duration::from_secs(30);
+
+/// One direction.
+#[derive(Debug)]
+pub(super) struct Pipe {
+    bytes: VecDeque<u8>,
+    capacity: usize,
+    /// Bytes taken from the sender, bytes given to the receiver.
+    pub(super) sent: u64,
+    pub(super) read: u64,
+    /// Bytes the receiver is done with: it asks for more.
+    pub(super) taken: u64,
+    /// What happens at which byte.
+    pub(super) fault: Option<(u64, Wire)>,
+    /// The sender is gone, or seems so.
+    pub(super) closed: bool,
+    pub(super) reader_gone: bool,
+    reset: bool,
+    /// Bytes the sender still loses unknowingly; the connection is cut.
+    grace: Option<u64>,
+    /// Nothing passes any more; what is sent piles up.
+    stuck: Option<usize>,
+    pub(super) may_stall: bool,
+}
+
+impl Pipe {
+    pub(super) fn new(capacity: usize) -> Self {
+        Self {
+            bytes: VecDeque::new(),
+            capacity,
+            sent: 0,
+            read: 0,
+            taken: 0,
+            fault: None,
+            closed: false,
+            reader_gone: false,
+            reset: false,
+            grace: None,
+            stuck: None,
+            may_stall: false,
+        }
+    }
+
+    /// The host at the other end is gone.
+    pub(super) fn hang_up(&mut self, reset: bool) {
+        self.closed = true;
+        self.reader_gone = true;
+        self.reset |= reset;
+    }
+
+    fn room(&self) -> usize {
+        self.capacity.saturating_sub(self.stuck.unwrap_or(self.bytes.len()))
+    }
+
+    fn is_broken(&self) -> bool {
+        self.reset || self.reader_gone || self.grace == Some(0)
+    }
+
+    /// Takes bytes that have room.
+    fn push(&mut self, bytes: &[u8]) {
+        self.sent += bytes.len() as u64;
+        match (&mut self.grace, &mut self.stuck) {
+            (Some(grace), _) => *grace = grace.saturating_sub(bytes.len() as u64),
+            (None, Some(stuck)) => *stuck += bytes.len(),
+            (None, None) => self.bytes.extend(bytes),
+        }
+    }
+}
+
+impl World {
+    /// Sends what has room, up to the byte a fault meets; returns how much went.
+    fn send_some(&mut self, side: Side, bytes: &[u8]) -> usize {
+        let pipe = &mut self.pipes[side as usize];
+        let mut take = bytes.len().min(pipe.room());
+        if let Some((at, wire)) = pipe.fault {
+            let before = at.saturating_sub(pipe.sent);
+            if before < take as u64 {
+                pipe.push(&bytes[..before as usize]);
+                take = before as usize;
+                pipe.fault = None;
+                self.wire_fault(side, wire);
+                let Wire::Flip(bit) = wire else { return take };
+                self.pipes[side as usize].push(&[bytes[take] ^ 1 << bit]);
+                return take + 1;
+            }
+        }
+        pipe.push(&bytes[..take]);
+        take
+    }
+
+    fn wire_fault(&mut self, side: Side, wire: Wire) {
+        let mark = match wire {
+            Wire::Cut { .. } => Mark::Cut,
+            Wire::Reset => Mark::Reset,
+            Wire::Stall => Mark::Stalled,
+            Wire::Flip(_) => Mark::Flipped,
+        };
+        self.mark(mark);
+        self.pipes[side as usize].may_stall |= may_stall(wire);
+        match wire {
+            Wire::Cut { both, grace } => {
+                for pipe in self.cut_pipes(side, both) {
+                    pipe.closed = true;
+                    pipe.grace = Some(grace);
+                }
+            }
+            Wire::Reset => self.reset(),
+            Wire::Stall => self.pipes[side as usize].stuck = Some(0),
+            Wire::Flip(_) => {}
+        }
+        self.progress();
+    }
+
+    fn cut_pipes(&mut self, side: Side, both: bool) -> impl Iterator<Item = &mut Pipe> {
+        let cut = side as usize;
+        self.pipes.iter_mut().enumerate().filter(move |(at, _)| both || *at == cut).map(|(_, pipe)| pipe)
+    }
+
+    /// A reset throws away what was not read.
+    fn reset(&mut self) {
+        for pipe in &mut self.pipes {
+            pipe.reset = true;
+            pipe.bytes.clear();
+        }
+    }
+
+    /// Notes the words that decide about the guest, before the other end can have read them.
+    fn overhear(&mut self, side: Side, parts: &[SendPart<'_>], position: u64) {
+        let [SendPart::Own(bytes)] = parts else { return };
+        if side == Side::Target {
+            let said = |message: Message<'_>| {
+                let mut out = Vec::new();
+                message.encode(&mut out);
+                out == *bytes
+            };
+            self.ready |= said(Message::Native(Answer::Ready));
+            self.refused |= said(Message::Shut { status: 1 });
+            return;
+        }
+        let mut order = Vec::new();
+        Command::Native(Order::Commit { migration_id: MIGRATION_ID }).encode(&mut order);
+        if *bytes == order {
+            if !self.ready {
+                self.violation("COMMIT was said before READY");
+            }
+            self.commit = Some(position + bytes.len() as u64);
+        }
+        let end = self.guest.state_end;
+        let is_qemu = self.plan.peer == PeerKind::Qemu;
+        if self.commit.is_none() && end > 0 && *bytes == &self.guest.state[end..] {
+            self.commit = Some(position + 1);
+        } else if is_qemu && end > 0 && *bytes == &self.guest.state[..] {
+            self.violation("the byte that commits left with the device state");
+            self.commit = Some(position + end as u64 + 1);
+        }
+    }
+}
+
+fn broken(doing: &'static str) -> ChannelError {
+    let source = io::Error::from(io::ErrorKind::ConnectionReset);
+    ChannelError::Io { peer: "sim".into(), doing, source }
+}
+
+fn no_answer(stop: &Stop, doing: &'static str) -> ChannelError {
+    match stop.left() {
+        Some(_) => ChannelError::Stopped { reason: StopReason::Deadline, doing },
+        None => ChannelError::Stalled { peer: "sim".into(), doing, after: STALL },
+    }
+}
+
+fn is_cancelled(stop: &Stop) -> bool {
+    stop.reason() == Some(StopReason::Cancelled)
+}
+
+/// The sending end of a direction.
+pub(super) struct SimSink {
+    pub(super) sim: Sim,
+    pub(super) side: Side,
+}
+
+impl SimSink {
+    fn send_bytes<'t>(
+        &self,
+        mut turn: Turn<'t>,
+        bytes: &[u8],
+        stop: &Stop,
+    ) -> Result<Turn<'t>, ChannelError> {
+        const DOING: &str = "sending";
+        let mut bytes = bytes;
+        while !bytes.is_empty() {
+            let pipe = &turn.world.pipes[self.side as usize];
+            if pipe.is_broken() || turn.world.is_endless() || (self.side == Side::Target && turn.world.killed)
+            {
+                return Err(broken(DOING));
+            }
+            if is_cancelled(stop) {
+                return Err(ChannelError::Stopped { reason: StopReason::Cancelled, doing: DOING });
+            }
+            let sent = turn.world.send_some(self.side, bytes);
+            if sent > 0 {
+                turn.world.progress();
+                turn.world.bytes_leave(sent as u64);
+                bytes = &bytes[sent..];
+                continue;
+            }
+            let side = self.side as usize;
+            let ready = |world: &mut World| {
+                let pipe = &world.pipes[side];
+                (pipe.room() > 0 || pipe.is_broken() || is_cancelled(stop)).then_some(())
+            };
+            let (back, answer) = turn.wait_for(ready);
+            turn = back;
+            if answer.is_none() {
+                return Err(no_answer(stop, DOING));
+            }
+        }
+        Ok(turn)
+    }
+}
+
+impl ByteSink for SimSink {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        let mut turn = self.sim.enter();
+        if self.side == Side::Source {
+            turn.world.door_hears_bytes();
+        }
+        let position = turn.world.pipes[self.side as usize].sent;
+        turn.world.overhear(self.side, parts, position);
+        for part in parts {
+            turn = match part {
+                SendPart::Own(bytes) => self.send_bytes(turn, bytes, stop)?,
+                SendPart::Guest(span) => {
+                    let mut page = vec![0; span.len()];
+                    let half = span.len() / 2;
+                    span.copy_to(&mut page[..half]);
+                    // The guest may write while the kernel is in the middle of its page.
+                    turn.step();
+                    span.part(half, span.len() - half).map(|rest| rest.copy_to(&mut page[half..]));
+                    self.send_bytes(turn, &page, stop)?
+                }
+            };
+        }
+        turn.step();
+        drop(turn.may_pass());
+        Ok(())
+    }
+
+    fn flush(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        drop(self.sim.enter());
+        Ok(())
+    }
+
+    fn position(&self) -> u64 {
+        let world = self.sim.world();
+        let pages = if self.side == Side::Source { world.door.pages_offered } else { 0 };
+        world.pipes[self.side as usize].sent + pages * PAGE as u64
+    }
+}
+
+impl Drop for SimSink {
+    fn drop(&mut self) {
+        let mut world = self.sim.world();
+        world.pipes[self.side as usize].closed = true;
+        world.progress();
+    }
+}
+
+/// The receiving end of what `from` sends.
+pub(super) struct SimSource {
+    pub(super) sim: Sim,
+    pub(super) from: Side,
+}
+
+impl ByteSource for SimSource {
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
+        const DOING: &str = "receiving";
+        let mut turn = self.sim.enter();
+        let pipe = &mut turn.world.pipes[self.from as usize];
+        pipe.taken = pipe.read;
+        let poll = stop.left() == Some(Duration::ZERO);
+        let from = self.from;
+        let ready = |world: &mut World| {
+            let pipe = &world.pipes[from as usize];
+            let dead = from == Side::Source && world.killed;
+            match () {
+                () if pipe.reset || dead || world.is_endless() => Some(Err(broken(DOING))),
+                () if is_cancelled(stop) => {
+                    Some(Err(ChannelError::Stopped { reason: StopReason::Cancelled, doing: DOING }))
+                }
+                () if !pipe.bytes.is_empty() => Some(Ok(pipe.bytes.len())),
+                () if pipe.closed => Some(Ok(0)),
+                () if poll => Some(Err(ChannelError::Stopped { reason: StopReason::Deadline, doing: DOING })),
+                () => None,
+            }
+        };
+        let (mut turn, answer) = turn.wait_for(ready);
+        let there = answer.unwrap_or_else(|| Err(no_answer(stop, DOING)))?;
+        let piece = turn.world.plan.piece;
+        let most = 1 + turn.world.rng.below(piece) as usize;
+        let mut got = 0;
+        for part in into {
+            let count = part_len(part).min(there.min(most) - got);
+            let pipe = &mut turn.world.pipes[self.from as usize];
+            let bytes = &pipe.bytes.make_contiguous()[..count];
+            match part {
+                RecvPart::Own(room) => room[..count].copy_from_slice(bytes),
+                RecvPart::Guest(span) => drop(span.copy_from(bytes)),
+            }
+            pipe.bytes.drain(..count);
+            pipe.read += count as u64;
+            got += count;
+        }
+        turn.world.progress();
+        Ok(got)
+    }
+}
+
+fn part_len(part: &RecvPart<'_>) -> usize {
+    match part {
+        RecvPart::Own(room) => room.len(),
+        RecvPart::Guest(span) => span.len(),
+    }
+}
+
+impl Drop for SimSource {
+    fn drop(&mut self) {
+        let mut world = self.sim.world();
+        let unread = !world.pipes[self.from as usize].bytes.is_empty();
+        world.pipes[self.from as usize].reader_gone = true;
+        // A socket closed with unread bytes answers with a reset, which may overtake our last words.
+        if unread && world.plan.fault.is_some() && world.rng.one_in(2) {
+            world.mark(Mark::Rude);
+            world.reset();
+        }
+        world.progress();
+    }
+}

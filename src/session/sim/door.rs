@@ -1,0 +1,400 @@
+//! A door that reads pages late and lets them overtake each other, as far as the trait allows.
+//!
+//! A batch waits in its channel, is read from guest memory (from then on its bytes are fixed), and is
+//! placed at the destination, past the byte stream. Channels know nothing of each other but the fences.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::channel::SimSink;
+use super::guest::PAGE;
+use super::plan::{DoorKind, Fault, LateDoor, Plan, Side};
+use super::world::{Mark, Sim, World};
+use crate::ram::{MoverAbilities, PageBatch, PageBitmap, Piece, RoundKind, Verdict};
+use crate::sys::Stop;
+use crate::transport::{
+    ByteSink, ChannelError, InlineLink, MoveError, Offer, Receipt, Returned, SourceLink, Ticket,
+};
+use crate::units::{BlockIndex, PageIndex};
+
+/// Steps after which a door that moves nothing has stalled.
+const PATIENCE: u32 = 5000;
+
+fn cannot_carry(batch: &PageBatch) -> bool {
+    batch.pieces().first().is_some_and(|piece| piece.run.first.0 % 4 == 1)
+}
+
+#[derive(Debug)]
+enum Item {
+    Batch(Batch),
+    Fence,
+}
+
+#[derive(Debug)]
+struct Batch {
+    order: u64,
+    /// Bytes of the stream that the destination has taken before it lets the page in.
+    behind: u64,
+    ticket: Ticket,
+    /// Gone once it was returned.
+    batch: Option<PageBatch>,
+    pieces: Vec<Piece>,
+    bytes: Option<Vec<u8>>,
+}
+
+/// The late door's inside.
+#[derive(Debug)]
+pub(super) struct DoorState {
+    kind: Option<LateDoor>,
+    channels: Vec<VecDeque<Item>>,
+    finished: Vec<Returned>,
+    tickets: u64,
+    open: bool,
+    calls: u64,
+    failed: bool,
+    last_placed: u64,
+    pub(super) pages_offered: u64,
+    /// Pages whose last offered bytes are at the destination for certain, and not reported written since.
+    pub(super) confirmed: Vec<PageBitmap>,
+}
+
+impl DoorState {
+    pub(super) fn new(plan: &Plan) -> Self {
+        let kind = match plan.door {
+            DoorKind::Late(door) => Some(door),
+            DoorKind::Inline { .. } => None,
+        };
+        let channels = kind.map_or(0, |door| door.channels);
+        Self {
+            kind,
+            channels: (0..channels).map(|_| VecDeque::new()).collect(),
+            finished: Vec::new(),
+            tickets: 0,
+            open: false,
+            calls: 0,
+            failed: false,
+            last_placed: 0,
+            pages_offered: 0,
+            confirmed: plan.blocks.iter().map(|(pages, _)| PageBitmap::new(*pages)).collect(),
+        }
+    }
+
+    fn confirms(&self) -> bool {
+        self.kind.is_some_and(|door| door.confirms)
+    }
+
+    /// Batches inside, fences not counted.
+    fn under_way(&self) -> usize {
+        self.channels.iter().flatten().filter(|item| matches!(item, Item::Batch(_))).count()
+    }
+
+    pub(super) fn tickets_out(&self) -> usize {
+        let held = |item: &&Item| matches!(item, Item::Batch(Batch { batch: Some(_), .. }));
+        self.channels.iter().flatten().filter(held).count()
+    }
+
+    /// Pages of `block` that were reported written are not at the destination any more.
+    pub(super) fn unconfirm(&mut self, block: BlockIndex, written: &PageBitmap) {
+        let mut from = PageIndex(0);
+        while let Some(run) = written.next_run(from, u64::MAX) {
+            from = PageIndex(run.end);
+            self.confirmed[block.as_usize()].clear_range(run);
+        }
+    }
+
+    fn confirm(&mut self, batch: &PageBatch, confirmed: bool) {
+        for piece in batch.pieces() {
+            let map = &mut self.confirmed[piece.run.block.as_usize()];
+            let run = piece.run.first.0..piece.run.end().0;
+            if confirmed {
+                map.set_range(run)
+            } else {
+                map.clear_range(run)
+            };
+        }
+    }
+}
+
+impl World {
+    /// Some batch may be read or placed.
+    pub(super) fn door_moves(&mut self) {
+        if self.door.channels.is_empty() {
+            return;
+        }
+        if self.door.channels.iter().all(|channel| matches!(channel.front(), Some(Item::Fence))) {
+            self.door.channels.iter_mut().for_each(|channel| drop(channel.pop_front()));
+        }
+        let slowness = self.door.kind.map_or(1, |door| door.slowness);
+        for _ in 0..3 {
+            if !self.rng.one_in(slowness) {
+                continue;
+            }
+            let channel = self.rng.below(self.door.channels.len() as u64) as usize;
+            if self.rng.one_in(2) { self.read_one(channel) } else { self.place_one(channel) }
+        }
+    }
+
+    /// Reads the first batch of a channel that was not read yet and stands before the fence.
+    fn read_one(&mut self, channel: usize) {
+        let releases = !self.door.confirms();
+        let mut before_fence = self.door.channels[channel].iter_mut().map_while(|item| match item {
+            Item::Batch(batch) => Some(batch),
+            Item::Fence => None,
+        });
+        let Some(batch) = before_fence.find(|batch| batch.bytes.is_none()) else { return };
+        let mut bytes = Vec::new();
+        for piece in batch.pieces.iter().filter(|piece| piece.verdict != Verdict::Zero) {
+            let region = self.guest.memory[0].region(piece.run.block).unwrap();
+            let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
+            let from = bytes.len();
+            bytes.resize(from + len as usize, 0);
+            region.span(start, len).unwrap().copy_to(&mut bytes[from..]);
+        }
+        batch.bytes = Some(bytes);
+        let ticket = batch.ticket;
+        if let Some(batch) = batch.batch.take_if(|_| releases) {
+            self.door.finished.push(Returned { ticket, receipt: Receipt::Released, batch });
+        }
+    }
+
+    fn place_one(&mut self, channel: usize) {
+        let queue = &mut self.door.channels[channel];
+        let taken = self.pipes[Side::Source as usize].taken;
+        match queue.front() {
+            Some(Item::Batch(Batch { bytes: Some(_), behind, .. })) if *behind <= taken => {}
+            _ => return,
+        }
+        let Some(Item::Batch(batch)) = queue.pop_front() else { return };
+        if batch.order < self.door.last_placed {
+            self.mark(Mark::Overtaken);
+        }
+        self.door.last_placed = self.door.last_placed.max(batch.order);
+        let mut bytes = batch.bytes.as_deref().unwrap_or(&[]);
+        for piece in &batch.pieces {
+            let region = self.guest.memory[1].region(piece.run.block).unwrap();
+            let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
+            let span = region.span(start, len).unwrap();
+            if piece.verdict == Verdict::Zero {
+                span.fill_zero();
+                continue;
+            }
+            let (own, rest) = bytes.split_at(len as usize);
+            span.copy_from(own);
+            bytes = rest;
+        }
+        if let Some(returned) = batch.batch {
+            let ticket = batch.ticket;
+            self.door.finished.push(Returned { ticket, receipt: Receipt::Placed, batch: returned });
+        }
+    }
+
+    /// Bytes leave on the stream while a round may be open.
+    pub(super) fn door_hears_bytes(&mut self) {
+        if self.door.open && self.door.kind.is_some_and(|door| door.exclusive) {
+            self.violation("bytes were sent while a round of an exclusive door was open");
+        }
+    }
+}
+
+/// The handle of the late door.
+pub(super) struct SimLink {
+    sim: Sim,
+    sink: SimSink,
+    door: LateDoor,
+}
+
+impl SimLink {
+    pub(super) fn new(sim: &Sim, door: LateDoor) -> Self {
+        Self { sim: sim.clone(), sink: SimSink { sim: sim.clone(), side: Side::Source }, door }
+    }
+
+    /// A call, which is a step; it fails from the moment the plan says so, or the destination is gone.
+    fn call<T>(&self, act: impl FnOnce(&mut World) -> T) -> Result<T, MoveError> {
+        let mut turn = self.sim.enter();
+        let calls = turn.world.door.calls;
+        turn.world.door.calls += 1;
+        let gone = turn.world.killed || turn.world.is_done(Side::Target) || turn.world.is_endless();
+        turn.world.door.failed |= gone;
+        if turn.world.fails(|fault| matches!(fault, Fault::Door { call } if *call <= calls)) {
+            turn.world.door.failed = true;
+        }
+        if turn.world.door.failed {
+            return Err(ChannelError::Closed { peer: "sim".into(), doing: "moving pages" }.into());
+        }
+        Ok(act(&mut turn.world))
+    }
+
+    fn wait_until_empty(&self, stop: &Stop) -> Result<(), MoveError> {
+        const DOING: &str = "waiting for pages";
+        for _ in 0..PATIENCE {
+            if self.call(|world| world.door.under_way())? == 0 {
+                return Ok(());
+            }
+            if let Some(reason) = stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: DOING }.into());
+            }
+        }
+        let mut world = self.sim.world();
+        if world.plan.fault.is_none() {
+            world.violation("the door waits for ever");
+        }
+        let after = Duration::from_secs(30);
+        Err(ChannelError::Stalled { peer: "sim".into(), doing: DOING, after }.into())
+    }
+}
+
+impl SourceLink for SimLink {
+    fn abilities(&self) -> MoverAbilities {
+        MoverAbilities {
+            classifies: false,
+            takes_deltas: false,
+            exclusive_round: self.door.exclusive,
+            confirms_placement: self.door.confirms,
+            ordered: false,
+            batches_in_flight: self.door.depth as u32,
+            batch_pages: self.door.batch_pages,
+        }
+    }
+
+    fn sink(&mut self) -> &mut dyn ByteSink {
+        &mut self.sink
+    }
+
+    fn open_round(&mut self, _kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
+        self.call(|world| world.door.open = true)
+    }
+
+    fn offer(&mut self, batch: PageBatch, _stop: &Stop) -> Result<Offer, MoveError> {
+        let door = self.door;
+        let mut kept = Some(batch);
+        let offer = self.call(|world| {
+            let batch = kept.take()?;
+            if !world.door.open {
+                world.violation("pages were offered outside a round");
+            }
+            if world.door.under_way() >= door.depth || world.rng.one_in(12) && world.door.under_way() > 0 {
+                world.mark(Mark::Full);
+                return Some(Offer::Full(batch));
+            }
+            // A zero page inside the stream is for memory that only the stream fills.
+            if door.declines && batch.zero_pages() == 0 && cannot_carry(&batch) {
+                world.mark(Mark::Declined);
+                world.door.confirm(&batch, false);
+                return Some(Offer::Declined(batch));
+            }
+            let ticket = Ticket(world.door.tickets);
+            world.door.tickets += 1;
+            world.door.pages_offered += batch.whole_pages();
+            world.bytes_leave(batch.whole_pages() * PAGE as u64);
+            world.door.confirm(&batch, false);
+            let pieces = batch.pieces().to_vec();
+            let order = ticket.0 + 1;
+            let channel = world.rng.below(door.channels as u64) as usize;
+            let behind = world.pipes[Side::Source as usize].sent;
+            let item = Item::Batch(Batch { order, behind, ticket, batch: Some(batch), pieces, bytes: None });
+            world.door.channels[channel].push_back(item);
+            Some(Offer::Taken(ticket))
+        });
+        match (offer, kept) {
+            (Ok(Some(offer)), _) => Ok(offer),
+            (Err(error), Some(batch)) => {
+                let returned = Returned { ticket: Ticket(u64::MAX), receipt: Receipt::Released, batch };
+                self.sim.world().door.finished.push(returned);
+                Err(error)
+            }
+            (Err(error), None) => Err(error),
+            (Ok(None), _) => unreachable!("a batch was kept"),
+        }
+    }
+
+    fn collect(&mut self, out: &mut Vec<Returned>) -> Result<(), MoveError> {
+        let confirms = self.door.confirms;
+        self.call(|world| {
+            let finished = std::mem::take(&mut world.door.finished);
+            for returned in finished.iter().filter(|_| confirms) {
+                world.door.confirm(&returned.batch, true);
+            }
+            out.extend(finished);
+        })
+    }
+
+    fn close_round(&mut self, _kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
+        self.call(|world| {
+            world.door.open = false;
+            world.door.channels.iter_mut().for_each(|channel| channel.push_back(Item::Fence));
+        })?;
+        if self.door.fence_waits { self.wait_until_empty(stop) } else { Ok(()) }
+    }
+
+    fn drain(&mut self, stop: &Stop) -> Result<(), MoveError> {
+        self.wait_until_empty(stop)
+    }
+
+    fn reclaim(&mut self) -> Vec<PageBatch> {
+        let mut turn = self.sim.enter();
+        let door = &mut turn.world.door;
+        door.failed = true;
+        let inside = std::mem::take(&mut door.channels).into_iter().flatten().filter_map(|item| match item {
+            Item::Batch(batch) => batch.batch,
+            Item::Fence => None,
+        });
+        let mut lost: Vec<_> = inside.collect();
+        lost.extend(door.finished.drain(..).map(|returned| returned.batch));
+        if !lost.is_empty() {
+            turn.world.mark(Mark::Reclaimed);
+        }
+        lost
+    }
+}
+
+impl Drop for SimLink {
+    fn drop(&mut self) {
+        let mut world = self.sim.world();
+        let (out, under_way) = (world.door.tickets_out(), world.door.under_way());
+        if out + under_way > 0 {
+            world.violation(format!(
+                "the door was dropped with {out} tickets out, {under_way} batches under way"
+            ));
+        }
+    }
+}
+
+/// The real door with batches as small as the plan wants them.
+pub(super) struct SmallBatches {
+    pub(super) link: InlineLink,
+    pub(super) pages: u32,
+}
+
+impl SourceLink for SmallBatches {
+    fn abilities(&self) -> MoverAbilities {
+        MoverAbilities { batch_pages: self.pages, ..self.link.abilities() }
+    }
+
+    fn sink(&mut self) -> &mut dyn ByteSink {
+        self.link.sink()
+    }
+
+    fn open_round(&mut self, kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
+        self.link.open_round(kind, stop)
+    }
+
+    fn offer(&mut self, batch: PageBatch, stop: &Stop) -> Result<Offer, MoveError> {
+        self.link.offer(batch, stop)
+    }
+
+    fn collect(&mut self, out: &mut Vec<Returned>) -> Result<(), MoveError> {
+        self.link.collect(out)
+    }
+
+    fn close_round(&mut self, kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
+        self.link.close_round(kind, stop)
+    }
+
+    fn drain(&mut self, stop: &Stop) -> Result<(), MoveError> {
+        self.link.drain(stop)
+    }
+
+    fn reclaim(&mut self) -> Vec<PageBatch> {
+        self.link.reclaim()
+    }
+}

@@ -1,0 +1,197 @@
+//! Whole migrations of a writing guest, with faults, inside one process and under a seed.
+//!
+//! Real are the two sessions and everything below them: engines, dirty map, page search, codec, the inline
+//! door. Simulated are the guest, its dirty logs, the byte channels and a door that reads pages late and
+//! lets them overtake each other. The sessions take turns on two threads, one running at a time; who is
+//! next, what the guest writes and when the fault falls due follows from the seed, so that a seed replays
+//! exactly:
+//!
+//! ```text
+//! RAMWIRE_SIM_SEED=1234 cargo test --lib session::sim -- --nocapture
+//! RAMWIRE_SIM_SEEDS=100000 cargo test --lib session::sim
+//! ```
+//!
+//! | file | what |
+//! |------|------|
+//! | `plan` | what a seed stands for |
+//! | `world` | the shared state, steps and turns |
+//! | `guest` | both copies of the memory, the writer, logs, pause and resume |
+//! | `channel` | the two byte streams with cuts, resets, stalls and flipped bits |
+//! | `door` | pages past the stream |
+//! | `run` | one migration, and what must hold at its end |
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod channel;
+mod door;
+mod guest;
+mod plan;
+mod run;
+mod world;
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use self::run::{Run, flipped, run_seed};
+use self::world::Mark;
+use super::{Breakage, Error};
+use crate::engine::{Ending, Outcome, Reason};
+
+/// Seeds of an ordinary test run.
+const SEEDS: u64 = 3000;
+/// Seeds among which each order that is switched off must be found.
+const MUTANT_SEEDS: u64 = 1000;
+const WORKERS: usize = 4;
+
+fn number_from(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().expect("the variable holds a number"))
+}
+
+/// How many seeds came how far.
+#[derive(Default)]
+struct Coverage(BTreeMap<&'static str, u64>);
+
+impl Coverage {
+    fn count(&mut self, run: &Run) {
+        let (sent, arrived, world) = (&run.sent, &run.arrived, &run.world);
+        let marked = |mark| world.marks.contains(&mark);
+        let pages = sent.statistics.pages;
+        let digest = |error: &Option<Error>| matches!(error, Some(Error::Digest(_)));
+        let facts = [
+            ("completed", sent.outcome == Outcome::Completed),
+            ("stayed: failed", sent.outcome == Outcome::StaysHere(Reason::Failed)),
+            ("stayed: cancelled", sent.outcome == Outcome::StaysHere(Reason::Cancelled)),
+            ("stayed: while paused", matches!(sent.outcome, Outcome::StaysHere(_)) && world.paused),
+            ("stayed: could not resume", sent.stands_still && matches!(sent.outcome, Outcome::StaysHere(_))),
+            ("in doubt", sent.outcome == Outcome::InDoubt),
+            ("in doubt, runs there", sent.outcome == Outcome::InDoubt && arrived.ending == Ending::Running),
+            ("stranded", arrived.ending == Ending::Stranded),
+            ("two rounds or more", sent.statistics.rounds.len() >= 2),
+            ("four rounds or more", sent.statistics.rounds.len() >= 4),
+            ("page sent again", pages.normal + pages.zero > world.plan.total_pages()),
+            ("digest equal", arrived.verified),
+            ("flip refused by the digest", flipped(&world.plan) && digest(&arrived.error)),
+            (
+                "flip refused by framing",
+                flipped(&world.plan) && matches!(arrived.error, Some(Error::Decode(_))),
+            ),
+            ("flip without harm", marked(Mark::Flipped) && sent.outcome == Outcome::Completed),
+            ("two faults", world.plan.also.is_some() && world.marks.len() >= 2),
+            ("cut", marked(Mark::Cut)),
+            ("reset", marked(Mark::Reset)),
+            ("reset by a close", marked(Mark::Rude)),
+            ("stall", marked(Mark::Stalled)),
+            ("cancel raised", marked(Mark::CancelRaised)),
+            ("cancel too late", marked(Mark::CancelRaised) && sent.outcome == Outcome::Completed),
+            ("destination killed", marked(Mark::Killed)),
+            ("call failed", marked(Mark::CallFailed)),
+            ("door full", marked(Mark::Full)),
+            ("door declined", marked(Mark::Declined)),
+            ("door gave pages back", marked(Mark::Reclaimed)),
+            ("pages overtaken", marked(Mark::Overtaken)),
+        ];
+        for (name, is_so) in facts {
+            *self.0.entry(name).or_default() += u64::from(is_so);
+        }
+    }
+}
+
+/// Runs `work` for each item on a few threads: most of a simulation's time is the hand over of the turn.
+fn spread<I: Send, T: Send>(items: impl Iterator<Item = I> + Send, work: impl Fn(I) -> T + Sync) -> Vec<T> {
+    let (items, done) = (Mutex::new(items), Mutex::new(Vec::new()));
+    let next = || items.lock().unwrap().next();
+    std::thread::scope(|scope| {
+        for _ in 0..WORKERS {
+            scope.spawn(|| {
+                while let Some(item) = next() {
+                    let answer = work(item);
+                    done.lock().unwrap().push(answer);
+                }
+            });
+        }
+    });
+    done.into_inner().unwrap()
+}
+
+#[test]
+fn simulated_migrations_keep_the_guest_whole() {
+    if let Some(seed) = number_from("RAMWIRE_SIM_SEED") {
+        println!("{:#?}", plan::Plan::of(seed));
+        let run = run_seed(seed, Breakage::None).unwrap_or_else(|broken| panic!("seed {seed}: {broken:#?}"));
+        println!("{:?} {:?}", run.sent.outcome, run.sent.error);
+        println!("{:?} {:?} {:?}", run.arrived.ending, run.arrived.error, run.world.marks);
+        return;
+    }
+    let seeds = number_from("RAMWIRE_SIM_SEEDS").unwrap_or(SEEDS);
+    let coverage = Mutex::new(Coverage::default());
+    let failed = spread(0..seeds, |seed| match run_seed(seed, Breakage::None) {
+        Ok(run) => {
+            coverage.lock().unwrap().count(&run);
+            None
+        }
+        Err(broken) => Some((seed, broken)),
+    });
+    let failed: Vec<_> = failed.into_iter().flatten().collect();
+    for (seed, broken) in failed.iter().take(10) {
+        println!("seed {seed} failed; replay it with RAMWIRE_SIM_SEED={seed}: {broken:#?}");
+    }
+    println!("of {seeds} seeds:");
+    let coverage = coverage.into_inner().unwrap().0;
+    for (fact, seeds) in &coverage {
+        println!("{seeds:8}  {fact}");
+    }
+    assert!(failed.is_empty(), "{} of {seeds} seeds failed", failed.len());
+    if seeds >= SEEDS {
+        let missing: Vec<_> = coverage.iter().filter(|(_, seeds)| **seeds == 0).collect();
+        assert!(missing.is_empty(), "never reached: {missing:?}");
+    }
+}
+
+#[test]
+fn a_seed_replays_exactly() {
+    let trace = |seed| {
+        let run = run_seed(seed, Breakage::None).unwrap_or_else(|broken| panic!("seed {seed}: {broken:#?}"));
+        let world = &run.world;
+        let ends = format!("{:?} {:?}", run.sent.outcome, run.arrived.ending);
+        (ends, world.steps(), world.now, world.pipes[0].sent, world.pipes[1].sent, world.guest.writes_left)
+    };
+    for seed in 0..60 {
+        assert_eq!(trace(seed), trace(seed), "seed {seed}");
+    }
+}
+
+/// What is seen of an order that is switched off: one of these.
+fn symptoms(order: Breakage) -> &'static [&'static str] {
+    match order {
+        Breakage::None => &[],
+        Breakage::ReadBeforeProtect | Breakage::SkipFence => {
+            &["started with other memory", "differs from the source's"]
+        }
+        Breakage::SkipDrain => &["started with other memory", "after the start", "tickets out"],
+        Breakage::ForgetUnsent => &["is not dirty"],
+        Breakage::LeaveLogsOn => &["a log is on"],
+        Breakage::StayPaused => &["does not run on at the source"],
+        Breakage::CommitBeforeReady => &["COMMIT was said before READY"],
+        Breakage::ResumeAfterCommit => &["while it runs on the other side"],
+        Breakage::BreakOffAfterCommit => &["a cancel left the guest in doubt"],
+        Breakage::ResumeBeforeCommit => &["while it runs on the other side"],
+        Breakage::SkipComparing => &["started with other memory"],
+        Breakage::MarkBeforeCopy => &["was told before it was there"],
+    }
+}
+
+#[test]
+fn each_order_switched_off_is_found() {
+    let found = spread(Breakage::ALL.into_iter(), |order| {
+        let seen = |broken: &String| symptoms(order).iter().any(|symptom| broken.contains(symptom));
+        let find = |seed| run_seed(seed, order).err()?.into_iter().find(seen).map(|why| (seed, why));
+        (order, (0..MUTANT_SEEDS).find_map(find))
+    });
+    for (order, found) in &found {
+        match found {
+            Some((seed, why)) => println!("{order:?}: found by seed {seed}: {why}"),
+            None => println!("{order:?}: not found"),
+        }
+    }
+    let missed: Vec<_> = found.iter().filter(|(_, found)| found.is_none()).collect();
+    assert!(missed.is_empty(), "no seed below {MUTANT_SEEDS} finds {missed:?}");
+}

@@ -1,0 +1,340 @@
+//! What a seed stands for: a guest, a peer, a door, and what goes wrong.
+
+use crate::units::PageSize;
+
+/// The generator SplitMix64 (Steele, Lea and Flood 2014).
+#[derive(Clone, Debug)]
+pub(super) struct Rng(u64);
+
+impl Rng {
+    pub(super) fn new(seed: u64) -> Self {
+        let mut rng = Self(seed);
+        rng.next();
+        rng
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `limit`.
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit.max(1)
+    }
+
+    /// A number below one of `limits`.
+    pub(super) fn below_one_of(&mut self, limits: &[u64]) -> u64 {
+        let limit = self.pick(limits);
+        self.below(limit)
+    }
+
+    /// True once in `n`.
+    pub(super) fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+
+    pub(super) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u64) as usize]
+    }
+}
+
+/// An end of the migration, also the direction of what it sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Side {
+    Source,
+    Target,
+}
+
+impl Side {
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Target,
+            Self::Target => Self::Source,
+        }
+    }
+}
+
+/// How a dirty log behaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LogKind {
+    /// A sync reads and re-arms in one step, as PAGEMAP_SCAN does.
+    AtSync,
+    /// A sync reads; what it has read is cleared and armed again chunk by chunk, as KVM's manual protection.
+    ByChunk {
+        /// Every page counts as written from the start.
+        all_set: bool,
+    },
+    /// The log of all blocks is taken when a sync begins.
+    Snapshot,
+}
+
+/// Where a fault counts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Anchor {
+    Start,
+    /// The source's guest was paused.
+    Pause,
+}
+
+/// What happens to a direction of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wire {
+    /// It ends in order. `both`: the other direction too; `grace`: bytes the sender loses before it is told.
+    Cut {
+        both: bool,
+        grace: u64,
+    },
+    Reset,
+    /// No byte passes any more.
+    Stall,
+    Flip(u8),
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    Wire {
+        from: Side,
+        anchor: Anchor,
+        at: u64,
+        wire: Wire,
+    },
+    Cancel {
+        side: Side,
+        anchor: Anchor,
+        at: u64,
+    },
+    Kill {
+        anchor: Anchor,
+        at: u64,
+    },
+    Log {
+        call: u64,
+    },
+    Pause {
+        stands: bool,
+    },
+    Save,
+    Load,
+    /// The destination's guest can't be started.
+    Start,
+    Door {
+        call: u64,
+    },
+}
+
+/// The door of the pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DoorKind {
+    /// The real one: pages inside the byte stream.
+    Inline { batch_pages: u32 },
+    /// Pages go by channels of their own, are read late and overtake each other between two fences.
+    Late(LateDoor),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LateDoor {
+    pub(super) channels: usize,
+    pub(super) depth: usize,
+    pub(super) batch_pages: u32,
+    /// Batches come back when they are placed, not when they have been read.
+    pub(super) confirms: bool,
+    /// It can't carry one in four pages.
+    pub(super) declines: bool,
+    pub(super) exclusive: bool,
+    /// One in so many chances to move a batch is taken.
+    pub(super) slowness: u64,
+    /// A fence waits until the pages are placed, instead of only ordering them.
+    pub(super) fence_waits: bool,
+}
+
+/// All that a seed decides before the first step.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) seed: u64,
+    /// Pages of each block and the size of its host pages.
+    pub(super) blocks: Vec<(u64, PageSize)>,
+    /// Of so many pages one is zero at the start.
+    pub(super) zero_every: u64,
+    /// Pages the guest writes to.
+    pub(super) working_set: Vec<(u32, u64)>,
+    /// The guest writes in one of so many steps.
+    pub(super) write_every: u64,
+    /// Writes before it comes to rest, so that every migration converges.
+    pub(super) writes: u64,
+    pub(super) logs: Vec<LogKind>,
+    pub(super) clear_shift: u8,
+    pub(super) peer: PeerKind,
+    pub(super) digest: bool,
+    pub(super) door: DoorKind,
+    /// Somebody looks at the pages as they arrive, as a relay does.
+    pub(super) watched: bool,
+    pub(super) state_bytes: u64,
+    pub(super) capacity: usize,
+    /// Most bytes a read returns.
+    pub(super) piece: u64,
+    /// The other side's turn comes once in so many steps.
+    pub(super) switch_every: u64,
+    pub(super) bytes_per_ms: u64,
+    pub(super) downtime_pages: u64,
+    pub(super) fault: Option<Fault>,
+    /// A second fault, on the wire, where the first may be of any kind: which direction, at which byte, what.
+    pub(super) also: Option<(Side, u64, Wire)>,
+    /// Where the source's guest is to resume, it can't.
+    pub(super) stands_still: bool,
+}
+
+/// What the source is told of its peer, and what the peer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PeerKind {
+    /// A ramwire that is found by the greeting.
+    Greeted,
+    /// A ramwire, and the source knows.
+    Ramwire,
+    /// Addressed as a QEMU: its own words only.
+    Qemu,
+}
+
+impl Plan {
+    pub(super) fn of(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let blocks = draw_blocks(&mut rng);
+        let total: u64 = blocks.iter().map(|(pages, _)| pages).sum();
+        let hot = 1 + rng.below_one_of(&[total, total / 4, total / 16]);
+        let working_set = (0..hot).map(|_| page_at(&blocks, rng.below(total))).collect();
+        let peer = rng.pick(&[PeerKind::Greeted, PeerKind::Ramwire, PeerKind::Qemu]);
+        let door = draw_door(&mut rng);
+        let fault = draw_fault(&mut rng, total, door);
+        // Towards a QEMU and without a digest a flipped bit in a page can't be seen.
+        let flips = matches!(fault, Some(Fault::Wire { wire: Wire::Flip(_), .. }));
+        let peer = if flips && peer == PeerKind::Qemu { PeerKind::Ramwire } else { peer };
+        Self {
+            seed,
+            zero_every: rng.pick(&[2, 5, 1000]),
+            working_set,
+            write_every: rng.pick(&[1, 2, 8]),
+            writes: rng.below_one_of(&[1, 60, 600]),
+            logs: draw_logs(&mut rng),
+            clear_shift: rng.pick(&[6, 6, 7, 18]),
+            peer,
+            digest: flips || rng.one_in(2),
+            watched: matches!(door, DoorKind::Inline { .. }) && rng.one_in(3),
+            door,
+            state_bytes: rng.below(400),
+            capacity: rng.pick(&[3000, 20_000, 1 << 20]),
+            piece: rng.pick(&[700, 9000, 1 << 20]),
+            switch_every: rng.pick(&[4, 16, 64]),
+            bytes_per_ms: rng.pick(&[400, 4096, 100_000]),
+            downtime_pages: rng.below(12),
+            fault,
+            also: draw_second(&mut rng, total).filter(|_| fault.is_some() && !flips),
+            stands_still: rng.one_in(25),
+            blocks,
+        }
+    }
+
+    pub(super) fn total_pages(&self) -> u64 {
+        self.blocks.iter().map(|(pages, _)| pages).sum()
+    }
+}
+
+fn draw_blocks(rng: &mut Rng) -> Vec<(u64, PageSize)> {
+    let sizes = [PageSize::SIZE_4K, PageSize::SIZE_2M, PageSize::SIZE_1G];
+    // Larger than one chunk of the clear map, a middle one, and small ones.
+    let mut blocks = vec![(65 + rng.below(20), rng.pick(&sizes)), (10 + rng.below(20), rng.pick(&sizes))];
+    for _ in 0..1 + rng.below(3) {
+        blocks.insert(rng.below(3) as usize, (1 + rng.below(6), rng.pick(&sizes)));
+    }
+    blocks
+}
+
+pub(super) fn page_at(blocks: &[(u64, PageSize)], mut page: u64) -> (u32, u64) {
+    for (block, (pages, _)) in blocks.iter().enumerate() {
+        if page < *pages {
+            return (block as u32, page);
+        }
+        page -= pages;
+    }
+    (0, 0)
+}
+
+fn draw_logs(rng: &mut Rng) -> Vec<LogKind> {
+    let kinds = [
+        LogKind::AtSync,
+        LogKind::ByChunk { all_set: false },
+        LogKind::ByChunk { all_set: true },
+        LogKind::Snapshot,
+    ];
+    (0..1 + rng.below(2)).map(|_| rng.pick(&kinds)).collect()
+}
+
+fn draw_door(rng: &mut Rng) -> DoorKind {
+    if rng.one_in(2) {
+        return DoorKind::Inline { batch_pages: rng.pick(&[1, 7, 64, 512]) };
+    }
+    DoorKind::Late(LateDoor {
+        channels: 1 + rng.below(4) as usize,
+        depth: 1 + rng.below(12) as usize,
+        batch_pages: 1 + rng.below(12) as u32,
+        confirms: rng.one_in(2),
+        declines: rng.one_in(3),
+        exclusive: rng.one_in(2),
+        slowness: rng.pick(&[1, 6, 40]),
+        fence_waits: rng.one_in(3),
+    })
+}
+
+fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {
+    let from = rng.pick(&[Side::Source, Side::Target]);
+    let at = match from {
+        Side::Source => rng.below(total_pages * 6000),
+        Side::Target => rng.below(80),
+    };
+    let cut = Wire::Cut { both: rng.one_in(2), grace: rng.pick(&[0, 9000]) };
+    let wire = rng.pick(&[cut, Wire::Reset, Wire::Stall]);
+    rng.one_in(4).then_some((from, at, wire))
+}
+
+fn draw_fault(rng: &mut Rng, total_pages: u64, door: DoorKind) -> Option<Fault> {
+    let late = matches!(door, DoorKind::Late(_));
+    // Most of what can go wrong in the last moments needs a place near them.
+    let anchor = if rng.one_in(2) { Anchor::Pause } else { Anchor::Start };
+    let steps = match anchor {
+        Anchor::Start => rng.below_one_of(&[10, 100, 1500]),
+        Anchor::Pause => rng.below_one_of(&[20, 150]),
+    };
+    Some(match rng.below(20) {
+        0..=2 => return None,
+        3..=10 => {
+            let from = rng.pick(&[Side::Source, Side::Source, Side::Target]);
+            let at = match (from, anchor) {
+                (Side::Source, Anchor::Start) => rng.below_one_of(&[200, total_pages * 6000]),
+                (Side::Source, Anchor::Pause) => rng.below_one_of(&[600, 1500, 20_000]),
+                (Side::Target, Anchor::Start) => rng.below(80),
+                (Side::Target, Anchor::Pause) => rng.below(16),
+            };
+            let wire = match rng.below(6) {
+                0 | 1 => Wire::Cut { both: rng.one_in(2), grace: rng.pick(&[0, 50, 9000]) },
+                2 => Wire::Reset,
+                3 => Wire::Stall,
+                _ => Wire::Flip(rng.below(8) as u8),
+            };
+            Fault::Wire { from, anchor, at, wire }
+        }
+        11 | 12 => {
+            Fault::Cancel { side: rng.pick(&[Side::Source, Side::Source, Side::Target]), anchor, at: steps }
+        }
+        13 => Fault::Kill { anchor, at: steps },
+        14 => Fault::Log { call: rng.below_one_of(&[2, 40]) },
+        15 => Fault::Pause { stands: rng.one_in(2) },
+        16 => rng.pick(&[Fault::Save, Fault::Load]),
+        17 => Fault::Start,
+        _ if late => Fault::Door { call: rng.below(40) },
+        18 => Fault::Log { call: rng.below_one_of(&[2, 8]) },
+        _ => Fault::Kill { anchor, at: steps },
+    })
+}

@@ -1,0 +1,246 @@
+//! One simulation: both sessions from their first to their last step, and what must hold then.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::channel::{MIGRATION_ID, SimSink, SimSource};
+use super::door::{SimLink, SmallBatches};
+use super::guest::{Guest, PAGE, SimControl, SimLog, SimMemory, Watcher};
+use super::plan::{DoorKind, Fault, PeerKind, Plan, Side, Wire};
+use super::world::{Sim, World};
+use crate::engine::{Ending, Outcome, Reason};
+use crate::guest::DirtySource;
+use crate::ram::ClearShift;
+use crate::session::{
+    Breakage, Clock, DestinationReport, DestinationSession, DestinationSettings, Error, Peer,
+    SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings,
+};
+use crate::stream::qemu::file::Configuration;
+use crate::transport::{InlineLink, SourceLink};
+use crate::units::{BlockIndex, PageIndex};
+
+/// Most rounds a migration may take whose guest comes to rest.
+const MAX_ROUNDS: usize = 250;
+
+/// Time as the simulated bytes take it.
+struct SimClock(Sim);
+
+impl Clock for SimClock {
+    fn now(&self) -> Duration {
+        let mut world = self.0.world();
+        world.now += Duration::from_micros(20);
+        world.now
+    }
+}
+
+/// A migration that has ended.
+pub(super) struct Run {
+    pub(super) world: World,
+    pub(super) sent: SourceReport,
+    pub(super) arrived: DestinationReport,
+}
+
+fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
+    let plan = Arc::clone(&sim.world().plan);
+    let memory = SimMemory::new(sim, Side::Source);
+    let log = |index| Arc::new(SimLog { sim: sim.clone(), index }) as Arc<dyn DirtySource>;
+    let control = Box::new(SimControl { sim: sim.clone(), side: Side::Source });
+    let guest =
+        SourceGuest { memory: memory.clone(), dirty: (0..plan.logs.len()).map(log).collect(), control };
+    let link: Box<dyn SourceLink> = match plan.door {
+        DoorKind::Inline { batch_pages } => {
+            let sink = Box::new(SimSink { sim: sim.clone(), side: Side::Source });
+            Box::new(SmallBatches { link: InlineLink::new(sink, memory), pages: batch_pages })
+        }
+        DoorKind::Late(door) => Box::new(SimLink::new(sim, door)),
+    };
+    let back = SimSource { sim: sim.clone(), from: Side::Target };
+    let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
+    let micros = plan.downtime_pages * PAGE as u64 * 1000 / plan.bytes_per_ms;
+    let settings = SourceSettings {
+        downtime_limit: Duration::from_micros(micros),
+        digest: plan.digest,
+        peer: match plan.peer {
+            PeerKind::Greeted => None,
+            PeerKind::Ramwire => Some(Peer::Ramwire),
+            PeerKind::Qemu => Some(Peer::Qemu),
+        },
+        clear_shift: ClearShift::new(plan.clear_shift).unwrap(),
+        migration_id: MIGRATION_ID,
+        ..SourceSettings::new(configuration)
+    };
+    let mut session =
+        SourceSession::new(guest, SourceConnection { link, back: Some(Box::new(back)) }, settings);
+    session.clock = Box::new(SimClock(sim.clone()));
+    session.breakage = breakage;
+    sim.world().cancel[0] = Some(session.cancel_token());
+    session
+}
+
+fn destination(sim: &Sim, breakage: Breakage) -> DestinationSession {
+    let watched = sim.world().plan.watched;
+    let session = DestinationSession::new(
+        Box::new(SimSource { sim: sim.clone(), from: Side::Source }),
+        Some(Box::new(SimSink { sim: sim.clone(), side: Side::Target })),
+        Box::new(SimMemory::new(sim, Side::Target)),
+        Box::new(SimControl { sim: sim.clone(), side: Side::Target }),
+        DestinationSettings::default(),
+    );
+    sim.world().cancel[1] = Some(session.cancel_token());
+    let mut session = if watched { session.with_arrival(Box::new(Watcher::new(sim))) } else { session };
+    session.breakage = breakage;
+    session
+}
+
+/// Runs `plan` over `guest`.
+///
+/// # Errors
+/// What was violated, if a session did not even end with a report.
+pub(super) fn run(plan: Plan, guest: Guest, breakage: Breakage) -> Result<Run, Vec<String>> {
+    let sim = Sim::new(World::new(plan, guest));
+    let (source, destination) = (source(&sim, breakage), destination(&sim, breakage));
+    let (sent, arrived) = std::thread::scope(|scope| {
+        let far = scope.spawn(|| sim.run(Side::Target, || destination.run()));
+        let sent = sim.run(Side::Source, || source.run());
+        (sent, far.join().ok().flatten())
+    });
+    let Some(world) = sim.into_world() else { return Err(vec!["something outlived its session".into()]) };
+    match (sent, arrived) {
+        (Some(sent), Some(arrived)) => Ok(Run { world, sent, arrived }),
+        _ => Err(world.violations),
+    }
+}
+
+impl Run {
+    /// Everything that must hold after any run, added to what was violated on the way.
+    pub(super) fn check(&mut self) {
+        let mut broken = Vec::new();
+        let mut must = |holds: bool, what: &str| {
+            if !holds {
+                broken.push(what.to_owned());
+            }
+        };
+        let (world, outcome, ending) = (&self.world, self.sent.outcome, self.arrived.ending);
+        let [here, there] = world.guest.running;
+        must(self.sent.statistics.rounds.len() <= MAX_ROUNDS, "the rounds do not end");
+        must(
+            here || world.guest.differs(Side::Source, Side::Source).is_none(),
+            "the source's copy is not whole",
+        );
+        must(
+            ending != Ending::Running || matches!(outcome, Outcome::Completed | Outcome::InDoubt),
+            "the guest runs at the destination and the source does not let go",
+        );
+        must(
+            ending != Ending::Stranded || outcome == Outcome::InDoubt,
+            "the destination holds the only guest and the source does not know",
+        );
+        must(there == (ending == Ending::Running) || world.killed, "the destination's report is wrong");
+        if there && let Some(page) = world.guest.differs(Side::Target, Side::Target) {
+            must(false, &format!("after the start: {page}"));
+        }
+        let only = world.plan.fault.filter(|_| world.plan.also.is_none());
+        let faultless = match world.plan.fault {
+            None => true,
+            Some(Fault::Log { .. } | Fault::Door { .. }) => world.marks.is_empty(),
+            _ => false,
+        };
+        if faultless {
+            must(outcome == Outcome::Completed, "nothing was wrong and the guest did not move");
+            must(self.arrived.verified == self.digest_is_due(), "the digest was not compared");
+        }
+        if matches!(only, Some(Fault::Cancel { side: Side::Source, .. })) {
+            must(outcome != Outcome::InDoubt, "a cancel left the guest in doubt");
+            must(outcome != Outcome::StaysHere(Reason::Failed), "a cancel is told as a failure");
+        }
+        if matches!(only, Some(Fault::Load)) {
+            must(matches!(outcome, Outcome::StaysHere(_)), "the peer refused and the guest is not here");
+        }
+        let log_failed = matches!(world.plan.fault, Some(Fault::Log { .. }));
+        must(log_failed || world.logs.iter().all(|log| !log.on), "a log is on");
+        match outcome {
+            Outcome::Completed => {
+                must(!here, "the guest runs at the source although it was given away");
+                must(there || world.killed, "the guest runs nowhere");
+            }
+            Outcome::StaysHere(_) => {
+                let said = matches!(self.sent.error, Some(Error::StandsStill { .. }));
+                let stands_still = world.plan.stands_still && world.paused && said && self.sent.stands_still;
+                must(here || stands_still, "the guest does not run on at the source");
+                must(here || !self.sent.guest_is_safe_here(), "the source's report is wrong");
+                must(world.throttle == 0, "the brake is on");
+                must(self.unsent_is_dirty(), "a page that is not at the destination is not dirty");
+                must(self.sent.error.is_some(), "no reason is given");
+            }
+            Outcome::InDoubt => {
+                must(!here, "the source's guest runs although the outcome is in doubt");
+                must(world.commit.is_some(), "in doubt before COMMIT");
+                must(self.sent.error.is_some(), "no reason is given");
+            }
+        }
+        if !broken.is_empty() {
+            let (sent, arrived) = (&self.sent, &self.arrived);
+            broken.push(format!("source: {:?}, {:?}", sent.outcome, sent.error));
+            broken.push(format!("destination: {:?}, {:?}", arrived.ending, arrived.error));
+        }
+        self.world.violations.append(&mut broken);
+    }
+
+    fn digest_is_due(&self) -> bool {
+        self.world.plan.digest && self.world.plan.peer != PeerKind::Qemu
+    }
+
+    /// Where nothing confirms, every page is; else every page that was not confirmed.
+    fn unsent_is_dirty(&self) -> bool {
+        let confirms = matches!(self.world.plan.door, DoorKind::Late(door) if door.confirms);
+        self.world.plan.blocks.iter().enumerate().all(|(block, (pages, _))| {
+            let Some(dirty) = self.sent.dirty.block(BlockIndex(block as u32)) else { return false };
+            let confirmed = &self.world.door.confirmed[block];
+            (0..*pages).map(PageIndex).all(|page| dirty.get(page) || confirms && confirmed.get(page))
+        })
+    }
+}
+
+/// Runs a seed to its end: the migration, and, where the guest is at the source, a second one over a clean
+/// channel.
+///
+/// # Errors
+/// Everything that was violated.
+pub(super) fn run_seed(seed: u64, breakage: Breakage) -> Result<Run, Vec<String>> {
+    let plan = Plan::of(seed);
+    let guest = Guest::new(&plan);
+    let mut first = run(plan, guest, breakage)?;
+    first.check();
+    if !first.world.violations.is_empty() {
+        return Err(first.world.violations);
+    }
+    // In doubt, and the destination is seen dead or without the guest: somebody resumes it at the source.
+    let resumed = first.sent.outcome == Outcome::InDoubt && first.arrived.ending == Ending::Discarded;
+    if !first.sent.guest_is_safe_here() && !resumed {
+        return Ok(first);
+    }
+    first.world.guest.running[Side::Source as usize] = true;
+    let plan = Plan {
+        writes: 30,
+        peer: PeerKind::Ramwire,
+        digest: true,
+        door: DoorKind::Inline { batch_pages: 64 },
+        fault: None,
+        also: None,
+        ..Plan::of(seed)
+    };
+    let empty = Guest::new(&Plan { blocks: Vec::new(), ..plan.clone() });
+    let guest = std::mem::replace(&mut first.world.guest, empty).again(&plan);
+    let mut second = run(plan, guest, Breakage::None)?;
+    second.check();
+    let again = |what: String| format!("second migration: {what}");
+    match second.world.violations.is_empty() {
+        true => Ok(first),
+        false => Err(second.world.violations.into_iter().map(again).collect()),
+    }
+}
+
+/// True if a flip met bytes that a digest or the framing had to refuse.
+pub(super) fn flipped(plan: &Plan) -> bool {
+    matches!(plan.fault, Some(Fault::Wire { wire: Wire::Flip(_), .. }))
+}

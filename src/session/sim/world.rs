@@ -1,0 +1,339 @@
+//! The one state all parts of a simulation share, and whose turn it is.
+//!
+//! Both sessions run on threads of their own, but only the one that holds the turn runs. Every call of a
+//! session into its surroundings is a step: the guest may write, the door may move a batch, a fault may
+//! fall due, the turn may pass to the other side. All of it follows from the seed.
+
+use std::cell::Cell;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::channel::Pipe;
+use super::door::DoorState;
+use super::guest::{Guest, LogState};
+use super::plan::{Anchor, Fault, Plan, Rng, Side, Wire};
+use crate::sys::CancelToken;
+
+/// A migration that takes more steps does not end.
+const MAX_STEPS: u64 = 60_000;
+
+thread_local! {
+    static SIDE: Cell<Option<Side>> = const { Cell::new(None) };
+}
+
+/// Marks how far a seed came; counted over all seeds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Mark {
+    Full,
+    Declined,
+    Reclaimed,
+    Overtaken,
+    CancelRaised,
+    Killed,
+    Cut,
+    Reset,
+    Stalled,
+    Flipped,
+    CallFailed,
+    Rude,
+}
+
+#[derive(Debug)]
+pub(super) struct World {
+    pub(super) plan: Arc<Plan>,
+    pub(super) rng: Rng,
+    pub(super) now: Duration,
+    pub(super) guest: Guest,
+    pub(super) logs: Vec<LogState>,
+    pub(super) log_calls: u64,
+    /// What the source sends, what the destination sends.
+    pub(super) pipes: [Pipe; 2],
+    pub(super) door: DoorState,
+    pub(super) cancel: [Option<CancelToken>; 2],
+    pub(super) killed: bool,
+    /// The source's guest was asked to pause.
+    pub(super) paused: bool,
+    /// READY was said by the destination, COMMIT by the source (and where it ends), SHUT(1) by a QEMU.
+    pub(super) ready: bool,
+    pub(super) commit: Option<u64>,
+    pub(super) refused: bool,
+    pub(super) throttle: u8,
+    pub(super) violations: Vec<String>,
+    pub(super) marks: Vec<Mark>,
+    fault: Option<Fault>,
+    steps: u64,
+    turn: Side,
+    waiting: [bool; 2],
+    timed_out: [bool; 2],
+    done: [bool; 2],
+}
+
+impl World {
+    pub(super) fn new(plan: Plan, guest: Guest) -> Self {
+        let plan = Arc::new(plan);
+        let mut pipes = [Pipe::new(plan.capacity), Pipe::new(plan.capacity)];
+        let mut fault = plan.fault;
+        if let Some(Fault::Wire { from, anchor: Anchor::Start, at, wire }) = fault {
+            pipes[from as usize].fault = Some((at, wire));
+            fault = None;
+        }
+        if let Some((from, at, wire)) = plan.also {
+            // Where both meet the same direction the first counts.
+            pipes[from as usize].fault.get_or_insert((at, wire));
+        }
+        Self {
+            rng: Rng::new(plan.seed ^ 0x5eed),
+            now: Duration::ZERO,
+            logs: plan.logs.iter().map(|kind| LogState::new(*kind, &plan)).collect(),
+            log_calls: 0,
+            pipes,
+            door: DoorState::new(&plan),
+            cancel: [None, None],
+            killed: false,
+            paused: false,
+            ready: false,
+            commit: None,
+            refused: false,
+            throttle: 20,
+            violations: Vec::new(),
+            marks: Vec::new(),
+            fault,
+            steps: 0,
+            turn: Side::Source,
+            waiting: [false; 2],
+            timed_out: [false; 2],
+            done: [false; 2],
+            guest,
+            plan,
+        }
+    }
+
+    pub(super) fn violation(&mut self, what: impl Into<String>) {
+        self.violations.push(what.into());
+    }
+
+    pub(super) fn mark(&mut self, mark: Mark) {
+        if !self.marks.contains(&mark) {
+            self.marks.push(mark);
+        }
+    }
+
+    /// Something changed that the other side may wait for.
+    pub(super) fn progress(&mut self) {
+        self.waiting = [false; 2];
+    }
+
+    /// Sending takes its time.
+    pub(super) fn bytes_leave(&mut self, bytes: u64) {
+        self.now += Duration::from_nanos(bytes * 1_000_000 / self.plan.bytes_per_ms);
+    }
+
+    /// No session gets anywhere any more: every call fails from here on.
+    pub(super) fn is_endless(&self) -> bool {
+        self.steps > MAX_STEPS
+    }
+
+    pub(super) fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    pub(super) fn is_done(&self, side: Side) -> bool {
+        self.done[side as usize]
+    }
+
+    /// True once for the call the plan wants to fail.
+    pub(super) fn fails(&mut self, wanted: impl Fn(&Fault) -> bool) -> bool {
+        let fails = self.fault.as_ref().is_some_and(wanted);
+        if fails {
+            self.fault = None;
+            self.mark(Mark::CallFailed);
+        }
+        fails
+    }
+
+    /// The guest was paused: what counts from there is due.
+    pub(super) fn pause_begins(&mut self) {
+        self.paused = true;
+        let steps = self.steps;
+        match &mut self.fault {
+            Some(Fault::Wire { from, anchor: Anchor::Pause, at, wire }) => {
+                let pipe = &mut self.pipes[*from as usize];
+                pipe.fault = Some((pipe.sent + *at, *wire));
+                self.fault = None;
+            }
+            Some(Fault::Cancel { anchor, at, .. } | Fault::Kill { anchor, at })
+                if *anchor == Anchor::Pause =>
+            {
+                *anchor = Anchor::Start;
+                *at += steps;
+            }
+            _ => {}
+        }
+    }
+
+    fn step(&mut self) {
+        self.steps += 1;
+        if self.steps == MAX_STEPS {
+            self.violation(format!("no end after {MAX_STEPS} steps"));
+        }
+        if self.is_endless() {
+            self.progress();
+            return;
+        }
+        match self.fault {
+            Some(Fault::Cancel { side, anchor: Anchor::Start, at }) if at <= self.steps => {
+                self.fault = None;
+                self.mark(Mark::CancelRaised);
+                self.progress();
+                if let Some(token) = &self.cancel[side as usize] {
+                    token.cancel();
+                }
+            }
+            Some(Fault::Kill { anchor: Anchor::Start, at }) if at <= self.steps => self.kill(),
+            _ => {}
+        }
+        self.guest_writes();
+        self.door_moves();
+    }
+
+    /// The destination's host dies, its guest with it.
+    fn kill(&mut self) {
+        self.fault = None;
+        self.killed = true;
+        self.mark(Mark::Killed);
+        self.guest.running[Side::Target as usize] = false;
+        let reset = self.rng.one_in(2);
+        for pipe in &mut self.pipes {
+            pipe.hang_up(reset);
+        }
+        self.progress();
+    }
+
+    pub(super) fn stall_is_expected(&self) -> bool {
+        self.is_endless() || self.pipes.iter().any(|pipe| pipe.may_stall)
+    }
+}
+
+/// The world, shared by the parts of one simulation.
+#[derive(Clone, Debug)]
+pub(super) struct Sim(Arc<(Mutex<World>, Condvar)>);
+
+impl Sim {
+    pub(super) fn new(world: World) -> Self {
+        Self(Arc::new((Mutex::new(world), Condvar::new())))
+    }
+
+    /// A look at the world that is no step.
+    pub(super) fn world(&self) -> MutexGuard<'_, World> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A step of the session that runs on this thread; the world is its own until the guard is dropped.
+    /// Helper threads of a session look without a step.
+    pub(super) fn enter(&self) -> Turn<'_> {
+        let side = SIDE.get();
+        let mut turn = Turn { sim: self, side: side.unwrap_or(Side::Source), world: self.world() };
+        if side.is_none() {
+            return turn;
+        }
+        turn.step();
+        turn.may_pass()
+    }
+
+    /// Runs `session` as `side`, from its first turn to its end.
+    pub(super) fn run<T>(&self, side: Side, session: impl FnOnce() -> T) -> Option<T> {
+        SIDE.set(Some(side));
+        let mut world = self.world();
+        while world.turn != side {
+            world = self.0.1.wait(world).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(world);
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(session));
+        SIDE.set(None);
+        let mut world = self.world();
+        if let Err(panic) = &outcome {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("?");
+            world.violation(format!("{side:?} panicked: {text}"));
+            world.pipes[side as usize].closed = true;
+            world.pipes[side.other() as usize].reader_gone = true;
+        }
+        world.done[side as usize] = true;
+        world.progress();
+        world.turn = side.other();
+        self.0.1.notify_all();
+        outcome.ok()
+    }
+
+    /// Takes the world out when both sides are done.
+    pub(super) fn into_world(self) -> Option<World> {
+        let inner = Arc::into_inner(self.0)?;
+        Some(inner.0.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The right to change the world.
+pub(super) struct Turn<'a> {
+    sim: &'a Sim,
+    pub(super) side: Side,
+    pub(super) world: MutexGuard<'a, World>,
+}
+
+impl Turn<'_> {
+    /// Lets the surroundings act without giving the turn away.
+    pub(super) fn step(&mut self) {
+        self.world.step();
+    }
+
+    /// Gives the turn away once in a while.
+    pub(super) fn may_pass(mut self) -> Self {
+        let every = self.world.plan.switch_every;
+        if self.world.rng.one_in(every) { self.pass() } else { self }
+    }
+
+    fn pass(self) -> Self {
+        let Self { sim, side, mut world } = self;
+        if !world.done[side.other() as usize] {
+            world.turn = side.other();
+            sim.0.1.notify_all();
+            while world.turn != side {
+                world = sim.0.1.wait(world).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+        Self { sim, side, world }
+    }
+
+    /// Waits until `ready` has an answer. `None` if nobody is left who could bring it: where a peer may fall
+    /// silent that is a time that ran out, elsewhere it is a hang.
+    pub(super) fn wait_for<T>(mut self, mut ready: impl FnMut(&mut World) -> Option<T>) -> (Self, Option<T>) {
+        let (me, other) = (self.side as usize, self.side.other() as usize);
+        loop {
+            if let Some(answer) = ready(&mut self.world) {
+                return (self, Some(answer));
+            }
+            if std::mem::take(&mut self.world.timed_out[me]) || self.world.is_endless() {
+                return (self, None);
+            }
+            if self.world.waiting[other] || self.world.done[other] {
+                if !self.world.stall_is_expected() {
+                    let side = self.side;
+                    self.world.violation(format!("both sides wait, or {side:?} waits for one that ended"));
+                }
+                if self.world.done[other] || self.world.rng.one_in(2) {
+                    return (self, None);
+                }
+                self.world.timed_out[other] = true;
+                self.world.waiting[other] = false;
+            }
+            self.world.waiting[me] = true;
+            self = self.pass();
+            self.world.waiting[me] = false;
+            self.step();
+        }
+    }
+}
+
+/// True for a fault on the wire that may leave an end waiting for bytes that never come.
+pub(super) fn may_stall(wire: Wire) -> bool {
+    matches!(wire, Wire::Stall | Wire::Flip(_))
+}

@@ -1,0 +1,388 @@
+//! One incoming multifd channel: packets, pages and stops.
+
+use flate2::{Decompress, FlushDecompress};
+
+use super::super::error::{DecodeError, Fault};
+use super::incoming::AnnouncedBlocks;
+use super::multifd::{Init, Method, Packet, Pages, decode_init, decode_packet};
+use crate::units::{BlockIndex, BlockOffset, PageSize};
+
+/// Follows one channel. The caller reads the bytes; the machine says what they are and when to stop.
+///
+/// ```text
+/// next -> Opened -> next -> Packet -> (caller takes payload bytes) payload_taken -> next -> ...
+///                           Barrier -> (main reaches its barrier)  release       -> next -> ...
+/// ```
+///
+/// Payload bytes never pass through here, so that they can go from the socket to guest memory.
+#[derive(Clone, Debug)]
+pub struct Channel {
+    page: PageSize,
+    method: Method,
+    uuid: [u8; 16],
+    channels: u8,
+    state: State,
+    /// Offset of the next unread byte.
+    position: u64,
+    id: Option<u8>,
+    barriers: u64,
+    plan: Plan,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Init,
+    Header,
+    Payload { then_sync: bool },
+    Barrier,
+}
+
+/// Where the pages of a packet go. All lie inside their block and on page boundaries.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Their block; `None` before the first packet.
+    pub block: Option<BlockIndex>,
+    /// Pages whose bytes follow, in that order.
+    pub normal: Vec<BlockOffset>,
+    /// Pages that are to be cleared.
+    pub zero: Vec<BlockOffset>,
+    /// Bytes that follow: the normal pages, as they are or compressed.
+    pub payload: u32,
+}
+
+/// What a channel does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChannelStep {
+    /// The initial packet has arrived.
+    Opened {
+        /// Bytes taken.
+        consumed: usize,
+        /// Number of the channel.
+        id: u8,
+    },
+    /// A packet with pages: do what [`Channel::packet`] says, take its payload, then call
+    /// [`Channel::payload_taken`].
+    Packet {
+        /// Bytes of the header, which have been taken. The payload follows.
+        consumed: usize,
+    },
+    /// Stop reading until all channels stand at a barrier and main has reached its own; then call
+    /// [`Channel::release`]. Told again until then.
+    Barrier {
+        /// Bytes taken.
+        consumed: usize,
+    },
+    /// The input holds the beginning of a packet only.
+    NeedMore {
+        /// Bytes taken and remembered: empty packets.
+        consumed: usize,
+        /// Bytes that are needed, counted behind those consumed.
+        needed: usize,
+    },
+}
+
+impl Channel {
+    /// A channel in front of its first byte; `uuid` and `channels` are what [`decode_init`] checks.
+    pub fn new(page: PageSize, method: Method, uuid: [u8; 16], channels: u8) -> Self {
+        let (state, plan) = (State::Init, Plan::default());
+        Self { page, method, uuid, channels, state, position: 0, id: None, barriers: 0, plan }
+    }
+
+    /// Takes the next packet's header from `input`, which begins at the first byte that was not consumed. Empty
+    /// packets, which old senders leave behind, are passed over.
+    ///
+    /// # Errors
+    ///
+    /// Only [`DecodeError::Corrupt`], with the offset from the start of the channel. One broken channel breaks the
+    /// whole migration: the caller must stop the others, too.
+    pub fn next(&mut self, input: &[u8], blocks: &AnnouncedBlocks) -> Result<ChannelStep, DecodeError> {
+        let mut consumed = 0;
+        loop {
+            let rest = input.get(consumed..).unwrap_or(&[]);
+            match self.advance(rest, blocks) {
+                Ok((used, told)) => {
+                    consumed += used;
+                    self.position += used as u64;
+                    match told {
+                        Some(Told::Opened(id)) => return Ok(ChannelStep::Opened { consumed, id }),
+                        Some(Told::Packet) => return Ok(ChannelStep::Packet { consumed }),
+                        Some(Told::Barrier) => return Ok(ChannelStep::Barrier { consumed }),
+                        None => {}
+                    }
+                }
+                Err(DecodeError::Truncated { needed, .. }) => {
+                    return Ok(ChannelStep::NeedMore { consumed, needed });
+                }
+                Err(corrupt) => return Err(corrupt.based(self.position)),
+            }
+        }
+    }
+
+    fn advance(
+        &mut self,
+        input: &[u8],
+        blocks: &AnnouncedBlocks,
+    ) -> Result<(usize, Option<Told>), DecodeError> {
+        match self.state {
+            State::Init => {
+                let (Init { id, .. }, used) = decode_init(input, &self.uuid, self.channels)?;
+                self.id = Some(id);
+                self.state = State::Header;
+                Ok((used, Some(Told::Opened(id))))
+            }
+            State::Header => {
+                let (Packet { sync, pages, .. }, used) = decode_packet(input, self.page, self.method)?;
+                let told = match pages {
+                    Some(pages) => {
+                        self.plan(&pages, blocks)?;
+                        self.state = State::Payload { then_sync: sync };
+                        Some(Told::Packet)
+                    }
+                    None if sync => {
+                        self.state = State::Barrier;
+                        Some(Told::Barrier)
+                    }
+                    None => None,
+                };
+                Ok((used, told))
+            }
+            State::Payload { .. } => Ok((0, Some(Told::Packet))),
+            State::Barrier => Ok((0, Some(Told::Barrier))),
+        }
+    }
+
+    fn plan(&mut self, pages: &Pages<'_>, blocks: &AnnouncedBlocks) -> Result<(), DecodeError> {
+        if self.barriers == 0 {
+            let fault = Fault::Multifd("pages come before the first barrier, so their blocks are not known");
+            return Err(DecodeError::corrupt(16, fault));
+        }
+        let unknown = || DecodeError::corrupt(64, Fault::UnknownBlock { name: pages.block.into() });
+        let block = blocks.find(pages.block).ok_or_else(unknown)?;
+        let announced = blocks.as_slice().get(block.as_usize()).ok_or_else(unknown)?;
+        let last = announced.used_length.checked_sub(self.page.bytes());
+        let inside = |(i, offset): (usize, BlockOffset)| {
+            if last.is_some_and(|last| offset.0 <= last) && self.page.divides(offset.0) {
+                return Ok(offset);
+            }
+            let block = pages.block.into();
+            let fault = Fault::OutsideBlock { block, offset, used_length: announced.used_length };
+            Err(DecodeError::corrupt(320 + 8 * i, fault))
+        };
+        let normal = pages.normal().enumerate().map(inside).collect::<Result<Vec<_>, _>>()?;
+        let zero_at = normal.len();
+        let zero = pages.zero().enumerate().map(|(i, offset)| inside((zero_at + i, offset)));
+        let zero = zero.collect::<Result<Vec<_>, _>>()?;
+        self.plan = Plan { block: Some(block), normal, zero, payload: pages.payload };
+        Ok(())
+    }
+
+    /// What the last packet asks for.
+    pub fn packet(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The payload of the last packet has been read. Does nothing at any other moment.
+    pub fn payload_taken(&mut self) {
+        if let State::Payload { then_sync } = self.state {
+            self.position += u64::from(self.plan.payload);
+            self.state = if then_sync { State::Barrier } else { State::Header };
+        }
+    }
+
+    /// All channels and main stood at the barrier. Does nothing at any other moment.
+    pub fn release(&mut self) {
+        if self.state == State::Barrier {
+            self.barriers += 1;
+            self.state = State::Header;
+        }
+    }
+
+    /// Number of the channel, once it has said it.
+    pub fn id(&self) -> Option<u8> {
+        self.id
+    }
+
+    /// Barriers that are behind it.
+    pub fn barriers(&self) -> u64 {
+        self.barriers
+    }
+
+    /// True where the channel may be closed: between packets.
+    pub fn may_end_here(&self) -> bool {
+        self.state == State::Header
+    }
+}
+
+enum Told {
+    Opened(u8),
+    Packet,
+    Barrier,
+}
+
+/// The zlib stream of one channel, which lives as long as the channel.
+#[derive(Debug)]
+pub struct PacketInflater {
+    inflate: Decompress,
+}
+
+impl Default for PacketInflater {
+    fn default() -> Self {
+        Self { inflate: Decompress::new(true) }
+    }
+}
+
+impl PacketInflater {
+    /// Inflates the payload of one packet into `out`, which it must fill exactly.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault::Multifd`] if it is no zlib stream or gives more or fewer bytes; the channel is then useless.
+    pub fn inflate(&mut self, mut payload: &[u8], out: &mut [u8]) -> Result<(), Fault> {
+        let broken = || Fault::Multifd("the payload of a packet does not inflate");
+        let size = Fault::Multifd("the payload of a packet does not give exactly its pages");
+        let mut filled = 0;
+        // A byte of room behind the pages lets the decoder take the end of the packet, and shows what is too much:
+        // the decoder may hold output back until there is room, so it is asked until nothing moves.
+        let mut beyond = [0u8; 1];
+        while filled <= out.len() {
+            let room = out.get_mut(filled..).filter(|room| !room.is_empty()).unwrap_or(&mut beyond);
+            let (taken, given) = (self.inflate.total_in(), self.inflate.total_out());
+            self.inflate.decompress(payload, room, FlushDecompress::Sync).map_err(|_| broken())?;
+            let taken = (self.inflate.total_in() - taken) as usize;
+            let given = (self.inflate.total_out() - given) as usize;
+            payload = payload.get(taken..).unwrap_or(&[]);
+            filled += given;
+            if taken == 0 && given == 0 {
+                break;
+            }
+        }
+        if !payload.is_empty() && filled <= out.len() {
+            return Err(broken());
+        }
+        if filled == out.len() { Ok(()) } else { Err(size) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::Write;
+
+    use flate2::Compression;
+    use flate2::write::ZlibEncoder;
+
+    use super::super::blocks::BlockAnnouncement;
+    use super::super::multifd::{NewPacket, encode_init, encode_packet, encode_sync};
+    use super::*;
+    use crate::ram::BlockName;
+
+    const PAGE: PageSize = PageSize::SIZE_4K;
+
+    fn blocks() -> AnnouncedBlocks {
+        let name = BlockName::new("pc.ram").unwrap();
+        let block = BlockAnnouncement { name, used_length: 0x4000, host_page: None, guest_addr: None };
+        AnnouncedBlocks::new(vec![block]).unwrap()
+    }
+
+    fn opened() -> Channel {
+        let mut channel = Channel::new(PAGE, Method::Plain, [0; 16], 2);
+        let mut init = Vec::new();
+        encode_init(&Init { uuid: [0; 16], id: 1 }, &mut init);
+        assert_eq!(channel.next(&init, &blocks()), Ok(ChannelStep::Opened { consumed: 64, id: 1 }));
+        channel
+    }
+
+    fn pages(block: &str, offsets: &[u64]) -> Vec<u8> {
+        let normal: Vec<BlockOffset> = offsets.iter().map(|offset| BlockOffset(*offset)).collect();
+        let payload = 4096 * normal.len() as u32;
+        let mut out = Vec::new();
+        encode_packet(
+            &NewPacket { number: 0, method: Method::Plain, block, normal: &normal, zero: &[], payload },
+            PAGE,
+            &mut out,
+        );
+        out
+    }
+
+    fn sync() -> Vec<u8> {
+        let mut out = Vec::new();
+        encode_sync(0, PAGE, &mut out);
+        out
+    }
+
+    #[test]
+    fn s42_s44_a_channel_stops_at_sync_until_it_is_released() {
+        let mut channel = opened();
+        assert_eq!(channel.next(&sync(), &blocks()), Ok(ChannelStep::Barrier { consumed: 1344 }));
+        assert_eq!(channel.next(&pages("pc.ram", &[0]), &blocks()), Ok(ChannelStep::Barrier { consumed: 0 }));
+        channel.release();
+        // SYNC on a packet with pages: pages first. Then an empty packet with stale values.
+        let mut both = pages("pc.ram", &[0x3000, 0]);
+        both[11] |= 1;
+        assert_eq!(channel.next(&both, &blocks()), Ok(ChannelStep::Packet { consumed: 1344 }));
+        let plan = channel.packet().clone();
+        assert_eq!(
+            (plan.block, plan.normal, plan.payload),
+            (Some(BlockIndex(0)), vec![BlockOffset(0x3000), BlockOffset(0)], 8192)
+        );
+        channel.payload_taken();
+        assert_eq!(channel.next(&[], &blocks()), Ok(ChannelStep::Barrier { consumed: 0 }));
+        channel.release();
+        let mut empty = pages("gone", &[]);
+        empty[20..24].fill(9);
+        assert_eq!(
+            channel.next(&empty, &blocks()),
+            Ok(ChannelStep::NeedMore { consumed: 1344, needed: 8 - 4 })
+        );
+        assert!(channel.may_end_here() && channel.barriers() == 2);
+    }
+
+    #[test]
+    fn s40_s43_pages_must_lie_in_a_known_block_behind_the_first_barrier() {
+        let error = opened().next(&pages("pc.ram", &[0]), &blocks()).unwrap_err();
+        assert!(
+            matches!(error, DecodeError::Corrupt(c) if c.at == 64 + 16 && matches!(c.fault, Fault::Multifd(_)))
+        );
+        #[rustfmt::skip]
+        let cases: &[(&str, &str, &[u64], u64)] = &[
+            ("unknown block",     "vga",    &[0],              64),
+            ("behind the block",  "pc.ram", &[0, 0x4000],      328),
+            ("near 2^64",         "pc.ram", &[u64::MAX - 4095], 320),
+            ("inside a page",     "pc.ram", &[0x10],           320),
+        ];
+        for (what, block, offsets, at) in cases {
+            let mut channel = opened();
+            channel.next(&sync(), &blocks()).unwrap();
+            channel.release();
+            let error = channel.next(&pages(block, offsets), &blocks()).unwrap_err();
+            assert!(
+                matches!(error, DecodeError::Corrupt(ref c) if c.at == 64 + 1344 + at),
+                "{what}: {error:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn s47_one_zlib_stream_goes_through_all_packets() {
+        let mut encoder = ZlibEncoder::new(Vec::new(), Compression::fast());
+        let mut packet = |bytes: &[u8]| {
+            encoder.write_all(bytes).unwrap();
+            encoder.flush().unwrap();
+            std::mem::take(encoder.get_mut())
+        };
+        let (first, second) = (packet(&[1; 8192]), packet(&[2; 4096]));
+        let mut out = vec![0; 8192];
+        let mut inflater = PacketInflater::default();
+        assert_eq!(inflater.inflate(&first, &mut out), Ok(()));
+        assert!(out.iter().all(|byte| *byte == 1));
+        assert_eq!(inflater.inflate(&second, &mut out[..4096]), Ok(()));
+        assert!(out[..4096].iter().all(|byte| *byte == 2));
+
+        for (what, len) in [("too much", 8191), ("too little", 8193)] {
+            let mut inflater = PacketInflater::default();
+            assert!(inflater.inflate(&first, &mut vec![0; len]).is_err(), "{what}");
+        }
+        assert!(PacketInflater::default().inflate(&second, &mut out).is_err(), "the header is missing");
+        assert!(PacketInflater::default().inflate(&[], &mut out).is_err(), "nothing");
+    }
+}

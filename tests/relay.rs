@@ -1,0 +1,141 @@
+//! A running Linux guest goes QEMU -> `ramwire relay` -> QEMU and keeps writing and checking its memory.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use common::{
+    Deadline,
+    memory::{Pattern, compare, fill},
+    qemu::{Guest, Machine, Version, peers_present},
+    ramwire::Ramwire,
+    scratch,
+    writer::{self, Console, Images, Load, assert_unbroken},
+};
+use serde_json::{Value, json};
+
+const LOAD: Load = Load { mib: 32, pages_per_second: 2000 };
+
+/// Migrates a writing guest, directly or through a relay; returns the source's figures and the relay's.
+fn migrate_live(
+    images: &Images,
+    from: Version,
+    to: Version,
+    machine: Machine,
+    relayed: bool,
+) -> (Value, Value) {
+    let dir = scratch();
+    let consoles =
+        ["source", "destination"].map(|name| Console::new(dir.path().join(name).with_extension("console")));
+    let guest = |version, name: &str, console| -> Guest {
+        writer::guest(images, version, machine, LOAD, &dir.path().join(name).with_extension("ram"), console)
+    };
+    let mut source = guest(from, "source", &consoles[0]).start(dir.path(), "source");
+    let mut destination = guest(to, "destination", &consoles[1]).incoming().start(dir.path(), "destination");
+    consoles[0].wait_tick("boot", Deadline::seconds(90), |tick| tick.number >= 3);
+
+    source.set_capabilities(&["return-path"]);
+    let far = destination.listen_tcp();
+    let arguments = ["relay", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"];
+    let mut relay = relayed.then(|| Ramwire::start(dir.path(), &arguments, &far));
+    let uri = relay.as_mut().map_or(far, Ramwire::listening);
+    source.migrate(&uri);
+    let info = source.wait_completed(Deadline::seconds(90));
+    let report = relay.as_mut().map_or(Value::Null, |relay| relay.finished(Deadline::seconds(20), 0));
+    assert_eq!(source.status(), "postmigrate");
+    destination.wait_status("running", Deadline::seconds(10));
+
+    let left = consoles[0].ticks().last().copied().unwrap();
+    consoles[1].wait_tick("two passes over the memory that arrived", Deadline::seconds(60), |tick| {
+        tick.passes >= left.passes + 3
+    });
+    let last = assert_unbroken(&[&consoles[0], &consoles[1]]);
+    assert!(last.sequence > left.sequence);
+    (info, report)
+}
+
+/// The direct run is the control: what is lost there too is QEMU's own.
+fn through_the_relay(images: &Images, from: Version, to: Version, machine: Machine) {
+    let (direct, _) = migrate_live(images, from, to, machine, false);
+    let (relayed, report) = migrate_live(images, from, to, machine, true);
+    assert_eq!(report["completed"], true, "{report}");
+    let first = report["first_page_sent_ms"].as_f64().unwrap();
+    let complete = report["ram_complete_ms"].as_f64().unwrap();
+    assert!(first < complete / 2.0, "pages are forwarded as they come: first {first}, last {complete}");
+    let rounds = report["far"]["rounds"].as_array().unwrap();
+    let dirty = rounds.iter().filter(|round| round["dirty_pages"].as_u64() > Some(0)).count();
+    assert!(dirty >= 3, "{report}");
+    println!(
+        "{from} to {to}, {}: downtime {} ms direct, {} ms through the relay; {dirty} rounds with dirty pages",
+        machine.name(),
+        direct["downtime"],
+        relayed["downtime"]
+    );
+}
+
+#[test]
+fn a_live_guest_goes_through_a_relay_between_two_qemu_72() {
+    let Some(images) = peers_present().then(writer::images).flatten() else { return };
+    through_the_relay(&images, Version::Qemu72, Version::Qemu72, Machine::PcI440fx72);
+}
+
+#[test]
+fn a_live_guest_goes_through_a_relay_between_two_qemu_100() {
+    let Some(images) = peers_present().then(writer::images).flatten() else { return };
+    through_the_relay(&images, Version::Qemu100, Version::Qemu100, Machine::Q35);
+}
+
+#[test]
+fn a_live_guest_goes_through_a_relay_between_versions() {
+    let Some(images) = peers_present().then(writer::images).flatten() else { return };
+    through_the_relay(&images, Version::Qemu72, Version::Qemu100, Machine::PcI440fx72);
+}
+
+#[test]
+fn a_far_end_that_is_not_there_fails_the_source_which_keeps_its_guest() {
+    if !peers_present() {
+        return;
+    }
+    for version in Version::ALL {
+        let dir = scratch();
+        let ram = dir.path().join("ram");
+        fill(&ram, 32, Pattern::Mixed { seed: 3 });
+        let mut source = Guest::new(version, Machine::Q35, &ram, 32).start(dir.path(), "source");
+        source.set_capabilities(&["return-path"]);
+        let arguments = ["relay", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"];
+        let mut relay = Ramwire::start(dir.path(), &arguments, "tcp:127.0.0.1:1");
+        source.migrate(&relay.listening());
+        let info = source.wait_migration(Deadline::seconds(30));
+        assert_eq!(info["status"], "failed", "{info}");
+        let said = relay.failed(Deadline::seconds(20), 3);
+        assert!(said.contains("the far end can't be reached"), "{said}");
+        source.execute("cont", json!({}));
+        assert_eq!(source.status(), "running");
+    }
+}
+
+#[test]
+fn a_source_without_a_return_path_is_told_of_and_kept_when_the_far_end_fails() {
+    if !peers_present() {
+        return;
+    }
+    let dir = scratch();
+    let (ram, keep) = (dir.path().join("ram"), dir.path().join("kept"));
+    fill(&ram, 32, Pattern::Mixed { seed: 4 });
+    // The far end has other memory: it refuses the guest when it sees the block list.
+    let wrong = dir.path().join("wrong");
+    fill(&wrong, 16, Pattern::Zero);
+    let machine = Machine::Q35;
+    let version = Version::Qemu100;
+    let mut destination = Guest::new(version, machine, &wrong, 16).incoming().start(dir.path(), "far");
+    let mut source = Guest::new(version, machine, &ram, 32).start(dir.path(), "source");
+    let far = destination.listen_tcp();
+    let keep_text = keep.display().to_string();
+    let arguments = ["relay", "--keep", &keep_text, "--listen", "tcp:127.0.0.1:0", "--connect"];
+    let mut relay = Ramwire::start(dir.path(), &arguments, &far);
+    source.migrate(&relay.listening());
+    source.wait_migration(Deadline::seconds(30));
+    let said = relay.failed(Deadline::seconds(30), 3);
+    assert!(said.contains("opened no return path"), "{said}");
+    assert!(said.contains("ramwire send"), "{said}");
+    compare(&ram, &keep.join("ram-000.bin")).unwrap_or_else(|d| panic!("{d:?}"));
+}
