@@ -369,3 +369,51 @@ fn a_peer_that_falls_silent_between_rounds_is_noticed_in_seconds() {
     );
     assert!(waited < Duration::from_secs(5), "{waited:?}");
 }
+
+/// Neither end closes first and cuts the other off; neither waits for ever.
+#[test]
+fn r38_r39_the_source_waits_10_s_for_the_close_and_the_destination_2_s() {
+    let (waited_here, waited_there, _) = both(
+        SimConfig::default(),
+        |fabric| {
+            let stop = seconds(&fabric, 60);
+            let mut hooks =
+                SourceHooks::connect(&fabric, "sim", PORT, SourceConfig::default(), &stop).unwrap();
+            hooks.write_stream(b"all", &stop).unwrap();
+            hooks.flush_stream(&stop).unwrap();
+            let started = fabric.now();
+            assert!(hooks.finish(&stop).unwrap(), "the destination closes");
+            fabric.now() - started
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 60);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            hooks.read_stream(&mut [0; 3], &stop).unwrap();
+            let started = fabric.now();
+            assert!(!hooks.finish(&stop).unwrap(), "the source does not close");
+            fabric.now() - started
+        },
+    );
+    assert!((2000..2200).contains(&waited_there.as_millis()), "{waited_there:?}");
+    assert!((1900..2300).contains(&waited_here.as_millis()), "{waited_here:?}");
+
+    let (waited_here, (), _) = both(
+        SimConfig::default(),
+        |fabric| {
+            let stop = seconds(&fabric, 60);
+            let hooks = SourceHooks::connect(&fabric, "sim", PORT, SourceConfig::default(), &stop).unwrap();
+            let started = fabric.now();
+            assert!(!hooks.finish(&stop).unwrap(), "nobody closes");
+            fabric.now() - started
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 60);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            // Sits there until the source has gone.
+            assert!(hooks.read_stream(&mut [0], &stop).is_err());
+        },
+    );
+    assert!((10_000..10_500).contains(&waited_here.as_millis()), "{waited_here:?}");
+}
