@@ -248,13 +248,15 @@ struct Backlog {
     page_bytes: u64,
     downtime_limit: Duration,
     looked: Instant,
+    /// The source has a return path.
+    source_can_be_told: bool,
 }
 
 impl Backlog {
     /// True if more is pending than the far side's connection moves in half the downtime limit.
     ///
     /// # Errors
-    /// The far side has ended: nothing that still comes can be handed on.
+    /// The far side has ended: nothing that still comes can be handed on, and the source can be told.
     fn is_full(&mut self) -> Result<bool, Error> {
         let now = Instant::now();
         if now.duration_since(self.looked) < LOOK {
@@ -263,6 +265,10 @@ impl Backlog {
         self.looked = now;
         let far = self.statistics.snapshot();
         if matches!(far.status, Status::Failed | Status::Cancelled | Status::InDoubt) {
+            if !self.source_can_be_told {
+                // The source may have written its last byte already and let go: what comes is to be kept.
+                return Ok(false);
+            }
             let why = far.error.unwrap_or_else(|| "it was cancelled".into());
             return Err(Error::PeerFailed { why: format!("the far end of the relay: {why}") });
         }
@@ -303,6 +309,7 @@ impl Arrival for Middle {
             page_bytes: memory.table().page().bytes(),
             downtime_limit,
             looked: Instant::now(),
+            source_can_be_told: incoming.has_return_path,
         });
         self.bitmap = Some(bitmap);
         self.memory = Some(Arc::clone(memory));
@@ -445,6 +452,7 @@ mod tests {
         bitmap.mark(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: 25_000 });
         let statistics = SharedStatistics::default();
         let mut backlog = Backlog {
+            source_can_be_told: true,
             bitmap,
             statistics: statistics.clone(),
             page_bytes: 4096,
