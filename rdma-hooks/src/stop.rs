@@ -3,6 +3,7 @@
 //! Every wait of this crate takes a [`Stop`] and looks at it at least every [`TICK`], so a cancel is seen in well
 //! under 100 ms whatever the peer or the device does.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,25 +12,40 @@ use std::time::{Duration, Instant};
 pub const TICK: Duration = Duration::from_millis(40);
 
 /// A flag that ends waits in other threads. Clones share it.
-#[derive(Clone, Debug, Default)]
-pub struct Cancel(Arc<AtomicBool>);
+#[derive(Clone, Default)]
+pub struct Cancel {
+    flag: Arc<AtomicBool>,
+    watched: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
+}
+
+impl fmt::Debug for Cancel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Cancel({})", self.is_cancelled())
+    }
+}
 
 impl Cancel {
-    /// Ends every wait that looks at this flag.
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Release);
+    /// Also counts as cancelled once `watched` says so; for an embedder with a cancel flag of its own. Asked at least
+    /// every [`TICK`] of a wait.
+    pub fn watching(watched: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self { flag: Arc::default(), watched: Some(Arc::new(watched)) }
     }
 
-    /// True once [`cancel`](Self::cancel) was called.
+    /// Ends every wait that looks at this flag.
+    pub fn cancel(&self) {
+        self.flag.store(true, Ordering::Release);
+    }
+
+    /// True once [`cancel`](Self::cancel) was called, or what is watched says so.
     pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.flag.load(Ordering::Acquire) || self.watched.as_ref().is_some_and(|watched| watched())
     }
 }
 
 impl From<Arc<AtomicBool>> for Cancel {
     /// Shares a flag the embedder already has; `true` means cancelled.
     fn from(flag: Arc<AtomicBool>) -> Self {
-        Self(flag)
+        Self { flag, watched: None }
     }
 }
 
@@ -103,5 +119,19 @@ mod tests {
         cancel.cancel();
         assert_eq!(sooner.check(now), Err(Stopped::Cancelled));
         assert!(TICK < Duration::from_millis(100));
+    }
+
+    #[test]
+    fn a_flag_of_the_embedder_counts_too() {
+        let theirs = Arc::new(AtomicBool::new(false));
+        let watched = Arc::clone(&theirs);
+        for cancel in
+            [Cancel::from(Arc::clone(&theirs)), Cancel::watching(move || watched.load(Ordering::Relaxed))]
+        {
+            theirs.store(false, Ordering::Relaxed);
+            assert!(!cancel.is_cancelled());
+            theirs.store(true, Ordering::Relaxed);
+            assert!(cancel.is_cancelled());
+        }
     }
 }

@@ -131,7 +131,15 @@ impl DestinationHooks {
             }
             let granted = asked.grant(Some(&able));
             let window = granted.extension.map_or(1, |extension| extension.window);
-            let endpoint = incoming.accept(&connect_params(granted.encode(), window), stop)?;
+            let endpoint = match incoming.accept(&connect_params(granted.encode(), window), stop) {
+                Ok(endpoint) => endpoint,
+                // Whoever knocks and goes away must not end the wait for the source.
+                Err(error @ FabricError::Event { .. }) => {
+                    tracing::warn!(?peer, %error, "connection given up");
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
             let mut hooks = Self {
                 grants: Vec::new(),
                 stream: StreamReceiver::new(Channel::new(endpoint), Receiver::new(window)),
