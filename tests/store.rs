@@ -45,6 +45,9 @@ fn through_a_folder(from: Version, to: Version, machine: Machine, mib: usize, pa
     let report = receiver.finished(Deadline::seconds(30), 0);
     assert_eq!((&report["arrived"], &report["source"]), (&json!(true), &json!("qemu")), "{what}: {report}");
     compare(&sent, &ram_file(&folder, "m0")).unwrap_or_else(|d| panic!("{what}: in the folder: {d:?}"));
+    let manifest = std::fs::read_to_string(folder.join("manifest.json")).unwrap();
+    let shown = from == Version::Qemu100 && machine == Machine::Microvm;
+    assert_eq!(manifest.contains("\"peer_style\": \"qemu-10.0\""), shown, "{what}: {manifest}");
     source.kill();
 
     let mut destination = Guest::new(to, machine, &arrived, mib).incoming().start(dir.path(), "destination");

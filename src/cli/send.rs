@@ -108,6 +108,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings.finish_timeout = args.timeouts.finish_timeout;
     // Without device state only a ramwire can take the guest.
     settings.peer = (!guest.has_state()).then_some(Peer::Ramwire);
+    settings.style = guest.peer_style().unwrap_or(settings.style);
     if let Some(option) = args.peer {
         settings.peer = Some(option.peer);
         settings.style = option.style;

@@ -10,7 +10,9 @@ use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_p
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::file::Configuration;
-use crate::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, SectionKind, Step, StreamLimits};
+use crate::stream::qemu::incoming::{
+    Event, IncomingConfig, IncomingStream, SectionKind, Seen, Step, StreamLimits,
+};
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
@@ -37,6 +39,8 @@ pub struct Incoming {
     pub early_sections: Vec<u8>,
     /// The source opened a return path: it can be told how it ended.
     pub has_return_path: bool,
+    /// What the stream has shown of its sender; whole once everything has arrived.
+    pub seen: Seen,
 }
 
 /// Provides the memory a guest arrives in.
@@ -308,7 +312,8 @@ impl DestinationSession {
                 }
             }
             Deed::LoadState => {
-                if let Some(incoming) = &self.incoming {
+                if let Some(incoming) = &mut self.incoming {
+                    incoming.seen = *reader.stream.seen();
                     self.provider.arrived(incoming, self.engine.is_native());
                 }
                 let loaded = self.control.load_devices(&mut &self.state[..]);
@@ -490,6 +495,7 @@ impl DestinationSession {
             blocks: announced.iter().map(described).collect(),
             early_sections: Vec::new(),
             has_return_path: self.return_path_open && self.back.is_some(),
+            seen: Seen::default(),
         };
         let memory = self.provider.provide(&incoming)?;
         let placing = Placing::new(memory, &incoming.blocks, self.arrival.take())?;

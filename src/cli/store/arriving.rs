@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
 use ramwire::session::{Error, Incoming, MemoryProvider};
+use ramwire::stream::qemu::incoming::Seen;
+use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::stream::qemu::tail::Tail;
 use ramwire::sys::Mapping;
 use ramwire::units::PageSize;
@@ -63,6 +65,9 @@ impl MemoryProvider for ArrivingGuest {
         let mut inner = self.lock();
         inner.early = incoming.early_sections.clone();
         inner.native = native;
+        if let Some(manifest) = &mut inner.manifest {
+            manifest.peer_style = style_seen(&incoming.configuration.machine, &incoming.seen);
+        }
     }
 }
 
@@ -98,6 +103,7 @@ impl Inner {
             uuid: configuration.uuid.map(|uuid| uuid.iter().map(|byte| format!("{byte:02x}")).collect()),
             page_size: configuration.page_size.map(PageSize::bytes),
             source: "qemu".into(),
+            peer_style: None,
             blocks,
         };
         self.store.put_manifest(&manifest)?;
@@ -123,6 +129,14 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// The style of a source whose machine name tells nothing, from what its stream has shown.
+fn style_seen(machine: &str, seen: &Seen) -> Option<String> {
+    let told = PeerStyle::of_machine(machine).is_some();
+    let name = if seen.switchover_start { "qemu-10.0" } else { "qemu-8.1" };
+    let shown = PeerStyle::of_source(machine, seen).filter(|_| !told);
+    shown.map(|_| name.to_owned())
 }
 
 /// True if the VM description at the end proves that a QEMU's device state is complete.

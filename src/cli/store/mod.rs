@@ -79,8 +79,11 @@ pub struct Manifest {
     pub uuid: Option<String>,
     /// Target page size, where the stream announced one.
     pub page_size: Option<u64>,
-    /// Who sent it and how: `qemu` or `ramwire`, and the style its stream has shown.
+    /// Who sent it: `qemu` or `ramwire`.
     pub source: String,
+    /// The style its stream has shown where the machine's name tells none, as `--peer` writes it.
+    #[serde(default)]
+    pub peer_style: Option<String>,
     /// The blocks in stream order.
     pub blocks: Vec<BlockEntry>,
 }
@@ -236,6 +239,7 @@ mod tests {
             uuid: None,
             page_size: None,
             source: "qemu".into(),
+            peer_style: None,
             blocks: Vec::new(),
         }
     }

@@ -9,6 +9,7 @@ use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::Incoming;
 use ramwire::stream::qemu::file::Configuration;
+use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::Mapping;
 use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
@@ -104,6 +105,7 @@ impl StoredGuest {
             uuid: None,
             page_size: None,
             source: "files".into(),
+            peer_style: None,
             blocks: Vec::new(),
         };
         let (early, tail) = (Vec::new(), Vec::new());
@@ -118,6 +120,11 @@ impl StoredGuest {
     /// What its stream said of the machine.
     pub fn configuration(&self) -> &Configuration {
         &self.configuration
+    }
+
+    /// The style its source has shown, where the machine's name tells none.
+    pub fn peer_style(&self) -> Option<PeerStyle> {
+        self.manifest.peer_style.as_deref().and_then(|name| name.parse().ok())
     }
 
     /// Sections between block list and first page.
