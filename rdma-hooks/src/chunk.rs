@@ -207,6 +207,13 @@ impl<L> SpanTable<L> {
             .max(1)
     }
 
+    /// True if a walk's last span ended before `chunk`, which is in the block and has no span.
+    pub fn goes_on(&self, block: u32, chunk: u64) -> bool {
+        let block_goes_on =
+            |block: &BlockChunks| block.next == chunk && chunk < chunks_in(block.length) && block.grown >= 2;
+        self.blocks.get(block as usize).is_some_and(block_goes_on) && self.find(block, chunk).is_none()
+    }
+
     /// Bytes that a span of these chunks pins.
     pub fn bytes_of(&self, block: u32, first: u64, chunks: u64) -> u64 {
         let length = self.blocks.get(block as usize).map_or(0, |block| block.length);

@@ -86,6 +86,16 @@ impl StreamSender {
         self.exchange.send(message.kind()).ok_or(HooksError::OutOfOrder("a message without credit"))
     }
 
+    /// True if a message can be sent without waiting.
+    pub(crate) fn has_credit(&self) -> bool {
+        self.exchange.has_credit()
+    }
+
+    /// The answer to the oldest open request, if it is here.
+    pub(crate) fn take_reply(&mut self) -> Option<Message<'static>> {
+        self.replies.pop_front()
+    }
+
     /// Waits for the answer to a request that was sent.
     pub(crate) fn reply(&mut self, stop: &Stop) -> Result<Message<'static>, HooksError> {
         self.wait_for(stop, |sender| sender.replies.pop_front())

@@ -270,6 +270,39 @@ fn r33_zeros_and_data_of_one_page_keep_their_order() {
 }
 
 #[test]
+fn w02_a_walk_has_its_next_keys_before_it_needs_them() {
+    let ((), (), _) = both(
+        SimConfig::default(),
+        |fabric| {
+            let stop = seconds(&fabric, 30);
+            let mut hooks =
+                SourceHooks::connect(&fabric, "sim", PORT, SourceConfig::default(), &stop).unwrap();
+            hooks.set_blocks(vec![ram(40 * MIB).1]).unwrap();
+            open(&mut hooks, RamControl::Setup, &stop);
+            hooks.registration_stop(RamControl::Setup, &stop).unwrap();
+            open(&mut hooks, RamControl::Finish, &stop);
+            let mut registered = Vec::new();
+            for chunk in 0..9 {
+                hooks.control_save_page(span(chunk * MIB, MIB, PageContent::Data), &stop).unwrap();
+                hooks.drain(&stop).unwrap();
+                registered.push(hooks.registered_bytes() / MIB);
+            }
+            // Spans of 1, 2, 4 and 8 chunks; from the second on, the next one is asked for in the middle of the last.
+            assert_eq!(registered, [1, 3, 7, 7, 7, 7, 15, 15, 15]);
+            hooks.registration_stop(RamControl::Finish, &stop).unwrap();
+            hooks.finish(&stop).unwrap();
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 30);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            serve(&mut hooks, ram(40 * MIB).1, 2, &stop).unwrap();
+            hooks.finish(&stop).unwrap();
+        },
+    );
+}
+
+#[test]
 fn latencies_are_kept_when_asked_for_and_tickets_say_what_has_arrived() {
     let ((), (), _) = both(
         SimConfig::default(),
@@ -335,4 +368,52 @@ fn a_peer_that_falls_silent_between_rounds_is_noticed_in_seconds() {
         },
     );
     assert!(waited < Duration::from_secs(5), "{waited:?}");
+}
+
+/// Neither end closes first and cuts the other off; neither waits for ever.
+#[test]
+fn r38_r39_the_source_waits_10_s_for_the_close_and_the_destination_2_s() {
+    let (waited_here, waited_there, _) = both(
+        SimConfig::default(),
+        |fabric| {
+            let stop = seconds(&fabric, 60);
+            let mut hooks =
+                SourceHooks::connect(&fabric, "sim", PORT, SourceConfig::default(), &stop).unwrap();
+            hooks.write_stream(b"all", &stop).unwrap();
+            hooks.flush_stream(&stop).unwrap();
+            let started = fabric.now();
+            assert!(hooks.finish(&stop).unwrap(), "the destination closes");
+            fabric.now() - started
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 60);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            hooks.read_stream(&mut [0; 3], &stop).unwrap();
+            let started = fabric.now();
+            assert!(!hooks.finish(&stop).unwrap(), "the source does not close");
+            fabric.now() - started
+        },
+    );
+    assert!((2000..2200).contains(&waited_there.as_millis()), "{waited_there:?}");
+    assert!((1900..2300).contains(&waited_here.as_millis()), "{waited_here:?}");
+
+    let (waited_here, (), _) = both(
+        SimConfig::default(),
+        |fabric| {
+            let stop = seconds(&fabric, 60);
+            let hooks = SourceHooks::connect(&fabric, "sim", PORT, SourceConfig::default(), &stop).unwrap();
+            let started = fabric.now();
+            assert!(!hooks.finish(&stop).unwrap(), "nobody closes");
+            fabric.now() - started
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 60);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            // Sits there until the source has gone.
+            assert!(hooks.read_stream(&mut [0], &stop).is_err());
+        },
+    );
+    assert!((10_000..10_500).contains(&waited_here.as_millis()), "{waited_here:?}");
 }

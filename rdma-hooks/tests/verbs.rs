@@ -1,49 +1,25 @@
 //! The hooks over a real verbs device: soft-RoCE or better.
 //!
-//! Without a device each test says so and ends, or fails if `RDMA_HOOKS_NEED_DEVICE` is set.
+//! Run in ci/rxe-guest, or on a host with a device by `cargo test --test verbs -- --ignored`.
 
 #![cfg(feature = "verbs")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 
-use std::net::Ipv6Addr;
 use std::time::{Duration, Instant};
 
+use common::device::address;
 use common::mapped::Mapped;
 use common::{Guest, Plan, Ram, TestMemory, receive, send};
 use rdma_hooks::fabric::{
     Access, AddressBase, Completion, CompletionStatus, ConnectParams, Operation, WriteRequest,
 };
-use rdma_hooks::verbs::{PortState, VerbsFabric, devices};
+use rdma_hooks::verbs::{VerbsFabric, devices};
 use rdma_hooks::{
     Cancel, Counters, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, FabricError, HooksError,
     HostRegion, MigrationId, SourceConfig, SourceHooks, Stop, Stopped,
 };
-
-/// The address of an active device, or `None` (said aloud) without one.
-fn address() -> Option<String> {
-    let needed = std::env::var_os("RDMA_HOOKS_NEED_DEVICE").is_some();
-    let found = devices().map(|devices| {
-        let ports = devices.iter().flat_map(|device| &device.ports);
-        let active = ports.filter(|port| port.state == PortState::Active);
-        let mut gids = active.flat_map(|port| &port.gids).map(|gid| Ipv6Addr::from(*gid));
-        gids.find_map(|gid| gid.to_ipv4_mapped()).map(|ip| ip.to_string())
-    });
-    match found {
-        Ok(Some(address)) => Some(address),
-        Ok(None) => {
-            assert!(!needed, "no device has an active port with an IPv4 address");
-            println!("skipped: no device has an active port with an IPv4 address");
-            None
-        }
-        Err(error) => {
-            assert!(!needed, "{error}");
-            println!("skipped: {error}");
-            None
-        }
-    }
-}
 
 fn seconds(fabric: &dyn Fabric, seconds: u64) -> Stop {
     Stop::new(Some(fabric.now() + Duration::from_secs(seconds)), Cancel::default())
@@ -68,171 +44,189 @@ fn migrate(address: &str, plan: &Plan) -> Counters {
     counters
 }
 
-#[test]
-fn r51_r52_own_to_own_leaves_equal_memory_in_every_mode() {
-    let Some(address) = address() else { return };
-    let base = SourceConfig::default;
-    let extension =
-        |data_queues, window| Some(ExtensionOffer { data_queues, window, migration: MigrationId([9; 16]) });
-    let plans = [
-        ("dynamic", base()),
-        ("pin-all", SourceConfig { pin_all: true, ..base() }),
-        ("pin budget of 3 MiB", SourceConfig { pin_budget_bytes: Some(3 << 20), ..base() }),
-        ("four queue pairs", SourceConfig { extension: extension(3, 1), ..base() }),
-        ("four queue pairs, pin-all", SourceConfig { extension: extension(3, 4), pin_all: true, ..base() }),
-        ("window of four", SourceConfig { extension: extension(0, 4), record_latencies: true, ..base() }),
-    ];
-    for (seed, (name, source)) in plans.into_iter().enumerate() {
-        let mut plan = Plan { source, data_queues: 3, window: 4, rounds: 3, ..Plan::default() };
-        plan.sim.seed = seed as u64;
-        let started = Instant::now();
-        let counters = migrate(&address, &plan);
-        println!("{name}: {:?}, {counters:?}", started.elapsed());
-        assert!(counters.writes_posted > 0 && counters.zero_ranges > 0, "{name}");
-        assert!(counters.writes_signalled < counters.writes_posted, "{name}: no chains");
-    }
-}
+mod in_rxe_guest {
+    use super::*;
 
-#[test]
-fn r49_waits_end_within_100_ms_of_a_cancel() {
-    let Some(address) = address() else { return };
-    let fabric = VerbsFabric::open().unwrap();
-    let took = |wait: &mut dyn FnMut(&Stop)| {
-        let cancel = Cancel::default();
-        let stop = Stop::new(None, cancel.clone());
-        std::thread::scope(|scope| {
-            let cancelled = scope.spawn(move || {
-                std::thread::sleep(Duration::from_millis(300));
-                cancel.cancel();
-                Instant::now()
-            });
-            wait(&stop);
-            let ended = Instant::now();
-            ended.saturating_duration_since(cancelled.join().unwrap())
-        })
-    };
-
-    let mut listener = fabric.listen(&address, 0).unwrap();
-    let waited = took(&mut |stop| {
-        let ended = listener.next_request(stop).map(|_| ());
-        assert!(matches!(ended, Err(FabricError::Stopped(Stopped::Cancelled))));
-    });
-    assert!(waited < Duration::from_millis(100), "listening: {waited:?}");
-
-    // Nobody accepts: the connection request stays open.
-    let port = listener.port();
-    let waited = took(&mut |stop| {
-        let ended = SourceHooks::connect(&fabric, &address, port, SourceConfig::default(), stop).map(|_| ());
-        assert!(matches!(ended, Err(HooksError::Stopped(Stopped::Cancelled))), "{ended:?}");
-    });
-    assert!(waited < Duration::from_millis(100), "connecting: {waited:?}");
-
-    let mut listener = fabric.listen(&address, 0).unwrap();
-    let port = listener.port();
-    let (mut source, mut destination) = std::thread::scope(|scope| {
-        let stop = seconds(&fabric, 20);
-        let destination = scope.spawn(move || {
-            DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap()
-        });
-        let stop = seconds(&fabric, 20);
-        let source = SourceHooks::connect(&fabric, &address, port, SourceConfig::default(), &stop).unwrap();
-        (source, destination.join().unwrap())
-    });
-    let waited = took(&mut |stop| {
-        let ended = destination.read_stream(&mut [0; 8], stop);
-        assert!(matches!(ended, Err(HooksError::Stopped(Stopped::Cancelled))), "{ended:?}");
-    });
-    assert!(waited < Duration::from_millis(100), "reading: {waited:?}");
-    let waited = took(&mut |stop| {
-        source.write_stream(&[1; 40_000], &seconds(&fabric, 20)).unwrap();
-        let ended = source.write_stream(&[1; 400_000], stop);
-        assert!(matches!(ended, Err(HooksError::Stopped(Stopped::Cancelled))), "{ended:?}");
-    });
-    assert!(waited < Duration::from_millis(100), "writing: {waited:?}");
-}
-
-#[test]
-fn nobody_listening_is_an_error_that_says_so() {
-    let Some(address) = address() else { return };
-    let fabric = VerbsFabric::open().unwrap();
-    let refused = SourceHooks::connect(&fabric, &address, 9, SourceConfig::default(), &seconds(&fabric, 20));
-    let Err(HooksError::Fabric(FabricError::Event { got: "REJECTED", .. })) = refused.map(|_| ()) else {
-        panic!("a connection to nobody");
-    };
-    let elsewhere = fabric.listen("192.0.2.1", 0).map(|_| ());
-    assert!(matches!(elsewhere, Err(FabricError::Verb { verb: "rdma_bind_addr", .. })), "{elsewhere:?}");
-}
-
-#[test]
-fn a_write_without_a_key_fails_with_its_status_and_the_other_end_learns_of_it() {
-    let Some(address) = address() else { return };
-    let fabric = VerbsFabric::open().unwrap();
-    let params = ConnectParams { private_data: vec![1; 8], receives: 2, receive_bytes: 4096, send_depth: 16 };
-    let mut listener = fabric.listen(&address, 0).unwrap();
-    let port = listener.port();
-    let stop = seconds(&fabric, 20);
-    let (mut here, mut there) = std::thread::scope(|scope| {
-        let accepted = scope.spawn(|| {
-            let incoming = listener.next_request(&stop).unwrap();
-            assert!(incoming.private_data().starts_with(&[1; 8]));
-            assert_eq!(incoming.peer().unwrap().ip().to_string(), address);
-            incoming.accept(&params, &stop).unwrap()
-        });
-        let here = fabric.connect(&address, port, &params, &stop).unwrap();
-        (here, accepted.join().unwrap())
-    });
-
-    let region = HostRegion::new(std::sync::Arc::new(Mapped::zeros(1 << 20)));
-    let local = here.register(&region, Access::Read, AddressBase::Host).unwrap();
-    let target = there.register(&region, Access::RemoteWrite, AddressBase::At(0)).unwrap();
-    assert_eq!(target.address, 0, "host addresses stay hidden");
-    let write = |id, rkey, to| WriteRequest {
-        id,
-        lkey: local.lkey,
-        from: local.address,
-        len: 4096,
-        rkey,
-        to,
-        signalled: true,
-    };
-    let next = |endpoint: &mut Box<dyn rdma_hooks::fabric::Endpoint>| {
-        let until = Instant::now() + Duration::from_secs(20);
-        let flushed_receive = |found: &Completion| {
-            matches!(
-                found,
-                Completion::Failed { operation: Operation::Receive, status: CompletionStatus::Flushed, .. }
-            )
+    #[test]
+    #[ignore = "runs in ci/rxe-guest"]
+    fn r51_r52_own_to_own_leaves_equal_memory_in_every_mode() {
+        let address = address().expect("a device");
+        let base = SourceConfig::default;
+        let extension = |data_queues, window| {
+            Some(ExtensionOffer { data_queues, window, migration: MigrationId([9; 16]) })
         };
-        let mut found = Vec::new();
-        while found.iter().all(flushed_receive) && Instant::now() < until {
-            endpoint.poll(&mut found).unwrap();
-            endpoint.wait(Duration::from_millis(10)).unwrap();
+        let plans = [
+            ("dynamic", base()),
+            ("pin-all", SourceConfig { pin_all: true, ..base() }),
+            ("pin budget of 3 MiB", SourceConfig { pin_budget_bytes: Some(3 << 20), ..base() }),
+            ("four queue pairs", SourceConfig { extension: extension(3, 1), ..base() }),
+            (
+                "four queue pairs, pin-all",
+                SourceConfig { extension: extension(3, 4), pin_all: true, ..base() },
+            ),
+            ("window of four", SourceConfig { extension: extension(0, 4), record_latencies: true, ..base() }),
+        ];
+        for (seed, (name, source)) in plans.into_iter().enumerate() {
+            let mut plan = Plan { source, data_queues: 3, window: 4, rounds: 3, ..Plan::default() };
+            plan.sim.seed = seed as u64;
+            let started = Instant::now();
+            let counters = migrate(&address, &plan);
+            println!("{name}: {:?}, {counters:?}", started.elapsed());
+            assert!(counters.writes_posted > 0 && counters.zero_ranges > 0, "{name}");
+            assert!(counters.writes_signalled < counters.writes_posted, "{name}: no chains");
         }
-        found.into_iter().find(|found| !flushed_receive(found))
-    };
-    // A probe needs no key at all.
-    let probe = WriteRequest { id: 1, lkey: 0, from: 0, len: 0, rkey: 0, to: 0, signalled: true };
-    here.post_writes(&[probe]).unwrap();
-    assert_eq!(next(&mut here), Some(Completion::Done { id: 1 }));
-    there.post_writes(&[probe]).unwrap();
-    assert_eq!(next(&mut there), Some(Completion::Done { id: 1 }), "the other way too");
-    here.post_writes(&[write(2, target.rkey, (1 << 20) - 4096)]).unwrap();
-    assert_eq!(next(&mut here), Some(Completion::Done { id: 2 }));
-    here.post_writes(&[write(3, target.rkey, (1 << 20) - 4095)]).unwrap();
-    let Some(Completion::Failed { operation: Operation::Write, status, .. }) = next(&mut here) else {
-        panic!()
-    };
-    assert_eq!(status, CompletionStatus::RemoteAccess);
-}
-
-#[test]
-fn devices_are_listed_with_their_limits() {
-    if address().is_none() {
-        return;
     }
-    let devices = devices().unwrap();
-    println!("{devices:#?}");
-    let device = &devices[0];
-    assert!(device.max_registration_bytes > 0 && device.max_requests > 0 && !device.ports.is_empty());
-    assert!(!device.ports[0].gids.is_empty());
+
+    #[test]
+    #[ignore = "runs in ci/rxe-guest"]
+    fn r49_waits_end_within_100_ms_of_a_cancel() {
+        let address = address().expect("a device");
+        let fabric = VerbsFabric::open().unwrap();
+        let took = |wait: &mut dyn FnMut(&Stop)| {
+            let cancel = Cancel::default();
+            let stop = Stop::new(None, cancel.clone());
+            std::thread::scope(|scope| {
+                let cancelled = scope.spawn(move || {
+                    std::thread::sleep(Duration::from_millis(300));
+                    cancel.cancel();
+                    Instant::now()
+                });
+                wait(&stop);
+                let ended = Instant::now();
+                ended.saturating_duration_since(cancelled.join().unwrap())
+            })
+        };
+
+        let mut listener = fabric.listen(&address, 0).unwrap();
+        let waited = took(&mut |stop| {
+            let ended = listener.next_request(stop).map(|_| ());
+            assert!(matches!(ended, Err(FabricError::Stopped(Stopped::Cancelled))));
+        });
+        assert!(waited < Duration::from_millis(100), "listening: {waited:?}");
+
+        // Nobody accepts: the connection request stays open.
+        let port = listener.port();
+        let waited = took(&mut |stop| {
+            let ended =
+                SourceHooks::connect(&fabric, &address, port, SourceConfig::default(), stop).map(|_| ());
+            assert!(matches!(ended, Err(HooksError::Stopped(Stopped::Cancelled))), "{ended:?}");
+        });
+        assert!(waited < Duration::from_millis(100), "connecting: {waited:?}");
+
+        let mut listener = fabric.listen(&address, 0).unwrap();
+        let port = listener.port();
+        let (mut source, mut destination) = std::thread::scope(|scope| {
+            let stop = seconds(&fabric, 20);
+            let destination = scope.spawn(move || {
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap()
+            });
+            let stop = seconds(&fabric, 20);
+            let source =
+                SourceHooks::connect(&fabric, &address, port, SourceConfig::default(), &stop).unwrap();
+            (source, destination.join().unwrap())
+        });
+        let waited = took(&mut |stop| {
+            let ended = destination.read_stream(&mut [0; 8], stop);
+            assert!(matches!(ended, Err(HooksError::Stopped(Stopped::Cancelled))), "{ended:?}");
+        });
+        assert!(waited < Duration::from_millis(100), "reading: {waited:?}");
+        let waited = took(&mut |stop| {
+            source.write_stream(&[1; 40_000], &seconds(&fabric, 20)).unwrap();
+            let ended = source.write_stream(&[1; 400_000], stop);
+            assert!(matches!(ended, Err(HooksError::Stopped(Stopped::Cancelled))), "{ended:?}");
+        });
+        assert!(waited < Duration::from_millis(100), "writing: {waited:?}");
+    }
+
+    #[test]
+    #[ignore = "runs in ci/rxe-guest"]
+    fn nobody_listening_is_an_error_that_says_so() {
+        let address = address().expect("a device");
+        let fabric = VerbsFabric::open().unwrap();
+        let refused =
+            SourceHooks::connect(&fabric, &address, 9, SourceConfig::default(), &seconds(&fabric, 20));
+        let Err(HooksError::Fabric(FabricError::Event { got: "REJECTED", .. })) = refused.map(|_| ()) else {
+            panic!("a connection to nobody");
+        };
+        let elsewhere = fabric.listen("192.0.2.1", 0).map(|_| ());
+        assert!(matches!(elsewhere, Err(FabricError::Verb { verb: "rdma_bind_addr", .. })), "{elsewhere:?}");
+    }
+
+    #[test]
+    #[ignore = "runs in ci/rxe-guest"]
+    fn a_write_without_a_key_fails_with_its_status_and_the_other_end_learns_of_it() {
+        let address = address().expect("a device");
+        let fabric = VerbsFabric::open().unwrap();
+        let params =
+            ConnectParams { private_data: vec![1; 8], receives: 2, receive_bytes: 4096, send_depth: 16 };
+        let mut listener = fabric.listen(&address, 0).unwrap();
+        let port = listener.port();
+        let stop = seconds(&fabric, 20);
+        let (mut here, mut there) = std::thread::scope(|scope| {
+            let accepted = scope.spawn(|| {
+                let incoming = listener.next_request(&stop).unwrap();
+                assert!(incoming.private_data().starts_with(&[1; 8]));
+                assert_eq!(incoming.peer().unwrap().ip().to_string(), address);
+                incoming.accept(&params, &stop).unwrap()
+            });
+            let here = fabric.connect(&address, port, &params, &stop).unwrap();
+            (here, accepted.join().unwrap())
+        });
+
+        let region = HostRegion::new(std::sync::Arc::new(Mapped::zeros(1 << 20)));
+        let local = here.register(&region, Access::Read, AddressBase::Host).unwrap();
+        let target = there.register(&region, Access::RemoteWrite, AddressBase::At(0)).unwrap();
+        assert_eq!(target.address, 0, "host addresses stay hidden");
+        let write = |id, rkey, to| WriteRequest {
+            id,
+            lkey: local.lkey,
+            from: local.address,
+            len: 4096,
+            rkey,
+            to,
+            signalled: true,
+        };
+        let next = |endpoint: &mut Box<dyn rdma_hooks::fabric::Endpoint>| {
+            let until = Instant::now() + Duration::from_secs(20);
+            let flushed_receive = |found: &Completion| {
+                matches!(
+                    found,
+                    Completion::Failed {
+                        operation: Operation::Receive,
+                        status: CompletionStatus::Flushed,
+                        ..
+                    }
+                )
+            };
+            let mut found = Vec::new();
+            while found.iter().all(flushed_receive) && Instant::now() < until {
+                endpoint.poll(&mut found).unwrap();
+                endpoint.wait(Duration::from_millis(10)).unwrap();
+            }
+            found.into_iter().find(|found| !flushed_receive(found))
+        };
+        // A probe needs no key at all.
+        let probe = WriteRequest { id: 1, lkey: 0, from: 0, len: 0, rkey: 0, to: 0, signalled: true };
+        here.post_writes(&[probe]).unwrap();
+        assert_eq!(next(&mut here), Some(Completion::Done { id: 1 }));
+        there.post_writes(&[probe]).unwrap();
+        assert_eq!(next(&mut there), Some(Completion::Done { id: 1 }), "the other way too");
+        here.post_writes(&[write(2, target.rkey, (1 << 20) - 4096)]).unwrap();
+        assert_eq!(next(&mut here), Some(Completion::Done { id: 2 }));
+        here.post_writes(&[write(3, target.rkey, (1 << 20) - 4095)]).unwrap();
+        let Some(Completion::Failed { operation: Operation::Write, status, .. }) = next(&mut here) else {
+            panic!()
+        };
+        assert_eq!(status, CompletionStatus::RemoteAccess);
+    }
+
+    #[test]
+    #[ignore = "runs in ci/rxe-guest"]
+    fn devices_are_listed_with_their_limits() {
+        let devices = devices().unwrap();
+        println!("{devices:#?}");
+        let device = &devices[0];
+        assert!(device.max_registration_bytes > 0 && device.max_requests > 0 && !device.ports.is_empty());
+        assert!(!device.ports[0].gids.is_empty());
+    }
 }

@@ -64,8 +64,6 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let channel = listener.accept(&args.timeouts.stream_options(), &stop)?;
     // One migration: nobody else gets in.
     drop(listener);
-    let two_way = matches!(args.uri, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_));
-    let (near, back) = channel.split();
     let settings = DestinationSettings {
         stall_timeout: args.timeouts.stall_timeout,
         finish_timeout: args.timeouts.finish_timeout,
@@ -73,15 +71,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         accept_missing_description: true,
         ..DestinationSettings::default()
     };
-    let back = two_way.then(|| Box::new(back) as Box<_>);
-    let session = DestinationSession::new(
-        Box::new(near),
-        back,
-        Box::new(guest.clone()),
-        Box::new(guest.clone()),
-        settings,
-    )
-    .with_cancel(cancel);
+    let (provider, control) = (Box::new(guest.clone()), Box::new(guest.clone()));
+    let session = DestinationSession::over(channel, provider, control, settings).with_cancel(cancel);
     let progress = Progress::follow(session.statistics());
     let report = session.run();
     drop(progress);

@@ -10,7 +10,7 @@ use ramwire::session::{
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, InlineLink, Listener, connect};
+use ramwire::transport::{Address, AllowList, Listener, connect};
 use serde_json::json;
 
 use super::args::Exit;
@@ -69,22 +69,16 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     eprintln!("listening on {}", listener.address());
     let options = args.timeouts.stream_options();
-    let (source, back) = listener.accept(&options, &stop)?.split();
+    let (source, back) = listener.accept(&options, &stop)?.with_return_path();
     drop(listener);
-    let two_way =
-        |address: &Address| matches!(address, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_));
-    let back = two_way(&args.listen).then(|| Box::new(back) as Box<_>);
-    let (far, far_two_way, far_stop) = (args.connect.clone(), two_way(&args.connect), stop.clone());
+    let back = back.map(|back| Box::new(back) as Box<_>);
+    let (far, far_stop) = (args.connect.clone(), stop.clone());
     let open = move |memory| {
         let channel = connect(&far, &options, &far_stop).map_err(|error| Error::Config {
             what: format!("the far end can't be reached: {error}"),
             remedy: "start it first, with -incoming or ramwire receive",
         })?;
-        let (sink, mut ear) = channel.split();
-        // Every wait for an answer has an end of its own; the one for RUNNING is longer than a stall may be.
-        ear.set_stall(None);
-        let back = far_two_way.then(|| Box::new(ear) as Box<_>);
-        Ok(SourceConnection { link: Box::new(InlineLink::new(Box::new(sink), memory)), back })
+        Ok(SourceConnection::over(channel, memory))
     };
     let incoming = DestinationSettings {
         stall_timeout: args.timeouts.stall_timeout,

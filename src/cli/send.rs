@@ -8,7 +8,7 @@ use ramwire::page::ZeroDetection;
 use ramwire::ram::BlockName;
 use ramwire::session::{Peer, SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, InlineLink, connect};
+use ramwire::transport::{Address, connect};
 use serde_json::json;
 
 use super::args::Exit;
@@ -119,15 +119,8 @@ fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error:
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let channel = connect(&args.uri, &args.timeouts.stream_options(), &Stop::on(&cancel))?;
-    let two_way = matches!(args.uri, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_));
-    let (sink, mut back) = channel.split();
-    // Every wait for an answer has an end of its own; the one for RUNNING is longer than a stall may be.
-    back.set_stall(None);
     let memory = guest.memory();
-    let connection = SourceConnection {
-        link: Box::new(InlineLink::new(Box::new(sink), memory.clone())),
-        back: two_way.then(|| Box::new(back) as Box<_>),
-    };
+    let connection = SourceConnection::over(channel, memory.clone());
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
     let session = SourceSession::new(source, connection, settings(args, &guest)).with_cancel(cancel);
     // From here until the end is known a crash leaves a folder that says so.

@@ -14,11 +14,12 @@ use crate::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Secti
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
-use crate::transport::{ByteSink, ByteSource};
+use crate::transport::{ByteSink, ByteSource, StreamChannel};
 
 use super::config::DestinationSettings;
 use super::digest::{Digest, carried, digests_of};
 use super::greeting::described;
+use super::handle::Commitment;
 use super::placing::Placing;
 use super::{Breakage, Error};
 
@@ -130,7 +131,8 @@ pub struct DestinationSession {
     pub(super) incoming: Option<Incoming>,
     pub(super) configuration: Option<Configuration>,
     pub(super) state: Vec<u8>,
-    cancel: CancelToken,
+    pub(super) cancel: CancelToken,
+    pub(super) commitment: Arc<Commitment>,
     stop: Stop,
     return_path_open: bool,
     ram_ended: bool,
@@ -157,6 +159,7 @@ impl DestinationSession {
         Self {
             stop: Stop::on(&cancel),
             cancel,
+            commitment: Arc::default(),
             source,
             back,
             provider,
@@ -179,6 +182,18 @@ impl DestinationSession {
             error: None,
             breakage: Breakage::default(),
         }
+    }
+
+    /// A session over one channel, whose other direction carries the return path if it is a socket.
+    pub fn over(
+        channel: StreamChannel,
+        provider: Box<dyn MemoryProvider>,
+        control: Box<dyn GuestControl>,
+        settings: DestinationSettings,
+    ) -> Self {
+        let (source, back) = channel.with_return_path();
+        let back = back.map(|back| Box::new(back) as Box<_>);
+        Self::new(Box::new(source), back, provider, control, settings)
     }
 
     /// Somebody wants to see pages as they arrive.
@@ -228,7 +243,13 @@ impl DestinationSession {
                 self.error.get_or_insert(error);
                 Arrived::Failed
             });
-            deed = self.engine.handle(fact);
+            // A cancel comes before this step or after it, never in between: the step may bind us.
+            let commitment = Arc::clone(&self.commitment);
+            deed = commitment.decide(|| {
+                let fact = self.unless_cancelled(fact);
+                let deed = self.engine.handle(fact);
+                (deed, self.engine.is_bound())
+            });
             if deed == Deed::SayFailed {
                 self.error.get_or_insert_with(|| {
                     let at = reader.stream.position();
@@ -241,6 +262,15 @@ impl DestinationSession {
             }
         };
         self.report(ending, reader.at)
+    }
+
+    /// The last moment for a cancel that no wait has seen.
+    fn unless_cancelled(&mut self, fact: Arrived) -> Arrived {
+        if !self.engine.binds(fact) || !self.cancel.is_cancelled() {
+            return fact;
+        }
+        self.error.get_or_insert(Error::Cancelled);
+        Arrived::Failed
     }
 
     fn report(self, ending: Ending, bytes: u64) -> DestinationReport {

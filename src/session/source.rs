@@ -10,10 +10,11 @@ use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
 use crate::stream::qemu::section;
 use crate::sys::{CancelToken, SendPart, Stop};
-use crate::transport::{ByteSource, ChannelError, Returned, SourceLink};
+use crate::transport::{ByteSource, ChannelError, InlineLink, Returned, SourceLink, StreamChannel};
 
 use super::config::SourceSettings;
 use super::figures::Figures;
+use super::handle::Commitment;
 use super::return_path::{ReturnPath, Word};
 use super::{Breakage, Error, ErrorKind, greeting};
 
@@ -38,6 +39,15 @@ pub struct SourceConnection {
     pub back: Option<Box<dyn ByteSource>>,
 }
 
+impl SourceConnection {
+    /// Pages of `memory` go in the stream over `channel`; answers come back on it if it is a socket.
+    pub fn over(channel: StreamChannel, memory: Arc<dyn GuestMemory>) -> Self {
+        let (sink, back) = channel.with_return_path();
+        let link = Box::new(InlineLink::new(Box::new(sink), memory));
+        Self { link, back: back.map(|back| Box::new(back) as Box<_>) }
+    }
+}
+
 /// A guest's own source, in front of a relay: tells when it has stopped its guest.
 pub trait Upstream: Send {
     /// Waits at most `time` for news; true once the guest stands still and its last page has come.
@@ -60,12 +70,14 @@ pub struct SourceReport {
     pub first_page_sent: Option<std::time::Duration>,
     /// Pages the destination does not have for certain; all clean after success.
     pub dirty: DirtyMap,
+    /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
+    pub stands_still: bool,
 }
 
 impl SourceReport {
     /// True if the guest runs on, whole, at the source.
     pub fn guest_is_safe_here(&self) -> bool {
-        matches!(self.outcome, Outcome::StaysHere(_))
+        matches!(self.outcome, Outcome::StaysHere(_)) && !self.stands_still
     }
 }
 
@@ -99,6 +111,7 @@ pub struct SourceSession {
     pub(super) upstream: Option<Box<dyn Upstream>>,
     pub(super) clock: Box<dyn Clock>,
     pub(super) cancel: CancelToken,
+    pub(super) commitment: Arc<Commitment>,
     pub(super) stop: Stop,
     pub(super) engine: SourceEngine,
     pub(super) dirty: DirtyMap,
@@ -135,6 +148,7 @@ impl SourceSession {
         Self {
             stop: Stop::on(&cancel),
             cancel,
+            commitment: Arc::default(),
             engine: SourceEngine::new(config),
             dirty,
             figures,
@@ -191,23 +205,35 @@ impl SourceSession {
             if let Action::Finish(outcome) = action {
                 break outcome;
             }
-            self.look_at_cancel();
             tracing::trace!(?action, "perform");
             let input = self.perform(action).unwrap_or_else(|error| self.keep(error));
-            action = self.engine.handle(self.clock.now(), input);
+            // A cancel comes before this step or after it, never in between: the step may be COMMIT.
+            let commitment = Arc::clone(&self.commitment);
+            action = commitment.decide(|| {
+                self.look_at_cancel();
+                let action = self.engine.handle(self.clock.now(), input);
+                (action, self.engine.is_committed())
+            });
         };
         self.report(outcome)
     }
 
     fn report(mut self, outcome: Outcome) -> SourceReport {
         let now = self.clock.now();
+        if outcome == Outcome::InDoubt
+            && let Err(error) = self.stop_logs()
+        {
+            // The guest stands still: a log left on costs, and loses nothing.
+            tracing::warn!(%error, "a dirty log could not be stopped");
+        }
         self.figures.ended(now, outcome, self.error.as_ref());
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
             self.error = Some(Error::Cancelled);
         }
         let statistics = self.figures.shared().snapshot();
         let first_page_sent = self.figures.first_page;
-        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty: self.dirty }
+        let (dirty, stands_still) = (self.dirty, self.paused);
+        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
     }
 
     fn look_at_cancel(&mut self) {
@@ -413,9 +439,12 @@ impl SourceSession {
         let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
         self.guest.control.throttle(crate::units::Percent::default());
         if self.paused && !self.breakage.is(Breakage::StayPaused) {
+            if let Err(source) = self.guest.control.resume() {
+                // More urgent than what led here: somebody must look after the guest.
+                let why = self.error.take().map_or_else(|| "cancelled".into(), |error| error.to_string());
+                return Err(Error::StandsStill { why, source });
+            }
             self.paused = false;
-            let resumed = self.guest.control.resume();
-            resumed.map_err(|source| Error::Control { what: "resume", source })?;
         }
         stopped
     }

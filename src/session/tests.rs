@@ -170,6 +170,91 @@ fn a_guest_moves_between_two_ramwires() {
 }
 
 #[test]
+fn handles_show_progress_and_give_both_reports() {
+    let ends = ends();
+    let destination = ends.destination.spawn().unwrap();
+    let source = ends.source.spawn().unwrap();
+    while !source.is_finished() {
+        assert!(source.progress().transferred <= 2 << 20);
+        std::thread::yield_now();
+    }
+    assert_eq!(source.progress().remaining, 0);
+    assert_eq!(source.cancel(), CancelReply::TooLate);
+    assert_eq!(source.wait().unwrap().outcome, Outcome::Completed);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+    assert!(ends.destination_machine.runs());
+}
+
+/// Whatever the moment: who is told Accepted has the guest, who is told TooLate has given it away.
+#[test]
+fn the_answer_to_a_cancel_is_what_happens() {
+    let mut answers = [0, 0];
+    for moment in 0..60 {
+        let ends = ends();
+        let destination = ends.destination.spawn().unwrap();
+        let source = ends.source.spawn().unwrap();
+        let far = moment * 8;
+        while !source.is_finished() && source.progress().transferred < far * 2048 {
+            std::thread::yield_now();
+        }
+        let answer = source.cancel();
+        answers[usize::from(answer == CancelReply::TooLate)] += 1;
+        let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+        let stays = answer == CancelReply::Accepted;
+        assert_eq!(sent.guest_is_safe_here(), stays, "{:?}", sent.error);
+        assert_eq!(arrived.ending == Ending::Discarded, stays, "{:?}", arrived.error);
+        assert_eq!((ends.source_machine.runs(), ends.destination_machine.runs()), (stays, !stays));
+    }
+    assert!(answers.iter().all(|count| *count > 0), "{answers:?}");
+}
+
+#[test]
+fn a_dropped_handle_cancels_before_commit_only() {
+    let before = ends();
+    // Nobody has said READY yet, so the source can't have committed.
+    drop(before.source.spawn().unwrap());
+    assert_eq!(before.destination.spawn().unwrap().wait().unwrap().ending, Ending::Discarded);
+    assert!(before.source_machine.runs());
+    let after = ends();
+    let destination = after.destination.spawn().unwrap();
+    let source = after.source.spawn().unwrap();
+    while source.progress().status != crate::observe::Status::Completed {
+        std::thread::yield_now();
+    }
+    drop(source);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+}
+
+#[test]
+fn a_thread_that_dies_or_never_starts_is_told() {
+    struct Panics;
+    impl GuestControl for Panics {
+        fn pause(&mut self) -> io::Result<()> {
+            panic!("a bug of the embedder's")
+        }
+        fn resume(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+        fn save_devices(&mut self, _: &mut dyn Write) -> io::Result<()> {
+            Ok(())
+        }
+        fn load_devices(&mut self, _: &mut dyn Read) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut ends = ends();
+    ends.source.guest.control = Box::new(Panics);
+    let destination = ends.destination.spawn().unwrap();
+    let error = ends.source.spawn().unwrap().wait().unwrap_err();
+    assert!(error.to_string().contains("ramwire-source"), "{error}");
+    assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
+    let mut ends = self::ends();
+    ends.source.settings.spawner = Spawner::new(|_, _| Err(io::Error::other("no")));
+    assert!(matches!(ends.source.spawn(), Err(Error::Thread { name: "ramwire-source", .. })));
+    assert!(ends.source_machine.runs());
+}
+
+#[test]
 fn a_cancel_before_commit_leaves_the_guest_at_the_source() {
     let ends = ends();
     ends.source.cancel_token().cancel();

@@ -159,6 +159,15 @@ impl StreamChannel {
         (self, other)
     }
 
+    /// The stream and, where the descriptor carries both directions, its return path. What waits there has a
+    /// limit of its own, the caller's [`Stop`]: hearing nothing is no stall.
+    pub fn with_return_path(self) -> (Self, Option<Self>) {
+        let both_ways = self.end.kind() == FdKind::Socket && self.end.child.is_none();
+        let (stream, mut back) = self.split();
+        back.stall = None;
+        (stream, both_ways.then_some(back))
+    }
+
     /// Name of the other end, for messages.
     pub fn peer(&self) -> &str {
         &self.end.peer

@@ -1,24 +1,23 @@
 //! The source's hooks: pages leave, the byte stream leaves.
 
+mod keys;
+mod pages;
+
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::blocks::{BlockError, RamBlock, check_announceable, check_records};
+use crate::blocks::{RamBlock, check_announceable};
 use crate::capabilities::{Capabilities, Extension, MigrationId, Role};
-use crate::channel::{Channel, WriteNote, connect_params};
-use crate::chunk::{
-    AllBusy, CHUNK_BYTES, Content, MAX_ZERO_BYTES, Merger, Run, SpanId, SpanTable, chunk_of, chunk_range,
-};
-use crate::control::{BlockRecord, Compress, Kind, Message, RegisterRecord};
+use crate::channel::{Channel, connect_params};
+use crate::chunk::{CHUNK_BYTES, Merger, SpanTable};
+use crate::control::{BlockRecord, Kind, Message};
 use crate::counters::Counters;
-use crate::fabric::{Access, AddressBase, Fabric, Registration, WriteRequest};
-use crate::hooks::{
-    BlockSpan, Delay, HookMark, HooksError, PageContent, RamControl, Reason, ReturnReader, SaveDisposition,
-    Ticket,
-};
+use crate::fabric::{Fabric, Registration};
+use crate::hooks::{HookMark, HooksError, RamControl, ReturnReader, Ticket};
 use crate::stop::Stop;
 use crate::stream::StreamSender;
+use keys::{Asked, Pinned};
 
 /// How long the destination may take to close the connection once it has the last byte.
 const PART_WITHIN: Duration = Duration::from_secs(10);
@@ -87,23 +86,6 @@ struct Zeroing {
     ticket: u64,
 }
 
-/// A whole block registered at both ends.
-#[derive(Debug)]
-struct Pinned {
-    local: Registration,
-    rkey: u32,
-    base: u64,
-}
-
-/// What a write needs besides the bytes' place in the block.
-struct Keys {
-    lkey: u32,
-    from: u64,
-    rkey: u32,
-    to: u64,
-    span: Option<SpanId>,
-}
-
 /// The source's end of a migration over RDMA.
 ///
 /// One thread drives it; it owns the byte stream too, because on this door no stream byte may pass while a round is
@@ -112,6 +94,7 @@ pub struct SourceHooks {
     // Declared before the connections: registrations go while their domain is there.
     spans: SpanTable<Registration>,
     pinned: Vec<Pinned>,
+    asked: Option<Asked>,
     main: StreamSender,
     data: Vec<Channel>,
     config: SourceConfig,
@@ -153,6 +136,7 @@ impl SourceHooks {
         let mut hooks = Self {
             spans: SpanTable::new([], 1, None),
             pinned: Vec::new(),
+            asked: None,
             main: StreamSender::new(main, window),
             data: Vec::new(),
             config,
@@ -296,286 +280,6 @@ impl SourceHooks {
         }
     }
 
-    /// Hook: pages to save. They join neighbouring ones into one write per chunk; keys are asked for on demand; zero
-    /// runs are told, not written. Waits only for keys, credits and room in the queue.
-    ///
-    /// The dirty log's bits of the pages must be cleared before the call, and each page comes at most once between two
-    /// rounds' ends with the latest content: the device reads memory at some time after the call.
-    ///
-    /// # Errors
-    ///
-    /// Anything: the migration over this connection is over.
-    pub fn control_save_page(&mut self, span: BlockSpan, stop: &Stop) -> Result<SaveDisposition, HooksError> {
-        if self.postcopy {
-            return Ok(SaveDisposition::NotSupported(Reason::Postcopy));
-        }
-        if self.enter_round(stop)? == RamControl::Setup {
-            return Err(HooksError::OutOfOrder("no pages in the setup round"));
-        }
-        let count = self.blocks.len();
-        let missing = BlockError::NoSuchIndex { index: span.block, count };
-        let range = self.blocks.get(span.block as usize).ok_or(missing)?.range(span.offset, span.len)?;
-        self.ticket += 1;
-        match span.content {
-            PageContent::Data => self.push(span.block, range, Content::Data, stop)?,
-            PageContent::Zero => self.push(span.block, range, Content::Zero, stop)?,
-            PageContent::Unknown => self.look_and_push(span.block, range, stop)?,
-        }
-        self.pump()?;
-        let state = match self.merger.pending() {
-            Some(run) if run.content == Content::Data => Delay::Merging,
-            Some(_) => Delay::Zeroed,
-            None => Delay::Posted,
-        };
-        Ok(SaveDisposition::Delayed { ticket: Ticket(self.ticket), state })
-    }
-
-    /// Cuts a range at changes between zero and data.
-    fn look_and_push(&mut self, block: u32, range: Range<u64>, stop: &Stop) -> Result<(), HooksError> {
-        let step = self.config.page_bytes.max(1);
-        let content_at = |hooks: &Self, at: u64| -> Result<Content, HooksError> {
-            let end = (at + step).min(range.end);
-            let page = hooks.blocks[block as usize].part(at..end)?;
-            let zero = page.is_zero(0, end - at).unwrap_or(false);
-            Ok(if zero { Content::Zero } else { Content::Data })
-        };
-        let mut start = range.start;
-        while start < range.end {
-            let content = content_at(self, start)?;
-            let mut end = (start + step).min(range.end);
-            while end < range.end && content_at(self, end)? == content {
-                end = (end + step).min(range.end);
-            }
-            self.push(block, start..end, content, stop)?;
-            start = end;
-        }
-        Ok(())
-    }
-
-    /// Cuts a range into runs the merger takes.
-    fn push(
-        &mut self,
-        block: u32,
-        range: Range<u64>,
-        content: Content,
-        stop: &Stop,
-    ) -> Result<(), HooksError> {
-        let mut start = range.start;
-        while start < range.end {
-            let most = match content {
-                Content::Data => CHUNK_BYTES - start % CHUNK_BYTES,
-                Content::Zero => MAX_ZERO_BYTES,
-            };
-            let end = range.end.min(start + most);
-            let run = Run { block, range: start..end, content, ticket: self.ticket };
-            if let Some(ready) = self.merger.push(run, self.config.zero_floor_bytes) {
-                self.write_out(ready, stop)?;
-            }
-            // Nothing can join a run that reaches its chunk's end.
-            let full = |run: &Run| run.content == Content::Data && run.range.end.is_multiple_of(CHUNK_BYTES);
-            if self.merger.pending().is_some_and(full)
-                && let Some(ready) = self.merger.take()
-            {
-                self.write_out(ready, stop)?;
-            }
-            start = end;
-        }
-        Ok(())
-    }
-
-    fn write_out(&mut self, run: Run, stop: &Stop) -> Result<(), HooksError> {
-        if run.content == Content::Data || self.is_better_written(&run) {
-            let mut start = run.range.start;
-            while start < run.range.end {
-                let end = run.range.end.min((chunk_of(start) + 1) * CHUNK_BYTES);
-                self.write(&Run { range: start..end, ..run.clone() }, stop)?;
-                start = end;
-            }
-            return Ok(());
-        }
-        self.wait_for_chunks(&run, stop)?;
-        let key = self.remote_label(run.block) + run.range.start;
-        let range = Compress { block: run.block, key, length: run.len() };
-        let message = self.main.send(&Message::Compress(range), stop)?;
-        self.main.channel.counters.zero_ranges += 1;
-        self.main.channel.counters.zero_bytes += run.len();
-        self.zeroing.push_back(Zeroing { message, block: run.block, range: run.range, ticket: run.ticket });
-        Ok(())
-    }
-
-    /// A few zeros where the key is at hand cost less as bytes than as a message.
-    fn is_better_written(&self, run: &Run) -> bool {
-        let chunks = chunk_of(run.range.start)..=chunk_of(run.range.end - 1);
-        run.len() < self.config.zero_floor_bytes
-            && (!self.pinned.is_empty()
-                || chunks.into_iter().all(|chunk| self.spans.find(run.block, chunk).is_some()))
-    }
-
-    fn remote_label(&self, block: u32) -> u64 {
-        self.remote.get(block as usize).map_or(0, |record| record.label)
-    }
-
-    fn write(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
-        self.wait_for_zeroing(run, stop)?;
-        let keys = self.keys(run, stop)?;
-        let chunk = chunk_of(run.range.start);
-        let queue = self.queue_of(run.block, chunk);
-        while self.channel(queue).room() == 0 {
-            self.channel(queue).ring()?;
-            if !self.pump()? && self.channel(queue).room() == 0 {
-                self.channel(queue).rest(stop)?;
-            }
-        }
-        if let Some(span) = keys.span {
-            self.spans.posted(span);
-        }
-        if !self.data.is_empty() {
-            *self.chunk_flights.entry((run.block, chunk)).or_default() += 1;
-        }
-        let request = WriteRequest {
-            id: 0,
-            lkey: keys.lkey,
-            from: keys.from,
-            len: run.len() as u32,
-            rkey: keys.rkey,
-            to: keys.to,
-            signalled: false,
-        };
-        let note = WriteNote { span: keys.span, block: run.block, chunk, ticket: run.ticket };
-        self.channel(queue).write(request, note)
-    }
-
-    /// The keys for a run inside one chunk; asks the destination if there are none yet.
-    fn keys(&mut self, run: &Run, stop: &Stop) -> Result<Keys, HooksError> {
-        if let Some(pinned) = self.pinned.get(run.block as usize) {
-            return Ok(Keys {
-                lkey: pinned.local.lkey,
-                from: pinned.local.address + run.range.start,
-                rkey: pinned.rkey,
-                to: pinned.base + run.range.start,
-                span: None,
-            });
-        }
-        let chunk = chunk_of(run.range.start);
-        let id = match self.spans.find(run.block, chunk) {
-            Some(id) => id,
-            None => self.register(run.block, chunk, stop)?,
-        };
-        let span = self.spans.get(id).ok_or(HooksError::OutOfOrder("a registration vanished"))?;
-        Ok(Keys {
-            lkey: span.local.lkey,
-            from: span.local.address + (run.range.start - span.first * CHUNK_BYTES),
-            rkey: span.rkey,
-            to: span.base + run.range.start,
-            span: Some(id),
-        })
-    }
-
-    fn register(&mut self, block: u32, chunk: u64, stop: &Stop) -> Result<SpanId, HooksError> {
-        let count = self.spans.plan(block, chunk);
-        self.make_room(self.spans.bytes_of(block, chunk, count), stop)?;
-        let ram = &self.blocks[block as usize];
-        let length = ram.region.len();
-        let range =
-            chunk_range(length, chunk, count).ok_or(HooksError::OutOfOrder("a chunk past its block"))?;
-        let region = ram.part(range.clone())?;
-        let key = self.remote_label(block) + range.start;
-        let record = RegisterRecord { key, block, extra_chunks: count - 1 };
-        self.main.send(&Message::RegisterRequest(vec![record]), stop)?;
-        // This end registers while the other one does.
-        let endpoint = self.main.channel.endpoint();
-        let local = endpoint.register(&region, Access::Read, AddressBase::Host)?;
-        self.main.channel.counters.registrations += 1;
-        self.main.channel.counters.registered_bytes += region.len();
-        let result = match self.reply(stop)? {
-            Message::RegisterResult { results, .. } => results.first().copied().unwrap_or_default(),
-            other => return Err(HooksError::unexpected(other.kind(), "waiting for a key")),
-        };
-        let name = || self.blocks[block as usize].name.clone();
-        if result.rkey == 0 {
-            return Err(HooksError::NoKey { block: name(), chunk });
-        }
-        if result.block_base.checked_add(length).is_none() {
-            let base = result.block_base;
-            return Err(BlockError::Wraps { name: name(), base, label: 0, length }.into());
-        }
-        Ok(self.spans.insert(block, chunk, count, result.rkey, result.block_base, local))
-    }
-
-    /// Gives registrations back until `bytes` more fit the pin budget.
-    fn make_room(&mut self, bytes: u64, stop: &Stop) -> Result<(), HooksError> {
-        loop {
-            match self.spans.victim(bytes) {
-                Ok(None) => return Ok(()),
-                Ok(Some(id)) => self.unregister(id, stop)?,
-                Err(AllBusy) => {
-                    let queue = self.busiest();
-                    self.ring()?;
-                    if !self.pump()? {
-                        self.channel(queue).rest(stop)?;
-                    }
-                }
-            }
-        }
-    }
-
-    fn unregister(&mut self, id: SpanId, stop: &Stop) -> Result<(), HooksError> {
-        let Some(span) = self.spans.remove(id) else { return Ok(()) };
-        let record = RegisterRecord { key: span.first, block: span.block, extra_chunks: 0 };
-        self.main.send(&Message::UnregisterRequest(vec![record]), stop)?;
-        drop(span);
-        self.main.channel.counters.unregistrations += 1;
-        match self.reply(stop)? {
-            Message::UnregisterFinished { .. } => Ok(()),
-            other => Err(HooksError::unexpected(other.kind(), "giving a key back")),
-        }
-    }
-
-    fn reply(&mut self, stop: &Stop) -> Result<Message<'static>, HooksError> {
-        let reply = self.main.reply(stop)?;
-        self.settle();
-        Ok(reply)
-    }
-
-    /// The destination zeroes in its own time: a write into the same range waits until it has.
-    fn wait_for_zeroing(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
-        let overlaps = |zeroing: &Zeroing| {
-            zeroing.block == run.block
-                && zeroing.range.start < run.range.end
-                && run.range.start < zeroing.range.end
-        };
-        let Some(message) = self.zeroing.iter().filter(|z| overlaps(z)).map(|z| z.message).max() else {
-            return Ok(());
-        };
-        self.main.wait_for(stop, |main| main.is_finished(message).then_some(()))?;
-        self.settle();
-        Ok(())
-    }
-
-    /// Writes on other queue pairs know no order with a message on the main one: before a range is zeroed, writes in
-    /// flight to its chunks complete.
-    fn wait_for_chunks(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
-        if self.data.is_empty() {
-            return Ok(());
-        }
-        for chunk in chunk_of(run.range.start)..=chunk_of(run.range.end - 1) {
-            let queue = self.queue_of(run.block, chunk);
-            while queue > 0 && self.chunk_flights.contains_key(&(run.block, chunk)) {
-                self.channel(queue).ring()?;
-                if !self.pump()? {
-                    self.channel(queue).rest(stop)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// A chunk's writes all take one queue pair, so they keep their order.
-    fn queue_of(&self, block: u32, chunk: u64) -> usize {
-        let queues = self.queue_pairs() as u64;
-        ((chunk + u64::from(block)) % queues) as usize
-    }
-
     fn channel(&mut self, queue: usize) -> &mut Channel {
         match queue.checked_sub(1) {
             Some(data) => &mut self.data[data],
@@ -604,6 +308,7 @@ impl SourceHooks {
             }
         }
         self.settle();
+        self.take_keys_ahead()?;
         Ok(news)
     }
 
@@ -654,40 +359,6 @@ impl SourceHooks {
         self.main.send(&Message::RegisterFinished, stop)?;
         self.settle();
         self.round = Round::Closed;
-        Ok(())
-    }
-
-    fn flush_pages(&mut self, stop: &Stop) -> Result<(), HooksError> {
-        if let Some(run) = self.merger.take() {
-            self.write_out(run, stop)?;
-        }
-        self.ring()
-    }
-
-    fn exchange_blocks(&mut self, stop: &Stop) -> Result<(), HooksError> {
-        self.main.send(&Message::RamBlocksRequest, stop)?;
-        let mut locals = Vec::new();
-        if self.granted.pin_all {
-            for block in &self.blocks {
-                let endpoint = self.main.channel.endpoint();
-                locals.push(endpoint.register(&block.region, Access::Read, AddressBase::Host)?);
-                self.main.channel.counters.registrations += 1;
-                self.main.channel.counters.registered_bytes += block.region.len();
-            }
-        }
-        let records = match self.reply(stop)? {
-            Message::RamBlocksResult(records) => records,
-            other => return Err(HooksError::unexpected(other.kind(), "waiting for the block table")),
-        };
-        check_records(&self.blocks, &records)?;
-        for (index, local) in locals.into_iter().enumerate() {
-            let (rkey, base) = (records[index].rkey, records[index].base);
-            if rkey == 0 {
-                return Err(HooksError::NoKey { block: self.blocks[index].name.clone(), chunk: 0 });
-            }
-            self.pinned.push(Pinned { local, rkey, base });
-        }
-        self.remote = records;
         Ok(())
     }
 

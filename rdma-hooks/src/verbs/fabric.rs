@@ -232,3 +232,17 @@ impl Drop for VerbsIncoming {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r10_the_peer_may_try_for_ever_towards_us_and_we_try_seven_times() {
+        let params =
+            ConnectParams { private_data: vec![7; 80], receives: 1, receive_bytes: 1, send_depth: 1 };
+        let conn = conn_param(&params, 0, READS);
+        assert_eq!((conn.retry_count, conn.rnr_retry_count, conn.flow_control), (7, 7, 0));
+        assert_eq!(conn.private_data_len, 56, "no more than a request carries");
+    }
+}

@@ -12,6 +12,7 @@ use rdma_hooks::{
     PageContent, RamBlock, RamControl, RegionMemory, SourceConfig, SourceHooks, Stop, Ticket,
 };
 
+pub mod device;
 pub mod fuzz_bodies;
 pub mod mapped;
 pub mod scripted;

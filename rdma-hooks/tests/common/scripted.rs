@@ -22,9 +22,20 @@ pub struct Script {
     pub sent: Vec<Vec<u8>>,
     /// Writes of the hooks.
     pub writes: Vec<WriteRequest>,
+    /// Kinds of messages and lengths of writes, in the order in which they were posted.
+    pub order: Vec<Posted>,
+    /// Receive buffers that were posted with the connection.
+    pub receives: usize,
     /// Registered bytes now.
     pub registered: u64,
     next_key: u32,
+}
+
+/// Something the hooks posted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Posted {
+    Message(u32),
+    Write(u32),
 }
 
 pub type Shared = Arc<Mutex<Script>>;
@@ -58,6 +69,7 @@ impl Scripted {
 
     fn connected(&self, params: &ConnectParams) -> Box<dyn Endpoint> {
         let free = (0..params.receives).collect();
+        self.script.lock().unwrap().receives = params.receives;
         Box::new(Self { free, slots: vec![Vec::new(); params.receives], ..self.clone() })
     }
 }
@@ -105,14 +117,19 @@ impl Endpoint for Scripted {
     }
 
     fn post_writes(&mut self, chain: &[WriteRequest]) -> Result<(), FabricError> {
-        self.script.lock().unwrap().writes.extend_from_slice(chain);
+        let mut script = self.script.lock().unwrap();
+        script.writes.extend_from_slice(chain);
+        script.order.extend(chain.iter().map(|write| Posted::Write(write.len)));
         let signalled = chain.iter().filter(|write| write.signalled);
         self.done.extend(signalled.map(|write| Completion::Done { id: write.id }));
         Ok(())
     }
 
     fn post_send(&mut self, id: u64, parts: &[&[u8]]) -> Result<(), FabricError> {
-        self.script.lock().unwrap().sent.push(parts.concat());
+        let message = parts.concat();
+        let mut script = self.script.lock().unwrap();
+        script.order.push(Posted::Message(u32::from_be_bytes(message[4..8].try_into().unwrap())));
+        script.sent.push(message);
         self.done.push(Completion::Done { id });
         Ok(())
     }

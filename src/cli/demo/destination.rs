@@ -140,11 +140,9 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     println!("{}", listener.address());
     let channel = listener.accept(&local_options(), &stop.within(Duration::from_secs(60)))?;
     drop(listener);
-    let (source, back) = channel.split();
     let control = Box::new(guest.clone());
-    let settings = DestinationSettings::default();
     let session =
-        DestinationSession::new(Box::new(source), Some(Box::new(back)), Box::new(memory), control, settings);
+        DestinationSession::over(channel, Box::new(memory), control, DestinationSettings::default());
     let report = session.with_cancel(cancel).run();
     let mut verdict = Verdict {
         ran: report.ending == Ending::Running,

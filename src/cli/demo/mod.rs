@@ -15,7 +15,7 @@ use ramwire::guest::{DirtySource, GuestControl, WrittenPages, choose};
 use ramwire::session::{SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, InlineLink, connect};
+use ramwire::transport::{Address, connect};
 use ramwire::units::{Percent, Rate};
 
 use self::blocks::BlockSpec;
@@ -144,11 +144,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let channel = connect(&address, &super::common::local_options(), &Stop::on(&cancel))?;
     guest.resume()?;
 
-    let (sink, mut back) = channel.split();
-    // Every wait for an answer has an end of its own; the one for RUNNING is longer than a stall may be.
-    back.set_stall(None);
-    let link = Box::new(InlineLink::new(Box::new(sink), memory.clone()));
-    let connection = SourceConnection { link, back: Some(Box::new(back)) };
+    let connection = SourceConnection::over(channel, memory.clone());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: Box::new(guest.clone()) };
     let mut settings =
         SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });

@@ -1,0 +1,212 @@
+//! Keys to write with: asked for chunk by chunk, ahead of a walk, or for everything at once.
+
+use super::SourceHooks;
+use crate::blocks::{BlockError, check_records};
+use crate::chunk::{AllBusy, CHUNK_BYTES, Run, SpanId, chunk_of, chunk_range};
+use crate::control::{Message, RegisterRecord};
+use crate::fabric::{Access, AddressBase, Registration};
+use crate::hooks::HooksError;
+use crate::stop::Stop;
+
+/// A whole block registered at both ends.
+#[derive(Debug)]
+pub(super) struct Pinned {
+    pub(super) local: Registration,
+    rkey: u32,
+    base: u64,
+}
+
+/// What a write needs besides the bytes' place in the block.
+pub(super) struct Keys {
+    pub(super) lkey: u32,
+    pub(super) from: u64,
+    pub(super) rkey: u32,
+    pub(super) to: u64,
+    pub(super) span: Option<SpanId>,
+}
+
+/// A request for keys that is on its way.
+#[derive(Debug)]
+pub(super) struct Asked {
+    block: u32,
+    first: u64,
+    count: u64,
+    /// This end's registration of the same chunks.
+    local: Registration,
+}
+
+impl SourceHooks {
+    pub(super) fn remote_label(&self, block: u32) -> u64 {
+        self.remote.get(block as usize).map_or(0, |record| record.label)
+    }
+
+    /// The keys for a run inside one chunk; asks the destination if there are none yet.
+    pub(super) fn keys(&mut self, run: &Run, stop: &Stop) -> Result<Keys, HooksError> {
+        if let Some(pinned) = self.pinned.get(run.block as usize) {
+            return Ok(Keys {
+                lkey: pinned.local.lkey,
+                from: pinned.local.address + run.range.start,
+                rkey: pinned.rkey,
+                to: pinned.base + run.range.start,
+                span: None,
+            });
+        }
+        let chunk = chunk_of(run.range.start);
+        let id = match self.spans.find(run.block, chunk) {
+            Some(id) => id,
+            None => self.register(run.block, chunk, stop)?,
+        };
+        let span = self.spans.get(id).ok_or(HooksError::OutOfOrder("a registration vanished"))?;
+        Ok(Keys {
+            lkey: span.local.lkey,
+            from: span.local.address + (run.range.start - span.first * CHUNK_BYTES),
+            rkey: span.rkey,
+            to: span.base + run.range.start,
+            span: Some(id),
+        })
+    }
+
+    fn register(&mut self, block: u32, chunk: u64, stop: &Stop) -> Result<SpanId, HooksError> {
+        self.wait_for_keys_ahead(stop)?;
+        if let Some(id) = self.spans.find(block, chunk) {
+            return Ok(id);
+        }
+        let count = self.spans.plan(block, chunk);
+        self.make_room(self.spans.bytes_of(block, chunk, count), stop)?;
+        let asked = self.ask(block, chunk, count, stop)?;
+        let reply = self.reply(stop)?;
+        self.take_keys(asked, reply)
+    }
+
+    /// Asks for the next span while the current one is being written, so that a walk in address order never waits for
+    /// keys. Only behind a walk that has gone on at least once, with a credit at hand and room in the pin budget.
+    pub(super) fn ask_ahead(&mut self, id: SpanId, chunk: u64, stop: &Stop) -> Result<(), HooksError> {
+        let Some(span) = self.spans.get(id) else { return Ok(()) };
+        let (block, next) = (span.block, span.first + span.chunks);
+        let is_late = span.chunks >= 2 && chunk >= span.first + span.chunks / 2;
+        if !is_late || self.asked.is_some() || !self.main.has_credit() || !self.spans.goes_on(block, next) {
+            return Ok(());
+        }
+        let count = self.spans.plan(block, next);
+        if self.spans.victim(self.spans.bytes_of(block, next, count)) == Ok(None) {
+            self.asked = Some(self.ask(block, next, count, stop)?);
+        }
+        Ok(())
+    }
+
+    /// Takes in keys that were asked for ahead, if they are here.
+    pub(super) fn take_keys_ahead(&mut self) -> Result<(), HooksError> {
+        if self.asked.is_some()
+            && let Some(reply) = self.main.take_reply()
+            && let Some(asked) = self.asked.take()
+        {
+            self.take_keys(asked, reply)?;
+        }
+        Ok(())
+    }
+
+    /// Answers come in order: one that was asked for ahead comes first.
+    fn wait_for_keys_ahead(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        if let Some(asked) = self.asked.take() {
+            let reply = self.reply(stop)?;
+            self.take_keys(asked, reply)?;
+        }
+        Ok(())
+    }
+
+    fn ask(&mut self, block: u32, chunk: u64, count: u64, stop: &Stop) -> Result<Asked, HooksError> {
+        let ram = &self.blocks[block as usize];
+        let range = chunk_range(ram.region.len(), chunk, count);
+        let range = range.ok_or(HooksError::OutOfOrder("a chunk past its block"))?;
+        let region = ram.part(range.clone())?;
+        let key = self.remote_label(block) + range.start;
+        let record = RegisterRecord { key, block, extra_chunks: count - 1 };
+        self.main.send(&Message::RegisterRequest(vec![record]), stop)?;
+        // This end registers while the other one does.
+        let endpoint = self.main.channel.endpoint();
+        let local = endpoint.register(&region, Access::Read, AddressBase::Host)?;
+        self.main.channel.counters.registrations += 1;
+        self.main.channel.counters.registered_bytes += region.len();
+        Ok(Asked { block, first: chunk, count, local })
+    }
+
+    fn take_keys(&mut self, asked: Asked, reply: Message<'_>) -> Result<SpanId, HooksError> {
+        let Asked { block, first, count, local } = asked;
+        let result = match reply {
+            Message::RegisterResult { results, .. } => results.first().copied().unwrap_or_default(),
+            other => return Err(HooksError::unexpected(other.kind(), "waiting for a key")),
+        };
+        let ram = &self.blocks[block as usize];
+        let (name, length) = (|| ram.name.clone(), ram.region.len());
+        if result.rkey == 0 {
+            return Err(HooksError::NoKey { block: name(), chunk: first });
+        }
+        if result.block_base.checked_add(length).is_none() {
+            let base = result.block_base;
+            return Err(BlockError::Wraps { name: name(), base, label: 0, length }.into());
+        }
+        Ok(self.spans.insert(block, first, count, result.rkey, result.block_base, local))
+    }
+
+    /// Gives registrations back until `bytes` more fit the pin budget.
+    fn make_room(&mut self, bytes: u64, stop: &Stop) -> Result<(), HooksError> {
+        loop {
+            match self.spans.victim(bytes) {
+                Ok(None) => return Ok(()),
+                Ok(Some(id)) => self.unregister(id, stop)?,
+                Err(AllBusy) => {
+                    let queue = self.busiest();
+                    self.ring()?;
+                    if !self.pump()? {
+                        self.channel(queue).rest(stop)?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn unregister(&mut self, id: SpanId, stop: &Stop) -> Result<(), HooksError> {
+        let Some(span) = self.spans.remove(id) else { return Ok(()) };
+        let record = RegisterRecord { key: span.first, block: span.block, extra_chunks: 0 };
+        self.main.send(&Message::UnregisterRequest(vec![record]), stop)?;
+        drop(span);
+        self.main.channel.counters.unregistrations += 1;
+        match self.reply(stop)? {
+            Message::UnregisterFinished { .. } => Ok(()),
+            other => Err(HooksError::unexpected(other.kind(), "giving a key back")),
+        }
+    }
+
+    fn reply(&mut self, stop: &Stop) -> Result<Message<'static>, HooksError> {
+        let reply = self.main.reply(stop)?;
+        self.settle();
+        Ok(reply)
+    }
+
+    pub(super) fn exchange_blocks(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        self.main.send(&Message::RamBlocksRequest, stop)?;
+        let mut locals = Vec::new();
+        if self.granted.pin_all {
+            for block in &self.blocks {
+                let endpoint = self.main.channel.endpoint();
+                locals.push(endpoint.register(&block.region, Access::Read, AddressBase::Host)?);
+                self.main.channel.counters.registrations += 1;
+                self.main.channel.counters.registered_bytes += block.region.len();
+            }
+        }
+        let records = match self.reply(stop)? {
+            Message::RamBlocksResult(records) => records,
+            other => return Err(HooksError::unexpected(other.kind(), "waiting for the block table")),
+        };
+        check_records(&self.blocks, &records)?;
+        for (index, local) in locals.into_iter().enumerate() {
+            let (rkey, base) = (records[index].rkey, records[index].base);
+            if rkey == 0 {
+                return Err(HooksError::NoKey { block: self.blocks[index].name.clone(), chunk: 0 });
+            }
+            self.pinned.push(Pinned { local, rkey, base });
+        }
+        self.remote = records;
+        Ok(())
+    }
+}

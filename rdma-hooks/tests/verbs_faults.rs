@@ -1,0 +1,397 @@
+//! What goes wrong on a real verbs device: dead peers, a device that goes away, a link that goes down, a limit.
+//!
+//! Needs a device (see `verbs.rs`). The part that takes the device away runs only on a machine that is thrown away
+//! afterwards (`RAMWIRE_IN_GUEST`), as root, with a soft-RoCE device `rxe0` over `dummy0`.
+
+#![cfg(feature = "verbs")]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::device::address;
+use common::mapped::Mapped;
+use common::{Guest, Plan, Ram, receive, send};
+use rdma_hooks::control::Kind;
+use rdma_hooks::fabric::{
+    Access, AddressBase, Completion, ConnectParams, Endpoint, Incoming, Limits, LinkState, Listener,
+    Registration, WriteRequest,
+};
+use rdma_hooks::verbs::VerbsFabric;
+use rdma_hooks::{Counters, Fabric, FabricError, HooksError, HostRegion, SourceConfig, Stop};
+
+/// A fabric whose process dies when it sends the second message of a kind (or the first, if there is but one).
+struct Dying {
+    inner: VerbsFabric,
+    kind: Kind,
+}
+
+struct DyingEndpoint {
+    inner: Box<dyn Endpoint>,
+    kind: Kind,
+    left: u32,
+}
+
+struct DyingListener {
+    inner: Box<dyn Listener>,
+    kind: Kind,
+}
+
+struct DyingIncoming {
+    inner: Box<dyn Incoming>,
+    kind: Kind,
+}
+
+fn dying(inner: Box<dyn Endpoint>, kind: Kind) -> Box<dyn Endpoint> {
+    let once = matches!(kind, Kind::RamBlocksRequest | Kind::RamBlocksResult);
+    Box::new(DyingEndpoint { inner, kind, left: if once { 1 } else { 2 } })
+}
+
+impl Fabric for Dying {
+    fn connect(
+        &self,
+        host: &str,
+        port: u16,
+        params: &ConnectParams,
+        stop: &Stop,
+    ) -> Result<Box<dyn Endpoint>, FabricError> {
+        Ok(dying(self.inner.connect(host, port, params, stop)?, self.kind))
+    }
+
+    fn listen(&self, host: &str, port: u16) -> Result<Box<dyn Listener>, FabricError> {
+        Ok(Box::new(DyingListener { inner: self.inner.listen(host, port)?, kind: self.kind }))
+    }
+
+    fn now(&self) -> Instant {
+        self.inner.now()
+    }
+}
+
+impl Listener for DyingListener {
+    fn port(&self) -> u16 {
+        self.inner.port()
+    }
+
+    fn next_request(&mut self, stop: &Stop) -> Result<Box<dyn Incoming>, FabricError> {
+        Ok(Box::new(DyingIncoming { inner: self.inner.next_request(stop)?, kind: self.kind }))
+    }
+}
+
+impl Incoming for DyingIncoming {
+    fn private_data(&self) -> &[u8] {
+        self.inner.private_data()
+    }
+
+    fn peer(&self) -> Option<SocketAddr> {
+        self.inner.peer()
+    }
+
+    fn accept(
+        self: Box<Self>,
+        params: &ConnectParams,
+        stop: &Stop,
+    ) -> Result<Box<dyn Endpoint>, FabricError> {
+        Ok(dying(self.inner.accept(params, stop)?, self.kind))
+    }
+}
+
+impl Endpoint for DyingEndpoint {
+    fn private_data(&self) -> &[u8] {
+        self.inner.private_data()
+    }
+
+    fn limits(&self) -> Limits {
+        self.inner.limits()
+    }
+
+    fn now(&self) -> Instant {
+        self.inner.now()
+    }
+
+    fn register(
+        &self,
+        region: &HostRegion,
+        access: Access,
+        base: AddressBase,
+    ) -> Result<Registration, FabricError> {
+        self.inner.register(region, access, base)
+    }
+
+    fn post_writes(&mut self, chain: &[WriteRequest]) -> Result<(), FabricError> {
+        self.inner.post_writes(chain)
+    }
+
+    fn post_send(&mut self, id: u64, parts: &[&[u8]]) -> Result<(), FabricError> {
+        if parts[0][4..8] == (self.kind as u32).to_be_bytes() {
+            self.left -= 1;
+            if self.left == 0 {
+                println!("dying");
+                std::process::abort();
+            }
+        }
+        self.inner.post_send(id, parts)
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), FabricError> {
+        self.inner.poll(out)
+    }
+
+    fn received(&self, slot: usize) -> &[u8] {
+        self.inner.received(slot)
+    }
+
+    fn repost(&mut self, slot: usize) -> Result<(), FabricError> {
+        self.inner.repost(slot)
+    }
+
+    fn wait(&mut self, at_most: Duration) -> Result<(), FabricError> {
+        self.inner.wait(at_most)
+    }
+
+    fn link(&mut self) -> Result<LinkState, FabricError> {
+        self.inner.link()
+    }
+
+    fn disconnect(&mut self) {
+        self.inner.disconnect();
+    }
+}
+
+/// A small pin budget, so that every kind of message is sent.
+fn plan() -> Plan {
+    let source = SourceConfig { pin_budget_bytes: Some(2 << 20), ..SourceConfig::default() };
+    Plan { source, rounds: 2, ..Plan::default() }
+}
+
+/// Round after round until something breaks.
+fn endless() -> Plan {
+    Plan { rounds: u64::MAX, ..plan() }
+}
+
+/// Runs this program again, as one end that dies.
+fn spawn(role: &str, detail: &str) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_other_process", "--nocapture"])
+        .env("RDMA_HOOKS_ROLE", role)
+        .env("RDMA_HOOKS_DETAIL", detail)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let said = BufReader::new(child.stdout.take().unwrap());
+    (child, said)
+}
+
+/// Not a test of its own: the end that dies, or that is limited.
+#[test]
+fn the_other_process() {
+    let Ok(role) = std::env::var("RDMA_HOOKS_ROLE") else { return };
+    let detail = std::env::var("RDMA_HOOKS_DETAIL").unwrap();
+    let address = address().unwrap();
+    let mut words = detail.split_whitespace().map(|word| word.parse::<u32>().unwrap());
+    let mut word = || words.next().unwrap();
+    let inner = VerbsFabric::open().unwrap();
+    match role.as_str() {
+        "source" => {
+            let fabric = Dying { inner, kind: Kind::from_wire(word()).unwrap() };
+            let mut guest = busy_guest();
+            let port = word() as u16;
+            let _ = send(&fabric, &address, port, &mut guest, &plan(), &mut Counters::default());
+        }
+        "destination" => {
+            let fabric = Dying { inner, kind: Kind::from_wire(word()).unwrap() };
+            let listener = fabric.listen(&address, 0).unwrap();
+            println!("port {}", listener.port());
+            let _ = receive(&fabric, listener, &Ram::<Mapped>::zeros(), &plan());
+        }
+        "endless source" => {
+            let mut guest = busy_guest();
+            let sent =
+                send(&inner, &address, word() as u16, &mut guest, &endless(), &mut Counters::default());
+            println!("said {}", sent.unwrap_err());
+        }
+        "endless destination" => {
+            let listener = inner.listen(&address, 0).unwrap();
+            println!("port {}", listener.port());
+            let received = receive(&inner, listener, &Ram::<Mapped>::zeros(), &endless());
+            println!("said {}", received.unwrap_err());
+        }
+        "limited" => {
+            let lock = inner.memory_lock();
+            println!("limit {lock:?}");
+            let mut guest = busy_guest();
+            let sent = send(&inner, &address, word() as u16, &mut guest, &plan(), &mut Counters::default());
+            println!("said {}", sent.unwrap_err());
+        }
+        other => panic!("role {other}"),
+    }
+}
+
+fn busy_guest() -> Guest<Mapped> {
+    let mut guest = Guest::new(7);
+    for _ in 0..3 {
+        guest.run(60);
+    }
+    guest
+}
+
+/// What the kernel lists of a kind of RDMA resource.
+fn resources(kind: &str) -> Vec<u8> {
+    Command::new("rdma").args(["resource", "show", kind]).output().expect("rdma").stdout
+}
+
+fn registrations() -> usize {
+    String::from_utf8_lossy(&resources("mr")).lines().filter(|line| line.contains("mrn")).count()
+}
+
+mod in_rxe_guest {
+    use super::*;
+
+    #[test]
+    #[ignore = "runs in ci/rxe-guest"]
+    fn r54_a_peer_that_dies_at_any_kind_of_message_is_noticed_in_seconds() {
+        let address = address().expect("a device");
+        use Kind::{
+            Compress, RamBlocksRequest, RamBlocksResult, Ready, RegisterFinished, RegisterRequest,
+            RegisterResult, Stream, UnregisterFinished, UnregisterRequest,
+        };
+        for kind in [Stream, RamBlocksRequest, Compress, RegisterRequest, RegisterFinished, UnregisterRequest]
+        {
+            let fabric = VerbsFabric::open().unwrap();
+            let listener = fabric.listen(&address, 0).unwrap();
+            let (mut child, mut said) = spawn("source", &format!("{} {}", kind as u32, listener.port()));
+            let target = Ram::<Mapped>::zeros();
+            let (ended, noticed) = std::thread::scope(|scope| {
+                let survivor = scope.spawn(|| (receive(&fabric, listener, &target, &plan()), Instant::now()));
+                let died = wait_for_death(&mut child, &mut said);
+                let (ended, at) = survivor.join().unwrap();
+                (ended, at.saturating_duration_since(died))
+            });
+            println!(
+                "source dies at {kind:?}: destination says after {noticed:?}: {}",
+                ended.as_ref().unwrap_err()
+            );
+            assert_gone(&ended.unwrap_err(), noticed);
+        }
+        for kind in [Ready, RamBlocksResult, RegisterResult, UnregisterFinished] {
+            let fabric = VerbsFabric::open().unwrap();
+            let (mut child, mut said) = spawn("destination", &(kind as u32).to_string());
+            let port = find(&mut said, "port ").expect("port").parse().unwrap();
+            let mut guest = busy_guest();
+            let (ended, noticed) = std::thread::scope(|scope| {
+                let survivor = scope.spawn(|| {
+                    let sent = send(&fabric, &address, port, &mut guest, &plan(), &mut Counters::default());
+                    (sent, Instant::now())
+                });
+                let died = wait_for_death(&mut child, &mut said);
+                let (ended, at) = survivor.join().unwrap();
+                (ended, at.saturating_duration_since(died))
+            });
+            println!(
+                "destination dies at {kind:?}: source says after {noticed:?}: {}",
+                ended.as_ref().unwrap_err()
+            );
+            assert_gone(&ended.unwrap_err(), noticed);
+        }
+        assert_eq!(registrations(), 0, "registrations are left");
+    }
+
+    fn assert_gone(error: &HooksError, noticed: Duration) {
+        assert!(
+            matches!(error, HooksError::Fabric(FabricError::Disconnected | FabricError::Completion { .. })),
+            "{error:?}"
+        );
+        assert!(noticed < Duration::from_secs(5), "{noticed:?}");
+    }
+
+    fn find(said: &mut impl BufRead, start: &str) -> Option<String> {
+        said.lines()
+            .map_while(Result::ok)
+            .find_map(|line| line.split_once(start).map(|(_, rest)| rest.to_owned()))
+    }
+
+    fn wait_for_death(child: &mut Child, said: &mut impl BufRead) -> Instant {
+        find(said, "dying").expect("the other process dies as told");
+        let died = Instant::now();
+        child.wait().unwrap();
+        died
+    }
+
+    #[test]
+    #[ignore = "runs in ci/rxe-guest"]
+    fn w31_a_limit_on_locked_memory_is_an_error_that_names_the_remedy() {
+        let address = address().expect("a device");
+        let fabric = VerbsFabric::open().unwrap();
+        let listener = fabric.listen(&address, 0).unwrap();
+        // For root the limit counts only without the capability that lifts it.
+        let script = "ulimit -l 64; exec setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock \"$0\" \"$@\"";
+        let output = Command::new("bash")
+            .args(["-c", script])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "the_other_process", "--nocapture"])
+            .env("RDMA_HOOKS_ROLE", "limited")
+            .env("RDMA_HOOKS_DETAIL", listener.port().to_string())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        println!("{said}");
+        assert!(said.contains("limit_bytes: Some(65536), is_lifted: false"), "{said}");
+        assert!(said.contains("ulimit -l") && said.contains("CAP_IPC_LOCK"), "{said}");
+    }
+
+    fn system(command: &str) {
+        assert!(Command::new("bash").args(["-c", command]).status().unwrap().success(), "{command}");
+    }
+
+    /// Breaks something under a migration of two other processes: a device that is taken away may wait until every
+    /// process that used it is gone. Returns what the two said, and how long they took.
+    fn break_while_migrating(how: &str, mend: &str) -> (String, String, Duration) {
+        let (mut there, mut destination) = spawn("endless destination", "");
+        let port = find(&mut destination, "port ").expect("port");
+        let (mut here, mut source) = spawn("endless source", &port);
+        let connected = || String::from_utf8_lossy(&resources("qp")).matches("state RTS").count() >= 2;
+        let until = Instant::now() + Duration::from_secs(30);
+        while !connected() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        std::thread::sleep(Duration::from_secs(3));
+        assert!(here.try_wait().unwrap().is_none() && there.try_wait().unwrap().is_none(), "they migrate");
+        let at = Instant::now();
+        let mut breaking = Command::new("bash").args(["-c", how]).spawn().unwrap();
+        let said = [find(&mut source, "said "), find(&mut destination, "said ")];
+        let took = at.elapsed();
+        here.wait().unwrap();
+        there.wait().unwrap();
+        assert!(breaking.wait().unwrap().success(), "{how}");
+        system(mend);
+        let [source, destination] = said.map(|said| said.expect("an error, not a crash"));
+        (source, destination, took)
+    }
+
+    #[test]
+    #[ignore = "runs in ci/rxe-guest"]
+    fn a_device_that_goes_away_and_a_link_that_goes_down_end_both_sides_in_seconds() {
+        let address = address().expect("a device");
+        assert!(
+            std::env::var_os("RAMWIRE_IN_GUEST").is_some(),
+            "only in a guest: this takes the device away"
+        );
+        let faults = [
+            ("ip link set dummy0 down", "ip link set dummy0 up; sleep 1"),
+            ("rdma link delete rxe0", "rdma link add rxe0 type rxe netdev dummy0; sleep 1"),
+        ];
+        for (how, mend) in faults {
+            let (source, destination, took) = break_while_migrating(how, mend);
+            println!("{how}, after {took:?}: source: {source}; destination: {destination}");
+            assert!(took < Duration::from_secs(10), "{took:?}");
+            assert_eq!(registrations(), 0, "{how}: registrations are left");
+        }
+        // And everything works again.
+        let fabric = VerbsFabric::open().unwrap();
+        assert!(fabric.listen(&address, 0).is_ok());
+    }
+}
