@@ -75,7 +75,9 @@ fn pass(mut source: &TcpStream, mut destination: &TcpStream, when: When) {
         When::Silence | When::Flip(_) => u64::MAX,
     };
     let mut passed = 0;
-    source.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    // Only a source that waits for an answer in vain is silent; others end.
+    let silence = (when == When::Silence).then_some(Duration::from_secs(2));
+    source.set_read_timeout(silence).unwrap();
     let mut buffer = vec![0; 1 << 16];
     while left > 0 {
         let room = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -251,13 +253,12 @@ fn places(folder: &Path) -> Vec<(&'static str, u64, bool)> {
         .failed(Deadline::seconds(30), 0);
     let stream = std::fs::read(&file).unwrap();
     let mut parser = IncomingStream::new(IncomingConfig::default());
-    let (mut at, mut pages, mut blocks, mut tail) = (0, Vec::new(), 0, 0);
+    let (mut at, mut pages, mut blocks) = (0, Vec::new(), 0);
     while let Step::Event { consumed, event } = parser.next(&stream[at..]).unwrap() {
         match event {
             // Only of the first block, which is the file that is compared.
             Event::Page { block, .. } if block.0 == 0 => pages.push((at + consumed) as u64 - 4096 + COMMANDS),
             Event::Blocks(_) => blocks = at as u64 + COMMANDS,
-            Event::TailBytes(_) if tail == 0 => tail = at as u64 + COMMANDS,
             Event::Done => break,
             _ => {}
         }
@@ -273,7 +274,6 @@ fn places(folder: &Path) -> Vec<(&'static str, u64, bool)> {
         ("the first page", first, false),
         ("a page in the middle", middle + 2048, false),
         ("the last page", last + 4095, false),
-        ("the first device section's head", tail + 1, true),
         ("the VM description", end - 40, false),
     ]
 }
@@ -290,14 +290,14 @@ fn a_qemu_sees_a_flip_in_the_frame_and_none_in_a_page() {
             let (mut destination, uri) = waiting(dir.path(), version, "flip");
             let proxy = Proxy::start(&uri, When::Flip(at), || ());
             let arguments =
-                ["send", &proxy.uri, "--again", "--finish-timeout", "5", "--stall-timeout", "5", "--dir"];
+                ["send", &proxy.uri, "--again", "--finish-timeout", "20", "--stall-timeout", "20", "--dir"];
             let mut sender = Ramwire::start(dir.path(), &arguments, &folder);
             if seen {
-                let text = sender.failed(Deadline::seconds(20), 3);
+                let text = sender.failed(Deadline::seconds(30), 3);
                 println!("{version}: {what}, byte {at}: refused: {}", text.trim());
                 assert_eq!(state_of(&folder), "whole", "{version}: {what}: {text}");
             } else {
-                sender.failed(Deadline::seconds(20), 0);
+                sender.failed(Deadline::seconds(30), 0);
                 destination.wait_completed(Deadline::seconds(10));
                 let pages =
                     compare(&dir.path().join("ram"), &destination.ram).err().map_or(0, |found| found.pages);
