@@ -121,11 +121,11 @@ fn silent_after_ready(listener: &TcpListener) -> bool {
             turn = say(&mut source, &pongs);
         }
         // HELLO: type, number, length, two versions, the id, a flag.
-        if let (1, Some(at)) = (turn, find(&heard, &[8, 0x52, 1])) {
-            if let Some(body) = heard.get(at + 9..at + 26) {
-                let hello = Hello::ours(body[..16].try_into().unwrap(), body[16] == 1);
-                turn = say(&mut source, &[Message::Native(Answer::Hello(hello))]);
-            }
+        if let (1, Some(at)) = (turn, find(&heard, &[8, 0x52, 1]))
+            && let Some(body) = heard.get(at + 9..at + 26)
+        {
+            let hello = Hello::ours(body[..16].try_into().unwrap(), body[16] == 1);
+            turn = say(&mut source, &[Message::Native(Answer::Hello(hello))]);
         }
         if turn == 2 && find(&heard, &[8, 0x52, 2, 0, 0]).is_some() {
             turn = say(&mut source, &[Message::Native(Answer::Ready)]);
