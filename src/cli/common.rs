@@ -1,9 +1,11 @@
 //! What several commands share: options, numbers with units, signals, errors in words.
 
 use std::io::IsTerminal;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use ramwire::engine::{Outcome, Reason};
+use ramwire::observe::{SharedStatistics, Status};
 use ramwire::session::{ErrorKind, Peer, SourceReport};
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::{CancelToken, StopReason};
@@ -78,18 +80,42 @@ pub(super) fn human_bytes(bytes: u64) -> String {
     indicatif::HumanBytes(bytes).to_string()
 }
 
-/// The first SIGINT or SIGTERM cancels, a second one exits at once.
-pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) {
+/// Tells the signal thread how far the source's session is.
+#[derive(Clone, Default)]
+pub(super) struct SignalWatch(Arc<OnceLock<SharedStatistics>>);
+
+impl SignalWatch {
+    /// From here on a signal knows whether the guest was given away.
+    pub(super) fn follow(&self, statistics: SharedStatistics) {
+        // Only one session a process: a second would be a bug that costs an exit status, no more.
+        let _ = self.0.set(statistics);
+    }
+
+    fn is_committed(&self) -> bool {
+        self.0.get().is_some_and(|statistics| statistics.snapshot().status == Status::InDoubt)
+    }
+}
+
+/// The first SIGINT or SIGTERM cancels, a second one exits at once: 4, or 5 between COMMIT and RUNNING.
+pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
+    let watch = SignalWatch::default();
+    let seen = watch.clone();
     let Ok(mut signals) = Signals::new([SIGINT, SIGTERM]) else {
         tracing::warn!("no signal handler: a signal ends the process at once");
-        return;
+        return watch;
     };
     let spawned = std::thread::Builder::new().name("ramwire-signals".into()).spawn(move || {
         for (count, _) in signals.forever().enumerate() {
-            if count > 0 {
-                std::process::exit(4);
+            match (seen.is_committed(), count) {
+                (true, 0) => eprintln!("too late to cancel: the guest was given away; waiting until it runs"),
+                (true, _) => {
+                    eprintln!("in doubt: nobody has said that the guest runs; look at the destination");
+                    std::process::exit(5);
+                }
+                (false, 0) => {}
+                (false, _) => std::process::exit(4),
             }
-            if std::io::stderr().is_terminal() {
+            if count == 0 && std::io::stderr().is_terminal() {
                 eprintln!("cancelling; once more to exit without waiting");
             }
             tokens.iter().for_each(CancelToken::cancel);
@@ -98,6 +124,7 @@ pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) {
     if let Err(error) = spawned {
         tracing::warn!(%error, "no thread for signals: a signal ends the process at once");
     }
+    watch
 }
 
 /// Prints an error and every cause that its own text does not hold.

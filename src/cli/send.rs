@@ -118,7 +118,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
 
 fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
-    cancel_on_signal(vec![cancel.clone()]);
+    let signals = cancel_on_signal(vec![cancel.clone()]);
     let channel = connect(&args.uri, &args.timeouts.stream_options(), &Stop::on(&cancel))?;
     let memory = guest.memory();
     let connection = SourceConnection::over(channel, memory.clone());
@@ -126,6 +126,7 @@ fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error:
     let session = SourceSession::new(source, connection, settings(args, &guest)).with_cancel(cancel);
     // From here until the end is known a crash leaves a folder that says so.
     guest.mark(State::Sending)?;
+    signals.follow(session.statistics());
     let progress = Progress::follow(session.statistics());
     let report = session.run();
     drop(progress);

@@ -85,7 +85,10 @@ impl Figures {
             Action::SendState => Some(Part::State),
             Action::SendDigest => Some(Part::Digest),
             Action::AwaitReady => Some(Part::Ready),
-            Action::Commit => Some(Part::Handover),
+            Action::Commit => {
+                self.shared.update(|s| s.status = Status::InDoubt);
+                Some(Part::Handover)
+            }
             Action::Release | Action::Recover | Action::Finish(_) => {
                 self.close_part(now);
                 return;

@@ -1,10 +1,13 @@
 //! The command's signals, options and folders.
 
 use std::fs::{self, File};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use ramwire::stream::native::{Answer, GREETING, Hello, hello_pong};
+use ramwire::stream::qemu::return_path::Message;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::common::{
@@ -57,7 +60,7 @@ fn a_signal_cancels_whoever_waits() {
 }
 
 /// A demo whose first round takes a while.
-const LONG: [&str; 5] = ["demo", "--ram", "768M", "--zero", "0"];
+const LONG: [&str; 5] = ["demo", "--ram", "384M", "--zero", "0"];
 
 /// Waits until the demo's destination has got some pages; gives that process.
 fn destination_of(demo: &Ramwire) -> u32 {
@@ -96,6 +99,61 @@ fn a_demo_whose_destination_is_killed_says_so_and_the_guest_stays() {
     let report = demo.finished(Deadline::seconds(15), 3);
     assert_eq!(report["status"], "failed", "{report}");
     assert!(report["error"].as_str().unwrap().len() > 10, "{report}");
+}
+
+/// A destination that says READY and nothing after COMMIT. Ends when the source does; true if COMMIT came.
+fn silent_after_ready(listener: &TcpListener) -> bool {
+    let (mut source, _) = listener.accept().unwrap();
+    let (mut heard, mut buffer, mut said) = (Vec::new(), [0; 4096], 0);
+    let find = |heard: &[u8], what: &[u8]| heard.windows(what.len()).position(|at| at == what);
+    let mut say = |source: &mut std::net::TcpStream, messages: &[Message<'_>]| {
+        let mut out = Vec::new();
+        messages.iter().for_each(|message| message.encode(&mut out));
+        source.write_all(&out).unwrap();
+        said += 1;
+        said
+    };
+    let mut turn = 0;
+    while let Ok(got @ 1..) = source.read(&mut buffer) {
+        heard.extend_from_slice(&buffer[..got]);
+        if turn == 0 {
+            let pongs = [Message::Pong(GREETING), Message::Pong(hello_pong(1)), Message::Pong(1)];
+            turn = say(&mut source, &pongs);
+        }
+        // HELLO: type, number, length, two versions, the id, a flag.
+        if let (1, Some(at)) = (turn, find(&heard, &[8, 0x52, 1]))
+            && let Some(body) = heard.get(at + 9..at + 26)
+        {
+            let hello = Hello::ours(body[..16].try_into().unwrap(), body[16] == 1);
+            turn = say(&mut source, &[Message::Native(Answer::Hello(hello))]);
+        }
+        if turn == 2 && find(&heard, &[8, 0x52, 2, 0, 0]).is_some() {
+            turn = say(&mut source, &[Message::Native(Answer::Ready)]);
+        }
+    }
+    find(&heard, &[8, 0x52, 4]).is_some()
+}
+
+#[test]
+fn after_commit_a_signal_is_refused_and_a_second_one_leaves_the_outcome_in_doubt() {
+    let dir = scratch();
+    let ram = dir.path().join("ram");
+    fill(&ram, 1, Pattern::Zero);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let far = std::thread::spawn(move || silent_after_ready(&listener));
+    let block = format!("m0={}", ram.display());
+    let mut sender = Ramwire::start(dir.path(), &["--log", "trace", "send", &uri, "--ram"], &block);
+    let logged = |word: &'static str| {
+        Deadline::seconds(20).poll(word, || sender.errors(), || sender.errors().contains(word).then_some(()));
+    };
+    logged("AwaitRunning");
+    signal(sender.pid(), Signal::INT);
+    logged("too late to cancel");
+    signal(sender.pid(), Signal::INT);
+    let text = sender.failed(Deadline::seconds(10), 5);
+    assert!(text.contains("in doubt"), "{text}");
+    assert!(far.join().unwrap(), "COMMIT was said");
 }
 
 /// A folder that holds a guest of 2 MiB, and the file it came from.
@@ -143,7 +201,7 @@ fn a_folder_is_sent_only_when_it_may_be() {
     }
 
     put_state(&folder, "whole");
-    let lock = File::options().write(true).custom_flags(0).open(folder.join("lock")).unwrap();
+    let lock = File::options().write(true).open(folder.join("lock")).unwrap();
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
     let text = Ramwire::start(dir.path(), &["send", "tcp:127.0.0.1:1", "--dir"], &folder)
         .failed(Deadline::seconds(10), 3);

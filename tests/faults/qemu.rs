@@ -6,6 +6,7 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use ramwire::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
 use serde_json::json;
 
 use crate::common::{
@@ -24,6 +25,8 @@ const MACHINE: Machine = Machine::Q35;
 enum When {
     /// So many bytes have passed towards the destination.
     Bytes(u64),
+    /// The source has ended. Everything passed, and the lowest bit of the byte at this position was flipped.
+    Flip(u64),
     /// The source says nothing more. What the destination answers is held back until then.
     Silence,
 }
@@ -69,13 +72,22 @@ impl Proxy {
 fn pass(mut source: &TcpStream, mut destination: &TcpStream, when: When) {
     let mut left = match when {
         When::Bytes(count) => count,
-        When::Silence => u64::MAX,
+        When::Silence | When::Flip(_) => u64::MAX,
     };
-    source.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let mut passed = 0;
+    // Only a source that waits for an answer in vain is silent; others end.
+    let silence = (when == When::Silence).then_some(Duration::from_secs(2));
+    source.set_read_timeout(silence).unwrap();
     let mut buffer = vec![0; 1 << 16];
     while left > 0 {
         let room = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
         let Ok(got @ 1..) = source.read(&mut buffer[..room]) else { return };
+        if let When::Flip(at) = when
+            && (passed..passed + got as u64).contains(&at)
+        {
+            buffer[(at - passed) as usize] ^= 1;
+        }
+        passed += got as u64;
         if destination.write_all(&buffer[..got]).is_err() {
             return;
         }
@@ -229,5 +241,72 @@ fn a_qemu_source_that_dies_leaves_a_folder_that_never_arrived() {
         proxy.end();
         assert!(text.contains("the stream ended after"), "{version}: {text}");
         assert_ne!(state_or_none(&folder), "whole", "{version}");
+    }
+}
+
+/// Where the parts of the stream lie that `send` sends to a QEMU: name, position, and whether QEMU can see a flip.
+fn places(folder: &Path) -> Vec<(&'static str, u64, bool)> {
+    // A file gets the same stream but for the return path's commands: OPEN_RETURN_PATH, PING, PING.
+    const COMMANDS: u64 = 5 + 9 + 9;
+    let file = folder.with_extension("stream");
+    Ramwire::start(folder.parent().unwrap(), &["send", &format!("file:{}", file.display()), "--dir"], folder)
+        .failed(Deadline::seconds(30), 0);
+    let stream = std::fs::read(&file).unwrap();
+    let mut parser = IncomingStream::new(IncomingConfig::default());
+    let (mut at, mut pages, mut blocks) = (0, Vec::new(), 0);
+    while let Step::Event { consumed, event } = parser.next(&stream[at..]).unwrap() {
+        match event {
+            // Only of the first block, which is the file that is compared.
+            Event::Page { block, .. } if block.0 == 0 => pages.push((at + consumed) as u64 - 4096 + COMMANDS),
+            Event::Blocks(_) => blocks = at as u64 + COMMANDS,
+            Event::Done => break,
+            _ => {}
+        }
+        at += consumed;
+    }
+    let end = stream.len() as u64 + COMMANDS;
+    let (first, middle, last) = (pages[0], pages[pages.len() / 2], pages[pages.len() - 1]);
+    vec![
+        ("the magic", 3, true),
+        ("the machine's name", 14, true),
+        ("the name of a block", blocks - 10, true),
+        ("the word in front of a page", middle - 2, true),
+        ("the first page", first, false),
+        ("a page in the middle", middle + 2048, false),
+        ("the last page", last + 4095, false),
+        ("the VM description", end - 40, false),
+    ]
+}
+
+#[test]
+fn a_qemu_sees_a_flip_in_the_frame_and_none_in_a_page() {
+    if !peers_present() {
+        return;
+    }
+    for version in Version::ALL {
+        let dir = scratch();
+        let folder = folder(dir.path(), version);
+        for (what, at, seen) in places(&folder) {
+            let (mut destination, uri) = waiting(dir.path(), version, "flip");
+            let proxy = Proxy::start(&uri, When::Flip(at), || ());
+            let arguments =
+                ["send", &proxy.uri, "--again", "--finish-timeout", "20", "--stall-timeout", "20", "--dir"];
+            let mut sender = Ramwire::start(dir.path(), &arguments, &folder);
+            if seen {
+                let text = sender.failed(Deadline::seconds(30), 3);
+                println!("{version}: {what}, byte {at}: refused: {}", text.trim());
+                assert_eq!(state_of(&folder), "whole", "{version}: {what}: {text}");
+            } else {
+                sender.failed(Deadline::seconds(30), 0);
+                destination.wait_completed(Deadline::seconds(10));
+                let pages =
+                    compare(&dir.path().join("ram"), &destination.ram).err().map_or(0, |found| found.pages);
+                println!("{version}: {what}, byte {at}: data, can't be seen; {pages} pages differ");
+                assert_eq!(pages, usize::from(what.contains("page")), "{version}: {what}");
+            }
+            drop(sender);
+            destination.kill();
+            proxy.end();
+        }
     }
 }

@@ -139,7 +139,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     };
     let mut destination = destination::Process::start(&address, &blocks, args.populate)?;
     let cancel = CancelToken::default();
-    cancel_on_signal(vec![cancel.clone()]);
+    let signals = cancel_on_signal(vec![cancel.clone()]);
     let address = destination.address()?;
     let channel = connect(&address, &super::common::local_options(), &Stop::on(&cancel))?;
     guest.resume()?;
@@ -151,6 +151,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
     settings.digest = !args.no_digest;
     let session = SourceSession::new(source, connection, settings).with_cancel(cancel);
+    signals.follow(session.statistics());
     let progress = Progress::follow(session.statistics());
     let report = session.run();
     drop(progress);
