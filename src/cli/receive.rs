@@ -23,12 +23,12 @@ use super::store::{ArrivingGuest, State, Store};
     # Read a stream that QEMU wrote with `migrate exec:cat>FILE`
     ramwire receive file:FILE --dir guest")]
 pub(super) struct Args {
-    /// Where to listen or read: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
+    /// Where to listen or read: tcp:HOST:PORT, rdma:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
     uri: Address,
     /// Folder for RAM blocks, device state and manifest; made with mode 0700
     #[arg(long)]
     dir: PathBuf,
-    /// Who may connect by TCP, for instance 10.0.0.0/8; repeat for more
+    /// Who may connect by TCP or RDMA, for instance 10.0.0.0/8; repeat for more
     #[arg(long, value_name = "CIDR")]
     allow: Vec<AllowList>,
     /// Refuse a guest with more RAM than this
@@ -64,11 +64,9 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     eprintln!("listening on {}", listener.address());
     let waiting = cancel.clone();
     cancel_on_signal(vec![waiting]);
-    let channel = listener.accept(&args.timeouts.stream_options(), &stop)?;
+    let door = listener.accept_door(&args.timeouts.stream_options(), &stop)?;
     // One migration: nobody else gets in.
     drop(listener);
-    let two_way = matches!(args.uri, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_));
-    let (near, back) = channel.split();
     let settings = DestinationSettings {
         stall_timeout: args.timeouts.stall_timeout,
         finish_timeout: args.timeouts.finish_timeout,
@@ -76,10 +74,9 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         accept_missing_description: true,
         ..DestinationSettings::default()
     };
-    let back = two_way.then(|| Box::new(back) as Box<_>);
     let session = DestinationSession::new(
-        Box::new(near),
-        back,
+        door.source,
+        door.back,
         Box::new(guest.clone()),
         Box::new(guest.clone()),
         settings,

@@ -12,6 +12,7 @@ mod greeting;
 mod placing;
 mod relay;
 mod return_path;
+mod rounds;
 #[cfg(test)]
 mod sim;
 mod slice;

@@ -147,6 +147,11 @@ impl GuestControl for ArrivingGuest {
         Err(io::Error::other("a guest that is arriving can't be sent on; use `ramwire relay`"))
     }
 
+    /// Files are mapped here, and nobody gives their pages back.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
+
     fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let mut tail = Vec::new();
         from.read_to_end(&mut tail)?;
