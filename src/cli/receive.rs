@@ -52,7 +52,10 @@ pub(super) fn run(args: &Args) -> Exit {
 }
 
 fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
-    let guest = ArrivingGuest::new(Store::open(&args.dir)?)?;
+    let mut guest = ArrivingGuest::new(Store::open(&args.dir)?)?;
+    if matches!(args.uri, Address::Rdma { .. }) {
+        guest = guest.written_by_nic()?;
+    }
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     let mut allow = AllowList::default();
