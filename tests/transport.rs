@@ -228,23 +228,33 @@ fn nothing_a_command_started_is_left_behind() {
 
 #[test]
 fn a_stream_that_moves_slowly_never_counts_as_stalled() {
-    for text in ["tcp::0", "unix"] {
-        let (mut near, far) = slow_pair(text, 400);
-        let total = 2 << 20;
-        let reader = std::thread::spawn(move || {
-            let (mut far, mut got) = (far, 0);
-            let mut room = vec![0; 64 << 10];
-            while got < total {
-                got += recv(&mut far, &mut room).unwrap();
-                std::thread::sleep(Duration::from_millis(40));
-            }
+    std::thread::scope(|scope| {
+        for text in ["tcp", "unix"] {
+            scope.spawn(move || slow_but_moving(text, slow_pair(text, 800)));
+        }
+        // A large send buffer: poll(2) says writable only when a third of it is free, far later than bytes move.
+        scope.spawn(move || {
+            let (near, far) = tcp_sockets(Some(64 << 10), None);
+            let take = |fd| StreamChannel::from_fd(fd, "the other end", &impatient(800)).unwrap();
+            slow_but_moving("tcp with a large buffer", (take(near), take(far)));
         });
-        let begun = Instant::now();
-        send(&mut near, &pattern(total)).unwrap();
-        near.finish(&stop()).unwrap();
-        assert!(begun.elapsed() > Duration::from_millis(800), "{text}: the reader was not slow");
-        reader.join().unwrap();
-    }
+    });
+}
+
+fn slow_but_moving(name: &str, (mut near, mut far): (StreamChannel, StreamChannel)) {
+    let total = 4 << 20;
+    let reader = std::thread::spawn(move || {
+        let (mut got, mut room) = (0, vec![0; 64 << 10]);
+        while got < total {
+            got += recv(&mut far, &mut room).unwrap();
+            std::thread::sleep(Duration::from_millis(60));
+        }
+    });
+    let begun = Instant::now();
+    send(&mut near, &pattern(total)).unwrap();
+    near.finish(&stop()).unwrap();
+    assert!(begun.elapsed() > Duration::from_millis(1600), "{name}: the reader was not slow");
+    reader.join().unwrap();
 }
 
 /// A connection with little room in the kernel, so that a slow reader is felt.
@@ -255,17 +265,22 @@ fn slow_pair(text: &str, stall_ms: u64) -> (StreamChannel, StreamChannel) {
         socket2::SockRef::from(&near).set_send_buffer_size(64 << 10).unwrap();
         (near.into(), far.into())
     } else {
-        tcp_sockets(128 << 10)
+        tcp_sockets(Some(128 << 10), Some(128 << 10))
     };
     let take = |fd| StreamChannel::from_fd(fd, "the other end", &options).unwrap();
     (take(near), take(far))
 }
 
-fn tcp_sockets(room: usize) -> (OwnedFd, OwnedFd) {
+/// Connected sockets with so much room in the kernel for what far receives and near sends.
+fn tcp_sockets(receive: Option<usize>, send: Option<usize>) -> (OwnedFd, OwnedFd) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    socket2::SockRef::from(&listener).set_recv_buffer_size(room).unwrap();
+    if let Some(receive) = receive {
+        socket2::SockRef::from(&listener).set_recv_buffer_size(receive).unwrap();
+    }
     let near = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    socket2::SockRef::from(&near).set_send_buffer_size(room).unwrap();
+    if let Some(send) = send {
+        socket2::SockRef::from(&near).set_send_buffer_size(send).unwrap();
+    }
     let (far, _) = listener.accept().unwrap();
     (near.into(), far.into())
 }
@@ -328,7 +343,7 @@ fn a_dead_host_is_noticed_by_a_sender_and_by_a_waiting_receiver() {
         // Little and much data under way, a full window, and only keepalive.
         for amount in [10, 32 << 20, 0] {
             scope.spawn(move || {
-                let (near, far) = tcp_sockets(1 << 20);
+                let (near, far) = tcp_sockets(Some(1 << 20), Some(1 << 20));
                 let mut near = StreamChannel::from_fd(near, "the dead one", &options).unwrap();
                 cut_off(&far);
                 let begun = Instant::now();
@@ -343,7 +358,7 @@ fn a_dead_host_is_noticed_by_a_sender_and_by_a_waiting_receiver() {
         }
         // The window was closed before the host died.
         scope.spawn(move || {
-            let (near, far) = tcp_sockets(64 << 10);
+            let (near, far) = tcp_sockets(Some(64 << 10), Some(64 << 10));
             let mut near = StreamChannel::from_fd(near, "the dead one", &options).unwrap();
             let short = stop().within(SECOND);
             let bytes = pattern(8 << 20);
@@ -361,7 +376,7 @@ fn a_dead_host_is_noticed_by_a_sender_and_by_a_waiting_receiver() {
 #[test]
 fn a_host_without_room_that_answers_is_not_dead() {
     let options = StreamOptions { stall: Some(20 * SECOND), dead_peer: SECOND, ..StreamOptions::default() };
-    let (near, far) = tcp_sockets(64 << 10);
+    let (near, far) = tcp_sockets(Some(64 << 10), Some(64 << 10));
     let mut near = StreamChannel::from_fd(near, "the slow one", &options).unwrap();
     let mut far = StreamChannel::from_fd(far, "the sender", &options).unwrap();
     let reader = std::thread::spawn(move || {
@@ -372,6 +387,23 @@ fn a_host_without_room_that_answers_is_not_dead() {
     send(&mut near, &pattern(8 << 20)).unwrap();
     near.finish(&stop()).unwrap();
     reader.join().unwrap();
+}
+
+#[test]
+fn a_deadline_of_zero_takes_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let unix = format!("unix:{}/a.sock", dir.path().display());
+    for text in ["tcp::0", &unix] {
+        let (mut near, mut far) = pair(text, &StreamOptions::default());
+        let now = stop().within(Duration::ZERO);
+        let mut room = [0; 3];
+        let nothing = far.recv(&mut [RecvPart::Own(&mut room)], &now);
+        assert!(matches!(nothing, Err(ChannelError::Stopped { .. })), "{nothing:?}");
+        send(&mut near, &[7]).unwrap();
+        // What was sent takes its way through the kernel.
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(far.recv(&mut [RecvPart::Own(&mut room)], &now).unwrap(), 1);
+    }
 }
 
 #[test]
@@ -393,7 +425,7 @@ fn every_wait_ends_soon_after_a_cancel() {
     let full_address = address(&format!("tcp:{}", full.0.local_addr().unwrap()));
     let mut command = connect(&address("exec:sleep 1000"), &options, &stop()).unwrap();
     let mut printer = listen("exec:sleep 1000").accept(&options, &stop()).unwrap();
-    let (unread, unread_far) = tcp_sockets(64 << 10);
+    let (unread, unread_far) = tcp_sockets(Some(64 << 10), Some(64 << 10));
     let mut unread = StreamChannel::from_fd(unread, "unread", &options).unwrap();
     cut_off(&unread_far);
     send(&mut unread, b"never acknowledged").unwrap();
@@ -494,6 +526,21 @@ fn both_halves_end_when_the_connection_is_broken_from_elsewhere() {
         assert!(matches!(writer.join().unwrap(), Err(ChannelError::Closed { .. })));
     });
     assert!(read_all(&mut far).is_ok(), "what was sent still arrives, then the end");
+}
+
+#[test]
+fn only_a_socket_has_a_return_path_and_it_waits_as_long_as_the_peer_lives() {
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let pipe = StreamChannel::from_fd(reader.into(), "a pipe", &impatient(20)).unwrap();
+    assert!(pipe.with_return_path().1.is_none());
+    let command = connect(&address("exec:cat > /dev/null"), &impatient(20), &stop()).unwrap();
+    assert!(command.with_return_path().1.is_none());
+    let (near, _far) = pair("tcp::0", &impatient(20));
+    let (mut stream, back) = near.with_return_path();
+    let quiet =
+        back.unwrap().recv(&mut [RecvPart::Own(&mut [0])], &stop().within(Duration::from_millis(300)));
+    assert!(matches!(quiet, Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })), "{quiet:?}");
+    assert!(matches!(recv(&mut stream, &mut [0]), Err(ChannelError::Stalled { .. })));
 }
 
 #[test]

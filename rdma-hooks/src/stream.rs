@@ -154,6 +154,12 @@ impl StreamReceiver {
         Ok(())
     }
 
+    /// True if there is something to read without asking for it.
+    pub(crate) fn has_news(&mut self) -> Result<bool, HooksError> {
+        self.channel.pump()?;
+        Ok(self.current.is_some() || self.channel.has_arrived())
+    }
+
     /// Waits for the next message; returns its buffer, to be given back to [`finish`](Self::finish).
     fn next(&mut self, stop: &Stop) -> Result<usize, HooksError> {
         self.grant(stop)?;

@@ -221,7 +221,9 @@ fn capture(hooks: &mut DestinationHooks, mut back: Option<ReturnWriter>, stop: &
     }
     if let Some(mut back) = back {
         back.write(SHUT_0, stop).unwrap();
-        back.finish(stop).unwrap();
+        let started = Instant::now();
+        let parted = back.finish(stop).unwrap();
+        println!("    return path closed after {:?} ({parted})", started.elapsed());
     }
     Captured { configuration, section, blocks, ram, tail }
 }
@@ -286,7 +288,9 @@ fn replay(captured: &Captured, mut hooks: SourceHooks, back: Option<ReturnReader
         }
         assert!(answers.starts_with(PONG_1), "{answers:?}");
     }
+    let started = Instant::now();
     assert!(hooks.finish(stop).expect("end"), "the QEMU closes when it has loaded");
+    println!("    closed after {:?}", started.elapsed());
 }
 
 fn address() -> Option<String> {
@@ -321,7 +325,7 @@ fn there_and_back(program: &Path, address: &str, case: &Case) {
     let more = ["-device".to_owned(), loader];
 
     let fabric = VerbsFabric::open().unwrap();
-    let stop = Stop::new(Some(fabric.now() + Duration::from_secs(200)), Cancel::default());
+    let stop = Stop::new(Some(fabric.now() + Duration::from_secs(100)), Cancel::default());
     let mut listener = fabric.listen(address, 0).unwrap();
     let uri = format!("rdma:{address}:{}", listener.port());
     let mut source = Qemu::start(program, &folder, "source", &more);
@@ -342,13 +346,16 @@ fn there_and_back(program: &Path, address: &str, case: &Case) {
                 .then(|| ReturnWriter::accept(listener.as_mut(), &hooks.granted().clone(), &stop).unwrap());
             let captured = capture(&mut hooks, back, &stop);
             println!("    received: {:?}", hooks.counters());
-            hooks.finish(&stop).unwrap();
+            let started = Instant::now();
+            let parted = hooks.finish(&stop).unwrap();
+            println!("    closed after {:?} ({parted})", started.elapsed());
             captured
         });
         source.ask(&format!(r#"{{"execute":"migrate","arguments":{{"uri":"{uri}"}}}}"#));
         destination.join().unwrap()
     });
     source.wait_completed();
+    println!("    QEMU is done with sending");
     let mut arrived = vec![0; before.len()];
     captured.ram["pc.ram"].read(MIB, &mut arrived);
     assert!(arrived == before, "{}: RAM that arrived here differs", case.name);
@@ -386,7 +393,9 @@ fn r51_r52_qemu_to_here_to_qemu_leaves_equal_memory() {
         ];
         for case in cases {
             // Without postcopy, QEMU 7.2 has no return path over RDMA.
-            if case.return_path && version.contains("version 7.") {
+            if (case.return_path && version.contains("version 7."))
+                || std::env::var("RDMA_HOOKS_CASE").is_ok_and(|only| only != case.name)
+            {
                 continue;
             }
             let started = Instant::now();

@@ -108,6 +108,20 @@ impl DestinationEngine {
         self.committed
     }
 
+    /// True while the source alone decides: READY was said, or the guest was given away.
+    pub fn is_bound(&self) -> bool {
+        self.committed || matches!(self.stage, Stage::SayingReady | Stage::AwaitingCommit)
+    }
+
+    /// True if `fact` binds: the last moment for a cancel is in front of it.
+    pub fn binds(&self, fact: Arrived) -> bool {
+        match fact {
+            Arrived::Tail => self.stage == Stage::Receiving,
+            Arrived::Done => self.stage == Stage::Loading && self.native,
+            _ => false,
+        }
+    }
+
     /// Takes a fact, answers with what to do. A fact out of turn (a peer's doing) is a failure.
     pub fn handle(&mut self, fact: Arrived) -> Deed {
         match (self.stage, fact) {
@@ -145,7 +159,7 @@ impl DestinationEngine {
             }
             (Stage::Resuming, Arrived::Done) => self.go(Stage::SayingRunning, Deed::SayRunning),
             // The guest runs here: that the source could not be told changes nothing about it.
-            (Stage::SayingRunning, Arrived::Done | Arrived::Failed) => {
+            (Stage::SayingRunning, _) => {
                 self.go(Stage::Ended(Ending::Running), Deed::Finish(Ending::Running))
             }
             _ => self.fail(),
@@ -191,6 +205,7 @@ mod tests {
                 assert_eq!(engine.handle(*fact), *deed);
             }
             let ended = if fault_at == 9 {
+                assert_eq!(engine.handle(Arrived::Failed), Deed::Finish(Ending::Running));
                 Deed::Finish(Ending::Running)
             } else {
                 assert_eq!(engine.handle(Arrived::Failed), Deed::SayFailed, "step {fault_at}");

@@ -492,6 +492,15 @@ mod tests {
     }
 
     #[test]
+    fn a_step_that_fails_after_a_cancel_was_cancelled() {
+        let mut engine = started(engine());
+        assert!(engine.cancel());
+        assert_eq!(engine.handle(Duration::ZERO, Input::Failed), Action::Recover);
+        let end = Action::Finish(Outcome::StaysHere(Reason::Cancelled));
+        assert_eq!(engine.handle(Duration::ZERO, Input::Done), end);
+    }
+
+    #[test]
     fn a_relay_waits_for_its_source_and_pauses_only_then() {
         let mut config = SourceConfig::new(PAGE, Handover::Shut);
         config.switchover = Switchover::WhenUpstreamStops;

@@ -65,8 +65,9 @@ impl WrittenPages {
     }
 
     fn build(guest: &MappedGuest, given: Option<Arc<Armed>>) -> Self {
+        let elsewhere = given.is_some();
         let tracked = |region: &HostRegion, name: String, length: u64| {
-            let start = region.tracked_address();
+            let start = if elsewhere { region.tracked_address() } else { region.address() };
             // The kernel protects whole host pages; a mapping always ends on one.
             let len = length.min(region.len()).next_multiple_of(region.page().bytes());
             let range = start..start.saturating_add(len as usize);

@@ -14,11 +14,12 @@ use crate::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Secti
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
-use crate::transport::{ByteSink, ByteSource};
+use crate::transport::{ByteSink, ByteSource, StreamChannel};
 
 use super::config::DestinationSettings;
 use super::digest::{Digest, digests_of};
 use super::greeting::described;
+use super::handle::Commitment;
 use super::placing::Placing;
 use super::{Breakage, Error};
 
@@ -63,6 +64,11 @@ impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
                 );
                 return Err(Error::Config { what, remedy: "start both ends with the same memory" });
             }
+        }
+        let announced = |ours: &RamBlock| incoming.blocks.iter().any(|theirs| theirs.name == ours.name);
+        if let Some(missing) = self.table().blocks().iter().find(|ours| !announced(ours)) {
+            let what = format!("RAM block {}: the source has none of this name", missing.name);
+            return Err(Error::Config { what, remedy: "start both ends with the same memory" });
         }
         Ok(Arc::clone(self) as Arc<dyn GuestMemory>)
     }
@@ -125,7 +131,8 @@ pub struct DestinationSession {
     pub(super) incoming: Option<Incoming>,
     pub(super) configuration: Option<Configuration>,
     pub(super) state: Vec<u8>,
-    cancel: CancelToken,
+    pub(super) cancel: CancelToken,
+    pub(super) commitment: Arc<Commitment>,
     pub(super) stop: Stop,
     return_path_open: bool,
     ram_ended: bool,
@@ -152,6 +159,7 @@ impl DestinationSession {
         Self {
             stop: Stop::on(&cancel),
             cancel,
+            commitment: Arc::default(),
             source,
             back,
             provider,
@@ -176,6 +184,18 @@ impl DestinationSession {
         }
     }
 
+    /// A session over one channel, whose other direction carries the return path if it is a socket.
+    pub fn over(
+        channel: StreamChannel,
+        provider: Box<dyn MemoryProvider>,
+        control: Box<dyn GuestControl>,
+        settings: DestinationSettings,
+    ) -> Self {
+        let (source, back) = channel.with_return_path();
+        let back = back.map(|back| Box::new(back) as Box<_>);
+        Self::new(Box::new(source), back, provider, control, settings)
+    }
+
     /// Somebody wants to see pages as they arrive.
     pub fn with_arrival(mut self, arrival: Box<dyn Arrival>) -> Self {
         self.arrival = Some(arrival);
@@ -189,7 +209,7 @@ impl DestinationSession {
         self
     }
 
-    /// Raise it to cancel; without effect once the guest was given away by the source.
+    /// Raise it to cancel; without effect from READY on, when the source may give the guest away.
     pub fn cancel_token(&self) -> CancelToken {
         self.cancel.clone()
     }
@@ -224,13 +244,28 @@ impl DestinationSession {
                 self.error.get_or_insert(error);
                 Arrived::Failed
             });
-            deed = self.engine.handle(fact);
+            // A cancel comes before this step or after it, never in between: the step may bind us.
+            let commitment = Arc::clone(&self.commitment);
+            deed = commitment.decide(|| {
+                let fact = self.unless_cancelled(fact);
+                let deed = self.engine.handle(fact);
+                (deed, self.engine.is_bound())
+            });
             if self.engine.is_committed() {
                 // The guest is ours: no cancel breaks it off any more.
                 self.stop = Stop::on(&CancelToken::default());
             }
         };
         self.report(ending, reader.at)
+    }
+
+    /// The last moment for a cancel that no wait has seen.
+    fn unless_cancelled(&mut self, fact: Arrived) -> Arrived {
+        if !self.engine.binds(fact) || !self.cancel.is_cancelled() {
+            return fact;
+        }
+        self.error.get_or_insert(Error::Cancelled);
+        Arrived::Failed
     }
 
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
@@ -273,6 +308,9 @@ impl DestinationSession {
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             Deed::SayReady => {
+                // From here on the source may give the guest away at any moment: a cancel could only leave
+                // it in doubt. What ends the wait is its word, the connection's end, or time.
+                self.stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
                 self.say(Message::Native(Answer::Ready))?;
                 if self.breakage.is(Breakage::ResumeBeforeCommit) {
                     let _ = self.control.resume();
@@ -390,13 +428,14 @@ impl DestinationSession {
             Event::SectionEnd { kind: SectionKind::Ram, .. } => {}
             Event::SectionStart { kind: SectionKind::NativeState, .. } => self.in_native_state = true,
             Event::SectionEnd { kind: SectionKind::NativeState, .. } => self.in_native_state = false,
-            Event::SectionBytes(bytes) if self.in_native_state => self.state.extend_from_slice(bytes),
+            Event::SectionBytes(bytes) if self.in_native_state => self.carry(bytes)?,
             Event::SectionStart { .. }
             | Event::SectionEnd { .. }
             | Event::VirtioMem(_)
             | Event::BitmapChunk
             | Event::SectionBytes(_) => self.carry(raw)?,
             Event::TailBytes(_) | Event::Eof => {}
+            Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
             Event::Done => return Ok(Some(Arrived::Tail)),
             Event::Hook { .. } => self.receive_round()?,
             Event::Filled { .. }
@@ -492,6 +531,9 @@ impl DestinationSession {
                 self.migration_id = Some(theirs.migration_id);
                 self.say(Message::Native(Answer::Hello(answer)))?;
                 Ok(Some(Arrived::Hello { digest: theirs.digest }))
+            }
+            Order::StateSent if !self.ram_ended => {
+                Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
             Order::StateSent => Ok(Some(Arrived::StateSent)),
             Order::Digest { first, values } => {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::Error;
-use super::workers::{Spawner, cores};
+use super::workers::Spawner;
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{BlockName, Landing, RamBlockTable};
 use crate::units::{BlockIndex, BlockOffset};
@@ -59,11 +59,29 @@ impl Digest {
         let ranges = ranges(guest.table());
         let memory = Arc::clone(guest);
         let work = ranges.clone();
-        let hashes = spawner
-            .map("ramwire-digest", cores(), ranges.len(), move |item| hash_landing(&*memory, work[item]))?;
+        let hashes =
+            spawner.map("ramwire-digest", ranges.len(), move |item| hash_landing(&*memory, work[item]))?;
         let mut digest = hashes.into_iter().collect::<Result<Vec<u64>, GuestError>>()?;
         digest.push(xxhash_rust::xxh3::xxh3_64(state));
         Ok(Self(digest))
+    }
+
+    /// Reads a part of RAM as [`make`](Self::make) does and returns which share of it that was: for an
+    /// estimate of the time. The guest may run.
+    ///
+    /// # Errors
+    /// As [`make`](Self::make).
+    pub fn sample(guest: &Arc<dyn GuestMemory>, spawner: &Spawner) -> Result<f64, Error> {
+        let ranges = ranges(guest.table());
+        let items = ranges.len().min(2 * spawner.workers());
+        let bytes = |ranges: &[Landing]| ranges.iter().map(|range| range.len()).sum::<u64>() as f64;
+        let share = bytes(&ranges[..items]) / bytes(&ranges).max(1.0);
+        let memory = Arc::clone(guest);
+        let hashes = spawner.map("ramwire-digest", items, move |item| {
+            ranges.get(item).map_or(Ok(0), |range| hash_landing(&*memory, *range))
+        })?;
+        hashes.into_iter().collect::<Result<Vec<u64>, GuestError>>()?;
+        Ok(share)
     }
 
     /// Compares with the peer's.

@@ -41,6 +41,14 @@ pub enum Error {
         /// The answer.
         source: io::Error,
     },
+    /// The migration failed and the guest could not be let run again; it is whole at the source.
+    #[error("{why}; the guest is whole here but could not resume: {source}; resume it by hand")]
+    StandsStill {
+        /// Why the migration failed.
+        why: String,
+        /// The VMM's answer.
+        source: io::Error,
+    },
     /// Guest memory.
     #[error(transparent)]
     Guest(#[from] GuestError),
@@ -106,7 +114,11 @@ impl Error {
         use crate::sys::StopReason;
         match self {
             Self::Config { .. } => ErrorKind::Config,
-            Self::Control { .. } | Self::Guest(_) | Self::Dirty(_) | Self::Thread { .. } => ErrorKind::Local,
+            Self::Control { .. }
+            | Self::StandsStill { .. }
+            | Self::Guest(_)
+            | Self::Dirty(_)
+            | Self::Thread { .. } => ErrorKind::Local,
             Self::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }) | Self::Cancelled => {
                 ErrorKind::Cancelled
             }

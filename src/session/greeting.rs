@@ -11,6 +11,7 @@ use crate::stream::qemu::section::{SectionName, encode_footer, encode_start};
 use crate::stream::qemu::{file, ram};
 use crate::units::GuestAddr;
 
+use super::digest::Digest;
 use super::return_path::Word;
 use super::source::{SourceSession, refuse_verdict};
 use super::{Error, Peer};
@@ -54,9 +55,23 @@ impl SourceSession {
         end.extend_from_slice(&self.settings.early_sections);
         self.send_bytes(&end)?;
         self.link.sink().flush(&self.stop)?;
+        if self.settings.digest && self.handover == Handover::Native {
+            self.estimate_digest()?;
+        }
         let position = self.link.sink().position();
         self.figures.set_up(self.clock.now(), position);
         Ok(Input::SetUp { handover: self.handover })
+    }
+
+    /// The digest is made while the guest stands still: it counts against the downtime limit.
+    fn estimate_digest(&mut self) -> Result<(), Error> {
+        let before = self.clock.now();
+        let share = Digest::sample(&self.guest.memory, &self.settings.spawner)?;
+        let took = self.clock.now().saturating_sub(before);
+        if share > 0.0 {
+            self.engine.set_fixed_downtime(took.div_f64(share));
+        }
+        Ok(())
     }
 
     /// The greeting is answered before the ordinary PING: whoever answers only that is a QEMU.
@@ -67,7 +82,12 @@ impl SourceSession {
             match back.next(&stop) {
                 Ok(Word::Pong(ORDINARY_PING)) => return Ok(false),
                 Ok(Word::Pong(value)) if version_of_pong(value).is_some() => return Ok(true),
-                Ok(word) => refuse_verdict(word)?,
+                Ok(word) => {
+                    refuse_verdict(word)?;
+                    if stop.reason().is_some() {
+                        return Ok(false);
+                    }
+                }
                 // Silence means a QEMU that is slow to answer; our own cancel is told by the next step.
                 Err(error) if error.is_deadline() => return Ok(false),
                 Err(error) => return Err(error),
@@ -84,13 +104,19 @@ impl SourceSession {
         let stop = self.stop.within(self.settings.stall_timeout);
         let Some(back) = &mut self.back else { return Ok(()) };
         match back.next_verdict(&stop)? {
-            Word::Hello(theirs) if theirs.common_version() == Some(theirs.max_version) => {
-                self.handover = Handover::Native;
-                Ok(())
-            }
-            Word::Hello(theirs) => {
+            Word::Hello(theirs) if theirs.common_version() != Some(theirs.max_version) => {
                 let why = format!("it speaks version {} of ramwire's words", theirs.max_version);
                 Err(Error::PeerFailed { why })
+            }
+            // What it repeats tells that it heard right: a lost digest flag would let it start unchecked.
+            Word::Hello(theirs)
+                if (theirs.migration_id, theirs.digest) != (ours.migration_id, ours.digest) =>
+            {
+                Err(Error::PeerFailed { why: "it heard another HELLO than was said".into() })
+            }
+            Word::Hello(_) => {
+                self.handover = Handover::Native;
+                Ok(())
             }
             word => refuse_verdict(word),
         }

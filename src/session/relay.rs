@@ -21,7 +21,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::engine::Outcome;
 use crate::guest::{DirtySource, GuestControl, GuestMemory, MappedGuest};
-use crate::observe::SharedStatistics;
+use crate::observe::{SharedStatistics, Status};
 use crate::ram::PageRun;
 use crate::sys::{CancelToken, Mapping, Stop};
 use crate::transport::{ByteSink, ByteSource};
@@ -252,17 +252,24 @@ struct Backlog {
 
 impl Backlog {
     /// True if more is pending than the far side's connection moves in half the downtime limit.
-    fn is_full(&mut self) -> bool {
+    ///
+    /// # Errors
+    /// The far side has ended: nothing that still comes can be handed on.
+    fn is_full(&mut self) -> Result<bool, Error> {
         let now = Instant::now();
         if now.duration_since(self.looked) < LOOK {
-            return false;
+            return Ok(false);
         }
         self.looked = now;
         let far = self.statistics.snapshot();
+        if matches!(far.status, Status::Failed | Status::Cancelled | Status::InDoubt) {
+            let why = far.error.unwrap_or_else(|| "it was cancelled".into());
+            return Err(Error::PeerFailed { why: format!("the far end of the relay: {why}") });
+        }
         let pending = self.bitmap.pending() * self.page_bytes + far.remaining;
         let half = self.downtime_limit.as_secs_f64() / 2.0;
         let allowed = if far.throughput == 0 { FIRST_BACKLOG } else { (far.throughput as f64 * half) as u64 };
-        pending > allowed.max(1 << 20)
+        Ok(pending > allowed.max(1 << 20))
     }
 }
 
@@ -317,7 +324,9 @@ impl Arrival for Middle {
     }
 
     fn between_reads(&mut self) -> Result<(), Error> {
-        while self.backlog.as_mut().is_some_and(Backlog::is_full) {
+        while let Some(backlog) = &mut self.backlog
+            && backlog.is_full()?
+        {
             if self.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
@@ -423,5 +432,35 @@ impl GuestControl for Forwarder {
         from.read_to_end(&mut state)?;
         self.shared.change(|progress| progress.device_state = Some(state));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::ram::{BlockName, RamBlock, RamBlockTable};
+    use crate::units::{BlockIndex, PageIndex};
+
+    #[test]
+    fn a_far_end_that_failed_ends_the_reading_instead_of_holding_it_back() {
+        let block = RamBlock::new(BlockName::new("ram").unwrap(), 100 << 20);
+        let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
+        let bitmap = Arc::new(Arrivals::new(&table));
+        bitmap.mark(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: 25_000 });
+        let statistics = SharedStatistics::default();
+        let mut backlog = Backlog {
+            bitmap,
+            statistics: statistics.clone(),
+            page_bytes: 4096,
+            downtime_limit: Duration::from_millis(300),
+            looked: Instant::now(),
+        };
+        std::thread::sleep(LOOK);
+        assert!(backlog.is_full().unwrap());
+        statistics.update(|s| (s.status, s.error) = (Status::Failed, Some("the connection broke".into())));
+        std::thread::sleep(LOOK);
+        let error = backlog.is_full().unwrap_err().to_string();
+        assert!(error.contains("the connection broke"), "{error}");
     }
 }

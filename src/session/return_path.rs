@@ -73,14 +73,23 @@ impl ReturnPath {
         }
     }
 
-    /// Waits for a message, leaving out PONGs and acks that may come at any time.
+    /// Waits for a message, leaving out PONGs and acks that may come at any time. A peer that says nothing
+    /// else is no reason to wait longer.
     pub(super) fn next_verdict(&mut self, stop: &Stop) -> Result<Word, Error> {
         loop {
             match self.next(stop)? {
-                Word::Pong(_) | Word::SwitchoverAck => {}
+                Word::Pong(_) | Word::SwitchoverAck => look_at(stop)?,
                 word => return Ok(word),
             }
         }
+    }
+}
+
+/// The reason to stop, if there is one by now: a wait that always finds bytes does not look at it.
+fn look_at(stop: &Stop) -> Result<(), ChannelError> {
+    match stop.reason() {
+        Some(reason) => Err(ChannelError::Stopped { reason, doing: "hearing the destination" }),
+        None => Ok(()),
     }
 }
 

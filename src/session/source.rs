@@ -10,12 +10,18 @@ use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
 use crate::stream::qemu::section;
 use crate::sys::{CancelToken, SendPart, Stop};
-use crate::transport::{ByteSource, ChannelError, Returned, SourceDoor, SourceLink};
+use crate::transport::{
+    ByteSource, ChannelError, InlineLink, Returned, SourceDoor, SourceLink, StreamChannel,
+};
 
 use super::config::SourceSettings;
 use super::figures::Figures;
+use super::handle::Commitment;
 use super::return_path::{ReturnPath, Word};
 use super::{Breakage, Error, greeting};
+
+/// Messages heard in one look at the return path.
+const MOST_HEARD: usize = 64;
 
 /// A guest to be moved.
 pub struct SourceGuest {
@@ -41,6 +47,15 @@ impl From<SourceDoor> for SourceConnection {
     }
 }
 
+impl SourceConnection {
+    /// Pages of `memory` go in the stream over `channel`; answers come back on it if it is a socket.
+    pub fn over(channel: StreamChannel, memory: Arc<dyn GuestMemory>) -> Self {
+        let (sink, back) = channel.with_return_path();
+        let link = Box::new(InlineLink::new(Box::new(sink), memory));
+        Self { link, back: back.map(|back| Box::new(back) as Box<_>) }
+    }
+}
+
 /// A guest's own source, in front of a relay: tells when it has stopped its guest.
 pub trait Upstream: Send {
     /// Waits at most `time` for news; true once the guest stands still and its last page has come.
@@ -63,12 +78,14 @@ pub struct SourceReport {
     pub first_page_sent: Option<std::time::Duration>,
     /// Pages the destination does not have for certain; all clean after success.
     pub dirty: DirtyMap,
+    /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
+    pub stands_still: bool,
 }
 
 impl SourceReport {
     /// True if the guest runs on, whole, at the source.
     pub fn guest_is_safe_here(&self) -> bool {
-        matches!(self.outcome, Outcome::StaysHere(_))
+        matches!(self.outcome, Outcome::StaysHere(_)) && !self.stands_still
     }
 }
 
@@ -102,6 +119,7 @@ pub struct SourceSession {
     pub(super) upstream: Option<Box<dyn Upstream>>,
     pub(super) clock: Box<dyn Clock>,
     pub(super) cancel: CancelToken,
+    pub(super) commitment: Arc<Commitment>,
     pub(super) stop: Stop,
     pub(super) engine: SourceEngine,
     pub(super) dirty: DirtyMap,
@@ -138,6 +156,7 @@ impl SourceSession {
         Self {
             stop: Stop::on(&cancel),
             cancel,
+            commitment: Arc::default(),
             engine: SourceEngine::new(config),
             dirty,
             figures,
@@ -194,16 +213,27 @@ impl SourceSession {
             if let Action::Finish(outcome) = action {
                 break outcome;
             }
-            self.look_at_cancel();
             tracing::trace!(?action, "perform");
             let input = self.perform(action).unwrap_or_else(|error| self.keep(error));
-            action = self.engine.handle(self.clock.now(), input);
+            // A cancel comes before this step or after it, never in between: the step may be COMMIT.
+            let commitment = Arc::clone(&self.commitment);
+            action = commitment.decide(|| {
+                self.look_at_cancel();
+                let action = self.engine.handle(self.clock.now(), input);
+                (action, self.engine.is_committed())
+            });
         };
         self.report(outcome)
     }
 
     fn report(mut self, outcome: Outcome) -> SourceReport {
         let now = self.clock.now();
+        if outcome == Outcome::InDoubt
+            && let Err(error) = self.stop_logs()
+        {
+            // The guest stands still: a log left on costs, and loses nothing.
+            tracing::warn!(%error, "a dirty log could not be stopped");
+        }
         self.figures.ended(now, outcome, self.error.as_ref());
         self.let_go(outcome);
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
@@ -211,7 +241,8 @@ impl SourceSession {
         }
         let statistics = self.figures.shared().snapshot();
         let first_page_sent = self.figures.first_page;
-        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty: self.dirty }
+        let (dirty, stands_still) = (self.dirty, self.paused);
+        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
     }
 
     /// The connection ends, then the guest may give pages back again.
@@ -360,7 +391,9 @@ impl SourceSession {
     /// Sees whether the peer failed meanwhile.
     pub(super) fn hear(&mut self) -> Result<(), Error> {
         let Some(back) = &mut self.back else { return Ok(()) };
-        while let Some(word) = back.poll()? {
+        // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
+        for _ in 0..MOST_HEARD {
+            let Some(word) = back.poll()? else { break };
             refuse_verdict(word)?;
         }
         Ok(())
@@ -419,9 +452,12 @@ impl SourceSession {
         let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
         self.guest.control.throttle(crate::units::Percent::default());
         if self.paused && !self.breakage.is(Breakage::StayPaused) {
+            if let Err(source) = self.guest.control.resume() {
+                // More urgent than what led here: somebody must look after the guest.
+                let why = self.error.take().map_or_else(|| "cancelled".into(), |error| error.to_string());
+                return Err(Error::StandsStill { why, source });
+            }
             self.paused = false;
-            let resumed = self.guest.control.resume();
-            resumed.map_err(|source| Error::Control { what: "resume", source })?;
         }
         stopped
     }

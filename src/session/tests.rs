@@ -170,6 +170,91 @@ fn a_guest_moves_between_two_ramwires() {
 }
 
 #[test]
+fn handles_show_progress_and_give_both_reports() {
+    let ends = ends();
+    let destination = ends.destination.spawn().unwrap();
+    let source = ends.source.spawn().unwrap();
+    while !source.is_finished() {
+        assert!(source.progress().transferred <= 2 << 20);
+        std::thread::yield_now();
+    }
+    assert_eq!(source.progress().remaining, 0);
+    assert_eq!(source.cancel(), CancelReply::TooLate);
+    assert_eq!(source.wait().unwrap().outcome, Outcome::Completed);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+    assert!(ends.destination_machine.runs());
+}
+
+/// Whatever the moment: who is told Accepted has the guest, who is told TooLate has given it away.
+#[test]
+fn the_answer_to_a_cancel_is_what_happens() {
+    let mut answers = [0, 0];
+    for moment in 0..60 {
+        let ends = ends();
+        let destination = ends.destination.spawn().unwrap();
+        let source = ends.source.spawn().unwrap();
+        let far = moment * 8;
+        while !source.is_finished() && source.progress().transferred < far * 2048 {
+            std::thread::yield_now();
+        }
+        let answer = source.cancel();
+        answers[usize::from(answer == CancelReply::TooLate)] += 1;
+        let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+        let stays = answer == CancelReply::Accepted;
+        assert_eq!(sent.guest_is_safe_here(), stays, "{:?}", sent.error);
+        assert_eq!(arrived.ending == Ending::Discarded, stays, "{:?}", arrived.error);
+        assert_eq!((ends.source_machine.runs(), ends.destination_machine.runs()), (stays, !stays));
+    }
+    assert!(answers.iter().all(|count| *count > 0), "{answers:?}");
+}
+
+#[test]
+fn a_dropped_handle_cancels_before_commit_only() {
+    let before = ends();
+    // Nobody has said READY yet, so the source can't have committed.
+    drop(before.source.spawn().unwrap());
+    assert_eq!(before.destination.spawn().unwrap().wait().unwrap().ending, Ending::Discarded);
+    assert!(before.source_machine.runs());
+    let after = ends();
+    let destination = after.destination.spawn().unwrap();
+    let source = after.source.spawn().unwrap();
+    while source.progress().status != crate::observe::Status::Completed {
+        std::thread::yield_now();
+    }
+    drop(source);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+}
+
+#[test]
+fn a_thread_that_dies_or_never_starts_is_told() {
+    struct Panics;
+    impl GuestControl for Panics {
+        fn pause(&mut self) -> io::Result<()> {
+            panic!("a bug of the embedder's")
+        }
+        fn resume(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+        fn save_devices(&mut self, _: &mut dyn Write) -> io::Result<()> {
+            Ok(())
+        }
+        fn load_devices(&mut self, _: &mut dyn Read) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut ends = ends();
+    ends.source.guest.control = Box::new(Panics);
+    let destination = ends.destination.spawn().unwrap();
+    let error = ends.source.spawn().unwrap().wait().unwrap_err();
+    assert!(error.to_string().contains("ramwire-source"), "{error}");
+    assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
+    let mut ends = self::ends();
+    ends.source.settings.spawner = Spawner::new(|_, _| Err(io::Error::other("no")));
+    assert!(matches!(ends.source.spawn(), Err(Error::Thread { name: "ramwire-source", .. })));
+    assert!(ends.source_machine.runs());
+}
+
+#[test]
 fn a_cancel_before_commit_leaves_the_guest_at_the_source() {
     let ends = ends();
     ends.source.cancel_token().cancel();
@@ -182,4 +267,92 @@ fn a_cancel_before_commit_leaves_the_guest_at_the_source() {
     assert_eq!(arrived.ending, Ending::Discarded);
     assert!(matches!(arrived.error, Some(Error::Truncated { .. })), "{:?}", arrived.error);
     assert!(!ends.destination_machine.runs());
+}
+
+/// What a destination makes of a whole stream of bytes.
+fn received(stream: Vec<u8>, to: Arc<MappedGuest>) -> (DestinationReport, Machine) {
+    let (mut near, far) = crate::transport::loopback(1 << 20);
+    let machine = Machine::default();
+    let settings = DestinationSettings { max_state: 1000, ..DestinationSettings::default() };
+    let control = Box::new(machine.clone());
+    let session = DestinationSession::new(
+        Box::new(far.source),
+        Some(Box::new(far.sink)),
+        Box::new(to),
+        control,
+        settings,
+    );
+    let stop = Stop::on(&crate::sys::CancelToken::default());
+    near.sink.send(&[SendPart::Own(&stream)], &stop).unwrap();
+    drop(near.sink);
+    (session.run(), machine)
+}
+
+/// Header, greeting and block list of a ramwire.
+fn native_start(blocks: &[(&str, u64)]) -> Vec<u8> {
+    use crate::stream::native::{Hello, Order};
+    use crate::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
+    use crate::stream::qemu::command::Command;
+    use crate::stream::qemu::section::{SectionName, encode_footer, encode_start};
+    use crate::stream::qemu::{file, ram};
+    let mut out = Vec::new();
+    file::encode_header(&mut out);
+    file::encode_configuration(&Configuration::default(), &mut out);
+    Command::OpenReturnPath.encode(&mut out);
+    Command::Native(Order::Hello(Hello::ours([1; 16], false))).encode(&mut out);
+    encode_start(&SectionName { id: 2, idstr: ram::IDSTR, instance: 0, version: ram::VERSION }, &mut out);
+    let announce = |(name, pages): &(&str, u64)| BlockAnnouncement {
+        name: BlockName::new(name).unwrap(),
+        used_length: pages * 4096,
+        host_page: None,
+        guest_addr: None,
+    };
+    encode_block_list(&blocks.iter().map(announce).collect::<Vec<_>>(), &mut out);
+    out.extend_from_slice(&ram::EOS_RECORD);
+    encode_footer(2, &mut out);
+    out
+}
+
+fn state_section(len: usize) -> Vec<u8> {
+    use crate::stream::native::STATE_SECTION;
+    use crate::stream::qemu::section::{SectionName, encode_footer, encode_full};
+    let mut out = Vec::new();
+    encode_full(&SectionName { id: 3, idstr: STATE_SECTION, instance: 0, version: 1 }, &mut out);
+    out.extend_from_slice(&(len as u64).to_be_bytes());
+    out.resize(out.len() + len, 7);
+    encode_footer(3, &mut out);
+    out
+}
+
+#[test]
+fn a_source_that_leaves_out_ram_starts_no_guest() {
+    use crate::stream::native::Order;
+    use crate::stream::qemu::command::Command;
+    // All is said to be sent, without a last section of pages.
+    let mut early = native_start(&[("block0", 3), ("block1", 1)]);
+    Command::Native(Order::StateSent).encode(&mut early);
+    Command::Native(Order::Commit { migration_id: [1; 16] }).encode(&mut early);
+    // One of our blocks is not in the list.
+    let partial = native_start(&[("block0", 3)]);
+    for (stream, due) in [(early, "STATE_SENT"), (partial, "block1")] {
+        let (report, machine) = received(stream, guest(&[3, 1]));
+        let error = report.error.unwrap().to_string();
+        assert!(error.contains(due), "{error}");
+        assert_eq!(report.ending, Ending::Discarded);
+        assert!(!machine.runs());
+    }
+}
+
+#[test]
+fn device_state_in_many_sections_is_bounded() {
+    use crate::stream::qemu::section::{encode_end, encode_footer};
+    let mut stream = native_start(&[("block0", 1)]);
+    encode_end(2, &mut stream);
+    stream.extend_from_slice(&crate::stream::qemu::ram::EOS_RECORD);
+    encode_footer(2, &mut stream);
+    (0..20).for_each(|_| stream.extend(state_section(100)));
+    let (report, machine) = received(stream, guest(&[1]));
+    let error = report.error.unwrap().to_string();
+    assert!(error.contains("more device state"), "{error}");
+    assert!(!machine.runs());
 }

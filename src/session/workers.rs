@@ -12,9 +12,12 @@ pub type Job = Box<dyn FnOnce() + Send + 'static>;
 /// Starts a thread: called with its name and its job. An embedder sets affinity or a seccomp filter here.
 pub type SpawnFn = dyn Fn(&'static str, Job) -> io::Result<JoinHandle<()>> + Send + Sync;
 
-/// How threads are started. Clones share the callback.
+/// How threads are started, and how many share work that fills a core. Clones share the callback.
 #[derive(Clone)]
-pub struct Spawner(Arc<SpawnFn>);
+pub struct Spawner {
+    spawn: Arc<SpawnFn>,
+    workers: usize,
+}
 
 impl Default for Spawner {
     fn default() -> Self {
@@ -24,16 +27,32 @@ impl Default for Spawner {
 
 impl std::fmt::Debug for Spawner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Spawner")
+        f.debug_struct("Spawner").field("workers", &self.workers).finish_non_exhaustive()
     }
 }
 
 impl Spawner {
-    /// Threads are started by `spawn`.
+    /// Threads are started by `spawn`; work is shared by as many as this host has cores for this process.
+    ///
+    /// The cores are counted here, since the count reads files that a session's own threads may not be
+    /// allowed to open.
     pub fn new(
         spawn: impl Fn(&'static str, Job) -> io::Result<JoinHandle<()>> + Send + Sync + 'static,
     ) -> Self {
-        Self(Arc::new(spawn))
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { spawn: Arc::new(spawn), workers }
+    }
+
+    /// Work that fills a core is shared by `workers` threads, at least one.
+    #[must_use]
+    pub fn with_workers(mut self, workers: usize) -> Self {
+        self.workers = workers.max(1);
+        self
+    }
+
+    /// How many threads share work that fills a core.
+    pub fn workers(&self) -> usize {
+        self.workers
     }
 
     /// Starts one thread.
@@ -41,10 +60,11 @@ impl Spawner {
     /// # Errors
     /// [`Error::Thread`].
     pub fn spawn(&self, name: &'static str, job: Job) -> Result<JoinHandle<()>, Error> {
-        (self.0)(name, job).map_err(|source| Error::Thread { name, source })
+        (self.spawn)(name, job).map_err(|source| Error::Thread { name, source })
     }
 
-    /// Runs `work` for every item of `0..items` on up to `threads` threads and gathers the answers in order.
+    /// Runs `work` for every item of `0..items` on up to [`workers`](Self::workers) threads and
+    /// gathers the answers in order.
     ///
     /// # Errors
     /// [`Error::Thread`] if not even one thread could be started; an item whose thread died is missing then
@@ -52,7 +72,6 @@ impl Spawner {
     pub fn map<T: Send + 'static>(
         &self,
         name: &'static str,
-        threads: usize,
         items: usize,
         work: impl Fn(usize) -> T + Send + Sync + 'static,
     ) -> Result<Vec<T>, Error> {
@@ -60,7 +79,7 @@ impl Spawner {
         let next = Arc::new(std::sync::atomic::AtomicUsize::new(0));
         let (give, take) = crossbeam::channel::unbounded();
         let mut running = Vec::new();
-        for _ in 0..threads.clamp(1, items.max(1)) {
+        for _ in 0..self.workers.min(items.max(1)) {
             let (work, next, give) = (Arc::clone(&work), Arc::clone(&next), give.clone());
             let job = move || loop {
                 let item = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -88,11 +107,6 @@ impl Spawner {
     }
 }
 
-/// Threads worth starting for work that fills a core.
-pub fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -100,16 +114,16 @@ mod tests {
 
     #[test]
     fn answers_come_in_order_and_a_dead_thread_is_told() {
-        let spawner = Spawner::default();
-        let squares = spawner.map("square", 3, 100, |item| item * item).unwrap();
+        let spawner = Spawner::default().with_workers(3);
+        let squares = spawner.map("square", 100, |item| item * item).unwrap();
         assert!(squares.iter().enumerate().all(|(i, square)| *square == i * i));
-        assert!(spawner.map("none", 3, 0, |item| item).unwrap().is_empty());
+        assert!(spawner.map("none", 0, |item| item).unwrap().is_empty());
         let refusing = Spawner::new(|_, _| Err(io::Error::other("no")));
-        assert!(matches!(refusing.map("no", 1, 1, |i| i), Err(Error::Thread { .. })));
+        assert!(matches!(refusing.map("no", 1, |i| i), Err(Error::Thread { .. })));
         let dying = Spawner::new(|_, job| {
             drop(job);
             std::thread::Builder::new().spawn(|| {})
         });
-        assert!(matches!(dying.map("dead", 1, 1, |i| i), Err(Error::Thread { .. })));
+        assert!(matches!(dying.map("dead", 1, |i| i), Err(Error::Thread { .. })));
     }
 }

@@ -130,19 +130,21 @@ impl Stop {
             if let Some(reason) = self.reason() {
                 return Some(reason);
             }
-            let left = until.left().unwrap_or_default();
-            if left.is_zero() {
+            // `None`: a time beyond the clock's end, for which only a cancel is waited for.
+            let left = until.left();
+            if left == Some(Duration::ZERO) {
                 return None;
             }
             match &self.cancel.0.event {
                 Some(event) => drop(until.wait_event(event.as_fd(), left)),
-                None => std::thread::sleep(left.min(LOOK)),
+                None => std::thread::sleep(left.map_or(LOOK, |left| left.min(LOOK))),
             }
         }
     }
 
-    fn wait_event(&self, event: BorrowedFd<'_>, left: Duration) -> io::Result<()> {
-        let timeout = Timespec::try_from(left.max(Duration::from_millis(1))).ok();
+    fn wait_event(&self, event: BorrowedFd<'_>, left: Option<Duration>) -> io::Result<()> {
+        let left = left.map(|left| left.max(Duration::from_millis(1)));
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
         let mut fds = [PollFd::from_borrowed_fd(event, PollFlags::IN)];
         poll(&mut fds, timeout.as_ref())?;
         Ok(())
@@ -171,6 +173,17 @@ mod tests {
         });
         other.cancel();
         waker.join().unwrap();
+    }
+
+    #[test]
+    fn a_sleep_longer_than_the_clock_lasts_until_the_cancel() {
+        let cancel = CancelToken::default();
+        let stop = Stop::on(&cancel);
+        let sleeper = std::thread::spawn(move || stop.sleep(Duration::MAX));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!sleeper.is_finished(), "nobody has cancelled");
+        cancel.cancel();
+        assert_eq!(sleeper.join().unwrap(), Some(StopReason::Cancelled));
     }
 
     #[test]

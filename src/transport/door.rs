@@ -4,6 +4,8 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+#[cfg(feature = "rdma")]
+use super::rdma::{RdmaListener, connect_here as rdma_source};
 use super::tcp::TcpListener;
 use super::unix::UnixListener;
 use super::{
@@ -127,20 +129,12 @@ pub fn open_source(
     if let Address::Rdma { host, port } = address {
         return rdma_source(host, *port, memory, options, rdma, stop);
     }
-    let two_way = is_two_way(address);
-    let (sink, back) = connect(address, options, stop)?.split();
+    let (sink, back) = connect(address, options, stop)?.with_return_path();
     Ok(SourceDoor {
         link: Box::new(InlineLink::new(Box::new(sink), memory)),
-        back: two_way.then(|| Box::new(back) as Box<_>),
+        back: back.map(|back| Box::new(back) as Box<_>),
     })
 }
-
-fn is_two_way(address: &Address) -> bool {
-    matches!(address, Address::Tcp { .. } | Address::Unix(_) | Address::Fd(_))
-}
-
-#[cfg(feature = "rdma")]
-use super::rdma::{RdmaListener, connect_here as rdma_source};
 
 /// The address of the first RDMA device here that carries traffic, if this process may lock `bytes` of memory.
 ///
@@ -288,9 +282,8 @@ impl Listener {
         if let Kind::Rdma(listener) = &mut self.kind {
             return Ok(listener.accept(options, stop)?);
         }
-        let two_way = is_two_way(&self.address);
-        let (source, back) = self.accept(options, stop)?.split();
-        Ok(DestinationDoor { source: Box::new(source), back: two_way.then(|| Box::new(back) as Box<_>) })
+        let (source, back) = self.accept(options, stop)?.with_return_path();
+        Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>) })
     }
 
     /// Waits for the next connection that is a byte stream.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::{ByteSink, ByteSource, ChannelError};
-use crate::sys::{RecvPart, SendPart, Stop};
+use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 
 /// How often a wait looks at its [`Stop`].
 const LOOK: Duration = Duration::from_millis(10);
@@ -64,11 +64,12 @@ impl Pipe {
     ) -> Result<MutexGuard<'_, State>, ChannelError> {
         let mut state = self.lock();
         loop {
-            if let Some(reason) = stop.reason() {
-                return Err(ChannelError::Stopped { reason, doing });
-            }
-            if ready(&state) || !state.open {
+            let reason = stop.reason();
+            if reason != Some(StopReason::Cancelled) && (ready(&state) || !state.open) {
                 return Ok(state);
+            }
+            if let Some(reason) = reason {
+                return Err(ChannelError::Stopped { reason, doing });
             }
             state = self.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -186,7 +187,19 @@ impl Drop for LoopbackSource {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::sys::{CancelToken, StopReason};
+    use crate::sys::CancelToken;
+
+    #[test]
+    fn a_deadline_of_zero_takes_what_is_there() {
+        let (mut near, mut far) = loopback(7);
+        let stop = Stop::on(&CancelToken::default());
+        let now = stop.within(Duration::ZERO);
+        let mut room = [0; 3];
+        let nothing = far.source.recv(&mut [RecvPart::Own(&mut room)], &now);
+        assert!(matches!(nothing, Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })));
+        near.sink.send(&[SendPart::Own(&[7])], &stop).unwrap();
+        assert_eq!(far.source.recv(&mut [RecvPart::Own(&mut room)], &now).unwrap(), 1);
+    }
 
     #[test]
     fn bytes_pass_in_order_through_little_room() {

@@ -154,6 +154,9 @@ pub trait ByteSink: Send {
 pub trait ByteSource: Send {
     /// Fills the parts in order with what is there, waiting for the first byte. 0 is the end of the stream.
     ///
+    /// A deadline ends the wait, not the reading: what is there when it has passed is taken all the same, so
+    /// that a deadline of zero looks without waiting.
+    ///
     /// # Errors
     /// [`ChannelError`].
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError>;

@@ -16,7 +16,9 @@ use rustix::net::Shutdown;
 use super::exec::ChildCommand;
 use super::patience::Patience;
 use super::{ByteSink, ByteSource, ChannelError, tcp};
-use crate::sys::{FdKind, MAX_PARTS, RecvPart, SendPart, Stop, queued_bytes, recv_parts, send_parts};
+use crate::sys::{
+    FdKind, MAX_PARTS, RecvPart, SendPart, Stop, StopReason, queued_bytes, recv_parts, send_parts,
+};
 
 const SENDING: &str = "sending the stream";
 const RECEIVING: &str = "waiting for the stream";
@@ -155,6 +157,15 @@ impl StreamChannel {
     pub fn split(self) -> (Self, Self) {
         let other = Self { end: Arc::clone(&self.end), sent: 0, stall: self.stall };
         (self, other)
+    }
+
+    /// The stream and, where the descriptor carries both directions, its return path. What waits there has a
+    /// limit of its own, the caller's [`Stop`]: hearing nothing is no stall.
+    pub fn with_return_path(self) -> (Self, Option<Self>) {
+        let both_ways = self.end.kind() == FdKind::Socket && self.end.child.is_none();
+        let (stream, mut back) = self.split();
+        back.stall = None;
+        (stream, both_ways.then_some(back))
     }
 
     /// Name of the other end, for messages.
@@ -338,15 +349,21 @@ impl ByteSource for StreamChannel {
         let end = &*self.end;
         let mut patience: Option<Patience<'_>> = None;
         loop {
-            if let Some(reason) = stop.reason() {
+            let reason = stop.reason();
+            if let Some(reason @ StopReason::Cancelled) = reason {
                 return Err(ChannelError::Stopped { reason, doing: RECEIVING });
             }
             match recv_parts(end.fd.as_fd(), into) {
                 Ok(0) => return self.await_child(stop).map(|()| 0),
                 Ok(count) => return Ok(count),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => patience
-                    .get_or_insert_with(|| Patience::new(end, RECEIVING, self.stall))
-                    .wait(PollFlags::IN, stop)?,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    if let Some(reason) = reason {
+                        return Err(ChannelError::Stopped { reason, doing: RECEIVING });
+                    }
+                    patience
+                        .get_or_insert_with(|| Patience::new(end, RECEIVING, self.stall))
+                        .wait(PollFlags::IN, stop)?;
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(end.broken(RECEIVING, error)),
             }

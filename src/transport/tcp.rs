@@ -22,7 +22,7 @@ const BACKLOG: i32 = 256;
 /// Sends at once what is written, and lets the kernel probe an idle connection so that a peer that answers
 /// nothing is dead after `dead_peer`: half of it idle, then probes. What waits for an acknowledgement is
 /// watched by the waits themselves. Buffer sizes are left to the kernel, which fits them to the path;
-/// a fixed size would switch that off (tcp(7)).
+/// a fixed size would switch that off (tcp(7)) and gained nothing over loopback.
 pub(super) fn tune(fd: BorrowedFd<'_>, dead_peer: Duration) -> io::Result<()> {
     let second = Duration::from_secs(1);
     let idle = (dead_peer / 2).max(second);

@@ -3,8 +3,12 @@
 //! Not crashing is the least of it: what decodes must encode back to the same bytes, a request for more bytes must be
 //! honest, and what a stream makes us keep must stay in proportion to what it sent.
 
+use ramwire::ram::BlockName;
 use ramwire::stream::DecodeError;
-use ramwire::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
+use ramwire::stream::qemu::blocks::BlockAnnouncement;
+use ramwire::stream::qemu::channel::{Channel, ChannelStep, PacketInflater};
+use ramwire::stream::qemu::incoming::{AnnouncedBlocks, Event, IncomingConfig, IncomingStream, Step};
+use ramwire::stream::qemu::multifd::Method;
 use ramwire::stream::qemu::{command, ram, return_path};
 use ramwire::stream::xbzrle;
 use ramwire::units::PageSize;
@@ -98,6 +102,59 @@ fn check_event(event: &Event<'_>, consumed: usize, stream: &IncomingStream) {
         Event::Blocks(blocks) => assert!(blocks.len() <= 4096 && !blocks.iter().any(|b| b.used_length == 0)),
         Event::TailBytes(bytes) => assert_eq!(bytes.len(), consumed),
         _ => {}
+    }
+}
+
+/// One multifd channel, between blocks of the captured guests.
+pub(crate) fn channel(data: &[u8], method: Method) {
+    let block = |name: &str, used_length| {
+        let name = BlockName::new(name).unwrap();
+        BlockAnnouncement { name, used_length, host_page: None, guest_addr: None }
+    };
+    let blocks =
+        AnnouncedBlocks::new(vec![block("microvm.ram", 2 << 20), block("pc.bios", 64 << 10)]).unwrap();
+    let mut channel = Channel::new(PageSize::SIZE_4K, method, [0; 16], 2);
+    let mut inflater = PacketInflater::default();
+    let mut at = 0;
+    loop {
+        match channel.next(&data[at..], &blocks) {
+            Ok(ChannelStep::Opened { consumed, id }) => {
+                assert!(id < 2);
+                at += consumed;
+            }
+            Ok(ChannelStep::Barrier { consumed }) => {
+                at += consumed;
+                channel.release();
+            }
+            Ok(ChannelStep::Packet { consumed }) => {
+                at += consumed;
+                let plan = channel.packet();
+                let used_length = blocks.as_slice()[plan.block.unwrap().as_usize()].used_length;
+                assert!(plan.normal.len() + plan.zero.len() <= 128 && plan.payload <= 1 << 20);
+                for offset in plan.normal.iter().chain(&plan.zero) {
+                    assert!(offset.0 % 4096 == 0 && offset.0 + 4096 <= used_length);
+                }
+                let end = at + plan.payload as usize;
+                let Some(payload) = data.get(at..end) else { return };
+                if method == Method::Zlib && !payload.is_empty() {
+                    let mut pages = vec![0; plan.normal.len() * 4096];
+                    if inflater.inflate(payload, &mut pages).is_err() {
+                        return;
+                    }
+                }
+                at = end;
+                channel.payload_taken();
+            }
+            Ok(ChannelStep::NeedMore { consumed, needed }) => {
+                assert!(needed > data.len() - at - consumed && needed <= 1344);
+                return;
+            }
+            Err(DecodeError::Corrupt(corrupt)) => {
+                assert!(corrupt.at >= at as u64 && corrupt.at <= data.len() as u64, "{corrupt}");
+                return;
+            }
+            Err(DecodeError::Truncated { .. }) => panic!("truncation is no error of a channel"),
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use proptest::test_runner::{Config, RngSeed, TestRunner};
 
 use ramwire::stream::DecodeError;
 use ramwire::stream::qemu::incoming::{Ending, Event, IncomingConfig, IncomingStream, Step};
+use ramwire::stream::qemu::multifd::Method;
 
 use super::replay::Replay;
 use super::{captures, fuzz_bodies};
@@ -102,4 +103,32 @@ fn s79_every_byte_of_a_small_stream_may_be_wrong() {
     }
     // Most bytes of the RAM part are offsets, flags and fill bytes, whose change is noticed.
     assert!(refused > 5000, "only {refused} of {} changes were refused", 3 * bytes.len());
+}
+
+/// Multifd channels with a few changed bytes, most of them in the headers.
+#[test]
+fn s79_flipped_bytes_of_channels_are_refused_or_pass_within_bounds() {
+    let captures: Vec<(Vec<u8>, Method)> = [("none", Method::Plain), ("zlib", Method::Zlib)]
+        .into_iter()
+        .flat_map(|(name, method)| {
+            ["q72", "q100"]
+                .map(|qemu| (captures::read(&format!("{qemu}-microvm-multifd-{name}-ch0.gz")), method))
+        })
+        .collect();
+    captures.iter().for_each(|(bytes, method)| fuzz_bodies::channel(bytes, *method));
+    let config =
+        Config { cases: 1000, rng_seed: RngSeed::Fixed(8), failure_persistence: None, ..Config::default() };
+    let flips = prop::collection::vec((0..64 + 3 * 1344usize, any::<u8>()), 1..4);
+    TestRunner::new(config)
+        .run(&(0..captures.len(), flips), |(which, flips)| {
+            let (bytes, method) = &captures[which];
+            let mut bytes = bytes.clone();
+            for (at, byte) in flips {
+                let reach = bytes.len();
+                bytes[at % reach] ^= byte;
+            }
+            fuzz_bodies::channel(&bytes, *method);
+            Ok(())
+        })
+        .unwrap();
 }

@@ -1,5 +1,7 @@
 //! The way back: the destination's byte stream to the source, on a connection of its own.
 
+use std::time::{Duration, Instant};
+
 use crate::capabilities::{Capabilities, Role};
 use crate::channel::{Channel, connect_params};
 use crate::exchange::Receiver;
@@ -8,16 +10,21 @@ use crate::hooks::HooksError;
 use crate::stop::{Stop, Stopped};
 use crate::stream::{StreamReceiver, StreamSender};
 
+/// A QEMU posts its first receive buffer a moment after the connection stands, and allows no second try: the first
+/// READY is sent this much later, or when its first message shows that it is there.
+const QEMU_SETTLES: Duration = Duration::from_millis(200);
+
 /// The source's end: reads.
 pub struct ReturnReader {
     stream: StreamReceiver,
+    grant_from: Instant,
 }
 
 impl ReturnReader {
-    pub(crate) fn new(channel: Channel, stop: &Stop) -> Result<Self, HooksError> {
-        let mut stream = StreamReceiver::new(channel, Receiver::one_ahead(1));
-        stream.grant(stop)?;
-        Ok(Self { stream })
+    /// `is_qemu`: the peer may not have a receive buffer posted yet.
+    pub(crate) fn new(channel: Channel, is_qemu: bool) -> Self {
+        let grant_from = if is_qemu { channel.now() + QEMU_SETTLES } else { channel.now() };
+        Self { stream: StreamReceiver::new(channel, Receiver::one_ahead(1)), grant_from }
     }
 
     /// Reads at least one byte, at most what fits.
@@ -27,7 +34,17 @@ impl ReturnReader {
     /// What the connection met; [`FabricError::Disconnected`](crate::FabricError::Disconnected) once the destination
     /// closed it and everything is read.
     pub fn read(&mut self, into: &mut [u8], stop: &Stop) -> Result<usize, HooksError> {
+        while !self.stream.has_news()? && self.stream.channel.now() < self.grant_from {
+            self.stream.channel.rest(stop)?;
+        }
         self.stream.read(into, stop)
+    }
+}
+
+impl Drop for ReturnReader {
+    /// The main connection tells how the migration went; this one just ends.
+    fn drop(&mut self) {
+        self.stream.channel.leave();
     }
 }
 
@@ -110,14 +127,19 @@ impl ReturnWriter {
         self.stream.flush(stop)
     }
 
-    /// Sends the last bytes, waits until they have left, then for the source to close, until `stop`. True if it did.
+    /// Sends the last bytes, waits until they have arrived, then for the source to close, until `stop`. True if both
+    /// happened. A source that closes at once after the last byte may cut off its acknowledgement: then nobody knows,
+    /// and the answer is false.
     ///
     /// # Errors
     ///
-    /// What the connection met.
+    /// What else the connection met.
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.stream.flush(stop)?;
-        self.stream.wait_for(stop, |stream| stream.channel.is_idle().then_some(()))?;
-        self.stream.channel.part(stop)
+        match self.stream.wait_for(stop, |stream| stream.channel.is_idle().then_some(())) {
+            Ok(()) => self.stream.channel.part(stop),
+            Err(HooksError::Fabric(FabricError::Disconnected)) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 }

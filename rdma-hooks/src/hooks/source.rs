@@ -208,7 +208,7 @@ impl SourceHooks {
         let stop = stop.within(fabric.now(), RETURN_PATH_WITHIN);
         let endpoint =
             fabric.connect(&self.address.0, self.address.1, &connect_params(caps.encode(), 1), &stop)?;
-        ReturnReader::new(Channel::new(endpoint), &stop)
+        Ok(ReturnReader::new(Channel::new(endpoint), extension.is_none()))
     }
 
     /// Says which blocks migrate, in the order in which the stream announces them. Once, before the setup round.

@@ -12,7 +12,9 @@ use rdma_hooks::{
     PageContent, RamBlock, RamControl, RegionMemory, SourceConfig, SourceHooks, Stop, Ticket,
 };
 
+pub mod fuzz_bodies;
 pub mod mapped;
+pub mod scripted;
 
 pub const PAGE: u64 = 4096;
 pub const MIB: u64 = 1 << 20;

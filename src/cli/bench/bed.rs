@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use ramwire::sys::{HostSpan, Mapping, populate};
 
-use super::BenchError;
+use super::{BenchError, Populated};
 
 const MIB: usize = 1 << 20;
 
@@ -53,7 +53,7 @@ impl Fill {
 pub struct Bed {
     folder: PathBuf,
     bytes: u64,
-    populated: bool,
+    populated: Populated,
 }
 
 impl Bed {
@@ -61,7 +61,7 @@ impl Bed {
     ///
     /// # Errors
     /// [`BenchError::Memory`], with too little room in `base` as the likely cause.
-    pub fn make(base: &Path, bytes: u64, fill: Fill, populated: bool) -> Result<Self, BenchError> {
+    pub fn make(base: &Path, bytes: u64, fill: Fill, populated: Populated) -> Result<Self, BenchError> {
         let folder = base.join(format!("ramwire-bench-{}", std::process::id()));
         std::fs::create_dir(&folder).map_err(|source| memory(&folder, source))?;
         let bed = Self { folder, bytes, populated };
@@ -90,8 +90,8 @@ impl Bed {
         self.bytes
     }
 
-    /// Whether the host backs the destination's pages before the clock starts.
-    pub fn populated(&self) -> bool {
+    /// What the memory is before the clock starts.
+    pub fn populated(&self) -> Populated {
         self.populated
     }
 
@@ -102,8 +102,8 @@ impl Bed {
     pub fn clear_destination(&self) -> Result<(), BenchError> {
         let path = self.destination();
         let cleared = match self.populated {
-            true => write_filled(&path, self.bytes, Fill::Zero),
-            false => File::create(&path).and_then(|file| file.set_len(self.bytes)),
+            Populated::Yes | Populated::Backed => write_filled(&path, self.bytes, Fill::Zero),
+            Populated::No => File::create(&path).and_then(|file| file.set_len(self.bytes)),
         };
         cleared.map_err(|source| memory(&path, source))
     }
@@ -113,7 +113,7 @@ impl Bed {
     /// # Errors
     /// [`BenchError::Memory`].
     pub fn renew(&self) -> Result<(), BenchError> {
-        if self.populated { Ok(()) } else { self.clear_destination() }
+        if self.populated == Populated::No { self.clear_destination() } else { Ok(()) }
     }
 
     /// The first byte at which the two files differ.
@@ -238,7 +238,7 @@ mod tests {
     #[test]
     fn a_difference_is_found_where_it_is_and_the_folder_goes() {
         let base = tempfile::tempdir().unwrap();
-        let bed = Bed::make(base.path(), 3 << 20, Fill::Random, false).unwrap();
+        let bed = Bed::make(base.path(), 3 << 20, Fill::Random, Populated::No).unwrap();
         assert_eq!(bed.difference().unwrap(), Some(0));
         let mut bytes = std::fs::read(bed.source()).unwrap();
         std::fs::write(bed.destination(), &bytes).unwrap();

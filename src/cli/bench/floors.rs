@@ -57,9 +57,9 @@ impl Pattern {
 /// # Errors
 /// [`BenchError`].
 pub fn run(pattern: Pattern, bed: &Bed) -> Result<Run, BenchError> {
-    let mapping = bed::map(&bed.source(), bed.bytes(), true)?;
+    let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = bed::whole(&mapping)?;
-    let peer = Peer::start(pattern.role(), &bed.destination(), bed.bytes(), bed.populated())?;
+    let peer = Peer::start(pattern.role(), &bed.destination(), bed.bytes(), bed.populated().mapped(true))?;
     let mut socket = TcpStream::connect(("127.0.0.1", peer.port)).map_err(failed("connecting"))?;
     socket.set_nodelay(true).map_err(failed("connecting"))?;
     let (begun, cpu) = (Instant::now(), own_cpu_seconds());
@@ -81,7 +81,7 @@ pub fn run(pattern: Pattern, bed: &Bed) -> Result<Run, BenchError> {
 /// # Errors
 /// [`BenchError`].
 pub fn copy(bed: &Bed) -> Result<Run, BenchError> {
-    let mapping = bed::map(&bed.source(), bed.bytes(), true)?;
+    let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = bed::whole(&mapping)?;
     let mut target = vec![1u8; COPY_WINDOW.min(memory.len())];
     let (begun, cpu) = (Instant::now(), own_cpu_seconds());
@@ -221,6 +221,7 @@ fn offset_of(header: &[u8]) -> usize {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::cli::bench::Populated;
     use crate::cli::bench::bed::Fill;
     use std::net::TcpListener;
 
@@ -229,7 +230,7 @@ mod tests {
     fn every_pattern_moves_the_memory_whole() {
         let base = tempfile::tempdir().unwrap();
         // No multiple of any buffer.
-        let bed = Bed::make(base.path(), (5 << 20) + 3 * PAGE as u64, Fill::Random, true).unwrap();
+        let bed = Bed::make(base.path(), (5 << 20) + 3 * PAGE as u64, Fill::Random, Populated::Yes).unwrap();
         for pattern in [Pattern::Direct, Pattern::Stream, Pattern::Packet] {
             bed.clear_destination().unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();

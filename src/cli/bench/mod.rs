@@ -140,9 +140,9 @@ pub struct MigrateArgs {
     /// What the memory holds: random, zero, or mixed:PERCENT random
     #[arg(long, default_value = "random")]
     fill: Fill,
-    /// Whether the destination's pages are backed by the host before
-    #[arg(long, default_value = "yes", value_parser = parse_yes, action = clap::ArgAction::Set, value_name = "yes|no")]
-    populated: bool,
+    /// What the memory is before a run
+    #[arg(long, value_enum, default_value_t = Populated::Yes)]
+    populated: Populated,
     /// Rounds; 15 and more for an interval that means something
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..10_000))]
     pairs: u32,
@@ -170,11 +170,25 @@ fn parse_size(text: &str) -> Result<u64, String> {
     if whole { Ok(bytes) } else { Err("write a multiple of 2 MiB, like 512M or 4G".into()) }
 }
 
-fn parse_yes(text: &str) -> Result<bool, String> {
-    match text {
-        "yes" => Ok(true),
-        "no" => Ok(false),
-        _ => Err("write yes or no".into()),
+/// What the memory is before the clock starts, for every contestant alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Populated {
+    /// Backed by the host, and in the page tables of every process
+    Yes,
+    /// Backed by the host; each process meets it by faults
+    Backed,
+    /// The destination's pages don't exist yet
+    No,
+}
+
+impl Populated {
+    /// Whether a process maps every page ahead; `arriving` for a destination's.
+    fn mapped(self, arriving: bool) -> bool {
+        match self {
+            Self::Yes => true,
+            Self::Backed => false,
+            Self::No => !arriving,
+        }
     }
 }
 
@@ -321,7 +335,9 @@ fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchErro
         Fill::Zero => "zero".to_owned(),
         Fill::Mixed(percent) => format!("mixed:{percent}"),
     };
-    Ok(Report::new(args.ram, fill, args.populated, !args.no_verify, &names, &rounds))
+    let populated = clap::ValueEnum::to_possible_value(&args.populated);
+    let populated = populated.map_or_else(String::new, |value| value.get_name().to_owned());
+    Ok(Report::new(args.ram, fill, populated, !args.no_verify, &names, &rounds))
 }
 
 /// A run into zeroed memory that is compared afterwards.

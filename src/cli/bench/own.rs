@@ -60,16 +60,16 @@ fn guest(mapping: &Mapping) -> Result<Arc<MappedGuest>, BenchError> {
 /// # Errors
 /// [`BenchError`].
 pub fn run(bed: &Bed) -> Result<Run, BenchError> {
-    let mapping = bed::map(&bed.source(), bed.bytes(), true)?;
+    let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = guest(&mapping)?;
-    let peer = Peer::start(Role::Ramwire, &bed.destination(), bed.bytes(), bed.populated())?;
+    let peer = Peer::start(Role::Ramwire, &bed.destination(), bed.bytes(), bed.populated().mapped(true))?;
     let address = Address::Tcp { host: "127.0.0.1".into(), port: peer.port };
     let stop = Stop::on(&CancelToken::default());
     let (begun, cpu) = (Instant::now(), own_cpu_seconds());
-    let (back, sink) = connect(&address, &StreamOptions::default(), &stop)?.split();
+    let (sink, back) = connect(&address, &StreamOptions::default(), &stop)?.with_return_path();
     let connection = SourceConnection {
         link: Box::new(InlineLink::new(Box::new(sink), memory.clone())),
-        back: Some(Box::new(back)),
+        back: back.map(|back| Box::new(back) as Box<_>),
     };
     let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
     let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
@@ -91,10 +91,10 @@ pub fn receive(socket: TcpStream, mapping: &Mapping) -> Result<(), BenchError> {
     let who = || "ramwire's destination".to_owned();
     let channel = StreamChannel::from_fd(socket.into(), "the source", &StreamOptions::default());
     let failed = |source| BenchError::Io { who: who(), doing: "taking the connection", source };
-    let (source, back) = channel.map_err(failed)?.split();
+    let (source, back) = channel.map_err(failed)?.with_return_path();
     let session = DestinationSession::new(
         Box::new(source),
-        Some(Box::new(back)),
+        back.map(|back| Box::new(back) as Box<_>),
         Box::new(guest(mapping)?),
         Box::new(Still),
         DestinationSettings::default(),
@@ -111,13 +111,14 @@ pub fn receive(socket: TcpStream, mapping: &Mapping) -> Result<(), BenchError> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::cli::bench::Populated;
     use crate::cli::bench::bed::Fill;
     use std::net::TcpListener;
 
     #[test]
     fn the_destination_ends_up_with_the_same_memory() {
         let base = tempfile::tempdir().unwrap();
-        let bed = Bed::make(base.path(), 6 << 20, Fill::Mixed(70), true).unwrap();
+        let bed = Bed::make(base.path(), 6 << 20, Fill::Mixed(70), Populated::Yes).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (far, _) = listener.accept().unwrap();
@@ -125,9 +126,9 @@ mod tests {
         let receiver = std::thread::spawn(move || receive(far, &target));
         let memory = guest(&bed::map(&bed.source(), bed.bytes(), true).unwrap()).unwrap();
         let options = StreamOptions::default();
-        let (back, sink) = StreamChannel::from_fd(near.into(), "far", &options).unwrap().split();
+        let (sink, back) = StreamChannel::from_fd(near.into(), "far", &options).unwrap().with_return_path();
         let link = Box::new(InlineLink::new(Box::new(sink), memory.clone()));
-        let connection = SourceConnection { link, back: Some(Box::new(back)) };
+        let connection = SourceConnection { link, back: back.map(|back| Box::new(back) as Box<_>) };
         let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
         let settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
         let report = SourceSession::new(source, connection, settings).run();

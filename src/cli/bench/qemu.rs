@@ -59,8 +59,8 @@ impl Qemu {
     /// # Errors
     /// [`BenchError`].
     pub fn run(&self, bed: &Bed) -> Result<Run, BenchError> {
-        let mut target = self.start(bed, "destination", bed.populated())?;
-        let mut source = self.start(bed, "source", true)?;
+        let mut target = self.start(bed, "destination", bed.populated().mapped(true))?;
+        let mut source = self.start(bed, "source", bed.populated().mapped(false))?;
         for monitor in [&mut target.monitor, &mut source.monitor] {
             let mut parameters = json!({ "max-bandwidth": NO_LIMIT });
             if self.channels > 0 {

@@ -37,8 +37,8 @@ pub struct Report {
     pub ram_bytes: u64,
     /// What the memory holds.
     pub fill: String,
-    /// Whether the host backed the destination's pages before.
-    pub populated: bool,
+    /// What the memory was before each run, as `--populated` says it.
+    pub populated: String,
     /// Whether the destination's memory was compared after each contestant's first run.
     pub verified: bool,
     /// Processors this process may use.
@@ -54,7 +54,7 @@ impl Report {
     pub fn new(
         ram_bytes: u64,
         fill: String,
-        populated: bool,
+        populated: String,
         verified: bool,
         names: &[String],
         rounds: &[Vec<Run>],
@@ -94,14 +94,14 @@ impl Report {
     /// The table.
     pub fn table(&self) -> String {
         let mut out = String::new();
-        let populated = if self.populated { "populated" } else { "not populated" };
         let rounds = self.contestants.first().map_or(0, |first| first.runs.len());
         // Writing to a String can't fail.
         let _ = writeln!(
             out,
-            "{:.2} GB of {} memory, destination {populated}, tcp over loopback, {rounds} rounds, {} CPUs, Linux {}",
+            "{:.2} GB of {} memory, populated: {}, tcp over loopback, {rounds} rounds, {} CPUs, Linux {}",
             self.ram_bytes as f64 / GB,
             self.fill,
+            self.populated,
             self.cpus,
             self.kernel
         );
@@ -158,7 +158,7 @@ mod tests {
             })
             .collect();
         let names = ["ramwire".to_owned(), "other".to_owned()];
-        let report = Report::new(1_000_000_000, "random".into(), true, true, &names, &rounds);
+        let report = Report::new(1_000_000_000, "random".into(), "yes".into(), true, &names, &rounds);
         let other = &report.contestants[1];
         let ratio = other.throughput_ratio.unwrap();
         assert_eq!((ratio.low, ratio.median, ratio.high), (2.0, 2.0, 2.0));

@@ -114,10 +114,10 @@ impl Report {
             Event::SectionStart { phase, id, kind } => {
                 self.row(at, len, format!("{} {} (id {id})", phase_name(*phase), kind_name(*kind)));
             }
-            Event::PackageBytes(_) => self.row(at, len, "package".into()),
+            Event::PackageBytes(_) => self.piece(at, len, "package"),
             Event::Eof => self.row(at, len, "end of file".into()),
             Event::TailBytes(_) => {
-                self.row(at, len, "device state".into());
+                self.piece(at, len, "device state");
                 let state = self.device_state.get_or_insert(DeviceState {
                     at,
                     bytes: 0,
@@ -249,6 +249,14 @@ impl Report {
             "further items".clone_into(&mut last.what);
             last.bytes += bytes;
             last.count += 1;
+        }
+    }
+
+    /// A piece of an item that comes in as many as the input has.
+    fn piece(&mut self, at: u64, bytes: u64, what: &str) {
+        match self.items.last_mut().filter(|last| last.what == what) {
+            Some(last) => last.bytes += bytes,
+            None => self.row(at, bytes, what.to_owned()),
         }
     }
 

@@ -37,10 +37,10 @@ impl ArrivingGuest {
     /// # Errors
     /// [`StoreError`].
     pub fn new(store: Store) -> Result<Self, StoreError> {
-        if let Some(manifest) = store.manifest()? {
-            if manifest.state != State::Arriving {
-                return Err(StoreError::Occupied { path: store.path.clone(), state: manifest.state });
-            }
+        if let Some(manifest) = store.manifest()?
+            && manifest.state != State::Arriving
+        {
+            return Err(StoreError::Occupied { path: store.path.clone(), state: manifest.state });
         }
         let inner = Inner {
             store,

@@ -354,7 +354,8 @@ impl GuestControl for SimControl {
         }
         self.may_resume(&mut turn.world);
         let side = self.side;
-        if turn.world.fails(|fault| *fault == Fault::Resume { side }) {
+        let stands_still = side == Side::Source && turn.world.plan.stands_still;
+        if stands_still || side == Side::Target && turn.world.fails(|fault| *fault == Fault::Start) {
             return failed();
         }
         turn.world.guest.running[side as usize] = true;

@@ -37,7 +37,7 @@ use super::{Breakage, Error};
 use crate::engine::{Ending, Outcome, Reason};
 
 /// Seeds of an ordinary test run.
-const SEEDS: u64 = 2000;
+const SEEDS: u64 = 3000;
 /// Seeds among which each order that is switched off must be found.
 const MUTANT_SEEDS: u64 = 1000;
 const WORKERS: usize = 4;
@@ -61,6 +61,7 @@ impl Coverage {
             ("stayed: failed", sent.outcome == Outcome::StaysHere(Reason::Failed)),
             ("stayed: cancelled", sent.outcome == Outcome::StaysHere(Reason::Cancelled)),
             ("stayed: while paused", matches!(sent.outcome, Outcome::StaysHere(_)) && world.paused),
+            ("stayed: could not resume", sent.stands_still && matches!(sent.outcome, Outcome::StaysHere(_))),
             ("in doubt", sent.outcome == Outcome::InDoubt),
             ("in doubt, runs there", sent.outcome == Outcome::InDoubt && arrived.ending == Ending::Running),
             ("stranded", arrived.ending == Ending::Stranded),
@@ -74,6 +75,7 @@ impl Coverage {
                 flipped(&world.plan) && matches!(arrived.error, Some(Error::Decode(_))),
             ),
             ("flip without harm", marked(Mark::Flipped) && sent.outcome == Outcome::Completed),
+            ("two faults", world.plan.also.is_some() && world.marks.len() >= 2),
             ("cut", marked(Mark::Cut)),
             ("reset", marked(Mark::Reset)),
             ("reset by a close", marked(Mark::Rude)),

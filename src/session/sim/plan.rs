@@ -1,4 +1,4 @@
-//! What a seed stands for: a guest, a peer, a door and at most one fault.
+//! What a seed stands for: a guest, a peer, a door, and what goes wrong.
 
 use crate::units::PageSize;
 
@@ -94,18 +94,37 @@ pub(super) enum Wire {
     Flip(u8),
 }
 
-/// The one thing that goes wrong.
+/// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
-    Wire { from: Side, anchor: Anchor, at: u64, wire: Wire },
-    Cancel { side: Side, anchor: Anchor, at: u64 },
-    Kill { anchor: Anchor, at: u64 },
-    Log { call: u64 },
-    Pause { stands: bool },
+    Wire {
+        from: Side,
+        anchor: Anchor,
+        at: u64,
+        wire: Wire,
+    },
+    Cancel {
+        side: Side,
+        anchor: Anchor,
+        at: u64,
+    },
+    Kill {
+        anchor: Anchor,
+        at: u64,
+    },
+    Log {
+        call: u64,
+    },
+    Pause {
+        stands: bool,
+    },
     Save,
     Load,
-    Resume { side: Side },
-    Door { call: u64 },
+    /// The destination's guest can't be started.
+    Start,
+    Door {
+        call: u64,
+    },
 }
 
 /// The door of the pages.
@@ -163,6 +182,10 @@ pub(super) struct Plan {
     pub(super) bytes_per_ms: u64,
     pub(super) downtime_pages: u64,
     pub(super) fault: Option<Fault>,
+    /// A second fault, on the wire, where the first may be of any kind: which direction, at which byte, what.
+    pub(super) also: Option<(Side, u64, Wire)>,
+    /// Where the source's guest is to resume, it can't.
+    pub(super) stands_still: bool,
 }
 
 /// What the source is told of its peer, and what the peer is.
@@ -208,6 +231,8 @@ impl Plan {
             bytes_per_ms: rng.pick(&[400, 4096, 100_000]),
             downtime_pages: rng.below(12),
             fault,
+            also: draw_second(&mut rng, total).filter(|_| fault.is_some() && !flips),
+            stands_still: rng.one_in(25),
             blocks,
         }
     }
@@ -263,6 +288,17 @@ fn draw_door(rng: &mut Rng) -> DoorKind {
     })
 }
 
+fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {
+    let from = rng.pick(&[Side::Source, Side::Target]);
+    let at = match from {
+        Side::Source => rng.below(total_pages * 6000),
+        Side::Target => rng.below(80),
+    };
+    let cut = Wire::Cut { both: rng.one_in(2), grace: rng.pick(&[0, 9000]) };
+    let wire = rng.pick(&[cut, Wire::Reset, Wire::Stall]);
+    rng.one_in(4).then_some((from, at, wire))
+}
+
 fn draw_fault(rng: &mut Rng, total_pages: u64, door: DoorKind) -> Option<Fault> {
     let late = matches!(door, DoorKind::Late(_));
     // Most of what can go wrong in the last moments needs a place near them.
@@ -293,12 +329,12 @@ fn draw_fault(rng: &mut Rng, total_pages: u64, door: DoorKind) -> Option<Fault> 
             Fault::Cancel { side: rng.pick(&[Side::Source, Side::Source, Side::Target]), anchor, at: steps }
         }
         13 => Fault::Kill { anchor, at: steps },
-        14 => Fault::Log { call: rng.below(40) },
+        14 => Fault::Log { call: rng.below_one_of(&[2, 40]) },
         15 => Fault::Pause { stands: rng.one_in(2) },
         16 => rng.pick(&[Fault::Save, Fault::Load]),
-        17 => Fault::Resume { side: Side::Target },
+        17 => Fault::Start,
         _ if late => Fault::Door { call: rng.below(40) },
-        18 => Fault::Log { call: rng.below(8) },
+        18 => Fault::Log { call: rng.below_one_of(&[2, 8]) },
         _ => Fault::Kill { anchor, at: steps },
     })
 }

@@ -77,6 +77,10 @@ impl World {
             pipes[from as usize].fault = Some((at, wire));
             fault = None;
         }
+        if let Some((from, at, wire)) = plan.also {
+            // Where both meet the same direction the first counts.
+            pipes[from as usize].fault.get_or_insert((at, wire));
+        }
         Self {
             rng: Rng::new(plan.seed ^ 0x5eed),
             now: Duration::ZERO,

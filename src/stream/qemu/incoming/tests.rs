@@ -16,6 +16,9 @@ use crate::units::{BlockIndex, BlockOffset, GuestAddr};
 const RAM: u32 = 0x77;
 const PAGE: usize = 4096;
 
+/// What a case is for, a good beginning, what is added to it, and the fault with its offset in what was added.
+type Case = (&'static str, Bytes, Box<dyn FnOnce(Bytes) -> Bytes>, (u64, Fault));
+
 /// A stream in the making.
 struct Bytes(Vec<u8>);
 
@@ -195,7 +198,7 @@ fn s08_s09_s10_s19_s22_sections_out_of_place_are_refused() {
     let unknown = |idstr: &str| Fault::UnknownIterable { idstr: idstr.into(), instance: 0 };
     let order = |what, why| Fault::OutOfOrder { what, why };
     #[rustfmt::skip]
-    let cases: Vec<(&str, Bytes, Box<dyn FnOnce(Bytes) -> Bytes>, (u64, Fault))> = vec![
+    let cases: Vec<Case> = vec![
         ("PART before START",     Bytes::new(),     Box::new(Bytes::part),                                 (1, id(RAM))),
         ("PART of another id",    Bytes::started(), Box::new(|b| b.raw(b"\x02\0\0\0\x02")),                (1, id(2))),
         ("unknown iterable",      Bytes::started(), Box::new(|b| b.head(Phase::Start, 5, "0000:01/vfio", 1)), (0, unknown("0000:01/vfio"))),
@@ -227,7 +230,7 @@ fn s24_s25_s26_s33_records_out_of_place_are_refused() {
     let part = || Bytes::started().part();
     let named = || part().zero(Some("ram"), 0);
     #[rustfmt::skip]
-    let cases: Vec<(&str, Bytes, Box<dyn FnOnce(Bytes) -> Bytes>, (u64, Fault))> = vec![
+    let cases: Vec<Case> = vec![
         ("no block named",        part(),  Box::new(|b| b.zero(None, 0)),                                      (0, Fault::NoCurrentBlock)),
         ("unknown block",         part(),  Box::new(|b| b.zero(Some("pc.ram"), 0)),                            (0, Fault::UnknownBlock { name: "pc.ram".into() })),
         ("behind the block",      named(), Box::new(|b| b.zero(None, 0x4000)),                                 (0, outside("ram", 0x4000, 0x4000))),
@@ -251,12 +254,14 @@ fn s24_s25_s26_s33_records_out_of_place_are_refused() {
 
 #[test]
 fn s28_s29_s30_s79_block_lists_are_bounded_and_may_not_change() {
+    fn total(bytes: u64) -> Record<'static> {
+        Record::MemSize { total: bytes }
+    }
     let start = || Bytes::new().start();
-    let total = |bytes: u64| Record::MemSize { total: bytes };
     let length = |length, why| Fault::BlockLength { name: "ram".into(), length, why };
     let over = "the blocks are longer than the announced total";
     #[rustfmt::skip]
-    let cases: Vec<(&str, Bytes, Box<dyn FnOnce(Bytes) -> Bytes>, (u64, Fault))> = vec![
+    let cases: Vec<Case> = vec![
         ("a block twice",     start(), Box::new(|b| b.list(&[block("a", 1), block("a", 1)])),                    (18, Fault::DuplicateBlock { name: "a".into() })),
         ("over the total",    start(), Box::new(|b| b.record(total(4096)).raw(b"\x03ram\0\0\0\0\0\0\x20\0")),    (12, length(8192, over))),
         ("an empty block",    start(), Box::new(|b| b.record(total(4096)).raw(b"\x03ram\0\0\0\0\0\0\0\0")),      (12, length(0, "a block cannot be empty"))),

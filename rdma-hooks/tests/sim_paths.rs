@@ -1,0 +1,338 @@
+//! What whole migrations do not reach by themselves: the return path, postcopy, hooks out of order, latencies.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{MIB, PAGE};
+use rdma_hooks::sim::{Fault, Host, Sim, SimConfig, SimFabric, SparseMemory};
+use rdma_hooks::{
+    BlockSpan, Cancel, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, FabricError, HooksError,
+    HostRegion, MigrationId, PageContent, RamBlock, RamControl, Reason, RegionMemory, ReturnWriter,
+    SaveDisposition, SourceConfig, SourceHooks, Stop, Stopped, Ticket,
+};
+
+const PORT: u16 = 1;
+
+fn seconds(fabric: &SimFabric, seconds: u64) -> Stop {
+    Stop::new(Some(fabric.now() + Duration::from_secs(seconds)), Cancel::default())
+}
+
+/// Runs both ends, each in a thread, on a fresh network.
+fn both<S: Send, D: Send>(
+    config: SimConfig,
+    source: impl FnOnce(SimFabric) -> S + Send,
+    destination: impl FnOnce(SimFabric, Box<dyn rdma_hooks::fabric::Listener>) -> D + Send,
+) -> (S, D, Sim) {
+    let sim = Sim::new(config);
+    let (from, to) = (sim.fabric(Host::A), sim.fabric(Host::B));
+    let listener = to.listen("sim", PORT).unwrap();
+    std::thread::scope(|scope| {
+        let part = to.enter();
+        let there = scope.spawn(move || {
+            let _part = part;
+            destination(to, listener)
+        });
+        let part = from.enter();
+        let here = scope.spawn(move || {
+            let _part = part;
+            source(from)
+        });
+        (here.join().expect("source"), there.join().expect("destination"), sim.clone())
+    })
+}
+
+fn ram(len: u64) -> (Arc<SparseMemory>, RamBlock) {
+    let memory = Arc::new(SparseMemory::new(len));
+    (memory.clone(), RamBlock::new("ram", HostRegion::new(memory)))
+}
+
+fn open(hooks: &mut SourceHooks, kind: RamControl, stop: &Stop) {
+    let mark = hooks.registration_start(kind).unwrap().unwrap();
+    hooks.write_stream(&mark.to_bytes(), stop).unwrap();
+}
+
+fn span(offset: u64, len: u64, content: PageContent) -> BlockSpan {
+    BlockSpan { block: 0, offset, len, content }
+}
+
+/// Serves rounds of a source that sends nothing but marks; `rounds` with the setup.
+fn serve(
+    hooks: &mut DestinationHooks,
+    block: RamBlock,
+    rounds: usize,
+    stop: &Stop,
+) -> Result<(), HooksError> {
+    let length = block.region.len();
+    hooks.add_block(block)?;
+    hooks.block_notification("ram", length)?;
+    for _ in 0..rounds {
+        let mut mark = [0; 8];
+        let mut done = 0;
+        while done < 8 {
+            done += hooks.read_stream(&mut mark[done..], stop)?;
+        }
+        hooks.registration_handle(stop)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn r42_to_r46_the_return_path_carries_bytes_both_with_and_without_the_extension() {
+    for extended in [false, true] {
+        let extension =
+            extended.then_some(ExtensionOffer { data_queues: 1, window: 2, migration: MigrationId([3; 16]) });
+        let config = SourceConfig { extension, ..SourceConfig::default() };
+        let said: Vec<u8> = (0..100_000_u32).map(|i| i as u8).collect();
+        let expected = said.clone();
+        let (heard, closed, sim) = both(
+            SimConfig::default(),
+            move |fabric| {
+                let stop = seconds(&fabric, 30);
+                let hooks = SourceHooks::connect(&fabric, "sim", PORT, config, &stop).unwrap();
+                let mut back = hooks.open_return_path(&fabric, &stop).unwrap();
+                let mut heard = vec![0; 100_000];
+                let mut done = 0;
+                while done < heard.len() {
+                    done += back.read(&mut heard[done..], &stop).unwrap();
+                }
+                heard
+            },
+            move |fabric, mut listener| {
+                let stop = seconds(&fabric, 30);
+                let config = DestinationConfig { data_queues: 1, window: 2, admit: None };
+                let hooks = DestinationHooks::accept(listener.as_mut(), &config, &stop).unwrap();
+                let mut back = ReturnWriter::accept(listener.as_mut(), hooks.granted(), &stop).unwrap();
+                back.write(&said, &stop).unwrap();
+                back.finish(&stop)
+            },
+        );
+        assert_eq!(heard, expected);
+        assert!(closed.is_ok(), "{closed:?}");
+        assert_eq!(sim.unready_messages(), 0);
+    }
+}
+
+#[test]
+fn r42_a_destination_without_a_return_path_is_given_up_after_5_s() {
+    let (waited, _, _) = both(
+        SimConfig::default(),
+        |fabric| {
+            let stop = seconds(&fabric, 60);
+            let hooks = SourceHooks::connect(&fabric, "sim", PORT, SourceConfig::default(), &stop).unwrap();
+            let started = fabric.now();
+            let ended = hooks.open_return_path(&fabric, &stop).map(|_| ());
+            assert!(matches!(ended, Err(HooksError::Stopped(Stopped::Deadline))), "{ended:?}");
+            fabric.now() - started
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 60);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            let ended = hooks.read_stream(&mut [0], &stop);
+            assert!(matches!(ended, Err(HooksError::Fabric(_) | HooksError::Exchange(_))), "{ended:?}");
+        },
+    );
+    assert!((5..7).contains(&waited.as_secs()), "{waited:?}");
+}
+
+#[test]
+fn r47_after_postcopy_has_begun_pages_go_by_the_stream_and_rounds_are_none() {
+    let ((), (), _) = both(
+        SimConfig::default(),
+        |fabric| {
+            let stop = seconds(&fabric, 30);
+            let mut hooks =
+                SourceHooks::connect(&fabric, "sim", PORT, SourceConfig::default(), &stop).unwrap();
+            hooks.set_blocks(vec![ram(MIB).1]).unwrap();
+            open(&mut hooks, RamControl::Setup, &stop);
+            hooks.registration_stop(RamControl::Setup, &stop).unwrap();
+            open(&mut hooks, RamControl::Round, &stop);
+            hooks.control_save_page(span(0, MIB, PageContent::Data), &stop).unwrap();
+            assert!(matches!(hooks.begin_postcopy(&stop), Err(HooksError::OutOfOrder(_))));
+            hooks.registration_stop(RamControl::Round, &stop).unwrap();
+            hooks.begin_postcopy(&stop).unwrap();
+            assert_eq!(hooks.collect().unwrap(), Ticket(1), "all writes are over");
+            assert_eq!(hooks.registration_start(RamControl::Round).unwrap(), None);
+            let saved = hooks.control_save_page(span(0, PAGE, PageContent::Data), &stop).unwrap();
+            assert_eq!(saved, SaveDisposition::NotSupported(Reason::Postcopy));
+            hooks.registration_stop(RamControl::Round, &stop).unwrap();
+            hooks.write_stream(b"page", &stop).unwrap();
+            hooks.finish(&stop).unwrap();
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 30);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            serve(&mut hooks, ram(MIB).1, 2, &stop).unwrap();
+            let mut page = [0; 4];
+            assert_eq!(hooks.read_stream(&mut page, &stop).unwrap(), 4);
+            assert_eq!(&page, b"page");
+            hooks.finish(&stop).unwrap();
+        },
+    );
+}
+
+#[test]
+fn r20_r23_hooks_out_of_order_are_refused_and_harmless() {
+    let ((), (), _) = both(
+        SimConfig::default(),
+        |fabric| {
+            let stop = seconds(&fabric, 30);
+            let mut hooks =
+                SourceHooks::connect(&fabric, "sim", PORT, SourceConfig::default(), &stop).unwrap();
+            hooks.set_blocks(vec![ram(MIB).1]).unwrap();
+            let out_of_order = |result: Result<(), HooksError>, what: &str| {
+                assert!(matches!(result, Err(HooksError::OutOfOrder(_))), "{what}: {result:?}");
+            };
+            out_of_order(hooks.set_blocks(Vec::new()), "blocks twice");
+            out_of_order(hooks.registration_start(RamControl::Round).map(|_| ()), "a round before setup");
+            out_of_order(hooks.registration_stop(RamControl::Setup, &stop), "a stop without a start");
+            let page = span(0, PAGE, PageContent::Data);
+            out_of_order(hooks.control_save_page(page, &stop).map(|_| ()), "a page without a round");
+            let mark = hooks.registration_start(RamControl::Setup).unwrap().unwrap();
+            out_of_order(hooks.registration_start(RamControl::Setup).map(|_| ()), "two rounds at once");
+            out_of_order(hooks.registration_stop(RamControl::Setup, &stop), "R-20 the mark is missing");
+            hooks.write_stream(&mark.to_bytes(), &stop).unwrap();
+            out_of_order(hooks.control_save_page(page, &stop).map(|_| ()), "a page in the setup round");
+            out_of_order(hooks.write_stream(b"x", &stop), "R-20 bytes in an open round");
+            out_of_order(hooks.registration_stop(RamControl::Finish, &stop), "another round's stop");
+            hooks.registration_stop(RamControl::Setup, &stop).unwrap();
+            out_of_order(hooks.registration_start(RamControl::Setup).map(|_| ()), "R-23 setup twice");
+            open(&mut hooks, RamControl::Finish, &stop);
+            let past = hooks.control_save_page(span(MIB, PAGE, PageContent::Zero), &stop).map(|_| ());
+            assert!(matches!(past, Err(HooksError::Block(_))), "{past:?}");
+            hooks.registration_stop(RamControl::Finish, &stop).unwrap();
+            hooks.finish(&stop).unwrap();
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 30);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            serve(&mut hooks, ram(MIB).1, 2, &stop).unwrap();
+            let late = hooks.block_notification("late", 1);
+            assert!(matches!(late, Err(HooksError::Block(_))), "{late:?}");
+            hooks.finish(&stop).unwrap();
+        },
+    );
+}
+
+/// A page that is told zero, then has data, then is zero again, all within one round, ends as it was last.
+#[test]
+fn r33_zeros_and_data_of_one_page_keep_their_order() {
+    for data_queues in [0, 3] {
+        for seed in 0..20 {
+            let extension = Some(ExtensionOffer { data_queues, window: 4, migration: MigrationId([1; 16]) });
+            let (target, block) = ram(4 * MIB);
+            let (source, from_block) = ram(4 * MIB);
+            let sim = SimConfig { seed, max_delay: Duration::from_millis(5), ..SimConfig::default() };
+            let ((), (), _) = both(
+                sim,
+                move |fabric| {
+                    let stop = seconds(&fabric, 30);
+                    let config =
+                        SourceConfig { extension, pin_all: seed % 2 == 0, ..SourceConfig::default() };
+                    let mut hooks = SourceHooks::connect(&fabric, "sim", PORT, config, &stop).unwrap();
+                    hooks.set_blocks(vec![from_block]).unwrap();
+                    open(&mut hooks, RamControl::Setup, &stop);
+                    hooks.registration_stop(RamControl::Setup, &stop).unwrap();
+                    open(&mut hooks, RamControl::Finish, &stop);
+                    // All chunks at once, so that several queue pairs are under way.
+                    source.zero(0, 4 * MIB);
+                    hooks.control_save_page(span(0, 4 * MIB, PageContent::Zero), &stop).unwrap();
+                    for chunk in 0..4 {
+                        source.write(chunk * MIB, &[7; 70_000]);
+                    }
+                    hooks.control_save_page(span(0, 4 * MIB, PageContent::Data), &stop).unwrap();
+                    for chunk in [1, 3] {
+                        hooks.control_save_page(span(chunk * MIB, MIB, PageContent::Zero), &stop).unwrap();
+                    }
+                    hooks.registration_stop(RamControl::Finish, &stop).unwrap();
+                    hooks.finish(&stop).unwrap();
+                },
+                move |fabric, mut listener| {
+                    let stop = seconds(&fabric, 30);
+                    let config = DestinationConfig { data_queues: 3, window: 4, admit: None };
+                    let mut hooks = DestinationHooks::accept(listener.as_mut(), &config, &stop).unwrap();
+                    serve(&mut hooks, block, 2, &stop).unwrap();
+                    let _ = hooks.finish(&stop);
+                },
+            );
+            for chunk in 0..4 {
+                let is_zero = target.is_zero(chunk * MIB, MIB);
+                assert_eq!(is_zero, chunk % 2 == 1, "seed {seed}, {data_queues} more queues, chunk {chunk}");
+            }
+        }
+    }
+}
+
+#[test]
+fn latencies_are_kept_when_asked_for_and_tickets_say_what_has_arrived() {
+    let ((), (), _) = both(
+        SimConfig::default(),
+        |fabric| {
+            let stop = seconds(&fabric, 30);
+            let config = SourceConfig { record_latencies: true, ..SourceConfig::default() };
+            let mut hooks = SourceHooks::connect(&fabric, "sim", PORT, config, &stop).unwrap();
+            let (memory, block) = ram(8 * MIB);
+            memory.write(0, &vec![1; 8 << 20]);
+            hooks.set_blocks(vec![block]).unwrap();
+            open(&mut hooks, RamControl::Setup, &stop);
+            hooks.registration_stop(RamControl::Setup, &stop).unwrap();
+            open(&mut hooks, RamControl::Finish, &stop);
+            for page in 0..64 {
+                let saved =
+                    hooks.control_save_page(span(page * 2 * PAGE, PAGE, PageContent::Data), &stop).unwrap();
+                assert!(matches!(saved, SaveDisposition::Delayed { ticket: Ticket(t), .. } if t == page + 1));
+            }
+            assert!(hooks.collect().unwrap() < Ticket(64), "the last page waits for a neighbour");
+            hooks.drain(&stop).unwrap();
+            assert_eq!(hooks.collect().unwrap(), Ticket(64));
+            let mut latencies = Vec::new();
+            hooks.drain_latencies(&mut latencies);
+            let counters = hooks.counters();
+            assert_eq!(latencies.len() as u64, counters.writes_signalled);
+            assert!(counters.writes_signalled * 4 < counters.writes_posted, "{counters:?}");
+            assert!(latencies.iter().all(|took| *took <= Duration::from_millis(2) && !took.is_zero()));
+            hooks.registration_stop(RamControl::Finish, &stop).unwrap();
+            hooks.finish(&stop).unwrap();
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 30);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            serve(&mut hooks, ram(8 * MIB).1, 2, &stop).unwrap();
+            assert_eq!(hooks.touched_chunks(0).collect::<Vec<_>>(), [0]);
+            hooks.finish(&stop).unwrap();
+        },
+    );
+}
+
+#[test]
+fn a_peer_that_falls_silent_between_rounds_is_noticed_in_seconds() {
+    let faults = vec![(Host::A, Fault::PowerLoss { message: 2 })];
+    let (_, waited, _) = both(
+        SimConfig { faults, ..SimConfig::default() },
+        |fabric| {
+            let stop = seconds(&fabric, 60);
+            let mut hooks =
+                SourceHooks::connect(&fabric, "sim", PORT, SourceConfig::default(), &stop).unwrap();
+            hooks.set_blocks(vec![ram(MIB).1]).unwrap();
+            open(&mut hooks, RamControl::Setup, &stop);
+            assert!(hooks.registration_stop(RamControl::Setup, &stop).is_err(), "dead");
+        },
+        |fabric, mut listener| {
+            let stop = seconds(&fabric, 60);
+            let started = fabric.now();
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap();
+            let ended = serve(&mut hooks, ram(MIB).1, 2, &stop);
+            assert!(matches!(ended, Err(HooksError::Fabric(FabricError::Completion { .. }))), "{ended:?}");
+            fabric.now() - started
+        },
+    );
+    assert!(waited < Duration::from_secs(5), "{waited:?}");
+}

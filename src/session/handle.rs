@@ -1,0 +1,152 @@
+//! A migration on a thread of its own, in the hand of an embedder: how far it is, cancel, and its report.
+//!
+//! # Order that must hold
+//!
+//! A cancel and COMMIT are decided under one lock. Whoever was told that the cancel is accepted keeps the
+//! guest where it is; whoever was told that it comes too late gives it away.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crossbeam::channel::{Receiver, TryRecvError, bounded};
+
+use crate::observe::{SharedStatistics, Statistics};
+use crate::sys::CancelToken;
+
+use super::workers::Spawner;
+use super::{DestinationReport, DestinationSession, Error, SourceReport, SourceSession};
+
+/// Whether the guest has been given away, as a cancel may ask it.
+#[derive(Debug, Default)]
+pub(super) struct Commitment(Mutex<bool>);
+
+impl Commitment {
+    /// Runs one `step` of an engine, which tells whether it is committed afterwards.
+    pub(super) fn decide<T>(&self, step: impl FnOnce() -> (T, bool)) -> T {
+        let mut committed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (answer, now) = step();
+        *committed = now;
+        answer
+    }
+
+    fn cancel(&self, token: &CancelToken) -> CancelReply {
+        let committed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if *committed {
+            return CancelReply::TooLate;
+        }
+        token.cancel();
+        CancelReply::Accepted
+    }
+}
+
+/// What becomes of a cancel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a cancel that came too late changes nothing: the guest goes to the destination"]
+pub enum CancelReply {
+    /// The guest stays at the source: a source resumes it, a destination discards what came. The report
+    /// comes as soon as the thread has cleaned up. Accepted too, and without effect, where the migration
+    /// has failed already.
+    Accepted,
+    /// The guest was given to the destination, or a destination has said READY, and its source alone
+    /// decides; the migration runs to its end.
+    TooLate,
+}
+
+/// A running migration. `R` is [`SourceReport`] or [`DestinationReport`].
+///
+/// Dropping the handle cancels the migration and does not wait: nobody would be left to hear from the
+/// report who owns the guest. A migration that has committed is past that: it runs to its end, which its
+/// [`GuestControl`](crate::guest::GuestControl) sees.
+#[derive(Debug)]
+#[must_use = "dropping the handle cancels the migration"]
+pub struct MigrationHandle<R> {
+    commitment: Arc<Commitment>,
+    cancel: CancelToken,
+    statistics: SharedStatistics,
+    report: Receiver<R>,
+    thread: Option<JoinHandle<()>>,
+    name: &'static str,
+}
+
+impl<R> MigrationHandle<R> {
+    /// The figures as they stand now; consistent with each other.
+    pub fn progress(&self) -> Statistics {
+        self.statistics.snapshot()
+    }
+
+    /// Asks for the end. Never blocks for long; the answer is final.
+    pub fn cancel(&self) -> CancelReply {
+        self.commitment.cancel(&self.cancel)
+    }
+
+    /// True once [`wait`](Self::wait) would not wait.
+    pub fn is_finished(&self) -> bool {
+        !self.report.is_empty() || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits for the end. The session's own timeouts bound it, as far as the embedder's callbacks return.
+    ///
+    /// # Errors
+    /// [`Error::Thread`] if the thread died without a report: a callback of the embedder panicked. Whether
+    /// the guest was given away by then is what [`cancel`](Self::cancel) answers before this call.
+    pub fn wait(mut self) -> Result<R, Error> {
+        let report = self.report.recv();
+        if let Some(thread) = self.thread.take() {
+            // A panic has left the report missing, which is told below.
+            let _ = thread.join();
+        }
+        report.map_err(|_| died(self.name))
+    }
+}
+
+impl<R> Drop for MigrationHandle<R> {
+    fn drop(&mut self) {
+        // Nothing to be told once the report was taken.
+        if self.thread.is_some() && matches!(self.report.try_recv(), Err(TryRecvError::Empty)) {
+            let _ = self.cancel();
+        }
+    }
+}
+
+fn died(name: &'static str) -> Error {
+    let source = io::Error::other("it ended without a report: a callback of the guest panicked");
+    Error::Thread { name, source }
+}
+
+fn start<R: Send + 'static>(
+    spawner: &Spawner,
+    name: &'static str,
+    (commitment, cancel, statistics): (Arc<Commitment>, CancelToken, SharedStatistics),
+    run: impl FnOnce() -> R + Send + 'static,
+) -> Result<MigrationHandle<R>, Error> {
+    let (give, report) = bounded(1);
+    let job = move || {
+        // Without a receiver nobody wants the report any more.
+        let _ = give.send(run());
+    };
+    let thread = Some(spawner.spawn(name, Box::new(job))?);
+    Ok(MigrationHandle { commitment, cancel, statistics, report, thread, name })
+}
+
+impl SourceSession {
+    /// Runs the migration on a thread `ramwire-source` of the settings' spawner.
+    ///
+    /// # Errors
+    /// [`Error::Thread`]; nothing was sent and the guest was not touched.
+    pub fn spawn(self) -> Result<MigrationHandle<SourceReport>, Error> {
+        let shared = (Arc::clone(&self.commitment), self.cancel_token(), self.statistics());
+        start(&self.settings.spawner.clone(), "ramwire-source", shared, || self.run())
+    }
+}
+
+impl DestinationSession {
+    /// Runs the migration on a thread `ramwire-destination` of the settings' spawner.
+    ///
+    /// # Errors
+    /// [`Error::Thread`]; nothing was received.
+    pub fn spawn(self) -> Result<MigrationHandle<DestinationReport>, Error> {
+        let shared = (Arc::clone(&self.commitment), self.cancel_token(), self.statistics());
+        start(&self.settings.spawner.clone(), "ramwire-destination", shared, || self.run())
+    }
+}

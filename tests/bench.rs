@@ -1,0 +1,87 @@
+//! `ramwire bench migrate` from end to end, small: its figures mean nothing here, its checks do.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn bench(memory_dir: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ramwire"));
+    // The QEMUs that ci/setup provides are found from the project's root.
+    command
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .args(["bench", "migrate", "--memory-dir"])
+        .arg(memory_dir);
+    command.args(arguments).output().unwrap()
+}
+
+fn left_over(dir: &Path) -> usize {
+    std::fs::read_dir(dir).unwrap().count()
+}
+
+#[test]
+fn every_peer_moves_the_memory_and_its_figures_are_paired() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let peers = ["qemu10", "qemu72", "qemu10:2", "floor", "floor-packet", "floor-direct", "memcpy"];
+    for populated in ["yes", "backed", "no"] {
+        let against = peers.join(",");
+        let arguments = ["--ram", "32M", "--fill", "mixed:70", "--pairs", "2", "--json"];
+        let also = ["--against", &against, "--populated", populated];
+        let output = bench(dir.path(), &[&arguments[..], &also].concat());
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{errors}");
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((&report["ram_bytes"], &report["verified"]), (&(32 << 20).into(), &true.into()));
+        assert_eq!(report["populated"], populated);
+        let contestants = report["contestants"].as_array().unwrap();
+        let names: Vec<_> = contestants.iter().map(|c| c["name"].as_str().unwrap()).collect();
+        assert_eq!((names[0], &names[1..]), ("ramwire", &peers[..]));
+        for contestant in contestants {
+            assert_eq!(contestant["runs"].as_array().unwrap().len(), 2, "{contestant}");
+            assert!(contestant["gb_per_s"]["median"].as_f64().unwrap() > 0.0, "{contestant}");
+        }
+        for pair in 0..2 {
+            let seconds = |at: usize| contestants[at]["runs"][pair]["seconds"].as_f64().unwrap();
+            let ratio = &contestants[4]["throughput_ratio"];
+            let (low, high) = (ratio["low"].as_f64().unwrap(), ratio["high"].as_f64().unwrap());
+            assert!((low - 1e-9..=high + 1e-9).contains(&(seconds(4) / seconds(0))), "{ratio}");
+        }
+    }
+    assert_eq!(left_over(dir.path()), 0);
+}
+
+#[test]
+fn what_is_missing_or_too_small_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = bench(dir.path(), &["--ram", "2M", "--against", "qemu10", "--qemu100", "/none"]);
+    assert_eq!(missing.status.code(), Some(3));
+    let errors = String::from_utf8_lossy(&missing.stderr).into_owned();
+    assert!(errors.contains("QEMU 10.0 was not found") && errors.contains("--qemu100"), "{errors}");
+    let none = dir.path().join("none");
+    let no_room = bench(&none, &["--ram", "2M", "--against", "memcpy"]);
+    let errors = String::from_utf8_lossy(&no_room.stderr).into_owned();
+    assert!(errors.contains("--memory-dir"), "{errors}");
+    assert_eq!(left_over(dir.path()), 0);
+    assert_eq!(bench(dir.path(), &["--against", "xen"]).status.code(), Some(2));
+}
+
+/// A signal ends the bench between two runs at the latest and leaves no memory behind.
+#[test]
+fn a_signal_cancels_and_frees_the_memory() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ramwire"))
+        .args(["bench", "migrate", "--ram", "16M", "--pairs", "9999", "--against", "floor", "--memory-dir"])
+        .arg(dir.path())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    while left_over(dir.path()) == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let pid = rustix::process::Pid::from_raw(child.id().cast_signed()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(4));
+    assert_eq!(left_over(dir.path()), 0);
+}

@@ -1,0 +1,139 @@
+//! `ramwire demo --json`: whole live migrations, and every field of docs/demo-json.md.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use common::{Deadline, ramwire::Ramwire, scratch, skip};
+use serde_json::Value;
+
+/// The fields in docs/demo-json.md with their types.
+fn documented() -> BTreeMap<&'static str, &'static str> {
+    let rows = include_str!("../docs/demo-json.md").lines().filter(|line| line.starts_with("| `"));
+    let fields: BTreeMap<_, _> = rows
+        .map(|row| {
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            (cells[1].trim_matches('`'), cells[2])
+        })
+        .collect();
+    assert!(fields.len() > 30, "the table has another shape now");
+    fields
+}
+
+/// Every leaf of `value` with its path; `[]` for the items of an array.
+fn leaves(path: &str, value: &Value, out: &mut Vec<(String, Value)>) {
+    let inside = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+    match value {
+        Value::Object(fields) => fields.iter().for_each(|(name, value)| leaves(&inside(name), value, out)),
+        Value::Array(items) => {
+            out.push((path.to_owned(), value.clone()));
+            let objects = items.iter().filter(|item| item.is_object());
+            objects.for_each(|item| leaves(&format!("{path}[]"), item, out));
+        }
+        leaf => out.push((path.to_owned(), leaf.clone())),
+    }
+}
+
+fn is_of_type(value: &Value, name: &str) -> bool {
+    match name {
+        "string" => value.is_string(),
+        "string or null" => value.is_string() || value.is_null(),
+        "boolean" => value.is_boolean(),
+        "integer" => value.is_u64(),
+        "number" => value.is_f64() || value.is_u64(),
+        "array of string" => value.as_array().is_some_and(|items| items.iter().all(Value::is_string)),
+        "array of object" => value.as_array().is_some_and(|items| items.iter().all(Value::is_object)),
+        other => panic!("docs/demo-json.md has an unknown type: {other}"),
+    }
+}
+
+fn assert_documented(out: &Value) {
+    let fields = documented();
+    let mut found = Vec::new();
+    leaves("", out, &mut found);
+    for (path, value) in &found {
+        let kind = fields.get(&**path).unwrap_or_else(|| panic!("{path} is not in docs/demo-json.md"));
+        assert!(is_of_type(value, kind), "{path} is no {kind}: {value}");
+    }
+    for field in fields.keys() {
+        assert!(found.iter().any(|(path, _)| path == field), "{field} is not in the output: {out}");
+    }
+}
+
+/// Runs the demo; whatever the sizes, the guest arrives and checks itself.
+fn demo(arguments: &[&str]) -> Value {
+    let dir = scratch();
+    let arguments: Vec<&str> = ["demo", "--json"].iter().chain(arguments).copied().collect();
+    let out = Ramwire::start(dir.path(), &arguments, "--populate").finished(Deadline::seconds(60), 0);
+    assert_documented(&out);
+    assert_eq!((&out["verified"], &out["status"]), (&true.into(), &"completed".into()), "{out}");
+    assert_eq!((&out["pages_wrong"], &out["error"]), (&0.into(), &Value::Null), "{out}");
+    let parts = out["downtime_parts"].as_object().unwrap().values().map(|part| part.as_f64().unwrap());
+    let (sum, downtime) = (parts.sum::<f64>(), out["downtime_ms"].as_f64().unwrap());
+    assert!((sum - downtime).abs() < 1.0, "the parts make {sum} ms of {downtime}");
+    assert_eq!(out["rounds"].as_u64(), out["round_log"].as_array().map(|rounds| rounds.len() as u64));
+    out
+}
+
+fn pages(mib: u64) -> Value {
+    (mib * 256).into()
+}
+
+/// A guest that never is clean while it runs, at any speed between 40 MB/s and 1 GB/s: the first round leaves
+/// more than a millisecond's work, and each later one less.
+const BUSY: [&str; 6] = ["--working-set", "16M", "--dirty-rate", "30M", "--downtime-ms", "1"];
+
+fn rounds(out: &Value) -> u64 {
+    out["rounds"].as_u64().unwrap()
+}
+
+#[test]
+fn an_idle_guest_converges_at_once() {
+    let out = demo(&["--transport", "tcp", "--ram", "48M", "--working-set", "8M", "--dirty-rate", "0"]);
+    assert_eq!((rounds(&out), &out["transport"], &out["why"]), (2, &"tcp".into(), &"--transport tcp".into()));
+    assert_eq!((&out["digest_compared"], &out["pages_checked"]), (&true.into(), &pages(48)));
+    assert!(out["pages"]["zero"].as_u64() > Some(0), "a quarter of the pages is zero: {out}");
+}
+
+#[test]
+fn a_busy_guest_takes_several_rounds_over_blocks_of_odd_sizes() {
+    let blocks = ["--block", "12K", "--block", "5M", "--block", "4K", "--no-digest"];
+    let out = demo(&[&["--transport", "unix", "--ram", "45M"], &blocks[..], &BUSY[..]].concat());
+    assert!(rounds(&out) >= 3, "{out}");
+    assert_eq!(out["pages_checked"], 50 * 256 + 4);
+    assert_eq!((&out["transport"], &out["digest_compared"]), (&"unix".into(), &false.into()));
+}
+
+/// Lets the kernel take up to `pages` huge pages for as long as somebody uses them.
+fn allow_huge_pages(pages: u64) -> bool {
+    let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages";
+    let now: u64 = fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    if now < pages
+        && let Err(error) = fs::write(path, pages.to_string())
+    {
+        skip(&format!("2 MiB pages ({error}); as root: echo {pages} > {path}"));
+        return false;
+    }
+    true
+}
+
+#[test]
+fn memory_of_huge_pages_converges_at_once_over_unix() {
+    if allow_huge_pages(96) {
+        let idle = ["--working-set", "8M", "--dirty-rate", "0", "--block", "12K"];
+        let out = demo(&[&["--transport", "unix", "--ram", "32M", "--hugepages", "2M"], &idle[..]].concat());
+        assert_eq!((rounds(&out), &out["pages_checked"]), (2, &(32 * 256 + 3).into()));
+    }
+}
+
+#[test]
+fn memory_of_huge_pages_takes_several_rounds_over_tcp() {
+    if allow_huge_pages(96) {
+        let huge = ["--transport", "tcp", "--ram", "46M", "--hugepages", "2M", "--no-digest"];
+        let out = demo(&[&huge[..], &BUSY[..]].concat());
+        assert!(rounds(&out) >= 3, "{out}");
+        assert_eq!(out["pages_checked"], pages(46));
+    }
+}
