@@ -9,7 +9,7 @@ use ramwire::observe::{SharedStatistics, Status};
 use ramwire::session::{ErrorKind, Peer, SourceReport};
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::{CancelToken, StopReason};
-use ramwire::transport::{ChannelError, OpenError, StreamOptions};
+use ramwire::transport::{ChannelError, OpenError, RdmaOptions, StreamOptions};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -29,6 +29,26 @@ pub(super) struct Timeouts {
 impl Timeouts {
     pub(super) fn stream_options(&self) -> StreamOptions {
         StreamOptions { stall: Some(self.stall_timeout), ..StreamOptions::default() }
+    }
+}
+
+/// Options of `rdma:` connections.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct RdmaArgs {
+    /// Over RDMA: register all of RAM at both ends before the first page; faster, but all of it is resident
+    #[arg(long)]
+    pin_all: bool,
+    /// Over RDMA: queue pairs for pages, more than one only between two ramwires
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
+    queue_pairs: u16,
+    /// Over RDMA, to a QEMU with its return-path capability (10.0): open the return path, so that it can tell how it ended
+    #[arg(long)]
+    return_path: bool,
+}
+
+impl RdmaArgs {
+    pub(super) fn options(&self) -> RdmaOptions {
+        RdmaOptions { pin_all: self.pin_all, return_path: self.return_path, queue_pairs: self.queue_pairs }
     }
 }
 

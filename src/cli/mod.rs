@@ -5,6 +5,7 @@ mod args;
 mod bench;
 mod common;
 mod demo;
+mod devices;
 mod inspect;
 mod progress;
 mod receive;

@@ -23,12 +23,12 @@ use super::store::{ArrivingGuest, State, Store};
     # Read a stream that QEMU wrote with `migrate exec:cat>FILE`
     ramwire receive file:FILE --dir guest")]
 pub(super) struct Args {
-    /// Where to listen or read: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
+    /// Where to listen or read: tcp:HOST:PORT, rdma:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
     uri: Address,
     /// Folder for RAM blocks, device state and manifest; made with mode 0700
     #[arg(long)]
     dir: PathBuf,
-    /// Who may connect by TCP, for instance 10.0.0.0/8; repeat for more
+    /// Who may connect by TCP or RDMA, for instance 10.0.0.0/8; repeat for more
     #[arg(long, value_name = "CIDR")]
     allow: Vec<AllowList>,
     /// Refuse a guest with more RAM than this
@@ -49,7 +49,10 @@ pub(super) fn run(args: &Args) -> Exit {
 }
 
 fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
-    let guest = ArrivingGuest::new(Store::open(&args.dir)?)?;
+    let mut guest = ArrivingGuest::new(Store::open(&args.dir)?)?;
+    if matches!(args.uri, Address::Rdma { .. }) {
+        guest = guest.written_by_nic()?;
+    }
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     let mut allow = AllowList::default();
@@ -61,7 +64,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     eprintln!("listening on {}", listener.address());
     let waiting = cancel.clone();
     cancel_on_signal(vec![waiting]);
-    let channel = listener.accept(&args.timeouts.stream_options(), &stop)?;
+    let door = listener.accept_door(&args.timeouts.stream_options(), &stop)?;
     // One migration: nobody else gets in.
     drop(listener);
     let settings = DestinationSettings {
@@ -71,8 +74,14 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         accept_missing_description: true,
         ..DestinationSettings::default()
     };
-    let (provider, control) = (Box::new(guest.clone()), Box::new(guest.clone()));
-    let session = DestinationSession::over(channel, provider, control, settings).with_cancel(cancel);
+    let session = DestinationSession::new(
+        door.source,
+        door.back,
+        Box::new(guest.clone()),
+        Box::new(guest.clone()),
+        settings,
+    )
+    .with_cancel(cancel);
     let progress = Progress::follow(session.statistics());
     let report = session.run();
     drop(progress);

@@ -10,11 +10,11 @@ use ramwire::session::{
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, Listener, connect};
+use ramwire::transport::{Address, AllowList, Listener, open_source};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, Timeouts, bytes, cancel_on_signal, complain, failed};
+use super::common::{PeerOption, RdmaArgs, Timeouts, bytes, cancel_on_signal, complain, failed};
 use super::render;
 use super::store::keep;
 
@@ -28,7 +28,7 @@ pub(super) struct Args {
     /// Where the guest's source connects: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
     #[arg(long, value_name = "URI")]
     listen: Address,
-    /// Where the far end listens
+    /// Where the far end listens: as --listen, or rdma:HOST:PORT
     #[arg(long, value_name = "URI")]
     connect: Address,
     /// Who may connect by TCP, for instance 10.0.0.0/8; repeat for more
@@ -50,6 +50,8 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    rdma: RdmaArgs,
+    #[command(flatten)]
     timeouts: Timeouts,
 }
 
@@ -61,6 +63,11 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
     cancel_on_signal(vec![cancel.clone()]);
     let stop = Stop::on(&cancel);
+    if matches!(args.listen, Address::Rdma { .. }) {
+        return Err("--listen rdma: pages that a NIC writes are not seen one by one, so they can't be passed on as they \
+                    come; listen on a tcp: or unix: address, --connect may be rdma:"
+            .into());
+    }
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.listen, allow, &stop)?;
@@ -69,16 +76,15 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     eprintln!("listening on {}", listener.address());
     let options = args.timeouts.stream_options();
-    let (source, back) = listener.accept(&options, &stop)?.with_return_path();
+    let door = listener.accept_door(&options, &stop)?;
     drop(listener);
-    let back = back.map(|back| Box::new(back) as Box<_>);
-    let (far, far_stop) = (args.connect.clone(), stop.clone());
+    let (far, far_stop, rdma) = (args.connect.clone(), stop.clone(), args.rdma.options());
     let open = move |memory| {
-        let channel = connect(&far, &options, &far_stop).map_err(|error| Error::Config {
+        let door = open_source(&far, memory, &options, &rdma, &far_stop);
+        door.map(SourceConnection::from).map_err(|error| Error::Config {
             what: format!("the far end can't be reached: {error}"),
             remedy: "start it first, with -incoming or ramwire receive",
-        })?;
-        Ok(SourceConnection::over(channel, memory))
+        })
     };
     let incoming = DestinationSettings {
         stall_timeout: args.timeouts.stall_timeout,
@@ -95,7 +101,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         (outgoing.peer, outgoing.style) = (Some(option.peer), option.style);
     }
     let report =
-        relay(Box::new(source), back, Box::new(open), incoming, outgoing, cancel, Arc::new(tell_notice));
+        relay(door.source, door.back, Box::new(open), incoming, outgoing, cancel, Arc::new(tell_notice));
     Ok(tell(args, &report))
 }
 

@@ -6,13 +6,13 @@ use std::time::Duration;
 use ramwire::engine::Outcome;
 use ramwire::page::ZeroDetection;
 use ramwire::ram::BlockName;
-use ramwire::session::{Peer, SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::session::{Peer, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, connect};
+use ramwire::transport::{Address, open_source};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, Timeouts, cancel_on_signal, complain, exit_of, failed};
+use super::common::{PeerOption, RdmaArgs, Timeouts, cancel_on_signal, complain, exit_of, failed};
 use super::progress::Progress;
 use super::render;
 use super::store::{Block, Overrides, State, StoredGuest};
@@ -26,7 +26,7 @@ use super::store::{Block, Overrides, State, StoredGuest};
     # Only RAM, to another ramwire
     ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin")]
 pub(super) struct Args {
-    /// Where the destination listens: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
+    /// Where the destination listens: tcp:HOST:PORT, rdma:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
     uri: Address,
     /// Folder that `ramwire receive` has filled
     #[arg(long, required_unless_present = "ram")]
@@ -58,6 +58,8 @@ pub(super) struct Args {
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    rdma: RdmaArgs,
     #[command(flatten)]
     timeouts: Timeouts,
 }
@@ -119,11 +121,11 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
 fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
-    let channel = connect(&args.uri, &args.timeouts.stream_options(), &Stop::on(&cancel))?;
     let memory = guest.memory();
-    let connection = SourceConnection::over(channel, memory.clone());
+    let (options, rdma) = (args.timeouts.stream_options(), args.rdma.options());
+    let door = open_source(&args.uri, memory.clone(), &options, &rdma, &Stop::on(&cancel))?;
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
-    let session = SourceSession::new(source, connection, settings(args, &guest)).with_cancel(cancel);
+    let session = SourceSession::new(source, door.into(), settings(args, &guest)).with_cancel(cancel);
     // From here until the end is known a crash leaves a folder that says so.
     guest.mark(State::Sending)?;
     signals.follow(session.statistics());

@@ -103,6 +103,10 @@ impl GuestMemory for MappedGuest {
         span.map_err(|source| GuestError::Unmapped { block: self.name(landing.block()), source })
     }
 
+    fn region(&self, block: BlockIndex) -> Option<HostRegion> {
+        Self::region(self, block).cloned()
+    }
+
     fn discard(&self, landing: Landing) -> Result<(), GuestError> {
         let span = self.span(landing)?;
         let page = self.region(landing.block()).map_or(self.table.page(), HostRegion::page);

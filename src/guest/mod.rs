@@ -26,7 +26,7 @@ pub use vhost_log::VhostLog;
 pub use written_pages::WrittenPages;
 
 use crate::ram::{Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};
-use crate::sys::{HostSpan, OutOfRegion};
+use crate::sys::{HostRegion, HostSpan, OutOfRegion};
 use crate::units::{BlockIndex, Percent};
 
 /// Why guest memory could not be reached.
@@ -73,6 +73,12 @@ pub trait GuestMemory: Send + Sync {
     /// # Errors
     /// [`GuestError::Unmapped`] if `landing` is of another table.
     fn span(&self, landing: Landing) -> Result<HostSpan<'_>, GuestError>;
+
+    /// The memory behind a block in a form that outlives the borrow, for a NIC that reads and writes there by itself.
+    /// `None` if it can't promise to stay mapped where it is.
+    fn region(&self, _block: BlockIndex) -> Option<HostRegion> {
+        None
+    }
 
     /// The bytes of `landing` are given up (postcopy, balloon); reads see zero afterwards.
     ///

@@ -13,6 +13,8 @@ pub struct MoverAbilities {
     pub confirms_placement: bool,
     /// Bytes follow pages in order on the same channel; a fence is then free.
     pub ordered: bool,
+    /// The transport registers guest memory with a device: none of it may be discarded meanwhile.
+    pub registers_memory: bool,
     /// Batches that may be out at once.
     pub batches_in_flight: u32,
     /// Pages that fit one batch best.

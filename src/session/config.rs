@@ -6,6 +6,7 @@ use crate::page::ZeroDetection;
 use crate::ram::ClearShift;
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::style::PeerStyle;
+use crate::sys::random_id;
 
 use super::Incoming;
 use super::Peer;
@@ -103,17 +104,4 @@ impl Default for DestinationSettings {
             spawner: Spawner::default(),
         }
     }
-}
-
-/// 128 bits from the kernel; from the clock and the address space where it has none to give.
-fn random_id() -> [u8; 16] {
-    let mut id = [0; 16];
-    let got = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::NONBLOCK);
-    if got != Ok(id.len()) {
-        use std::hash::{BuildHasher, RandomState};
-        let half = || RandomState::new().hash_one(std::time::Instant::now()).to_ne_bytes();
-        id[..8].copy_from_slice(&half());
-        id[8..].copy_from_slice(&half());
-    }
-    id
 }

@@ -137,7 +137,7 @@ pub struct DestinationSession {
     pub(super) state: Vec<u8>,
     pub(super) cancel: CancelToken,
     pub(super) commitment: Arc<Commitment>,
-    stop: Stop,
+    pub(super) stop: Stop,
     return_path_open: bool,
     ram_ended: bool,
     in_native_state: bool,
@@ -233,6 +233,7 @@ impl DestinationSession {
                 tail_bytes: usize::try_from(self.settings.max_state).unwrap_or(usize::MAX),
                 ..StreamLimits::default()
             },
+            accept_hooks: self.source.rounds().is_some(),
             ..IncomingConfig::default()
         };
         let mut reader = StreamReader::new(config);
@@ -277,7 +278,8 @@ impl DestinationSession {
         Arrived::Failed
     }
 
-    fn report(self, ending: Ending, bytes: u64) -> DestinationReport {
+    fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
+        self.close_rounds(ending);
         self.statistics.update(|s| {
             s.status = if ending == Ending::Running { Status::Completed } else { Status::Failed };
             s.error = self.error.as_ref().map(ToString::to_string);
@@ -329,6 +331,7 @@ impl DestinationSession {
                 }
             }
             Deed::Resume => {
+                self.revoke_rounds();
                 let resumed = self.control.resume();
                 resumed.map_err(|source| Error::Control { what: "resume", source })?;
             }
@@ -449,8 +452,8 @@ impl DestinationSession {
             Event::TailBytes(_) | Event::Eof => {}
             Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
             Event::Done => return Ok(Some(Arrived::Tail)),
+            Event::Hook { .. } => self.receive_round()?,
             Event::Filled { .. }
-            | Event::Hook { .. }
             | Event::MappedBlock { .. }
             | Event::MappedBytes(_)
             | Event::PackageBytes(_)
@@ -482,7 +485,7 @@ impl DestinationSession {
         }
     }
 
-    fn placing(&mut self) -> Result<&mut Placing, Error> {
+    pub(super) fn placing(&mut self) -> Result<&mut Placing, Error> {
         self.placing.as_mut().ok_or_else(|| no_blocks("a page"))
     }
 
@@ -500,6 +503,7 @@ impl DestinationSession {
         let memory = self.provider.provide(&incoming)?;
         let placing = Placing::new(memory, &incoming.blocks, self.arrival.take())?;
         self.placing.insert(placing).breakage = self.breakage;
+        self.prepare_rounds(&incoming)?;
         self.incoming = Some(incoming);
         self.statistics.update(|s| s.status = Status::Active);
         Ok(())
@@ -597,6 +601,6 @@ fn no_blocks(what: &'static str) -> Error {
     out_of_turn(what, "waiting for the list of RAM blocks")
 }
 
-fn out_of_turn(what: &str, while_doing: &'static str) -> Error {
+pub(super) fn out_of_turn(what: &str, while_doing: &'static str) -> Error {
     Error::OutOfTurn { what: what.to_owned(), at: None, while_doing }
 }

@@ -53,7 +53,7 @@ pub struct Digest(pub Vec<u64>);
 
 impl Digest {
     /// Reads all RAM of `guest`, which must stand still. `carried` is what the stream tells beside RAM and
-    /// device state, as [`carried`] puts it.
+    /// device state, as the session carries it.
     ///
     /// # Errors
     /// [`Error::Guest`] and [`Error::Thread`].

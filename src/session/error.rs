@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::guest::{DirtyError, GuestError};
 use crate::stream::DecodeError;
-use crate::transport::{ChannelError, MoveError};
+use crate::transport::{ChannelError, MoveError, Side};
 
 /// Whose fault an error is, for exit statuses and retries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +133,8 @@ impl Error {
             Self::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }) | Self::Cancelled => {
                 ErrorKind::Cancelled
             }
+            Self::Channel(ChannelError::Rdma { side: Side::Here, .. }) => ErrorKind::Local,
+            Self::Channel(ChannelError::Rdma { side: Side::Peer, .. }) => ErrorKind::Peer,
             Self::Channel(_) | Self::Truncated { .. } | Self::NoAnswer { .. } => ErrorKind::Channel,
             Self::Decode(_) | Self::PeerFailed { .. } | Self::OutOfTurn { .. } | Self::Digest(_) => {
                 ErrorKind::Peer

@@ -13,6 +13,7 @@ mod handle;
 mod placing;
 mod relay;
 mod return_path;
+mod rounds;
 #[cfg(test)]
 mod sim;
 mod slice;

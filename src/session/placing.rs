@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::guest::{GuestError, GuestMemory};
 use crate::observe::PageCounts;
-use crate::ram::{Landing, RamBlock, ReceivedMap};
+use crate::ram::{Landing, PageRun, RamBlock, ReceivedMap};
 use crate::stream::qemu::compressed::inflate_page;
 use crate::stream::{DecodeError, Fault, xbzrle};
 use crate::sys::is_zero;
@@ -98,6 +98,11 @@ impl Placing {
         Ok(())
     }
 
+    /// Pages that somebody else may have written: the NIC, in a round.
+    pub(super) fn written(&mut self, run: PageRun) {
+        self.received.mark(run);
+    }
+
     pub(super) fn compressed(
         &mut self,
         block: BlockIndex,
@@ -128,6 +133,11 @@ impl Placing {
         self.placed(landing);
         self.pages.normal += 1;
         Ok(())
+    }
+
+    /// True if somebody wants to see each page as it arrives.
+    pub(super) fn is_watched(&self) -> bool {
+        self.arrival.is_some()
     }
 
     pub(super) fn between_reads(&mut self) -> Result<(), Error> {

@@ -370,6 +370,11 @@ fn upstream_lost() -> Error {
 struct StoppedUpstream(Arc<Shared>);
 
 impl GuestControl for StoppedUpstream {
+    /// The relay's own memory stays as it is.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
+
     fn pause(&mut self) -> io::Result<()> {
         Ok(())
     }

@@ -10,7 +10,9 @@ use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
 use crate::stream::qemu::section;
 use crate::sys::{CancelToken, SendPart, Stop};
-use crate::transport::{ByteSource, ChannelError, InlineLink, Returned, SourceLink, StreamChannel};
+use crate::transport::{
+    ByteSource, ChannelError, InlineLink, Returned, SourceDoor, SourceLink, StreamChannel,
+};
 
 use super::config::SourceSettings;
 use super::figures::Figures;
@@ -37,6 +39,12 @@ pub struct SourceConnection {
     pub link: Box<dyn SourceLink>,
     /// Where the destination's messages come from; `None` for files and pipes.
     pub back: Option<Box<dyn ByteSource>>,
+}
+
+impl From<SourceDoor> for SourceConnection {
+    fn from(door: SourceDoor) -> Self {
+        Self { link: door.link, back: door.back }
+    }
 }
 
 impl SourceConnection {
@@ -227,6 +235,7 @@ impl SourceSession {
             tracing::warn!(%error, "a dirty log could not be stopped");
         }
         self.figures.ended(now, outcome, self.error.as_ref());
+        self.let_go(outcome);
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
             self.error = Some(Error::Cancelled);
         }
@@ -234,6 +243,20 @@ impl SourceSession {
         let first_page_sent = self.figures.first_page;
         let (dirty, stands_still) = (self.dirty, self.paused);
         SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
+    }
+
+    /// The connection ends, then the guest may give pages back again.
+    fn let_go(&mut self, outcome: Outcome) {
+        if outcome == Outcome::Completed {
+            let stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
+            if let Err(error) = self.link.part(&stop) {
+                tracing::warn!(%error, "the migration is complete, but its connection did not end in good order");
+            }
+        }
+        if self.link.abilities().registers_memory {
+            drop(self.link.reclaim());
+            self.guest.control.forbid_discard(false);
+        }
     }
 
     fn look_at_cancel(&mut self) {
@@ -297,6 +320,9 @@ impl SourceSession {
 
     fn start_logs(&mut self) -> Result<Input, Error> {
         self.figures.shared().update(|s| s.status = Status::Setup);
+        if self.link.abilities().registers_memory && !self.guest.control.forbid_discard(true) {
+            return Err(discards());
+        }
         // First: should a log not start, nothing is at the destination.
         if self.settings.all_dirty_at_start {
             self.dirty.set_all(self.guest.memory.table());
@@ -453,6 +479,14 @@ impl SourceSession {
         for piece in batch.pieces() {
             self.dirty.set_run(piece.run);
         }
+    }
+}
+
+/// A guest that can't go by a door that registers its memory.
+pub(super) fn discards() -> Error {
+    Error::Config {
+        what: "the guest does not promise to keep its memory in place while a NIC knows it".into(),
+        remedy: "use a tcp: address, or take balloon and free page reporting off the guest",
     }
 }
 

@@ -6,8 +6,11 @@ mod inherited;
 #[cfg(feature = "kvm")]
 mod kvm_dirty;
 mod mapping;
+#[cfg(feature = "rdma")]
+mod nic_region;
 mod pagemap_scan;
 mod parts;
+mod random;
 mod scan;
 mod shared_bits;
 mod soft_dirty;
@@ -24,6 +27,7 @@ pub(crate) use kvm_dirty::KvmLog;
 pub use mapping::{Mapping, MappingError, discard, populate};
 pub use pagemap_scan::Pagemap;
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
+pub use random::random_id;
 pub use scan::is_zero;
 pub use shared_bits::SharedBitmap;
 pub use soft_dirty::SoftDirtyBits;

@@ -23,7 +23,7 @@ pub struct CancelToken(Arc<Flag>);
 
 #[derive(Debug)]
 struct Flag {
-    raised: AtomicBool,
+    raised: Arc<AtomicBool>,
     /// Readable from the moment the flag is raised. `None` where the kernel had no descriptor left: waits
     /// then look at the flag every [`LOOK`].
     event: Option<OwnedFd>,
@@ -35,7 +35,7 @@ const LOOK: Duration = Duration::from_millis(50);
 impl Default for CancelToken {
     fn default() -> Self {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok();
-        Self(Arc::new(Flag { raised: AtomicBool::new(false), event }))
+        Self(Arc::new(Flag { raised: Arc::default(), event }))
     }
 }
 
@@ -81,6 +81,11 @@ impl Stop {
     /// Time until the deadline; `None` without one.
     pub fn left(&self) -> Option<Duration> {
         self.deadline.map(|at| at.saturating_duration_since(Instant::now()))
+    }
+
+    /// The flag behind the cancel token, for waits of another crate: true means cancelled.
+    pub fn cancel_flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.cancel.0.raised)
     }
 
     /// The reason to stop now, if there is one.

@@ -3,6 +3,7 @@
 //! | form | means |
 //! |------|-------|
 //! | `tcp:HOST:PORT` | a TCP connection; IPv6 in brackets; an empty host is this machine's loopback |
+//! | `rdma:HOST:PORT` | the same between RDMA devices |
 //! | `unix:PATH` | a UNIX stream socket |
 //! | `fd:N` | a descriptor this process was started with |
 //! | `exec:COMMAND` | a shell command's standard input or output |
@@ -16,7 +17,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 /// Forms this program knows, for messages.
-const FORMS: &str = "tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH";
+const FORMS: &str = "tcp:HOST:PORT, rdma:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH";
 
 /// One end of a byte stream.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +26,13 @@ pub enum Address {
     /// `tcp:HOST:PORT`.
     Tcp {
         /// Name or literal address, without brackets; empty for loopback.
+        host: String,
+        /// Port; 0 lets the kernel choose one to listen on.
+        port: u16,
+    },
+    /// `rdma:HOST:PORT`.
+    Rdma {
+        /// Name or literal address of an interface with an RDMA device, without brackets.
         host: String,
         /// Port; 0 lets the kernel choose one to listen on.
         port: u16,
@@ -71,7 +79,15 @@ impl FromStr for Address {
             return Err(AddressError::UnknownScheme { text: text.to_owned() });
         };
         match scheme {
-            "tcp" => parse_tcp(rest).map_err(malformed("tcp:HOST:PORT, an IPv6 address as tcp:[::1]:4444")),
+            "tcp" => parse_host(rest)
+                .map(|(host, port)| Self::Tcp { host, port })
+                .map_err(malformed("tcp:HOST:PORT, an IPv6 address as tcp:[::1]:4444")),
+            "rdma" => parse_host(rest)
+                .and_then(|(host, port)| match host.as_str() {
+                    "" => Err("there is no host"),
+                    _ => Ok(Self::Rdma { host, port }),
+                })
+                .map_err(malformed("rdma:HOST:PORT with an address of the RDMA device's interface")),
             "unix" => parse_path(rest).map(Self::Unix).map_err(malformed("unix:/run/guest.sock")),
             "fd" => parse_fd(rest).map(Self::Fd).map_err(malformed("fd:N with the descriptor's number")),
             "exec" if rest.trim().is_empty() => Err(malformed("exec:COMMAND")("there is no command")),
@@ -85,7 +101,7 @@ impl FromStr for Address {
     }
 }
 
-fn parse_tcp(rest: &str) -> Result<Address, &'static str> {
+fn parse_host(rest: &str) -> Result<(String, u16), &'static str> {
     let (host, port) = match rest.strip_prefix('[') {
         Some(inner) => {
             let (host, after) = inner.split_once(']').ok_or("the bracket is not closed")?;
@@ -111,7 +127,7 @@ fn parse_tcp(rest: &str) -> Result<Address, &'static str> {
         return Err("the port is not a number");
     }
     let port = port.parse().map_err(|_| "the port is above 65535")?;
-    Ok(Address::Tcp { host: host.to_owned(), port })
+    Ok((host.to_owned(), port))
 }
 
 fn parse_path(rest: &str) -> Result<PathBuf, &'static str> {
@@ -144,6 +160,8 @@ impl fmt::Display for Address {
         match self {
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Self::Rdma { host, port } if host.contains(':') => write!(f, "rdma:[{host}]:{port}"),
+            Self::Rdma { host, port } => write!(f, "rdma:{host}:{port}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
             Self::Fd(number) => write!(f, "fd:{number}"),
             Self::Exec(command) => write!(f, "exec:{command}"),
@@ -170,6 +188,8 @@ mod tests {
             ("tcp:host.example:0", tcp("host.example", 0)),
             ("tcp:[::1]:65535", tcp("::1", 65535)),
             ("tcp:[fe80::1%eth0]:1", tcp("fe80::1%eth0", 1)),
+            ("rdma:10.9.0.1:4444", Address::Rdma { host: "10.9.0.1".into(), port: 4444 }),
+            ("rdma:[fe80::1]:1", Address::Rdma { host: "fe80::1".into(), port: 1 }),
             ("unix:/run/a:b.sock", Address::Unix("/run/a:b.sock".into())),
             ("fd:0", Address::Fd(0)),
             ("exec:cat > '/tmp/a:b'", Address::Exec("cat > '/tmp/a:b'".into())),
@@ -197,6 +217,8 @@ mod tests {
             ("tcp:host:", "not a number", "PORT"),
             ("tcp:host:1,to=9", "options", "PORT"),
             ("tcp:a b:1", "character", "HOST"),
+            ("rdma::4444", "no host", "rdma:HOST:PORT"),
+            ("rdma:10.9.0.1", "no port", "rdma:HOST:PORT"),
             ("unix:", "no path", "unix:/"),
             ("file:", "no path", "file:/"),
             ("file:/a,offset=0x1000", "offset 0", "file:/"),
@@ -212,7 +234,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_without_a_panic_and_what_is_read_is_written_back(text in "(tcp|unix|fd|exec|file|x)?:?\\PC{0,24}") {
+        fn any_text_is_read_without_a_panic_and_what_is_read_is_written_back(text in "(tcp|rdma|unix|fd|exec|file|x)?:?\\PC{0,24}") {
             if let Ok(address) = text.parse::<Address>() {
                 prop_assert_eq!(address.to_string().parse::<Address>().unwrap(), address);
             }

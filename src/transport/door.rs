@@ -1,10 +1,18 @@
 //! Opens what an [`Address`] names: one way to connect, one way to receive.
 
 use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
 
+#[cfg(feature = "rdma")]
+use super::rdma::{RdmaListener, connect_here as rdma_source};
 use super::tcp::TcpListener;
 use super::unix::UnixListener;
-use super::{Address, AllowList, ChannelError, StreamChannel, StreamOptions, exec, file, tcp, unix};
+use super::{
+    Address, AllowList, ByteSink, ByteSource, ChannelError, InlineLink, SourceLink, StreamChannel,
+    StreamOptions, exec, file, tcp, unix,
+};
+use crate::guest::GuestMemory;
 use crate::sys::{Stop, take_inherited_fd};
 
 /// Why there is no connection.
@@ -34,12 +42,129 @@ pub enum OpenError {
     /// The connection failed, or the caller stopped.
     #[error(transparent)]
     Channel(#[from] ChannelError),
+    /// RDMA can't be used on this host.
+    #[error("{address}: {why}")]
+    NoRdma {
+        /// The address.
+        address: String,
+        /// Why not, and what would help.
+        why: WhyNoRdma,
+    },
+    /// An `rdma:` address where only a byte stream will do.
+    #[error("{address} is no byte stream; give a tcp: or unix: address here")]
+    NotAStream {
+        /// The address.
+        address: String,
+    },
     /// A stream that exists once was asked for again.
     #[error("{address} carries one stream only; give a tcp: or unix: address for more channels")]
     OnlyOne {
         /// The address.
         address: String,
     },
+}
+
+/// Why RDMA can't be used on this host.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WhyNoRdma {
+    /// The program was built without it.
+    #[error("this ramwire was built without the `rdma` feature")]
+    NotBuilt,
+    /// No library, no device, or too little memory may be locked.
+    #[error("{0}")]
+    Unusable(Box<dyn std::error::Error + Send + Sync>),
+    /// There are devices, but none carries traffic.
+    #[error("no RDMA device has an active port with an IP address ({devices}); `ramwire devices` says more")]
+    NoActivePort {
+        /// Names of the devices.
+        devices: String,
+    },
+}
+
+/// What is asked of an `rdma:` connection; of no effect on others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RdmaOptions {
+    /// Register all of RAM at both ends before the first page.
+    pub pin_all: bool,
+    /// Open a return path to a QEMU: 10.0 with its `return-path` capability set. A ramwire always has one.
+    pub return_path: bool,
+    /// Queue pairs for pages, 1 to 16; more than one only between two ramwires.
+    pub queue_pairs: u16,
+}
+
+impl Default for RdmaOptions {
+    fn default() -> Self {
+        Self { pin_all: false, return_path: false, queue_pairs: 1 }
+    }
+}
+
+/// The source's side of a connection.
+pub struct SourceDoor {
+    /// Where pages and bytes go.
+    pub link: Box<dyn SourceLink>,
+    /// Where the destination's messages come from; `None` if the address is one-way.
+    pub back: Option<Box<dyn ByteSource>>,
+}
+
+/// The destination's side of a connection.
+pub struct DestinationDoor {
+    /// Where the stream comes from.
+    pub source: Box<dyn ByteSource>,
+    /// Where messages to the source go; `None` if the address is one-way.
+    pub back: Option<Box<dyn ByteSink>>,
+}
+
+/// Opens the best door there is at `address` for the pages of `memory`.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn open_source(
+    address: &Address,
+    memory: Arc<dyn GuestMemory>,
+    options: &StreamOptions,
+    rdma: &RdmaOptions,
+    stop: &Stop,
+) -> Result<SourceDoor, OpenError> {
+    if let Address::Rdma { host, port } = address {
+        return rdma_source(host, *port, memory, options, rdma, stop);
+    }
+    let (sink, back) = connect(address, options, stop)?.with_return_path();
+    Ok(SourceDoor {
+        link: Box::new(InlineLink::new(Box::new(sink), memory)),
+        back: back.map(|back| Box::new(back) as Box<_>),
+    })
+}
+
+/// The address of the first RDMA device here that carries traffic, if this process may lock `bytes` of memory.
+///
+/// # Errors
+/// [`WhyNoRdma`].
+pub fn rdma_address(bytes: u64) -> Result<IpAddr, WhyNoRdma> {
+    #[cfg(feature = "rdma")]
+    return super::rdma::usable_address(bytes);
+    #[cfg(not(feature = "rdma"))]
+    {
+        let _ = bytes;
+        Err(WhyNoRdma::NotBuilt)
+    }
+}
+
+#[cfg(not(feature = "rdma"))]
+fn rdma_source(
+    host: &str,
+    port: u16,
+    _memory: Arc<dyn GuestMemory>,
+    _options: &StreamOptions,
+    _rdma: &RdmaOptions,
+    _stop: &Stop,
+) -> Result<SourceDoor, OpenError> {
+    Err(not_built(&Address::Rdma { host: host.to_owned(), port }))
+}
+
+#[cfg(not(feature = "rdma"))]
+fn not_built(address: &Address) -> OpenError {
+    OpenError::NoRdma { address: address.to_string(), why: WhyNoRdma::NotBuilt }
 }
 
 /// Opens the way to a destination: connects, starts the command or makes the file.
@@ -49,6 +174,7 @@ pub enum OpenError {
 pub fn connect(address: &Address, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
     match address {
         Address::Tcp { host, port } => tcp::connect(host, *port, options, stop),
+        Address::Rdma { .. } => Err(OpenError::NotAStream { address: address.to_string() }),
         Address::Unix(path) => unix::connect(path, options, stop),
         Address::Fd(number) => inherited(*number, options),
         Address::Exec(command) => opened(address, exec::write_to(command, options)),
@@ -90,6 +216,8 @@ pub struct Listener {
 enum Kind {
     Tcp(TcpListener),
     Unix(UnixListener),
+    #[cfg(feature = "rdma")]
+    Rdma(RdmaListener),
     /// One stream, opened by the first accept.
     Once {
         opened: bool,
@@ -109,6 +237,14 @@ impl Listener {
                 let address = Address::Tcp { host: local.ip().to_string(), port: local.port() };
                 (Kind::Tcp(listener), address)
             }
+            #[cfg(feature = "rdma")]
+            Address::Rdma { host, port } => {
+                let listener = RdmaListener::bind_here(host, *port, allow)?;
+                let address = Address::Rdma { host: host.clone(), port: listener.port() };
+                (Kind::Rdma(listener), address)
+            }
+            #[cfg(not(feature = "rdma"))]
+            Address::Rdma { .. } => return Err(not_built(address)),
             Address::Unix(path) => (Kind::Unix(UnixListener::bind(path)?), address.clone()),
             _ => (Kind::Once { opened: false }, address.clone()),
         };
@@ -122,14 +258,35 @@ impl Listener {
 
     /// What the operator should know before a guest comes this way.
     pub fn warning(&self) -> Option<String> {
-        let Kind::Tcp(listener) = &self.kind else { return None };
-        let local = listener.local().ip().to_canonical();
+        let local = match (&self.kind, &self.address) {
+            (Kind::Tcp(listener), _) => listener.local().ip().to_canonical(),
+            // A device has no loopback: whoever reaches it comes from the network.
+            (_, Address::Rdma { .. }) => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+            _ => return None,
+        };
         let advice = "use a network you trust or a tunnel, and --allow CIDR to name who may connect";
         (!local.is_loopback())
             .then(|| format!("{}: guest RAM travels unencrypted and unauthenticated; {advice}", self.address))
     }
 
-    /// Waits for the next connection.
+    /// Waits for a source, with whatever door it comes by.
+    ///
+    /// # Errors
+    /// As [`accept`](Self::accept).
+    pub fn accept_door(
+        &mut self,
+        options: &StreamOptions,
+        stop: &Stop,
+    ) -> Result<DestinationDoor, OpenError> {
+        #[cfg(feature = "rdma")]
+        if let Kind::Rdma(listener) = &mut self.kind {
+            return Ok(listener.accept(options, stop)?);
+        }
+        let (source, back) = self.accept(options, stop)?.with_return_path();
+        Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>) })
+    }
+
+    /// Waits for the next connection that is a byte stream.
     ///
     /// # Errors
     /// [`OpenError`]; [`OpenError::OnlyOne`] at the second call where the address is one stream.
@@ -137,6 +294,8 @@ impl Listener {
         match &mut self.kind {
             Kind::Tcp(listener) => listener.accept(options, stop),
             Kind::Unix(listener) => listener.accept(options, stop),
+            #[cfg(feature = "rdma")]
+            Kind::Rdma(_) => Err(OpenError::NotAStream { address: self.address.to_string() }),
             Kind::Once { opened: true } => Err(OpenError::OnlyOne { address: self.address.to_string() }),
             Kind::Once { opened } => {
                 *opened = true;
@@ -150,7 +309,7 @@ impl Listener {
             Address::Fd(number) => inherited(*number, options),
             Address::Exec(command) => opened(&self.address, exec::read_from(command, options)),
             Address::File(path) => opened(&self.address, file::read_from(path, options)),
-            Address::Tcp { .. } | Address::Unix(_) => {
+            Address::Tcp { .. } | Address::Rdma { .. } | Address::Unix(_) => {
                 Err(OpenError::OnlyOne { address: self.address.to_string() })
             }
         }

@@ -147,6 +147,7 @@ impl SourceLink for InlineLink {
             exclusive_round: false,
             confirms_placement: false,
             ordered: true,
+            registers_memory: false,
             batches_in_flight: 1,
             batch_pages: PAGES_PER_SEND as u32,
         }

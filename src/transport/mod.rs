@@ -12,13 +12,18 @@ mod fault;
 mod file;
 mod loopback;
 mod patience;
+#[cfg(feature = "rdma")]
+pub mod rdma;
 mod stream;
 mod tcp;
 mod unix;
 
 pub use address::{Address, AddressError};
 pub use allow::{AllowError, AllowList};
-pub use door::{Listener, OpenError, connect};
+pub use door::{
+    DestinationDoor, Listener, OpenError, RdmaOptions, SourceDoor, WhyNoRdma, connect, open_source,
+    rdma_address,
+};
 pub use fault::{Fault, FaultKind, Faulty};
 pub use loopback::{Loopback, LoopbackSink, LoopbackSource, loopback};
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
@@ -26,10 +31,11 @@ pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 mod inline;
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::guest::GuestError;
-use crate::ram::{MoverAbilities, PageBatch, RoundKind};
+use crate::guest::{GuestError, GuestMemory};
+use crate::ram::{MoverAbilities, PageBatch, PageRun, RamBlock, RoundKind};
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 
 pub use inline::{InlineLink, InlinePages};
@@ -82,6 +88,18 @@ pub enum ChannelError {
         /// What this end was doing.
         doing: &'static str,
     },
+    /// The RDMA device, or the protocol spoken over it.
+    #[error("{peer}: {doing}: {source}")]
+    Rdma {
+        /// Who.
+        peer: String,
+        /// What this end was doing.
+        doing: &'static str,
+        /// Whose doing it is.
+        side: Side,
+        /// What happened, with the remedy.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The kernel's answer.
     #[error("{peer}: {doing}: {source}")]
     Io {
@@ -92,6 +110,17 @@ pub enum ChannelError {
         /// The answer.
         source: io::Error,
     },
+}
+
+/// On which side a fault lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// This host.
+    Here,
+    /// The peer.
+    Peer,
+    /// What lies between.
+    Between,
 }
 
 /// Where a byte stream goes.
@@ -131,6 +160,45 @@ pub trait ByteSource: Send {
     /// # Errors
     /// [`ChannelError`].
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError>;
+
+    /// The door beside the stream, where pages come by one of their own. `None`: all pages are in the stream.
+    fn rounds(&mut self) -> Option<&mut dyn DestinationLink> {
+        None
+    }
+}
+
+/// What a round brought.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RoundReceived {
+    /// Pages that may have been written for the first time, by the guest's own table.
+    pub touched: Vec<PageRun>,
+    /// Bytes the source told to be zero.
+    pub zero_bytes: u64,
+}
+
+/// The destination's door where pages do not come in the stream: a mark in the stream opens a round, and the peer's
+/// writes land in guest memory until it says that the round is over.
+pub trait DestinationLink: Send {
+    /// The source's block list, in its order, and the memory behind it. Once, before the first round.
+    ///
+    /// # Errors
+    /// [`MoveError`]: a block that can't be written to from outside.
+    fn announce(&mut self, memory: &Arc<dyn GuestMemory>, blocks: &[RamBlock]) -> Result<(), MoveError>;
+
+    /// The mark has been read: serves the peer until the round is over. All its pages are in memory then.
+    ///
+    /// # Errors
+    /// [`MoveError`].
+    fn receive_round(&mut self, stop: &Stop) -> Result<RoundReceived, MoveError>;
+
+    /// From here on the peer can't write to guest memory any more. Before the guest runs.
+    fn revoke(&mut self);
+
+    /// Everything was read: closes the connection so that the peer's last message is acknowledged first.
+    ///
+    /// # Errors
+    /// [`ChannelError`]; everything was read all the same.
+    fn part(&mut self, stop: &Stop) -> Result<(), ChannelError>;
 }
 
 /// Why pages did not move.
@@ -222,6 +290,14 @@ pub trait SourceLink: Send {
     /// # Errors
     /// [`MoveError`].
     fn drain(&mut self, stop: &Stop) -> Result<(), MoveError>;
+
+    /// The peer has said that the guest runs there: closes the connection in good order.
+    ///
+    /// # Errors
+    /// [`MoveError`]; the migration is complete all the same.
+    fn part(&mut self, _stop: &Stop) -> Result<(), MoveError> {
+        Ok(())
+    }
 
     /// After a failure: the batches that never came back. The link is of no more use.
     fn reclaim(&mut self) -> Vec<PageBatch>;

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use crate::capabilities::{Capabilities, Role};
 use crate::channel::{Channel, connect_params};
 use crate::exchange::Receiver;
-use crate::fabric::{FabricError, Listener};
+use crate::fabric::{FabricError, Incoming, Listener};
 use crate::hooks::HooksError;
-use crate::stop::Stop;
+use crate::stop::{Stop, Stopped};
 use crate::stream::{StreamReceiver, StreamSender};
 
 /// A QEMU posts its first receive buffer a moment after the connection stands, and allows no second try: the first
@@ -61,23 +61,52 @@ impl ReturnWriter {
     /// The fabric's. Connections of anyone else are rejected.
     pub fn accept(listener: &mut dyn Listener, main: &Capabilities, stop: &Stop) -> Result<Self, HooksError> {
         loop {
-            let incoming = listener.next_request(stop)?;
-            let Ok(asked) = Capabilities::decode(incoming.private_data()) else { continue };
-            let fits = match (main.extension, asked.extension) {
-                (Some(ours), Some(theirs)) => {
-                    theirs.role == Role::ReturnPath && theirs.migration == ours.migration
-                }
-                (None, None) => true,
-                _ => false,
-            };
-            if !fits {
-                tracing::warn!(peer = ?incoming.peer(), "connection rejected: not this migration's return path");
-                continue;
+            if let Some(writer) = Self::answer(listener.next_request(stop)?, main, stop)? {
+                return Ok(writer);
             }
-            let reply = Capabilities { pin_all: asked.pin_all, extension: None };
-            let endpoint = incoming.accept(&connect_params(reply.encode(), 1), stop)?;
-            return Ok(Self { stream: StreamSender::new(Channel::new(endpoint), 1) });
         }
+    }
+
+    /// Looks for the source's way back until `look` at the longest, for an embedder that reads the stream meanwhile: a
+    /// QEMU opens it before its first stream byte or never. `None` if nobody, or somebody else, has asked.
+    ///
+    /// # Errors
+    ///
+    /// The fabric's.
+    pub fn accept_within(
+        listener: &mut dyn Listener,
+        main: &Capabilities,
+        look: &Stop,
+        stop: &Stop,
+    ) -> Result<Option<Self>, HooksError> {
+        match listener.next_request(look) {
+            Ok(incoming) => Self::answer(incoming, main, stop),
+            Err(FabricError::Stopped(Stopped::Deadline)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Connects a peer that asked for this migration's way back; anyone else is rejected.
+    fn answer(
+        incoming: Box<dyn Incoming>,
+        main: &Capabilities,
+        stop: &Stop,
+    ) -> Result<Option<Self>, HooksError> {
+        let Ok(asked) = Capabilities::decode(incoming.private_data()) else { return Ok(None) };
+        let fits = match (main.extension, asked.extension) {
+            (Some(ours), Some(theirs)) => {
+                theirs.role == Role::ReturnPath && theirs.migration == ours.migration
+            }
+            (None, None) => true,
+            _ => false,
+        };
+        if !fits {
+            tracing::warn!(peer = ?incoming.peer(), "connection rejected: not this migration's return path");
+            return Ok(None);
+        }
+        let reply = Capabilities { pin_all: asked.pin_all, extension: None };
+        let endpoint = incoming.accept(&connect_params(reply.encode(), 1), stop)?;
+        Ok(Some(Self { stream: StreamSender::new(Channel::new(endpoint), 1) }))
     }
 
     /// Appends bytes; they leave at the flush, or when 32 KiB have gathered.

@@ -383,6 +383,23 @@ impl SourceHooks {
         self.main.channel.room() > 1 && self.data.iter().all(|channel| channel.room() > 1)
     }
 
+    /// Waits until all saves up to `ticket` have arrived; what was saved later stays on its way. An embedder that
+    /// bounds what is in flight by it measures how fast pages really leave.
+    ///
+    /// # Errors
+    ///
+    /// What the connection met.
+    pub fn wait_for(&mut self, ticket: Ticket, stop: &Stop) -> Result<(), HooksError> {
+        if self.merger.pending().is_some_and(|run| run.ticket <= ticket.0) {
+            self.flush_pages(stop)?;
+        }
+        while self.collect()? < ticket {
+            let queue = self.busiest();
+            self.channel(queue).rest(stop)?;
+        }
+        Ok(())
+    }
+
     /// Waits until everything saved has arrived.
     ///
     /// # Errors

@@ -41,6 +41,11 @@ impl BlockSpec {
         Ok(Self { length, page })
     }
 
+    /// Bytes.
+    pub(super) fn length(&self) -> u64 {
+        self.length
+    }
+
     /// The first block of `ram` bytes over pages of `hugepages`, the others over plain ones.
     pub(super) fn list(ram: u64, hugepages: u64, others: &[u64]) -> Result<Vec<Self>, String> {
         let others = others.iter().map(|length| Self::new(*length, PageSize::SIZE_4K.bytes()));

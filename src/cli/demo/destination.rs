@@ -138,11 +138,11 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     cancel_on_signal(vec![cancel.clone()]);
     let mut listener = Listener::bind(&args.uri, AllowList::default(), &stop)?;
     println!("{}", listener.address());
-    let channel = listener.accept(&local_options(), &stop.within(Duration::from_secs(60)))?;
+    let door = listener.accept_door(&local_options(), &stop.within(Duration::from_secs(60)))?;
     drop(listener);
     let control = Box::new(guest.clone());
-    let session =
-        DestinationSession::over(channel, Box::new(memory), control, DestinationSettings::default());
+    let settings = DestinationSettings::default();
+    let session = DestinationSession::new(door.source, door.back, Box::new(memory), control, settings);
     let report = session.with_cancel(cancel).run();
     let mut verdict = Verdict {
         ran: report.ending == Ending::Running,

@@ -3,26 +3,26 @@
 mod blocks;
 mod destination;
 mod report;
+mod way;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::ValueEnum;
 use ramwire::engine::Outcome;
 use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
 use ramwire::guest::{DirtySource, GuestControl, WrittenPages, choose};
-use ramwire::session::{SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::session::{SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, connect};
 use ramwire::units::{Percent, Rate};
 
 use self::blocks::BlockSpec;
 pub(super) use self::destination::Args as DestinationArgs;
 pub(super) use self::destination::run as run_destination;
+use self::way::{Transport, Way};
 use super::args::Exit;
-use super::common::{bytes, cancel_on_signal, complain, failed};
+use super::common::{RdmaArgs, bytes, cancel_on_signal, complain, failed};
 use super::progress::Progress;
 
 /// Migrates a guest whose threads keep writing pages that describe themselves, from this process to one that it starts,
@@ -72,34 +72,8 @@ pub(super) struct Args {
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Transport {
-    /// The best that both ends have
-    Auto,
-    /// A TCP connection over the loopback
-    Tcp,
-    /// A UNIX socket
-    Unix,
-}
-
-impl Transport {
-    /// What is taken, and why.
-    fn choose(self) -> (Self, &'static str) {
-        match self {
-            Self::Auto => (Self::Unix, "both ends are on this host"),
-            Self::Tcp => (Self::Tcp, "--transport tcp"),
-            Self::Unix => (Self::Unix, "--transport unix"),
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Auto | Self::Unix => "unix",
-        }
-    }
+    #[command(flatten)]
+    rdma: RdmaArgs,
 }
 
 fn percent(text: &str) -> Result<Percent, String> {
@@ -131,31 +105,22 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let mut guest = SyntheticGuest::filled(Arc::clone(&memory), config)?;
     let written: Arc<dyn DirtySource> = Arc::new(WrittenPages::new(&memory));
     let choice = choose(&[written, guest.software()])?;
-    let (transport, why) = args.transport.choose();
     let folder = Scratch::new()?;
-    let address = match transport {
-        Transport::Tcp => Address::Tcp { host: "127.0.0.1".into(), port: 0 },
-        Transport::Auto | Transport::Unix => Address::Unix(folder.0.join("guest.sock")),
-    };
-    let mut destination = destination::Process::start(&address, &blocks, args.populate)?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
-    let address = destination.address()?;
-    let channel = connect(&address, &super::common::local_options(), &Stop::on(&cancel))?;
+    let way = Way::open(args, &blocks, &memory, &folder, &Stop::on(&cancel))?;
     guest.resume()?;
-
-    let connection = SourceConnection::over(channel, memory.clone());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: Box::new(guest.clone()) };
     let mut settings =
         SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
     settings.digest = !args.no_digest;
-    let session = SourceSession::new(source, connection, settings).with_cancel(cancel);
+    let session = SourceSession::new(source, way.door.into(), settings).with_cancel(cancel);
     signals.follow(session.statistics());
     let progress = Progress::follow(session.statistics());
     let report = session.run();
     drop(progress);
-    finish(args, destination, &report, transport.name(), why, &choice.to_string())
+    finish(args, way.destination, &report, way.transport, &way.why, &choice.to_string())
 }
 
 fn finish(
@@ -163,7 +128,7 @@ fn finish(
     destination: destination::Process,
     report: &SourceReport,
     transport: &'static str,
-    why: &'static str,
+    why: &str,
     dirty_source: &str,
 ) -> Result<Exit, Failure> {
     // A destination that failed, was killed or hangs has little or nothing to say.

@@ -11,7 +11,7 @@ use crate::cli::render;
 /// One run of the demo.
 pub(super) struct Run<'a> {
     pub(super) transport: &'static str,
-    pub(super) why: &'static str,
+    pub(super) why: &'a str,
     pub(super) dirty_source: &'a str,
     pub(super) report: &'a SourceReport,
     pub(super) arrived: &'a Verdict,

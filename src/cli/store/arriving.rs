@@ -1,6 +1,8 @@
 //! A guest on its way into a folder.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
@@ -8,10 +10,13 @@ use ramwire::session::{Error, Incoming, MemoryProvider};
 use ramwire::stream::qemu::incoming::Seen;
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::stream::qemu::tail::Tail;
-use ramwire::sys::Mapping;
+use ramwire::sys::{Mapping, is_zero};
 use ramwire::units::PageSize;
 
 use super::{BlockEntry, EARLY, FORMAT, Manifest, State, Store, StoreError, TAIL, failed, private_file};
+
+/// `f_type` of tmpfs (statfs(2)).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// The folder seen by the destination's session: the memory it arrives in, and the machine that "runs" once
 /// everything is on the disk. Clones are the same guest.
@@ -22,6 +27,8 @@ struct Inner {
     store: Store,
     manifest: Option<Manifest>,
     mappings: Vec<Mapping>,
+    /// With memory that no file holds yet: the files it goes to, block by block.
+    held: Option<Vec<File>>,
     early: Vec<u8>,
     native: bool,
 }
@@ -37,8 +44,30 @@ impl ArrivingGuest {
         {
             return Err(StoreError::Occupied { path: store.path.clone(), state: manifest.state });
         }
-        let inner = Inner { store, manifest: None, mappings: Vec::new(), early: Vec::new(), native: false };
+        let inner = Inner {
+            store,
+            manifest: None,
+            mappings: Vec::new(),
+            held: None,
+            early: Vec::new(),
+            native: false,
+        };
         Ok(Self(Arc::new(Mutex::new(inner))))
+    }
+
+    /// A NIC will write the pages. Kernels refuse that in a disk's page cache, so RAM arrives in memory and is written to
+    /// the files at the end, unless the folder itself lies in memory.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn written_by_nic(self) -> Result<Self, StoreError> {
+        {
+            let mut inner = self.lock();
+            let path = &inner.store.path;
+            let kind = rustix::fs::statfs(path).map_err(|errno| failed(path, "looking at")(errno.into()))?;
+            inner.held = (kind.f_type != TMPFS_MAGIC).then(Vec::new);
+        }
+        Ok(self)
     }
 
     /// The manifest as it stands.
@@ -83,8 +112,14 @@ impl Inner {
             let opened = private_file(&path).map_err(failed(&path, "making"))?;
             // A file of an earlier attempt may hold old pages; memory must begin as zero.
             opened.set_len(0).map_err(failed(&path, "emptying"))?;
-            let mapping = Mapping::file_grown(opened.into(), 0, block.used_length, true)
-                .map_err(|error| failed(&path, "mapping")(io::Error::other(error)))?;
+            let mapping = match &mut self.held {
+                Some(files) => {
+                    files.push(opened);
+                    Mapping::memfd(&file, block.used_length)
+                }
+                None => Mapping::file_grown(opened.into(), 0, block.used_length, true),
+            };
+            let mapping = mapping.map_err(|error| failed(&path, "mapping")(io::Error::other(error)))?;
             builder = builder.mapping(block.clone(), &mapping);
             self.mappings.push(mapping);
             blocks.push(BlockEntry {
@@ -113,7 +148,10 @@ impl Inner {
 
     /// RAM, early sections and device state onto the disk; the manifest still says `arriving`.
     fn put_state(&mut self, tail: &[u8]) -> Result<(), StoreError> {
-        for mapping in &self.mappings {
+        for (mapping, file) in self.mappings.iter().zip(self.held.iter().flatten()) {
+            write_out(mapping, file).map_err(failed(&self.store.path, "writing RAM to"))?;
+        }
+        for mapping in self.mappings.iter().filter(|_| self.held.is_none()) {
             if let Some((fd, _)) = mapping.backing() {
                 let synced = rustix::fs::fsync(fd);
                 synced.map_err(|errno| failed(&self.store.path, "syncing RAM")(errno.into()))?;
@@ -139,6 +177,22 @@ fn style_seen(machine: &str, seen: &Seen) -> Option<String> {
     shown.map(|_| name.to_owned())
 }
 
+/// Memory into its file; zero pieces stay holes.
+fn write_out(mapping: &Mapping, file: &File) -> io::Result<()> {
+    const PIECE: u64 = 1 << 20;
+    let region = mapping.region();
+    file.set_len(region.len())?;
+    let mut buffer = vec![0; PIECE as usize];
+    for at in (0..region.len()).step_by(PIECE as usize) {
+        let span = region.span(at, PIECE.min(region.len() - at)).map_err(io::Error::other)?;
+        if !is_zero(span) {
+            let count = span.copy_to(&mut buffer);
+            file.write_all_at(&buffer[..count], at)?;
+        }
+    }
+    file.sync_all()
+}
+
 /// True if the VM description at the end proves that a QEMU's device state is complete.
 fn is_described(state: &[u8]) -> bool {
     let mut tail = Tail::default();
@@ -159,6 +213,11 @@ impl GuestControl for ArrivingGuest {
 
     fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
         Err(io::Error::other("a guest that is arriving can't be sent on; use `ramwire relay`"))
+    }
+
+    /// Files are mapped here, and nobody gives their pages back.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
     }
 
     fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {

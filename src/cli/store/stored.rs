@@ -250,6 +250,11 @@ impl GuestControl for StandingMachine {
         out.write_all(&self.tail)
     }
 
+    /// Files are mapped here, and nobody gives their pages back.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
+
     fn load_devices(&mut self, _from: &mut dyn Read) -> io::Result<()> {
         Err(io::Error::other("a stored guest is sent, not loaded"))
     }

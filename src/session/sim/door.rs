@@ -251,6 +251,7 @@ impl SourceLink for SimLink {
             exclusive_round: self.door.exclusive,
             confirms_placement: self.door.confirms,
             ordered: false,
+            registers_memory: false,
             batches_in_flight: self.door.depth as u32,
             batch_pages: self.door.batch_pages,
         }

@@ -1,0 +1,70 @@
+//! How the demo's guest travels: the choice, and the connection to the process at the other end.
+
+use std::sync::Arc;
+
+use clap::ValueEnum;
+use ramwire::guest::MappedGuest;
+use ramwire::sys::Stop;
+use ramwire::transport::{Address, SourceDoor, open_source, rdma_address};
+
+use super::blocks::BlockSpec;
+use super::destination::Process;
+use super::{Args, Failure, Scratch};
+use crate::cli::common::local_options;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Transport {
+    /// The best that both ends have: RDMA, else a UNIX socket
+    Auto,
+    /// The first RDMA device of this host
+    Rdma,
+    /// A TCP connection over the loopback
+    Tcp,
+    /// A UNIX socket
+    Unix,
+}
+
+/// The way that was taken, open to its end.
+pub(super) struct Way {
+    pub(super) transport: &'static str,
+    pub(super) why: String,
+    pub(super) destination: Process,
+    pub(super) door: SourceDoor,
+}
+
+impl Way {
+    /// Takes the way that `--transport` names; `auto` tries RDMA and says why it did not come to that.
+    pub(super) fn open(
+        args: &Args,
+        blocks: &[BlockSpec],
+        memory: &Arc<MappedGuest>,
+        folder: &Scratch,
+        stop: &Stop,
+    ) -> Result<Self, Failure> {
+        let open = |transport, address: &Address, why| {
+            let mut destination = Process::start(address, blocks, args.populate)?;
+            let address = destination.address()?;
+            let (memory, rdma) = (Arc::clone(memory), args.rdma.options());
+            let door = open_source(&address, memory, &local_options(), &rdma, stop)?;
+            Ok(Self { transport, why, destination, door })
+        };
+        let rdma = |why: &str| {
+            // Both ends lock their own copy, each in a process of its own.
+            let bytes = blocks.iter().map(BlockSpec::length).sum();
+            let address = Address::Rdma { host: rdma_address(bytes)?.to_string(), port: 0 };
+            open("rdma", &address, why.to_owned())
+        };
+        let unix = |why| open("unix", &Address::Unix(folder.0.join("guest.sock")), why);
+        match args.transport {
+            Transport::Rdma => rdma("--transport rdma"),
+            Transport::Tcp => {
+                let address = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
+                open("tcp", &address, "--transport tcp".into())
+            }
+            Transport::Unix => unix("--transport unix".into()),
+            Transport::Auto => rdma("both ends have a working RDMA device").or_else(|error: Failure| {
+                unix(format!("both ends are on this host, and RDMA did not work: {error}"))
+            }),
+        }
+    }
+}

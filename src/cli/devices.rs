@@ -1,0 +1,230 @@
+//! `ramwire devices`: what this host has for RDMA, and what stands in a migration's way.
+
+use serde_json::{Value, json};
+
+use super::args::Exit;
+use super::common::human_bytes;
+
+/// Lists the verbs devices of this host with the limits that matter to a migration. Without a device it says so; that
+/// is no failure.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Print one JSON object instead of a report
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args) -> Exit {
+    let found = look();
+    if args.json {
+        println!("{}", found.json());
+    } else {
+        print!("{}", found.text());
+    }
+    Exit::Done
+}
+
+/// What was found.
+struct Found {
+    /// The address a guest can be sent to and from, or why there is none, with the remedy.
+    usable: Result<String, String>,
+    /// Bytes this process may lock; `None` for no limit.
+    memory_lock: Option<u64>,
+    devices: Vec<Device>,
+}
+
+struct Device {
+    name: String,
+    firmware: String,
+    longest_registration: u64,
+    most_registrations: u32,
+    most_queue_pairs: u32,
+    on_demand: bool,
+    ports: Vec<Port>,
+}
+
+struct Port {
+    number: u8,
+    state: String,
+    link_layer: String,
+    mtu: u32,
+    gids: Vec<String>,
+    /// Fit for a migration, or what to do about it.
+    verdict: Result<(), &'static str>,
+}
+
+impl Found {
+    fn json(&self) -> Value {
+        let port = |port: &Port| {
+            json!({
+                "port": port.number, "state": port.state, "link_layer": port.link_layer, "mtu": port.mtu,
+                "gids": port.gids, "usable": port.verdict.is_ok(), "remedy": port.verdict.err(),
+            })
+        };
+        let device = |device: &Device| {
+            json!({
+                "name": device.name,
+                "firmware": device.firmware,
+                "max_registration_bytes": device.longest_registration,
+                "max_registrations": device.most_registrations,
+                "max_queue_pairs": device.most_queue_pairs,
+                "on_demand_paging": device.on_demand,
+                "ports": device.ports.iter().map(port).collect::<Vec<_>>(),
+            })
+        };
+        json!({
+            "usable": self.usable.is_ok(),
+            "address": self.usable.as_ref().ok(),
+            "why_not": self.usable.as_ref().err(),
+            "memory_lock_bytes": self.memory_lock,
+            "devices": self.devices.iter().map(device).collect::<Vec<_>>(),
+        })
+    }
+
+    fn text(&self) -> String {
+        let mut lines = Vec::new();
+        for device in &self.devices {
+            let firmware = if device.firmware.is_empty() { "software" } else { &device.firmware };
+            lines.push(format!("{} ({firmware})", device.name));
+            lines.push(format!(
+                "  registrations: {} at most, {} each; queue pairs: {}; on-demand paging: {}",
+                device.most_registrations,
+                human_bytes(device.longest_registration),
+                device.most_queue_pairs,
+                if device.on_demand { "yes" } else { "no, memory in use is locked" },
+            ));
+            for port in &device.ports {
+                let (number, state, layer) = (port.number, &port.state, &port.link_layer);
+                lines.push(format!("  port {number}: {state}, {layer}, path MTU up to {}", port.mtu));
+                lines.extend(port.gids.iter().map(|gid| format!("    {gid}")));
+                lines.push(match port.verdict {
+                    Ok(()) => "    a guest can travel by it".to_owned(),
+                    Err(remedy) => format!("    not usable: {remedy}"),
+                });
+            }
+        }
+        lines.push(match self.memory_lock {
+            None => "memory lock: no limit".to_owned(),
+            Some(limit) => format!(
+                "memory lock: {} at most; a guest with more RAM needs a higher limit (ulimit -l, LimitMEMLOCK=) or \
+                 CAP_IPC_LOCK",
+                human_bytes(limit)
+            ),
+        });
+        lines.push(match &self.usable {
+            Ok(address) => format!("RDMA works here: ramwire receive rdma:{address}:4444 --dir guest"),
+            Err(why) => format!("no migration over RDMA from or to this host: {why}"),
+        });
+        lines.join("\n") + "\n"
+    }
+}
+
+#[cfg(not(feature = "rdma"))]
+fn look() -> Found {
+    let usable = match ramwire::transport::rdma_address(0) {
+        Ok(address) => Ok(address.to_string()),
+        Err(why) => Err(why.to_string()),
+    };
+    Found { usable, memory_lock: None, devices: Vec::new() }
+}
+
+#[cfg(feature = "rdma")]
+fn look() -> Found {
+    let lock = rdma_hooks::verbs::memory_lock();
+    let memory_lock = lock.limit_bytes.filter(|_| !lock.is_lifted);
+    let devices = rdma_hooks::verbs::devices().unwrap_or_default();
+    let usable = ramwire::transport::rdma_address(0);
+    Found {
+        usable: usable.map(|address| address.to_string()).map_err(|why| why.to_string()),
+        memory_lock,
+        devices: devices.into_iter().map(Device::from).collect(),
+    }
+}
+
+#[cfg(feature = "rdma")]
+impl From<rdma_hooks::verbs::DeviceInfo> for Device {
+    fn from(info: rdma_hooks::verbs::DeviceInfo) -> Self {
+        Self {
+            name: info.name,
+            firmware: info.firmware,
+            longest_registration: info.max_registration_bytes,
+            most_registrations: info.max_registrations,
+            most_queue_pairs: info.max_queue_pairs,
+            on_demand: info.on_demand,
+            ports: info.ports.into_iter().map(Port::from).collect(),
+        }
+    }
+}
+
+#[cfg(feature = "rdma")]
+impl From<rdma_hooks::verbs::PortInfo> for Port {
+    fn from(info: rdma_hooks::verbs::PortInfo) -> Self {
+        use rdma_hooks::verbs::{LinkLayer, PortState};
+        let is_active = info.state == PortState::Active;
+        Self {
+            number: info.number,
+            verdict: match (is_active, info.gids.is_empty()) {
+                (true, false) => Ok(()),
+                (true, true) => {
+                    Err("its interface has no address; give it one: ip addr add ADDRESS dev INTERFACE")
+                }
+                (false, _) => {
+                    Err("bring its interface up (ip link set INTERFACE up) and see to cable and switch")
+                }
+            },
+            state: match info.state {
+                PortState::Active => "active".into(),
+                PortState::Inactive(1) => "down".into(),
+                PortState::Inactive(number) => format!("inactive (state {number})"),
+            },
+            link_layer: match info.link_layer {
+                LinkLayer::InfiniBand => "InfiniBand".into(),
+                LinkLayer::Ethernet => "Ethernet".into(),
+                LinkLayer::Other(number) => format!("link layer {number}"),
+            },
+            mtu: info.mtu_bytes,
+            gids: info.gids.iter().map(|gid| std::net::Ipv6Addr::from(*gid).to_string()).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn port(verdict: Result<(), &'static str>) -> Port {
+        let (state, link_layer) = ("active".into(), "Ethernet".into());
+        Port { number: 1, state, link_layer, mtu: 4096, gids: vec!["::ffff:10.9.0.1".into()], verdict }
+    }
+
+    #[test]
+    fn each_port_has_a_verdict_and_the_host_has_one() {
+        let device = Device {
+            name: "rxe0".into(),
+            firmware: String::new(),
+            longest_registration: 1 << 30,
+            most_registrations: 100,
+            most_queue_pairs: 10,
+            on_demand: false,
+            ports: vec![port(Ok(())), port(Err("bring it up"))],
+        };
+        let found = Found { usable: Ok("10.9.0.1".into()), memory_lock: Some(65536), devices: vec![device] };
+        let text = found.text();
+        for part in ["rxe0 (software)", "a guest can travel", "not usable: bring it up", "64.00 KiB at most"]
+        {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let json = found.json();
+        assert_eq!(
+            (&json["usable"], &json["devices"][0]["ports"][1]["usable"]),
+            (&json!(true), &json!(false))
+        );
+    }
+
+    #[test]
+    fn a_host_without_devices_says_what_to_do() {
+        let found = Found { usable: Err("install rdma-core".into()), memory_lock: None, devices: Vec::new() };
+        assert!(found.text().contains("install rdma-core") && found.text().contains("no limit"));
+        assert_eq!(found.json()["why_not"], "install rdma-core");
+    }
+}

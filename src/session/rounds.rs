@@ -1,0 +1,69 @@
+//! Pages that come beside the stream, between a mark in it and the round's end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::engine::Ending;
+use crate::sys::{CancelToken, Stop};
+
+use super::destination::{DestinationSession, Incoming, out_of_turn};
+use super::source::discards;
+use super::{Error, ErrorKind};
+
+/// How long the source may take to close its end of the connection.
+const PART_WITHIN: Duration = Duration::from_secs(2);
+
+impl DestinationSession {
+    /// The blocks are known: their memory is offered to the peer, and stays in place from here on.
+    pub(super) fn prepare_rounds(&mut self, incoming: &Incoming) -> Result<(), Error> {
+        let memory = Arc::clone(self.placing()?.memory());
+        let Some(rounds) = self.source.rounds() else { return Ok(()) };
+        if !self.control.forbid_discard(true) {
+            return Err(discards());
+        }
+        Ok(rounds.announce(&memory, &incoming.blocks)?)
+    }
+
+    /// The parser met the mark.
+    pub(super) fn receive_round(&mut self) -> Result<(), Error> {
+        if self.placing()?.is_watched() {
+            return Err(Error::Config {
+                what: "pages that come by RDMA can't be watched as they arrive".into(),
+                remedy: "let the relay listen on a tcp: or unix: address",
+            });
+        }
+        let Some(rounds) = self.source.rounds() else {
+            return Err(out_of_turn("the mark of a round", "a stream that has none"));
+        };
+        let round = rounds.receive_round(&self.stop)?;
+        let placing = self.placing()?;
+        let page = placing.memory().table().page().bytes();
+        placing.pages.zero += round.zero_bytes / page;
+        round.touched.into_iter().for_each(|run| placing.written(run));
+        Ok(())
+    }
+
+    /// The guest runs here next: nobody else writes to its memory any more.
+    pub(super) fn revoke_rounds(&mut self) {
+        if let Some(rounds) = self.source.rounds() {
+            rounds.revoke();
+        }
+    }
+
+    /// The connection ends: in good order if the guest runs here, else the peer is told.
+    pub(super) fn close_rounds(&mut self, ending: Ending) {
+        let Some(rounds) = self.source.rounds() else { return };
+        rounds.revoke();
+        if ending == Ending::Running {
+            let stop = Stop::on(&CancelToken::default()).within(PART_WITHIN);
+            if let Err(error) = rounds.part(&stop) {
+                let error = Error::from(error);
+                // A source that left first has what it needs.
+                if error.kind() != ErrorKind::Channel {
+                    tracing::warn!(%error, "the guest runs here, but its connection did not end in good order");
+                }
+            }
+        }
+        self.control.forbid_discard(false);
+    }
+}

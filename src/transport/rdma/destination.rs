@@ -1,0 +1,286 @@
+//! The destination's end.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdma_hooks::fabric::Listener;
+use rdma_hooks::{
+    DestinationConfig, DestinationHooks, Fabric, FabricError, HooksError, RamBlock as NicBlock, ReturnWriter,
+    Stopped,
+};
+
+use super::source::own_room;
+use super::{End, MAX_DATA_QUEUES, WINDOW, misused};
+use crate::guest::{GuestError, GuestMemory};
+use crate::ram::{PageRun, RamBlock};
+use crate::sys::{RecvPart, SendPart, Stop};
+use crate::transport::{
+    Address, AllowList, ByteSink, ByteSource, ChannelError, DestinationDoor, DestinationLink, MoveError,
+    RoundReceived, StreamOptions,
+};
+use crate::units::BlockIndex;
+
+const ACCEPTING: &str = "waiting for the source to connect";
+const RECEIVING: &str = "waiting for the stream";
+const ANNOUNCING: &str = "offering memory to the source";
+const SERVING: &str = "serving a round of pages";
+const ANSWERING: &str = "answering the source";
+const PARTING: &str = "closing the connection";
+
+/// How long is looked for one thing before the other: the stream's first bytes, a way back.
+const LOOK: Duration = Duration::from_millis(20);
+/// How long a ramwire source may take for its way back.
+const WAY_BACK_WITHIN: Duration = Duration::from_secs(10);
+/// The unit in which a source asks for keys.
+const CHUNK_BYTES: u64 = rdma_hooks::chunk::CHUNK_BYTES;
+/// First bytes taken while a way back may still come: one message's worth of a stream.
+const AHEAD_BYTES: usize = 32 << 10;
+
+/// Waits for a source.
+pub struct RdmaListener {
+    listener: Box<dyn Listener>,
+    fabric: Arc<dyn Fabric>,
+    allow: AllowList,
+    address: String,
+}
+
+impl std::fmt::Debug for RdmaListener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RdmaListener({})", self.address)
+    }
+}
+
+impl RdmaListener {
+    /// Listens at `host:port` of `fabric`. Port 0 takes any.
+    ///
+    /// # Errors
+    /// The fabric's: no device at this address, or the port is taken.
+    pub fn bind(
+        fabric: Arc<dyn Fabric>,
+        host: &str,
+        port: u16,
+        allow: AllowList,
+    ) -> Result<Self, FabricError> {
+        let listener = fabric.listen(host, port)?;
+        let address = Address::Rdma { host: host.to_owned(), port: listener.port() }.to_string();
+        Ok(Self { listener, fabric, allow, address })
+    }
+
+    /// The port listened on.
+    pub fn port(&self) -> u16 {
+        self.listener.port()
+    }
+
+    /// Waits for a source, and for its way back if it has one: a ramwire does, a QEMU opens it before its first stream
+    /// byte or never.
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    pub fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<DestinationDoor, ChannelError> {
+        let mut end = End { fabric: Arc::clone(&self.fabric), peer: self.address.clone(), stall: None };
+        let allow = self.allow.clone();
+        let config = DestinationConfig {
+            data_queues: MAX_DATA_QUEUES,
+            window: WINDOW,
+            admit: Some(Arc::new(move |peer| allow.allows(peer.ip()))),
+        };
+        let bounds = end.patient(stop);
+        let accepted = DestinationHooks::accept(&mut *self.listener, &config, &bounds.hooks);
+        let mut hooks = accepted.map_err(|error| bounds.error(ACCEPTING, error))?;
+        end.stall = options.stall;
+        let (writer, ahead) = self.await_way_back(&mut hooks, &end, stop)?;
+        let back = writer.map(|writer| RdmaReturnSink { writer: Some(writer), end: end.clone(), sent: 0 });
+        let source = RdmaSource {
+            hooks: Some(hooks),
+            end,
+            ahead,
+            blocks: Vec::new(),
+            page_bytes: 1,
+            touched: HashSet::new(),
+        };
+        Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>) })
+    }
+
+    fn await_way_back(
+        &mut self,
+        hooks: &mut DestinationHooks,
+        end: &End,
+        stop: &Stop,
+    ) -> Result<(Option<ReturnWriter>, Vec<u8>), ChannelError> {
+        let granted = *hooks.granted();
+        let listener = &mut *self.listener;
+        if granted.extension.is_some() {
+            let bounds = end.bounds_of(stop, Some(WAY_BACK_WITHIN));
+            let writer = ReturnWriter::accept(listener, &granted, &bounds.hooks);
+            return Ok((Some(writer.map_err(|error| bounds.error(ACCEPTING, error))?), Vec::new()));
+        }
+        let bounds = end.bounds(stop, Duration::ZERO);
+        let failed = |error| bounds.error(RECEIVING, error);
+        let mut ahead = vec![0; AHEAD_BYTES];
+        loop {
+            let look = bounds.hooks.within(end.fabric.now(), LOOK);
+            match hooks.read_stream(&mut ahead, &look) {
+                Ok(count) => {
+                    ahead.truncate(count);
+                    return Ok((None, ahead));
+                }
+                Err(HooksError::Stopped(Stopped::Deadline)) => {}
+                Err(error) => return Err(failed(error)),
+            }
+            bounds.hooks.check(end.fabric.now()).map_err(|stopped| failed(stopped.into()))?;
+            let look = bounds.hooks.within(end.fabric.now(), LOOK);
+            let writer = ReturnWriter::accept_within(listener, &granted, &look, &bounds.hooks);
+            if let Some(writer) = writer.map_err(failed)? {
+                return Ok((Some(writer), Vec::new()));
+            }
+        }
+    }
+}
+
+/// A block of the source's list.
+struct Announced {
+    index: BlockIndex,
+    bytes: u64,
+}
+
+/// The stream, and the rounds between its parts.
+pub struct RdmaSource {
+    /// Gone once the connection has ended.
+    hooks: Option<DestinationHooks>,
+    end: End,
+    /// Stream bytes taken before the session began.
+    ahead: Vec<u8>,
+    blocks: Vec<Announced>,
+    page_bytes: u64,
+    /// Chunks told to the session already: block and chunk.
+    touched: HashSet<(u32, u64)>,
+}
+
+impl RdmaSource {
+    /// Chunks that a round was the first to touch.
+    fn newly_touched(&mut self) -> Vec<PageRun> {
+        let mut runs = Vec::new();
+        let Some(hooks) = &self.hooks else { return runs };
+        for (index, block) in (0u32..).zip(&self.blocks) {
+            for chunk in hooks.touched_chunks(index) {
+                let start = chunk * CHUNK_BYTES;
+                if start >= block.bytes || !self.touched.insert((index, chunk)) {
+                    continue;
+                }
+                let pages = CHUNK_BYTES.min(block.bytes - start).div_ceil(self.page_bytes);
+                let first = crate::units::PageIndex(start / self.page_bytes);
+                runs.push(PageRun { block: block.index, first, pages });
+            }
+        }
+        runs
+    }
+}
+
+impl ByteSource for RdmaSource {
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
+        let Some(room) = own_room(into) else { return Ok(0) };
+        if !self.ahead.is_empty() {
+            let count = room.len().min(self.ahead.len());
+            room[..count].copy_from_slice(&self.ahead[..count]);
+            self.ahead.drain(..count);
+            return Ok(count);
+        }
+        let bounds = self.end.bounds(stop, Duration::ZERO);
+        let Some(hooks) = &mut self.hooks else { return Ok(0) };
+        match hooks.read_stream(room, &bounds.hooks) {
+            Err(HooksError::Fabric(FabricError::Disconnected)) => Ok(0),
+            read => read.map_err(|error| bounds.error(RECEIVING, error)),
+        }
+    }
+
+    fn rounds(&mut self) -> Option<&mut dyn DestinationLink> {
+        Some(self)
+    }
+}
+
+impl DestinationLink for RdmaSource {
+    fn announce(&mut self, memory: &Arc<dyn GuestMemory>, blocks: &[RamBlock]) -> Result<(), MoveError> {
+        let peer = self.end.peer.clone();
+        let Some(hooks) = &mut self.hooks else {
+            return Err(misused(&peer, ANNOUNCING, "the connection has ended").into());
+        };
+        let never = Stop::on(&crate::sys::CancelToken::default());
+        let bounds = self.end.patient(&never);
+        let failed = |error: HooksError| MoveError::from(bounds.error(ANNOUNCING, error));
+        self.page_bytes = memory.table().page().bytes();
+        for block in blocks {
+            let index = memory.table().find(block.name.as_str()).map_err(GuestError::from)?;
+            let bytes = block.used_length;
+            let region = memory.region(index).and_then(|region| region.for_nic(bytes));
+            let region = region.ok_or_else(|| failed(FabricError::NotPinned { bytes }.into()))?;
+            hooks.add_block(NicBlock::new(block.name.as_str(), region)).map_err(failed)?;
+            hooks.block_notification(block.name.as_str(), bytes).map_err(failed)?;
+            self.blocks.push(Announced { index, bytes });
+        }
+        Ok(())
+    }
+
+    /// Without a stall time: a round of writes alone shows no sign here, and a dead peer is noticed by the connection.
+    fn receive_round(&mut self, stop: &Stop) -> Result<RoundReceived, MoveError> {
+        let bounds = self.end.patient(stop);
+        let Some(hooks) = &mut self.hooks else {
+            return Err(misused(&self.end.peer, SERVING, "the connection has ended").into());
+        };
+        let summary =
+            hooks.registration_handle(&bounds.hooks).map_err(|error| bounds.error(SERVING, error))?;
+        Ok(RoundReceived { touched: self.newly_touched(), zero_bytes: summary.zero_bytes })
+    }
+
+    fn revoke(&mut self) {
+        if let Some(hooks) = &mut self.hooks {
+            hooks.revoke_all();
+        }
+    }
+
+    fn part(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        let Some(hooks) = self.hooks.take() else { return Ok(()) };
+        let bounds = self.end.patient(stop);
+        hooks.finish(&bounds.hooks).map(drop).map_err(|error| bounds.error(PARTING, error))
+    }
+}
+
+/// Messages to the source, on a queue pair of their own.
+pub struct RdmaReturnSink {
+    writer: Option<ReturnWriter>,
+    end: End,
+    sent: u64,
+}
+
+impl ByteSink for RdmaReturnSink {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        let bounds = self.end.bounds(stop, Duration::ZERO);
+        let Some(writer) = &mut self.writer else {
+            return Err(misused(&self.end.peer, ANSWERING, "the connection has ended"));
+        };
+        for part in parts {
+            let SendPart::Own(bytes) = part else {
+                return Err(misused(&self.end.peer, ANSWERING, "guest memory on the way back"));
+            };
+            writer.write(bytes, &bounds.hooks).map_err(|error| bounds.error(ANSWERING, error))?;
+            self.sent += bytes.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        let bounds = self.end.bounds(stop, Duration::ZERO);
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        writer.flush(&bounds.hooks).map_err(|error| bounds.error(ANSWERING, error))
+    }
+
+    fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        let bounds = self.end.bounds(stop, Duration::ZERO);
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        writer.finish(&bounds.hooks).map(drop).map_err(|error| bounds.error(ANSWERING, error))
+    }
+
+    fn position(&self) -> u64 {
+        self.sent
+    }
+}

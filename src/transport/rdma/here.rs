@@ -1,0 +1,112 @@
+//! This host's verbs devices as a door.
+
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+
+use rdma_hooks::verbs::{DeviceInfo, PortState, VerbsFabric, devices, memory_lock};
+use rdma_hooks::{Fabric, FabricError};
+
+use super::{RdmaListener, connect_over};
+use crate::guest::GuestMemory;
+use crate::sys::Stop;
+use crate::transport::{Address, AllowList, OpenError, RdmaOptions, SourceDoor, StreamOptions, WhyNoRdma};
+
+fn unusable(error: FabricError) -> WhyNoRdma {
+    WhyNoRdma::Unusable(Box::new(error))
+}
+
+fn fabric(host: &str, port: u16) -> Result<Arc<dyn Fabric>, OpenError> {
+    let opened = VerbsFabric::open().map_err(unusable);
+    let address = || Address::Rdma { host: host.to_owned(), port }.to_string();
+    opened
+        .map(|fabric| Arc::new(fabric) as Arc<dyn Fabric>)
+        .map_err(|why| OpenError::NoRdma { address: address(), why })
+}
+
+/// Connects through a device of this host.
+pub(in crate::transport) fn connect_here(
+    host: &str,
+    port: u16,
+    memory: Arc<dyn GuestMemory>,
+    options: &StreamOptions,
+    rdma: &RdmaOptions,
+    stop: &Stop,
+) -> Result<SourceDoor, OpenError> {
+    let fabric = fabric(host, port)?;
+    Ok(connect_over(fabric, host, port, memory, options, rdma, stop)?)
+}
+
+impl RdmaListener {
+    /// Listens on a device of this host.
+    pub(in crate::transport) fn bind_here(
+        host: &str,
+        port: u16,
+        allow: AllowList,
+    ) -> Result<Self, OpenError> {
+        Self::bind(fabric(host, port)?, host, port, allow).map_err(|error| OpenError::NoRdma {
+            address: Address::Rdma { host: host.to_owned(), port }.to_string(),
+            why: unusable(error),
+        })
+    }
+}
+
+/// The address of the first device that carries traffic, if this process may lock `bytes` of memory.
+///
+/// # Errors
+/// [`WhyNoRdma`].
+pub fn usable_address(bytes: u64) -> Result<IpAddr, WhyNoRdma> {
+    let devices = devices().map_err(unusable)?;
+    let address = devices.iter().find_map(address_of).ok_or_else(|| {
+        let names: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
+        WhyNoRdma::NoActivePort { devices: names.join(", ") }
+    })?;
+    memory_lock().check(bytes).map_err(unusable)?;
+    Ok(address)
+}
+
+/// An IP address among the GIDs of the device's active ports: an IPv4 one first, which every QEMU takes.
+fn address_of(device: &DeviceInfo) -> Option<IpAddr> {
+    let active = device.ports.iter().filter(|port| port.state == PortState::Active);
+    let gids: Vec<Ipv6Addr> = active.flat_map(|port| &port.gids).map(|gid| Ipv6Addr::from(*gid)).collect();
+    let v4 = gids.iter().find_map(Ipv6Addr::to_ipv4_mapped).map(IpAddr::V4);
+    // A link-local address names no interface by itself.
+    v4.or_else(|| gids.iter().find(|gid| !gid.is_unicast_link_local()).copied().map(IpAddr::V6))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rdma_hooks::verbs::{LinkLayer, PortInfo};
+
+    fn device(state: PortState, gids: &[&str]) -> DeviceInfo {
+        let gids =
+            gids.iter().filter_map(|gid| gid.parse::<Ipv6Addr>().ok()).map(|gid| gid.octets()).collect();
+        let port = PortInfo {
+            number: 1,
+            state,
+            link_layer: LinkLayer::Ethernet,
+            mtu_bytes: 4096,
+            max_message_bytes: 1 << 23,
+            gids,
+        };
+        DeviceInfo {
+            name: "rxe0".into(),
+            firmware: String::new(),
+            max_registration_bytes: u64::MAX,
+            max_registrations: 4096,
+            max_requests: 16384,
+            max_queue_pairs: 64,
+            on_demand: false,
+            ports: vec![port],
+        }
+    }
+
+    #[test]
+    fn an_ipv4_address_of_an_active_port_is_preferred() {
+        let gids = ["fe80::1", "fd00::1", "::ffff:10.9.0.1"];
+        assert_eq!(address_of(&device(PortState::Active, &gids)), Some(IpAddr::from([10, 9, 0, 1])));
+        assert_eq!(address_of(&device(PortState::Active, &gids[..2])), "fd00::1".parse().ok());
+        assert_eq!(address_of(&device(PortState::Active, &gids[..1])), None);
+        assert_eq!(address_of(&device(PortState::Inactive(1), &gids)), None);
+    }
+}

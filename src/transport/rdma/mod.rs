@@ -1,0 +1,108 @@
+//! Pages by RDMA WRITE, bytes by message: QEMU's `rdma:` protocol.
+//!
+//! The protocol is `rdma_hooks`' duty; here its five hooks meet the house.
+//!
+//! | here | hook |
+//! |------|------|
+//! | [`RdmaLink`]'s `open_round` | `registration_start`; its mark is the stream's last word before the round |
+//! | `offer` | `control_save_page`, once a run |
+//! | `close_round` | `registration_stop` |
+//! | [`RdmaSource`]'s `announce` | `block_notification` |
+//! | `receive_round` | `registration_handle` |
+//!
+//! # Orders that hold
+//!
+//! No stream byte passes while a round is open. Keys at the destination are dead before the guest runs there. Nobody
+//! disconnects before the other end has everything: [`ByteSink::finish`](super::ByteSink::finish) of a connection
+//! without a way back waits until the destination closes.
+
+mod destination;
+mod here;
+mod source;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdma_hooks::{Blame, Fabric, FabricError, HooksError, Stopped};
+
+use super::{ChannelError, Side};
+use crate::sys::{Stop, StopReason};
+
+pub use destination::{RdmaListener, RdmaReturnSink, RdmaSource};
+pub(super) use here::connect_here;
+pub use here::usable_address;
+pub use source::{RdmaLink, RdmaReturnSource, connect_over};
+
+/// Messages two ramwires may have on the way at a time.
+const WINDOW: u16 = 8;
+/// Queue pairs beside the main one that a source may have.
+const MAX_DATA_QUEUES: u16 = 15;
+
+/// One end of the connection, for the bounds and the errors of its waits.
+#[derive(Clone)]
+struct End {
+    fabric: Arc<dyn Fabric>,
+    peer: String,
+    stall: Option<Duration>,
+}
+
+impl End {
+    /// Bounds for a wait of at most the stall time and `more`, and what a failure in it means.
+    fn bounds(&self, stop: &Stop, more: Duration) -> Bounds<'_> {
+        let stall = self.stall.map(|stall| stall.saturating_add(more));
+        let left = stop.left();
+        let stalls_first = stall.filter(|stall| left.is_none_or(|left| *stall < left));
+        self.bounds_of(stop, stalls_first)
+    }
+
+    /// Bounds for a wait that may last as long as the peer is alive.
+    fn patient(&self, stop: &Stop) -> Bounds<'_> {
+        self.bounds_of(stop, None)
+    }
+
+    fn bounds_of(&self, stop: &Stop, stall: Option<Duration>) -> Bounds<'_> {
+        let time = stall.or_else(|| stop.left());
+        let deadline = time.and_then(|time| self.fabric.now().checked_add(time));
+        let hooks = rdma_hooks::Stop::new(deadline, stop.cancel_flag().into());
+        Bounds { end: self, hooks, stall }
+    }
+}
+
+struct Bounds<'a> {
+    end: &'a End,
+    hooks: rdma_hooks::Stop,
+    /// The stall time, if it ends sooner than the caller's own deadline.
+    stall: Option<Duration>,
+}
+
+impl Bounds<'_> {
+    fn error(&self, doing: &'static str, error: HooksError) -> ChannelError {
+        let peer = self.end.peer.clone();
+        match (error, self.stall) {
+            (HooksError::Stopped(Stopped::Deadline), Some(after)) => {
+                ChannelError::Stalled { peer, doing, after }
+            }
+            (HooksError::Stopped(Stopped::Deadline), None) => {
+                ChannelError::Stopped { reason: StopReason::Deadline, doing }
+            }
+            (HooksError::Stopped(Stopped::Cancelled), _) => {
+                ChannelError::Stopped { reason: StopReason::Cancelled, doing }
+            }
+            (HooksError::Fabric(FabricError::Disconnected), _) => ChannelError::Closed { peer, doing },
+            (error, _) => {
+                let side = match error.blame() {
+                    Blame::Local => Side::Here,
+                    Blame::Peer => Side::Peer,
+                    Blame::Network | Blame::Stopped => Side::Between,
+                };
+                ChannelError::Rdma { peer, doing, side, source: Box::new(error) }
+            }
+        }
+    }
+}
+
+/// A call of ours that has no meaning: after the connection ended, or against the orders of the door.
+fn misused(peer: &str, doing: &'static str, what: &'static str) -> ChannelError {
+    let source = Box::new(HooksError::OutOfOrder(what));
+    ChannelError::Rdma { peer: peer.to_owned(), doing, side: Side::Here, source }
+}

@@ -1,0 +1,220 @@
+//! Whole migrations over a simulated RDMA network inside one process: sessions at both ends, virtual time in between.
+#![cfg(feature = "rdma")]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+
+use ramwire::engine::{Ending, Outcome};
+use ramwire::guest::{GuestControl, MappedGuest};
+use ramwire::ram::{BlockName, RamBlock, RoundKind};
+use ramwire::session::{
+    DestinationReport, DestinationSession, DestinationSettings, Peer, SourceGuest, SourceReport,
+    SourceSession, SourceSettings,
+};
+use ramwire::stream::qemu::file::Configuration;
+use ramwire::sys::{CancelToken, Mapping, SendPart, Stop};
+use ramwire::transport::rdma::{RdmaListener, connect_over};
+use ramwire::transport::{AllowList, RdmaOptions, StreamOptions};
+use ramwire::units::{BlockIndex, PageSize};
+use rdma_hooks::sim::{Fault, Host, Sim, SimConfig};
+
+const BLOCKS: [(&str, u64); 3] = [("pc.ram", 6 << 20), ("pc.bios", 256 << 10), ("odd", (1 << 20) + 4096)];
+const PAGE: u64 = 4096;
+
+/// A machine that stands still. Its state is one word.
+#[derive(Default)]
+struct Still {
+    keeps_memory: bool,
+}
+
+impl GuestControl for Still {
+    fn pause(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(b"state")
+    }
+
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        let mut state = Vec::new();
+        from.read_to_end(&mut state)?;
+        if state == b"state" { Ok(()) } else { Err(io::Error::other("another state")) }
+    }
+
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        self.keeps_memory
+    }
+}
+
+fn memory() -> Arc<MappedGuest> {
+    let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
+    for (name, length) in BLOCKS {
+        let mapping = Mapping::anonymous(length).unwrap();
+        builder = builder.mapping(RamBlock::new(BlockName::new(name).unwrap(), length), &mapping);
+    }
+    Arc::new(builder.build().unwrap())
+}
+
+/// Two pages of three hold their own number, in runs that cross chunks; the others are zero.
+fn filled() -> Arc<MappedGuest> {
+    let guest = memory();
+    for (block, (_, length)) in BLOCKS.iter().enumerate() {
+        for page in (0..length / PAGE).filter(|page| page / 50 % 3 != 1) {
+            let span = guest.region(BlockIndex(block as u32)).unwrap().span(page * PAGE, PAGE).unwrap();
+            let word = ((block as u64) << 32 | page | 1 << 63).to_le_bytes();
+            span.copy_from(&word.repeat(PAGE as usize / 8));
+        }
+    }
+    guest
+}
+
+fn bytes(guest: &MappedGuest) -> Vec<u8> {
+    let mut all = Vec::new();
+    for (_, block, region) in guest.regions() {
+        let mut bytes = vec![0; block.used_length as usize];
+        region.span(0, block.used_length).unwrap().copy_to(&mut bytes);
+        all.extend(bytes);
+    }
+    all
+}
+
+struct Run {
+    source: Option<SourceReport>,
+    destination: Option<DestinationReport>,
+    equal: bool,
+    sim: Sim,
+}
+
+/// One migration; the source's report is missing if it did not get as far as a session.
+fn migrate(config: SimConfig, rdma: RdmaOptions, digest: bool, keeps_memory: bool) -> Run {
+    let sim = Sim::new(config);
+    let (here, there) = (sim.fabric(Host::A), sim.fabric(Host::B));
+    let (from, to) = (filled(), memory());
+    let options = StreamOptions::default();
+    let stop = Stop::on(&CancelToken::default());
+    let part = there.enter();
+    let (arriving, far_stop) = (Arc::clone(&to), stop.clone());
+    let mut listener = RdmaListener::bind(Arc::new(there), "10.0.0.2", 4444, AllowList::default()).unwrap();
+    let destination = std::thread::spawn(move || {
+        let _part = part;
+        let door = listener.accept(&options, &far_stop).ok()?;
+        let settings = DestinationSettings::default();
+        let control = Box::new(Still { keeps_memory: true });
+        Some(DestinationSession::new(door.source, door.back, Box::new(arriving), control, settings).run())
+    });
+    let part = here.enter();
+    let door = connect_over(Arc::new(here), "10.0.0.2", 4444, from.clone(), &options, &rdma, &stop);
+    let source = door.ok().map(|door| {
+        let mut settings = SourceSettings::new(Configuration { machine: "sim".into(), ..Default::default() });
+        settings.digest = digest;
+        settings.peer = Some(Peer::Ramwire);
+        let control = Box::new(Still { keeps_memory });
+        let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };
+        SourceSession::new(guest, door.into(), settings).run()
+    });
+    drop(part);
+    let destination = destination.join().unwrap();
+    Run { equal: bytes(&from) == bytes(&to), source, destination, sim }
+}
+
+#[test]
+fn a_guest_goes_over_rdma_between_two_sessions() {
+    let ways = [(false, 1), (true, 1), (false, 4), (true, 4)];
+    for (seed, (pin_all, queue_pairs)) in (0..8).flat_map(|seed| ways.map(|way| (seed, way))) {
+        let what = format!("seed {seed}, pin-all {pin_all}, {queue_pairs} queue pairs");
+        let config = SimConfig { seed, loss_per_mille: 20, ..SimConfig::default() };
+        let rdma = RdmaOptions { pin_all, queue_pairs, ..RdmaOptions::default() };
+        let run = migrate(config, rdma, true, true);
+        let (source, destination) = (run.source.unwrap(), run.destination.unwrap());
+        assert_eq!(source.outcome, Outcome::Completed, "{what}: {source:?} {destination:?}");
+        assert_eq!(destination.ending, Ending::Running, "{what}: {destination:?}");
+        assert!(destination.native && destination.verified && run.equal, "{what}");
+        assert!(source.statistics.pages.zero > 0 && destination.pages.zero > 0, "{what}");
+        // Every key is given back, and no message met an end that was not ready.
+        assert_eq!((run.sim.live_registrations(), run.sim.unready_messages()), (0, 0), "{what}");
+    }
+}
+
+#[test]
+fn whatever_fails_leaves_the_guest_at_one_side_and_nothing_registered() {
+    let (mut completed, mut stayed) = (0, 0);
+    for at in [0, 3, 6, 9, 12, 15] {
+        for fault in [
+            Fault::Killed { message: at },
+            Fault::DeviceRemoved { request: at * 4 },
+            Fault::BadCompletion { request: at * 4 },
+            Fault::RegistrationRefused { registration: at },
+        ] {
+            for host in [Host::A, Host::B] {
+                let what = format!("{host:?}: {fault:?}");
+                let config = SimConfig { faults: vec![(host, fault)], ..SimConfig::default() };
+                let run = migrate(config, RdmaOptions::default(), false, true);
+                assert_eq!(run.sim.live_registrations(), 0, "{what}");
+                let running = run.destination.is_some_and(|report| report.ending == Ending::Running);
+                let Some(source) = run.source else {
+                    assert!(!running, "{what}: without a session at the source");
+                    continue;
+                };
+                match source.outcome {
+                    // The fault lay beyond the migration's end.
+                    Outcome::Completed => {
+                        assert!(running, "{what}");
+                        completed += 1;
+                    }
+                    Outcome::StaysHere(_) => {
+                        assert!(!running, "{what}: {source:?}");
+                        assert!(source.error.is_some(), "{what}");
+                        stayed += 1;
+                    }
+                    // COMMIT was on its way when the fault came: nobody may guess.
+                    Outcome::InDoubt => {}
+                }
+            }
+        }
+    }
+    assert!(completed >= 2 && stayed >= 16, "{completed} completed, {stayed} stayed: both must be seen");
+}
+
+#[test]
+fn a_guest_that_may_discard_memory_is_refused_before_anything_travels() {
+    let run = migrate(SimConfig::default(), RdmaOptions::default(), false, false);
+    let source = run.source.unwrap();
+    assert!(matches!(source.outcome, Outcome::StaysHere(_)), "{source:?}");
+    let error = source.error.unwrap().to_string();
+    assert!(error.contains("keep its memory in place") && error.contains("tcp:"), "{error}");
+    assert_ne!(run.destination.unwrap().ending, Ending::Running);
+    assert_eq!(run.sim.live_registrations(), 0);
+}
+
+#[test]
+fn no_stream_byte_passes_while_a_round_is_open() {
+    let sim = Sim::new(SimConfig::default());
+    let (here, there) = (sim.fabric(Host::A), sim.fabric(Host::B));
+    let (options, stop) = (StreamOptions::default(), Stop::on(&CancelToken::default()));
+    let part = there.enter();
+    let far_stop = stop.clone();
+    let mut listener = RdmaListener::bind(Arc::new(there), "10.0.0.2", 4444, AllowList::default()).unwrap();
+    let destination = std::thread::spawn(move || {
+        let _part = part;
+        listener.accept(&options, &far_stop).is_ok()
+    });
+    let part = here.enter();
+    let rdma = RdmaOptions::default();
+    let mut door = connect_over(Arc::new(here), "10.0.0.2", 4444, filled(), &options, &rdma, &stop).unwrap();
+    assert!(door.link.abilities().exclusive_round);
+    door.link.sink().send(&[SendPart::Own(b"head")], &stop).unwrap();
+    door.link.open_round(RoundKind::Setup, &stop).unwrap();
+    let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        door.link.sink().send(&[SendPart::Own(b"too early")], &stop)
+    }));
+    // An assertion where those are on, else an error.
+    assert!(refused.map_or(true, |sent| sent.is_err()));
+    drop((door, part));
+    assert!(destination.join().unwrap());
+}
