@@ -36,7 +36,7 @@ pub struct SourceConfig {
     pub max_span_chunks: u64,
     /// Zero runs from this many bytes on are told instead of written where a key is at hand.
     pub zero_floor_bytes: u64,
-    /// Step in which [`PageContent::Unknown`] is looked at.
+    /// Step in which [`PageContent::Unknown`](crate::hooks::PageContent::Unknown) is looked at.
     pub page_bytes: u64,
     /// Offer what goes beyond QEMU: additional queue pairs and a window of credits. A QEMU ignores it.
     pub extension: Option<ExtensionOffer>,
