@@ -60,7 +60,8 @@ fn a_guest_is_whole_at_every_pause() {
         guest.pause().unwrap();
         let written = guest.pages_written();
         let report = guest.verify().unwrap();
-        assert!(report.is_whole() && report.written > 500, "{report:?}");
+        // One writer alone covers its own half, should the other get no time.
+        assert!(report.is_whole() && report.written > 400, "{report:?}");
         assert_eq!(report.zero + report.filled + report.written, report.pages);
         std::thread::sleep(Duration::from_millis(5));
         assert_eq!(guest.pages_written(), written, "a paused guest writes nothing");
