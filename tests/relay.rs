@@ -65,10 +65,12 @@ fn through_the_relay(images: &Images, from: Version, to: Version, machine: Machi
     let dirty = rounds.iter().filter(|round| round["dirty_pages"].as_u64() > Some(0)).count();
     assert!(dirty >= 3, "{report}");
     println!(
-        "{from} to {to}, {}: downtime {} ms direct, {} ms through the relay; {dirty} rounds with dirty pages",
+        "{from} to {to}, {}: downtime {} ms direct, {} ms through the relay, its far side's parts {}; {dirty} rounds \
+         with dirty pages",
         machine.name(),
         direct["downtime"],
-        relayed["downtime"]
+        relayed["downtime"],
+        report["far"]["downtime-parts"]
     );
 }
 

@@ -25,7 +25,7 @@ use crate::observe::{SharedStatistics, Status};
 use crate::ram::PageRun;
 use crate::sys::{CancelToken, Mapping, Stop};
 use crate::transport::{ByteSink, ByteSource};
-use crate::units::PageSize;
+use crate::units::{PageSize, Rate};
 
 use super::arrivals::Arrivals;
 use super::destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
@@ -34,6 +34,9 @@ use super::{DestinationSettings, Error, SourceSettings};
 
 /// How often a relay that holds back looks whether it may read on.
 const LOOK: Duration = Duration::from_millis(2);
+
+/// Longest time the outgoing connection may need for what is pending: it adds to the guest's downtime.
+const MOST_BACKLOG: Duration = Duration::from_millis(50);
 
 /// What may be pending before the outgoing rate is known.
 const FIRST_BACKLOG: u64 = 64 << 20;
@@ -253,7 +256,8 @@ struct Backlog {
 }
 
 impl Backlog {
-    /// True if more is pending than the far side's connection moves in half the downtime limit.
+    /// True if more is pending than the far side's connection moves in half the downtime limit, or in
+    /// [`MOST_BACKLOG`].
     ///
     /// # Errors
     /// The far side has ended: nothing that still comes can be handed on, and the source can be told.
@@ -273,8 +277,8 @@ impl Backlog {
             return Err(Error::PeerFailed { why: format!("the far end of the relay: {why}") });
         }
         let pending = self.bitmap.pending() * self.page_bytes + far.remaining;
-        let half = self.downtime_limit.as_secs_f64() / 2.0;
-        let allowed = if far.throughput == 0 { FIRST_BACKLOG } else { (far.throughput as f64 * half) as u64 };
+        let time = (self.downtime_limit / 2).min(MOST_BACKLOG);
+        let allowed = if far.throughput == 0 { FIRST_BACKLOG } else { Rate(far.throughput).bytes_in(time) };
         Ok(pending > allowed.max(1 << 20))
     }
 }
