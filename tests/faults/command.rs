@@ -96,9 +96,9 @@ fn a_demo_whose_destination_is_killed_says_so_and_the_guest_stays() {
     let mut demo = Ramwire::start(dir.path(), &LONG, "--json");
     let child = destination_of(&demo);
     signal(child, Signal::KILL);
-    let report = demo.finished(Deadline::seconds(15), 3);
-    assert_eq!(report["status"], "failed", "{report}");
-    assert!(report["error"].as_str().unwrap().len() > 10, "{report}");
+    // It may be dead before it listened, or in the middle of the migration: the status is the same.
+    let said = demo.failed(Deadline::seconds(15), 3);
+    assert!(said.contains("ramwire demo: "), "{said}");
 }
 
 /// A destination that says READY and nothing after COMMIT. Ends when the source does; true if COMMIT came.
