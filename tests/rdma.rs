@@ -123,6 +123,35 @@ fn in_rxe_guest_r51_r52_a_guest_goes_over_rdma_from_qemu_into_a_folder_and_on_to
     }
 }
 
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_a_relay_passes_a_guest_on_over_rdma() {
+    assert!(peers_present(), "nothing is skipped in the guest");
+    let dir = scratch();
+    let (sent, arrived) = (dir.path().join("sent"), dir.path().join("arrived"));
+    fill(&sent, RAM_MIB, Pattern::Mixed { seed: 31 });
+    fill(&arrived, RAM_MIB, Pattern::Zero);
+    let version = Version::Qemu100;
+    let mut destination =
+        Guest::new(version, Machine::Q35, &arrived, RAM_MIB).incoming().start(dir.path(), "destination");
+    let uri = format!("rdma:{RXE_ADDRESS}:4480");
+    destination.listen(&uri);
+    let arguments = ["relay", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"];
+    let mut relay = Ramwire::start(dir.path(), &arguments, &uri);
+    let mut source = Guest::new(version, Machine::Q35, &sent, RAM_MIB).start(dir.path(), "source");
+    source.set_capabilities(&["return-path"]);
+    source.migrate(&relay.listening());
+    source.wait_completed(Deadline::seconds(30));
+    let report = relay.finished(Deadline::seconds(20), 0);
+    assert_eq!(report["completed"], true, "{report}");
+    destination.wait_status("prelaunch", Deadline::seconds(10));
+    compare(&sent, &arrived).unwrap_or_else(|difference| panic!("at the far end: {difference:?}"));
+
+    let refused = Ramwire::start(dir.path(), &["relay", "--listen", &uri, "--connect"], "tcp:127.0.0.1:1")
+        .failed(Deadline::seconds(10), 3);
+    assert!(refused.contains("NIC") && refused.contains("tcp:"), "{refused}");
+}
+
 fn devices() -> Value {
     let output = Command::new(env!("CARGO_BIN_EXE_ramwire")).args(["devices", "--json"]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
