@@ -57,7 +57,7 @@ fn line(now: &Statistics) -> String {
     let eta = if now.throughput == 0 { "?".into() } else { format!("{eta:.1} s") };
     format!(
         "round {}  {}/s  {} left  ETA {eta}",
-        now.rounds.len() + 1,
+        now.round_count() + 1,
         super::common::human_bytes(now.throughput),
         super::common::human_bytes(now.remaining),
     )

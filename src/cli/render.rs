@@ -14,7 +14,7 @@ pub(super) fn statistics(now: &Statistics) -> String {
     let _ = writeln!(
         out,
         "{} rounds in {:.0} ms: {} sent at {}/s, {} pages whole, {} zero",
-        now.rounds.len(),
+        now.round_count(),
         now.total_time,
         human_bytes(now.transferred),
         human_bytes(now.throughput),

@@ -121,7 +121,7 @@ pub struct Statistics {
     pub expected_downtime: f64,
     /// Where the downtime went.
     pub downtime_parts: DowntimeParts,
-    /// Every round so far.
+    /// The last [`MOST_ROUNDS`](Self::MOST_ROUNDS) rounds; their numbers count from 1.
     pub rounds: Vec<RoundReport>,
     /// How long handing a batch to the transport took.
     pub batch_latency: LatencySummary,
@@ -132,6 +132,22 @@ pub struct Statistics {
 }
 
 impl Statistics {
+    /// Rounds that are kept: a guest that never converges must not fill memory with reports.
+    pub const MOST_ROUNDS: usize = 1024;
+
+    /// Adds a round, and forgets the oldest where there are too many.
+    pub fn push_round(&mut self, round: RoundReport) {
+        if self.rounds.len() >= Self::MOST_ROUNDS {
+            self.rounds.remove(0);
+        }
+        self.rounds.push(round);
+    }
+
+    /// Rounds that were closed so far, the forgotten ones included.
+    pub fn round_count(&self) -> u32 {
+        self.rounds.last().map_or(0, |round| round.round)
+    }
+
     /// The same figures in the shape of QEMU's `query-migrate`.
     pub fn query_migrate(&self) -> Value {
         let mut out = json!({
@@ -187,6 +203,17 @@ impl SharedStatistics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rounds_are_counted_beyond_those_that_are_kept() {
+        let mut statistics = Statistics::default();
+        assert_eq!(statistics.round_count(), 0);
+        for round in 1..=3000 {
+            statistics.push_round(RoundReport { round, ..RoundReport::default() });
+        }
+        assert_eq!((statistics.round_count(), statistics.rounds.len()), (3000, Statistics::MOST_ROUNDS));
+        assert_eq!(statistics.rounds[0].round, 3001 - Statistics::MOST_ROUNDS as u32);
+    }
 
     #[test]
     fn a_snapshot_has_the_fields_of_query_migrate() {

@@ -168,7 +168,7 @@ impl Figures {
         self.shared.update(|s| {
             s.pages = pages;
             (s.batch_latency, s.fence_latency) = latencies;
-            s.rounds.push(round);
+            s.push_round(round);
             if !paused {
                 s.precopy_bytes = position;
             }

@@ -24,7 +24,7 @@ impl Run<'_> {
             "transport": self.transport,
             "why": self.why,
             "verified": self.arrived.verified,
-            "rounds": s.rounds.len(),
+            "rounds": s.round_count(),
             "total_ms": s.total_time,
             "setup_ms": s.setup_time,
             "downtime_ms": s.downtime,
