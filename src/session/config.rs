@@ -87,7 +87,8 @@ pub struct DestinationSettings {
     pub max_ram: u64,
     /// Most bytes of device state that are accepted.
     pub max_state: u64,
-    /// Take a QEMU's device state that ends with the connection instead of its VM description.
+    /// Take a QEMU's device state that ends with the connection instead of its VM description. Only from a
+    /// source without a return path: one with it waits for our word before it closes.
     pub accept_missing_description: bool,
     /// How threads are started.
     pub spawner: Spawner,

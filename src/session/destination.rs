@@ -10,9 +10,7 @@ use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_p
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::file::Configuration;
-use crate::stream::qemu::incoming::{
-    Event, IncomingConfig, IncomingStream, SectionKind, Seen, Step, StreamLimits,
-};
+use crate::stream::qemu::incoming::{Event, IncomingConfig, SectionKind, Seen, Step, StreamLimits};
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
@@ -23,10 +21,8 @@ use super::digest::{Digest, carried, digests_of};
 use super::greeting::described;
 use super::handle::Commitment;
 use super::placing::Placing;
+use super::reader::StreamReader;
 use super::{Breakage, Error};
-
-/// Bytes read at a time: a buffer that stays in the second-level cache costs less than the copy it saves.
-const BUFFER: usize = 256 << 10;
 
 /// What the source announced, before any page.
 #[derive(Clone, Debug)]
@@ -409,11 +405,13 @@ impl DestinationSession {
         self.statistics.update(|s| (s.transferred, s.pages) = (bytes, pages));
     }
 
-    /// The source closed. A tail may end so where its description is suppressed.
+    /// The source closed. A tail may end so where its description is suppressed; but a source with a return
+    /// path that does not wait for our word has given up, and its guest may run on there.
     fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<Arrived, Error> {
         let inside = if self.placing.is_none() { "the setup" } else { "RAM or device state" };
         let truncated = Error::Truncated { at: reader.at, inside };
-        if self.engine.is_native() || !self.settings.accept_missing_description {
+        let waits_for_us = self.engine.is_native() || self.return_path_open;
+        if waits_for_us || !self.settings.accept_missing_description {
             return Err(truncated);
         }
         match reader.stream.finish() {
@@ -566,33 +564,6 @@ impl DestinationSession {
                 Ok(Some(Arrived::Commit))
             }
             Order::Commit { .. } => Err(out_of_turn("COMMIT of another migration", "waiting for ours")),
-        }
-    }
-}
-
-/// The buffer between socket and parser.
-struct StreamReader {
-    stream: IncomingStream,
-    buffer: Vec<u8>,
-    start: usize,
-    end: usize,
-    at: u64,
-}
-
-impl StreamReader {
-    fn new(config: IncomingConfig) -> Self {
-        let stream = IncomingStream::new(config);
-        Self { stream, buffer: vec![0; BUFFER], start: 0, end: 0, at: 0 }
-    }
-
-    /// Moves what is left to the front, so that the next read is a large one.
-    fn make_room(&mut self, needed: usize) {
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
-        // The parser promises to need less than the buffer; a growing one would still be bounded by it.
-        if needed > self.buffer.len() {
-            self.buffer.resize(needed, 0);
         }
     }
 }

@@ -11,6 +11,7 @@ mod finish;
 mod greeting;
 mod handle;
 mod placing;
+mod reader;
 mod relay;
 mod return_path;
 mod rounds;

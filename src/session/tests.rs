@@ -356,3 +356,53 @@ fn device_state_in_many_sections_is_bounded() {
     assert!(error.contains("more device state"), "{error}");
     assert!(!machine.runs());
 }
+
+/// A QEMU's stream whose device state ends with the connection, without a VM description.
+fn undescribed(return_path: bool) -> Vec<u8> {
+    use crate::stream::qemu::{blocks, command::Command, file, ram, section};
+    let mut out = Vec::new();
+    file::encode_header(&mut out);
+    file::encode_configuration(&Configuration { machine: "none".into(), ..Default::default() }, &mut out);
+    if return_path {
+        Command::OpenReturnPath.encode(&mut out);
+    }
+    let start = section::SectionName { id: 2, idstr: ram::IDSTR, instance: 0, version: ram::VERSION };
+    section::encode_start(&start, &mut out);
+    let block = |name: &str, pages: u64| blocks::BlockAnnouncement {
+        name: BlockName::new(name).unwrap(),
+        used_length: pages * 4096,
+        host_page: None,
+        guest_addr: None,
+    };
+    blocks::encode_block_list(&[block("block0", 300), block("block1", 7)], &mut out);
+    for end in [false, true] {
+        if end {
+            section::encode_end(2, &mut out);
+        }
+        out.extend_from_slice(&ram::EOS_RECORD);
+        section::encode_footer(2, &mut out);
+    }
+    let timer = section::SectionName { id: 3, idstr: "timer", instance: 0, version: 2 };
+    section::encode_full(&timer, &mut out);
+    section::encode_footer(3, &mut out);
+    section::encode_eof(&mut out);
+    out
+}
+
+/// Who opened a return path and closes without our word has given up: its guest may run on there.
+#[test]
+fn s15_a_missing_description_is_taken_only_from_a_source_that_expects_no_answer() {
+    for (return_path, ending) in [(false, Ending::Running), (true, Ending::Discarded)] {
+        let (near, far) = UnixStream::pair().unwrap();
+        (&near).write_all(&undescribed(return_path)).unwrap();
+        near.shutdown(std::net::Shutdown::Write).unwrap();
+        let machine = Machine::default();
+        let settings =
+            DestinationSettings { accept_missing_description: true, ..DestinationSettings::default() };
+        let control = Box::new(machine.clone());
+        let memory = Box::new(guest(&[300, 7]));
+        let report = DestinationSession::new(plain(&far), Some(plain(&far)), memory, control, settings).run();
+        assert_eq!((report.ending, machine.runs()), (ending, !return_path), "{:?}", report.error);
+        assert_eq!(matches!(report.error, Some(Error::Truncated { .. })), return_path);
+    }
+}

@@ -1,0 +1,33 @@
+//! The buffer between socket and parser.
+
+use crate::stream::qemu::incoming::{IncomingConfig, IncomingStream};
+
+/// Bytes read at a time: a buffer that stays in the second-level cache costs less than the copy it saves.
+const BUFFER: usize = 256 << 10;
+
+/// A parser, the bytes it has not taken yet, and how many have come in all.
+pub(super) struct StreamReader {
+    pub(super) stream: IncomingStream,
+    pub(super) buffer: Vec<u8>,
+    pub(super) start: usize,
+    pub(super) end: usize,
+    pub(super) at: u64,
+}
+
+impl StreamReader {
+    pub(super) fn new(config: IncomingConfig) -> Self {
+        let stream = IncomingStream::new(config);
+        Self { stream, buffer: vec![0; BUFFER], start: 0, end: 0, at: 0 }
+    }
+
+    /// Moves what is left to the front, so that the next read is a large one.
+    pub(super) fn make_room(&mut self, needed: usize) {
+        self.buffer.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+        // The parser promises to need less than the buffer; a growing one would still be bounded by it.
+        if needed > self.buffer.len() {
+            self.buffer.resize(needed, 0);
+        }
+    }
+}
