@@ -74,7 +74,7 @@ impl Placing {
             self.memory.span(landing)?.copy_from(bytes);
             return Ok(());
         }
-        self.memory.span(landing)?.copy_from(bytes);
+        self.memory.span(landing)?.stream_from(bytes);
         self.placed(landing);
         self.pages.normal += 1;
         Ok(())
