@@ -369,7 +369,13 @@ impl DestinationSession {
             let StreamReader { stream, buffer, start, end, .. } = reader;
             match stream.next(&buffer[*start..*end])? {
                 Step::Event { consumed, event } => {
-                    let raw = &buffer[*start..*start + consumed];
+                    let (raw, rest) = buffer[*start..*end].split_at(consumed);
+                    if let Event::Page { block, offset, .. } = event
+                        && let Some(placing) = &mut self.placing
+                        && placing.ahead.is_due(block, offset)
+                    {
+                        placing.populate(block, offset, stream.pages_ahead(rest, offset));
+                    }
                     let at = stream.position() - consumed as u64;
                     let fact = self.take(event, raw).map_err(|error| error.at(at))?;
                     *start += consumed;
@@ -383,6 +389,7 @@ impl DestinationSession {
                 Step::NeedMore { consumed, needed } => {
                     *start += consumed;
                     if let Some(placing) = &mut self.placing {
+                        placing.ahead.between_reads();
                         placing.between_reads()?;
                     }
                     reader.make_room(needed);

@@ -1,5 +1,6 @@
 //! Migrations as threads run them: a session does what the [engine](crate::engine) decides.
 
+mod ahead;
 mod arrivals;
 mod breakage;
 pub mod config;

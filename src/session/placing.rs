@@ -7,9 +7,10 @@ use crate::observe::PageCounts;
 use crate::ram::{Landing, PageRun, RamBlock, ReceivedMap};
 use crate::stream::qemu::compressed::inflate_page;
 use crate::stream::{DecodeError, Fault, xbzrle};
-use crate::sys::is_zero;
+use crate::sys::{is_zero, populate};
 use crate::units::{BlockIndex, BlockOffset};
 
+use super::ahead::PopulateAhead;
 use super::destination::{Arrival, Incoming};
 use super::{Breakage, Error};
 
@@ -23,6 +24,7 @@ pub(super) struct Placing {
     page_bytes: u64,
     scratch: Vec<u8>,
     pub(super) pages: PageCounts,
+    pub(super) ahead: PopulateAhead,
     pub(super) breakage: Breakage,
 }
 
@@ -38,8 +40,8 @@ impl Placing {
         let page_bytes = table.page().bytes();
         let received = ReceivedMap::new(table);
         let scratch = vec![0; page_bytes as usize];
-        let (pages, breakage) = (PageCounts::default(), Breakage::default());
-        Ok(Self { received, arrival, blocks, page_bytes, scratch, pages, breakage, memory })
+        let (pages, ahead, breakage) = (PageCounts::default(), PopulateAhead::default(), Breakage::default());
+        Ok(Self { received, arrival, blocks, page_bytes, scratch, pages, ahead, breakage, memory })
     }
 
     pub(super) fn memory(&self) -> &Arc<dyn GuestMemory> {
@@ -65,6 +67,20 @@ impl Placing {
             arrival.placed(run);
         }
         fresh
+    }
+
+    /// Takes the memory of the page at `offset`, which has come, and of the `following` ones that are coming.
+    pub(super) fn populate(&mut self, block: BlockIndex, offset: BlockOffset, following: u64) {
+        let bytes = (following + 1) * self.page_bytes;
+        self.ahead.taken(block, offset, bytes);
+        let index = self.blocks.get(block.as_usize()).copied().unwrap_or(BlockIndex(u32::MAX));
+        // Pages beyond the block are refused when they come; a kernel that can't populate, or has no memory
+        // left, says so again at the fault.
+        if let Ok(landing) = self.memory.table().admit(index, offset, bytes)
+            && let Ok(span) = self.memory.span(landing)
+        {
+            let _ = populate(span);
+        }
     }
 
     pub(super) fn page(&mut self, block: BlockIndex, offset: BlockOffset, bytes: &[u8]) -> Result<(), Error> {

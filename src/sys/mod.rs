@@ -1,6 +1,7 @@
 //! The kernel's interfaces, one a file, behind safe functions. This crate's only unsafe code.
 #![allow(unsafe_code)]
 
+mod faults;
 mod host_region;
 mod inherited;
 #[cfg(feature = "kvm")]
@@ -20,6 +21,7 @@ mod tcp_state;
 pub(crate) mod testing;
 mod uffd;
 
+pub use faults::thread_page_faults;
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
 pub use inherited::take_inherited_fd;
 #[cfg(feature = "kvm")]

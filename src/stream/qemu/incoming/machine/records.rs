@@ -28,6 +28,23 @@ impl IncomingStream {
         }
     }
 
+    /// How many records of whole pages stand at the front of `rest`, the bytes behind the page at `offset`, each
+    /// for the page behind the one before it. Counted without taking them; the last one's bytes may be still to come.
+    pub fn pages_ahead(&self, rest: &[u8], offset: BlockOffset) -> u64 {
+        let page = self.page.bytes();
+        let head = |at: u64| {
+            rest.get(usize::try_from(at).ok()?..)?.first_chunk().map(|head| u64::from_be_bytes(*head))
+        };
+        let mut pages = 0;
+        loop {
+            let due = offset.0.checked_add((pages + 1) * page).map(|next| next | ram::PAGE | ram::CONTINUE);
+            if due.is_none() || head(pages * (8 + page)) != due {
+                return pages;
+            }
+            pages += 1;
+        }
+    }
+
     fn rare_record<'a>(&mut self, input: &'a [u8], record: Record<'a>, head: usize) -> Advance<'a> {
         if self.mapped && !matches!(record, Record::Eos | Record::MemSize { .. }) {
             return Err(out_of_order(
@@ -145,5 +162,29 @@ fn payload(input: &[u8], head: usize, len: usize) -> Result<(&[u8], usize), Deco
     match input.get(head..end) {
         Some(bytes) => Ok((bytes, end)),
         None => Err(DecodeError::Truncated { needed: end, have: input.len() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::stream::qemu::incoming::IncomingConfig;
+
+    #[test]
+    fn pages_ahead_are_counted_up_to_the_first_other_record() {
+        let stream = IncomingStream::new(IncomingConfig::default());
+        let record = |page: u64, flags: u64| [&((page * 4096) | flags).to_be_bytes()[..], &[7; 4096]].concat();
+        let whole = |page| record(page, ram::PAGE | ram::CONTINUE);
+        let ahead = |bytes: &[u8]| stream.pages_ahead(bytes, BlockOffset(4 * 4096));
+        let rest = [whole(5), whole(6), whole(7)].concat();
+        assert_eq!(ahead(&rest), 3);
+        assert_eq!(ahead(&rest[..rest.len() - 4096]), 3, "its head is there");
+        assert_eq!(ahead(&rest[..rest.len() - 4097]), 2);
+        assert_eq!(ahead(&[whole(5), whole(7)].concat()), 1, "a gap");
+        assert_eq!(ahead(&[whole(5), record(6, ram::ZERO | ram::CONTINUE)].concat()), 1, "a zero page");
+        assert_eq!(ahead(&[whole(5), record(6, ram::PAGE)].concat()), 1, "another block may follow");
+        assert_eq!(ahead(&[]), 0);
+        assert_eq!(stream.pages_ahead(&rest, BlockOffset(u64::MAX - 4095)), 0);
     }
 }

@@ -1,0 +1,47 @@
+//! How often a thread met memory that the kernel had not mapped yet.
+
+use std::io;
+use std::mem::MaybeUninit;
+
+/// Page faults of the calling thread since it began, those that needed no I/O (`ru_minflt`, getrusage(2)).
+/// Pages mapped by [`populate`](super::populate) count too.
+///
+/// # Errors
+/// What the kernel says: the call itself is forbidden.
+pub fn thread_page_faults() -> io::Result<u64> {
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the kernel fills the structure it is given room for.
+    if unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: filled, and every bit pattern is a value: it was zeroed before.
+    Ok(u64::try_from(unsafe { usage.assume_init() }.ru_minflt).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::sys::{Mapping, populate};
+
+    #[test]
+    fn touched_and_populated_pages_count_and_mapped_ones_do_not() {
+        const PAGES: u64 = 64;
+        for touch in [true, false] {
+            let mapping = Mapping::memfd("faults", PAGES * 4096).unwrap();
+            let span = mapping.region().span(0, PAGES * 4096).unwrap();
+            let before = thread_page_faults().unwrap();
+            if touch {
+                span.fill_zero()
+            } else {
+                populate(span).unwrap()
+            }
+            let first = thread_page_faults().unwrap();
+            assert!(first - before >= PAGES, "{} faults, touched: {touch}", first - before);
+            span.fill_zero();
+            populate(span).unwrap();
+            let again = thread_page_faults().unwrap() - first;
+            assert!(again < PAGES / 2, "{again} faults in memory that is mapped");
+        }
+    }
+}
