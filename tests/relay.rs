@@ -53,24 +53,39 @@ fn migrate_live(
     (info, report)
 }
 
+/// How often each pair runs. More than once for a figure: `RAMWIRE_LIVE_RUNS=5 cargo test --release --test relay
+/// a_live -- --nocapture --test-threads 1` prints medians.
+fn runs() -> usize {
+    std::env::var("RAMWIRE_LIVE_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(1)
+}
+
+fn median(mut values: Vec<u64>) -> u64 {
+    values.sort_unstable();
+    values[values.len() / 2]
+}
+
 /// The direct run is the control: what is lost there too is QEMU's own.
 fn through_the_relay(images: &Images, from: Version, to: Version, machine: Machine) {
-    let (direct, _) = migrate_live(images, from, to, machine, false);
-    let (relayed, report) = migrate_live(images, from, to, machine, true);
-    assert_eq!(report["completed"], true, "{report}");
-    let first = report["first_page_sent_ms"].as_f64().unwrap();
-    let complete = report["ram_complete_ms"].as_f64().unwrap();
-    assert!(first < complete, "pages are forwarded as they come: first {first}, last {complete}");
-    let rounds = report["far"]["rounds"].as_array().unwrap();
-    let dirty = rounds.iter().filter(|round| round["dirty_pages"].as_u64() > Some(0)).count();
-    assert!(dirty >= 3, "{report}");
+    let downtime = |info: &Value| info["downtime"].as_u64().unwrap();
+    let (mut direct, mut relayed) = (Vec::new(), Vec::new());
+    for _ in 0..runs() {
+        direct.push(downtime(&migrate_live(images, from, to, machine, false).0));
+        let (info, report) = migrate_live(images, from, to, machine, true);
+        relayed.push(downtime(&info));
+        assert_eq!(report["completed"], true, "{report}");
+        let first = report["first_page_sent_ms"].as_f64().unwrap();
+        let complete = report["ram_complete_ms"].as_f64().unwrap();
+        assert!(first < complete, "pages are forwarded as they come: first {first}, last {complete}");
+        let rounds = report["far"]["rounds"].as_array().unwrap();
+        let dirty = rounds.iter().filter(|round| round["dirty_pages"].as_u64() > Some(0)).count();
+        assert!(dirty >= 3, "{report}");
+        println!("{dirty} rounds with dirty pages, its far side's parts {}", report["far"]["downtime-parts"]);
+    }
     println!(
-        "{from} to {to}, {}: downtime {} ms direct, {} ms through the relay, its far side's parts {}; {dirty} rounds \
-         with dirty pages",
+        "{from} to {to}, {}: downtime {direct:?} ms direct, {relayed:?} ms through the relay; medians {} and {}",
         machine.name(),
-        direct["downtime"],
-        relayed["downtime"],
-        report["far"]["downtime-parts"]
+        median(direct.clone()),
+        median(relayed.clone()),
     );
 }
 

@@ -239,6 +239,7 @@ impl DestinationSession {
             if let Deed::Finish(ending) = deed {
                 break ending;
             }
+            tracing::trace!(?deed, at = reader.at, "perform");
             let fact = self.perform(deed, &mut reader).unwrap_or_else(|error| {
                 tracing::warn!(%error, at = reader.at, "destination failed");
                 self.error.get_or_insert(error);
@@ -440,7 +441,10 @@ impl DestinationSession {
             Event::Configuration(configuration) => self.configuration = Some(configuration),
             Event::Blocks(blocks) => self.blocks(&blocks)?,
             Event::Command(command) => return self.command(command),
-            Event::SectionStart { kind: SectionKind::Ram, phase: Phase::Part | Phase::End, .. } => {
+            Event::SectionStart {
+                kind: SectionKind::Ram, phase: phase @ (Phase::Part | Phase::End), ..
+            } => {
+                tracing::trace!(?phase, "pages begin");
                 self.pages_begin()?;
             }
             Event::SectionStart { kind: SectionKind::Ram, .. } | Event::MultifdFlush => {}
@@ -516,6 +520,7 @@ impl DestinationSession {
 
     fn ram_complete(&mut self) -> Result<(), Error> {
         self.ram_ended = true;
+        tracing::trace!("pages end");
         match &mut self.placing {
             Some(placing) => placing.ram_complete(),
             None => Err(no_blocks("the end of RAM")),

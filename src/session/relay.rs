@@ -38,6 +38,9 @@ const LOOK: Duration = Duration::from_millis(2);
 /// Longest time the outgoing connection may need for what is pending: it adds to the guest's downtime.
 const MOST_BACKLOG: Duration = Duration::from_millis(50);
 
+/// Pages for which an idle far side begins a round at once; fewer wait for more, a slice at most.
+const WORTH_A_ROUND: u64 = 256;
+
 /// What may be pending before the outgoing rate is known.
 const FIRST_BACKLOG: u64 = 64 << 20;
 
@@ -304,7 +307,10 @@ impl Arrival for Middle {
         };
         let (spawner, downtime_limit) = (settings.spawner.clone(), settings.downtime_limit);
         let session = SourceSession::new(guest, connection, settings)
-            .with_upstream(Box::new(WaitForUpstream(Arc::clone(&self.shared))))
+            .with_upstream(Box::new(WaitForUpstream {
+                shared: Arc::clone(&self.shared),
+                arrivals: Arc::clone(&bitmap),
+            }))
             .with_cancel(self.cancel.clone());
         let statistics = session.statistics();
         self.backlog = Some(Backlog {
@@ -335,6 +341,9 @@ impl Arrival for Middle {
     }
 
     fn between_reads(&mut self) -> Result<(), Error> {
+        if self.bitmap.as_ref().is_some_and(|bitmap| bitmap.pending() >= WORTH_A_ROUND) {
+            self.shared.change(|_| ());
+        }
         while let Some(backlog) = &mut self.backlog
             && backlog.is_full()?
         {
@@ -353,12 +362,17 @@ impl Arrival for Middle {
     }
 }
 
-/// The far side's question: has the guest stopped, and has its last page come?
-struct WaitForUpstream(Arc<Shared>);
+/// The far side's question: has the guest stopped, and has its last page come? It goes on as soon as there is
+/// enough to send, so that the last pages leave while their successors still come.
+struct WaitForUpstream {
+    shared: Arc<Shared>,
+    arrivals: Arc<Arrivals>,
+}
 
 impl Upstream for WaitForUpstream {
     fn wait(&mut self, time: Duration) -> Result<bool, Error> {
-        let progress = self.0.wait(time, |progress| progress.ram_complete);
+        let worth_it = || self.arrivals.pending() >= WORTH_A_ROUND;
+        let progress = self.shared.wait(time, |progress| progress.ram_complete || worth_it());
         if progress.upstream_ended && !progress.ram_complete {
             return Err(upstream_lost());
         }
@@ -452,6 +466,19 @@ mod tests {
     use super::*;
     use crate::ram::{BlockName, RamBlock, RamBlockTable};
     use crate::units::{BlockIndex, PageIndex};
+
+    #[test]
+    fn an_idle_far_side_goes_on_as_soon_as_pages_have_come() {
+        let block = RamBlock::new(BlockName::new("ram").unwrap(), 100 << 20);
+        let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
+        let (shared, arrivals) = (Arc::new(Shared::default()), Arc::new(Arrivals::new(&table)));
+        let mut upstream = WaitForUpstream { shared: Arc::clone(&shared), arrivals: Arc::clone(&arrivals) };
+        // A wait that missed them would take an hour.
+        let waiting = std::thread::spawn(move || upstream.wait(Duration::from_secs(3600)).unwrap());
+        arrivals.mark(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: WORTH_A_ROUND });
+        shared.change(|_| ());
+        assert!(!waiting.join().unwrap(), "pages are no end");
+    }
 
     #[test]
     fn a_far_end_that_failed_ends_the_reading_instead_of_holding_it_back() {

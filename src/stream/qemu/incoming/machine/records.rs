@@ -174,7 +174,8 @@ mod tests {
     #[test]
     fn pages_ahead_are_counted_up_to_the_first_other_record() {
         let stream = IncomingStream::new(IncomingConfig::default());
-        let record = |page: u64, flags: u64| [&((page * 4096) | flags).to_be_bytes()[..], &[7; 4096]].concat();
+        let record =
+            |page: u64, flags: u64| [&((page * 4096) | flags).to_be_bytes()[..], &[7; 4096]].concat();
         let whole = |page| record(page, ram::PAGE | ram::CONTINUE);
         let ahead = |bytes: &[u8]| stream.pages_ahead(bytes, BlockOffset(4 * 4096));
         let rest = [whole(5), whole(6), whole(7)].concat();
