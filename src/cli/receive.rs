@@ -123,6 +123,8 @@ fn tell(args: &Args, guest: &ArrivingGuest, report: &DestinationReport) -> Exit 
         );
     }
     match (report.ending, report.error.as_ref().map(ramwire::session::Error::kind)) {
+        // Whether it is all of the guest nobody has said.
+        (Ending::Running, _) if state == State::Incomplete => Exit::NotVerified,
         (Ending::Running, _) => Exit::Done,
         (Ending::Stranded, _) => Exit::InDoubt,
         (Ending::Discarded, Some(ErrorKind::Cancelled)) => Exit::Cancelled,

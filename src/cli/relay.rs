@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome};
+use ramwire::observe::SharedStatistics;
 use ramwire::session::{
-    DestinationSettings, Error, ErrorKind, Notice, RelayReport, SourceConnection, SourceSettings, relay,
+    DestinationSettings, Error, ErrorKind, Notice, Relay, RelayReport, SourceConnection, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
@@ -61,7 +62,9 @@ pub(super) fn run(args: &Args) -> Exit {
 
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
-    cancel_on_signal(vec![cancel.clone()]);
+    let signals = cancel_on_signal(vec![cancel.clone()]);
+    let statistics = SharedStatistics::default();
+    signals.follow(statistics.clone());
     let stop = Stop::on(&cancel);
     if matches!(args.listen, Address::Rdma { .. }) {
         return Err("--listen rdma: pages that a NIC writes are not seen one by one, so they can't be passed on as they \
@@ -100,8 +103,17 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     if let Some(option) = args.peer {
         (outgoing.peer, outgoing.style) = (Some(option.peer), option.style);
     }
-    let report =
-        relay(door.source, door.back, Box::new(open), incoming, outgoing, cancel, Arc::new(tell_notice));
+    let relay = Relay {
+        source: door.source,
+        back: door.back,
+        connect: Box::new(open),
+        incoming,
+        outgoing,
+        cancel,
+        notice: Arc::new(tell_notice),
+        statistics,
+    };
+    let report = relay.run();
     Ok(tell(args, &report))
 }
 

@@ -6,6 +6,8 @@
 //!   -> pause -> last sync -> last round -> drain -> state -> digest -> READY -> COMMIT -> RUNNING -> release
 //! ```
 //!
+//! A relay waits in front of COMMIT until the guest's own source has given the guest to it.
+//!
 //! # Orders that must hold
 //!
 //! A failure or a cancel before COMMIT leads to [`Action::Recover`], which gives unsent pages back to the
@@ -144,6 +146,8 @@ pub enum Action {
     SendDigest,
     /// Wait for the peer's READY.
     AwaitReady,
+    /// A relay: the peer could take the guest; wait until the guest's own source gives it away.
+    AwaitGuest,
     /// Give the guest away. From here on it is not ours.
     Commit,
     /// Wait for the peer's RUNNING.
@@ -172,6 +176,7 @@ enum Phase {
     SendingState,
     Digesting,
     AwaitingReady,
+    AwaitingGuest,
     Committing,
     AwaitingRunning,
     Releasing,
@@ -293,7 +298,8 @@ impl SourceEngine {
                 self.go(Phase::Digesting, Action::SendDigest)
             }
             (Phase::SendingState | Phase::Digesting, Input::Done) => self.ready_or_commit(),
-            (Phase::AwaitingReady, Input::Ready) => self.go(Phase::Committing, Action::Commit),
+            (Phase::AwaitingReady, Input::Ready) => self.commit(),
+            (Phase::AwaitingGuest, Input::Done) => self.go(Phase::Committing, Action::Commit),
             (Phase::Committing, Input::Done) => self.go(Phase::AwaitingRunning, Action::AwaitRunning),
             (Phase::AwaitingRunning, Input::Running) => self.go(Phase::Releasing, Action::Release),
             (Phase::Releasing, Input::Done | Input::Failed) => self.finish(Outcome::Completed),
@@ -369,6 +375,14 @@ impl SourceEngine {
     fn ready_or_commit(&mut self) -> Action {
         if self.config.handover.has_ready() {
             return self.go(Phase::AwaitingReady, Action::AwaitReady);
+        }
+        self.commit()
+    }
+
+    /// Nobody gives away what is not theirs: a relay's guest first.
+    fn commit(&mut self) -> Action {
+        if self.config.switchover == Switchover::WhenUpstreamStops {
+            return self.go(Phase::AwaitingGuest, Action::AwaitGuest);
         }
         self.go(Phase::Committing, Action::Commit)
     }

@@ -14,7 +14,7 @@ use crate::stream::qemu::incoming::{Event, IncomingConfig, SectionKind, Seen, St
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
-use crate::transport::{ByteSink, ByteSource, StreamChannel};
+use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel};
 
 use super::config::DestinationSettings;
 use super::digest::{Digest, carried, digests_of};
@@ -300,7 +300,12 @@ impl DestinationSession {
                 let incoming = self.incoming.as_ref();
                 let carried = incoming.map(|i| carried(&i.configuration, &i.early_sections));
                 let carried = carried.unwrap_or_default();
-                self.ours = Some(Digest::make(&memory, &carried, &self.state, &self.settings.spawner)?);
+                let stop = &self.stop;
+                let make = Digest::make(&memory, &carried, &self.state, &self.settings.spawner, || {
+                    let stopped = |reason| ChannelError::Stopped { reason, doing: "making the digest" };
+                    stop.reason().map_or(Ok(()), |reason| Err(stopped(reason).into()))
+                });
+                self.ours = Some(make?);
             }
             Deed::CompareDigest => {
                 let theirs = Digest(std::mem::take(&mut self.theirs));

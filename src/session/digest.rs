@@ -53,21 +53,22 @@ pub struct Digest(pub Vec<u64>);
 
 impl Digest {
     /// Reads all RAM of `guest`, which must stand still. `carried` is what the stream tells beside RAM and
-    /// device state, as the session carries it.
+    /// device state, as the session carries it. `still_at_it` is called about once a second.
     ///
     /// # Errors
-    /// [`Error::Guest`] and [`Error::Thread`].
+    /// [`Error::Guest`], [`Error::Thread`] and what `still_at_it` answers.
     pub fn make(
         guest: &Arc<dyn GuestMemory>,
         carried: &[u8],
         state: &[u8],
         spawner: &Spawner,
+        still_at_it: impl FnMut() -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let ranges = ranges(guest.table());
         let memory = Arc::clone(guest);
         let work = ranges.clone();
-        let hashes =
-            spawner.map("ramwire-digest", ranges.len(), move |item| hash_landing(&*memory, work[item]))?;
+        let hash = move |item: usize| hash_landing(&*memory, work[item]);
+        let hashes = spawner.map_watched("ramwire-digest", ranges.len(), hash, still_at_it)?;
         let mut digest = hashes.into_iter().collect::<Result<Vec<u64>, GuestError>>()?;
         let mut hash = Xxh3::new();
         hash.update(carried);

@@ -42,8 +42,7 @@ pub(super) struct Figures {
 }
 
 impl Figures {
-    pub(super) fn new(table: &RamBlockTable) -> Self {
-        let shared = SharedStatistics::default();
+    pub(super) fn new(table: &RamBlockTable, shared: SharedStatistics) -> Self {
         shared.update(|s| {
             s.total = table.travelling();
             s.remaining = table.travelling();
@@ -84,7 +83,7 @@ impl Figures {
             Action::OpenRound { kind: RoundKind::Final, .. } => Some(Part::Pages),
             Action::SendState => Some(Part::State),
             Action::SendDigest => Some(Part::Digest),
-            Action::AwaitReady => Some(Part::Ready),
+            Action::AwaitReady | Action::AwaitGuest => Some(Part::Ready),
             Action::Commit => {
                 self.shared.update(|s| s.status = Status::InDoubt);
                 Some(Part::Handover)

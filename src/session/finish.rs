@@ -7,8 +7,10 @@ use crate::stream::qemu::command::Command;
 use crate::stream::qemu::section::{self, SectionName};
 use crate::stream::qemu::tail::Tail;
 use crate::sys::{CancelToken, SendPart, Stop};
+use crate::transport::ChannelError;
 
 use super::digest::{Digest, carried};
+use super::greeting::ORDINARY_PING;
 use super::source::SourceSession;
 use super::{Breakage, Error};
 
@@ -44,10 +46,22 @@ impl SourceSession {
         Ok(self.link.sink().send(&parts, &self.stop)?)
     }
 
-    /// The peer makes its own digest meanwhile and compares.
+    /// The peer makes its own digest meanwhile and compares. While ours is made PINGs tell that we are alive, and
+    /// a cancel is seen.
     pub(super) fn send_digest(&mut self) -> Result<Input, Error> {
+        let began = self.clock.now();
         let carried = carried(&self.settings.configuration, &self.settings.early_sections);
-        let digest = Digest::make(&self.guest.memory, &carried, &self.state, &self.settings.spawner)?;
+        let Self { guest, link, stop, settings, state, .. } = self;
+        let digest = Digest::make(&guest.memory, &carried, state, &settings.spawner, || {
+            if let Some(reason) = stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: "making the digest" }.into());
+            }
+            let mut ping = Vec::new();
+            Command::Ping(ORDINARY_PING).encode(&mut ping);
+            link.sink().send(&[SendPart::Own(&ping)], stop)?;
+            Ok(link.sink().flush(stop)?)
+        })?;
+        self.digest_took = self.clock.now().saturating_sub(began);
         let bytes: Vec<u8> = digest.0.iter().flat_map(|value| value.to_be_bytes()).collect();
         let mut out = Vec::new();
         for (at, values) in bytes.chunks(MAX_DIGESTS * 8).enumerate() {

@@ -20,7 +20,7 @@ use super::{Error, Peer};
 pub(super) const RAM_SECTION_ID: u32 = 0x5257_0001;
 
 /// The value of the ordinary PING, the one a QEMU source sends.
-const ORDINARY_PING: u32 = 1;
+pub(super) const ORDINARY_PING: u32 = 1;
 
 /// How long an answer to the greeting may take. A peer that is silent for so long is no ramwire.
 const GREETING_TIME: Duration = Duration::from_secs(1);

@@ -29,7 +29,7 @@ pub use config::{DestinationSettings, SourceSettings};
 pub use destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
 pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, MigrationHandle};
-pub use relay::{ConnectFn, Kept, Notice, NoticeFn, RelayReport, relay};
+pub use relay::{ConnectFn, Kept, Notice, NoticeFn, Relay, RelayReport};
 pub use source::{Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
 pub use workers::Spawner;
 

@@ -10,7 +10,8 @@
 //!
 //! # Order that must hold
 //!
-//! The upstream is told `complete` only after the far end has said so. The bytes of a page are in place
+//! The upstream is asked for the guest (READY) only after the far end could take it, and told `complete` only after the
+//! far end has said so. The bytes of a page are in place
 //! before it is marked, and the mark is taken before the bytes are read again.
 
 use std::io::{self, Read, Write};
@@ -106,6 +107,10 @@ struct Progress {
     ram_complete: bool,
     upstream_ended: bool,
     device_state: Option<Vec<u8>>,
+    /// The far end has everything and could take the guest.
+    far_is_ready: bool,
+    /// The far side's session is over.
+    far_ended: bool,
     /// The guest was given to us: hand it on.
     handed_over: bool,
 }
@@ -122,7 +127,8 @@ impl Shared {
 
     /// Waits until `ready`, the upstream's end, or `time` from now.
     fn wait(&self, time: Duration, ready: impl Fn(&Progress) -> bool) -> MutexGuard<'_, Progress> {
-        let until = Instant::now() + time;
+        // Far away: as long as it takes.
+        let until = Instant::now() + time.min(Duration::from_secs(1 << 30));
         let mut progress = self.lock();
         while !ready(&progress) && !progress.upstream_ended {
             let left = until.saturating_duration_since(Instant::now());
@@ -135,18 +141,35 @@ impl Shared {
     }
 }
 
-/// Runs a relay to its end: the upstream's stream comes from `source` and is answered on `back`.
-///
-/// `settings` of the far side are completed with what the upstream announces.
-pub fn relay(
-    source: Box<dyn ByteSource>,
-    back: Option<Box<dyn ByteSink>>,
-    connect: Box<ConnectFn>,
-    incoming: DestinationSettings,
-    outgoing: SourceSettings,
-    cancel: CancelToken,
-    notice: Arc<NoticeFn>,
-) -> RelayReport {
+/// A relay before it runs.
+pub struct Relay {
+    /// Where the upstream's stream comes from.
+    pub source: Box<dyn ByteSource>,
+    /// Where the upstream is answered; `None` for files and pipes.
+    pub back: Option<Box<dyn ByteSink>>,
+    /// Makes the way to the far end.
+    pub connect: Box<ConnectFn>,
+    /// For the side towards the upstream.
+    pub incoming: DestinationSettings,
+    /// For the far side; completed with what the upstream announces.
+    pub outgoing: SourceSettings,
+    /// Ends the relay; the guest then stays at its source.
+    pub cancel: CancelToken,
+    /// Told what an operator must know.
+    pub notice: Arc<NoticeFn>,
+    /// The far side's figures while it runs.
+    pub statistics: SharedStatistics,
+}
+
+impl Relay {
+    /// Runs it to its end.
+    pub fn run(self) -> RelayReport {
+        run(self)
+    }
+}
+
+fn run(relay: Relay) -> RelayReport {
+    let Relay { source, back, connect, incoming, outgoing, cancel, notice, statistics } = relay;
     let shared = Arc::new(Shared::default());
     let (give, far_end) = bounded(1);
     let began = Instant::now();
@@ -162,6 +185,7 @@ pub fn relay(
         began,
         ram_complete: Arc::default(),
         notice: Arc::clone(&notice),
+        statistics,
     };
     let ram_complete = Arc::clone(&middle.ram_complete);
     let memory = RelayMemory::default();
@@ -245,6 +269,7 @@ struct Middle {
     began: Instant,
     ram_complete: Arc<Mutex<Option<Duration>>>,
     notice: Arc<NoticeFn>,
+    statistics: SharedStatistics,
 }
 
 /// How much has come and not gone.
@@ -311,7 +336,8 @@ impl Arrival for Middle {
                 shared: Arc::clone(&self.shared),
                 arrivals: Arc::clone(&bitmap),
             }))
-            .with_cancel(self.cancel.clone());
+            .with_cancel(self.cancel.clone())
+            .with_statistics(self.statistics.clone());
         let statistics = session.statistics();
         self.backlog = Some(Backlog {
             bitmap: Arc::clone(&bitmap),
@@ -323,9 +349,11 @@ impl Arrival for Middle {
         });
         self.bitmap = Some(bitmap);
         self.memory = Some(Arc::clone(memory));
+        let shared = Arc::clone(&self.shared);
         let far_side = move || {
             let began = Instant::now();
             let report = session.run();
+            shared.change(|progress| progress.far_ended = true);
             let first_page_sent = report.first_page_sent;
             // The receiver is gone only if the relay itself is.
             let _ = give.send(FarEnd { report, began, first_page_sent });
@@ -378,6 +406,15 @@ impl Upstream for WaitForUpstream {
         }
         Ok(progress.ram_complete)
     }
+
+    fn wait_given(&mut self, time: Duration) -> Result<bool, Error> {
+        self.shared.change(|progress| progress.far_is_ready = true);
+        let progress = self.shared.wait(time, |progress| progress.handed_over);
+        match (progress.handed_over, progress.upstream_ended) {
+            (false, true) => Err(upstream_lost()),
+            (given, _) => Ok(given),
+        }
+    }
 }
 
 fn upstream_lost() -> Error {
@@ -401,12 +438,12 @@ impl GuestControl for StoppedUpstream {
         Ok(())
     }
 
-    /// Waits for the upstream's device state and until the guest was given to us.
+    /// Waits for the upstream's device state; the upstream's own session bounds the wait.
     fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        let progress = self.0.wait(Duration::from_secs(3600), |progress| progress.handed_over);
-        match (&progress.device_state, progress.handed_over) {
-            (Some(state), true) => out.write_all(state),
-            _ => Err(io::Error::other(upstream_lost())),
+        let progress = self.0.wait(Duration::MAX, |progress| progress.device_state.is_some());
+        match &progress.device_state {
+            Some(state) => out.write_all(state),
+            None => Err(io::Error::other(upstream_lost())),
         }
     }
 
@@ -455,8 +492,21 @@ impl GuestControl for Forwarder {
     fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let mut state = Vec::new();
         from.read_to_end(&mut state)?;
+        if !self.shared.lock().ram_complete {
+            return Err(io::Error::other("the device state came before the end of RAM"));
+        }
         self.shared.change(|progress| progress.device_state = Some(state));
-        Ok(())
+        // Only then may the guest be asked for: the far side's own timeouts bound the wait.
+        let progress =
+            self.shared.wait(Duration::MAX, |progress| progress.far_is_ready || progress.far_ended);
+        if progress.far_is_ready && !progress.far_ended {
+            return Ok(());
+        }
+        drop(progress);
+        let far = self.far_end.recv().map_err(|_| io::Error::other("the far side never began"))?;
+        let why = far.report.error.as_ref().map_or_else(|| "it was cancelled".into(), ToString::to_string);
+        *lock(&self.sent) = Some(far);
+        Err(io::Error::other(format!("the far end could not take the guest: {why}")))
     }
 }
 

@@ -8,6 +8,7 @@ use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
 use crate::observe::{SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
+use crate::stream::qemu::command::Command;
 use crate::stream::qemu::section;
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::{
@@ -19,6 +20,15 @@ use super::figures::Figures;
 use super::handle::Commitment;
 use super::return_path::{ReturnPath, Word};
 use super::{Breakage, Error, ErrorKind, greeting};
+
+/// Longest time in which a source with nothing to send is silent.
+const LONGEST_SILENCE: Duration = Duration::from_secs(5);
+
+/// Time between two looks at the peer while a guest is waited for.
+const A_LOOK: Duration = Duration::from_millis(50);
+
+/// How many times as long as ours a peer's digest may take.
+const SLOWER: u32 = 4;
 
 /// Messages heard in one look at the return path.
 const MOST_HEARD: usize = 64;
@@ -63,6 +73,13 @@ pub trait Upstream: Send {
     /// # Errors
     /// Whatever ended the upstream migration.
     fn wait(&mut self, time: Duration) -> Result<bool, Error>;
+
+    /// The peer has everything and may be given the guest: waits at most `time` until its source has given it to
+    /// us. True once it is ours.
+    ///
+    /// # Errors
+    /// Whatever ended the upstream migration: the guest runs on there.
+    fn wait_given(&mut self, time: Duration) -> Result<bool, Error>;
 }
 
 /// How a migration ended, seen from the source.
@@ -136,6 +153,10 @@ pub struct SourceSession {
     /// The device state from SendState on; towards a QEMU the part behind `commit_at` is COMMIT.
     pub(super) state: Vec<u8>,
     pub(super) commit_at: usize,
+    /// How long our own digest took: the peer's READY may take as much longer.
+    pub(super) digest_took: Duration,
+    /// When bytes last left for a peer that waits for more.
+    pub(super) last_sign: Duration,
     paused: bool,
     cancel_refused: bool,
     error: Option<Error>,
@@ -152,7 +173,7 @@ impl SourceSession {
         config.digest = settings.digest;
         let cancel = CancelToken::default();
         let dirty = DirtyMap::new(table, settings.clear_shift);
-        let figures = Figures::new(table);
+        let figures = Figures::new(table, SharedStatistics::default());
         Self {
             stop: Stop::on(&cancel),
             cancel,
@@ -175,6 +196,8 @@ impl SourceSession {
             section_id: greeting::RAM_SECTION_ID,
             state: Vec::new(),
             commit_at: 0,
+            digest_took: Duration::ZERO,
+            last_sign: Duration::ZERO,
             paused: false,
             cancel_refused: false,
             error: None,
@@ -193,6 +216,12 @@ impl SourceSession {
     pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
         self.stop = Stop::on(&cancel);
         self.cancel = cancel;
+        self
+    }
+
+    /// Figures that the caller can see already.
+    pub fn with_statistics(mut self, statistics: SharedStatistics) -> Self {
+        self.figures = Figures::new(self.guest.memory.table(), statistics);
         self
     }
 
@@ -310,6 +339,7 @@ impl SourceSession {
             Action::SendState => self.send_state(),
             Action::SendDigest => self.send_digest(),
             Action::AwaitReady => self.await_ready(),
+            Action::AwaitGuest => self.await_guest(),
             Action::Commit => self.commit(),
             Action::AwaitRunning => self.await_running(),
             Action::Release => self.stop_logs(),
@@ -382,11 +412,27 @@ impl SourceSession {
 
     fn wait_upstream(&mut self, until: Duration) -> Result<Input, Error> {
         self.hear()?;
+        self.give_a_sign()?;
         let time = until.saturating_sub(self.clock.now());
         let Some(upstream) = &mut self.upstream else {
             return Ok(Input::Woken { upstream_stopped: true });
         };
         Ok(Input::Woken { upstream_stopped: upstream.wait(time)? })
+    }
+
+    /// A source that has nothing to send says so: a ramwire takes long silence for a dead peer. Both kinds of peer
+    /// answer a PING between sections.
+    fn give_a_sign(&mut self) -> Result<(), Error> {
+        let now = self.clock.now();
+        let every = (self.settings.stall_timeout / 4).min(LONGEST_SILENCE);
+        if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
+            return Ok(());
+        }
+        self.last_sign = now;
+        let mut ping = Vec::new();
+        Command::Ping(greeting::ORDINARY_PING).encode(&mut ping);
+        self.send_bytes(&ping)?;
+        Ok(self.link.sink().flush(&self.stop)?)
     }
 
     /// Sees whether the peer failed meanwhile.
@@ -416,25 +462,39 @@ impl SourceSession {
         if self.breakage.is(Breakage::CommitBeforeReady) {
             return Ok(Input::Ready);
         }
-        match self.verdict("that it has loaded the guest")? {
+        // It makes its own digest before, perhaps on a slower machine.
+        let after = self.settings.finish_timeout.saturating_add(self.digest_took * SLOWER);
+        match self.verdict("that it has loaded the guest", after)? {
             Word::Ready => Ok(Input::Ready),
             word => refuse_verdict(word).map(|()| Input::Failed),
         }
+    }
+
+    /// Before COMMIT, so that a failure on either side leaves the guest at its source.
+    fn await_guest(&mut self) -> Result<Input, Error> {
+        while let Some(upstream) = &mut self.upstream
+            && !upstream.wait_given(A_LOOK)?
+        {
+            self.hear()?;
+            if self.stop.reason().is_some() {
+                return Err(Error::Cancelled);
+            }
+        }
+        Ok(Input::Done)
     }
 
     fn await_running(&mut self) -> Result<Input, Error> {
         if !self.handover.has_running() {
             return Ok(Input::Running);
         }
-        match self.verdict("that the guest runs")? {
+        match self.verdict("that the guest runs", self.settings.finish_timeout)? {
             Word::Running if self.handover == Handover::Native => Ok(Input::Running),
             Word::Shut(0) if self.handover == Handover::Shut => Ok(Input::Running),
             word => refuse_verdict(word).map(|()| Input::Failed),
         }
     }
 
-    fn verdict(&mut self, what: &'static str) -> Result<Word, Error> {
-        let after = self.settings.finish_timeout;
+    fn verdict(&mut self, what: &'static str, after: Duration) -> Result<Word, Error> {
         let stop = self.stop.within(after);
         let Some(back) = &mut self.back else {
             return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });

@@ -3,8 +3,14 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::RecvTimeoutError;
 
 use super::Error;
+
+/// How often long work lets its caller do something else.
+const STILL_AT_IT: Duration = Duration::from_secs(1);
 
 /// What a thread runs.
 pub type Job = Box<dyn FnOnce() + Send + 'static>;
@@ -75,6 +81,20 @@ impl Spawner {
         items: usize,
         work: impl Fn(usize) -> T + Send + Sync + 'static,
     ) -> Result<Vec<T>, Error> {
+        self.map_watched(name, items, work, || Ok(()))
+    }
+
+    /// As [`map`](Self::map), and calls `still_at_it` about once a second while the work goes on.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map), and whatever `still_at_it` answers: the work is then left after the items under way.
+    pub fn map_watched<T: Send + 'static>(
+        &self,
+        name: &'static str,
+        items: usize,
+        work: impl Fn(usize) -> T + Send + Sync + 'static,
+        mut still_at_it: impl FnMut() -> Result<(), Error>,
+    ) -> Result<Vec<T>, Error> {
         let work = Arc::new(work);
         let next = Arc::new(std::sync::atomic::AtomicUsize::new(0));
         let (give, take) = crossbeam::channel::unbounded();
@@ -95,13 +115,24 @@ impl Spawner {
         }
         drop(give);
         let mut answers: Vec<Option<T>> = (0..items).map(|_| None).collect();
-        for (item, answer) in take {
-            answers[item] = Some(answer);
-        }
+        let watched = loop {
+            match take.recv_timeout(STILL_AT_IT) {
+                Ok((item, answer)) => answers[item] = Some(answer),
+                Err(RecvTimeoutError::Disconnected) => break Ok(()),
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Err(error) = still_at_it() {
+                        break Err(error);
+                    }
+                }
+            }
+        };
+        // The threads see it at their next item.
+        drop(take);
         for handle in running {
             // A panic in a worker leaves its answer missing, which is told below.
             let _ = handle.join();
         }
+        watched?;
         let died = || Error::Thread { name, source: io::Error::other("it ended before its work was done") };
         answers.into_iter().collect::<Option<Vec<T>>>().ok_or_else(died)
     }
@@ -125,5 +156,34 @@ mod tests {
             std::thread::Builder::new().spawn(|| {})
         });
         assert!(matches!(dying.map("dead", 1, |i| i), Err(Error::Thread { .. })));
+    }
+
+    #[test]
+    fn long_work_is_watched_and_left_when_the_watcher_says_so() {
+        let spawner = Spawner::default().with_workers(1);
+        let (enough, done) = crossbeam::channel::bounded::<()>(0);
+        let work = move |item: usize| {
+            // The first item goes on until the watcher has looked; without that it would for ever.
+            if item == 0 {
+                let _ = done.recv();
+            }
+            item
+        };
+        let mut looked = Some(enough);
+        let watched = spawner.map_watched("watched", 3, work, || {
+            drop(looked.take());
+            Ok(())
+        });
+        assert_eq!(watched.unwrap(), [0, 1, 2]);
+
+        let (enough, done) = crossbeam::channel::bounded::<()>(0);
+        let left = spawner.map_watched("left", 1 << 20, move |_| done.recv().is_ok(), {
+            let mut enough = Some(enough);
+            move || {
+                drop(enough.take());
+                Err(Error::Cancelled)
+            }
+        });
+        assert!(matches!(left, Err(Error::Cancelled)));
     }
 }
