@@ -249,3 +249,24 @@ fn a_full_disk_refuses_the_guest_and_says_what_is_missing() {
     assert_eq!(status.code(), Some(3), "{}", read());
     assert!(read().contains("room"), "{}", read());
 }
+
+#[test]
+fn a_guest_without_its_description_is_kept_as_incomplete_and_told_by_the_status() {
+    let dir = scratch();
+    let mut stream = Vec::new();
+    let captured = include_bytes!("../vectors/q72-microvm-compress.gz");
+    flate2::read::GzDecoder::new(&captured[..]).read_to_end(&mut stream).unwrap();
+    // The description is a byte 6, its length in four, and JSON to the end.
+    let json = br#"{"page_size""#;
+    let at = stream.windows(json.len()).rposition(|window| window == json).unwrap() - 5;
+    assert_eq!(stream[at], 6);
+    for (name, bytes, status) in [("whole", &stream[..], 0), ("cut", &stream[..at], 6)] {
+        let (file, folder) = (dir.path().join(name), dir.path().join(format!("{name}-guest")));
+        fs::write(&file, bytes).unwrap();
+        let uri = format!("file:{}", file.display());
+        let receive = ["receive", &uri, "--json", "--dir"];
+        let report = Ramwire::start(dir.path(), &receive, &folder).finished(Deadline::seconds(20), status);
+        let state = if status == 0 { "whole" } else { "incomplete" };
+        assert_eq!((&report["arrived"], &report["state"]), (&true.into(), &state.into()), "{report}");
+    }
+}
