@@ -21,6 +21,9 @@ pub struct SourceSettings {
     pub zero_detection: ZeroDetection,
     /// Compare a digest of RAM and device state before the guest is handed over (between ramwire ends).
     pub digest: bool,
+    /// Both ends are on this host and share its cores: what both do at once takes twice as long. Counts for the
+    /// estimate of the downtime.
+    pub same_host: bool,
     /// Without a byte or an answer for this long before COMMIT the migration fails; 30 s.
     pub stall_timeout: Duration,
     /// Without RUNNING for this long after COMMIT the outcome is in doubt; 60 s.
@@ -51,6 +54,7 @@ impl SourceSettings {
             downtime_limit: Duration::from_millis(300),
             zero_detection: ZeroDetection::default(),
             digest: false,
+            same_host: false,
             stall_timeout: Duration::from_secs(30),
             finish_timeout: Duration::from_secs(60),
             peer: None,

@@ -154,13 +154,18 @@ fn ranges(table: &RamBlockTable) -> Vec<Landing> {
 
 fn hash_landing(guest: &dyn GuestMemory, landing: Landing) -> Result<u64, GuestError> {
     let span = guest.span(landing)?;
+    let region = guest.region(landing.block());
     let mut window = vec![0u8; WINDOW];
     let mut hash = Xxh3::new();
-    let mut offset = 0;
-    while let Some(part) = span.part(offset, WINDOW.min(span.len() - offset)).filter(|p| !p.is_empty()) {
-        let got = part.copy_to(&mut window);
-        hash.update(&window[..got]);
-        offset += got;
+    let mut at = 0;
+    while let Some(part) = span.part(at, WINDOW.min(span.len() - at)).filter(|part| !part.is_empty()) {
+        let window = &mut window[..part.len()];
+        let offset = landing.offset().0 + at as u64;
+        if !region.as_ref().is_some_and(|region| region.read_sparse(offset, window)) {
+            part.copy_to(window);
+        }
+        hash.update(window);
+        at += part.len();
     }
     Ok(hash.digest())
 }

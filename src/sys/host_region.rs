@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use super::holes::MemoryFile;
 use crate::units::PageSize;
 
 /// A range that is not inside its region.
@@ -32,6 +33,7 @@ pub struct HostRegion {
     page: PageSize,
     /// Address at which the dirty source finds the same memory; another process's, perhaps.
     tracked: usize,
+    file: Option<MemoryFile>,
     _owner: Arc<dyn Any + Send + Sync>,
 }
 
@@ -61,7 +63,21 @@ impl HostRegion {
         page: PageSize,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        Self { base, len, page, tracked: base.as_ptr() as usize, _owner: owner }
+        Self { base, len, page, tracked: base.as_ptr() as usize, file: None, _owner: owner }
+    }
+
+    /// The file that the region is a shared mapping of.
+    pub(super) fn with_file(mut self, file: Option<MemoryFile>) -> Self {
+        self.file = file;
+        self
+    }
+
+    /// Fills `out` with the bytes from `offset` on as [`HostSpan::copy_to`] does, but without taking memory from the
+    /// host for pages that were never written. `false` where that can't be done: not a memory file of base pages, or
+    /// not inside the region.
+    pub fn read_sparse(&self, offset: u64, out: &mut [u8]) -> bool {
+        let inside = self.span(offset, out.len() as u64).is_ok();
+        inside && self.file.as_ref().is_some_and(|file| file.read(offset, out))
     }
 
     /// The same memory, whose writes are found at `address` (of the process whose pagemap and

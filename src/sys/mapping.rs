@@ -15,6 +15,7 @@ use rustix::fs::{MemfdFlags, StatFs, fallocate, fstat, fstatfs, ftruncate, memfd
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 
+use super::holes::MemoryFile;
 use super::{HostRegion, HostSpan};
 use crate::units::PageSize;
 
@@ -154,7 +155,9 @@ impl Mapping {
         let map = MmapOptions::new().offset(offset).len(bytes).map_raw(&fd).map_err(|source| {
             kernel("mapping a file for", len, "open it for reading and writing, and have memory free", source)
         })?;
-        Ok(Self { region: region_of(map, page), file: Some((Arc::new(fd), offset)) })
+        let fd = Arc::new(fd);
+        let region = region_of(map, page).with_file(MemoryFile::new(&fd, offset));
+        Ok(Self { region, file: Some((fd, offset)) })
     }
 
     /// As [`file`](Self::file), for a file that is made longer if it ends before the range. With `allocate`

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 mod faults;
+mod holes;
 mod host_region;
 mod inherited;
 #[cfg(feature = "kvm")]

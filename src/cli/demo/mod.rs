@@ -115,6 +115,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
         SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
     settings.digest = !args.no_digest;
+    settings.same_host = true;
     let session = SourceSession::new(source, way.door.into(), settings).with_cancel(cancel);
     signals.follow(session.statistics());
     let progress = Progress::follow(session.statistics());
