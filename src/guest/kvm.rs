@@ -109,6 +109,10 @@ impl KvmDirtyLog {
         let KvmSlot { slot: number, guest_addr, offset, len, flags, .. } = slot.given;
         let flags = if on { flags | LOG_DIRTY_PAGES } else { flags };
         let memory = slot.region.span(offset.0, len).map_err(io::Error::other)?;
+        let page = slot.region.span(offset.0, LOG_PAGE.bytes()).map_err(io::Error::other)?;
+        if on && !self.vm.has_memory_at(number, guest_addr.0, page)? {
+            return Err(io::Error::other(format!("the VM has no memory at {:#x}", guest_addr.0)));
+        }
         self.vm.set_slot_flags(number, guest_addr.0, memory, flags)
     }
 }
@@ -370,6 +374,13 @@ mod tests {
         assert!(with(&|slot| slot.offset.0 += 1).contains("whole pages"));
         assert!(with(&|slot| slot.block.0 = 7).contains("inside a RAM block"));
         assert!(with(&|slot| slot.len -= 4096).contains("as the VMM set them"));
+        assert!(with(&|slot| slot.slot = 7).contains("as the VMM set them"), "no such slot");
+        assert!(with(&|slot| slot.slot = 0).contains("as the VMM set them"), "another slot");
+        let nowhere = with(&|slot| (slot.slot, slot.guest_addr.0) = (7, 0x8000_0000));
+        assert!(nowhere.contains("no memory at 0x80000000"), "{nowhere}");
+        // Nothing was left behind: the VMM can still use the address.
+        let mut vm = vm;
+        vm.map(7, 0x8000_0000, guest.region(BlockIndex(0)).unwrap(), 0, 4096);
         let no_vm = KvmDirtyLog::new(&guest, std::fs::File::open("/dev/null").unwrap().into(), &slots);
         assert!(no_vm.unwrap().probe().unwrap_err().to_string().contains("descriptor of the VM"));
     }

@@ -8,14 +8,16 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVMIO, kvm_clear_dirty_log,
-    kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NR_MEMSLOTS, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVMIO,
+    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1,
+    kvm_enable_cap, kvm_userspace_memory_region,
 };
 use rustix::ioctl::{Opcode, opcode};
 
 use super::HostSpan;
 
+/// The part of a slot's number that is its address space.
+const ADDRESS_SPACE: u32 = 0xffff_0000;
 const IO: u8 = KVMIO as u8;
 const CHECK_EXTENSION: Opcode = opcode::none(IO, 0x03);
 const GET_DIRTY_LOG: Opcode = opcode::write::<kvm_dirty_log>(IO, 0x42);
@@ -59,11 +61,44 @@ impl KvmLog {
         self.call(unsafe { libc::ioctl(self.vm.as_raw_fd(), ENABLE_CAP as _, &cap) })
     }
 
-    /// Sets the flags of a memory slot, which must be mapped at `guest_addr` over `memory` already: nothing
-    /// but the flags changes.
+    /// True if the VM has memory at `guest_addr`, in the address space of `slot`. KVM has no call that asks: a slot of
+    /// the `page`, under the last number there is, can't be made where another is; one that could is taken away again.
     ///
     /// # Errors
-    /// EINVAL if the slot is not what it is said to be.
+    /// EINVAL if the VMM uses the last number itself; what the kernel says.
+    pub(crate) fn has_memory_at(&self, slot: u32, guest_addr: u64, page: HostSpan<'_>) -> io::Result<bool> {
+        // SAFETY: the call takes a number and touches no memory of ours.
+        let count =
+            unsafe { libc::ioctl(self.vm.as_raw_fd(), CHECK_EXTENSION as _, u64::from(KVM_CAP_NR_MEMSLOTS)) };
+        let last = u32::try_from(count - 1).map_err(|_| io::Error::last_os_error())?;
+        let mut probe = kvm_userspace_memory_region {
+            slot: (slot & ADDRESS_SPACE) | last,
+            flags: 0,
+            guest_phys_addr: guest_addr,
+            memory_size: page.len() as u64,
+            userspace_addr: page.address() as u64,
+        };
+        // SAFETY: the call reads one struct. Should it make a slot, its memory stays mapped as long as `page`, and
+        // the slot is gone before this returns.
+        let made =
+            self.call(unsafe { libc::ioctl(self.vm.as_raw_fd(), SET_USER_MEMORY_REGION as _, &probe) });
+        match made {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(true),
+            Err(error) => Err(error),
+            Ok(()) => {
+                probe.memory_size = 0;
+                // SAFETY: the call reads one struct; it takes away what was made above.
+                let gone = unsafe { libc::ioctl(self.vm.as_raw_fd(), SET_USER_MEMORY_REGION as _, &probe) };
+                self.call(gone).map(|()| false)
+            }
+        }
+    }
+
+    /// Sets the flags of a memory slot, which must be mapped at `guest_addr` over `memory` already
+    /// ([`has_memory_at`](Self::has_memory_at)): nothing but the flags changes.
+    ///
+    /// # Errors
+    /// EINVAL or EEXIST if the slot is not what it is said to be.
     pub(crate) fn set_slot_flags(
         &self,
         slot: u32,
@@ -78,8 +113,9 @@ impl KvmLog {
             memory_size: memory.len() as u64,
             userspace_addr: memory.address() as u64,
         };
-        // SAFETY: the call reads one struct. KVM refuses to change a slot's size or memory in place, so the
-        // guest sees the memory that its VMM gave it, for as long as the VMM said.
+        // SAFETY: the call reads one struct. KVM refuses to change a slot's size or memory in place, and to make or
+        // move one to an address that is taken, so the guest sees the memory that its VMM gave it, for as long as
+        // the VMM said.
         self.call(unsafe { libc::ioctl(self.vm.as_raw_fd(), SET_USER_MEMORY_REGION as _, &region) })
     }
 
