@@ -87,6 +87,11 @@ impl Ramwire {
         serde_json::from_str(&out).unwrap_or_else(|error| panic!("{}: {error}: {out}{errors}", self.label))
     }
 
+    /// Waits for its end, and gives its status and what it said to standard error.
+    pub(crate) fn ended(&mut self, deadline: Deadline) -> (i32, String) {
+        (self.status(deadline), self.errors())
+    }
+
     /// Waits for its end with `status` and gives what it said to standard error.
     pub(crate) fn failed(&mut self, deadline: Deadline, status: i32) -> String {
         let found = self.status(deadline);

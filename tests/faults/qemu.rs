@@ -6,7 +6,8 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use ramwire::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
+use ramwire::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, SectionKind, Step};
+use ramwire::stream::qemu::section::Phase;
 use serde_json::json;
 
 use crate::common::{
@@ -152,6 +153,54 @@ fn a_qemu_destination_that_dies_before_the_end_leaves_the_guest_to_send_again() 
     compare(&dir.path().join("ram"), &destination.ram).unwrap_or_else(|difference| panic!("{difference:?}"));
 }
 
+/// Where the last section of RAM begins in what `send` sends to a QEMU, and where the byte is that commits.
+fn last_places(folder: &Path) -> (u64, u64) {
+    let mut last_section = 0;
+    let (_, commit) = for_each_event(folder, |at, _, event| {
+        if let Event::SectionStart { kind: SectionKind::Ram, phase: Phase::End, .. } = event {
+            last_section = at;
+        }
+    });
+    (last_section, commit)
+}
+
+/// Around COMMIT it depends on what had left when the destination died; what is said fits what is kept either way.
+#[test]
+fn a_qemu_destination_that_dies_around_commit_leaves_the_guest_or_a_doubt() {
+    if !peers_present() {
+        return;
+    }
+    for version in Version::ALL {
+        let dir = scratch();
+        let folder = folder(dir.path(), version);
+        let (switchover, commit) = last_places(&folder);
+        assert!(0 < switchover && switchover < commit);
+        for (at, bytes) in
+            [("switchover", switchover), ("before-commit", commit), ("after-commit", commit + 1)]
+        {
+            let (destination, uri) = waiting(dir.path(), version, at);
+            let pid = destination.pid();
+            let proxy = Proxy::start(&uri, When::Bytes(bytes), move || kill_pid(pid));
+            let arguments = ["send", &proxy.uri, "--again", "--destination-is-dead", "--dir"];
+            let mut sender = Ramwire::start(dir.path(), &arguments, &folder);
+            let (status, text) = sender.ended(Deadline::seconds(20));
+            proxy.end();
+            let expected = match status {
+                3 => "whole",
+                5 => "in-doubt",
+                other => panic!("{version}: {at}: status {other}: {text}"),
+            };
+            println!("{version}: killed at {at} (byte {bytes}): status {status}");
+            assert_eq!(state_of(&folder), expected, "{version}: {at}: {text}");
+        }
+        let (mut destination, uri) = waiting(dir.path(), version, "again");
+        let again = ["send", &uri, "--again", "--destination-is-dead", "--json", "--dir"];
+        Ramwire::start(dir.path(), &again, &folder).finished(Deadline::seconds(30), 0);
+        destination.wait_completed(Deadline::seconds(10));
+        compare(&dir.path().join("ram"), &destination.ram).unwrap_or_else(|found| panic!("{found:?}"));
+    }
+}
+
 #[test]
 fn a_qemu_destination_that_dies_after_the_last_byte_is_in_doubt_until_seen_dead() {
     if !peers_present() {
@@ -244,27 +293,41 @@ fn a_qemu_source_that_dies_leaves_a_folder_that_never_arrived() {
     }
 }
 
-/// Where the parts of the stream lie that `send` sends to a QEMU: name, position, and whether QEMU can see a flip.
-fn places(folder: &Path) -> Vec<(&'static str, u64, bool)> {
+/// The stream that `send` sends to a QEMU, event by event: where it begins, its bytes, what it is. Returns the
+/// stream's length, and where the byte is that ends its sections.
+fn for_each_event(folder: &Path, mut each: impl FnMut(u64, u64, &Event<'_>)) -> (u64, u64) {
     // A file gets the same stream but for the return path's commands: OPEN_RETURN_PATH, PING, PING.
     const COMMANDS: u64 = 5 + 9 + 9;
     let file = folder.with_extension("stream");
-    Ramwire::start(folder.parent().unwrap(), &["send", &format!("file:{}", file.display()), "--dir"], folder)
+    let uri = format!("file:{}", file.display());
+    Ramwire::start(folder.parent().unwrap(), &["send", &uri, "--again", "--dir"], folder)
         .failed(Deadline::seconds(30), 0);
     let stream = std::fs::read(&file).unwrap();
     let mut parser = IncomingStream::new(IncomingConfig::default());
-    let (mut at, mut pages, mut blocks) = (0, Vec::new(), 0);
+    let (mut at, mut tail) = (0, None);
     while let Step::Event { consumed, event } = parser.next(&stream[at..]).unwrap() {
-        match event {
-            // Only of the first block, which is the file that is compared.
-            Event::Page { block, .. } if block.0 == 0 => pages.push((at + consumed) as u64 - 4096 + COMMANDS),
-            Event::Blocks(_) => blocks = at as u64 + COMMANDS,
-            Event::Done => break,
-            _ => {}
+        if matches!(event, Event::TailBytes(_)) {
+            tail.get_or_insert(at as u64 + COMMANDS);
         }
+        each(at as u64 + COMMANDS, consumed as u64, &event);
         at += consumed;
+        if matches!(event, Event::Done) {
+            break;
+        }
     }
-    let end = stream.len() as u64 + COMMANDS;
+    let eof = parser.tail().description().unwrap().eof_at as u64;
+    (stream.len() as u64 + COMMANDS, tail.unwrap() + eof)
+}
+
+/// Where the parts of the stream lie that `send` sends to a QEMU: name, position, and whether QEMU can see a flip.
+fn places(folder: &Path) -> Vec<(&'static str, u64, bool)> {
+    let (mut pages, mut blocks) = (Vec::new(), 0);
+    let (end, _) = for_each_event(folder, |at, consumed, event| match event {
+        // Only of the first block, which is the file that is compared.
+        Event::Page { block, .. } if block.0 == 0 => pages.push(at + consumed - 4096),
+        Event::Blocks(_) => blocks = at,
+        _ => {}
+    });
     let (first, middle, last) = (pages[0], pages[pages.len() / 2], pages[pages.len() - 1]);
     vec![
         ("the magic", 3, true),
