@@ -156,3 +156,60 @@ fn a_source_without_a_return_path_is_told_of_and_kept_when_the_far_end_fails() {
     assert!(said.contains("ramwire send"), "{said}");
     compare(&ram, &keep.join("ram-000.bin")).unwrap_or_else(|d| panic!("{d:?}"));
 }
+
+/// The far end or the relay itself dies in the middle of a round: the guest runs on at its source, whole, and goes to
+/// another destination at once.
+#[test]
+fn a_running_guest_stays_at_its_source_when_the_far_end_or_the_relay_dies() {
+    let Some(images) = peers_present().then(writer::images).flatten() else { return };
+    let (version, machine) = (Version::Qemu100, Machine::Q35);
+    let dir = scratch();
+    let path = |name: &str, kind: &str| dir.path().join(format!("{name}.{kind}"));
+    let guest = |name: &str| {
+        let console = Console::new(path(name, "console"));
+        let guest = writer::guest(&images, version, machine, LOAD, &path(name, "ram"), &console);
+        (guest, console)
+    };
+    let (running, here) = guest("source");
+    let mut source = running.start(dir.path(), "source");
+    here.wait_tick("boot", Deadline::seconds(90), |tick| tick.number >= 3);
+    source.set_capabilities(&["return-path"]);
+    for dying in ["far", "relay"] {
+        // Slow enough to die in the middle.
+        source.set_parameters(json!({"max-bandwidth": 16 << 20}));
+        let mut far = guest(dying).0.incoming().start(dir.path(), dying);
+        let arguments = ["relay", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"];
+        let mut relay = Some(Ramwire::start(dir.path(), &arguments, far.listen_tcp()));
+        source.migrate(&relay.as_mut().unwrap().listening());
+        let mut info = Value::Null;
+        Deadline::seconds(30).poll("a megabyte", String::new, || {
+            info = source.query_migrate();
+            (info["ram"]["transferred"].as_u64() > Some(1 << 20)).then_some(())
+        });
+        assert_eq!(info["status"], "active", "{info}");
+        if dying == "far" {
+            far.kill();
+            let said = relay.take().unwrap().failed(Deadline::seconds(20), 3);
+            assert!(said.contains("far end"), "{said}");
+        } else {
+            drop(relay.take());
+        }
+        let info = source.wait_migration(Deadline::seconds(20));
+        assert_eq!(info["status"], "failed", "{dying}: {info}");
+        assert_eq!(source.status(), "running", "{dying}");
+        let left = here.ticks().last().copied().unwrap();
+        here.wait_tick("it checks its memory again", Deadline::seconds(60), |tick| {
+            tick.passes >= left.passes + 2
+        });
+        assert_unbroken(&[&here]);
+    }
+    source.set_parameters(json!({"max-bandwidth": 0}));
+    let (incoming, there) = guest("destination");
+    let mut destination = incoming.incoming().start(dir.path(), "destination");
+    source.migrate(&destination.listen_tcp());
+    source.wait_completed(Deadline::seconds(60));
+    destination.wait_status("running", Deadline::seconds(10));
+    let left = here.ticks().last().copied().unwrap();
+    there.wait_tick("it goes on", Deadline::seconds(60), |tick| tick.passes >= left.passes + 2);
+    assert_unbroken(&[&here, &there]);
+}
