@@ -186,6 +186,54 @@ fn in_rxe_guest_auto_takes_rdma_where_it_works_and_says_why_it_does_not() {
     assert!(found["usable"] == false && found["why_not"].as_str().unwrap().contains("rxe"), "{found}");
 }
 
+/// A small guest by `auto:` from a `send` to a `receive`; what each of them reports.
+fn send_by_auto(host: &str, prepare: &str) -> (Value, Value) {
+    let dir = scratch();
+    let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
+    fill(&ram, 8, Pattern::Mixed { seed: 41 });
+    let receive = ["receive", &format!("auto:{host}:0"), "--json", "--dir"];
+    let mut receiver = Ramwire::start(dir.path(), &receive, &folder);
+    let uri = receiver.listening();
+    let block = format!("m0={}", ram.display());
+    let script = format!("{prepare} \"$0\" send {uri} --json --digest --ram {block}");
+    let output = Command::new("sh").args(["-c", &script, env!("CARGO_BIN_EXE_ramwire")]).output().unwrap();
+    assert!(output.status.success(), "{output:?}\n{}", receiver.errors());
+    let sent = serde_json::from_slice(&output.stdout).unwrap();
+    let received = receiver.finished(Deadline::seconds(20), 0);
+    compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|difference| panic!("{difference:?}"));
+    (sent, received)
+}
+
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_an_auto_address_takes_rdma_where_both_ends_have_it() {
+    let (sent, received) = send_by_auto(RXE_ADDRESS, "");
+    assert_eq!((&sent["transport"], &received["transport"]), (&json!("rdma"), &json!("rdma")), "{sent}");
+
+    // A source that may lock no memory says so, and comes by TCP to the same listener.
+    let limited = "ulimit -l 64; exec setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock";
+    let (sent, received) = send_by_auto(RXE_ADDRESS, limited);
+    assert_eq!((&sent["transport"], &received["transport"]), (&json!("tcp"), &json!("tcp")), "{sent}");
+    assert!(sent["why"].as_str().unwrap().contains("limit is 65536"), "{sent}");
+
+    rdma_link("delete rxe0");
+    let (sent, received) = send_by_auto(RXE_ADDRESS, "");
+    rdma_link("add rxe0 type rxe netdev dummy0");
+    assert_eq!((&sent["transport"], &received["transport"]), (&json!("tcp"), &json!("tcp")), "{sent}");
+    for report in [sent, received] {
+        assert!(report["why"].as_str().unwrap().contains("no RDMA device"), "{report}");
+    }
+}
+
+/// With a device this host reaches only others by it, never its loopback.
+#[test]
+fn an_auto_address_falls_back_to_tcp_and_says_why() {
+    let (sent, received) = send_by_auto("127.0.0.1", "");
+    assert_eq!((&sent["transport"], &received["transport"]), (&json!("tcp"), &json!("tcp")), "{sent}");
+    assert!(sent["why"].as_str().unwrap().starts_with("RDMA did not work: "), "{sent}");
+    assert!(!received["why"].as_str().unwrap().is_empty(), "{received}");
+}
+
 /// On a machine without a device; with one the other tests say more.
 #[test]
 fn a_host_says_what_it_has_for_rdma() {

@@ -38,6 +38,9 @@ pub(super) struct RdmaArgs {
     /// Over RDMA: register all of RAM at both ends before the first page; faster, but all of it is resident
     #[arg(long)]
     pin_all: bool,
+    /// Over RDMA without --pin-all: register at most this much of RAM at a time
+    #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with = "pin_all")]
+    pin_budget: Option<u64>,
     /// Over RDMA: queue pairs for pages, more than one only between two ramwires
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
     queue_pairs: u16,
@@ -48,7 +51,12 @@ pub(super) struct RdmaArgs {
 
 impl RdmaArgs {
     pub(super) fn options(&self) -> RdmaOptions {
-        RdmaOptions { pin_all: self.pin_all, return_path: self.return_path, queue_pairs: self.queue_pairs }
+        RdmaOptions {
+            pin_all: self.pin_all,
+            pin_budget: self.pin_budget,
+            return_path: self.return_path,
+            queue_pairs: self.queue_pairs,
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use ramwire::engine::Ending;
 use ramwire::session::{DestinationReport, DestinationSession, DestinationSettings, ErrorKind};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, Listener};
+use ramwire::transport::{Address, AllowList, Listener, Way};
 use serde_json::json;
 
 use super::args::Exit;
@@ -23,7 +23,7 @@ use super::store::{ArrivingGuest, State, Store};
     # Read a stream that QEMU wrote with `migrate exec:cat>FILE`
     ramwire receive file:FILE --dir guest")]
 pub(super) struct Args {
-    /// Where to listen or read: tcp:HOST:PORT, rdma:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
+    /// Where to listen or read: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (both), unix:PATH, fd:N, exec:COMMAND or file:PATH
     uri: Address,
     /// Folder for RAM blocks, device state and manifest; made with mode 0700
     #[arg(long)]
@@ -50,9 +50,6 @@ pub(super) fn run(args: &Args) -> Exit {
 
 fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let mut guest = ArrivingGuest::new(Store::open(&args.dir)?)?;
-    if matches!(args.uri, Address::Rdma { .. }) {
-        guest = guest.written_by_nic()?;
-    }
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     let mut allow = AllowList::default();
@@ -61,12 +58,19 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     if let Some(warning) = listener.warning() {
         eprintln!("ramwire receive: {warning}");
     }
+    if let Some(why) = listener.why_no_rdma() {
+        eprintln!("ramwire receive: TCP only: {why}");
+    }
     eprintln!("listening on {}", listener.address());
     let waiting = cancel.clone();
     cancel_on_signal(vec![waiting]);
     let door = listener.accept_door(&args.timeouts.stream_options(), &stop)?;
     // One migration: nobody else gets in.
     drop(listener);
+    if door.way.transport == "rdma" {
+        guest = guest.written_by_nic()?;
+    }
+    let way = door.way;
     let settings = DestinationSettings {
         stall_timeout: args.timeouts.stall_timeout,
         finish_timeout: args.timeouts.finish_timeout,
@@ -85,10 +89,10 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let progress = Progress::follow(session.statistics());
     let report = session.run();
     drop(progress);
-    Ok(tell(args, &guest, &report))
+    Ok(tell(args, &way, &guest, &report))
 }
 
-fn tell(args: &Args, guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
+fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
     let state = guest.manifest().map_or(State::Arriving, |manifest| manifest.state);
     if let Some(error) = &report.error {
         complain("receive", error);
@@ -99,6 +103,8 @@ fn tell(args: &Args, guest: &ArrivingGuest, report: &DestinationReport) -> Exit 
         let out = json!({
             "arrived": arrived,
             "state": if arrived { state } else { State::Arriving },
+            "transport": way.transport,
+            "why": way.why,
             "source": if report.native { "ramwire" } else { "qemu" },
             "verified": report.verified,
             "bytes_received": report.bytes,

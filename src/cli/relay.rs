@@ -29,7 +29,7 @@ pub(super) struct Args {
     /// Where the guest's source connects: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
     #[arg(long, value_name = "URI")]
     listen: Address,
-    /// Where the far end listens: as --listen, or rdma:HOST:PORT
+    /// Where the far end listens: as --listen, or rdma:HOST:PORT or auto:HOST:PORT
     #[arg(long, value_name = "URI")]
     connect: Address,
     /// Who may connect by TCP, for instance 10.0.0.0/8; repeat for more
@@ -66,8 +66,8 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let statistics = SharedStatistics::default();
     signals.follow(statistics.clone());
     let stop = Stop::on(&cancel);
-    if matches!(args.listen, Address::Rdma { .. }) {
-        return Err("--listen rdma: pages that a NIC writes are not seen one by one, so they can't be passed on as they \
+    if matches!(args.listen, Address::Rdma { .. } | Address::Auto { .. }) {
+        return Err("--listen rdma: or auto: pages that a NIC writes are not seen one by one, so they can't be passed on as they \
                     come; listen on a tcp: or unix: address, --connect may be rdma:"
             .into());
     }
@@ -82,8 +82,12 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let door = listener.accept_door(&options, &stop)?;
     drop(listener);
     let (far, far_stop, rdma) = (args.connect.clone(), stop.clone(), args.rdma.options());
+    let chosen = matches!(far, Address::Auto { .. });
     let open = move |memory| {
         let door = open_source(&far, memory, &options, &rdma, &far_stop);
+        if let (Ok(door), true) = (&door, chosen) {
+            eprintln!("ramwire relay: {}: {}", door.way.transport, door.way.why);
+        }
         door.map(SourceConnection::from).map_err(|error| Error::Config {
             what: format!("the far end can't be reached: {error}"),
             remedy: "start it first, with -incoming or ramwire receive",

@@ -8,7 +8,7 @@ use ramwire::page::ZeroDetection;
 use ramwire::ram::BlockName;
 use ramwire::session::{Peer, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, open_source};
+use ramwire::transport::{Address, Way, open_source};
 use serde_json::json;
 
 use super::args::Exit;
@@ -26,7 +26,7 @@ use super::store::{Block, Overrides, State, StoredGuest};
     # Only RAM, to another ramwire
     ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin")]
 pub(super) struct Args {
-    /// Where the destination listens: tcp:HOST:PORT, rdma:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
+    /// Where the destination listens: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (the better of both), unix:PATH, fd:N, exec:COMMAND or file:PATH
     uri: Address,
     /// Folder that `ramwire receive` has filled
     #[arg(long, required_unless_present = "ram")]
@@ -124,6 +124,10 @@ fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error:
     let memory = guest.memory();
     let (options, rdma) = (args.timeouts.stream_options(), args.rdma.options());
     let door = open_source(&args.uri, memory.clone(), &options, &rdma, &Stop::on(&cancel))?;
+    let way = door.way.clone();
+    if matches!(args.uri, Address::Auto { .. }) {
+        eprintln!("ramwire send: {}: {}", way.transport, way.why);
+    }
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
     let session = SourceSession::new(source, door.into(), settings(args, &guest)).with_cancel(cancel);
     // From here until the end is known a crash leaves a folder that says so.
@@ -137,11 +141,11 @@ fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error:
         Outcome::InDoubt => State::InDoubt,
         Outcome::StaysHere(_) => State::Whole,
     })?;
-    tell(args, &report);
+    tell(args, &way, &report);
     Ok(exit_of(&report))
 }
 
-fn tell(args: &Args, report: &SourceReport) {
+fn tell(args: &Args, way: &Way, report: &SourceReport) {
     if let Some(error) = &report.error {
         complain("send", error);
     }
@@ -155,6 +159,8 @@ fn tell(args: &Args, report: &SourceReport) {
     }
     if args.json {
         let mut out = report.statistics.query_migrate();
+        out["transport"] = json!(way.transport);
+        out["why"] = json!(way.why);
         out["rounds"] = json!(report.statistics.rounds);
         out["downtime-parts"] = json!(report.statistics.downtime_parts);
         println!("{out}");

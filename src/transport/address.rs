@@ -4,6 +4,7 @@
 //! |------|-------|
 //! | `tcp:HOST:PORT` | a TCP connection; IPv6 in brackets; an empty host is this machine's loopback |
 //! | `rdma:HOST:PORT` | the same between RDMA devices |
+//! | `auto:HOST:PORT` | RDMA if both ends have a device that reaches the other, else TCP |
 //! | `unix:PATH` | a UNIX stream socket |
 //! | `fd:N` | a descriptor this process was started with |
 //! | `exec:COMMAND` | a shell command's standard input or output |
@@ -17,7 +18,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 /// Forms this program knows, for messages.
-const FORMS: &str = "tcp:HOST:PORT, rdma:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH";
+const FORMS: &str =
+    "tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH";
 
 /// One end of a byte stream.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -35,6 +37,13 @@ pub enum Address {
         /// Name or literal address of an interface with an RDMA device, without brackets.
         host: String,
         /// Port; 0 lets the kernel choose one to listen on.
+        port: u16,
+    },
+    /// `auto:HOST:PORT`.
+    Auto {
+        /// As for TCP.
+        host: String,
+        /// As for TCP; RDMA takes the same.
         port: u16,
     },
     /// `unix:PATH`.
@@ -82,6 +91,9 @@ impl FromStr for Address {
             "tcp" => parse_host(rest)
                 .map(|(host, port)| Self::Tcp { host, port })
                 .map_err(malformed("tcp:HOST:PORT, an IPv6 address as tcp:[::1]:4444")),
+            "auto" => parse_host(rest)
+                .map(|(host, port)| Self::Auto { host, port })
+                .map_err(malformed("auto:HOST:PORT, an IPv6 address as auto:[::1]:4444")),
             "rdma" => parse_host(rest)
                 .and_then(|(host, port)| match host.as_str() {
                     "" => Err("there is no host"),
@@ -162,6 +174,8 @@ impl fmt::Display for Address {
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
             Self::Rdma { host, port } if host.contains(':') => write!(f, "rdma:[{host}]:{port}"),
             Self::Rdma { host, port } => write!(f, "rdma:{host}:{port}"),
+            Self::Auto { host, port } if host.contains(':') => write!(f, "auto:[{host}]:{port}"),
+            Self::Auto { host, port } => write!(f, "auto:{host}:{port}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
             Self::Fd(number) => write!(f, "fd:{number}"),
             Self::Exec(command) => write!(f, "exec:{command}"),
@@ -190,6 +204,8 @@ mod tests {
             ("tcp:[fe80::1%eth0]:1", tcp("fe80::1%eth0", 1)),
             ("rdma:10.9.0.1:4444", Address::Rdma { host: "10.9.0.1".into(), port: 4444 }),
             ("rdma:[fe80::1]:1", Address::Rdma { host: "fe80::1".into(), port: 1 }),
+            ("auto:host.example:4444", Address::Auto { host: "host.example".into(), port: 4444 }),
+            ("auto:[::1]:1", Address::Auto { host: "::1".into(), port: 1 }),
             ("unix:/run/a:b.sock", Address::Unix("/run/a:b.sock".into())),
             ("fd:0", Address::Fd(0)),
             ("exec:cat > '/tmp/a:b'", Address::Exec("cat > '/tmp/a:b'".into())),
@@ -219,6 +235,7 @@ mod tests {
             ("tcp:a b:1", "character", "HOST"),
             ("rdma::4444", "no host", "rdma:HOST:PORT"),
             ("rdma:10.9.0.1", "no port", "rdma:HOST:PORT"),
+            ("auto:4444", "no port", "auto:HOST:PORT"),
             ("unix:", "no path", "unix:/"),
             ("file:", "no path", "file:/"),
             ("file:/a,offset=0x1000", "offset 0", "file:/"),
@@ -234,7 +251,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_without_a_panic_and_what_is_read_is_written_back(text in "(tcp|rdma|unix|fd|exec|file|x)?:?\\PC{0,24}") {
+        fn any_text_is_read_without_a_panic_and_what_is_read_is_written_back(text in "(tcp|rdma|auto|unix|fd|exec|file|x)?:?\\PC{0,24}") {
             if let Ok(address) = text.parse::<Address>() {
                 prop_assert_eq!(address.to_string().parse::<Address>().unwrap(), address);
             }

@@ -4,6 +4,7 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::auto::{self, AutoListener};
 #[cfg(feature = "rdma")]
 use super::rdma::{RdmaListener, connect_here as rdma_source};
 use super::tcp::TcpListener;
@@ -56,6 +57,16 @@ pub enum OpenError {
         /// The address.
         address: String,
     },
+    /// An `auto:` address that neither way reaches.
+    #[error("{address}: {rdma}; and TCP: {tcp}")]
+    Neither {
+        /// The address.
+        address: String,
+        /// What stood in RDMA's way.
+        rdma: String,
+        /// What stood in TCP's.
+        tcp: Box<OpenError>,
+    },
     /// A stream that exists once was asked for again.
     #[error("{address} carries one stream only; give a tcp: or unix: address for more channels")]
     OnlyOne {
@@ -74,6 +85,12 @@ pub enum WhyNoRdma {
     /// No library, no device, or too little memory may be locked.
     #[error("{0}")]
     Unusable(Box<dyn std::error::Error + Send + Sync>),
+    /// The memory behind a block may be given back or remapped while a NIC knows it.
+    #[error("the memory of RAM block {block} does not promise to stay in place")]
+    NotInPlace {
+        /// The block.
+        block: String,
+    },
     /// There are devices, but none carries traffic.
     #[error("no RDMA device has an active port with an IP address ({devices}); `ramwire devices` says more")]
     NoActivePort {
@@ -87,6 +104,8 @@ pub enum WhyNoRdma {
 pub struct RdmaOptions {
     /// Register all of RAM at both ends before the first page.
     pub pin_all: bool,
+    /// Without `pin_all`: most bytes registered at a time; the longest unused are given back. `None`: all of RAM in the end.
+    pub pin_budget: Option<u64>,
     /// Open a return path to a QEMU: 10.0 with its `return-path` capability set. A ramwire always has one.
     pub return_path: bool,
     /// Queue pairs for pages, 1 to 16; more than one only between two ramwires.
@@ -95,7 +114,31 @@ pub struct RdmaOptions {
 
 impl Default for RdmaOptions {
     fn default() -> Self {
-        Self { pin_all: false, return_path: false, queue_pairs: 1 }
+        Self { pin_all: false, pin_budget: None, return_path: false, queue_pairs: 1 }
+    }
+}
+
+/// The way that was taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// `rdma`, `tcp`, `unix`, `fd`, `exec` or `file`.
+    pub transport: &'static str,
+    /// Why it was this one; where it was `auto:` and not RDMA: what stood in the way.
+    pub why: String,
+}
+
+impl Way {
+    /// The way that an address names.
+    pub(super) fn named(address: &Address) -> Self {
+        let transport = match address {
+            Address::Tcp { .. } | Address::Auto { .. } => "tcp",
+            Address::Rdma { .. } => "rdma",
+            Address::Unix(_) => "unix",
+            Address::Fd(_) => "fd",
+            Address::Exec(_) => "exec",
+            Address::File(_) => "file",
+        };
+        Self { transport, why: "the address says so".into() }
     }
 }
 
@@ -105,6 +148,8 @@ pub struct SourceDoor {
     pub link: Box<dyn SourceLink>,
     /// Where the destination's messages come from; `None` if the address is one-way.
     pub back: Option<Box<dyn ByteSource>>,
+    /// What was opened, and why.
+    pub way: Way,
 }
 
 /// The destination's side of a connection.
@@ -113,6 +158,15 @@ pub struct DestinationDoor {
     pub source: Box<dyn ByteSource>,
     /// Where messages to the source go; `None` if the address is one-way.
     pub back: Option<Box<dyn ByteSink>>,
+    /// By what the source came, and why.
+    pub way: Way,
+}
+
+impl DestinationDoor {
+    pub(super) fn of_stream(channel: StreamChannel, way: Way) -> Self {
+        let (source, back) = channel.with_return_path();
+        Self { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>), way }
+    }
 }
 
 /// Opens the best door there is at `address` for the pages of `memory`.
@@ -129,10 +183,14 @@ pub fn open_source(
     if let Address::Rdma { host, port } = address {
         return rdma_source(host, *port, memory, options, rdma, stop);
     }
+    if let Address::Auto { host, port } = address {
+        return auto::open_source((host, *port), memory, options, rdma, stop);
+    }
     let (sink, back) = connect(address, options, stop)?.with_return_path();
     Ok(SourceDoor {
         link: Box::new(InlineLink::new(Box::new(sink), memory)),
         back: back.map(|back| Box::new(back) as Box<_>),
+        way: Way::named(address),
     })
 }
 
@@ -174,7 +232,9 @@ fn not_built(address: &Address) -> OpenError {
 pub fn connect(address: &Address, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
     match address {
         Address::Tcp { host, port } => tcp::connect(host, *port, options, stop),
-        Address::Rdma { .. } => Err(OpenError::NotAStream { address: address.to_string() }),
+        Address::Rdma { .. } | Address::Auto { .. } => {
+            Err(OpenError::NotAStream { address: address.to_string() })
+        }
         Address::Unix(path) => unix::connect(path, options, stop),
         Address::Fd(number) => inherited(*number, options),
         Address::Exec(command) => opened(address, exec::write_to(command, options)),
@@ -215,6 +275,7 @@ pub struct Listener {
 #[derive(Debug)]
 enum Kind {
     Tcp(TcpListener),
+    Auto(AutoListener),
     Unix(UnixListener),
     #[cfg(feature = "rdma")]
     Rdma(RdmaListener),
@@ -236,6 +297,12 @@ impl Listener {
                 let local = listener.local();
                 let address = Address::Tcp { host: local.ip().to_string(), port: local.port() };
                 (Kind::Tcp(listener), address)
+            }
+            Address::Auto { host, port } => {
+                let listener = AutoListener::bind(host, *port, allow, stop)?;
+                let local = listener.tcp().local();
+                let address = Address::Auto { host: local.ip().to_string(), port: local.port() };
+                (Kind::Auto(listener), address)
             }
             #[cfg(feature = "rdma")]
             Address::Rdma { host, port } => {
@@ -260,6 +327,7 @@ impl Listener {
     pub fn warning(&self) -> Option<String> {
         let local = match (&self.kind, &self.address) {
             (Kind::Tcp(listener), _) => listener.local().ip().to_canonical(),
+            (Kind::Auto(listener), _) => listener.tcp().local().ip().to_canonical(),
             // A device has no loopback: whoever reaches it comes from the network.
             (_, Address::Rdma { .. }) => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
             _ => return None,
@@ -267,6 +335,14 @@ impl Listener {
         let advice = "use a network you trust or a tunnel, and --allow CIDR to name who may connect";
         (!local.is_loopback())
             .then(|| format!("{}: guest RAM travels unencrypted and unauthenticated; {advice}", self.address))
+    }
+
+    /// Why an `auto:` address is listened on by TCP only.
+    pub fn why_no_rdma(&self) -> Option<&str> {
+        match &self.kind {
+            Kind::Auto(listener) => listener.why_not.as_deref(),
+            _ => None,
+        }
     }
 
     /// Waits for a source, with whatever door it comes by.
@@ -282,8 +358,11 @@ impl Listener {
         if let Kind::Rdma(listener) = &mut self.kind {
             return Ok(listener.accept(options, stop)?);
         }
-        let (source, back) = self.accept(options, stop)?.with_return_path();
-        Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>) })
+        if let Kind::Auto(listener) = &mut self.kind {
+            return listener.accept(options, stop);
+        }
+        let way = Way::named(&self.address);
+        Ok(DestinationDoor::of_stream(self.accept(options, stop)?, way))
     }
 
     /// Waits for the next connection that is a byte stream.
@@ -296,6 +375,7 @@ impl Listener {
             Kind::Unix(listener) => listener.accept(options, stop),
             #[cfg(feature = "rdma")]
             Kind::Rdma(_) => Err(OpenError::NotAStream { address: self.address.to_string() }),
+            Kind::Auto(_) => Err(OpenError::NotAStream { address: self.address.to_string() }),
             Kind::Once { opened: true } => Err(OpenError::OnlyOne { address: self.address.to_string() }),
             Kind::Once { opened } => {
                 *opened = true;
@@ -309,7 +389,7 @@ impl Listener {
             Address::Fd(number) => inherited(*number, options),
             Address::Exec(command) => opened(&self.address, exec::read_from(command, options)),
             Address::File(path) => opened(&self.address, file::read_from(path, options)),
-            Address::Tcp { .. } | Address::Rdma { .. } | Address::Unix(_) => {
+            Address::Tcp { .. } | Address::Rdma { .. } | Address::Auto { .. } | Address::Unix(_) => {
                 Err(OpenError::OnlyOne { address: self.address.to_string() })
             }
         }

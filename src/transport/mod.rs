@@ -6,6 +6,7 @@
 
 mod address;
 mod allow;
+mod auto;
 mod door;
 mod exec;
 mod fault;
@@ -21,7 +22,7 @@ mod unix;
 pub use address::{Address, AddressError};
 pub use allow::{AllowError, AllowList};
 pub use door::{
-    DestinationDoor, Listener, OpenError, RdmaOptions, SourceDoor, WhyNoRdma, connect, open_source,
+    DestinationDoor, Listener, OpenError, RdmaOptions, SourceDoor, Way, WhyNoRdma, connect, open_source,
     rdma_address,
 };
 pub use fault::{Fault, FaultKind, Faulty};

@@ -17,7 +17,7 @@ use crate::ram::{PageRun, RamBlock};
 use crate::sys::{RecvPart, SendPart, Stop};
 use crate::transport::{
     Address, AllowList, ByteSink, ByteSource, ChannelError, DestinationDoor, DestinationLink, MoveError,
-    RoundReceived, StreamOptions,
+    RoundReceived, StreamOptions, Way,
 };
 use crate::units::BlockIndex;
 
@@ -99,7 +99,8 @@ impl RdmaListener {
             page_bytes: 1,
             touched: HashSet::new(),
         };
-        Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>) })
+        let way = Way { transport: "rdma", why: "the source came by RDMA".into() };
+        Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>), way })
     }
 
     fn await_way_back(

@@ -16,7 +16,7 @@ use crate::sys::{RecvPart, SendPart, Stop, random_id};
 use crate::transport::RdmaOptions;
 use crate::transport::{
     Address, ByteSink, ByteSource, ChannelError, MoveError, Offer, Receipt, Returned, SourceDoor, SourceLink,
-    StreamOptions, Ticket,
+    StreamOptions, Ticket, Way,
 };
 use crate::units::BlockIndex;
 
@@ -57,6 +57,7 @@ pub fn connect_over(
     let failed = |error| bounds.error(CONNECTING, error);
     let config = SourceConfig {
         pin_all: rdma.pin_all,
+        pin_budget_bytes: rdma.pin_budget,
         page_bytes: memory.table().page().bytes(),
         extension: Some(ExtensionOffer {
             data_queues: rdma.queue_pairs.saturating_sub(1).min(MAX_DATA_QUEUES),
@@ -84,7 +85,8 @@ pub fn connect_over(
         failed: Vec::new(),
         tickets: 0,
     };
-    Ok(SourceDoor { link: Box::new(link), back: back.map(|back| Box::new(back) as Box<_>) })
+    let way = Way { transport: "rdma", why: "the address says so".into() };
+    Ok(SourceDoor { link: Box::new(link), back: back.map(|back| Box::new(back) as Box<_>), way })
 }
 
 fn blocks_of(memory: &dyn GuestMemory) -> Result<Vec<rdma_hooks::RamBlock>, HooksError> {
