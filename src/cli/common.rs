@@ -7,9 +7,10 @@ use std::time::Duration;
 use ramwire::engine::{Outcome, Reason};
 use ramwire::observe::{SharedStatistics, Status};
 use ramwire::session::{ErrorKind, Peer, SourceReport};
+use ramwire::stream::qemu::packed::Packing;
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::{CancelToken, StopReason};
-use ramwire::transport::{ChannelError, OpenError, RdmaOptions, StreamOptions};
+use ramwire::transport::{ChannelError, ChannelOptions, OpenError, RdmaOptions, StreamOptions};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -58,6 +59,52 @@ impl RdmaArgs {
             queue_pairs: self.queue_pairs,
         }
     }
+}
+
+/// Page channels beside the stream, alike at both ends.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct ChannelArgs {
+    /// Page channels beside the stream, 0 to 255: QEMU's multifd-channels with its multifd on; the same at both ends
+    #[arg(long, value_name = "N", default_value = "0")]
+    channels: u8,
+    /// How pages on channels are compressed: none, zlib[:0-9] or zstd[:0-20]; the same kind at both ends
+    #[arg(long, value_name = "HOW", default_value = "none")]
+    compression: Packing,
+    /// UUID of the VM where it has one (QEMU's -uuid): channels begin with it
+    #[arg(long, value_name = "UUID", value_parser = uuid)]
+    uuid: Option<[u8; 16]>,
+}
+
+impl ChannelArgs {
+    pub(super) fn options(&self) -> Result<ChannelOptions, String> {
+        if self.channels == 0 && self.compression != Packing::Plain {
+            return Err("--compression is for page channels: give --channels too".into());
+        }
+        let uuid = self.uuid.unwrap_or_default();
+        Ok(ChannelOptions {
+            count: self.channels,
+            packing: self.compression,
+            uuid,
+            ..ChannelOptions::default()
+        })
+    }
+
+    /// How many channels.
+    pub(super) fn count(&self) -> u8 {
+        self.channels
+    }
+
+    /// The same options for another process.
+    pub(super) fn arguments(&self) -> [String; 2] {
+        [format!("--channels={}", self.channels), format!("--compression={}", self.compression)]
+    }
+}
+
+/// 32 hexadecimal digits, with or without dashes.
+fn uuid(text: &str) -> Result<[u8; 16], String> {
+    let digits: String = text.chars().filter(|c| *c != '-').collect();
+    let value = u128::from_str_radix(&digits, 16).ok().filter(|_| digits.len() == 32);
+    Ok(value.ok_or_else(|| format!("{text:?} is not a UUID of 32 hexadecimal digits"))?.to_be_bytes())
 }
 
 /// Connections between two processes of this host.
@@ -207,6 +254,16 @@ mod tests {
         assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
         for wrong in ["", "x", "-1", "inf", "1e300"] {
             assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn uuids_are_read_as_they_are_written() {
+        let value = uuid("00112233-4455-6677-8899-aabbccddeeff");
+        assert!(value.is_ok_and(|value| value[..3] == [0, 0x11, 0x22] && value[15] == 0xff));
+        for wrong in ["", "0011", "+0112233445566778899aabbccddeef", "00112233-4455-6677-8899-aabbccddeeffg"]
+        {
+            assert!(uuid(wrong).is_err(), "{wrong}");
         }
     }
 

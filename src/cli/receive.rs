@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use ramwire::engine::Ending;
 use ramwire::session::{DestinationReport, DestinationSession, DestinationSettings, ErrorKind};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, Listener, Way};
+use ramwire::transport::{Address, AllowList, DoorOptions, Listener, Way};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{Timeouts, bytes, cancel_on_signal, complain, failed, human_bytes};
+use super::common::{ChannelArgs, Timeouts, bytes, cancel_on_signal, complain, failed, human_bytes};
 use super::progress::Progress;
 use super::store::{ArrivingGuest, State, Store};
 
@@ -38,6 +38,8 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    channels: ChannelArgs,
+    #[command(flatten)]
     timeouts: Timeouts,
 }
 
@@ -49,6 +51,7 @@ pub(super) fn run(args: &Args) -> Exit {
 }
 
 fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
+    let channels = args.channels.options()?;
     let mut guest = ArrivingGuest::new(Store::open(&args.dir)?)?;
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
@@ -64,7 +67,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     eprintln!("listening on {}", listener.address());
     let waiting = cancel.clone();
     cancel_on_signal(vec![waiting]);
-    let door = listener.accept_door(&args.timeouts.stream_options(), &stop)?;
+    let options = DoorOptions { channels, ..DoorOptions::of_stream(args.timeouts.stream_options()) };
+    let door = listener.accept_door(&options, &stop)?;
     // One migration: nobody else gets in.
     drop(listener);
     if door.way.transport == "rdma" {

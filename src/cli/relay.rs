@@ -10,12 +10,13 @@ use ramwire::session::{
     DestinationSettings, Error, ErrorKind, Notice, Relay, RelayReport, SourceConnection, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
+use ramwire::stream::qemu::packed::Packing;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, Listener, open_source};
+use ramwire::transport::{Address, AllowList, ChannelOptions, DoorOptions, Listener, open_source};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, RdmaArgs, Timeouts, bytes, cancel_on_signal, complain, failed};
+use super::common::{ChannelArgs, PeerOption, RdmaArgs, Timeouts, bytes, cancel_on_signal, complain, failed};
 use super::render;
 use super::store::keep;
 
@@ -50,6 +51,15 @@ pub(super) struct Args {
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
+    /// Page channels on which the guest's source sends (QEMU: multifd on, multifd-channels N)
+    #[arg(long, value_name = "N", default_value = "0")]
+    listen_channels: u8,
+    /// How the source compresses pages on its channels: none, zlib or zstd
+    #[arg(long, value_name = "HOW", default_value = "none")]
+    listen_compression: Packing,
+    /// Of the connection to the far end
+    #[command(flatten)]
+    channels: ChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
     #[command(flatten)]
@@ -61,6 +71,7 @@ pub(super) fn run(args: &Args) -> Exit {
 }
 
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
+    let channels = args.channels.options()?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let statistics = SharedStatistics::default();
@@ -79,12 +90,16 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     eprintln!("listening on {}", listener.address());
     let options = args.timeouts.stream_options();
-    let door = listener.accept_door(&options, &stop)?;
+    let (count, packing) = (args.listen_channels, args.listen_compression);
+    let near = ChannelOptions { count, packing, ..ChannelOptions::default() };
+    let near = DoorOptions { channels: near, ..DoorOptions::of_stream(options) };
+    let door = listener.accept_door(&near, &stop)?;
     drop(listener);
-    let (far, far_stop, rdma) = (args.connect.clone(), stop.clone(), args.rdma.options());
+    let options = DoorOptions { stream: options, rdma: args.rdma.options(), channels };
+    let (far, far_stop) = (args.connect.clone(), stop.clone());
     let chosen = matches!(far, Address::Auto { .. });
     let open = move |memory| {
-        let door = open_source(&far, memory, &options, &rdma, &far_stop);
+        let door = open_source(&far, memory, &options, &far_stop);
         if let (Ok(door), true) = (&door, chosen) {
             eprintln!("ramwire relay: {}: {}", door.way.transport, door.way.why);
         }
@@ -105,7 +120,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     outgoing.stall_timeout = args.timeouts.stall_timeout;
     outgoing.finish_timeout = args.timeouts.finish_timeout;
     if let Some(option) = args.peer {
-        (outgoing.peer, outgoing.style) = (Some(option.peer), option.style);
+        (outgoing.peer, outgoing.style) = (Some(option.peer), Some(option.style));
     }
     let relay = Relay {
         source: door.source,

@@ -8,11 +8,13 @@ use ramwire::page::ZeroDetection;
 use ramwire::ram::BlockName;
 use ramwire::session::{Peer, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, Way, open_source};
+use ramwire::transport::{Address, DoorOptions, Way, open_source};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, RdmaArgs, Timeouts, cancel_on_signal, complain, exit_of, failed};
+use super::common::{
+    ChannelArgs, PeerOption, RdmaArgs, Timeouts, cancel_on_signal, complain, exit_of, failed,
+};
 use super::progress::Progress;
 use super::render;
 use super::store::{Block, Overrides, State, StoredGuest};
@@ -22,6 +24,9 @@ use super::store::{Block, Overrides, State, StoredGuest};
 #[command(after_help = "EXAMPLES:
     # Give a received guest to a QEMU started with -incoming tcp:0.0.0.0:4444
     ramwire send tcp:10.0.0.7:4444 --dir guest
+
+    # The same on four page channels (QEMU: multifd on, multifd-channels 4)
+    ramwire send tcp:10.0.0.7:4444 --dir guest --channels 4
 
     # Only RAM, to another ramwire
     ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin")]
@@ -38,7 +43,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "PEER")]
     peer: Option<PeerOption>,
     /// Where zero pages are found: none sends them whole
-    #[arg(long, value_name = "WHERE", default_value = "legacy")]
+    #[arg(long, value_name = "WHERE", default_value = "multifd")]
     zero_page: ZeroPage,
     /// Compare a digest of RAM and device state before the guest is handed over (between ramwires)
     #[arg(long)]
@@ -59,6 +64,8 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    channels: ChannelArgs,
+    #[command(flatten)]
     rdma: RdmaArgs,
     #[command(flatten)]
     timeouts: Timeouts,
@@ -70,6 +77,8 @@ pub(super) enum ZeroPage {
     None,
     /// In the page loop
     Legacy,
+    /// On the threads of the page channels, where there are any and the peer understands it; else in the page loop
+    Multifd,
 }
 
 impl From<ZeroPage> for ZeroDetection {
@@ -77,6 +86,7 @@ impl From<ZeroPage> for ZeroDetection {
         match option {
             ZeroPage::None => Self::None,
             ZeroPage::Legacy => Self::Legacy,
+            ZeroPage::Multifd => Self::Channels,
         }
     }
 }
@@ -110,10 +120,10 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings.finish_timeout = args.timeouts.finish_timeout;
     // Without device state only a ramwire can take the guest.
     settings.peer = (!guest.has_state()).then_some(Peer::Ramwire);
-    settings.style = guest.peer_style().unwrap_or(settings.style);
+    settings.style = guest.peer_style().or(settings.style);
     if let Some(option) = args.peer {
         settings.peer = Some(option.peer);
-        settings.style = option.style;
+        settings.style = Some(option.style);
     }
     settings
 }
@@ -122,8 +132,12 @@ fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error:
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let memory = guest.memory();
-    let (options, rdma) = (args.timeouts.stream_options(), args.rdma.options());
-    let door = open_source(&args.uri, memory.clone(), &options, &rdma, &Stop::on(&cancel))?;
+    let options = DoorOptions {
+        stream: args.timeouts.stream_options(),
+        rdma: args.rdma.options(),
+        channels: args.channels.options()?,
+    };
+    let door = open_source(&args.uri, memory.clone(), &options, &Stop::on(&cancel))?;
     let way = door.way.clone();
     if matches!(args.uri, Address::Auto { .. }) {
         eprintln!("ramwire send: {}: {}", way.transport, way.why);

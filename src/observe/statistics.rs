@@ -97,6 +97,8 @@ pub struct Statistics {
     pub precopy_bytes: u64,
     /// Of them, while it stood still.
     pub downtime_bytes: u64,
+    /// Of all bytes, those on page channels beside the stream.
+    pub multifd_bytes: u64,
     /// Dirty pages times the page size; 0 once completed.
     pub remaining: u64,
     /// Used lengths of all blocks that travel.
@@ -170,7 +172,7 @@ impl Statistics {
                 "downtime-bytes": self.downtime_bytes,
                 "postcopy-bytes": 0,
                 "postcopy-requests": 0,
-                "multifd-bytes": 0,
+                "multifd-bytes": self.multifd_bytes,
             },
         });
         let ended = matches!(self.status, Status::Completed | Status::InDoubt);

@@ -1,4 +1,4 @@
-//! What a page travels as: zero or whole.
+//! What a page travels as: zero or whole, or whatever the transport finds.
 
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{PageBatch, PageRun, Verdict};
@@ -11,8 +11,19 @@ pub enum ZeroDetection {
     /// Nowhere: every page travels whole.
     None,
     /// In the page loop, before a page is handed to the transport.
-    #[default]
     Legacy,
+    /// On the threads of the transport's channels, where it has any and the peer understands it; else in the page
+    /// loop.
+    #[default]
+    Channels,
+}
+
+impl ZeroDetection {
+    /// What it comes to with a transport that looks itself, or does not.
+    #[must_use]
+    pub fn with(self, transport_looks: bool) -> Self {
+        if self == Self::Channels && !transport_looks { Self::Legacy } else { self }
+    }
 }
 
 /// Looks at the pages of `run`, whose dirty bits are cleared, and adds them to `batch`.
@@ -29,9 +40,16 @@ pub fn classify(
     batch: &mut PageBatch,
 ) -> Result<(), GuestError> {
     let landing = guest.table().admit_run(run)?;
-    if detection == ZeroDetection::None {
-        batch.push(run, Verdict::Whole);
-        return Ok(());
+    match detection {
+        ZeroDetection::None => {
+            batch.push(run, Verdict::Whole);
+            return Ok(());
+        }
+        ZeroDetection::Channels => {
+            batch.push(run, Verdict::Unknown);
+            return Ok(());
+        }
+        ZeroDetection::Legacy => {}
     }
     let span = guest.span(landing)?;
     let page = guest.table().page().bytes() as usize;

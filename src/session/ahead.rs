@@ -4,16 +4,13 @@
 //! Whether it is worth the call is seen from the faults of the bytes before: memory that is mapped already
 //! has none, and then nothing is asked of the kernel but their count.
 
-use crate::sys::thread_page_faults;
+use crate::sys::FaultWatch;
 use crate::units::{BlockIndex, BlockOffset};
-
-/// Faults between two reads of the stream above which the next pages are taken ahead.
-const WORTH: u64 = 16;
 
 /// What is known of the memory that fills.
 #[derive(Debug, Default)]
 pub(super) struct PopulateAhead {
-    faults: Option<u64>,
+    faults: FaultWatch,
     wanted: bool,
     /// Where the last run that was taken ends.
     taken: Option<(BlockIndex, u64)>,
@@ -22,11 +19,7 @@ pub(super) struct PopulateAhead {
 impl PopulateAhead {
     /// Before each read of the stream: looks how its predecessor's bytes fared.
     pub(super) fn between_reads(&mut self) {
-        // A kernel that does not say: every page is met by its fault, as without this.
-        let faults = thread_page_faults().ok();
-        self.wanted =
-            self.faults.zip(faults).is_some_and(|(before, now)| now.saturating_sub(before) >= WORTH);
-        self.faults = faults;
+        self.wanted = self.faults.look();
     }
 
     /// True if the page here belongs to no run that was taken and taking runs pays.

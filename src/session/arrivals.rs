@@ -6,6 +6,8 @@ use crate::guest::{DirtyError, DirtySource};
 use crate::ram::{AtomicBitmap, PageBitmap, PageRun, RamBlockTable};
 use crate::units::BlockIndex;
 
+use super::places::Placed;
+
 /// One bit a page that has come and was not yet taken. Unlike a log of a running guest it counts from before
 /// its start: nothing that came is ever dropped.
 #[derive(Debug)]
@@ -20,7 +22,7 @@ impl Arrivals {
         Self { blocks, pending: AtomicU64::new(0) }
     }
 
-    /// The bytes of `run` are in place.
+    /// Pages are there to be sent on.
     pub(super) fn mark(&self, run: PageRun) {
         if let Some(map) = self.blocks.get(run.block.as_usize()) {
             // Counted first, so that the count never falls below zero.
@@ -33,6 +35,12 @@ impl Arrivals {
     /// Pages that have come and were not taken.
     pub(super) fn pending(&self) -> u64 {
         self.pending.load(Ordering::Relaxed)
+    }
+}
+
+impl Placed for Arrivals {
+    fn placed(&self, run: PageRun) {
+        self.mark(run);
     }
 }
 

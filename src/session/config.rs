@@ -30,9 +30,9 @@ pub struct SourceSettings {
     pub finish_timeout: Duration,
     /// What the peer is, where the caller knows; else it is found out by the greeting.
     pub peer: Option<Peer>,
-    /// How a QEMU peer wants its stream. Follows the machine's name; one that tells nothing gets the style
-    /// every QEMU reads.
-    pub style: PeerStyle,
+    /// How a QEMU peer wants its stream. Follows the machine's name; a machine that tells nothing gets what every
+    /// QEMU reads, which page channels have not.
+    pub style: Option<PeerStyle>,
     /// Pages in one chunk of the clear map.
     pub clear_shift: ClearShift,
     /// What the stream says of the machine; a QEMU compares it with its own.
@@ -58,7 +58,7 @@ impl SourceSettings {
             stall_timeout: Duration::from_secs(30),
             finish_timeout: Duration::from_secs(60),
             peer: None,
-            style: PeerStyle::of_machine(&configuration.machine).unwrap_or(PeerStyle::QEMU_7_2),
+            style: PeerStyle::of_machine(&configuration.machine),
             clear_shift: ClearShift::default(),
             configuration,
             early_sections: Vec::new(),
@@ -72,8 +72,8 @@ impl SourceSettings {
     /// given follows the machine.
     pub fn adopt(&mut self, incoming: &Incoming) {
         if self.peer.is_none() {
-            let style = PeerStyle::of_machine(&incoming.configuration.machine);
-            self.style = style.unwrap_or(self.style);
+            let style = PeerStyle::of_source(&incoming.configuration.machine, &incoming.seen);
+            self.style = style.or(self.style);
         }
         self.configuration = incoming.configuration.clone();
         self.early_sections = incoming.early_sections.clone();

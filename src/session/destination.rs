@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
 use crate::guest::{GuestControl, GuestError, GuestMemory};
 use crate::observe::{PageCounts, SharedStatistics, Status};
-use crate::ram::{PageRun, RamBlock};
+use crate::ram::RamBlock;
 use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_pong};
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::command::Command;
@@ -20,6 +20,7 @@ use super::config::DestinationSettings;
 use super::digest::{Digest, carried, digests_of};
 use super::greeting::described;
 use super::handle::Commitment;
+use super::places::Placed;
 use super::placing::Placing;
 use super::reader::StreamReader;
 use super::{Breakage, Error};
@@ -76,15 +77,15 @@ impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
 
 /// Sees pages as they arrive; a relay's.
 pub trait Arrival: Send {
-    /// The memory is there and pages are next; the early sections have come. Called again before each
+    /// The early sections have come and pages are next. Called again before each
     /// section of pages.
     ///
     /// # Errors
     /// Ends the migration.
     fn began(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error>;
 
-    /// The bytes of `run` are in place.
-    fn placed(&mut self, run: PageRun);
+    /// The memory is there and nothing has come yet: who is told of each page, by whatever thread places it.
+    fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn Placed>;
 
     /// Called between reads; may wait to hand pressure back to the source.
     ///
@@ -284,7 +285,7 @@ impl DestinationSession {
         DestinationReport {
             ending,
             error: self.error,
-            pages: self.placing.as_ref().map_or_else(PageCounts::default, |placing| placing.pages),
+            pages: self.placing.as_ref().map_or_else(PageCounts::default, Placing::counts),
             incoming: self.incoming,
             bytes,
             verified: self.verified,
@@ -383,7 +384,8 @@ impl DestinationSession {
                         placing.populate(block, offset, stream.pages_ahead(rest, offset));
                     }
                     let at = stream.position() - consumed as u64;
-                    let fact = self.take(event, raw).map_err(|error| error.at(at))?;
+                    let seen = *stream.seen();
+                    let fact = self.take(event, raw, seen).map_err(|error| error.at(at))?;
                     *start += consumed;
                     if let Some(fact) = fact {
                         if fact == Arrived::Tail {
@@ -413,8 +415,15 @@ impl DestinationSession {
         }
     }
 
+    /// Pages that came on channels while the stream itself was silent.
+    pub(super) fn tell_channel_figures(&self) {
+        if let Some(placing) = &self.placing {
+            self.statistics.update(|s| s.pages = placing.counts());
+        }
+    }
+
     fn tell_figures(&self, bytes: u64) {
-        let pages = self.placing.as_ref().map_or_else(PageCounts::default, |placing| placing.pages);
+        let pages = self.placing.as_ref().map_or_else(PageCounts::default, Placing::counts);
         self.statistics.update(|s| (s.transferred, s.pages) = (bytes, pages));
     }
 
@@ -436,8 +445,9 @@ impl DestinationSession {
         }
     }
 
-    /// What an event means for memory, and for the engine. `raw` are the bytes it took.
-    fn take(&mut self, event: Event<'_>, raw: &[u8]) -> Result<Option<Arrived>, Error> {
+    /// What an event means for memory, and for the engine. `raw` are the bytes it took, `seen` is what the
+    /// stream has shown so far.
+    fn take(&mut self, event: Event<'_>, raw: &[u8], seen: Seen) -> Result<Option<Arrived>, Error> {
         match event {
             Event::Page { block, offset, bytes } => self.placing()?.page(block, offset, bytes)?,
             Event::Zero { block, offset } => self.placing()?.zero(block, offset)?,
@@ -450,9 +460,11 @@ impl DestinationSession {
                 kind: SectionKind::Ram, phase: phase @ (Phase::Part | Phase::End), ..
             } => {
                 tracing::trace!(?phase, "pages begin");
-                self.pages_begin()?;
+                self.pages_begin(seen)?;
             }
-            Event::SectionStart { kind: SectionKind::Ram, .. } | Event::MultifdFlush => {}
+            Event::SectionStart { kind: SectionKind::Ram, .. } => {}
+            Event::MultifdFlush => self.barrier()?,
+            Event::RecordsEnd => self.records_ended(seen)?,
             Event::SectionEnd { kind: SectionKind::Ram, phase: Phase::End } => self.ram_complete()?,
             Event::SectionEnd { kind: SectionKind::Ram, .. } => {}
             Event::SectionStart { kind: SectionKind::NativeState, .. } => self.in_native_state = true,
@@ -492,9 +504,12 @@ impl DestinationSession {
     }
 
     /// The early sections are complete: whoever watches pages arrive may begin.
-    fn pages_begin(&mut self) -> Result<(), Error> {
-        match (&mut self.placing, &self.incoming) {
-            (Some(placing), Some(incoming)) => placing.began(incoming),
+    fn pages_begin(&mut self, seen: Seen) -> Result<(), Error> {
+        match (&mut self.placing, &mut self.incoming) {
+            (Some(placing), Some(incoming)) => {
+                incoming.seen = seen;
+                placing.began(incoming)
+            }
             _ => Err(no_blocks("a section of pages")),
         }
     }
@@ -518,6 +533,7 @@ impl DestinationSession {
         let placing = Placing::new(memory, &incoming.blocks, self.arrival.take())?;
         self.placing.insert(placing).breakage = self.breakage;
         self.prepare_rounds(&incoming)?;
+        self.begin_channels(announced)?;
         self.incoming = Some(incoming);
         self.statistics.update(|s| s.status = Status::Active);
         Ok(())

@@ -115,6 +115,10 @@ impl From<MoveError> for Error {
         match error {
             MoveError::Channel(error) => Self::Channel(error),
             MoveError::Guest(error) => Self::Guest(error),
+            MoveError::UnknownStyle => Self::Config {
+                what: "nothing tells how the peer wants its page channels".into(),
+                remedy: "give --peer qemu-7.2, qemu-10.0 or ramwire",
+            },
         }
     }
 }
@@ -135,6 +139,7 @@ impl Error {
             }
             Self::Channel(ChannelError::Rdma { side: Side::Here, .. }) => ErrorKind::Local,
             Self::Channel(ChannelError::Rdma { side: Side::Peer, .. }) => ErrorKind::Peer,
+            Self::Channel(ChannelError::Packet { .. }) => ErrorKind::Peer,
             Self::Channel(_) | Self::Truncated { .. } | Self::NoAnswer { .. } => ErrorKind::Channel,
             Self::Decode(_) | Self::PeerFailed { .. } | Self::OutOfTurn { .. } | Self::Digest(_) => {
                 ErrorKind::Peer

@@ -118,6 +118,11 @@ impl Figures {
         });
     }
 
+    /// Bytes that went on page channels so far.
+    pub(super) fn beside(&mut self, bytes: u64) {
+        self.shared.update(|s| s.multifd_bytes = bytes);
+    }
+
     pub(super) fn set_up(&mut self, now: Duration, position: u64) {
         self.shared.update(|s| {
             s.status = Status::Active;

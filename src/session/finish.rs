@@ -92,7 +92,7 @@ impl SourceSession {
         if self.handover == Handover::OneWay {
             self.link.sink().finish(&self.stop)?;
         }
-        let position = self.link.sink().position();
+        let position = self.position();
         self.figures.position(position);
         if self.breakage.is(Breakage::ResumeAfterCommit) {
             let _ = self.guest.control.resume();

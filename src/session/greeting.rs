@@ -8,6 +8,7 @@ use crate::stream::native::{GREETING, Hello, Order, version_of_pong};
 use crate::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::section::{SectionName, encode_footer, encode_start};
+use crate::stream::qemu::style::PeerStyle;
 use crate::stream::qemu::{file, ram};
 use crate::units::GuestAddr;
 
@@ -47,6 +48,11 @@ impl SourceSession {
             let why = "it did not answer the greeting of a ramwire (--peer ramwire was given)".into();
             return Err(Error::PeerFailed { why });
         }
+        let style = match self.handover {
+            Handover::Native => Some(PeerStyle::RAMWIRE),
+            _ => self.settings.style,
+        };
+        self.link.write_for(style)?;
         self.announce_blocks()?;
         self.link.open_round(RoundKind::Setup, &self.stop)?;
         self.link.close_round(RoundKind::Setup, &self.stop)?;
@@ -58,7 +64,7 @@ impl SourceSession {
         if self.settings.digest && self.handover == Handover::Native {
             self.estimate_digest()?;
         }
-        let position = self.link.sink().position();
+        let position = self.position();
         self.figures.set_up(self.clock.now(), position);
         Ok(Input::SetUp { handover: self.handover })
     }
@@ -137,7 +143,8 @@ impl SourceSession {
 
 /// What goes in front of the last ram section.
 pub(super) fn before_last_section(session: &SourceSession, out: &mut Vec<u8>) {
-    if session.settings.style.switchover_start && session.handover != Handover::Native {
+    let style = session.settings.style.unwrap_or(PeerStyle::QEMU_7_2);
+    if style.switchover_start && session.handover != Handover::Native {
         Command::SwitchoverStart.encode(out);
     }
 }

@@ -23,13 +23,13 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use crate::engine::Outcome;
 use crate::guest::{DirtySource, GuestControl, GuestMemory, MappedGuest};
 use crate::observe::{SharedStatistics, Status};
-use crate::ram::PageRun;
 use crate::sys::{CancelToken, Mapping, Stop};
 use crate::transport::{ByteSink, ByteSource};
 use crate::units::{PageSize, Rate};
 
 use super::arrivals::Arrivals;
 use super::destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
+use super::places::Placed;
 use super::source::{SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream};
 use super::{DestinationSettings, Error, SourceSettings};
 
@@ -323,7 +323,7 @@ impl Arrival for Middle {
         }
         settings.adopt(incoming);
         settings.all_dirty_at_start = false;
-        let bitmap = Arc::new(Arrivals::new(memory.table()));
+        let Some(bitmap) = self.bitmap.clone() else { return Ok(()) };
         let connection = connect(Arc::clone(memory))?;
         let guest = SourceGuest {
             memory: Arc::clone(memory),
@@ -347,7 +347,6 @@ impl Arrival for Middle {
             looked: Instant::now(),
             source_can_be_told: incoming.has_return_path,
         });
-        self.bitmap = Some(bitmap);
         self.memory = Some(Arc::clone(memory));
         let shared = Arc::clone(&self.shared);
         let far_side = move || {
@@ -362,10 +361,10 @@ impl Arrival for Middle {
         Ok(())
     }
 
-    fn placed(&mut self, run: PageRun) {
-        if let Some(bitmap) = &self.bitmap {
-            bitmap.mark(run);
-        }
+    fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn Placed> {
+        let bitmap = Arc::new(Arrivals::new(memory.table()));
+        self.bitmap = Some(Arc::clone(&bitmap));
+        bitmap
     }
 
     fn between_reads(&mut self) -> Result<(), Error> {
@@ -514,6 +513,7 @@ impl GuestControl for Forwarder {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::ram::PageRun;
     use crate::ram::{BlockName, RamBlock, RamBlockTable};
     use crate::units::{BlockIndex, PageIndex};
 

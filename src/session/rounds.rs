@@ -1,9 +1,12 @@
-//! Pages that come beside the stream, between a mark in it and the round's end.
+//! Pages that come beside the stream: between a mark in it and the round's end, or on channels of their own.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::Ending;
+use crate::stream::qemu::blocks::BlockAnnouncement;
+use crate::stream::qemu::incoming::{AnnouncedBlocks, Seen};
+use crate::stream::{Corrupt, DecodeError};
 use crate::sys::{CancelToken, Stop};
 
 use super::destination::{DestinationSession, Incoming, out_of_turn};
@@ -38,13 +41,50 @@ impl DestinationSession {
         let round = rounds.receive_round(&self.stop)?;
         let placing = self.placing()?;
         let page = placing.memory().table().page().bytes();
-        placing.pages.zero += round.zero_bytes / page;
+        placing.places().count_zero(round.zero_bytes / page);
         round.touched.into_iter().for_each(|run| placing.written(run));
         Ok(())
     }
 
+    /// There is memory now: the page channels may fill it.
+    pub(super) fn begin_channels(&mut self, announced: &[BlockAnnouncement]) -> Result<(), Error> {
+        let places = Arc::clone(self.placing()?.places());
+        let page = places.memory().table().page();
+        let Some(channels) = self.source.channels() else { return Ok(()) };
+        let blocks = AnnouncedBlocks::new(announced.to_vec())
+            .map_err(|fault| Error::Decode(DecodeError::Corrupt(Corrupt { at: 0, fault })))?;
+        Ok(channels.begin(places, blocks, page)?)
+    }
+
+    /// The stream has reached a barrier: what came before it on any channel is in place when this returns, and
+    /// nothing of what comes after it.
+    pub(super) fn barrier(&mut self) -> Result<(), Error> {
+        let Some(channels) = self.source.channels() else {
+            let what = "the source sends pages on channels of their own (multifd)".into();
+            return Err(Error::Config { what, remedy: "give --channels with the number that it has" });
+        };
+        channels.wait_barrier(&self.stop)?;
+        self.tell_channel_figures();
+        // Pressure is handed back before the channels go on.
+        self.placing()?.between_reads()?;
+        if let Some(channels) = self.source.channels() {
+            channels.release();
+        }
+        Ok(())
+    }
+
+    /// The end of a section's records is a barrier of the page channels where no record is. (A source with channels that
+    /// we were not told of can't get here: they are closed with the listener, which it notices.)
+    pub(super) fn records_ended(&mut self, seen: Seen) -> Result<(), Error> {
+        let is_barrier = self.source.channels().is_some() && seen.barrier_in_start == Some(false);
+        if is_barrier { self.barrier() } else { Ok(()) }
+    }
+
     /// The guest runs here next: nobody else writes to its memory any more.
     pub(super) fn revoke_rounds(&mut self) {
+        if let Some(channels) = self.source.channels() {
+            channels.end();
+        }
         if let Some(rounds) = self.source.rounds() {
             rounds.revoke();
         }
@@ -52,6 +92,9 @@ impl DestinationSession {
 
     /// The connection ends: in good order if the guest runs here, else the peer is told.
     pub(super) fn close_rounds(&mut self, ending: Ending) {
+        if let Some(channels) = self.source.channels() {
+            channels.end();
+        }
         let Some(rounds) = self.source.rounds() else { return };
         rounds.revoke();
         if ending == Ending::Running {

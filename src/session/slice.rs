@@ -18,7 +18,7 @@ impl SourceSession {
     /// Sends dirty pages until none is left, or until `until`. The peer is heard once a slice.
     pub(super) fn send_slice(&mut self, until: Duration) -> Result<Input, Error> {
         self.hear()?;
-        let before = self.link.sink().position();
+        let before = self.position();
         loop {
             let batch = self.next_batch()?;
             if batch.is_empty() {
@@ -30,10 +30,16 @@ impl SourceSession {
                 break;
             }
         }
-        let bytes = self.link.sink().position() - before;
+        let bytes = self.position() - before;
         let pages_left = self.dirty.count();
         self.figures.sent(self.clock.now(), bytes, pages_left, self.engine.rate());
+        self.figures.beside(self.link.beside());
         Ok(Input::Sent { pages_left, bytes })
+    }
+
+    /// Bytes sent so far, on whatever channel.
+    pub(super) fn position(&mut self) -> u64 {
+        self.link.sink().position() + self.link.beside()
     }
 
     /// Gathers runs until the batch is full or nothing is dirty.
@@ -56,14 +62,15 @@ impl SourceSession {
     /// Order 1: the bits of `run` are cleared, now the log is armed again, only then are the bytes read.
     fn look_at(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
         let chunk = self.dirty.take_clear_chunk(run);
+        let detection = self.settings.zero_detection.with(self.link.abilities().classifies);
         if self.breakage.is(Breakage::ReadBeforeProtect) {
-            classify(&*self.guest.memory, run, self.settings.zero_detection, batch)?;
+            classify(&*self.guest.memory, run, detection, batch)?;
             let torn = std::mem::take(batch);
             self.offer(torn)?;
             return self.reprotect(chunk);
         }
         self.reprotect(chunk)?;
-        Ok(classify(&*self.guest.memory, run, self.settings.zero_detection, batch)?)
+        Ok(classify(&*self.guest.memory, run, detection, batch)?)
     }
 
     fn reprotect(&mut self, chunk: Option<PageRun>) -> Result<(), Error> {

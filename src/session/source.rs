@@ -405,7 +405,7 @@ impl SourceSession {
         self.link.sink().flush(&self.stop)?;
         self.figures.fenced(begun.elapsed());
         self.take_returned()?;
-        let sent = self.link.sink().position();
+        let sent = self.position();
         self.figures.round_closed(self.clock.now(), sent);
         Ok(Input::Done)
     }

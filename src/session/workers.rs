@@ -8,15 +8,11 @@ use std::time::Duration;
 use crossbeam::channel::RecvTimeoutError;
 
 use super::Error;
+use crate::sys::spawn_thread;
+pub use crate::sys::{Job, SpawnFn};
 
 /// How often long work lets its caller do something else.
 const STILL_AT_IT: Duration = Duration::from_secs(1);
-
-/// What a thread runs.
-pub type Job = Box<dyn FnOnce() + Send + 'static>;
-
-/// Starts a thread: called with its name and its job. An embedder sets affinity or a seccomp filter here.
-pub type SpawnFn = dyn Fn(&'static str, Job) -> io::Result<JoinHandle<()>> + Send + Sync;
 
 /// How threads are started, and how many share work that fills a core. Clones share the callback.
 #[derive(Clone)]
@@ -27,7 +23,7 @@ pub struct Spawner {
 
 impl Default for Spawner {
     fn default() -> Self {
-        Self::new(|name, job| std::thread::Builder::new().name(name.to_owned()).spawn(job))
+        Self::new(spawn_thread)
     }
 }
 
@@ -54,6 +50,11 @@ impl Spawner {
     pub fn with_workers(mut self, workers: usize) -> Self {
         self.workers = workers.max(1);
         self
+    }
+
+    /// The callback, for threads that are not a session's own: a transport's.
+    pub fn callback(&self) -> Arc<SpawnFn> {
+        Arc::clone(&self.spawn)
     }
 
     /// How many threads share work that fills a core.

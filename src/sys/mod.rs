@@ -20,9 +20,10 @@ mod stop;
 mod tcp_state;
 #[cfg(test)]
 pub(crate) mod testing;
+mod threads;
 mod uffd;
 
-pub use faults::thread_page_faults;
+pub use faults::{FaultWatch, thread_page_faults};
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
 pub use inherited::take_inherited_fd;
 #[cfg(feature = "kvm")]
@@ -36,4 +37,5 @@ pub use shared_bits::SharedBitmap;
 pub use soft_dirty::SoftDirtyBits;
 pub use stop::{CancelToken, Stop, StopReason};
 pub use tcp_state::{TcpState, queued_bytes, tcp_state};
+pub use threads::{Job, SpawnFn, spawn_thread};
 pub use uffd::{UffdError, WriteProtector};

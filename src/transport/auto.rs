@@ -6,10 +6,11 @@ use std::sync::Arc;
 #[cfg(feature = "rdma")]
 use std::time::Duration;
 
+use super::door::open_stream;
 use super::tcp::TcpListener;
 use super::{
-    Address, AllowList, ChannelError, DestinationDoor, InlineLink, OpenError, RdmaOptions, SourceDoor,
-    StreamOptions, Way, WhyNoRdma, tcp,
+    Address, AllowList, ChannelError, DestinationDoor, DoorOptions, OpenError, RdmaOptions, SourceDoor,
+    StreamOptions, Way, WhyNoRdma,
 };
 use crate::guest::GuestMemory;
 use crate::sys::{Stop, StopReason};
@@ -31,11 +32,18 @@ const LOOK: Duration = Duration::from_millis(50);
 pub(super) fn open_source(
     (host, port): (&str, u16),
     memory: Arc<dyn GuestMemory>,
-    options: &StreamOptions,
-    rdma: &RdmaOptions,
+    options: &DoorOptions,
     stop: &Stop,
 ) -> Result<SourceDoor, OpenError> {
-    let why = match by_rdma((host, port), Arc::clone(&memory), options, rdma, stop) {
+    let tried = match options.channels.count {
+        0 => by_rdma((host, port), Arc::clone(&memory), &options.stream, &options.rdma, stop),
+        _ => {
+            return Err(OpenError::NoChannels {
+                address: Address::Auto { host: host.to_owned(), port }.to_string(),
+            });
+        }
+    };
+    let why = match tried {
         Ok(mut door) => {
             door.way.why = "both ends have an RDMA device that reaches the other".into();
             return Ok(door);
@@ -45,19 +53,15 @@ pub(super) fn open_source(
         Err(error) => error.to_string(),
     };
     let why = format!("RDMA did not work: {why}");
-    let channel = tcp::connect(host, port, options, stop).map_err(|error| match error {
+    let by_tcp = Address::Tcp { host: host.to_owned(), port };
+    let way = Way { transport: "tcp", why: why.clone() };
+    open_stream(&by_tcp, memory, options, way, stop).map_err(|error| match error {
         OpenError::Channel(ChannelError::Stopped { .. }) => error,
         error => OpenError::Neither {
             address: Address::Auto { host: host.to_owned(), port }.to_string(),
-            rdma: why.clone(),
+            rdma: why,
             tcp: Box::new(error),
         },
-    })?;
-    let (sink, back) = channel.with_return_path();
-    Ok(SourceDoor {
-        link: Box::new(InlineLink::new(Box::new(sink), memory)),
-        back: back.map(|back| Box::new(back) as Box<_>),
-        way: Way { transport: "tcp", why },
     })
 }
 

@@ -10,8 +10,8 @@ use super::rdma::{RdmaListener, connect_here as rdma_source};
 use super::tcp::TcpListener;
 use super::unix::UnixListener;
 use super::{
-    Address, AllowList, ByteSink, ByteSource, ChannelError, InlineLink, SourceLink, StreamChannel,
-    StreamOptions, exec, file, tcp, unix,
+    Address, AllowList, ByteSink, ByteSource, ChannelError, ChannelOptions, InlineLink, MultifdSource,
+    SourceLink, StreamChannel, StreamOptions, exec, file, multifd, tcp, unix,
 };
 use crate::guest::GuestMemory;
 use crate::sys::{Stop, take_inherited_fd};
@@ -67,6 +67,20 @@ pub enum OpenError {
         /// What stood in TCP's.
         tcp: Box<OpenError>,
     },
+    /// The connections of a source with page channels did not come as they should.
+    #[error("{address}: {what}; set multifd and multifd-channels (--channels) alike at both ends")]
+    Channels {
+        /// The address.
+        address: String,
+        /// What was found.
+        what: String,
+    },
+    /// Page channels where there is one stream only.
+    #[error("{address} has no page channels; use tcp: or unix:, or leave --channels out")]
+    NoChannels {
+        /// The address.
+        address: String,
+    },
     /// A stream that exists once was asked for again.
     #[error("{address} carries one stream only; give a tcp: or unix: address for more channels")]
     OnlyOne {
@@ -115,6 +129,24 @@ pub struct RdmaOptions {
 impl Default for RdmaOptions {
     fn default() -> Self {
         Self { pin_all: false, pin_budget: None, return_path: false, queue_pairs: 1 }
+    }
+}
+
+/// What is asked of a door.
+#[derive(Clone, Debug, Default)]
+pub struct DoorOptions {
+    /// Of every connection.
+    pub stream: StreamOptions,
+    /// Of `rdma:` connections.
+    pub rdma: RdmaOptions,
+    /// Page channels of `tcp:` and `unix:` connections.
+    pub channels: ChannelOptions,
+}
+
+impl DoorOptions {
+    /// These of the connection, the defaults of the rest.
+    pub fn of_stream(stream: StreamOptions) -> Self {
+        Self { stream, ..Self::default() }
     }
 }
 
@@ -176,22 +208,39 @@ impl DestinationDoor {
 pub fn open_source(
     address: &Address,
     memory: Arc<dyn GuestMemory>,
-    options: &StreamOptions,
-    rdma: &RdmaOptions,
+    options: &DoorOptions,
     stop: &Stop,
 ) -> Result<SourceDoor, OpenError> {
-    if let Address::Rdma { host, port } = address {
-        return rdma_source(host, *port, memory, options, rdma, stop);
+    let channels = &options.channels;
+    match address {
+        Address::Rdma { .. } | Address::Fd(_) | Address::Exec(_) | Address::File(_) if channels.count > 0 => {
+            Err(OpenError::NoChannels { address: address.to_string() })
+        }
+        Address::Rdma { host, port } => {
+            rdma_source(host, *port, memory, &options.stream, &options.rdma, stop)
+        }
+        Address::Auto { host, port } => auto::open_source((host, *port), memory, options, stop),
+        _ => open_stream(address, memory, options, Way::named(address), stop),
     }
-    if let Address::Auto { host, port } = address {
-        return auto::open_source((host, *port), memory, options, rdma, stop);
-    }
-    let (sink, back) = connect(address, options, stop)?.with_return_path();
-    Ok(SourceDoor {
-        link: Box::new(InlineLink::new(Box::new(sink), memory)),
-        back: back.map(|back| Box::new(back) as Box<_>),
-        way: Way::named(address),
-    })
+}
+
+/// Opens a byte stream, and page channels beside it where some are asked for.
+pub(super) fn open_stream(
+    address: &Address,
+    memory: Arc<dyn GuestMemory>,
+    options: &DoorOptions,
+    way: Way,
+    stop: &Stop,
+) -> Result<SourceDoor, OpenError> {
+    let (sink, back) = connect(address, &options.stream, stop)?.with_return_path();
+    let link: Box<dyn SourceLink> = match options.channels.count {
+        0 => Box::new(InlineLink::new(Box::new(sink), memory)),
+        _ => {
+            let open = || connect(address, &options.stream, stop);
+            Box::new(multifd::connect(Box::new(sink), memory, &options.channels, open)?)
+        }
+    };
+    Ok(SourceDoor { link, back: back.map(|back| Box::new(back) as Box<_>), way })
 }
 
 /// The address of the first RDMA device here that carries traffic, if this process may lock `bytes` of memory.
@@ -349,20 +398,29 @@ impl Listener {
     ///
     /// # Errors
     /// As [`accept`](Self::accept).
-    pub fn accept_door(
-        &mut self,
-        options: &StreamOptions,
-        stop: &Stop,
-    ) -> Result<DestinationDoor, OpenError> {
+    pub fn accept_door(&mut self, options: &DoorOptions, stop: &Stop) -> Result<DestinationDoor, OpenError> {
+        let channels = &options.channels;
+        let one_stream = !matches!(self.kind, Kind::Tcp(_) | Kind::Unix(_));
+        if channels.count > 0 && one_stream {
+            return Err(OpenError::NoChannels { address: self.address.to_string() });
+        }
         #[cfg(feature = "rdma")]
         if let Kind::Rdma(listener) = &mut self.kind {
-            return Ok(listener.accept(options, stop)?);
+            return Ok(listener.accept(&options.stream, stop)?);
         }
         if let Kind::Auto(listener) = &mut self.kind {
-            return listener.accept(options, stop);
+            return listener.accept(&options.stream, stop);
         }
         let way = Way::named(&self.address);
-        Ok(DestinationDoor::of_stream(self.accept(options, stop)?, way))
+        if channels.count == 0 {
+            return Ok(DestinationDoor::of_stream(self.accept(&options.stream, stop)?, way));
+        }
+        let address = self.address.to_string();
+        let next = |stop: &Stop| self.accept(&options.stream, stop);
+        let (main, pages) = multifd::accept(channels.count, &address, &options.stream, stop, next)?;
+        let (main, back) = main.with_return_path();
+        let source = MultifdSource::new(main, pages, channels.clone(), options.stream.stall);
+        Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>), way })
     }
 
     /// Waits for the next connection that is a byte stream.

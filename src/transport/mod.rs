@@ -12,6 +12,7 @@ mod exec;
 mod fault;
 mod file;
 mod loopback;
+mod multifd;
 mod patience;
 #[cfg(feature = "rdma")]
 pub mod rdma;
@@ -22,11 +23,12 @@ mod unix;
 pub use address::{Address, AddressError};
 pub use allow::{AllowError, AllowList};
 pub use door::{
-    DestinationDoor, Listener, OpenError, RdmaOptions, SourceDoor, Way, WhyNoRdma, connect, open_source,
-    rdma_address,
+    DestinationDoor, DoorOptions, Listener, OpenError, RdmaOptions, SourceDoor, Way, WhyNoRdma, connect,
+    open_source, rdma_address,
 };
 pub use fault::{Fault, FaultKind, Faulty};
 pub use loopback::{Loopback, LoopbackSink, LoopbackSource, loopback};
+pub use multifd::{ChannelOptions, MultifdLink, MultifdSource};
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 
 mod inline;
@@ -37,7 +39,11 @@ use std::time::Duration;
 
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{MoverAbilities, PageBatch, PageRun, RamBlock, RoundKind};
-use crate::sys::{RecvPart, SendPart, Stop, StopReason};
+use crate::stream::DecodeError;
+use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::style::PeerStyle;
+use crate::sys::{HostSpan, RecvPart, SendPart, Stop, StopReason};
+use crate::units::{BlockIndex, BlockOffset, PageSize};
 
 pub use inline::{InlineLink, InlinePages};
 
@@ -88,6 +94,14 @@ pub enum ChannelError {
         reason: StopReason,
         /// What this end was doing.
         doing: &'static str,
+    },
+    /// A page channel whose bytes make no sense.
+    #[error("{channel} is not understood: {source}")]
+    Packet {
+        /// Which.
+        channel: String,
+        /// What and where, from the channel's start.
+        source: DecodeError,
     },
     /// The RDMA device, or the protocol spoken over it.
     #[error("{peer}: {doing}: {source}")]
@@ -166,6 +180,66 @@ pub trait ByteSource: Send {
     fn rounds(&mut self) -> Option<&mut dyn DestinationLink> {
         None
     }
+
+    /// Page channels beside the stream. `None`: there are none.
+    fn channels(&mut self) -> Option<&mut dyn PageChannels> {
+        None
+    }
+}
+
+/// Where arriving pages go; shared by all that place them. Blocks are numbered as the source announced them.
+pub trait PagePlaces: Send + Sync {
+    /// The memory of `bytes` bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`GuestError`] if they are not in the guest.
+    fn room(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> Result<HostSpan<'_>, GuestError>;
+
+    /// True if the page at `offset` has come before.
+    fn has_come(&self, block: BlockIndex, offset: BlockOffset) -> bool;
+
+    /// The bytes are in place.
+    ///
+    /// # Errors
+    /// As [`room`](Self::room).
+    fn placed(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> Result<(), GuestError>;
+
+    /// The page at `offset` is zero. Memory that was never written is not touched.
+    ///
+    /// # Errors
+    /// As [`room`](Self::room).
+    fn zero(&self, block: BlockIndex, offset: BlockOffset) -> Result<(), GuestError>;
+}
+
+/// The destination's page channels, whose packets are placed by threads of their own.
+///
+/// # Orders that hold
+///
+/// Between [`wait_barrier`](Self::wait_barrier) and [`release`](Self::release) no thread places anything: all that came
+/// before the barrier is in place, nothing that comes after it.
+pub trait PageChannels: Send {
+    /// There is memory now: starts to read. Once.
+    ///
+    /// # Errors
+    /// [`MoveError`]: no thread could be started.
+    fn begin(
+        &mut self,
+        places: Arc<dyn PagePlaces>,
+        blocks: AnnouncedBlocks,
+        page: PageSize,
+    ) -> Result<(), MoveError>;
+
+    /// The stream has reached a barrier: waits until every channel has.
+    ///
+    /// # Errors
+    /// [`MoveError`]: a channel failed, closed, or is not understood.
+    fn wait_barrier(&mut self, stop: &Stop) -> Result<(), MoveError>;
+
+    /// Lets the channels go on behind the barrier.
+    fn release(&mut self);
+
+    /// No page is taken any more: closes the channels and ends their threads.
+    fn end(&mut self);
 }
 
 /// What a round brought.
@@ -212,6 +286,9 @@ pub enum MoveError {
     /// Guest memory could not be reached.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// Page channels are written in another way for each version of QEMU, and nothing tells which it is.
+    #[error("nothing tells how the peer wants its page channels: give --peer qemu-7.2, qemu-10.0 or ramwire")]
+    UnknownStyle,
 }
 
 /// Names a batch handed to a link and not yet returned.
@@ -261,6 +338,19 @@ pub trait SourceLink: Send {
 
     /// The byte stream of the same connection; pending pages go first.
     fn sink(&mut self) -> &mut dyn ByteSink;
+
+    /// Bytes that went on other channels than the stream's.
+    fn beside(&self) -> u64 {
+        0
+    }
+
+    /// The peer is known now, or is not: in what style it wants what only some doors write.
+    ///
+    /// # Errors
+    /// [`MoveError::UnknownStyle`] from a door that must know.
+    fn write_for(&mut self, _style: Option<PeerStyle>) -> Result<(), MoveError> {
+        Ok(())
+    }
 
     /// Opens a round for pages.
     ///

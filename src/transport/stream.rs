@@ -183,6 +183,30 @@ impl StreamChannel {
         self.stall = stall;
     }
 
+    /// The first four bytes of the stream of a socket, which stay to be read.
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    pub(super) fn peek_word(&self, stop: &Stop) -> Result<[u8; 4], ChannelError> {
+        /// Time after which a word that has begun is looked at again: the bytes that are there wake no wait.
+        const REST: Duration = Duration::from_millis(2);
+        const PEEKING: &str = "waiting for the first bytes of a channel";
+        let mut patience = Patience::new(&self.end, PEEKING, self.stall);
+        let mut word = [0; 4];
+        loop {
+            match rustix::net::recv(&self.end.fd, &mut word, rustix::net::RecvFlags::PEEK) {
+                Ok((_, 4)) => return Ok(word),
+                Ok((_, 0)) => {
+                    return Err(ChannelError::Closed { peer: self.end.peer.clone(), doing: PEEKING });
+                }
+                Ok(_) => patience.rest(REST, stop)?,
+                Err(Errno::AGAIN) => patience.wait(PollFlags::IN, stop)?,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.end.broken(PEEKING, errno.into())),
+            }
+        }
+    }
+
     /// Ends the stream in good order: says that no byte follows, waits until the peer's kernel has them all
     /// (TCP), the bytes are on the disk (files, where asked for) or the command has ended.
     ///

@@ -6,9 +6,10 @@
 use ramwire::ram::BlockName;
 use ramwire::stream::DecodeError;
 use ramwire::stream::qemu::blocks::BlockAnnouncement;
-use ramwire::stream::qemu::channel::{Channel, ChannelStep, PacketInflater};
+use ramwire::stream::qemu::channel::{Channel, ChannelStep};
 use ramwire::stream::qemu::incoming::{AnnouncedBlocks, Event, IncomingConfig, IncomingStream, Step};
 use ramwire::stream::qemu::multifd::Method;
+use ramwire::stream::qemu::packed::PacketInflater;
 use ramwire::stream::qemu::{command, ram, return_path};
 use ramwire::stream::xbzrle;
 use ramwire::units::PageSize;
@@ -113,8 +114,8 @@ pub(crate) fn channel(data: &[u8], method: Method) {
     };
     let blocks =
         AnnouncedBlocks::new(vec![block("microvm.ram", 2 << 20), block("pc.bios", 64 << 10)]).unwrap();
-    let mut channel = Channel::new(PageSize::SIZE_4K, method, [0; 16], 2);
-    let mut inflater = PacketInflater::default();
+    let mut channel = Channel::new(PageSize::SIZE_4K, method, Some([0; 16]), 2);
+    let mut inflater = PacketInflater::new(method).unwrap();
     let mut at = 0;
     loop {
         match channel.next(&data[at..], &blocks) {
@@ -136,7 +137,9 @@ pub(crate) fn channel(data: &[u8], method: Method) {
                 }
                 let end = at + plan.payload as usize;
                 let Some(payload) = data.get(at..end) else { return };
-                if method == Method::Zlib && !payload.is_empty() {
+                if let Some(inflater) = &mut inflater
+                    && !payload.is_empty()
+                {
                     let mut pages = vec![0; plan.normal.len() * 4096];
                     if inflater.inflate(payload, &mut pages).is_err() {
                         return;

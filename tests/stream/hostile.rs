@@ -108,13 +108,14 @@ fn s79_every_byte_of_a_small_stream_may_be_wrong() {
 /// Multifd channels with a few changed bytes, most of them in the headers.
 #[test]
 fn s79_flipped_bytes_of_channels_are_refused_or_pass_within_bounds() {
-    let captures: Vec<(Vec<u8>, Method)> = [("none", Method::Plain), ("zlib", Method::Zlib)]
-        .into_iter()
-        .flat_map(|(name, method)| {
-            ["q72", "q100"]
-                .map(|qemu| (captures::read(&format!("{qemu}-microvm-multifd-{name}-ch0.gz")), method))
-        })
-        .collect();
+    let captures: Vec<(Vec<u8>, Method)> =
+        [("none", Method::Plain), ("zlib", Method::Zlib), ("zstd", Method::Zstd)]
+            .into_iter()
+            .flat_map(|(name, method)| {
+                ["q72", "q100"]
+                    .map(|qemu| (captures::read(&format!("{qemu}-microvm-multifd-{name}-ch0.gz")), method))
+            })
+            .collect();
     captures.iter().for_each(|(bytes, method)| fuzz_bodies::channel(bytes, *method));
     let config =
         Config { cases: 1000, rng_seed: RngSeed::Fixed(8), failure_persistence: None, ..Config::default() };

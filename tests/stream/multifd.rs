@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use ramwire::stream::qemu::channel::{Channel, ChannelStep, PacketInflater};
-use ramwire::stream::qemu::incoming::{
-    AnnouncedBlocks, Event, IncomingConfig, IncomingStream, SectionKind, Step,
-};
+use ramwire::stream::qemu::channel::{Channel, ChannelStep};
+use ramwire::stream::qemu::incoming::{AnnouncedBlocks, Event, IncomingConfig, IncomingStream, Step};
 use ramwire::stream::qemu::multifd::Method;
+use ramwire::stream::qemu::packed::PacketInflater;
 use ramwire::units::{BlockIndex, BlockOffset, PageSize};
 
 use super::captures::{self, Promise, sha256};
@@ -18,15 +17,15 @@ struct Peer {
     bytes: Vec<u8>,
     at: usize,
     channel: Channel,
-    inflater: PacketInflater,
-    method: Method,
+    inflater: Option<PacketInflater>,
     counts: BTreeMap<&'static str, u64>,
 }
 
 impl Peer {
     fn new(bytes: Vec<u8>, method: Method) -> Self {
-        let channel = Channel::new(PageSize::SIZE_4K, method, [0; 16], 2);
-        Self { bytes, at: 0, channel, inflater: PacketInflater::default(), method, counts: BTreeMap::new() }
+        let channel = Channel::new(PageSize::SIZE_4K, method, Some([0; 16]), 2);
+        let inflater = PacketInflater::new(method).unwrap();
+        Self { bytes, at: 0, channel, inflater, counts: BTreeMap::new() }
     }
 
     fn count(&mut self, what: &'static str, by: usize) {
@@ -64,11 +63,10 @@ impl Peer {
         let block = &mut memory[plan.block.unwrap().as_usize()];
         let payload = &self.bytes[self.at..self.at + plan.payload as usize];
         let mut pages = vec![0; plan.normal.len() * PAGE];
-        match self.method {
-            Method::Plain => pages.copy_from_slice(payload),
-            Method::Zlib if plan.normal.is_empty() => {}
-            Method::Zlib => self.inflater.inflate(payload, &mut pages).unwrap(),
-            Method::Zstd => {}
+        match &mut self.inflater {
+            None => pages.copy_from_slice(payload),
+            Some(_) if plan.normal.is_empty() => {}
+            Some(inflater) => inflater.inflate(payload, &mut pages).unwrap(),
         }
         for (offset, bytes) in plan.normal.iter().zip(pages.chunks(PAGE)) {
             block[offset.0 as usize..][..PAGE].copy_from_slice(bytes);
@@ -117,7 +115,7 @@ fn replay(promise: &Promise, method: Method, per_round: bool) -> Result {
                 false
             }
             Event::MultifdFlush => per_round,
-            Event::SectionEnd { kind: SectionKind::Ram, .. } => !per_round,
+            Event::RecordsEnd => !per_round,
             Event::Done => break,
             _ => false,
         };

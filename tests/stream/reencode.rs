@@ -48,10 +48,8 @@ fn encode(event: &Event<'_>, ram_id: Option<u32>, raw: &[u8], out: &mut Vec<u8>)
         }
         Event::SectionStart { phase: Phase::Part, id, .. } => section::encode_part(*id, out),
         Event::SectionStart { phase: Phase::End, id, .. } => section::encode_end(*id, out),
-        Event::SectionEnd { .. } => {
-            out.extend_from_slice(&ram::EOS_RECORD);
-            section::encode_footer(id, out);
-        }
+        Event::RecordsEnd => out.extend_from_slice(&ram::EOS_RECORD),
+        Event::SectionEnd { .. } => section::encode_footer(id, out),
         Event::Blocks(list) if !raw.is_empty() => blocks::encode_block_list(list, out),
         Event::Blocks(_) => {}
         Event::MappedBlock { block, header } => {

@@ -11,7 +11,7 @@ use ramwire::guest::synthetic::SyntheticGuest;
 use ramwire::guest::{GuestControl, GuestMemory};
 use ramwire::session::{DestinationSession, DestinationSettings};
 use ramwire::sys::{CancelToken, Stop, populate};
-use ramwire::transport::{Address, AllowList, Listener};
+use ramwire::transport::{Address, AllowList, DoorOptions, Listener};
 use ramwire::units::BlockIndex;
 use rustix::event::PollFlags;
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::Failure;
 use super::blocks::BlockSpec;
 use crate::cli::args::Exit;
-use crate::cli::common::{cancel_on_signal, complain, local_options};
+use crate::cli::common::{ChannelArgs, cancel_on_signal, complain, local_options};
 
 /// How long the guest runs at the destination before it checks itself.
 const RUN: Duration = Duration::from_millis(200);
@@ -54,6 +54,8 @@ pub(in crate::cli) struct Args {
     block: Vec<BlockSpec>,
     #[arg(long)]
     populate: bool,
+    #[command(flatten)]
+    channels: ChannelArgs,
 }
 
 /// The process, seen by the demo. Dropping it ends it.
@@ -63,7 +65,12 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn start(address: &Address, blocks: &[BlockSpec], populate: bool) -> Result<Self, Failure> {
+    pub(super) fn start(
+        address: &Address,
+        blocks: &[BlockSpec],
+        populate: bool,
+        channels: &ChannelArgs,
+    ) -> Result<Self, Failure> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("demo-destination").arg(address.to_string());
         for block in blocks {
@@ -72,6 +79,7 @@ impl Process {
         if populate {
             command.arg("--populate");
         }
+        command.args(channels.arguments());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or_else(|| io::Error::other("the destination has no output"))?;
         Ok(Self { child, out: BufReader::new(out) })
@@ -138,7 +146,9 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     cancel_on_signal(vec![cancel.clone()]);
     let mut listener = Listener::bind(&args.uri, AllowList::default(), &stop)?;
     println!("{}", listener.address());
-    let door = listener.accept_door(&local_options(), &stop.within(Duration::from_secs(60)))?;
+    let channels = args.channels.options()?;
+    let options = DoorOptions { channels, ..DoorOptions::of_stream(local_options()) };
+    let door = listener.accept_door(&options, &stop.within(Duration::from_secs(60)))?;
     drop(listener);
     let control = Box::new(guest.clone());
     let settings = DestinationSettings::default();

@@ -22,7 +22,7 @@ pub(super) use self::destination::Args as DestinationArgs;
 pub(super) use self::destination::run as run_destination;
 use self::way::{Transport, Way};
 use super::args::Exit;
-use super::common::{RdmaArgs, bytes, cancel_on_signal, complain, failed};
+use super::common::{ChannelArgs, RdmaArgs, bytes, cancel_on_signal, complain, failed};
 use super::progress::Progress;
 
 /// Migrates a guest whose threads keep writing pages that describe themselves, from this process to one that it starts,
@@ -72,6 +72,8 @@ pub(super) struct Args {
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    channels: ChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use ramwire::guest::MappedGuest;
 use ramwire::sys::Stop;
-use ramwire::transport::{Address, SourceDoor, open_source, rdma_address};
+use ramwire::transport::{Address, DoorOptions, SourceDoor, open_source, rdma_address};
 
 use super::blocks::BlockSpec;
 use super::destination::Process;
@@ -42,10 +42,15 @@ impl Way {
         stop: &Stop,
     ) -> Result<Self, Failure> {
         let open = |transport, address: &Address, why| {
-            let mut destination = Process::start(address, blocks, args.populate)?;
+            let mut destination = Process::start(address, blocks, args.populate, &args.channels)?;
             let address = destination.address()?;
-            let (memory, rdma) = (Arc::clone(memory), args.rdma.options());
-            let door = open_source(&address, memory, &local_options(), &rdma, stop)?;
+            let options = DoorOptions {
+                stream: local_options(),
+                rdma: args.rdma.options(),
+                channels: args.channels.options()?,
+            };
+            let memory = Arc::clone(memory);
+            let door = open_source(&address, memory, &options, stop)?;
             Ok(Self { transport, why, destination, door })
         };
         let rdma = |why: &str| {
@@ -62,6 +67,9 @@ impl Way {
                 open("tcp", &address, "--transport tcp".into())
             }
             Transport::Unix => unix("--transport unix".into()),
+            Transport::Auto if args.channels.count() > 0 => {
+                unix("page channels (--channels) need a byte stream".into())
+            }
             Transport::Auto => rdma("both ends have a working RDMA device").or_else(|error: Failure| {
                 unix(format!("both ends are on this host, and RDMA did not work: {error}"))
             }),

@@ -1,13 +1,13 @@
 //! The guest: its memory on both sides, who writes to it and which logs see it.
 
 use std::io::{self, Read, Write};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::plan::{Fault, LogKind, Plan, Rng, Side};
 use super::world::{Sim, World};
 use crate::guest::{DirtyError, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest};
 use crate::ram::{BlockName, Landing, PageBitmap, PageRun, RamBlock, RamBlockTable};
-use crate::session::{Arrival, Error, Incoming};
+use crate::session::{Arrival, Error, Incoming, Placed};
 use crate::stream::qemu::section::{
     SectionName, encode_eof, encode_footer, encode_full, encode_vm_description,
 };
@@ -420,31 +420,41 @@ fn device_state(payload: &[u8]) -> (Vec<u8>, usize) {
 /// Copies each page the moment it is said to be there, as a relay may.
 pub(super) struct Watcher {
     pub(super) sim: Sim,
-    copies: Vec<Vec<Option<Vec<u8>>>>,
+    copies: Arc<Copies>,
+}
+
+struct Copies {
+    sim: Sim,
+    pages: Mutex<Vec<Vec<Option<Vec<u8>>>>>,
 }
 
 impl Watcher {
     pub(super) fn new(sim: &Sim) -> Self {
         let blocks = sim.world().plan.blocks.clone();
-        Self {
-            sim: sim.clone(),
-            copies: blocks.iter().map(|(pages, _)| vec![None; *pages as usize]).collect(),
+        let pages = blocks.iter().map(|(pages, _)| vec![None; *pages as usize]).collect();
+        Self { sim: sim.clone(), copies: Arc::new(Copies { sim: sim.clone(), pages: Mutex::new(pages) }) }
+    }
+}
+
+impl Placed for Copies {
+    fn placed(&self, run: PageRun) {
+        let world = self.sim.world();
+        let mut pages = self.pages.lock().unwrap();
+        for page in run.first.0..run.end().0 {
+            let mut copy = vec![0; PAGE];
+            page_of(&world.guest.memory[1], run.block.0, page).copy_to(&mut copy);
+            pages[run.block.as_usize()][page as usize] = Some(copy);
         }
     }
 }
 
 impl Arrival for Watcher {
-    fn began(&mut self, _incoming: &Incoming, _memory: &Arc<dyn GuestMemory>) -> Result<(), Error> {
-        Ok(())
+    fn watch(&mut self, _memory: &Arc<dyn GuestMemory>) -> Arc<dyn Placed> {
+        Arc::clone(&self.copies) as Arc<dyn Placed>
     }
 
-    fn placed(&mut self, run: PageRun) {
-        let world = self.sim.world();
-        for page in run.first.0..run.end().0 {
-            let mut copy = vec![0; PAGE];
-            page_of(&world.guest.memory[1], run.block.0, page).copy_to(&mut copy);
-            self.copies[run.block.as_usize()][page as usize] = Some(copy);
-        }
+    fn began(&mut self, _incoming: &Incoming, _memory: &Arc<dyn GuestMemory>) -> Result<(), Error> {
+        Ok(())
     }
 
     fn between_reads(&mut self) -> Result<(), Error> {
@@ -454,7 +464,7 @@ impl Arrival for Watcher {
     fn ram_complete(&mut self) -> Result<(), Error> {
         let mut world = self.sim.world();
         let mut now = vec![0; PAGE];
-        for (block, copies) in self.copies.iter().enumerate() {
+        for (block, copies) in self.copies.pages.lock().unwrap().iter().enumerate() {
             for (page, copy) in copies.iter().enumerate() {
                 page_of(&world.guest.memory[1], block as u32, page as u64).copy_to(&mut now);
                 if copy.as_ref().is_some_and(|copy| *copy != now) {

@@ -1,7 +1,5 @@
 //! One incoming multifd channel: packets, pages and stops.
 
-use flate2::{Decompress, FlushDecompress};
-
 use super::super::error::{DecodeError, Fault};
 use super::incoming::AnnouncedBlocks;
 use super::multifd::{Init, Method, Packet, Pages, decode_init, decode_packet};
@@ -19,7 +17,7 @@ use crate::units::{BlockIndex, BlockOffset, PageSize};
 pub struct Channel {
     page: PageSize,
     method: Method,
-    uuid: [u8; 16],
+    uuid: Option<[u8; 16]>,
     channels: u8,
     state: State,
     /// Offset of the next unread byte.
@@ -82,8 +80,8 @@ pub enum ChannelStep {
 }
 
 impl Channel {
-    /// A channel in front of its first byte; `uuid` and `channels` are what [`decode_init`] checks.
-    pub fn new(page: PageSize, method: Method, uuid: [u8; 16], channels: u8) -> Self {
+    /// A channel in front of its first byte; `uuid` and `channels` are as for [`decode_init`].
+    pub fn new(page: PageSize, method: Method, uuid: Option<[u8; 16]>, channels: u8) -> Self {
         let (state, plan) = (State::Init, Plan::default());
         Self { page, method, uuid, channels, state, position: 0, id: None, barriers: 0, plan }
     }
@@ -125,8 +123,9 @@ impl Channel {
     ) -> Result<(usize, Option<Told>), DecodeError> {
         match self.state {
             State::Init => {
-                let (Init { id, .. }, used) = decode_init(input, &self.uuid, self.channels)?;
+                let (Init { id, uuid }, used) = decode_init(input, self.uuid.as_ref(), self.channels)?;
                 self.id = Some(id);
+                self.uuid = Some(uuid);
                 self.state = State::Header;
                 Ok((used, Some(Told::Opened(id))))
             }
@@ -202,6 +201,11 @@ impl Channel {
         self.id
     }
 
+    /// UUID of the VM, once the channel has said it; zero before, and if the VM has none.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.uuid.unwrap_or_default()
+    }
+
     /// Barriers that are behind it.
     pub fn barriers(&self) -> u64 {
         self.barriers
@@ -219,58 +223,9 @@ enum Told {
     Barrier,
 }
 
-/// The zlib stream of one channel, which lives as long as the channel.
-#[derive(Debug)]
-pub struct PacketInflater {
-    inflate: Decompress,
-}
-
-impl Default for PacketInflater {
-    fn default() -> Self {
-        Self { inflate: Decompress::new(true) }
-    }
-}
-
-impl PacketInflater {
-    /// Inflates the payload of one packet into `out`, which it must fill exactly.
-    ///
-    /// # Errors
-    ///
-    /// [`Fault::Multifd`] if it is no zlib stream or gives more or fewer bytes; the channel is then useless.
-    pub fn inflate(&mut self, mut payload: &[u8], out: &mut [u8]) -> Result<(), Fault> {
-        let broken = || Fault::Multifd("the payload of a packet does not inflate");
-        let size = Fault::Multifd("the payload of a packet does not give exactly its pages");
-        let mut filled = 0;
-        // A byte of room behind the pages lets the decoder take the end of the packet, and shows what is too much:
-        // the decoder may hold output back until there is room, so it is asked until nothing moves.
-        let mut beyond = [0u8; 1];
-        while filled <= out.len() {
-            let room = out.get_mut(filled..).filter(|room| !room.is_empty()).unwrap_or(&mut beyond);
-            let (taken, given) = (self.inflate.total_in(), self.inflate.total_out());
-            self.inflate.decompress(payload, room, FlushDecompress::Sync).map_err(|_| broken())?;
-            let taken = (self.inflate.total_in() - taken) as usize;
-            let given = (self.inflate.total_out() - given) as usize;
-            payload = payload.get(taken..).unwrap_or(&[]);
-            filled += given;
-            if taken == 0 && given == 0 {
-                break;
-            }
-        }
-        if !payload.is_empty() && filled <= out.len() {
-            return Err(broken());
-        }
-        if filled == out.len() { Ok(()) } else { Err(size) }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::io::Write;
-
-    use flate2::Compression;
-    use flate2::write::ZlibEncoder;
-
     use super::super::blocks::BlockAnnouncement;
     use super::super::multifd::{NewPacket, encode_init, encode_packet, encode_sync};
     use super::*;
@@ -285,7 +240,7 @@ mod tests {
     }
 
     fn opened() -> Channel {
-        let mut channel = Channel::new(PAGE, Method::Plain, [0; 16], 2);
+        let mut channel = Channel::new(PAGE, Method::Plain, Some([0; 16]), 2);
         let mut init = Vec::new();
         encode_init(&Init { uuid: [0; 16], id: 1 }, &mut init);
         assert_eq!(channel.next(&init, &blocks()), Ok(ChannelStep::Opened { consumed: 64, id: 1 }));
@@ -360,29 +315,5 @@ mod tests {
                 "{what}: {error:?}"
             );
         }
-    }
-
-    #[test]
-    fn s47_one_zlib_stream_goes_through_all_packets() {
-        let mut encoder = ZlibEncoder::new(Vec::new(), Compression::fast());
-        let mut packet = |bytes: &[u8]| {
-            encoder.write_all(bytes).unwrap();
-            encoder.flush().unwrap();
-            std::mem::take(encoder.get_mut())
-        };
-        let (first, second) = (packet(&[1; 8192]), packet(&[2; 4096]));
-        let mut out = vec![0; 8192];
-        let mut inflater = PacketInflater::default();
-        assert_eq!(inflater.inflate(&first, &mut out), Ok(()));
-        assert!(out.iter().all(|byte| *byte == 1));
-        assert_eq!(inflater.inflate(&second, &mut out[..4096]), Ok(()));
-        assert!(out[..4096].iter().all(|byte| *byte == 2));
-
-        for (what, len) in [("too much", 8191), ("too little", 8193)] {
-            let mut inflater = PacketInflater::default();
-            assert!(inflater.inflate(&first, &mut vec![0; len]).is_err(), "{what}");
-        }
-        assert!(PacketInflater::default().inflate(&second, &mut out).is_err(), "the header is missing");
-        assert!(PacketInflater::default().inflate(&[], &mut out).is_err(), "nothing");
     }
 }

@@ -11,7 +11,7 @@
 //! | [`compressed`] | pages as zlib streams |
 //! | [`early`] | sections beside RAM that must be passed over |
 //! | [`tail`], [`vmdesc`] | device sections: where they end, how they are cut |
-//! | [`multifd`], [`channel`] | packets of further channels, and one such channel |
+//! | [`multifd`], [`packed`], [`channel`] | packets of further channels, their compression, and one such channel |
 //! | [`return_path`] | messages back to the source |
 //! | [`style`] | the dialects of senders |
 //! | [`incoming`] | all of it in order: a whole stream on one channel |
@@ -25,6 +25,7 @@ pub mod file;
 pub mod incoming;
 pub mod mapped;
 pub mod multifd;
+pub mod packed;
 pub mod ram;
 pub mod return_path;
 pub mod section;

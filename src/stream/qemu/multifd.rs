@@ -68,19 +68,23 @@ pub struct Init {
     pub id: u8,
 }
 
-/// Decodes the initial packet, 64 bytes. `uuid` is the UUID of the local VM, zero if it has none; ids are below
-/// `channels`. That no id comes twice is the caller's to check.
+/// Decodes the initial packet, 64 bytes. `uuid` is the UUID of the local VM, zero if it has none; `None` takes any. Ids
+/// are below `channels`. That no id comes twice is the caller's to check.
 ///
 /// # Errors
 ///
 /// [`Fault::Multifd`]; [`DecodeError::Truncated`].
-pub fn decode_init(input: &[u8], uuid: &[u8; 16], channels: u8) -> Result<(Init, usize), DecodeError> {
+pub fn decode_init(
+    input: &[u8],
+    uuid: Option<&[u8; 16]>,
+    channels: u8,
+) -> Result<(Init, usize), DecodeError> {
     let mut reader = Reader::new(input);
     magic(&mut reader)?;
     let at = reader.position();
     let init = Init { uuid: reader.array()?, id: reader.u8()? };
     reader.array::<39>()?;
-    if init.uuid != *uuid {
+    if uuid.is_some_and(|uuid| init.uuid != *uuid) {
         return Err(DecodeError::corrupt(at, Fault::Multifd("the channel belongs to a VM of another UUID")));
     }
     if init.id >= channels {
@@ -304,9 +308,9 @@ mod tests {
         let mut out = Vec::new();
         encode_init(&Init { uuid: [7; 16], id: 1 }, &mut out);
         assert_eq!(out.len(), INIT_LEN);
-        assert_eq!(decode_init(&out, &[7; 16], 2), Ok((Init { uuid: [7; 16], id: 1 }, 64)));
+        assert_eq!(decode_init(&out, Some(&[7; 16]), 2), Ok((Init { uuid: [7; 16], id: 1 }, 64)));
         assert_eq!(
-            decode_init(&out[..63], &[7; 16], 2),
+            decode_init(&out[..63], Some(&[7; 16]), 2),
             Err(DecodeError::Truncated { needed: 64, have: 63 })
         );
         #[rustfmt::skip]
@@ -321,7 +325,7 @@ mod tests {
             if *flip_before > 0 {
                 bad[flip_before - 1] ^= 3;
             }
-            let error = decode_init(&bad, uuid, *channels).unwrap_err();
+            let error = decode_init(&bad, Some(uuid), *channels).unwrap_err();
             assert!(
                 matches!(error, DecodeError::Corrupt(ref corrupt) if corrupt.at == *at),
                 "{what}: {error}"

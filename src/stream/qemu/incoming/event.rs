@@ -130,6 +130,9 @@ pub enum Event<'a> {
     },
     /// Barrier of the multifd channels.
     MultifdFlush,
+    /// The records of a `ram` section end: the barrier of the multifd channels where no record is. Its footer may come
+    /// only after the barrier is passed.
+    RecordsEnd,
     /// An early virtio-mem section; [`VirtioMem::bitmap_len`] bytes follow as [`Event::SectionBytes`].
     VirtioMem(VirtioMem),
     /// The head of a chunk of a dirty-bitmap section.
@@ -150,7 +153,7 @@ pub enum Event<'a> {
 pub struct Seen {
     /// A SWITCHOVER_START came.
     pub switchover_start: bool,
-    /// A multifd barrier record stood in the `ram` START, whose end has been reached; `None`: not reached yet.
+    /// A multifd barrier record stood in the `ram` START, whose records have ended; `None`: not reached yet.
     pub barrier_in_start: Option<bool>,
     /// The return path was opened.
     pub return_path: bool,

@@ -409,14 +409,8 @@ impl IncomingStream {
     fn footer<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
         let Open { phase, id, kind } = self.open;
         let ((), used) = decode_footer(input, id)?;
-        match (kind, phase) {
-            (SectionKind::Ram, Phase::Start) => {
-                // A second START, which repeats the first, may not take back what the first has shown.
-                let before = self.seen.barrier_in_start.unwrap_or(false);
-                self.seen.barrier_in_start = Some(before || self.barrier);
-            }
-            (SectionKind::Ram, Phase::End) => self.seen.ram_end = true,
-            _ => {}
+        if (kind, phase) == (SectionKind::Ram, Phase::End) {
+            self.seen.ram_end = true;
         }
         self.state = State::Items;
         Ok(Told(used, Event::SectionEnd { phase, kind }))

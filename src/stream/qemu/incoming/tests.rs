@@ -133,6 +133,7 @@ fn run_with(config: IncomingConfig, bytes: &[u8]) -> Result<(Told, IncomingStrea
                     Event::Zero { block, offset } => format!("zero {}:{offset}", block.0),
                     Event::Filled { block, offset, byte } => format!("fill {}:{offset} {byte}", block.0),
                     Event::SectionStart { phase, kind, .. } => format!("{phase:?} {kind:?}"),
+                    Event::RecordsEnd => "EOS".into(),
                     Event::SectionEnd { .. } => "end".into(),
                     Event::Command(command) => command.name().into(),
                     Event::TailBytes(bytes) => format!("tail {}", bytes.len()),
@@ -182,8 +183,8 @@ fn s02_s06_s17_s24_a_plain_stream_is_told_in_order() {
         .eos()
         .devices();
     let (told, machine) = run(&stream).unwrap();
-    let want = "none, Start Ram, blocks 2, end, Part Ram, zero 0:0x0, page 0:0x3000, end, SWITCHOVER_START, \
-                End Ram, zero 0:0x1000, zero 1:0x0, end, tail 94";
+    let want = "none, Start Ram, blocks 2, EOS, end, Part Ram, zero 0:0x0, page 0:0x3000, EOS, end, \
+                SWITCHOVER_START, End Ram, zero 0:0x1000, zero 1:0x0, EOS, end, tail 94";
     assert_eq!((told.trace.join(", ").as_str(), told.done), (want, true));
     let seen = *machine.seen();
     assert!(seen.switchover_start && seen.ram_end && seen.barrier_in_start == Some(false));
@@ -277,7 +278,7 @@ fn s28_s29_s30_s79_block_lists_are_bounded_and_may_not_change() {
     assert_eq!(error.fault, Fault::Limit { what: "the number of RAM blocks", value: 4097, limit: 4096 });
 
     let again = Bytes::started().part().list(&[block("ram", 4), block("vga", 1)]).eos();
-    assert!(trace(&again).ends_with("Part Ram, blocks 2, end"), "the same list again is accepted");
+    assert!(trace(&again).ends_with("Part Ram, blocks 2, EOS, end"), "the same list again is accepted");
     let shared = Configuration { capabilities: vec!["x-ignore-shared".into()], ..Configuration::default() };
     let addressed = BlockAnnouncement { guest_addr: Some(GuestAddr(0xc_0000)), ..block("ram", 1) };
     let (_, machine) = run(&Bytes::of(&shared).start().list(std::slice::from_ref(&addressed)).eos()).unwrap();
@@ -342,7 +343,7 @@ fn s16_s20_sections_beside_ram_are_passed_over_exactly() {
         .eos();
     let told = trace(&stream);
     assert!(told.contains("Full EarlyVirtioMem, VirtioMem"), "{told}");
-    assert!(told.ends_with("bytes 16, end, Part Ram, zero 0:0x0, end"), "{told}");
+    assert!(told.ends_with("bytes 16, end, Part Ram, zero 0:0x0, EOS, end"), "{told}");
 
     let bitmap = |id: u32| id.to_be_bytes();
     let stream = Bytes::started()
@@ -363,7 +364,7 @@ fn s16_s20_sections_beside_ram_are_passed_over_exactly() {
     let (told, machine) = run(&stream).unwrap();
     let text = told.trace.join(", ");
     assert!(
-        text.contains("Part DirtyBitmap, BitmapChunk, bytes 3, BitmapChunk, end, End Ram, end"),
+        text.contains("Part DirtyBitmap, BitmapChunk, bytes 3, BitmapChunk, end, End Ram, EOS, end"),
         "{text}"
     );
     assert!(told.done && machine.finish() == Ok(Ending::Whole), "{text}");
@@ -410,7 +411,7 @@ fn s13_s58_s61_s79_a_package_is_bounded_and_only_plain_pages_follow_it() {
     let (told, machine) = run(&whole).unwrap();
     let text = told.trace.join(", ");
     assert!(
-        text.contains("PACKAGED, package 6, PackageEnd, PING, Part Ram, zero 0:0x0, end, End Ram, end, Eof"),
+        text.contains("PackageEnd, PING, Part Ram, zero 0:0x0, EOS, end, End Ram, EOS, end, Eof"),
         "{text}"
     );
     assert!(told.done && machine.finish() == Ok(Ending::Whole));

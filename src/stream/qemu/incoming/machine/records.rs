@@ -7,6 +7,7 @@ use super::{Advance, IncomingStream, State, out_of_order};
 use crate::stream::qemu::blocks::{BlockAnnouncement, decode_block};
 use crate::stream::qemu::mapped::decode_header as decode_mapped_header;
 use crate::stream::qemu::ram::{self, PageAt, Record, decode_record};
+use crate::stream::qemu::section::Phase;
 use crate::stream::{DecodeError, Fault};
 use crate::units::{BlockIndex, BlockOffset};
 
@@ -61,10 +62,15 @@ impl IncomingStream {
             ));
         }
         match record {
-            Record::Eos => Ok({
+            Record::Eos => {
+                if self.open.phase == Phase::Start {
+                    // A second START, which repeats the first, may not take back what the first has shown.
+                    let before = self.seen.barrier_in_start.unwrap_or(false);
+                    self.seen.barrier_in_start = Some(before || self.barrier);
+                }
                 self.state = State::Footer;
-                Quiet(head)
-            }),
+                Ok(Told(head, Event::RecordsEnd))
+            }
             Record::Zero { at, fill: byte } => {
                 if !self.config.accept_fill {
                     return Err(DecodeError::corrupt(head - 1, Fault::FillByte { byte }));

@@ -1,0 +1,119 @@
+//! The guest's memory while it fills, for every thread that fills it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::guest::{GuestError, GuestMemory};
+use crate::observe::PageCounts;
+use crate::ram::{Landing, PageRun, RamBlock, ReceivedMap};
+use crate::sys::{HostSpan, is_zero};
+use crate::transport::PagePlaces;
+use crate::units::{BlockIndex, BlockOffset};
+
+/// Sees pages the moment they are in place, on the thread that placed them; a relay's.
+pub trait Placed: Send + Sync {
+    /// The bytes of `run` are in place.
+    fn placed(&self, run: PageRun);
+}
+
+/// Bytes are copied, then the page is marked, then others see it.
+pub(super) struct Places {
+    memory: Arc<dyn GuestMemory>,
+    received: ReceivedMap,
+    watcher: Option<Arc<dyn Placed>>,
+    /// Announced position to position in the guest's own table.
+    blocks: Vec<BlockIndex>,
+    page_bytes: u64,
+    normal: AtomicU64,
+    zero: AtomicU64,
+}
+
+impl Places {
+    pub(super) fn new(
+        memory: Arc<dyn GuestMemory>,
+        announced: &[RamBlock],
+        watcher: Option<Arc<dyn Placed>>,
+    ) -> Result<Self, GuestError> {
+        let table = memory.table();
+        let find = |block: &RamBlock| table.find(block.name.as_str());
+        let blocks = announced.iter().map(find).collect::<Result<_, _>>()?;
+        let (page_bytes, received) = (table.page().bytes(), ReceivedMap::new(table));
+        let (normal, zero) = (AtomicU64::new(0), AtomicU64::new(0));
+        Ok(Self { received, watcher, blocks, page_bytes, normal, zero, memory })
+    }
+
+    pub(super) fn memory(&self) -> &Arc<dyn GuestMemory> {
+        &self.memory
+    }
+
+    pub(super) fn page_bytes(&self) -> u64 {
+        self.page_bytes
+    }
+
+    /// Pages that came, by kind.
+    pub(super) fn counts(&self) -> PageCounts {
+        let (normal, zero) = (self.normal.load(Ordering::Relaxed), self.zero.load(Ordering::Relaxed));
+        PageCounts { normal, zero }
+    }
+
+    pub(super) fn count_zero(&self, pages: u64) {
+        self.zero.fetch_add(pages, Ordering::Relaxed);
+    }
+
+    pub(super) fn landing(
+        &self,
+        announced: BlockIndex,
+        offset: BlockOffset,
+        bytes: u64,
+    ) -> Result<Landing, GuestError> {
+        // The parser has checked the position against the same list; an unknown one is refused all the same.
+        let block = self.blocks.get(announced.as_usize()).copied().unwrap_or(BlockIndex(u32::MAX));
+        Ok(self.memory.table().admit(block, offset, bytes)?)
+    }
+
+    /// What is at `landing` is there to be seen.
+    pub(super) fn seen(&self, landing: Landing) {
+        let run = landing.run(self.memory.table().page());
+        self.received.mark(run);
+        if let Some(watcher) = &self.watcher {
+            watcher.placed(run);
+        }
+    }
+
+    /// Pages that somebody else may have written: the NIC, in a round.
+    pub(super) fn written(&self, run: PageRun) {
+        self.received.mark(run);
+    }
+}
+
+impl PagePlaces for Places {
+    fn room(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> Result<HostSpan<'_>, GuestError> {
+        self.memory.span(self.landing(block, offset, bytes)?)
+    }
+
+    fn has_come(&self, block: BlockIndex, offset: BlockOffset) -> bool {
+        let page = self.memory.table().page().page_of(offset);
+        let index = self.blocks.get(block.as_usize());
+        index.and_then(|index| self.received.block(*index)).is_some_and(|map| map.get(page))
+    }
+
+    fn placed(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> Result<(), GuestError> {
+        self.seen(self.landing(block, offset, bytes)?);
+        self.normal.fetch_add(bytes / self.page_bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Memory starts out zero, so that a page which was never written need not be touched.
+    fn zero(&self, block: BlockIndex, offset: BlockOffset) -> Result<(), GuestError> {
+        let landing = self.landing(block, offset, self.page_bytes)?;
+        if self.has_come(block, offset) {
+            let span = self.memory.span(landing)?;
+            if !is_zero(span) {
+                span.fill_zero();
+            }
+        }
+        self.seen(landing);
+        self.zero.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}

@@ -1,0 +1,322 @@
+//! The source's door over several channels.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, unbounded};
+
+use super::ChannelOptions;
+use super::sender::{Done, PageSender, Work};
+use crate::guest::GuestMemory;
+use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
+use crate::stream::qemu::ram::Record;
+use crate::stream::qemu::style::{BarrierStyle, PeerStyle, ZeroPageStyle};
+use crate::sys::{CancelToken, SendPart, Stop};
+use crate::transport::door::OpenError;
+use crate::transport::{
+    ByteSink, ChannelError, InlinePages, MoveError, Offer, Receipt, Returned, SourceLink, StreamChannel,
+    Ticket,
+};
+
+/// Pages of one batch: four packets of 4 KiB pages.
+const BATCH_PAGES: u32 = 512;
+/// Batches that wait in front of one channel, beside the one it sends.
+const QUEUED: usize = 2;
+/// Longest time between two looks at the caller's [`Stop`].
+const LOOK: Duration = Duration::from_millis(50);
+
+const SENDING: &str = "sending pages on the channels";
+
+/// Pages on channels, everything else in the stream.
+pub struct MultifdLink {
+    main: Box<dyn ByteSink>,
+    records: InlinePages,
+    queues: Vec<Sender<Work>>,
+    threads: Vec<JoinHandle<()>>,
+    done: Receiver<Done>,
+    /// Stops the threads, which outlive the caller's own waits.
+    cancel: CancelToken,
+    style: PeerStyle,
+    style_is_known: bool,
+    bytes: Arc<AtomicU64>,
+    finished: Vec<Returned>,
+    unsent: Vec<PageBatch>,
+    zeros: PageBatch,
+    next: usize,
+    /// Batches and SYNCs that were not answered.
+    out: usize,
+    tickets: u64,
+}
+
+/// Connects `options.count` channels by `open`, which has connected the main one before.
+pub(in crate::transport) fn connect(
+    main: Box<dyn ByteSink>,
+    memory: Arc<dyn GuestMemory>,
+    options: &ChannelOptions,
+    mut open: impl FnMut() -> Result<StreamChannel, OpenError>,
+) -> Result<MultifdLink, OpenError> {
+    // All are connected before the first thread starts: a failure leaves none behind.
+    let channels = (0..options.count).map(|_| open()).collect::<Result<Vec<_>, _>>()?;
+    let (give, done) = unbounded();
+    let mut link = MultifdLink {
+        main,
+        records: InlinePages::new(Arc::clone(&memory)),
+        queues: Vec::new(),
+        threads: Vec::new(),
+        done,
+        cancel: CancelToken::default(),
+        style: PeerStyle::QEMU_7_2,
+        style_is_known: false,
+        bytes: Arc::default(),
+        finished: Vec::new(),
+        unsent: Vec::new(),
+        zeros: PageBatch::default(),
+        next: 0,
+        out: 0,
+        tickets: 0,
+    };
+    let packets = Arc::new(AtomicU64::new(0));
+    for (id, channel) in (0..).zip(channels) {
+        let (queue, work) = bounded(QUEUED);
+        let peer = channel.peer().to_owned();
+        let sender = PageSender {
+            id,
+            channel,
+            guest: Arc::clone(&memory),
+            packing: options.packing,
+            uuid: options.uuid,
+            packets: Arc::clone(&packets),
+            bytes: Arc::clone(&link.bytes),
+            work,
+            done: give.clone(),
+            stop: Stop::on(&link.cancel),
+        };
+        let started = (options.spawn)("ramwire-channel", Box::new(move || sender.run()));
+        let doing = "starting the thread of a page channel";
+        let started = started.map_err(|source| ChannelError::Io { peer, doing, source });
+        link.threads.push(started.map_err(OpenError::Channel)?);
+        link.queues.push(queue);
+    }
+    Ok(link)
+}
+
+impl MultifdLink {
+    /// Takes an answer of a channel.
+    fn take(&mut self, done: Done) -> Result<(), MoveError> {
+        match done {
+            Done::Sent(returned) => {
+                self.out -= 1;
+                self.finished.push(returned);
+                Ok(())
+            }
+            Done::Synced => {
+                self.out -= 1;
+                Ok(())
+            }
+            Done::Unsent(batch) => {
+                self.out -= 1;
+                self.unsent.push(batch);
+                Ok(())
+            }
+            Done::Failed(error) => Err(error),
+        }
+    }
+
+    /// Waits for the next answer, and not beyond `stop`.
+    fn wait(&mut self, stop: &Stop) -> Result<(), MoveError> {
+        loop {
+            match self.done.recv_timeout(LOOK) {
+                Ok(done) => return self.take(done),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(gone()),
+            }
+            if let Some(reason) = stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: SENDING }.into());
+            }
+        }
+    }
+
+    /// Puts a SYNC behind everything in the queue of `channel`; waits for room.
+    fn sync(&mut self, channel: usize, stop: &Stop) -> Result<(), MoveError> {
+        loop {
+            match self.queues[channel].try_send(Work::Sync) {
+                Ok(()) => {
+                    self.out += 1;
+                    return Ok(());
+                }
+                Err(TrySendError::Full(_)) => self.wait(stop)?,
+                Err(TrySendError::Disconnected(_)) => return Err(self.why_gone()),
+            }
+        }
+    }
+
+    /// A channel's thread has ended: its last answer says why.
+    fn why_gone(&mut self) -> MoveError {
+        while let Ok(done) = self.done.try_recv() {
+            if let Err(error) = self.take(done) {
+                return error;
+            }
+        }
+        gone()
+    }
+
+    /// Gives the batch to the first channel with room, in turn.
+    fn distribute(&mut self, ticket: Ticket, batch: PageBatch, stop: &Stop) -> Result<(), MoveError> {
+        let mut work = Work::Batch(ticket, batch);
+        loop {
+            for step in 0..self.queues.len() {
+                let channel = (self.next + step) % self.queues.len();
+                match self.queues[channel].try_send(work) {
+                    Ok(()) => {
+                        self.next = (channel + 1) % self.queues.len();
+                        self.out += 1;
+                        return Ok(());
+                    }
+                    Err(TrySendError::Full(back)) => work = back,
+                    Err(TrySendError::Disconnected(back)) => {
+                        self.keep(back);
+                        return Err(self.why_gone());
+                    }
+                }
+            }
+            if let Err(error) = self.wait(stop) {
+                self.keep(work);
+                return Err(error);
+            }
+        }
+    }
+
+    fn keep(&mut self, work: Work) {
+        if let Work::Batch(_, batch) = work {
+            self.unsent.push(batch);
+        }
+    }
+
+    /// The pages known to be zero go as records on main.
+    fn send_zeros(&mut self, batch: &PageBatch, stop: &Stop) -> Result<(), MoveError> {
+        self.zeros.clear();
+        let zeros = batch.pieces().iter().filter(|piece| piece.verdict == Verdict::Zero);
+        zeros.for_each(|piece| self.zeros.push(piece.run, Verdict::Zero));
+        self.records.write(&self.zeros, &mut *self.main, stop)
+    }
+
+    fn stop_threads(&mut self) {
+        self.cancel.cancel();
+        self.queues.clear();
+        for thread in self.threads.drain(..) {
+            // A panic there has closed its connection, which the peer sees.
+            let _ = thread.join();
+        }
+        while let Ok(done) = self.done.try_recv() {
+            // Why one failed was told when it did, or is of no interest any more.
+            let _ = self.take(done);
+        }
+    }
+}
+
+fn gone() -> MoveError {
+    let source = std::io::Error::other("the thread of a page channel has ended");
+    ChannelError::Io { peer: "page channels".into(), doing: SENDING, source }.into()
+}
+
+impl SourceLink for MultifdLink {
+    fn abilities(&self) -> MoverAbilities {
+        MoverAbilities {
+            classifies: self.style.zero_pages == ZeroPageStyle::Multifd,
+            takes_deltas: false,
+            exclusive_round: false,
+            confirms_placement: false,
+            ordered: false,
+            registers_memory: false,
+            batches_in_flight: (self.queues.len() * (QUEUED + 1)) as u32,
+            batch_pages: BATCH_PAGES,
+        }
+    }
+
+    fn sink(&mut self) -> &mut dyn ByteSink {
+        &mut *self.main
+    }
+
+    fn beside(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn write_for(&mut self, style: Option<PeerStyle>) -> Result<(), MoveError> {
+        let Some(style) = style else { return Err(MoveError::UnknownStyle) };
+        self.style = style;
+        self.style_is_known = true;
+        Ok(())
+    }
+
+    fn open_round(&mut self, _kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
+        if self.style_is_known { Ok(()) } else { Err(MoveError::UnknownStyle) }
+    }
+
+    fn offer(&mut self, batch: PageBatch, stop: &Stop) -> Result<Offer, MoveError> {
+        if batch.zero_pages() > 0
+            && let Err(error) = self.send_zeros(&batch, stop)
+        {
+            self.unsent.push(batch);
+            return Err(error);
+        }
+        let ticket = Ticket(self.tickets);
+        self.tickets += 1;
+        if batch.whole_pages() == 0 {
+            self.finished.push(Returned { ticket, receipt: Receipt::Released, batch });
+        } else {
+            self.distribute(ticket, batch, stop)?;
+        }
+        Ok(Offer::Taken(ticket))
+    }
+
+    fn collect(&mut self, out: &mut Vec<Returned>) -> Result<(), MoveError> {
+        while let Ok(done) = self.done.try_recv() {
+            self.take(done)?;
+        }
+        out.append(&mut self.finished);
+        Ok(())
+    }
+
+    /// A SYNC goes behind everything on each channel; the barrier on main is a record of its own or, for older
+    /// peers, the end of the section that the session writes next.
+    fn close_round(&mut self, _kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
+        for channel in 0..self.queues.len() {
+            self.sync(channel, stop)?;
+        }
+        if self.style.barrier == BarrierStyle::PerRound {
+            let mut flush = Vec::new();
+            Record::MultifdFlush.encode(&mut flush);
+            self.main.send(&[SendPart::Own(&flush)], stop)?;
+        }
+        // Not for the order, which the barrier keeps: a round's figures are its own.
+        while self.out > 0 {
+            self.wait(stop)?;
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self, stop: &Stop) -> Result<(), MoveError> {
+        while self.out > 0 {
+            self.wait(stop)?;
+        }
+        Ok(self.main.flush(stop)?)
+    }
+
+    fn part(&mut self, _stop: &Stop) -> Result<(), MoveError> {
+        self.stop_threads();
+        Ok(())
+    }
+
+    fn reclaim(&mut self) -> Vec<PageBatch> {
+        self.stop_threads();
+        std::mem::take(&mut self.unsent)
+    }
+}
+
+impl Drop for MultifdLink {
+    fn drop(&mut self) {
+        self.stop_threads();
+    }
+}

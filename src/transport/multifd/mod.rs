@@ -1,0 +1,53 @@
+//! Page channels beside the main one (`multifd`): each with a thread, a connection and packets of its own.
+//!
+//! ```text
+//! session -- batches --> queue of a channel -> thread: packets -> socket ... socket -> thread -> guest RAM
+//!        \-- bytes, zero records, barriers --> main ............. main --------------> session
+//! ```
+//!
+//! Data on different channels is not ordered. A round is closed by a SYNC on each channel and one barrier on main: the
+//! destination's threads stop at their SYNC until main has reached the barrier and all of them theirs, so that nothing
+//! of the next round is placed before everything of this one. Between two barriers a page travels once.
+
+mod gather;
+mod link;
+mod receiver;
+mod sender;
+mod source;
+
+use std::sync::Arc;
+
+pub(super) use gather::accept;
+pub use link::MultifdLink;
+pub(super) use link::connect;
+pub use source::MultifdSource;
+
+use crate::stream::qemu::packed::Packing;
+use crate::sys::{SpawnFn, spawn_thread};
+
+/// Page channels of a migration, alike at both ends.
+#[derive(Clone)]
+pub struct ChannelOptions {
+    /// How many, beside the main one; 0: pages go in the stream.
+    pub count: u8,
+    /// How pages are compressed.
+    pub packing: Packing,
+    /// UUID of the VM, as every channel begins with it; zero if it has none. A destination compares it with its own.
+    pub uuid: [u8; 16],
+    /// How their threads are started.
+    pub spawn: Arc<SpawnFn>,
+}
+
+impl Default for ChannelOptions {
+    /// No page channels.
+    fn default() -> Self {
+        Self { count: 0, packing: Packing::Plain, uuid: [0; 16], spawn: Arc::new(spawn_thread) }
+    }
+}
+
+impl std::fmt::Debug for ChannelOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut out = f.debug_struct("ChannelOptions");
+        out.field("count", &self.count).field("packing", &self.packing).finish_non_exhaustive()
+    }
+}

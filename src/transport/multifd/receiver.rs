@@ -1,0 +1,262 @@
+//! The destination's thread of one channel: packets become pages.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crossbeam::channel::{Receiver, Sender};
+
+use crate::stream::DecodeError;
+use crate::stream::qemu::channel::{Channel, ChannelStep};
+use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::multifd::{INIT_LEN, header_len};
+use crate::stream::qemu::packed::PacketInflater;
+use crate::stream::{Corrupt, Fault};
+use crate::sys::{FaultWatch, HostSpan, RecvPart, Stop, populate};
+use crate::transport::{ByteSource, ChannelError, MoveError, PagePlaces, StreamChannel};
+use crate::units::{BlockOffset, PageSize};
+
+/// Spans of guest memory that one read fills at most.
+const SPANS: usize = 32;
+
+/// What a channel's thread tells.
+#[derive(Debug)]
+pub(super) enum Told {
+    /// It stands at a SYNC.
+    AtBarrier,
+    /// The peer closed it between two packets.
+    Closed,
+    /// It is of no more use.
+    Failed(MoveError),
+}
+
+/// What all channels of a migration share.
+pub(super) struct Common {
+    pub(super) places: Arc<dyn PagePlaces>,
+    pub(super) blocks: AnnouncedBlocks,
+    pub(super) page: PageSize,
+    /// Numbers that channels have given themselves.
+    pub(super) ids: Mutex<Vec<u8>>,
+    /// UUID that the first channel said.
+    pub(super) uuid: Mutex<Option<[u8; 16]>>,
+    /// Bytes of all channels.
+    pub(super) bytes: Arc<AtomicU64>,
+}
+
+/// One channel and what its thread needs.
+pub(super) struct PageReceiver {
+    pub(super) common: Arc<Common>,
+    pub(super) channel: StreamChannel,
+    pub(super) machine: Channel,
+    pub(super) inflater: Option<PacketInflater>,
+    pub(super) told: Sender<Told>,
+    pub(super) release: Receiver<()>,
+    pub(super) stop: Stop,
+    /// A packet's header, as far as it has come.
+    pub(super) head: Vec<u8>,
+    pub(super) filled: usize,
+    pub(super) payload: Vec<u8>,
+    pub(super) pages: Vec<u8>,
+    pub(super) faults: FaultWatch,
+}
+
+impl PageReceiver {
+    /// Works until the peer closes, something fails, or nobody waits any more.
+    pub(super) fn run(mut self) {
+        let ended = self.serve();
+        let last = match ended {
+            Ok(()) => Told::Closed,
+            Err(error) => Told::Failed(error),
+        };
+        // Nobody listens once the migration is over.
+        let _ = self.told.send(last);
+    }
+
+    fn serve(&mut self) -> Result<(), MoveError> {
+        self.head.resize(header_len(self.common.page).max(INIT_LEN), 0);
+        let common = Arc::clone(&self.common);
+        loop {
+            let next = self.machine.next(&self.head[..self.filled], &common.blocks);
+            match next.map_err(|error| self.not_understood(error))? {
+                ChannelStep::Opened { consumed, id } => {
+                    self.consumed(consumed);
+                    self.claim(id)?;
+                }
+                ChannelStep::Packet { consumed } => {
+                    self.consumed(consumed);
+                    self.take_packet()?;
+                    self.machine.payload_taken();
+                }
+                ChannelStep::Barrier { consumed } => {
+                    self.consumed(consumed);
+                    if self.told.send(Told::AtBarrier).is_err() || self.release.recv().is_err() {
+                        return Ok(());
+                    }
+                    self.machine.release();
+                }
+                ChannelStep::NeedMore { consumed, .. } => {
+                    self.consumed(consumed);
+                    if !self.read_header()? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    fn consumed(&mut self, count: usize) {
+        self.head.copy_within(count..self.filled, 0);
+        self.filled -= count;
+    }
+
+    /// Bytes of the thing that begins here: never beyond it, since a payload goes elsewhere.
+    fn due(&self) -> usize {
+        if self.machine.id().is_none() { INIT_LEN } else { header_len(self.common.page) }
+    }
+
+    /// Reads on; false if the peer closed between two packets.
+    fn read_header(&mut self) -> Result<bool, MoveError> {
+        let due = self.due();
+        let room = &mut self.head[self.filled..due];
+        let got = self.channel.recv(&mut [RecvPart::Own(room)], &self.stop)?;
+        if got > 0 {
+            self.filled += got;
+            self.count(got);
+            return Ok(true);
+        }
+        if self.filled == 0 && self.machine.may_end_here() {
+            return Ok(false);
+        }
+        Err(self.closed("waiting for the rest of a packet").into())
+    }
+
+    fn count(&self, bytes: usize) {
+        self.common.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn claim(&self, id: u8) -> Result<(), MoveError> {
+        let mut ids = self.common.ids.lock().unwrap_or_else(PoisonError::into_inner);
+        if ids.contains(&id) {
+            let fault = Fault::Multifd("two channels have the same number");
+            return Err(self.not_understood(DecodeError::Corrupt(Corrupt { at: 24, fault })));
+        }
+        ids.push(id);
+        drop(ids);
+        let mut uuid = self.common.uuid.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = *uuid.get_or_insert(self.machine.uuid());
+        if first != self.machine.uuid() {
+            let fault = Fault::Multifd("the channels belong to VMs of different UUIDs");
+            return Err(self.not_understood(DecodeError::Corrupt(Corrupt { at: 8, fault })));
+        }
+        Ok(())
+    }
+
+    fn take_packet(&mut self) -> Result<(), MoveError> {
+        let plan = self.machine.packet().clone();
+        let Some(block) = plan.block else { return Ok(()) };
+        let common = Arc::clone(&self.common);
+        let runs = runs_of(&plan.normal, common.page);
+        let mut spans = Vec::with_capacity(runs.len());
+        for (offset, bytes) in &runs {
+            spans.push(common.places.room(block, *offset, *bytes)?);
+        }
+        if self.faults.look() {
+            let new = spans.iter().zip(&runs).filter(|(_, run)| !common.places.has_come(block, run.0));
+            // A kernel that can't, or has no memory left, says so again at the fault.
+            new.for_each(|(span, _)| drop(populate(*span)));
+        }
+        match self.inflater.is_some() {
+            false => self.receive_into(&spans)?,
+            true if spans.is_empty() => {}
+            true => self.expand_into(plan.payload as usize, &spans)?,
+        }
+        for (offset, bytes) in runs {
+            common.places.placed(block, offset, bytes)?;
+        }
+        plan.zero.iter().try_for_each(|offset| common.places.zero(block, *offset))?;
+        Ok(())
+    }
+
+    /// Payload straight into guest memory; what comes behind it is the next header.
+    fn receive_into(&mut self, spans: &[HostSpan<'_>]) -> Result<(), MoveError> {
+        let (mut first, mut skip) = (0, 0);
+        while let Some(span) = spans.get(first) {
+            let mut parts = Vec::with_capacity(SPANS + 1);
+            parts.extend(span.part(skip, span.len() - skip).map(RecvPart::Guest));
+            parts.extend(spans[first + 1..].iter().take(SPANS - 1).map(|span| RecvPart::Guest(*span)));
+            let last = first + parts.len() == spans.len();
+            if last {
+                let due = header_len(self.common.page);
+                parts.push(RecvPart::Own(&mut self.head[..due]));
+            }
+            let mut got = self.channel.recv(&mut parts, &self.stop)?;
+            if got == 0 {
+                return Err(self.closed("waiting for the pages of a packet").into());
+            }
+            self.count(got);
+            while let Some(span) = spans.get(first) {
+                let left = span.len() - skip;
+                if got < left {
+                    skip += got;
+                    got = 0;
+                    break;
+                }
+                got -= left;
+                (first, skip) = (first + 1, 0);
+            }
+            self.filled = got;
+        }
+        Ok(())
+    }
+
+    fn expand_into(&mut self, payload: usize, spans: &[HostSpan<'_>]) -> Result<(), MoveError> {
+        self.payload.resize(payload, 0);
+        let mut filled = 0;
+        while filled < payload {
+            let room = &mut self.payload[filled..];
+            let got = self.channel.recv(&mut [RecvPart::Own(room)], &self.stop)?;
+            if got == 0 {
+                return Err(self.closed("waiting for the pages of a packet").into());
+            }
+            self.count(got);
+            filled += got;
+        }
+        let bytes = spans.iter().map(|span| span.len()).sum();
+        self.pages.resize(bytes, 0);
+        if let Some(inflater) = &mut self.inflater {
+            let expanded = inflater.inflate(&self.payload, &mut self.pages);
+            expanded.map_err(|fault| self.not_understood(DecodeError::Corrupt(Corrupt { at: 0, fault })))?;
+        }
+        let mut at = 0;
+        for span in spans {
+            at += span.stream_from(&self.pages[at..at + span.len()]);
+        }
+        Ok(())
+    }
+
+    fn closed(&self, doing: &'static str) -> ChannelError {
+        ChannelError::Closed { peer: self.name(), doing }
+    }
+
+    fn name(&self) -> String {
+        match self.machine.id() {
+            Some(id) => format!("page channel {id} of {}", self.channel.peer()),
+            None => format!("a page channel of {}", self.channel.peer()),
+        }
+    }
+
+    fn not_understood(&self, source: DecodeError) -> MoveError {
+        ChannelError::Packet { channel: self.name(), source }.into()
+    }
+}
+
+/// What lies together, as offset and length.
+fn runs_of(offsets: &[BlockOffset], page: PageSize) -> Vec<(BlockOffset, u64)> {
+    let mut runs: Vec<(BlockOffset, u64)> = Vec::new();
+    for offset in offsets {
+        match runs.last_mut() {
+            Some((first, len)) if first.0 + *len == offset.0 => *len += page.bytes(),
+            _ => runs.push((*offset, page.bytes())),
+        }
+    }
+    runs
+}

@@ -1,0 +1,244 @@
+//! The destination's door over several channels.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+
+use super::ChannelOptions;
+use super::receiver::{Common, PageReceiver, Told};
+use crate::stream::qemu::channel::Channel;
+use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::packed::PacketInflater;
+use crate::sys::{CancelToken, FaultWatch, RecvPart, Stop, StopReason};
+use crate::transport::{ByteSource, ChannelError, MoveError, PageChannels, PagePlaces, StreamChannel};
+use crate::units::PageSize;
+
+/// Longest time between two looks at the other channels.
+const LOOK: Duration = Duration::from_millis(100);
+
+const RECEIVING: &str = "waiting for the stream";
+const AT_BARRIER: &str = "waiting for the page channels";
+
+/// The main channel, and the threads of the page channels once there is memory to fill.
+pub struct MultifdSource {
+    main: StreamChannel,
+    waiting: Vec<StreamChannel>,
+    options: ChannelOptions,
+    stall: Option<Duration>,
+    running: Option<Running>,
+}
+
+struct Running {
+    told: Receiver<Told>,
+    releases: Vec<Sender<()>>,
+    threads: Vec<JoinHandle<()>>,
+    cancel: CancelToken,
+    bytes: Arc<AtomicU64>,
+    at_barrier: usize,
+    closed: usize,
+}
+
+/// When a byte last moved on any channel: main may be silent for long while the others are at work, and one of them
+/// while another has it all.
+struct Progress {
+    bytes: u64,
+    since: Instant,
+}
+
+impl MultifdSource {
+    /// `main` and the page channels of the same source; `stall` is the longest time without a byte on any.
+    pub fn new(
+        mut main: StreamChannel,
+        mut pages: Vec<StreamChannel>,
+        options: ChannelOptions,
+        stall: Option<Duration>,
+    ) -> Self {
+        main.set_stall(None);
+        pages.iter_mut().for_each(|channel| channel.set_stall(None));
+        Self { main, waiting: pages, options, stall, running: None }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.running.as_ref().map_or(0, |running| running.bytes.load(Ordering::Relaxed))
+    }
+
+    fn look(&self, progress: &mut Progress, doing: &'static str) -> Result<(), ChannelError> {
+        let (bytes, now) = (self.bytes(), Instant::now());
+        if bytes != progress.bytes {
+            *progress = Progress { bytes, since: now };
+        }
+        match self.stall {
+            Some(after) if now.duration_since(progress.since) >= after => {
+                Err(ChannelError::Stalled { peer: self.main.peer().to_owned(), doing, after })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Running {
+    fn take(&mut self, told: Told) -> Result<(), MoveError> {
+        match told {
+            Told::AtBarrier => self.at_barrier += 1,
+            Told::Closed => self.closed += 1,
+            Told::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// What the channels have told meanwhile.
+    fn hear(&mut self) -> Result<(), MoveError> {
+        while let Ok(told) = self.told.try_recv() {
+            self.take(told)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+        self.releases.clear();
+        for thread in self.threads.drain(..) {
+            // A panic there left its page unplaced; nobody counts on it any more.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl ByteSource for MultifdSource {
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
+        let mut progress = Progress { bytes: self.bytes(), since: Instant::now() };
+        loop {
+            if let Some(running) = &mut self.running {
+                running.hear().map_err(as_channel)?;
+            }
+            match self.main.recv(into, &stop.within(LOOK)) {
+                Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })
+                    if stop.reason().is_none() =>
+                {
+                    self.look(&mut progress, RECEIVING)?;
+                }
+                received => return received,
+            }
+        }
+    }
+
+    fn channels(&mut self) -> Option<&mut dyn PageChannels> {
+        Some(self)
+    }
+}
+
+/// Guest memory that could not be reached counts as a fault of this host's connection here: a byte stream has no
+/// other words.
+fn as_channel(error: MoveError) -> ChannelError {
+    match error {
+        MoveError::Channel(error) => error,
+        other => ChannelError::Io {
+            peer: "page channels".into(),
+            doing: "placing pages",
+            source: std::io::Error::other(other.to_string()),
+        },
+    }
+}
+
+impl PageChannels for MultifdSource {
+    fn begin(
+        &mut self,
+        places: Arc<dyn PagePlaces>,
+        blocks: AnnouncedBlocks,
+        page: PageSize,
+    ) -> Result<(), MoveError> {
+        let (tell, told) = unbounded();
+        let method = self.options.packing.method();
+        let count = self.options.count;
+        let bytes = Arc::new(AtomicU64::new(0));
+        let common = Common {
+            places,
+            blocks,
+            page,
+            ids: Mutex::default(),
+            uuid: Mutex::default(),
+            bytes: Arc::clone(&bytes),
+        };
+        let common = Arc::new(common);
+        let mut running = Running {
+            told,
+            releases: Vec::new(),
+            threads: Vec::new(),
+            cancel: CancelToken::default(),
+            bytes,
+            at_barrier: 0,
+            closed: 0,
+        };
+        for channel in self.waiting.drain(..) {
+            let (release, released) = bounded(1);
+            let peer = channel.peer().to_owned();
+            let failed =
+                |source| ChannelError::Io { peer, doing: "starting the thread of a page channel", source };
+            let inflater = PacketInflater::new(method);
+            let receiver = PageReceiver {
+                common: Arc::clone(&common),
+                channel,
+                machine: Channel::new(page, method, None, count),
+                inflater: match inflater {
+                    Ok(inflater) => inflater,
+                    Err(source) => return Err(failed(source).into()),
+                },
+                told: tell.clone(),
+                release: released,
+                stop: Stop::on(&running.cancel),
+                head: Vec::new(),
+                filled: 0,
+                payload: Vec::new(),
+                pages: Vec::new(),
+                faults: FaultWatch::default(),
+            };
+            let started = (self.options.spawn)("ramwire-channel", Box::new(move || receiver.run()));
+            running.threads.push(started.map_err(failed)?);
+            running.releases.push(release);
+        }
+        self.running = Some(running);
+        Ok(())
+    }
+
+    fn wait_barrier(&mut self, stop: &Stop) -> Result<(), MoveError> {
+        let mut progress = Progress { bytes: self.bytes(), since: Instant::now() };
+        loop {
+            let Some(running) = &mut self.running else { return Ok(()) };
+            running.hear()?;
+            if running.at_barrier == running.releases.len() {
+                return Ok(());
+            }
+            if running.closed > 0 {
+                let peer = format!("a page channel of {}", self.main.peer());
+                return Err(ChannelError::Closed { peer, doing: AT_BARRIER }.into());
+            }
+            match running.told.recv_timeout(LOOK) {
+                Ok(told) => running.take(told)?,
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    self.look(&mut progress, AT_BARRIER)?;
+                }
+            }
+            if let Some(reason) = stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: AT_BARRIER }.into());
+            }
+        }
+    }
+
+    fn release(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        running.at_barrier = 0;
+        // A thread that has ended says so itself.
+        for release in &running.releases {
+            let _ = release.try_send(());
+        }
+    }
+
+    fn end(&mut self) {
+        self.running = None;
+    }
+}
