@@ -2,18 +2,15 @@
 //!
 //! By default each combination of version, channels, compression and zero pages is met once somewhere;
 //! `RAMWIRE_MULTIFD=all` runs every one.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
-
 use std::path::Path;
 
-use common::{
+use crate::common::{
     Deadline,
     memory::{Pattern, compare, fill},
     qemu::{Guest, Machine, Qemu, Version, peers_present},
     ramwire::Ramwire,
     scratch,
+    writer::{self, Console, Images, Load, assert_unbroken},
 };
 use serde_json::{Value, json};
 
@@ -139,5 +136,104 @@ fn versions_and_unversioned_machines_understand_each_other() {
         through_a_folder(Version::Qemu100, Version::Qemu72, Machine::PcI440fx72, way, true);
         let way = Way { zero: "multifd", ..way };
         through_a_folder(Version::Qemu100, Version::Qemu100, Machine::Microvm, way, true);
+    }
+}
+
+/// A running guest through a relay that has `near` channels in front and `far` behind.
+fn live_through_a_relay(
+    images: &Images,
+    version: Version,
+    machine: Machine,
+    near: Option<Way>,
+    far: Option<Way>,
+) {
+    let what = format!("{version}, {}, {near:?} to {far:?}", machine.name());
+    let dir = scratch();
+    let path = |name: &str, kind: &str| dir.path().join(format!("{name}.{kind}"));
+    let load = Load { mib: 32, pages_per_second: 2000 };
+    let guest = |name: &str| {
+        let console = Console::new(path(name, "console"));
+        (writer::guest(images, version, machine, load, &path(name, "ram"), &console), console)
+    };
+    let (here, there) = (guest("source"), guest("destination"));
+    let mut source = here.0.start(dir.path(), "source");
+    let mut destination = there.0.incoming().start(dir.path(), "destination");
+    here.1.wait_tick("boot", Deadline::seconds(90), |tick| tick.number >= 3);
+    source.set_capabilities(&["return-path"]);
+    let mut arguments: Vec<String> = ["relay", "--json"].map(String::from).to_vec();
+    if let Some(way) = near {
+        way.set(&mut source, version);
+        arguments.push(format!("--listen-channels={}", way.channels));
+        arguments.push(format!("--listen-compression={}", way.method));
+    }
+    if let Some(way) = far {
+        way.set(&mut destination, version);
+        arguments.extend(way.options());
+    }
+    arguments.extend(["--listen", "tcp:127.0.0.1:0", "--connect"].map(String::from));
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut relay = Ramwire::start(dir.path(), &arguments, destination.listen_tcp());
+    source.migrate(&relay.listening());
+    source.wait_completed(Deadline::seconds(90));
+    let report = relay.finished(Deadline::seconds(20), 0);
+    assert_eq!(report["completed"], true, "{what}: {report}");
+    let beside = report["far"]["ram"]["multifd-bytes"].as_u64().unwrap();
+    assert_eq!(beside > 0, far.is_some(), "{what}: {report}");
+    destination.wait_status("running", Deadline::seconds(10));
+    let left = here.1.ticks().last().copied().unwrap();
+    there.1.wait_tick("two passes over the memory that arrived", Deadline::seconds(60), |tick| {
+        tick.passes >= left.passes + 3
+    });
+    let last = assert_unbroken(&[&here.1, &there.1]);
+    assert!(last.sequence > left.sequence, "{what}");
+}
+
+const TWO: Way = Way { channels: 2, method: "none", zero: "multifd" };
+const FOUR: Way = Way { channels: 4, method: "zstd", zero: "multifd" };
+
+#[test]
+fn a_live_guest_goes_through_a_relay_with_channels_on_either_side_72() {
+    let Some(images) = peers_present().then(writer::images).flatten() else { return };
+    for (near, far) in [(Some(TWO), Some(FOUR)), (Some(TWO), None), (None, Some(TWO))] {
+        live_through_a_relay(&images, Version::Qemu72, Machine::PcI440fx72, near, far);
+    }
+}
+
+#[test]
+fn a_live_guest_goes_through_a_relay_with_channels_on_either_side_100() {
+    let Some(images) = peers_present().then(writer::images).flatten() else { return };
+    for (near, far) in [(Some(FOUR), Some(TWO)), (Some(FOUR), None), (None, Some(TWO))] {
+        live_through_a_relay(&images, Version::Qemu100, Machine::Q35, near, far);
+    }
+    live_through_a_relay(&images, Version::Qemu100, Machine::Microvm, Some(TWO), Some(TWO));
+}
+
+/// A QEMU with channels towards a `receive` that was not told of them: both ends fail, nothing is taken for a guest.
+#[test]
+fn channels_that_one_end_does_not_have_fail_both() {
+    if !peers_present() {
+        return;
+    }
+    for version in Version::ALL {
+        for (theirs, ours) in [(2, 0), (0, 2), (2, 3), (3, 2)] {
+            let dir = scratch();
+            let ram = dir.path().join("ram");
+            fill(&ram, 16, Pattern::Random { seed: 9 });
+            let ours = format!("--channels={ours}");
+            let receive = ["receive", "tcp:127.0.0.1:0", &ours, "--stall-timeout", "4", "--dir"];
+            let mut receiver = Ramwire::start(dir.path(), &receive, dir.path().join("guest"));
+            let mut source = Guest::new(version, Machine::Q35, &ram, 16).start(dir.path(), "source");
+            source.set_capabilities(&["return-path"]);
+            if theirs > 0 {
+                Way { channels: theirs, ..TWO }.set(&mut source, version);
+            }
+            source.migrate(&receiver.listening());
+            let said = receiver.failed(Deadline::seconds(30), 3);
+            let info = source.wait_migration(Deadline::seconds(30));
+            assert_eq!(info["status"], "failed", "{version} {theirs} {ours}: {info}; {said}");
+            let manifest =
+                std::fs::read_to_string(dir.path().join("guest/manifest.json")).unwrap_or_default();
+            assert!(!manifest.contains("\"whole\""), "{version} {theirs} {ours}: {manifest}");
+        }
     }
 }

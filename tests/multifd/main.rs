@@ -1,0 +1,8 @@
+//! Page channels (`multifd`): with QEMUs, and against sources that do not keep the rules.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod hostile;
+mod peers;
