@@ -59,7 +59,8 @@ impl Pattern {
 pub fn run(pattern: Pattern, bed: &Bed) -> Result<Run, BenchError> {
     let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = bed::whole(&mapping)?;
-    let peer = Peer::start(pattern.role(), &bed.destination(), bed.bytes(), bed.populated().mapped(true))?;
+    let mapped = bed.populated().mapped(true);
+    let peer = Peer::start(pattern.role(), &bed.destination(), bed.bytes(), mapped, 0)?;
     let mut socket = TcpStream::connect(("127.0.0.1", peer.port)).map_err(failed("connecting"))?;
     socket.set_nodelay(true).map_err(failed("connecting"))?;
     let (begun, cpu) = (Instant::now(), own_cpu_seconds());

@@ -120,6 +120,7 @@ Examples:
   ramwire bench migrate --against qemu10:4,memcpy --fill mixed:70 --json > figures.json
 
 Peers:
+  ramwire, ramwire:4   ramwire once more, with so many page channels
   qemu72, qemu10       QEMU 7.2 or 10.0 to the same, plain stream; qemu10:4 with 4 multifd channels
   floor                bare loop of the plain stream's pattern: header and page, 512 pages a call
   floor-packet         bare loop of packets of 512 KiB received straight into RAM
@@ -137,6 +138,9 @@ pub struct MigrateArgs {
     /// Guest RAM that each run moves; a multiple of 2M, larger than the caches to mean anything
     #[arg(long, default_value = "4G", value_parser = parse_size, value_name = "SIZE")]
     ram: u64,
+    /// Page channels of ramwire's migration; 0: pages in the stream
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    channels: u8,
     /// What the memory holds: random, zero, or mixed:PERCENT random
     #[arg(long, default_value = "random")]
     fill: Fill,
@@ -195,6 +199,7 @@ impl Populated {
 /// A contestant's name as given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Against {
+    Ramwire { channels: u8 },
     Qemu { version: &'static str, channels: u8 },
     Floor(Pattern),
     Memcpy,
@@ -205,14 +210,14 @@ impl FromStr for Against {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known =
-            "write qemu72, qemu10 (each with :CHANNELS), floor, floor-packet, floor-direct, memcpy or iperf3";
+        let known = "write ramwire:CHANNELS, qemu72, qemu10 (with :CHANNELS perhaps), floor, floor-packet, floor-direct, memcpy or iperf3";
         let (name, channels) = match text.split_once(':') {
             Some((name, channels)) => (name, channels.parse().ok().filter(|channels| *channels > 0)),
             None => (text, Some(0)),
         };
         let channels = channels.ok_or("write 1 to 255 channels")?;
         match (name, channels) {
+            ("ramwire", _) => Ok(Self::Ramwire { channels }),
             ("qemu72", _) => Ok(Self::Qemu { version: "7.2", channels }),
             ("qemu10", _) => Ok(Self::Qemu { version: "10.0", channels }),
             ("floor", 0) => Ok(Self::Floor(Pattern::Stream)),
@@ -228,6 +233,8 @@ impl FromStr for Against {
 impl Against {
     fn name(self) -> String {
         match self {
+            Self::Ramwire { channels: 0 } => "ramwire".into(),
+            Self::Ramwire { channels } => format!("ramwire:{channels}"),
             Self::Qemu { version: "7.2", channels: 0 } => "qemu72".into(),
             Self::Qemu { version: "7.2", channels } => format!("qemu72:{channels}"),
             Self::Qemu { channels: 0, .. } => "qemu10".into(),
@@ -243,7 +250,7 @@ impl Against {
 
 /// Somebody who moves the memory.
 enum Mover {
-    Ramwire,
+    Ramwire { channels: u8 },
     Qemu(Qemu),
     Floor(Pattern),
     Memcpy,
@@ -253,6 +260,7 @@ enum Mover {
 impl Mover {
     fn of(against: Against, args: &MigrateArgs) -> Result<Self, BenchError> {
         Ok(match against {
+            Against::Ramwire { channels } => Self::Ramwire { channels },
             Against::Qemu { version, channels } => {
                 let given = if version == "7.2" { &args.qemu72 } else { &args.qemu100 };
                 Self::Qemu(Qemu::find(&against.name(), version, given.as_deref(), channels)?)
@@ -271,7 +279,7 @@ impl Mover {
     fn run(&self, bed: &Bed) -> Result<Run, BenchError> {
         bed.renew()?;
         match self {
-            Self::Ramwire => own::run(bed),
+            Self::Ramwire { channels } => own::run(bed, *channels),
             Self::Qemu(qemu) => qemu.run(bed),
             Self::Floor(pattern) => floors::run(*pattern, bed),
             Self::Memcpy => floors::copy(bed),
@@ -306,8 +314,9 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
 }
 
 fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchError> {
-    let mut names = vec!["ramwire".to_owned()];
-    let mut movers = vec![Mover::Ramwire];
+    let own = Against::Ramwire { channels: args.channels };
+    let mut names = vec![own.name()];
+    let mut movers = vec![Mover::of(own, args)?];
     for against in &args.against {
         names.push(against.name());
         movers.push(Mover::of(*against, args)?);
@@ -357,9 +366,18 @@ mod tests {
 
     #[test]
     fn names_and_sizes_are_read_as_written() {
-        for name in
-            ["qemu72", "qemu10", "qemu10:4", "floor", "floor-packet", "floor-direct", "memcpy", "iperf3"]
-        {
+        for name in [
+            "ramwire",
+            "ramwire:8",
+            "qemu72",
+            "qemu10",
+            "qemu10:4",
+            "floor",
+            "floor-packet",
+            "floor-direct",
+            "memcpy",
+            "iperf3",
+        ] {
             assert_eq!(name.parse::<Against>().unwrap().name(), name);
         }
         for wrong in ["qemu11", "floor:2", "qemu10:0", "qemu10:256", "qemu10:", ""] {

@@ -3,7 +3,6 @@
 //! Nobody writes the memory and no dirty log runs, as with the stopped QEMUs it is compared with.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,11 +10,11 @@ use ramwire::engine::{Ending, Outcome};
 use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
-    DestinationSession, DestinationSettings, SourceConnection, SourceGuest, SourceSession, SourceSettings,
+    DestinationSession, DestinationSettings, SourceGuest, SourceReport, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
-use ramwire::transport::{Address, InlineLink, StreamChannel, StreamOptions, connect};
+use ramwire::transport::{Address, ChannelOptions, DoorOptions, Listener, open_source};
 use ramwire::units::PageSize;
 
 use super::bed::{self, Bed};
@@ -55,25 +54,18 @@ fn guest(mapping: &Mapping) -> Result<Arc<MappedGuest>, BenchError> {
     Ok(Arc::new(builder.build().map_err(|error| failed(&error))?))
 }
 
-/// Migrates the bed's memory to another process.
+/// Migrates the bed's memory to another process, over page channels if `channels` is not 0.
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn run(bed: &Bed) -> Result<Run, BenchError> {
+pub fn run(bed: &Bed, channels: u8) -> Result<Run, BenchError> {
     let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = guest(&mapping)?;
-    let peer = Peer::start(Role::Ramwire, &bed.destination(), bed.bytes(), bed.populated().mapped(true))?;
+    let mapped = bed.populated().mapped(true);
+    let peer = Peer::start(Role::Ramwire, &bed.destination(), bed.bytes(), mapped, channels)?;
     let address = Address::Tcp { host: "127.0.0.1".into(), port: peer.port };
-    let stop = Stop::on(&CancelToken::default());
     let (begun, cpu) = (Instant::now(), own_cpu_seconds());
-    let (sink, back) = connect(&address, &StreamOptions::default(), &stop)?.with_return_path();
-    let connection = SourceConnection {
-        link: Box::new(InlineLink::new(Box::new(sink), memory.clone())),
-        back: back.map(|back| Box::new(back) as Box<_>),
-    };
-    let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
-    let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
-    let report = SourceSession::new(source, connection, SourceSettings::new(configuration)).run();
+    let report = send(&address, memory, channels)?;
     let (seconds, cpu) = (begun.elapsed().as_secs_f64(), own_cpu_seconds() - cpu);
     if report.outcome != Outcome::Completed {
         let answer = report.error.map_or_else(|| format!("{:?}", report.outcome), |error| error.to_string());
@@ -83,22 +75,30 @@ pub fn run(bed: &Bed) -> Result<Run, BenchError> {
     Ok(Run { seconds, cpu_seconds, downtime_ms: Some(report.statistics.downtime) })
 }
 
+fn options(channels: u8) -> DoorOptions {
+    let channels = ChannelOptions { count: channels, ..ChannelOptions::default() };
+    DoorOptions { channels, ..DoorOptions::default() }
+}
+
+fn send(address: &Address, memory: Arc<MappedGuest>, channels: u8) -> Result<SourceReport, BenchError> {
+    let stop = Stop::on(&CancelToken::default());
+    let door = open_source(address, memory.clone(), &options(channels), &stop)?;
+    let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
+    let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
+    Ok(SourceSession::new(source, door.into(), SourceSettings::new(configuration)).run())
+}
+
 /// The receiving side, in the other process.
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn receive(socket: TcpStream, mapping: &Mapping) -> Result<(), BenchError> {
+pub fn receive(listener: &mut Listener, mapping: &Mapping, channels: u8) -> Result<(), BenchError> {
     let who = || "ramwire's destination".to_owned();
-    let channel = StreamChannel::from_fd(socket.into(), "the source", &StreamOptions::default());
-    let failed = |source| BenchError::Io { who: who(), doing: "taking the connection", source };
-    let (source, back) = channel.map_err(failed)?.with_return_path();
-    let session = DestinationSession::new(
-        Box::new(source),
-        back.map(|back| Box::new(back) as Box<_>),
-        Box::new(guest(mapping)?),
-        Box::new(Still),
-        DestinationSettings::default(),
-    );
+    let stop = Stop::on(&CancelToken::default());
+    let door = listener.accept_door(&options(channels), &stop)?;
+    let memory = Box::new(guest(mapping)?);
+    let settings = DestinationSettings::default();
+    let session = DestinationSession::new(door.source, door.back, memory, Box::new(Still), settings);
     let report = session.run();
     if report.ending == Ending::Running {
         return Ok(());
@@ -113,27 +113,25 @@ mod tests {
     use super::*;
     use crate::cli::bench::Populated;
     use crate::cli::bench::bed::Fill;
-    use std::net::TcpListener;
+    use ramwire::transport::AllowList;
 
     #[test]
     fn the_destination_ends_up_with_the_same_memory() {
         let base = tempfile::tempdir().unwrap();
         let bed = Bed::make(base.path(), 6 << 20, Fill::Mixed(70), Populated::Yes).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (far, _) = listener.accept().unwrap();
-        let target = bed::map(&bed.destination(), bed.bytes(), true).unwrap();
-        let receiver = std::thread::spawn(move || receive(far, &target));
-        let memory = guest(&bed::map(&bed.source(), bed.bytes(), true).unwrap()).unwrap();
-        let options = StreamOptions::default();
-        let (sink, back) = StreamChannel::from_fd(near.into(), "far", &options).unwrap().with_return_path();
-        let link = Box::new(InlineLink::new(Box::new(sink), memory.clone()));
-        let connection = SourceConnection { link, back: back.map(|back| Box::new(back) as Box<_>) };
-        let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
-        let settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-        let report = SourceSession::new(source, connection, settings).run();
-        receiver.join().unwrap().unwrap();
-        assert_eq!(report.outcome, Outcome::Completed);
-        assert_eq!(bed.difference().unwrap(), None);
+        for channels in [0, 3] {
+            bed.clear_destination().unwrap();
+            let address = "tcp:127.0.0.1:0".parse().unwrap();
+            let stop = Stop::on(&CancelToken::default());
+            let mut listener = Listener::bind(&address, AllowList::default(), &stop).unwrap();
+            let address = listener.address().clone();
+            let target = bed::map(&bed.destination(), bed.bytes(), true).unwrap();
+            let receiver = std::thread::spawn(move || receive(&mut listener, &target, channels));
+            let memory = guest(&bed::map(&bed.source(), bed.bytes(), true).unwrap()).unwrap();
+            let report = send(&address, memory, channels).unwrap();
+            receiver.join().unwrap().unwrap();
+            assert_eq!(report.outcome, Outcome::Completed);
+            assert_eq!(bed.difference().unwrap(), None, "{channels} channels");
+        }
     }
 }

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use ramwire::sys::{CancelToken, RecvPart, Stop};
-use ramwire::transport::{ByteSource, StreamChannel, StreamOptions};
+use ramwire::sys::{CancelToken, Mapping, RecvPart, Stop};
+use ramwire::transport::{Address, AllowList, ByteSource, Listener, StreamChannel, StreamOptions};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +47,9 @@ pub struct PeerArgs {
     /// Map every page before saying ready.
     #[arg(long)]
     populated: bool,
+    /// Page channels of a migration.
+    #[arg(long, default_value = "0")]
+    channels: u8,
 }
 
 /// What a run cost the other process.
@@ -62,20 +65,37 @@ pub struct PeerCost {
 /// [`BenchError`].
 pub fn serve(args: &PeerArgs) -> Result<(), BenchError> {
     let mapping = bed::map(&args.ram, args.bytes, args.populated)?;
+    let before = match args.role {
+        Role::FloorDirect => serve_loop(Pattern::Direct, &mapping)?,
+        Role::FloorStream => serve_loop(Pattern::Stream, &mapping)?,
+        Role::FloorPacket => serve_loop(Pattern::Packet, &mapping)?,
+        Role::Ramwire => serve_migration(&mapping, args.channels)?,
+    };
+    let cost = PeerCost { cpu_seconds: own_cpu_seconds() - before };
+    println!("{}", serde_json::to_string(&cost).map_err(|error| failed("reporting")(error.into()))?);
+    Ok(())
+}
+
+/// Serves a bare loop; the processor time when it was ready.
+fn serve_loop(pattern: Pattern, mapping: &Mapping) -> Result<f64, BenchError> {
     let listener = TcpListener::bind("127.0.0.1:0").map_err(failed("listening"))?;
     let port = listener.local_addr().map_err(failed("listening"))?.port();
     println!("ready {port}");
     let before = own_cpu_seconds();
     let (socket, _) = listener.accept().map_err(failed("accepting"))?;
-    match args.role {
-        Role::FloorDirect => floors::receive(Pattern::Direct, socket, &mapping)?,
-        Role::FloorStream => floors::receive(Pattern::Stream, socket, &mapping)?,
-        Role::FloorPacket => floors::receive(Pattern::Packet, socket, &mapping)?,
-        Role::Ramwire => own::receive(socket, &mapping)?,
+    floors::receive(pattern, socket, mapping)?;
+    Ok(before)
+}
+
+fn serve_migration(mapping: &Mapping, channels: u8) -> Result<f64, BenchError> {
+    let address = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
+    let mut listener = Listener::bind(&address, AllowList::default(), &Stop::on(&CancelToken::default()))?;
+    if let Address::Tcp { port, .. } = listener.address() {
+        println!("ready {port}");
     }
-    let cost = PeerCost { cpu_seconds: own_cpu_seconds() - before };
-    println!("{}", serde_json::to_string(&cost).map_err(|error| failed("reporting")(error.into()))?);
-    Ok(())
+    let before = own_cpu_seconds();
+    own::receive(&mut listener, mapping, channels)?;
+    Ok(before)
 }
 
 fn failed(doing: &'static str) -> impl Fn(io::Error) -> BenchError {
@@ -102,12 +122,19 @@ impl Peer {
     ///
     /// # Errors
     /// [`BenchError`].
-    pub fn start(role: Role, ram: &Path, bytes: u64, populated: bool) -> Result<Self, BenchError> {
+    pub fn start(
+        role: Role,
+        ram: &Path,
+        bytes: u64,
+        populated: bool,
+        channels: u8,
+    ) -> Result<Self, BenchError> {
         let role = clap::ValueEnum::to_possible_value(&role).map(|value| value.get_name().to_owned());
         let program = std::env::current_exe().map_err(failed("starting"))?;
         let mut command = Command::new(program);
         command.args(["bench", "peer"]).args(role).arg("--ram").arg(ram);
         command.args(["--bytes", &bytes.to_string()]).args(populated.then_some("--populated"));
+        command.args(["--channels", &channels.to_string()]);
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
         let mut child = child.map_err(failed("starting"))?;
         let Some(stdout) = child.stdout.take() else {
