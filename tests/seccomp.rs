@@ -25,8 +25,11 @@ use ramwire::session::{
     SourceGuest, SourceSession, SourceSettings, Spawner, workers::Job,
 };
 use ramwire::stream::qemu::file::Configuration;
-use ramwire::sys::Mapping;
-use ramwire::transport::{StreamChannel, StreamOptions};
+use ramwire::sys::{CancelToken, Mapping, Stop};
+use ramwire::transport::{
+    AllowList, ByteSink, ByteSource, ChannelOptions, DoorOptions, Listener, StreamBreaker, StreamChannel,
+    StreamOptions, open_source,
+};
 use ramwire::units::{BlockIndex, BlockOffset, PageSize};
 use seccompiler::{BpfProgram, TargetArch, apply_filter, compile_from_json};
 
@@ -196,29 +199,63 @@ fn pair(door: &str) -> [OwnedFd; 2] {
     [near.into(), listener.accept().unwrap().0.into()]
 }
 
+/// A connection: the source's end, and the destination's once the source's session runs.
+struct Connected {
+    near: SourceConnection,
+    far: Box<dyn FnOnce() -> (Box<dyn ByteSource>, Option<Box<dyn ByteSink>>)>,
+    breaker: Option<StreamBreaker>,
+}
+
+fn connected(door: &str, memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connected {
+    if door == "channels" {
+        return with_channels(memory, spawner);
+    }
+    let [near, far] =
+        pair(door).map(|fd| StreamChannel::from_fd(fd, "peer", &StreamOptions::default()).unwrap());
+    let breaker = far.breaker();
+    let far = move || {
+        let (source, back) = far.with_return_path();
+        (Box::new(source) as Box<_>, back.map(|back| Box::new(back) as Box<_>))
+    };
+    let near = SourceConnection::over(near, memory.clone());
+    Connected { near, far: Box::new(far), breaker: Some(breaker) }
+}
+
+/// The same with two page channels. Which connection is the main one shows in its first bytes.
+fn with_channels(memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connected {
+    let stop = Stop::on(&CancelToken::default());
+    let channels = ChannelOptions { count: 2, spawn: spawner.callback(), ..ChannelOptions::default() };
+    let options = DoorOptions { channels, ..DoorOptions::default() };
+    let mut listener =
+        Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop).unwrap();
+    let near = open_source(listener.address(), memory.clone(), &options, &stop).unwrap().into();
+    let far = move || {
+        let door = listener.accept_door(&options, &stop).unwrap();
+        (door.source, door.back)
+    };
+    Connected { near, far: Box::new(far), breaker: None }
+}
+
 fn migrate(door: &str, end: &str, dirty: &str, filters: Option<HashMap<String, BpfProgram>>) {
     let (here, there) = (Machine::new(), Machine::new());
     let writer = here.start();
     let spawner = spawner(filters);
-    let [near, far] =
-        pair(door).map(|fd| StreamChannel::from_fd(fd, "peer", &StreamOptions::default()).unwrap());
-    let settings = DestinationSettings { spawner: spawner.clone(), ..DestinationSettings::default() };
-    let breaker = far.breaker();
-    let arriving =
-        DestinationSession::over(far, Box::new(Slow(there.clone())), Box::new(there.clone()), settings);
+    let Connected { near: link, far, breaker } = connected(door, &here.memory, &spawner);
+    let arrives = DestinationSettings { spawner: spawner.clone(), ..DestinationSettings::default() };
     let dirty: Arc<dyn DirtySource> = match dirty {
         "software" => here.written.clone(),
         _ => Arc::new(WrittenPages::new(&here.memory)),
     };
-    let link = SourceConnection::over(near, here.memory.clone());
     let guest =
         SourceGuest { memory: here.memory.clone(), dirty: vec![dirty], control: Box::new(here.clone()) };
     let mut settings = SourceSettings::new(Configuration::default());
     settings.digest = true;
     settings.spawner = spawner;
     settings.downtime_limit = Duration::from_millis(20);
-    let (arriving, leaving) =
-        (arriving.spawn().unwrap(), SourceSession::new(guest, link, settings).spawn().unwrap());
+    let leaving = SourceSession::new(guest, link, settings).spawn().unwrap();
+    let (source, back) = far();
+    let (provider, control) = (Box::new(Slow(there.clone())), Box::new(there.clone()));
+    let arriving = DestinationSession::new(source, back, provider, control, arrives).spawn().unwrap();
     std::thread::sleep(SLOW / 2);
     let (outcome, ending) = match end {
         "cancelled" => {
@@ -226,7 +263,7 @@ fn migrate(door: &str, end: &str, dirty: &str, filters: Option<HashMap<String, B
             (Outcome::StaysHere(Reason::Cancelled), Ending::Discarded)
         }
         "broken" => {
-            breaker.close();
+            breaker.unwrap().close();
             (Outcome::StaysHere(Reason::Failed), Ending::Discarded)
         }
         _ => (Outcome::Completed, Ending::Running),
@@ -290,6 +327,12 @@ fn a_migration_over_tcp_needs_no_other_call() {
 #[test]
 fn a_migration_that_asks_the_kernel_for_written_pages_needs_no_other_call() {
     must_migrate("unix completed kernel all");
+}
+
+#[test]
+fn page_channels_need_no_other_call() {
+    must_migrate("channels completed software all");
+    must_migrate("channels cancelled software all");
 }
 
 #[test]

@@ -34,6 +34,8 @@ pub struct MultifdLink {
     main: Box<dyn ByteSink>,
     records: InlinePages,
     queues: Vec<Sender<Work>>,
+    /// The other ends of the queues: what a thread that has ended left there is the guest's again.
+    left: Vec<Receiver<Work>>,
     threads: Vec<JoinHandle<()>>,
     done: Receiver<Done>,
     /// Stops the threads, which outlive the caller's own waits.
@@ -64,6 +66,7 @@ pub(in crate::transport) fn connect(
         main,
         records: InlinePages::new(Arc::clone(&memory)),
         queues: Vec::new(),
+        left: Vec::new(),
         threads: Vec::new(),
         done,
         cancel: CancelToken::default(),
@@ -89,15 +92,16 @@ pub(in crate::transport) fn connect(
             uuid: options.uuid,
             packets: Arc::clone(&packets),
             bytes: Arc::clone(&link.bytes),
-            work,
+            work: work.clone(),
             done: give.clone(),
             stop: Stop::on(&link.cancel),
         };
-        let started = (options.spawn)("ramwire-channel", Box::new(move || sender.run()));
+        let started = (options.spawn)("ramwire-chan-tx", Box::new(move || sender.run()));
         let doing = "starting the thread of a page channel";
         let started = started.map_err(|source| ChannelError::Io { peer, doing, source });
         link.threads.push(started.map_err(OpenError::Channel)?);
         link.queues.push(queue);
+        link.left.push(work);
     }
     Ok(link)
 }
@@ -147,19 +151,9 @@ impl MultifdLink {
                     return Ok(());
                 }
                 Err(TrySendError::Full(_)) => self.wait(stop)?,
-                Err(TrySendError::Disconnected(_)) => return Err(self.why_gone()),
+                Err(TrySendError::Disconnected(_)) => return Err(gone()),
             }
         }
-    }
-
-    /// A channel's thread has ended: its last answer says why.
-    fn why_gone(&mut self) -> MoveError {
-        while let Ok(done) = self.done.try_recv() {
-            if let Err(error) = self.take(done) {
-                return error;
-            }
-        }
-        gone()
     }
 
     /// Gives the batch to the first channel with room, in turn.
@@ -177,7 +171,7 @@ impl MultifdLink {
                     Err(TrySendError::Full(back)) => work = back,
                     Err(TrySendError::Disconnected(back)) => {
                         self.keep(back);
-                        return Err(self.why_gone());
+                        return Err(gone());
                     }
                 }
             }
@@ -213,10 +207,14 @@ impl MultifdLink {
             // Why one failed was told when it did, or is of no interest any more.
             let _ = self.take(done);
         }
+        for work in std::mem::take(&mut self.left).iter().flat_map(Receiver::try_iter) {
+            self.keep(work);
+        }
     }
 }
 
-fn gone() -> MoveError {
+/// A thread has ended without a word of its own.
+pub(super) fn gone() -> MoveError {
     let source = std::io::Error::other("the thread of a page channel has ended");
     ChannelError::Io { peer: "page channels".into(), doing: SENDING, source }.into()
 }

@@ -14,6 +14,8 @@ mod link;
 mod receiver;
 mod sender;
 mod source;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam::channel::{Receiver, Sender};
 
+use super::link::gone;
 use crate::stream::DecodeError;
 use crate::stream::qemu::channel::{Channel, ChannelStep};
 use crate::stream::qemu::incoming::AnnouncedBlocks;
@@ -27,6 +28,17 @@ pub(super) enum Told {
     Closed,
     /// It is of no more use.
     Failed(MoveError),
+}
+
+/// Tells the session of a thread that ends by a panic: main waits for no barrier that can't come.
+struct LastWord(Sender<Told>);
+
+impl Drop for LastWord {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.0.send(Told::Failed(gone()));
+        }
+    }
 }
 
 /// What all channels of a migration share.
@@ -62,7 +74,9 @@ pub(super) struct PageReceiver {
 impl PageReceiver {
     /// Works until the peer closes, something fails, or nobody waits any more.
     pub(super) fn run(mut self) {
+        let told = LastWord(self.told.clone());
         let ended = self.serve();
+        drop(told);
         let last = match ended {
             Ok(()) => Told::Closed,
             Err(error) => Told::Failed(error),

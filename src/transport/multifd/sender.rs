@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::channel::{Receiver, Sender};
 
+use super::link::gone;
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{PageBatch, PageRun, Piece, Verdict};
 use crate::stream::qemu::multifd::{
@@ -37,6 +38,17 @@ pub(super) enum Done {
     Failed(MoveError),
 }
 
+/// Tells the link of a thread that ends by a panic, so that nobody waits for its answers.
+struct LastWord(Sender<Done>);
+
+impl Drop for LastWord {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.0.send(Done::Failed(gone()));
+        }
+    }
+}
+
 /// One channel and what its thread needs.
 pub(super) struct PageSender {
     pub(super) id: u8,
@@ -56,6 +68,7 @@ pub(super) struct PageSender {
 impl PageSender {
     /// Works until the queue is closed or something fails. Nobody listens to `done` only when the link is gone.
     pub(super) fn run(mut self) {
+        let _told = LastWord(self.done.clone());
         let deflater = PacketDeflater::new(self.packing).map_err(|source| self.failed("compressing", source));
         let begun = deflater.and_then(|deflater| {
             let mut init = Vec::new();
@@ -66,12 +79,6 @@ impl PageSender {
         let ended = begun.and_then(|mut deflater| self.serve(&mut deflater));
         if let Err(error) = ended {
             let _ = self.done.send(Done::Failed(error));
-        }
-        // What is still queued has not left: the pages are the guest's again.
-        for work in self.work.try_iter() {
-            if let Work::Batch(_, batch) = work {
-                let _ = self.done.send(Done::Unsent(batch));
-            }
         }
     }
 

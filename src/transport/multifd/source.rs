@@ -197,7 +197,7 @@ impl PageChannels for MultifdSource {
                 pages: Vec::new(),
                 faults: FaultWatch::default(),
             };
-            let started = (self.options.spawn)("ramwire-channel", Box::new(move || receiver.run()));
+            let started = (self.options.spawn)("ramwire-chan-rx", Box::new(move || receiver.run()));
             running.threads.push(started.map_err(failed)?);
             running.releases.push(release);
         }

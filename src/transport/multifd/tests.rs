@@ -1,0 +1,215 @@
+//! The one order that channels must keep, and what happens without it.
+#![allow(clippy::unwrap_used)]
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::*;
+use crate::guest::{GuestError, GuestMemory, MappedGuest};
+use crate::ram::{BlockName, PageBatch, PageRun, RamBlock, RoundKind, Verdict};
+use crate::stream::qemu::blocks::BlockAnnouncement;
+use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::multifd::{Init, Method, NewPacket, encode_init, encode_packet, encode_sync};
+use crate::stream::qemu::style::PeerStyle;
+use crate::sys::{CancelToken, HostSpan, Mapping, Stop, is_zero};
+use crate::transport::{ByteSource, MoveError, Offer, PagePlaces, SourceLink, StreamChannel, StreamOptions};
+use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
+
+const PAGE: PageSize = PageSize::SIZE_4K;
+const PAGES: u64 = 4;
+
+/// A guest of one small block.
+struct Memory {
+    guest: Arc<MappedGuest>,
+    placed: Mutex<Vec<(u64, u8)>>,
+}
+
+impl Memory {
+    fn new() -> Arc<Self> {
+        let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
+        let mapping = Mapping::memfd("channels", PAGES * 4096).unwrap();
+        let guest = MappedGuest::builder(PAGE).mapping(block, &mapping).build().unwrap();
+        Arc::new(Self { guest: Arc::new(guest), placed: Mutex::default() })
+    }
+
+    fn first_byte(&self, offset: u64) -> u8 {
+        let mut byte = [0];
+        self.room(BlockIndex(0), BlockOffset(offset), 4096).unwrap().copy_to(&mut byte);
+        byte[0]
+    }
+}
+
+impl PagePlaces for Memory {
+    fn room(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> Result<HostSpan<'_>, GuestError> {
+        self.guest.span(self.guest.table().admit(block, offset, bytes)?)
+    }
+
+    fn has_come(&self, _block: BlockIndex, _offset: BlockOffset) -> bool {
+        true
+    }
+
+    fn placed(&self, _block: BlockIndex, offset: BlockOffset, _bytes: u64) -> Result<(), GuestError> {
+        let first = self.first_byte(offset.0);
+        self.placed.lock().unwrap().push((offset.0, first));
+        Ok(())
+    }
+
+    fn zero(&self, block: BlockIndex, offset: BlockOffset) -> Result<(), GuestError> {
+        self.room(block, offset, 4096)?.fill_zero();
+        Ok(())
+    }
+}
+
+fn blocks() -> AnnouncedBlocks {
+    let name = BlockName::new("ram").unwrap();
+    let block = BlockAnnouncement { name, used_length: PAGES * 4096, host_page: None, guest_addr: None };
+    AnnouncedBlocks::new(vec![block]).unwrap()
+}
+
+fn channel(socket: UnixStream) -> StreamChannel {
+    StreamChannel::from_fd(socket.into(), "the source", &StreamOptions::default()).unwrap()
+}
+
+fn stop() -> Stop {
+    Stop::on(&CancelToken::default()).within(Duration::from_secs(10))
+}
+
+fn page_zero(fill: u8) -> Vec<u8> {
+    let mut out = Vec::new();
+    let normal = [BlockOffset(0)];
+    let packet = NewPacket {
+        number: 0,
+        method: Method::Plain,
+        block: "ram",
+        normal: &normal,
+        zero: &[],
+        payload: 4096,
+    };
+    encode_packet(&packet, PAGE, &mut out);
+    out.resize(out.len() + 4096, fill);
+    out
+}
+
+fn sync() -> Vec<u8> {
+    let mut out = Vec::new();
+    encode_sync(0, PAGE, &mut out);
+    out
+}
+
+/// Page 0 goes as 1 on a slow channel in one round and as 2 on a fast one in the next; what it holds in the end.
+/// `fenced`: the fast channel says where the round ended.
+fn the_slow_copy_comes_last(fenced: bool) -> u8 {
+    let (main, _main_far) = UnixStream::pair().unwrap();
+    let pairs = [UnixStream::pair().unwrap(), UnixStream::pair().unwrap()];
+    let [(slow, mut slow_far), (fast, mut fast_far)] = pairs;
+    let options = ChannelOptions { count: 2, ..ChannelOptions::default() };
+    let channels = vec![channel(slow), channel(fast)];
+    let mut source = MultifdSource::new(channel(main), channels, options, None);
+    let memory = Memory::new();
+    let channels = source.channels().unwrap();
+    channels.begin(memory.clone(), blocks(), PAGE).unwrap();
+    for (id, far) in (0..).zip([&mut slow_far, &mut fast_far]) {
+        let mut out = Vec::new();
+        encode_init(&Init { uuid: [0; 16], id }, &mut out);
+        far.write_all(&[out, sync()].concat()).unwrap();
+    }
+    channels.wait_barrier(&stop()).unwrap();
+    channels.release();
+    let ended = if fenced { sync() } else { Vec::new() };
+    fast_far.write_all(&[ended, page_zero(2)].concat()).unwrap();
+    if !fenced {
+        // Nothing holds the new copy back: it is there before the old one has even left.
+        while memory.first_byte(0) != 2 {
+            std::thread::yield_now();
+        }
+    }
+    slow_far.write_all(&[page_zero(1), sync()].concat()).unwrap();
+    if fenced {
+        channels.wait_barrier(&stop()).unwrap();
+        assert_eq!(*memory.placed.lock().unwrap(), [(0, 1)], "the next round waits behind the barrier");
+        channels.release();
+    }
+    while memory.placed.lock().unwrap().len() < 2 {
+        std::thread::yield_now();
+    }
+    memory.first_byte(0)
+}
+
+#[test]
+fn s43_s44_an_older_copy_never_overtakes_a_newer_one_on_another_channel() {
+    assert_eq!(the_slow_copy_comes_last(true), 2);
+}
+
+/// The order broken on purpose: the guest would go on with the older copy.
+#[test]
+fn s43_without_a_sync_on_every_channel_the_older_copy_wins() {
+    assert_eq!(the_slow_copy_comes_last(false), 1);
+}
+
+fn link(count: u8) -> (MultifdLink, Arc<Memory>, Vec<UnixStream>) {
+    let memory = Memory::new();
+    let (main, main_far) = UnixStream::pair().unwrap();
+    let mut far = vec![main_far];
+    let options = ChannelOptions { count, ..ChannelOptions::default() };
+    let open = || {
+        let (near, there) = UnixStream::pair().unwrap();
+        far.push(there);
+        Ok(channel(near))
+    };
+    let link = connect(Box::new(channel(main)), memory.guest.clone(), &options, open).unwrap();
+    (link, memory, far)
+}
+
+fn whole_block() -> PageBatch {
+    let mut batch = PageBatch::default();
+    batch.push(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: PAGES }, Verdict::Unknown);
+    batch
+}
+
+/// What nobody looked at comes back with a verdict, and the pages travel as that.
+#[test]
+fn s46_pages_are_looked_at_on_the_channels_where_the_peer_reads_it() {
+    let (mut link, memory, _far) = link(2);
+    link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
+    assert!(!link.abilities().classifies, "zero pages in packets would be lost there");
+    link.write_for(Some(PeerStyle::QEMU_10_0)).unwrap();
+    assert!(link.abilities().classifies);
+    memory.room(BlockIndex(0), BlockOffset(4096), 4096).unwrap().copy_from(&[7; 4096]);
+    assert!(matches!(link.offer(whole_block(), &stop()), Ok(Offer::Taken(_))));
+    link.drain(&stop()).unwrap();
+    let mut back = Vec::new();
+    link.collect(&mut back).unwrap();
+    let batch = &back[0].batch;
+    assert_eq!((back.len(), batch.whole_pages(), batch.zero_pages()), (1, 1, 3));
+    assert_eq!(link.beside(), 2 * 64 + 1344 + 4096);
+    assert!(is_zero(memory.room(BlockIndex(0), BlockOffset(0), 4096).unwrap()));
+}
+
+#[test]
+fn s45_a_peer_of_unknown_style_gets_no_channels() {
+    let (mut link, _memory, _far) = link(1);
+    assert!(matches!(link.write_for(None), Err(MoveError::UnknownStyle)));
+    assert!(matches!(link.open_round(RoundKind::Setup, &stop()), Err(MoveError::UnknownStyle)));
+}
+
+/// Every batch that did not leave comes back, whichever channel it waited for, and no thread stays.
+#[test]
+fn s50_batches_of_a_channel_that_fails_come_back() {
+    let (mut link, _memory, far) = link(2);
+    link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
+    drop(far);
+    let mut offered = 0;
+    let error = loop {
+        offered += 1;
+        let mut batch = PageBatch::default();
+        batch.push(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: PAGES }, Verdict::Whole);
+        match link.offer(batch, &stop()) {
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert!(error.to_string().contains("closed the connection"), "{error}");
+    assert_eq!(link.reclaim().len(), offered);
+}
