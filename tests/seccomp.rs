@@ -199,10 +199,13 @@ fn pair(door: &str) -> [OwnedFd; 2] {
     [near.into(), listener.accept().unwrap().0.into()]
 }
 
+/// Both directions of the destination's end.
+type Arriving = (Box<dyn ByteSource>, Option<Box<dyn ByteSink>>);
+
 /// A connection: the source's end, and the destination's once the source's session runs.
 struct Connected {
     near: SourceConnection,
-    far: Box<dyn FnOnce() -> (Box<dyn ByteSource>, Option<Box<dyn ByteSink>>)>,
+    far: Box<dyn FnOnce() -> Arriving>,
     breaker: Option<StreamBreaker>,
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ramwire::engine::{Ending, Outcome};
+use ramwire::engine::{BandwidthLimit, Ending, Outcome};
 use ramwire::observe::SharedStatistics;
 use ramwire::session::{
     DestinationSettings, Error, ErrorKind, Notice, Relay, RelayReport, SourceConnection, SourceSettings,
@@ -42,6 +42,9 @@ pub(super) struct Args {
     /// The far end's part of the downtime; bounds how much may wait to be sent on
     #[arg(long, value_name = "MS", default_value = "300")]
     downtime_ms: u64,
+    /// Most bytes a second to the far end while the guest runs, for instance 125M; 0 is no limit
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    max_bandwidth: u64,
     /// Where RAM and device state go if the guest was given away by its source and the far end did not take it
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
@@ -117,6 +120,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     };
     let mut outgoing = SourceSettings::new(Configuration::default());
     outgoing.downtime_limit = Duration::from_millis(args.downtime_ms);
+    outgoing.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
     outgoing.stall_timeout = args.timeouts.stall_timeout;
     outgoing.finish_timeout = args.timeouts.finish_timeout;
     if let Some(option) = args.peer {

@@ -36,6 +36,9 @@ pub(super) fn statistics(now: &Statistics) -> String {
     );
     let _ = writeln!(out, "batch  {}", latency(&now.batch_latency));
     let _ = writeln!(out, "fence  {}", latency(&now.fence_latency));
+    if now.write_latency.count > 0 {
+        let _ = writeln!(out, "write  {}", latency(&now.write_latency));
+    }
     out
 }
 

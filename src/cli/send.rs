@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ramwire::engine::Outcome;
+use ramwire::engine::{BandwidthLimit, Outcome};
 use ramwire::page::ZeroDetection;
 use ramwire::ram::BlockName;
 use ramwire::session::{Peer, SourceGuest, SourceReport, SourceSession, SourceSettings};
@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::args::Exit;
 use super::common::{
-    ChannelArgs, PeerOption, RdmaArgs, Timeouts, cancel_on_signal, complain, exit_of, failed,
+    ChannelArgs, PeerOption, RdmaArgs, Timeouts, bytes, cancel_on_signal, complain, exit_of, failed,
 };
 use super::progress::Progress;
 use super::render;
@@ -51,6 +51,9 @@ pub(super) struct Args {
     /// Longest time the guest may stand still, in milliseconds
     #[arg(long, value_name = "MS", default_value = "300")]
     downtime_ms: u64,
+    /// Most bytes a second while the guest runs, for instance 125M; 0 is no limit
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    max_bandwidth: u64,
     /// Send a guest that was sent before
     #[arg(long)]
     again: bool,
@@ -114,6 +117,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     let mut settings = SourceSettings::new(guest.configuration().clone());
     settings.early_sections = guest.early_sections().to_vec();
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
+    settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
     settings.zero_detection = args.zero_page.into();
     settings.digest = args.digest;
     settings.stall_timeout = args.timeouts.stall_timeout;

@@ -6,10 +6,12 @@
 
 mod destination;
 mod handover;
+mod pace;
 mod rate;
 mod source;
 
 pub use destination::{Arrived, Deed, DestinationEngine, Ending};
 pub use handover::{Handover, Outcome, Reason};
+pub use pace::{BandwidthLimit, Pace};
 pub use rate::RateWindow;
 pub use source::{Action, Input, SourceConfig, SourceEngine, Switchover};

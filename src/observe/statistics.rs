@@ -129,6 +129,9 @@ pub struct Statistics {
     pub batch_latency: LatencySummary,
     /// How long closing a round took.
     pub fence_latency: LatencySummary,
+    /// How long a write to the peer's memory took from its post to its completion (RDMA); counted when a round closes.
+    /// Queued writes wait for each other, so this is no round trip.
+    pub write_latency: LatencySummary,
     /// Why it failed.
     pub error: Option<String>,
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::engine::BandwidthLimit;
 use crate::page::ZeroDetection;
 use crate::ram::ClearShift;
 use crate::stream::qemu::file::Configuration;
@@ -17,6 +18,9 @@ use super::workers::Spawner;
 pub struct SourceSettings {
     /// Longest time the guest may stand still; 300 ms.
     pub downtime_limit: Duration,
+    /// Most bytes a second while the guest runs; a clone changes it while the migration does. Without effect while the
+    /// guest stands still.
+    pub max_bandwidth: BandwidthLimit,
     /// Where zero pages are found.
     pub zero_detection: ZeroDetection,
     /// Compare a digest of RAM and device state before the guest is handed over (between ramwire ends).
@@ -52,6 +56,7 @@ impl SourceSettings {
     pub fn new(configuration: Configuration) -> Self {
         Self {
             downtime_limit: Duration::from_millis(300),
+            max_bandwidth: BandwidthLimit::default(),
             zero_detection: ZeroDetection::default(),
             digest: false,
             same_host: false,

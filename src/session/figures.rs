@@ -37,6 +37,7 @@ pub(super) struct Figures {
     part: Option<(Part, Duration)>,
     batch: Latency,
     fence: Latency,
+    write: Latency,
     /// When the first page had been handed over.
     pub(super) first_page: Option<Duration>,
 }
@@ -63,6 +64,7 @@ impl Figures {
             part: None,
             batch: Latency::default(),
             fence: Latency::default(),
+            write: Latency::default(),
             first_page: None,
         }
     }
@@ -168,10 +170,10 @@ impl Figures {
             "round closed",
         );
         let (pages, paused) = (self.pages, self.paused_at.is_some());
-        let latencies = (self.batch.summary(), self.fence.summary());
+        let latencies = (self.batch.summary(), self.fence.summary(), self.write.summary());
         self.shared.update(|s| {
             s.pages = pages;
-            (s.batch_latency, s.fence_latency) = latencies;
+            (s.batch_latency, s.fence_latency, s.write_latency) = latencies;
             s.push_round(round);
             if !paused {
                 s.precopy_bytes = position;
@@ -185,6 +187,10 @@ impl Figures {
 
     pub(super) fn fenced(&mut self, took: Duration) {
         self.fence.record(took);
+    }
+
+    pub(super) fn written(&mut self, took: &[Duration]) {
+        took.iter().for_each(|took| self.write.record(*took));
     }
 
     pub(super) fn counted(&mut self, batch: &PageBatch) {

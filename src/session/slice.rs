@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::Input;
-use crate::page::classify;
+use crate::page::{ZeroDetection, classify};
 use crate::ram::{PageBatch, PageRun};
 use crate::transport::{InlinePages, Offer, Receipt};
 
@@ -20,6 +20,9 @@ impl SourceSession {
         self.hear()?;
         let before = self.position();
         loop {
+            if !self.keep_pace(until) {
+                break;
+            }
             let batch = self.next_batch()?;
             if batch.is_empty() {
                 self.spare.push(batch);
@@ -37,6 +40,31 @@ impl SourceSession {
         Ok(Input::Sent { pages_left, bytes })
     }
 
+    /// Waits until the limit lets the next batch leave; false if that is later than `until`, or somebody stops us.
+    fn keep_pace(&mut self, until: Duration) -> bool {
+        if self.in_last_round {
+            return true;
+        }
+        let now = self.clock.now();
+        let delay = self.pace.delay(now);
+        let left = until.saturating_sub(now);
+        if delay > Duration::ZERO {
+            let stopped = self.stop.sleep(delay.min(left)).is_some();
+            return !stopped && delay < left;
+        }
+        true
+    }
+
+    fn page_bytes(&self) -> u64 {
+        self.guest.memory.table().page().bytes()
+    }
+
+    /// Bytes that `pages` whole ones and `zero` others take in a stream, about.
+    fn bytes_of(&self, pages: u64, zero: u64) -> u64 {
+        const HEADER: u64 = 9;
+        pages * (self.page_bytes() + HEADER) + zero * HEADER
+    }
+
     /// Bytes sent so far, on whatever channel.
     pub(super) fn position(&mut self) -> u64 {
         self.link.sink().position() + self.link.beside()
@@ -44,7 +72,10 @@ impl SourceSession {
 
     /// Gathers runs until the batch is full or nothing is dirty.
     fn next_batch(&mut self) -> Result<PageBatch, Error> {
-        let full = u64::from(self.link.abilities().batch_pages);
+        let mut full = u64::from(self.link.abilities().batch_pages);
+        if let (Some(pages), false) = (self.pace.batch_pages(self.page_bytes()), self.in_last_round) {
+            full = full.min(pages);
+        }
         let mut batch = self.spare.pop().unwrap_or_default();
         batch.clear();
         while batch.whole_pages() < full && batch.pages() < MAX_BATCH_PAGES {
@@ -82,6 +113,8 @@ impl SourceSession {
     /// Hands a batch to the door; waits while it is full.
     fn offer(&mut self, batch: PageBatch) -> Result<(), Error> {
         let begun = Instant::now();
+        let bytes = self.bytes_of(batch.whole_pages(), batch.zero_pages());
+        self.pace.charge(self.clock.now(), bytes);
         let mut batch = batch;
         loop {
             match self.link.offer(batch, &self.stop)? {
@@ -130,10 +163,16 @@ impl SourceSession {
     /// Takes back what the door has finished.
     pub(super) fn take_returned(&mut self) -> Result<(), Error> {
         self.link.collect(&mut self.returned)?;
+        let mut found_zero = 0;
         for returned in self.returned.drain(..) {
             debug_assert!(matches!(returned.receipt, Receipt::Released | Receipt::Placed));
             self.figures.counted(&returned.batch);
+            found_zero += returned.batch.zero_pages();
             self.spare.push(returned.batch);
+        }
+        if self.settings.zero_detection.with(self.link.abilities().classifies) == ZeroDetection::Channels {
+            // Charged as whole ones, and found to be zero on their way.
+            self.pace.refund(self.bytes_of(found_zero, 0));
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Action, Handover, Input, Outcome, SourceConfig, SourceEngine, Switchover};
+use crate::engine::{Action, Handover, Input, Outcome, Pace, SourceConfig, SourceEngine, Switchover};
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
 use crate::observe::{SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
@@ -141,6 +141,9 @@ pub struct SourceSession {
     pub(super) engine: SourceEngine,
     pub(super) dirty: DirtyMap,
     pub(super) search: PageSearch,
+    pub(super) pace: Pace,
+    /// The guest stands still: nothing is held back.
+    pub(super) in_last_round: bool,
     pub(super) spare: Vec<PageBatch>,
     pub(super) returned: Vec<Returned>,
     /// Batches of this round that the door can't carry.
@@ -174,6 +177,7 @@ impl SourceSession {
         let cancel = CancelToken::default();
         let dirty = DirtyMap::new(table, settings.clear_shift);
         let figures = Figures::new(table, SharedStatistics::default());
+        let pace = Pace::new(settings.max_bandwidth.clone());
         Self {
             stop: Stop::on(&cancel),
             cancel,
@@ -188,6 +192,8 @@ impl SourceSession {
             upstream: None,
             clock: Box::new(WallClock::default()),
             search: PageSearch::default(),
+            pace,
+            in_last_round: false,
             spare: Vec::new(),
             returned: Vec::new(),
             declined: Vec::new(),
@@ -382,7 +388,8 @@ impl SourceSession {
     fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<Input, Error> {
         self.figures.round(self.clock.now(), number, self.dirty.count());
         let mut head = Vec::new();
-        if kind == RoundKind::Final {
+        self.in_last_round = kind == RoundKind::Final;
+        if self.in_last_round {
             greeting::before_last_section(self, &mut head);
             section::encode_end(self.section_id, &mut head);
         } else {
@@ -405,6 +412,9 @@ impl SourceSession {
         self.link.sink().flush(&self.stop)?;
         self.figures.fenced(begun.elapsed());
         self.take_returned()?;
+        let mut writes = Vec::new();
+        self.link.take_latencies(&mut writes);
+        self.figures.written(&writes);
         let sent = self.position();
         self.figures.round_closed(self.clock.now(), sent);
         Ok(Input::Done)

@@ -344,6 +344,9 @@ pub trait SourceLink: Send {
         0
     }
 
+    /// Moves out how long writes to the peer's memory took from their post to their completion, where there are such.
+    fn take_latencies(&mut self, _out: &mut Vec<Duration>) {}
+
     /// The peer is known now, or is not: in what style it wants what only some doors write.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ramwire::engine::Outcome;
+use ramwire::engine::{BandwidthLimit, Outcome};
 use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
 use ramwire::guest::{DirtySource, GuestControl, WrittenPages, choose};
 use ramwire::session::{SourceGuest, SourceReport, SourceSession, SourceSettings};
@@ -60,6 +60,9 @@ pub(super) struct Args {
     /// Longest time the guest may stand still, in milliseconds
     #[arg(long, value_name = "MS", default_value = "300")]
     downtime_ms: u64,
+    /// Most bytes a second while the guest runs, for instance 125M; 0 is no limit
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    max_bandwidth: u64,
     /// Touch the destination's memory before the guest comes
     #[arg(long)]
     populate: bool,
@@ -116,6 +119,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let mut settings =
         SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
+    settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
     settings.digest = !args.no_digest;
     settings.same_host = true;
     let session = SourceSession::new(source, way.door.into(), settings).with_cancel(cancel);

@@ -40,6 +40,7 @@ impl Run<'_> {
             "round_log": s.rounds,
             "batch_latency": s.batch_latency,
             "fence_latency": s.fence_latency,
+            "write_latency": s.write_latency,
             "status": s.status,
             "error": s.error.as_ref().or(self.arrived.error.as_ref()),
         })

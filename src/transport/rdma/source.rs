@@ -64,6 +64,7 @@ pub fn connect_over(
             window: WINDOW,
             migration: MigrationId(random_id()),
         }),
+        record_latencies: true,
         ..SourceConfig::default()
     };
     let mut hooks = SourceHooks::connect(&*fabric, host, port, config, &bounds.hooks).map_err(failed)?;
@@ -262,7 +263,8 @@ impl RdmaLink {
 impl SourceLink for RdmaLink {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {
-            classifies: true,
+            // The hooks could; but what they found would not come back with the batch.
+            classifies: false,
             takes_deltas: false,
             exclusive_round: true,
             confirms_placement: true,
@@ -275,6 +277,12 @@ impl SourceLink for RdmaLink {
 
     fn sink(&mut self) -> &mut dyn ByteSink {
         &mut self.wire
+    }
+
+    fn take_latencies(&mut self, out: &mut Vec<Duration>) {
+        if let Some(hooks) = &mut self.wire.hooks {
+            hooks.drain_latencies(out);
+        }
     }
 
     fn open_round(&mut self, kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
