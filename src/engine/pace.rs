@@ -34,7 +34,7 @@ impl BandwidthLimit {
 }
 
 /// Spreads what is sent evenly over time. The moment up to which the bytes so far are paid for runs ahead of the clock
-/// by no more than what was sent last, and falls behind by no more than [`BURST`].
+/// by no more than what was sent last, and falls behind by no more than 5 ms.
 #[derive(Debug, Default)]
 pub struct Pace {
     limit: BandwidthLimit,
