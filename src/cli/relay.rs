@@ -12,7 +12,9 @@ use ramwire::session::{
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::stream::qemu::packed::Packing;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, ChannelOptions, DoorOptions, Listener, open_source};
+use ramwire::transport::{
+    Address, AllowList, ChannelOptions, DeltaCacheSize, DoorOptions, Listener, open_source,
+};
 use serde_json::json;
 
 use super::args::Exit;
@@ -45,6 +47,9 @@ pub(super) struct Args {
     /// Most bytes a second to the far end while the guest runs, for instance 125M; 0 is no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     max_bandwidth: u64,
+    /// Send changed pages as differences (XBZRLE) to copies kept in this much memory, for instance 64M; 0: never
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    xbzrle_cache_size: u64,
     /// Where RAM and device state go if the guest was given away by its source and the far end did not take it
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
@@ -98,7 +103,8 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let near = DoorOptions { channels: near, ..DoorOptions::of_stream(options) };
     let door = listener.accept_door(&near, &stop)?;
     drop(listener);
-    let options = DoorOptions { stream: options, rdma: args.rdma.options(), channels };
+    let deltas = DeltaCacheSize::new(args.xbzrle_cache_size);
+    let options = DoorOptions { stream: options, rdma: args.rdma.options(), channels, deltas };
     let (far, far_stop) = (args.connect.clone(), stop.clone());
     let chosen = matches!(far, Address::Auto { .. });
     let open = move |memory| {

@@ -8,7 +8,7 @@ use ramwire::page::ZeroDetection;
 use ramwire::ram::BlockName;
 use ramwire::session::{Peer, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, DoorOptions, Way, open_source};
+use ramwire::transport::{Address, DeltaCacheSize, DoorOptions, Way, open_source};
 use serde_json::json;
 
 use super::args::Exit;
@@ -54,6 +54,9 @@ pub(super) struct Args {
     /// Most bytes a second while the guest runs, for instance 125M; 0 is no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     max_bandwidth: u64,
+    /// Send changed pages as differences (XBZRLE) to copies kept in this much memory, for instance 64M; 0: never
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    xbzrle_cache_size: u64,
     /// Send a guest that was sent before
     #[arg(long)]
     again: bool,
@@ -140,6 +143,7 @@ fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error:
         stream: args.timeouts.stream_options(),
         rdma: args.rdma.options(),
         channels: args.channels.options()?,
+        deltas: DeltaCacheSize::new(args.xbzrle_cache_size),
     };
     let door = open_source(&args.uri, memory.clone(), &options, &Stop::on(&cancel))?;
     let way = door.way.clone();

@@ -4,4 +4,6 @@ mod latency;
 mod statistics;
 
 pub use latency::{Latency, LatencySummary};
-pub use statistics::{DowntimeParts, PageCounts, RoundReport, SharedStatistics, Statistics, Status};
+pub use statistics::{
+    DeltaCounts, DowntimeParts, PageCounts, RoundReport, SharedStatistics, Statistics, Status,
+};

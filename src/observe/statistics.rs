@@ -37,6 +37,25 @@ pub struct PageCounts {
     pub normal: u64,
     /// Zero pages.
     pub zero: u64,
+    /// Pages as a difference to what the destination had (XBZRLE).
+    pub delta: u64,
+}
+
+/// What deltas did, with the meanings `query-migrate` gives its `xbzrle-cache`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DeltaCounts {
+    /// Bytes of the cache; 0: there is none.
+    pub cache_size: u64,
+    /// Pages sent as deltas.
+    pub pages: u64,
+    /// Bytes they took, with their headers.
+    pub bytes: u64,
+    /// Pages that were dirty and had not changed: nothing was sent.
+    pub unchanged: u64,
+    /// Pages that were not in the cache.
+    pub cache_misses: u64,
+    /// Pages that differ too much.
+    pub overflows: u64,
 }
 
 /// Where the downtime went, in milliseconds. The parts add up to the whole but for rounding.
@@ -125,6 +144,8 @@ pub struct Statistics {
     pub downtime_parts: DowntimeParts,
     /// The last [`MOST_ROUNDS`](Self::MOST_ROUNDS) rounds; their numbers count from 1.
     pub rounds: Vec<RoundReport>,
+    /// What deltas did.
+    pub deltas: DeltaCounts,
     /// How long handing a batch to the transport took.
     pub batch_latency: LatencySummary,
     /// How long closing a round took.
@@ -153,6 +174,22 @@ impl Statistics {
         self.rounds.last().map_or(0, |round| round.round)
     }
 
+    /// `xbzrle-cache`: rates over the whole migration.
+    fn xbzrle(&self) -> Value {
+        let DeltaCounts { cache_size, pages, bytes, cache_misses, overflows, .. } = self.deltas;
+        let looked_up = cache_misses + pages + overflows + self.deltas.unchanged;
+        let rate = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
+        json!({
+            "cache-size": cache_size,
+            "pages": pages,
+            "bytes": bytes,
+            "cache-miss": cache_misses,
+            "cache-miss-rate": rate(cache_misses, looked_up),
+            "encoding-rate": rate(pages * self.page_size, bytes),
+            "overflow": overflows,
+        })
+    }
+
     /// The same figures in the shape of QEMU's `query-migrate`.
     pub fn query_migrate(&self) -> Value {
         let mut out = json!({
@@ -178,6 +215,9 @@ impl Statistics {
                 "multifd-bytes": self.multifd_bytes,
             },
         });
+        if self.deltas.cache_size > 0 {
+            out["xbzrle-cache"] = self.xbzrle();
+        }
         let ended = matches!(self.status, Status::Completed | Status::InDoubt);
         let (name, value) =
             if ended { ("downtime", self.downtime) } else { ("expected-downtime", self.expected_downtime) };
@@ -225,7 +265,7 @@ mod tests {
         let shared = SharedStatistics::default();
         shared.update(|s| {
             s.status = Status::Completed;
-            s.pages = PageCounts { normal: 3, zero: 5 };
+            s.pages = PageCounts { normal: 3, zero: 5, delta: 0 };
             s.page_size = 4096;
             s.downtime = 12.7;
         });
@@ -234,6 +274,19 @@ mod tests {
         assert_eq!(out["ram"]["normal-bytes"], 3 * 4096);
         assert_eq!(out["ram"]["duplicate"], 5);
         assert_eq!(out["downtime"], 12);
+        assert!(out.get("xbzrle-cache").is_none());
+        shared.update(|s| {
+            s.deltas = DeltaCounts {
+                cache_size: 1 << 20,
+                pages: 4,
+                bytes: 4096,
+                unchanged: 1,
+                cache_misses: 3,
+                overflows: 2,
+            };
+        });
+        let cache = &shared.snapshot().query_migrate()["xbzrle-cache"];
+        assert_eq!((&cache["cache-miss-rate"], &cache["encoding-rate"]), (&json!(0.3), &json!(4.0)));
         assert!(out.get("expected-downtime").is_none() && out.get("error-desc").is_none());
     }
 }

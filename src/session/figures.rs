@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::engine::{Action, Outcome, Reason};
-use crate::observe::{Latency, PageCounts, RoundReport, SharedStatistics, Status};
+use crate::observe::{DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, Status};
 use crate::ram::{PageBatch, RamBlockTable, RoundKind};
 use crate::units::Rate;
 
@@ -38,6 +38,8 @@ pub(super) struct Figures {
     batch: Latency,
     fence: Latency,
     write: Latency,
+    deltas: DeltaCounts,
+    round_deltas: DeltaCounts,
     /// When the first page had been handed over.
     pub(super) first_page: Option<Duration>,
 }
@@ -65,6 +67,8 @@ impl Figures {
             batch: Latency::default(),
             fence: Latency::default(),
             write: Latency::default(),
+            deltas: DeltaCounts::default(),
+            round_deltas: DeltaCounts::default(),
             first_page: None,
         }
     }
@@ -149,11 +153,12 @@ impl Figures {
         self.round = RoundReport { round: number, dirty_pages, ..RoundReport::default() };
         self.round_pages = PageCounts::default();
         self.round_began = now;
+        self.round_deltas = self.deltas;
     }
 
     pub(super) fn round_closed(&mut self, now: Duration, position: u64) {
         let took = now.saturating_sub(self.round_began);
-        self.round.pages = self.round_pages;
+        self.round.pages = as_sent(self.round_pages, self.deltas, self.round_deltas);
         self.round.bytes = position - self.round_from;
         self.round.took_ms = millis(took);
         self.rounds_bytes += self.round.bytes;
@@ -169,7 +174,7 @@ impl Figures {
             took_ms = round.took_ms,
             "round closed",
         );
-        let (pages, paused) = (self.pages, self.paused_at.is_some());
+        let (pages, paused) = (self.pages(), self.paused_at.is_some());
         let latencies = (self.batch.summary(), self.fence.summary(), self.write.summary());
         self.shared.update(|s| {
             s.pages = pages;
@@ -189,6 +194,16 @@ impl Figures {
         self.fence.record(took);
     }
 
+    /// What deltas did so far; their pages were handed over as whole ones.
+    pub(super) fn deltas(&mut self, counts: DeltaCounts) {
+        self.deltas = counts;
+        self.shared.update(|s| s.deltas = counts);
+    }
+
+    fn pages(&self) -> PageCounts {
+        as_sent(self.pages, self.deltas, DeltaCounts::default())
+    }
+
     pub(super) fn written(&mut self, took: &[Duration]) {
         took.iter().for_each(|took| self.write.record(*took));
     }
@@ -204,7 +219,7 @@ impl Figures {
         if bytes > 0 {
             self.first_page.get_or_insert(now);
         }
-        let (pages, page_bytes) = (self.pages, self.page_bytes);
+        let (pages, page_bytes) = (self.pages(), self.page_bytes);
         self.shared.update(|s| {
             s.pages = pages;
             s.transferred += bytes;
@@ -239,6 +254,13 @@ impl Figures {
             }
         });
     }
+}
+
+/// Pages as they were handed over, less those that became deltas or nothing since `before`.
+fn as_sent(handed: PageCounts, deltas: DeltaCounts, before: DeltaCounts) -> PageCounts {
+    let delta = deltas.pages - before.pages;
+    let not_whole = delta + deltas.unchanged - before.unchanged;
+    PageCounts { normal: handed.normal.saturating_sub(not_whole), delta, ..handed }
 }
 
 fn millis(time: Duration) -> f64 {

@@ -26,6 +26,7 @@ pub(super) struct Places {
     page_bytes: u64,
     normal: AtomicU64,
     zero: AtomicU64,
+    delta: AtomicU64,
 }
 
 impl Places {
@@ -38,8 +39,8 @@ impl Places {
         let find = |block: &RamBlock| table.find(block.name.as_str());
         let blocks = announced.iter().map(find).collect::<Result<_, _>>()?;
         let (page_bytes, received) = (table.page().bytes(), ReceivedMap::new(table));
-        let (normal, zero) = (AtomicU64::new(0), AtomicU64::new(0));
-        Ok(Self { received, watcher, blocks, page_bytes, normal, zero, memory })
+        let [normal, zero, delta] = [0; 3].map(AtomicU64::new);
+        Ok(Self { received, watcher, blocks, page_bytes, normal, zero, delta, memory })
     }
 
     pub(super) fn memory(&self) -> &Arc<dyn GuestMemory> {
@@ -52,8 +53,13 @@ impl Places {
 
     /// Pages that came, by kind.
     pub(super) fn counts(&self) -> PageCounts {
-        let (normal, zero) = (self.normal.load(Ordering::Relaxed), self.zero.load(Ordering::Relaxed));
-        PageCounts { normal, zero }
+        let [normal, zero, delta] =
+            [&self.normal, &self.zero, &self.delta].map(|count| count.load(Ordering::Relaxed));
+        PageCounts { normal, zero, delta }
+    }
+
+    pub(super) fn count_delta(&self) {
+        self.delta.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn count_zero(&self, pages: u64) {

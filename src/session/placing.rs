@@ -113,7 +113,9 @@ impl Placing {
         span.copy_to(&mut self.scratch);
         xbzrle::decode(bytes, &mut self.scratch).map_err(|fault| corrupt(fault.into()))?;
         span.copy_from(&self.scratch);
-        Ok(self.places.placed(block, offset, page)?)
+        self.places.seen(self.places.landing(block, offset, page)?);
+        self.places.count_delta();
+        Ok(())
     }
 
     /// True if somebody wants to see each page as it arrives.

@@ -37,6 +37,7 @@ impl SourceSession {
         let pages_left = self.dirty.count();
         self.figures.sent(self.clock.now(), bytes, pages_left, self.engine.rate());
         self.figures.beside(self.link.beside());
+        self.figures.deltas(self.link.deltas());
         Ok(Input::Sent { pages_left, bytes })
     }
 

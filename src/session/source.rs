@@ -415,6 +415,7 @@ impl SourceSession {
         let mut writes = Vec::new();
         self.link.take_latencies(&mut writes);
         self.figures.written(&writes);
+        self.figures.deltas(self.link.deltas());
         let sent = self.position();
         self.figures.round_closed(self.clock.now(), sent);
         Ok(Input::Done)

@@ -10,8 +10,8 @@ use super::rdma::{RdmaListener, connect_here as rdma_source};
 use super::tcp::TcpListener;
 use super::unix::UnixListener;
 use super::{
-    Address, AllowList, ByteSink, ByteSource, ChannelError, ChannelOptions, InlineLink, MultifdSource,
-    SourceLink, StreamChannel, StreamOptions, exec, file, multifd, tcp, unix,
+    Address, AllowList, ByteSink, ByteSource, ChannelError, ChannelOptions, DeltaCacheSize, InlineLink,
+    MultifdSource, SourceLink, StreamChannel, StreamOptions, exec, file, multifd, tcp, unix,
 };
 use crate::guest::GuestMemory;
 use crate::sys::{Stop, take_inherited_fd};
@@ -74,6 +74,14 @@ pub enum OpenError {
         address: String,
         /// What was found.
         what: String,
+    },
+    /// Deltas where pages do not go in the stream.
+    #[error(
+        "{address}: only pages in the stream can travel as deltas; leave --xbzrle-cache-size, or --channels, out"
+    )]
+    NoDeltas {
+        /// The address.
+        address: String,
     },
     /// Page channels where there is one stream only.
     #[error("{address} has no page channels; use tcp: or unix:, or leave --channels out")]
@@ -141,6 +149,8 @@ pub struct DoorOptions {
     pub rdma: RdmaOptions,
     /// Page channels of `tcp:` and `unix:` connections.
     pub channels: ChannelOptions,
+    /// Cache for pages that travel as differences in the stream, at a source; 0: none do.
+    pub deltas: DeltaCacheSize,
 }
 
 impl DoorOptions {
@@ -212,6 +222,10 @@ pub fn open_source(
     stop: &Stop,
 ) -> Result<SourceDoor, OpenError> {
     let channels = &options.channels;
+    let in_stream = channels.count == 0 && !matches!(address, Address::Rdma { .. });
+    if options.deltas.get() > 0 && !in_stream {
+        return Err(OpenError::NoDeltas { address: address.to_string() });
+    }
     match address {
         Address::Rdma { .. } | Address::Fd(_) | Address::Exec(_) | Address::File(_) if channels.count > 0 => {
             Err(OpenError::NoChannels { address: address.to_string() })
@@ -234,7 +248,7 @@ pub(super) fn open_stream(
 ) -> Result<SourceDoor, OpenError> {
     let (sink, back) = connect(address, &options.stream, stop)?.with_return_path();
     let link: Box<dyn SourceLink> = match options.channels.count {
-        0 => Box::new(InlineLink::new(Box::new(sink), memory)),
+        0 => Box::new(InlineLink::new(Box::new(sink), memory).with_deltas(options.deltas.clone())),
         _ => {
             let open = || connect(address, &options.stream, stop);
             Box::new(multifd::connect(Box::new(sink), memory, &options.channels, open)?)

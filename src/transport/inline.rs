@@ -6,15 +6,20 @@
 
 use std::sync::Arc;
 
+use super::delta::{DeltaCache, DeltaCacheSize, Travels};
 use super::{ByteSink, MoveError, Offer, Receipt, Returned, SourceLink, Ticket};
 use crate::guest::GuestMemory;
+use crate::observe::DeltaCounts;
 use crate::ram::{MoverAbilities, PageBatch, Piece, RoundKind, Verdict};
 use crate::stream::qemu::ram::{PageAt, Record, continued_page, continued_zero};
 use crate::sys::{HostSpan, MAX_PARTS, SendPart, Stop};
-use crate::units::{BlockIndex, PageIndex};
+use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
 /// Whole pages in one vectored send: a header and a page each fill the kernel's limit of parts.
 const PAGES_PER_SEND: usize = MAX_PARTS / 2;
+
+/// Bytes of headers, deltas and copies after which they are sent.
+const MOST_HEADERS: usize = 64 << 10;
 
 /// Writes batches as records of the stream; what a door of its own declines goes this way, too.
 pub struct InlinePages {
@@ -22,12 +27,17 @@ pub struct InlinePages {
     /// The block of the last record; the next one of the same block carries no name.
     current: Option<BlockIndex>,
     headers: Vec<u8>,
+    /// What pages may be differences to.
+    deltas: Option<DeltaCache>,
+    /// Number of each block's first page over all blocks.
+    numbers: Vec<u64>,
 }
 
 impl InlinePages {
     /// Pages of `guest`; the first record names its block.
     pub fn new(guest: Arc<dyn GuestMemory>) -> Self {
-        Self { guest, current: None, headers: Vec::with_capacity(PAGES_PER_SEND * 16) }
+        let numbers = Vec::new();
+        Self { guest, current: None, headers: Vec::with_capacity(PAGES_PER_SEND * 16), deltas: None, numbers }
     }
 
     /// Sends the pages of `batch` into `sink`, inside a ram section.
@@ -64,26 +74,76 @@ impl InlinePages {
             let page_index = PageIndex(piece.run.first.0 + index);
             let Some(offset) = page.offset_of(page_index) else { break };
             let zero = piece.verdict == Verdict::Zero;
-            if self.current == Some(piece.run.block) {
-                match zero {
-                    true => self.headers.extend_from_slice(&continued_zero(offset)),
-                    false => self.headers.extend_from_slice(&continued_page(offset)),
-                }
-            } else {
-                let at = PageAt { block: table.get(piece.run.block).map(|b| b.name.as_str()), offset };
-                let record = if zero { Record::Zero { at, fill: 0 } } else { Record::Page(at) };
-                record.encode(&mut self.headers);
-                self.current = Some(piece.run.block);
+            let page = span.part(index as usize * bytes, bytes);
+            let at = (piece.run.block, page_index, offset);
+            match page.filter(|_| !zero) {
+                Some(page) => self.write_page(at, page, chunk),
+                None => self.write_zero(at),
             }
-            if !zero {
-                let page = span.part(index as usize * bytes, bytes);
-                chunk.pages.extend(page.map(|page| (self.headers.len(), page)));
-            }
-            if chunk.pages.len() == PAGES_PER_SEND || self.headers.len() > PAGES_PER_SEND * 16 {
+            if chunk.pages.len() == PAGES_PER_SEND || self.headers.len() > MOST_HEADERS {
                 self.flush_chunk(chunk, sink, stop)?;
             }
         }
         Ok(())
+    }
+
+    fn write_zero(&mut self, at: At) {
+        self.write_head(at, Kind::Zero);
+        let number = self.number_of(at);
+        if let Some(deltas) = self.deltas.as_mut().filter(|deltas| deltas.is_active()) {
+            deltas.zero(number);
+        }
+    }
+
+    /// A page whole, where it lies or from the cache, or as a difference, or not at all.
+    fn write_page<'g>(&mut self, at: At, page: HostSpan<'g>, chunk: &mut Chunk<'g>) {
+        let number = self.number_of(at);
+        // Out and back in: the record's head is written in between.
+        let Some(mut deltas) = self.deltas.take_if(|deltas| deltas.is_active()) else {
+            self.write_head(at, Kind::Page);
+            return chunk.pages.push((self.headers.len(), page));
+        };
+        match deltas.page(number, page) {
+            Travels::NotAtAll => {}
+            Travels::Delta(bytes) => {
+                self.write_head(at, Kind::Delta(bytes.len() as u16));
+                self.headers.extend_from_slice(bytes);
+            }
+            Travels::Copy(bytes) => {
+                self.write_head(at, Kind::Page);
+                self.headers.extend_from_slice(bytes);
+            }
+            Travels::Whole => {
+                self.write_head(at, Kind::Page);
+                chunk.pages.push((self.headers.len(), page));
+            }
+        }
+        self.deltas = Some(deltas);
+    }
+
+    fn number_of(&self, (block, page, _): At) -> u64 {
+        self.numbers.get(block.as_usize()).map_or(0, |first| first + page.0)
+    }
+
+    fn write_head(&mut self, (block, _, offset): At, kind: Kind) {
+        if self.current == Some(block) {
+            match kind {
+                Kind::Page => return self.headers.extend_from_slice(&continued_page(offset)),
+                Kind::Zero => return self.headers.extend_from_slice(&continued_zero(offset)),
+                Kind::Delta(_) => {}
+            }
+        }
+        let guest = Arc::clone(&self.guest);
+        let name = guest.table().get(block).map(|block| block.name.as_str());
+        let name = name.filter(|_| self.current != Some(block));
+        let at = PageAt { block: name, offset };
+        let record = match kind {
+            Kind::Page => Record::Page(at),
+            Kind::Zero => Record::Zero { at, fill: 0 },
+            Kind::Delta(len) => Record::Xbzrle { at, len },
+        };
+        record.encode(&mut self.headers);
+        self.current = Some(block);
     }
 
     /// Sends what was gathered: each page behind the header bytes that end where it is due.
@@ -112,6 +172,16 @@ impl InlinePages {
     }
 }
 
+/// Block, page and offset.
+type At = (BlockIndex, PageIndex, BlockOffset);
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Page,
+    Zero,
+    Delta(u16),
+}
+
 /// Pages of one vectored send, each with the length of the headers in front of it.
 struct Chunk<'g> {
     pages: Vec<(usize, HostSpan<'g>)>,
@@ -137,6 +207,22 @@ impl InlineLink {
     pub fn new(sink: Box<dyn ByteSink>, guest: Arc<dyn GuestMemory>) -> Self {
         Self { sink, pages: InlinePages::new(guest), finished: Vec::new(), failed: Vec::new(), tickets: 0 }
     }
+
+    /// Pages that were sent before may travel as differences (XBZRLE) from the second round on, while `size` is not 0.
+    #[must_use]
+    pub fn with_deltas(mut self, size: DeltaCacheSize) -> Self {
+        let table = self.pages.guest.table();
+        let mut first = 0;
+        let mut next = |block| {
+            let number = first;
+            first += table.pages_of(block);
+            number
+        };
+        let numbers = table.blocks().iter().map(&mut next).collect();
+        let cache = DeltaCache::new(size, table.page().bytes());
+        (self.pages.numbers, self.pages.deltas) = (numbers, Some(cache));
+        self
+    }
 }
 
 impl SourceLink for InlineLink {
@@ -157,7 +243,14 @@ impl SourceLink for InlineLink {
         &mut *self.sink
     }
 
-    fn open_round(&mut self, _kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
+    fn deltas(&self) -> DeltaCounts {
+        self.pages.deltas.as_ref().map_or_else(DeltaCounts::default, |deltas| deltas.counts)
+    }
+
+    fn open_round(&mut self, kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
+        if let Some(deltas) = self.pages.deltas.as_mut().filter(|_| kind != RoundKind::Setup) {
+            deltas.round(kind == RoundKind::Final);
+        }
         Ok(())
     }
 

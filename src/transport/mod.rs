@@ -7,6 +7,7 @@
 mod address;
 mod allow;
 mod auto;
+mod delta;
 mod door;
 mod exec;
 mod fault;
@@ -22,6 +23,7 @@ mod unix;
 
 pub use address::{Address, AddressError};
 pub use allow::{AllowError, AllowList};
+pub use delta::DeltaCacheSize;
 pub use door::{
     DestinationDoor, DoorOptions, Listener, OpenError, RdmaOptions, SourceDoor, Way, WhyNoRdma, connect,
     open_source, rdma_address,
@@ -38,6 +40,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::guest::{GuestError, GuestMemory};
+use crate::observe::DeltaCounts;
 use crate::ram::{MoverAbilities, PageBatch, PageRun, RamBlock, RoundKind};
 use crate::stream::DecodeError;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
@@ -342,6 +345,11 @@ pub trait SourceLink: Send {
     /// Bytes that went on other channels than the stream's.
     fn beside(&self) -> u64 {
         0
+    }
+
+    /// What deltas did so far, where pages may travel as such.
+    fn deltas(&self) -> DeltaCounts {
+        DeltaCounts::default()
     }
 
     /// Moves out how long writes to the peer's memory took from their post to their completion, where there are such.

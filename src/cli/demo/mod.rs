@@ -48,6 +48,9 @@ pub(super) struct Args {
     /// Bytes a second that it writes; 0 for an idle guest
     #[arg(long, value_name = "SIZE", default_value = "200M", value_parser = bytes)]
     dirty_rate: u64,
+    /// Bytes of a page that a write changes, beside the 40 of its header
+    #[arg(long, value_name = "SIZE", default_value = "4K", value_parser = bytes)]
+    write_size: u64,
     /// Share of the pages that are zero
     #[arg(long, value_name = "PERCENT", default_value = "25", value_parser = percent)]
     zero: Percent,
@@ -60,6 +63,9 @@ pub(super) struct Args {
     /// Longest time the guest may stand still, in milliseconds
     #[arg(long, value_name = "MS", default_value = "300")]
     downtime_ms: u64,
+    /// Send changed pages as differences (XBZRLE) to copies kept in this much memory, for instance 64M; 0: never
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    xbzrle_cache_size: u64,
     /// Most bytes a second while the guest runs, for instance 125M; 0 is no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     max_bandwidth: u64,
@@ -106,6 +112,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
         working_set: args.working_set,
         rate: Some(Rate(args.dirty_rate)),
         writers: args.writers,
+        changes: u32::try_from(args.write_size).unwrap_or(u32::MAX),
     };
     let mut guest = SyntheticGuest::filled(Arc::clone(&memory), config)?;
     let written: Arc<dyn DirtySource> = Arc::new(WrittenPages::new(&memory));

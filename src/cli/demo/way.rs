@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use ramwire::guest::MappedGuest;
 use ramwire::sys::Stop;
-use ramwire::transport::{Address, DoorOptions, SourceDoor, open_source, rdma_address};
+use ramwire::transport::{Address, DeltaCacheSize, DoorOptions, SourceDoor, open_source, rdma_address};
 
 use super::blocks::BlockSpec;
 use super::destination::Process;
@@ -48,6 +48,7 @@ impl Way {
                 stream: local_options(),
                 rdma: args.rdma.options(),
                 channels: args.channels.options()?,
+                deltas: DeltaCacheSize::new(args.xbzrle_cache_size),
             };
             let memory = Arc::clone(memory);
             let door = open_source(&address, memory, &options, stop)?;
@@ -67,6 +68,9 @@ impl Way {
                 open("tcp", &address, "--transport tcp".into())
             }
             Transport::Unix => unix("--transport unix".into()),
+            Transport::Auto if args.xbzrle_cache_size > 0 => {
+                unix("deltas (--xbzrle-cache-size) need a byte stream".into())
+            }
             Transport::Auto if args.channels.count() > 0 => {
                 unix("page channels (--channels) need a byte stream".into())
             }

@@ -228,7 +228,8 @@ impl Shared {
             let expected = self.plan.before(writer, sequence, block, page);
             self.faults().check(&self.memory, run, expected, page::read(buffer, self.plan.config.seed));
         }
-        page::write(buffer, self.plan.config.seed, Stamp { block, writer, page, sequence });
+        let config = &self.plan.config;
+        page::write(buffer, config.seed, Stamp { block, writer, page, sequence }, config.changes);
         span.copy_from(buffer);
         self.software.mark_run(run);
         done.store(sequence, Ordering::Release);

@@ -58,12 +58,14 @@ impl fmt::Display for Content {
     }
 }
 
-/// Fills `page`, whose length is a multiple of 8 and at least 1 KiB, with `stamp` and a body that follows
-/// from it.
-pub(super) fn write(page: &mut [u8], seed: u64, stamp: Stamp) {
-    let start = mix(seed, stamp);
+/// Fills `page`, whose length is a multiple of 8 and at least 1 KiB, with `stamp` and a body of which the first
+/// `changes` bytes follow from it; the rest is the page's own, whoever writes.
+pub(super) fn write(page: &mut [u8], seed: u64, stamp: Stamp, changes: u32) {
+    let (fresh, lasting) = (mix(seed, stamp), mix(seed, Stamp { writer: FILL, sequence: 0, ..stamp }));
+    let changed = HEADER + changes as usize / 8;
     let (words, _) = page.as_chunks_mut::<8>();
     for (at, word) in words.iter_mut().enumerate().skip(HEADER) {
+        let start = if at < changed { fresh } else { lasting };
         *word = start.wrapping_add((at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes();
     }
     words[0] = (MAGIC ^ seed).to_le_bytes();
@@ -104,7 +106,7 @@ mod tests {
         let stamp = Stamp { block: 3, writer: 1, page: 0x1234, sequence: 99 };
         let mut page = [0; 4096];
         assert_eq!(read(&page, 5), Content::Zero);
-        write(&mut page, 5, stamp);
+        write(&mut page, 5, stamp, u32::MAX);
         assert_eq!(read(&page, 5), Content::Stamped(stamp));
         assert_eq!(read(&page, 6), Content::Foreign);
         for at in (0..4096).step_by(7) {
@@ -113,8 +115,13 @@ mod tests {
             page[at] ^= 0x10;
         }
         let mut next = [0; 4096];
-        write(&mut next, 5, Stamp { sequence: 100, ..stamp });
+        write(&mut next, 5, Stamp { sequence: 100, ..stamp }, u32::MAX);
         next[2048..].copy_from_slice(&page[2048..]);
         assert_eq!(read(&next, 5), Content::Torn);
+        write(&mut page, 5, stamp, 16);
+        write(&mut next, 5, Stamp { sequence: 100, ..stamp }, 16);
+        let differ = page.chunks(8).zip(next.chunks(8)).filter(|(old, new)| old != new).count();
+        assert_eq!(differ, 4, "checksum, sequence and two words");
+        assert_eq!(read(&next, 5), Content::Stamped(Stamp { sequence: 100, ..stamp }));
     }
 }

@@ -20,12 +20,21 @@ pub struct SyntheticConfig {
     pub rate: Option<Rate>,
     /// Writer threads, 1 to 256.
     pub writers: u32,
+    /// Bytes of a page that each write changes beside its header of 40; [`u32::MAX`] for all.
+    pub changes: u32,
 }
 
 impl Default for SyntheticConfig {
     fn default() -> Self {
         let zero = Percent::new(25).unwrap_or_default();
-        Self { seed: 1, zero, working_set: 64 << 20, rate: Some(Rate(200 << 20)), writers: 2 }
+        Self {
+            seed: 1,
+            zero,
+            working_set: 64 << 20,
+            rate: Some(Rate(200 << 20)),
+            writers: 2,
+            changes: u32::MAX,
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use crate::units::{Percent, Rate};
 
 const MAGIC: [u8; 8] = *b"ramguest";
 /// Bytes between the length and the writers' counts.
-const FIXED: usize = 8 * 3 + 4 * 2 + 8 + 4;
+const FIXED: usize = 8 * 3 + 4 * 2 + 8 + 4 + 4;
 const NO_LIMIT: u64 = u64::MAX;
 
 /// Blocks as a number: another guest's memory is refused, not misread.
@@ -39,7 +39,7 @@ pub(super) fn encode(table: &RamBlockTable, config: &SyntheticConfig, done: &[u6
     out.extend(((FIXED + 8 * done.len()) as u32).to_le_bytes());
     let rate = config.rate.map_or(NO_LIMIT, |rate| rate.0);
     [config.seed, config.working_set, rate].iter().for_each(|word| out.extend(word.to_le_bytes()));
-    for word in [u32::from(config.zero.get()), table.page().bytes() as u32] {
+    for word in [u32::from(config.zero.get()), table.page().bytes() as u32, config.changes] {
         out.extend(word.to_le_bytes());
     }
     out.extend(fingerprint(table).to_le_bytes());
@@ -68,7 +68,7 @@ pub(super) fn decode(table: &RamBlockTable, from: &mut dyn Read) -> io::Result<(
     }
     let mut fields = Fields(&body[12..]);
     let (seed, working_set, rate) = (fields.long()?, fields.long()?, fields.long()?);
-    let (zero, page) = (fields.short()?, fields.short()?);
+    let (zero, page, changes) = (fields.short()?, fields.short()?, fields.short()?);
     if fields.long()? != fingerprint(table) || u64::from(page) != table.page().bytes() {
         return Err(refused("is of a guest with other RAM blocks"));
     }
@@ -79,7 +79,7 @@ pub(super) fn decode(table: &RamBlockTable, from: &mut dyn Read) -> io::Result<(
         return Err(refused("counts its writers wrongly"));
     }
     let rate = (rate != NO_LIMIT).then_some(Rate(rate));
-    Ok((SyntheticConfig { seed, zero, working_set, rate, writers }, done))
+    Ok((SyntheticConfig { seed, zero, working_set, rate, writers, changes }, done))
 }
 
 struct Fields<'a>(&'a [u8]);

@@ -115,7 +115,7 @@ pub(super) fn fill(shared: &Shared) -> io::Result<()> {
         if let Expected::Stamped(stamp) = shared.plan.initial(run.block.0, run.first.0)
             && let Some(span) = shared.span(run)
         {
-            write(buffer, seed, stamp);
+            write(buffer, seed, stamp, u32::MAX);
             span.copy_from(buffer);
         }
     })?;

@@ -1,0 +1,295 @@
+//! Pages as differences to what the destination has (XBZRLE): the cache of what was sent.
+//!
+//! # The order that must hold
+//!
+//! What the cache holds for a page is what the destination has. A page is therefore copied before it is encoded, and
+//! one that goes whole into the cache is sent from there: the guest may write meanwhile.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::observe::DeltaCounts;
+use crate::stream::xbzrle::{Encoded, encode};
+use crate::sys::HostSpan;
+
+/// Generations for which a page keeps its place against another one.
+const PROTECTED: u64 = 2;
+
+/// Bytes of the cache; 0: no deltas. May be changed while a migration runs, which empties the cache at the next round.
+/// Clones share the size.
+#[derive(Clone, Debug, Default)]
+pub struct DeltaCacheSize(Arc<AtomicU64>);
+
+impl DeltaCacheSize {
+    /// `bytes`; what is used is the largest power of two of pages in them.
+    pub fn new(bytes: u64) -> Self {
+        Self(Arc::new(AtomicU64::new(bytes)))
+    }
+
+    /// From the next round on.
+    pub fn set(&self, bytes: u64) {
+        self.0.store(bytes, Ordering::Relaxed);
+    }
+
+    /// The size.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What a page travels as.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Travels<'a> {
+    /// It is what the destination has.
+    NotAtAll,
+    /// The encoding of its difference.
+    Delta(&'a [u8]),
+    /// These bytes, which the cache holds now.
+    Copy(&'a [u8]),
+    /// The guest's memory, as without a cache.
+    Whole,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Slot {
+    /// Number of the page plus one; 0: empty.
+    page: u64,
+    used: u64,
+}
+
+/// Copies of pages as they were sent, each in the one place its number gives it.
+#[derive(Debug)]
+pub(super) struct DeltaCache {
+    size: DeltaCacheSize,
+    sized: u64,
+    slots: Vec<Slot>,
+    copies: Vec<u8>,
+    page_bytes: usize,
+    generation: u64,
+    rounds: u32,
+    last_round: bool,
+    new: Vec<u8>,
+    encoded: Vec<u8>,
+    pub(super) counts: DeltaCounts,
+}
+
+impl DeltaCache {
+    /// An empty one; memory is taken when the second round begins.
+    pub(super) fn new(size: DeltaCacheSize, page_bytes: u64) -> Self {
+        let page_bytes = page_bytes as usize;
+        Self {
+            size,
+            sized: 0,
+            slots: Vec::new(),
+            copies: Vec::new(),
+            page_bytes,
+            generation: 0,
+            rounds: 0,
+            last_round: false,
+            new: vec![0; page_bytes],
+            encoded: vec![0; page_bytes],
+            counts: DeltaCounts::default(),
+        }
+    }
+
+    /// A round of pages begins; the last one changes nothing here any more. The first has nothing to differ from.
+    pub(super) fn round(&mut self, last: bool) {
+        self.rounds += 1;
+        self.generation += 1;
+        self.last_round = last;
+        let wanted = self.size.get();
+        if self.rounds > 1 && wanted != self.sized && !last {
+            self.sized = wanted;
+            let pages = wanted / self.page_bytes as u64;
+            let slots = if pages == 0 { 0 } else { 1_usize << pages.ilog2().min(40) };
+            self.slots = vec![Slot::default(); slots];
+            self.copies = vec![0; slots * self.page_bytes];
+            self.counts.cache_size = (slots * self.page_bytes) as u64;
+        }
+    }
+
+    /// True if pages may travel as deltas in this round.
+    pub(super) fn is_active(&self) -> bool {
+        !self.slots.is_empty()
+    }
+
+    fn slot_of(&self, page: u64) -> usize {
+        (page as usize) & (self.slots.len() - 1)
+    }
+
+    /// Takes place number `at` for `page` if it is free, its own, or its owner has not been used lately.
+    fn claim(&mut self, at: usize, page: u64) -> bool {
+        let slot = &mut self.slots[at];
+        let is_own = slot.page == page + 1;
+        if slot.page != 0 && !is_own && slot.used + PROTECTED > self.generation {
+            return false;
+        }
+        *slot = Slot { page: page + 1, used: self.generation };
+        true
+    }
+
+    /// Page number `page` is to be sent and reads as `span`; it is copied first.
+    pub(super) fn page(&mut self, page: u64, span: HostSpan<'_>) -> Travels<'_> {
+        let at = self.slot_of(page);
+        let bytes = self.page_bytes;
+        let place = at * bytes..(at + 1) * bytes;
+        if self.slots[at].page != page + 1 {
+            self.counts.cache_misses += 1;
+            if self.last_round || !self.claim(at, page) {
+                return Travels::Whole;
+            }
+            span.copy_to(&mut self.copies[place.clone()]);
+            return Travels::Copy(&self.copies[place]);
+        }
+        self.slots[at].used = self.generation;
+        span.copy_to(&mut self.new);
+        let found = encode(&self.copies[place.clone()], &self.new, &mut self.encoded);
+        match found {
+            Encoded::Unchanged => {
+                self.counts.unchanged += 1;
+                return Travels::NotAtAll;
+            }
+            Encoded::Overflow => self.counts.overflows += 1,
+            Encoded::Delta(len) => {
+                self.counts.pages += 1;
+                // The record's head: flags and offset, encoding, length.
+                self.counts.bytes += len as u64 + 11;
+            }
+        }
+        if !self.last_round {
+            self.copies[place.clone()].copy_from_slice(&self.new);
+        }
+        match found {
+            Encoded::Delta(len) => Travels::Delta(&self.encoded[..len]),
+            _ => Travels::Copy(&self.new),
+        }
+    }
+
+    /// Page number `page` is sent as zero.
+    pub(super) fn zero(&mut self, page: u64) {
+        let at = self.slot_of(page);
+        if !self.last_round && self.claim(at, page) {
+            self.copies[at * self.page_bytes..(at + 1) * self.page_bytes].fill(0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::stream::xbzrle::decode;
+    use crate::sys::Mapping;
+    use proptest::prelude::*;
+
+    const PAGE: usize = 4096;
+
+    fn cache(pages: u64) -> DeltaCache {
+        let mut cache = DeltaCache::new(DeltaCacheSize::new(pages * PAGE as u64), PAGE as u64);
+        cache.round(false);
+        assert!(!cache.is_active(), "the first round has nothing to differ from");
+        cache.round(false);
+        cache
+    }
+
+    #[test]
+    fn s35_s36_a_page_is_whole_once_then_a_delta_then_nothing() {
+        let memory = Mapping::memfd("deltas", 8 * PAGE as u64).unwrap();
+        let span = |page: usize| memory.region().span((page * PAGE) as u64, PAGE as u64).unwrap();
+        let mut cache = cache(4);
+        span(1).copy_from(&[7; PAGE]);
+        assert_eq!(cache.page(1, span(1)), Travels::Copy(&[7; PAGE]));
+        span(1).copy_from(&[9; 3]);
+        assert_eq!(cache.page(1, span(1)), Travels::Delta(&[0, 3, 9, 9, 9]));
+        assert_eq!(cache.page(1, span(1)), Travels::NotAtAll);
+        span(1).copy_from(&[1; PAGE]);
+        assert_eq!(cache.page(1, span(1)), Travels::Copy(&[1; PAGE]), "too different");
+        let DeltaCounts { pages, bytes, unchanged, cache_misses, overflows, cache_size } = cache.counts;
+        assert_eq!((pages, bytes, unchanged, cache_misses, overflows), (1, 16, 1, 1, 1));
+        assert_eq!(cache_size, 4 * PAGE as u64);
+    }
+
+    #[test]
+    fn s37_a_place_is_kept_for_two_generations_and_nothing_changes_in_the_last_round() {
+        let memory = Mapping::memfd("deltas", 16 * PAGE as u64).unwrap();
+        let span = |page: usize| memory.region().span((page * PAGE) as u64, PAGE as u64).unwrap();
+        let mut cache = cache(4);
+        cache.zero(1);
+        assert_eq!(cache.page(5, span(5)), Travels::Whole, "its place is page 1's");
+        cache.round(false);
+        assert_eq!(cache.page(5, span(5)), Travels::Whole);
+        cache.round(false);
+        span(5).copy_from(&[5; PAGE]);
+        assert_eq!(cache.page(5, span(5)), Travels::Copy(&[5; PAGE]));
+        cache.zero(5);
+        cache.round(true);
+        assert_eq!(cache.page(2, span(2)), Travels::Whole, "not taken in any more");
+        span(5).copy_from(&[0; PAGE]);
+        assert_eq!(cache.page(5, span(5)), Travels::NotAtAll, "its zeros were kept");
+    }
+
+    #[test]
+    fn the_size_changes_at_a_round_and_empties_the_cache() {
+        let memory = Mapping::memfd("deltas", 4 * PAGE as u64).unwrap();
+        let span = || memory.region().span(0, PAGE as u64).unwrap();
+        let size = DeltaCacheSize::new(5 * PAGE as u64);
+        let mut cache = DeltaCache::new(size.clone(), PAGE as u64);
+        cache.round(false);
+        cache.round(false);
+        assert_eq!(cache.counts.cache_size, 4 * PAGE as u64, "a power of two");
+        cache.page(0, span());
+        assert_eq!(cache.page(0, span()), Travels::NotAtAll);
+        size.set(8 * PAGE as u64);
+        assert_eq!(cache.page(0, span()), Travels::NotAtAll, "not within a round");
+        cache.round(false);
+        assert!(matches!(cache.page(0, span()), Travels::Copy(_)));
+        size.set(0);
+        cache.round(false);
+        assert!(!cache.is_active());
+    }
+
+    proptest! {
+        /// Whatever is written and however pages share places: what the receiver makes of it is the guest's memory.
+        #[test]
+        fn s35_the_receiver_always_ends_with_what_the_guest_has(
+            rounds in prop::collection::vec(
+                prop::collection::vec((0usize..12, 0usize..PAGE, 0usize..600, any::<u8>()), 0..20),
+                1..8,
+            ),
+            slots in 1u64..9,
+        ) {
+            let memory = Mapping::memfd("deltas", 12 * PAGE as u64).unwrap();
+            let span = |page: usize| memory.region().span((page * PAGE) as u64, PAGE as u64).unwrap();
+            let mut receiver = vec![vec![0; PAGE]; 12];
+            let mut cache = cache(slots);
+            let last = rounds.len() - 1;
+            for (round, writes) in rounds.iter().enumerate() {
+                let mut dirty = std::collections::BTreeSet::new();
+                for (page, at, len, value) in writes {
+                    let len = (*len).min(PAGE - at);
+                    span(*page).part(*at, len).unwrap().copy_from(&vec![*value; len]);
+                    dirty.insert(*page);
+                }
+                cache.round(round == last);
+                for page in dirty {
+                    if crate::sys::is_zero(span(page)) {
+                        cache.zero(page as u64);
+                        receiver[page].fill(0);
+                        continue;
+                    }
+                    match cache.page(page as u64, span(page)) {
+                        Travels::NotAtAll => {}
+                        Travels::Delta(bytes) => decode(bytes, &mut receiver[page]).unwrap(),
+                        Travels::Copy(bytes) => receiver[page].copy_from_slice(bytes),
+                        Travels::Whole => {
+                            span(page).copy_to(&mut receiver[page]);
+                        }
+                    }
+                    let mut now = vec![0; PAGE];
+                    span(page).copy_to(&mut now);
+                    prop_assert!(receiver[page] == now, "round {round}, page {page}");
+                }
+            }
+        }
+    }
+}
