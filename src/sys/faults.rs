@@ -1,4 +1,4 @@
-//! How often a thread met memory that the kernel had not mapped yet.
+//! How often a thread or this process met memory that the kernel had not mapped yet.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -9,9 +9,21 @@ use std::mem::MaybeUninit;
 /// # Errors
 /// What the kernel says: the call itself is forbidden.
 pub fn thread_page_faults() -> io::Result<u64> {
+    page_faults(libc::RUSAGE_THREAD)
+}
+
+/// Page faults of this process since it began, all threads, those that needed no I/O (`ru_minflt`, getrusage(2)).
+///
+/// # Errors
+/// What the kernel says: the call itself is forbidden.
+pub fn process_page_faults() -> io::Result<u64> {
+    page_faults(libc::RUSAGE_SELF)
+}
+
+fn page_faults(whose: libc::c_int) -> io::Result<u64> {
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: the kernel fills the structure it is given room for.
-    if unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) } != 0 {
+    if unsafe { libc::getrusage(whose, usage.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: filled, and every bit pattern is a value: it was zeroed before.

@@ -23,7 +23,7 @@ pub(crate) mod testing;
 mod threads;
 mod uffd;
 
-pub use faults::{FaultWatch, thread_page_faults};
+pub use faults::{FaultWatch, process_page_faults, thread_page_faults};
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
 pub use inherited::take_inherited_fd;
 #[cfg(feature = "kvm")]
@@ -32,7 +32,7 @@ pub use mapping::{Mapping, MappingError, discard, populate};
 pub use pagemap_scan::Pagemap;
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
 pub use random::random_id;
-pub use scan::is_zero;
+pub use scan::{is_zero, sweep};
 pub use shared_bits::SharedBitmap;
 pub use soft_dirty::SoftDirtyBits;
 pub use stop::{CancelToken, Stop, StopReason};

@@ -1,10 +1,12 @@
 //! The memory that every contestant moves: one file to read from, one to write to.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Instant;
 
 use ramwire::sys::{HostSpan, Mapping, populate};
 
@@ -33,6 +35,16 @@ impl FromStr for Fill {
             ("zero", _) => Ok(Self::Zero),
             (_, Some(Some(percent))) => Ok(Self::Mixed(percent)),
             _ => Err("write random, zero or mixed:PERCENT, the share of pages that are random".into()),
+        }
+    }
+}
+
+impl fmt::Display for Fill {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Random => f.write_str("random"),
+            Self::Zero => f.write_str("zero"),
+            Self::Mixed(percent) => write!(f, "mixed:{percent}"),
         }
     }
 }
@@ -108,12 +120,23 @@ impl Bed {
         cleared.map_err(|source| memory(&path, source))
     }
 
-    /// Before each run: an unpopulated destination loses its pages again.
+    /// Before each run: an unpopulated destination is populated and loses its pages again, so that every contestant
+    /// finds a host that has them. The seconds that the populate took.
     ///
     /// # Errors
     /// [`BenchError::Memory`].
-    pub fn renew(&self) -> Result<(), BenchError> {
-        if self.populated == Populated::No { self.clear_destination() } else { Ok(()) }
+    pub fn renew(&self) -> Result<Option<f64>, BenchError> {
+        if self.populated != Populated::No {
+            return Ok(None);
+        }
+        self.clear_destination()?;
+        let mapping = map(&self.destination(), self.bytes, false)?;
+        let begun = Instant::now();
+        populate(whole(&mapping)?).map_err(|source| memory(&self.destination(), source))?;
+        let seconds = begun.elapsed().as_secs_f64();
+        drop(mapping);
+        self.clear_destination()?;
+        Ok(Some(seconds))
     }
 
     /// The first byte at which the two files differ.

@@ -2,32 +2,32 @@
 //!
 //! | pattern | sends | receives |
 //! |---------|-------|----------|
-//! | direct | buffers of 1 MiB | straight into RAM |
-//! | stream | 8-byte header and page, 512 pages a call | 256 KiB buffer, copied into place |
-//! | packet | header and 512 KiB of pages a call | header, then straight into RAM |
+//! | direct | buffers | straight into RAM |
+//! | stream | 8-byte header and page, 512 pages a call | a buffer, copied into place |
+//! | packet | header and a buffer of pages a call | header, then straight into RAM |
 //!
-//! The stream pattern is that of pages inside the byte stream, the packet pattern that of page channels.
+//! The stream pattern is that of pages inside the byte stream, the packet pattern that of page channels. Each pattern
+//! is tried with buffers from 64 KiB to 4 MiB, and the best one stands for it.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use ramwire::sys::{FdKind, HostSpan, Mapping, RecvPart, SendPart, recv_parts, send_parts};
+use ramwire::sys::{CancelToken, FdKind, HostSpan, Mapping, RecvPart, SendPart, recv_parts, send_parts};
+use ramwire::transport::Address;
 
 use super::bed::{self, Bed};
-use super::peer::{Peer, Role, own_cpu_seconds};
+use super::cost::Cost;
+use super::own::Way;
+use super::peer::{Peer, Role};
 use super::{BenchError, Run};
 
 const PAGE: usize = 4096;
-const DIRECT_BUFFER: usize = 1 << 20;
 const STREAM_HEADER: usize = 8;
 const STREAM_PAGES: usize = 512;
-/// Stays in the second-level cache between the kernel's copy into it and ours out of it.
-const STREAM_BUFFER: usize = 256 << 10;
-const PACKET_PAGES: usize = 128;
-/// As large as the header of a page channel's packet: fixed fields and an offset a page.
-const PACKET_HEADER: usize = 64 + 256 + PACKET_PAGES * 8;
+/// Buffers that are tried.
+const BUFFERS: [usize; 7] = [64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20];
 /// Window of the copy loop, far beyond any cache.
 const COPY_WINDOW: usize = 256 << 20;
 
@@ -42,39 +42,114 @@ pub enum Pattern {
     Packet,
 }
 
-impl Pattern {
-    fn role(self) -> Role {
-        match self {
-            Self::Direct => Role::FloorDirect,
-            Self::Stream => Role::FloorStream,
-            Self::Packet => Role::FloorPacket,
+/// A bare loop with a buffer of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Floor {
+    /// How it sends and receives.
+    pub pattern: Pattern,
+    /// Bytes of a packet, of the receive buffer, or of each call.
+    pub buffer: usize,
+}
+
+impl Floor {
+    /// With a buffer of 256 KiB.
+    pub fn new(pattern: Pattern) -> Self {
+        Self { pattern, buffer: 256 << 10 }
+    }
+
+    /// `64K` to `4M`.
+    pub fn buffer_name(self) -> String {
+        match self.buffer >> 20 {
+            0 => format!("{}K", self.buffer >> 10),
+            megabytes => format!("{megabytes}M"),
         }
     }
+
+    fn role(self) -> Role {
+        match self.pattern {
+            Pattern::Direct => Role::FloorDirect,
+            Pattern::Stream => Role::FloorStream,
+            Pattern::Packet => Role::FloorPacket,
+        }
+    }
+
+    fn pages(self) -> usize {
+        self.buffer / PAGE
+    }
+
+    /// As large as the header of a page channel's packet: fixed fields and an offset a page.
+    fn packet_header(self) -> usize {
+        64 + 256 + self.pages() * 8
+    }
+
+    fn send(self, socket: &TcpStream, memory: HostSpan<'_>) -> io::Result<()> {
+        match self.pattern {
+            Pattern::Direct => send_direct(socket, memory, self.buffer),
+            Pattern::Stream => send_framed(socket, memory, STREAM_HEADER, 1, STREAM_PAGES),
+            // The kernel takes 1024 parts a call.
+            Pattern::Packet => send_framed(socket, memory, self.packet_header(), self.pages(), self.pages()),
+        }
+    }
+}
+
+/// The loop of `pattern` with its best buffer, by one run each.
+///
+/// # Errors
+/// [`BenchError`].
+pub fn best(pattern: Pattern, bed: &Bed, cancel: &CancelToken) -> Result<Floor, BenchError> {
+    let mut best: Option<(f64, Floor)> = None;
+    for buffer in BUFFERS {
+        if cancel.is_cancelled() {
+            return Err(BenchError::Cancelled);
+        }
+        bed.renew()?;
+        let floor = Floor { pattern, buffer };
+        let seconds = run(floor, bed)?.seconds;
+        tracing::info!(?pattern, buffer = %floor.buffer_name(), seconds, "tried");
+        if best.is_none_or(|(least, _)| seconds < least) {
+            best = Some((seconds, floor));
+        }
+    }
+    Ok(best.map_or_else(|| Floor::new(pattern), |(_, floor)| floor))
 }
 
 /// Moves the bed's memory to another process by a bare loop.
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn run(pattern: Pattern, bed: &Bed) -> Result<Run, BenchError> {
+pub fn run(floor: Floor, bed: &Bed) -> Result<Run, BenchError> {
     let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = bed::whole(&mapping)?;
-    let mapped = bed.populated().mapped(true);
-    let peer = Peer::start(pattern.role(), &bed.destination(), bed.bytes(), mapped, 0)?;
-    let mut socket = TcpStream::connect(("127.0.0.1", peer.port)).map_err(failed("connecting"))?;
+    let peer = Peer::start(floor.role(), bed, Way::default(), Some(floor.buffer))?;
+    let Address::Tcp { host, port } = &peer.address else {
+        return Err(failed("connecting")(io::Error::other("it listens elsewhere")));
+    };
+    let mut socket = TcpStream::connect((host.as_str(), *port)).map_err(failed("connecting"))?;
     socket.set_nodelay(true).map_err(failed("connecting"))?;
-    let (begun, cpu) = (Instant::now(), own_cpu_seconds());
-    match pattern {
-        Pattern::Direct => send_direct(&socket, memory),
-        Pattern::Stream => send_framed(&socket, memory, STREAM_HEADER, 1, STREAM_PAGES),
-        Pattern::Packet => send_framed(&socket, memory, PACKET_HEADER, PACKET_PAGES, PACKET_PAGES),
-    }
-    .map_err(failed("sending"))?;
+    let (begun, before) = (Instant::now(), cost()?);
+    floor.send(&socket, memory).map_err(failed("sending"))?;
     socket.shutdown(Shutdown::Write).map_err(failed("sending"))?;
     // The last page is in place when the other process says so.
     socket.read_exact(&mut [0]).map_err(failed("waiting for the end"))?;
-    let (seconds, cpu) = (begun.elapsed().as_secs_f64(), own_cpu_seconds() - cpu);
-    Ok(Run { seconds, cpu_seconds: Some(cpu + peer.finish()?.cpu_seconds), downtime_ms: None })
+    let (seconds, source) = (begun.elapsed().as_secs_f64(), Some(cost()?.since(before)));
+    Ok(Run { seconds, source, destination: Some(peer.finish()?), ..Run::default() })
+}
+
+fn cost() -> Result<Cost, BenchError> {
+    Cost::own().map_err(failed("counting its cost"))
+}
+
+/// Reads the bed's memory in this process.
+///
+/// # Errors
+/// [`BenchError`].
+pub fn sweep(bed: &Bed) -> Result<Run, BenchError> {
+    let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
+    let memory = bed::whole(&mapping)?;
+    let (begun, before) = (Instant::now(), cost()?);
+    std::hint::black_box(ramwire::sys::sweep(memory));
+    let (seconds, source) = (begun.elapsed().as_secs_f64(), Some(cost()?.since(before)));
+    Ok(Run { seconds, source, ..Run::default() })
 }
 
 /// Copies the bed's memory inside this process.
@@ -85,15 +160,15 @@ pub fn copy(bed: &Bed) -> Result<Run, BenchError> {
     let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = bed::whole(&mapping)?;
     let mut target = vec![1u8; COPY_WINDOW.min(memory.len())];
-    let (begun, cpu) = (Instant::now(), own_cpu_seconds());
+    let (begun, before) = (Instant::now(), cost()?);
     let mut at = 0;
     while let Some(part) =
         memory.part(at, target.len().min(memory.len() - at)).filter(|part| !part.is_empty())
     {
         at += part.copy_to(&mut target);
     }
-    let (seconds, cpu) = (begun.elapsed().as_secs_f64(), own_cpu_seconds() - cpu);
-    Ok(Run { seconds, cpu_seconds: Some(cpu), downtime_ms: None })
+    let (seconds, source) = (begun.elapsed().as_secs_f64(), Some(cost()?.since(before)));
+    Ok(Run { seconds, source, ..Run::default() })
 }
 
 fn failed(doing: &'static str) -> impl Fn(io::Error) -> BenchError {
@@ -112,11 +187,9 @@ fn send_all(socket: &TcpStream, parts: &[SendPart<'_>]) -> io::Result<()> {
     Ok(())
 }
 
-fn send_direct(socket: &TcpStream, memory: HostSpan<'_>) -> io::Result<()> {
+fn send_direct(socket: &TcpStream, memory: HostSpan<'_>, buffer: usize) -> io::Result<()> {
     let mut at = 0;
-    while let Some(part) =
-        memory.part(at, DIRECT_BUFFER.min(memory.len() - at)).filter(|part| !part.is_empty())
-    {
+    while let Some(part) = memory.part(at, buffer.min(memory.len() - at)).filter(|part| !part.is_empty()) {
         send_all(socket, &[SendPart::Guest(part)])?;
         at += part.len();
     }
@@ -156,20 +229,26 @@ fn send_framed(
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn receive(pattern: Pattern, mut socket: TcpStream, mapping: &Mapping) -> Result<(), BenchError> {
+pub fn receive(floor: Floor, mut socket: TcpStream, mapping: &Mapping) -> Result<(), BenchError> {
     let memory = bed::whole(mapping)?;
-    let received = match pattern {
-        Pattern::Direct => receive_direct(&socket, memory, 0, memory.len()),
-        Pattern::Stream => receive_stream(&mut socket, memory),
-        Pattern::Packet => receive_packets(&mut socket, memory),
+    let received = match floor.pattern {
+        Pattern::Direct => receive_direct(&socket, memory, 0, memory.len(), floor.buffer),
+        Pattern::Stream => receive_stream(&mut socket, memory, floor.buffer),
+        Pattern::Packet => receive_packets(&mut socket, memory, floor),
     };
     received.and_then(|()| socket.write_all(&[1])).map_err(failed("receiving"))
 }
 
-fn receive_direct(socket: &TcpStream, memory: HostSpan<'_>, from: usize, until: usize) -> io::Result<()> {
+fn receive_direct(
+    socket: &TcpStream,
+    memory: HostSpan<'_>,
+    from: usize,
+    until: usize,
+    buffer: usize,
+) -> io::Result<()> {
     let mut at = from;
     while at < until {
-        let part = memory.part(at, DIRECT_BUFFER.min(until - at));
+        let part = memory.part(at, buffer.min(until - at));
         let part = part.ok_or(io::ErrorKind::InvalidData)?;
         match recv_parts(socket.as_fd(), &mut [RecvPart::Guest(part)])? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -179,9 +258,9 @@ fn receive_direct(socket: &TcpStream, memory: HostSpan<'_>, from: usize, until: 
     Ok(())
 }
 
-fn receive_stream(socket: &mut TcpStream, memory: HostSpan<'_>) -> io::Result<()> {
+fn receive_stream(socket: &mut TcpStream, memory: HostSpan<'_>, buffer: usize) -> io::Result<()> {
     const FRAME: usize = STREAM_HEADER + PAGE;
-    let mut buffer = vec![0; STREAM_BUFFER];
+    let mut buffer = vec![0; buffer.max(2 * FRAME)];
     let mut filled = 0;
     loop {
         match socket.read(&mut buffer[filled..])? {
@@ -199,14 +278,14 @@ fn receive_stream(socket: &mut TcpStream, memory: HostSpan<'_>) -> io::Result<()
     }
 }
 
-fn receive_packets(socket: &mut TcpStream, memory: HostSpan<'_>) -> io::Result<()> {
-    let mut header = [0; PACKET_HEADER];
+fn receive_packets(socket: &mut TcpStream, memory: HostSpan<'_>, floor: Floor) -> io::Result<()> {
+    let mut header = vec![0; floor.packet_header()];
     let mut left = memory.len();
     while left > 0 {
         socket.read_exact(&mut header)?;
-        let count = left.min(PACKET_PAGES * PAGE);
+        let count = left.min(floor.buffer);
         let from = offset_of(&header);
-        receive_direct(socket, memory, from, from.saturating_add(count))?;
+        receive_direct(socket, memory, from, from.saturating_add(count), floor.buffer)?;
         left -= count;
     }
     Ok(())
@@ -232,25 +311,22 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         // No multiple of any buffer.
         let bed = Bed::make(base.path(), (5 << 20) + 3 * PAGE as u64, Fill::Random, Populated::Yes).unwrap();
-        for pattern in [Pattern::Direct, Pattern::Stream, Pattern::Packet] {
+        let patterns = [Pattern::Direct, Pattern::Stream, Pattern::Packet];
+        for (pattern, buffer) in patterns.iter().flat_map(|pattern| BUFFERS.map(|buffer| (*pattern, buffer)))
+        {
+            let floor = Floor { pattern, buffer };
             bed.clear_destination().unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (far, _) = listener.accept().unwrap();
             let target = bed::map(&bed.destination(), bed.bytes(), true).unwrap();
-            let receiver = std::thread::spawn(move || receive(pattern, far, &target));
+            let receiver = std::thread::spawn(move || receive(floor, far, &target));
             let mapping = bed::map(&bed.source(), bed.bytes(), false).unwrap();
-            let memory = bed::whole(&mapping).unwrap();
-            match pattern {
-                Pattern::Direct => send_direct(&near, memory),
-                Pattern::Stream => send_framed(&near, memory, STREAM_HEADER, 1, STREAM_PAGES),
-                Pattern::Packet => send_framed(&near, memory, PACKET_HEADER, PACKET_PAGES, PACKET_PAGES),
-            }
-            .unwrap();
+            floor.send(&near, bed::whole(&mapping).unwrap()).unwrap();
             near.shutdown(Shutdown::Write).unwrap();
             receiver.join().unwrap().unwrap();
-            assert_eq!(bed.difference().unwrap(), None, "{pattern:?}");
+            assert_eq!(bed.difference().unwrap(), None, "{floor:?}");
         }
-        assert!(copy(&bed).unwrap().seconds > 0.0);
+        assert!(copy(&bed).unwrap().seconds > 0.0 && sweep(&bed).unwrap().seconds > 0.0);
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::bed::Bed;
+use super::cost::Cost;
 use super::{BenchError, Run};
 
 /// A server that is waited for, or killed.
@@ -60,6 +61,8 @@ fn figures(report: &Value) -> Option<Run> {
     let end = report.get("end")?;
     let seconds = end["sum_received"]["seconds"].as_f64()?;
     let cpu = &end["cpu_utilization_percent"];
-    let percent = cpu["host_total"].as_f64()? + cpu["remote_total"].as_f64()?;
-    Some(Run { seconds, cpu_seconds: Some(seconds * percent / 100.0), downtime_ms: None })
+    let cost =
+        |percent: &Value| Some(Cost { cpu_seconds: seconds * percent.as_f64()? / 100.0, ..Cost::default() });
+    let (source, destination) = (cost(&cpu["host_total"]), cost(&cpu["remote_total"]));
+    Some(Run { seconds, source, destination, ..Run::default() })
 }

@@ -1,6 +1,8 @@
 //! `ramwire bench`: ramwire beside other programs, on the same memory, in turns.
 
 mod bed;
+mod contestant;
+mod cost;
 mod floors;
 mod interval;
 mod iperf;
@@ -12,17 +14,17 @@ mod report;
 
 use std::io;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use ramwire::sys::CancelToken;
 use ramwire::transport::{ChannelError, OpenError};
 use serde::Serialize;
 
 use bed::{Bed, Fill};
-use floors::Pattern;
+use contestant::{Against, Mover};
+use cost::Cost;
+use own::Way;
 use peer::PeerArgs;
-use qemu::Qemu;
-use report::Report;
+use report::{Report, Setting};
 
 use super::args::Exit;
 use super::common;
@@ -86,14 +88,29 @@ pub enum BenchError {
 }
 
 /// Figures of one run.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Run {
     /// Wall time in seconds.
     pub seconds: f64,
-    /// Processor time of both processes in seconds, where it could be read.
-    pub cpu_seconds: Option<f64>,
+    /// What the sending process cost, where it could be read.
+    pub source: Option<Cost>,
+    /// What the receiving process cost, where there is one and it could be read.
+    pub destination: Option<Cost>,
     /// Downtime in ms, where there is such a thing.
     pub downtime_ms: Option<f64>,
+    /// Seconds that a bare populate of the same memory took right before, where the destination has none.
+    pub populate_seconds: Option<f64>,
+}
+
+impl Run {
+    /// Both processes together.
+    pub fn cost(&self) -> Option<Cost> {
+        let there = self.destination.unwrap_or_default();
+        self.source.map(|here| Cost {
+            cpu_seconds: here.cpu_seconds + there.cpu_seconds,
+            page_faults: here.page_faults + there.page_faults,
+        })
+    }
 }
 
 /// Arguments of `ramwire bench`.
@@ -120,17 +137,21 @@ Examples:
   ramwire bench migrate --against qemu10:4,memcpy --fill mixed:70 --json > figures.json
 
 Peers:
-  ramwire, ramwire:4   ramwire once more, with so many page channels
+  ramwire, ramwire:4   ramwire once more, with so many page channels; +unix: over a UNIX socket;
+                       +whole: without looking for zero pages
   qemu72, qemu10       QEMU 7.2 or 10.0 to the same, plain stream; qemu10:4 with 4 multifd channels
   floor                bare loop of the plain stream's pattern: header and page, 512 pages a call
-  floor-packet         bare loop of packets of 512 KiB received straight into RAM
-  floor-direct         bare loop of buffers of 1 MiB received straight into RAM
+  floor-packet         bare loop of packets received straight into RAM
+  floor-direct         bare loop of buffers received straight into RAM
+  sweep                one process reads the memory
   memcpy               one process copies the memory
   iperf3               one buffer of 1 MiB, again and again
 
 Each round runs ramwire and every peer once on the same memory; every other round goes backwards. Ratios are
 of the same round, so that a machine that gets slower or faster meanwhile does not count for one of them.
-RAM is needed twice over.")]
+A floor uses the best of buffers from 64 KiB to 4 MiB, tried first. With --populated no each run is preceded
+by a bare populate of the same memory, which is timed and undone; a pair whose two populates differ by more than
+20 % does not count for ratios. RAM is needed twice over.")]
 pub struct MigrateArgs {
     /// Whom to compare with, with commas between
     #[arg(long, value_delimiter = ',', default_value = "qemu10,floor", value_name = "PEERS")]
@@ -141,6 +162,9 @@ pub struct MigrateArgs {
     /// Page channels of ramwire's migration; 0: pages in the stream
     #[arg(long, default_value_t = 0, value_name = "N")]
     channels: u8,
+    /// Connection of ramwire's migration
+    #[arg(long, value_enum, default_value_t = Connection::Tcp)]
+    transport: Connection,
     /// What the memory holds: random, zero, or mixed:PERCENT random
     #[arg(long, default_value = "random")]
     fill: Fill,
@@ -174,6 +198,15 @@ fn parse_size(text: &str) -> Result<u64, String> {
     if whole { Ok(bytes) } else { Err("write a multiple of 2 MiB, like 512M or 4G".into()) }
 }
 
+/// What ramwire's migration runs over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Connection {
+    /// TCP over the loopback
+    Tcp,
+    /// A UNIX socket
+    Unix,
+}
+
 /// What the memory is before the clock starts, for every contestant alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Populated {
@@ -196,108 +229,13 @@ impl Populated {
     }
 }
 
-/// A contestant's name as given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Against {
-    Ramwire { channels: u8 },
-    Qemu { version: &'static str, channels: u8 },
-    Floor(Pattern),
-    Memcpy,
-    Iperf3,
-}
-
-impl FromStr for Against {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let known = "write ramwire:CHANNELS, qemu72, qemu10 (with :CHANNELS perhaps), floor, floor-packet, floor-direct, memcpy or iperf3";
-        let (name, channels) = match text.split_once(':') {
-            Some((name, channels)) => (name, channels.parse().ok().filter(|channels| *channels > 0)),
-            None => (text, Some(0)),
-        };
-        let channels = channels.ok_or("write 1 to 255 channels")?;
-        match (name, channels) {
-            ("ramwire", _) => Ok(Self::Ramwire { channels }),
-            ("qemu72", _) => Ok(Self::Qemu { version: "7.2", channels }),
-            ("qemu10", _) => Ok(Self::Qemu { version: "10.0", channels }),
-            ("floor", 0) => Ok(Self::Floor(Pattern::Stream)),
-            ("floor-packet", 0) => Ok(Self::Floor(Pattern::Packet)),
-            ("floor-direct", 0) => Ok(Self::Floor(Pattern::Direct)),
-            ("memcpy", 0) => Ok(Self::Memcpy),
-            ("iperf3", 0) => Ok(Self::Iperf3),
-            _ => Err(known.into()),
-        }
-    }
-}
-
-impl Against {
-    fn name(self) -> String {
-        match self {
-            Self::Ramwire { channels: 0 } => "ramwire".into(),
-            Self::Ramwire { channels } => format!("ramwire:{channels}"),
-            Self::Qemu { version: "7.2", channels: 0 } => "qemu72".into(),
-            Self::Qemu { version: "7.2", channels } => format!("qemu72:{channels}"),
-            Self::Qemu { channels: 0, .. } => "qemu10".into(),
-            Self::Qemu { channels, .. } => format!("qemu10:{channels}"),
-            Self::Floor(Pattern::Stream) => "floor".into(),
-            Self::Floor(Pattern::Packet) => "floor-packet".into(),
-            Self::Floor(Pattern::Direct) => "floor-direct".into(),
-            Self::Memcpy => "memcpy".into(),
-            Self::Iperf3 => "iperf3".into(),
-        }
-    }
-}
-
-/// Somebody who moves the memory.
-enum Mover {
-    Ramwire { channels: u8 },
-    Qemu(Qemu),
-    Floor(Pattern),
-    Memcpy,
-    Iperf3,
-}
-
-impl Mover {
-    fn of(against: Against, args: &MigrateArgs) -> Result<Self, BenchError> {
-        Ok(match against {
-            Against::Ramwire { channels } => Self::Ramwire { channels },
-            Against::Qemu { version, channels } => {
-                let given = if version == "7.2" { &args.qemu72 } else { &args.qemu100 };
-                Self::Qemu(Qemu::find(&against.name(), version, given.as_deref(), channels)?)
-            }
-            Against::Floor(pattern) => Self::Floor(pattern),
-            Against::Memcpy => Self::Memcpy,
-            Against::Iperf3 => Self::Iperf3,
-        })
-    }
-
-    /// True if the memory arrives in the bed's other file.
-    fn fills_destination(&self) -> bool {
-        !matches!(self, Self::Memcpy | Self::Iperf3)
-    }
-
-    fn run(&self, bed: &Bed) -> Result<Run, BenchError> {
-        bed.renew()?;
-        match self {
-            Self::Ramwire { channels } => own::run(bed, *channels),
-            Self::Qemu(qemu) => qemu.run(bed),
-            Self::Floor(pattern) => floors::run(*pattern, bed),
-            Self::Memcpy => floors::copy(bed),
-            Self::Iperf3 => iperf::run(bed),
-        }
-    }
-}
-
 /// Runs `ramwire bench`.
 pub(super) fn run(args: &BenchArgs) -> Exit {
     let cancel = CancelToken::default();
     let done = match &args.what {
         What::Migrate(args) => {
             common::cancel_on_signal(vec![cancel.clone()]);
-            migrate(args, &cancel).map(|report| match args.json {
-                true => println!("{}", serde_json::json!(report)),
-                false => print!("{}", report.table()),
-            })
+            migrate(args, &cancel).map(|report| publish(args, &report))
         }
         // Ends with the process that started it, by its connection or by the terminal's signal.
         What::Peer(args) => peer::serve(args),
@@ -313,15 +251,24 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
     }
 }
 
-fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchError> {
-    let own = Against::Ramwire { channels: args.channels };
-    let mut names = vec![own.name()];
-    let mut movers = vec![Mover::of(own, args)?];
-    for against in &args.against {
-        names.push(against.name());
-        movers.push(Mover::of(*against, args)?);
+fn publish(args: &MigrateArgs, report: &Report) {
+    match args.json {
+        true => println!("{}", serde_json::json!(report)),
+        false => print!("{}", report.table()),
     }
+}
+
+fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchError> {
+    let way = Way { channels: args.channels, unix: args.transport == Connection::Unix, whole: false };
+    let against = || std::iter::once(Against::Ramwire(way)).chain(args.against.iter().copied());
+    // Found before the memory is filled.
+    let found = against().map(|one| Mover::of(one, args)).collect::<Result<Vec<_>, _>>()?;
     let bed = Bed::make(&args.memory_dir, args.ram, args.fill, args.populated)?;
+    let mut movers = Vec::new();
+    for mover in found {
+        movers.push(mover.settled(&bed, cancel)?);
+    }
+    let names: Vec<String> = against().zip(&movers).map(|(one, mover)| mover.name(one)).collect();
     let mut rounds = Vec::new();
     for round in 0..args.pairs {
         let mut runs = vec![None; movers.len()];
@@ -333,20 +280,20 @@ fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchErro
             }
             let verify = round == 0 && !args.no_verify && movers[at].fills_destination();
             let run = if verify { verified(&movers[at], &names[at], &bed)? } else { movers[at].run(&bed)? };
-            tracing::info!(round, who = %names[at], seconds = run.seconds, cpu = ?run.cpu_seconds, "run");
+            tracing::info!(round, who = %names[at], seconds = run.seconds, cost = ?run.cost(), "run");
             runs[at] = Some(run);
         }
         rounds.push(runs.into_iter().flatten().collect());
         eprintln!("round {} of {}", round + 1, args.pairs);
     }
-    let fill = match args.fill {
-        Fill::Random => "random".to_owned(),
-        Fill::Zero => "zero".to_owned(),
-        Fill::Mixed(percent) => format!("mixed:{percent}"),
-    };
     let populated = clap::ValueEnum::to_possible_value(&args.populated);
-    let populated = populated.map_or_else(String::new, |value| value.get_name().to_owned());
-    Ok(Report::new(args.ram, fill, populated, !args.no_verify, &names, &rounds))
+    let setting = Setting {
+        ram_bytes: args.ram,
+        fill: args.fill.to_string(),
+        populated: populated.map_or_else(String::new, |value| value.get_name().to_owned()),
+        verified: !args.no_verify,
+    };
+    Ok(Report::new(setting, &names, &rounds))
 }
 
 /// A run into zeroed memory that is compared afterwards.
@@ -365,36 +312,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_sizes_are_read_as_written() {
-        for name in [
-            "ramwire",
-            "ramwire:8",
-            "qemu72",
-            "qemu10",
-            "qemu10:4",
-            "floor",
-            "floor-packet",
-            "floor-direct",
-            "memcpy",
-            "iperf3",
-        ] {
-            assert_eq!(name.parse::<Against>().unwrap().name(), name);
-        }
-        for wrong in ["qemu11", "floor:2", "qemu10:0", "qemu10:256", "qemu10:", ""] {
-            assert!(wrong.parse::<Against>().is_err(), "{wrong}");
-        }
+    fn sizes_are_read_as_written() {
         assert_eq!(parse_size("4G"), Ok(4 << 30));
         assert_eq!(parse_size("512M"), Ok(512 << 20));
         assert_eq!(parse_size("2048k"), Ok(2 << 20));
         for wrong in ["", "0", "G", "1M", "3000000", "-4G", "99999999999G"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn a_missing_program_is_named_with_what_would_help() {
-        let none = PathBuf::from("/none");
-        let error = Qemu::find("qemu10", "10.0", Some(&none), 0).unwrap_err();
-        assert!(error.to_string().contains("ci/setup") && error.to_string().contains("--qemu100"), "{error}");
     }
 }

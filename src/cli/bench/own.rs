@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use ramwire::engine::{Ending, Outcome};
 use ramwire::guest::{GuestControl, MappedGuest};
+use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
     DestinationSession, DestinationSettings, SourceGuest, SourceReport, SourceSession, SourceSettings,
@@ -18,7 +19,8 @@ use ramwire::transport::{Address, ChannelOptions, DoorOptions, Listener, open_so
 use ramwire::units::PageSize;
 
 use super::bed::{self, Bed};
-use super::peer::{Peer, Role, own_cpu_seconds};
+use super::cost::Cost;
+use super::peer::{Peer, Role};
 use super::{BenchError, Run};
 
 /// A machine that stands still and has no devices.
@@ -54,48 +56,69 @@ fn guest(mapping: &Mapping) -> Result<Arc<MappedGuest>, BenchError> {
     Ok(Arc::new(builder.build().map_err(|error| failed(&error))?))
 }
 
-/// Migrates the bed's memory to another process, over page channels if `channels` is not 0.
+/// How ramwire moves the memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::Args)]
+pub struct Way {
+    /// Page channels; 0: pages in the stream.
+    #[arg(long, default_value = "0")]
+    pub channels: u8,
+    /// Over a UNIX socket instead of TCP.
+    #[arg(long)]
+    pub unix: bool,
+    /// Without looking for zero pages.
+    #[arg(long)]
+    pub whole: bool,
+}
+
+/// Migrates the bed's memory to another process.
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn run(bed: &Bed, channels: u8) -> Result<Run, BenchError> {
+pub fn run(bed: &Bed, way: Way) -> Result<Run, BenchError> {
     let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = guest(&mapping)?;
-    let mapped = bed.populated().mapped(true);
-    let peer = Peer::start(Role::Ramwire, &bed.destination(), bed.bytes(), mapped, channels)?;
-    let address = Address::Tcp { host: "127.0.0.1".into(), port: peer.port };
-    let (begun, cpu) = (Instant::now(), own_cpu_seconds());
-    let report = send(&address, memory, channels)?;
-    let (seconds, cpu) = (begun.elapsed().as_secs_f64(), own_cpu_seconds() - cpu);
+    let peer = Peer::start(Role::Ramwire, bed, way, None)?;
+    let (begun, before) = (Instant::now(), cost()?);
+    let report = send(&peer.address, memory, way)?;
+    let (seconds, source) = (begun.elapsed().as_secs_f64(), Some(cost()?.since(before)));
     if report.outcome != Outcome::Completed {
         let answer = report.error.map_or_else(|| format!("{:?}", report.outcome), |error| error.to_string());
         return Err(BenchError::Refused { who: "ramwire".into(), what: "to migrate".into(), answer });
     }
-    let cpu_seconds = Some(cpu + peer.finish()?.cpu_seconds);
-    Ok(Run { seconds, cpu_seconds, downtime_ms: Some(report.statistics.downtime) })
+    let (destination, downtime_ms) = (Some(peer.finish()?), Some(report.statistics.downtime));
+    Ok(Run { seconds, source, destination, downtime_ms, ..Run::default() })
 }
 
-fn options(channels: u8) -> DoorOptions {
-    let channels = ChannelOptions { count: channels, ..ChannelOptions::default() };
+fn cost() -> Result<Cost, BenchError> {
+    let failed = |source| BenchError::Io { who: "ramwire".into(), doing: "counting its cost", source };
+    Cost::own().map_err(failed)
+}
+
+fn options(way: Way) -> DoorOptions {
+    let channels = ChannelOptions { count: way.channels, ..ChannelOptions::default() };
     DoorOptions { channels, ..DoorOptions::default() }
 }
 
-fn send(address: &Address, memory: Arc<MappedGuest>, channels: u8) -> Result<SourceReport, BenchError> {
+fn send(address: &Address, memory: Arc<MappedGuest>, way: Way) -> Result<SourceReport, BenchError> {
     let stop = Stop::on(&CancelToken::default());
-    let door = open_source(address, memory.clone(), &options(channels), &stop)?;
+    let door = open_source(address, memory.clone(), &options(way), &stop)?;
     let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
     let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
-    Ok(SourceSession::new(source, door.into(), SourceSettings::new(configuration)).run())
+    let mut settings = SourceSettings::new(configuration);
+    if way.whole {
+        settings.zero_detection = ZeroDetection::None;
+    }
+    Ok(SourceSession::new(source, door.into(), settings).run())
 }
 
 /// The receiving side, in the other process.
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn receive(listener: &mut Listener, mapping: &Mapping, channels: u8) -> Result<(), BenchError> {
+pub fn receive(listener: &mut Listener, mapping: &Mapping, way: Way) -> Result<(), BenchError> {
     let who = || "ramwire's destination".to_owned();
     let stop = Stop::on(&CancelToken::default());
-    let door = listener.accept_door(&options(channels), &stop)?;
+    let door = listener.accept_door(&options(way), &stop)?;
     let memory = Box::new(guest(mapping)?);
     let settings = DestinationSettings::default();
     let session = DestinationSession::new(door.source, door.back, memory, Box::new(Still), settings);
@@ -119,19 +142,21 @@ mod tests {
     fn the_destination_ends_up_with_the_same_memory() {
         let base = tempfile::tempdir().unwrap();
         let bed = Bed::make(base.path(), 6 << 20, Fill::Mixed(70), Populated::Yes).unwrap();
-        for channels in [0, 3] {
+        for (channels, whole) in [(0, false), (3, false), (0, true)] {
+            let way = Way { channels, whole, unix: false };
             bed.clear_destination().unwrap();
             let address = "tcp:127.0.0.1:0".parse().unwrap();
             let stop = Stop::on(&CancelToken::default());
             let mut listener = Listener::bind(&address, AllowList::default(), &stop).unwrap();
             let address = listener.address().clone();
             let target = bed::map(&bed.destination(), bed.bytes(), true).unwrap();
-            let receiver = std::thread::spawn(move || receive(&mut listener, &target, channels));
+            let receiver = std::thread::spawn(move || receive(&mut listener, &target, way));
             let memory = guest(&bed::map(&bed.source(), bed.bytes(), true).unwrap()).unwrap();
-            let report = send(&address, memory, channels).unwrap();
+            let report = send(&address, memory, way).unwrap();
             receiver.join().unwrap().unwrap();
             assert_eq!(report.outcome, Outcome::Completed);
-            assert_eq!(bed.difference().unwrap(), None, "{channels} channels");
+            assert_eq!(bed.difference().unwrap(), None, "{way:?}");
+            assert_eq!(report.statistics.pages.zero > 0, !whole, "{way:?}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The other process of a run: this program once more, told over its standard output.
 //!
-//! It maps its memory, listens, says `ready PORT`, serves one connection and says what it cost as a JSON
+//! It maps its memory, listens, says `ready ADDRESS`, serves one connection and says what it cost as a JSON
 //! line. Its processor time counts from ready on, so that starting and populating are left out.
 
 use std::io;
@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use ramwire::sys::{CancelToken, Mapping, RecvPart, Stop};
 use ramwire::transport::{Address, AllowList, ByteSource, Listener, StreamChannel, StreamOptions};
-use rustix::time::{ClockId, clock_gettime};
-use serde::{Deserialize, Serialize};
 
-use super::floors::{self, Pattern};
-use super::{BenchError, bed, own};
+use super::BenchError;
+use super::bed::{self, Bed};
+use super::cost::Cost;
+use super::floors::{self, Floor, Pattern};
+use super::own::{self, Way};
 
 /// Longest time a run may take to say anything: populating and moving far more memory than a machine has.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -47,16 +48,12 @@ pub struct PeerArgs {
     /// Map every page before saying ready.
     #[arg(long)]
     populated: bool,
-    /// Page channels of a migration.
-    #[arg(long, default_value = "0")]
-    channels: u8,
-}
-
-/// What a run cost the other process.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct PeerCost {
-    /// Processor time in seconds, all threads.
-    pub cpu_seconds: f64,
+    /// How the migration goes.
+    #[command(flatten)]
+    way: Way,
+    /// Receive buffer of a bare loop.
+    #[arg(long, default_value_t = 256 << 10)]
+    buffer: usize,
 }
 
 /// Runs the other process's side to its end.
@@ -65,36 +62,42 @@ pub struct PeerCost {
 /// [`BenchError`].
 pub fn serve(args: &PeerArgs) -> Result<(), BenchError> {
     let mapping = bed::map(&args.ram, args.bytes, args.populated)?;
+    let floor = |pattern| Floor { pattern, buffer: args.buffer };
     let before = match args.role {
-        Role::FloorDirect => serve_loop(Pattern::Direct, &mapping)?,
-        Role::FloorStream => serve_loop(Pattern::Stream, &mapping)?,
-        Role::FloorPacket => serve_loop(Pattern::Packet, &mapping)?,
-        Role::Ramwire => serve_migration(&mapping, args.channels)?,
+        Role::FloorDirect => serve_loop(floor(Pattern::Direct), &mapping)?,
+        Role::FloorStream => serve_loop(floor(Pattern::Stream), &mapping)?,
+        Role::FloorPacket => serve_loop(floor(Pattern::Packet), &mapping)?,
+        Role::Ramwire => serve_migration(&mapping, args.way, &args.ram)?,
     };
-    let cost = PeerCost { cpu_seconds: own_cpu_seconds() - before };
+    let cost = cost()?.since(before);
     println!("{}", serde_json::to_string(&cost).map_err(|error| failed("reporting")(error.into()))?);
     Ok(())
 }
 
-/// Serves a bare loop; the processor time when it was ready.
-fn serve_loop(pattern: Pattern, mapping: &Mapping) -> Result<f64, BenchError> {
+fn cost() -> Result<Cost, BenchError> {
+    Cost::own().map_err(failed("counting its cost"))
+}
+
+/// Serves a bare loop; what this process had cost when it was ready.
+fn serve_loop(floor: Floor, mapping: &Mapping) -> Result<Cost, BenchError> {
     let listener = TcpListener::bind("127.0.0.1:0").map_err(failed("listening"))?;
     let port = listener.local_addr().map_err(failed("listening"))?.port();
-    println!("ready {port}");
-    let before = own_cpu_seconds();
+    println!("ready tcp:127.0.0.1:{port}");
+    let before = cost()?;
     let (socket, _) = listener.accept().map_err(failed("accepting"))?;
-    floors::receive(pattern, socket, mapping)?;
+    floors::receive(floor, socket, mapping)?;
     Ok(before)
 }
 
-fn serve_migration(mapping: &Mapping, channels: u8) -> Result<f64, BenchError> {
-    let address = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
+fn serve_migration(mapping: &Mapping, way: Way, ram: &Path) -> Result<Cost, BenchError> {
+    let address = match way.unix {
+        true => Address::Unix(ram.with_extension("socket")),
+        false => Address::Tcp { host: "127.0.0.1".into(), port: 0 },
+    };
     let mut listener = Listener::bind(&address, AllowList::default(), &Stop::on(&CancelToken::default()))?;
-    if let Address::Tcp { port, .. } = listener.address() {
-        println!("ready {port}");
-    }
-    let before = own_cpu_seconds();
-    own::receive(&mut listener, mapping, channels)?;
+    println!("ready {}", listener.address());
+    let before = cost()?;
+    own::receive(&mut listener, mapping, way)?;
     Ok(before)
 }
 
@@ -102,19 +105,13 @@ fn failed(doing: &'static str) -> impl Fn(io::Error) -> BenchError {
     move |source| BenchError::Io { who: "the other process".into(), doing, source }
 }
 
-/// Processor time of this process so far, in seconds, all threads.
-pub fn own_cpu_seconds() -> f64 {
-    let time = clock_gettime(ClockId::ProcessCPUTime);
-    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
-}
-
 /// The other process, seen from this one; killed if it was not waited for.
 #[derive(Debug)]
 pub struct Peer {
     child: Child,
     words: StreamChannel,
-    /// Where it listens on loopback.
-    pub port: u16,
+    /// Where it listens.
+    pub address: Address,
 }
 
 impl Peer {
@@ -122,19 +119,17 @@ impl Peer {
     ///
     /// # Errors
     /// [`BenchError`].
-    pub fn start(
-        role: Role,
-        ram: &Path,
-        bytes: u64,
-        populated: bool,
-        channels: u8,
-    ) -> Result<Self, BenchError> {
+    pub fn start(role: Role, bed: &Bed, way: Way, buffer: Option<usize>) -> Result<Self, BenchError> {
         let role = clap::ValueEnum::to_possible_value(&role).map(|value| value.get_name().to_owned());
         let program = std::env::current_exe().map_err(failed("starting"))?;
         let mut command = Command::new(program);
-        command.args(["bench", "peer"]).args(role).arg("--ram").arg(ram);
-        command.args(["--bytes", &bytes.to_string()]).args(populated.then_some("--populated"));
-        command.args(["--channels", &channels.to_string()]);
+        command.args(["bench", "peer"]).args(role).arg("--ram").arg(bed.destination());
+        command.args(["--bytes", &bed.bytes().to_string(), "--channels", &way.channels.to_string()]);
+        command.args(bed.populated().mapped(true).then_some("--populated"));
+        command.args(way.unix.then_some("--unix"));
+        if let Some(buffer) = buffer {
+            command.args(["--buffer", &buffer.to_string()]);
+        }
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
         let mut child = child.map_err(failed("starting"))?;
         let Some(stdout) = child.stdout.take() else {
@@ -142,10 +137,12 @@ impl Peer {
         };
         let options = StreamOptions { stall: Some(PATIENCE), ..StreamOptions::default() };
         let words = StreamChannel::from_fd(stdout.into(), "the other process", &options);
-        let mut peer = Self { child, words: words.map_err(failed("starting"))?, port: 0 };
+        let address = Address::Tcp { host: String::new(), port: 0 };
+        let mut peer = Self { child, words: words.map_err(failed("starting"))?, address };
         let line = peer.line()?;
-        let port = line.strip_prefix("ready ").and_then(|port| port.parse().ok());
-        peer.port = port.ok_or_else(|| failed("starting")(io::Error::other(format!("it said `{line}`"))))?;
+        let address = line.strip_prefix("ready ").and_then(|address| address.parse().ok());
+        peer.address =
+            address.ok_or_else(|| failed("starting")(io::Error::other(format!("it said `{line}`"))))?;
         Ok(peer)
     }
 
@@ -153,7 +150,7 @@ impl Peer {
     ///
     /// # Errors
     /// [`BenchError`].
-    pub fn finish(mut self) -> Result<PeerCost, BenchError> {
+    pub fn finish(mut self) -> Result<Cost, BenchError> {
         let line = self.line()?;
         let status = self.child.wait().map_err(failed("waiting"))?;
         if !status.success() {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::bed::Bed;
+use super::cost::Cost;
 use super::qmp::Monitor;
 use super::{BenchError, Run};
 
@@ -73,19 +74,21 @@ impl Qemu {
         // A port that was free a moment ago; a QEMU does not tell the one it chose for `tcp::0`.
         let uri = format!("tcp:127.0.0.1:{}", free_port().map_err(self.failed("choosing a port"))?);
         target.monitor.call("migrate-incoming", json!({ "uri": uri }))?;
-        let before = [&target, &source].map(Process::cpu_seconds);
+        let cost = |process: &Process| Cost::of_process(process.running.0.id());
+        let before = [&source, &target].map(cost);
         source.monitor.call("migrate", json!({ "uri": uri }))?;
         let state = source.monitor.await_migration(PATIENCE)?;
         target.monitor.await_migration(PATIENCE)?;
-        let after = [&target, &source].map(Process::cpu_seconds);
-        let cost = |(before, after): (Option<f64>, Option<f64>)| Some(after? - before?);
-        let costs: Option<Vec<f64>> = before.into_iter().zip(after).map(cost).collect();
+        let after = [&source, &target].map(cost);
+        let [near, far] = [0, 1].map(|at| Some(after[at]?.since(before[at]?)));
         let total_ms = state["total-time"].as_f64();
         let missing = || self.failed("reading its figures")(io::ErrorKind::InvalidData.into());
         Ok(Run {
             seconds: total_ms.ok_or_else(missing)? / 1e3,
-            cpu_seconds: costs.map(|costs| costs.iter().sum()),
+            source: near,
+            destination: far,
             downtime_ms: state["downtime"].as_f64(),
+            ..Run::default()
         })
     }
 
@@ -148,15 +151,4 @@ impl Drop for Running {
 struct Process {
     monitor: Monitor,
     running: Running,
-}
-
-impl Process {
-    /// Processor time so far, all threads, also those that have ended (proc(5): fields 14 and 15 of stat).
-    fn cpu_seconds(&self) -> Option<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.running.0.id())).ok()?;
-        // The name in parentheses may hold anything, also spaces and parentheses.
-        let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
-        let mut ticks = || fields.next()?.parse::<u64>().ok();
-        Some((ticks()? + ticks()?) as f64 / rustix::param::clock_ticks_per_second() as f64)
-    }
 }

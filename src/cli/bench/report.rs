@@ -9,30 +9,12 @@ use super::interval::Median;
 
 const GB: f64 = 1e9;
 
-/// One contestant's figures over all rounds.
-#[derive(Clone, Debug, Serialize)]
-pub struct Contestant {
-    /// Its name in `--against`; `ramwire` for our own.
-    pub name: String,
-    /// Bytes of guest RAM a second, in GB (10^9).
-    pub gb_per_s: Option<Median>,
-    /// Processor seconds per GB of guest RAM, both processes together.
-    pub cpu_s_per_gb: Option<Median>,
-    /// Downtime in ms, where there is such a thing.
-    pub downtime_ms: Option<Median>,
-    /// ramwire's throughput over this contestant's, of the same round.
-    pub throughput_ratio: Option<Median>,
-    /// ramwire's processor time over this contestant's, of the same round.
-    pub cpu_ratio: Option<Median>,
-    /// Every round: seconds and processor seconds, so that others can compute what they like.
-    pub runs: Vec<Run>,
-}
+/// Two destinations' memory differs too much for a pair if populating it took so many times as long.
+const UNLIKE: f64 = 1.2;
 
-/// The result of a bench.
+/// What all runs have in common.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
-    /// Version of this object's layout.
-    pub version: u32,
+pub struct Setting {
     /// Bytes of guest RAM that each run moves.
     pub ram_bytes: u64,
     /// What the memory holds.
@@ -41,6 +23,76 @@ pub struct Report {
     pub populated: String,
     /// Whether the destination's memory was compared after each contestant's first run.
     pub verified: bool,
+}
+
+/// One contestant's figures over all rounds.
+#[derive(Clone, Debug, Serialize)]
+pub struct Contestant {
+    /// Its name in `--against`, with a bare loop's buffer behind it; ramwire's first.
+    pub name: String,
+    /// Bytes of guest RAM a second, in GB (10^9).
+    pub gb_per_s: Option<Median>,
+    /// Processor seconds per GB of guest RAM, both processes together.
+    pub cpu_s_per_gb: Option<Median>,
+    /// The same of the sending process.
+    pub source_cpu_s_per_gb: Option<Median>,
+    /// The same of the receiving process.
+    pub destination_cpu_s_per_gb: Option<Median>,
+    /// Page faults per GB of guest RAM, both processes together.
+    pub page_faults_per_gb: Option<Median>,
+    /// Downtime in ms, where there is such a thing.
+    pub downtime_ms: Option<Median>,
+    /// GB a second of a bare populate before each run, where the destination has no memory yet.
+    pub populate_gb_per_s: Option<Median>,
+    /// ramwire's throughput over this contestant's, of the same round.
+    pub throughput_ratio: Option<Median>,
+    /// ramwire's processor time over this contestant's, of the same round.
+    pub cpu_ratio: Option<Median>,
+    /// The same of the sending processes alone.
+    pub source_cpu_ratio: Option<Median>,
+    /// Rounds that count for no ratio, since the populates before the two runs differ by more than 20 %.
+    pub pairs_dropped: usize,
+    /// Every round, so that others can compute what they like.
+    pub runs: Vec<Run>,
+}
+
+impl Contestant {
+    fn new(name: &str, gigabytes: f64, own: Option<&[Run]>, runs: Vec<Run>) -> Self {
+        let alike = |(own, run): &(&Run, &Run)| match (own.populate_seconds, run.populate_seconds) {
+            (Some(a), Some(b)) => a.max(b) <= UNLIKE * a.min(b),
+            _ => true,
+        };
+        let pairs: Vec<(&Run, &Run)> = own.unwrap_or_default().iter().zip(&runs).filter(alike).collect();
+        let ratio =
+            |of: fn(&Run, &Run) -> Option<f64>| Median::of(pairs.iter().filter_map(|(a, b)| of(a, b)));
+        let median = |of: &dyn Fn(&Run) -> Option<f64>| Median::of(runs.iter().filter_map(of));
+        let cpu = |cost: Option<super::Cost>| Some(cost?.cpu_seconds / gigabytes);
+        Self {
+            name: name.to_owned(),
+            gb_per_s: median(&|run| Some(gigabytes / run.seconds)),
+            cpu_s_per_gb: median(&|run| cpu(run.cost())),
+            source_cpu_s_per_gb: median(&|run| cpu(run.source)),
+            destination_cpu_s_per_gb: median(&|run| cpu(run.destination)),
+            page_faults_per_gb: median(&|run| Some(run.cost()?.page_faults as f64 / gigabytes)),
+            downtime_ms: median(&|run| run.downtime_ms),
+            populate_gb_per_s: median(&|run| Some(gigabytes / run.populate_seconds?)),
+            throughput_ratio: ratio(|own, run| Some(run.seconds / own.seconds)),
+            cpu_ratio: ratio(|own, run| Some(own.cost()?.cpu_seconds / run.cost()?.cpu_seconds)),
+            source_cpu_ratio: ratio(|own, run| Some(own.source?.cpu_seconds / run.source?.cpu_seconds)),
+            pairs_dropped: own.map_or(0, |own| own.len().min(runs.len()) - pairs.len()),
+            runs,
+        }
+    }
+}
+
+/// The result of a bench.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Version of this object's layout.
+    pub version: u32,
+    /// What all runs have in common.
+    #[serde(flatten)]
+    pub setting: Setting,
     /// Processors this process may use.
     pub cpus: usize,
     /// Kernel release.
@@ -51,37 +103,16 @@ pub struct Report {
 
 impl Report {
     /// Puts the runs together: `runs` has one column per name and one row per round, ramwire's first.
-    pub fn new(
-        ram_bytes: u64,
-        fill: String,
-        populated: String,
-        verified: bool,
-        names: &[String],
-        rounds: &[Vec<Run>],
-    ) -> Self {
-        let column = |at: usize| rounds.iter().filter_map(move |round| round.get(at));
-        let gigabytes = ram_bytes as f64 / GB;
-        let contestant = |(at, name): (usize, &String)| Contestant {
-            name: name.clone(),
-            gb_per_s: Median::of(column(at).map(|run| gigabytes / run.seconds)),
-            cpu_s_per_gb: Median::of(column(at).filter_map(|run| Some(run.cpu_seconds? / gigabytes))),
-            downtime_ms: Median::of(column(at).filter_map(|run| run.downtime_ms)),
-            throughput_ratio: Median::of(
-                column(0).zip(column(at)).map(|(own, run)| run.seconds / own.seconds),
-            )
-            .filter(|_| at > 0),
-            cpu_ratio: Median::of(
-                column(0).zip(column(at)).filter_map(|(own, run)| Some(own.cpu_seconds? / run.cpu_seconds?)),
-            )
-            .filter(|_| at > 0),
-            runs: column(at).copied().collect(),
+    pub fn new(setting: Setting, names: &[String], rounds: &[Vec<Run>]) -> Self {
+        let column = |at: usize| rounds.iter().filter_map(|round| round.get(at).copied()).collect::<Vec<_>>();
+        let gigabytes = setting.ram_bytes as f64 / GB;
+        let own = column(0);
+        let contestant = |(at, name): (usize, &String)| {
+            Contestant::new(name, gigabytes, (at > 0).then_some(&own[..]), column(at))
         };
         Self {
-            version: 1,
-            ram_bytes,
-            fill,
-            populated,
-            verified,
+            version: 2,
+            setting,
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")
                 .unwrap_or_default()
@@ -98,10 +129,10 @@ impl Report {
         // Writing to a String can't fail.
         let _ = writeln!(
             out,
-            "{:.2} GB of {} memory, populated: {}, tcp over loopback, {rounds} rounds, {} CPUs, Linux {}",
-            self.ram_bytes as f64 / GB,
-            self.fill,
-            self.populated,
+            "{:.2} GB of {} memory, populated: {}, loopback, {rounds} rounds, {} CPUs, Linux {}",
+            self.setting.ram_bytes as f64 / GB,
+            self.setting.fill,
+            self.setting.populated,
             self.cpus,
             self.kernel
         );
@@ -114,22 +145,59 @@ impl Report {
         }
         let _ = writeln!(
             out,
-            "{:<16}{:>20}{:>22}{:>16}{:>24}{:>24}",
-            "", "GB/s", "CPU s per GB", "downtime ms", "times as fast", "times the CPU"
+            "{:<20}{:>19}{:>19}{:>15}{:>11}{:>10}{:>22}{:>22}",
+            "",
+            "GB/s",
+            "CPU s per GB",
+            "here + there",
+            "faults/GB",
+            "down ms",
+            "times as fast",
+            "times the CPU"
         );
-        for contestant in &self.contestants {
+        for one in &self.contestants {
+            let middle = |median: Option<Median>, digits: usize| {
+                median.map_or_else(|| "-".into(), |median| format!("{:.digits$}", median.median))
+            };
             let _ = writeln!(
                 out,
-                "{:<16}{:>20}{:>22}{:>16}{:>24}{:>24}",
-                contestant.name,
-                shown(contestant.gb_per_s, 2),
-                shown(contestant.cpu_s_per_gb, 2),
-                contestant.downtime_ms.map_or_else(|| "-".into(), |median| format!("{:.1}", median.median)),
-                shown(contestant.throughput_ratio, 3),
-                shown(contestant.cpu_ratio, 3),
+                "{:<20}{:>19}{:>19}{:>15}{:>11}{:>10}{:>22}{:>22}",
+                one.name,
+                shown(one.gb_per_s, 2),
+                shown(one.cpu_s_per_gb, 2),
+                format!(
+                    "{} + {}",
+                    middle(one.source_cpu_s_per_gb, 2),
+                    middle(one.destination_cpu_s_per_gb, 2)
+                ),
+                middle(one.page_faults_per_gb, 0),
+                middle(one.downtime_ms, 1),
+                shown(one.throughput_ratio, 3),
+                shown(one.cpu_ratio, 3),
             );
         }
+        self.add_populates(&mut out);
         out
+    }
+
+    /// How fast the host gave memory before each run: figures of an unpopulated destination mean little without.
+    fn add_populates(&self, out: &mut String) {
+        for one in &self.contestants {
+            if let Some(populate) = one.populate_gb_per_s {
+                let dropped = match one.pairs_dropped {
+                    0 => String::new(),
+                    pairs => format!(
+                        "; {pairs} pairs count for no ratio, their populates differ by more than 20 %"
+                    ),
+                };
+                let _ = writeln!(
+                    out,
+                    "{:<20}bare populate before each run: {} GB/s{dropped}",
+                    one.name,
+                    shown(Some(populate), 2)
+                );
+            }
+        }
     }
 }
 
@@ -146,25 +214,39 @@ fn shown(median: Option<Median>, digits: usize) -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::cli::bench::Cost;
 
     #[test]
     fn ratios_are_paired_by_round() {
-        let run = |seconds, cpu| Run { seconds, cpu_seconds: Some(cpu), downtime_ms: None };
+        let run = |seconds, cpu_seconds, populate| Run {
+            seconds,
+            source: Some(Cost { cpu_seconds, page_faults: 10 }),
+            destination: Some(Cost { cpu_seconds, page_faults: 5 }),
+            populate_seconds: populate,
+            ..Run::default()
+        };
         let rounds: Vec<_> = (1..=7)
             .map(|round| {
                 // The machine gets slower every round; the ratio does not change.
                 let slow = f64::from(round);
-                vec![run(slow, slow), run(2.0 * slow, 4.0 * slow)]
+                vec![
+                    run(slow, slow, Some(1.0)),
+                    run(2.0 * slow, 4.0 * slow, Some(if round == 3 { 1.3 } else { 1.1 })),
+                ]
             })
             .collect();
         let names = ["ramwire".to_owned(), "other".to_owned()];
-        let report = Report::new(1_000_000_000, "random".into(), "yes".into(), true, &names, &rounds);
+        let (fill, populated) = ("random".into(), "no".into());
+        let setting = Setting { ram_bytes: 1_000_000_000, fill, populated, verified: true };
+        let report = Report::new(setting, &names, &rounds);
         let other = &report.contestants[1];
         let ratio = other.throughput_ratio.unwrap();
-        assert_eq!((ratio.low, ratio.median, ratio.high), (2.0, 2.0, 2.0));
-        assert_eq!(other.cpu_ratio.unwrap().median, 0.25);
+        assert_eq!((ratio.low, ratio.median, ratio.high, ratio.count), (2.0, 2.0, 2.0, 6));
+        assert_eq!((other.cpu_ratio.unwrap().median, other.source_cpu_ratio.unwrap().median), (0.25, 0.25));
+        assert_eq!((other.pairs_dropped, other.page_faults_per_gb.unwrap().median), (1, 15.0));
         assert_eq!(report.contestants[0].gb_per_s.unwrap().median, 0.25);
         assert!(report.contestants[0].throughput_ratio.is_none());
+        assert!(report.table().contains("1 pairs count for no ratio"), "{}", report.table());
         assert!(report.table().contains("2.000 [2.000, 2.000]"), "{}", report.table());
     }
 }

@@ -1,0 +1,213 @@
+//! Who takes part in `ramwire bench migrate`: names as given, and what runs under them.
+
+use std::fmt;
+use std::str::FromStr;
+
+use ramwire::sys::CancelToken;
+
+use super::bed::Bed;
+use super::floors::{self, Floor, Pattern};
+use super::own::{self, Way};
+use super::qemu::Qemu;
+use super::{BenchError, MigrateArgs, Run, iperf};
+
+/// A contestant's name as given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Against {
+    /// This program.
+    Ramwire(Way),
+    /// A QEMU, with so many multifd channels.
+    Qemu {
+        /// `7.2` or `10.0`.
+        version: &'static str,
+        /// 0: the plain stream.
+        channels: u8,
+    },
+    /// A bare loop.
+    Floor(Pattern),
+    /// One process reads.
+    Sweep,
+    /// One process copies.
+    Memcpy,
+    /// One buffer over TCP.
+    Iperf3,
+}
+
+impl FromStr for Against {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = "write ramwire (with :CHANNELS, +unix or +whole perhaps), qemu72, qemu10 (with :CHANNELS perhaps), \
+                     floor, floor-packet, floor-direct, sweep, memcpy or iperf3";
+        let mut options = text.split('+');
+        let text = options.next().unwrap_or_default();
+        let (name, channels) = match text.split_once(':') {
+            Some((name, channels)) => (name, channels.parse().ok().filter(|channels| *channels > 0)),
+            None => (text, Some(0)),
+        };
+        let channels = channels.ok_or("write 1 to 255 channels")?;
+        let mut way = Way { channels, ..Way::default() };
+        for option in options {
+            match (name, option) {
+                ("ramwire", "unix") => way.unix = true,
+                ("ramwire", "whole") => way.whole = true,
+                _ => return Err(known.into()),
+            }
+        }
+        match (name, channels) {
+            ("ramwire", _) => Ok(Self::Ramwire(way)),
+            ("qemu72", _) => Ok(Self::Qemu { version: "7.2", channels }),
+            ("qemu10", _) => Ok(Self::Qemu { version: "10.0", channels }),
+            ("floor", 0) => Ok(Self::Floor(Pattern::Stream)),
+            ("floor-packet", 0) => Ok(Self::Floor(Pattern::Packet)),
+            ("floor-direct", 0) => Ok(Self::Floor(Pattern::Direct)),
+            ("sweep", 0) => Ok(Self::Sweep),
+            ("memcpy", 0) => Ok(Self::Memcpy),
+            ("iperf3", 0) => Ok(Self::Iperf3),
+            _ => Err(known.into()),
+        }
+    }
+}
+
+impl fmt::Display for Against {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, channels) = match self {
+            Self::Ramwire(way) => ("ramwire", way.channels),
+            Self::Qemu { version: "7.2", channels } => ("qemu72", *channels),
+            Self::Qemu { channels, .. } => ("qemu10", *channels),
+            Self::Floor(Pattern::Stream) => ("floor", 0),
+            Self::Floor(Pattern::Packet) => ("floor-packet", 0),
+            Self::Floor(Pattern::Direct) => ("floor-direct", 0),
+            Self::Sweep => ("sweep", 0),
+            Self::Memcpy => ("memcpy", 0),
+            Self::Iperf3 => ("iperf3", 0),
+        };
+        f.write_str(name)?;
+        if channels > 0 {
+            write!(f, ":{channels}")?;
+        }
+        match self {
+            Self::Ramwire(way) => {
+                let unix = if way.unix { "+unix" } else { "" };
+                write!(f, "{unix}{}", if way.whole { "+whole" } else { "" })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Somebody who moves the memory.
+pub enum Mover {
+    /// This program.
+    Ramwire(Way),
+    /// A QEMU.
+    Qemu(Qemu),
+    /// A bare loop.
+    Floor(Floor),
+    /// One process reads.
+    Sweep,
+    /// One process copies.
+    Memcpy,
+    /// One buffer over TCP.
+    Iperf3,
+}
+
+impl Mover {
+    /// Who runs under that name.
+    ///
+    /// # Errors
+    /// [`BenchError::Missing`] for a program that is not here.
+    pub fn of(against: Against, args: &MigrateArgs) -> Result<Self, BenchError> {
+        Ok(match against {
+            Against::Ramwire(way) => Self::Ramwire(way),
+            Against::Qemu { version, channels } => {
+                let given = if version == "7.2" { &args.qemu72 } else { &args.qemu100 };
+                Self::Qemu(Qemu::find(&against.to_string(), version, given.as_deref(), channels)?)
+            }
+            Against::Floor(pattern) => Self::Floor(Floor::new(pattern)),
+            Against::Sweep => Self::Sweep,
+            Against::Memcpy => Self::Memcpy,
+            Against::Iperf3 => Self::Iperf3,
+        })
+    }
+
+    /// Ready for the rounds: a bare loop has found its best buffer.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    pub fn settled(self, bed: &Bed, cancel: &CancelToken) -> Result<Self, BenchError> {
+        match self {
+            Self::Floor(floor) => floors::best(floor.pattern, bed, cancel).map(Self::Floor),
+            other => Ok(other),
+        }
+    }
+
+    /// Its name in the report.
+    pub fn name(&self, against: Against) -> String {
+        match self {
+            Self::Floor(floor) => format!("{against} {}", floor.buffer_name()),
+            _ => against.to_string(),
+        }
+    }
+
+    /// True if the memory arrives in the bed's other file.
+    pub fn fills_destination(&self) -> bool {
+        !matches!(self, Self::Sweep | Self::Memcpy | Self::Iperf3)
+    }
+
+    /// One run, from memory as `--populated` says.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    pub fn run(&self, bed: &Bed) -> Result<Run, BenchError> {
+        let populate_seconds = if self.fills_destination() { bed.renew()? } else { None };
+        let run = match self {
+            Self::Ramwire(way) => own::run(bed, *way),
+            Self::Qemu(qemu) => qemu.run(bed),
+            Self::Floor(floor) => floors::run(*floor, bed),
+            Self::Sweep => floors::sweep(bed),
+            Self::Memcpy => floors::copy(bed),
+            Self::Iperf3 => iperf::run(bed),
+        }?;
+        Ok(Run { populate_seconds, ..run })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_written() {
+        for name in [
+            "ramwire",
+            "ramwire:8",
+            "ramwire+unix",
+            "ramwire:2+unix+whole",
+            "qemu72",
+            "qemu10",
+            "qemu10:4",
+            "floor",
+            "floor-packet",
+            "floor-direct",
+            "sweep",
+            "memcpy",
+            "iperf3",
+        ] {
+            assert_eq!(name.parse::<Against>().unwrap().to_string(), name);
+        }
+        for wrong in ["qemu11", "floor:2", "qemu10:0", "qemu10:256", "qemu10:", "qemu10+unix", "ramwire+", ""]
+        {
+            assert!(wrong.parse::<Against>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_missing_program_is_named_with_what_would_help() {
+        let error = Qemu::find("qemu10", "10.0", Some(Path::new("/none")), 0).unwrap_err();
+        assert!(error.to_string().contains("ci/setup") && error.to_string().contains("--qemu100"), "{error}");
+    }
+}

@@ -1,0 +1,66 @@
+//! What a run cost a process: processor time and page faults, of all its threads.
+
+use std::io;
+
+use ramwire::sys::process_page_faults;
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+/// What a process has used, or used more than before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Cost {
+    /// Processor time in seconds, user and system.
+    pub cpu_seconds: f64,
+    /// Page faults that needed no I/O.
+    pub page_faults: u64,
+}
+
+impl Cost {
+    /// Of this process so far.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn own() -> io::Result<Self> {
+        let time = clock_gettime(ClockId::ProcessCPUTime);
+        let cpu_seconds = time.tv_sec as f64 + time.tv_nsec as f64 / 1e9;
+        Ok(Self { cpu_seconds, page_faults: process_page_faults()? })
+    }
+
+    /// Of another process so far, its ended threads too (proc(5): fields 10, 14 and 15 of stat).
+    pub fn of_process(id: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+        // The name in parentheses may hold anything, also spaces and parentheses; field 3 comes next.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+        let ticks = field(14)? + field(15)?;
+        let cpu_seconds = ticks as f64 / rustix::param::clock_ticks_per_second() as f64;
+        Some(Self { cpu_seconds, page_faults: field(10)? })
+    }
+
+    /// What came since `before`.
+    pub fn since(self, before: Self) -> Self {
+        Self {
+            cpu_seconds: self.cpu_seconds - before.cpu_seconds,
+            page_faults: self.page_faults.saturating_sub(before.page_faults),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn both_ways_of_asking_agree() {
+        let before = Cost::own().unwrap();
+        let touched = vec![1u8; 8 << 20];
+        let own = Cost::own().unwrap().since(before);
+        assert!(own.page_faults >= 1 && touched[4096] == 1, "{own:?}");
+        let (own, seen) = (Cost::own().unwrap(), Cost::of_process(std::process::id()).unwrap());
+        // The kernel tells ticks of 10 ms there, and a rest of each thread's.
+        assert!((own.cpu_seconds - seen.cpu_seconds).abs() < 1.0, "{own:?} {seen:?}");
+        assert!(own.page_faults.abs_diff(seen.page_faults) < 10_000, "{own:?} {seen:?}");
+        assert_eq!(Cost::of_process(u32::MAX), None);
+    }
+}
