@@ -244,7 +244,10 @@ fn migrate(door: &str, end: &str, dirty: &str, filters: Option<HashMap<String, B
     let writer = here.start();
     let spawner = spawner(filters);
     let Connected { near: link, far, breaker } = connected(door, &here.memory, &spawner);
-    let arrives = DestinationSettings { spawner: spawner.clone(), ..DestinationSettings::default() };
+    // A quarter of it is shorter than the load takes: the source is told that somebody is at work.
+    let stall_timeout = SLOW * 2;
+    let arrives =
+        DestinationSettings { spawner: spawner.clone(), stall_timeout, ..DestinationSettings::default() };
     let dirty: Arc<dyn DirtySource> = match dirty {
         "software" => here.written.clone(),
         _ => Arc::new(WrittenPages::new(&here.memory)),
@@ -350,7 +353,12 @@ fn a_broken_connection_needs_no_other_call() {
 
 #[test]
 fn a_thread_that_lacks_one_of_its_calls_ends_the_process() {
-    for without in ["ramwire-source/sendmsg", "ramwire-destination/readv", "ramwire-digest/exit"] {
+    for without in [
+        "ramwire-source/sendmsg",
+        "ramwire-destination/readv",
+        "ramwire-digest/exit",
+        "ramwire-working/sendmsg",
+    ] {
         let output = run(&format!("unix completed software {without}"));
         assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
     }

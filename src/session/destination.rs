@@ -1,28 +1,27 @@
 //! The destination's session: reads the stream, puts pages in place, and starts the guest once it is ours.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
 use crate::guest::{GuestControl, GuestError, GuestMemory};
 use crate::observe::{PageCounts, SharedStatistics, Status};
 use crate::ram::RamBlock;
-use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_pong};
-use crate::stream::qemu::blocks::BlockAnnouncement;
-use crate::stream::qemu::command::Command;
+use crate::stream::native::Answer;
 use crate::stream::qemu::file::Configuration;
-use crate::stream::qemu::incoming::{Event, IncomingConfig, SectionKind, Seen, Step, StreamLimits};
+use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
 use crate::stream::qemu::return_path::Message;
-use crate::stream::qemu::section::Phase;
-use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
+use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel};
 
 use super::config::DestinationSettings;
-use super::digest::{Digest, carried, digests_of};
-use super::greeting::described;
+use super::digest::{Digest, carried};
 use super::handle::Commitment;
+use super::hearing::{no_blocks, out_of_turn};
 use super::places::Placed;
 use super::placing::Placing;
 use super::reader::StreamReader;
+use super::working::LONGEST_SILENCE;
 use super::{Breakage, Error};
 
 /// What the source announced, before any page.
@@ -135,15 +134,17 @@ pub struct DestinationSession {
     pub(super) cancel: CancelToken,
     pub(super) commitment: Arc<Commitment>,
     pub(super) stop: Stop,
-    return_path_open: bool,
-    ram_ended: bool,
-    in_native_state: bool,
-    migration_id: Option<[u8; 16]>,
-    theirs: Vec<u64>,
+    pub(super) return_path_open: bool,
+    pub(super) ram_ended: bool,
+    pub(super) in_native_state: bool,
+    pub(super) migration_id: Option<[u8; 16]>,
+    pub(super) theirs: Vec<u64>,
     ours: Option<Digest>,
     verified: bool,
-    statistics: SharedStatistics,
+    pub(super) statistics: SharedStatistics,
     error: Option<Error>,
+    /// How often a source that waits for READY is told that we are at it.
+    pub(super) says_working_every: Duration,
     pub(super) breakage: Breakage,
 }
 
@@ -158,6 +159,7 @@ impl DestinationSession {
     ) -> Self {
         let cancel = CancelToken::default();
         Self {
+            says_working_every: (settings.stall_timeout / 4).min(LONGEST_SILENCE),
             stop: Stop::on(&cancel),
             cancel,
             commitment: Arc::default(),
@@ -296,18 +298,7 @@ impl DestinationSession {
     fn perform(&mut self, deed: Deed, reader: &mut StreamReader) -> Result<Arrived, Error> {
         match deed {
             Deed::Receive => return self.receive(reader),
-            Deed::MakeDigest => {
-                let memory = self.memory()?;
-                let incoming = self.incoming.as_ref();
-                let carried = incoming.map(|i| carried(&i.configuration, &i.early_sections));
-                let carried = carried.unwrap_or_default();
-                let stop = &self.stop;
-                let make = Digest::make(&memory, &carried, &self.state, &self.settings.spawner, || {
-                    let stopped = |reason| ChannelError::Stopped { reason, doing: "making the digest" };
-                    stop.reason().map_or(Ok(()), |reason| Err(stopped(reason).into()))
-                });
-                self.ours = Some(make?);
-            }
+            Deed::MakeDigest => self.ours = Some(self.at_work(Self::make_digest)?),
             Deed::CompareDigest => {
                 let theirs = Digest(std::mem::take(&mut self.theirs));
                 if let Some(ours) = self.ours.take() {
@@ -321,7 +312,7 @@ impl DestinationSession {
                     incoming.seen = *reader.stream.seen();
                     self.provider.arrived(incoming, self.engine.is_native());
                 }
-                let loaded = self.control.load_devices(&mut &self.state[..]);
+                let loaded = self.at_work(|session| session.control.load_devices(&mut &session.state[..]));
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             Deed::SayReady => {
@@ -346,7 +337,18 @@ impl DestinationSession {
         Ok(Arrived::Done)
     }
 
-    fn say(&mut self, message: Message<'_>) -> Result<(), Error> {
+    fn make_digest(&mut self) -> Result<Digest, Error> {
+        let memory = self.memory()?;
+        let incoming = self.incoming.as_ref();
+        let carried = incoming.map(|i| carried(&i.configuration, &i.early_sections)).unwrap_or_default();
+        let stop = &self.stop;
+        Digest::make(&memory, &carried, &self.state, &self.settings.spawner, || {
+            let stopped = |reason| ChannelError::Stopped { reason, doing: "making the digest" };
+            stop.reason().map_or(Ok(()), |reason| Err(stopped(reason).into()))
+        })
+    }
+
+    pub(super) fn say(&mut self, message: Message<'_>) -> Result<(), Error> {
         let (true, Some(back)) = (self.return_path_open, &mut self.back) else { return Ok(()) };
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
@@ -365,246 +367,8 @@ impl DestinationSession {
         self.say(Message::Shut { status: 1 })
     }
 
-    fn memory(&self) -> Result<Arc<dyn GuestMemory>, Error> {
+    pub(super) fn memory(&self) -> Result<Arc<dyn GuestMemory>, Error> {
         let placing = self.placing.as_ref().ok_or_else(|| no_blocks("the end of the state"))?;
         Ok(Arc::clone(placing.memory()))
     }
-
-    /// Reads until something is to be decided.
-    fn receive(&mut self, reader: &mut StreamReader) -> Result<Arrived, Error> {
-        loop {
-            let StreamReader { stream, buffer, start, end, .. } = reader;
-            match stream.next(&buffer[*start..*end])? {
-                Step::Event { consumed, event } => {
-                    let (raw, rest) = buffer[*start..*end].split_at(consumed);
-                    if let Event::Page { block, offset, .. } = event
-                        && let Some(placing) = &mut self.placing
-                        && placing.ahead.is_due(block, offset)
-                    {
-                        placing.populate(block, offset, stream.pages_ahead(rest, offset));
-                    }
-                    let at = stream.position() - consumed as u64;
-                    let seen = *stream.seen();
-                    let fact = self.take(event, raw, seen).map_err(|error| error.at(at))?;
-                    *start += consumed;
-                    if let Some(fact) = fact {
-                        if fact == Arrived::Tail {
-                            self.state.extend_from_slice(stream.tail().bytes());
-                        }
-                        return Ok(fact);
-                    }
-                }
-                Step::NeedMore { consumed, needed } => {
-                    *start += consumed;
-                    if let Some(placing) = &mut self.placing {
-                        placing.ahead.between_reads();
-                        placing.between_reads()?;
-                    }
-                    reader.make_room(needed);
-                    let stop = &self.stop;
-                    let got =
-                        self.source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
-                    if got == 0 {
-                        return self.stream_ended(reader);
-                    }
-                    reader.end += got;
-                    reader.at += got as u64;
-                    self.tell_figures(reader.at);
-                }
-            }
-        }
-    }
-
-    /// Pages that came on channels while the stream itself was silent.
-    pub(super) fn tell_channel_figures(&self) {
-        if let Some(placing) = &self.placing {
-            self.statistics.update(|s| s.pages = placing.counts());
-        }
-    }
-
-    fn tell_figures(&self, bytes: u64) {
-        let pages = self.placing.as_ref().map_or_else(PageCounts::default, Placing::counts);
-        self.statistics.update(|s| (s.transferred, s.pages) = (bytes, pages));
-    }
-
-    /// The source closed. A tail may end so where its description is suppressed; but a source with a return
-    /// path that does not wait for our word has given up, and its guest may run on there.
-    fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<Arrived, Error> {
-        let inside = if self.placing.is_none() { "the setup" } else { "RAM or device state" };
-        let truncated = Error::Truncated { at: reader.at, inside };
-        let waits_for_us = self.engine.is_native() || self.return_path_open;
-        if waits_for_us || !self.settings.accept_missing_description {
-            return Err(truncated);
-        }
-        match reader.stream.finish() {
-            Ok(_) => {
-                self.state.extend_from_slice(reader.stream.tail().bytes());
-                Ok(Arrived::Tail)
-            }
-            Err(_) => Err(truncated),
-        }
-    }
-
-    /// What an event means for memory, and for the engine. `raw` are the bytes it took, `seen` is what the
-    /// stream has shown so far.
-    fn take(&mut self, event: Event<'_>, raw: &[u8], seen: Seen) -> Result<Option<Arrived>, Error> {
-        match event {
-            Event::Page { block, offset, bytes } => self.placing()?.page(block, offset, bytes)?,
-            Event::Zero { block, offset } => self.placing()?.zero(block, offset)?,
-            Event::Compressed { block, offset, bytes } => self.placing()?.compressed(block, offset, bytes)?,
-            Event::Xbzrle { block, offset, bytes } => self.placing()?.delta(block, offset, bytes)?,
-            Event::Configuration(configuration) => self.configuration = Some(configuration),
-            Event::Blocks(blocks) => self.blocks(&blocks)?,
-            Event::Command(command) => return self.command(command),
-            Event::SectionStart {
-                kind: SectionKind::Ram, phase: phase @ (Phase::Part | Phase::End), ..
-            } => {
-                tracing::trace!(?phase, "pages begin");
-                self.pages_begin(seen)?;
-            }
-            Event::SectionStart { kind: SectionKind::Ram, .. } => {}
-            Event::MultifdFlush => self.barrier()?,
-            Event::RecordsEnd => self.records_ended(seen)?,
-            Event::SectionEnd { kind: SectionKind::Ram, phase: Phase::End } => self.ram_complete()?,
-            Event::SectionEnd { kind: SectionKind::Ram, .. } => {}
-            Event::SectionStart { kind: SectionKind::NativeState, .. } => self.in_native_state = true,
-            Event::SectionEnd { kind: SectionKind::NativeState, .. } => self.in_native_state = false,
-            Event::SectionBytes(bytes) if self.in_native_state => self.carry(bytes)?,
-            Event::SectionStart { .. }
-            | Event::SectionEnd { .. }
-            | Event::VirtioMem(_)
-            | Event::BitmapChunk
-            | Event::SectionBytes(_) => self.carry(raw)?,
-            Event::TailBytes(_) | Event::Eof => {}
-            Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
-            Event::Done => return Ok(Some(Arrived::Tail)),
-            Event::Hook { .. } => self.receive_round()?,
-            Event::Filled { .. }
-            | Event::MappedBlock { .. }
-            | Event::MappedBytes(_)
-            | Event::PackageBytes(_)
-            | Event::PackageEnd => {
-                return Err(out_of_turn("a record of another kind of migration", "a plain precopy stream"));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Sections that are not RAM and not understood go on as they came.
-    fn carry(&mut self, raw: &[u8]) -> Result<(), Error> {
-        let carried = match &mut self.incoming {
-            Some(incoming) if !self.ram_ended => &mut incoming.early_sections,
-            _ => &mut self.state,
-        };
-        if (carried.len() + raw.len()) as u64 > self.settings.max_state {
-            return Err(out_of_turn("more device state than is accepted", "a precopy migration"));
-        }
-        carried.extend_from_slice(raw);
-        Ok(())
-    }
-
-    /// The early sections are complete: whoever watches pages arrive may begin.
-    fn pages_begin(&mut self, seen: Seen) -> Result<(), Error> {
-        match (&mut self.placing, &mut self.incoming) {
-            (Some(placing), Some(incoming)) => {
-                incoming.seen = seen;
-                placing.began(incoming)
-            }
-            _ => Err(no_blocks("a section of pages")),
-        }
-    }
-
-    pub(super) fn placing(&mut self) -> Result<&mut Placing, Error> {
-        self.placing.as_mut().ok_or_else(|| no_blocks("a page"))
-    }
-
-    fn blocks(&mut self, announced: &[BlockAnnouncement]) -> Result<(), Error> {
-        if self.placing.is_some() {
-            return Ok(());
-        }
-        let incoming = Incoming {
-            configuration: self.configuration.clone().unwrap_or_default(),
-            blocks: announced.iter().map(described).collect(),
-            early_sections: Vec::new(),
-            has_return_path: self.return_path_open && self.back.is_some(),
-            seen: Seen::default(),
-        };
-        let memory = self.provider.provide(&incoming)?;
-        let placing = Placing::new(memory, &incoming.blocks, self.arrival.take())?;
-        self.placing.insert(placing).breakage = self.breakage;
-        self.prepare_rounds(&incoming)?;
-        self.begin_channels(announced)?;
-        self.incoming = Some(incoming);
-        self.statistics.update(|s| s.status = Status::Active);
-        Ok(())
-    }
-
-    fn ram_complete(&mut self) -> Result<(), Error> {
-        self.ram_ended = true;
-        tracing::trace!("pages end");
-        match &mut self.placing {
-            Some(placing) => placing.ram_complete(),
-            None => Err(no_blocks("the end of RAM")),
-        }
-    }
-
-    fn command(&mut self, command: Command<'_>) -> Result<Option<Arrived>, Error> {
-        match command {
-            Command::OpenReturnPath => self.return_path_open = true,
-            Command::Ping(_) if !self.return_path_open => {
-                return Err(out_of_turn("PING", "a stream without a return path"));
-            }
-            Command::Ping(value) => {
-                self.say(Message::Pong(value))?;
-                if value == GREETING {
-                    self.say(Message::Pong(hello_pong(MAX_VERSION)))?;
-                }
-            }
-            Command::SwitchoverStart | Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps => {}
-            Command::Native(order) => return self.order(order),
-            other => return Err(out_of_turn(&format!("{other:?}"), "a precopy migration")),
-        }
-        Ok(None)
-    }
-
-    fn order(&mut self, order: Order<'_>) -> Result<Option<Arrived>, Error> {
-        match order {
-            Order::Hello(theirs) => {
-                let Some(version) = theirs.common_version() else {
-                    let what = format!("HELLO for versions {} to {}", theirs.min_version, theirs.max_version);
-                    return Err(out_of_turn(&what, "a greeting"));
-                };
-                let answer = Hello { min_version: version, max_version: version, ..theirs };
-                self.migration_id = Some(theirs.migration_id);
-                self.say(Message::Native(Answer::Hello(answer)))?;
-                Ok(Some(Arrived::Hello { digest: theirs.digest }))
-            }
-            Order::StateSent if !self.ram_ended => {
-                Err(out_of_turn("STATE_SENT", "waiting for the last page"))
-            }
-            Order::StateSent => Ok(Some(Arrived::StateSent)),
-            Order::Digest { first, values } => {
-                let due = digests_of(self.memory()?.table());
-                let count = values.len() / 8;
-                if first as usize != self.theirs.len() || self.theirs.len() + count > due {
-                    return Err(out_of_turn("digests out of order", "comparing"));
-                }
-                let values = values.chunks_exact(8).filter_map(|v| v.try_into().ok().map(u64::from_be_bytes));
-                self.theirs.extend(values);
-                Ok((self.theirs.len() == due).then_some(Arrived::Digests))
-            }
-            Order::Commit { migration_id } if self.migration_id == Some(migration_id) => {
-                Ok(Some(Arrived::Commit))
-            }
-            Order::Commit { .. } => Err(out_of_turn("COMMIT of another migration", "waiting for ours")),
-        }
-    }
-}
-
-fn no_blocks(what: &'static str) -> Error {
-    out_of_turn(what, "waiting for the list of RAM blocks")
-}
-
-pub(super) fn out_of_turn(what: &str, while_doing: &'static str) -> Error {
-    Error::OutOfTurn { what: what.to_owned(), at: None, while_doing }
 }

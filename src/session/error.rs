@@ -87,12 +87,14 @@ pub enum Error {
         while_doing: &'static str,
     },
     /// The peer is there and does not say what is due.
-    #[error("the destination did not say {what} within {} s; raise --finish-timeout if it is only slow", after.as_secs_f32())]
+    #[error("the destination did not say {what} within {} s; raise {raise} if it is only slow", after.as_secs_f32())]
     NoAnswer {
         /// What was due.
         what: &'static str,
         /// How long it was waited for.
         after: Duration,
+        /// The option that makes the wait longer.
+        raise: &'static str,
     },
     /// RAM or state arrived changed.
     #[error("{0}; the guest was not started from it")]

@@ -49,7 +49,6 @@ impl SourceSession {
     /// The peer makes its own digest meanwhile and compares. While ours is made PINGs tell that we are alive, and
     /// a cancel is seen.
     pub(super) fn send_digest(&mut self) -> Result<Input, Error> {
-        let began = self.clock.now();
         let carried = carried(&self.settings.configuration, &self.settings.early_sections);
         let Self { guest, link, stop, settings, state, .. } = self;
         let digest = Digest::make(&guest.memory, &carried, state, &settings.spawner, || {
@@ -61,7 +60,6 @@ impl SourceSession {
             link.sink().send(&[SendPart::Own(&ping)], stop)?;
             Ok(link.sink().flush(stop)?)
         })?;
-        self.digest_took = self.clock.now().saturating_sub(began);
         let bytes: Vec<u8> = digest.0.iter().flat_map(|value| value.to_be_bytes()).collect();
         let mut out = Vec::new();
         for (at, values) in bytes.chunks(MAX_DIGESTS * 8).enumerate() {

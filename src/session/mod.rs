@@ -11,6 +11,7 @@ mod figures;
 mod finish;
 mod greeting;
 mod handle;
+mod hearing;
 mod places;
 mod placing;
 mod reader;
@@ -24,6 +25,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 pub mod workers;
+mod working;
 
 use breakage::Breakage;
 pub use config::{DestinationSettings, SourceSettings};

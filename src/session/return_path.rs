@@ -18,6 +18,7 @@ pub(super) enum Word {
     Hello(Hello),
     Ready,
     Running,
+    Working,
     Refused(String),
 }
 
@@ -101,6 +102,7 @@ fn word_of(message: Message<'_>) -> Result<Word, Error> {
         Message::Native(Answer::Hello(hello)) => Word::Hello(hello),
         Message::Native(Answer::Ready) => Word::Ready,
         Message::Native(Answer::Running) => Word::Running,
+        Message::Native(Answer::Working) => Word::Working,
         Message::Native(Answer::Refused { why }) => Word::Refused(why.to_owned()),
         other => {
             let what = format!("{other:?}");

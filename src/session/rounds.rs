@@ -9,7 +9,8 @@ use crate::stream::qemu::incoming::{AnnouncedBlocks, Seen};
 use crate::stream::{Corrupt, DecodeError};
 use crate::sys::{CancelToken, Stop};
 
-use super::destination::{DestinationSession, Incoming, out_of_turn};
+use super::destination::{DestinationSession, Incoming};
+use super::hearing::out_of_turn;
 use super::source::discards;
 use super::{Error, ErrorKind};
 

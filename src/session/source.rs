@@ -27,8 +27,12 @@ const LONGEST_SILENCE: Duration = Duration::from_secs(5);
 /// Time between two looks at the peer while a guest is waited for.
 const A_LOOK: Duration = Duration::from_millis(50);
 
-/// How many times as long as ours a peer's digest may take.
-const SLOWER: u32 = 4;
+/// Bytes of RAM a second that a destination compares and puts away at the least: what bounds the wait for one that
+/// goes on saying that it is at it.
+const SLOWEST_LOAD: u64 = 64 << 20;
+
+/// The option behind `finish_timeout`, for errors.
+const FINISH_TIMEOUT: &str = "--finish-timeout";
 
 /// Messages heard in one look at the return path.
 const MOST_HEARD: usize = 64;
@@ -156,8 +160,6 @@ pub struct SourceSession {
     /// The device state from SendState on; towards a QEMU the part behind `commit_at` is COMMIT.
     pub(super) state: Vec<u8>,
     pub(super) commit_at: usize,
-    /// How long our own digest took: the peer's READY may take as much longer.
-    pub(super) digest_took: Duration,
     /// When bytes last left for a peer that waits for more.
     pub(super) last_sign: Duration,
     paused: bool,
@@ -202,7 +204,6 @@ impl SourceSession {
             section_id: greeting::RAM_SECTION_ID,
             state: Vec::new(),
             commit_at: 0,
-            digest_took: Duration::ZERO,
             last_sign: Duration::ZERO,
             paused: false,
             cancel_refused: false,
@@ -451,8 +452,11 @@ impl SourceSession {
         let Some(back) = &mut self.back else { return Ok(()) };
         // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
         for _ in 0..MOST_HEARD {
-            let Some(word) = back.poll()? else { break };
-            refuse_verdict(word)?;
+            match back.poll()? {
+                Some(Word::Working) => {}
+                Some(word) => refuse_verdict(word)?,
+                None => break,
+            }
         }
         Ok(())
     }
@@ -473,11 +477,24 @@ impl SourceSession {
         if self.breakage.is(Breakage::CommitBeforeReady) {
             return Ok(Input::Ready);
         }
-        // It makes its own digest before, perhaps on a slower machine.
-        let after = self.settings.finish_timeout.saturating_add(self.digest_took * SLOWER);
-        match self.verdict("that it has loaded the guest", after)? {
-            Word::Ready => Ok(Input::Ready),
-            word => refuse_verdict(word).map(|()| Input::Failed),
+        // It makes its own digest before, and puts RAM on a disk perhaps: as long as it says so, a cancel apart.
+        let work = Duration::from_secs(self.guest.memory.table().travelling() / SLOWEST_LOAD);
+        let longest = self.settings.finish_timeout.saturating_add(work);
+        let stop = self.stop.within(longest);
+        let silence = self.settings.stall_timeout;
+        loop {
+            let word = self.verdict(&stop.within(silence), || {
+                let (after, raise) = match stop.reason() {
+                    Some(_) => (longest, FINISH_TIMEOUT),
+                    None => (silence, "--stall-timeout"),
+                };
+                Error::NoAnswer { what: "that it has loaded the guest", after, raise }
+            });
+            match word? {
+                Word::Working => {}
+                Word::Ready => return Ok(Input::Ready),
+                word => return refuse_verdict(word).map(|()| Input::Failed),
+            }
         }
     }
 
@@ -498,22 +515,21 @@ impl SourceSession {
         if !self.handover.has_running() {
             return Ok(Input::Running);
         }
-        match self.verdict("that the guest runs", self.settings.finish_timeout)? {
+        let after = self.settings.finish_timeout;
+        let silent = || Error::NoAnswer { what: "that the guest runs", after, raise: FINISH_TIMEOUT };
+        match self.verdict(&self.stop.within(after), silent)? {
             Word::Running if self.handover == Handover::Native => Ok(Input::Running),
             Word::Shut(0) if self.handover == Handover::Shut => Ok(Input::Running),
             word => refuse_verdict(word).map(|()| Input::Failed),
         }
     }
 
-    fn verdict(&mut self, what: &'static str, after: Duration) -> Result<Word, Error> {
-        let stop = self.stop.within(after);
+    /// Waits until `stop`, whose deadline means `silent`.
+    fn verdict(&mut self, stop: &Stop, silent: impl FnOnce() -> Error) -> Result<Word, Error> {
         let Some(back) = &mut self.back else {
             return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });
         };
-        back.next_verdict(&stop).map_err(|error| match error {
-            error if error.is_deadline() => Error::NoAnswer { what, after },
-            error => error,
-        })
+        back.next_verdict(stop).map_err(|error| if error.is_deadline() { silent() } else { error })
     }
 
     /// Before COMMIT: nothing is lost. Unsent and unconfirmed pages are dirty again, the guest runs.

@@ -185,6 +185,46 @@ fn handles_show_progress_and_give_both_reports() {
     assert!(ends.destination_machine.runs());
 }
 
+/// A machine that takes long to load its state.
+struct SlowLoader(Machine, std::time::Duration);
+
+impl GuestControl for SlowLoader {
+    fn pause(&mut self) -> io::Result<()> {
+        self.0.pause()
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        self.0.resume()
+    }
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        self.0.save_devices(out)
+    }
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        std::thread::sleep(self.1);
+        self.0.load_devices(from)
+    }
+}
+
+/// A folder's `fsync` or a relay's far end may take hours: the source waits for one that says that it is at it.
+#[test]
+fn a_destination_at_work_is_waited_for_and_a_silent_one_is_not() {
+    use std::time::Duration;
+    let stall = Duration::from_secs(2);
+    for says_so in [true, false] {
+        let mut ends = ends();
+        ends.source.settings.stall_timeout = stall;
+        ends.destination.says_working_every = if says_so { stall / 8 } else { Duration::MAX };
+        ends.destination.control = Box::new(SlowLoader(ends.destination_machine.clone(), stall * 2));
+        let destination = ends.destination.spawn().unwrap();
+        let sent = ends.source.run();
+        let arrived = destination.wait().unwrap();
+        let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        assert_eq!(sent.outcome == Outcome::Completed, says_so, "{text}");
+        assert_eq!(arrived.ending == Ending::Running, says_so, "{:?}", arrived.error);
+        assert_eq!(text.contains("within 2 s; raise --stall-timeout"), !says_so, "{text}");
+        assert_eq!(ends.source_machine.runs(), !says_so);
+    }
+}
+
 /// Whatever the moment: who is told Accepted has the guest, who is told TooLate has given it away.
 #[test]
 fn the_answer_to_a_cancel_is_what_happens() {

@@ -9,7 +9,7 @@
 //! OPEN_RETURN_PATH PING(GREETING) PING(1)    PONG(GREETING) PONG(hello) PONG(1)
 //! HELLO                                      HELLO
 //! ... QEMU's stream up to the device state, which is one sized section ...
-//! STATE_SENT DIGEST*                         READY | REFUSED
+//! STATE_SENT DIGEST*                         WORKING* (READY | REFUSED)
 //! COMMIT                                     RUNNING
 //! ```
 
@@ -166,6 +166,8 @@ pub enum Answer<'a> {
         /// Why, at most [`MAX_REASON`] bytes.
         why: &'a str,
     },
+    /// Everything has come and is being looked at and loaded: READY comes later.
+    Working,
 }
 
 impl Answer<'_> {
@@ -177,6 +179,7 @@ impl Answer<'_> {
                 Self::Ready => 2,
                 Self::Running => 3,
                 Self::Refused { .. } => 4,
+                Self::Working => 5,
             }
     }
 
@@ -185,7 +188,7 @@ impl Answer<'_> {
         let mut writer = Writer::new(out);
         match self {
             Self::Hello(hello) => hello.encode(&mut writer),
-            Self::Ready | Self::Running => {}
+            Self::Ready | Self::Running | Self::Working => {}
             Self::Refused { why } => {
                 let cut = (0..=MAX_REASON.min(why.len())).rev().find(|at| why.is_char_boundary(*at));
                 writer.bytes(&why.as_bytes()[..cut.unwrap_or(0)]);
@@ -201,6 +204,7 @@ pub fn decode_answer(number: u16, body: &[u8]) -> Option<Answer<'_>> {
         1 => return Hello::decode(&mut reader).ok().map(Answer::Hello),
         2 => Answer::Ready,
         3 => Answer::Running,
+        5 => Answer::Working,
         4 => return std::str::from_utf8(body).ok().map(|why| Answer::Refused { why }),
         _ => return None,
     };
@@ -227,7 +231,8 @@ mod tests {
             assert_eq!(decode_order(order.number(), &body), Some(order));
         }
         let long = "ä".repeat(500);
-        for answer in [Answer::Hello(hello), Answer::Ready, Answer::Running, Answer::Refused { why: "no" }] {
+        let words = [Answer::Ready, Answer::Running, Answer::Working, Answer::Refused { why: "no" }];
+        for answer in words.into_iter().chain([Answer::Hello(hello)]) {
             let mut body = Vec::new();
             answer.encode_body(&mut body);
             assert_eq!(decode_answer(answer.number(), &body), Some(answer));

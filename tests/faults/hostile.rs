@@ -416,6 +416,8 @@ fn a_destination_that_talks_without_end_is_left_and_takes_no_memory() {
         ("PONGs", said(&Message::Pong(7)).repeat(1000)),
         ("acks", said(&Message::SwitchoverAck).repeat(1000)),
         ("greetings", greeting()),
+        // Until the source's own bound: its amount of RAM explains no longer wait.
+        ("work", said(&Message::Native(Answer::Working)).repeat(1000)),
     ] {
         let sent = answer(&live, greeting(), again);
         println!("endless {what}: {:?}", sent.error);
