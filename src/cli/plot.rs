@@ -1,0 +1,249 @@
+//! Charts as SVG text, drawn by `plotters`: lines over linear or logarithmic axes, and bars with intervals.
+
+use std::ops::Range;
+
+use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
+use plotters::prelude::*;
+
+/// Width and height of a chart in pixels.
+const SIZE: (u32, u32) = (900, 480);
+/// Height of labels in pixels.
+const LABEL: u32 = 14;
+/// Room beside the axes for their labels, in pixels.
+const LEFT: u32 = 80;
+const BELOW: u32 = 48;
+
+/// A chart that could not be drawn.
+#[derive(Debug, thiserror::Error)]
+#[error("drawing a chart: {0}")]
+pub(super) struct PlotError(String);
+
+fn failed(error: impl std::fmt::Display) -> PlotError {
+    PlotError(error.to_string())
+}
+
+/// One axis.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Axis<'a> {
+    /// What it shows, with its unit.
+    pub(super) label: &'a str,
+    /// Whether every power of ten takes the same room; values must then be above 0.
+    pub(super) logarithmic: bool,
+    /// Text at a tick.
+    pub(super) tick: fn(f64) -> String,
+}
+
+/// A line through points, in order.
+#[derive(Clone, Debug)]
+pub(super) struct Line {
+    /// Its name in the legend.
+    pub(super) name: String,
+    /// x and y.
+    pub(super) points: Vec<(f64, f64)>,
+}
+
+/// A bar with its interval.
+#[derive(Clone, Debug)]
+pub(super) struct Bar {
+    /// Its name below the axis.
+    pub(super) name: String,
+    /// Its height.
+    pub(super) value: f64,
+    /// Lower end of the interval.
+    pub(super) low: f64,
+    /// Upper end of the interval.
+    pub(super) high: f64,
+}
+
+/// A number without needless digits, for [`Axis::tick`].
+pub(super) fn plain(value: f64) -> String {
+    match value.abs() {
+        size if size >= 100.0 || size == 0.0 => format!("{value:.0}"),
+        size if size >= 1.0 => format!("{:.2}", value).trim_end_matches('0').trim_end_matches('.').to_owned(),
+        _ => format!("{value:.3}"),
+    }
+}
+
+/// Draws `lines` over common axes, with a legend where there are several. The answer is a whole SVG document.
+///
+/// # Errors
+/// [`PlotError`] without any point that can be drawn.
+pub(super) fn lines(title: &str, x: Axis<'_>, y: Axis<'_>, lines: &[Line]) -> Result<String, PlotError> {
+    let fits = |axis: Axis<'_>, value: f64| value.is_finite() && (!axis.logarithmic || value > 0.0);
+    let drawable = |line: &Line| {
+        let points = line.points.iter().copied().filter(|point| fits(x, point.0) && fits(y, point.1));
+        Line { name: line.name.clone(), points: points.collect() }
+    };
+    let lines: Vec<Line> = lines.iter().map(drawable).collect();
+    let points = || lines.iter().flat_map(|line| &line.points);
+    let across = range(x, points().map(|point| point.0)).ok_or_else(|| failed("there is no point"))?;
+    let up = range(y, points().map(|point| point.1)).ok_or_else(|| failed("there is no point"))?;
+    match (x.logarithmic, y.logarithmic) {
+        (false, false) => draw_lines(title, (x, across), (y, up), &lines),
+        (true, false) => draw_lines(title, (x, across.log_scale()), (y, up), &lines),
+        (false, true) => draw_lines(title, (x, across), (y, up.log_scale()), &lines),
+        (true, true) => draw_lines(title, (x, across.log_scale()), (y, up.log_scale()), &lines),
+    }
+}
+
+/// All values and some room; a linear axis starts at 0.
+fn range(axis: Axis<'_>, values: impl Iterator<Item = f64>) -> Option<Range<f64>> {
+    let (low, high) = values
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
+    if !low.is_finite() {
+        return None;
+    }
+    Some(match axis.logarithmic {
+        true => low * 0.9..high * 1.1,
+        false => low.min(0.0)..if high > 0.0 { high * 1.05 } else { 1.0 },
+    })
+}
+
+fn draw_lines<X, Y>(
+    title: &str,
+    x: (Axis<'_>, X),
+    y: (Axis<'_>, Y),
+    lines: &[Line],
+) -> Result<String, PlotError>
+where
+    X: AsRangedCoord<Value = f64>,
+    Y: AsRangedCoord<Value = f64>,
+    X::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
+    Y::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
+{
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+        area.fill(&WHITE).map_err(failed)?;
+        let mut builder = ChartBuilder::on(&area);
+        builder.caption(title, ("sans-serif", LABEL + 6)).margin(12);
+        builder.y_label_area_size(LEFT).x_label_area_size(BELOW);
+        let mut chart = builder.build_cartesian_2d(x.1, y.1).map_err(failed)?;
+        let (across, up) = (x.0.tick, y.0.tick);
+        chart
+            .configure_mesh()
+            .light_line_style(TRANSPARENT)
+            .x_desc(x.0.label)
+            .y_desc(y.0.label)
+            .label_style(("sans-serif", LABEL))
+            .x_label_formatter(&|value| across(*value))
+            .y_label_formatter(&|value| up(*value))
+            .draw()
+            .map_err(failed)?;
+        for (index, line) in lines.iter().enumerate() {
+            let color = Palette99::pick(index).stroke_width(2);
+            let drawn =
+                chart.draw_series(LineSeries::new(line.points.iter().copied(), color)).map_err(failed)?;
+            drawn.label(&line.name).legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color));
+        }
+        if lines.len() > 1 {
+            let mut legend = chart.configure_series_labels();
+            legend.position(SeriesLabelPosition::UpperLeft).label_font(("sans-serif", LABEL));
+            legend.background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.3)).draw().map_err(failed)?;
+        }
+        area.present().map_err(failed)?;
+    }
+    Ok(svg)
+}
+
+/// Draws one bar for each of `bars`, each with its interval as a whisker, over the axis `y` from 0. The answer is a
+/// whole SVG document.
+///
+/// # Errors
+/// [`PlotError`] without any bar that can be drawn.
+pub(super) fn bars(title: &str, y: Axis<'_>, bars: &[Bar]) -> Result<String, PlotError> {
+    let up = Axis { logarithmic: false, ..y };
+    let up = range(up, bars.iter().map(|bar| bar.high)).ok_or_else(|| failed("there is no bar"))?;
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+        area.fill(&WHITE).map_err(failed)?;
+        let mut builder = ChartBuilder::on(&area);
+        builder.caption(title, ("sans-serif", LABEL + 6)).margin(12);
+        builder.y_label_area_size(LEFT).x_label_area_size(BELOW);
+        let mut chart = builder.build_cartesian_2d(0.0..bars.len() as f64, up).map_err(failed)?;
+        // A name stands in the middle below its bar; the other ticks stay without text.
+        let name = |x: &f64| match ((x * 2.0).round() as usize, (x * 2.0).fract() == 0.0) {
+            (halves, true) if halves % 2 == 1 => {
+                bars.get(halves / 2).map_or_else(String::new, |bar| bar.name.clone())
+            }
+            _ => String::new(),
+        };
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .light_line_style(TRANSPARENT)
+            .x_labels(2 * bars.len() + 1)
+            .x_label_formatter(&name)
+            .y_label_formatter(&|value| (y.tick)(*value))
+            .y_desc(y.label)
+            .label_style(("sans-serif", LABEL))
+            .draw()
+            .map_err(failed)?;
+        for (index, bar) in bars.iter().enumerate() {
+            let (left, middle) = (index as f64 + 0.2, index as f64 + 0.5);
+            let body = [(left, 0.0), (left + 0.6, bar.value)];
+            let color = Palette99::pick(index);
+            chart.plotting_area().draw(&Rectangle::new(body, color.filled())).map_err(failed)?;
+            let whisker = PathElement::new([(middle, bar.low), (middle, bar.high)], BLACK.stroke_width(2));
+            chart.plotting_area().draw(&whisker).map_err(failed)?;
+        }
+        area.present().map_err(failed)?;
+    }
+    Ok(svg)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const TIME: Axis<'_> = Axis { label: "time, s", logarithmic: false, tick: plain };
+    const RATE: Axis<'_> = Axis { label: "rate, GB/s", logarithmic: true, tick: plain };
+
+    fn count(svg: &str, what: &str) -> usize {
+        svg.matches(what).count()
+    }
+
+    #[test]
+    fn every_line_has_its_path_and_its_name_and_text_is_escaped() {
+        let line = |name: &str, factor: f64| Line {
+            name: name.into(),
+            points: (1..20).map(|x| (f64::from(x), f64::from(x) * factor)).collect(),
+        };
+        for (x, y) in [(TIME, TIME), (TIME, RATE), (RATE, TIME), (RATE, RATE)] {
+            let svg = lines("a < b", x, y, &[line("ours", 1.0), line("theirs", 3.0)]).unwrap();
+            assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
+            assert!(svg.contains("a &lt; b") && !svg.contains("a < b"));
+            assert!(svg.contains(x.label) && svg.contains(y.label) && svg.contains("theirs"));
+            // One for each line and one for each entry of the legend, beside those of the mesh.
+            assert!(count(&svg, "stroke-width=\"2\"") >= 4, "{svg}");
+        }
+    }
+
+    #[test]
+    fn points_that_an_axis_does_not_have_are_left_out_and_none_is_an_error() {
+        let line = |points| Line { name: "one".into(), points };
+        let mixed = vec![(0.0, 1.0), (1.0, f64::NAN), (1.0, -5.0), (2.0, 3.0)];
+        assert!(lines("", RATE, RATE, &[line(mixed)]).is_ok());
+        assert!(lines("", RATE, RATE, &[line(vec![(0.0, 0.0)])]).is_err());
+        assert!(lines("", TIME, TIME, &[]).is_err());
+        assert!(lines("", TIME, TIME, &[line(vec![(0.0, 0.0)])]).is_ok());
+    }
+
+    #[test]
+    fn every_bar_has_its_body_its_whisker_and_its_name() {
+        let bar = |name: &str, value| Bar { name: name.into(), value, low: value * 0.9, high: value * 1.1 };
+        let svg = bars("rates", TIME, &[bar("ramwire", 3.5), bar("qemu10", 2.1), bar("floor", 3.2)]).unwrap();
+        assert!(["ramwire", "qemu10", "floor"].iter().all(|name| count(&svg, name) == 1), "{svg}");
+        assert_eq!(count(&svg, "<rect") - 1, 3, "three beside the background");
+        assert_eq!(count(&svg, "stroke-width=\"2\""), 3);
+        assert!(bars("", TIME, &[]).is_err());
+    }
+
+    #[test]
+    fn ticks_have_no_needless_digits() {
+        let shown = [0.0, 0.25, 1.0, 2.5, 99.0, 1234.5].map(plain);
+        assert_eq!(shown, ["0", "0.250", "1", "2.5", "99", "1234"]);
+    }
+}
