@@ -219,6 +219,7 @@ fn channels_that_one_end_does_not_have_fail_both() {
             let dir = scratch();
             let ram = dir.path().join("ram");
             fill(&ram, 16, Pattern::Random { seed: 9 });
+            let ours_count = ours;
             let ours = format!("--channels={ours}");
             let receive = ["receive", "tcp:127.0.0.1:0", &ours, "--stall-timeout", "4", "--dir"];
             let mut receiver = Ramwire::start(dir.path(), &receive, dir.path().join("guest"));
@@ -229,8 +230,13 @@ fn channels_that_one_end_does_not_have_fail_both() {
             }
             source.migrate(&receiver.listening());
             let said = receiver.failed(Deadline::seconds(30), 3);
-            let info = source.wait_migration(Deadline::seconds(30));
-            assert_eq!(info["status"], "failed", "{version} {theirs} {ours}: {info}; {said}");
+            // A QEMU 7.2 whose channel is refused while its main connection ends may crash: seen on a busy machine.
+            match source.wait_migration_or_death(Deadline::seconds(30)) {
+                Some(info) => {
+                    assert_eq!(info["status"], "failed", "{version} {theirs} {ours}: {info}; {said}");
+                }
+                None => assert!(version == Version::Qemu72 && theirs > ours_count, "{theirs} {ours}: {said}"),
+            }
             let manifest =
                 std::fs::read_to_string(dir.path().join("guest/manifest.json")).unwrap_or_default();
             assert!(!manifest.contains("\"whole\""), "{version} {theirs} {ours}: {manifest}");
