@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Longest latency told apart; longer ones count as this.
 const MAX_MICROS: u64 = 60_000_000;
@@ -22,14 +22,18 @@ impl Default for Latency {
 }
 
 /// The figures of a histogram, in microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LatencySummary {
     /// Samples.
     pub count: u64,
     /// Half of all samples are at most this.
     pub p50_us: u64,
+    /// 9 of 10 samples are at most this.
+    pub p90_us: u64,
     /// 99 of 100 samples are at most this.
     pub p99_us: u64,
+    /// 999 of 1000 samples are at most this.
+    pub p999_us: u64,
     /// The longest.
     pub max_us: u64,
 }
@@ -43,12 +47,14 @@ impl Latency {
         }
     }
 
-    /// Count, median, 99th percentile and maximum.
+    /// Count, median, percentiles and maximum.
     pub fn summary(&self) -> LatencySummary {
         self.histogram.as_ref().map_or_else(LatencySummary::default, |histogram| LatencySummary {
             count: histogram.len(),
             p50_us: histogram.value_at_quantile(0.5),
+            p90_us: histogram.value_at_quantile(0.9),
             p99_us: histogram.value_at_quantile(0.99),
+            p999_us: histogram.value_at_quantile(0.999),
             max_us: histogram.max(),
         })
     }

@@ -1,9 +1,10 @@
 //! Numbers about a migration: counters, rounds, latencies. Counting costs the page path nothing but adds.
 
+mod events;
 mod latency;
+mod query_migrate;
 mod statistics;
 
+pub use events::{Event, EventKind, SharedStatistics};
 pub use latency::{Latency, LatencySummary};
-pub use statistics::{
-    DeltaCounts, DowntimeParts, PageCounts, RoundReport, SharedStatistics, Statistics, Status,
-};
+pub use statistics::{DeltaCounts, DowntimeParts, PageCounts, RoundReport, Statistics, Status};

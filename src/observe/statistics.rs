@@ -1,14 +1,11 @@
-//! The figures of a migration, with the meanings QEMU's `query-migrate` gives them.
+//! The figures of a migration, with the meanings QEMU's `query-migrate` gives them; docs/statistics.md lists them.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
-use serde::Serialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 
 use super::LatencySummary;
 
 /// Where a migration stands, in QEMU's words.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Status {
     /// Not begun.
@@ -31,7 +28,7 @@ pub enum Status {
 }
 
 /// Pages by what they travelled as.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageCounts {
     /// Whole pages.
     pub normal: u64,
@@ -59,7 +56,7 @@ pub struct DeltaCounts {
 }
 
 /// Where the downtime went, in milliseconds. The parts add up to the whole but for rounding.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DowntimeParts {
     /// Until the guest stood still.
     pub pause_ms: f64,
@@ -91,7 +88,7 @@ impl DowntimeParts {
 }
 
 /// One round of the page loop.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RoundReport {
     /// 1 for the first.
     pub round: u32,
@@ -103,6 +100,16 @@ pub struct RoundReport {
     pub bytes: u64,
     /// How long it took, in milliseconds.
     pub took_ms: f64,
+    /// Bytes a second that left in it.
+    pub throughput: u64,
+    /// Pages a second that the guest wrote before it, between the last two merges of the dirty logs.
+    pub dirty_pages_rate: u64,
+    /// Share of its time that the guest was held back, in percent, when it began.
+    pub throttle_percent: u8,
+    /// What the downtime would have been when it began, in milliseconds; 0 before a rate is known.
+    pub expected_downtime_ms: f64,
+    /// The guest stood still.
+    pub paused: bool,
 }
 
 /// One consistent snapshot of a migration's figures. Times are milliseconds, sizes bytes.
@@ -110,14 +117,16 @@ pub struct RoundReport {
 pub struct Statistics {
     /// Where it stands.
     pub status: Status,
-    /// Bytes written to the peer: headers, pages and device state.
+    /// Bytes written to the peer: headers, pages and device state. At a destination: bytes read from it.
     pub transferred: u64,
-    /// Of them, while the guest ran.
+    /// Of them, those of rounds while the guest ran, without those on page channels.
     pub precopy_bytes: u64,
-    /// Of them, while it stood still.
+    /// Of them, those of the round while it stood still, without those on page channels and the device state.
     pub downtime_bytes: u64,
     /// Of all bytes, those on page channels beside the stream.
     pub multifd_bytes: u64,
+    /// Sends that should have read pages in place and copied them instead.
+    pub missed_zero_copy: u64,
     /// Dirty pages times the page size; 0 once completed.
     pub remaining: u64,
     /// Used lengths of all blocks that travel.
@@ -132,6 +141,10 @@ pub struct Statistics {
     pub dirty_pages_rate: u64,
     /// Bytes a second on the page path: the last window, overall once completed.
     pub throughput: u64,
+    /// Pages a second, of every kind, in the last window.
+    pub pages_per_second: u64,
+    /// Share of its time that the guest is held back so that the migration converges, in percent; 0: it is not.
+    pub throttle_percent: u8,
     /// Time since the start.
     pub total_time: f64,
     /// Until the first sync.
@@ -155,6 +168,8 @@ pub struct Statistics {
     pub write_latency: LatencySummary,
     /// Why it failed.
     pub error: Option<String>,
+    /// It is over: nothing changes any more.
+    pub ended: bool,
 }
 
 impl Statistics {
@@ -169,79 +184,15 @@ impl Statistics {
         self.rounds.push(round);
     }
 
+    /// How long what is left takes at the rate of the last window, in milliseconds; `None` before a rate is known.
+    pub fn eta_ms(&self) -> Option<f64> {
+        let known = self.remaining == 0 || self.throughput > 0;
+        known.then(|| self.remaining as f64 / self.throughput.max(1) as f64 * 1e3)
+    }
+
     /// Rounds that were closed so far, the forgotten ones included.
     pub fn round_count(&self) -> u32 {
         self.rounds.last().map_or(0, |round| round.round)
-    }
-
-    /// `xbzrle-cache`: rates over the whole migration.
-    fn xbzrle(&self) -> Value {
-        let DeltaCounts { cache_size, pages, bytes, cache_misses, overflows, .. } = self.deltas;
-        let looked_up = cache_misses + pages + overflows + self.deltas.unchanged;
-        let rate = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
-        json!({
-            "cache-size": cache_size,
-            "pages": pages,
-            "bytes": bytes,
-            "cache-miss": cache_misses,
-            "cache-miss-rate": rate(cache_misses, looked_up),
-            "encoding-rate": rate(pages * self.page_size, bytes),
-            "overflow": overflows,
-        })
-    }
-
-    /// The same figures in the shape of QEMU's `query-migrate`.
-    pub fn query_migrate(&self) -> Value {
-        let mut out = json!({
-            "status": self.status,
-            "total-time": self.total_time as u64,
-            "setup-time": self.setup_time as u64,
-            "ram": {
-                "transferred": self.transferred,
-                "remaining": self.remaining,
-                "total": self.total,
-                "duplicate": self.pages.zero,
-                "normal": self.pages.normal,
-                "normal-bytes": self.pages.normal * self.page_size,
-                "dirty-pages-rate": self.dirty_pages_rate,
-                "mbps": self.throughput as f64 * 8.0 / 1e6,
-                "dirty-sync-count": self.dirty_sync_count,
-                "page-size": self.page_size,
-                "pages-per-second": self.throughput.checked_div(self.page_size).unwrap_or(0),
-                "precopy-bytes": self.precopy_bytes,
-                "downtime-bytes": self.downtime_bytes,
-                "postcopy-bytes": 0,
-                "postcopy-requests": 0,
-                "multifd-bytes": self.multifd_bytes,
-            },
-        });
-        if self.deltas.cache_size > 0 {
-            out["xbzrle-cache"] = self.xbzrle();
-        }
-        let ended = matches!(self.status, Status::Completed | Status::InDoubt);
-        let (name, value) =
-            if ended { ("downtime", self.downtime) } else { ("expected-downtime", self.expected_downtime) };
-        out[name] = json!(value as u64);
-        if let Some(error) = &self.error {
-            out["error-desc"] = json!(error);
-        }
-        out
-    }
-}
-
-/// The figures as the migration's threads write and anybody reads them.
-#[derive(Clone, Debug, Default)]
-pub struct SharedStatistics(Arc<Mutex<Statistics>>);
-
-impl SharedStatistics {
-    /// Changes the figures; once a slice, never per page.
-    pub fn update(&self, change: impl FnOnce(&mut Statistics)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-
-    /// A consistent copy.
-    pub fn snapshot(&self) -> Statistics {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -258,35 +209,5 @@ mod tests {
         }
         assert_eq!((statistics.round_count(), statistics.rounds.len()), (3000, Statistics::MOST_ROUNDS));
         assert_eq!(statistics.rounds[0].round, 3001 - Statistics::MOST_ROUNDS as u32);
-    }
-
-    #[test]
-    fn a_snapshot_has_the_fields_of_query_migrate() {
-        let shared = SharedStatistics::default();
-        shared.update(|s| {
-            s.status = Status::Completed;
-            s.pages = PageCounts { normal: 3, zero: 5, delta: 0 };
-            s.page_size = 4096;
-            s.downtime = 12.7;
-        });
-        let out = shared.snapshot().query_migrate();
-        assert_eq!(out["status"], "completed");
-        assert_eq!(out["ram"]["normal-bytes"], 3 * 4096);
-        assert_eq!(out["ram"]["duplicate"], 5);
-        assert_eq!(out["downtime"], 12);
-        assert!(out.get("xbzrle-cache").is_none());
-        shared.update(|s| {
-            s.deltas = DeltaCounts {
-                cache_size: 1 << 20,
-                pages: 4,
-                bytes: 4096,
-                unchanged: 1,
-                cache_misses: 3,
-                overflows: 2,
-            };
-        });
-        let cache = &shared.snapshot().query_migrate()["xbzrle-cache"];
-        assert_eq!((&cache["cache-miss-rate"], &cache["encoding-rate"]), (&json!(0.3), &json!(4.0)));
-        assert!(out.get("expected-downtime").is_none() && out.get("error-desc").is_none());
     }
 }

@@ -281,7 +281,13 @@ impl DestinationSession {
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
         self.close_rounds(ending);
         self.statistics.update(|s| {
-            s.status = if ending == Ending::Running { Status::Completed } else { Status::Failed };
+            s.status = match ending {
+                Ending::Running => Status::Completed,
+                Ending::Stranded => Status::InDoubt,
+                Ending::Discarded if matches!(self.error, Some(Error::Cancelled)) => Status::Cancelled,
+                Ending::Discarded => Status::Failed,
+            };
+            s.ended = true;
             s.error = self.error.as_ref().map(ToString::to_string);
         });
         DestinationReport {

@@ -40,6 +40,10 @@ pub(super) struct Figures {
     write: Latency,
     deltas: DeltaCounts,
     round_deltas: DeltaCounts,
+    /// Bytes on page channels so far, and when the round began.
+    beside: u64,
+    round_beside: u64,
+    window: Window,
     /// When the first page had been handed over.
     pub(super) first_page: Option<Duration>,
 }
@@ -69,6 +73,9 @@ impl Figures {
             write: Latency::default(),
             deltas: DeltaCounts::default(),
             round_deltas: DeltaCounts::default(),
+            beside: 0,
+            round_beside: 0,
+            window: Window::default(),
             first_page: None,
         }
     }
@@ -126,10 +133,12 @@ impl Figures {
 
     /// Bytes that went on page channels so far.
     pub(super) fn beside(&mut self, bytes: u64) {
+        self.beside = bytes;
         self.shared.update(|s| s.multifd_bytes = bytes);
     }
 
     pub(super) fn set_up(&mut self, now: Duration, position: u64) {
+        (self.round_from, self.round_beside) = (position, self.beside);
         self.shared.update(|s| {
             s.status = Status::Active;
             s.setup_time = millis(now);
@@ -150,7 +159,14 @@ impl Figures {
     }
 
     pub(super) fn round(&mut self, now: Duration, number: u32, dirty_pages: u64) {
-        self.round = RoundReport { round: number, dirty_pages, ..RoundReport::default() };
+        let paused = self.paused_at.is_some();
+        let mut round = RoundReport { round: number, dirty_pages, paused, ..RoundReport::default() };
+        self.shared.update(|s| {
+            round.dirty_pages_rate = s.dirty_pages_rate;
+            round.throttle_percent = s.throttle_percent;
+            round.expected_downtime_ms = s.expected_downtime;
+        });
+        self.round = round;
         self.round_pages = PageCounts::default();
         self.round_began = now;
         self.round_deltas = self.deltas;
@@ -161,9 +177,11 @@ impl Figures {
         self.round.pages = as_sent(self.round_pages, self.deltas, self.round_deltas);
         self.round.bytes = position - self.round_from;
         self.round.took_ms = millis(took);
+        self.round.throughput = Rate::of(self.round.bytes, took).map_or(0, |rate| rate.0);
+        let in_stream = self.round.bytes.saturating_sub(self.beside - self.round_beside);
         self.rounds_bytes += self.round.bytes;
         self.rounds_time += took;
-        self.round_from = position;
+        (self.round_from, self.round_beside) = (position, self.beside);
         let round = self.round;
         tracing::info!(
             round = round.round,
@@ -174,15 +192,13 @@ impl Figures {
             took_ms = round.took_ms,
             "round closed",
         );
-        let (pages, paused) = (self.pages(), self.paused_at.is_some());
+        let pages = self.pages();
         let latencies = (self.batch.summary(), self.fence.summary(), self.write.summary());
         self.shared.update(|s| {
             s.pages = pages;
             (s.batch_latency, s.fence_latency, s.write_latency) = latencies;
             s.push_round(round);
-            if !paused {
-                s.precopy_bytes = position;
-            }
+            *if round.paused { &mut s.downtime_bytes } else { &mut s.precopy_bytes } += in_stream;
         });
     }
 
@@ -220,26 +236,27 @@ impl Figures {
             self.first_page.get_or_insert(now);
         }
         let (pages, page_bytes) = (self.pages(), self.page_bytes);
+        let per_second = self.window.per_second(now, self.pages.normal + self.pages.zero);
         self.shared.update(|s| {
             s.pages = pages;
             s.transferred += bytes;
             s.remaining = pages_left * page_bytes;
             s.throughput = rate.map_or(s.throughput, |rate| rate.0);
+            s.pages_per_second = per_second.unwrap_or(s.pages_per_second);
             s.total_time = millis(now);
         });
     }
 
     /// Bytes in all, as the sink counts them.
     pub(super) fn position(&mut self, position: u64) {
-        self.shared.update(|s| {
-            s.transferred = position;
-            s.downtime_bytes = position.saturating_sub(s.precopy_bytes);
-        });
+        self.shared.update(|s| s.transferred = position);
     }
 
     pub(super) fn ended(&mut self, now: Duration, outcome: Outcome, error: Option<&Error>) {
         let overall = Rate::of(self.rounds_bytes, self.rounds_time);
         self.shared.update(|s| {
+            s.ended = true;
+            s.throttle_percent = 0;
             s.total_time = millis(now);
             s.error = error.map(ToString::to_string);
             s.status = match outcome {
@@ -253,6 +270,29 @@ impl Figures {
                 s.throughput = overall.map_or(s.throughput, |rate| rate.0);
             }
         });
+    }
+}
+
+/// Shortest time that pages a second are counted over, as QEMU's.
+const WINDOW: Duration = Duration::from_millis(100);
+
+/// Pages of every kind, a window at a time.
+#[derive(Default)]
+struct Window {
+    began: Option<(Duration, u64)>,
+    any: bool,
+}
+
+impl Window {
+    /// The rate of the window that ends now, if one does; the first ends at the first look.
+    fn per_second(&mut self, now: Duration, pages: u64) -> Option<u64> {
+        let (since, before) = *self.began.get_or_insert((now, 0));
+        let took = now.saturating_sub(since);
+        if took.is_zero() || (took < WINDOW && self.any) {
+            return None;
+        }
+        (self.began, self.any) = (Some((now, pages)), true);
+        Some((pages.saturating_sub(before) as f64 / took.as_secs_f64()) as u64)
     }
 }
 

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, TryRecvError, bounded};
 
-use crate::observe::{SharedStatistics, Statistics};
+use crate::observe::{Event, SharedStatistics, Statistics};
 use crate::sys::CancelToken;
 
 use super::workers::Spawner;
@@ -64,6 +64,7 @@ pub struct MigrationHandle<R> {
     commitment: Arc<Commitment>,
     cancel: CancelToken,
     statistics: SharedStatistics,
+    events: Receiver<Event>,
     report: Receiver<R>,
     thread: Option<JoinHandle<()>>,
     name: &'static str,
@@ -73,6 +74,17 @@ impl<R> MigrationHandle<R> {
     /// The figures as they stand now; consistent with each other.
     pub fn progress(&self) -> Statistics {
         self.statistics.snapshot()
+    }
+
+    /// What has happened since the start and was not read yet. The channel ends with the migration; the report may come
+    /// a moment later. Without a last event ([`EventKind::is_last`](crate::observe::EventKind::is_last)) its thread died.
+    pub fn events(&self) -> &Receiver<Event> {
+        &self.events
+    }
+
+    /// The figures while it runs, for somebody who outlives this handle.
+    pub fn statistics(&self) -> SharedStatistics {
+        self.statistics.clone()
     }
 
     /// Asks for the end. Never blocks for long; the answer is final.
@@ -114,6 +126,15 @@ fn died(name: &'static str) -> Error {
     Error::Thread { name, source }
 }
 
+/// Ends the channels of events with the thread, even if it panics.
+struct Closes(SharedStatistics);
+
+impl Drop for Closes {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 fn start<R: Send + 'static>(
     spawner: &Spawner,
     name: &'static str,
@@ -121,12 +142,15 @@ fn start<R: Send + 'static>(
     run: impl FnOnce() -> R + Send + 'static,
 ) -> Result<MigrationHandle<R>, Error> {
     let (give, report) = bounded(1);
+    let events = statistics.events();
+    let closes = Closes(statistics.clone());
     let job = move || {
+        let _closes = closes;
         // Without a receiver nobody wants the report any more.
         let _ = give.send(run());
     };
     let thread = Some(spawner.spawn(name, Box::new(job))?);
-    Ok(MigrationHandle { commitment, cancel, statistics, report, thread, name })
+    Ok(MigrationHandle { commitment, cancel, statistics, events, report, thread, name })
 }
 
 impl SourceSession {

@@ -270,6 +270,8 @@ impl SourceSession {
             // The guest stands still: a log left on costs, and loses nothing.
             tracing::warn!(%error, "a dirty log could not be stopped");
         }
+        let position = self.position();
+        self.figures.position(position);
         self.figures.ended(now, outcome, self.error.as_ref());
         self.let_go(outcome);
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
@@ -417,6 +419,7 @@ impl SourceSession {
         self.link.take_latencies(&mut writes);
         self.figures.written(&writes);
         self.figures.deltas(self.link.deltas());
+        self.figures.beside(self.link.beside());
         let sent = self.position();
         self.figures.round_closed(self.clock.now(), sent);
         Ok(Input::Done)

@@ -11,6 +11,7 @@ use rustix::event::PollFlags;
 use super::*;
 use crate::engine::{Ending, Outcome};
 use crate::guest::{GuestControl, MappedGuest};
+use crate::observe::EventKind;
 use crate::ram::{BlockName, RamBlock};
 use crate::stream::qemu::file::Configuration;
 use crate::sys::{FdKind, Mapping, RecvPart, SendPart, Stop, recv_parts, send_parts};
@@ -180,7 +181,18 @@ fn handles_show_progress_and_give_both_reports() {
     }
     assert_eq!(source.progress().remaining, 0);
     assert_eq!(source.cancel(), CancelReply::TooLate);
+    let happened: Vec<_> = source.events().iter().map(|event| event.kind).collect();
+    let [EventKind::Setup, EventKind::Active, middle @ .., EventKind::GivenAway, EventKind::Completed] =
+        &happened[..]
+    else {
+        panic!("{happened:?}");
+    };
+    let rounds: Vec<_> = middle.iter().filter(|kind| matches!(kind, EventKind::Round(_))).collect();
+    assert_eq!(rounds.len() + 1, middle.len(), "one switchover among the rounds: {middle:?}");
+    assert!(matches!(rounds[..], [EventKind::Round(first), ..] if first.dirty_pages == 307), "{rounds:?}");
     assert_eq!(source.wait().unwrap().outcome, Outcome::Completed);
+    let happened: Vec<_> = destination.events().iter().map(|event| event.kind).collect();
+    assert_eq!(happened, [EventKind::Setup, EventKind::Active, EventKind::Completed]);
     assert_eq!(destination.wait().unwrap().ending, Ending::Running);
     assert!(ends.destination_machine.runs());
 }
@@ -285,7 +297,9 @@ fn a_thread_that_dies_or_never_starts_is_told() {
     let mut ends = ends();
     ends.source.guest.control = Box::new(Panics);
     let destination = ends.destination.spawn().unwrap();
-    let error = ends.source.spawn().unwrap().wait().unwrap_err();
+    let source = ends.source.spawn().unwrap();
+    assert!(source.events().iter().all(|event| !event.kind.is_last()), "and the channel of events ends");
+    let error = source.wait().unwrap_err();
     assert!(error.to_string().contains("ramwire-source"), "{error}");
     assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
     let mut ends = self::ends();

@@ -1,0 +1,121 @@
+//! The figures in the shape of QEMU's `query-migrate`; docs/statistics.md says where each is counted.
+
+use serde_json::{Value, json};
+
+use super::{DeltaCounts, Statistics, Status};
+
+/// Bytes of a page's header that QEMU does not count among those of deltas.
+const PAGE_HEADER: u64 = 8;
+
+impl Statistics {
+    /// The same figures in the shape of QEMU's `query-migrate`: its names, its JSON types, its units.
+    pub fn query_migrate(&self) -> Value {
+        let mut out = json!({
+            "status": self.status,
+            "total-time": self.total_time as u64,
+            "setup-time": self.setup_time as u64,
+            "ram": self.ram(),
+        });
+        if self.deltas.cache_size > 0 {
+            out["xbzrle-cache"] = self.xbzrle();
+        }
+        let given_away = matches!(self.status, Status::Completed | Status::InDoubt);
+        let (name, value) = if given_away {
+            ("downtime", self.downtime)
+        } else {
+            ("expected-downtime", self.expected_downtime)
+        };
+        out[name] = json!(value as u64);
+        if self.throttle_percent > 0 {
+            out["cpu-throttle-percentage"] = json!(self.throttle_percent);
+        }
+        if let Some(error) = &self.error {
+            out["error-desc"] = json!(error);
+        }
+        out
+    }
+
+    fn ram(&self) -> Value {
+        json!({
+            "transferred": self.transferred,
+            "remaining": self.remaining,
+            "total": self.total,
+            "duplicate": self.pages.zero,
+            "normal": self.pages.normal,
+            "normal-bytes": self.pages.normal * self.page_size,
+            "dirty-pages-rate": self.dirty_pages_rate,
+            "mbps": self.throughput as f64 * 8.0 / 1e6,
+            "dirty-sync-count": self.dirty_sync_count,
+            "dirty-sync-missed-zero-copy": self.missed_zero_copy,
+            "page-size": self.page_size,
+            "pages-per-second": self.pages_per_second,
+            "precopy-bytes": self.precopy_bytes,
+            "downtime-bytes": self.downtime_bytes,
+            "postcopy-bytes": 0,
+            "postcopy-requests": 0,
+            "multifd-bytes": self.multifd_bytes,
+        })
+    }
+
+    /// `xbzrle-cache`: QEMU counts every page that was found in the cache, whatever became of it, and a page that did
+    /// not fit as one page of bytes. Rates over the whole migration.
+    fn xbzrle(&self) -> Value {
+        let DeltaCounts { cache_size, pages: sent, bytes, unchanged, cache_misses, overflows } = self.deltas;
+        let pages = sent + unchanged + overflows;
+        let bytes = bytes.saturating_sub(sent * PAGE_HEADER) + overflows * self.page_size;
+        let rate = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
+        json!({
+            "cache-size": cache_size,
+            "pages": pages,
+            "bytes": bytes,
+            "cache-miss": cache_misses,
+            "cache-miss-rate": rate(cache_misses, cache_misses + pages),
+            "encoding-rate": rate(pages * self.page_size, bytes),
+            "overflow": overflows,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::PageCounts;
+    use super::*;
+
+    #[test]
+    fn a_snapshot_has_the_fields_of_query_migrate() {
+        let mut statistics = Statistics {
+            status: Status::Completed,
+            pages: PageCounts { normal: 3, zero: 5, delta: 0 },
+            page_size: 4096,
+            downtime: 12.7,
+            ..Statistics::default()
+        };
+        let out = statistics.query_migrate();
+        assert_eq!(out["status"], "completed");
+        assert_eq!(out["ram"]["normal-bytes"], 3 * 4096);
+        assert_eq!(out["ram"]["duplicate"], 5);
+        assert_eq!(out["downtime"], 12);
+        for absent in ["xbzrle-cache", "expected-downtime", "error-desc", "cpu-throttle-percentage"] {
+            assert!(out.get(absent).is_none(), "{absent}");
+        }
+        statistics.throttle_percent = 20;
+        assert_eq!(statistics.query_migrate()["cpu-throttle-percentage"], 20);
+    }
+
+    #[test]
+    fn deltas_are_counted_as_qemu_counts_them() {
+        let deltas = DeltaCounts {
+            cache_size: 1 << 20,
+            pages: 4,
+            bytes: 4 * (1000 + 11),
+            unchanged: 1,
+            cache_misses: 3,
+            overflows: 2,
+        };
+        let statistics = Statistics { deltas, page_size: 4096, ..Statistics::default() };
+        let cache = &statistics.query_migrate()["xbzrle-cache"];
+        assert_eq!((&cache["pages"], &cache["bytes"]), (&json!(7), &json!(4 * 1003 + 2 * 4096)));
+        assert_eq!((&cache["cache-miss-rate"], &cache["overflow"]), (&json!(0.3), &json!(2)));
+        assert_eq!(cache["encoding-rate"], json!(7.0 * 4096.0 / 12204.0));
+    }
+}
