@@ -210,8 +210,8 @@ struct Connected {
 }
 
 fn connected(door: &str, memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connected {
-    if door == "channels" {
-        return with_channels(memory, spawner);
+    if door == "channels" || door == "lent" {
+        return with_channels(memory, spawner, door == "lent");
     }
     let [near, far] =
         pair(door).map(|fd| StreamChannel::from_fd(fd, "peer", &StreamOptions::default()).unwrap());
@@ -225,9 +225,10 @@ fn connected(door: &str, memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connec
 }
 
 /// The same with two page channels. Which connection is the main one shows in its first bytes.
-fn with_channels(memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connected {
+fn with_channels(memory: &Arc<MappedGuest>, spawner: &Spawner, zero_copy: bool) -> Connected {
     let stop = Stop::on(&CancelToken::default());
-    let channels = ChannelOptions { count: 2, spawn: spawner.callback(), ..ChannelOptions::default() };
+    let channels =
+        ChannelOptions { count: 2, zero_copy, spawn: spawner.callback(), ..ChannelOptions::default() };
     let options = DoorOptions { channels, ..DoorOptions::default() };
     let mut listener =
         Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop).unwrap();
@@ -338,6 +339,7 @@ fn a_migration_that_asks_the_kernel_for_written_pages_needs_no_other_call() {
 #[test]
 fn page_channels_need_no_other_call() {
     must_migrate("channels completed software all");
+    must_migrate("lent completed software all");
     must_migrate("channels cancelled software all");
 }
 

@@ -61,6 +61,11 @@ impl RdmaArgs {
     }
 }
 
+/// Options that don't go together.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Usage(String);
+
 /// Page channels beside the stream, alike at both ends.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct ChannelArgs {
@@ -76,9 +81,9 @@ pub(super) struct ChannelArgs {
 }
 
 impl ChannelArgs {
-    pub(super) fn options(&self) -> Result<ChannelOptions, String> {
+    pub(super) fn options(&self) -> Result<ChannelOptions, Usage> {
         if self.channels == 0 && self.compression != Packing::Plain {
-            return Err("--compression is for page channels: give --channels too".into());
+            return Err(Usage("--compression is for page channels: give --channels too".into()));
         }
         let uuid = self.uuid.unwrap_or_default();
         Ok(ChannelOptions {
@@ -87,6 +92,15 @@ impl ChannelArgs {
             uuid,
             ..ChannelOptions::default()
         })
+    }
+
+    /// The options of a source.
+    pub(super) fn of_source(&self, zero_copy: bool) -> Result<ChannelOptions, Usage> {
+        let options = ChannelOptions { zero_copy, ..self.options()? };
+        match options.no_zero_copy() {
+            Some((why, remedy)) => Err(Usage(format!("--zero-copy {why}: leave it out, or {remedy}"))),
+            None => Ok(options),
+        }
     }
 
     /// How many channels.
@@ -216,9 +230,13 @@ pub(super) fn complain(command: &str, error: &dyn std::error::Error) {
     eprintln!("ramwire {command}: {text}");
 }
 
-/// Prints why a command ended before its session began, and gives its status: 4 if a signal ended it.
+/// Prints why a command ended before its session began, and gives its status: 4 if a signal ended it, 2 if its options
+/// don't go together.
 pub(super) fn failed(command: &str, error: &(dyn std::error::Error + 'static)) -> Exit {
     complain(command, error);
+    if error.is::<Usage>() {
+        return Exit::Usage;
+    }
     let cancelled = matches!(
         error.downcast_ref(),
         Some(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }))

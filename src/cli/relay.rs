@@ -66,6 +66,9 @@ pub(super) struct Args {
     #[arg(long, value_name = "HOW", default_value = "none")]
     listen_compression: Packing,
     /// Of the connection to the far end
+    /// Lend pages on channels to the kernel, which sends from where they lie (MSG_ZEROCOPY); without compression
+    #[arg(long)]
+    zero_copy: bool,
     #[command(flatten)]
     channels: ChannelArgs,
     #[command(flatten)]
@@ -79,7 +82,7 @@ pub(super) fn run(args: &Args) -> Exit {
 }
 
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
-    let channels = args.channels.options()?;
+    let channels = args.channels.of_source(args.zero_copy)?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let statistics = SharedStatistics::default();
@@ -171,6 +174,7 @@ fn tell(args: &Args, report: &RelayReport) -> Exit {
             let mut out = sent.statistics.query_migrate();
             out["rounds"] = json!(sent.statistics.rounds);
             out["downtime-parts"] = json!(sent.statistics.downtime_parts);
+            out["zero-copy"] = json!(sent.statistics.zero_copy);
             out
         });
         let out = json!({

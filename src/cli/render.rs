@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use ramwire::observe::{LatencySummary, Statistics};
+use ramwire::observe::{LatencySummary, Statistics, ZeroCopyCounts};
 
 use super::common::human_bytes;
 
@@ -38,6 +38,18 @@ pub(super) fn statistics(now: &Statistics) -> String {
     let _ = writeln!(out, "fence  {}", latency(&now.fence_latency));
     if now.write_latency.count > 0 {
         let _ = writeln!(out, "write  {}", latency(&now.write_latency));
+    }
+    if let Some(zero_copy) = &now.zero_copy {
+        let ZeroCopyCounts { sends, released, copied, forbidden, off } = zero_copy;
+        let _ = write!(
+            out,
+            "zero copy: {sends} sends, {released} released, {copied} of them copied by the kernel all the same, \
+             {forbidden} not allowed"
+        );
+        let _ = match off {
+            None => writeln!(out),
+            Some(why) => writeln!(out, "; turned off: {why}"),
+        };
     }
     out
 }

@@ -8,7 +8,7 @@ use ramwire::page::ZeroDetection;
 use ramwire::ram::BlockName;
 use ramwire::session::{Peer, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, DeltaCacheSize, DoorOptions, Way, open_source};
+use ramwire::transport::{Address, ChannelOptions, DeltaCacheSize, DoorOptions, Way, open_source};
 use serde_json::json;
 
 use super::args::Exit;
@@ -69,6 +69,9 @@ pub(super) struct Args {
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
+    /// Lend pages on channels to the kernel, which sends from where they lie (MSG_ZEROCOPY); without compression
+    #[arg(long)]
+    zero_copy: bool,
     #[command(flatten)]
     channels: ChannelArgs,
     #[command(flatten)]
@@ -104,11 +107,15 @@ fn block(text: &str) -> Result<Block, String> {
 }
 
 pub(super) fn run(args: &Args) -> Exit {
+    let channels = match args.channels.of_source(args.zero_copy) {
+        Ok(channels) => channels,
+        Err(error) => return failed("send", &error),
+    };
     let opened = match &args.dir {
         Some(dir) => StoredGuest::open(dir, &args.ram, overrides(args)),
         None => StoredGuest::of_blocks(&args.ram),
     };
-    let sent = opened.map_err(Into::into).and_then(|guest| send(args, guest));
+    let sent = opened.map_err(Into::into).and_then(|guest| send(args, channels, guest));
     sent.unwrap_or_else(|error: Box<dyn std::error::Error>| failed("send", &*error))
 }
 
@@ -135,14 +142,18 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings
 }
 
-fn send(args: &Args, mut guest: StoredGuest) -> Result<Exit, Box<dyn std::error::Error>> {
+fn send(
+    args: &Args,
+    channels: ChannelOptions,
+    mut guest: StoredGuest,
+) -> Result<Exit, Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let memory = guest.memory();
     let options = DoorOptions {
         stream: args.timeouts.stream_options(),
         rdma: args.rdma.options(),
-        channels: args.channels.options()?,
+        channels,
         deltas: DeltaCacheSize::new(args.xbzrle_cache_size),
     };
     let door = open_source(&args.uri, memory.clone(), &options, &Stop::on(&cancel))?;
@@ -185,6 +196,7 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
         out["why"] = json!(way.why);
         out["rounds"] = json!(report.statistics.rounds);
         out["downtime-parts"] = json!(report.statistics.downtime_parts);
+        out["zero-copy"] = json!(report.statistics.zero_copy);
         println!("{out}");
     } else if report.outcome == Outcome::Completed {
         print!("{}", render::statistics(&report.statistics));

@@ -7,4 +7,6 @@ mod statistics;
 
 pub use events::{Event, EventKind, SharedStatistics};
 pub use latency::{Latency, LatencySummary};
-pub use statistics::{DeltaCounts, DowntimeParts, PageCounts, RoundReport, Statistics, Status};
+pub use statistics::{
+    DeltaCounts, DowntimeParts, PageCounts, RoundReport, Statistics, Status, ZeroCopyCounts,
+};

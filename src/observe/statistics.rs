@@ -55,6 +55,21 @@ pub struct DeltaCounts {
     pub overflows: u64,
 }
 
+/// What sends from the pages themselves (MSG_ZEROCOPY) came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ZeroCopyCounts {
+    /// Sends that the kernel took without a copy, or so it was asked.
+    pub sends: u64,
+    /// Of them, those that it is done with.
+    pub released: u64,
+    /// Of these, those that it says it has copied all the same.
+    pub copied: u64,
+    /// Sends that the limits on locked memory did not allow; they went as copies.
+    pub forbidden: u64,
+    /// Why it is not tried any more.
+    pub off: Option<String>,
+}
+
 /// Where the downtime went, in milliseconds. The parts add up to the whole but for rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DowntimeParts {
@@ -159,6 +174,8 @@ pub struct Statistics {
     pub rounds: Vec<RoundReport>,
     /// What deltas did.
     pub deltas: DeltaCounts,
+    /// What zero copy came to, where it was asked for.
+    pub zero_copy: Option<ZeroCopyCounts>,
     /// How long handing a batch to the transport took.
     pub batch_latency: LatencySummary,
     /// How long closing a round took.

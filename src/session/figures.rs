@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use crate::engine::{Action, Outcome, Reason};
-use crate::observe::{DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, Status};
+use crate::observe::{
+    DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, Status, ZeroCopyCounts,
+};
 use crate::ram::{PageBatch, RamBlockTable, RoundKind};
 use crate::units::Rate;
 
@@ -214,6 +216,14 @@ impl Figures {
     pub(super) fn deltas(&mut self, counts: DeltaCounts) {
         self.deltas = counts;
         self.shared.update(|s| s.deltas = counts);
+    }
+
+    /// What zero copy came to so far.
+    pub(super) fn zero_copy(&mut self, counts: Option<ZeroCopyCounts>) {
+        self.shared.update(|s| {
+            s.missed_zero_copy = counts.as_ref().map_or(0, |counts| counts.copied + counts.forbidden);
+            s.zero_copy = counts;
+        });
     }
 
     fn pages(&self) -> PageCounts {

@@ -272,6 +272,7 @@ impl SourceSession {
         }
         let position = self.position();
         self.figures.position(position);
+        self.figures.zero_copy(self.link.zero_copy());
         self.figures.ended(now, outcome, self.error.as_ref());
         self.let_go(outcome);
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {

@@ -22,6 +22,7 @@ mod tcp_state;
 pub(crate) mod testing;
 mod threads;
 mod uffd;
+mod zerocopy;
 
 pub use faults::{FaultWatch, process_page_faults, thread_page_faults};
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
@@ -39,3 +40,4 @@ pub use stop::{CancelToken, Stop, StopReason};
 pub use tcp_state::{TcpState, queued_bytes, tcp_state};
 pub use threads::{Job, SpawnFn, spawn_thread};
 pub use uffd::{UffdError, WriteProtector};
+pub use zerocopy::{ZeroCopyReceipt, allow_zero_copy, zero_copy_receipt};

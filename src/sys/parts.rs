@@ -64,6 +64,9 @@ const MAX_CALL: usize = 8 << 20;
 pub enum FdKind {
     /// A socket: `sendmsg` without a signal where the peer is gone.
     Socket,
+    /// A socket that [`allow_zero_copy`](super::allow_zero_copy) was called for: as `Socket`, from the pages themselves,
+    /// which must be guest RAM: own bytes may be others by the time that the kernel reads them.
+    ZeroCopy,
     /// A pipe or a file: `writev`.
     Other,
 }
@@ -73,7 +76,8 @@ pub enum FdKind {
 /// At most [`MAX_PARTS`] parts and a few MiB go in one call; the caller goes on with the rest.
 ///
 /// # Errors
-/// What `sendmsg(2)` or `writev(2)` says; `WouldBlock` on a non-blocking descriptor.
+/// What `sendmsg(2)` or `writev(2)` says; `WouldBlock` on a non-blocking descriptor. `InvalidInput` for own bytes by
+/// [`FdKind::ZeroCopy`].
 pub fn send_parts(
     fd: BorrowedFd<'_>,
     kind: FdKind,
@@ -89,6 +93,7 @@ pub fn send_parts(
             break;
         }
         let (base, len) = match part {
+            SendPart::Own(_) if kind == FdKind::ZeroCopy => return Err(io::ErrorKind::InvalidInput.into()),
             SendPart::Own(bytes) => (bytes.as_ptr().cast_mut(), bytes.len()),
             SendPart::Guest(span) => (span.as_ptr(), span.len()),
         };
@@ -103,14 +108,16 @@ pub fn send_parts(
         used += 1;
     }
     // SAFETY: every iovec names bytes borrowed by `parts` (for guest spans: mapped as long as the borrow),
-    // which outlives the call; the kernel only reads them.
+    // which outlives the call; the kernel only reads them. What it reads later (ZeroCopy) it reads by references to the
+    // pages that it took itself, so that memory unmapped meanwhile is not another's.
     let sent = unsafe {
         match kind {
-            FdKind::Socket => {
+            FdKind::Socket | FdKind::ZeroCopy => {
+                let zero_copy = if kind == FdKind::ZeroCopy { libc::MSG_ZEROCOPY } else { 0 };
                 let mut msg: libc::msghdr = std::mem::zeroed();
                 msg.msg_iov = iov.as_mut_ptr();
                 msg.msg_iovlen = used as _;
-                libc::sendmsg(fd.as_raw_fd(), &msg, libc::MSG_NOSIGNAL)
+                libc::sendmsg(fd.as_raw_fd(), &msg, libc::MSG_NOSIGNAL | zero_copy)
             }
             FdKind::Other => libc::writev(fd.as_raw_fd(), iov.as_ptr(), used as libc::c_int),
         }

@@ -89,6 +89,16 @@ pub enum OpenError {
         /// The address.
         address: String,
     },
+    /// Pages that can't be lent to the kernel.
+    #[error("{address}: zero copy {why}; leave --zero-copy out, or {remedy}")]
+    NoZeroCopy {
+        /// The address.
+        address: String,
+        /// Why not.
+        why: &'static str,
+        /// What else would help.
+        remedy: &'static str,
+    },
     /// A stream that exists once was asked for again.
     #[error("{address} carries one stream only; give a tcp: or unix: address for more channels")]
     OnlyOne {
@@ -225,6 +235,9 @@ pub fn open_source(
     let in_stream = channels.count == 0 && !matches!(address, Address::Rdma { .. });
     if options.deltas.get() > 0 && !in_stream {
         return Err(OpenError::NoDeltas { address: address.to_string() });
+    }
+    if let Some((why, remedy)) = channels.no_zero_copy() {
+        return Err(OpenError::NoZeroCopy { address: address.to_string(), why, remedy });
     }
     match address {
         Address::Rdma { .. } | Address::Fd(_) | Address::Exec(_) | Address::File(_) if channels.count > 0 => {

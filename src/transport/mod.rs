@@ -20,6 +20,7 @@ pub mod rdma;
 mod stream;
 mod tcp;
 mod unix;
+mod zerocopy;
 
 pub use address::{Address, AddressError};
 pub use allow::{AllowError, AllowList};
@@ -40,7 +41,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::guest::{GuestError, GuestMemory};
-use crate::observe::DeltaCounts;
+use crate::observe::{DeltaCounts, ZeroCopyCounts};
 use crate::ram::{MoverAbilities, PageBatch, PageRun, RamBlock, RoundKind};
 use crate::stream::DecodeError;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
@@ -350,6 +351,11 @@ pub trait SourceLink: Send {
     /// What deltas did so far, where pages may travel as such.
     fn deltas(&self) -> DeltaCounts {
         DeltaCounts::default()
+    }
+
+    /// What lending pages to the kernel came to, where that was asked for.
+    fn zero_copy(&self) -> Option<ZeroCopyCounts> {
+        None
     }
 
     /// Moves out how long writes to the peer's memory took from their post to their completion, where there are such.

@@ -35,9 +35,10 @@ impl<'a> Patience<'a> {
     }
 
     /// Waits until the descriptor is ready. A wait to send also comes back after a while without: poll(2)
-    /// calls a socket writable only when a third of its buffer is free, a send succeeds before.
+    /// calls a socket writable only when a third of its buffer is free, a send succeeds before. So does a wait for
+    /// nothing but the error queue.
     pub(super) fn wait(&mut self, what: PollFlags, stop: &Stop) -> Result<(), ChannelError> {
-        let sending = what.contains(PollFlags::OUT);
+        let sending = !what.contains(PollFlags::IN);
         if sending && self.queued.is_none() {
             self.queued = self.queue();
         }

@@ -317,8 +317,34 @@ fn nature_of(fd: BorrowedFd<'_>) -> std::io::Result<Nature> {
     }
 }
 
-impl ByteSink for StreamChannel {
-    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+/// How parts are handed to the kernel.
+pub(super) trait Giving {
+    /// Hands over what has room; how many bytes that were.
+    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize>;
+
+    /// There is no room: before a wait until there is.
+    fn before_wait(&mut self, _end: &End) -> Result<(), ChannelError> {
+        Ok(())
+    }
+}
+
+/// The kernel copies the bytes.
+struct Copying;
+
+impl Giving for Copying {
+    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
+        send_parts(end.fd.as_fd(), end.kind(), parts, skip)
+    }
+}
+
+impl StreamChannel {
+    /// Sends all parts, in order.
+    pub(super) fn send_by(
+        &mut self,
+        giving: &mut impl Giving,
+        parts: &[SendPart<'_>],
+        stop: &Stop,
+    ) -> Result<(), ChannelError> {
         let end = &*self.end;
         let (mut first, mut skip) = (0, 0);
         let mut patience: Option<Patience<'_>> = None;
@@ -334,19 +360,33 @@ impl ByteSink for StreamChannel {
                 return Err(ChannelError::Stopped { reason, doing: SENDING });
             }
             let window = &parts[first..parts.len().min(first + MAX_PARTS)];
-            match send_parts(end.fd.as_fd(), end.kind(), window, skip) {
+            match giving.give(end, window, skip) {
                 Ok(count) => {
                     skip += count;
                     self.sent += count as u64;
                     patience = None;
                 }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => patience
-                    .get_or_insert_with(|| Patience::new(end, SENDING, self.stall))
-                    .wait(PollFlags::OUT, stop)?,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    giving.before_wait(end)?;
+                    patience
+                        .get_or_insert_with(|| Patience::new(end, SENDING, self.stall))
+                        .wait(PollFlags::OUT, stop)?;
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(end.broken(SENDING, error)),
             }
         }
+    }
+
+    /// The descriptor, and how long this half bears that nothing moves.
+    pub(super) fn end(&self) -> (&End, Option<Duration>) {
+        (&self.end, self.stall)
+    }
+}
+
+impl ByteSink for StreamChannel {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        self.send_by(&mut Copying, parts, stop)
     }
 
     /// Nothing is held back here.

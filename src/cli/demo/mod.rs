@@ -81,6 +81,9 @@ pub(super) struct Args {
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
+    /// Lend pages on channels to the kernel, which sends from where they lie (MSG_ZEROCOPY); without compression
+    #[arg(long)]
+    zero_copy: bool,
     #[command(flatten)]
     channels: ChannelArgs,
     #[command(flatten)]
@@ -104,6 +107,8 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 type Failure = Box<dyn std::error::Error>;
 
 fn demo(args: &Args) -> Result<Exit, Failure> {
+    // What can't be is said before anything starts.
+    args.channels.of_source(args.zero_copy)?;
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block)?;
     let memory = Arc::new(BlockSpec::memory(&blocks)?);
     let config = SyntheticConfig {

@@ -41,6 +41,7 @@ impl Run<'_> {
             "batch_latency": s.batch_latency,
             "fence_latency": s.fence_latency,
             "write_latency": s.write_latency,
+            "zero_copy": s.zero_copy.clone().unwrap_or_default(),
             "status": s.status,
             "error": s.error.as_ref().or(self.arrived.error.as_ref()),
         })

@@ -47,7 +47,7 @@ impl Way {
             let options = DoorOptions {
                 stream: local_options(),
                 rdma: args.rdma.options(),
-                channels: args.channels.options()?,
+                channels: args.channels.of_source(args.zero_copy)?,
                 deltas: DeltaCacheSize::new(args.xbzrle_cache_size),
             };
             let memory = Arc::clone(memory);

@@ -1,5 +1,6 @@
 //! The source's door over several channels.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -10,11 +11,13 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bound
 use super::ChannelOptions;
 use super::sender::{Done, PageSender, Work};
 use crate::guest::GuestMemory;
+use crate::observe::ZeroCopyCounts;
 use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
 use crate::stream::qemu::ram::Record;
 use crate::stream::qemu::style::{BarrierStyle, PeerStyle, ZeroPageStyle};
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::door::OpenError;
+use crate::transport::zerocopy::{LendingChannel, ZeroCopyTally};
 use crate::transport::{
     ByteSink, ChannelError, InlinePages, MoveError, Offer, Receipt, Returned, SourceLink, StreamChannel,
     Ticket,
@@ -43,6 +46,7 @@ pub struct MultifdLink {
     style: PeerStyle,
     style_is_known: bool,
     bytes: Arc<AtomicU64>,
+    zero_copy: Option<Arc<ZeroCopyTally>>,
     finished: Vec<Returned>,
     unsent: Vec<PageBatch>,
     zeros: PageBatch,
@@ -73,6 +77,7 @@ pub(in crate::transport) fn connect(
         style: PeerStyle::QEMU_7_2,
         style_is_known: false,
         bytes: Arc::default(),
+        zero_copy: options.zero_copy.then(Arc::default),
         finished: Vec::new(),
         unsent: Vec::new(),
         zeros: PageBatch::default(),
@@ -86,7 +91,8 @@ pub(in crate::transport) fn connect(
         let peer = channel.peer().to_owned();
         let sender = PageSender {
             id,
-            channel,
+            channel: LendingChannel::new(channel, link.zero_copy.as_ref()),
+            lent: VecDeque::new(),
             guest: Arc::clone(&memory),
             packing: options.packing,
             uuid: options.uuid,
@@ -241,6 +247,10 @@ impl SourceLink for MultifdLink {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    fn zero_copy(&self) -> Option<ZeroCopyCounts> {
+        self.zero_copy.as_ref().map(|tally| tally.counts())
+    }
+
     fn write_for(&mut self, style: Option<PeerStyle>) -> Result<(), MoveError> {
         let Some(style) = style else { return Err(MoveError::UnknownStyle) };
         self.style = style;
@@ -288,7 +298,7 @@ impl SourceLink for MultifdLink {
             Record::MultifdFlush.encode(&mut flush);
             self.main.send(&[SendPart::Own(&flush)], stop)?;
         }
-        // Not for the order, which the barrier keeps: a round's figures are its own.
+        // Not for the order, which the barrier keeps: a round's figures are its own, and no page stays lent.
         while self.out > 0 {
             self.wait(stop)?;
         }

@@ -34,22 +34,46 @@ pub struct ChannelOptions {
     pub count: u8,
     /// How pages are compressed.
     pub packing: Packing,
+    /// At a source: lend pages to the kernel, which sends from where they lie (MSG_ZEROCOPY); not with compression.
+    pub zero_copy: bool,
     /// UUID of the VM, as every channel begins with it; zero if it has none. A destination compares it with its own.
     pub uuid: [u8; 16],
     /// How their threads are started.
     pub spawn: Arc<SpawnFn>,
 }
 
+impl ChannelOptions {
+    /// Why pages can't be lent as asked for, and what would help; `None` if they can, or need not be.
+    pub fn no_zero_copy(&self) -> Option<(&'static str, &'static str)> {
+        match (self.zero_copy, self.count, self.packing) {
+            (false, ..) => None,
+            (true, 0, _) => Some((
+                "is for page channels: in the stream each page stands between headers",
+                "give --channels",
+            )),
+            (true, _, Packing::Plain) => None,
+            (true, ..) => Some(("sends pages as they lie, not compressed", "leave --compression out")),
+        }
+    }
+}
+
 impl Default for ChannelOptions {
     /// No page channels.
     fn default() -> Self {
-        Self { count: 0, packing: Packing::Plain, uuid: [0; 16], spawn: Arc::new(spawn_thread) }
+        Self {
+            count: 0,
+            packing: Packing::Plain,
+            zero_copy: false,
+            uuid: [0; 16],
+            spawn: Arc::new(spawn_thread),
+        }
     }
 }
 
 impl std::fmt::Debug for ChannelOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut out = f.debug_struct("ChannelOptions");
-        out.field("count", &self.count).field("packing", &self.packing).finish_non_exhaustive()
+        out.field("count", &self.count).field("packing", &self.packing).field("zero_copy", &self.zero_copy);
+        out.finish_non_exhaustive()
     }
 }

@@ -1,9 +1,10 @@
 //! The source's thread of one channel: batches become packets.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crossbeam::channel::{Receiver, Sender};
+use crossbeam::channel::{Receiver, Sender, TryRecvError};
 
 use super::link::gone;
 use crate::guest::{GuestError, GuestMemory};
@@ -13,7 +14,8 @@ use crate::stream::qemu::multifd::{
 };
 use crate::stream::qemu::packed::{PacketDeflater, Packing};
 use crate::sys::{HostSpan, MAX_PARTS, SendPart, Stop, is_zero};
-use crate::transport::{ByteSink, ChannelError, MoveError, Receipt, Returned, StreamChannel, Ticket};
+use crate::transport::zerocopy::LendingChannel;
+use crate::transport::{ChannelError, MoveError, Receipt, Returned, Ticket};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
 /// What a channel is given to do.
@@ -28,7 +30,7 @@ pub(super) enum Work {
 /// What a channel answers.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// The pages have been handed to the kernel. Those that were not looked at have a verdict now.
+    /// The pages have been handed to the kernel, and it reads them no more. Those that were not looked at have a verdict now.
     Sent(Returned),
     /// The SYNC has.
     Synced,
@@ -52,7 +54,9 @@ impl Drop for LastWord {
 /// One channel and what its thread needs.
 pub(super) struct PageSender {
     pub(super) id: u8,
-    pub(super) channel: StreamChannel,
+    pub(super) channel: LendingChannel,
+    /// Batches that the kernel may still read, each with the mark up to which they are lent.
+    pub(super) lent: VecDeque<(u64, Returned)>,
     pub(super) guest: Arc<dyn GuestMemory>,
     pub(super) packing: Packing,
     pub(super) uuid: [u8; 16],
@@ -77,6 +81,9 @@ impl PageSender {
             Ok(deflater)
         });
         let ended = begun.and_then(|mut deflater| self.serve(&mut deflater));
+        for (_, returned) in self.lent.drain(..) {
+            let _ = self.done.send(Done::Unsent(returned.batch));
+        }
         if let Err(error) = ended {
             let _ = self.done.send(Done::Failed(error));
         }
@@ -86,18 +93,20 @@ impl PageSender {
         let page = self.guest.table().page();
         let mut spare = PageBatch::default();
         let mut packet = Packet::new(page);
-        while let Ok(work) = self.work.recv() {
+        while let Some(work) = self.next_work()? {
             match work {
                 Work::Batch(ticket, batch) => {
                     spare.clear();
-                    let sent = self.send_batch(&batch, &mut packet, deflater, &mut spare);
-                    if let Err(error) = sent {
-                        let _ = self.done.send(Done::Unsent(batch));
-                        return Err(error);
-                    }
+                    let mark = match self.send_batch(&batch, &mut packet, deflater, &mut spare) {
+                        Ok(mark) => mark,
+                        Err(error) => {
+                            let _ = self.done.send(Done::Unsent(batch));
+                            return Err(error);
+                        }
+                    };
                     let looked_at = std::mem::replace(&mut spare, batch);
                     let returned = Returned { ticket, receipt: Receipt::Released, batch: looked_at };
-                    let _ = self.done.send(Done::Sent(returned));
+                    self.lent.push_back((mark, returned));
                 }
                 Work::Sync => {
                     let mut sync = Vec::new();
@@ -110,17 +119,38 @@ impl PageSender {
         Ok(())
     }
 
+    /// Gives back what the kernel is done with, and takes the next thing to do. While there is none, waits for either.
+    fn next_work(&mut self) -> Result<Option<Work>, MoveError> {
+        loop {
+            while let Some((mark, _)) = self.lent.front()
+                && self.channel.is_done(*mark)?
+                && let Some((_, returned)) = self.lent.pop_front()
+            {
+                let _ = self.done.send(Done::Sent(returned));
+            }
+            if self.lent.is_empty() {
+                return Ok(self.work.recv().ok());
+            }
+            match self.work.try_recv() {
+                Ok(work) => return Ok(Some(work)),
+                Err(TryRecvError::Empty) => self.channel.await_some(&self.stop)?,
+                Err(TryRecvError::Disconnected) => return Ok(None),
+            }
+        }
+    }
+
     /// Sends the pages that are not known to be zero: those went as records on main. `looked_at` gets every page with
-    /// what it travelled as.
+    /// what it travelled as. Pages may be lent up to the mark that is returned.
     fn send_batch(
         &mut self,
         batch: &PageBatch,
         packet: &mut Packet,
         deflater: &mut PacketDeflater,
         looked_at: &mut PageBatch,
-    ) -> Result<(), MoveError> {
+    ) -> Result<u64, MoveError> {
         let guest = Arc::clone(&self.guest);
         let page = guest.table().page();
+        let mut mark = 0;
         for piece in batch.pieces() {
             if piece.verdict == Verdict::Zero {
                 looked_at.push(piece.run, Verdict::Zero);
@@ -133,20 +163,20 @@ impl PageSender {
                 let bytes = span.part((index * page.bytes()) as usize, page.bytes() as usize);
                 let (Some(offset), Some(bytes)) = (page.offset_of(at), bytes) else { break };
                 if packet.is_full() || packet.block.is_some_and(|block| block != piece.run.block) {
-                    self.send_packet(packet, deflater)?;
+                    mark = self.send_packet(packet, deflater)?.max(mark);
                 }
                 packet.block = Some(piece.run.block);
                 let verdict = packet.add(piece, offset, bytes);
                 looked_at.push(PageRun { first: at, pages: 1, ..piece.run }, verdict);
             }
         }
-        self.send_packet(packet, deflater)
+        Ok(self.send_packet(packet, deflater)?.max(mark))
     }
 
-    fn send_packet(&mut self, packet: &mut Packet, deflater: &mut PacketDeflater) -> Result<(), MoveError> {
+    fn send_packet(&mut self, packet: &mut Packet, deflater: &mut PacketDeflater) -> Result<u64, MoveError> {
         let guest = Arc::clone(&self.guest);
         let block = packet.block.take().and_then(|block| Some((block, guest.table().get(block)?)));
-        let Some((index, block)) = block.filter(|_| !packet.is_empty()) else { return Ok(()) };
+        let Some((index, block)) = block.filter(|_| !packet.is_empty()) else { return Ok(0) };
         let page = guest.table().page();
         let mut spans = Vec::with_capacity(packet.normal.len());
         for run in packet.runs() {
@@ -172,21 +202,27 @@ impl PageSender {
             payload: payload as u32,
         };
         encode_packet(&new, page, &mut packet.header);
-        let mut parts = [SendPart::Own(&[]); MAX_PARTS];
-        parts[0] = SendPart::Own(&packet.header);
-        let mut used = 1;
-        if deflater.is_plain() {
-            for (slot, span) in parts[1..].iter_mut().zip(&spans) {
-                *slot = SendPart::Guest(*span);
-                used += 1;
-            }
+        let mark = if deflater.is_plain() && self.channel.lends() {
+            // Apart: the header's bytes are others by the time that the kernel reads lent ones.
+            self.send(&[SendPart::Own(&packet.header)])?;
+            let mut parts = [SendPart::Own(&[]); MAX_PARTS];
+            let used = fill(&mut parts, &spans);
+            self.lend(&parts[..used])?
         } else {
-            parts[1] = SendPart::Own(&packet.payload);
-            used = 2;
-        }
-        self.send(&parts[..used])?;
+            let mut parts = [SendPart::Own(&[]); MAX_PARTS];
+            parts[0] = SendPart::Own(&packet.header);
+            let used = match deflater.is_plain() {
+                true => 1 + fill(&mut parts[1..], &spans),
+                false => {
+                    parts[1] = SendPart::Own(&packet.payload);
+                    2
+                }
+            };
+            self.send(&parts[..used])?;
+            0
+        };
         packet.clear();
-        Ok(())
+        Ok(mark)
     }
 
     fn method(&self) -> Method {
@@ -194,8 +230,19 @@ impl PageSender {
     }
 
     fn send(&mut self, parts: &[SendPart<'_>]) -> Result<(), MoveError> {
+        self.counted(|channel, stop| channel.send(parts, stop))
+    }
+
+    fn lend(&mut self, parts: &[SendPart<'_>]) -> Result<u64, MoveError> {
+        self.counted(|channel, stop| channel.lend(parts, stop))
+    }
+
+    fn counted<T>(
+        &mut self,
+        send: impl FnOnce(&mut LendingChannel, &Stop) -> Result<T, ChannelError>,
+    ) -> Result<T, MoveError> {
         let before = self.channel.position();
-        let sent = self.channel.send(parts, &self.stop);
+        let sent = send(&mut self.channel, &self.stop);
         self.bytes.fetch_add(self.channel.position() - before, Ordering::Relaxed);
         Ok(sent?)
     }
@@ -203,6 +250,11 @@ impl PageSender {
     fn failed(&self, doing: &'static str, source: std::io::Error) -> MoveError {
         ChannelError::Io { peer: self.channel.peer().to_owned(), doing, source }.into()
     }
+}
+
+/// The spans as parts; how many.
+fn fill<'a>(parts: &mut [SendPart<'a>], spans: &[HostSpan<'a>]) -> usize {
+    parts.iter_mut().zip(spans).map(|(part, span)| *part = SendPart::Guest(*span)).count()
 }
 
 /// A packet that fills.

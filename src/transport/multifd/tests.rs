@@ -1,7 +1,7 @@
 //! The one order that channels must keep, and what happens without it.
 #![allow(clippy::unwrap_used)]
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -212,4 +212,78 @@ fn s50_batches_of_a_channel_that_fails_come_back() {
     };
     assert!(error.to_string().contains("closed the connection"), "{error}");
     assert_eq!(link.reclaim().len(), offered);
+}
+
+/// A connection whose far end takes next to nothing before it is read, and whose near end holds much.
+fn narrow_tcp() -> (StreamChannel, std::net::TcpStream) {
+    let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    listener.set_recv_buffer_size(1).unwrap();
+    listener.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    listener.listen(1).unwrap();
+    let near = std::net::TcpStream::connect(listener.local_addr().unwrap().as_socket().unwrap()).unwrap();
+    socket2::SockRef::from(&near).set_send_buffer_size(1 << 20).unwrap();
+    let channel = StreamChannel::from_fd(near.into(), "the destination", &StreamOptions::default()).unwrap();
+    (channel, listener.accept().unwrap().0.into())
+}
+
+/// All bytes are with the kernel, and the batch is not back: the kernel would still read the pages.
+#[test]
+fn a_lent_batch_is_out_until_the_kernel_is_done_with_it() {
+    let (main, _main_far) = UnixStream::pair().unwrap();
+    let memory = Memory::new();
+    let options = ChannelOptions { count: 1, zero_copy: true, ..ChannelOptions::default() };
+    let (near, far) = narrow_tcp();
+    let mut near = Some(near);
+    let open = || Ok(near.take().unwrap());
+    let mut link = connect(Box::new(channel(main)), memory.guest.clone(), &options, open).unwrap();
+    link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
+    memory.room(BlockIndex(0), BlockOffset(0), PAGES * 4096).unwrap().copy_from(&[7; 4 * 4096]);
+    let mut batch = PageBatch::default();
+    batch.push(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: PAGES }, Verdict::Whole);
+    assert!(matches!(link.offer(batch, &stop()), Ok(Offer::Taken(_))));
+    let all = 64 + 1344 + PAGES * 4096;
+    while link.beside() < all {
+        std::thread::yield_now();
+    }
+    let mut back = Vec::new();
+    link.collect(&mut back).unwrap();
+    assert!(back.is_empty(), "the far end has not read: the kernel holds the pages");
+    assert!(matches!(link.drain(&stop().within(Duration::from_millis(50))), Err(MoveError::Channel(_))));
+    let counts = link.zero_copy().unwrap();
+    assert!(counts.sends > 0 && counts.released < counts.sends, "{counts:?}");
+
+    let mut got = Vec::new();
+    std::io::Read::take(&far, all).read_to_end(&mut got).unwrap();
+    link.drain(&stop()).unwrap();
+    link.collect(&mut back).unwrap();
+    assert_eq!(back.len(), 1);
+    let counts = link.zero_copy().unwrap();
+    // The loopback copies, and one such receipt is enough.
+    assert_eq!((counts.released, counts.copied), (counts.sends, counts.sends));
+    assert!(counts.off.is_some_and(|why| why.contains("copies")));
+}
+
+/// The connection breaks while pages are lent: the batch comes back, and it does not count as sent.
+#[test]
+fn a_lent_batch_comes_back_unsent_when_its_channel_breaks() {
+    let (main, _main_far) = UnixStream::pair().unwrap();
+    let memory = Memory::new();
+    let options = ChannelOptions { count: 1, zero_copy: true, ..ChannelOptions::default() };
+    let (near, far) = narrow_tcp();
+    let mut near = Some(near);
+    let open = || Ok(near.take().unwrap());
+    let mut link = connect(Box::new(channel(main)), memory.guest.clone(), &options, open).unwrap();
+    link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
+    let mut batch = PageBatch::default();
+    batch.push(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: PAGES }, Verdict::Whole);
+    assert!(matches!(link.offer(batch, &stop()), Ok(Offer::Taken(_))));
+    while link.zero_copy().unwrap().sends == 0 {
+        std::thread::yield_now();
+    }
+    // With unread bytes the far end's close is a reset, which lets go of everything that waits.
+    drop(far);
+    let _ = link.drain(&stop());
+    let mut back = Vec::new();
+    let _ = link.collect(&mut back);
+    assert_eq!(link.reclaim().len() + back.len(), 1, "one owner");
 }
