@@ -17,7 +17,7 @@ mod written_pages;
 use std::io::{self, Read, Write};
 
 #[cfg(feature = "kvm")]
-pub use kvm::{KvmDirtyLog, KvmSlot};
+pub use kvm::{KvmDirtyLog, KvmDirtyRing, KvmSlot, RingSize};
 pub use mapped::{GuestBuilder, MappedGuest};
 pub use soft_dirty::{SoftDirty, Standstill};
 pub use software::SoftwareBitmap;
@@ -117,7 +117,7 @@ pub enum DirtyError {
 /// protection only this process's page tables, a vhost-user backend's writes come by a software map.
 /// Methods take `&self`, so that walkers of several blocks can share a source.
 pub trait DirtySource: Send + Sync {
-    /// Short name for reports: `uffd-wp`, `soft-dirty`, `software`, `kvm-log`.
+    /// Short name for reports: `uffd-wp`, `soft-dirty`, `software`, `kvm-log`, `kvm-ring`.
     fn name(&self) -> &'static str;
 
     /// Writes a page of scratch memory and looks whether the write is reported.

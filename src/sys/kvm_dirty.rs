@@ -5,7 +5,7 @@
 //! KVM_SET_USER_MEMORY_REGION. The descriptor is the VM's; any crate may have made it.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NR_MEMSLOTS, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVMIO,
@@ -42,12 +42,31 @@ impl KvmLog {
     /// # Errors
     /// ENOTTY if the descriptor is no VM.
     pub(crate) fn has_manual_protect(&self) -> io::Result<bool> {
-        // SAFETY: the call takes a number and touches no memory of ours.
-        let answer = unsafe {
-            libc::ioctl(self.vm.as_raw_fd(), CHECK_EXTENSION as _, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 as u64)
-        };
-        let flags = u32::try_from(answer).map_err(|_| io::Error::last_os_error())?;
+        let flags = self.check(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)?;
         Ok(flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0)
+    }
+
+    /// What the VM says of a capability; 0 if it has it not.
+    ///
+    /// # Errors
+    /// ENOTTY if the descriptor is no VM.
+    pub(super) fn check(&self, capability: u32) -> io::Result<u32> {
+        // SAFETY: the call takes a number and touches no memory of ours.
+        let answer = unsafe { libc::ioctl(self.raw(), CHECK_EXTENSION as _, u64::from(capability)) };
+        u32::try_from(answer).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Switches a capability on.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(super) fn enable(&self, capability: &kvm_enable_cap) -> io::Result<()> {
+        // SAFETY: KVM_ENABLE_CAP reads one struct kvm_enable_cap.
+        self.call(unsafe { libc::ioctl(self.raw(), ENABLE_CAP as _, capability) })
+    }
+
+    pub(super) fn raw(&self) -> RawFd {
+        self.vm.as_raw_fd()
     }
 
     /// With `on`, reading the log leaves bits and protection alone until [`clear`](Self::clear).
@@ -57,8 +76,7 @@ impl KvmLog {
     pub(crate) fn set_manual_protect(&self, on: bool) -> io::Result<()> {
         let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
         cap.args[0] = u64::from(on) * u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
-        // SAFETY: KVM_ENABLE_CAP reads one struct kvm_enable_cap.
-        self.call(unsafe { libc::ioctl(self.vm.as_raw_fd(), ENABLE_CAP as _, &cap) })
+        self.enable(&cap)
     }
 
     /// True if the VM has memory at `guest_addr`, in the address space of `slot`. KVM has no call that asks: a slot of
@@ -67,10 +85,7 @@ impl KvmLog {
     /// # Errors
     /// EINVAL if the VMM uses the last number itself; what the kernel says.
     pub(crate) fn has_memory_at(&self, slot: u32, guest_addr: u64, page: HostSpan<'_>) -> io::Result<bool> {
-        // SAFETY: the call takes a number and touches no memory of ours.
-        let count =
-            unsafe { libc::ioctl(self.vm.as_raw_fd(), CHECK_EXTENSION as _, u64::from(KVM_CAP_NR_MEMSLOTS)) };
-        let last = u32::try_from(count - 1).map_err(|_| io::Error::last_os_error())?;
+        let last = self.check(KVM_CAP_NR_MEMSLOTS)?.saturating_sub(1);
         let mut probe = kvm_userspace_memory_region {
             slot: (slot & ADDRESS_SPACE) | last,
             flags: 0,
@@ -80,26 +95,26 @@ impl KvmLog {
         };
         // SAFETY: the call reads one struct. Should it make a slot, its memory stays mapped as long as `page`, and
         // the slot is gone before this returns.
-        let made =
-            self.call(unsafe { libc::ioctl(self.vm.as_raw_fd(), SET_USER_MEMORY_REGION as _, &probe) });
+        let made = self.call(unsafe { libc::ioctl(self.raw(), SET_USER_MEMORY_REGION as _, &probe) });
         match made {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(true),
             Err(error) => Err(error),
             Ok(()) => {
                 probe.memory_size = 0;
                 // SAFETY: the call reads one struct; it takes away what was made above.
-                let gone = unsafe { libc::ioctl(self.vm.as_raw_fd(), SET_USER_MEMORY_REGION as _, &probe) };
+                let gone = unsafe { libc::ioctl(self.raw(), SET_USER_MEMORY_REGION as _, &probe) };
                 self.call(gone).map(|()| false)
             }
         }
     }
 
-    /// Sets the flags of a memory slot, which must be mapped at `guest_addr` over `memory` already
-    /// ([`has_memory_at`](Self::has_memory_at)): nothing but the flags changes.
+    /// Makes a slot, or sets the flags of one that is mapped at `guest_addr` over `memory` already
+    /// ([`has_memory_at`](Self::has_memory_at)); with no `memory` takes it away. Whoever makes a slot keeps its memory
+    /// mapped until it is taken away.
     ///
     /// # Errors
     /// EINVAL or EEXIST if the slot is not what it is said to be.
-    pub(crate) fn set_slot_flags(
+    pub(crate) fn set_slot(
         &self,
         slot: u32,
         guest_addr: u64,
@@ -115,8 +130,8 @@ impl KvmLog {
         };
         // SAFETY: the call reads one struct. KVM refuses to change a slot's size or memory in place, and to make or
         // move one to an address that is taken, so the guest sees the memory that its VMM gave it, for as long as
-        // the VMM said.
-        self.call(unsafe { libc::ioctl(self.vm.as_raw_fd(), SET_USER_MEMORY_REGION as _, &region) })
+        // the VMM said; what KvmMemory makes it keeps mapped.
+        self.call(unsafe { libc::ioctl(self.raw(), SET_USER_MEMORY_REGION as _, &region) })
     }
 
     /// Reads the log of a slot of `pages` 4 KiB pages into `bits`, which must have a bit for each.
@@ -137,7 +152,7 @@ impl KvmLog {
         };
         // SAFETY: KVM writes a bit for each page of the slot, rounded up to 64; `bits` holds `pages`, which is
         // the slot's number by the contract above.
-        self.call(unsafe { libc::ioctl(self.vm.as_raw_fd(), GET_DIRTY_LOG as _, &log) })
+        self.call(unsafe { libc::ioctl(self.raw(), GET_DIRTY_LOG as _, &log) })
     }
 
     /// Clears the set bits among `pages` pages from `first` and protects those pages again. `first` is a
@@ -156,7 +171,7 @@ impl KvmLog {
             __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: bits.as_mut_ptr().cast() },
         };
         // SAFETY: KVM reads a bit for each of `pages`, rounded up to 64, all inside `bits`.
-        self.call(unsafe { libc::ioctl(self.vm.as_raw_fd(), CLEAR_DIRTY_LOG as _, &clear) })
+        self.call(unsafe { libc::ioctl(self.raw(), CLEAR_DIRTY_LOG as _, &clear) })
     }
 
     fn call(&self, answer: i32) -> io::Result<()> {

@@ -1,12 +1,16 @@
 //! The kernel's interfaces, one a file, behind safe functions. This crate's only unsafe code.
 #![allow(unsafe_code)]
 
+mod descriptors;
 mod faults;
 mod holes;
 mod host_region;
-mod inherited;
 #[cfg(feature = "kvm")]
 mod kvm_dirty;
+#[cfg(feature = "kvm")]
+mod kvm_memory;
+#[cfg(feature = "kvm")]
+mod kvm_ring;
 mod mapping;
 #[cfg(feature = "rdma")]
 mod nic_region;
@@ -24,11 +28,15 @@ mod threads;
 mod uffd;
 mod zerocopy;
 
+pub use descriptors::{duplicate, take_inherited_fd};
 pub use faults::{FaultWatch, process_page_faults, thread_page_faults};
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
-pub use inherited::take_inherited_fd;
 #[cfg(feature = "kvm")]
 pub(crate) use kvm_dirty::KvmLog;
+#[cfg(feature = "kvm")]
+pub use kvm_memory::KvmMemory;
+#[cfg(feature = "kvm")]
+pub(crate) use kvm_ring::DirtyRing;
 pub use mapping::{Mapping, MappingError, discard, populate};
 pub use pagemap_scan::Pagemap;
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};

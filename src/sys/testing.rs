@@ -2,10 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[cfg(feature = "kvm")]
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 #[cfg(feature = "kvm")]
-use super::{HostRegion, Mapping};
+use super::{HostRegion, KvmMemory, Mapping, duplicate};
 use crate::units::PageSize;
 
 /// Lets the kernel hand out `pages` huge pages on demand, as an administrator does before starting VMs with
@@ -25,8 +25,7 @@ pub(crate) fn huge_pages(page: PageSize, pages: u64) {
 pub(crate) struct TestVm {
     vcpu: kvm_ioctls::VcpuFd,
     vm: kvm_ioctls::VmFd,
-    /// Keeps the guest's memory mapped.
-    _memory: Vec<HostRegion>,
+    memory: KvmMemory,
 }
 
 #[cfg(feature = "kvm")]
@@ -45,9 +44,15 @@ impl TestVm {
     ];
 
     pub(crate) fn new() -> Self {
+        Self::prepared(|_| ())
+    }
+
+    /// As [`new`](Self::new); `prepare` sees the VM before it has a vCPU.
+    pub(crate) fn prepared(prepare: impl FnOnce(OwnedFd)) -> Self {
         let kvm =
             kvm_ioctls::Kvm::new().expect("/dev/kvm; run on a machine with KVM, as a user of group kvm");
         let vm = kvm.create_vm().unwrap();
+        prepare(duplicate(&vm).unwrap());
         let vcpu = vm.create_vcpu(0).unwrap();
         let mut sregs = vcpu.get_sregs().unwrap();
         sregs.cr0 |= 1;
@@ -64,7 +69,8 @@ impl TestVm {
         sregs.cs = flat(0xb);
         (sregs.ds, sregs.es, sregs.ss) = (flat(3), flat(3), flat(3));
         vcpu.set_sregs(&sregs).unwrap();
-        let mut this = Self { vcpu, vm, _memory: Vec::new() };
+        let memory = KvmMemory::new(duplicate(&vm).unwrap());
+        let mut this = Self { vcpu, vm, memory };
         let code = Mapping::anonymous(4096).unwrap();
         code.region().span(0, 4096).unwrap().copy_from(&Self::CODE);
         this.map(Self::CODE_SLOT, Self::CODE_AT, code.region(), 0, 4096);
@@ -73,27 +79,41 @@ impl TestVm {
 
     /// A duplicate of the VM's descriptor.
     pub(crate) fn fd(&self) -> OwnedFd {
-        // SAFETY: the VM is open as long as `self` lives.
-        unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) }.try_clone_to_owned().unwrap()
+        duplicate(&self.vm).unwrap()
+    }
+
+    /// A duplicate of the vCPU's descriptor.
+    pub(crate) fn vcpu_fd(&self) -> OwnedFd {
+        duplicate(&self.vcpu).unwrap()
     }
 
     /// Shows a part of `region` to the guest.
     pub(crate) fn map(&mut self, slot: u32, guest_addr: u64, region: &HostRegion, offset: u64, len: u64) {
-        let memory = kvm_bindings::kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: guest_addr,
-            memory_size: len,
-            userspace_addr: region.span(offset, len).unwrap().address() as u64,
-        };
-        // SAFETY: the memory stays mapped as long as the VM, which keeps the region, and no reference to it
-        // exists.
-        unsafe { self.vm.set_user_memory_region(memory) }.unwrap();
-        self._memory.push(region.clone());
+        self.memory.add(slot, guest_addr, region, offset, len).unwrap();
     }
 
     /// Lets the vCPU write `pages` pages at `guest_addr`, one after the other.
     pub(crate) fn write_pages(&mut self, guest_addr: u64, pages: u64, stamp: u32) {
+        self.run_pages(guest_addr, pages, stamp, &mut || panic!("the vCPU's dirty ring is full"));
+    }
+
+    /// As [`write_pages`](Self::write_pages), calling `ring_full` each time the vCPU stops because its dirty ring is full.
+    /// The vCPU leaves the guest every few pages, so that also a KVM that emulates it looks at its ring in time.
+    pub(crate) fn write_pages_with(
+        &mut self,
+        guest_addr: u64,
+        pages: u64,
+        stamp: u32,
+        ring_full: &mut dyn FnMut(),
+    ) {
+        for first in (0..pages).step_by(32) {
+            let at = guest_addr + first * 4096;
+            self.run_pages(at, 32.min(pages - first), stamp.wrapping_add(first as u32), ring_full);
+        }
+    }
+
+    /// Runs the vCPU until it has written its pages; stops for good where `ring_full` leaves its ring full.
+    pub(crate) fn run_pages(&mut self, guest_addr: u64, pages: u64, stamp: u32, ring_full: &mut dyn FnMut()) {
         let regs = kvm_bindings::kvm_regs {
             rax: stamp.into(),
             rbx: guest_addr,
@@ -103,9 +123,12 @@ impl TestVm {
             ..Default::default()
         };
         self.vcpu.set_regs(&regs).unwrap();
-        match self.vcpu.run().unwrap() {
-            kvm_ioctls::VcpuExit::IoOut(0x10, _) => {}
-            other => panic!("the test guest left by {other:?}"),
+        loop {
+            match self.vcpu.run().unwrap() {
+                kvm_ioctls::VcpuExit::IoOut(0x10, _) => return,
+                kvm_ioctls::VcpuExit::Unsupported(kvm_bindings::KVM_EXIT_DIRTY_RING_FULL) => ring_full(),
+                other => panic!("the test guest left by {other:?}"),
+            }
         }
     }
 }

@@ -13,67 +13,22 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{DirtyError, DirtySource, GuestMemory, MappedGuest};
+use super::{KvmSlot, Slot, Slots};
+use crate::guest::{DirtyError, DirtySource, MappedGuest};
 use crate::ram::{PageBitmap, PageRun};
-use crate::sys::{HostRegion, KvmLog};
-use crate::units::{BlockIndex, BlockOffset, GuestAddr, PageSize};
+use crate::sys::KvmLog;
+use crate::units::BlockIndex;
 
 const NAME: &str = "kvm-log";
-/// KVM counts its log in base pages of the host.
-const LOG_PAGE: PageSize = PageSize::SIZE_4K;
-/// `KVM_MEM_LOG_DIRTY_PAGES`.
-const LOG_DIRTY_PAGES: u32 = 1;
-
-/// A memory slot as the VMM set it, and the part of a block that it shows to the guest. It must exist: KVM has
-/// one call for making a slot and for changing its flags.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KvmSlot {
-    /// Number of the slot, the address space in the upper 16 bits.
-    pub slot: u32,
-    /// Where the guest sees it.
-    pub guest_addr: GuestAddr,
-    /// The block behind it.
-    pub block: BlockIndex,
-    /// Where in the block it starts.
-    pub offset: BlockOffset,
-    /// Length in bytes.
-    pub len: u64,
-    /// Flags the slot has while no migration runs; the log's flag is added and taken away.
-    pub flags: u32,
-}
-
 /// Dirty source over the log of a KVM VM.
 #[derive(Debug)]
 pub struct KvmDirtyLog {
-    vm: KvmLog,
-    slots: Vec<Slot>,
-    page: PageSize,
+    slots: Slots,
+    /// Bits of each slot that were handed out by a sync and are set in KVM still.
+    handed_out: Vec<Mutex<Vec<u64>>>,
     /// Reading the log leaves the bits; they are cleared by `reprotect`.
     manual: AtomicBool,
     started: AtomicBool,
-}
-
-#[derive(Debug)]
-struct Slot {
-    given: KvmSlot,
-    region: HostRegion,
-    /// Bits that were handed out by a sync and are set in KVM still.
-    handed_out: Mutex<Vec<u64>>,
-}
-
-impl Slot {
-    fn pages(&self) -> u64 {
-        LOG_PAGE.pages_in(self.given.len)
-    }
-
-    /// First page inside the block.
-    fn first(&self) -> u64 {
-        LOG_PAGE.page_of(self.given.offset).0
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<u64>> {
-        self.handed_out.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl KvmDirtyLog {
@@ -83,38 +38,25 @@ impl KvmDirtyLog {
     /// # Errors
     /// [`DirtyError::Unsupported`] for a slot that is not in whole pages inside its block.
     pub fn new(guest: &MappedGuest, vm: OwnedFd, slots: &[KvmSlot]) -> Result<Self, DirtyError> {
-        let check = |given: &KvmSlot| {
-            let in_pages = LOG_PAGE.divides(given.offset.0) && LOG_PAGE.divides(given.len) && given.len > 0;
-            let region = guest.region(given.block).filter(|_| in_pages);
-            let region = region.filter(|region| region.span(given.offset.0, given.len).is_ok());
-            let region = region.cloned().ok_or_else(|| {
-                unsupported(format!(
-                    "slot {} is not in whole pages inside a RAM block: {given:?}",
-                    given.slot
-                ))
-            })?;
-            let words = LOG_PAGE.pages_in(given.len).div_ceil(64) as usize;
-            Ok(Slot { given: *given, region, handed_out: Mutex::new(vec![0; words]) })
-        };
-        let slots = slots.iter().map(check).collect::<Result<_, _>>()?;
-        let page = guest.table().page();
-        Ok(Self { vm: KvmLog::new(vm), slots, page, manual: false.into(), started: false.into() })
+        let slots = Slots::new(NAME, guest, vm, slots)?;
+        let words = |slot: &Slot| Mutex::new(vec![0; slot.pages().div_ceil(64) as usize]);
+        let handed_out = slots.list().iter().map(words).collect();
+        Ok(Self { slots, handed_out, manual: false.into(), started: false.into() })
     }
 
-    fn slots_of(&self, block: BlockIndex) -> impl Iterator<Item = &Slot> {
-        self.slots.iter().filter(move |slot| slot.given.block == block)
+    /// The slots over `block`, each with its bits that were handed out.
+    fn slots_of(&self, block: BlockIndex) -> impl Iterator<Item = (&Slot, MutexGuard<'_, Vec<u64>>)> {
+        let all = self.slots.list().iter().zip(&self.handed_out);
+        all.filter(move |(slot, _)| slot.given.block == block).map(|(slot, bits)| (slot, lock(bits)))
     }
 
-    fn set_logging(&self, slot: &Slot, on: bool) -> io::Result<()> {
-        let KvmSlot { slot: number, guest_addr, offset, len, flags, .. } = slot.given;
-        let flags = if on { flags | LOG_DIRTY_PAGES } else { flags };
-        let memory = slot.region.span(offset.0, len).map_err(io::Error::other)?;
-        let page = slot.region.span(offset.0, LOG_PAGE.bytes()).map_err(io::Error::other)?;
-        if on && !self.vm.has_memory_at(number, guest_addr.0, page)? {
-            return Err(io::Error::other(format!("the VM has no memory at {:#x}", guest_addr.0)));
-        }
-        self.vm.set_slot_flags(number, guest_addr.0, memory, flags)
+    fn vm(&self) -> &KvmLog {
+        self.slots.vm()
     }
+}
+
+fn lock(bits: &Mutex<Vec<u64>>) -> MutexGuard<'_, Vec<u64>> {
+    bits.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl DirtySource for KvmDirtyLog {
@@ -125,39 +67,25 @@ impl DirtySource for KvmDirtyLog {
     /// Switches the log of the first slot on, reads it and switches it off; a write needs a vCPU of the
     /// guest and can't be made here.
     fn probe(&self) -> Result<(), DirtyError> {
-        if self.page != LOG_PAGE {
-            return Err(unsupported(format!("KVM counts {LOG_PAGE} pages, the guest {} pages", self.page)));
-        }
-        self.vm.has_manual_protect().map_err(|error| {
-            unsupported(format!(
-                "KVM_CHECK_EXTENSION: {error}; give the descriptor of the VM, not of /dev/kvm"
-            ))
-        })?;
-        let Some(slot) = self.slots.first().filter(|_| !self.started.load(Ordering::Acquire)) else {
+        if self.started.load(Ordering::Acquire) {
             return Ok(());
-        };
-        let refused = |error: io::Error| {
-            unsupported(format!("slot {}: {error}; give the slots as the VMM set them", slot.given.slot))
-        };
-        self.set_logging(slot, true).map_err(refused)?;
-        let read = self.vm.get(slot.given.slot, slot.pages(), &mut slot.lock());
-        slot.lock().fill(0);
-        self.set_logging(slot, false).and(read).map_err(refused)
+        }
+        self.slots.probe(|slot| {
+            let mut bits = vec![0; slot.pages().div_ceil(64) as usize];
+            self.vm().get(slot.given.slot, slot.pages(), &mut bits)
+        })
     }
 
     fn start(&self) -> Result<(), DirtyError> {
         self.stop()?;
         let start = || {
-            let manual = self.vm.has_manual_protect()?;
+            let manual = self.vm().has_manual_protect()?;
             self.manual.store(manual, Ordering::Release);
             if manual {
-                self.vm.set_manual_protect(true)?;
+                self.vm().set_manual_protect(true)?;
             }
-            for slot in &self.slots {
-                slot.lock().fill(0);
-                self.set_logging(slot, true)?;
-            }
-            Ok(())
+            self.handed_out.iter().for_each(|bits| lock(bits).fill(0));
+            self.slots.set_logging(true)
         };
         // Before the first call, so that stop() takes back what was done if a later one fails.
         self.started.store(true, Ordering::Release);
@@ -172,9 +100,8 @@ impl DirtySource for KvmDirtyLog {
         if !self.started.load(Ordering::Acquire) {
             return Err(kernel("sync", io::Error::other("tracking was not started")));
         }
-        for slot in self.slots_of(block) {
-            let mut bits = slot.lock();
-            self.vm
+        for (slot, mut bits) in self.slots_of(block) {
+            self.vm()
                 .get(slot.given.slot, slot.pages(), &mut bits)
                 .map_err(|error| kernel("KVM_GET_DIRTY_LOG", error))?;
             merge_shifted(into, slot.first(), &bits);
@@ -189,7 +116,7 @@ impl DirtySource for KvmDirtyLog {
         if !self.manual.load(Ordering::Acquire) {
             return Ok(());
         }
-        for slot in self.slots_of(run.block) {
+        for (slot, mut handed_out) in self.slots_of(run.block) {
             let pages = slot.pages();
             let first = run.first.0.saturating_sub(slot.first()).min(pages);
             let end = run.end().0.saturating_sub(slot.first()).min(pages);
@@ -199,14 +126,13 @@ impl DirtySource for KvmDirtyLog {
             // Whole words, as KVM asks for. Pages of these words outside the run were handed out too and are
             // read later, so clearing them now is as early as clearing them then.
             let words = (first / 64) as usize..end.div_ceil(64) as usize;
-            let mut handed_out = slot.lock();
             let bits = &mut handed_out[words.clone()];
             if bits.iter().all(|word| *word == 0) {
                 continue;
             }
             let from = words.start as u64 * 64;
             let count = u32::try_from(pages.min(words.end as u64 * 64) - from).unwrap_or(u32::MAX);
-            self.vm
+            self.vm()
                 .clear(slot.given.slot, from, count, bits)
                 .map_err(|error| kernel("KVM_CLEAR_DIRTY_LOG", error))?;
             bits.fill(0);
@@ -218,12 +144,9 @@ impl DirtySource for KvmDirtyLog {
         if !self.started.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        let mut result = Ok(());
-        for slot in &self.slots {
-            result = result.and(self.set_logging(slot, false));
-        }
+        let mut result = self.slots.set_logging(false);
         if self.manual.swap(false, Ordering::AcqRel) {
-            result = result.and(self.vm.set_manual_protect(false));
+            result = result.and(self.vm().set_manual_protect(false));
         }
         result.map_err(|error| kernel("switching the log off", error))
     }
@@ -248,10 +171,6 @@ fn merge_shifted(into: &mut PageBitmap, first: u64, bits: &[u64]) {
     }
 }
 
-fn unsupported(reason: String) -> DirtyError {
-    DirtyError::Unsupported { source_name: NAME, reason }
-}
-
 fn kernel(what: &'static str, source: io::Error) -> DirtyError {
     DirtyError::Kernel { source_name: NAME, what, source }
 }
@@ -261,34 +180,12 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use std::sync::Arc;
 
+    use super::super::tests::machine;
     use super::*;
     use crate::guest::WrittenPages;
-    use crate::guest::race::{Outcome, guest_of, race_passes};
-    use crate::sys::Mapping;
+    use crate::guest::race::{Outcome, race_passes};
     use crate::sys::testing::TestVm;
     use crate::units::PageIndex;
-
-    /// One block behind two slots that meet at an odd page, far apart in the guest's address space, and a
-    /// block of one page.
-    fn machine() -> (MappedGuest, TestVm, Vec<KvmSlot>) {
-        let guest = guest_of(&[Mapping::anonymous(16 << 20).unwrap(), Mapping::memfd("b1", 4096).unwrap()]);
-        let slot = |slot, at, block, first: u64, pages: u64| KvmSlot {
-            slot,
-            guest_addr: GuestAddr(at),
-            block: BlockIndex(block),
-            offset: BlockOffset(first * 4096),
-            len: pages * 4096,
-            flags: 0,
-        };
-        let slots =
-            vec![slot(0, 0, 0, 0, 1027), slot(1, 0x4000_0000, 0, 1027, 3069), slot(2, 0x1000_0000, 1, 0, 1)];
-        let mut vm = TestVm::new();
-        for given in &slots {
-            let region = guest.region(given.block).unwrap();
-            vm.map(given.slot, given.guest_addr.0, region, given.offset.0, given.len);
-        }
-        (guest, vm, slots)
-    }
 
     fn outcome(guest: &MappedGuest, vm: TestVm, slots: &[KvmSlot], source: Arc<dyn DirtySource>) -> Outcome {
         source.probe().unwrap();
@@ -303,7 +200,7 @@ mod tests {
 
     #[test]
     fn a_racing_vcpu_loses_nothing() {
-        let (guest, vm, slots) = machine();
+        let (guest, vm, slots) = machine(|_| ());
         let log = Arc::new(KvmDirtyLog::new(&guest, vm.fd(), &slots).unwrap());
         let outcome = outcome(&guest, vm, &slots, log);
         assert!(outcome.lost == 0 && outcome.reported > 0, "{outcome:?}");
@@ -312,7 +209,7 @@ mod tests {
     /// A vCPU writes through the process's page tables: write protection alone sees it.
     #[test]
     fn a_racing_vcpu_is_seen_by_write_protection_too() {
-        let (guest, vm, slots) = machine();
+        let (guest, vm, slots) = machine(|_| ());
         let outcome = outcome(&guest, vm, &slots, Arc::new(WrittenPages::new(&guest)));
         assert!(outcome.lost == 0 && outcome.reported > 0, "{outcome:?}");
     }
@@ -321,7 +218,7 @@ mod tests {
     /// handed out are cleared; clearing the whole chunk would lose it.
     #[test]
     fn a_write_between_sync_and_reprotect_is_in_the_next_sync() {
-        let (guest, mut vm, slots) = machine();
+        let (guest, mut vm, slots) = machine(|_| ());
         let log = KvmDirtyLog::new(&guest, vm.fd(), &slots).unwrap();
         let chunk = PageRun { block: BlockIndex(0), first: PageIndex(0), pages: 64 };
         for (careless, next) in [(false, vec![6]), (true, vec![])] {
@@ -330,7 +227,7 @@ mod tests {
             assert_eq!(synced(&log), [5]);
             vm.write_pages(0x6000, 1, 1);
             if careless {
-                log.slots[0].lock().fill(u64::MAX);
+                lock(&log.handed_out[0]).fill(u64::MAX);
             }
             log.reprotect(chunk).unwrap();
             assert_eq!(synced(&log), next, "careless: {careless}");
@@ -345,7 +242,7 @@ mod tests {
 
     #[test]
     fn written_pages_of_both_slots_are_reported_until_cleared() {
-        let (guest, mut vm, slots) = machine();
+        let (guest, mut vm, slots) = machine(|_| ());
         let log = KvmDirtyLog::new(&guest, vm.fd(), &slots).unwrap();
         log.start().unwrap();
         vm.write_pages(0x40_2000, 1, 1); // page 1026, the last of the first slot
@@ -364,7 +261,7 @@ mod tests {
 
     #[test]
     fn what_is_no_slot_of_the_vm_is_refused() {
-        let (guest, vm, slots) = machine();
+        let (guest, vm, slots) = machine(|_| ());
         let with = |change: &dyn Fn(&mut KvmSlot)| {
             let mut slot = slots[1];
             change(&mut slot);

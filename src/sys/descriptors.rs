@@ -1,7 +1,22 @@
-//! Takes over descriptors this process was started with.
+//! Descriptors that come as numbers: of other crates' types, and those this process was started with.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// A descriptor of our own for the same open file, closed on exec; for types that tell only its number, as a `VmFd` of
+/// kvm-ioctls does.
+///
+/// # Errors
+/// `EBADF` if it is not open; `EMFILE`.
+pub fn duplicate(of: &impl AsRawFd) -> io::Result<OwnedFd> {
+    // SAFETY: a number that is not open is answered with EBADF; the new number is nobody else's.
+    let new = unsafe { libc::fcntl(of.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 3) };
+    if new < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just made by the kernel, owned by nobody.
+    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
 
 /// Makes the inherited descriptor `number` this program's own, closed on exec.
 ///
@@ -18,13 +33,7 @@ pub fn take_inherited_fd(number: i32) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     if number <= 2 {
-        // SAFETY: duplicates an open descriptor; the new number is nobody else's.
-        let new = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
-        if new < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: just made by the kernel, owned by nobody.
-        return Ok(unsafe { OwnedFd::from_raw_fd(new) });
+        return duplicate(&number);
     }
     if flags & libc::FD_CLOEXEC != 0 {
         return Err(io::Error::new(
