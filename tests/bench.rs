@@ -35,16 +35,21 @@ fn every_peer_moves_the_memory_and_its_figures_are_paired() {
         "ramwire:2",
         "ramwire+unix+whole",
     ];
+    let drawn = tempfile::tempdir().unwrap();
     for populated in ["yes", "backed", "no"] {
         let against = peers.join(",");
         let arguments = ["--ram", "32M", "--fill", "mixed:70", "--pairs", "2", "--json"];
         let also = ["--against", &against, "--populated", populated];
-        let output = bench(dir.path(), &[&arguments[..], &also].concat());
+        let picture = drawn.path().join("bars.svg");
+        let svg = ["--svg", picture.to_str().unwrap()];
+        let output = bench(dir.path(), &[&arguments[..], &also, &svg].concat());
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{errors}");
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!((&report["ram_bytes"], &report["verified"]), (&(32 << 20).into(), &true.into()));
         assert_eq!(report["populated"], populated);
+        let picture = std::fs::read_to_string(picture).unwrap();
+        assert!(picture.contains("<svg") && peers.iter().all(|peer| picture.contains(peer)), "{picture}");
         let contestants = report["contestants"].as_array().unwrap();
         let names: Vec<_> = contestants.iter().map(|c| c["name"].as_str().unwrap()).collect();
         // A bare loop's name tells its buffer, too.

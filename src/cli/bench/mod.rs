@@ -177,6 +177,9 @@ pub struct MigrateArgs {
     /// One JSON object on standard output instead of a table
     #[arg(long)]
     json: bool,
+    /// Draw everybody's GB a second as bars into this file, too
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     /// Folder in memory for the guest's RAM
     #[arg(long, default_value = "/dev/shm")]
     memory_dir: PathBuf,
@@ -235,7 +238,7 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
     let done = match &args.what {
         What::Migrate(args) => {
             common::cancel_on_signal(vec![cancel.clone()]);
-            migrate(args, &cancel).map(|report| publish(args, &report))
+            migrate(args, &cancel).and_then(|report| publish(args, &report))
         }
         // Ends with the process that started it, by its connection or by the terminal's signal.
         What::Peer(args) => peer::serve(args),
@@ -251,11 +254,20 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
     }
 }
 
-fn publish(args: &MigrateArgs, report: &Report) {
+fn publish(args: &MigrateArgs, report: &Report) -> Result<(), BenchError> {
+    if let Some(path) = &args.svg {
+        let drawn = report.picture().map_err(io::Error::other).and_then(|svg| std::fs::write(path, svg));
+        drawn.map_err(|source| BenchError::Io {
+            who: path.display().to_string(),
+            doing: "drawing",
+            source,
+        })?;
+    }
     match args.json {
         true => println!("{}", serde_json::json!(report)),
         false => print!("{}", report.table()),
     }
+    Ok(())
 }
 
 fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchError> {

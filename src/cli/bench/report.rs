@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::Run;
 use super::interval::Median;
+use crate::cli::plot::{self, Axis, Bar, PlotError};
 
 const GB: f64 = 1e9;
 
@@ -180,6 +181,21 @@ impl Report {
         out
     }
 
+    /// Throughput as bars.
+    ///
+    /// # Errors
+    /// [`PlotError`] without any figure.
+    pub fn picture(&self) -> Result<String, PlotError> {
+        let bar = |one: &Contestant| {
+            let Median { median, low, high, .. } = one.gb_per_s?;
+            Some(Bar { name: one.name.clone(), value: median, low, high })
+        };
+        let bars: Vec<Bar> = self.contestants.iter().filter_map(bar).collect();
+        let Setting { ram_bytes, fill, populated, .. } = &self.setting;
+        let title = format!("{:.2} GB of {fill} memory, populated: {populated}", *ram_bytes as f64 / GB);
+        plot::bars(&title, Axis { label: "GB/s", logarithmic: false, tick: plot::plain }, &bars)
+    }
+
     /// How fast the host gave memory before each run: figures of an unpopulated destination mean little without.
     fn add_populates(&self, out: &mut String) {
         for one in &self.contestants {
@@ -246,6 +262,7 @@ mod tests {
         assert_eq!((other.pairs_dropped, other.page_faults_per_gb.unwrap().median), (1, 15.0));
         assert_eq!(report.contestants[0].gb_per_s.unwrap().median, 0.25);
         assert!(report.contestants[0].throughput_ratio.is_none());
+        assert!(report.picture().unwrap().contains("other"));
         assert!(report.table().contains("1 pairs count for no ratio"), "{}", report.table());
         assert!(report.table().contains("2.000 [2.000, 2.000]"), "{}", report.table());
     }
