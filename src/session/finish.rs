@@ -31,6 +31,10 @@ impl SourceSession {
             self.link.sink().send(&[uncommitted], &self.stop)?;
         }
         self.link.sink().flush(&self.stop)?;
+        if self.handover != Handover::Native {
+            // The next byte commits: a QEMU that has died by now leaves no doubt.
+            self.hear()?;
+        }
         Ok(Input::Done)
     }
 

@@ -4,6 +4,7 @@
 //! - `kills`: the peer is a process of its own that dies, freezes or resets the connection at a chosen stage.
 //! - `hostile`: bytes made by hand, from a source and from a destination that mean harm.
 //! - `qemu`: real QEMUs that die, in both roles.
+//! - `running`: the same with guests that run and check their memory.
 //! - `command`: the command's signals, options and folders.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -16,3 +17,4 @@ mod kills;
 mod live;
 mod positions;
 mod qemu;
+mod running;

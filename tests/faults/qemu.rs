@@ -23,23 +23,86 @@ const MACHINE: Machine = Machine::Q35;
 
 /// When the one between the two ends acts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum When {
+pub(crate) enum When {
     /// So many bytes have passed towards the destination.
     Bytes(u64),
+    /// The stream has come to this place.
+    Reaches(Place),
     /// The source has ended. Everything passed, and the lowest bit of the byte at this position was flipped.
     Flip(u64),
     /// The source says nothing more. What the destination answers is held back until then.
     Silence,
 }
 
+/// A place in a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Behind the list of RAM blocks.
+    Setup,
+    /// Behind the hundredth page.
+    MidRound,
+    /// Behind the head of the last section of RAM: the guest was paused.
+    Switchover,
+    /// Behind so many bytes of device state.
+    State(u64),
+}
+
+/// Follows a stream as it passes.
+struct Follower {
+    parser: IncomingStream,
+    unread: Vec<u8>,
+    pages: u32,
+    state: u64,
+    place: Place,
+}
+
+impl Follower {
+    fn new(place: Place) -> Self {
+        let parser = IncomingStream::new(IncomingConfig::default());
+        Self { parser, unread: Vec::new(), pages: 0, state: 0, place }
+    }
+
+    /// How many of `bytes` lie behind the place; `None` while it is not reached.
+    fn behind(&mut self, bytes: &[u8]) -> Option<usize> {
+        self.unread.extend_from_slice(bytes);
+        let mut at = 0;
+        loop {
+            match self.parser.next(&self.unread[at..]).unwrap() {
+                Step::Event { consumed, event } => {
+                    at += consumed;
+                    self.pages += u32::from(matches!(event, Event::Page { .. }));
+                    self.state += if let Event::TailBytes(bytes) = event { bytes.len() as u64 } else { 0 };
+                    let part = match event {
+                        Event::SectionStart { kind: SectionKind::Ram, phase, .. } => Some(phase),
+                        _ => None,
+                    };
+                    let (reached, too_far) = match self.place {
+                        Place::Setup => (matches!(event, Event::Blocks(_)), 0),
+                        Place::MidRound => (self.pages == 100, 0),
+                        Place::Switchover => (part == Some(Phase::End), 0),
+                        Place::State(due) => (self.state >= due, self.state.saturating_sub(due)),
+                    };
+                    if reached {
+                        return Some(self.unread.len() - at + too_far as usize);
+                    }
+                }
+                Step::NeedMore { consumed, .. } => {
+                    self.unread.drain(..at + consumed);
+                    return None;
+                }
+            }
+        }
+    }
+}
+
 /// Stands between source and destination, passes bytes on, and acts once.
-struct Proxy {
-    uri: String,
+pub(crate) struct Proxy {
+    pub(crate) uri: String,
     thread: JoinHandle<()>,
 }
 
 impl Proxy {
-    fn start(to: &str, when: When, act: impl FnOnce() + Send + 'static) -> Self {
+    pub(crate) fn start(to: &str, when: When, act: impl FnOnce() + Send + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let uri = format!("tcp:{}", listener.local_addr().unwrap());
         let to = to.strip_prefix("tcp:").unwrap().to_owned();
@@ -65,7 +128,7 @@ impl Proxy {
         Self { uri, thread }
     }
 
-    fn end(self) {
+    pub(crate) fn end(self) {
         self.thread.join().unwrap();
     }
 }
@@ -73,9 +136,13 @@ impl Proxy {
 fn pass(mut source: &TcpStream, mut destination: &TcpStream, when: When) {
     let mut left = match when {
         When::Bytes(count) => count,
-        When::Silence | When::Flip(_) => u64::MAX,
+        When::Silence | When::Flip(_) | When::Reaches(_) => u64::MAX,
     };
     let mut passed = 0;
+    let mut follower = match when {
+        When::Reaches(place) => Some(Follower::new(place)),
+        _ => None,
+    };
     // Only a source that waits for an answer in vain is silent; others end.
     let silence = (when == When::Silence).then_some(Duration::from_secs(2));
     source.set_read_timeout(silence).unwrap();
@@ -89,6 +156,10 @@ fn pass(mut source: &TcpStream, mut destination: &TcpStream, when: When) {
             buffer[(at - passed) as usize] ^= 1;
         }
         passed += got as u64;
+        if let Some(behind) = follower.as_mut().and_then(|follower| follower.behind(&buffer[..got])) {
+            let _ = destination.write_all(&buffer[..got - behind]);
+            return;
+        }
         if destination.write_all(&buffer[..got]).is_err() {
             return;
         }
@@ -109,7 +180,7 @@ fn folder(dir: &Path, version: Version) -> std::path::PathBuf {
     folder
 }
 
-fn state_of(folder: &Path) -> String {
+pub(crate) fn state_of(folder: &Path) -> String {
     let manifest: serde_json::Value =
         serde_json::from_slice(&std::fs::read(folder.join("manifest.json")).unwrap()).unwrap();
     manifest["state"].as_str().unwrap().to_owned()
@@ -123,7 +194,7 @@ fn waiting(dir: &Path, version: Version, name: &str) -> (Qemu, String) {
     (qemu, uri)
 }
 
-fn kill_pid(pid: u32) {
+pub(crate) fn kill_pid(pid: u32) {
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
     let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
 }
@@ -265,31 +336,75 @@ fn a_receiver_that_dies_fails_a_qemu_source_which_migrates_again_at_once() {
     compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|difference| panic!("{difference:?}"));
 }
 
-fn state_or_none(folder: &Path) -> String {
+pub(crate) fn state_or_none(folder: &Path) -> String {
     if folder.join("manifest.json").exists() { state_of(folder) } else { "none".into() }
 }
 
+/// Bytes of device state before the one that commits. A paused guest's are the same each time; rounds are not.
+fn state_before_commit(version: Version, ram: &Path, dir: &Path) -> u64 {
+    let file = dir.join("stream");
+    let mut source = Guest::new(version, MACHINE, ram, MIB).start(dir, "recorded");
+    source.set_parameters(json!({"max-bandwidth": 0}));
+    source.migrate(&format!("exec:cat>{}", file.display()));
+    source.wait_completed(Deadline::seconds(30));
+    let stream = std::fs::read(&file).unwrap();
+    let mut parser = IncomingStream::new(IncomingConfig::default());
+    let mut at = 0;
+    while let Step::Event { consumed, event } = parser.next(&stream[at..]).unwrap() {
+        at += consumed;
+        if matches!(event, Event::Done) {
+            break;
+        }
+    }
+    parser.tail().description().unwrap().eof_at as u64
+}
+
+/// The folder says whole only of a guest that came whole, and incomplete of one whose description is missing.
 #[test]
-fn a_qemu_source_that_dies_leaves_a_folder_that_never_arrived() {
+fn a_qemu_source_that_dies_at_any_stage_leaves_a_folder_that_says_how_much_came() {
     if !peers_present() {
         return;
     }
     let dir = scratch();
     let ram = dir.path().join("ram");
     fill(&ram, MIB, Pattern::Mixed { seed: 23 });
-    for (version, bytes) in [(Version::Qemu72, 60), (Version::Qemu100, 5 << 20)] {
-        let source_dir = tempfile::tempdir_in(dir.path()).unwrap();
-        let mut source = Guest::new(version, MACHINE, &ram, MIB).start(source_dir.path(), "source");
-        let folder = source_dir.path().join("guest");
-        let mut receiver =
-            Ramwire::start(source_dir.path(), &["receive", "tcp:127.0.0.1:0", "--dir"], &folder);
-        let pid = source.pid();
-        let proxy = Proxy::start(&receiver.listening(), When::Bytes(bytes), move || kill_pid(pid));
-        source.migrate(&proxy.uri);
-        let text = receiver.failed(Deadline::seconds(20), 3);
-        proxy.end();
-        assert!(text.contains("the stream ended after"), "{version}: {text}");
-        assert_ne!(state_or_none(&folder), "whole", "{version}");
+    for version in Version::ALL {
+        let state = state_before_commit(version, &ram, dir.path());
+        for (at, when) in [
+            ("connect", When::Bytes(0)),
+            ("setup", When::Bytes(60)),
+            ("mid-round", When::Reaches(Place::MidRound)),
+            ("switchover", When::Reaches(Place::Switchover)),
+            ("device state", When::Reaches(Place::State(1))),
+            ("before COMMIT", When::Reaches(Place::State(state))),
+            ("after COMMIT", When::Reaches(Place::State(state + 1))),
+            ("after the last byte", When::Bytes(u64::MAX)),
+        ] {
+            let stage_dir = tempfile::tempdir_in(dir.path()).unwrap();
+            let mut source = Guest::new(version, MACHINE, &ram, MIB).start(stage_dir.path(), "source");
+            source.set_parameters(json!({"max-bandwidth": 0}));
+            let folder = stage_dir.path().join("guest");
+            let mut receiver =
+                Ramwire::start(stage_dir.path(), &["receive", "tcp:127.0.0.1:0", "--dir"], &folder);
+            let pid = source.pid();
+            let proxy = Proxy::start(&receiver.listening(), when, move || kill_pid(pid));
+            source.migrate(&proxy.uri);
+            let (status, text) = receiver.ended(Deadline::seconds(20));
+            proxy.end();
+            let state = state_or_none(&folder);
+            println!("{version}: source killed at {at}: status {status}, folder {state}: {}", text.trim());
+            let expected = match at {
+                "connect" | "setup" => (3, "none"),
+                "after COMMIT" => (6, "incomplete"),
+                "after the last byte" => (0, "whole"),
+                _ => (3, "arriving"),
+            };
+            assert_eq!((status, &*state), expected, "{version}: {at}: {text}");
+            assert!(status != 3 || text.contains("the stream ended after"), "{version}: {at}: {text}");
+            if status != 3 {
+                compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|found| panic!("{at}: {found:?}"));
+            }
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 //! end of the connection ends the tail.
 
 use super::super::error::Fault;
-use super::section::{EOF, FOOTER, FOOTER_LEN};
+use super::section::{EOF, FOOTER, FOOTER_LEN, FULL};
 use super::vmdesc::{Split, VmDescription, split};
 
 /// Bytes of a candidate that are looked at: end of file, type byte, length, and the first two of the JSON.
@@ -129,10 +129,17 @@ impl Tail {
         self.end.as_ref()
     }
 
-    /// True if the tail may be whole although no description has ended it: its last byte is an end of file. A source
-    /// that leaves the description out ends so; a broken connection may, too.
+    /// True if the tail may be whole although no description has ended it: its last byte is an end of file, behind the
+    /// footer of a section that is in it. A source that leaves the description out ends so; a broken connection hardly
+    /// ever.
     pub fn may_end_here(&self) -> bool {
-        self.end.is_some() || self.bytes.last() == Some(&EOF)
+        let Some((&EOF, sections)) = self.bytes.split_last() else { return self.end.is_some() };
+        let Some((before, footer)) = sections.split_last_chunk::<FOOTER_LEN>() else {
+            return self.end.is_some() || sections.is_empty();
+        };
+        let mut head = *footer;
+        head[0] = FULL;
+        self.end.is_some() || footer[0] == FOOTER && before.windows(FOOTER_LEN).any(|bytes| bytes == head)
     }
 }
 
@@ -214,6 +221,12 @@ mod tests {
         let mut found = Tail::default();
         push_all(&mut found, &whole[..sections], 64);
         assert!(found.description().is_none() && found.may_end_here());
+        // Zero bytes stand at many places, and the end is at one.
+        for cut in 1..sections {
+            let mut broken = Tail::default();
+            push_all(&mut broken, &tail(&[0; 10])[..cut], 64);
+            assert!(!broken.may_end_here(), "cut after {cut} of {sections} bytes");
+        }
     }
 
     #[test]
