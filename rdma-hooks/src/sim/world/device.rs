@@ -1,0 +1,130 @@
+//! What the simulated devices do: memory is registered, requests are posted, delivered, placed and completed.
+
+use super::{EndpointId, Event, RETRIES_TAKE, Region, RegionEntry, World};
+use crate::fabric::{
+    Access, AddressBase, Completion, CompletionStatus, FabricError, Operation, WriteRequest,
+};
+use crate::region::HostRegion;
+use crate::sim::{Fault, Host};
+
+impl World {
+    pub(in crate::sim) fn register(
+        &mut self,
+        id: EndpointId,
+        region: &HostRegion,
+        access: Access,
+        base: AddressBase,
+    ) -> Result<(u32, u64), FabricError> {
+        let host = self.endpoints[id].host;
+        self.alive(host)?;
+        let state = self.hosts.entry(host).or_default();
+        let number = state.registrations;
+        state.registrations += 1;
+        let refused = |fault: Fault| matches!(fault, Fault::RegistrationRefused { registration } if registration == number);
+        if self.faults(host).any(refused) {
+            return Err(FabricError::Registration {
+                bytes: region.len(),
+                registered: 0,
+                remedy: "this is a simulated refusal",
+                source: std::io::Error::from_raw_os_error(libc::ENOMEM),
+            });
+        }
+        self.next_key += 1;
+        let key = self.next_key;
+        let address = match base {
+            AddressBase::At(address) => address,
+            AddressBase::Host => u64::from(key) << 40,
+        };
+        self.regions.insert(key, RegionEntry(Region { host, region: region.clone(), access, address }));
+        Ok((key, address))
+    }
+
+    pub(super) fn find_region(&self, host: Host, key: u32, at: u64, len: u64) -> Option<(&Region, u64)> {
+        let region = &self.regions.get(&key)?.0;
+        let offset = at.checked_sub(region.address)?;
+        let fits = offset.checked_add(len)? <= region.region.len();
+        (fits && region.host == host).then_some((region, offset))
+    }
+
+    pub(in crate::sim) fn post_send(
+        &mut self,
+        from: EndpointId,
+        id: u64,
+        bytes: Vec<u8>,
+    ) -> Result<(), FabricError> {
+        let bad = self.count_request(from, true)?;
+        self.enqueue(from, id, true, Operation::Send)?;
+        match self.endpoints[from].peer {
+            Some(to) => self.deliver(from, Operation::Send, bad, Event::Message { to, from, id, bytes }),
+            None => self.flush(from),
+        }
+        Ok(())
+    }
+
+    pub(in crate::sim) fn post_writes(
+        &mut self,
+        from: EndpointId,
+        chain: &[WriteRequest],
+    ) -> Result<(), FabricError> {
+        for &request in chain {
+            let bad = self.count_request(from, false)?;
+            self.enqueue(from, request.id, request.signalled, Operation::Write)?;
+            match self.endpoints[from].peer {
+                Some(to) => self.deliver(from, Operation::Write, bad, Event::Write { to, from, request }),
+                None => self.flush(from),
+            }
+        }
+        Ok(())
+    }
+
+    fn enqueue(
+        &mut self,
+        from: EndpointId,
+        id: u64,
+        signalled: bool,
+        operation: Operation,
+    ) -> Result<(), FabricError> {
+        let endpoint = &mut self.endpoints[from];
+        if endpoint.queue.len() >= endpoint.send_depth {
+            return Err(FabricError::QueueFull);
+        }
+        endpoint.queue.push_back((id, signalled, operation));
+        Ok(())
+    }
+
+    fn deliver(&mut self, from: EndpointId, operation: Operation, bad: bool, event: Event) {
+        let host = self.endpoints[from].host;
+        if self.endpoints[from].broken {
+            self.flush(from);
+            return;
+        }
+        let fail = |status| Event::Fail { to: from, operation, status };
+        match self.arrival(from, false) {
+            Some(at) if bad => self.schedule(host, at, fail(CompletionStatus::RemoteOperation)),
+            Some(at) => self.schedule(host, at, event),
+            None => self.schedule(host, self.now + RETRIES_TAKE, fail(CompletionStatus::RetryExceeded)),
+        }
+    }
+
+    pub(in crate::sim) fn poll(
+        &mut self,
+        id: EndpointId,
+        out: &mut Vec<Completion>,
+        mut store: impl FnMut(usize, Vec<u8>),
+    ) {
+        let endpoint = &mut self.endpoints[id];
+        endpoint.news = false;
+        out.extend(endpoint.completions.drain(..));
+        for (slot, bytes) in endpoint.received.drain(..) {
+            store(slot, bytes);
+            out.push(Completion::Received { slot });
+        }
+    }
+
+    pub(in crate::sim) fn repost(&mut self, id: EndpointId, slot: usize) {
+        self.endpoints[id].free_slots.push_back(slot);
+        if let Some((from, message, bytes)) = self.endpoints[id].unready.pop_front() {
+            self.arrive(id, from, message, bytes);
+        }
+    }
+}
