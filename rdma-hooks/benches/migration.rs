@@ -19,8 +19,9 @@ mod over_verbs {
 
     use rdma_hooks::verbs::VerbsFabric;
     use rdma_hooks::{
-        BlockSpan, Cancel, Counters, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, HostRegion,
-        MigrationId, PageContent, RamBlock, RamControl, RegionMemory, SourceConfig, SourceHooks, Stop,
+        BlockSpan, Cancel, Counters, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, Features,
+        HostRegion, MigrationId, PageContent, RamBlock, RamControl, RegionMemory, SourceConfig, SourceHooks,
+        Stop,
     };
 
     use super::common::device::address;
@@ -41,7 +42,12 @@ mod over_verbs {
             Ok(address) => address,
             Err(why) => return println!("skipped: {why}"),
         };
-        let extension = Some(ExtensionOffer { data_queues: 3, window: 4, migration: MigrationId([5; 16]) });
+        let extension = Some(ExtensionOffer {
+            data_queues: 3,
+            window: 4,
+            features: Features::ALL,
+            migration: MigrationId([5; 16]),
+        });
         let modes = [
             ("dynamic", SourceConfig::default()),
             ("pin-all", SourceConfig { pin_all: true, ..SourceConfig::default() }),
@@ -81,7 +87,7 @@ mod over_verbs {
         let port = listener.port();
         let measured = std::thread::scope(|scope| {
             let there = scope.spawn(|| {
-                let config = DestinationConfig { data_queues: 3, window: 4, admit: None };
+                let config = DestinationConfig { data_queues: 3, window: 4, ..DestinationConfig::default() };
                 let mut hooks = DestinationHooks::accept(listener.as_mut(), &config, &stop).unwrap();
                 hooks.add_block(RamBlock::new("ram", HostRegion::new(target.clone()))).unwrap();
                 hooks.block_notification("ram", target.len()).unwrap();

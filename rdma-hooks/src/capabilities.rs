@@ -63,6 +63,41 @@ pub enum Role {
     Data(u16),
 }
 
+/// What a message may hold beyond QEMU's protocol. Off towards a QEMU; on between two ends that both want it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// One REGISTER REQUEST asks for many keys. A QEMU answers only the first of them.
+    pub key_batches: bool,
+    /// Zero ranges travel as lists ([`Kind::ZeroRuns`](crate::control::Kind::ZeroRuns)).
+    pub zero_runs: bool,
+}
+
+impl Features {
+    /// QEMU's protocol and no more.
+    pub const NONE: Self = Self { key_batches: false, zero_runs: false };
+    /// All that this version knows.
+    pub const ALL: Self = Self { key_batches: true, zero_runs: true };
+
+    fn bits(self) -> u16 {
+        u16::from(self.key_batches) | u16::from(self.zero_runs) << 1
+    }
+
+    /// Bits of a later version mean nothing here.
+    fn from_bits(bits: u16) -> Self {
+        Self { key_batches: bits & 1 != 0, zero_runs: bits & 2 != 0 }
+    }
+
+    fn and(self, other: Self) -> Self {
+        Self::from_bits(self.bits() & other.bits())
+    }
+}
+
+impl Default for Features {
+    fn default() -> Self {
+        Self::ALL
+    }
+}
+
 /// What goes beyond QEMU, behind its struct. Fields that a later version adds read as zero here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extension {
@@ -72,6 +107,8 @@ pub struct Extension {
     pub data_queues: u16,
     /// READY credits the byte stream's receiver may have out at a time; 1 is QEMU's protocol.
     pub window: u16,
+    /// Messages that hold more: wanted in a request, granted in a reply.
+    pub features: Features,
     /// The migration this connection belongs to.
     pub migration: MigrationId,
 }
@@ -86,7 +123,7 @@ impl Extension {
             Role::Data(index) => index,
         };
         out.extend_from_slice(&MAGIC.to_be_bytes());
-        for half in [role, self.data_queues, self.window, 0] {
+        for half in [role, self.data_queues, self.window, self.features.bits()] {
             out.extend_from_slice(&half.to_be_bytes());
         }
         out.extend_from_slice(&self.migration.0);
@@ -104,7 +141,8 @@ impl Extension {
             index => Role::Data(index),
         };
         let migration = MigrationId(bytes.get(12..28)?.try_into().ok()?);
-        Some(Self { role, data_queues: half(6)?, window: half(8)?.max(1), migration })
+        let features = Features::from_bits(half(10)?);
+        Some(Self { role, data_queues: half(6)?, window: half(8)?.max(1), features, migration })
     }
 }
 
@@ -159,6 +197,7 @@ impl Capabilities {
             (Some(asked), Some(able)) => Some(Extension {
                 data_queues: asked.data_queues.min(able.data_queues),
                 window: asked.window.min(able.window).max(1),
+                features: asked.features.and(able.features),
                 ..asked
             }),
             _ => None,
@@ -174,7 +213,11 @@ impl Capabilities {
     pub fn confirm(&self, private_data: &[u8]) -> Result<Self, CapabilityError> {
         let granted = Self::decode(private_data)?;
         let more = match (granted.extension, self.extension) {
-            (Some(got), Some(asked)) => got.data_queues > asked.data_queues || got.window > asked.window,
+            (Some(got), Some(asked)) => {
+                got.data_queues > asked.data_queues
+                    || got.window > asked.window
+                    || got.features.and(asked.features) != got.features
+            }
             (Some(_), None) => true,
             (None, _) => false,
         };
@@ -198,7 +241,8 @@ mod tests {
     }
 
     fn offer() -> Extension {
-        Extension { role: Role::Main, data_queues: 3, window: 8, migration: MigrationId([7; 16]) }
+        let (features, migration) = (Features::ALL, MigrationId([7; 16]));
+        Extension { role: Role::Main, data_queues: 3, window: 8, features, migration }
     }
 
     #[test]
@@ -243,11 +287,12 @@ mod tests {
         let asked = Capabilities { pin_all: false, extension: Some(offer()) };
         let request = asked.encode();
         assert_eq!(request.len(), EXTENDED_BYTES);
-        let able = Extension { data_queues: 1, window: 20, ..offer() };
+        let features = Features { key_batches: true, zero_runs: false };
+        let able = Extension { data_queues: 1, window: 20, features, ..offer() };
         let seen = Capabilities::decode(&request).unwrap();
         assert_eq!(seen, asked);
         let granted = asked.confirm(&padded(&seen.grant(Some(&able)).encode(), 196)).unwrap();
-        assert_eq!(granted.extension, Some(Extension { data_queues: 1, window: 8, ..offer() }));
+        assert_eq!(granted.extension, Some(Extension { data_queues: 1, window: 8, features, ..offer() }));
         assert_eq!(asked.confirm(&seen.grant(None).encode()).unwrap(), Capabilities::default());
     }
 
@@ -259,6 +304,11 @@ mod tests {
         let more = Capabilities { pin_all: false, extension: Some(Extension { data_queues: 9, ..offer() }) };
         let asked = Capabilities { pin_all: false, extension: Some(offer()) };
         assert!(matches!(asked.confirm(&more.encode()), Err(CapabilityError::NotAsked { .. })));
+        let plainer = Capabilities {
+            pin_all: false,
+            extension: Some(Extension { features: Features::NONE, ..offer() }),
+        };
+        assert!(matches!(plainer.confirm(&asked.encode()), Err(CapabilityError::NotAsked { .. })));
         assert!(matches!(plain.confirm(&more.encode()), Err(CapabilityError::NotAsked { .. })));
     }
 }

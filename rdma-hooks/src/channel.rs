@@ -142,12 +142,15 @@ impl Channel {
         posted.map_err(|error| self.fail(error))
     }
 
+    /// True if a message can be posted without waiting.
+    pub(crate) fn can_send_now(&self) -> bool {
+        self.room() > 0 && self.sends_out < SENDS_OUT
+    }
+
     /// Sends a message, after all writes; waits for room in the queue, not for the completion.
     pub(crate) fn send(&mut self, parts: &[&[u8]], stop: &Stop) -> Result<(), HooksError> {
         self.ring()?;
-        self.wait_for(stop, |channel| {
-            Ok((channel.room() > 0 && channel.sends_out < SENDS_OUT).then_some(()))
-        })?;
+        self.wait_for(stop, |channel| Ok(channel.can_send_now().then_some(())))?;
         let id = self.id();
         self.flights.push_back(Flight { id, note: None, posted_at: None });
         self.sends_out += 1;

@@ -214,6 +214,11 @@ impl<L> SpanTable<L> {
         self.blocks.get(block as usize).is_some_and(block_goes_on) && self.find(block, chunk).is_none()
     }
 
+    /// Most chunks of a span.
+    pub fn max_chunks(&self) -> u64 {
+        self.max_chunks
+    }
+
     /// Bytes that a span of these chunks pins.
     pub fn bytes_of(&self, block: u32, first: u64, chunks: u64) -> u64 {
         let length = self.blocks.get(block as usize).map_or(0, |block| block.length);

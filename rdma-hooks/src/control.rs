@@ -61,6 +61,8 @@ pub enum Kind {
     Fence = 0x100,
     /// Not QEMU's: the receiver has read the whole stream and only waits for the sender to close.
     Done = 0x101,
+    /// Not QEMU's: ranges of blocks read as zero from now on.
+    ZeroRuns = 0x102,
 }
 
 impl Kind {
@@ -80,6 +82,7 @@ impl Kind {
             11 => Self::UnregisterFinished,
             0x100 => Self::Fence,
             0x101 => Self::Done,
+            0x102 => Self::ZeroRuns,
             _ => return None,
         })
     }
@@ -91,6 +94,7 @@ impl Kind {
             Self::Stream
                 | Self::RamBlocksRequest
                 | Self::Compress
+                | Self::ZeroRuns
                 | Self::RegisterRequest
                 | Self::RegisterFinished
                 | Self::UnregisterRequest
@@ -150,6 +154,8 @@ pub enum Message<'a> {
     },
     /// See [`Kind::Done`].
     Done,
+    /// 1 to 4096 ranges that read as zero, each as in a COMPRESS.
+    ZeroRuns(Vec<Compress>),
 }
 
 impl<'a> Message<'a> {
@@ -169,6 +175,7 @@ impl<'a> Message<'a> {
             Self::UnregisterFinished { .. } => Kind::UnregisterFinished,
             Self::Fence { .. } => Kind::Fence,
             Self::Done => Kind::Done,
+            Self::ZeroRuns(_) => Kind::ZeroRuns,
         }
     }
 
@@ -208,6 +215,7 @@ impl<'a> Message<'a> {
             Kind::RegisterRequest => Self::RegisterRequest(head.counted_records()?),
             Kind::UnregisterRequest => Self::UnregisterRequest(head.counted_records()?),
             Kind::Compress => Self::Compress(head.compress()?),
+            Kind::ZeroRuns => Self::ZeroRuns(head.zero_ranges()?),
         })
     }
 
@@ -228,6 +236,7 @@ impl<'a> Message<'a> {
             Self::UnregisterFinished { repeat } => Message::UnregisterFinished { repeat },
             Self::Fence { round } => Message::Fence { round },
             Self::Done => Message::Done,
+            Self::ZeroRuns(ranges) => Message::ZeroRuns(ranges),
         }
     }
 
@@ -251,6 +260,10 @@ impl<'a> Message<'a> {
             Self::RegisterRequest(records) | Self::UnregisterRequest(records) => {
                 records.iter().for_each(|record| record.write(out));
                 records.len() as u32
+            }
+            Self::ZeroRuns(ranges) => {
+                ranges.iter().for_each(|range| range.write(out));
+                ranges.len() as u32
             }
             Self::RegisterResult { results, repeat } => {
                 results.iter().for_each(|result| result.write(out));

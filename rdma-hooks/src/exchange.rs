@@ -316,7 +316,7 @@ mod tests {
             let stream = Receiver::judge(kind, Turn::Stream).is_ok();
             let round = Receiver::judge(kind, Turn::Round).is_ok();
             assert_eq!(stream, kind == Kind::Stream, "{kind:?}");
-            assert_eq!(round, matches!(number, 4 | 6 | 7 | 9 | 10), "{kind:?}");
+            assert_eq!(round, matches!(number, 4 | 6 | 7 | 9 | 10 | 0x102), "{kind:?}");
         }
     }
 }

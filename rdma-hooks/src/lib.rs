@@ -105,7 +105,7 @@ mod stream;
 pub mod verbs;
 
 pub use blocks::{BlockError, RamBlock};
-pub use capabilities::{Capabilities, MigrationId};
+pub use capabilities::{Capabilities, Features, MigrationId};
 pub use counters::Counters;
 pub use fabric::{Fabric, FabricError};
 pub use hooks::{

@@ -91,6 +91,11 @@ impl StreamSender {
         self.exchange.has_credit()
     }
 
+    /// True if a message can be sent without waiting for credit, room or a buffer.
+    pub(crate) fn can_send_now(&self) -> bool {
+        self.has_credit() && self.channel.can_send_now()
+    }
+
     /// The answer to the oldest open request, if it is here.
     pub(crate) fn take_reply(&mut self) -> Option<Message<'static>> {
         self.replies.pop_front()

@@ -4,11 +4,15 @@
 
 mod common;
 
-use common::fuzz_bodies::{control, destination, exchange, messages, source};
+use common::fuzz_bodies::{Mode, control, destination, exchange, messages, source};
 use common::{MIB, PAGE, Random};
 use rdma_hooks::control::{BlockRecord, Compress, Kind, Message, RegisterRecord, RegisterResult, WireError};
 use rdma_hooks::exchange::ExchangeError;
 use rdma_hooks::{BlockError, FabricError, HooksError};
+
+const QEMU: Mode = Mode { pin_all: false, native: false };
+const PINNED: Mode = Mode { pin_all: true, native: false };
+const NATIVE: Mode = Mode { pin_all: false, native: true };
 
 fn bytes(message: &Message<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -28,10 +32,14 @@ fn compress(block: u32, key: u64, length: u64) -> Message<'static> {
     Message::Compress(Compress { block, key, length })
 }
 
+fn zeros(ranges: &[(u32, u64, u64)]) -> Message<'static> {
+    Message::ZeroRuns(ranges.iter().map(|&(block, key, length)| Compress { block, key, length }).collect())
+}
+
 /// Says what a destination with blocks of 12 MiB and a page, and of a page, makes of the messages after the tables.
-fn serve(pin_all: bool, says: &[Message<'_>]) -> HooksError {
+fn serve(mode: Mode, says: &[Message<'_>]) -> HooksError {
     let says = std::iter::once(&Message::RamBlocksRequest).chain(says).map(bytes).collect();
-    destination(pin_all, says).expect_err("a script ends in an error, if only its end")
+    destination(mode, says).expect_err("a script ends in an error, if only its end")
 }
 
 #[test]
@@ -68,11 +76,22 @@ fn r22_r34_r35_requests_that_make_no_sense_are_refused_by_the_destination() {
         ("all is well",                    vec![register(0, MIB, 3), register(0, 2 * MIB, 0), unregister(0, 2), unregister(0, 1), compress(1, 0, PAGE), Message::RegisterFinished], script_over),
     ];
     for (what, says, expected) in cases {
-        let error = serve(false, &says);
+        let error = serve(QEMU, &says);
         assert!(expected(&error), "{what}: {error:?}");
         assert!(!error.to_string().is_empty());
     }
-    let pinned = serve(true, &[unregister(0, 0)]);
+    let several: Vec<(&str, Message<'_>, Test)> = vec![
+        ("a list for a QEMU's end", zeros(&[(0, 0, PAGE)]), unexpected),
+        ("a list, one of no block", zeros(&[(0, 0, PAGE), (2, 0, PAGE)]), no_index),
+        ("a list, one past its block", zeros(&[(0, 0, PAGE), (1, PAGE, 1)]), outside),
+        ("a list, one that wraps", zeros(&[(0, 2, u64::MAX)]), outside),
+        ("a list", zeros(&[(0, 0, PAGE), (1, 0, PAGE)]), script_over),
+    ];
+    for (index, (what, list, expected)) in several.into_iter().enumerate() {
+        let error = serve(if index == 0 { QEMU } else { NATIVE }, &[list]);
+        assert!(expected(&error), "{what}: {error:?}");
+    }
+    let pinned = serve(PINNED, &[unregister(0, 0)]);
     assert!(not_held(&pinned), "R-36 unregister with pin-all: {pinned:?}");
 }
 
@@ -80,12 +99,12 @@ fn r22_r34_r35_requests_that_make_no_sense_are_refused_by_the_destination() {
 fn r34_a_source_cannot_have_the_same_memory_pinned_over_and_over() {
     // Overlapping spans from every chunk to the end: half a square of the block's size.
     let says: Vec<_> = (0..12).rev().map(|chunk| register(0, chunk * MIB, 100)).collect();
-    assert!(matches!(serve(false, &says), HooksError::TooMuchRegistered { .. }));
+    assert!(matches!(serve(QEMU, &says), HooksError::TooMuchRegistered { .. }));
     let says: Vec<_> =
         (0..12).rev().flat_map(|chunk| [register(0, chunk * MIB, 100), unregister(0, chunk)]).collect();
     let again: Vec<_> = says.iter().cycle().take(600).cloned().collect();
     assert!(
-        matches!(serve(false, &again), HooksError::Fabric(FabricError::Disconnected)),
+        matches!(serve(QEMU, &again), HooksError::Fabric(FabricError::Disconnected)),
         "none is held for long"
     );
 }
@@ -93,7 +112,7 @@ fn r34_a_source_cannot_have_the_same_memory_pinned_over_and_over() {
 #[test]
 fn requests_before_the_block_tables_are_refused() {
     for message in [register(0, 0, 0), unregister(0, 0), compress(0, 0, PAGE)] {
-        let error = destination(false, vec![bytes(&message)]).unwrap_err();
+        let error = destination(QEMU, vec![bytes(&message)]).unwrap_err();
         assert!(
             matches!(error, HooksError::Exchange(ExchangeError::Unexpected { .. })),
             "{message:?}: {error:?}"
@@ -130,18 +149,18 @@ fn r12_to_r14_r25_r29_answers_that_make_no_sense_are_refused_by_the_source() {
         ("a base that wraps",            with(vec![ready(), ready(), ready(), key(5, u64::MAX - 10)]), |e| matches!(e, HooksError::Block(BlockError::Wraps { .. }))),
     ];
     for (what, says, expected) in cases {
-        let error = source(false, says.iter().map(bytes).collect()).unwrap_err();
+        let error = source(QEMU, says.iter().map(bytes).collect()).unwrap_err();
         assert!(expected(&error), "{what}: {error:?}");
     }
-    let unpinned = source(true, [ready(), ready(), table(3 * MIB, 0)].iter().map(bytes).collect());
+    let unpinned = source(PINNED, [ready(), ready(), table(3 * MIB, 0)].iter().map(bytes).collect());
     assert!(matches!(unpinned, Err(HooksError::NoKey { .. })), "R-29 pin-all without keys: {unpinned:?}");
 }
 
 #[test]
 fn r15_bytes_that_are_no_message_are_refused_by_both() {
     let short = || vec![vec![0; 7]];
-    assert!(matches!(destination(false, short()), Err(HooksError::Wire(WireError::ShortHeader { have: 7 }))));
-    assert!(matches!(source(false, short()), Err(HooksError::Wire(WireError::ShortHeader { have: 7 }))));
+    assert!(matches!(destination(QEMU, short()), Err(HooksError::Wire(WireError::ShortHeader { have: 7 }))));
+    assert!(matches!(source(QEMU, short()), Err(HooksError::Wire(WireError::ShortHeader { have: 7 }))));
 }
 
 /// Messages that are mostly right, with numbers that are mostly small and sometimes wild.
@@ -157,7 +176,7 @@ fn plausible(random: &mut Random) -> Vec<u8> {
         block: random.below(3) as u32,
         extra_chunks: number(random),
     };
-    let message = match random.below(12) {
+    let message = match random.below(13) {
         0 => Message::Error,
         1..=3 => Message::Ready,
         4 => Message::RamBlocksRequest,
@@ -170,9 +189,12 @@ fn plausible(random: &mut Random) -> Vec<u8> {
         6 => compress(random.below(3) as u32, number(random), number(random)),
         7 => Message::RegisterRequest((0..1 + random.below(3)).map(|_| record(random)).collect()),
         8 => Message::RegisterResult {
-            results: vec![RegisterResult { rkey: number(random) as u32, block_base: number(random) }],
-            repeat: 1,
+            results: (0..1 + random.below(3))
+                .map(|_| RegisterResult { rkey: number(random) as u32, block_base: number(random) })
+                .collect(),
+            repeat: 3,
         },
+        11 => zeros(&[(random.below(3) as u32, number(random), number(random)), (1, 0, number(random))]),
         9 => Message::RegisterFinished,
         10 => Message::UnregisterRequest(vec![record(random)]),
         _ => Message::UnregisterFinished { repeat: 1 },
@@ -190,23 +212,23 @@ fn seeded_nonsense_never_crashes_either_end() {
     let mut longest = 0;
     for seed in 0..20_000 {
         let mut random = Random(seed);
-        let pin_all = random.chance(300);
+        let mode = Mode { pin_all: random.chance(300), native: random.chance(500) };
         let mut says: Vec<_> = (0..random.below(30)).map(|_| plausible(&mut random)).collect();
         says.insert(0, bytes(&Message::RamBlocksRequest));
-        let _ = destination(pin_all, says.clone());
+        let _ = destination(mode, says.clone());
 
         // A source gets further if the first answers fit.
-        let rkey = u32::from(pin_all);
+        let rkey = u32::from(mode.pin_all);
         let table = Message::RamBlocksResult(vec![BlockRecord { base: 0, label: 0, length: 3 * MIB, rkey }]);
         let opening = [Message::Ready, Message::Ready, table, Message::Ready, Message::Ready];
         says.splice(0..1, opening.iter().map(bytes));
         longest = longest.max(says.len());
-        let _ = source(pin_all, says);
+        let _ = source(mode, says);
 
         let noise: Vec<u8> = (0..random.below(600)).map(|_| random.next() as u8).collect();
         control(&noise);
         exchange(&noise);
-        let _ = destination(pin_all, messages(&noise));
+        let _ = destination(mode, messages(&noise));
     }
     assert!(longest > 20);
     assert_eq!(Kind::from_wire(0), None);

@@ -10,9 +10,9 @@ use std::time::Duration;
 use common::{MIB, PAGE};
 use rdma_hooks::sim::{Fault, Host, Sim, SimConfig, SimFabric, SparseMemory};
 use rdma_hooks::{
-    BlockSpan, Cancel, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, FabricError, HooksError,
-    HostRegion, MigrationId, PageContent, RamBlock, RamControl, Reason, RegionMemory, ReturnWriter,
-    SaveDisposition, SourceConfig, SourceHooks, Stop, Stopped, Ticket,
+    BlockSpan, Cancel, Counters, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, FabricError,
+    Features, HooksError, HostRegion, MigrationId, PageContent, RamBlock, RamControl, Reason, RegionMemory,
+    ReturnWriter, SaveDisposition, SourceConfig, SourceHooks, Stop, Stopped, Ticket,
 };
 
 const PORT: u16 = 1;
@@ -83,8 +83,12 @@ fn serve(
 #[test]
 fn r42_to_r46_the_return_path_carries_bytes_both_with_and_without_the_extension() {
     for extended in [false, true] {
-        let extension =
-            extended.then_some(ExtensionOffer { data_queues: 1, window: 2, migration: MigrationId([3; 16]) });
+        let extension = extended.then_some(ExtensionOffer {
+            data_queues: 1,
+            window: 2,
+            features: Features::ALL,
+            migration: MigrationId([3; 16]),
+        });
         let config = SourceConfig { extension, ..SourceConfig::default() };
         let said: Vec<u8> = (0..100_000_u32).map(|i| i as u8).collect();
         let expected = said.clone();
@@ -103,7 +107,7 @@ fn r42_to_r46_the_return_path_carries_bytes_both_with_and_without_the_extension(
             },
             move |fabric, mut listener| {
                 let stop = seconds(&fabric, 30);
-                let config = DestinationConfig { data_queues: 1, window: 2, admit: None };
+                let config = DestinationConfig { data_queues: 1, window: 2, ..DestinationConfig::default() };
                 let hooks = DestinationHooks::accept(listener.as_mut(), &config, &stop).unwrap();
                 let mut back = ReturnWriter::accept(listener.as_mut(), hooks.granted(), &stop).unwrap();
                 back.write(&said, &stop).unwrap();
@@ -225,7 +229,12 @@ fn r20_r23_hooks_out_of_order_are_refused_and_harmless() {
 fn r33_zeros_and_data_of_one_page_keep_their_order() {
     for data_queues in [0, 3] {
         for seed in 0..20 {
-            let extension = Some(ExtensionOffer { data_queues, window: 4, migration: MigrationId([1; 16]) });
+            let extension = Some(ExtensionOffer {
+                data_queues,
+                window: 4,
+                features: Features::ALL,
+                migration: MigrationId([1; 16]),
+            });
             let (target, block) = ram(4 * MIB);
             let (source, from_block) = ram(4 * MIB);
             let sim = SimConfig { seed, max_delay: Duration::from_millis(5), ..SimConfig::default() };
@@ -255,7 +264,8 @@ fn r33_zeros_and_data_of_one_page_keep_their_order() {
                 },
                 move |fabric, mut listener| {
                     let stop = seconds(&fabric, 30);
-                    let config = DestinationConfig { data_queues: 3, window: 4, admit: None };
+                    let config =
+                        DestinationConfig { data_queues: 3, window: 4, ..DestinationConfig::default() };
                     let mut hooks = DestinationHooks::accept(listener.as_mut(), &config, &stop).unwrap();
                     serve(&mut hooks, block, 2, &stop).unwrap();
                     let _ = hooks.finish(&stop);
@@ -416,4 +426,120 @@ fn r38_r39_the_source_waits_10_s_for_the_close_and_the_destination_2_s() {
         },
     );
     assert!((10_000..10_500).contains(&waited_here.as_millis()), "{waited_here:?}");
+}
+
+/// What a source and its destination want beyond QEMU, and what a sparse guest's pages cost in messages then.
+fn sparse_guest(ours: Option<Features>, theirs: Features, window: u16) -> Counters {
+    let extension = ours.map(|features| ExtensionOffer {
+        data_queues: 0,
+        window,
+        features,
+        migration: MigrationId([2; 16]),
+    });
+    let (target, block) = ram(200 * MIB);
+    target.write(3 * MIB, b"left over");
+    let (source, from_block) = ram(200 * MIB);
+    // A page with data in every other chunk, zeros between.
+    let data: Vec<_> = (0..100).map(|index| span(index * 2 * MIB, PAGE, PageContent::Data)).collect();
+    data.iter().for_each(|span| source.write(span.offset, b"data"));
+    let memory = Arc::clone(&source);
+    let (counters, (), sim) = both(
+        SimConfig::default(),
+        move |fabric| {
+            let stop = seconds(&fabric, 30);
+            let config = SourceConfig { extension, ..SourceConfig::default() };
+            let mut hooks = SourceHooks::connect(&fabric, "sim", PORT, config, &stop).unwrap();
+            hooks.set_blocks(vec![from_block]).unwrap();
+            open(&mut hooks, RamControl::Setup, &stop);
+            hooks.registration_stop(RamControl::Setup, &stop).unwrap();
+            open(&mut hooks, RamControl::Finish, &stop);
+            let before = hooks.counters().messages_sent;
+            hooks.expect_pages(&data, &stop).unwrap();
+            for &page in &data {
+                hooks.control_save_page(page, &stop).unwrap();
+                let zeros = span(page.offset + PAGE, 2 * MIB - PAGE, PageContent::Zero);
+                hooks.control_save_page(zeros, &stop).unwrap();
+            }
+            hooks.registration_stop(RamControl::Finish, &stop).unwrap();
+            let mut counters = hooks.counters();
+            counters.messages_sent -= before;
+            hooks.finish(&stop).unwrap();
+            counters
+        },
+        move |fabric, mut listener| {
+            let stop = seconds(&fabric, 30);
+            let config = DestinationConfig { data_queues: 0, window, features: theirs, admit: None };
+            let mut hooks = DestinationHooks::accept(listener.as_mut(), &config, &stop).unwrap();
+            serve(&mut hooks, block, 2, &stop).unwrap();
+            let _ = hooks.finish(&stop);
+        },
+    );
+    assert_eq!(memory.first_difference(&target), None);
+    assert_eq!(sim.unready_messages(), 0);
+    assert_eq!(counters.zero_ranges, 100);
+    counters
+}
+
+#[test]
+fn r55_keys_come_in_batches_and_zeros_in_lists_only_if_both_ends_want_it() {
+    let batches = Features { zero_runs: false, ..Features::ALL };
+    let lists = Features { key_batches: false, ..Features::ALL };
+    // Messages for 100 keys, 100 zero ranges, the mark and the end of the round.
+    for (ours, theirs, at_least, at_most) in [
+        (None, Features::ALL, 202, 202),
+        (Some(Features::NONE), Features::ALL, 202, 202),
+        (Some(Features::ALL), Features::NONE, 202, 202),
+        (Some(Features::ALL), batches, 103, 103),
+        (Some(lists), Features::ALL, 103, 202),
+        (Some(Features::ALL), Features::ALL, 4, 40),
+    ] {
+        for window in [1, 8] {
+            let counters = sparse_guest(ours, theirs, window);
+            let messages = counters.messages_sent;
+            println!("{ours:?} {theirs:?} window {window}: {messages} messages");
+            assert!(
+                (at_least..=at_most).contains(&messages),
+                "{ours:?}, {theirs:?}, window {window}: {messages} messages"
+            );
+            assert_eq!(counters.registrations, 100);
+        }
+    }
+}
+
+#[test]
+fn a_window_of_credits_saves_round_trips() {
+    let took = |window| {
+        let extension = ExtensionOffer {
+            data_queues: 0,
+            window,
+            features: Features::NONE,
+            migration: MigrationId([4; 16]),
+        };
+        let config = SourceConfig { extension: Some(extension), ..SourceConfig::default() };
+        let (took, (), _) = both(
+            SimConfig::default(),
+            |fabric| {
+                let stop = seconds(&fabric, 60);
+                let mut hooks = SourceHooks::connect(&fabric, "sim", PORT, config, &stop).unwrap();
+                let started = fabric.now();
+                hooks.write_stream(&vec![7; 4 << 20], &stop).unwrap();
+                hooks.finish(&stop).unwrap();
+                fabric.now() - started
+            },
+            |fabric, mut listener| {
+                let stop = seconds(&fabric, 60);
+                let config = DestinationConfig { window: 8, ..DestinationConfig::default() };
+                let mut hooks = DestinationHooks::accept(listener.as_mut(), &config, &stop).unwrap();
+                let (mut bytes, mut read) = (vec![0; 1 << 16], 0);
+                while read < 4 << 20 {
+                    read += hooks.read_stream(&mut bytes, &stop).unwrap();
+                }
+                let _ = hooks.finish(&stop);
+            },
+        );
+        took
+    };
+    let (one, eight) = (took(1), took(8));
+    println!("4 MiB of stream: one credit {one:?}, eight {eight:?}");
+    assert!(eight * 2 < one, "virtual time: {one:?} with one credit, {eight:?} with eight");
 }

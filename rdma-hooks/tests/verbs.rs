@@ -17,8 +17,8 @@ use rdma_hooks::fabric::{
 };
 use rdma_hooks::verbs::{VerbsFabric, devices};
 use rdma_hooks::{
-    Cancel, Counters, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, FabricError, HooksError,
-    HostRegion, MigrationId, SourceConfig, SourceHooks, Stop, Stopped,
+    Cancel, Counters, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, FabricError, Features,
+    HooksError, HostRegion, MigrationId, SourceConfig, SourceHooks, Stop, Stopped,
 };
 
 fn seconds(fabric: &dyn Fabric, seconds: u64) -> Stop {
@@ -53,8 +53,14 @@ mod in_rxe_guest {
         let address = address().expect("a device");
         let base = SourceConfig::default;
         let extension = |data_queues, window| {
-            Some(ExtensionOffer { data_queues, window, migration: MigrationId([9; 16]) })
+            Some(ExtensionOffer {
+                data_queues,
+                window,
+                features: Features::ALL,
+                migration: MigrationId([9; 16]),
+            })
         };
+        let qemus_words = extension(0, 1).map(|offer| ExtensionOffer { features: Features::NONE, ..offer });
         let plans = [
             ("dynamic", base()),
             ("pin-all", SourceConfig { pin_all: true, ..base() }),
@@ -64,6 +70,7 @@ mod in_rxe_guest {
                 "four queue pairs, pin-all",
                 SourceConfig { extension: extension(3, 4), pin_all: true, ..base() },
             ),
+            ("QEMU's messages between native ends", SourceConfig { extension: qemus_words, ..base() }),
             ("window of four", SourceConfig { extension: extension(0, 4), record_latencies: true, ..base() }),
         ];
         for (seed, (name, source)) in plans.into_iter().enumerate() {

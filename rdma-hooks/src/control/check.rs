@@ -117,9 +117,16 @@ impl<'a> Head<'a> {
         if self.repeat != 1 || self.payload.len() != Compress::BYTES {
             return Err(self.bad_length(Compress::BYTES));
         }
-        match be32(self.payload, 0) {
-            0 => Ok(Compress::read(self.payload)),
-            value => Err(WireError::CompressValue { value }),
+        self.zero_ranges().map(|ranges| ranges.first().copied().unwrap_or_default())
+    }
+
+    /// Exactly `repeat` ranges, at least one, none filled with anything but zero.
+    pub(super) fn zero_ranges(&self) -> Result<Vec<Compress>, WireError> {
+        let ranges = self.counted_records()?;
+        let values = self.payload.chunks_exact(Compress::BYTES).map(|record| be32(record, 0));
+        match values.into_iter().find(|&value| value != 0) {
+            None => Ok(ranges),
+            Some(value) => Err(WireError::CompressValue { value }),
         }
     }
 }

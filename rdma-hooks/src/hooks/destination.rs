@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::blocks::{BlockError, DestinationBlocks, RamBlock};
-use crate::capabilities::{Capabilities, Extension, MigrationId, Role};
+use crate::capabilities::{Capabilities, Extension, Features, MigrationId, Role};
 use crate::channel::{Channel, connect_params};
 use crate::chunk::{chunk_of, chunk_range, chunks_in};
 use crate::control::{Compress, Kind, Message, RegisterRecord, RegisterResult};
@@ -36,6 +36,8 @@ pub struct DestinationConfig {
     pub data_queues: u16,
     /// Messages a source of this crate may have on the way; 0 and 1 mean one.
     pub window: u16,
+    /// Messages of a source of this crate that may hold more than QEMU's.
+    pub features: Features,
     /// Which peers may connect; `None` admits all.
     pub admit: Option<PeerFilter>,
 }
@@ -107,6 +109,7 @@ impl DestinationHooks {
             role: Role::Main,
             data_queues: config.data_queues,
             window: config.window.max(1),
+            features: config.features,
             migration: MigrationId::default(),
         };
         loop {
@@ -242,10 +245,18 @@ impl DestinationHooks {
                     self.zero(&range, &mut summary)?;
                     None
                 }
+                Message::ZeroRuns(ranges) if self.takes_lists() => {
+                    ranges.iter().try_for_each(|range| self.zero(range, &mut summary))?;
+                    None
+                }
                 other => return Err(HooksError::unexpected(other.kind(), "a round was open")),
             };
             self.stream.done(slot, reply.as_ref(), stop)?;
         }
+    }
+
+    fn takes_lists(&self) -> bool {
+        self.granted.extension.is_some_and(|extension| extension.features.zero_runs)
     }
 
     /// The end of the round on every additional queue pair: what was written there is in memory.

@@ -2,13 +2,13 @@
 
 mod keys;
 mod pages;
+mod zeros;
 
-use std::collections::{HashMap, VecDeque};
-use std::ops::Range;
+use std::collections::HashMap;
 use std::time::Duration;
 
 use crate::blocks::{RamBlock, check_announceable};
-use crate::capabilities::{Capabilities, Extension, MigrationId, Role};
+use crate::capabilities::{Capabilities, Extension, Features, MigrationId, Role};
 use crate::channel::{Channel, connect_params};
 use crate::chunk::{CHUNK_BYTES, Merger, SpanTable};
 use crate::control::{BlockRecord, Kind, Message};
@@ -18,6 +18,7 @@ use crate::hooks::{HookMark, HooksError, RamControl, ReturnReader, Ticket};
 use crate::stop::Stop;
 use crate::stream::StreamSender;
 use keys::{Asked, Pinned};
+use zeros::Zeros;
 
 /// How long the destination may take to close the connection once it has the last byte.
 const PART_WITHIN: Duration = Duration::from_secs(10);
@@ -34,7 +35,8 @@ pub struct SourceConfig {
     pub pin_budget_bytes: Option<u64>,
     /// Without pin-all: most chunks (of 1 MiB) per registration. A walk in address order reaches it by doubling.
     pub max_span_chunks: u64,
-    /// Zero runs from this many bytes on are told instead of written where a key is at hand.
+    /// Zero runs from this many bytes on are told instead of written where a key is at hand. Towards a peer that takes
+    /// lists of them the floor is two pages at most.
     pub zero_floor_bytes: u64,
     /// Step in which [`PageContent::Unknown`](crate::hooks::PageContent::Unknown) is looked at.
     pub page_bytes: u64,
@@ -65,6 +67,8 @@ pub struct ExtensionOffer {
     pub data_queues: u16,
     /// Messages that may be on the way at a time.
     pub window: u16,
+    /// Messages that hold more than QEMU's.
+    pub features: Features,
     /// Random; binds the connections of this migration to each other.
     pub migration: MigrationId,
 }
@@ -75,15 +79,6 @@ enum Round {
     /// The mark is on its way into the stream.
     Marked(RamControl),
     Open(RamControl),
-}
-
-/// A zero range the destination was told of, until it has dealt with it.
-#[derive(Debug)]
-struct Zeroing {
-    message: u64,
-    block: u32,
-    range: Range<u64>,
-    ticket: u64,
 }
 
 /// The source's end of a migration over RDMA.
@@ -103,7 +98,7 @@ pub struct SourceHooks {
     blocks: Vec<RamBlock>,
     remote: Vec<BlockRecord>,
     merger: Merger,
-    zeroing: VecDeque<Zeroing>,
+    zeros: Zeros,
     /// Writes in flight by block and chunk; kept only with several queue pairs.
     chunk_flights: HashMap<(u32, u64), u32>,
     round: Round,
@@ -145,7 +140,7 @@ impl SourceHooks {
             blocks: Vec::new(),
             remote: Vec::new(),
             merger: Merger::default(),
-            zeroing: VecDeque::new(),
+            zeros: Zeros::default(),
             chunk_flights: HashMap::new(),
             round: Round::Closed,
             rounds: 0,
@@ -309,6 +304,7 @@ impl SourceHooks {
         }
         self.settle();
         self.take_keys_ahead()?;
+        self.tell_gathered_at_leisure()?;
         Ok(news)
     }
 
@@ -326,9 +322,7 @@ impl SourceHooks {
                 }
             }
         }
-        while self.zeroing.front().is_some_and(|zeroing| self.main.is_finished(zeroing.message)) {
-            self.zeroing.pop_front();
-        }
+        self.zeros.settle(|message| self.main.is_finished(message));
     }
 
     /// Hook: the round ends. Whatever was saved in it reaches the destination's memory before anything later does. In
@@ -373,7 +367,7 @@ impl SourceHooks {
         let channels = std::iter::once(&self.main.channel).chain(&self.data);
         let waiting = channels.filter_map(Channel::oldest_ticket);
         let merging = self.merger.pending().map(|run| run.ticket);
-        let zeroing = self.zeroing.front().map(|zeroing| zeroing.ticket);
+        let zeroing = self.zeros.oldest_ticket();
         let oldest = waiting.chain(merging).chain(zeroing).min();
         Ok(Ticket(oldest.map_or(self.ticket, |oldest| oldest - 1)))
     }
@@ -390,7 +384,8 @@ impl SourceHooks {
     ///
     /// What the connection met.
     pub fn wait_for(&mut self, ticket: Ticket, stop: &Stop) -> Result<(), HooksError> {
-        if self.merger.pending().is_some_and(|run| run.ticket <= ticket.0) {
+        let held = [self.merger.pending().map(|run| run.ticket), self.zeros.oldest_gathered()];
+        if held.into_iter().flatten().any(|held| held <= ticket.0) {
             self.flush_pages(stop)?;
         }
         while self.collect()? < ticket {
@@ -476,6 +471,6 @@ impl SourceHooks {
 }
 
 fn offer(config: &SourceConfig, role: Role) -> Option<Extension> {
-    let ExtensionOffer { data_queues, window, migration } = config.extension?;
-    Some(Extension { role, data_queues, window, migration })
+    let ExtensionOffer { data_queues, window, features, migration } = config.extension?;
+    Some(Extension { role, data_queues, window, features, migration })
 }

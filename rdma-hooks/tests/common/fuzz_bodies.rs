@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rdma_hooks::capabilities::{Extension, Role};
 use rdma_hooks::control::{Kind, Message};
 use rdma_hooks::exchange::{Receiver, Sender, SenderEvent};
 use rdma_hooks::sim::SparseMemory;
 use rdma_hooks::{
-    BlockSpan, Cancel, DestinationConfig, DestinationHooks, Fabric, HooksError, HostRegion, PageContent,
-    RamBlock, RamControl, RegionMemory, SourceConfig, SourceHooks, Stop,
+    BlockSpan, Cancel, Capabilities, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, Features,
+    HooksError, HostRegion, MigrationId, PageContent, RamBlock, RamControl, RegionMemory, SourceConfig,
+    SourceHooks, Stop,
 };
 
 use super::scripted::Scripted;
@@ -64,9 +66,41 @@ pub fn messages(mut data: &[u8]) -> Vec<Vec<u8>> {
     messages
 }
 
+/// How the scripted peer and the end under test agreed to talk.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Mode {
+    pub pin_all: bool,
+    /// Both ends are of this crate, with all that goes beyond QEMU.
+    pub native: bool,
+}
+
+impl Mode {
+    pub fn from_bits(bits: u8) -> Self {
+        Self { pin_all: bits & 1 != 0, native: bits & 2 != 0 }
+    }
+
+    fn private_data(self) -> Vec<u8> {
+        let offer = self.offer();
+        let extension = offer.map(|ExtensionOffer { data_queues, window, features, migration }| Extension {
+            role: Role::Main,
+            data_queues,
+            window,
+            features,
+            migration,
+        });
+        Capabilities { pin_all: self.pin_all, extension }.encode()
+    }
+
+    fn offer(self) -> Option<ExtensionOffer> {
+        let migration = MigrationId([9; 16]);
+        let offer = ExtensionOffer { data_queues: 0, window: 1, features: Features::ALL, migration };
+        self.native.then_some(offer)
+    }
+}
+
 /// A destination survives any source: it errs, keeps its registrations inside its blocks, and lets go of them all.
-pub fn destination(pin_all: bool, says: Vec<Vec<u8>>) -> Result<(), HooksError> {
-    let scripted = Scripted::new(vec![0, 0, 0, 1, 0, 0, 0, u8::from(pin_all)], says);
+pub fn destination(mode: Mode, says: Vec<Vec<u8>>) -> Result<(), HooksError> {
+    let scripted = Scripted::new(mode.private_data(), says);
     let script = Arc::clone(&scripted.script);
     let ended = serve(&scripted);
     let script = script.lock().unwrap();
@@ -98,10 +132,10 @@ fn serve(scripted: &Scripted) -> Result<(), HooksError> {
 }
 
 /// A source survives any destination: it errs, and sends nothing against the rules.
-pub fn source(pin_all: bool, says: Vec<Vec<u8>>) -> Result<(), HooksError> {
-    let scripted = Scripted::new(vec![0, 0, 0, 1, 0, 0, 0, u8::from(pin_all)], says);
+pub fn source(mode: Mode, says: Vec<Vec<u8>>) -> Result<(), HooksError> {
+    let scripted = Scripted::new(mode.private_data(), says);
     let script = Arc::clone(&scripted.script);
-    let ended = drive(&scripted, pin_all);
+    let ended = drive(&scripted, mode);
     let script = script.lock().unwrap();
     assert_eq!(script.registered, 0, "registrations leak");
     for write in script.writes.iter().filter(|write| write.len > 0) {
@@ -110,9 +144,14 @@ pub fn source(pin_all: bool, says: Vec<Vec<u8>>) -> Result<(), HooksError> {
     ended
 }
 
-fn drive(scripted: &Scripted, pin_all: bool) -> Result<(), HooksError> {
+fn drive(scripted: &Scripted, mode: Mode) -> Result<(), HooksError> {
     let stop = Stop::new(Some(scripted.now() + Duration::from_secs(10)), Cancel::default());
-    let config = SourceConfig { pin_all, pin_budget_bytes: Some(2 * MIB), ..SourceConfig::default() };
+    let config = SourceConfig {
+        pin_all: mode.pin_all,
+        pin_budget_bytes: Some(4 * MIB),
+        extension: mode.offer(),
+        ..SourceConfig::default()
+    };
     let mut hooks = SourceHooks::connect(scripted, "script", 1, config, &stop)?;
     let memory = Arc::new(SparseMemory::new(3 * MIB));
     memory.write(MIB, b"data");
@@ -122,10 +161,15 @@ fn drive(scripted: &Scripted, pin_all: bool) -> Result<(), HooksError> {
             hooks.write_stream(&mark.to_bytes(), &stop)?;
         }
         if kind != RamControl::Setup {
-            for (offset, content) in
-                [(0, PageContent::Zero), (0, PageContent::Data), (MIB, PageContent::Unknown)]
-            {
-                let span = BlockSpan { block: 0, offset, len: 2 * MIB, content };
+            let pages = [
+                (0, PageContent::Zero),
+                (0, PageContent::Data),
+                (2 * MIB, PageContent::Data),
+                (MIB, PageContent::Unknown),
+            ];
+            let spans = pages.map(|(offset, content)| BlockSpan { block: 0, offset, len: MIB, content });
+            hooks.expect_pages(&spans, &stop)?;
+            for span in spans {
                 hooks.control_save_page(span, &stop)?;
             }
         }

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use rdma_hooks::sim::{Fault, Host, Part, Sim, SimConfig, SparseMemory};
 use rdma_hooks::{
-    BlockSpan, Cancel, DestinationConfig, DestinationHooks, Fabric, HookMark, HooksError, HostRegion,
-    PageContent, RamBlock, RamControl, RegionMemory, SourceConfig, SourceHooks, Stop, Ticket,
+    BlockSpan, Cancel, DestinationConfig, DestinationHooks, Fabric, Features, HookMark, HooksError,
+    HostRegion, PageContent, RamBlock, RamControl, RegionMemory, SourceConfig, SourceHooks, Stop, Ticket,
 };
 
 pub mod device;
@@ -164,6 +164,7 @@ pub struct Plan {
     pub source: SourceConfig,
     pub data_queues: u16,
     pub window: u16,
+    pub features: Features,
     pub rounds: u64,
 }
 
@@ -180,6 +181,7 @@ impl Plan {
             extension: extended.then(|| rdma_hooks::ExtensionOffer {
                 data_queues: random.below(4) as u16,
                 window: 1 + random.below(4) as u16,
+                features: features(&mut random),
                 migration: rdma_hooks::MigrationId(random.next().to_le_bytes().repeat(2).try_into().unwrap()),
             }),
             record_latencies: random.chance(100),
@@ -192,7 +194,8 @@ impl Plan {
             ..SimConfig::default()
         };
         let (data_queues, window) = (random.below(4) as u16, random.below(5) as u16);
-        Self { sim, source, data_queues, window, rounds: random.below(4) }
+        let (features, rounds) = (features(&mut random), random.below(4));
+        Self { sim, source, data_queues, window, features, rounds }
     }
 
     /// The same plan with something going wrong.
@@ -200,6 +203,10 @@ impl Plan {
         self.sim.faults.push((host, fault));
         self
     }
+}
+
+fn features(random: &mut Random) -> Features {
+    Features { key_batches: random.chance(700), zero_runs: random.chance(700) }
 }
 
 /// What a migration came to.
@@ -300,6 +307,9 @@ fn round(
     hooks.write_stream(&mark.to_bytes(), stop)?;
     let mut arrived = Ticket(0);
     for (index, span) in spans.iter().enumerate() {
+        if index % 8 == 0 {
+            hooks.expect_pages(&spans[index..(index + 8).min(spans.len())], stop)?;
+        }
         hooks.control_save_page(*span, stop)?;
         if index % 8 == 7 {
             let now = hooks.collect()?;
@@ -317,7 +327,12 @@ pub fn receive<M: TestMemory>(
     plan: &Plan,
 ) -> Result<(), HooksError> {
     let stop = minute(fabric);
-    let config = DestinationConfig { data_queues: plan.data_queues, window: plan.window, admit: None };
+    let config = DestinationConfig {
+        data_queues: plan.data_queues,
+        window: plan.window,
+        features: plan.features,
+        admit: None,
+    };
     let mut hooks = DestinationHooks::accept(listener.as_mut(), &config, &stop)?;
     for block in ram.blocks() {
         hooks.add_block(block)?;

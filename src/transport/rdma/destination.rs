@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use rdma_hooks::fabric::Listener;
 use rdma_hooks::{
-    DestinationConfig, DestinationHooks, Fabric, FabricError, HooksError, RamBlock as NicBlock, ReturnWriter,
-    Stopped,
+    DestinationConfig, DestinationHooks, Fabric, FabricError, Features, HooksError, RamBlock as NicBlock,
+    ReturnWriter, Stopped,
 };
 
 use super::source::own_room;
@@ -83,6 +83,7 @@ impl RdmaListener {
         let config = DestinationConfig {
             data_queues: MAX_DATA_QUEUES,
             window: WINDOW,
+            features: Features::ALL,
             admit: Some(Arc::new(move |peer| allow.allows(peer.ip()))),
         };
         let bounds = end.patient(stop);

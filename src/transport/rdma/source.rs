@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rdma_hooks::{
-    BlockSpan, ExtensionOffer, Fabric, FabricError, HooksError, MigrationId, PageContent, RamControl,
-    ReturnReader, SaveDisposition, SourceConfig, SourceHooks, Ticket as Save,
+    BlockSpan, ExtensionOffer, Fabric, FabricError, Features, HooksError, MigrationId, PageContent,
+    RamControl, ReturnReader, SaveDisposition, SourceConfig, SourceHooks, Ticket as Save,
 };
 
 use super::{End, MAX_DATA_QUEUES, WINDOW, misused};
@@ -62,6 +62,7 @@ pub fn connect_over(
         extension: Some(ExtensionOffer {
             data_queues: rdma.queue_pairs.saturating_sub(1).min(MAX_DATA_QUEUES),
             window: WINDOW,
+            features: Features::ALL,
             migration: MigrationId(random_id()),
         }),
         record_latencies: true,
@@ -84,6 +85,7 @@ pub fn connect_over(
         in_flight: 0,
         finished: Vec::new(),
         failed: Vec::new(),
+        spans: Vec::new(),
         tickets: 0,
     };
     let way = Way { transport: "rdma", why: "the address says so".into() };
@@ -120,6 +122,8 @@ pub struct RdmaLink {
     in_flight: u64,
     finished: Vec<Returned>,
     failed: Vec<PageBatch>,
+    /// The batch being saved.
+    spans: Vec<BlockSpan>,
     tickets: u64,
 }
 
@@ -218,7 +222,7 @@ impl RdmaLink {
     fn save(&mut self, batch: &PageBatch, stop: &Stop) -> Result<Option<Save>, MoveError> {
         let hooks = Wire::hooks(&mut self.wire.hooks, &self.wire.end, WRITING)?;
         let bounds = self.wire.end.bounds(stop, time_for(self.in_flight));
-        let mut last = None;
+        self.spans.clear();
         for piece in batch.pieces() {
             let landing = self.memory.table().admit_run(piece.run).map_err(GuestError::from)?;
             let content = match piece.verdict {
@@ -227,9 +231,13 @@ impl RdmaLink {
                 Verdict::Unknown => PageContent::Unknown,
             };
             let (block, offset) = (piece.run.block.0, landing.offset().0);
-            let span = BlockSpan { block, offset, len: landing.len(), content };
-            let saved = hooks.control_save_page(span, &bounds.hooks);
-            match saved.map_err(|error| bounds.error(WRITING, error))? {
+            self.spans.push(BlockSpan { block, offset, len: landing.len(), content });
+        }
+        let failed = |error| bounds.error(WRITING, error);
+        hooks.expect_pages(&self.spans, &bounds.hooks).map_err(failed)?;
+        let mut last = None;
+        for &span in &self.spans {
+            match hooks.control_save_page(span, &bounds.hooks).map_err(failed)? {
                 SaveDisposition::Delayed { ticket, .. } => last = Some(ticket),
                 SaveDisposition::NotSupported(_) => return Ok(None),
             }

@@ -3,9 +3,9 @@
 use super::SourceHooks;
 use crate::blocks::{BlockError, check_records};
 use crate::chunk::{AllBusy, CHUNK_BYTES, Run, SpanId, chunk_of, chunk_range};
-use crate::control::{Message, RegisterRecord};
+use crate::control::{MAX_REPEAT, Message, RegisterRecord, RegisterResult};
 use crate::fabric::{Access, AddressBase, Registration};
-use crate::hooks::HooksError;
+use crate::hooks::{BlockSpan, HooksError, PageContent};
 use crate::stop::Stop;
 
 /// A whole block registered at both ends.
@@ -23,6 +23,20 @@ pub(super) struct Keys {
     pub(super) rkey: u32,
     pub(super) to: u64,
     pub(super) span: Option<SpanId>,
+}
+
+/// Adjacent chunks a key is wanted for.
+#[derive(Clone, Copy, Debug)]
+struct Wanted {
+    block: u32,
+    first: u64,
+    count: u64,
+}
+
+impl Wanted {
+    fn end(&self) -> u64 {
+        self.first + self.count
+    }
 }
 
 /// A request for keys that is on its way.
@@ -64,6 +78,88 @@ impl SourceHooks {
             to: span.base + run.range.start,
             span: Some(id),
         })
+    }
+
+    /// Says which pages will be saved next. Where the destination takes it, all keys they lack are asked for in one
+    /// message instead of one by one; otherwise, and for pages not known to be data, nothing happens.
+    ///
+    /// # Errors
+    ///
+    /// As [`control_save_page`](Self::control_save_page).
+    pub fn expect_pages(&mut self, spans: &[BlockSpan], stop: &Stop) -> Result<(), HooksError> {
+        let batches = self.granted.extension.is_some_and(|extension| extension.features.key_batches);
+        if !batches || self.postcopy || self.granted.pin_all {
+            return Ok(());
+        }
+        self.enter_round(stop)?;
+        self.wait_for_keys_ahead(stop)?;
+        let mut wanted: Vec<Wanted> = Vec::new();
+        for span in spans.iter().filter(|span| span.content == PageContent::Data && span.len > 0) {
+            let count = self.blocks.len();
+            let missing = BlockError::NoSuchIndex { index: span.block, count };
+            let range = self.blocks.get(span.block as usize).ok_or(missing)?.range(span.offset, span.len)?;
+            for chunk in chunk_of(range.start)..=chunk_of(range.end - 1) {
+                if self.spans.find(span.block, chunk).is_none() {
+                    self.want(&mut wanted, span.block, chunk);
+                }
+            }
+        }
+        // One alone is asked for on demand, and a walk ahead of itself.
+        if wanted.len() > 1 { self.register_all(wanted, stop) } else { Ok(()) }
+    }
+
+    /// Adds a chunk to what is wanted: to the last span if it is adjacent, else as a span of its own.
+    fn want(&self, wanted: &mut Vec<Wanted>, block: u32, chunk: u64) {
+        let most = self.spans.max_chunks();
+        if let Some(last) = wanted.last_mut().filter(|last| last.block == block) {
+            if (last.first..last.end()).contains(&chunk) {
+                return;
+            }
+            if last.end() == chunk && last.count < most {
+                last.count += 1;
+                return;
+            }
+        }
+        if wanted.len() < MAX_REPEAT as usize {
+            wanted.push(Wanted { block, first: chunk, count: 1 });
+        }
+    }
+
+    /// Asks for all these keys in one message. What does not fit the pin budget is left to be asked for on demand.
+    fn register_all(&mut self, mut wanted: Vec<Wanted>, stop: &Stop) -> Result<(), HooksError> {
+        // Pages out of address order may want a chunk twice.
+        wanted.sort_unstable_by_key(|wanted| (wanted.block, wanted.first));
+        wanted.dedup_by(|next, last| last.block == next.block && next.first < last.end());
+        let mut left = self.config.pin_budget_bytes.map_or(u64::MAX, |budget| budget / 2);
+        wanted.retain(|wanted| {
+            let bytes = self.spans.bytes_of(wanted.block, wanted.first, wanted.count);
+            let fits = bytes <= left;
+            left -= if fits { bytes } else { 0 };
+            fits
+        });
+        let bytes = wanted.iter().map(|wanted| self.spans.bytes_of(wanted.block, wanted.first, wanted.count));
+        let bytes = bytes.sum();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        self.make_room(bytes, stop)?;
+        let records = wanted.iter().map(|wanted| self.record(wanted)).collect();
+        self.main.send(&Message::RegisterRequest(records), stop)?;
+        // This end registers while the other one does.
+        let mut asked = Vec::with_capacity(wanted.len());
+        for wanted in &wanted {
+            asked.push(self.register_here(wanted)?);
+        }
+        let results = match self.reply(stop)? {
+            Message::RegisterResult { results, .. } => results,
+            other => return Err(HooksError::unexpected(other.kind(), "waiting for keys")),
+        };
+        // Fewer answers than requests read as "no key".
+        let answers = results.into_iter().chain(std::iter::repeat(RegisterResult::default()));
+        for (asked, result) in asked.into_iter().zip(answers) {
+            self.take_key(asked, result)?;
+        }
+        Ok(())
     }
 
     fn register(&mut self, block: u32, chunk: u64, stop: &Stop) -> Result<SpanId, HooksError> {
@@ -115,27 +211,41 @@ impl SourceHooks {
     }
 
     fn ask(&mut self, block: u32, chunk: u64, count: u64, stop: &Stop) -> Result<Asked, HooksError> {
-        let ram = &self.blocks[block as usize];
-        let range = chunk_range(ram.region.len(), chunk, count);
-        let range = range.ok_or(HooksError::OutOfOrder("a chunk past its block"))?;
-        let region = ram.part(range.clone())?;
-        let key = self.remote_label(block) + range.start;
-        let record = RegisterRecord { key, block, extra_chunks: count - 1 };
-        self.main.send(&Message::RegisterRequest(vec![record]), stop)?;
+        let wanted = Wanted { block, first: chunk, count };
+        self.main.send(&Message::RegisterRequest(vec![self.record(&wanted)]), stop)?;
         // This end registers while the other one does.
+        self.register_here(&wanted)
+    }
+
+    fn record(&self, wanted: &Wanted) -> RegisterRecord {
+        let key = self.remote_label(wanted.block) + wanted.first * CHUNK_BYTES;
+        RegisterRecord { key, block: wanted.block, extra_chunks: wanted.count - 1 }
+    }
+
+    /// This end's registration of chunks that were asked for.
+    fn register_here(&mut self, wanted: &Wanted) -> Result<Asked, HooksError> {
+        let &Wanted { block, first, count } = wanted;
+        let ram = &self.blocks[block as usize];
+        let range = chunk_range(ram.region.len(), first, count);
+        let region = ram.part(range.ok_or(HooksError::OutOfOrder("a chunk past its block"))?)?;
         let endpoint = self.main.channel.endpoint();
         let local = endpoint.register(&region, Access::Read, AddressBase::Host)?;
         self.main.channel.counters.registrations += 1;
         self.main.channel.counters.registered_bytes += region.len();
-        Ok(Asked { block, first: chunk, count, local })
+        Ok(Asked { block, first, count, local })
     }
 
     fn take_keys(&mut self, asked: Asked, reply: Message<'_>) -> Result<SpanId, HooksError> {
+        match reply {
+            Message::RegisterResult { results, .. } => {
+                self.take_key(asked, results.first().copied().unwrap_or_default())
+            }
+            other => Err(HooksError::unexpected(other.kind(), "waiting for a key")),
+        }
+    }
+
+    fn take_key(&mut self, asked: Asked, result: RegisterResult) -> Result<SpanId, HooksError> {
         let Asked { block, first, count, local } = asked;
-        let result = match reply {
-            Message::RegisterResult { results, .. } => results.first().copied().unwrap_or_default(),
-            other => return Err(HooksError::unexpected(other.kind(), "waiting for a key")),
-        };
         let ram = &self.blocks[block as usize];
         let (name, length) = (|| ram.name.clone(), ram.region.len());
         if result.rkey == 0 {

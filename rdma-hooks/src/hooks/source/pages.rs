@@ -2,11 +2,10 @@
 
 use std::ops::Range;
 
-use super::{SourceHooks, Zeroing};
+use super::SourceHooks;
 use crate::blocks::BlockError;
 use crate::channel::WriteNote;
 use crate::chunk::{CHUNK_BYTES, Content, MAX_ZERO_BYTES, Run, chunk_of};
-use crate::control::{Compress, Message};
 use crate::fabric::WriteRequest;
 use crate::hooks::{BlockSpan, Delay, HooksError, PageContent, RamControl, Reason, SaveDisposition, Ticket};
 use crate::stop::Stop;
@@ -84,7 +83,7 @@ impl SourceHooks {
             };
             let end = range.end.min(start + most);
             let run = Run { block, range: start..end, content, ticket: self.ticket };
-            if let Some(ready) = self.merger.push(run, self.config.zero_floor_bytes) {
+            if let Some(ready) = self.merger.push(run, self.zero_floor()) {
                 self.write_out(ready, stop)?;
             }
             // Nothing can join a run that reaches its chunk's end.
@@ -109,20 +108,13 @@ impl SourceHooks {
             }
             return Ok(());
         }
-        self.wait_for_chunks(&run, stop)?;
-        let key = self.remote_label(run.block) + run.range.start;
-        let range = Compress { block: run.block, key, length: run.len() };
-        let message = self.main.send(&Message::Compress(range), stop)?;
-        self.main.channel.counters.zero_ranges += 1;
-        self.main.channel.counters.zero_bytes += run.len();
-        self.zeroing.push_back(Zeroing { message, block: run.block, range: run.range, ticket: run.ticket });
-        Ok(())
+        self.tell_zero(run, stop)
     }
 
     /// A few zeros where the key is at hand cost less as bytes than as a message.
     fn is_better_written(&self, run: &Run) -> bool {
         let chunks = chunk_of(run.range.start)..=chunk_of(run.range.end - 1);
-        run.len() < self.config.zero_floor_bytes
+        run.len() < self.zero_floor()
             && (!self.pinned.is_empty()
                 || chunks.into_iter().all(|chunk| self.spans.find(run.block, chunk).is_some()))
     }
@@ -161,41 +153,8 @@ impl SourceHooks {
         }
     }
 
-    /// The destination zeroes in its own time: a write into the same range waits until it has.
-    fn wait_for_zeroing(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
-        let overlaps = |zeroing: &Zeroing| {
-            zeroing.block == run.block
-                && zeroing.range.start < run.range.end
-                && run.range.start < zeroing.range.end
-        };
-        let Some(message) = self.zeroing.iter().filter(|z| overlaps(z)).map(|z| z.message).max() else {
-            return Ok(());
-        };
-        self.main.wait_for(stop, |main| main.is_finished(message).then_some(()))?;
-        self.settle();
-        Ok(())
-    }
-
-    /// Writes on other queue pairs know no order with a message on the main one: before a range is zeroed, writes in
-    /// flight to its chunks complete.
-    fn wait_for_chunks(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
-        if self.data.is_empty() {
-            return Ok(());
-        }
-        for chunk in chunk_of(run.range.start)..=chunk_of(run.range.end - 1) {
-            let queue = self.queue_of(run.block, chunk);
-            while queue > 0 && self.chunk_flights.contains_key(&(run.block, chunk)) {
-                self.channel(queue).ring()?;
-                if !self.pump()? {
-                    self.channel(queue).rest(stop)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// A chunk's writes all take one queue pair, so they keep their order.
-    fn queue_of(&self, block: u32, chunk: u64) -> usize {
+    pub(super) fn queue_of(&self, block: u32, chunk: u64) -> usize {
         let queues = self.queue_pairs() as u64;
         ((chunk + u64::from(block)) % queues) as usize
     }
@@ -204,6 +163,7 @@ impl SourceHooks {
         if let Some(run) = self.merger.take() {
             self.write_out(run, stop)?;
         }
+        self.tell_gathered(stop)?;
         self.ring()
     }
 }

@@ -1,0 +1,142 @@
+//! Zero ranges: told one by one in QEMU's words, or in lists where the destination takes them.
+//!
+//! A list gathers while an earlier one is being dealt with, so a fast network gets short lists at once and a slow one
+//! long lists, without a timer.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use super::SourceHooks;
+use crate::chunk::{Run, chunk_of};
+use crate::control::{Compress, Message};
+use crate::hooks::HooksError;
+use crate::stop::Stop;
+
+/// Ranges in one list. Every write is compared with all of them.
+const LIST_RANGES: usize = 256;
+/// Bytes in one list: the destination looks at them in the thread that also answers.
+const LIST_BYTES: u64 = 1 << 30;
+/// Where lists are taken, a zero page alone between data is still better written.
+const LIST_FLOOR_BYTES: u64 = 8 << 10;
+
+/// A zero range the destination has not dealt with yet.
+#[derive(Debug)]
+struct Zeroing {
+    block: u32,
+    range: Range<u64>,
+    ticket: u64,
+}
+
+impl Zeroing {
+    fn overlaps(&self, run: &Run) -> bool {
+        self.block == run.block && self.range.start < run.range.end && run.range.start < self.range.end
+    }
+}
+
+/// Zero ranges on their way, oldest first.
+#[derive(Debug, Default)]
+pub(super) struct Zeros {
+    /// With the number of the message that told them.
+    told: VecDeque<(u64, Zeroing)>,
+    gathered: Vec<Zeroing>,
+    gathered_bytes: u64,
+}
+
+impl Zeros {
+    /// Forgets what the destination has dealt with.
+    pub(super) fn settle(&mut self, is_finished: impl Fn(u64) -> bool) {
+        while self.told.front().is_some_and(|(message, _)| is_finished(*message)) {
+            self.told.pop_front();
+        }
+    }
+
+    pub(super) fn oldest_ticket(&self) -> Option<u64> {
+        self.told.front().map(|(_, zeroing)| zeroing.ticket).or_else(|| self.oldest_gathered())
+    }
+
+    pub(super) fn oldest_gathered(&self) -> Option<u64> {
+        self.gathered.first().map(|zeroing| zeroing.ticket)
+    }
+}
+
+impl SourceHooks {
+    fn takes_lists(&self) -> bool {
+        self.granted.extension.is_some_and(|extension| extension.features.zero_runs)
+    }
+
+    /// Bytes from which on zeros are told where they could be written.
+    pub(super) fn zero_floor(&self) -> u64 {
+        let floor = self.config.zero_floor_bytes;
+        if self.takes_lists() { floor.min(LIST_FLOOR_BYTES) } else { floor }
+    }
+
+    /// Tells the destination of a zero run, now or with the next list.
+    pub(super) fn tell_zero(&mut self, run: Run, stop: &Stop) -> Result<(), HooksError> {
+        self.wait_for_chunks(&run, stop)?;
+        self.main.channel.counters.zero_ranges += 1;
+        self.main.channel.counters.zero_bytes += run.len();
+        self.zeros.gathered_bytes += run.len();
+        let Run { block, range, ticket, .. } = run;
+        self.zeros.gathered.push(Zeroing { block, range, ticket });
+        let full = self.zeros.gathered.len() >= LIST_RANGES || self.zeros.gathered_bytes >= LIST_BYTES;
+        if full || !self.takes_lists() { self.tell_gathered(stop) } else { self.tell_gathered_at_leisure() }
+    }
+
+    /// Sends what has gathered once the destination has dealt with the list before, if that takes no wait.
+    pub(super) fn tell_gathered_at_leisure(&mut self) -> Result<(), HooksError> {
+        if self.zeros.told.is_empty() && self.main.can_send_now() {
+            return self.tell_gathered(&Stop::default());
+        }
+        Ok(())
+    }
+
+    pub(super) fn tell_gathered(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        if self.zeros.gathered.is_empty() {
+            return Ok(());
+        }
+        let gathered = std::mem::take(&mut self.zeros.gathered);
+        self.zeros.gathered_bytes = 0;
+        let told = |zeroing: &Zeroing| Compress {
+            block: zeroing.block,
+            key: self.remote_label(zeroing.block) + zeroing.range.start,
+            length: zeroing.range.end - zeroing.range.start,
+        };
+        let message = match gathered.as_slice() {
+            [one] => Message::Compress(told(one)),
+            several => Message::ZeroRuns(several.iter().map(told).collect()),
+        };
+        let number = self.main.send(&message, stop)?;
+        self.zeros.told.extend(gathered.into_iter().map(|zeroing| (number, zeroing)));
+        Ok(())
+    }
+
+    /// The destination zeroes in its own time: a write into the same range waits until it has.
+    pub(super) fn wait_for_zeroing(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
+        if self.zeros.gathered.iter().any(|zeroing| zeroing.overlaps(run)) {
+            self.tell_gathered(stop)?;
+        }
+        let overlapping = self.zeros.told.iter().filter(|(_, zeroing)| zeroing.overlaps(run));
+        let Some(number) = overlapping.map(|(number, _)| *number).max() else { return Ok(()) };
+        self.main.wait_for(stop, |main| main.is_finished(number).then_some(()))?;
+        self.settle();
+        Ok(())
+    }
+
+    /// Writes on other queue pairs know no order with a message on the main one: before a range is zeroed, writes in
+    /// flight to its chunks complete.
+    fn wait_for_chunks(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
+        if self.data.is_empty() {
+            return Ok(());
+        }
+        for chunk in chunk_of(run.range.start)..=chunk_of(run.range.end - 1) {
+            let queue = self.queue_of(run.block, chunk);
+            while queue > 0 && self.chunk_flights.contains_key(&(run.block, chunk)) {
+                self.channel(queue).ring()?;
+                if !self.pump()? {
+                    self.channel(queue).rest(stop)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
