@@ -31,7 +31,7 @@ fn assert_books(seed: u64, outcome: &Outcome) {
 
 #[test]
 fn whole_migrations_under_seeds_leave_equal_memory() {
-    for seed in 0..seeds(600) {
+    for seed in 0..seeds(1000) {
         let outcome = migrate(&Plan::from_seed(seed));
         assert_whole(seed, &outcome);
     }
@@ -85,7 +85,7 @@ fn r54_a_peer_killed_at_every_message_ends_both_sides_in_seconds() {
 #[test]
 fn faults_anywhere_end_in_an_error_and_never_in_a_wrong_success() {
     let mut failed = 0;
-    let total = seeds(1200);
+    let total = seeds(10_000);
     for seed in 0..total {
         let mut random = Random(seed ^ 0xfa017);
         let host = if random.chance(500) { Host::A } else { Host::B };
