@@ -1,6 +1,6 @@
 //! What one end of a migration did, in numbers.
 
-use std::ops::AddAssign;
+use std::ops::{AddAssign, Sub};
 
 /// Counts since the connection was made. All only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,22 +37,44 @@ pub struct Counters {
     pub waits: u64,
 }
 
+impl Counters {
+    /// Each count of `self` with the same count of `other`.
+    fn with(mut self, other: Self, join: impl Fn(u64, u64) -> u64) -> Self {
+        let pairs = [
+            (&mut self.writes_posted, other.writes_posted),
+            (&mut self.writes_signalled, other.writes_signalled),
+            (&mut self.doorbells, other.doorbells),
+            (&mut self.bytes_written, other.bytes_written),
+            (&mut self.zero_ranges, other.zero_ranges),
+            (&mut self.zero_bytes, other.zero_bytes),
+            (&mut self.registrations, other.registrations),
+            (&mut self.registered_bytes, other.registered_bytes),
+            (&mut self.unregistrations, other.unregistrations),
+            (&mut self.messages_sent, other.messages_sent),
+            (&mut self.messages_received, other.messages_received),
+            (&mut self.stream_bytes, other.stream_bytes),
+            (&mut self.probes, other.probes),
+            (&mut self.polls, other.polls),
+            (&mut self.waits, other.waits),
+        ];
+        for (ours, theirs) in pairs {
+            *ours = join(*ours, theirs);
+        }
+        self
+    }
+}
+
 impl AddAssign for Counters {
     fn add_assign(&mut self, other: Self) {
-        self.writes_posted += other.writes_posted;
-        self.writes_signalled += other.writes_signalled;
-        self.doorbells += other.doorbells;
-        self.bytes_written += other.bytes_written;
-        self.zero_ranges += other.zero_ranges;
-        self.zero_bytes += other.zero_bytes;
-        self.registrations += other.registrations;
-        self.registered_bytes += other.registered_bytes;
-        self.unregistrations += other.unregistrations;
-        self.messages_sent += other.messages_sent;
-        self.messages_received += other.messages_received;
-        self.stream_bytes += other.stream_bytes;
-        self.probes += other.probes;
-        self.polls += other.polls;
-        self.waits += other.waits;
+        *self = self.with(other, u64::saturating_add);
+    }
+}
+
+impl Sub for Counters {
+    type Output = Self;
+
+    /// What was counted since `earlier`.
+    fn sub(self, earlier: Self) -> Self {
+        self.with(earlier, u64::saturating_sub)
     }
 }
