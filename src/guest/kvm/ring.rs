@@ -266,12 +266,12 @@ mod tests {
         (0..4096).filter(|page| map.get(PageIndex(*page))).collect()
     }
 
-    /// Writers against syncs; the vCPU writes four times as many pages as its ring holds, so it also stops for a full
-    /// ring, again and again.
+    /// Writers against syncs; a pass writes four times as many pages as the ring holds. Whoever is first empties it: a
+    /// sync, or the vCPU's thread once it is full.
     #[test]
-    fn a_racing_vcpu_loses_nothing_and_runs_on_after_a_full_ring() {
+    fn a_racing_vcpu_loses_nothing_whoever_empties_its_ring() {
         let (guest, vm, slots, ring) = tracked();
-        let (vm, full) = (Mutex::new(vm), AtomicU64::new(0));
+        let vm = Mutex::new(vm);
         let sources: [Arc<dyn DirtySource>; 1] = [ring.clone()];
         let outcome = race_passes(&guest, &sources, 4, &|pass, _| {
             for slot in &slots {
@@ -280,7 +280,6 @@ mod tests {
                     slot.len / 4096,
                     (pass << 24) as u32,
                     &mut || {
-                        full.fetch_add(1, Ordering::Relaxed);
                         ring.collect().unwrap();
                     },
                 );
@@ -288,7 +287,7 @@ mod tests {
         })
         .unwrap();
         assert!(outcome.lost == 0 && outcome.reported > 0, "{outcome:?}");
-        assert!(full.into_inner() > 0 && ring.pages_written()[0] >= 4 * 4097, "{:?}", ring.pages_written());
+        assert!(ring.pages_written()[0] >= 4 * 4097, "{:?}", ring.pages_written());
     }
 
     #[test]
