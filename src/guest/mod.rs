@@ -12,6 +12,8 @@ mod software;
 mod sources;
 pub mod synthetic;
 mod vhost_log;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 mod written_pages;
 
 use std::io::{self, Read, Write};
@@ -25,7 +27,7 @@ pub use sources::{Choice, NoSource, choose, sync_all};
 pub use vhost_log::VhostLog;
 pub use written_pages::WrittenPages;
 
-use crate::ram::{Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};
+use crate::ram::{BlockError, Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};
 use crate::sys::{HostRegion, HostSpan, OutOfRegion};
 use crate::units::{BlockIndex, Percent};
 
@@ -39,6 +41,9 @@ pub enum GuestError {
     /// The blocks do not make a table.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// A block can't be called so.
+    #[error(transparent)]
+    Name(#[from] BlockError),
     /// The mapping behind a block is shorter than the block.
     #[error("RAM block {block}: {source}")]
     Unmapped {

@@ -256,11 +256,11 @@ fn round_up(len: u64, page: PageSize) -> Result<u64, MappingError> {
     len.checked_next_multiple_of(page.bytes()).ok_or(MappingError::Length { len })
 }
 
-fn base_page() -> PageSize {
+pub(super) fn base_page() -> PageSize {
     PageSize::from_bytes(rustix::param::page_size() as u64).unwrap_or(PageSize::SIZE_4K)
 }
 
-fn page_of_file(fs: &StatFs) -> PageSize {
+pub(super) fn page_of_file(fs: &StatFs) -> PageSize {
     let huge = if fs.f_type == HUGETLBFS_MAGIC { fs.f_bsize as u64 } else { 0 };
     PageSize::from_bytes(huge).unwrap_or_else(base_page)
 }

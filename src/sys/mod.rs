@@ -26,6 +26,8 @@ mod tcp_state;
 pub(crate) mod testing;
 mod threads;
 mod uffd;
+#[cfg(feature = "vm-memory")]
+mod vm_memory_region;
 mod zerocopy;
 
 pub use descriptors::{duplicate, take_inherited_fd};
