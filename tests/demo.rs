@@ -183,3 +183,15 @@ fn memory_of_pages_of_1_gib_moves_idle_and_written() {
         }
     }
 }
+
+/// The VM of docs/examples/tiny-vmm: its vCPUs write, KVM tells which pages, and both the guest and its host look at them.
+#[test]
+fn a_kvm_guest_arrives_whole() {
+    let sizes = ["--ram", "15M", "--block", "12K", "--block", "1M", "--working-set", "4M"];
+    let writes = ["--dirty-rate", "20M", "--write-size", "64", "--downtime-ms", "50"];
+    let out = demo(&[&["--guest", "kvm", "--transport", "unix"], &sizes[..], &writes[..]].concat());
+    assert_eq!(out["pages_checked"], 16 * 256 + 3);
+    let source = out["dirty_source"].as_str().unwrap();
+    assert!(source.starts_with("kvm-ring") || source.starts_with("kvm-log"), "{source}");
+    assert!(out["pages"]["normal"].as_u64() > Some(1024), "{out}");
+}

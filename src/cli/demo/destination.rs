@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ramwire::engine::Ending;
-use ramwire::guest::synthetic::SyntheticGuest;
-use ramwire::guest::{GuestControl, GuestMemory};
+use ramwire::guest::GuestMemory;
 use ramwire::session::{DestinationSession, DestinationSettings};
 use ramwire::sys::{CancelToken, Stop, populate};
 use ramwire::transport::{Address, AllowList, DoorOptions, Listener};
@@ -18,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Failure;
 use super::blocks::BlockSpec;
+use super::guest::GuestKind;
 use crate::cli::args::Exit;
 use crate::cli::common::{ChannelArgs, cancel_on_signal, complain, local_options};
 
@@ -51,6 +51,8 @@ pub(super) struct Verdict {
 pub(in crate::cli) struct Args {
     uri: Address,
     #[arg(long)]
+    guest: GuestKind,
+    #[arg(long)]
     block: Vec<BlockSpec>,
     #[arg(long)]
     populate: bool,
@@ -67,12 +69,13 @@ pub(super) struct Process {
 impl Process {
     pub(super) fn start(
         address: &Address,
+        guest: GuestKind,
         blocks: &[BlockSpec],
         populate: bool,
         channels: &ChannelArgs,
     ) -> Result<Self, Failure> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("demo-destination").arg(address.to_string());
+        command.arg("demo-destination").arg(address.to_string()).args(["--guest", guest.name()]);
         for block in blocks {
             command.arg("--block").arg(block.to_string());
         }
@@ -140,7 +143,7 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
             populate(memory.span(table.admit_run(run)?)?)?;
         }
     }
-    let mut guest = SyntheticGuest::empty(Arc::clone(&memory));
+    let guest = args.guest.empty(Arc::clone(&memory))?;
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     cancel_on_signal(vec![cancel.clone()]);
@@ -150,9 +153,9 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     let options = DoorOptions { channels, ..DoorOptions::of_stream(local_options()) };
     let door = listener.accept_door(&options, &stop.within(Duration::from_secs(60)))?;
     drop(listener);
-    let control = Box::new(guest.clone());
     let settings = DestinationSettings::default();
-    let session = DestinationSession::new(door.source, door.back, Box::new(memory), control, settings);
+    let session =
+        DestinationSession::new(door.source, door.back, Box::new(memory), guest.control(), settings);
     let report = session.with_cancel(cancel).run();
     let mut verdict = Verdict {
         ran: report.ending == Ending::Running,
@@ -162,11 +165,10 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     };
     if verdict.ran {
         std::thread::sleep(RUN);
-        guest.pause()?;
+        guest.control().pause()?;
         let found = guest.verify()?;
-        verdict.verified = found.is_whole();
-        (verdict.pages, verdict.wrong) = (found.pages, found.wrong);
-        verdict.faults = found.faults.iter().take(8).map(ToString::to_string).collect();
+        verdict.verified = found.wrong == 0;
+        (verdict.pages, verdict.wrong, verdict.faults) = (found.pages, found.wrong, found.faults);
     }
     Ok(verdict)
 }

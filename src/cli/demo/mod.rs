@@ -2,7 +2,13 @@
 
 mod blocks;
 mod destination;
+mod guest;
 mod report;
+// The example's VM is the demo's KVM guest: both are users of the library, and the example uses more of it.
+#[cfg(feature = "kvm")]
+#[allow(dead_code)]
+#[path = "../../../docs/examples/tiny-vmm/vm/mod.rs"]
+mod tiny_vm;
 mod way;
 
 use std::path::PathBuf;
@@ -10,16 +16,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ramwire::engine::{BandwidthLimit, Outcome};
-use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
-use ramwire::guest::{DirtySource, GuestControl, WrittenPages, choose};
 use ramwire::session::{SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::units::{Percent, Rate};
+use ramwire::units::Percent;
 
 use self::blocks::BlockSpec;
 pub(super) use self::destination::Args as DestinationArgs;
 pub(super) use self::destination::run as run_destination;
+use self::guest::GuestKind;
 use self::way::{Transport, Way};
 use super::args::Exit;
 use super::common::{ChannelArgs, RdmaArgs, bytes, cancel_on_signal, complain, failed};
@@ -31,8 +36,12 @@ use super::progress::Progress;
 #[command(after_help = "EXAMPLES:
     ramwire demo
     ramwire demo --ram 4G --working-set 256M --dirty-rate 500M --transport tcp
+    ramwire demo --guest kvm --ram 256M --dirty-rate 20M --write-size 64
     ramwire demo --ram 256M --block 12K --block 5M --hugepages 2M --json")]
 pub(super) struct Args {
+    /// Who writes: `kvm` needs /dev/kvm
+    #[arg(long, value_name = "GUEST", default_value = "synthetic")]
+    guest: GuestKind,
     /// RAM of the guest's first block
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = bytes)]
     ram: u64,
@@ -54,7 +63,7 @@ pub(super) struct Args {
     /// Share of the pages that are zero
     #[arg(long, value_name = "PERCENT", default_value = "25", value_parser = percent)]
     zero: Percent,
-    /// Threads that write
+    /// Threads that write; with --guest kvm: vCPUs
     #[arg(long, value_name = "N", default_value = "2")]
     writers: u32,
     /// How the guest travels
@@ -75,7 +84,7 @@ pub(super) struct Args {
     /// Leave out the digest of RAM and device state that is compared before the guest is handed over
     #[arg(long)]
     no_digest: bool,
-    /// Draws what the guest writes
+    /// Draws what the synthetic guest writes
     #[arg(long, default_value = "1")]
     seed: u64,
     /// Print one JSON object instead of a report
@@ -111,23 +120,13 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     args.channels.of_source(args.zero_copy)?;
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block)?;
     let memory = Arc::new(BlockSpec::memory(&blocks)?);
-    let config = SyntheticConfig {
-        seed: args.seed,
-        zero: args.zero,
-        working_set: args.working_set,
-        rate: Some(Rate(args.dirty_rate)),
-        writers: args.writers,
-        changes: u32::try_from(args.write_size).unwrap_or(u32::MAX),
-    };
-    let mut guest = SyntheticGuest::filled(Arc::clone(&memory), config)?;
-    let written: Arc<dyn DirtySource> = Arc::new(WrittenPages::new(&memory));
-    let choice = choose(&[written, guest.software()])?;
+    let (guest, choice) = args.guest.filled(args, Arc::clone(&memory))?;
     let folder = Scratch::new()?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let way = Way::open(args, &blocks, &memory, &folder, &Stop::on(&cancel))?;
-    guest.resume()?;
-    let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: Box::new(guest.clone()) };
+    guest.control().resume()?;
+    let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: guest.control() };
     let mut settings =
         SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);

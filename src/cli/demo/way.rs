@@ -42,7 +42,7 @@ impl Way {
         stop: &Stop,
     ) -> Result<Self, Failure> {
         let open = |transport, address: &Address, why| {
-            let mut destination = Process::start(address, blocks, args.populate, &args.channels)?;
+            let mut destination = Process::start(address, args.guest, blocks, args.populate, &args.channels)?;
             let address = destination.address()?;
             let options = DoorOptions {
                 stream: local_options(),

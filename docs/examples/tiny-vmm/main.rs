@@ -1,0 +1,314 @@
+//! A whole VMM around ramwire: a KVM guest that moves back and forth between two processes.
+//!
+//!     cargo run --release --example tiny-vmm -- --memory 256M --vcpus 2 --rate 50M --log ring --migrations 20
+//!
+//! The guest's vCPUs write pages at the given rate and check each before they write it again. The guest starts in this
+//! process, moves to a second one that this one starts, comes back, and so on. Wherever it arrives it runs on, and then
+//! its new process looks at every page from outside too. `vm/` is the VM; this file is what its VMM does to move it.
+
+mod vm;
+
+use std::error::Error;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::{Parser, ValueEnum};
+use ramwire::engine::{Ending, Outcome};
+use ramwire::guest::{GuestControl, MappedGuest};
+use ramwire::ram::BlockName;
+use ramwire::session::{DestinationSession, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::stream::qemu::file::Configuration;
+use ramwire::sys::{CancelToken, Stop};
+use ramwire::transport::{Address, AllowList, DoorOptions, Listener, open_source};
+use ramwire::units::PageSize;
+use serde::{Deserialize, Serialize};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use vm::{Found, Log, Shape, TinyVm};
+
+/// The second half of the RAM begins here: the guest has a hole in its memory, as a PC has.
+const SECOND_HALF: u64 = 3 << 29;
+/// How long an arrived guest runs before it is looked at.
+const RUNS: Duration = Duration::from_millis(50);
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// Moves a small KVM guest back and forth between two processes.
+#[derive(Clone, Debug, Parser)]
+struct Args {
+    /// RAM of the guest, all of which it writes
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = bytes)]
+    memory: u64,
+    /// Its vCPUs
+    #[arg(long, value_name = "N", default_value = "2")]
+    vcpus: u32,
+    /// Bytes a second that they write; 0 for as fast as they can
+    #[arg(long, value_name = "SIZE", default_value = "50M", value_parser = bytes)]
+    rate: u64,
+    /// Bytes of a page that a write changes. A KVM that emulates this guest, as a nested one may, takes a microsecond for
+    /// every four of them
+    #[arg(long, value_name = "SIZE", default_value = "64", value_parser = bytes)]
+    write_size: u64,
+    /// How KVM tells what they wrote
+    #[arg(long, default_value = "ring")]
+    log: LogKind,
+    /// How often it moves
+    #[arg(long, value_name = "N", default_value = "20")]
+    migrations: u32,
+    /// Longest time it may stand still, in milliseconds
+    #[arg(long, value_name = "MS", default_value = "300")]
+    downtime_ms: u64,
+    /// The second process is this program with this option
+    #[arg(long, hide = true)]
+    second: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogKind {
+    Log,
+    Ring,
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(['K', 'M', 'G']);
+    let shift = [("K", 10), ("M", 20), ("G", 30)].iter().find(|unit| unit.0 == &text[digits.len()..]);
+    let number =
+        digits.parse::<u64>().map_err(|_| format!("{text:?} is not a size; write 64K, 200M or 1G"))?;
+    number.checked_mul(1 << shift.map_or(0, |unit| unit.1)).ok_or_else(|| format!("{text:?} is too much"))
+}
+
+/// What the process that gave the guest away has to tell.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Left {
+    completed: bool,
+    rounds: usize,
+    bytes: u64,
+    total_ms: f64,
+    downtime_ms: f64,
+    error: Option<String>,
+}
+
+/// What the process that took it has to tell.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Arrived {
+    running: bool,
+    pages: u64,
+    wrong: u64,
+    faults: Vec<String>,
+    /// Pages that the guest checked itself and wrote before it was looked at.
+    wrote: u64,
+    error: Option<String>,
+}
+
+impl Args {
+    fn log(&self) -> Log {
+        match self.log {
+            LogKind::Log => Log::Bitmap,
+            LogKind::Ring => Log::Ring,
+        }
+    }
+
+    /// RAM as `vm-memory` maps it, and RAM blocks over it.
+    fn memory(&self) -> Result<Arc<MappedGuest>, Failure> {
+        let half = (self.memory / 2).next_multiple_of(4096) as usize;
+        let ranges = [(GuestAddress(0), half), (GuestAddress(SECOND_HALF), half)];
+        let memory = GuestMemoryMmap::<()>::from_ranges(&ranges)?;
+        let name = |index| BlockName::new(&format!("ram{index}"));
+        Ok(Arc::new(MappedGuest::of_vm_memory(&memory, PageSize::SIZE_4K, name)?))
+    }
+
+    fn shape(&self) -> Shape {
+        let write_size = u32::try_from(self.write_size).unwrap_or(u32::MAX);
+        let rate = (self.rate > 0).then_some(self.rate);
+        Shape { vcpus: self.vcpus, working_set: self.memory, rate, write_size, zero: 0 }
+    }
+}
+
+/// Gives the guest to whoever listens at `path`.
+fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
+    let memory = vm.memory().clone();
+    let options = DoorOptions::default();
+    let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(10));
+    let door = open_source(&Address::Unix(path.to_owned()), memory.clone(), &options, &stop)?;
+    // The probe writes nothing: it finds out whether the kernel tracks this guest, and says why not.
+    let dirty = vm.dirty_source()?;
+    dirty.probe()?;
+    let guest = SourceGuest { memory, dirty: vec![dirty], control: Box::new(vm) };
+    let mut settings =
+        SourceSettings::new(Configuration { machine: "tiny-vmm".into(), ..Configuration::default() });
+    settings.downtime_limit = Duration::from_millis(args.downtime_ms);
+    settings.digest = true;
+    settings.same_host = true;
+    Ok(SourceSession::new(guest, door.into(), settings).run())
+}
+
+fn left(report: &SourceReport) -> Left {
+    let figures = &report.statistics;
+    Left {
+        completed: report.outcome == Outcome::Completed,
+        rounds: figures.rounds.len(),
+        bytes: figures.transferred,
+        total_ms: figures.total_time,
+        downtime_ms: figures.downtime,
+        error: report.error.as_ref().map(ToString::to_string),
+    }
+}
+
+/// Takes a guest that comes through `listener` into fresh memory, lets it run and looks at every page.
+fn receive(args: &Args, mut listener: Listener) -> Result<(TinyVm, Arrived), Failure> {
+    let memory = args.memory()?;
+    let mut vm = TinyVm::empty(memory.clone(), args.log())?;
+    let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(10));
+    let door = listener.accept_door(&DoorOptions::default(), &stop)?;
+    let control = Box::new(vm.clone());
+    let settings = Default::default();
+    let report = DestinationSession::new(door.source, door.back, Box::new(memory), control, settings).run();
+    let mut arrived = Arrived {
+        running: report.ending == Ending::Running,
+        error: report.error.as_ref().map(ToString::to_string),
+        ..Arrived::default()
+    };
+    if arrived.running {
+        std::thread::sleep(RUNS);
+        vm.pause()?;
+        let Found { pages, wrong, faults } = vm.verify()?;
+        arrived = Arrived { pages, wrong, faults, wrote: vm.pages_written(), ..arrived };
+        vm.resume()?;
+    }
+    Ok((vm, arrived))
+}
+
+fn listen(path: &Path) -> Result<Listener, Failure> {
+    let stop = Stop::on(&CancelToken::default());
+    Ok(Listener::bind(&Address::Unix(path.to_owned()), AllowList::default(), &stop)?)
+}
+
+/// The second process: does what the lines on its standard input say, and answers each in JSON.
+fn second(args: &Args) -> Result<(), Failure> {
+    let mut here = None;
+    for line in std::io::stdin().lines() {
+        let line = line?;
+        let answer = match line.split_once(' ') {
+            Some(("receive", path)) => {
+                let listener = listen(Path::new(path))?;
+                println!("listening");
+                let (vm, arrived) = receive(args, listener)?;
+                here = Some(vm);
+                serde_json::to_string(&arrived)?
+            }
+            Some(("send", path)) => {
+                let vm = here.take().ok_or("the guest is not here")?;
+                serde_json::to_string(&left(&send(args, vm, Path::new(path))?))?
+            }
+            _ => return Err(format!("{line:?} is no order").into()),
+        };
+        println!("{answer}");
+    }
+    Ok(())
+}
+
+/// The second process as this one sees it; dropping it ends it.
+struct Second {
+    child: Child,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Second {
+    fn start() -> Result<Self, Failure> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(std::env::args_os().skip(1)).arg("--second");
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let answers = BufReader::new(child.stdout.take().ok_or("no output")?);
+        Ok(Self { child, answers })
+    }
+
+    fn order(&mut self, what: &str, path: &Path) -> Result<(), Failure> {
+        let mut orders = self.child.stdin.as_ref().ok_or("no input")?;
+        Ok(writeln!(orders, "{what} {}", path.display())?)
+    }
+
+    fn answer(&mut self) -> Result<String, Failure> {
+        let mut line = String::new();
+        match self.answers.read_line(&mut line)? {
+            0 => Err("the second process ended; its last words are above".into()),
+            _ => Ok(line.trim_end().to_owned()),
+        }
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// A folder for the sockets.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Result<Self, Failure> {
+        let path = std::env::temp_dir().join(format!("tiny-vmm-{}", std::process::id()));
+        std::fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+fn first(args: &Args) -> Result<(), Failure> {
+    let mut vm = TinyVm::filled(args.memory()?, args.log(), args.shape())?;
+    vm.resume()?;
+    let mut here = Some(vm);
+    let folder = Folder::new()?;
+    let mut second = Second::start()?;
+    let (began, mut worst) = (Instant::now(), 0f64);
+    for number in 1..=args.migrations {
+        let path = folder.0.join(format!("{number}.sock"));
+        let (left, arrived): (Left, Arrived) = if let Some(vm) = here.take() {
+            second.order("receive", &path)?;
+            second.answer()?;
+            let left = left(&send(args, vm, &path)?);
+            (left, serde_json::from_str(&second.answer()?)?)
+        } else {
+            let listener = listen(&path)?;
+            second.order("send", &path)?;
+            let (vm, arrived) = receive(args, listener)?;
+            here = Some(vm);
+            (serde_json::from_str(&second.answer()?)?, arrived)
+        };
+        println!(
+            "{number}: {} rounds, {:.0} MB in {:.0} ms, downtime {:.1} ms; {} pages verified, {} wrong; {} written since",
+            left.rounds,
+            left.bytes as f64 / 1e6,
+            left.total_ms,
+            left.downtime_ms,
+            arrived.pages,
+            arrived.wrong,
+            arrived.wrote
+        );
+        arrived.faults.iter().for_each(|fault| println!("  {fault}"));
+        if let Some(error) = left.error.or(arrived.error) {
+            return Err(error.into());
+        }
+        if !left.completed || !arrived.running || arrived.wrong > 0 {
+            return Err(format!("migration {number} did not bring the whole guest").into());
+        }
+        worst = worst.max(left.downtime_ms);
+    }
+    let took = began.elapsed().as_secs_f64();
+    println!("{} migrations in {took:.1} s, longest downtime {worst:.1} ms, nothing lost", args.migrations);
+    Ok(())
+}
+
+fn main() -> Result<(), Failure> {
+    let args = Args::parse();
+    if args.second { second(&args) } else { first(&args) }
+}

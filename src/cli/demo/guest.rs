@@ -1,0 +1,156 @@
+//! The guests that the demo can move, behind what it asks of them.
+
+use std::io;
+use std::sync::Arc;
+
+use clap::ValueEnum;
+use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
+use ramwire::guest::{Choice, DirtySource, GuestControl, MappedGuest, WrittenPages, choose};
+use ramwire::units::Rate;
+
+use super::{Args, Failure};
+
+/// Which guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum GuestKind {
+    /// Threads that write pages
+    Synthetic,
+    /// A KVM virtual machine, whose vCPUs write them
+    Kvm,
+}
+
+impl GuestKind {
+    /// As the command line has it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Synthetic => "synthetic",
+            Self::Kvm => "kvm",
+        }
+    }
+
+    /// A guest over fresh memory, filled and standing still, and what tells of its writes.
+    pub(super) fn filled(
+        self,
+        args: &Args,
+        memory: Arc<MappedGuest>,
+    ) -> Result<(Box<dyn DemoGuest>, Choice), Failure> {
+        match self {
+            Self::Synthetic => synthetic(args, memory),
+            #[cfg(feature = "kvm")]
+            Self::Kvm => kvm::filled(args, memory),
+            #[cfg(not(feature = "kvm"))]
+            Self::Kvm => Err(NO_KVM.into()),
+        }
+    }
+
+    /// A guest that waits for its state.
+    pub(super) fn empty(self, memory: Arc<MappedGuest>) -> Result<Box<dyn DemoGuest>, Failure> {
+        match self {
+            Self::Synthetic => Ok(Box::new(SyntheticGuest::empty(memory))),
+            #[cfg(feature = "kvm")]
+            Self::Kvm => kvm::empty(memory),
+            #[cfg(not(feature = "kvm"))]
+            Self::Kvm => Err(NO_KVM.into()),
+        }
+    }
+}
+
+#[cfg(not(feature = "kvm"))]
+const NO_KVM: &str = "--guest kvm: this ramwire was built without the feature kvm";
+
+/// What a look at every page found.
+pub(super) struct Found {
+    pub(super) pages: u64,
+    pub(super) wrong: u64,
+    /// The first wrong ones in words.
+    pub(super) faults: Vec<String>,
+}
+
+/// A guest that can tell whether all of it arrived.
+pub(super) trait DemoGuest {
+    /// A handle that controls it.
+    fn control(&self) -> Box<dyn GuestControl>;
+
+    /// Looks at every page; the guest stands still.
+    fn verify(&self) -> io::Result<Found>;
+}
+
+impl DemoGuest for SyntheticGuest {
+    fn control(&self) -> Box<dyn GuestControl> {
+        Box::new(self.clone())
+    }
+
+    fn verify(&self) -> io::Result<Found> {
+        let report = Self::verify(self)?;
+        let faults = report.faults.iter().take(8).map(ToString::to_string).collect();
+        Ok(Found { pages: report.pages, wrong: report.wrong, faults })
+    }
+}
+
+fn synthetic(args: &Args, memory: Arc<MappedGuest>) -> Result<(Box<dyn DemoGuest>, Choice), Failure> {
+    let config = SyntheticConfig {
+        seed: args.seed,
+        zero: args.zero,
+        working_set: args.working_set,
+        rate: Some(Rate(args.dirty_rate)),
+        writers: args.writers,
+        changes: u32::try_from(args.write_size).unwrap_or(u32::MAX),
+    };
+    let guest = SyntheticGuest::filled(Arc::clone(&memory), config)?;
+    let written: Arc<dyn DirtySource> = Arc::new(WrittenPages::new(&memory));
+    let choice = choose(&[written, guest.software()])?;
+    Ok((Box::new(guest), choice))
+}
+
+/// The VM of docs/examples/tiny-vmm, which is a user of the library as this command is.
+#[cfg(feature = "kvm")]
+mod kvm {
+    use std::io;
+    use std::sync::Arc;
+
+    use ramwire::guest::{Choice, DirtyError, GuestControl, MappedGuest, choose};
+
+    use super::{DemoGuest, Found};
+    use crate::cli::demo::tiny_vm::{self, Log, Shape, TinyVm};
+    use crate::cli::demo::{Args, Failure};
+
+    impl DemoGuest for TinyVm {
+        fn control(&self) -> Box<dyn GuestControl> {
+            Box::new(self.clone())
+        }
+
+        fn verify(&self) -> io::Result<Found> {
+            let tiny_vm::Found { pages, wrong, faults } = Self::verify(self)?;
+            Ok(Found { pages, wrong, faults })
+        }
+    }
+
+    /// With dirty rings where the kernel has them, else with the dirty log.
+    pub(super) fn filled(
+        args: &Args,
+        memory: Arc<MappedGuest>,
+    ) -> Result<(Box<dyn DemoGuest>, Choice), Failure> {
+        let shape = Shape {
+            vcpus: args.writers,
+            working_set: args.working_set,
+            rate: Some(args.dirty_rate),
+            write_size: u32::try_from(args.write_size).unwrap_or(u32::MAX),
+            zero: args.zero.get().into(),
+        };
+        let (vm, refused) = match TinyVm::filled(memory.clone(), Log::Ring, shape) {
+            Ok(vm) => (vm, None),
+            Err(error) => {
+                let refused = error.downcast::<DirtyError>()?;
+                (TinyVm::filled(memory, Log::Bitmap, shape)?, Some(refused))
+            }
+        };
+        let mut choice = choose(&[vm.dirty_source()?])?;
+        choice.refused.extend(refused);
+        Ok((Box::new(vm), choice))
+    }
+
+    /// It does not leave again, so nobody asks what it writes.
+    pub(super) fn empty(memory: Arc<MappedGuest>) -> Result<Box<dyn DemoGuest>, Failure> {
+        Ok(Box::new(TinyVm::empty(memory, Log::Bitmap)?))
+    }
+}
