@@ -139,8 +139,8 @@ fn r21_r28_a_round_of_pages_is_keys_writes_and_one_end_with_the_peers_labels() {
         ready(),
         ready(),
         ready(),
-        ready(),
         Message::RegisterResult { results: vec![key], repeat: 1 },
+        ready(),
         ready(),
         ready(),
     ]);
@@ -173,9 +173,10 @@ fn r21_r28_a_round_of_pages_is_keys_writes_and_one_end_with_the_peers_labels() {
     let setup = [Kind::Stream, Kind::RamBlocksRequest, Kind::RegisterFinished].map(message);
     let round = [
         message(Kind::Stream),
-        message(Kind::Compress),
+        // Keys are waited for, zeros are not: they are told with the first credit that nobody needs more.
         message(Kind::RegisterRequest),
         Posted::Write(2 * PAGE as u32),
+        message(Kind::Compress),
         message(Kind::RegisterFinished),
     ];
     assert_eq!(script.order, [&setup[..], &round].concat());

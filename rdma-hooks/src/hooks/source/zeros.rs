@@ -1,7 +1,7 @@
 //! Zero ranges: told one by one in QEMU's words, or in lists where the destination takes them.
 //!
-//! A list gathers while an earlier one is being dealt with, so a fast network gets short lists at once and a slow one
-//! long lists, without a timer.
+//! Ranges gather until a credit is at hand, while pages go on being written. A list goes once the list before is dealt
+//! with, so a fast network gets short lists at once and a slow one long lists, without a timer.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -38,7 +38,7 @@ impl Zeroing {
 pub(super) struct Zeros {
     /// With the number of the message that told them.
     told: VecDeque<(u64, Zeroing)>,
-    gathered: Vec<Zeroing>,
+    gathered: VecDeque<Zeroing>,
     gathered_bytes: u64,
 }
 
@@ -55,7 +55,7 @@ impl Zeros {
     }
 
     pub(super) fn oldest_gathered(&self) -> Option<u64> {
-        self.gathered.first().map(|zeroing| zeroing.ticket)
+        self.gathered.front().map(|zeroing| zeroing.ticket)
     }
 }
 
@@ -77,36 +77,51 @@ impl SourceHooks {
         self.main.channel.counters.zero_bytes += run.len();
         self.zeros.gathered_bytes += run.len();
         let Run { block, range, ticket, .. } = run;
-        self.zeros.gathered.push(Zeroing { block, range, ticket });
+        self.zeros.gathered.push_back(Zeroing { block, range, ticket });
         let full = self.zeros.gathered.len() >= LIST_RANGES || self.zeros.gathered_bytes >= LIST_BYTES;
-        if full || !self.takes_lists() { self.tell_gathered(stop) } else { self.tell_gathered_at_leisure() }
+        if full { self.tell_gathered(stop) } else { self.tell_gathered_at_leisure() }
     }
 
-    /// Sends what has gathered once the destination has dealt with the list before, if that takes no wait.
+    /// Sends what can be sent without a wait: a list once the destination has dealt with the one before, or one range.
     pub(super) fn tell_gathered_at_leisure(&mut self) -> Result<(), HooksError> {
-        if self.zeros.told.is_empty() && self.main.can_send_now() {
-            return self.tell_gathered(&Stop::default());
+        let may = !self.takes_lists() || self.zeros.told.is_empty();
+        if may && !self.zeros.gathered.is_empty() && self.main.can_send_now() {
+            return self.tell_next(&Stop::default());
         }
         Ok(())
     }
 
+    /// Sends all that has gathered.
     pub(super) fn tell_gathered(&mut self, stop: &Stop) -> Result<(), HooksError> {
-        if self.zeros.gathered.is_empty() {
-            return Ok(());
+        while !self.zeros.gathered.is_empty() {
+            self.tell_next(stop)?;
         }
-        let gathered = std::mem::take(&mut self.zeros.gathered);
-        self.zeros.gathered_bytes = 0;
+        Ok(())
+    }
+
+    /// Sends the next message: everything as a list, or the oldest range.
+    fn tell_next(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        let count = if self.takes_lists() { self.zeros.gathered.len() } else { 1 };
         let told = |zeroing: &Zeroing| Compress {
             block: zeroing.block,
             key: self.remote_label(zeroing.block) + zeroing.range.start,
             length: zeroing.range.end - zeroing.range.start,
         };
-        let message = match gathered.as_slice() {
-            [one] => Message::Compress(told(one)),
-            several => Message::ZeroRuns(several.iter().map(told).collect()),
+        let mut ranges: Vec<Compress> = self.zeros.gathered.iter().take(count).map(told).collect();
+        let message = match (ranges.pop(), ranges.is_empty()) {
+            (None, _) => return Ok(()),
+            (Some(one), true) => Message::Compress(one),
+            (Some(last), false) => {
+                ranges.push(last);
+                Message::ZeroRuns(ranges)
+            }
         };
+        // They stay where a write to them is held back until they are told.
         let number = self.main.send(&message, stop)?;
-        self.zeros.told.extend(gathered.into_iter().map(|zeroing| (number, zeroing)));
+        for zeroing in self.zeros.gathered.drain(..count) {
+            self.zeros.gathered_bytes -= zeroing.range.end - zeroing.range.start;
+            self.zeros.told.push_back((number, zeroing));
+        }
         Ok(())
     }
 
