@@ -229,6 +229,27 @@ impl fmt::Debug for Registration {
     }
 }
 
+/// Registers memory resident; memory that cannot be made resident (a file system with DAX) on demand, where the device
+/// offers that. Nobody asks for it where resident memory does: a write to a page that is not there costs the source's
+/// transport retries, which a QEMU source does not have.
+///
+/// # Errors
+///
+/// The registration's.
+pub(crate) fn register_resident_or_on_demand<T>(
+    offered: bool,
+    mut register: impl FnMut(bool) -> Result<T, FabricError>,
+) -> Result<T, FabricError> {
+    match register(false) {
+        Err(FabricError::Registration { source, .. })
+            if offered && source.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+        {
+            register(true)
+        }
+        done => done,
+    }
+}
+
 /// One RDMA WRITE. Without bytes it is a probe: acknowledged by the peer's NIC, needs no key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WriteRequest {

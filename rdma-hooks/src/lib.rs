@@ -3,7 +3,11 @@
 //! Guest RAM travels by RDMA WRITE: the source's NIC reads it in place, the destination's NIC stores it in place, and
 //! nothing in between copies a page. What a VMM adds is its own migration stream, a few bytes per round. Either end
 //! may be a QEMU (7.2 and 10.0 are tested); two ends of this crate agree on more: several queue pairs, several
-//! messages on the way, an explicit end.
+//! messages on the way, keys asked for in batches, zero ranges in lists, an explicit end.
+//!
+//! Registered memory is resident. Only memory that cannot be (a file system with DAX) is registered on demand, where the
+//! device offers that. No device this was tested on does (soft-RoCE of Linux 6.1 says no support): the choice is tested
+//! in the simulation, the registration itself is not.
 //!
 //! | module | duty |
 //! |--------|------|

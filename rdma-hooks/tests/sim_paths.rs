@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{MIB, PAGE};
-use rdma_hooks::sim::{Fault, Host, Sim, SimConfig, SimFabric, SparseMemory};
+use rdma_hooks::sim::{Fault, Host, OnDemand, Sim, SimConfig, SimFabric, SparseMemory};
 use rdma_hooks::{
     BlockSpan, Cancel, Counters, DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, FabricError,
     Features, HooksError, HostRegion, MigrationId, PageContent, RamBlock, RamControl, Reason, RegionMemory,
@@ -542,4 +542,80 @@ fn a_window_of_credits_saves_round_trips() {
     let (one, eight) = (took(1), took(8));
     println!("4 MiB of stream: one credit {one:?}, eight {eight:?}");
     assert!(eight * 2 < one, "virtual time: {one:?} with one credit, {eight:?} with eight");
+}
+
+/// One migration of 4 MiB of data with pin-all or without.
+fn simple(sim: SimConfig, pin_all: bool) -> (Result<Duration, HooksError>, Result<(), HooksError>, Sim) {
+    let (memory, block) = ram(4 * MIB);
+    memory.write(0, &vec![3; 4 << 20]);
+    let (target, there) = ram(4 * MIB);
+    let (source, destination, sim) = both(
+        sim,
+        move |fabric| {
+            let stop = seconds(&fabric, 600);
+            let config = SourceConfig { pin_all, ..SourceConfig::default() };
+            let mut hooks = SourceHooks::connect(&fabric, "sim", PORT, config, &stop)?;
+            hooks.set_blocks(vec![block])?;
+            let started = fabric.now();
+            open(&mut hooks, RamControl::Setup, &stop);
+            hooks.registration_stop(RamControl::Setup, &stop)?;
+            let setup = fabric.now() - started;
+            open(&mut hooks, RamControl::Finish, &stop);
+            hooks.control_save_page(span(0, 4 * MIB, PageContent::Data), &stop)?;
+            hooks.registration_stop(RamControl::Finish, &stop)?;
+            // nothing is on its way any more, though the destination has yet to be told so.
+            assert_eq!(hooks.collect()?, Ticket(1));
+            assert_eq!(memory.first_difference(&target), None);
+            hooks.finish(&stop)?;
+            Ok(setup)
+        },
+        move |fabric, mut listener| {
+            let stop = seconds(&fabric, 600);
+            let mut hooks =
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop)?;
+            serve(&mut hooks, there, 2, &stop)?;
+            hooks.finish(&stop).map(drop)
+        },
+    );
+    assert_eq!(sim.live_registrations(), 0);
+    (source, destination, sim)
+}
+
+#[test]
+fn r37_registering_everything_may_take_long_and_both_ends_do_it_at_once() {
+    let minutes = Duration::from_secs(120);
+    let sim = SimConfig { registration_takes: minutes, ..SimConfig::default() };
+    let (source, destination, _) = simple(sim, true);
+    destination.unwrap();
+    let setup = source.unwrap();
+    assert!(setup >= minutes && setup < minutes * 2, "not one after the other: {setup:?}");
+}
+
+#[test]
+fn r48_at_the_end_of_the_last_round_every_completion_is_reaped() {
+    for pin_all in [false, true] {
+        for seed in 0..20 {
+            let sim = SimConfig { seed, max_delay: Duration::from_millis(50), ..SimConfig::default() };
+            let (source, destination, _) = simple(sim, pin_all);
+            source.unwrap();
+            destination.unwrap();
+        }
+    }
+}
+
+#[test]
+fn memory_that_cannot_be_resident_is_registered_on_demand_or_refused() {
+    for pin_all in [false, true] {
+        let with = |on_demand| simple(SimConfig { on_demand, ..SimConfig::default() }, pin_all);
+        let (source, destination, sim) = with(OnDemand::Unneeded);
+        assert!(source.is_ok() && destination.is_ok());
+        assert_eq!(sim.on_demand_registrations(), 0, "resident where that is possible");
+        let (source, destination, sim) = with(OnDemand::Offered);
+        assert!(source.is_ok() && destination.is_ok());
+        assert!(sim.on_demand_registrations() > 0);
+        let (source, destination, _) = with(OnDemand::Missing);
+        assert!(source.is_err());
+        let refused = destination.unwrap_err();
+        assert!(matches!(refused, HooksError::Fabric(FabricError::Registration { .. })), "{refused:?}");
+    }
 }

@@ -21,7 +21,7 @@ pub use memory::SparseMemory;
 
 use crate::fabric::{
     Access, AddressBase, Completion, ConnectParams, Endpoint, Fabric, FabricError, Incoming, Limits,
-    LinkState, Listener, Registration, WriteRequest,
+    LinkState, Listener, Registration, WriteRequest, register_resident_or_on_demand,
 };
 use crate::region::HostRegion;
 use crate::stop::Stop;
@@ -81,6 +81,23 @@ pub struct SimConfig {
     pub faults: Vec<(Host, Fault)>,
     /// Requests a queue pair takes at a time, at most.
     pub send_depth: usize,
+    /// How long a registration takes.
+    pub registration_takes: Duration,
+    /// Memory of the second host that cannot be made resident, as a file system with DAX has it: registering it is
+    /// refused unless it is on demand, which the device offers or not.
+    pub on_demand: OnDemand,
+}
+
+/// What there is of registrations that need not be resident.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnDemand {
+    /// Nobody needs them.
+    #[default]
+    Unneeded,
+    /// The second host's memory needs them, and its device offers them.
+    Offered,
+    /// The second host's memory needs them, and its device does not offer them.
+    Missing,
 }
 
 impl Default for SimConfig {
@@ -92,6 +109,8 @@ impl Default for SimConfig {
             loss_per_mille: 0,
             faults: Vec::new(),
             send_depth: 512,
+            registration_takes: Duration::ZERO,
+            on_demand: OnDemand::Unneeded,
         }
     }
 }
@@ -124,6 +143,11 @@ impl Sim {
     /// Messages that met no receive buffer. Zero, or one end broke the credit protocol.
     pub fn unready_messages(&self) -> u64 {
         self.0.lock().unready_messages
+    }
+
+    /// Registrations made so far that need not be resident.
+    pub fn on_demand_registrations(&self) -> u64 {
+        self.0.lock().on_demand_registrations
     }
 
     /// Time since the network was made.
@@ -283,8 +307,8 @@ impl Endpoint for SimEndpoint {
     }
 
     fn limits(&self) -> Limits {
-        let send_depth = self.shared.lock().endpoint(self.id).send_depth;
-        Limits { send_depth, inline_bytes: 0, max_registration_bytes: u64::MAX, on_demand: false }
+        let (send_depth, on_demand) = self.shared.lock().abilities(self.id);
+        Limits { send_depth, inline_bytes: 0, max_registration_bytes: u64::MAX, on_demand }
     }
 
     fn now(&self) -> Instant {
@@ -297,7 +321,16 @@ impl Endpoint for SimEndpoint {
         access: Access,
         base: AddressBase,
     ) -> Result<Registration, FabricError> {
-        let (key, address) = self.shared.lock().register(self.id, region, access, base)?;
+        let takes = self.shared.lock().registration_takes();
+        if !takes.is_zero() {
+            let world = self.shared.lock();
+            let until = world.now + takes;
+            drop(self.shared.wait(world, world::Place::Nowhere, until));
+        }
+        let offered = self.limits().on_demand;
+        let (key, address) = register_resident_or_on_demand(offered, |on_demand| {
+            self.shared.lock().register(self.id, region, access, base, on_demand)
+        })?;
         let guard = Guard { shared: Arc::clone(&self.shared), key };
         Ok(Registration { lkey: key, rkey: key, address, len: region.len(), guard: Box::new(guard) })
     }

@@ -26,6 +26,8 @@ pub(super) type EndpointId = usize;
 pub(super) enum Place {
     Endpoint(EndpointId),
     Port(u16),
+    /// Only time passes.
+    Nowhere,
 }
 
 pub(super) struct Shared {
@@ -183,6 +185,7 @@ pub(super) struct World {
     next_key: u32,
     /// Messages that found no receive buffer: the peer broke the credit protocol.
     pub(super) unready_messages: u64,
+    pub(super) on_demand_registrations: u64,
 }
 
 /// Kept opaque to the fabric above.
@@ -205,6 +208,7 @@ impl World {
             regions: HashMap::new(),
             next_key: 0x100,
             unready_messages: 0,
+            on_demand_registrations: 0,
         }
     }
 
@@ -264,6 +268,7 @@ impl World {
     fn has_news(&self, place: Place) -> bool {
         match place {
             Place::Endpoint(id) => self.endpoints[id].news,
+            Place::Nowhere => false,
             Place::Port(port) => self.ports.get(&port).is_some_and(|requests| !requests.is_empty()),
         }
     }

@@ -12,7 +12,7 @@ use rdma_sys::{
 use super::call::{check, check_ptr};
 use super::cm::Id;
 use super::device;
-use crate::fabric::{Access, AddressBase, FabricError, Registration};
+use crate::fabric::{Access, AddressBase, FabricError, Registration, register_resident_or_on_demand};
 use crate::region::HostRegion;
 
 /// Addresses that differ below this cannot name the same byte to a device.
@@ -77,19 +77,15 @@ impl Domain {
             }
         };
         let on_demand = ibv_access_flags::IBV_ACCESS_ON_DEMAND.0;
-        let mut mr = self.register_raw(address, bytes, start, flags);
-        // Memory that cannot be made resident (a file system with DAX) may still be used on demand.
-        if let Err(error) = &mr
-            && error.raw_os_error() == Some(libc::EOPNOTSUPP)
-            && self.on_demand
-        {
-            mr = self.register_raw(address, bytes, start, flags | on_demand);
-        }
-        let mr = mr.map_err(|source| FabricError::Registration {
-            bytes,
-            registered: self.registered.load(Ordering::Relaxed),
-            remedy: remedy(&source),
-            source,
+        let mr = register_resident_or_on_demand(self.on_demand, |without_residence| {
+            let flags = if without_residence { flags | on_demand } else { flags };
+            let mr = self.register_raw(address, bytes, start, flags);
+            mr.map_err(|source| FabricError::Registration {
+                bytes,
+                registered: self.registered.load(Ordering::Relaxed),
+                remedy: remedy(&source),
+                source,
+            })
         })?;
         self.registered.fetch_add(bytes, Ordering::Relaxed);
         // SAFETY: `mr` is alive until `Mr` drops.

@@ -1,22 +1,43 @@
 //! What the simulated devices do: memory is registered, requests are posted, delivered, placed and completed.
 
+use std::time::Duration;
+
 use super::{EndpointId, Event, RETRIES_TAKE, Region, RegionEntry, World};
 use crate::fabric::{
     Access, AddressBase, Completion, CompletionStatus, FabricError, Operation, WriteRequest,
 };
 use crate::region::HostRegion;
-use crate::sim::{Fault, Host};
+use crate::sim::{Fault, Host, OnDemand};
 
 impl World {
+    pub(in crate::sim) fn registration_takes(&self) -> Duration {
+        self.config.registration_takes
+    }
+
+    /// Depth of the send queue, and whether registrations may be on demand.
+    pub(in crate::sim) fn abilities(&self, id: EndpointId) -> (usize, bool) {
+        (self.endpoints[id].send_depth, self.config.on_demand == OnDemand::Offered)
+    }
+
     pub(in crate::sim) fn register(
         &mut self,
         id: EndpointId,
         region: &HostRegion,
         access: Access,
         base: AddressBase,
+        on_demand: bool,
     ) -> Result<(u32, u64), FabricError> {
         let host = self.endpoints[id].host;
         self.alive(host)?;
+        if host == Host::B && self.config.on_demand != OnDemand::Unneeded && !on_demand {
+            return Err(FabricError::Registration {
+                bytes: region.len(),
+                registered: 0,
+                remedy: "this memory cannot be made resident",
+                source: std::io::Error::from_raw_os_error(libc::EOPNOTSUPP),
+            });
+        }
+        self.on_demand_registrations += u64::from(on_demand);
         let state = self.hosts.entry(host).or_default();
         let number = state.registrations;
         state.registrations += 1;
