@@ -282,9 +282,14 @@ impl DestinationHooks {
         }
         let count = self.blocks.announced().len();
         self.grants.resize_with(count, Grants::default);
+        let bytes = self.blocks.announced().iter().map(|block| block.region.len()).sum();
+        match self.stream.channel.endpoint().check_memory_lock(bytes) {
+            Err(error) if self.granted.pin_all => return Err(error.into()),
+            // The source registers what has data, perhaps within a pin budget of its own: it may fit.
+            Err(error) => tracing::warn!(%error, "the source may meet the limit in mid-migration"),
+            Ok(()) => {}
+        }
         if self.granted.pin_all {
-            let bytes = self.blocks.announced().iter().map(|block| block.region.len()).sum();
-            self.stream.channel.endpoint().check_memory_lock(bytes)?;
             for index in 0..count {
                 let region = self.blocks.announced()[index].region.clone();
                 let whole = self.register(&region, 0)?;

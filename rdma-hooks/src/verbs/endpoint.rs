@@ -61,6 +61,8 @@ impl VerbsEndpoint {
         params: &ConnectParams,
         spin: Duration,
     ) -> Result<Self, FabricError> {
+        let buffers = params.receives * params.receive_bytes + SEND_SLOTS * SEND_BYTES;
+        super::memory_lock::memory_lock().check(buffers as u64)?;
         let queue = Queue::new(id, domain, params.send_depth, params.receives)?;
         let endpoint = Self {
             receives: Buffer::new(domain, params.receives * params.receive_bytes)?,
