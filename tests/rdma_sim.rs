@@ -4,6 +4,7 @@
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome};
 use ramwire::guest::{GuestControl, MappedGuest};
@@ -17,6 +18,8 @@ use ramwire::sys::{CancelToken, Mapping, SendPart, Stop};
 use ramwire::transport::rdma::{RdmaListener, connect_over};
 use ramwire::transport::{AllowList, RdmaOptions, StreamOptions};
 use ramwire::units::{BlockIndex, PageSize};
+use rdma_hooks::Fabric;
+use rdma_hooks::fabric::{ConnectParams, FabricError};
 use rdma_hooks::sim::{Fault, Host, Sim, SimConfig};
 
 const BLOCKS: [(&str, u64); 3] = [("pc.ram", 6 << 20), ("pc.bios", 256 << 10), ("odd", (1 << 20) + 4096)];
@@ -142,7 +145,7 @@ fn a_guest_goes_over_rdma_between_two_sessions() {
 }
 
 #[test]
-fn whatever_fails_leaves_the_guest_at_one_side_and_nothing_registered() {
+fn r41_whatever_fails_leaves_the_guest_at_one_side_and_nothing_registered() {
     let (mut completed, mut stayed) = (0, 0);
     for at in [0, 3, 6, 9, 12, 15] {
         for fault in [
@@ -217,4 +220,35 @@ fn no_stream_byte_passes_while_a_round_is_open() {
     assert!(refused.map_or(true, |sent| sent.is_err()));
     drop((door, part));
     assert!(destination.join().unwrap());
+}
+
+#[test]
+fn r45_a_qemu_is_asked_for_a_return_path_only_if_the_operator_says_so() {
+    for return_path in [false, true] {
+        let sim = Sim::new(SimConfig::default());
+        let (here, there) = (sim.fabric(Host::A), sim.fabric(Host::B));
+        let part = there.enter();
+        let mut listener = there.listen("10.0.0.2", 4444).unwrap();
+        // A QEMU: version 1, and nothing of what goes beyond it. It answers the first connection and looks for a second.
+        let qemu = std::thread::spawn(move || {
+            let _part = part;
+            let deadline = there.now() + Duration::from_secs(8);
+            let stop = rdma_hooks::Stop::new(Some(deadline), rdma_hooks::Cancel::default());
+            let private_data = vec![0, 0, 0, 1, 0, 0, 0, 0];
+            let params = ConnectParams { private_data, receives: 3, receive_bytes: 1 << 19, send_depth: 8 };
+            let _main = listener.next_request(&stop).unwrap().accept(&params, &stop).unwrap();
+            match listener.next_request(&stop) {
+                Ok(_) => true,
+                Err(FabricError::Stopped(_)) => false,
+                Err(error) => panic!("{error}"),
+            }
+        });
+        let part = here.enter();
+        let rdma = RdmaOptions { return_path, ..RdmaOptions::default() };
+        let (options, stop) = (StreamOptions::default(), Stop::on(&CancelToken::default()));
+        let door = connect_over(Arc::new(here), "10.0.0.2", 4444, filled(), &options, &rdma, &stop);
+        assert!(!door.is_ok_and(|door| door.back.is_some()), "this QEMU accepts no second connection");
+        drop(part);
+        assert_eq!(qemu.join().unwrap(), return_path);
+    }
 }

@@ -236,4 +236,33 @@ mod in_rxe_guest {
         assert!(device.max_registration_bytes > 0 && device.max_requests > 0 && !device.ports.is_empty());
         assert!(!device.ports[0].gids.is_empty());
     }
+
+    #[test]
+    #[ignore = "runs in ci/rxe-guest"]
+    fn r11_a_connection_is_a_reliable_queue_pair_in_the_tcp_port_space() {
+        let address = address().expect("a device");
+        let fabric = VerbsFabric::open().unwrap();
+        let mut listener = fabric.listen(&address, 0).unwrap();
+        let port = listener.port();
+        let (here, there) = std::thread::scope(|scope| {
+            let stop = seconds(&fabric, 20);
+            let there = scope.spawn(move || {
+                DestinationHooks::accept(listener.as_mut(), &DestinationConfig::default(), &stop).unwrap()
+            });
+            let stop = seconds(&fabric, 20);
+            let here = SourceHooks::connect(&fabric, &address, port, SourceConfig::default(), &stop).unwrap();
+            (here, there.join().unwrap())
+        });
+        let shown = |kind: &str| {
+            let shown = std::process::Command::new("rdma").args(["resource", "show", kind]).output();
+            String::from_utf8_lossy(&shown.expect("rdma").stdout).into_owned()
+        };
+        let pid = format!("pid {}", std::process::id());
+        let ours = |text: &str| text.lines().filter(|line| line.contains(&pid)).map(str::to_owned).collect();
+        let (pairs, ids): (Vec<String>, Vec<String>) = (ours(&shown("qp")), ours(&shown("cm_id")));
+        println!("{pairs:#?} {ids:#?}");
+        assert!(pairs.len() == 2 && pairs.iter().all(|pair| pair.contains("type RC")), "{pairs:?}");
+        assert!(ids.len() >= 2 && ids.iter().all(|id| id.contains("ps TCP")), "{ids:?}");
+        drop((here, there));
+    }
 }

@@ -153,10 +153,7 @@ fn resolve_name(host: &str, port: u16, stop: &Stop) -> Result<Vec<SocketAddr>, F
         stop.check(now)?;
         match answered.recv_timeout(stop.slice(now)) {
             Ok(addresses) => {
-                let mut addresses = addresses.map_err(no_address)?;
-                // A QEMU on Ethernet takes no IPv6 connection.
-                addresses.sort_by_key(SocketAddr::is_ipv6);
-                return Ok(addresses);
+                return Ok(ipv4_first(addresses.map_err(no_address)?));
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
@@ -164,6 +161,12 @@ fn resolve_name(host: &str, port: u16, stop: &Stop) -> Result<Vec<SocketAddr>, F
             }
         }
     }
+}
+
+/// A QEMU on Ethernet takes no IPv6 connection.
+fn ipv4_first(mut addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    addresses.sort_by_key(SocketAddr::is_ipv6);
+    addresses
 }
 
 fn no_address(source: std::io::Error) -> FabricError {
@@ -236,6 +239,13 @@ impl Drop for VerbsIncoming {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn r11_ipv4_addresses_are_tried_first() {
+        let [v6, first, second] = ["[2001:db8::1]:1", "192.0.2.1:1", "192.0.2.2:1"].map(|text| text.parse());
+        let (Ok(v6), Ok(first), Ok(second)) = (v6, first, second) else { panic!("addresses") };
+        assert_eq!(ipv4_first(vec![v6, first, second]), [first, second, v6]);
+    }
 
     #[test]
     fn r10_the_peer_may_try_for_ever_towards_us_and_we_try_seven_times() {
