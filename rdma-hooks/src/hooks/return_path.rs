@@ -20,11 +20,23 @@ pub struct ReturnReader {
     grant_from: Instant,
 }
 
+/// Messages the destination may have on the way back before the source reads any. A QEMU reads all the time, on a thread
+/// of its own; a source of this crate may be waiting for a credit to send, which the destination gives only once it has
+/// said what it has to say.
+pub(crate) fn return_window(is_qemu: bool) -> u16 {
+    if is_qemu { 1 } else { 8 }
+}
+
 impl ReturnReader {
     /// `is_qemu`: the peer may not have a receive buffer posted yet.
-    pub(crate) fn new(channel: Channel, is_qemu: bool) -> Self {
+    pub(crate) fn new(channel: Channel, is_qemu: bool, stop: &Stop) -> Result<Self, HooksError> {
         let grant_from = if is_qemu { channel.now() + QEMU_SETTLES } else { channel.now() };
-        Self { stream: StreamReceiver::new(channel, Receiver::one_ahead(1)), grant_from }
+        let exchange = Receiver::one_ahead(return_window(is_qemu));
+        let mut reader = Self { stream: StreamReceiver::new(channel, exchange), grant_from };
+        if !is_qemu {
+            reader.stream.grant(stop)?;
+        }
+        Ok(reader)
     }
 
     /// Reads at least one byte, at most what fits.
@@ -105,8 +117,9 @@ impl ReturnWriter {
             return Ok(None);
         }
         let reply = Capabilities { pin_all: asked.pin_all, extension: None };
-        let endpoint = incoming.accept(&connect_params(reply.encode(), 1), stop)?;
-        Ok(Some(Self { stream: StreamSender::new(Channel::new(endpoint), 1) }))
+        let window = return_window(main.extension.is_none());
+        let endpoint = incoming.accept(&connect_params(reply.encode(), window), stop)?;
+        Ok(Some(Self { stream: StreamSender::new(Channel::new(endpoint), window) }))
     }
 
     /// Appends bytes; they leave at the flush, or when 32 KiB have gathered.

@@ -14,6 +14,7 @@ use crate::chunk::{CHUNK_BYTES, Merger, SpanTable};
 use crate::control::{BlockRecord, Kind, Message};
 use crate::counters::Counters;
 use crate::fabric::{Fabric, Registration};
+use crate::hooks::return_path::return_window;
 use crate::hooks::{HookMark, HooksError, RamControl, ReturnReader, Ticket};
 use crate::stop::Stop;
 use crate::stream::StreamSender;
@@ -185,9 +186,10 @@ impl SourceHooks {
         let extension = self.granted.extension.and_then(|_| offer(&self.config, Role::ReturnPath));
         let caps = Capabilities { pin_all: self.config.pin_all, extension };
         let stop = stop.within(fabric.now(), RETURN_PATH_WITHIN);
-        let endpoint =
-            fabric.connect(&self.address.0, self.address.1, &connect_params(caps.encode(), 1), &stop)?;
-        Ok(ReturnReader::new(Channel::new(endpoint), extension.is_none()))
+        let is_qemu = extension.is_none();
+        let params = connect_params(caps.encode(), return_window(is_qemu));
+        let endpoint = fabric.connect(&self.address.0, self.address.1, &params, &stop)?;
+        ReturnReader::new(Channel::new(endpoint), is_qemu, &stop)
     }
 
     /// Says which blocks migrate, in the order in which the stream announces them. Once, before the setup round.
