@@ -39,6 +39,7 @@ struct Device {
     longest_registration: u64,
     most_registrations: u32,
     most_queue_pairs: u32,
+    inline: u32,
     on_demand: bool,
     ports: Vec<Port>,
 }
@@ -51,6 +52,111 @@ struct Port {
     gids: Vec<String>,
     /// Fit for a migration, or what to do about it.
     verdict: Result<(), &'static str>,
+}
+
+/// A limit that matters to a migration.
+struct Limit {
+    name: &'static str,
+    value: String,
+    verdict: Verdict,
+    /// What to do about it; empty where nothing is to be done.
+    remedy: &'static str,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// It does not matter.
+    Good,
+    /// A migration works, at a cost, or not every one.
+    Limits,
+    /// No migration works.
+    Blocks,
+}
+
+impl Verdict {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Limits => "limits",
+            Self::Blocks => "blocks",
+        }
+    }
+}
+
+impl Limit {
+    fn new(name: &'static str, value: String, verdict: Verdict, remedy: &'static str) -> Self {
+        Self { name, value, verdict, remedy }
+    }
+
+    fn json(&self) -> Value {
+        let remedy = Some(self.remedy).filter(|remedy| !remedy.is_empty());
+        json!({ "name": self.name, "value": self.value, "verdict": self.verdict.word(), "remedy": remedy })
+    }
+
+    fn text(&self) -> String {
+        let remedy = if self.remedy.is_empty() { String::new() } else { format!(": {}", self.remedy) };
+        format!("{}: {} ({}){remedy}", self.name, self.value, self.verdict.word())
+    }
+}
+
+/// What a registration spans at least: the protocol's chunk.
+const CHUNK_BYTES: u64 = 1 << 20;
+/// Registrations that a large guest with scattered pages comes to.
+const MANY_REGISTRATIONS: u32 = 1024;
+/// A request for one key: the control message that travels most.
+const CONTROL_BYTES: u32 = 40;
+
+/// How much this process may lock; registered memory is locked.
+fn memory_lock(limit: Option<u64>) -> Limit {
+    const NAME: &str = "memory lock";
+    match limit {
+        None => Limit::new(NAME, "no limit".into(), Verdict::Good, ""),
+        Some(limit) => {
+            let verdict = if limit < CHUNK_BYTES { Verdict::Blocks } else { Verdict::Limits };
+            let remedy = "a guest with more RAM needs a higher limit (ulimit -l, LimitMEMLOCK=), CAP_IPC_LOCK, or \
+                          at its source --pin-budget";
+            Limit::new(NAME, format!("{} at most", human_bytes(limit)), verdict, remedy)
+        }
+    }
+}
+
+impl Device {
+    fn limits(&self) -> [Limit; 5] {
+        let pick = |good: bool, less: (Verdict, &'static str)| if good { (Verdict::Good, "") } else { less };
+        let of = |name, value, (verdict, remedy)| Limit::new(name, value, verdict, remedy);
+        let chunk = "shorter than a chunk of the protocol: take another device, or tcp:";
+        let many = "--pin-budget at the source, or --pin-all: one for each RAM block";
+        let pairs = "each migration takes two, and one more for each of --queue-pairs";
+        let resident = "nothing: memory in use is locked, so the memory lock below counts";
+        let inline = "nothing: the device reads control messages from memory";
+        [
+            of(
+                "longest registration",
+                human_bytes(self.longest_registration),
+                pick(self.longest_registration >= CHUNK_BYTES, (Verdict::Blocks, chunk)),
+            ),
+            of(
+                "registrations",
+                format!("{} at most", self.most_registrations),
+                pick(self.most_registrations >= MANY_REGISTRATIONS, (Verdict::Limits, many)),
+            ),
+            of(
+                "queue pairs",
+                format!("{} at most", self.most_queue_pairs),
+                pick(self.most_queue_pairs >= 18, (Verdict::Limits, pairs)),
+            ),
+            of(
+                "on-demand paging",
+                if self.on_demand { "yes".into() } else { "no".into() },
+                pick(self.on_demand, (Verdict::Limits, resident)),
+            ),
+            of(
+                "inline data",
+                format!("{} bytes", self.inline),
+                pick(self.inline >= CONTROL_BYTES, (Verdict::Limits, inline)),
+            ),
+        ]
+    }
 }
 
 impl Found {
@@ -68,7 +174,9 @@ impl Found {
                 "max_registration_bytes": device.longest_registration,
                 "max_registrations": device.most_registrations,
                 "max_queue_pairs": device.most_queue_pairs,
+                "max_inline_bytes": device.inline,
                 "on_demand_paging": device.on_demand,
+                "limits": device.limits().iter().map(Limit::json).collect::<Vec<_>>(),
                 "ports": device.ports.iter().map(port).collect::<Vec<_>>(),
             })
         };
@@ -77,6 +185,7 @@ impl Found {
             "address": self.usable.as_ref().ok(),
             "why_not": self.usable.as_ref().err(),
             "memory_lock_bytes": self.memory_lock,
+            "memory_lock": memory_lock(self.memory_lock).json(),
             "devices": self.devices.iter().map(device).collect::<Vec<_>>(),
         })
     }
@@ -86,13 +195,7 @@ impl Found {
         for device in &self.devices {
             let firmware = if device.firmware.is_empty() { "software" } else { &device.firmware };
             lines.push(format!("{} ({firmware})", device.name));
-            lines.push(format!(
-                "  registrations: {} at most, {} each; queue pairs: {}; on-demand paging: {}",
-                device.most_registrations,
-                human_bytes(device.longest_registration),
-                device.most_queue_pairs,
-                if device.on_demand { "yes" } else { "no, memory in use is locked" },
-            ));
+            lines.extend(device.limits().iter().map(|limit| format!("  {}", limit.text())));
             for port in &device.ports {
                 let (number, state, layer) = (port.number, &port.state, &port.link_layer);
                 lines.push(format!("  port {number}: {state}, {layer}, path MTU up to {}", port.mtu));
@@ -103,14 +206,7 @@ impl Found {
                 });
             }
         }
-        lines.push(match self.memory_lock {
-            None => "memory lock: no limit".to_owned(),
-            Some(limit) => format!(
-                "memory lock: {} at most; a guest with more RAM needs a higher limit (ulimit -l, LimitMEMLOCK=) or \
-                 CAP_IPC_LOCK",
-                human_bytes(limit)
-            ),
-        });
+        lines.push(memory_lock(self.memory_lock).text());
         lines.push(match &self.usable {
             Ok(address) => format!("RDMA works here: ramwire receive rdma:{address}:4444 --dir guest"),
             Err(why) => format!("no migration over RDMA from or to this host: {why}"),
@@ -150,6 +246,7 @@ impl From<rdma_hooks::verbs::DeviceInfo> for Device {
             longest_registration: info.max_registration_bytes,
             most_registrations: info.max_registrations,
             most_queue_pairs: info.max_queue_pairs,
+            inline: info.max_inline_bytes,
             on_demand: info.on_demand,
             ports: info.ports.into_iter().map(Port::from).collect(),
         }
@@ -205,16 +302,26 @@ mod tests {
             longest_registration: 1 << 30,
             most_registrations: 100,
             most_queue_pairs: 10,
+            inline: 0,
             on_demand: false,
             ports: vec![port(Ok(())), port(Err("bring it up"))],
         };
         let found = Found { usable: Ok("10.9.0.1".into()), memory_lock: Some(65536), devices: vec![device] };
         let text = found.text();
-        for part in ["rxe0 (software)", "a guest can travel", "not usable: bring it up", "64.00 KiB at most"]
-        {
+        for part in [
+            "rxe0 (software)",
+            "a guest can travel",
+            "not usable: bring it up",
+            "memory lock: 64.00 KiB at most (blocks): a guest",
+            "longest registration: 1.00 GiB (good)",
+            "registrations: 100 at most (limits): --pin-budget",
+            "inline data: 0 bytes (limits)",
+        ] {
             assert!(text.contains(part), "{part}: {text}");
         }
         let json = found.json();
+        let verdicts = json["devices"][0]["limits"].as_array().unwrap_or(&Vec::new()).len();
+        assert_eq!((verdicts, &json["memory_lock"]["verdict"]), (5, &json!("blocks")));
         assert_eq!(
             (&json["usable"], &json["devices"][0]["ports"][1]["usable"]),
             (&json!(true), &json!(false))

@@ -17,7 +17,7 @@ use super::domain::Domain;
 use crate::fabric::FabricError;
 
 /// Bytes asked for inside a request: enough for a control message, too little for stream bytes.
-const INLINE_BYTES: u32 = 220;
+pub(super) const INLINE_BYTES: u32 = 220;
 /// Completions taken at a time.
 pub(super) const BATCH: usize = 32;
 

@@ -96,6 +96,7 @@ mod tests {
             max_registrations: 4096,
             max_requests: 16384,
             max_queue_pairs: 64,
+            max_inline_bytes: 220,
             on_demand: false,
             ports: vec![port],
         }
