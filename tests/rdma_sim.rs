@@ -102,11 +102,11 @@ fn migrate(config: SimConfig, rdma: RdmaOptions, digest: bool, keeps_memory: boo
     let options = StreamOptions::default();
     let stop = Stop::on(&CancelToken::default());
     let part = there.enter();
-    let (arriving, far_stop) = (Arc::clone(&to), stop.clone());
+    let (arriving, far_stop, offered) = (Arc::clone(&to), stop.clone(), rdma.clone());
     let mut listener = RdmaListener::bind(Arc::new(there), "10.0.0.2", 4444, AllowList::default()).unwrap();
     let destination = std::thread::spawn(move || {
         let _part = part;
-        let door = listener.accept(&options, &far_stop).ok()?;
+        let door = listener.accept(&options, &offered, &far_stop).ok()?;
         let settings = DestinationSettings::default();
         let control = Box::new(Still { keeps_memory: true });
         Some(DestinationSession::new(door.source, door.back, Box::new(arriving), control, settings).run())
@@ -130,9 +130,11 @@ fn migrate(config: SimConfig, rdma: RdmaOptions, digest: bool, keeps_memory: boo
 fn a_guest_goes_over_rdma_between_two_sessions() {
     let ways = [(false, 1), (true, 1), (false, 4), (true, 4)];
     for (seed, (pin_all, queue_pairs)) in (0..8).flat_map(|seed| ways.map(|way| (seed, way))) {
+        // As a relay has it: one message on the way at a time.
+        let wait_after_round = seed % 2 == 1;
         let what = format!("seed {seed}, pin-all {pin_all}, {queue_pairs} queue pairs");
         let config = SimConfig { seed, loss_per_mille: 20, ..SimConfig::default() };
-        let rdma = RdmaOptions { pin_all, queue_pairs, ..RdmaOptions::default() };
+        let rdma = RdmaOptions { pin_all, queue_pairs, wait_after_round, ..RdmaOptions::default() };
         let run = migrate(config, rdma, true, true);
         let (source, destination) = (run.source.unwrap(), run.destination.unwrap());
         assert_eq!(source.outcome, Outcome::Completed, "{what}: {source:?} {destination:?}");
@@ -141,6 +143,18 @@ fn a_guest_goes_over_rdma_between_two_sessions() {
         assert!(source.statistics.pages.zero > 0 && destination.pages.zero > 0, "{what}");
         // Every key is given back, and no message met an end that was not ready.
         assert_eq!((run.sim.live_registrations(), run.sim.unready_messages()), (0, 0), "{what}");
+    }
+}
+
+#[test]
+fn a_budget_below_the_guest_s_size_lets_all_of_it_through() {
+    for seed in 0..4 {
+        let config = SimConfig { seed, ..SimConfig::default() };
+        let rdma = RdmaOptions { pin_budget: Some(2 << 20), ..RdmaOptions::default() };
+        let run = migrate(config, rdma, true, true);
+        let (source, destination) = (run.source.unwrap(), run.destination.unwrap());
+        assert_eq!(source.outcome, Outcome::Completed, "seed {seed}: {:?}", source.error);
+        assert!(destination.verified && run.equal, "seed {seed}");
     }
 }
 
@@ -205,7 +219,7 @@ fn no_stream_byte_passes_while_a_round_is_open() {
     let mut listener = RdmaListener::bind(Arc::new(there), "10.0.0.2", 4444, AllowList::default()).unwrap();
     let destination = std::thread::spawn(move || {
         let _part = part;
-        listener.accept(&options, &far_stop).is_ok()
+        listener.accept(&options, &RdmaOptions::default(), &far_stop).is_ok()
     });
     let part = here.enter();
     let rdma = RdmaOptions::default();

@@ -57,6 +57,7 @@ impl RdmaArgs {
             pin_budget: self.pin_budget,
             return_path: self.return_path,
             queue_pairs: self.queue_pairs,
+            ..RdmaOptions::default()
         }
     }
 }

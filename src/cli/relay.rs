@@ -1,7 +1,7 @@
 //! `ramwire relay`.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use ramwire::engine::{BandwidthLimit, Ending, Outcome};
@@ -13,7 +13,7 @@ use ramwire::stream::qemu::file::Configuration;
 use ramwire::stream::qemu::packed::Packing;
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{
-    Address, AllowList, ChannelOptions, DeltaCacheSize, DoorOptions, Listener, open_source,
+    Address, AllowList, ChannelOptions, DeltaCacheSize, DoorOptions, Listener, RdmaOptions, Way, open_source,
 };
 use serde_json::json;
 
@@ -29,10 +29,10 @@ use super::store::keep;
     # From a QEMU told to migrate to this host on port 4444, to a QEMU started with -incoming on port 5555
     ramwire relay --listen tcp:0.0.0.0:4444 --connect tcp:10.0.0.7:5555")]
 pub(super) struct Args {
-    /// Where the guest's source connects: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH
+    /// Where the guest's source connects: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (either), unix:PATH, fd:N, exec:COMMAND or file:PATH
     #[arg(long, value_name = "URI")]
     listen: Address,
-    /// Where the far end listens: as --listen, or rdma:HOST:PORT or auto:HOST:PORT
+    /// Where the far end listens: as --listen
     #[arg(long, value_name = "URI")]
     connect: Address,
     /// Who may connect by TCP, for instance 10.0.0.0/8; repeat for more
@@ -88,11 +88,6 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let statistics = SharedStatistics::default();
     signals.follow(statistics.clone());
     let stop = Stop::on(&cancel);
-    if matches!(args.listen, Address::Rdma { .. } | Address::Auto { .. }) {
-        return Err("--listen rdma: or auto: pages that a NIC writes are not seen one by one, so they can't be passed on as they \
-                    come; listen on a tcp: or unix: address, --connect may be rdma:"
-            .into());
-    }
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.listen, allow, &stop)?;
@@ -103,17 +98,27 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let options = args.timeouts.stream_options();
     let (count, packing) = (args.listen_channels, args.listen_compression);
     let near = ChannelOptions { count, packing, ..ChannelOptions::default() };
-    let near = DoorOptions { channels: near, ..DoorOptions::of_stream(options) };
+    let quiet = RdmaOptions { wait_after_round: true, ..RdmaOptions::default() };
+    let near = DoorOptions { channels: near, rdma: quiet, ..DoorOptions::of_stream(options) };
     let door = listener.accept_door(&near, &stop)?;
     drop(listener);
+    if matches!(args.listen, Address::Auto { .. }) {
+        eprintln!("ramwire relay: source: {}: {}", door.way.transport, door.way.why);
+    }
     let deltas = DeltaCacheSize::new(args.xbzrle_cache_size);
     let options = DoorOptions { stream: options, rdma: args.rdma.options(), channels, deltas };
     let (far, far_stop) = (args.connect.clone(), stop.clone());
     let chosen = matches!(far, Address::Auto { .. });
+    let far_way = Arc::new(OnceLock::new());
+    let taken = Arc::clone(&far_way);
     let open = move |memory| {
         let door = open_source(&far, memory, &options, &far_stop);
-        if let (Ok(door), true) = (&door, chosen) {
-            eprintln!("ramwire relay: {}: {}", door.way.transport, door.way.why);
+        if let Ok(door) = &door {
+            if chosen {
+                eprintln!("ramwire relay: far end: {}: {}", door.way.transport, door.way.why);
+            }
+            // Called once.
+            let _ = taken.set(door.way.clone());
         }
         door.map(SourceConnection::from).map_err(|error| Error::Config {
             what: format!("the far end can't be reached: {error}"),
@@ -145,8 +150,9 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         notice: Arc::new(tell_notice),
         statistics,
     };
+    let near_way = door.way;
     let report = relay.run();
-    Ok(tell(args, &report))
+    Ok(tell(args, &near_way, far_way.get(), &report))
 }
 
 fn tell_notice(notice: &Notice) {
@@ -163,13 +169,15 @@ fn tell_notice(notice: &Notice) {
     }
 }
 
-fn tell(args: &Args, report: &RelayReport) -> Exit {
+fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport) -> Exit {
     let outcome = report.sent.as_ref().map(|sent| sent.outcome);
     let errors = [report.received.error.as_ref(), report.sent.as_ref().and_then(|sent| sent.error.as_ref())];
     for error in errors.into_iter().flatten() {
         complain("relay", error);
     }
     if args.json {
+        let way = |way: &Way| json!({ "transport": way.transport, "why": way.why });
+        let connect = far.map(way);
         let far = report.sent.as_ref().map(|sent| {
             let mut out = sent.statistics.query_migrate();
             out["rounds"] = json!(sent.statistics.rounds);
@@ -177,17 +185,39 @@ fn tell(args: &Args, report: &RelayReport) -> Exit {
             out["zero-copy"] = json!(sent.statistics.zero_copy);
             out
         });
+        let scan = report.received.scan.map(|scan| {
+            json!({
+                "scans": scan.scans,
+                "pages": scan.pages,
+                "found": scan.found,
+                "took_ms": scan.took.as_secs_f64() * 1e3,
+                "last_ms": scan.last.as_secs_f64() * 1e3,
+                "memory_bytes": scan.memory,
+            })
+        });
         let out = json!({
             "completed": report.received.ending == Ending::Running,
             "received_pages": report.received.pages,
             "received_bytes": report.received.bytes,
             "first_page_sent_ms": report.first_page_sent.map(|time| time.as_secs_f64() * 1e3),
             "ram_complete_ms": report.ram_complete.map(|time| time.as_secs_f64() * 1e3),
+            "listen": way(near),
+            "connect": connect,
+            "scan": scan,
             "far": far,
         });
         println!("{out}");
     } else if let (Ending::Running, Some(sent)) = (report.received.ending, &report.sent) {
         print!("{}", render::statistics(&sent.statistics));
+        if let Some(scan) = &report.received.scan {
+            println!(
+                "{} scans for what came by RDMA: {:.0} ms in all, {} of {} pages looked at had changed",
+                scan.scans,
+                scan.took.as_secs_f64() * 1e3,
+                scan.found,
+                scan.pages
+            );
+        }
     }
     let completed = report.received.ending == Ending::Running;
     if !completed && outcome != Some(Outcome::Completed) {

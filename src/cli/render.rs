@@ -21,9 +21,10 @@ pub(super) fn statistics(now: &Statistics) -> String {
         now.pages.normal,
         now.pages.zero,
     );
+    let scan = if parts.scan_ms > 0.0 { format!("scan {:.1} + ", parts.scan_ms) } else { String::new() };
     let _ = writeln!(
         out,
-        "downtime {:.1} ms = pause {:.1} + sync {:.1} + pages {:.1} + state {:.1} + digest {:.1} + ready {:.1} \
+        "downtime {:.1} ms = {scan}pause {:.1} + sync {:.1} + pages {:.1} + state {:.1} + digest {:.1} + ready {:.1} \
          + handover {:.1}",
         now.downtime,
         parts.pause_ms,

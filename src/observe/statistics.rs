@@ -73,6 +73,8 @@ pub struct ZeroCopyCounts {
 /// Where the downtime went, in milliseconds. The parts add up to the whole but for rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DowntimeParts {
+    /// A relay's: the last look for pages that came by RDMA, after the guest's source had stopped it.
+    pub scan_ms: f64,
     /// Until the guest stood still.
     pub pause_ms: f64,
     /// The last merge of the dirty logs.
@@ -92,7 +94,8 @@ pub struct DowntimeParts {
 impl DowntimeParts {
     /// All parts together.
     pub fn total_ms(&self) -> f64 {
-        self.pause_ms
+        self.scan_ms
+            + self.pause_ms
             + self.sync_ms
             + self.pages_ms
             + self.state_ms

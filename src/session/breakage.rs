@@ -29,12 +29,14 @@ pub(super) enum Breakage {
     ResumeBeforeCommit,
     /// Order 6: the destination says READY whatever the digests say.
     SkipComparing,
+    /// A relay over RDMA looks for the pages of the last round before it.
+    ScanBeforeFinish,
     /// Bytes copied, then marked: the destination tells of a page before it is there.
     MarkBeforeCopy,
 }
 
 impl Breakage {
-    /// All but `None`.
+    /// All but `None` and what only [`relay_tests`](super::relay_tests) switch off.
     #[cfg(test)]
     pub(super) const ALL: [Self; 12] = [
         Self::ReadBeforeProtect,

@@ -11,6 +11,7 @@ use crate::stream::native::Answer;
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
 use crate::stream::qemu::return_path::Message;
+use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel};
 
@@ -21,6 +22,7 @@ use super::hearing::{no_blocks, out_of_turn};
 use super::places::Placed;
 use super::placing::Placing;
 use super::reader::StreamReader;
+use super::scan::ScanReport;
 use super::working::LONGEST_SILENCE;
 use super::{Breakage, Error};
 
@@ -92,11 +94,12 @@ pub trait Arrival: Send {
     /// Ends the migration.
     fn between_reads(&mut self) -> Result<(), Error>;
 
-    /// The last page has come: the source's guest stands still.
+    /// The last page has come: the source's guest stands still. `scan` is how long it took to find the last pages by
+    /// their content, where they came by a door that shows none.
     ///
     /// # Errors
     /// Ends the migration.
-    fn ram_complete(&mut self) -> Result<(), Error>;
+    fn ram_complete(&mut self, scan: Option<Duration>) -> Result<(), Error>;
 }
 
 /// How a migration ended, seen from the destination.
@@ -116,6 +119,8 @@ pub struct DestinationReport {
     pub verified: bool,
     /// The source is a ramwire.
     pub native: bool,
+    /// What it took to find pages by their content: in front of a relay, where they came by RDMA.
+    pub scan: Option<ScanReport>,
 }
 
 /// The destination's session before and while it runs.
@@ -135,6 +140,8 @@ pub struct DestinationSession {
     pub(super) commitment: Arc<Commitment>,
     pub(super) stop: Stop,
     pub(super) return_path_open: bool,
+    /// Of the section of RAM that was begun last.
+    pub(super) ram_phase: Option<Phase>,
     pub(super) ram_ended: bool,
     pub(super) in_native_state: bool,
     pub(super) migration_id: Option<[u8; 16]>,
@@ -175,6 +182,7 @@ impl DestinationSession {
             configuration: None,
             state: Vec::new(),
             return_path_open: false,
+            ram_phase: None,
             ram_ended: false,
             in_native_state: false,
             migration_id: None,
@@ -298,6 +306,7 @@ impl DestinationSession {
             bytes,
             verified: self.verified,
             native: self.engine.is_native(),
+            scan: self.placing.as_ref().and_then(Placing::scan_report),
         }
     }
 

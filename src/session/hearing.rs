@@ -108,9 +108,10 @@ impl DestinationSession {
                 kind: SectionKind::Ram, phase: phase @ (Phase::Part | Phase::End), ..
             } => {
                 tracing::trace!(?phase, "pages begin");
+                self.ram_phase = Some(phase);
                 self.pages_begin(seen)?;
             }
-            Event::SectionStart { kind: SectionKind::Ram, .. } => {}
+            Event::SectionStart { kind: SectionKind::Ram, phase, .. } => self.ram_phase = Some(phase),
             Event::MultifdFlush => self.barrier()?,
             Event::RecordsEnd => self.records_ended(seen)?,
             Event::SectionEnd { kind: SectionKind::Ram, phase: Phase::End } => self.ram_complete()?,
@@ -190,6 +191,7 @@ impl DestinationSession {
     fn ram_complete(&mut self) -> Result<(), Error> {
         self.ram_ended = true;
         tracing::trace!("pages end");
+        self.last_scan()?;
         match &mut self.placing {
             Some(placing) => placing.ram_complete(),
             None => Err(no_blocks("the end of RAM")),

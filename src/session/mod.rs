@@ -16,8 +16,11 @@ mod places;
 mod placing;
 mod reader;
 mod relay;
+#[cfg(test)]
+mod relay_tests;
 mod return_path;
 mod rounds;
+mod scan;
 #[cfg(test)]
 mod sim;
 mod slice;
@@ -34,6 +37,7 @@ pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, MigrationHandle};
 pub use places::Placed;
 pub use relay::{ConnectFn, Kept, Notice, NoticeFn, Relay, RelayReport};
+pub use scan::ScanReport;
 pub use source::{Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
 pub use workers::Spawner;
 

@@ -51,6 +51,11 @@ impl Places {
         self.page_bytes
     }
 
+    /// Who is told of each page.
+    pub(super) fn watcher(&self) -> Option<&Arc<dyn Placed>> {
+        self.watcher.as_ref()
+    }
+
     /// Pages that came, by kind.
     pub(super) fn counts(&self) -> PageCounts {
         let [normal, zero, delta] =

@@ -7,13 +7,15 @@ use crate::observe::PageCounts;
 use crate::ram::{PageRun, RamBlock};
 use crate::stream::qemu::compressed::inflate_page;
 use crate::stream::{DecodeError, Fault, xbzrle};
-use crate::sys::populate;
+use crate::sys::{Stop, populate};
 use crate::transport::PagePlaces;
 use crate::units::{BlockIndex, BlockOffset};
 
 use super::ahead::PopulateAhead;
 use super::destination::{Arrival, Incoming};
 use super::places::Places;
+use super::scan::{ContentScan, ScanReport};
+use super::workers::Spawner;
 use super::{Breakage, Error};
 
 /// What the stream's own thread needs to place pages.
@@ -21,6 +23,8 @@ pub(super) struct Placing {
     places: Arc<Places>,
     arrival: Option<Box<dyn Arrival>>,
     scratch: Vec<u8>,
+    /// Where pages come by a door that shows none of them, and somebody wants to see them all the same.
+    scan: Option<ContentScan>,
     pub(super) ahead: PopulateAhead,
     pub(super) breakage: Breakage,
 }
@@ -34,7 +38,14 @@ impl Placing {
         let watcher = arrival.as_mut().map(|arrival| arrival.watch(&memory));
         let places = Arc::new(Places::new(memory, announced, watcher)?);
         let scratch = vec![0; places.page_bytes() as usize];
-        Ok(Self { places, arrival, scratch, ahead: PopulateAhead::default(), breakage: Breakage::default() })
+        Ok(Self {
+            places,
+            arrival,
+            scratch,
+            scan: None,
+            ahead: PopulateAhead::default(),
+            breakage: Breakage::default(),
+        })
     }
 
     pub(super) fn memory(&self) -> &Arc<dyn GuestMemory> {
@@ -74,16 +85,48 @@ impl Placing {
             return Ok(());
         }
         self.places.room(block, offset, page)?.stream_from(bytes);
-        Ok(self.places.placed(block, offset, page)?)
+        self.places.placed(block, offset, page)?;
+        self.came_in_stream(block, offset)
     }
 
     pub(super) fn zero(&mut self, block: BlockIndex, offset: BlockOffset) -> Result<(), Error> {
-        Ok(self.places.zero(block, offset)?)
+        self.places.zero(block, offset)?;
+        self.came_in_stream(block, offset)
     }
 
-    /// Pages that somebody else may have written: the NIC, in a round.
+    /// Pages that somebody else may have written, and may write to in every round from now on: the NIC.
     pub(super) fn written(&mut self, run: PageRun) {
         self.places.written(run);
+        if let Some(scan) = &mut self.scan {
+            scan.open(run);
+        }
+    }
+
+    /// From here on pages come that only their content tells of.
+    pub(super) fn begin_scans(&mut self) {
+        let memory = self.places.memory();
+        self.scan =
+            self.places.watcher().map(|watcher| ContentScan::new(Arc::clone(memory), Arc::clone(watcher)));
+    }
+
+    /// A round of such pages is over: tells whoever watches which they were.
+    pub(super) fn scan(&mut self, spawner: &Spawner, stop: &Stop) -> Result<(), Error> {
+        self.scan.as_mut().map_or(Ok(()), |scan| scan.scan(spawner, stop))
+    }
+
+    /// What scans did, where there are any.
+    pub(super) fn scan_report(&self) -> Option<ScanReport> {
+        self.scan.as_ref().map(ContentScan::report)
+    }
+
+    /// A page that came in the stream is told of by itself; what a scan knew of it is out of date.
+    fn came_in_stream(&mut self, block: BlockIndex, offset: BlockOffset) -> Result<(), Error> {
+        if let Some(scan) = &mut self.scan {
+            let landing = self.places.landing(block, offset, self.places.page_bytes())?;
+            let run = landing.run(self.places.memory().table().page());
+            scan.forget(run.block, run.first);
+        }
+        Ok(())
     }
 
     pub(super) fn compressed(
@@ -115,7 +158,7 @@ impl Placing {
         span.copy_from(&self.scratch);
         self.places.seen(self.places.landing(block, offset, page)?);
         self.places.count_delta();
-        Ok(())
+        self.came_in_stream(block, offset)
     }
 
     /// True if somebody wants to see each page as it arrives.
@@ -128,7 +171,8 @@ impl Placing {
     }
 
     pub(super) fn ram_complete(&mut self) -> Result<(), Error> {
-        self.arrival.as_mut().map_or(Ok(()), |arrival| arrival.ram_complete())
+        let scan = self.scan_report().map(|report| report.last);
+        self.arrival.as_mut().map_or(Ok(()), |arrival| arrival.ram_complete(scan))
     }
 }
 

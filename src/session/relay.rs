@@ -8,6 +8,9 @@
 //! The guest runs on at its source until the source switches over by itself; then the relay sends what is
 //! left, the device state, and passes back what the far end says.
 //!
+//! Pages that come by RDMA are seen by nobody as they come; they are found by their content when a round is over
+//! (`scan`).
+//!
 //! # Order that must hold
 //!
 //! The upstream is asked for the guest (READY) only after the far end could take it, and told `complete` only after the
@@ -31,7 +34,7 @@ use super::arrivals::Arrivals;
 use super::destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
 use super::places::Placed;
 use super::source::{SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream};
-use super::{DestinationSettings, Error, SourceSettings};
+use super::{Breakage, DestinationSettings, Error, SourceSettings};
 
 /// How often a relay that holds back looks whether it may read on.
 const LOOK: Duration = Duration::from_millis(2);
@@ -164,11 +167,11 @@ pub struct Relay {
 impl Relay {
     /// Runs it to its end.
     pub fn run(self) -> RelayReport {
-        run(self)
+        run(self, Breakage::None)
     }
 }
 
-fn run(relay: Relay) -> RelayReport {
+pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     let Relay { source, back, connect, incoming, outgoing, cancel, notice, statistics } = relay;
     let shared = Arc::new(Shared::default());
     let (give, far_end) = bounded(1);
@@ -198,9 +201,10 @@ fn run(relay: Relay) -> RelayReport {
         notice: Arc::clone(&notice),
     });
     let sent = Arc::clone(&control.sent);
-    let session = DestinationSession::new(source, back, Box::new(memory), control, incoming)
+    let mut session = DestinationSession::new(source, back, Box::new(memory), control, incoming)
         .with_arrival(Box::new(middle))
         .with_cancel(cancel.clone());
+    session.breakage = breakage;
     let received = session.run();
     // Whatever happened: the far side must not wait for us any more.
     shared.change(|progress| progress.upstream_ended = true);
@@ -382,8 +386,11 @@ impl Arrival for Middle {
         Ok(())
     }
 
-    fn ram_complete(&mut self) -> Result<(), Error> {
+    fn ram_complete(&mut self, scan: Option<Duration>) -> Result<(), Error> {
         *lock(&self.ram_complete) = Some(self.began.elapsed());
+        if let Some(took) = scan {
+            self.statistics.update(|s| s.downtime_parts.scan_ms = took.as_secs_f64() * 1e3);
+        }
         self.shared.change(|progress| progress.ram_complete = true);
         Ok(())
     }
@@ -461,6 +468,11 @@ struct Forwarder {
 }
 
 impl GuestControl for Forwarder {
+    /// The relay's own memory stays as it is.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
+
     fn pause(&mut self) -> io::Result<()> {
         Ok(())
     }

@@ -6,13 +6,14 @@ use std::time::Duration;
 use crate::engine::Ending;
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::incoming::{AnnouncedBlocks, Seen};
+use crate::stream::qemu::section::Phase;
 use crate::stream::{Corrupt, DecodeError};
 use crate::sys::{CancelToken, Stop};
 
 use super::destination::{DestinationSession, Incoming};
 use super::hearing::out_of_turn;
 use super::source::discards;
-use super::{Error, ErrorKind};
+use super::{Breakage, Error, ErrorKind};
 
 /// How long the source may take to close its end of the connection.
 const PART_WITHIN: Duration = Duration::from_secs(2);
@@ -25,16 +26,25 @@ impl DestinationSession {
         if !self.control.forbid_discard(true) {
             return Err(discards());
         }
-        Ok(rounds.announce(&memory, &incoming.blocks)?)
+        let waits = rounds.waits_after_round();
+        rounds.announce(&memory, &incoming.blocks)?;
+        let placing = self.placing()?;
+        if placing.is_watched() {
+            if !waits {
+                return Err(Error::Config {
+                    what: "the source may write while a round's pages are looked for".into(),
+                    remedy: "accept it with RdmaOptions::wait_after_round",
+                });
+            }
+            placing.begin_scans();
+        }
+        Ok(())
     }
 
     /// The parser met the mark.
     pub(super) fn receive_round(&mut self) -> Result<(), Error> {
-        if self.placing()?.is_watched() {
-            return Err(Error::Config {
-                what: "pages that come by RDMA can't be watched as they arrive".into(),
-                remedy: "let the relay listen on a tcp: or unix: address",
-            });
+        if self.breakage.is(Breakage::ScanBeforeFinish) && self.ram_phase == Some(Phase::End) {
+            self.scan()?;
         }
         let Some(rounds) = self.source.rounds() else {
             return Err(out_of_turn("the mark of a round", "a stream that has none"));
@@ -44,7 +54,21 @@ impl DestinationSession {
         let page = placing.memory().table().page().bytes();
         placing.places().count_zero(round.zero_bytes / page);
         round.touched.into_iter().for_each(|run| placing.written(run));
-        Ok(())
+        // The setup round has no pages; those of the last one are looked for when the section ends, while the source
+        // goes on with its device state.
+        if self.ram_phase == Some(Phase::Part) { self.scan() } else { Ok(()) }
+    }
+
+    /// No page comes any more: what the last round brought is looked for.
+    pub(super) fn last_scan(&mut self) -> Result<(), Error> {
+        if self.breakage.is(Breakage::ScanBeforeFinish) { Ok(()) } else { self.scan() }
+    }
+
+    fn scan(&mut self) -> Result<(), Error> {
+        match &mut self.placing {
+            Some(placing) => placing.scan(&self.settings.spawner, &self.stop),
+            None => Ok(()),
+        }
     }
 
     /// There is memory now: the page channels may fill it.

@@ -19,7 +19,7 @@ use crate::transport::{ByteSink, ByteSource, ChannelError, InlineLink, StreamCha
 use crate::units::{BlockIndex, PageSize};
 
 /// A socket as plain as it can be.
-struct Plain(UnixStream, u64);
+pub(super) struct Plain(UnixStream, u64);
 
 impl Plain {
     fn wait(&self, what: PollFlags, stop: &Stop) -> Result<(), ChannelError> {
@@ -66,16 +66,16 @@ impl ByteSource for Plain {
     }
 }
 
-fn plain(socket: &UnixStream) -> Box<Plain> {
+pub(super) fn plain(socket: &UnixStream) -> Box<Plain> {
     socket.set_nonblocking(true).unwrap();
     Box::new(Plain(socket.try_clone().unwrap(), 0))
 }
 
 #[derive(Clone, Default)]
-struct Machine(Arc<Mutex<(bool, Vec<u8>)>>);
+pub(super) struct Machine(pub(super) Arc<Mutex<(bool, Vec<u8>)>>);
 
 impl Machine {
-    fn runs(&self) -> bool {
+    pub(super) fn runs(&self) -> bool {
         self.0.lock().unwrap().0
     }
 }
@@ -97,7 +97,7 @@ impl GuestControl for Machine {
     }
 }
 
-fn guest(pages: &[u64]) -> Arc<MappedGuest> {
+pub(super) fn guest(pages: &[u64]) -> Arc<MappedGuest> {
     let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
     for (index, pages) in pages.iter().enumerate() {
         let mapping = Mapping::anonymous(pages * 4096).unwrap();
@@ -107,7 +107,7 @@ fn guest(pages: &[u64]) -> Arc<MappedGuest> {
     Arc::new(builder.build().unwrap())
 }
 
-fn bytes(guest: &MappedGuest, block: u32) -> Vec<u8> {
+pub(super) fn bytes(guest: &MappedGuest, block: u32) -> Vec<u8> {
     let region = guest.region(BlockIndex(block)).unwrap();
     let mut out = vec![0; region.len() as usize];
     region.span(0, region.len()).unwrap().copy_to(&mut out);

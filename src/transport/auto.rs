@@ -4,9 +4,10 @@
 
 use std::sync::Arc;
 #[cfg(feature = "rdma")]
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::door::open_stream;
+use super::obstacle;
 use super::tcp::TcpListener;
 use super::{
     Address, AllowList, ChannelError, DestinationDoor, DoorOptions, OpenError, RdmaOptions, SourceDoor,
@@ -18,11 +19,9 @@ use crate::sys::{Stop, StopReason};
 use crate::units::BlockIndex;
 
 #[cfg(feature = "rdma")]
-use super::rdma::{RdmaListener, connect_here, usable_address};
-
-/// Longest time after which a source has decided against RDMA.
+use super::obstacle::DECIDED_WITHIN;
 #[cfg(feature = "rdma")]
-const DECIDED_WITHIN: Duration = Duration::from_secs(2);
+use super::rdma::{RdmaListener, connect_here, usable_address};
 
 /// How often a destination looks who came by the other way.
 #[cfg(feature = "rdma")]
@@ -49,10 +48,8 @@ pub(super) fn open_source(
             return Ok(door);
         }
         Err(error) if stop.reason() == Some(StopReason::Cancelled) => return Err(error),
-        Err(OpenError::NoRdma { why, .. }) => why.to_string(),
-        Err(error) => error.to_string(),
+        Err(error) => obstacle::why(&error),
     };
-    let why = format!("RDMA did not work: {why}");
     let by_tcp = Address::Tcp { host: host.to_owned(), port };
     let way = Way { transport: "tcp", why: why.clone() };
     open_stream(&by_tcp, memory, options, way, stop).map_err(|error| match error {
@@ -76,16 +73,21 @@ fn by_rdma(
     let no =
         |why| OpenError::NoRdma { address: Address::Auto { host: host.to_owned(), port }.to_string(), why };
     // Asked here first: once the peer has taken the connection, nobody waits for another.
+    if rdma.may_discard {
+        return Err(no(WhyNoRdma::GuestDiscards));
+    }
     let table = memory.table();
     let moves = |index: &usize| memory.region(BlockIndex(*index as u32)).is_none();
     if let Some(block) = (0..table.blocks().len()).find(moves) {
         let block = table.blocks()[block].name.to_string();
         return Err(no(WhyNoRdma::NotInPlace { block }));
     }
+    let began = Instant::now();
     let locked = rdma.pin_budget.filter(|_| !rdma.pin_all).unwrap_or(u64::MAX).min(table.travelling());
     usable_address(locked).map_err(no)?;
-    let options = StreamOptions { dead_peer: DECIDED_WITHIN, ..*options };
-    connect_here(host, port, memory, &options, rdma, &stop.within(DECIDED_WITHIN))
+    let left = DECIDED_WITHIN.saturating_sub(began.elapsed());
+    let options = StreamOptions { dead_peer: left, ..*options };
+    connect_here(host, port, memory, &options, rdma, &stop.within(left))
 }
 
 #[cfg(not(feature = "rdma"))]
@@ -117,12 +119,12 @@ impl AutoListener {
         #[cfg(feature = "rdma")]
         {
             let port = tcp.local().port();
-            let rdma = usable_address(host_memory()).map_err(|why| why.to_string()).and_then(|_| {
-                RdmaListener::bind_here(host, port, allow).map_err(|error| match error {
-                    OpenError::NoRdma { why, .. } => why.to_string(),
-                    error => error.to_string(),
-                })
-            });
+            let address = Address::Auto { host: host.to_owned(), port };
+            let no = |why| OpenError::NoRdma { address: address.to_string(), why };
+            let rdma =
+                usable_address(host_memory()).map_err(no).map_err(|error| obstacle::why(&error)).and_then(
+                    |_| RdmaListener::bind_here(host, port, allow).map_err(|error| obstacle::why(&error)),
+                );
             let (rdma, why_not) = match rdma {
                 Ok(listener) => (Some(listener), None),
                 Err(why) => (None, Some(why)),
@@ -141,12 +143,15 @@ impl AutoListener {
     pub(super) fn accept(
         &mut self,
         options: &StreamOptions,
+        rdma: &RdmaOptions,
         stop: &Stop,
     ) -> Result<DestinationDoor, OpenError> {
         #[cfg(feature = "rdma")]
         if let Some(listener) = &mut self.rdma {
-            return accept_either(&self.tcp, listener, options, stop);
+            return accept_either(&self.tcp, listener, options, rdma, stop);
         }
+        #[cfg(not(feature = "rdma"))]
+        let _ = rdma;
         let why = self.why_not.clone().unwrap_or_default();
         let channel = self.tcp.accept(options, stop)?;
         Ok(DestinationDoor::of_stream(channel, Way { transport: "tcp", why }))
@@ -164,8 +169,9 @@ fn host_memory() -> u64 {
 #[cfg(feature = "rdma")]
 fn accept_either(
     tcp: &TcpListener,
-    rdma: &mut RdmaListener,
+    listener: &mut RdmaListener,
     options: &StreamOptions,
+    rdma: &RdmaOptions,
     stop: &Stop,
 ) -> Result<DestinationDoor, OpenError> {
     let enough = crate::sys::CancelToken::default();
@@ -175,7 +181,7 @@ fn accept_either(
         let waiting = std::thread::Builder::new().name("ramwire-rdma".into());
         let spawned = waiting.spawn_scoped(scope, move || {
             while rdma_stop.reason().is_none() {
-                match rdma.accept(options, &rdma_stop) {
+                match listener.accept(options, rdma, &rdma_stop) {
                     Ok(door) => return drop(give.send(door)),
                     Err(_) if rdma_stop.reason().is_some() => return,
                     Err(error) => {

@@ -123,6 +123,12 @@ pub enum WhyNoRdma {
         /// The block.
         block: String,
     },
+    /// The guest gives memory back, or may, while a NIC knows it.
+    #[error(
+        "the guest does not promise to keep its memory in place while a NIC knows it; take balloon and free page \
+         reporting off it"
+    )]
+    GuestDiscards,
     /// There are devices, but none carries traffic.
     #[error("no RDMA device has an active port with an IP address ({devices}); `ramwire devices` says more")]
     NoActivePort {
@@ -142,11 +148,24 @@ pub struct RdmaOptions {
     pub return_path: bool,
     /// Queue pairs for pages, 1 to 16; more than one only between two ramwires.
     pub queue_pairs: u16,
+    /// At a destination: the source writes nothing between a round's end and what is read next. For a relay, which looks
+    /// for the round's pages then. A QEMU always waits so.
+    pub wait_after_round: bool,
+    /// At a source: the guest can't promise to keep its memory in place (its `GuestControl::forbid_discard` says no). Then
+    /// `rdma:` is refused, and `auto:` takes TCP.
+    pub may_discard: bool,
 }
 
 impl Default for RdmaOptions {
     fn default() -> Self {
-        Self { pin_all: false, pin_budget: None, return_path: false, queue_pairs: 1 }
+        Self {
+            pin_all: false,
+            pin_budget: None,
+            return_path: false,
+            queue_pairs: 1,
+            wait_after_round: false,
+            may_discard: false,
+        }
     }
 }
 
@@ -221,6 +240,11 @@ impl DestinationDoor {
     }
 }
 
+/// Why RDMA was not taken where a caller may choose another way: what stood in its way, and the details.
+pub fn why_no_rdma(error: &OpenError) -> String {
+    super::obstacle::why(error)
+}
+
 /// Opens the best door there is at `address` for the pages of `memory`.
 ///
 /// # Errors
@@ -242,6 +266,9 @@ pub fn open_source(
     match address {
         Address::Rdma { .. } | Address::Fd(_) | Address::Exec(_) | Address::File(_) if channels.count > 0 => {
             Err(OpenError::NoChannels { address: address.to_string() })
+        }
+        Address::Rdma { .. } if options.rdma.may_discard => {
+            Err(OpenError::NoRdma { address: address.to_string(), why: WhyNoRdma::GuestDiscards })
         }
         Address::Rdma { host, port } => {
             rdma_source(host, *port, memory, &options.stream, &options.rdma, stop)
@@ -433,10 +460,10 @@ impl Listener {
         }
         #[cfg(feature = "rdma")]
         if let Kind::Rdma(listener) = &mut self.kind {
-            return Ok(listener.accept(&options.stream, stop)?);
+            return Ok(listener.accept(&options.stream, &options.rdma, stop)?);
         }
         if let Kind::Auto(listener) = &mut self.kind {
-            return listener.accept(&options.stream, stop);
+            return listener.accept(&options.stream, &options.rdma, stop);
         }
         let way = Way::named(&self.address);
         if channels.count == 0 {

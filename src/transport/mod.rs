@@ -14,6 +14,7 @@ mod fault;
 mod file;
 mod loopback;
 mod multifd;
+mod obstacle;
 mod patience;
 #[cfg(feature = "rdma")]
 pub mod rdma;
@@ -27,11 +28,12 @@ pub use allow::{AllowError, AllowList};
 pub use delta::DeltaCacheSize;
 pub use door::{
     DestinationDoor, DoorOptions, Listener, OpenError, RdmaOptions, SourceDoor, Way, WhyNoRdma, connect,
-    open_source, rdma_address,
+    open_source, rdma_address, why_no_rdma,
 };
 pub use fault::{Fault, FaultKind, Faulty};
 pub use loopback::{Loopback, LoopbackSink, LoopbackSource, loopback};
 pub use multifd::{ChannelOptions, MultifdLink, MultifdSource};
+pub use obstacle::{DECIDED_WITHIN, Obstacle};
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 
 mod inline;
@@ -269,6 +271,10 @@ pub trait DestinationLink: Send {
     /// # Errors
     /// [`MoveError`].
     fn receive_round(&mut self, stop: &Stop) -> Result<RoundReceived, MoveError>;
+
+    /// True if the peer writes nothing between a round's end and the next byte that is read of the stream, so that what
+    /// a round brought can be looked for in quiet.
+    fn waits_after_round(&self) -> bool;
 
     /// From here on the peer can't write to guest memory any more. Before the guest runs.
     fn revoke(&mut self);

@@ -7,6 +7,7 @@ pub(crate) mod memory;
 pub(crate) mod qemu;
 pub(crate) mod qmp;
 pub(crate) mod ramwire;
+pub(crate) mod scribbler;
 pub(crate) mod writer;
 
 use std::{

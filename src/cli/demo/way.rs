@@ -1,11 +1,15 @@
 //! How the demo's guest travels: the choice, and the connection to the process at the other end.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::ValueEnum;
 use ramwire::guest::MappedGuest;
 use ramwire::sys::Stop;
-use ramwire::transport::{Address, DeltaCacheSize, DoorOptions, SourceDoor, open_source, rdma_address};
+use ramwire::transport::{
+    Address, DECIDED_WITHIN, DeltaCacheSize, DoorOptions, OpenError, SourceDoor, open_source, rdma_address,
+    why_no_rdma,
+};
 
 use super::blocks::BlockSpec;
 use super::destination::Process;
@@ -41,7 +45,7 @@ impl Way {
         folder: &Scratch,
         stop: &Stop,
     ) -> Result<Self, Failure> {
-        let open = |transport, address: &Address, why| {
+        let open = |transport, address: &Address, why, within: Option<Duration>| -> Result<Self, Failure> {
             let mut destination = Process::start(address, args.guest, blocks, args.populate, &args.channels)?;
             let address = destination.address()?;
             let options = DoorOptions {
@@ -51,21 +55,24 @@ impl Way {
                 deltas: DeltaCacheSize::new(args.xbzrle_cache_size),
             };
             let memory = Arc::clone(memory);
-            let door = open_source(&address, memory, &options, stop)?;
+            let stop = within.map_or_else(|| stop.clone(), |within| stop.within(within));
+            let door = open_source(&address, memory, &options, &stop)?;
             Ok(Self { transport, why, destination, door })
         };
-        let rdma = |why: &str| {
+        let rdma = |why: &str, within| {
             // Both ends lock their own copy, each in a process of its own.
             let bytes = blocks.iter().map(BlockSpec::length).sum();
-            let address = Address::Rdma { host: rdma_address(bytes)?.to_string(), port: 0 };
-            open("rdma", &address, why.to_owned())
+            let bytes = args.rdma.options().pin_budget.map_or(bytes, |budget| budget.min(bytes));
+            let no = |why| OpenError::NoRdma { address: "rdma:".into(), why };
+            let address = Address::Rdma { host: rdma_address(bytes).map_err(no)?.to_string(), port: 0 };
+            open("rdma", &address, why.to_owned(), within)
         };
-        let unix = |why| open("unix", &Address::Unix(folder.0.join("guest.sock")), why);
+        let unix = |why| open("unix", &Address::Unix(folder.0.join("guest.sock")), why, None);
         match args.transport {
-            Transport::Rdma => rdma("--transport rdma"),
+            Transport::Rdma => rdma("--transport rdma", None),
             Transport::Tcp => {
                 let address = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
-                open("tcp", &address, "--transport tcp".into())
+                open("tcp", &address, "--transport tcp".into(), None)
             }
             Transport::Unix => unix("--transport unix".into()),
             Transport::Auto if args.xbzrle_cache_size > 0 => {
@@ -74,9 +81,13 @@ impl Way {
             Transport::Auto if args.channels.count() > 0 => {
                 unix("page channels (--channels) need a byte stream".into())
             }
-            Transport::Auto => rdma("both ends have a working RDMA device").or_else(|error: Failure| {
-                unix(format!("both ends are on this host, and RDMA did not work: {error}"))
-            }),
+            Transport::Auto => {
+                let tried = rdma("both ends have a working RDMA device", Some(DECIDED_WITHIN));
+                tried.or_else(|error| {
+                    let why = error.downcast_ref().map_or_else(|| error.to_string(), why_no_rdma);
+                    unix(format!("both ends are on this host, and {why}"))
+                })
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::plan::{Fault, LogKind, Plan, Rng, Side};
 use super::world::{Sim, World};
@@ -461,7 +462,7 @@ impl Arrival for Watcher {
         Ok(())
     }
 
-    fn ram_complete(&mut self) -> Result<(), Error> {
+    fn ram_complete(&mut self, _scan: Option<Duration>) -> Result<(), Error> {
         let mut world = self.sim.world();
         let mut now = vec![0; PAGE];
         for (block, copies) in self.copies.pages.lock().unwrap().iter().enumerate() {

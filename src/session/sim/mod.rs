@@ -175,6 +175,8 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::BreakOffAfterCommit => &["a cancel left the guest in doubt"],
         Breakage::ResumeBeforeCommit => &["while it runs on the other side"],
         Breakage::SkipComparing => &["started with other memory"],
+        // A relay's, which is not simulated here: `relay_tests`.
+        Breakage::ScanBeforeFinish => &[],
         Breakage::MarkBeforeCopy => &["was told before it was there"],
     }
 }

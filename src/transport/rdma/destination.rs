@@ -17,7 +17,7 @@ use crate::ram::{PageRun, RamBlock};
 use crate::sys::{RecvPart, SendPart, Stop};
 use crate::transport::{
     Address, AllowList, ByteSink, ByteSource, ChannelError, DestinationDoor, DestinationLink, MoveError,
-    RoundReceived, StreamOptions, Way,
+    RdmaOptions, RoundReceived, StreamOptions, Way,
 };
 use crate::units::BlockIndex;
 
@@ -77,12 +77,18 @@ impl RdmaListener {
     ///
     /// # Errors
     /// [`ChannelError`].
-    pub fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<DestinationDoor, ChannelError> {
+    pub fn accept(
+        &mut self,
+        options: &StreamOptions,
+        rdma: &RdmaOptions,
+        stop: &Stop,
+    ) -> Result<DestinationDoor, ChannelError> {
         let mut end = End { fabric: Arc::clone(&self.fabric), peer: self.address.clone(), stall: None };
         let allow = self.allow.clone();
         let config = DestinationConfig {
             data_queues: MAX_DATA_QUEUES,
-            window: WINDOW,
+            // With one credit at a time the source has to wait for the next one, which it gets when it is read on.
+            window: if rdma.wait_after_round { 1 } else { WINDOW },
             features: Features::ALL,
             admit: Some(Arc::new(move |peer| allow.allows(peer.ip()))),
         };
@@ -232,6 +238,13 @@ impl DestinationLink for RdmaSource {
         let summary =
             hooks.registration_handle(&bounds.hooks).map_err(|error| bounds.error(SERVING, error))?;
         Ok(RoundReceived { touched: self.newly_touched(), zero_bytes: summary.zero_bytes })
+    }
+
+    /// The end of a round takes a credit. The next one is given when the next message is waited for, and without it the
+    /// source can't open another round.
+    fn waits_after_round(&self) -> bool {
+        let window = |hooks: &DestinationHooks| hooks.granted().extension.map_or(1, |more| more.window);
+        self.hooks.as_ref().is_none_or(|hooks| window(hooks) == 1)
     }
 
     fn revoke(&mut self) {

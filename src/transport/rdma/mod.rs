@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use rdma_hooks::{Blame, Fabric, FabricError, HooksError, Stopped};
 
-use super::{ChannelError, Side};
+use super::{ChannelError, Obstacle, Side};
 use crate::sys::{Stop, StopReason};
 
 pub use destination::{RdmaListener, RdmaReturnSink, RdmaSource};
@@ -99,6 +99,33 @@ impl Bounds<'_> {
             }
         }
     }
+}
+
+/// What an error of the crate means to an operator.
+pub(super) fn obstacle_of(error: &(dyn std::error::Error + Send + Sync + 'static)) -> Obstacle {
+    let fabric = match error.downcast_ref() {
+        Some(HooksError::Fabric(error)) => Some(error),
+        Some(_) => None,
+        None => error.downcast_ref::<FabricError>(),
+    };
+    match fabric {
+        Some(FabricError::MemoryLock { .. }) => Obstacle::MemoryLock,
+        Some(FabricError::NotPinned { .. }) => Obstacle::MayDiscard,
+        Some(FabricError::DeviceRemoved) => Obstacle::NoDevice,
+        Some(FabricError::Unavailable { source, .. }) if is_missing_call(source) => Obstacle::NoLibrary,
+        // A library that finds no device for an address says ENODEV.
+        Some(FabricError::Unavailable { what, .. }) if what.starts_with("rdma_resolve") => Obstacle::NoRoute,
+        Some(FabricError::Unavailable { .. }) => Obstacle::NoDevice,
+        Some(FabricError::Verb { verb, .. }) if verb.starts_with("rdma_resolve") => Obstacle::NoRoute,
+        Some(FabricError::Event { got: "REJECTED", .. } | FabricError::Disconnected) => Obstacle::Refused,
+        Some(FabricError::Event { .. }) => Obstacle::NoRoute,
+        _ => Obstacle::Other,
+    }
+}
+
+/// What the bindings answer where the library behind a call could not be loaded.
+fn is_missing_call(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error())
 }
 
 /// A call of ours that has no meaning: after the connection ended, or against the orders of the door.

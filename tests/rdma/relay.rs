@@ -1,0 +1,142 @@
+//! A guest that never stops writing goes through a relay that has RDMA on one side.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::common::{
+    Deadline, RXE_ADDRESS,
+    memory::{Pattern, compare, fill},
+    qemu::{Guest, Machine, Qemu, Version, peers_present},
+    ramwire::Ramwire,
+    scratch, scribbler,
+};
+
+/// On which side the RDMA is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Near,
+    Far,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    side: Side,
+    pin_all: bool,
+    return_path: bool,
+}
+
+impl Way {
+    /// Of a version's QEMU at the RDMA end: 7.2 has no return path over RDMA.
+    fn of(version: Version) -> [Self; 4] {
+        let both = [false, true].map(|pin_all| {
+            let return_path = version == Version::Qemu100 && !pin_all;
+            [Side::Near, Side::Far].map(|side| Self { side, pin_all, return_path })
+        });
+        [both[0][0], both[0][1], both[1][0], both[1][1]]
+    }
+
+    fn capabilities(self, side: Side) -> Vec<(&'static str, bool)> {
+        let by_rdma = side == self.side;
+        vec![
+            ("rdma-pin-all", self.pin_all && by_rdma),
+            // Over TCP everybody has one.
+            ("return-path", self.return_path || (!by_rdma && side == Side::Near)),
+        ]
+    }
+}
+
+fn set(qemu: &mut Qemu, capabilities: Vec<(&'static str, bool)>) {
+    let list = capabilities.iter().map(|(name, on)| json!({"capability": name, "state": on}));
+    let list: Vec<Value> = list.collect();
+    qemu.execute("migrate-set-capabilities", json!({ "capabilities": list }));
+}
+
+/// The relay's report. The guest is paused at the far end then, and its memory is what it was at the source.
+fn relay(way: Way, dir: &Path, source: &mut Qemu, far: &Guest, port: u16) -> Value {
+    let mut destination = far.start(dir, "far");
+    set(&mut destination, way.capabilities(Side::Far));
+    let (near_uri, far_uri) = match way.side {
+        Side::Near => (format!("rdma:{RXE_ADDRESS}:0"), destination.listen_tcp()),
+        Side::Far => ("tcp:127.0.0.1:0".to_owned(), format!("rdma:{RXE_ADDRESS}:{port}")),
+    };
+    if way.side == Side::Far {
+        destination.listen(&far_uri);
+    }
+    let mut arguments = vec!["relay", "--json", "--listen", &near_uri];
+    if way.side == Side::Far {
+        arguments.extend(way.pin_all.then_some("--pin-all"));
+        arguments.extend(way.return_path.then_some("--return-path"));
+    }
+    arguments.push("--connect");
+    let mut relay = Ramwire::start(dir, &arguments, &far_uri);
+    set(source, way.capabilities(Side::Near));
+    source.migrate(&relay.listening());
+    source.wait_completed(Deadline::seconds(30));
+    let report = relay.finished(Deadline::seconds(20), 0);
+    assert_eq!(report["completed"], true, "{way:?}: {report}");
+    destination.wait_status("paused", Deadline::seconds(10));
+    compare(&source.ram, &far.ram).unwrap_or_else(|difference| panic!("{way:?}: {difference:?}: {report}"));
+    assert!(scribbler::count(&far.ram) > 0);
+    destination.execute("cont", json!({}));
+    scribbler::wait_until_it_writes(&far.ram, Deadline::seconds(10));
+    report
+}
+
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_a_guest_that_never_stops_writing_goes_through_a_relay_by_rdma() {
+    assert!(peers_present(), "nothing is skipped in the guest");
+    for (number, version) in (0u16..).zip(Version::ALL) {
+        let dir = scratch();
+        let guest = |name| scribbler::guest(version, Machine::Q35, dir.path(), name);
+        let mut source = guest("source").running().start(dir.path(), "source");
+        scribbler::wait_until_it_writes(&source.ram, Deadline::seconds(20));
+        for (index, way) in (0u16..).zip(Way::of(version)) {
+            let began = std::time::Instant::now();
+            let far = guest("far").incoming();
+            let report = relay(way, dir.path(), &mut source, &far, 4480 + number * 4 + index);
+            let rounds = report["far"]["rounds"].as_array().unwrap();
+            let dirty = rounds.iter().filter(|round| round["dirty_pages"].as_u64() > Some(0)).count();
+            assert!(dirty >= 1, "{report}");
+            if way.side == Side::Near {
+                let number = |field: &str| report["scan"][field].as_f64().unwrap();
+                assert!(number("scans") >= 3.0 && number("last_ms") > 0.0, "{report}");
+                assert_eq!(report["far"]["downtime-parts"]["scan_ms"], report["scan"]["last_ms"]);
+                let pages = number("memory_bytes") / 16.0;
+                assert!(number("found") > pages, "every page once, some again in a later round: {report}");
+            }
+            println!(
+                "{version} {way:?}: {dirty} rounds with dirty pages, scans {}, {:?}",
+                report["scan"],
+                began.elapsed()
+            );
+            // The same guest goes on at its source, and by another way.
+            source.execute("cont", json!({}));
+        }
+    }
+}
+
+/// Between ramwires: `auto:` is RDMA on both sides of the relay.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_a_relay_between_ramwires_takes_rdma_on_both_sides() {
+    for more in [&["--queue-pairs", "4"][..], &["--pin-all"]] {
+        let dir = scratch();
+        let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
+        fill(&ram, 8, Pattern::Mixed { seed: 51 });
+        let address = format!("auto:{RXE_ADDRESS}:0");
+        let mut receiver = Ramwire::start(dir.path(), &["receive", &address, "--json", "--dir"], &folder);
+        let arguments = [&["relay", "--json", "--listen", &address], more, &["--connect"]].concat();
+        let mut relay = Ramwire::start(dir.path(), &arguments, receiver.listening());
+        let (uri, block) = (relay.listening(), format!("m0={}", ram.display()));
+        let arguments = [&["send", &uri, "--json", "--digest"], more, &["--ram"]].concat();
+        let sent = Ramwire::start(dir.path(), &arguments, block).finished(Deadline::seconds(20), 0);
+        let passed = relay.finished(Deadline::seconds(20), 0);
+        let received = receiver.finished(Deadline::seconds(20), 0);
+        assert_eq!((&sent["transport"], &received["transport"]), (&json!("rdma"), &json!("rdma")), "{sent}");
+        let ways = ["listen", "connect"].map(|side| passed[side]["transport"].as_str().unwrap());
+        assert_eq!((&passed["completed"], ways), (&json!(true), ["rdma"; 2]), "{passed}");
+        compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|difference| panic!("{difference:?}"));
+    }
+}
