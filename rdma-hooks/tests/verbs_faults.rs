@@ -382,8 +382,12 @@ mod in_rxe_guest {
             "only in a guest: this takes the device away"
         );
         let faults = [
-            ("ip link set dummy0 down", "ip link set dummy0 up; sleep 1"),
             ("rdma link delete rxe0", "rdma link add rxe0 type rxe netdev dummy0; sleep 1"),
+            // After its link was down, soft-RoCE connects nobody until the device is made anew.
+            (
+                "ip link set dummy0 down",
+                "ip link set dummy0 up; rdma link delete rxe0; rdma link add rxe0 type rxe netdev dummy0; sleep 1",
+            ),
         ];
         for (how, mend) in faults {
             let (source, destination, took) = break_while_migrating(how, mend);
