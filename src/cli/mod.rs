@@ -8,6 +8,7 @@ mod demo;
 mod devices;
 mod inspect;
 #[allow(dead_code, reason = "shared by the reports that draw")]
+mod metrics;
 mod plot;
 mod progress;
 mod receive;
@@ -15,5 +16,6 @@ mod relay;
 mod render;
 mod send;
 mod store;
+mod watch;
 
 pub use args::run;

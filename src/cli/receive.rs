@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::args::Exit;
 use super::common::{ChannelArgs, Timeouts, bytes, cancel_on_signal, complain, failed, human_bytes};
+use super::metrics::MetricsArgs;
 use super::progress::Progress;
 use super::store::{ArrivingGuest, State, Store};
 
@@ -37,6 +38,8 @@ pub(super) struct Args {
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    metrics: MetricsArgs,
     #[command(flatten)]
     channels: ChannelArgs,
     #[command(flatten)]
@@ -91,8 +94,9 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     )
     .with_cancel(cancel);
     let progress = Progress::follow(session.statistics());
+    let metrics = args.metrics.serve("receive", session.statistics())?;
     let report = session.run();
-    drop(progress);
+    drop((progress, metrics));
     Ok(tell(args, &way, &guest, &report))
 }
 

@@ -1,11 +1,13 @@
 //! `ramwire relay`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ramwire::engine::{BandwidthLimit, Ending, Outcome};
-use ramwire::observe::SharedStatistics;
+use ramwire::guest::GuestMemory;
+use ramwire::observe::{RunDescription, SharedStatistics};
 use ramwire::session::{
     DestinationSettings, Error, ErrorKind, Notice, Relay, RelayReport, SourceConnection, SourceSettings,
 };
@@ -21,6 +23,7 @@ use super::args::Exit;
 use super::common::{ChannelArgs, PeerOption, RdmaArgs, Timeouts, bytes, cancel_on_signal, complain, failed};
 use super::render;
 use super::store::keep;
+use super::watch::{Log, WatchArgs, describe};
 
 /// Takes the stream of a running guest and sends it on as it comes. The guest runs at its source until the source
 /// switches over, and then at the far end.
@@ -65,6 +68,8 @@ pub(super) struct Args {
     /// How the source compresses pages on its channels: none, zlib or zstd
     #[arg(long, value_name = "HOW", default_value = "none")]
     listen_compression: Packing,
+    #[command(flatten)]
+    watch: WatchArgs,
     /// Of the connection to the far end
     /// Lend pages on channels to the kernel, which sends from where they lie (MSG_ZEROCOPY); without compression
     #[arg(long)]
@@ -88,6 +93,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let statistics = SharedStatistics::default();
     signals.follow(statistics.clone());
     let stop = Stop::on(&cancel);
+    let file = args.watch.create_log()?;
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.listen, allow, &stop)?;
@@ -111,12 +117,17 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let chosen = matches!(far, Address::Auto { .. });
     let far_way = Arc::new(OnceLock::new());
     let taken = Arc::clone(&far_way);
-    let open = move |memory| {
-        let door = open_source(&far, memory, &options, &far_stop);
+    let log = Arc::new(Mutex::new(Log::default()));
+    let (begun, far_statistics, settings) = (Arc::clone(&log), statistics.clone(), args.settings());
+    let open = move |memory: Arc<dyn GuestMemory>| {
+        let door = open_source(&far, Arc::clone(&memory), &options, &far_stop);
         if let Ok(door) = &door {
             if chosen {
                 eprintln!("ramwire relay: far end: {}: {}", door.way.transport, door.way.why);
             }
+            let mut run = describe("relay", door.way.transport, &door.way.why, memory.table());
+            run.settings = settings;
+            *begun.lock().unwrap_or_else(PoisonError::into_inner) = file.follow(far_statistics, run);
             // Called once.
             let _ = taken.set(door.way.clone());
         }
@@ -140,6 +151,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     if let Some(option) = args.peer {
         (outgoing.peer, outgoing.style) = (Some(option.peer), Some(option.style));
     }
+    let metrics = args.watch.metrics.serve("relay", statistics.clone())?;
     let relay = Relay {
         source: door.source,
         back: door.back,
@@ -152,7 +164,20 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     };
     let near_way = door.way;
     let report = relay.run();
+    std::mem::take(&mut *log.lock().unwrap_or_else(PoisonError::into_inner)).finish();
+    drop(metrics);
     Ok(tell(args, &near_way, far_way.get(), &report))
+}
+
+impl Args {
+    fn settings(&self) -> BTreeMap<String, serde_json::Value> {
+        RunDescription::default()
+            .with("downtime_ms", self.downtime_ms)
+            .with("max_bandwidth", self.max_bandwidth)
+            .with("xbzrle_cache_size", self.xbzrle_cache_size)
+            .with("channels", self.channels.count())
+            .settings
+    }
 }
 
 fn tell_notice(notice: &Notice) {

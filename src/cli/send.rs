@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ramwire::engine::{BandwidthLimit, Outcome};
+use ramwire::guest::GuestMemory;
+use ramwire::observe::RunDescription;
 use ramwire::page::ZeroDetection;
-use ramwire::ram::BlockName;
+use ramwire::ram::{BlockName, RamBlockTable};
 use ramwire::session::{Peer, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, ChannelOptions, DeltaCacheSize, DoorOptions, Way, open_source};
@@ -18,6 +20,7 @@ use super::common::{
 use super::progress::Progress;
 use super::render;
 use super::store::{Block, Overrides, State, StoredGuest};
+use super::watch::{WatchArgs, describe};
 
 /// Sends a stored guest. The folder's manifest says `sent` once the other end runs it, and `in-doubt` if nobody knows.
 #[derive(Debug, clap::Args)]
@@ -72,6 +75,8 @@ pub(super) struct Args {
     /// Lend pages on channels to the kernel, which sends from where they lie (MSG_ZEROCOPY); without compression
     #[arg(long)]
     zero_copy: bool,
+    #[command(flatten)]
+    watch: WatchArgs,
     #[command(flatten)]
     channels: ChannelArgs,
     #[command(flatten)]
@@ -150,6 +155,7 @@ fn send(
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let memory = guest.memory();
+    let log = args.watch.create_log()?;
     let options = DoorOptions {
         stream: args.timeouts.stream_options(),
         rdma: args.rdma.options(),
@@ -161,14 +167,18 @@ fn send(
     if matches!(args.uri, Address::Auto { .. }) {
         eprintln!("ramwire send: {}: {}", way.transport, way.why);
     }
+    let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
     let session = SourceSession::new(source, door.into(), settings(args, &guest)).with_cancel(cancel);
+    let metrics = args.watch.metrics.serve("send", session.statistics())?;
     // From here until the end is known a crash leaves a folder that says so.
     guest.mark(State::Sending)?;
     signals.follow(session.statistics());
     let progress = Progress::follow(session.statistics());
+    let log = log.follow(session.statistics(), run);
     let report = session.run();
-    drop(progress);
+    log.finish();
+    drop((progress, metrics));
     guest.mark(match report.outcome {
         Outcome::Completed => State::Sent,
         Outcome::InDoubt => State::InDoubt,
@@ -176,6 +186,17 @@ fn send(
     })?;
     tell(args, &way, &report);
     Ok(exit_of(&report))
+}
+
+impl Args {
+    fn description(&self, way: &Way, table: &RamBlockTable) -> RunDescription {
+        let run = describe("send", way.transport, &way.why, table);
+        run.with("downtime_ms", self.downtime_ms)
+            .with("max_bandwidth", self.max_bandwidth)
+            .with("xbzrle_cache_size", self.xbzrle_cache_size)
+            .with("channels", self.channels.count())
+            .with("digest", self.digest)
+    }
 }
 
 fn tell(args: &Args, way: &Way, report: &SourceReport) {

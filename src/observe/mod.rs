@@ -3,10 +3,12 @@
 mod events;
 mod latency;
 mod query_migrate;
+mod record;
 mod statistics;
 
 pub use events::{Event, EventKind, SharedStatistics};
 pub use latency::{Latency, LatencySummary};
+pub use record::{End, RUN_LOG_SCHEMA, Record, Recorder, RunDescription, Sample};
 pub use statistics::{
     DeltaCounts, DowntimeParts, PageCounts, RoundReport, Statistics, Status, ZeroCopyCounts,
 };

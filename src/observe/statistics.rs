@@ -94,14 +94,21 @@ pub struct DowntimeParts {
 impl DowntimeParts {
     /// All parts together.
     pub fn total_ms(&self) -> f64 {
-        self.scan_ms
-            + self.pause_ms
-            + self.sync_ms
-            + self.pages_ms
-            + self.state_ms
-            + self.digest_ms
-            + self.ready_ms
-            + self.handover_ms
+        self.named().iter().map(|(_, ms)| ms).sum()
+    }
+
+    /// The parts in the order in which they come, with their names.
+    pub fn named(&self) -> [(&'static str, f64); 8] {
+        [
+            ("scan", self.scan_ms),
+            ("pause", self.pause_ms),
+            ("sync", self.sync_ms),
+            ("pages", self.pages_ms),
+            ("state", self.state_ms),
+            ("digest", self.digest_ms),
+            ("ready", self.ready_ms),
+            ("handover", self.handover_ms),
+        ]
     }
 }
 

@@ -20,6 +20,7 @@ mod relay;
 mod relay_tests;
 mod return_path;
 mod rounds;
+mod run_log;
 mod scan;
 #[cfg(test)]
 mod sim;
@@ -37,6 +38,7 @@ pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, MigrationHandle};
 pub use places::Placed;
 pub use relay::{ConnectFn, Kept, Notice, NoticeFn, Relay, RelayReport};
+pub use run_log::RunLog;
 pub use scan::ScanReport;
 pub use source::{Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
 pub use workers::Spawner;

@@ -16,6 +16,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ramwire::engine::{BandwidthLimit, Outcome};
+use ramwire::guest::GuestMemory;
+use ramwire::observe::RunDescription;
+use ramwire::ram::RamBlockTable;
 use ramwire::session::{SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
@@ -29,6 +32,7 @@ use self::way::{Transport, Way};
 use super::args::Exit;
 use super::common::{ChannelArgs, RdmaArgs, bytes, cancel_on_signal, complain, failed};
 use super::progress::Progress;
+use super::watch::{WatchArgs, describe};
 
 /// Migrates a guest whose threads keep writing pages that describe themselves, from this process to one that it starts,
 /// and lets the guest itself check every page on arrival.
@@ -94,6 +98,8 @@ pub(super) struct Args {
     #[arg(long)]
     zero_copy: bool,
     #[command(flatten)]
+    watch: WatchArgs,
+    #[command(flatten)]
     channels: ChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
@@ -121,11 +127,13 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block)?;
     let memory = Arc::new(BlockSpec::memory(&blocks)?);
     let (guest, choice) = args.guest.filled(args, Arc::clone(&memory))?;
+    let log = args.watch.create_log()?;
     let folder = Scratch::new()?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let way = Way::open(args, &blocks, &memory, &folder, &Stop::on(&cancel))?;
     guest.control().resume()?;
+    let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: guest.control() };
     let mut settings =
         SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
@@ -135,10 +143,28 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     settings.same_host = true;
     let session = SourceSession::new(source, way.door.into(), settings).with_cancel(cancel);
     signals.follow(session.statistics());
+    let metrics = args.watch.metrics.serve("demo", session.statistics())?;
     let progress = Progress::follow(session.statistics());
+    let log = log.follow(session.statistics(), run);
     let report = session.run();
-    drop(progress);
+    log.finish();
+    drop((progress, metrics));
     finish(args, way.destination, &report, way.transport, &way.why, &choice.to_string())
+}
+
+impl Args {
+    fn description(&self, way: &Way, table: &RamBlockTable) -> RunDescription {
+        let run = describe("demo", way.transport, &way.why, table);
+        run.with("working_set", self.working_set)
+            .with("dirty_rate", self.dirty_rate)
+            .with("write_size", self.write_size)
+            .with("writers", self.writers)
+            .with("downtime_ms", self.downtime_ms)
+            .with("max_bandwidth", self.max_bandwidth)
+            .with("xbzrle_cache_size", self.xbzrle_cache_size)
+            .with("channels", self.channels.count())
+            .with("digest", !self.no_digest)
+    }
 }
 
 fn finish(

@@ -1,0 +1,166 @@
+//! The figures as OpenMetrics text; docs/statistics.md lists the names.
+
+use std::fmt::Error;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::{Registry, Unit};
+use ramwire::observe::{LatencySummary, Statistics, Status};
+
+/// What a Prometheus server asks for first.
+pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// All families, with their end mark.
+pub(super) fn text(now: &Statistics) -> Result<String, Error> {
+    let mut registry = Registry::with_prefix("ramwire");
+    registry.register_collector(Box::new(Figures(now.clone())));
+    let mut out = String::new();
+    encode(&mut out, &registry)?;
+    Ok(out)
+}
+
+#[derive(Debug)]
+struct Figures(Statistics);
+
+/// Label values and their numbers.
+type Parts<T> = [(&'static str, T)];
+
+struct Out<'a>(DescriptorEncoder<'a>);
+
+impl Out<'_> {
+    fn counter(&mut self, name: &str, help: &str, unit: Option<Unit>, value: u64) -> Result<(), Error> {
+        let mut encoder = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
+        encoder.encode_counter::<NoLabelSet, _, u64>(&value, None)
+    }
+
+    fn counters(&mut self, name: &str, help: &str, label: &str, parts: &Parts<u64>) -> Result<(), Error> {
+        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (part, value) in parts {
+            encoder.encode_family(&[(label, *part)])?.encode_counter::<NoLabelSet, _, u64>(value, None)?;
+        }
+        Ok(())
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, unit: Option<Unit>, value: f64) -> Result<(), Error> {
+        let mut encoder = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
+        encoder.encode_gauge(&value)
+    }
+
+    fn gauges(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<Unit>,
+        label: &str,
+        parts: &Parts<f64>,
+    ) -> Result<(), Error> {
+        let mut encoder = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
+        for (part, value) in parts {
+            encoder.encode_family(&[(label, *part)])?.encode_gauge(value)?;
+        }
+        Ok(())
+    }
+
+    /// Quantiles as a gauge each: the histograms are kept with more digits than buckets would show.
+    fn latency(&mut self, name: &str, help: &str, latency: &LatencySummary) -> Result<(), Error> {
+        let LatencySummary { p50_us, p90_us, p99_us, p999_us, max_us, .. } = *latency;
+        let parts = [("0.5", p50_us), ("0.9", p90_us), ("0.99", p99_us), ("0.999", p999_us), ("1", max_us)];
+        let seconds = parts.map(|(quantile, micros)| (quantile, micros as f64 / 1e6));
+        self.gauges(name, help, Some(Unit::Seconds), "quantile", &seconds)
+    }
+}
+
+fn status(now: Status) -> [(&'static str, f64); 8] {
+    [
+        ("none", Status::None),
+        ("setup", Status::Setup),
+        ("active", Status::Active),
+        ("device", Status::Device),
+        ("completed", Status::Completed),
+        ("failed", Status::Failed),
+        ("cancelled", Status::Cancelled),
+        ("in-doubt", Status::InDoubt),
+    ]
+    .map(|(name, status)| (name, f64::from(u8::from(status == now))))
+}
+
+impl Collector for Figures {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
+        let s = &self.0;
+        let mut out = Out(encoder);
+        let (bytes, seconds) = (Some(Unit::Bytes), Some(Unit::Seconds));
+        out.gauges(
+            "status",
+            "Where the migration stands: 1 at the one that holds",
+            None,
+            "status",
+            &status(s.status),
+        )?;
+        out.counter("transferred", "Written to the peer, or read from it", bytes.clone(), s.transferred)?;
+        out.counter("channel", "Of them, on page channels", bytes.clone(), s.multifd_bytes)?;
+        out.gauge("remaining", "Dirty and to be sent", bytes.clone(), s.remaining as f64)?;
+        out.gauge("ram", "RAM that travels", bytes.clone(), s.total as f64)?;
+        let kinds = [("normal", s.pages.normal), ("zero", s.pages.zero), ("delta", s.pages.delta)];
+        out.counters("pages", "Pages sent or received, by what they travelled as", "kind", &kinds)?;
+        out.counter("rounds", "Rounds that were closed", None, s.round_count().into())?;
+        out.counter("dirty_syncs", "Merges of the dirty logs", None, s.dirty_sync_count)?;
+        out.gauge("dirty_pages_per_second", "Pages the guest wrote", None, s.dirty_pages_rate as f64)?;
+        out.gauge("throughput_bytes_per_second", "On the page path", None, s.throughput as f64)?;
+        out.gauge(
+            "cpu_throttle",
+            "Share of its time that the guest is held back",
+            Some(Unit::Ratios),
+            f64::from(s.throttle_percent) / 100.0,
+        )?;
+        out.gauge("total", "Since the start", seconds.clone(), s.total_time / 1e3)?;
+        out.gauge("setup", "Until the first sync", seconds.clone(), s.setup_time / 1e3)?;
+        out.gauge(
+            "expected_downtime",
+            "What the downtime would be now",
+            seconds.clone(),
+            s.expected_downtime / 1e3,
+        )?;
+        out.gauge("downtime", "The guest stood still", seconds.clone(), s.downtime / 1e3)?;
+        let parts = s.downtime_parts.named().map(|(name, ms)| (name, ms / 1e3));
+        out.gauges("downtime_part", "What the downtime was spent on", seconds, "part", &parts)?;
+        out.latency("batch", "Handing a batch to the transport", &s.batch_latency)?;
+        out.latency("fence", "Closing a round", &s.fence_latency)?;
+        out.latency("write", "A write to the peer's memory (RDMA)", &s.write_latency)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use ramwire::observe::PageCounts;
+
+    #[test]
+    fn figures_come_with_units_kinds_and_an_end() {
+        let now = Statistics {
+            status: Status::Active,
+            transferred: 12345,
+            remaining: 4096,
+            pages: PageCounts { normal: 3, zero: 5, delta: 1 },
+            downtime: 1.5,
+            ..Statistics::default()
+        };
+        let text = text(&now).unwrap();
+        for line in [
+            "# TYPE ramwire_transferred_bytes counter",
+            "# UNIT ramwire_transferred_bytes bytes",
+            "ramwire_transferred_bytes_total 12345",
+            "ramwire_remaining_bytes 4096.0",
+            "ramwire_pages_total{kind=\"zero\"} 5",
+            "ramwire_status{status=\"active\"} 1.0",
+            "ramwire_status{status=\"failed\"} 0.0",
+            "ramwire_downtime_seconds 0.0015",
+            "ramwire_batch_seconds{quantile=\"0.99\"} 0.0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+}

@@ -1,0 +1,75 @@
+//! What looks on while a migration runs: the log of rounds, the figures for Prometheus, the progress line.
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use ramwire::observe::{RunDescription, SharedStatistics};
+use ramwire::ram::RamBlockTable;
+use ramwire::session::{RunLog, Spawner};
+
+use super::metrics::MetricsArgs;
+
+/// Options of every command that sends.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(super) struct WatchArgs {
+    /// Write a line of JSON for each round and ten times a second to this file, for `ramwire report`
+    #[arg(long, value_name = "FILE")]
+    log_rounds: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) metrics: MetricsArgs,
+}
+
+/// The first line of a log, without its settings.
+pub(super) fn describe(command: &str, transport: &str, why: &str, table: &RamBlockTable) -> RunDescription {
+    RunDescription {
+        command: command.into(),
+        transport: transport.into(),
+        why: why.into(),
+        ram_bytes: table.travelling(),
+        page_bytes: table.page().bytes(),
+        ..RunDescription::default()
+    }
+}
+
+/// The file of a log, made before anything is sent: a path that can't be written is told while nothing has happened.
+pub(super) struct LogFile(Option<(PathBuf, File)>);
+
+impl WatchArgs {
+    pub(super) fn create_log(&self) -> Result<LogFile, String> {
+        let Some(path) = &self.log_rounds else { return Ok(LogFile(None)) };
+        let file = File::create(path);
+        let file = file.map_err(|error| {
+            format!("--log-rounds {}: {error}; name a file that can be written", path.display())
+        })?;
+        Ok(LogFile(Some((path.clone(), file))))
+    }
+}
+
+impl LogFile {
+    /// Follows a migration that has not begun yet.
+    pub(super) fn follow(self, statistics: SharedStatistics, run: RunDescription) -> Log {
+        let Some((path, file)) = self.0 else { return Log(None) };
+        match RunLog::start(statistics, run, Box::new(file), &Spawner::default()) {
+            Ok(log) => Log(Some((path, log))),
+            Err(error) => {
+                eprintln!("--log-rounds {}: {error}", path.display());
+                Log(None)
+            }
+        }
+    }
+}
+
+/// A log that is written.
+#[derive(Default)]
+pub(super) struct Log(Option<(PathBuf, RunLog)>);
+
+impl Log {
+    /// Waits until its end is in the file; says if it could not be written, which is no failure of the migration.
+    pub(super) fn finish(self) {
+        if let Some((path, log)) = self.0
+            && let Err(error) = log.finish()
+        {
+            eprintln!("--log-rounds {}: {error}; the log is not whole", path.display());
+        }
+    }
+}
