@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use super::{bench, demo, devices, inspect, receive, relay, send};
+use super::{bench, demo, devices, inspect, receive, relay, report, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
@@ -42,6 +42,8 @@ enum Command {
     Send(send::Args),
     /// Print the structure of a captured stream
     Inspect(inspect::Args),
+    /// Make a page with pictures of a run's log
+    Report(report::Args),
     /// List this host's RDMA devices and whether a guest can travel by them
     Devices(devices::Args),
     /// Measure ramwire beside other programs
@@ -107,6 +109,7 @@ pub fn run() -> ExitCode {
         Command::Relay(args) => relay::run(&args),
         Command::Send(args) => send::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Devices(args) => devices::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Generate(args) => generate(args.what),

@@ -7,13 +7,14 @@ mod common;
 mod demo;
 mod devices;
 mod inspect;
-#[allow(dead_code, reason = "shared by the reports that draw")]
 mod metrics;
+#[allow(dead_code, reason = "shared by the reports that draw")]
 mod plot;
 mod progress;
 mod receive;
 mod relay;
 mod render;
+mod report;
 mod send;
 mod store;
 mod watch;

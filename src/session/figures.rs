@@ -35,6 +35,9 @@ pub(super) struct Figures {
     rounds_bytes: u64,
     rounds_time: Duration,
     last_sync: Option<Duration>,
+    /// Pages found dirty since then.
+    fresh: u64,
+    dirty_rate_known: bool,
     paused_at: Option<Duration>,
     part: Option<(Part, Duration)>,
     batch: Latency,
@@ -68,6 +71,8 @@ impl Figures {
             rounds_bytes: 0,
             rounds_time: Duration::ZERO,
             last_sync: None,
+            fresh: 0,
+            dirty_rate_known: false,
             paused_at: None,
             part: None,
             batch: Latency::default(),
@@ -149,8 +154,7 @@ impl Figures {
     }
 
     pub(super) fn synced(&mut self, now: Duration, dirty: u64, fresh: u64, expected: Option<Duration>) {
-        let since = self.last_sync.replace(now).map(|last| now.saturating_sub(last));
-        let rate = since.filter(|s| *s > Duration::ZERO).map(|s| (fresh as f64 / s.as_secs_f64()) as u64);
+        let rate = self.dirty_rate(now, fresh);
         let remaining = dirty * self.page_bytes;
         self.shared.update(|s| {
             s.dirty_sync_count += 1;
@@ -158,6 +162,23 @@ impl Figures {
             s.dirty_pages_rate = rate.unwrap_or(s.dirty_pages_rate);
             s.expected_downtime = expected.map_or(s.expected_downtime, millis);
         });
+    }
+
+    /// Pages a second that the guest wrote, where enough time has passed: between the two syncs around the pause lie
+    /// microseconds. A shorter time counts only while there is no better one.
+    fn dirty_rate(&mut self, now: Duration, fresh: u64) -> Option<u64> {
+        let Some(last) = self.last_sync else {
+            self.last_sync = Some(now);
+            return None;
+        };
+        self.fresh += fresh;
+        let took = now.saturating_sub(last);
+        if took.is_zero() || (took < WINDOW && self.dirty_rate_known) {
+            return None;
+        }
+        self.dirty_rate_known = true;
+        self.last_sync = Some(now);
+        Some((std::mem::take(&mut self.fresh) as f64 / took.as_secs_f64()) as u64)
     }
 
     pub(super) fn round(&mut self, now: Duration, number: u32, dirty_pages: u64) {

@@ -109,9 +109,9 @@ impl Collector for Figures {
         out.gauge("dirty_pages_per_second", "Pages the guest wrote", None, s.dirty_pages_rate as f64)?;
         out.gauge("throughput_bytes_per_second", "On the page path", None, s.throughput as f64)?;
         out.gauge(
-            "cpu_throttle",
+            "cpu_throttle_ratio",
             "Share of its time that the guest is held back",
-            Some(Unit::Ratios),
+            None,
             f64::from(s.throttle_percent) / 100.0,
         )?;
         out.gauge("total", "Since the start", seconds.clone(), s.total_time / 1e3)?;

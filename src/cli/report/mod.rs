@@ -1,0 +1,39 @@
+//! `ramwire report`: a run's log as one page with pictures.
+
+mod charts;
+mod page;
+mod read;
+
+use std::fs::File;
+use std::io::{BufReader, Write};
+use std::path::PathBuf;
+
+use super::args::Exit;
+use super::common::failed;
+
+/// Makes one self-contained HTML page of a log that `--log-rounds` wrote: no script, nothing from elsewhere.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "EXAMPLES:
+    ramwire demo --log-rounds run.jsonl
+    ramwire report run.jsonl -o report.html")]
+pub(super) struct Args {
+    /// The log; one that was cut off gives a page that says so
+    #[arg(value_name = "RUN.JSONL")]
+    file: PathBuf,
+    /// Where the page goes
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+pub(super) fn run(args: &Args) -> Exit {
+    report(args).map_or_else(|error| failed("report", &*error), |()| Exit::Done)
+}
+
+fn report(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+    let file = File::open(&args.file).map_err(|error| format!("{}: {error}", args.file.display()))?;
+    let run =
+        read::read(BufReader::new(file)).map_err(|error| format!("{}: {error}", args.file.display()))?;
+    let page = page::page(&run, &charts::pictures(&run)?);
+    let written = File::create(&args.output).and_then(|mut file| file.write_all(page.as_bytes()));
+    Ok(written.map_err(|error| format!("{}: {error}", args.output.display()))?)
+}
