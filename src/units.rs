@@ -156,6 +156,30 @@ impl Percent {
     }
 }
 
+/// How long a vCPU rests for the time it runs, in percent of that time: 100 rests as long as it runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct RestShare(u16);
+
+impl RestShare {
+    /// 99 times as long as it runs: a hundredth of the time is left.
+    pub const MOST: Self = Self(9900);
+
+    /// At most [`MOST`](Self::MOST).
+    pub const fn new(percent: u16) -> Self {
+        if percent > Self::MOST.0 { Self::MOST } else { Self(percent) }
+    }
+
+    /// The number.
+    pub const fn percent_of_run(self) -> u16 {
+        self.0
+    }
+
+    /// How long to rest after `ran`.
+    pub fn after(self, ran: Duration) -> Duration {
+        ran * u32::from(self.0) / 100
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -29,7 +29,7 @@ pub use written_pages::WrittenPages;
 
 use crate::ram::{BlockError, Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};
 use crate::sys::{HostRegion, HostSpan, OutOfRegion};
-use crate::units::{BlockIndex, Percent};
+use crate::units::{BlockIndex, Percent, RestShare};
 
 /// Why guest memory could not be reached.
 #[derive(Debug, thiserror::Error)]
@@ -186,6 +186,16 @@ pub trait GuestControl: Send {
 
     /// Slows the guest's vCPUs down by `share` of their time; 0 lifts the brake.
     fn throttle(&mut self, _share: Percent) {}
+
+    /// Pages that each vCPU has written so far; only ever more. A page counts each time it was found dirty. Empty where
+    /// the VMM can't tell whose writes they are (KVM tells with its dirty ring): such a guest has no dirty limit.
+    fn vcpu_dirty_pages(&mut self) -> Vec<u64> {
+        Vec::new()
+    }
+
+    /// Lets vCPU number `vcpu` of [`vcpu_dirty_pages`](Self::vcpu_dirty_pages) rest for the time that it runs, beside what
+    /// [`throttle`](Self::throttle) takes of all; 0 lifts the brake.
+    fn throttle_vcpu(&mut self, _vcpu: usize, _rest: RestShare) {}
 
     /// Writes the state of vCPUs and devices; the guest is paused.
     ///

@@ -1,11 +1,11 @@
 //! The gate between those who control the guest and its writers: run, stand still, slow down, end.
 
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::units::{Percent, Rate};
+use crate::units::{Percent, Rate, RestShare};
 
 /// A writer finishes the page it is at before it stands still: microseconds, unless the machine is stuck.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -15,6 +15,8 @@ const BURST: Duration = Duration::from_millis(20);
 const NAP: Duration = Duration::from_millis(1);
 /// A throttled writer runs and rests within this time.
 const PERIOD: Duration = Duration::from_millis(10);
+/// Parts of a writer's time.
+const WHOLE: u32 = 10_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -37,6 +39,8 @@ pub(super) struct Gate {
     /// `state.mode == Run`, for the look before each page.
     running: std::sync::atomic::AtomicBool,
     throttle: AtomicU8,
+    /// How each writer rests for the time it runs.
+    rests: Vec<AtomicU16>,
 }
 
 impl Gate {
@@ -48,6 +52,7 @@ impl Gate {
             changed: Condvar::new(),
             running: false.into(),
             throttle: AtomicU8::new(0),
+            rests: (0..writers).map(|_| AtomicU16::new(0)).collect(),
         }
     }
 
@@ -95,6 +100,19 @@ impl Gate {
         self.throttle.store(share.get(), Ordering::Relaxed);
     }
 
+    pub(super) fn set_rest(&self, writer: usize, rest: RestShare) {
+        if let Some(slot) = self.rests.get(writer) {
+            slot.store(rest.percent_of_run(), Ordering::Relaxed);
+        }
+    }
+
+    /// Of each [`WHOLE`] of its time, those in which `writer` may run; `None` without a brake.
+    fn run_share(&self, writer: u32) -> Option<u32> {
+        let throttle = u32::from(self.throttle.load(Ordering::Relaxed).min(99));
+        let rest = self.rests.get(writer as usize).map_or(0, |rest| u32::from(rest.load(Ordering::Relaxed)));
+        (throttle + rest > 0).then(|| ((100 - throttle) * WHOLE / (100 + rest)).max(1))
+    }
+
     /// Called by a writer before its first page: it has been counted as standing still so far. `false`: end.
     pub(super) fn arrive(&self) -> bool {
         let state = self.lock();
@@ -127,9 +145,11 @@ impl Gate {
     }
 }
 
-/// Keeps one writer at its rate and inside its throttle.
+/// Keeps one writer at its rate and inside its throttle. A writer with a rate stands for a vCPU that is busy all the time:
+/// what the throttle takes of its time it takes of the rate.
 #[derive(Debug)]
 pub(super) struct Pace {
+    writer: u32,
     rate: Option<Rate>,
     next: Instant,
     period: Instant,
@@ -137,9 +157,9 @@ pub(super) struct Pace {
 
 impl Pace {
     /// `rate` is this writer's own.
-    pub(super) fn new(rate: Option<Rate>) -> Self {
+    pub(super) fn new(writer: u32, rate: Option<Rate>) -> Self {
         let now = Instant::now();
-        Self { rate, next: now, period: now }
+        Self { writer, rate, next: now, period: now }
     }
 
     /// The writer stood still; nothing is made up for.
@@ -154,18 +174,18 @@ impl Pace {
 
     /// Sleeps as the rate and the throttle demand after `bytes` were written.
     pub(super) fn wrote(&mut self, bytes: u64, gate: &Gate) {
-        let brake = u32::from(gate.throttle.load(Ordering::Relaxed).min(99));
+        let share = gate.run_share(self.writer);
         let now = Instant::now();
         let Some(rate) = self.rate else {
-            // The share of each period in which a braked vCPU would not run.
-            let run = PERIOD * (100 - brake) / 100;
-            if brake > 0 && now.duration_since(self.period) >= run {
+            let Some(share) = share else { return };
+            let run = PERIOD * share / WHOLE;
+            if now.duration_since(self.period) >= run {
                 gate.nap(PERIOD - run);
                 self.period = Instant::now();
             }
             return;
         };
-        let rate = Rate(rate.0 * u64::from(100 - brake) / 100);
+        let rate = share.map_or(rate, |share| Rate((rate.0 * u64::from(share) / u64::from(WHOLE)).max(1)));
         let cost = rate.time_for(bytes).unwrap_or(PERIOD);
         self.next = self.next.max(now.checked_sub(BURST).unwrap_or(now)) + cost;
         if let Some(early) = self.next.checked_duration_since(now).filter(|early| *early >= NAP) {

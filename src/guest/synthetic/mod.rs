@@ -30,7 +30,7 @@ use self::verify::Faults;
 use super::{GuestControl, GuestMemory, MappedGuest, SoftwareBitmap};
 use crate::ram::PageRun;
 use crate::sys::HostSpan;
-use crate::units::{BlockIndex, PageIndex, Percent, Rate};
+use crate::units::{BlockIndex, PageIndex, Percent, Rate, RestShare};
 
 /// A guest whose threads write self-describing pages. Clones are handles of the same guest; the last one
 /// ends the writers.
@@ -163,6 +163,19 @@ impl GuestControl for SyntheticGuest {
         self.with(|machine| machine.iter().for_each(|machine| machine.shared.gate.set_throttle(share)));
     }
 
+    /// Its writers are its vCPUs.
+    fn vcpu_dirty_pages(&mut self) -> Vec<u64> {
+        let count = |machine: &mut Machine| {
+            let counted = machine.shared.done.iter().map(|done| done.load(Ordering::Relaxed));
+            counted.collect()
+        };
+        self.with(|machine| machine.map_or_else(Vec::new, count))
+    }
+
+    fn throttle_vcpu(&mut self, vcpu: usize, rest: RestShare) {
+        self.with(|machine| machine.iter().for_each(|machine| machine.shared.gate.set_rest(vcpu, rest)));
+    }
+
     fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
         let shared = self.still()?;
         let done: Vec<u64> = shared.done.iter().map(|done| done.load(Ordering::Acquire)).collect();
@@ -195,7 +208,7 @@ impl Drop for Machine {
 impl Shared {
     fn run_writer(&self, writer: u32) {
         let writers = u64::from(self.plan.config.writers);
-        let mut pace = Pace::new(self.plan.config.rate.map(|rate| Rate(rate.0.div_ceil(writers))));
+        let mut pace = Pace::new(writer, self.plan.config.rate.map(|rate| Rate(rate.0.div_ceil(writers))));
         let page_bytes = self.memory.table().page().bytes();
         let mut buffer = vec![0; page_bytes as usize];
         let mut ran = self.gate.arrive().then_some(true);

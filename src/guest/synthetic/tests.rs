@@ -189,4 +189,10 @@ fn rate_and_throttle_hold_the_writers_back() {
     assert!((60..=800).contains(&free), "{free}");
     let slow = written_in(&mut guest, 95);
     assert!(slow < 200, "{slow}");
+    guest.throttle(Percent::default());
+    let before = guest.vcpu_dirty_pages();
+    guest.throttle_vcpu(0, RestShare::new(9900));
+    written_in(&mut guest, 0);
+    let ran: Vec<u64> = guest.vcpu_dirty_pages().iter().zip(&before).map(|(now, then)| now - then).collect();
+    assert!(ran[0] < 60, "{ran:?}");
 }
