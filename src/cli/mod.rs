@@ -4,6 +4,7 @@
 mod args;
 mod bench;
 mod common;
+mod converge;
 mod demo;
 mod devices;
 mod inspect;

@@ -24,10 +24,11 @@ pub(super) fn statistics(now: &Statistics) -> String {
     let scan = if parts.scan_ms > 0.0 { format!("scan {:.1} + ", parts.scan_ms) } else { String::new() };
     let _ = writeln!(
         out,
-        "downtime {:.1} ms = {scan}pause {:.1} + sync {:.1} + pages {:.1} + state {:.1} + digest {:.1} + ready {:.1} \
+        "downtime {:.1} ms = {scan}pause {:.1} + hold {:.1} + sync {:.1} + pages {:.1} + state {:.1} + digest {:.1} + ready {:.1} \
          + handover {:.1}",
         now.downtime,
         parts.pause_ms,
+        parts.hold_ms,
         parts.sync_ms,
         parts.pages_ms,
         parts.state_ms,
@@ -35,6 +36,27 @@ pub(super) fn statistics(now: &Statistics) -> String {
         parts.ready_ms,
         parts.handover_ms,
     );
+    let share = now.rounds.iter().map(|round| round.throttle_percent).max().unwrap_or(0);
+    let rest = now.vcpu_rest_percentage;
+    if share > 0 {
+        let _ = writeln!(out, "slowed down: {share} % of all vCPUs' time was taken at most");
+    }
+    if rest > 0 {
+        let _ = writeln!(out, "slowed down: a vCPU rested {rest} % of the time that it ran at the end");
+    }
+    if now.deltas.cache_size > 0 {
+        let deltas = &now.deltas;
+        let _ = writeln!(
+            out,
+            "{} pages as differences in {}, {} unchanged, {} too different, {} not in the cache of {}",
+            deltas.pages,
+            human_bytes(deltas.bytes),
+            deltas.unchanged,
+            deltas.overflows,
+            deltas.cache_misses,
+            human_bytes(deltas.cache_size),
+        );
+    }
     let _ = writeln!(out, "batch  {}", latency(&now.batch_latency));
     let _ = writeln!(out, "fence  {}", latency(&now.fence_latency));
     if now.write_latency.count > 0 {

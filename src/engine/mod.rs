@@ -7,11 +7,15 @@
 mod destination;
 mod handover;
 mod pace;
+mod progress;
 mod rate;
 mod source;
+mod throttle;
 
 pub use destination::{Arrived, Deed, DestinationEngine, Ending};
 pub use handover::{Handover, Outcome, Reason};
 pub use pace::{BandwidthLimit, Pace};
+pub use progress::Progress;
 pub use rate::RateWindow;
-pub use source::{Action, Input, SourceConfig, SourceEngine, Switchover};
+pub use source::{Action, Input, OnTimeout, SourceConfig, SourceEngine, Switchover};
+pub use throttle::{Throttle, Throttling};

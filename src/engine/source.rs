@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! start logs -> setup -> sync -> [ open round -> send slices -> close round -> sync ]*
-//!   -> pause -> last sync -> last round -> drain -> state -> digest -> READY -> COMMIT -> RUNNING -> release
+//!   -> pause -> (hold) -> last sync -> last round -> drain -> state -> digest -> READY -> COMMIT -> RUNNING -> release
 //! ```
 //!
 //! A relay waits in front of COMMIT until the guest's own source has given the guest to it.
@@ -16,7 +16,7 @@
 
 use std::time::Duration;
 
-use super::{Handover, Outcome, RateWindow, Reason};
+use super::{Handover, Outcome, Progress, RateWindow, Reason};
 use crate::ram::RoundKind;
 use crate::units::Rate;
 
@@ -29,13 +29,33 @@ pub enum Switchover {
     WhenUpstreamStops,
 }
 
+/// What becomes of a migration that has not come to its switchover in time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// It ends; the guest stays.
+    #[default]
+    Cancel,
+    /// The guest is paused and moves, however long it then stands still.
+    Finish,
+}
+
 /// What the source may do, and how long it may take.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
     /// Longest time the guest may stand still.
     pub downtime_limit: Duration,
-    /// Part of it that is spent whatever is dirty: pause, device state, digest.
+    /// Part of it that is spent whatever is dirty: the last sync, the digest, the peer's answers.
     pub fixed_downtime: Duration,
+    /// Bytes of device state, about, that are sent while the guest stands still.
+    pub state_bytes: u64,
+    /// What the link will carry while the guest stands still; `None`: what was measured.
+    pub switchover_rate: Option<Rate>,
+    /// When the guest must have been paused, from the start, and what becomes of the migration else.
+    pub timeout: Option<(Duration, OnTimeout)>,
+    /// A round behind the first that lasts longer is cut, so that the guest's writing is seen.
+    pub longest_round: Option<Duration>,
+    /// The paused guest waits for its embedder before its last pages are sent.
+    pub holds: bool,
     /// Bytes of one target page.
     pub page_bytes: u64,
     /// Longest time between two looks at the clock, cancel and the peer.
@@ -54,6 +74,11 @@ impl SourceConfig {
         Self {
             downtime_limit: Duration::from_millis(300),
             fixed_downtime: Duration::ZERO,
+            state_bytes: 0,
+            switchover_rate: None,
+            timeout: None,
+            longest_round: None,
+            holds: false,
             page_bytes,
             slice: Duration::from_millis(50),
             switchover: Switchover::WhenItFits,
@@ -138,6 +163,8 @@ pub enum Action {
     },
     /// Stop the guest.
     PauseGuest,
+    /// The guest stands still: wait until the embedder lets the migration go on.
+    Hold,
     /// Wait until no page is lent to kernel or NIC.
     Drain,
     /// Send the device state, all but the byte that commits.
@@ -171,6 +198,7 @@ enum Phase {
     Closing(RoundKind),
     Waiting,
     Pausing,
+    Holding,
     LastSync,
     Draining,
     SendingState,
@@ -193,6 +221,9 @@ pub struct SourceEngine {
     rate: RateWindow,
     cancelled: bool,
     upstream_stopped: bool,
+    progress: Progress,
+    round_began: Duration,
+    gave_up: bool,
 }
 
 impl SourceEngine {
@@ -205,6 +236,9 @@ impl SourceEngine {
             rate: RateWindow::default(),
             cancelled: false,
             upstream_stopped: false,
+            progress: Progress::default(),
+            round_began: Duration::ZERO,
+            gave_up: false,
         }
     }
 
@@ -216,6 +250,21 @@ impl SourceEngine {
     /// Says what part of the downtime is spent whatever is dirty; may change while it runs.
     pub fn set_fixed_downtime(&mut self, time: Duration) {
         self.config.fixed_downtime = time;
+    }
+
+    /// Says how much device state there will be; may change while it runs.
+    pub fn set_state_bytes(&mut self, bytes: u64) {
+        self.config.state_bytes = bytes;
+    }
+
+    /// What the rounds so far brought.
+    pub fn progress(&self) -> Progress {
+        self.progress
+    }
+
+    /// The time that was given, if the migration ended because it was over.
+    pub fn gave_up_after(&self) -> Option<Duration> {
+        self.config.timeout.filter(|_| self.gave_up).map(|(time, _)| time)
     }
 
     /// Asks for the end. `false` if ownership has passed: then the migration runs to its end.
@@ -251,8 +300,10 @@ impl SourceEngine {
     /// How long the guest would stand still if it were paused with `dirty_pages`; `None` before a rate is
     /// known.
     pub fn expected_downtime(&self, dirty_pages: u64) -> Option<Duration> {
-        let bytes = dirty_pages.saturating_mul(self.config.page_bytes);
-        let sending = if bytes == 0 { Duration::ZERO } else { self.rate()?.time_for(bytes)? };
+        let bytes =
+            dirty_pages.saturating_mul(self.config.page_bytes).saturating_add(self.config.state_bytes);
+        let rate = || self.config.switchover_rate.or(self.rate());
+        let sending = if bytes == 0 { Duration::ZERO } else { rate()?.time_for(bytes)? };
         Some(self.config.fixed_downtime.saturating_add(sending))
     }
 
@@ -272,12 +323,16 @@ impl SourceEngine {
             }
             (Phase::Syncing, Input::Synced { dirty_pages }) => self.round_or_pause(now, dirty_pages),
             (Phase::Opening(kind), Input::Done) => {
+                self.round_began = now;
                 self.rate.restart(now);
                 self.send(kind, now)
             }
             (Phase::Sending(kind), Input::Sent { pages_left, bytes }) => {
                 self.rate.add(bytes, now);
-                if pages_left > 0 {
+                if kind == RoundKind::Live && self.must_give_up(now) {
+                    return self.give_up();
+                }
+                if pages_left > 0 && !self.is_cut(kind, now) {
                     return self.send(kind, now);
                 }
                 self.go(Phase::Closing(kind), Action::CloseRound { kind })
@@ -291,7 +346,10 @@ impl SourceEngine {
                 self.upstream_stopped |= upstream_stopped;
                 self.go(Phase::Syncing, Action::Sync { last: false })
             }
-            (Phase::Pausing, Input::Done) => self.go(Phase::LastSync, Action::Sync { last: true }),
+            (Phase::Pausing, Input::Done) if self.config.holds => self.go(Phase::Holding, Action::Hold),
+            (Phase::Pausing | Phase::Holding, Input::Done) => {
+                self.go(Phase::LastSync, Action::Sync { last: true })
+            }
             (Phase::LastSync, Input::Synced { .. }) => self.open(RoundKind::Final),
             (Phase::Draining, Input::Done) => self.go(Phase::SendingState, Action::SendState),
             (Phase::SendingState, Input::Done) if self.config.digest && self.config.handover.has_ready() => {
@@ -337,8 +395,33 @@ impl SourceEngine {
         self.go(Phase::Recovering(reason), Action::Recover)
     }
 
+    fn is_late(&self, now: Duration) -> bool {
+        self.config.timeout.is_some_and(|(time, _)| now >= time)
+    }
+
+    fn must_give_up(&self, now: Duration) -> bool {
+        self.is_late(now) && matches!(self.config.timeout, Some((_, OnTimeout::Cancel)))
+    }
+
+    fn give_up(&mut self) -> Action {
+        self.gave_up = true;
+        self.abandon(Reason::Failed)
+    }
+
+    /// True if a live round ends although pages are left. The first one goes on: it is what there is to move.
+    fn is_cut(&self, kind: RoundKind, now: Duration) -> bool {
+        let took = now.saturating_sub(self.round_began);
+        let is_long = self.round > 1 && self.config.longest_round.is_some_and(|most| took >= most);
+        kind == RoundKind::Live && (is_long || self.is_late(now))
+    }
+
     fn round_or_pause(&mut self, now: Duration, dirty_pages: u64) -> Action {
+        if self.round > 0 {
+            self.progress.round(dirty_pages);
+        }
         match self.config.switchover {
+            _ if self.must_give_up(now) => self.give_up(),
+            Switchover::WhenItFits if self.is_late(now) && self.round > 0 => self.pause(),
             Switchover::WhenUpstreamStops if self.upstream_stopped => self.pause(),
             Switchover::WhenUpstreamStops if dirty_pages == 0 => {
                 let until = now + self.config.slice;
@@ -398,151 +481,4 @@ impl SourceEngine {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PAGE: u64 = 4096;
-
-    fn engine() -> SourceEngine {
-        SourceEngine::new(SourceConfig::new(PAGE, Handover::Native))
-    }
-
-    /// Walks an engine to its first sync, at time zero.
-    fn started(mut engine: SourceEngine) -> SourceEngine {
-        assert_eq!(engine.handle(Duration::ZERO, Input::Begin), Action::StartLogs);
-        assert_eq!(engine.handle(Duration::ZERO, Input::Done), Action::SendSetup);
-        let set_up = Input::SetUp { handover: engine.config.handover };
-        assert_eq!(engine.handle(Duration::ZERO, set_up), Action::Sync { last: false });
-        engine
-    }
-
-    fn one_round(engine: &mut SourceEngine, from_ms: u64, pages: u64, took_ms: u64) {
-        let ms = Duration::from_millis;
-        let open = engine.handle(ms(from_ms), Input::Synced { dirty_pages: pages });
-        assert!(matches!(open, Action::OpenRound { kind: RoundKind::Live, .. }), "{open:?}");
-        assert!(matches!(engine.handle(ms(from_ms), Input::Done), Action::Send { .. }));
-        let sent = Input::Sent { pages_left: 0, bytes: pages * PAGE };
-        let close = engine.handle(ms(from_ms + took_ms), sent);
-        assert_eq!(close, Action::CloseRound { kind: RoundKind::Live });
-        assert_eq!(engine.handle(ms(from_ms + took_ms), Input::Done), Action::Sync { last: false });
-    }
-
-    #[test]
-    fn pauses_when_the_rest_fits_the_downtime() {
-        let mut engine = started(engine());
-        one_round(&mut engine, 0, 100_000, 1000);
-        one_round(&mut engine, 1000, 30_001, 1000 * 30_001 / 100_000);
-        assert_eq!(
-            engine.handle(Duration::from_secs(2), Input::Synced { dirty_pages: 29_000 }),
-            Action::PauseGuest
-        );
-    }
-
-    #[test]
-    fn the_fixed_part_counts_and_never_blocks_for_ever() {
-        let mut config = SourceConfig::new(PAGE, Handover::Native);
-        config.fixed_downtime = Duration::from_millis(200);
-        let mut engine = started(SourceEngine::new(config));
-        one_round(&mut engine, 0, 100_000, 1000);
-        one_round(&mut engine, 1000, 10_500, 105);
-        let rest = Input::Synced { dirty_pages: 9_900 };
-        assert_eq!(engine.handle(Duration::from_secs(2), rest), Action::PauseGuest);
-
-        let mut config = SourceConfig::new(PAGE, Handover::Native);
-        config.fixed_downtime = Duration::from_secs(9);
-        let mut engine = started(SourceEngine::new(config));
-        one_round(&mut engine, 0, 100_000, 1000);
-        one_round(&mut engine, 1000, 3_500, 35);
-        let rest = Input::Synced { dirty_pages: 2_900 };
-        assert_eq!(engine.handle(Duration::from_secs(2), rest), Action::PauseGuest);
-    }
-
-    /// Every path of a native migration after the pause, with a failure and a cancel at each step.
-    #[test]
-    fn before_commit_the_guest_stays_after_it_never_resumes() {
-        let steps = [
-            (Input::Done, Action::Sync { last: true }),
-            (Input::Synced { dirty_pages: 1 }, Action::OpenRound { kind: RoundKind::Final, number: 2 }),
-            (Input::Done, Action::Send { until: Duration::from_millis(50) }),
-            (Input::Sent { pages_left: 0, bytes: PAGE }, Action::CloseRound { kind: RoundKind::Final }),
-            (Input::Done, Action::Drain),
-            (Input::Done, Action::SendState),
-            (Input::Done, Action::SendDigest),
-            (Input::Done, Action::AwaitReady),
-            (Input::Ready, Action::Commit),
-            (Input::Done, Action::AwaitRunning),
-            (Input::Running, Action::Release),
-            (Input::Done, Action::Finish(Outcome::Completed)),
-        ];
-        let committed = 8;
-        for fault_at in 0..=steps.len() {
-            for cancel in [false, true] {
-                let mut config = SourceConfig::new(PAGE, Handover::Native);
-                config.digest = true;
-                let mut engine = started(SourceEngine::new(config));
-                one_round(&mut engine, 0, 100, 0);
-                engine.handle(Duration::ZERO, Input::Synced { dirty_pages: 0 });
-                for (input, action) in &steps[..fault_at] {
-                    assert_eq!(engine.handle(Duration::ZERO, *input), *action);
-                }
-                let refused = cancel && !engine.cancel();
-                assert_eq!(refused, cancel && fault_at > committed, "step {fault_at}");
-                if refused || fault_at > committed + 2 {
-                    continue;
-                }
-                let input = if cancel { Input::Done } else { Input::Failed };
-                let reason = if cancel { Reason::Cancelled } else { Reason::Failed };
-                let action = engine.handle(Duration::ZERO, input);
-                if fault_at > committed {
-                    assert_eq!(action, Action::Finish(Outcome::InDoubt), "step {fault_at}");
-                    continue;
-                }
-                assert_eq!(action, Action::Recover, "step {fault_at}");
-                let end = Action::Finish(Outcome::StaysHere(reason));
-                assert_eq!(engine.handle(Duration::ZERO, Input::Done), end);
-                assert_eq!(engine.handle(Duration::ZERO, Input::Running), end);
-            }
-        }
-    }
-
-    #[test]
-    fn a_step_that_fails_after_a_cancel_was_cancelled() {
-        let mut engine = started(engine());
-        assert!(engine.cancel());
-        assert_eq!(engine.handle(Duration::ZERO, Input::Failed), Action::Recover);
-        let end = Action::Finish(Outcome::StaysHere(Reason::Cancelled));
-        assert_eq!(engine.handle(Duration::ZERO, Input::Done), end);
-    }
-
-    #[test]
-    fn a_relay_waits_for_its_source_and_pauses_only_then() {
-        let mut config = SourceConfig::new(PAGE, Handover::Shut);
-        config.switchover = Switchover::WhenUpstreamStops;
-        let mut engine = started(SourceEngine::new(config));
-        let nothing = Input::Synced { dirty_pages: 0 };
-        assert!(matches!(engine.handle(Duration::ZERO, nothing), Action::Wait { .. }));
-        let woken = Input::Woken { upstream_stopped: false };
-        assert_eq!(engine.handle(Duration::ZERO, woken), Action::Sync { last: false });
-        one_round(&mut engine, 0, 10, 10);
-        assert!(matches!(engine.handle(Duration::ZERO, nothing), Action::Wait { .. }));
-        engine.handle(Duration::ZERO, Input::Woken { upstream_stopped: true });
-        assert_eq!(engine.handle(Duration::ZERO, Input::Synced { dirty_pages: 5 }), Action::PauseGuest);
-    }
-
-    #[test]
-    fn a_qemu_gets_no_ready_and_its_last_byte_commits() {
-        let mut engine = started(SourceEngine::new(SourceConfig::new(PAGE, Handover::Shut)));
-        one_round(&mut engine, 0, 100, 10);
-        let mut inputs = vec![Input::Synced { dirty_pages: 0 }, Input::Done];
-        inputs.extend([Input::Synced { dirty_pages: 0 }, Input::Done]);
-        inputs.extend([Input::Sent { pages_left: 0, bytes: 0 }, Input::Done, Input::Done]);
-        for input in inputs {
-            engine.handle(Duration::ZERO, input);
-        }
-        assert!(!engine.is_committed());
-        assert_eq!(engine.handle(Duration::ZERO, Input::Done), Action::Commit);
-        assert!(engine.is_committed());
-        assert_eq!(engine.handle(Duration::ZERO, Input::Done), Action::AwaitRunning);
-        assert_eq!(engine.handle(Duration::ZERO, Input::Refused), Action::Recover, "it has not started");
-    }
-}
+mod tests;

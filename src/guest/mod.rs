@@ -197,6 +197,11 @@ pub trait GuestControl: Send {
     /// [`throttle`](Self::throttle) takes of all; 0 lifts the brake.
     fn throttle_vcpu(&mut self, _vcpu: usize, _rest: RestShare) {}
 
+    /// Bytes that [`save_devices`](Self::save_devices) will write, about: they count against the downtime. The guest runs.
+    fn device_state_bytes(&mut self) -> u64 {
+        0
+    }
+
     /// Writes the state of vCPUs and devices; the guest is paused.
     ///
     /// # Errors

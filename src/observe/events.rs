@@ -65,9 +65,13 @@ impl EventKind {
             _ if now.ended || now.status == before.status => None,
             Status::Setup => Some(Self::Setup),
             Status::Active => Some(Self::Active),
+            // Held after its pause, and let go on: told before.
+            Status::Device if before.status == Status::PreSwitchover => None,
             Status::Device => Some(Self::Switchover),
             Status::InDoubt => Some(Self::GivenAway),
-            Status::None | Status::Completed | Status::Failed | Status::Cancelled => None,
+            Status::None | Status::PreSwitchover | Status::Completed | Status::Failed | Status::Cancelled => {
+                None
+            }
         };
         let end = (now.ended && !before.ended).then(|| Self::of_end(now));
         round.copied().map(Self::Round).into_iter().chain(state).chain(end)

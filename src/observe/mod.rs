@@ -10,5 +10,5 @@ pub use events::{Event, EventKind, SharedStatistics};
 pub use latency::{Latency, LatencySummary};
 pub use record::{End, RUN_LOG_SCHEMA, Record, Recorder, RunDescription, Sample};
 pub use statistics::{
-    DeltaCounts, DowntimeParts, PageCounts, RoundReport, Statistics, Status, ZeroCopyCounts,
+    DeltaCounts, DeltaRates, DowntimeParts, PageCounts, RoundReport, Statistics, Status, ZeroCopyCounts,
 };

@@ -4,9 +4,6 @@ use serde_json::{Value, json};
 
 use super::{DeltaCounts, Statistics, Status};
 
-/// Bytes of a page's header that QEMU does not count among those of deltas.
-const PAGE_HEADER: u64 = 8;
-
 impl Statistics {
     /// The same figures in the shape of QEMU's `query-migrate`: its names, its JSON types, its units.
     pub fn query_migrate(&self) -> Value {
@@ -57,20 +54,16 @@ impl Statistics {
         })
     }
 
-    /// `xbzrle-cache`: QEMU counts every page that was found in the cache, whatever became of it, and a page that did
-    /// not fit as one page of bytes. Rates over the whole migration.
+    /// `xbzrle-cache`: QEMU counts every page that was found in the cache, whatever became of it. Rates of the last period.
     fn xbzrle(&self) -> Value {
-        let DeltaCounts { cache_size, pages: sent, bytes, unchanged, cache_misses, overflows } = self.deltas;
-        let pages = sent + unchanged + overflows;
-        let bytes = bytes.saturating_sub(sent * PAGE_HEADER) + overflows * self.page_size;
-        let rate = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
+        let DeltaCounts { cache_size, bytes, cache_misses, overflows, .. } = self.deltas;
         json!({
             "cache-size": cache_size,
-            "pages": pages,
+            "pages": self.deltas.hits(),
             "bytes": bytes,
             "cache-miss": cache_misses,
-            "cache-miss-rate": rate(cache_misses, cache_misses + pages),
-            "encoding-rate": rate(pages * self.page_size, bytes),
+            "cache-miss-rate": self.delta_rates.cache_miss,
+            "encoding-rate": self.delta_rates.encoding,
             "overflow": overflows,
         })
     }
@@ -107,12 +100,13 @@ mod tests {
         let deltas = DeltaCounts {
             cache_size: 1 << 20,
             pages: 4,
-            bytes: 4 * (1000 + 11),
+            bytes: 4 * 1003 + 2 * 4096,
             unchanged: 1,
             cache_misses: 3,
             overflows: 2,
         };
-        let statistics = Statistics { deltas, page_size: 4096, ..Statistics::default() };
+        let delta_rates = deltas.rates_since(&DeltaCounts::default(), 10, 4096);
+        let statistics = Statistics { deltas, delta_rates, page_size: 4096, ..Statistics::default() };
         let cache = &statistics.query_migrate()["xbzrle-cache"];
         assert_eq!((&cache["pages"], &cache["bytes"]), (&json!(7), &json!(4 * 1003 + 2 * 4096)));
         assert_eq!((&cache["cache-miss-rate"], &cache["overflow"]), (&json!(0.3), &json!(2)));

@@ -15,6 +15,8 @@ pub enum Status {
     Setup,
     /// Rounds while the guest runs.
     Active,
+    /// The guest is paused and its embedder is waited for.
+    PreSwitchover,
     /// The guest is paused.
     Device,
     /// The guest runs at the destination.
@@ -38,14 +40,15 @@ pub struct PageCounts {
     pub delta: u64,
 }
 
-/// What deltas did, with the meanings `query-migrate` gives its `xbzrle-cache`.
+/// What deltas did, the parts of which `query-migrate` makes its `xbzrle-cache`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct DeltaCounts {
     /// Bytes of the cache; 0: there is none.
     pub cache_size: u64,
     /// Pages sent as deltas.
     pub pages: u64,
-    /// Bytes they took, with their headers.
+    /// Bytes of the encodings with their three bytes of head (the block's name where one goes with it), not of the
+    /// record's first word; a page that differs too much counts whole.
     pub bytes: u64,
     /// Pages that were dirty and had not changed: nothing was sent.
     pub unchanged: u64,
@@ -70,6 +73,31 @@ pub struct ZeroCopyCounts {
     pub off: Option<String>,
 }
 
+impl DeltaCounts {
+    /// Pages that were found in the cache, whatever became of them.
+    pub fn hits(&self) -> u64 {
+        self.pages + self.unchanged + self.overflows
+    }
+
+    /// The rates of what happened since `before`, among `pages` that were looked at. None of either kind gives 0.
+    pub fn rates_since(&self, before: &Self, pages: u64, page_bytes: u64) -> DeltaRates {
+        let rate = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
+        DeltaRates {
+            cache_miss: rate(self.cache_misses - before.cache_misses, pages),
+            encoding: rate((self.hits() - before.hits()) * page_bytes, self.bytes - before.bytes),
+        }
+    }
+}
+
+/// How deltas did of late: over the last period of at least a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct DeltaRates {
+    /// Pages that were not in the cache, of all that were sent.
+    pub cache_miss: f64,
+    /// Bytes of pages that were, for a byte of encoding.
+    pub encoding: f64,
+}
+
 /// Where the downtime went, in milliseconds. The parts add up to the whole but for rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DowntimeParts {
@@ -77,6 +105,8 @@ pub struct DowntimeParts {
     pub scan_ms: f64,
     /// Until the guest stood still.
     pub pause_ms: f64,
+    /// Until the embedder let the switchover go on, where it is asked.
+    pub hold_ms: f64,
     /// The last merge of the dirty logs.
     pub sync_ms: f64,
     /// The last round of pages.
@@ -98,10 +128,11 @@ impl DowntimeParts {
     }
 
     /// The parts in the order in which they come, with their names.
-    pub fn named(&self) -> [(&'static str, f64); 8] {
+    pub fn named(&self) -> [(&'static str, f64); 9] {
         [
             ("scan", self.scan_ms),
             ("pause", self.pause_ms),
+            ("hold", self.hold_ms),
             ("sync", self.sync_ms),
             ("pages", self.pages_ms),
             ("state", self.state_ms),
@@ -178,6 +209,12 @@ pub struct Statistics {
     pub downtime: f64,
     /// What the downtime would be now.
     pub expected_downtime: f64,
+    /// The longest rest of a vCPU under a dirty limit, in percent of the time that it runs.
+    pub vcpu_rest_percentage: u16,
+    /// Rounds since less remained than ever before.
+    pub rounds_without_progress: u32,
+    /// At some time so many rounds had brought nothing that none suggested an end.
+    pub stalled: bool,
     /// Where the downtime went.
     pub downtime_parts: DowntimeParts,
     /// The last [`MOST_ROUNDS`](Self::MOST_ROUNDS) rounds; their numbers count from 1.
@@ -186,6 +223,8 @@ pub struct Statistics {
     pub deltas: DeltaCounts,
     /// What zero copy came to, where it was asked for.
     pub zero_copy: Option<ZeroCopyCounts>,
+    /// How they did of late.
+    pub delta_rates: DeltaRates,
     /// How long handing a batch to the transport took.
     pub batch_latency: LatencySummary,
     /// How long closing a round took.
@@ -236,5 +275,14 @@ mod tests {
         }
         assert_eq!((statistics.round_count(), statistics.rounds.len()), (3000, Statistics::MOST_ROUNDS));
         assert_eq!(statistics.rounds[0].round, 3001 - Statistics::MOST_ROUNDS as u32);
+    }
+
+    #[test]
+    fn delta_rates_are_of_a_period() {
+        let before = DeltaCounts { pages: 10, bytes: 1000, cache_misses: 5, ..DeltaCounts::default() };
+        let now = DeltaCounts { pages: 13, unchanged: 1, bytes: 2000, cache_misses: 7, ..before };
+        let rates = now.rates_since(&before, 8, 4096);
+        assert_eq!((rates.cache_miss, rates.encoding), (0.25, 16.384));
+        assert_eq!(now.rates_since(&now, 0, 4096), DeltaRates::default());
     }
 }

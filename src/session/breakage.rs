@@ -17,6 +17,8 @@ pub(super) enum Breakage {
     ForgetUnsent,
     /// Order 4: the logs stay on after a failure.
     LeaveLogsOn,
+    /// Order 4: the brake stays on after a failure.
+    LeaveBrakeOn,
     /// Order 6: a failure before COMMIT leaves the guest paused.
     StayPaused,
     /// Order 6: the source does not wait for READY.
@@ -38,12 +40,13 @@ pub(super) enum Breakage {
 impl Breakage {
     /// All but `None` and what only [`relay_tests`](super::relay_tests) switch off.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 13] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
         Self::SkipDrain,
         Self::ForgetUnsent,
         Self::LeaveLogsOn,
+        Self::LeaveBrakeOn,
         Self::StayPaused,
         Self::CommitBeforeReady,
         Self::ResumeAfterCommit,

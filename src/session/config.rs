@@ -2,16 +2,17 @@
 
 use std::time::Duration;
 
-use crate::engine::BandwidthLimit;
+use crate::engine::{BandwidthLimit, OnTimeout, Throttling};
 use crate::page::ZeroDetection;
 use crate::ram::ClearShift;
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::style::PeerStyle;
 use crate::sys::random_id;
+use crate::units::{Percent, Rate};
 
-use super::Incoming;
-use super::Peer;
+use super::switchover::SwitchoverGate;
 use super::workers::Spawner;
+use super::{Incoming, Peer};
 
 /// Settings of a source.
 #[derive(Clone, Debug)]
@@ -21,6 +22,18 @@ pub struct SourceSettings {
     /// Most bytes a second while the guest runs; a clone changes it while the migration does. Without effect while the
     /// guest stands still.
     pub max_bandwidth: BandwidthLimit,
+    /// How a guest that writes faster than its pages leave is slowed down; not at all.
+    pub throttling: Option<Throttling>,
+    /// Share of what is sent that the guest may write before it is slowed down (QEMU's `throttle-trigger-threshold`);
+    /// 50.
+    pub throttle_trigger_threshold: Percent,
+    /// When the guest must have been paused, from the start, and what becomes of the migration else; never.
+    pub timeout: Option<(Duration, OnTimeout)>,
+    /// What the link will carry while the guest stands still, for the estimate of the downtime (QEMU's
+    /// `avail-switchover-bandwidth`); what was measured.
+    pub switchover_bandwidth: Option<Rate>,
+    /// The paused guest waits until this is opened (QEMU's `pause-before-switchover`); it does not wait.
+    pub before_switchover: Option<SwitchoverGate>,
     /// Where zero pages are found.
     pub zero_detection: ZeroDetection,
     /// Compare a digest of RAM and device state before the guest is handed over (between ramwire ends).
@@ -57,6 +70,11 @@ impl SourceSettings {
         Self {
             downtime_limit: Duration::from_millis(300),
             max_bandwidth: BandwidthLimit::default(),
+            throttling: None,
+            throttle_trigger_threshold: Percent::new(50).unwrap_or_default(),
+            timeout: None,
+            switchover_bandwidth: None,
+            before_switchover: None,
             zero_detection: ZeroDetection::default(),
             digest: false,
             same_host: false,

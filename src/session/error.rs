@@ -96,6 +96,14 @@ pub enum Error {
         /// The option that makes the wait longer.
         raise: &'static str,
     },
+    /// The guest wrote faster than its pages left until the time was over.
+    #[error("the migration did not converge within {} s; the guest runs on here; {remedies}", after.as_secs_f32())]
+    NotConverged {
+        /// The time that was given.
+        after: Duration,
+        /// What would help.
+        remedies: &'static str,
+    },
     /// RAM or state arrived changed.
     #[error("{0}; the guest was not started from it")]
     Digest(#[from] super::digest::Mismatch),
@@ -135,6 +143,7 @@ impl Error {
             | Self::StandsStill { .. }
             | Self::Guest(_)
             | Self::Dirty(_)
+            | Self::NotConverged { .. }
             | Self::Thread { .. } => ErrorKind::Local,
             Self::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }) | Self::Cancelled => {
                 ErrorKind::Cancelled

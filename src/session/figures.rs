@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::engine::{Action, Outcome, Reason};
+use crate::engine::{Action, Outcome, Progress, Reason, Throttle};
 use crate::observe::{
     DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, Status, ZeroCopyCounts,
 };
@@ -15,12 +15,24 @@ use super::Error;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Pause,
+    Hold,
     Sync,
     Pages,
     State,
     Digest,
     Ready,
     Handover,
+}
+
+/// Shortest time over which rates are taken.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Where the period of the delta rates began.
+#[derive(Default)]
+struct Period {
+    began: Duration,
+    deltas: DeltaCounts,
+    pages: u64,
 }
 
 /// The session's own counters; the shared snapshot is brought up to date once a slice.
@@ -49,6 +61,7 @@ pub(super) struct Figures {
     beside: u64,
     round_beside: u64,
     window: Window,
+    period: Period,
     /// When the first page had been handed over.
     pub(super) first_page: Option<Duration>,
 }
@@ -83,6 +96,7 @@ impl Figures {
             beside: 0,
             round_beside: 0,
             window: Window::default(),
+            period: Period::default(),
             first_page: None,
         }
     }
@@ -99,7 +113,14 @@ impl Figures {
                 self.shared.update(|s| s.status = Status::Device);
                 Some(Part::Pause)
             }
-            Action::Sync { last: true } => Some(Part::Sync),
+            Action::Hold => {
+                self.shared.update(|s| s.status = Status::PreSwitchover);
+                Some(Part::Hold)
+            }
+            Action::Sync { last: true } => {
+                self.shared.update(|s| s.status = Status::Device);
+                Some(Part::Sync)
+            }
             Action::OpenRound { kind: RoundKind::Final, .. } => Some(Part::Pages),
             Action::SendState => Some(Part::State),
             Action::SendDigest => Some(Part::Digest),
@@ -127,6 +148,7 @@ impl Figures {
             let parts = &mut s.downtime_parts;
             *match part {
                 Part::Pause => &mut parts.pause_ms,
+                Part::Hold => &mut parts.hold_ms,
                 Part::Sync => &mut parts.sync_ms,
                 Part::Pages => &mut parts.pages_ms,
                 Part::State => &mut parts.state_ms,
@@ -156,6 +178,7 @@ impl Figures {
     pub(super) fn synced(&mut self, now: Duration, dirty: u64, fresh: u64, expected: Option<Duration>) {
         let rate = self.dirty_rate(now, fresh);
         let remaining = dirty * self.page_bytes;
+        self.delta_rates(now);
         self.shared.update(|s| {
             s.dirty_sync_count += 1;
             s.remaining = remaining;
@@ -179,6 +202,20 @@ impl Figures {
         self.dirty_rate_known = true;
         self.last_sync = Some(now);
         Some((std::mem::take(&mut self.fresh) as f64 / took.as_secs_f64()) as u64)
+    }
+
+    /// How the guest is slowed down now.
+    pub(super) fn throttled(&mut self, throttle: &Throttle) {
+        let (share, rest) = (throttle.share().get(), throttle.longest_rest().percent_of_run());
+        self.shared.update(|s| (s.throttle_percent, s.vcpu_rest_percentage) = (share, rest));
+    }
+
+    /// What the rounds so far brought.
+    pub(super) fn progress(&mut self, progress: Progress) {
+        self.shared.update(|s| {
+            s.rounds_without_progress = progress.rounds_without();
+            s.stalled |= progress.is_stalled();
+        });
     }
 
     pub(super) fn round(&mut self, now: Duration, number: u32, dirty_pages: u64) {
@@ -231,6 +268,18 @@ impl Figures {
 
     pub(super) fn fenced(&mut self, took: Duration) {
         self.fence.record(took);
+    }
+
+    /// The rates of deltas, where a period is over.
+    fn delta_rates(&mut self, now: Duration) {
+        let looked_at = self.pages.normal + self.pages.zero;
+        if self.deltas.cache_size == 0 || now.saturating_sub(self.period.began) < PERIOD {
+            return;
+        }
+        let pages = looked_at - self.period.pages;
+        let rates = self.deltas.rates_since(&self.period.deltas, pages, self.page_bytes);
+        self.period = Period { began: now, deltas: self.deltas, pages: looked_at };
+        self.shared.update(|s| s.delta_rates = rates);
     }
 
     /// What deltas did so far; their pages were handed over as whole ones.

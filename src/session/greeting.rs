@@ -42,7 +42,9 @@ impl SourceSession {
         }
         self.send_bytes(&head)?;
         self.link.sink().flush(&self.stop)?;
+        let asked = self.clock.now();
         if greet && self.is_ramwire()? {
+            self.fixed.round_trip = self.clock.now().saturating_sub(asked);
             self.say_hello()?;
         } else if self.settings.peer == Some(Peer::Ramwire) && self.back.is_some() {
             let why = "it did not answer the greeting of a ramwire (--peer ramwire was given)".into();
@@ -78,7 +80,7 @@ impl SourceSession {
         // The other end makes its own at the same time.
         let ends = if self.settings.same_host { 2 } else { 1 };
         if share > 0.0 {
-            self.engine.set_fixed_downtime(took.div_f64(share) * ends);
+            self.fixed.digest = took.div_f64(share) * ends;
         }
         Ok(())
     }

@@ -26,6 +26,7 @@ mod scan;
 mod sim;
 mod slice;
 mod source;
+mod switchover;
 #[cfg(test)]
 mod tests;
 pub mod workers;
@@ -41,6 +42,7 @@ pub use relay::{ConnectFn, Kept, Notice, NoticeFn, Relay, RelayReport};
 pub use run_log::RunLog;
 pub use scan::ScanReport;
 pub use source::{Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
+pub use switchover::SwitchoverGate;
 pub use workers::Spawner;
 
 /// What the other end is.

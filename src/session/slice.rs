@@ -18,6 +18,7 @@ impl SourceSession {
     /// Sends dirty pages until none is left, or until `until`. The peer is heard once a slice.
     pub(super) fn send_slice(&mut self, until: Duration) -> Result<Input, Error> {
         self.hear()?;
+        self.brake_vcpus();
         let before = self.position();
         loop {
             if !self.keep_pace(until) {
@@ -114,8 +115,8 @@ impl SourceSession {
     /// Hands a batch to the door; waits while it is full.
     fn offer(&mut self, batch: PageBatch) -> Result<(), Error> {
         let begun = Instant::now();
-        let bytes = self.bytes_of(batch.whole_pages(), batch.zero_pages());
-        self.pace.charge(self.clock.now(), bytes);
+        let mut bytes = self.bytes_of(batch.whole_pages(), batch.zero_pages());
+        let (now, before) = (self.clock.now(), self.position());
         let mut batch = batch;
         loop {
             match self.link.offer(batch, &self.stop)? {
@@ -133,6 +134,11 @@ impl SourceSession {
                 }
             }
         }
+        if self.link.deltas().cache_size > 0 {
+            // Such a door writes at once, and how much is known only now.
+            bytes = self.position() - before;
+        }
+        self.pace.charge(now, bytes);
         self.figures.offered(begun.elapsed());
         self.take_returned()
     }

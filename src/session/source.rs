@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Action, Handover, Input, Outcome, Pace, SourceConfig, SourceEngine, Switchover};
+use crate::engine::{
+    Action, Handover, Input, Outcome, Pace, SourceConfig, SourceEngine, Switchover, Throttle, Throttling,
+};
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
 use crate::observe::{SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
@@ -19,6 +21,7 @@ use super::config::SourceSettings;
 use super::figures::Figures;
 use super::handle::Commitment;
 use super::return_path::{ReturnPath, Word};
+use super::switchover::{FixedCosts, REMEDIES};
 use super::{Breakage, Error, ErrorKind, greeting};
 
 /// Longest time in which a source with nothing to send is silent.
@@ -33,6 +36,9 @@ const SLOWEST_LOAD: u64 = 64 << 20;
 
 /// The option behind `finish_timeout`, for errors.
 const FINISH_TIMEOUT: &str = "--finish-timeout";
+
+/// A guest that may be slowed down is looked at that often, however long a round takes.
+const LONGEST_ROUND: Duration = Duration::from_secs(5);
 
 /// Messages heard in one look at the return path.
 const MOST_HEARD: usize = 64;
@@ -146,6 +152,9 @@ pub struct SourceSession {
     pub(super) dirty: DirtyMap,
     pub(super) search: PageSearch,
     pub(super) pace: Pace,
+    pub(super) throttle: Throttle,
+    pub(super) fixed: FixedCosts,
+    pub(super) stall_told: bool,
     /// The guest stands still: nothing is held back.
     pub(super) in_last_round: bool,
     pub(super) spare: Vec<PageBatch>,
@@ -176,10 +185,15 @@ impl SourceSession {
         let mut config = SourceConfig::new(table.page().bytes(), handover);
         config.downtime_limit = settings.downtime_limit;
         config.digest = settings.digest;
+        config.timeout = settings.timeout;
+        config.switchover_rate = settings.switchover_bandwidth;
+        config.holds = settings.before_switchover.is_some();
+        config.longest_round = settings.throttling.map(|_| LONGEST_ROUND);
         let cancel = CancelToken::default();
         let dirty = DirtyMap::new(table, settings.clear_shift);
         let figures = Figures::new(table, SharedStatistics::default());
         let pace = Pace::new(settings.max_bandwidth.clone());
+        let throttle = Throttle::new(settings.throttling, settings.throttle_trigger_threshold);
         Self {
             stop: Stop::on(&cancel),
             cancel,
@@ -195,6 +209,9 @@ impl SourceSession {
             clock: Box::new(WallClock::default()),
             search: PageSearch::default(),
             pace,
+            throttle,
+            fixed: FixedCosts::default(),
+            stall_told: false,
             in_last_round: false,
             spare: Vec::new(),
             returned: Vec::new(),
@@ -273,6 +290,12 @@ impl SourceSession {
         let position = self.position();
         self.figures.position(position);
         self.figures.zero_copy(self.link.zero_copy());
+        if outcome == Outcome::InDoubt {
+            self.lift_brake();
+        }
+        if let (Some(after), None) = (self.engine.gave_up_after(), &self.error) {
+            self.error = Some(Error::NotConverged { after, remedies: REMEDIES });
+        }
         self.figures.ended(now, outcome, self.error.as_ref());
         self.let_go(outcome);
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
@@ -327,7 +350,7 @@ impl SourceSession {
         match action {
             Action::StartLogs => self.start_logs(),
             Action::SendSetup => self.set_up(),
-            Action::Sync { .. } => self.sync(),
+            Action::Sync { last } => self.sync(last),
             Action::OpenRound { kind, number } => self.open_round(kind, number),
             Action::Send { until } => self.send_slice(until),
             Action::CloseRound { kind } => self.close_round(kind),
@@ -352,7 +375,11 @@ impl SourceSession {
             Action::AwaitGuest => self.await_guest(),
             Action::Commit => self.commit(),
             Action::AwaitRunning => self.await_running(),
-            Action::Release => self.stop_logs(),
+            Action::Hold => self.hold(),
+            Action::Release => {
+                self.lift_brake();
+                self.stop_logs()
+            }
             Action::Recover => self.recover(),
             Action::Finish(_) => Ok(Input::Done),
         }
@@ -362,6 +389,14 @@ impl SourceSession {
         self.figures.shared().update(|s| s.status = Status::Setup);
         if self.link.abilities().registers_memory && !self.guest.control.forbid_discard(true) {
             return Err(discards());
+        }
+        if let Some(Throttling::DirtyLimit { .. }) = self.settings.throttling
+            && self.guest.control.vcpu_dirty_pages().is_empty()
+        {
+            return Err(Error::Config {
+                what: "this guest can't tell what each of its vCPUs writes, which a dirty limit needs".into(),
+                remedy: "use auto-converge, or a VMM that counts by vCPU (KVM's dirty ring)",
+            });
         }
         // First: should a log not start, nothing is at the destination.
         if self.settings.all_dirty_at_start {
@@ -381,16 +416,24 @@ impl SourceSession {
         Ok(Input::Done)
     }
 
-    fn sync(&mut self) -> Result<Input, Error> {
+    fn sync(&mut self, last: bool) -> Result<Input, Error> {
+        let began = self.clock.now();
         let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.dirty)?;
         let dirty_pages = self.dirty.count();
+        let now = self.clock.now();
+        self.fixed.sync = now.saturating_sub(began);
+        if !last {
+            self.brake(fresh);
+            self.estimate_fixed();
+        }
         let expected = self.engine.expected_downtime(dirty_pages);
-        self.figures.synced(self.clock.now(), dirty_pages, fresh, expected);
+        self.figures.synced(now, dirty_pages, fresh, expected);
         Ok(Input::Synced { dirty_pages })
     }
 
     fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<Input, Error> {
         self.figures.round(self.clock.now(), number, self.dirty.count());
+        self.look_at_progress();
         let mut head = Vec::new();
         self.in_last_round = kind == RoundKind::Final;
         if self.in_last_round {
@@ -438,7 +481,7 @@ impl SourceSession {
 
     /// A source that has nothing to send says so: a ramwire takes long silence for a dead peer. Both kinds of peer
     /// answer a PING between sections.
-    fn give_a_sign(&mut self) -> Result<(), Error> {
+    pub(super) fn give_a_sign(&mut self) -> Result<(), Error> {
         let now = self.clock.now();
         let every = (self.settings.stall_timeout / 4).min(LONGEST_SILENCE);
         if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
@@ -554,7 +597,9 @@ impl SourceSession {
         }
         let leave_on = self.breakage.is(Breakage::LeaveLogsOn);
         let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
-        self.guest.control.throttle(crate::units::Percent::default());
+        if !self.breakage.is(Breakage::LeaveBrakeOn) {
+            self.lift_brake();
+        }
         if self.paused && !self.breakage.is(Breakage::StayPaused) {
             if let Err(source) = self.guest.control.resume() {
                 // More urgent than what led here: somebody must look after the guest.

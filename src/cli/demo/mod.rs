@@ -31,6 +31,7 @@ use self::guest::GuestKind;
 use self::way::{Transport, Way};
 use super::args::Exit;
 use super::common::{ChannelArgs, RdmaArgs, bytes, cancel_on_signal, complain, failed};
+use super::converge::ConvergeArgs;
 use super::progress::Progress;
 use super::watch::{WatchArgs, describe};
 
@@ -100,6 +101,8 @@ pub(super) struct Args {
     #[command(flatten)]
     watch: WatchArgs,
     #[command(flatten)]
+    converge: ConvergeArgs,
+    #[command(flatten)]
     channels: ChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
@@ -131,7 +134,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let folder = Scratch::new()?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
-    let way = Way::open(args, &blocks, &memory, &folder, &Stop::on(&cancel))?;
+    let (way, door) = Way::open(args, &blocks, &memory, &folder, &Stop::on(&cancel))?;
     guest.control().resume()?;
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: guest.control() };
@@ -141,15 +144,19 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
     settings.digest = !args.no_digest;
     settings.same_host = true;
-    let session = SourceSession::new(source, way.door.into(), settings).with_cancel(cancel);
+    args.converge.apply(&mut settings)?;
+    let session = SourceSession::new(source, door.into(), settings).with_cancel(cancel);
     signals.follow(session.statistics());
     let metrics = args.watch.metrics.serve("demo", session.statistics())?;
     let progress = Progress::follow(session.statistics());
     let log = log.follow(session.statistics(), run);
+    let written = || guest.control().vcpu_dirty_pages().iter().sum::<u64>();
+    let before = written();
     let report = session.run();
+    let wrote = written().saturating_sub(before) * report.statistics.page_size;
     log.finish();
     drop((progress, metrics));
-    finish(args, way.destination, &report, way.transport, &way.why, &choice.to_string())
+    finish(args, &report, wrote, way, &choice.to_string())
 }
 
 impl Args {
@@ -167,18 +174,19 @@ impl Args {
     }
 }
 
+/// `wrote`: bytes that the guest wrote at the source meanwhile.
 fn finish(
     args: &Args,
-    destination: destination::Process,
     report: &SourceReport,
-    transport: &'static str,
-    why: &str,
+    wrote: u64,
+    way: Way,
     dirty_source: &str,
 ) -> Result<Exit, Failure> {
+    let Way { transport, why, destination, .. } = way;
     // A destination that failed, was killed or hangs has little or nothing to say.
     let patience = if report.outcome == Outcome::Completed { VERDICT } else { LAST_WORDS };
     let arrived = destination.verdict(patience);
-    let run = report::Run { transport, why, dirty_source, report, arrived: &arrived };
+    let run = report::Run { transport, why: &why, dirty_source, report, wrote, arrived: &arrived };
     if args.json {
         println!("{}", run.json());
     } else {

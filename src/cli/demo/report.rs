@@ -14,13 +14,21 @@ pub(super) struct Run<'a> {
     pub(super) why: &'a str,
     pub(super) dirty_source: &'a str,
     pub(super) report: &'a SourceReport,
+    /// Bytes that the guest wrote while the migration ran at its source.
+    pub(super) wrote: u64,
     pub(super) arrived: &'a Verdict,
 }
 
 impl Run<'_> {
     pub(super) fn json(&self) -> Value {
         let s = &self.report.statistics;
+        let ran = (s.total_time - s.downtime).max(1.0) / 1e3;
         json!({
+            "guest_bytes_per_s": (self.wrote as f64 / ran) as u64,
+            "throttle_percent_most": s.rounds.iter().map(|round| round.throttle_percent).max(),
+            "vcpu_rest_percent": s.vcpu_rest_percentage,
+            "stalled": s.stalled,
+            "deltas": s.deltas,
             "transport": self.transport,
             "why": self.why,
             "verified": self.arrived.verified,

@@ -28,12 +28,11 @@ pub(super) enum Transport {
     Unix,
 }
 
-/// The way that was taken, open to its end.
+/// The way that was taken, and the process at its end.
 pub(super) struct Way {
     pub(super) transport: &'static str,
     pub(super) why: String,
     pub(super) destination: Process,
-    pub(super) door: SourceDoor,
 }
 
 impl Way {
@@ -44,8 +43,8 @@ impl Way {
         memory: &Arc<MappedGuest>,
         folder: &Scratch,
         stop: &Stop,
-    ) -> Result<Self, Failure> {
-        let open = |transport, address: &Address, why, within: Option<Duration>| -> Result<Self, Failure> {
+    ) -> Result<(Self, SourceDoor), Failure> {
+        let open = |transport, address: &Address, why, within: Option<Duration>| -> Result<_, Failure> {
             let mut destination = Process::start(address, args.guest, blocks, args.populate, &args.channels)?;
             let address = destination.address()?;
             let options = DoorOptions {
@@ -57,7 +56,7 @@ impl Way {
             let memory = Arc::clone(memory);
             let stop = within.map_or_else(|| stop.clone(), |within| stop.within(within));
             let door = open_source(&address, memory, &options, &stop)?;
-            Ok(Self { transport, why, destination, door })
+            Ok((Self { transport, why, destination }, door))
         };
         let rdma = |why: &str, within| {
             // Both ends lock their own copy, each in a process of its own.

@@ -163,6 +163,7 @@ impl Run {
             must(matches!(outcome, Outcome::StaysHere(_)), "the peer refused and the guest is not here");
         }
         let log_failed = matches!(world.plan.fault, Some(Fault::Log { .. }));
+        must(world.throttle == 0, "the brake is on");
         must(log_failed || world.logs.iter().all(|log| !log.on), "a log is on");
         match outcome {
             Outcome::Completed => {
@@ -174,7 +175,6 @@ impl Run {
                 let stands_still = world.plan.stands_still && world.paused && said && self.sent.stands_still;
                 must(here || stands_still, "the guest does not run on at the source");
                 must(here || !self.sent.guest_is_safe_here(), "the source's report is wrong");
-                must(world.throttle == 0, "the brake is on");
                 must(self.unsent_is_dirty(), "a page that is not at the destination is not dirty");
                 must(self.sent.error.is_some(), "no reason is given");
             }

@@ -1,0 +1,97 @@
+//! Options that bring a migration to its end although the guest writes fast.
+
+use std::time::Duration;
+
+use ramwire::engine::{OnTimeout, Throttling};
+use ramwire::session::SourceSettings;
+use ramwire::units::{Percent, Rate};
+
+use super::common::{bytes, seconds};
+
+/// What a source does about a guest that writes faster than its pages leave; QEMU's names and defaults.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct ConvergeArgs {
+    /// Slow all vCPUs down, step by step, while the guest writes too much
+    #[arg(long, conflicts_with = "dirty_limit")]
+    auto_converge: bool,
+    /// Percent of what is sent that the guest may write before it is slowed down
+    #[arg(long, value_name = "PERCENT", default_value = "50", value_parser = share)]
+    throttle_trigger_threshold: Percent,
+    /// With --auto-converge: the first step, in percent of the vCPUs' time
+    #[arg(long, value_name = "PERCENT", default_value = "20", value_parser = brake)]
+    cpu_throttle_initial: Percent,
+    /// With --auto-converge: each further step
+    #[arg(long, value_name = "PERCENT", default_value = "10", value_parser = brake)]
+    cpu_throttle_increment: Percent,
+    /// With --auto-converge: smaller steps where little is missing
+    #[arg(long)]
+    cpu_throttle_tailslow: bool,
+    /// With --auto-converge: the most that is taken
+    #[arg(long, value_name = "PERCENT", default_value = "99", value_parser = brake)]
+    max_cpu_throttle: Percent,
+    /// Hold each vCPU near --vcpu-dirty-limit while the guest writes too much
+    #[arg(long)]
+    dirty_limit: bool,
+    /// With --dirty-limit: bytes a second that a vCPU may write
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = bytes)]
+    vcpu_dirty_limit: u64,
+    /// Bytes a second that the link will carry while the guest stands still, for the estimate of the downtime; 0: as measured
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    avail_switchover_bandwidth: u64,
+    /// The guest must have been paused by then
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    timeout: Option<Duration>,
+    /// What becomes of it else: cancel keeps it here, finish pauses it however long it then stands still
+    #[arg(long, value_name = "WHAT", default_value = "cancel", requires = "timeout")]
+    timeout_action: TimeoutAction,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum TimeoutAction {
+    /// The migration ends and the guest stays
+    Cancel,
+    /// The guest is paused and moves
+    Finish,
+}
+
+fn share(text: &str) -> Result<Percent, String> {
+    within(text, 1, 100)
+}
+
+fn brake(text: &str) -> Result<Percent, String> {
+    within(text, 1, 99)
+}
+
+fn within(text: &str, least: u8, most: u8) -> Result<Percent, String> {
+    let number = text.parse().ok().filter(|number| (least..=most).contains(number)).and_then(Percent::new);
+    number.ok_or_else(|| format!("{text:?} is not a number from {least} to {most}"))
+}
+
+impl ConvergeArgs {
+    /// Completes `settings` with what was asked for.
+    pub(super) fn apply(&self, settings: &mut SourceSettings) -> Result<(), String> {
+        if self.auto_converge {
+            if self.max_cpu_throttle < self.cpu_throttle_initial {
+                return Err("--max-cpu-throttle is less than --cpu-throttle-initial".into());
+            }
+            settings.throttling = Some(Throttling::AutoConverge {
+                initial: self.cpu_throttle_initial,
+                increment: self.cpu_throttle_increment,
+                tailslow: self.cpu_throttle_tailslow,
+                max: self.max_cpu_throttle,
+            });
+        }
+        if self.dirty_limit {
+            settings.throttling = Some(Throttling::DirtyLimit { quota: Rate(self.vcpu_dirty_limit) });
+        }
+        settings.throttle_trigger_threshold = self.throttle_trigger_threshold;
+        let assumed = self.avail_switchover_bandwidth;
+        settings.switchover_bandwidth = (assumed > 0).then_some(Rate(assumed));
+        let action = match self.timeout_action {
+            TimeoutAction::Cancel => OnTimeout::Cancel,
+            TimeoutAction::Finish => OnTimeout::Finish,
+        };
+        settings.timeout = self.timeout.map(|time| (time, action));
+        Ok(())
+    }
+}

@@ -1,0 +1,241 @@
+use super::*;
+
+const PAGE: u64 = 4096;
+
+fn engine() -> SourceEngine {
+    SourceEngine::new(SourceConfig::new(PAGE, Handover::Native))
+}
+
+/// Walks an engine to its first sync, at time zero.
+fn started(mut engine: SourceEngine) -> SourceEngine {
+    assert_eq!(engine.handle(Duration::ZERO, Input::Begin), Action::StartLogs);
+    assert_eq!(engine.handle(Duration::ZERO, Input::Done), Action::SendSetup);
+    let set_up = Input::SetUp { handover: engine.config.handover };
+    assert_eq!(engine.handle(Duration::ZERO, set_up), Action::Sync { last: false });
+    engine
+}
+
+fn one_round(engine: &mut SourceEngine, from_ms: u64, pages: u64, took_ms: u64) {
+    let ms = Duration::from_millis;
+    let open = engine.handle(ms(from_ms), Input::Synced { dirty_pages: pages });
+    assert!(matches!(open, Action::OpenRound { kind: RoundKind::Live, .. }), "{open:?}");
+    assert!(matches!(engine.handle(ms(from_ms), Input::Done), Action::Send { .. }));
+    let sent = Input::Sent { pages_left: 0, bytes: pages * PAGE };
+    let close = engine.handle(ms(from_ms + took_ms), sent);
+    assert_eq!(close, Action::CloseRound { kind: RoundKind::Live });
+    assert_eq!(engine.handle(ms(from_ms + took_ms), Input::Done), Action::Sync { last: false });
+}
+
+#[test]
+fn pauses_when_the_rest_fits_the_downtime() {
+    let mut engine = started(engine());
+    one_round(&mut engine, 0, 100_000, 1000);
+    one_round(&mut engine, 1000, 30_001, 1000 * 30_001 / 100_000);
+    assert_eq!(
+        engine.handle(Duration::from_secs(2), Input::Synced { dirty_pages: 29_000 }),
+        Action::PauseGuest
+    );
+}
+
+#[test]
+fn the_fixed_part_counts_and_never_blocks_for_ever() {
+    let mut config = SourceConfig::new(PAGE, Handover::Native);
+    config.fixed_downtime = Duration::from_millis(200);
+    let mut engine = started(SourceEngine::new(config));
+    one_round(&mut engine, 0, 100_000, 1000);
+    one_round(&mut engine, 1000, 10_500, 105);
+    let rest = Input::Synced { dirty_pages: 9_900 };
+    assert_eq!(engine.handle(Duration::from_secs(2), rest), Action::PauseGuest);
+
+    let mut config = SourceConfig::new(PAGE, Handover::Native);
+    config.fixed_downtime = Duration::from_secs(9);
+    let mut engine = started(SourceEngine::new(config));
+    one_round(&mut engine, 0, 100_000, 1000);
+    one_round(&mut engine, 1000, 3_500, 35);
+    let rest = Input::Synced { dirty_pages: 2_900 };
+    assert_eq!(engine.handle(Duration::from_secs(2), rest), Action::PauseGuest);
+}
+
+/// Every path of a native migration after the pause, with a failure and a cancel at each step.
+#[test]
+fn before_commit_the_guest_stays_after_it_never_resumes() {
+    let steps = [
+        (Input::Done, Action::Sync { last: true }),
+        (Input::Synced { dirty_pages: 1 }, Action::OpenRound { kind: RoundKind::Final, number: 2 }),
+        (Input::Done, Action::Send { until: Duration::from_millis(50) }),
+        (Input::Sent { pages_left: 0, bytes: PAGE }, Action::CloseRound { kind: RoundKind::Final }),
+        (Input::Done, Action::Drain),
+        (Input::Done, Action::SendState),
+        (Input::Done, Action::SendDigest),
+        (Input::Done, Action::AwaitReady),
+        (Input::Ready, Action::Commit),
+        (Input::Done, Action::AwaitRunning),
+        (Input::Running, Action::Release),
+        (Input::Done, Action::Finish(Outcome::Completed)),
+    ];
+    let committed = 8;
+    for fault_at in 0..=steps.len() {
+        for cancel in [false, true] {
+            let mut config = SourceConfig::new(PAGE, Handover::Native);
+            config.digest = true;
+            let mut engine = started(SourceEngine::new(config));
+            one_round(&mut engine, 0, 100, 0);
+            engine.handle(Duration::ZERO, Input::Synced { dirty_pages: 0 });
+            for (input, action) in &steps[..fault_at] {
+                assert_eq!(engine.handle(Duration::ZERO, *input), *action);
+            }
+            let refused = cancel && !engine.cancel();
+            assert_eq!(refused, cancel && fault_at > committed, "step {fault_at}");
+            if refused || fault_at > committed + 2 {
+                continue;
+            }
+            let input = if cancel { Input::Done } else { Input::Failed };
+            let reason = if cancel { Reason::Cancelled } else { Reason::Failed };
+            let action = engine.handle(Duration::ZERO, input);
+            if fault_at > committed {
+                assert_eq!(action, Action::Finish(Outcome::InDoubt), "step {fault_at}");
+                continue;
+            }
+            assert_eq!(action, Action::Recover, "step {fault_at}");
+            let end = Action::Finish(Outcome::StaysHere(reason));
+            assert_eq!(engine.handle(Duration::ZERO, Input::Done), end);
+            assert_eq!(engine.handle(Duration::ZERO, Input::Running), end);
+        }
+    }
+}
+
+#[test]
+fn a_step_that_fails_after_a_cancel_was_cancelled() {
+    let mut engine = started(engine());
+    assert!(engine.cancel());
+    assert_eq!(engine.handle(Duration::ZERO, Input::Failed), Action::Recover);
+    let end = Action::Finish(Outcome::StaysHere(Reason::Cancelled));
+    assert_eq!(engine.handle(Duration::ZERO, Input::Done), end);
+}
+
+#[test]
+fn a_relay_waits_for_its_source_and_pauses_only_then() {
+    let mut config = SourceConfig::new(PAGE, Handover::Shut);
+    config.switchover = Switchover::WhenUpstreamStops;
+    let mut engine = started(SourceEngine::new(config));
+    let nothing = Input::Synced { dirty_pages: 0 };
+    assert!(matches!(engine.handle(Duration::ZERO, nothing), Action::Wait { .. }));
+    let woken = Input::Woken { upstream_stopped: false };
+    assert_eq!(engine.handle(Duration::ZERO, woken), Action::Sync { last: false });
+    one_round(&mut engine, 0, 10, 10);
+    assert!(matches!(engine.handle(Duration::ZERO, nothing), Action::Wait { .. }));
+    engine.handle(Duration::ZERO, Input::Woken { upstream_stopped: true });
+    assert_eq!(engine.handle(Duration::ZERO, Input::Synced { dirty_pages: 5 }), Action::PauseGuest);
+}
+
+#[test]
+fn a_qemu_gets_no_ready_and_its_last_byte_commits() {
+    let mut engine = started(SourceEngine::new(SourceConfig::new(PAGE, Handover::Shut)));
+    one_round(&mut engine, 0, 100, 10);
+    let mut inputs = vec![Input::Synced { dirty_pages: 0 }, Input::Done];
+    inputs.extend([Input::Synced { dirty_pages: 0 }, Input::Done]);
+    inputs.extend([Input::Sent { pages_left: 0, bytes: 0 }, Input::Done, Input::Done]);
+    for input in inputs {
+        engine.handle(Duration::ZERO, input);
+    }
+    assert!(!engine.is_committed());
+    assert_eq!(engine.handle(Duration::ZERO, Input::Done), Action::Commit);
+    assert!(engine.is_committed());
+    assert_eq!(engine.handle(Duration::ZERO, Input::Done), Action::AwaitRunning);
+    assert_eq!(engine.handle(Duration::ZERO, Input::Refused), Action::Recover, "it has not started");
+}
+
+/// What is sent while the guest stands still counts, and an assumed rate replaces the measured one.
+#[test]
+fn device_state_and_an_assumed_rate_count() {
+    let mut engine = started(engine());
+    engine.set_state_bytes(10_000 * PAGE);
+    one_round(&mut engine, 0, 100_000, 1000);
+    assert_eq!(engine.expected_downtime(20_000), Some(Duration::from_millis(300)));
+    assert_eq!(engine.expected_downtime(0), Some(Duration::from_millis(100)));
+    engine.config.switchover_rate = Some(Rate(1_000_000 * PAGE));
+    assert_eq!(engine.expected_downtime(20_000), Some(Duration::from_millis(30)));
+}
+
+fn late(on_timeout: OnTimeout) -> SourceEngine {
+    let mut config = SourceConfig::new(PAGE, Handover::Native);
+    config.timeout = Some((Duration::from_secs(5), on_timeout));
+    let mut engine = started(SourceEngine::new(config));
+    one_round(&mut engine, 0, 100_000, 1000);
+    one_round(&mut engine, 1000, 100_000, 1000);
+    engine
+}
+
+#[test]
+fn a_migration_that_is_late_ends_and_the_guest_stays() {
+    let ms = Duration::from_millis;
+    let mut engine = late(OnTimeout::Cancel);
+    assert!(matches!(
+        engine.handle(ms(4999), Input::Synced { dirty_pages: 100_000 }),
+        Action::OpenRound { .. }
+    ));
+    engine.handle(ms(4999), Input::Done);
+    assert_eq!(engine.gave_up_after(), None);
+    assert_eq!(engine.handle(ms(5000), Input::Sent { pages_left: 9, bytes: 1 }), Action::Recover);
+    assert_eq!(engine.gave_up_after(), Some(ms(5000)));
+    assert_eq!(engine.handle(ms(5001), Input::Done), Action::Finish(Outcome::StaysHere(Reason::Failed)));
+
+    let mut engine = late(OnTimeout::Cancel);
+    assert_eq!(engine.handle(ms(5000), Input::Synced { dirty_pages: 100_000 }), Action::Recover);
+}
+
+#[test]
+fn a_migration_that_is_late_and_to_finish_cuts_its_round_and_pauses() {
+    let ms = Duration::from_millis;
+    let mut engine = late(OnTimeout::Finish);
+    engine.handle(ms(4000), Input::Synced { dirty_pages: 100_000 });
+    engine.handle(ms(4000), Input::Done);
+    let more = |engine: &mut SourceEngine, at| engine.handle(ms(at), Input::Sent { pages_left: 9, bytes: 1 });
+    assert!(matches!(more(&mut engine, 4500), Action::Send { .. }));
+    assert_eq!(more(&mut engine, 5000), Action::CloseRound { kind: RoundKind::Live });
+    engine.handle(ms(5000), Input::Done);
+    assert_eq!(engine.handle(ms(5000), Input::Synced { dirty_pages: 100_000 }), Action::PauseGuest);
+    assert_eq!(engine.gave_up_after(), None);
+}
+
+#[test]
+fn a_long_round_is_cut_but_for_the_first() {
+    let ms = Duration::from_millis;
+    let mut config = SourceConfig::new(PAGE, Handover::Native);
+    config.longest_round = Some(ms(5000));
+    let mut engine = started(SourceEngine::new(config));
+    engine.handle(ms(0), Input::Synced { dirty_pages: 100_000 });
+    engine.handle(ms(0), Input::Done);
+    let more = Input::Sent { pages_left: 9, bytes: 1 };
+    assert!(matches!(engine.handle(ms(60_000), more), Action::Send { .. }));
+    engine.handle(ms(60_000), Input::Sent { pages_left: 0, bytes: 1 });
+    engine.handle(ms(60_000), Input::Done);
+    engine.handle(ms(60_000), Input::Synced { dirty_pages: 100_000 });
+    engine.handle(ms(60_000), Input::Done);
+    assert!(matches!(engine.handle(ms(64_999), more), Action::Send { .. }));
+    assert_eq!(engine.handle(ms(65_000), more), Action::CloseRound { kind: RoundKind::Live });
+    assert_eq!(engine.handle(ms(65_000), Input::Done), Action::Sync { last: false });
+}
+
+#[test]
+fn a_held_switchover_waits_between_the_pause_and_the_last_sync() {
+    let mut config = SourceConfig::new(PAGE, Handover::Native);
+    config.holds = true;
+    let mut engine = started(SourceEngine::new(config));
+    one_round(&mut engine, 0, 100, 10);
+    let at = Duration::from_secs(1);
+    assert_eq!(engine.handle(at, Input::Synced { dirty_pages: 0 }), Action::PauseGuest);
+    assert_eq!(engine.handle(at, Input::Done), Action::Hold);
+    assert_eq!(engine.handle(at, Input::Done), Action::Sync { last: true });
+}
+
+#[test]
+fn rounds_that_bring_nothing_are_counted() {
+    let mut engine = started(engine());
+    one_round(&mut engine, 0, 100_000, 1000);
+    for second in 1..10 {
+        one_round(&mut engine, second * 1000, 90_000, 1000);
+    }
+    assert!(engine.progress().is_stalled());
+    assert_eq!(engine.progress().rounds_without(), 8);
+}

@@ -1,0 +1,315 @@
+//! How a guest that writes faster than its pages leave is slowed down.
+//!
+//! Two means, as QEMU has them. *Auto-converge* takes a share of the time of all vCPUs, more each time it does not help.
+//! *Dirty limit* gives each vCPU a quota of what it may write, and lets those that write more rest. Both begin when what
+//! was written in a period exceeds a share of what was sent in it, for the second time.
+
+use std::time::Duration;
+
+use crate::units::{Percent, Rate, RestShare};
+
+/// Shortest time over which what is written and what is sent are compared.
+const PERIOD: Duration = Duration::from_secs(1);
+/// How often the comparison must be lost before something is done.
+const TIMES: u32 = 2;
+/// Time between two looks at what the vCPUs write.
+const LOOK: Duration = Duration::from_secs(1);
+/// A vCPU that is that close to its quota is left alone.
+const NEAR: u64 = 25 << 20;
+/// A vCPU that is further away than this share is brought near at once, else in small steps.
+const FAR: u64 = 50;
+/// A small step: a tenth of the time that the vCPU runs.
+const STEP: u64 = 10;
+
+/// What slows a guest down, with the names and the defaults of QEMU's parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Throttling {
+    /// A share of all vCPUs' time.
+    AutoConverge {
+        /// `cpu-throttle-initial`: the share to begin with; 20.
+        initial: Percent,
+        /// `cpu-throttle-increment`: what is added each time; 10.
+        increment: Percent,
+        /// `cpu-throttle-tailslow`: add no more than would be enough if writing followed the share; false.
+        tailslow: bool,
+        /// `max-cpu-throttle`: the largest share; 99.
+        max: Percent,
+    },
+    /// A quota for each vCPU.
+    DirtyLimit {
+        /// `vcpu-dirty-limit`: what a vCPU may write; 1 MiB/s.
+        quota: Rate,
+    },
+}
+
+impl Throttling {
+    /// Auto-converge as QEMU does it unless told otherwise.
+    pub fn auto_converge() -> Self {
+        let percent = |value| Percent::new(value).unwrap_or_default();
+        Self::AutoConverge { initial: percent(20), increment: percent(10), tailslow: false, max: percent(99) }
+    }
+
+    /// A dirty limit with QEMU's default.
+    pub fn dirty_limit() -> Self {
+        Self::DirtyLimit { quota: Rate(1 << 20) }
+    }
+}
+
+/// Decides how much a guest is slowed down. Told what was written and sent; time is an argument.
+#[derive(Debug)]
+pub struct Throttle {
+    means: Option<Throttling>,
+    threshold: Percent,
+    began: Duration,
+    dirtied: u64,
+    sent_before: u64,
+    exceeded: u32,
+    share: u8,
+    vcpus: Option<Vcpus>,
+}
+
+/// The vCPUs under their quota.
+#[derive(Debug, Default)]
+struct Vcpus {
+    looked: Duration,
+    pages: Vec<u64>,
+    rests: Vec<u16>,
+}
+
+impl Throttle {
+    /// Nothing is slowed down yet. `threshold` is QEMU's `throttle-trigger-threshold`: the share of what was sent that
+    /// may be written.
+    pub fn new(means: Option<Throttling>, threshold: Percent) -> Self {
+        Self {
+            means,
+            threshold,
+            began: Duration::ZERO,
+            dirtied: 0,
+            sent_before: 0,
+            exceeded: 0,
+            share: 0,
+            vcpus: None,
+        }
+    }
+
+    /// True if there is something to slow the guest down with.
+    pub fn is_on(&self) -> bool {
+        self.means.is_some()
+    }
+
+    /// The guest wrote `dirtied` bytes of pages since the last call, and `sent` bytes have left since the start. The share
+    /// of all vCPUs' time that is to be taken from now on, where it changes.
+    pub fn synced(&mut self, now: Duration, dirtied: u64, sent: u64) -> Option<Percent> {
+        self.dirtied += dirtied;
+        let means = self.means?;
+        if now.saturating_sub(self.began) < PERIOD {
+            return None;
+        }
+        let dirtied = std::mem::take(&mut self.dirtied);
+        let limit = scaled(sent.saturating_sub(self.sent_before), self.threshold.get().into(), 100);
+        (self.began, self.sent_before) = (now, sent);
+        if dirtied <= limit {
+            return None;
+        }
+        self.exceeded += 1;
+        if self.exceeded < TIMES {
+            return None;
+        }
+        self.exceeded = 0;
+        match means {
+            Throttling::AutoConverge { initial, increment, tailslow, max } => {
+                let left = 100 - u64::from(self.share);
+                // What would be left if it were enough.
+                let ideal = if tailslow { scaled(left, limit, dirtied) } else { 0 };
+                let step = (left - ideal.min(left)).min(increment.get().into()) as u8;
+                let share = if self.share == 0 { initial.get() } else { self.share.saturating_add(step) };
+                let share = share.min(max.get());
+                (std::mem::replace(&mut self.share, share) != share).then(|| Percent::new(share)).flatten()
+            }
+            Throttling::DirtyLimit { .. } => {
+                self.vcpus.get_or_insert_with(Vcpus::default);
+                None
+            }
+        }
+    }
+
+    /// True if [`vcpus`](Self::vcpus) has to be called: once in a while while the guest runs.
+    pub fn wants_vcpus(&self, now: Duration) -> bool {
+        self.vcpus.as_ref().is_some_and(|vcpus| vcpus.pages.is_empty() || now >= vcpus.looked + LOOK)
+    }
+
+    /// What each vCPU has written so far, in pages: how it is to rest from now on, for those for which it changes.
+    pub fn vcpus(&mut self, now: Duration, pages: &[u64], page_bytes: u64) -> Vec<(usize, RestShare)> {
+        let (Some(Throttling::DirtyLimit { quota }), Some(vcpus)) = (self.means, &mut self.vcpus) else {
+            return Vec::new();
+        };
+        let took = now.saturating_sub(vcpus.looked);
+        let before = std::mem::replace(&mut vcpus.pages, pages.to_vec());
+        vcpus.looked = now;
+        vcpus.rests.resize(pages.len(), 0);
+        let mut changed = Vec::new();
+        for (vcpu, (now, before)) in pages.iter().zip(&before).enumerate() {
+            let wrote = now.saturating_sub(*before).saturating_mul(page_bytes);
+            let Some(rate) = Rate::of(wrote, took) else { continue };
+            let rest = rest(quota, rate, vcpus.rests[vcpu]);
+            if std::mem::replace(&mut vcpus.rests[vcpu], rest) != rest {
+                changed.push((vcpu, RestShare::new(rest)));
+            }
+        }
+        changed
+    }
+
+    /// The share of all vCPUs' time that is taken, in percent.
+    pub fn share(&self) -> Percent {
+        Percent::new(self.share).unwrap_or_default()
+    }
+
+    /// The longest rest of a vCPU.
+    pub fn longest_rest(&self) -> RestShare {
+        let rests = self.vcpus.as_ref().map_or(&[][..], |vcpus| &vcpus.rests);
+        RestShare::new(rests.iter().copied().max().unwrap_or(0))
+    }
+
+    /// vCPUs that may have been told to rest.
+    pub fn vcpu_count(&self) -> usize {
+        self.vcpus.as_ref().map_or(0, |vcpus| vcpus.rests.len())
+    }
+}
+
+/// How a vCPU that writes at `rate` and rests for `rest` percent of the time it runs is to rest.
+fn rest(quota: Rate, rate: Rate, rest: u16) -> u16 {
+    let off = quota.0.abs_diff(rate.0);
+    if off <= NEAR {
+        return rest;
+    }
+    // A vCPU that writes nothing at all would be infinitely far.
+    let share = scaled(off, 100, quota.0.max(rate.0)).min(99);
+    let step = if share > FAR { share * 100 / (100 - share) } else { STEP };
+    let step = u16::try_from(step).unwrap_or(u16::MAX);
+    let rest = if rate > quota { rest.saturating_add(step) } else { rest.saturating_sub(step) };
+    rest.min(RestShare::MOST.percent_of_run())
+}
+
+/// `value * by / of`, without overflow; 0 if `of` is.
+fn scaled(value: u64, by: u64, of: u64) -> u64 {
+    let scaled = (u128::from(value) * u128::from(by)).checked_div(of.into()).unwrap_or(0);
+    u64::try_from(scaled).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn percent(value: u8) -> Percent {
+        Percent::new(value).unwrap_or_default()
+    }
+
+    /// Syncs a second apart, in each of which `dirtied` is written and `sent` is sent: the shares that are asked for.
+    fn shares(means: Throttling, dirtied: u64, sent: u64, seconds: u64) -> Vec<u8> {
+        let mut throttle = Throttle::new(Some(means), percent(50));
+        let sync = |second| throttle.synced(Duration::from_secs(second), dirtied, second * sent);
+        (1..=seconds).filter_map(sync).map(Percent::get).collect()
+    }
+
+    #[test]
+    fn a_guest_that_writes_too_much_twice_is_slowed_down_step_by_step() {
+        let auto = Throttling::auto_converge();
+        assert_eq!(shares(auto, 51, 100, 8), [20, 30, 40, 50]);
+        assert_eq!(shares(auto, 50, 100, 8), [0; 0], "no more than half of what is sent");
+        let few = Throttling::AutoConverge {
+            initial: percent(70),
+            increment: percent(20),
+            tailslow: false,
+            max: percent(95),
+        };
+        assert_eq!(shares(few, 1000, 100, 12), [70, 90, 95], "and then no more");
+    }
+
+    #[test]
+    fn a_calm_period_between_two_lost_ones_changes_nothing() {
+        let mut throttle = Throttle::new(Some(Throttling::auto_converge()), percent(50));
+        let mut sync = |second, dirtied| throttle.synced(Duration::from_secs(second), dirtied, second * 100);
+        assert_eq!([sync(1, 90), sync(2, 10)], [None, None]);
+        assert_eq!(sync(3, 90), Some(percent(20)), "the second time");
+        assert_eq!([sync(4, 90), sync(5, 90)], [None, Some(percent(30))], "counted anew");
+    }
+
+    #[test]
+    fn syncs_within_a_second_are_of_one_period() {
+        let mut throttle = Throttle::new(Some(Throttling::auto_converge()), percent(50));
+        let half = Duration::from_millis(500);
+        let mut sync = |at: u32, dirtied, sent| throttle.synced(half * at, dirtied, sent);
+        assert_eq!([sync(1, 40, 50), sync(2, 40, 100)], [None, None]);
+        assert_eq!([sync(3, 20, 150), sync(4, 20, 200)], [None, None], "40 of 100: calm");
+        assert_eq!([sync(5, 51, 250), sync(6, 0, 300)], [None, Some(percent(20))]);
+    }
+
+    #[test]
+    fn the_tail_is_slow_where_little_is_missing() {
+        let slow = |initial, increment| Throttling::AutoConverge {
+            initial: percent(initial),
+            increment: percent(increment),
+            tailslow: true,
+            max: percent(99),
+        };
+        // At 20 % the guest writes 60 where 50 are allowed: of the 80 left 66 would do, 14 more are to be taken.
+        assert_eq!(shares(slow(20, 30), 60, 100, 4), [20, 34]);
+        assert_eq!(shares(slow(20, 10), 60, 100, 4), [20, 30], "never more than the increment");
+        assert_eq!(shares(slow(20, 30), 500, 100, 4), [20, 50]);
+    }
+
+    #[test]
+    fn without_means_nothing_happens() {
+        let mut throttle = Throttle::new(None, percent(50));
+        for second in 1..10 {
+            assert_eq!(throttle.synced(Duration::from_secs(second), 1 << 40, second), None);
+        }
+        assert!(!throttle.is_on() && !throttle.wants_vcpus(Duration::from_secs(100)));
+        assert!(throttle.vcpus(Duration::from_secs(100), &[1 << 40], 4096).is_empty());
+    }
+
+    #[test]
+    fn a_vcpu_far_off_its_quota_is_brought_near_at_once_and_then_in_small_steps() {
+        let quota = Rate(100 * MIB);
+        assert_eq!(rest(quota, Rate(125 * MIB), 7), 7, "near enough");
+        assert_eq!(rest(quota, Rate(75 * MIB), 7), 7);
+        assert_eq!(rest(quota, Rate(126 * MIB), 7), 17);
+        assert_eq!(rest(quota, Rate(74 * MIB), 7), 0);
+        // 75 % off: three times as long as it runs.
+        assert_eq!(rest(quota, Rate(400 * MIB), 0), 300);
+        assert_eq!(rest(quota, Rate(20 * MIB), 1000), 600);
+        assert_eq!(rest(quota, Rate(0), 9900), 0, "it writes nothing");
+        assert_eq!(rest(Rate(MIB), Rate(u64::MAX), 1), 9900, "never more");
+    }
+
+    /// A guest whose vCPUs write as fast as they may comes to its quota and stays there.
+    #[test]
+    fn a_dirty_limit_holds_each_vcpu_near_its_quota() {
+        let quota = 40;
+        let mut throttle =
+            Throttle::new(Some(Throttling::DirtyLimit { quota: Rate(quota * MIB) }), percent(50));
+        for second in 1..=2 {
+            throttle.synced(Duration::from_secs(second), 100, second * 100);
+        }
+        let full = [1000 * MIB, 30 * MIB, 150 * MIB];
+        let (mut pages, mut rests) = ([0; 3], [RestShare::default(); 3]);
+        let mut wrote = [0; 3];
+        for second in 2..40 {
+            let now = Duration::from_secs(second);
+            assert!(throttle.wants_vcpus(now));
+            throttle.vcpus(now, &pages, 4096).into_iter().for_each(|(vcpu, rest)| rests[vcpu] = rest);
+            assert!(!throttle.wants_vcpus(now + Duration::from_millis(999)));
+            for vcpu in 0..3 {
+                wrote[vcpu] = full[vcpu] * 100 / (100 + u64::from(rests[vcpu].percent_of_run()));
+                pages[vcpu] += wrote[vcpu] / 4096;
+            }
+        }
+        for (vcpu, wrote) in wrote.iter().enumerate() {
+            assert!(*wrote <= (quota + 26) * MIB, "vCPU {vcpu} writes {wrote}");
+        }
+        assert_eq!(rests[1], RestShare::default(), "one below its quota is left alone");
+        assert!(throttle.longest_rest() > RestShare::new(300));
+    }
+}
