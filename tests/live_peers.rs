@@ -12,7 +12,7 @@ use common::{
     writer::{self, Console, Images, Load, WRITER_RAM_KIB, assert_unbroken},
 };
 
-const LOAD: Load = Load { mib: 32, pages_per_second: 2000 };
+const LOAD: Load = Load { mib: 32, pages_per_second: 2000, small: false };
 const BOOT: u64 = 90;
 
 fn images() -> Option<Images> {
@@ -72,7 +72,7 @@ fn a_spoiled_page_is_found_by_the_guest() {
     let Some(images) = images() else { return };
     let dir = scratch();
     let (console, ram) = (Console::new(dir.path().join("console")), dir.path().join("ram"));
-    let load = Load { mib: 32, pages_per_second: 0 };
+    let load = Load { mib: 32, pages_per_second: 0, small: false };
     let guest = writer::guest(&images, Version::Qemu100, Machine::Q35, load, &ram, &console);
     let _running = guest.start(dir.path(), "guest");
     console.wait_tick("boot", Deadline::seconds(BOOT), |tick| tick.passes >= 1 && tick.bad == 0);

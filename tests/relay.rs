@@ -13,7 +13,7 @@ use common::{
 };
 use serde_json::{Value, json};
 
-const LOAD: Load = Load { mib: 32, pages_per_second: 2000 };
+const LOAD: Load = Load { mib: 32, pages_per_second: 2000, small: false };
 
 /// Migrates a writing guest, directly or through a relay; returns the source's figures and the relay's.
 fn migrate_live(

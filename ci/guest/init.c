@@ -7,6 +7,7 @@
  * Settings come as KEY=VALUE on the kernel's command line, which the kernel hands on as environment:
  *   WRITER_MIB    memory to write, in MiB        (32)
  *   WRITER_RATE   pages written in a second      (2000)
+ *   WRITER_SMALL  not 0: a write changes sixteen bytes of its page, for deltas   (0)
  *
  * On the serial console, with the counts in decimal:
  *   writer MIB RATE                     once, before the first write
@@ -37,7 +38,7 @@ _Static_assert(sizeof(struct page) == 4096, "a page is 4 KiB");
 
 static struct page *pages;
 static uint64_t *expected; /* sequence number of the last write, per page */
-static uint64_t page_count, sequence, wrong;
+static uint64_t page_count, sequence, wrong, small;
 
 static uint64_t mix(uint64_t x) {
     x ^= x >> 31;
@@ -45,7 +46,9 @@ static uint64_t mix(uint64_t x) {
     return x ^ x >> 29;
 }
 
-static uint64_t filler_seed(uint64_t index, uint64_t sequence) { return mix(index + 1) ^ mix(sequence << 20); }
+static uint64_t filler_seed(uint64_t index, uint64_t sequence) {
+    return mix(index + 1) ^ mix(small ? 0 : sequence << 20);
+}
 
 static void write_page(uint64_t index) {
     volatile struct page *page = &pages[index];
@@ -111,6 +114,7 @@ static void open_console(void) {
 int main(void) {
     open_console();
     uint64_t mib = setting("WRITER_MIB", 32), rate = setting("WRITER_RATE", 2000);
+    small = setting("WRITER_SMALL", 0);
     page_count = mib << 8;
     pages = memory(page_count * sizeof(struct page));
     expected = memory(page_count * sizeof(uint64_t));

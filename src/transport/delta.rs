@@ -8,6 +8,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use memmap2::MmapMut;
+
 use crate::observe::DeltaCounts;
 use crate::stream::xbzrle::{Encoded, encode};
 use crate::sys::HostSpan;
@@ -15,13 +17,13 @@ use crate::sys::HostSpan;
 /// Generations for which a page keeps its place against another one.
 const PROTECTED: u64 = 2;
 
-/// Bytes of the cache; 0: no deltas. May be changed while a migration runs, which empties the cache at the next round.
-/// Clones share the size.
+/// Bytes of the cache; 0: no deltas. May be changed while a migration runs; what finds room stays in the cache. Clones
+/// share the size.
 #[derive(Clone, Debug, Default)]
 pub struct DeltaCacheSize(Arc<AtomicU64>);
 
 impl DeltaCacheSize {
-    /// `bytes`; what is used is the largest power of two of pages in them.
+    /// `bytes`; what is used is the largest power of two of pages in them, and no more than the guest has pages.
     pub fn new(bytes: u64) -> Self {
         Self(Arc::new(AtomicU64::new(bytes)))
     }
@@ -57,14 +59,65 @@ struct Slot {
     used: u64,
 }
 
+impl Slot {
+    /// Takes the place for `page` if it is free, its own, or its owner has not been used lately.
+    fn claim(&mut self, page: u64, generation: u64) -> bool {
+        let is_own = self.page == page + 1;
+        if self.page != 0 && !is_own && self.used + PROTECTED > generation {
+            return false;
+        }
+        *self = Self { page: page + 1, used: generation };
+        true
+    }
+}
+
+/// Places of copies, with the copies.
+#[derive(Debug)]
+struct Store {
+    slots: Vec<Slot>,
+    /// Mapped, not allocated: the kernel can refuse, and gives memory only where a copy is written.
+    copies: MmapMut,
+    page_bytes: usize,
+}
+
+impl Store {
+    fn new(slots: usize, page_bytes: usize) -> std::io::Result<Self> {
+        let copies = MmapMut::map_anon(slots * page_bytes)?;
+        Ok(Self { slots: vec![Slot::default(); slots], copies, page_bytes })
+    }
+
+    fn slot_of(&self, page: u64) -> usize {
+        (page as usize) & (self.slots.len() - 1)
+    }
+
+    fn copy(&self, at: usize) -> &[u8] {
+        &self.copies[at * self.page_bytes..(at + 1) * self.page_bytes]
+    }
+
+    fn copy_mut(&mut self, at: usize) -> &mut [u8] {
+        &mut self.copies[at * self.page_bytes..(at + 1) * self.page_bytes]
+    }
+
+    /// Takes over what `from` holds; of two copies for one place the one that was used last.
+    fn take_over(&mut self, from: &Self) {
+        for (at, slot) in from.slots.iter().enumerate().filter(|(_, slot)| slot.page != 0) {
+            let to = self.slot_of(slot.page - 1);
+            if self.slots[to].page == 0 || self.slots[to].used < slot.used {
+                self.slots[to] = *slot;
+                self.copy_mut(to).copy_from_slice(from.copy(at));
+            }
+        }
+    }
+}
+
 /// Copies of pages as they were sent, each in the one place its number gives it.
 #[derive(Debug)]
 pub(super) struct DeltaCache {
     size: DeltaCacheSize,
     sized: u64,
-    slots: Vec<Slot>,
-    copies: Vec<u8>,
+    store: Option<Store>,
     page_bytes: usize,
+    guest_pages: u64,
     generation: u64,
     rounds: u32,
     last_round: bool,
@@ -74,15 +127,15 @@ pub(super) struct DeltaCache {
 }
 
 impl DeltaCache {
-    /// An empty one; memory is taken when the second round begins.
-    pub(super) fn new(size: DeltaCacheSize, page_bytes: u64) -> Self {
+    /// An empty one for a guest of `guest_pages`; memory is taken when the second round begins.
+    pub(super) fn new(size: DeltaCacheSize, page_bytes: u64, guest_pages: u64) -> Self {
         let page_bytes = page_bytes as usize;
         Self {
             size,
             sized: 0,
-            slots: Vec::new(),
-            copies: Vec::new(),
+            store: None,
             page_bytes,
+            guest_pages,
             generation: 0,
             rounds: 0,
             last_round: false,
@@ -100,64 +153,65 @@ impl DeltaCache {
         let wanted = self.size.get();
         if self.rounds > 1 && wanted != self.sized && !last {
             self.sized = wanted;
-            let pages = wanted / self.page_bytes as u64;
-            let slots = if pages == 0 { 0 } else { 1_usize << pages.ilog2().min(40) };
-            self.slots = vec![Slot::default(); slots];
-            self.copies = vec![0; slots * self.page_bytes];
-            self.counts.cache_size = (slots * self.page_bytes) as u64;
+            self.resize(wanted);
+        }
+    }
+
+    fn resize(&mut self, wanted: u64) {
+        let pages = (wanted / self.page_bytes as u64).min(self.guest_pages.next_power_of_two());
+        let slots = if pages == 0 { 0 } else { 1_usize << pages.ilog2() };
+        let old = self.store.take();
+        self.counts.cache_size = 0;
+        if slots == 0 {
+            return;
+        }
+        match Store::new(slots, self.page_bytes) {
+            Ok(mut store) => {
+                old.iter().for_each(|old| store.take_over(old));
+                self.counts.cache_size = (slots * self.page_bytes) as u64;
+                self.store = Some(store);
+            }
+            // Deltas are a help, no need: the migration goes on without.
+            Err(error) => tracing::warn!(%error, bytes = wanted, "no memory for a cache of pages: no deltas"),
         }
     }
 
     /// True if pages may travel as deltas in this round.
     pub(super) fn is_active(&self) -> bool {
-        !self.slots.is_empty()
-    }
-
-    fn slot_of(&self, page: u64) -> usize {
-        (page as usize) & (self.slots.len() - 1)
-    }
-
-    /// Takes place number `at` for `page` if it is free, its own, or its owner has not been used lately.
-    fn claim(&mut self, at: usize, page: u64) -> bool {
-        let slot = &mut self.slots[at];
-        let is_own = slot.page == page + 1;
-        if slot.page != 0 && !is_own && slot.used + PROTECTED > self.generation {
-            return false;
-        }
-        *slot = Slot { page: page + 1, used: self.generation };
-        true
+        self.store.is_some()
     }
 
     /// Page number `page` is to be sent and reads as `span`; it is copied first.
     pub(super) fn page(&mut self, page: u64, span: HostSpan<'_>) -> Travels<'_> {
-        let at = self.slot_of(page);
-        let bytes = self.page_bytes;
-        let place = at * bytes..(at + 1) * bytes;
-        if self.slots[at].page != page + 1 {
+        let Some(store) = &mut self.store else { return Travels::Whole };
+        let at = store.slot_of(page);
+        if store.slots[at].page != page + 1 {
             self.counts.cache_misses += 1;
-            if self.last_round || !self.claim(at, page) {
+            if self.last_round || !store.slots[at].claim(page, self.generation) {
                 return Travels::Whole;
             }
-            span.copy_to(&mut self.copies[place.clone()]);
-            return Travels::Copy(&self.copies[place]);
+            span.copy_to(store.copy_mut(at));
+            return Travels::Copy(store.copy(at));
         }
-        self.slots[at].used = self.generation;
+        store.slots[at].used = self.generation;
         span.copy_to(&mut self.new);
-        let found = encode(&self.copies[place.clone()], &self.new, &mut self.encoded);
+        let found = encode(store.copy(at), &self.new, &mut self.encoded);
         match found {
             Encoded::Unchanged => {
                 self.counts.unchanged += 1;
                 return Travels::NotAtAll;
             }
-            Encoded::Overflow => self.counts.overflows += 1,
+            Encoded::Overflow => {
+                self.counts.overflows += 1;
+                self.counts.bytes += self.page_bytes as u64;
+            }
             Encoded::Delta(len) => {
                 self.counts.pages += 1;
-                // The record's head: flags and offset, encoding, length.
-                self.counts.bytes += len as u64 + 11;
+                self.counts.bytes += len as u64;
             }
         }
         if !self.last_round {
-            self.copies[place.clone()].copy_from_slice(&self.new);
+            store.copy_mut(at).copy_from_slice(&self.new);
         }
         match found {
             Encoded::Delta(len) => Travels::Delta(&self.encoded[..len]),
@@ -167,9 +221,10 @@ impl DeltaCache {
 
     /// Page number `page` is sent as zero.
     pub(super) fn zero(&mut self, page: u64) {
-        let at = self.slot_of(page);
-        if !self.last_round && self.claim(at, page) {
-            self.copies[at * self.page_bytes..(at + 1) * self.page_bytes].fill(0);
+        let Some(store) = self.store.as_mut().filter(|_| !self.last_round) else { return };
+        let at = store.slot_of(page);
+        if store.slots[at].claim(page, self.generation) {
+            store.copy_mut(at).fill(0);
         }
     }
 }
@@ -185,7 +240,7 @@ mod tests {
     const PAGE: usize = 4096;
 
     fn cache(pages: u64) -> DeltaCache {
-        let mut cache = DeltaCache::new(DeltaCacheSize::new(pages * PAGE as u64), PAGE as u64);
+        let mut cache = DeltaCache::new(DeltaCacheSize::new(pages * PAGE as u64), PAGE as u64, 12);
         cache.round(false);
         assert!(!cache.is_active(), "the first round has nothing to differ from");
         cache.round(false);
@@ -205,7 +260,7 @@ mod tests {
         span(1).copy_from(&[1; PAGE]);
         assert_eq!(cache.page(1, span(1)), Travels::Copy(&[1; PAGE]), "too different");
         let DeltaCounts { pages, bytes, unchanged, cache_misses, overflows, cache_size } = cache.counts;
-        assert_eq!((pages, bytes, unchanged, cache_misses, overflows), (1, 16, 1, 1, 1));
+        assert_eq!((pages, bytes, unchanged, cache_misses, overflows), (1, 5 + PAGE as u64, 1, 1, 1));
         assert_eq!(cache_size, 4 * PAGE as u64);
     }
 
@@ -229,23 +284,31 @@ mod tests {
     }
 
     #[test]
-    fn the_size_changes_at_a_round_and_empties_the_cache() {
-        let memory = Mapping::memfd("deltas", 4 * PAGE as u64).unwrap();
-        let span = || memory.region().span(0, PAGE as u64).unwrap();
+    fn the_size_changes_at_a_round_and_what_finds_room_stays() {
+        let memory = Mapping::memfd("deltas", 8 * PAGE as u64).unwrap();
+        let span = |page: usize| memory.region().span((page * PAGE) as u64, PAGE as u64).unwrap();
         let size = DeltaCacheSize::new(5 * PAGE as u64);
-        let mut cache = DeltaCache::new(size.clone(), PAGE as u64);
+        let mut cache = DeltaCache::new(size.clone(), PAGE as u64, 8);
         cache.round(false);
         cache.round(false);
         assert_eq!(cache.counts.cache_size, 4 * PAGE as u64, "a power of two");
-        cache.page(0, span());
-        assert_eq!(cache.page(0, span()), Travels::NotAtAll);
-        size.set(8 * PAGE as u64);
-        assert_eq!(cache.page(0, span()), Travels::NotAtAll, "not within a round");
+        cache.page(0, span(0));
+        size.set(u64::MAX);
+        assert_eq!(cache.page(0, span(0)), Travels::NotAtAll);
+        assert_eq!(cache.counts.cache_size, 4 * PAGE as u64, "not within a round");
         cache.round(false);
-        assert!(matches!(cache.page(0, span()), Travels::Copy(_)));
+        assert_eq!(cache.counts.cache_size, 8 * PAGE as u64, "no more than the guest has");
+        assert_eq!(cache.page(0, span(0)), Travels::NotAtAll);
+        assert!(matches!(cache.page(4, span(4)), Travels::Copy(_)), "a place of its own now");
+        cache.round(false);
+        assert_eq!(cache.page(4, span(4)), Travels::NotAtAll);
+        size.set(PAGE as u64);
+        cache.round(false);
+        assert_eq!(cache.page(4, span(4)), Travels::NotAtAll, "used later than page 0");
+        assert_eq!(cache.page(0, span(0)), Travels::Whole);
         size.set(0);
         cache.round(false);
-        assert!(!cache.is_active());
+        assert!(!cache.is_active() && cache.counts.cache_size == 0);
     }
 
     proptest! {
@@ -256,12 +319,14 @@ mod tests {
                 prop::collection::vec((0usize..12, 0usize..PAGE, 0usize..600, any::<u8>()), 0..20),
                 1..8,
             ),
-            slots in 1u64..9,
+            sizes in prop::collection::vec(0u64..17, 8),
         ) {
             let memory = Mapping::memfd("deltas", 12 * PAGE as u64).unwrap();
             let span = |page: usize| memory.region().span((page * PAGE) as u64, PAGE as u64).unwrap();
             let mut receiver = vec![vec![0; PAGE]; 12];
-            let mut cache = cache(slots);
+            let size = DeltaCacheSize::new(sizes[0] * PAGE as u64);
+            let mut cache = DeltaCache::new(size.clone(), PAGE as u64, 12);
+            cache.round(false);
             let last = rounds.len() - 1;
             for (round, writes) in rounds.iter().enumerate() {
                 let mut dirty = std::collections::BTreeSet::new();
@@ -270,6 +335,7 @@ mod tests {
                     span(*page).part(*at, len).unwrap().copy_from(&vec![*value; len]);
                     dirty.insert(*page);
                 }
+                size.set(sizes[round] * PAGE as u64);
                 cache.round(round == last);
                 for page in dirty {
                     if crate::sys::is_zero(span(page)) {

@@ -21,6 +21,9 @@ const PAGES_PER_SEND: usize = MAX_PARTS / 2;
 /// Bytes of headers, deltas and copies after which they are sent.
 const MOST_HEADERS: usize = 64 << 10;
 
+/// Bytes of a record's offset and flags, which a delta's figures leave out.
+const WORD: usize = 8;
+
 /// Writes batches as records of the stream; what a door of its own declines goes this way, too.
 pub struct InlinePages {
     guest: Arc<dyn GuestMemory>,
@@ -106,8 +109,11 @@ impl InlinePages {
         match deltas.page(number, page) {
             Travels::NotAtAll => {}
             Travels::Delta(bytes) => {
+                let before = self.headers.len() + WORD;
                 self.write_head(at, Kind::Delta(bytes.len() as u16));
+                let head = self.headers.len() - before;
                 self.headers.extend_from_slice(bytes);
+                deltas.counts.bytes += head as u64;
             }
             Travels::Copy(bytes) => {
                 self.write_head(at, Kind::Page);
@@ -212,14 +218,14 @@ impl InlineLink {
     #[must_use]
     pub fn with_deltas(mut self, size: DeltaCacheSize) -> Self {
         let table = self.pages.guest.table();
-        let mut first = 0;
+        let mut pages = 0;
         let mut next = |block| {
-            let number = first;
-            first += table.pages_of(block);
+            let number = pages;
+            pages += table.pages_of(block);
             number
         };
         let numbers = table.blocks().iter().map(&mut next).collect();
-        let cache = DeltaCache::new(size, table.page().bytes());
+        let cache = DeltaCache::new(size, table.page().bytes(), pages);
         (self.pages.numbers, self.pages.deltas) = (numbers, Some(cache));
         self
     }

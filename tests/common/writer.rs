@@ -48,6 +48,8 @@ pub(crate) struct Load {
     pub(crate) mib: usize,
     /// Pages of 4 KiB written in a second.
     pub(crate) pages_per_second: usize,
+    /// A write changes sixteen bytes of its page, not all of it.
+    pub(crate) small: bool,
 }
 
 /// A running guest that boots the writer; with [`Guest::incoming`] the destination of one.
@@ -67,8 +69,10 @@ pub(crate) fn guest(
     // its calibration, which would never end.
     let clocks = if machine == Machine::Microvm { "acpi=off lpj=4000000" } else { "" };
     let options = format!(
-        "console=ttyS0 quiet panic=-1 nokaslr mitigations=off random.trust_cpu=on no_timer_check {clocks} WRITER_MIB={} WRITER_RATE={}",
-        load.mib, load.pages_per_second
+        "console=ttyS0 quiet panic=-1 nokaslr mitigations=off random.trust_cpu=on no_timer_check {clocks} WRITER_MIB={} WRITER_RATE={} WRITER_SMALL={}",
+        load.mib,
+        load.pages_per_second,
+        u8::from(load.small),
     );
     let mut guest = Guest::new(version, machine, ram, 0)
         .running()

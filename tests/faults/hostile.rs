@@ -197,6 +197,17 @@ fn a_source_that_lies_about_the_stream_is_refused_with_place_and_reason() {
     let version = stream(&[&h[..4], &2u32.to_be_bytes(), &h[8..]]);
     let page = |block: &str, word| stream(&[&h, &our_blocks(), &part(&zero_of(block, word))]);
     let total = BLOCKS.iter().sum::<u64>() * PAGE;
+    let delta_of = |len: u16, encoding: u8, bytes: &[u8]| {
+        let record = made(|out| {
+            out.extend(be64(0x40));
+            out.extend(b"\x06block0");
+            out.push(encoding);
+            out.extend(len.to_be_bytes());
+            out.extend(bytes);
+        });
+        stream(&[&h, &our_blocks(), &part(&record)])
+    };
+    let delta = |encoding, bytes: &[u8]| delta_of(bytes.len() as u16, encoding, bytes);
     refused(&[
         ("magic", magic, &["at byte 0", "QEVM"]),
         ("version", version, &["at byte 4", "version 2"]),
@@ -228,6 +239,12 @@ fn a_source_that_lies_about_the_stream_is_refused_with_place_and_reason() {
             &["at byte"],
         ),
         ("record of no kind", stream(&[&h, &our_blocks(), &part(&be64(0))]), &["at byte"]),
+        ("delta of another encoding", delta(2, &[0, 1, 0x41]), &["at byte", "encoding 2"]),
+        ("delta longer than a page", delta_of(4097, 1, &[0; 4097]), &["at byte", "4097"]),
+        ("delta of half a length", delta(1, &[0]), &["at byte", "inside a run"]),
+        ("delta that skips nothing twice", delta(1, &[0, 1, 0x41, 0, 1, 0x42]), &["at byte", "empty"]),
+        ("delta behind the page", delta(1, &[0xff, 0x1f, 2, 0x41, 0x42]), &["at byte", "leaves the page"]),
+        ("delta with a length of three bytes", delta(1, &[0x80, 0x80, 1]), &["at byte", "two bytes"]),
         ("section that never started", stream(&[&h, &our_blocks(), &[2, 0, 0, 0, 77]]), &["at byte", "77"]),
         (
             "footer of another section",

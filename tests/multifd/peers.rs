@@ -150,7 +150,7 @@ fn live_through_a_relay(
     let what = format!("{version}, {}, {near:?} to {far:?}", machine.name());
     let dir = scratch();
     let path = |name: &str, kind: &str| dir.path().join(format!("{name}.{kind}"));
-    let load = Load { mib: 32, pages_per_second: 2000 };
+    let load = Load { mib: 32, pages_per_second: 2000, small: false };
     let guest = |name: &str| {
         let console = Console::new(path(name, "console"));
         (writer::guest(images, version, machine, load, &path(name, "ram"), &console), console)
