@@ -2,6 +2,7 @@
 
 mod bed;
 mod contestant;
+mod converge;
 mod cost;
 mod floors;
 mod interval;
@@ -124,6 +125,8 @@ pub struct BenchArgs {
 enum What {
     /// Whole migrations over TCP on this machine, paired with other programs'
     Migrate(MigrateArgs),
+    /// Whether a guest that writes as fast as the link carries, or faster, still arrives
+    Converge(converge::ConvergeArgs),
     /// The other process of a run
     #[command(hide = true)]
     Peer(PeerArgs),
@@ -238,13 +241,14 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
     let done = match &args.what {
         What::Migrate(args) => {
             common::cancel_on_signal(vec![cancel.clone()]);
-            migrate(args, &cancel).and_then(|report| publish(args, &report))
+            migrate(args, &cancel).and_then(|report| publish(args, &report)).map(|()| Exit::Done)
         }
+        What::Converge(args) => converge::run(args),
         // Ends with the process that started it, by its connection or by the terminal's signal.
-        What::Peer(args) => peer::serve(args),
+        What::Peer(args) => peer::serve(args).map(|()| Exit::Done),
     };
     match done {
-        Ok(()) => Exit::Done,
+        Ok(exit) => exit,
         // A run that the signal broke reports whatever it broke on.
         Err(_) if cancel.is_cancelled() => Exit::Cancelled,
         Err(error) => {
