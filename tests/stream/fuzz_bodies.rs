@@ -53,10 +53,46 @@ pub(crate) fn message(data: &[u8]) {
     }
 }
 
-/// One XBZRLE page: never outside the page.
+/// One XBZRLE page: never outside the page, and what a plain reading of the rules makes of it.
 pub(crate) fn xbzrle_page(data: &[u8]) {
-    let mut page = [0xa5; 4096];
-    let _ = xbzrle::decode(data, &mut page);
+    const PAGE: usize = 4096;
+    let mut room = [0xa5; 3 * PAGE];
+    let decoded = xbzrle::decode(data, &mut room[PAGE..2 * PAGE]);
+    assert!(room[..PAGE].iter().chain(&room[2 * PAGE..]).all(|byte| *byte == 0xa5), "outside the page");
+    let model = plain_xbzrle(data, vec![0xa5; PAGE]);
+    assert_eq!(decoded.is_ok(), model.is_some(), "{decoded:?}");
+    assert!(model.is_none_or(|page| page[..] == room[PAGE..2 * PAGE]));
+}
+
+/// The decoder's rules, a byte at a time.
+fn plain_xbzrle(data: &[u8], mut page: Vec<u8>) -> Option<Vec<u8>> {
+    let (mut from, mut to) = (0, 0);
+    let length = |from: &mut usize| {
+        let (low, high) = (usize::from(*data.get(*from)?), usize::from(*data.get(*from + 1)?));
+        if low < 0x80 {
+            *from += 1;
+            return Some(low);
+        }
+        *from += 2;
+        (high < 0x80).then_some(low - 0x80 + high * 0x80)
+    };
+    while from < data.len() {
+        let is_first = from == 0;
+        let skip = length(&mut from)?;
+        if skip == 0 && !is_first || to + skip > page.len() {
+            return None;
+        }
+        to += skip;
+        let count = length(&mut from)?;
+        if count == 0 {
+            return None;
+        }
+        for _ in 0..count {
+            *page.get_mut(to)? = *data.get(from)?;
+            (from, to) = (from + 1, to + 1);
+        }
+    }
+    Some(page)
 }
 
 /// A whole stream. Returns how far it was understood.

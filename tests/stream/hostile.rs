@@ -133,3 +133,20 @@ fn s79_flipped_bytes_of_channels_are_refused_or_pass_within_bounds() {
         })
         .unwrap();
 }
+
+proptest! {
+    #![proptest_config(Config::with_cases(4000))]
+    /// Bytes that mostly look like run lengths: many decode, many fail in the middle.
+    #[test]
+    fn s34_what_a_delta_may_do_is_what_a_plain_reading_of_the_rules_does(
+        data in prop::collection::vec(
+            prop_oneof![
+                8 => prop::sample::select(vec![0_u8, 1, 1, 2, 3, 4, 0x7f, 0x80, 0x81, 0x1f, 0x20, 0xff]),
+                1 => any::<u8>(),
+            ],
+            0..80,
+        ),
+    ) {
+        fuzz_bodies::xbzrle_page(&data);
+    }
+}
