@@ -270,7 +270,7 @@ fn row(cell: &Cell) -> String {
         None => "-".into(),
     };
     format!(
-        "| {} x | {} | {} of {}{} | {:.1} | {:.0} | {downtime} | {kept} | {:.0} % | {} % |",
+        "| {} x | {} | {} of {}{} | {:.1} | {:.0} | {downtime} | {kept} | {:.0} % | {} |",
         cell.rate,
         cell.means.name(),
         cell.converged,
@@ -279,8 +279,18 @@ fn row(cell: &Cell) -> String {
         median(&cell.total_ms) / 1e3,
         median(&cell.rounds),
         median(&cell.guest_speed) * 100.0,
-        cell.throttle_percent_most,
+        taken(cell),
     )
+}
+
+/// What was taken from the guest at most, in the words of the means.
+fn taken(cell: &Cell) -> String {
+    let rest = cell.each.iter().map(|run| run.vcpu_rest_percent).max().unwrap_or(0);
+    match cell.means {
+        Means::AutoConverge => format!("{} % of its time", cell.throttle_percent_most),
+        Means::DirtyLimit => format!("rest of {rest} % of what it ran"),
+        Means::None | Means::Xbzrle => "-".into(),
+    }
 }
 
 /// For each rate: what remained when each round began, in the first run of each means.
