@@ -14,7 +14,7 @@ use crate::common::{
 };
 use crate::qemu::{Place, Proxy, When, kill_pid, state_or_none};
 
-const LOAD: Load = Load { mib: 16, pages_per_second: 500 };
+const LOAD: Load = Load { mib: 16, pages_per_second: 500, small: false };
 const STAGES: [(&str, When); 5] = [
     ("connect", When::Bytes(0)),
     ("setup", When::Reaches(Place::Setup)),
