@@ -11,6 +11,8 @@ pub(super) enum Breakage {
     ReadBeforeProtect,
     /// Order 2: rounds are not fenced.
     SkipFence,
+    /// Order 2: the destination lets page channels pass a barrier that others have not reached.
+    SkipBarrier,
     /// Order 3: the migration ends while tickets are out.
     SkipDrain,
     /// Order 4: unsent pages are forgotten after a failure.
@@ -43,6 +45,7 @@ impl Breakage {
     pub(super) const ALL: [Self; 13] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
+        Self::SkipBarrier,
         Self::SkipDrain,
         Self::ForgetUnsent,
         Self::LeaveLogsOn,

@@ -88,7 +88,9 @@ impl DestinationSession {
             let what = "the source sends pages on channels of their own (multifd)".into();
             return Err(Error::Config { what, remedy: "give --channels with the number that it has" });
         };
-        channels.wait_barrier(&self.stop)?;
+        if !self.breakage.is(Breakage::SkipBarrier) {
+            channels.wait_barrier(&self.stop)?;
+        }
         self.tell_channel_figures();
         // Pressure is handed back before the channels go on.
         self.placing()?.between_reads()?;

@@ -11,7 +11,7 @@ use crate::stream::native::{Answer, Order};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::return_path::Message;
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
-use crate::transport::{ByteSink, ByteSource, ChannelError};
+use crate::transport::{ByteSink, ByteSource, ChannelError, PageChannels};
 
 /// Names every migration of the simulation.
 pub(super) const MIGRATION_ID: [u8; 16] = [0x5a; 16];
@@ -290,6 +290,11 @@ pub(super) struct SimSource {
 }
 
 impl ByteSource for SimSource {
+    fn channels(&mut self) -> Option<&mut dyn PageChannels> {
+        let has = self.from == Side::Source && self.sim.world().door.has_barriers();
+        has.then_some(self)
+    }
+
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         const DOING: &str = "receiving";
         let mut turn = self.sim.enter();

@@ -1,24 +1,26 @@
 //! A door that reads pages late and lets them overtake each other, as far as the trait allows.
 //!
 //! A batch waits in its channel, is read from guest memory (from then on its bytes are fixed), and is
-//! placed at the destination, past the byte stream. Channels know nothing of each other but the fences.
+//! placed at the destination, past the byte stream. Channels know nothing of each other but the fences: the world holds
+//! them there until all have come, or, for channels as those of multifd, the destination's session does.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::channel::SimSink;
 use super::guest::PAGE;
-use super::plan::{DoorKind, Fault, LateDoor, Plan, Side};
+use super::plan::{Barrier, DoorKind, Fault, LateDoor, Plan, Side};
 use super::world::{Mark, Sim, World};
 use crate::ram::{MoverAbilities, PageBatch, PageBitmap, Piece, RoundKind, Verdict};
-use crate::sys::Stop;
+use crate::stream::qemu::ram::Record;
+use crate::sys::{SendPart, Stop};
 use crate::transport::{
     ByteSink, ChannelError, InlineLink, MoveError, Offer, Receipt, Returned, SourceLink, Ticket,
 };
 use crate::units::{BlockIndex, PageIndex};
 
 /// Steps after which a door that moves nothing has stalled.
-const PATIENCE: u32 = 5000;
+pub(super) const PATIENCE: u32 = 5000;
 
 fn cannot_carry(batch: &PageBatch) -> bool {
     batch.pieces().first().is_some_and(|piece| piece.run.first.0 % 4 == 1)
@@ -47,6 +49,10 @@ struct Batch {
 pub(super) struct DoorState {
     kind: Option<LateDoor>,
     channels: Vec<VecDeque<Item>>,
+    /// Fences that each channel may pass; the destination's session says so.
+    passes: Vec<u32>,
+    /// The destination's threads are at work.
+    pub(super) receives: bool,
     finished: Vec<Returned>,
     tickets: u64,
     open: bool,
@@ -68,6 +74,8 @@ impl DoorState {
         Self {
             kind,
             channels: (0..channels).map(|_| VecDeque::new()).collect(),
+            passes: vec![0; channels],
+            receives: false,
             finished: Vec::new(),
             tickets: 0,
             open: false,
@@ -83,6 +91,26 @@ impl DoorState {
         self.kind.is_some_and(|door| door.confirms)
     }
 
+    fn barrier(&self) -> Option<Barrier> {
+        self.kind.and_then(|door| door.barrier)
+    }
+
+    /// The destination's session holds the channels at fences, and that is all that does.
+    pub(super) fn has_barriers(&self) -> bool {
+        self.barrier().is_some()
+    }
+
+    /// True if every channel stands at a fence. `None`: the channels are closed.
+    pub(super) fn is_at_barrier(&self) -> Option<bool> {
+        let stands = |channel: &VecDeque<Item>| matches!(channel.front(), Some(Item::Fence));
+        (!self.failed).then(|| self.channels.iter().all(stands))
+    }
+
+    /// Each channel may pass its next fence, whether it has come to it or not.
+    pub(super) fn release(&mut self) {
+        self.passes.iter_mut().for_each(|passes| *passes += 1);
+    }
+
     /// Batches inside, fences not counted.
     fn under_way(&self) -> usize {
         self.channels.iter().flatten().filter(|item| matches!(item, Item::Batch(_))).count()
@@ -91,6 +119,11 @@ impl DoorState {
     pub(super) fn tickets_out(&self) -> usize {
         let held = |item: &&Item| matches!(item, Item::Batch(Batch { batch: Some(_), .. }));
         self.channels.iter().flatten().filter(held).count()
+    }
+
+    /// Batches that the source waits for.
+    fn inside(&self) -> usize {
+        if self.has_barriers() { self.tickets_out() } else { self.under_way() }
     }
 
     /// Pages of `block` that were reported written are not at the destination any more.
@@ -121,7 +154,14 @@ impl World {
         if self.door.channels.is_empty() {
             return;
         }
-        if self.door.channels.iter().all(|channel| matches!(channel.front(), Some(Item::Fence))) {
+        if self.door.has_barriers() {
+            for (channel, passes) in self.door.channels.iter_mut().zip(&mut self.door.passes) {
+                if *passes > 0 && matches!(channel.front(), Some(Item::Fence)) {
+                    channel.pop_front();
+                    *passes -= 1;
+                }
+            }
+        } else if self.door.channels.iter().all(|channel| matches!(channel.front(), Some(Item::Fence))) {
             self.door.channels.iter_mut().for_each(|channel| drop(channel.pop_front()));
         }
         let slowness = self.door.kind.map_or(1, |door| door.slowness);
@@ -134,14 +174,17 @@ impl World {
         }
     }
 
-    /// Reads the first batch of a channel that was not read yet and stands before the fence.
+    /// Reads the first batch of a channel that was not read yet and stands before the fence; a fence that the
+    /// destination keeps is none for the source.
     fn read_one(&mut self, channel: usize) {
-        let releases = !self.door.confirms();
-        let mut before_fence = self.door.channels[channel].iter_mut().map_while(|item| match item {
-            Item::Batch(batch) => Some(batch),
-            Item::Fence => None,
+        let (releases, passes) = (!self.door.confirms(), self.door.has_barriers());
+        let items = self.door.channels[channel].iter_mut();
+        let mut before_fence = items.take_while(|item| passes || matches!(item, Item::Batch(_)));
+        let unread = before_fence.find_map(|item| match item {
+            Item::Batch(batch) if batch.bytes.is_none() => Some(batch),
+            _ => None,
         });
-        let Some(batch) = before_fence.find(|batch| batch.bytes.is_none()) else { return };
+        let Some(batch) = unread else { return };
         let mut bytes = Vec::new();
         for piece in batch.pieces.iter().filter(|piece| piece.verdict != Verdict::Zero) {
             let region = self.guest.memory[0].region(piece.run.block).unwrap();
@@ -158,10 +201,14 @@ impl World {
     }
 
     fn place_one(&mut self, channel: usize) {
+        let apart = self.door.has_barriers();
+        if apart && !self.door.receives {
+            return;
+        }
         let queue = &mut self.door.channels[channel];
         let taken = self.pipes[Side::Source as usize].taken;
         match queue.front() {
-            Some(Item::Batch(Batch { bytes: Some(_), behind, .. })) if *behind <= taken => {}
+            Some(Item::Batch(Batch { bytes: Some(_), behind, .. })) if apart || *behind <= taken => {}
             _ => return,
         }
         let Some(Item::Batch(batch)) = queue.pop_front() else { return };
@@ -224,10 +271,11 @@ impl SimLink {
         Ok(act(&mut turn.world))
     }
 
+    /// Waits until nothing is inside, or, where the destination keeps the fences, until all is on its way.
     fn wait_until_empty(&self, stop: &Stop) -> Result<(), MoveError> {
         const DOING: &str = "waiting for pages";
         for _ in 0..PATIENCE {
-            if self.call(|world| world.door.under_way())? == 0 {
+            if self.call(|world| world.door.inside())? == 0 {
                 return Ok(());
             }
             if let Some(reason) = stop.reason() {
@@ -246,7 +294,7 @@ impl SimLink {
 impl SourceLink for SimLink {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {
-            classifies: false,
+            classifies: self.door.barrier.is_some(),
             takes_deltas: false,
             exclusive_round: self.door.exclusive,
             confirms_placement: self.door.confirms,
@@ -273,7 +321,7 @@ impl SourceLink for SimLink {
             if !world.door.open {
                 world.violation("pages were offered outside a round");
             }
-            if world.door.under_way() >= door.depth || world.rng.one_in(12) && world.door.under_way() > 0 {
+            if world.door.inside() >= door.depth || world.rng.one_in(12) && world.door.inside() > 0 {
                 world.mark(Mark::Full);
                 return Some(Offer::Full(batch));
             }
@@ -324,6 +372,11 @@ impl SourceLink for SimLink {
             world.door.open = false;
             world.door.channels.iter_mut().for_each(|channel| channel.push_back(Item::Fence));
         })?;
+        if self.door.barrier == Some(Barrier::Record) {
+            let mut flush = Vec::new();
+            Record::MultifdFlush.encode(&mut flush);
+            self.sink.send(&[SendPart::Own(&flush)], stop)?;
+        }
         if self.door.fence_waits { self.wait_until_empty(stop) } else { Ok(()) }
     }
 
@@ -351,7 +404,7 @@ impl SourceLink for SimLink {
 impl Drop for SimLink {
     fn drop(&mut self) {
         let mut world = self.sim.world();
-        let (out, under_way) = (world.door.tickets_out(), world.door.under_way());
+        let (out, under_way) = (world.door.tickets_out(), world.door.inside());
         if out + under_way > 0 {
             world.violation(format!(
                 "the door was dropped with {out} tickets out, {under_way} batches under way"

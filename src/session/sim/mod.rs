@@ -18,6 +18,7 @@
 //! | `guest` | both copies of the memory, the writer, logs, pause and resume |
 //! | `channel` | the two byte streams with cuts, resets, stalls and flipped bits |
 //! | `door` | pages past the stream |
+//! | `receiver` | the fences of page channels, as the destination keeps them |
 //! | `run` | one migration, and what must hold at its end |
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -25,6 +26,7 @@ mod channel;
 mod door;
 mod guest;
 mod plan;
+mod receiver;
 mod run;
 mod world;
 
@@ -88,6 +90,8 @@ impl Coverage {
             ("door declined", marked(Mark::Declined)),
             ("door gave pages back", marked(Mark::Reclaimed)),
             ("pages overtaken", marked(Mark::Overtaken)),
+            ("pages overtaken on page channels", world.door.has_barriers() && marked(Mark::Overtaken)),
+            ("completed on page channels", world.door.has_barriers() && sent.outcome == Outcome::Completed),
         ];
         for (name, is_so) in facts {
             *self.0.entry(name).or_default() += u64::from(is_so);
@@ -163,7 +167,7 @@ fn a_seed_replays_exactly() {
 fn symptoms(order: Breakage) -> &'static [&'static str] {
     match order {
         Breakage::None => &[],
-        Breakage::ReadBeforeProtect | Breakage::SkipFence => {
+        Breakage::ReadBeforeProtect | Breakage::SkipFence | Breakage::SkipBarrier => {
             &["started with other memory", "differs from the source's"]
         }
         Breakage::SkipDrain => &["started with other memory", "after the start", "tickets out"],

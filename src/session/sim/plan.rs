@@ -150,6 +150,17 @@ pub(super) struct LateDoor {
     pub(super) slowness: u64,
     /// A fence waits until the pages are placed, instead of only ordering them.
     pub(super) fence_waits: bool,
+    /// Page channels as those of multifd: the destination's session holds them at each fence.
+    pub(super) barrier: Option<Barrier>,
+}
+
+/// How the stream tells where the channels have a fence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Barrier {
+    /// By a record.
+    Record,
+    /// By the end of each section.
+    SectionEnd,
 }
 
 /// All that a seed decides before the first step.
@@ -276,7 +287,7 @@ fn draw_door(rng: &mut Rng) -> DoorKind {
     if rng.one_in(2) {
         return DoorKind::Inline { batch_pages: rng.pick(&[1, 7, 64, 512]) };
     }
-    DoorKind::Late(LateDoor {
+    let door = LateDoor {
         channels: 1 + rng.below(4) as usize,
         depth: 1 + rng.below(12) as usize,
         batch_pages: 1 + rng.below(12) as u32,
@@ -285,6 +296,20 @@ fn draw_door(rng: &mut Rng) -> DoorKind {
         exclusive: rng.one_in(2),
         slowness: rng.pick(&[1, 6, 40]),
         fence_waits: rng.one_in(3),
+        barrier: None,
+    };
+    let barrier = rng.pick(&[Barrier::Record, Barrier::SectionEnd]);
+    DoorKind::Late(match rng.one_in(2) {
+        false => door,
+        true => LateDoor {
+            confirms: false,
+            declines: false,
+            exclusive: false,
+            slowness: door.slowness.min(6),
+            fence_waits: false,
+            barrier: Some(barrier),
+            ..door
+        },
     })
 }
 
