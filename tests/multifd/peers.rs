@@ -1,7 +1,7 @@
 //! Page channels (`multifd`) between QEMU and ramwire, every way and version.
 //!
 //! By default each combination of version, channels, compression and zero pages is met once somewhere;
-//! `RAMWIRE_MULTIFD=all` runs every one.
+//! `RAMWIRE_MULTIFD=all` (`ci/test --all`) runs every one, and through a relay every two values together.
 use std::path::Path;
 
 use crate::common::{
@@ -188,13 +188,33 @@ fn live_through_a_relay(
     assert!(last.sequence > left.sequence, "{what}");
 }
 
+/// What a relay has in front and behind: `few`, or sixteen in which every two values meet.
+fn around_a_relay(
+    few: [(Option<Way>, Option<Way>); 3],
+    zero: &'static str,
+) -> Vec<(Option<Way>, Option<Way>)> {
+    if !is_all() {
+        return few.to_vec();
+    }
+    let mut pairs = vec![(few[1].0, None), (None, few[2].1)];
+    for (a, near) in COUNTS.into_iter().enumerate() {
+        for (b, far) in COUNTS.into_iter().enumerate() {
+            // Any two of a, b, a + b and a + 2b decide about the other two.
+            let way = |channels, method: usize| Some(Way { channels, method: METHODS[method % 3], zero });
+            pairs.push((way(near, a + b), way(far, a + 2 * b)));
+        }
+    }
+    pairs
+}
+
 const TWO: Way = Way { channels: 2, method: "none", zero: "multifd" };
 const FOUR: Way = Way { channels: 4, method: "zstd", zero: "multifd" };
 
 #[test]
 fn a_live_guest_goes_through_a_relay_with_channels_on_either_side_72() {
     let Some(images) = peers_present().then(writer::images).flatten() else { return };
-    for (near, far) in [(Some(TWO), Some(FOUR)), (Some(TWO), None), (None, Some(TWO))] {
+    let few = [(Some(TWO), Some(FOUR)), (Some(TWO), None), (None, Some(TWO))];
+    for (near, far) in around_a_relay(few, "legacy") {
         live_through_a_relay(&images, Version::Qemu72, Machine::PcI440fx72, near, far);
     }
 }
@@ -202,8 +222,11 @@ fn a_live_guest_goes_through_a_relay_with_channels_on_either_side_72() {
 #[test]
 fn a_live_guest_goes_through_a_relay_with_channels_on_either_side_100() {
     let Some(images) = peers_present().then(writer::images).flatten() else { return };
-    for (near, far) in [(Some(FOUR), Some(TWO)), (Some(FOUR), None), (None, Some(TWO))] {
-        live_through_a_relay(&images, Version::Qemu100, Machine::Q35, near, far);
+    let few = [(Some(FOUR), Some(TWO)), (Some(FOUR), None), (None, Some(TWO))];
+    for zero in if is_all() { ["multifd", "legacy", "none"].as_slice() } else { &["multifd"] } {
+        for (near, far) in around_a_relay(few, zero) {
+            live_through_a_relay(&images, Version::Qemu100, Machine::Q35, near, far);
+        }
     }
     live_through_a_relay(&images, Version::Qemu100, Machine::Microvm, Some(TWO), Some(TWO));
 }
