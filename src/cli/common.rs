@@ -95,15 +95,6 @@ impl ChannelArgs {
         })
     }
 
-    /// The options of a source.
-    pub(super) fn of_source(&self, zero_copy: bool) -> Result<ChannelOptions, Usage> {
-        let options = ChannelOptions { zero_copy, ..self.options()? };
-        match options.no_zero_copy() {
-            Some((why, remedy)) => Err(Usage(format!("--zero-copy {why}: leave it out, or {remedy}"))),
-            None => Ok(options),
-        }
-    }
-
     /// How many channels.
     pub(super) fn count(&self) -> u8 {
         self.channels
@@ -112,6 +103,41 @@ impl ChannelArgs {
     /// The same options for another process.
     pub(super) fn arguments(&self) -> [String; 2] {
         [format!("--channels={}", self.channels), format!("--compression={}", self.compression)]
+    }
+}
+
+/// Page channels at a source.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct SourceChannelArgs {
+    #[command(flatten)]
+    both: ChannelArgs,
+    /// Most channels that carry pages, the others idle; four for each core unless given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    carriers: Option<u8>,
+    /// Lend pages on channels to the kernel, which sends from where they lie (MSG_ZEROCOPY); without compression
+    #[arg(long)]
+    zero_copy: bool,
+}
+
+impl SourceChannelArgs {
+    pub(super) fn options(&self) -> Result<ChannelOptions, Usage> {
+        let options = self.both.options()?;
+        let carriers = self.carriers.map_or(options.carriers, usize::from);
+        let options = ChannelOptions { zero_copy: self.zero_copy, carriers, ..options };
+        match options.no_zero_copy() {
+            Some((why, remedy)) => Err(Usage(format!("--zero-copy {why}: leave it out, or {remedy}"))),
+            None => Ok(options),
+        }
+    }
+
+    /// How many channels.
+    pub(super) fn count(&self) -> u8 {
+        self.both.count()
+    }
+
+    /// What the other end has to know as well.
+    pub(super) fn both(&self) -> &ChannelArgs {
+        &self.both
     }
 }
 

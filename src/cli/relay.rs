@@ -20,7 +20,9 @@ use ramwire::transport::{
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{ChannelArgs, PeerOption, RdmaArgs, Timeouts, bytes, cancel_on_signal, complain, failed};
+use super::common::{
+    PeerOption, RdmaArgs, SourceChannelArgs, Timeouts, bytes, cancel_on_signal, complain, failed,
+};
 use super::render;
 use super::store::keep;
 use super::watch::{Log, WatchArgs, describe};
@@ -71,11 +73,8 @@ pub(super) struct Args {
     #[command(flatten)]
     watch: WatchArgs,
     /// Of the connection to the far end
-    /// Lend pages on channels to the kernel, which sends from where they lie (MSG_ZEROCOPY); without compression
-    #[arg(long)]
-    zero_copy: bool,
     #[command(flatten)]
-    channels: ChannelArgs,
+    channels: SourceChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
     #[command(flatten)]
@@ -87,7 +86,7 @@ pub(super) fn run(args: &Args) -> Exit {
 }
 
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
-    let channels = args.channels.of_source(args.zero_copy)?;
+    let channels = args.channels.options()?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let statistics = SharedStatistics::default();

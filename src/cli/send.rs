@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::args::Exit;
 use super::common::{
-    ChannelArgs, PeerOption, RdmaArgs, Timeouts, bytes, cancel_on_signal, complain, exit_of, failed,
+    PeerOption, RdmaArgs, SourceChannelArgs, Timeouts, bytes, cancel_on_signal, complain, exit_of, failed,
 };
 use super::progress::Progress;
 use super::render;
@@ -72,13 +72,10 @@ pub(super) struct Args {
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
-    /// Lend pages on channels to the kernel, which sends from where they lie (MSG_ZEROCOPY); without compression
-    #[arg(long)]
-    zero_copy: bool,
     #[command(flatten)]
     watch: WatchArgs,
     #[command(flatten)]
-    channels: ChannelArgs,
+    channels: SourceChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
     #[command(flatten)]
@@ -112,7 +109,7 @@ fn block(text: &str) -> Result<Block, String> {
 }
 
 pub(super) fn run(args: &Args) -> Exit {
-    let channels = match args.channels.of_source(args.zero_copy) {
+    let channels = match args.channels.options() {
         Ok(channels) => channels,
         Err(error) => return failed("send", &error),
     };

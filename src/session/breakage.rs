@@ -42,7 +42,7 @@ pub(super) enum Breakage {
 impl Breakage {
     /// All but `None` and what only [`relay_tests`](super::relay_tests) switch off.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 13] = [
+    pub(super) const ALL: [Self; 14] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
         Self::SkipBarrier,

@@ -30,7 +30,7 @@ pub(super) use self::destination::run as run_destination;
 use self::guest::GuestKind;
 use self::way::{Transport, Way};
 use super::args::Exit;
-use super::common::{ChannelArgs, RdmaArgs, bytes, cancel_on_signal, complain, failed};
+use super::common::{RdmaArgs, SourceChannelArgs, bytes, cancel_on_signal, complain, failed};
 use super::converge::ConvergeArgs;
 use super::progress::Progress;
 use super::watch::{WatchArgs, describe};
@@ -95,15 +95,12 @@ pub(super) struct Args {
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
-    /// Lend pages on channels to the kernel, which sends from where they lie (MSG_ZEROCOPY); without compression
-    #[arg(long)]
-    zero_copy: bool,
     #[command(flatten)]
     watch: WatchArgs,
     #[command(flatten)]
     converge: ConvergeArgs,
     #[command(flatten)]
-    channels: ChannelArgs,
+    channels: SourceChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
 }
@@ -126,7 +123,7 @@ type Failure = Box<dyn std::error::Error>;
 
 fn demo(args: &Args) -> Result<Exit, Failure> {
     // What can't be is said before anything starts.
-    args.channels.of_source(args.zero_copy)?;
+    args.channels.options()?;
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block)?;
     let memory = Arc::new(BlockSpec::memory(&blocks)?);
     let (guest, choice) = args.guest.filled(args, Arc::clone(&memory))?;

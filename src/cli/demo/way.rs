@@ -45,12 +45,13 @@ impl Way {
         stop: &Stop,
     ) -> Result<(Self, SourceDoor), Failure> {
         let open = |transport, address: &Address, why, within: Option<Duration>| -> Result<_, Failure> {
-            let mut destination = Process::start(address, args.guest, blocks, args.populate, &args.channels)?;
+            let mut destination =
+                Process::start(address, args.guest, blocks, args.populate, args.channels.both())?;
             let address = destination.address()?;
             let options = DoorOptions {
                 stream: local_options(),
                 rdma: args.rdma.options(),
-                channels: args.channels.of_source(args.zero_copy)?,
+                channels: args.channels.options()?,
                 deltas: DeltaCacheSize::new(args.xbzrle_cache_size),
             };
             let memory = Arc::clone(memory);

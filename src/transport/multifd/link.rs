@@ -51,6 +51,7 @@ pub struct MultifdLink {
     unsent: Vec<PageBatch>,
     zeros: PageBatch,
     next: usize,
+    carriers: usize,
     /// Batches and SYNCs that were not answered.
     out: usize,
     tickets: u64,
@@ -82,6 +83,7 @@ pub(in crate::transport) fn connect(
         unsent: Vec::new(),
         zeros: PageBatch::default(),
         next: 0,
+        carriers: options.carriers.clamp(1, channels.len().max(1)),
         out: 0,
         tickets: 0,
     };
@@ -162,15 +164,15 @@ impl MultifdLink {
         }
     }
 
-    /// Gives the batch to the first channel with room, in turn.
+    /// Gives the batch to the first channel with room, in turn. Channels beyond the carriers get none.
     fn distribute(&mut self, ticket: Ticket, batch: PageBatch, stop: &Stop) -> Result<(), MoveError> {
         let mut work = Work::Batch(ticket, batch);
         loop {
-            for step in 0..self.queues.len() {
-                let channel = (self.next + step) % self.queues.len();
+            for step in 0..self.carriers {
+                let channel = (self.next + step) % self.carriers;
                 match self.queues[channel].try_send(work) {
                     Ok(()) => {
-                        self.next = (channel + 1) % self.queues.len();
+                        self.next = (channel + 1) % self.carriers;
                         self.out += 1;
                         return Ok(());
                     }
@@ -234,7 +236,7 @@ impl SourceLink for MultifdLink {
             confirms_placement: false,
             ordered: false,
             registers_memory: false,
-            batches_in_flight: (self.queues.len() * (QUEUED + 1)) as u32,
+            batches_in_flight: (self.carriers * (QUEUED + 1)) as u32,
             batch_pages: BATCH_PAGES,
         }
     }
