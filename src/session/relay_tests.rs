@@ -54,6 +54,8 @@ struct NicSource {
     ended: Sender<Vec<PageRun>>,
     /// The relay has read on.
     go: Receiver<()>,
+    /// The relay serves the round whose mark it has read.
+    serves: Receiver<()>,
     opened: Vec<u64>,
     newly_opened: Vec<PageRun>,
     returned: Vec<Returned>,
@@ -83,7 +85,9 @@ impl SourceLink for NicSource {
             self.go.recv_timeout(WAIT).map_err(|_| closed("waiting for a credit"))?;
         }
         self.rounds += 1;
-        Ok(self.sink.send(&[SendPart::Own(&HOOK.to_be_bytes())], stop)?)
+        self.sink.send(&[SendPart::Own(&HOOK.to_be_bytes())], stop)?;
+        // What the relay does before the round, it does before the first page.
+        Ok(self.serves.recv_timeout(WAIT).map_err(|_| closed("opening a round"))?)
     }
 
     fn offer(&mut self, batch: PageBatch, _stop: &Stop) -> Result<Offer, MoveError> {
@@ -132,6 +136,7 @@ struct NicDestination {
     there: There,
     ended: Receiver<Vec<PageRun>>,
     go: Sender<()>,
+    serving: Sender<()>,
     owes_word: bool,
     waits: bool,
 }
@@ -158,6 +163,7 @@ impl DestinationLink for NicDestination {
 
     fn receive_round(&mut self, _stop: &Stop) -> Result<RoundReceived, MoveError> {
         self.owes_word = true;
+        let _ = self.serving.send(());
         let touched = self.ended.recv_timeout(WAIT).map_err(|_| closed("serving a round"))?;
         Ok(RoundReceived { touched, zero_bytes: 0 })
     }
@@ -238,6 +244,7 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
     });
     let (ended, take_ended) = channel();
     let (go, take_go) = channel();
+    let (serving, serves) = channel();
     let there = There::default();
 
     let far_machine = Machine::default();
@@ -252,6 +259,7 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
         there: Arc::clone(&there),
         ended: take_ended,
         go,
+        serving,
         owes_word: false,
         waits,
     };
@@ -281,6 +289,7 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
         there,
         ended,
         go: take_go,
+        serves,
         opened: Vec::new(),
         newly_opened: Vec::new(),
         returned: Vec::new(),
