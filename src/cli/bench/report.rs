@@ -114,10 +114,7 @@ impl Report {
             version: 2,
             setting,
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
-            kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")
-                .unwrap_or_default()
-                .trim()
-                .to_owned(),
+            kernel: kernel(),
             contestants: names.iter().enumerate().map(contestant).collect(),
         }
     }
@@ -201,7 +198,13 @@ impl Report {
     }
 }
 
-fn shown(median: Option<Median>, digits: usize) -> String {
+/// Release of the running kernel.
+pub fn kernel() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
+/// A median with its interval, for a table.
+pub fn shown(median: Option<Median>, digits: usize) -> String {
     match median {
         Some(Median { median, low, high, .. }) => {
             format!("{median:.digits$} [{low:.digits$}, {high:.digits$}]")
