@@ -7,6 +7,7 @@ mod common;
 mod demo;
 mod devices;
 mod inspect;
+#[allow(dead_code, reason = "shared by the reports that draw")]
 mod plot;
 mod progress;
 mod receive;

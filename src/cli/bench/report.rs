@@ -223,8 +223,8 @@ mod tests {
     fn ratios_are_paired_by_round() {
         let run = |seconds, cpu_seconds, populate| Run {
             seconds,
-            source: Some(Cost { cpu_seconds, page_faults: 10 }),
-            destination: Some(Cost { cpu_seconds, page_faults: 5 }),
+            source: Some(Cost { cpu_seconds, user_seconds: 0.0, page_faults: 10 }),
+            destination: Some(Cost { cpu_seconds, user_seconds: 0.0, page_faults: 5 }),
             populate_seconds: populate,
             ..Run::default()
         };

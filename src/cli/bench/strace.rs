@@ -173,7 +173,7 @@ mod tests {
         let Ok(mut strace) = Strace::new(dir.path().to_owned()) else {
             return println!("skipped: there is no strace");
         };
-        let mut shell = || {
+        let shell = || {
             let mut command = Command::new("sh");
             command.args(["-c", "while read line; do echo $line; done"]);
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
