@@ -121,6 +121,8 @@ pub enum Operation {
     Receive,
     /// Guest memory, or a probe of the peer.
     Write,
+    /// The peer's memory; only measurements read it.
+    Read,
 }
 
 impl fmt::Display for Operation {
@@ -129,6 +131,7 @@ impl fmt::Display for Operation {
             Self::Send => "SEND",
             Self::Receive => "RECEIVE",
             Self::Write => "RDMA WRITE",
+            Self::Read => "RDMA READ",
         })
     }
 }

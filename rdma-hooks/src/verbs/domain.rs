@@ -182,10 +182,14 @@ impl Drop for OwnedBytes {
 
 impl Buffer {
     pub(super) fn new(domain: &Arc<Domain>, len: usize) -> Result<Self, FabricError> {
+        Self::with_access(domain, len, ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0)
+    }
+
+    /// With more access than messages need (`ibv_access_flags`).
+    pub(super) fn with_access(domain: &Arc<Domain>, len: usize, flags: u32) -> Result<Self, FabricError> {
         let boxed = Box::into_raw(vec![0_u8; len].into_boxed_slice());
         let bytes = OwnedBytes(check_ptr(boxed, "allocation")?);
         let address = bytes.0.cast::<u8>().as_ptr() as usize;
-        let flags = ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0;
         let mr = domain.register_raw(address, len as u64, address as u64, flags);
         let mr = mr.map_err(|source| FabricError::Registration {
             bytes: len as u64,
@@ -201,6 +205,11 @@ impl Buffer {
     pub(super) fn lkey(&self) -> u32 {
         // SAFETY: alive until `Mr` drops.
         unsafe { self.mr.mr.as_ref().lkey }
+    }
+
+    pub(super) fn rkey(&self) -> u32 {
+        // SAFETY: alive until `Mr` drops.
+        unsafe { self.mr.mr.as_ref().rkey }
     }
 
     pub(super) fn address(&self) -> u64 {

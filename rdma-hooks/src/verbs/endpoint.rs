@@ -145,7 +145,7 @@ fn translate(wc: &ibv_wc, received: &mut [usize], sending: &VecDeque<(u64, SendB
     Completion::Failed { operation, status: status(wc.status), vendor: wc.vendor_err }
 }
 
-fn status(number: ibv_wc_status::Type) -> CompletionStatus {
+pub(super) fn status(number: ibv_wc_status::Type) -> CompletionStatus {
     match number {
         ibv_wc_status::IBV_WC_LOC_LEN_ERR => CompletionStatus::LocalLength,
         ibv_wc_status::IBV_WC_LOC_QP_OP_ERR => CompletionStatus::LocalQueuePair,
@@ -162,7 +162,7 @@ fn status(number: ibv_wc_status::Type) -> CompletionStatus {
 }
 
 /// A request with nothing but its id; the caller fills in what it does.
-fn blank_request(wr_id: u64, opcode: ibv_wr_opcode::Type) -> ibv_send_wr {
+pub(super) fn blank_request(wr_id: u64, opcode: ibv_wr_opcode::Type) -> ibv_send_wr {
     ibv_send_wr {
         wr_id,
         next: ptr::null_mut(),

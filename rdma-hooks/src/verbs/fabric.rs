@@ -120,7 +120,11 @@ impl VerbsFabric {
     }
 }
 
-fn conn_param(params: &ConnectParams, responder_resources: u8, initiator_depth: u8) -> rdma_conn_param {
+pub(super) fn conn_param(
+    params: &ConnectParams,
+    responder_resources: u8,
+    initiator_depth: u8,
+) -> rdma_conn_param {
     let private_data = params.private_data.get(..56).unwrap_or(&params.private_data);
     rdma_conn_param {
         private_data: private_data.as_ptr().cast(),
@@ -136,7 +140,7 @@ fn conn_param(params: &ConnectParams, responder_resources: u8, initiator_depth: 
 }
 
 /// Looks a name up. A lookup may take long and cannot be interrupted, so a thread of its own does it.
-fn resolve_name(host: &str, port: u16, stop: &Stop) -> Result<Vec<SocketAddr>, FabricError> {
+pub(super) fn resolve_name(host: &str, port: u16, stop: &Stop) -> Result<Vec<SocketAddr>, FabricError> {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     if let Ok(ip) = host.parse() {
         return Ok(vec![SocketAddr::new(ip, port)]);
@@ -169,7 +173,7 @@ fn ipv4_first(mut addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     addresses
 }
 
-fn no_address(source: std::io::Error) -> FabricError {
+pub(super) fn no_address(source: std::io::Error) -> FabricError {
     FabricError::Verb { verb: "looking up the host's name", remedy: "give a numeric address", source }
 }
 

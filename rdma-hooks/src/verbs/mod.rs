@@ -30,6 +30,8 @@ mod endpoint;
 #[cfg(feature = "verbs")]
 mod fabric;
 #[cfg(feature = "verbs")]
+mod lane;
+#[cfg(feature = "verbs")]
 mod memory_lock;
 #[cfg(feature = "verbs")]
 mod queue;
@@ -40,5 +42,7 @@ pub use pinned::PinnedSpan;
 pub use device::{DeviceInfo, LinkLayer, PortInfo, PortState, devices};
 #[cfg(feature = "verbs")]
 pub use fabric::VerbsFabric;
+#[cfg(feature = "verbs")]
+pub use lane::{Lane, LaneListener, LaneOp, LaneParams, Polled};
 #[cfg(feature = "verbs")]
 pub use memory_lock::{MemoryLock, memory_lock};

@@ -8,7 +8,7 @@ use ramwire::sys::CancelToken;
 use super::bed::Bed;
 use super::floors::{self, Floor, Pattern};
 use super::own::{self, Way};
-use super::qemu::Qemu;
+use super::qemu::{self, Qemu};
 use super::{BenchError, MigrateArgs, Run, iperf};
 
 /// A contestant's name as given.
@@ -31,6 +31,8 @@ pub enum Against {
     Memcpy,
     /// One buffer over TCP.
     Iperf3,
+    /// Bare RDMA WRITEs.
+    IbWriteBw,
 }
 
 impl FromStr for Against {
@@ -38,7 +40,7 @@ impl FromStr for Against {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let known = "write ramwire (with :CHANNELS, +unix or +whole perhaps), qemu72, qemu10 (with :CHANNELS perhaps), \
-                     floor, floor-packet, floor-direct, sweep, memcpy or iperf3";
+                     floor, floor-packet, floor-direct, sweep, memcpy, iperf3 or ib_write_bw";
         let mut options = text.split('+');
         let text = options.next().unwrap_or_default();
         let (name, channels) = match text.split_once(':') {
@@ -64,6 +66,7 @@ impl FromStr for Against {
             ("sweep", 0) => Ok(Self::Sweep),
             ("memcpy", 0) => Ok(Self::Memcpy),
             ("iperf3", 0) => Ok(Self::Iperf3),
+            ("ib_write_bw", 0) => Ok(Self::IbWriteBw),
             _ => Err(known.into()),
         }
     }
@@ -81,6 +84,7 @@ impl fmt::Display for Against {
             Self::Sweep => ("sweep", 0),
             Self::Memcpy => ("memcpy", 0),
             Self::Iperf3 => ("iperf3", 0),
+            Self::IbWriteBw => ("ib_write_bw", 0),
         };
         f.write_str(name)?;
         if channels > 0 {
@@ -122,12 +126,22 @@ impl Mover {
             Against::Ramwire(way) => Self::Ramwire(way),
             Against::Qemu { version, channels } => {
                 let given = if version == "7.2" { &args.qemu72 } else { &args.qemu100 };
-                Self::Qemu(Qemu::find(&against.to_string(), version, given.as_deref(), channels)?)
+                Self::Qemu(Qemu::find(
+                    &against.to_string(),
+                    version,
+                    given.as_deref(),
+                    qemu::Way::Stream { channels },
+                )?)
             }
             Against::Floor(pattern) => Self::Floor(Floor::new(pattern)),
             Against::Sweep => Self::Sweep,
             Against::Memcpy => Self::Memcpy,
             Against::Iperf3 => Self::Iperf3,
+            Against::IbWriteBw => {
+                let known =
+                    "ramwire, qemu72, qemu10, floor, floor-packet, floor-direct, sweep, memcpy and iperf3";
+                return Err(BenchError::NotThisWay { who: against.to_string(), known });
+            }
         })
     }
 
@@ -196,6 +210,7 @@ mod tests {
             "sweep",
             "memcpy",
             "iperf3",
+            "ib_write_bw",
         ] {
             assert_eq!(name.parse::<Against>().unwrap().to_string(), name);
         }
@@ -207,7 +222,8 @@ mod tests {
 
     #[test]
     fn a_missing_program_is_named_with_what_would_help() {
-        let error = Qemu::find("qemu10", "10.0", Some(Path::new("/none")), 0).unwrap_err();
+        let error = Qemu::find("qemu10", "10.0", Some(Path::new("/none")), qemu::Way::Stream { channels: 0 })
+            .unwrap_err();
         assert!(error.to_string().contains("ci/setup") && error.to_string().contains("--qemu100"), "{error}");
     }
 }

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 pub struct Cost {
     /// Processor time in seconds, user and system.
     pub cpu_seconds: f64,
+    /// Of it, in the program itself: the kernel and what it does for a software device are left out. In steps of 10 ms.
+    pub user_seconds: f64,
     /// Page faults that needed no I/O.
     pub page_faults: u64,
 }
@@ -23,7 +25,9 @@ impl Cost {
     pub fn own() -> io::Result<Self> {
         let time = clock_gettime(ClockId::ProcessCPUTime);
         let cpu_seconds = time.tv_sec as f64 + time.tv_nsec as f64 / 1e9;
-        Ok(Self { cpu_seconds, page_faults: process_page_faults()? })
+        let seen = Self::of_process(std::process::id());
+        let user_seconds = seen.ok_or(io::ErrorKind::InvalidData)?.user_seconds;
+        Ok(Self { cpu_seconds, user_seconds, page_faults: process_page_faults()? })
     }
 
     /// Of another process so far, its ended threads too (proc(5): fields 10, 14 and 15 of stat).
@@ -32,15 +36,16 @@ impl Cost {
         // The name in parentheses may hold anything, also spaces and parentheses; field 3 comes next.
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
         let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
-        let ticks = field(14)? + field(15)?;
-        let cpu_seconds = ticks as f64 / rustix::param::clock_ticks_per_second() as f64;
-        Some(Self { cpu_seconds, page_faults: field(10)? })
+        let seconds = |ticks: u64| ticks as f64 / rustix::param::clock_ticks_per_second() as f64;
+        let (user, system) = (seconds(field(14)?), seconds(field(15)?));
+        Some(Self { cpu_seconds: user + system, user_seconds: user, page_faults: field(10)? })
     }
 
     /// What came since `before`.
     pub fn since(self, before: Self) -> Self {
         Self {
             cpu_seconds: self.cpu_seconds - before.cpu_seconds,
+            user_seconds: self.user_seconds - before.user_seconds,
             page_faults: self.page_faults.saturating_sub(before.page_faults),
         }
     }

@@ -9,9 +9,15 @@ mod interval;
 mod iperf;
 mod own;
 mod peer;
+mod probe;
 mod qemu;
 mod qmp;
+#[cfg(feature = "rdma")]
+mod rdma;
 mod report;
+#[cfg(feature = "rdma")]
+mod strace;
+mod watch;
 
 use std::io;
 use std::path::PathBuf;
@@ -23,8 +29,10 @@ use serde::Serialize;
 use bed::{Bed, Fill};
 use contestant::{Against, Mover};
 use cost::Cost;
+use floors::Pattern;
 use own::Way;
 use peer::PeerArgs;
+use probe::{ProbeArgs, ProbeKind};
 use report::{Report, Setting};
 
 use super::args::Exit;
@@ -67,6 +75,17 @@ pub enum BenchError {
         /// First byte that differs.
         at: u64,
     },
+    /// RDMA can't be used.
+    #[error("{0}")]
+    NoRdma(Box<dyn std::error::Error + Send + Sync>),
+    /// A contestant that knows no such transport.
+    #[error("{who} does not go by this transport; compare with {known}")]
+    NotThisWay {
+        /// Who.
+        who: String,
+        /// Who does.
+        known: &'static str,
+    },
     /// Somebody gave a signal.
     #[error("cancelled")]
     Cancelled,
@@ -93,6 +112,8 @@ pub enum BenchError {
 pub struct Run {
     /// Wall time in seconds.
     pub seconds: f64,
+    /// Of it, before the first page: connecting, registering memory. Told where that counts, over RDMA.
+    pub setup_seconds: Option<f64>,
     /// What the sending process cost, where it could be read.
     pub source: Option<Cost>,
     /// What the receiving process cost, where there is one and it could be read.
@@ -109,6 +130,7 @@ impl Run {
         let there = self.destination.unwrap_or_default();
         self.source.map(|here| Cost {
             cpu_seconds: here.cpu_seconds + there.cpu_seconds,
+            user_seconds: here.user_seconds + there.user_seconds,
             page_faults: here.page_faults + there.page_faults,
         })
     }
@@ -123,10 +145,14 @@ pub struct BenchArgs {
 
 #[derive(Clone, Debug, clap::Subcommand)]
 enum What {
-    /// Whole migrations over TCP on this machine, paired with other programs'
+    /// Whole migrations on this machine, over sockets or RDMA, paired with other programs'
     Migrate(MigrateArgs),
     /// Whether a guest that writes as fast as the link carries, or faster, still arrives
     Converge(converge::ConvergeArgs),
+    /// How long messages take: RDMA WRITE, READ and SEND, TCP, UNIX sockets
+    Latency(ProbeArgs),
+    /// How many messages go through
+    Bandwidth(ProbeArgs),
     /// The other process of a run
     #[command(hide = true)]
     Peer(PeerArgs),
@@ -138,8 +164,13 @@ enum What {
 Examples:
   ramwire bench migrate --against qemu10,floor --ram 4G --pairs 15
   ramwire bench migrate --against qemu10:4,memcpy --fill mixed:70 --json > figures.json
+  ramwire bench migrate --transport rdma --against qemu10,qemu72,ib_write_bw --ram 128M --pairs 5 --pin-all
 
-Peers:
+Peers over RDMA:
+  qemu72, qemu10       QEMU 7.2 or 10.0 to the same, registering memory in the same way
+  ib_write_bw          bare RDMA WRITEs of 1 MiB (perftest)
+
+Peers over sockets:
   ramwire, ramwire:4   ramwire once more, with so many page channels; +unix: over a UNIX socket;
                        +whole: without looking for zero pages
   qemu72, qemu10       QEMU 7.2 or 10.0 to the same, plain stream; qemu10:4 with 4 multifd channels
@@ -156,9 +187,9 @@ A floor uses the best of buffers from 64 KiB to 4 MiB, tried first. With --popul
 by a bare populate of the same memory, which is timed and undone; a pair whose two populates differ by more than
 20 % does not count for ratios. RAM is needed twice over.")]
 pub struct MigrateArgs {
-    /// Whom to compare with, with commas between
-    #[arg(long, value_delimiter = ',', default_value = "qemu10,floor", value_name = "PEERS")]
-    against: Vec<Against>,
+    /// Whom to compare with, with commas between [default: qemu10,floor; over RDMA: qemu10,ib_write_bw]
+    #[arg(long, value_delimiter = ',', value_name = "PEERS")]
+    against: Option<Vec<Against>>,
     /// Guest RAM that each run moves; a multiple of 2M, larger than the caches to mean anything
     #[arg(long, default_value = "4G", value_parser = parse_size, value_name = "SIZE")]
     ram: u64,
@@ -168,6 +199,8 @@ pub struct MigrateArgs {
     /// Connection of ramwire's migration
     #[arg(long, value_enum, default_value_t = Connection::Tcp)]
     transport: Connection,
+    #[command(flatten)]
+    rdma: RdmaArgs,
     /// What the memory holds: random, zero, or mixed:PERCENT random
     #[arg(long, default_value = "random")]
     fill: Fill,
@@ -211,6 +244,26 @@ pub enum Connection {
     Tcp,
     /// A UNIX socket
     Unix,
+    /// A verbs device, to itself; the QEMUs' too
+    Rdma,
+}
+
+/// What is asked of migrations over RDMA.
+#[derive(Clone, Debug, clap::Args)]
+#[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "built without RDMA"))]
+struct RdmaArgs {
+    /// Over RDMA: IP address of the device; without it that of the first usable one
+    #[arg(long, value_name = "ADDRESS")]
+    host: Option<String>,
+    /// Over RDMA: all contestants register all of RAM ahead
+    #[arg(long)]
+    pin_all: bool,
+    /// Over RDMA: queue pairs of ramwire's migration
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
+    queue_pairs: u16,
+    /// Over RDMA: leave out the runs that count system calls and requests
+    #[arg(long)]
+    no_count: bool,
 }
 
 /// What the memory is before the clock starts, for every contestant alike.
@@ -241,7 +294,23 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
     let done = match &args.what {
         What::Migrate(args) => {
             common::cancel_on_signal(vec![cancel.clone()]);
-            migrate(args, &cancel).and_then(|report| publish(args, &report)).map(|()| Exit::Done)
+            let done = match args.transport {
+                Connection::Rdma => over_rdma(args, &cancel),
+                _ => migrate(args, &cancel).and_then(|report| {
+                    draw(args, &report)?;
+                    publish(args, &report, report.table());
+                    Ok(())
+                }),
+            };
+            done.map(|()| Exit::Done)
+        }
+        What::Latency(args) => {
+            common::cancel_on_signal(vec![cancel.clone()]);
+            probe::run(args, ProbeKind::Latency, &cancel).map(|()| Exit::Done)
+        }
+        What::Bandwidth(args) => {
+            common::cancel_on_signal(vec![cancel.clone()]);
+            probe::run(args, ProbeKind::Bandwidth, &cancel).map(|()| Exit::Done)
         }
         What::Converge(args) => converge::run(args),
         // Ends with the process that started it, by its connection or by the terminal's signal.
@@ -258,7 +327,7 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
     }
 }
 
-fn publish(args: &MigrateArgs, report: &Report) -> Result<(), BenchError> {
+fn draw(args: &MigrateArgs, report: &Report) -> Result<(), BenchError> {
     if let Some(path) = &args.svg {
         let drawn = report.picture().map_err(io::Error::other).and_then(|svg| std::fs::write(path, svg));
         drawn.map_err(|source| BenchError::Io {
@@ -267,16 +336,31 @@ fn publish(args: &MigrateArgs, report: &Report) -> Result<(), BenchError> {
             source,
         })?;
     }
+    Ok(())
+}
+
+fn publish(args: &MigrateArgs, report: &impl Serialize, table: String) {
     match args.json {
         true => println!("{}", serde_json::json!(report)),
-        false => print!("{}", report.table()),
+        false => print!("{table}"),
     }
-    Ok(())
+}
+
+#[cfg(feature = "rdma")]
+fn over_rdma(args: &MigrateArgs, cancel: &CancelToken) -> Result<(), BenchError> {
+    rdma::migrate(args, cancel).map(|report| publish(args, &report, report.table()))
+}
+
+#[cfg(not(feature = "rdma"))]
+fn over_rdma(_args: &MigrateArgs, _cancel: &CancelToken) -> Result<(), BenchError> {
+    Err(BenchError::NoRdma(Box::new(ramwire::transport::WhyNoRdma::NotBuilt)))
 }
 
 fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchError> {
     let way = Way { channels: args.channels, unix: args.transport == Connection::Unix, whole: false };
-    let against = || std::iter::once(Against::Ramwire(way)).chain(args.against.iter().copied());
+    let default = [Against::Qemu { version: "10.0", channels: 0 }, Against::Floor(Pattern::Stream)];
+    let given = args.against.as_deref().unwrap_or(&default);
+    let against = || std::iter::once(Against::Ramwire(way)).chain(given.iter().copied());
     // Found before the memory is filled.
     let found = against().map(|one| Mover::of(one, args)).collect::<Result<Vec<_>, _>>()?;
     let bed = Bed::make(&args.memory_dir, args.ram, args.fill, args.populated)?;
@@ -285,23 +369,13 @@ fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchErro
         movers.push(mover.settled(&bed, cancel)?);
     }
     let names: Vec<String> = against().zip(&movers).map(|(one, mover)| mover.name(one)).collect();
-    let mut rounds = Vec::new();
-    for round in 0..args.pairs {
-        let mut runs = vec![None; movers.len()];
-        let forwards: Vec<usize> = (0..movers.len()).collect();
-        let backwards = forwards.iter().rev().copied().collect();
-        for at in if round % 2 == 0 { forwards } else { backwards } {
-            if cancel.is_cancelled() {
-                return Err(BenchError::Cancelled);
-            }
-            let verify = round == 0 && !args.no_verify && movers[at].fills_destination();
-            let run = if verify { verified(&movers[at], &names[at], &bed)? } else { movers[at].run(&bed)? };
-            tracing::info!(round, who = %names[at], seconds = run.seconds, cost = ?run.cost(), "run");
-            runs[at] = Some(run);
-        }
-        rounds.push(runs.into_iter().flatten().collect());
-        eprintln!("round {} of {}", round + 1, args.pairs);
-    }
+    let rounds = turns(args.pairs, movers.len(), cancel, |round, at| {
+        let run = || movers[at].run(&bed);
+        let verify = round == 0 && !args.no_verify && movers[at].fills_destination();
+        let run = if verify { verified(&names[at], &bed, run) } else { run() }?;
+        tracing::info!(round, who = %names[at], seconds = run.seconds, cost = ?run.cost(), "run");
+        Ok(run)
+    })?;
     let populated = clap::ValueEnum::to_possible_value(&args.populated);
     let setting = Setting {
         ram_bytes: args.ram,
@@ -312,10 +386,34 @@ fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchErro
     Ok(Report::new(setting, &names, &rounds))
 }
 
+/// `pairs` rounds in which every one of `movers` runs once; every other round goes backwards. One row per round.
+fn turns(
+    pairs: u32,
+    movers: usize,
+    cancel: &CancelToken,
+    mut run: impl FnMut(u32, usize) -> Result<Run, BenchError>,
+) -> Result<Vec<Vec<Run>>, BenchError> {
+    let mut rounds = Vec::new();
+    for round in 0..pairs {
+        let mut runs = vec![None; movers];
+        let forwards: Vec<usize> = (0..movers).collect();
+        let backwards = forwards.iter().rev().copied().collect();
+        for at in if round % 2 == 0 { forwards } else { backwards } {
+            if cancel.is_cancelled() {
+                return Err(BenchError::Cancelled);
+            }
+            runs[at] = Some(run(round, at)?);
+        }
+        rounds.push(runs.into_iter().flatten().collect());
+        eprintln!("round {} of {pairs}", round + 1);
+    }
+    Ok(rounds)
+}
+
 /// A run into zeroed memory that is compared afterwards.
-fn verified(mover: &Mover, name: &str, bed: &Bed) -> Result<Run, BenchError> {
+fn verified(name: &str, bed: &Bed, run: impl FnOnce() -> Result<Run, BenchError>) -> Result<Run, BenchError> {
     bed.clear_destination()?;
-    let run = mover.run(bed)?;
+    let run = run()?;
     match bed.difference()? {
         None => Ok(run),
         Some(at) => Err(BenchError::Differs { who: name.to_owned(), at }),

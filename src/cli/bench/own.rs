@@ -24,7 +24,7 @@ use super::peer::{Peer, Role};
 use super::{BenchError, Run};
 
 /// A machine that stands still and has no devices.
-struct Still;
+pub struct Still;
 
 impl GuestControl for Still {
     fn pause(&mut self) -> io::Result<()> {
@@ -42,9 +42,18 @@ impl GuestControl for Still {
     fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
         io::copy(from, &mut io::sink()).map(drop)
     }
+
+    /// Nobody but the migration touches the memory.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
 }
 
-fn guest(mapping: &Mapping) -> Result<Arc<MappedGuest>, BenchError> {
+/// The memory as one block.
+///
+/// # Errors
+/// [`BenchError::Refused`].
+pub fn guest(mapping: &Mapping) -> Result<Arc<MappedGuest>, BenchError> {
     let failed = |error: &dyn std::fmt::Display| BenchError::Refused {
         who: "ramwire".into(),
         what: "its memory".into(),

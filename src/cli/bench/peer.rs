@@ -5,7 +5,7 @@
 
 use std::io;
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -54,6 +54,9 @@ pub struct PeerArgs {
     /// Receive buffer of a bare loop.
     #[arg(long, default_value_t = 256 << 10)]
     buffer: usize,
+    /// Take a migration over RDMA, at this address of a device.
+    #[arg(long)]
+    rdma: Option<String>,
 }
 
 /// Runs the other process's side to its end.
@@ -67,7 +70,7 @@ pub fn serve(args: &PeerArgs) -> Result<(), BenchError> {
         Role::FloorDirect => serve_loop(floor(Pattern::Direct), &mapping)?,
         Role::FloorStream => serve_loop(floor(Pattern::Stream), &mapping)?,
         Role::FloorPacket => serve_loop(floor(Pattern::Packet), &mapping)?,
-        Role::Ramwire => serve_migration(&mapping, args.way, &args.ram)?,
+        Role::Ramwire => serve_migration(&mapping, args)?,
     };
     let cost = cost()?.since(before);
     println!("{}", serde_json::to_string(&cost).map_err(|error| failed("reporting")(error.into()))?);
@@ -89,15 +92,16 @@ fn serve_loop(floor: Floor, mapping: &Mapping) -> Result<Cost, BenchError> {
     Ok(before)
 }
 
-fn serve_migration(mapping: &Mapping, way: Way, ram: &Path) -> Result<Cost, BenchError> {
-    let address = match way.unix {
-        true => Address::Unix(ram.with_extension("socket")),
-        false => Address::Tcp { host: "127.0.0.1".into(), port: 0 },
+fn serve_migration(mapping: &Mapping, args: &PeerArgs) -> Result<Cost, BenchError> {
+    let address = match (&args.rdma, args.way.unix) {
+        (Some(host), _) => Address::Rdma { host: host.clone(), port: 0 },
+        (None, true) => Address::Unix(args.ram.with_extension("socket")),
+        (None, false) => Address::Tcp { host: "127.0.0.1".into(), port: 0 },
     };
     let mut listener = Listener::bind(&address, AllowList::default(), &Stop::on(&CancelToken::default()))?;
     println!("ready {}", listener.address());
     let before = cost()?;
-    own::receive(&mut listener, mapping, way)?;
+    own::receive(&mut listener, mapping, args.way)?;
     Ok(before)
 }
 
@@ -120,16 +124,28 @@ impl Peer {
     /// # Errors
     /// [`BenchError`].
     pub fn start(role: Role, bed: &Bed, way: Way, buffer: Option<usize>) -> Result<Self, BenchError> {
+        let mut more = vec![format!("--channels={}", way.channels)];
+        more.extend(way.unix.then(|| "--unix".to_owned()));
+        more.extend(buffer.map(|buffer| format!("--buffer={buffer}")));
+        Self::start_with(role, bed, &more)
+    }
+
+    /// Starts one that takes a migration over RDMA, at the address `host` of a device.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    #[cfg(feature = "rdma")]
+    pub fn start_rdma(bed: &Bed, host: &str) -> Result<Self, BenchError> {
+        Self::start_with(Role::Ramwire, bed, &[format!("--rdma={host}")])
+    }
+
+    fn start_with(role: Role, bed: &Bed, more: &[String]) -> Result<Self, BenchError> {
         let role = clap::ValueEnum::to_possible_value(&role).map(|value| value.get_name().to_owned());
         let program = std::env::current_exe().map_err(failed("starting"))?;
         let mut command = Command::new(program);
         command.args(["bench", "peer"]).args(role).arg("--ram").arg(bed.destination());
-        command.args(["--bytes", &bed.bytes().to_string(), "--channels", &way.channels.to_string()]);
+        command.args(["--bytes", &bed.bytes().to_string()]).args(more);
         command.args(bed.populated().mapped(true).then_some("--populated"));
-        command.args(way.unix.then_some("--unix"));
-        if let Some(buffer) = buffer {
-            command.args(["--buffer", &buffer.to_string()]);
-        }
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
         let mut child = child.map_err(failed("starting"))?;
         let Some(stdout) = child.stdout.take() else {
@@ -144,6 +160,12 @@ impl Peer {
         peer.address =
             address.ok_or_else(|| failed("starting")(io::Error::other(format!("it said `{line}`"))))?;
         Ok(peer)
+    }
+
+    /// Its process id.
+    #[cfg(feature = "rdma")]
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Waits for its end and hears what it cost.

@@ -12,6 +12,7 @@ use serde_json::json;
 use super::bed::Bed;
 use super::cost::Cost;
 use super::qmp::Monitor;
+use super::watch::{Unwatched, Watcher};
 use super::{BenchError, Run};
 
 /// Longest migration that is waited for.
@@ -25,8 +26,25 @@ pub struct Qemu {
     /// Name in the report.
     pub name: String,
     program: PathBuf,
-    /// Page channels; 0 for the plain stream.
-    channels: u8,
+    way: Way,
+}
+
+/// How a QEMU's pages travel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// TCP over loopback.
+    Stream {
+        /// Page channels; 0 for the plain stream.
+        channels: u8,
+    },
+    /// RDMA.
+    #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "built without RDMA"))]
+    Rdma {
+        /// An address of the device.
+        host: String,
+        /// Register all of RAM ahead.
+        pin_all: bool,
+    },
 }
 
 impl Qemu {
@@ -35,7 +53,7 @@ impl Qemu {
     ///
     /// # Errors
     /// [`BenchError::Missing`] with what would help.
-    pub fn find(name: &str, version: &str, given: Option<&Path>, channels: u8) -> Result<Self, BenchError> {
+    pub fn find(name: &str, version: &str, given: Option<&Path>, way: Way) -> Result<Self, BenchError> {
         let launcher = PathBuf::from("target/peers").join(format!("qemu-{version}"));
         let on_path = PathBuf::from("qemu-system-x86_64");
         let candidates = match given {
@@ -44,7 +62,7 @@ impl Qemu {
         };
         let fits = |program: &PathBuf| version_of(program).is_some_and(|said| said.starts_with(version));
         match candidates.into_iter().find(fits) {
-            Some(program) => Ok(Self { name: name.to_owned(), program, channels }),
+            Some(program) => Ok(Self { name: name.to_owned(), program, way }),
             None => Err(BenchError::Missing {
                 program: format!("QEMU {version}"),
                 remedy: format!(
@@ -60,31 +78,55 @@ impl Qemu {
     /// # Errors
     /// [`BenchError`].
     pub fn run(&self, bed: &Bed) -> Result<Run, BenchError> {
+        self.run_watched(bed, &mut Unwatched)
+    }
+
+    /// As [`run`](Self::run), while somebody watches.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    pub fn run_watched(&self, bed: &Bed, watcher: &mut dyn Watcher) -> Result<Run, BenchError> {
         let mut target = self.start(bed, "destination", bed.populated().mapped(true))?;
         let mut source = self.start(bed, "source", bed.populated().mapped(false))?;
         for monitor in [&mut target.monitor, &mut source.monitor] {
             let mut parameters = json!({ "max-bandwidth": NO_LIMIT });
-            if self.channels > 0 {
-                parameters["multifd-channels"] = self.channels.into();
-                let on = json!([{ "capability": "multifd", "state": true }]);
+            let capability = match self.way {
+                Way::Stream { channels: 0 } | Way::Rdma { pin_all: false, .. } => None,
+                Way::Stream { channels } => {
+                    parameters["multifd-channels"] = channels.into();
+                    Some("multifd")
+                }
+                Way::Rdma { .. } => Some("rdma-pin-all"),
+            };
+            if let Some(capability) = capability {
+                let on = json!([{ "capability": capability, "state": true }]);
                 monitor.call("migrate-set-capabilities", json!({ "capabilities": on }))?;
             }
             monitor.call("migrate-set-parameters", parameters)?;
         }
         // A port that was free a moment ago; a QEMU does not tell the one it chose for `tcp::0`.
-        let uri = format!("tcp:127.0.0.1:{}", free_port().map_err(self.failed("choosing a port"))?);
+        let port = free_port().map_err(self.failed("choosing a port"))?;
+        let uri = match &self.way {
+            Way::Stream { .. } => format!("tcp:127.0.0.1:{port}"),
+            Way::Rdma { host, .. } => format!("rdma:{host}:{port}"),
+        };
         target.monitor.call("migrate-incoming", json!({ "uri": uri }))?;
         let cost = |process: &Process| Cost::of_process(process.running.0.id());
+        watcher.begin(source.running.0.id(), target.running.0.id())?;
         let before = [&source, &target].map(cost);
         source.monitor.call("migrate", json!({ "uri": uri }))?;
-        let state = source.monitor.await_migration(PATIENCE)?;
+        source.monitor.await_migration(PATIENCE)?;
         target.monitor.await_migration(PATIENCE)?;
         let after = [&source, &target].map(cost);
+        watcher.end()?;
+        // QEMU 7.2 says that it has completed a moment before it has its figures.
+        let state = source.monitor.call("query-migrate", json!({}))?;
         let [near, far] = [0, 1].map(|at| Some(after[at]?.since(before[at]?)));
         let total_ms = state["total-time"].as_f64();
         let missing = || self.failed("reading its figures")(io::ErrorKind::InvalidData.into());
         Ok(Run {
             seconds: total_ms.ok_or_else(missing)? / 1e3,
+            setup_seconds: state["setup-time"].as_f64().map(|ms| ms / 1e3),
             source: near,
             destination: far,
             downtime_ms: state["downtime"].as_f64(),
@@ -134,7 +176,11 @@ fn version_of(program: &Path) -> Option<String> {
     Some(text.strip_prefix("QEMU emulator version ")?.split([' ', '\n']).next()?.to_owned())
 }
 
-fn free_port() -> io::Result<u16> {
+/// A TCP port that is free now.
+///
+/// # Errors
+/// The kernel's.
+pub fn free_port() -> io::Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 

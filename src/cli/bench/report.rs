@@ -115,10 +115,7 @@ impl Report {
             version: 2,
             setting,
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
-            kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")
-                .unwrap_or_default()
-                .trim()
-                .to_owned(),
+            kernel: kernel(),
             contestants: names.iter().enumerate().map(contestant).collect(),
         }
     }
@@ -217,7 +214,13 @@ impl Report {
     }
 }
 
-fn shown(median: Option<Median>, digits: usize) -> String {
+/// Release of the running kernel.
+pub fn kernel() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
+/// A median with its interval, for a table.
+pub fn shown(median: Option<Median>, digits: usize) -> String {
     match median {
         Some(Median { median, low, high, .. }) => {
             format!("{median:.digits$} [{low:.digits$}, {high:.digits$}]")
@@ -236,8 +239,8 @@ mod tests {
     fn ratios_are_paired_by_round() {
         let run = |seconds, cpu_seconds, populate| Run {
             seconds,
-            source: Some(Cost { cpu_seconds, page_faults: 10 }),
-            destination: Some(Cost { cpu_seconds, page_faults: 5 }),
+            source: Some(Cost { cpu_seconds, user_seconds: 0.0, page_faults: 10 }),
+            destination: Some(Cost { cpu_seconds, user_seconds: 0.0, page_faults: 5 }),
             populate_seconds: populate,
             ..Run::default()
         };

@@ -1,0 +1,65 @@
+//! The answering end of a measurement: a process of its own, on this host or another.
+
+use std::net::{TcpListener, ToSocketAddrs};
+
+use super::super::BenchError;
+use super::sockets;
+use super::words::{Carrier, Reply, Request, Words, failed};
+
+/// Waits at `address` (HOST:PORT) for one asking end and answers it until it closes. Says on standard output where it
+/// waits.
+///
+/// # Errors
+/// [`BenchError`].
+pub fn serve(address: &str, host: Option<&str>) -> Result<(), BenchError> {
+    let address = address.to_socket_addrs().map_err(failed("looking up the address"))?.next();
+    let address =
+        address.ok_or_else(|| failed("looking up the address")(std::io::ErrorKind::NotFound.into()))?;
+    let listener = TcpListener::bind(address).map_err(failed("listening"))?;
+    println!("listening {}", listener.local_addr().map_err(failed("listening"))?);
+    let (socket, _) = listener.accept().map_err(failed("accepting"))?;
+    answer_all(&mut Words::new(socket).map_err(failed("accepting"))?, host)
+}
+
+/// Answers one request after the other.
+///
+/// # Errors
+/// [`BenchError`] if the connection for words broke. What went wrong with one measurement is told to the other end.
+pub fn answer_all(words: &mut Words, host: Option<&str>) -> Result<(), BenchError> {
+    loop {
+        words.wait_for_more();
+        let request: Request = match words.hear()? {
+            Some(Heard::Measure(request)) => request,
+            Some(Heard::Done) => continue,
+            None => return Ok(()),
+        };
+        let answered = match request.carrier {
+            _ if !request.is_sound() => Err(BenchError::Refused {
+                who: "the other end".into(),
+                what: "a measurement".into(),
+                answer: format!("{request:?} is beyond what this program allots"),
+            }),
+            #[cfg(feature = "rdma")]
+            Carrier::Rdma => super::verbs::answer(words, &request, host),
+            #[cfg(not(feature = "rdma"))]
+            Carrier::Rdma => {
+                let _ = host;
+                Err(BenchError::NoRdma(Box::new(ramwire::transport::WhyNoRdma::NotBuilt)))
+            }
+            Carrier::Tcp | Carrier::Unix => sockets::answer(words, &request),
+        };
+        if let Err(error) = answered {
+            words.say(&Reply::No(error.to_string()))?;
+        }
+    }
+}
+
+/// What the asking end says.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Heard {
+    /// The next measurement.
+    Measure(Request),
+    /// The measurement under way is over.
+    Done,
+}

@@ -1,0 +1,97 @@
+//! ramwire's own run over RDMA: two sessions in two processes.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use ramwire::engine::Outcome;
+use ramwire::guest::MappedGuest;
+use ramwire::session::{SourceGuest, SourceSession, SourceSettings};
+use ramwire::stream::qemu::file::Configuration;
+use ramwire::sys::{CancelToken, Stop};
+use ramwire::transport::rdma::connect_over;
+use ramwire::transport::{Address, DoorOptions, RdmaOptions, SourceDoor, StreamOptions, open_source};
+
+use super::super::bed::{self, Bed};
+use super::super::cost::Cost;
+use super::super::own::{Still, guest};
+use super::super::peer::Peer;
+use super::super::watch::Watcher;
+use super::super::{BenchError, Run};
+use super::counting::{Counting, Posted};
+
+/// How ramwire goes over RDMA.
+#[derive(Clone, Debug)]
+pub struct Ours {
+    /// An address of the device.
+    pub host: String,
+    /// What is asked of the connection.
+    pub options: RdmaOptions,
+}
+
+impl Ours {
+    /// Migrates the bed's memory to another process. With `posted` its requests are counted on the way.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    pub fn run(
+        &self,
+        bed: &Bed,
+        watcher: &mut dyn Watcher,
+        posted: Option<Arc<Posted>>,
+    ) -> Result<Run, BenchError> {
+        let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
+        let memory = guest(&mapping)?;
+        let peer = Peer::start_rdma(bed, &self.host)?;
+        let pids = [std::process::id(), peer.id()];
+        watcher.begin(pids[0], pids[1])?;
+        let before = pids.map(Cost::of_process);
+        let begun = Instant::now();
+        let door = self.open(&peer.address, Arc::clone(&memory), posted)?;
+        let connecting = begun.elapsed().as_secs_f64();
+        let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
+        let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
+        let report = SourceSession::new(source, door.into(), SourceSettings::new(configuration)).run();
+        let after = pids.map(Cost::of_process);
+        if report.outcome != Outcome::Completed {
+            let answer =
+                report.error.map_or_else(|| format!("{:?}", report.outcome), |error| error.to_string());
+            return Err(BenchError::Refused { who: "ramwire".into(), what: "to migrate".into(), answer });
+        }
+        watcher.end()?;
+        peer.finish()?;
+        let cost = |at: usize| Some(after[at]?.since(before[at]?));
+        let statistics = &report.statistics;
+        Ok(Run {
+            seconds: connecting + statistics.total_time / 1e3,
+            setup_seconds: Some(connecting + statistics.setup_time / 1e3),
+            source: cost(0),
+            destination: cost(1),
+            downtime_ms: Some(statistics.downtime),
+            ..Run::default()
+        })
+    }
+
+    fn open(
+        &self,
+        address: &Address,
+        memory: Arc<MappedGuest>,
+        posted: Option<Arc<Posted>>,
+    ) -> Result<SourceDoor, BenchError> {
+        let stop = Stop::on(&CancelToken::default());
+        let Some(posted) = posted else {
+            let options = DoorOptions { rdma: self.options.clone(), ..DoorOptions::default() };
+            return Ok(open_source(address, memory, &options, &stop)?);
+        };
+        let Address::Rdma { host, port } = address else {
+            let address = address.to_string();
+            return Err(BenchError::Refused {
+                who: "the other process".into(),
+                what: "RDMA".into(),
+                answer: address,
+            });
+        };
+        let fabric = Counting::open(posted).map_err(|error| BenchError::NoRdma(Box::new(error)))?;
+        let (fabric, stream) = (Arc::new(fabric), StreamOptions::default());
+        Ok(connect_over(fabric, host, *port, memory, &stream, &self.options, &stop)?)
+    }
+}

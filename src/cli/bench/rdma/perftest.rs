@@ -1,0 +1,155 @@
+//! The programs of perftest: what bare RDMA WRITEs reach on a device.
+
+use std::io;
+use std::net::IpAddr;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use rdma_hooks::verbs::devices;
+
+use super::super::{BenchError, Run};
+
+/// Bytes of a WRITE of the bandwidth test.
+const WRITE_BYTES: u64 = 1 << 20;
+/// The unit of its figures, which it calls MB.
+const MIB: f64 = (1u64 << 20) as f64;
+/// How long the client tries to find the server listening.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A device and an address of it.
+#[derive(Clone, Debug)]
+pub struct Device {
+    name: String,
+    host: String,
+}
+
+impl Device {
+    /// The device that has `host` among its addresses.
+    ///
+    /// # Errors
+    /// [`BenchError`] if no device has, or perftest is not installed.
+    pub fn at(host: &str) -> Result<Self, BenchError> {
+        let mut program = Command::new("ib_write_bw");
+        program.arg("--version").stdout(Stdio::null()).stderr(Stdio::null());
+        if program.status().is_err() {
+            let remedy = "install perftest (ci/setup does)".to_owned();
+            return Err(BenchError::Missing { program: "ib_write_bw".into(), remedy });
+        }
+        let address: Option<IpAddr> = host.parse().ok();
+        let bytes = address.map(|address| match address {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+            IpAddr::V6(v6) => v6.octets(),
+        });
+        let found = devices()
+            .map_err(|error| BenchError::NoRdma(Box::new(error)))?
+            .into_iter()
+            .find(|device| device.ports.iter().flat_map(|port| &port.gids).any(|gid| Some(*gid) == bytes));
+        let missing = || BenchError::Missing {
+            program: format!("a device with the address {host}"),
+            remedy: "give --host the IP address of one; `ramwire devices` lists them".into(),
+        };
+        Ok(Self { name: found.ok_or_else(missing)?.name, host: host.to_owned() })
+    }
+
+    /// `ib_write_bw` of 1 MiB, until `bytes` bytes have moved.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    pub fn bandwidth(&self, bytes: u64) -> Result<Run, BenchError> {
+        let count = bytes.div_ceil(WRITE_BYTES).max(5);
+        let arguments = [format!("--size={WRITE_BYTES}"), format!("--iters={count}")];
+        let columns = self.run("ib_write_bw", &arguments)?;
+        // #bytes, #iterations, peak, average, message rate.
+        let average = columns.get(3).copied().filter(|rate| *rate > 0.0);
+        let rate = average
+            .ok_or_else(|| failed("ib_write_bw", "reading its figures")(io::ErrorKind::InvalidData.into()))?;
+        let seconds = bytes as f64 / (rate * MIB);
+        Ok(Run { seconds, ..Run::default() })
+    }
+
+    /// `ib_write_lat` with `count` round trips of `size` bytes: median and 99th percentile of half of them, in
+    /// microseconds.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    pub fn latency(&self, size: usize, count: u64) -> Result<(f64, f64), BenchError> {
+        let arguments = [format!("--size={size}"), format!("--iters={}", count.clamp(100, 1_000_000))];
+        let columns = self.run("ib_write_lat", &arguments)?;
+        // #bytes, #iterations, min, max, typical, average, deviation, 99 %, 99.9 %.
+        let both = columns.get(4).copied().zip(columns.get(7).copied());
+        both.ok_or_else(|| failed("ib_write_lat", "reading its figures")(io::ErrorKind::InvalidData.into()))
+    }
+
+    /// Runs a test's server and its client; the numbers of the line under its head.
+    fn run(&self, program: &str, arguments: &[String]) -> Result<Vec<f64>, BenchError> {
+        let port = super::super::qemu::free_port().map_err(failed(program, "choosing a port"))?;
+        let command = || {
+            let mut command = Command::new(program);
+            command.args(["-d", &self.name, "-F", "-p", &port.to_string()]).args(arguments);
+            command.stdin(Stdio::null());
+            command
+        };
+        let mut server =
+            Server(command().stdout(Stdio::null()).spawn().map_err(failed(program, "starting"))?);
+        let begun = Instant::now();
+        loop {
+            let Output { status, stdout, stderr } =
+                command().arg(&self.host).output().map_err(failed(program, "starting"))?;
+            if status.success() {
+                server.0.wait().map_err(failed(program, "waiting"))?;
+                let text = String::from_utf8_lossy(&stdout);
+                return figures(&text).ok_or_else(|| {
+                    failed(program, "reading its figures")(io::Error::other(format!("it said {text}")))
+                });
+            }
+            if begun.elapsed() > PATIENCE || !matches!(server.0.try_wait(), Ok(None)) {
+                let answer =
+                    format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+                return Err(BenchError::Refused {
+                    who: program.to_owned(),
+                    what: "to measure".into(),
+                    answer,
+                });
+            }
+            // The server did not listen yet.
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+/// The numbers of the line under the line that begins with `#bytes`.
+fn figures(text: &str) -> Option<Vec<f64>> {
+    let mut lines = text.lines().skip_while(|line| !line.trim_start().starts_with("#bytes"));
+    let line = lines.nth(1)?;
+    line.split_whitespace().map(|word| word.parse().ok()).collect()
+}
+
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Both fail for a process that was waited for.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn failed(who: &str, doing: &'static str) -> impl Fn(io::Error) -> BenchError {
+    let who = who.to_owned();
+    move |source| BenchError::Io { who: who.clone(), doing, source }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_figures_stand_under_their_names() {
+        let text = " Transport type : IB\n---\n #bytes     #iterations    BW peak[MB/sec]    BW average[MB/sec]\n 1048576 \
+                    128   29.50   29.10  0.000029\n---\n";
+        assert_eq!(figures(text).unwrap()[..4], [1048576.0, 128.0, 29.5, 29.1]);
+        assert_eq!(figures("nothing\n"), None);
+        assert_eq!(figures("#bytes\nno numbers\n"), None);
+    }
+}
