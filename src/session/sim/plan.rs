@@ -302,7 +302,7 @@ fn draw_door(rng: &mut Rng) -> DoorKind {
         registers: false,
     };
     let barrier = rng.pick(&[Barrier::Record, Barrier::SectionEnd]);
-    let registers = rng.one_in(3);
+    let registers = !rng.one_in(3);
     DoorKind::Late(match rng.one_in(2) {
         false => LateDoor { registers, ..door },
         true => LateDoor {
