@@ -127,6 +127,8 @@ impl HugePages {
         let wanted = before.parse::<u64>().unwrap() + pages;
         let pool_name = pool.display().to_string();
         let reserved = Self { pool, before, _alone: alone };
+        // Makes room in one piece, as far as the machine can.
+        let _ = fs::write("/proc/sys/vm/compact_memory", "1");
         if let Err(error) = fs::write(&reserved.pool, wanted.to_string()) {
             skip(&format!("pages of {kib} KiB ({error}); as root: echo {wanted} > {pool_name}"));
             return None;

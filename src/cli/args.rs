@@ -118,7 +118,14 @@ pub fn run() -> ExitCode {
 }
 
 fn generate(what: What) -> Exit {
+    let written = generated(what).and_then(|text| io::stdout().write_all(&text));
+    if written.is_ok() { Exit::Done } else { Exit::Failed }
+}
+
+/// Completions for a shell, or the man page: of the command, then of each subcommand with all its options.
+fn generated(what: What) -> io::Result<Vec<u8>> {
     use clap_complete::Shell;
+    let mut text = Vec::new();
     let shell = match what {
         What::Bash => Shell::Bash,
         What::Zsh => Shell::Zsh,
@@ -126,23 +133,65 @@ fn generate(what: What) -> Exit {
         What::Elvish => Shell::Elvish,
         What::Powershell => Shell::PowerShell,
         What::Man => {
-            let mut page = Vec::new();
-            let made = clap_mangen::Man::new(Cli::command()).render(&mut page);
-            let written = made.and_then(|()| io::stdout().write_all(&page));
-            return if written.is_ok() { Exit::Done } else { Exit::Failed };
+            man_page(&mut text)?;
+            return Ok(text);
         }
     };
-    let mut text = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "ramwire", &mut text);
-    if io::stdout().write_all(&text).is_ok() { Exit::Done } else { Exit::Failed }
+    Ok(text)
+}
+
+fn man_page(out: &mut Vec<u8>) -> io::Result<()> {
+    let mut command = Cli::command();
+    command.build();
+    clap_mangen::Man::new(command.clone()).render(out)?;
+    let shown = |command: &&clap::Command| !command.is_hide_set() && command.get_name() != "help";
+    for subcommand in command.get_subcommands().filter(shown) {
+        writeln!(out, ".SH \"ramwire {}\"", subcommand.get_name())?;
+        let man = clap_mangen::Man::new(subcommand.clone());
+        man.render_synopsis_section(out)?;
+        man.render_description_section(out)?;
+        man.render_options_section(out)?;
+        if subcommand.get_after_help().is_some() || subcommand.get_after_long_help().is_some() {
+            man.render_extra_section(out)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+    use clap::ValueEnum;
+
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+    /// Every subcommand that is shown, and each of its long options, stands in each text.
+    #[test]
+    fn completions_and_man_page_have_every_subcommand_and_option() {
+        let mut command = Cli::command();
+        command.build();
+        let shown = |command: &&clap::Command| !command.is_hide_set() && command.get_name() != "help";
+        for what in What::value_variants() {
+            // A man page writes each hyphen as an escape.
+            let text = String::from_utf8(generated(*what).unwrap()).unwrap().replace("\\-", "-");
+            for subcommand in command.get_subcommands().filter(shown) {
+                let name = subcommand.get_name();
+                assert!(text.contains(name), "{what:?} lacks {name}");
+                for option in subcommand.get_arguments().filter(|arg| !arg.is_hide_set()) {
+                    let Some(long) = option.get_long() else { continue };
+                    // fish writes `-l name` for `--name`.
+                    let found = text.contains(&format!("--{long}")) || text.contains(&format!("-l {long}"));
+                    assert!(found, "{what:?} lacks --{long} of {name}");
+                }
+            }
+        }
+        let man = String::from_utf8(generated(What::Man).unwrap()).unwrap();
+        assert!(man.contains("EXIT STATUS") && man.contains(".SH \"ramwire receive\""), "{man}");
+        assert!(!man.contains("demo-destination") && !man.contains("demo\\-destination"));
     }
 }

@@ -26,7 +26,7 @@ use super::store::{ArrivingGuest, State, Store};
 pub(super) struct Args {
     /// Where to listen or read: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (both), unix:PATH, fd:N, exec:COMMAND or file:PATH
     uri: Address,
-    /// Folder for RAM blocks, device state and manifest; made with mode 0700
+    /// Folder for RAM blocks, device state and manifest; made with mode 0700, or closed to others
     #[arg(long)]
     dir: PathBuf,
     /// Who may connect by TCP or RDMA, for instance 10.0.0.0/8; repeat for more

@@ -35,6 +35,8 @@ pub(super) enum Breakage {
     SkipComparing,
     /// A relay over RDMA looks for the pages of the last round before it.
     ScanBeforeFinish,
+    /// Order 7: memory is registered without the guest's promise not to discard it.
+    RegisterUnpromised,
     /// Bytes copied, then marked: the destination tells of a page before it is there.
     MarkBeforeCopy,
 }
@@ -42,7 +44,7 @@ pub(super) enum Breakage {
 impl Breakage {
     /// All but `None` and what only [`relay_tests`](super::relay_tests) switch off.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 14] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
         Self::SkipBarrier,
@@ -56,6 +58,7 @@ impl Breakage {
         Self::BreakOffAfterCommit,
         Self::ResumeBeforeCommit,
         Self::SkipComparing,
+        Self::RegisterUnpromised,
         Self::MarkBeforeCopy,
     ];
 

@@ -14,6 +14,8 @@ mod handle;
 mod hearing;
 mod places;
 mod placing;
+#[cfg(test)]
+mod qemu_peer_tests;
 mod reader;
 mod relay;
 #[cfg(test)]

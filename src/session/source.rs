@@ -387,7 +387,9 @@ impl SourceSession {
 
     fn start_logs(&mut self) -> Result<Input, Error> {
         self.figures.shared().update(|s| s.status = Status::Setup);
-        if self.link.abilities().registers_memory && !self.guest.control.forbid_discard(true) {
+        let registers =
+            self.link.abilities().registers_memory && !self.breakage.is(Breakage::RegisterUnpromised);
+        if registers && !self.guest.control.forbid_discard(true) {
             return Err(discards());
         }
         if let Some(Throttling::DirtyLimit { .. }) = self.settings.throttling

@@ -4,6 +4,7 @@
 //! - `kills`: the peer is a process of its own that dies, freezes or resets the connection at a chosen stage.
 //! - `hostile`: bytes made by hand, from a source and from a destination that mean harm.
 //! - `qemu`: real QEMUs that die, in both roles.
+//! - `flips`: every byte of a stream to a QEMU: which are data, and what a QEMU makes of a flip.
 //! - `running`: the same with guests that run and check their memory.
 //! - `command`: the command's signals, options and folders.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -12,6 +13,7 @@
 mod common;
 
 mod command;
+mod flips;
 mod hostile;
 mod kills;
 mod live;

@@ -201,4 +201,79 @@ mod tests {
         assert_eq!(mapped["end"], "whole");
         assert_eq!(mapped["blocks"][0]["pages_at"], 0x10_0000);
     }
+    /// What the captures' own list says of each: records by kind, blocks and lengths, devices, and where they begin.
+    #[test]
+    fn every_captured_stream_is_counted_as_its_list_says() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors");
+        let list: serde_json::Value =
+            serde_json::from_reader(File::open(folder.join("manifest.json")).unwrap()).unwrap();
+        let mut seen = 0;
+        for (name, told) in list.as_object().unwrap() {
+            let Some(file) = told["file"].as_str() else { continue };
+            seen += 1;
+            let bytes = capture(file.rsplit('/').next().unwrap());
+            let report = json(&bytes);
+            assert_eq!(report["end"], "whole", "{name}: {report:#}");
+            assert_eq!(report["bytes"], told["raw_len"], "{name}");
+            for (kind, record) in
+                [("whole", "PAGE"), ("zero", "ZERO"), ("compressed", "COMP"), ("xbzrle", "XBZ")]
+            {
+                let count = told["counts"][record].as_u64().unwrap_or(0);
+                assert_eq!(report["pages"][kind], count, "{name}: {kind}");
+                let blocks = report["blocks"].as_array().unwrap().iter();
+                let sum: u64 = blocks.map(|block| block["pages"][kind].as_u64().unwrap()).sum();
+                assert_eq!(sum, count, "{name}: {kind} by block");
+            }
+            for (block, told) in told["blocks"].as_object().into_iter().flatten() {
+                let mut blocks = report["blocks"].as_array().unwrap().iter();
+                let found = blocks.find(|found| found["name"] == *block).unwrap();
+                assert_eq!(found["length"], told["len"], "{name}: {block}");
+            }
+            let state = &report["device_state"];
+            assert_eq!(state["at"], told["first_device_offset"], "{name}");
+            let (devices, told) =
+                (state["sections"].as_array().unwrap(), told["devices"].as_array().unwrap());
+            assert_eq!((devices.len(), &state["exact"]), (told.len(), &true.into()), "{name}");
+            for (device, told) in devices.iter().zip(told) {
+                for (ours, theirs) in [
+                    ("name", "name"),
+                    ("bytes", "payload_len"),
+                    ("instance", "instance"),
+                    ("version", "version"),
+                ] {
+                    assert_eq!(device[ours], told[theirs], "{name}: {device}");
+                }
+            }
+            // The items cover the stream: each begins where the one before it ends.
+            let mut at = 0;
+            for item in report["items"].as_array().unwrap() {
+                assert!(item["at"].as_u64().unwrap() >= at, "{name}: {item}");
+                at = item["at"].as_u64().unwrap() + item["bytes"].as_u64().unwrap();
+            }
+            let shown = text(&bytes);
+            for device in devices {
+                assert!(shown.contains(device["name"].as_str().unwrap()), "{name}: {shown}");
+            }
+        }
+        assert!(seen >= 10, "{seen} captures");
+    }
+
+    /// Broken in the middle: what came before is still shown, by people and by programs, and where it broke.
+    #[test]
+    fn a_damaged_stream_is_shown_up_to_the_damage_with_its_offset() {
+        let whole = capture("q100-microvm-xbzrle.gz");
+        let before = json(&whole);
+        let end = before["items"][4]["at"].as_u64().unwrap() as usize;
+        let mut damaged = whole;
+        damaged[end + 17] ^= 1;
+        let report = json(&damaged);
+        assert_eq!((&report["end"], &report["pages"]), (&"damaged".into(), &before["pages"]));
+        let at = report["anomalies"][0]["at"].as_u64().unwrap() as usize;
+        assert!((end..end + 18).contains(&at), "{report:#}");
+        let shown = text(&damaged);
+        assert!(
+            shown.contains("damaged") && shown.contains("unusual") && shown.contains(&format!("{at:#x}"))
+        );
+        assert!(shown.contains("END ram") && shown.contains("239"), "{shown}");
+    }
 }

@@ -13,7 +13,7 @@ use ramwire::stream::qemu::tail::Tail;
 use ramwire::sys::{Mapping, is_zero};
 use ramwire::units::PageSize;
 
-use super::{BlockEntry, EARLY, FORMAT, Manifest, State, Store, StoreError, TAIL, failed, private_file};
+use super::{BlockEntry, EARLY, FORMAT, Manifest, State, Store, StoreError, TAIL, failed, private};
 
 /// `f_type` of tmpfs (statfs(2)).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -109,9 +109,8 @@ impl Inner {
         for (index, block) in incoming.blocks.iter().enumerate() {
             let file = format!("ram-{index:03}.bin");
             let path = self.store.file(&file);
-            let opened = private_file(&path).map_err(failed(&path, "making"))?;
-            // A file of an earlier attempt may hold old pages; memory must begin as zero.
-            opened.set_len(0).map_err(failed(&path, "emptying"))?;
+            // New: a file of an earlier attempt may hold old pages, and memory must begin as zero.
+            let opened = private::create(&path)?;
             let mapping = match &mut self.held {
                 Some(files) => {
                     files.push(opened);

@@ -12,11 +12,11 @@
 //! the disk and the manifest that says `whole` has been renamed into place.
 
 mod arriving;
+mod private;
 mod stored;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -30,6 +30,7 @@ const FORMAT: u32 = 1;
 const MANIFEST: &str = "manifest.json";
 const EARLY: &str = "early.bin";
 const TAIL: &str = "tail.bin";
+const LOCK: &str = "lock";
 
 /// How far a folder's guest has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +102,27 @@ pub enum StoreError {
         /// The answer.
         source: io::Error,
     },
+    /// An open folder that may be in use for other things.
+    #[error(
+        "{path} is open to others (mode {mode:04o}) and {}; name a folder of its own, or close it with `chmod 700 {path}`",
+        foreign.as_ref().map_or("meant to be shared".to_owned(), |name| format!("holds {name:?}, which is no guest's"))
+    )]
+    Shared {
+        /// The folder.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+        /// Something in it that is not ours.
+        foreign: Option<String>,
+    },
+    /// Guest memory is not written through links, nor to devices.
+    #[error("{path} is {is}, not a file of this folder's own; remove it")]
+    NotPlain {
+        /// Where.
+        path: PathBuf,
+        /// What is there.
+        is: &'static str,
+    },
     /// Another process works on it.
     #[error("{path} is in use by another ramwire; wait for it to end")]
     Locked {
@@ -143,15 +165,14 @@ pub struct Store {
 }
 
 impl Store {
-    /// Takes the folder; makes it (mode 0700) if it is not there.
+    /// Takes the folder; makes it (mode 0700) if it is not there, closes it to others if it is open to them.
     ///
     /// # Errors
-    /// [`StoreError::Io`], [`StoreError::Locked`].
+    /// [`StoreError::Io`], [`StoreError::Locked`], [`StoreError::Shared`], [`StoreError::NotPlain`].
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-        made.map_err(failed(path, "making the folder"))?;
-        let lock_path = path.join("lock");
-        let lock = private_file(&lock_path).map_err(failed(&lock_path, "opening"))?;
+        private::folder(path)?;
+        let lock_path = path.join(LOCK);
+        let lock = private::lock_file(&lock_path)?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(StoreError::Locked { path: path.to_owned() }),
@@ -170,9 +191,12 @@ impl Store {
     /// [`StoreError::Io`], [`StoreError::Manifest`].
     pub fn manifest(&self) -> Result<Option<Manifest>, StoreError> {
         let path = self.file(MANIFEST);
-        let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other.map_err(failed(&path, "reading"))?,
+        let mut text = String::new();
+        match private::plain(&path, OpenOptions::new().read(true)) {
+            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
+            other => other?.read_to_string(&mut text).map_err(failed(&path, "reading"))?,
         };
         let manifest: Manifest = serde_json::from_str(&text)
             .map_err(|error| StoreError::Manifest { path: path.clone(), why: error.to_string() })?;
@@ -200,8 +224,7 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
         let aside = self.file(&format!("{name}.new"));
-        let mut file = private_file(&aside).map_err(failed(&aside, "making"))?;
-        file.set_len(0).map_err(failed(&aside, "cutting"))?;
+        let mut file = private::create(&aside)?;
         file.write_all(bytes).map_err(failed(&aside, "writing"))?;
         file.sync_all().map_err(failed(&aside, "syncing"))?;
         let path = self.file(name);
@@ -213,11 +236,6 @@ impl Store {
         let folder = File::open(&self.path).map_err(failed(&self.path, "opening"))?;
         folder.sync_all().map_err(failed(&self.path, "syncing"))
     }
-}
-
-/// A file that only its owner may read: it holds guest memory.
-fn private_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
 fn failed<'p>(path: &'p Path, doing: &'static str) -> impl FnOnce(io::Error) -> StoreError + 'p {

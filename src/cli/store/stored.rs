@@ -1,6 +1,6 @@
 //! A guest in a folder, to be sent on.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::Mapping;
 use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
-use super::{ArrivingGuest, EARLY, Manifest, State, Store, StoreError, TAIL, failed};
+use super::{ArrivingGuest, EARLY, Manifest, State, Store, StoreError, TAIL, failed, private};
 
 /// What `ramwire send` may do although the manifest speaks against it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -72,7 +72,7 @@ impl StoredGuest {
             }
             let mut block = RamBlock::new(name, entry.used_length);
             block.guest_addr = entry.guest_addr.map(GuestAddr);
-            builder = builder.mapping(block, &mapped(file, Some(entry.used_length))?);
+            builder = builder.mapping(block, &mapped(file, Some(entry.used_length), file == &own)?);
         }
         let memory = builder.build().map_err(|error| unreadable(path, &error))?;
         let configuration = Configuration {
@@ -91,7 +91,7 @@ impl StoredGuest {
     pub fn of_blocks(blocks: &[Block]) -> Result<Self, StoreError> {
         let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
         for block in blocks {
-            let mapping = mapped(&block.path, None)?;
+            let mapping = mapped(&block.path, None, false)?;
             builder = builder.mapping(RamBlock::new(block.name.clone(), mapping.region().len()), &mapping);
         }
         let place = blocks.first().map_or(Path::new("."), |block| &block.path);
@@ -206,8 +206,14 @@ fn allowed(path: &Path, state: State, overrides: Overrides) -> Result<(), StoreE
     Err(StoreError::NotWhole { path: path.to_owned(), state, why })
 }
 
-fn mapped(path: &Path, length: Option<u64>) -> Result<Mapping, StoreError> {
-    let opened = OpenOptions::new().read(true).write(true).open(path).map_err(failed(path, "opening"))?;
+/// `own`: a file of the folder, which is no link; a caller's own file may be one.
+fn mapped(path: &Path, length: Option<u64>, own: bool) -> Result<Mapping, StoreError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    let opened = match own {
+        true => private::plain(path, &mut options)?,
+        false => options.open(path).map_err(failed(path, "opening"))?,
+    };
     let length = match length {
         Some(length) => length,
         None => opened.metadata().map_err(failed(path, "looking at"))?.len(),
@@ -216,7 +222,10 @@ fn mapped(path: &Path, length: Option<u64>) -> Result<Mapping, StoreError> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, StoreError> {
-    fs::read(path).map_err(failed(path, "reading"))
+    let mut bytes = Vec::new();
+    let mut file = private::plain(path, OpenOptions::new().read(true))?;
+    file.read_to_end(&mut bytes).map_err(failed(path, "reading"))?;
+    Ok(bytes)
 }
 
 fn unreadable(path: &Path, why: &dyn std::fmt::Display) -> StoreError {

@@ -4,7 +4,7 @@
 //! placed at the destination, past the byte stream. Channels know nothing of each other but the fences: the world holds
 //! them there until all have come, or, for channels as those of multifd, the destination's session does.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use super::channel::SimSink;
@@ -60,6 +60,10 @@ pub(super) struct DoorState {
     failed: bool,
     last_placed: u64,
     pub(super) pages_offered: u64,
+    /// The NIC knows the guest's memory.
+    pub(super) registered: bool,
+    /// Pages that were given back since: the NIC goes on with the old ones, which hold this.
+    old_pages: BTreeMap<(u32, u64), Vec<u8>>,
     /// Pages whose last offered bytes are at the destination for certain, and not reported written since.
     pub(super) confirmed: Vec<PageBitmap>,
 }
@@ -83,7 +87,21 @@ impl DoorState {
             failed: false,
             last_placed: 0,
             pages_offered: 0,
+            registered: false,
+            old_pages: BTreeMap::new(),
             confirmed: plan.blocks.iter().map(|(pages, _)| PageBitmap::new(*pages)).collect(),
+        }
+    }
+
+    /// True if a NIC may come to know the guest's memory.
+    pub(super) fn registers(&self) -> bool {
+        self.kind.is_some_and(|door| door.registers)
+    }
+
+    /// The guest gives back a page that holds `bytes`.
+    pub(super) fn given_back(&mut self, block: u32, page: u64, bytes: Vec<u8>) {
+        if self.registered {
+            self.old_pages.entry((block, page)).or_insert(bytes);
         }
     }
 
@@ -192,6 +210,13 @@ impl World {
             let from = bytes.len();
             bytes.resize(from + len as usize, 0);
             region.span(start, len).unwrap().copy_to(&mut bytes[from..]);
+            for page in 0..piece.run.pages {
+                let at = (piece.run.block.0, piece.run.first.0 + page);
+                if let Some(old) = self.door.old_pages.get(&at) {
+                    let from = from + page as usize * PAGE;
+                    bytes[from..from + PAGE].copy_from_slice(old);
+                }
+            }
         }
         batch.bytes = Some(bytes);
         let ticket = batch.ticket;
@@ -299,7 +324,7 @@ impl SourceLink for SimLink {
             exclusive_round: self.door.exclusive,
             confirms_placement: self.door.confirms,
             ordered: false,
-            registers_memory: false,
+            registers_memory: self.door.registers,
             batches_in_flight: self.door.depth as u32,
             batch_pages: self.door.batch_pages,
         }
@@ -310,7 +335,13 @@ impl SourceLink for SimLink {
     }
 
     fn open_round(&mut self, _kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
-        self.call(|world| world.door.open = true)
+        self.call(|world| {
+            world.door.open = true;
+            if world.door.registers() {
+                world.door.registered = true;
+                world.mark(Mark::Registered);
+            }
+        })
     }
 
     fn offer(&mut self, batch: PageBatch, _stop: &Stop) -> Result<Offer, MoveError> {
@@ -388,6 +419,7 @@ impl SourceLink for SimLink {
         let mut turn = self.sim.enter();
         let door = &mut turn.world.door;
         door.failed = true;
+        door.registered = false;
         let inside = std::mem::take(&mut door.channels).into_iter().flatten().filter_map(|item| match item {
             Item::Batch(batch) => batch.batch,
             Item::Fence => None,

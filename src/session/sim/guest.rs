@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::plan::{Fault, LogKind, Plan, Rng, Side};
-use super::world::{Sim, World};
+use super::world::{Mark, Sim, World};
 use crate::guest::{DirtyError, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest};
 use crate::ram::{BlockName, Landing, PageBitmap, PageRun, RamBlock, RamBlockTable};
 use crate::session::{Arrival, Error, Incoming, Placed};
@@ -30,6 +30,8 @@ pub(super) struct Guest {
     pub(super) state: Vec<u8>,
     pub(super) state_end: usize,
     pub(super) loaded: Vec<u8>,
+    /// It has promised to give no page back.
+    pub(super) promised: bool,
 }
 
 fn mapped(blocks: &[(u64, PageSize)]) -> Arc<MappedGuest> {
@@ -59,6 +61,7 @@ impl Guest {
             state: Vec::new(),
             state_end: 0,
             loaded: Vec::new(),
+            promised: false,
         };
         let mut rng = Rng::new(plan.seed ^ 0xf111);
         for (block, (pages, _)) in plan.blocks.iter().enumerate() {
@@ -94,6 +97,16 @@ impl Guest {
         truth[at..at + 8].copy_from_slice(&stamp);
     }
 
+    /// The guest gives a page back; where it looks next is a new one of zeros. Returns what the old one held.
+    fn give_back(&mut self, block: u32, page: u64) -> Vec<u8> {
+        let start = page as usize * PAGE;
+        let truth = &mut self.truth[Side::Source as usize][block as usize][start..start + PAGE];
+        let held = truth.to_vec();
+        truth.fill(0);
+        page_of(&self.memory[Side::Source as usize], block, page).fill_zero();
+        held
+    }
+
     /// The first page whose bytes are not those the guest wrote last.
     pub(super) fn differs(&self, side: Side, truth: Side) -> Option<String> {
         let mut now = vec![0; PAGE];
@@ -123,7 +136,14 @@ impl World {
                 let at = self.rng.below(self.plan.working_set.len() as u64) as usize;
                 let (block, page) = self.plan.working_set[at];
                 self.guest.writes_left = self.guest.writes_left.saturating_sub(1);
-                self.guest.write(side, block, page, &mut self.rng);
+                let balloon = side == Side::Source && self.door.registers() && !self.guest.promised;
+                if balloon && self.rng.one_in(4) {
+                    let held = self.guest.give_back(block, page);
+                    self.door.given_back(block, page, held);
+                    self.mark(Mark::GivenBack);
+                } else {
+                    self.guest.write(side, block, page, &mut self.rng);
+                }
                 if side == Side::Source {
                     // vCPUs and devices are seen by different logs.
                     let log = self.rng.below(self.logs.len() as u64) as usize;
@@ -367,6 +387,15 @@ impl GuestControl for SimControl {
         }
         turn.step();
         Ok(())
+    }
+
+    fn forbid_discard(&mut self, forbid: bool) -> bool {
+        let mut turn = self.sim.enter();
+        if !forbid && turn.world.door.registered && self.side == Side::Source {
+            turn.world.violation("the promise is given back while a NIC knows the memory");
+        }
+        turn.world.guest.promised = forbid;
+        true
     }
 
     fn throttle(&mut self, share: Percent) {

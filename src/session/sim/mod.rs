@@ -92,6 +92,8 @@ impl Coverage {
             ("pages overtaken", marked(Mark::Overtaken)),
             ("pages overtaken on page channels", world.door.has_barriers() && marked(Mark::Overtaken)),
             ("completed on page channels", world.door.has_barriers() && sent.outcome == Outcome::Completed),
+            ("memory registered", marked(Mark::Registered)),
+            ("page given back before or after", marked(Mark::GivenBack)),
         ];
         for (name, is_so) in facts {
             *self.0.entry(name).or_default() += u64::from(is_so);
@@ -182,6 +184,7 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::SkipComparing => &["started with other memory"],
         // A relay's, which is not simulated here: `relay_tests`.
         Breakage::ScanBeforeFinish => &[],
+        Breakage::RegisterUnpromised => &["started with other memory", "differs from the source's"],
         Breakage::MarkBeforeCopy => &["was told before it was there"],
     }
 }

@@ -152,6 +152,8 @@ pub(super) struct LateDoor {
     pub(super) fence_waits: bool,
     /// Page channels as those of multifd: the destination's session holds them at each fence.
     pub(super) barrier: Option<Barrier>,
+    /// A NIC reads the pages: those that lay under the addresses when it was told of them.
+    pub(super) registers: bool,
 }
 
 /// How the stream tells where the channels have a fence.
@@ -297,10 +299,12 @@ fn draw_door(rng: &mut Rng) -> DoorKind {
         slowness: rng.pick(&[1, 6, 40]),
         fence_waits: rng.one_in(3),
         barrier: None,
+        registers: false,
     };
     let barrier = rng.pick(&[Barrier::Record, Barrier::SectionEnd]);
+    let registers = !rng.one_in(3);
     DoorKind::Late(match rng.one_in(2) {
-        false => door,
+        false => LateDoor { registers, ..door },
         true => LateDoor {
             confirms: false,
             declines: false,

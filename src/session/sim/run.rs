@@ -165,6 +165,7 @@ impl Run {
         let log_failed = matches!(world.plan.fault, Some(Fault::Log { .. }));
         must(world.throttle == 0, "the brake is on");
         must(log_failed || world.logs.iter().all(|log| !log.on), "a log is on");
+        must(!world.guest.promised, "the guest may give no page back although the migration has ended");
         match outcome {
             Outcome::Completed => {
                 must(!here, "the guest runs at the source although it was given away");

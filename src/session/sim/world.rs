@@ -36,6 +36,8 @@ pub(super) enum Mark {
     Flipped,
     CallFailed,
     Rude,
+    Registered,
+    GivenBack,
 }
 
 #[derive(Debug)]

@@ -1,0 +1,136 @@
+//! A peer that is slow is waited for as long as it moves; one that is silent, hangs or is dead is not.
+
+use std::time::Instant;
+
+use ramwire::transport::{Fault, FaultKind, Faulty};
+
+use super::*;
+
+#[test]
+fn a_stream_that_moves_slowly_never_counts_as_stalled() {
+    std::thread::scope(|scope| {
+        for text in ["tcp", "unix"] {
+            scope.spawn(move || slow_but_moving(text, slow_pair(text, 800)));
+        }
+        // A large send buffer: poll(2) says writable only when a third of it is free, far later than bytes move.
+        scope.spawn(move || {
+            let (near, far) = tcp_sockets(Some(64 << 10), None);
+            let take = |fd| StreamChannel::from_fd(fd, "the other end", &impatient(800)).unwrap();
+            slow_but_moving("tcp with a large buffer", (take(near), take(far)));
+        });
+    });
+}
+
+fn slow_but_moving(name: &str, (mut near, mut far): (StreamChannel, StreamChannel)) {
+    let total = 4 << 20;
+    let reader = std::thread::spawn(move || {
+        let (mut got, mut room) = (0, vec![0; 64 << 10]);
+        while got < total {
+            got += recv(&mut far, &mut room).unwrap();
+            std::thread::sleep(Duration::from_millis(60));
+        }
+    });
+    let begun = Instant::now();
+    send(&mut near, &pattern(total)).unwrap();
+    near.finish(&stop()).unwrap();
+    assert!(begun.elapsed() > Duration::from_millis(1600), "{name}: the reader was not slow");
+    reader.join().unwrap();
+}
+
+#[test]
+fn a_half_open_peer_is_noticed_on_each_side_within_the_stall_time() {
+    for text in ["tcp::0", "unix"] {
+        let (mut near, mut far) = slow_pair(text, 300);
+        let begun = Instant::now();
+        // Nobody reads what near sends, and nobody sends what far waits for.
+        let error = send(&mut near, &pattern(20 << 20)).unwrap_err();
+        let took = begun.elapsed();
+        assert!(matches!(error, ChannelError::Stalled { .. }), "{text}: {error}");
+        assert!(error.to_string().contains("--stall-timeout"));
+        assert!((300..2000).contains(&took.as_millis()), "{text}: {took:?}");
+        drain(&mut far);
+        let begun = Instant::now();
+        assert!(matches!(recv(&mut far, &mut [0]), Err(ChannelError::Stalled { .. })));
+        assert!((300..2000).contains(&begun.elapsed().as_millis()), "{text}");
+    }
+}
+
+/// Takes what is there until nothing comes for a moment.
+fn drain(channel: &mut StreamChannel) {
+    let mut room = vec![0; 1 << 16];
+    loop {
+        let short = stop().within(Duration::from_millis(50));
+        if channel.recv(&mut [RecvPart::Own(&mut room)], &short).is_err() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_hanging_reader_is_noticed_by_the_sender() {
+    let (mut near, far) = pair("tcp::0", &impatient(300));
+    let mut far = Faulty::new(far, [Fault { at: 100_000, kind: FaultKind::Hang }], None);
+    let cancel = CancelToken::default();
+    let reader_stop = Stop::on(&cancel);
+    let reader = std::thread::spawn(move || {
+        let mut room = vec![0; 1 << 16];
+        while far.recv(&mut [RecvPart::Own(&mut room)], &reader_stop).is_ok() {}
+    });
+    let error = send(&mut near, &pattern(64 << 20)).unwrap_err();
+    assert!(matches!(error, ChannelError::Stalled { .. }), "{error}");
+    cancel.cancel();
+    reader.join().unwrap();
+}
+
+#[test]
+fn a_dead_host_is_noticed_by_a_sender_and_by_a_waiting_receiver() {
+    let options = StreamOptions { stall: None, dead_peer: 2 * SECOND, ..StreamOptions::default() };
+    std::thread::scope(|scope| {
+        // Little and much data under way, a full window, and only keepalive.
+        for amount in [10, 32 << 20, 0] {
+            scope.spawn(move || {
+                let (near, far) = tcp_sockets(Some(1 << 20), Some(1 << 20));
+                let mut near = StreamChannel::from_fd(near, "the dead one", &options).unwrap();
+                cut_off(&far);
+                let begun = Instant::now();
+                let error = match send(&mut near, &pattern(amount)) {
+                    Ok(()) => recv(&mut near, &mut [0]).unwrap_err(),
+                    Err(error) => error,
+                };
+                let took = begun.elapsed();
+                assert!(matches!(error, ChannelError::Silent { .. }), "{amount}: {error}");
+                assert!((1..7).contains(&took.as_secs()), "{amount}: {took:?}");
+            });
+        }
+        // The window was closed before the host died.
+        scope.spawn(move || {
+            let (near, far) = tcp_sockets(Some(64 << 10), Some(64 << 10));
+            let mut near = StreamChannel::from_fd(near, "the dead one", &options).unwrap();
+            let short = stop().within(SECOND);
+            let bytes = pattern(8 << 20);
+            let full = near.send(&[SendPart::Own(&bytes)], &short);
+            assert!(matches!(full, Err(ChannelError::Stopped { .. })));
+            cut_off(&far);
+            let begun = Instant::now();
+            let error = send(&mut near, &bytes).unwrap_err();
+            assert!(matches!(error, ChannelError::Silent { .. }), "{error}");
+            assert!((1..9).contains(&begun.elapsed().as_secs()));
+        });
+    });
+}
+
+#[test]
+fn a_host_without_room_that_answers_is_not_dead() {
+    let options = StreamOptions { stall: Some(20 * SECOND), dead_peer: SECOND, ..StreamOptions::default() };
+    let (near, far) = tcp_sockets(Some(64 << 10), Some(64 << 10));
+    let mut near = StreamChannel::from_fd(near, "the slow one", &options).unwrap();
+    let mut far = StreamChannel::from_fd(far, "the sender", &options).unwrap();
+    let reader = std::thread::spawn(move || {
+        std::thread::sleep(5 * SECOND);
+        let got = read_all(&mut far).unwrap();
+        assert!(got == pattern(8 << 20));
+    });
+    send(&mut near, &pattern(8 << 20)).unwrap();
+    near.finish(&stop()).unwrap();
+    reader.join().unwrap();
+}
