@@ -84,8 +84,11 @@ impl MemoryProvider for ArrivingGuest {
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
         let made = self.lock().make(incoming);
         let memory = made.map_err(|error| Error::Config {
+            remedy: match error {
+                StoreError::NotPlain { .. } => "or give a folder of its own",
+                _ => "give a folder on a file system with room for all of the guest's RAM",
+            },
             what: error.to_string(),
-            remedy: "give a folder on a file system with room for all of the guest's RAM",
         })?;
         Ok(Arc::new(memory))
     }
