@@ -37,6 +37,7 @@ use report::{Report, Setting};
 
 use super::args::Exit;
 use super::common;
+use super::plot::PlotError;
 
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
@@ -296,11 +297,8 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
             common::cancel_on_signal(vec![cancel.clone()]);
             let done = match args.transport {
                 Connection::Rdma => over_rdma(args, &cancel),
-                _ => migrate(args, &cancel).and_then(|report| {
-                    draw(args, &report)?;
-                    publish(args, &report, report.table());
-                    Ok(())
-                }),
+                _ => migrate(args, &cancel)
+                    .and_then(|report| publish(args, &report, report.table(), || report.picture())),
             };
             done.map(|()| Exit::Done)
         }
@@ -327,28 +325,30 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
     }
 }
 
-fn draw(args: &MigrateArgs, report: &Report) -> Result<(), BenchError> {
+fn publish(
+    args: &MigrateArgs,
+    report: &impl Serialize,
+    table: String,
+    picture: impl FnOnce() -> Result<String, PlotError>,
+) -> Result<(), BenchError> {
     if let Some(path) = &args.svg {
-        let drawn = report.picture().map_err(io::Error::other).and_then(|svg| std::fs::write(path, svg));
+        let drawn = picture().map_err(io::Error::other).and_then(|svg| std::fs::write(path, svg));
         drawn.map_err(|source| BenchError::Io {
             who: path.display().to_string(),
             doing: "drawing",
             source,
         })?;
     }
-    Ok(())
-}
-
-fn publish(args: &MigrateArgs, report: &impl Serialize, table: String) {
     match args.json {
         true => println!("{}", serde_json::json!(report)),
         false => print!("{table}"),
     }
+    Ok(())
 }
 
 #[cfg(feature = "rdma")]
 fn over_rdma(args: &MigrateArgs, cancel: &CancelToken) -> Result<(), BenchError> {
-    rdma::migrate(args, cancel).map(|report| publish(args, &report, report.table()))
+    rdma::migrate(args, cancel).and_then(|report| publish(args, &report, report.table(), || report.picture()))
 }
 
 #[cfg(not(feature = "rdma"))]

@@ -9,6 +9,7 @@ use super::super::interval::Median;
 use super::super::report::{kernel, shown};
 use super::super::strace::Calls;
 use super::super::{MigrateArgs, Run};
+use crate::cli::plot::{self, Axis, Bar, PlotError};
 
 const GB: f64 = 1e9;
 const MB: f64 = 1e6;
@@ -166,6 +167,21 @@ impl Report {
         }
         self.counts(&mut out);
         out
+    }
+
+    /// Throughput after setup as bars, as SVG.
+    ///
+    /// # Errors
+    /// [`PlotError`].
+    pub fn picture(&self) -> Result<String, PlotError> {
+        let bar = |contestant: &Contestant| {
+            let Median { median, low, high, .. } = contestant.mb_per_s?;
+            Some(Bar { name: contestant.name.clone(), value: median, low, high })
+        };
+        let bars: Vec<Bar> = self.contestants.iter().filter_map(bar).collect();
+        let mode = if self.pin_all { "pin-all" } else { "dynamic registration" };
+        let title = format!("{} memory over RDMA, {mode}", self.fill);
+        plot::bars(&title, Axis { label: "MB/s", logarithmic: false, tick: plot::plain }, &bars)
     }
 
     /// What was counted, per GB of guest RAM.
