@@ -12,9 +12,10 @@ use crate::stream::qemu::style::PeerStyle;
 use crate::stream::qemu::{file, ram};
 use crate::units::GuestAddr;
 
+use super::answers::refuse_verdict;
 use super::digest::Digest;
 use super::return_path::Word;
-use super::source::{SourceSession, refuse_verdict};
+use super::source::SourceSession;
 use super::{Error, Peer};
 
 /// Our own section id: above every id a QEMU gives, so that it differs from all in a forwarded tail.

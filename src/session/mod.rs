@@ -1,6 +1,7 @@
 //! Migrations as threads run them: a session does what the [engine](crate::engine) decides.
 
 mod ahead;
+mod answers;
 mod arrivals;
 mod breakage;
 pub mod config;

@@ -87,7 +87,7 @@ impl ReturnPath {
 }
 
 /// The reason to stop, if there is one by now: a wait that always finds bytes does not look at it.
-fn look_at(stop: &Stop) -> Result<(), ChannelError> {
+pub(super) fn look_at(stop: &Stop) -> Result<(), ChannelError> {
     match stop.reason() {
         Some(reason) => Err(ChannelError::Stopped { reason, doing: "hearing the destination" }),
         None => Ok(()),

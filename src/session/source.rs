@@ -10,7 +10,6 @@ use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
 use crate::observe::{SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
-use crate::stream::qemu::command::Command;
 use crate::stream::qemu::section;
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::{
@@ -20,28 +19,12 @@ use crate::transport::{
 use super::config::SourceSettings;
 use super::figures::Figures;
 use super::handle::Commitment;
-use super::return_path::{ReturnPath, Word};
+use super::return_path::ReturnPath;
 use super::switchover::{FixedCosts, REMEDIES};
 use super::{Breakage, Error, ErrorKind, greeting};
 
-/// Longest time in which a source with nothing to send is silent.
-const LONGEST_SILENCE: Duration = Duration::from_secs(5);
-
-/// Time between two looks at the peer while a guest is waited for.
-const A_LOOK: Duration = Duration::from_millis(50);
-
-/// Bytes of RAM a second that a destination compares and puts away at the least: what bounds the wait for one that
-/// goes on saying that it is at it.
-const SLOWEST_LOAD: u64 = 64 << 20;
-
-/// The option behind `finish_timeout`, for errors.
-const FINISH_TIMEOUT: &str = "--finish-timeout";
-
 /// A guest that may be slowed down is looked at that often, however long a round takes.
 const LONGEST_ROUND: Duration = Duration::from_secs(5);
-
-/// Messages heard in one look at the return path.
-const MOST_HEARD: usize = 64;
 
 /// A guest to be moved.
 pub struct SourceGuest {
@@ -481,104 +464,8 @@ impl SourceSession {
         Ok(Input::Woken { upstream_stopped: upstream.wait(time)? })
     }
 
-    /// A source that has nothing to send says so: a ramwire takes long silence for a dead peer. Both kinds of peer
-    /// answer a PING between sections.
-    pub(super) fn give_a_sign(&mut self) -> Result<(), Error> {
-        let now = self.clock.now();
-        let every = (self.settings.stall_timeout / 4).min(LONGEST_SILENCE);
-        if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
-            return Ok(());
-        }
-        self.last_sign = now;
-        let mut ping = Vec::new();
-        Command::Ping(greeting::ORDINARY_PING).encode(&mut ping);
-        self.send_bytes(&ping)?;
-        Ok(self.link.sink().flush(&self.stop)?)
-    }
-
-    /// Sees whether the peer failed meanwhile.
-    pub(super) fn hear(&mut self) -> Result<(), Error> {
-        let Some(back) = &mut self.back else { return Ok(()) };
-        // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
-        for _ in 0..MOST_HEARD {
-            match back.poll()? {
-                Some(Word::Working) => {}
-                Some(word) => refuse_verdict(word)?,
-                None => break,
-            }
-        }
-        Ok(())
-    }
-
-    /// Why the peer failed, if it said so before the connection broke.
-    fn last_word(&mut self) -> Option<Error> {
-        match self.hear() {
-            Err(error @ Error::PeerFailed { .. }) => Some(error),
-            _ => None,
-        }
-    }
-
     pub(super) fn send_bytes(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
         self.link.sink().send(&[SendPart::Own(bytes)], &self.stop)
-    }
-
-    fn await_ready(&mut self) -> Result<Input, Error> {
-        if self.breakage.is(Breakage::CommitBeforeReady) {
-            return Ok(Input::Ready);
-        }
-        // It makes its own digest before, and puts RAM on a disk perhaps: as long as it says so, a cancel apart.
-        let work = Duration::from_secs(self.guest.memory.table().travelling() / SLOWEST_LOAD);
-        let longest = self.settings.finish_timeout.saturating_add(work);
-        let stop = self.stop.within(longest);
-        let silence = self.settings.stall_timeout;
-        loop {
-            let word = self.verdict(&stop.within(silence), || {
-                let (after, raise) = match stop.reason() {
-                    Some(_) => (longest, FINISH_TIMEOUT),
-                    None => (silence, "--stall-timeout"),
-                };
-                Error::NoAnswer { what: "that it has loaded the guest", after, raise }
-            });
-            match word? {
-                Word::Working => {}
-                Word::Ready => return Ok(Input::Ready),
-                word => return refuse_verdict(word).map(|()| Input::Failed),
-            }
-        }
-    }
-
-    /// Before COMMIT, so that a failure on either side leaves the guest at its source.
-    fn await_guest(&mut self) -> Result<Input, Error> {
-        while let Some(upstream) = &mut self.upstream
-            && !upstream.wait_given(A_LOOK)?
-        {
-            self.hear()?;
-            if self.stop.reason().is_some() {
-                return Err(Error::Cancelled);
-            }
-        }
-        Ok(Input::Done)
-    }
-
-    fn await_running(&mut self) -> Result<Input, Error> {
-        if !self.handover.has_running() {
-            return Ok(Input::Running);
-        }
-        let after = self.settings.finish_timeout;
-        let silent = || Error::NoAnswer { what: "that the guest runs", after, raise: FINISH_TIMEOUT };
-        match self.verdict(&self.stop.within(after), silent)? {
-            Word::Running if self.handover == Handover::Native => Ok(Input::Running),
-            Word::Shut(0) if self.handover == Handover::Shut => Ok(Input::Running),
-            word => refuse_verdict(word).map(|()| Input::Failed),
-        }
-    }
-
-    /// Waits until `stop`, whose deadline means `silent`.
-    fn verdict(&mut self, stop: &Stop, silent: impl FnOnce() -> Error) -> Result<Word, Error> {
-        let Some(back) = &mut self.back else {
-            return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });
-        };
-        back.next_verdict(stop).map_err(|error| if error.is_deadline() { silent() } else { error })
     }
 
     /// Before COMMIT: nothing is lost. Unsent and unconfirmed pages are dirty again, the guest runs.
@@ -625,17 +512,5 @@ pub(super) fn discards() -> Error {
     Error::Config {
         what: "the guest does not promise to keep its memory in place while a NIC knows it".into(),
         remedy: "use a tcp: address, or take balloon and free page reporting off the guest",
-    }
-}
-
-/// A word that says the peer failed, or that is out of turn, as an error; harmless ones pass.
-pub(super) fn refuse_verdict(word: Word) -> Result<(), Error> {
-    match word {
-        Word::Pong(_) | Word::SwitchoverAck => Ok(()),
-        Word::Refused(why) => Err(Error::PeerFailed { why }),
-        Word::Shut(status) if status != 0 => {
-            Err(Error::PeerFailed { why: format!("it ended the migration with status {status}") })
-        }
-        word => Err(Error::OutOfTurn { what: format!("{word:?}"), at: None, while_doing: "sending RAM" }),
     }
 }
