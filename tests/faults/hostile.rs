@@ -16,7 +16,8 @@ use ramwire::stream::qemu::return_path::Message;
 use ramwire::stream::qemu::section::{
     SectionName, encode_end, encode_footer, encode_full, encode_part, encode_start,
 };
-use ramwire::sys::CancelToken;
+use ramwire::sys::{CancelToken, RecvPart, Stop};
+use ramwire::transport::{ByteSource, ChannelError};
 
 use crate::live::{
     BLOCKS, Live, PAGE, assert_stayed, channel, destination, migrate_cleanly, settings, source,
@@ -443,6 +444,52 @@ fn a_destination_that_talks_without_end_is_left_and_takes_no_memory() {
     }
     assert_bounded("floods from a destination", before);
     migrate_cleanly(&live, "after all floods");
+}
+
+/// Answers that are always there already, `most` bytes of them: reading them never waits.
+struct Flood {
+    head: Vec<u8>,
+    again: Vec<u8>,
+    at: usize,
+    most: usize,
+}
+
+impl ByteSource for Flood {
+    fn recv(&mut self, into: &mut [RecvPart<'_>], _: &Stop) -> Result<usize, ChannelError> {
+        let Some(RecvPart::Own(room)) = into.first_mut() else { return Ok(0) };
+        if self.at >= self.most {
+            return Ok(0);
+        }
+        for byte in room.iter_mut() {
+            let past = self.at.checked_sub(self.head.len());
+            *byte = past.map_or_else(|| self.head[self.at], |past| self.again[past % self.again.len()]);
+            self.at += 1;
+        }
+        Ok(room.len())
+    }
+}
+
+#[test]
+fn answers_that_are_always_there_already_do_not_put_off_the_end_of_a_wait() {
+    let live = Live::running(14, 500);
+    for (what, word) in [
+        ("PONG", Message::Pong(7)),
+        ("ack", Message::SwitchoverAck),
+        ("work", Message::Native(Answer::Working)),
+    ] {
+        // More than can be read within the timeouts on any machine, less than keeps a broken build for hours.
+        let most = 8 << 30;
+        let flood = Flood { head: greeting(), again: said(&word), at: 0, most };
+        let (near, far) = UnixStream::pair().unwrap();
+        let reading = std::thread::spawn(move || std::io::copy(&mut &far, &mut std::io::sink()));
+        let (sink, _) = channel(near, IMPATIENT).split();
+        let control = Box::new(live.clone());
+        let sent = source(&live, control, Box::new(sink), Box::new(flood), settings(IMPATIENT)).run();
+        assert!(matches!(sent.error, Some(Error::NoAnswer { .. })), "{what}: {:?}", sent.error);
+        assert_stayed(what, &live, &sent);
+        drop(sent);
+        drop(reading.join());
+    }
 }
 
 #[test]
