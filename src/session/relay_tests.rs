@@ -330,9 +330,13 @@ fn pages_that_a_nic_wrote_in_later_rounds_and_in_the_last_one_reach_the_far_end(
 
 #[test]
 fn a_scan_before_the_last_round_loses_its_pages() {
-    let Relayed { source, equal, .. } = relayed(Breakage::ScanBeforeFinish, true);
-    assert_eq!(source.outcome, Outcome::Completed, "nobody notices: {source:?}");
-    assert!(!equal, "the last round's pages are found whenever they are looked for");
+    // On a busy machine a page found early may be read so late that it holds the last round's bytes all the same.
+    let lost = (0..20).any(|_| {
+        let Relayed { source, equal, .. } = relayed(Breakage::ScanBeforeFinish, true);
+        assert_eq!(source.outcome, Outcome::Completed, "nobody notices: {source:?}");
+        !equal
+    });
+    assert!(lost, "the last round's pages are found whenever they are looked for");
 }
 
 #[test]
