@@ -1,5 +1,7 @@
 //! The virtual machine as a migration sees it: its memory, what it wrote, and how it is controlled.
 
+mod discards;
+mod hints;
 #[cfg(feature = "kvm")]
 mod kvm;
 mod mapped;
@@ -18,6 +20,10 @@ mod written_pages;
 
 use std::io::{self, Read, Write};
 
+pub use discards::{DiscardManager, PlugMap};
+#[cfg(test)]
+pub(crate) use hints::HintBreakage;
+pub use hints::{HintEpoch, HintError, Hinted, PageHints};
 #[cfg(feature = "kvm")]
 pub use kvm::{KvmDirtyLog, KvmDirtyRing, KvmSlot, RingSize};
 pub use mapped::{GuestBuilder, MappedGuest};

@@ -40,6 +40,15 @@ pub struct PageCounts {
     pub delta: u64,
 }
 
+/// Pages that were left out, since nobody needs their bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SkippedPages {
+    /// Pages that were to be sent and that the guest said are free; each time it said so.
+    pub hinted: u64,
+    /// Pages found unplugged; each time they became so.
+    pub discarded: u64,
+}
+
 /// What deltas did, the parts of which `query-migrate` makes its `xbzrle-cache`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct DeltaCounts {
@@ -189,6 +198,8 @@ pub struct Statistics {
     pub total: u64,
     /// Pages by kind.
     pub pages: PageCounts,
+    /// Pages that were left out, as of the last merge of the dirty logs.
+    pub skipped: SkippedPages,
     /// Bytes of one target page.
     pub page_size: u64,
     /// Merges of the dirty logs.

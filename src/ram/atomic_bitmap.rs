@@ -39,17 +39,38 @@ impl AtomicBitmap {
     ///
     /// Release: whoever takes the bit sees the bytes written before it was set.
     pub fn set(&self, first: PageIndex, pages: u64) -> u64 {
+        let fresh = self.masks(first, pages).map(|(word, mask)| {
+            let before = word.fetch_or(mask, Ordering::AcqRel);
+            u64::from((mask & !before).count_ones())
+        });
+        fresh.sum()
+    }
+
+    /// Clears `pages` pages from `first`, cut at the end of the map.
+    pub fn clear(&self, first: PageIndex, pages: u64) {
+        self.masks(first, pages).for_each(|(word, mask)| {
+            word.fetch_and(!mask, Ordering::AcqRel);
+        });
+    }
+
+    /// The words that a range of pages touches, and which of their bits.
+    fn masks(&self, first: PageIndex, pages: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
         let end = first.0.saturating_add(pages).min(self.pages);
         let mut at = first.0;
-        let mut fresh = 0;
-        while at < end {
+        std::iter::from_fn(move || {
             let upto = end.min((at / 64 + 1) * 64);
-            let mask = (u64::MAX >> (64 - (upto - at))) << (at % 64);
-            let before = self.words[(at / 64) as usize].fetch_or(mask, Ordering::AcqRel);
-            fresh += u64::from((mask & !before).count_ones());
+            let (from, len) = (at, upto.checked_sub(at).filter(|len| *len > 0)?);
             at = upto;
+            let mask = (u64::MAX >> (64 - len)) << (from % 64);
+            Some((self.words.get((from / 64) as usize)?, mask))
+        })
+    }
+
+    /// ORs every set bit into `into`.
+    pub fn copy_into(&self, into: &mut PageBitmap) {
+        for (at, word) in self.words.iter().enumerate() {
+            into.merge_words(at, &[word.load(Ordering::Acquire)]);
         }
-        fresh
     }
 
     /// Moves every set bit into `into` and clears it here; returns how many were clear there before.

@@ -1,6 +1,6 @@
 //! Which pages are still to be sent, and which parts of the hardware log are still to be cleared.
 
-use super::{PageBitmap, PageRun, RamBlockTable};
+use super::{PageBitmap, PageRun, PageSet, RamBlockTable};
 use crate::units::{BlockIndex, PageIndex};
 
 /// log2 of the pages in one chunk of the clear map: 6 to 31, 18 (1 GiB of 4 KiB pages) by default.
@@ -71,10 +71,19 @@ impl DirtyMap {
         map.map_or(0, |map| map.dirty.set_range(run.first.0..run.end().0))
     }
 
-    /// Takes a run out of the map, whatever of it was dirty; for pages that need not travel.
-    pub fn clear_run(&mut self, run: PageRun) -> u64 {
-        let map = self.blocks.get_mut(run.block.as_usize());
-        map.map_or(0, |map| map.dirty.clear_range(run.first.0..run.end().0))
+    /// Takes a run out of the map, for pages that need not travel: what of it was dirty goes into `skipped`. Returns how
+    /// many pages those were.
+    pub fn skip_run(&mut self, run: PageRun, skipped: &mut PageSet) -> u64 {
+        let Some(map) = self.blocks.get_mut(run.block.as_usize()) else { return 0 };
+        let (mut from, end, mut gone) = (run.first.0, run.end().0, 0);
+        while let Some(found) = map.dirty.next_run(PageIndex(from), u64::MAX).filter(|f| f.start < end) {
+            let found = found.start..found.end.min(end);
+            from = found.end;
+            let pages = map.dirty.clear_range(found.clone());
+            gone += pages;
+            skipped.add(PageRun { block: run.block, first: PageIndex(found.start), pages });
+        }
+        gone
     }
 
     /// Hands the bitmap of `block` to a sync. Afterwards every chunk counts as read but not cleared.
@@ -169,6 +178,19 @@ mod tests {
         let mut map = DirtyMap::new(&table, ClearShift::default());
         map.set_all(&table);
         assert_eq!(map.count(), 3);
+    }
+
+    #[test]
+    fn what_of_a_run_was_dirty_is_skipped() {
+        let table = table(&[200]);
+        let run = |first, pages| PageRun { block: BlockIndex(0), first: PageIndex(first), pages };
+        let (mut map, mut skipped) = (DirtyMap::new(&table, ClearShift::default()), PageSet::new(&table));
+        for dirty in [run(10, 10), run(30, 100)] {
+            map.set_run(dirty);
+        }
+        assert_eq!(map.skip_run(run(15, 25), &mut skipped), 15);
+        assert_eq!(skipped.runs().collect::<Vec<_>>(), [run(15, 5), run(30, 10)]);
+        assert_eq!((map.count(), map.skip_run(run(15, 25), &mut skipped)), (95, 0));
     }
 
     #[test]

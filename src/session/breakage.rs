@@ -39,12 +39,24 @@ pub(super) enum Breakage {
     RegisterUnpromised,
     /// Bytes copied, then marked: the destination tells of a page before it is there.
     MarkBeforeCopy,
+    /// A hint leaves the log of its pages as it is.
+    HintUnprotected,
+    /// Hints that came before a sync have their effect after it.
+    HintAcrossSync,
+    /// Hints are taken whenever they come.
+    HintOfAnyEpoch,
+    /// Pages that were left out are clean after a failure.
+    ForgetSkipped,
+    /// Memory that is plugged again is not dirty.
+    ForgetPlugged,
+    /// The digest covers pages that were left out.
+    CompareSkipped,
 }
 
 impl Breakage {
     /// All but `None` and what only [`relay_tests`](super::relay_tests) switch off.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 15] = [
+    pub(super) const ALL: [Self; 21] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
         Self::SkipBarrier,
@@ -60,6 +72,12 @@ impl Breakage {
         Self::SkipComparing,
         Self::RegisterUnpromised,
         Self::MarkBeforeCopy,
+        Self::HintUnprotected,
+        Self::HintAcrossSync,
+        Self::HintOfAnyEpoch,
+        Self::ForgetSkipped,
+        Self::ForgetPlugged,
+        Self::CompareSkipped,
     ];
 
     /// True if `order` is switched off; known to be false where this is not a test.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
 use crate::guest::{GuestControl, GuestError, GuestMemory};
 use crate::observe::{PageCounts, SharedStatistics, Status};
-use crate::ram::RamBlock;
+use crate::ram::{PageSet, RamBlock};
 use crate::stream::native::Answer;
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
@@ -146,6 +146,8 @@ pub struct DestinationSession {
     pub(super) in_native_state: bool,
     pub(super) migration_id: Option<[u8; 16]>,
     pub(super) theirs: Vec<u64>,
+    /// Pages that the source says it has not sent in their last state.
+    pub(super) unsent: PageSet,
     ours: Option<Digest>,
     verified: bool,
     pub(super) statistics: SharedStatistics,
@@ -187,6 +189,7 @@ impl DestinationSession {
             in_native_state: false,
             migration_id: None,
             theirs: Vec::new(),
+            unsent: PageSet::default(),
             ours: None,
             verified: false,
             statistics: SharedStatistics::default(),
@@ -357,7 +360,8 @@ impl DestinationSession {
         let incoming = self.incoming.as_ref();
         let carried = incoming.map(|i| carried(&i.configuration, &i.early_sections)).unwrap_or_default();
         let stop = &self.stop;
-        Digest::make(&memory, &carried, &self.state, &self.settings.spawner, || {
+        let unsent = self.unsent.clone();
+        Digest::make((&memory, unsent), &carried, &self.state, &self.settings.spawner, || {
             let stopped = |reason| ChannelError::Stopped { reason, doing: "making the digest" };
             stop.reason().map_or(Ok(()), |reason| Err(stopped(reason).into()))
         })

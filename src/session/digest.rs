@@ -10,9 +10,9 @@ use xxhash_rust::xxh3::Xxh3;
 use super::Error;
 use super::workers::Spawner;
 use crate::guest::{GuestError, GuestMemory};
-use crate::ram::{BlockName, Landing, RamBlockTable};
+use crate::ram::{BlockName, Landing, PageRun, PageSet, RamBlockTable};
 use crate::stream::qemu::file::{Configuration, encode_configuration};
-use crate::units::{BlockIndex, BlockOffset};
+use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
 /// Bytes under one digest.
 pub const RANGE: u64 = 16 << 20;
@@ -52,13 +52,14 @@ pub enum Mismatch {
 pub struct Digest(pub Vec<u64>);
 
 impl Digest {
-    /// Reads all RAM of `guest`, which must stand still. `carried` is what the stream tells beside RAM and
+    /// Reads all RAM of `guest`, which must stand still, but the pages that were not sent: those count as zeros and are
+    /// not looked at. `carried` is what the stream tells beside RAM and
     /// device state, as the session carries it. `still_at_it` is called about once a second.
     ///
     /// # Errors
     /// [`Error::Guest`], [`Error::Thread`] and what `still_at_it` answers.
     pub fn make(
-        guest: &Arc<dyn GuestMemory>,
+        (guest, unsent): (&Arc<dyn GuestMemory>, PageSet),
         carried: &[u8],
         state: &[u8],
         spawner: &Spawner,
@@ -67,7 +68,7 @@ impl Digest {
         let ranges = ranges(guest.table());
         let memory = Arc::clone(guest);
         let work = ranges.clone();
-        let hash = move |item: usize| hash_landing(&*memory, work[item]);
+        let hash = move |item: usize| hash_landing(&*memory, work[item], &unsent);
         let hashes = spawner.map_watched("ramwire-digest", ranges.len(), hash, still_at_it)?;
         let mut digest = hashes.into_iter().collect::<Result<Vec<u64>, GuestError>>()?;
         let mut hash = Xxh3::new();
@@ -82,14 +83,17 @@ impl Digest {
     ///
     /// # Errors
     /// As [`make`](Self::make).
-    pub fn sample(guest: &Arc<dyn GuestMemory>, spawner: &Spawner) -> Result<f64, Error> {
+    pub fn sample(
+        (guest, unsent): (&Arc<dyn GuestMemory>, PageSet),
+        spawner: &Spawner,
+    ) -> Result<f64, Error> {
         let ranges = ranges(guest.table());
         let items = ranges.len().min(2 * spawner.workers());
         let bytes = |ranges: &[Landing]| ranges.iter().map(|range| range.len()).sum::<u64>() as f64;
         let share = bytes(&ranges[..items]) / bytes(&ranges).max(1.0);
         let memory = Arc::clone(guest);
         let hashes = spawner.map("ramwire-digest", items, move |item| {
-            ranges.get(item).map_or(Ok(0), |range| hash_landing(&*memory, *range))
+            ranges.get(item).map_or(Ok(0), |range| hash_landing(&*memory, *range, &unsent))
         })?;
         hashes.into_iter().collect::<Result<Vec<u64>, GuestError>>()?;
         Ok(share)
@@ -152,7 +156,11 @@ fn ranges(table: &RamBlockTable) -> Vec<Landing> {
     ranges
 }
 
-fn hash_landing(guest: &dyn GuestMemory, landing: Landing) -> Result<u64, GuestError> {
+fn hash_landing(guest: &dyn GuestMemory, landing: Landing, unsent: &PageSet) -> Result<u64, GuestError> {
+    let page = guest.table().page();
+    if unsent.touches(landing.run(page)) {
+        return hash_sent(guest, landing, unsent);
+    }
     let span = guest.span(landing)?;
     let region = guest.region(landing.block());
     let mut window = vec![0u8; WINDOW];
@@ -166,6 +174,28 @@ fn hash_landing(guest: &dyn GuestMemory, landing: Landing) -> Result<u64, GuestE
         }
         hash.update(window);
         at += part.len();
+    }
+    Ok(hash.digest())
+}
+
+/// As [`hash_landing`], page by page, and those that were not sent are zeros.
+fn hash_sent(guest: &dyn GuestMemory, landing: Landing, unsent: &PageSet) -> Result<u64, GuestError> {
+    let run = landing.run(guest.table().page());
+    let region = guest.region(landing.block());
+    let page_bytes = guest.table().page().bytes() as usize;
+    let mut window = vec![0u8; page_bytes];
+    let mut hash = Xxh3::new();
+    for page in (run.first.0..run.end().0).map(PageIndex) {
+        let one = PageRun { block: run.block, first: page, pages: 1 };
+        window.fill(0);
+        if !unsent.contains(run.block, page) {
+            let landing = guest.table().admit_run(one)?;
+            let offset = landing.offset().0;
+            if !region.as_ref().is_some_and(|region| region.read_sparse(offset, &mut window)) {
+                guest.span(landing)?.copy_to(&mut window);
+            }
+        }
+        hash.update(&window);
     }
     Ok(hash.digest())
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::engine::{Action, Outcome, Progress, Reason, Throttle};
 use crate::observe::{
-    DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, Status, ZeroCopyCounts,
+    DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, SkippedPages, Status, ZeroCopyCounts,
 };
 use crate::ram::{PageBatch, RamBlockTable, RoundKind};
 use crate::units::Rate;
@@ -202,6 +202,11 @@ impl Figures {
         self.dirty_rate_known = true;
         self.last_sync = Some(now);
         Some((std::mem::take(&mut self.fresh) as f64 / took.as_secs_f64()) as u64)
+    }
+
+    /// What was left out so far.
+    pub(super) fn skipped(&mut self, hinted: u64, discarded: u64) {
+        self.shared.update(|s| s.skipped = SkippedPages { hinted, discarded });
     }
 
     /// How the guest is slowed down now.

@@ -1,6 +1,7 @@
 //! How a migration ends at the source: device state, digest, COMMIT.
 
 use crate::engine::{Handover, Input};
+use crate::ram::PageSet;
 use crate::stream::Writer;
 use crate::stream::native::{MAX_DIGESTS, Order, STATE_SECTION};
 use crate::stream::qemu::command::Command;
@@ -41,6 +42,7 @@ impl SourceSession {
     fn send_native_state(&mut self, state: &[u8]) -> Result<(), Error> {
         let id = self.section_id + 1;
         let mut head = Vec::new();
+        self.encode_skips(&mut head);
         section::encode_full(&SectionName { id, idstr: STATE_SECTION, instance: 0, version: 1 }, &mut head);
         Writer::new(&mut head).be64(state.len() as u64);
         let mut end = Vec::new();
@@ -54,8 +56,10 @@ impl SourceSession {
     /// a cancel is seen.
     pub(super) fn send_digest(&mut self) -> Result<Input, Error> {
         let carried = carried(&self.settings.configuration, &self.settings.early_sections);
-        let Self { guest, link, stop, settings, state, .. } = self;
-        let digest = Digest::make(&guest.memory, &carried, state, &settings.spawner, || {
+        let Self { guest, link, stop, settings, state, skips, breakage, .. } = self;
+        let compare_all = breakage.is(Breakage::CompareSkipped);
+        let unsent = if compare_all { PageSet::default() } else { skips.unsent().clone() };
+        let digest = Digest::make((&guest.memory, unsent), &carried, state, &settings.spawner, || {
             if let Some(reason) = stop.reason() {
                 return Err(ChannelError::Stopped { reason, doing: "making the digest" }.into());
             }

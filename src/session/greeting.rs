@@ -76,7 +76,8 @@ impl SourceSession {
     /// The digest is made while the guest stands still: it counts against the downtime limit.
     fn estimate_digest(&mut self) -> Result<(), Error> {
         let before = self.clock.now();
-        let share = Digest::sample(&self.guest.memory, &self.settings.spawner)?;
+        let share =
+            Digest::sample((&self.guest.memory, self.skips.unsent().clone()), &self.settings.spawner)?;
         let took = self.clock.now().saturating_sub(before);
         // The other end makes its own at the same time.
         let ends = if self.settings.same_host { 2 } else { 1 };

@@ -233,6 +233,10 @@ impl DestinationSession {
                 Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
             Order::StateSent => Ok(Some(Arrived::StateSent)),
+            Order::Unsent { .. } if !self.ram_ended => {
+                Err(out_of_turn("UNSENT", "waiting for the last page"))
+            }
+            Order::Unsent { block, why, ranges } => self.not_sent(block, why, ranges).map(|()| None),
             Order::Digest { first, values } => {
                 let due = digests_of(self.memory()?.table());
                 let count = values.len() / 8;

@@ -27,11 +27,15 @@ mod run_log;
 mod scan;
 #[cfg(test)]
 mod sim;
+#[cfg(test)]
+mod skip_tests;
+mod skips;
 mod slice;
 mod source;
 mod switchover;
 #[cfg(test)]
 mod tests;
+mod unsent;
 pub mod workers;
 mod working;
 

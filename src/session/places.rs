@@ -8,7 +8,7 @@ use crate::observe::PageCounts;
 use crate::ram::{Landing, PageRun, RamBlock, ReceivedMap};
 use crate::sys::{HostSpan, is_zero};
 use crate::transport::PagePlaces;
-use crate::units::{BlockIndex, BlockOffset};
+use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
 /// Sees pages the moment they are in place, on the thread that placed them; a relay's.
 pub trait Placed: Send + Sync {
@@ -80,6 +80,27 @@ impl Places {
         // The parser has checked the position against the same list; an unknown one is refused all the same.
         let block = self.blocks.get(announced.as_usize()).copied().unwrap_or(BlockIndex(u32::MAX));
         Ok(self.memory.table().admit(block, offset, bytes)?)
+    }
+
+    /// `pages` pages of an announced block; `None` for none, or for numbers that no block has.
+    pub(super) fn landing_of(
+        &self,
+        announced: BlockIndex,
+        first: PageIndex,
+        pages: u64,
+    ) -> Result<Option<Landing>, GuestError> {
+        let page = self.memory.table().page();
+        let run = PageRun { block: announced, first, pages };
+        match (run.offset(page), run.bytes(page)) {
+            (Some(offset), Some(bytes)) if bytes > 0 => self.landing(announced, offset, bytes).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// True if a page of `run` has come.
+    pub(super) fn has_any(&self, run: PageRun) -> bool {
+        let map = self.received.block(run.block);
+        map.is_some_and(|map| (run.first.0..run.end().0).any(|page| map.get(PageIndex(page))))
     }
 
     /// What is at `landing` is there to be seen.

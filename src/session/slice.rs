@@ -78,11 +78,13 @@ impl SourceSession {
         if let (Some(pages), false) = (self.pace.batch_pages(self.page_bytes()), self.in_last_round) {
             full = full.min(pages);
         }
+        self.skips.settle(&mut self.dirty);
         let mut batch = self.spare.pop().unwrap_or_default();
         batch.clear();
         while batch.whole_pages() < full && batch.pages() < MAX_BATCH_PAGES {
             let room = full - batch.whole_pages();
             let Some(run) = self.search.next_run(&mut self.dirty, room) else { break };
+            self.skips.sent(run);
             if let Err(error) = self.look_at(run, &mut batch) {
                 self.dirty.set_run(run);
                 self.mark_unsent(&batch);

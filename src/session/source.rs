@@ -20,6 +20,7 @@ use super::config::SourceSettings;
 use super::figures::Figures;
 use super::handle::Commitment;
 use super::return_path::ReturnPath;
+use super::skips::Skips;
 use super::switchover::{FixedCosts, REMEDIES};
 use super::{Breakage, Error, ErrorKind, greeting};
 
@@ -133,6 +134,7 @@ pub struct SourceSession {
     pub(super) stop: Stop,
     pub(super) engine: SourceEngine,
     pub(super) dirty: DirtyMap,
+    pub(super) skips: Skips,
     pub(super) search: PageSearch,
     pub(super) pace: Pace,
     pub(super) throttle: Throttle,
@@ -190,6 +192,7 @@ impl SourceSession {
             settings,
             upstream: None,
             clock: Box::new(WallClock::default()),
+            skips: Skips::default(),
             search: PageSearch::default(),
             pace,
             throttle,
@@ -387,6 +390,7 @@ impl SourceSession {
         if self.settings.all_dirty_at_start {
             self.dirty.set_all(self.guest.memory.table());
         }
+        self.skip_at_start();
         for source in &self.guest.dirty {
             source.start()?;
         }
@@ -403,7 +407,9 @@ impl SourceSession {
 
     fn sync(&mut self, last: bool) -> Result<Input, Error> {
         let began = self.clock.now();
+        self.skip_before_sync();
         let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.dirty)?;
+        self.skip_after_sync(last);
         let dirty_pages = self.dirty.count();
         let now = self.clock.now();
         self.fixed.sync = now.saturating_sub(began);
@@ -484,6 +490,7 @@ impl SourceSession {
                 self.dirty.set_all(self.guest.memory.table());
             }
         }
+        self.skip_no_more();
         let leave_on = self.breakage.is(Breakage::LeaveLogsOn);
         let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
         if !self.breakage.is(Breakage::LeaveBrakeOn) {

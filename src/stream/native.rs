@@ -9,6 +9,7 @@
 //! OPEN_RETURN_PATH PING(GREETING) PING(1)    PONG(GREETING) PONG(hello) PONG(1)
 //! HELLO                                      HELLO
 //! ... QEMU's stream up to the device state, which is one sized section ...
+//! UNSENT* (in front of that section)
 //! STATE_SENT DIGEST*                         WORKING* (READY | REFUSED)
 //! COMMIT                                     RUNNING
 //! ```
@@ -29,6 +30,8 @@ pub const FIRST_NUMBER: u16 = 0x5200;
 pub const MAX_DIGESTS: usize = 4096;
 /// Longest text of a refusal in bytes; a message body has at most 512.
 pub const MAX_REASON: usize = 400;
+/// Most ranges in one UNSENT command.
+pub const MAX_RANGES: usize = 2048;
 /// Name of the section that holds the device state between ramwire ends: `be64 length`, then the bytes.
 pub const STATE_SECTION: &str = "ramwire/state";
 
@@ -82,6 +85,41 @@ impl Hello {
     }
 }
 
+/// Why pages were not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unsent {
+    /// The guest does not need their bytes: they may be anything.
+    Free,
+    /// They are unplugged: there is to be no memory behind them.
+    Unplugged,
+}
+
+/// Pages of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Number of the first.
+    pub first: u64,
+    /// How many.
+    pub pages: u64,
+}
+
+impl Range {
+    /// Bytes of a range on the wire.
+    pub const LEN: usize = 16;
+
+    /// Two numbers of 64 bits, big endian.
+    pub fn encode(self) -> [u8; Self::LEN] {
+        (u128::from(self.first) << 64 | u128::from(self.pages)).to_be_bytes()
+    }
+
+    /// The ranges in `bytes`; what is left of the last is not looked at.
+    pub fn decode_all(bytes: &[u8]) -> impl Iterator<Item = Self> {
+        let numbers =
+            bytes.chunks_exact(Self::LEN).filter_map(|b| b.try_into().ok().map(u128::from_be_bytes));
+        numbers.map(|both| Self { first: (both >> 64) as u64, pages: both as u64 })
+    }
+}
+
 /// A command of the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order<'a> {
@@ -95,6 +133,15 @@ pub enum Order<'a> {
         first: u32,
         /// 8 bytes each, at most [`MAX_DIGESTS`].
         values: &'a [u8],
+    },
+    /// Pages that did not travel in their last state; their bytes here are nobody's. After the last page.
+    Unsent {
+        /// Position of their block in the stream's list.
+        block: u32,
+        /// Why.
+        why: Unsent,
+        /// [`Range`]s, at least one and at most [`MAX_RANGES`].
+        ranges: &'a [u8],
     },
     /// The guest is yours. The source never resumes it again by itself.
     Commit {
@@ -112,6 +159,7 @@ impl Order<'_> {
                 Self::StateSent => 2,
                 Self::Digest { .. } => 3,
                 Self::Commit { .. } => 4,
+                Self::Unsent { .. } => 5,
             }
     }
 
@@ -123,6 +171,9 @@ impl Order<'_> {
             Self::StateSent => {}
             Self::Digest { first, values } => {
                 writer.be32(*first).bytes(values);
+            }
+            Self::Unsent { block, why, ranges } => {
+                writer.be32(*block).u8(u8::from(*why == Unsent::Unplugged)).bytes(ranges);
             }
             Self::Commit { migration_id } => {
                 writer.bytes(migration_id);
@@ -147,6 +198,21 @@ pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
             return fits.then_some(Order::Digest { first, values });
         }
         4 => Order::Commit { migration_id: reader.array().ok()? },
+        5 => {
+            let block = reader.be32().ok()?;
+            let why = match reader.u8().ok()? {
+                0 => Unsent::Free,
+                1 => Unsent::Unplugged,
+                _ => return None,
+            };
+            let ranges = reader.rest();
+            let whole = !ranges.is_empty() && ranges.len().is_multiple_of(Range::LEN);
+            return (whole && ranges.len() / Range::LEN <= MAX_RANGES).then_some(Order::Unsent {
+                block,
+                why,
+                ranges,
+            });
+        }
         _ => return None,
     };
     reader.rest().is_empty().then_some(order)
@@ -224,6 +290,8 @@ mod tests {
             Order::StateSent,
             Order::Digest { first: 9, values: &[1; 16] },
             Order::Commit { migration_id: [3; 16] },
+            Order::Unsent { block: 2, why: Unsent::Free, ranges: &[1; 32] },
+            Order::Unsent { block: 0, why: Unsent::Unplugged, ranges: &[1; 16] },
         ];
         for order in orders {
             let mut body = Vec::new();
@@ -244,8 +312,17 @@ mod tests {
 
     #[test]
     fn malformed_bodies_are_refused() {
-        let cases: [(u16, &[u8]); 7] =
-            [(0, b""), (1, b"\0\x01"), (2, b"x"), (3, b"\0\0\0\0"), (3, b"\0\0\0\0\x01"), (4, b""), (9, b"")];
+        let cases: [(u16, &[u8]); 9] = [
+            (5, b"\0\0\0\0\0"),
+            (5, b"\0\0\0\0\x02aaaabbbbccccdddd"),
+            (0, b""),
+            (1, b"\0\x01"),
+            (2, b"x"),
+            (3, b"\0\0\0\0"),
+            (3, b"\0\0\0\0\x01"),
+            (4, b""),
+            (9, b""),
+        ];
         for (number, body) in cases {
             assert_eq!(decode_order(FIRST_NUMBER + number, body), None, "{number} {body:?}");
         }

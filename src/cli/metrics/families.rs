@@ -72,11 +72,12 @@ impl Out<'_> {
     }
 }
 
-fn status(now: Status) -> [(&'static str, f64); 8] {
+fn status(now: Status) -> [(&'static str, f64); 9] {
     [
         ("none", Status::None),
         ("setup", Status::Setup),
         ("active", Status::Active),
+        ("pre-switchover", Status::PreSwitchover),
         ("device", Status::Device),
         ("completed", Status::Completed),
         ("failed", Status::Failed),
@@ -104,6 +105,8 @@ impl Collector for Figures {
         out.gauge("ram", "RAM that travels", bytes.clone(), s.total as f64)?;
         let kinds = [("normal", s.pages.normal), ("zero", s.pages.zero), ("delta", s.pages.delta)];
         out.counters("pages", "Pages sent or received, by what they travelled as", "kind", &kinds)?;
+        let skipped = [("hint", s.skipped.hinted), ("unplugged", s.skipped.discarded)];
+        out.counters("skipped_pages", "Pages left out, by why nobody needs them", "why", &skipped)?;
         out.counter("rounds", "Rounds that were closed", None, s.round_count().into())?;
         out.counter("dirty_syncs", "Merges of the dirty logs", None, s.dirty_sync_count)?;
         out.gauge("dirty_pages_per_second", "Pages the guest wrote", None, s.dirty_pages_rate as f64)?;
@@ -135,7 +138,7 @@ impl Collector for Figures {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use ramwire::observe::PageCounts;
+    use ramwire::observe::{PageCounts, SkippedPages};
 
     #[test]
     fn figures_come_with_units_kinds_and_an_end() {
@@ -144,6 +147,7 @@ mod tests {
             transferred: 12345,
             remaining: 4096,
             pages: PageCounts { normal: 3, zero: 5, delta: 1 },
+            skipped: SkippedPages { hinted: 7, discarded: 2 },
             downtime: 1.5,
             ..Statistics::default()
         };
@@ -154,6 +158,8 @@ mod tests {
             "ramwire_transferred_bytes_total 12345",
             "ramwire_remaining_bytes 4096.0",
             "ramwire_pages_total{kind=\"zero\"} 5",
+            "ramwire_skipped_pages_total{why=\"hint\"} 7",
+            "ramwire_skipped_pages_total{why=\"unplugged\"} 2",
             "ramwire_status{status=\"active\"} 1.0",
             "ramwire_status{status=\"failed\"} 0.0",
             "ramwire_downtime_seconds 0.0015",

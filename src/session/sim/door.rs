@@ -345,6 +345,7 @@ impl SourceLink for SimLink {
     }
 
     fn offer(&mut self, batch: PageBatch, _stop: &Stop) -> Result<Offer, MoveError> {
+        self.sim.world().offered(&batch);
         let door = self.door;
         let mut kept = Some(batch);
         let offer = self.call(|world| {
@@ -376,7 +377,12 @@ impl SourceLink for SimLink {
             Some(Offer::Taken(ticket))
         });
         match (offer, kept) {
-            (Ok(Some(offer)), _) => Ok(offer),
+            (Ok(Some(offer @ Offer::Full(_))), _) => Ok(offer),
+            (Ok(Some(offer)), _) => {
+                self.sim.world().batch_is_gone();
+                self.sim.device_acts(Side::Source);
+                Ok(offer)
+            }
             (Err(error), Some(batch)) => {
                 let returned = Returned { ticket: Ticket(u64::MAX), receipt: Receipt::Released, batch };
                 self.sim.world().door.finished.push(returned);
@@ -447,6 +453,7 @@ impl Drop for SimLink {
 
 /// The real door with batches as small as the plan wants them.
 pub(super) struct SmallBatches {
+    pub(super) sim: Sim,
     pub(super) link: InlineLink,
     pub(super) pages: u32,
 }
@@ -465,7 +472,11 @@ impl SourceLink for SmallBatches {
     }
 
     fn offer(&mut self, batch: PageBatch, stop: &Stop) -> Result<Offer, MoveError> {
-        self.link.offer(batch, stop)
+        self.sim.world().offered(&batch);
+        let offer = self.link.offer(batch, stop)?;
+        self.sim.world().batch_is_gone();
+        self.sim.device_acts(Side::Source);
+        Ok(offer)
     }
 
     fn collect(&mut self, out: &mut Vec<Returned>) -> Result<(), MoveError> {

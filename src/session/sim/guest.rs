@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::device::{Nothing, nothing_at_start};
 use super::plan::{Fault, LogKind, Plan, Rng, Side};
 use super::world::{Mark, Sim, World};
 use crate::guest::{DirtyError, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest};
@@ -32,14 +33,19 @@ pub(super) struct Guest {
     pub(super) loaded: Vec<u8>,
     /// It has promised to give no page back.
     pub(super) promised: bool,
+    /// Pages without contents, of each side as `truth`.
+    pub(super) nothing: [Nothing; 2],
 }
 
-fn mapped(blocks: &[(u64, PageSize)]) -> Arc<MappedGuest> {
+/// Memory of its own, but for the block that `other` shares.
+fn mapped(plan: &Plan, other: Option<&MappedGuest>) -> Arc<MappedGuest> {
     let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
-    for (index, (pages, _)) in blocks.iter().enumerate() {
-        let mapping = Mapping::anonymous(pages * PAGE as u64).unwrap();
+    for (index, (pages, _)) in plan.blocks.iter().enumerate() {
+        let shared = other.filter(|_| plan.ignored == Some(index as u32));
+        let shared = shared.and_then(|other| other.region(BlockIndex(index as u32)).cloned());
+        let own = || Mapping::anonymous(pages * PAGE as u64).unwrap().region().clone();
         let name = BlockName::new(&format!("block{index}")).unwrap();
-        builder = builder.mapping(RamBlock::new(name, pages * PAGE as u64), &mapping);
+        builder = builder.region(RamBlock::new(name, pages * PAGE as u64), shared.unwrap_or_else(own));
     }
     Arc::new(builder.build().unwrap())
 }
@@ -52,8 +58,10 @@ impl Guest {
     /// A guest that runs at the source, its pages written or zero.
     pub(super) fn new(plan: &Plan) -> Self {
         let empty: Vec<_> = plan.blocks.iter().map(|(pages, _)| vec![0; *pages as usize * PAGE]).collect();
+        let source = mapped(plan, None);
         let mut guest = Self {
-            memory: [mapped(&plan.blocks), mapped(&plan.blocks)],
+            memory: [source.clone(), mapped(plan, Some(&source))],
+            nothing: [nothing_at_start(plan), Nothing::default()],
             truth: [empty, Vec::new()],
             running: [true, false],
             writes_left: plan.writes,
@@ -69,6 +77,9 @@ impl Guest {
                 guest.write(Side::Source, block as u32, page, &mut rng);
             }
         }
+        for (block, page) in &plan.unplugged {
+            guest.spoil(*block, *page);
+        }
         guest
     }
 
@@ -76,7 +87,8 @@ impl Guest {
     pub(super) fn again(self, plan: &Plan) -> Self {
         let [source, _] = self.memory;
         let [truth, _] = self.truth;
-        let memory = [source, mapped(&plan.blocks)];
+        let target = mapped(plan, Some(&source));
+        let memory = [source, target];
         Self { memory, truth: [truth, Vec::new()], writes_left: plan.writes, loaded: Vec::new(), ..self }
     }
 
@@ -86,6 +98,12 @@ impl Guest {
         let span = page_of(&self.memory[side as usize], block, page);
         let start = page as usize * PAGE;
         let truth = &mut self.truth[side as usize][block as usize][start..start + PAGE];
+        if self.nothing[side as usize].free.remove(&(block, page)) {
+            // Whoever takes a free page leaves nothing of what was there.
+            truth.fill(self.stamp as u8 | 1);
+            span.copy_from(truth);
+            return;
+        }
         if rng.one_in(10) {
             span.fill_zero();
             truth.fill(0);
@@ -95,6 +113,18 @@ impl Guest {
         let stamp = (self.stamp << 16 | 1).to_le_bytes();
         span.part(at, 8).unwrap().copy_from(&stamp);
         truth[at..at + 8].copy_from_slice(&stamp);
+    }
+
+    /// A page of the source's memory that is there and was never written.
+    pub(super) fn make_zero(&mut self, block: u32, page: u64) {
+        let start = page as usize * PAGE;
+        self.truth[Side::Source as usize][block as usize][start..start + PAGE].fill(0);
+        page_of(&self.memory[Side::Source as usize], block, page).fill_zero();
+    }
+
+    /// A page of the source's memory has nothing in it that anybody may rely on.
+    pub(super) fn spoil(&mut self, block: u32, page: u64) {
+        page_of(&self.memory[Side::Source as usize], block, page).copy_from(&[0xdd; PAGE]);
     }
 
     /// The guest gives a page back; where it looks next is a new one of zeros. Returns what the old one held.
@@ -110,8 +140,12 @@ impl Guest {
     /// The first page whose bytes are not those the guest wrote last.
     pub(super) fn differs(&self, side: Side, truth: Side) -> Option<String> {
         let mut now = vec![0; PAGE];
+        let nothing = &self.nothing[truth as usize];
         for (block, truth) in self.truth[truth as usize].iter().enumerate() {
             for (page, truth) in truth.chunks(PAGE).enumerate() {
+                if nothing.has((block as u32, page as u64)) {
+                    continue;
+                }
                 page_of(&self.memory[side as usize], block as u32, page as u64).copy_to(&mut now);
                 if now != truth {
                     return Some(format!(
@@ -136,6 +170,14 @@ impl World {
                 let at = self.rng.below(self.plan.working_set.len() as u64) as usize;
                 let (block, page) = self.plan.working_set[at];
                 self.guest.writes_left = self.guest.writes_left.saturating_sub(1);
+                let shared = side == Side::Target && self.plan.ignored == Some(block);
+                let nothing = &self.guest.nothing[side as usize];
+                if shared || nothing.unplugged.contains(&(block, page)) || self.device.holds((block, page)) {
+                    continue;
+                }
+                if nothing.free.contains(&(block, page)) {
+                    self.mark(Mark::Reused);
+                }
                 let balloon = side == Side::Source && self.door.registers() && !self.guest.promised;
                 if balloon && self.rng.one_in(4) {
                     let held = self.guest.give_back(block, page);
@@ -148,15 +190,31 @@ impl World {
                     // vCPUs and devices are seen by different logs.
                     let log = self.rng.below(self.logs.len() as u64) as usize;
                     self.logs[log].wrote(block, page);
+                    self.device.wrote((block, page));
                 }
             }
         }
     }
 }
 
+impl World {
+    /// An unplugged page that something is in at the destination, where a ramwire was told of it.
+    fn stale_page(&self) -> Option<(u32, u64)> {
+        if !self.ready || self.plan.watched {
+            return None;
+        }
+        let mut now = vec![0; PAGE];
+        self.guest.nothing[0].unplugged.iter().copied().find(|(block, page)| {
+            page_of(&self.guest.memory[1], *block, *page).copy_to(&mut now);
+            now.iter().any(|byte| *byte != 0)
+        })
+    }
+}
+
 /// The memory of one side as a session sees it.
 pub(super) struct SimMemory {
     sim: Sim,
+    side: Side,
     inner: Arc<MappedGuest>,
     table: RamBlockTable,
 }
@@ -166,11 +224,12 @@ impl SimMemory {
         let world = sim.world();
         let inner = Arc::clone(&world.guest.memory[side as usize]);
         let mut blocks = inner.table().blocks().to_vec();
-        for (block, (_, host_page)) in blocks.iter_mut().zip(&world.plan.blocks) {
+        for (index, (block, (_, host_page))) in blocks.iter_mut().zip(&world.plan.blocks).enumerate() {
             block.host_page = *host_page;
+            block.flags.ignored = world.plan.ignored == Some(index as u32);
         }
         let table = RamBlockTable::new(PageSize::SIZE_4K, blocks).unwrap();
-        Arc::new(Self { sim: sim.clone(), inner, table })
+        Arc::new(Self { sim: sim.clone(), side, inner, table })
     }
 }
 
@@ -180,7 +239,12 @@ impl GuestMemory for SimMemory {
     }
 
     fn span(&self, landing: Landing) -> Result<HostSpan<'_>, GuestError> {
-        drop(self.sim.enter());
+        self.sim.device_acts(self.side);
+        let mut turn = self.sim.enter();
+        if self.side == Side::Source {
+            turn.world.read(landing);
+        }
+        drop(turn);
         self.inner.span(landing)
     }
 
@@ -205,7 +269,7 @@ impl LogState {
         Self { kind, on: false, written: empty.clone(), read: empty }
     }
 
-    fn wrote(&mut self, block: u32, page: u64) {
+    pub(super) fn wrote(&mut self, block: u32, page: u64) {
         if self.on {
             self.written[block as usize].set_range(page..page + 1);
         }
@@ -225,6 +289,7 @@ pub(super) struct SimLog {
 impl SimLog {
     /// One call, which is a step, and fails if the plan says so.
     fn call(&self, act: impl FnOnce(&mut World, usize)) -> Result<(), DirtyError> {
+        self.sim.device_acts(Side::Source);
         let mut turn = self.sim.enter();
         let calls = turn.world.log_calls;
         turn.world.log_calls += 1;
@@ -263,6 +328,9 @@ impl DirtySource for SimLog {
 
     fn begin_sync(&self) -> Result<(), DirtyError> {
         self.call(|world, index| {
+            if index == 0 {
+                world.device.logs_are_read();
+            }
             let log = &mut world.logs[index];
             if log.kind == LogKind::Snapshot {
                 for (written, read) in log.written.iter_mut().zip(&mut log.read) {
@@ -345,6 +413,9 @@ impl SimControl {
             if !heard {
                 world.violation("the destination's guest was started before COMMIT was heard");
             }
+            if let Some(page) = world.stale_page() {
+                world.violation(format!("{page:?} is unplugged and has an earlier state"));
+            }
             if world.guest.loaded != world.guest.state {
                 world.violation("the guest is started with another device state");
             }
@@ -382,6 +453,7 @@ impl GuestControl for SimControl {
         turn.world.guest.running[side as usize] = true;
         if side == Side::Target {
             turn.world.guest.truth[1] = turn.world.guest.truth[0].clone();
+            turn.world.guest.nothing[1] = turn.world.guest.nothing[0].clone();
             // Enough to see a page that is placed too late.
             turn.world.guest.writes_left += 40;
         }

@@ -16,6 +16,7 @@
 //! | `plan` | what a seed stands for |
 //! | `world` | the shared state, steps and turns |
 //! | `guest` | both copies of the memory, the writer, logs, pause and resume |
+//! | `device` | hints, plugs, and what of them may be sent |
 //! | `channel` | the two byte streams with cuts, resets, stalls and flipped bits |
 //! | `door` | pages past the stream |
 //! | `receiver` | the fences of page channels, as the destination keeps them |
@@ -23,6 +24,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod channel;
+mod device;
 mod door;
 mod guest;
 mod plan;
@@ -94,6 +96,20 @@ impl Coverage {
             ("completed on page channels", world.door.has_barriers() && sent.outcome == Outcome::Completed),
             ("memory registered", marked(Mark::Registered)),
             ("page given back before or after", marked(Mark::GivenBack)),
+            ("hint taken", marked(Mark::Hinted)),
+            ("hint too late", marked(Mark::HintTooLate)),
+            (
+                "completed with hints",
+                sent.statistics.skipped.hinted > 0 && sent.outcome == Outcome::Completed,
+            ),
+            ("free page taken again", marked(Mark::Reused)),
+            ("memory unplugged", marked(Mark::Unplugged)),
+            (
+                "completed with unplugged memory",
+                marked(Mark::Unplugged) && sent.outcome == Outcome::Completed,
+            ),
+            ("memory plugged again", marked(Mark::Plugged)),
+            ("block ignored", world.plan.ignored.is_some() && sent.outcome == Outcome::Completed),
         ];
         for (name, is_so) in facts {
             *self.0.entry(name).or_default() += u64::from(is_so);
@@ -186,6 +202,14 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::ScanBeforeFinish => &[],
         Breakage::RegisterUnpromised => &["started with other memory", "differs from the source's"],
         Breakage::MarkBeforeCopy => &["was told before it was there"],
+        Breakage::HintUnprotected => {
+            &["started with other memory", "differs from the source's", "was sent for nothing"]
+        }
+        Breakage::HintAcrossSync | Breakage::HintOfAnyEpoch | Breakage::ForgetPlugged => {
+            &["started with other memory", "differs from the source's"]
+        }
+        Breakage::ForgetSkipped => &["is not dirty"],
+        Breakage::CompareSkipped => &["differs from the source's"],
     }
 }
 

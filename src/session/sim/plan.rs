@@ -1,5 +1,8 @@
 //! What a seed stands for: a guest, a peer, a door, and what goes wrong.
 
+use std::collections::BTreeSet;
+
+use super::device::{Drawn, Page};
 use crate::units::PageSize;
 
 /// The generator SplitMix64 (Steele, Lea and Flood 2014).
@@ -199,6 +202,13 @@ pub(super) struct Plan {
     pub(super) also: Option<(Side, u64, Wire)>,
     /// Where the source's guest is to resume, it can't.
     pub(super) stands_still: bool,
+    /// A balloon tells of free pages at one of so many chances; 0: there is none.
+    pub(super) hint_every: u64,
+    /// Pages that may be plugged and unplugged, and those that are unplugged at the start.
+    pub(super) plugs: Vec<Page>,
+    pub(super) unplugged: BTreeSet<Page>,
+    /// A block whose memory both ends map.
+    pub(super) ignored: Option<u32>,
 }
 
 /// What the source is told of its peer, and what the peer is.
@@ -225,7 +235,12 @@ impl Plan {
         // Towards a QEMU and without a digest a flipped bit in a page can't be seen.
         let flips = matches!(fault, Some(Fault::Wire { wire: Wire::Flip(_), .. }));
         let peer = if flips && peer == PeerKind::Qemu { PeerKind::Ramwire } else { peer };
+        let Drawn { hint_every, plugs, unplugged, ignored } = Drawn::of(seed, &blocks);
         Self {
+            hint_every,
+            plugs,
+            unplugged,
+            ignored,
             seed,
             zero_every: rng.pick(&[2, 5, 1000]),
             working_set,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::channel::{MIGRATION_ID, SimSink, SimSource};
+use super::device::{SimDiscards, hint_breakage};
 use super::door::{SimLink, SmallBatches};
 use super::guest::{Guest, PAGE, SimControl, SimLog, SimMemory, Watcher};
 use super::plan::{DoorKind, Fault, PeerKind, Plan, Side, Wire};
@@ -15,7 +16,7 @@ use crate::session::{
     Breakage, Clock, DestinationReport, DestinationSession, DestinationSettings, Error, Peer,
     SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings,
 };
-use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::file::{Configuration, IGNORE_SHARED};
 use crate::transport::{InlineLink, SourceLink};
 use crate::units::{BlockIndex, PageIndex};
 
@@ -27,6 +28,7 @@ struct SimClock(Sim);
 
 impl Clock for SimClock {
     fn now(&self) -> Duration {
+        self.0.device_acts(Side::Source);
         let mut world = self.0.world();
         world.now += Duration::from_micros(20);
         world.now
@@ -50,12 +52,17 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
     let link: Box<dyn SourceLink> = match plan.door {
         DoorKind::Inline { batch_pages } => {
             let sink = Box::new(SimSink { sim: sim.clone(), side: Side::Source });
-            Box::new(SmallBatches { link: InlineLink::new(sink, memory), pages: batch_pages })
+            Box::new(SmallBatches {
+                sim: sim.clone(),
+                link: InlineLink::new(sink, memory),
+                pages: batch_pages,
+            })
         }
         DoorKind::Late(door) => Box::new(SimLink::new(sim, door)),
     };
     let back = SimSource { sim: sim.clone(), from: Side::Target };
-    let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
+    let capabilities = plan.ignored.map(|_| IGNORE_SHARED.into()).into_iter().collect();
+    let configuration = Configuration { machine: "none".into(), capabilities, ..Configuration::default() };
     let micros = plan.downtime_pages * PAGE as u64 * 1000 / plan.bytes_per_ms;
     let settings = SourceSettings {
         downtime_limit: Duration::from_micros(micros),
@@ -73,6 +80,14 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
         SourceSession::new(guest, SourceConnection { link, back: Some(Box::new(back)) }, settings);
     session.clock = Box::new(SimClock(sim.clone()));
     session.breakage = breakage;
+    if plan.hint_every > 0 {
+        let hints = session.page_hints();
+        hints.break_orders(hint_breakage(breakage));
+        sim.world().device.hints = Some(hints);
+    }
+    if !plan.plugs.is_empty() {
+        session = session.with_discards(Arc::new(SimDiscards(sim.clone())));
+    }
     sim.world().cancel[0] = Some(session.cancel_token());
     session
 }
@@ -106,6 +121,8 @@ pub(super) fn run(plan: Plan, guest: Guest, breakage: Breakage) -> Result<Run, V
         let sent = sim.run(Side::Source, || source.run());
         (sent, far.join().ok().flatten())
     });
+    let hints = sim.world().device.hints.take();
+    drop(hints);
     let Some(world) = sim.into_world() else { return Err(vec!["something outlived its session".into()]) };
     match (sent, arrived) {
         (Some(sent), Some(arrived)) => Ok(Run { world, sent, arrived }),
@@ -200,7 +217,8 @@ impl Run {
     /// Where nothing confirms, every page is; else every page that was not confirmed.
     fn unsent_is_dirty(&self) -> bool {
         let confirms = matches!(self.world.plan.door, DoorKind::Late(door) if door.confirms);
-        self.world.plan.blocks.iter().enumerate().all(|(block, (pages, _))| {
+        let travels = |(block, _): &(usize, _)| self.world.plan.ignored != Some(*block as u32);
+        self.world.plan.blocks.iter().enumerate().filter(travels).all(|(block, (pages, _))| {
             let Some(dirty) = self.sent.dirty.block(BlockIndex(block as u32)) else { return false };
             let confirmed = &self.world.door.confirmed[block];
             (0..*pages).map(PageIndex).all(|page| dirty.get(page) || confirms && confirmed.get(page))
@@ -236,7 +254,8 @@ pub(super) fn run_seed(seed: u64, breakage: Breakage) -> Result<Run, Vec<String>
         also: None,
         ..Plan::of(seed)
     };
-    let empty = Guest::new(&Plan { blocks: Vec::new(), ..plan.clone() });
+    let nothing = Plan { blocks: Vec::new(), unplugged: Default::default(), ..plan.clone() };
+    let empty = Guest::new(&nothing);
     let guest = std::mem::replace(&mut first.world.guest, empty).again(&plan);
     let mut second = run(plan, guest, Breakage::None)?;
     second.check();

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::channel::Pipe;
+use super::device::Device;
 use super::door::DoorState;
 use super::guest::{Guest, LogState};
 use super::plan::{Anchor, Fault, Plan, Rng, Side, Wire};
@@ -38,6 +39,11 @@ pub(super) enum Mark {
     Rude,
     Registered,
     GivenBack,
+    Hinted,
+    HintTooLate,
+    Reused,
+    Unplugged,
+    Plugged,
 }
 
 #[derive(Debug)]
@@ -48,6 +54,7 @@ pub(super) struct World {
     pub(super) guest: Guest,
     pub(super) logs: Vec<LogState>,
     pub(super) log_calls: u64,
+    pub(super) device: Device,
     /// What the source sends, what the destination sends.
     pub(super) pipes: [Pipe; 2],
     pub(super) door: DoorState,
@@ -88,6 +95,7 @@ impl World {
             now: Duration::ZERO,
             logs: plan.logs.iter().map(|kind| LogState::new(*kind, &plan)).collect(),
             log_calls: 0,
+            device: Device::new(&plan),
             pipes,
             door: DoorState::new(&plan),
             cancel: [None, None],
@@ -195,6 +203,7 @@ impl World {
             _ => {}
         }
         self.guest_writes();
+        self.plugs();
         self.door_moves();
     }
 
@@ -240,6 +249,11 @@ impl Sim {
         }
         turn.step();
         turn.may_pass()
+    }
+
+    /// True on the thread of `side`'s session.
+    pub(super) fn is_here(&self, side: Side) -> bool {
+        SIDE.get() == Some(side)
     }
 
     /// Runs `session` as `side`, from its first turn to its end.
