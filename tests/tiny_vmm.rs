@@ -5,17 +5,18 @@
 use std::process::Command;
 
 /// The example's program; `cargo test` builds it beside the tests.
-fn tiny_vmm(log: &str, vcpus: &str) -> String {
+fn tiny_vmm(arguments: &[&str]) -> String {
     let deps = std::env::current_exe().unwrap();
     let program = deps.ancestors().nth(2).unwrap().join("examples/tiny-vmm");
     assert!(program.exists(), "{} is missing: cargo build --example tiny-vmm", program.display());
-    let out = Command::new(program)
-        .args(["--memory", "12M", "--rate", "30M", "--migrations", "20", "--log", log, "--vcpus", vcpus])
-        .output()
-        .unwrap();
+    let out = Command::new(program).args(arguments).output().unwrap();
     let (text, errors) = (String::from_utf8(out.stdout).unwrap(), String::from_utf8_lossy(&out.stderr));
-    assert!(out.status.success(), "{log}:\n{text}\n{errors}");
+    assert!(out.status.success(), "{arguments:?}:\n{text}\n{errors}");
     text
+}
+
+fn twenty_times(log: &str, vcpus: &str) -> String {
+    tiny_vmm(&["--memory", "12M", "--rate", "30M", "--migrations", "20", "--log", log, "--vcpus", vcpus])
 }
 
 /// Every migration is reported with all pages verified, none wrong; and after each the guest went on writing.
@@ -32,10 +33,40 @@ fn assert_twenty_whole_arrivals(text: &str) {
 
 #[test]
 fn twenty_migrations_by_the_dirty_log_lose_nothing() {
-    assert_twenty_whole_arrivals(&tiny_vmm("log", "2"));
+    assert_twenty_whole_arrivals(&twenty_times("log", "2"));
 }
 
 #[test]
 fn twenty_migrations_by_dirty_rings_lose_nothing() {
-    assert_twenty_whole_arrivals(&tiny_vmm("ring", "3"));
+    assert_twenty_whole_arrivals(&twenty_times("ring", "3"));
+}
+
+/// A guest that writes its memory over and over faster than the limit lets leave: it arrives whole, and at most so much was
+/// taken from its vCPUs, in the words of the brake.
+fn braked(log: &str, brake: &str, guest: &str) -> u32 {
+    let arguments = format!("{guest} --migrations 1 --log {log} --brake {brake} --vcpu-dirty-limit 1M");
+    let text = tiny_vmm(&arguments.split(' ').collect::<Vec<_>>());
+    assert!(text.contains(" pages verified, 0 wrong;") && text.contains("nothing lost"), "{text}");
+    let (before, _) = text.split_once(" %").unwrap_or_else(|| panic!("{text}"));
+    before.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn auto_converge_takes_time_from_every_vcpu_and_brings_it_home() {
+    for log in ["log", "ring"] {
+        let guest = "--memory 16M --vcpus 2 --rate 32M --max-bandwidth 24M --downtime-ms 200";
+        let taken = braked(log, "auto-converge", guest);
+        assert!((20..=99).contains(&taken), "{log}: {taken}");
+    }
+}
+
+/// A vCPU within 25 MiB/s of its quota would be left alone, and a ring tells a page once between two syncs: so much has to be
+/// written in a round.
+#[test]
+fn a_dirty_limit_lets_a_vcpu_rest_and_brings_it_home() {
+    for log in ["log", "ring"] {
+        let guest = "--memory 64M --vcpus 1 --rate 120M --max-bandwidth 48M";
+        let rest = braked(log, "dirty-limit", guest);
+        assert!((10..=9900).contains(&rest), "{log}: {rest}");
+    }
 }

@@ -1,6 +1,7 @@
 //! The virtual machine as a migration sees it: its memory, what it wrote, and how it is controlled.
 
 mod discards;
+mod gate;
 mod hints;
 #[cfg(feature = "kvm")]
 mod kvm;
@@ -21,6 +22,7 @@ mod written_pages;
 use std::io::{self, Read, Write};
 
 pub use discards::{DiscardManager, PlugMap};
+pub use gate::VcpuGate;
 #[cfg(test)]
 pub(crate) use hints::HintBreakage;
 pub use hints::{HintEpoch, HintError, Hinted, PageHints};

@@ -16,14 +16,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
-use ramwire::engine::{Ending, Outcome};
+use ramwire::engine::{BandwidthLimit, Ending, Outcome, Throttling};
 use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::ram::BlockName;
 use ramwire::session::{DestinationSession, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, AllowList, DoorOptions, Listener, open_source};
-use ramwire::units::PageSize;
+use ramwire::units::{PageSize, Rate};
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -61,6 +61,15 @@ struct Args {
     /// Longest time it may stand still, in milliseconds
     #[arg(long, value_name = "MS", default_value = "300")]
     downtime_ms: u64,
+    /// Most bytes a second while the guest runs; 0 for no limit
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    max_bandwidth: u64,
+    /// What slows the guest down while it writes too much
+    #[arg(long, default_value = "nothing")]
+    brake: Brake,
+    /// With --brake dirty-limit: bytes a second that a vCPU may write
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = bytes)]
+    vcpu_dirty_limit: u64,
     /// The second process is this program with this option
     #[arg(long, hide = true)]
     second: bool,
@@ -70,6 +79,13 @@ struct Args {
 enum LogKind {
     Log,
     Ring,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Brake {
+    Nothing,
+    AutoConverge,
+    DirtyLimit,
 }
 
 fn bytes(text: &str) -> Result<u64, String> {
@@ -88,6 +104,9 @@ struct Left {
     bytes: u64,
     total_ms: f64,
     downtime_ms: f64,
+    /// The largest share of all vCPUs' time that was taken, and how a vCPU rested at the end for the time it ran.
+    throttle_percent: u8,
+    rest_percent: u16,
     error: Option<String>,
 }
 
@@ -142,6 +161,12 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
     settings.digest = true;
     settings.same_host = true;
+    settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
+    settings.throttling = match args.brake {
+        Brake::Nothing => None,
+        Brake::AutoConverge => Some(Throttling::auto_converge()),
+        Brake::DirtyLimit => Some(Throttling::DirtyLimit { quota: Rate(args.vcpu_dirty_limit) }),
+    };
     Ok(SourceSession::new(guest, door.into(), settings).run())
 }
 
@@ -153,6 +178,8 @@ fn left(report: &SourceReport) -> Left {
         bytes: figures.transferred,
         total_ms: figures.total_time,
         downtime_ms: figures.downtime,
+        throttle_percent: figures.rounds.iter().map(|round| round.throttle_percent).max().unwrap_or(0),
+        rest_percent: figures.vcpu_rest_percentage,
         error: report.error.as_ref().map(ToString::to_string),
     }
 }
@@ -284,8 +311,13 @@ fn first(args: &Args) -> Result<(), Failure> {
             here = Some(vm);
             (serde_json::from_str(&second.answer()?)?, arrived)
         };
+        let braked = match args.brake {
+            Brake::Nothing => String::new(),
+            Brake::AutoConverge => format!(", {} % taken", left.throttle_percent),
+            Brake::DirtyLimit => format!(", a rest of {} %", left.rest_percent),
+        };
         println!(
-            "{number}: {} rounds, {:.0} MB in {:.0} ms, downtime {:.1} ms; {} pages verified, {} wrong; {} written since",
+            "{number}: {} rounds, {:.0} MB in {:.0} ms, downtime {:.1} ms{braked}; {} pages verified, {} wrong; {} written since",
             left.rounds,
             left.bytes as f64 / 1e6,
             left.total_ms,

@@ -7,7 +7,7 @@
 //!
 //! A writer finishes its page and marks it in the guest's [`SoftwareBitmap`] before it stands still.
 
-mod gate;
+mod pace;
 mod page;
 mod plan;
 mod state;
@@ -17,6 +17,7 @@ use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 pub use page::{Content, Stamp};
 pub use plan::SyntheticConfig;
@@ -24,13 +25,16 @@ pub use plan::SyntheticConfig;
 pub(in crate::guest) use plan::stride;
 pub use verify::{PageFault, VerifyReport};
 
-use self::gate::{Gate, Pace};
+use self::pace::Pace;
 use self::plan::Plan;
 use self::verify::Faults;
-use super::{GuestControl, GuestMemory, MappedGuest, SoftwareBitmap};
+use super::{GuestControl, GuestMemory, MappedGuest, SoftwareBitmap, VcpuGate};
 use crate::ram::PageRun;
 use crate::sys::HostSpan;
 use crate::units::{BlockIndex, PageIndex, Percent, Rate, RestShare};
+
+/// A writer finishes the page it is at before it stands still: microseconds, unless the machine is stuck.
+const STANDS_WITHIN: Duration = Duration::from_secs(10);
 
 /// A guest whose threads write self-describing pages. Clones are handles of the same guest; the last one
 /// ends the writers.
@@ -54,7 +58,7 @@ struct Shared {
     memory: Arc<MappedGuest>,
     software: Arc<SoftwareBitmap>,
     plan: Plan,
-    gate: Gate,
+    gate: VcpuGate,
     /// Writes done, one a writer.
     done: Vec<AtomicU64>,
     /// What `done` was when the device state was loaded; 0 where the guest was made.
@@ -116,7 +120,7 @@ impl SyntheticGuest {
         let shared = Arc::new(Shared {
             memory: self.memory.clone(),
             software: self.software.clone(),
-            gate: Gate::new(plan.config.writers),
+            gate: VcpuGate::new(plan.config.writers),
             done: loaded.iter().map(|done| AtomicU64::new(*done)).collect(),
             loaded,
             plan,
@@ -140,7 +144,7 @@ impl SyntheticGuest {
 
 impl GuestControl for SyntheticGuest {
     fn pause(&mut self) -> io::Result<()> {
-        self.with(|machine| machine.ok_or_else(no_state)?.shared.gate.close())
+        self.with(|machine| machine.ok_or_else(no_state)?.shared.gate.close(STANDS_WITHIN, || {}))
     }
 
     fn resume(&mut self) -> io::Result<()> {
@@ -221,7 +225,7 @@ impl Shared {
             } else {
                 pace.wrote(page_bytes, &self.gate);
             }
-            ran = self.gate.pass();
+            ran = if self.gate.is_open() { Some(false) } else { self.gate.stand_still().then_some(true) };
         }
     }
 

@@ -6,7 +6,7 @@
 //! devices gives their writes as a further dirty source.
 
 mod code;
-mod gate;
+mod kick;
 mod state;
 mod vcpu;
 mod verify;
@@ -14,18 +14,18 @@ mod verify;
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VmFd};
 use ramwire::guest::{
     DirtyError, DirtySource, GuestControl, GuestMemory, KvmDirtyLog, KvmDirtyRing, KvmSlot, MappedGuest,
-    RingSize,
+    RingSize, VcpuGate,
 };
 use ramwire::sys::{KvmMemory, duplicate};
-use ramwire::units::{BlockIndex, BlockOffset, GuestAddr, Percent, Rate};
+use ramwire::units::{BlockIndex, BlockOffset, GuestAddr, Percent, Rate, RestShare};
 use serde::{Deserialize, Serialize};
 
 use self::code::{Plan, all_pages, invalid};
-use self::gate::Gate;
 use self::state::DeviceState;
 use self::vcpu::Vcpu;
 pub(crate) use self::verify::Found;
@@ -36,6 +36,10 @@ const RAM_END: u64 = 3 << 30;
 const BLOCK_STEP: u64 = 2 << 20;
 /// Most vCPUs; bounds what a device state can make us start.
 const MOST_VCPUS: u32 = 64;
+/// A vCPU that is kicked leaves the guest at once, and does what its last exit asks for.
+const STANDS_WITHIN: Duration = Duration::from_secs(10);
+/// A signal that came just before KVM_RUN is lost: it is sent again after this long.
+const AGAIN: Duration = Duration::from_millis(1);
 /// Entries of a dirty ring: QEMU's usual choice is 4096; this one lasts longer, at 1 MiB a vCPU.
 const RING: u32 = 65536;
 
@@ -96,12 +100,13 @@ struct Board {
 struct Machine {
     shape: Shape,
     plan: Plan,
-    gate: Arc<Gate>,
+    gate: Arc<VcpuGate>,
     vcpus: Vec<Arc<Vcpu>>,
     /// Of the vCPUs, in their order; empty until the guest first runs.
     threads: Arc<OnceLock<Vec<JoinHandle<()>>>>,
     kicker: Option<JoinHandle<()>>,
     source: Arc<dyn DirtySource>,
+    ring: Option<Arc<KvmDirtyRing>>,
 }
 
 impl TinyVm {
@@ -130,7 +135,7 @@ impl TinyVm {
             Log::Bitmap => None,
             Log::Ring => Some(RingSize::enable(duplicate(&vm)?, RING).map_err(io::Error::other)?),
         };
-        gate::prepare_kicks()?;
+        kick::prepare_kicks()?;
         let board = Board { memory, addresses, slots, ring, vm, _shown: shown };
         Ok(Self { board: Arc::new(board), machine: Arc::default() })
     }
@@ -227,11 +232,11 @@ impl Board {
                 Arc::new(log.map_err(io::Error::other)?)
             }
         };
-        let gate = Arc::new(Gate::new(shape.vcpus));
+        let gate = Arc::new(VcpuGate::new(shape.vcpus));
         let rate = shape.rate.map(|rate| Rate(rate.div_ceil(shape.vcpus.into())));
-        let vcpu = |fd| Arc::new(Vcpu::new(fd, gate.clone(), ring.clone(), rate));
-        let vcpus = fds.into_iter().map(vcpu).collect();
-        Ok(Machine { shape, plan, gate, vcpus, threads: Arc::default(), kicker: None, source })
+        let vcpu = |(number, fd)| Arc::new(Vcpu::new(fd, number, gate.clone(), ring.clone(), rate));
+        let vcpus = fds.into_iter().enumerate().map(vcpu).collect();
+        Ok(Machine { shape, plan, gate, vcpus, threads: Arc::default(), kicker: None, source, ring })
     }
 }
 
@@ -253,7 +258,7 @@ impl Machine {
         let threads = self.threads.get_or_init(|| threads);
         debug_assert_eq!(threads.len(), self.vcpus.len());
         let (gate, threads) = (self.gate.clone(), self.threads.clone());
-        let kick = move || gate.kick_braked(threads.get().map_or(&[], Vec::as_slice));
+        let kick = move || kick::kick_braked(&gate, threads.get().map_or(&[], Vec::as_slice));
         self.kicker = Some(std::thread::Builder::new().name("vcpu-kicker".into()).spawn(kick)?);
         Ok(())
     }
@@ -261,7 +266,11 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.gate.end(self.threads());
+        self.gate.end();
+        while !self.threads().iter().all(JoinHandle::is_finished) {
+            kick::kick(self.threads());
+            std::thread::sleep(AGAIN);
+        }
         if let Some(kicker) = self.kicker.take() {
             // It has nothing to tell.
             drop(kicker.join());
@@ -271,10 +280,7 @@ impl Drop for Machine {
 
 impl GuestControl for TinyVm {
     fn pause(&mut self) -> io::Result<()> {
-        self.with(|machine| {
-            machine.gate.close(machine.threads());
-            Ok(())
-        })
+        self.with(|machine| machine.gate.close(STANDS_WITHIN, || kick::kick(machine.threads())))
     }
 
     fn resume(&mut self) -> io::Result<()> {
@@ -290,7 +296,24 @@ impl GuestControl for TinyVm {
     fn throttle(&mut self, share: Percent) {
         // A VM without a state has nothing to brake.
         let _ = self.with(|machine| {
-            machine.gate.set_throttle(share.get().into());
+            machine.gate.set_throttle(share);
+            Ok(())
+        });
+    }
+
+    /// By the rings, which tell whose writes they are. The log doesn't: then by the guest itself, which leaves KVM_RUN after
+    /// each page.
+    fn vcpu_dirty_pages(&mut self) -> Vec<u64> {
+        let count = |machine: &mut Machine| {
+            let told = || machine.vcpus.iter().map(|vcpu| vcpu.wrote()).collect();
+            Ok(machine.ring.as_ref().map_or_else(told, |ring| ring.pages_written()))
+        };
+        self.with(count).unwrap_or_default()
+    }
+
+    fn throttle_vcpu(&mut self, vcpu: usize, rest: RestShare) {
+        let _ = self.with(|machine| {
+            machine.gate.set_rest(vcpu, rest);
             Ok(())
         });
     }

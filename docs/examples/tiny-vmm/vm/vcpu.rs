@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use ramwire::guest::KvmDirtyRing;
+use ramwire::guest::{KvmDirtyRing, VcpuGate};
 use ramwire::units::Rate;
 use serde::{Deserialize, Serialize};
 
 use super::code::{Lane, PAGE, USED_UP, WRONG, WROTE};
-use super::gate::{Gate, SLICE};
+use super::kick::SLICE;
 
 /// What a vCPU that fell behind its rate makes up for.
 const BURST: Duration = Duration::from_millis(20);
@@ -66,7 +66,8 @@ impl Registers {
 pub(super) struct Vcpu {
     /// Held by the thread while it may run, free while it stands still.
     fd: Mutex<VcpuFd>,
-    gate: Arc<Gate>,
+    number: usize,
+    gate: Arc<VcpuGate>,
     ring: Option<Arc<KvmDirtyRing>>,
     /// This vCPU's own.
     rate: Option<Rate>,
@@ -78,12 +79,13 @@ pub(super) struct Vcpu {
 impl Vcpu {
     pub(super) fn new(
         fd: VcpuFd,
-        gate: Arc<Gate>,
+        number: usize,
+        gate: Arc<VcpuGate>,
         ring: Option<Arc<KvmDirtyRing>>,
         rate: Option<Rate>,
     ) -> Self {
         let (fd, wrote, trouble) = (Mutex::new(fd), AtomicU64::new(0), Mutex::default());
-        Self { fd, gate, ring, rate, wrote, trouble }
+        Self { fd, number, gate, ring, rate, wrote, trouble }
     }
 
     fn fd(&self) -> MutexGuard<'_, VcpuFd> {
@@ -120,9 +122,8 @@ impl Vcpu {
 
     /// What the thread does.
     pub(super) fn run(&self) {
-        let mut counted = true;
-        while self.gate.stand_still(counted) {
-            counted = false;
+        let mut runs = self.gate.arrive();
+        while runs {
             let mut fd = self.fd();
             let ran = self.run_until_closed(&mut fd).and_then(|()| finish_exit(&mut fd));
             drop(fd);
@@ -130,6 +131,7 @@ impl Vcpu {
                 *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
                 return self.gate.stand_for_good();
             }
+            runs = self.gate.stand_still();
         }
     }
 
@@ -138,7 +140,7 @@ impl Vcpu {
         let mut slice = Instant::now();
         while self.gate.is_open() {
             if self.rate == Some(Rate(0)) {
-                self.gate.rest_until(Instant::now() + Duration::from_secs(3600));
+                self.gate.nap(Duration::from_secs(3600));
                 continue;
             }
             match fd.run() {
@@ -160,8 +162,7 @@ impl Vcpu {
             }
             let ran = slice.elapsed();
             if ran >= SLICE {
-                if let Some(rest) = self.gate.rest_after(ran) {
-                    self.gate.rest_until(Instant::now() + rest);
+                if self.gate.rest(self.number, ran) {
                     // What the brake took is not made up for.
                     due = Instant::now();
                 }
@@ -176,8 +177,8 @@ impl Vcpu {
         let Some(cost) = self.rate.and_then(|rate| rate.time_for(PAGE)) else { return due };
         let now = Instant::now();
         let next = due.max(now.checked_sub(BURST).unwrap_or(now)) + cost;
-        if next.checked_duration_since(now).is_some_and(|early| early >= NAP) {
-            self.gate.rest_until(next);
+        if let Some(early) = next.checked_duration_since(now).filter(|early| *early >= NAP) {
+            self.gate.nap(early);
         }
         next
     }

@@ -1,0 +1,312 @@
+//! The gate between those who control a VM and the threads that run it.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::units::{Percent, RestShare};
+
+/// A kick that came just before a vCPU entered the guest is lost: it is given again after this long.
+const AGAIN: Duration = Duration::from_millis(1);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Pause,
+    Run,
+    End,
+}
+
+#[derive(Debug)]
+struct State {
+    mode: Mode,
+    standing: u32,
+}
+
+/// Lets the vCPU threads of a VM run, stand still, slow down and end: what [`GuestControl`](super::GuestControl) asks of them,
+/// for VMMs that have no such thing yet.
+///
+/// A vCPU's thread calls [`arrive`](Self::arrive) once, then runs its vCPU as long as [`is_open`](Self::is_open), with a
+/// [`rest`](Self::rest) for each few milliseconds that it ran, and else calls [`stand_still`](Self::stand_still).
+#[derive(Debug)]
+pub struct VcpuGate {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// `state.mode == Run`, for looks that must cost nothing.
+    open: AtomicBool,
+    /// Percent of its time that is taken from every vCPU.
+    throttle: AtomicU8,
+    /// How each vCPU rests for the time it runs.
+    rests: Vec<AtomicU16>,
+}
+
+impl VcpuGate {
+    /// Closed. A vCPU without a thread counts as standing still.
+    pub fn new(vcpus: u32) -> Self {
+        Self {
+            state: Mutex::new(State { mode: Mode::Pause, standing: vcpus }),
+            changed: Condvar::new(),
+            open: AtomicBool::new(false),
+            throttle: AtomicU8::new(0),
+            rests: (0..vcpus).map(|_| AtomicU16::new(0)).collect(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, time: Duration) -> MutexGuard<'a, State> {
+        self.changed.wait_timeout(state, time).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn set(&self, mode: Mode) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        state.mode = mode;
+        self.open.store(mode == Mode::Run, Ordering::Release);
+        self.changed.notify_all();
+        state
+    }
+
+    fn all_stand(&self, state: &State) -> bool {
+        state.standing as usize >= self.rests.len()
+    }
+
+    /// Lets the vCPUs run.
+    pub fn open(&self) {
+        drop(self.set(Mode::Run));
+    }
+
+    /// Closes the gate and returns when every vCPU stands still. `kick` makes those that are in the guest leave it; it is
+    /// called each millisecond until then.
+    ///
+    /// # Errors
+    /// `TimedOut` if some don't stand still `within` that time; the gate stays closed.
+    pub fn close(&self, within: Duration, mut kick: impl FnMut()) -> io::Result<()> {
+        let began = Instant::now();
+        let mut state = self.set(Mode::Pause);
+        while !self.all_stand(&state) {
+            if began.elapsed() >= within {
+                let (standing, vcpus) = (state.standing, self.rests.len());
+                let what = format!("{standing} of {vcpus} vCPUs stood still within {within:?}");
+                return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+            }
+            kick();
+            state = self.wait(state, AGAIN);
+        }
+        Ok(())
+    }
+
+    /// Lets the vCPUs' threads end. Those in the guest need a kick.
+    pub fn end(&self) {
+        drop(self.set(Mode::End));
+    }
+
+    /// True while vCPUs may run. Costs a load.
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// True while the gate is closed and every vCPU stands still.
+    pub fn is_closed(&self) -> bool {
+        let state = self.lock();
+        state.mode == Mode::Pause && self.all_stand(&state)
+    }
+
+    /// A vCPU's thread has begun: waits, as one that has stood still so far, until the gate opens. `false`: it ends.
+    #[must_use]
+    pub fn arrive(&self) -> bool {
+        self.wait_open(self.lock())
+    }
+
+    /// A vCPU's thread finds the gate closed, and nothing that the guest has not finished: waits until it opens. `false`:
+    /// it ends.
+    #[must_use]
+    pub fn stand_still(&self) -> bool {
+        self.wait_open(self.stand())
+    }
+
+    /// As [`stand_still`](Self::stand_still) for a vCPU that can't run any more: waits for the end.
+    pub fn stand_for_good(&self) {
+        let state = self.stand();
+        drop(self.changed.wait_while(state, |state| state.mode != Mode::End));
+    }
+
+    fn stand(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        state.standing += 1;
+        self.changed.notify_all();
+        state
+    }
+
+    fn wait_open(&self, state: MutexGuard<'_, State>) -> bool {
+        let wait = self.changed.wait_while(state, |state| state.mode == Mode::Pause);
+        let mut state = wait.unwrap_or_else(PoisonError::into_inner);
+        let runs = state.mode == Mode::Run;
+        state.standing -= u32::from(runs);
+        runs
+    }
+
+    /// Sleeps for `time`, or until the gate is no longer open: an idle vCPU.
+    pub fn nap(&self, time: Duration) {
+        let state = self.lock();
+        drop(self.changed.wait_timeout_while(state, time, |state| state.mode == Mode::Run));
+    }
+
+    /// Takes `share` of every vCPU's time from now on.
+    pub fn set_throttle(&self, share: Percent) {
+        self.throttle.store(share.get(), Ordering::Relaxed);
+        drop(self.lock());
+        self.changed.notify_all();
+    }
+
+    /// Lets `vcpu` rest so from now on, beside what is taken of all. One that is not there is left alone.
+    pub fn set_rest(&self, vcpu: usize, rest: RestShare) {
+        if let Some(slot) = self.rests.get(vcpu) {
+            slot.store(rest.percent_of_run(), Ordering::Relaxed);
+            drop(self.lock());
+            self.changed.notify_all();
+        }
+    }
+
+    /// Parts of 10,000 of its time in which `vcpu` may run, at least 1; `None` without a brake.
+    pub fn run_share(&self, vcpu: usize) -> Option<u32> {
+        let throttle = u32::from(self.throttle.load(Ordering::Relaxed).min(99));
+        let rest = self.rests.get(vcpu).map_or(0, |rest| u32::from(rest.load(Ordering::Relaxed)));
+        (throttle + rest > 0).then(|| ((100 - throttle) * WHOLE / (100 + rest)).max(1))
+    }
+
+    /// Sleeps as `vcpu` must for having run for `ran`; true if it did. Ends early when the gate closes, and follows a brake
+    /// that changes meanwhile.
+    pub fn rest(&self, vcpu: usize, ran: Duration) -> bool {
+        let (began, mut rested) = (Instant::now(), false);
+        let mut state = self.lock();
+        while state.mode == Mode::Run
+            && let Some(share) = self.run_share(vcpu)
+            && let Some(left) = (ran * (WHOLE - share) / share).checked_sub(began.elapsed())
+            && !left.is_zero()
+        {
+            rested = true;
+            state = self.wait(state, left);
+        }
+        rested
+    }
+
+    /// For a thread that kicks braked vCPUs out of the guest, so that they look at their brakes: waits at most `time`, less
+    /// if something changes. `None`: the end; else whether there is a brake.
+    pub fn watch(&self, time: Duration) -> Option<bool> {
+        let mut state = self.lock();
+        if state.mode != Mode::End {
+            state = self.wait(state, time);
+        }
+        let braked = || (0..self.rests.len()).any(|vcpu| self.run_share(vcpu).is_some());
+        (state.mode != Mode::End).then(braked)
+    }
+}
+
+/// Parts of a vCPU's time.
+pub(super) const WHOLE: u32 = 10_000;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// Threads that count as long as they may; none counts behind a closed gate, and all end.
+    #[test]
+    fn nobody_runs_behind_a_closed_gate_and_all_end() {
+        let gate = Arc::new(VcpuGate::new(3));
+        assert!(gate.is_closed(), "without threads");
+        let count = Arc::new(AtomicU32::new(0));
+        let run = || {
+            let (gate, count) = (gate.clone(), count.clone());
+            std::thread::spawn(move || {
+                let mut runs = gate.arrive();
+                while runs {
+                    while gate.is_open() {
+                        count.fetch_add(1, Ordering::Relaxed);
+                        gate.nap(Duration::from_micros(50));
+                    }
+                    runs = gate.stand_still();
+                }
+            })
+        };
+        let threads: Vec<_> = (0..3).map(|_| run()).collect();
+        for _ in 0..50 {
+            gate.open();
+            while count.swap(0, Ordering::Relaxed) == 0 {
+                std::thread::yield_now();
+            }
+            gate.close(LONG, || {}).unwrap();
+            assert!(gate.is_closed());
+            count.store(0, Ordering::Relaxed);
+            std::thread::yield_now();
+            assert_eq!(count.load(Ordering::Relaxed), 0);
+        }
+        gate.end();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    #[test]
+    fn a_vcpu_that_does_not_stand_still_is_kicked_and_told() {
+        let gate = VcpuGate::new(1);
+        gate.open();
+        assert!(gate.arrive());
+        let mut kicks = 0;
+        let error = gate.close(Duration::from_millis(20), || kicks += 1).unwrap_err();
+        assert!(error.to_string().contains("0 of 1 vCPUs") && kicks > 0, "{error}");
+        assert!(!gate.is_closed() && !gate.is_open());
+        std::thread::scope(|scope| {
+            scope.spawn(|| gate.stand_for_good());
+            gate.close(LONG, || {}).unwrap();
+            gate.end();
+        });
+    }
+
+    #[test]
+    fn a_brake_of_all_and_one_of_a_vcpu_add_up() {
+        let gate = VcpuGate::new(2);
+        assert_eq!([gate.run_share(0), gate.run_share(1)], [None, None]);
+        gate.set_rest(1, RestShare::new(300));
+        gate.set_rest(7, RestShare::new(300));
+        assert_eq!([gate.run_share(0), gate.run_share(1)], [None, Some(2500)]);
+        gate.set_throttle(Percent::new(50).unwrap());
+        assert_eq!([gate.run_share(0), gate.run_share(1)], [Some(5000), Some(1250)]);
+        gate.set_throttle(Percent::new(100).unwrap());
+        gate.set_rest(1, RestShare::MOST);
+        assert_eq!(gate.run_share(1), Some(1), "it always goes on");
+    }
+
+    #[test]
+    fn a_rest_ends_with_the_brake_and_with_the_gate() {
+        let gate = VcpuGate::new(1);
+        gate.open();
+        assert!(!gate.rest(0, LONG), "no brake");
+        gate.set_throttle(Percent::new(50).unwrap());
+        assert!(gate.rest(0, Duration::from_micros(1)) || gate.watch(Duration::ZERO) == Some(true));
+        for lift in [VcpuGate::close_now, |gate: &VcpuGate| gate.set_throttle(Percent::default())] {
+            gate.set_throttle(Percent::new(99).unwrap());
+            gate.open();
+            std::thread::scope(|scope| {
+                let rests = scope.spawn(|| gate.rest(0, LONG));
+                std::thread::sleep(Duration::from_millis(20));
+                lift(&gate);
+                rests.join().unwrap();
+            });
+        }
+        assert_eq!(gate.watch(Duration::ZERO), Some(false));
+        gate.end();
+        assert_eq!(gate.watch(LONG), None);
+    }
+
+    impl VcpuGate {
+        fn close_now(&self) {
+            drop(self.set(Mode::Pause));
+        }
+    }
+}
