@@ -7,6 +7,7 @@
 mod destination;
 mod handover;
 mod pace;
+mod page_cost;
 mod progress;
 mod rate;
 mod source;
@@ -15,6 +16,7 @@ mod throttle;
 pub use destination::{Arrived, Deed, DestinationEngine, Ending};
 pub use handover::{Handover, Outcome, Reason};
 pub use pace::{BandwidthLimit, Pace};
+pub use page_cost::PageCost;
 pub use progress::Progress;
 pub use rate::RateWindow;
 pub use source::{Action, Input, OnTimeout, SourceConfig, SourceEngine, Switchover};

@@ -16,7 +16,7 @@
 
 use std::time::Duration;
 
-use super::{Handover, Outcome, Progress, RateWindow, Reason};
+use super::{Handover, Outcome, PageCost, Progress, RateWindow, Reason};
 use crate::ram::RoundKind;
 use crate::units::Rate;
 
@@ -156,7 +156,7 @@ pub enum Action {
         /// Live or final.
         kind: RoundKind,
     },
-    /// Nothing to send: wait for the guest's source.
+    /// Nothing to send: wait for the guest's source, or for what is under way to leave.
     Wait {
         /// By the engine's clock.
         until: Duration,
@@ -223,6 +223,12 @@ pub struct SourceEngine {
     upstream_stopped: bool,
     progress: Progress,
     round_began: Duration,
+    /// Pages that the round began with, and bytes that left in it.
+    round_pages: u64,
+    round_bytes: u64,
+    page_cost: PageCost,
+    deltas: bool,
+    under_way: u64,
     gave_up: bool,
 }
 
@@ -238,6 +244,11 @@ impl SourceEngine {
             upstream_stopped: false,
             progress: Progress::default(),
             round_began: Duration::ZERO,
+            round_pages: 0,
+            round_bytes: 0,
+            page_cost: PageCost::default(),
+            deltas: false,
+            under_way: 0,
             gave_up: false,
         }
     }
@@ -255,6 +266,16 @@ impl SourceEngine {
     /// Says how much device state there will be; may change while it runs.
     pub fn set_state_bytes(&mut self, bytes: u64) {
         self.config.state_bytes = bytes;
+    }
+
+    /// Says whether pages travel as differences: a dirty one then need not take its whole length.
+    pub fn set_deltas(&mut self, deltas: bool) {
+        self.deltas = deltas;
+    }
+
+    /// Says how many bytes have been sent and not left this host: pages that are sent next wait for them.
+    pub fn set_under_way(&mut self, bytes: u64) {
+        self.under_way = bytes;
     }
 
     /// What the rounds so far brought.
@@ -300,8 +321,17 @@ impl SourceEngine {
     /// How long the guest would stand still if it were paused with `dirty_pages`; `None` before a rate is
     /// known.
     pub fn expected_downtime(&self, dirty_pages: u64) -> Option<Duration> {
-        let bytes =
-            dirty_pages.saturating_mul(self.config.page_bytes).saturating_add(self.config.state_bytes);
+        self.downtime_behind(self.under_way, dirty_pages)
+    }
+
+    fn downtime_behind(&self, under_way: u64, dirty_pages: u64) -> Option<Duration> {
+        let page = self.config.page_bytes;
+        let pages = if self.deltas {
+            self.page_cost.bytes(dirty_pages, page)
+        } else {
+            dirty_pages.saturating_mul(page)
+        };
+        let bytes = pages.saturating_add(self.config.state_bytes).saturating_add(under_way);
         let rate = || self.config.switchover_rate.or(self.rate());
         let sending = if bytes == 0 { Duration::ZERO } else { rate()?.time_for(bytes)? };
         Some(self.config.fixed_downtime.saturating_add(sending))
@@ -329,11 +359,15 @@ impl SourceEngine {
             }
             (Phase::Sending(kind), Input::Sent { pages_left, bytes }) => {
                 self.rate.add(bytes, now);
+                self.round_bytes += bytes;
                 if kind == RoundKind::Live && self.must_give_up(now) {
                     return self.give_up();
                 }
                 if pages_left > 0 && !self.is_cut(kind, now) {
                     return self.send(kind, now);
+                }
+                if self.round > 1 {
+                    self.page_cost.round(self.round_pages.saturating_sub(pages_left), self.round_bytes);
                 }
                 self.go(Phase::Closing(kind), Action::CloseRound { kind })
             }
@@ -416,9 +450,19 @@ impl SourceEngine {
     }
 
     fn round_or_pause(&mut self, now: Duration, dirty_pages: u64) -> Action {
+        let fits = |engine: &Self, behind| engine.fits(engine.downtime_behind(behind, dirty_pages));
+        let waits = self.config.switchover == Switchover::WhenItFits
+            && !self.is_late(now)
+            && !fits(self, self.under_way)
+            && fits(self, 0);
+        if waits {
+            // The link is busy all the same; what is sent now would be written again before it leaves.
+            return self.go(Phase::Waiting, Action::Wait { until: now + self.config.slice });
+        }
         if self.round > 0 {
             self.progress.round(dirty_pages);
         }
+        (self.round_pages, self.round_bytes) = (dirty_pages, 0);
         match self.config.switchover {
             _ if self.must_give_up(now) => self.give_up(),
             Switchover::WhenItFits if self.is_late(now) && self.round > 0 => self.pause(),
@@ -427,7 +471,7 @@ impl SourceEngine {
                 let until = now + self.config.slice;
                 self.go(Phase::Waiting, Action::Wait { until })
             }
-            Switchover::WhenItFits if self.fits(dirty_pages) => self.pause(),
+            Switchover::WhenItFits if fits(self, self.under_way) => self.pause(),
             _ => self.open(RoundKind::Live),
         }
     }
@@ -436,10 +480,10 @@ impl SourceEngine {
     ///
     /// Where the fixed part alone exceeds the limit no amount of rounds helps; a tenth of the limit is then
     /// left for pages, and the report tells by how much the limit was missed.
-    fn fits(&self, dirty_pages: u64) -> bool {
+    fn fits(&self, downtime: Option<Duration>) -> bool {
         let limit = self.config.downtime_limit;
         let limit = limit.max(self.config.fixed_downtime.saturating_add(limit / 10));
-        self.round > 0 && self.expected_downtime(dirty_pages).is_some_and(|expected| expected <= limit)
+        self.round > 0 && downtime.is_some_and(|expected| expected <= limit)
     }
 
     fn pause(&mut self) -> Action {

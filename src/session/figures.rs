@@ -324,7 +324,6 @@ impl Figures {
         let per_second = self.window.per_second(now, self.pages.normal + self.pages.zero);
         self.shared.update(|s| {
             s.pages = pages;
-            s.transferred += bytes;
             s.remaining = pages_left * page_bytes;
             s.throughput = rate.map_or(s.throughput, |rate| rate.0);
             s.pages_per_second = per_second.unwrap_or(s.pages_per_second);

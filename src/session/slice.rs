@@ -34,7 +34,9 @@ impl SourceSession {
                 break;
             }
         }
-        let bytes = self.position() - before;
+        let position = self.position();
+        let bytes = position - before;
+        self.figures.position(position);
         let pages_left = self.dirty.count();
         self.figures.sent(self.clock.now(), bytes, pages_left, self.engine.rate());
         self.figures.beside(self.link.beside());
@@ -141,6 +143,11 @@ impl SourceSession {
             bytes = self.position() - before;
         }
         self.pace.charge(now, bytes);
+        if self.settings.max_bandwidth.get().is_some() {
+            // A limit is to be seen at work between slices, too.
+            let position = self.position();
+            self.figures.position(position);
+        }
         self.figures.offered(begun.elapsed());
         self.take_returned()
     }

@@ -340,7 +340,7 @@ impl SourceSession {
             Action::OpenRound { kind, number } => self.open_round(kind, number),
             Action::Send { until } => self.send_slice(until),
             Action::CloseRound { kind } => self.close_round(kind),
-            Action::Wait { until } => self.wait_upstream(until),
+            Action::Wait { until } => self.wait(until),
             Action::PauseGuest => {
                 // Paused from here on whatever the VMM answers: a failed pause is undone by resume as well.
                 self.paused = true;
@@ -460,12 +460,14 @@ impl SourceSession {
         Ok(Input::Done)
     }
 
-    fn wait_upstream(&mut self, until: Duration) -> Result<Input, Error> {
+    fn wait(&mut self, until: Duration) -> Result<Input, Error> {
         self.hear()?;
         self.give_a_sign()?;
         let time = until.saturating_sub(self.clock.now());
         let Some(upstream) = &mut self.upstream else {
-            return Ok(Input::Woken { upstream_stopped: true });
+            // A stop is looked at before the next step.
+            self.stop.sleep(time);
+            return Ok(Input::Woken { upstream_stopped: false });
         };
         Ok(Input::Woken { upstream_stopped: upstream.wait(time)? })
     }

@@ -67,7 +67,9 @@ impl SourceSession {
         // READY is an answer to the digest, RUNNING one to COMMIT; a QEMU's SHUT is one to the last byte.
         let answers = if self.handover.has_ready() { 2 } else { u32::from(self.handover.has_running()) };
         self.engine.set_fixed_downtime(digest + sync + round_trip * answers);
+        self.engine.set_deltas(self.link.deltas().cache_size > 0);
         self.engine.set_state_bytes(self.guest.control.device_state_bytes());
+        self.engine.set_under_way(self.link.sink().under_way());
     }
 
     /// Says once that the rounds lead nowhere, and what would help.

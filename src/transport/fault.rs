@@ -180,6 +180,10 @@ impl<T: ByteSink> ByteSink for Faulty<T> {
     fn position(&self) -> u64 {
         self.at
     }
+
+    fn under_way(&self) -> u64 {
+        self.inner.as_ref().map_or(0, ByteSink::under_way)
+    }
 }
 
 fn piece<'a>(part: &SendPart<'a>, from: usize, count: usize) -> SendPart<'a> {

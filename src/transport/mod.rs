@@ -169,6 +169,11 @@ pub trait ByteSink: Send {
 
     /// Bytes sent so far.
     fn position(&self) -> u64;
+
+    /// Of them, those that the peer's host does not have yet, where the kernel tells: what is sent next waits for them.
+    fn under_way(&self) -> u64 {
+        0
+    }
 }
 
 /// Where a byte stream comes from.

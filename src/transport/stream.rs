@@ -401,6 +401,11 @@ impl ByteSink for StreamChannel {
     fn position(&self) -> u64 {
         self.sent
     }
+
+    fn under_way(&self) -> u64 {
+        // Where the kernel does not tell, as of a file, nothing is known to wait.
+        queued_bytes(self.end.fd.as_fd(), self.end.kind()).unwrap_or(0)
+    }
 }
 
 impl ByteSource for StreamChannel {

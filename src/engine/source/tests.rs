@@ -16,11 +16,15 @@ fn started(mut engine: SourceEngine) -> SourceEngine {
 }
 
 fn one_round(engine: &mut SourceEngine, from_ms: u64, pages: u64, took_ms: u64) {
+    round_of(engine, from_ms, (pages, pages * PAGE), took_ms);
+}
+
+fn round_of(engine: &mut SourceEngine, from_ms: u64, (pages, bytes): (u64, u64), took_ms: u64) {
     let ms = Duration::from_millis;
     let open = engine.handle(ms(from_ms), Input::Synced { dirty_pages: pages });
     assert!(matches!(open, Action::OpenRound { kind: RoundKind::Live, .. }), "{open:?}");
     assert!(matches!(engine.handle(ms(from_ms), Input::Done), Action::Send { .. }));
-    let sent = Input::Sent { pages_left: 0, bytes: pages * PAGE };
+    let sent = Input::Sent { pages_left: 0, bytes };
     let close = engine.handle(ms(from_ms + took_ms), sent);
     assert_eq!(close, Action::CloseRound { kind: RoundKind::Live });
     assert_eq!(engine.handle(ms(from_ms + took_ms), Input::Done), Action::Sync { last: false });
@@ -35,6 +39,39 @@ fn pauses_when_the_rest_fits_the_downtime() {
         engine.handle(Duration::from_secs(2), Input::Synced { dirty_pages: 29_000 }),
         Action::PauseGuest
     );
+}
+
+/// A guest that makes all its pages dirty again in any round, however short: 400 MB of them, or 10 MB of differences.
+#[test]
+fn differences_are_reckoned_as_what_they_take() {
+    for deltas in [false, true] {
+        let mut engine = started(engine());
+        engine.set_deltas(deltas);
+        one_round(&mut engine, 0, 100_000, 4000);
+        one_round(&mut engine, 4000, 100_000, 4000);
+        round_of(&mut engine, 8000, (100_000, 10_000_000), 100);
+        round_of(&mut engine, 8100, (100_000, 10_000_000), 100);
+        let again = engine.handle(Duration::from_millis(8200), Input::Synced { dirty_pages: 100_000 });
+        assert_eq!(again == Action::PauseGuest, deltas, "{again:?}");
+    }
+}
+
+/// What waits in the kernel delays the last pages: the guest runs on until it has left, and no round is made of nothing.
+#[test]
+fn what_is_under_way_is_waited_for() {
+    let mut engine = started(engine());
+    one_round(&mut engine, 0, 100_000, 4000);
+    let at = Duration::from_secs(4);
+    engine.set_under_way(40 << 20);
+    for dirty_pages in [0, 100] {
+        let wait = engine.handle(at, Input::Synced { dirty_pages });
+        assert!(matches!(wait, Action::Wait { until } if until > at), "{wait:?}");
+        let woken = engine.handle(at, Input::Woken { upstream_stopped: false });
+        assert_eq!(woken, Action::Sync { last: false });
+    }
+    assert!(!engine.progress().is_stalled() && engine.progress().rounds_without() == 0);
+    engine.set_under_way(1 << 20);
+    assert_eq!(engine.handle(at, Input::Synced { dirty_pages: 100 }), Action::PauseGuest);
 }
 
 #[test]
