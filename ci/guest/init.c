@@ -8,6 +8,7 @@
  *   WRITER_MIB    memory to write, in MiB        (32)
  *   WRITER_RATE   pages written in a second      (2000)
  *   WRITER_SMALL  not 0: a write changes sixteen bytes of its page, for deltas   (0)
+ *   WRITER_IN_TURN  not 0: page after page and round again, else pages at random (0)
  *
  * On the serial console, with the counts in decimal:
  *   writer MIB RATE                     once, before the first write
@@ -115,6 +116,7 @@ int main(void) {
     open_console();
     uint64_t mib = setting("WRITER_MIB", 32), rate = setting("WRITER_RATE", 2000);
     small = setting("WRITER_SMALL", 0);
+    uint64_t in_turn = setting("WRITER_IN_TURN", 0);
     page_count = mib << 8;
     pages = memory(page_count * sizeof(struct page));
     expected = memory(page_count * sizeof(uint64_t));
@@ -128,7 +130,7 @@ int main(void) {
     for (uint64_t step = 1;; step++) {
         for (owed += rate; owed >= STEPS_PER_SECOND; owed -= STEPS_PER_SECOND) {
             random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-            write_page(random % page_count);
+            write_page((in_turn ? sequence : random) % page_count);
         }
         for (uint64_t i = 0; i <= page_count / STEPS_PER_PASS; i++) {
             check_page(checked);

@@ -17,6 +17,7 @@ mod relay;
 mod render;
 mod report;
 mod send;
+mod slow_link;
 mod store;
 mod watch;
 

@@ -7,6 +7,7 @@ mod cost;
 mod floors;
 mod interval;
 mod iperf;
+mod limit;
 mod own;
 mod peer;
 mod probe;
@@ -150,6 +151,8 @@ enum What {
     Migrate(MigrateArgs),
     /// Whether a guest that writes as fast as the link carries, or faster, still arrives
     Converge(converge::ConvergeArgs),
+    /// Whether a bandwidth limit holds, over all of a run and over each tenth of a second
+    Limit(limit::LimitArgs),
     /// How long messages take: RDMA WRITE, READ and SEND, TCP, UNIX sockets
     Latency(ProbeArgs),
     /// How many messages go through
@@ -310,7 +313,11 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
             common::cancel_on_signal(vec![cancel.clone()]);
             probe::run(args, ProbeKind::Bandwidth, &cancel).map(|()| Exit::Done)
         }
-        What::Converge(args) => converge::run(args),
+        What::Limit(args) => limit::run(args),
+        What::Converge(args) => {
+            common::cancel_on_signal(vec![cancel.clone()]);
+            converge::run(args, &cancel)
+        }
         // Ends with the process that started it, by its connection or by the terminal's signal.
         What::Peer(args) => peer::serve(args).map(|()| Exit::Done),
     };

@@ -73,6 +73,11 @@ impl Qemu {
         }
     }
 
+    /// The program.
+    pub(super) fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// Migrates the bed's memory from one QEMU to another.
     ///
     /// # Errors
@@ -185,7 +190,7 @@ pub fn free_port() -> io::Result<u16> {
 }
 
 /// A QEMU that runs; killed when dropped.
-struct Running(Child);
+pub(super) struct Running(pub(super) Child);
 
 impl Drop for Running {
     fn drop(&mut self) {

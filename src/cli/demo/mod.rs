@@ -83,6 +83,10 @@ pub(super) struct Args {
     /// Most bytes a second while the guest runs, for instance 125M; 0 is no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     max_bandwidth: u64,
+    /// Let the connection carry no more bytes a second than this, the last round included, as a slow network would; with
+    /// --transport tcp; 0: as fast as the loopback
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    link_rate: u64,
     /// Touch the destination's memory before the guest comes
     #[arg(long)]
     populate: bool,
@@ -124,6 +128,9 @@ type Failure = Box<dyn std::error::Error>;
 fn demo(args: &Args) -> Result<Exit, Failure> {
     // What can't be is said before anything starts.
     args.channels.options()?;
+    if args.link_rate > 0 && args.transport != Transport::Tcp {
+        return Err("--link-rate holds back a TCP connection: give --transport tcp as well".into());
+    }
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block)?;
     let memory = Arc::new(BlockSpec::memory(&blocks)?);
     let (guest, choice) = args.guest.filled(args, Arc::clone(&memory))?;
@@ -165,6 +172,7 @@ impl Args {
             .with("writers", self.writers)
             .with("downtime_ms", self.downtime_ms)
             .with("max_bandwidth", self.max_bandwidth)
+            .with("link_rate", self.link_rate)
             .with("xbzrle_cache_size", self.xbzrle_cache_size)
             .with("channels", self.channels.count())
             .with("digest", !self.no_digest)

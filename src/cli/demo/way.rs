@@ -1,5 +1,6 @@
 //! How the demo's guest travels: the choice, and the connection to the process at the other end.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,11 +11,13 @@ use ramwire::transport::{
     Address, DECIDED_WITHIN, DeltaCacheSize, DoorOptions, OpenError, SourceDoor, open_source, rdma_address,
     why_no_rdma,
 };
+use ramwire::units::Rate;
 
 use super::blocks::BlockSpec;
 use super::destination::Process;
 use super::{Args, Failure, Scratch};
 use crate::cli::common::local_options;
+use crate::cli::slow_link::SlowLink;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Transport {
@@ -33,6 +36,7 @@ pub(super) struct Way {
     pub(super) transport: &'static str,
     pub(super) why: String,
     pub(super) destination: Process,
+    _link: Option<SlowLink>,
 }
 
 impl Way {
@@ -47,7 +51,7 @@ impl Way {
         let open = |transport, address: &Address, why, within: Option<Duration>| -> Result<_, Failure> {
             let mut destination =
                 Process::start(address, args.guest, blocks, args.populate, args.channels.both())?;
-            let address = destination.address()?;
+            let (address, link) = through_link(destination.address()?, args.link_rate)?;
             let options = DoorOptions {
                 stream: local_options(),
                 rdma: args.rdma.options(),
@@ -57,7 +61,7 @@ impl Way {
             let memory = Arc::clone(memory);
             let stop = within.map_or_else(|| stop.clone(), |within| stop.within(within));
             let door = open_source(&address, memory, &options, &stop)?;
-            Ok((Self { transport, why, destination }, door))
+            Ok((Self { transport, why, destination, _link: link }, door))
         };
         let rdma = |why: &str, within| {
             // Both ends lock their own copy, each in a process of its own.
@@ -90,4 +94,15 @@ impl Way {
             }
         }
     }
+}
+
+/// The address at which `address` is reached through a link of `rate` bytes a second, and the link; 0: as it is.
+fn through_link(address: Address, rate: u64) -> Result<(Address, Option<SlowLink>), Failure> {
+    let Address::Tcp { host, port } = &address else { return Ok((address, None)) };
+    if rate == 0 {
+        return Ok((address, None));
+    }
+    let link = SlowLink::to((host.parse::<IpAddr>()?, *port).into(), Rate(rate))?;
+    let entered = link.address();
+    Ok((Address::Tcp { host: entered.ip().to_string(), port: entered.port() }, Some(link)))
 }

@@ -1,0 +1,158 @@
+//! `ramwire bench limit`: whether `--max-bandwidth` holds, over all of a run and over each tenth of a second.
+//!
+//! A `ramwire demo` whose guest writes more than that is ended after some seconds; the log of its run tells what had left
+//! when ([`RunLog`](ramwire::session::RunLog)).
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use ramwire::observe::{Record, Sample, Status};
+use serde::Serialize;
+
+use super::BenchError;
+use crate::cli::args::Exit;
+use crate::cli::common::bytes;
+
+/// Arguments of `ramwire bench limit`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  ramwire bench limit --limit 100M
+  ramwire bench limit --channels 4 --limit 100M
+  ci/rxe-guest target/release/ramwire bench limit --transport rdma --limit 8M")]
+pub(super) struct LimitArgs {
+    /// How the guest travels: tcp, unix or rdma
+    #[arg(long, value_name = "TRANSPORT", default_value = "tcp")]
+    transport: String,
+    /// Page channels beside the stream
+    #[arg(long, value_name = "N", default_value = "0")]
+    channels: u8,
+    /// Memory for copies of sent pages, which lets changed ones travel as differences; 0: never
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    xbzrle_cache_size: u64,
+    /// Most bytes a second
+    #[arg(long, value_name = "SIZE", default_value = "24M", value_parser = bytes)]
+    limit: u64,
+    /// How long
+    #[arg(long, value_name = "SECONDS", default_value = "11")]
+    seconds: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// How much the rate over all of a run may be off.
+const OFF: f64 = 0.05;
+/// How much of the limit may leave in a tenth of a second.
+const BURST: f64 = 1.1;
+/// Memory that the guest keeps writing, in seconds of the limit: no round comes near its end within the downtime.
+const WRITES: u64 = 2;
+
+#[derive(Debug, Serialize)]
+struct Held {
+    transport: String,
+    channels: u8,
+    limit: u64,
+    seconds: f64,
+    /// What left in a second, of the limit.
+    rate: f64,
+    /// The same in the busiest and the idlest tenth of a second.
+    most: f64,
+    least: f64,
+    windows: usize,
+    holds: bool,
+}
+
+pub(super) fn run(args: &LimitArgs) -> Result<Exit, BenchError> {
+    let log = std::env::temp_dir().join(format!("ramwire-limit-{}.jsonl", std::process::id()));
+    let ran = demo(args, &log);
+    let text = std::fs::read_to_string(&log).unwrap_or_default();
+    drop(std::fs::remove_file(&log));
+    ran?;
+    let records = text.lines().filter_map(|line| serde_json::from_str(line).ok());
+    let samples: Vec<Sample> = records
+        .filter_map(|record| match record {
+            Record::Sample(sample) if sample.status == Status::Active && sample.transferred > 0 => {
+                Some(sample)
+            }
+            _ => None,
+        })
+        .collect();
+    let Some(held) = held(args, &samples) else {
+        return Err(failed(args, "its log has too few samples of a migration under way".into()));
+    };
+    if args.json {
+        println!("{}", serde_json::json!(held));
+    } else {
+        println!(
+            "{} {}: {:.1} s at {:.4} of {} bytes/s; a tenth of a second at {:.3} to {:.3}, of {}: {}",
+            held.transport,
+            if args.channels > 0 { format!("with {} channels", args.channels) } else { "alone".into() },
+            held.seconds,
+            held.rate,
+            held.limit,
+            held.least,
+            held.most,
+            held.windows,
+            if held.holds { "held" } else { "NOT held" },
+        );
+    }
+    Ok(if held.holds { Exit::Done } else { Exit::Failed })
+}
+
+fn failed(args: &LimitArgs, answer: String) -> BenchError {
+    BenchError::Refused {
+        who: "ramwire demo".into(),
+        what: format!("--transport {}", args.transport),
+        answer,
+    }
+}
+
+fn demo(args: &LimitArgs, log: &Path) -> Result<(), BenchError> {
+    let program = std::env::current_exe().map_err(|error| failed(args, error.to_string()))?;
+    let written = args.limit * WRITES;
+    let out = Command::new(program)
+        .args(["demo", "--json", "--no-digest", "--zero=0", "--writers=1", "--downtime-ms=50"])
+        .arg(format!("--transport={}", args.transport))
+        .arg(format!("--ram={written}"))
+        .arg(format!("--working-set={written}"))
+        .arg(format!("--dirty-rate={}", args.limit * 2))
+        .arg(format!("--max-bandwidth={}", args.limit))
+        .arg(format!("--xbzrle-cache-size={}", args.xbzrle_cache_size))
+        .args((args.channels > 0).then(|| format!("--channels={}", args.channels)))
+        .arg(format!("--timeout={}", args.seconds))
+        .arg("--log-rounds")
+        .arg(log)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| failed(args, error.to_string()))?;
+    // It is ended by its time, which counts as failed and safe.
+    match out.status.code() {
+        Some(0 | 3) if log.exists() => Ok(()),
+        _ => Err(failed(args, String::from_utf8_lossy(&out.stderr).into_owned())),
+    }
+}
+
+/// `None` with fewer than two samples.
+fn held(args: &LimitArgs, samples: &[Sample]) -> Option<Held> {
+    let rate = |from: &Sample, to: &Sample| {
+        let seconds = (to.at_ms - from.at_ms) / 1e3;
+        to.transferred.saturating_sub(from.transferred) as f64 / seconds / args.limit as f64
+    };
+    let (first, last) = (samples.first()?, samples.last()?);
+    let windows: Vec<f64> = samples.windows(2).map(|pair| rate(&pair[0], &pair[1])).collect();
+    let most = windows.iter().copied().reduce(f64::max)?;
+    let least = windows.iter().copied().reduce(f64::min)?;
+    let over_all = rate(first, last);
+    Some(Held {
+        transport: args.transport.clone(),
+        channels: args.channels,
+        limit: args.limit,
+        seconds: (last.at_ms - first.at_ms) / 1e3,
+        rate: over_all,
+        most,
+        least,
+        windows: windows.len(),
+        holds: (over_all - 1.0).abs() <= OFF && most <= BURST,
+    })
+}
