@@ -76,6 +76,63 @@ fn every_machine_rests_in_a_folder_and_goes_on() {
     }
 }
 
+/// The RAM of both QEMUs is one file (`share=on`): it does not travel, and everything else does.
+#[test]
+fn shared_ram_stays_where_it_is_under_ignore_shared() {
+    if !peers_present() {
+        return;
+    }
+    let ways = [(Version::Qemu72, Version::Qemu100), (Version::Qemu100, Version::Qemu72)];
+    for (from, to) in ways {
+        let what = format!("{from} to {to}");
+        let dir = scratch();
+        let (ram, before, folder) =
+            (dir.path().join("ram"), dir.path().join("before"), dir.path().join("guest"));
+        fill(&ram, 64, Pattern::Random { seed: 9 });
+        std::fs::copy(&ram, &before).unwrap();
+        let machine = Machine::PcI440fx72;
+        let start = |name| {
+            let mut source = Guest::new(from, machine, &ram, 64).start(dir.path(), name);
+            source.set_capabilities(&["x-ignore-shared"]);
+            source
+        };
+
+        let receive = ["receive", "tcp:127.0.0.1:0", "--json", "--dir"];
+        let mut unaware = Ramwire::start(dir.path(), &receive, dir.path().join("unaware"));
+        let mut source = start("refused");
+        source.migrate(&unaware.listening());
+        let refusal = unaware.failed(Deadline::seconds(20), 3);
+        assert!(refusal.contains("say which of") && refusal.contains("m0"), "{what}: {refusal}");
+        source.kill();
+
+        let mut source = start("source");
+        let shared = ["receive", "tcp:127.0.0.1:0", "--json", "--ignore-shared", "m0", "--dir"];
+        let mut receiver = Ramwire::start(dir.path(), &shared, &folder);
+        source.migrate(&receiver.listening());
+        source.wait_completed(Deadline::seconds(60));
+        let report = receiver.finished(Deadline::seconds(30), 0);
+        assert_eq!(report["arrived"], true, "{what}: {report}");
+        assert!(
+            report["bytes_received"].as_u64().unwrap() < 16 << 20,
+            "{what}: 64 MiB did not travel: {report}"
+        );
+        let block = report["blocks"].as_array().unwrap().iter().find(|block| block["name"] == "m0").unwrap();
+        assert_eq!((&block["ignored"], &block["file"]), (&json!(true), &json!("")), "{what}: {block}");
+        source.kill();
+
+        let mut destination = Guest::new(to, machine, &ram, 64).incoming().start(dir.path(), "destination");
+        destination.set_capabilities(&["x-ignore-shared"]);
+        let uri = destination.listen_tcp();
+        let mut sender = Ramwire::start(dir.path(), &["send", &uri, "--json", "--dir"], &folder);
+        let report = sender.finished(Deadline::seconds(60), 0);
+        assert_eq!(report["status"], "completed", "{what}: {report}");
+        destination.wait_completed(Deadline::seconds(10));
+        compare(&before, &ram).unwrap_or_else(|d| panic!("{what}: {d:?}"));
+        destination.execute("cont", json!({}));
+        assert_eq!(destination.status(), "running", "{what}");
+    }
+}
+
 #[test]
 fn a_folder_carries_a_guest_between_versions() {
     if peers_present() {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use ramwire::engine::Ending;
+use ramwire::ram::BlockName;
 use ramwire::session::{DestinationReport, DestinationSession, DestinationSettings, ErrorKind};
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, AllowList, DoorOptions, Listener, Way};
@@ -21,6 +22,9 @@ use super::store::{ArrivingGuest, State, Store};
     ramwire receive tcp:0.0.0.0:4444 --allow 10.0.0.0/8 --dir guest
     ramwire send tcp:10.0.0.7:4444 --dir guest
 
+    # The same of a QEMU with x-ignore-shared, whose RAM m0 is a file that the next QEMU opens too
+    ramwire receive tcp:0.0.0.0:4444 --allow 10.0.0.0/8 --dir guest --ignore-shared m0
+
     # Read a stream that QEMU wrote with `migrate exec:cat>FILE`
     ramwire receive file:FILE --dir guest")]
 pub(super) struct Args {
@@ -32,6 +36,9 @@ pub(super) struct Args {
     /// Who may connect by TCP or RDMA, for instance 10.0.0.0/8; repeat for more
     #[arg(long, value_name = "CIDR")]
     allow: Vec<AllowList>,
+    /// A RAM block that both ends of the guest's way map, where the source has x-ignore-shared: no page of it comes. Repeat for more
+    #[arg(long, value_name = "BLOCK", value_parser = block_name)]
+    ignore_shared: Vec<BlockName>,
     /// Refuse a guest with more RAM than this
     #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
     max_ram: u64,
@@ -46,6 +53,10 @@ pub(super) struct Args {
     timeouts: Timeouts,
 }
 
+fn block_name(text: &str) -> Result<BlockName, String> {
+    BlockName::new(text).map_err(|error| error.to_string())
+}
+
 pub(super) fn run(args: &Args) -> Exit {
     match receive(args) {
         Ok(exit) => exit,
@@ -55,7 +66,7 @@ pub(super) fn run(args: &Args) -> Exit {
 
 fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let channels = args.channels.options()?;
-    let mut guest = ArrivingGuest::new(Store::open(&args.dir)?)?;
+    let mut guest = ArrivingGuest::new(Store::open(&args.dir)?)?.sharing(&args.ignore_shared);
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     let mut allow = AllowList::default();

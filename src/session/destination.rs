@@ -24,7 +24,7 @@ use super::placing::Placing;
 use super::reader::StreamReader;
 use super::scan::ScanReport;
 use super::working::LONGEST_SILENCE;
-use super::{Breakage, Error};
+use super::{Breakage, Error, shared};
 
 /// What the source announced, before any page.
 #[derive(Clone, Debug)]
@@ -72,6 +72,7 @@ impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
             let what = format!("RAM block {}: the source has none of this name", missing.name);
             return Err(Error::Config { what, remedy: "start both ends with the same memory" });
         }
+        shared::check_any(incoming, self.table())?;
         Ok(Arc::clone(self) as Arc<dyn GuestMemory>)
     }
 }

@@ -10,12 +10,12 @@ use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
 use crate::sys::RecvPart;
 
-use super::Error;
 use super::destination::{DestinationSession, Incoming};
 use super::digest::digests_of;
 use super::greeting::described;
 use super::placing::Placing;
 use super::reader::StreamReader;
+use super::{Error, shared};
 
 impl DestinationSession {
     /// Reads until something is to be decided.
@@ -179,6 +179,7 @@ impl DestinationSession {
             seen: Seen::default(),
         };
         let memory = self.provider.provide(&incoming)?;
+        shared::check(&incoming, memory.table())?;
         let placing = Placing::new(memory, &incoming.blocks, self.arrival.take())?;
         self.placing.insert(placing).breakage = self.breakage;
         self.prepare_rounds(&incoming)?;

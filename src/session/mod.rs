@@ -27,6 +27,7 @@ mod run_log;
 mod scan;
 #[cfg(test)]
 mod sim;
+mod shared;
 #[cfg(test)]
 mod skip_tests;
 mod skips;

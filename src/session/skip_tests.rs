@@ -16,7 +16,7 @@ use crate::ram::{BlockName, PageRun, RamBlock};
 use crate::stream::qemu::file::Configuration;
 use crate::sys::Mapping;
 use crate::transport::InlineLink;
-use crate::units::{BlockIndex, PageIndex, PageSize};
+use crate::units::{BlockIndex, GuestAddr, PageIndex, PageSize};
 
 const PAGES: u64 = 4096;
 
@@ -218,4 +218,47 @@ fn memory_that_is_unplugged_and_plugged_while_it_moves_is_as_it_is_at_the_end() 
     assert!(there[300 * 4096..301 * 4096].iter().all(|byte| *byte == 9));
     assert!(there[301 * 4096..1000 * 4096].iter().all(|byte| *byte == 7));
     assert!(there[2000 * 4096..2001 * 4096].iter().all(|byte| *byte == 9), "plugged again");
+}
+
+/// Two guests over one memfd, whose block is at `addr` in each.
+fn sharing(shared: &Mapping, own: &Mapping, addr: u64, ignored: bool) -> Arc<MappedGuest> {
+    let named = |name, len| RamBlock::new(BlockName::new(name).unwrap(), len);
+    let mut block = named("shared", shared.region().len());
+    block.guest_addr = Some(GuestAddr(addr));
+    block.flags.ignored = ignored;
+    let builder = MappedGuest::builder(PageSize::SIZE_4K).mapping(block, shared);
+    Arc::new(builder.mapping(named("own", own.region().len()), own).build().unwrap())
+}
+
+#[test]
+fn blocks_that_both_ends_map_do_not_travel_and_must_be_the_same_ones() {
+    let shared = Mapping::memfd("shared", 64 * 4096).unwrap();
+    let own = || Mapping::anonymous(8 * 4096).unwrap();
+    shared.region().span(0, 4096).unwrap().copy_from(&[3; 4096]);
+    let filled = own();
+    filled.region().span(0, 4096).unwrap().copy_from(&[4; 4096]);
+    let from = sharing(&shared, &filled, 0x1000, true);
+    let to = |addr, ignored| sharing(&shared, &own(), addr, ignored);
+    let go = |from: &Arc<MappedGuest>, to: &Arc<MappedGuest>| {
+        moved((from, to), Vec::new(), Box::new(Machine::default()), 0, |source| (source, ()))
+    };
+
+    let arrives = to(0x1000, true);
+    let (sent, arrived, ()) = go(&from, &arrives);
+    assert_eq!(arrived.ending, Ending::Running, "{:?} {:?}", sent.error, arrived.error);
+    assert!(arrived.verified && sent.statistics.total == 8 * 4096);
+    assert_eq!((sent.statistics.pages.normal, sent.statistics.pages.zero), (1, 7));
+    assert_eq!((bytes(&arrives, 1)[0], bytes(&arrives, 0)[0]), (4, 3));
+
+    let refused = [
+        (&from, to(0x2000, true), "is at 0x1000 in the source's guest but at 0x2000"),
+        (&from, to(0x1000, false), "none is shared here"),
+        (&to(0x1000, false), to(0x1000, true), "and the source sends it"),
+    ];
+    for (from, to, why) in refused {
+        let (sent, arrived, ()) = go(from, &to);
+        assert!(sent.guest_is_safe_here() && arrived.ending == Ending::Discarded);
+        let error = arrived.error.unwrap().to_string();
+        assert!(error.contains(why), "{error}");
+    }
 }

@@ -22,7 +22,7 @@ use super::handle::Commitment;
 use super::return_path::ReturnPath;
 use super::skips::Skips;
 use super::switchover::{FixedCosts, REMEDIES};
-use super::{Breakage, Error, ErrorKind, greeting};
+use super::{Breakage, Error, ErrorKind, greeting, shared};
 
 /// A guest that may be slowed down is looked at that often, however long a round takes.
 const LONGEST_ROUND: Duration = Duration::from_secs(5);
@@ -164,8 +164,9 @@ pub struct SourceSession {
 
 impl SourceSession {
     /// A session over a connection that stands.
-    pub fn new(guest: SourceGuest, connection: SourceConnection, settings: SourceSettings) -> Self {
+    pub fn new(guest: SourceGuest, connection: SourceConnection, mut settings: SourceSettings) -> Self {
         let table = guest.memory.table();
+        shared::announce(&mut settings.configuration, table);
         let handover = if connection.back.is_some() { Handover::Shut } else { Handover::OneWay };
         let mut config = SourceConfig::new(table.page().bytes(), handover);
         config.downtime_limit = settings.downtime_limit;

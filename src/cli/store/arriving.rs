@@ -3,10 +3,13 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
+use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{Error, Incoming, MemoryProvider};
+use ramwire::stream::qemu::file::IGNORE_SHARED;
 use ramwire::stream::qemu::incoming::Seen;
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::stream::qemu::tail::Tail;
@@ -31,6 +34,8 @@ struct Inner {
     held: Option<Vec<File>>,
     early: Vec<u8>,
     native: bool,
+    /// Blocks that the guest's next place maps as its last one does.
+    shared: Vec<BlockName>,
 }
 
 impl ArrivingGuest {
@@ -51,8 +56,15 @@ impl ArrivingGuest {
             held: None,
             early: Vec::new(),
             native: false,
+            shared: Vec::new(),
         };
         Ok(Self(Arc::new(Mutex::new(inner))))
+    }
+
+    /// The memory of these blocks is where the guest goes on, too: no page of them comes.
+    pub fn sharing(self, blocks: &[BlockName]) -> Self {
+        self.lock().shared = blocks.to_vec();
+        self
     }
 
     /// A NIC will write the pages. Kernels refuse that in a disk's page cache, so RAM arrives in memory and is written to
@@ -86,6 +98,8 @@ impl MemoryProvider for ArrivingGuest {
         let memory = made.map_err(|error| Error::Config {
             remedy: match error {
                 StoreError::NotPlain { .. } => "or give a folder of its own",
+                StoreError::LeftOut { .. } => "or turn the capability off at the source",
+                StoreError::NoSuchBlock { .. } => "name a block of the source",
                 _ => "give a folder on a file system with room for all of the guest's RAM",
             },
             what: error.to_string(),
@@ -106,10 +120,18 @@ impl MemoryProvider for ArrivingGuest {
 impl Inner {
     fn make(&mut self, incoming: &Incoming) -> Result<MappedGuest, StoreError> {
         let configuration = &incoming.configuration;
+        self.check_shared(incoming)?;
         let page = configuration.page_size.unwrap_or(PageSize::SIZE_4K);
         let mut builder = MappedGuest::builder(page);
         let mut blocks = Vec::new();
         for (index, block) in incoming.blocks.iter().enumerate() {
+            let mut block = block.clone();
+            if self.shared.contains(&block.name) {
+                block.flags.ignored = true;
+                builder = builder.mapping(block.clone(), &nothing(&block, &self.store.path)?);
+                blocks.push(entry(index, &block, String::new()));
+                continue;
+            }
             let file = format!("ram-{index:03}.bin");
             let path = self.store.file(&file);
             // New: a file of an earlier attempt may hold old pages, and memory must begin as zero.
@@ -124,13 +146,7 @@ impl Inner {
             let mapping = mapping.map_err(|error| failed(&path, "mapping")(io::Error::other(error)))?;
             builder = builder.mapping(block.clone(), &mapping);
             self.mappings.push(mapping);
-            blocks.push(BlockEntry {
-                index: index as u32,
-                name: block.name.as_str().to_owned(),
-                file,
-                used_length: block.used_length,
-                guest_addr: block.guest_addr.map(|addr| addr.0),
-            });
+            blocks.push(entry(index, &block, file));
         }
         let manifest = Manifest {
             format: FORMAT,
@@ -146,6 +162,21 @@ impl Inner {
         self.store.put_manifest(&manifest)?;
         self.manifest = Some(manifest);
         builder.build().map_err(|error| failed(&self.store.path, "mapping")(io::Error::other(error)))
+    }
+
+    /// The source leaves out shared blocks: which they are it does not say.
+    fn check_shared(&self, incoming: &Incoming) -> Result<(), StoreError> {
+        let names =
+            || incoming.blocks.iter().map(|block| block.name.to_string()).collect::<Vec<_>>().join(", ");
+        if let Some(unknown) =
+            self.shared.iter().find(|name| incoming.blocks.iter().all(|b| b.name != **name))
+        {
+            return Err(StoreError::NoSuchBlock { name: unknown.to_string(), blocks: names() });
+        }
+        if self.shared.is_empty() && incoming.configuration.has(IGNORE_SHARED) {
+            return Err(StoreError::LeftOut { blocks: names() });
+        }
+        Ok(())
     }
 
     /// RAM, early sections and device state onto the disk; the manifest still says `arriving`.
@@ -169,6 +200,23 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+fn entry(index: usize, block: &RamBlock, file: String) -> BlockEntry {
+    BlockEntry {
+        index: index as u32,
+        name: block.name.as_str().to_owned(),
+        file,
+        used_length: block.used_length,
+        guest_addr: block.guest_addr.map(|addr| addr.0),
+        ignored: block.flags.ignored,
+    }
+}
+
+/// Addresses for a block whose memory is elsewhere; nobody reads or writes there.
+pub(super) fn nothing(block: &RamBlock, path: &Path) -> Result<Mapping, StoreError> {
+    let mapping = Mapping::memfd(block.name.as_str(), block.used_length);
+    mapping.map_err(|error| failed(path, "mapping")(io::Error::other(error)))
 }
 
 /// The style of a source whose machine name tells nothing, from what its stream has shown.

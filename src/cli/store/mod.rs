@@ -63,6 +63,9 @@ pub struct BlockEntry {
     pub used_length: u64,
     /// Guest-physical address, where the stream announced one.
     pub guest_addr: Option<u64>,
+    /// Both ends map its memory (`x-ignore-shared`): it is not in the folder, and does not travel.
+    #[serde(default)]
+    pub ignored: bool,
 }
 
 /// What stands in `manifest.json`.
@@ -114,6 +117,22 @@ pub enum StoreError {
         mode: u32,
         /// Something in it that is not ours.
         foreign: Option<String>,
+    },
+    /// Pages of unknown blocks will not come.
+    #[error(
+        "the source leaves shared RAM blocks out (x-ignore-shared): say which of {blocks} they are by --ignore-shared"
+    )]
+    LeftOut {
+        /// Names of all blocks.
+        blocks: String,
+    },
+    /// A block that is to be left out is none of the guest's.
+    #[error("no RAM block is called {name:?}; the source has {blocks}")]
+    NoSuchBlock {
+        /// The name.
+        name: String,
+        /// Names of all blocks.
+        blocks: String,
     },
     /// Guest memory is not written through links, nor to devices.
     #[error("{path} is {is}, not a file of this folder's own; remove it")]

@@ -13,6 +13,7 @@ use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::Mapping;
 use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
+use super::arriving::nothing;
 use super::{ArrivingGuest, EARLY, Manifest, State, Store, StoreError, TAIL, failed, private};
 
 /// What `ramwire send` may do although the manifest speaks against it.
@@ -63,6 +64,13 @@ impl StoredGuest {
         let mut builder = MappedGuest::builder(page);
         for entry in &manifest.blocks {
             let name = BlockName::new(&entry.name).map_err(|e| unreadable(path, &e))?;
+            let mut block = RamBlock::new(name.clone(), entry.used_length);
+            block.guest_addr = entry.guest_addr.map(GuestAddr);
+            if entry.ignored {
+                block.flags.ignored = true;
+                builder = builder.mapping(block.clone(), &nothing(&block, path)?);
+                continue;
+            }
             // Only a plain name of this folder: a manifest must not reach outside it.
             let plain = Path::new(&entry.file).file_name().is_some_and(|f| f == entry.file.as_str());
             let own = store.file(&entry.file);
@@ -70,8 +78,6 @@ impl StoredGuest {
             if !plain {
                 return Err(unreadable(path, &format!("file name {:?} is not plain", entry.file)));
             }
-            let mut block = RamBlock::new(name, entry.used_length);
-            block.guest_addr = entry.guest_addr.map(GuestAddr);
             builder = builder.mapping(block, &mapped(file, Some(entry.used_length), file == &own)?);
         }
         let memory = builder.build().map_err(|error| unreadable(path, &error))?;

@@ -16,7 +16,7 @@ use crate::session::{
     Breakage, Clock, DestinationReport, DestinationSession, DestinationSettings, Error, Peer,
     SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings,
 };
-use crate::stream::qemu::file::{Configuration, IGNORE_SHARED};
+use crate::stream::qemu::file::Configuration;
 use crate::transport::{InlineLink, SourceLink};
 use crate::units::{BlockIndex, PageIndex};
 
@@ -61,8 +61,7 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
         DoorKind::Late(door) => Box::new(SimLink::new(sim, door)),
     };
     let back = SimSource { sim: sim.clone(), from: Side::Target };
-    let capabilities = plan.ignored.map(|_| IGNORE_SHARED.into()).into_iter().collect();
-    let configuration = Configuration { machine: "none".into(), capabilities, ..Configuration::default() };
+    let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
     let micros = plan.downtime_pages * PAGE as u64 * 1000 / plan.bytes_per_ms;
     let settings = SourceSettings {
         downtime_limit: Duration::from_micros(micros),
