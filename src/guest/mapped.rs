@@ -1,6 +1,8 @@
 //! Guest RAM that is mapped into this process, block by block.
 
-use super::{GuestError, GuestMemory};
+use std::sync::OnceLock;
+
+use super::{GuestError, GuestMemory, LayoutChange};
 use crate::ram::{Landing, RamBlock, RamBlockTable};
 use crate::sys::{HostRegion, HostSpan, Mapping, OutOfRegion, discard};
 use crate::units::{BlockIndex, PageSize};
@@ -23,6 +25,7 @@ use crate::units::{BlockIndex, PageSize};
 pub struct MappedGuest {
     table: RamBlockTable,
     regions: Vec<HostRegion>,
+    changed: OnceLock<LayoutChange>,
 }
 
 /// Collects blocks for a [`MappedGuest`], in the order of the stream's block list.
@@ -62,7 +65,7 @@ impl GuestBuilder {
                 .span(0, block.max_length)
                 .map_err(|source| GuestError::Unmapped { block: block.name.to_string(), source })?;
         }
-        Ok(MappedGuest { table, regions: self.regions })
+        Ok(MappedGuest { table, regions: self.regions, changed: OnceLock::new() })
     }
 }
 
@@ -71,6 +74,19 @@ impl MappedGuest {
     /// page records, 4 KiB on x86.
     pub fn builder(page: PageSize) -> GuestBuilder {
         GuestBuilder { page, blocks: Vec::new(), regions: Vec::new() }
+    }
+
+    /// The VMM has resized, added or taken away a block, which this knows nothing of: a migration of it ends, and the
+    /// next one is of a new `MappedGuest`. From any thread; the first change counts. Blocks that are ignored as shared
+    /// may change.
+    pub fn layout_changed(&self, change: LayoutChange) {
+        let (LayoutChange::Resized { block, .. }
+        | LayoutChange::Added { block }
+        | LayoutChange::Removed { block }) = &change;
+        let found = self.table.find(block.as_str()).ok().and_then(|index| self.table.get(index));
+        if !found.is_some_and(|block| block.flags.ignored) {
+            let _ = self.changed.set(change);
+        }
     }
 
     /// The region behind a block.
@@ -105,6 +121,10 @@ impl GuestMemory for MappedGuest {
 
     fn region(&self, block: BlockIndex) -> Option<HostRegion> {
         Self::region(self, block).cloned()
+    }
+
+    fn layout_change(&self) -> Option<LayoutChange> {
+        self.changed.get().cloned()
     }
 
     fn discard(&self, landing: Landing) -> Result<(), GuestError> {

@@ -35,7 +35,7 @@ pub use sources::{Choice, NoSource, choose, sync_all};
 pub use vhost_log::VhostLog;
 pub use written_pages::WrittenPages;
 
-use crate::ram::{BlockError, Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};
+use crate::ram::{BlockError, BlockName, Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};
 use crate::sys::{HostRegion, HostSpan, OutOfRegion};
 use crate::units::{BlockIndex, Percent, RestShare};
 
@@ -74,6 +74,32 @@ pub enum GuestError {
     },
 }
 
+/// What has become of a guest's RAM blocks while they were in use.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayoutChange {
+    /// A block has another length.
+    #[error("RAM block {block} was resized to {length} bytes")]
+    Resized {
+        /// The block.
+        block: BlockName,
+        /// Bytes in use now.
+        length: u64,
+    },
+    /// There is a block more.
+    #[error("RAM block {block} was added")]
+    Added {
+        /// The block.
+        block: BlockName,
+    },
+    /// A block is gone; its memory stays mapped until the migration is over.
+    #[error("RAM block {block} was taken away")]
+    Removed {
+        /// The block.
+        block: BlockName,
+    },
+}
+
 /// Guest RAM, block by block.
 ///
 /// All methods take `&self`: the page loop, channels and the guest itself reach the memory side by side.
@@ -90,6 +116,12 @@ pub trait GuestMemory: Send + Sync {
     /// The memory behind a block in a form that outlives the borrow, for a NIC that reads and writes there by itself.
     /// `None` if it can't promise to stay mapped where it is.
     fn region(&self, _block: BlockIndex) -> Option<HostRegion> {
+        None
+    }
+
+    /// What has changed since this was made, and is not in [`table`](Self::table): that ends a migration of it, before
+    /// COMMIT, and the guest runs on. Looked at before each sync, once a slice, and before the device state is saved.
+    fn layout_change(&self) -> Option<LayoutChange> {
         None
     }
 

@@ -1,5 +1,6 @@
 //! The figures as the migration's threads write and anybody reads them, and what happened as a stream of events.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -10,7 +11,7 @@ use super::{RoundReport, Statistics, Status};
 /// Events that wait for a reader at most.
 const MOST_WAITING: usize = 4096;
 
-/// Of them, places that rounds leave for changes of state: a migration has fewer of those.
+/// Of them, places that rounds and syncs leave for changes of state: a migration has fewer of those.
 const FOR_STATES: usize = 16;
 
 /// Something that happened in a migration.
@@ -22,14 +23,29 @@ pub struct Event {
     pub kind: EventKind,
 }
 
-/// What happened. A migration begins with [`Setup`](Self::Setup) and ends with one of the last four.
+/// What happened, in this order; a round has one sync before it, and the last one comes while the guest stands still.
+/// A migration begins with [`Setup`](Self::Setup) and ends with one of the last four before
+/// [`CleanedUp`](Self::CleanedUp).
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum EventKind {
-    /// It begins: the peer is greeted.
+    /// It begins: dirty logs are started, the peer is greeted.
     Setup,
-    /// Pages travel while the guest runs.
+    /// Setup is over. Pages travel while the guest runs.
     Active,
+    /// The dirty logs are about to be read (at the source). No hint is taken any more
+    /// ([`PageHints`](crate::guest::PageHints)): a balloon's guest may have its pages back.
+    SyncBegins {
+        /// The guest stands still.
+        last: bool,
+    },
+    /// The dirty logs were read (at the source). Hints are taken from here on, but after the last one.
+    Synced {
+        /// Pages that are to be sent.
+        dirty_pages: u64,
+        /// The guest stands still.
+        last: bool,
+    },
     /// A round was closed (at the source).
     Round(RoundReport),
     /// The guest is asked to stand still: the downtime begins (at the source).
@@ -50,12 +66,19 @@ pub enum EventKind {
         /// Why nobody knows.
         why: String,
     },
+    /// The connection is gone, the logs are off, and the memory is its owner's again. Nothing follows.
+    CleanedUp,
 }
 
 impl EventKind {
-    /// No event follows.
+    /// It tells how the migration ended: only [`CleanedUp`](Self::CleanedUp) follows.
     pub fn is_last(&self) -> bool {
         matches!(self, Self::Completed | Self::Failed { .. } | Self::Cancelled | Self::InDoubt { .. })
+    }
+
+    /// It comes as often as rounds do, and may be missed.
+    fn is_frequent(&self) -> bool {
+        matches!(self, Self::Round(_) | Self::SyncBegins { .. } | Self::Synced { .. })
     }
 
     /// What a change from `before` to `now` means, in order.
@@ -95,43 +118,110 @@ struct Seen {
     ended: bool,
 }
 
+/// Somebody who is told while the migration waits.
+type Listener = Box<dyn FnMut(&Event) + Send>;
+
 /// The figures as the migration's threads write and anybody reads them.
 #[derive(Clone, Debug, Default)]
-pub struct SharedStatistics(Arc<Mutex<Shared>>);
+pub struct SharedStatistics(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    shared: Mutex<Shared>,
+    listeners: Listeners,
+}
+
+#[derive(Default)]
+struct Listeners(Mutex<Vec<Listener>>);
 
 #[derive(Debug, Default)]
 struct Shared {
     statistics: Statistics,
     readers: Vec<Sender<Event>>,
+    /// How many are told while the migration waits.
+    listeners: usize,
+}
+
+impl Shared {
+    fn tell(&mut self, kind: EventKind) -> Event {
+        let event = Event { at: Instant::now(), kind };
+        self.readers.retain(|reader| tell(reader, &event));
+        event
+    }
+
+    fn is_heard(&self) -> bool {
+        self.listeners > 0 || !self.readers.is_empty()
+    }
+}
+
+impl fmt::Debug for Listeners {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("..")
+    }
 }
 
 impl SharedStatistics {
     fn lock(&self) -> MutexGuard<'_, Shared> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Vec<Listener>> {
+        self.0.listeners.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes the figures; once a slice, never per page.
     pub fn update(&self, change: impl FnOnce(&mut Statistics)) {
         let mut shared = self.lock();
-        let Shared { statistics, readers } = &mut *shared;
+        let statistics = &mut shared.statistics;
         let before =
             Seen { status: statistics.status, round: statistics.round_count(), ended: statistics.ended };
         change(statistics);
-        if readers.is_empty() {
+        if !shared.is_heard() {
             return;
         }
-        for kind in EventKind::of_change(&before, statistics) {
-            let event = Event { at: Instant::now(), kind };
-            readers.retain(|reader| tell(reader, &event));
+        let kinds: Vec<_> = EventKind::of_change(&before, &shared.statistics).collect();
+        let events: Vec<_> = kinds.into_iter().map(|kind| shared.tell(kind)).collect();
+        drop(shared);
+        self.call(&events);
+    }
+
+    /// Something happened that no figure tells.
+    pub(crate) fn tell(&self, kind: EventKind) {
+        let mut shared = self.lock();
+        if shared.is_heard() {
+            let event = shared.tell(kind);
+            drop(shared);
+            self.call(&[event]);
         }
-        if statistics.ended {
-            readers.clear();
+    }
+
+    fn call(&self, events: &[Event]) {
+        if !events.is_empty() {
+            let mut listeners = self.listeners();
+            events.iter().for_each(|event| listeners.iter_mut().for_each(|listener| listener(event)));
         }
+    }
+
+    /// Calls `listener` for everything that happens from now on, on the migration's own thread, which waits for it: for
+    /// what must be done before the migration goes on. It may read figures and cancel; it may not wait for the
+    /// migration's end, nor ask for another listener. What it takes while the guest stands still is downtime.
+    pub fn listen(&self, listener: impl FnMut(&Event) + Send + 'static) {
+        self.listeners().push(Box::new(listener));
+        self.lock().listeners += 1;
+    }
+
+    /// Everything of the migration is gone: tells so, and ends the channels.
+    pub(crate) fn cleaned_up(&self) {
+        self.tell(EventKind::CleanedUp);
+        self.close();
+        self.listeners().clear();
     }
 
     /// Nobody writes any more: channels of events end.
     pub(crate) fn close(&self) {
-        self.lock().readers.clear();
+        let mut shared = self.lock();
+        shared.readers.clear();
+        shared.listeners = 0;
     }
 
     /// A consistent copy.
@@ -139,7 +229,7 @@ impl SharedStatistics {
         self.lock().statistics.clone()
     }
 
-    /// What happens from now on. Nobody waits for a slow reader: it misses rounds where thousands wait for it, and
+    /// What happens from now on. Nobody waits for a slow reader: it misses rounds and syncs where thousands wait for it, and
     /// never a change of state. The channel ends with the migration.
     pub fn events(&self) -> Receiver<Event> {
         let (sender, receiver) = bounded(MOST_WAITING);
@@ -153,8 +243,7 @@ impl SharedStatistics {
 
 /// False if nobody reads there any more.
 fn tell(reader: &Sender<Event>, event: &Event) -> bool {
-    let is_round = matches!(event.kind, EventKind::Round(_));
-    if is_round && reader.len() >= MOST_WAITING - FOR_STATES {
+    if event.kind.is_frequent() && reader.len() >= MOST_WAITING - FOR_STATES {
         return true;
     }
     !matches!(reader.try_send(event.clone()), Err(TrySendError::Disconnected(_)))
@@ -191,6 +280,30 @@ mod tests {
     }
 
     #[test]
+    fn a_listener_is_told_at_once_and_may_read_the_figures() {
+        let shared = SharedStatistics::default();
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let (list, figures) = (Arc::clone(&heard), shared.clone());
+        shared.listen(move |event| {
+            let status = figures.snapshot().status;
+            list.lock().unwrap_or_else(PoisonError::into_inner).push((event.kind.clone(), status));
+        });
+        shared.update(|s| s.status = Status::Setup);
+        shared.tell(EventKind::SyncBegins { last: false });
+        shared.update(|s| (s.status, s.ended) = (Status::Completed, true));
+        shared.cleaned_up();
+        shared.cleaned_up();
+        let heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let expected = [
+            (EventKind::Setup, Status::Setup),
+            (EventKind::SyncBegins { last: false }, Status::Setup),
+            (EventKind::Completed, Status::Completed),
+            (EventKind::CleanedUp, Status::Completed),
+        ];
+        assert_eq!(heard[..], expected);
+    }
+
+    #[test]
     fn an_end_in_doubt_is_told_apart_from_the_guest_given_away() {
         let shared = SharedStatistics::default();
         let events = shared.events();
@@ -210,10 +323,11 @@ mod tests {
         }
         assert_eq!(shared.lock().readers.len(), 1, "who is gone is forgotten");
         shared.update(|s| (s.status, s.ended) = (Status::Cancelled, true));
+        shared.cleaned_up();
         assert!(shared.events().recv().is_err(), "nothing follows the end");
         let kinds = kinds(&sleeps);
-        assert_eq!(kinds.len(), MOST_WAITING - FOR_STATES + 1);
-        assert_eq!(kinds.last(), Some(&EventKind::Cancelled));
+        assert_eq!(kinds.len(), MOST_WAITING - FOR_STATES + 2);
+        assert_eq!(kinds[kinds.len() - 2..], [EventKind::Cancelled, EventKind::CleanedUp]);
         assert!(kinds.iter().filter(|kind| kind.is_last()).count() == 1);
     }
 }

@@ -177,16 +177,17 @@ impl Recorder {
         })
     }
 
-    /// What happened at `at`.
-    pub fn event(&self, at: Duration, kind: &EventKind) -> Record {
+    /// What happened at `at`; `None` for what rounds tell better.
+    pub fn event(&self, at: Duration, kind: &EventKind) -> Option<Record> {
         let at_ms = millis(at);
         let (event, why) = match kind {
             EventKind::Round(round) => {
                 let remaining = round.dirty_pages * self.page_bytes;
                 let rate = Some(round.throughput).filter(|rate| *rate > 0);
                 let eta_ms = rate.map(|rate| remaining as f64 / rate as f64 * 1e3);
-                return Record::Round { at_ms, remaining, eta_ms, round: *round };
+                return Some(Record::Round { at_ms, remaining, eta_ms, round: *round });
             }
+            EventKind::SyncBegins { .. } | EventKind::Synced { .. } | EventKind::CleanedUp => return None,
             EventKind::Setup => ("setup", None),
             EventKind::Active => ("active", None),
             EventKind::Switchover => ("switchover", None),
@@ -196,7 +197,7 @@ impl Recorder {
             EventKind::Cancelled => ("cancelled", None),
             EventKind::InDoubt { why } => ("in-doubt", Some(why)),
         };
-        Record::Event { at_ms, event: event.into(), why: why.cloned() }
+        Some(Record::Event { at_ms, event: event.into(), why: why.cloned() })
     }
 
     /// The last line.
@@ -240,8 +241,8 @@ mod tests {
             recorder.run(run, Duration::from_secs(1)),
             recorder.sample(at, &now),
             recorder.sample(at, &now),
-            recorder.event(at, &EventKind::Round(round)),
-            recorder.event(at, &EventKind::InDoubt { why: "\"silence\"\n".into() }),
+            recorder.event(at, &EventKind::Round(round)).unwrap(),
+            recorder.event(at, &EventKind::InDoubt { why: "\"silence\"\n".into() }).unwrap(),
             recorder.end(at, &now),
         ];
         for record in &records {

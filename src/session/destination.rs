@@ -302,6 +302,7 @@ impl DestinationSession {
             s.ended = true;
             s.error = self.error.as_ref().map(ToString::to_string);
         });
+        self.statistics.cleaned_up();
         DestinationReport {
             ending,
             error: self.error,

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use crate::guest::{DirtyError, GuestError};
+use crate::guest::{DirtyError, GuestError, LayoutChange};
 use crate::stream::DecodeError;
 use crate::transport::{ChannelError, MoveError, Side};
 
@@ -104,6 +104,9 @@ pub enum Error {
         /// What would help.
         remedies: &'static str,
     },
+    /// The guest's memory is not what was announced any more.
+    #[error("{0} in the middle of the migration; the guest runs on here; start the migration again")]
+    LayoutChanged(LayoutChange),
     /// RAM or state arrived changed.
     #[error("{0}; the guest was not started from it")]
     Digest(#[from] super::digest::Mismatch),
@@ -144,6 +147,7 @@ impl Error {
             | Self::Guest(_)
             | Self::Dirty(_)
             | Self::NotConverged { .. }
+            | Self::LayoutChanged(_)
             | Self::Thread { .. } => ErrorKind::Local,
             Self::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }) | Self::Cancelled => {
                 ErrorKind::Cancelled
@@ -178,6 +182,7 @@ impl Error {
     /// True if the same migration may succeed when it is tried again as it is.
     pub fn is_recoverable(&self) -> bool {
         matches!(self.kind(), ErrorKind::Channel | ErrorKind::Cancelled)
+            || matches!(self, Self::LayoutChanged(_))
     }
 }
 

@@ -13,6 +13,8 @@ mod finish;
 mod greeting;
 mod handle;
 mod hearing;
+#[cfg(test)]
+mod hook_tests;
 mod places;
 mod placing;
 #[cfg(test)]
@@ -25,9 +27,9 @@ mod return_path;
 mod rounds;
 mod run_log;
 mod scan;
+mod shared;
 #[cfg(test)]
 mod sim;
-mod shared;
 #[cfg(test)]
 mod skip_tests;
 mod skips;

@@ -133,7 +133,9 @@ impl Follower {
     /// Writes an event; true if it was the last.
     fn take(&mut self, event: &Event) -> io::Result<bool> {
         let at = event.at.saturating_duration_since(self.began);
-        self.write(&self.recorder.event(at, &event.kind))?;
+        if let Some(record) = self.recorder.event(at, &event.kind) {
+            self.write(&record)?;
+        }
         if event.kind.is_last() {
             let end = self.recorder.end(at, &self.statistics.snapshot());
             self.write(&end)?;

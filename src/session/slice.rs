@@ -18,6 +18,7 @@ impl SourceSession {
     /// Sends dirty pages until none is left, or until `until`. The peer is heard once a slice.
     pub(super) fn send_slice(&mut self, until: Duration) -> Result<Input, Error> {
         self.hear()?;
+        self.look_at_layout()?;
         self.brake_vcpus();
         let before = self.position();
         loop {

@@ -7,7 +7,7 @@ use crate::engine::{
     Action, Handover, Input, Outcome, Pace, SourceConfig, SourceEngine, Switchover, Throttle, Throttling,
 };
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
-use crate::observe::{SharedStatistics, Statistics, Status};
+use crate::observe::{EventKind, SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
 use crate::stream::qemu::section;
@@ -288,6 +288,7 @@ impl SourceSession {
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
             self.error = Some(Error::Cancelled);
         }
+        self.figures.shared().cleaned_up();
         let statistics = self.figures.shared().snapshot();
         let first_page_sent = self.figures.first_page;
         let (dirty, stands_still) = (self.dirty, self.paused);
@@ -408,7 +409,9 @@ impl SourceSession {
 
     fn sync(&mut self, last: bool) -> Result<Input, Error> {
         let began = self.clock.now();
+        self.look_at_layout()?;
         self.skip_before_sync();
+        self.figures.shared().tell(EventKind::SyncBegins { last });
         let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.dirty)?;
         self.skip_after_sync(last);
         let dirty_pages = self.dirty.count();
@@ -420,6 +423,7 @@ impl SourceSession {
         }
         let expected = self.engine.expected_downtime(dirty_pages);
         self.figures.synced(now, dirty_pages, fresh, expected);
+        self.figures.shared().tell(EventKind::Synced { dirty_pages, last });
         Ok(Input::Synced { dirty_pages })
     }
 

@@ -61,6 +61,11 @@ impl SourceSession {
         Ok(Input::Done)
     }
 
+    /// A block list that was sent holds to the end: a guest whose memory has changed since can't arrive.
+    pub(super) fn look_at_layout(&self) -> Result<(), Error> {
+        self.guest.memory.layout_change().map_or(Ok(()), |change| Err(Error::LayoutChanged(change)))
+    }
+
     /// What the downtime takes whatever is dirty, as far as it is known: for the engine's estimate.
     pub(super) fn estimate_fixed(&mut self) {
         let FixedCosts { digest, round_trip, sync } = self.fixed;

@@ -114,16 +114,20 @@ pub(super) fn bytes(guest: &MappedGuest, block: u32) -> Vec<u8> {
     out
 }
 
-struct Ends {
-    source: SourceSession,
-    destination: DestinationSession,
-    source_machine: Machine,
-    destination_machine: Machine,
-    from: Arc<MappedGuest>,
-    to: Arc<MappedGuest>,
+pub(super) struct Ends {
+    pub(super) source: SourceSession,
+    pub(super) destination: DestinationSession,
+    pub(super) source_machine: Machine,
+    pub(super) destination_machine: Machine,
+    pub(super) from: Arc<MappedGuest>,
+    pub(super) to: Arc<MappedGuest>,
 }
 
-fn ends() -> Ends {
+pub(super) fn ends() -> Ends {
+    ends_with(|_| {})
+}
+
+pub(super) fn ends_with(set: impl FnOnce(&mut SourceSettings)) -> Ends {
     let (near, far) = UnixStream::pair().unwrap();
     let (from, to) = (guest(&[300, 7]), guest(&[300, 7]));
     for page in (0..300).filter(|page| page % 3 != 0) {
@@ -134,6 +138,7 @@ fn ends() -> Ends {
     let destination_machine = Machine::default();
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.digest = true;
+    set(&mut settings);
     let link = Box::new(InlineLink::new(plain(&near), from.clone()));
     let connection = SourceConnection { link, back: Some(plain(&near)) };
     let control = Box::new(source_machine.clone());
@@ -182,17 +187,24 @@ fn handles_show_progress_and_give_both_reports() {
     assert_eq!(source.progress().remaining, 0);
     assert_eq!(source.cancel(), CancelReply::TooLate);
     let happened: Vec<_> = source.events().iter().map(|event| event.kind).collect();
-    let [EventKind::Setup, EventKind::Active, middle @ .., EventKind::GivenAway, EventKind::Completed] =
-        &happened[..]
+    let [
+        EventKind::Setup,
+        EventKind::Active,
+        middle @ ..,
+        EventKind::GivenAway,
+        EventKind::Completed,
+        EventKind::CleanedUp,
+    ] = &happened[..]
     else {
         panic!("{happened:?}");
     };
     let rounds: Vec<_> = middle.iter().filter(|kind| matches!(kind, EventKind::Round(_))).collect();
-    assert_eq!(rounds.len() + 1, middle.len(), "one switchover among the rounds: {middle:?}");
+    let syncs = middle.iter().filter(|kind| matches!(kind, EventKind::Synced { .. })).count();
+    assert_eq!(rounds.len() + 1 + 2 * syncs, middle.len(), "one switchover among the rounds: {middle:?}");
     assert!(matches!(rounds[..], [EventKind::Round(first), ..] if first.dirty_pages == 307), "{rounds:?}");
     assert_eq!(source.wait().unwrap().outcome, Outcome::Completed);
     let happened: Vec<_> = destination.events().iter().map(|event| event.kind).collect();
-    assert_eq!(happened, [EventKind::Setup, EventKind::Active, EventKind::Completed]);
+    assert_eq!(happened, [EventKind::Setup, EventKind::Active, EventKind::Completed, EventKind::CleanedUp]);
     assert_eq!(destination.wait().unwrap().ending, Ending::Running);
     assert!(ends.destination_machine.runs());
 }

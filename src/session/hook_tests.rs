@@ -1,0 +1,143 @@
+//! What an embedder hears and may do on the way: events in their order, the gate before the switchover, memory that
+//! changes.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::tests::{Ends, ends, ends_with};
+use super::*;
+use crate::engine::{Ending, Outcome};
+use crate::guest::LayoutChange;
+use crate::observe::{EventKind, SharedStatistics, Status};
+use crate::ram::BlockName;
+
+type Heard = Arc<Mutex<Vec<(EventKind, String)>>>;
+
+/// Writes down what is told, and on which thread.
+fn listening(statistics: &SharedStatistics) -> Heard {
+    let heard = Heard::default();
+    let list = Arc::clone(&heard);
+    statistics.listen(move |event| {
+        let thread = std::thread::current().name().unwrap_or("?").to_owned();
+        list.lock().unwrap().push((event.kind.clone(), thread));
+    });
+    heard
+}
+
+/// The names of what was told, in one line; all of it on `thread`.
+fn order(heard: &Heard, thread: &str) -> String {
+    let heard = heard.lock().unwrap();
+    assert!(heard.iter().all(|(_, on)| on == thread), "{heard:?}");
+    let name = |kind: &EventKind| match kind {
+        EventKind::SyncBegins { last: true } => "LastSyncBegins".to_owned(),
+        EventKind::Synced { last: true, .. } => "LastSynced".to_owned(),
+        kind => format!("{kind:?}").split([' ', '(']).next().unwrap_or_default().to_owned(),
+    };
+    heard.iter().map(|(kind, _)| name(kind)).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn listeners_hear_setup_syncs_and_cleanup_in_order_on_the_migrations_thread() {
+    let ends = ends();
+    let heard = [listening(&ends.source.statistics()), listening(&ends.destination.statistics())];
+    let destination = ends.destination.spawn().unwrap();
+    let sent = ends.source.spawn().unwrap().wait().unwrap();
+    assert_eq!(sent.outcome, Outcome::Completed, "{:?}", sent.error);
+    destination.wait().unwrap();
+    assert_eq!(
+        order(&heard[0], "ramwire-source"),
+        "Setup Active SyncBegins Synced Round SyncBegins Synced Switchover LastSyncBegins LastSynced Round \
+         GivenAway Completed CleanedUp"
+    );
+    assert_eq!(order(&heard[1], "ramwire-destination"), "Setup Active Completed CleanedUp");
+}
+
+#[test]
+fn a_failure_and_a_cancel_are_told_and_then_the_cleanup() {
+    for cancels in [true, false] {
+        let ends = ends();
+        let heard = [listening(&ends.source.statistics()), listening(&ends.destination.statistics())];
+        let (cancel, memory) = (ends.source.cancel_token(), Arc::clone(&ends.from));
+        ends.source.statistics().listen(move |event| {
+            if matches!(event.kind, EventKind::Round(_)) {
+                if cancels {
+                    cancel.cancel();
+                } else {
+                    memory.layout_changed(LayoutChange::Added { block: BlockName::new("dimm1").unwrap() });
+                }
+            }
+        });
+        let destination = ends.destination.spawn().unwrap();
+        let sent = ends.source.spawn().unwrap().wait().unwrap();
+        assert!(sent.guest_is_safe_here() && ends.source_machine.runs());
+        assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
+        let end = if cancels { "Cancelled" } else { "Failed" };
+        let told = order(&heard[0], "ramwire-source");
+        assert_eq!(told, format!("Setup Active SyncBegins Synced Round {end} CleanedUp"));
+        assert_eq!(order(&heard[1], "ramwire-destination"), "Setup Active Failed CleanedUp");
+    }
+}
+
+#[test]
+fn memory_that_changes_ends_the_migration_and_the_next_one_succeeds() {
+    let resized = |block, length| LayoutChange::Resized { block: BlockName::new(block).unwrap(), length };
+    for when in ["Synced", "Switchover"] {
+        let ends = ends();
+        let memory = Arc::clone(&ends.from);
+        ends.source.statistics().listen(move |event| {
+            if format!("{:?}", event.kind).starts_with(when) {
+                memory.layout_changed(resized("block1", 16 * 4096));
+            }
+        });
+        let destination = ends.destination.spawn().unwrap();
+        let sent = ends.source.run();
+        assert!(sent.guest_is_safe_here() && ends.source_machine.runs(), "{when}");
+        assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
+        let error = sent.error.unwrap();
+        assert!(error.is_recoverable() && error.kind() == ErrorKind::Local);
+        assert_eq!(
+            error.to_string(),
+            "RAM block block1 was resized to 65536 bytes in the middle of the migration; the guest runs on here; start \
+             the migration again"
+        );
+    }
+    // Of the guest as it is then.
+    let Ends { source, destination, .. } = ends();
+    let destination = destination.spawn().unwrap();
+    assert_eq!(source.run().outcome, Outcome::Completed);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+}
+
+/// The paused guest waits for its embedder: to go on, or to be let run again.
+#[test]
+fn a_switchover_waits_for_its_gate() {
+    for cancels in [false, true] {
+        let gate = SwitchoverGate::default();
+        let ends = ends_with(|settings| settings.before_switchover = Some(gate.clone()));
+        let destination = ends.destination.spawn().unwrap();
+        let source = ends.source.spawn().unwrap();
+        let began = Instant::now();
+        while source.progress().status != Status::PreSwitchover {
+            assert!(began.elapsed() < Duration::from_secs(20), "{:?}", source.progress());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        // Longer than a look at cancel and peer.
+        std::thread::sleep(Duration::from_millis(120));
+        let held = source.progress();
+        assert_eq!(held.status, Status::PreSwitchover, "it waits");
+        assert!(!ends.source_machine.runs() && !ends.destination_machine.runs());
+        assert!(!held.rounds.iter().any(|round| round.paused), "its last pages wait too");
+        if cancels {
+            assert_eq!(source.cancel(), CancelReply::Accepted);
+        } else {
+            gate.open();
+        }
+        let sent = source.wait().unwrap();
+        destination.wait().unwrap();
+        assert_eq!(sent.guest_is_safe_here(), cancels, "{:?}", sent.error);
+        assert_eq!((ends.source_machine.runs(), ends.destination_machine.runs()), (cancels, !cancels));
+        let parts = sent.statistics.downtime_parts;
+        assert!(parts.hold_ms >= 100.0 && sent.statistics.downtime >= parts.hold_ms, "{parts:?}");
+    }
+}
