@@ -100,6 +100,13 @@ fn an_idle_guest_converges_at_once() {
 }
 
 #[test]
+fn page_channels_go_by_tcp_unless_told_otherwise() {
+    let out = demo(&["--channels", "2", "--ram", "8M", "--working-set", "1M", "--dirty-rate", "0"]);
+    assert_eq!(out["transport"], "tcp", "{out}");
+    assert!(out["why"].as_str().unwrap().contains("faster than a UNIX socket"), "{out}");
+}
+
+#[test]
 fn a_busy_guest_takes_several_rounds_over_blocks_of_odd_sizes() {
     let blocks = ["--block", "12K", "--block", "5M", "--block", "4K", "--no-digest"];
     let out = demo(&[&["--transport", "unix", "--ram", "45M"], &blocks[..], &BUSY[..]].concat());
