@@ -2,7 +2,7 @@
 
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{PageBatch, PageRun, Verdict};
-use crate::sys::is_zero;
+use crate::sys::{is_zero, look_ahead};
 use crate::units::PageIndex;
 
 /// Where zero pages are found.
@@ -53,9 +53,12 @@ pub fn classify(
     }
     let span = guest.span(landing)?;
     let page = guest.table().page().bytes() as usize;
-    let verdict_at = |index: u64| match span.part(index as usize * page, page) {
-        Some(span) if is_zero(span) => Verdict::Zero,
-        _ => Verdict::Whole,
+    let verdict_at = |index: u64| {
+        look_ahead(span, index as usize, page);
+        match span.part(index as usize * page, page) {
+            Some(span) if is_zero(span) => Verdict::Zero,
+            _ => Verdict::Whole,
+        }
     };
     let mut first = 0;
     let mut verdict = verdict_at(0);

@@ -43,7 +43,7 @@ pub use mapping::{Mapping, MappingError, discard, populate};
 pub use pagemap_scan::Pagemap;
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
 pub use random::random_id;
-pub use scan::{is_zero, sweep};
+pub use scan::{is_zero, look_ahead, sweep};
 pub use shared_bits::SharedBitmap;
 pub use soft_dirty::SoftDirtyBits;
 pub use stop::{CancelToken, Stop, StopReason};

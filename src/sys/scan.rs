@@ -11,6 +11,9 @@ use super::HostSpan;
 /// Bytes of a page that decide whether it is worth fetching the next one: most pages with data have some there.
 const HEAD: usize = 128;
 
+/// How far ahead [`look_ahead`] fetches: pages that begin with data are looked at faster than a line comes.
+const PAGES_AHEAD: usize = 8;
+
 static ZEROS: [u8; 4096] = [0; 4096];
 
 /// True if every byte of `span` is zero; an empty span is.
@@ -35,6 +38,15 @@ pub fn is_zero(span: HostSpan<'_>) -> bool {
     true
 }
 
+/// Lets the CPU fetch the first line of a page that is looked at soon: on memory that is not zero, waiting for it would be
+/// all that [`is_zero`] costs.
+///
+/// Called for each page of `span`, number `index` of `page` bytes, before it is looked at.
+#[inline]
+pub fn look_ahead(span: HostSpan<'_>, index: usize, page: usize) {
+    fetch_line(span.as_ptr().wrapping_add((index + PAGES_AHEAD) * page));
+}
+
 /// Whether `len` bytes of `span` from `at` on are zero; at most a page, inside the span.
 fn equals_zeros(span: HostSpan<'_>, at: usize, len: usize) -> bool {
     debug_assert!(at + len <= span.len() && len <= ZEROS.len());
@@ -45,14 +57,19 @@ fn equals_zeros(span: HostSpan<'_>, at: usize, len: usize) -> bool {
 
 /// Asks the CPU for the lines of the page at `start`, which need not be mapped.
 fn fetch_page(start: *const u8) {
+    (0..ZEROS.len()).step_by(64).for_each(|line| fetch_line(start.wrapping_add(line)));
+}
+
+/// Asks the CPU for the line of `at`, which need not be mapped.
+#[inline]
+fn fetch_line(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..ZEROS.len()).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: SSE is part of x86-64, and a prefetch is a hint that faults at no address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
+    // SAFETY: SSE is part of x86-64, and a prefetch is a hint that faults at no address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = start;
+    let _ = at;
 }
 
 /// Reads one word of every 64 bytes of `span` and ORs them: the least that looking at memory can cost.

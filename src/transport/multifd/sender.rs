@@ -13,7 +13,7 @@ use crate::stream::qemu::multifd::{
     Init, MAX_COMPRESSED, Method, NewPacket, encode_init, encode_packet, encode_sync, packet_pages,
 };
 use crate::stream::qemu::packed::{PacketDeflater, Packing};
-use crate::sys::{HostSpan, MAX_PARTS, SendPart, Stop, is_zero};
+use crate::sys::{HostSpan, MAX_PARTS, SendPart, Stop, is_zero, look_ahead};
 use crate::transport::zerocopy::LendingChannel;
 use crate::transport::{ChannelError, MoveError, Receipt, Returned, Ticket};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
@@ -160,6 +160,9 @@ impl PageSender {
             let span = guest.span(landing)?;
             for index in 0..piece.run.pages {
                 let at = PageIndex(piece.run.first.0 + index);
+                if piece.verdict == Verdict::Unknown {
+                    look_ahead(span, index as usize, page.bytes() as usize);
+                }
                 let bytes = span.part((index * page.bytes()) as usize, page.bytes() as usize);
                 let (Some(offset), Some(bytes)) = (page.offset_of(at), bytes) else { break };
                 if packet.is_full() || packet.block.is_some_and(|block| block != piece.run.block) {
