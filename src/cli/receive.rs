@@ -90,6 +90,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     let way = door.way;
     let settings = DestinationSettings {
+        // No guest runs here: nobody will touch the pages.
+        map_behind: false,
         stall_timeout: args.timeouts.stall_timeout,
         finish_timeout: args.timeouts.finish_timeout,
         max_ram: args.max_ram,
@@ -128,6 +130,7 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
             "verified": report.verified,
             "bytes_received": report.bytes,
             "pages": report.pages,
+            "pages_by_file": report.pages_by_file,
             "blocks": blocks,
             "error": report.error.as_ref().map(ToString::to_string),
         });

@@ -117,6 +117,9 @@ pub struct DestinationSettings {
     /// Take a QEMU's device state that ends with the connection instead of its VM description. Only from a
     /// source without a return path: one with it waits for our word before it closes.
     pub accept_missing_description: bool,
+    /// Pages that were written by the file behind the memory are mapped behind their arrival, by a thread that runs only
+    /// while a core is idle, so that the guest meets fewer faults. True; of no use where no guest runs here.
+    pub map_behind: bool,
     /// How threads are started.
     pub spawner: Spawner,
 }
@@ -129,6 +132,7 @@ impl Default for DestinationSettings {
             max_ram: 64 << 40,
             max_state: 1 << 30,
             accept_missing_description: false,
+            map_behind: true,
             spawner: Spawner::default(),
         }
     }

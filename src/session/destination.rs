@@ -19,6 +19,7 @@ use super::config::DestinationSettings;
 use super::digest::{Digest, carried};
 use super::handle::Commitment;
 use super::hearing::{no_blocks, out_of_turn};
+use super::mapper::Mapper;
 use super::places::Placed;
 use super::placing::Placing;
 use super::reader::StreamReader;
@@ -114,7 +115,12 @@ pub struct DestinationReport {
     pub incoming: Option<Incoming>,
     /// Pages that came.
     pub pages: PageCounts,
-    /// Bytes that came.
+    /// Of the whole pages, those that were written by the file behind the memory, since it was not mapped here: the
+    /// process meets them by a fault each when it first touches them.
+    pub pages_by_file: u64,
+    /// Of them, those that were mapped since, by a thread that had nothing else to do.
+    pub pages_mapped_behind: u64,
+    /// Bytes that came, in the stream and on page channels; not those that a NIC wrote.
     pub bytes: u64,
     /// A digest was compared and found equal.
     pub verified: bool,
@@ -134,6 +140,7 @@ pub struct DestinationSession {
     pub(super) settings: DestinationSettings,
     pub(super) engine: DestinationEngine,
     pub(super) placing: Option<Placing>,
+    pub(super) mapper: Option<Mapper>,
     pub(super) incoming: Option<Incoming>,
     pub(super) configuration: Option<Configuration>,
     pub(super) state: Vec<u8>,
@@ -181,6 +188,7 @@ impl DestinationSession {
             settings,
             engine: DestinationEngine::default(),
             placing: None,
+            mapper: None,
             incoming: None,
             configuration: None,
             state: Vec::new(),
@@ -292,6 +300,8 @@ impl DestinationSession {
 
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
         self.close_rounds(ending);
+        let pages_mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
+        let bytes = bytes + self.source.channels().map_or(0, |channels| channels.bytes());
         self.statistics.update(|s| {
             s.status = match ending {
                 Ending::Running => Status::Completed,
@@ -307,6 +317,8 @@ impl DestinationSession {
             ending,
             error: self.error,
             pages: self.placing.as_ref().map_or_else(PageCounts::default, Placing::counts),
+            pages_by_file: self.placing.as_ref().map_or(0, |placing| placing.places().by_file()),
+            pages_mapped_behind,
             incoming: self.incoming,
             bytes,
             verified: self.verified,

@@ -6,6 +6,7 @@ use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_p
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::incoming::{Event, SectionKind, Seen, Step};
+use crate::stream::qemu::ram::PAGE_HEAD;
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
 use crate::sys::RecvPart;
@@ -13,6 +14,7 @@ use crate::sys::RecvPart;
 use super::destination::{DestinationSession, Incoming};
 use super::digest::digests_of;
 use super::greeting::described;
+use super::mapper::Mapper;
 use super::placing::Placing;
 use super::reader::StreamReader;
 use super::{Error, shared};
@@ -25,13 +27,15 @@ impl DestinationSession {
             match stream.next(&buffer[*start..*end])? {
                 Step::Event { consumed, event } => {
                     let (raw, rest) = buffer[*start..*end].split_at(consumed);
-                    if let Event::Page { block, offset, .. } = event
-                        && let Some(placing) = &mut self.placing
-                        && placing.ahead.is_due(block, offset)
-                    {
-                        placing.populate(block, offset, stream.pages_ahead(rest, offset));
-                    }
                     let at = stream.position() - consumed as u64;
+                    if let Event::Page { block, offset, bytes } = event {
+                        let following = stream.take_following(rest, block, offset);
+                        let rest = &rest[..following as usize * (PAGE_HEAD + bytes.len())];
+                        let placing = self.placing.as_mut().ok_or_else(|| no_blocks("a page"))?;
+                        placing.pages(block, offset, bytes, rest).map_err(|error| error.at(at))?;
+                        *start += consumed + rest.len();
+                        continue;
+                    }
                     let seen = *stream.seen();
                     let fact = self.take(event, raw, seen).map_err(|error| error.at(at))?;
                     *start += consumed;
@@ -45,7 +49,7 @@ impl DestinationSession {
                 Step::NeedMore { consumed, needed } => {
                     *start += consumed;
                     if let Some(placing) = &mut self.placing {
-                        placing.ahead.between_reads();
+                        placing.look();
                         placing.between_reads()?;
                     }
                     reader.make_room(needed);
@@ -64,15 +68,22 @@ impl DestinationSession {
     }
 
     /// Pages that came on channels while the stream itself was silent.
-    pub(super) fn tell_channel_figures(&self) {
+    pub(super) fn tell_channel_figures(&mut self) {
+        let beside = self.source.channels().map_or(0, |channels| channels.bytes());
         if let Some(placing) = &self.placing {
-            self.statistics.update(|s| s.pages = placing.counts());
+            self.statistics.update(|s| {
+                s.transferred += beside.saturating_sub(s.multifd_bytes);
+                (s.multifd_bytes, s.pages) = (beside, placing.counts());
+            });
         }
     }
 
-    fn tell_figures(&self, bytes: u64) {
+    fn tell_figures(&mut self, bytes: u64) {
+        let beside = self.source.channels().map_or(0, |channels| channels.bytes());
         let pages = self.placing.as_ref().map_or_else(PageCounts::default, Placing::counts);
-        self.statistics.update(|s| (s.transferred, s.pages) = (bytes, pages));
+        self.statistics.update(|s| {
+            (s.transferred, s.multifd_bytes, s.pages) = (bytes + beside, beside, pages);
+        });
     }
 
     /// The source closed. A tail may end so where its description is suppressed; but a source with a return
@@ -97,7 +108,7 @@ impl DestinationSession {
     /// stream has shown so far.
     fn take(&mut self, event: Event<'_>, raw: &[u8], seen: Seen) -> Result<Option<Arrived>, Error> {
         match event {
-            Event::Page { block, offset, bytes } => self.placing()?.page(block, offset, bytes)?,
+            Event::Page { block, offset, bytes } => self.placing()?.pages(block, offset, bytes, &[])?,
             Event::Zero { block, offset } => self.placing()?.zero(block, offset)?,
             Event::Compressed { block, offset, bytes } => self.placing()?.compressed(block, offset, bytes)?,
             Event::Xbzrle { block, offset, bytes } => self.placing()?.delta(block, offset, bytes)?,
@@ -181,6 +192,9 @@ impl DestinationSession {
         let memory = self.provider.provide(&incoming)?;
         shared::check(&incoming, memory.table())?;
         let placing = Placing::new(memory, &incoming.blocks, self.arrival.take())?;
+        if self.settings.map_behind {
+            self.mapper = Mapper::start(placing.places(), &self.settings.spawner);
+        }
         self.placing.insert(placing).breakage = self.breakage;
         self.prepare_rounds(&incoming)?;
         self.begin_channels(announced)?;
@@ -192,6 +206,10 @@ impl DestinationSession {
     fn ram_complete(&mut self) -> Result<(), Error> {
         self.ram_ended = true;
         tracing::trace!("pages end");
+        // Nothing beside the downtime takes time from it.
+        if let Some(mapper) = &self.mapper {
+            mapper.stop();
+        }
         self.last_scan()?;
         match &mut self.placing {
             Some(placing) => placing.ram_complete(),

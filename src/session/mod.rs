@@ -1,6 +1,5 @@
 //! Migrations as threads run them: a session does what the [engine](crate::engine) decides.
 
-mod ahead;
 mod answers;
 mod arrivals;
 mod breakage;
@@ -15,6 +14,7 @@ mod handle;
 mod hearing;
 #[cfg(test)]
 mod hook_tests;
+mod mapper;
 mod places;
 mod placing;
 #[cfg(test)]

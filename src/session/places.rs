@@ -1,12 +1,13 @@
 //! The guest's memory while it fills, for every thread that fills it.
 
+use std::io::IoSlice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::guest::{GuestError, GuestMemory};
 use crate::observe::PageCounts;
-use crate::ram::{Landing, PageRun, RamBlock, ReceivedMap};
-use crate::sys::{HostSpan, is_zero};
+use crate::ram::{AtomicBitmap, Landing, PageRun, RamBlock, ReceivedMap};
+use crate::sys::{HostRegion, HostSpan, is_zero};
 use crate::transport::PagePlaces;
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
@@ -23,10 +24,15 @@ pub(super) struct Places {
     watcher: Option<Arc<dyn Placed>>,
     /// Announced position to position in the guest's own table.
     blocks: Vec<BlockIndex>,
+    /// Memory of the guest's blocks, in the order of its own table.
+    regions: Vec<Option<HostRegion>>,
+    /// Pages that were written by the file behind them, until somebody maps them; of blocks in the guest's own table.
+    unmapped: Vec<AtomicBitmap>,
     page_bytes: u64,
     normal: AtomicU64,
     zero: AtomicU64,
     delta: AtomicU64,
+    by_file: AtomicU64,
 }
 
 impl Places {
@@ -38,9 +44,26 @@ impl Places {
         let table = memory.table();
         let find = |block: &RamBlock| table.find(block.name.as_str());
         let blocks = announced.iter().map(find).collect::<Result<_, _>>()?;
+        let with_file = |region: &HostRegion| region.write_by_file(0, &[]).is_ok_and(|there_is| there_is);
+        let region = |index| memory.region(BlockIndex(index)).filter(with_file);
+        let regions: Vec<_> = (0..table.blocks().len() as u32).map(region).collect();
+        let map = |(region, block): (&Option<_>, _)| region.as_ref().map_or(0, |_| table.pages_of(block));
+        let unmapped = regions.iter().zip(table.blocks()).map(map).map(AtomicBitmap::new).collect();
         let (page_bytes, received) = (table.page().bytes(), ReceivedMap::new(table));
-        let [normal, zero, delta] = [0; 3].map(AtomicU64::new);
-        Ok(Self { received, watcher, blocks, page_bytes, normal, zero, delta, memory })
+        let [normal, zero, delta, by_file] = [0; 4].map(AtomicU64::new);
+        Ok(Self {
+            received,
+            watcher,
+            blocks,
+            regions,
+            unmapped,
+            page_bytes,
+            normal,
+            zero,
+            delta,
+            by_file,
+            memory,
+        })
     }
 
     pub(super) fn memory(&self) -> &Arc<dyn GuestMemory> {
@@ -61,6 +84,31 @@ impl Places {
         let [normal, zero, delta] =
             [&self.normal, &self.zero, &self.delta].map(|count| count.load(Ordering::Relaxed));
         PageCounts { normal, zero, delta }
+    }
+
+    /// Of the whole pages: those that were written by the file behind the memory.
+    pub(super) fn by_file(&self) -> u64 {
+        self.by_file.load(Ordering::Relaxed)
+    }
+
+    /// True if some block has a file behind it.
+    pub(super) fn has_files(&self) -> bool {
+        self.regions.iter().any(Option::is_some)
+    }
+
+    /// Pages that were written by the file behind them and not mapped since, by the guest's own table.
+    pub(super) fn unmapped(&self) -> &[AtomicBitmap] {
+        &self.unmapped
+    }
+
+    /// The memory of `bytes` bytes from `offset` on of a block of the guest's own table.
+    pub(super) fn own_room(
+        &self,
+        block: BlockIndex,
+        offset: BlockOffset,
+        bytes: u64,
+    ) -> Result<HostSpan<'_>, GuestError> {
+        self.memory.span(self.memory.table().admit(block, offset, bytes)?)
     }
 
     pub(super) fn count_delta(&self) {
@@ -121,6 +169,32 @@ impl Places {
 impl PagePlaces for Places {
     fn room(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> Result<HostSpan<'_>, GuestError> {
         self.memory.span(self.landing(block, offset, bytes)?)
+    }
+
+    fn write_by_file(
+        &self,
+        block: BlockIndex,
+        offset: BlockOffset,
+        parts: &[IoSlice<'_>],
+    ) -> Result<bool, GuestError> {
+        let bytes = parts.iter().map(|part| part.len() as u64).sum();
+        let landing = self.landing(block, offset, bytes)?;
+        let Some(Some(region)) = self.regions.get(landing.block().as_usize()) else { return Ok(false) };
+        let written = region.write_by_file(landing.offset().0, parts).map_err(|source| {
+            let of_table = self.memory.table().get(landing.block());
+            GuestError::Kernel {
+                block: of_table.map_or_else(String::new, |block| block.name.to_string()),
+                what: "writing pages that came",
+                remedy: "free memory, or room in the file system that holds the guest's RAM",
+                source,
+            }
+        })?;
+        if written {
+            self.by_file.fetch_add(bytes / self.page_bytes, Ordering::Relaxed);
+            let run = landing.run(self.memory.table().page());
+            self.unmapped.get(run.block.as_usize()).map(|map| map.set(run.first, run.pages));
+        }
+        Ok(written)
     }
 
     fn has_come(&self, block: BlockIndex, offset: BlockOffset) -> bool {

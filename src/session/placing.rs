@@ -1,22 +1,26 @@
 //! Puts the pages of the stream where they belong.
 
+use std::io::IoSlice;
 use std::sync::Arc;
 
 use crate::guest::GuestMemory;
 use crate::observe::PageCounts;
 use crate::ram::{PageRun, RamBlock};
 use crate::stream::qemu::compressed::inflate_page;
+use crate::stream::qemu::ram::PAGE_HEAD;
 use crate::stream::{DecodeError, Fault, xbzrle};
-use crate::sys::{Stop, populate};
+use crate::sys::{FaultWatch, Stop, populate};
 use crate::transport::PagePlaces;
 use crate::units::{BlockIndex, BlockOffset};
 
-use super::ahead::PopulateAhead;
 use super::destination::{Arrival, Incoming};
 use super::places::Places;
 use super::scan::{ContentScan, ScanReport};
 use super::workers::Spawner;
 use super::{Breakage, Error};
+
+/// Pages that one write to the memory's file takes.
+const PAGES_A_WRITE: usize = 64;
 
 /// What the stream's own thread needs to place pages.
 pub(super) struct Placing {
@@ -25,7 +29,9 @@ pub(super) struct Placing {
     scratch: Vec<u8>,
     /// Where pages come by a door that shows none of them, and somebody wants to see them all the same.
     scan: Option<ContentScan>,
-    pub(super) ahead: PopulateAhead,
+    faults: FaultWatch,
+    /// Memory is met by faults: it is better written to by its file, or taken a run at a time.
+    unmapped: bool,
     pub(super) breakage: Breakage,
 }
 
@@ -43,7 +49,8 @@ impl Placing {
             arrival,
             scratch,
             scan: None,
-            ahead: PopulateAhead::default(),
+            faults: FaultWatch::default(),
+            unmapped: false,
             breakage: Breakage::default(),
         })
     }
@@ -66,27 +73,65 @@ impl Placing {
         watcher.map_or(Ok(()), |arrival| arrival.began(incoming, self.places.memory()))
     }
 
-    /// Takes the memory of the page at `offset`, which has come, and of the `following` ones that are coming.
-    pub(super) fn populate(&mut self, block: BlockIndex, offset: BlockOffset, following: u64) {
-        let bytes = (following + 1) * self.places.page_bytes();
-        self.ahead.taken(block, offset, bytes);
-        // Pages beyond the block are refused when they come; a kernel that can't populate, or has no memory
-        // left, says so again at the fault.
-        if let Ok(span) = self.places.room(block, offset, bytes) {
-            let _ = populate(span);
-        }
+    /// Before each read of the stream: looks how its predecessor's bytes fared.
+    pub(super) fn look(&mut self) {
+        self.unmapped = self.faults.look();
     }
 
-    pub(super) fn page(&mut self, block: BlockIndex, offset: BlockOffset, bytes: &[u8]) -> Result<(), Error> {
+    /// The page at `offset`, and what lies behind it: `following` are whole pages, each with its head.
+    pub(super) fn pages(
+        &mut self,
+        block: BlockIndex,
+        offset: BlockOffset,
+        first: &[u8],
+        following: &[u8],
+    ) -> Result<(), Error> {
         let page = self.places.page_bytes();
+        let others = || following.chunks_exact(PAGE_HEAD + first.len()).map(|record| &record[PAGE_HEAD..]);
+        let bytes = (others().len() as u64 + 1) * page;
         if self.breakage.is(Breakage::MarkBeforeCopy) {
-            self.places.placed(block, offset, page)?;
-            self.places.room(block, offset, page)?.copy_from(bytes);
+            self.places.placed(block, offset, bytes)?;
+        }
+        if !(self.unmapped && self.by_file(block, offset, std::iter::once(first).chain(others()))?) {
+            let room = self.places.room(block, offset, bytes)?;
+            if self.unmapped {
+                // A kernel that can't, or has no memory left, says so again at the fault.
+                let _ = populate(room);
+            }
+            room.stream_pages(std::iter::once(first).chain(others()));
+        }
+        if self.breakage.is(Breakage::MarkBeforeCopy) {
             return Ok(());
         }
-        self.places.room(block, offset, page)?.stream_from(bytes);
-        self.places.placed(block, offset, page)?;
-        self.came_in_stream(block, offset)
+        self.places.placed(block, offset, bytes)?;
+        (0..bytes / page)
+            .try_for_each(|index| self.came_in_stream(block, BlockOffset(offset.0 + index * page)))
+    }
+
+    /// Writes pages that lie one behind the other by the file behind the memory; false if that can't be done.
+    fn by_file<'a>(
+        &mut self,
+        block: BlockIndex,
+        offset: BlockOffset,
+        mut pages: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<bool, Error> {
+        let mut at = offset;
+        loop {
+            let mut parts = [IoSlice::new(&[]); PAGES_A_WRITE];
+            let mut used = 0;
+            for (part, page) in parts.iter_mut().zip(pages.by_ref()) {
+                *part = IoSlice::new(page);
+                used += 1;
+            }
+            if used == 0 {
+                self.faults.by_file();
+                return Ok(true);
+            }
+            if !self.places.write_by_file(block, at, &parts[..used])? {
+                return Ok(false);
+            }
+            at.0 += used as u64 * self.places.page_bytes();
+        }
     }
 
     pub(super) fn zero(&mut self, block: BlockIndex, offset: BlockOffset) -> Result<(), Error> {
@@ -137,7 +182,7 @@ impl Placing {
     ) -> Result<(), Error> {
         let mut scratch = std::mem::take(&mut self.scratch);
         let placed = match inflate_page(bytes, &mut scratch) {
-            Ok(()) => self.page(block, offset, &scratch),
+            Ok(()) => self.pages(block, offset, &scratch, &[]),
             Err(fault) => Err(corrupt(fault)),
         };
         self.scratch = scratch;

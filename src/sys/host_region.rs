@@ -6,11 +6,12 @@
 //! memory for.
 
 use std::any::Any;
+use std::io::{self, IoSlice};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::holes::MemoryFile;
+use super::memory_file::MemoryFile;
 use crate::units::PageSize;
 
 /// A range that is not inside its region.
@@ -78,6 +79,21 @@ impl HostRegion {
     pub fn read_sparse(&self, offset: u64, out: &mut [u8]) -> bool {
         let inside = self.span(offset, out.len() as u64).is_ok();
         inside && self.file.as_ref().is_some_and(|file| file.read(offset, out))
+    }
+
+    /// Writes `parts`, one behind the other, from `offset` on as [`HostSpan::copy_from`] does, but by the file behind the
+    /// memory: for memory that this process has not mapped, where it costs half of a first store. Page tables do not see
+    /// it, so neither does a dirty source that reads them. `false` where that can't be done; the bytes then go through a
+    /// span, some of them perhaps for the second time.
+    ///
+    /// # Errors
+    /// What pwritev(2) says where a span would fare no better: no memory, no room in the file system.
+    pub fn write_by_file(&self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<bool> {
+        let len = parts.iter().map(|part| part.len() as u64).sum();
+        match &self.file {
+            Some(file) if self.span(offset, len).is_ok() => file.write(offset, parts),
+            _ => Ok(false),
+        }
     }
 
     /// The same memory, whose writes are found at `address` (of the process whose pagemap and
@@ -199,14 +215,34 @@ impl<'a> HostSpan<'a> {
     ///
     /// The bytes are in place for other threads when this returns.
     pub fn stream_from(self, bytes: &[u8]) -> usize {
+        self.stream_pages(std::iter::once(bytes))
+    }
+
+    /// As [`stream_from`](Self::stream_from), from pieces that lie apart and come to lie one behind the other; returns how
+    /// many bytes.
+    pub fn stream_pages<'b>(self, pieces: impl Iterator<Item = &'b [u8]>) -> usize {
+        let mut at = 0;
+        for piece in pieces {
+            let Some(room) = self.part(at, piece.len().min(self.len - at)) else { break };
+            at += room.stream_piece(piece);
+        }
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: SSE2 is part of x86_64. The fence puts the stores before whatever the caller does next.
+        unsafe {
+            std::arch::x86_64::_mm_sfence();
+        }
+        at
+    }
+
+    /// One piece, whose stores others may see late: until a fence.
+    fn stream_piece(self, bytes: &[u8]) -> usize {
         let len = bytes.len().min(self.len);
         #[cfg(target_arch = "x86_64")]
         if self.address().is_multiple_of(16) && len.is_multiple_of(64) {
-            use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+            use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
             // SAFETY: source and target are valid for `len` bytes, a multiple of the 64 that each step
             // takes, and don't overlap; the target is aligned for the store, which is an intrinsic with an
-            // effect on memory, so that a concurrent access can only mix bytes. SSE2 is part of x86_64. The
-            // fence puts the stores before whatever the caller does next.
+            // effect on memory, so that a concurrent access can only mix bytes. SSE2 is part of x86_64.
             unsafe {
                 let (from, to) = (bytes.as_ptr(), self.ptr.as_ptr());
                 for at in (0..len).step_by(64) {
@@ -216,7 +252,6 @@ impl<'a> HostSpan<'a> {
                         _mm_stream_si128(to.add(at + part * 16).cast::<__m128i>(), value);
                     }
                 }
-                _mm_sfence();
             }
             return len;
         }

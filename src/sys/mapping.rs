@@ -15,7 +15,7 @@ use rustix::fs::{MemfdFlags, StatFs, fallocate, fstat, fstatfs, ftruncate, memfd
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 
-use super::holes::MemoryFile;
+use super::memory_file::MemoryFile;
 use super::{HostRegion, HostSpan};
 use crate::units::PageSize;
 

@@ -3,7 +3,6 @@
 
 mod descriptors;
 mod faults;
-mod holes;
 mod host_region;
 #[cfg(feature = "kvm")]
 mod kvm_dirty;
@@ -12,6 +11,7 @@ mod kvm_memory;
 #[cfg(feature = "kvm")]
 mod kvm_ring;
 mod mapping;
+mod memory_file;
 #[cfg(feature = "rdma")]
 mod nic_region;
 mod pagemap_scan;
@@ -48,6 +48,6 @@ pub use shared_bits::SharedBitmap;
 pub use soft_dirty::SoftDirtyBits;
 pub use stop::{CancelToken, Stop, StopReason};
 pub use tcp_state::{TcpState, queued_bytes, tcp_state};
-pub use threads::{Job, SpawnFn, spawn_thread};
+pub use threads::{Job, SpawnFn, only_when_idle, spawn_thread};
 pub use uffd::{UffdError, WriteProtector};
 pub use zerocopy::{ZeroCopyReceipt, allow_zero_copy, zero_copy_receipt};

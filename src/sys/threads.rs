@@ -16,3 +16,17 @@ pub type SpawnFn = dyn Fn(&'static str, Job) -> io::Result<JoinHandle<()>> + Sen
 pub fn spawn_thread(name: &'static str, job: Job) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name(name.to_owned()).spawn(job)
 }
+
+/// From here on the calling thread runs only while a core has nothing else to do (SCHED_IDLE, sched(7)).
+///
+/// # Errors
+/// What sched_setscheduler(2) says: the call is forbidden.
+pub fn only_when_idle() -> io::Result<()> {
+    // SAFETY: all fields are integers, and zero is the one priority of this policy.
+    let priority: libc::sched_param = unsafe { std::mem::zeroed() };
+    // SAFETY: the structure is read during the call only; 0 is the calling thread.
+    match unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const priority) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

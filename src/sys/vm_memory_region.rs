@@ -9,8 +9,8 @@ use vm_memory::GuestRegionMmap;
 use vm_memory::bitmap::Bitmap;
 
 use super::HostRegion;
-use super::holes::MemoryFile;
 use super::mapping::{base_page, page_of_file};
+use super::memory_file::MemoryFile;
 use crate::units::PageSize;
 
 impl HostRegion {

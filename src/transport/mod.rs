@@ -38,7 +38,7 @@ pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 
 mod inline;
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -206,6 +206,21 @@ pub trait PagePlaces: Send + Sync {
     /// [`GuestError`] if they are not in the guest.
     fn room(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> Result<HostSpan<'_>, GuestError>;
 
+    /// Puts `parts`, one behind the other, from `offset` on, by the file behind the memory: for memory that is not mapped
+    /// here, where it costs half of a first store. `false` if that can't be done, and they go into [`room`](Self::room).
+    /// Either way [`placed`](Self::placed) is still to be called.
+    ///
+    /// # Errors
+    /// As [`room`](Self::room); no memory, or no room in the file system.
+    fn write_by_file(
+        &self,
+        _block: BlockIndex,
+        _offset: BlockOffset,
+        _parts: &[IoSlice<'_>],
+    ) -> Result<bool, GuestError> {
+        Ok(false)
+    }
+
     /// True if the page at `offset` has come before.
     fn has_come(&self, block: BlockIndex, offset: BlockOffset) -> bool;
 
@@ -248,6 +263,9 @@ pub trait PageChannels: Send {
 
     /// Lets the channels go on behind the barrier.
     fn release(&mut self);
+
+    /// Bytes that have come on them.
+    fn bytes(&self) -> u64;
 
     /// No page is taken any more: closes the channels and ends their threads.
     fn end(&mut self);

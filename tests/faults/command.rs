@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -70,10 +71,14 @@ fn destination_of(demo: &Ramwire) -> u32 {
         || demo.errors(),
         || {
             let child = fs::read_to_string(&children).ok()?.split_whitespace().next()?.parse().ok()?;
-            let status = fs::read_to_string(format!("/proc/{child}/status")).ok()?;
-            let resident =
-                status.lines().find(|line| line.starts_with("VmRSS:"))?.split_whitespace().nth(1)?;
-            (resident.parse::<u64>().ok()? > 48 << 10).then_some(child)
+            // Its memory, mapped or not: pages of the file behind it, in blocks of 512 bytes.
+            let mut files =
+                fs::read_dir(format!("/proc/{child}/fd")).ok()?.flatten().map(|entry| entry.path());
+            let is_memory = |file: &PathBuf| {
+                fs::read_link(file).is_ok_and(|link| link.to_string_lossy().contains("memfd:demo.ram0"))
+            };
+            let there = fs::metadata(files.find(is_memory)?).ok()?.blocks() * 512;
+            (there > 16 << 20).then_some(child)
         },
     )
 }

@@ -40,6 +40,11 @@ impl PageChannels for SimSource {
         self.sim.enter().world.door.release();
     }
 
+    /// The simulation counts pages.
+    fn bytes(&self) -> u64 {
+        0
+    }
+
     fn end(&mut self) {
         self.sim.enter().world.door.receives = false;
     }

@@ -47,6 +47,9 @@ pub const MULTIFD_FLUSH: u64 = 0x200;
 /// Longest record in front of its payload: word, longest name, encoding byte and length.
 pub const MAX_HEAD_LEN: usize = 8 + 1 + BlockName::MAX + 4;
 
+/// Bytes before a whole page of the block that is current.
+pub const PAGE_HEAD: usize = 8;
+
 /// What a record says, without the bytes of its page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Record<'a> {
@@ -184,7 +187,7 @@ fn at_most(at: usize, what: &'static str, value: u64, limit: u64) -> Result<(), 
 
 /// Head of a whole page in the current block. The page's bytes follow.
 #[inline]
-pub const fn continued_page(offset: BlockOffset) -> [u8; 8] {
+pub const fn continued_page(offset: BlockOffset) -> [u8; PAGE_HEAD] {
     (offset.0 | PAGE | CONTINUE).to_be_bytes()
 }
 

@@ -1,5 +1,6 @@
 //! The destination's thread of one channel: packets become pages.
 
+use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,10 +15,14 @@ use crate::stream::qemu::packed::PacketInflater;
 use crate::stream::{Corrupt, Fault};
 use crate::sys::{FaultWatch, HostSpan, RecvPart, Stop, populate};
 use crate::transport::{ByteSource, ChannelError, MoveError, PagePlaces, StreamChannel};
-use crate::units::{BlockOffset, PageSize};
+use crate::units::{BlockIndex, BlockOffset, PageSize};
 
 /// Spans of guest memory that one read fills at most.
 const SPANS: usize = 32;
+
+/// Bytes that are received at once for memory that is not mapped: they stay in the second-level cache until they are
+/// written on.
+const BUFFER: usize = 128 << 10;
 
 /// What a channel's thread tells.
 #[derive(Debug)]
@@ -173,15 +178,23 @@ impl PageReceiver {
         for (offset, bytes) in &runs {
             spans.push(common.places.room(block, *offset, *bytes)?);
         }
-        if self.faults.look() {
-            let new = spans.iter().zip(&runs).filter(|(_, run)| !common.places.has_come(block, run.0));
-            // A kernel that can't, or has no memory left, says so again at the fault.
-            new.for_each(|(span, _)| drop(populate(*span)));
+        let mut target = Target { common: &common, block, runs: &runs, spans: &spans, by_file: false };
+        if let (true, Some(first)) = (self.faults.look(), runs.first()) {
+            target.by_file = common.places.write_by_file(block, first.0, &[])?;
+            if !target.by_file {
+                let new = spans.iter().zip(&runs).filter(|(_, run)| !common.places.has_come(block, run.0));
+                // A kernel that can't, or has no memory left, says so again at the fault.
+                new.for_each(|(span, _)| drop(populate(*span)));
+            }
         }
         match self.inflater.is_some() {
-            false => self.receive_into(&spans)?,
             true if spans.is_empty() => {}
-            true => self.expand_into(plan.payload as usize, &spans)?,
+            true => self.expand_into(plan.payload as usize, &mut target)?,
+            false if target.by_file => self.receive_by_file(&mut target)?,
+            false => self.receive_into(&spans)?,
+        }
+        if target.by_file {
+            self.faults.by_file();
         }
         for (offset, bytes) in runs {
             common.places.placed(block, offset, bytes)?;
@@ -222,7 +235,34 @@ impl PageReceiver {
         Ok(())
     }
 
-    fn expand_into(&mut self, payload: usize, spans: &[HostSpan<'_>]) -> Result<(), MoveError> {
+    /// Payload into a buffer that stays in the cache, and from there into memory that is not mapped.
+    fn receive_by_file(&mut self, target: &mut Target<'_>) -> Result<(), MoveError> {
+        let total: usize = target.spans.iter().map(|span| span.len()).sum();
+        let due = header_len(self.common.page);
+        self.pages.resize(BUFFER, 0);
+        let mut at = 0;
+        while at < total {
+            let want = (total - at).min(BUFFER);
+            let mut filled = 0;
+            while filled < want {
+                let room = RecvPart::Own(&mut self.pages[filled..want]);
+                // What comes behind the payload is the next header.
+                let header = RecvPart::Own(&mut self.head[..if at + want == total { due } else { 0 }]);
+                let got = self.channel.recv(&mut [room, header], &self.stop)?;
+                if got == 0 {
+                    return Err(self.closed("waiting for the pages of a packet").into());
+                }
+                self.count(got);
+                self.filled = got.saturating_sub(want - filled);
+                filled += got - self.filled;
+            }
+            target.put(at, &self.pages[..want])?;
+            at += want;
+        }
+        Ok(())
+    }
+
+    fn expand_into(&mut self, payload: usize, target: &mut Target<'_>) -> Result<(), MoveError> {
         self.payload.resize(payload, 0);
         let mut filled = 0;
         while filled < payload {
@@ -234,17 +274,13 @@ impl PageReceiver {
             self.count(got);
             filled += got;
         }
-        let bytes = spans.iter().map(|span| span.len()).sum();
+        let bytes = target.spans.iter().map(|span| span.len()).sum();
         self.pages.resize(bytes, 0);
         if let Some(inflater) = &mut self.inflater {
             let expanded = inflater.inflate(&self.payload, &mut self.pages);
             expanded.map_err(|fault| self.not_understood(DecodeError::Corrupt(Corrupt { at: 0, fault })))?;
         }
-        let mut at = 0;
-        for span in spans {
-            at += span.stream_from(&self.pages[at..at + span.len()]);
-        }
-        Ok(())
+        target.put(0, &self.pages)
     }
 
     fn closed(&self, doing: &'static str) -> ChannelError {
@@ -260,6 +296,42 @@ impl PageReceiver {
 
     fn not_understood(&self, source: DecodeError) -> MoveError {
         ChannelError::Packet { channel: self.name(), source }.into()
+    }
+}
+
+/// Where a packet's pages go.
+struct Target<'a> {
+    common: &'a Common,
+    block: BlockIndex,
+    runs: &'a [(BlockOffset, u64)],
+    spans: &'a [HostSpan<'a>],
+    /// By the file behind the memory, as long as it takes them.
+    by_file: bool,
+}
+
+impl Target<'_> {
+    /// Puts `bytes`, which begin `at` bytes behind the packet's first, where they belong.
+    fn put(&mut self, at: usize, mut bytes: &[u8]) -> Result<(), MoveError> {
+        let mut skip = at;
+        for ((offset, _), span) in self.runs.iter().zip(self.spans) {
+            let Some(room) = span.len().checked_sub(skip).filter(|room| *room > 0) else {
+                skip -= span.len();
+                continue;
+            };
+            let (now, rest) = bytes.split_at(bytes.len().min(room));
+            if self.by_file {
+                let from = BlockOffset(offset.0 + skip as u64);
+                self.by_file = self.common.places.write_by_file(self.block, from, &[IoSlice::new(now)])?;
+            }
+            if !self.by_file {
+                span.part(skip, now.len()).map(|room| room.stream_from(now));
+            }
+            (bytes, skip) = (rest, 0);
+            if bytes.is_empty() {
+                break;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -29,6 +29,8 @@ pub struct MultifdSource {
     options: ChannelOptions,
     stall: Option<Duration>,
     running: Option<Running>,
+    /// Bytes that came on page channels.
+    bytes: Arc<AtomicU64>,
 }
 
 struct Running {
@@ -36,7 +38,6 @@ struct Running {
     releases: Vec<Sender<()>>,
     threads: Vec<JoinHandle<()>>,
     cancel: CancelToken,
-    bytes: Arc<AtomicU64>,
     at_barrier: usize,
     closed: usize,
 }
@@ -58,11 +59,7 @@ impl MultifdSource {
     ) -> Self {
         main.set_stall(None);
         pages.iter_mut().for_each(|channel| channel.set_stall(None));
-        Self { main, waiting: pages, options, stall, running: None }
-    }
-
-    fn bytes(&self) -> u64 {
-        self.running.as_ref().map_or(0, |running| running.bytes.load(Ordering::Relaxed))
+        Self { main, waiting: pages, options, stall, running: None, bytes: Arc::default() }
     }
 
     fn look(&self, progress: &mut Progress, doing: &'static str) -> Result<(), ChannelError> {
@@ -155,14 +152,13 @@ impl PageChannels for MultifdSource {
         let (tell, told) = unbounded();
         let method = self.options.packing.method();
         let count = self.options.count;
-        let bytes = Arc::new(AtomicU64::new(0));
         let common = Common {
             places,
             blocks,
             page,
             ids: Mutex::default(),
             uuid: Mutex::default(),
-            bytes: Arc::clone(&bytes),
+            bytes: Arc::clone(&self.bytes),
         };
         let common = Arc::new(common);
         let mut running = Running {
@@ -170,7 +166,6 @@ impl PageChannels for MultifdSource {
             releases: Vec::new(),
             threads: Vec::new(),
             cancel: CancelToken::default(),
-            bytes,
             at_barrier: 0,
             closed: 0,
         };
@@ -236,6 +231,10 @@ impl PageChannels for MultifdSource {
         for release in &running.releases {
             let _ = release.try_send(());
         }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
     }
 
     fn end(&mut self) {

@@ -29,21 +29,26 @@ impl IncomingStream {
         }
     }
 
-    /// How many records of whole pages stand at the front of `rest`, the bytes behind the page at `offset`, each
-    /// for the page behind the one before it. Counted without taking them; the last one's bytes may be still to come.
-    pub fn pages_ahead(&self, rest: &[u8], offset: BlockOffset) -> u64 {
+    /// Takes the records of whole pages at the front of `rest`, the bytes behind the page at `offset` of `block`, as far as
+    /// each is for the page behind the one before it and all of it has come. How many they are; each is
+    /// [`PAGE_HEAD`](ram::PAGE_HEAD) bytes of head and a page.
+    pub fn take_following(&mut self, rest: &[u8], block: BlockIndex, offset: BlockOffset) -> u64 {
         let page = self.page.bytes();
-        let head = |at: u64| {
-            rest.get(usize::try_from(at).ok()?..)?.first_chunk().map(|head| u64::from_be_bytes(*head))
-        };
+        let end = self.blocks.as_slice().get(block.as_usize()).map_or(0, |block| block.used_length);
+        let record = ram::PAGE_HEAD + page as usize;
         let mut pages = 0;
-        loop {
-            let due = offset.0.checked_add((pages + 1) * page).map(|next| next | ram::PAGE | ram::CONTINUE);
-            if due.is_none() || head(pages * (8 + page)) != due {
-                return pages;
+        for bytes in rest.chunks_exact(record) {
+            let due = offset.0.saturating_add((pages + 1) * page);
+            let head = bytes.first_chunk().map(|head| u64::from_be_bytes(*head));
+            if end.checked_sub(page).is_none_or(|last| due > last)
+                || head != Some(due | ram::PAGE | ram::CONTINUE)
+            {
+                break;
             }
             pages += 1;
         }
+        self.position += pages * record as u64;
+        pages
     }
 
     fn rare_record<'a>(&mut self, input: &'a [u8], record: Record<'a>, head: usize) -> Advance<'a> {
@@ -178,20 +183,26 @@ mod tests {
     use crate::stream::qemu::incoming::IncomingConfig;
 
     #[test]
-    fn pages_ahead_are_counted_up_to_the_first_other_record() {
-        let stream = IncomingStream::new(IncomingConfig::default());
+    fn pages_that_follow_are_taken_up_to_the_first_other_record() {
         let record =
             |page: u64, flags: u64| [&((page * 4096) | flags).to_be_bytes()[..], &[7; 4096]].concat();
         let whole = |page| record(page, ram::PAGE | ram::CONTINUE);
-        let ahead = |bytes: &[u8]| stream.pages_ahead(bytes, BlockOffset(4 * 4096));
+        let taken = |bytes: &[u8]| {
+            let mut stream = IncomingStream::new(IncomingConfig::default());
+            let name = crate::ram::BlockName::new("ram").unwrap();
+            let block = BlockAnnouncement { name, used_length: 9 * 4096, host_page: None, guest_addr: None };
+            stream.blocks = AnnouncedBlocks::new(vec![block]).unwrap();
+            let pages = stream.take_following(bytes, BlockIndex(0), BlockOffset(4 * 4096));
+            assert_eq!(stream.position(), pages * 4104);
+            pages
+        };
         let rest = [whole(5), whole(6), whole(7)].concat();
-        assert_eq!(ahead(&rest), 3);
-        assert_eq!(ahead(&rest[..rest.len() - 4096]), 3, "its head is there");
-        assert_eq!(ahead(&rest[..rest.len() - 4097]), 2);
-        assert_eq!(ahead(&[whole(5), whole(7)].concat()), 1, "a gap");
-        assert_eq!(ahead(&[whole(5), record(6, ram::ZERO | ram::CONTINUE)].concat()), 1, "a zero page");
-        assert_eq!(ahead(&[whole(5), record(6, ram::PAGE)].concat()), 1, "another block may follow");
-        assert_eq!(ahead(&[]), 0);
-        assert_eq!(stream.pages_ahead(&rest, BlockOffset(u64::MAX - 4095)), 0);
+        assert_eq!(taken(&rest), 3);
+        assert_eq!(taken(&rest[..rest.len() - 1]), 2, "a byte is missing");
+        assert_eq!(taken(&[whole(5), whole(7)].concat()), 1, "a gap");
+        assert_eq!(taken(&[whole(5), record(6, ram::ZERO | ram::CONTINUE)].concat()), 1, "a zero page");
+        assert_eq!(taken(&[whole(5), record(6, ram::PAGE)].concat()), 1, "another block may follow");
+        assert_eq!(taken(&[rest, whole(8), whole(9)].concat()), 4, "the block has nine pages");
+        assert_eq!(taken(&[]), 0);
     }
 }
