@@ -380,6 +380,12 @@ impl SourceSession {
         if registers && !self.guest.control.forbid_discard(true) {
             return Err(discards());
         }
+        if self.settings.throttling.is_some() && self.upstream.is_some() {
+            return Err(Error::Config {
+                what: "a relay can't slow down a guest that runs at its own source".into(),
+                remedy: "ask that source for auto-converge or a dirty limit",
+            });
+        }
         if let Some(Throttling::DirtyLimit { .. }) = self.settings.throttling
             && self.guest.control.vcpu_dirty_pages().is_empty()
         {

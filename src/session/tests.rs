@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use rustix::event::PollFlags;
 
 use super::*;
-use crate::engine::{Ending, Outcome};
+use crate::engine::{Ending, Outcome, Throttling};
 use crate::guest::{GuestControl, MappedGuest};
 use crate::observe::EventKind;
 use crate::ram::{BlockName, RamBlock};
@@ -207,6 +207,54 @@ fn handles_show_progress_and_give_both_reports() {
     assert_eq!(happened, [EventKind::Setup, EventKind::Active, EventKind::Completed, EventKind::CleanedUp]);
     assert_eq!(destination.wait().unwrap().ending, Ending::Running);
     assert!(ends.destination_machine.runs());
+}
+
+/// At a byte a second the first whole page is followed by nothing for half an hour; a clone of the limit lets the guest go.
+#[test]
+fn a_limit_is_changed_while_it_holds() {
+    let ends = ends();
+    let limit = ends.source.settings.max_bandwidth.clone();
+    limit.set(1);
+    let destination = ends.destination.spawn().unwrap();
+    let source = ends.source.spawn().unwrap();
+    while source.progress().pages.normal == 0 {
+        std::thread::yield_now();
+    }
+    std::thread::sleep(std::time::Duration::from_millis(150));
+    assert!(source.progress().pages.normal == 1 && !source.is_finished());
+    limit.set(1 << 40);
+    assert_eq!(source.wait().unwrap().outcome, Outcome::Completed);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+}
+
+struct StandsStill;
+
+impl super::Upstream for StandsStill {
+    fn wait(&mut self, _time: std::time::Duration) -> Result<bool, super::Error> {
+        Ok(true)
+    }
+    fn wait_given(&mut self, _time: std::time::Duration) -> Result<bool, super::Error> {
+        Ok(true)
+    }
+}
+
+/// A brake that would do nothing is refused before a byte is sent: a relay has no guest, and this machine counts no vCPU's
+/// writes.
+#[test]
+fn brakes_that_can_not_be_put_on_are_refused() {
+    for (means, relays) in [
+        (Throttling::auto_converge(), true),
+        (Throttling::dirty_limit(), true),
+        (Throttling::dirty_limit(), false),
+    ] {
+        let mut ends = ends();
+        ends.source.settings.throttling = Some(means);
+        let source = if relays { ends.source.with_upstream(Box::new(StandsStill)) } else { ends.source };
+        let sent = source.run();
+        let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        assert!(text.contains(if relays { "ask that source" } else { "use auto-converge" }), "{text}");
+        assert_eq!((sent.guest_is_safe_here(), sent.statistics.transferred), (true, 0));
+    }
 }
 
 /// A machine that takes long to load its state.
