@@ -19,10 +19,11 @@ use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome, Reason};
 use ramwire::guest::{DirtySource, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap, WrittenPages};
+use ramwire::observe::RunDescription;
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
-    CancelReply, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider, SourceConnection,
-    SourceGuest, SourceSession, SourceSettings, Spawner, workers::Job,
+    CancelReply, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider, RunLog,
+    SourceConnection, SourceGuest, SourceSession, SourceSettings, Spawner, workers::Job,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
@@ -257,9 +258,13 @@ fn migrate(door: &str, end: &str, dirty: &str, filters: Option<HashMap<String, B
         SourceGuest { memory: here.memory.clone(), dirty: vec![dirty], control: Box::new(here.clone()) };
     let mut settings = SourceSettings::new(Configuration::default());
     settings.digest = true;
-    settings.spawner = spawner;
+    settings.spawner = spawner.clone();
     settings.downtime_limit = Duration::from_millis(20);
-    let leaving = SourceSession::new(guest, link, settings).spawn().unwrap();
+    let leaving = SourceSession::new(guest, link, settings);
+    let lines = tempfile::tempfile().unwrap();
+    let out = Box::new(lines.try_clone().unwrap());
+    let log = RunLog::start(leaving.statistics(), RunDescription::default(), out, &spawner).unwrap();
+    let leaving = leaving.spawn().unwrap();
     let (source, back) = far();
     let (provider, control) = (Box::new(Slow(there.clone())), Box::new(there.clone()));
     let arriving = DestinationSession::new(source, back, provider, control, arrives).spawn().unwrap();
@@ -277,6 +282,8 @@ fn migrate(door: &str, end: &str, dirty: &str, filters: Option<HashMap<String, B
     };
     let (left, arrived) = (leaving.wait().unwrap(), arriving.wait().unwrap());
     assert_eq!((left.outcome, arrived.ending), (outcome, ending), "{:?} {:?}", left.error, arrived.error);
+    log.finish().unwrap();
+    assert!(lines.metadata().unwrap().len() > 0, "the log is written");
     here.ended.store(true, Ordering::Relaxed);
     writer.join().unwrap();
     if outcome == Outcome::Completed {
@@ -360,6 +367,7 @@ fn a_thread_that_lacks_one_of_its_calls_ends_the_process() {
         "ramwire-destination/readv",
         "ramwire-digest/exit",
         "ramwire-working/sendmsg",
+        "ramwire-log/write",
     ] {
         let output = run(&format!("unix completed software {without}"));
         assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);

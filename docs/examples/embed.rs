@@ -1,15 +1,11 @@
 //! A VMM that moves its guest: memory it mapped, a dirty bitmap it keeps, its own pause and resume.
 #![allow(clippy::unwrap_used)]
 use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use ramwire::guest::{GuestControl, GuestMemory, MappedGuest, SoftwareBitmap};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::*;
-use ramwire::stream::qemu::file::Configuration;
-use ramwire::transport::{StreamChannel, StreamOptions};
 use ramwire::units::{BlockIndex, BlockOffset, PageSize};
 
 const RAM: u64 = 64 << 20;
@@ -33,7 +29,7 @@ impl Machine {
             self.0.span(page).unwrap().copy_from(&cpu.1.to_le_bytes());
             self.1.mark(page); // First the bytes, then the mark.
             drop(cpu);
-            std::thread::sleep(Duration::from_micros(20));
+            std::thread::sleep(std::time::Duration::from_micros(20));
         }
     }
 }
@@ -44,9 +40,12 @@ impl GuestControl for Machine {
         Ok(())
     }
     fn resume(&mut self) -> io::Result<()> {
-        self.2.lock().unwrap().0 = true;
         let vcpu = self.clone();
+        vcpu.2.lock().unwrap().0 = true;
         std::thread::Builder::new().spawn(move || vcpu.run()).map(drop)
+    }
+    fn device_state_bytes(&mut self) -> u64 {
+        8 // Counts against the downtime.
     }
     fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(&self.2.lock().unwrap().1.to_le_bytes())
@@ -60,20 +59,21 @@ impl GuestControl for Machine {
 pub(crate) fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (mut here, there) = (Machine::new(), Machine::new());
     here.resume()?;
-    let (near, far) = UnixStream::pair()?;
-    let channel = |fd: UnixStream| StreamChannel::from_fd(fd.into(), "peer", &StreamOptions::default());
+    let (near, far) = std::os::unix::net::UnixStream::pair()?;
+    let channel = |fd| ramwire::transport::StreamChannel::from_fd(fd, "peer", &Default::default());
     let (memory, control) = (Box::new(there.0.clone()), Box::new(there));
-    let arriving = DestinationSession::over(channel(far)?, memory, control, Default::default()).spawn()?;
-    let link = SourceConnection::over(channel(near)?, here.0.clone());
+    let (near, far) = (channel(near.into())?, channel(far.into())?);
+    let arriving = DestinationSession::over(far, memory, control, Default::default()).spawn()?;
+    let link = SourceConnection::over(near, here.0.clone());
     let guest = SourceGuest { memory: here.0.clone(), dirty: vec![here.1.clone()], control: Box::new(here) };
-    let leaving = SourceSession::new(guest, link, SourceSettings::new(Configuration::default())).spawn()?;
+    let leaving = SourceSession::new(guest, link, SourceSettings::new(Default::default())).spawn()?;
     while !leaving.is_finished() {
         let now = leaving.progress();
         println!("round {}: {} bytes left", now.rounds.len(), now.remaining);
         let _ = (now.total_time > 30e3).then(|| leaving.cancel()); // The report tells how it ended.
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    let left = leaving.wait()?;
-    println!("{:?} here, {:?} there", left.outcome, arriving.wait()?.ending);
+    let (left, arrived) = (leaving.wait()?, arriving.wait()?);
+    println!("{:?} here, {:?} there", left.outcome, arrived.ending);
     left.error.map_or(Ok(()), |error| Err(error.into()))
 }

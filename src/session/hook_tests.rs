@@ -2,13 +2,14 @@
 //! changes.
 #![allow(clippy::unwrap_used)]
 
+use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::tests::{Ends, ends, ends_with};
+use super::tests::{Ends, Machine, ends, ends_with};
 use super::*;
 use crate::engine::{Ending, Outcome};
-use crate::guest::LayoutChange;
+use crate::guest::{GuestControl, LayoutChange};
 use crate::observe::{EventKind, SharedStatistics, Status};
 use crate::ram::BlockName;
 
@@ -140,4 +141,37 @@ fn a_switchover_waits_for_its_gate() {
         let parts = sent.statistics.downtime_parts;
         assert!(parts.hold_ms >= 100.0 && sent.statistics.downtime >= parts.hold_ms, "{parts:?}");
     }
+}
+
+/// A machine with more device state than any link carries in a moment.
+struct Heavy(Machine);
+
+impl GuestControl for Heavy {
+    fn pause(&mut self) -> io::Result<()> {
+        self.0.pause()
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        self.0.resume()
+    }
+    fn device_state_bytes(&mut self) -> u64 {
+        1 << 44
+    }
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        self.0.save_devices(out)
+    }
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        self.0.load_devices(from)
+    }
+}
+
+#[test]
+fn device_state_counts_in_the_estimate_of_the_downtime() {
+    let mut ends = ends_with(|settings| settings.downtime_limit = Duration::from_secs(1 << 40));
+    ends.source.guest.control = Box::new(Heavy(ends.source_machine.clone()));
+    let destination = ends.destination.spawn().unwrap();
+    let sent = ends.source.run();
+    assert_eq!((sent.outcome, destination.wait().unwrap().ending), (Outcome::Completed, Ending::Running));
+    let expected: Vec<f64> = sent.statistics.rounds.iter().map(|round| round.expected_downtime_ms).collect();
+    // 16 TiB at less than 1 TB/s.
+    assert!(expected.last().is_some_and(|ms| *ms > 16e3), "{expected:?}");
 }

@@ -261,6 +261,10 @@ impl GuestControl for StandingMachine {
         Ok(())
     }
 
+    fn device_state_bytes(&mut self) -> u64 {
+        self.tail.len() as u64
+    }
+
     fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(&self.tail)
     }

@@ -57,7 +57,9 @@ fn moved(source: &mut SyntheticGuest) -> SyntheticGuest {
     let mut target = SyntheticGuest::empty(blocks());
     copy(source.memory(), target.memory());
     let mut devices = Vec::new();
+    let told = source.device_state_bytes();
     source.save_devices(&mut devices).unwrap();
+    assert_eq!(told, devices.len() as u64, "what the switchover counts with is what it sends");
     target.load_devices(&mut devices.as_slice()).unwrap();
     target
 }
