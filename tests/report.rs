@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use common::memory::{Pattern, fill};
 use common::{Deadline, ramwire::Ramwire, scratch, skip};
 use serde_json::Value;
 
@@ -299,4 +300,50 @@ fn curl_reads_the_metrics_of_a_running_migration_and_bad_clients_disturb_nothing
     assert_open_metrics(&curl(&[], &url).unwrap());
     let out = run.finished(Deadline::seconds(60), 0);
     assert_eq!(out["verified"], true, "{out}");
+}
+
+/// Where a command says that its metrics are.
+fn metrics_of(run: &Ramwire) -> String {
+    Deadline::seconds(20).poll("the address of the metrics", String::new, || {
+        let said = run.errors();
+        let line = said.lines().find_map(|line| line.split("metrics at ").nth(1))?.trim().to_owned();
+        said.contains(&format!("{line}\n")).then_some(line)
+    })
+}
+
+/// One guest on its way through all three, each asked while pages travel.
+#[test]
+fn sender_relay_and_receiver_tell_their_figures_while_a_guest_passes() {
+    const RAM: usize = 48 << 20;
+    let dir = scratch();
+    let ram = dir.path().join("ram");
+    fill(&ram, RAM >> 20, Pattern::Random { seed: 4 });
+    let receive = ["receive", "tcp:127.0.0.1:0", "--json", "--metrics=0", "--dir"];
+    let mut receiver = Ramwire::start(dir.path(), &receive, dir.path().join("guest"));
+    let relay = ["relay", "--json", "--metrics=0", "--listen=tcp:127.0.0.1:0", "--connect"];
+    let mut relay = Ramwire::start(dir.path(), &relay, receiver.listening());
+    let block = format!("--ram=m0={}", ram.display());
+    let send = ["send", &relay.listening(), "--json", "--metrics=0", "--max-bandwidth=12M", &block];
+    let mut sender = Ramwire::start(dir.path(), &send, "--peer=ramwire");
+
+    let has_passed = |samples: &BTreeMap<String, f64>| samples["ramwire_transferred_bytes_total"] > 1e6;
+    let mut seen = Vec::new();
+    for (name, run) in [("send", &sender), ("relay", &relay), ("receive", &receiver)] {
+        let url = metrics_of(run);
+        let samples = Deadline::seconds(20).poll(&format!("{name}: some bytes"), String::new, || {
+            Some(assert_open_metrics(&curl(&[], &url)?)).filter(has_passed)
+        });
+        assert_eq!(samples["ramwire_status{status=\"active\"}"], 1.0, "{name}: {samples:?}");
+        let pages = samples["ramwire_pages_total{kind=\"normal\"}"];
+        assert!(pages > 100.0 && pages < (RAM / 4096) as f64, "{name}: {samples:?}");
+        seen.push(samples);
+    }
+    for (name, samples) in ["send", "relay"].iter().zip(&seen) {
+        assert_eq!(samples["ramwire_ram_bytes"], RAM as f64, "{name}");
+        assert_eq!(samples["ramwire_skipped_pages_total{why=\"hint\"}"], 0.0, "{name}");
+    }
+    assert!(seen[0]["ramwire_remaining_bytes"] > 0.0, "{:?}", seen[0]);
+    for run in [&mut sender, &mut relay, &mut receiver] {
+        run.finished(Deadline::seconds(60), 0);
+    }
 }
