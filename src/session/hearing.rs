@@ -252,8 +252,8 @@ impl DestinationSession {
                 Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
             Order::StateSent => Ok(Some(Arrived::StateSent)),
-            Order::Unsent { .. } if !self.ram_ended => {
-                Err(out_of_turn("UNSENT", "waiting for the last page"))
+            Order::Unsent { .. } if !self.ram_ended || !self.engine.is_native() => {
+                Err(out_of_turn("UNSENT", "waiting for the last page of a ramwire"))
             }
             Order::Unsent { block, why, ranges } => self.not_sent(block, why, ranges).map(|()| None),
             Order::Digest { first, values } => {

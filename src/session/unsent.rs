@@ -18,9 +18,11 @@ impl DestinationSession {
             self.unsent = PageSet::new(table);
         }
         for Range { first, pages } in Range::decode_all(ranges) {
-            let Some(landing) = places.landing_of(BlockIndex(announced), PageIndex(first), pages)? else {
-                return Err(out_of_turn("UNSENT for pages that no block has", "a ramwire's end of RAM"));
-            };
+            let refused =
+                |what: String| out_of_turn(&format!("UNSENT, {what}"), "waiting for the device state");
+            let found = places.landing_of(BlockIndex(announced), PageIndex(first), pages);
+            let found = found.map_err(|error| refused(error.to_string()))?;
+            let landing = found.ok_or_else(|| refused(format!("{pages} pages from page {first} on")))?;
             let run = landing.run(table.page());
             self.unsent.add(run);
             // Whoever watches has copied what came, and goes by that.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ramwire::engine::{Ending, Outcome};
 use ramwire::session::{DestinationReport, Error, SourceReport};
-use ramwire::stream::native::{Answer, GREETING, Hello, Order, hello_pong};
+use ramwire::stream::native::{Answer, GREETING, Hello, Order, Range, Unsent, hello_pong};
 use ramwire::stream::qemu::command::Command;
 use ramwire::stream::qemu::file::{Configuration, encode_configuration, encode_header};
 use ramwire::stream::qemu::return_path::Message;
@@ -265,6 +265,11 @@ fn a_source_that_speaks_out_of_turn_is_refused_with_place_and_reason() {
     let commit = |migration_id| order(Order::Commit { migration_id });
     let sent = order(Order::StateSent);
     let digests = |first, count: usize| order(Order::Digest { first, values: &vec![7; count * 8] });
+    let unsent = |block, first, pages| {
+        let range = Range { first, pages }.encode();
+        order(Order::Unsent { block, why: Unsent::Unplugged, ranges: &range })
+    };
+    let left_out = |unsent: &[u8]| stream(&[&h, &hello, &blocks, &end, unsent]);
     let full = |digests: &[u8]| stream(&[&h, &hello, &blocks, &end, &state(4, b"abcd"), &sent, digests]);
     refused(&[
         ("HELLO for no version", odd(0, 0), &["at byte", "HELLO", "0 to 0"]),
@@ -284,6 +289,13 @@ fn a_source_that_speaks_out_of_turn_is_refused_with_place_and_reason() {
         ),
         ("COMMIT before READY", stream(&[&h, &hello, &blocks, &end, &commit(ID)]), &["at byte", "Commit"]),
         ("STATE_SENT before RAM", stream(&[&h, &hello, &sent]), &["at byte", "STATE_SENT"]),
+        ("UNSENT before RAM", stream(&[&h, &hello, &blocks, &unsent(0, 0, 1)]), &["at byte", "UNSENT"]),
+        ("UNSENT without HELLO", stream(&[&h, &blocks, &end, &unsent(0, 0, 1)]), &["at byte", "UNSENT"]),
+        ("UNSENT of no block", left_out(&unsent(99, 0, 1)), &["at byte", "UNSENT", "RAM block number"]),
+        ("UNSENT of no page", left_out(&unsent(0, 3, 0)), &["at byte", "UNSENT", "0 pages"]),
+        ("UNSENT behind its block", left_out(&unsent(0, 23, 2)), &["at byte", "UNSENT", "block0", "behind"]),
+        ("UNSENT at 2^64", left_out(&unsent(0, u64::MAX, u64::MAX)), &["at byte", "UNSENT"]),
+        ("UNSENT that goes around", left_out(&unsent(0, 1 << 51, 1 << 51)), &["at byte", "UNSENT"]),
         ("digests before RAM", stream(&[&h, &hello, &digests(0, 4)]), &["RAM blocks"]),
         ("digests beyond the last", full(&digests(0, 4096)), &["at byte", "digests"]),
         ("digests from the middle", full(&digests(1, 1)), &["at byte", "digests"]),
