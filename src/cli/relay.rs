@@ -61,6 +61,9 @@ pub(super) struct Args {
     /// Refuse a guest with more RAM than this; the relay holds all of it
     #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
     max_ram: u64,
+    /// Ask for huge pages for the guest's RAM: first touches are faster, and zero pages inside a huge page take memory
+    #[arg(long)]
+    huge_pages: bool,
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
@@ -157,6 +160,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         connect: Box::new(open),
         incoming,
         outgoing,
+        huge_pages: args.huge_pages,
         cancel,
         notice: Arc::new(tell_notice),
         statistics,

@@ -156,6 +156,8 @@ pub struct Relay {
     pub incoming: DestinationSettings,
     /// For the far side; completed with what the upstream announces.
     pub outgoing: SourceSettings,
+    /// Ask for huge pages for the guest's RAM ([`Mapping::advise_huge_pages`]).
+    pub huge_pages: bool,
     /// Ends the relay; the guest then stays at its source.
     pub cancel: CancelToken,
     /// Told what an operator must know.
@@ -172,7 +174,7 @@ impl Relay {
 }
 
 pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
-    let Relay { source, back, connect, incoming, outgoing, cancel, notice, statistics } = relay;
+    let Relay { source, back, connect, incoming, outgoing, huge_pages, cancel, notice, statistics } = relay;
     let shared = Arc::new(Shared::default());
     let (give, far_end) = bounded(1);
     let began = Instant::now();
@@ -191,8 +193,8 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         statistics,
     };
     let ram_complete = Arc::clone(&middle.ram_complete);
-    let memory = RelayMemory::default();
-    let held = Arc::clone(&memory.0);
+    let memory = RelayMemory { huge_pages, ..RelayMemory::default() };
+    let held = Arc::clone(&memory.made);
     let control = Box::new(Forwarder {
         shared: Arc::clone(&shared),
         far_end: far_end.clone(),
@@ -234,7 +236,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Anonymous memory for whatever is announced.
 #[derive(Default)]
-struct RelayMemory(Arc<Mutex<Option<Arc<dyn GuestMemory>>>>);
+struct RelayMemory {
+    made: Arc<Mutex<Option<Arc<dyn GuestMemory>>>>,
+    huge_pages: bool,
+}
 
 impl MemoryProvider for RelayMemory {
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
@@ -245,10 +250,15 @@ impl MemoryProvider for RelayMemory {
                 what: error.to_string(),
                 remedy: "a relay holds all of the guest's RAM; run it where there is room",
             })?;
+            if self.huge_pages
+                && let Err(error) = mapping.advise_huge_pages()
+            {
+                tracing::warn!(%error, "no huge pages for the guest's RAM");
+            }
             builder = builder.mapping(block.clone(), &mapping);
         }
         let memory: Arc<dyn GuestMemory> = Arc::new(builder.build()?);
-        *lock(&self.0) = Some(Arc::clone(&memory));
+        *lock(&self.made) = Some(Arc::clone(&memory));
         Ok(memory)
     }
 }

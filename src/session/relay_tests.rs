@@ -273,6 +273,7 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
         connect: Box::new(connect),
         incoming: DestinationSettings::default(),
         outgoing: SourceSettings::new(Configuration::default()),
+        huge_pages: true,
         cancel: CancelToken::default(),
         notice: Arc::new(|_: &Notice| ()),
         statistics: SharedStatistics::default(),
