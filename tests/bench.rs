@@ -115,3 +115,25 @@ fn a_signal_cancels_and_frees_the_memory() {
     assert_eq!(child.wait().unwrap().code(), Some(4));
     assert_eq!(left_over(dir.path()), 0);
 }
+
+/// The other benches from end to end, small: a guest that arrives by itself, and a limit watched for a moment.
+#[test]
+fn converging_and_limited_demos_are_measured() {
+    let run = |arguments: &[&str]| {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_ramwire")).arg("bench").args(arguments).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        serde_json::from_slice::<Value>(&output.stdout).unwrap_or_else(|error| panic!("{error}: {errors}"))
+    };
+    let drawn = tempfile::tempdir().unwrap();
+    let small = ["converge", "--json", "--runs=1", "--rates=0.1", "--means=none,xbzrle", "--ram=16M"];
+    let folder = drawn.path().to_str().unwrap();
+    let cells = run(&[&small[..], &["--working-set=4M", "--pictures", folder]].concat());
+    for cell in cells.as_array().unwrap() {
+        assert_eq!((&cell["converged"], &cell["sound"]), (&1.into(), &true.into()), "{cell}");
+        assert!(cell["each"][0]["downtime_parts"].is_object(), "{cell}");
+    }
+    assert_eq!((cells.as_array().unwrap().len(), left_over(drawn.path())), (2, 2), "a line chart and bars");
+    let held = run(&["limit", "--json", "--limit=8M", "--seconds=2"]);
+    assert!(held["windows"].as_u64() >= Some(5) && held["rate"].as_f64() > Some(0.0), "{held}");
+}

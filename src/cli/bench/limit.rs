@@ -1,6 +1,6 @@
 //! `ramwire bench limit`: whether `--max-bandwidth` holds, over all of a run and over each tenth of a second.
 //!
-//! A `ramwire demo` whose guest writes more than that is ended after some seconds; the log of its run tells what had left
+//! A `ramwire demo` whose guest writes as much as that is ended after some seconds; the log of its run tells what had left
 //! when ([`RunLog`](ramwire::session::RunLog)).
 
 use std::path::Path;
@@ -45,7 +45,8 @@ pub(super) struct LimitArgs {
 const OFF: f64 = 0.05;
 /// How much of the limit may leave in a tenth of a second.
 const BURST: f64 = 1.1;
-/// Memory that the guest keeps writing, in seconds of the limit: no round comes near its end within the downtime.
+/// Memory that the guest keeps writing at the rate of the limit, in seconds of it: no round comes near its end within the
+/// downtime, and the guest takes as little of the machine as it can.
 const WRITES: u64 = 2;
 
 #[derive(Debug, Serialize)]
@@ -116,7 +117,7 @@ fn demo(args: &LimitArgs, log: &Path) -> Result<(), BenchError> {
         .arg(format!("--transport={}", args.transport))
         .arg(format!("--ram={written}"))
         .arg(format!("--working-set={written}"))
-        .arg(format!("--dirty-rate={}", args.limit * 2))
+        .arg(format!("--dirty-rate={}", args.limit))
         .arg(format!("--max-bandwidth={}", args.limit))
         .arg(format!("--xbzrle-cache-size={}", args.xbzrle_cache_size))
         .args((args.channels > 0).then(|| format!("--channels={}", args.channels)))
