@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::chunk::SpanId;
-use crate::control::{CONTROL_BUFFER_BYTES, Kind, header};
+use crate::control::{Kind, header};
 use crate::counters::Counters;
 use crate::fabric::{
     Completion, CompletionStatus, ConnectParams, Endpoint, FabricError, LinkState, Operation, WriteRequest,
@@ -26,10 +26,12 @@ const FAREWELL: Duration = Duration::from_millis(100);
 /// Most latencies kept until somebody collects them.
 const MAX_LATENCIES: usize = 1 << 16;
 
-/// How every connection of this crate is made: room for a deep queue of page writes and for a few messages.
-pub(crate) fn connect_params(private_data: Vec<u8>, window: u16) -> ConnectParams {
+/// How every connection of this crate is made: room for a deep queue of page writes and for a few messages of at most
+/// `receive_bytes`. The buffers are populated and registered before the connection stands, so they are no longer than
+/// what may come.
+pub(crate) fn connect_params(private_data: Vec<u8>, window: u16, receive_bytes: usize) -> ConnectParams {
     let receives = usize::from(window) + 3;
-    ConnectParams { private_data, receives, receive_bytes: CONTROL_BUFFER_BYTES, send_depth: 512 }
+    ConnectParams { private_data, receives, receive_bytes, send_depth: 512 }
 }
 
 /// What a write was for.

@@ -19,7 +19,8 @@ pub use record::{BlockRecord, Compress, Record, RegisterRecord, RegisterResult};
 
 /// Bytes in front of every payload: length, type, repeat, padding.
 pub const HEADER_BYTES: usize = 16;
-/// Bytes of one control buffer: header and payload together. A peer's receive buffers have this size.
+/// Bytes of one control buffer: header and payload together. A QEMU's receive buffers have this size, and ours where a
+/// QEMU sends.
 pub const CONTROL_BUFFER_BYTES: usize = 512 * 1024;
 /// Longest payload a peer takes.
 pub const MAX_PAYLOAD_BYTES: usize = CONTROL_BUFFER_BYTES - HEADER_BYTES;
@@ -27,6 +28,22 @@ pub const MAX_PAYLOAD_BYTES: usize = CONTROL_BUFFER_BYTES - HEADER_BYTES;
 pub const STREAM_PAYLOAD_BYTES: usize = 32 * 1024;
 /// Most records in one message.
 pub const MAX_REPEAT: u32 = 4096;
+/// Most keys a source of this crate asks for in one message.
+pub const MAX_KEY_BATCH: usize = 2048;
+/// Longest message of a source of this crate to a destination that it knows to be of this crate too: a full batch of
+/// requests for keys.
+pub const NATIVE_MESSAGE_BYTES: usize = HEADER_BYTES + MAX_KEY_BATCH * RegisterRecord::BYTES;
+/// A full piece of the stream.
+pub const STREAM_MESSAGE_BYTES: usize = HEADER_BYTES + STREAM_PAYLOAD_BYTES;
+/// A buffer for READY, ERROR, Fence and Done, which have no payload.
+pub const WORD_BYTES: usize = 64;
+
+/// Bytes of the longest answer of a destination: its table of `blocks` blocks, or a full batch of keys.
+pub const fn answer_bytes(blocks: usize) -> usize {
+    let (table, keys) = (blocks.saturating_mul(BlockRecord::BYTES), MAX_KEY_BATCH * RegisterResult::BYTES);
+    let longest = if table > keys { table } else { keys };
+    HEADER_BYTES + if longest < MAX_PAYLOAD_BYTES { longest } else { MAX_PAYLOAD_BYTES }
+}
 
 const _: () = assert!(RegisterRecord::BYTES == 24 && RegisterResult::BYTES == 16);
 const _: () = assert!(Compress::BYTES == 24 && BlockRecord::BYTES == 32);

@@ -1,6 +1,7 @@
 //! The destination's session: reads the stream, puts pages in place, and starts the guest once it is ours.
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
@@ -160,6 +161,8 @@ pub struct DestinationSession {
     verified: bool,
     pub(super) statistics: SharedStatistics,
     error: Option<Error>,
+    /// Threads that told the source that we were at work.
+    pub(super) working: Vec<JoinHandle<()>>,
     /// How often a source that waits for READY is told that we are at it.
     pub(super) says_working_every: Duration,
     pub(super) breakage: Breakage,
@@ -203,6 +206,7 @@ impl DestinationSession {
             verified: false,
             statistics: SharedStatistics::default(),
             error: None,
+            working: Vec::new(),
             breakage: Breakage::default(),
         }
     }
@@ -283,7 +287,7 @@ impl DestinationSession {
             }
             if self.engine.is_committed() {
                 // The guest is ours: no cancel breaks it off any more.
-                self.stop = Stop::on(&CancelToken::default());
+                self.stop = Stop::never();
             }
         };
         self.report(ending, reader.at)
@@ -300,6 +304,7 @@ impl DestinationSession {
 
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
         self.close_rounds(ending);
+        self.join_working();
         let pages_mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
         let bytes = bytes + self.source.channels().map_or(0, |channels| channels.bytes());
         self.statistics.update(|s| {
@@ -350,7 +355,7 @@ impl DestinationSession {
             Deed::SayReady => {
                 // From here on the source may give the guest away at any moment: a cancel could only leave
                 // it in doubt. What ends the wait is its word, the connection's end, or time.
-                self.stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
+                self.stop = Stop::never().within(self.settings.finish_timeout);
                 self.say(Message::Native(Answer::Ready))?;
                 if self.breakage.is(Breakage::ResumeBeforeCommit) {
                     let _ = self.control.resume();
@@ -392,7 +397,7 @@ impl DestinationSession {
 
     fn say_failed(&mut self) -> Result<(), Error> {
         // A cancel must not keep us from saying so.
-        self.stop = Stop::on(&CancelToken::default());
+        self.stop = Stop::never();
         let why = self.error.as_ref().map(ToString::to_string).unwrap_or_default();
         if self.engine.is_native() {
             return self.say(Message::Native(Answer::Refused { why: &why }));

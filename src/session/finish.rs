@@ -7,7 +7,7 @@ use crate::stream::native::{MAX_DIGESTS, Order, STATE_SECTION};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::section::{self, SectionName};
 use crate::stream::qemu::tail::Tail;
-use crate::sys::{CancelToken, SendPart, Stop};
+use crate::sys::{SendPart, Stop};
 use crate::transport::ChannelError;
 
 use super::digest::{Digest, carried};
@@ -84,7 +84,7 @@ impl SourceSession {
     pub(super) fn commit(&mut self) -> Result<Input, Error> {
         debug_assert!(self.engine.is_committed());
         if !self.breakage.is(Breakage::BreakOffAfterCommit) {
-            self.stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
+            self.stop = Stop::never().within(self.settings.finish_timeout);
         }
         if self.handover == Handover::Native {
             let mut order = Vec::new();

@@ -2,7 +2,7 @@
 
 use crate::stream::native::{Answer, Hello};
 use crate::stream::qemu::return_path::{Message, decode_message};
-use crate::sys::{CancelToken, RecvPart, Stop, StopReason};
+use crate::sys::{RecvPart, Stop, StopReason};
 use crate::transport::{ByteSource, ChannelError};
 
 use super::Error;
@@ -37,7 +37,7 @@ impl ReturnPath {
 
     /// The next message if it is here already.
     pub(super) fn poll(&mut self) -> Result<Option<Word>, Error> {
-        let now = Stop::on(&CancelToken::default()).within(Duration::ZERO);
+        let now = Stop::never().within(Duration::ZERO);
         match self.next(&now) {
             Ok(word) => Ok(Some(word)),
             Err(Error::Channel(ChannelError::Stopped { reason: StopReason::Deadline, .. })) => Ok(None),

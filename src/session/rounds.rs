@@ -8,7 +8,7 @@ use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::incoming::{AnnouncedBlocks, Seen};
 use crate::stream::qemu::section::Phase;
 use crate::stream::{Corrupt, DecodeError};
-use crate::sys::{CancelToken, Stop};
+use crate::sys::Stop;
 
 use super::destination::{DestinationSession, Incoming};
 use super::hearing::out_of_turn;
@@ -125,7 +125,7 @@ impl DestinationSession {
         let Some(rounds) = self.source.rounds() else { return };
         rounds.revoke();
         if ending == Ending::Running {
-            let stop = Stop::on(&CancelToken::default()).within(PART_WITHIN);
+            let stop = Stop::never().within(PART_WITHIN);
             if let Err(error) = rounds.part(&stop) {
                 let error = Error::from(error);
                 // A source that left first has what it needs.

@@ -298,7 +298,7 @@ impl SourceSession {
     /// The connection ends, then the guest may give pages back again.
     fn let_go(&mut self, outcome: Outcome) {
         if outcome == Outcome::Completed {
-            let stop = Stop::on(&CancelToken::default()).within(self.settings.finish_timeout);
+            let stop = Stop::never().within(self.settings.finish_timeout);
             if let Err(error) = self.link.part(&stop) {
                 tracing::warn!(%error, "the migration is complete, but its connection did not end in good order");
             }
@@ -315,7 +315,7 @@ impl SourceSession {
         }
         // After COMMIT a cancel must break no wait any more.
         if self.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
-            self.stop = Stop::on(&CancelToken::default());
+            self.stop = Stop::never();
         }
         if !std::mem::replace(&mut self.cancel_refused, true) {
             tracing::warn!("cancel refused: the destination owns the guest");
@@ -489,7 +489,7 @@ impl SourceSession {
 
     /// Before COMMIT: nothing is lost. Unsent and unconfirmed pages are dirty again, the guest runs.
     fn recover(&mut self) -> Result<Input, Error> {
-        self.stop = Stop::on(&CancelToken::default());
+        self.stop = Stop::never();
         let confirms = self.link.abilities().confirms_placement;
         if !self.breakage.is(Breakage::ForgetUnsent) {
             for batch in self.link.reclaim() {

@@ -11,7 +11,7 @@ use crossbeam::channel::{RecvTimeoutError, bounded};
 
 use crate::stream::native::Answer;
 use crate::stream::qemu::return_path::Message;
-use crate::sys::{CancelToken, SendPart, Stop};
+use crate::sys::{SendPart, Stop};
 
 use super::destination::DestinationSession;
 
@@ -31,7 +31,7 @@ impl DestinationSession {
             let mut word = Vec::new();
             Message::Native(Answer::Working).encode(&mut word);
             while until_done.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
-                let stop = Stop::on(&CancelToken::default()).within(patience);
+                let stop = Stop::never().within(patience);
                 let mut back = shared.lock().unwrap_or_else(PoisonError::into_inner);
                 let Some(back) = &mut *back else { return };
                 let said = back.send(&[SendPart::Own(&word)], &stop).and_then(|()| back.flush(&stop));
@@ -48,11 +48,18 @@ impl DestinationSession {
         }
         let done_work = work(self);
         drop(done);
-        if let Ok(thread) = thread {
+        // The thread finds nothing to speak with from here on. Its end is not waited for: it may not even have begun,
+        // and the guest stands still.
+        self.back = back.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.working.extend(thread.ok());
+        done_work
+    }
+
+    /// Waits for the threads of [`at_work`](Self::at_work): nothing of a session is left when it has ended.
+    pub(super) fn join_working(&mut self) {
+        for thread in self.working.drain(..) {
             // A panic in the embedder's spawner has told itself.
             let _ = thread.join();
         }
-        self.back = back.lock().unwrap_or_else(PoisonError::into_inner).take();
-        done_work
     }
 }

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -66,6 +66,13 @@ impl Stop {
     /// Waits end only when `cancel` is raised.
     pub fn on(cancel: &CancelToken) -> Self {
         Self { deadline: None, cancel: cancel.clone() }
+    }
+
+    /// Waits end only by themselves, or by a deadline that [`within`](Self::within) adds. Costs no system call: all of
+    /// these share one token that nobody can raise.
+    pub fn never() -> Self {
+        static NEVER: OnceLock<CancelToken> = OnceLock::new();
+        Self::on(NEVER.get_or_init(CancelToken::default))
     }
 
     /// The same token with a deadline `time` from now, or the earlier one it has.

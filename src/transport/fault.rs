@@ -241,10 +241,9 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::loopback;
     use super::*;
-    use crate::sys::CancelToken;
 
     fn stop() -> Stop {
-        Stop::on(&CancelToken::default()).within(Duration::from_secs(10))
+        Stop::never().within(Duration::from_secs(10))
     }
 
     fn read_all(source: &mut impl ByteSource) -> (Vec<u8>, Result<(), ChannelError>) {

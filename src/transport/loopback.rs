@@ -187,12 +187,11 @@ impl Drop for LoopbackSource {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::sys::CancelToken;
 
     #[test]
     fn a_deadline_of_zero_takes_what_is_there() {
         let (mut near, mut far) = loopback(7);
-        let stop = Stop::on(&CancelToken::default());
+        let stop = Stop::never();
         let now = stop.within(Duration::ZERO);
         let mut room = [0; 3];
         let nothing = far.source.recv(&mut [RecvPart::Own(&mut room)], &now);
@@ -204,7 +203,7 @@ mod tests {
     #[test]
     fn bytes_pass_in_order_through_little_room() {
         let (mut near, mut far) = loopback(7);
-        let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(10));
+        let stop = Stop::never().within(Duration::from_secs(10));
         let bytes: Vec<u8> = (0..=255).cycle().take(10_000).collect();
         let sent = bytes.clone();
         let other = stop.clone();
@@ -229,7 +228,7 @@ mod tests {
     #[test]
     fn an_end_that_left_is_noticed_and_a_wait_can_be_stopped() {
         let (mut near, far) = loopback(4);
-        let stop = Stop::on(&CancelToken::default());
+        let stop = Stop::never();
         let short = stop.within(Duration::from_millis(5));
         let stopped = near.source.recv(&mut [RecvPart::Own(&mut [0; 4])], &short).unwrap_err();
         assert!(matches!(stopped, ChannelError::Stopped { reason: StopReason::Deadline, .. }));

@@ -9,7 +9,10 @@ use crate::blocks::{BlockError, DestinationBlocks, RamBlock};
 use crate::capabilities::{Capabilities, Extension, Features, MigrationId, Role};
 use crate::channel::{Channel, connect_params};
 use crate::chunk::{chunk_of, chunk_range, chunks_in};
-use crate::control::{Compress, Kind, Message, RegisterRecord, RegisterResult};
+use crate::control::{
+    CONTROL_BUFFER_BYTES, Compress, Kind, Message, NATIVE_MESSAGE_BYTES, RegisterRecord, RegisterResult,
+    WORD_BYTES,
+};
 use crate::counters::Counters;
 use crate::exchange::Receiver;
 use crate::fabric::{Access, AddressBase, FabricError, Listener, Registration};
@@ -134,7 +137,9 @@ impl DestinationHooks {
             }
             let granted = asked.grant(Some(&able));
             let window = granted.extension.map_or(1, |extension| extension.window);
-            let endpoint = match incoming.accept(&connect_params(granted.encode(), window), stop) {
+            let longest = granted.extension.map_or(CONTROL_BUFFER_BYTES, |_| NATIVE_MESSAGE_BYTES);
+            let params = connect_params(granted.encode(), window, longest);
+            let endpoint = match incoming.accept(&params, stop) {
                 Ok(endpoint) => endpoint,
                 // Whoever knocks and goes away must not end the wait for the source.
                 Err(error @ FabricError::Event { .. }) => {
@@ -170,7 +175,7 @@ impl DestinationHooks {
                 tracing::warn!(peer = ?incoming.peer(), "connection rejected: not this migration's queue pair");
                 continue;
             }
-            let endpoint = incoming.accept(&connect_params(asked.encode(), 1), stop)?;
+            let endpoint = incoming.accept(&connect_params(asked.encode(), 1, WORD_BYTES), stop)?;
             self.data.push(Channel::new(endpoint));
         }
         Ok(())

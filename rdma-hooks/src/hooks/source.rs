@@ -11,7 +11,7 @@ use crate::blocks::{RamBlock, check_announceable};
 use crate::capabilities::{Capabilities, Extension, Features, MigrationId, Role};
 use crate::channel::{Channel, connect_params};
 use crate::chunk::{CHUNK_BYTES, Merger, SpanTable};
-use crate::control::{BlockRecord, Kind, Message};
+use crate::control::{BlockRecord, Kind, Message, STREAM_MESSAGE_BYTES, WORD_BYTES, answer_bytes};
 use crate::counters::Counters;
 use crate::fabric::{Fabric, Registration};
 use crate::hooks::return_path::return_window;
@@ -43,6 +43,9 @@ pub struct SourceConfig {
     pub page_bytes: u64,
     /// Offer what goes beyond QEMU: additional queue pairs and a window of credits. A QEMU ignores it.
     pub extension: Option<ExtensionOffer>,
+    /// Most RAM blocks there will be: the destination's table of them must fit a buffer that is made before they are
+    /// known. Up to 1024 cost nothing.
+    pub most_blocks: usize,
     /// Keep the time each signalled write took, for [`SourceHooks::drain_latencies`].
     pub record_latencies: bool,
 }
@@ -56,6 +59,7 @@ impl Default for SourceConfig {
             zero_floor_bytes: 64 * 1024,
             page_bytes: 4096,
             extension: None,
+            most_blocks: 1024,
             record_latencies: false,
         }
     }
@@ -124,7 +128,8 @@ impl SourceHooks {
     ) -> Result<Self, HooksError> {
         let asked = Capabilities { pin_all: config.pin_all, extension: offer(&config, Role::Main) };
         let window = config.extension.map_or(1, |extension| extension.window.max(1));
-        let endpoint = fabric.connect(host, port, &connect_params(asked.encode(), window), stop)?;
+        let params = connect_params(asked.encode(), window, answer_bytes(config.most_blocks));
+        let endpoint = fabric.connect(host, port, &params, stop)?;
         let granted = asked.confirm(endpoint.private_data())?;
         let window = granted.extension.map_or(1, |extension| extension.window);
         let mut main = Channel::new(endpoint);
@@ -157,7 +162,7 @@ impl SourceHooks {
         let queues = self.granted.extension.map_or(0, |extension| extension.data_queues);
         for index in 1..=queues {
             let caps = Capabilities { pin_all: false, extension: offer(&self.config, Role::Data(index)) };
-            let params = connect_params(caps.encode(), 1);
+            let params = connect_params(caps.encode(), 1, WORD_BYTES);
             let endpoint = fabric.connect(&self.address.0, self.address.1, &params, stop)?;
             let mut channel = Channel::new(endpoint);
             channel.latencies = self.config.record_latencies.then(Vec::new);
@@ -187,7 +192,7 @@ impl SourceHooks {
         let caps = Capabilities { pin_all: self.config.pin_all, extension };
         let stop = stop.within(fabric.now(), RETURN_PATH_WITHIN);
         let is_qemu = extension.is_none();
-        let params = connect_params(caps.encode(), return_window(is_qemu));
+        let params = connect_params(caps.encode(), return_window(is_qemu), STREAM_MESSAGE_BYTES);
         let endpoint = fabric.connect(&self.address.0, self.address.1, &params, &stop)?;
         ReturnReader::new(Channel::new(endpoint), is_qemu, &stop)
     }
@@ -203,6 +208,9 @@ impl SourceHooks {
             return Err(HooksError::OutOfOrder("the blocks are known already"));
         }
         check_announceable(&blocks)?;
+        if blocks.len() > self.config.most_blocks {
+            return Err(HooksError::OutOfOrder("more blocks than the configuration says there will be"));
+        }
         let total: u64 = blocks.iter().map(|block| block.region.len()).sum();
         let budget = self.config.pin_budget_bytes.filter(|_| !self.granted.pin_all).unwrap_or(total);
         self.main.channel.endpoint().check_memory_lock(budget.min(total))?;

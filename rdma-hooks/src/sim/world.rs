@@ -137,6 +137,8 @@ pub(super) struct EndpointState {
     answer: Option<Result<Vec<u8>, CompletionStatus>>,
     private_data: Vec<u8>,
     free_slots: VecDeque<usize>,
+    /// Bytes in each receive buffer.
+    receive_bytes: usize,
     /// Messages that found no buffer; the transport tries again.
     unready: VecDeque<(EndpointId, u64, Vec<u8>)>,
     received: VecDeque<(usize, Vec<u8>)>,

@@ -14,7 +14,7 @@ use ramwire::session::{
     DestinationSession, DestinationSettings, SourceGuest, SourceReport, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
-use ramwire::sys::{CancelToken, Mapping, Stop};
+use ramwire::sys::{Mapping, Stop};
 use ramwire::transport::{Address, ChannelOptions, DoorOptions, Listener, open_source};
 use ramwire::units::PageSize;
 
@@ -109,7 +109,7 @@ fn options(way: Way) -> DoorOptions {
 }
 
 fn send(address: &Address, memory: Arc<MappedGuest>, way: Way) -> Result<SourceReport, BenchError> {
-    let stop = Stop::on(&CancelToken::default());
+    let stop = Stop::never();
     let door = open_source(address, memory.clone(), &options(way), &stop)?;
     let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
     let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
@@ -126,7 +126,7 @@ fn send(address: &Address, memory: Arc<MappedGuest>, way: Way) -> Result<SourceR
 /// [`BenchError`].
 pub fn receive(listener: &mut Listener, mapping: &Mapping, way: Way) -> Result<(), BenchError> {
     let who = || "ramwire's destination".to_owned();
-    let stop = Stop::on(&CancelToken::default());
+    let stop = Stop::never();
     let door = listener.accept_door(&options(way), &stop)?;
     let memory = Box::new(guest(mapping)?);
     let settings = DestinationSettings::default();
@@ -155,7 +155,7 @@ mod tests {
             let way = Way { channels, whole, unix: false };
             bed.clear_destination().unwrap();
             let address = "tcp:127.0.0.1:0".parse().unwrap();
-            let stop = Stop::on(&CancelToken::default());
+            let stop = Stop::never();
             let mut listener = Listener::bind(&address, AllowList::default(), &stop).unwrap();
             let address = listener.address().clone();
             let target = bed::map(&bed.destination(), bed.bytes(), true).unwrap();

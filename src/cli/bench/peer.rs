@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use ramwire::sys::{CancelToken, Mapping, RecvPart, Stop};
+use ramwire::sys::{Mapping, RecvPart, Stop};
 use ramwire::transport::{Address, AllowList, ByteSource, Listener, StreamChannel, StreamOptions};
 
 use super::BenchError;
@@ -98,7 +98,7 @@ fn serve_migration(mapping: &Mapping, args: &PeerArgs) -> Result<Cost, BenchErro
         (None, true) => Address::Unix(args.ram.with_extension("socket")),
         (None, false) => Address::Tcp { host: "127.0.0.1".into(), port: 0 },
     };
-    let mut listener = Listener::bind(&address, AllowList::default(), &Stop::on(&CancelToken::default()))?;
+    let mut listener = Listener::bind(&address, AllowList::default(), &Stop::never())?;
     println!("ready {}", listener.address());
     let before = cost()?;
     own::receive(&mut listener, mapping, args.way)?;
@@ -182,7 +182,7 @@ impl Peer {
     }
 
     fn line(&mut self) -> Result<String, BenchError> {
-        let stop = Stop::on(&CancelToken::default());
+        let stop = Stop::never();
         let mut line = Vec::new();
         loop {
             let mut byte = [0];

@@ -4,7 +4,7 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use ramwire::sys::{CancelToken, RecvPart, SendPart, Stop};
+use ramwire::sys::{RecvPart, SendPart, Stop};
 use ramwire::transport::{Address, ByteSink, ByteSource, StreamChannel, StreamOptions, connect};
 use serde_json::{Value, json};
 
@@ -31,7 +31,7 @@ impl Monitor {
     /// # Errors
     /// [`BenchError`].
     pub fn open(path: &Path, who: &str, mut alive: impl FnMut() -> bool) -> Result<Self, BenchError> {
-        let stop = Stop::on(&CancelToken::default()).within(PATIENCE);
+        let stop = Stop::never().within(PATIENCE);
         let options = StreamOptions { stall: Some(PATIENCE), ..StreamOptions::default() };
         let address = Address::Unix(path.to_owned());
         let channel = loop {
@@ -54,7 +54,7 @@ impl Monitor {
     /// # Errors
     /// [`BenchError::Refused`] with QEMU's reason.
     pub fn call(&mut self, command: &str, arguments: Value) -> Result<Value, BenchError> {
-        let stop = Stop::on(&CancelToken::default()).within(PATIENCE);
+        let stop = Stop::never().within(PATIENCE);
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
         self.channel.send(&[SendPart::Own(line.as_bytes())], &stop)?;

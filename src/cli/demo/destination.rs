@@ -93,7 +93,7 @@ impl Process {
         let mut line = String::new();
         let out = self.out.get_ref().as_fd();
         let silent = || format!("the destination process said nothing for {} s", patience.as_secs());
-        let stop = Stop::on(&CancelToken::default()).within(patience);
+        let stop = Stop::never().within(patience);
         if self.out.buffer().is_empty() && stop.wait(out, PollFlags::IN)?.is_some() {
             return Err(silent().into());
         }

@@ -213,7 +213,7 @@ impl DestinationLink for RdmaSource {
         let Some(hooks) = &mut self.hooks else {
             return Err(misused(&peer, ANNOUNCING, "the connection has ended").into());
         };
-        let never = Stop::on(&crate::sys::CancelToken::default());
+        let never = Stop::never();
         let bounds = self.end.patient(&never);
         let failed = |error: HooksError| MoveError::from(bounds.error(ANNOUNCING, error));
         self.page_bytes = memory.table().page().bytes();

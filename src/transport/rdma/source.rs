@@ -65,6 +65,7 @@ pub fn connect_over(
             features: Features::ALL,
             migration: MigrationId(random_id()),
         }),
+        most_blocks: memory.table().blocks().len().max(1024),
         record_latencies: true,
         ..SourceConfig::default()
     };
@@ -327,7 +328,7 @@ impl SourceLink for RdmaLink {
 
     fn collect(&mut self, out: &mut Vec<Returned>) -> Result<(), MoveError> {
         if let Some(hooks) = self.wire.hooks.as_mut().filter(|_| !self.flights.is_empty()) {
-            let never = Stop::on(&crate::sys::CancelToken::default());
+            let never = Stop::never();
             let bounds = self.wire.end.patient(&never);
             let done = hooks.collect().map_err(|error| bounds.error(WRITING, error))?;
             self.retire(done);

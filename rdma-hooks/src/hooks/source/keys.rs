@@ -3,7 +3,7 @@
 use super::SourceHooks;
 use crate::blocks::{BlockError, check_records};
 use crate::chunk::{AllBusy, CHUNK_BYTES, Run, SpanId, chunk_of, chunk_range};
-use crate::control::{MAX_REPEAT, Message, RegisterRecord, RegisterResult};
+use crate::control::{MAX_KEY_BATCH, Message, RegisterRecord, RegisterResult};
 use crate::fabric::{Access, AddressBase, Registration};
 use crate::hooks::{BlockSpan, HooksError, PageContent};
 use crate::stop::Stop;
@@ -120,7 +120,7 @@ impl SourceHooks {
                 return;
             }
         }
-        if wanted.len() < MAX_REPEAT as usize {
+        if wanted.len() < MAX_KEY_BATCH {
             wanted.push(Wanted { block, first: chunk, count: 1 });
         }
     }

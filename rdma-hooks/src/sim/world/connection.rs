@@ -24,6 +24,7 @@ impl World {
             answer: None,
             private_data: params.private_data.clone(),
             free_slots: (0..params.receives).collect(),
+            receive_bytes: params.receive_bytes,
             unready: VecDeque::new(),
             received: VecDeque::new(),
             completions: VecDeque::new(),

@@ -72,6 +72,7 @@ impl World {
     pub(super) fn arrive(&mut self, to: EndpointId, from: EndpointId, id: u64, bytes: Vec<u8>) {
         let endpoint = &mut self.endpoints[to];
         match endpoint.free_slots.pop_front() {
+            Some(_) if bytes.len() > endpoint.receive_bytes => self.refuse_long(to, from),
             Some(slot) if endpoint.unready.is_empty() => {
                 endpoint.received.push_back((slot, bytes));
                 endpoint.news = true;
@@ -83,6 +84,17 @@ impl World {
                 self.unready_messages += 1;
             }
         }
+    }
+
+    /// A message longer than the buffer it would go to ends both ends' queue pairs.
+    fn refuse_long(&mut self, to: EndpointId, from: EndpointId) {
+        let (operation, status) = (Operation::Receive, CompletionStatus::LocalLength);
+        self.endpoints[to].completions.push_back(Completion::Failed { operation, status, vendor: 0 });
+        self.flush(to);
+        let (host, at) = (self.endpoints[from].host, self.now);
+        let fail =
+            Event::Fail { to: from, operation: Operation::Send, status: CompletionStatus::RemoteInvalid };
+        self.schedule(host, at, fail);
     }
 
     fn ack(&mut self, by: EndpointId, to: EndpointId, id: u64) {

@@ -7,7 +7,7 @@ use ramwire::engine::Outcome;
 use ramwire::guest::MappedGuest;
 use ramwire::session::{SourceGuest, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
-use ramwire::sys::{CancelToken, Stop};
+use ramwire::sys::Stop;
 use ramwire::transport::rdma::connect_over;
 use ramwire::transport::{Address, DoorOptions, RdmaOptions, SourceDoor, StreamOptions, open_source};
 
@@ -77,7 +77,7 @@ impl Ours {
         memory: Arc<MappedGuest>,
         posted: Option<Arc<Posted>>,
     ) -> Result<SourceDoor, BenchError> {
-        let stop = Stop::on(&CancelToken::default());
+        let stop = Stop::never();
         let Some(posted) = posted else {
             let options = DoorOptions { rdma: self.options.clone(), ..DoorOptions::default() };
             return Ok(open_source(address, memory, &options, &stop)?);
