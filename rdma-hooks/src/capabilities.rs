@@ -70,21 +70,24 @@ pub struct Features {
     pub key_batches: bool,
     /// Zero ranges travel as lists ([`Kind::ZeroRuns`](crate::control::Kind::ZeroRuns)).
     pub zero_runs: bool,
+    /// In an open round the source says at least every second that it is alive
+    /// ([`Kind::Alive`](crate::control::Kind::Alive)), and the destination may take its silence for its end.
+    pub says_alive: bool,
 }
 
 impl Features {
     /// QEMU's protocol and no more.
-    pub const NONE: Self = Self { key_batches: false, zero_runs: false };
+    pub const NONE: Self = Self { key_batches: false, zero_runs: false, says_alive: false };
     /// All that this version knows.
-    pub const ALL: Self = Self { key_batches: true, zero_runs: true };
+    pub const ALL: Self = Self { key_batches: true, zero_runs: true, says_alive: true };
 
     fn bits(self) -> u16 {
-        u16::from(self.key_batches) | u16::from(self.zero_runs) << 1
+        u16::from(self.key_batches) | u16::from(self.zero_runs) << 1 | u16::from(self.says_alive) << 2
     }
 
     /// Bits of a later version mean nothing here.
     fn from_bits(bits: u16) -> Self {
-        Self { key_batches: bits & 1 != 0, zero_runs: bits & 2 != 0 }
+        Self { key_batches: bits & 1 != 0, zero_runs: bits & 2 != 0, says_alive: bits & 4 != 0 }
     }
 
     fn and(self, other: Self) -> Self {
@@ -287,7 +290,7 @@ mod tests {
         let asked = Capabilities { pin_all: false, extension: Some(offer()) };
         let request = asked.encode();
         assert_eq!(request.len(), EXTENDED_BYTES);
-        let features = Features { key_batches: true, zero_runs: false };
+        let features = Features { zero_runs: false, ..Features::ALL };
         let able = Extension { data_queues: 1, window: 20, features, ..offer() };
         let seen = Capabilities::decode(&request).unwrap();
         assert_eq!(seen, asked);

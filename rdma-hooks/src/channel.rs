@@ -59,6 +59,10 @@ pub(crate) struct Channel {
     sends_out: usize,
     probe: Option<u64>,
     heard_at: Instant,
+    /// The last message left.
+    said_at: Instant,
+    /// The last look at the clock.
+    looked_at: Instant,
     inbox: VecDeque<usize>,
     scratch: Vec<Completion>,
     /// Writes that took effect, for the owner to collect.
@@ -81,6 +85,8 @@ impl Channel {
             sends_out: 0,
             probe: None,
             heard_at,
+            said_at: heard_at,
+            looked_at: heard_at,
             inbox: VecDeque::new(),
             scratch: Vec::new(),
             retired: Vec::new(),
@@ -156,6 +162,7 @@ impl Channel {
         let id = self.id();
         self.flights.push_back(Flight { id, note: None, posted_at: None });
         self.sends_out += 1;
+        self.said_at = self.endpoint.now();
         self.counters.messages_sent += 1;
         self.counters.doorbells += 1;
         self.endpoint.post_send(id, parts).map_err(|error| self.fail(error))
@@ -169,6 +176,7 @@ impl Channel {
         let any = !done.is_empty();
         if any {
             self.heard_at = self.endpoint.now();
+            self.looked_at = self.heard_at;
         }
         let mut failure = polled.err();
         for completion in done.drain(..) {
@@ -263,6 +271,35 @@ impl Channel {
         }
     }
 
+    /// When this end last looked at the clock; costs no look.
+    pub(crate) fn looked_at(&self) -> Instant {
+        self.looked_at
+    }
+
+    pub(crate) fn look_at_clock(&mut self) {
+        self.looked_at = self.endpoint.now();
+    }
+
+    /// When the last message was sent.
+    pub(crate) fn said_at(&self) -> Instant {
+        self.said_at
+    }
+
+    /// Takes in what has completed on a queue pair that nobody waits for. One that the peer has closed is no failure
+    /// before somebody needs it: a destination that has everything closes them all.
+    pub(crate) fn pump_beside(&mut self) -> Result<bool, HooksError> {
+        match self.pump() {
+            Err(HooksError::Fabric(FabricError::Disconnected)) if self.oldest_ticket().is_none() => Ok(false),
+            pumped => pumped,
+        }
+    }
+
+    /// Looks after a queue pair that nobody waits for, and probes a quiet peer.
+    pub(crate) fn watch(&mut self, now: Instant) -> Result<(), HooksError> {
+        self.pump_beside()?;
+        if self.broken { Ok(()) } else { self.probe_quiet_peer(now) }
+    }
+
     /// Sleeps for a moment, unless the link is down or the wait is over.
     pub(crate) fn rest(&mut self, stop: &Stop) -> Result<(), HooksError> {
         self.ring()?;
@@ -278,6 +315,7 @@ impl Channel {
             }));
         }
         let now = self.endpoint.now();
+        self.looked_at = now;
         stop.check(now)?;
         self.probe_quiet_peer(now)?;
         self.counters.waits += 1;

@@ -80,6 +80,8 @@ pub enum Kind {
     Done = 0x101,
     /// Not QEMU's: ranges of blocks read as zero from now on.
     ZeroRuns = 0x102,
+    /// Not QEMU's: the source is alive, in a round in which it has nothing else to say. Its writes show nothing of it.
+    Alive = 0x103,
 }
 
 impl Kind {
@@ -100,6 +102,7 @@ impl Kind {
             0x100 => Self::Fence,
             0x101 => Self::Done,
             0x102 => Self::ZeroRuns,
+            0x103 => Self::Alive,
             _ => return None,
         })
     }
@@ -112,6 +115,7 @@ impl Kind {
                 | Self::RamBlocksRequest
                 | Self::Compress
                 | Self::ZeroRuns
+                | Self::Alive
                 | Self::RegisterRequest
                 | Self::RegisterFinished
                 | Self::UnregisterRequest
@@ -173,6 +177,8 @@ pub enum Message<'a> {
     Done,
     /// 1 to 4096 ranges that read as zero, each as in a COMPRESS.
     ZeroRuns(Vec<Compress>),
+    /// See [`Kind::Alive`].
+    Alive,
 }
 
 impl<'a> Message<'a> {
@@ -193,6 +199,7 @@ impl<'a> Message<'a> {
             Self::Fence { .. } => Kind::Fence,
             Self::Done => Kind::Done,
             Self::ZeroRuns(_) => Kind::ZeroRuns,
+            Self::Alive => Kind::Alive,
         }
     }
 
@@ -227,6 +234,7 @@ impl<'a> Message<'a> {
             Kind::UnregisterFinished => head.bare(Self::UnregisterFinished { repeat })?,
             Kind::Fence => head.bare(Self::Fence { round: repeat })?,
             Kind::Done => head.bare(Self::Done)?,
+            Kind::Alive => head.bare(Self::Alive)?,
             Kind::RamBlocksResult => Self::RamBlocksResult(head.whole_records()?),
             Kind::RegisterResult => Self::RegisterResult { results: head.some_records()?, repeat },
             Kind::RegisterRequest => Self::RegisterRequest(head.counted_records()?),
@@ -253,6 +261,7 @@ impl<'a> Message<'a> {
             Self::UnregisterFinished { repeat } => Message::UnregisterFinished { repeat },
             Self::Fence { round } => Message::Fence { round },
             Self::Done => Message::Done,
+            Self::Alive => Message::Alive,
             Self::ZeroRuns(ranges) => Message::ZeroRuns(ranges),
         }
     }
@@ -287,7 +296,12 @@ impl<'a> Message<'a> {
                 *repeat
             }
             Self::UnregisterFinished { repeat } | Self::Fence { round: repeat } => *repeat,
-            Self::Error | Self::Ready | Self::RamBlocksRequest | Self::RegisterFinished | Self::Done => 1,
+            Self::Error
+            | Self::Ready
+            | Self::RamBlocksRequest
+            | Self::RegisterFinished
+            | Self::Done
+            | Self::Alive => 1,
         };
         let header = header(self.kind(), out.len() - start - HEADER_BYTES, repeat);
         out[start..start + HEADER_BYTES].copy_from_slice(&header);

@@ -311,12 +311,12 @@ mod tests {
         assert_eq!(receiver.on_arrival(Kind::Stream), Err(ExchangeError::NoCredit { got: Kind::Stream }));
         receiver.grant();
         assert_eq!(receiver.on_arrival(Kind::Error), Err(ExchangeError::PeerFailed));
-        for number in 0..=0x102 {
+        for number in 0..=0x103 {
             let Some(kind) = Kind::from_wire(number) else { continue };
             let stream = Receiver::judge(kind, Turn::Stream).is_ok();
             let round = Receiver::judge(kind, Turn::Round).is_ok();
             assert_eq!(stream, kind == Kind::Stream, "{kind:?}");
-            assert_eq!(round, matches!(number, 4 | 6 | 7 | 9 | 10 | 0x102), "{kind:?}");
+            assert_eq!(round, matches!(number, 4 | 6 | 7 | 9 | 10 | 0x102 | 0x103), "{kind:?}");
         }
     }
 }

@@ -16,6 +16,8 @@ pub use destination::{DestinationConfig, DestinationHooks, PeerFilter, RoundSumm
 pub use return_path::{ReturnReader, ReturnWriter};
 pub use source::{ExtensionOffer, SourceConfig, SourceHooks};
 
+use std::time::Duration;
+
 use crate::blocks::BlockError;
 use crate::capabilities::CapabilityError;
 use crate::control::{Kind, WireError};
@@ -162,6 +164,12 @@ pub enum HooksError {
         got: u32,
         /// The round under way.
         want: u32,
+    },
+    /// The source has said nothing in an open round, though it agreed to say that it is alive.
+    #[error("the source has said nothing for {after:?} in an open round: it is stopped, or hangs")]
+    Silent {
+        /// How long it was waited for.
+        after: Duration,
     },
     /// The embedder called hooks in an order that has no meaning.
     #[error("hook called out of order: {0}")]

@@ -14,6 +14,8 @@ use crate::stop::Stop;
 /// Sends bytes and requests against READY credits.
 pub(crate) struct StreamSender {
     pub(crate) channel: Channel,
+    /// Additional queue pairs, which this end looks after while it waits.
+    pub(crate) beside: Vec<Channel>,
     exchange: Sender,
     replies: VecDeque<Message<'static>>,
     buffer: Vec<u8>,
@@ -25,6 +27,7 @@ impl StreamSender {
     pub(crate) fn new(channel: Channel, window: u16) -> Self {
         Self {
             channel,
+            beside: Vec::new(),
             exchange: Sender::new(window),
             replies: VecDeque::new(),
             buffer: Vec::with_capacity(STREAM_PAYLOAD_BYTES),
@@ -68,9 +71,16 @@ impl StreamSender {
                 return Ok(answer);
             }
             if !news {
-                self.channel.rest(stop)?;
+                self.rest(stop)?;
             }
         }
+    }
+
+    /// Sleeps for a moment; a queue pair that nobody waits for is looked after all the same.
+    pub(crate) fn rest(&mut self, stop: &Stop) -> Result<(), HooksError> {
+        let now = self.channel.looked_at();
+        self.beside.iter_mut().try_for_each(|channel| channel.watch(now))?;
+        self.channel.rest(stop)
     }
 
     /// Waits for a credit and sends a message against it; returns its number.
@@ -149,6 +159,8 @@ impl StreamSender {
 /// Receives bytes and requests, granting READY credits.
 pub(crate) struct StreamReceiver {
     pub(crate) channel: Channel,
+    /// Additional queue pairs, which this end looks after while it waits.
+    pub(crate) beside: Vec<Channel>,
     exchange: Receiver,
     /// The message being read: its buffer, and how far.
     current: Option<(usize, usize)>,
@@ -158,7 +170,7 @@ pub(crate) struct StreamReceiver {
 
 impl StreamReceiver {
     pub(crate) fn new(channel: Channel, exchange: Receiver) -> Self {
-        Self { channel, exchange, current: None, leftover: VecDeque::new() }
+        Self { channel, beside: Vec::new(), exchange, current: None, leftover: VecDeque::new() }
     }
 
     /// Grants every credit there is a free buffer for.
@@ -178,7 +190,17 @@ impl StreamReceiver {
     /// Waits for the next message; returns its buffer, to be given back to [`finish`](Self::finish).
     fn next(&mut self, stop: &Stop) -> Result<usize, HooksError> {
         self.grant(stop)?;
-        self.channel.wait_for(stop, |channel| Ok(channel.has_arrived().then_some(())))?;
+        loop {
+            let news = self.channel.pump()?;
+            if self.channel.has_arrived() {
+                break;
+            }
+            if !news {
+                let now = self.channel.looked_at();
+                self.beside.iter_mut().try_for_each(|channel| channel.watch(now))?;
+                self.channel.rest(stop)?;
+            }
+        }
         let slot = self.channel.take_arrived().ok_or(HooksError::OutOfOrder("no message"))?;
         let kind = Message::decode(self.channel.received(slot))?.kind();
         self.exchange.on_arrival(kind)?;

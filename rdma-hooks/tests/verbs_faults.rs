@@ -22,7 +22,10 @@ use rdma_hooks::fabric::{
     Registration, WriteRequest,
 };
 use rdma_hooks::verbs::VerbsFabric;
-use rdma_hooks::{Counters, Fabric, FabricError, HooksError, HostRegion, SourceConfig, Stop};
+use rdma_hooks::{
+    Counters, ExtensionOffer, Fabric, FabricError, Features, HooksError, HostRegion, MigrationId,
+    SourceConfig, Stop,
+};
 
 /// A fabric whose process dies when it sends the second message of a kind (or the first, if there is but one).
 struct Dying {
@@ -47,7 +50,7 @@ struct DyingIncoming {
 }
 
 fn dying(inner: Box<dyn Endpoint>, kind: Kind) -> Box<dyn Endpoint> {
-    let once = matches!(kind, Kind::RamBlocksRequest | Kind::RamBlocksResult);
+    let once = matches!(kind, Kind::RamBlocksRequest | Kind::RamBlocksResult | Kind::Done | Kind::ZeroRuns);
     Box::new(DyingEndpoint { inner, kind, left: if once { 1 } else { 2 } })
 }
 
@@ -167,6 +170,14 @@ fn plan() -> Plan {
     Plan { source, rounds: 2, ..Plan::default() }
 }
 
+/// What goes beyond QEMU too: queue pairs, credits, batches of keys, lists of zero ranges.
+fn plan_with(native: bool) -> Plan {
+    let Plan { mut source, .. } = plan();
+    let (features, migration) = (Features::ALL, MigrationId([5; 16]));
+    source.extension = native.then_some(ExtensionOffer { data_queues: 2, window: 4, features, migration });
+    Plan { source, data_queues: 2, window: 4, features, ..plan() }
+}
+
 /// Round after round until something breaks.
 fn endless() -> Plan {
     Plan { rounds: u64::MAX, ..plan() }
@@ -199,14 +210,14 @@ fn the_other_process() {
         "source" => {
             let fabric = Dying { inner, kind: Kind::from_wire(word()).unwrap() };
             let mut guest = busy_guest();
-            let port = word() as u16;
-            let _ = send(&fabric, &address, port, &mut guest, &plan(), &mut Counters::default());
+            let (port, plan) = (word() as u16, plan_with(word() == 1));
+            let _ = send(&fabric, &address, port, &mut guest, &plan, &mut Counters::default());
         }
         "destination" => {
             let fabric = Dying { inner, kind: Kind::from_wire(word()).unwrap() };
             let listener = fabric.listen(&address, 0).unwrap();
             println!("port {}", listener.port());
-            let _ = receive(&fabric, listener, &Ram::<Mapped>::zeros(), &plan());
+            let _ = receive(&fabric, listener, &Ram::<Mapped>::zeros(), &plan_with(true));
         }
         "endless source" => {
             let mut guest = busy_guest();
@@ -256,35 +267,50 @@ mod in_rxe_guest {
     fn r54_a_peer_that_dies_at_any_kind_of_message_is_noticed_in_seconds() {
         let address = address().expect("a device");
         use Kind::{
-            Compress, RamBlocksRequest, RamBlocksResult, Ready, RegisterFinished, RegisterRequest,
-            RegisterResult, Stream, UnregisterFinished, UnregisterRequest,
+            Compress, Done, Fence, RamBlocksRequest, RamBlocksResult, Ready, RegisterFinished,
+            RegisterRequest, RegisterResult, Stream, UnregisterFinished, UnregisterRequest, ZeroRuns,
         };
-        for kind in [Stream, RamBlocksRequest, Compress, RegisterRequest, RegisterFinished, UnregisterRequest]
-        {
+        let qemus =
+            [Stream, RamBlocksRequest, Compress, RegisterRequest, RegisterFinished, UnregisterRequest];
+        let natives = [Stream, ZeroRuns, RegisterRequest, Fence, RegisterFinished];
+        let of_both = qemus.map(|kind| (kind, false)).into_iter().chain(natives.map(|kind| (kind, true)));
+        for (kind, native) in of_both {
             let fabric = VerbsFabric::open().unwrap();
             let listener = fabric.listen(&address, 0).unwrap();
-            let (mut child, mut said) = spawn("source", &format!("{} {}", kind as u32, listener.port()));
+            let (mut child, mut said) =
+                spawn("source", &format!("{} {} {}", kind as u32, listener.port(), u32::from(native)));
             let target = Ram::<Mapped>::zeros();
             let (ended, noticed) = std::thread::scope(|scope| {
-                let survivor = scope.spawn(|| (receive(&fabric, listener, &target, &plan()), Instant::now()));
+                let survivor =
+                    scope.spawn(|| (receive(&fabric, listener, &target, &plan_with(native)), Instant::now()));
                 let died = wait_for_death(&mut child, &mut said);
                 let (ended, at) = survivor.join().unwrap();
                 (ended, at.saturating_duration_since(died))
             });
             println!(
-                "source dies at {kind:?}: destination says after {noticed:?}: {}",
+                "source (native: {native}) dies at {kind:?}: destination says after {noticed:?}: {}",
                 ended.as_ref().unwrap_err()
             );
             assert_gone(&ended.unwrap_err(), noticed);
         }
-        for kind in [Ready, RamBlocksResult, RegisterResult, UnregisterFinished] {
+        let qemus = [Ready, RamBlocksResult, RegisterResult, UnregisterFinished];
+        let natives = [Ready, RegisterResult, Done];
+        let of_both = qemus.map(|kind| (kind, false)).into_iter().chain(natives.map(|kind| (kind, true)));
+        for (kind, native) in of_both {
             let fabric = VerbsFabric::open().unwrap();
             let (mut child, mut said) = spawn("destination", &(kind as u32).to_string());
             let port = find(&mut said, "port ").expect("port").parse().unwrap();
             let mut guest = busy_guest();
             let (ended, noticed) = std::thread::scope(|scope| {
                 let survivor = scope.spawn(|| {
-                    let sent = send(&fabric, &address, port, &mut guest, &plan(), &mut Counters::default());
+                    let sent = send(
+                        &fabric,
+                        &address,
+                        port,
+                        &mut guest,
+                        &plan_with(native),
+                        &mut Counters::default(),
+                    );
                     (sent, Instant::now())
                 });
                 let died = wait_for_death(&mut child, &mut said);
@@ -292,7 +318,7 @@ mod in_rxe_guest {
                 (ended, at.saturating_duration_since(died))
             });
             println!(
-                "destination dies at {kind:?}: source says after {noticed:?}: {}",
+                "destination (native: {native}) dies at {kind:?}: source says after {noticed:?}: {}",
                 ended.as_ref().unwrap_err()
             );
             assert_gone(&ended.unwrap_err(), noticed);

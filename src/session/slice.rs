@@ -19,6 +19,8 @@ impl SourceSession {
     pub(super) fn send_slice(&mut self, until: Duration) -> Result<Input, Error> {
         self.hear()?;
         self.look_at_layout()?;
+        // Also where the limit lets no page leave for long: a door may have to show that we are alive.
+        self.take_returned()?;
         self.brake_vcpus();
         let before = self.position();
         loop {

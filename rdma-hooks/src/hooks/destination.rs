@@ -18,7 +18,7 @@ use crate::exchange::Receiver;
 use crate::fabric::{Access, AddressBase, FabricError, Listener, Registration};
 use crate::hooks::HooksError;
 use crate::region::HostRegion;
-use crate::stop::Stop;
+use crate::stop::{Stop, Stopped};
 use crate::stream::StreamReceiver;
 
 /// How long the source may take for its additional queue pairs.
@@ -41,6 +41,10 @@ pub struct DestinationConfig {
     pub window: u16,
     /// Messages of a source of this crate that may hold more than QEMU's.
     pub features: Features,
+    /// Longest silence in an open round of a source that says that it is alive
+    /// ([`Features::says_alive`]); `None` waits as long as its NIC answers. What is on its way in front of a message
+    /// delays it: allow for that.
+    pub silence: Option<Duration>,
     /// Which peers may connect; `None` admits all.
     pub admit: Option<PeerFilter>,
 }
@@ -88,13 +92,14 @@ struct Grants {
 pub struct DestinationHooks {
     // Declared before the connection: registrations go while their domain is there.
     grants: Vec<Grants>,
+    /// Its queue pairs beside the main one receive writes, and the ends of rounds.
     stream: StreamReceiver,
-    data: Vec<Channel>,
     granted: Capabilities,
     blocks: DestinationBlocks,
     registered_bytes: u64,
     exchanged: bool,
     rounds: u32,
+    silence: Option<Duration>,
 }
 
 impl DestinationHooks {
@@ -151,7 +156,7 @@ impl DestinationHooks {
             let mut hooks = Self {
                 grants: Vec::new(),
                 stream: StreamReceiver::new(Channel::new(endpoint), Receiver::new(window)),
-                data: Vec::new(),
+                silence: config.silence,
                 granted,
                 blocks: DestinationBlocks::default(),
                 registered_bytes: 0,
@@ -166,17 +171,17 @@ impl DestinationHooks {
 
     fn accept_data_queues(&mut self, listener: &mut dyn Listener, stop: &Stop) -> Result<(), HooksError> {
         let Some(main) = self.granted.extension else { return Ok(()) };
-        while self.data.len() < usize::from(main.data_queues) {
+        while self.stream.beside.len() < usize::from(main.data_queues) {
             let incoming = listener.next_request(stop)?;
             let Ok(asked) = Capabilities::decode(incoming.private_data()) else { continue };
-            let next = Role::Data(self.data.len() as u16 + 1);
+            let next = Role::Data(self.stream.beside.len() as u16 + 1);
             let fits = |theirs: Extension| theirs.migration == main.migration && theirs.role == next;
             if !asked.extension.is_some_and(fits) {
                 tracing::warn!(peer = ?incoming.peer(), "connection rejected: not this migration's queue pair");
                 continue;
             }
             let endpoint = incoming.accept(&connect_params(asked.encode(), 1, WORD_BYTES), stop)?;
-            self.data.push(Channel::new(endpoint));
+            self.stream.beside.push(Channel::new(endpoint));
         }
         Ok(())
     }
@@ -224,7 +229,7 @@ impl DestinationHooks {
         let mut summary = RoundSummary::default();
         self.rounds += 1;
         loop {
-            let (slot, request) = self.stream.request(stop)?;
+            let (slot, request) = self.next_request(stop)?;
             let reply = match request {
                 Message::RegisterFinished => {
                     self.stream.done(slot, None, stop)?;
@@ -254,10 +259,34 @@ impl DestinationHooks {
                     ranges.iter().try_for_each(|range| self.zero(range, &mut summary))?;
                     None
                 }
+                Message::Alive if self.hears_alive() => None,
                 other => return Err(HooksError::unexpected(other.kind(), "a round was open")),
             };
             self.stream.done(slot, reply.as_ref(), stop)?;
         }
+    }
+
+    /// Waits for the next message of an open round.
+    fn next_request(&mut self, stop: &Stop) -> Result<(usize, Message<'static>), HooksError> {
+        let Some(after) = self.silence.filter(|_| self.hears_alive()) else {
+            return self.stream.request(stop);
+        };
+        let bound = stop.within(self.stream.channel.now(), after);
+        match self.stream.request(&bound) {
+            Err(HooksError::Stopped(Stopped::Deadline)) if stop.check(self.stream.channel.now()).is_ok() => {
+                // Should this end have been stopped meanwhile, what the source said is here by now.
+                if self.stream.has_news()? {
+                    self.stream.request(stop)
+                } else {
+                    Err(HooksError::Silent { after })
+                }
+            }
+            request => request,
+        }
+    }
+
+    fn hears_alive(&self) -> bool {
+        self.granted.extension.is_some_and(|extension| extension.features.says_alive)
     }
 
     fn takes_lists(&self) -> bool {
@@ -266,7 +295,7 @@ impl DestinationHooks {
 
     /// The end of the round on every additional queue pair: what was written there is in memory.
     fn wait_for_fences(&mut self, stop: &Stop) -> Result<(), HooksError> {
-        for (index, channel) in self.data.iter_mut().enumerate() {
+        for (index, channel) in self.stream.beside.iter_mut().enumerate() {
             channel.wait_for(stop, |channel| Ok(channel.has_arrived().then_some(())))?;
             let Some(slot) = channel.take_arrived() else { continue };
             match Message::decode(channel.received(slot))? {
@@ -460,7 +489,7 @@ impl DestinationHooks {
     /// What the connection met; everything was read all the same.
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.revoke_all();
-        self.data.iter_mut().for_each(Channel::leave);
+        self.stream.beside.iter_mut().for_each(Channel::leave);
         let stop = stop.within(self.stream.channel.now(), PART_WITHIN);
         if self.granted.extension.is_some() {
             self.stream.say_done(&stop)?;
@@ -473,7 +502,7 @@ impl DestinationHooks {
     /// What this end did so far.
     pub fn counters(&self) -> Counters {
         let mut sum = self.stream.channel.counters;
-        self.data.iter().for_each(|channel| sum += channel.counters);
+        self.stream.beside.iter().for_each(|channel| sum += channel.counters);
         sum
     }
 

@@ -13,7 +13,7 @@ use crate::channel::{Channel, connect_params};
 use crate::chunk::{CHUNK_BYTES, Merger, SpanTable};
 use crate::control::{BlockRecord, Kind, Message, STREAM_MESSAGE_BYTES, WORD_BYTES, answer_bytes};
 use crate::counters::Counters;
-use crate::fabric::{Fabric, Registration};
+use crate::fabric::{Fabric, FabricError, Registration};
 use crate::hooks::return_path::return_window;
 use crate::hooks::{HookMark, HooksError, RamControl, ReturnReader, Ticket};
 use crate::stop::Stop;
@@ -25,6 +25,9 @@ use zeros::Zeros;
 const PART_WITHIN: Duration = Duration::from_secs(10);
 /// How long the destination may take to answer the second connection.
 const RETURN_PATH_WITHIN: Duration = Duration::from_secs(5);
+
+/// Longest silence of a source in an open round.
+const SAY_ALIVE_EVERY: Duration = Duration::from_secs(1);
 
 /// What the source asks for.
 #[derive(Clone, Debug)]
@@ -95,8 +98,8 @@ pub struct SourceHooks {
     spans: SpanTable<Registration>,
     pinned: Vec<Pinned>,
     asked: Option<Asked>,
+    /// Its queue pairs beside the main one are for writes only.
     main: StreamSender,
-    data: Vec<Channel>,
     config: SourceConfig,
     granted: Capabilities,
     address: (String, u16),
@@ -139,7 +142,6 @@ impl SourceHooks {
             pinned: Vec::new(),
             asked: None,
             main: StreamSender::new(main, window),
-            data: Vec::new(),
             config,
             granted,
             address: (host.to_owned(), port),
@@ -166,7 +168,7 @@ impl SourceHooks {
             let endpoint = fabric.connect(&self.address.0, self.address.1, &params, stop)?;
             let mut channel = Channel::new(endpoint);
             channel.latencies = self.config.record_latencies.then(Vec::new);
-            self.data.push(channel);
+            self.main.beside.push(channel);
         }
         Ok(())
     }
@@ -178,7 +180,7 @@ impl SourceHooks {
 
     /// Queue pairs that carry writes.
     pub fn queue_pairs(&self) -> usize {
-        1 + self.data.len()
+        1 + self.main.beside.len()
     }
 
     /// Opens the way back: a second connection that carries the destination's byte stream.
@@ -287,27 +289,37 @@ impl SourceHooks {
 
     fn channel(&mut self, queue: usize) -> &mut Channel {
         match queue.checked_sub(1) {
-            Some(data) => &mut self.data[data],
+            Some(data) => &mut self.main.beside[data],
             None => &mut self.main.channel,
         }
     }
 
+    /// Sleeps until something happens on a queue pair; the others are looked after.
+    fn rest(&mut self, queue: usize, stop: &Stop) -> Result<(), HooksError> {
+        let now = self.channel(queue).looked_at();
+        for other in (0..self.queue_pairs()).filter(|other| *other != queue) {
+            // What the main one has received is judged by the next pump.
+            self.channel(other).watch(now)?;
+        }
+        self.channel(queue).rest(stop)
+    }
+
     /// A queue pair with something in flight.
     fn busiest(&self) -> usize {
-        self.data.iter().position(|channel| !channel.is_idle()).map_or(0, |index| index + 1)
+        self.main.beside.iter().position(|channel| !channel.is_idle()).map_or(0, |index| index + 1)
     }
 
     /// Hands gathered writes to the device.
     fn ring(&mut self) -> Result<(), HooksError> {
         self.main.channel.ring()?;
-        self.data.iter_mut().try_for_each(Channel::ring)
+        self.main.beside.iter_mut().try_for_each(Channel::ring)
     }
 
     /// Takes in completions and messages of all queue pairs; true if there were any.
     fn pump(&mut self) -> Result<bool, HooksError> {
         let mut news = self.main.pump()?;
-        for channel in &mut self.data {
-            news |= channel.pump()?;
+        for channel in &mut self.main.beside {
+            news |= channel.pump_beside()?;
             if channel.has_arrived() {
                 return Err(HooksError::unexpected(Kind::Stream, "a queue pair carries only writes"));
             }
@@ -315,12 +327,29 @@ impl SourceHooks {
         self.settle();
         self.take_keys_ahead()?;
         self.tell_gathered_at_leisure()?;
+        self.say_alive()?;
         Ok(news)
+    }
+
+    /// The destination sees nothing of a round's writes: where it wants to hear that this end is alive, it is told when
+    /// nothing else was for a second. Without a credit it has a message to deal with, which tells as much.
+    fn say_alive(&mut self) -> Result<(), HooksError> {
+        let wanted = self.granted.extension.is_some_and(|extension| extension.features.says_alive);
+        if !wanted || !matches!(self.round, Round::Open(_)) {
+            return Ok(());
+        }
+        let looked = self.main.beside.iter().map(Channel::looked_at).max();
+        let now = self.main.channel.looked_at().max(looked.unwrap_or(self.main.channel.looked_at()));
+        let silent = now.saturating_duration_since(self.main.channel.said_at());
+        if silent >= SAY_ALIVE_EVERY && self.main.can_send_now() {
+            self.main.send(&Message::Alive, &Stop::default())?;
+        }
+        Ok(())
     }
 
     /// Books what has taken effect.
     fn settle(&mut self) {
-        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.data);
+        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.main.beside);
         for note in channels.flat_map(|channel| channel.retired.drain(..)) {
             if let Some(span) = note.span {
                 self.spans.retired(span);
@@ -357,7 +386,7 @@ impl SourceHooks {
         }
         let mut fence = Vec::new();
         Message::Fence { round: self.rounds }.encode(&mut fence);
-        for channel in &mut self.data {
+        for channel in &mut self.main.beside {
             channel.send(&[&fence], stop)?;
         }
         self.main.send(&Message::RegisterFinished, stop)?;
@@ -373,8 +402,12 @@ impl SourceHooks {
     /// What the connection met: pages after the last ticket reported may not have arrived.
     pub fn collect(&mut self) -> Result<Ticket, HooksError> {
         self.ring()?;
-        self.pump()?;
-        let channels = std::iter::once(&self.main.channel).chain(&self.data);
+        if !self.pump()? {
+            // An embedder that holds pages back looks in here, and nothing else tells the time then.
+            self.main.channel.look_at_clock();
+            self.say_alive()?;
+        }
+        let channels = std::iter::once(&self.main.channel).chain(&self.main.beside);
         let waiting = channels.filter_map(Channel::oldest_ticket);
         let merging = self.merger.pending().map(|run| run.ticket);
         let zeroing = self.zeros.oldest_ticket();
@@ -384,7 +417,7 @@ impl SourceHooks {
 
     /// True if a page can be posted without waiting for the device.
     pub fn has_room(&self) -> bool {
-        self.main.channel.room() > 1 && self.data.iter().all(|channel| channel.room() > 1)
+        self.main.channel.room() > 1 && self.main.beside.iter().all(|channel| channel.room() > 1)
     }
 
     /// Waits until all saves up to `ticket` have arrived; what was saved later stays on its way. An embedder that
@@ -400,7 +433,7 @@ impl SourceHooks {
         }
         while self.collect()? < ticket {
             let queue = self.busiest();
-            self.channel(queue).rest(stop)?;
+            self.rest(queue, stop)?;
         }
         Ok(())
     }
@@ -414,7 +447,7 @@ impl SourceHooks {
         self.flush_pages(stop)?;
         while self.collect()? < Ticket(self.ticket) {
             let queue = self.busiest();
-            self.channel(queue).rest(stop)?;
+            self.rest(queue, stop)?;
         }
         Ok(())
     }
@@ -442,10 +475,16 @@ impl SourceHooks {
     ///
     /// What the connection met; the destination may or may not have everything.
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
-        self.main.flush(stop)?;
         self.drain(stop)?;
+        // The destination closes its ends once it has the last byte: ours are gone by then.
+        for mut channel in std::mem::take(&mut self.main.beside) {
+            match channel.wait_for(stop, |channel| Ok(channel.is_idle().then_some(()))) {
+                Ok(()) | Err(HooksError::Fabric(FabricError::Disconnected)) => channel.leave(),
+                Err(error) => return Err(error),
+            }
+        }
+        self.main.flush(stop)?;
         self.main.wait_for(stop, |main| main.channel.is_idle().then_some(()))?;
-        self.data.iter_mut().for_each(Channel::leave);
         let stop = stop.within(self.main.channel.now(), PART_WITHIN);
         if self.granted.extension.is_some() {
             // The peer says when it has read everything; a QEMU only closes.
@@ -461,7 +500,7 @@ impl SourceHooks {
     /// What this end did so far.
     pub fn counters(&self) -> Counters {
         let mut sum = self.main.channel.counters;
-        self.data.iter().for_each(|channel| sum += channel.counters);
+        self.main.beside.iter().for_each(|channel| sum += channel.counters);
         sum
     }
 
@@ -473,7 +512,7 @@ impl SourceHooks {
     /// Moves out how long signalled writes took from post to completion; see
     /// [`SourceConfig::record_latencies`]. At most 65536 are kept per queue pair in between.
     pub fn drain_latencies(&mut self, into: &mut Vec<Duration>) {
-        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.data);
+        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.main.beside);
         for list in channels.filter_map(|channel| channel.latencies.as_mut()) {
             into.append(list);
         }

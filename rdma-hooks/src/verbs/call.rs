@@ -24,6 +24,15 @@ pub(super) fn check_ptr<T: ?Sized>(
 
 fn failed(verb: &'static str, source: io::Error) -> FabricError {
     let remedy = match source.raw_os_error() {
+        // The library is there, and asked all devices.
+        Some(libc::ENODEV) if verb.starts_with("rdma_resolve") || verb.starts_with("rdma_bind") => {
+            return FabricError::Unavailable {
+                what: verb,
+                remedy: "no RDMA device of this host has, or reaches, that address: use an address of a device at the \
+                         destination (`rdma link` and `ip address` tell; a loopback address is none)",
+                source,
+            };
+        }
         Some(libc::ENODEV | libc::ENOSYS | libc::EOPNOTSUPP) => {
             return FabricError::Unavailable {
                 what: verb,
@@ -58,5 +67,15 @@ mod tests {
             assert_eq!(source.raw_os_error(), Some(libc::EINVAL));
         }
         assert!(matches!(check(-libc::EOPNOTSUPP, "v"), Err(FabricError::Unavailable { .. })));
+    }
+
+    #[test]
+    fn an_address_without_a_device_is_not_taken_for_a_missing_library() {
+        let said = |returned, verb| check(returned, verb).unwrap_err().to_string();
+        for verb in ["rdma_resolve_addr", "rdma_bind_addr"] {
+            let text = said(-libc::ENODEV, verb);
+            assert!(text.contains("that address") && !text.contains("install"), "{text}");
+            assert!(said(-libc::EOPNOTSUPP, verb).contains("install rdma-core"));
+        }
     }
 }

@@ -15,6 +15,7 @@ use rdma_hooks::{
 pub mod device;
 pub mod fuzz_bodies;
 pub mod mapped;
+pub mod pair;
 pub mod scripted;
 
 pub const PAGE: u64 = 4096;
@@ -206,7 +207,8 @@ impl Plan {
 }
 
 fn features(random: &mut Random) -> Features {
-    Features { key_batches: random.chance(700), zero_runs: random.chance(700) }
+    let (key_batches, zero_runs) = (random.chance(700), random.chance(700));
+    Features { key_batches, zero_runs, says_alive: key_batches || zero_runs }
 }
 
 /// What a migration came to.
@@ -331,6 +333,7 @@ pub fn receive<M: TestMemory>(
         data_queues: plan.data_queues,
         window: plan.window,
         features: plan.features,
+        silence: Some(Duration::from_secs(20)),
         admit: None,
     };
     let mut hooks = DestinationHooks::accept(listener.as_mut(), &config, &stop)?;

@@ -88,6 +88,7 @@ impl Bounds<'_> {
             (HooksError::Stopped(Stopped::Cancelled), _) => {
                 ChannelError::Stopped { reason: StopReason::Cancelled, doing }
             }
+            (HooksError::Silent { after }, _) => ChannelError::Stalled { peer, doing, after },
             (HooksError::Fabric(FabricError::Disconnected), _) => ChannelError::Closed { peer, doing },
             (error, _) => {
                 let side = match error.blame() {

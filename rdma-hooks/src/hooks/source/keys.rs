@@ -268,7 +268,7 @@ impl SourceHooks {
                     let queue = self.busiest();
                     self.ring()?;
                     if !self.pump()? {
-                        self.channel(queue).rest(stop)?;
+                        self.rest(queue, stop)?;
                     }
                 }
             }

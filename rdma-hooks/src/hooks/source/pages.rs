@@ -127,13 +127,13 @@ impl SourceHooks {
         while self.channel(queue).room() == 0 {
             self.channel(queue).ring()?;
             if !self.pump()? && self.channel(queue).room() == 0 {
-                self.channel(queue).rest(stop)?;
+                self.rest(queue, stop)?;
             }
         }
         if let Some(span) = keys.span {
             self.spans.posted(span);
         }
-        if !self.data.is_empty() {
+        if !self.main.beside.is_empty() {
             *self.chunk_flights.entry((run.block, chunk)).or_default() += 1;
         }
         let request = WriteRequest {
