@@ -91,6 +91,8 @@ fn r22_r34_r35_requests_that_make_no_sense_are_refused_by_the_destination() {
         let error = serve(if index == 0 { QEMU } else { NATIVE }, &[list]);
         assert!(expected(&error), "{what}: {error:?}");
     }
+    assert!(unexpected(&serve(QEMU, &[Message::Alive])), "a sign of life that was not agreed on");
+    assert!(script_over(&serve(NATIVE, &[Message::Alive, Message::Alive])));
     let pinned = serve(PINNED, &[unregister(0, 0)]);
     assert!(not_held(&pinned), "R-36 unregister with pin-all: {pinned:?}");
 }
