@@ -204,11 +204,14 @@ pub(super) fn pictures(args: &ConvergeArgs, cells: &[Cell]) -> Result<Vec<(Strin
                 Means::AutoConverge => "auto",
                 Means::DirtyLimit => "limit",
             };
-            Some(Bar { name: format!("{} x {short}", cell.rate), value, low, high: cell.downtime_ms_most })
+            Some(Bar { name: format!("{} {short}", cell.rate), value, low, high: cell.downtime_ms_most })
         };
         let bars: Vec<Bar> = of_who().filter_map(bar).collect();
         if !bars.is_empty() {
-            let title = format!("{who}: downtime, median and range; the limit is {} ms", args.downtime_ms);
+            let limit = args.downtime_ms;
+            let title = format!(
+                "{who}: downtime at multiples of the link, median and range; the limit is {limit} ms"
+            );
             let svg = plot::bars(&title, axis("downtime, ms"), &bars)?;
             pictures.push((format!("converge-downtime{suffix}.svg"), svg));
         }
