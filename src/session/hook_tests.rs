@@ -6,12 +6,15 @@ use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::tests::{Ends, Machine, ends, ends_with};
+use super::skip_tests::moved;
+use super::tests::{Machine, ends, ends_with};
 use super::*;
 use crate::engine::{Ending, Outcome};
-use crate::guest::{GuestControl, LayoutChange};
+use crate::guest::{GuestControl, LayoutChange, MappedGuest};
 use crate::observe::{EventKind, SharedStatistics, Status};
-use crate::ram::BlockName;
+use crate::ram::{BlockName, RamBlock};
+use crate::sys::Mapping;
+use crate::units::PageSize;
 
 type Heard = Arc<Mutex<Vec<(EventKind, String)>>>;
 
@@ -81,7 +84,7 @@ fn a_failure_and_a_cancel_are_told_and_then_the_cleanup() {
 }
 
 #[test]
-fn memory_that_changes_ends_the_migration_and_the_next_one_succeeds() {
+fn memory_that_changes_ends_the_migration() {
     let resized = |block, length| LayoutChange::Resized { block: BlockName::new(block).unwrap(), length };
     for when in ["Synced", "Switchover"] {
         let ends = ends();
@@ -103,11 +106,39 @@ fn memory_that_changes_ends_the_migration_and_the_next_one_succeeds() {
              the migration again"
         );
     }
-    // Of the guest as it is then.
-    let Ends { source, destination, .. } = ends();
-    let destination = destination.spawn().unwrap();
-    assert_eq!(source.run().outcome, Outcome::Completed);
-    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+}
+
+/// A memory that grows while it moves arrives as it is then, by the next migration.
+#[test]
+fn a_guest_whose_block_has_grown_moves_as_it_is_then() {
+    const MOST: u64 = 16 * 4096;
+    let [near, far] = [0, 1].map(|_| Mapping::anonymous(MOST).unwrap());
+    let of_length = |mapping: &Mapping, used_length| {
+        let mut block = RamBlock::new(BlockName::new("ram").unwrap(), used_length);
+        block.max_length = MOST;
+        Arc::new(MappedGuest::builder(PageSize::SIZE_4K).mapping(block, mapping).build().unwrap())
+    };
+    near.region().span(0, MOST).unwrap().copy_from(&[5; MOST as usize]);
+    for (length, grows) in [(7 * 4096, true), (MOST, false)] {
+        let (from, to) = (of_length(&near, length), of_length(&far, length));
+        let memory = Arc::clone(&from);
+        let machine = Machine(Arc::new(Mutex::new((true, Vec::new()))));
+        let control = Box::new(machine.clone());
+        let (sent, arrived, ()) = moved((&from, &to), Vec::new(), control, 0, |source| {
+            source.statistics().listen(move |event| {
+                if grows && matches!(event.kind, EventKind::Round(_)) {
+                    let block = BlockName::new("ram").unwrap();
+                    memory.layout_changed(LayoutChange::Resized { block, length: MOST });
+                }
+            });
+            (source, ())
+        });
+        assert_eq!((sent.guest_is_safe_here(), machine.runs()), (grows, grows), "{:?}", sent.error);
+        assert_eq!(arrived.ending == Ending::Running, !grows, "{:?}", arrived.error);
+    }
+    let mut there = vec![0; MOST as usize];
+    far.region().span(0, MOST).unwrap().copy_to(&mut there);
+    assert!(there.iter().all(|byte| *byte == 5));
 }
 
 /// The paused guest waits for its embedder: to go on, or to be let run again.

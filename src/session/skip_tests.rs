@@ -21,7 +21,7 @@ use crate::units::{BlockIndex, GuestAddr, PageIndex, PageSize};
 const PAGES: u64 = 4096;
 
 /// Moves `from` to `to`; `prepare` may ask the source for more.
-fn moved<T: Send>(
+pub(super) fn moved<T: Send>(
     (from, to): (&Arc<MappedGuest>, &Arc<MappedGuest>),
     dirty: Vec<Arc<dyn DirtySource>>,
     control: Box<dyn GuestControl>,
@@ -40,6 +40,8 @@ fn moved<T: Send>(
     let (back, machine) = (Some(plain(&far) as Box<_>), Box::new(Machine::default()));
     let destination =
         DestinationSession::new(plain(&far), back, memory, machine, DestinationSettings::default());
+    // Only the sessions hold the ends: the destination sees a source that leaves.
+    drop((near, far));
     let (sent, arrived) = std::thread::scope(|scope| {
         let far = scope.spawn(|| destination.run());
         (source.run(), far.join().unwrap())
