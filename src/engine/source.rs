@@ -229,6 +229,8 @@ pub struct SourceEngine {
     page_cost: PageCost,
     deltas: bool,
     under_way: u64,
+    /// Bytes that left behind the last slice of the round.
+    left_at_fence: u64,
     gave_up: bool,
 }
 
@@ -249,6 +251,7 @@ impl SourceEngine {
             page_cost: PageCost::default(),
             deltas: false,
             under_way: 0,
+            left_at_fence: 0,
             gave_up: false,
         }
     }
@@ -276,6 +279,11 @@ impl SourceEngine {
     /// Says how many bytes have been sent and not left this host: pages that are sent next wait for them.
     pub fn set_under_way(&mut self, bytes: u64) {
         self.under_way = bytes;
+    }
+
+    /// Says how many bytes left while the round was closed: on doors with threads of their own often all of them.
+    pub fn set_left_at_fence(&mut self, bytes: u64) {
+        self.left_at_fence = bytes;
     }
 
     /// What the rounds so far brought.
@@ -332,8 +340,12 @@ impl SourceEngine {
             dirty_pages.saturating_mul(page)
         };
         let bytes = pages.saturating_add(self.config.state_bytes).saturating_add(under_way);
-        let rate = || self.config.switchover_rate.or(self.rate());
-        let sending = if bytes == 0 { Duration::ZERO } else { rate()?.time_for(bytes)? };
+        let sending = match self.config.switchover_rate.or(self.rate()) {
+            _ if bytes == 0 => Duration::ZERO,
+            // Rounds without a page bring no rate either: nothing is to be waited for.
+            None if dirty_pages == 0 && under_way == 0 => Duration::ZERO,
+            rate => rate?.time_for(bytes)?,
+        };
         Some(self.config.fixed_downtime.saturating_add(sending))
     }
 
@@ -373,6 +385,9 @@ impl SourceEngine {
             }
             (Phase::Closing(RoundKind::Final), Input::Done) => self.go(Phase::Draining, Action::Drain),
             (Phase::Closing(_), Input::Done) => {
+                if self.left_at_fence > 0 {
+                    self.rate.add(std::mem::take(&mut self.left_at_fence), now);
+                }
                 self.rate.restart(now);
                 self.go(Phase::Syncing, Action::Sync { last: false })
             }

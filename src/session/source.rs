@@ -450,7 +450,7 @@ impl SourceSession {
     }
 
     fn close_round(&mut self, kind: RoundKind) -> Result<Input, Error> {
-        let begun = Instant::now();
+        let (begun, before) = (Instant::now(), self.position());
         if !self.breakage.is(Breakage::SkipFence) {
             self.link.close_round(kind, &self.stop)?;
         }
@@ -467,6 +467,7 @@ impl SourceSession {
         self.figures.deltas(self.link.deltas());
         self.figures.beside(self.link.beside());
         let sent = self.position();
+        self.engine.set_left_at_fence(sent - before);
         self.figures.round_closed(self.clock.now(), sent);
         Ok(Input::Done)
     }

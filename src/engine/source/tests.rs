@@ -74,6 +74,24 @@ fn what_is_under_way_is_waited_for() {
     assert_eq!(engine.handle(at, Input::Synced { dirty_pages: 100 }), Action::PauseGuest);
 }
 
+/// On page channels a short round leaves as a whole while it is closed.
+#[test]
+fn what_leaves_at_the_fence_makes_the_rate() {
+    for left in [0, 100_000_000] {
+        let mut engine = started(engine());
+        engine.set_state_bytes(1000);
+        let ms = Duration::from_millis;
+        engine.handle(ms(0), Input::Synced { dirty_pages: 100_000 });
+        engine.handle(ms(0), Input::Done);
+        engine.handle(ms(1), Input::Sent { pages_left: 0, bytes: 0 });
+        engine.set_left_at_fence(left);
+        engine.handle(ms(1000), Input::Done);
+        assert_eq!(engine.rate(), (left > 0).then_some(Rate(left)));
+        // Whether a rate is known or not: no round of nothing follows another for ever.
+        assert_eq!(engine.handle(ms(1000), Input::Synced { dirty_pages: 0 }), Action::PauseGuest);
+    }
+}
+
 #[test]
 fn the_fixed_part_counts_and_never_blocks_for_ever() {
     let mut config = SourceConfig::new(PAGE, Handover::Native);
