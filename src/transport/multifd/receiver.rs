@@ -57,6 +57,8 @@ pub(super) struct Common {
     pub(super) uuid: Mutex<Option<[u8; 16]>>,
     /// Bytes of all channels.
     pub(super) bytes: Arc<AtomicU64>,
+    /// Held by the channel that writes by the file behind the memory.
+    pub(super) writes: Mutex<()>,
 }
 
 /// One channel and what its thread needs.
@@ -319,18 +321,33 @@ impl Target<'_> {
                 continue;
             };
             let (now, rest) = bytes.split_at(bytes.len().min(room));
-            if self.by_file {
-                let from = BlockOffset(offset.0 + skip as u64);
-                self.by_file = self.common.places.write_by_file(self.block, from, &[IoSlice::new(now)])?;
-            }
-            if !self.by_file {
-                span.part(skip, now.len()).map(|room| room.stream_from(now));
+            if let Some(room) = span.part(skip, now.len()) {
+                self.store(BlockOffset(offset.0 + skip as u64), room, now)?;
             }
             (bytes, skip) = (rest, 0);
             if bytes.is_empty() {
                 break;
             }
         }
+        Ok(())
+    }
+}
+
+impl Target<'_> {
+    fn store(&mut self, offset: BlockOffset, room: HostSpan<'_>, bytes: &[u8]) -> Result<(), MoveError> {
+        let common = self.common;
+        match self.by_file.then(|| common.writes.try_lock()) {
+            Some(Ok(_turn)) => {
+                self.by_file = common.places.write_by_file(self.block, offset, &[IoSlice::new(bytes)])?;
+                if self.by_file {
+                    return Ok(());
+                }
+            }
+            // The kernel takes one write to a file at a time. Waiting costs more than taking the memory by the mapping.
+            Some(Err(_)) => drop(populate(room)),
+            None => {}
+        }
+        room.stream_from(bytes);
         Ok(())
     }
 }

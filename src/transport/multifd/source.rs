@@ -159,6 +159,7 @@ impl PageChannels for MultifdSource {
             ids: Mutex::default(),
             uuid: Mutex::default(),
             bytes: Arc::clone(&self.bytes),
+            writes: Mutex::default(),
         };
         let common = Arc::new(common);
         let mut running = Running {
