@@ -120,6 +120,21 @@ fn shared_ram_stays_where_it_is_under_ignore_shared() {
         assert_eq!((&block["ignored"], &block["file"]), (&json!(true), &json!("")), "{what}: {block}");
         source.kill();
 
+        // The same through a relay, which needs to be told nothing: what does not come does not go.
+        let mut far = Guest::new(to, machine, &ram, 64).incoming().start(dir.path(), "far");
+        far.set_capabilities(&["x-ignore-shared"]);
+        let relay = ["relay", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"];
+        let mut relay = Ramwire::start(dir.path(), &relay, far.listen_tcp());
+        let mut near = start("near");
+        near.set_capabilities(&["return-path"]);
+        near.migrate(&relay.listening());
+        near.wait_completed(Deadline::seconds(60));
+        assert_eq!(relay.finished(Deadline::seconds(30), 0)["completed"], true, "{what}: through a relay");
+        far.wait_completed(Deadline::seconds(10));
+        compare(&before, &ram).unwrap_or_else(|d| panic!("{what}: through a relay: {d:?}"));
+        near.kill();
+        far.kill();
+
         let mut destination = Guest::new(to, machine, &ram, 64).incoming().start(dir.path(), "destination");
         destination.set_capabilities(&["x-ignore-shared"]);
         let uri = destination.listen_tcp();
