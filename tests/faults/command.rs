@@ -71,6 +71,11 @@ fn destination_of(demo: &Ramwire) -> u32 {
         || demo.errors(),
         || {
             let child = fs::read_to_string(&children).ok()?.split_whitespace().next()?.parse().ok()?;
+            // Until it is the new program it has the demo's own files.
+            let words = |pid: u32| fs::read(format!("/proc/{pid}/cmdline")).ok();
+            if words(child)? == words(demo.pid())? {
+                return None;
+            }
             // Its memory, mapped or not: pages of the file behind it, in blocks of 512 bytes.
             let mut files =
                 fs::read_dir(format!("/proc/{child}/fd")).ok()?.flatten().map(|entry| entry.path());
