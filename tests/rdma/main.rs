@@ -67,7 +67,8 @@ fn in_rxe_guest_the_demo_goes_over_rdma_and_every_page_arrives() {
         );
     }
     let output = Command::new(env!("CARGO_BIN_EXE_ramwire"))
-        .args(["demo", "--ram", "8M", "--transport", "rdma"])
+        // The emulated device is slow: the guest writes faster, and is paused all the same.
+        .args(["demo", "--ram", "8M", "--transport", "rdma", "--downtime-ms", "2000"])
         .output();
     let text = String::from_utf8(output.unwrap().stdout).unwrap();
     assert!(text.contains("\nwrite ") && text.contains("verified: "), "{text}");
