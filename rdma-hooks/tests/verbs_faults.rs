@@ -178,6 +178,13 @@ fn plan_with(native: bool) -> Plan {
     Plan { source, data_queues: 2, window: 4, features, ..plan() }
 }
 
+/// As many rounds as the message needs: a list of zero ranges goes only when several have gathered, which a quick
+/// destination may put off for many rounds.
+fn plan_for(kind: Kind, native: bool) -> Plan {
+    let plan = plan_with(native);
+    Plan { rounds: if kind == Kind::ZeroRuns { u64::MAX } else { plan.rounds }, ..plan }
+}
+
 /// Round after round until something breaks.
 fn endless() -> Plan {
     Plan { rounds: u64::MAX, ..plan() }
@@ -208,9 +215,10 @@ fn the_other_process() {
     let inner = VerbsFabric::open().unwrap();
     match role.as_str() {
         "source" => {
-            let fabric = Dying { inner, kind: Kind::from_wire(word()).unwrap() };
+            let kind = Kind::from_wire(word()).unwrap();
+            let fabric = Dying { inner, kind };
             let mut guest = busy_guest();
-            let (port, plan) = (word() as u16, plan_with(word() == 1));
+            let (port, plan) = (word() as u16, plan_for(kind, word() == 1));
             let _ = send(&fabric, &address, port, &mut guest, &plan, &mut Counters::default());
         }
         "destination" => {
@@ -281,8 +289,8 @@ mod in_rxe_guest {
                 spawn("source", &format!("{} {} {}", kind as u32, listener.port(), u32::from(native)));
             let target = Ram::<Mapped>::zeros();
             let (ended, noticed) = std::thread::scope(|scope| {
-                let survivor =
-                    scope.spawn(|| (receive(&fabric, listener, &target, &plan_with(native)), Instant::now()));
+                let survivor = scope
+                    .spawn(|| (receive(&fabric, listener, &target, &plan_for(kind, native)), Instant::now()));
                 let died = wait_for_death(&mut child, &mut said);
                 let (ended, at) = survivor.join().unwrap();
                 (ended, at.saturating_duration_since(died))
