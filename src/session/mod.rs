@@ -22,6 +22,8 @@ mod qemu_peer_tests;
 mod reader;
 mod relay;
 #[cfg(test)]
+mod relay_handover_tests;
+#[cfg(test)]
 mod relay_tests;
 mod return_path;
 mod rounds;
