@@ -65,7 +65,7 @@ impl RdmaArgs {
 /// Options that don't go together.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub(super) struct Usage(String);
+pub(super) struct Usage(pub(super) String);
 
 /// Page channels beside the stream, alike at both ends.
 #[derive(Clone, Debug, clap::Args)]
@@ -264,11 +264,19 @@ pub(super) fn failed(command: &str, error: &(dyn std::error::Error + 'static)) -
     if error.is::<Usage>() {
         return Exit::Usage;
     }
-    let cancelled = matches!(
-        error.downcast_ref(),
-        Some(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }))
-    );
-    if cancelled { Exit::Cancelled } else { Exit::Failed }
+    match error.downcast_ref() {
+        Some(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. })) => {
+            Exit::Cancelled
+        }
+        // No peer was asked: this address never takes these options.
+        Some(
+            OpenError::NoDeltas { .. }
+            | OpenError::NoChannels { .. }
+            | OpenError::NoZeroCopy { .. }
+            | OpenError::NotAStream { .. },
+        ) => Exit::Usage,
+        _ => Exit::Failed,
+    }
 }
 
 /// The status of a source's run.

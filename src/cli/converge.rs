@@ -6,7 +6,7 @@ use ramwire::engine::{OnTimeout, Throttling};
 use ramwire::session::SourceSettings;
 use ramwire::units::{Percent, Rate};
 
-use super::common::{bytes, seconds};
+use super::common::{Usage, bytes, seconds};
 
 /// What a source does about a guest that writes faster than its pages leave; QEMU's names and defaults.
 #[derive(Clone, Debug, clap::Args)]
@@ -69,10 +69,10 @@ fn within(text: &str, least: u8, most: u8) -> Result<Percent, String> {
 
 impl ConvergeArgs {
     /// Completes `settings` with what was asked for.
-    pub(super) fn apply(&self, settings: &mut SourceSettings) -> Result<(), String> {
+    pub(super) fn apply(&self, settings: &mut SourceSettings) -> Result<(), Usage> {
         if self.auto_converge {
             if self.max_cpu_throttle < self.cpu_throttle_initial {
-                return Err("--max-cpu-throttle is less than --cpu-throttle-initial".into());
+                return Err(Usage("--max-cpu-throttle is less than --cpu-throttle-initial".into()));
             }
             settings.throttling = Some(Throttling::AutoConverge {
                 initial: self.cpu_throttle_initial,

@@ -34,6 +34,13 @@ fn bad_options_exit_2_and_name_the_remedy() {
         (&["send", "tcp:127.0.0.1:1", "--ram", "nothing"], "NAME=PATH"),
         (&["send", "tcp:127.0.0.1:1", "--dir", "d", "--peer", "xen"], "qemu"),
         (&["demo", "--zero", "101"], "0 to 100"),
+        (&["demo", "--ram", "1000000"], "4 KiB pages"),
+        (&["demo", "--link-rate", "1M", "--transport", "unix"], "--transport tcp"),
+        (
+            &["demo", "--ram", "1M", "--channels", "2", "--xbzrle-cache-size", "1M"],
+            "leave --xbzrle-cache-size",
+        ),
+        (&["demo", "--ram", "1M", "--auto-converge", "--max-cpu-throttle", "10"], "--cpu-throttle-initial"),
         (&["relay", "--listen", "tcp:127.0.0.1:0"], "--connect"),
         (&["--log", "a=b=c", "demo"], "--log debug"),
         (&["teleport"], "--help"),

@@ -30,7 +30,7 @@ pub(super) use self::destination::run as run_destination;
 use self::guest::GuestKind;
 use self::way::{Transport, Way};
 use super::args::Exit;
-use super::common::{RdmaArgs, SourceChannelArgs, bytes, cancel_on_signal, complain, failed};
+use super::common::{RdmaArgs, SourceChannelArgs, Usage, bytes, cancel_on_signal, complain, failed};
 use super::converge::ConvergeArgs;
 use super::progress::Progress;
 use super::watch::{WatchArgs, describe};
@@ -129,9 +129,11 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     // What can't be is said before anything starts.
     args.channels.options()?;
     if args.link_rate > 0 && args.transport != Transport::Tcp {
-        return Err("--link-rate holds back a TCP connection: give --transport tcp as well".into());
+        return Err(
+            Usage("--link-rate holds back a TCP connection: give --transport tcp as well".into()).into()
+        );
     }
-    let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block)?;
+    let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block).map_err(Usage)?;
     let memory = Arc::new(BlockSpec::memory(&blocks)?);
     let (guest, choice) = args.guest.filled(args, Arc::clone(&memory))?;
     let log = args.watch.create_log()?;
