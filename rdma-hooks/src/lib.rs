@@ -16,6 +16,7 @@
 //! | [`blocks`], [`chunk`], [`exchange`] | which memory, which keys, whose turn; no I/O |
 //! | [`fabric`] | what the protocol needs from a network |
 //! | [`sim`] | a network inside one process: virtual time, seeded faults |
+//! | [`tap`] | a fabric around another that tells what is posted |
 //! | [`verbs`] | the NIC |
 //!
 //! # How a VMM calls the hooks
@@ -106,6 +107,7 @@ mod region;
 pub mod sim;
 pub mod stop;
 mod stream;
+pub mod tap;
 pub mod verbs;
 
 pub use blocks::{BlockError, RamBlock};

@@ -9,159 +9,31 @@
 mod common;
 
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use common::device::address;
 use common::mapped::Mapped;
 use common::{Guest, Plan, Ram, receive, send};
 use rdma_hooks::control::Kind;
-use rdma_hooks::fabric::{
-    Access, AddressBase, Completion, ConnectParams, Endpoint, Incoming, Limits, LinkState, Listener,
-    Registration, WriteRequest,
-};
+use rdma_hooks::tap::{Posting, Tapped};
 use rdma_hooks::verbs::VerbsFabric;
 use rdma_hooks::{
-    Counters, ExtensionOffer, Fabric, FabricError, Features, HooksError, HostRegion, MigrationId,
-    SourceConfig, Stop,
+    Counters, ExtensionOffer, Fabric, FabricError, Features, HooksError, MigrationId, SourceConfig,
 };
 
 /// A fabric whose process dies when it sends the second message of a kind (or the first, if there is but one).
-struct Dying {
-    inner: VerbsFabric,
-    kind: Kind,
-}
-
-struct DyingEndpoint {
-    inner: Box<dyn Endpoint>,
-    kind: Kind,
-    left: u32,
-}
-
-struct DyingListener {
-    inner: Box<dyn Listener>,
-    kind: Kind,
-}
-
-struct DyingIncoming {
-    inner: Box<dyn Incoming>,
-    kind: Kind,
-}
-
-fn dying(inner: Box<dyn Endpoint>, kind: Kind) -> Box<dyn Endpoint> {
+fn dying(kind: Kind) -> Tapped<VerbsFabric> {
     let once = matches!(kind, Kind::RamBlocksRequest | Kind::RamBlocksResult | Kind::Done | Kind::ZeroRuns);
-    Box::new(DyingEndpoint { inner, kind, left: if once { 1 } else { 2 } })
-}
-
-impl Fabric for Dying {
-    fn connect(
-        &self,
-        host: &str,
-        port: u16,
-        params: &ConnectParams,
-        stop: &Stop,
-    ) -> Result<Box<dyn Endpoint>, FabricError> {
-        Ok(dying(self.inner.connect(host, port, params, stop)?, self.kind))
-    }
-
-    fn listen(&self, host: &str, port: u16) -> Result<Box<dyn Listener>, FabricError> {
-        Ok(Box::new(DyingListener { inner: self.inner.listen(host, port)?, kind: self.kind }))
-    }
-
-    fn now(&self) -> Instant {
-        self.inner.now()
-    }
-}
-
-impl Listener for DyingListener {
-    fn port(&self) -> u16 {
-        self.inner.port()
-    }
-
-    fn next_request(&mut self, stop: &Stop) -> Result<Box<dyn Incoming>, FabricError> {
-        Ok(Box::new(DyingIncoming { inner: self.inner.next_request(stop)?, kind: self.kind }))
-    }
-}
-
-impl Incoming for DyingIncoming {
-    fn private_data(&self) -> &[u8] {
-        self.inner.private_data()
-    }
-
-    fn peer(&self) -> Option<SocketAddr> {
-        self.inner.peer()
-    }
-
-    fn accept(
-        self: Box<Self>,
-        params: &ConnectParams,
-        stop: &Stop,
-    ) -> Result<Box<dyn Endpoint>, FabricError> {
-        Ok(dying(self.inner.accept(params, stop)?, self.kind))
-    }
-}
-
-impl Endpoint for DyingEndpoint {
-    fn private_data(&self) -> &[u8] {
-        self.inner.private_data()
-    }
-
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-
-    fn now(&self) -> Instant {
-        self.inner.now()
-    }
-
-    fn register(
-        &self,
-        region: &HostRegion,
-        access: Access,
-        base: AddressBase,
-    ) -> Result<Registration, FabricError> {
-        self.inner.register(region, access, base)
-    }
-
-    fn post_writes(&mut self, chain: &[WriteRequest]) -> Result<(), FabricError> {
-        self.inner.post_writes(chain)
-    }
-
-    fn post_send(&mut self, id: u64, parts: &[&[u8]]) -> Result<(), FabricError> {
-        if parts[0][4..8] == (self.kind as u32).to_be_bytes() {
-            self.left -= 1;
-            if self.left == 0 {
-                println!("dying");
-                std::process::abort();
-            }
+    let left = AtomicU32::new(if once { 1 } else { 2 });
+    Tapped::new(VerbsFabric::open().unwrap(), move |posting| {
+        let Posting::Message(parts) = posting else { return };
+        if parts[0][4..8] == (kind as u32).to_be_bytes() && left.fetch_sub(1, Ordering::Relaxed) == 1 {
+            println!("dying");
+            std::process::abort();
         }
-        self.inner.post_send(id, parts)
-    }
-
-    fn poll(&mut self, out: &mut Vec<Completion>) -> Result<(), FabricError> {
-        self.inner.poll(out)
-    }
-
-    fn received(&self, slot: usize) -> &[u8] {
-        self.inner.received(slot)
-    }
-
-    fn repost(&mut self, slot: usize) -> Result<(), FabricError> {
-        self.inner.repost(slot)
-    }
-
-    fn wait(&mut self, at_most: Duration) -> Result<(), FabricError> {
-        self.inner.wait(at_most)
-    }
-
-    fn link(&mut self) -> Result<LinkState, FabricError> {
-        self.inner.link()
-    }
-
-    fn disconnect(&mut self) {
-        self.inner.disconnect();
-    }
+    })
 }
 
 /// A small pin budget, so that every kind of message is sent.
@@ -216,13 +88,13 @@ fn the_other_process() {
     match role.as_str() {
         "source" => {
             let kind = Kind::from_wire(word()).unwrap();
-            let fabric = Dying { inner, kind };
+            let fabric = dying(kind);
             let mut guest = busy_guest();
             let (port, plan) = (word() as u16, plan_for(kind, word() == 1));
             let _ = send(&fabric, &address, port, &mut guest, &plan, &mut Counters::default());
         }
         "destination" => {
-            let fabric = Dying { inner, kind: Kind::from_wire(word()).unwrap() };
+            let fabric = dying(Kind::from_wire(word()).unwrap());
             let listener = fabric.listen(&address, 0).unwrap();
             println!("port {}", listener.port());
             let _ = receive(&fabric, listener, &Ram::<Mapped>::zeros(), &plan_with(true));

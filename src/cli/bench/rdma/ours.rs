@@ -1,6 +1,7 @@
 //! ramwire's own run over RDMA: two sessions in two processes.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use ramwire::engine::Outcome;
@@ -10,6 +11,8 @@ use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::Stop;
 use ramwire::transport::rdma::connect_over;
 use ramwire::transport::{Address, DoorOptions, RdmaOptions, SourceDoor, StreamOptions, open_source};
+use rdma_hooks::tap::Tapped;
+use rdma_hooks::verbs::VerbsFabric;
 
 use super::super::bed::{self, Bed};
 use super::super::cost::Cost;
@@ -17,7 +20,6 @@ use super::super::own::{Still, guest};
 use super::super::peer::Peer;
 use super::super::watch::Watcher;
 use super::super::{BenchError, Run};
-use super::counting::{Counting, Posted};
 
 /// How ramwire goes over RDMA.
 #[derive(Clone, Debug)]
@@ -37,7 +39,7 @@ impl Ours {
         &self,
         bed: &Bed,
         watcher: &mut dyn Watcher,
-        posted: Option<Arc<Posted>>,
+        posted: Option<Arc<AtomicU64>>,
     ) -> Result<Run, BenchError> {
         let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
         let memory = guest(&mapping)?;
@@ -75,7 +77,7 @@ impl Ours {
         &self,
         address: &Address,
         memory: Arc<MappedGuest>,
-        posted: Option<Arc<Posted>>,
+        posted: Option<Arc<AtomicU64>>,
     ) -> Result<SourceDoor, BenchError> {
         let stop = Stop::never();
         let Some(posted) = posted else {
@@ -90,8 +92,11 @@ impl Ours {
                 answer: address,
             });
         };
-        let fabric = Counting::open(posted).map_err(|error| BenchError::NoRdma(Box::new(error)))?;
-        let (fabric, stream) = (Arc::new(fabric), StreamOptions::default());
-        Ok(connect_over(fabric, host, *port, memory, &stream, &self.options, &stop)?)
+        let verbs = VerbsFabric::open().map_err(|error| BenchError::NoRdma(Box::new(error)))?;
+        let counting = Tapped::new(verbs, move |posting| {
+            posted.fetch_add(posting.requests() as u64, Ordering::Relaxed);
+        });
+        let (counting, stream) = (Arc::new(counting), StreamOptions::default());
+        Ok(connect_over(counting, host, *port, memory, &stream, &self.options, &stop)?)
     }
 }
