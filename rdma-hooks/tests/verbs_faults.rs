@@ -11,6 +11,7 @@ mod common;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::device::address;
@@ -25,14 +26,24 @@ use rdma_hooks::{
 
 /// A fabric whose process dies when it sends the second message of a kind (or the first, if there is but one).
 fn dying(kind: Kind) -> Tapped<VerbsFabric> {
-    let once = matches!(kind, Kind::RamBlocksRequest | Kind::RamBlocksResult | Kind::Done | Kind::ZeroRuns);
+    let once = matches!(
+        kind,
+        Kind::RamBlocksRequest | Kind::RamBlocksResult | Kind::Done | Kind::ZeroRuns | Kind::Alive
+    );
     let left = AtomicU32::new(if once { 1 } else { 2 });
-    Tapped::new(VerbsFabric::open().unwrap(), move |posting| {
-        let Posting::Message(parts) = posting else { return };
-        if parts[0][4..8] == (kind as u32).to_be_bytes() && left.fetch_sub(1, Ordering::Relaxed) == 1 {
+    at_message(kind, move || {
+        if left.fetch_sub(1, Ordering::Relaxed) == 1 {
             println!("dying");
             std::process::abort();
         }
+    })
+}
+
+/// A fabric that calls back before a message of a kind is posted.
+fn at_message(kind: Kind, call: impl Fn() + Send + Sync + 'static) -> Tapped<VerbsFabric> {
+    Tapped::new(VerbsFabric::open().unwrap(), move |posting| match posting {
+        Posting::Message(parts) if parts[0][4..8] == (kind as u32).to_be_bytes() => call(),
+        _ => {}
     })
 }
 
@@ -51,10 +62,11 @@ fn plan_with(native: bool) -> Plan {
 }
 
 /// As many rounds as the message needs: a list of zero ranges goes only when several have gathered, which a quick
-/// destination may put off for many rounds.
+/// destination may put off for many rounds. A source says that it is alive when it has said nothing for a second.
 fn plan_for(kind: Kind, native: bool) -> Plan {
     let plan = plan_with(native);
-    Plan { rounds: if kind == Kind::ZeroRuns { u64::MAX } else { plan.rounds }, ..plan }
+    let holds = Duration::from_millis(if kind == Kind::Alive { 1500 } else { 0 });
+    Plan { rounds: if kind == Kind::ZeroRuns { u64::MAX } else { plan.rounds }, holds, ..plan }
 }
 
 /// Round after round until something breaks.
@@ -147,12 +159,12 @@ mod in_rxe_guest {
     fn r54_a_peer_that_dies_at_any_kind_of_message_is_noticed_in_seconds() {
         let address = address().expect("a device");
         use Kind::{
-            Compress, Done, Fence, RamBlocksRequest, RamBlocksResult, Ready, RegisterFinished,
+            Alive, Compress, Done, Fence, RamBlocksRequest, RamBlocksResult, Ready, RegisterFinished,
             RegisterRequest, RegisterResult, Stream, UnregisterFinished, UnregisterRequest, ZeroRuns,
         };
         let qemus =
             [Stream, RamBlocksRequest, Compress, RegisterRequest, RegisterFinished, UnregisterRequest];
-        let natives = [Stream, ZeroRuns, RegisterRequest, Fence, RegisterFinished];
+        let natives = [Stream, ZeroRuns, RegisterRequest, Fence, Alive, RegisterFinished];
         let of_both = qemus.map(|kind| (kind, false)).into_iter().chain(natives.map(|kind| (kind, true)));
         for (kind, native) in of_both {
             let fabric = VerbsFabric::open().unwrap();
@@ -163,7 +175,8 @@ mod in_rxe_guest {
             let (ended, noticed) = std::thread::scope(|scope| {
                 let survivor = scope
                     .spawn(|| (receive(&fabric, listener, &target, &plan_for(kind, native)), Instant::now()));
-                let died = wait_for_death(&mut child, &mut said);
+                let died = wait_for_death(&mut said, true);
+                child.wait().unwrap();
                 let (ended, at) = survivor.join().unwrap();
                 (ended, at.saturating_duration_since(died))
             });
@@ -174,11 +187,18 @@ mod in_rxe_guest {
             assert_gone(&ended.unwrap_err(), noticed);
         }
         let qemus = [Ready, RamBlocksResult, RegisterResult, UnregisterFinished];
-        let natives = [Ready, RegisterResult, Done];
+        // Nobody answers a source that is alive: the destination is killed when that is about to be said.
+        let natives = [Ready, RegisterResult, Done, Alive];
         let of_both = qemus.map(|kind| (kind, false)).into_iter().chain(natives.map(|kind| (kind, true)));
         for (kind, native) in of_both {
-            let fabric = VerbsFabric::open().unwrap();
-            let (mut child, mut said) = spawn("destination", &(kind as u32).to_string());
+            let (child, mut said) = spawn("destination", &(kind as u32).to_string());
+            let child = Arc::new(Mutex::new(child));
+            let victim = Arc::clone(&child);
+            let fabric = at_message(Alive, move || {
+                if kind == Alive {
+                    victim.lock().unwrap().kill().unwrap();
+                }
+            });
             let port = find(&mut said, "port ").expect("port").parse().unwrap();
             let mut guest = busy_guest();
             let (ended, noticed) = std::thread::scope(|scope| {
@@ -188,12 +208,13 @@ mod in_rxe_guest {
                         &address,
                         port,
                         &mut guest,
-                        &plan_with(native),
+                        &plan_for(kind, native),
                         &mut Counters::default(),
                     );
                     (sent, Instant::now())
                 });
-                let died = wait_for_death(&mut child, &mut said);
+                let died = wait_for_death(&mut said, kind != Alive);
+                child.lock().unwrap().wait().unwrap();
                 let (ended, at) = survivor.join().unwrap();
                 (ended, at.saturating_duration_since(died))
             });
@@ -220,11 +241,10 @@ mod in_rxe_guest {
             .find_map(|line| line.split_once(start).map(|(_, rest)| rest.to_owned()))
     }
 
-    fn wait_for_death(child: &mut Child, said: &mut impl BufRead) -> Instant {
-        find(said, "dying").expect("the other process dies as told");
-        let died = Instant::now();
-        child.wait().unwrap();
-        died
+    /// Waits for the last the other process says: that it dies, if it does that by itself.
+    fn wait_for_death(said: &mut impl BufRead, by_itself: bool) -> Instant {
+        assert_eq!(find(said, "dying").is_some(), by_itself, "the other process dies as told");
+        Instant::now()
     }
 
     #[test]

@@ -4,7 +4,7 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdma_hooks::sim::{Fault, Host, Part, Sim, SimConfig, SparseMemory};
 use rdma_hooks::{
@@ -167,6 +167,8 @@ pub struct Plan {
     pub window: u16,
     pub features: Features,
     pub rounds: u64,
+    /// How long the source holds back in each open round; only on a device, where time passes by itself.
+    pub holds: Duration,
 }
 
 impl Plan {
@@ -196,7 +198,7 @@ impl Plan {
         };
         let (data_queues, window) = (random.below(4) as u16, random.below(5) as u16);
         let (features, rounds) = (features(&mut random), random.below(4));
-        Self { sim, source, data_queues, window, features, rounds }
+        Self { sim, source, data_queues, window, features, rounds, holds: Duration::ZERO }
     }
 
     /// The same plan with something going wrong.
@@ -274,7 +276,7 @@ pub fn send<M: TestMemory>(
     }
     hooks.set_blocks(blocks)?;
     hooks.write_stream(&head, &stop)?;
-    round(&mut hooks, RamControl::Setup, &[], &stop)?;
+    round(&mut hooks, RamControl::Setup, &[], Duration::ZERO, &stop)?;
 
     let mut random = Random(plan.sim.seed ^ 77);
     let mut dirty = guest.all();
@@ -283,7 +285,7 @@ pub fn send<M: TestMemory>(
         let kind = if last { RamControl::Finish } else { RamControl::Round };
         let spans = spans(&dirty, guest, &mut random);
         hooks.write_stream(&[if last { b'F' } else { b'R' }], &stop)?;
-        round(&mut hooks, kind, &spans, &stop)?;
+        round(&mut hooks, kind, &spans, plan.holds, &stop)?;
         if !last {
             dirty = guest.run(20);
         }
@@ -303,6 +305,7 @@ fn round(
     hooks: &mut SourceHooks,
     kind: RamControl,
     spans: &[BlockSpan],
+    holds: Duration,
     stop: &Stop,
 ) -> Result<(), HooksError> {
     let mark = hooks.registration_start(kind)?.expect("no postcopy here");
@@ -318,6 +321,11 @@ fn round(
             assert!(now >= arrived, "tickets only grow");
             arrived = now;
         }
+    }
+    let until = Instant::now() + holds;
+    while Instant::now() < until {
+        hooks.collect()?;
+        std::thread::sleep(Duration::from_millis(5));
     }
     hooks.registration_stop(kind, stop)
 }
