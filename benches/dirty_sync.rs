@@ -2,7 +2,7 @@
 //!
 //! `source` is `WrittenPages::sync_into`, which also sets the bits of a map (and here clears them); `bare` is PAGEMAP_SCAN with a
 //! buffer that takes all regions at once and nothing done with them. Each iteration writes the pages first,
-//! untimed.
+//! untimed. Then both in turn, each going first every other time: the ratio's median and its interval of 95 %.
 #![allow(unsafe_code, missing_docs, clippy::unwrap_used)]
 
 use std::fs::File;
@@ -49,6 +49,27 @@ fn timed(iterations: u64, region: &HostRegion, mut sync: impl FnMut() -> u64) ->
     total
 }
 
+/// The source's time by the bare call's, one of each in turn; prints the median and the order statistics around it.
+fn ratio(backing: &str, mut source: impl FnMut() -> Duration, mut bare: impl FnMut() -> Duration) {
+    const PAIRS: usize = 1000;
+    let one_pair = |pair: usize| {
+        let (source, bare) = if pair.is_multiple_of(2) {
+            let source = source();
+            (source, bare())
+        } else {
+            let bare = bare();
+            (source(), bare)
+        };
+        source.as_secs_f64() / bare.as_secs_f64()
+    };
+    let mut ratios: Vec<f64> = (0..PAIRS).map(one_pair).collect();
+    ratios.sort_by(f64::total_cmp);
+    // 1.96 standard deviations of the number of heads in PAIRS throws, to either side.
+    let aside = (0.98 * (PAIRS as f64).sqrt()) as usize;
+    let [low, median, high] = [PAIRS / 2 - aside, PAIRS / 2, PAIRS / 2 + aside].map(|at| ratios[at]);
+    println!("{backing}: source / bare {median:.3} [{low:.3}, {high:.3}], {PAIRS} pairs");
+}
+
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     let mut group = criterion.benchmark_group("sync_1_gib_1000_dirty");
@@ -62,21 +83,19 @@ fn main() {
         let source = WrittenPages::new(&guest);
         source.start().unwrap();
         let mut map = PageBitmap::new(PAGES);
-        group.bench_function(format!("{backing}/source"), |b| {
-            b.iter_custom(|iterations| {
-                timed(iterations, region, || {
-                    source.sync_into(BlockIndex(0), &mut map).unwrap();
-                    map.clear_range(0..PAGES)
-                })
-            });
-        });
+        let mut source_arm = |iterations| {
+            timed(iterations, region, || {
+                source.sync_into(BlockIndex(0), &mut map).unwrap();
+                map.clear_range(0..PAGES)
+            })
+        };
+        group.bench_function(format!("{backing}/source"), |b| b.iter_custom(&mut source_arm));
         let pagemap = File::open("/proc/self/pagemap").unwrap();
         let mut regions = vec![[0; 3]; 2 * DIRTY as usize];
-        group.bench_function(format!("{backing}/bare"), |b| {
-            b.iter_custom(|iterations| {
-                timed(iterations, region, || bare_scan(&pagemap, region, &mut regions))
-            });
-        });
+        let mut bare_arm =
+            |iterations| timed(iterations, region, || bare_scan(&pagemap, region, &mut regions));
+        group.bench_function(format!("{backing}/bare"), |b| b.iter_custom(&mut bare_arm));
+        ratio(backing, || source_arm(1), || bare_arm(1));
         source.stop().unwrap();
     }
     group.finish();
