@@ -6,7 +6,7 @@ use crate::stream::Writer;
 use crate::stream::native::{MAX_DIGESTS, Order, STATE_SECTION};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::section::{self, SectionName};
-use crate::stream::qemu::tail::Tail;
+use crate::stream::qemu::tail::{Tail, without_devices};
 use crate::sys::{SendPart, Stop};
 use crate::transport::ChannelError;
 
@@ -26,6 +26,10 @@ impl SourceSession {
             self.send_native_state(&state)?;
             self.state = state;
         } else {
+            if state.is_empty() {
+                // Only so does the stream have an end.
+                state = without_devices(self.guest.memory.table().page().bytes());
+            }
             // A QEMU starts the guest when it has read the byte that ends the sections: that byte is COMMIT.
             self.commit_at = commit_at(&state);
             self.state = state;

@@ -294,3 +294,26 @@ fn a_guest_without_its_description_is_kept_as_incomplete_and_told_by_the_status(
         assert_eq!((&report["arrived"], &report["state"]), (&true.into(), &state.into()), "{report}");
     }
 }
+
+#[test]
+fn ram_alone_sent_to_a_file_can_be_received_from_it() {
+    let dir = scratch();
+    let (ram, file) = (dir.path().join("ram"), dir.path().join("stream"));
+    fill(&ram, 4, Pattern::Random { seed: 1 });
+    let (uri, block) = (format!("file:{}", file.display()), format!("m0={}", ram.display()));
+    Ramwire::start(dir.path(), &["send", &uri, "--json", "--ram"], &block).finished(Deadline::seconds(20), 0);
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let received = |into: &Path, uri: &str| {
+        let mut receiver = Ramwire::start(dir.path(), &["receive", uri, "--json", "--dir"], into);
+        let uri = receiver.listening();
+        (receiver, uri)
+    };
+    let report = received(&first, &uri).0.finished(Deadline::seconds(20), 0);
+    assert_eq!(report["state"], "whole");
+    compare(&ram, &first.join("ram-000.bin")).unwrap();
+    // Still a guest that only a ramwire can take.
+    let (mut receiver, uri) = received(&second, "tcp:127.0.0.1:0");
+    Ramwire::start(dir.path(), &["send", &uri, "--json", "--dir"], &first).finished(Deadline::seconds(20), 0);
+    receiver.finished(Deadline::seconds(20), 0);
+    compare(&ram, &second.join("ram-000.bin")).unwrap();
+}

@@ -6,7 +6,7 @@
 //! end of the connection ends the tail.
 
 use super::super::error::Fault;
-use super::section::{EOF, FOOTER, FOOTER_LEN, FULL};
+use super::section::{EOF, FOOTER, FOOTER_LEN, FULL, encode_eof, encode_vm_description};
 use super::vmdesc::{Split, VmDescription, split};
 
 /// Bytes of a candidate that are looked at: end of file, type byte, length, and the first two of the JSON.
@@ -41,6 +41,14 @@ pub struct Description {
     pub eof_at: usize,
     /// The device sections, as the description cuts them.
     pub split: Split,
+}
+
+/// The tail of a guest without device sections: end of file, and a description of none over pages of `page_size` bytes.
+pub fn without_devices(page_size: u64) -> Vec<u8> {
+    let mut out = Vec::new();
+    encode_eof(&mut out);
+    encode_vm_description(format!(r#"{{"page_size": {page_size}, "devices": []}}"#).as_bytes(), &mut out);
+    out
 }
 
 impl Tail {
@@ -187,6 +195,15 @@ mod tests {
         let mut short = Tail::default();
         push_all(&mut short, &whole[..whole.len() - 1], 10);
         assert!(short.description().is_none() && !short.may_end_here());
+    }
+
+    #[test]
+    fn a_tail_without_devices_has_its_end() {
+        let mut found = Tail::default();
+        let whole = without_devices(4096);
+        assert_eq!(push_all(&mut found, &whole, 5), whole.len());
+        let end = found.description().unwrap();
+        assert!(end.eof_at == 0 && end.split.is_exact());
     }
 
     #[test]
