@@ -70,7 +70,7 @@ impl Way {
             // Both ends lock their own copy, each in a process of its own.
             let bytes = blocks.iter().map(BlockSpec::length).sum();
             let bytes = args.rdma.options().pin_budget.map_or(bytes, |budget| budget.min(bytes));
-            let no = |why| OpenError::NoRdma { address: "rdma:".into(), why };
+            let no = |why| OpenError::NoRdma { address: "--transport rdma".into(), why };
             let address = Address::Rdma { host: rdma_address(bytes).map_err(no)?.to_string(), port: 0 };
             open("rdma", &address, why.to_owned(), within)
         };

@@ -15,6 +15,7 @@ mod arriving;
 mod private;
 mod stored;
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -48,6 +49,13 @@ pub enum State {
     Sent,
     /// It may run at another place.
     InDoubt,
+}
+
+/// As the manifest spells it.
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 /// One RAM block in the manifest.
@@ -149,7 +157,7 @@ pub enum StoreError {
         path: PathBuf,
     },
     /// It holds a guest already.
-    #[error("{path} holds a guest already (state {state:?}); name an empty folder")]
+    #[error("{path} holds a guest already (state {state}); name an empty folder")]
     Occupied {
         /// The folder.
         path: PathBuf,
@@ -165,7 +173,7 @@ pub enum StoreError {
         why: String,
     },
     /// The guest must not be sent.
-    #[error("{path}: the guest is {state:?}: {why}")]
+    #[error("{path}: the guest is {state}: {why}")]
     NotWhole {
         /// The folder.
         path: PathBuf,
