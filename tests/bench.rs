@@ -36,10 +36,11 @@ fn every_peer_moves_the_memory_and_its_figures_are_paired() {
         "ramwire+unix+whole",
     ];
     let drawn = tempfile::tempdir().unwrap();
-    for populated in ["yes", "backed", "no"] {
+    let all = [("yes", "shared"), ("backed", "shared"), ("no", "shared"), ("yes", "huge"), ("no", "huge")];
+    for (populated, memory) in all {
         let against = peers.join(",");
         let arguments = ["--ram", "32M", "--fill", "mixed:70", "--pairs", "2", "--json"];
-        let also = ["--against", &against, "--populated", populated];
+        let also = ["--against", &against, "--populated", populated, "--memory", memory];
         let picture = drawn.path().join("bars.svg");
         let svg = ["--svg", picture.to_str().unwrap()];
         let output = bench(dir.path(), &[&arguments[..], &also, &svg].concat());
@@ -47,7 +48,7 @@ fn every_peer_moves_the_memory_and_its_figures_are_paired() {
         assert!(output.status.success(), "{errors}");
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!((&report["ram_bytes"], &report["verified"]), (&(32 << 20).into(), &true.into()));
-        assert_eq!(report["populated"], populated);
+        assert_eq!((&report["populated"], &report["memory"]), (&populated.into(), &memory.into()));
         let picture = std::fs::read_to_string(picture).unwrap();
         assert!(picture.contains("<svg") && peers.iter().all(|peer| picture.contains(peer)), "{picture}");
         let contestants = report["contestants"].as_array().unwrap();
@@ -94,6 +95,11 @@ fn what_is_missing_or_too_small_is_said() {
     assert!(errors.contains("--memory-dir"), "{errors}");
     assert_eq!(left_over(dir.path()), 0);
     assert_eq!(bench(dir.path(), &["--against", "xen"]).status.code(), Some(2));
+    let backed = bench(
+        dir.path(),
+        &["--ram", "2M", "--against", "floor", "--memory", "huge", "--populated", "backed"],
+    );
+    assert!(String::from_utf8_lossy(&backed.stderr).contains("--populated yes or no"), "{backed:?}");
 }
 
 /// A signal ends the bench between two runs at the latest and leaves no memory behind.

@@ -8,6 +8,7 @@ use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
 
+use common::memory::{anonymous_huge_kib, has_huge_pages};
 use common::{Deadline, ramwire::Ramwire, scratch, skip};
 use serde_json::Value;
 
@@ -194,6 +195,31 @@ fn memory_of_pages_of_1_gib_moves_idle_and_written() {
             assert_eq!(out["pages_checked"], 1024 * 256 + 3);
         }
     }
+}
+
+/// The destination that the demo starts, looked at before a guest comes; and a guest that moves between two such ends.
+#[test]
+fn private_memory_has_huge_pages_where_they_are_asked_for() {
+    if !has_huge_pages() {
+        return;
+    }
+    let dir = scratch();
+    let destination = ["demo-destination", "tcp:127.0.0.1:0", "--guest", "synthetic", "--populate"];
+    let held = |option: &str| {
+        let arguments = [&destination[..], &[option]].concat();
+        let destination = Ramwire::start(dir.path(), &arguments, "--block=33554432:4096");
+        let out = destination.output();
+        let listens = || fs::read_to_string(&out).is_ok_and(|text| text.starts_with("tcp:")).then_some(());
+        Deadline::seconds(20).poll("the destination", String::new, listens);
+        anonymous_huge_kib(destination.pid())
+    };
+    assert!(held("--huge-pages") >= 16 << 10, "most of 32 MiB is in huge pages");
+    assert!(held("--block=4096:4096") < 16 << 10, "not unless asked for");
+    let busy = ["--working-set", "4M", "--dirty-rate", "30M"];
+    let out = demo(
+        &[&["--huge-pages", "--transport", "tcp", "--ram", "32M", "--block", "12K"], &busy[..]].concat(),
+    );
+    assert_eq!(out["pages_checked"], 32 * 256 + 3);
 }
 
 /// The VM of docs/examples/tiny-vmm: its vCPUs write, KVM tells which pages, and both the guest and its host look at them.

@@ -246,15 +246,11 @@ impl MemoryProvider for RelayMemory {
         let page = incoming.configuration.page_size.unwrap_or(PageSize::SIZE_4K);
         let mut builder = MappedGuest::builder(page);
         for block in &incoming.blocks {
-            let mapping = Mapping::anonymous(block.used_length).map_err(|error| Error::Config {
+            let mapping = Mapping::private(block.used_length, self.huge_pages);
+            let mapping = mapping.map_err(|error| Error::Config {
                 what: error.to_string(),
                 remedy: "a relay holds all of the guest's RAM; run it where there is room",
             })?;
-            if self.huge_pages
-                && let Err(error) = mapping.advise_huge_pages()
-            {
-                tracing::warn!(%error, "no huge pages for the guest's RAM");
-            }
             builder = builder.mapping(block.clone(), &mapping);
         }
         let memory: Arc<dyn GuestMemory> = Arc::new(builder.build()?);

@@ -96,6 +96,19 @@ impl Mapping {
         Ok(Self { region: region_of(map.into(), base_page()), file: None })
     }
 
+    /// As [`anonymous`](Self::anonymous); with `huge_pages` they are [asked for](Self::advise_huge_pages). A kernel that
+    /// has none is no error: the log says so, as a warning.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn private(len: u64, huge_pages: bool) -> Result<Self, MappingError> {
+        let mapping = Self::anonymous(len)?;
+        if huge_pages && let Err(error) = mapping.advise_huge_pages() {
+            tracing::warn!(%error, "no huge pages for the guest's RAM");
+        }
+        Ok(mapping)
+    }
+
     /// Private anonymous memory of huge `page`s; `len` is rounded up to whole ones.
     ///
     /// # Errors

@@ -101,3 +101,20 @@ pub(crate) fn compare(left: &Path, right: &Path) -> Result<usize, Difference> {
     }
     if found.pages == 0 && found.lengths.0 == found.lengths.1 { Ok(filled) } else { Err(found) }
 }
+
+/// KiB of private memory in huge pages that the process has (`AnonHugePages` of /proc/PID/smaps_rollup).
+pub(crate) fn anonymous_huge_kib(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("AnonHugePages:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// False, said aloud, where the kernel gives nobody huge pages for private memory.
+pub(crate) fn has_huge_pages() -> bool {
+    let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    let has = enabled.is_ok_and(|enabled| !enabled.contains("[never]"));
+    if !has {
+        super::skip("huge pages: madvise in /sys/kernel/mm/transparent_hugepage/enabled");
+    }
+    has
+}

@@ -50,6 +50,11 @@ impl Ramwire {
         self.child.id()
     }
 
+    /// The file that its standard output goes to.
+    pub(crate) fn output(&self) -> PathBuf {
+        self.out.clone()
+    }
+
     /// What it has printed to standard error.
     pub(crate) fn errors(&self) -> String {
         fs::read_to_string(&self.errors).unwrap_or_default()

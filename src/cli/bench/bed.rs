@@ -1,8 +1,9 @@
 //! The memory that every contestant moves: one file to read from, one to write to.
 
+use std::cell::Cell;
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -60,12 +61,24 @@ impl Fill {
     }
 }
 
+/// What a destination's memory is; a source's is a file in memory that both map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Memory {
+    /// A file in memory, mapped shared
+    Shared,
+    /// Private memory for which huge pages are asked, as a QEMU does for its `-m`
+    Huge,
+}
+
 /// Two files of the same length in memory, gone with this value.
 #[derive(Debug)]
 pub struct Bed {
     folder: PathBuf,
     bytes: u64,
     populated: Populated,
+    memory: Memory,
+    /// What arrives in private memory is to be in the file afterwards, too.
+    kept: Cell<bool>,
 }
 
 impl Bed {
@@ -73,11 +86,17 @@ impl Bed {
     ///
     /// # Errors
     /// [`BenchError::Memory`], with too little room in `base` as the likely cause.
-    pub fn make(base: &Path, bytes: u64, fill: Fill, populated: Populated) -> Result<Self, BenchError> {
+    pub fn make(
+        base: &Path,
+        bytes: u64,
+        fill: Fill,
+        populated: Populated,
+        memory: Memory,
+    ) -> Result<Self, BenchError> {
         let folder = base.join(format!("ramwire-bench-{}", std::process::id()));
-        std::fs::create_dir(&folder).map_err(|source| memory(&folder, source))?;
-        let bed = Self { folder, bytes, populated };
-        write_filled(&bed.source(), bytes, fill).map_err(|source| memory(&bed.source(), source))?;
+        std::fs::create_dir(&folder).map_err(|source| failed(&folder, source))?;
+        let bed = Self { folder, bytes, populated, memory, kept: Cell::new(false) };
+        write_filled(&bed.source(), bytes, fill).map_err(|source| failed(&bed.source(), source))?;
         bed.clear_destination()?;
         Ok(bed)
     }
@@ -107,6 +126,31 @@ impl Bed {
         self.populated
     }
 
+    /// What a destination's memory is.
+    pub fn memory(&self) -> Memory {
+        self.memory
+    }
+
+    /// True where a destination that holds its memory for itself leaves a copy in the file.
+    pub fn copies_back(&self) -> bool {
+        self.memory == Memory::Huge && self.kept.get()
+    }
+
+    /// One run into zeroed memory, and the first byte at which the two files differ then.
+    ///
+    /// # Errors
+    /// The run's, [`BenchError::Memory`].
+    pub fn compared<T>(
+        &self,
+        run: impl FnOnce() -> Result<T, BenchError>,
+    ) -> Result<(T, Option<u64>), BenchError> {
+        self.clear_destination()?;
+        self.kept.set(true);
+        let run = run();
+        self.kept.set(false);
+        Ok((run?, self.difference()?))
+    }
+
     /// Makes the destination all zero: pages that are there, or holes.
     ///
     /// # Errors
@@ -114,10 +158,12 @@ impl Bed {
     pub fn clear_destination(&self) -> Result<(), BenchError> {
         let path = self.destination();
         let cleared = match self.populated {
-            Populated::Yes | Populated::Backed => write_filled(&path, self.bytes, Fill::Zero),
-            Populated::No => File::create(&path).and_then(|file| file.set_len(self.bytes)),
+            Populated::Yes | Populated::Backed if self.memory == Memory::Shared => {
+                write_filled(&path, self.bytes, Fill::Zero)
+            }
+            _ => File::create(&path).and_then(|file| file.set_len(self.bytes)),
         };
-        cleared.map_err(|source| memory(&path, source))
+        cleared.map_err(|source| failed(&path, source))
     }
 
     /// Before each run: an unpopulated destination is populated and loses its pages again, so that every contestant
@@ -130,9 +176,9 @@ impl Bed {
             return Ok(None);
         }
         self.clear_destination()?;
-        let mapping = map(&self.destination(), self.bytes, false)?;
+        let mapping = self.memory.map(&self.destination(), self.bytes, false)?;
         let begun = Instant::now();
-        populate(whole(&mapping)?).map_err(|source| memory(&self.destination(), source))?;
+        populate(whole(&mapping)?).map_err(|source| failed(&self.destination(), source))?;
         let seconds = begun.elapsed().as_secs_f64();
         drop(mapping);
         self.clear_destination()?;
@@ -144,7 +190,7 @@ impl Bed {
     /// # Errors
     /// [`BenchError::Memory`].
     pub fn difference(&self) -> Result<Option<u64>, BenchError> {
-        compare(&self.source(), &self.destination()).map_err(|source| memory(&self.destination(), source))
+        compare(&self.source(), &self.destination()).map_err(|source| failed(&self.destination(), source))
     }
 }
 
@@ -154,7 +200,7 @@ impl Drop for Bed {
     }
 }
 
-fn memory(path: &Path, source: io::Error) -> BenchError {
+fn failed(path: &Path, source: io::Error) -> BenchError {
     BenchError::Memory { path: path.to_owned(), source }
 }
 
@@ -213,16 +259,50 @@ fn compare(one: &Path, other: &Path) -> io::Result<Option<u64>> {
     }
 }
 
+impl Memory {
+    /// A destination's memory: the bed's file `path`, or as much private memory.
+    ///
+    /// # Errors
+    /// [`BenchError::Memory`].
+    pub fn map(self, path: &Path, bytes: u64, populated: bool) -> Result<Mapping, BenchError> {
+        match self {
+            Self::Shared => map(path, bytes, populated),
+            Self::Huge => {
+                let mapping = Mapping::private(bytes, true);
+                let mapping = mapping.map_err(|error| failed(path, io::Error::other(error)))?;
+                populated_if(mapping, populated, path)
+            }
+        }
+    }
+}
+
+/// Copies what lies at `address` of process `pid` to the file `path`.
+///
+/// # Errors
+/// [`BenchError::Memory`].
+pub fn copy_back(pid: u32, address: u64, bytes: u64, path: &Path) -> Result<(), BenchError> {
+    let copy = || {
+        let mut memory = File::open(format!("/proc/{pid}/mem"))?;
+        memory.seek(SeekFrom::Start(address))?;
+        io::copy(&mut memory.take(bytes), &mut File::create(path)?)
+    };
+    copy().map(drop).map_err(|source| failed(path, source))
+}
+
 /// Maps a file of the bed; with `populated` every page is in the page tables before the clock starts.
 ///
 /// # Errors
 /// [`BenchError::Memory`].
 pub fn map(path: &Path, bytes: u64, populated: bool) -> Result<Mapping, BenchError> {
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|source| memory(path, source))?;
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|source| failed(path, source))?;
     let mapping = Mapping::file(OwnedFd::from(file), 0, bytes)
-        .map_err(|error| memory(path, io::Error::other(error.to_string())))?;
+        .map_err(|error| failed(path, io::Error::other(error.to_string())))?;
+    populated_if(mapping, populated, path)
+}
+
+fn populated_if(mapping: Mapping, populated: bool, path: &Path) -> Result<Mapping, BenchError> {
     if populated {
-        populate(whole(&mapping)?).map_err(|source| memory(path, source))?;
+        populate(whole(&mapping)?).map_err(|source| failed(path, source))?;
     }
     Ok(mapping)
 }
@@ -233,7 +313,7 @@ pub fn map(path: &Path, bytes: u64, populated: bool) -> Result<Mapping, BenchErr
 /// None in practice: the span is the mapping's own length.
 pub fn whole(mapping: &Mapping) -> Result<HostSpan<'_>, BenchError> {
     let region = mapping.region();
-    region.span(0, region.len()).map_err(|error| memory(Path::new("a mapping"), io::Error::other(error)))
+    region.span(0, region.len()).map_err(|error| failed(Path::new("a mapping"), io::Error::other(error)))
 }
 
 #[cfg(test)]
@@ -261,7 +341,7 @@ mod tests {
     #[test]
     fn a_difference_is_found_where_it_is_and_the_folder_goes() {
         let base = tempfile::tempdir().unwrap();
-        let bed = Bed::make(base.path(), 3 << 20, Fill::Random, Populated::No).unwrap();
+        let bed = Bed::make(base.path(), 3 << 20, Fill::Random, Populated::No, Memory::Shared).unwrap();
         assert_eq!(bed.difference().unwrap(), Some(0));
         let mut bytes = std::fs::read(bed.source()).unwrap();
         std::fs::write(bed.destination(), &bytes).unwrap();

@@ -301,8 +301,8 @@ fn offset_of(header: &[u8]) -> usize {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::cli::bench::Populated;
     use crate::cli::bench::bed::Fill;
+    use crate::cli::bench::{Memory, Populated};
     use std::net::TcpListener;
 
     /// Figures of a loop that moves something else than the memory would be worth nothing.
@@ -310,7 +310,9 @@ mod tests {
     fn every_pattern_moves_the_memory_whole() {
         let base = tempfile::tempdir().unwrap();
         // No multiple of any buffer.
-        let bed = Bed::make(base.path(), (5 << 20) + 3 * PAGE as u64, Fill::Random, Populated::Yes).unwrap();
+        let bed =
+            Bed::make(base.path(), (5 << 20) + 3 * PAGE as u64, Fill::Random, Populated::Yes, Memory::Shared)
+                .unwrap();
         let patterns = [Pattern::Direct, Pattern::Stream, Pattern::Packet];
         for (pattern, buffer) in patterns.iter().flat_map(|pattern| BUFFERS.map(|buffer| (*pattern, buffer)))
         {

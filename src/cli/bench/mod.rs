@@ -27,7 +27,7 @@ use ramwire::sys::CancelToken;
 use ramwire::transport::{ChannelError, OpenError};
 use serde::Serialize;
 
-use bed::{Bed, Fill};
+use bed::{Bed, Fill, Memory};
 use contestant::{Against, Mover};
 use cost::Cost;
 use floors::Pattern;
@@ -88,6 +88,9 @@ pub enum BenchError {
         /// Who does.
         known: &'static str,
     },
+    /// Private memory is the process's own.
+    #[error("--memory huge is there with its process only: give --populated yes or no")]
+    NotBacked,
     /// Somebody gave a signal.
     #[error("cancelled")]
     Cancelled,
@@ -168,6 +171,7 @@ enum What {
 Examples:
   ramwire bench migrate --against qemu10,floor --ram 4G --pairs 15
   ramwire bench migrate --against qemu10:4,memcpy --fill mixed:70 --json > figures.json
+  ramwire bench migrate --against qemu10,qemu10:4 --ram 1G --populated no --memory huge
   ramwire bench migrate --transport rdma --against qemu10,qemu72,ib_write_bw --ram 128M --pairs 5 --pin-all
 
 Peers over RDMA:
@@ -211,6 +215,9 @@ pub struct MigrateArgs {
     /// What the memory is before a run
     #[arg(long, value_enum, default_value_t = Populated::Yes)]
     populated: Populated,
+    /// What a destination's memory is
+    #[arg(long, value_enum, default_value_t = Memory::Shared)]
+    memory: Memory,
     /// Rounds; 15 and more for an interval that means something
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..10_000))]
     pairs: u32,
@@ -239,6 +246,16 @@ fn parse_size(text: &str) -> Result<u64, String> {
     let bytes = common::bytes(text)?;
     let whole = bytes > 0 && bytes.is_multiple_of(2 << 20);
     if whole { Ok(bytes) } else { Err("write a multiple of 2 MiB, like 512M or 4G".into()) }
+}
+
+impl MigrateArgs {
+    /// Memory that only its process has is either in the page tables or not there.
+    fn check(&self) -> Result<(), BenchError> {
+        match (self.memory, self.populated) {
+            (Memory::Huge, Populated::Backed) => Err(BenchError::NotBacked),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What ramwire's migration runs over.
@@ -364,13 +381,14 @@ fn over_rdma(_args: &MigrateArgs, _cancel: &CancelToken) -> Result<(), BenchErro
 }
 
 fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchError> {
+    args.check()?;
     let way = Way { channels: args.channels, unix: args.transport == Connection::Unix, whole: false };
     let default = [Against::Qemu { version: "10.0", channels: 0 }, Against::Floor(Pattern::Stream)];
     let given = args.against.as_deref().unwrap_or(&default);
     let against = || std::iter::once(Against::Ramwire(way)).chain(given.iter().copied());
     // Found before the memory is filled.
     let found = against().map(|one| Mover::of(one, args)).collect::<Result<Vec<_>, _>>()?;
-    let bed = Bed::make(&args.memory_dir, args.ram, args.fill, args.populated)?;
+    let bed = Bed::make(&args.memory_dir, args.ram, args.fill, args.populated, args.memory)?;
     let mut movers = Vec::new();
     for mover in found {
         movers.push(mover.settled(&bed, cancel)?);
@@ -383,14 +401,18 @@ fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchErro
         tracing::info!(round, who = %names[at], seconds = run.seconds, cost = ?run.cost(), "run");
         Ok(run)
     })?;
-    let populated = clap::ValueEnum::to_possible_value(&args.populated);
     let setting = Setting {
         ram_bytes: args.ram,
         fill: args.fill.to_string(),
-        populated: populated.map_or_else(String::new, |value| value.get_name().to_owned()),
+        populated: name_of(&args.populated),
+        memory: name_of(&args.memory),
         verified: !args.no_verify,
     };
     Ok(Report::new(setting, &names, &rounds))
+}
+
+fn name_of(value: &impl clap::ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
 /// `pairs` rounds in which every one of `movers` runs once; every other round goes backwards. One row per round.
@@ -419,11 +441,9 @@ fn turns(
 
 /// A run into zeroed memory that is compared afterwards.
 fn verified(name: &str, bed: &Bed, run: impl FnOnce() -> Result<Run, BenchError>) -> Result<Run, BenchError> {
-    bed.clear_destination()?;
-    let run = run()?;
-    match bed.difference()? {
-        None => Ok(run),
-        Some(at) => Err(BenchError::Differs { who: name.to_owned(), at }),
+    match bed.compared(run)? {
+        (run, None) => Ok(run),
+        (_, Some(at)) => Err(BenchError::Differs { who: name.to_owned(), at }),
     }
 }
 

@@ -144,13 +144,13 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::cli::bench::Populated;
-    use crate::cli::bench::bed::Fill;
+    use crate::cli::bench::bed::{Fill, Memory};
     use ramwire::transport::AllowList;
 
     #[test]
     fn the_destination_ends_up_with_the_same_memory() {
         let base = tempfile::tempdir().unwrap();
-        let bed = Bed::make(base.path(), 6 << 20, Fill::Mixed(70), Populated::Yes).unwrap();
+        let bed = Bed::make(base.path(), 6 << 20, Fill::Mixed(70), Populated::Yes, Memory::Shared).unwrap();
         for (channels, whole) in [(0, false), (3, false), (0, true)] {
             let way = Way { channels, whole, unix: false };
             bed.clear_destination().unwrap();

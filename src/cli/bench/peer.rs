@@ -13,7 +13,7 @@ use ramwire::sys::{Mapping, RecvPart, Stop};
 use ramwire::transport::{Address, AllowList, ByteSource, Listener, StreamChannel, StreamOptions};
 
 use super::BenchError;
-use super::bed::{self, Bed};
+use super::bed::{self, Bed, Memory};
 use super::cost::Cost;
 use super::floors::{self, Floor, Pattern};
 use super::own::{self, Way};
@@ -48,6 +48,12 @@ pub struct PeerArgs {
     /// Map every page before saying ready.
     #[arg(long)]
     populated: bool,
+    /// What the memory is.
+    #[arg(long, value_enum, default_value_t = Memory::Shared)]
+    memory: Memory,
+    /// Leave what has arrived in the file, if it is not there already.
+    #[arg(long)]
+    copy_back: bool,
     /// How the migration goes.
     #[command(flatten)]
     way: Way,
@@ -64,7 +70,7 @@ pub struct PeerArgs {
 /// # Errors
 /// [`BenchError`].
 pub fn serve(args: &PeerArgs) -> Result<(), BenchError> {
-    let mapping = bed::map(&args.ram, args.bytes, args.populated)?;
+    let mapping = args.memory.map(&args.ram, args.bytes, args.populated)?;
     let floor = |pattern| Floor { pattern, buffer: args.buffer };
     let before = match args.role {
         Role::FloorDirect => serve_loop(floor(Pattern::Direct), &mapping)?,
@@ -73,6 +79,10 @@ pub fn serve(args: &PeerArgs) -> Result<(), BenchError> {
         Role::Ramwire => serve_migration(&mapping, args)?,
     };
     let cost = cost()?.since(before);
+    if args.copy_back {
+        let address = mapping.region().address() as u64;
+        bed::copy_back(std::process::id(), address, args.bytes, &args.ram)?;
+    }
     println!("{}", serde_json::to_string(&cost).map_err(|error| failed("reporting")(error.into()))?);
     Ok(())
 }
@@ -146,6 +156,8 @@ impl Peer {
         command.args(["bench", "peer"]).args(role).arg("--ram").arg(bed.destination());
         command.args(["--bytes", &bed.bytes().to_string()]).args(more);
         command.args(bed.populated().mapped(true).then_some("--populated"));
+        command.args(["--memory", &super::name_of(&bed.memory())]);
+        command.args(bed.copies_back().then_some("--copy-back"));
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
         let mut child = child.map_err(failed("starting"))?;
         let Some(stdout) = child.stdout.take() else {

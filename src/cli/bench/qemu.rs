@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::bed::Bed;
+use super::bed::{self, Bed, Memory};
 use super::cost::Cost;
 use super::qmp::Monitor;
 use super::watch::{Unwatched, Watcher};
@@ -124,6 +124,11 @@ impl Qemu {
         target.monitor.await_migration(PATIENCE)?;
         let after = [&source, &target].map(cost);
         watcher.end()?;
+        if bed.copies_back() {
+            let pid = target.running.0.id();
+            let address = private_memory(pid, bed.bytes()).map_err(self.failed("finding its memory"))?;
+            bed::copy_back(pid, address, bed.bytes(), &bed.destination())?;
+        }
         // QEMU 7.2 says that it has completed a moment before it has its figures.
         let state = source.monitor.call("query-migrate", json!({}))?;
         let [near, far] = [0, 1].map(|at| Some(after[at]?.since(before[at]?)));
@@ -151,10 +156,11 @@ impl Qemu {
         let log = File::create(bed.folder().join(format!("{side}.log"))).map_err(self.failed("starting"))?;
         let megabytes = bed.bytes() >> 20;
         let prealloc = if populated { "on" } else { "off" };
-        let backend = format!(
-            "memory-backend-file,id=m0,size={megabytes}M,mem-path={},share=on,prealloc={prealloc}",
-            ram.display()
-        );
+        let backend = match bed.memory() {
+            Memory::Huge if side == "destination" => "memory-backend-ram".to_owned(),
+            _ => format!("memory-backend-file,mem-path={},share=on", ram.display()),
+        };
+        let backend = format!("{backend},id=m0,size={megabytes}M,prealloc={prealloc}");
         let mut command = Command::new(&self.program);
         command.args(["-accel", "tcg", "-machine", "q35,memory-backend=m0", "-m", &format!("{megabytes}M")]);
         command.args(["-object", &backend, "-nodefaults", "-display", "none", "-S"]);
@@ -172,6 +178,19 @@ impl Qemu {
         }
         Ok(Process { monitor: monitor?, running })
     }
+}
+
+/// Where process `pid` has a mapping of `bytes` bytes with no file behind it (proc_pid_maps(5)).
+fn private_memory(pid: u32, bytes: u64) -> io::Result<u64> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let found = maps.lines().find_map(|line| {
+        let (range, rest) = line.split_once(' ')?;
+        let (start, end) = range.split_once('-')?;
+        let [start, end] = [start, end].map(|hex| u64::from_str_radix(hex, 16).unwrap_or_default());
+        let inode = rest.split_whitespace().nth(3)?;
+        (end.checked_sub(start) == Some(bytes) && inode == "0").then_some(start)
+    });
+    found.ok_or_else(|| io::Error::other(format!("no private mapping of {bytes} bytes")))
 }
 
 /// The version a QEMU program says it is, like `10.0.2`.

@@ -22,6 +22,8 @@ pub struct Setting {
     pub fill: String,
     /// What the memory was before each run, as `--populated` says it.
     pub populated: String,
+    /// What the destination's memory was, as `--memory` says it.
+    pub memory: String,
     /// Whether the destination's memory was compared after each contestant's first run.
     pub verified: bool,
 }
@@ -127,10 +129,11 @@ impl Report {
         // Writing to a String can't fail.
         let _ = writeln!(
             out,
-            "{:.2} GB of {} memory, populated: {}, loopback, {rounds} rounds, {} CPUs, Linux {}",
+            "{:.2} GB of {} memory, populated: {}, memory: {}, loopback, {rounds} rounds, {} CPUs, Linux {}",
             self.setting.ram_bytes as f64 / GB,
             self.setting.fill,
             self.setting.populated,
+            self.setting.memory,
             self.cpus,
             self.kernel
         );
@@ -188,8 +191,11 @@ impl Report {
             Some(Bar { name: one.name.clone(), value: median, low, high })
         };
         let bars: Vec<Bar> = self.contestants.iter().filter_map(bar).collect();
-        let Setting { ram_bytes, fill, populated, .. } = &self.setting;
-        let title = format!("{:.2} GB of {fill} memory, populated: {populated}", *ram_bytes as f64 / GB);
+        let Setting { ram_bytes, fill, populated, memory, .. } = &self.setting;
+        let title = format!(
+            "{:.2} GB of {fill} memory, populated: {populated}, memory: {memory}",
+            *ram_bytes as f64 / GB
+        );
         plot::bars(&title, Axis { label: "GB/s", logarithmic: false, tick: plot::plain }, &bars)
     }
 
@@ -255,8 +261,8 @@ mod tests {
             })
             .collect();
         let names = ["ramwire".to_owned(), "other".to_owned()];
-        let (fill, populated) = ("random".into(), "no".into());
-        let setting = Setting { ram_bytes: 1_000_000_000, fill, populated, verified: true };
+        let (fill, populated, memory) = ("random".into(), "no".into(), "shared".into());
+        let setting = Setting { ram_bytes: 1_000_000_000, fill, populated, memory, verified: true };
         let report = Report::new(setting, &names, &rounds);
         let other = &report.contestants[1];
         let ratio = other.throughput_ratio.unwrap();

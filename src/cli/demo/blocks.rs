@@ -52,15 +52,19 @@ impl BlockSpec {
         std::iter::once(Self::new(ram, hugepages)).chain(others).collect()
     }
 
-    /// Fresh zero memory for `blocks`.
-    pub(super) fn memory(blocks: &[Self]) -> Result<MappedGuest, Box<dyn std::error::Error>> {
+    /// Fresh zero memory for `blocks`: shared, or private where the kernel is asked for `huge_pages` beside those of
+    /// hugetlbfs.
+    pub(super) fn memory(
+        blocks: &[Self],
+        huge_pages: bool,
+    ) -> Result<MappedGuest, Box<dyn std::error::Error>> {
         let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
         for (index, block) in blocks.iter().enumerate() {
             let name = format!("demo.ram{index}");
-            let mapping = if block.page == PageSize::SIZE_4K {
-                Mapping::memfd(&name, block.length)?
-            } else {
-                Mapping::memfd_huge(&name, block.length, block.page)?
+            let mapping = match block.page {
+                PageSize::SIZE_4K if huge_pages => Mapping::private(block.length, true)?,
+                PageSize::SIZE_4K => Mapping::memfd(&name, block.length)?,
+                page => Mapping::memfd_huge(&name, block.length, page)?,
             };
             builder = builder.mapping(RamBlock::new(BlockName::new(&name)?, block.length), &mapping);
         }

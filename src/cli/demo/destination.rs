@@ -55,6 +55,8 @@ pub(in crate::cli) struct Args {
     #[arg(long)]
     block: Vec<BlockSpec>,
     #[arg(long)]
+    huge_pages: bool,
+    #[arg(long)]
     populate: bool,
     #[command(flatten)]
     channels: ChannelArgs,
@@ -69,20 +71,16 @@ pub(super) struct Process {
 impl Process {
     pub(super) fn start(
         address: &Address,
-        guest: GuestKind,
+        demo: &super::Args,
         blocks: &[BlockSpec],
-        populate: bool,
-        channels: &ChannelArgs,
     ) -> Result<Self, Failure> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("demo-destination").arg(address.to_string()).args(["--guest", guest.name()]);
+        command.arg("demo-destination").arg(address.to_string()).args(["--guest", demo.guest.name()]);
         for block in blocks {
             command.arg("--block").arg(block.to_string());
         }
-        if populate {
-            command.arg("--populate");
-        }
-        command.args(channels.arguments());
+        command.args(demo.populate.then_some("--populate")).args(demo.huge_pages.then_some("--huge-pages"));
+        command.args(demo.channels.both().arguments());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or_else(|| io::Error::other("the destination has no output"))?;
         Ok(Self { child, out: BufReader::new(out) })
@@ -135,7 +133,7 @@ pub(in crate::cli) fn run(args: &Args) -> Exit {
 }
 
 fn receive(args: &Args) -> Result<Verdict, Failure> {
-    let memory = Arc::new(BlockSpec::memory(&args.block)?);
+    let memory = Arc::new(BlockSpec::memory(&args.block, args.huge_pages)?);
     if args.populate {
         for index in 0..args.block.len() as u32 {
             let table = memory.table();

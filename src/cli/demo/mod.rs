@@ -56,6 +56,10 @@ pub(super) struct Args {
     /// Page size of the memory behind the first block: 4K, 2M or 1G; huge ones must be reserved in /sys/kernel/mm/hugepages
     #[arg(long, value_name = "SIZE", default_value = "4K", value_parser = bytes)]
     hugepages: u64,
+    /// Private memory for the guest at both ends, with huge pages asked for (MADV_HUGEPAGE): first touches are faster, and
+    /// zero pages inside a huge page take memory
+    #[arg(long, conflicts_with = "hugepages")]
+    huge_pages: bool,
     /// Memory that the guest keeps writing
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = bytes)]
     working_set: u64,
@@ -134,7 +138,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
         );
     }
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block).map_err(Usage)?;
-    let memory = Arc::new(BlockSpec::memory(&blocks)?);
+    let memory = Arc::new(BlockSpec::memory(&blocks, args.huge_pages)?);
     let (guest, choice) = args.guest.filled(args, Arc::clone(&memory))?;
     let log = args.watch.create_log()?;
     let folder = Scratch::new()?;

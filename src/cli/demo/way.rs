@@ -52,8 +52,7 @@ impl Way {
         stop: &Stop,
     ) -> Result<(Self, SourceDoor), Failure> {
         let open = |transport, address: &Address, why, within: Option<Duration>| -> Result<_, Failure> {
-            let mut destination =
-                Process::start(address, args.guest, blocks, args.populate, args.channels.both())?;
+            let mut destination = Process::start(address, args, blocks)?;
             let (address, link) = through_link(destination.address()?, args.link_rate)?;
             let options = DoorOptions {
                 stream: local_options(),

@@ -32,6 +32,8 @@ struct Inner {
     mappings: Vec<Mapping>,
     /// With memory that no file holds yet: the files it goes to, block by block.
     held: Option<Vec<File>>,
+    /// Ask for huge pages for that memory.
+    huge_pages: bool,
     early: Vec<u8>,
     native: bool,
     /// Blocks that the guest's next place maps as its last one does.
@@ -54,6 +56,7 @@ impl ArrivingGuest {
             manifest: None,
             mappings: Vec::new(),
             held: None,
+            huge_pages: false,
             early: Vec::new(),
             native: false,
             shared: Vec::new(),
@@ -80,6 +83,16 @@ impl ArrivingGuest {
             inner.held = (kind.f_type != TMPFS_MAGIC).then(Vec::new);
         }
         Ok(self)
+    }
+
+    /// RAM arrives in private memory for which huge pages are asked, and is written to the files at the end: files have
+    /// none.
+    pub fn in_huge_pages(self) -> Self {
+        {
+            let mut inner = self.lock();
+            (inner.held, inner.huge_pages) = (Some(Vec::new()), true);
+        }
+        self
     }
 
     /// The manifest as it stands.
@@ -139,7 +152,10 @@ impl Inner {
             let mapping = match &mut self.held {
                 Some(files) => {
                     files.push(opened);
-                    Mapping::memfd(&file, block.used_length)
+                    match self.huge_pages {
+                        true => Mapping::private(block.used_length, true),
+                        false => Mapping::memfd(&file, block.used_length),
+                    }
                 }
                 None => Mapping::file_grown(opened.into(), 0, block.used_length, true),
             };

@@ -89,6 +89,7 @@ impl Mover {
 /// # Errors
 /// [`BenchError`].
 pub fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchError> {
+    args.check()?;
     let host = match &args.rdma.host {
         Some(host) => host.clone(),
         None => rdma_address(args.ram).map_err(|why| BenchError::NoRdma(Box::new(why)))?.to_string(),
@@ -101,7 +102,7 @@ pub fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, Bench
     let names: Vec<String> = all.iter().map(|against| against.to_string()).collect();
     let movers: Result<Vec<Mover>, _> = all.iter().map(|against| Mover::of(*against, &host, args)).collect();
     let movers = movers?;
-    let bed = Bed::make(&args.memory_dir, args.ram, args.fill, args.populated)?;
+    let bed = Bed::make(&args.memory_dir, args.ram, args.fill, args.populated, args.memory)?;
     let rounds = turns(args.pairs, movers.len(), cancel, |round, at| {
         let run = || movers[at].run(&bed, &mut Unwatched);
         let verify = round == 0 && !args.no_verify && movers[at].fills_destination();
