@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use rustix::event::PollFlags;
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 use super::door::OpenError;
 use super::{AllowList, ChannelError, StreamChannel, StreamOptions};
@@ -16,13 +16,18 @@ use crate::sys::{Stop, StopReason};
 /// Keepalive probes without an answer after which the peer is dead.
 const PROBES: u32 = 5;
 
+/// Congestion control within a host: every kernel has it and lets everyone choose it. It sends what there is room for,
+/// where BBR, which many hosts have as their default, waits for a timer between the segments.
+const WITHIN_HOST: &[u8] = b"reno";
+
 /// Connections that may wait to be accepted: a main channel and its page channels.
 const BACKLOG: i32 = 256;
 
 /// Sends at once what is written, and lets the kernel probe an idle connection so that a peer that answers
 /// nothing is dead after `dead_peer`: half of it idle, then probes. What waits for an acknowledgement is
 /// watched by the waits themselves. Buffer sizes are left to the kernel, which fits them to the path;
-/// a fixed size would switch that off (tcp(7)) and gained nothing over loopback.
+/// a fixed size would switch that off (tcp(7)) and gained nothing over loopback. So is the congestion control of a network;
+/// within this host there is none to be careful of.
 pub(super) fn tune(fd: BorrowedFd<'_>, dead_peer: Duration) -> io::Result<()> {
     let second = Duration::from_secs(1);
     let idle = (dead_peer / 2).max(second);
@@ -30,7 +35,19 @@ pub(super) fn tune(fd: BorrowedFd<'_>, dead_peer: Duration) -> io::Result<()> {
     let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(PROBES);
     let socket = SockRef::from(&fd);
     socket.set_tcp_nodelay(true)?;
+    if is_within_host(&socket) {
+        // A kernel that does not let us is slower, and no less right.
+        let _ = socket.set_tcp_congestion(WITHIN_HOST);
+    }
     socket.set_tcp_keepalive(&keepalive)
+}
+
+/// True if both ends are this host: the kernel gives a connection to one of its own addresses the same address at both
+/// ends.
+fn is_within_host(socket: &SockRef<'_>) -> bool {
+    let ip = |address: io::Result<SockAddr>| Some(address.ok()?.as_socket()?.ip().to_canonical());
+    let (near, far) = (ip(socket.local_addr()), ip(socket.peer_addr()));
+    near.zip(far).is_some_and(|(near, far)| near == far || near.is_loopback() && far.is_loopback())
 }
 
 /// Addresses of a host. Empty: loopback. The system's resolver can't be stopped, so it runs on a thread of
@@ -189,4 +206,35 @@ impl TcpListener {
 pub(super) fn is_gone(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::net::TcpStream;
+
+    #[test]
+    fn only_a_connection_within_this_host_leaves_the_hosts_own_congestion_control() {
+        let limit = Duration::from_secs(10);
+        for host in ["127.0.0.1", "::1", "::"] {
+            let Ok(listener) = std::net::TcpListener::bind((host, 0)) else {
+                eprintln!("skipped {host}: this host has no IPv6");
+                continue;
+            };
+            let port = listener.local_addr().unwrap().port();
+            // IPv4 to a socket of both kinds: its address is then a mapped one.
+            let near = TcpStream::connect((if host == "::" { "127.0.0.2" } else { host }, port)).unwrap();
+            let (far, _) = listener.accept().unwrap();
+            for end in [&near, &far] {
+                tune(end.as_fd(), limit).unwrap();
+                let chosen = SockRef::from(end).tcp_congestion().unwrap();
+                assert!(chosen.starts_with(WITHIN_HOST), "{host}: {chosen:?}");
+            }
+        }
+        let alone = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
+        let before = alone.tcp_congestion().unwrap();
+        tune(alone.as_fd(), limit).unwrap();
+        assert_eq!(alone.tcp_congestion().unwrap(), before);
+    }
 }

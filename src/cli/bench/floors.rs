@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use ramwire::sys::{CancelToken, FdKind, HostSpan, Mapping, RecvPart, SendPart, recv_parts, send_parts};
 use ramwire::transport::Address;
+use socket2::SockRef;
 
 use super::bed::{self, Bed};
 use super::cost::Cost;
@@ -126,6 +127,8 @@ pub fn run(floor: Floor, bed: &Bed) -> Result<Run, BenchError> {
     };
     let mut socket = TcpStream::connect((host.as_str(), *port)).map_err(failed("connecting"))?;
     socket.set_nodelay(true).map_err(failed("connecting"))?;
+    // As ramwire sends within a host.
+    SockRef::from(&socket).set_tcp_congestion(b"reno").map_err(failed("connecting"))?;
     let (begun, before) = (Instant::now(), cost()?);
     floor.send(&socket, memory).map_err(failed("sending"))?;
     socket.shutdown(Shutdown::Write).map_err(failed("sending"))?;
