@@ -7,7 +7,7 @@ use std::path::Path;
 
 use common::{
     Deadline,
-    memory::{Pattern, anonymous_huge_kib, compare, fill, has_huge_pages},
+    memory::{Pattern, compare, fill},
     qemu::{Guest, Machine, Version, peers_present},
     ramwire::Ramwire,
     scratch,
@@ -74,33 +74,6 @@ fn every_machine_rests_in_a_folder_and_goes_on() {
             }
         }
     }
-}
-
-/// With --huge-pages RAM is held in them until the end, and is in the folder then like any other.
-#[test]
-fn a_guest_arrives_in_huge_pages_and_goes_to_the_folder() {
-    if !peers_present() || !has_huge_pages() {
-        return;
-    }
-    let dir = scratch();
-    let (sent, folder) = (dir.path().join("sent"), dir.path().join("guest"));
-    fill(&sent, 64, Pattern::Mixed { seed: 5 });
-    let receive = ["receive", "tcp:127.0.0.1:0", "--json", "--huge-pages", "--dir"];
-    let mut receiver = Ramwire::start(dir.path(), &receive, &folder);
-    let uri = receiver.listening();
-    let before = anonymous_huge_kib(receiver.pid());
-    let mut source = Guest::new(Version::Qemu100, Machine::Microvm, &sent, 64).start(dir.path(), "source");
-    // Slow until it was seen.
-    source.set_parameters(json!({"max-bandwidth": 4 << 20}));
-    source.migrate(&uri);
-    let pid = receiver.pid();
-    let seen = || (anonymous_huge_kib(pid) >= before + 2048).then_some(());
-    Deadline::seconds(30).poll("huge pages of the receiver", String::new, seen);
-    source.set_parameters(json!({"max-bandwidth": 0}));
-    source.wait_completed(Deadline::seconds(60));
-    let report = receiver.finished(Deadline::seconds(30), 0);
-    assert_eq!(report["arrived"], true, "{report}");
-    compare(&sent, &ram_file(&folder, "m0")).unwrap_or_else(|d| panic!("in the folder: {d:?}"));
 }
 
 /// The RAM of both QEMUs is one file (`share=on`): it does not travel, and everything else does.

@@ -39,10 +39,6 @@ pub(super) struct Args {
     /// A RAM block that both ends of the guest's way map, where the source has x-ignore-shared: no page of it comes. Repeat for more
     #[arg(long, value_name = "BLOCK", value_parser = block_name)]
     ignore_shared: Vec<BlockName>,
-    /// Let RAM arrive in private memory with huge pages asked for (MADV_HUGEPAGE), and write it to the folder at the end:
-    /// first touches are faster; takes memory for all of the guest, and the guest stands still while it is written
-    #[arg(long)]
-    huge_pages: bool,
     /// Refuse a guest with more RAM than this
     #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
     max_ram: u64,
@@ -91,9 +87,6 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     drop(listener);
     if door.way.transport == "rdma" {
         guest = guest.written_by_nic()?;
-    }
-    if args.huge_pages {
-        guest = guest.in_huge_pages();
     }
     let way = door.way;
     let settings = DestinationSettings {

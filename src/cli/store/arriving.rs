@@ -32,8 +32,6 @@ struct Inner {
     mappings: Vec<Mapping>,
     /// With memory that no file holds yet: the files it goes to, block by block.
     held: Option<Vec<File>>,
-    /// Ask for huge pages for that memory.
-    huge_pages: bool,
     early: Vec<u8>,
     native: bool,
     /// Blocks that the guest's next place maps as its last one does.
@@ -56,7 +54,6 @@ impl ArrivingGuest {
             manifest: None,
             mappings: Vec::new(),
             held: None,
-            huge_pages: false,
             early: Vec::new(),
             native: false,
             shared: Vec::new(),
@@ -83,16 +80,6 @@ impl ArrivingGuest {
             inner.held = (kind.f_type != TMPFS_MAGIC).then(Vec::new);
         }
         Ok(self)
-    }
-
-    /// RAM arrives in private memory for which huge pages are asked, and is written to the files at the end: files have
-    /// none.
-    pub fn in_huge_pages(self) -> Self {
-        {
-            let mut inner = self.lock();
-            (inner.held, inner.huge_pages) = (Some(Vec::new()), true);
-        }
-        self
     }
 
     /// The manifest as it stands.
@@ -152,10 +139,7 @@ impl Inner {
             let mapping = match &mut self.held {
                 Some(files) => {
                     files.push(opened);
-                    match self.huge_pages {
-                        true => Mapping::private(block.used_length, true),
-                        false => Mapping::memfd(&file, block.used_length),
-                    }
+                    Mapping::memfd(&file, block.used_length)
                 }
                 None => Mapping::file_grown(opened.into(), 0, block.used_length, true),
             };
