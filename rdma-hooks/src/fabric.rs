@@ -459,6 +459,10 @@ pub trait Endpoint: Send {
     /// [`FabricError::Verb`].
     fn wait(&mut self, at_most: Duration) -> Result<(), FabricError>;
 
+    /// A number that changes when this end's device takes in what the peer sends, writes of memory as well as messages;
+    /// `None` if the device can't be asked. May cost it a command: for a wait now and then, not for the page path.
+    fn received_mark(&self) -> Option<u64>;
+
     /// What the connection manager says. Never waits.
     ///
     /// # Errors

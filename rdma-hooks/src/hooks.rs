@@ -165,8 +165,11 @@ pub enum HooksError {
         /// The round under way.
         want: u32,
     },
-    /// The source has said nothing in an open round, though it agreed to say that it is alive.
-    #[error("the source has said nothing for {after:?} in an open round: it is stopped, or hangs")]
+    /// The source has neither said nor, as far as this end's device tells, written anything in an open round.
+    #[error(
+        "the source has sent nothing for {after:?} in an open round: it is stopped, or hangs (a longer \
+         DestinationConfig::silence bears with one that is only slow)"
+    )]
     Silent {
         /// How long it was waited for.
         after: Duration,

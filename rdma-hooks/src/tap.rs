@@ -163,6 +163,10 @@ impl Endpoint for TappedEndpoint {
         self.inner.wait(at_most)
     }
 
+    fn received_mark(&self) -> Option<u64> {
+        self.inner.received_mark()
+    }
+
     fn link(&mut self) -> Result<LinkState, FabricError> {
         self.inner.link()
     }

@@ -16,7 +16,7 @@ use rdma_hooks::sim::{Fault, Host, SimConfig, SimFabric, SparseMemory};
 use rdma_hooks::{
     DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, FabricError, Features, HooksError,
     HostRegion, MigrationId, PageContent, RamBlock, RamControl, RegionMemory, SourceConfig, SourceHooks,
-    Stop, Stopped,
+    Stop,
 };
 
 #[test]
@@ -118,38 +118,88 @@ fn listening(data_queues: u16) -> DestinationConfig {
     DestinationConfig { data_queues, window: 2, silence, ..DestinationConfig::default() }
 }
 
-/// As a process that is stopped (SIGSTOP): its NIC goes on answering, its hooks are called no more.
+/// As a process that is stopped (SIGSTOP): its NIC goes on answering, its hooks are called no more. A ramwire or a QEMU,
+/// and a device that counts what it receives or one that does not.
 #[test]
 fn a_source_that_is_stopped_in_an_open_round_ends_its_destination() {
-    let (_stopped, (ended, waited), _) = both(
-        SimConfig::default(),
-        |fabric| begin_round(&fabric, native(1), &seconds(&fabric, 60)),
-        |fabric, mut listener| {
-            let stop = seconds(&fabric, 300);
-            let mut hooks = DestinationHooks::accept(listener.as_mut(), &listening(1), &stop).unwrap();
-            let started = fabric.now();
-            (serve(&mut hooks, ram(2 * MIB).1, 2, &stop), fabric.now() - started)
-        },
-    );
-    let ended = ended.unwrap_err();
-    assert!(matches!(ended, HooksError::Silent { .. }), "{ended:?}");
-    assert_eq!(ended.blame(), rdma_hooks::Blame::Peer);
-    assert!((10..12).contains(&waited.as_secs()), "{waited:?}");
+    let qemu = SourceConfig::default;
+    for (config, data_queues, counts_received, seconds_long) in [
+        (native(1), 1, true, 10..12),
+        (native(1), 1, false, 18..20),
+        (qemu(), 0, true, 10..12),
+        (qemu(), 0, false, 100..102),
+    ] {
+        let (_stopped, (ended, waited), _) = both(
+            SimConfig { counts_received, ..SimConfig::default() },
+            move |fabric| begin_round(&fabric, config, &seconds(&fabric, 60)),
+            move |fabric, mut listener| {
+                let stop = seconds(&fabric, 300);
+                let listening = listening(data_queues);
+                let mut hooks = DestinationHooks::accept(listener.as_mut(), &listening, &stop).unwrap();
+                let started = fabric.now();
+                (serve(&mut hooks, ram(2 * MIB).1, 2, &stop), fabric.now() - started)
+            },
+        );
+        let ended = ended.unwrap_err();
+        assert!(matches!(ended, HooksError::Silent { .. }), "{ended:?}");
+        assert_eq!(ended.blame(), rdma_hooks::Blame::Peer);
+        assert!(seconds_long.contains(&waited.as_secs()), "{waited:?}, not {seconds_long:?}");
+    }
 }
 
-/// A QEMU says nothing in a round, and may be long about it.
+/// With pin-all a source registers all its memory in the setup round, and says nothing meanwhile: minutes, if it is large.
 #[test]
-fn a_source_that_does_not_say_that_it_is_alive_is_waited_for() {
-    let (_silent, ended, _) = both(
+fn r37_a_source_that_registers_everything_is_given_the_time_for_it() {
+    for (mib, served) in [(64 << 10, true), (2, false)] {
+        let takes = [100, 1].map(Duration::from_secs);
+        let (_, ended, _) = both(
+            SimConfig { registration_takes: takes, ..SimConfig::default() },
+            move |fabric| {
+                let stop = seconds(&fabric, 300);
+                let config = SourceConfig { pin_all: true, ..SourceConfig::default() };
+                let mut hooks = SourceHooks::connect(&fabric, "sim", PORT, config, &stop).unwrap();
+                hooks.set_blocks(vec![ram(mib * MIB).1]).unwrap();
+                open(&mut hooks, RamControl::Setup, &stop);
+                (hooks.registration_stop(RamControl::Setup, &stop), hooks)
+            },
+            move |fabric, mut listener| {
+                let stop = seconds(&fabric, 300);
+                let mut hooks = DestinationHooks::accept(listener.as_mut(), &listening(0), &stop).unwrap();
+                serve(&mut hooks, ram(mib * MIB).1, 1, &stop)
+            },
+        );
+        let silent = matches!(ended, Err(HooksError::Silent { .. }));
+        assert!(if served { ended.is_ok() } else { silent }, "{mib} MiB: {ended:?}");
+    }
+}
+
+/// A QEMU says nothing in a round, and may be long about it: its writes are signs enough where the device counts them.
+#[test]
+fn a_source_that_says_nothing_but_writes_is_waited_for() {
+    let (_, served, _) = both(
         SimConfig::default(),
-        |fabric| begin_round(&fabric, SourceConfig::default(), &seconds(&fabric, 60)),
+        |fabric| {
+            let stop = seconds(&fabric, 300);
+            let (mut hooks, _memory) = begin_round(&fabric, SourceConfig::default(), &stop);
+            let mut nobody = fabric.listen("sim", PORT + 1).unwrap();
+            let said = hooks.counters().messages_sent;
+            for _ in 0..10 {
+                let moment = Stop::default().within(fabric.now(), Duration::from_secs(7));
+                assert!(nobody.next_request(&moment).is_err());
+                hooks.control_save_page(span(0, PAGE, PageContent::Data), &stop).unwrap();
+                hooks.drain(&stop).unwrap();
+            }
+            assert_eq!(hooks.counters().messages_sent, said, "70 s of writes alone");
+            hooks.registration_stop(RamControl::Round, &stop).unwrap();
+            hooks
+        },
         |fabric, mut listener| {
-            let stop = seconds(&fabric, 60);
+            let stop = seconds(&fabric, 300);
             let mut hooks = DestinationHooks::accept(listener.as_mut(), &listening(0), &stop).unwrap();
             serve(&mut hooks, ram(2 * MIB).1, 2, &stop)
         },
     );
-    assert!(matches!(ended, Err(HooksError::Stopped(Stopped::Deadline))), "{ended:?}");
+    served.unwrap();
 }
 
 /// An embedder that holds its pages back, for a limit perhaps, looks in and no more.

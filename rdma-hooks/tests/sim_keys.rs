@@ -209,7 +209,7 @@ fn simple(sim: SimConfig, pin_all: bool) -> (Result<Duration, HooksError>, Resul
 #[test]
 fn r37_registering_everything_may_take_long_and_both_ends_do_it_at_once() {
     let minutes = Duration::from_secs(120);
-    let sim = SimConfig { registration_takes: minutes, ..SimConfig::default() };
+    let sim = SimConfig { registration_takes: [minutes; 2], ..SimConfig::default() };
     let (source, destination, _) = simple(sim, true);
     destination.unwrap();
     let setup = source.unwrap();

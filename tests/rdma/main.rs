@@ -1,5 +1,5 @@
-//! `rdma:` on a soft-RoCE device: the demo, real QEMUs at either end, relays, and what `auto` does where RDMA does not
-//! work.
+//! `rdma:` on a soft-RoCE device: the demo, real QEMUs at either end, relays, ends that are stopped, and what `auto` does
+//! where RDMA does not work.
 #![cfg(feature = "rdma")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -8,6 +8,7 @@ mod common;
 
 mod auto;
 mod relay;
+mod stopped;
 
 use std::path::Path;
 use std::process::Command;

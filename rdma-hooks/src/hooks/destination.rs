@@ -1,5 +1,7 @@
 //! The destination's hooks: keys are granted, ranges zeroed, the byte stream arrives.
 
+mod silence;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,7 +20,7 @@ use crate::exchange::Receiver;
 use crate::fabric::{Access, AddressBase, FabricError, Listener, Registration};
 use crate::hooks::HooksError;
 use crate::region::HostRegion;
-use crate::stop::{Stop, Stopped};
+use crate::stop::Stop;
 use crate::stream::StreamReceiver;
 
 /// How long the source may take for its additional queue pairs.
@@ -41,9 +43,12 @@ pub struct DestinationConfig {
     pub window: u16,
     /// Messages of a source of this crate that may hold more than QEMU's.
     pub features: Features,
-    /// Longest silence in an open round of a source that says that it is alive
-    /// ([`Features::says_alive`]); `None` waits as long as its NIC answers. What is on its way in front of a message
-    /// delays it: allow for that.
+    /// Longest silence of a source in an open round; `None` waits as long as its NIC answers. Messages break it, and
+    /// writes too where this end's device keeps count of what it receives ([`Endpoint::received_mark`]). Where it does
+    /// not, a source that says that it is alive ([`Features::says_alive`]) has 8 s more, and one that does not, as a
+    /// QEMU, ten times as long.
+    ///
+    /// [`Endpoint::received_mark`]: crate::fabric::Endpoint::received_mark
     pub silence: Option<Duration>,
     /// Which peers may connect; `None` admits all.
     pub admit: Option<PeerFilter>,
@@ -100,6 +105,8 @@ pub struct DestinationHooks {
     exchanged: bool,
     rounds: u32,
     silence: Option<Duration>,
+    /// The devices' count of what they received, before the source could send.
+    mark: Option<u64>,
 }
 
 impl DestinationHooks {
@@ -162,9 +169,11 @@ impl DestinationHooks {
                 registered_bytes: 0,
                 exchanged: false,
                 rounds: 0,
+                mark: None,
             };
             let within = stop.within(hooks.stream.channel.now(), QUEUES_WITHIN);
             hooks.accept_data_queues(listener, &within)?;
+            hooks.mark = hooks.received_mark();
             return Ok(hooks);
         }
     }
@@ -263,25 +272,6 @@ impl DestinationHooks {
                 other => return Err(HooksError::unexpected(other.kind(), "a round was open")),
             };
             self.stream.done(slot, reply.as_ref(), stop)?;
-        }
-    }
-
-    /// Waits for the next message of an open round.
-    fn next_request(&mut self, stop: &Stop) -> Result<(usize, Message<'static>), HooksError> {
-        let Some(after) = self.silence.filter(|_| self.hears_alive()) else {
-            return self.stream.request(stop);
-        };
-        let bound = stop.within(self.stream.channel.now(), after);
-        match self.stream.request(&bound) {
-            Err(HooksError::Stopped(Stopped::Deadline)) if stop.check(self.stream.channel.now()).is_ok() => {
-                // Should this end have been stopped meanwhile, what the source said is here by now.
-                if self.stream.has_news()? {
-                    self.stream.request(stop)
-                } else {
-                    Err(HooksError::Silent { after })
-                }
-            }
-            request => request,
         }
     }
 

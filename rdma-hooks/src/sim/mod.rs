@@ -81,8 +81,10 @@ pub struct SimConfig {
     pub faults: Vec<(Host, Fault)>,
     /// Requests a queue pair takes at a time, at most.
     pub send_depth: usize,
-    /// How long a registration takes.
-    pub registration_takes: Duration,
+    /// How long a registration takes, at the first host and at the second.
+    pub registration_takes: [Duration; 2],
+    /// The devices keep count of what they receive ([`Endpoint::received_mark`]).
+    pub counts_received: bool,
     /// Memory of the second host that cannot be made resident, as a file system with DAX has it: registering it is
     /// refused unless it is on demand, which the device offers or not.
     pub on_demand: OnDemand,
@@ -109,7 +111,8 @@ impl Default for SimConfig {
             loss_per_mille: 0,
             faults: Vec::new(),
             send_depth: 512,
-            registration_takes: Duration::ZERO,
+            registration_takes: [Duration::ZERO; 2],
+            counts_received: true,
             on_demand: OnDemand::Unneeded,
         }
     }
@@ -321,7 +324,7 @@ impl Endpoint for SimEndpoint {
         access: Access,
         base: AddressBase,
     ) -> Result<Registration, FabricError> {
-        let takes = self.shared.lock().registration_takes();
+        let takes = self.shared.lock().registration_takes(self.id);
         if !takes.is_zero() {
             let world = self.shared.lock();
             let until = world.now + takes;
@@ -368,6 +371,10 @@ impl Endpoint for SimEndpoint {
         let until = world.now + at_most;
         drop(self.shared.wait(world, world::Place::Endpoint(self.id), until));
         Ok(())
+    }
+
+    fn received_mark(&self) -> Option<u64> {
+        self.shared.lock().received_mark(self.id)
     }
 
     fn link(&mut self) -> Result<LinkState, FabricError> {

@@ -146,6 +146,8 @@ pub(super) struct EndpointState {
     /// Requests not yet completed, oldest first: id, signalled, what.
     queue: VecDeque<(u64, bool, Operation)>,
     broken: bool,
+    /// Messages and writes that got here.
+    arrivals: u64,
     last_arrival: Duration,
     last_ack: Duration,
     random: u64,

@@ -324,6 +324,11 @@ impl Endpoint for VerbsEndpoint {
         Ok(())
     }
 
+    /// The packet that is expected next: acknowledgements of what this end sends, probes too, do not move it.
+    fn received_mark(&self) -> Option<u64> {
+        self.queue.expected_packet().map(u64::from)
+    }
+
     fn link(&mut self) -> Result<LinkState, FabricError> {
         self.take_cm_events()?;
         Ok(self.link)

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use rdma_sys::{
     ibv_ack_cq_events, ibv_comp_channel, ibv_cq, ibv_create_comp_channel, ibv_create_cq,
     ibv_destroy_comp_channel, ibv_destroy_cq, ibv_get_cq_event, ibv_poll_cq, ibv_post_recv, ibv_post_send,
-    ibv_qp, ibv_qp_init_attr, ibv_qp_type, ibv_recv_wr, ibv_req_notify_cq, ibv_send_wr, ibv_sge, ibv_wc,
-    rdma_create_qp, rdma_destroy_qp,
+    ibv_qp, ibv_qp_attr, ibv_qp_attr_mask, ibv_qp_init_attr, ibv_qp_type, ibv_query_qp, ibv_recv_wr,
+    ibv_req_notify_cq, ibv_send_wr, ibv_sge, ibv_wc, rdma_create_qp, rdma_destroy_qp,
 };
 
 use super::call::{check, check_ptr};
@@ -161,6 +161,17 @@ impl Queue {
     fn qp(&self) -> *mut ibv_qp {
         // SAFETY: the id is alive, and has its queue pair until `QueuePair` drops.
         unsafe { (*self.pair.0.as_ptr()).qp }
+    }
+
+    /// Sequence number of the packet that is due from the peer, 24 bits (`ibv_query_qp(3)`). Not every device keeps it
+    /// up to date.
+    pub(super) fn expected_packet(&self) -> Option<u32> {
+        // SAFETY: both are plain numbers and pointers that may be null, for which zeros are valid.
+        let (mut attr, mut init): (ibv_qp_attr, ibv_qp_init_attr) = unsafe { std::mem::zeroed() };
+        let wanted = ibv_qp_attr_mask::IBV_QP_RQ_PSN.0 as i32;
+        // SAFETY: the queue pair is alive; both arguments outlive the call.
+        let asked = unsafe { ibv_query_qp(self.qp(), &mut attr, wanted, &mut init) };
+        (asked == 0).then_some(attr.rq_psn)
     }
 
     /// Posts a chain of requests that are linked by `next`, with one doorbell.

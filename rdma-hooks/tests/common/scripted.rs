@@ -162,6 +162,10 @@ impl Endpoint for Scripted {
         Ok(())
     }
 
+    fn received_mark(&self) -> Option<u64> {
+        None
+    }
+
     fn link(&mut self) -> Result<LinkState, FabricError> {
         // The script is over: the peer is gone.
         let over = self.script.lock().unwrap().says.is_empty();

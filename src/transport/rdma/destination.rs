@@ -10,7 +10,7 @@ use rdma_hooks::{
     ReturnWriter, Stopped,
 };
 
-use super::source::{IN_FLIGHT_BYTES, own_room, time_for};
+use super::source::own_room;
 use super::{End, MAX_DATA_QUEUES, WINDOW, misused};
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{PageRun, RamBlock};
@@ -90,7 +90,7 @@ impl RdmaListener {
             // With one credit at a time the source has to wait for the next one, which it gets when it is read on.
             window: if rdma.wait_after_round { 1 } else { WINDOW },
             features: Features::ALL,
-            silence: options.stall.map(|stall| stall.saturating_add(time_for(IN_FLIGHT_BYTES))),
+            silence: options.stall,
             admit: Some(Arc::new(move |peer| allow.allows(peer.ip()))),
         };
         let bounds = end.patient(stop);
@@ -230,8 +230,9 @@ impl DestinationLink for RdmaSource {
         Ok(())
     }
 
-    /// A round of writes alone shows no sign here. A ramwire source says every second that it is alive, and is given up
-    /// after the stall time; a QEMU says nothing, and is waited for as long as its NIC answers.
+    /// May last as long as something comes. The NIC's writes show no sign here, and its answers to probes tell nothing of
+    /// the source's process: the hooks look whether the queue pair takes anything in, and give the source up after the
+    /// stall time without.
     fn receive_round(&mut self, stop: &Stop) -> Result<RoundReceived, MoveError> {
         let bounds = self.end.patient(stop);
         let Some(hooks) = &mut self.hooks else {

@@ -28,7 +28,7 @@ const LISTENING: &str = "waiting for an answer";
 
 /// Bytes of pages on their way at most. More fills no link any better, and hides from the page loop how fast pages
 /// really leave: 8 MiB are under way for 0.7 ms on a link of 100 Gb/s.
-pub(super) const IN_FLIGHT_BYTES: u64 = 8 << 20;
+const IN_FLIGHT_BYTES: u64 = 8 << 20;
 /// Pages in a batch: two chunks.
 const BATCH_PAGES: u32 = 512;
 /// The slowest device that still counts as moving, for bounds on waits for much.
@@ -214,7 +214,7 @@ fn control(kind: RoundKind) -> RamControl {
 }
 
 /// More time for a wait until `bytes` have moved.
-pub(super) fn time_for(bytes: u64) -> Duration {
+fn time_for(bytes: u64) -> Duration {
     Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND)
 }
 

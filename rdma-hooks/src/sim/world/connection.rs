@@ -30,6 +30,7 @@ impl World {
             completions: VecDeque::new(),
             queue: VecDeque::new(),
             broken: false,
+            arrivals: 0,
             last_arrival: self.now,
             last_ack: self.now,
             random,

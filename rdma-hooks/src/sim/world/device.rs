@@ -10,13 +10,18 @@ use crate::region::HostRegion;
 use crate::sim::{Fault, Host, OnDemand};
 
 impl World {
-    pub(in crate::sim) fn registration_takes(&self) -> Duration {
-        self.config.registration_takes
+    pub(in crate::sim) fn registration_takes(&self, id: EndpointId) -> Duration {
+        self.config.registration_takes[self.endpoints[id].host as usize]
     }
 
     /// Depth of the send queue, and whether registrations may be on demand.
     pub(in crate::sim) fn abilities(&self, id: EndpointId) -> (usize, bool) {
         (self.endpoints[id].send_depth, self.config.on_demand == OnDemand::Offered)
+    }
+
+    /// A device that does not count stands still, as some do that can be asked all the same.
+    pub(in crate::sim) fn received_mark(&self, id: EndpointId) -> Option<u64> {
+        Some(if self.config.counts_received { self.endpoints[id].arrivals } else { 0 })
     }
 
     pub(in crate::sim) fn register(

@@ -66,6 +66,7 @@ impl World {
             self.schedule(host, at, Event::Fail { to: from, operation, status });
             return false;
         }
+        self.endpoints[to].arrivals += 1;
         true
     }
 

@@ -1,0 +1,67 @@
+//! How long a source may be silent in an open round.
+
+use std::time::{Duration, Instant};
+
+use super::DestinationHooks;
+use crate::control::Message;
+use crate::hooks::HooksError;
+use crate::stop::{Stop, Stopped};
+
+/// A silent source's round is looked at this many times before the source is given up, and at least so often.
+const LOOKS: u32 = 4;
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// What may be on its way in front of a message: 8 MiB on a link of 1 MiB/s.
+const ON_ITS_WAY: Duration = Duration::from_secs(8);
+/// How much longer than anyone else a source may be silent that has no word for being alive, where its writes aren't
+/// counted: its last round takes as long as its operator allows the downtime to be.
+const UNSEEN_FACTOR: u32 = 10;
+/// Slowest registration of memory that counts as going on, bytes a second.
+const PINNED_PER_SECOND: u64 = 128 << 20;
+
+impl DestinationHooks {
+    /// Waits for the next message of an open round. The queue pair's state says that writes arrive, which nothing else
+    /// does: probes are answered by the NIC of a source whose process is stopped.
+    pub(super) fn next_request(&mut self, stop: &Stop) -> Result<(usize, Message<'static>), HooksError> {
+        let Some(silence) = self.silence else { return self.stream.request(stop) };
+        let mut seen: Option<(Option<u64>, Instant)> = None;
+        loop {
+            let look = stop.within(self.stream.channel.now(), (silence / LOOKS).min(LOOK_EVERY));
+            match self.stream.request(&look) {
+                Err(HooksError::Stopped(Stopped::Deadline)) => {}
+                request => return request,
+            }
+            let now = self.stream.channel.now();
+            stop.check(now)?;
+            let mark = self.received_mark();
+            let (before, since) = *seen.get_or_insert((mark, now));
+            if mark != before {
+                seen = Some((mark, now));
+                continue;
+            }
+            let silence = silence.saturating_add(self.registering());
+            // A device that has not counted the stream's messages counts nothing.
+            let after = match (mark != self.mark, self.hears_alive()) {
+                (true, _) => silence,
+                (false, true) => silence.saturating_add(ON_ITS_WAY),
+                (false, false) => silence.saturating_mul(UNSEEN_FACTOR),
+            };
+            // Should this end have been stopped meanwhile, what the source said is here by now.
+            if now.saturating_duration_since(since) >= after && !self.stream.has_news()? {
+                return Err(HooksError::Silent { after });
+            }
+        }
+    }
+
+    /// In the setup round with pin-all the source registers all its memory, and says and writes nothing meanwhile.
+    fn registering(&self) -> Duration {
+        let everything = self.granted.pin_all && self.rounds == 1;
+        let announced = self.blocks.announced().iter().filter(|_| everything);
+        Duration::from_secs(announced.map(|block| block.region.len()).sum::<u64>() / PINNED_PER_SECOND)
+    }
+
+    /// What the devices have received, all queue pairs together: any that moves moves the sum.
+    pub(super) fn received_mark(&self) -> Option<u64> {
+        let channels = std::iter::once(&self.stream.channel).chain(&self.stream.beside);
+        channels.map(|channel| channel.endpoint().received_mark()).sum()
+    }
+}
