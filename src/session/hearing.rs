@@ -22,6 +22,8 @@ use super::{Error, shared};
 impl DestinationSession {
     /// Reads until something is to be decided.
     pub(super) fn receive(&mut self, reader: &mut StreamReader) -> Result<Arrived, Error> {
+        // The last thing was a page, so more of them follow. Not in the last section: the source's guest waits for its end.
+        let mut bulk = false;
         loop {
             let StreamReader { stream, buffer, start, end, .. } = reader;
             match stream.next(&buffer[*start..*end])? {
@@ -34,8 +36,10 @@ impl DestinationSession {
                         let placing = self.placing.as_mut().ok_or_else(|| no_blocks("a page"))?;
                         placing.pages(block, offset, bytes, rest).map_err(|error| error.at(at))?;
                         *start += consumed + rest.len();
+                        bulk = self.ram_phase == Some(Phase::Part);
                         continue;
                     }
+                    bulk = false;
                     let seen = *stream.seen();
                     let fact = self.take(event, raw, seen).map_err(|error| error.at(at))?;
                     *start += consumed;
@@ -54,6 +58,7 @@ impl DestinationSession {
                     }
                     reader.make_room(needed);
                     let stop = &self.stop;
+                    self.source.set_bulk(bulk);
                     let got =
                         self.source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
                     if got == 0 {

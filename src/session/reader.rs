@@ -3,7 +3,7 @@
 use crate::stream::qemu::incoming::{IncomingConfig, IncomingStream};
 
 /// Bytes read at a time: a buffer that stays in the second-level cache costs less than the copy it saves.
-const BUFFER: usize = 128 << 10;
+const BUFFER: usize = 256 << 10;
 
 /// A parser, the bytes it has not taken yet, and how many have come in all.
 pub(super) struct StreamReader {

@@ -10,6 +10,7 @@ mod kvm_dirty;
 mod kvm_memory;
 #[cfg(feature = "kvm")]
 mod kvm_ring;
+mod low_water;
 mod mapping;
 mod memory_file;
 #[cfg(feature = "rdma")]
@@ -39,6 +40,7 @@ pub(crate) use kvm_dirty::KvmLog;
 pub use kvm_memory::KvmMemory;
 #[cfg(feature = "kvm")]
 pub(crate) use kvm_ring::DirtyRing;
+pub use low_water::set_low_water;
 pub use mapping::{Mapping, MappingError, discard, populate};
 pub use pagemap_scan::Pagemap;
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};

@@ -118,15 +118,32 @@ impl Stop {
             };
             // Rounded up to a millisecond, so that a short rest does not spin.
             let left = left.map(|left| left.max(Duration::from_millis(1)));
-            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
-            let event = self.cancel.0.event.as_ref().map_or(fd, AsFd::as_fd);
-            let watch = if self.cancel.0.event.is_some() { PollFlags::IN } else { what };
-            let mut fds = [PollFd::from_borrowed_fd(fd, what), PollFd::from_borrowed_fd(event, watch)];
-            match poll(&mut fds, timeout.as_ref()) {
-                Ok(_) if !fds[0].revents().is_empty() => return Ok(None),
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
+            if self.poll_once(fd, what, left)? {
+                return Ok(None);
             }
+        }
+    }
+
+    /// Waits for a moment that is too short to be told why it ended: at most `time`, to the microsecond and not to the
+    /// millisecond of [`wait`](Self::wait). What ended it is told by the next call on `fd`, and by [`reason`](Self::reason).
+    /// True if `fd` is ready.
+    ///
+    /// # Errors
+    /// What `poll(2)` says.
+    pub fn wait_briefly(&self, fd: BorrowedFd<'_>, what: PollFlags, time: Duration) -> io::Result<bool> {
+        self.poll_once(fd, what, Some(time))
+    }
+
+    /// Waits once, for `fd`, the cancel or the time; true if `fd` is ready.
+    fn poll_once(&self, fd: BorrowedFd<'_>, what: PollFlags, time: Option<Duration>) -> io::Result<bool> {
+        let timeout = time.and_then(|time| Timespec::try_from(time).ok());
+        let event = self.cancel.0.event.as_ref().map_or(fd, AsFd::as_fd);
+        let watch = if self.cancel.0.event.is_some() { PollFlags::IN } else { what };
+        let mut fds = [PollFd::from_borrowed_fd(fd, what), PollFd::from_borrowed_fd(event, watch)];
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) => Ok(!fds[0].revents().is_empty()),
+            Err(rustix::io::Errno::INTR) => Ok(false),
+            Err(errno) => Err(errno.into()),
         }
     }
 

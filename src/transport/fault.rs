@@ -234,6 +234,12 @@ impl<T: ByteSource> ByteSource for Faulty<T> {
         self.at += count as u64;
         Ok(count)
     }
+
+    fn set_bulk(&mut self, bulk: bool) {
+        if let Some(inner) = &mut self.inner {
+            inner.set_bulk(bulk);
+        }
+    }
 }
 
 #[cfg(test)]

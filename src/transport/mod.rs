@@ -13,6 +13,7 @@ mod exec;
 mod fault;
 mod file;
 mod loopback;
+mod low_water;
 mod multifd;
 mod obstacle;
 mod patience;
@@ -186,6 +187,11 @@ pub trait ByteSource: Send {
     /// # Errors
     /// [`ChannelError`].
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError>;
+
+    /// Whether more of the same follows the last bytes, as pages follow pages. Where it does and they came at a great pace,
+    /// a read may wait for less than a millisecond, so that it takes much at once. `false` at first, and to be said where
+    /// somebody waits for what comes of the next bytes.
+    fn set_bulk(&mut self, _bulk: bool) {}
 
     /// The door beside the stream, where pages come by one of their own. `None`: all pages are in the stream.
     fn rounds(&mut self) -> Option<&mut dyn DestinationLink> {

@@ -17,6 +17,9 @@ use crate::sys::{Stop, StopReason, TcpState, queued_bytes, tcp_state};
 /// Longest time between two looks at the connection.
 const LOOK: Duration = Duration::from_millis(500);
 
+/// Longest wait for as much as a socket's low-water mark says: what came short of it is taken then.
+const SHORT_OF_MARK: Duration = Duration::from_millis(50);
+
 /// One wait, from the last byte that moved on.
 pub(super) struct Patience<'a> {
     end: &'a End,
@@ -24,6 +27,8 @@ pub(super) struct Patience<'a> {
     stall: Option<Duration>,
     moved_at: Instant,
     queued: Option<u64>,
+    /// The last wait for a mark ended without.
+    short_of_mark: bool,
     /// Since when every look found bytes under way and no answer.
     silent_since: Option<Instant>,
 }
@@ -31,7 +36,8 @@ pub(super) struct Patience<'a> {
 impl<'a> Patience<'a> {
     /// Starts the clocks. `stall` of `None` waits as long as the peer is alive.
     pub(super) fn new(end: &'a End, doing: &'static str, stall: Option<Duration>) -> Self {
-        Self { end, doing, stall, moved_at: Instant::now(), queued: None, silent_since: None }
+        let moved_at = Instant::now();
+        Self { end, doing, stall, moved_at, queued: None, short_of_mark: false, silent_since: None }
     }
 
     /// Waits until the descriptor is ready. A wait to send also comes back after a while without: poll(2)
@@ -58,6 +64,21 @@ impl<'a> Patience<'a> {
                 return Ok(());
             }
         }
+    }
+
+    /// Waits until as much has come as the socket's low-water mark says, or a while has passed: what has come then is to be
+    /// read. The clocks are looked at only when that was nothing, by the next wait.
+    pub(super) fn wait_for_mark(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        if self.short_of_mark {
+            self.look(false)?;
+        }
+        let slice = self.stall.map_or(SHORT_OF_MARK, |stall| (stall / 4).min(SHORT_OF_MARK));
+        let ended = stop.within(slice).wait(self.end.fd.as_fd(), PollFlags::IN);
+        match ended.map_err(|source| self.end.broken(self.doing, source))? {
+            Some(StopReason::Cancelled) => return Err(self.stopped(StopReason::Cancelled)),
+            ended => self.short_of_mark = ended.is_some(),
+        }
+        Ok(())
     }
 
     /// Rests for a moment in a wait that no event ends, and looks at the clocks as `wait` does.

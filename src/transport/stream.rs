@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::Shutdown;
 
 use super::exec::ChildCommand;
+use super::low_water::{LowWater, MOMENT};
 use super::patience::Patience;
 use super::{ByteSink, ByteSource, ChannelError, tcp};
 use crate::sys::{
@@ -101,6 +102,13 @@ pub struct StreamChannel {
     end: Arc<End>,
     sent: u64,
     stall: Option<Duration>,
+    low_water: LowWater,
+}
+
+impl Drop for StreamChannel {
+    fn drop(&mut self) {
+        self.low_water.put_back(self.end.fd.as_fd());
+    }
 }
 
 impl StreamChannel {
@@ -150,12 +158,13 @@ impl StreamChannel {
             flags_before: blocking.then_some(flags),
             child,
         };
-        Ok(Self { end: Arc::new(end), sent: 0, stall: options.stall })
+        Ok(Self { end: Arc::new(end), sent: 0, stall: options.stall, low_water: LowWater::new(nature) })
     }
 
     /// Two halves of the same connection, for two threads. It closes with the later one.
     pub fn split(self) -> (Self, Self) {
-        let other = Self { end: Arc::clone(&self.end), sent: 0, stall: self.stall };
+        let low_water = LowWater::new(self.end.nature);
+        let other = Self { end: Arc::clone(&self.end), sent: 0, stall: self.stall, low_water };
         (self, other)
     }
 
@@ -408,34 +417,69 @@ impl ByteSink for StreamChannel {
     }
 }
 
-impl ByteSource for StreamChannel {
-    /// At the end of a command's output its exit status decides between 0 and an error. No room given is
-    /// answered with 0 too.
-    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
-        if into.iter().all(RecvPart::is_empty) {
+impl StreamChannel {
+    /// As [`recv`](ByteSource::recv), where `due` bytes are sure to come if the stream does not end: a wait may go on until
+    /// they are there, or many of them.
+    pub(super) fn recv_due(
+        &mut self,
+        into: &mut [RecvPart<'_>],
+        due: usize,
+        stop: &Stop,
+    ) -> Result<usize, ChannelError> {
+        let room = into.iter().map(RecvPart::len).sum();
+        if room == 0 {
             return Ok(0);
         }
         let end = &*self.end;
+        let fd = end.fd.as_fd();
         let mut patience: Option<Patience<'_>> = None;
+        let mut wait_first = self.low_water.waits_first(due);
+        if stop.reason().is_none() && self.low_water.waits_briefly(fd) {
+            let waited = stop.wait_briefly(fd, PollFlags::IN, MOMENT);
+            waited.map_err(|source| end.broken(RECEIVING, source))?;
+        }
         loop {
             let reason = stop.reason();
             if let Some(reason @ StopReason::Cancelled) = reason {
                 return Err(ChannelError::Stopped { reason, doing: RECEIVING });
             }
-            match recv_parts(end.fd.as_fd(), into) {
-                Ok(0) => return self.await_child(stop).map(|()| 0),
-                Ok(count) => return Ok(count),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    if let Some(reason) = reason {
-                        return Err(ChannelError::Stopped { reason, doing: RECEIVING });
+            // Once the time is over there is only a look.
+            if !std::mem::take(&mut wait_first) || reason.is_some() {
+                match recv_parts(fd, into) {
+                    Ok(0) => return self.await_child(stop).map(|()| 0),
+                    Ok(count) => {
+                        self.low_water.took(count, room);
+                        return Ok(count);
                     }
-                    patience
-                        .get_or_insert_with(|| Patience::new(end, RECEIVING, self.stall))
-                        .wait(PollFlags::IN, stop)?;
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                        if let Some(reason) = reason {
+                            return Err(ChannelError::Stopped { reason, doing: RECEIVING });
+                        }
+                    }
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                    Err(error) => return Err(end.broken(RECEIVING, error)),
                 }
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(end.broken(RECEIVING, error)),
+            }
+            let patience = patience.get_or_insert_with(|| Patience::new(end, RECEIVING, self.stall));
+            match self.low_water.before_wait(fd, due) {
+                true => patience.wait_for_mark(stop)?,
+                false => patience.wait(PollFlags::IN, stop)?,
             }
         }
     }
 }
+
+impl ByteSource for StreamChannel {
+    /// At the end of a command's output its exit status decides between 0 and an error. No room given is
+    /// answered with 0 too.
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
+        self.recv_due(into, 1, stop)
+    }
+
+    fn set_bulk(&mut self, bulk: bool) {
+        self.low_water.set_bulk(bulk);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -213,11 +213,12 @@ impl PageReceiver {
             parts.extend(span.part(skip, span.len() - skip).map(RecvPart::Guest));
             parts.extend(spans[first + 1..].iter().take(SPANS - 1).map(|span| RecvPart::Guest(*span)));
             let last = first + parts.len() == spans.len();
+            let due = spans[first..].iter().map(|span| span.len()).sum::<usize>() - skip;
             if last {
-                let due = header_len(self.common.page);
-                parts.push(RecvPart::Own(&mut self.head[..due]));
+                let header = header_len(self.common.page);
+                parts.push(RecvPart::Own(&mut self.head[..header]));
             }
-            let mut got = self.channel.recv(&mut parts, &self.stop)?;
+            let mut got = self.channel.recv_due(&mut parts, due, &self.stop)?;
             if got == 0 {
                 return Err(self.closed("waiting for the pages of a packet").into());
             }
@@ -250,7 +251,8 @@ impl PageReceiver {
                 let room = RecvPart::Own(&mut self.pages[filled..want]);
                 // What comes behind the payload is the next header.
                 let header = RecvPart::Own(&mut self.head[..if at + want == total { due } else { 0 }]);
-                let got = self.channel.recv(&mut [room, header], &self.stop)?;
+                let missing = total - at - filled;
+                let got = self.channel.recv_due(&mut [room, header], missing, &self.stop)?;
                 if got == 0 {
                     return Err(self.closed("waiting for the pages of a packet").into());
                 }
@@ -269,7 +271,8 @@ impl PageReceiver {
         let mut filled = 0;
         while filled < payload {
             let room = &mut self.payload[filled..];
-            let got = self.channel.recv(&mut [RecvPart::Own(room)], &self.stop)?;
+            let due = room.len();
+            let got = self.channel.recv_due(&mut [RecvPart::Own(room)], due, &self.stop)?;
             if got == 0 {
                 return Err(self.closed("waiting for the pages of a packet").into());
             }
