@@ -110,6 +110,10 @@ fn connect_one(
     let socket =
         Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).map_err(broken)?;
     socket.set_nonblocking(true).map_err(broken)?;
+    if address.ip().to_canonical().is_loopback() {
+        // Before it is connected: a socket that BBR has once begun on is paced from then on, whatever sends by it.
+        let _ = socket.set_tcp_congestion(WITHIN_HOST);
+    }
     match socket.connect(&address.into()) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
