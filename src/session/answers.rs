@@ -108,7 +108,7 @@ impl SourceSession {
     }
 
     pub(super) fn await_running(&mut self) -> Result<Input, Error> {
-        if !self.handover.has_running() {
+        if !self.handover.has_running() || self.breakage.is(Breakage::CompleteAtCommit) {
             return Ok(Input::Running);
         }
         let after = self.settings.finish_timeout;

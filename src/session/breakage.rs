@@ -29,6 +29,8 @@ pub(super) enum Breakage {
     ResumeAfterCommit,
     /// Order 6: a cancel breaks the wait for RUNNING.
     BreakOffAfterCommit,
+    /// Orders 3 and 6: the source says that it is done, and its memory free for others, when it has said COMMIT.
+    CompleteAtCommit,
     /// Order 6: the destination does not wait for COMMIT.
     ResumeBeforeCommit,
     /// Order 6: the destination says READY whatever the digests say.
@@ -56,7 +58,7 @@ pub(super) enum Breakage {
 impl Breakage {
     /// All but `None` and what only [`relay_tests`](super::relay_tests) switch off.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 21] = [
+    pub(super) const ALL: [Self; 22] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
         Self::SkipBarrier,
@@ -68,6 +70,7 @@ impl Breakage {
         Self::CommitBeforeReady,
         Self::ResumeAfterCommit,
         Self::BreakOffAfterCommit,
+        Self::CompleteAtCommit,
         Self::ResumeBeforeCommit,
         Self::SkipComparing,
         Self::RegisterUnpromised,

@@ -11,6 +11,7 @@ use super::channel::SimSink;
 use super::guest::PAGE;
 use super::plan::{Barrier, DoorKind, Fault, LateDoor, Plan, Side};
 use super::world::{Mark, Sim, World};
+use crate::guest::MappedGuest;
 use crate::ram::{MoverAbilities, PageBatch, PageBitmap, Piece, RoundKind, Verdict};
 use crate::stream::qemu::ram::Record;
 use crate::sys::{SendPart, Stop};
@@ -113,6 +114,11 @@ impl DoorState {
         self.kind.and_then(|door| door.barrier)
     }
 
+    /// Pages are read when they are delivered.
+    pub(super) fn refers(&self) -> bool {
+        self.kind.is_some_and(|door| door.by_reference)
+    }
+
     /// The destination's session holds the channels at fences, and that is all that does.
     pub(super) fn has_barriers(&self) -> bool {
         self.barrier().is_some()
@@ -188,7 +194,12 @@ impl World {
                 continue;
             }
             let channel = self.rng.below(self.door.channels.len() as u64) as usize;
-            if self.rng.one_in(2) { self.read_one(channel) } else { self.place_one(channel) }
+            if self.rng.one_in(2) {
+                self.read_one(channel);
+            } else if !self.door.refers() || self.rng.one_in(8) {
+                // A queue that nobody has to wait for is a long one.
+                self.place_one(channel);
+            }
         }
     }
 
@@ -203,13 +214,9 @@ impl World {
             _ => None,
         });
         let Some(batch) = unread else { return };
-        let mut bytes = Vec::new();
+        let mut bytes = bytes_of(&self.guest.memory[Side::Source as usize], &batch.pieces);
+        let mut from = 0;
         for piece in batch.pieces.iter().filter(|piece| piece.verdict != Verdict::Zero) {
-            let region = self.guest.memory[0].region(piece.run.block).unwrap();
-            let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
-            let from = bytes.len();
-            bytes.resize(from + len as usize, 0);
-            region.span(start, len).unwrap().copy_to(&mut bytes[from..]);
             for page in 0..piece.run.pages {
                 let at = (piece.run.block.0, piece.run.first.0 + page);
                 if let Some(old) = self.door.old_pages.get(&at) {
@@ -217,6 +224,7 @@ impl World {
                     bytes[from..from + PAGE].copy_from_slice(old);
                 }
             }
+            from += piece.run.pages as usize * PAGE;
         }
         batch.bytes = Some(bytes);
         let ticket = batch.ticket;
@@ -241,7 +249,20 @@ impl World {
             self.mark(Mark::Overtaken);
         }
         self.door.last_placed = self.door.last_placed.max(batch.order);
-        let mut bytes = batch.bytes.as_deref().unwrap_or(&[]);
+        let mut bytes = batch.bytes.unwrap_or_default();
+        if self.door.refers() {
+            let now = bytes_of(&self.guest.memory[Side::Source as usize], &batch.pieces);
+            if now != bytes {
+                self.mark(Mark::Newer);
+            }
+            // Each line of a page is as old as it happens to be: read between the send and now.
+            for (old, new) in bytes.chunks_mut(64).zip(now.chunks(64)) {
+                if !self.rng.one_in(4) {
+                    old.copy_from_slice(new);
+                }
+            }
+        }
+        let mut bytes = &bytes[..];
         for piece in &batch.pieces {
             let region = self.guest.memory[1].region(piece.run.block).unwrap();
             let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
@@ -266,6 +287,19 @@ impl World {
             self.violation("bytes were sent while a round of an exclusive door was open");
         }
     }
+}
+
+/// What the whole pages of `pieces` hold, one behind the other.
+fn bytes_of(memory: &MappedGuest, pieces: &[Piece]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for piece in pieces.iter().filter(|piece| piece.verdict != Verdict::Zero) {
+        let region = memory.region(piece.run.block).unwrap();
+        let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
+        let from = bytes.len();
+        bytes.resize(from + len as usize, 0);
+        region.span(start, len).unwrap().copy_to(&mut bytes[from..]);
+    }
+    bytes
 }
 
 /// The handle of the late door.

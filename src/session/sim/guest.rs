@@ -159,6 +159,18 @@ impl Guest {
 }
 
 impl World {
+    /// The guest has gone, and whoever had its memory uses it for something else.
+    pub(super) fn reuse_memory(&mut self) {
+        for (block, (pages, _)) in self.plan.blocks.iter().enumerate() {
+            if self.plan.ignored != Some(block as u32) {
+                let region =
+                    self.guest.memory[Side::Source as usize].region(BlockIndex(block as u32)).unwrap();
+                let span = region.span(0, pages * PAGE as u64).unwrap();
+                span.copy_from(&vec![0xee; span.len()]);
+            }
+        }
+    }
+
     /// The guest runs for a moment, wherever it runs.
     pub(super) fn guest_writes(&mut self) {
         let every = self.plan.write_every;

@@ -94,6 +94,11 @@ impl Coverage {
             ("pages overtaken", marked(Mark::Overtaken)),
             ("pages overtaken on page channels", world.door.has_barriers() && marked(Mark::Overtaken)),
             ("completed on page channels", world.door.has_barriers() && sent.outcome == Outcome::Completed),
+            ("page newer than when it was sent", marked(Mark::Newer)),
+            (
+                "completed with pages by reference",
+                world.door.refers() && sent.outcome == Outcome::Completed && world.plan.fault.is_none(),
+            ),
             ("memory registered", marked(Mark::Registered)),
             ("page given back before or after", marked(Mark::GivenBack)),
             ("hint taken", marked(Mark::Hinted)),
@@ -196,6 +201,8 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::CommitBeforeReady => &["COMMIT was said before READY"],
         Breakage::ResumeAfterCommit => &["while it runs on the other side"],
         Breakage::BreakOffAfterCommit => &["a cancel left the guest in doubt"],
+        // Pages that are read when they are delivered are those of whoever has the memory by then.
+        Breakage::CompleteAtCommit => &["started with other memory"],
         Breakage::ResumeBeforeCommit => &["while it runs on the other side"],
         Breakage::SkipComparing => &["started with other memory"],
         // A relay's, which is not simulated here: `relay_tests`.

@@ -155,6 +155,8 @@ pub(super) struct LateDoor {
     pub(super) fence_waits: bool,
     /// Page channels as those of multifd: the destination's session holds them at each fence.
     pub(super) barrier: Option<Barrier>,
+    /// Batches come back before their bytes are read: the pages are read when they are delivered (splice(2)).
+    pub(super) by_reference: bool,
     /// A NIC reads the pages: those that lay under the addresses when it was told of them.
     pub(super) registers: bool,
 }
@@ -230,7 +232,7 @@ impl Plan {
         let hot = 1 + rng.below_one_of(&[total, total / 4, total / 16]);
         let working_set = (0..hot).map(|_| page_at(&blocks, rng.below(total))).collect();
         let peer = rng.pick(&[PeerKind::Greeted, PeerKind::Ramwire, PeerKind::Qemu]);
-        let door = draw_door(&mut rng);
+        let door = draw_references(seed, draw_door(&mut rng));
         let fault = draw_fault(&mut rng, total, door);
         // Towards a QEMU and without a digest a flipped bit in a page can't be seen.
         let flips = matches!(fault, Some(Fault::Wire { wire: Wire::Flip(_), .. }));
@@ -314,6 +316,7 @@ fn draw_door(rng: &mut Rng) -> DoorKind {
         slowness: rng.pick(&[1, 6, 40]),
         fence_waits: rng.one_in(3),
         barrier: None,
+        by_reference: false,
         registers: false,
     };
     let barrier = rng.pick(&[Barrier::Record, Barrier::SectionEnd]);
@@ -330,6 +333,16 @@ fn draw_door(rng: &mut Rng) -> DoorKind {
             ..door
         },
     })
+}
+
+/// Half of the page channels send by reference; drawn apart, so that the rest of a seed is as it was without.
+fn draw_references(seed: u64, door: DoorKind) -> DoorKind {
+    match door {
+        DoorKind::Late(door) if door.barrier.is_some() => {
+            DoorKind::Late(LateDoor { by_reference: Rng::new(seed ^ 0x5911_ce00).one_in(2), ..door })
+        }
+        other => other,
+    }
 }
 
 fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {

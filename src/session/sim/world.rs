@@ -29,6 +29,7 @@ pub(super) enum Mark {
     Declined,
     Reclaimed,
     Overtaken,
+    Newer,
     CancelRaised,
     Killed,
     Cut,
