@@ -28,8 +28,8 @@ use ramwire::session::{
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
 use ramwire::transport::{
-    AllowList, ByteSink, ByteSource, ChannelOptions, DoorOptions, Listener, StreamBreaker, StreamChannel,
-    StreamOptions, open_source,
+    AllowList, ByteSink, ByteSource, ChannelOptions, DoorOptions, Listener, PageSending, StreamBreaker,
+    StreamChannel, StreamOptions, open_source,
 };
 use ramwire::units::{BlockIndex, BlockOffset, PageSize};
 use seccompiler::{BpfProgram, TargetArch, apply_filter, compile_from_json};
@@ -211,8 +211,14 @@ struct Connected {
 }
 
 fn connected(door: &str, memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connected {
-    if door == "channels" || door == "lent" {
-        return with_channels(memory, spawner, door == "lent");
+    let sending = match door {
+        "channels" => Some(PageSending::Copy),
+        "spliced" => Some(PageSending::Splice),
+        "lent" => Some(PageSending::ZeroCopy),
+        _ => None,
+    };
+    if let Some(sending) = sending {
+        return with_channels(memory, spawner, sending);
     }
     let [near, far] =
         pair(door).map(|fd| StreamChannel::from_fd(fd, "peer", &StreamOptions::default()).unwrap());
@@ -226,10 +232,10 @@ fn connected(door: &str, memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connec
 }
 
 /// The same with two page channels. Which connection is the main one shows in its first bytes.
-fn with_channels(memory: &Arc<MappedGuest>, spawner: &Spawner, zero_copy: bool) -> Connected {
+fn with_channels(memory: &Arc<MappedGuest>, spawner: &Spawner, sending: PageSending) -> Connected {
     let stop = Stop::on(&CancelToken::default());
     let channels =
-        ChannelOptions { count: 2, zero_copy, spawn: spawner.callback(), ..ChannelOptions::default() };
+        ChannelOptions { count: 2, sending, spawn: spawner.callback(), ..ChannelOptions::default() };
     let options = DoorOptions { channels, ..DoorOptions::default() };
     let mut listener =
         Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop).unwrap();
@@ -346,6 +352,8 @@ fn a_migration_that_asks_the_kernel_for_written_pages_needs_no_other_call() {
 #[test]
 fn page_channels_need_no_other_call() {
     must_migrate("channels completed software all");
+    must_migrate("spliced completed software all");
+    must_migrate("spliced cancelled software all");
     must_migrate("lent completed software all");
     must_migrate("channels cancelled software all");
 }

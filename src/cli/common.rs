@@ -10,7 +10,7 @@ use ramwire::session::{ErrorKind, Peer, SourceReport};
 use ramwire::stream::qemu::packed::Packing;
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::{CancelToken, StopReason};
-use ramwire::transport::{ChannelError, ChannelOptions, OpenError, RdmaOptions, StreamOptions};
+use ramwire::transport::{ChannelError, ChannelOptions, OpenError, PageSending, RdmaOptions, StreamOptions};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -114,18 +114,22 @@ pub(super) struct SourceChannelArgs {
     /// Most channels that carry pages, the others idle; four for each core unless given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
     carriers: Option<u8>,
-    /// Lend pages on channels to the kernel, which sends from where they lie (MSG_ZEROCOPY); without compression
-    #[arg(long)]
-    zero_copy: bool,
+    /// How pages on channels get into the sockets' queues: copied, by reference (splice: less work for this end, more for
+    /// a receiver on the same host), or lent with receipts (zerocopy: MSG_ZEROCOPY); only copied with --compression
+    #[arg(long, value_name = "copy|splice|zerocopy", default_value_t)]
+    send_pages: PageSending,
 }
 
 impl SourceChannelArgs {
     pub(super) fn options(&self) -> Result<ChannelOptions, Usage> {
         let options = self.both.options()?;
         let carriers = self.carriers.map_or(options.carriers, usize::from);
-        let options = ChannelOptions { zero_copy: self.zero_copy, carriers, ..options };
-        match options.no_zero_copy() {
-            Some((why, remedy)) => Err(Usage(format!("--zero-copy {why}: leave it out, or {remedy}"))),
+        let options = ChannelOptions { sending: self.send_pages, carriers, ..options };
+        match options.no_such_sending() {
+            Some((why, remedy)) => {
+                let way = options.sending;
+                Err(Usage(format!("--send-pages {way} {why}: leave it out, or {remedy}")))
+            }
             None => Ok(options),
         }
     }
@@ -272,7 +276,7 @@ pub(super) fn failed(command: &str, error: &(dyn std::error::Error + 'static)) -
         Some(
             OpenError::NoDeltas { .. }
             | OpenError::NoChannels { .. }
-            | OpenError::NoZeroCopy { .. }
+            | OpenError::NoSuchSending { .. }
             | OpenError::NotAStream { .. },
         ) => Exit::Usage,
         _ => Exit::Failed,

@@ -211,6 +211,7 @@ fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport) -> Exi
             out["rounds"] = json!(sent.statistics.rounds);
             out["downtime-parts"] = json!(sent.statistics.downtime_parts);
             out["zero-copy"] = json!(sent.statistics.zero_copy);
+            out["splice"] = json!(sent.statistics.splice);
             out
         });
         let scan = report.received.scan.map(|scan| {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use ramwire::observe::{LatencySummary, Statistics, ZeroCopyCounts};
+use ramwire::observe::{LatencySummary, SpliceCounts, Statistics, ZeroCopyCounts};
 
 use super::common::human_bytes;
 
@@ -69,6 +69,15 @@ pub(super) fn statistics(now: &Statistics) -> String {
             "zero copy: {sends} sends, {released} released, {copied} of them copied by the kernel all the same, \
              {forbidden} not allowed"
         );
+        let _ = match off {
+            None => writeln!(out),
+            Some(why) => writeln!(out, "; turned off: {why}"),
+        };
+    }
+    if let Some(SpliceCounts { bytes, copied, off }) = &now.splice {
+        let _ = write!(out, "by reference: {} of pages", human_bytes(*bytes));
+        let _ =
+            if *copied > 0 { write!(out, ", {} copied all the same", human_bytes(*copied)) } else { Ok(()) };
         let _ = match off {
             None => writeln!(out),
             Some(why) => writeln!(out, "; turned off: {why}"),

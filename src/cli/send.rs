@@ -215,6 +215,7 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
         out["rounds"] = json!(report.statistics.rounds);
         out["downtime-parts"] = json!(report.statistics.downtime_parts);
         out["zero-copy"] = json!(report.statistics.zero_copy);
+        out["splice"] = json!(report.statistics.splice);
         println!("{out}");
     } else if report.outcome == Outcome::Completed {
         print!("{}", render::statistics(&report.statistics));

@@ -82,6 +82,17 @@ pub struct ZeroCopyCounts {
     pub off: Option<String>,
 }
 
+/// What sending pages by reference (`splice(2)`) came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SpliceCounts {
+    /// Bytes of pages that went by reference.
+    pub bytes: u64,
+    /// Bytes of pages that were to go so and were copied: of memory that can't be referred to, or as it was given up.
+    pub copied: u64,
+    /// Why it is not tried any more, or never was.
+    pub off: Option<String>,
+}
+
 impl DeltaCounts {
     /// Pages that were found in the cache, whatever became of them.
     pub fn hits(&self) -> u64 {
@@ -234,6 +245,8 @@ pub struct Statistics {
     pub deltas: DeltaCounts,
     /// What zero copy came to, where it was asked for.
     pub zero_copy: Option<ZeroCopyCounts>,
+    /// What sending by reference came to, where it was asked for.
+    pub splice: Option<SpliceCounts>,
     /// How they did of late.
     pub delta_rates: DeltaRates,
     /// How long handing a batch to the transport took.

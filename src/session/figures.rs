@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use crate::engine::{Action, Outcome, Progress, Reason, Throttle};
 use crate::observe::{
-    DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, SkippedPages, Status, ZeroCopyCounts,
+    DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, SkippedPages, SpliceCounts, Status,
+    ZeroCopyCounts,
 };
 use crate::ram::{PageBatch, RamBlockTable, RoundKind};
 use crate::units::Rate;
@@ -299,6 +300,11 @@ impl Figures {
             s.missed_zero_copy = counts.as_ref().map_or(0, |counts| counts.copied + counts.forbidden);
             s.zero_copy = counts;
         });
+    }
+
+    /// What sending by reference came to so far.
+    pub(super) fn spliced(&mut self, counts: Option<SpliceCounts>) {
+        self.shared.update(|s| s.splice = counts);
     }
 
     fn pages(&self) -> PageCounts {

@@ -277,6 +277,7 @@ impl SourceSession {
         let position = self.position();
         self.figures.position(position);
         self.figures.zero_copy(self.link.zero_copy());
+        self.figures.spliced(self.link.spliced());
         if outcome == Outcome::InDoubt {
             self.lift_brake();
         }

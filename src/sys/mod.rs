@@ -20,7 +20,9 @@ mod parts;
 mod random;
 mod scan;
 mod shared_bits;
+mod sigpipe;
 mod soft_dirty;
+mod splice;
 mod stop;
 mod tcp_state;
 #[cfg(test)]
@@ -48,6 +50,7 @@ pub use random::random_id;
 pub use scan::{is_zero, look_ahead, sweep};
 pub use shared_bits::SharedBitmap;
 pub use soft_dirty::SoftDirtyBits;
+pub use splice::PagePipe;
 pub use stop::{CancelToken, Stop, StopReason};
 pub use tcp_state::{TcpState, queued_bytes, tcp_state};
 pub use threads::{Job, SpawnFn, only_when_idle, spawn_thread};

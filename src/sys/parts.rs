@@ -67,6 +67,8 @@ pub enum FdKind {
     /// A socket that [`allow_zero_copy`](super::allow_zero_copy) was called for: as `Socket`, from the pages themselves,
     /// which must be guest RAM: own bytes may be others by the time that the kernel reads them.
     ZeroCopy,
+    /// As `Socket`, with the word that more follows at once (MSG_MORE): the bytes leave with those.
+    More,
     /// A pipe or a file: `writev`.
     Other,
 }
@@ -84,16 +86,47 @@ pub fn send_parts(
     parts: &[SendPart<'_>],
     skip: usize,
 ) -> io::Result<usize> {
-    let mut iov = [const { libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 } }; MAX_PARTS];
-    let mut used = 0;
-    let mut skip = skip;
-    let mut room = MAX_CALL;
+    if kind == FdKind::ZeroCopy && has_own(parts) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut iov = NO_PARTS;
+    let used = gather(parts, skip, MAX_CALL, &mut iov);
+    // SAFETY: every iovec names bytes borrowed by `parts` (for guest spans: mapped as long as the borrow),
+    // which outlives the call; the kernel only reads them. What it reads later (ZeroCopy) it reads by references to the
+    // pages that it took itself, so that memory unmapped meanwhile is not another's.
+    let sent = unsafe {
+        match kind {
+            FdKind::Socket | FdKind::ZeroCopy | FdKind::More => {
+                let how = match kind {
+                    FdKind::ZeroCopy => libc::MSG_ZEROCOPY,
+                    FdKind::More => libc::MSG_MORE,
+                    _ => 0,
+                };
+                let mut msg: libc::msghdr = std::mem::zeroed();
+                msg.msg_iov = iov.as_mut_ptr();
+                msg.msg_iovlen = used as _;
+                libc::sendmsg(fd.as_raw_fd(), &msg, libc::MSG_NOSIGNAL | how)
+            }
+            FdKind::Other => libc::writev(fd.as_raw_fd(), iov.as_ptr(), used as libc::c_int),
+        }
+    };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Room for what one call is told.
+pub(super) type PartList = [libc::iovec; MAX_PARTS];
+
+pub(super) const NO_PARTS: PartList =
+    [const { libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 } }; MAX_PARTS];
+
+/// Lists the parts for a call that takes at most `room` bytes, without the first `skip`; how many entries.
+pub(super) fn gather(parts: &[SendPart<'_>], skip: usize, room: usize, list: &mut PartList) -> usize {
+    let (mut skip, mut room, mut used) = (skip, room, 0);
     for part in parts {
         if used == MAX_PARTS || room == 0 {
             break;
         }
         let (base, len) = match part {
-            SendPart::Own(_) if kind == FdKind::ZeroCopy => return Err(io::ErrorKind::InvalidInput.into()),
             SendPart::Own(bytes) => (bytes.as_ptr().cast_mut(), bytes.len()),
             SendPart::Guest(span) => (span.as_ptr(), span.len()),
         };
@@ -102,27 +135,17 @@ pub fn send_parts(
             continue;
         }
         let take = (len - skip).min(room);
-        iov[used] = libc::iovec { iov_base: base.wrapping_add(skip).cast(), iov_len: take };
+        list[used] = libc::iovec { iov_base: base.wrapping_add(skip).cast(), iov_len: take };
         room -= take;
         skip = 0;
         used += 1;
     }
-    // SAFETY: every iovec names bytes borrowed by `parts` (for guest spans: mapped as long as the borrow),
-    // which outlives the call; the kernel only reads them. What it reads later (ZeroCopy) it reads by references to the
-    // pages that it took itself, so that memory unmapped meanwhile is not another's.
-    let sent = unsafe {
-        match kind {
-            FdKind::Socket | FdKind::ZeroCopy => {
-                let zero_copy = if kind == FdKind::ZeroCopy { libc::MSG_ZEROCOPY } else { 0 };
-                let mut msg: libc::msghdr = std::mem::zeroed();
-                msg.msg_iov = iov.as_mut_ptr();
-                msg.msg_iovlen = used as _;
-                libc::sendmsg(fd.as_raw_fd(), &msg, libc::MSG_NOSIGNAL | zero_copy)
-            }
-            FdKind::Other => libc::writev(fd.as_raw_fd(), iov.as_ptr(), used as libc::c_int),
-        }
-    };
-    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    used
+}
+
+/// True if some bytes are this program's.
+pub(super) fn has_own(parts: &[SendPart<'_>]) -> bool {
+    parts.iter().any(|part| matches!(part, SendPart::Own(_)))
 }
 
 /// Fills the parts in order with what is there; 0 is the end of the stream (or no room given).

@@ -64,7 +64,7 @@ pub fn tcp_state(fd: BorrowedFd<'_>) -> io::Result<TcpState> {
 pub fn queued_bytes(fd: BorrowedFd<'_>, kind: FdKind) -> io::Result<u64> {
     let request = match kind {
         // SIOCOUTQ, by its other name.
-        FdKind::Socket | FdKind::ZeroCopy => libc::TIOCOUTQ,
+        FdKind::Socket | FdKind::ZeroCopy | FdKind::More => libc::TIOCOUTQ,
         FdKind::Other => libc::FIONREAD,
     };
     let mut count: libc::c_int = 0;

@@ -4,8 +4,12 @@
 #[cfg(feature = "kvm")]
 use std::os::fd::OwnedFd;
 
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::HostRegion;
 #[cfg(feature = "kvm")]
-use super::{HostRegion, KvmMemory, Mapping, duplicate};
+use super::{KvmMemory, Mapping, duplicate};
 use crate::units::PageSize;
 
 /// Lets the kernel hand out `pages` huge pages on demand, as an administrator does before starting VMs with
@@ -18,6 +22,17 @@ pub(crate) fn huge_pages(page: PageSize, pages: u64) {
         std::fs::write(&path, pages.to_string())
             .unwrap_or_else(|error| panic!("{error}; as root: echo {pages} > {path}"));
     }
+}
+
+/// Memory that can be read and has no pages to refer to, as a device's: the page from which the vDSO reads the time.
+pub(crate) fn memory_of_the_kernel() -> HostRegion {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let line = maps.lines().find(|line| line.ends_with("[vvar]")).expect("this kernel maps a [vvar]");
+    let base = usize::from_str_radix(line.split_once('-').unwrap().0, 16).unwrap();
+    let base = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(base)).unwrap();
+    // SAFETY: mapped as long as the process lives, and nobody makes a reference to it. It is not writable: whoever asks
+    // for it only reads.
+    unsafe { HostRegion::from_raw(base, 4096, PageSize::SIZE_4K, Arc::new(())) }
 }
 
 /// A KVM guest without devices: one vCPU in flat 32-bit mode that writes pages as told.

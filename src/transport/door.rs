@@ -11,7 +11,7 @@ use super::tcp::TcpListener;
 use super::unix::UnixListener;
 use super::{
     Address, AllowList, ByteSink, ByteSource, ChannelError, ChannelOptions, DeltaCacheSize, InlineLink,
-    MultifdSource, SourceLink, StreamChannel, StreamOptions, exec, file, multifd, tcp, unix,
+    MultifdSource, PageSending, SourceLink, StreamChannel, StreamOptions, exec, file, multifd, tcp, unix,
 };
 use crate::guest::GuestMemory;
 use crate::sys::{Stop, take_inherited_fd};
@@ -89,11 +89,13 @@ pub enum OpenError {
         /// The address.
         address: String,
     },
-    /// Pages that can't be lent to the kernel.
-    #[error("{address}: zero copy {why}; leave --zero-copy out, or {remedy}")]
-    NoZeroCopy {
+    /// Pages that can't be sent in the way that was asked for.
+    #[error("{address}: {sending} {why}; leave --send-pages out, or {remedy}")]
+    NoSuchSending {
         /// The address.
         address: String,
+        /// The way.
+        sending: PageSending,
         /// Why not.
         why: &'static str,
         /// What else would help.
@@ -260,8 +262,13 @@ pub fn open_source(
     if options.deltas.get() > 0 && !in_stream {
         return Err(OpenError::NoDeltas { address: address.to_string() });
     }
-    if let Some((why, remedy)) = channels.no_zero_copy() {
-        return Err(OpenError::NoZeroCopy { address: address.to_string(), why, remedy });
+    if let Some((why, remedy)) = channels.no_such_sending() {
+        return Err(OpenError::NoSuchSending {
+            address: address.to_string(),
+            sending: channels.sending,
+            why,
+            remedy,
+        });
     }
     match address {
         Address::Rdma { .. } | Address::Fd(_) | Address::Exec(_) | Address::File(_) if channels.count > 0 => {

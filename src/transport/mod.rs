@@ -16,9 +16,11 @@ mod loopback;
 mod low_water;
 mod multifd;
 mod obstacle;
+mod page_channel;
 mod patience;
 #[cfg(feature = "rdma")]
 pub mod rdma;
+mod splicing;
 mod stream;
 mod tcp;
 mod unix;
@@ -35,6 +37,7 @@ pub use fault::{Fault, FaultKind, Faulty};
 pub use loopback::{Loopback, LoopbackSink, LoopbackSource, loopback};
 pub use multifd::{ChannelOptions, MultifdLink, MultifdSource};
 pub use obstacle::{DECIDED_WITHIN, Obstacle};
+pub use page_channel::PageSending;
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 
 mod inline;
@@ -44,7 +47,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::guest::{GuestError, GuestMemory};
-use crate::observe::{DeltaCounts, ZeroCopyCounts};
+use crate::observe::{DeltaCounts, SpliceCounts, ZeroCopyCounts};
 use crate::ram::{MoverAbilities, PageBatch, PageRun, RamBlock, RoundKind};
 use crate::stream::DecodeError;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
@@ -390,6 +393,11 @@ pub trait SourceLink: Send {
 
     /// What lending pages to the kernel came to, where that was asked for.
     fn zero_copy(&self) -> Option<ZeroCopyCounts> {
+        None
+    }
+
+    /// What sending pages by reference came to, where that was asked for.
+    fn spliced(&self) -> Option<SpliceCounts> {
         None
     }
 

@@ -1,4 +1,4 @@
-//! A byte stream to which guest pages are lent: the kernel sends from the pages themselves, and says when it is done.
+//! Guest pages that are lent to a byte stream: the kernel sends from the pages themselves, and says when it is done.
 //!
 //! Lent memory may be written by the guest all the time, and what travels is then a mix of old and new bytes, as with a
 //! copy. Whoever wrote has marked the page, so it travels again, and its bytes of that time are read later still: on one
@@ -6,18 +6,19 @@
 //! differ, in such a page only. In the last round nobody writes, and nothing ends before every page has come back.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 
+use super::page_channel::Switch;
 use super::patience::Patience;
 use super::stream::{End, Giving};
-use super::{ByteSink, ChannelError, StreamChannel};
+use super::{ChannelError, StreamChannel};
 use crate::observe::ZeroCopyCounts;
-use crate::sys::{FdKind, SendPart, Stop, ZeroCopyReceipt, allow_zero_copy, send_parts, zero_copy_receipt};
+use crate::sys::{FdKind, SendPart, Stop, ZeroCopyReceipt, send_parts, zero_copy_receipt};
 
 const TAKING_BACK: &str = "waiting until the kernel is done with lent pages";
 
@@ -29,37 +30,36 @@ const MAY_NOT_LOCK: &str = "the kernel may lock no memory for it: raise the limi
                             or net.core.optmem_max";
 
 /// What zero copy came to on all channels of a connection, and whether it is still tried.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct ZeroCopyTally {
     sends: AtomicU64,
     released: AtomicU64,
     copied: AtomicU64,
     forbidden: AtomicU64,
-    /// Why it is not tried any more.
-    off: OnceLock<String>,
+    pub(super) switch: Switch,
+}
+
+impl Default for ZeroCopyTally {
+    fn default() -> Self {
+        let none = AtomicU64::default;
+        Self {
+            sends: none(),
+            released: none(),
+            copied: none(),
+            forbidden: none(),
+            switch: Switch::named("zero copy"),
+        }
+    }
 }
 
 impl ZeroCopyTally {
-    fn is_on(&self) -> bool {
-        self.off.get().is_none()
-    }
-
-    fn turn_off(&self, why: impl Into<String>) {
-        let why = why.into();
-        if self.is_on() {
-            tracing::info!(why, "zero copy is off");
-        }
-        // The first reason counts.
-        let _ = self.off.set(why);
-    }
-
     pub(super) fn counts(&self) -> ZeroCopyCounts {
         ZeroCopyCounts {
             sends: self.sends.load(Ordering::Relaxed),
             released: self.released.load(Ordering::Relaxed),
             copied: self.copied.load(Ordering::Relaxed),
             forbidden: self.forbidden.load(Ordering::Relaxed),
-            off: self.off.get().cloned(),
+            off: self.switch.why_off(),
         }
     }
 }
@@ -100,87 +100,63 @@ impl Ledger {
     }
 }
 
-/// A channel that borrows pages, where it can and while that pays.
+/// The way of one channel's pages.
 #[derive(Debug)]
-pub(super) struct LendingChannel {
-    channel: StreamChannel,
-    lending: Option<Lending>,
-}
-
-#[derive(Debug)]
-struct Lending {
+pub(super) struct Lending {
     tally: Arc<ZeroCopyTally>,
     ledger: Ledger,
 }
 
-impl LendingChannel {
-    /// Lends nothing without a `tally`, or where the kernel can't.
-    pub(super) fn new(channel: StreamChannel, tally: Option<&Arc<ZeroCopyTally>>) -> Self {
-        let lending = tally.and_then(|tally| match allow_zero_copy(channel.end().0.fd.as_fd()) {
-            Ok(()) => Some(Lending { tally: Arc::clone(tally), ledger: Ledger::default() }),
-            Err(error) => {
-                tally.turn_off(format!("{} can't: {error}", channel.peer()));
-                None
-            }
-        });
-        Self { channel, lending }
+impl Lending {
+    pub(super) fn new(tally: Arc<ZeroCopyTally>) -> Self {
+        Self { tally, ledger: Ledger::default() }
     }
 
-    pub(super) fn peer(&self) -> &str {
-        self.channel.peer()
+    pub(super) fn is_on(&self) -> bool {
+        self.tally.switch.is_on()
     }
 
-    /// Bytes sent so far.
-    pub(super) fn position(&self) -> u64 {
-        self.channel.position()
-    }
-
-    /// True while pages are lent.
-    pub(super) fn lends(&self) -> bool {
-        self.lending.as_ref().is_some_and(|lending| lending.tally.is_on())
-    }
-
-    /// Sends bytes that are copied.
-    pub(super) fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
-        match &mut self.lending {
-            // Receipts end each wait for room, and must be taken.
-            Some(lending) => self.channel.send_by(&mut Copied(lending), parts, stop),
-            None => self.channel.send(parts, stop),
-        }
+    /// Sends bytes that are copied: receipts end each wait for room, and must be taken.
+    pub(super) fn send_copied(
+        &mut self,
+        channel: &mut StreamChannel,
+        parts: &[SendPart<'_>],
+        stop: &Stop,
+    ) -> Result<(), ChannelError> {
+        channel.send_by(&mut Copied(self), parts, stop)
     }
 
     /// Sends guest pages, which the kernel may read until [`is_done`](Self::is_done) says so of the mark that is
     /// returned.
-    pub(super) fn lend(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<u64, ChannelError> {
-        match &mut self.lending {
-            Some(lending) => {
-                self.channel.send_by(lending, parts, stop)?;
-                Ok(lending.ledger.sends)
-            }
-            None => self.channel.send(parts, stop).map(|()| 0),
-        }
+    pub(super) fn lend(
+        &mut self,
+        channel: &mut StreamChannel,
+        parts: &[SendPart<'_>],
+        stop: &Stop,
+    ) -> Result<u64, ChannelError> {
+        channel.send_by(self, parts, stop)?;
+        Ok(self.ledger.sends)
     }
 
     /// True if the kernel is done with everything up to `mark`. Looks for receipts and does not wait.
-    pub(super) fn is_done(&mut self, mark: u64) -> Result<bool, ChannelError> {
-        let Some(lending) = &mut self.lending else { return Ok(true) };
-        if lending.ledger.done < mark {
-            lending.take_receipts(self.channel.end().0)?;
+    pub(super) fn is_done(&mut self, channel: &StreamChannel, mark: u64) -> Result<bool, ChannelError> {
+        if self.ledger.done < mark {
+            self.take_receipts(channel.end().0)?;
         }
-        Ok(lending.ledger.done >= mark)
+        Ok(self.ledger.done >= mark)
     }
 
     /// Waits until some pages have come back, if any are out.
-    pub(super) fn await_some(&mut self, stop: &Stop) -> Result<(), ChannelError> {
-        let (end, stall) = self.channel.end();
-        let Some(lending) = self.lending.as_mut().filter(|lending| lending.ledger.is_out()) else {
+    pub(super) fn await_some(&mut self, channel: &StreamChannel, stop: &Stop) -> Result<(), ChannelError> {
+        if !self.ledger.is_out() {
             return Ok(());
-        };
+        }
+        let (end, stall) = channel.end();
         let mut patience = Patience::new(end, TAKING_BACK, stall);
-        while lending.take_receipts(end)? == 0 {
+        while self.take_receipts(end)? == 0 {
             // The error queue is waited for whatever is asked of poll(2).
             patience.wait(PollFlags::empty(), stop)?;
-            if lending.take_receipts(end)? > 0 {
+            if self.take_receipts(end)? > 0 {
                 break;
             }
             if let Ok(Some(error)) = socket2::SockRef::from(&end.fd).take_error() {
@@ -190,9 +166,7 @@ impl LendingChannel {
         }
         Ok(())
     }
-}
 
-impl Lending {
     /// Takes what receipts there are; for how many sends they were.
     fn take_receipts(&mut self, end: &End) -> Result<u64, ChannelError> {
         let mut released = 0;
@@ -204,7 +178,7 @@ impl Lending {
             self.tally.released.fetch_add(sends, Ordering::Relaxed);
             if receipt.copied && sends > 0 {
                 self.tally.copied.fetch_add(sends, Ordering::Relaxed);
-                self.tally.turn_off(COPIES);
+                self.tally.switch.turn_off(COPIES);
             }
         }
         Ok(released)
@@ -213,13 +187,13 @@ impl Lending {
 
 impl Giving for Lending {
     fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
-        if self.tally.is_on() {
+        if self.is_on() {
             match send_parts(end.fd.as_fd(), FdKind::ZeroCopy, parts, skip) {
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => {
                     self.tally.forbidden.fetch_add(1, Ordering::Relaxed);
                     // With nothing lent it will not be otherwise later.
                     if !self.ledger.is_out() {
-                        self.tally.turn_off(MAY_NOT_LOCK);
+                        self.tally.switch.turn_off(MAY_NOT_LOCK);
                     }
                 }
                 Ok(count) => {

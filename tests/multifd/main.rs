@@ -6,4 +6,5 @@ mod common;
 
 mod hostile;
 mod peers;
+mod splice;
 mod zero_copy;

@@ -169,6 +169,9 @@ fn live_through_a_relay(
     if let Some(way) = far {
         way.set(&mut destination, version);
         arguments.extend(way.options());
+        if way.method == "none" {
+            arguments.push("--send-pages=splice".into());
+        }
     }
     arguments.extend(["--listen", "tcp:127.0.0.1:0", "--connect"].map(String::from));
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -179,6 +182,8 @@ fn live_through_a_relay(
     assert_eq!(report["completed"], true, "{what}: {report}");
     let beside = report["far"]["ram"]["multifd-bytes"].as_u64().unwrap();
     assert_eq!(beside > 0, far.is_some(), "{what}: {report}");
+    let by_reference = report["far"]["splice"]["bytes"].as_u64().unwrap_or(0);
+    assert_eq!(by_reference > 0, far.is_some_and(|way| way.method == "none"), "{what}: {report}");
     destination.wait_status("running", Deadline::seconds(10));
     let left = here.1.ticks().last().copied().unwrap();
     there.1.wait_tick("two passes over the memory that arrived", Deadline::seconds(60), |tick| {

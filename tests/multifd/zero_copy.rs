@@ -1,4 +1,4 @@
-//! `--zero-copy` where the kernel won't: on the loopback, beyond the limit on locked memory, with compression.
+//! `--send-pages zerocopy` where the kernel won't: on the loopback, beyond the limit on locked memory, with compression.
 //! (Where it does: `ci/zero-copy`.)
 
 use std::path::Path;
@@ -18,6 +18,11 @@ const MIB: usize = 16;
 
 /// Sends a file to a waiting QEMU, by `through` in front of the command; what the report says of zero copy.
 fn send(dir: &Path, version: Version, through: &[&str]) -> Value {
+    send_by("zerocopy", dir, version, through)["zero-copy"].take()
+}
+
+/// The same by any way of sending pages; the report.
+pub(crate) fn send_by(sending: &str, dir: &Path, version: Version, through: &[&str]) -> Value {
     let (sent, arrived) = (dir.join("sent"), dir.join("arrived"));
     fill(&sent, MIB, Pattern::Mixed { seed: 4 });
     fill(&arrived, MIB, Pattern::Zero);
@@ -37,14 +42,14 @@ fn send(dir: &Path, version: Version, through: &[&str]) -> Value {
     let output = Command::new(through[0])
         .args(&through[1..])
         .arg(env!("CARGO_BIN_EXE_ramwire"))
-        .args(["send", &uri, "--json", "--channels=2", "--zero-copy", "--peer", peer, "--dir"])
+        .args(["send", &uri, "--json", "--channels=2", "--send-pages", sending, "--peer", peer, "--dir"])
         .arg(&folder)
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
     destination.wait_completed(Deadline::seconds(10));
     compare(&sent, &arrived).unwrap_or_else(|difference| panic!("{version}: {difference:?}"));
-    serde_json::from_slice::<Value>(&output.stdout).unwrap()["zero-copy"].take()
+    serde_json::from_slice(&output.stdout).unwrap()
 }
 
 #[test]
@@ -90,7 +95,7 @@ fn options_that_do_not_go_together_are_bad_usage() {
         for command in [["send", "tcp:127.0.0.1:1", "--ram=a=/dev/null"].as_slice(), &["demo", "--ram=4M"]] {
             let output = Command::new(env!("CARGO_BIN_EXE_ramwire"))
                 .args(command)
-                .arg("--zero-copy")
+                .arg("--send-pages=zerocopy")
                 .args(options)
                 .output()
                 .unwrap();

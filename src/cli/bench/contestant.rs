@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use ramwire::sys::CancelToken;
+use ramwire::transport::PageSending;
 
 use super::bed::Bed;
 use super::floors::{self, Floor, Pattern};
@@ -39,7 +40,7 @@ impl FromStr for Against {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = "write ramwire (with :CHANNELS, +unix or +whole perhaps), qemu72, qemu10 (with :CHANNELS perhaps), \
+        let known = "write ramwire (with :CHANNELS, +unix, +whole, +splice or +zerocopy perhaps), qemu72, qemu10 (with :CHANNELS perhaps), \
                      floor, floor-packet, floor-direct, sweep, memcpy, iperf3 or ib_write_bw";
         let mut options = text.split('+');
         let text = options.next().unwrap_or_default();
@@ -53,6 +54,9 @@ impl FromStr for Against {
             match (name, option) {
                 ("ramwire", "unix") => way.unix = true,
                 ("ramwire", "whole") => way.whole = true,
+                ("ramwire", sending) if channels > 0 => {
+                    way.sending = sending.parse().map_err(|_| known)?;
+                }
                 _ => return Err(known.into()),
             }
         }
@@ -93,7 +97,11 @@ impl fmt::Display for Against {
         match self {
             Self::Ramwire(way) => {
                 let unix = if way.unix { "+unix" } else { "" };
-                write!(f, "{unix}{}", if way.whole { "+whole" } else { "" })
+                write!(f, "{unix}{}", if way.whole { "+whole" } else { "" })?;
+                match way.sending {
+                    PageSending::Copy => Ok(()),
+                    sending => write!(f, "+{sending}"),
+                }
             }
             _ => Ok(()),
         }
@@ -201,6 +209,8 @@ mod tests {
             "ramwire:8",
             "ramwire+unix",
             "ramwire:2+unix+whole",
+            "ramwire:2+zerocopy",
+            "ramwire:4+whole+splice",
             "qemu72",
             "qemu10",
             "qemu10:4",
@@ -214,8 +224,17 @@ mod tests {
         ] {
             assert_eq!(name.parse::<Against>().unwrap().to_string(), name);
         }
-        for wrong in ["qemu11", "floor:2", "qemu10:0", "qemu10:256", "qemu10:", "qemu10+unix", "ramwire+", ""]
-        {
+        for wrong in [
+            "qemu11",
+            "floor:2",
+            "qemu10:0",
+            "qemu10:256",
+            "qemu10:",
+            "qemu10+unix",
+            "ramwire+",
+            "ramwire+copy",
+            "",
+        ] {
             assert!(wrong.parse::<Against>().is_err(), "{wrong}");
         }
     }

@@ -180,7 +180,8 @@ Peers over RDMA:
 
 Peers over sockets:
   ramwire, ramwire:4   ramwire once more, with so many page channels; +unix: over a UNIX socket;
-                       +whole: without looking for zero pages
+                       +whole: without looking for zero pages; +splice, +zerocopy: how pages on
+                       channels are sent
   qemu72, qemu10       QEMU 7.2 or 10.0 to the same, plain stream; qemu10:4 with 4 multifd channels
   floor                bare loop of the plain stream's pattern: header and page, 512 pages a call
   floor-packet         bare loop of packets received straight into RAM
@@ -382,7 +383,7 @@ fn over_rdma(_args: &MigrateArgs, _cancel: &CancelToken) -> Result<(), BenchErro
 
 fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchError> {
     args.check()?;
-    let way = Way { channels: args.channels, unix: args.transport == Connection::Unix, whole: false };
+    let way = Way { channels: args.channels, unix: args.transport == Connection::Unix, ..Way::default() };
     let default = [Against::Qemu { version: "10.0", channels: 0 }, Against::Floor(Pattern::Stream)];
     let given = args.against.as_deref().unwrap_or(&default);
     let against = || std::iter::once(Against::Ramwire(way)).chain(given.iter().copied());

@@ -15,7 +15,7 @@ use ramwire::session::{
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{Mapping, Stop};
-use ramwire::transport::{Address, ChannelOptions, DoorOptions, Listener, open_source};
+use ramwire::transport::{Address, ChannelOptions, DoorOptions, Listener, PageSending, open_source};
 use ramwire::units::PageSize;
 
 use super::bed::{self, Bed};
@@ -77,6 +77,9 @@ pub struct Way {
     /// Without looking for zero pages.
     #[arg(long)]
     pub whole: bool,
+    /// How pages on channels are sent.
+    #[arg(long, default_value_t)]
+    pub sending: PageSending,
 }
 
 /// Migrates the bed's memory to another process.
@@ -104,7 +107,7 @@ fn cost() -> Result<Cost, BenchError> {
 }
 
 fn options(way: Way) -> DoorOptions {
-    let channels = ChannelOptions { count: way.channels, ..ChannelOptions::default() };
+    let channels = ChannelOptions { count: way.channels, sending: way.sending, ..ChannelOptions::default() };
     DoorOptions { channels, ..DoorOptions::default() }
 }
 
@@ -151,8 +154,13 @@ mod tests {
     fn the_destination_ends_up_with_the_same_memory() {
         let base = tempfile::tempdir().unwrap();
         let bed = Bed::make(base.path(), 6 << 20, Fill::Mixed(70), Populated::Yes, Memory::Shared).unwrap();
-        for (channels, whole) in [(0, false), (3, false), (0, true)] {
-            let way = Way { channels, whole, unix: false };
+        for (channels, whole, sending) in [
+            (0, false, PageSending::Copy),
+            (3, false, PageSending::Copy),
+            (2, false, PageSending::Splice),
+            (0, true, PageSending::Copy),
+        ] {
+            let way = Way { channels, whole, sending, ..Way::default() };
             bed.clear_destination().unwrap();
             let address = "tcp:127.0.0.1:0".parse().unwrap();
             let stop = Stop::never();

@@ -50,6 +50,7 @@ impl Run<'_> {
             "fence_latency": s.fence_latency,
             "write_latency": s.write_latency,
             "zero_copy": s.zero_copy.clone().unwrap_or_default(),
+            "splice": s.splice.clone().unwrap_or_default(),
             "status": s.status,
             "error": s.error.as_ref().or(self.arrived.error.as_ref()),
         })

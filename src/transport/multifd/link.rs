@@ -11,13 +11,13 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bound
 use super::ChannelOptions;
 use super::sender::{Done, PageSender, Work};
 use crate::guest::GuestMemory;
-use crate::observe::ZeroCopyCounts;
+use crate::observe::{SpliceCounts, ZeroCopyCounts};
 use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
 use crate::stream::qemu::ram::Record;
 use crate::stream::qemu::style::{BarrierStyle, PeerStyle, ZeroPageStyle};
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::door::OpenError;
-use crate::transport::zerocopy::{LendingChannel, ZeroCopyTally};
+use crate::transport::page_channel::{PageChannel, Tally};
 use crate::transport::{
     ByteSink, ChannelError, InlinePages, MoveError, Offer, Receipt, Returned, SourceLink, StreamChannel,
     Ticket,
@@ -46,7 +46,7 @@ pub struct MultifdLink {
     style: PeerStyle,
     style_is_known: bool,
     bytes: Arc<AtomicU64>,
-    zero_copy: Option<Arc<ZeroCopyTally>>,
+    tally: Tally,
     finished: Vec<Returned>,
     unsent: Vec<PageBatch>,
     zeros: PageBatch,
@@ -78,7 +78,7 @@ pub(in crate::transport) fn connect(
         style: PeerStyle::QEMU_7_2,
         style_is_known: false,
         bytes: Arc::default(),
-        zero_copy: options.zero_copy.then(Arc::default),
+        tally: Tally::of(options.sending),
         finished: Vec::new(),
         unsent: Vec::new(),
         zeros: PageBatch::default(),
@@ -93,7 +93,7 @@ pub(in crate::transport) fn connect(
         let peer = channel.peer().to_owned();
         let sender = PageSender {
             id,
-            channel: LendingChannel::new(channel, link.zero_copy.as_ref()),
+            channel: PageChannel::new(channel, &link.tally),
             lent: VecDeque::new(),
             guest: Arc::clone(&memory),
             packing: options.packing,
@@ -250,7 +250,11 @@ impl SourceLink for MultifdLink {
     }
 
     fn zero_copy(&self) -> Option<ZeroCopyCounts> {
-        self.zero_copy.as_ref().map(|tally| tally.counts())
+        self.tally.zero_copy()
+    }
+
+    fn spliced(&self) -> Option<SpliceCounts> {
+        self.tally.spliced()
     }
 
     fn write_for(&mut self, style: Option<PeerStyle>) -> Result<(), MoveError> {

@@ -26,6 +26,7 @@ pub use source::MultifdSource;
 
 use crate::stream::qemu::packed::Packing;
 use crate::sys::{SpawnFn, spawn_thread};
+use crate::transport::PageSending;
 
 /// Channels that carry pages, for each core of the source.
 const CARRIERS_A_CORE: usize = 4;
@@ -40,8 +41,9 @@ pub struct ChannelOptions {
     /// At a source: most channels that carry pages; the others only take part in barriers. Four for each core by
     /// default: more have not been faster, and 16 on two cores slower.
     pub carriers: usize,
-    /// At a source: lend pages to the kernel, which sends from where they lie (MSG_ZEROCOPY); not with compression.
-    pub zero_copy: bool,
+    /// At a source: how pages get into the sockets' queues. Other ways than copies are not for compression. By
+    /// [`PageSending::Splice`] the threads make calls that a filter must know (docs/embedding.md).
+    pub sending: PageSending,
     /// UUID of the VM, as every channel begins with it; zero if it has none. A destination compares it with its own.
     pub uuid: [u8; 16],
     /// How their threads are started.
@@ -49,16 +51,16 @@ pub struct ChannelOptions {
 }
 
 impl ChannelOptions {
-    /// Why pages can't be lent as asked for, and what would help; `None` if they can, or need not be.
-    pub fn no_zero_copy(&self) -> Option<(&'static str, &'static str)> {
-        match (self.zero_copy, self.count, self.packing) {
-            (false, ..) => None,
-            (true, 0, _) => Some((
+    /// Why pages can't be sent as asked for, and what would help; `None` if they can.
+    pub fn no_such_sending(&self) -> Option<(&'static str, &'static str)> {
+        match (self.sending, self.count, self.packing) {
+            (PageSending::Copy, ..) => None,
+            (_, 0, _) => Some((
                 "is for page channels: in the stream each page stands between headers",
                 "give --channels",
             )),
-            (true, _, Packing::Plain) => None,
-            (true, ..) => Some(("sends pages as they lie, not compressed", "leave --compression out")),
+            (_, _, Packing::Plain) => None,
+            _ => Some(("sends pages as they lie, not compressed", "leave --compression out")),
         }
     }
 }
@@ -70,7 +72,7 @@ impl Default for ChannelOptions {
             count: 0,
             packing: Packing::Plain,
             carriers: CARRIERS_A_CORE * std::thread::available_parallelism().map_or(1, usize::from),
-            zero_copy: false,
+            sending: PageSending::Copy,
             uuid: [0; 16],
             spawn: Arc::new(spawn_thread),
         }
@@ -80,7 +82,7 @@ impl Default for ChannelOptions {
 impl std::fmt::Debug for ChannelOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut out = f.debug_struct("ChannelOptions");
-        out.field("count", &self.count).field("packing", &self.packing).field("zero_copy", &self.zero_copy);
+        out.field("count", &self.count).field("packing", &self.packing).field("sending", &self.sending);
         out.finish_non_exhaustive()
     }
 }

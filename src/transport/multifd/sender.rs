@@ -14,7 +14,7 @@ use crate::stream::qemu::multifd::{
 };
 use crate::stream::qemu::packed::{PacketDeflater, Packing};
 use crate::sys::{HostSpan, MAX_PARTS, SendPart, Stop, is_zero, look_ahead};
-use crate::transport::zerocopy::LendingChannel;
+use crate::transport::page_channel::PageChannel;
 use crate::transport::{ChannelError, MoveError, Receipt, Returned, Ticket};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
@@ -54,7 +54,7 @@ impl Drop for LastWord {
 /// One channel and what its thread needs.
 pub(super) struct PageSender {
     pub(super) id: u8,
-    pub(super) channel: LendingChannel,
+    pub(super) channel: PageChannel,
     /// Batches that the kernel may still read, each with the mark up to which they are lent.
     pub(super) lent: VecDeque<(u64, Returned)>,
     pub(super) guest: Arc<dyn GuestMemory>,
@@ -205,12 +205,13 @@ impl PageSender {
             payload: payload as u32,
         };
         encode_packet(&new, page, &mut packet.header);
-        let mark = if deflater.is_plain() && self.channel.lends() {
-            // Apart: the header's bytes are others by the time that the kernel reads lent ones.
-            self.send(&[SendPart::Own(&packet.header)])?;
+        let mark = if deflater.is_plain() && self.channel.sends_apart() {
+            // Apart: the header's bytes are others by the time that the kernel reads pages.
+            let (header, more) = ([SendPart::Own(&packet.header)], !spans.is_empty());
+            self.counted(|channel, stop| channel.send(&header, more, stop))?;
             let mut parts = [SendPart::Own(&[]); MAX_PARTS];
             let used = fill(&mut parts, &spans);
-            self.lend(&parts[..used])?
+            self.counted(|channel, stop| channel.send_pages(&parts[..used], stop))?
         } else {
             let mut parts = [SendPart::Own(&[]); MAX_PARTS];
             parts[0] = SendPart::Own(&packet.header);
@@ -233,16 +234,12 @@ impl PageSender {
     }
 
     fn send(&mut self, parts: &[SendPart<'_>]) -> Result<(), MoveError> {
-        self.counted(|channel, stop| channel.send(parts, stop))
-    }
-
-    fn lend(&mut self, parts: &[SendPart<'_>]) -> Result<u64, MoveError> {
-        self.counted(|channel, stop| channel.lend(parts, stop))
+        self.counted(|channel, stop| channel.send(parts, false, stop))
     }
 
     fn counted<T>(
         &mut self,
-        send: impl FnOnce(&mut LendingChannel, &Stop) -> Result<T, ChannelError>,
+        send: impl FnOnce(&mut PageChannel, &Stop) -> Result<T, ChannelError>,
     ) -> Result<T, MoveError> {
         let before = self.channel.position();
         let sent = send(&mut self.channel, &self.stop);

@@ -236,7 +236,7 @@ fn narrow_tcp() -> (StreamChannel, std::net::TcpStream) {
 fn a_lent_batch_is_out_until_the_kernel_is_done_with_it() {
     let (main, _main_far) = UnixStream::pair().unwrap();
     let memory = Memory::new();
-    let options = ChannelOptions { count: 1, zero_copy: true, ..ChannelOptions::default() };
+    let options = ChannelOptions { count: 1, sending: PageSending::ZeroCopy, ..ChannelOptions::default() };
     let (near, far) = narrow_tcp();
     let mut near = Some(near);
     let open = || Ok(near.take().unwrap());
@@ -273,7 +273,7 @@ fn a_lent_batch_is_out_until_the_kernel_is_done_with_it() {
 fn a_lent_batch_comes_back_unsent_when_its_channel_breaks() {
     let (main, _main_far) = UnixStream::pair().unwrap();
     let memory = Memory::new();
-    let options = ChannelOptions { count: 1, zero_copy: true, ..ChannelOptions::default() };
+    let options = ChannelOptions { count: 1, sending: PageSending::ZeroCopy, ..ChannelOptions::default() };
     let (near, far) = narrow_tcp();
     let mut near = Some(near);
     let open = || Ok(near.take().unwrap());
