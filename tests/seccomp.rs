@@ -28,7 +28,7 @@ use ramwire::session::{
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
 use ramwire::transport::{
-    AllowList, ByteSink, ByteSource, ChannelOptions, DoorOptions, Listener, PageSending, StreamBreaker,
+    AllowList, ByteSink, ByteSource, ChannelOptions, DoorOptions, Listener, Numa, PageSending, StreamBreaker,
     StreamChannel, StreamOptions, open_source,
 };
 use ramwire::units::{BlockIndex, BlockOffset, PageSize};
@@ -234,8 +234,13 @@ fn connected(door: &str, memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connec
 /// The same with two page channels. Which connection is the main one shows in its first bytes.
 fn with_channels(memory: &Arc<MappedGuest>, spawner: &Spawner, sending: PageSending) -> Connected {
     let stop = Stop::on(&CancelToken::default());
-    let channels =
-        ChannelOptions { count: 2, sending, spawn: spawner.callback(), ..ChannelOptions::default() };
+    let channels = ChannelOptions {
+        count: 2,
+        sending,
+        numa: Numa::Auto,
+        spawn: spawner.callback(),
+        ..ChannelOptions::default()
+    };
     let options = DoorOptions { channels, ..DoorOptions::default() };
     let mut listener =
         Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop).unwrap();
@@ -356,6 +361,16 @@ fn page_channels_need_no_other_call() {
     must_migrate("spliced cancelled software all");
     must_migrate("lent completed software all");
     must_migrate("channels cancelled software all");
+}
+
+/// Two nodes: the threads of page channels go to theirs.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_threads_that_go_to_their_node_need_no_other_call() {
+    must_migrate("channels completed software all");
+    let without = "ramwire-chan-rx/sched_setaffinity";
+    let output = run(&format!("channels completed software {without}"));
+    assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
 }
 
 #[test]

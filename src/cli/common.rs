@@ -10,7 +10,9 @@ use ramwire::session::{ErrorKind, Peer, SourceReport};
 use ramwire::stream::qemu::packed::Packing;
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::{CancelToken, StopReason};
-use ramwire::transport::{ChannelError, ChannelOptions, OpenError, PageSending, RdmaOptions, StreamOptions};
+use ramwire::transport::{
+    ChannelError, ChannelOptions, Numa, OpenError, PageSending, RdmaOptions, StreamOptions,
+};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -79,6 +81,10 @@ pub(super) struct ChannelArgs {
     /// UUID of the VM where it has one (QEMU's -uuid): channels begin with it
     #[arg(long, value_name = "UUID", value_parser = uuid)]
     uuid: Option<[u8; 16]>,
+    /// NUMA nodes for the threads of page channels: auto, off, or a list like 0,2-3. Each is kept to the processors of one;
+    /// nothing is done where there is one node only
+    #[arg(long, value_name = "NODES", default_value = "auto")]
+    numa: Numa,
 }
 
 impl ChannelArgs {
@@ -86,11 +92,18 @@ impl ChannelArgs {
         if self.channels == 0 && self.compression != Packing::Plain {
             return Err(Usage("--compression is for page channels: give --channels too".into()));
         }
+        if let Some((node, here)) = self.numa.missing() {
+            return Err(Usage(format!(
+                "--numa {}: there is no node {node}; the nodes are {here:?}",
+                self.numa
+            )));
+        }
         let uuid = self.uuid.unwrap_or_default();
         Ok(ChannelOptions {
             count: self.channels,
             packing: self.compression,
             uuid,
+            numa: self.numa.clone(),
             ..ChannelOptions::default()
         })
     }
@@ -101,8 +114,9 @@ impl ChannelArgs {
     }
 
     /// The same options for another process.
-    pub(super) fn arguments(&self) -> [String; 2] {
-        [format!("--channels={}", self.channels), format!("--compression={}", self.compression)]
+    pub(super) fn arguments(&self) -> [String; 3] {
+        let Self { channels, compression, numa, .. } = self;
+        [format!("--channels={channels}"), format!("--compression={compression}"), format!("--numa={numa}")]
     }
 }
 

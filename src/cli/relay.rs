@@ -105,7 +105,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     eprintln!("listening on {}", listener.address());
     let options = args.timeouts.stream_options();
     let (count, packing) = (args.listen_channels, args.listen_compression);
-    let near = ChannelOptions { count, packing, ..ChannelOptions::default() };
+    let near = ChannelOptions { count, packing, numa: channels.numa.clone(), ..ChannelOptions::default() };
     let quiet = RdmaOptions { wait_after_round: true, ..RdmaOptions::default() };
     let near = DoorOptions { channels: near, rdma: quiet, ..DoorOptions::of_stream(options) };
     let door = listener.accept_door(&near, &stop)?;

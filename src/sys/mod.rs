@@ -15,6 +15,7 @@ mod mapping;
 mod memory_file;
 #[cfg(feature = "rdma")]
 mod nic_region;
+mod numa;
 mod pagemap_scan;
 mod parts;
 mod random;
@@ -44,6 +45,7 @@ pub use kvm_memory::KvmMemory;
 pub(crate) use kvm_ring::DirtyRing;
 pub use low_water::set_low_water;
 pub use mapping::{Mapping, MappingError, discard, populate};
+pub use numa::{NumaNode, cpu_list, keep_to_cpus, node_of_address, nodes_of_pages, numa_nodes, own_cpus};
 pub use pagemap_scan::Pagemap;
 pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
 pub use random::random_id;

@@ -15,6 +15,7 @@ mod file;
 mod loopback;
 mod low_water;
 mod multifd;
+mod numa;
 mod obstacle;
 mod page_channel;
 mod patience;
@@ -36,6 +37,7 @@ pub use door::{
 pub use fault::{Fault, FaultKind, Faulty};
 pub use loopback::{Loopback, LoopbackSink, LoopbackSource, loopback};
 pub use multifd::{ChannelOptions, MultifdLink, MultifdSource};
+pub use numa::Numa;
 pub use obstacle::{DECIDED_WITHIN, Obstacle};
 pub use page_channel::PageSending;
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};

@@ -5,6 +5,7 @@
 mod common;
 
 mod hostile;
+mod numa;
 mod peers;
 mod splice;
 mod zero_copy;

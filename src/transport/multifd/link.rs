@@ -17,6 +17,7 @@ use crate::stream::qemu::ram::Record;
 use crate::stream::qemu::style::{BarrierStyle, PeerStyle, ZeroPageStyle};
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::door::OpenError;
+use crate::transport::numa::Placement;
 use crate::transport::page_channel::{PageChannel, Tally};
 use crate::transport::{
     ByteSink, ChannelError, InlinePages, MoveError, Offer, Receipt, Returned, SourceLink, StreamChannel,
@@ -66,6 +67,7 @@ pub(in crate::transport) fn connect(
 ) -> Result<MultifdLink, OpenError> {
     // All are connected before the first thread starts: a failure leaves none behind.
     let channels = (0..options.count).map(|_| open()).collect::<Result<Vec<_>, _>>()?;
+    let placement = Placement::of_source(&options.numa, &channels, &*memory);
     let (give, done) = unbounded();
     let mut link = MultifdLink {
         main,
@@ -104,7 +106,8 @@ pub(in crate::transport) fn connect(
             done: give.clone(),
             stop: Stop::on(&link.cancel),
         };
-        let started = (options.spawn)("ramwire-chan-tx", Box::new(move || sender.run()));
+        let job = placement.keep(id.into(), Box::new(move || sender.run()));
+        let started = (options.spawn)("ramwire-chan-tx", job);
         let doing = "starting the thread of a page channel";
         let started = started.map_err(|source| ChannelError::Io { peer, doing, source });
         link.threads.push(started.map_err(OpenError::Channel)?);

@@ -26,7 +26,7 @@ pub use source::MultifdSource;
 
 use crate::stream::qemu::packed::Packing;
 use crate::sys::{SpawnFn, spawn_thread};
-use crate::transport::PageSending;
+use crate::transport::{Numa, PageSending};
 
 /// Channels that carry pages, for each core of the source.
 const CARRIERS_A_CORE: usize = 4;
@@ -46,6 +46,8 @@ pub struct ChannelOptions {
     pub sending: PageSending,
     /// UUID of the VM, as every channel begins with it; zero if it has none. A destination compares it with its own.
     pub uuid: [u8; 16],
+    /// On which NUMA nodes their threads work; [`Numa::Off`] unless given.
+    pub numa: Numa,
     /// How their threads are started.
     pub spawn: Arc<SpawnFn>,
 }
@@ -74,6 +76,7 @@ impl Default for ChannelOptions {
             carriers: CARRIERS_A_CORE * std::thread::available_parallelism().map_or(1, usize::from),
             sending: PageSending::Copy,
             uuid: [0; 16],
+            numa: Numa::Off,
             spawn: Arc::new(spawn_thread),
         }
     }
@@ -83,6 +86,7 @@ impl std::fmt::Debug for ChannelOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut out = f.debug_struct("ChannelOptions");
         out.field("count", &self.count).field("packing", &self.packing).field("sending", &self.sending);
+        out.field("numa", &self.numa);
         out.finish_non_exhaustive()
     }
 }

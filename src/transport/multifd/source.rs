@@ -13,6 +13,7 @@ use crate::stream::qemu::channel::Channel;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packed::PacketInflater;
 use crate::sys::{CancelToken, FaultWatch, RecvPart, Stop, StopReason};
+use crate::transport::numa::Placement;
 use crate::transport::{ByteSource, ChannelError, MoveError, PageChannels, PagePlaces, StreamChannel};
 use crate::units::PageSize;
 
@@ -27,6 +28,7 @@ pub struct MultifdSource {
     main: StreamChannel,
     waiting: Vec<StreamChannel>,
     options: ChannelOptions,
+    placement: Placement,
     stall: Option<Duration>,
     running: Option<Running>,
     /// Bytes that came on page channels.
@@ -59,7 +61,9 @@ impl MultifdSource {
     ) -> Self {
         main.set_stall(None);
         pages.iter_mut().for_each(|channel| channel.set_stall(None));
-        Self { main, waiting: pages, options, stall, running: None, bytes: Arc::default() }
+        // Here, where files may be read: the threads of a session may be under a filter.
+        let placement = Placement::of_destination(&options.numa, &pages);
+        Self { main, waiting: pages, options, placement, stall, running: None, bytes: Arc::default() }
     }
 
     fn look(&self, progress: &mut Progress, doing: &'static str) -> Result<(), ChannelError> {
@@ -170,7 +174,7 @@ impl PageChannels for MultifdSource {
             at_barrier: 0,
             closed: 0,
         };
-        for channel in self.waiting.drain(..) {
+        for (at, channel) in self.waiting.drain(..).enumerate() {
             let (release, released) = bounded(1);
             let peer = channel.peer().to_owned();
             let failed =
@@ -193,7 +197,8 @@ impl PageChannels for MultifdSource {
                 pages: Vec::new(),
                 faults: FaultWatch::default(),
             };
-            let started = (self.options.spawn)("ramwire-chan-rx", Box::new(move || receiver.run()));
+            let job = self.placement.keep(at, Box::new(move || receiver.run()));
+            let started = (self.options.spawn)("ramwire-chan-rx", job);
             running.threads.push(started.map_err(failed)?);
             running.releases.push(release);
         }

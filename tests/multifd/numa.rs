@@ -1,0 +1,212 @@
+//! `ChannelOptions::numa` and `--numa`: threads of page channels on the nodes they are to be on, and the memory they take.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read, Write};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+
+use ramwire::engine::{Ending, Outcome};
+use ramwire::guest::{GuestControl, MappedGuest};
+use ramwire::ram::{BlockName, RamBlock};
+use ramwire::session::{
+    DestinationSession, DestinationSettings, SourceConnection, SourceGuest, SourceSession, SourceSettings,
+};
+use ramwire::stream::qemu::file::Configuration;
+use ramwire::sys::{
+    CancelToken, Job, Mapping, Stop, keep_to_cpus, nodes_of_pages, numa_nodes, own_cpus, spawn_thread,
+};
+use ramwire::transport::{AllowList, ChannelOptions, DoorOptions, Listener, Numa, open_source};
+use ramwire::units::PageSize;
+
+use crate::common::{Deadline, ramwire::Ramwire, scratch};
+
+const PAGES: u64 = 4 << 8;
+const CHANNELS: u8 = 4;
+
+struct Still;
+
+impl GuestControl for Still {
+    fn pause(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(b"devices")
+    }
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        from.read_to_end(&mut Vec::new()).map(drop)
+    }
+}
+
+fn guest(mapping: &Mapping) -> Arc<MappedGuest> {
+    let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
+    Arc::new(MappedGuest::builder(PageSize::SIZE_4K).mapping(block, mapping).build().unwrap())
+}
+
+fn bytes(mapping: &Mapping) -> Vec<u8> {
+    let mut bytes = vec![0; (PAGES * 4096) as usize];
+    mapping.region().span(0, PAGES * 4096).unwrap().copy_to(&mut bytes);
+    bytes
+}
+
+/// Nodes of the pages that are in memory.
+fn nodes(mapping: &Mapping) -> BTreeSet<u32> {
+    let start = mapping.region().address();
+    let addresses: Vec<usize> = (0..PAGES as usize).map(|page| start + page * 4096).collect();
+    let nodes = nodes_of_pages(&addresses).unwrap();
+    assert!(nodes.iter().all(Option::is_some), "every page has come");
+    nodes.into_iter().flatten().collect()
+}
+
+/// Which processors each thread of a page channel had when its work was done, `tx` and `rx`.
+type Seen = Arc<Mutex<Vec<(&'static str, Vec<u32>)>>>;
+
+/// Threads as the standard library starts them, with a look at where they ended up. The embedder may have put them to
+/// processors of its own before.
+fn watched(seen: &Seen, count: u8, embedder: Option<Vec<u32>>, numa: &Numa) -> DoorOptions {
+    let seen = Arc::clone(seen);
+    let spawn = move |name: &'static str, job: Job| {
+        let (seen, embedder) = (Arc::clone(&seen), embedder.clone());
+        let job = move || {
+            embedder.iter().for_each(|cpus| assert!(keep_to_cpus(cpus).unwrap()));
+            job();
+            seen.lock().unwrap().push((&name[name.len() - 2..], own_cpus().unwrap()));
+        };
+        spawn_thread(name, Box::new(job))
+    };
+    let channels =
+        ChannelOptions { count, numa: numa.clone(), spawn: Arc::new(spawn), ..ChannelOptions::default() };
+    DoorOptions { channels, ..DoorOptions::default() }
+}
+
+/// Migrates `from` to `to` by `count` channels; where their threads were.
+fn migrate(from: &Mapping, to: &Mapping, count: u8, numa: &Numa, embedder: Option<Vec<u32>>) -> Seen {
+    let seen = Seen::default();
+    let options = watched(&seen, count, embedder, numa);
+    let stop = Stop::on(&CancelToken::default());
+    let mut listener =
+        Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop).unwrap();
+    let near: SourceConnection =
+        open_source(listener.address(), guest(from), &options, &stop).unwrap().into();
+    let source = SourceGuest { memory: guest(from), dirty: Vec::new(), control: Box::new(Still) };
+    let source = SourceSession::new(source, near, SourceSettings::new(Configuration::default()));
+    // Which connection is which its first bytes tell.
+    let source = std::thread::spawn(move || source.run());
+    let door = listener.accept_door(&options, &stop).unwrap();
+    let settings = DestinationSettings { map_behind: false, ..DestinationSettings::default() };
+    let far =
+        DestinationSession::new(door.source, door.back, Box::new(guest(to)), Box::new(Still), settings).run();
+    let source = source.join().unwrap();
+    assert_eq!((source.outcome, far.ending), (Outcome::Completed, Ending::Running), "{source:?} {far:?}");
+    seen
+}
+
+fn filled() -> Mapping {
+    let from = Mapping::anonymous(PAGES * 4096).unwrap();
+    let mut word = 1u64;
+    let bytes: Vec<u8> = (0..PAGES * 512)
+        .flat_map(|_| {
+            word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            word.to_le_bytes()
+        })
+        .collect();
+    from.region().span(0, PAGES * 4096).unwrap().copy_from(&bytes);
+    from
+}
+
+/// Two nodes: `ci/rxe-guest` has one for each of its two processors.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_threads_are_on_the_nodes_chosen_and_pages_on_the_nodes_of_their_threads() {
+    let there = numa_nodes();
+    let cpus_of = |node: u32| there.iter().find(|there| there.number == node).unwrap().cpus.clone();
+    assert_eq!(there.len(), 2, "{there:?}");
+    let all = own_cpus().unwrap();
+    // All of it on node 1, where there are not processors enough for each channel.
+    let far = cpus_of(1);
+    let from = std::thread::spawn(move || keep_to_cpus(&far).map(|_| filled())).join().unwrap().unwrap();
+    assert_eq!(nodes(&from), [1].into());
+    for (choice, expected) in [("0", vec![0]), ("1", vec![1]), ("auto", vec![0, 1]), ("off", vec![])] {
+        for to in [Mapping::anonymous(PAGES * 4096), Mapping::memfd("to", PAGES * 4096)] {
+            let to = to.unwrap();
+            let seen = migrate(&from, &to, CHANNELS, &choice.parse().unwrap(), None);
+            assert!(bytes(&from) == bytes(&to), "{choice}");
+            for end in ["tx", "rx"] {
+                let seen = seen.lock().unwrap();
+                let of_end: Vec<_> = seen.iter().filter(|(name, _)| *name == end).collect();
+                assert_eq!(of_end.len(), usize::from(CHANNELS), "{choice}: {seen:?}");
+                for node in &expected {
+                    let there = of_end.iter().filter(|(_, cpus)| *cpus == cpus_of(*node)).count();
+                    assert_eq!(there, usize::from(CHANNELS) / expected.len(), "{choice} {end}: {seen:?}");
+                }
+                let free = of_end.iter().filter(|(_, cpus)| *cpus == all).count();
+                assert_eq!(free, if choice == "off" { usize::from(CHANNELS) } else { 0 }, "{choice}");
+            }
+            if choice != "off" {
+                assert_eq!(nodes(&to).into_iter().collect::<Vec<_>>(), expected, "{choice}");
+            }
+        }
+    }
+    // One channel: the node that holds the memory has a processor for it. The destination's has none yet.
+    let to = Mapping::anonymous(PAGES * 4096).unwrap();
+    let seen = migrate(&from, &to, 1, &Numa::Auto, None);
+    let of_end = |end| seen.lock().unwrap().iter().find(|(name, _)| *name == end).unwrap().1.clone();
+    assert_eq!((of_end("tx"), of_end("rx"), nodes(&to)), (cpus_of(1), cpus_of(0), [0].into()));
+    // An embedder that has put its threads somewhere is not overruled.
+    let to = Mapping::anonymous(PAGES * 4096).unwrap();
+    let seen = migrate(&from, &to, 1, &Numa::Auto, Some(cpus_of(0)));
+    assert!(seen.lock().unwrap().iter().all(|(_, cpus)| *cpus == cpus_of(0)), "{seen:?}");
+    assert_eq!(nodes(&to), [0].into());
+    the_demos_threads_are_on_node_1();
+}
+
+/// The command's own threads, by /proc: both processes of a demo that lasts until they were seen.
+fn the_demos_threads_are_on_node_1() {
+    let dir = scratch();
+    let sizes = ["--ram", "24M", "--working-set", "4M", "--dirty-rate", "1M", "--max-bandwidth", "8M"];
+    let options = ["demo", "--json", "--no-digest", "--transport", "tcp", "--channels", "2"];
+    let mut demo = Ramwire::start(dir.path(), &[&options[..], &sizes[..]].concat(), "--numa=1");
+    let mut seen = BTreeSet::new();
+    let said = || "no threads of page channels".to_owned();
+    Deadline::seconds(20).poll("a demo on node 1", said, || {
+        let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        for process in std::fs::read_dir("/proc").unwrap().flatten() {
+            for task in std::fs::read_dir(process.path().join("task")).into_iter().flatten().flatten() {
+                let (name, status) = (read(task.path().join("comm")), read(task.path().join("status")));
+                let cpus = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+                if name.starts_with("ramwire-chan") && cpus.map(str::trim) == Some("1") {
+                    seen.insert(name.trim().to_owned());
+                }
+            }
+        }
+        (seen.len() == 2).then_some(())
+    });
+    assert_eq!(seen, ["ramwire-chan-rx", "ramwire-chan-tx"].map(str::to_owned).into());
+    let report = demo.finished(Deadline::seconds(60), 0);
+    assert_eq!(report["verified"], true, "{report}");
+}
+
+#[test]
+fn a_node_that_is_not_here_is_refused_and_one_node_needs_no_choice() {
+    if numa_nodes().is_empty() {
+        return crate::common::skip("NUMA nodes: a kernel that tells of them in /sys/devices/system/node");
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_ramwire"))
+        .args(["demo", "--channels=2", "--numa=0,1000"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.contains("--numa 0,1000: there is no node 1000; the nodes are"), "{errors}");
+    if numa_nodes().len() == 1 {
+        let from = Mapping::anonymous(PAGES * 4096).unwrap();
+        from.region().span(0, 8).unwrap().copy_from(b"one node");
+        let to = Mapping::anonymous(PAGES * 4096).unwrap();
+        let seen = migrate(&from, &to, CHANNELS, &Numa::Nodes(vec![0]), None);
+        assert!(bytes(&from) == bytes(&to));
+        let all = own_cpus().unwrap();
+        assert!(seen.lock().unwrap().iter().all(|(_, cpus)| *cpus == all), "{seen:?}");
+    }
+}
