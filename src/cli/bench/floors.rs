@@ -10,13 +10,13 @@
 //! is tried with buffers from 64 KiB to 4 MiB, and the best one stands for it.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
 use ramwire::sys::{CancelToken, FdKind, HostSpan, Mapping, RecvPart, SendPart, recv_parts, send_parts};
 use ramwire::transport::Address;
-use socket2::SockRef;
+use socket2::{Domain, Socket, Type};
 
 use super::bed::{self, Bed};
 use super::cost::Cost;
@@ -125,10 +125,7 @@ pub fn run(floor: Floor, bed: &Bed) -> Result<Run, BenchError> {
     let Address::Tcp { host, port } = &peer.address else {
         return Err(failed("connecting")(io::Error::other("it listens elsewhere")));
     };
-    let mut socket = TcpStream::connect((host.as_str(), *port)).map_err(failed("connecting"))?;
-    socket.set_nodelay(true).map_err(failed("connecting"))?;
-    // As ramwire sends within a host.
-    SockRef::from(&socket).set_tcp_congestion(b"reno").map_err(failed("connecting"))?;
+    let mut socket = connect(host, *port).map_err(failed("connecting"))?;
     let (begun, before) = (Instant::now(), cost()?);
     floor.send(&socket, memory).map_err(failed("sending"))?;
     socket.shutdown(Shutdown::Write).map_err(failed("sending"))?;
@@ -176,6 +173,16 @@ pub fn copy(bed: &Bed) -> Result<Run, BenchError> {
 
 fn failed(doing: &'static str) -> impl Fn(io::Error) -> BenchError {
     move |source| BenchError::Io { who: "the bare loop".into(), doing, source }
+}
+
+/// A connection as ramwire makes it within a host: not paced from its beginning on.
+fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
+    let address = SocketAddr::new(host.parse().map_err(io::Error::other)?, port);
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_tcp_congestion(b"reno")?;
+    socket.set_tcp_nodelay(true)?;
+    socket.connect(&address.into())?;
+    Ok(socket.into())
 }
 
 fn send_all(socket: &TcpStream, parts: &[SendPart<'_>]) -> io::Result<()> {
