@@ -14,7 +14,9 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use ramwire::sys::{CancelToken, FdKind, HostSpan, Mapping, RecvPart, SendPart, recv_parts, send_parts};
+use ramwire::sys::{
+    CancelToken, FdKind, HostSpan, Mapping, RecvPart, SendPart, recv_parts, send_parts, set_low_water,
+};
 use ramwire::transport::Address;
 use socket2::{Domain, Socket, Type};
 
@@ -27,6 +29,8 @@ use super::{BenchError, Run};
 const PAGE: usize = 4096;
 const STREAM_HEADER: usize = 8;
 const STREAM_PAGES: usize = 512;
+/// Bytes that a receiver wants to be woken for.
+const LOW_WATER: usize = 256 << 10;
 /// Buffers that are tried.
 const BUFFERS: [usize; 7] = [64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20];
 /// Window of the copy loop, far beyond any cache.
@@ -241,6 +245,8 @@ fn send_framed(
 /// [`BenchError`].
 pub fn receive(floor: Floor, mut socket: TcpStream, mapping: &Mapping) -> Result<(), BenchError> {
     let memory = bed::whole(mapping)?;
+    // As ramwire waits: for much. What is asked for and the end of the stream bound it.
+    set_low_water(socket.as_fd(), LOW_WATER).map_err(failed("receiving"))?;
     let received = match floor.pattern {
         Pattern::Direct => receive_direct(&socket, memory, 0, memory.len(), floor.buffer),
         Pattern::Stream => receive_stream(&mut socket, memory, floor.buffer),
