@@ -22,9 +22,9 @@ section() {
     return "$status"
 }
 
-# Version of the cached kernel, empty if there is none.
+# cached_kernel [TREE]: version of the cached kernel (of another one than `kernel`), empty if there is none.
 cached_kernel() {
     local image
-    image=$(find "$cache/kernel/boot" -maxdepth 1 -name 'vmlinuz-*' 2>/dev/null | sort -V | tail -1)
+    image=$(find "$cache/${1:-kernel}/boot" -maxdepth 1 -name 'vmlinuz-*' 2>/dev/null | sort -V | tail -1)
     printf '%s' "${image##*/vmlinuz-}"
 }

@@ -2,6 +2,8 @@
 
 use std::ops::{AddAssign, Sub};
 
+use crate::fabric::Registration;
+
 /// Counts since the connection was made. All only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -21,6 +23,8 @@ pub struct Counters {
     pub registrations: u64,
     /// Bytes in them.
     pub registered_bytes: u64,
+    /// Of the registrations, those of memory that need not be resident.
+    pub on_demand_registrations: u64,
     /// Registrations given back to stay within the pin budget.
     pub unregistrations: u64,
     /// Control messages sent, pieces of the byte stream among them.
@@ -38,6 +42,12 @@ pub struct Counters {
 }
 
 impl Counters {
+    pub(crate) fn registered(&mut self, registration: &Registration) {
+        self.registrations += 1;
+        self.registered_bytes += registration.len;
+        self.on_demand_registrations += u64::from(registration.on_demand);
+    }
+
     /// Each count of `self` with the same count of `other`.
     fn with(mut self, other: Self, join: impl Fn(u64, u64) -> u64) -> Self {
         let pairs = [
@@ -49,6 +59,7 @@ impl Counters {
             (&mut self.zero_bytes, other.zero_bytes),
             (&mut self.registrations, other.registrations),
             (&mut self.registered_bytes, other.registered_bytes),
+            (&mut self.on_demand_registrations, other.on_demand_registrations),
             (&mut self.unregistrations, other.unregistrations),
             (&mut self.messages_sent, other.messages_sent),
             (&mut self.messages_received, other.messages_received),

@@ -222,6 +222,8 @@ pub struct Registration {
     pub address: u64,
     /// Bytes.
     pub len: u64,
+    /// It need not be resident: its pages are there when the device uses them.
+    pub on_demand: bool,
     /// What deregisters when dropped.
     pub guard: Box<dyn Any + Send + Sync>,
 }
@@ -234,7 +236,7 @@ impl fmt::Debug for Registration {
 
 /// Registers memory resident; memory that cannot be made resident (a file system with DAX) on demand, where the device
 /// offers that. Nobody asks for it where resident memory does: a write to a page that is not there costs the source's
-/// transport retries, which a QEMU source does not have.
+/// transport retries, which a QEMU source does not have. Returns which it became.
 ///
 /// # Errors
 ///
@@ -242,14 +244,14 @@ impl fmt::Debug for Registration {
 pub(crate) fn register_resident_or_on_demand<T>(
     offered: bool,
     mut register: impl FnMut(bool) -> Result<T, FabricError>,
-) -> Result<T, FabricError> {
+) -> Result<(T, bool), FabricError> {
     match register(false) {
         Err(FabricError::Registration { source, .. })
             if offered && source.raw_os_error() == Some(libc::EOPNOTSUPP) =>
         {
-            register(true)
+            register(true).map(|registered| (registered, true))
         }
-        done => done,
+        done => done.map(|registered| (registered, false)),
     }
 }
 

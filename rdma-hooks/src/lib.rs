@@ -6,8 +6,8 @@
 //! messages on the way, keys asked for in batches, zero ranges in lists, an explicit end.
 //!
 //! Registered memory is resident. Only memory that cannot be (a file system with DAX) is registered on demand, where the
-//! device offers that. No device this was tested on does (soft-RoCE of Linux 6.1 says no support): the choice is tested
-//! in the simulation, the registration itself is not.
+//! device offers that: soft-RoCE does since Linux 6.15, and is tested with 6.18. Such memory is named by its addresses in
+//! this process: soft-RoCE takes no others for it.
 //!
 //! | module | duty |
 //! |--------|------|

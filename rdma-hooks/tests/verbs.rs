@@ -269,3 +269,22 @@ mod in_rxe_guest {
         drop((here, there));
     }
 }
+
+/// In `ci/rxe-guest --kernel odp`.
+mod in_odp_guest {
+    use super::*;
+
+    #[test]
+    #[ignore = "runs in ci/rxe-guest --kernel odp"]
+    fn memory_on_a_file_system_with_dax_is_registered_on_demand_at_both_ends() {
+        let address = address().expect("a device");
+        common::mapped::FOLDER.set("/run/dax".into()).unwrap();
+        for pin_all in [false, true] {
+            let source = SourceConfig { pin_all, ..SourceConfig::default() };
+            let counters = migrate(&address, &Plan { source, rounds: 3, ..Plan::default() });
+            println!("pin-all: {pin_all}: {counters:?}");
+            assert!(counters.registrations > 0 && counters.writes_posted > 0);
+            assert_eq!(counters.on_demand_registrations, counters.registrations);
+        }
+    }
+}

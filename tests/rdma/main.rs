@@ -118,6 +118,25 @@ fn memory_file(folder: &Path) -> std::path::PathBuf {
     folder.join(block["file"].as_str().unwrap())
 }
 
+/// Memory that can't be registered resident (a file system with DAX) on a device that registers on demand: into it from a
+/// QEMU and out of it to a QEMU.
+#[test]
+#[ignore = "runs in ci/rxe-guest --kernel odp"]
+fn in_odp_guest_a_guest_goes_over_rdma_into_a_folder_with_dax_and_on_to_qemu() {
+    assert!(peers_present(), "nothing is skipped in the guest");
+    let output = Command::new(env!("CARGO_BIN_EXE_ramwire")).arg("devices").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("on-demand paging: yes"), "{text}");
+    for (number, way) in (0u16..).zip([WAYS[3]]) {
+        println!("{way:?}");
+        let (dir, dax) = (scratch(), tempfile::tempdir_in("/run/dax").unwrap());
+        let (sent, folder) = (dir.path().join("sent"), dax.path().join("guest"));
+        fill(&sent, RAM_MIB, Pattern::Mixed { seed: 31 + u64::from(number) });
+        receive_from_qemu(way, dir.path(), &sent, &folder);
+        send_to_qemu(way, dir.path(), &sent, &folder, 4490 + number);
+    }
+}
+
 fn receive_from_qemu(way: Way, dir: &Path, sent: &Path, folder: &Path) {
     let mut receiver =
         Ramwire::start(dir, &["receive", &format!("rdma:{RXE_ADDRESS}:0"), "--json", "--dir"], folder);

@@ -352,8 +352,7 @@ impl DestinationHooks {
             .into());
         }
         self.registered_bytes = asked;
-        self.stream.channel.counters.registrations += 1;
-        self.stream.channel.counters.registered_bytes += region.len();
+        self.stream.channel.counters.registered(&registration);
         Ok(registration)
     }
 

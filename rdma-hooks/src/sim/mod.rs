@@ -331,11 +331,12 @@ impl Endpoint for SimEndpoint {
             drop(self.shared.wait(world, world::Place::Nowhere, until));
         }
         let offered = self.limits().on_demand;
-        let (key, address) = register_resident_or_on_demand(offered, |on_demand| {
+        let ((key, address), on_demand) = register_resident_or_on_demand(offered, |on_demand| {
             self.shared.lock().register(self.id, region, access, base, on_demand)
         })?;
         let guard = Guard { shared: Arc::clone(&self.shared), key };
-        Ok(Registration { lkey: key, rkey: key, address, len: region.len(), guard: Box::new(guard) })
+        let len = region.len();
+        Ok(Registration { lkey: key, rkey: key, address, len, on_demand, guard: Box::new(guard) })
     }
 
     fn post_writes(&mut self, chain: &[WriteRequest]) -> Result<(), FabricError> {

@@ -76,10 +76,14 @@ impl Domain {
                 ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0 | ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
             }
         };
-        let on_demand = ibv_access_flags::IBV_ACCESS_ON_DEMAND.0;
-        let mr = register_resident_or_on_demand(self.on_demand, |without_residence| {
-            let flags = if without_residence { flags | on_demand } else { flags };
-            let mr = self.register_raw(address, bytes, start, flags);
+        let (mr, on_demand) = register_resident_or_on_demand(self.on_demand, |without_residence| {
+            // Soft-RoCE (6.18) looks the pages of such a registration up by their addresses in the process whatever it was
+            // given: with others it finds no page, or another.
+            let (start, more) = match without_residence {
+                true => (address as u64, ibv_access_flags::IBV_ACCESS_ON_DEMAND.0),
+                false => (start, 0),
+            };
+            let mr = self.register_raw(address, bytes, start, flags | more);
             mr.map_err(|source| FabricError::Registration {
                 bytes,
                 registered: self.registered.load(Ordering::Relaxed),
@@ -87,11 +91,12 @@ impl Domain {
                 source,
             })
         })?;
+        let start = if on_demand { address as u64 } else { start };
         self.registered.fetch_add(bytes, Ordering::Relaxed);
         // SAFETY: `mr` is alive until `Mr` drops.
         let (lkey, rkey) = unsafe { (mr.as_ref().lkey, mr.as_ref().rkey) };
         let guard = Mr { mr, bytes, domain: Arc::clone(self), _region: Some(region.clone()) };
-        Ok(Registration { lkey, rkey, address: start, len: bytes, guard: Box::new(guard) })
+        Ok(Registration { lkey, rkey, address: start, len: bytes, on_demand, guard: Box::new(guard) })
     }
 
     fn register_raw(

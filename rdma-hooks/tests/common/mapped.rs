@@ -1,8 +1,14 @@
-//! Anonymous mapped memory, as a VMM has it.
+//! Mapped memory, as a VMM has it: anonymous, or of files in a folder.
 
 #![allow(unsafe_code, clippy::unwrap_used)]
 
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
 use rdma_hooks::{PinnedSpan, RegionMemory};
 
@@ -10,7 +16,10 @@ use super::{PAGE, TestMemory};
 
 static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
 
-/// A private anonymous mapping.
+/// Where all memory of this process lies in files, once it is set.
+pub static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+
+/// A mapping.
 pub struct Mapped {
     start: NonNull<u8>,
     len: u64,
@@ -71,9 +80,16 @@ impl RegionMemory for Mapped {
 
 impl TestMemory for Mapped {
     fn zeros(len: u64) -> Self {
-        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: a fresh anonymous mapping; nothing else is touched.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, access, kind, -1, 0) };
+        let file = FOLDER.get().map(|folder| {
+            let file = File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).open(folder);
+            let mut file = file.unwrap();
+            file.write_all(&vec![0; len as usize]).unwrap();
+            file
+        });
+        let kind = if file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
+        let (access, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_ref().map_or(-1, AsRawFd::as_raw_fd));
+        // SAFETY: a fresh mapping; nothing else is touched.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, access, kind, fd, 0) };
         assert_ne!(start, libc::MAP_FAILED);
         Self { start: NonNull::new(start.cast()).unwrap(), len }
     }

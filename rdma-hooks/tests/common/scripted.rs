@@ -113,7 +113,8 @@ impl Endpoint for Scripted {
             AddressBase::Host => 0x7000_0000_0000,
         };
         let held = Held { script: Arc::clone(&self.script), bytes: region.len() };
-        Ok(Registration { lkey: key, rkey: key, address, len: region.len(), guard: Box::new(held) })
+        let (len, on_demand) = (region.len(), false);
+        Ok(Registration { lkey: key, rkey: key, address, len, on_demand, guard: Box::new(held) })
     }
 
     fn post_writes(&mut self, chain: &[WriteRequest]) -> Result<(), FabricError> {

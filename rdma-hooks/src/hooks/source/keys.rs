@@ -230,8 +230,7 @@ impl SourceHooks {
         let region = ram.part(range.ok_or(HooksError::OutOfOrder("a chunk past its block"))?)?;
         let endpoint = self.main.channel.endpoint();
         let local = endpoint.register(&region, Access::Read, AddressBase::Host)?;
-        self.main.channel.counters.registrations += 1;
-        self.main.channel.counters.registered_bytes += region.len();
+        self.main.channel.counters.registered(&local);
         Ok(Asked { block, first, count, local })
     }
 
@@ -299,9 +298,9 @@ impl SourceHooks {
         if self.granted.pin_all {
             for block in &self.blocks {
                 let endpoint = self.main.channel.endpoint();
-                locals.push(endpoint.register(&block.region, Access::Read, AddressBase::Host)?);
-                self.main.channel.counters.registrations += 1;
-                self.main.channel.counters.registered_bytes += block.region.len();
+                let local = endpoint.register(&block.region, Access::Read, AddressBase::Host)?;
+                self.main.channel.counters.registered(&local);
+                locals.push(local);
             }
         }
         let records = match self.reply(stop)? {
