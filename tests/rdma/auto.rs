@@ -86,6 +86,17 @@ fn in_rxe_guest_auto_takes_rdma_where_it_works_and_says_exactly_what_stands_in_i
     let (sent, received) = send_by_auto("auto:127.0.0.1:0", "");
     assert_why(&sent, "tcp", &["RDMA did not work: no route: "]);
     assert_why(&received, "tcp", &["the source came by TCP"]);
+    for host in ["127.0.0.1", "[::1]"] {
+        let dir = scratch();
+        fill(&dir.path().join("ram"), 1, Pattern::Zero);
+        let (uri, block) = (format!("rdma:{host}:4444"), format!("m0={}", dir.path().join("ram").display()));
+        let mut sender = Ramwire::start(dir.path(), &["send", &uri, "--ram"], block);
+        let (status, text) = sender.ended(Deadline::seconds(10));
+        println!("{text}");
+        let parts =
+            [&uri, "no RDMA device of this host has, or reaches, that address", "loopback", "`rdma link`"];
+        assert!(status != 0 && parts.iter().all(|part| text.contains(part)), "{status}: {text}");
+    }
 
     let report = demo("", &["--transport", "auto"]);
     assert_why(&report, "rdma", &["both ends"]);
