@@ -95,10 +95,10 @@ struct Grants {
 /// One thread drives it. The NIC writes guest memory between the hooks at any time; when
 /// [`registration_handle`](Self::registration_handle) returns, everything saved in the round is in memory.
 pub struct DestinationHooks {
-    // Declared before the connection: registrations go while their domain is there.
-    grants: Vec<Grants>,
-    /// Its queue pairs beside the main one receive writes, and the ends of rounds.
+    /// Its queue pairs beside the main one receive writes, and the ends of rounds. Declared before the registrations, which
+    /// hold their domain themselves: given up, the last word leaves before the peer's writes fail for want of a key.
     stream: StreamReceiver,
+    grants: Vec<Grants>,
     granted: Capabilities,
     blocks: DestinationBlocks,
     registered_bytes: u64,

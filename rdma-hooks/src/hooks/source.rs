@@ -94,12 +94,13 @@ enum Round {
 /// One thread drives it; it owns the byte stream too, because on this door no stream byte may pass while a round is
 /// open. Dropping it before [`finish`](Self::finish) tells the peer that this end gave up.
 pub struct SourceHooks {
-    // Declared before the connections: registrations go while their domain is there.
+    /// Its queue pairs beside the main one are for writes only. Declared before the registrations, which hold their
+    /// domain themselves: a migration that is given up has writes under way, and they end with their queue pair, after its
+    /// last word has left, not with the memory under them.
+    main: StreamSender,
     spans: SpanTable<Registration>,
     pinned: Vec<Pinned>,
     asked: Option<Asked>,
-    /// Its queue pairs beside the main one are for writes only.
-    main: StreamSender,
     config: SourceConfig,
     granted: Capabilities,
     address: (String, u16),
