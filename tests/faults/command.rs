@@ -303,16 +303,14 @@ fn ram_alone_sent_to_a_file_can_be_received_from_it() {
     let (uri, block) = (format!("file:{}", file.display()), format!("m0={}", ram.display()));
     Ramwire::start(dir.path(), &["send", &uri, "--json", "--ram"], &block).finished(Deadline::seconds(20), 0);
     let (first, second) = (dir.path().join("first"), dir.path().join("second"));
-    let received = |into: &Path, uri: &str| {
-        let mut receiver = Ramwire::start(dir.path(), &["receive", uri, "--json", "--dir"], into);
-        let uri = receiver.listening();
-        (receiver, uri)
-    };
-    let report = received(&first, &uri).0.finished(Deadline::seconds(20), 0);
+    let receiver =
+        |uri: &str, into: &Path| Ramwire::start(dir.path(), &["receive", uri, "--json", "--dir"], into);
+    let report = receiver(&uri, &first).finished(Deadline::seconds(20), 0);
     assert_eq!(report["state"], "whole");
     compare(&ram, &first.join("ram-000.bin")).unwrap();
     // Still a guest that only a ramwire can take.
-    let (mut receiver, uri) = received(&second, "tcp:127.0.0.1:0");
+    let mut receiver = receiver("tcp:127.0.0.1:0", &second);
+    let uri = receiver.listening();
     Ramwire::start(dir.path(), &["send", &uri, "--json", "--dir"], &first).finished(Deadline::seconds(20), 0);
     receiver.finished(Deadline::seconds(20), 0);
     compare(&ram, &second.join("ram-000.bin")).unwrap();
