@@ -125,7 +125,8 @@ impl ChannelArgs {
 pub(super) struct SourceChannelArgs {
     #[command(flatten)]
     both: ChannelArgs,
-    /// Most channels that carry pages, the others idle; four for each core unless given
+    /// Most channels that carry pages, the others idle; one for each core within a host and four over a network unless
+    /// given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
     carriers: Option<u8>,
     /// How pages on channels get into the sockets' queues: copied, by reference (splice: less work for this end, more for
@@ -137,7 +138,7 @@ pub(super) struct SourceChannelArgs {
 impl SourceChannelArgs {
     pub(super) fn options(&self) -> Result<ChannelOptions, Usage> {
         let options = self.both.options()?;
-        let carriers = self.carriers.map_or(options.carriers, usize::from);
+        let carriers = self.carriers.map(usize::from);
         let options = ChannelOptions { sending: self.send_pages, carriers, ..options };
         match options.no_such_sending() {
             Some((why, remedy)) => {

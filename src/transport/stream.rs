@@ -12,6 +12,7 @@ use rustix::event::PollFlags;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 use rustix::net::Shutdown;
+use socket2::SockRef;
 
 use super::exec::ChildCommand;
 use super::low_water::{LowWater, MOMENT};
@@ -384,6 +385,16 @@ impl StreamChannel {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(end.broken(SENDING, error)),
             }
+        }
+    }
+
+    /// True if the other end is on this host: its address says so, or it is a UNIX socket.
+    pub(super) fn stays_within_host(&self) -> bool {
+        let socket = SockRef::from(&self.end.fd);
+        match self.end.nature {
+            Nature::Tcp => tcp::is_within_host(&socket),
+            Nature::Socket => socket.local_addr().is_ok_and(|address| address.is_unix()),
+            Nature::Pipe | Nature::File => false,
         }
     }
 

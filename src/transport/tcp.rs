@@ -44,7 +44,7 @@ pub(super) fn tune(fd: BorrowedFd<'_>, dead_peer: Duration) -> io::Result<()> {
 
 /// True if both ends are this host: the kernel gives a connection to one of its own addresses the same address at both
 /// ends.
-fn is_within_host(socket: &SockRef<'_>) -> bool {
+pub(super) fn is_within_host(socket: &SockRef<'_>) -> bool {
     let ip = |address: io::Result<SockAddr>| Some(address.ok()?.as_socket()?.ip().to_canonical());
     let (near, far) = (ip(socket.local_addr()), ip(socket.peer_addr()));
     near.zip(far).is_some_and(|(near, far)| near == far || near.is_loopback() && far.is_loopback())

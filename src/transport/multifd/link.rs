@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, unbounded};
 
-use super::ChannelOptions;
 use super::sender::{Done, PageSender, Work};
+use super::{ChannelOptions, carriers_of};
 use crate::guest::GuestMemory;
 use crate::observe::{SpliceCounts, ZeroCopyCounts};
 use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
@@ -85,7 +85,7 @@ pub(in crate::transport) fn connect(
         unsent: Vec::new(),
         zeros: PageBatch::default(),
         next: 0,
-        carriers: options.carriers.clamp(1, channels.len().max(1)),
+        carriers: options.carriers.unwrap_or_else(|| carriers_of(&channels)).clamp(1, channels.len().max(1)),
         out: 0,
         tickets: 0,
     };

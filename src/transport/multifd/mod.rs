@@ -26,10 +26,17 @@ pub use source::MultifdSource;
 
 use crate::stream::qemu::packed::Packing;
 use crate::sys::{SpawnFn, spawn_thread};
-use crate::transport::{Numa, PageSending};
+use crate::transport::{Numa, PageSending, StreamChannel};
 
-/// Channels that carry pages, for each core of the source.
+/// Channels over a network that carry pages, for each core of the source.
 const CARRIERS_A_CORE: usize = 4;
+
+/// Most of `channels` that carry pages, where the options leave it open.
+fn carriers_of(channels: &[StreamChannel]) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let here = channels.iter().all(StreamChannel::stays_within_host);
+    if here { cores } else { CARRIERS_A_CORE * cores }
+}
 
 /// Page channels of a migration, alike at both ends.
 #[derive(Clone)]
@@ -38,9 +45,10 @@ pub struct ChannelOptions {
     pub count: u8,
     /// How pages are compressed.
     pub packing: Packing,
-    /// At a source: most channels that carry pages; the others only take part in barriers. Four for each core by
-    /// default: more have not been faster, and 16 on two cores slower.
-    pub carriers: usize,
+    /// At a source: most channels that carry pages; the others only take part in barriers. `None`: one for each core
+    /// where all of them end on this host, since there more only take turns; else four for each core, since a connection
+    /// over a network waits for the network, too.
+    pub carriers: Option<usize>,
     /// At a source: how pages get into the sockets' queues. Other ways than copies are not for compression. By
     /// [`PageSending::Splice`] the threads make calls that a filter must know (docs/embedding.md).
     pub sending: PageSending,
@@ -73,7 +81,7 @@ impl Default for ChannelOptions {
         Self {
             count: 0,
             packing: Packing::Plain,
-            carriers: CARRIERS_A_CORE * std::thread::available_parallelism().map_or(1, usize::from),
+            carriers: None,
             sending: PageSending::Copy,
             uuid: [0; 16],
             numa: Numa::Off,

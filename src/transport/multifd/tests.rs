@@ -292,3 +292,18 @@ fn a_lent_batch_comes_back_unsent_when_its_channel_breaks() {
     let _ = link.collect(&mut back);
     assert_eq!(link.reclaim().len() + back.len(), 1, "one owner");
 }
+
+#[test]
+fn within_a_host_each_core_has_one_channel_and_over_a_network_four() {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let channel = |fd| StreamChannel::from_fd(fd, "peer", &StreamOptions::default()).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let tcp = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (unix, _far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut channels = vec![channel(tcp.into()), channel(unix.into())];
+    assert_eq!(super::carriers_of(&channels), cores);
+    // Nobody knows where a pipe leads.
+    let (_reader, writer) = std::io::pipe().unwrap();
+    channels.push(channel(writer.into()));
+    assert_eq!(super::carriers_of(&channels), 4 * cores);
+}
