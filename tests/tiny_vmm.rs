@@ -1,5 +1,5 @@
 //! docs/examples/tiny-vmm moves its KVM guest back and forth, and the guest's own check never fails.
-#![cfg(all(feature = "kvm", feature = "vm-memory"))]
+#![cfg(all(feature = "cli", feature = "kvm", feature = "vm-memory"))]
 #![allow(clippy::unwrap_used)]
 
 use std::process::Command;

@@ -6,6 +6,7 @@
 pub(crate) mod memory;
 pub(crate) mod qemu;
 pub(crate) mod qmp;
+#[cfg(feature = "cli")]
 pub(crate) mod ramwire;
 pub(crate) mod scribbler;
 pub(crate) mod writer;
