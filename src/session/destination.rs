@@ -35,7 +35,7 @@ pub struct Incoming {
     pub configuration: Configuration,
     /// The blocks in stream order.
     pub blocks: Vec<RamBlock>,
-    /// Sections between the block list and the first page, as they came.
+    /// Sections in front of the first page, as they came. Those that come later are part of the device state.
     pub early_sections: Vec<u8>,
     /// The source opened a return path: it can be told how it ended.
     pub has_return_path: bool,
@@ -145,6 +145,8 @@ pub struct DestinationSession {
     pub(super) incoming: Option<Incoming>,
     pub(super) configuration: Option<Configuration>,
     pub(super) state: Vec<u8>,
+    /// Where the section that is carried began.
+    pub(super) section_at: usize,
     pub(super) cancel: CancelToken,
     pub(super) commitment: Arc<Commitment>,
     pub(super) stop: Stop,
@@ -195,6 +197,7 @@ impl DestinationSession {
             incoming: None,
             configuration: None,
             state: Vec::new(),
+            section_at: 0,
             return_path_open: false,
             ram_phase: None,
             ram_ended: false,

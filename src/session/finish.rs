@@ -6,7 +6,8 @@ use crate::stream::Writer;
 use crate::stream::native::{MAX_DIGESTS, Order, STATE_SECTION};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::section::{self, SectionName};
-use crate::stream::qemu::tail::{Tail, without_devices};
+use crate::stream::qemu::state::sections_end;
+use crate::stream::qemu::tail::without_devices;
 use crate::sys::{SendPart, Stop};
 use crate::transport::ChannelError;
 
@@ -115,8 +116,5 @@ impl SourceSession {
 /// Where a QEMU's device state commits: at the byte that ends its sections. The VM description behind it is
 /// only looked at by tools. Without one the byte is the last.
 fn commit_at(state: &[u8]) -> usize {
-    let mut tail = Tail::default();
-    let pushed = tail.push(state, state.len(), u32::MAX);
-    let described = pushed.ok().and_then(|_| tail.description().map(|end| end.eof_at));
-    described.unwrap_or(state.len().saturating_sub(1))
+    sections_end(state).unwrap_or(state.len().saturating_sub(1))
 }

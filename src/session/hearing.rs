@@ -5,10 +5,11 @@ use crate::observe::{PageCounts, Status};
 use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_pong};
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::command::Command;
+use crate::stream::qemu::early::NOTHING;
 use crate::stream::qemu::incoming::{Event, SectionKind, Seen, Step};
 use crate::stream::qemu::ram::PAGE_HEAD;
 use crate::stream::qemu::return_path::Message;
-use crate::stream::qemu::section::Phase;
+use crate::stream::qemu::section::{PART_LEN, Phase};
 use crate::sys::RecvPart;
 
 use super::destination::{DestinationSession, Incoming};
@@ -135,11 +136,17 @@ impl DestinationSession {
             Event::SectionStart { kind: SectionKind::NativeState, .. } => self.in_native_state = true,
             Event::SectionEnd { kind: SectionKind::NativeState, .. } => self.in_native_state = false,
             Event::SectionBytes(bytes) if self.in_native_state => self.carry(bytes)?,
-            Event::SectionStart { .. }
-            | Event::SectionEnd { .. }
-            | Event::VirtioMem(_)
-            | Event::BitmapChunk
-            | Event::SectionBytes(_) => self.carry(raw)?,
+            Event::SectionStart { .. } => {
+                self.section_at = self.carried().len();
+                self.carry(raw)?;
+            }
+            Event::SectionEnd { phase: Phase::Part, .. } if self.says_nothing() => {
+                let at = self.section_at;
+                self.carried().truncate(at);
+            }
+            Event::SectionEnd { .. } | Event::VirtioMem(_) | Event::BitmapChunk | Event::SectionBytes(_) => {
+                self.carry(raw)?
+            }
             Event::TailBytes(_) | Event::Eof => {}
             Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
             Event::Done => return Ok(Some(Arrived::Tail)),
@@ -157,15 +164,31 @@ impl DestinationSession {
 
     /// Sections that are not RAM and not understood go on as they came.
     fn carry(&mut self, raw: &[u8]) -> Result<(), Error> {
-        let carried = match &mut self.incoming {
-            Some(incoming) if !self.ram_ended => &mut incoming.early_sections,
-            _ => &mut self.state,
-        };
-        if (carried.len() + raw.len()) as u64 > self.settings.max_state {
+        let limit = self.settings.max_state;
+        let carried = self.carried();
+        if (carried.len() + raw.len()) as u64 > limit {
             return Err(out_of_turn("more device state than is accepted", "a precopy migration"));
         }
         carried.extend_from_slice(raw);
         Ok(())
+    }
+
+    /// Where such a section goes: in front of the first page, or once pages have begun behind the last one. By then a
+    /// relay has passed on what stands in front.
+    fn carried(&mut self) -> &mut Vec<u8> {
+        match &mut self.incoming {
+            Some(incoming) if !matches!(self.ram_phase, Some(Phase::Part | Phase::End)) => {
+                &mut incoming.early_sections
+            }
+            _ => &mut self.state,
+        }
+    }
+
+    /// True if the PART that ends here holds nothing but the mark of its end. A QEMU with dirty bitmaps writes one beside
+    /// every section of pages, thousands in a second, and nobody need keep them.
+    fn says_nothing(&mut self) -> bool {
+        let at = self.section_at + PART_LEN;
+        self.carried().get(at..) == Some(&NOTHING[..])
     }
 
     /// The early sections are complete: whoever watches pages arrive may begin.
@@ -190,7 +213,8 @@ impl DestinationSession {
         let incoming = Incoming {
             configuration: self.configuration.clone().unwrap_or_default(),
             blocks: announced.iter().map(described).collect(),
-            early_sections: Vec::new(),
+            // What came in front of the list.
+            early_sections: std::mem::take(&mut self.state),
             has_return_path: self.return_path_open && self.back.is_some(),
             seen: Seen::default(),
         };

@@ -192,6 +192,25 @@ mod tests {
         }
     }
 
+    /// As a QEMU with dirty bitmaps writes: beside each section of pages one of bitmaps.
+    #[test]
+    fn sections_of_two_kinds_that_take_turns_are_two_rows() {
+        let whole = capture("q72-none.gz");
+        let footer = whole.windows(5).position(|bytes| bytes == b"\x7e\0\0\0\x02").unwrap();
+        let (before, behind) = whole.split_at(footer + 5);
+        let start = b"\x01\0\0\0\x09\x0cdirty-bitmap\0\0\0\0\0\0\0\x01\x1c\x02d0\x02b0\0\x01\0\0\x03\x01\x7e\0\0\0\x09";
+        let turn = b"\x02\0\0\0\x02\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02\x02\0\0\0\x09\x01\x7e\0\0\0\x09";
+        let bytes = [before, start, &turn.repeat(20_000), behind].concat();
+        let report = json(&bytes);
+        assert_eq!(report["end"], "whole", "{report:#}");
+        let items = report["items"].as_array().unwrap();
+        let bitmaps = items.iter().find(|row| row["what"] == "PART dirty-bitmap (id 9)").unwrap();
+        assert_eq!((&bitmaps["count"], &bitmaps["bytes"]), (&20_000.into(), &220_000.into()));
+        assert!(items.len() < 12, "{report:#}");
+        let total: u64 = items.iter().map(|row| row["bytes"].as_u64().unwrap()).sum();
+        assert_eq!(total, bytes.len() as u64);
+    }
+
     #[test]
     fn a_snapshot_without_end_and_a_mapped_file_are_understood() {
         let snapshot = json(&capture("q100-microvm-bgsnapshot.gz"));

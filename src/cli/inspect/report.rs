@@ -26,8 +26,11 @@ pub(super) struct Report {
     /// Pages by kind.
     pub(super) pages: Pages,
     pub(super) blocks: Vec<Block>,
-    /// Items in stream order; equal neighbours are one row.
+    /// Items in stream order; equal neighbours are one row, also where two kinds take turns.
     pub(super) items: Vec<Row>,
+    /// The row of the item that is open.
+    #[serde(skip)]
+    open: usize,
     pub(super) device_state: Option<DeviceState>,
     pub(super) anomalies: Vec<Anomaly>,
 }
@@ -238,32 +241,43 @@ impl Report {
         }
     }
 
-    /// Begins an item, or adds to the last row if it is of the same kind.
+    /// Begins an item, or adds to a row of its kind: the last one, or the one before. A guest with dirty bitmaps sends a
+    /// section of them beside every section of pages.
     fn row(&mut self, at: u64, bytes: u64, what: String) {
-        if let Some(last) = self.items.last_mut().filter(|last| last.what == what) {
-            last.bytes += bytes;
-            last.count += 1;
-        } else if self.items.len() < MAX_ROWS {
-            self.items.push(Row { at, bytes, what, count: 1 });
-        } else if let Some(last) = self.items.last_mut() {
-            "further items".clone_into(&mut last.what);
-            last.bytes += bytes;
-            last.count += 1;
+        let near = self.items.len().saturating_sub(2);
+        let same = self.items.get(near..).and_then(|rows| rows.iter().rposition(|row| row.what == what));
+        match same {
+            Some(index) => self.open = near + index,
+            None if self.items.len() < MAX_ROWS => {
+                self.open = self.items.len();
+                self.items.push(Row { at, bytes: 0, what, count: 0 });
+            }
+            None => {
+                self.open = MAX_ROWS - 1;
+                if let Some(last) = self.items.last_mut() {
+                    "further items".clone_into(&mut last.what);
+                }
+            }
+        }
+        self.extend_row(bytes);
+        if let Some(row) = self.items.get_mut(self.open) {
+            row.count += 1;
         }
     }
 
     /// A piece of an item that comes in as many as the input has.
     fn piece(&mut self, at: u64, bytes: u64, what: &str) {
-        match self.items.last_mut().filter(|last| last.what == what) {
-            Some(last) => last.bytes += bytes,
-            None => self.row(at, bytes, what.to_owned()),
+        if self.items.get(self.open).is_some_and(|row| row.what == what) {
+            self.extend_row(bytes);
+        } else {
+            self.row(at, bytes, what.to_owned());
         }
     }
 
     /// Adds bytes to the item that is open.
     pub(super) fn extend_row(&mut self, bytes: u64) {
-        if let Some(last) = self.items.last_mut() {
-            last.bytes += bytes;
+        if let Some(row) = self.items.get_mut(self.open) {
+            row.bytes += bytes;
         }
     }
 

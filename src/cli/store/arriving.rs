@@ -11,8 +11,8 @@ use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{Error, Incoming, MemoryProvider};
 use ramwire::stream::qemu::file::IGNORE_SHARED;
 use ramwire::stream::qemu::incoming::Seen;
+use ramwire::stream::qemu::state::sections_end;
 use ramwire::stream::qemu::style::PeerStyle;
-use ramwire::stream::qemu::tail::Tail;
 use ramwire::sys::{Mapping, is_zero};
 use ramwire::units::PageSize;
 
@@ -194,7 +194,7 @@ impl Inner {
         self.store.put(TAIL, tail)?;
         if let Some(manifest) = &mut self.manifest {
             // Between ramwire ends the state came with its length: nothing need prove that it is complete.
-            let complete = self.native || is_described(tail);
+            let complete = self.native || sections_end(tail).is_some();
             manifest.state = if complete { State::Whole } else { State::Incomplete };
             manifest.source = if self.native { "ramwire" } else { "qemu" }.into();
         }
@@ -241,12 +241,6 @@ fn write_out(mapping: &Mapping, file: &File) -> io::Result<()> {
         }
     }
     file.sync_all()
-}
-
-/// True if the VM description at the end proves that a QEMU's device state is complete.
-fn is_described(state: &[u8]) -> bool {
-    let mut tail = Tail::default();
-    tail.push(state, state.len(), u32::MAX).is_ok() && tail.description().is_some()
 }
 
 impl GuestControl for ArrivingGuest {

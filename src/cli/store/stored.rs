@@ -9,8 +9,8 @@ use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::Incoming;
 use ramwire::stream::qemu::file::Configuration;
+use ramwire::stream::qemu::state::sections_end;
 use ramwire::stream::qemu::style::PeerStyle;
-use ramwire::stream::qemu::tail::Tail;
 use ramwire::sys::Mapping;
 use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
@@ -141,10 +141,7 @@ impl StoredGuest {
 
     /// True if it has device state to send: more than the end of a stream that had none.
     pub fn has_state(&self) -> bool {
-        let mut tail = Tail::default();
-        let whole = tail.push(&self.tail, self.tail.len(), u32::MAX);
-        let first = whole.ok().and_then(|_| tail.description().map(|end| end.eof_at));
-        !self.tail.is_empty() && first != Some(0)
+        !self.tail.is_empty() && sections_end(&self.tail) != Some(0)
     }
 
     /// The machine for the session: it stands still all the time.

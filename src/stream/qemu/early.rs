@@ -92,6 +92,9 @@ pub enum BitmapChunk {
     },
 }
 
+/// The payload of a dirty-bitmap section that tells nothing.
+pub const NOTHING: [u8; 1] = [EOS];
+
 const EOS: u8 = 0x01;
 const ZEROES: u8 = 0x02;
 const BITMAP_NAME: u8 = 0x04;
@@ -102,6 +105,14 @@ const BITS: u8 = 0x40;
 const MORE_FLAGS: u8 = 0x80;
 
 /// Decodes the head of a chunk of a dirty-bitmap section: all of it but the bytes of a bitmap.
+///
+/// ```text
+/// u8 flags: 01 last, 02 all zero, 04 bitmap name, 08 node name, 10 START, 20 COMPLETE, 40 BITS
+/// [08: counted node name] [04: counted bitmap name]
+/// START:    be32 granularity in bytes, u8 flags (1 enabled, 2 persistent, 4 autoload)
+/// COMPLETE: nothing
+/// BITS:     be64 first sector, be32 sectors, [unless 02: be64 length, so many bytes]
+/// ```
 ///
 /// # Errors
 ///
@@ -122,7 +133,8 @@ pub fn decode_bitmap_chunk(input: &[u8]) -> Result<(BitmapChunk, usize), DecodeE
     }
     let last = flags & EOS != 0;
     if flags & START != 0 {
-        reader.array::<9>()?;
+        // be32 granularity in bytes, u8 flags.
+        reader.array::<5>()?;
     }
     let mut len = 0;
     if flags & BITS != 0 {
@@ -190,7 +202,8 @@ mod tests {
         #[rustfmt::skip]
         let cases: &[(&str, &[u8], Result<(BitmapChunk, usize), DecodeError>)] = &[
             ("nothing to migrate",  b"\x01",                          Ok((BitmapChunk::Last, 1))),
-            ("start",               b"\x1c\x01n\x01b\0\0\0\0\0\x01\0\0\x01", Ok((BitmapChunk::More, 14))),
+            ("start",               b"\x1c\x02d0\x02b0\0\x01\0\0\x03\x01", Ok((BitmapChunk::More, 12))),
+            ("cut in the start",    b"\x1c\x02d0\x02b0\0\x01\0\0", Err(DecodeError::Truncated { needed: 12, have: 11 })),
             ("bits",                bits,                             Ok((BitmapChunk::Bits { len: 16, last: false }, 25))),
             ("zeroes",              b"\x42\0\0\0\0\0\0\0\0\0\0\0\x08", Ok((BitmapChunk::More, 13))),
             ("complete, last",      b"\x21",                          Ok((BitmapChunk::Last, 1))),

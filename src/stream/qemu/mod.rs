@@ -10,7 +10,7 @@
 //! | [`mapped`] | fixed page places in a file (mapped-ram) |
 //! | [`compressed`] | pages as zlib streams |
 //! | [`early`] | sections beside RAM that must be passed over |
-//! | [`tail`], [`vmdesc`] | device sections: where they end, how they are cut |
+//! | [`tail`], [`vmdesc`], [`state`] | device sections: where they end, how they are cut, how they are kept |
 //! | [`multifd`], [`packed`], [`channel`] | packets of further channels, their compression, and one such channel |
 //! | [`return_path`] | messages back to the source |
 //! | [`style`] | the dialects of senders |
@@ -29,6 +29,7 @@ pub mod packed;
 pub mod ram;
 pub mod return_path;
 pub mod section;
+pub mod state;
 pub mod style;
 pub mod tail;
 pub mod vmdesc;

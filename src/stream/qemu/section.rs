@@ -33,6 +33,8 @@ pub const COMMAND: u8 = 0x08;
 /// Type byte of a footer.
 pub const FOOTER: u8 = 0x7e;
 
+/// Bytes of the header of a PART or END section.
+pub const PART_LEN: usize = 5;
 /// Bytes of a footer.
 pub const FOOTER_LEN: usize = 5;
 

@@ -348,7 +348,7 @@ fn s16_s20_sections_beside_ram_are_passed_over_exactly() {
     let bitmap = |id: u32| id.to_be_bytes();
     let stream = Bytes::started()
         .head(Phase::Start, 5, "dirty-bitmap", 1)
-        .raw(b"\x1c\x01n\x01b\0\0\0\0\0\x01\0\0\x01\x01")
+        .raw(b"\x1c\x01n\x01b\0\x01\0\0\x03\x01")
         .footer(5)
         .raw(b"\x02")
         .raw(&bitmap(5))

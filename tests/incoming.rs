@@ -1,0 +1,145 @@
+//! Guests of real QEMUs whose streams hold more, or less, than that of a new machine: through a folder, and through a
+//! relay.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::{
+    Deadline,
+    memory::{Pattern, compare, fill},
+    qemu::{Guest, Machine, Qemu, Version, peers_present},
+    ramwire::Ramwire,
+    scratch, skip,
+};
+use serde_json::{Value, json};
+
+const MIB: usize = 32;
+
+/// The two ways from a QEMU to a QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Folder,
+    Relay,
+}
+
+/// Both ends of a guest's way and the folder between them.
+struct Ends {
+    source: Qemu,
+    destination: Qemu,
+    folder: PathBuf,
+}
+
+/// Moves the guest by `way`, with a return path, and compares its memory.
+fn moved(dir: &Path, way: Way, ends: &mut Ends, what: &str) {
+    let Ends { source, destination, folder } = ends;
+    source.set_parameters(json!({"max-bandwidth": 0}));
+    let far = destination.listen_tcp();
+    match way {
+        Way::Folder => {
+            let arguments = ["receive", "tcp:127.0.0.1:0", "--json", "--dir"];
+            let mut receiver = Ramwire::start(dir, &arguments, &*folder);
+            source.migrate(&receiver.listening());
+            source.wait_completed(Deadline::seconds(60));
+            let report = receiver.finished(Deadline::seconds(30), 0);
+            assert_eq!(report["state"], "whole", "{what}: {report}");
+            let mut sender = Ramwire::start(dir, &["send", &far, "--json", "--dir"], &*folder);
+            let report = sender.finished(Deadline::seconds(60), 0);
+            assert_eq!(report["status"], "completed", "{what}: {report}");
+        }
+        Way::Relay => {
+            let arguments = ["relay", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"];
+            let mut relay = Ramwire::start(dir, &arguments, &far);
+            source.migrate(&relay.listening());
+            source.wait_completed(Deadline::seconds(60));
+            relay.finished(Deadline::seconds(30), 0);
+        }
+    }
+    destination.wait_completed(Deadline::seconds(20));
+    compare(&source.ram, &destination.ram).unwrap_or_else(|d| panic!("{what}: {d:?}"));
+}
+
+/// Two QEMUs of the same version and machine; `extra` are arguments for the source and for the destination.
+fn ends(dir: &Path, version: Version, machine: Machine, extra: [&[String]; 2]) -> Ends {
+    let (sent, arrived) = (dir.join("sent"), dir.join("arrived"));
+    fill(&sent, MIB, Pattern::Mixed { seed: 21 });
+    fill(&arrived, MIB, Pattern::Zero);
+    let guest = |ram: &Path, extra: &[String]| Guest::new(version, machine, ram, MIB).with(extra);
+    let mut source = guest(&sent, extra[0]).start(dir, "source");
+    source.set_capabilities(&["return-path"]);
+    let destination = guest(&arrived, extra[1]).incoming().start(dir, "destination");
+    Ends { source, destination, folder: dir.join("guest") }
+}
+
+/// A disk image, and the arguments that give it to a guest.
+fn disk(path: &Path) -> Vec<String> {
+    qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "64M"]);
+    [
+        "-blockdev",
+        &format!("driver=file,filename={},node-name=file0", path.display()),
+        "-blockdev",
+        "driver=qcow2,file=file0,node-name=disk0",
+        "-device",
+        "virtio-blk-pci,drive=disk0",
+    ]
+    .map(String::from)
+    .to_vec()
+}
+
+fn qemu_img(arguments: &[&str]) {
+    run("qemu-img", arguments);
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+}
+
+/// The dirty bitmaps of the guest's disk, as its QEMU tells them.
+fn bitmaps(qemu: &mut Qemu) -> Value {
+    let nodes = qemu.execute("query-named-block-nodes", json!({}));
+    let disk = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == "disk0").unwrap();
+    disk["dirty-bitmaps"].clone()
+}
+
+/// What an incremental backup needs: the bitmap of a disk, which knows of 3 MiB that were written.
+#[test]
+fn s20_a_persistent_dirty_bitmap_goes_with_its_guest() {
+    if !peers_present() {
+        return;
+    }
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        return skip("there is no qemu-img; run ci/setup");
+    }
+    for version in Version::ALL {
+        for way in [Way::Folder, Way::Relay] {
+            let what = format!("{version}, {way:?}");
+            let dir = scratch();
+            let (here, there) = (dir.path().join("here.qcow2"), dir.path().join("there.qcow2"));
+            let extra = [disk(&here), disk(&there)];
+            qemu_img(&["bitmap", "--add", "-g", "65536", here.to_str().unwrap(), "backup0"]);
+            run("qemu-io", &["-f", "qcow2", "-c", "write 5M 3M", here.to_str().unwrap()]);
+            let mut ends = ends(dir.path(), version, Machine::Q35, [&extra[0], &extra[1]]);
+            ends.source.set_capabilities(&["dirty-bitmaps"]);
+            ends.destination.set_capabilities(&["dirty-bitmaps"]);
+            let sent = bitmaps(&mut ends.source);
+            moved(dir.path(), way, &mut ends, &what);
+            let arrived = bitmaps(&mut ends.destination);
+            let facts = |bitmaps: &Value| {
+                ["name", "granularity", "count", "persistent"].map(|fact| bitmaps[0][fact].clone())
+            };
+            assert_eq!(facts(&arrived), facts(&sent), "{what}");
+            assert_eq!(
+                facts(&arrived),
+                [json!("backup0"), json!(65536), json!(3 << 20), json!(true)],
+                "{what}: {arrived}"
+            );
+            if way == Way::Folder {
+                let early = std::fs::read(ends.folder.join("early.bin")).unwrap();
+                assert!(early.len() < 100, "{what}: {} bytes, START alone", early.len());
+            }
+        }
+    }
+}
