@@ -39,6 +39,8 @@ pub(super) enum Breakage {
     ScanBeforeFinish,
     /// Order 7: memory is registered without the guest's promise not to discard it.
     RegisterUnpromised,
+    /// The destination takes memory that no page has come to for zero, whatever it held before.
+    TrustMemory,
     /// Bytes copied, then marked: the destination tells of a page before it is there.
     MarkBeforeCopy,
     /// A hint leaves the log of its pages as it is.
@@ -58,7 +60,7 @@ pub(super) enum Breakage {
 impl Breakage {
     /// All but `None` and what only [`relay_tests`](super::relay_tests) switch off.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 22] = [
+    pub(super) const ALL: [Self; 23] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
         Self::SkipBarrier,
@@ -74,6 +76,7 @@ impl Breakage {
         Self::ResumeBeforeCommit,
         Self::SkipComparing,
         Self::RegisterUnpromised,
+        Self::TrustMemory,
         Self::MarkBeforeCopy,
         Self::HintUnprotected,
         Self::HintAcrossSync,

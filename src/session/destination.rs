@@ -45,11 +45,23 @@ pub struct Incoming {
 
 /// Provides the memory a guest arrives in.
 pub trait MemoryProvider: Send {
-    /// The memory for what was announced: the same names, at least the same lengths, all zero.
+    /// The memory for what was announced: the same names, at least the same lengths. Nobody else writes to it from this
+    /// call until the migration has ended. It may hold old bytes, of an earlier migration say: a page that the source
+    /// tells to be zero is zero here afterwards. What the source does not send at all is left as it is.
     ///
     /// # Errors
     /// [`Error::Guest`] or [`Error::Config`] if this guest is not that guest.
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error>;
+
+    /// True if all of a block of the memory that was [provided](Self::provide) just now is known to read as zero: it was
+    /// mapped or cleared for this migration, and nobody has written to it. Then nothing is looked at.
+    ///
+    /// Without this promise the kernel is asked, once and before any page comes, which pages were written since they were
+    /// mapped; those, and all where it can't tell, are looked at when the source says that they are zero, and cleared if
+    /// they are not. The answer `true` for memory that holds something loses zero pages.
+    fn is_zeroed(&self, _block: &RamBlock) -> bool {
+        false
+    }
 
     /// Everything has come, the device state is loaded next. `incoming` has the early sections now;
     /// `native` if a ramwire sent it.
@@ -76,6 +88,21 @@ impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
         }
         shared::check_any(incoming, self.table())?;
         Ok(Arc::clone(self) as Arc<dyn GuestMemory>)
+    }
+}
+
+/// Provides memory that was mapped or cleared for this migration and never written since: with the promise of
+/// [`is_zeroed`](MemoryProvider::is_zeroed), so that nothing asks for it.
+#[derive(Debug)]
+pub struct Zeroed<M>(pub Arc<M>);
+
+impl<M: GuestMemory + 'static> MemoryProvider for Zeroed<M> {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        self.0.provide(incoming)
+    }
+
+    fn is_zeroed(&self, _block: &RamBlock) -> bool {
+        true
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::engine::Arrived;
 use crate::observe::{PageCounts, Status};
+use crate::ram::RamBlock;
 use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_pong};
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::command::Command;
@@ -220,11 +221,12 @@ impl DestinationSession {
         };
         let memory = self.provider.provide(&incoming)?;
         shared::check(&incoming, memory.table())?;
-        let placing = Placing::new(memory, &incoming.blocks, self.arrival.take())?;
+        let known_zero = |block: &RamBlock| self.provider.is_zeroed(block);
+        let placing = Placing::new(memory, &incoming.blocks, known_zero, self.arrival.take(), self.breakage)?;
         if self.settings.map_behind {
             self.mapper = Mapper::start(placing.places(), &self.settings.spawner);
         }
-        self.placing.insert(placing).breakage = self.breakage;
+        self.placing = Some(placing);
         self.prepare_rounds(&incoming)?;
         self.begin_channels(announced)?;
         self.incoming = Some(incoming);

@@ -26,6 +26,8 @@ mod relay_handover_tests;
 #[cfg(test)]
 mod relay_tests;
 mod return_path;
+#[cfg(test)]
+mod reuse_tests;
 mod rounds;
 mod run_log;
 mod scan;
@@ -46,7 +48,7 @@ mod working;
 
 use breakage::Breakage;
 pub use config::{DestinationSettings, SourceSettings};
-pub use destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
+pub use destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, Zeroed};
 pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, MigrationHandle};
 pub use places::Placed;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::guest::{GuestError, GuestMemory};
 use crate::observe::PageCounts;
-use crate::ram::{AtomicBitmap, Landing, PageRun, RamBlock, ReceivedMap};
+use crate::ram::{AtomicBitmap, Landing, PageBitmap, PageRun, RamBlock, ReceivedMap};
 use crate::sys::{HostRegion, HostSpan, is_zero};
 use crate::transport::PagePlaces;
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
@@ -28,6 +28,8 @@ pub(super) struct Places {
     regions: Vec<Option<HostRegion>>,
     /// Pages that were written by the file behind them, until somebody maps them; of blocks in the guest's own table.
     unmapped: Vec<AtomicBitmap>,
+    /// Pages that may have held something before any came, of blocks in the guest's own table; `None` for none.
+    used: Vec<Option<PageBitmap>>,
     page_bytes: u64,
     normal: AtomicU64,
     zero: AtomicU64,
@@ -49,6 +51,7 @@ impl Places {
         let regions: Vec<_> = (0..table.blocks().len() as u32).map(region).collect();
         let map = |(region, block): (&Option<_>, _)| region.as_ref().map_or(0, |_| table.pages_of(block));
         let unmapped = regions.iter().zip(table.blocks()).map(map).map(AtomicBitmap::new).collect();
+        let table_len = table.blocks().len();
         let (page_bytes, received) = (table.page().bytes(), ReceivedMap::new(table));
         let [normal, zero, delta, by_file] = [0; 4].map(AtomicU64::new);
         Ok(Self {
@@ -57,6 +60,7 @@ impl Places {
             blocks,
             regions,
             unmapped,
+            used: vec![None; table_len],
             page_bytes,
             normal,
             zero,
@@ -64,6 +68,17 @@ impl Places {
             by_file,
             memory,
         })
+    }
+
+    /// Before any page comes: looks which pages may hold something, of the blocks that are not `known_zero`.
+    pub(super) fn find_used(&mut self, known_zero: impl Fn(&RamBlock) -> bool) {
+        let table = self.memory.table();
+        for (index, (block, used)) in table.blocks().iter().zip(&mut self.used).enumerate() {
+            if !block.flags.ignored && !known_zero(block) {
+                let region = self.memory.region(BlockIndex(index as u32));
+                *used = Some(used_pages(region.as_ref(), table.pages_of(block), self.page_bytes));
+            }
+        }
     }
 
     pub(super) fn memory(&self) -> &Arc<dyn GuestMemory> {
@@ -145,10 +160,13 @@ impl Places {
         }
     }
 
-    /// True if a page of `run` has come.
-    pub(super) fn has_any(&self, run: PageRun) -> bool {
-        let map = self.received.block(run.block);
-        map.is_some_and(|map| (run.first.0..run.end().0).any(|page| map.get(PageIndex(page))))
+    /// True if something may be in a page of `run`: it has come, or was there before.
+    pub(super) fn may_hold(&self, run: PageRun) -> bool {
+        let came = self.received.block(run.block);
+        let used = self.used.get(run.block.as_usize()).and_then(Option::as_ref);
+        let pages = || (run.first.0..run.end().0).map(PageIndex);
+        came.is_some_and(|map| pages().any(|page| map.get(page)))
+            || used.is_some_and(|map| pages().any(|page| map.get(page)))
     }
 
     /// What is at `landing` is there to be seen.
@@ -209,10 +227,10 @@ impl PagePlaces for Places {
         Ok(())
     }
 
-    /// Memory starts out zero, so that a page which was never written need not be touched.
+    /// A page that was never written need not be touched.
     fn zero(&self, block: BlockIndex, offset: BlockOffset) -> Result<(), GuestError> {
         let landing = self.landing(block, offset, self.page_bytes)?;
-        if self.has_come(block, offset) {
+        if self.may_hold(landing.run(self.memory.table().page())) {
             let span = self.memory.span(landing)?;
             if !is_zero(span) {
                 span.fill_zero();
@@ -222,4 +240,18 @@ impl PagePlaces for Places {
         self.zero.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
+}
+
+/// Pages of a block of `pages` pages that may hold something; all of them where its memory is not known.
+fn used_pages(region: Option<&HostRegion>, pages: u64, page_bytes: u64) -> PageBitmap {
+    let mut used = PageBitmap::new(pages);
+    match region {
+        Some(region) => region.touched(|bytes| {
+            used.set_range(bytes.start / page_bytes..bytes.end.div_ceil(page_bytes).min(pages));
+        }),
+        None => {
+            used.set_range(0..pages);
+        }
+    }
+    used
 }

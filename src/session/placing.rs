@@ -32,17 +32,23 @@ pub(super) struct Placing {
     faults: FaultWatch,
     /// Memory is met by faults: it is better written to by its file, or taken a run at a time.
     unmapped: bool,
-    pub(super) breakage: Breakage,
+    breakage: Breakage,
 }
 
 impl Placing {
     pub(super) fn new(
         memory: Arc<dyn GuestMemory>,
         announced: &[RamBlock],
+        known_zero: impl Fn(&RamBlock) -> bool,
         mut arrival: Option<Box<dyn Arrival>>,
+        breakage: Breakage,
     ) -> Result<Self, Error> {
         let watcher = arrival.as_mut().map(|arrival| arrival.watch(&memory));
-        let places = Arc::new(Places::new(memory, announced, watcher)?);
+        let mut places = Places::new(memory, announced, watcher)?;
+        if !breakage.is(Breakage::TrustMemory) {
+            places.find_used(known_zero);
+        }
+        let places = Arc::new(places);
         let scratch = vec![0; places.page_bytes() as usize];
         Ok(Self {
             places,
@@ -51,7 +57,7 @@ impl Placing {
             scan: None,
             faults: FaultWatch::default(),
             unmapped: false,
-            breakage: Breakage::default(),
+            breakage,
         })
     }
 

@@ -26,6 +26,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use crate::engine::Outcome;
 use crate::guest::{DirtySource, GuestControl, GuestMemory, MappedGuest};
 use crate::observe::{SharedStatistics, Status};
+use crate::ram::RamBlock;
 use crate::sys::{CancelToken, Mapping, Stop};
 use crate::transport::{ByteSink, ByteSource};
 use crate::units::{PageSize, Rate};
@@ -256,6 +257,11 @@ impl MemoryProvider for RelayMemory {
         let memory: Arc<dyn GuestMemory> = Arc::new(builder.build()?);
         *lock(&self.made) = Some(Arc::clone(&memory));
         Ok(memory)
+    }
+
+    /// Mapped for this guest.
+    fn is_zeroed(&self, _block: &RamBlock) -> bool {
+        true
     }
 }
 

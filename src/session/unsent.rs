@@ -31,7 +31,7 @@ impl DestinationSession {
             }
             if !registered {
                 places.memory().discard(landing)?;
-            } else if places.has_any(run) {
+            } else if places.may_hold(run) {
                 places.memory().span(landing)?.fill_zero();
             }
         }

@@ -12,6 +12,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::memory_file::MemoryFile;
+use super::untouched::Backing;
 use crate::units::PageSize;
 
 /// A range that is not inside its region.
@@ -35,6 +36,7 @@ pub struct HostRegion {
     /// Address at which the dirty source finds the same memory; another process's, perhaps.
     tracked: usize,
     file: Option<MemoryFile>,
+    backing: Backing,
     _owner: Arc<dyn Any + Send + Sync>,
 }
 
@@ -64,13 +66,29 @@ impl HostRegion {
         page: PageSize,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Self {
-        Self { base, len, page, tracked: base.as_ptr() as usize, file: None, _owner: owner }
+        Self {
+            base,
+            len,
+            page,
+            tracked: base.as_ptr() as usize,
+            file: None,
+            backing: Backing::Unknown,
+            _owner: owner,
+        }
     }
 
-    /// The file that the region is a shared mapping of.
-    pub(super) fn with_file(mut self, file: Option<MemoryFile>) -> Self {
-        self.file = file;
+    /// What the region is a mapping of.
+    pub(super) fn with_backing(mut self, backing: Backing) -> Self {
+        self.file = match &backing {
+            Backing::File(file, start) => MemoryFile::new(file, *start),
+            Backing::Unknown | Backing::Anonymous => None,
+        };
+        self.backing = backing;
         self
+    }
+
+    pub(super) fn backing(&self) -> &Backing {
+        &self.backing
     }
 
     /// Fills `out` with the bytes from `offset` on as [`HostSpan::copy_to`] does, but without taking memory from the

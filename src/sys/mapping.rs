@@ -15,12 +15,12 @@ use rustix::fs::{MemfdFlags, StatFs, fallocate, fstat, fstatfs, ftruncate, memfd
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 
-use super::memory_file::MemoryFile;
+use super::untouched::Backing;
 use super::{HostRegion, HostSpan};
 use crate::units::PageSize;
 
 /// `f_type` of hugetlbfs (statfs(2)); memfds with huge pages are files of it too.
-const HUGETLBFS_MAGIC: i64 = 0x958458f6;
+pub(super) const HUGETLBFS_MAGIC: i64 = 0x958458f6;
 
 /// Why memory could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +93,7 @@ impl Mapping {
     pub fn anonymous(len: u64) -> Result<Self, MappingError> {
         let map = MmapOptions::new().len(to_usize(len)?).map_anon();
         let map = map.map_err(|source| kernel("mapping", len, ENOUGH_MEMORY, source))?;
-        Ok(Self { region: region_of(map.into(), base_page()), file: None })
+        Ok(Self { region: region_of(map.into(), base_page()).with_backing(Backing::Anonymous), file: None })
     }
 
     /// As [`anonymous`](Self::anonymous); with `huge_pages` they are [asked for](Self::advise_huge_pages). A kernel that
@@ -117,7 +117,7 @@ impl Mapping {
         let rounded = round_up(len, page)?;
         let map = MmapOptions::new().len(to_usize(rounded)?).huge(Some(page.shift() as u8)).map_anon();
         let map = map.map_err(|source| MappingError::HugePages { len, page, source })?;
-        Ok(Self { region: region_of(map.into(), page), file: None })
+        Ok(Self { region: region_of(map.into(), page).with_backing(Backing::Anonymous), file: None })
     }
 
     /// Shared memory of base pages behind a memfd called `name` (seen in /proc/PID/maps).
@@ -169,7 +169,7 @@ impl Mapping {
             kernel("mapping a file for", len, "open it for reading and writing, and have memory free", source)
         })?;
         let fd = Arc::new(fd);
-        let region = region_of(map, page).with_file(MemoryFile::new(&fd, offset));
+        let region = region_of(map, page).with_backing(Backing::File(Arc::clone(&fd), offset));
         Ok(Self { region, file: Some((fd, offset)) })
     }
 

@@ -30,6 +30,7 @@ mod tcp_state;
 pub(crate) mod testing;
 mod threads;
 mod uffd;
+mod untouched;
 #[cfg(feature = "vm-memory")]
 mod vm_memory_region;
 mod zerocopy;

@@ -1,4 +1,4 @@
-//! Which pages were written: the PAGEMAP_SCAN call on /proc/PID/pagemap (Linux 6.7).
+//! Which pages were written, and which are there: the PAGEMAP_SCAN call on /proc/PID/pagemap (Linux 6.7).
 //!
 //! # Source
 //! linux/fs.h (`struct pm_scan_arg`) and the kernel's admin-guide/mm/pagemap.
@@ -11,6 +11,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use rustix::ioctl::opcode;
 
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+/// The same two in an entry of the file, which every kernel has.
+const ENTRY_IS_THERE: u64 = 3 << 62;
+/// Entries that are read at once.
+const ENTRIES: usize = 4096;
 const PM_SCAN_WP_MATCHING: u64 = 1;
 const PM_SCAN_CHECK_WPASYNC: u64 = 2;
 
@@ -98,20 +104,79 @@ impl Pagemap {
         self.scan(PM_SCAN_CHECK_WPASYNC, range, &mut [PageRegion::default()]).map(drop)
     }
 
-    /// One call: how many regions were filled, and where the walk ended.
+    /// Calls `each` with every range of `range` that has pages, in memory or swapped out, in order. Of private anonymous
+    /// memory all the rest is zero.
+    ///
+    /// # Errors
+    /// What the kernel says; ranges that were told before stay told.
+    pub fn present(&self, range: Range<usize>, mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
+        let mut regions = vec![PageRegion::default(); REGIONS];
+        let mut at = range.start as u64;
+        while at < range.end as u64 {
+            let there = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+            let arg = ScanArg { category_anyof_mask: there, return_mask: there, ..ScanArg::default() };
+            let (found, walked) = match self.call(arg, at..range.end as u64, &mut regions) {
+                // An older kernel.
+                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
+                    return self.present_by_entry(at as usize..range.end, each);
+                }
+                other => other?,
+            };
+            for region in regions.iter().take(found) {
+                each(region.start as usize..region.end as usize);
+            }
+            if walked <= at {
+                return Err(io::Error::other("PAGEMAP_SCAN made no way"));
+            }
+            at = walked;
+        }
+        Ok(())
+    }
+
+    /// The same by reading an entry of 8 bytes for each page.
+    fn present_by_entry(&self, range: Range<usize>, mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
+        let page = rustix::param::page_size();
+        let mut bytes = vec![0; ENTRIES * 8];
+        let mut at = range.start / page;
+        let end = range.end.div_ceil(page);
+        while at < end {
+            let want = (end - at).min(ENTRIES) * 8;
+            let got = rustix::io::pread(&self.fd, &mut bytes[..want], at as u64 * 8)? / 8;
+            if got == 0 {
+                return Err(io::Error::other("the page map ends early"));
+            }
+            for entry in bytes[..got * 8].chunks_exact(8) {
+                let entry = entry.try_into().map_or(u64::MAX, u64::from_ne_bytes);
+                if entry & ENTRY_IS_THERE != 0 {
+                    each((at * page).max(range.start)..((at + 1) * page).min(range.end));
+                }
+                at += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// One call for written pages: how many regions were filled, and where the walk ended.
     fn scan(&self, flags: u64, range: Range<u64>, regions: &mut [PageRegion]) -> io::Result<(usize, u64)> {
-        let mut arg = ScanArg {
-            size: size_of::<ScanArg>() as u64,
+        let arg = ScanArg {
             flags,
-            start: range.start,
-            end: range.end,
-            vec: regions.as_mut_ptr() as u64,
-            vec_len: regions.len() as u64,
             // Exactly this mask and nothing else takes the kernel's fast way, on which a page that is not
             // there counts as written: shared memory unmapped by reclaim keeps its mark.
             category_mask: PAGE_IS_WRITTEN,
             return_mask: PAGE_IS_WRITTEN,
             ..ScanArg::default()
+        };
+        self.call(arg, range, regions)
+    }
+
+    fn call(&self, arg: ScanArg, range: Range<u64>, regions: &mut [PageRegion]) -> io::Result<(usize, u64)> {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            start: range.start,
+            end: range.end,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: regions.len() as u64,
+            ..arg
         };
         const PAGEMAP_SCAN: rustix::ioctl::Opcode = opcode::read_write::<ScanArg>(b'f', 16);
         // SAFETY: PAGEMAP_SCAN reads and writes one struct pm_scan_arg, whose layout ScanArg has, and writes
@@ -128,6 +193,31 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::sys::{Mapping, WriteProtector};
+
+    /// Both ways tell the same, runs of any length.
+    #[test]
+    fn pages_that_are_there_are_found_by_call_and_by_entry() {
+        let page = rustix::param::page_size();
+        let pages = 2 * ENTRIES + 100;
+        let memory = Mapping::anonymous((pages * page) as u64).unwrap();
+        let start = memory.region().address();
+        let range = start..start + pages * page;
+        let wanted: Vec<usize> = (0..pages).filter(|at| at % 97 < at / 97 || *at == pages - 1).collect();
+        for at in &wanted {
+            memory.region().span((at * page) as u64, 1).unwrap().copy_from(&[1]);
+        }
+        let pagemap = Pagemap::own().unwrap();
+        let all = |found: Vec<Range<usize>>| -> Vec<usize> {
+            found.into_iter().flat_map(|run| (run.start - start) / page..(run.end - start) / page).collect()
+        };
+        let (mut by_call, mut by_entry) = (Vec::new(), Vec::new());
+        pagemap.present(range.clone(), |run| by_call.push(run)).unwrap();
+        pagemap.present_by_entry(range.clone(), |run| by_entry.push(run)).unwrap();
+        let (by_call, by_entry) = (all(by_call), all(by_entry));
+        assert_eq!(by_call, by_entry);
+        // The kernel may have given larger pages than were asked for.
+        assert!(wanted.iter().all(|at| by_call.contains(at)));
+    }
 
     /// With less room than the runs there are a call stops where its room ends; with room left it has walked all. So no
     /// part is walked twice, which took a quarter of a sync with a thousand runs.

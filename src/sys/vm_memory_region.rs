@@ -10,7 +10,7 @@ use vm_memory::bitmap::Bitmap;
 
 use super::HostRegion;
 use super::mapping::{base_page, page_of_file};
-use super::memory_file::MemoryFile;
+use super::untouched::Backing;
 use crate::units::PageSize;
 
 impl HostRegion {
@@ -25,18 +25,21 @@ impl HostRegion {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         let mut page = anonymous_page(mapping.flags());
-        let mut shared = None;
+        let is_shared = mapping.flags() & libc::MAP_SHARED != 0;
+        let mut backing = if is_shared { Backing::Unknown } else { Backing::Anonymous };
         if let Some(file) = mapping.file_offset() {
             page = page_of_file(&fstatfs(file.file())?);
-            if mapping.flags() & libc::MAP_SHARED != 0 {
-                shared = MemoryFile::new(&Arc::new(file.file().try_clone()?.into()), file.start());
-            }
+            backing = match is_shared {
+                true => Backing::File(Arc::new(file.file().try_clone()?.into()), file.start()),
+                // What was not written yet is the file's.
+                false => Backing::Unknown,
+            };
         }
         let (base, len) = (mapping.as_ptr(), mapping.size());
         let base = NonNull::new(base).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: the range is mapped, readable and writable as was looked at, until the mapping is dropped, which is the
         // owner here. vm-memory reaches it by volatile accesses and makes no reference to it.
-        Ok(unsafe { Self::from_raw(base, len, page, mapping) }.with_file(shared))
+        Ok(unsafe { Self::from_raw(base, len, page, mapping) }.with_backing(backing))
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ramwire::engine::Ending;
 use ramwire::guest::GuestMemory;
-use ramwire::session::{DestinationSession, DestinationSettings};
+use ramwire::session::{DestinationSession, DestinationSettings, Zeroed};
 use ramwire::sys::{CancelToken, Stop, populate};
 use ramwire::transport::{Address, AllowList, DoorOptions, Listener};
 use ramwire::units::BlockIndex;
@@ -153,7 +153,7 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     drop(listener);
     let settings = DestinationSettings::default();
     let session =
-        DestinationSession::new(door.source, door.back, Box::new(memory), guest.control(), settings);
+        DestinationSession::new(door.source, door.back, Box::new(Zeroed(memory)), guest.control(), settings);
     let report = session.with_cancel(cancel).run();
     let mut verdict = Verdict {
         ran: report.ending == Ending::Running,

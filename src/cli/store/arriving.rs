@@ -107,6 +107,11 @@ impl MemoryProvider for ArrivingGuest {
         Ok(Arc::new(memory))
     }
 
+    /// Its file is new, whatever was in the folder.
+    fn is_zeroed(&self, _block: &RamBlock) -> bool {
+        true
+    }
+
     fn arrived(&mut self, incoming: &Incoming, native: bool) {
         let mut inner = self.lock();
         inner.early = incoming.early_sections.clone();

@@ -80,14 +80,28 @@ impl Guest {
         for (block, page) in &plan.unplugged {
             guest.spoil(*block, *page);
         }
+        guest.use_target(plan);
         guest
     }
 
-    /// The same guest with a fresh destination, for a second migration.
-    pub(super) fn again(self, plan: &Plan) -> Self {
-        let [source, _] = self.memory;
+    /// The destination's memory holds what was there before.
+    fn use_target(&self, plan: &Plan) {
+        let mut rng = Rng::new(plan.seed ^ 0x01d);
+        for (block, (pages, _)) in plan.blocks.iter().enumerate().filter(|_| plan.used_every > 0) {
+            let block = block as u32;
+            for page in (0..*pages).filter(|_| plan.ignored != Some(block)) {
+                if rng.one_in(plan.used_every) {
+                    page_of(&self.memory[1], block, page).copy_from(&[0xab; PAGE]);
+                }
+            }
+        }
+    }
+
+    /// The same guest for a second migration; into the same memory where the first one's was discarded, or into new.
+    pub(super) fn again(self, plan: &Plan, same_memory: bool) -> Self {
+        let [source, target] = self.memory;
         let [truth, _] = self.truth;
-        let target = mapped(plan, Some(&source));
+        let target = if same_memory { target } else { mapped(plan, Some(&source)) };
         let memory = [source, target];
         Self { memory, truth: [truth, Vec::new()], writes_left: plan.writes, loaded: Vec::new(), ..self }
     }

@@ -71,6 +71,7 @@ impl Coverage {
             ("stranded", arrived.ending == Ending::Stranded),
             ("two rounds or more", sent.statistics.rounds.len() >= 2),
             ("four rounds or more", sent.statistics.rounds.len() >= 4),
+            ("completed into used memory", world.plan.used_every > 0 && sent.outcome == Outcome::Completed),
             ("page sent again", pages.normal + pages.zero > world.plan.total_pages()),
             ("digest equal", arrived.verified),
             ("flip refused by the digest", flipped(&world.plan) && digest(&arrived.error)),
@@ -208,6 +209,7 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         // A relay's, which is not simulated here: `relay_tests`.
         Breakage::ScanBeforeFinish => &[],
         Breakage::RegisterUnpromised => &["started with other memory", "differs from the source's"],
+        Breakage::TrustMemory => &["started with other memory", "differs from the source's"],
         Breakage::MarkBeforeCopy => &["was told before it was there"],
         Breakage::HintUnprotected => {
             &["started with other memory", "differs from the source's", "was sent for nothing"]

@@ -176,6 +176,8 @@ pub(super) struct Plan {
     pub(super) seed: u64,
     /// Pages of each block and the size of its host pages.
     pub(super) blocks: Vec<(u64, PageSize)>,
+    /// Of so many pages of the destination's memory one holds old bytes; 0: none does.
+    pub(super) used_every: u64,
     /// Of so many pages one is zero at the start.
     pub(super) zero_every: u64,
     /// Pages the guest writes to.
@@ -243,6 +245,7 @@ impl Plan {
             plugs,
             unplugged,
             ignored,
+            used_every: draw_used(seed),
             seed,
             zero_every: rng.pick(&[2, 5, 1000]),
             working_set,
@@ -343,6 +346,11 @@ fn draw_references(seed: u64, door: DoorKind) -> DoorKind {
         }
         other => other,
     }
+}
+
+/// Half of the destinations have memory that was used before; drawn apart as well.
+fn draw_used(seed: u64) -> u64 {
+    Rng::new(seed ^ 0x01d_0000).pick(&[0, 0, 1, 3])
 }
 
 fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {

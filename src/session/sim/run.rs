@@ -251,6 +251,7 @@ pub(super) fn run_seed(seed: u64, breakage: Breakage) -> Result<Run, Vec<String>
         return Ok(first);
     }
     first.world.guest.running[Side::Source as usize] = true;
+    let discarded = first.arrived.ending == Ending::Discarded;
     let plan = Plan {
         writes: 30,
         peer: PeerKind::Ramwire,
@@ -262,7 +263,7 @@ pub(super) fn run_seed(seed: u64, breakage: Breakage) -> Result<Run, Vec<String>
     };
     let nothing = Plan { blocks: Vec::new(), unplugged: Default::default(), ..plan.clone() };
     let empty = Guest::new(&nothing);
-    let guest = std::mem::replace(&mut first.world.guest, empty).again(&plan);
+    let guest = std::mem::replace(&mut first.world.guest, empty).again(&plan, discarded);
     let mut second = run(plan, guest, Breakage::None)?;
     second.check();
     let again = |what: String| format!("second migration: {what}");

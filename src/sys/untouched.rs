@@ -1,0 +1,235 @@
+//! Which parts of a mapping may hold anything: memory that was never written reads as zero.
+//!
+//! # Source
+//! The kernel's admin-guide/mm/pagemap (bits 62 and 63 of an entry), proc(5) (`maps`), lseek(2) (`SEEK_DATA`: a page
+//! that is swapped out counts as data, which mincore(2) does not tell).
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{SeekFrom, fstat, fstatfs, seek};
+use rustix::io::Errno;
+
+use super::mapping::HUGETLBFS_MAGIC;
+use super::{HostRegion, Pagemap};
+
+/// What stands behind mapped memory.
+#[derive(Clone, Debug, Default)]
+pub(super) enum Backing {
+    /// Somebody else mapped it and did not say.
+    #[default]
+    Unknown,
+    /// Nothing: private memory that is zero until it is written.
+    Anonymous,
+    /// A shared mapping of a file, from this offset on.
+    File(Arc<OwnedFd>, u64),
+}
+
+impl HostRegion {
+    /// Calls `each` with every range of the region, in order, that may hold something but zeros. The rest was never
+    /// written since it was mapped. Neither takes memory, nor reads any.
+    ///
+    /// Where the kernel can't tell (shared memory whose file is not known, a hidden /proc) that is the whole region.
+    pub fn touched(&self, mut each: impl FnMut(Range<u64>)) {
+        if let Err(error) = self.ask_for_touched(&mut each) {
+            tracing::debug!(%error, region = ?self, "memory is taken for used, since the kernel does not say");
+            each(0..self.len());
+        }
+    }
+
+    fn ask_for_touched(&self, each: &mut impl FnMut(Range<u64>)) -> io::Result<()> {
+        let range = self.address()..self.address() + self.len() as usize;
+        match self.backing() {
+            Backing::File(file, start) => {
+                return data_of(file.as_fd(), *start..start.saturating_add(self.len()), each);
+            }
+            Backing::Unknown if !is_private_anonymous(&range)? => {
+                return Err(io::Error::other("the file behind shared memory is not known"));
+            }
+            Backing::Unknown | Backing::Anonymous => {}
+        }
+        Pagemap::own()?.present(range.clone(), |found| {
+            each((found.start - range.start) as u64..(found.end - range.start) as u64)
+        })
+    }
+}
+
+/// Calls `each` with the data of `range` of a file, counted from its start.
+fn data_of(file: BorrowedFd<'_>, range: Range<u64>, each: &mut impl FnMut(Range<u64>)) -> io::Result<()> {
+    // This file system knows no holes, but how many pages a file has.
+    if fstatfs(file)?.f_type == HUGETLBFS_MAGIC && fstat(file)?.st_blocks == 0 {
+        return Ok(());
+    }
+    let before = seek(file, SeekFrom::Current(0))?;
+    let found = walk_data(file, range, each);
+    // The position belongs to whoever shares the descriptor.
+    seek(file, SeekFrom::Start(before))?;
+    found
+}
+
+fn walk_data(file: BorrowedFd<'_>, range: Range<u64>, each: &mut impl FnMut(Range<u64>)) -> io::Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        let data = match seek(file, SeekFrom::Data(at)) {
+            Ok(data) if data < range.end => data,
+            Ok(_) | Err(Errno::NXIO) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        };
+        let hole = seek(file, SeekFrom::Hole(data))?.min(range.end);
+        if hole <= data {
+            return Err(io::Error::other("SEEK_HOLE made no way"));
+        }
+        each(data - range.start..hole - range.start);
+        at = hole;
+    }
+    Ok(())
+}
+
+/// True if all of `range` is private memory without a file behind it, by /proc/self/maps.
+fn is_private_anonymous(range: &Range<usize>) -> io::Result<bool> {
+    covers(BufReader::new(File::open("/proc/self/maps")?), range)
+}
+
+/// `maps` has lines as `7f00-7f40 rw-p 00000000 00:00 0    [heap]`.
+fn covers(maps: impl BufRead, range: &Range<usize>) -> io::Result<bool> {
+    let mut at = range.start;
+    for line in maps.lines() {
+        let line = line?;
+        let mut words = line.split_ascii_whitespace();
+        let addresses = words.next().and_then(|word| word.split_once('-'));
+        let hex = |text| usize::from_str_radix(text, 16).ok();
+        let Some((Some(start), Some(end))) = addresses.map(|(start, end)| (hex(start), hex(end))) else {
+            continue;
+        };
+        if at >= range.end || end <= at {
+            continue;
+        }
+        let private = words.next().is_some_and(|mode| mode.ends_with('p'));
+        let no_file = words.nth(2) == Some("0");
+        if start > at || !private || !no_file {
+            return Ok(false);
+        }
+        at = end;
+    }
+    Ok(at >= range.end)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::ptr::NonNull;
+
+    use memmap2::{MmapMut, MmapOptions, MmapRaw};
+
+    use super::*;
+    use crate::sys::testing::huge_pages;
+    use crate::sys::{Mapping, thread_page_faults};
+    use crate::units::PageSize;
+
+    const PAGE: u64 = 4096;
+
+    /// Starts and ends.
+    fn touched(region: &HostRegion) -> Vec<(u64, u64)> {
+        let mut found = Vec::new();
+        region.touched(|range| found.push((range.start, range.end)));
+        found
+    }
+
+    fn foreign(map: MmapRaw) -> HostRegion {
+        let base = NonNull::new(map.as_mut_ptr()).unwrap();
+        let len = map.len();
+        // SAFETY: the map lives in the Arc, and no slice of it is taken.
+        unsafe { HostRegion::from_raw(base, len, PageSize::SIZE_4K, Arc::new(map)) }
+    }
+
+    fn memfd() -> OwnedFd {
+        let fd = rustix::fs::memfd_create("untouched", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, 4 << 20).unwrap();
+        fd
+    }
+
+    /// Whoever mapped it: what was written is told, nothing else is, and nothing is taken by the look.
+    #[test]
+    fn only_what_was_written_may_hold_something() {
+        let on_disk = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let cases = [
+            ("anonymous", Mapping::anonymous(4 << 20).unwrap().region().clone()),
+            ("memfd", Mapping::memfd("ram", 4 << 20).unwrap().region().clone()),
+            ("file", Mapping::file_grown(on_disk.into(), 0, 4 << 20, true).unwrap().region().clone()),
+            ("foreign anonymous", foreign(MmapMut::map_anon(4 << 20).unwrap().into())),
+        ];
+        for (what, region) in cases {
+            let faults = thread_page_faults().unwrap();
+            assert!(touched(&region).is_empty(), "{what}: {:?}", touched(&region));
+            assert!(thread_page_faults().unwrap() - faults < 512, "{what}: the look touches nothing");
+            for page in [0, 300, 1023] {
+                region.span(page * PAGE, 1).unwrap().copy_from(&[7]);
+            }
+            let found = touched(&region);
+            // Larger pages than base ones may be behind it.
+            for page in [0, 300, 1023] {
+                assert!(
+                    found.iter().any(|(start, end)| (*start..*end).contains(&(page * PAGE))),
+                    "{what}: {found:?}"
+                );
+            }
+            let bytes: u64 = found.iter().map(|(start, end)| end - start).sum();
+            // A file system may make more of a file real than was written.
+            assert!(bytes < region.len() || what == "file", "{what}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn what_another_mapping_of_the_file_wrote_counts() {
+        let fd = memfd();
+        let first = Mapping::file(fd.try_clone().unwrap(), 0, 4 << 20).unwrap();
+        let second = Mapping::file(fd, 4 * PAGE, 8 * PAGE).unwrap();
+        first.region().span(5 * PAGE, 1).unwrap().copy_from(&[7]);
+        assert_eq!(touched(second.region()), [(PAGE, 2 * PAGE)]);
+    }
+
+    #[test]
+    fn memory_that_nothing_is_known_of_is_taken_for_used() {
+        let shared = MmapOptions::new().len(4 << 20).map_raw(&memfd()).unwrap();
+        // SAFETY: nobody truncates the file, and no slice of the map is taken.
+        let private = unsafe { MmapOptions::new().len(4 << 20).map_copy(&memfd()).unwrap() };
+        for region in [foreign(shared), foreign(private.into())] {
+            assert_eq!(touched(&region), [(0, 4 << 20)]);
+        }
+    }
+
+    #[test]
+    fn huge_pages_are_known_too() {
+        huge_pages(PageSize::SIZE_2M, 8);
+        let page = PageSize::SIZE_2M;
+        let private = Mapping::anonymous_huge(4 << 20, page).unwrap();
+        let shared = Mapping::memfd_huge("ram", 4 << 20, page).unwrap();
+        for mapping in [&private, &shared] {
+            assert!(touched(mapping.region()).is_empty());
+            mapping.region().span(3 << 20, 1).unwrap().copy_from(&[7]);
+        }
+        assert_eq!(touched(private.region()), [(2 << 20, 4 << 20)]);
+        assert_eq!(touched(shared.region()), [(0, 4 << 20)], "hugetlbfs tells no holes");
+    }
+
+    #[test]
+    fn lines_of_maps_are_understood() {
+        let maps = "1000-3000 rw-p 00000000 00:00 0 \n3000-4000 rw-p 00000000 00:00 0 [heap]\n\
+                    4000-6000 rw-s 00000000 00:01 1053 /memfd:ram (deleted)\n\
+                    8000-9000 rw-p 00002000 fe:00 77 /bin/x\n9000-a000 rw-p 00000000 00:00 0\n";
+        for (range, yes) in [
+            (0x1000..0x4000, true),
+            (0x2000..0x3800, true),
+            (0x3000..0x5000, false),
+            (0x4000..0x5000, false),
+            (0x8000..0x9000, false),
+            (0x9000..0xb000, false),
+            (0x9000..0xa000, true),
+        ] {
+            assert_eq!(covers(maps.as_bytes(), &range).unwrap(), yes, "{range:x?}");
+        }
+    }
+}
