@@ -1,10 +1,11 @@
 //! The command line, and which status a run ends with.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use super::output::{self, note};
 use super::{bench, demo, devices, inspect, receive, relay, report, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
@@ -26,7 +27,9 @@ const EXIT_STATUS: &str = "EXIT STATUS:
     5  in doubt: the guest was given away and nobody said that it runs
     6  arrived, but not as it left
 
-The first SIGINT or SIGTERM cancels, a second one exits without waiting.";
+They hold whatever becomes of the output: a result that can't be printed changes none of them.
+
+The first SIGINT, SIGTERM or SIGHUP cancels, a second one exits without waiting. Under nohup SIGHUP is ignored.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -79,16 +82,23 @@ pub(super) enum Exit {
     NotVerified,
 }
 
+impl Exit {
+    /// The process's status.
+    pub(super) fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Usage => 2,
+            Self::Failed => 3,
+            Self::Cancelled => 4,
+            Self::InDoubt => 5,
+            Self::NotVerified => 6,
+        }
+    }
+}
+
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
-        Self::from(match exit {
-            Exit::Done => 0,
-            Exit::Usage => 2,
-            Exit::Failed => 3,
-            Exit::Cancelled => 4,
-            Exit::InDoubt => 5,
-            Exit::NotVerified => 6,
-        })
+        Self::from(exit.code())
     }
 }
 
@@ -96,10 +106,14 @@ impl From<Exit> for ExitCode {
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     match tracing_subscriber::EnvFilter::try_new(&cli.log) {
-        Ok(filter) => tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init(),
+        Ok(filter) => {
+            let colours = io::stderr().is_terminal();
+            let logs = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours);
+            logs.with_writer(|| output::Log).init();
+        }
         Err(error) => {
-            eprintln!("ramwire: --log {}: {error}; try --log debug", cli.log);
-            return Exit::Usage.into();
+            note!("ramwire: --log {}: {error}; try --log debug", cli.log);
+            return output::status(Exit::Usage);
         }
     }
     let exit = match cli.command {
@@ -114,12 +128,17 @@ pub fn run() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Generate(args) => generate(args.what),
     };
-    exit.into()
+    output::status(exit)
 }
 
 fn generate(what: What) -> Exit {
-    let written = generated(what).and_then(|text| io::stdout().write_all(&text));
-    if written.is_ok() { Exit::Done } else { Exit::Failed }
+    match generated(what).and_then(|text| output::product(&text)) {
+        Ok(()) => Exit::Done,
+        Err(error) => {
+            note!("ramwire generate: standard output: {error}");
+            Exit::Failed
+        }
+    }
 }
 
 /// Completions for a shell, or the man page: of the command, then of each subcommand with all its options.

@@ -1,22 +1,18 @@
-//! What several commands share: options, numbers with units, signals, errors in words.
+//! What several commands share: options, numbers with units, errors in words.
 
-use std::io::IsTerminal;
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use ramwire::engine::{Outcome, Reason};
-use ramwire::observe::{SharedStatistics, Status};
 use ramwire::session::{ErrorKind, Peer, SourceReport};
 use ramwire::stream::qemu::packed::Packing;
 use ramwire::stream::qemu::style::PeerStyle;
-use ramwire::sys::{CancelToken, StopReason};
+use ramwire::sys::StopReason;
 use ramwire::transport::{
     ChannelError, ChannelOptions, Numa, OpenError, PageSending, RdmaOptions, StreamOptions,
 };
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 use super::args::Exit;
+use super::output::note;
 
 /// Options of every connection.
 #[derive(Clone, Debug, clap::Args)]
@@ -215,53 +211,6 @@ pub(super) fn human_bytes(bytes: u64) -> String {
     indicatif::HumanBytes(bytes).to_string()
 }
 
-/// Tells the signal thread how far the source's session is.
-#[derive(Clone, Default)]
-pub(super) struct SignalWatch(Arc<OnceLock<SharedStatistics>>);
-
-impl SignalWatch {
-    /// From here on a signal knows whether the guest was given away.
-    pub(super) fn follow(&self, statistics: SharedStatistics) {
-        // Only one session a process: a second would be a bug that costs an exit status, no more.
-        let _ = self.0.set(statistics);
-    }
-
-    fn is_committed(&self) -> bool {
-        self.0.get().is_some_and(|statistics| statistics.snapshot().status == Status::InDoubt)
-    }
-}
-
-/// The first SIGINT or SIGTERM cancels, a second one exits at once: 4, or 5 between COMMIT and RUNNING.
-pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
-    let watch = SignalWatch::default();
-    let seen = watch.clone();
-    let Ok(mut signals) = Signals::new([SIGINT, SIGTERM]) else {
-        tracing::warn!("no signal handler: a signal ends the process at once");
-        return watch;
-    };
-    let spawned = std::thread::Builder::new().name("ramwire-signals".into()).spawn(move || {
-        for (count, _) in signals.forever().enumerate() {
-            match (seen.is_committed(), count) {
-                (true, 0) => eprintln!("too late to cancel: the guest was given away; waiting until it runs"),
-                (true, _) => {
-                    eprintln!("in doubt: nobody has said that the guest runs; look at the destination");
-                    std::process::exit(5);
-                }
-                (false, 0) => {}
-                (false, _) => std::process::exit(4),
-            }
-            if count == 0 && std::io::stderr().is_terminal() {
-                eprintln!("cancelling; once more to exit without waiting");
-            }
-            tokens.iter().for_each(CancelToken::cancel);
-        }
-    });
-    if let Err(error) = spawned {
-        tracing::warn!(%error, "no thread for signals: a signal ends the process at once");
-    }
-    watch
-}
-
 /// Prints an error and every cause that its own text does not hold.
 pub(super) fn complain(command: &str, error: &dyn std::error::Error) {
     let mut text = error.to_string();
@@ -273,7 +222,7 @@ pub(super) fn complain(command: &str, error: &dyn std::error::Error) {
         }
         cause = deeper.source();
     }
-    eprintln!("ramwire {command}: {text}");
+    note!("ramwire {command}: {text}");
 }
 
 /// Prints why a command ended before its session began, and gives its status: 4 if a signal ended it, 2 if its options

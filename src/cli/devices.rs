@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::args::Exit;
 use super::common::human_bytes;
+use super::output::{result_line, result_text};
 
 /// Lists the verbs devices of this host with the limits that matter to a migration. Without a device it says so; that
 /// is no failure.
@@ -17,9 +18,9 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Exit {
     let found = look();
     if args.json {
-        println!("{}", found.json());
+        result_line!("{}", found.json());
     } else {
-        print!("{}", found.text());
+        result_text!("{}", found.text());
     }
     Exit::Done
 }

@@ -9,6 +9,7 @@ mod demo;
 mod devices;
 mod inspect;
 mod metrics;
+mod output;
 #[allow(dead_code, reason = "shared by the reports that draw")]
 mod plot;
 mod progress;
@@ -17,6 +18,7 @@ mod relay;
 mod render;
 mod report;
 mod send;
+mod signals;
 mod slow_link;
 mod store;
 mod watch;

@@ -3,19 +3,23 @@
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crossbeam::channel::{Receiver, Sender, bounded};
 use indicatif::{ProgressBar, ProgressStyle};
 use ramwire::observe::{SharedStatistics, Statistics};
 
 /// How often the line is drawn.
 const TICK: Duration = Duration::from_millis(100);
 
+/// How long the last drawing may take.
+const LAST_DRAWING: Duration = Duration::from_secs(1);
+
 /// Draws until it is dropped.
 pub(super) struct Progress {
     done: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    /// Disconnected when the thread ends.
+    ended: Option<Receiver<()>>,
 }
 
 impl Progress {
@@ -23,6 +27,8 @@ impl Progress {
     pub(super) fn follow(statistics: SharedStatistics) -> Self {
         let done = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&done);
+        let (ending, ended) = bounded(0);
+        let ending: Sender<()> = ending;
         let draw = move || {
             let bar = ProgressBar::new(0);
             let style = ProgressStyle::with_template("{bar:24} {percent:>3}%  {msg}");
@@ -35,18 +41,20 @@ impl Progress {
                 std::thread::sleep(TICK);
             }
             bar.finish_and_clear();
+            drop(ending);
         };
         let wanted = std::io::stderr().is_terminal();
         let thread = wanted.then(|| std::thread::Builder::new().name("ramwire-progress".into()).spawn(draw));
-        Self { done, thread: thread.and_then(Result::ok) }
+        Self { done, ended: thread.and_then(Result::ok).map(|_| ended) }
     }
 }
 
 impl Drop for Progress {
+    /// A terminal that stands still keeps the line, and not the migration's end.
     fn drop(&mut self) {
         self.done.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        if let Some(ended) = self.ended.take() {
+            let _ = ended.recv_timeout(LAST_DRAWING);
         }
     }
 }

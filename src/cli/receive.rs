@@ -10,9 +10,11 @@ use ramwire::transport::{Address, AllowList, DoorOptions, Listener, Way};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{ChannelArgs, Timeouts, bytes, cancel_on_signal, complain, failed, human_bytes};
+use super::common::{ChannelArgs, Timeouts, bytes, complain, failed, human_bytes};
 use super::metrics::MetricsArgs;
+use super::output::{note, result_line};
 use super::progress::Progress;
+use super::signals::cancel_on_signal;
 use super::store::{ArrivingGuest, State, Store};
 
 /// Takes one migration, then stops listening. Success is told to the source only after everything is on the disk.
@@ -73,14 +75,14 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.uri, allow, &stop)?;
     if let Some(warning) = listener.warning() {
-        eprintln!("ramwire receive: {warning}");
+        note!("ramwire receive: {warning}");
     }
     if let Some(why) = listener.why_no_rdma() {
-        eprintln!("ramwire receive: TCP only: {why}");
+        note!("ramwire receive: TCP only: {why}");
     }
-    eprintln!("listening on {}", listener.address());
+    note!("listening on {}", listener.address());
     let waiting = cancel.clone();
-    cancel_on_signal(vec![waiting]);
+    let signals = cancel_on_signal(vec![waiting]);
     let options = DoorOptions { channels, ..DoorOptions::of_stream(args.timeouts.stream_options()) };
     let door = listener.accept_door(&options, &stop)?;
     // One migration: nobody else gets in.
@@ -106,14 +108,18 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         settings,
     )
     .with_cancel(cancel);
+    signals.ask(session.canceller());
     let progress = Progress::follow(session.statistics());
     let metrics = args.metrics.serve("receive", session.statistics())?;
     let report = session.run();
     drop((progress, metrics));
-    Ok(tell(args, &way, &guest, &report))
+    let exit = exit_of(&guest, &report);
+    signals.ended(exit);
+    tell(args, &way, &guest, &report);
+    Ok(exit)
 }
 
-fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
+fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationReport) {
     let state = guest.manifest().map_or(State::Arriving, |manifest| manifest.state);
     if let Some(error) = &report.error {
         complain("receive", error);
@@ -134,10 +140,10 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
             "blocks": blocks,
             "error": report.error.as_ref().map(ToString::to_string),
         });
-        println!("{out}");
+        result_line!("{out}");
     } else if arrived {
         let pages = report.pages;
-        println!(
+        result_line!(
             "arrived in {}: {} received, {} pages whole, {} zero{}",
             args.dir.display(),
             human_bytes(report.bytes),
@@ -150,8 +156,12 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
             },
         );
     }
+}
+
+fn exit_of(guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
+    let state = guest.manifest().map_or(State::Arriving, |manifest| manifest.state);
     match (report.ending, report.error.as_ref().map(ramwire::session::Error::kind)) {
-        // Whether it is all of the guest nobody has said.
+        // Nothing proves that it is all of the guest.
         (Ending::Running, _) if state == State::Incomplete => Exit::NotVerified,
         (Ending::Running, _) => Exit::Done,
         (Ending::Stranded, _) => Exit::InDoubt,

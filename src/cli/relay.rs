@@ -20,10 +20,10 @@ use ramwire::transport::{
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{
-    PeerOption, RdmaArgs, SourceChannelArgs, Timeouts, bytes, cancel_on_signal, complain, failed,
-};
+use super::common::{PeerOption, RdmaArgs, SourceChannelArgs, Timeouts, bytes, complain, failed};
+use super::output::{note, result_line, result_text};
 use super::render;
+use super::signals::cancel_on_signal;
 use super::store::keep;
 use super::watch::{Log, WatchArgs, describe};
 
@@ -100,9 +100,9 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.listen, allow, &stop)?;
     if let Some(warning) = listener.warning() {
-        eprintln!("ramwire relay: {warning}");
+        note!("ramwire relay: {warning}");
     }
-    eprintln!("listening on {}", listener.address());
+    note!("listening on {}", listener.address());
     let options = args.timeouts.stream_options();
     let (count, packing) = (args.listen_channels, args.listen_compression);
     let near = ChannelOptions { count, packing, numa: channels.numa.clone(), ..ChannelOptions::default() };
@@ -111,7 +111,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let door = listener.accept_door(&near, &stop)?;
     drop(listener);
     if matches!(args.listen, Address::Auto { .. }) {
-        eprintln!("ramwire relay: source: {}: {}", door.way.transport, door.way.why);
+        note!("ramwire relay: source: {}: {}", door.way.transport, door.way.why);
     }
     let deltas = DeltaCacheSize::new(args.xbzrle_cache_size);
     let options = DoorOptions { stream: options, rdma: args.rdma.options(), channels, deltas };
@@ -125,7 +125,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         let door = open_source(&far, Arc::clone(&memory), &options, &far_stop);
         if let Ok(door) = &door {
             if chosen {
-                eprintln!("ramwire relay: far end: {}: {}", door.way.transport, door.way.why);
+                note!("ramwire relay: far end: {}: {}", door.way.transport, door.way.why);
             }
             let mut run = describe("relay", door.way.transport, &door.way.why, memory.table());
             run.settings = settings;
@@ -185,11 +185,11 @@ impl Args {
 
 fn tell_notice(notice: &Notice) {
     match notice {
-        Notice::NoReturnPath => eprintln!(
+        Notice::NoReturnPath => note!(
             "ramwire relay: the source opened no return path, so it can't be told how this ends: look at the far \
              end before you let go of the source, or set its return-path capability"
         ),
-        Notice::InDoubt { why } => eprintln!(
+        Notice::InDoubt { why } => note!(
             "ramwire relay: in doubt: the far end was given the guest and fell silent ({why}). The source waits. \
              If the guest runs at the far end, end the source; if not, interrupt this relay: the source then \
              goes on"
@@ -235,11 +235,11 @@ fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport) -> Exi
             "scan": scan,
             "far": far,
         });
-        println!("{out}");
+        result_line!("{out}");
     } else if let (Ending::Running, Some(sent)) = (report.received.ending, &report.sent) {
-        print!("{}", render::statistics(&sent.statistics));
+        result_text!("{}", render::statistics(&sent.statistics));
         if let Some(scan) = &report.received.scan {
-            println!(
+            result_line!(
                 "{} scans for what came by RDMA: {:.0} ms in all, {} of {} pages looked at had changed",
                 scan.scans,
                 scan.took.as_secs_f64() * 1e3,
@@ -271,14 +271,14 @@ fn keep_guest(args: &Args, report: &RelayReport) {
     let told = kept.incoming.has_return_path && report.received.ending != Ending::Stranded;
     let Some(dir) = &args.keep else {
         if !told {
-            eprintln!(
+            note!(
                 "ramwire relay: the guest is lost here unless its source has kept it; --keep DIR would have kept it"
             );
         }
         return;
     };
     match keep(dir, &kept.incoming, &*kept.memory, state) {
-        Ok(()) => eprintln!(
+        Ok(()) => note!(
             "ramwire relay: the guest is in {0}; if it does not run at its source, `ramwire send URI --dir {0}` \
              sends it on",
             dir.display()

@@ -14,15 +14,15 @@ use ramwire::transport::{Address, ChannelOptions, DeltaCacheSize, DoorOptions, W
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{
-    PeerOption, RdmaArgs, SourceChannelArgs, Timeouts, bytes, cancel_on_signal, complain, exit_of, failed,
-};
+use super::common::{PeerOption, RdmaArgs, SourceChannelArgs, Timeouts, bytes, complain, exit_of, failed};
+use super::output::{note, result_line, result_text};
 use super::progress::Progress;
 use super::render;
-use super::store::{Block, Overrides, State, StoredGuest};
+use super::signals::cancel_on_signal;
+use super::store::{Block, Custody, Overrides, State, StoredGuest};
 use super::watch::{WatchArgs, describe};
 
-/// Sends a stored guest. The folder's manifest says `sent` once the other end runs it, and `in-doubt` if nobody knows.
+/// Sends a stored guest. The folder's manifest says `sent` once the other end runs it, and `in-doubt` if that is not known.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "EXAMPLES:
     # Give a received guest to a QEMU started with -incoming tcp:0.0.0.0:4444
@@ -147,7 +147,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
 fn send(
     args: &Args,
     channels: ChannelOptions,
-    mut guest: StoredGuest,
+    guest: StoredGuest,
 ) -> Result<Exit, Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
@@ -162,27 +162,41 @@ fn send(
     let door = open_source(&args.uri, memory.clone(), &options, &Stop::on(&cancel))?;
     let way = door.way.clone();
     if matches!(args.uri, Address::Auto { .. }) {
-        eprintln!("ramwire send: {}: {}", way.transport, way.why);
+        note!("ramwire send: {}: {}", way.transport, way.why);
     }
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
     let session = SourceSession::new(source, door.into(), settings(args, &guest)).with_cancel(cancel);
     let metrics = args.watch.metrics.serve("send", session.statistics())?;
-    // From here until the end is known a crash leaves a folder that says so.
-    guest.mark(State::Sending)?;
+    let custody = guest.custody();
+    signals.ask(session.canceller());
     signals.follow(session.statistics());
+    let left = custody.clone();
+    signals.before_leaving(move |exit| settle(left.as_deref(), exit));
     let progress = Progress::follow(session.statistics());
     let log = log.follow(session.statistics(), run);
     let report = session.run();
     log.finish();
     drop((progress, metrics));
-    guest.mark(match report.outcome {
-        Outcome::Completed => State::Sent,
-        Outcome::InDoubt => State::InDoubt,
-        Outcome::StaysHere(_) => State::Whole,
-    })?;
+    let exit = exit_of(&report);
+    settle(custody.as_deref(), exit);
+    signals.ended(exit);
     tell(args, &way, &report);
-    Ok(exit_of(&report))
+    Ok(exit)
+}
+
+/// Puts into the folder how it ended. A folder that takes no more says less than is known, and never that the guest may
+/// be sent.
+fn settle(custody: Option<&Custody>, exit: Exit) {
+    let Some(custody) = custody else { return };
+    let settled = match exit {
+        Exit::Done => custody.mark(State::Sent),
+        Exit::InDoubt => custody.mark(State::InDoubt),
+        _ => custody.keep(),
+    };
+    if let Err(error) = settled {
+        complain("send", &error);
+    }
 }
 
 impl Args {
@@ -202,7 +216,7 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
     }
     if report.outcome == Outcome::InDoubt {
         let dir = args.dir.as_deref().unwrap_or(Path::new("the RAM files"));
-        eprintln!(
+        note!(
             "the guest was given away, but nobody said that it runs. Look at the destination: if it runs, \
              delete {}; if it does not, send again with --destination-is-dead",
             dir.display()
@@ -216,8 +230,8 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
         out["downtime-parts"] = json!(report.statistics.downtime_parts);
         out["zero-copy"] = json!(report.statistics.zero_copy);
         out["splice"] = json!(report.statistics.splice);
-        println!("{out}");
+        result_line!("{out}");
     } else if report.outcome == Outcome::Completed {
-        print!("{}", render::statistics(&report.statistics));
+        result_text!("{}", render::statistics(&report.statistics));
     }
 }

@@ -8,6 +8,7 @@ use ramwire::ram::RamBlockTable;
 use ramwire::session::{RunLog, Spawner};
 
 use super::metrics::MetricsArgs;
+use super::output::note;
 
 /// Options of every command that sends.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -52,7 +53,7 @@ impl LogFile {
         match RunLog::start(statistics, run, Box::new(file), &Spawner::default()) {
             Ok(log) => Log(Some((path, log))),
             Err(error) => {
-                eprintln!("--log-rounds {}: {error}", path.display());
+                note!("--log-rounds {}: {error}", path.display());
                 Log(None)
             }
         }
@@ -69,7 +70,7 @@ impl Log {
         if let Some((path, log)) = self.0
             && let Err(error) = log.finish()
         {
-            eprintln!("--log-rounds {}: {error}; the log is not whole", path.display());
+            note!("--log-rounds {}: {error}; the log is not whole", path.display());
         }
     }
 }

@@ -40,6 +40,20 @@ impl Commitment {
     }
 }
 
+/// Asks a migration for its end, from any thread; clones ask the same one.
+#[derive(Clone, Debug)]
+pub struct Canceller {
+    commitment: Arc<Commitment>,
+    cancel: CancelToken,
+}
+
+impl Canceller {
+    /// Asks for the end. Never blocks for long; the answer is final.
+    pub fn cancel(&self) -> CancelReply {
+        self.commitment.cancel(&self.cancel)
+    }
+}
+
 /// What becomes of a cancel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a cancel that came too late changes nothing: the guest goes to the destination"]
@@ -154,6 +168,11 @@ fn start<R: Send + 'static>(
 }
 
 impl SourceSession {
+    /// Asks this session for its end while it runs; of the token that it has now.
+    pub fn canceller(&self) -> Canceller {
+        Canceller { commitment: Arc::clone(&self.commitment), cancel: self.cancel_token() }
+    }
+
     /// Runs the migration on a thread `ramwire-source` of the settings' spawner.
     ///
     /// # Errors
@@ -165,6 +184,11 @@ impl SourceSession {
 }
 
 impl DestinationSession {
+    /// Asks this session for its end while it runs; of the token that it has now.
+    pub fn canceller(&self) -> Canceller {
+        Canceller { commitment: Arc::clone(&self.commitment), cancel: self.cancel_token() }
+    }
+
     /// Runs the migration on a thread `ramwire-destination` of the settings' spawner.
     ///
     /// # Errors

@@ -50,7 +50,7 @@ use breakage::Breakage;
 pub use config::{DestinationSettings, SourceSettings};
 pub use destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, Zeroed};
 pub use error::{Error, ErrorKind};
-pub use handle::{CancelReply, MigrationHandle};
+pub use handle::{CancelReply, Canceller, MigrationHandle};
 pub use places::Placed;
 pub use relay::{ConnectFn, Kept, Notice, NoticeFn, Relay, RelayReport};
 pub use run_log::RunLog;

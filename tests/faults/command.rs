@@ -1,14 +1,11 @@
 //! The command's signals, options and folders.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use ramwire::stream::native::{Answer, GREETING, Hello, hello_pong};
-use ramwire::stream::qemu::return_path::Message;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::common::{
@@ -18,7 +15,7 @@ use crate::common::{
     scratch,
 };
 
-fn signal(pid: u32, signal: Signal) {
+pub(crate) fn signal(pid: u32, signal: Signal) {
     kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
 }
 
@@ -118,63 +115,51 @@ fn a_demo_whose_destination_is_killed_says_so_and_the_guest_stays() {
     assert!(said.contains("ramwire demo: "), "{said}");
 }
 
-/// A destination that says READY and nothing after COMMIT. Ends when the source does; true if COMMIT came.
-fn silent_after_ready(listener: &TcpListener) -> bool {
-    let (mut source, _) = listener.accept().unwrap();
-    let (mut heard, mut buffer, mut said) = (Vec::new(), [0; 4096], 0);
-    let find = |heard: &[u8], what: &[u8]| heard.windows(what.len()).position(|at| at == what);
-    let mut say = |source: &mut std::net::TcpStream, messages: &[Message<'_>]| {
-        let mut out = Vec::new();
-        messages.iter().for_each(|message| message.encode(&mut out));
-        source.write_all(&out).unwrap();
-        said += 1;
-        said
-    };
-    let mut turn = 0;
-    while let Ok(got @ 1..) = source.read(&mut buffer) {
-        heard.extend_from_slice(&buffer[..got]);
-        if turn == 0 {
-            let pongs = [Message::Pong(GREETING), Message::Pong(hello_pong(1)), Message::Pong(1)];
-            turn = say(&mut source, &pongs);
-        }
-        // HELLO: type, number, length, two versions, the id, a flag.
-        if let (1, Some(at)) = (turn, find(&heard, &[8, 0x52, 1]))
-            && let Some(body) = heard.get(at + 9..at + 26)
-        {
-            let hello = Hello::ours(body[..16].try_into().unwrap(), body[16] == 1);
-            turn = say(&mut source, &[Message::Native(Answer::Hello(hello))]);
-        }
-        if turn == 2 && find(&heard, &[8, 0x52, 2, 0, 0]).is_some() {
-            turn = say(&mut source, &[Message::Native(Answer::Ready)]);
-        }
-    }
-    find(&heard, &[8, 0x52, 4]).is_some()
+/// Processes that the demo has started.
+fn children_of(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    children.split_whitespace().filter_map(|child| child.parse().ok()).collect()
 }
 
 #[test]
-fn after_commit_a_signal_is_refused_and_a_second_one_leaves_the_outcome_in_doubt() {
-    let dir = scratch();
-    let ram = dir.path().join("ram");
-    fill(&ram, 1, Pattern::Zero);
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let uri = format!("tcp:{}", listener.local_addr().unwrap());
-    let far = std::thread::spawn(move || silent_after_ready(&listener));
-    let block = format!("m0={}", ram.display());
-    let mut sender = Ramwire::start(dir.path(), &["--log", "trace", "send", &uri, "--ram"], &block);
-    let logged = |word: &'static str| {
-        Deadline::seconds(20).poll(word, || sender.errors(), || sender.errors().contains(word).then_some(()));
-    };
-    logged("AwaitRunning");
-    signal(sender.pid(), Signal::INT);
-    logged("too late to cancel");
-    signal(sender.pid(), Signal::INT);
-    let text = sender.failed(Deadline::seconds(10), 5);
-    assert!(text.contains("in doubt"), "{text}");
-    assert!(far.join().unwrap(), "COMMIT was said");
+fn a_demo_that_is_killed_leaves_no_process_no_folder_and_no_panic() {
+    for listens in [false, true] {
+        let dir = scratch();
+        let (temporary, errors) = (dir.path().join("temporary"), dir.path().join("errors"));
+        fs::create_dir(&temporary).unwrap();
+        let mut demo = Command::new(env!("CARGO_BIN_EXE_ramwire"))
+            .args(["demo", "--transport", "unix", "--ram", "64M", "--max-bandwidth", "1M"])
+            .env("TMPDIR", &temporary)
+            .stderr(File::create(&errors).unwrap())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let read = || fs::read_to_string(&errors).unwrap_or_default();
+        let folder = || fs::read_dir(&temporary).unwrap().next();
+        let child = Deadline::seconds(60).poll("its destination", read, || {
+            let child = children_of(demo.id()).first().copied()?;
+            // Its socket's folder is there for a moment only.
+            let far_enough = !listens || folder().is_some() || mapped(child) > 1 << 20;
+            far_enough.then_some(child)
+        });
+        demo.kill().unwrap();
+        demo.wait().unwrap();
+        let gone = || (!Path::new(&format!("/proc/{child}/fd/0")).exists()).then_some(());
+        Deadline::seconds(60).poll("the destination's end", read, gone);
+        assert!(folder().is_none(), "{:?} is left", folder());
+        assert!(!read().contains("panicked"), "{}", read());
+    }
+}
+
+/// Bytes that a process has in memory, of shared files.
+fn mapped(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0) * 1024
 }
 
 /// A folder that holds a guest of 2 MiB, and the file it came from.
-fn received(dir: &Path) -> (PathBuf, PathBuf) {
+pub(crate) fn received(dir: &Path) -> (PathBuf, PathBuf) {
     let (ram, folder) = (dir.join("ram"), dir.join("guest"));
     fill(&ram, 2, Pattern::Mixed { seed: 8 });
     let mut receiver = Ramwire::start(dir, &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &folder);

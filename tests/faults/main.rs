@@ -7,6 +7,8 @@
 //! - `flips`: every byte of a stream to a QEMU: which are data, and what a QEMU makes of a flip.
 //! - `running`: the same with guests that run and check their memory.
 //! - `command`: the command's signals, options and folders.
+//! - `leaving`: `send` is ended by signals at each of its stages; its folder says what is true.
+//! - `output`: the output is closed, full or not read.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../common/mod.rs"]
@@ -16,7 +18,9 @@ mod command;
 mod flips;
 mod hostile;
 mod kills;
+mod leaving;
 mod live;
+mod output;
 mod positions;
 mod qemu;
 mod running;

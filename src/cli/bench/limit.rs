@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::BenchError;
 use crate::cli::args::Exit;
 use crate::cli::common::bytes;
+use crate::cli::output::result_line;
 
 /// Arguments of `ramwire bench limit`.
 #[derive(Clone, Debug, clap::Args)]
@@ -83,9 +84,9 @@ pub(super) fn run(args: &LimitArgs) -> Result<Exit, BenchError> {
         return Err(failed(args, "its log has too few samples of a migration under way".into()));
     };
     if args.json {
-        println!("{}", serde_json::json!(held));
+        result_line!("{}", serde_json::json!(held));
     } else {
-        println!(
+        result_line!(
             "{} {}: {:.1} s at {:.4} of {} bytes/s; a tenth of a second at {:.3} to {:.3}, of {}: {}",
             held.transport,
             if args.channels > 0 { format!("with {} channels", args.channels) } else { "alone".into() },

@@ -38,7 +38,9 @@ use report::{Report, Setting};
 
 use super::args::Exit;
 use super::common;
+use super::output::{note, result_line, result_text};
 use super::plot::PlotError;
+use super::signals::cancel_on_signal;
 
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
@@ -315,7 +317,7 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
     let cancel = CancelToken::default();
     let done = match &args.what {
         What::Migrate(args) => {
-            common::cancel_on_signal(vec![cancel.clone()]);
+            cancel_on_signal(vec![cancel.clone()]);
             let done = match args.transport {
                 Connection::Rdma => over_rdma(args, &cancel),
                 _ => migrate(args, &cancel)
@@ -324,16 +326,16 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
             done.map(|()| Exit::Done)
         }
         What::Latency(args) => {
-            common::cancel_on_signal(vec![cancel.clone()]);
+            cancel_on_signal(vec![cancel.clone()]);
             probe::run(args, ProbeKind::Latency, &cancel).map(|()| Exit::Done)
         }
         What::Bandwidth(args) => {
-            common::cancel_on_signal(vec![cancel.clone()]);
+            cancel_on_signal(vec![cancel.clone()]);
             probe::run(args, ProbeKind::Bandwidth, &cancel).map(|()| Exit::Done)
         }
         What::Limit(args) => limit::run(args),
         What::Converge(args) => {
-            common::cancel_on_signal(vec![cancel.clone()]);
+            cancel_on_signal(vec![cancel.clone()]);
             converge::run(args, &cancel)
         }
         // Ends with the process that started it, by its connection or by the terminal's signal.
@@ -365,8 +367,8 @@ fn publish(
         })?;
     }
     match args.json {
-        true => println!("{}", serde_json::json!(report)),
-        false => print!("{table}"),
+        true => result_line!("{}", serde_json::json!(report)),
+        false => result_text!("{table}"),
     }
     Ok(())
 }
@@ -435,7 +437,7 @@ fn turns(
             runs[at] = Some(run(round, at)?);
         }
         rounds.push(runs.into_iter().flatten().collect());
-        eprintln!("round {} of {pairs}", round + 1);
+        note!("round {} of {pairs}", round + 1);
     }
     Ok(rounds)
 }

@@ -17,6 +17,7 @@ use super::bed::{self, Bed, Memory};
 use super::cost::Cost;
 use super::floors::{self, Floor, Pattern};
 use super::own::{self, Way};
+use crate::cli::output::result_line;
 
 /// Longest time a run may take to say anything: populating and moving far more memory than a machine has.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -83,7 +84,7 @@ pub fn serve(args: &PeerArgs) -> Result<(), BenchError> {
         let address = mapping.region().address() as u64;
         bed::copy_back(std::process::id(), address, args.bytes, &args.ram)?;
     }
-    println!("{}", serde_json::to_string(&cost).map_err(|error| failed("reporting")(error.into()))?);
+    result_line!("{}", serde_json::to_string(&cost).map_err(|error| failed("reporting")(error.into()))?);
     Ok(())
 }
 
@@ -95,7 +96,7 @@ fn cost() -> Result<Cost, BenchError> {
 fn serve_loop(floor: Floor, mapping: &Mapping) -> Result<Cost, BenchError> {
     let listener = TcpListener::bind("127.0.0.1:0").map_err(failed("listening"))?;
     let port = listener.local_addr().map_err(failed("listening"))?.port();
-    println!("ready tcp:127.0.0.1:{port}");
+    result_line!("ready tcp:127.0.0.1:{port}");
     let before = cost()?;
     let (socket, _) = listener.accept().map_err(failed("accepting"))?;
     floors::receive(floor, socket, mapping)?;
@@ -109,7 +110,7 @@ fn serve_migration(mapping: &Mapping, args: &PeerArgs) -> Result<Cost, BenchErro
         (None, false) => Address::Tcp { host: "127.0.0.1".into(), port: 0 },
     };
     let mut listener = Listener::bind(&address, AllowList::default(), &Stop::never())?;
-    println!("ready {}", listener.address());
+    result_line!("ready {}", listener.address());
     let before = cost()?;
     own::receive(&mut listener, mapping, args.way)?;
     Ok(before)

@@ -18,8 +18,11 @@ use serde::{Deserialize, Serialize};
 use super::Failure;
 use super::blocks::BlockSpec;
 use super::guest::GuestKind;
+use super::scratch::Scratch;
 use crate::cli::args::Exit;
-use crate::cli::common::{ChannelArgs, cancel_on_signal, complain, local_options};
+use crate::cli::common::{ChannelArgs, complain, local_options};
+use crate::cli::output::result_line;
+use crate::cli::signals::cancel_on_signal;
 
 /// How long the guest runs at the destination before it checks itself.
 const RUN: Duration = Duration::from_millis(200);
@@ -104,7 +107,11 @@ impl Process {
 
     /// Where it listens.
     pub(super) fn address(&mut self) -> Result<Address, Failure> {
-        Ok(self.line(STARTS)?.parse()?)
+        let line = self.line(STARTS)?;
+        match serde_json::from_str(&line) {
+            Ok(Verdict { error: Some(error), .. }) => Err(format!("the destination process: {error}").into()),
+            _ => Ok(line.parse()?),
+        }
     }
 
     /// What it found.
@@ -128,8 +135,19 @@ pub(in crate::cli) fn run(args: &Args) -> Exit {
         Verdict { error: Some(error.to_string()), ..Verdict::default() }
     });
     let verified = verdict.verified;
-    println!("{}", serde_json::to_string(&verdict).unwrap_or_default());
+    result_line!("{}", serde_json::to_string(&verdict).unwrap_or_default());
     if verified { Exit::Done } else { Exit::NotVerified }
+}
+
+/// Cancels when the demo is gone, which reads what this process prints.
+fn cancel_with_reader(cancel: CancelToken) -> io::Result<()> {
+    let watch = move || {
+        // Without any event asked for the wait ends by the pipe's breaking only.
+        if let Ok(None) = Stop::never().wait(io::stdout().as_fd(), PollFlags::empty()) {
+            cancel.cancel();
+        }
+    };
+    std::thread::Builder::new().name("ramwire-reader".into()).spawn(watch).map(drop)
 }
 
 fn receive(args: &Args) -> Result<Verdict, Failure> {
@@ -145,12 +163,17 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     cancel_on_signal(vec![cancel.clone()]);
+    cancel_with_reader(cancel.clone())?;
+    let scratch = match &args.uri {
+        Address::Unix(path) => Some(Scratch::make(path)?),
+        _ => None,
+    };
     let mut listener = Listener::bind(&args.uri, AllowList::default(), &stop)?;
-    println!("{}", listener.address());
+    result_line!("{}", listener.address());
     let channels = args.channels.options()?;
     let options = DoorOptions { channels, ..DoorOptions::of_stream(local_options()) };
     let door = listener.accept_door(&options, &stop.within(Duration::from_secs(60)))?;
-    drop(listener);
+    drop((listener, scratch));
     let settings = DestinationSettings::default();
     let session =
         DestinationSession::new(door.source, door.back, Box::new(Zeroed(memory)), guest.control(), settings);

@@ -4,6 +4,7 @@ mod blocks;
 mod destination;
 mod guest;
 mod report;
+mod scratch;
 // The example's VM is the demo's KVM guest: both are users of the library, and the example uses more of it.
 #[cfg(feature = "kvm")]
 #[allow(dead_code)]
@@ -11,7 +12,6 @@ mod report;
 mod tiny_vm;
 mod way;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,9 +30,11 @@ pub(super) use self::destination::run as run_destination;
 use self::guest::GuestKind;
 use self::way::{Transport, Way};
 use super::args::Exit;
-use super::common::{RdmaArgs, SourceChannelArgs, Usage, bytes, cancel_on_signal, complain, failed};
+use super::common::{RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed};
 use super::converge::ConvergeArgs;
+use super::output::{note, result_line, result_text};
 use super::progress::Progress;
+use super::signals::{SignalWatch, cancel_on_signal};
 use super::watch::{WatchArgs, describe};
 
 /// Migrates a guest whose threads keep writing pages that describe themselves, from this process to one that it starts,
@@ -141,10 +143,9 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let memory = Arc::new(BlockSpec::memory(&blocks, args.huge_pages)?);
     let (guest, choice) = args.guest.filled(args, Arc::clone(&memory))?;
     let log = args.watch.create_log()?;
-    let folder = Scratch::new()?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
-    let (way, door) = Way::open(args, &blocks, &memory, &folder, &Stop::on(&cancel))?;
+    let (way, door) = Way::open(args, &blocks, &memory, &Stop::on(&cancel))?;
     guest.control().resume()?;
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: guest.control() };
@@ -156,6 +157,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     settings.same_host = true;
     args.converge.apply(&mut settings)?;
     let session = SourceSession::new(source, door.into(), settings).with_cancel(cancel);
+    signals.ask(session.canceller());
     signals.follow(session.statistics());
     let metrics = args.watch.metrics.serve("demo", session.statistics())?;
     let progress = Progress::follow(session.statistics());
@@ -166,7 +168,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let wrote = written().saturating_sub(before) * report.statistics.page_size;
     log.finish();
     drop((progress, metrics));
-    finish(args, &report, wrote, way, &choice.to_string())
+    finish(args, &report, wrote, way, &choice.to_string(), &signals)
 }
 
 impl Args {
@@ -192,44 +194,29 @@ fn finish(
     wrote: u64,
     way: Way,
     dirty_source: &str,
+    signals: &SignalWatch,
 ) -> Result<Exit, Failure> {
     let Way { transport, why, destination, .. } = way;
     // A destination that failed, was killed or hangs has little or nothing to say.
     let patience = if report.outcome == Outcome::Completed { VERDICT } else { LAST_WORDS };
     let arrived = destination.verdict(patience);
+    let exit = super::common::exit_of(report);
+    let exit = if exit == Exit::Done && !arrived.verified { Exit::NotVerified } else { exit };
+    signals.ended(exit);
     let run = report::Run { transport, why: &why, dirty_source, report, wrote, arrived: &arrived };
     if args.json {
-        println!("{}", run.json());
+        result_line!("{}", run.json());
     } else {
-        print!("{}", run.text());
+        result_text!("{}", run.text());
     }
     if let Some(error) = &report.error {
         complain("demo", error);
     }
     if report.outcome == Outcome::InDoubt {
-        eprintln!(
+        note!(
             "in doubt: the guest was given away and nobody said that it runs. Between hosts: if it runs at the \
              destination, drop the source; if it does not, resume the source (--destination-is-dead)"
         );
     }
-    let exit = super::common::exit_of(report);
-    Ok(if exit == Exit::Done && !arrived.verified { Exit::NotVerified } else { exit })
-}
-
-/// A folder of this run's own, removed with everything in it.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> std::io::Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
-        let path = std::env::temp_dir().join(format!("ramwire-demo-{}", std::process::id()));
-        std::fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+    Ok(exit)
 }

@@ -15,7 +15,8 @@ use ramwire::units::Rate;
 
 use super::blocks::BlockSpec;
 use super::destination::Process;
-use super::{Args, Failure, Scratch};
+use super::scratch::{self, Scratch};
+use super::{Args, Failure};
 use crate::cli::common::local_options;
 use crate::cli::slow_link::SlowLink;
 
@@ -40,6 +41,7 @@ pub(super) struct Way {
     pub(super) why: String,
     pub(super) destination: Process,
     _link: Option<SlowLink>,
+    _scratch: Option<Scratch>,
 }
 
 impl Way {
@@ -48,10 +50,13 @@ impl Way {
         args: &Args,
         blocks: &[BlockSpec],
         memory: &Arc<MappedGuest>,
-        folder: &Scratch,
         stop: &Stop,
     ) -> Result<(Self, SourceDoor), Failure> {
         let open = |transport, address: &Address, why, within: Option<Duration>| -> Result<_, Failure> {
+            let scratch = match address {
+                Address::Unix(path) => Some(Scratch::of(path)),
+                _ => None,
+            };
             let mut destination = Process::start(address, args, blocks)?;
             let (address, link) = through_link(destination.address()?, args.link_rate)?;
             let options = DoorOptions {
@@ -63,7 +68,7 @@ impl Way {
             let memory = Arc::clone(memory);
             let stop = within.map_or_else(|| stop.clone(), |within| stop.within(within));
             let door = open_source(&address, memory, &options, &stop)?;
-            Ok((Self { transport, why, destination, _link: link }, door))
+            Ok((Self { transport, why, destination, _link: link, _scratch: scratch }, door))
         };
         let rdma = |why: &str, within| {
             // Both ends lock their own copy, each in a process of its own.
@@ -73,7 +78,7 @@ impl Way {
             let address = Address::Rdma { host: rdma_address(bytes).map_err(no)?.to_string(), port: 0 };
             open("rdma", &address, why.to_owned(), within)
         };
-        let unix = |why| open("unix", &Address::Unix(folder.0.join("guest.sock")), why, None);
+        let unix = |why| open("unix", &Address::Unix(scratch::socket_path()?), why, None);
         let tcp = |why| open("tcp", &Address::Tcp { host: "127.0.0.1".into(), port: 0 }, why, None);
         match args.transport {
             Transport::Rdma => rdma("--transport rdma", None),

@@ -9,6 +9,7 @@ use ramwire::stream::{Corrupt, DecodeError};
 
 use super::args::Exit;
 use super::common::complain;
+use super::output::result_text;
 
 mod render;
 mod report;
@@ -33,12 +34,14 @@ pub(super) struct Args {
 
 /// Ends with `Done` for a whole stream, `Failed` for a cut or damaged one or if it can't be read.
 pub(super) fn run(args: &Args) -> Exit {
-    let result = if args.file == Path::new("-") {
-        print(io::stdin().lock(), args.json, &mut io::stdout().lock())
+    let mut text = Vec::new();
+    let whole = if args.file == Path::new("-") {
+        print(io::stdin().lock(), args.json, &mut text)
     } else {
-        File::open(&args.file).and_then(|file| print(file, args.json, &mut io::stdout().lock()))
+        File::open(&args.file).and_then(|file| print(file, args.json, &mut text))
     };
-    match result {
+    result_text!("{}", String::from_utf8_lossy(&text));
+    match whole {
         Ok(true) => Exit::Done,
         Ok(false) => Exit::Failed,
         Err(error) => {

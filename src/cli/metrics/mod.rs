@@ -15,6 +15,8 @@ use ramwire::observe::SharedStatistics;
 use ramwire::sys::{CancelToken, Stop};
 use rustix::event::PollFlags;
 
+use super::output::note;
+
 /// Longest time that one client may keep the others waiting.
 const ANSWER: Duration = Duration::from_secs(2);
 
@@ -55,7 +57,7 @@ impl MetricsArgs {
         let serve = move || serve(&listener, &statistics, &stop);
         let thread =
             std::thread::Builder::new().name("ramwire-metrics".into()).spawn(serve).map_err(failed)?;
-        eprintln!("ramwire {command}: metrics at http://{address}/metrics");
+        note!("ramwire {command}: metrics at http://{address}/metrics");
         Ok(Some(Metrics { cancel, thread: Some(thread) }))
     }
 }

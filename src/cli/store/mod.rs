@@ -12,6 +12,7 @@
 //! the disk and the manifest that says `whole` has been renamed into place.
 
 mod arriving;
+mod custody;
 mod private;
 mod stored;
 
@@ -24,6 +25,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 pub use arriving::ArrivingGuest;
+pub use custody::Custody;
 pub use stored::{Block, Overrides, StoredGuest, keep};
 
 /// Version of the folder's format that this program writes and reads.
@@ -275,7 +277,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    fn manifest(state: State) -> Manifest {
+    pub(super) fn manifest(state: State) -> Manifest {
         Manifest {
             format: FORMAT,
             state,

@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use super::super::output::note;
 use super::{EARLY, MANIFEST, StoreError, TAIL, failed};
 
 /// Bits of a mode that let others in.
@@ -34,7 +35,7 @@ pub(super) fn folder(path: &Path) -> Result<(), StoreError> {
     }
     let closed = opened.set_permissions(Permissions::from_mode(0o700));
     closed.map_err(failed(path, "closing it to others (chmod 700)"))?;
-    eprintln!("ramwire: {} was open to others (mode {mode:04o}); its mode is 0700 now", path.display());
+    note!("ramwire: {} was open to others (mode {mode:04o}); its mode is 0700 now", path.display());
     Ok(())
 }
 

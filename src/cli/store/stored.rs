@@ -15,7 +15,7 @@ use ramwire::sys::Mapping;
 use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
 use super::arriving::nothing;
-use super::{ArrivingGuest, EARLY, Manifest, State, Store, StoreError, TAIL, failed, private};
+use super::{ArrivingGuest, Custody, EARLY, Manifest, State, Store, StoreError, TAIL, failed, private};
 
 /// What `ramwire send` may do although the manifest speaks against it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,7 +39,7 @@ pub struct Block {
 
 /// A guest that stands still: memory in files, device state as it was captured.
 pub struct StoredGuest {
-    store: Option<Store>,
+    custody: Option<Arc<Custody>>,
     manifest: Manifest,
     memory: Arc<MappedGuest>,
     configuration: Configuration,
@@ -88,7 +88,8 @@ impl StoredGuest {
             capabilities: manifest.capabilities.clone(),
             uuid: manifest.uuid.as_deref().and_then(parse_uuid),
         };
-        Ok(Self { store: Some(store), manifest, memory: Arc::new(memory), configuration, early, tail })
+        let custody = Some(Arc::new(Custody::new(store, manifest.clone())));
+        Ok(Self { custody, manifest, memory: Arc::new(memory), configuration, early, tail })
     }
 
     /// A guest of nothing but the caller's RAM files: no device state, machine `none`.
@@ -116,7 +117,7 @@ impl StoredGuest {
             blocks: Vec::new(),
         };
         let (early, tail) = (Vec::new(), Vec::new());
-        Ok(Self { store: None, manifest, memory: Arc::new(memory), configuration, early, tail })
+        Ok(Self { custody: None, manifest, memory: Arc::new(memory), configuration, early, tail })
     }
 
     /// Its memory.
@@ -146,16 +147,12 @@ impl StoredGuest {
 
     /// The machine for the session: it stands still all the time.
     pub fn control(&self) -> Box<dyn GuestControl> {
-        Box::new(StandingMachine { tail: self.tail.clone() })
+        Box::new(StandingMachine { tail: self.tail.clone(), custody: self.custody() })
     }
 
-    /// Puts the new state on the disk.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub fn mark(&mut self, state: State) -> Result<(), StoreError> {
-        self.manifest.state = state;
-        self.store.as_ref().map_or(Ok(()), |store| store.put_manifest(&self.manifest))
+    /// What the folder says of it; `None` for files alone.
+    pub fn custody(&self) -> Option<Arc<Custody>> {
+        self.custody.clone()
     }
 }
 
@@ -251,6 +248,7 @@ fn parse_uuid(hex: &str) -> Option<[u8; 16]> {
 
 struct StandingMachine {
     tail: Vec<u8>,
+    custody: Option<Arc<Custody>>,
 }
 
 impl GuestControl for StandingMachine {
@@ -266,7 +264,11 @@ impl GuestControl for StandingMachine {
         self.tail.len() as u64
     }
 
+    /// Behind this the guest may be given away at any moment.
     fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        if let Some(custody) = &self.custody {
+            custody.mark(State::Sending).map_err(io::Error::other)?;
+        }
         out.write_all(&self.tail)
     }
 

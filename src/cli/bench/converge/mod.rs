@@ -19,6 +19,7 @@ use self::cell::{Cell, Run};
 use super::BenchError;
 use crate::cli::args::Exit;
 use crate::cli::common::bytes;
+use crate::cli::output::{note, result_line, result_text};
 use crate::cli::slow_link::SlowLink;
 
 /// Arguments of `ramwire bench converge`.
@@ -153,9 +154,9 @@ pub(super) fn run(args: &ConvergeArgs, cancel: &CancelToken) -> Result<Exit, Ben
         })?;
     }
     if args.json {
-        println!("{}", serde_json::to_string(&cells).unwrap_or_default());
+        result_line!("{}", serde_json::to_string(&cells).unwrap_or_default());
     } else {
-        print!("{}", cell::table(&cells));
+        result_text!("{}", cell::table(&cells));
     }
     Ok(if cells.iter().all(Cell::is_good) { Exit::Done } else { Exit::Failed })
 }
@@ -188,7 +189,7 @@ fn measure(
             let run = run?;
             let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
             done.push((pair, run));
-            eprintln!("{who}: {} of {all}: {}", done.len(), cell::progress(args, pairs[pair], &done));
+            note!("{who}: {} of {all}: {}", done.len(), cell::progress(args, pairs[pair], &done));
         }
     };
     std::thread::scope(|scope| {

@@ -5,6 +5,7 @@ use std::net::{TcpListener, ToSocketAddrs};
 use super::super::BenchError;
 use super::sockets;
 use super::words::{Carrier, Reply, Request, Words, failed};
+use crate::cli::output::result_line;
 
 /// Waits at `address` (HOST:PORT) for one asking end and answers it until it closes. Says on standard output where it
 /// waits.
@@ -16,7 +17,7 @@ pub fn serve(address: &str, host: Option<&str>) -> Result<(), BenchError> {
     let address =
         address.ok_or_else(|| failed("looking up the address")(std::io::ErrorKind::NotFound.into()))?;
     let listener = TcpListener::bind(address).map_err(failed("listening"))?;
-    println!("listening {}", listener.local_addr().map_err(failed("listening"))?);
+    result_line!("listening {}", listener.local_addr().map_err(failed("listening"))?);
     let (socket, _) = listener.accept().map_err(failed("accepting"))?;
     answer_all(&mut Words::new(socket).map_err(failed("accepting"))?, host)
 }

@@ -21,6 +21,7 @@ use ramwire::sys::CancelToken;
 use super::BenchError;
 use super::interval::Median;
 use crate::cli::common;
+use crate::cli::output::{result_line, result_text};
 use answer::Heard;
 use measure::Pace;
 use record::{Recorded, summary};
@@ -130,14 +131,14 @@ pub fn run(args: &ProbeArgs, kind: Kind, cancel: &CancelToken) -> Result<(), Ben
             let request = request(args, kind, op, *size);
             let case = pairs(args, &mut words, &request, cancel)?;
             if !args.json {
-                print!("{}", case.text());
+                result_text!("{}", case.text());
             }
             cases.push(case);
         }
     }
     let report = Report::new(kind, args.rate, cases);
     if args.json {
-        println!("{}", serde_json::json!(report));
+        result_line!("{}", serde_json::json!(report));
     }
     args.output.as_ref().map_or(Ok(()), |prefix| write_files(prefix, &report))
 }

@@ -1,0 +1,240 @@
+//! All that the command prints.
+//!
+//! What becomes of the output never decides what becomes of a guest: nothing here panics, fails, or holds a migration up.
+//!
+//! Notes, errors and logs go to standard error through a queue and a thread, so that a terminal that stands still or a
+//! pipe that is not read stops that thread and no other. What the queue can't hold is left out and counted. Results go
+//! to standard output once all is decided, and wait for their reader as those of any program do.
+
+use std::fmt::Arguments;
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+
+use super::args::Exit;
+
+/// Most bytes that wait for standard error.
+const MOST_WAITING: usize = 16 << 20;
+
+/// How long the command's end waits for standard error to take the last lines.
+const LAST_LINES: Duration = Duration::from_secs(2);
+
+/// A line to standard error.
+macro_rules! note {
+    ($($text:tt)*) => { $crate::cli::output::note_line(::std::format_args!($($text)*)) };
+}
+pub(super) use note;
+
+/// A line of the result to standard output.
+macro_rules! result_line {
+    ($($text:tt)*) => { $crate::cli::output::result(::std::format_args!("{}\n", ::std::format_args!($($text)*))) };
+}
+pub(super) use result_line;
+
+/// The result's text to standard output, as it is.
+macro_rules! result_text {
+    ($($text:tt)*) => { $crate::cli::output::result(::std::format_args!($($text)*)) };
+}
+pub(super) use result_text;
+
+enum Order {
+    Write(Vec<u8>),
+    /// Answer once everything in front of this is written.
+    Answer(Sender<()>),
+}
+
+/// The queue in front of a stream.
+struct Queue {
+    orders: Sender<Order>,
+    waiting: Arc<AtomicUsize>,
+    left_out: AtomicU64,
+}
+
+impl Queue {
+    /// A queue whose thread writes to `out`; `None` where no thread is to be had.
+    fn start(out: impl Write + Send + 'static) -> Option<Self> {
+        let (orders, taken) = unbounded();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let written = Arc::clone(&waiting);
+        let thread = std::thread::Builder::new().name("ramwire-output".into());
+        thread.spawn(move || write_all(&taken, &written, out)).ok()?;
+        Some(Self { orders, waiting, left_out: AtomicU64::new(0) })
+    }
+
+    /// Puts `text` in the queue, or leaves it out where too much waits. Never blocks.
+    fn put(&self, text: &[u8]) {
+        if self.waiting.load(Ordering::Acquire) + text.len() > MOST_WAITING {
+            self.left_out.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let missing = self.left_out.swap(0, Ordering::Relaxed);
+        let mut line = Vec::new();
+        if missing > 0 {
+            // Writing to memory does not fail.
+            let _ = writeln!(line, "ramwire: {missing} lines were left out: standard error was not read");
+        }
+        line.extend_from_slice(text);
+        self.waiting.fetch_add(line.len(), Ordering::AcqRel);
+        // Its thread ends with the process only.
+        let _ = self.orders.send(Order::Write(line));
+    }
+
+    /// Waits until all that was put is written, at most `time`.
+    fn flush(&self, time: Duration) {
+        let (done, written) = bounded(1);
+        if self.orders.send(Order::Answer(done)).is_ok() {
+            let _ = written.recv_timeout(time);
+        }
+    }
+}
+
+fn write_all(orders: &Receiver<Order>, waiting: &AtomicUsize, mut out: impl Write) {
+    for order in orders {
+        match order {
+            Order::Write(text) => {
+                // There is no place left to report a failure of standard error to.
+                let _ = out.write_all(&text).and_then(|()| out.flush());
+                waiting.fetch_sub(text.len(), Ordering::AcqRel);
+            }
+            Order::Answer(done) => drop(done.send(())),
+        }
+    }
+}
+
+/// The queue of standard error; `None` where no thread is to be had: then each line is written at once.
+fn errors() -> Option<&'static Queue> {
+    static ERRORS: OnceLock<Option<Queue>> = OnceLock::new();
+    ERRORS.get_or_init(|| Queue::start(io::stderr())).as_ref()
+}
+
+fn put(text: &[u8]) {
+    match errors() {
+        Some(queue) => queue.put(text),
+        None => drop(io::stderr().write_all(text)),
+    }
+}
+
+/// See [`note!`].
+pub(super) fn note_line(text: Arguments<'_>) {
+    put(format!("{text}\n").as_bytes());
+}
+
+/// Prints a result to standard output. That it can't be is noted, and changes no exit status.
+pub(super) fn result(text: Arguments<'_>) {
+    if let Err(error) = product(text.to_string().as_bytes())
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        note!("ramwire: standard output: {error}; how it ended is told by the exit status alone");
+    }
+}
+
+/// Prints what a command is run for, as completions: without it the command has failed.
+///
+/// # Errors
+/// What writing says.
+pub(super) fn product(text: &[u8]) -> io::Result<()> {
+    // What was noted before stands in front of it on a terminal.
+    flush();
+    let mut out = io::stdout().lock();
+    out.write_all(text)?;
+    out.flush()
+}
+
+/// Waits a moment until standard error has taken what was noted.
+pub(super) fn flush() {
+    if let Some(queue) = errors() {
+        queue.flush(LAST_LINES);
+    }
+}
+
+/// The process's status, once standard error has had the time to take the last lines.
+pub(super) fn status(exit: Exit) -> ExitCode {
+    flush();
+    exit.into()
+}
+
+/// Ends the process at once, from any thread.
+pub(super) fn leave(exit: Exit) -> ! {
+    flush();
+    std::process::exit(exit.code().into())
+}
+
+/// Where logs go.
+#[derive(Clone, Copy)]
+pub(super) struct Log;
+
+impl Write for Log {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        put(text);
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Takes nothing until it is told to, then keeps all.
+    struct Stopped(Receiver<()>, Sender<Vec<u8>>);
+
+    impl Write for Stopped {
+        fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+            let _ = self.0.recv();
+            self.1.send(text.to_vec()).unwrap();
+            Ok(text.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_stream_that_stands_still_holds_no_writer_up_and_costs_bounded_memory() {
+        let ((go, stopped), (give, taken)) = (bounded(0), unbounded());
+        let queue = Queue::start(Stopped(stopped, give)).unwrap();
+        let line = vec![b'x'; 1 << 20];
+        // Each of these returns although none is written.
+        (0..20).for_each(|_| queue.put(&line));
+        assert!(queue.waiting.load(Ordering::Acquire) <= MOST_WAITING);
+        assert_eq!(queue.left_out.load(Ordering::Relaxed), 4);
+        // From here on everything is taken.
+        drop(go);
+        queue.flush(Duration::from_secs(60));
+        queue.put(b"last\n");
+        queue.flush(Duration::from_secs(60));
+        let all: Vec<Vec<u8>> = taken.try_iter().collect();
+        assert_eq!(all.len(), 17);
+        let last = String::from_utf8(all[16].clone()).unwrap();
+        assert_eq!(last, "ramwire: 4 lines were left out: standard error was not read\nlast\n");
+    }
+
+    /// Fails always.
+    struct Closed;
+
+    impl Write for Closed {
+        fn write(&mut self, _text: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_closed_stream_is_survived() {
+        let queue = Queue::start(Closed).unwrap();
+        queue.put(b"one\n");
+        queue.put(b"two\n");
+        queue.flush(Duration::from_secs(60));
+        assert_eq!(queue.waiting.load(Ordering::Acquire), 0);
+    }
+}

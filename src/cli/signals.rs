@@ -1,0 +1,164 @@
+//! SIGINT, SIGTERM and SIGHUP: the first cancels, a second one ends the process without waiting, with the status that is
+//! true at that moment.
+
+use std::io::IsTerminal;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use ramwire::observe::{SharedStatistics, Status};
+use ramwire::session::{CancelReply, Canceller};
+use ramwire::sys::CancelToken;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::args::Exit;
+use super::output::{self, note};
+
+/// What is put in order before the process ends by a signal; it is told the status.
+type Tidy = Box<dyn FnOnce(Exit) + Send>;
+
+/// Tells the signal thread how far the migration is.
+#[derive(Clone, Default)]
+pub(super) struct SignalWatch(Arc<Watch>);
+
+#[derive(Default)]
+struct Watch {
+    tokens: Vec<CancelToken>,
+    canceller: OnceLock<Canceller>,
+    statistics: OnceLock<SharedStatistics>,
+    tidy: Mutex<Option<Tidy>>,
+    ended: OnceLock<Exit>,
+}
+
+/// What a signal is to do.
+#[derive(Debug, PartialEq, Eq)]
+enum Answer {
+    Cancelling,
+    TooLate,
+    Leave(Exit),
+}
+
+impl SignalWatch {
+    // One session a process: what was set first stays.
+
+    /// From here on a signal asks this session for its end, whose answer is exact.
+    pub(super) fn ask(&self, canceller: Canceller) {
+        let _ = self.0.canceller.set(canceller);
+    }
+
+    /// From here on a signal knows by these figures whether the guest was given away.
+    pub(super) fn follow(&self, statistics: SharedStatistics) {
+        let _ = self.0.statistics.set(statistics);
+    }
+
+    /// Runs `tidy` before a signal ends the process.
+    pub(super) fn before_leaving(&self, tidy: impl FnOnce(Exit) + Send + 'static) {
+        *self.0.tidy.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(tidy));
+    }
+
+    /// All is decided: from here on a signal ends the process with this status.
+    pub(super) fn ended(&self, exit: Exit) {
+        let _ = self.0.ended.set(exit);
+    }
+}
+
+impl Watch {
+    fn status(&self) -> Option<Status> {
+        self.statistics.get().map(|statistics| statistics.snapshot().status)
+    }
+
+    /// The answer to signal number `count`, from 0 on.
+    fn signalled(&self, count: usize) -> Answer {
+        if let Some(exit) = self.ended.get() {
+            return Answer::Leave(*exit);
+        }
+        let reply = match self.canceller.get() {
+            Some(canceller) => canceller.cancel(),
+            None if self.status() == Some(Status::InDoubt) => CancelReply::TooLate,
+            None => CancelReply::Accepted,
+        };
+        // The tokens are of what is not the session, too.
+        self.tokens.iter().for_each(CancelToken::cancel);
+        match (reply, count) {
+            (CancelReply::Accepted, 0) => Answer::Cancelling,
+            (CancelReply::TooLate, 0) => Answer::TooLate,
+            (CancelReply::Accepted, _) => Answer::Leave(Exit::Cancelled),
+            // Only the connection is still being parted.
+            (CancelReply::TooLate, _) if self.status() == Some(Status::Completed) => {
+                Answer::Leave(Exit::Done)
+            }
+            (CancelReply::TooLate, _) => Answer::Leave(Exit::InDoubt),
+        }
+    }
+
+    fn tidy(&self, exit: Exit) {
+        let tidy = self.tidy.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(tidy) = tidy {
+            tidy(exit);
+        }
+    }
+}
+
+/// The first SIGINT, SIGTERM or SIGHUP cancels, a second one exits at once: 4, or 5 once the guest was given away. SIGHUP
+/// stays ignored where it was, as under nohup(1).
+pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
+    let watch = SignalWatch(Arc::new(Watch { tokens, ..Watch::default() }));
+    let seen = Arc::clone(&watch.0);
+    let hang_up = (!is_ignored(SIGHUP)).then_some(SIGHUP);
+    let Ok(mut signals) = Signals::new([SIGINT, SIGTERM].into_iter().chain(hang_up)) else {
+        tracing::warn!("no signal handler: a signal ends the process at once");
+        return watch;
+    };
+    let spawned = std::thread::Builder::new().name("ramwire-signals".into()).spawn(move || {
+        for (count, _) in signals.forever().enumerate() {
+            match seen.signalled(count) {
+                Answer::Cancelling if std::io::stderr().is_terminal() => {
+                    note!("cancelling; once more to exit without waiting");
+                }
+                Answer::Cancelling => {}
+                Answer::TooLate => {
+                    note!("too late to cancel: the guest was given away; waiting until it runs");
+                }
+                Answer::Leave(exit) => {
+                    if exit == Exit::InDoubt {
+                        note!(
+                            "in doubt: the destination has not said that the guest runs; look at the destination"
+                        );
+                    }
+                    seen.tidy(exit);
+                    output::leave(exit);
+                }
+            }
+        }
+    });
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "no thread for signals: only SIGKILL ends the process");
+    }
+    watch
+}
+
+/// True if the process was started with `signal` ignored (proc(5), SigIgn).
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_of_a_second_signal_is_what_is_true() {
+        let watch = SignalWatch::default();
+        assert_eq!(watch.0.signalled(0), Answer::Cancelling);
+        assert_eq!(watch.0.signalled(1), Answer::Leave(Exit::Cancelled));
+        let statistics = SharedStatistics::default();
+        watch.follow(statistics.clone());
+        statistics.update(|figures| figures.status = Status::InDoubt);
+        assert_eq!(watch.0.signalled(0), Answer::TooLate);
+        assert_eq!(watch.0.signalled(1), Answer::Leave(Exit::InDoubt));
+        watch.ended(Exit::NotVerified);
+        assert_eq!(watch.0.signalled(0), Answer::Leave(Exit::NotVerified), "a report that is not read");
+    }
+}
