@@ -16,7 +16,7 @@ use common::{Deadline, ramwire::Ramwire, scratch, skip};
 use serde_json::Value;
 
 /// A busy guest of several rounds.
-const BUSY: [&str; 9] = [
+const BUSY: [&str; 11] = [
     "demo",
     "--json",
     "--ram=48M",
@@ -26,6 +26,8 @@ const BUSY: [&str; 9] = [
     "--downtime-ms=40",
     "--transport=unix",
     "--xbzrle-cache-size=8M",
+    "--timeout=15",
+    "--timeout-action=finish",
 ];
 
 /// Runs the demo with a log in `dir`: its lines.
@@ -259,7 +261,8 @@ fn curl_reads_the_metrics_of_a_running_migration_and_bad_clients_disturb_nothing
         "--ram=96M",
         "--working-set=1M",
         "--dirty-rate=1M",
-        "--max-bandwidth=20M",
+        // Fourteen seconds, in which all that follows is asked.
+        "--max-bandwidth=5M",
         "--transport=unix",
     ];
     let mut run = Ramwire::start(dir.path(), &slow, "--metrics=0");
@@ -323,7 +326,7 @@ fn sender_relay_and_receiver_tell_their_figures_while_a_guest_passes() {
     let relay = ["relay", "--json", "--metrics=0", "--listen=tcp:127.0.0.1:0", "--connect"];
     let mut relay = Ramwire::start(dir.path(), &relay, receiver.listening());
     let block = format!("--ram=m0={}", ram.display());
-    let send = ["send", &relay.listening(), "--json", "--metrics=0", "--max-bandwidth=12M", &block];
+    let send = ["send", &relay.listening(), "--json", "--metrics=0", "--max-bandwidth=4M", &block];
     let mut sender = Ramwire::start(dir.path(), &send, "--peer=ramwire");
 
     let has_passed = |samples: &BTreeMap<String, f64>| samples["ramwire_transferred_bytes_total"] > 1e6;

@@ -97,7 +97,7 @@ impl Upstream for Silent {
 
 #[test]
 fn a_far_end_does_not_take_an_idle_relay_for_a_dead_one() {
-    let stall = std::time::Duration::from_secs(1);
+    let stall = std::time::Duration::from_secs(3);
     let options = StreamOptions { stall: Some(stall), ..StreamOptions::default() };
     let channel = |socket: UnixStream| StreamChannel::from_fd(socket.into(), "peer", &options).unwrap();
     let Ends { source, to, destination_machine, .. } = ends();
@@ -105,8 +105,8 @@ fn a_far_end_does_not_take_an_idle_relay_for_a_dead_one() {
     let connection = SourceConnection::over(channel(near), Arc::clone(&source.guest.memory));
     let mut settings = source.settings.clone();
     (settings.stall_timeout, settings.all_dirty_at_start) = (stall, false);
-    // Slices of 50 ms: three times the far end's patience.
-    let source = SourceSession::new(source.guest, connection, settings).with_upstream(Box::new(Silent(60)));
+    // Slices of 50 ms: twice the far end's patience.
+    let source = SourceSession::new(source.guest, connection, settings).with_upstream(Box::new(Silent(120)));
     let control = Box::new(destination_machine.clone());
     let destination =
         DestinationSession::over(channel(far), Box::new(to), control, DestinationSettings::default());

@@ -217,9 +217,12 @@ fn a_limit_is_changed_while_it_holds() {
     limit.set(1);
     let destination = ends.destination.spawn().unwrap();
     let source = ends.source.spawn().unwrap();
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
     while source.progress().pages.normal == 0 {
+        assert!(std::time::Instant::now() < until, "{:?}", source.progress());
         std::thread::yield_now();
     }
+    // Any time at all: within it a broken limit would let more pass.
     std::thread::sleep(std::time::Duration::from_millis(150));
     assert!(source.progress().pages.normal == 1 && !source.is_finished());
     limit.set(1 << 40);

@@ -1,6 +1,8 @@
 //! The kernel's interfaces, one a file, behind safe functions. This crate's only unsafe code.
 #![allow(unsafe_code)]
 
+#[cfg(test)]
+pub(crate) mod blocked;
 mod descriptors;
 mod faults;
 mod host_region;

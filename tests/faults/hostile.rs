@@ -24,7 +24,7 @@ use crate::live::{
 };
 
 /// Stall and finish timeouts.
-const IMPATIENT: Duration = Duration::from_millis(700);
+const IMPATIENT: Duration = Duration::from_secs(2);
 /// No refusal may take longer, on however busy a machine.
 const SOON: Duration = Duration::from_secs(20);
 /// What all cases of one test together may add to this process's memory at its peak.

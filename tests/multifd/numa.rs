@@ -165,9 +165,11 @@ fn in_rxe_guest_threads_are_on_the_nodes_chosen_and_pages_on_the_nodes_of_their_
 /// The command's own threads, by /proc: both processes of a demo that lasts until they were seen.
 fn the_demos_threads_are_on_node_1() {
     let dir = scratch();
-    let sizes = ["--ram", "24M", "--working-set", "4M", "--dirty-rate", "1M", "--max-bandwidth", "8M"];
+    // Several seconds, in which its threads are looked for.
+    let sizes = ["--ram", "24M", "--working-set", "4M", "--dirty-rate", "500K", "--max-bandwidth", "4M"];
+    let bound = ["--timeout", "30", "--timeout-action", "finish"];
     let options = ["demo", "--json", "--no-digest", "--transport", "tcp", "--channels", "2"];
-    let mut demo = Ramwire::start(dir.path(), &[&options[..], &sizes[..]].concat(), "--numa=1");
+    let mut demo = Ramwire::start(dir.path(), &[&options[..], &sizes[..], &bound].concat(), "--numa=1");
     let mut seen = BTreeSet::new();
     let said = || "no threads of page channels".to_owned();
     Deadline::seconds(20).poll("a demo on node 1", said, || {

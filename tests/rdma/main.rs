@@ -23,7 +23,19 @@ use common::{
 use serde_json::{Value, json};
 
 const RAM_MIB: usize = 16;
-const DEMO: [&str; 6] = ["demo", "--json", "--working-set", "2M", "--dirty-rate", "1M"];
+/// However slow the emulated machine is, it arrives.
+const DEMO: [&str; 10] = [
+    "demo",
+    "--json",
+    "--working-set",
+    "2M",
+    "--dirty-rate",
+    "1M",
+    "--timeout",
+    "30",
+    "--timeout-action",
+    "finish",
+];
 
 /// Runs the demo to its end, perhaps behind a shell that changes its limits first; its report.
 fn demo(shell: &str, arguments: &[&str]) -> Value {

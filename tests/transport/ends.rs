@@ -1,10 +1,12 @@
 //! Every wait ends: by cancel, by deadline, by the peer's end.
 
+use std::sync::mpsc;
 use std::time::Instant;
 
 use ramwire::sys::StopReason;
 use ramwire::transport::OpenError;
 
+use super::blocked::{own_thread, until_blocked};
 use super::*;
 
 #[test]
@@ -19,8 +21,14 @@ fn a_deadline_of_zero_takes_what_is_there() {
         assert!(matches!(nothing, Err(ChannelError::Stopped { .. })), "{nothing:?}");
         send(&mut near, &[7]).unwrap();
         // What was sent takes its way through the kernel.
-        std::thread::sleep(Duration::from_millis(50));
-        assert_eq!(far.recv(&mut [RecvPart::Own(&mut room)], &now).unwrap(), 1);
+        let begun = Instant::now();
+        let got = loop {
+            match far.recv(&mut [RecvPart::Own(&mut room)], &now) {
+                Err(ChannelError::Stopped { .. }) => assert!(begun.elapsed() < SOON, "{text}: nothing comes"),
+                got => break got.unwrap(),
+            }
+        };
+        assert_eq!(got, 1);
     }
 }
 
@@ -67,8 +75,12 @@ fn every_wait_ends_soon_after_a_cancel() {
         let cancel = CancelToken::default();
         let stop = Stop::on(&cancel);
         std::thread::scope(|scope| {
-            let waiter = scope.spawn(move || (wait(&stop), Instant::now()));
-            std::thread::sleep(Duration::from_millis(150));
+            let (tell, told) = mpsc::channel();
+            let waiter = scope.spawn(move || {
+                tell.send(own_thread()).unwrap();
+                (wait(&stop), Instant::now())
+            });
+            until_blocked(told.recv().unwrap());
             assert!(!waiter.is_finished(), "{name}: did not wait");
             let asked = Instant::now();
             cancel.cancel();
@@ -79,7 +91,7 @@ fn every_wait_ends_soon_after_a_cancel() {
                 Err(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }))
             );
             assert!(stopped, "{name}: {result:?}");
-            assert!(took < Duration::from_millis(100), "{name}: {took:?}");
+            assert!(took < SOON, "{name}: {took:?}");
         });
     }
 }
@@ -121,9 +133,17 @@ fn both_halves_end_when_the_connection_is_broken_from_elsewhere() {
     let breaker = near.breaker();
     let (mut source, mut sink) = near.split();
     std::thread::scope(|scope| {
-        let reader = scope.spawn(move || recv(&mut source, &mut [0; 10]));
-        let writer = scope.spawn(move || send(&mut sink, &pattern(64 << 20)));
-        std::thread::sleep(Duration::from_millis(50));
+        let (tell, told) = mpsc::channel();
+        let also = tell.clone();
+        let reader = scope.spawn(move || {
+            tell.send(own_thread()).unwrap();
+            recv(&mut source, &mut [0; 10])
+        });
+        let writer = scope.spawn(move || {
+            also.send(own_thread()).unwrap();
+            send(&mut sink, &pattern(64 << 20))
+        });
+        told.iter().take(2).for_each(until_blocked);
         breaker.close();
         assert!(matches!(reader.join().unwrap(), Ok(0)));
         assert!(matches!(writer.join().unwrap(), Err(ChannelError::Closed { .. })));

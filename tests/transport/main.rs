@@ -5,6 +5,8 @@
 //! - `ends`: every wait ends by cancel, deadline, or the peer's end.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../../src/sys/blocked.rs"]
+mod blocked;
 mod ends;
 mod patience;
 mod ways;
@@ -20,6 +22,8 @@ use ramwire::transport::{
 };
 
 const SECOND: Duration = Duration::from_secs(1);
+/// Far more than a wait takes that has been ended, on however busy a machine, and less than [`stop`] waits.
+const SOON: Duration = Duration::from_secs(10);
 
 fn stop() -> Stop {
     Stop::on(&CancelToken::default()).within(30 * SECOND)

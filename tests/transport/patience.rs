@@ -47,22 +47,19 @@ fn a_half_open_peer_is_noticed_on_each_side_within_the_stall_time() {
         let took = begun.elapsed();
         assert!(matches!(error, ChannelError::Stalled { .. }), "{text}: {error}");
         assert!(error.to_string().contains("--stall-timeout"));
-        assert!((300..2000).contains(&took.as_millis()), "{text}: {took:?}");
-        drain(&mut far);
+        assert!((Duration::from_millis(300)..SOON).contains(&took), "{text}: {took:?}");
+        drain(&mut far, near.position());
         let begun = Instant::now();
         assert!(matches!(recv(&mut far, &mut [0]), Err(ChannelError::Stalled { .. })));
-        assert!((300..2000).contains(&begun.elapsed().as_millis()), "{text}");
+        assert!((Duration::from_millis(300)..SOON).contains(&begun.elapsed()), "{text}");
     }
 }
 
-/// Takes what is there until nothing comes for a moment.
-fn drain(channel: &mut StreamChannel) {
-    let mut room = vec![0; 1 << 16];
-    loop {
-        let short = stop().within(Duration::from_millis(50));
-        if channel.recv(&mut [RecvPart::Own(&mut room)], &short).is_err() {
-            return;
-        }
+/// Takes all that was sent.
+fn drain(channel: &mut StreamChannel, sent: u64) {
+    let (mut got, mut room) = (0, vec![0; 1 << 16]);
+    while got < sent {
+        got += recv(channel, &mut room).unwrap() as u64;
     }
 }
 
@@ -99,7 +96,7 @@ fn a_dead_host_is_noticed_by_a_sender_and_by_a_waiting_receiver() {
                 };
                 let took = begun.elapsed();
                 assert!(matches!(error, ChannelError::Silent { .. }), "{amount}: {error}");
-                assert!((1..7).contains(&took.as_secs()), "{amount}: {took:?}");
+                assert!((SECOND..SOON).contains(&took), "{amount}: {took:?}");
             });
         }
         // The window was closed before the host died.
@@ -114,7 +111,7 @@ fn a_dead_host_is_noticed_by_a_sender_and_by_a_waiting_receiver() {
             let begun = Instant::now();
             let error = send(&mut near, &bytes).unwrap_err();
             assert!(matches!(error, ChannelError::Silent { .. }), "{error}");
-            assert!((1..9).contains(&begun.elapsed().as_secs()));
+            assert!((SECOND..SOON).contains(&begun.elapsed()));
         });
     });
 }

@@ -7,7 +7,10 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use super::*;
-use crate::sys::CancelToken;
+use crate::sys::{
+    CancelToken,
+    blocked::{own_thread, until_blocked},
+};
 
 /// Far more than any of these waits takes, far less than the stall time.
 const SOON: Duration = Duration::from_secs(10);
@@ -53,8 +56,9 @@ fn a_peer_that_stops_a_byte_short_of_what_is_due_is_read_soon() {
     near.write_all(&[1]).unwrap();
     assert_eq!(take(&mut far, 1).unwrap(), 1);
     // Nothing is there: the wait before this read is for its first byte again.
+    let reader = own_thread();
     let writer = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(30));
+        until_blocked(reader);
         near.write_all(&[1]).unwrap();
         near
     });
@@ -89,8 +93,9 @@ fn a_burst_that_ends_a_byte_short_of_a_mark_goes_on_within_a_moment() {
     }
     let mut near = writer.join().unwrap();
     far.set_bulk(false);
+    let reader = own_thread();
     let writer = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(30));
+        until_blocked(reader);
         near.write_all(&[1]).unwrap();
     });
     assert_eq!(take(&mut far, 1).unwrap(), 1);
@@ -153,8 +158,9 @@ fn a_close_and_a_cancel_end_a_wait_for_much() {
     near.write_all(&[1; 5]).unwrap();
     take_all(&mut far, 5);
     assert!(far.low_water.before_wait(far.end.fd.as_fd(), DUE));
+    let reader = own_thread();
     let closer = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(20));
+        until_blocked(reader);
         near.write_all(&[1; 3]).unwrap();
     });
     assert_eq!(take(&mut far, DUE).unwrap(), 3);
@@ -165,9 +171,12 @@ fn a_close_and_a_cancel_end_a_wait_for_much() {
     let mut far = channel(far, 60 * SOON);
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
-    let waiter =
-        std::thread::spawn(move || far.recv_due(&mut [RecvPart::Own(&mut vec![0; DUE])], DUE, &stop));
-    std::thread::sleep(Duration::from_millis(20));
+    let (tell, told) = std::sync::mpsc::channel();
+    let waiter = std::thread::spawn(move || {
+        tell.send(own_thread()).unwrap();
+        far.recv_due(&mut [RecvPart::Own(&mut vec![0; DUE])], DUE, &stop)
+    });
+    until_blocked(told.recv().unwrap());
     cancel.cancel();
     let ended = waiter.join().unwrap();
     assert!(matches!(ended, Err(ChannelError::Stopped { reason: StopReason::Cancelled, .. })));
