@@ -143,3 +143,53 @@ fn s20_a_persistent_dirty_bitmap_goes_with_its_guest() {
         }
     }
 }
+
+/// Machine types of long ago, and what they write on a new one.
+#[test]
+fn s02_s08_a_guest_without_configuration_section_or_footers_goes_its_way() {
+    if !peers_present() {
+        return;
+    }
+    let off = |properties: &[&str]| -> Vec<String> {
+        properties.iter().flat_map(|off| ["-global".to_owned(), format!("migration.{off}=off")]).collect()
+    };
+    let neither = off(&["send-configuration", "send-section-footer"]);
+    // QEMU 10.0 can't send without a configuration section: it aborts where it describes its devices.
+    let cases: [(Version, Machine, Vec<String>, [bool; 2]); 4] = [
+        (Version::Qemu72, Machine::PcI440fx23, Vec::new(), [false, false]),
+        (Version::Qemu72, Machine::Q35, off(&["send-configuration"]), [false, true]),
+        (Version::Qemu72, Machine::Q35, neither, [false, false]),
+        (Version::Qemu100, Machine::Q35, off(&["send-section-footer"]), [true, false]),
+    ];
+    for (version, machine, extra, framing) in cases {
+        for way in [Way::Folder, Way::Relay] {
+            let what = format!("{version}, {}, {extra:?}, {way:?}", machine.name());
+            let dir = scratch();
+            let mut ends = ends(dir.path(), version, machine, [&extra, &extra]);
+            moved(dir.path(), way, &mut ends, &what);
+            ends.destination.execute("cont", json!({}));
+            assert_eq!(ends.destination.status(), "running", "{what}");
+            if way == Way::Folder {
+                let manifest = std::fs::read(ends.folder.join("manifest.json")).unwrap();
+                let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+                assert_eq!(
+                    [&manifest["configuration"], &manifest["footers"]],
+                    framing.map(Value::from).each_ref()
+                );
+            }
+        }
+        let dir = scratch();
+        let capture = dir.path().join("capture");
+        let mut ends = ends(dir.path(), version, machine, [&extra, &extra]);
+        ends.source.execute(
+            "migrate-set-capabilities",
+            json!({"capabilities": [{"capability": "return-path", "state": false}]}),
+        );
+        ends.source.migrate(&format!("exec:cat >{}", capture.display()));
+        ends.source.wait_completed(Deadline::seconds(60));
+        let mut inspect = Ramwire::start(dir.path(), &["inspect", "--json"], &capture);
+        let report = inspect.finished(Deadline::seconds(30), 0);
+        assert_eq!([&report["configuration"], &report["footers"]], framing.map(Value::from).each_ref());
+        assert_eq!(report["device_state"]["exact"], true, "{version}, {}: {report}", machine.name());
+    }
+}

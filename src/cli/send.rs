@@ -128,6 +128,7 @@ fn overrides(args: &Args) -> Overrides {
 fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     let mut settings = SourceSettings::new(guest.configuration().clone());
     settings.early_sections = guest.early_sections().to_vec();
+    settings.framing = guest.framing();
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
     settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
     settings.zero_detection = args.zero_page.into();

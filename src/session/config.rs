@@ -6,6 +6,7 @@ use crate::engine::{BandwidthLimit, OnTimeout, Throttling};
 use crate::page::ZeroDetection;
 use crate::ram::ClearShift;
 use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::section::Framing;
 use crate::stream::qemu::style::PeerStyle;
 use crate::sys::random_id;
 use crate::units::{Percent, Rate};
@@ -54,6 +55,8 @@ pub struct SourceSettings {
     pub clear_shift: ClearShift,
     /// What the stream says of the machine; a QEMU compares it with its own.
     pub configuration: Configuration,
+    /// Whether there is a configuration section and footers: as the machine at the other end expects. Both.
+    pub framing: Framing,
     /// Bytes of sections that go between the block list and the first page, as they were captured.
     pub early_sections: Vec<u8>,
     /// Every page is sent at least once. Without it only what the dirty sources report travels.
@@ -84,6 +87,7 @@ impl SourceSettings {
             style: PeerStyle::of_machine(&configuration.machine),
             clear_shift: ClearShift::default(),
             configuration,
+            framing: Framing::default(),
             early_sections: Vec::new(),
             all_dirty_at_start: true,
             migration_id: random_id(),
@@ -99,6 +103,7 @@ impl SourceSettings {
             self.style = style.or(self.style);
         }
         self.configuration = incoming.configuration.clone();
+        self.framing = incoming.seen.framing;
         self.early_sections = incoming.early_sections.clone();
     }
 }

@@ -407,7 +407,9 @@ impl DestinationSession {
     fn make_digest(&mut self) -> Result<Digest, Error> {
         let memory = self.memory()?;
         let incoming = self.incoming.as_ref();
-        let carried = incoming.map(|i| carried(&i.configuration, &i.early_sections)).unwrap_or_default();
+        let carried = incoming
+            .map(|i| carried(i.seen.framing, &i.configuration, &i.early_sections))
+            .unwrap_or_default();
         let stop = &self.stop;
         let unsent = self.unsent.clone();
         Digest::make((&memory, unsent), &carried, &self.state, &self.settings.spawner, || {

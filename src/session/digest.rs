@@ -12,6 +12,7 @@ use super::workers::Spawner;
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{BlockName, Landing, PageRun, PageSet, RamBlockTable};
 use crate::stream::qemu::file::{Configuration, encode_configuration};
+use crate::stream::qemu::section::Framing;
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
 /// Bytes under one digest.
@@ -129,9 +130,11 @@ impl Digest {
 }
 
 /// What a stream tells of the machine and is not understood: a changed byte of it must be seen too.
-pub(super) fn carried(configuration: &Configuration, early_sections: &[u8]) -> Vec<u8> {
+pub(super) fn carried(framing: Framing, configuration: &Configuration, early_sections: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
-    encode_configuration(configuration, &mut bytes);
+    if framing.configuration {
+        encode_configuration(configuration, &mut bytes);
+    }
     bytes.extend_from_slice(early_sections);
     bytes
 }

@@ -5,7 +5,7 @@ use crate::ram::PageSet;
 use crate::stream::Writer;
 use crate::stream::native::{MAX_DIGESTS, Order, STATE_SECTION};
 use crate::stream::qemu::command::Command;
-use crate::stream::qemu::section::{self, SectionName};
+use crate::stream::qemu::section::{self, Framing, SectionName};
 use crate::stream::qemu::state::sections_end;
 use crate::stream::qemu::tail::without_devices;
 use crate::sys::{SendPart, Stop};
@@ -32,7 +32,7 @@ impl SourceSession {
                 state = without_devices(self.guest.memory.table().page().bytes());
             }
             // A QEMU starts the guest when it has read the byte that ends the sections: that byte is COMMIT.
-            self.commit_at = commit_at(&state);
+            self.commit_at = commit_at(&state, self.settings.framing);
             self.state = state;
             let uncommitted = SendPart::Own(&self.state[..self.commit_at]);
             self.link.sink().send(&[uncommitted], &self.stop)?;
@@ -52,7 +52,7 @@ impl SourceSession {
         section::encode_full(&SectionName { id, idstr: STATE_SECTION, instance: 0, version: 1 }, &mut head);
         Writer::new(&mut head).be64(state.len() as u64);
         let mut end = Vec::new();
-        section::encode_footer(id, &mut end);
+        self.settings.framing.encode_footer(id, &mut end);
         Command::Native(Order::StateSent).encode(&mut end);
         let parts = [SendPart::Own(&head), SendPart::Own(state), SendPart::Own(&end)];
         Ok(self.link.sink().send(&parts, &self.stop)?)
@@ -61,7 +61,8 @@ impl SourceSession {
     /// The peer makes its own digest meanwhile and compares. While ours is made PINGs tell that we are alive, and
     /// a cancel is seen.
     pub(super) fn send_digest(&mut self) -> Result<Input, Error> {
-        let carried = carried(&self.settings.configuration, &self.settings.early_sections);
+        let settings = &self.settings;
+        let carried = carried(settings.framing, &settings.configuration, &settings.early_sections);
         let Self { guest, link, stop, settings, state, skips, breakage, .. } = self;
         let compare_all = breakage.is(Breakage::CompareSkipped);
         let unsent = if compare_all { PageSet::default() } else { skips.unsent().clone() };
@@ -115,6 +116,6 @@ impl SourceSession {
 
 /// Where a QEMU's device state commits: at the byte that ends its sections. The VM description behind it is
 /// only looked at by tools. Without one the byte is the last.
-fn commit_at(state: &[u8]) -> usize {
-    sections_end(state).unwrap_or(state.len().saturating_sub(1))
+fn commit_at(state: &[u8], framing: Framing) -> usize {
+    sections_end(state, framing).unwrap_or(state.len().saturating_sub(1))
 }

@@ -7,7 +7,8 @@ use crate::ram::{BlockFlags, RamBlock, RamBlockTable, RoundKind};
 use crate::stream::native::{GREETING, Hello, Order, version_of_pong};
 use crate::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
 use crate::stream::qemu::command::Command;
-use crate::stream::qemu::section::{SectionName, encode_footer, encode_start};
+use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::section::{SectionName, encode_start};
 use crate::stream::qemu::style::PeerStyle;
 use crate::stream::qemu::{file, ram};
 use crate::units::GuestAddr;
@@ -32,7 +33,14 @@ impl SourceSession {
     pub(super) fn set_up(&mut self) -> Result<Input, Error> {
         let mut head = Vec::new();
         file::encode_header(&mut head);
-        file::encode_configuration(&self.settings.configuration, &mut head);
+        if self.settings.framing.configuration {
+            file::encode_configuration(&self.settings.configuration, &mut head);
+        } else if !nothing_but_a_name(&self.settings.configuration) {
+            return Err(Error::Config {
+                what: "this guest's capabilities, page size or UUID can't be told without a configuration section".into(),
+                remedy: "send one (SourceSettings::framing)",
+            });
+        }
         let greet = self.back.is_some() && self.settings.peer.is_none_or(|peer| peer == Peer::Ramwire);
         if self.back.is_some() {
             Command::OpenReturnPath.encode(&mut head);
@@ -60,7 +68,7 @@ impl SourceSession {
         self.link.open_round(RoundKind::Setup, &self.stop)?;
         self.link.close_round(RoundKind::Setup, &self.stop)?;
         let mut end = ram::EOS_RECORD.to_vec();
-        encode_footer(self.section_id, &mut end);
+        self.settings.framing.encode_footer(self.section_id, &mut end);
         end.extend_from_slice(&self.settings.early_sections);
         self.send_bytes(&end)?;
         self.link.sink().flush(&self.stop)?;
@@ -144,6 +152,11 @@ impl SourceSession {
         encode_block_list(&list, &mut out);
         Ok(self.send_bytes(&out)?)
     }
+}
+
+/// Without a configuration section a destination takes everything in it but the name for absent.
+fn nothing_but_a_name(configuration: &Configuration) -> bool {
+    *configuration == Configuration { machine: configuration.machine.clone(), ..Configuration::default() }
 }
 
 /// What goes in front of the last ram section.

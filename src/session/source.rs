@@ -457,7 +457,7 @@ impl SourceSession {
         }
         self.send_declined()?;
         let mut tail = crate::stream::qemu::ram::EOS_RECORD.to_vec();
-        section::encode_footer(self.section_id, &mut tail);
+        self.settings.framing.encode_footer(self.section_id, &mut tail);
         self.send_bytes(&tail)?;
         self.link.sink().flush(&self.stop)?;
         self.figures.fenced(begun.elapsed());

@@ -69,6 +69,8 @@ pub(crate) enum Machine {
     Microvm,
     /// The newest type that both versions know, and so the one that travels between them.
     PcI440fx72,
+    /// Old enough to write neither configuration section nor footers; QEMU 10.0 has it no more.
+    PcI440fx23,
 }
 
 impl Machine {
@@ -80,6 +82,7 @@ impl Machine {
             Self::Q35 => "q35",
             Self::Microvm => "microvm",
             Self::PcI440fx72 => "pc-i440fx-7.2",
+            Self::PcI440fx23 => "pc-i440fx-2.3",
         }
     }
 }

@@ -47,6 +47,12 @@ fn head(report: &Report, out: &mut String) {
     let machine = report.machine.as_deref().unwrap_or("?");
     let pages = PageSize::from_bytes(report.page_size).map_or_else(String::new, |page| page.to_string());
     line(out, format_args!("machine {machine:?}, {pages} pages, {} bytes, {end}", report.bytes));
+    match (report.configuration, report.footers) {
+        (true, true) => {}
+        (false, true) => line(out, format_args!("without configuration section")),
+        (true, false) => line(out, format_args!("without section footers")),
+        (false, false) => line(out, format_args!("without configuration section and section footers")),
+    }
     if !report.capabilities.is_empty() {
         line(out, format_args!("capabilities: {}", report.capabilities.join(", ")));
     }

@@ -18,6 +18,10 @@ pub(super) struct Report {
     /// Bytes that were understood or carried.
     pub(super) bytes: u64,
     pub(super) machine: Option<String>,
+    /// It has a configuration section.
+    pub(super) configuration: bool,
+    /// Its sections have footers.
+    pub(super) footers: bool,
     pub(super) page_size: u64,
     pub(super) capabilities: Vec<String>,
     pub(super) uuid: Option<String>,
@@ -204,8 +208,10 @@ impl Report {
     fn sum_up(&mut self, stream: &IncomingStream) {
         self.bytes = stream.position();
         self.page_size = stream.page_size().bytes();
+        let framing = stream.seen().framing;
+        (self.configuration, self.footers) = (framing.configuration, framing.footers);
         if let Some(configuration) = stream.configuration() {
-            self.machine = Some(configuration.machine.clone());
+            self.machine = framing.configuration.then(|| configuration.machine.clone());
             self.capabilities.clone_from(&configuration.capabilities);
             self.uuid = configuration.uuid.map(hex_uuid);
             self.style =

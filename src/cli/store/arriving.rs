@@ -117,6 +117,8 @@ impl MemoryProvider for ArrivingGuest {
         inner.early = incoming.early_sections.clone();
         inner.native = native;
         if let Some(manifest) = &mut inner.manifest {
+            let framing = incoming.seen.framing;
+            (manifest.configuration, manifest.footers) = (framing.configuration, framing.footers);
             manifest.peer_style = style_seen(&incoming.configuration.machine, &incoming.seen);
         }
     }
@@ -160,6 +162,9 @@ impl Inner {
             capabilities: configuration.capabilities.clone(),
             uuid: configuration.uuid.map(|uuid| uuid.iter().map(|byte| format!("{byte:02x}")).collect()),
             page_size: configuration.page_size.map(PageSize::bytes),
+            // Known once everything has come.
+            configuration: true,
+            footers: true,
             source: "qemu".into(),
             peer_style: None,
             blocks,
@@ -199,7 +204,7 @@ impl Inner {
         self.store.put(TAIL, tail)?;
         if let Some(manifest) = &mut self.manifest {
             // Between ramwire ends the state came with its length: nothing need prove that it is complete.
-            let complete = self.native || sections_end(tail).is_some();
+            let complete = self.native || sections_end(tail, manifest.framing()).is_some();
             manifest.state = if complete { State::Whole } else { State::Incomplete };
             manifest.source = if self.native { "ramwire" } else { "qemu" }.into();
         }

@@ -21,6 +21,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use ramwire::stream::qemu::section::Framing;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -93,6 +94,12 @@ pub struct Manifest {
     pub uuid: Option<String>,
     /// Target page size, where the stream announced one.
     pub page_size: Option<u64>,
+    /// Its stream has a configuration section.
+    #[serde(default = "present")]
+    pub configuration: bool,
+    /// Its sections have footers.
+    #[serde(default = "present")]
+    pub footers: bool,
     /// Who sent it: `qemu` or `ramwire`.
     pub source: String,
     /// The style its stream has shown where the machine's name tells none, as `--peer` writes it.
@@ -100,6 +107,18 @@ pub struct Manifest {
     pub peer_style: Option<String>,
     /// The blocks in stream order.
     pub blocks: Vec<BlockEntry>,
+}
+
+/// Folders of before that was noted hold guests that have both.
+fn present() -> bool {
+    true
+}
+
+impl Manifest {
+    /// What stands around the sections of its stream.
+    pub fn framing(&self) -> Framing {
+        Framing { configuration: self.configuration, footers: self.footers }
+    }
 }
 
 /// Why a folder can't be used.
@@ -285,6 +304,8 @@ mod tests {
             capabilities: Vec::new(),
             uuid: None,
             page_size: None,
+            configuration: true,
+            footers: true,
             source: "qemu".into(),
             peer_style: None,
             blocks: Vec::new(),

@@ -9,6 +9,7 @@ use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::Incoming;
 use ramwire::stream::qemu::file::Configuration;
+use ramwire::stream::qemu::section::Framing;
 use ramwire::stream::qemu::state::sections_end;
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::Mapping;
@@ -112,6 +113,8 @@ impl StoredGuest {
             capabilities: Vec::new(),
             uuid: None,
             page_size: None,
+            configuration: true,
+            footers: true,
             source: "files".into(),
             peer_style: None,
             blocks: Vec::new(),
@@ -130,6 +133,11 @@ impl StoredGuest {
         &self.configuration
     }
 
+    /// What stands around the sections of its stream.
+    pub fn framing(&self) -> Framing {
+        self.manifest.framing()
+    }
+
     /// The style its source has shown, where the machine's name tells none.
     pub fn peer_style(&self) -> Option<PeerStyle> {
         self.manifest.peer_style.as_deref().and_then(|name| name.parse().ok())
@@ -142,7 +150,7 @@ impl StoredGuest {
 
     /// True if it has device state to send: more than the end of a stream that had none.
     pub fn has_state(&self) -> bool {
-        !self.tail.is_empty() && sections_end(&self.tail) != Some(0)
+        !self.tail.is_empty() && sections_end(&self.tail, self.framing()) != Some(0)
     }
 
     /// The machine for the session: it stands still all the time.

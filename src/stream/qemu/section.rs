@@ -38,6 +38,48 @@ pub const PART_LEN: usize = 5;
 /// Bytes of a footer.
 pub const FOOTER_LEN: usize = 5;
 
+/// What a source puts around its sections.
+///
+/// Nothing announces it: a QEMU follows its machine type (up to 2.3 it writes neither), or its properties
+/// `migration.send-configuration` and `migration.send-section-footer`, and its destination must expect the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Framing {
+    /// A configuration section stands behind the file header.
+    pub configuration: bool,
+    /// Each section ends with a footer.
+    pub footers: bool,
+}
+
+impl Default for Framing {
+    /// Both.
+    fn default() -> Self {
+        Self { configuration: true, footers: true }
+    }
+}
+
+impl Framing {
+    /// Appends the footer of section `id`, if there are footers.
+    pub fn encode_footer(self, id: u32, out: &mut Vec<u8>) {
+        if self.footers {
+            encode_footer(id, out);
+        }
+    }
+
+    /// Decodes the footer of section `id`: 5 bytes, or none.
+    ///
+    /// # Errors
+    ///
+    /// As [`decode_footer`].
+    pub fn decode_footer(self, input: &[u8], id: u32) -> Result<((), usize), DecodeError> {
+        if self.footers { decode_footer(input, id) } else { Ok(((), 0)) }
+    }
+
+    /// Bytes of a footer: 5 or 0.
+    pub fn footer_len(self) -> usize {
+        if self.footers { FOOTER_LEN } else { 0 }
+    }
+}
+
 /// Which of the four kinds a section is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {

@@ -5,14 +5,14 @@
 //! there: it knows a section by its id, which START has bound.
 
 use super::early::{BitmapChunk, DIRTY_BITMAP, decode_bitmap_chunk};
-use super::section::{Item, decode_footer, decode_item};
+use super::section::{Framing, Item, decode_item};
 use super::tail::Tail;
 use crate::stream::DecodeError;
 
 /// Where the tail begins in `state`: behind whole sections of dirty bitmaps, 0 if there are none.
-pub fn tail_at(state: &[u8]) -> usize {
+pub fn tail_at(state: &[u8], framing: Framing) -> usize {
     let mut at = 0;
-    while let Some(len) = state.get(at..).and_then(|rest| bitmap_section(rest).ok().flatten()) {
+    while let Some(len) = state.get(at..).and_then(|rest| bitmap_section(rest, framing).ok().flatten()) {
         at += len;
     }
     at
@@ -20,16 +20,16 @@ pub fn tail_at(state: &[u8]) -> usize {
 
 /// Offset in `state` of the byte that ends the device sections, if a VM description behind it proves that they are
 /// whole.
-pub fn sections_end(state: &[u8]) -> Option<usize> {
-    let at = tail_at(state);
-    let mut tail = Tail::default();
+pub fn sections_end(state: &[u8], framing: Framing) -> Option<usize> {
+    let at = tail_at(state, framing);
+    let mut tail = Tail::new(framing);
     tail.push(state.get(at..)?, state.len(), u32::MAX).ok()?;
     tail.description().map(|end| at + end.eof_at)
 }
 
 /// Bytes of the dirty-bitmap section at the front of `input`; `None` if another item stands there. Iterables other than
 /// RAM and dirty bitmaps never get so far.
-fn bitmap_section(input: &[u8]) -> Result<Option<usize>, DecodeError> {
+fn bitmap_section(input: &[u8], framing: Framing) -> Result<Option<usize>, DecodeError> {
     let (item, mut at) = decode_item(input)?;
     let id = match item {
         Item::Part(id) | Item::End(id) => id,
@@ -51,7 +51,7 @@ fn bitmap_section(input: &[u8]) -> Result<Option<usize>, DecodeError> {
             }
         }
     }
-    let ((), used) = decode_footer(rest(at), id)?;
+    let ((), used) = framing.decode_footer(rest(at), id)?;
     Ok(Some(at + used))
 }
 
@@ -104,7 +104,7 @@ mod tests {
             ("bytes of an embedder", b"\x03 states".to_vec(),                        0),
         ];
         for (what, state, want) in cases {
-            assert_eq!(tail_at(state), *want, "{what}");
+            assert_eq!(tail_at(state, Framing::default()), *want, "{what}");
         }
     }
 
@@ -115,10 +115,10 @@ mod tests {
             let mut state = [before, devices()].concat();
             let end = state.len();
             encode_eof(&mut state);
-            assert_eq!(sections_end(&state), None, "nothing proves it");
+            assert_eq!(sections_end(&state, Framing::default()), None, "nothing proves it");
             encode_vm_description(json, &mut state);
-            assert_eq!(sections_end(&state), Some(end));
+            assert_eq!(sections_end(&state, Framing::default()), Some(end));
         }
-        assert_eq!(sections_end(&without_devices(4096)), Some(0));
+        assert_eq!(sections_end(&without_devices(4096), Framing::default()), Some(0));
     }
 }

@@ -6,7 +6,9 @@
 //! end of the connection ends the tail.
 
 use super::super::error::Fault;
-use super::section::{EOF, FOOTER, FOOTER_LEN, FULL, encode_eof, encode_vm_description};
+use super::section::{
+    EOF, FOOTER, FOOTER_LEN, FULL, Framing, Item, decode_item, encode_eof, encode_vm_description,
+};
 use super::vmdesc::{Split, VmDescription, split};
 
 /// Bytes of a candidate that are looked at: end of file, type byte, length, and the first two of the JSON.
@@ -21,6 +23,7 @@ const MAX_WASTE: usize = 256 << 20;
 /// The bytes behind RAM, as far as they have arrived.
 #[derive(Clone, Debug, Default)]
 pub struct Tail {
+    framing: Framing,
     bytes: Vec<u8>,
     scanned: usize,
     candidates: Vec<Candidate>,
@@ -52,6 +55,11 @@ pub fn without_devices(page_size: u64) -> Vec<u8> {
 }
 
 impl Tail {
+    /// An empty tail of sections with or without footers.
+    pub fn new(framing: Framing) -> Self {
+        Self { framing, ..Self::default() }
+    }
+
     /// Appends bytes up to the end of the tail and says how many of `input` belong to it.
     ///
     /// # Errors
@@ -106,7 +114,7 @@ impl Tail {
     }
 
     /// A description whose sizes do not fit the sections (arrays with holes are described wrongly) is taken only if it
-    /// names the first section, the last one has a footer, and nothing has arrived behind it.
+    /// names the first section, the last one has its footer, and nothing has arrived behind it.
     fn describe(&self, candidate: Candidate) -> Option<Description> {
         let json = self.bytes.get(candidate.eof_at + JSON_AT..candidate.end)?;
         if json.last() != Some(&b'}') {
@@ -114,10 +122,11 @@ impl Tail {
         }
         let description = VmDescription::parse(json)?;
         let sections = self.bytes.get(..candidate.eof_at)?;
-        let split = split(sections, &description);
+        let split = split(sections, &description, self.framing);
         let plausible = || {
             let footer = sections.len().checked_sub(FOOTER_LEN).and_then(|at| sections.get(at));
-            candidate.end == self.bytes.len() && footer == Some(&FOOTER) && description.begins_with(sections)
+            let ended = !self.framing.footers || footer == Some(&FOOTER);
+            candidate.end == self.bytes.len() && ended && description.begins_with(sections)
         };
         (split.is_exact() || plausible()).then_some(Description { eof_at: candidate.eof_at, split })
     }
@@ -139,9 +148,13 @@ impl Tail {
 
     /// True if the tail may be whole although no description has ended it: its last byte is an end of file, behind the
     /// footer of a section that is in it. A source that leaves the description out ends so; a broken connection hardly
-    /// ever.
+    /// ever, unless there are no footers: then the last byte is all that tells.
     pub fn may_end_here(&self) -> bool {
         let Some((&EOF, sections)) = self.bytes.split_last() else { return self.end.is_some() };
+        if !self.framing.footers {
+            let begins = || matches!(decode_item(sections), Ok((Item::Full(_), _)));
+            return self.end.is_some() || sections.is_empty() || begins();
+        }
         let Some((before, footer)) = sections.split_last_chunk::<FOOTER_LEN>() else {
             return self.end.is_some() || sections.is_empty();
         };
@@ -244,6 +257,25 @@ mod tests {
             push_all(&mut broken, &tail(&[0; 10])[..cut], 64);
             assert!(!broken.may_end_here(), "cut after {cut} of {sections} bytes");
         }
+    }
+
+    #[test]
+    fn s15_without_footers_a_tail_ends_with_its_description_or_with_an_end_of_file() {
+        let framing = Framing { footers: false, ..Framing::default() };
+        let whole = tail(&[7; 10]);
+        let footer = whole.windows(5).position(|bytes| bytes == b"\x7e\0\0\0\x09").unwrap();
+        let whole = [&whole[..footer], &whole[footer + FOOTER_LEN..]].concat();
+        for piece in [1, 7, 4096] {
+            let mut found = Tail::new(framing);
+            assert_eq!(push_all(&mut found, &whole, piece), whole.len());
+            assert!(found.description().unwrap().split.is_exact());
+        }
+        let mut found = Tail::new(framing);
+        push_all(&mut found, &whole[..=footer], 64);
+        assert!(found.description().is_none() && found.may_end_here());
+        let mut broken = Tail::new(framing);
+        push_all(&mut broken, &whole[..footer], 64);
+        assert!(!broken.may_end_here());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use serde::Deserialize;
 
-use super::section::{FOOTER_LEN, Item, SectionName, decode_footer, decode_item};
+use super::section::{Framing, Item, SectionName, decode_item};
 
 /// What the JSON says, as far as lengths depend on it.
 #[derive(Clone, Debug, Deserialize)]
@@ -116,7 +116,7 @@ pub struct Split {
 }
 
 impl Split {
-    /// True if every byte belongs to a section whose footer was found.
+    /// True if every byte belongs to a section whose footer, where there are any, was found.
     pub fn is_exact(&self) -> bool {
         self.unreliable.is_none()
     }
@@ -125,14 +125,15 @@ impl Split {
 /// Cuts `sections`, the bytes from the first device section to the end-of-file byte (exclusive), with `description`.
 ///
 /// Entries in front that name early sections, which stand elsewhere in the stream, are passed over. Nothing is
-/// trusted: a header or footer that is not where it should be ends the cut.
-pub fn split(sections: &[u8], description: &VmDescription) -> Split {
+/// trusted: a header or footer that is not where it should be ends the cut. Without footers the next header alone
+/// confirms a cut.
+pub fn split(sections: &[u8], description: &VmDescription, framing: Framing) -> Split {
     let mut split = Split::default();
     let mut at = 0;
     for device in &description.devices {
-        match cut(sections, at, device) {
+        match cut(sections, at, device, framing) {
             Ok(section) => {
-                at = section.payload.end + FOOTER_LEN;
+                at = section.payload.end + framing.footer_len();
                 split.sections.push(section);
             }
             Err(_) if at == 0 && super::early::is_early_virtio_mem(&device.name) => {}
@@ -148,7 +149,7 @@ pub fn split(sections: &[u8], description: &VmDescription) -> Split {
     split
 }
 
-fn cut(sections: &[u8], at: usize, device: &Device) -> Result<DeviceSection, &'static str> {
+fn cut(sections: &[u8], at: usize, device: &Device, framing: Framing) -> Result<DeviceSection, &'static str> {
     let rest = sections.get(at..).unwrap_or(&[]);
     let Ok((Item::Full(SectionName { id, idstr, instance, version }), used)) = decode_item(rest) else {
         return Err("no device section stands here");
@@ -160,7 +161,7 @@ fn cut(sections: &[u8], at: usize, device: &Device) -> Result<DeviceSection, &'s
     let start = at + used;
     let end = len.and_then(|len| start.checked_add(len)).ok_or("the description's sizes overflow")?;
     let footer = sections.get(end..).ok_or("the section is longer than the stream")?;
-    decode_footer(footer, id).map_err(|_| "the footer is not where the description puts it")?;
+    framing.decode_footer(footer, id).map_err(|_| "the footer is not where the description puts it")?;
     Ok(DeviceSection { name: idstr.to_owned(), instance, id, version, payload: start..end })
 }
 
@@ -192,7 +193,7 @@ mod tests {
 
     #[test]
     fn s18_a_tail_is_cut_by_the_sizes_of_its_description() {
-        let split = split(&blob(), &VmDescription::parse(JSON).unwrap());
+        let split = split(&blob(), &VmDescription::parse(JSON).unwrap(), Framing::default());
         assert!(split.is_exact(), "{split:?}");
         let found: Vec<_> = split.sections.iter().map(|s| (s.name.as_str(), s.id, s.payload.len())).collect();
         assert_eq!(found, [("timer", 3, 28), ("slirp", 4, 4)]);
@@ -212,12 +213,15 @@ mod tests {
             ("empty",                    vec![],                                    0),
         ];
         for (what, blob, at) in cases {
-            let split = split(blob, &description);
+            let split = split(blob, &description, Framing::default());
             assert_eq!(split.unreliable.map(|(at, _)| at), Some(*at), "{what}: {split:?}");
         }
         let huge = br#"{"devices": [{"name": "timer", "instance_id": 0, "vmsd_name": "t",
             "fields": [{"size": 18446744073709551615, "array_len": 2}]}]}"#;
-        assert!(!super::split(&blob, &VmDescription::parse(huge).unwrap()).is_exact(), "sizes overflow");
+        assert!(
+            !super::split(&blob, &VmDescription::parse(huge).unwrap(), Framing::default()).is_exact(),
+            "sizes overflow"
+        );
         assert!(VmDescription::parse(b"{\"a\": 1}").is_none() && VmDescription::parse(b"{\"dev").is_none());
     }
 }

@@ -5,7 +5,7 @@ use super::super::command::Command;
 use super::super::early::VirtioMem;
 use super::super::file::Configuration;
 use super::super::mapped::MappedHeader;
-use super::super::section::Phase;
+use super::super::section::{Framing, Phase};
 use crate::units::{BlockIndex, BlockOffset};
 
 /// The answer to some bytes.
@@ -45,7 +45,7 @@ pub enum SectionKind {
 /// A block is named by its position in the announced list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// Header and configuration have arrived.
+    /// Header and configuration have arrived. Where there is no configuration section it is empty.
     Configuration(Configuration),
     /// A command between the sections.
     Command(Command<'a>),
@@ -151,6 +151,8 @@ pub enum Event<'a> {
 /// What a stream has shown of its sender, so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
+    /// What stands around the sections; footers are taken for granted until the first section has ended.
+    pub framing: Framing,
     /// A SWITCHOVER_START came.
     pub switchover_start: bool,
     /// A multifd barrier record stood in the `ram` START, whose records have ended; `None`: not reached yet.

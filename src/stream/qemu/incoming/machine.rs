@@ -10,10 +10,10 @@ use super::super::early::{
     is_early_virtio_mem,
 };
 use super::super::file::{
-    Configuration, HEADER_LEN, IGNORE_SHARED, MAPPED_RAM, decode_configuration, decode_header,
+    CONFIGURATION, Configuration, HEADER_LEN, IGNORE_SHARED, MAPPED_RAM, decode_configuration, decode_header,
 };
 use super::super::ram;
-use super::super::section::{Item, Phase, SectionName, decode_footer, decode_item};
+use super::super::section::{FOOTER, Item, Phase, SectionName, decode_item};
 use super::super::tail::Tail;
 use super::IncomingConfig;
 use super::event::{Ending, Event, SectionKind, Seen, Step};
@@ -41,6 +41,8 @@ pub struct IncomingStream {
     listed: bool,
     ram_id: Option<u32>,
     bitmap_id: Option<u32>,
+    /// A section has ended, so that footers are known.
+    footers_known: bool,
     /// A barrier stood in the open START.
     barrier: bool,
     /// A ram PART or END has begun.
@@ -116,6 +118,7 @@ impl IncomingStream {
             listed: false,
             ram_id: None,
             bitmap_id: None,
+            footers_known: false,
             barrier: false,
             pages_began: false,
             postcopy: false,
@@ -278,6 +281,15 @@ impl IncomingStream {
     fn header<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
         decode_header(input)?;
         let body = input.get(HEADER_LEN..).unwrap_or(&[]);
+        let Some(&first) = body.first() else {
+            return Err(DecodeError::Truncated { needed: HEADER_LEN + 1, have: input.len() });
+        };
+        if first != CONFIGURATION {
+            self.seen.framing.configuration = false;
+            self.configuration = Some(Configuration::default());
+            self.state = State::Items;
+            return Ok(Told(HEADER_LEN, Event::Configuration(Configuration::default())));
+        }
         let (configuration, used) = decode_configuration(body).map_err(|error| error.shifted(HEADER_LEN))?;
         for name in &configuration.capabilities {
             if name != IGNORE_SHARED && name != MAPPED_RAM {
@@ -408,7 +420,16 @@ impl IncomingStream {
 
     fn footer<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
         let Open { phase, id, kind } = self.open;
-        let ((), used) = decode_footer(input, id)?;
+        if !self.footers_known {
+            let Some(&first) = input.first() else {
+                return Err(DecodeError::Truncated { needed: 1, have: 0 });
+            };
+            self.footers_known = true;
+            // No item begins with this byte, so it tells.
+            self.seen.framing.footers = first == FOOTER;
+            self.tail = Tail::new(self.seen.framing);
+        }
+        let ((), used) = self.seen.framing.decode_footer(input, id)?;
         if (kind, phase) == (SectionKind::Ram, Phase::End) {
             self.seen.ram_end = true;
         }

@@ -51,6 +51,8 @@
 //! [`Event::TailBytes`] until the VM description has arrived whole; see [`tail`](super::tail).
 
 mod event;
+#[cfg(test)]
+mod framing_tests;
 mod machine;
 mod table;
 #[cfg(test)]
