@@ -30,6 +30,8 @@ pub enum Arrived {
     Done,
     /// It failed, or the stream did.
     Failed,
+    /// Whether the guest runs here is not known: its start broke off, and it could not be stopped again.
+    MayRun,
 }
 
 /// What the session is to do next.
@@ -62,7 +64,9 @@ pub enum Ending {
     Running,
     /// The guest does not run here, and nothing of it is kept.
     Discarded,
-    /// The source gave the guest away, but it could not be started: what arrived must be kept.
+    /// The source gave the guest away, but it could not be started: this is the only copy. RAM is whole and the device
+    /// state is loaded, so that the VMM may start the guest itself, at any time; if it can't, an operator lets the guest
+    /// run at the source, which keeps it paused. Never both.
     Stranded,
 }
 
@@ -77,6 +81,7 @@ enum Stage {
     AwaitingCommit,
     Resuming,
     SayingRunning,
+    Keeping,
     Failing(Ending),
     Ended(Ending),
 }
@@ -157,6 +162,9 @@ impl DestinationEngine {
                 self.committed = true;
                 self.go(Stage::Resuming, Deed::Resume)
             }
+            // A QEMU that is told of a failure lets its guest run, and ours may: it is told that the guest is here.
+            (Stage::Resuming, Arrived::MayRun) if !self.native => self.go(Stage::Keeping, Deed::SayRunning),
+            (Stage::Keeping, _) => self.go(Stage::Ended(Ending::Stranded), Deed::Finish(Ending::Stranded)),
             (Stage::Resuming, Arrived::Done) => self.go(Stage::SayingRunning, Deed::SayRunning),
             // The guest runs here: that the source could not be told changes nothing about it.
             (Stage::SayingRunning, _) => {
@@ -215,6 +223,19 @@ mod tests {
             };
             assert_eq!(engine.handle(Arrived::Commit), ended, "nothing starts it afterwards");
         }
+    }
+
+    #[test]
+    fn a_guest_that_may_run_here_is_not_let_run_at_the_source() {
+        let mut qemu = DestinationEngine::default();
+        assert_eq!(qemu.handle(Arrived::Tail), Deed::LoadState);
+        assert_eq!(qemu.handle(Arrived::Done), Deed::Resume);
+        assert_eq!(qemu.handle(Arrived::MayRun), Deed::SayRunning, "no SHUT(1)");
+        assert_eq!(qemu.handle(Arrived::Failed), Deed::Finish(Ending::Stranded));
+        let mut native = DestinationEngine::default();
+        NATIVE[..8].iter().for_each(|(fact, deed)| assert_eq!(native.handle(*fact), *deed));
+        assert_eq!(native.handle(Arrived::MayRun), Deed::SayFailed, "a ramwire never resumes after COMMIT");
+        assert_eq!(native.handle(Arrived::Done), Deed::Finish(Ending::Stranded));
     }
 
     #[test]

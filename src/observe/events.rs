@@ -1,6 +1,7 @@
 //! The figures as the migration's threads write and anybody reads them, and what happened as a stream of events.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -196,15 +197,29 @@ impl SharedStatistics {
     }
 
     fn call(&self, events: &[Event]) {
-        if !events.is_empty() {
-            let mut listeners = self.listeners();
-            events.iter().for_each(|event| listeners.iter_mut().for_each(|listener| listener(event)));
+        if events.is_empty() {
+            return;
+        }
+        let mut listeners = self.listeners();
+        let mut panicked = None;
+        for event in events {
+            for listener in listeners.iter_mut() {
+                // The others are told all the same.
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| listener(event))) {
+                    panicked.get_or_insert(panic);
+                }
+            }
+        }
+        drop(listeners);
+        if let Some(panic) = panicked {
+            resume_unwind(panic);
         }
     }
 
     /// Calls `listener` for everything that happens from now on, on the migration's own thread, which waits for it: for
     /// what must be done before the migration goes on. It may read figures and cancel; it may not wait for the
-    /// migration's end, nor ask for another listener. What it takes while the guest stands still is downtime.
+    /// migration's end, nor ask for another listener. What it takes while the guest stands still is downtime. Its panic ends
+    /// a migration as a failure does; from [`EventKind::GivenAway`] on it is only logged.
     pub fn listen(&self, listener: impl FnMut(&Event) + Send + 'static) {
         self.listeners().push(Box::new(listener));
         self.lock().listeners += 1;
@@ -212,9 +227,12 @@ impl SharedStatistics {
 
     /// Everything of the migration is gone: tells so, and ends the channels.
     pub(crate) fn cleaned_up(&self) {
-        self.tell(EventKind::CleanedUp);
+        let told = catch_unwind(AssertUnwindSafe(|| self.tell(EventKind::CleanedUp)));
         self.close();
         self.listeners().clear();
+        if let Err(panic) = told {
+            resume_unwind(panic);
+        }
     }
 
     /// Nobody writes any more: channels of events end.

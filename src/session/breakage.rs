@@ -31,6 +31,10 @@ pub(super) enum Breakage {
     BreakOffAfterCommit,
     /// Orders 3 and 6: the source says that it is done, and its memory free for others, when it has said COMMIT.
     CompleteAtCommit,
+    /// Order 4: a panic of a callback ends the session.
+    DieOfPanic,
+    /// Order 6: a guest whose start panicked is taken for one that stands still.
+    TrustPanickedStart,
     /// Order 6: the destination does not wait for COMMIT.
     ResumeBeforeCommit,
     /// Order 6: the destination says READY whatever the digests say.
@@ -60,7 +64,7 @@ pub(super) enum Breakage {
 impl Breakage {
     /// All but `None` and what only [`relay_tests`](super::relay_tests) switch off.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 23] = [
+    pub(super) const ALL: [Self; 25] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
         Self::SkipBarrier,
@@ -73,6 +77,8 @@ impl Breakage {
         Self::ResumeAfterCommit,
         Self::BreakOffAfterCommit,
         Self::CompleteAtCommit,
+        Self::DieOfPanic,
+        Self::TrustPanickedStart,
         Self::ResumeBeforeCommit,
         Self::SkipComparing,
         Self::RegisterUnpromised,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
 use crate::guest::{GuestControl, GuestError, GuestMemory};
-use crate::observe::{PageCounts, SharedStatistics, Status};
+use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
 use crate::ram::{PageSet, RamBlock};
 use crate::stream::native::Answer;
 use crate::stream::qemu::file::Configuration;
@@ -16,6 +16,7 @@ use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel};
 
+use super::callback::{guarded, quietly};
 use super::config::DestinationSettings;
 use super::digest::{Digest, carried};
 use super::handle::Commitment;
@@ -297,7 +298,7 @@ impl DestinationSession {
                 break ending;
             }
             tracing::trace!(?deed, at = reader.at, "perform");
-            let fact = self.perform(deed, &mut reader).unwrap_or_else(|error| {
+            let fact = self.perform_guarded(deed, &mut reader).unwrap_or_else(|error| {
                 tracing::warn!(%error, at = reader.at, "destination failed");
                 self.error.get_or_insert(error);
                 Arrived::Failed
@@ -323,6 +324,31 @@ impl DestinationSession {
         self.report(ending, reader.at)
     }
 
+    /// A panic of the embedder's code is a failure of the step.
+    fn perform_guarded(&mut self, deed: Deed, reader: &mut StreamReader) -> Result<Arrived, Error> {
+        if self.breakage.is(Breakage::DieOfPanic) {
+            return self.perform(deed, reader);
+        }
+        guarded("receiving the guest", || self.perform(deed, reader)).unwrap_or_else(Err)
+    }
+
+    /// Lets the guest run. A start that panics may have begun: the guest is stopped again before anybody is told.
+    fn start_guest(&mut self) -> Result<Arrived, Error> {
+        let panic = match guarded("starting the guest", || self.control.resume()) {
+            Ok(Ok(())) => return Ok(Arrived::Done),
+            Ok(Err(source)) => return Err(Error::Control { what: "resume", source }),
+            Err(panic) => panic,
+        };
+        let stopped = self.breakage.is(Breakage::TrustPanickedStart)
+            || matches!(guarded("stopping the guest", || self.control.pause()), Ok(Ok(())));
+        if stopped {
+            return Err(panic);
+        }
+        tracing::error!(error = %panic, "whether the guest runs here is not known");
+        self.error.get_or_insert(panic);
+        Ok(Arrived::MayRun)
+    }
+
     /// The last moment for a cancel that no wait has seen.
     fn unless_cancelled(&mut self, fact: Arrived) -> Arrived {
         if !self.engine.binds(fact) || !self.cancel.is_cancelled() {
@@ -337,17 +363,19 @@ impl DestinationSession {
         self.join_working();
         let pages_mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
         let bytes = bytes + self.source.channels().map_or(0, |channels| channels.bytes());
-        self.statistics.update(|s| {
+        let error = self.error.as_ref();
+        let told = |s: &mut Statistics| {
             s.status = match ending {
                 Ending::Running => Status::Completed,
                 Ending::Stranded => Status::InDoubt,
-                Ending::Discarded if matches!(self.error, Some(Error::Cancelled)) => Status::Cancelled,
+                Ending::Discarded if matches!(error, Some(Error::Cancelled)) => Status::Cancelled,
                 Ending::Discarded => Status::Failed,
             };
             s.ended = true;
-            s.error = self.error.as_ref().map(ToString::to_string);
-        });
-        self.statistics.cleaned_up();
+            s.error = error.map(ToString::to_string);
+        };
+        quietly("telling of the end", || self.statistics.update(told));
+        quietly("telling of the end", || self.statistics.cleaned_up());
         DestinationReport {
             ending,
             error: self.error,
@@ -393,8 +421,7 @@ impl DestinationSession {
             }
             Deed::Resume => {
                 self.revoke_rounds();
-                let resumed = self.control.resume();
-                resumed.map_err(|source| Error::Control { what: "resume", source })?;
+                return self.start_guest();
             }
             Deed::SayRunning if self.engine.is_native() => self.say(Message::Native(Answer::Running))?,
             Deed::SayRunning => self.say(Message::Shut { status: 0 })?,

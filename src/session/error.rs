@@ -42,6 +42,14 @@ pub enum Error {
         /// The answer.
         source: io::Error,
     },
+    /// A callback of the embedder panicked.
+    #[error("a callback panicked while {during}: {text}")]
+    Panicked {
+        /// What the migration was doing.
+        during: &'static str,
+        /// What `panic!` was given.
+        text: String,
+    },
     /// The migration failed and the guest could not be let run again; it is whole at the source.
     #[error("{why}; the guest is whole here but could not resume: {source}; resume it by hand")]
     StandsStill {
@@ -143,6 +151,7 @@ impl Error {
         match self {
             Self::Config { .. } => ErrorKind::Config,
             Self::Control { .. }
+            | Self::Panicked { .. }
             | Self::StandsStill { .. }
             | Self::Guest(_)
             | Self::Dirty(_)

@@ -114,8 +114,8 @@ impl<R> MigrationHandle<R> {
     /// Waits for the end. The session's own timeouts bound it, as far as the embedder's callbacks return.
     ///
     /// # Errors
-    /// [`Error::Thread`] if the thread died without a report: a callback of the embedder panicked. Whether
-    /// the guest was given away by then is what [`cancel`](Self::cancel) answers before this call.
+    /// [`Error::Thread`] if the thread died without a report, by a fault of this library: a callback that panics does not
+    /// end it. Whether the guest was given away by then is what [`cancel`](Self::cancel) answers before this call.
     pub fn wait(mut self) -> Result<R, Error> {
         let report = self.report.recv();
         if let Some(thread) = self.thread.take() {
@@ -136,7 +136,7 @@ impl<R> Drop for MigrationHandle<R> {
 }
 
 fn died(name: &'static str) -> Error {
-    let source = io::Error::other("it ended without a report: a callback of the guest panicked");
+    let source = io::Error::other("it ended without a report, which is a fault of this library");
     Error::Thread { name, source }
 }
 

@@ -3,6 +3,7 @@
 mod answers;
 mod arrivals;
 mod breakage;
+mod callback;
 pub mod config;
 mod destination;
 pub mod digest;
@@ -15,6 +16,8 @@ mod hearing;
 #[cfg(test)]
 mod hook_tests;
 mod mapper;
+#[cfg(test)]
+mod panic_tests;
 mod places;
 mod placing;
 #[cfg(test)]

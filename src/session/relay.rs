@@ -32,6 +32,7 @@ use crate::transport::{ByteSink, ByteSource};
 use crate::units::{PageSize, Rate};
 
 use super::arrivals::Arrivals;
+use super::callback::quietly;
 use super::destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
 use super::places::Placed;
 use super::source::{SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream};
@@ -500,7 +501,10 @@ impl GuestControl for Forwarder {
             Outcome::Completed => Ok(()),
             Outcome::StaysHere(_) => Err(io::Error::other(format!("the far end did not take it: {why}"))),
             Outcome::InDoubt => {
-                (self.notice)(&Notice::InDoubt { why: why.clone() });
+                // Whatever becomes of the notice: the source must hear nothing.
+                quietly("telling that the guest is in doubt", || {
+                    (self.notice)(&Notice::InDoubt { why: why.clone() });
+                });
                 // Silence is the only word that can't let the guest run twice.
                 Stop::on(&self.cancel).sleep(Duration::MAX);
                 Err(io::Error::other(format!("the far end was given the guest and fell silent: {why}")))

@@ -10,6 +10,7 @@ use crate::stream::qemu::section::Phase;
 use crate::stream::{Corrupt, DecodeError};
 use crate::sys::Stop;
 
+use super::callback::quietly;
 use super::destination::{DestinationSession, Incoming};
 use super::hearing::out_of_turn;
 use super::source::discards;
@@ -134,6 +135,6 @@ impl DestinationSession {
                 }
             }
         }
-        self.control.forbid_discard(false);
+        quietly("allowing discards", || _ = self.control.forbid_discard(false));
     }
 }

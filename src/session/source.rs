@@ -16,6 +16,7 @@ use crate::transport::{
     ByteSource, ChannelError, InlineLink, Returned, SourceDoor, SourceLink, StreamChannel,
 };
 
+use super::callback::{guarded, quietly};
 use super::config::SourceSettings;
 use super::figures::Figures;
 use super::handle::Commitment;
@@ -158,6 +159,8 @@ pub struct SourceSession {
     pub(super) last_sign: Duration,
     paused: bool,
     cancel_refused: bool,
+    /// Nothing counts as sent any more.
+    all_unsent: bool,
     error: Option<Error>,
     pub(super) breakage: Breakage,
 }
@@ -211,6 +214,7 @@ impl SourceSession {
             last_sign: Duration::ZERO,
             paused: false,
             cancel_refused: false,
+            all_unsent: false,
             error: None,
             breakage: Breakage::default(),
         }
@@ -254,7 +258,7 @@ impl SourceSession {
                 break outcome;
             }
             tracing::trace!(?action, "perform");
-            let input = self.perform(action).unwrap_or_else(|error| self.keep(error));
+            let input = self.perform_guarded(action).unwrap_or_else(|error| self.keep(error));
             // A cancel comes before this step or after it, never in between: the step may be COMMIT.
             let commitment = Arc::clone(&self.commitment);
             action = commitment.decide(|| {
@@ -264,6 +268,20 @@ impl SourceSession {
             });
         };
         self.report(outcome)
+    }
+
+    /// A panic of the embedder's code is a failure of the step.
+    fn perform_guarded(&mut self, action: Action) -> Result<Input, Error> {
+        if self.breakage.is(Breakage::DieOfPanic) {
+            return self.perform(action);
+        }
+        let during =
+            if self.engine.is_committed() { "the guest is handed over" } else { "sending the guest" };
+        guarded(during, || self.perform(action)).unwrap_or_else(|error| {
+            // Pages that were on their way from the map to the connection are in neither.
+            self.all_unsent = true;
+            Err(error)
+        })
     }
 
     fn report(mut self, outcome: Outcome) -> SourceReport {
@@ -284,12 +302,12 @@ impl SourceSession {
         if let (Some(after), None) = (self.engine.gave_up_after(), &self.error) {
             self.error = Some(Error::NotConverged { after, remedies: REMEDIES });
         }
-        self.figures.ended(now, outcome, self.error.as_ref());
+        quietly("telling of the end", || self.figures.ended(now, outcome, self.error.as_ref()));
         self.let_go(outcome);
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
             self.error = Some(Error::Cancelled);
         }
-        self.figures.shared().cleaned_up();
+        quietly("telling of the end", || self.figures.shared().cleaned_up());
         let statistics = self.figures.shared().snapshot();
         let first_page_sent = self.figures.first_page;
         let (dirty, stands_still) = (self.dirty, self.paused);
@@ -306,7 +324,7 @@ impl SourceSession {
         }
         if self.link.abilities().registers_memory {
             drop(self.link.reclaim());
-            self.guest.control.forbid_discard(false);
+            quietly("allowing discards", || _ = self.guest.control.forbid_discard(false));
         }
     }
 
@@ -335,7 +353,13 @@ impl SourceSession {
 
     fn perform(&mut self, action: Action) -> Result<Input, Error> {
         let now = self.clock.now();
-        self.figures.step(now, action);
+        match action {
+            // Too late to give up, and nothing to give up for.
+            Action::Commit | Action::AwaitRunning | Action::Release => {
+                quietly("telling of a step", || self.figures.step(now, action));
+            }
+            _ => self.figures.step(now, action),
+        }
         match action {
             Action::StartLogs => self.start_logs(),
             Action::SendSetup => self.set_up(),
@@ -407,9 +431,9 @@ impl SourceSession {
     }
 
     fn stop_logs(&mut self) -> Result<Input, Error> {
-        let stopped = self.guest.dirty.iter().map(|source| source.stop());
+        let stop = |source: &Arc<dyn DirtySource>| Ok(guarded("stopping a dirty log", || source.stop())??);
         // Every source is stopped, even if an earlier one refuses.
-        let results: Vec<_> = stopped.collect();
+        let results: Vec<Result<(), Error>> = self.guest.dirty.iter().map(stop).collect();
         results.into_iter().collect::<Result<(), _>>()?;
         Ok(Input::Done)
     }
@@ -493,15 +517,17 @@ impl SourceSession {
     fn recover(&mut self) -> Result<Input, Error> {
         self.stop = Stop::never();
         let confirms = self.link.abilities().confirms_placement;
+        let given_back = guarded("taking pages back", || self.link.reclaim());
+        self.all_unsent |= given_back.is_err();
         if !self.breakage.is(Breakage::ForgetUnsent) {
-            for batch in self.link.reclaim() {
+            for batch in given_back.unwrap_or_default() {
                 self.mark_unsent(&batch);
             }
             for batch in std::mem::take(&mut self.declined) {
                 self.mark_unsent(&batch);
             }
             // Released is not placed: on such a door nothing counts as arrived before the end.
-            if !confirms || self.sent_past_the_door {
+            if !confirms || self.sent_past_the_door || self.all_unsent {
                 self.dirty.set_all(self.guest.memory.table());
             }
         }
@@ -512,7 +538,9 @@ impl SourceSession {
             self.lift_brake();
         }
         if self.paused && !self.breakage.is(Breakage::StayPaused) {
-            if let Err(source) = self.guest.control.resume() {
+            let resumed = guarded("resuming", || self.guest.control.resume());
+            let resumed = resumed.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
+            if let Err(source) = resumed {
                 // More urgent than what led here: somebody must look after the guest.
                 let why = self.error.take().map_or_else(|| "cancelled".into(), |error| error.to_string());
                 return Err(Error::StandsStill { why, source });

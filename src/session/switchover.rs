@@ -7,6 +7,7 @@ use crate::engine::{Input, Throttle};
 use crate::units::{Percent, RestShare};
 
 use super::Error;
+use super::callback::quietly;
 use super::source::SourceSession;
 
 /// Time between two looks at cancel and peer while the embedder is waited for.
@@ -117,9 +118,10 @@ impl SourceSession {
 
     /// Order 4: whatever the end, no brake is left on.
     pub(super) fn lift_brake(&mut self) {
-        self.guest.control.throttle(Percent::default());
+        let control = &mut self.guest.control;
+        quietly("lifting the brake", || control.throttle(Percent::default()));
         for vcpu in 0..self.throttle.vcpu_count() {
-            self.guest.control.throttle_vcpu(vcpu, RestShare::default());
+            quietly("lifting the brake", || control.throttle_vcpu(vcpu, RestShare::default()));
         }
         self.throttle = Throttle::new(None, self.settings.throttle_trigger_threshold);
     }

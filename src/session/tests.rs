@@ -359,6 +359,7 @@ fn a_thread_that_dies_or_never_starts_is_told() {
     }
     let mut ends = ends();
     ends.source.guest.control = Box::new(Panics);
+    ends.source.breakage = Breakage::DieOfPanic;
     let destination = ends.destination.spawn().unwrap();
     let source = ends.source.spawn().unwrap();
     assert!(source.events().iter().all(|event| !event.kind.is_last()), "and the channel of events ends");

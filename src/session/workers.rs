@@ -8,6 +8,7 @@ use std::time::Duration;
 use crossbeam::channel::RecvTimeoutError;
 
 use super::Error;
+use super::callback::guarded;
 use crate::sys::spawn_thread;
 pub use crate::sys::{Job, SpawnFn};
 
@@ -104,7 +105,12 @@ impl Spawner {
             let (work, next, give) = (Arc::clone(&work), Arc::clone(&next), give.clone());
             let job = move || loop {
                 let item = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                if item >= items || give.send((item, work(item))).is_err() {
+                if item >= items {
+                    return;
+                }
+                let answer = guarded(name, || work(item));
+                let ends = answer.is_err();
+                if give.send((item, answer)).is_err() || ends {
                     return;
                 }
             };
@@ -118,7 +124,8 @@ impl Spawner {
         let mut answers: Vec<Option<T>> = (0..items).map(|_| None).collect();
         let watched = loop {
             match take.recv_timeout(STILL_AT_IT) {
-                Ok((item, answer)) => answers[item] = Some(answer),
+                Ok((item, Ok(answer))) => answers[item] = Some(answer),
+                Ok((_, Err(panicked))) => break Err(panicked),
                 Err(RecvTimeoutError::Disconnected) => break Ok(()),
                 Err(RecvTimeoutError::Timeout) => {
                     if let Err(error) = still_at_it() {

@@ -4,6 +4,7 @@
 //! `fsync`, a relay's far end. The source takes long silence for a dead peer, and can't be asked to wait for hours just
 //! in case.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -46,13 +47,14 @@ impl DestinationSession {
         if let Err(error) = &thread {
             tracing::warn!(%error, "the source is not told that we are at it; it may take us for dead");
         }
-        let done_work = work(self);
+        let done_work = catch_unwind(AssertUnwindSafe(|| work(self)));
         drop(done);
         // The thread finds nothing to speak with from here on. Its end is not waited for: it may not even have begun,
         // and the guest stands still.
         self.back = back.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.working.extend(thread.ok());
-        done_work
+        // The way back is ours again: the source can be told.
+        done_work.unwrap_or_else(|panic| resume_unwind(panic))
     }
 
     /// Waits for the threads of [`at_work`](Self::at_work): nothing of a session is left when it has ended.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::device::{Nothing, nothing_at_start};
-use super::plan::{Fault, LogKind, Plan, Rng, Side};
+use super::plan::{Fault, LogKind, Plan, Rng, Side, Started};
 use super::world::{Mark, Sim, World};
 use crate::guest::{DirtyError, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest};
 use crate::ram::{BlockName, Landing, PageBitmap, PageRun, RamBlock, RamBlockTable};
@@ -321,6 +321,7 @@ impl SimLog {
         turn.world.log_calls += 1;
         if turn.world.fails(|fault| matches!(fault, Fault::Log { call } if *call == calls)) {
             let source = io::Error::other("as the plan wants it");
+            assert!(!turn.world.panics(), "as the plan wants it");
             return Err(DirtyError::Kernel { source_name: "sim", what: "a call", source });
         }
         act(&mut turn.world, self.index);
@@ -418,7 +419,8 @@ pub(super) struct SimControl {
     pub(super) side: Side,
 }
 
-fn failed<T>() -> io::Result<T> {
+fn failed<T>(world: &mut World) -> io::Result<T> {
+    assert!(!world.panics(), "as the plan wants it");
     Err(io::Error::other("as the plan wants it"))
 }
 
@@ -455,11 +457,19 @@ impl SimControl {
 impl GuestControl for SimControl {
     fn pause(&mut self) -> io::Result<()> {
         let mut turn = self.sim.enter();
+        if self.side == Side::Target {
+            // Stopped again: its start panicked.
+            if turn.world.plan.started == Started::RunsOn {
+                return Err(io::Error::other("as the plan wants it"));
+            }
+            turn.world.guest.running[1] = false;
+            return Ok(());
+        }
         turn.world.pause_begins();
         if turn.world.fails(|fault| matches!(fault, Fault::Pause { .. })) {
             let stands = turn.world.plan.fault == Some(Fault::Pause { stands: true });
             turn.world.guest.running[0] = !stands;
-            return failed();
+            return failed(&mut turn.world);
         }
         turn.world.guest.running[0] = false;
         Ok(())
@@ -468,13 +478,15 @@ impl GuestControl for SimControl {
     fn resume(&mut self) -> io::Result<()> {
         let mut turn = self.sim.enter();
         if self.side == Side::Target && turn.world.killed {
-            return failed();
+            return Err(io::Error::other("its host is dead"));
         }
         self.may_resume(&mut turn.world);
         let side = self.side;
         let stands_still = side == Side::Source && turn.world.plan.stands_still;
-        if stands_still || side == Side::Target && turn.world.fails(|fault| *fault == Fault::Start) {
-            return failed();
+        let fails = side == Side::Target && turn.world.fails(|fault| *fault == Fault::Start);
+        let may_run = turn.world.plan.panics && turn.world.plan.started != Started::Not;
+        if stands_still || fails && !may_run {
+            return failed(&mut turn.world);
         }
         turn.world.guest.running[side as usize] = true;
         if side == Side::Target {
@@ -482,6 +494,9 @@ impl GuestControl for SimControl {
             turn.world.guest.nothing[1] = turn.world.guest.nothing[0].clone();
             // Enough to see a page that is placed too late.
             turn.world.guest.writes_left += 40;
+        }
+        if fails {
+            return failed(&mut turn.world);
         }
         turn.step();
         Ok(())
@@ -506,7 +521,7 @@ impl GuestControl for SimControl {
             turn.world.violation("device state was saved of a running guest");
         }
         if turn.world.fails(|fault| *fault == Fault::Save) {
-            return failed();
+            return failed(&mut turn.world);
         }
         let mut payload = turn.world.guest.stamp.to_be_bytes().to_vec();
         for _ in 0..turn.world.plan.state_bytes {
@@ -523,7 +538,7 @@ impl GuestControl for SimControl {
         turn.world.guest.loaded.clear();
         from.read_to_end(&mut turn.world.guest.loaded)?;
         if turn.world.killed || turn.world.fails(|fault| *fault == Fault::Load) {
-            return failed();
+            return failed(&mut turn.world);
         }
         Ok(())
     }

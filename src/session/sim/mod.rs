@@ -89,6 +89,11 @@ impl Coverage {
             ("cancel too late", marked(Mark::CancelRaised) && sent.outcome == Outcome::Completed),
             ("destination killed", marked(Mark::Killed)),
             ("call failed", marked(Mark::CallFailed)),
+            ("call panicked", marked(Mark::Panicked)),
+            (
+                "may run there, and the source lets go",
+                arrived.ending == Ending::Stranded && sent.outcome == Outcome::Completed,
+            ),
             ("door full", marked(Mark::Full)),
             ("door declined", marked(Mark::Declined)),
             ("door gave pages back", marked(Mark::Reclaimed)),
@@ -204,6 +209,8 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::BreakOffAfterCommit => &["a cancel left the guest in doubt"],
         // Pages that are read when they are delivered are those of whoever has the memory by then.
         Breakage::CompleteAtCommit => &["started with other memory"],
+        Breakage::DieOfPanic => &["panicked"],
+        Breakage::TrustPanickedStart => &["while it runs on the other side"],
         Breakage::ResumeBeforeCommit => &["while it runs on the other side"],
         Breakage::SkipComparing => &["started with other memory"],
         // A relay's, which is not simulated here: `relay_tests`.

@@ -176,6 +176,10 @@ pub(super) struct Plan {
     pub(super) seed: u64,
     /// Pages of each block and the size of its host pages.
     pub(super) blocks: Vec<(u64, PageSize)>,
+    /// A call that is to fail panics instead.
+    pub(super) panics: bool,
+    /// What a start that panics leaves.
+    pub(super) started: Started,
     /// Of so many pages of the destination's memory one holds old bytes; 0: none does.
     pub(super) used_every: u64,
     /// Of so many pages one is zero at the start.
@@ -215,6 +219,17 @@ pub(super) struct Plan {
     pub(super) ignored: Option<u32>,
 }
 
+/// What a start of the destination's guest that panics leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Started {
+    /// The guest stands still.
+    Not,
+    /// It runs, and can be stopped.
+    Runs,
+    /// It runs, and can't.
+    RunsOn,
+}
+
 /// What the source is told of its peer, and what the peer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PeerKind {
@@ -246,6 +261,8 @@ impl Plan {
             unplugged,
             ignored,
             used_every: draw_used(seed),
+            panics: Rng::new(seed ^ 0xdead).one_in(2),
+            started: Rng::new(seed ^ 0xbeef).pick(&[Started::Not, Started::Runs, Started::RunsOn]),
             seed,
             zero_every: rng.pick(&[2, 5, 1000]),
             working_set,

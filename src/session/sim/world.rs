@@ -37,6 +37,7 @@ pub(super) enum Mark {
     Stalled,
     Flipped,
     CallFailed,
+    Panicked,
     Rude,
     Registered,
     GivenBack,
@@ -160,6 +161,14 @@ impl World {
             self.mark(Mark::CallFailed);
         }
         fails
+    }
+
+    /// True if a call that fails is to panic.
+    pub(super) fn panics(&mut self) -> bool {
+        if self.plan.panics && !self.killed {
+            self.mark(Mark::Panicked);
+        }
+        self.plan.panics && !self.killed
     }
 
     /// The guest was paused: what counts from there is due.
