@@ -260,6 +260,11 @@ impl DestinationSession {
                     self.say(Message::Pong(hello_pong(MAX_VERSION)))?;
                 }
             }
+            // Refused now the guest runs on at its source. Refused when the source has switched over to postcopy it stands
+            // still there, and on a QEMU 7.2 until somebody continues it. Without a return path no source can switch.
+            Command::PostcopyAdvise { .. } if self.return_path_open && self.back.is_some() => {
+                return Err(no_postcopy());
+            }
             Command::SwitchoverStart | Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps => {}
             Command::Native(order) => return self.order(order),
             other => return Err(out_of_turn(&format!("{other:?}"), "a precopy migration")),
@@ -302,6 +307,14 @@ impl DestinationSession {
             }
             Order::Commit { .. } => Err(out_of_turn("COMMIT of another migration", "waiting for ours")),
         }
+    }
+}
+
+fn no_postcopy() -> Error {
+    Error::Config {
+        what: "the source may switch to postcopy (capability postcopy-ram), which this destination can't do"
+            .into(),
+        remedy: "turn postcopy-ram off at the source and migrate again",
     }
 }
 
