@@ -10,7 +10,7 @@
 //!
 //! # Orders that must hold
 //!
-//! A failure or a cancel before COMMIT leads to [`Action::Recover`], which gives unsent pages back to the
+//! A failure or a cancel before COMMIT leads to [`Action::RollBack`], which gives unsent pages back to the
 //! dirty map, takes logs and throttle off and lets the guest run on. After COMMIT there is no way back:
 //! the guest never resumes here by itself, and a cancel is refused.
 
@@ -182,7 +182,7 @@ pub enum Action {
     /// Success: logs off, memory may go.
     Release,
     /// Failure before COMMIT: unsent pages back into the map, logs off, guest runs.
-    Recover,
+    RollBack,
     /// Nothing more to do.
     Finish(Outcome),
 }
@@ -208,7 +208,7 @@ enum Phase {
     Committing,
     AwaitingRunning,
     Releasing,
-    Recovering(Reason),
+    RollingBack(Reason),
     Finished(Outcome),
 }
 
@@ -410,7 +410,7 @@ impl SourceEngine {
             (Phase::Committing, Input::Done) => self.go(Phase::AwaitingRunning, Action::AwaitRunning),
             (Phase::AwaitingRunning, Input::Running) => self.go(Phase::Releasing, Action::Release),
             (Phase::Releasing, Input::Done | Input::Failed) => self.finish(Outcome::Completed),
-            (Phase::Recovering(reason), Input::Done | Input::Failed) => {
+            (Phase::RollingBack(reason), Input::Done | Input::Failed) => {
                 self.finish(Outcome::StaysHere(reason))
             }
             (Phase::Finished(outcome), _) => Action::Finish(outcome),
@@ -425,11 +425,11 @@ impl SourceEngine {
     /// Failures and cancels, which may come in any phase.
     fn interrupted(&mut self, input: Input) -> Option<Action> {
         match self.phase {
-            Phase::Recovering(_) | Phase::Releasing | Phase::Finished(_) => None,
+            Phase::RollingBack(_) | Phase::Releasing | Phase::Finished(_) => None,
             // A QEMU that answers the last byte with an error status has not started the guest: nothing is
             // in doubt. A ramwire said READY before COMMIT, so its refusal after it proves nothing.
             _ if input == Input::Refused && self.config.handover == Handover::Shut => {
-                Some(self.go(Phase::Recovering(Reason::Failed), Action::Recover))
+                Some(self.go(Phase::RollingBack(Reason::Failed), Action::RollBack))
             }
             _ if self.cancelled && !self.is_committed() => Some(self.abandon(Reason::Cancelled)),
             _ if matches!(input, Input::Failed | Input::Refused) => Some(self.abandon(Reason::Failed)),
@@ -441,7 +441,7 @@ impl SourceEngine {
         if self.is_committed() {
             return self.finish(Outcome::InDoubt);
         }
-        self.go(Phase::Recovering(reason), Action::Recover)
+        self.go(Phase::RollingBack(reason), Action::RollBack)
     }
 
     fn is_late(&self, now: Duration) -> bool {

@@ -62,7 +62,7 @@ pub(super) enum Breakage {
 }
 
 impl Breakage {
-    /// All but `None` and what only [`relay_tests`](super::relay_tests) switch off.
+    /// All but `None` and what only [`relay_tests`](crate::session::relay) switch off.
     #[cfg(test)]
     pub(super) const ALL: [Self; 25] = [
         Self::ReadBeforeProtect,

@@ -11,9 +11,9 @@ use crate::stream::qemu::style::PeerStyle;
 use crate::sys::random_id;
 use crate::units::{Percent, Rate};
 
-use super::switchover::SwitchoverGate;
-use super::workers::Spawner;
-use super::{Incoming, Peer};
+use crate::session::SwitchoverGate;
+use crate::session::workers::Spawner;
+use crate::session::{Incoming, Peer};
 
 /// Settings of a source.
 #[derive(Clone, Debug)]

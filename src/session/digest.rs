@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh3::Xxh3;
 
-use super::Error;
-use super::workers::Spawner;
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{BlockName, Landing, PageRun, PageSet, RamBlockTable};
+use crate::session::Error;
+use crate::session::workers::Spawner;
 use crate::stream::qemu::file::{Configuration, encode_configuration};
 use crate::stream::qemu::section::Framing;
 use crate::units::{BlockIndex, BlockOffset, PageIndex};

@@ -117,7 +117,7 @@ pub enum Error {
     LayoutChanged(LayoutChange),
     /// RAM or state arrived changed.
     #[error("{0}; the guest was not started from it")]
-    Digest(#[from] super::digest::Mismatch),
+    Digest(#[from] crate::session::digest::Mismatch),
     /// Somebody asked for the end.
     #[error("cancelled; the guest runs on at the source")]
     Cancelled,

@@ -14,8 +14,8 @@ use crossbeam::channel::{Receiver, TryRecvError, bounded};
 use crate::observe::{Event, SharedStatistics, Statistics};
 use crate::sys::CancelToken;
 
-use super::workers::Spawner;
-use super::{DestinationReport, DestinationSession, Error, SourceReport, SourceSession};
+use crate::session::workers::Spawner;
+use crate::session::{DestinationReport, DestinationSession, Error, SourceReport, SourceSession};
 
 /// Whether the guest has been given away, as a cancel may ask it.
 #[derive(Debug, Default)]

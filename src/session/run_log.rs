@@ -8,8 +8,8 @@ use crossbeam::channel::{Receiver, Sender, bounded, select_biased};
 
 use crate::observe::{Event, Record, Recorder, RunDescription, SharedStatistics};
 
-use super::Error;
-use super::workers::Spawner;
+use crate::session::Error;
+use crate::session::workers::Spawner;
 
 /// Writes lines of JSON, as docs/run-log.md describes them, while a migration runs. A log that can't be written never
 /// disturbs the migration.

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use crossbeam::channel::RecvTimeoutError;
 
-use super::Error;
-use super::callback::guarded;
+use crate::session::Error;
+use crate::session::callback::guarded;
 use crate::sys::spawn_thread;
 pub use crate::sys::{Job, SpawnFn};
 

@@ -4,45 +4,23 @@
 //! some no byte may pass while a round is open. A new transport is one file here, one line in
 //! `address` and one row in the README's table.
 
-mod address;
-mod allow;
-mod auto;
-mod delta;
-mod door;
-mod exec;
-mod fault;
-mod file;
-mod loopback;
-mod low_water;
+mod inline;
 mod multifd;
-mod numa;
-mod obstacle;
-mod page_channel;
-mod patience;
+mod open;
 #[cfg(feature = "rdma")]
 pub mod rdma;
-mod splicing;
 mod stream;
-mod tcp;
-mod unix;
-mod zerocopy;
+mod testing;
 
-pub use address::{Address, AddressError};
-pub use allow::{AllowError, AllowList};
-pub use delta::DeltaCacheSize;
-pub use door::{
-    DestinationDoor, DoorOptions, Listener, OpenError, RdmaOptions, SourceDoor, Way, WhyNoRdma, connect,
-    open_source, rdma_address, why_no_rdma,
+pub use inline::{DeltaCacheSize, InlineLink, InlinePages};
+pub use multifd::{ChannelOptions, MultifdLink, MultifdSource, Numa, PageSending};
+pub use open::{
+    Address, AddressError, AllowError, AllowList, DECIDED_WITHIN, DestinationDoor, DoorOptions, Listener,
+    Obstacle, OpenError, RdmaOptions, SourceDoor, Way, WhyNoRdma, connect, open_source, rdma_address,
+    why_no_rdma,
 };
-pub use fault::{Fault, FaultKind, Faulty};
-pub use loopback::{Loopback, LoopbackSink, LoopbackSource, loopback};
-pub use multifd::{ChannelOptions, MultifdLink, MultifdSource};
-pub use numa::Numa;
-pub use obstacle::{DECIDED_WITHIN, Obstacle};
-pub use page_channel::PageSending;
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
-
-mod inline;
+pub use testing::{Fault, FaultKind, Faulty, Loopback, LoopbackSink, LoopbackSource, loopback};
 
 use std::io::{self, IoSlice};
 use std::sync::Arc;
@@ -56,8 +34,6 @@ use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::style::PeerStyle;
 use crate::sys::{HostSpan, RecvPart, SendPart, Stop, StopReason};
 use crate::units::{BlockIndex, BlockOffset, PageSize};
-
-pub use inline::{InlineLink, InlinePages};
 
 /// Why a channel did not carry bytes.
 #[derive(Debug, thiserror::Error)]

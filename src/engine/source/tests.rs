@@ -151,7 +151,7 @@ fn before_commit_the_guest_stays_after_it_never_resumes() {
                 assert_eq!(action, Action::Finish(Outcome::InDoubt), "step {fault_at}");
                 continue;
             }
-            assert_eq!(action, Action::Recover, "step {fault_at}");
+            assert_eq!(action, Action::RollBack, "step {fault_at}");
             let end = Action::Finish(Outcome::StaysHere(reason));
             assert_eq!(engine.handle(Duration::ZERO, Input::Done), end);
             assert_eq!(engine.handle(Duration::ZERO, Input::Running), end);
@@ -163,7 +163,7 @@ fn before_commit_the_guest_stays_after_it_never_resumes() {
 fn a_step_that_fails_after_a_cancel_was_cancelled() {
     let mut engine = started(engine());
     assert!(engine.cancel());
-    assert_eq!(engine.handle(Duration::ZERO, Input::Failed), Action::Recover);
+    assert_eq!(engine.handle(Duration::ZERO, Input::Failed), Action::RollBack);
     let end = Action::Finish(Outcome::StaysHere(Reason::Cancelled));
     assert_eq!(engine.handle(Duration::ZERO, Input::Done), end);
 }
@@ -197,7 +197,7 @@ fn a_qemu_gets_no_ready_and_its_last_byte_commits() {
     assert_eq!(engine.handle(Duration::ZERO, Input::Done), Action::Commit);
     assert!(engine.is_committed());
     assert_eq!(engine.handle(Duration::ZERO, Input::Done), Action::AwaitRunning);
-    assert_eq!(engine.handle(Duration::ZERO, Input::Refused), Action::Recover, "it has not started");
+    assert_eq!(engine.handle(Duration::ZERO, Input::Refused), Action::RollBack, "it has not started");
 }
 
 /// What is sent while the guest stands still counts, and an assumed rate replaces the measured one.
@@ -231,12 +231,12 @@ fn a_migration_that_is_late_ends_and_the_guest_stays() {
     ));
     engine.handle(ms(4999), Input::Done);
     assert_eq!(engine.gave_up_after(), None);
-    assert_eq!(engine.handle(ms(5000), Input::Sent { pages_left: 9, bytes: 1 }), Action::Recover);
+    assert_eq!(engine.handle(ms(5000), Input::Sent { pages_left: 9, bytes: 1 }), Action::RollBack);
     assert_eq!(engine.gave_up_after(), Some(ms(5000)));
     assert_eq!(engine.handle(ms(5001), Input::Done), Action::Finish(Outcome::StaysHere(Reason::Failed)));
 
     let mut engine = late(OnTimeout::Cancel);
-    assert_eq!(engine.handle(ms(5000), Input::Synced { dirty_pages: 100_000 }), Action::Recover);
+    assert_eq!(engine.handle(ms(5000), Input::Synced { dirty_pages: 100_000 }), Action::RollBack);
 }
 
 #[test]

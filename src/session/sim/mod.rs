@@ -37,8 +37,8 @@ use std::sync::Mutex;
 
 use self::run::{Run, flipped, run_seed};
 use self::world::Mark;
-use super::{Breakage, Error};
 use crate::engine::{Ending, Outcome, Reason};
+use crate::session::{Breakage, Error};
 
 /// Seeds of an ordinary test run.
 const SEEDS: u64 = 3000;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::stream::qemu::{file, multifd};
 use crate::sys::{Stop, StopReason};
-use crate::transport::door::OpenError;
+use crate::transport::open::OpenError;
 use crate::transport::{ChannelError, StreamChannel, StreamOptions};
 
 /// The main channel and `count` page channels, each taken by `accept`. The first may take its time; the others

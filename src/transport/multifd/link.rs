@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, unbounded};
 
+use super::numa::Placement;
+use super::page_channel::{PageChannel, Tally};
 use super::sender::{Done, PageSender, Work};
 use super::{ChannelOptions, carriers_of};
 use crate::guest::GuestMemory;
@@ -16,9 +18,7 @@ use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
 use crate::stream::qemu::ram::Record;
 use crate::stream::qemu::style::{BarrierStyle, PeerStyle, ZeroPageStyle};
 use crate::sys::{CancelToken, SendPart, Stop};
-use crate::transport::door::OpenError;
-use crate::transport::numa::Placement;
-use crate::transport::page_channel::{PageChannel, Tally};
+use crate::transport::open::OpenError;
 use crate::transport::{
     ByteSink, ChannelError, InlinePages, MoveError, Offer, Receipt, Returned, SourceLink, StreamChannel,
     Ticket,

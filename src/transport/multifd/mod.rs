@@ -11,22 +11,28 @@
 
 mod gather;
 mod link;
+mod numa;
+mod page_channel;
 mod receiver;
 mod sender;
 mod source;
+mod splice;
 #[cfg(test)]
 mod tests;
+mod zerocopy;
 
 use std::sync::Arc;
 
 pub(super) use gather::accept;
 pub use link::MultifdLink;
 pub(super) use link::connect;
+pub use numa::Numa;
+pub use page_channel::PageSending;
 pub use source::MultifdSource;
 
 use crate::stream::qemu::packed::Packing;
 use crate::sys::{SpawnFn, spawn_thread};
-use crate::transport::{Numa, PageSending, StreamChannel};
+use crate::transport::StreamChannel;
 
 /// Channels over a network that carry pages, for each core of the source.
 const CARRIERS_A_CORE: usize = 4;

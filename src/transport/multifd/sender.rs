@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 
 use super::link::gone;
+use super::page_channel::PageChannel;
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{PageBatch, PageRun, Piece, Verdict};
 use crate::stream::qemu::multifd::{
@@ -14,7 +15,6 @@ use crate::stream::qemu::multifd::{
 };
 use crate::stream::qemu::packed::{PacketDeflater, Packing};
 use crate::sys::{HostSpan, MAX_PARTS, SendPart, Stop, is_zero, look_ahead};
-use crate::transport::page_channel::PageChannel;
 use crate::transport::{ChannelError, MoveError, Receipt, Returned, Ticket};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 

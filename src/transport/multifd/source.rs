@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
 use super::ChannelOptions;
+use super::numa::Placement;
 use super::receiver::{Common, PageReceiver, Told};
 use crate::stream::qemu::channel::Channel;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packed::PacketInflater;
 use crate::sys::{CancelToken, FaultWatch, RecvPart, Stop, StopReason};
-use crate::transport::numa::Placement;
 use crate::transport::{ByteSource, ChannelError, MoveError, PageChannels, PagePlaces, StreamChannel};
 use crate::units::PageSize;
 

@@ -13,7 +13,7 @@
 //! # Orders that hold
 //!
 //! No stream byte passes while a round is open. Keys at the destination are dead before the guest runs there. Nobody
-//! disconnects before the other end has everything: [`ByteSink::finish`](super::ByteSink::finish) of a connection
+//! disconnects before the other end has everything: [`ByteSink::finish`](crate::transport::ByteSink::finish) of a connection
 //! without a way back waits until the destination closes.
 
 mod destination;
@@ -25,8 +25,8 @@ use std::time::Duration;
 
 use rdma_hooks::{Blame, Fabric, FabricError, HooksError, Stopped};
 
-use super::{ChannelError, Obstacle, Side};
 use crate::sys::{Stop, StopReason};
+use crate::transport::{ChannelError, Obstacle, Side};
 
 pub use destination::{RdmaListener, RdmaReturnSink, RdmaSource};
 pub(super) use here::connect_here;

@@ -1,0 +1,162 @@
+//! Maps pages behind their arrival: those that were written by the file behind the memory, which no page table of this
+//! process has yet.
+//!
+//! The thread runs only while a core has nothing else to do, so that it takes nothing from the migration; what it has not
+//! come to is met by a fault each, as without it. It looks only at pages that came whole: a page that travelled as zero
+//! never costs memory.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::ram::PageBitmap;
+use crate::sys::{CancelToken, Stop, only_when_idle, populate};
+use crate::units::{BlockIndex, BlockOffset, PageIndex};
+
+use super::places::Places;
+use crate::session::workers::Spawner;
+
+/// Rest of the thread where nothing has come.
+const REST: Duration = Duration::from_millis(10);
+
+/// Pages that are mapped by one call: short, so that an end is not waited for.
+const PAGES_A_CALL: u64 = 64;
+
+/// The thread, which ends with this value.
+#[derive(Debug)]
+pub(super) struct Mapper {
+    cancel: CancelToken,
+    mapped: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Mapper {
+    /// Starts the thread, where there is memory with a file behind it. Without it only faults are more.
+    pub(super) fn start(places: &Arc<Places>, spawner: &Spawner) -> Option<Self> {
+        if !places.has_files() {
+            return None;
+        }
+        let (cancel, mapped) = (CancelToken::default(), Arc::new(AtomicU64::new(0)));
+        let (places, stop, count) = (Arc::clone(places), Stop::on(&cancel), Arc::clone(&mapped));
+        let thread = spawner.spawn("ramwire-mapper", Box::new(move || follow(&places, &stop, &count)));
+        let thread =
+            thread.inspect_err(|error| tracing::debug!(%error, "pages are mapped by faults")).ok()?;
+        Some(Self { cancel, mapped, thread: Some(thread) })
+    }
+
+    /// No more pages than those of the call under way are mapped.
+    pub(super) fn stop(&self) {
+        self.cancel.cancel();
+    }
+
+    /// Waits for the thread's end; pages it has mapped.
+    pub(super) fn finish(mut self) -> u64 {
+        self.end();
+        self.mapped.load(Ordering::Relaxed)
+    }
+
+    fn end(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            // A panic there left pages unmapped, which faults make up for.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Mapper {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Maps what has come, block after block, until stopped.
+fn follow(places: &Places, stop: &Stop, mapped: &AtomicU64) {
+    if let Err(error) = only_when_idle() {
+        tracing::debug!(%error, "the mapping thread runs beside the others");
+    }
+    let page = places.page_bytes();
+    let mut found: Vec<PageBitmap> = places.unmapped().iter().map(|map| PageBitmap::new(map.len())).collect();
+    loop {
+        let mut any = false;
+        for (index, (came, found)) in places.unmapped().iter().zip(&mut found).enumerate() {
+            came.take_into(found);
+            let mut from = PageIndex(0);
+            while let Some(run) = found.next_run(from, PAGES_A_CALL) {
+                if stop.reason().is_some() {
+                    return;
+                }
+                from.0 = run.end;
+                let (offset, pages) = (BlockOffset(run.start * page), run.end - run.start);
+                // A kernel that can't is no matter: the pages are there, and a fault maps them.
+                if places
+                    .own_room(BlockIndex(index as u32), offset, pages * page)
+                    .is_ok_and(|span| populate(span).is_ok())
+                {
+                    mapped.fetch_add(pages, Ordering::Relaxed);
+                }
+                any = true;
+            }
+            found.clear_range(0..found.len());
+        }
+        if !any && stop.sleep(REST).is_some() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::IoSlice;
+
+    use super::*;
+    use crate::guest::MappedGuest;
+    use crate::ram::{BlockName, RamBlock};
+    use crate::sys::{Mapping, thread_page_faults};
+    use crate::transport::PagePlaces;
+    use crate::units::PageSize;
+
+    fn places(mapping: &Mapping) -> Arc<Places> {
+        let block = RamBlock::new(BlockName::new("ram").unwrap(), mapping.region().len());
+        let guest = MappedGuest::builder(PageSize::SIZE_4K).mapping(block.clone(), mapping).build().unwrap();
+        Arc::new(Places::new(Arc::new(guest), &[block], None).unwrap())
+    }
+
+    /// Pages that came by the file are mapped, no other takes memory, and the bytes are those that came.
+    #[test]
+    fn what_came_by_the_file_is_mapped_and_nothing_else() {
+        const PAGES: u64 = 1000;
+        let mapping = Mapping::memfd("ram", 2 * PAGES * 4096).unwrap();
+        let places = places(&mapping);
+        let mapper = Mapper::start(&places, &Spawner::default()).unwrap();
+        let page = [7; 4096];
+        for at in 0..PAGES {
+            // Every second page: none of those between may be touched.
+            let offset = BlockOffset(2 * at * 4096);
+            assert!(places.write_by_file(BlockIndex(0), offset, &[IoSlice::new(&page)]).unwrap());
+            places.placed(BlockIndex(0), offset, 4096).unwrap();
+        }
+        while mapper.mapped.load(Ordering::Relaxed) < PAGES {
+            std::thread::yield_now();
+        }
+        assert_eq!(mapper.finish(), PAGES);
+        assert_eq!(places.by_file(), PAGES);
+        let blocks = rustix::fs::fstat(mapping.backing().unwrap().0).unwrap().st_blocks;
+        assert_eq!(blocks as u64, PAGES * 8, "only what came takes memory");
+        let before = thread_page_faults().unwrap();
+        let mut byte = [0];
+        for at in 0..PAGES {
+            mapping.region().span(2 * at * 4096 + 9, 1).unwrap().copy_to(&mut byte);
+            assert_eq!(byte, [7]);
+        }
+        let faults = thread_page_faults().unwrap() - before;
+        assert!(faults < PAGES / 2, "{faults} faults in memory that is mapped");
+    }
+
+    #[test]
+    fn memory_without_a_file_needs_no_thread() {
+        assert!(Mapper::start(&places(&Mapping::anonymous(8192).unwrap()), &Spawner::default()).is_none());
+    }
+}

@@ -1,0 +1,480 @@
+//! The destination's session: reads the stream, puts pages in place, and starts the guest once it is ours.
+
+mod keepalive;
+mod mapper;
+mod places;
+mod placing;
+mod reader;
+mod receive;
+mod round;
+mod skipped;
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
+use crate::guest::{GuestControl, GuestError, GuestMemory};
+use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
+use crate::ram::{PageSet, RamBlock};
+use crate::stream::native::Answer;
+use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
+use crate::stream::qemu::return_path::Message;
+use crate::stream::qemu::section::Phase;
+use crate::sys::{CancelToken, SendPart, Stop};
+use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel};
+
+use crate::session::callback::{guarded, quietly};
+use crate::session::config::DestinationSettings;
+use crate::session::digest::{Digest, carried};
+use crate::session::handle::Commitment;
+use crate::session::relay::ScanReport;
+use crate::session::{Breakage, Error, shared_blocks};
+use keepalive::LONGEST_SILENCE;
+use mapper::Mapper;
+pub use places::Placed;
+use placing::Placing;
+use reader::StreamReader;
+use receive::{no_blocks, out_of_turn};
+
+/// What the source announced, before any page.
+#[derive(Clone, Debug)]
+pub struct Incoming {
+    /// Machine and capabilities.
+    pub configuration: Configuration,
+    /// The blocks in stream order.
+    pub blocks: Vec<RamBlock>,
+    /// Sections in front of the first page, as they came. Those that come later are part of the device state.
+    pub early_sections: Vec<u8>,
+    /// The source opened a return path: it can be told how it ended.
+    pub has_return_path: bool,
+    /// What the stream has shown of its sender; whole once everything has arrived.
+    pub seen: Seen,
+}
+
+/// Provides the memory a guest arrives in.
+pub trait MemoryProvider: Send {
+    /// The memory for what was announced: the same names, at least the same lengths. Nobody else writes to it from this
+    /// call until the migration has ended. It may hold old bytes, of an earlier migration say: a page that the source
+    /// tells to be zero is zero here afterwards. What the source does not send at all is left as it is.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] or [`Error::Config`] if this guest is not that guest.
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error>;
+
+    /// True if all of a block of the memory that was [provided](Self::provide) just now is known to read as zero: it was
+    /// mapped or cleared for this migration, and nobody has written to it. Then nothing is looked at.
+    ///
+    /// Without this promise the kernel is asked, once and before any page comes, which pages were written since they were
+    /// mapped; those, and all where it can't tell, are looked at when the source says that they are zero, and cleared if
+    /// they are not. The answer `true` for memory that holds something loses zero pages.
+    fn is_zeroed(&self, _block: &RamBlock) -> bool {
+        false
+    }
+
+    /// Everything has come, the device state is loaded next. `incoming` has the early sections now;
+    /// `native` if a ramwire sent it.
+    fn arrived(&mut self, _incoming: &Incoming, _native: bool) {}
+}
+
+impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        for block in &incoming.blocks {
+            let index = self.table().find(block.name.as_str()).map_err(GuestError::from)?;
+            let ours = self.table().get(index).map_or(0, |block| block.used_length);
+            if ours != block.used_length {
+                let what = format!(
+                    "RAM block {}: the source has {} bytes, this guest {ours}",
+                    block.name, block.used_length
+                );
+                return Err(Error::Config { what, remedy: "start both ends with the same memory" });
+            }
+        }
+        let announced = |ours: &RamBlock| incoming.blocks.iter().any(|theirs| theirs.name == ours.name);
+        if let Some(missing) = self.table().blocks().iter().find(|ours| !announced(ours)) {
+            let what = format!("RAM block {}: the source has none of this name", missing.name);
+            return Err(Error::Config { what, remedy: "start both ends with the same memory" });
+        }
+        shared_blocks::check_any(incoming, self.table())?;
+        Ok(Arc::clone(self) as Arc<dyn GuestMemory>)
+    }
+}
+
+/// Provides memory that was mapped or cleared for this migration and never written since: with the promise of
+/// [`is_zeroed`](MemoryProvider::is_zeroed), so that nothing asks for it.
+#[derive(Debug)]
+pub struct Zeroed<M>(pub Arc<M>);
+
+impl<M: GuestMemory + 'static> MemoryProvider for Zeroed<M> {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        self.0.provide(incoming)
+    }
+
+    fn is_zeroed(&self, _block: &RamBlock) -> bool {
+        true
+    }
+}
+
+/// Sees pages as they arrive; a relay's.
+pub trait Arrival: Send {
+    /// The early sections have come and pages are next. Called again before each
+    /// section of pages.
+    ///
+    /// # Errors
+    /// Ends the migration.
+    fn began(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error>;
+
+    /// The memory is there and nothing has come yet: who is told of each page, by whatever thread places it.
+    fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn Placed>;
+
+    /// Called between reads; may wait to hand pressure back to the source.
+    ///
+    /// # Errors
+    /// Ends the migration.
+    fn between_reads(&mut self) -> Result<(), Error>;
+
+    /// The last page has come: the source's guest stands still. `scan` is how long it took to find the last pages by
+    /// their content, where they came by a door that shows none.
+    ///
+    /// # Errors
+    /// Ends the migration.
+    fn ram_complete(&mut self, scan: Option<Duration>) -> Result<(), Error>;
+}
+
+/// How a migration ended, seen from the destination.
+#[derive(Debug)]
+pub struct DestinationReport {
+    /// Whether the guest runs here.
+    pub ending: Ending,
+    /// Why not.
+    pub error: Option<Error>,
+    /// What the source announced, if it came so far.
+    pub incoming: Option<Incoming>,
+    /// Pages that came.
+    pub pages: PageCounts,
+    /// Of the whole pages, those that were written by the file behind the memory, since it was not mapped here: the
+    /// process meets them by a fault each when it first touches them.
+    pub pages_by_file: u64,
+    /// Of them, those that were mapped since, by a thread that had nothing else to do.
+    pub pages_mapped_behind: u64,
+    /// Bytes that came, in the stream and on page channels; not those that a NIC wrote.
+    pub bytes: u64,
+    /// A digest was compared and found equal.
+    pub verified: bool,
+    /// The source is a ramwire.
+    pub native: bool,
+    /// What it took to find pages by their content: in front of a relay, where they came by RDMA.
+    pub scan: Option<ScanReport>,
+}
+
+/// The destination's session before and while it runs.
+pub struct DestinationSession {
+    source: Box<dyn ByteSource>,
+    back: Option<Box<dyn ByteSink>>,
+    pub(super) provider: Box<dyn MemoryProvider>,
+    pub(super) control: Box<dyn GuestControl>,
+    arrival: Option<Box<dyn Arrival>>,
+    pub(super) settings: DestinationSettings,
+    engine: DestinationEngine,
+    placing: Option<Placing>,
+    mapper: Option<Mapper>,
+    incoming: Option<Incoming>,
+    configuration: Option<Configuration>,
+    state: Vec<u8>,
+    /// Where the section that is carried began.
+    section_at: usize,
+    cancel: CancelToken,
+    pub(super) commitment: Arc<Commitment>,
+    stop: Stop,
+    return_path_open: bool,
+    /// Of the section of RAM that was begun last.
+    ram_phase: Option<Phase>,
+    ram_ended: bool,
+    in_native_state: bool,
+    migration_id: Option<[u8; 16]>,
+    theirs: Vec<u64>,
+    /// Pages that the source says it has not sent in their last state.
+    unsent: PageSet,
+    ours: Option<Digest>,
+    verified: bool,
+    statistics: SharedStatistics,
+    error: Option<Error>,
+    /// Threads that told the source that we were at work.
+    working: Vec<JoinHandle<()>>,
+    /// How often a source that waits for READY is told that we are at it.
+    pub(super) says_working_every: Duration,
+    pub(super) breakage: Breakage,
+}
+
+impl DestinationSession {
+    /// A session over a connection that stands. `back` carries the return path; `None` for files and pipes.
+    pub fn new(
+        source: Box<dyn ByteSource>,
+        back: Option<Box<dyn ByteSink>>,
+        provider: Box<dyn MemoryProvider>,
+        control: Box<dyn GuestControl>,
+        settings: DestinationSettings,
+    ) -> Self {
+        let cancel = CancelToken::default();
+        Self {
+            says_working_every: (settings.stall_timeout / 4).min(LONGEST_SILENCE),
+            stop: Stop::on(&cancel),
+            cancel,
+            commitment: Arc::default(),
+            source,
+            back,
+            provider,
+            control,
+            arrival: None,
+            settings,
+            engine: DestinationEngine::default(),
+            placing: None,
+            mapper: None,
+            incoming: None,
+            configuration: None,
+            state: Vec::new(),
+            section_at: 0,
+            return_path_open: false,
+            ram_phase: None,
+            ram_ended: false,
+            in_native_state: false,
+            migration_id: None,
+            theirs: Vec::new(),
+            unsent: PageSet::default(),
+            ours: None,
+            verified: false,
+            statistics: SharedStatistics::default(),
+            error: None,
+            working: Vec::new(),
+            breakage: Breakage::default(),
+        }
+    }
+
+    /// A session over one channel, whose other direction carries the return path if it is a socket.
+    pub fn over(
+        channel: StreamChannel,
+        provider: Box<dyn MemoryProvider>,
+        control: Box<dyn GuestControl>,
+        settings: DestinationSettings,
+    ) -> Self {
+        let (source, back) = channel.with_return_path();
+        let back = back.map(|back| Box::new(back) as Box<_>);
+        Self::new(Box::new(source), back, provider, control, settings)
+    }
+
+    /// Somebody wants to see pages as they arrive.
+    pub fn with_arrival(mut self, arrival: Box<dyn Arrival>) -> Self {
+        self.arrival = Some(arrival);
+        self
+    }
+
+    /// A token that the caller has already.
+    pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
+        self.stop = Stop::on(&cancel);
+        self.cancel = cancel;
+        self
+    }
+
+    /// Raise it to cancel; without effect from READY on, when the source may give the guest away.
+    pub fn cancel_token(&self) -> CancelToken {
+        self.cancel.clone()
+    }
+
+    /// The figures while it runs.
+    pub fn statistics(&self) -> SharedStatistics {
+        self.statistics.clone()
+    }
+}
+
+impl DestinationSession {
+    /// Runs the migration to its end on this thread.
+    pub fn run(mut self) -> DestinationReport {
+        let config = IncomingConfig {
+            limits: StreamLimits {
+                ram_bytes: self.settings.max_ram,
+                tail_bytes: usize::try_from(self.settings.max_state).unwrap_or(usize::MAX),
+                ..StreamLimits::default()
+            },
+            accept_hooks: self.source.rounds().is_some(),
+            ..IncomingConfig::default()
+        };
+        let mut reader = StreamReader::new(config);
+        self.statistics.update(|s| s.status = Status::Setup);
+        let mut deed = Deed::Receive;
+        let ending = loop {
+            if let Deed::Finish(ending) = deed {
+                break ending;
+            }
+            tracing::trace!(?deed, at = reader.at, "perform");
+            let fact = self.perform_guarded(deed, &mut reader).unwrap_or_else(|error| {
+                tracing::warn!(%error, at = reader.at, "destination failed");
+                self.error.get_or_insert(error);
+                Arrived::Failed
+            });
+            // A cancel comes before this step or after it, never in between: the step may bind us.
+            let commitment = Arc::clone(&self.commitment);
+            deed = commitment.decide(|| {
+                let fact = self.unless_cancelled(fact);
+                let deed = self.engine.handle(fact);
+                (deed, self.engine.is_bound())
+            });
+            if deed == Deed::SayFailed {
+                self.error.get_or_insert_with(|| {
+                    let at = reader.stream.position();
+                    out_of_turn(&format!("{fact:?}"), "something else was due").at(at)
+                });
+            }
+            if self.engine.is_committed() {
+                // The guest is ours: no cancel breaks it off any more.
+                self.stop = Stop::never();
+            }
+        };
+        self.report(ending, reader.at)
+    }
+
+    /// A panic of the embedder's code is a failure of the step.
+    fn perform_guarded(&mut self, deed: Deed, reader: &mut StreamReader) -> Result<Arrived, Error> {
+        if self.breakage.is(Breakage::DieOfPanic) {
+            return self.perform(deed, reader);
+        }
+        guarded("receiving the guest", || self.perform(deed, reader)).unwrap_or_else(Err)
+    }
+
+    /// Lets the guest run. A start that panics may have begun: the guest is stopped again before anybody is told.
+    fn start_guest(&mut self) -> Result<Arrived, Error> {
+        let panic = match guarded("starting the guest", || self.control.resume()) {
+            Ok(Ok(())) => return Ok(Arrived::Done),
+            Ok(Err(source)) => return Err(Error::Control { what: "resume", source }),
+            Err(panic) => panic,
+        };
+        let stopped = self.breakage.is(Breakage::TrustPanickedStart)
+            || matches!(guarded("stopping the guest", || self.control.pause()), Ok(Ok(())));
+        if stopped {
+            return Err(panic);
+        }
+        tracing::error!(error = %panic, "whether the guest runs here is not known");
+        self.error.get_or_insert(panic);
+        Ok(Arrived::MayRun)
+    }
+
+    /// The last moment for a cancel that no wait has seen.
+    fn unless_cancelled(&mut self, fact: Arrived) -> Arrived {
+        if !self.engine.binds(fact) || !self.cancel.is_cancelled() {
+            return fact;
+        }
+        self.error.get_or_insert(Error::Cancelled);
+        Arrived::Failed
+    }
+
+    fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
+        self.close_rounds(ending);
+        self.join_working();
+        let pages_mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
+        let bytes = bytes + self.source.channels().map_or(0, |channels| channels.bytes());
+        let error = self.error.as_ref();
+        let told = |s: &mut Statistics| {
+            s.status = match ending {
+                Ending::Running => Status::Completed,
+                Ending::Stranded => Status::InDoubt,
+                Ending::Discarded if matches!(error, Some(Error::Cancelled)) => Status::Cancelled,
+                Ending::Discarded => Status::Failed,
+            };
+            s.ended = true;
+            s.error = error.map(ToString::to_string);
+        };
+        quietly("telling of the end", || self.statistics.update(told));
+        quietly("telling of the end", || self.statistics.cleaned_up());
+        DestinationReport {
+            ending,
+            error: self.error,
+            pages: self.placing.as_ref().map_or_else(PageCounts::default, Placing::counts),
+            pages_by_file: self.placing.as_ref().map_or(0, |placing| placing.places().by_file()),
+            pages_mapped_behind,
+            incoming: self.incoming,
+            bytes,
+            verified: self.verified,
+            native: self.engine.is_native(),
+            scan: self.placing.as_ref().and_then(Placing::scan_report),
+        }
+    }
+
+    fn perform(&mut self, deed: Deed, reader: &mut StreamReader) -> Result<Arrived, Error> {
+        match deed {
+            Deed::Receive => return self.receive(reader),
+            Deed::MakeDigest => self.ours = Some(self.at_work(Self::make_digest)?),
+            Deed::CompareDigest => {
+                let theirs = Digest(std::mem::take(&mut self.theirs));
+                if let Some(ours) = self.ours.take() {
+                    let ours = if self.breakage.is(Breakage::SkipComparing) { theirs.clone() } else { ours };
+                    ours.compare(&theirs, self.memory()?.table())?;
+                    self.verified = true;
+                }
+            }
+            Deed::LoadState => {
+                if let Some(incoming) = &mut self.incoming {
+                    incoming.seen = *reader.stream.seen();
+                    self.provider.arrived(incoming, self.engine.is_native());
+                }
+                let loaded = self.at_work(|session| session.control.load_devices(&mut &session.state[..]));
+                loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
+            }
+            Deed::SayReady => {
+                // From here on the source may give the guest away at any moment: a cancel could only leave
+                // it in doubt. What ends the wait is its word, the connection's end, or time.
+                self.stop = Stop::never().within(self.settings.finish_timeout);
+                self.say(Message::Native(Answer::Ready))?;
+                if self.breakage.is(Breakage::ResumeBeforeCommit) {
+                    let _ = self.control.resume();
+                }
+            }
+            Deed::Resume => {
+                self.revoke_rounds();
+                return self.start_guest();
+            }
+            Deed::SayRunning if self.engine.is_native() => self.say(Message::Native(Answer::Running))?,
+            Deed::SayRunning => self.say(Message::Shut { status: 0 })?,
+            Deed::SayFailed => self.say_failed()?,
+            Deed::Finish(_) => {}
+        }
+        Ok(Arrived::Done)
+    }
+
+    fn make_digest(&mut self) -> Result<Digest, Error> {
+        let memory = self.memory()?;
+        let incoming = self.incoming.as_ref();
+        let carried = incoming
+            .map(|i| carried(i.seen.framing, &i.configuration, &i.early_sections))
+            .unwrap_or_default();
+        let stop = &self.stop;
+        let unsent = self.unsent.clone();
+        Digest::make((&memory, unsent), &carried, &self.state, &self.settings.spawner, || {
+            let stopped = |reason| ChannelError::Stopped { reason, doing: "making the digest" };
+            stop.reason().map_or(Ok(()), |reason| Err(stopped(reason).into()))
+        })
+    }
+
+    pub(super) fn say(&mut self, message: Message<'_>) -> Result<(), Error> {
+        let (true, Some(back)) = (self.return_path_open, &mut self.back) else { return Ok(()) };
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let stop = self.stop.within(self.settings.stall_timeout);
+        back.send(&[SendPart::Own(&bytes)], &stop)?;
+        Ok(back.flush(&stop)?)
+    }
+
+    fn say_failed(&mut self) -> Result<(), Error> {
+        // A cancel must not keep us from saying so.
+        self.stop = Stop::never();
+        let why = self.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        if self.engine.is_native() {
+            return self.say(Message::Native(Answer::Refused { why: &why }));
+        }
+        self.say(Message::Shut { status: 1 })
+    }
+
+    pub(super) fn memory(&self) -> Result<Arc<dyn GuestMemory>, Error> {
+        let placing = self.placing.as_ref().ok_or_else(|| no_blocks("the end of the state"))?;
+        Ok(Arc::clone(placing.memory()))
+    }
+}

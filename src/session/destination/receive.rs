@@ -1,0 +1,327 @@
+//! What a destination hears: the stream's bytes, event by event, and the source's words.
+
+use crate::engine::Arrived;
+use crate::observe::{PageCounts, Status};
+use crate::ram::RamBlock;
+use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_pong};
+use crate::stream::qemu::blocks::BlockAnnouncement;
+use crate::stream::qemu::command::Command;
+use crate::stream::qemu::early::NOTHING;
+use crate::stream::qemu::incoming::{Event, SectionKind, Seen, Step};
+use crate::stream::qemu::ram::PAGE_HEAD;
+use crate::stream::qemu::return_path::Message;
+use crate::stream::qemu::section::{PART_LEN, Phase};
+use crate::sys::RecvPart;
+
+use super::mapper::Mapper;
+use super::placing::Placing;
+use super::reader::StreamReader;
+use super::{DestinationSession, Incoming};
+use crate::session::digest::digests_of;
+use crate::session::source::described;
+use crate::session::{Error, shared_blocks};
+
+impl DestinationSession {
+    /// Reads until something is to be decided.
+    pub(super) fn receive(&mut self, reader: &mut StreamReader) -> Result<Arrived, Error> {
+        // The last thing was a page, so more of them follow. Not in the last section: the source's guest waits for its end.
+        let mut bulk = false;
+        loop {
+            let StreamReader { stream, buffer, start, end, .. } = reader;
+            match stream.next(&buffer[*start..*end])? {
+                Step::Event { consumed, event } => {
+                    let (raw, rest) = buffer[*start..*end].split_at(consumed);
+                    let at = stream.position() - consumed as u64;
+                    if let Event::Page { block, offset, bytes } = event {
+                        let following = stream.take_following(rest, block, offset);
+                        let rest = &rest[..following as usize * (PAGE_HEAD + bytes.len())];
+                        let placing = self.placing.as_mut().ok_or_else(|| no_blocks("a page"))?;
+                        placing.pages(block, offset, bytes, rest).map_err(|error| error.at(at))?;
+                        *start += consumed + rest.len();
+                        bulk = self.ram_phase == Some(Phase::Part);
+                        continue;
+                    }
+                    bulk = false;
+                    let seen = *stream.seen();
+                    let fact = self.take(event, raw, seen).map_err(|error| error.at(at))?;
+                    *start += consumed;
+                    if let Some(fact) = fact {
+                        if fact == Arrived::Tail {
+                            self.state.extend_from_slice(stream.tail().bytes());
+                        }
+                        return Ok(fact);
+                    }
+                }
+                Step::NeedMore { consumed, needed } => {
+                    *start += consumed;
+                    if let Some(placing) = &mut self.placing {
+                        placing.look();
+                        placing.between_reads()?;
+                    }
+                    reader.make_room(needed);
+                    let stop = &self.stop;
+                    self.source.set_bulk(bulk);
+                    let got =
+                        self.source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
+                    if got == 0 {
+                        return self.stream_ended(reader);
+                    }
+                    reader.end += got;
+                    reader.at += got as u64;
+                    self.tell_figures(reader.at);
+                }
+            }
+        }
+    }
+
+    /// Pages that came on channels while the stream itself was silent.
+    pub(super) fn tell_channel_figures(&mut self) {
+        let beside = self.source.channels().map_or(0, |channels| channels.bytes());
+        if let Some(placing) = &self.placing {
+            self.statistics.update(|s| {
+                s.transferred += beside.saturating_sub(s.multifd_bytes);
+                (s.multifd_bytes, s.pages) = (beside, placing.counts());
+            });
+        }
+    }
+
+    fn tell_figures(&mut self, bytes: u64) {
+        let beside = self.source.channels().map_or(0, |channels| channels.bytes());
+        let pages = self.placing.as_ref().map_or_else(PageCounts::default, Placing::counts);
+        self.statistics.update(|s| {
+            (s.transferred, s.multifd_bytes, s.pages) = (bytes + beside, beside, pages);
+        });
+    }
+
+    /// The source closed. A tail may end so where its description is suppressed; but a source with a return
+    /// path that does not wait for our word has given up, and its guest may run on there.
+    fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<Arrived, Error> {
+        let inside = if self.placing.is_none() { "the setup" } else { "RAM or device state" };
+        let truncated = Error::Truncated { at: reader.at, inside };
+        let waits_for_us = self.engine.is_native() || self.return_path_open;
+        if waits_for_us || !self.settings.accept_missing_description {
+            return Err(truncated);
+        }
+        match reader.stream.finish() {
+            Ok(_) => {
+                self.state.extend_from_slice(reader.stream.tail().bytes());
+                Ok(Arrived::Tail)
+            }
+            Err(_) => Err(truncated),
+        }
+    }
+
+    /// What an event means for memory, and for the engine. `raw` are the bytes it took, `seen` is what the
+    /// stream has shown so far.
+    fn take(&mut self, event: Event<'_>, raw: &[u8], seen: Seen) -> Result<Option<Arrived>, Error> {
+        match event {
+            Event::Page { block, offset, bytes } => self.placing()?.pages(block, offset, bytes, &[])?,
+            Event::Zero { block, offset } => self.placing()?.zero(block, offset)?,
+            Event::Compressed { block, offset, bytes } => self.placing()?.compressed(block, offset, bytes)?,
+            Event::Xbzrle { block, offset, bytes } => self.placing()?.delta(block, offset, bytes)?,
+            Event::Configuration(configuration) => self.configuration = Some(configuration),
+            Event::Blocks(blocks) => self.blocks(&blocks)?,
+            Event::Command(command) => return self.command(command),
+            Event::SectionStart {
+                kind: SectionKind::Ram, phase: phase @ (Phase::Part | Phase::End), ..
+            } => {
+                tracing::trace!(?phase, "pages begin");
+                self.ram_phase = Some(phase);
+                self.pages_begin(seen)?;
+            }
+            Event::SectionStart { kind: SectionKind::Ram, phase, .. } => self.ram_phase = Some(phase),
+            Event::MultifdFlush => self.barrier()?,
+            Event::RecordsEnd => self.records_ended(seen)?,
+            Event::SectionEnd { kind: SectionKind::Ram, phase: Phase::End } => self.ram_complete()?,
+            Event::SectionEnd { kind: SectionKind::Ram, .. } => {}
+            Event::SectionStart { kind: SectionKind::NativeState, .. } => self.in_native_state = true,
+            Event::SectionEnd { kind: SectionKind::NativeState, .. } => self.in_native_state = false,
+            Event::SectionBytes(bytes) if self.in_native_state => self.carry(bytes)?,
+            Event::SectionStart { .. } => {
+                self.section_at = self.carried().len();
+                self.carry(raw)?;
+            }
+            Event::SectionEnd { phase: Phase::Part, .. } if self.says_nothing() => {
+                let at = self.section_at;
+                self.carried().truncate(at);
+            }
+            Event::SectionEnd { .. } | Event::VirtioMem(_) | Event::BitmapChunk | Event::SectionBytes(_) => {
+                self.carry(raw)?
+            }
+            Event::TailBytes(_) | Event::Eof => {}
+            Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
+            Event::Done => return Ok(Some(Arrived::Tail)),
+            Event::Hook { .. } => self.receive_round()?,
+            Event::Filled { .. }
+            | Event::MappedBlock { .. }
+            | Event::MappedBytes(_)
+            | Event::PackageBytes(_)
+            | Event::PackageEnd => {
+                return Err(out_of_turn("a record of another kind of migration", "a plain precopy stream"));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Sections that are not RAM and not understood go on as they came.
+    fn carry(&mut self, raw: &[u8]) -> Result<(), Error> {
+        let limit = self.settings.max_state;
+        let carried = self.carried();
+        if (carried.len() + raw.len()) as u64 > limit {
+            return Err(out_of_turn("more device state than is accepted", "a precopy migration"));
+        }
+        carried.extend_from_slice(raw);
+        Ok(())
+    }
+
+    /// Where such a section goes: in front of the first page, or once pages have begun behind the last one. By then a
+    /// relay has passed on what stands in front.
+    fn carried(&mut self) -> &mut Vec<u8> {
+        match &mut self.incoming {
+            Some(incoming) if !matches!(self.ram_phase, Some(Phase::Part | Phase::End)) => {
+                &mut incoming.early_sections
+            }
+            _ => &mut self.state,
+        }
+    }
+
+    /// True if the PART that ends here holds nothing but the mark of its end. A QEMU with dirty bitmaps writes one beside
+    /// every section of pages, thousands in a second, and nobody need keep them.
+    fn says_nothing(&mut self) -> bool {
+        let at = self.section_at + PART_LEN;
+        self.carried().get(at..) == Some(&NOTHING[..])
+    }
+
+    /// The early sections are complete: whoever watches pages arrive may begin.
+    fn pages_begin(&mut self, seen: Seen) -> Result<(), Error> {
+        match (&mut self.placing, &mut self.incoming) {
+            (Some(placing), Some(incoming)) => {
+                incoming.seen = seen;
+                placing.began(incoming)
+            }
+            _ => Err(no_blocks("a section of pages")),
+        }
+    }
+
+    pub(super) fn placing(&mut self) -> Result<&mut Placing, Error> {
+        self.placing.as_mut().ok_or_else(|| no_blocks("a page"))
+    }
+
+    fn blocks(&mut self, announced: &[BlockAnnouncement]) -> Result<(), Error> {
+        if self.placing.is_some() {
+            return Ok(());
+        }
+        let incoming = Incoming {
+            configuration: self.configuration.clone().unwrap_or_default(),
+            blocks: announced.iter().map(described).collect(),
+            // What came in front of the list.
+            early_sections: std::mem::take(&mut self.state),
+            has_return_path: self.return_path_open && self.back.is_some(),
+            seen: Seen::default(),
+        };
+        let memory = self.provider.provide(&incoming)?;
+        shared_blocks::check(&incoming, memory.table())?;
+        let known_zero = |block: &RamBlock| self.provider.is_zeroed(block);
+        let placing = Placing::new(memory, &incoming.blocks, known_zero, self.arrival.take(), self.breakage)?;
+        if self.settings.map_behind {
+            self.mapper = Mapper::start(placing.places(), &self.settings.spawner);
+        }
+        self.placing = Some(placing);
+        self.prepare_rounds(&incoming)?;
+        self.begin_channels(announced)?;
+        self.incoming = Some(incoming);
+        self.statistics.update(|s| s.status = Status::Active);
+        Ok(())
+    }
+
+    fn ram_complete(&mut self) -> Result<(), Error> {
+        self.ram_ended = true;
+        tracing::trace!("pages end");
+        // Nothing beside the downtime takes time from it.
+        if let Some(mapper) = &self.mapper {
+            mapper.stop();
+        }
+        self.last_scan()?;
+        match &mut self.placing {
+            Some(placing) => placing.ram_complete(),
+            None => Err(no_blocks("the end of RAM")),
+        }
+    }
+
+    fn command(&mut self, command: Command<'_>) -> Result<Option<Arrived>, Error> {
+        match command {
+            Command::OpenReturnPath => self.return_path_open = true,
+            Command::Ping(_) if !self.return_path_open => {
+                return Err(out_of_turn("PING", "a stream without a return path"));
+            }
+            Command::Ping(value) => {
+                self.say(Message::Pong(value))?;
+                if value == GREETING {
+                    self.say(Message::Pong(hello_pong(MAX_VERSION)))?;
+                }
+            }
+            // Refused now the guest runs on at its source. Refused when the source has switched over to postcopy it stands
+            // still there, and on a QEMU 7.2 until somebody continues it. Without a return path no source can switch.
+            Command::PostcopyAdvise { .. } if self.return_path_open && self.back.is_some() => {
+                return Err(no_postcopy());
+            }
+            Command::SwitchoverStart | Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps => {}
+            Command::Native(order) => return self.order(order),
+            other => return Err(out_of_turn(&format!("{other:?}"), "a precopy migration")),
+        }
+        Ok(None)
+    }
+
+    fn order(&mut self, order: Order<'_>) -> Result<Option<Arrived>, Error> {
+        match order {
+            Order::Hello(theirs) => {
+                let Some(version) = theirs.common_version() else {
+                    let what = format!("HELLO for versions {} to {}", theirs.min_version, theirs.max_version);
+                    return Err(out_of_turn(&what, "a greeting"));
+                };
+                let answer = Hello { min_version: version, max_version: version, ..theirs };
+                self.migration_id = Some(theirs.migration_id);
+                self.say(Message::Native(Answer::Hello(answer)))?;
+                Ok(Some(Arrived::Hello { digest: theirs.digest }))
+            }
+            Order::StateSent if !self.ram_ended => {
+                Err(out_of_turn("STATE_SENT", "waiting for the last page"))
+            }
+            Order::StateSent => Ok(Some(Arrived::StateSent)),
+            Order::Unsent { .. } if !self.ram_ended || !self.engine.is_native() => {
+                Err(out_of_turn("UNSENT", "waiting for the last page of a ramwire"))
+            }
+            Order::Unsent { block, why, ranges } => self.not_sent(block, why, ranges).map(|()| None),
+            Order::Digest { first, values } => {
+                let due = digests_of(self.memory()?.table());
+                let count = values.len() / 8;
+                if first as usize != self.theirs.len() || self.theirs.len() + count > due {
+                    return Err(out_of_turn("digests out of order", "comparing"));
+                }
+                let values = values.chunks_exact(8).filter_map(|v| v.try_into().ok().map(u64::from_be_bytes));
+                self.theirs.extend(values);
+                Ok((self.theirs.len() == due).then_some(Arrived::Digests))
+            }
+            Order::Commit { migration_id } if self.migration_id == Some(migration_id) => {
+                Ok(Some(Arrived::Commit))
+            }
+            Order::Commit { .. } => Err(out_of_turn("COMMIT of another migration", "waiting for ours")),
+        }
+    }
+}
+
+fn no_postcopy() -> Error {
+    Error::Config {
+        what: "the source may switch to postcopy (capability postcopy-ram), which this destination can't do"
+            .into(),
+        remedy: "turn postcopy-ram off at the source and migrate again",
+    }
+}
+
+pub(super) fn no_blocks(what: &'static str) -> Error {
+    out_of_turn(what, "waiting for the list of RAM blocks")
+}
+
+pub(super) fn out_of_turn(what: &str, while_doing: &'static str) -> Error {
+    Error::OutOfTurn { what: what.to_owned(), at: None, while_doing }
+}

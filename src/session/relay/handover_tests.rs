@@ -1,0 +1,120 @@
+//! A relay between two ramwires, all three in one process: whom it asks for the guest, and how long it may be idle.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use crate::engine::{Ending, Outcome};
+use crate::guest::GuestControl;
+use crate::session::tests::{Ends, Machine, ends, plain};
+use crate::session::*;
+use crate::stream::qemu::file::Configuration;
+use crate::transport::{InlineLink, StreamChannel, StreamOptions};
+
+/// A machine that can't take its device state.
+struct Refusing;
+
+impl GuestControl for Refusing {
+    fn pause(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        panic!("it was never given the guest")
+    }
+    fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
+        Ok(())
+    }
+    fn load_devices(&mut self, _from: &mut dyn Read) -> io::Result<()> {
+        Err(io::Error::other("a device is missing"))
+    }
+}
+
+/// Source -> relay -> destination, all three of ramwire's. `None`: a far end that refuses the device state.
+fn through_a_relay(far_machine: Option<Machine>) -> (SourceReport, RelayReport, DestinationReport, Machine) {
+    let Ends { source, source_machine, to, .. } = ends();
+    let (near, upstream) = UnixStream::pair().unwrap();
+    let (downstream, far) = UnixStream::pair().unwrap();
+    let mut source = source;
+    let link = Box::new(InlineLink::new(plain(&near), Arc::clone(&source.guest.memory)));
+    (source.link, source.back) =
+        (link, Some(crate::session::source::return_path::ReturnPath::new(plain(&near))));
+    let control: Box<dyn GuestControl> = match far_machine {
+        Some(machine) => Box::new(machine),
+        None => Box::new(Refusing),
+    };
+    let settings = DestinationSettings::default;
+    let destination =
+        DestinationSession::new(plain(&far), Some(plain(&far)), Box::new(to), control, settings());
+    let connect = move |memory: Arc<dyn crate::guest::GuestMemory>| {
+        let link = Box::new(InlineLink::new(plain(&downstream), memory));
+        Ok(SourceConnection { link, back: Some(plain(&downstream)) })
+    };
+    let relay = Relay {
+        source: plain(&upstream),
+        back: Some(plain(&upstream)),
+        connect: Box::new(connect),
+        incoming: settings(),
+        outgoing: SourceSettings::new(Configuration::default()),
+        huge_pages: false,
+        cancel: crate::sys::CancelToken::default(),
+        notice: Arc::new(|_| ()),
+        statistics: crate::observe::SharedStatistics::default(),
+    };
+    drop((near, upstream, far));
+    let threads = (std::thread::spawn(|| relay.run()), std::thread::spawn(|| destination.run()));
+    let sent = source.run();
+    (sent, threads.0.join().unwrap(), threads.1.join().unwrap(), source_machine)
+}
+
+#[test]
+fn a_relay_asks_for_the_guest_only_when_its_far_end_could_take_it() {
+    let far = Machine::default();
+    let (sent, relayed, arrived, source_machine) = through_a_relay(Some(far.clone()));
+    assert_eq!(sent.outcome, Outcome::Completed, "{:?} {:?}", sent.error, relayed.received.error);
+    assert_eq!((relayed.received.ending, arrived.ending), (Ending::Running, Ending::Running));
+    assert!(far.runs() && !source_machine.runs());
+
+    let (sent, relayed, arrived, source_machine) = through_a_relay(None);
+    assert!(sent.guest_is_safe_here() && source_machine.runs(), "{:?} {:?}", sent.outcome, sent.error);
+    assert_eq!((relayed.received.ending, arrived.ending), (Ending::Discarded, Ending::Discarded));
+    let why = sent.error.unwrap().to_string();
+    assert!(why.contains("a device is missing"), "{why}");
+}
+
+/// The guest's own source, which says nothing for a while.
+struct Silent(u32);
+
+impl Upstream for Silent {
+    fn wait(&mut self, time: std::time::Duration) -> Result<bool, Error> {
+        std::thread::sleep(time);
+        self.0 -= 1;
+        Ok(self.0 == 0)
+    }
+    fn wait_given(&mut self, _time: std::time::Duration) -> Result<bool, Error> {
+        Ok(true)
+    }
+}
+
+#[test]
+fn a_far_end_does_not_take_an_idle_relay_for_a_dead_one() {
+    let stall = std::time::Duration::from_secs(3);
+    let options = StreamOptions { stall: Some(stall), ..StreamOptions::default() };
+    let channel = |socket: UnixStream| StreamChannel::from_fd(socket.into(), "peer", &options).unwrap();
+    let Ends { source, to, destination_machine, .. } = ends();
+    let (near, far) = UnixStream::pair().unwrap();
+    let connection = SourceConnection::over(channel(near), Arc::clone(&source.guest.memory));
+    let mut settings = source.settings.clone();
+    (settings.stall_timeout, settings.all_dirty_at_start) = (stall, false);
+    // Slices of 50 ms: twice the far end's patience.
+    let source = SourceSession::new(source.guest, connection, settings).with_upstream(Box::new(Silent(120)));
+    let control = Box::new(destination_machine.clone());
+    let destination =
+        DestinationSession::over(channel(far), Box::new(to), control, DestinationSettings::default());
+    let thread = std::thread::spawn(|| destination.run());
+    let sent = source.run();
+    let arrived = thread.join().unwrap();
+    // Nothing was dirty, so the digest differs; but nobody lost patience.
+    let why = arrived.error.map(|error| error.to_string()).unwrap_or_default();
+    assert!(why.contains("differs from the source's"), "{why} {:?}", sent.error);
+}

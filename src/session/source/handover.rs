@@ -1,0 +1,121 @@
+//! How a migration ends at the source: device state, digest, COMMIT.
+
+use crate::engine::{Handover, Input};
+use crate::ram::PageSet;
+use crate::stream::Writer;
+use crate::stream::native::{MAX_DIGESTS, Order, STATE_SECTION};
+use crate::stream::qemu::command::Command;
+use crate::stream::qemu::section::{self, Framing, SectionName};
+use crate::stream::qemu::state::sections_end;
+use crate::stream::qemu::tail::without_devices;
+use crate::sys::{SendPart, Stop};
+use crate::transport::ChannelError;
+
+use super::SourceSession;
+use super::setup::ORDINARY_PING;
+use crate::session::digest::{Digest, carried};
+use crate::session::{Breakage, Error};
+
+impl SourceSession {
+    /// Everything about the device state but the byte that commits.
+    pub(super) fn send_state(&mut self) -> Result<Input, Error> {
+        self.look_at_layout()?;
+        let mut state = Vec::new();
+        let saved = self.guest.control.save_devices(&mut state);
+        saved.map_err(|source| Error::Control { what: "save its device state", source })?;
+        if self.handover == Handover::Native {
+            self.send_native_state(&state)?;
+            self.state = state;
+        } else {
+            if state.is_empty() {
+                // Only so does the stream have an end.
+                state = without_devices(self.guest.memory.table().page().bytes());
+            }
+            // A QEMU starts the guest when it has read the byte that ends the sections: that byte is COMMIT.
+            self.commit_at = commit_at(&state, self.settings.framing);
+            self.state = state;
+            let uncommitted = SendPart::Own(&self.state[..self.commit_at]);
+            self.link.sink().send(&[uncommitted], &self.stop)?;
+        }
+        self.link.sink().flush(&self.stop)?;
+        if self.handover != Handover::Native {
+            // The next byte commits: a QEMU that has died by now leaves no doubt.
+            self.hear()?;
+        }
+        Ok(Input::Done)
+    }
+
+    fn send_native_state(&mut self, state: &[u8]) -> Result<(), Error> {
+        let id = self.section_id + 1;
+        let mut head = Vec::new();
+        self.encode_skips(&mut head);
+        section::encode_full(&SectionName { id, idstr: STATE_SECTION, instance: 0, version: 1 }, &mut head);
+        Writer::new(&mut head).be64(state.len() as u64);
+        let mut end = Vec::new();
+        self.settings.framing.encode_footer(id, &mut end);
+        Command::Native(Order::StateSent).encode(&mut end);
+        let parts = [SendPart::Own(&head), SendPart::Own(state), SendPart::Own(&end)];
+        Ok(self.link.sink().send(&parts, &self.stop)?)
+    }
+
+    /// The peer makes its own digest meanwhile and compares. While ours is made PINGs tell that we are alive, and
+    /// a cancel is seen.
+    pub(super) fn send_digest(&mut self) -> Result<Input, Error> {
+        let settings = &self.settings;
+        let carried = carried(settings.framing, &settings.configuration, &settings.early_sections);
+        let Self { guest, link, stop, settings, state, skips, breakage, .. } = self;
+        let compare_all = breakage.is(Breakage::CompareSkipped);
+        let unsent = if compare_all { PageSet::default() } else { skips.unsent().clone() };
+        let digest = Digest::make((&guest.memory, unsent), &carried, state, &settings.spawner, || {
+            if let Some(reason) = stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: "making the digest" }.into());
+            }
+            let mut ping = Vec::new();
+            Command::Ping(ORDINARY_PING).encode(&mut ping);
+            link.sink().send(&[SendPart::Own(&ping)], stop)?;
+            Ok(link.sink().flush(stop)?)
+        })?;
+        let bytes: Vec<u8> = digest.0.iter().flat_map(|value| value.to_be_bytes()).collect();
+        let mut out = Vec::new();
+        for (at, values) in bytes.chunks(MAX_DIGESTS * 8).enumerate() {
+            let first = (at * MAX_DIGESTS) as u32;
+            Command::Native(Order::Digest { first, values }).encode(&mut out);
+        }
+        self.send_bytes(&out)?;
+        self.link.sink().flush(&self.stop)?;
+        Ok(Input::Done)
+    }
+
+    /// From the first byte of this on the guest is not ours: no cancel breaks it off any more.
+    pub(super) fn commit(&mut self) -> Result<Input, Error> {
+        debug_assert!(self.engine.is_committed());
+        if !self.breakage.is(Breakage::BreakOffAfterCommit) {
+            self.stop = Stop::never().within(self.settings.finish_timeout);
+        }
+        if self.handover == Handover::Native {
+            let mut order = Vec::new();
+            let migration_id = self.settings.migration_id;
+            Command::Native(Order::Commit { migration_id }).encode(&mut order);
+            self.send_bytes(&order)?;
+        } else {
+            let rest = SendPart::Own(&self.state[self.commit_at..]);
+            self.link.sink().send(&[rest], &self.stop)?;
+        }
+        self.link.sink().flush(&self.stop)?;
+        if self.handover == Handover::OneWay {
+            self.link.sink().finish(&self.stop)?;
+        }
+        let position = self.position();
+        self.figures.position(position);
+        if self.breakage.is(Breakage::ResumeAfterCommit) {
+            let _ = self.guest.control.resume();
+        }
+        Ok(Input::Done)
+    }
+}
+
+/// Where a QEMU's device state commits: at the byte that ends its sections. The VM description behind it is
+/// only looked at by tools. Without one the byte is the last.
+fn commit_at(state: &[u8], framing: Framing) -> usize {
+    sections_end(state, framing).unwrap_or(state.len().saturating_sub(1))
+}

@@ -1,0 +1,580 @@
+//! The source's session: does what the engine decides, on one thread.
+
+mod handover;
+mod metrics;
+mod page_loop;
+mod peer;
+pub(super) mod return_path;
+mod setup;
+#[cfg(test)]
+pub(super) mod skip_tests;
+mod skips;
+mod throttle;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::engine::{
+    Action, Handover, Input, Outcome, Pace, SourceConfig, SourceEngine, Switchover, Throttle, Throttling,
+};
+use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
+use crate::observe::{EventKind, SharedStatistics, Statistics, Status};
+use crate::page::PageSearch;
+use crate::ram::{DirtyMap, PageBatch, RoundKind};
+use crate::stream::qemu::section;
+use crate::sys::{CancelToken, SendPart, Stop};
+use crate::transport::{
+    ByteSource, ChannelError, InlineLink, Returned, SourceDoor, SourceLink, StreamChannel,
+};
+
+pub(super) use setup::described;
+pub use throttle::SwitchoverGate;
+
+use crate::session::callback::{guarded, quietly};
+use crate::session::config::SourceSettings;
+use crate::session::handle::Commitment;
+use crate::session::{Breakage, Error, ErrorKind, shared_blocks};
+use metrics::Figures;
+use return_path::ReturnPath;
+use skips::Skips;
+use throttle::{FixedCosts, REMEDIES};
+
+/// A guest that may be slowed down is looked at that often, however long a round takes.
+const LONGEST_ROUND: Duration = Duration::from_secs(5);
+
+/// A guest to be moved.
+pub struct SourceGuest {
+    /// Its memory.
+    pub memory: Arc<dyn GuestMemory>,
+    /// Everything that knows of writes to it; each sync ORs all.
+    pub dirty: Vec<Arc<dyn DirtySource>>,
+    /// Pause, resume, device state.
+    pub control: Box<dyn GuestControl>,
+}
+
+/// A connection to the destination.
+pub struct SourceConnection {
+    /// Where pages and bytes go.
+    pub link: Box<dyn SourceLink>,
+    /// Where the destination's messages come from; `None` for files and pipes.
+    pub back: Option<Box<dyn ByteSource>>,
+}
+
+impl From<SourceDoor> for SourceConnection {
+    fn from(door: SourceDoor) -> Self {
+        Self { link: door.link, back: door.back }
+    }
+}
+
+impl SourceConnection {
+    /// Pages of `memory` go in the stream over `channel`; answers come back on it if it is a socket.
+    pub fn over(channel: StreamChannel, memory: Arc<dyn GuestMemory>) -> Self {
+        let (sink, back) = channel.with_return_path();
+        let link = Box::new(InlineLink::new(Box::new(sink), memory));
+        Self { link, back: back.map(|back| Box::new(back) as Box<_>) }
+    }
+}
+
+/// A guest's own source, in front of a relay: tells when it has stopped its guest.
+pub trait Upstream: Send {
+    /// Waits at most `time` for news; true once the guest stands still and its last page has come.
+    ///
+    /// # Errors
+    /// Whatever ended the upstream migration.
+    fn wait(&mut self, time: Duration) -> Result<bool, Error>;
+
+    /// The peer has everything and may be given the guest: waits at most `time` until its source has given it to
+    /// us. True once it is ours.
+    ///
+    /// # Errors
+    /// Whatever ended the upstream migration: the guest runs on there.
+    fn wait_given(&mut self, time: Duration) -> Result<bool, Error>;
+}
+
+/// How a migration ended, seen from the source.
+#[derive(Debug)]
+pub struct SourceReport {
+    /// Who owns the guest.
+    pub outcome: Outcome,
+    /// Why it is not the destination, or why nobody knows.
+    pub error: Option<Error>,
+    /// The figures.
+    pub statistics: Statistics,
+    /// When the first page had been handed to the connection, since the start.
+    pub first_page_sent: Option<std::time::Duration>,
+    /// Pages the destination does not have for certain; all clean after success.
+    pub dirty: DirtyMap,
+    /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
+    pub stands_still: bool,
+}
+
+impl SourceReport {
+    /// True if the guest runs on, whole, at the source.
+    pub fn guest_is_safe_here(&self) -> bool {
+        matches!(self.outcome, Outcome::StaysHere(_)) && !self.stands_still
+    }
+}
+
+/// Time as the engine counts it.
+pub trait Clock: Send {
+    /// Since the start of the migration.
+    fn now(&self) -> Duration;
+}
+
+/// The machine's own clock.
+pub struct WallClock(Instant);
+
+impl Default for WallClock {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Clock for WallClock {
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
+/// The source's session before and while it runs.
+pub struct SourceSession {
+    pub(super) guest: SourceGuest,
+    pub(super) link: Box<dyn SourceLink>,
+    pub(super) back: Option<ReturnPath>,
+    pub(super) settings: SourceSettings,
+    upstream: Option<Box<dyn Upstream>>,
+    pub(super) clock: Box<dyn Clock>,
+    cancel: CancelToken,
+    pub(super) commitment: Arc<Commitment>,
+    stop: Stop,
+    engine: SourceEngine,
+    dirty: DirtyMap,
+    skips: Skips,
+    search: PageSearch,
+    pace: Pace,
+    throttle: Throttle,
+    fixed: FixedCosts,
+    stall_told: bool,
+    /// The guest stands still: nothing is held back.
+    in_last_round: bool,
+    spare: Vec<PageBatch>,
+    returned: Vec<Returned>,
+    /// Batches of this round that the door can't carry.
+    declined: Vec<PageBatch>,
+    /// Some pages went in the stream although the door is another.
+    sent_past_the_door: bool,
+    figures: Figures,
+    handover: Handover,
+    section_id: u32,
+    /// The device state from SendState on; towards a QEMU the part behind `commit_at` is COMMIT.
+    state: Vec<u8>,
+    commit_at: usize,
+    /// When bytes last left for a peer that waits for more.
+    last_sign: Duration,
+    paused: bool,
+    cancel_refused: bool,
+    /// Nothing counts as sent any more.
+    all_unsent: bool,
+    error: Option<Error>,
+    pub(super) breakage: Breakage,
+}
+
+impl SourceSession {
+    /// A session over a connection that stands.
+    pub fn new(guest: SourceGuest, connection: SourceConnection, mut settings: SourceSettings) -> Self {
+        let table = guest.memory.table();
+        shared_blocks::announce(&mut settings.configuration, table);
+        let handover = if connection.back.is_some() { Handover::Shut } else { Handover::OneWay };
+        let mut config = SourceConfig::new(table.page().bytes(), handover);
+        config.downtime_limit = settings.downtime_limit;
+        config.digest = settings.digest;
+        config.timeout = settings.timeout;
+        config.switchover_rate = settings.switchover_bandwidth;
+        config.holds = settings.before_switchover.is_some();
+        config.longest_round = settings.throttling.map(|_| LONGEST_ROUND);
+        let cancel = CancelToken::default();
+        let dirty = DirtyMap::new(table, settings.clear_shift);
+        let figures = Figures::new(table, SharedStatistics::default());
+        let pace = Pace::new(settings.max_bandwidth.clone());
+        let throttle = Throttle::new(settings.throttling, settings.throttle_trigger_threshold);
+        Self {
+            stop: Stop::on(&cancel),
+            cancel,
+            commitment: Arc::default(),
+            engine: SourceEngine::new(config),
+            dirty,
+            figures,
+            guest,
+            link: connection.link,
+            back: connection.back.map(ReturnPath::new),
+            settings,
+            upstream: None,
+            clock: Box::new(WallClock::default()),
+            skips: Skips::default(),
+            search: PageSearch::default(),
+            pace,
+            throttle,
+            fixed: FixedCosts::default(),
+            stall_told: false,
+            in_last_round: false,
+            spare: Vec::new(),
+            returned: Vec::new(),
+            declined: Vec::new(),
+            sent_past_the_door: false,
+            handover,
+            section_id: setup::RAM_SECTION_ID,
+            state: Vec::new(),
+            commit_at: 0,
+            last_sign: Duration::ZERO,
+            paused: false,
+            cancel_refused: false,
+            all_unsent: false,
+            error: None,
+            breakage: Breakage::default(),
+        }
+    }
+
+    /// The guest is paused when `upstream` says that its own source stopped it.
+    pub fn with_upstream(mut self, upstream: Box<dyn Upstream>) -> Self {
+        self.upstream = Some(upstream);
+        self.engine.set_switchover(Switchover::WhenUpstreamStops);
+        self
+    }
+
+    /// A token that the caller has already.
+    pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
+        self.stop = Stop::on(&cancel);
+        self.cancel = cancel;
+        self
+    }
+
+    /// Figures that the caller can see already.
+    pub fn with_statistics(mut self, statistics: SharedStatistics) -> Self {
+        self.figures = Figures::new(self.guest.memory.table(), statistics);
+        self
+    }
+
+    /// Raise it to cancel. Refused, and said so, once COMMIT was sent.
+    pub fn cancel_token(&self) -> CancelToken {
+        self.cancel.clone()
+    }
+
+    /// The figures while it runs.
+    pub fn statistics(&self) -> SharedStatistics {
+        self.figures.shared()
+    }
+
+    /// Runs the migration to its end on this thread.
+    pub fn run(mut self) -> SourceReport {
+        let mut action = self.engine.handle(self.clock.now(), Input::Begin);
+        let outcome = loop {
+            if let Action::Finish(outcome) = action {
+                break outcome;
+            }
+            tracing::trace!(?action, "perform");
+            let input = self.perform_guarded(action).unwrap_or_else(|error| self.keep(error));
+            // A cancel comes before this step or after it, never in between: the step may be COMMIT.
+            let commitment = Arc::clone(&self.commitment);
+            action = commitment.decide(|| {
+                self.look_at_cancel();
+                let action = self.engine.handle(self.clock.now(), input);
+                (action, self.engine.is_committed())
+            });
+        };
+        self.report(outcome)
+    }
+
+    /// A panic of the embedder's code is a failure of the step.
+    fn perform_guarded(&mut self, action: Action) -> Result<Input, Error> {
+        if self.breakage.is(Breakage::DieOfPanic) {
+            return self.perform(action);
+        }
+        let during =
+            if self.engine.is_committed() { "the guest is handed over" } else { "sending the guest" };
+        guarded(during, || self.perform(action)).unwrap_or_else(|error| {
+            // Pages that were on their way from the map to the connection are in neither.
+            self.all_unsent = true;
+            Err(error)
+        })
+    }
+
+    fn report(mut self, outcome: Outcome) -> SourceReport {
+        let now = self.clock.now();
+        if outcome == Outcome::InDoubt
+            && let Err(error) = self.stop_logs()
+        {
+            // The guest stands still: a log left on costs, and loses nothing.
+            tracing::warn!(%error, "a dirty log could not be stopped");
+        }
+        let position = self.position();
+        self.figures.position(position);
+        self.figures.zero_copy(self.link.zero_copy());
+        self.figures.spliced(self.link.spliced());
+        if outcome == Outcome::InDoubt {
+            self.lift_brake();
+        }
+        if let (Some(after), None) = (self.engine.gave_up_after(), &self.error) {
+            self.error = Some(Error::NotConverged { after, remedies: REMEDIES });
+        }
+        quietly("telling of the end", || self.figures.ended(now, outcome, self.error.as_ref()));
+        self.let_go(outcome);
+        if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
+            self.error = Some(Error::Cancelled);
+        }
+        quietly("telling of the end", || self.figures.shared().cleaned_up());
+        let statistics = self.figures.shared().snapshot();
+        let first_page_sent = self.figures.first_page;
+        let (dirty, stands_still) = (self.dirty, self.paused);
+        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
+    }
+
+    /// The connection ends, then the guest may give pages back again.
+    fn let_go(&mut self, outcome: Outcome) {
+        if outcome == Outcome::Completed {
+            let stop = Stop::never().within(self.settings.finish_timeout);
+            if let Err(error) = self.link.part(&stop) {
+                tracing::warn!(%error, "the migration is complete, but its connection did not end in good order");
+            }
+        }
+        if self.link.abilities().registers_memory {
+            drop(self.link.reclaim());
+            quietly("allowing discards", || _ = self.guest.control.forbid_discard(false));
+        }
+    }
+
+    fn look_at_cancel(&mut self) {
+        if !self.cancel.is_cancelled() || self.engine.cancel() {
+            return;
+        }
+        // After COMMIT a cancel must break no wait any more.
+        if self.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
+            self.stop = Stop::never();
+        }
+        if !std::mem::replace(&mut self.cancel_refused, true) {
+            tracing::warn!("cancel refused: the destination owns the guest");
+        }
+    }
+
+    fn keep(&mut self, error: Error) -> Input {
+        tracing::warn!(%error, "migration step failed");
+        // A cancel that broke the step's wait is the reason, not the broken wait.
+        self.look_at_cancel();
+        let error = self.last_word().filter(|_| error.kind() == ErrorKind::Channel).unwrap_or(error);
+        let refused = matches!(&error, Error::PeerFailed { .. }) && self.handover == Handover::Shut;
+        self.error.get_or_insert(error);
+        if refused { Input::Refused } else { Input::Failed }
+    }
+
+    fn perform(&mut self, action: Action) -> Result<Input, Error> {
+        let now = self.clock.now();
+        match action {
+            // Too late to give up, and nothing to give up for.
+            Action::Commit | Action::AwaitRunning | Action::Release => {
+                quietly("telling of a step", || self.figures.step(now, action));
+            }
+            _ => self.figures.step(now, action),
+        }
+        match action {
+            Action::StartLogs => self.start_logs(),
+            Action::SendSetup => self.set_up(),
+            Action::Sync { last } => self.sync(last),
+            Action::OpenRound { kind, number } => self.open_round(kind, number),
+            Action::Send { until } => self.send_slice(until),
+            Action::CloseRound { kind } => self.close_round(kind),
+            Action::Wait { until } => self.wait(until),
+            Action::PauseGuest => {
+                // Paused from here on whatever the VMM answers: a failed pause is undone by resume as well.
+                self.paused = true;
+                let paused = self.guest.control.pause();
+                paused.map_err(|source| Error::Control { what: "pause", source })?;
+                Ok(Input::Done)
+            }
+            Action::Drain => {
+                if !self.breakage.is(Breakage::SkipDrain) {
+                    self.link.drain(&self.stop)?;
+                }
+                self.take_returned()?;
+                Ok(Input::Done)
+            }
+            Action::SendState => self.send_state(),
+            Action::SendDigest => self.send_digest(),
+            Action::AwaitReady => self.await_ready(),
+            Action::AwaitGuest => self.await_guest(),
+            Action::Commit => self.commit(),
+            Action::AwaitRunning => self.await_running(),
+            Action::Hold => self.hold(),
+            Action::Release => {
+                self.lift_brake();
+                self.stop_logs()
+            }
+            Action::RollBack => self.roll_back(),
+            Action::Finish(_) => Ok(Input::Done),
+        }
+    }
+
+    fn start_logs(&mut self) -> Result<Input, Error> {
+        self.figures.shared().update(|s| s.status = Status::Setup);
+        let registers =
+            self.link.abilities().registers_memory && !self.breakage.is(Breakage::RegisterUnpromised);
+        if registers && !self.guest.control.forbid_discard(true) {
+            return Err(discards());
+        }
+        if self.settings.throttling.is_some() && self.upstream.is_some() {
+            return Err(Error::Config {
+                what: "a relay can't slow down a guest that runs at its own source".into(),
+                remedy: "ask that source for auto-converge or a dirty limit",
+            });
+        }
+        if let Some(Throttling::DirtyLimit { .. }) = self.settings.throttling
+            && self.guest.control.vcpu_dirty_pages().is_empty()
+        {
+            return Err(Error::Config {
+                what: "this guest can't tell what each of its vCPUs writes, which a dirty limit needs".into(),
+                remedy: "use auto-converge, or a VMM that counts by vCPU (KVM's dirty ring)",
+            });
+        }
+        // First: should a log not start, nothing is at the destination.
+        if self.settings.all_dirty_at_start {
+            self.dirty.set_all(self.guest.memory.table());
+        }
+        self.skip_at_start();
+        for source in &self.guest.dirty {
+            source.start()?;
+        }
+        Ok(Input::Done)
+    }
+
+    fn stop_logs(&mut self) -> Result<Input, Error> {
+        let stop = |source: &Arc<dyn DirtySource>| Ok(guarded("stopping a dirty log", || source.stop())??);
+        // Every source is stopped, even if an earlier one refuses.
+        let results: Vec<Result<(), Error>> = self.guest.dirty.iter().map(stop).collect();
+        results.into_iter().collect::<Result<(), _>>()?;
+        Ok(Input::Done)
+    }
+
+    fn sync(&mut self, last: bool) -> Result<Input, Error> {
+        let began = self.clock.now();
+        self.look_at_layout()?;
+        self.skip_before_sync();
+        self.figures.shared().tell(EventKind::SyncBegins { last });
+        let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.dirty)?;
+        self.skip_after_sync(last);
+        let dirty_pages = self.dirty.count();
+        let now = self.clock.now();
+        self.fixed.sync = now.saturating_sub(began);
+        if !last {
+            self.brake(fresh);
+            self.estimate_fixed();
+        }
+        let expected = self.engine.expected_downtime(dirty_pages);
+        self.figures.synced(now, dirty_pages, fresh, expected);
+        self.figures.shared().tell(EventKind::Synced { dirty_pages, last });
+        Ok(Input::Synced { dirty_pages })
+    }
+
+    fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<Input, Error> {
+        self.figures.round(self.clock.now(), number, self.dirty.count());
+        self.look_at_progress();
+        let mut head = Vec::new();
+        self.in_last_round = kind == RoundKind::Final;
+        if self.in_last_round {
+            setup::before_last_section(self, &mut head);
+            section::encode_end(self.section_id, &mut head);
+        } else {
+            section::encode_part(self.section_id, &mut head);
+        }
+        self.send_bytes(&head)?;
+        self.link.open_round(kind, &self.stop)?;
+        Ok(Input::Done)
+    }
+
+    fn close_round(&mut self, kind: RoundKind) -> Result<Input, Error> {
+        let (begun, before) = (Instant::now(), self.position());
+        if !self.breakage.is(Breakage::SkipFence) {
+            self.link.close_round(kind, &self.stop)?;
+        }
+        self.send_declined()?;
+        let mut tail = crate::stream::qemu::ram::EOS_RECORD.to_vec();
+        self.settings.framing.encode_footer(self.section_id, &mut tail);
+        self.send_bytes(&tail)?;
+        self.link.sink().flush(&self.stop)?;
+        self.figures.fenced(begun.elapsed());
+        self.take_returned()?;
+        let mut writes = Vec::new();
+        self.link.take_latencies(&mut writes);
+        self.figures.written(&writes);
+        self.figures.deltas(self.link.deltas());
+        self.figures.beside(self.link.beside());
+        let sent = self.position();
+        self.engine.set_left_at_fence(sent - before);
+        self.figures.round_closed(self.clock.now(), sent);
+        Ok(Input::Done)
+    }
+
+    fn wait(&mut self, until: Duration) -> Result<Input, Error> {
+        self.hear()?;
+        self.give_a_sign()?;
+        let time = until.saturating_sub(self.clock.now());
+        let Some(upstream) = &mut self.upstream else {
+            // A stop is looked at before the next step.
+            self.stop.sleep(time);
+            return Ok(Input::Woken { upstream_stopped: false });
+        };
+        Ok(Input::Woken { upstream_stopped: upstream.wait(time)? })
+    }
+
+    pub(super) fn send_bytes(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
+        self.link.sink().send(&[SendPart::Own(bytes)], &self.stop)
+    }
+
+    /// Before COMMIT: nothing is lost. Unsent and unconfirmed pages are dirty again, the guest runs.
+    fn roll_back(&mut self) -> Result<Input, Error> {
+        self.stop = Stop::never();
+        let confirms = self.link.abilities().confirms_placement;
+        let given_back = guarded("taking pages back", || self.link.reclaim());
+        self.all_unsent |= given_back.is_err();
+        if !self.breakage.is(Breakage::ForgetUnsent) {
+            for batch in given_back.unwrap_or_default() {
+                self.mark_unsent(&batch);
+            }
+            for batch in std::mem::take(&mut self.declined) {
+                self.mark_unsent(&batch);
+            }
+            // Released is not placed: on such a door nothing counts as arrived before the end.
+            if !confirms || self.sent_past_the_door || self.all_unsent {
+                self.dirty.set_all(self.guest.memory.table());
+            }
+        }
+        self.skip_no_more();
+        let leave_on = self.breakage.is(Breakage::LeaveLogsOn);
+        let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
+        if !self.breakage.is(Breakage::LeaveBrakeOn) {
+            self.lift_brake();
+        }
+        if self.paused && !self.breakage.is(Breakage::StayPaused) {
+            let resumed = guarded("resuming", || self.guest.control.resume());
+            let resumed = resumed.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
+            if let Err(source) = resumed {
+                // More urgent than what led here: somebody must look after the guest.
+                let why = self.error.take().map_or_else(|| "cancelled".into(), |error| error.to_string());
+                return Err(Error::StandsStill { why, source });
+            }
+            self.paused = false;
+        }
+        stopped
+    }
+
+    pub(super) fn mark_unsent(&mut self, batch: &PageBatch) {
+        for piece in batch.pieces() {
+            self.dirty.set_run(piece.run);
+        }
+    }
+}
+
+/// A guest that can't go by a door that registers its memory.
+pub(super) fn discards() -> Error {
+    Error::Config {
+        what: "the guest does not promise to keep its memory in place while a NIC knows it".into(),
+        remedy: "use a tcp: address, or take balloon and free page reporting off the guest",
+    }
+}

@@ -1,0 +1,198 @@
+//! The page loop: which page, as what, to the door, a slice at a time.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::engine::Input;
+use crate::page::{ZeroDetection, classify};
+use crate::ram::{PageBatch, PageRun};
+use crate::transport::{InlinePages, Offer, Receipt};
+
+use super::SourceSession;
+use crate::session::{Breakage, Error};
+
+/// Most zero pages in a batch: they cost a header each and no look at the clock.
+const MAX_BATCH_PAGES: u64 = 16 * 1024;
+
+impl SourceSession {
+    /// Sends dirty pages until none is left, or until `until`. The peer is heard once a slice.
+    pub(super) fn send_slice(&mut self, until: Duration) -> Result<Input, Error> {
+        self.hear()?;
+        self.look_at_layout()?;
+        // Also where the limit lets no page leave for long: a door may have to show that we are alive.
+        self.take_returned()?;
+        self.brake_vcpus();
+        let before = self.position();
+        loop {
+            if !self.keep_pace(until) {
+                break;
+            }
+            let batch = self.next_batch()?;
+            if batch.is_empty() {
+                self.spare.push(batch);
+                break;
+            }
+            self.offer(batch)?;
+            if self.clock.now() >= until || self.stop.reason().is_some() {
+                break;
+            }
+        }
+        let position = self.position();
+        let bytes = position - before;
+        self.figures.position(position);
+        let pages_left = self.dirty.count();
+        self.figures.sent(self.clock.now(), bytes, pages_left, self.engine.rate());
+        self.figures.beside(self.link.beside());
+        self.figures.deltas(self.link.deltas());
+        Ok(Input::Sent { pages_left, bytes })
+    }
+
+    /// Waits until the limit lets the next batch leave; false if that is later than `until`, or somebody stops us.
+    fn keep_pace(&mut self, until: Duration) -> bool {
+        if self.in_last_round {
+            return true;
+        }
+        let now = self.clock.now();
+        let delay = self.pace.delay(now);
+        let left = until.saturating_sub(now);
+        if delay > Duration::ZERO {
+            let stopped = self.stop.sleep(delay.min(left)).is_some();
+            return !stopped && delay < left;
+        }
+        true
+    }
+
+    fn page_bytes(&self) -> u64 {
+        self.guest.memory.table().page().bytes()
+    }
+
+    /// Bytes that `pages` whole ones and `zero` others take in a stream, about.
+    fn bytes_of(&self, pages: u64, zero: u64) -> u64 {
+        const HEADER: u64 = 9;
+        pages * (self.page_bytes() + HEADER) + zero * HEADER
+    }
+
+    /// Bytes sent so far, on whatever channel.
+    pub(super) fn position(&mut self) -> u64 {
+        self.link.sink().position() + self.link.beside()
+    }
+
+    /// Gathers runs until the batch is full or nothing is dirty.
+    fn next_batch(&mut self) -> Result<PageBatch, Error> {
+        let mut full = u64::from(self.link.abilities().batch_pages);
+        if let (Some(pages), false) = (self.pace.batch_pages(self.page_bytes()), self.in_last_round) {
+            full = full.min(pages);
+        }
+        self.skips.settle(&mut self.dirty);
+        let mut batch = self.spare.pop().unwrap_or_default();
+        batch.clear();
+        while batch.whole_pages() < full && batch.pages() < MAX_BATCH_PAGES {
+            let room = full - batch.whole_pages();
+            let Some(run) = self.search.next_run(&mut self.dirty, room) else { break };
+            self.skips.sent(run);
+            if let Err(error) = self.look_at(run, &mut batch) {
+                self.dirty.set_run(run);
+                self.mark_unsent(&batch);
+                return Err(error);
+            }
+        }
+        Ok(batch)
+    }
+
+    /// Order 1: the bits of `run` are cleared, now the log is armed again, only then are the bytes read.
+    fn look_at(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
+        let chunk = self.dirty.take_clear_chunk(run);
+        let detection = self.settings.zero_detection.with(self.link.abilities().classifies);
+        if self.breakage.is(Breakage::ReadBeforeProtect) {
+            classify(&*self.guest.memory, run, detection, batch)?;
+            let torn = std::mem::take(batch);
+            self.offer(torn)?;
+            return self.reprotect(chunk);
+        }
+        self.reprotect(chunk)?;
+        Ok(classify(&*self.guest.memory, run, detection, batch)?)
+    }
+
+    fn reprotect(&mut self, chunk: Option<PageRun>) -> Result<(), Error> {
+        let Some(chunk) = chunk else { return Ok(()) };
+        self.guest.dirty.iter().try_for_each(|source| source.reprotect(chunk))?;
+        Ok(())
+    }
+
+    /// Hands a batch to the door; waits while it is full.
+    fn offer(&mut self, batch: PageBatch) -> Result<(), Error> {
+        let begun = Instant::now();
+        let mut bytes = self.bytes_of(batch.whole_pages(), batch.zero_pages());
+        let (now, before) = (self.clock.now(), self.position());
+        let mut batch = batch;
+        loop {
+            match self.link.offer(batch, &self.stop)? {
+                Offer::Taken(_) => break,
+                Offer::Full(back) => {
+                    batch = back;
+                    if let Err(error) = self.make_room() {
+                        self.mark_unsent(&batch);
+                        return Err(error);
+                    }
+                }
+                Offer::Declined(back) => {
+                    self.declined.push(back);
+                    break;
+                }
+            }
+        }
+        if self.link.deltas().cache_size > 0 {
+            // Such a door writes at once, and how much is known only now.
+            bytes = self.position() - before;
+        }
+        self.pace.charge(now, bytes);
+        if self.settings.max_bandwidth.get().is_some() {
+            // A limit is to be seen at work between slices, too.
+            let position = self.position();
+            self.figures.position(position);
+        }
+        self.figures.offered(begun.elapsed());
+        self.take_returned()
+    }
+
+    /// What the door declined in the round that was just closed goes in the stream. Bytes of a door that is
+    /// not ordered could overtake its pages: they wait for them.
+    pub(super) fn send_declined(&mut self) -> Result<(), Error> {
+        if self.declined.is_empty() {
+            return Ok(());
+        }
+        self.sent_past_the_door = true;
+        if !self.link.abilities().ordered {
+            self.link.drain(&self.stop)?;
+        }
+        let mut pages = InlinePages::new(Arc::clone(&self.guest.memory));
+        while let Some(batch) = self.declined.last() {
+            pages.write(batch, self.link.sink(), &self.stop)?;
+            self.figures.counted(batch);
+            self.spare.extend(self.declined.pop());
+        }
+        Ok(())
+    }
+
+    fn make_room(&mut self) -> Result<(), Error> {
+        self.link.drain(&self.stop)?;
+        self.take_returned()
+    }
+
+    /// Takes back what the door has finished.
+    pub(super) fn take_returned(&mut self) -> Result<(), Error> {
+        self.link.collect(&mut self.returned)?;
+        let mut found_zero = 0;
+        for returned in self.returned.drain(..) {
+            debug_assert!(matches!(returned.receipt, Receipt::Released | Receipt::Placed));
+            self.figures.counted(&returned.batch);
+            found_zero += returned.batch.zero_pages();
+            self.spare.push(returned.batch);
+        }
+        if self.settings.zero_detection.with(self.link.abilities().classifies) == ZeroDetection::Channels {
+            // Charged as whole ones, and found to be zero on their way.
+            self.pace.refund(self.bytes_of(found_zero, 0));
+        }
+        Ok(())
+    }
+}

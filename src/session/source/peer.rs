@@ -1,0 +1,143 @@
+//! What the source hears of its destination, and how long it waits for it.
+
+use std::time::Duration;
+
+use crate::engine::{Handover, Input};
+use crate::stream::qemu::command::Command;
+use crate::sys::Stop;
+
+use super::SourceSession;
+use super::return_path::{Word, look_at};
+use super::setup;
+use crate::session::{Breakage, Error};
+
+/// Longest time in which a source with nothing to send is silent.
+const LONGEST_SILENCE: Duration = Duration::from_secs(5);
+
+/// Time between two looks at the peer while a guest is waited for.
+const A_LOOK: Duration = Duration::from_millis(50);
+
+/// Bytes of RAM a second that a destination compares and puts away at the least: what bounds the wait for one that
+/// goes on saying that it is at it.
+const SLOWEST_LOAD: u64 = 64 << 20;
+
+/// The option behind `finish_timeout`, for errors.
+const FINISH_TIMEOUT: &str = "--finish-timeout";
+
+/// Messages heard in one look at the return path.
+const MOST_HEARD: usize = 64;
+
+impl SourceSession {
+    /// A source that has nothing to send says so: a ramwire takes long silence for a dead peer. Both kinds of peer
+    /// answer a PING between sections.
+    pub(super) fn give_a_sign(&mut self) -> Result<(), Error> {
+        let now = self.clock.now();
+        let every = (self.settings.stall_timeout / 4).min(LONGEST_SILENCE);
+        if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
+            return Ok(());
+        }
+        self.last_sign = now;
+        let mut ping = Vec::new();
+        Command::Ping(setup::ORDINARY_PING).encode(&mut ping);
+        self.send_bytes(&ping)?;
+        Ok(self.link.sink().flush(&self.stop)?)
+    }
+
+    /// Sees whether the peer failed meanwhile.
+    pub(super) fn hear(&mut self) -> Result<(), Error> {
+        let Some(back) = &mut self.back else { return Ok(()) };
+        // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
+        for _ in 0..MOST_HEARD {
+            match back.poll()? {
+                Some(Word::Working) => {}
+                Some(word) => refuse_verdict(word)?,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Why the peer failed, if it said so before the connection broke.
+    pub(super) fn last_word(&mut self) -> Option<Error> {
+        match self.hear() {
+            Err(error @ Error::PeerFailed { .. }) => Some(error),
+            _ => None,
+        }
+    }
+
+    pub(super) fn await_ready(&mut self) -> Result<Input, Error> {
+        if self.breakage.is(Breakage::CommitBeforeReady) {
+            return Ok(Input::Ready);
+        }
+        // It makes its own digest before, and puts RAM on a disk perhaps: as long as it says so, a cancel apart.
+        let work = Duration::from_secs(self.guest.memory.table().travelling() / SLOWEST_LOAD);
+        let longest = self.settings.finish_timeout.saturating_add(work);
+        let stop = self.stop.within(longest);
+        let silence = self.settings.stall_timeout;
+        let unheard = || {
+            let (after, raise) = match stop.reason() {
+                Some(_) => (longest, FINISH_TIMEOUT),
+                None => (silence, "--stall-timeout"),
+            };
+            Error::NoAnswer { what: "that it has loaded the guest", after, raise }
+        };
+        let or_unheard = |error| match Error::from(error) {
+            error if error.is_deadline() => unheard(),
+            error => error,
+        };
+        loop {
+            match self.verdict(&stop.within(silence), unheard)? {
+                // What is always there already is never waited for: the wait's own end must be looked at.
+                Word::Working => look_at(&stop).map_err(or_unheard)?,
+                Word::Ready => return Ok(Input::Ready),
+                word => return refuse_verdict(word).map(|()| Input::Failed),
+            }
+        }
+    }
+
+    /// Before COMMIT, so that a failure on either side leaves the guest at its source.
+    pub(super) fn await_guest(&mut self) -> Result<Input, Error> {
+        while let Some(upstream) = &mut self.upstream
+            && !upstream.wait_given(A_LOOK)?
+        {
+            self.hear()?;
+            if self.stop.reason().is_some() {
+                return Err(Error::Cancelled);
+            }
+        }
+        Ok(Input::Done)
+    }
+
+    pub(super) fn await_running(&mut self) -> Result<Input, Error> {
+        if !self.handover.has_running() || self.breakage.is(Breakage::CompleteAtCommit) {
+            return Ok(Input::Running);
+        }
+        let after = self.settings.finish_timeout;
+        let silent = || Error::NoAnswer { what: "that the guest runs", after, raise: FINISH_TIMEOUT };
+        match self.verdict(&self.stop.within(after), silent)? {
+            Word::Running if self.handover == Handover::Native => Ok(Input::Running),
+            Word::Shut(0) if self.handover == Handover::Shut => Ok(Input::Running),
+            word => refuse_verdict(word).map(|()| Input::Failed),
+        }
+    }
+
+    /// Waits until `stop`, whose deadline means `silent`.
+    pub(super) fn verdict(&mut self, stop: &Stop, silent: impl FnOnce() -> Error) -> Result<Word, Error> {
+        let Some(back) = &mut self.back else {
+            return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });
+        };
+        back.next_verdict(stop).map_err(|error| if error.is_deadline() { silent() } else { error })
+    }
+}
+
+/// A word that says the peer failed, or that is out of turn, as an error; harmless ones pass.
+pub(super) fn refuse_verdict(word: Word) -> Result<(), Error> {
+    match word {
+        Word::Pong(_) | Word::SwitchoverAck => Ok(()),
+        Word::Refused(why) => Err(Error::PeerFailed { why }),
+        Word::Shut(status) if status != 0 => {
+            Err(Error::PeerFailed { why: format!("it ended the migration with status {status}") })
+        }
+        word => Err(Error::OutOfTurn { what: format!("{word:?}"), at: None, while_doing: "sending RAM" }),
+    }
+}

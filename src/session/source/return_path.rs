@@ -1,0 +1,112 @@
+//! The source's ear: messages from the destination.
+
+use crate::stream::native::{Answer, Hello};
+use crate::stream::qemu::return_path::{Message, decode_message};
+use crate::sys::{RecvPart, Stop, StopReason};
+use crate::transport::{ByteSource, ChannelError};
+
+use crate::session::Error;
+
+use std::time::Duration;
+
+/// A message as the source needs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Word {
+    Pong(u32),
+    Shut(u32),
+    SwitchoverAck,
+    Hello(Hello),
+    Ready,
+    Running,
+    Working,
+    Refused(String),
+}
+
+/// The return path with what has arrived of the next message.
+pub(crate) struct ReturnPath {
+    source: Box<dyn ByteSource>,
+    buffer: [u8; 1024],
+    filled: usize,
+    at: u64,
+}
+
+impl ReturnPath {
+    pub(crate) fn new(source: Box<dyn ByteSource>) -> Self {
+        Self { source, buffer: [0; 1024], filled: 0, at: 0 }
+    }
+
+    /// The next message if it is here already.
+    pub(super) fn poll(&mut self) -> Result<Option<Word>, Error> {
+        let now = Stop::never().within(Duration::ZERO);
+        match self.next(&now) {
+            Ok(word) => Ok(Some(word)),
+            Err(Error::Channel(ChannelError::Stopped { reason: StopReason::Deadline, .. })) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits for the next message.
+    ///
+    /// # Errors
+    /// The channel's, [`ChannelError::Closed`] if the peer closes; [`Error::Decode`] and [`Error::OutOfTurn`].
+    /// A close is no word: it does not say that the guest does not run there.
+    pub(super) fn next(&mut self, stop: &Stop) -> Result<Word, Error> {
+        loop {
+            match decode_message(&self.buffer[..self.filled]) {
+                Ok((message, used)) => {
+                    let word = word_of(message).map_err(|error| error.at(self.at))?;
+                    self.buffer.copy_within(used..self.filled, 0);
+                    self.filled -= used;
+                    self.at += used as u64;
+                    return Ok(word);
+                }
+                Err(error) if !error.is_truncated() => return Err(error.based(self.at).into()),
+                Err(_) => {}
+            }
+            // A message has at most 516 bytes: there is always room for more.
+            let room = &mut self.buffer[self.filled..];
+            let got = self.source.recv(&mut [RecvPart::Own(room)], stop)?;
+            if got == 0 {
+                let (peer, doing) = ("the destination".into(), "its answer was due");
+                return Err(ChannelError::Closed { peer, doing }.into());
+            }
+            self.filled += got;
+        }
+    }
+
+    /// Waits for a message, leaving out PONGs and acks that may come at any time. A peer that says nothing
+    /// else is no reason to wait longer.
+    pub(super) fn next_verdict(&mut self, stop: &Stop) -> Result<Word, Error> {
+        loop {
+            match self.next(stop)? {
+                Word::Pong(_) | Word::SwitchoverAck => look_at(stop)?,
+                word => return Ok(word),
+            }
+        }
+    }
+}
+
+/// The reason to stop, if there is one by now: a wait that always finds bytes does not look at it.
+pub(super) fn look_at(stop: &Stop) -> Result<(), ChannelError> {
+    match stop.reason() {
+        Some(reason) => Err(ChannelError::Stopped { reason, doing: "hearing the destination" }),
+        None => Ok(()),
+    }
+}
+
+fn word_of(message: Message<'_>) -> Result<Word, Error> {
+    Ok(match message {
+        Message::Pong(value) => Word::Pong(value),
+        Message::Shut { status } => Word::Shut(status),
+        Message::SwitchoverAck => Word::SwitchoverAck,
+        Message::Native(Answer::Hello(hello)) => Word::Hello(hello),
+        Message::Native(Answer::Ready) => Word::Ready,
+        Message::Native(Answer::Running) => Word::Running,
+        Message::Native(Answer::Working) => Word::Working,
+        Message::Native(Answer::Refused { why }) => Word::Refused(why.to_owned()),
+        other => {
+            let what = format!("{other:?}");
+            return Err(Error::OutOfTurn { what, at: None, while_doing: "a precopy migration" });
+        }
+    })
+}

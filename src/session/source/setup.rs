@@ -1,0 +1,187 @@
+//! How a stream begins: header, who the peer is, what blocks there are.
+
+use std::time::Duration;
+
+use crate::engine::{Handover, Input};
+use crate::ram::{BlockFlags, RamBlock, RamBlockTable, RoundKind};
+use crate::stream::native::{GREETING, Hello, Order, version_of_pong};
+use crate::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
+use crate::stream::qemu::command::Command;
+use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::section::{SectionName, encode_start};
+use crate::stream::qemu::style::PeerStyle;
+use crate::stream::qemu::{file, ram};
+use crate::units::GuestAddr;
+
+use super::SourceSession;
+use super::peer::refuse_verdict;
+use super::return_path::Word;
+use crate::session::digest::Digest;
+use crate::session::{Error, Peer};
+
+/// Our own section id: above every id a QEMU gives, so that it differs from all in a forwarded tail.
+pub(super) const RAM_SECTION_ID: u32 = 0x5257_0001;
+
+/// The value of the ordinary PING, the one a QEMU source sends.
+pub(super) const ORDINARY_PING: u32 = 1;
+
+/// How long an answer to the greeting may take. A peer that is silent for so long is no ramwire.
+const GREETING_TIME: Duration = Duration::from_secs(1);
+
+impl SourceSession {
+    /// Header, greeting, block list.
+    pub(super) fn set_up(&mut self) -> Result<Input, Error> {
+        let mut head = Vec::new();
+        file::encode_header(&mut head);
+        if self.settings.framing.configuration {
+            file::encode_configuration(&self.settings.configuration, &mut head);
+        } else if !nothing_but_a_name(&self.settings.configuration) {
+            return Err(Error::Config {
+                what: "this guest's capabilities, page size or UUID can't be told without a configuration section".into(),
+                remedy: "send one (SourceSettings::framing)",
+            });
+        }
+        let greet = self.back.is_some() && self.settings.peer.is_none_or(|peer| peer == Peer::Ramwire);
+        if self.back.is_some() {
+            Command::OpenReturnPath.encode(&mut head);
+            if greet {
+                Command::Ping(GREETING).encode(&mut head);
+            }
+            Command::Ping(ORDINARY_PING).encode(&mut head);
+        }
+        self.send_bytes(&head)?;
+        self.link.sink().flush(&self.stop)?;
+        let asked = self.clock.now();
+        if greet && self.is_ramwire()? {
+            self.fixed.round_trip = self.clock.now().saturating_sub(asked);
+            self.say_hello()?;
+        } else if self.settings.peer == Some(Peer::Ramwire) && self.back.is_some() {
+            let why = "it did not answer the greeting of a ramwire (--peer ramwire was given)".into();
+            return Err(Error::PeerFailed { why });
+        }
+        let style = match self.handover {
+            Handover::Native => Some(PeerStyle::RAMWIRE),
+            _ => self.settings.style,
+        };
+        self.link.write_for(style)?;
+        self.announce_blocks()?;
+        self.link.open_round(RoundKind::Setup, &self.stop)?;
+        self.link.close_round(RoundKind::Setup, &self.stop)?;
+        let mut end = ram::EOS_RECORD.to_vec();
+        self.settings.framing.encode_footer(self.section_id, &mut end);
+        end.extend_from_slice(&self.settings.early_sections);
+        self.send_bytes(&end)?;
+        self.link.sink().flush(&self.stop)?;
+        if self.settings.digest && self.handover == Handover::Native {
+            self.estimate_digest()?;
+        }
+        let position = self.position();
+        self.figures.beside(self.link.beside());
+        self.figures.set_up(self.clock.now(), position);
+        Ok(Input::SetUp { handover: self.handover })
+    }
+
+    /// The digest is made while the guest stands still: it counts against the downtime limit.
+    fn estimate_digest(&mut self) -> Result<(), Error> {
+        let before = self.clock.now();
+        let share =
+            Digest::sample((&self.guest.memory, self.skips.unsent().clone()), &self.settings.spawner)?;
+        let took = self.clock.now().saturating_sub(before);
+        // The other end makes its own at the same time.
+        let ends = if self.settings.same_host { 2 } else { 1 };
+        if share > 0.0 {
+            self.fixed.digest = took.div_f64(share) * ends;
+        }
+        Ok(())
+    }
+
+    /// The greeting is answered before the ordinary PING: whoever answers only that is a QEMU.
+    fn is_ramwire(&mut self) -> Result<bool, Error> {
+        let stop = self.stop.within(GREETING_TIME);
+        let Some(back) = &mut self.back else { return Ok(false) };
+        loop {
+            match back.next(&stop) {
+                Ok(Word::Pong(ORDINARY_PING)) => return Ok(false),
+                Ok(Word::Pong(value)) if version_of_pong(value).is_some() => return Ok(true),
+                Ok(word) => {
+                    refuse_verdict(word)?;
+                    if stop.reason().is_some() {
+                        return Ok(false);
+                    }
+                }
+                // Silence means a QEMU that is slow to answer; our own cancel is told by the next step.
+                Err(error) if error.is_deadline() => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn say_hello(&mut self) -> Result<(), Error> {
+        let ours = Hello::ours(self.settings.migration_id, self.settings.digest);
+        let mut order = Vec::new();
+        Command::Native(Order::Hello(ours)).encode(&mut order);
+        self.send_bytes(&order)?;
+        self.link.sink().flush(&self.stop)?;
+        let stop = self.stop.within(self.settings.stall_timeout);
+        let Some(back) = &mut self.back else { return Ok(()) };
+        match back.next_verdict(&stop)? {
+            Word::Hello(theirs) if theirs.common_version() != Some(theirs.max_version) => {
+                let why = format!("it speaks version {} of ramwire's words", theirs.max_version);
+                Err(Error::PeerFailed { why })
+            }
+            // What it repeats tells that it heard right: a lost digest flag would let it start unchecked.
+            Word::Hello(theirs)
+                if (theirs.migration_id, theirs.digest) != (ours.migration_id, ours.digest) =>
+            {
+                Err(Error::PeerFailed { why: "it heard another HELLO than was said".into() })
+            }
+            Word::Hello(_) => {
+                self.handover = Handover::Native;
+                Ok(())
+            }
+            word => refuse_verdict(word),
+        }
+    }
+
+    fn announce_blocks(&mut self) -> Result<(), Error> {
+        let mut out = Vec::new();
+        let name = SectionName { id: self.section_id, idstr: ram::IDSTR, instance: 0, version: ram::VERSION };
+        encode_start(&name, &mut out);
+        let with_addresses = self.settings.configuration.has(file::IGNORE_SHARED);
+        let list = announcements(self.guest.memory.table(), with_addresses);
+        encode_block_list(&list, &mut out);
+        Ok(self.send_bytes(&out)?)
+    }
+}
+
+/// Without a configuration section a destination takes everything in it but the name for absent.
+fn nothing_but_a_name(configuration: &Configuration) -> bool {
+    *configuration == Configuration { machine: configuration.machine.clone(), ..Configuration::default() }
+}
+
+/// What goes in front of the last ram section.
+pub(super) fn before_last_section(session: &SourceSession, out: &mut Vec<u8>) {
+    let style = session.settings.style.unwrap_or(PeerStyle::QEMU_7_2);
+    if style.switchover_start && session.handover != Handover::Native {
+        Command::SwitchoverStart.encode(out);
+    }
+}
+
+fn announcements(table: &RamBlockTable, with_addresses: bool) -> Vec<BlockAnnouncement> {
+    let announce = |block: &RamBlock| BlockAnnouncement {
+        name: block.name.clone(),
+        used_length: block.used_length,
+        host_page: None,
+        guest_addr: with_addresses.then(|| block.guest_addr.unwrap_or(GuestAddr(0))),
+    };
+    table.blocks().iter().map(announce).collect()
+}
+
+/// The blocks a peer announced, as a table of this guest would describe them.
+pub(crate) fn described(announced: &BlockAnnouncement) -> RamBlock {
+    let mut block = RamBlock::new(announced.name.clone(), announced.used_length);
+    block.host_page = announced.host_page.unwrap_or(block.host_page);
+    block.guest_addr = announced.guest_addr;
+    block.flags = BlockFlags::default();
+    block
+}

@@ -1,0 +1,128 @@
+//! What happens around the pause: the brake on the guest, and the embedder's word.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::engine::{Input, Throttle};
+use crate::units::{Percent, RestShare};
+
+use super::SourceSession;
+use crate::session::Error;
+use crate::session::callback::quietly;
+
+/// Time between two looks at cancel and peer while the embedder is waited for.
+const A_LOOK: Duration = Duration::from_millis(50);
+
+/// What helps a migration that does not converge.
+pub(super) const REMEDIES: &str = "raise --max-bandwidth or --downtime-ms, send differences (--xbzrle-cache-size), slow the \
+                                   guest down (--auto-converge or --dirty-limit), or let --timeout-action finish end it";
+
+/// What the downtime takes whatever is dirty.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct FixedCosts {
+    /// Both ends' digests.
+    pub(super) digest: Duration,
+    /// From a question to the peer's answer.
+    pub(super) round_trip: Duration,
+    /// The last live sync.
+    pub(super) sync: Duration,
+}
+
+/// Holds a migration between the pause of its guest and its last pages, until it is opened: for what must be handed over
+/// while the guest stands still, such as disks. Clones share it; the guest stands still meanwhile.
+#[derive(Clone, Debug, Default)]
+pub struct SwitchoverGate(Arc<(Mutex<bool>, Condvar)>);
+
+impl SwitchoverGate {
+    /// Lets the migration go on; may come before the guest is paused.
+    pub fn open(&self) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.1.notify_all();
+    }
+
+    /// Waits at most `time`; true once it is open.
+    fn wait(&self, time: Duration) -> bool {
+        let open = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.0.1.wait_timeout_while(open, time, |open| !*open);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+impl SourceSession {
+    /// Before the last sync; a cancel or a peer that fails ends it.
+    pub(super) fn hold(&mut self) -> Result<Input, Error> {
+        let Some(gate) = self.settings.before_switchover.clone() else { return Ok(Input::Done) };
+        while !gate.wait(A_LOOK) {
+            self.hear()?;
+            self.give_a_sign()?;
+            if self.stop.reason().is_some() {
+                return Err(Error::Cancelled);
+            }
+        }
+        Ok(Input::Done)
+    }
+
+    /// A block list that was sent holds to the end: a guest whose memory has changed since can't arrive.
+    pub(super) fn look_at_layout(&self) -> Result<(), Error> {
+        self.guest.memory.layout_change().map_or(Ok(()), |change| Err(Error::LayoutChanged(change)))
+    }
+
+    /// What the downtime takes whatever is dirty, as far as it is known: for the engine's estimate.
+    pub(super) fn estimate_fixed(&mut self) {
+        let FixedCosts { digest, round_trip, sync } = self.fixed;
+        // READY is an answer to the digest, RUNNING one to COMMIT; a QEMU's SHUT is one to the last byte.
+        let answers = if self.handover.has_ready() { 2 } else { u32::from(self.handover.has_running()) };
+        self.engine.set_fixed_downtime(digest + sync + round_trip * answers);
+        self.engine.set_deltas(self.link.deltas().cache_size > 0);
+        self.engine.set_state_bytes(self.guest.control.device_state_bytes());
+        self.engine.set_under_way(self.link.sink().under_way());
+    }
+
+    /// Says once that the rounds lead nowhere, and what would help.
+    pub(super) fn look_at_progress(&mut self) {
+        let progress = self.engine.progress();
+        if progress.is_stalled() && !std::mem::replace(&mut self.stall_told, true) {
+            let rounds = progress.rounds_without();
+            tracing::warn!(
+                rounds,
+                "the migration does not converge: no less remains than that many rounds ago; {REMEDIES}"
+            );
+        }
+        self.figures.progress(progress);
+    }
+
+    /// After a live sync that found `fresh` more pages: slows the guest down if it writes too much.
+    pub(super) fn brake(&mut self, fresh: u64) {
+        let page = self.guest.memory.table().page().bytes();
+        let (now, sent) = (self.clock.now(), self.position());
+        if let Some(share) = self.throttle.synced(now, fresh * page, sent) {
+            tracing::info!(percent = share.get(), "the guest writes too much: its vCPUs are slowed down");
+            self.guest.control.throttle(share);
+        }
+        self.figures.throttled(&self.throttle);
+    }
+
+    /// Keeps each vCPU near its quota, where there is one. Once a slice.
+    pub(super) fn brake_vcpus(&mut self) {
+        let now = self.clock.now();
+        if self.in_last_round || !self.throttle.wants_vcpus(now) {
+            return;
+        }
+        let page = self.guest.memory.table().page().bytes();
+        let pages = self.guest.control.vcpu_dirty_pages();
+        for (vcpu, rest) in self.throttle.vcpus(now, &pages, page) {
+            self.guest.control.throttle_vcpu(vcpu, rest);
+        }
+        self.figures.throttled(&self.throttle);
+    }
+
+    /// Order 4: whatever the end, no brake is left on.
+    pub(super) fn lift_brake(&mut self) {
+        let control = &mut self.guest.control;
+        quietly("lifting the brake", || control.throttle(Percent::default()));
+        for vcpu in 0..self.throttle.vcpu_count() {
+            quietly("lifting the brake", || control.throttle_vcpu(vcpu, RestShare::default()));
+        }
+        self.throttle = Throttle::new(None, self.settings.throttle_trigger_threshold);
+    }
+}

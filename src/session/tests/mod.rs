@@ -1,0 +1,532 @@
+//! A migration between two threads of one process over a socket pair.
+
+#![allow(clippy::unwrap_used)]
+
+mod hooks;
+mod panics;
+mod qemu_peer;
+mod reuse;
+
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use rustix::event::PollFlags;
+
+use crate::engine::{Ending, Outcome, Throttling};
+use crate::guest::{GuestControl, MappedGuest};
+use crate::observe::EventKind;
+use crate::ram::{BlockName, RamBlock};
+use crate::session::*;
+use crate::stream::qemu::file::Configuration;
+use crate::sys::{FdKind, Mapping, RecvPart, SendPart, Stop, recv_parts, send_parts};
+use crate::transport::{ByteSink, ByteSource, ChannelError, InlineLink};
+use crate::units::{BlockIndex, PageSize};
+
+/// A socket as plain as it can be.
+pub(super) struct Plain(UnixStream, u64);
+
+impl Plain {
+    fn wait(&self, what: PollFlags, stop: &Stop) -> Result<(), ChannelError> {
+        match stop.wait(self.0.as_fd(), what).unwrap() {
+            None => Ok(()),
+            Some(reason) => Err(ChannelError::Stopped { reason, doing: "waiting" }),
+        }
+    }
+}
+
+impl ByteSink for Plain {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        let total: usize = parts.iter().map(SendPart::len).sum();
+        let mut sent = 0;
+        while sent < total {
+            self.wait(PollFlags::OUT, stop)?;
+            match send_parts(self.0.as_fd(), FdKind::Socket, parts, sent) {
+                Ok(more) => sent += more,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(source) => {
+                    return Err(ChannelError::Io { peer: "peer".into(), doing: "sending", source });
+                }
+            }
+        }
+        self.1 += total as u64;
+        Ok(())
+    }
+    fn flush(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+    fn position(&self) -> u64 {
+        self.1
+    }
+}
+
+impl ByteSource for Plain {
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
+        self.wait(PollFlags::IN, stop)?;
+        recv_parts(self.0.as_fd(), into).map_err(|source| ChannelError::Io {
+            peer: "peer".into(),
+            doing: "receiving",
+            source,
+        })
+    }
+}
+
+pub(super) fn plain(socket: &UnixStream) -> Box<Plain> {
+    socket.set_nonblocking(true).unwrap();
+    Box::new(Plain(socket.try_clone().unwrap(), 0))
+}
+
+#[derive(Clone, Default)]
+pub(super) struct Machine(pub(super) Arc<Mutex<(bool, Vec<u8>)>>);
+
+impl Machine {
+    pub(super) fn runs(&self) -> bool {
+        self.0.lock().unwrap().0
+    }
+}
+
+impl GuestControl for Machine {
+    fn pause(&mut self) -> io::Result<()> {
+        self.0.lock().unwrap().0 = false;
+        Ok(())
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        self.0.lock().unwrap().0 = true;
+        Ok(())
+    }
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(&self.0.lock().unwrap().1)
+    }
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        from.read_to_end(&mut self.0.lock().unwrap().1).map(drop)
+    }
+}
+
+pub(super) fn guest(pages: &[u64]) -> Arc<MappedGuest> {
+    let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
+    for (index, pages) in pages.iter().enumerate() {
+        let mapping = Mapping::anonymous(pages * 4096).unwrap();
+        let name = BlockName::new(&format!("block{index}")).unwrap();
+        builder = builder.mapping(RamBlock::new(name, pages * 4096), &mapping);
+    }
+    Arc::new(builder.build().unwrap())
+}
+
+pub(super) fn bytes(guest: &MappedGuest, block: u32) -> Vec<u8> {
+    let region = guest.region(BlockIndex(block)).unwrap();
+    let mut out = vec![0; region.len() as usize];
+    region.span(0, region.len()).unwrap().copy_to(&mut out);
+    out
+}
+
+pub(super) struct Ends {
+    pub(super) source: SourceSession,
+    pub(super) destination: DestinationSession,
+    pub(super) source_machine: Machine,
+    pub(super) destination_machine: Machine,
+    pub(super) from: Arc<MappedGuest>,
+    pub(super) to: Arc<MappedGuest>,
+}
+
+pub(super) fn ends() -> Ends {
+    ends_with(|_| {})
+}
+
+pub(super) fn ends_with(set: impl FnOnce(&mut SourceSettings)) -> Ends {
+    let (near, far) = UnixStream::pair().unwrap();
+    let (from, to) = (guest(&[300, 7]), guest(&[300, 7]));
+    for page in (0..300).filter(|page| page % 3 != 0) {
+        let span = from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap();
+        span.copy_from(&[page as u8 | 1; 4096]);
+    }
+    let source_machine = Machine(Arc::new(Mutex::new((true, b"devices".to_vec()))));
+    let destination_machine = Machine::default();
+    let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
+    settings.digest = true;
+    set(&mut settings);
+    let link = Box::new(InlineLink::new(plain(&near), from.clone()));
+    let connection = SourceConnection { link, back: Some(plain(&near)) };
+    let control = Box::new(source_machine.clone());
+    let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };
+    let destination = DestinationSession::new(
+        plain(&far),
+        Some(plain(&far)),
+        Box::new(to.clone()),
+        Box::new(destination_machine.clone()),
+        DestinationSettings::default(),
+    );
+    let source = SourceSession::new(source, connection, settings);
+    Ends { source, destination, source_machine, destination_machine, from, to }
+}
+
+#[test]
+fn a_guest_moves_between_two_ramwires() {
+    let ends = ends();
+    let thread = std::thread::spawn(move || ends.destination.run());
+    let sent = ends.source.run();
+    let arrived = thread.join().unwrap();
+    assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
+    assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
+    assert!(arrived.verified && arrived.native);
+    for block in 0..2 {
+        assert!(bytes(&ends.from, block) == bytes(&ends.to, block), "block {block} differs");
+    }
+    assert!(!ends.source_machine.runs() && ends.destination_machine.runs());
+    assert_eq!(ends.destination_machine.0.lock().unwrap().1, b"devices");
+    let statistics = sent.statistics;
+    assert_eq!((statistics.pages.normal, statistics.pages.zero), (200, 107));
+    assert_eq!(arrived.pages, statistics.pages);
+    assert_eq!(arrived.bytes, statistics.transferred);
+    assert!(statistics.downtime > 0.0 && statistics.remaining == 0);
+}
+
+#[test]
+fn handles_show_progress_and_give_both_reports() {
+    let ends = ends();
+    let destination = ends.destination.spawn().unwrap();
+    let source = ends.source.spawn().unwrap();
+    while !source.is_finished() {
+        assert!(source.progress().transferred <= 2 << 20);
+        std::thread::yield_now();
+    }
+    assert_eq!(source.progress().remaining, 0);
+    assert_eq!(source.cancel(), CancelReply::TooLate);
+    let happened: Vec<_> = source.events().iter().map(|event| event.kind).collect();
+    let [
+        EventKind::Setup,
+        EventKind::Active,
+        middle @ ..,
+        EventKind::GivenAway,
+        EventKind::Completed,
+        EventKind::CleanedUp,
+    ] = &happened[..]
+    else {
+        panic!("{happened:?}");
+    };
+    let rounds: Vec<_> = middle.iter().filter(|kind| matches!(kind, EventKind::Round(_))).collect();
+    let syncs = middle.iter().filter(|kind| matches!(kind, EventKind::Synced { .. })).count();
+    assert_eq!(rounds.len() + 1 + 2 * syncs, middle.len(), "one switchover among the rounds: {middle:?}");
+    assert!(matches!(rounds[..], [EventKind::Round(first), ..] if first.dirty_pages == 307), "{rounds:?}");
+    assert_eq!(source.wait().unwrap().outcome, Outcome::Completed);
+    let happened: Vec<_> = destination.events().iter().map(|event| event.kind).collect();
+    assert_eq!(happened, [EventKind::Setup, EventKind::Active, EventKind::Completed, EventKind::CleanedUp]);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+    assert!(ends.destination_machine.runs());
+}
+
+/// At a byte a second the first whole page is followed by nothing for half an hour; a clone of the limit lets the guest go.
+#[test]
+fn a_limit_is_changed_while_it_holds() {
+    let ends = ends();
+    let limit = ends.source.settings.max_bandwidth.clone();
+    limit.set(1);
+    let destination = ends.destination.spawn().unwrap();
+    let source = ends.source.spawn().unwrap();
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while source.progress().pages.normal == 0 {
+        assert!(std::time::Instant::now() < until, "{:?}", source.progress());
+        std::thread::yield_now();
+    }
+    // Any time at all: within it a broken limit would let more pass.
+    std::thread::sleep(std::time::Duration::from_millis(150));
+    assert!(source.progress().pages.normal == 1 && !source.is_finished());
+    limit.set(1 << 40);
+    assert_eq!(source.wait().unwrap().outcome, Outcome::Completed);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+}
+
+struct StandsStill;
+
+impl crate::session::Upstream for StandsStill {
+    fn wait(&mut self, _time: std::time::Duration) -> Result<bool, crate::session::Error> {
+        Ok(true)
+    }
+    fn wait_given(&mut self, _time: std::time::Duration) -> Result<bool, crate::session::Error> {
+        Ok(true)
+    }
+}
+
+/// A brake that would do nothing is refused before a byte is sent: a relay has no guest, and this machine counts no vCPU's
+/// writes.
+#[test]
+fn brakes_that_can_not_be_put_on_are_refused() {
+    for (means, relays) in [
+        (Throttling::auto_converge(), true),
+        (Throttling::dirty_limit(), true),
+        (Throttling::dirty_limit(), false),
+    ] {
+        let mut ends = ends();
+        ends.source.settings.throttling = Some(means);
+        let source = if relays { ends.source.with_upstream(Box::new(StandsStill)) } else { ends.source };
+        let sent = source.run();
+        let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        assert!(text.contains(if relays { "ask that source" } else { "use auto-converge" }), "{text}");
+        assert_eq!((sent.guest_is_safe_here(), sent.statistics.transferred), (true, 0));
+    }
+}
+
+/// A machine that takes long to load its state.
+struct SlowLoader(Machine, std::time::Duration);
+
+impl GuestControl for SlowLoader {
+    fn pause(&mut self) -> io::Result<()> {
+        self.0.pause()
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        self.0.resume()
+    }
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        self.0.save_devices(out)
+    }
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        std::thread::sleep(self.1);
+        self.0.load_devices(from)
+    }
+}
+
+/// A folder's `fsync` or a relay's far end may take hours: the source waits for one that says that it is at it.
+#[test]
+fn a_destination_at_work_is_waited_for_and_a_silent_one_is_not() {
+    use std::time::Duration;
+    let stall = Duration::from_secs(2);
+    for says_so in [true, false] {
+        let mut ends = ends();
+        ends.source.settings.stall_timeout = stall;
+        ends.destination.says_working_every = if says_so { stall / 8 } else { Duration::MAX };
+        ends.destination.control = Box::new(SlowLoader(ends.destination_machine.clone(), stall * 2));
+        let destination = ends.destination.spawn().unwrap();
+        let sent = ends.source.run();
+        let arrived = destination.wait().unwrap();
+        let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        assert_eq!(sent.outcome == Outcome::Completed, says_so, "{text}");
+        assert_eq!(arrived.ending == Ending::Running, says_so, "{:?}", arrived.error);
+        assert_eq!(text.contains("within 2 s; raise --stall-timeout"), !says_so, "{text}");
+        assert_eq!(ends.source_machine.runs(), !says_so);
+    }
+}
+
+/// Whatever the moment: who is told Accepted has the guest, who is told TooLate has given it away.
+#[test]
+fn the_answer_to_a_cancel_is_what_happens() {
+    let mut answers = [0, 0];
+    for moment in 0..60 {
+        let ends = ends();
+        let destination = ends.destination.spawn().unwrap();
+        let source = ends.source.spawn().unwrap();
+        let far = moment * 8;
+        while !source.is_finished() && source.progress().transferred < far * 2048 {
+            std::thread::yield_now();
+        }
+        let answer = source.cancel();
+        answers[usize::from(answer == CancelReply::TooLate)] += 1;
+        let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+        let stays = answer == CancelReply::Accepted;
+        assert_eq!(sent.guest_is_safe_here(), stays, "{:?}", sent.error);
+        assert_eq!(arrived.ending == Ending::Discarded, stays, "{:?}", arrived.error);
+        assert_eq!((ends.source_machine.runs(), ends.destination_machine.runs()), (stays, !stays));
+    }
+    assert!(answers.iter().all(|count| *count > 0), "{answers:?}");
+}
+
+#[test]
+fn a_dropped_handle_cancels_before_commit_only() {
+    let before = ends();
+    // Nobody has said READY yet, so the source can't have committed.
+    drop(before.source.spawn().unwrap());
+    assert_eq!(before.destination.spawn().unwrap().wait().unwrap().ending, Ending::Discarded);
+    assert!(before.source_machine.runs());
+    let after = ends();
+    let destination = after.destination.spawn().unwrap();
+    let source = after.source.spawn().unwrap();
+    while source.progress().status != crate::observe::Status::Completed {
+        std::thread::yield_now();
+    }
+    drop(source);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+}
+
+#[test]
+fn a_thread_that_dies_or_never_starts_is_told() {
+    struct Panics;
+    impl GuestControl for Panics {
+        fn pause(&mut self) -> io::Result<()> {
+            panic!("a bug of the embedder's")
+        }
+        fn resume(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+        fn save_devices(&mut self, _: &mut dyn Write) -> io::Result<()> {
+            Ok(())
+        }
+        fn load_devices(&mut self, _: &mut dyn Read) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut ends = ends();
+    ends.source.guest.control = Box::new(Panics);
+    ends.source.breakage = Breakage::DieOfPanic;
+    let destination = ends.destination.spawn().unwrap();
+    let source = ends.source.spawn().unwrap();
+    assert!(source.events().iter().all(|event| !event.kind.is_last()), "and the channel of events ends");
+    let error = source.wait().unwrap_err();
+    assert!(error.to_string().contains("ramwire-source"), "{error}");
+    assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
+    let mut ends = self::ends();
+    ends.source.settings.spawner = Spawner::new(|_, _| Err(io::Error::other("no")));
+    assert!(matches!(ends.source.spawn(), Err(Error::Thread { name: "ramwire-source", .. })));
+    assert!(ends.source_machine.runs());
+}
+
+#[test]
+fn a_cancel_before_commit_leaves_the_guest_at_the_source() {
+    let ends = ends();
+    ends.source.cancel_token().cancel();
+    let thread = std::thread::spawn(move || ends.destination.run());
+    let sent = ends.source.run();
+    let arrived = thread.join().unwrap();
+    assert!(sent.guest_is_safe_here() && ends.source_machine.runs());
+    assert_eq!(sent.error.unwrap().kind(), ErrorKind::Cancelled);
+    assert_eq!(sent.dirty.count(), 307);
+    assert_eq!(arrived.ending, Ending::Discarded);
+    assert!(matches!(arrived.error, Some(Error::Truncated { .. })), "{:?}", arrived.error);
+    assert!(!ends.destination_machine.runs());
+}
+
+/// What a destination makes of a whole stream of bytes.
+fn received(stream: Vec<u8>, to: Arc<MappedGuest>) -> (DestinationReport, Machine) {
+    let (mut near, far) = crate::transport::loopback(1 << 20);
+    let machine = Machine::default();
+    let settings = DestinationSettings { max_state: 1000, ..DestinationSettings::default() };
+    let control = Box::new(machine.clone());
+    let session = DestinationSession::new(
+        Box::new(far.source),
+        Some(Box::new(far.sink)),
+        Box::new(to),
+        control,
+        settings,
+    );
+    let stop = Stop::on(&crate::sys::CancelToken::default());
+    near.sink.send(&[SendPart::Own(&stream)], &stop).unwrap();
+    drop(near.sink);
+    (session.run(), machine)
+}
+
+/// Header, greeting and block list of a ramwire.
+fn native_start(blocks: &[(&str, u64)]) -> Vec<u8> {
+    use crate::stream::native::{Hello, Order};
+    use crate::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
+    use crate::stream::qemu::command::Command;
+    use crate::stream::qemu::section::{SectionName, encode_footer, encode_start};
+    use crate::stream::qemu::{file, ram};
+    let mut out = Vec::new();
+    file::encode_header(&mut out);
+    file::encode_configuration(&Configuration::default(), &mut out);
+    Command::OpenReturnPath.encode(&mut out);
+    Command::Native(Order::Hello(Hello::ours([1; 16], false))).encode(&mut out);
+    encode_start(&SectionName { id: 2, idstr: ram::IDSTR, instance: 0, version: ram::VERSION }, &mut out);
+    let announce = |(name, pages): &(&str, u64)| BlockAnnouncement {
+        name: BlockName::new(name).unwrap(),
+        used_length: pages * 4096,
+        host_page: None,
+        guest_addr: None,
+    };
+    encode_block_list(&blocks.iter().map(announce).collect::<Vec<_>>(), &mut out);
+    out.extend_from_slice(&ram::EOS_RECORD);
+    encode_footer(2, &mut out);
+    out
+}
+
+fn state_section(len: usize) -> Vec<u8> {
+    use crate::stream::native::STATE_SECTION;
+    use crate::stream::qemu::section::{SectionName, encode_footer, encode_full};
+    let mut out = Vec::new();
+    encode_full(&SectionName { id: 3, idstr: STATE_SECTION, instance: 0, version: 1 }, &mut out);
+    out.extend_from_slice(&(len as u64).to_be_bytes());
+    out.resize(out.len() + len, 7);
+    encode_footer(3, &mut out);
+    out
+}
+
+#[test]
+fn a_source_that_leaves_out_ram_starts_no_guest() {
+    use crate::stream::native::Order;
+    use crate::stream::qemu::command::Command;
+    // All is said to be sent, without a last section of pages.
+    let mut early = native_start(&[("block0", 3), ("block1", 1)]);
+    Command::Native(Order::StateSent).encode(&mut early);
+    Command::Native(Order::Commit { migration_id: [1; 16] }).encode(&mut early);
+    // One of our blocks is not in the list.
+    let partial = native_start(&[("block0", 3)]);
+    for (stream, due) in [(early, "STATE_SENT"), (partial, "block1")] {
+        let (report, machine) = received(stream, guest(&[3, 1]));
+        let error = report.error.unwrap().to_string();
+        assert!(error.contains(due), "{error}");
+        assert_eq!(report.ending, Ending::Discarded);
+        assert!(!machine.runs());
+    }
+}
+
+#[test]
+fn device_state_in_many_sections_is_bounded() {
+    use crate::stream::qemu::section::{encode_end, encode_footer};
+    let mut stream = native_start(&[("block0", 1)]);
+    encode_end(2, &mut stream);
+    stream.extend_from_slice(&crate::stream::qemu::ram::EOS_RECORD);
+    encode_footer(2, &mut stream);
+    (0..20).for_each(|_| stream.extend(state_section(100)));
+    let (report, machine) = received(stream, guest(&[1]));
+    let error = report.error.unwrap().to_string();
+    assert!(error.contains("more device state"), "{error}");
+    assert!(!machine.runs());
+}
+
+/// A QEMU's stream whose device state ends with the connection, without a VM description.
+fn undescribed(return_path: bool) -> Vec<u8> {
+    use crate::stream::qemu::{blocks, command::Command, file, ram, section};
+    let mut out = Vec::new();
+    file::encode_header(&mut out);
+    file::encode_configuration(&Configuration { machine: "none".into(), ..Default::default() }, &mut out);
+    if return_path {
+        Command::OpenReturnPath.encode(&mut out);
+    }
+    let start = section::SectionName { id: 2, idstr: ram::IDSTR, instance: 0, version: ram::VERSION };
+    section::encode_start(&start, &mut out);
+    let block = |name: &str, pages: u64| blocks::BlockAnnouncement {
+        name: BlockName::new(name).unwrap(),
+        used_length: pages * 4096,
+        host_page: None,
+        guest_addr: None,
+    };
+    blocks::encode_block_list(&[block("block0", 300), block("block1", 7)], &mut out);
+    for end in [false, true] {
+        if end {
+            section::encode_end(2, &mut out);
+        }
+        out.extend_from_slice(&ram::EOS_RECORD);
+        section::encode_footer(2, &mut out);
+    }
+    let timer = section::SectionName { id: 3, idstr: "timer", instance: 0, version: 2 };
+    section::encode_full(&timer, &mut out);
+    section::encode_footer(3, &mut out);
+    section::encode_eof(&mut out);
+    out
+}
+
+/// Who opened a return path and closes without our word has given up: its guest may run on there.
+#[test]
+fn s15_a_missing_description_is_taken_only_from_a_source_that_expects_no_answer() {
+    for (return_path, ending) in [(false, Ending::Running), (true, Ending::Discarded)] {
+        let (near, far) = UnixStream::pair().unwrap();
+        (&near).write_all(&undescribed(return_path)).unwrap();
+        near.shutdown(std::net::Shutdown::Write).unwrap();
+        let machine = Machine::default();
+        let settings =
+            DestinationSettings { accept_missing_description: true, ..DestinationSettings::default() };
+        let control = Box::new(machine.clone());
+        let memory = Box::new(guest(&[300, 7]));
+        let report = DestinationSession::new(plain(&far), Some(plain(&far)), memory, control, settings).run();
+        assert_eq!((report.ending, machine.runs()), (ending, !return_path), "{:?}", report.error);
+        assert_eq!(matches!(report.error, Some(Error::Truncated { .. })), return_path);
+    }
+}

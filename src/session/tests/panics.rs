@@ -1,0 +1,207 @@
+//! Callbacks that panic: the guest runs on, and the report tells what the panic said.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Machine, ends};
+use crate::engine::{Ending, Outcome};
+use crate::guest::{DirtyError, DirtySource, GuestControl, GuestMemory, MappedGuest};
+use crate::observe::EventKind;
+use crate::ram::{PageBitmap, RamBlock};
+use crate::session::*;
+use crate::units::BlockIndex;
+
+const TEXT: &str = "the embedder's own words";
+
+/// Every callback of both ends; the one that is named panics.
+#[derive(Clone)]
+struct Embedder {
+    panics: &'static str,
+    machine: Machine,
+    memory: Arc<MappedGuest>,
+}
+
+impl Embedder {
+    fn call(&self, name: &str) {
+        assert!(name != self.panics, "{TEXT}");
+    }
+}
+
+impl GuestControl for Embedder {
+    fn pause(&mut self) -> io::Result<()> {
+        self.call("pause");
+        self.machine.pause()
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        self.call("resume");
+        self.machine.resume()
+    }
+    fn device_state_bytes(&mut self) -> u64 {
+        self.call("device_state_bytes");
+        0
+    }
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        self.call("save_devices");
+        self.machine.save_devices(out)
+    }
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        self.call("load_devices");
+        self.machine.load_devices(from)
+    }
+}
+
+impl DirtySource for Embedder {
+    fn name(&self) -> &'static str {
+        "test"
+    }
+    fn probe(&self) -> Result<(), DirtyError> {
+        Ok(())
+    }
+    fn start(&self) -> Result<(), DirtyError> {
+        self.call("start");
+        Ok(())
+    }
+    fn begin_sync(&self) -> Result<(), DirtyError> {
+        self.call("begin_sync");
+        Ok(())
+    }
+    fn sync_into(&self, _: BlockIndex, _: &mut PageBitmap) -> Result<(), DirtyError> {
+        self.call("sync_into");
+        Ok(())
+    }
+    fn reprotect(&self, _: crate::ram::PageRun) -> Result<(), DirtyError> {
+        self.call("reprotect");
+        Ok(())
+    }
+    fn stop(&self) -> Result<(), DirtyError> {
+        Ok(())
+    }
+}
+
+impl MemoryProvider for Embedder {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        self.call("provide");
+        self.memory.provide(incoming)
+    }
+    fn is_zeroed(&self, _: &RamBlock) -> bool {
+        self.call("is_zeroed");
+        false
+    }
+    fn arrived(&mut self, _: &Incoming, _: bool) {
+        self.call("arrived");
+    }
+}
+
+impl Upstream for Embedder {
+    fn wait(&mut self, _: Duration) -> Result<bool, Error> {
+        self.call("wait");
+        Ok(true)
+    }
+    fn wait_given(&mut self, _: Duration) -> Result<bool, Error> {
+        self.call("wait_given");
+        Ok(true)
+    }
+}
+
+/// Runs a migration in which one callback of an end panics.
+fn migrate(at_source: Option<&'static str>, at_destination: Option<&'static str>) -> Moved {
+    let mut ends = ends();
+    let embedder = |panics: Option<_>, machine: &Machine, memory: &Arc<MappedGuest>| Embedder {
+        panics: panics.unwrap_or_default(),
+        machine: machine.clone(),
+        memory: Arc::clone(memory),
+    };
+    let here = embedder(at_source, &ends.source_machine, &ends.from);
+    let there = embedder(at_destination, &ends.destination_machine, &ends.to);
+    ends.source.guest.control = Box::new(here.clone());
+    ends.source.guest.dirty = vec![Arc::new(here.clone())];
+    if let Some("wait" | "wait_given") = at_source {
+        ends.source = ends.source.with_upstream(Box::new(here.clone()));
+    }
+    ends.source.statistics().listen(move |event| match event.kind {
+        EventKind::Setup => here.call("listen: setup"),
+        EventKind::Round(_) => here.call("listen: round"),
+        EventKind::Switchover => here.call("listen: switchover"),
+        EventKind::GivenAway => here.call("listen: given away"),
+        EventKind::Completed => here.call("listen: completed"),
+        EventKind::CleanedUp => here.call("listen: cleaned up"),
+        _ => {}
+    });
+    ends.destination.provider = Box::new(there.clone());
+    ends.destination.control = Box::new(there);
+    let (source, destination) = (ends.source.spawn().unwrap(), ends.destination.spawn().unwrap());
+    let events = source.events().clone();
+    let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+    let last = events.iter().map(|event| event.kind).filter(EventKind::is_last).count();
+    assert_eq!(last, 1, "one event tells the end");
+    let runs = (ends.source_machine.runs(), ends.destination_machine.runs());
+    Moved { sent, arrived, runs }
+}
+
+struct Moved {
+    sent: SourceReport,
+    arrived: DestinationReport,
+    /// Here, there.
+    runs: (bool, bool),
+}
+
+fn text(error: &Option<Error>) -> String {
+    error.as_ref().map(ToString::to_string).unwrap_or_default()
+}
+
+#[test]
+fn a_panic_of_the_source_before_commit_leaves_the_guest_running_there() {
+    let callbacks = [
+        "pause",
+        "device_state_bytes",
+        "save_devices",
+        "start",
+        "begin_sync",
+        "sync_into",
+        "reprotect",
+        "wait",
+        "wait_given",
+        "listen: setup",
+        "listen: round",
+        "listen: switchover",
+    ];
+    for callback in callbacks {
+        let Moved { sent, arrived, runs } = migrate(Some(callback), None);
+        assert!(sent.guest_is_safe_here(), "{callback}: {:?} {:?}", sent.outcome, sent.error);
+        assert!(text(&sent.error).contains(TEXT), "{callback}: {:?}", sent.error);
+        assert_eq!((arrived.ending, runs), (Ending::Discarded, (true, false)), "{callback}");
+        assert!(sent.dirty.count() >= 307, "{callback}: nothing counts as sent");
+    }
+}
+
+#[test]
+fn a_listener_that_panics_behind_commit_changes_nothing() {
+    for callback in ["listen: given away", "listen: completed", "listen: cleaned up"] {
+        let Moved { sent, arrived, runs } = migrate(Some(callback), None);
+        assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running), "{callback}");
+        assert_eq!(runs, (false, true), "{callback}");
+    }
+}
+
+#[test]
+fn a_panic_of_the_destination_before_commit_leaves_the_guest_at_the_source() {
+    for callback in ["provide", "is_zeroed", "arrived", "load_devices"] {
+        let Moved { sent, arrived, runs } = migrate(None, Some(callback));
+        assert!(text(&arrived.error).contains(TEXT), "{callback}: {:?}", arrived.error);
+        assert_eq!((arrived.ending, runs), (Ending::Discarded, (true, false)), "{callback}");
+        assert!(sent.guest_is_safe_here(), "{callback}: {:?}", sent.outcome);
+        // One that still sends pages may meet the closed connection first.
+        let told = text(&sent.error).contains(TEXT);
+        assert!(told || !callback.starts_with("load"), "{callback}: the source is told: {:?}", sent.error);
+    }
+}
+
+#[test]
+fn a_start_that_panics_leaves_the_guest_in_doubt() {
+    let Moved { sent, arrived, runs } = migrate(None, Some("resume"));
+    assert_eq!((sent.outcome, arrived.ending), (Outcome::InDoubt, Ending::Stranded));
+    assert_eq!(runs, (false, false));
+    assert!(text(&arrived.error).contains(TEXT) && text(&sent.error).contains(TEXT));
+}

@@ -1,0 +1,524 @@
+//! Opens what an [`Address`] names: one way to connect, one way to receive.
+
+mod address;
+mod allow;
+mod auto;
+mod obstacle;
+
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+pub use address::{Address, AddressError};
+pub use allow::{AllowError, AllowList};
+use auto::AutoListener;
+pub use obstacle::{DECIDED_WITHIN, Obstacle};
+
+use crate::guest::GuestMemory;
+use crate::sys::{Stop, take_inherited_fd};
+#[cfg(feature = "rdma")]
+use crate::transport::rdma::{RdmaListener, connect_here as rdma_source};
+use crate::transport::stream::{exec, file, tcp, tcp::TcpListener, unix, unix::UnixListener};
+use crate::transport::{
+    ByteSink, ByteSource, ChannelError, ChannelOptions, DeltaCacheSize, InlineLink, MultifdSource,
+    PageSending, SourceLink, StreamChannel, StreamOptions, multifd,
+};
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The host's name has no address.
+    #[error("no address found for host `{host}`: {source}; check the name or give the address")]
+    Resolve {
+        /// The name.
+        host: String,
+        /// The resolver's answer.
+        source: io::Error,
+    },
+    /// A listener, a file, a descriptor or a command could not be opened.
+    #[error("{address}: {doing}: {source}; {remedy}")]
+    Open {
+        /// What was to be opened.
+        address: String,
+        /// How.
+        doing: &'static str,
+        /// What can be done about it.
+        remedy: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The connection failed, or the caller stopped.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// RDMA can't be used on this host.
+    #[error("{address}: {why}")]
+    NoRdma {
+        /// The address.
+        address: String,
+        /// Why not, and what would help.
+        why: WhyNoRdma,
+    },
+    /// An `rdma:` address where only a byte stream will do.
+    #[error("{address} is no byte stream; give a tcp: or unix: address here")]
+    NotAStream {
+        /// The address.
+        address: String,
+    },
+    /// An `auto:` address that neither way reaches.
+    #[error("{address}: {rdma}; and TCP: {tcp}")]
+    Neither {
+        /// The address.
+        address: String,
+        /// What stood in RDMA's way.
+        rdma: String,
+        /// What stood in TCP's.
+        tcp: Box<OpenError>,
+    },
+    /// The connections of a source with page channels did not come as they should.
+    #[error("{address}: {what}; set multifd and multifd-channels (--channels) alike at both ends")]
+    Channels {
+        /// The address.
+        address: String,
+        /// What was found.
+        what: String,
+    },
+    /// Deltas where pages do not go in the stream.
+    #[error(
+        "{address}: only pages in the stream can travel as deltas; leave --xbzrle-cache-size, or --channels, out"
+    )]
+    NoDeltas {
+        /// The address.
+        address: String,
+    },
+    /// Page channels where there is one stream only.
+    #[error("{address} has no page channels; use tcp: or unix:, or leave --channels out")]
+    NoChannels {
+        /// The address.
+        address: String,
+    },
+    /// Pages that can't be sent in the way that was asked for.
+    #[error("{address}: {sending} {why}; leave --send-pages out, or {remedy}")]
+    NoSuchSending {
+        /// The address.
+        address: String,
+        /// The way.
+        sending: PageSending,
+        /// Why not.
+        why: &'static str,
+        /// What else would help.
+        remedy: &'static str,
+    },
+    /// A stream that exists once was asked for again.
+    #[error("{address} carries one stream only; give a tcp: or unix: address for more channels")]
+    OnlyOne {
+        /// The address.
+        address: String,
+    },
+}
+
+/// Why RDMA can't be used on this host.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WhyNoRdma {
+    /// The program was built without it.
+    #[error("this ramwire was built without the `rdma` feature")]
+    NotBuilt,
+    /// No library, no device, or too little memory may be locked.
+    #[error("{0}")]
+    Unusable(Box<dyn std::error::Error + Send + Sync>),
+    /// The memory behind a block may be given back or remapped while a NIC knows it.
+    #[error("the memory of RAM block {block} does not promise to stay in place")]
+    NotInPlace {
+        /// The block.
+        block: String,
+    },
+    /// The guest gives memory back, or may, while a NIC knows it.
+    #[error(
+        "the guest does not promise to keep its memory in place while a NIC knows it; take balloon and free page \
+         reporting off it"
+    )]
+    GuestDiscards,
+    /// There are devices, but none carries traffic.
+    #[error("no RDMA device has an active port with an IP address ({devices}); `ramwire devices` says more")]
+    NoActivePort {
+        /// Names of the devices.
+        devices: String,
+    },
+}
+
+/// What is asked of an `rdma:` connection; of no effect on others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RdmaOptions {
+    /// Register all of RAM at both ends before the first page.
+    pub pin_all: bool,
+    /// Without `pin_all`: most bytes registered at a time; the longest unused are given back. `None`: all of RAM in the end.
+    pub pin_budget: Option<u64>,
+    /// Open a return path to a QEMU: 10.0 with its `return-path` capability set. A ramwire always has one.
+    pub return_path: bool,
+    /// Queue pairs for pages, 1 to 16; more than one only between two ramwires.
+    pub queue_pairs: u16,
+    /// At a destination: the source writes nothing between a round's end and what is read next. For a relay, which looks
+    /// for the round's pages then. A QEMU always waits so.
+    pub wait_after_round: bool,
+    /// At a source: the guest can't promise to keep its memory in place (its `GuestControl::forbid_discard` says no). Then
+    /// `rdma:` is refused, and `auto:` takes TCP.
+    pub may_discard: bool,
+}
+
+impl Default for RdmaOptions {
+    fn default() -> Self {
+        Self {
+            pin_all: false,
+            pin_budget: None,
+            return_path: false,
+            queue_pairs: 1,
+            wait_after_round: false,
+            may_discard: false,
+        }
+    }
+}
+
+/// What is asked of a door.
+#[derive(Clone, Debug, Default)]
+pub struct DoorOptions {
+    /// Of every connection.
+    pub stream: StreamOptions,
+    /// Of `rdma:` connections.
+    pub rdma: RdmaOptions,
+    /// Page channels of `tcp:` and `unix:` connections.
+    pub channels: ChannelOptions,
+    /// Cache for pages that travel as differences in the stream, at a source; 0: none do.
+    pub deltas: DeltaCacheSize,
+}
+
+impl DoorOptions {
+    /// These of the connection, the defaults of the rest.
+    pub fn of_stream(stream: StreamOptions) -> Self {
+        Self { stream, ..Self::default() }
+    }
+}
+
+/// The way that was taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// `rdma`, `tcp`, `unix`, `fd`, `exec` or `file`.
+    pub transport: &'static str,
+    /// Why it was this one; where it was `auto:` and not RDMA: what stood in the way.
+    pub why: String,
+}
+
+impl Way {
+    /// The way that an address names.
+    pub(super) fn named(address: &Address) -> Self {
+        let transport = match address {
+            Address::Tcp { .. } | Address::Auto { .. } => "tcp",
+            Address::Rdma { .. } => "rdma",
+            Address::Unix(_) => "unix",
+            Address::Fd(_) => "fd",
+            Address::Exec(_) => "exec",
+            Address::File(_) => "file",
+        };
+        Self { transport, why: "the address says so".into() }
+    }
+}
+
+/// The source's side of a connection.
+pub struct SourceDoor {
+    /// Where pages and bytes go.
+    pub link: Box<dyn SourceLink>,
+    /// Where the destination's messages come from; `None` if the address is one-way.
+    pub back: Option<Box<dyn ByteSource>>,
+    /// What was opened, and why.
+    pub way: Way,
+}
+
+/// The destination's side of a connection.
+pub struct DestinationDoor {
+    /// Where the stream comes from.
+    pub source: Box<dyn ByteSource>,
+    /// Where messages to the source go; `None` if the address is one-way.
+    pub back: Option<Box<dyn ByteSink>>,
+    /// By what the source came, and why.
+    pub way: Way,
+}
+
+impl DestinationDoor {
+    pub(super) fn of_stream(channel: StreamChannel, way: Way) -> Self {
+        let (source, back) = channel.with_return_path();
+        Self { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>), way }
+    }
+}
+
+/// Why RDMA was not taken where a caller may choose another way: what stood in its way, and the details.
+pub fn why_no_rdma(error: &OpenError) -> String {
+    obstacle::why(error)
+}
+
+/// Opens the best door there is at `address` for the pages of `memory`.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn open_source(
+    address: &Address,
+    memory: Arc<dyn GuestMemory>,
+    options: &DoorOptions,
+    stop: &Stop,
+) -> Result<SourceDoor, OpenError> {
+    let channels = &options.channels;
+    let in_stream = channels.count == 0 && !matches!(address, Address::Rdma { .. });
+    if options.deltas.get() > 0 && !in_stream {
+        return Err(OpenError::NoDeltas { address: address.to_string() });
+    }
+    if let Some((why, remedy)) = channels.no_such_sending() {
+        return Err(OpenError::NoSuchSending {
+            address: address.to_string(),
+            sending: channels.sending,
+            why,
+            remedy,
+        });
+    }
+    match address {
+        Address::Rdma { .. } | Address::Fd(_) | Address::Exec(_) | Address::File(_) if channels.count > 0 => {
+            Err(OpenError::NoChannels { address: address.to_string() })
+        }
+        Address::Rdma { .. } if options.rdma.may_discard => {
+            Err(OpenError::NoRdma { address: address.to_string(), why: WhyNoRdma::GuestDiscards })
+        }
+        Address::Rdma { host, port } => {
+            rdma_source(host, *port, memory, &options.stream, &options.rdma, stop)
+        }
+        Address::Auto { host, port } => auto::open_source((host, *port), memory, options, stop),
+        _ => open_stream(address, memory, options, Way::named(address), stop),
+    }
+}
+
+/// Opens a byte stream, and page channels beside it where some are asked for.
+pub(super) fn open_stream(
+    address: &Address,
+    memory: Arc<dyn GuestMemory>,
+    options: &DoorOptions,
+    way: Way,
+    stop: &Stop,
+) -> Result<SourceDoor, OpenError> {
+    let (sink, back) = connect(address, &options.stream, stop)?.with_return_path();
+    let link: Box<dyn SourceLink> = match options.channels.count {
+        0 => Box::new(InlineLink::new(Box::new(sink), memory).with_deltas(options.deltas.clone())),
+        _ => {
+            let open = || connect(address, &options.stream, stop);
+            Box::new(multifd::connect(Box::new(sink), memory, &options.channels, open)?)
+        }
+    };
+    Ok(SourceDoor { link, back: back.map(|back| Box::new(back) as Box<_>), way })
+}
+
+/// The address of the first RDMA device here that carries traffic, if this process may lock `bytes` of memory.
+///
+/// # Errors
+/// [`WhyNoRdma`].
+pub fn rdma_address(bytes: u64) -> Result<IpAddr, WhyNoRdma> {
+    #[cfg(feature = "rdma")]
+    return crate::transport::rdma::usable_address(bytes);
+    #[cfg(not(feature = "rdma"))]
+    {
+        let _ = bytes;
+        Err(WhyNoRdma::NotBuilt)
+    }
+}
+
+#[cfg(not(feature = "rdma"))]
+fn rdma_source(
+    host: &str,
+    port: u16,
+    _memory: Arc<dyn GuestMemory>,
+    _options: &StreamOptions,
+    _rdma: &RdmaOptions,
+    _stop: &Stop,
+) -> Result<SourceDoor, OpenError> {
+    Err(not_built(&Address::Rdma { host: host.to_owned(), port }))
+}
+
+#[cfg(not(feature = "rdma"))]
+fn not_built(address: &Address) -> OpenError {
+    OpenError::NoRdma { address: address.to_string(), why: WhyNoRdma::NotBuilt }
+}
+
+/// Opens the way to a destination: connects, starts the command or makes the file.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn connect(address: &Address, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+    match address {
+        Address::Tcp { host, port } => tcp::connect(host, *port, options, stop),
+        Address::Rdma { .. } | Address::Auto { .. } => {
+            Err(OpenError::NotAStream { address: address.to_string() })
+        }
+        Address::Unix(path) => unix::connect(path, options, stop),
+        Address::Fd(number) => inherited(*number, options),
+        Address::Exec(command) => opened(address, exec::write_to(command, options)),
+        Address::File(path) => opened(address, file::write_to(path, options)),
+    }
+}
+
+fn inherited(number: i32, options: &StreamOptions) -> Result<StreamChannel, OpenError> {
+    let address = Address::Fd(number);
+    let taken =
+        take_inherited_fd(number).and_then(|fd| StreamChannel::from_fd(fd, address.to_string(), options));
+    opened(&address, taken)
+}
+
+fn opened(address: &Address, channel: io::Result<StreamChannel>) -> Result<StreamChannel, OpenError> {
+    let remedy = match address {
+        Address::Fd(_) => "pass an open stream socket or pipe to the process and give its number",
+        Address::Exec(_) => "the command needs a shell `sh` on the PATH",
+        _ => "check that the path exists and may be opened",
+    };
+    channel.map_err(|source| OpenError::Open {
+        address: address.to_string(),
+        doing: "opening",
+        remedy,
+        source,
+    })
+}
+
+/// The destination's side of an address: waits for connections, or opens what is there to be read.
+///
+/// Dropped once the migration has its channels, it closes to everybody else.
+#[derive(Debug)]
+pub struct Listener {
+    kind: Kind,
+    address: Address,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Tcp(TcpListener),
+    Auto(AutoListener),
+    Unix(UnixListener),
+    #[cfg(feature = "rdma")]
+    Rdma(RdmaListener),
+    /// One stream, opened by the first accept.
+    Once {
+        opened: bool,
+    },
+}
+
+impl Listener {
+    /// Listens. Of a TCP address without a host only this machine can connect; `allow` narrows who may.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn bind(address: &Address, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
+        let (kind, address) = match address {
+            Address::Tcp { host, port } => {
+                let listener = TcpListener::bind(host, *port, allow, stop)?;
+                let local = listener.local();
+                let address = Address::Tcp { host: local.ip().to_string(), port: local.port() };
+                (Kind::Tcp(listener), address)
+            }
+            Address::Auto { host, port } => {
+                let listener = AutoListener::bind(host, *port, allow, stop)?;
+                let local = listener.tcp().local();
+                let address = Address::Auto { host: local.ip().to_string(), port: local.port() };
+                (Kind::Auto(listener), address)
+            }
+            #[cfg(feature = "rdma")]
+            Address::Rdma { host, port } => {
+                let listener = RdmaListener::bind_here(host, *port, allow)?;
+                let address = Address::Rdma { host: host.clone(), port: listener.port() };
+                (Kind::Rdma(listener), address)
+            }
+            #[cfg(not(feature = "rdma"))]
+            Address::Rdma { .. } => return Err(not_built(address)),
+            Address::Unix(path) => (Kind::Unix(UnixListener::bind(path)?), address.clone()),
+            _ => (Kind::Once { opened: false }, address.clone()),
+        };
+        Ok(Self { kind, address })
+    }
+
+    /// Where it listens, with the port the kernel chose.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// What the operator should know before a guest comes this way.
+    pub fn warning(&self) -> Option<String> {
+        let local = match (&self.kind, &self.address) {
+            (Kind::Tcp(listener), _) => listener.local().ip().to_canonical(),
+            (Kind::Auto(listener), _) => listener.tcp().local().ip().to_canonical(),
+            // A device has no loopback: whoever reaches it comes from the network.
+            (_, Address::Rdma { .. }) => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+            _ => return None,
+        };
+        let advice = "use a network you trust or a tunnel, and --allow CIDR to name who may connect";
+        (!local.is_loopback())
+            .then(|| format!("{}: guest RAM travels unencrypted and unauthenticated; {advice}", self.address))
+    }
+
+    /// Why an `auto:` address is listened on by TCP only.
+    pub fn why_no_rdma(&self) -> Option<&str> {
+        match &self.kind {
+            Kind::Auto(listener) => listener.why_not.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// Waits for a source, with whatever door it comes by.
+    ///
+    /// # Errors
+    /// As [`accept`](Self::accept).
+    pub fn accept_door(&mut self, options: &DoorOptions, stop: &Stop) -> Result<DestinationDoor, OpenError> {
+        let channels = &options.channels;
+        let one_stream = !matches!(self.kind, Kind::Tcp(_) | Kind::Unix(_));
+        if channels.count > 0 && one_stream {
+            return Err(OpenError::NoChannels { address: self.address.to_string() });
+        }
+        #[cfg(feature = "rdma")]
+        if let Kind::Rdma(listener) = &mut self.kind {
+            return Ok(listener.accept(&options.stream, &options.rdma, stop)?);
+        }
+        if let Kind::Auto(listener) = &mut self.kind {
+            return listener.accept(&options.stream, &options.rdma, stop);
+        }
+        let way = Way::named(&self.address);
+        if channels.count == 0 {
+            return Ok(DestinationDoor::of_stream(self.accept(&options.stream, stop)?, way));
+        }
+        let address = self.address.to_string();
+        let next = |stop: &Stop| self.accept(&options.stream, stop);
+        let (main, pages) = multifd::accept(channels.count, &address, &options.stream, stop, next)?;
+        let (main, back) = main.with_return_path();
+        let source = MultifdSource::new(main, pages, channels.clone(), options.stream.stall);
+        Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>), way })
+    }
+
+    /// Waits for the next connection that is a byte stream.
+    ///
+    /// # Errors
+    /// [`OpenError`]; [`OpenError::OnlyOne`] at the second call where the address is one stream.
+    pub fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+        match &mut self.kind {
+            Kind::Tcp(listener) => listener.accept(options, stop),
+            Kind::Unix(listener) => listener.accept(options, stop),
+            #[cfg(feature = "rdma")]
+            Kind::Rdma(_) => Err(OpenError::NotAStream { address: self.address.to_string() }),
+            Kind::Auto(_) => Err(OpenError::NotAStream { address: self.address.to_string() }),
+            Kind::Once { opened: true } => Err(OpenError::OnlyOne { address: self.address.to_string() }),
+            Kind::Once { opened } => {
+                *opened = true;
+                self.open_once(options)
+            }
+        }
+    }
+
+    fn open_once(&self, options: &StreamOptions) -> Result<StreamChannel, OpenError> {
+        match &self.address {
+            Address::Fd(number) => inherited(*number, options),
+            Address::Exec(command) => opened(&self.address, exec::read_from(command, options)),
+            Address::File(path) => opened(&self.address, file::read_from(path, options)),
+            Address::Tcp { .. } | Address::Rdma { .. } | Address::Auto { .. } | Address::Unix(_) => {
+                Err(OpenError::OnlyOne { address: self.address.to_string() })
+            }
+        }
+    }
+}

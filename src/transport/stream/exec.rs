@@ -1,0 +1,123 @@
+//! A shell command at the other end of a stream (`exec:`).
+//!
+//! The source writes to the command's standard input, the destination reads its standard output; the other
+//! stream of the two is not used, and what the command prints besides goes to standard error. The command
+//! gets a process group of its own, so that nothing it started is left behind when we give up.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::event::PollFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+use crate::sys::{Stop, StopReason};
+use crate::transport::{ChannelError, StreamChannel, StreamOptions};
+
+const DOING: &str = "waiting for the command to end";
+
+/// A running command; killed with everything it started if nobody waited for its end.
+#[derive(Debug)]
+pub(crate) struct ChildCommand {
+    command: String,
+    running: Mutex<Running>,
+    /// Readable once the command has ended.
+    ended: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Running {
+    child: Child,
+    /// Waited for: its id may be another's by now.
+    reaped: bool,
+}
+
+impl Running {
+    fn kill(&mut self) {
+        if let (false, Some(group)) = (self.reaped, Pid::from_raw(self.child.id().cast_signed())) {
+            let _ = kill_process_group(group, Signal::KILL);
+            let _ = self.child.wait();
+            self.reaped = true;
+        }
+    }
+}
+
+/// Starts `command` and writes the stream to its standard input, a socket: writing to a command that has
+/// ended is then an error and not a signal.
+pub(crate) fn write_to(command: &str, options: &StreamOptions) -> io::Result<StreamChannel> {
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let stderr = Stdio::from(io::stderr().as_fd().try_clone_to_owned()?);
+    let child = ChildCommand::spawn(command, Stdio::from(theirs), stderr)?;
+    StreamChannel::of_command(ours, child, options)
+}
+
+/// Starts `command` and reads the stream from its standard output.
+pub(crate) fn read_from(command: &str, options: &StreamOptions) -> io::Result<StreamChannel> {
+    let (ours, theirs) = io::pipe()?;
+    let child = ChildCommand::spawn(command, Stdio::null(), Stdio::from(OwnedFd::from(theirs)))?;
+    StreamChannel::of_command(ours.into(), child, options)
+}
+
+impl ChildCommand {
+    fn spawn(command: &str, stdin: Stdio, stdout: Stdio) -> io::Result<Self> {
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(command).stdin(stdin).stdout(stdout).process_group(0);
+        let mut running = Running { child: shell.spawn()?, reaped: false };
+        let pidfd = Pid::from_raw(running.child.id().cast_signed())
+            .ok_or_else(|| io::Error::other("the command has no process id"))
+            .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
+        match pidfd {
+            Ok(ended) => Ok(Self { command: command.to_owned(), running: Mutex::new(running), ended }),
+            Err(error) => {
+                running.kill();
+                Err(error)
+            }
+        }
+    }
+
+    pub(crate) fn command(&self) -> &str {
+        &self.command
+    }
+
+    /// Waits until the command has ended.
+    ///
+    /// # Errors
+    /// [`ChannelError::CommandFailed`] unless its status is 0; `Stalled` after `limit`; `Stopped`.
+    pub(crate) fn wait(&self, limit: Option<Duration>, stop: &Stop) -> Result<(), ChannelError> {
+        let bounded = limit.map_or_else(|| stop.clone(), |limit| stop.within(limit));
+        let peer = || format!("exec:{}", self.command);
+        let broken = |source| ChannelError::Io { peer: peer(), doing: DOING, source };
+        match (bounded.wait(self.ended.as_fd(), PollFlags::IN).map_err(broken)?, limit) {
+            (None, _) => {}
+            (Some(StopReason::Deadline), Some(after)) if stop.reason().is_none() => {
+                return Err(ChannelError::Stalled { peer: peer(), doing: DOING, after });
+            }
+            (Some(reason), _) => return Err(ChannelError::Stopped { reason, doing: DOING }),
+        }
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let status = running.child.wait().map_err(broken)?;
+        running.reaped = true;
+        if status.success() {
+            return Ok(());
+        }
+        Err(ChannelError::CommandFailed { command: self.command.clone(), status: in_words(status) })
+    }
+}
+
+fn in_words(status: ExitStatus) -> String {
+    // A shell that has no such command exits with 127, which is worth saying.
+    match status.code() {
+        Some(127) => "exit status 127, command not found".to_owned(),
+        _ => status.to_string(),
+    }
+}
+
+impl Drop for ChildCommand {
+    fn drop(&mut self) {
+        self.running.get_mut().unwrap_or_else(PoisonError::into_inner).kill();
+    }
+}

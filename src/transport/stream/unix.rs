@@ -1,0 +1,123 @@
+//! UNIX stream sockets (`unix:`).
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::event::PollFlags;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::tcp::is_gone;
+use crate::sys::Stop;
+use crate::transport::open::OpenError;
+use crate::transport::{ChannelError, StreamChannel, StreamOptions};
+
+/// Connects to the socket at `path`.
+pub(crate) fn connect(path: &Path, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+    const CONNECTING: &str = "connecting";
+    /// Time after which a listener with a full queue is tried again: no event tells of its room.
+    const AGAIN: Duration = Duration::from_millis(10);
+    let peer = format!("unix:{}", path.display());
+    let broken = |source| ChannelError::Io { peer: peer.clone(), doing: CONNECTING, source };
+    let address = SockAddr::unix(path).map_err(broken)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(broken)?;
+    socket.set_nonblocking(true).map_err(broken)?;
+    loop {
+        match socket.connect(&address) {
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if let Some(reason) = stop.sleep(AGAIN) {
+                    return Err(ChannelError::Stopped { reason, doing: CONNECTING }.into());
+                }
+            }
+            Err(error) => return Err(broken(error).into()),
+        }
+    }
+    Ok(StreamChannel::from_fd(socket.into(), peer.clone(), options).map_err(broken)?)
+}
+
+/// A listening UNIX socket; its path goes with it.
+#[derive(Debug)]
+pub(crate) struct UnixListener {
+    socket: Socket,
+    path: PathBuf,
+    /// Device and inode of the path we made.
+    identity: (u64, u64),
+}
+
+impl UnixListener {
+    /// Listens at `path`, which only its owner may connect to. A socket left there by a program that is gone
+    /// is replaced; anything else is not touched.
+    pub(crate) fn bind(path: &Path) -> Result<Self, OpenError> {
+        let address = || format!("unix:{}", path.display());
+        Self::try_bind(path).map_err(|source| {
+            let remedy = match source.kind() {
+                io::ErrorKind::AddrInUse => {
+                    "another program listens there, or it is no socket: choose another path"
+                }
+                io::ErrorKind::NotFound => "make its directory first",
+                _ => "choose another path",
+            };
+            OpenError::Open { address: address(), doing: "listening", remedy, source }
+        })
+    }
+
+    fn try_bind(path: &Path) -> io::Result<Self> {
+        let address = SockAddr::unix(path)?;
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        match socket.bind(&address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_left_over(path, &address) => {
+                std::fs::remove_file(path)?;
+                socket.bind(&address)?;
+            }
+            bound => bound?,
+        }
+        // Nobody can connect before listen, so there is no moment at which others may.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        let made = std::fs::symlink_metadata(path)?;
+        socket.listen(16)?;
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, path: path.to_owned(), identity: (made.dev(), made.ino()) })
+    }
+
+    /// Waits for a connection.
+    pub(crate) fn accept(&self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+        const ACCEPTING: &str = "waiting for a connection";
+        let peer = || format!("unix:{}", self.path.display());
+        let broken = |source| ChannelError::Io { peer: peer(), doing: ACCEPTING, source };
+        loop {
+            if let Some(reason) = stop.wait(self.socket.as_fd(), PollFlags::IN).map_err(broken)? {
+                return Err(ChannelError::Stopped { reason, doing: ACCEPTING }.into());
+            }
+            match self.socket.accept() {
+                Ok((socket, _)) => {
+                    return Ok(StreamChannel::from_fd(socket.into(), peer(), options).map_err(broken)?);
+                }
+                Err(error) if is_gone(&error) => {}
+                Err(error) => return Err(broken(error).into()),
+            }
+        }
+    }
+}
+
+/// True if `path` is a socket that nobody listens on.
+fn is_left_over(path: &Path, address: &SockAddr) -> bool {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    let refused = || {
+        let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        probe.set_nonblocking(true)?;
+        probe.connect(address)
+    };
+    is_socket && refused().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+impl Drop for UnixListener {
+    fn drop(&mut self) {
+        let now = std::fs::symlink_metadata(&self.path).map(|meta| (meta.dev(), meta.ino()));
+        if now.is_ok_and(|now| now == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}

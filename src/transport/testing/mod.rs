@@ -1,0 +1,7 @@
+//! Connections for tests: in memory, and with faults.
+
+mod fault;
+mod loopback;
+
+pub use fault::{Fault, FaultKind, Faulty};
+pub use loopback::{Loopback, LoopbackSink, LoopbackSource, loopback};
