@@ -1,5 +1,5 @@
-//! `ramwire bench latency` and `bandwidth` from end to end, and migrations over RDMA beside other programs: their
-//! figures mean nothing here, their counts, files and checks do.
+//! `ramwire bench latency` and `bandwidth` from end to end: their figures mean nothing here, their counts, files
+//! and checks do.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader};
@@ -103,13 +103,9 @@ fn without_a_device_rdma_says_so() {
     if std::fs::read_dir("/sys/class/infiniband").is_ok_and(|mut devices| devices.next().is_some()) {
         return println!("skipped: this machine has a device");
     }
-    for arguments in
-        [&["latency", "--transport", "rdma"][..], &["migrate", "--transport", "rdma", "--ram", "2M"]]
-    {
-        let refused = ramwire(arguments).output().unwrap();
-        let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(refused.status.code() == Some(3) && errors.contains("libibverbs"), "{errors}");
-    }
+    let refused = ramwire(&["latency", "--transport", "rdma"]).output().unwrap();
+    let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(3) && errors.contains("libibverbs"), "{errors}");
 }
 
 #[cfg(feature = "rdma")]
@@ -132,34 +128,4 @@ fn in_rxe_guest_every_operation_is_measured() {
     for case in report["cases"].as_array().unwrap() {
         assert_eq!((check_summary(&case["uncorrected"]), check_summary(&case["corrected"])), (30, 30));
     }
-    let pairs = ["latency", "--op", "write", "--size", "4K", "--against-perftest", "--pairs", "1"];
-    let report = json(&ramwire(&[&pairs, &common[..]].concat()).output().unwrap());
-    assert!(report["cases"][0]["against"]["p50_ratio"]["median"].as_f64().unwrap() > 0.0, "{report}");
-}
-
-#[cfg(feature = "rdma")]
-#[test]
-#[ignore = "runs in ci/rxe-guest"]
-fn in_rxe_guest_migrations_are_compared_and_counted() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let arguments = ["migrate", "--transport", "rdma", "--ram", "16M", "--pairs", "1", "--json", "--against"];
-    let peers = ["qemu10,ib_write_bw", "--pin-all", "--memory-dir", dir.path().to_str().unwrap()];
-    let report = json(&ramwire(&[&arguments[..], &peers].concat()).output().unwrap());
-    assert_eq!((&report["pin_all"], &report["verified"]), (&true.into(), &true.into()), "{report}");
-    let contestants = report["contestants"].as_array().unwrap();
-    let names: Vec<_> = contestants.iter().map(|contestant| contestant["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["ramwire", "qemu10", "ib_write_bw"]);
-    for contestant in contestants {
-        assert!(contestant["mb_per_s"]["median"].as_f64().unwrap() > 0.0, "{contestant}");
-    }
-    for counted in [&contestants[0]["counted"], &contestants[1]["counted"]] {
-        for side in ["source", "destination"] {
-            let number = |name: &str| counted[side][name].as_u64().unwrap();
-            assert!(number("total") > number("doorbells") && number("doorbells") > 0, "{counted}");
-        }
-    }
-    // 16 MiB in chunks of 1 MiB are 16 writes at least.
-    assert!(contestants[0]["counted"]["requests"].as_u64().unwrap() >= 16, "{}", contestants[0]);
-    assert!(contestants[2]["counted"].is_null());
-    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }

@@ -19,6 +19,7 @@ mod render;
 mod report;
 mod send;
 mod signals;
+mod sizes;
 mod slow_link;
 mod store;
 mod watch;

@@ -1,67 +1,21 @@
-//! `ramwire bench`: ramwire beside other programs, on the same memory, in turns.
+//! `ramwire bench`: how long messages take between two hosts, and how many go through.
 
-mod bed;
-mod contestant;
-mod converge;
-mod cost;
-mod floors;
-mod interval;
-mod iperf;
-mod limit;
-mod own;
-mod peer;
 mod probe;
-mod qemu;
-mod qmp;
-#[cfg(feature = "rdma")]
-mod rdma;
-mod report;
-#[cfg(feature = "rdma")]
-mod strace;
-mod watch;
 
 use std::io;
-use std::path::PathBuf;
 
 use ramwire::sys::CancelToken;
-use ramwire::transport::{ChannelError, OpenError};
-use serde::Serialize;
 
-use bed::{Bed, Fill, Memory};
-use contestant::{Against, Mover};
-use cost::Cost;
-use floors::Pattern;
-use own::Way;
-use peer::PeerArgs;
 use probe::{ProbeArgs, ProbeKind};
-use report::{Report, Setting};
 
 use super::args::Exit;
 use super::common;
-use super::output::{note, result_line, result_text};
-use super::plot::PlotError;
 use super::signals::cancel_on_signal;
 
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// A program to compare with is not here.
-    #[error("{program} was not found; {remedy}")]
-    Missing {
-        /// The program.
-        program: String,
-        /// What would help.
-        remedy: String,
-    },
-    /// The memory could not be had.
-    #[error("{}: {source}; --ram is needed twice over in --memory-dir", path.display())]
-    Memory {
-        /// The file.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-    /// A contestant said no.
+    /// The other end said no.
     #[error("{who} refused {what}: {answer}")]
     Refused {
         /// Who.
@@ -71,33 +25,14 @@ pub enum BenchError {
         /// What it said.
         answer: String,
     },
-    /// The memory that arrived is not the memory that left.
-    #[error("{who} moved other bytes than there were, from byte {at:#x} on; no figures of it count")]
-    Differs {
-        /// Who.
-        who: String,
-        /// First byte that differs.
-        at: u64,
-    },
     /// RDMA can't be used.
-    #[error("{0}")]
+    #[error(transparent)]
     NoRdma(Box<dyn std::error::Error + Send + Sync>),
-    /// A contestant that knows no such transport.
-    #[error("{who} does not go by this transport; compare with {known}")]
-    NotThisWay {
-        /// Who.
-        who: String,
-        /// Who does.
-        known: &'static str,
-    },
-    /// Private memory is the process's own.
-    #[error("--memory huge is there with its process only: give --populated yes or no")]
-    NotBacked,
-    /// Somebody gave a signal.
+    /// A signal came.
     #[error("cancelled")]
     Cancelled,
     /// A call failed.
-    #[error("{who}: {doing}: {source}")]
+    #[error("{who}: {doing}")]
     Io {
         /// Who.
         who: String,
@@ -106,41 +41,6 @@ pub enum BenchError {
         /// The answer.
         source: io::Error,
     },
-    /// A connection could not be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// A connection failed.
-    #[error(transparent)]
-    Channel(#[from] ChannelError),
-}
-
-/// Figures of one run.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Run {
-    /// Wall time in seconds.
-    pub seconds: f64,
-    /// Of it, before the first page: connecting, registering memory. Told where that counts, over RDMA.
-    pub setup_seconds: Option<f64>,
-    /// What the sending process cost, where it could be read.
-    pub source: Option<Cost>,
-    /// What the receiving process cost, where there is one and it could be read.
-    pub destination: Option<Cost>,
-    /// Downtime in ms, where there is such a thing.
-    pub downtime_ms: Option<f64>,
-    /// Seconds that a bare populate of the same memory took right before, where the destination has none.
-    pub populate_seconds: Option<f64>,
-}
-
-impl Run {
-    /// Both processes together.
-    pub fn cost(&self) -> Option<Cost> {
-        let there = self.destination.unwrap_or_default();
-        self.source.map(|here| Cost {
-            cpu_seconds: here.cpu_seconds + there.cpu_seconds,
-            user_seconds: here.user_seconds + there.user_seconds,
-            page_faults: here.page_faults + there.page_faults,
-        })
-    }
 }
 
 /// Arguments of `ramwire bench`.
@@ -152,316 +52,27 @@ pub struct BenchArgs {
 
 #[derive(Clone, Debug, clap::Subcommand)]
 enum What {
-    /// Whole migrations on this machine, over sockets or RDMA, paired with other programs'
-    Migrate(MigrateArgs),
-    /// Whether a guest that writes as fast as the link carries, or faster, still arrives
-    Converge(converge::ConvergeArgs),
-    /// Whether a bandwidth limit holds, over all of a run and over each tenth of a second
-    Limit(limit::LimitArgs),
     /// How long messages take: RDMA WRITE, READ and SEND, TCP, UNIX sockets
     Latency(ProbeArgs),
     /// How many messages go through
     Bandwidth(ProbeArgs),
-    /// The other process of a run
-    #[command(hide = true)]
-    Peer(PeerArgs),
-}
-
-/// Arguments of `ramwire bench migrate`.
-#[derive(Clone, Debug, clap::Args)]
-#[command(after_help = "\
-Examples:
-  ramwire bench migrate --against qemu10,floor --ram 4G --pairs 15
-  ramwire bench migrate --against qemu10:4,memcpy --fill mixed:70 --json > figures.json
-  ramwire bench migrate --against qemu10,qemu10:4 --ram 1G --populated no --memory huge
-  ramwire bench migrate --transport rdma --against qemu10,qemu72,ib_write_bw --ram 128M --pairs 5 --pin-all
-
-Peers over RDMA:
-  qemu72, qemu10       QEMU 7.2 or 10.0 to the same, registering memory in the same way
-  ib_write_bw          bare RDMA WRITEs of 1 MiB (perftest)
-
-Peers over sockets:
-  ramwire, ramwire:4   ramwire once more, with so many page channels; +unix: over a UNIX socket;
-                       +whole: without looking for zero pages; +splice, +zerocopy: how pages on
-                       channels are sent
-  qemu72, qemu10       QEMU 7.2 or 10.0 to the same, plain stream; qemu10:4 with 4 multifd channels
-  floor                bare loop of the plain stream's pattern: header and page, 512 pages a call
-  floor-packet         bare loop of packets received straight into RAM
-  floor-direct         bare loop of buffers received straight into RAM
-  sweep                one process reads the memory
-  memcpy               one process copies the memory
-  iperf3               one buffer of 1 MiB, again and again
-
-Each round runs ramwire and every peer once on the same memory; every other round goes backwards. Ratios are
-of the same round, so that a machine that gets slower or faster meanwhile does not count for one of them.
-A floor uses the best of buffers from 64 KiB to 4 MiB, tried first. With --populated no each run is preceded
-by a bare populate of the same memory, which is timed and undone; a pair whose two populates differ by more than
-20 % does not count for ratios. RAM is needed twice over.")]
-pub struct MigrateArgs {
-    /// Whom to compare with, with commas between [default: qemu10,floor; over RDMA: qemu10,ib_write_bw]
-    #[arg(long, value_delimiter = ',', value_name = "PEERS")]
-    against: Option<Vec<Against>>,
-    /// Guest RAM that each run moves; a multiple of 2M, larger than the caches to mean anything
-    #[arg(long, default_value = "4G", value_parser = parse_size, value_name = "SIZE")]
-    ram: u64,
-    /// Page channels of ramwire's migration; 0: pages in the stream
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    channels: u8,
-    /// Connection of ramwire's migration
-    #[arg(long, value_enum, default_value_t = Connection::Tcp)]
-    transport: Connection,
-    #[command(flatten)]
-    rdma: RdmaArgs,
-    /// What the memory holds: random, zero, or mixed:PERCENT random
-    #[arg(long, default_value = "random")]
-    fill: Fill,
-    /// What the memory is before a run
-    #[arg(long, value_enum, default_value_t = Populated::Yes)]
-    populated: Populated,
-    /// What a destination's memory is
-    #[arg(long, value_enum, default_value_t = Memory::Shared)]
-    memory: Memory,
-    /// Rounds; 15 and more for an interval that means something
-    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..10_000))]
-    pairs: u32,
-    /// One JSON object on standard output instead of a table
-    #[arg(long)]
-    json: bool,
-    /// Draw everybody's GB a second as bars into this file, too
-    #[arg(long, value_name = "FILE")]
-    svg: Option<PathBuf>,
-    /// Folder in memory for the guest's RAM
-    #[arg(long, default_value = "/dev/shm")]
-    memory_dir: PathBuf,
-    /// Program of QEMU 7.2
-    #[arg(long)]
-    qemu72: Option<PathBuf>,
-    /// Program of QEMU 10.0
-    #[arg(long)]
-    qemu100: Option<PathBuf>,
-    /// Skip comparing the memory after each contestant's first run
-    #[arg(long)]
-    no_verify: bool,
-}
-
-/// A size that both a QEMU and huge pages take.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let bytes = common::bytes(text)?;
-    let whole = bytes > 0 && bytes.is_multiple_of(2 << 20);
-    if whole { Ok(bytes) } else { Err("write a multiple of 2 MiB, like 512M or 4G".into()) }
-}
-
-impl MigrateArgs {
-    /// Memory that only its process has is either in the page tables or not there.
-    fn check(&self) -> Result<(), BenchError> {
-        match (self.memory, self.populated) {
-            (Memory::Huge, Populated::Backed) => Err(BenchError::NotBacked),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// What ramwire's migration runs over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Connection {
-    /// TCP over the loopback
-    Tcp,
-    /// A UNIX socket
-    Unix,
-    /// A verbs device, to itself; the QEMUs' too
-    Rdma,
-}
-
-/// What is asked of migrations over RDMA.
-#[derive(Clone, Debug, clap::Args)]
-#[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "built without RDMA"))]
-struct RdmaArgs {
-    /// Over RDMA: IP address of the device; without it that of the first usable one
-    #[arg(long, value_name = "ADDRESS")]
-    host: Option<String>,
-    /// Over RDMA: all contestants register all of RAM ahead
-    #[arg(long)]
-    pin_all: bool,
-    /// Over RDMA: queue pairs of ramwire's migration
-    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
-    queue_pairs: u16,
-    /// Over RDMA: leave out the runs that count system calls and requests
-    #[arg(long)]
-    no_count: bool,
-}
-
-/// What the memory is before the clock starts, for every contestant alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Populated {
-    /// Backed by the host, and in the page tables of every process
-    Yes,
-    /// Backed by the host; each process meets it by faults
-    Backed,
-    /// The destination's pages don't exist yet
-    No,
-}
-
-impl Populated {
-    /// Whether a process maps every page ahead; `arriving` for a destination's.
-    fn mapped(self, arriving: bool) -> bool {
-        match self {
-            Self::Yes => true,
-            Self::Backed => false,
-            Self::No => !arriving,
-        }
-    }
 }
 
 /// Runs `ramwire bench`.
 pub(super) fn run(args: &BenchArgs) -> Exit {
     let cancel = CancelToken::default();
+    cancel_on_signal(vec![cancel.clone()]);
     let done = match &args.what {
-        What::Migrate(args) => {
-            cancel_on_signal(vec![cancel.clone()]);
-            let done = match args.transport {
-                Connection::Rdma => over_rdma(args, &cancel),
-                _ => migrate(args, &cancel)
-                    .and_then(|report| publish(args, &report, report.table(), || report.picture())),
-            };
-            done.map(|()| Exit::Done)
-        }
-        What::Latency(args) => {
-            cancel_on_signal(vec![cancel.clone()]);
-            probe::run(args, ProbeKind::Latency, &cancel).map(|()| Exit::Done)
-        }
-        What::Bandwidth(args) => {
-            cancel_on_signal(vec![cancel.clone()]);
-            probe::run(args, ProbeKind::Bandwidth, &cancel).map(|()| Exit::Done)
-        }
-        What::Limit(args) => limit::run(args),
-        What::Converge(args) => {
-            cancel_on_signal(vec![cancel.clone()]);
-            converge::run(args, &cancel)
-        }
-        // Ends with the process that started it, by its connection or by the terminal's signal.
-        What::Peer(args) => peer::serve(args).map(|()| Exit::Done),
+        What::Latency(args) => probe::run(args, ProbeKind::Latency, &cancel),
+        What::Bandwidth(args) => probe::run(args, ProbeKind::Bandwidth, &cancel),
     };
     match done {
-        Ok(exit) => exit,
-        // A run that the signal broke reports whatever it broke on.
+        Ok(()) => Exit::Done,
+        // A measurement that the signal broke reports whatever it broke on.
         Err(_) if cancel.is_cancelled() => Exit::Cancelled,
         Err(error) => {
             common::complain("bench", &error);
             Exit::Failed
-        }
-    }
-}
-
-fn publish(
-    args: &MigrateArgs,
-    report: &impl Serialize,
-    table: String,
-    picture: impl FnOnce() -> Result<String, PlotError>,
-) -> Result<(), BenchError> {
-    if let Some(path) = &args.svg {
-        let drawn = picture().map_err(io::Error::other).and_then(|svg| std::fs::write(path, svg));
-        drawn.map_err(|source| BenchError::Io {
-            who: path.display().to_string(),
-            doing: "drawing",
-            source,
-        })?;
-    }
-    match args.json {
-        true => result_line!("{}", serde_json::json!(report)),
-        false => result_text!("{table}"),
-    }
-    Ok(())
-}
-
-#[cfg(feature = "rdma")]
-fn over_rdma(args: &MigrateArgs, cancel: &CancelToken) -> Result<(), BenchError> {
-    rdma::migrate(args, cancel).and_then(|report| publish(args, &report, report.table(), || report.picture()))
-}
-
-#[cfg(not(feature = "rdma"))]
-fn over_rdma(_args: &MigrateArgs, _cancel: &CancelToken) -> Result<(), BenchError> {
-    Err(BenchError::NoRdma(Box::new(ramwire::transport::WhyNoRdma::NotBuilt)))
-}
-
-fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchError> {
-    args.check()?;
-    let way = Way { channels: args.channels, unix: args.transport == Connection::Unix, ..Way::default() };
-    let default = [Against::Qemu { version: "10.0", channels: 0 }, Against::Floor(Pattern::Stream)];
-    let given = args.against.as_deref().unwrap_or(&default);
-    let against = || std::iter::once(Against::Ramwire(way)).chain(given.iter().copied());
-    // Found before the memory is filled.
-    let found = against().map(|one| Mover::of(one, args)).collect::<Result<Vec<_>, _>>()?;
-    let bed = Bed::make(&args.memory_dir, args.ram, args.fill, args.populated, args.memory)?;
-    let mut movers = Vec::new();
-    for mover in found {
-        movers.push(mover.settled(&bed, cancel)?);
-    }
-    let names: Vec<String> = against().zip(&movers).map(|(one, mover)| mover.name(one)).collect();
-    let rounds = turns(args.pairs, movers.len(), cancel, |round, at| {
-        let run = || movers[at].run(&bed);
-        let verify = round == 0 && !args.no_verify && movers[at].fills_destination();
-        let run = if verify { verified(&names[at], &bed, run) } else { run() }?;
-        tracing::info!(round, who = %names[at], seconds = run.seconds, cost = ?run.cost(), "run");
-        Ok(run)
-    })?;
-    let setting = Setting {
-        ram_bytes: args.ram,
-        fill: args.fill.to_string(),
-        populated: name_of(&args.populated),
-        memory: name_of(&args.memory),
-        verified: !args.no_verify,
-    };
-    Ok(Report::new(setting, &names, &rounds))
-}
-
-fn name_of(value: &impl clap::ValueEnum) -> String {
-    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
-}
-
-/// `pairs` rounds in which every one of `movers` runs once; every other round goes backwards. One row per round.
-fn turns(
-    pairs: u32,
-    movers: usize,
-    cancel: &CancelToken,
-    mut run: impl FnMut(u32, usize) -> Result<Run, BenchError>,
-) -> Result<Vec<Vec<Run>>, BenchError> {
-    let mut rounds = Vec::new();
-    for round in 0..pairs {
-        let mut runs = vec![None; movers];
-        let forwards: Vec<usize> = (0..movers).collect();
-        let backwards = forwards.iter().rev().copied().collect();
-        for at in if round % 2 == 0 { forwards } else { backwards } {
-            if cancel.is_cancelled() {
-                return Err(BenchError::Cancelled);
-            }
-            runs[at] = Some(run(round, at)?);
-        }
-        rounds.push(runs.into_iter().flatten().collect());
-        note!("round {} of {pairs}", round + 1);
-    }
-    Ok(rounds)
-}
-
-/// A run into zeroed memory that is compared afterwards.
-fn verified(name: &str, bed: &Bed, run: impl FnOnce() -> Result<Run, BenchError>) -> Result<Run, BenchError> {
-    match bed.compared(run)? {
-        (run, None) => Ok(run),
-        (_, Some(at)) => Err(BenchError::Differs { who: name.to_owned(), at }),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn sizes_are_read_as_written() {
-        assert_eq!(parse_size("4G"), Ok(4 << 30));
-        assert_eq!(parse_size("512M"), Ok(512 << 20));
-        assert_eq!(parse_size("2048k"), Ok(2 << 20));
-        for wrong in ["", "0", "G", "1M", "3000000", "-4G", "99999999999G"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
         }
     }
 }

@@ -19,13 +19,12 @@ use std::time::Duration;
 use ramwire::sys::CancelToken;
 
 use super::BenchError;
-use super::interval::Median;
 use crate::cli::common;
 use crate::cli::output::{result_line, result_text};
 use answer::Heard;
 use measure::Pace;
-use record::{Recorded, summary};
-use report::{Against, Case, Report};
+use record::Recorded;
+use report::{Case, Report};
 use sockets::Sockets;
 use words::{Carrier, Kind, Op, Reply, Request, Words, failed};
 
@@ -34,7 +33,7 @@ use words::{Carrier, Kind, Op, Reply, Request, Words, failed};
 #[command(after_help = "\
 Examples:
   ramwire bench latency --transport tcp --size 4K --duration 2s --output /tmp/tcp
-  ramwire bench latency --transport rdma --op write --size 4K --against-perftest --pairs 5
+  ramwire bench latency --transport rdma --op write --size 4K
   ramwire bench bandwidth --transport rdma --size 64K,1M --depth 64
   ramwire bench latency --listen 192.0.2.1:7000            (on one host)
   ramwire bench latency --connect 192.0.2.1:7000 --rate 1000   (on another)
@@ -70,12 +69,6 @@ pub struct ProbeArgs {
     /// At the answering end, over RDMA: IP address of the device; without it that of the first usable one
     #[arg(long, value_name = "ADDRESS")]
     host: Option<String>,
-    /// Over RDMA, writes on this host: measure ib_write_lat (perftest) in turns with ours
-    #[arg(long, conflicts_with_all = ["listen", "connect", "rate"])]
-    against_perftest: bool,
-    /// How many turns with --against-perftest; figures of ours are those of the last
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..1000))]
-    pairs: u32,
     /// Write files whose names begin so
     #[arg(long, value_name = "PREFIX")]
     output: Option<PathBuf>,
@@ -125,11 +118,14 @@ pub fn run(args: &ProbeArgs, kind: Kind, cancel: &CancelToken) -> Result<(), Ben
     };
     let socket = TcpStream::connect(&address).map_err(failed("connecting to the other end"))?;
     let mut words = Words::new(socket).map_err(failed("connecting to the other end"))?;
+    let pace =
+        Pace { duration: args.duration, every: args.rate.map(|rate| Duration::from_secs_f64(1.0 / rate)) };
     let mut cases = Vec::new();
     for op in ops(args, kind) {
         for size in &args.size {
             let request = request(args, kind, op, *size);
-            let case = pairs(args, &mut words, &request, cancel)?;
+            let recorded = measure(&mut words, &request, pace, cancel)?;
+            let case = Case::new(request, recorded);
             if !args.json {
                 result_text!("{}", case.text());
             }
@@ -161,63 +157,6 @@ fn request(args: &ProbeArgs, kind: Kind, op: Op, size: usize) -> Request {
         request.depth = args.depth.map_or(default, usize::from);
     }
     request
-}
-
-/// One measurement; with perftest so many in turns.
-fn pairs(
-    args: &ProbeArgs,
-    words: &mut Words,
-    request: &Request,
-    cancel: &CancelToken,
-) -> Result<Case, BenchError> {
-    let pace =
-        Pace { duration: args.duration, every: args.rate.map(|rate| Duration::from_secs_f64(1.0 / rate)) };
-    let measure = |words: &mut Words| measure(words, request, pace, cancel);
-    if !args.against_perftest || request.op != Op::Write || !request.is_echo() {
-        return Ok(Case::new(request.clone(), measure(words)?, None));
-    }
-    let recorded = measure(words)?;
-    let count = recorded.uncorrected.len();
-    let (mut own, mut theirs) = (Vec::new(), Vec::new());
-    let mut last = recorded;
-    for turn in 0..args.pairs {
-        let mut found = None;
-        if turn % 2 == 1 {
-            found = Some(perftest(args, request.size, count)?);
-        }
-        last = measure(words)?;
-        let found = found.map_or_else(|| perftest(args, request.size, count), Ok)?;
-        let figures = summary(&last.uncorrected);
-        own.push((figures.p50_us, figures.p99_us));
-        theirs.push(found);
-    }
-    let median = |values: Vec<f64>| Median::of(values).ok_or_else(|| BenchError::Cancelled);
-    let both = || own.iter().zip(&theirs);
-    let against = Against {
-        p50_us: median(theirs.iter().map(|their| their.0).collect())?,
-        p99_us: median(theirs.iter().map(|their| their.1).collect())?,
-        p50_ratio: median(both().map(|(own, their)| own.0 / their.0).collect())?,
-        p99_ratio: median(both().map(|(own, their)| own.1 / their.1).collect())?,
-    };
-    Ok(Case::new(request.clone(), last, Some(against)))
-}
-
-/// Median and 99th percentile of `ib_write_lat` in microseconds.
-#[cfg(feature = "rdma")]
-fn perftest(args: &ProbeArgs, size: usize, count: u64) -> Result<(f64, f64), BenchError> {
-    let host = match &args.host {
-        Some(host) => host.clone(),
-        None => {
-            let found = ramwire::transport::rdma_address(0);
-            found.map_err(|why| BenchError::NoRdma(Box::new(why)))?.to_string()
-        }
-    };
-    super::rdma::perftest::Device::at(&host)?.latency(size, count)
-}
-
-#[cfg(not(feature = "rdma"))]
-fn perftest(_args: &ProbeArgs, _size: usize, _count: u64) -> Result<(f64, f64), BenchError> {
-    Err(BenchError::NoRdma(Box::new(ramwire::transport::WhyNoRdma::NotBuilt)))
 }
 
 fn measure(

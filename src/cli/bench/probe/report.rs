@@ -6,8 +6,6 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::super::interval::Median;
-use super::super::report::{kernel, shown};
 use super::record::{Recorded, Summary, summary};
 use super::words::{Kind, Request};
 use crate::cli::common::human_bytes;
@@ -36,28 +34,13 @@ pub struct Case {
     pub uncorrected: Summary,
     /// From where each should have begun, where a rate was given: corrected for coordinated omission.
     pub corrected: Option<Summary>,
-    /// What `ib_write_lat` found beside it, where it was asked.
-    pub against: Option<Against>,
     #[serde(skip)]
     recorded: Recorded,
 }
 
-/// Ours beside `ib_write_lat`, in pairs.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Against {
-    /// Its median latency in microseconds.
-    pub p50_us: Median,
-    /// Its 99th percentile in microseconds.
-    pub p99_us: Median,
-    /// Our median over its, of the same pair.
-    pub p50_ratio: Median,
-    /// Our 99th percentile over its, of the same pair.
-    pub p99_ratio: Median,
-}
-
 impl Case {
     /// Puts figures together.
-    pub fn new(request: Request, recorded: Recorded, against: Option<Against>) -> Self {
+    pub fn new(request: Request, recorded: Recorded) -> Self {
         let seconds = recorded.length.max(Duration::from_nanos(1)).as_secs_f64();
         let count = recorded.uncorrected.len() as f64;
         Self {
@@ -67,7 +50,6 @@ impl Case {
             messages_per_s: count / seconds,
             uncorrected: summary(&recorded.uncorrected),
             corrected: recorded.corrected.as_ref().map(summary),
-            against,
             request,
             recorded,
         }
@@ -126,16 +108,6 @@ impl Case {
                 );
             }
         }
-        if let Some(against) = &self.against {
-            let _ = writeln!(
-                out,
-                "  ib_write_lat us: p50 {}  p99 {}; ours over its, paired: p50 {}  p99 {}",
-                shown(Some(against.p50_us), 1),
-                shown(Some(against.p99_us), 1),
-                shown(Some(against.p50_ratio), 3),
-                shown(Some(against.p99_ratio), 3)
-            );
-        }
         out.push_str(&picture(&self.recorded.uncorrected));
         out
     }
@@ -189,7 +161,8 @@ impl Report {
     /// Of these.
     pub fn new(kind: Kind, rate: Option<f64>, cases: Vec<Case>) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { version: 1, kind, rate, cpus, kernel: kernel(), cases }
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Self { version: 1, kind, rate, cpus, kernel: kernel.trim().to_owned(), cases }
     }
 
     /// Latencies over percentiles, one line for each measurement; a second one where it is corrected.
@@ -238,7 +211,7 @@ mod tests {
         }
         let request =
             Request { carrier: Carrier::Rdma, op: Op::Write, kind: Kind::Latency, size: 4096, depth: 1 };
-        Case::new(request, recorded, None)
+        Case::new(request, recorded)
     }
 
     #[test]

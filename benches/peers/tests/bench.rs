@@ -1,4 +1,4 @@
-//! `ramwire bench migrate` from end to end, small: its figures mean nothing here, its checks do.
+//! `ramwire-bench` from end to end, small: its figures mean nothing here, its checks do.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -8,12 +8,10 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 fn bench(memory_dir: &Path, arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ramwire"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ramwire-bench"));
     // The QEMUs that ci/setup provides are found from the project's root.
-    command
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .args(["bench", "migrate", "--memory-dir"])
-        .arg(memory_dir);
+    command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
+    command.args(["migrate", "--memory-dir"]).arg(memory_dir);
     command.args(arguments).output().unwrap()
 }
 
@@ -103,12 +101,20 @@ fn what_is_missing_or_too_small_is_said() {
     assert!(String::from_utf8_lossy(&backed.stderr).contains("--populated yes or no"), "{backed:?}");
 }
 
+#[test]
+fn a_ramwire_that_is_not_there_is_named() {
+    let arguments = ["limit", "--limit=8M", "--seconds=1", "--ramwire=/none"];
+    let output = Command::new(env!("CARGO_BIN_EXE_ramwire-bench")).args(arguments).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(3) && errors.contains("--ramwire"), "{errors}");
+}
+
 /// A signal ends the bench between two runs at the latest and leaves no memory behind.
 #[test]
 fn a_signal_cancels_and_frees_the_memory() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_ramwire"))
-        .args(["bench", "migrate", "--ram", "16M", "--pairs", "9999", "--against", "floor", "--memory-dir"])
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ramwire-bench"))
+        .args(["migrate", "--ram", "16M", "--pairs", "9999", "--against", "floor", "--memory-dir"])
         .arg(dir.path())
         .stderr(std::process::Stdio::null())
         .spawn()
@@ -124,12 +130,12 @@ fn a_signal_cancels_and_frees_the_memory() {
     assert_eq!(left_over(dir.path()), 0);
 }
 
-/// The other benches from end to end, small: a guest that arrives by itself, and a limit watched for a moment.
+/// The other benches from end to end, small: a guest that arrives by itself, and a limit watched for a moment. They run
+/// the command, which `cargo test --workspace` builds beside this program.
 #[test]
 fn converging_and_limited_demos_are_measured() {
     let run = |arguments: &[&str]| {
-        let output =
-            Command::new(env!("CARGO_BIN_EXE_ramwire")).arg("bench").args(arguments).output().unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_ramwire-bench")).args(arguments).output().unwrap();
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
         serde_json::from_slice::<Value>(&output.stdout).unwrap_or_else(|error| panic!("{error}: {errors}"))
     };

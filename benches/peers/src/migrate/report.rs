@@ -5,8 +5,8 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::Run;
-use super::interval::Median;
-use crate::cli::plot::{self, Axis, Bar, PlotError};
+use crate::interval::{Median, shown};
+use crate::plot::{self, Axis, Bar, PlotError};
 
 const GB: f64 = 1e9;
 
@@ -225,21 +225,11 @@ pub fn kernel() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
 }
 
-/// A median with its interval, for a table.
-pub fn shown(median: Option<Median>, digits: usize) -> String {
-    match median {
-        Some(Median { median, low, high, .. }) => {
-            format!("{median:.digits$} [{low:.digits$}, {high:.digits$}]")
-        }
-        None => "-".into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::cli::bench::Cost;
+    use crate::migrate::Cost;
 
     #[test]
     fn ratios_are_paired_by_round() {

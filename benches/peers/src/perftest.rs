@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rdma_hooks::verbs::devices;
 
-use super::super::{BenchError, Run};
+use crate::{BenchError, migrate::Run};
 
 /// Bytes of a WRITE of the bandwidth test.
 const WRITE_BYTES: u64 = 1 << 20;
@@ -82,7 +82,7 @@ impl Device {
 
     /// Runs a test's server and its client; the numbers of the line under its head.
     fn run(&self, program: &str, arguments: &[String]) -> Result<Vec<f64>, BenchError> {
-        let port = super::super::qemu::free_port().map_err(failed(program, "choosing a port"))?;
+        let port = crate::qemu::free_port().map_err(failed(program, "choosing a port"))?;
         let command = || {
             let mut command = Command::new(program);
             command.args(["-d", &self.name, "-F", "-p", &port.to_string()]).args(arguments);

@@ -18,10 +18,11 @@ use ramwire::sys::{Mapping, Stop};
 use ramwire::transport::{Address, ChannelOptions, DoorOptions, Listener, PageSending, open_source};
 use ramwire::units::PageSize;
 
+use super::Run;
 use super::bed::{self, Bed};
 use super::cost::Cost;
 use super::peer::{Peer, Role};
-use super::{BenchError, Run};
+use crate::BenchError;
 
 /// A machine that stands still and has no devices.
 pub struct Still;
@@ -146,8 +147,8 @@ pub fn receive(listener: &mut Listener, mapping: &Mapping, way: Way) -> Result<(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::cli::bench::Populated;
-    use crate::cli::bench::bed::{Fill, Memory};
+    use crate::migrate::Populated;
+    use crate::migrate::bed::{Fill, Memory};
     use ramwire::transport::AllowList;
 
     #[test]

@@ -4,12 +4,12 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::super::cost::Cost;
-use super::super::interval::Median;
-use super::super::report::{kernel, shown};
-use super::super::strace::Calls;
-use super::super::{MigrateArgs, Run};
-use crate::cli::plot::{self, Axis, Bar, PlotError};
+use crate::interval::{Median, shown};
+use crate::migrate::cost::Cost;
+use crate::migrate::report::kernel;
+use crate::migrate::strace::Calls;
+use crate::migrate::{MigrateArgs, Run};
+use crate::plot::{self, Axis, Bar, PlotError};
 
 const GB: f64 = 1e9;
 const MB: f64 = 1e6;

@@ -1,27 +1,28 @@
-//! `ramwire bench limit`: whether `--max-bandwidth` holds, over all of a run and over each tenth of a second.
+//! `ramwire-bench limit`: whether `--max-bandwidth` holds, over all of a run and over each tenth of a second.
 //!
 //! A `ramwire demo` whose guest writes as much as that is ended after some seconds; the log of its run tells what had left
 //! when ([`RunLog`](ramwire::session::RunLog)).
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use ramwire::observe::{Record, Sample, Status};
 use serde::Serialize;
 
-use super::BenchError;
-use crate::cli::args::Exit;
-use crate::cli::common::bytes;
-use crate::cli::output::result_line;
+use crate::BenchError;
+use crate::Exit;
+use crate::output::result_line;
+use crate::program::Program;
+use crate::sizes::bytes;
 
-/// Arguments of `ramwire bench limit`.
+/// Arguments of `ramwire-bench limit`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  ramwire bench limit --limit 100M
-  ramwire bench limit --channels 4 --limit 100M
-  ci/rxe-guest target/release/ramwire bench limit --transport rdma --limit 8M")]
-pub(super) struct LimitArgs {
+  ramwire-bench limit --limit 100M
+  ramwire-bench limit --channels 4 --limit 100M
+  ci/rxe-guest target/release/ramwire-bench limit --transport rdma --limit 8M")]
+pub struct LimitArgs {
     /// How the guest travels: tcp, unix or rdma
     #[arg(long, value_name = "TRANSPORT", default_value = "tcp")]
     transport: String,
@@ -40,6 +41,8 @@ pub(super) struct LimitArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    program: Program,
 }
 
 /// How much the rate over all of a run may be off.
@@ -65,7 +68,7 @@ struct Held {
     holds: bool,
 }
 
-pub(super) fn run(args: &LimitArgs) -> Result<Exit, BenchError> {
+pub fn run(args: &LimitArgs) -> Result<Exit, BenchError> {
     let log = std::env::temp_dir().join(format!("ramwire-limit-{}.jsonl", std::process::id()));
     let ran = demo(args, &log);
     let text = std::fs::read_to_string(&log).unwrap_or_default();
@@ -111,9 +114,10 @@ fn failed(args: &LimitArgs, answer: String) -> BenchError {
 }
 
 fn demo(args: &LimitArgs, log: &Path) -> Result<(), BenchError> {
-    let program = std::env::current_exe().map_err(|error| failed(args, error.to_string()))?;
     let written = args.limit * WRITES;
-    let out = Command::new(program)
+    let out = args
+        .program
+        .command()?
         .args(["demo", "--json", "--no-digest", "--zero=0", "--writers=1", "--downtime-ms=50"])
         .arg(format!("--transport={}", args.transport))
         .arg(format!("--ram={written}"))

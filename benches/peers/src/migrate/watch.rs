@@ -1,6 +1,6 @@
 //! Somebody who watches two processes migrate, from beside.
 
-use super::BenchError;
+use crate::BenchError;
 
 /// Told when a migration between two processes begins and when it has ended.
 pub trait Watcher {

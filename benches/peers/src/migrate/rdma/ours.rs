@@ -14,12 +14,12 @@ use ramwire::transport::{Address, DoorOptions, RdmaOptions, SourceDoor, StreamOp
 use rdma_hooks::tap::Tapped;
 use rdma_hooks::verbs::VerbsFabric;
 
-use super::super::bed::{self, Bed};
-use super::super::cost::Cost;
-use super::super::own::{Still, guest};
-use super::super::peer::Peer;
-use super::super::watch::Watcher;
-use super::super::{BenchError, Run};
+use crate::migrate::bed::{self, Bed};
+use crate::migrate::cost::Cost;
+use crate::migrate::own::{Still, guest};
+use crate::migrate::peer::Peer;
+use crate::migrate::watch::Watcher;
+use crate::{BenchError, migrate::Run};
 
 /// How ramwire goes over RDMA.
 #[derive(Clone, Debug)]

@@ -1,11 +1,10 @@
-//! `ramwire bench migrate --transport rdma`: ours and QEMU's migrations over one device, beside bare RDMA WRITEs.
+//! `ramwire-bench migrate --transport rdma`: ours and QEMU's migrations over one device, beside bare RDMA WRITEs.
 //!
 //! All contestants run in turns on the same memory, as over TCP. What the device itself costs is the same for all and
 //! hides what a program costs, so the programs' own costs are counted too: processor time outside of the kernel in
 //! every run, system calls and requests in one more run each that is not timed.
 
 mod ours;
-pub mod perftest;
 mod report;
 
 use std::sync::Arc;
@@ -17,10 +16,12 @@ use ramwire::transport::{RdmaOptions, rdma_address};
 use super::bed::Bed;
 use super::contestant::Against;
 use super::own;
-use super::qemu::{Qemu, Way};
 use super::strace::Strace;
 use super::watch::{Unwatched, Watcher};
-use super::{BenchError, MigrateArgs, Run, turns, verified};
+use super::{MigrateArgs, Run, turns, verified};
+use crate::BenchError;
+use crate::perftest;
+use crate::qemu::{Qemu, Way};
 use ours::Ours;
 use report::Counted;
 

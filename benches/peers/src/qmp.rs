@@ -8,7 +8,7 @@ use ramwire::sys::{RecvPart, SendPart, Stop};
 use ramwire::transport::{Address, ByteSink, ByteSource, StreamChannel, StreamOptions, connect};
 use serde_json::{Value, json};
 
-use super::BenchError;
+use crate::BenchError;
 
 /// Longest time a QEMU may take to answer; populating its memory comes before the first answer.
 const PATIENCE: Duration = Duration::from_secs(120);

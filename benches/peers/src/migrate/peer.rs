@@ -12,12 +12,12 @@ use std::time::Duration;
 use ramwire::sys::{Mapping, RecvPart, Stop};
 use ramwire::transport::{Address, AllowList, ByteSource, Listener, StreamChannel, StreamOptions};
 
-use super::BenchError;
 use super::bed::{self, Bed, Memory};
 use super::cost::Cost;
 use super::floors::{self, Floor, Pattern};
 use super::own::{self, Way};
-use crate::cli::output::result_line;
+use crate::BenchError;
+use crate::output::result_line;
 
 /// Longest time a run may take to say anything: populating and moving far more memory than a machine has.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -71,12 +71,12 @@ pub struct PeerArgs {
 /// # Errors
 /// [`BenchError`].
 pub fn serve(args: &PeerArgs) -> Result<(), BenchError> {
-    let mapping = args.memory.map(&args.ram, args.bytes, args.populated)?;
+    let mut mapping = args.memory.map(&args.ram, args.bytes, args.populated)?;
     let floor = |pattern| Floor { pattern, buffer: args.buffer };
     let before = match args.role {
-        Role::FloorDirect => serve_loop(floor(Pattern::Direct), &mapping)?,
-        Role::FloorStream => serve_loop(floor(Pattern::Stream), &mapping)?,
-        Role::FloorPacket => serve_loop(floor(Pattern::Packet), &mapping)?,
+        Role::FloorDirect => serve_loop(floor(Pattern::Direct), &mut mapping)?,
+        Role::FloorStream => serve_loop(floor(Pattern::Stream), &mut mapping)?,
+        Role::FloorPacket => serve_loop(floor(Pattern::Packet), &mut mapping)?,
         Role::Ramwire => serve_migration(&mapping, args)?,
     };
     let cost = cost()?.since(before);
@@ -93,7 +93,7 @@ fn cost() -> Result<Cost, BenchError> {
 }
 
 /// Serves a bare loop; what this process had cost when it was ready.
-fn serve_loop(floor: Floor, mapping: &Mapping) -> Result<Cost, BenchError> {
+fn serve_loop(floor: Floor, mapping: &mut Mapping) -> Result<Cost, BenchError> {
     let listener = TcpListener::bind("127.0.0.1:0").map_err(failed("listening"))?;
     let port = listener.local_addr().map_err(failed("listening"))?.port();
     result_line!("ready tcp:127.0.0.1:{port}");
@@ -154,7 +154,7 @@ impl Peer {
         let role = clap::ValueEnum::to_possible_value(&role).map(|value| value.get_name().to_owned());
         let program = std::env::current_exe().map_err(failed("starting"))?;
         let mut command = Command::new(program);
-        command.args(["bench", "peer"]).args(role).arg("--ram").arg(bed.destination());
+        command.args(["peer"]).args(role).arg("--ram").arg(bed.destination());
         command.args(["--bytes", &bed.bytes().to_string()]).args(more);
         command.args(bed.populated().mapped(true).then_some("--populated"));
         command.args(["--memory", &super::name_of(&bed.memory())]);

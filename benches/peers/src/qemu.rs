@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::bed::{self, Bed, Memory};
-use super::cost::Cost;
-use super::qmp::Monitor;
-use super::watch::{Unwatched, Watcher};
-use super::{BenchError, Run};
+use crate::migrate::bed::{self, Bed, Memory};
+use crate::migrate::cost::Cost;
+use crate::migrate::watch::{Unwatched, Watcher};
+use crate::qmp::Monitor;
+use crate::{BenchError, migrate::Run};
 
 /// Longest migration that is waited for.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -74,7 +74,7 @@ impl Qemu {
     }
 
     /// The program.
-    pub(super) fn program(&self) -> &Path {
+    pub fn program(&self) -> &Path {
         &self.program
     }
 
@@ -209,7 +209,7 @@ pub fn free_port() -> io::Result<u16> {
 }
 
 /// A QEMU that runs; killed when dropped.
-pub(super) struct Running(pub(super) Child);
+pub struct Running(pub Child);
 
 impl Drop for Running {
     fn drop(&mut self) {

@@ -3,9 +3,9 @@
 use serde::Serialize;
 use serde_json::Value;
 
-use super::super::interval::Median;
 use super::{ConvergeArgs, Means};
-use crate::cli::plot::{self, Axis, Bar, Line, PlotError};
+use crate::interval::Median;
+use crate::plot::{self, Axis, Bar, Line, PlotError};
 
 /// How much of the limit a single downtime may exceed.
 const SLACK: f64 = 1.2;

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::Run;
 use super::bed::Bed;
 use super::cost::Cost;
-use super::{BenchError, Run};
+use crate::BenchError;
 
 /// A server that is waited for, or killed.
 struct Server(Child);

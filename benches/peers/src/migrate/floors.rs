@@ -9,22 +9,22 @@
 //! The stream pattern is that of pages inside the byte stream, the packet pattern that of page channels. Each pattern
 //! is tried with buffers from 64 KiB to 4 MiB, and the best one stands for it.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use ramwire::sys::{
-    CancelToken, FdKind, HostSpan, Mapping, RecvPart, SendPart, recv_parts, send_parts, set_low_water,
-};
+use ramwire::sys::{CancelToken, Mapping};
 use ramwire::transport::Address;
 use socket2::{Domain, Socket, Type};
 
+use super::Run;
 use super::bed::{self, Bed};
 use super::cost::Cost;
+use super::kernel::{bytes, bytes_mut, set_low_water};
 use super::own::Way;
 use super::peer::{Peer, Role};
-use super::{BenchError, Run};
+use crate::BenchError;
 
 const PAGE: usize = 4096;
 const STREAM_HEADER: usize = 8;
@@ -87,7 +87,7 @@ impl Floor {
         64 + 256 + self.pages() * 8
     }
 
-    fn send(self, socket: &TcpStream, memory: HostSpan<'_>) -> io::Result<()> {
+    fn send(self, socket: &mut TcpStream, memory: &[u8]) -> io::Result<()> {
         match self.pattern {
             Pattern::Direct => send_direct(socket, memory, self.buffer),
             Pattern::Stream => send_framed(socket, memory, STREAM_HEADER, 1, STREAM_PAGES),
@@ -124,14 +124,14 @@ pub fn best(pattern: Pattern, bed: &Bed, cancel: &CancelToken) -> Result<Floor, 
 /// [`BenchError`].
 pub fn run(floor: Floor, bed: &Bed) -> Result<Run, BenchError> {
     let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
-    let memory = bed::whole(&mapping)?;
+    let memory = bytes(&mapping);
     let peer = Peer::start(floor.role(), bed, Way::default(), Some(floor.buffer))?;
     let Address::Tcp { host, port } = &peer.address else {
         return Err(failed("connecting")(io::Error::other("it listens elsewhere")));
     };
     let mut socket = connect(host, *port).map_err(failed("connecting"))?;
     let (begun, before) = (Instant::now(), cost()?);
-    floor.send(&socket, memory).map_err(failed("sending"))?;
+    floor.send(&mut socket, memory).map_err(failed("sending"))?;
     socket.shutdown(Shutdown::Write).map_err(failed("sending"))?;
     // The last page is in place when the other process says so.
     socket.read_exact(&mut [0]).map_err(failed("waiting for the end"))?;
@@ -149,9 +149,9 @@ fn cost() -> Result<Cost, BenchError> {
 /// [`BenchError`].
 pub fn sweep(bed: &Bed) -> Result<Run, BenchError> {
     let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
-    let memory = bed::whole(&mapping)?;
+    let memory = bytes(&mapping);
     let (begun, before) = (Instant::now(), cost()?);
-    std::hint::black_box(ramwire::sys::sweep(memory));
+    std::hint::black_box(read_lines(std::hint::black_box(memory)));
     let (seconds, source) = (begun.elapsed().as_secs_f64(), Some(cost()?.since(before)));
     Ok(Run { seconds, source, ..Run::default() })
 }
@@ -162,14 +162,12 @@ pub fn sweep(bed: &Bed) -> Result<Run, BenchError> {
 /// [`BenchError`].
 pub fn copy(bed: &Bed) -> Result<Run, BenchError> {
     let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
-    let memory = bed::whole(&mapping)?;
+    let memory = bytes(&mapping);
     let mut target = vec![1u8; COPY_WINDOW.min(memory.len())];
     let (begun, before) = (Instant::now(), cost()?);
-    let mut at = 0;
-    while let Some(part) =
-        memory.part(at, target.len().min(memory.len() - at)).filter(|part| !part.is_empty())
-    {
-        at += part.copy_to(&mut target);
+    for part in memory.chunks(COPY_WINDOW) {
+        target[..part.len()].copy_from_slice(part);
+        std::hint::black_box(&mut target);
     }
     let (seconds, source) = (begun.elapsed().as_secs_f64(), Some(cost()?.since(before)));
     Ok(Run { seconds, source, ..Run::default() })
@@ -189,32 +187,29 @@ fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
     Ok(socket.into())
 }
 
-fn send_all(socket: &TcpStream, parts: &[SendPart<'_>]) -> io::Result<()> {
-    let (mut first, mut skip) = (0, 0);
-    while first < parts.len() {
-        skip += send_parts(socket.as_fd(), FdKind::Socket, &parts[first..], skip)?;
-        while parts.get(first).is_some_and(|part| skip >= part.len()) {
-            skip -= parts[first].len();
-            first += 1;
-        }
+/// One word of every 64 bytes: the least that looking at memory can cost.
+fn read_lines(memory: &[u8]) -> u64 {
+    let words = memory.chunks_exact(64).filter_map(|line| line.first_chunk());
+    words.fold(0, |all, word| all | u64::from_ne_bytes(*word))
+}
+
+fn send_all(socket: &mut TcpStream, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+    while !parts.is_empty() {
+        let sent = socket.write_vectored(parts)?;
+        IoSlice::advance_slices(&mut parts, sent);
     }
     Ok(())
 }
 
-fn send_direct(socket: &TcpStream, memory: HostSpan<'_>, buffer: usize) -> io::Result<()> {
-    let mut at = 0;
-    while let Some(part) = memory.part(at, buffer.min(memory.len() - at)).filter(|part| !part.is_empty()) {
-        send_all(socket, &[SendPart::Guest(part)])?;
-        at += part.len();
-    }
-    Ok(())
+fn send_direct(socket: &mut TcpStream, memory: &[u8], buffer: usize) -> io::Result<()> {
+    memory.chunks(buffer).try_for_each(|part| socket.write_all(part))
 }
 
 /// A header of `header` bytes that starts with the first page's offset, before every `pages` pages;
 /// `a_call` pages go in one call.
 fn send_framed(
-    socket: &TcpStream,
-    memory: HostSpan<'_>,
+    socket: &mut TcpStream,
+    memory: &[u8],
     header: usize,
     pages: usize,
     a_call: usize,
@@ -230,11 +225,11 @@ fn send_framed(
         for page in call..last {
             let within = page - call;
             if within % pages == 0 {
-                parts.push(SendPart::Own(&headers[within / pages * header..][..header]));
+                parts.push(IoSlice::new(&headers[within / pages * header..][..header]));
             }
-            parts.extend(memory.part(page * PAGE, PAGE).map(SendPart::Guest));
+            parts.push(IoSlice::new(&memory[page * PAGE..][..PAGE]));
         }
-        send_all(socket, &parts)?;
+        send_all(socket, &mut parts)?;
     }
     Ok(())
 }
@@ -243,30 +238,24 @@ fn send_framed(
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn receive(floor: Floor, mut socket: TcpStream, mapping: &Mapping) -> Result<(), BenchError> {
-    let memory = bed::whole(mapping)?;
+pub fn receive(floor: Floor, mut socket: TcpStream, mapping: &mut Mapping) -> Result<(), BenchError> {
+    let memory = bytes_mut(mapping);
     // As ramwire waits: for much. What is asked for and the end of the stream bound it.
     set_low_water(socket.as_fd(), LOW_WATER).map_err(failed("receiving"))?;
     let received = match floor.pattern {
-        Pattern::Direct => receive_direct(&socket, memory, 0, memory.len(), floor.buffer),
+        Pattern::Direct => receive_direct(&mut socket, memory, floor.buffer),
         Pattern::Stream => receive_stream(&mut socket, memory, floor.buffer),
         Pattern::Packet => receive_packets(&mut socket, memory, floor),
     };
     received.and_then(|()| socket.write_all(&[1])).map_err(failed("receiving"))
 }
 
-fn receive_direct(
-    socket: &TcpStream,
-    memory: HostSpan<'_>,
-    from: usize,
-    until: usize,
-    buffer: usize,
-) -> io::Result<()> {
-    let mut at = from;
-    while at < until {
-        let part = memory.part(at, buffer.min(until - at));
-        let part = part.ok_or(io::ErrorKind::InvalidData)?;
-        match recv_parts(socket.as_fd(), &mut [RecvPart::Guest(part)])? {
+/// Fills `memory`, with at most `buffer` bytes a call.
+fn receive_direct(socket: &mut TcpStream, memory: &mut [u8], buffer: usize) -> io::Result<()> {
+    let mut at = 0;
+    while at < memory.len() {
+        let most = buffer.min(memory.len() - at);
+        match socket.read(&mut memory[at..at + most])? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             count => at += count,
         }
@@ -274,7 +263,7 @@ fn receive_direct(
     Ok(())
 }
 
-fn receive_stream(socket: &mut TcpStream, memory: HostSpan<'_>, buffer: usize) -> io::Result<()> {
+fn receive_stream(socket: &mut TcpStream, memory: &mut [u8], buffer: usize) -> io::Result<()> {
     const FRAME: usize = STREAM_HEADER + PAGE;
     let mut buffer = vec![0; buffer.max(2 * FRAME)];
     let mut filled = 0;
@@ -286,25 +275,30 @@ fn receive_stream(socket: &mut TcpStream, memory: HostSpan<'_>, buffer: usize) -
         }
         let whole = filled / FRAME * FRAME;
         for frame in buffer[..whole].chunks(FRAME) {
-            let place = memory.part(offset_of(frame), PAGE).ok_or(io::ErrorKind::InvalidData)?;
-            place.copy_from(&frame[STREAM_HEADER..]);
+            let (header, page) = frame.split_at(STREAM_HEADER);
+            part(memory, offset_of(header), PAGE)?.copy_from_slice(page);
         }
         buffer.copy_within(whole..filled, 0);
         filled -= whole;
     }
 }
 
-fn receive_packets(socket: &mut TcpStream, memory: HostSpan<'_>, floor: Floor) -> io::Result<()> {
+fn receive_packets(socket: &mut TcpStream, memory: &mut [u8], floor: Floor) -> io::Result<()> {
     let mut header = vec![0; floor.packet_header()];
     let mut left = memory.len();
     while left > 0 {
         socket.read_exact(&mut header)?;
         let count = left.min(floor.buffer);
-        let from = offset_of(&header);
-        receive_direct(socket, memory, from, from.saturating_add(count), floor.buffer)?;
+        receive_direct(socket, part(memory, offset_of(&header), count)?, floor.buffer)?;
         left -= count;
     }
     Ok(())
+}
+
+/// `len` bytes of the memory from `at` on.
+fn part(memory: &mut [u8], at: usize, len: usize) -> io::Result<&mut [u8]> {
+    let end = at.checked_add(len).ok_or(io::ErrorKind::InvalidData)?;
+    memory.get_mut(at..end).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 fn offset_of(header: &[u8]) -> usize {
@@ -317,8 +311,8 @@ fn offset_of(header: &[u8]) -> usize {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::cli::bench::bed::Fill;
-    use crate::cli::bench::{Memory, Populated};
+    use crate::migrate::bed::Fill;
+    use crate::migrate::{Memory, Populated};
     use std::net::TcpListener;
 
     /// Figures of a loop that moves something else than the memory would be worth nothing.
@@ -335,12 +329,12 @@ mod tests {
             let floor = Floor { pattern, buffer };
             bed.clear_destination().unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (far, _) = listener.accept().unwrap();
-            let target = bed::map(&bed.destination(), bed.bytes(), true).unwrap();
-            let receiver = std::thread::spawn(move || receive(floor, far, &target));
+            let mut target = bed::map(&bed.destination(), bed.bytes(), true).unwrap();
+            let receiver = std::thread::spawn(move || receive(floor, far, &mut target));
             let mapping = bed::map(&bed.source(), bed.bytes(), false).unwrap();
-            floor.send(&near, bed::whole(&mapping).unwrap()).unwrap();
+            floor.send(&mut near, bytes(&mapping)).unwrap();
             near.shutdown(Shutdown::Write).unwrap();
             receiver.join().unwrap().unwrap();
             assert_eq!(bed.difference().unwrap(), None, "{floor:?}");

@@ -2,7 +2,6 @@
 
 use std::io;
 
-use ramwire::sys::process_page_faults;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
@@ -25,9 +24,8 @@ impl Cost {
     pub fn own() -> io::Result<Self> {
         let time = clock_gettime(ClockId::ProcessCPUTime);
         let cpu_seconds = time.tv_sec as f64 + time.tv_nsec as f64 / 1e9;
-        let seen = Self::of_process(std::process::id());
-        let user_seconds = seen.ok_or(io::ErrorKind::InvalidData)?.user_seconds;
-        Ok(Self { cpu_seconds, user_seconds, page_faults: process_page_faults()? })
+        let seen = Self::of_process(std::process::id()).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Self { cpu_seconds, ..seen })
     }
 
     /// Of another process so far, its ended threads too (proc(5): fields 10, 14 and 15 of stat).

@@ -1,4 +1,4 @@
-//! Who takes part in `ramwire bench migrate`: names as given, and what runs under them.
+//! Who takes part in `ramwire-bench migrate`: names as given, and what runs under them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,8 +9,9 @@ use ramwire::transport::PageSending;
 use super::bed::Bed;
 use super::floors::{self, Floor, Pattern};
 use super::own::{self, Way};
-use super::qemu::{self, Qemu};
-use super::{BenchError, MigrateArgs, Run, iperf};
+use super::{MigrateArgs, Run, iperf};
+use crate::BenchError;
+use crate::qemu::{self, Qemu};
 
 /// A contestant's name as given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

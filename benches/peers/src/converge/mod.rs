@@ -1,4 +1,4 @@
-//! `ramwire bench converge`: whether a guest that writes as fast as the link carries, or faster, still arrives.
+//! `ramwire-bench converge`: whether a guest that writes as fast as the link carries, or faster, still arrives.
 //!
 //! Each run is a migration of its own through a link that carries no more than the limit ([`SlowLink`]), so that the last
 //! round takes its time as it would between two hosts. The guest checks every page on arrival. A QEMU moves a guest that
@@ -16,20 +16,21 @@ use ramwire::sys::CancelToken;
 use serde::Serialize;
 
 use self::cell::{Cell, Run};
-use super::BenchError;
-use crate::cli::args::Exit;
-use crate::cli::common::bytes;
-use crate::cli::output::{note, result_line, result_text};
-use crate::cli::slow_link::SlowLink;
+use crate::BenchError;
+use crate::Exit;
+use crate::output::{note, result_line, result_text};
+use crate::program::Program;
+use crate::sizes::bytes;
+use crate::slow_link::SlowLink;
 
-/// Arguments of `ramwire bench converge`.
+/// Arguments of `ramwire-bench converge`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  ramwire bench converge --runs 50 --pictures docs/pictures
-  ramwire bench converge --rates 3 --means xbzrle,dirty-limit --json
-  ramwire bench converge --runs 0 --qemu-runs 3 --qemu-guest $(ci/linux-guest writer)")]
-pub(super) struct ConvergeArgs {
+  ramwire-bench converge --runs 50 --pictures docs/pictures
+  ramwire-bench converge --rates 3 --means xbzrle,dirty-limit --json
+  ramwire-bench converge --runs 0 --qemu-runs 3 --qemu-guest $(ci/linux-guest writer)")]
+pub struct ConvergeArgs {
     /// Bytes a second that the link carries, and that the migration is limited to
     #[arg(long, value_name = "SIZE", default_value = "48M", value_parser = bytes)]
     bandwidth: u64,
@@ -77,6 +78,8 @@ pub(super) struct ConvergeArgs {
     /// Print one JSON object instead of a table
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    program: Program,
 }
 
 /// What is done about a guest that writes fast.
@@ -133,7 +136,7 @@ impl ConvergeArgs {
     }
 }
 
-pub(super) fn run(args: &ConvergeArgs, cancel: &CancelToken) -> Result<Exit, BenchError> {
+pub fn run(args: &ConvergeArgs, cancel: &CancelToken) -> Result<Exit, BenchError> {
     let qemu = (args.qemu_runs > 0).then(|| qemu::Pair::new(args)).transpose()?;
     let ours = |(rate, means), seed| ours::run(args, rate, means, seed);
     let mut cells = measure(args, "ramwire", (args.runs, args.jobs), cancel, &ours)?;

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use ramwire::units::Rate;
 use serde_json::{Value, json};
 
-use super::super::qemu::{Qemu, Running, Way, free_port};
-use super::super::qmp::Monitor;
 use super::cell::{Point, Run};
 use super::{BenchError, ConvergeArgs, Means, SlowLink};
+use crate::qemu::{Qemu, Running, Way, free_port};
+use crate::qmp::Monitor;
 
 /// Memory of the guest beside what it writes: its kernel's.
 const BESIDE: u64 = 128 << 20;

@@ -11,7 +11,8 @@ use std::time::Instant;
 
 use ramwire::sys::{HostSpan, Mapping, populate};
 
-use super::{BenchError, Populated};
+use super::Populated;
+use crate::BenchError;
 
 const MIB: usize = 1 << 20;
 

@@ -54,6 +54,16 @@ fn skipped(count: usize) -> (usize, f64) {
     (skipped, (1.0 - 2.0 * tail).max(0.0) * 100.0)
 }
 
+/// A median with its interval, for a table.
+pub fn shown(median: Option<Median>, digits: usize) -> String {
+    match median {
+        Some(Median { median, low, high, .. }) => {
+            format!("{median:.digits$} [{low:.digits$}, {high:.digits$}]")
+        }
+        None => "-".into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

@@ -1,6 +1,6 @@
 //! A migration of ours: a `ramwire demo` of its own.
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use serde_json::Value;
 
@@ -30,9 +30,10 @@ pub(super) fn run(args: &ConvergeArgs, rate: f64, means: Means, seed: u32) -> Re
         what: means.name().into(),
         answer,
     };
-    let program = std::env::current_exe().map_err(|error| failed(error.to_string()))?;
     let written = args.written(rate);
-    let out = Command::new(program)
+    let out = args
+        .program
+        .command()?
         .args(["demo", "--json", "--transport=tcp", "--no-digest", "--writers=1", "--populate"])
         .arg(format!("--ram={}", args.ram))
         .arg(format!("--working-set={}", args.working_set))

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Serialize;
 
-use super::BenchError;
 use super::watch::Watcher;
+use crate::BenchError;
 
 /// Longest time until a process is attached to.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -1,0 +1,78 @@
+//! Why there are no figures.
+
+use std::io;
+use std::path::PathBuf;
+
+use ramwire::transport::{ChannelError, OpenError};
+
+/// Why there are no figures.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// A program to compare with is not here.
+    #[error("{program} was not found; {remedy}")]
+    Missing {
+        /// The program.
+        program: String,
+        /// What would help.
+        remedy: String,
+    },
+    /// The memory could not be had.
+    #[error("{}; --ram is needed twice over in --memory-dir", path.display())]
+    Memory {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A contestant said no.
+    #[error("{who} refused {what}: {answer}")]
+    Refused {
+        /// Who.
+        who: String,
+        /// What it was asked.
+        what: String,
+        /// What it said.
+        answer: String,
+    },
+    /// The memory that arrived is not the memory that left.
+    #[error("{who} moved other bytes than there were, from byte {at:#x} on; no figures of it count")]
+    Differs {
+        /// Who.
+        who: String,
+        /// First byte that differs.
+        at: u64,
+    },
+    /// RDMA can't be used.
+    #[error(transparent)]
+    NoRdma(Box<dyn std::error::Error + Send + Sync>),
+    /// A contestant that knows no such transport.
+    #[error("{who} does not go by this transport; compare with {known}")]
+    NotThisWay {
+        /// Who.
+        who: String,
+        /// Who does.
+        known: &'static str,
+    },
+    /// Private memory is the process's own.
+    #[error("--memory huge is there with its process only: give --populated yes or no")]
+    NotBacked,
+    /// A signal came.
+    #[error("cancelled")]
+    Cancelled,
+    /// A call failed.
+    #[error("{who}: {doing}")]
+    Io {
+        /// Who.
+        who: String,
+        /// What it was doing.
+        doing: &'static str,
+        /// The answer.
+        source: io::Error,
+    },
+    /// A connection could not be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A connection failed.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+}

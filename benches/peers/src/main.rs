@@ -1,0 +1,145 @@
+//! `ramwire-bench`: ramwire beside other programs. It measures the project; no operator needs it.
+//!
+//! | command | question |
+//! |---|---|
+//! | `migrate` | how fast is a whole migration beside QEMU's, bare loops, iperf3, memcpy and bare RDMA WRITEs? |
+//! | `converge` | does a guest that writes as fast as the link carries, or faster, still arrive? |
+//! | `limit` | does `--max-bandwidth` hold, over all of a run and over each tenth of a second? |
+//! | `latency` | how long does an RDMA WRITE take beside perftest's? |
+//!
+//! `converge`, `limit` and `latency` run the command `ramwire`, which lies beside this program after
+//! `cargo build --release`.
+#![allow(unreachable_pub)]
+
+mod converge;
+mod error;
+mod interval;
+#[cfg(feature = "rdma")]
+mod latency;
+mod limit;
+mod migrate;
+mod output;
+#[cfg(feature = "rdma")]
+mod perftest;
+#[path = "../../../src/cli/plot.rs"]
+#[allow(dead_code, reason = "the command draws more")]
+mod plot;
+mod program;
+mod qemu;
+mod qmp;
+mod signal;
+#[path = "../../../src/cli/sizes.rs"]
+#[allow(dead_code, reason = "the command reads more")]
+mod sizes;
+#[path = "../../../src/cli/slow_link.rs"]
+mod slow_link;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use ramwire::sys::CancelToken;
+
+pub use error::BenchError;
+
+/// Measures ramwire beside other programs, on the same memory, in turns.
+#[derive(Debug, Parser)]
+#[command(name = "ramwire-bench", version, about, max_term_width = 100)]
+struct Cli {
+    /// What to log to standard error: error, warn, info, debug, trace, or tracing's filter syntax
+    #[arg(long, global = true, default_value = "error", value_name = "FILTER")]
+    log: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Whole migrations on this machine, over sockets or RDMA, paired with other programs'
+    Migrate(migrate::MigrateArgs),
+    /// Whether a guest that writes as fast as the link carries, or faster, still arrives
+    Converge(converge::ConvergeArgs),
+    /// Whether a bandwidth limit holds, over all of a run and over each tenth of a second
+    Limit(limit::LimitArgs),
+    /// How long an RDMA WRITE takes, paired with perftest's ib_write_lat
+    #[cfg(feature = "rdma")]
+    Latency(latency::LatencyArgs),
+    /// The other process of a run
+    #[command(hide = true)]
+    Peer(migrate::peer::PeerArgs),
+}
+
+/// How a run ended: 0, 3 or 4, as with the command `ramwire`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It measured, and what it asks holds.
+    Done,
+    /// It could not measure, or what it asks does not hold.
+    Failed,
+    /// A signal ended it.
+    Cancelled,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(match exit {
+            Exit::Done => 0,
+            Exit::Failed => 3,
+            Exit::Cancelled => 4,
+        })
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match tracing_subscriber::EnvFilter::try_new(&cli.log) {
+        Ok(filter) => tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init(),
+        Err(error) => {
+            output::note!("ramwire-bench: --log {}: {error}; try --log debug", cli.log);
+            return ExitCode::from(2);
+        }
+    }
+    let cancel = CancelToken::default();
+    // The other process ends with the one that started it, by its connection or by the terminal's signal.
+    if !matches!(cli.command, Command::Peer(_)) {
+        signal::cancel(cancel.clone());
+    }
+    let done = match &cli.command {
+        Command::Migrate(args) => migrate::run(args, &cancel).map(|()| Exit::Done),
+        Command::Converge(args) => converge::run(args, &cancel),
+        Command::Limit(args) => limit::run(args),
+        #[cfg(feature = "rdma")]
+        Command::Latency(args) => latency::run(args, &cancel).map(|()| Exit::Done),
+        Command::Peer(args) => migrate::peer::serve(args).map(|()| Exit::Done),
+    };
+    match done {
+        Ok(exit) => exit,
+        // A run that the signal broke reports whatever it broke on.
+        Err(_) if cancel.is_cancelled() => Exit::Cancelled,
+        Err(error) => {
+            complain(&error);
+            Exit::Failed
+        }
+    }
+    .into()
+}
+
+/// Prints an error and all of its causes.
+fn complain(error: &dyn std::error::Error) {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(deeper) = cause {
+        text = format!("{text}: {deeper}");
+        cause = deeper.source();
+    }
+    output::note!("ramwire-bench: {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}
