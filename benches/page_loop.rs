@@ -2,6 +2,8 @@
 //! test and the batch together, for memory that is all zero, random, or dirty here and there.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod reading;
+
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput};
@@ -107,7 +109,7 @@ fn batches(criterion: &mut Criterion) {
         }
     }
     // What memory allows, with the same bytes.
-    group.bench_function("sweep", |b| b.iter(|| ramwire::sys::sweep(black_box(span))));
+    group.bench_function("sweep", |b| b.iter(|| reading::a_word_a_line(black_box(span))));
     group.finish();
 }
 

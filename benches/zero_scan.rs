@@ -4,10 +4,12 @@
 //! Compare the cases of one run; absolute figures belong to the machine.
 #![allow(unsafe_code, missing_docs, clippy::unwrap_used)]
 
+mod reading;
+
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput};
-use ramwire::sys::{HostRegion, Mapping, is_zero, populate, sweep};
+use ramwire::sys::{HostRegion, Mapping, is_zero, populate};
 
 const PAGE: u64 = 4096;
 const COLD: u64 = 256 << 20;
@@ -91,7 +93,7 @@ fn main() {
     }
     // What reading the memory costs at least: a word of every line.
     let all = memory.region().span(0, COLD).unwrap();
-    group.bench_function("sweep", |b| b.iter(|| sweep(black_box(all))));
+    group.bench_function("sweep", |b| b.iter(|| reading::a_word_a_line(black_box(all))));
     group.finish();
 
     let mut group = criterion.benchmark_group("zero_scan_cached_page");

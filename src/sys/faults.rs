@@ -1,4 +1,4 @@
-//! How often a thread or this process met memory that the kernel had not mapped yet.
+//! How often a thread met memory that the kernel had not mapped yet.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -8,22 +8,10 @@ use std::mem::MaybeUninit;
 ///
 /// # Errors
 /// What the kernel says: the call itself is forbidden.
-pub fn thread_page_faults() -> io::Result<u64> {
-    page_faults(libc::RUSAGE_THREAD)
-}
-
-/// Page faults of this process since it began, all threads, those that needed no I/O (`ru_minflt`, getrusage(2)).
-///
-/// # Errors
-/// What the kernel says: the call itself is forbidden.
-pub fn process_page_faults() -> io::Result<u64> {
-    page_faults(libc::RUSAGE_SELF)
-}
-
-fn page_faults(whose: libc::c_int) -> io::Result<u64> {
+pub(crate) fn thread_page_faults() -> io::Result<u64> {
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: the kernel fills the structure it is given room for.
-    if unsafe { libc::getrusage(whose, usage.as_mut_ptr()) } != 0 {
+    if unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: filled, and every bit pattern is a value: it was zeroed before.
@@ -39,7 +27,7 @@ const TRUSTED: u32 = 64;
 /// Sees whether memory that is written to is met by faults: then taking a run of it at once costs less, or writing it by
 /// its file. Memory that is mapped already has none, and nothing is asked of the kernel but their count.
 #[derive(Debug, Default)]
-pub struct FaultWatch {
+pub(crate) struct FaultWatch {
     faults: Option<u64>,
     trusted: u32,
 }
@@ -47,7 +35,7 @@ pub struct FaultWatch {
 impl FaultWatch {
     /// True if the calling thread has met many faults since the last look. The first look, and a kernel that does not
     /// say, give false: every page is then met by its fault.
-    pub fn look(&mut self) -> bool {
+    pub(crate) fn look(&mut self) -> bool {
         if self.trusted > 0 {
             self.trusted -= 1;
             if self.trusted == 0 {
@@ -63,7 +51,7 @@ impl FaultWatch {
 
     /// What a look called unmapped was written by its file, which faults nowhere: the next looks say true as well, then
     /// one says false, so that a write through the mapping shows whether it still faults.
-    pub fn by_file(&mut self) {
+    pub(crate) fn by_file(&mut self) {
         if self.trusted == 0 {
             self.trusted = TRUSTED;
         }

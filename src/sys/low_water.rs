@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 ///
 /// # Errors
 /// What `setsockopt(2)` says.
-pub fn set_low_water(fd: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
+pub(crate) fn set_low_water(fd: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
     let len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: the kernel reads `len` bytes of a value that outlives the call.

@@ -38,7 +38,9 @@ mod vm_memory_region;
 mod zerocopy;
 
 pub use descriptors::{duplicate, take_inherited_fd};
-pub use faults::{FaultWatch, process_page_faults, thread_page_faults};
+pub(crate) use faults::FaultWatch;
+#[cfg(test)]
+pub(crate) use faults::thread_page_faults;
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
 #[cfg(feature = "kvm")]
 pub(crate) use kvm_dirty::KvmLog;
@@ -46,18 +48,22 @@ pub(crate) use kvm_dirty::KvmLog;
 pub use kvm_memory::KvmMemory;
 #[cfg(feature = "kvm")]
 pub(crate) use kvm_ring::DirtyRing;
-pub use low_water::set_low_water;
+pub(crate) use low_water::set_low_water;
 pub use mapping::{Mapping, MappingError, discard, populate};
-pub use numa::{NumaNode, cpu_list, keep_to_cpus, node_of_address, nodes_of_pages, numa_nodes, own_cpus};
-pub use pagemap_scan::Pagemap;
-pub use parts::{FdKind, MAX_PARTS, RecvPart, SendPart, recv_parts, send_parts};
-pub use random::random_id;
-pub use scan::{is_zero, look_ahead, sweep};
-pub use shared_bits::SharedBitmap;
-pub use soft_dirty::SoftDirtyBits;
-pub use splice::PagePipe;
+pub(crate) use numa::{NumaNode, cpu_list, node_of_address};
+pub use numa::{keep_to_cpus, nodes_of_pages, numa_nodes, own_cpus};
+pub(crate) use pagemap_scan::Pagemap;
+pub(crate) use parts::{FdKind, MAX_PARTS, recv_parts, send_parts};
+pub use parts::{RecvPart, SendPart};
+pub(crate) use random::random_id;
+pub use scan::is_zero;
+pub(crate) use scan::look_ahead;
+pub(crate) use shared_bits::SharedBitmap;
+pub(crate) use soft_dirty::SoftDirtyBits;
+pub(crate) use splice::PagePipe;
 pub use stop::{CancelToken, Stop, StopReason};
-pub use tcp_state::{TcpState, queued_bytes, tcp_state};
-pub use threads::{Job, SpawnFn, only_when_idle, spawn_thread};
-pub use uffd::{UffdError, WriteProtector};
-pub use zerocopy::{ZeroCopyReceipt, allow_zero_copy, zero_copy_receipt};
+pub(crate) use tcp_state::{TcpState, queued_bytes, tcp_state};
+pub(crate) use threads::only_when_idle;
+pub use threads::{Job, SpawnFn, spawn_thread};
+pub(crate) use uffd::{UffdError, WriteProtector};
+pub(crate) use zerocopy::{ZeroCopyReceipt, allow_zero_copy, zero_copy_receipt};

@@ -38,7 +38,7 @@ fn nodes_in(folder: &Path) -> Vec<NumaNode> {
 }
 
 /// Reads numbers as the kernel writes them: `0-3,8`. `None` for anything else.
-pub fn cpu_list(text: &str) -> Option<Vec<u32>> {
+pub(crate) fn cpu_list(text: &str) -> Option<Vec<u32>> {
     let mut cpus = Vec::new();
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -103,7 +103,7 @@ pub fn nodes_of_pages(addresses: &[usize]) -> io::Result<Vec<Option<u32>>> {
 }
 
 /// The node of the network device that has the address `ip`, where it has one.
-pub fn node_of_address(ip: IpAddr) -> Option<u32> {
+pub(crate) fn node_of_address(ip: IpAddr) -> Option<u32> {
     let device = Path::new("/sys/class/net").join(interface_of(ip)?).join("device");
     // A virtio device has none itself, but the PCI device that it is on.
     let read = |path: &str| std::fs::read_to_string(device.join(path)).ok()?.trim().parse().ok();

@@ -54,7 +54,7 @@ struct PageRegion {
 
 /// The page map of a process, asked for written pages. Addresses are that process's.
 #[derive(Debug)]
-pub struct Pagemap {
+pub(crate) struct Pagemap {
     fd: OwnedFd,
 }
 
@@ -63,12 +63,12 @@ impl Pagemap {
     ///
     /// # Errors
     /// EACCES or ENOENT where /proc is hidden.
-    pub fn own() -> io::Result<Self> {
+    pub(crate) fn own() -> io::Result<Self> {
         Ok(Self { fd: File::open("/proc/self/pagemap")?.into() })
     }
 
     /// An open /proc/PID/pagemap of any process.
-    pub fn adopt(fd: OwnedFd) -> Self {
+    pub(crate) fn adopt(fd: OwnedFd) -> Self {
         Self { fd }
     }
 
@@ -78,7 +78,11 @@ impl Pagemap {
     /// # Errors
     /// EPERM if a part of `range` is not under asynchronous write protection, ENOTTY before Linux 6.7. What
     /// was reported before the error is protected again and reported nowhere else.
-    pub fn take_written(&self, range: Range<usize>, mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
+    pub(crate) fn take_written(
+        &self,
+        range: Range<usize>,
+        mut each: impl FnMut(Range<usize>),
+    ) -> io::Result<()> {
         let mut regions = vec![PageRegion::default(); REGIONS];
         let mut at = range.start as u64;
         while at < range.end as u64 {
@@ -99,7 +103,7 @@ impl Pagemap {
     ///
     /// # Errors
     /// As [`take_written`](Self::take_written).
-    pub fn check(&self, range: Range<usize>) -> io::Result<()> {
+    pub(crate) fn check(&self, range: Range<usize>) -> io::Result<()> {
         let range = range.start as u64..range.end as u64;
         self.scan(PM_SCAN_CHECK_WPASYNC, range, &mut [PageRegion::default()]).map(drop)
     }
@@ -109,7 +113,7 @@ impl Pagemap {
     ///
     /// # Errors
     /// What the kernel says; ranges that were told before stay told.
-    pub fn present(&self, range: Range<usize>, mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
+    pub(crate) fn present(&self, range: Range<usize>, mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
         let mut regions = vec![PageRegion::default(); REGIONS];
         let mut at = range.start as u64;
         while at < range.end as u64 {

@@ -54,14 +54,14 @@ impl RecvPart<'_> {
 }
 
 /// Most parts one call takes (`UIO_MAXIOV`, writev(2)).
-pub const MAX_PARTS: usize = 1024;
+pub(crate) const MAX_PARTS: usize = 1024;
 
 /// Most bytes one call takes, so that a write to a slow disk comes back to be stopped.
 const MAX_CALL: usize = 8 << 20;
 
 /// How a descriptor is written and read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FdKind {
+pub(crate) enum FdKind {
     /// A socket: `sendmsg` without a signal where the peer is gone.
     Socket,
     /// A socket that [`allow_zero_copy`](super::allow_zero_copy) was called for: as `Socket`, from the pages themselves,
@@ -80,7 +80,7 @@ pub enum FdKind {
 /// # Errors
 /// What `sendmsg(2)` or `writev(2)` says; `WouldBlock` on a non-blocking descriptor. `InvalidInput` for own bytes by
 /// [`FdKind::ZeroCopy`].
-pub fn send_parts(
+pub(crate) fn send_parts(
     fd: BorrowedFd<'_>,
     kind: FdKind,
     parts: &[SendPart<'_>],
@@ -152,7 +152,7 @@ pub(super) fn has_own(parts: &[SendPart<'_>]) -> bool {
 ///
 /// # Errors
 /// What `readv(2)` says; `WouldBlock` on a non-blocking descriptor.
-pub fn recv_parts(fd: BorrowedFd<'_>, parts: &mut [RecvPart<'_>]) -> io::Result<usize> {
+pub(crate) fn recv_parts(fd: BorrowedFd<'_>, parts: &mut [RecvPart<'_>]) -> io::Result<usize> {
     let mut iov = [const { libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 } }; 64];
     let mut used = 0;
     for (slot, part) in iov.iter_mut().zip(parts.iter_mut()) {

@@ -1,7 +1,7 @@
 //! Numbers nobody can guess.
 
 /// 128 bits from the kernel; from the clock and the address space where it has none to give. Names a migration.
-pub fn random_id() -> [u8; 16] {
+pub(crate) fn random_id() -> [u8; 16] {
     let mut id = [0; 16];
     let got = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::NONBLOCK);
     if got != Ok(id.len()) {

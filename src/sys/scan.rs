@@ -43,7 +43,7 @@ pub fn is_zero(span: HostSpan<'_>) -> bool {
 ///
 /// Called for each page of `span`, number `index` of `page` bytes, before it is looked at.
 #[inline]
-pub fn look_ahead(span: HostSpan<'_>, index: usize, page: usize) {
+pub(crate) fn look_ahead(span: HostSpan<'_>, index: usize, page: usize) {
     fetch_line(span.as_ptr().wrapping_add((index + PAGES_AHEAD) * page));
 }
 
@@ -70,19 +70,6 @@ fn fetch_line(at: *const u8) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;
-}
-
-/// Reads one word of every 64 bytes of `span` and ORs them: the least that looking at memory can cost.
-pub fn sweep(span: HostSpan<'_>) -> u64 {
-    let mut all = 0;
-    for at in (0..span.len().saturating_sub(7)).step_by(64) {
-        // SAFETY: at + 8 <= span.len(), and the read is volatile, so that a concurrent writer changes its value at most;
-        // unaligned spans are not read in one piece, which nobody relies on.
-        all |= unsafe { span.as_ptr().add(at).cast::<[u8; 8]>().read_volatile() }
-            .iter()
-            .fold(0, |word, byte| word << 8 | u64::from(*byte));
-    }
-    all
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use super::HostRegion;
 
 /// Bits in shared memory, set and taken by atomic operations on both sides.
 #[derive(Clone, Debug)]
-pub struct SharedBitmap {
+pub(crate) struct SharedBitmap {
     region: HostRegion,
     bits: u64,
 }
@@ -15,30 +15,26 @@ pub struct SharedBitmap {
 impl SharedBitmap {
     /// All bits of `region`, which are left as they are; whole 64-bit words count. `None` if the region does
     /// not start at a multiple of 8.
-    pub fn new(region: HostRegion) -> Option<Self> {
+    pub(crate) fn new(region: HostRegion) -> Option<Self> {
         let aligned = region.address().is_multiple_of(align_of::<AtomicU64>());
         aligned.then(|| Self { bits: region.len() / 8 * 64, region })
     }
 
     /// Bits the memory holds.
-    pub fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.bits
     }
 
-    /// True if there is no bit.
-    pub fn is_empty(&self) -> bool {
-        self.bits == 0
-    }
-
-    /// Sets `bits`, cut at the end of the map. Release: whoever takes a bit sees the bytes written before.
-    pub fn set(&self, bits: Range<u64>) {
+    /// Sets `bits` as a device would, cut at the end of the map.
+    #[cfg(test)]
+    pub(crate) fn set(&self, bits: Range<u64>) {
         self.for_words(bits, |_, word, mask| {
             word.fetch_or(mask.to_le(), Ordering::Release);
         });
     }
 
     /// Clears `bits` and calls `each` with the number of the first bit of a word and the bits taken of it.
-    pub fn take(&self, bits: Range<u64>, mut each: impl FnMut(u64, u64)) {
+    pub(crate) fn take(&self, bits: Range<u64>, mut each: impl FnMut(u64, u64)) {
         self.for_words(bits, |first, word, mask| {
             // The plain look first: most words of a sparse log are zero and need no locked operation.
             if u64::from_le(word.load(Ordering::Relaxed)) & mask != 0 {

@@ -15,7 +15,7 @@ const ENTRIES: usize = 8192;
 
 /// The bits of this process.
 #[derive(Debug)]
-pub struct SoftDirtyBits {
+pub(crate) struct SoftDirtyBits {
     pagemap: File,
     clear_refs: File,
     page: usize,
@@ -26,7 +26,7 @@ impl SoftDirtyBits {
     ///
     /// # Errors
     /// ENOENT or EACCES where /proc is hidden or read-only.
-    pub fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         let clear_refs = OpenOptions::new().write(true).open("/proc/self/clear_refs")?;
         Ok(Self { pagemap: File::open("/proc/self/pagemap")?, clear_refs, page: rustix::param::page_size() })
     }
@@ -36,7 +36,7 @@ impl SoftDirtyBits {
     ///
     /// # Errors
     /// EINVAL where the kernel does not know the number.
-    pub fn clear_all(&self) -> io::Result<()> {
+    pub(crate) fn clear_all(&self) -> io::Result<()> {
         (&self.clear_refs).write_all(b"4")
     }
 
@@ -44,7 +44,7 @@ impl SoftDirtyBits {
     ///
     /// # Errors
     /// The read's.
-    pub fn read(&self, range: Range<usize>, mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
+    pub(crate) fn read(&self, range: Range<usize>, mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
         let mut entries = vec![0; 8 * ENTRIES.min(range.len() / self.page)];
         let mut at = range.start;
         let mut dirty = at..at;

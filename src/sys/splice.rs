@@ -17,7 +17,7 @@ use super::sigpipe::without_sigpipe;
 
 /// A pipe through which guest pages go to a socket.
 #[derive(Debug)]
-pub struct PagePipe {
+pub(crate) struct PagePipe {
     reader: OwnedFd,
     writer: OwnedFd,
     /// Bytes of whole pages that find room: the pipe counts pages (pipe(7)).
@@ -31,7 +31,7 @@ impl PagePipe {
     ///
     /// # Errors
     /// What `pipe(2)` says; EPERM if not even `least` is allowed.
-    pub fn with_room(wanted: usize, least: usize) -> io::Result<Self> {
+    pub(crate) fn with_room(wanted: usize, least: usize) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
         let mut size = wanted;
         while size >= least && fcntl_setpipe_size(&writer, size).is_err() {
@@ -45,13 +45,8 @@ impl PagePipe {
     }
 
     /// Bytes that went in and are not out.
-    pub fn held(&self) -> usize {
+    pub(crate) fn held(&self) -> usize {
         self.held
-    }
-
-    /// Bytes of whole pages that it holds at most.
-    pub fn room(&self) -> usize {
-        self.room
     }
 
     /// Puts references to the pages of `parts` in, the first `skip` bytes of which are left out; as many as find room.
@@ -60,7 +55,7 @@ impl PagePipe {
     /// # Errors
     /// What `vmsplice(2)` says: EFAULT for memory that can't be referred to, as a device's. `WouldBlock` if the pipe is
     /// full, `InvalidInput` for own bytes, which others may stand in before they leave.
-    pub fn refer_to(&mut self, parts: &[SendPart<'_>], skip: usize) -> io::Result<usize> {
+    pub(crate) fn refer_to(&mut self, parts: &[SendPart<'_>], skip: usize) -> io::Result<usize> {
         if has_own(parts) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -88,7 +83,7 @@ impl PagePipe {
     ///
     /// # Errors
     /// What `splice(2)` says; EPIPE without a signal. `WouldBlock` if a non-blocking socket has no room.
-    pub fn pass_on(&mut self, to: BorrowedFd<'_>, more: bool) -> io::Result<usize> {
+    pub(crate) fn pass_on(&mut self, to: BorrowedFd<'_>, more: bool) -> io::Result<usize> {
         let more = if more { SpliceFlags::MORE } else { SpliceFlags::empty() };
         let flags = SpliceFlags::NONBLOCK | more;
         let passed = without_sigpipe(|| splice(&self.reader, None, to, None, self.held, flags))?;

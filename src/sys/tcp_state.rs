@@ -8,7 +8,7 @@ use super::FdKind;
 
 /// A TCP connection's signs of life (`struct tcp_info`, tcp(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TcpState {
+pub(crate) struct TcpState {
     /// Segments sent and not acknowledged.
     pub unacked: u32,
     /// Times the oldest of them was sent again since the last acknowledgement of data.
@@ -25,7 +25,7 @@ pub struct TcpState {
 ///
 /// # Errors
 /// What `getsockopt(2)` says; another kind of socket has no such state.
-pub fn tcp_state(fd: BorrowedFd<'_>) -> io::Result<TcpState> {
+pub(crate) fn tcp_state(fd: BorrowedFd<'_>) -> io::Result<TcpState> {
     // Offsets of `struct tcp_info`, which only ever grows; the kernel fills what it knows.
     const RETRANSMITS: usize = 2;
     const PROBES: usize = 3;
@@ -61,7 +61,7 @@ pub fn tcp_state(fd: BorrowedFd<'_>) -> io::Result<TcpState> {
 ///
 /// # Errors
 /// What `ioctl(2)` says; a file has no such queue.
-pub fn queued_bytes(fd: BorrowedFd<'_>, kind: FdKind) -> io::Result<u64> {
+pub(crate) fn queued_bytes(fd: BorrowedFd<'_>, kind: FdKind) -> io::Result<u64> {
     let request = match kind {
         // SIOCOUTQ, by its other name.
         FdKind::Socket | FdKind::ZeroCopy | FdKind::More => libc::TIOCOUTQ,

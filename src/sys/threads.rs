@@ -21,7 +21,7 @@ pub fn spawn_thread(name: &'static str, job: Job) -> io::Result<JoinHandle<()>> 
 ///
 /// # Errors
 /// What sched_setscheduler(2) says: the call is forbidden.
-pub fn only_when_idle() -> io::Result<()> {
+pub(crate) fn only_when_idle() -> io::Result<()> {
     // SAFETY: all fields are integers, and zero is the one priority of this policy.
     let priority: libc::sched_param = unsafe { std::mem::zeroed() };
     // SAFETY: the structure is read during the call only; 0 is the calling thread.

@@ -33,7 +33,7 @@ struct UffdioApi {
 /// Why there is no such descriptor here.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum UffdError {
+pub(crate) enum UffdError {
     /// The system call is missing or forbidden.
     #[error("userfaultfd: {source}; allow the system call in the seccomp filter (CONFIG_USERFAULTFD=y)")]
     Open {
@@ -51,7 +51,7 @@ pub enum UffdError {
 /// A userfaultfd in asynchronous write-protect mode. All ranges are addresses of the process that made it,
 /// in whole pages of the memory there. Dropping the last descriptor takes all protection off.
 #[derive(Debug)]
-pub struct WriteProtector {
+pub(crate) struct WriteProtector {
     uffd: Uffd,
 }
 
@@ -60,7 +60,7 @@ impl WriteProtector {
     ///
     /// # Errors
     /// [`UffdError`].
-    pub fn new() -> Result<Self, UffdError> {
+    pub(crate) fn new() -> Result<Self, UffdError> {
         let user_mode_only = UserfaultfdFlags::from_bits_retain(UFFD_USER_MODE_ONLY);
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK | user_mode_only;
         // SAFETY: the descriptor is used for asynchronous write protection only, which moves no contents.
@@ -77,7 +77,7 @@ impl WriteProtector {
 
     /// Takes a descriptor that another process made and already set up with the same features; ranges are
     /// then addresses of that process.
-    pub fn adopt(fd: OwnedFd) -> Self {
+    pub(crate) fn adopt(fd: OwnedFd) -> Self {
         // SAFETY: the descriptor is owned and moves in.
         Self { uffd: unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) } }
     }
@@ -86,7 +86,7 @@ impl WriteProtector {
     ///
     /// # Errors
     /// EBUSY if another userfaultfd watches it, EINVAL if it is not mapped or not in whole pages.
-    pub fn register(&self, range: Range<usize>) -> io::Result<()> {
+    pub(crate) fn register(&self, range: Range<usize>) -> io::Result<()> {
         let mode = RegisterMode::WRITE_PROTECT;
         self.uffd.register_with_mode(range.start as *mut _, range.len(), mode).map_err(to_io)?;
         Ok(())
@@ -96,7 +96,7 @@ impl WriteProtector {
     ///
     /// # Errors
     /// ENOENT if a part of the range is not registered.
-    pub fn protect(&self, range: Range<usize>) -> io::Result<()> {
+    pub(crate) fn protect(&self, range: Range<usize>) -> io::Result<()> {
         self.uffd.write_protect(range.start as *mut _, range.len()).map_err(to_io)
     }
 
@@ -104,7 +104,7 @@ impl WriteProtector {
     ///
     /// # Errors
     /// EINVAL if the range is no longer mapped.
-    pub fn unregister(&self, range: Range<usize>) -> io::Result<()> {
+    pub(crate) fn unregister(&self, range: Range<usize>) -> io::Result<()> {
         self.uffd.unregister(range.start as *mut _, range.len()).map_err(to_io)
     }
 }

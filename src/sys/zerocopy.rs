@@ -14,7 +14,7 @@ const CODE_COPIED: u8 = 1;
 
 /// The kernel is done with the pages of some sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ZeroCopyReceipt {
+pub(crate) struct ZeroCopyReceipt {
     /// Number of the first send, counted modulo 2^32.
     pub first: u32,
     /// Number of the last one; not below `first` but for the wrap.
@@ -27,7 +27,7 @@ pub struct ZeroCopyReceipt {
 ///
 /// # Errors
 /// EOPNOTSUPP or ENOTSUPP for sockets that can't, as UNIX ones.
-pub fn allow_zero_copy(fd: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn allow_zero_copy(fd: BorrowedFd<'_>) -> io::Result<()> {
     let on: libc::c_int = 1;
     let len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: the kernel reads `len` bytes of a value that outlives the call.
@@ -46,7 +46,7 @@ type Control = [MaybeUninit<u64>; 32];
 ///
 /// # Errors
 /// What `recvmsg(2)` says.
-pub fn zero_copy_receipt(fd: BorrowedFd<'_>) -> io::Result<Option<ZeroCopyReceipt>> {
+pub(crate) fn zero_copy_receipt(fd: BorrowedFd<'_>) -> io::Result<Option<ZeroCopyReceipt>> {
     loop {
         let mut control: Control = [MaybeUninit::zeroed(); 32];
         // SAFETY: all zeros is an empty message header.
