@@ -116,6 +116,7 @@ fn migrate(config: SimConfig, rdma: RdmaOptions, digest: bool, keeps_memory: boo
     let source = door.ok().map(|door| {
         let mut settings = SourceSettings::new(Configuration { machine: "sim".into(), ..Default::default() });
         settings.digest = digest;
+        settings.guest_stands_still = true;
         settings.peer = Some(Peer::Ramwire);
         let control = Box::new(Still { keeps_memory });
         let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };

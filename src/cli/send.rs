@@ -133,6 +133,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
     settings.zero_detection = args.zero_page.into();
     settings.digest = args.digest;
+    settings.guest_stands_still = true;
     settings.stall_timeout = args.timeouts.stall_timeout;
     settings.finish_timeout = args.timeouts.finish_timeout;
     // Without device state only a ramwire can take the guest.

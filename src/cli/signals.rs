@@ -73,7 +73,9 @@ impl Watch {
         }
         let reply = match self.canceller.get() {
             Some(canceller) => canceller.cancel(),
-            None if self.status() == Some(Status::InDoubt) => CancelReply::TooLate,
+            None if matches!(self.status(), Some(Status::HandingOver | Status::InDoubt)) => {
+                CancelReply::TooLate
+            }
             None => CancelReply::Accepted,
         };
         // The tokens are of what is not the session, too.
@@ -155,7 +157,7 @@ mod tests {
         assert_eq!(watch.0.signalled(1), Answer::Leave(Exit::Cancelled));
         let statistics = SharedStatistics::default();
         watch.follow(statistics.clone());
-        statistics.update(|figures| figures.status = Status::InDoubt);
+        statistics.update(|figures| figures.status = Status::HandingOver);
         assert_eq!(watch.0.signalled(0), Answer::TooLate);
         assert_eq!(watch.0.signalled(1), Answer::Leave(Exit::InDoubt));
         watch.ended(Exit::NotVerified);

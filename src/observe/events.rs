@@ -92,10 +92,13 @@ impl EventKind {
             // Held after its pause, and let go on: told before.
             Status::Device if before.status == Status::PreSwitchover => None,
             Status::Device => Some(Self::Switchover),
-            Status::InDoubt => Some(Self::GivenAway),
-            Status::None | Status::PreSwitchover | Status::Completed | Status::Failed | Status::Cancelled => {
-                None
-            }
+            Status::HandingOver => Some(Self::GivenAway),
+            Status::None
+            | Status::PreSwitchover
+            | Status::Completed
+            | Status::Failed
+            | Status::Cancelled
+            | Status::InDoubt => None,
         };
         let end = (now.ended && !before.ended).then(|| Self::of_end(now));
         round.copied().map(Self::Round).into_iter().chain(state).chain(end)
@@ -286,7 +289,7 @@ mod tests {
         shared.update(|s| s.push_round(round));
         shared.update(|s| s.transferred += 1);
         shared.update(|s| s.status = Status::Device);
-        shared.update(|s| s.status = Status::InDoubt);
+        shared.update(|s| s.status = Status::HandingOver);
         shared.update(|s| (s.status, s.ended) = (Status::Completed, true));
         shared.update(|s| s.total_time += 1.0);
         use EventKind::{Active, Completed, GivenAway, Round, Setup, Switchover};
@@ -325,8 +328,8 @@ mod tests {
     fn an_end_in_doubt_is_told_apart_from_the_guest_given_away() {
         let shared = SharedStatistics::default();
         let events = shared.events();
-        shared.update(|s| s.status = Status::InDoubt);
-        shared.update(|s| (s.error, s.ended) = (Some("silence".into()), true));
+        shared.update(|s| s.status = Status::HandingOver);
+        shared.update(|s| (s.status, s.error, s.ended) = (Status::InDoubt, Some("silence".into()), true));
         let in_doubt = EventKind::InDoubt { why: "silence".into() };
         assert_eq!(kinds(&events), [EventKind::GivenAway, in_doubt]);
     }

@@ -7,8 +7,10 @@ use super::{DeltaCounts, Statistics, Status};
 impl Statistics {
     /// The same figures in the shape of QEMU's `query-migrate`: its names, its JSON types, its units.
     pub fn query_migrate(&self) -> Value {
+        // QEMU has no name of its own for that moment.
+        let status = if self.status == Status::HandingOver { Status::Device } else { self.status };
         let mut out = json!({
-            "status": self.status,
+            "status": status,
             "total-time": self.total_time as u64,
             "setup-time": self.setup_time as u64,
             "ram": self.ram(),
@@ -16,13 +18,11 @@ impl Statistics {
         if self.deltas.cache_size > 0 {
             out["xbzrle-cache"] = self.xbzrle();
         }
-        let given_away = matches!(self.status, Status::Completed | Status::InDoubt);
-        let (name, value) = if given_away {
-            ("downtime", self.downtime)
-        } else {
-            ("expected-downtime", self.expected_downtime)
-        };
-        out[name] = json!(value as u64);
+        if matches!(self.status, Status::Completed | Status::HandingOver | Status::InDoubt) {
+            out["downtime"] = json!(self.downtime as u64);
+        } else if let Some(expected) = self.expected_downtime {
+            out["expected-downtime"] = json!(expected as u64);
+        }
         if self.throttle_percent > 0 {
             out["cpu-throttle-percentage"] = json!(self.throttle_percent);
         }

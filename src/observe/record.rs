@@ -99,8 +99,8 @@ pub struct Sample {
     pub dirty_pages_rate: u64,
     /// How much the guest is held back.
     pub throttle_percent: u8,
-    /// What the downtime would be now.
-    pub expected_downtime_ms: f64,
+    /// What the downtime would be now; `None` before a rate is known.
+    pub expected_downtime_ms: Option<f64>,
     /// How long what remains takes at the last window's rate; `None` before there is one.
     pub eta_ms: Option<f64>,
     /// Pages sent so far.

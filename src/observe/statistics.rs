@@ -19,13 +19,16 @@ pub enum Status {
     PreSwitchover,
     /// The guest is paused.
     Device,
+    /// COMMIT was sent: the guest is the destination's, which has yet to say that it runs. Every good migration is here
+    /// for a moment.
+    HandingOver,
     /// The guest runs at the destination.
     Completed,
     /// Ended before COMMIT by an error; the guest runs at the source.
     Failed,
     /// Ended before COMMIT by request; the guest runs at the source.
     Cancelled,
-    /// COMMIT was sent and RUNNING not heard.
+    /// It has ended: COMMIT was sent and RUNNING not heard.
     InDoubt,
 }
 
@@ -182,8 +185,8 @@ pub struct RoundReport {
     pub dirty_pages_rate: u64,
     /// Share of its time that the guest was held back, in percent, when it began.
     pub throttle_percent: u8,
-    /// What the downtime would have been when it began, in milliseconds; 0 before a rate is known.
-    pub expected_downtime_ms: f64,
+    /// What the downtime would have been when it began, in milliseconds; `None` before a rate is known.
+    pub expected_downtime_ms: Option<f64>,
     /// The guest stood still.
     pub paused: bool,
 }
@@ -229,8 +232,8 @@ pub struct Statistics {
     pub setup_time: f64,
     /// From asking for the pause until the peer runs.
     pub downtime: f64,
-    /// What the downtime would be now.
-    pub expected_downtime: f64,
+    /// What the downtime would be now; `None` before a rate is known.
+    pub expected_downtime: Option<f64>,
     /// The longest rest of a vCPU under a dirty limit, in percent of the time that it runs.
     pub vcpu_rest_percentage: u16,
     /// Rounds since less remained than ever before.

@@ -59,6 +59,10 @@ pub struct SourceSettings {
     pub framing: Framing,
     /// Bytes of sections that go between the block list and the first page, as they were captured.
     pub early_sections: Vec<u8>,
+    /// The guest stands still already, and does until it has arrived: nothing writes to its memory. Only such a guest may
+    /// come without a dirty source; false. It is "paused" and, after a failure, "resumed" like any other: its
+    /// [`GuestControl`](crate::guest::GuestControl) leaves it as it was.
+    pub guest_stands_still: bool,
     /// Every page is sent at least once. Without it only what the dirty sources report travels.
     pub all_dirty_at_start: bool,
     /// Names this migration; 128 random bits.
@@ -89,6 +93,7 @@ impl SourceSettings {
             configuration,
             framing: Framing::default(),
             early_sections: Vec::new(),
+            guest_stands_still: false,
             all_dirty_at_start: true,
             migration_id: random_id(),
             spawner: Spawner::default(),

@@ -91,7 +91,9 @@ fn migrate(from: &Mapping, to: &Mapping, count: u8, numa: &Numa, embedder: Optio
     let near: SourceConnection =
         open_source(listener.address(), guest(from), &options, &stop).unwrap().into();
     let source = SourceGuest { memory: guest(from), dirty: Vec::new(), control: Box::new(Still) };
-    let source = SourceSession::new(source, near, SourceSettings::new(Configuration::default()));
+    let settings =
+        SourceSettings { guest_stands_still: true, ..SourceSettings::new(Configuration::default()) };
+    let source = SourceSession::new(source, near, settings);
     // Which connection is which its first bytes tell.
     let source = std::thread::spawn(move || source.run());
     let door = listener.accept_door(&options, &stop).unwrap();

@@ -72,13 +72,14 @@ impl Out<'_> {
     }
 }
 
-fn status(now: Status) -> [(&'static str, f64); 9] {
+fn status(now: Status) -> [(&'static str, f64); 10] {
     [
         ("none", Status::None),
         ("setup", Status::Setup),
         ("active", Status::Active),
         ("pre-switchover", Status::PreSwitchover),
         ("device", Status::Device),
+        ("handing-over", Status::HandingOver),
         ("completed", Status::Completed),
         ("failed", Status::Failed),
         ("cancelled", Status::Cancelled),
@@ -121,9 +122,9 @@ impl Collector for Figures {
         out.gauge("setup", "Until the first sync", seconds.clone(), s.setup_time / 1e3)?;
         out.gauge(
             "expected_downtime",
-            "What the downtime would be now",
+            "What the downtime would be now; NaN before a rate is known",
             seconds.clone(),
-            s.expected_downtime / 1e3,
+            s.expected_downtime.map_or(f64::NAN, |expected| expected / 1e3),
         )?;
         out.gauge("downtime", "The guest stood still", seconds.clone(), s.downtime / 1e3)?;
         let parts = s.downtime_parts.named().map(|(name, ms)| (name, ms / 1e3));

@@ -153,7 +153,7 @@ fn rounds(run: &Run) -> Markup {
                             td { (human_bytes(report.throughput)) "/s" }
                             td { (report.dirty_pages_rate) }
                             td { (report.throttle_percent) " %" }
-                            td { (format!("{:.1}", report.expected_downtime_ms)) }
+                            td { (report.expected_downtime_ms.map_or_else(|| "-".into(), |ms| format!("{ms:.1}"))) }
                         }
                     } }
                 }

@@ -128,11 +128,11 @@ fn take(run: &mut Run, line: usize, record: Record) -> Result<(), String> {
             (run.version, run.description) = (ramwire, description)
         }
         Record::Sample(sample) => {
-            times(&[sample.at_ms, sample.expected_downtime_ms, sample.eta_ms.unwrap_or(0.0)])?;
+            times(&[sample.at_ms, sample.expected_downtime_ms.unwrap_or(0.0), sample.eta_ms.unwrap_or(0.0)])?;
             run.samples.push(sample);
         }
         Record::Round { at_ms, remaining, round, .. } => {
-            times(&[at_ms, round.took_ms, round.expected_downtime_ms])?;
+            times(&[at_ms, round.took_ms, round.expected_downtime_ms.unwrap_or(0.0)])?;
             run.rounds.push(Round { at_ms, remaining, report: round });
         }
         Record::Event { at_ms, event, why } => {

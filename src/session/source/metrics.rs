@@ -127,7 +127,7 @@ impl Figures {
             Action::SendDigest => Some(Part::Digest),
             Action::AwaitReady | Action::AwaitGuest => Some(Part::Ready),
             Action::Commit => {
-                self.shared.update(|s| s.status = Status::InDoubt);
+                self.shared.update(|s| s.status = Status::HandingOver);
                 Some(Part::Handover)
             }
             Action::Release | Action::RollBack | Action::Finish(_) => {
@@ -184,7 +184,7 @@ impl Figures {
             s.dirty_sync_count += 1;
             s.remaining = remaining;
             s.dirty_pages_rate = rate.unwrap_or(s.dirty_pages_rate);
-            s.expected_downtime = expected.map_or(s.expected_downtime, millis);
+            s.expected_downtime = expected.map(millis).or(s.expected_downtime);
         });
     }
 

@@ -46,7 +46,8 @@ const LONGEST_ROUND: Duration = Duration::from_secs(5);
 pub struct SourceGuest {
     /// Its memory.
     pub memory: Arc<dyn GuestMemory>,
-    /// Everything that knows of writes to it; each sync ORs all.
+    /// Everything that knows of writes to it; each sync ORs all. None only where
+    /// [`guest_stands_still`](SourceSettings::guest_stands_still).
     pub dirty: Vec<Arc<dyn DirtySource>>,
     /// Pause, resume, device state.
     pub control: Box<dyn GuestControl>,
@@ -414,6 +415,12 @@ impl SourceSession {
 
     fn start_logs(&mut self) -> Result<Input, Error> {
         self.figures.shared().update(|s| s.status = Status::Setup);
+        if self.guest.dirty.is_empty() && !self.settings.guest_stands_still {
+            return Err(Error::Config {
+                what: "no dirty source: what the guest writes while its pages travel would be lost".into(),
+                remedy: "give a source for each of its writers, or say that it stands still (guest_stands_still)",
+            });
+        }
         let registers =
             self.link.abilities().registers_memory && !self.breakage.is(Breakage::RegisterUnpromised);
         if registers && !self.guest.control.forbid_discard(true) {

@@ -31,6 +31,7 @@ pub(crate) fn moved<T: Send>(
     let (near, far) = UnixStream::pair().unwrap();
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.digest = true;
+    settings.guest_stands_still = dirty.is_empty();
     settings.max_bandwidth.set(rate);
     let link = Box::new(InlineLink::new(plain(&near), from.clone()));
     let connection = SourceConnection { link, back: Some(plain(&near)) };

@@ -144,6 +144,7 @@ pub(super) fn ends_with(set: impl FnOnce(&mut SourceSettings)) -> Ends {
     let destination_machine = Machine::default();
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.digest = true;
+    settings.guest_stands_still = true;
     set(&mut settings);
     let link = Box::new(InlineLink::new(plain(&near), from.clone()));
     let connection = SourceConnection { link, back: Some(plain(&near)) };
@@ -179,6 +180,35 @@ fn a_guest_moves_between_two_ramwires() {
     assert_eq!(arrived.pages, statistics.pages);
     assert_eq!(arrived.bytes, statistics.transferred);
     assert!(statistics.downtime > 0.0 && statistics.remaining == 0);
+}
+
+/// No source could tell of a write; nothing is sent and nothing done to the guest.
+#[test]
+fn a_guest_that_may_write_needs_a_dirty_source() {
+    let ends = ends_with(|settings| settings.guest_stands_still = false);
+    let destination = ends.destination.spawn().unwrap();
+    let sent = ends.source.run();
+    let error = sent.error.as_ref().unwrap();
+    assert!(sent.guest_is_safe_here() && ends.source_machine.runs());
+    assert_eq!((error.kind(), sent.statistics.transferred), (ErrorKind::Config, 0));
+    assert!(error.to_string().contains("guest_stands_still"), "{error}");
+    drop(sent);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
+}
+
+/// No reader may see a good migration as one in doubt.
+#[test]
+fn a_good_migration_is_never_shown_in_doubt() {
+    let ends = ends();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (list, figures) = (Arc::clone(&seen), ends.source.statistics());
+    ends.source.statistics().listen(move |_| list.lock().unwrap().push(figures.snapshot().status));
+    let destination = ends.destination.spawn().unwrap();
+    assert_eq!(ends.source.run().outcome, Outcome::Completed);
+    assert_eq!(destination.wait().unwrap().ending, Ending::Running);
+    let seen = seen.lock().unwrap();
+    use crate::observe::Status;
+    assert!(seen.contains(&Status::HandingOver) && !seen.contains(&Status::InDoubt), "{seen:?}");
 }
 
 #[test]

@@ -62,6 +62,7 @@ fn migrate(
         SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(Machine::default()) };
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.migration_id = random_id();
+    settings.guest_stands_still = true;
     let source = SourceSession::new(guest, door.into(), settings).spawn().unwrap();
     let door = listener.accept_door(&options, &stop).unwrap();
     let arriving =

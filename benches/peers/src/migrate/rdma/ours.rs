@@ -52,7 +52,9 @@ impl Ours {
         let connecting = begun.elapsed().as_secs_f64();
         let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
         let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
-        let report = SourceSession::new(source, door.into(), SourceSettings::new(configuration)).run();
+        let mut settings = SourceSettings::new(configuration);
+        settings.guest_stands_still = true;
+        let report = SourceSession::new(source, door.into(), settings).run();
         let after = pids.map(Cost::of_process);
         if report.outcome != Outcome::Completed {
             let answer =
