@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use super::output::{self, note};
+use super::signals;
 use super::{bench, demo, devices, inspect, receive, relay, report, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
@@ -116,6 +117,7 @@ pub fn run() -> ExitCode {
             return output::status(Exit::Usage);
         }
     }
+    signals::survive_faults_of_files();
     let exit = match cli.command {
         Command::Demo(args) => demo::run(&args),
         Command::DemoDestination(args) => demo::run_destination(&args),

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use ramwire::observe::{SharedStatistics, Status};
 use ramwire::session::{CancelReply, Canceller};
-use ramwire::sys::CancelToken;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use ramwire::sys::{CancelToken, survive_lost_memory};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use super::args::Exit;
@@ -136,6 +136,18 @@ pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
         tracing::warn!(%error, "no thread for signals: only SIGKILL ends the process");
     }
     watch
+}
+
+/// Signals that a file can cause become errors of the call or of the guest's memory: a mapped file that was made shorter
+/// (SIGBUS), a file beyond the process's limit (SIGXFSZ).
+pub(super) fn survive_faults_of_files() {
+    if let Err(error) = survive_lost_memory() {
+        tracing::warn!(%error, "a RAM file that gets shorter ends the process");
+    }
+    // Where SIGXFSZ has a handler the call says EFBIG.
+    if let Err(error) = signal_hook::flag::register(SIGXFSZ, Arc::default()) {
+        tracing::warn!(%error, "a file beyond the limit of file sizes ends the process");
+    }
 }
 
 /// True if the process was started with `signal` ignored (proc(5), SigIgn).

@@ -82,6 +82,7 @@ impl MappedGuest {
     pub fn layout_changed(&self, change: LayoutChange) {
         let (LayoutChange::Resized { block, .. }
         | LayoutChange::Added { block }
+        | LayoutChange::Lost { block, .. }
         | LayoutChange::Removed { block }) = &change;
         let found = self.table.find(block.as_str()).ok().and_then(|index| self.table.get(index));
         if !found.is_some_and(|block| block.flags.ignored) {
@@ -124,7 +125,15 @@ impl GuestMemory for MappedGuest {
     }
 
     fn layout_change(&self) -> Option<LayoutChange> {
-        self.changed.get().cloned()
+        let told = self.changed.get().cloned();
+        told.or_else(|| {
+            let blocks = self.table.blocks().iter().zip(&self.regions);
+            let mut used = blocks.filter(|(block, _)| !block.flags.ignored);
+            used.find_map(|(block, region)| {
+                let loss = region.loss()?;
+                Some(LayoutChange::Lost { block: block.name.clone(), loss })
+            })
+        })
     }
 
     fn discard(&self, landing: Landing) -> Result<(), GuestError> {

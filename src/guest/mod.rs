@@ -36,7 +36,7 @@ pub use vhost_log::VhostLog;
 pub use written_pages::WrittenPages;
 
 use crate::ram::{BlockError, BlockName, Landing, PageBitmap, PageRun, RamBlockTable, Refusal, TableError};
-use crate::sys::{HostRegion, HostSpan, OutOfRegion};
+use crate::sys::{HostRegion, HostSpan, Loss, OutOfRegion};
 use crate::units::{BlockIndex, Percent, RestShare};
 
 /// Why guest memory could not be reached.
@@ -91,6 +91,14 @@ pub enum LayoutChange {
     Added {
         /// The block.
         block: BlockName,
+    },
+    /// The kernel has lost memory of a block: its file was made shorter, or what it takes pages from is full.
+    #[error("RAM block {block} has lost memory: {loss}")]
+    Lost {
+        /// The block.
+        block: BlockName,
+        /// What has become of it.
+        loss: Loss,
     },
     /// A block is gone; its memory stays mapped until the migration is over.
     #[error("RAM block {block} was taken away")]

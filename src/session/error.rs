@@ -4,7 +4,9 @@ use std::io;
 use std::time::Duration;
 
 use crate::guest::{DirtyError, GuestError, LayoutChange};
+use crate::ram::BlockName;
 use crate::stream::DecodeError;
+use crate::sys::Loss;
 use crate::transport::{ChannelError, MoveError, Side};
 
 /// Whose fault an error is, for exit statuses and retries.
@@ -115,6 +117,17 @@ pub enum Error {
     /// The guest's memory is not what was announced any more.
     #[error("{0} in the middle of the migration; the guest runs on here; start the migration again")]
     LayoutChanged(LayoutChange),
+    /// The kernel has lost memory of the guest.
+    #[error(
+        "RAM block {block} has lost memory: {loss}; what is here of it can't be trusted; see what changed its file or \
+         used its pages up"
+    )]
+    MemoryLost {
+        /// The block.
+        block: BlockName,
+        /// What has become of it.
+        loss: Loss,
+    },
     /// RAM or state arrived changed.
     #[error("{0}; the guest was not started from it")]
     Digest(#[from] crate::session::digest::Mismatch),
@@ -129,6 +142,15 @@ pub enum Error {
         /// The answer.
         source: io::Error,
     },
+}
+
+impl From<LayoutChange> for Error {
+    fn from(change: LayoutChange) -> Self {
+        match change {
+            LayoutChange::Lost { block, loss } => Self::MemoryLost { block, loss },
+            change => Self::LayoutChanged(change),
+        }
+    }
 }
 
 impl From<MoveError> for Error {
@@ -157,6 +179,7 @@ impl Error {
             | Self::Dirty(_)
             | Self::NotConverged { .. }
             | Self::LayoutChanged(_)
+            | Self::MemoryLost { .. }
             | Self::Thread { .. } => ErrorKind::Local,
             Self::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }) | Self::Cancelled => {
                 ErrorKind::Cancelled

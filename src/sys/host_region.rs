@@ -11,6 +11,7 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use super::lost_memory::Watched;
 use super::memory_file::MemoryFile;
 use super::untouched::Backing;
 use crate::units::PageSize;
@@ -37,6 +38,8 @@ pub struct HostRegion {
     tracked: usize,
     file: Option<MemoryFile>,
     backing: Backing,
+    /// In front of the owner: faults are no longer answered when the memory goes.
+    watched: Arc<Watched>,
     _owner: Arc<dyn Any + Send + Sync>,
 }
 
@@ -73,6 +76,7 @@ impl HostRegion {
             tracked: base.as_ptr() as usize,
             file: None,
             backing: Backing::Unknown,
+            watched: Arc::new(Watched::new(base.as_ptr() as usize, len, page.bytes() as usize)),
             _owner: owner,
         }
     }
@@ -85,6 +89,10 @@ impl HostRegion {
         };
         self.backing = backing;
         self
+    }
+
+    pub(super) fn watched(&self) -> &Watched {
+        &self.watched
     }
 
     pub(super) fn backing(&self) -> &Backing {

@@ -127,7 +127,10 @@ impl Mapping {
     pub fn memfd(name: &str, len: u64) -> Result<Self, MappingError> {
         let fd = memfd_create(name, MemfdFlags::CLOEXEC)
             .map_err(|errno| kernel("making a memfd of", len, "its name has at most 249 bytes", errno))?;
-        ftruncate(&fd, len).map_err(|errno| kernel("sizing a memfd to", len, ENOUGH_MEMORY, errno))?;
+        ftruncate(&fd, len).map_err(|errno| {
+            let remedy = if errno == Errno::FBIG { remedy_of(errno) } else { ENOUGH_MEMORY };
+            kernel("sizing a memfd to", len, remedy, errno)
+        })?;
         Self::file(fd, 0, len)
     }
 
@@ -180,7 +183,7 @@ impl Mapping {
     /// [`MappingError`].
     pub fn file_grown(fd: OwnedFd, offset: u64, len: u64, allocate: bool) -> Result<Self, MappingError> {
         let end = offset.checked_add(len).ok_or(MappingError::Length { len })?;
-        let failed = |errno: Errno| kernel("growing a file to", end, "free room on its file system", errno);
+        let failed = |errno: Errno| kernel("growing a file to", end, remedy_of(errno), errno);
         let stat = fstat(&fd).map_err(failed)?;
         if u64::try_from(stat.st_size).unwrap_or(0) < end {
             ftruncate(&fd, end).map_err(failed)?;
@@ -265,6 +268,17 @@ pub fn discard(span: HostSpan<'_>, page: PageSize) -> io::Result<()> {
         done => done?,
     }
     Ok(())
+}
+
+fn remedy_of(errno: Errno) -> &'static str {
+    match errno {
+        Errno::FBIG => {
+            "raise the limit of file sizes (ulimit -f), or take a file system for files of this size"
+        }
+        Errno::DQUOT => "free room in the quota of its owner",
+        Errno::NOSPC => "free room on its file system",
+        _ => "take another file system",
+    }
 }
 
 const ENOUGH_MEMORY: &str = "free memory, or allow more by vm.overcommit_memory and the cgroup's memory.max";

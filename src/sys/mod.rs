@@ -12,6 +12,7 @@ mod kvm_dirty;
 mod kvm_memory;
 #[cfg(feature = "kvm")]
 mod kvm_ring;
+mod lost_memory;
 mod low_water;
 mod mapping;
 mod memory_file;
@@ -48,6 +49,7 @@ pub(crate) use kvm_dirty::KvmLog;
 pub use kvm_memory::KvmMemory;
 #[cfg(feature = "kvm")]
 pub(crate) use kvm_ring::DirtyRing;
+pub use lost_memory::{Loss, survive_lost_memory};
 pub(crate) use low_water::set_low_water;
 pub use mapping::{Mapping, MappingError, discard, populate};
 pub(crate) use numa::{NumaNode, cpu_list, node_of_address};

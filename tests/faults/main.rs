@@ -4,6 +4,7 @@
 //! - `kills`: the peer is a process of its own that dies, freezes or resets the connection at a chosen stage.
 //! - `hostile`: bytes made by hand, from a source and from a destination that mean harm.
 //! - `qemu`: real QEMUs that die, in both roles.
+//! - `files`: RAM files that change under a migration.
 //! - `flips`: every byte of a stream to a QEMU: which are data, and what a QEMU makes of a flip.
 //! - `running`: the same with guests that run and check their memory.
 //! - `command`: the command's signals, options and folders.
@@ -15,6 +16,7 @@
 mod common;
 
 mod command;
+mod files;
 mod flips;
 mod hostile;
 mod kills;

@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -189,6 +190,27 @@ impl Inner {
         Ok(())
     }
 
+    /// The files that the manifest names are those that hold the pages, and hold all of them.
+    fn check_files(&self) -> Result<(), StoreError> {
+        let blocks =
+            self.manifest.iter().flat_map(|manifest| &manifest.blocks).filter(|block| !block.ignored);
+        for (index, (block, mapping)) in blocks.zip(&self.mappings).enumerate() {
+            let path = self.store.file(&block.file);
+            let held = self.held.as_ref().and_then(|files| files.get(index)).map(AsFd::as_fd);
+            let Some(fd) = held.or_else(|| mapping.backing().map(|(fd, _)| fd)) else { continue };
+            let ours = rustix::fs::fstat(fd).map_err(|errno| failed(&path, "looking at")(errno.into()))?;
+            let what = match std::fs::symlink_metadata(&path) {
+                Ok(named) if (named.dev(), named.ino()) != (ours.st_dev, ours.st_ino) => "replaced",
+                Ok(named) if named.len() < block.used_length => "made shorter",
+                Ok(_) => continue,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => "removed",
+                Err(error) => return Err(failed(&path, "looking at")(error)),
+            };
+            return Err(StoreError::Changed { path, what });
+        }
+        Ok(())
+    }
+
     /// RAM, early sections and device state onto the disk; the manifest still says `arriving`.
     fn put_state(&mut self, tail: &[u8]) -> Result<(), StoreError> {
         for (mapping, file) in self.mappings.iter().zip(self.held.iter().flatten()) {
@@ -200,6 +222,7 @@ impl Inner {
                 synced.map_err(|errno| failed(&self.store.path, "syncing RAM")(errno.into()))?;
             }
         }
+        self.check_files()?;
         self.store.put(EARLY, &self.early)?;
         self.store.put(TAIL, tail)?;
         if let Some(manifest) = &mut self.manifest {

@@ -171,6 +171,16 @@ pub enum StoreError {
         /// What is there.
         is: &'static str,
     },
+    /// A RAM file is not the one any more that the guest arrived in.
+    #[error(
+        "{path} was {what} while the guest arrived; keep other programs out of the folder and receive again"
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// What has become of it.
+        what: &'static str,
+    },
     /// Another process works on it.
     #[error("{path} is in use by another ramwire; wait for it to end")]
     Locked {

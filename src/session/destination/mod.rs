@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
-use crate::guest::{GuestControl, GuestError, GuestMemory};
+use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange};
 use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
 use crate::ram::{PageSet, RamBlock};
 use crate::stream::native::Answer;
@@ -308,6 +308,8 @@ impl DestinationSession {
             }
             tracing::trace!(?deed, at = reader.at, "perform");
             let fact = self.perform_guarded(deed, &mut reader).unwrap_or_else(|error| {
+                // The kernel's answer for memory that it has lost names no block.
+                let error = self.lost_memory().err().unwrap_or(error);
                 tracing::warn!(%error, at = reader.at, "destination failed");
                 self.error.get_or_insert(error);
                 Arrived::Failed
@@ -412,6 +414,7 @@ impl DestinationSession {
                 }
             }
             Deed::LoadState => {
+                self.lost_memory()?;
                 if let Some(incoming) = &mut self.incoming {
                     incoming.seen = *reader.stream.seen();
                     self.provider.arrived(incoming, self.engine.is_native());
@@ -471,6 +474,14 @@ impl DestinationSession {
             return self.say(Message::Native(Answer::Refused { why: &why }));
         }
         self.say(Message::Shut { status: 1 })
+    }
+
+    /// Pages that the kernel could not keep are an error before the guest can be given to us.
+    pub(super) fn lost_memory(&self) -> Result<(), Error> {
+        match self.placing.as_ref().and_then(|placing| placing.memory().layout_change()) {
+            Some(lost @ LayoutChange::Lost { .. }) => Err(lost.into()),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn memory(&self) -> Result<Arc<dyn GuestMemory>, Error> {

@@ -2,6 +2,7 @@
 
 use std::io::IoSlice;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::guest::GuestMemory;
 use crate::observe::PageCounts;
@@ -22,6 +23,9 @@ use crate::session::{Breakage, Error};
 /// Pages that one write to the memory's file takes.
 const PAGES_A_WRITE: usize = 64;
 
+/// How often memory is looked at that the kernel may have lost.
+const A_LOOK: Duration = Duration::from_millis(50);
+
 /// What the stream's own thread needs to place pages.
 pub(super) struct Placing {
     places: Arc<Places>,
@@ -30,6 +34,7 @@ pub(super) struct Placing {
     /// Where pages come by a door that shows none of them, and somebody wants to see them all the same.
     scan: Option<ContentScan>,
     faults: FaultWatch,
+    looked: Instant,
     /// Memory is met by faults: it is better written to by its file, or taken a run at a time.
     unmapped: bool,
     breakage: Breakage,
@@ -56,6 +61,7 @@ impl Placing {
             scratch,
             scan: None,
             faults: FaultWatch::default(),
+            looked: Instant::now(),
             unmapped: false,
             breakage,
         })
@@ -82,6 +88,15 @@ impl Placing {
     /// Before each read of the stream: looks how its predecessor's bytes fared.
     pub(super) fn look(&mut self) {
         self.unmapped = self.faults.look();
+    }
+
+    /// True once in [`A_LOOK`], where each read would cost too much.
+    pub(super) fn is_due(&mut self) -> bool {
+        let due = self.looked.elapsed() >= A_LOOK;
+        if due {
+            self.looked = Instant::now();
+        }
+        due
     }
 
     /// The page at `offset`, and what lies behind it: `following` are whole pages, each with its head.

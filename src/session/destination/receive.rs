@@ -57,6 +57,9 @@ impl DestinationSession {
                     if let Some(placing) = &mut self.placing {
                         placing.look();
                         placing.between_reads()?;
+                        if placing.is_due() {
+                            self.lost_memory()?;
+                        }
                     }
                     reader.make_room(needed);
                     let stop = &self.stop;
@@ -194,6 +197,7 @@ impl DestinationSession {
 
     /// The early sections are complete: whoever watches pages arrive may begin.
     fn pages_begin(&mut self, seen: Seen) -> Result<(), Error> {
+        self.lost_memory()?;
         match (&mut self.placing, &mut self.incoming) {
             (Some(placing), Some(incoming)) => {
                 incoming.seen = seen;

@@ -360,6 +360,12 @@ impl SourceSession {
         tracing::warn!(%error, "migration step failed");
         // A cancel that broke the step's wait is the reason, not the broken wait.
         self.look_at_cancel();
+        // The kernel's answer for memory that it has lost names no block.
+        let error = if error.kind() == ErrorKind::Cancelled {
+            error
+        } else {
+            self.look_at_layout().err().unwrap_or(error)
+        };
         let error = self.last_word().filter(|_| error.kind() == ErrorKind::Channel).unwrap_or(error);
         let refused = matches!(&error, Error::PeerFailed { .. }) && self.handover == Handover::Shut;
         self.error.get_or_insert(error);

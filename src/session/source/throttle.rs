@@ -64,7 +64,7 @@ impl SourceSession {
 
     /// A block list that was sent holds to the end: a guest whose memory has changed since can't arrive.
     pub(super) fn look_at_layout(&self) -> Result<(), Error> {
-        self.guest.memory.layout_change().map_or(Ok(()), |change| Err(Error::LayoutChanged(change)))
+        self.guest.memory.layout_change().map_or(Ok(()), |change| Err(change.into()))
     }
 
     /// What the downtime takes whatever is dirty, as far as it is known: for the engine's estimate.

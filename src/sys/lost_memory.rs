@@ -1,0 +1,300 @@
+//! Memory that the kernel can't give any more: a mapped file that was made shorter, a full file system behind a hole, a
+//! pool of huge pages that ran dry. A read or store there raises SIGBUS, which ends the process.
+//!
+//! Who calls [`survive_lost_memory`] gets zero pages in its place, and the region says so ([`HostRegion::loss`]), which
+//! ends a migration of it before COMMIT. That is a signal handler for the whole process, so it is the program's choice:
+//! the library never installs it. It answers for faults in memory that a [`HostRegion`] holds and passes any other on to
+//! the handler that was there before. Without it a shorter file is still found between two slices by its length.
+//!
+//! # Source
+//! mmap(2) (SIGBUS), sigaction(2) (`si_addr`, `si_code`, `BUS_MCEERR_AR`), signal-safety(7).
+
+use std::io;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use rustix::fs::fstat;
+
+use super::HostRegion;
+use super::untouched::Backing;
+
+/// What has become of a region's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Loss {
+    /// The file behind it was made shorter.
+    #[error("the file behind it ends after {left} of its {of} bytes")]
+    Shortened {
+        /// Bytes of the region that the file still has.
+        left: u64,
+        /// Bytes of the region.
+        of: u64,
+    },
+    /// The kernel had no page to give.
+    #[error(
+        "the kernel has no page for byte {at:#x}: its file was made shorter, or its file system or pool of huge pages is full"
+    )]
+    NoPage {
+        /// Bytes from the region's start.
+        at: u64,
+    },
+}
+
+/// Addresses whose faults are answered. Entries are never freed, only used again: the handler walks them without a lock.
+struct Entry {
+    start: AtomicUsize,
+    /// 0: not in use.
+    len: AtomicUsize,
+    page: AtomicUsize,
+    /// The address of the first fault; 0: none.
+    lost: AtomicUsize,
+    next: AtomicPtr<Entry>,
+}
+
+static FIRST: AtomicPtr<Entry> = AtomicPtr::new(ptr::null_mut());
+static UNUSED: Mutex<Vec<&'static Entry>> = Mutex::new(Vec::new());
+
+/// Faults of a range are answered until this is dropped.
+pub(super) struct Watched(&'static Entry);
+
+impl Watched {
+    pub(super) fn new(start: usize, len: usize, page: usize) -> Self {
+        let free = UNUSED.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let entry = free.unwrap_or_else(Entry::leaked);
+        entry.start.store(start, Ordering::Relaxed);
+        entry.page.store(page, Ordering::Relaxed);
+        entry.lost.store(0, Ordering::Relaxed);
+        // From here on the handler sees it.
+        entry.len.store(len, Ordering::Release);
+        Self(entry)
+    }
+
+    fn lost_at(&self) -> Option<u64> {
+        let lost = self.0.lost.load(Ordering::Acquire);
+        (lost != 0).then(|| (lost - self.0.start.load(Ordering::Relaxed)) as u64)
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.0.len.store(0, Ordering::Release);
+        UNUSED.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
+    }
+}
+
+impl Entry {
+    /// A new one, in front of the list.
+    fn leaked() -> &'static Self {
+        let entry: &'static Self = Box::leak(Box::new(Self {
+            start: AtomicUsize::new(0),
+            len: AtomicUsize::new(0),
+            page: AtomicUsize::new(0),
+            lost: AtomicUsize::new(0),
+            next: AtomicPtr::new(ptr::null_mut()),
+        }));
+        let mut first = FIRST.load(Ordering::Acquire);
+        loop {
+            entry.next.store(first, Ordering::Relaxed);
+            let own = ptr::from_ref(entry).cast_mut();
+            match FIRST.compare_exchange_weak(first, own, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return entry,
+                Err(other) => first = other,
+            }
+        }
+    }
+
+    /// The entry that `address` is in.
+    fn of(address: usize) -> Option<&'static Self> {
+        let mut at = FIRST.load(Ordering::Acquire);
+        // SAFETY: entries come from `leaked`, which never frees them, or are null.
+        while let Some(entry) = unsafe { at.as_ref() } {
+            let len = entry.len.load(Ordering::Acquire);
+            let start = entry.start.load(Ordering::Relaxed);
+            if address.checked_sub(start).is_some_and(|offset| offset < len) {
+                return Some(entry);
+            }
+            at = entry.next.load(Ordering::Acquire);
+        }
+        None
+    }
+}
+
+impl HostRegion {
+    /// What has become of the memory since it was mapped: its file was made shorter, or the kernel had no page for it
+    /// (known where [`survive_lost_memory`] was called). What was read of it since can't be trusted.
+    pub fn loss(&self) -> Option<Loss> {
+        if let Some(at) = self.watched().lost_at() {
+            return Some(Loss::NoPage { at });
+        }
+        let Backing::File(file, start) = self.backing() else { return None };
+        let file_len = u64::try_from(fstat(&**file).ok()?.st_size).unwrap_or(0);
+        let left = file_len.saturating_sub(*start);
+        (left < self.len()).then(|| Loss::Shortened { left, of: self.len() })
+    }
+}
+
+/// The handler that was there before; set before ours is.
+static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+
+/// From here on SIGBUS in memory of a [`HostRegion`] puts a zero page there and goes on; [`HostRegion::loss`] tells. For
+/// the whole process, once; a SIGBUS anywhere else, or by broken hardware, goes to the handler that was there before.
+///
+/// A running guest then goes on with the zero page where it would have died with the process: its program must look at
+/// [`HostRegion::loss`] and stop it.
+///
+/// # Errors
+/// What sigaction(2) says.
+pub fn survive_lost_memory() -> io::Result<()> {
+    let install = || {
+        // SAFETY: a sigaction of zeros is one without flags and with an empty mask.
+        let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
+        // SAFETY: only asks for the handler in place.
+        if unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut before) } != 0 {
+            return Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL));
+        }
+        let _ = BEFORE.set(before);
+        // SAFETY: as above.
+        let mut ours: libc::sigaction = unsafe { std::mem::zeroed() };
+        let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = on_bus_error;
+        ours.sa_sigaction = handler as libc::sighandler_t;
+        ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+        // SAFETY: the handler makes only calls that are safe in a signal handler, and stays for the process's life.
+        match unsafe { libc::sigaction(libc::SIGBUS, &raw const ours, ptr::null_mut()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL)),
+        }
+    };
+    INSTALLED.get_or_init(install).map_err(io::Error::from_raw_os_error)
+}
+
+/// Runs in a signal handler: atomics and mmap(2) alone.
+extern "C" fn on_bus_error(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel gives a valid siginfo to a handler with SA_SIGINFO; for SIGBUS it holds an address.
+    let (address, code) = unsafe { ((*info).si_addr() as usize, (*info).si_code) };
+    if code == libc::BUS_ADRERR
+        && let Some(entry) = Entry::of(address)
+        && put_zero_page(
+            address & !(entry.page.load(Ordering::Relaxed) - 1),
+            entry.page.load(Ordering::Relaxed),
+        )
+    {
+        let _ = entry.lost.compare_exchange(0, address, Ordering::AcqRel, Ordering::Relaxed);
+        return;
+    }
+    pass_on(signal, info, context);
+}
+
+/// Maps zeros over the page at `start`; false if the kernel does not.
+fn put_zero_page(start: usize, len: usize) -> bool {
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
+    );
+    // SAFETY: errno is the thread's own; it is put back, since the interrupted code may be about to read it.
+    let errno = unsafe { *libc::__errno_location() };
+    // SAFETY: the page is in memory of a region, which its owner keeps mapped and holds only guest bytes. The kernel has
+    // just refused to give it.
+    let mapped = unsafe { libc::mmap(start as *mut _, len, protection, flags, -1, 0) };
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+    mapped != libc::MAP_FAILED
+}
+
+fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let before = BEFORE.get();
+    match before.map_or(libc::SIG_DFL, |before| before.sa_sigaction) {
+        libc::SIG_DFL | libc::SIG_IGN => {
+            // SAFETY: puts the default in place; the instruction is tried again, and ends the process as it would have.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        handler if before.is_some_and(|before| before.sa_flags & libc::SA_SIGINFO != 0) => {
+            // SAFETY: it was installed as a handler of this kind.
+            let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+                unsafe { std::mem::transmute(handler) };
+            handler(signal, info, context);
+        }
+        handler => {
+            // SAFETY: it was installed as a handler of this kind.
+            let handler: extern "C" fn(i32) = unsafe { std::mem::transmute(handler) };
+            handler(signal);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::fs::File;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+    use crate::sys::Mapping;
+
+    const PAGE: u64 = 4096;
+
+    fn file(pages: u64) -> (File, Mapping) {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(pages * PAGE).unwrap();
+        let mapping = Mapping::file(file.try_clone().unwrap().into(), 0, pages * PAGE).unwrap();
+        mapping.region().span(0, pages * PAGE).unwrap().copy_from(&vec![7; (pages * PAGE) as usize]);
+        (file, mapping)
+    }
+
+    fn byte(mapping: &Mapping, page: u64) -> u8 {
+        let mut out = [9];
+        mapping.region().span(page * PAGE + 5, 1).unwrap().copy_to(&mut out);
+        out[0]
+    }
+
+    #[test]
+    fn a_file_that_was_made_shorter_is_found_by_its_length() {
+        let (file, mapping) = file(4);
+        assert_eq!(mapping.region().loss(), None);
+        file.set_len(PAGE + 1).unwrap();
+        let loss = mapping.region().loss();
+        assert_eq!(loss, Some(Loss::Shortened { left: PAGE + 1, of: 4 * PAGE }));
+        assert_eq!(Mapping::anonymous(PAGE).unwrap().region().loss(), None);
+    }
+
+    #[test]
+    fn a_lost_page_reads_as_zero_is_told_and_its_neighbours_stay() {
+        survive_lost_memory().unwrap();
+        let ((short, lost), (_, other)) = (file(4), file(4));
+        short.set_len(2 * PAGE).unwrap();
+        assert_eq!([0, 1, 2].map(|page| byte(&lost, page)), [7, 7, 0]);
+        lost.region().span(3 * PAGE, 1).unwrap().copy_from(b"x");
+        assert_eq!(lost.region().loss(), Some(Loss::NoPage { at: 2 * PAGE + 5 }));
+        assert_eq!((byte(&other, 2), other.region().loss()), (7, None));
+        // The next region at this place starts without it.
+        let address = lost.region().address();
+        drop(lost);
+        assert!(Entry::of(address).is_none_or(|entry| entry.lost.load(Ordering::Relaxed) == 0));
+    }
+
+    /// Alone in its process, which ends by the signal.
+    #[test]
+    #[ignore = "started by the test below"]
+    fn elsewhere() {
+        survive_lost_memory().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(PAGE).unwrap();
+        // SAFETY: no reference to the mapping is made.
+        let map = memmap2::MmapOptions::new().map_raw(&file).unwrap();
+        file.set_len(0).unwrap();
+        // SAFETY: mapped; the kernel has no page for it, which is what is tried.
+        unsafe { map.as_ptr().read_volatile() };
+    }
+
+    #[test]
+    fn memory_that_is_no_guests_ends_the_process_as_before() {
+        let ended = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "sys::lost_memory::tests::elsewhere", "--ignored"])
+            .stdout(Stdio::null())
+            .status()
+            .unwrap();
+        assert_eq!(ended.signal(), Some(libc::SIGBUS));
+    }
+}
