@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ramwire::engine::{Outcome, Reason};
-use ramwire::session::{ErrorKind, Peer, SourceReport};
+use ramwire::session::{ErrorKind, Peer, SourceReport, SourceSettings};
 use ramwire::stream::qemu::packed::Packing;
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::StopReason;
@@ -24,6 +24,24 @@ pub(super) struct Timeouts {
     /// After handing the guest over, wait this long for the other end to say that it runs
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
     pub(super) finish_timeout: Duration,
+}
+
+/// Of a command that sends.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct SourceTimeouts {
+    #[command(flatten)]
+    pub(super) both: Timeouts,
+    /// Wait this long for a connected destination to begin to read and to answer what it is
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    greeting_timeout: Duration,
+}
+
+impl SourceTimeouts {
+    pub(super) fn set(&self, settings: &mut SourceSettings) {
+        settings.greeting_timeout = self.greeting_timeout;
+        settings.stall_timeout = self.both.stall_timeout;
+        settings.finish_timeout = self.both.finish_timeout;
+    }
 }
 
 impl Timeouts {

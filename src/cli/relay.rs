@@ -20,7 +20,7 @@ use ramwire::transport::{
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, RdmaArgs, SourceChannelArgs, Timeouts, bytes, complain, failed};
+use super::common::{PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, failed};
 use super::output::{note, result_line, result_text};
 use super::render;
 use super::signals::cancel_on_signal;
@@ -81,7 +81,7 @@ pub(super) struct Args {
     #[command(flatten)]
     rdma: RdmaArgs,
     #[command(flatten)]
-    timeouts: Timeouts,
+    timeouts: SourceTimeouts,
 }
 
 pub(super) fn run(args: &Args) -> Exit {
@@ -103,7 +103,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         note!("ramwire relay: {warning}");
     }
     note!("listening on {}", listener.address());
-    let options = args.timeouts.stream_options();
+    let options = args.timeouts.both.stream_options();
     let (count, packing) = (args.listen_channels, args.listen_compression);
     let near = ChannelOptions { count, packing, numa: channels.numa.clone(), ..ChannelOptions::default() };
     let quiet = RdmaOptions { wait_after_round: true, ..RdmaOptions::default() };
@@ -139,8 +139,8 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         })
     };
     let incoming = DestinationSettings {
-        stall_timeout: args.timeouts.stall_timeout,
-        finish_timeout: args.timeouts.finish_timeout,
+        stall_timeout: args.timeouts.both.stall_timeout,
+        finish_timeout: args.timeouts.both.finish_timeout,
         max_ram: args.max_ram,
         accept_missing_description: true,
         ..DestinationSettings::default()
@@ -148,8 +148,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let mut outgoing = SourceSettings::new(Configuration::default());
     outgoing.downtime_limit = Duration::from_millis(args.downtime_ms);
     outgoing.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
-    outgoing.stall_timeout = args.timeouts.stall_timeout;
-    outgoing.finish_timeout = args.timeouts.finish_timeout;
+    args.timeouts.set(&mut outgoing);
     if let Some(option) = args.peer {
         (outgoing.peer, outgoing.style) = (Some(option.peer), Some(option.style));
     }

@@ -14,7 +14,9 @@ use ramwire::transport::{Address, ChannelOptions, DeltaCacheSize, DoorOptions, W
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, RdmaArgs, SourceChannelArgs, Timeouts, bytes, complain, exit_of, failed};
+use super::common::{
+    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, exit_of, failed,
+};
 use super::output::{note, result_line, result_text};
 use super::progress::Progress;
 use super::render;
@@ -48,7 +50,8 @@ pub(super) struct Args {
     /// Where zero pages are found: none sends them whole
     #[arg(long, value_name = "WHERE", default_value = "multifd")]
     zero_page: ZeroPage,
-    /// Compare a digest of RAM and device state before the guest is handed over (between ramwires)
+    /// Compare a digest of RAM and device state before the guest is handed over; only a ramwire can, any other destination
+    /// is refused
     #[arg(long)]
     digest: bool,
     /// Longest time the guest may stand still, in milliseconds
@@ -79,7 +82,7 @@ pub(super) struct Args {
     #[command(flatten)]
     rdma: RdmaArgs,
     #[command(flatten)]
-    timeouts: Timeouts,
+    timeouts: SourceTimeouts,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -134,8 +137,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings.zero_detection = args.zero_page.into();
     settings.digest = args.digest;
     settings.guest_stands_still = true;
-    settings.stall_timeout = args.timeouts.stall_timeout;
-    settings.finish_timeout = args.timeouts.finish_timeout;
+    args.timeouts.set(&mut settings);
     // Without device state only a ramwire can take the guest.
     settings.peer = (!guest.has_state()).then_some(Peer::Ramwire);
     settings.style = guest.peer_style().or(settings.style);
@@ -156,7 +158,7 @@ fn send(
     let memory = guest.memory();
     let log = args.watch.create_log()?;
     let options = DoorOptions {
-        stream: args.timeouts.stream_options(),
+        stream: args.timeouts.both.stream_options(),
         rdma: args.rdma.options(),
         channels,
         deltas: DeltaCacheSize::new(args.xbzrle_cache_size),

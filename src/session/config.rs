@@ -37,16 +37,22 @@ pub struct SourceSettings {
     pub before_switchover: Option<SwitchoverGate>,
     /// Where zero pages are found.
     pub zero_detection: ZeroDetection,
-    /// Compare a digest of RAM and device state before the guest is handed over (between ramwire ends).
+    /// Compare a digest of RAM and device state before the guest is handed over. Only between ramwire ends: towards a QEMU,
+    /// and over a connection without a return path, the migration ends with [`Error::Config`](super::Error::Config)
+    /// before a page is sent.
     pub digest: bool,
     /// Both ends are on this host and share its cores: what both do at once takes twice as long. Counts for the
     /// estimate of the downtime.
     pub same_host: bool,
+    /// How long a destination that is connected may take until it reads, and says by its answers whether it is a ramwire
+    /// or a QEMU; 30 s. Silence ends the migration before a page is sent: it tells nothing about the peer.
+    pub greeting_timeout: Duration,
     /// Without a byte or an answer for this long before COMMIT the migration fails; 30 s.
     pub stall_timeout: Duration,
     /// Without RUNNING for this long after COMMIT the outcome is in doubt; 60 s.
     pub finish_timeout: Duration,
-    /// What the peer is, where the caller knows; else it is found out by the greeting.
+    /// What the peer is, where the caller knows; else it is found out by the greeting. A ramwire is greeted all the same,
+    /// and a peer that is none ends the migration before a page is sent; a QEMU is not greeted.
     pub peer: Option<Peer>,
     /// How a QEMU peer wants its stream. Follows the machine's name; a machine that tells nothing gets what every
     /// QEMU reads, which page channels have not.
@@ -85,6 +91,7 @@ impl SourceSettings {
             zero_detection: ZeroDetection::default(),
             digest: false,
             same_host: false,
+            greeting_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(30),
             finish_timeout: Duration::from_secs(60),
             peer: None,

@@ -112,9 +112,11 @@ impl Proxy {
             let (mut from_far, mut to_near) = (destination.try_clone().unwrap(), source.try_clone().unwrap());
             let muted = when == When::Silence;
             let back = std::thread::spawn(move || {
-                // The answer to the greeting passes in any case.
-                let mut first = vec![0; if muted { 16 } else { 0 }];
-                let passed = from_far.read_exact(&mut first).and_then(|()| to_near.write_all(&first));
+                // The answers to the greeting and to the first look at the round trip pass in any case: three PONGs.
+                let passed = (0..if muted { 3 } else { 0 }).try_for_each(|_| {
+                    let mut pong = [0; 8];
+                    from_far.read_exact(&mut pong).and_then(|()| to_near.write_all(&pong))
+                });
                 let sink = &mut std::io::sink() as &mut dyn Write;
                 let _ = passed
                     .and_then(|()| std::io::copy(&mut from_far, if muted { sink } else { &mut to_near }));
@@ -411,8 +413,9 @@ fn a_qemu_source_that_dies_at_any_stage_leaves_a_folder_that_says_how_much_came(
     }
 }
 
-/// A file gets the same stream as a QEMU but for the return path's commands: OPEN_RETURN_PATH, PING, PING.
-pub(crate) const COMMANDS: u64 = 5 + 9 + 9;
+/// A file gets the same stream as a QEMU but for the return path's commands: OPEN_RETURN_PATH, the greeting's two PINGs, one
+/// more.
+pub(crate) const COMMANDS: u64 = 5 + 9 + 9 + 9;
 
 /// The stream that `send` sends, as a file gets it.
 pub(crate) fn recorded(folder: &Path) -> Vec<u8> {

@@ -65,7 +65,7 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
     let micros = plan.downtime_pages * PAGE as u64 * 1000 / plan.bytes_per_ms;
     let settings = SourceSettings {
         downtime_limit: Duration::from_micros(micros),
-        digest: plan.digest,
+        digest: plan.digest && plan.peer != PeerKind::Qemu,
         peer: match plan.peer {
             PeerKind::Greeted => None,
             PeerKind::Ramwire => Some(Peer::Ramwire),

@@ -427,6 +427,7 @@ impl SourceSession {
                 remedy: "give a source for each of its writers, or say that it stands still (guest_stands_still)",
             });
         }
+        self.refuse_what_nobody_does()?;
         let registers =
             self.link.abilities().registers_memory && !self.breakage.is(Breakage::RegisterUnpromised);
         if registers && !self.guest.control.forbid_discard(true) {

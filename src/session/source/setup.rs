@@ -1,6 +1,8 @@
 //! How a stream begins: header, who the peer is, what blocks there are.
-
-use std::time::Duration;
+//!
+//! A ramwire and a QEMU both answer the ordinary PING as soon as they read, a ramwire says first what it is. So the peer's
+//! answers decide who it is, and no clock does. A destination that is connected but does not read yet, since its VM is
+//! still being made, is waited for; one that stays silent ends the migration before a page has left.
 
 use crate::engine::{Handover, Input};
 use crate::ram::{BlockFlags, RamBlock, RamBlockTable, RoundKind};
@@ -11,11 +13,12 @@ use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::section::{SectionName, encode_start};
 use crate::stream::qemu::style::PeerStyle;
 use crate::stream::qemu::{file, ram};
+use crate::sys::Stop;
 use crate::units::GuestAddr;
 
 use super::SourceSession;
 use super::peer::refuse_verdict;
-use super::return_path::Word;
+use super::return_path::{Word, look_at};
 use crate::session::digest::Digest;
 use crate::session::{Error, Peer};
 
@@ -24,9 +27,6 @@ pub(super) const RAM_SECTION_ID: u32 = 0x5257_0001;
 
 /// The value of the ordinary PING, the one a QEMU source sends.
 pub(super) const ORDINARY_PING: u32 = 1;
-
-/// How long an answer to the greeting may take. A peer that is silent for so long is no ramwire.
-const GREETING_TIME: Duration = Duration::from_secs(1);
 
 impl SourceSession {
     /// Header, greeting, block list.
@@ -51,13 +51,11 @@ impl SourceSession {
         }
         self.send_bytes(&head)?;
         self.link.sink().flush(&self.stop)?;
-        let asked = self.clock.now();
-        if greet && self.is_ramwire()? {
-            self.fixed.round_trip = self.clock.now().saturating_sub(asked);
-            self.say_hello()?;
-        } else if self.settings.peer == Some(Peer::Ramwire) && self.back.is_some() {
-            let why = "it did not answer the greeting of a ramwire (--peer ramwire was given)".into();
-            return Err(Error::PeerFailed { why });
+        if greet {
+            self.find_out_peer()?;
+        }
+        if self.settings.digest && self.handover != Handover::Native {
+            return Err(no_digest("the destination is a QEMU"));
         }
         let style = match self.handover {
             Handover::Native => Some(PeerStyle::RAMWIRE),
@@ -95,24 +93,64 @@ impl SourceSession {
         Ok(())
     }
 
-    /// The greeting is answered before the ordinary PING: whoever answers only that is a QEMU.
-    fn is_ramwire(&mut self) -> Result<bool, Error> {
-        let stop = self.stop.within(GREETING_TIME);
-        let Some(back) = &mut self.back else { return Ok(false) };
-        loop {
-            match back.next(&stop) {
-                Ok(Word::Pong(ORDINARY_PING)) => return Ok(false),
-                Ok(Word::Pong(value)) if version_of_pong(value).is_some() => return Ok(true),
-                Ok(word) => {
-                    refuse_verdict(word)?;
-                    if stop.reason().is_some() {
-                        return Ok(false);
-                    }
-                }
-                // Silence means a QEMU that is slow to answer; our own cancel is told by the next step.
-                Err(error) if error.is_deadline() => return Ok(false),
-                Err(error) => return Err(error),
+    /// What was asked for and no peer behind this connection can do is refused before the first byte.
+    pub(super) fn refuse_what_nobody_does(&self) -> Result<(), Error> {
+        match self.settings.peer {
+            _ if !self.settings.digest => Ok(()),
+            Some(Peer::Qemu) => Err(no_digest("the destination is a QEMU")),
+            _ if self.back.is_none() => Err(no_digest("the connection carries no answers")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until the destination has said what it is, and greets a ramwire.
+    fn find_out_peer(&mut self) -> Result<(), Error> {
+        let after = self.settings.greeting_timeout;
+        let silent = || Error::NoAnswer { what: "what it is", after, raise: "the greeting timeout" };
+        let heard = self.hear_greeting(&self.stop.within(after));
+        match (heard.map_err(|error| if error.is_deadline() { silent() } else { error })?, self.settings.peer)
+        {
+            (Peer::Ramwire, _) => self.say_hello(),
+            (Peer::Qemu, Some(Peer::Ramwire)) => {
+                let why = "it answers the greeting as a QEMU does, and was to be a ramwire".into();
+                Err(Error::PeerFailed { why })
             }
+            (Peer::Qemu, _) => self.measure_round_trip(),
+        }
+    }
+
+    /// The greeting is answered before the ordinary PING: a peer that answers only that is a QEMU. Before it reads, it
+    /// answers nothing; as long as it is silent, it may be either.
+    fn hear_greeting(&mut self, stop: &Stop) -> Result<Peer, Error> {
+        loop {
+            match self.next_word(stop)? {
+                Word::Pong(ORDINARY_PING) => return Ok(Peer::Qemu),
+                Word::Pong(value) if version_of_pong(value).is_some() => return Ok(Peer::Ramwire),
+                word => refuse_verdict(word)?,
+            }
+            look_at(stop)?;
+        }
+    }
+
+    /// The answer to the greeting may have waited for the destination's start: a QEMU is asked once more.
+    fn measure_round_trip(&mut self) -> Result<(), Error> {
+        let mut ping = Vec::new();
+        Command::Ping(ORDINARY_PING).encode(&mut ping);
+        self.send_bytes(&ping)?;
+        self.link.sink().flush(&self.stop)?;
+        let asked = self.clock.now();
+        let stop = self.stop.within(self.settings.stall_timeout);
+        while self.next_word(&stop)? != Word::Pong(ORDINARY_PING) {
+            look_at(&stop)?;
+        }
+        self.fixed.round_trip = self.clock.now().saturating_sub(asked);
+        Ok(())
+    }
+
+    fn next_word(&mut self, stop: &Stop) -> Result<Word, Error> {
+        match &mut self.back {
+            Some(back) => back.next(stop),
+            None => Err(Error::PeerFailed { why: "there is no return path to hear it on".into() }),
         }
     }
 
@@ -122,9 +160,12 @@ impl SourceSession {
         Command::Native(Order::Hello(ours)).encode(&mut order);
         self.send_bytes(&order)?;
         self.link.sink().flush(&self.stop)?;
+        let asked = self.clock.now();
         let stop = self.stop.within(self.settings.stall_timeout);
         let Some(back) = &mut self.back else { return Ok(()) };
-        match back.next_verdict(&stop)? {
+        let answer = back.next_verdict(&stop)?;
+        self.fixed.round_trip = self.clock.now().saturating_sub(asked);
+        match answer {
             Word::Hello(theirs) if theirs.common_version() != Some(theirs.max_version) => {
                 let why = format!("it speaks version {} of ramwire's words", theirs.max_version);
                 Err(Error::PeerFailed { why })
@@ -184,4 +225,11 @@ pub(crate) fn described(announced: &BlockAnnouncement) -> RamBlock {
     block.guest_addr = announced.guest_addr;
     block.flags = BlockFlags::default();
     block
+}
+
+fn no_digest(why: &str) -> Error {
+    Error::Config {
+        what: format!("a digest was asked for, and {why}: only two ramwires compare one"),
+        remedy: "migrate to a ramwire over a connection of both directions, or do not ask for the digest",
+    }
 }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod greeting;
 mod hooks;
 mod panics;
 mod qemu_peer;
