@@ -6,6 +6,7 @@ mod hints;
 #[cfg(feature = "kvm")]
 mod kvm;
 mod mapped;
+mod placing;
 #[cfg(test)]
 mod race;
 #[cfg(all(test, feature = "kvm"))]
@@ -29,6 +30,7 @@ pub use hints::{HintEpoch, HintError, Hinted, PageHints};
 #[cfg(feature = "kvm")]
 pub use kvm::{KvmDirtyLog, KvmDirtyRing, KvmSlot, RingSize};
 pub use mapped::{GuestBuilder, MappedGuest};
+pub use placing::{PageObserver, PageWriter, Placer};
 pub use soft_dirty::{SoftDirty, Standstill};
 pub use software::SoftwareBitmap;
 pub use sources::{Choice, NoSource, choose, sync_all};

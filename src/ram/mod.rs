@@ -21,4 +21,6 @@ pub use block::{BlockError, BlockFlags, BlockName, RamBlock};
 pub use dirty_map::{ClearShift, DirtyMap};
 pub use page_set::PageSet;
 pub use run::PageRun;
+#[cfg(test)]
+pub(crate) use table::ADMISSIONS;
 pub use table::{Landing, MAX_BLOCKS, RamBlockTable, Refusal, TableError};

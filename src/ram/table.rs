@@ -120,6 +120,12 @@ pub enum TableError {
     },
 }
 
+#[cfg(test)]
+thread_local! {
+    /// Calls of [`RamBlockTable::admit`] by this thread: bounds are checked once a run.
+    pub(crate) static ADMISSIONS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 /// The blocks of a guest in the order of the stream's block list.
 #[derive(Clone, Debug)]
 pub struct RamBlockTable {
@@ -209,6 +215,8 @@ impl RamBlockTable {
     /// # Errors
     /// [`Refusal`], which names the block and the range.
     pub fn admit(&self, block: BlockIndex, offset: BlockOffset, len: u64) -> Result<Landing, Refusal> {
+        #[cfg(test)]
+        ADMISSIONS.with(|count| count.set(count.get() + 1));
         let Some(ram) = self.get(block) else {
             return Err(Refusal::UnknownIndex { index: block.0, blocks: self.blocks.len() as u32 });
         };

@@ -19,9 +19,7 @@ pub mod workers;
 
 use breakage::Breakage;
 pub use config::{DestinationSettings, SourceSettings};
-pub use destination::{
-    Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, Placed, Zeroed,
-};
+pub use destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, Zeroed};
 pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, Canceller, MigrationHandle};
 pub use relay::{ConnectFn, Kept, Notice, NoticeFn, Relay, RelayReport, ScanReport};

@@ -22,18 +22,18 @@ pub use open::{
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 pub use testing::{Fault, FaultKind, Faulty, Loopback, LoopbackSink, LoopbackSource, loopback};
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::guest::{GuestError, GuestMemory};
+use crate::guest::{GuestError, GuestMemory, Placer};
 use crate::observe::{DeltaCounts, SpliceCounts, ZeroCopyCounts};
 use crate::ram::{MoverAbilities, PageBatch, PageRun, RamBlock, RoundKind};
 use crate::stream::DecodeError;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::style::PeerStyle;
-use crate::sys::{HostSpan, RecvPart, SendPart, Stop, StopReason};
-use crate::units::{BlockIndex, BlockOffset, PageSize};
+use crate::sys::{RecvPart, SendPart, Stop, StopReason};
+use crate::units::PageSize;
 
 /// Why a channel did not carry bytes.
 #[derive(Debug, thiserror::Error)]
@@ -185,45 +185,6 @@ pub trait ByteSource: Send {
     }
 }
 
-/// Where arriving pages go; shared by all that place them. Blocks are numbered as the source announced them.
-pub trait PagePlaces: Send + Sync {
-    /// The memory of `bytes` bytes from `offset` on.
-    ///
-    /// # Errors
-    /// [`GuestError`] if they are not in the guest.
-    fn room(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> Result<HostSpan<'_>, GuestError>;
-
-    /// Puts `parts`, one behind the other, from `offset` on, by the file behind the memory: for memory that is not mapped
-    /// here, where it costs half of a first store. `false` if that can't be done, and they go into [`room`](Self::room).
-    /// Either way [`placed`](Self::placed) is still to be called.
-    ///
-    /// # Errors
-    /// As [`room`](Self::room); no memory, or no room in the file system.
-    fn write_by_file(
-        &self,
-        _block: BlockIndex,
-        _offset: BlockOffset,
-        _parts: &[IoSlice<'_>],
-    ) -> Result<bool, GuestError> {
-        Ok(false)
-    }
-
-    /// True if the page at `offset` has come before.
-    fn has_come(&self, block: BlockIndex, offset: BlockOffset) -> bool;
-
-    /// The bytes are in place.
-    ///
-    /// # Errors
-    /// As [`room`](Self::room).
-    fn placed(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> Result<(), GuestError>;
-
-    /// The page at `offset` is zero. Memory that was never written is not touched.
-    ///
-    /// # Errors
-    /// As [`room`](Self::room).
-    fn zero(&self, block: BlockIndex, offset: BlockOffset) -> Result<(), GuestError>;
-}
-
 /// The destination's page channels, whose packets are placed by threads of their own.
 ///
 /// # Orders that hold
@@ -237,7 +198,7 @@ pub trait PageChannels: Send {
     /// [`MoveError`]: no thread could be started.
     fn begin(
         &mut self,
-        places: Arc<dyn PagePlaces>,
+        placer: Arc<Placer>,
         blocks: AnnouncedBlocks,
         page: PageSize,
     ) -> Result<(), MoveError>;

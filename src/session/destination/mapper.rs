@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::ram::PageBitmap;
+use crate::guest::{GuestError, Placer};
+use crate::ram::{PageBitmap, PageRun};
 use crate::sys::{CancelToken, Stop, only_when_idle, populate};
-use crate::units::{BlockIndex, BlockOffset, PageIndex};
+use crate::units::{BlockIndex, PageIndex};
 
-use super::places::Places;
 use crate::session::workers::Spawner;
 
 /// Rest of the thread where nothing has come.
@@ -33,13 +33,13 @@ pub(super) struct Mapper {
 
 impl Mapper {
     /// Starts the thread, where there is memory with a file behind it. Without it only faults are more.
-    pub(super) fn start(places: &Arc<Places>, spawner: &Spawner) -> Option<Self> {
-        if !places.has_files() {
+    pub(super) fn start(placer: &Arc<Placer>, spawner: &Spawner) -> Option<Self> {
+        if !placer.has_files() {
             return None;
         }
         let (cancel, mapped) = (CancelToken::default(), Arc::new(AtomicU64::new(0)));
-        let (places, stop, count) = (Arc::clone(places), Stop::on(&cancel), Arc::clone(&mapped));
-        let thread = spawner.spawn("ramwire-mapper", Box::new(move || follow(&places, &stop, &count)));
+        let (placer, stop, count) = (Arc::clone(placer), Stop::on(&cancel), Arc::clone(&mapped));
+        let thread = spawner.spawn("ramwire-mapper", Box::new(move || follow(&placer, &stop, &count)));
         let thread =
             thread.inspect_err(|error| tracing::debug!(%error, "pages are mapped by faults")).ok()?;
         Some(Self { cancel, mapped, thread: Some(thread) })
@@ -72,15 +72,14 @@ impl Drop for Mapper {
 }
 
 /// Maps what has come, block after block, until stopped.
-fn follow(places: &Places, stop: &Stop, mapped: &AtomicU64) {
+fn follow(placer: &Placer, stop: &Stop, mapped: &AtomicU64) {
     if let Err(error) = only_when_idle() {
         tracing::debug!(%error, "the mapping thread runs beside the others");
     }
-    let page = places.page_bytes();
-    let mut found: Vec<PageBitmap> = places.unmapped().iter().map(|map| PageBitmap::new(map.len())).collect();
+    let mut found: Vec<PageBitmap> = placer.unmapped().iter().map(|map| PageBitmap::new(map.len())).collect();
     loop {
         let mut any = false;
-        for (index, (came, found)) in places.unmapped().iter().zip(&mut found).enumerate() {
+        for (index, (came, found)) in placer.unmapped().iter().zip(&mut found).enumerate() {
             came.take_into(found);
             let mut from = PageIndex(0);
             while let Some(run) = found.next_run(from, PAGES_A_CALL) {
@@ -88,11 +87,11 @@ fn follow(places: &Places, stop: &Stop, mapped: &AtomicU64) {
                     return;
                 }
                 from.0 = run.end;
-                let (offset, pages) = (BlockOffset(run.start * page), run.end - run.start);
+                let (first, pages) = (PageIndex(run.start), run.end - run.start);
+                let run = PageRun { block: BlockIndex(index as u32), first, pages };
+                let landing = placer.memory().table().admit_run(run).map_err(GuestError::from);
                 // A kernel that can't is no matter: the pages are there, and a fault maps them.
-                if places
-                    .own_room(BlockIndex(index as u32), offset, pages * page)
-                    .is_ok_and(|span| populate(span).is_ok())
+                if landing.and_then(|landing| placer.target(landing)).is_ok_and(|span| populate(span).is_ok())
                 {
                     mapped.fetch_add(pages, Ordering::Relaxed);
                 }
@@ -115,13 +114,12 @@ mod tests {
     use crate::guest::MappedGuest;
     use crate::ram::{BlockName, RamBlock};
     use crate::sys::{Mapping, thread_page_faults};
-    use crate::transport::PagePlaces;
-    use crate::units::PageSize;
+    use crate::units::{BlockOffset, PageSize};
 
-    fn places(mapping: &Mapping) -> Arc<Places> {
+    fn placer(mapping: &Mapping) -> Arc<Placer> {
         let block = RamBlock::new(BlockName::new("ram").unwrap(), mapping.region().len());
         let guest = MappedGuest::builder(PageSize::SIZE_4K).mapping(block.clone(), mapping).build().unwrap();
-        Arc::new(Places::new(Arc::new(guest), &[block], None).unwrap())
+        Arc::new(Placer::new(Arc::new(guest), &[block], None).unwrap())
     }
 
     /// Pages that came by the file are mapped, no other takes memory, and the bytes are those that came.
@@ -129,20 +127,20 @@ mod tests {
     fn what_came_by_the_file_is_mapped_and_nothing_else() {
         const PAGES: u64 = 1000;
         let mapping = Mapping::memfd("ram", 2 * PAGES * 4096).unwrap();
-        let places = places(&mapping);
-        let mapper = Mapper::start(&places, &Spawner::default()).unwrap();
+        let placer = placer(&mapping);
+        let mapper = Mapper::start(&placer, &Spawner::default()).unwrap();
         let page = [7; 4096];
         for at in 0..PAGES {
             // Every second page: none of those between may be touched.
-            let offset = BlockOffset(2 * at * 4096);
-            assert!(places.write_by_file(BlockIndex(0), offset, &[IoSlice::new(&page)]).unwrap());
-            places.placed(BlockIndex(0), offset, 4096).unwrap();
+            let landing = placer.admit(BlockIndex(0), BlockOffset(2 * at * 4096), 4096).unwrap();
+            assert!(placer.write_by_file(landing, 0, &[IoSlice::new(&page)]).unwrap());
+            placer.commit(landing);
         }
         while mapper.mapped.load(Ordering::Relaxed) < PAGES {
             std::thread::yield_now();
         }
         assert_eq!(mapper.finish(), PAGES);
-        assert_eq!(places.by_file(), PAGES);
+        assert_eq!(placer.by_file(), PAGES);
         let blocks = rustix::fs::fstat(mapping.backing().unwrap().0).unwrap().st_blocks;
         assert_eq!(blocks as u64, PAGES * 8, "only what came takes memory");
         let before = thread_page_faults().unwrap();
@@ -157,6 +155,6 @@ mod tests {
 
     #[test]
     fn memory_without_a_file_needs_no_thread() {
-        assert!(Mapper::start(&places(&Mapping::anonymous(8192).unwrap()), &Spawner::default()).is_none());
+        assert!(Mapper::start(&placer(&Mapping::anonymous(8192).unwrap()), &Spawner::default()).is_none());
     }
 }

@@ -2,7 +2,6 @@
 
 mod keepalive;
 mod mapper;
-mod places;
 mod placing;
 mod reader;
 mod receive;
@@ -14,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
-use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange};
+use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange, PageObserver};
 use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
 use crate::ram::{PageSet, RamBlock};
 use crate::stream::native::Answer;
@@ -33,7 +32,6 @@ use crate::session::relay::ScanReport;
 use crate::session::{Breakage, Error, shared_blocks};
 use keepalive::LONGEST_SILENCE;
 use mapper::Mapper;
-pub use places::Placed;
 use placing::Placing;
 use reader::StreamReader;
 use receive::{no_blocks, out_of_turn};
@@ -126,7 +124,7 @@ pub trait Arrival: Send {
     fn began(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error>;
 
     /// The memory is there and nothing has come yet: who is told of each page, by whatever thread places it.
-    fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn Placed>;
+    fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn PageObserver>;
 
     /// Called between reads; may wait to hand pressure back to the source.
     ///
@@ -391,7 +389,7 @@ impl DestinationSession {
             ending,
             error: self.error,
             pages: self.placing.as_ref().map_or_else(PageCounts::default, Placing::counts),
-            pages_by_file: self.placing.as_ref().map_or(0, |placing| placing.places().by_file()),
+            pages_by_file: self.placing.as_ref().map_or(0, |placing| placing.placer().by_file()),
             pages_mapped_behind,
             incoming: self.incoming,
             bytes,

@@ -55,7 +55,7 @@ impl DestinationSession {
                 Step::NeedMore { consumed, needed } => {
                     *start += consumed;
                     if let Some(placing) = &mut self.placing {
-                        placing.look();
+                        placing.check_faults();
                         placing.between_reads()?;
                         if placing.is_due() {
                             self.lost_memory()?;
@@ -228,7 +228,7 @@ impl DestinationSession {
         let known_zero = |block: &RamBlock| self.provider.is_zeroed(block);
         let placing = Placing::new(memory, &incoming.blocks, known_zero, self.arrival.take(), self.breakage)?;
         if self.settings.map_behind {
-            self.mapper = Mapper::start(placing.places(), &self.settings.spawner);
+            self.mapper = Mapper::start(placing.placer(), &self.settings.spawner);
         }
         self.placing = Some(placing);
         self.prepare_rounds(&incoming)?;

@@ -53,7 +53,7 @@ impl DestinationSession {
         let round = rounds.receive_round(&self.stop)?;
         let placing = self.placing()?;
         let page = placing.memory().table().page().bytes();
-        placing.places().count_zero(round.zero_bytes / page);
+        placing.placer().count_zero(round.zero_bytes / page);
         round.touched.into_iter().for_each(|run| placing.written(run));
         // The setup round has no pages; those of the last one are looked for when the section ends, while the source
         // goes on with its device state.
@@ -74,12 +74,12 @@ impl DestinationSession {
 
     /// There is memory now: the page channels may fill it.
     pub(super) fn begin_channels(&mut self, announced: &[BlockAnnouncement]) -> Result<(), Error> {
-        let places = Arc::clone(self.placing()?.places());
-        let page = places.memory().table().page();
+        let placer = Arc::clone(self.placing()?.placer());
+        let page = placer.memory().table().page();
         let Some(channels) = self.source.channels() else { return Ok(()) };
         let blocks = AnnouncedBlocks::new(announced.to_vec())
             .map_err(|fault| Error::Decode(DecodeError::Corrupt(Corrupt { at: 0, fault })))?;
-        Ok(channels.begin(places, blocks, page)?)
+        Ok(channels.begin(placer, blocks, page)?)
     }
 
     /// The stream has reached a barrier: what came before it on any channel is in place when this returns, and

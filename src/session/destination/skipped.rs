@@ -1,5 +1,7 @@
 //! Pages that a ramwire source says it has not sent in their last state.
 
+use std::sync::Arc;
+
 use crate::ram::PageSet;
 use crate::stream::native::{Range, Unsent};
 use crate::units::{BlockIndex, PageIndex};
@@ -12,27 +14,27 @@ impl DestinationSession {
     /// The digest leaves them out; where they are unplugged the memory that an earlier state of them took is given back.
     pub(super) fn not_sent(&mut self, announced: u32, why: Unsent, ranges: &[u8]) -> Result<(), Error> {
         let registered = self.source.rounds().is_some();
-        let places = self.placing()?.places().clone();
-        let table = places.memory().table();
+        let placer = Arc::clone(self.placing()?.placer());
+        let table = placer.memory().table();
         if self.unsent.is_empty() {
             self.unsent = PageSet::new(table);
         }
         for Range { first, pages } in Range::decode_all(ranges) {
             let refused =
                 |what: String| out_of_turn(&format!("UNSENT, {what}"), "waiting for the device state");
-            let found = places.landing_of(BlockIndex(announced), PageIndex(first), pages);
+            let found = placer.admit_pages(BlockIndex(announced), PageIndex(first), pages);
             let found = found.map_err(|error| refused(error.to_string()))?;
             let landing = found.ok_or_else(|| refused(format!("{pages} pages from page {first} on")))?;
             let run = landing.run(table.page());
             self.unsent.add(run);
             // Whoever watches has copied what came, and goes by that.
-            if why == Unsent::Free || places.watcher().is_some() {
+            if why == Unsent::Free || placer.observer().is_some() {
                 continue;
             }
             if !registered {
-                places.memory().discard(landing)?;
-            } else if places.may_hold(run) {
-                places.memory().span(landing)?.fill_zero();
+                placer.memory().discard(landing)?;
+            } else if placer.may_hold(landing) {
+                placer.target(landing)?.fill_zero();
             }
         }
         Ok(())

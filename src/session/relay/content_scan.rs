@@ -32,10 +32,10 @@ use std::time::{Duration, Instant};
 
 use xxhash_rust::xxh3::xxh3_128_with_secret;
 
+use crate::guest::PageObserver;
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::PageRun;
 use crate::session::Error;
-use crate::session::destination::Placed;
 use crate::session::workers::Spawner;
 use crate::sys::{HostSpan, Stop, is_zero, random_id};
 use crate::transport::ChannelError;
@@ -75,7 +75,7 @@ struct Chunk {
 /// Fingerprints of all pages that were ever open to the source.
 pub(crate) struct ContentScan {
     memory: Arc<dyn GuestMemory>,
-    watcher: Arc<dyn Placed>,
+    watcher: Arc<dyn PageObserver>,
     secret: Arc<[u8]>,
     /// By block and first page.
     chunks: BTreeMap<(u32, u64), Arc<Chunk>>,
@@ -84,7 +84,7 @@ pub(crate) struct ContentScan {
 
 impl ContentScan {
     /// Tells `watcher` of the pages of `memory` that change.
-    pub(crate) fn new(memory: Arc<dyn GuestMemory>, watcher: Arc<dyn Placed>) -> Self {
+    pub(crate) fn new(memory: Arc<dyn GuestMemory>, watcher: Arc<dyn PageObserver>) -> Self {
         let secret = std::iter::repeat_with(random_id).flatten().take(SECRET_BYTES).collect();
         Self { memory, watcher, secret, chunks: BTreeMap::new(), report: ScanReport::default() }
     }
@@ -147,7 +147,12 @@ impl Chunk {
     }
 
     /// Takes the fingerprints again; returns how many pages changed.
-    fn look(&self, memory: &dyn GuestMemory, secret: &[u8], watcher: &dyn Placed) -> Result<u64, GuestError> {
+    fn look(
+        &self,
+        memory: &dyn GuestMemory,
+        secret: &[u8],
+        watcher: &dyn PageObserver,
+    ) -> Result<u64, GuestError> {
         let table = memory.table();
         let page = table.page().bytes() as usize;
         let span = memory.span(table.admit_run(self.run)?)?;
@@ -194,7 +199,7 @@ mod tests {
     #[derive(Default)]
     struct Told(Mutex<Vec<PageRun>>);
 
-    impl Placed for Told {
+    impl PageObserver for Told {
         fn placed(&self, run: PageRun) {
             self.0.lock().unwrap().push(run);
         }

@@ -6,7 +6,7 @@ use crate::guest::{DirtyError, DirtySource};
 use crate::ram::{AtomicBitmap, PageBitmap, PageRun, RamBlockTable};
 use crate::units::BlockIndex;
 
-use crate::session::destination::Placed;
+use crate::guest::PageObserver;
 
 /// One bit a page that has come and was not yet taken. Unlike a log of a running guest it counts from before
 /// its start: nothing that came is ever dropped.
@@ -38,7 +38,7 @@ impl Arrivals {
     }
 }
 
-impl Placed for Arrivals {
+impl PageObserver for Arrivals {
     fn placed(&self, run: PageRun) {
         self.mark(run);
     }

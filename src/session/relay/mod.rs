@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::engine::Outcome;
-use crate::guest::{DirtySource, GuestControl, GuestMemory, MappedGuest};
+use crate::guest::{DirtySource, GuestControl, GuestMemory, MappedGuest, PageObserver};
 use crate::observe::{SharedStatistics, Status};
 use crate::ram::RamBlock;
 use crate::sys::{CancelToken, Mapping, Stop};
@@ -39,9 +39,7 @@ use crate::transport::{ByteSink, ByteSource};
 use crate::units::{PageSize, Rate};
 
 use crate::session::callback::quietly;
-use crate::session::destination::{
-    Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, Placed,
-};
+use crate::session::destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
 use crate::session::source::{SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream};
 use crate::session::{Breakage, DestinationSettings, Error, SourceSettings};
 pub(super) use content_scan::ContentScan;
@@ -388,7 +386,7 @@ impl Arrival for Middle {
         Ok(())
     }
 
-    fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn Placed> {
+    fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn PageObserver> {
         let bitmap = Arc::new(Arrivals::new(memory.table()));
         self.bitmap = Some(Arc::clone(&bitmap));
         bitmap

@@ -7,9 +7,11 @@ use std::time::Duration;
 use super::device::{Nothing, nothing_at_start};
 use super::plan::{Fault, LogKind, Plan, Rng, Side, Started};
 use super::world::{Mark, Sim, World};
-use crate::guest::{DirtyError, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest};
+use crate::guest::{
+    DirtyError, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest, PageObserver,
+};
 use crate::ram::{BlockName, Landing, PageBitmap, PageRun, RamBlock, RamBlockTable};
-use crate::session::{Arrival, Error, Incoming, Placed};
+use crate::session::{Arrival, Error, Incoming};
 use crate::stream::qemu::section::{
     SectionName, encode_eof, encode_footer, encode_full, encode_vm_description,
 };
@@ -579,7 +581,7 @@ impl Watcher {
     }
 }
 
-impl Placed for Copies {
+impl PageObserver for Copies {
     fn placed(&self, run: PageRun) {
         let world = self.sim.world();
         let mut pages = self.pages.lock().unwrap();
@@ -592,8 +594,8 @@ impl Placed for Copies {
 }
 
 impl Arrival for Watcher {
-    fn watch(&mut self, _memory: &Arc<dyn GuestMemory>) -> Arc<dyn Placed> {
-        Arc::clone(&self.copies) as Arc<dyn Placed>
+    fn watch(&mut self, _memory: &Arc<dyn GuestMemory>) -> Arc<dyn PageObserver> {
+        Arc::clone(&self.copies) as Arc<dyn PageObserver>
     }
 
     fn began(&mut self, _incoming: &Incoming, _memory: &Arc<dyn GuestMemory>) -> Result<(), Error> {

@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use super::channel::SimSource;
 use super::door::PATIENCE;
+use crate::guest::Placer;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::sys::{Stop, StopReason};
-use crate::transport::{ChannelError, MoveError, PageChannels, PagePlaces};
+use crate::transport::{ChannelError, MoveError, PageChannels};
 use crate::units::PageSize;
 
 const DOING: &str = "waiting for the page channels";
 
 impl PageChannels for SimSource {
     /// Pages are placed by the world, as the threads of a real door do it while the session does something else.
-    fn begin(&mut self, _: Arc<dyn PagePlaces>, _: AnnouncedBlocks, _: PageSize) -> Result<(), MoveError> {
+    fn begin(&mut self, _: Arc<Placer>, _: AnnouncedBlocks, _: PageSize) -> Result<(), MoveError> {
         self.sim.enter().world.door.receives = true;
         Ok(())
     }

@@ -1,21 +1,22 @@
 //! The destination's thread of one channel: packets become pages.
 
-use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam::channel::{Receiver, Sender};
 
 use super::link::gone;
+use crate::guest::{PageWriter, Placer};
+use crate::ram::Landing;
 use crate::stream::DecodeError;
 use crate::stream::qemu::channel::{Channel, ChannelStep};
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::multifd::{INIT_LEN, header_len};
 use crate::stream::qemu::packed::PacketInflater;
 use crate::stream::{Corrupt, Fault};
-use crate::sys::{FaultWatch, HostSpan, RecvPart, Stop, populate};
-use crate::transport::{ByteSource, ChannelError, MoveError, PagePlaces, StreamChannel};
-use crate::units::{BlockIndex, BlockOffset, PageSize};
+use crate::sys::{HostSpan, RecvPart, Stop};
+use crate::transport::{ByteSource, ChannelError, MoveError, StreamChannel};
+use crate::units::{BlockOffset, PageSize};
 
 /// Spans of guest memory that one read fills at most.
 const SPANS: usize = 32;
@@ -48,7 +49,7 @@ impl Drop for LastWord {
 
 /// What all channels of a migration share.
 pub(super) struct Common {
-    pub(super) places: Arc<dyn PagePlaces>,
+    pub(super) placer: Arc<Placer>,
     pub(super) blocks: AnnouncedBlocks,
     pub(super) page: PageSize,
     /// Numbers that channels have given themselves.
@@ -57,8 +58,6 @@ pub(super) struct Common {
     pub(super) uuid: Mutex<Option<[u8; 16]>>,
     /// Bytes of all channels.
     pub(super) bytes: Arc<AtomicU64>,
-    /// Held by the channel that writes by the file behind the memory.
-    pub(super) writes: Mutex<()>,
 }
 
 /// One channel and what its thread needs.
@@ -75,7 +74,7 @@ pub(super) struct PageReceiver {
     pub(super) filled: usize,
     pub(super) payload: Vec<u8>,
     pub(super) pages: Vec<u8>,
-    pub(super) faults: FaultWatch,
+    pub(super) writer: PageWriter,
 }
 
 impl PageReceiver {
@@ -175,33 +174,24 @@ impl PageReceiver {
         let plan = self.machine.packet().clone();
         let Some(block) = plan.block else { return Ok(()) };
         let common = Arc::clone(&self.common);
-        let runs = runs_of(&plan.normal, common.page);
-        let mut spans = Vec::with_capacity(runs.len());
-        for (offset, bytes) in &runs {
-            spans.push(common.places.room(block, *offset, *bytes)?);
-        }
-        let mut target = Target { common: &common, block, runs: &runs, spans: &spans, by_file: false };
-        if let (true, Some(first)) = (self.faults.look(), runs.first()) {
-            target.by_file = common.places.write_by_file(block, first.0, &[])?;
-            if !target.by_file {
-                let new = spans.iter().zip(&runs).filter(|(_, run)| !common.places.has_come(block, run.0));
-                // A kernel that can't, or has no memory left, says so again at the fault.
-                new.for_each(|(span, _)| drop(populate(*span)));
+        let placer = &common.placer;
+        let admit = |(offset, bytes)| placer.admit(block, offset, bytes);
+        let runs =
+            runs_of(&plan.normal, common.page).into_iter().map(admit).collect::<Result<Vec<_>, _>>()?;
+        self.writer.check_faults();
+        let buffered = self.writer.prepare(placer, &runs);
+        match self.inflater.is_some() {
+            true if runs.is_empty() => {}
+            true => self.expand_into(plan.payload as usize, placer, &runs)?,
+            false if buffered => self.receive_by_buffer(placer, &runs)?,
+            false => {
+                let spans = runs.iter().map(|run| placer.target(*run)).collect::<Result<Vec<_>, _>>()?;
+                self.receive_into(&spans)?;
             }
         }
-        match self.inflater.is_some() {
-            true if spans.is_empty() => {}
-            true => self.expand_into(plan.payload as usize, &mut target)?,
-            false if target.by_file => self.receive_by_file(&mut target)?,
-            false => self.receive_into(&spans)?,
-        }
-        if target.by_file {
-            self.faults.by_file();
-        }
-        for (offset, bytes) in runs {
-            common.places.placed(block, offset, bytes)?;
-        }
-        plan.zero.iter().try_for_each(|offset| common.places.zero(block, *offset))?;
+        runs.into_iter().for_each(|run| placer.commit(run));
+        let page = placer.page_bytes();
+        plan.zero.iter().try_for_each(|offset| placer.zero(placer.admit(block, *offset, page)?))?;
         Ok(())
     }
 
@@ -239,8 +229,8 @@ impl PageReceiver {
     }
 
     /// Payload into a buffer that stays in the cache, and from there into memory that is not mapped.
-    fn receive_by_file(&mut self, target: &mut Target<'_>) -> Result<(), MoveError> {
-        let total: usize = target.spans.iter().map(|span| span.len()).sum();
+    fn receive_by_buffer(&mut self, placer: &Placer, runs: &[Landing]) -> Result<(), MoveError> {
+        let total: usize = runs.iter().map(|run| run.len() as usize).sum();
         let due = header_len(self.common.page);
         self.pages.resize(BUFFER, 0);
         let mut at = 0;
@@ -260,13 +250,13 @@ impl PageReceiver {
                 self.filled = got.saturating_sub(want - filled);
                 filled += got - self.filled;
             }
-            target.put(at, &self.pages[..want])?;
+            put(&mut self.writer, placer, runs, at, &self.pages[..want])?;
             at += want;
         }
         Ok(())
     }
 
-    fn expand_into(&mut self, payload: usize, target: &mut Target<'_>) -> Result<(), MoveError> {
+    fn expand_into(&mut self, payload: usize, placer: &Placer, runs: &[Landing]) -> Result<(), MoveError> {
         self.payload.resize(payload, 0);
         let mut filled = 0;
         while filled < payload {
@@ -279,13 +269,12 @@ impl PageReceiver {
             self.count(got);
             filled += got;
         }
-        let bytes = target.spans.iter().map(|span| span.len()).sum();
-        self.pages.resize(bytes, 0);
+        self.pages.resize(runs.iter().map(|run| run.len() as usize).sum(), 0);
         if let Some(inflater) = &mut self.inflater {
             let expanded = inflater.inflate(&self.payload, &mut self.pages);
             expanded.map_err(|fault| self.not_understood(DecodeError::Corrupt(Corrupt { at: 0, fault })))?;
         }
-        target.put(0, &self.pages)
+        put(&mut self.writer, placer, runs, 0, &self.pages)
     }
 
     fn closed(&self, doing: &'static str) -> ChannelError {
@@ -304,55 +293,28 @@ impl PageReceiver {
     }
 }
 
-/// Where a packet's pages go.
-struct Target<'a> {
-    common: &'a Common,
-    block: BlockIndex,
-    runs: &'a [(BlockOffset, u64)],
-    spans: &'a [HostSpan<'a>],
-    /// By the file behind the memory, as long as it takes them.
-    by_file: bool,
-}
-
-impl Target<'_> {
-    /// Puts `bytes`, which begin `at` bytes behind the packet's first, where they belong.
-    fn put(&mut self, at: usize, mut bytes: &[u8]) -> Result<(), MoveError> {
-        let mut skip = at;
-        for ((offset, _), span) in self.runs.iter().zip(self.spans) {
-            let Some(room) = span.len().checked_sub(skip).filter(|room| *room > 0) else {
-                skip -= span.len();
-                continue;
-            };
-            let (now, rest) = bytes.split_at(bytes.len().min(room));
-            if let Some(room) = span.part(skip, now.len()) {
-                self.store(BlockOffset(offset.0 + skip as u64), room, now)?;
-            }
-            (bytes, skip) = (rest, 0);
-            if bytes.is_empty() {
-                break;
-            }
+/// Writes `bytes`, which begin `at` bytes after the first byte of a packet's pages, to where `runs` say.
+fn put(
+    writer: &mut PageWriter,
+    placer: &Placer,
+    runs: &[Landing],
+    at: usize,
+    mut bytes: &[u8],
+) -> Result<(), MoveError> {
+    let mut skip = at as u64;
+    for run in runs {
+        let Some(room) = run.len().checked_sub(skip).filter(|room| *room > 0) else {
+            skip -= run.len();
+            continue;
+        };
+        let (now, rest) = bytes.split_at(bytes.len().min(room as usize));
+        writer.write(placer, *run, skip, std::iter::once(now))?;
+        (bytes, skip) = (rest, 0);
+        if bytes.is_empty() {
+            break;
         }
-        Ok(())
     }
-}
-
-impl Target<'_> {
-    fn store(&mut self, offset: BlockOffset, room: HostSpan<'_>, bytes: &[u8]) -> Result<(), MoveError> {
-        let common = self.common;
-        match self.by_file.then(|| common.writes.try_lock()) {
-            Some(Ok(_turn)) => {
-                self.by_file = common.places.write_by_file(self.block, offset, &[IoSlice::new(bytes)])?;
-                if self.by_file {
-                    return Ok(());
-                }
-            }
-            // The kernel takes one write to a file at a time. Waiting costs more than taking the memory by the mapping.
-            Some(Err(_)) => drop(populate(room)),
-            None => {}
-        }
-        room.stream_from(bytes);
-        Ok(())
-    }
+    Ok(())
 }
 
 /// What lies together, as offset and length.

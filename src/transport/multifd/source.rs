@@ -10,11 +10,12 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded}
 use super::ChannelOptions;
 use super::numa::Placement;
 use super::receiver::{Common, PageReceiver, Told};
+use crate::guest::{PageWriter, Placer};
 use crate::stream::qemu::channel::Channel;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packed::PacketInflater;
-use crate::sys::{CancelToken, FaultWatch, RecvPart, Stop, StopReason};
-use crate::transport::{ByteSource, ChannelError, MoveError, PageChannels, PagePlaces, StreamChannel};
+use crate::sys::{CancelToken, RecvPart, Stop, StopReason};
+use crate::transport::{ByteSource, ChannelError, MoveError, PageChannels, StreamChannel};
 use crate::units::PageSize;
 
 /// Longest time between two looks at the other channels.
@@ -149,7 +150,7 @@ fn as_channel(error: MoveError) -> ChannelError {
 impl PageChannels for MultifdSource {
     fn begin(
         &mut self,
-        places: Arc<dyn PagePlaces>,
+        placer: Arc<Placer>,
         blocks: AnnouncedBlocks,
         page: PageSize,
     ) -> Result<(), MoveError> {
@@ -157,13 +158,12 @@ impl PageChannels for MultifdSource {
         let method = self.options.packing.method();
         let count = self.options.count;
         let common = Common {
-            places,
+            placer,
             blocks,
             page,
             ids: Mutex::default(),
             uuid: Mutex::default(),
             bytes: Arc::clone(&self.bytes),
-            writes: Mutex::default(),
         };
         let common = Arc::new(common);
         let mut running = Running {
@@ -195,7 +195,7 @@ impl PageChannels for MultifdSource {
                 filled: 0,
                 payload: Vec::new(),
                 pages: Vec::new(),
-                faults: FaultWatch::default(),
+                writer: PageWriter::default(),
             };
             let job = self.placement.keep(at, Box::new(move || receiver.run()));
             let started = (self.options.spawn)("ramwire-chan-rx", job);

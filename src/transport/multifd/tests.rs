@@ -7,20 +7,20 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::*;
-use crate::guest::{GuestError, GuestMemory, MappedGuest};
+use crate::guest::{GuestMemory, MappedGuest, PageObserver, Placer};
 use crate::ram::{BlockName, PageBatch, PageRun, RamBlock, RoundKind, Verdict};
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::multifd::{Init, Method, NewPacket, encode_init, encode_packet, encode_sync};
 use crate::stream::qemu::style::PeerStyle;
 use crate::sys::{CancelToken, HostSpan, Mapping, Stop, is_zero};
-use crate::transport::{ByteSource, MoveError, Offer, PagePlaces, SourceLink, StreamChannel, StreamOptions};
+use crate::transport::{ByteSource, MoveError, Offer, SourceLink, StreamChannel, StreamOptions};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
 const PAGE: PageSize = PageSize::SIZE_4K;
 const PAGES: u64 = 4;
 
-/// A guest of one small block.
+/// A guest of one small block, and the pages that were placed in it: offset and first byte at that moment.
 struct Memory {
     guest: Arc<MappedGuest>,
     placed: Mutex<Vec<(u64, u8)>>,
@@ -36,29 +36,27 @@ impl Memory {
 
     fn first_byte(&self, offset: u64) -> u8 {
         let mut byte = [0];
-        self.room(BlockIndex(0), BlockOffset(offset), 4096).unwrap().copy_to(&mut byte);
+        self.room(BlockIndex(0), BlockOffset(offset), 4096).copy_to(&mut byte);
         byte[0]
+    }
+
+    fn room(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> HostSpan<'_> {
+        self.guest.span(self.guest.table().admit(block, offset, bytes).unwrap()).unwrap()
+    }
+
+    fn placer(self: &Arc<Self>) -> Arc<Placer> {
+        let observer = Arc::clone(self) as Arc<dyn PageObserver>;
+        let guest = Arc::clone(&self.guest) as Arc<dyn GuestMemory>;
+        Arc::new(Placer::new(guest, self.guest.table().blocks(), Some(observer)).unwrap())
     }
 }
 
-impl PagePlaces for Memory {
-    fn room(&self, block: BlockIndex, offset: BlockOffset, bytes: u64) -> Result<HostSpan<'_>, GuestError> {
-        self.guest.span(self.guest.table().admit(block, offset, bytes)?)
-    }
-
-    fn has_come(&self, _block: BlockIndex, _offset: BlockOffset) -> bool {
-        true
-    }
-
-    fn placed(&self, _block: BlockIndex, offset: BlockOffset, _bytes: u64) -> Result<(), GuestError> {
-        let first = self.first_byte(offset.0);
-        self.placed.lock().unwrap().push((offset.0, first));
-        Ok(())
-    }
-
-    fn zero(&self, block: BlockIndex, offset: BlockOffset) -> Result<(), GuestError> {
-        self.room(block, offset, 4096)?.fill_zero();
-        Ok(())
+impl PageObserver for Memory {
+    fn placed(&self, run: PageRun) {
+        for page in run.first.0..run.end().0 {
+            let first = self.first_byte(page * 4096);
+            self.placed.lock().unwrap().push((page * 4096, first));
+        }
     }
 }
 
@@ -109,7 +107,7 @@ fn the_slow_copy_comes_last(fenced: bool) -> u8 {
     let mut source = MultifdSource::new(channel(main), channels, options, None);
     let memory = Memory::new();
     let channels = source.channels().unwrap();
-    channels.begin(memory.clone(), blocks(), PAGE).unwrap();
+    channels.begin(memory.placer(), blocks(), PAGE).unwrap();
     for (id, far) in (0..).zip([&mut slow_far, &mut fast_far]) {
         let mut out = Vec::new();
         encode_init(&Init { uuid: [0; 16], id }, &mut out);
@@ -176,7 +174,7 @@ fn s46_pages_are_looked_at_on_the_channels_where_the_peer_reads_it() {
     assert!(!link.abilities().classifies, "zero pages in packets would be lost there");
     link.write_for(Some(PeerStyle::QEMU_10_0)).unwrap();
     assert!(link.abilities().classifies);
-    memory.room(BlockIndex(0), BlockOffset(4096), 4096).unwrap().copy_from(&[7; 4096]);
+    memory.room(BlockIndex(0), BlockOffset(4096), 4096).copy_from(&[7; 4096]);
     assert!(matches!(link.offer(whole_block(), &stop()), Ok(Offer::Taken(_))));
     link.drain(&stop()).unwrap();
     let mut back = Vec::new();
@@ -189,7 +187,7 @@ fn s46_pages_are_looked_at_on_the_channels_where_the_peer_reads_it() {
         std::thread::yield_now();
     }
     assert_eq!(link.beside(), all);
-    assert!(is_zero(memory.room(BlockIndex(0), BlockOffset(0), 4096).unwrap()));
+    assert!(is_zero(memory.room(BlockIndex(0), BlockOffset(0), 4096)));
 }
 
 #[test]
@@ -242,7 +240,7 @@ fn a_lent_batch_is_out_until_the_kernel_is_done_with_it() {
     let open = || Ok(near.take().unwrap());
     let mut link = connect(Box::new(channel(main)), memory.guest.clone(), &options, open).unwrap();
     link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
-    memory.room(BlockIndex(0), BlockOffset(0), PAGES * 4096).unwrap().copy_from(&[7; 4 * 4096]);
+    memory.room(BlockIndex(0), BlockOffset(0), PAGES * 4096).copy_from(&[7; 4 * 4096]);
     let mut batch = PageBatch::default();
     batch.push(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: PAGES }, Verdict::Whole);
     assert!(matches!(link.offer(batch, &stop()), Ok(Offer::Taken(_))));

@@ -1,0 +1,75 @@
+#![allow(clippy::unwrap_used)]
+use super::*;
+use crate::guest::MappedGuest;
+use crate::ram::{ADMISSIONS, BlockName};
+use crate::sys::Mapping;
+use crate::units::PageSize;
+
+const PAGES: u64 = 64;
+
+fn placer(mapping: &Mapping) -> Placer {
+    let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
+    let guest = MappedGuest::builder(PageSize::SIZE_4K).mapping(block.clone(), mapping).build().unwrap();
+    Placer::new(Arc::new(guest), &[block], None).unwrap()
+}
+
+fn bytes_of(placer: &Placer, landing: Landing) -> Vec<u8> {
+    let mut bytes = vec![0; landing.len() as usize];
+    placer.target(landing).unwrap().copy_to(&mut bytes);
+    bytes
+}
+
+/// One check of bounds carries a run through the choice of the way, the store, the mark and the counters.
+#[test]
+fn bounds_are_checked_once_a_run_on_every_way_into_memory() {
+    for mapping in [Mapping::memfd("once", PAGES * 4096).unwrap(), Mapping::anonymous(PAGES * 4096).unwrap()]
+    {
+        let placer = placer(&mapping);
+        for unmapped in [false, true] {
+            let mut writer = PageWriter::default();
+            writer.assume_unmapped(unmapped);
+            let before = ADMISSIONS.get();
+            let page = [7; 4096];
+            let run = placer.admit(BlockIndex(0), BlockOffset(4096), 3 * 4096).unwrap();
+            writer.write(&placer, run, 0, [&page[..]; 3].into_iter()).unwrap();
+            placer.commit(run);
+            let zero = placer.admit(BlockIndex(0), BlockOffset(9 * 4096), 4096).unwrap();
+            placer.zero(zero).unwrap();
+            assert_eq!(ADMISSIONS.get() - before, 2, "unmapped: {unmapped}");
+            assert!(bytes_of(&placer, run).iter().all(|byte| *byte == 7));
+        }
+        assert_eq!(placer.counts(), PageCounts { normal: 6, zero: 2, delta: 0 });
+    }
+}
+
+#[test]
+fn what_was_written_in_parts_lands_in_order_on_every_way() {
+    for unmapped in [false, true] {
+        let mapping = Mapping::memfd("parts", PAGES * 4096).unwrap();
+        let placer = placer(&mapping);
+        let mut writer = PageWriter::default();
+        writer.assume_unmapped(unmapped);
+        let run = placer.admit(BlockIndex(0), BlockOffset(0), PAGES * 4096).unwrap();
+        for page in 0..PAGES {
+            writer.write(&placer, run, page * 4096, std::iter::once(&[page as u8; 4096][..])).unwrap();
+        }
+        assert!(!placer.has_come(run), "written is not yet received");
+        placer.commit(run);
+        let bytes = bytes_of(&placer, run);
+        assert!(bytes.chunks(4096).enumerate().all(|(page, bytes)| bytes.iter().all(|b| *b == page as u8)));
+        assert_eq!(placer.by_file(), if unmapped { PAGES } else { 0 });
+    }
+}
+
+#[test]
+fn a_zero_page_clears_what_came_before_and_touches_nothing_else() {
+    let mapping = Mapping::memfd("zero", PAGES * 4096).unwrap();
+    let placer = placer(&mapping);
+    let at = |page: u64| placer.admit(BlockIndex(0), BlockOffset(page * 4096), 4096).unwrap();
+    PageWriter::default().write(&placer, at(1), 0, std::iter::once(&[7; 4096][..])).unwrap();
+    placer.commit(at(1));
+    (0..3).for_each(|page| placer.zero(at(page)).unwrap());
+    assert!(bytes_of(&placer, at(1)).iter().all(|byte| *byte == 0));
+    let blocks = rustix::fs::fstat(mapping.backing().unwrap().0).unwrap().st_blocks;
+    assert_eq!(blocks, 8, "memory was taken for the one page that held something");
+}

@@ -1,0 +1,111 @@
+//! How one thread gets bytes into guest memory for the least work of the kernel.
+
+use std::io::IoSlice;
+
+use super::Placer;
+use crate::guest::GuestError;
+use crate::ram::Landing;
+use crate::sys::{FaultWatch, HostSpan, populate};
+
+/// Parts that one `pwrite` takes.
+const PARTS_A_WRITE: usize = 64;
+
+/// The placement policy of one thread.
+///
+/// Memory that is mapped is stored to. Where the thread's last stores met page faults, memory is not mapped: then bytes go
+/// by `pwrite` to the backing file, which costs half of a first store, or else a run is populated by one call before it is
+/// stored to.
+#[derive(Debug, Default)]
+pub struct PageWriter {
+    faults: FaultWatch,
+    unmapped: bool,
+}
+
+impl PageWriter {
+    #[cfg(test)]
+    pub(super) fn assume_unmapped(&mut self, unmapped: bool) {
+        self.unmapped = unmapped;
+    }
+
+    /// Finds out whether the bytes written since the last call met page faults. To be called once for each batch of bytes.
+    pub fn check_faults(&mut self) {
+        self.unmapped = self.faults.look();
+    }
+
+    /// Prepares `landings` for bytes that the kernel receives straight into them. True if they had better be received into
+    /// a buffer and [written](Self::write) from there, since a backing file takes them for less.
+    pub fn prepare(&self, placer: &Placer, landings: &[Landing]) -> bool {
+        if !self.unmapped {
+            return false;
+        }
+        if landings.first().is_some_and(|first| placer.region(*first).is_some()) {
+            return true;
+        }
+        let new = landings.iter().filter(|landing| !placer.has_come(**landing));
+        new.filter_map(|landing| placer.target(*landing).ok()).for_each(populated);
+        false
+    }
+
+    /// Writes `parts`, one after the other, from `skip` bytes into `landing` on. They are not marked received yet: that is
+    /// [`Placer::commit`]'s.
+    ///
+    /// # Errors
+    /// [`GuestError`]: no memory, no room in the backing file's file system, or a landing of another table.
+    pub fn write<'a>(
+        &mut self,
+        placer: &Placer,
+        landing: Landing,
+        skip: u64,
+        parts: impl Iterator<Item = &'a [u8]> + Clone,
+    ) -> Result<(), GuestError> {
+        // Waiting for the turn would cost more than populating.
+        if self.unmapped
+            && placer.region(landing).is_some()
+            && let Some(_turn) = placer.try_file_turn()
+            && self.write_by_file(placer, landing, skip, parts.clone())?
+        {
+            return Ok(());
+        }
+        let span = placer.target(landing)?;
+        let len = parts.clone().map(<[u8]>::len).sum();
+        debug_assert!(span.part(skip as usize, len).is_some(), "parts longer than what was admitted");
+        if let Some(span) = span.part(skip as usize, len) {
+            if self.unmapped {
+                populated(span);
+            }
+            span.stream_pages(parts);
+        }
+        Ok(())
+    }
+
+    fn write_by_file<'a>(
+        &mut self,
+        placer: &Placer,
+        landing: Landing,
+        skip: u64,
+        mut bytes: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<bool, GuestError> {
+        let mut at = skip;
+        loop {
+            let mut parts = [IoSlice::new(&[]); PARTS_A_WRITE];
+            let mut used = 0;
+            for (part, bytes) in parts.iter_mut().zip(bytes.by_ref()) {
+                *part = IoSlice::new(bytes);
+                used += 1;
+            }
+            if used == 0 {
+                self.faults.by_file();
+                return Ok(true);
+            }
+            if !placer.write_by_file(landing, at, &parts[..used])? {
+                return Ok(false);
+            }
+            at += parts[..used].iter().map(|part| part.len() as u64).sum::<u64>();
+        }
+    }
+}
+
+/// A kernel that can't populate, or has no memory left, says so again at the fault.
+fn populated(span: HostSpan<'_>) {
+    let _ = populate(span);
+}
