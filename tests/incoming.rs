@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -137,7 +138,7 @@ fn s20_a_persistent_dirty_bitmap_goes_with_its_guest() {
                 "{what}: {arrived}"
             );
             if way == Way::Folder {
-                let early = std::fs::read(ends.folder.join("early.bin")).unwrap();
+                let early = fs::read(ends.folder.join("early.bin")).unwrap();
                 assert!(early.len() < 100, "{what}: {} bytes, START alone", early.len());
             }
         }
@@ -170,7 +171,7 @@ fn s02_s08_a_guest_without_configuration_section_or_footers_goes_its_way() {
             ends.destination.execute("cont", json!({}));
             assert_eq!(ends.destination.status(), "running", "{what}");
             if way == Way::Folder {
-                let manifest = std::fs::read(ends.folder.join("manifest.json")).unwrap();
+                let manifest = fs::read(ends.folder.join("manifest.json")).unwrap();
                 let manifest: Value = serde_json::from_slice(&manifest).unwrap();
                 assert_eq!(
                     [&manifest["configuration"], &manifest["footers"]],
@@ -242,5 +243,38 @@ fn a_source_that_may_switch_to_postcopy_is_refused_at_once_and_its_guest_runs_on
             let report = receiver.finished(Deadline::seconds(30), 0);
             assert_eq!(report["state"], "whole", "{what}: {report}");
         }
+    }
+}
+
+/// A stream comes whole out of a command that then says that it was damaged, as gunzip does of a checksum at the end of
+/// its input, or that fails or never ends.
+#[test]
+fn what_a_command_says_at_its_end_decides_whether_its_guest_arrived() {
+    let vector = common::project_root().join("tests/vectors/q72-none.gz");
+    let dir = scratch();
+    let damaged = dir.path().join("damaged.gz");
+    let mut bytes = fs::read(&vector).unwrap();
+    let checksum = bytes.len() - 8;
+    bytes[checksum] ^= 1;
+    fs::write(&damaged, bytes).unwrap();
+    let (vector, damaged) = (vector.display(), damaged.display());
+    let cases = [
+        (format!("exec:gunzip -c {damaged} 2>/dev/null"), 3, "exit status: 1"),
+        (format!("exec:gunzip -c {vector}; exit 7"), 3, "exit status: 7"),
+        (format!("exec:gunzip -c {vector}; kill -9 $$"), 3, "signal: 9"),
+        (format!("exec:gunzip -c {vector}; exec sleep 1000"), 3, "--stall-timeout"),
+        (format!("exec:gunzip -c {vector}; echo and more"), 0, ""),
+        (format!("exec:gunzip -c {vector}"), 0, ""),
+    ];
+    for (at, (command, status, says)) in cases.iter().enumerate() {
+        let folder = dir.path().join(format!("guest{at}"));
+        let arguments = ["receive", command, "--stall-timeout", "2", "--json", "--dir"];
+        let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
+        let (found, said) = receiver.ended(Deadline::seconds(60));
+        assert_eq!(found, *status, "{command}: {said}");
+        assert!(said.contains(says), "{command}: {said}");
+        let manifest: Value =
+            serde_json::from_slice(&fs::read(folder.join("manifest.json")).unwrap()).unwrap();
+        assert_eq!(manifest["state"], if *status == 0 { "whole" } else { "arriving" }, "{command}");
     }
 }

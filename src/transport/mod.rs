@@ -174,6 +174,15 @@ pub trait ByteSource: Send {
     /// somebody waits for what comes of the next bytes.
     fn set_bulk(&mut self, _bulk: bool) {}
 
+    /// The last byte of the stream has come: whether what wrote it ended well. Where a command did, its exit status says so,
+    /// and what it writes behind the stream is passed over; elsewhere there is nothing to ask.
+    ///
+    /// # Errors
+    /// [`ChannelError`]: what came is not to be counted on.
+    fn ended_well(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+
     /// The door beside the stream, where pages come by one of their own. `None`: all pages are in the stream.
     fn rounds(&mut self) -> Option<&mut dyn DestinationLink> {
         None

@@ -412,6 +412,8 @@ impl DestinationSession {
                 }
             }
             Deed::LoadState => {
+                // A decompressor tells only at its end that what it gave out was damaged.
+                self.source.ended_well(&self.stop)?;
                 self.lost_memory()?;
                 if let Some(incoming) = &mut self.incoming {
                     incoming.seen = *reader.stream.seen();

@@ -497,6 +497,13 @@ impl ByteSource for StreamChannel {
     fn set_bulk(&mut self, bulk: bool) {
         self.low_water.set_bulk(bulk);
     }
+
+    fn ended_well(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        match self.end.nature {
+            Nature::Pipe if self.end.child.is_some() => self.read_out(stop),
+            _ => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]
