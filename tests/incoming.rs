@@ -5,6 +5,8 @@
 mod common;
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -277,4 +279,30 @@ fn what_a_command_says_at_its_end_decides_whether_its_guest_arrived() {
             serde_json::from_slice(&fs::read(folder.join("manifest.json")).unwrap()).unwrap();
         assert_eq!(manifest["state"], if *status == 0 { "whole" } else { "arriving" }, "{command}");
     }
+}
+
+/// A health probe and a silent scanner come before the source.
+#[test]
+fn a_destination_waits_on_when_strangers_connect() {
+    let vector = fs::File::open(common::project_root().join("tests/vectors/q72-none.gz")).unwrap();
+    let mut stream = Vec::new();
+    flate2::read::GzDecoder::new(vector).read_to_end(&mut stream).unwrap();
+    let dir = scratch();
+    let folder = dir.path().join("guest");
+    let arguments = ["receive", "tcp:127.0.0.1:0", "--json", "--dir"];
+    let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
+    let place = receiver.listening();
+    let call = || TcpStream::connect(place.strip_prefix("tcp:").unwrap()).unwrap();
+    drop(call());
+    let _silent = call();
+    let mut browser = call();
+    browser.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let mut source = call();
+    source.write_all(&stream).unwrap();
+    drop(source);
+    let report = receiver.finished(Deadline::seconds(30), 0);
+    assert_eq!(report["state"], "whole", "{report}");
+    let said = receiver.errors();
+    assert!(said.contains("it closed without a byte"), "{said}");
+    assert!(said.contains("begins with \"GET \""), "{said}");
 }

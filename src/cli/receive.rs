@@ -80,7 +80,10 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     if let Some(why) = listener.why_no_rdma() {
         note!("ramwire receive: TCP only: {why}");
     }
-    note!("listening on {}", listener.address());
+    listener.on_stranger(|why| note!("ramwire receive: {why}"));
+    for address in listener.addresses() {
+        note!("listening on {address}");
+    }
     let waiting = cancel.clone();
     let signals = cancel_on_signal(vec![waiting]);
     let options = DoorOptions { channels, ..DoorOptions::of_stream(args.timeouts.stream_options()) };

@@ -102,7 +102,10 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     if let Some(warning) = listener.warning() {
         note!("ramwire relay: {warning}");
     }
-    note!("listening on {}", listener.address());
+    listener.on_stranger(|why| note!("ramwire relay: {why}"));
+    for address in listener.addresses() {
+        note!("listening on {address}");
+    }
     let options = args.timeouts.both.stream_options();
     let (count, packing) = (args.listen_channels, args.listen_compression);
     let near = ChannelOptions { count, packing, numa: channels.numa.clone(), ..ChannelOptions::default() };

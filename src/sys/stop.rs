@@ -112,16 +112,43 @@ impl Stop {
             if let Some(reason) = self.reason() {
                 return Ok(Some(reason));
             }
-            let left = match (&self.cancel.0.event, self.left()) {
-                (Some(_), left) => left,
-                (None, left) => Some(left.map_or(LOOK, |left| left.min(LOOK))),
-            };
-            // Rounded up to a millisecond, so that a short rest does not spin.
-            let left = left.map(|left| left.max(Duration::from_millis(1)));
-            if self.poll_once(fd, what, left)? {
+            if self.poll_once(fd, what, self.time_to_poll())? {
                 return Ok(None);
             }
         }
+    }
+
+    /// Waits until one of `fds` is readable (or broken, which the next call on it will tell).
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn wait_any(&self, fds: &[BorrowedFd<'_>]) -> io::Result<Option<StopReason>> {
+        loop {
+            if let Some(reason) = self.reason() {
+                return Ok(Some(reason));
+            }
+            let event = self.cancel.0.event.as_ref().map(AsFd::as_fd);
+            let all = fds.iter().copied().chain(event);
+            let mut polled: Vec<_> = all.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+            let timeout = self.time_to_poll().and_then(|time| Timespec::try_from(time).ok());
+            match poll(&mut polled, timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if polled.iter().take(fds.len()).any(|fd| !fd.revents().is_empty()) {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Longest time of one poll: to the deadline, and where no event tells of a cancel to the next look at it. Rounded up
+    /// to a millisecond, so that a short rest does not spin.
+    fn time_to_poll(&self) -> Option<Duration> {
+        let left = match (&self.cancel.0.event, self.left()) {
+            (Some(_), left) => left,
+            (None, left) => Some(left.map_or(LOOK, |left| left.min(LOOK))),
+        };
+        left.map(|left| left.max(Duration::from_millis(1)))
     }
 
     /// Waits for a moment that is too short to be told why it ended: at most `time`, to the microsecond and not to the

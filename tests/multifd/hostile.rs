@@ -115,7 +115,7 @@ fn s38_s40_s43_s48_s50_hostile_channels_are_refused_with_the_reason() {
         ("a number too high",              |c| c.channels[1][24] = 2,                            "exceeds the number of channels"),
         ("another VM",                     |c| c.channels[1][8] = 1,                             "different UUIDs"),
         ("a version of the future",        |c| c.channels[0][7] = 2,                             "unknown version"),
-        ("no channel at all",              |c| c.channels[0][0] = 0x99,                          "as no channel does"),
+        ("no channel at all",              |c| c.channels[0][0] = 0x99,                          "2 of 3 connections"),
         ("no main channel",                |c| c.main = c.channels[0].clone(),                   "none the main one"),
         ("two main channels",              |c| c.channels[0] = c.main.clone(),                   "main channels"),
         ("garbage for a packet",           |c| { let at = first_pages(&c.channels[0]); c.channels[0][at] = 0; },         "no packet begins here"),
@@ -162,7 +162,7 @@ fn s44_s50_a_channel_that_does_not_come_on_ends_the_wait() {
     let mut missing = connections(&capture);
     missing.pop();
     for (what, connections, reason) in [
-        ("says nothing", silent(0), "first bytes of a channel"),
+        ("says nothing", silent(0), "2 of 3 connections"),
         ("only its number", silent(64), "did not move a byte"),
         ("half a SYNC", silent(64 + 700), "did not move a byte"),
         ("never comes", missing, "2 of 3 connections"),

@@ -2,6 +2,7 @@
 //!
 //! - `ways`: bytes by each kind of address, and what can't be opened.
 //! - `patience`: a slow peer is waited for, a silent or dead one is not.
+//! - `strays`: connections of strangers, in front of the source.
 //! - `ends`: every wait ends by cancel, deadline, or the peer's end.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -9,6 +10,7 @@
 mod blocked;
 mod ends;
 mod patience;
+mod strays;
 mod ways;
 
 use std::net::TcpListener;

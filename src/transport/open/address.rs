@@ -149,6 +149,10 @@ fn parse_path(rest: &str) -> Result<PathBuf, &'static str> {
     if rest.contains('\0') {
         return Err("a path can't hold a NUL byte");
     }
+    // What is printed is read back line by line.
+    if rest.contains(char::is_control) {
+        return Err("the path holds a control character, which can't be printed");
+    }
     Ok(PathBuf::from(rest))
 }
 
@@ -207,6 +211,7 @@ mod tests {
             ("auto:host.example:4444", Address::Auto { host: "host.example".into(), port: 4444 }),
             ("auto:[::1]:1", Address::Auto { host: "::1".into(), port: 1 }),
             ("unix:/run/a:b.sock", Address::Unix("/run/a:b.sock".into())),
+            ("unix: [a],b%c \u{e9}\\n", Address::Unix(" [a],b%c \u{e9}\\n".into())),
             ("fd:0", Address::Fd(0)),
             ("exec:cat > '/tmp/a:b'", Address::Exec("cat > '/tmp/a:b'".into())),
             ("file:relative path", Address::File("relative path".into())),
@@ -239,6 +244,8 @@ mod tests {
             ("unix:", "no path", "unix:/"),
             ("file:", "no path", "file:/"),
             ("file:/a,offset=0x1000", "offset 0", "file:/"),
+            ("unix:/run/a\nb", "control character", "unix:/"),
+            ("file:a\u{1b}[0m", "control character", "file:/"),
             ("fd:", "not a number", "fd:N"),
             ("fd:-1", "not a number", "fd:N"),
             ("fd:4294967296", "so high", "fd:N"),

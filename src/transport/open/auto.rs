@@ -6,6 +6,7 @@ use std::sync::Arc;
 #[cfg(feature = "rdma")]
 use std::time::{Duration, Instant};
 
+use super::candidates::{Candidates, MAIN};
 use super::obstacle;
 use super::open_stream;
 use crate::guest::GuestMemory;
@@ -118,7 +119,7 @@ impl AutoListener {
         let tcp = TcpListener::bind(host, port, allow.clone(), stop)?;
         #[cfg(feature = "rdma")]
         {
-            let port = tcp.local().port();
+            let port = tcp.port();
             let address = Address::Auto { host: host.to_owned(), port };
             let no = |why| OpenError::NoRdma { address: address.to_string(), why };
             let rdma =
@@ -142,18 +143,19 @@ impl AutoListener {
     /// The first source that comes, by whatever way.
     pub(super) fn accept(
         &mut self,
+        candidates: &mut Candidates,
         options: &StreamOptions,
         rdma: &RdmaOptions,
         stop: &Stop,
     ) -> Result<DestinationDoor, OpenError> {
         #[cfg(feature = "rdma")]
         if let Some(listener) = &mut self.rdma {
-            return accept_either(&self.tcp, listener, options, rdma, stop);
+            return accept_either((&self.tcp, candidates), listener, options, rdma, stop);
         }
         #[cfg(not(feature = "rdma"))]
         let _ = rdma;
         let why = self.why_not.clone().unwrap_or_default();
-        let channel = self.tcp.accept(options, stop)?;
+        let channel = candidates.next(&self.tcp, (&MAIN, 1), options, stop)?;
         Ok(DestinationDoor::of_stream(channel, Way { transport: "tcp", why }))
     }
 }
@@ -168,7 +170,7 @@ fn host_memory() -> u64 {
 /// Both are waited for at once, RDMA on a thread of its own, since its handshake must not be cut into slices.
 #[cfg(feature = "rdma")]
 fn accept_either(
-    tcp: &TcpListener,
+    (tcp, candidates): (&TcpListener, &mut Candidates),
     listener: &mut RdmaListener,
     options: &StreamOptions,
     rdma: &RdmaOptions,
@@ -198,7 +200,7 @@ fn accept_either(
             if let Ok(door) = doors.try_recv() {
                 return Ok(door);
             }
-            match tcp.accept(options, &stop.within(LOOK)) {
+            match candidates.next(tcp, (&MAIN, 1), options, &stop.within(LOOK)) {
                 Err(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Deadline, .. }))
                     if stop.reason().is_none() => {}
                 came => break came,

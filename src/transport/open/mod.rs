@@ -3,6 +3,7 @@
 mod address;
 mod allow;
 mod auto;
+pub(crate) mod candidates;
 mod obstacle;
 
 use std::io;
@@ -12,6 +13,8 @@ use std::sync::Arc;
 pub use address::{Address, AddressError};
 pub use allow::{AllowError, AllowList};
 use auto::AutoListener;
+pub(crate) use candidates::Listening;
+use candidates::{Candidates, MAIN, MAIN_AND_PAGES};
 pub use obstacle::{DECIDED_WITHIN, Obstacle};
 
 use crate::guest::GuestMemory;
@@ -387,7 +390,9 @@ fn opened(address: &Address, channel: io::Result<StreamChannel>) -> Result<Strea
 #[derive(Debug)]
 pub struct Listener {
     kind: Kind,
-    address: Address,
+    /// Never empty.
+    addresses: Vec<Address>,
+    candidates: Candidates,
 }
 
 #[derive(Debug)]
@@ -409,50 +414,63 @@ impl Listener {
     /// # Errors
     /// [`OpenError`].
     pub fn bind(address: &Address, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
-        let (kind, address) = match address {
+        let (kind, addresses) = match address {
             Address::Tcp { host, port } => {
                 let listener = TcpListener::bind(host, *port, allow, stop)?;
-                let local = listener.local();
-                let address = Address::Tcp { host: local.ip().to_string(), port: local.port() };
-                (Kind::Tcp(listener), address)
+                let tcp = |local| Address::Tcp { host: tcp::host_of(local), port: local.port() };
+                let addresses = listener.locals().map(tcp).collect();
+                (Kind::Tcp(listener), addresses)
             }
             Address::Auto { host, port } => {
                 let listener = AutoListener::bind(host, *port, allow, stop)?;
-                let local = listener.tcp().local();
-                let address = Address::Auto { host: local.ip().to_string(), port: local.port() };
-                (Kind::Auto(listener), address)
+                let auto = |local| Address::Auto { host: tcp::host_of(local), port: local.port() };
+                let addresses = listener.tcp().locals().map(auto).collect();
+                (Kind::Auto(listener), addresses)
             }
             #[cfg(feature = "rdma")]
             Address::Rdma { host, port } => {
                 let listener = RdmaListener::bind_here(host, *port, allow)?;
                 let address = Address::Rdma { host: host.clone(), port: listener.port() };
-                (Kind::Rdma(listener), address)
+                (Kind::Rdma(listener), vec![address])
             }
             #[cfg(not(feature = "rdma"))]
             Address::Rdma { .. } => return Err(not_built(address)),
-            Address::Unix(path) => (Kind::Unix(UnixListener::bind(path)?), address.clone()),
-            _ => (Kind::Once { opened: false }, address.clone()),
+            Address::Unix(path) => (Kind::Unix(UnixListener::bind(path)?), vec![address.clone()]),
+            _ => (Kind::Once { opened: false }, vec![address.clone()]),
         };
-        Ok(Self { kind, address })
+        Ok(Self { kind, addresses, candidates: Candidates::default() })
     }
 
-    /// Where it listens, with the port the kernel chose.
+    /// Where it listens, with the port the kernel chose: the first of [`addresses`](Self::addresses).
     pub fn address(&self) -> &Address {
-        &self.address
+        &self.addresses[0]
+    }
+
+    /// All it listens on: a host's name may have several addresses. A source can be told any of them as it is written.
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
     }
 
     /// What the operator should know before a guest comes this way.
     pub fn warning(&self) -> Option<String> {
-        let local = match (&self.kind, &self.address) {
-            (Kind::Tcp(listener), _) => listener.local().ip().to_canonical(),
-            (Kind::Auto(listener), _) => listener.tcp().local().ip().to_canonical(),
+        let only_here = match &self.kind {
+            Kind::Tcp(listener) => listener.is_loopback(),
+            Kind::Auto(listener) => listener.tcp().is_loopback(),
             // A device has no loopback: whoever reaches it comes from the network.
-            (_, Address::Rdma { .. }) => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
-            _ => return None,
+            #[cfg(feature = "rdma")]
+            Kind::Rdma(_) => false,
+            Kind::Unix(_) | Kind::Once { .. } => return None,
         };
         let advice = "use a network you trust or a tunnel, and --allow CIDR to name who may connect";
-        (!local.is_loopback())
-            .then(|| format!("{}: guest RAM travels unencrypted and unauthenticated; {advice}", self.address))
+        let address = self.address();
+        (!only_here)
+            .then(|| format!("{address}: guest RAM travels unencrypted and unauthenticated; {advice}"))
+    }
+
+    /// Has `tell` told of each connection that was closed because it does not begin as a migration does, up to a number;
+    /// without it only the log has them.
+    pub fn on_stranger(&mut self, tell: impl Fn(&str) + Send + Sync + 'static) {
+        self.candidates.tell(Box::new(tell));
     }
 
     /// Why an `auto:` address is listened on by TCP only.
@@ -471,39 +489,57 @@ impl Listener {
         let channels = &options.channels;
         let one_stream = !matches!(self.kind, Kind::Tcp(_) | Kind::Unix(_));
         if channels.count > 0 && one_stream {
-            return Err(OpenError::NoChannels { address: self.address.to_string() });
+            return Err(OpenError::NoChannels { address: self.address().to_string() });
         }
         #[cfg(feature = "rdma")]
         if let Kind::Rdma(listener) = &mut self.kind {
             return Ok(listener.accept(&options.stream, &options.rdma, stop)?);
         }
         if let Kind::Auto(listener) = &mut self.kind {
-            return listener.accept(&options.stream, &options.rdma, stop);
+            return listener.accept(&mut self.candidates, &options.stream, &options.rdma, stop);
         }
-        let way = Way::named(&self.address);
+        let way = Way::named(self.address());
         if channels.count == 0 {
-            return Ok(DestinationDoor::of_stream(self.accept(&options.stream, stop)?, way));
+            let main = self.accept_one_of((&MAIN, 1), &options.stream, stop)?;
+            return Ok(DestinationDoor::of_stream(main, way));
         }
-        let address = self.address.to_string();
-        let next = |stop: &Stop| self.accept(&options.stream, stop);
+        let address = self.address().to_string();
+        let expected = usize::from(channels.count) + 1;
+        let next = |stop: &Stop| self.accept_one_of((&MAIN_AND_PAGES, expected), &options.stream, stop);
         let (main, pages) = multifd::accept(channels.count, &address, &options.stream, stop, next)?;
         let (main, back) = main.with_return_path();
         let source = MultifdSource::new(main, pages, channels.clone(), options.stream.stall);
         Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>), way })
     }
 
-    /// Waits for the next connection that is a byte stream.
+    /// Waits for the next connection that begins with one of these words; others are closed.
+    fn accept_one_of(
+        &mut self,
+        wanted: (&[u32], usize),
+        options: &StreamOptions,
+        stop: &Stop,
+    ) -> Result<StreamChannel, OpenError> {
+        let listening: &dyn Listening = match &self.kind {
+            Kind::Tcp(listener) => listener,
+            Kind::Unix(listener) => listener,
+            // Opened by us, and by nobody else.
+            _ => return self.accept(options, stop),
+        };
+        self.candidates.next(listening, wanted, options, stop)
+    }
+
+    /// Waits for the next connection that is a byte stream, whatever it says.
     ///
     /// # Errors
     /// [`OpenError`]; [`OpenError::OnlyOne`] at the second call where the address is one stream.
     pub fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
         match &mut self.kind {
-            Kind::Tcp(listener) => listener.accept(options, stop),
-            Kind::Unix(listener) => listener.accept(options, stop),
+            Kind::Tcp(listener) => Ok(candidates::accept(listener, options, stop)?),
+            Kind::Unix(listener) => Ok(candidates::accept(listener, options, stop)?),
             #[cfg(feature = "rdma")]
-            Kind::Rdma(_) => Err(OpenError::NotAStream { address: self.address.to_string() }),
-            Kind::Auto(_) => Err(OpenError::NotAStream { address: self.address.to_string() }),
-            Kind::Once { opened: true } => Err(OpenError::OnlyOne { address: self.address.to_string() }),
+            Kind::Rdma(_) => Err(OpenError::NotAStream { address: self.address().to_string() }),
+            Kind::Auto(_) => Err(OpenError::NotAStream { address: self.address().to_string() }),
+            Kind::Once { opened: true } => Err(OpenError::OnlyOne { address: self.address().to_string() }),
             Kind::Once { opened } => {
                 *opened = true;
                 self.open_once(options)
@@ -512,12 +548,12 @@ impl Listener {
     }
 
     fn open_once(&self, options: &StreamOptions) -> Result<StreamChannel, OpenError> {
-        match &self.address {
+        match self.address() {
             Address::Fd(number) => inherited(*number, options),
-            Address::Exec(command) => opened(&self.address, exec::read_from(command, options)),
-            Address::File(path) => opened(&self.address, file::read_from(path, options)),
+            Address::Exec(command) => opened(self.address(), exec::read_from(command, options)),
+            Address::File(path) => opened(self.address(), file::read_from(path, options)),
             Address::Tcp { .. } | Address::Rdma { .. } | Address::Auto { .. } | Address::Unix(_) => {
-                Err(OpenError::OnlyOne { address: self.address.to_string() })
+                Err(OpenError::OnlyOne { address: self.address().to_string() })
             }
         }
     }

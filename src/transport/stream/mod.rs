@@ -200,6 +200,15 @@ impl StreamChannel {
         self.stall = stall;
     }
 
+    /// The first bytes of the stream of a socket that are there, as many as `into` has room for; they stay to be read. 0 is
+    /// the end of the stream.
+    ///
+    /// # Errors
+    /// The kernel's; `AGAIN` where nothing has come.
+    pub(crate) fn peek(&self, into: &mut [u8]) -> Result<usize, Errno> {
+        rustix::net::recv(&self.end.fd, into, rustix::net::RecvFlags::PEEK).map(|(_, come)| come)
+    }
+
     /// The first four bytes of the stream of a socket, which stay to be read.
     ///
     /// # Errors
@@ -211,9 +220,9 @@ impl StreamChannel {
         let mut patience = Patience::new(&self.end, PEEKING, self.stall);
         let mut word = [0; 4];
         loop {
-            match rustix::net::recv(&self.end.fd, &mut word, rustix::net::RecvFlags::PEEK) {
-                Ok((_, 4)) => return Ok(word),
-                Ok((_, 0)) => {
+            match self.peek(&mut word) {
+                Ok(4) => return Ok(word),
+                Ok(0) => {
                     return Err(ChannelError::Closed { peer: self.end.peer.clone(), doing: PEEKING });
                 }
                 Ok(_) => patience.rest(REST, stop)?,

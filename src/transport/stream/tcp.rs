@@ -1,5 +1,6 @@
 //! TCP: names, connecting, listening, and how soon a dead peer is noticed.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,7 +11,7 @@ use rustix::event::PollFlags;
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::sys::{Stop, StopReason};
-use crate::transport::open::OpenError;
+use crate::transport::open::{Listening, OpenError};
 use crate::transport::{AllowList, ChannelError, StreamChannel, StreamOptions};
 
 /// Keepalive probes without an answer after which the peer is dead.
@@ -22,6 +23,9 @@ const WITHIN_HOST: &[u8] = b"reno";
 
 /// Connections that may wait to be accepted: a main channel and its page channels.
 const BACKLOG: i32 = 256;
+
+/// How often another port is tried where any will do and a host has several addresses.
+const FREE_PORT_TRIES: u32 = 16;
 
 /// Sends at once what is written, and lets the kernel probe an idle connection so that a peer that answers
 /// nothing is dead after `dead_peer`: half of it idle, then probes. What waits for an acknowledgement is
@@ -134,24 +138,34 @@ fn connect_one(
     StreamChannel::from_fd(socket.into(), peer.clone(), options).map_err(broken)
 }
 
-/// A listening TCP socket.
+/// Listening TCP sockets, one for each address of a host.
 #[derive(Debug)]
 pub(crate) struct TcpListener {
-    socket: Socket,
-    local: SocketAddr,
+    sockets: Vec<(Socket, SocketAddr)>,
     allow: AllowList,
 }
 
 impl TcpListener {
-    /// Listens on the first address of `host` that can be bound.
+    /// Listens on all addresses of `host`, at one port. One that this host does not have, as a `::1` in `/etc/hosts` where
+    /// IPv6 is off, is left out if there is another; one that is taken is not, since a source would meet the other program.
     pub(crate) fn bind(host: &str, port: u16, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
-        let mut last = io::Error::other("no address");
-        for address in resolve(host, port, stop)? {
-            match Self::bind_one(address) {
-                Ok((socket, local)) => return Ok(Self { socket, local, allow }),
-                Err(error) => last = error,
+        let mut addresses = resolve(host, port, stop)?;
+        let mut seen = HashSet::new();
+        addresses.retain(|address| seen.insert(*address));
+        let mut bound = Self::bind_all(&addresses);
+        for _ in 1..FREE_PORT_TRIES {
+            match &bound {
+                // The port that was free at the first address is not at another.
+                Err(error) if port == 0 && error.kind() == io::ErrorKind::AddrInUse => {
+                    bound = Self::bind_all(&addresses);
+                }
+                _ => break,
             }
         }
+        let last = match bound {
+            Ok(sockets) => return Ok(Self { sockets, allow }),
+            Err(error) => error,
+        };
         let remedy = match last.kind() {
             io::ErrorKind::AddrInUse => "another program listens there: choose another port",
             io::ErrorKind::AddrNotAvailable => "name an address of this host (see `ip address`)",
@@ -166,8 +180,34 @@ impl TcpListener {
         })
     }
 
-    fn bind_one(address: SocketAddr) -> io::Result<(Socket, SocketAddr)> {
+    fn bind_all(addresses: &[SocketAddr]) -> io::Result<Vec<(Socket, SocketAddr)>> {
+        let mut sockets: Vec<(Socket, SocketAddr)> = Vec::new();
+        let mut missing = io::Error::other("no address");
+        for address in addresses {
+            let mut address = *address;
+            if let Some((_, first)) = sockets.first() {
+                address.set_port(first.port());
+            }
+            match Self::bind_one(address, addresses.len() > 1) {
+                Ok(bound) => sockets.push(bound),
+                Err(error) if is_not_here(&error) => {
+                    if addresses.len() > 1 {
+                        tracing::warn!(%address, %error, "an address of the host is not listened on");
+                    }
+                    missing = error;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if sockets.is_empty() { Err(missing) } else { Ok(sockets) }
+    }
+
+    /// `one_of_several`: an IPv6 socket leaves IPv4 to the others.
+    fn bind_one(address: SocketAddr, one_of_several: bool) -> io::Result<(Socket, SocketAddr)> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        if one_of_several && address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
         // The port of a migration that has just ended may be used again at once.
         socket.set_reuse_address(true)?;
         socket.bind(&address.into())?;
@@ -177,33 +217,64 @@ impl TcpListener {
         Ok((socket, local.ok_or_else(|| io::Error::other("the socket has no address"))?))
     }
 
-    pub(crate) fn local(&self) -> SocketAddr {
-        self.local
+    /// What is listened on; never empty.
+    pub(crate) fn locals(&self) -> impl Iterator<Item = SocketAddr> + '_ {
+        self.sockets.iter().map(|(_, local)| *local)
     }
 
-    /// Waits for a connection from an allowed host; others are closed at once.
-    pub(crate) fn accept(&self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
-        const ACCEPTING: &str = "waiting for a connection";
-        let own = || format!("tcp:{}", self.local);
-        let broken = |source| ChannelError::Io { peer: own(), doing: ACCEPTING, source };
-        loop {
-            if let Some(reason) = stop.wait(self.socket.as_fd(), PollFlags::IN).map_err(broken)? {
-                return Err(ChannelError::Stopped { reason, doing: ACCEPTING }.into());
-            }
-            let (socket, from) = match self.socket.accept() {
+    /// The port, the same at all addresses.
+    pub(crate) fn port(&self) -> u16 {
+        self.locals().next().map_or(0, |local| local.port())
+    }
+
+    /// True if only this machine can connect.
+    pub(crate) fn is_loopback(&self) -> bool {
+        self.locals().all(|local| local.ip().to_canonical().is_loopback())
+    }
+}
+
+impl Listening for TcpListener {
+    fn sockets(&self) -> Vec<BorrowedFd<'_>> {
+        self.sockets.iter().map(|(socket, _)| socket.as_fd()).collect()
+    }
+
+    fn place(&self) -> String {
+        self.locals().map(|local| format!("tcp:{local}")).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Connections from hosts that are not allowed are closed.
+    fn take(&self, options: &StreamOptions) -> Result<Option<StreamChannel>, ChannelError> {
+        let broken =
+            |source| ChannelError::Io { peer: self.place(), doing: "accepting a connection", source };
+        for (listening, _) in &self.sockets {
+            let (socket, from) = match listening.accept() {
                 Ok((socket, from)) => (socket, from.as_socket()),
                 Err(error) if is_gone(&error) => continue,
-                Err(error) => return Err(broken(error).into()),
+                Err(error) => return Err(broken(error)),
             };
             match from {
                 Some(from) if self.allow.allows(from.ip()) => {
                     let peer = format!("tcp:{from}");
-                    return Ok(StreamChannel::from_fd(socket.into(), peer, options).map_err(broken)?);
+                    return StreamChannel::from_fd(socket.into(), peer, options).map(Some).map_err(broken);
                 }
-                from => tracing::warn!(?from, "closed a connection from a host that --allow does not name"),
+                from => tracing::warn!(?from, "closed a connection from a host that may not connect"),
             }
         }
+        Ok(None)
     }
+}
+
+/// As a host in an address: a link-local address names its interface, without which nobody can connect to it.
+pub(crate) fn host_of(local: SocketAddr) -> String {
+    match local {
+        SocketAddr::V6(local) if local.scope_id() != 0 => format!("{}%{}", local.ip(), local.scope_id()),
+        local => local.ip().to_string(),
+    }
+}
+
+/// True if this host does not have the address, or not its family.
+fn is_not_here(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
 }
 
 /// True if the connection went away before it was accepted (accept(2)).
@@ -240,5 +311,45 @@ mod tests {
         let before = alone.tcp_congestion().unwrap();
         tune(alone.as_fd(), limit).unwrap();
         assert_eq!(alone.tcp_congestion().unwrap(), before);
+    }
+
+    fn locals_of(bound: &[(Socket, SocketAddr)]) -> Vec<SocketAddr> {
+        bound.iter().map(|(_, local)| *local).collect()
+    }
+
+    #[test]
+    fn all_addresses_of_a_host_are_listened_on_at_one_port() {
+        let any = |host: &str| SocketAddr::new(host.parse().unwrap(), 0);
+        let hosts = ["127.0.0.1", "127.0.0.2", "127.0.0.3"].map(any);
+        let bound = TcpListener::bind_all(&hosts).unwrap();
+        let locals = locals_of(&bound);
+        assert_eq!(locals.len(), 3);
+        assert!(locals.iter().all(|local| local.port() == locals[0].port() && local.port() != 0));
+        let listener = TcpListener { sockets: bound, allow: AllowList::default() };
+        for local in locals.iter().rev() {
+            let near = TcpStream::connect(local).unwrap();
+            let stop = Stop::never().within(Duration::from_secs(20));
+            let options = StreamOptions::default();
+            let served = crate::transport::open::candidates::accept(&listener, &options, &stop).unwrap();
+            assert_eq!(served.peer(), format!("tcp:{}", near.local_addr().unwrap()));
+        }
+        // One that is not this host's is left out beside others, and alone it is an error; one that is taken always is.
+        let foreign = any("192.0.2.1");
+        assert_eq!(TcpListener::bind_all(&[foreign, any("127.0.0.1")]).unwrap().len(), 1);
+        let error = TcpListener::bind_all(&[foreign]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrNotAvailable);
+        let taken = [locals[1], SocketAddr::new(any("127.0.0.9").ip(), locals[1].port())];
+        for order in [[taken[0], taken[1]], [taken[1], taken[0]]] {
+            let error = TcpListener::bind_all(&order).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        }
+    }
+
+    #[test]
+    fn a_link_local_address_is_written_with_its_interface() {
+        let link_local = SocketAddr::V6("[fe80::1%3]:9".parse().unwrap());
+        assert_eq!(host_of(link_local), "fe80::1%3");
+        assert_eq!(host_of("[::1]:9".parse().unwrap()), "::1");
+        assert_eq!(host_of("10.0.0.1:9".parse().unwrap()), "10.0.0.1");
     }
 }

@@ -1,17 +1,16 @@
 //! UNIX stream sockets (`unix:`).
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::event::PollFlags;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::tcp::is_gone;
 use crate::sys::Stop;
-use crate::transport::open::OpenError;
+use crate::transport::open::{Listening, OpenError};
 use crate::transport::{ChannelError, StreamChannel, StreamOptions};
 
 /// Connects to the socket at `path`.
@@ -81,35 +80,37 @@ impl UnixListener {
         socket.set_nonblocking(true)?;
         Ok(Self { socket, path: path.to_owned(), identity: (made.dev(), made.ino()) })
     }
+}
 
-    /// Waits for a connection.
-    pub(crate) fn accept(&self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
-        const ACCEPTING: &str = "waiting for a connection";
-        let peer = || format!("unix:{}", self.path.display());
-        let broken = |source| ChannelError::Io { peer: peer(), doing: ACCEPTING, source };
-        loop {
-            if let Some(reason) = stop.wait(self.socket.as_fd(), PollFlags::IN).map_err(broken)? {
-                return Err(ChannelError::Stopped { reason, doing: ACCEPTING }.into());
+impl Listening for UnixListener {
+    fn sockets(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.socket.as_fd()]
+    }
+
+    fn place(&self) -> String {
+        format!("unix:{}", self.path.display())
+    }
+
+    fn take(&self, options: &StreamOptions) -> Result<Option<StreamChannel>, ChannelError> {
+        let broken =
+            |source| ChannelError::Io { peer: self.place(), doing: "accepting a connection", source };
+        match self.socket.accept() {
+            Ok((socket, _)) => {
+                StreamChannel::from_fd(socket.into(), self.place(), options).map(Some).map_err(broken)
             }
-            match self.socket.accept() {
-                Ok((socket, _)) => {
-                    return Ok(StreamChannel::from_fd(socket.into(), peer(), options).map_err(broken)?);
-                }
-                Err(error) if is_gone(&error) => {}
-                Err(error) => return Err(broken(error).into()),
-            }
+            Err(error) if is_gone(&error) => Ok(None),
+            Err(error) => Err(broken(error)),
         }
     }
 }
 
-/// True if `path` is a socket that nobody listens on.
+/// True if `path` is a socket that no program has any more.
+///
+/// Asked with a socket of another type: where a program has the path, the kernel refuses it by its type (EPROTOTYPE), and
+/// that program sees nothing of it. A connection would take the place of the source that it waits for.
 fn is_left_over(path: &Path, address: &SockAddr) -> bool {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    let refused = || {
-        let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        probe.set_nonblocking(true)?;
-        probe.connect(address)
-    };
+    let refused = || Socket::new(Domain::UNIX, Type::DGRAM, None)?.connect(address);
     is_socket && refused().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 

@@ -1,0 +1,220 @@
+//! Connections that have come and have not yet said what they are.
+//!
+//! A port check, a health probe or a scanner connects, says nothing or something else, and goes again or stays. None of
+//! them may use up the place of the source or make it wait. So all that come are held side by side, and the first that
+//! begins as a migration does is taken; its bytes stay to be read. The others are closed, and a warning says why.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use super::OpenError;
+use crate::stream::qemu::{file, multifd};
+use crate::sys::{Stop, StopReason};
+use crate::transport::{ChannelError, StreamChannel, StreamOptions};
+
+const ACCEPTING: &str = "waiting for a connection";
+
+/// How long a connection may be silent where the options set no stall time. It is in nobody's way meanwhile.
+const SILENT: Duration = Duration::from_secs(30);
+
+/// Time after which a word that has begun is looked at again: the bytes that are there wake no wait.
+const REST: Duration = Duration::from_millis(5);
+
+/// Connections that may be silent at a time, beside those that are expected.
+const STRANGERS: usize = 16;
+
+/// First words of a main channel.
+pub(crate) const MAIN: [u32; 1] = [file::MAGIC];
+/// First words of a main channel and of a page channel.
+pub(crate) const MAIN_AND_PAGES: [u32; 2] = [file::MAGIC, multifd::MAGIC];
+
+/// Sockets that are listened on.
+pub(crate) trait Listening {
+    /// The sockets.
+    fn sockets(&self) -> Vec<BorrowedFd<'_>>;
+
+    /// Where that is, for messages.
+    fn place(&self) -> String;
+
+    /// A connection that has come, from a host that may connect; waits for none.
+    ///
+    /// # Errors
+    /// [`ChannelError::Io`].
+    fn take(&self, options: &StreamOptions) -> Result<Option<StreamChannel>, ChannelError>;
+}
+
+/// Waits for the next connection, whatever it says.
+///
+/// # Errors
+/// [`ChannelError`].
+pub(crate) fn accept(
+    listening: &dyn Listening,
+    options: &StreamOptions,
+    stop: &Stop,
+) -> Result<StreamChannel, ChannelError> {
+    loop {
+        wait(listening, &[], stop)?;
+        if let Some(channel) = listening.take(options)? {
+            return Ok(channel);
+        }
+    }
+}
+
+/// Waits until something has come to a listening socket or to one of `others`.
+fn wait(listening: &dyn Listening, others: &[BorrowedFd<'_>], stop: &Stop) -> Result<(), ChannelError> {
+    let mut sockets = listening.sockets();
+    sockets.extend_from_slice(others);
+    let ended = stop.wait_any(&sockets).map_err(|source| ChannelError::Io {
+        peer: listening.place(),
+        doing: ACCEPTING,
+        source,
+    })?;
+    ended.map_or(Ok(()), |reason| Err(ChannelError::Stopped { reason, doing: ACCEPTING }))
+}
+
+/// Strangers that are told of by name: a scanner may send thousands.
+const TOLD: u32 = 100;
+const TOLD_LAST: u32 = TOLD + 1;
+
+/// Told of a connection that was closed, and why.
+pub(crate) type TellFn = dyn Fn(&str) + Send + Sync;
+
+/// Connections whose first word has not come yet.
+#[derive(Default)]
+pub(crate) struct Candidates {
+    /// Oldest first.
+    waiting: VecDeque<Candidate>,
+    tell: Option<Box<TellFn>>,
+    told: u32,
+}
+
+impl std::fmt::Debug for Candidates {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Candidates").field("waiting", &self.waiting).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug)]
+struct Candidate {
+    channel: StreamChannel,
+    since: Instant,
+    /// Some bytes of the word are there.
+    begun: bool,
+}
+
+/// What is known of a connection.
+enum Verdict {
+    /// It is one of those wanted.
+    Wanted,
+    /// Nothing yet, or a beginning.
+    Open { begun: bool },
+    /// It is not, and why.
+    Stranger(String),
+}
+
+impl Candidates {
+    /// Somebody is to be told of strangers.
+    pub(crate) fn tell(&mut self, tell: Box<TellFn>) {
+        self.tell = Some(tell);
+    }
+
+    /// Waits for a connection that begins with one of `wanted`. At most `expected` of these and a bounded number of others
+    /// are held at a time; the one that was silent longest makes room.
+    ///
+    /// # Errors
+    /// [`OpenError::Channel`].
+    pub(crate) fn next(
+        &mut self,
+        listening: &dyn Listening,
+        (wanted, expected): (&[u32], usize),
+        options: &StreamOptions,
+        stop: &Stop,
+    ) -> Result<StreamChannel, OpenError> {
+        let most = expected + STRANGERS;
+        let patience = options.stall.unwrap_or(SILENT);
+        loop {
+            // No more than there is room for: then those that are here are looked at.
+            for _ in 0..most {
+                let Some(channel) = listening.take(options)? else { break };
+                self.waiting.push_back(Candidate { channel, since: Instant::now(), begun: false });
+            }
+            if let Some(channel) = self.look(wanted) {
+                return Ok(channel);
+            }
+            while self.waiting.len() > most
+                || self.waiting.front().is_some_and(|oldest| oldest.since.elapsed() >= patience)
+            {
+                let Some(oldest) = self.waiting.pop_front() else { break };
+                self.dismiss(&oldest.channel, "it has not said what it is");
+            }
+            let silent: Vec<_> = self.waiting.iter().filter(|candidate| !candidate.begun).collect();
+            let due = self.waiting.front().map(|oldest| patience.saturating_sub(oldest.since.elapsed()));
+            let due = if silent.len() < self.waiting.len() { Some(REST) } else { due };
+            let sockets: Vec<_> =
+                silent.iter().map(|candidate| candidate.channel.end().0.fd.as_fd()).collect();
+            match wait(listening, &sockets, &due.map_or_else(|| stop.clone(), |due| stop.within(due))) {
+                Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })
+                    if stop.reason().is_none() => {}
+                waited => waited?,
+            }
+        }
+    }
+
+    /// Says why a connection is closed, in front of its end.
+    fn dismiss(&mut self, channel: &StreamChannel, why: &str) {
+        self.told = self.told.saturating_add(1);
+        let text = match self.told {
+            0..=TOLD => format!("closed a connection of {}: {why}; listening goes on", channel.peer()),
+            TOLD_LAST => format!("{TOLD} connections were of no source; no further one is told of"),
+            _ => return,
+        };
+        tracing::warn!("{text}");
+        if let Some(tell) = &self.tell {
+            tell(&text);
+        }
+    }
+
+    /// Looks at all; gives the first that is wanted, and closes those that are not.
+    fn look(&mut self, wanted: &[u32]) -> Option<StreamChannel> {
+        let mut at = 0;
+        while let Some(candidate) = self.waiting.get_mut(at) {
+            match judge(&candidate.channel, wanted) {
+                Verdict::Wanted => return self.waiting.remove(at).map(|candidate| candidate.channel),
+                Verdict::Open { begun } => {
+                    candidate.begun = begun;
+                    at += 1;
+                }
+                Verdict::Stranger(why) => {
+                    if let Some(candidate) = self.waiting.remove(at) {
+                        self.dismiss(&candidate.channel, &why);
+                    }
+                }
+            }
+        }
+        None
+    }
+}
+
+fn judge(channel: &StreamChannel, wanted: &[u32]) -> Verdict {
+    let mut word = [0; 4];
+    let fits = |come: &[u8]| wanted.iter().any(|wanted| wanted.to_be_bytes().starts_with(come));
+    match channel.peek(&mut word) {
+        Ok(0) => Verdict::Stranger("it closed without a byte".into()),
+        Ok(4) if fits(&word) => Verdict::Wanted,
+        Ok(4) if word == multifd::MAGIC.to_be_bytes() => {
+            Verdict::Stranger("it is a page channel, and this end expects none (multifd)".into())
+        }
+        Ok(count) => match word.get(..count) {
+            Some(come) if fits(come) => Verdict::Open { begun: true },
+            come => {
+                let come = come.unwrap_or(&word).escape_ascii();
+                Verdict::Stranger(format!("it begins with \"{come}\", as no migration does"))
+            }
+        },
+        Err(Errno::AGAIN | Errno::INTR) => Verdict::Open { begun: false },
+        Err(errno) => Verdict::Stranger(format!("it broke: {errno}")),
+    }
+}
