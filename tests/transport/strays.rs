@@ -204,3 +204,12 @@ fn link_local() -> Option<String> {
     let probe = std::net::ToSocketAddrs::to_socket_addrs(&(host.as_str(), 0)).ok()?.next()?;
     std::net::TcpListener::bind(probe).is_ok().then_some(host)
 }
+
+#[test]
+fn without_a_host_auto_is_this_machine_alone() {
+    let listener = listen("auto::0");
+    assert!(listener.address().to_string().starts_with("auto:127.0.0.1:"), "{}", listener.address());
+    assert_eq!(listener.warning(), None);
+    let why = listener.why_no_rdma().unwrap();
+    assert!(why.contains("loopback") || why.contains("not built in"), "{why}");
+}

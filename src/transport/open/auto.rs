@@ -119,6 +119,11 @@ impl AutoListener {
         let tcp = TcpListener::bind(host, port, allow.clone(), stop)?;
         #[cfg(feature = "rdma")]
         {
+            if tcp.is_loopback() {
+                // Without a host that is this machine alone; on a device everybody who reaches it could connect.
+                let why_not = Some("the loopback has no RDMA device; name an address of one".into());
+                return Ok(Self { tcp, rdma: None, why_not });
+            }
             let port = tcp.port();
             let address = Address::Auto { host: host.to_owned(), port };
             let no = |why| OpenError::NoRdma { address: address.to_string(), why };
