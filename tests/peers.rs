@@ -46,10 +46,11 @@ fn a_paused_guest_goes_from_qemu_to_the_same_qemu() {
 }
 
 #[test]
-fn a_paused_guest_goes_from_either_qemu_to_the_other() {
+fn a_paused_guest_goes_from_each_qemu_to_each_other() {
     if peers_present() {
-        migrate_paused(Version::Qemu72, Version::Qemu100, Machine::PcI440fx72);
-        migrate_paused(Version::Qemu100, Version::Qemu72, Machine::PcI440fx72);
+        for (from, to) in Version::pairs() {
+            migrate_paused(from, to, Machine::PcI440fx72);
+        }
     }
 }
 
@@ -75,8 +76,13 @@ fn a_refused_destination_fails_the_source_and_leaves_it_whole() {
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_a_paused_guest_goes_over_rdma_from_qemu_to_the_same_qemu() {
     assert!(peers_present(), "nothing is skipped in the guest");
-    for (version, pin_all) in [(Version::Qemu72, false), (Version::Qemu100, false), (Version::Qemu100, true)]
-    {
+    for (version, pin_all) in [
+        (Version::Qemu72, false),
+        (Version::Qemu100, false),
+        (Version::Qemu100, true),
+        (Version::Newest, false),
+        (Version::Newest, true),
+    ] {
         let dir = scratch();
         let (sent, arrived) = (dir.path().join("sent"), dir.path().join("arrived"));
         fill(&sent, 16, Pattern::Mixed { seed: 11 });

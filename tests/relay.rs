@@ -39,7 +39,7 @@ fn migrate_live(
     let mut relay = relayed.then(|| Ramwire::start(dir.path(), &arguments, &far));
     let uri = relay.as_mut().map_or(far, Ramwire::listening);
     source.migrate(&uri);
-    let info = source.wait_completed(Deadline::seconds(90));
+    let info = source.wait_completed_within(12, Deadline::seconds(90));
     let report = relay.as_mut().map_or(Value::Null, |relay| relay.finished(Deadline::seconds(20), 0));
     assert_eq!(source.status(), "postmigrate");
     destination.wait_status("running", Deadline::seconds(10));
@@ -104,7 +104,15 @@ fn a_live_guest_goes_through_a_relay_between_two_qemu_100() {
 #[test]
 fn a_live_guest_goes_through_a_relay_between_versions() {
     let Some(images) = peers_present().then(writer::images).flatten() else { return };
-    through_the_relay(&images, Version::Qemu72, Version::Qemu100, Machine::PcI440fx72);
+    for (from, to) in Version::pairs() {
+        through_the_relay(&images, from, to, Machine::PcI440fx72);
+    }
+}
+
+#[test]
+fn a_live_guest_goes_through_a_relay_between_two_of_the_newest_qemu() {
+    let Some(images) = peers_present().then(writer::images).flatten() else { return };
+    through_the_relay(&images, Version::Newest, Version::Newest, Machine::Q35);
 }
 
 #[test]
@@ -207,7 +215,7 @@ fn a_running_guest_stays_at_its_source_when_the_far_end_or_the_relay_dies() {
     let (incoming, there) = guest("destination");
     let mut destination = incoming.incoming().start(dir.path(), "destination");
     source.migrate(&destination.listen_tcp());
-    source.wait_completed(Deadline::seconds(60));
+    source.wait_completed_within(10, Deadline::seconds(60));
     destination.wait_status("running", Deadline::seconds(10));
     let left = here.ticks().last().copied().unwrap();
     there.wait_tick("it goes on", Deadline::seconds(60), |tick| tick.passes >= left.passes + 2);

@@ -80,12 +80,12 @@ fn the_table_names_our_fields_and_no_others() {
     assert_eq!(ours().keys().map(String::as_str).collect::<Vec<_>>(), table);
 }
 
-/// Answers of a QEMU 10.0: while it migrates, once completed, once failed, and its destination's.
-fn answers_of_qemu(dir: &Path, capabilities: &[&str]) -> Vec<Value> {
+/// Answers of a QEMU: while it migrates, once completed, once failed, and its destination's.
+fn answers_of_qemu(version: Version, dir: &Path, capabilities: &[&str]) -> Vec<Value> {
     let (sent, arrived) = (dir.join("sent"), dir.join("arrived"));
     fill(&sent, 32, Pattern::Random { seed: 3 });
     fill(&arrived, 32, Pattern::Zero);
-    let guest = |ram: &Path| Guest::new(Version::Qemu100, Machine::Q35, ram, 32);
+    let guest = |ram: &Path| Guest::new(version, Machine::Q35, ram, 32);
     let mut destination = guest(&arrived).incoming().start(dir, "destination");
     let mut source = guest(&sent).start(dir, "source");
     destination.set_capabilities(capabilities);
@@ -115,17 +115,17 @@ fn every_field_of_qemus_answer_is_ours_or_said_not_to_apply() {
         return;
     }
     let (ours, not_ours) = (ours(), documented("not ours"));
-    for capabilities in
-        [&["xbzrle", "auto-converge"][..], &["multifd"], &["postcopy-ram", "postcopy-blocktime"]]
-    {
+    let sets = [&["xbzrle", "auto-converge"][..], &["multifd"], &["postcopy-ram", "postcopy-blocktime"]];
+    let versions = [Version::Qemu100, Version::Newest];
+    for (version, capabilities) in versions.into_iter().flat_map(|version| sets.map(|set| (version, set))) {
         let dir = scratch();
-        let answers = answers_of_qemu(dir.path(), capabilities);
+        let answers = answers_of_qemu(version, dir.path(), capabilities);
         for (path, value) in answers.iter().flat_map(leaves) {
             let top = path.split('.').next().unwrap();
             if not_ours.contains(&top) {
                 continue;
             }
-            let same = ours.get(&path).unwrap_or_else(|| panic!("QEMU has {path}: {value}"));
+            let same = ours.get(&path).unwrap_or_else(|| panic!("{version} has {path}: {value}"));
             assert_eq!(kind(same), kind(value), "{path}: ours {same}, QEMU's {value}");
         }
         let active = leaves(&answers[2]);

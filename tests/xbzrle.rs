@@ -74,7 +74,7 @@ fn through_a_relay(from: Version, to: Version, machine: Machine) {
     let arguments = ["relay", "--json", CACHE, "--listen", "tcp:127.0.0.1:0", "--connect"];
     let mut relay = Ramwire::start(bed.dir.path(), &arguments, &far);
     source.migrate(&relay.listening());
-    let info = source.wait_completed(Deadline::seconds(120));
+    let info = source.wait_completed_within(12, Deadline::seconds(120));
     let report = relay.finished(Deadline::seconds(20), 0);
     bed.goes_on(&mut destination);
 
@@ -102,6 +102,11 @@ fn s34_to_s37_deltas_go_through_a_relay_between_two_qemu_100() {
     through_a_relay(Version::Qemu100, Version::Qemu100, Machine::Q35);
 }
 
+#[test]
+fn s34_to_s37_deltas_go_through_a_relay_between_two_of_the_newest_qemu() {
+    through_a_relay(Version::Newest, Version::Newest, Machine::Q35);
+}
+
 /// A running guest arrives in a folder by deltas, and goes on from there on another QEMU.
 fn through_a_folder(from: Version, to: Version) {
     let Some(bed) = Bed::new() else { return };
@@ -111,7 +116,7 @@ fn through_a_folder(from: Version, to: Version) {
     let mut receiver =
         Ramwire::start(bed.dir.path(), &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &folder);
     source.migrate(&receiver.listening());
-    let info = source.wait_completed(Deadline::seconds(120));
+    let info = source.wait_completed_within(12, Deadline::seconds(120));
     let report = receiver.finished(Deadline::seconds(60), 0);
     let came = report["pages"]["delta"].as_u64().unwrap();
     println!("{from} -> folder: {} {}", info["xbzrle-cache"], report["pages"]);
@@ -133,4 +138,12 @@ fn s34_a_live_guest_arrives_by_deltas_of_qemu_72_and_goes_on_at_100() {
 #[test]
 fn s34_a_live_guest_arrives_by_deltas_of_qemu_100_and_goes_on_at_72() {
     through_a_folder(Version::Qemu100, Version::Qemu72);
+}
+
+#[test]
+fn s34_a_live_guest_arrives_by_deltas_of_each_older_qemu_and_goes_on_at_the_newest_and_back() {
+    for older in [Version::Qemu72, Version::Qemu100] {
+        through_a_folder(older, Version::Newest);
+        through_a_folder(Version::Newest, older);
+    }
 }

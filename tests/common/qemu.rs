@@ -7,6 +7,7 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::OnceLock,
 };
 
 use serde_json::{Value, json};
@@ -21,15 +22,32 @@ use super::{
 pub(crate) enum Version {
     Qemu72,
     Qemu100,
+    /// The newest that Debian had when `ci/setup` fetched it; 11.1 or later.
+    Newest,
 }
 
 impl Version {
-    pub(crate) const ALL: [Self; 2] = [Self::Qemu72, Self::Qemu100];
+    pub(crate) const ALL: [Self; 3] = [Self::Qemu72, Self::Qemu100, Self::Newest];
+
+    /// Each with each other, in both directions. Machine type [`Machine::PcI440fx72`] is in all of them.
+    pub(crate) fn pairs() -> impl Iterator<Item = (Self, Self)> {
+        let all = |from| Self::ALL.into_iter().map(move |to| (from, to));
+        Self::ALL.into_iter().flat_map(all).filter(|(from, to)| from != to)
+    }
 
     fn name(self) -> &'static str {
         match self {
             Self::Qemu72 => "7.2",
             Self::Qemu100 => "10.0",
+            Self::Newest => "newest",
+        }
+    }
+
+    /// Which of ramwire's names for a peer (`--peer`) means it.
+    pub(crate) fn peer(self) -> &'static str {
+        match self {
+            Self::Qemu72 => "qemu-7.2",
+            Self::Qemu100 | Self::Newest => "qemu-10.0",
         }
     }
 
@@ -38,6 +56,7 @@ impl Version {
         let variable = match self {
             Self::Qemu72 => "RAMWIRE_QEMU72",
             Self::Qemu100 => "RAMWIRE_QEMU100",
+            Self::Newest => "RAMWIRE_QEMU_NEWEST",
         };
         let made = || super::project_root().join("target/peers").join(format!("qemu-{}", self.name()));
         let path = env::var_os(variable).map_or_else(made, PathBuf::from);
@@ -47,11 +66,27 @@ impl Version {
 
 impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "QEMU {}", self.name())
+        match self {
+            Self::Newest => write!(f, "QEMU {}", newest_version()),
+            known => write!(f, "QEMU {}", known.name()),
+        }
     }
 }
 
-/// True if both QEMUs are there; else says aloud that the calling test is skipped, or fails it where `CI=true`.
+/// The version that the newest QEMU tells of itself.
+fn newest_version() -> &'static str {
+    static TOLD: OnceLock<String> = OnceLock::new();
+    TOLD.get_or_init(|| {
+        let told = Version::Newest
+            .program()
+            .and_then(|program| Command::new(program).arg("--version").output().ok());
+        let text =
+            told.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        text.split_whitespace().nth(3).unwrap_or("newest").to_owned()
+    })
+}
+
+/// True if all QEMUs are there; else says aloud that the calling test is skipped, or fails it where `CI=true`.
 pub(crate) fn peers_present() -> bool {
     let missing: Vec<String> =
         Version::ALL.iter().filter(|version| version.program().is_none()).map(ToString::to_string).collect();
@@ -67,7 +102,7 @@ pub(crate) enum Machine {
     Pc,
     Q35,
     Microvm,
-    /// The newest type that both versions know, and so the one that travels between them.
+    /// The newest type that all versions know, and so the one that travels between them.
     PcI440fx72,
     /// Old enough to write neither configuration section nor footers; QEMU 10.0 has it no more.
     PcI440fx23,
@@ -320,6 +355,23 @@ impl Qemu {
         let info = self.wait_migration(deadline);
         assert_eq!(info["status"], "completed", "{}: {info}\n{}", self.label, self.stderr());
         info
+    }
+
+    /// As [`wait_completed`](Self::wait_completed), of a guest that writes: once memory has been gone over `passes` times,
+    /// any downtime will do. So it ends on a machine, too, that moves less than the guest writes.
+    pub(crate) fn wait_completed_within(&mut self, passes: u64, deadline: Deadline) -> Value {
+        loop {
+            let info = self.query_migrate();
+            if info["status"] != "setup" && info["status"] != "active" {
+                return self.wait_completed(deadline);
+            }
+            if info["ram"]["dirty-sync-count"].as_u64() > Some(passes) {
+                self.set_parameters(json!({"downtime-limit": 600_000}));
+                return self.wait_completed(deadline);
+            }
+            assert!(!deadline.is_over(), "{}: still migrating: {info}\n{}", self.label, self.stderr());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
     }
 
     /// Run state, such as `running`, `paused`, `inmigrate`, `postmigrate`.

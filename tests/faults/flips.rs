@@ -271,3 +271,8 @@ fn a_qemu_72_sees_a_flip_in_the_frame_and_none_in_data() {
 fn a_qemu_100_sees_a_flip_in_the_frame_and_none_in_data() {
     every_kind_of_byte(Version::Qemu100);
 }
+
+#[test]
+fn the_newest_qemu_sees_a_flip_in_the_frame_and_none_in_data() {
+    every_kind_of_byte(Version::Newest);
+}

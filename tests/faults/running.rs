@@ -122,7 +122,7 @@ fn a_running_guest_goes_on_at_its_source_whenever_its_receiver_dies() {
     let mut receiver =
         Ramwire::start(dir.path(), &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &folder);
     source.migrate(&receiver.listening());
-    source.wait_completed(Deadline::seconds(60));
+    source.wait_completed_within(10, Deadline::seconds(60));
     receiver.finished(Deadline::seconds(20), 0);
     assert_eq!(state_or_none(&folder), "whole");
 }
@@ -173,4 +173,9 @@ fn what_a_dead_source_has_sent_runs_only_if_it_is_a_whole_guest_72() {
 #[test]
 fn what_a_dead_source_has_sent_runs_only_if_it_is_a_whole_guest_100() {
     source_dies(Version::Qemu100, Machine::Q35);
+}
+
+#[test]
+fn what_a_dead_source_has_sent_runs_only_if_it_is_a_whole_guest_newest() {
+    source_dies(Version::Newest, Machine::Q35);
 }

@@ -31,7 +31,7 @@ impl Way {
     fn set(self, qemu: &mut Qemu, version: Version) {
         qemu.set_capabilities(&["multifd"]);
         let mut parameters = json!({"multifd-channels": self.channels, "multifd-compression": self.method});
-        if version == Version::Qemu100 {
+        if version != Version::Qemu72 {
             parameters["zero-page-detection"] = json!(self.zero);
         }
         qemu.set_parameters(parameters);
@@ -129,13 +129,25 @@ fn s38_to_s49_every_way_into_a_folder_and_out_of_it_100() {
 }
 
 #[test]
+fn s38_to_s49_every_way_into_a_folder_and_out_of_it_newest() {
+    if peers_present() {
+        for way in ways() {
+            through_a_folder(Version::Newest, Version::Newest, Machine::Q35, way, way.channels == 4);
+        }
+    }
+}
+
+#[test]
 fn versions_and_unversioned_machines_understand_each_other() {
     if peers_present() {
         let way = Way { channels: 3, method: "none", zero: "legacy" };
-        through_a_folder(Version::Qemu72, Version::Qemu100, Machine::PcI440fx72, way, true);
-        through_a_folder(Version::Qemu100, Version::Qemu72, Machine::PcI440fx72, way, true);
+        for (from, to) in Version::pairs() {
+            through_a_folder(from, to, Machine::PcI440fx72, way, true);
+        }
         let way = Way { zero: "multifd", ..way };
-        through_a_folder(Version::Qemu100, Version::Qemu100, Machine::Microvm, way, true);
+        for version in [Version::Qemu100, Version::Newest] {
+            through_a_folder(version, version, Machine::Microvm, way, true);
+        }
     }
 }
 
@@ -177,7 +189,7 @@ fn live_through_a_relay(
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let mut relay = Ramwire::start(dir.path(), &arguments, destination.listen_tcp());
     source.migrate(&relay.listening());
-    source.wait_completed(Deadline::seconds(90));
+    source.wait_completed_within(12, Deadline::seconds(90));
     let report = relay.finished(Deadline::seconds(20), 0);
     assert_eq!(report["completed"], true, "{what}: {report}");
     let beside = report["far"]["ram"]["multifd-bytes"].as_u64().unwrap();
@@ -234,6 +246,15 @@ fn a_live_guest_goes_through_a_relay_with_channels_on_either_side_100() {
         }
     }
     live_through_a_relay(&images, Version::Qemu100, Machine::Microvm, Some(TWO), Some(TWO));
+}
+
+#[test]
+fn a_live_guest_goes_through_a_relay_with_channels_on_either_side_newest() {
+    let Some(images) = peers_present().then(writer::images).flatten() else { return };
+    let few = [(Some(FOUR), Some(TWO)), (Some(TWO), None), (None, Some(FOUR))];
+    for (near, far) in around_a_relay(few, "multifd") {
+        live_through_a_relay(&images, Version::Newest, Machine::Q35, near, far);
+    }
 }
 
 /// A QEMU with channels towards a `receive` that was not told of them: both ends fail, nothing is taken for a guest.

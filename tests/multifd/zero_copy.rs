@@ -38,11 +38,20 @@ pub(crate) fn send_by(sending: &str, dir: &Path, version: Version, through: &[&s
     destination.set_capabilities(&["multifd"]);
     destination.set_parameters(serde_json::json!({"multifd-channels": 2}));
     let uri = destination.listen_tcp();
-    let peer = if version == Version::Qemu72 { "qemu-7.2" } else { "qemu-10.0" };
     let output = Command::new(through[0])
         .args(&through[1..])
         .arg(env!("CARGO_BIN_EXE_ramwire"))
-        .args(["send", &uri, "--json", "--channels=2", "--send-pages", sending, "--peer", peer, "--dir"])
+        .args([
+            "send",
+            &uri,
+            "--json",
+            "--channels=2",
+            "--send-pages",
+            sending,
+            "--peer",
+            version.peer(),
+            "--dir",
+        ])
         .arg(&folder)
         .output()
         .unwrap();

@@ -107,12 +107,15 @@ struct Way {
     return_path: bool,
 }
 
-const WAYS: [Way; 5] = [
+const WAYS: [Way; 8] = [
     Way { version: Version::Qemu72, pin_all: false, return_path: false },
     Way { version: Version::Qemu72, pin_all: true, return_path: false },
     Way { version: Version::Qemu100, pin_all: false, return_path: false },
     Way { version: Version::Qemu100, pin_all: true, return_path: false },
     Way { version: Version::Qemu100, pin_all: false, return_path: true },
+    Way { version: Version::Newest, pin_all: false, return_path: false },
+    Way { version: Version::Newest, pin_all: true, return_path: false },
+    Way { version: Version::Newest, pin_all: false, return_path: true },
 ];
 
 impl Way {
