@@ -13,7 +13,7 @@ use common::{
 };
 
 const LOAD: Load = Load { mib: 32, pages_per_second: 2000, small: false };
-const BOOT: u64 = 90;
+const BOOT: u64 = 300;
 
 fn images() -> Option<Images> {
     if peers_present() { writer::images() } else { None }

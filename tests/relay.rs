@@ -31,7 +31,7 @@ fn migrate_live(
     };
     let mut source = guest(from, "source", &consoles[0]).start(dir.path(), "source");
     let mut destination = guest(to, "destination", &consoles[1]).incoming().start(dir.path(), "destination");
-    consoles[0].wait_tick("boot", Deadline::seconds(90), |tick| tick.number >= 3);
+    consoles[0].wait_tick("boot", Deadline::seconds(300), |tick| tick.number >= 3);
 
     source.set_capabilities(&["return-path"]);
     let far = destination.listen_tcp();
@@ -180,7 +180,7 @@ fn a_running_guest_stays_at_its_source_when_the_far_end_or_the_relay_dies() {
     };
     let (running, here) = guest("source");
     let mut source = running.start(dir.path(), "source");
-    here.wait_tick("boot", Deadline::seconds(90), |tick| tick.number >= 3);
+    here.wait_tick("boot", Deadline::seconds(300), |tick| tick.number >= 3);
     source.set_capabilities(&["return-path"]);
     for dying in ["far", "relay"] {
         // Slow enough to die in the middle.

@@ -39,7 +39,7 @@ impl Bed {
     /// A guest that has written for a while on a QEMU that is to send deltas, in several rounds.
     fn source(&self, version: Version, machine: Machine) -> Qemu {
         let mut source = self.guest(version, machine, "source").start(self.dir.path(), "source");
-        self.console("source").wait_tick("boot", Deadline::seconds(90), |tick| tick.number >= 3);
+        self.console("source").wait_tick("boot", Deadline::seconds(300), |tick| tick.number >= 3);
         source.set_capabilities(&["return-path", "xbzrle"]);
         source.set_parameters(json!({
             "xbzrle-cache-size": 256 << 20, "max-bandwidth": 48 << 20, "downtime-limit": 20,

@@ -39,7 +39,7 @@ impl Writer {
     fn booted(&self, dir: &Path) -> (Qemu, Console) {
         let (guest, console) = self.guest(dir, "source");
         let mut source = guest.start(dir, "source");
-        console.wait_tick("boot", Deadline::seconds(90), |tick| tick.number >= 3);
+        console.wait_tick("boot", Deadline::seconds(300), |tick| tick.number >= 3);
         source.set_capabilities(&["return-path"]);
         source.set_parameters(json!({"max-bandwidth": 0}));
         (source, console)

@@ -170,7 +170,7 @@ fn live_through_a_relay(
     let (here, there) = (guest("source"), guest("destination"));
     let mut source = here.0.start(dir.path(), "source");
     let mut destination = there.0.incoming().start(dir.path(), "destination");
-    here.1.wait_tick("boot", Deadline::seconds(90), |tick| tick.number >= 3);
+    here.1.wait_tick("boot", Deadline::seconds(300), |tick| tick.number >= 3);
     source.set_capabilities(&["return-path"]);
     let mut arguments: Vec<String> = ["relay", "--json"].map(String::from).to_vec();
     if let Some(way) = near {
