@@ -93,8 +93,8 @@ pub(super) struct Args {
     /// --transport tcp; 0: as fast as the loopback
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     link_rate: u64,
-    /// Touch the destination's memory before the guest comes
-    #[arg(long)]
+    /// Touch the destination's memory before the guest comes, so that the kernel's making it counts for nothing
+    #[arg(long, overrides_with = "populate")]
     populate: bool,
     /// Leave out the digest of RAM and device state that is compared before the guest is handed over
     #[arg(long)]
@@ -203,7 +203,8 @@ fn finish(
     let exit = super::common::exit_of(report);
     let exit = if exit == Exit::Done && !arrived.verified { Exit::NotVerified } else { exit };
     signals.ended(exit);
-    let run = report::Run { transport, why: &why, dirty_source, report, wrote, arrived: &arrived };
+    let populated = args.populate;
+    let run = report::Run { transport, why: &why, dirty_source, report, wrote, arrived: &arrived, populated };
     if args.json {
         result_line!("{}", run.json());
     } else {

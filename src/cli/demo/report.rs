@@ -2,10 +2,12 @@
 
 use std::fmt::Write;
 
+use ramwire::observe::Status;
 use ramwire::session::SourceReport;
 use serde_json::{Value, json};
 
 use super::destination::Verdict;
+use crate::cli::common::human_bytes;
 use crate::cli::render;
 
 /// One run of the demo.
@@ -17,6 +19,8 @@ pub(super) struct Run<'a> {
     /// Bytes that the guest wrote while the migration ran at its source.
     pub(super) wrote: u64,
     pub(super) arrived: &'a Verdict,
+    /// The destination's memory was touched before the guest came.
+    pub(super) populated: bool,
 }
 
 impl Run<'_> {
@@ -56,11 +60,44 @@ impl Run<'_> {
         })
     }
 
+    /// What an operator asks first, then the parts.
     pub(super) fn text(&self) -> String {
-        let mut out = format!("{}: {}; dirty pages by {}\n", self.transport, self.why, self.dirty_source);
-        out.push_str(&render::statistics(&self.report.statistics));
-        let Verdict { ran, verified, pages, wrong, faults, .. } = self.arrived;
+        let mut out = String::new();
+        let s = &self.report.statistics;
+        let pages = s.pages.normal + s.pages.zero + s.pages.delta;
+        // The check goes through all of RAM at both ends and moves nothing: the destination's part is in `ready`, beside
+        // which loading this guest's devices is nothing.
+        let parts = &s.downtime_parts;
+        let check = if parts.digest_ms > 0.0 { parts.digest_ms + parts.ready_ms } else { 0.0 };
+        let moving = (s.total_time - s.setup_time - check).max(1.0) / 1e3;
+        let a_second = |count: u64| (count as f64 / moving) as u64;
         // Writing to a string does not fail.
+        let _ = writeln!(
+            out,
+            "moved {} of guest memory in {moving:.2} s: {} pages/s, {}/s; {}",
+            human_bytes(pages * s.page_size),
+            a_second(pages),
+            human_bytes(a_second(pages * s.page_size)),
+            if self.populated {
+                "the destination had its memory before"
+            } else {
+                "the destination's kernel made its memory meanwhile (--populate: before)"
+            },
+        );
+        let _ = match s.status == Status::Completed {
+            true if check > 0.0 => writeln!(
+                out,
+                "the guest stood still for {:.1} ms: {:.1} ms to switch over, {check:.1} ms to check all of RAM at both \
+                 ends (--no-digest: not)",
+                s.downtime,
+                s.downtime - check,
+            ),
+            true => writeln!(out, "the guest stood still for {:.1} ms", s.downtime),
+            false => Ok(()),
+        };
+        let _ = writeln!(out, "by {}: {}; dirty pages by {}", self.transport, self.why, self.dirty_source);
+        out.push_str(&render::statistics(s));
+        let Verdict { ran, verified, pages, wrong, faults, .. } = self.arrived;
         let _ = match (ran, verified) {
             (true, true) => writeln!(out, "verified: the guest ran on and checked all {pages} pages"),
             (true, false) => writeln!(out, "NOT VERIFIED: {wrong} of {pages} pages are wrong"),
