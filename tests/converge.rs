@@ -60,6 +60,14 @@ fn differences_bring_it_home() {
     assert_eq!(out["throttle_percent_most"], 0);
 }
 
+/// Told nothing, a demo ends all the same: it says so and slows its guest down.
+#[test]
+fn a_demo_helps_itself_over_a_slow_link() {
+    let (out, errors) = demo(&[LINK, "--dirty-rate=72M"], 0);
+    assert_eq!((&out["status"], &out["verified"]), (&"completed".into(), &true.into()), "{out} {errors}");
+    assert!(out["throttle_percent_most"].as_u64() >= Some(50), "{out}");
+}
+
 #[test]
 fn auto_converge_brings_it_home() {
     let steps = ["--cpu-throttle-initial=60", "--cpu-throttle-increment=30"];

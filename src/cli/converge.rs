@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use ramwire::engine::{OnTimeout, Throttling};
-use ramwire::session::SourceSettings;
+use ramwire::observe::{EventKind, SharedStatistics};
+use ramwire::session::{Error, SourceSettings};
 use ramwire::units::{Percent, Rate};
 
 use super::common::{Usage, bytes, seconds};
+use super::output::note;
 
 /// What a source does about a guest that writes faster than its pages leave; QEMU's names and defaults.
 #[derive(Clone, Debug, clap::Args)]
@@ -38,12 +40,54 @@ pub(super) struct ConvergeArgs {
     /// Bytes a second that the link will carry while the guest stands still, for the estimate of the downtime; 0: as measured
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     avail_switchover_bandwidth: u64,
+    #[command(flatten)]
+    pub(super) timeout: TimeoutArgs,
+}
+
+/// How long a migration may take, and what becomes of it then.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct TimeoutArgs {
     /// The guest must have been paused by then
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     timeout: Option<Duration>,
     /// What becomes of it else: cancel keeps it here, finish pauses it however long it then stands still
     #[arg(long, value_name = "WHAT", default_value = "cancel", requires = "timeout")]
     timeout_action: TimeoutAction,
+}
+
+impl TimeoutArgs {
+    pub(super) fn apply(&self, settings: &mut SourceSettings) {
+        let action = match self.timeout_action {
+            TimeoutAction::Cancel => OnTimeout::Cancel,
+            TimeoutAction::Finish => OnTimeout::Finish,
+        };
+        settings.timeout = self.timeout.map(|time| (time, action));
+    }
+}
+
+/// What helps a live guest that does not converge.
+pub(super) const REMEDIES: &str = "raise --max-bandwidth or --downtime-ms, send differences (--xbzrle-cache-size), slow the \
+                                   guest down (--auto-converge or --dirty-limit), or end it by --timeout and \
+                                   --timeout-action finish";
+
+/// Says, while it goes on, that a migration does not converge, and what would help.
+pub(super) fn tell_if_it_does_not(
+    command: &'static str,
+    statistics: &SharedStatistics,
+    remedies: &'static str,
+) {
+    statistics.listen(move |event| {
+        if let EventKind::NotConverging(figures) = &event.kind {
+            note!("ramwire {command}: the migration does not converge: {figures}; {remedies}");
+        }
+    });
+}
+
+/// The options behind the remedies of a migration that did not.
+pub(super) fn tell_remedies(command: &str, error: Option<&Error>, remedies: &str) {
+    if let Some(Error::NotConverged { .. }) = error {
+        note!("ramwire {command}: {remedies}");
+    }
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -68,6 +112,11 @@ fn within(text: &str, least: u8, most: u8) -> Result<Percent, String> {
 }
 
 impl ConvergeArgs {
+    /// True if nothing was asked for: neither a brake nor an end.
+    pub(super) fn is_empty(&self) -> bool {
+        !self.auto_converge && !self.dirty_limit && self.timeout.timeout.is_none()
+    }
+
     /// Completes `settings` with what was asked for.
     pub(super) fn apply(&self, settings: &mut SourceSettings) -> Result<(), Usage> {
         if self.auto_converge {
@@ -87,11 +136,7 @@ impl ConvergeArgs {
         settings.throttle_trigger_threshold = self.throttle_trigger_threshold;
         let assumed = self.avail_switchover_bandwidth;
         settings.switchover_bandwidth = (assumed > 0).then_some(Rate(assumed));
-        let action = match self.timeout_action {
-            TimeoutAction::Cancel => OnTimeout::Cancel,
-            TimeoutAction::Finish => OnTimeout::Finish,
-        };
-        settings.timeout = self.timeout.map(|time| (time, action));
+        self.timeout.apply(settings);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use ramwire::engine::{BandwidthLimit, Ending, Outcome};
+use ramwire::engine::{BandwidthLimit, Ending, OnTimeout, Outcome};
 use ramwire::guest::GuestMemory;
 use ramwire::observe::{RunDescription, SharedStatistics};
 use ramwire::session::{
@@ -20,7 +20,10 @@ use ramwire::transport::{
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, failed};
+use super::common::{
+    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, failed, seconds,
+};
+use super::converge::{tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
 use super::render;
 use super::signals::cancel_on_signal;
@@ -80,9 +83,16 @@ pub(super) struct Args {
     channels: SourceChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
+    /// The guest's source must have switched over by then; else the relay ends, and the guest stays at its source
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    timeout: Option<Duration>,
     #[command(flatten)]
     timeouts: SourceTimeouts,
 }
+
+/// What helps where the guest's source does not come to its switchover.
+const REMEDIES: &str = "its source decides when to switch over: raise its downtime limit or bandwidth there, have it slow \
+                        the guest down (auto-converge), or give the relay more time (--timeout)";
 
 pub(super) fn run(args: &Args) -> Exit {
     run_relay(args).unwrap_or_else(|error| failed("relay", &*error))
@@ -152,9 +162,11 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     outgoing.downtime_limit = Duration::from_millis(args.downtime_ms);
     outgoing.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
     args.timeouts.set(&mut outgoing);
+    outgoing.timeout = args.timeout.map(|time| (time, OnTimeout::Cancel));
     if let Some(option) = args.peer {
         (outgoing.peer, outgoing.style) = (Some(option.peer), Some(option.style));
     }
+    tell_if_it_does_not("relay", &statistics, REMEDIES);
     let metrics = args.watch.metrics.serve("relay", statistics.clone())?;
     let relay = Relay {
         source: door.source,
@@ -204,6 +216,7 @@ fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport) -> Exi
     let errors = [report.received.error.as_ref(), report.sent.as_ref().and_then(|sent| sent.error.as_ref())];
     for error in errors.into_iter().flatten() {
         complain("relay", error);
+        tell_remedies("relay", Some(error), REMEDIES);
     }
     if args.json {
         let way = |way: &Way| json!({ "transport": way.transport, "why": way.why });

@@ -17,6 +17,7 @@ use super::args::Exit;
 use super::common::{
     PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, exit_of, failed,
 };
+use super::converge::{TimeoutArgs, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
 use super::progress::Progress;
 use super::render;
@@ -83,7 +84,12 @@ pub(super) struct Args {
     rdma: RdmaArgs,
     #[command(flatten)]
     timeouts: SourceTimeouts,
+    #[command(flatten)]
+    timeout: TimeoutArgs,
 }
+
+/// What helps where the time was over.
+const REMEDIES: &str = "raise --max-bandwidth, --downtime-ms or --timeout";
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub(super) enum ZeroPage {
@@ -138,6 +144,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings.digest = args.digest;
     settings.guest_stands_still = true;
     args.timeouts.set(&mut settings);
+    args.timeout.apply(&mut settings);
     // Without device state only a ramwire can take the guest.
     settings.peer = (!guest.has_state()).then_some(Peer::Ramwire);
     settings.style = guest.peer_style().or(settings.style);
@@ -171,6 +178,7 @@ fn send(
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
     let session = SourceSession::new(source, door.into(), settings(args, &guest)).with_cancel(cancel);
+    tell_if_it_does_not("send", &session.statistics(), REMEDIES);
     let metrics = args.watch.metrics.serve("send", session.statistics())?;
     let custody = guest.custody();
     signals.ask(session.canceller());
@@ -217,6 +225,7 @@ impl Args {
 fn tell(args: &Args, way: &Way, report: &SourceReport) {
     if let Some(error) = &report.error {
         complain("send", error);
+        tell_remedies("send", Some(error), REMEDIES);
     }
     if report.outcome == Outcome::InDoubt {
         let dir = args.dir.as_deref().unwrap_or(Path::new("the RAM files"));

@@ -18,6 +18,6 @@ pub use handover::{Handover, Outcome, Reason};
 pub use pace::{BandwidthLimit, Pace};
 pub use page_cost::PageCost;
 pub use progress::Progress;
-pub use rate::RateWindow;
+pub use rate::{RateWindow, Sent};
 pub use source::{Action, Input, OnTimeout, SourceConfig, SourceEngine, Switchover};
 pub use throttle::{Throttle, Throttling};

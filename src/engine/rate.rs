@@ -1,4 +1,4 @@
-//! How fast pages leave, measured over windows.
+//! How fast pages leave, measured over time in which something was sent.
 
 use std::time::Duration;
 
@@ -7,46 +7,84 @@ use crate::units::Rate;
 /// Shortest time a rate is measured over; the seed's window.
 const WINDOW: Duration = Duration::from_millis(100);
 
-/// Bytes over time, taken a window at a time, so that one slow call does not decide a switchover.
+/// What was handed to the connection: guest memory by its own length, and all bytes on the wire. Compressed pages and
+/// differences take fewer on the wire, headers and device state are no guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Bytes of the pages that were sent, zero pages apart.
+    pub guest: u64,
+    /// Bytes on the wire.
+    pub wire: u64,
+}
+
+/// Rates of what has left, a window at a time, so that one slow call does not decide a switchover. Many short rounds make
+/// a window as one long one does: no sample is dropped, or short rounds would never correct a rate that is out of date.
+///
+/// What a socket's buffer takes at once has not left: it counts when it does.
 #[derive(Debug, Default)]
 pub struct RateWindow {
-    started: Option<Duration>,
-    bytes: u64,
-    last: Option<Rate>,
+    /// Up to when the window's time was counted, while sending goes on or the link is busy.
+    counted: Option<Duration>,
+    took: Duration,
+    sent: Sent,
+    left: u64,
+    under_way: u64,
+    guest: Option<Rate>,
+    wire: Option<Rate>,
+    whole: bool,
 }
 
 impl RateWindow {
-    /// Time without sending (a sync, a pause) is not counted: the window begins anew.
-    pub fn restart(&mut self, now: Duration) {
-        if self.bytes > 0 {
-            self.close(now);
+    /// A round begins, with `under_way` bytes that were sent and have not left. If there are some the link has been busy
+    /// since the last round: that time counts.
+    pub fn resume(&mut self, under_way: u64, now: Duration) {
+        match self.counted {
+            Some(counted) if under_way > 0 => {
+                self.took += now.saturating_sub(counted);
+                self.left += self.under_way.saturating_sub(under_way);
+            }
+            _ => {}
         }
-        self.started = Some(now);
-        self.bytes = 0;
+        (self.counted, self.under_way) = (Some(now), under_way);
     }
 
-    /// `bytes` more have left by `now`.
-    pub fn add(&mut self, bytes: u64, now: Duration) {
-        let started = *self.started.get_or_insert(now);
-        self.bytes += bytes;
-        if now.saturating_sub(started) >= WINDOW {
-            self.close(now);
-            self.started = Some(now);
-            self.bytes = 0;
+    /// So much more was `sent` by `now`; `under_way` bytes of all that was have not left yet.
+    pub fn add(&mut self, sent: Sent, under_way: u64, now: Duration) {
+        let counted = self.counted.replace(now).unwrap_or(now);
+        self.took += now.saturating_sub(counted);
+        self.sent.guest += sent.guest;
+        self.sent.wire += sent.wire;
+        self.left += (sent.wire + self.under_way).saturating_sub(under_way);
+        self.under_way = under_way;
+        let is_whole = self.took >= WINDOW;
+        // A shorter time tells something only while there is nothing better.
+        if is_whole || !self.whole {
+            self.measure();
+        }
+        if is_whole {
+            self.whole = true;
+            (self.took, self.sent, self.left) = (Duration::ZERO, Sent::default(), 0);
         }
     }
 
-    /// The rate of the last window; `None` before anything was sent.
-    pub fn rate(&self) -> Option<Rate> {
-        self.last
+    /// Where all that left did so between the rounds, the link is faster than what was sent.
+    fn measure(&mut self) {
+        let Sent { guest, wire } = self.sent;
+        let left = if self.left > 0 { self.left } else { wire };
+        let scaled = u128::from(guest) * u128::from(left) / u128::from(wire.max(1));
+        let rate = |bytes: u64| Rate::of(bytes, self.took).filter(|rate| rate.0 > 0);
+        let guest = rate(u64::try_from(scaled).unwrap_or(u64::MAX)).or(self.guest);
+        (self.wire, self.guest) = (rate(left).or(self.wire), guest);
     }
 
-    /// A window shorter than [`WINDOW`] counts only while there is no better one: buffers swallow it whole.
-    fn close(&mut self, now: Duration) {
-        let took = now.saturating_sub(self.started.unwrap_or(now));
-        if took >= WINDOW || self.last.is_none() {
-            self.last = Rate::of(self.bytes, took).or(self.last);
-        }
+    /// How fast pages leave, by their own length; `None` before one was sent.
+    pub fn guest(&self) -> Option<Rate> {
+        self.guest
+    }
+
+    /// How fast bytes leave; `None` before any was sent.
+    pub fn wire(&self) -> Option<Rate> {
+        self.wire
     }
 }
 
@@ -54,20 +92,77 @@ impl RateWindow {
 mod tests {
     use super::*;
 
+    fn ms(time: u64) -> Duration {
+        Duration::from_millis(time)
+    }
+
+    fn pages(bytes: u64) -> Sent {
+        Sent { guest: bytes, wire: bytes }
+    }
+
     #[test]
     fn a_rate_needs_a_window_and_idle_time_does_not_count() {
-        let ms = Duration::from_millis;
         let mut window = RateWindow::default();
-        assert_eq!(window.rate(), None);
-        window.restart(ms(0));
-        window.add(1000, ms(10));
-        window.restart(ms(20));
-        assert_eq!(window.rate(), Some(Rate(50_000)), "better than nothing");
-        window.add(500, ms(1000 + 20));
-        assert_eq!(window.rate(), Some(Rate(500)));
-        window.restart(ms(5000));
-        window.add(100, ms(5010));
-        window.restart(ms(5020));
-        assert_eq!(window.rate(), Some(Rate(500)), "10 ms do not replace a whole window");
+        assert_eq!((window.guest(), window.wire()), (None, None));
+        window.resume(0, ms(0));
+        window.add(pages(1000), 0, ms(10));
+        assert_eq!(window.wire(), Some(Rate(100_000)), "better than nothing");
+        window.resume(0, ms(1000));
+        window.add(pages(500), 0, ms(1990));
+        assert_eq!(window.wire(), Some(Rate(1500)));
+        window.resume(0, ms(5000));
+        window.add(pages(100), 0, ms(5010));
+        assert_eq!(window.wire(), Some(Rate(1500)), "10 ms do not replace a whole window");
+    }
+
+    /// The rate of a loaded moment would be kept for ever otherwise.
+    #[test]
+    fn short_rounds_come_to_a_window() {
+        let mut window = RateWindow::default();
+        window.resume(0, ms(0));
+        window.add(pages(1000), 0, ms(1000));
+        for round in 0..100 {
+            window.resume(0, ms(2000 + 2 * round));
+            window.add(pages(1000), 0, ms(2001 + 2 * round));
+        }
+        assert_eq!((window.guest(), window.wire()), (Some(Rate(1_000_000)), Some(Rate(1_000_000))));
+    }
+
+    #[test]
+    fn pages_that_compress_are_counted_by_their_length() {
+        let mut window = RateWindow::default();
+        window.resume(0, ms(0));
+        window.add(Sent { guest: 100_000, wire: 1000 }, 0, ms(100));
+        assert_eq!((window.guest(), window.wire()), (Some(Rate(1_000_000)), Some(Rate(10_000))));
+        // Headers alone say nothing of pages.
+        window.resume(0, ms(100));
+        window.add(Sent { guest: 0, wire: 100 }, 0, ms(1100));
+        assert_eq!((window.guest(), window.wire()), (Some(Rate(1_000_000)), Some(Rate(100))));
+    }
+
+    /// A link of 1000 bytes a millisecond behind a buffer that takes 4000 at once.
+    #[test]
+    fn what_a_buffer_takes_has_not_left() {
+        let mut window = RateWindow::default();
+        let mut queue = 0;
+        for round in 0..200 {
+            window.resume(queue, ms(4 * round));
+            queue += 4000;
+            window.add(pages(4000), queue, ms(4 * round));
+            queue -= 3999;
+        }
+        let rate = window.guest().map_or(0, |rate| rate.0);
+        assert!((950_000..=1_050_000).contains(&rate), "{rate}");
+    }
+
+    /// All of each round leaves before the next one: there is a rate all the same.
+    #[test]
+    fn a_link_that_is_always_done_in_between_has_a_rate() {
+        let mut window = RateWindow::default();
+        for round in 0..200 {
+            window.resume(0, ms(4 * round));
+            window.add(pages(4000), 4000, ms(4 * round + 1));
+        }
+        assert_eq!(window.guest(), Some(Rate(4_000_000)));
     }
 }

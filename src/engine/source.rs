@@ -16,7 +16,7 @@
 
 use std::time::Duration;
 
-use super::{Handover, Outcome, PageCost, Progress, RateWindow, Reason};
+use super::{Handover, Outcome, PageCost, Progress, RateWindow, Reason, Sent};
 use crate::ram::RoundKind;
 use crate::units::Rate;
 
@@ -109,8 +109,8 @@ pub enum Input {
     Sent {
         /// Pages still dirty in the map.
         pages_left: u64,
-        /// Bytes that left in this slice.
-        bytes: u64,
+        /// What was handed to the connection in this slice.
+        sent: Sent,
     },
     /// A wait ended.
     Woken {
@@ -229,8 +229,8 @@ pub struct SourceEngine {
     page_cost: PageCost,
     deltas: bool,
     under_way: u64,
-    /// Bytes that left behind the last slice of the round.
-    left_at_fence: u64,
+    /// What was sent behind the last slice of the round.
+    sent_at_fence: Sent,
     gave_up: bool,
 }
 
@@ -251,7 +251,7 @@ impl SourceEngine {
             page_cost: PageCost::default(),
             deltas: false,
             under_way: 0,
-            left_at_fence: 0,
+            sent_at_fence: Sent::default(),
             gave_up: false,
         }
     }
@@ -281,9 +281,9 @@ impl SourceEngine {
         self.under_way = bytes;
     }
 
-    /// Says how many bytes left while the round was closed: on doors with threads of their own often all of them.
-    pub fn set_left_at_fence(&mut self, bytes: u64) {
-        self.left_at_fence = bytes;
+    /// Says what was sent while the round was closed: on doors with threads of their own often all of it.
+    pub fn set_sent_at_fence(&mut self, sent: Sent) {
+        self.sent_at_fence = sent;
     }
 
     /// What the rounds so far brought.
@@ -321,9 +321,9 @@ impl SourceEngine {
         self.round
     }
 
-    /// The measured rate of the page path.
+    /// The measured rate of the page path, in bytes on the wire.
     pub fn rate(&self) -> Option<Rate> {
-        self.rate.rate()
+        self.rate.wire()
     }
 
     /// How long the guest would stand still if it were paused with `dirty_pages`; `None` before a rate is
@@ -333,20 +333,35 @@ impl SourceEngine {
     }
 
     fn downtime_behind(&self, under_way: u64, dirty_pages: u64) -> Option<Duration> {
+        let pages = self.time_of_pages(dirty_pages)?;
+        let waiting = if under_way > 0 { self.wire_rate()?.time_for(under_way)? } else { Duration::ZERO };
+        Some(self.unavoidable().saturating_add(pages).saturating_add(waiting))
+    }
+
+    /// Pages are reckoned by their own length, and so is their rate: whether they compress is part of it. Differences are
+    /// reckoned by what they took on the wire.
+    fn time_of_pages(&self, dirty_pages: u64) -> Option<Duration> {
         let page = self.config.page_bytes;
-        let pages = if self.deltas {
-            self.page_cost.bytes(dirty_pages, page)
-        } else {
-            dirty_pages.saturating_mul(page)
-        };
-        let bytes = pages.saturating_add(self.config.state_bytes).saturating_add(under_way);
-        let sending = match self.config.switchover_rate.or(self.rate()) {
-            _ if bytes == 0 => Duration::ZERO,
-            // Rounds without a page bring no rate either: nothing is to be waited for.
-            None if dirty_pages == 0 && under_way == 0 => Duration::ZERO,
-            rate => rate?.time_for(bytes)?,
-        };
-        Some(self.config.fixed_downtime.saturating_add(sending))
+        match dirty_pages {
+            0 => Some(Duration::ZERO),
+            _ if self.deltas => self.wire_rate()?.time_for(self.page_cost.bytes(dirty_pages, page)),
+            _ => {
+                let rate = self.config.switchover_rate.or(self.rate.guest()).or(self.rate.wire());
+                rate?.time_for(dirty_pages.saturating_mul(page))
+            }
+        }
+    }
+
+    /// What no round makes shorter: the fixed part, and the device state at the rate of the wire. It is not compressed, so
+    /// where pages are that may be too long, and never too short.
+    fn unavoidable(&self) -> Duration {
+        let state = self.config.state_bytes;
+        let state = self.wire_rate().filter(|_| state > 0).and_then(|rate| rate.time_for(state));
+        self.config.fixed_downtime.saturating_add(state.unwrap_or_default())
+    }
+
+    fn wire_rate(&self) -> Option<Rate> {
+        self.config.switchover_rate.or(self.rate.wire())
     }
 
     /// Takes a fact, answers with what to do. `now` counts from the start of the migration.
@@ -366,12 +381,12 @@ impl SourceEngine {
             (Phase::Syncing, Input::Synced { dirty_pages }) => self.round_or_pause(now, dirty_pages),
             (Phase::Opening(kind), Input::Done) => {
                 self.round_began = now;
-                self.rate.restart(now);
+                self.rate.resume(self.under_way, now);
                 self.send(kind, now)
             }
-            (Phase::Sending(kind), Input::Sent { pages_left, bytes }) => {
-                self.rate.add(bytes, now);
-                self.round_bytes += bytes;
+            (Phase::Sending(kind), Input::Sent { pages_left, sent }) => {
+                self.rate.add(sent, self.under_way, now);
+                self.round_bytes += sent.wire;
                 if kind == RoundKind::Live && self.must_give_up(now) {
                     return self.give_up();
                 }
@@ -385,10 +400,7 @@ impl SourceEngine {
             }
             (Phase::Closing(RoundKind::Final), Input::Done) => self.go(Phase::Draining, Action::Drain),
             (Phase::Closing(_), Input::Done) => {
-                if self.left_at_fence > 0 {
-                    self.rate.add(std::mem::take(&mut self.left_at_fence), now);
-                }
-                self.rate.restart(now);
+                self.rate.add(std::mem::take(&mut self.sent_at_fence), self.under_way, now);
                 self.go(Phase::Syncing, Action::Sync { last: false })
             }
             (Phase::Waiting, Input::Woken { upstream_stopped }) => {
@@ -474,7 +486,8 @@ impl SourceEngine {
             // The link is busy all the same; what is sent now would be written again before it leaves.
             return self.go(Phase::Waiting, Action::Wait { until: now + self.config.slice });
         }
-        if self.round > 0 {
+        // A relay's rounds end when its guest's source says so.
+        if self.round > 0 && self.config.switchover == Switchover::WhenItFits {
             self.progress.round(dirty_pages);
         }
         (self.round_pages, self.round_bytes) = (dirty_pages, 0);
@@ -487,17 +500,21 @@ impl SourceEngine {
                 self.go(Phase::Waiting, Action::Wait { until })
             }
             Switchover::WhenItFits if fits(self, self.under_way) => self.pause(),
+            // A round of nothing gains nothing, whatever the estimate is.
+            Switchover::WhenItFits if dirty_pages == 0 && self.under_way == 0 && self.round > 0 => {
+                self.pause()
+            }
             _ => self.open(RoundKind::Live),
         }
     }
 
     /// True if pausing now keeps the limit. Before the first round nothing has been sent: never.
     ///
-    /// Where the fixed part alone exceeds the limit no amount of rounds helps; a tenth of the limit is then
-    /// left for pages, and the report tells by how much the limit was missed.
+    /// Where what no round makes shorter (the fixed part, the device state) exceeds the limit alone, no amount of rounds
+    /// helps; a tenth of the limit is then left for pages, and the report tells by how much the limit was missed.
     fn fits(&self, downtime: Option<Duration>) -> bool {
         let limit = self.config.downtime_limit;
-        let limit = limit.max(self.config.fixed_downtime.saturating_add(limit / 10));
+        let limit = limit.max(self.unavoidable().saturating_add(limit / 10));
         self.round > 0 && downtime.is_some_and(|expected| expected <= limit)
     }
 

@@ -49,6 +49,8 @@ pub enum EventKind {
     },
     /// A round was closed (at the source).
     Round(RoundReport),
+    /// Nothing suggests that the rounds will end (at the source). Once; the migration goes on.
+    NotConverging(NotConverging),
     /// The guest is asked to stand still: the downtime begins (at the source).
     Switchover,
     /// COMMIT is due: from here on the guest is not the source's (at the source).
@@ -69,6 +71,41 @@ pub enum EventKind {
     },
     /// The connection is gone, the logs are off, and the memory is its owner's again. Nothing follows.
     CleanedUp,
+}
+
+/// How a migration stands that does not converge. Sizes in bytes, rates in bytes a second.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NotConverging {
+    /// Rounds so far.
+    pub rounds: u32,
+    /// What is left to send.
+    pub remaining: u64,
+    /// What the guest writes.
+    pub written_per_second: u64,
+    /// What leaves.
+    pub sent_per_second: u64,
+    /// How long the guest would stand still if it were paused now, in milliseconds.
+    pub expected_downtime_ms: Option<f64>,
+    /// How long it may.
+    pub downtime_limit_ms: f64,
+}
+
+impl fmt::Display for NotConverging {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mega = |bytes: u64| bytes as f64 / 1e6;
+        write!(
+            f,
+            "after {} rounds {:.1} MB remain; the guest writes {:.1} MB/s, {:.1} MB/s leave",
+            self.rounds,
+            mega(self.remaining),
+            mega(self.written_per_second),
+            mega(self.sent_per_second)
+        )?;
+        match self.expected_downtime_ms {
+            Some(ms) => write!(f, "; to pause it now would take {ms:.0} ms of {:.0}", self.downtime_limit_ms),
+            None => Ok(()),
+        }
+    }
 }
 
 impl EventKind {

@@ -6,7 +6,7 @@ mod query_migrate;
 mod record;
 mod statistics;
 
-pub use events::{Event, EventKind, SharedStatistics};
+pub use events::{Event, EventKind, NotConverging, SharedStatistics};
 pub use latency::{Latency, LatencySummary};
 pub use record::{End, RUN_LOG_SCHEMA, Record, Recorder, RunDescription, Sample};
 pub use statistics::{

@@ -188,6 +188,13 @@ impl Recorder {
                 return Some(Record::Round { at_ms, remaining, eta_ms, round: *round });
             }
             EventKind::SyncBegins { .. } | EventKind::Synced { .. } | EventKind::CleanedUp => return None,
+            EventKind::NotConverging(figures) => {
+                return Some(Record::Event {
+                    at_ms,
+                    event: "not-converging".into(),
+                    why: Some(figures.to_string()),
+                });
+            }
             EventKind::Setup => ("setup", None),
             EventKind::Active => ("active", None),
             EventKind::Switchover => ("switchover", None),

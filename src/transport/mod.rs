@@ -334,6 +334,11 @@ pub trait SourceLink: Send {
         0
     }
 
+    /// Bytes that were sent, on whatever channel, and have not left this host, as far as it tells.
+    fn under_way(&mut self) -> u64 {
+        self.sink().under_way()
+    }
+
     /// What deltas did so far, where pages may travel as such.
     fn deltas(&self) -> DeltaCounts {
         DeltaCounts::default()

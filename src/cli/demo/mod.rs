@@ -15,7 +15,7 @@ mod way;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ramwire::engine::{BandwidthLimit, Outcome};
+use ramwire::engine::{BandwidthLimit, Outcome, Throttling};
 use ramwire::guest::GuestMemory;
 use ramwire::observe::RunDescription;
 use ramwire::ram::RamBlockTable;
@@ -31,7 +31,7 @@ use self::guest::GuestKind;
 use self::way::{Transport, Way};
 use super::args::Exit;
 use super::common::{RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed};
-use super::converge::ConvergeArgs;
+use super::converge::{ConvergeArgs, REMEDIES, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
 use super::progress::Progress;
 use super::signals::{SignalWatch, cancel_on_signal};
@@ -65,7 +65,8 @@ pub(super) struct Args {
     /// Memory that the guest keeps writing
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = bytes)]
     working_set: u64,
-    /// Bytes a second that it writes; 0 for an idle guest
+    /// Bytes a second that it writes; 0 for an idle guest. Where that is more than the link carries the guest is slowed down,
+    /// unless you say what to do (--auto-converge, --dirty-limit, --xbzrle-cache-size) or when to end (--timeout)
     #[arg(long, value_name = "SIZE", default_value = "200M", value_parser = bytes)]
     dirty_rate: u64,
     /// Bytes of a page that a write changes, beside the 40 of its header
@@ -124,6 +125,18 @@ pub(super) fn run(args: &Args) -> Exit {
     demo(args).unwrap_or_else(|error| failed("demo", &*error))
 }
 
+/// A demo that was told neither how to converge nor when to end slows its guest down where the link is slow: in larger
+/// steps than QEMU's, so that it ends soon.
+fn helping_itself() -> Throttling {
+    let percent = |value| Percent::new(value).unwrap_or_default();
+    Throttling::AutoConverge {
+        initial: percent(50),
+        increment: percent(20),
+        tailslow: false,
+        max: percent(99),
+    }
+}
+
 /// How long the guest at the destination may check itself.
 const VERDICT: Duration = Duration::from_secs(300);
 /// How long a destination that did not get the guest may take to say why.
@@ -156,9 +169,13 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     settings.digest = !args.no_digest;
     settings.same_host = true;
     args.converge.apply(&mut settings)?;
+    if args.converge.is_empty() && args.xbzrle_cache_size == 0 {
+        settings.throttling = Some(helping_itself());
+    }
     let session = SourceSession::new(source, door.into(), settings).with_cancel(cancel);
     signals.ask(session.canceller());
     signals.follow(session.statistics());
+    tell_if_it_does_not("demo", &session.statistics(), REMEDIES);
     let metrics = args.watch.metrics.serve("demo", session.statistics())?;
     let progress = Progress::follow(session.statistics());
     let log = log.follow(session.statistics(), run);
@@ -212,6 +229,7 @@ fn finish(
     }
     if let Some(error) = &report.error {
         complain("demo", error);
+        tell_remedies("demo", Some(error), REMEDIES);
     }
     if report.outcome == Outcome::InDoubt {
         note!(

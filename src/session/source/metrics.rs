@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::engine::{Action, Outcome, Progress, Reason, Throttle};
+use crate::engine::{Action, Outcome, Reason, Throttle};
 use crate::observe::{
     DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, SkippedPages, SpliceCounts, Status,
     ZeroCopyCounts,
@@ -217,10 +217,10 @@ impl Figures {
     }
 
     /// What the rounds so far brought.
-    pub(super) fn progress(&mut self, progress: Progress) {
+    pub(super) fn progress(&mut self, rounds_without: u32, stalled: bool) {
         self.shared.update(|s| {
-            s.rounds_without_progress = progress.rounds_without();
-            s.stalled |= progress.is_stalled();
+            s.rounds_without_progress = rounds_without;
+            s.stalled |= stalled;
         });
     }
 
@@ -305,6 +305,11 @@ impl Figures {
     /// What sending by reference came to so far.
     pub(super) fn spliced(&mut self, counts: Option<SpliceCounts>) {
         self.shared.update(|s| s.splice = counts);
+    }
+
+    /// Bytes of the pages that the connection has taken, zero pages apart.
+    pub(super) fn whole_bytes(&self) -> u64 {
+        self.pages.normal * self.page_bytes
     }
 
     fn pages(&self) -> PageCounts {

@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::{
-    Action, Handover, Input, Outcome, Pace, SourceConfig, SourceEngine, Switchover, Throttle, Throttling,
+    Action, Handover, Input, Outcome, Pace, Sent, SourceConfig, SourceEngine, Switchover, Throttle,
+    Throttling,
 };
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
 use crate::observe::{EventKind, SharedStatistics, Statistics, Status};
@@ -503,7 +504,7 @@ impl SourceSession {
     }
 
     fn close_round(&mut self, kind: RoundKind) -> Result<Input, Error> {
-        let (begun, before) = (Instant::now(), self.position());
+        let (begun, before, guest_before) = (Instant::now(), self.position(), self.figures.whole_bytes());
         if !self.breakage.is(Breakage::SkipFence) {
             self.link.close_round(kind, &self.stop)?;
         }
@@ -520,7 +521,9 @@ impl SourceSession {
         self.figures.deltas(self.link.deltas());
         self.figures.beside(self.link.beside());
         let sent = self.position();
-        self.engine.set_left_at_fence(sent - before);
+        let guest = self.figures.whole_bytes() - guest_before;
+        self.engine.set_sent_at_fence(Sent { guest, wire: sent - before });
+        self.engine.set_under_way(self.link.under_way());
         self.figures.round_closed(self.clock.now(), sent);
         Ok(Input::Done)
     }

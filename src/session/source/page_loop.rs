@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::Input;
+use crate::engine::{Input, Sent};
 use crate::page::{ZeroDetection, classify};
 use crate::ram::{PageBatch, PageRun};
 use crate::transport::{InlinePages, Offer, Receipt};
@@ -22,7 +22,7 @@ impl SourceSession {
         // Also where the limit lets no page leave for long: a door may have to show that we are alive.
         self.take_returned()?;
         self.brake_vcpus();
-        let before = self.position();
+        let (before, guest_before) = (self.position(), self.figures.whole_bytes());
         loop {
             if !self.keep_pace(until) {
                 break;
@@ -44,7 +44,9 @@ impl SourceSession {
         self.figures.sent(self.clock.now(), bytes, pages_left, self.engine.rate());
         self.figures.beside(self.link.beside());
         self.figures.deltas(self.link.deltas());
-        Ok(Input::Sent { pages_left, bytes })
+        self.engine.set_under_way(self.link.under_way());
+        let guest = self.figures.whole_bytes() - guest_before;
+        Ok(Input::Sent { pages_left, sent: Sent { guest, wire: bytes } })
     }
 
     /// Waits until the limit lets the next batch leave; false if that is later than `until`, or somebody stops us.

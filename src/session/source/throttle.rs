@@ -4,6 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::engine::{Input, Throttle};
+use crate::observe::{EventKind, NotConverging};
 use crate::units::{Percent, RestShare};
 
 use super::SourceSession;
@@ -14,8 +15,11 @@ use crate::session::callback::quietly;
 const A_LOOK: Duration = Duration::from_millis(50);
 
 /// What helps a migration that does not converge.
-pub(super) const REMEDIES: &str = "raise --max-bandwidth or --downtime-ms, send differences (--xbzrle-cache-size), slow the \
-                                   guest down (--auto-converge or --dirty-limit), or let --timeout-action finish end it";
+pub(super) const REMEDIES: &str = "raise the limits of bandwidth or downtime, send differences, slow the guest down, or let \
+                                   the timeout pause it";
+
+/// A relay's rounds never end by themselves; when so many times the guest's RAM has passed, its source gets nowhere.
+const RELAYED_TIMES: u64 = 4;
 
 /// What the downtime takes whatever is dirty.
 #[derive(Clone, Copy, Debug, Default)]
@@ -75,20 +79,29 @@ impl SourceSession {
         self.engine.set_fixed_downtime(digest + sync + round_trip * answers);
         self.engine.set_deltas(self.link.deltas().cache_size > 0);
         self.engine.set_state_bytes(self.guest.control.device_state_bytes());
-        self.engine.set_under_way(self.link.sink().under_way());
+        self.engine.set_under_way(self.link.under_way());
     }
 
     /// Says once that the rounds lead nowhere, and what would help.
     pub(super) fn look_at_progress(&mut self) {
         let progress = self.engine.progress();
-        if progress.is_stalled() && !std::mem::replace(&mut self.stall_told, true) {
-            let rounds = progress.rounds_without();
-            tracing::warn!(
-                rounds,
-                "the migration does not converge: no less remains than that many rounds ago; {REMEDIES}"
-            );
+        let travelling = self.guest.memory.table().travelling();
+        let relayed = self.upstream.is_some() && self.figures.whole_bytes() / RELAYED_TIMES >= travelling;
+        let stalled = progress.is_stalled() || relayed;
+        self.figures.progress(progress.rounds_without(), stalled);
+        if stalled && !self.in_last_round && !std::mem::replace(&mut self.stall_told, true) {
+            let now = self.figures.shared().snapshot();
+            let figures = NotConverging {
+                rounds: now.round_count(),
+                remaining: now.remaining,
+                written_per_second: now.dirty_pages_rate * now.page_size,
+                sent_per_second: self.engine.rate().map_or(0, |rate| rate.0),
+                expected_downtime_ms: now.expected_downtime.filter(|_| !relayed),
+                downtime_limit_ms: self.settings.downtime_limit.as_secs_f64() * 1e3,
+            };
+            tracing::warn!("the migration does not converge: {figures}; {REMEDIES}");
+            self.figures.shared().tell(EventKind::NotConverging(figures));
         }
-        self.figures.progress(progress);
     }
 
     /// After a live sync that found `fresh` more pages: slows the guest down if it writes too much.

@@ -13,8 +13,9 @@ use crate::observe::{EventKind, SharedStatistics, Status};
 use crate::ram::{BlockName, RamBlock};
 use crate::session::source::skip_tests::moved;
 use crate::session::*;
+use crate::stream::qemu::file::Configuration;
 use crate::sys::Mapping;
-use crate::units::PageSize;
+use crate::units::{BlockIndex, PageSize};
 
 type Heard = Arc<Mutex<Vec<(EventKind, String)>>>;
 
@@ -193,6 +194,54 @@ impl GuestControl for Heavy {
     fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
         self.0.load_devices(from)
     }
+}
+
+/// Nothing is dirty behind the first round: no further one brings anything, whatever the limit is.
+#[test]
+fn device_state_that_takes_longer_than_the_limit_makes_no_empty_rounds() {
+    for downtime in [0, 1, 300] {
+        let mut ends = ends_with(|settings| {
+            settings.downtime_limit = Duration::from_millis(downtime);
+            settings.max_bandwidth.set(20 << 20);
+        });
+        ends.source.guest.control = Box::new(Heavy(ends.source_machine.clone()));
+        let destination = ends.destination.spawn().unwrap();
+        let sent = ends.source.run();
+        assert_eq!((sent.outcome, destination.wait().unwrap().ending), (Outcome::Completed, Ending::Running));
+        assert_eq!(sent.statistics.rounds.len(), 2, "{downtime} ms: the live one and the last");
+    }
+}
+
+/// Page channels and compression: 8 MiB of pages that become a few KiB, 16 TiB of device state by its own word.
+#[test]
+fn pages_that_compress_on_channels_make_no_empty_rounds() {
+    use crate::sys::{CancelToken, Stop};
+    use crate::transport::{AllowList, ChannelOptions, DoorOptions, Listener, open_source};
+    let (from, to) = (super::tests::guest(&[2048]), super::tests::guest(&[2048]));
+    let ram = from.region(BlockIndex(0)).unwrap().span(0, 2048 * 4096).unwrap();
+    ram.copy_from(&vec![7; 2048 * 4096]);
+    let stop = Stop::on(&CancelToken::default());
+    let packing = "zstd".parse().unwrap();
+    let channels = ChannelOptions { count: 4, packing, ..ChannelOptions::default() };
+    let options = DoorOptions { channels, ..DoorOptions::default() };
+    let at = "tcp:127.0.0.1:0".parse().unwrap();
+    let mut listener = Listener::bind(&at, AllowList::default(), &stop).unwrap();
+    let door = open_source(listener.address(), from.clone(), &options, &stop).unwrap();
+    let machine = Machine(Arc::new(Mutex::new((true, b"devices".to_vec()))));
+    let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(Heavy(machine)) };
+    let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
+    settings.guest_stands_still = true;
+    settings.downtime_limit = Duration::from_millis(50);
+    let source = SourceSession::new(guest, door.into(), settings).spawn().unwrap();
+    let door = listener.accept_door(&options, &stop).unwrap();
+    let settings = DestinationSettings::default();
+    let machine = Box::new(Machine::default());
+    let arrived =
+        DestinationSession::new(door.source, door.back, Box::new(to.clone()), machine, settings).run();
+    let sent = source.wait().unwrap();
+    assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running), "{:?}", sent.error);
+    assert!(sent.statistics.transferred < 1 << 20, "they compress: {}", sent.statistics.transferred);
+    assert_eq!(sent.statistics.rounds.len(), 2, "the live one and the last");
 }
 
 #[test]

@@ -19,6 +19,7 @@ use crate::stream::qemu::ram::Record;
 use crate::stream::qemu::style::{BarrierStyle, PeerStyle, ZeroPageStyle};
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::open::OpenError;
+use crate::transport::stream::Queue;
 use crate::transport::{
     ByteSink, ChannelError, InlinePages, MoveError, Offer, Receipt, Returned, SourceLink, StreamChannel,
     Ticket,
@@ -51,6 +52,8 @@ pub struct MultifdLink {
     finished: Vec<Returned>,
     unsent: Vec<PageBatch>,
     zeros: PageBatch,
+    /// What waits in the channels' queues.
+    waiting: Vec<Queue>,
     next: usize,
     carriers: usize,
     /// Batches and SYNCs that were not answered.
@@ -84,6 +87,7 @@ pub(in crate::transport) fn connect(
         finished: Vec::new(),
         unsent: Vec::new(),
         zeros: PageBatch::default(),
+        waiting: channels.iter().map(StreamChannel::queue).collect(),
         next: 0,
         carriers: options.carriers.unwrap_or_else(|| carriers_of(&channels)).clamp(1, channels.len().max(1)),
         out: 0,
@@ -250,6 +254,10 @@ impl SourceLink for MultifdLink {
 
     fn beside(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn under_way(&mut self) -> u64 {
+        self.main.under_way() + self.waiting.iter().map(Queue::bytes).sum::<u64>()
     }
 
     fn zero_copy(&self) -> Option<ZeroCopyCounts> {

@@ -12,7 +12,7 @@ pub(super) mod tcp;
 pub(super) mod unix;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use rustix::event::PollFlags;
@@ -92,6 +92,17 @@ impl End {
             Some(Errno::TIMEDOUT) => ChannelError::Silent { peer, doing, after: self.dead_peer },
             _ => ChannelError::Io { peer, doing, source },
         }
+    }
+}
+
+/// Tells what waits in a connection's queue, and does not keep it open.
+#[derive(Debug)]
+pub(super) struct Queue(Weak<End>);
+
+impl Queue {
+    /// Bytes that were sent and have not left this host; 0 where the kernel does not tell.
+    pub(super) fn bytes(&self) -> u64 {
+        self.0.upgrade().and_then(|end| queued_bytes(end.fd.as_fd(), end.kind()).ok()).unwrap_or(0)
     }
 }
 
@@ -412,6 +423,11 @@ impl StreamChannel {
             Nature::Socket => socket.local_addr().is_ok_and(|address| address.is_unix()),
             Nature::Pipe | Nature::File => false,
         }
+    }
+
+    /// What waits in its queue, for somebody who does not hold it.
+    pub(super) fn queue(&self) -> Queue {
+        Queue(Arc::downgrade(&self.end))
     }
 
     /// The descriptor, and how long this half bears that nothing moves.

@@ -1,0 +1,70 @@
+//! `--timeout` on every command that sends, and what becomes of the guest then.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::{Deadline, ramwire::Ramwire, scratch};
+
+/// Far more than leaves within the time that is given.
+const RAM: usize = 48 << 20;
+const SLOW: [&str; 3] = ["--json", "--max-bandwidth=1M", "--timeout=1"];
+
+fn ram(dir: &Path) -> PathBuf {
+    let path = dir.join("ram");
+    fs::write(&path, (0..RAM).map(|at| (at / 4096 + at) as u8 | 1).collect::<Vec<_>>()).unwrap();
+    path
+}
+
+fn receiver(dir: &Path) -> Ramwire {
+    Ramwire::start(dir, &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], dir.join("guest"))
+}
+
+#[test]
+fn a_send_that_is_late_keeps_its_guest_and_says_what_helps() {
+    let dir = scratch();
+    let block = format!("--ram=m0={}", ram(dir.path()).display());
+    let mut receiver = receiver(dir.path());
+    let at = receiver.listening();
+    let send = [&["send", &at, &block], &SLOW[..]].concat();
+    let mut sender = Ramwire::start(dir.path(), &send, "--peer=ramwire");
+    assert_eq!(sender.finished(Deadline::seconds(60), 3)["status"], "failed");
+    let errors = sender.errors();
+    assert!(errors.contains("within 1 s") && errors.contains("raise --max-bandwidth"), "{errors}");
+    receiver.failed(Deadline::seconds(60), 3);
+}
+
+#[test]
+fn a_send_that_is_late_and_to_finish_arrives() {
+    let dir = scratch();
+    let path = ram(dir.path());
+    let block = format!("--ram=m0={}", path.display());
+    let mut receiver = receiver(dir.path());
+    let at = receiver.listening();
+    let send = [&["send", &at, &block, "--timeout-action=finish"], &SLOW[..]].concat();
+    let mut sender = Ramwire::start(dir.path(), &send, "--peer=ramwire");
+    let out = sender.finished(Deadline::seconds(60), 0);
+    assert_eq!(out["rounds"].as_array().map(Vec::len), Some(2), "the first is cut: {out}");
+    receiver.finished(Deadline::seconds(60), 0);
+    let arrived = fs::read(dir.path().join("guest/ram-000.bin")).unwrap();
+    assert!(arrived == fs::read(path).unwrap(), "the guest has changed on its way");
+}
+
+#[test]
+fn a_relay_that_is_late_leaves_the_guest_at_its_source() {
+    let dir = scratch();
+    let block = format!("--ram=m0={}", ram(dir.path()).display());
+    let mut receiver = receiver(dir.path());
+    let relay = ["relay", "--json", "--timeout=1", "--listen=tcp:127.0.0.1:0", "--connect"];
+    let mut relay = Ramwire::start(dir.path(), &relay, receiver.listening());
+    let at = relay.listening();
+    let send = ["send", &at, &block, "--json", "--max-bandwidth=1M"];
+    let mut sender = Ramwire::start(dir.path(), &send, "--peer=ramwire");
+    assert_eq!(relay.finished(Deadline::seconds(60), 3)["completed"], false);
+    let errors = relay.errors();
+    assert!(errors.contains("within 1 s") && errors.contains("its source decides"), "{errors}");
+    assert_eq!(sender.finished(Deadline::seconds(60), 3)["status"], "failed");
+    receiver.failed(Deadline::seconds(60), 3);
+}
