@@ -90,6 +90,35 @@ pub fn devices() -> Result<Vec<DeviceInfo>, FabricError> {
     opened.map(|device| device.info()).collect()
 }
 
+/// Opens the devices of this host one after another until `wanted` answers for one: a host may have hundreds, as virtual
+/// functions, and each takes milliseconds to open. `Err` in the answer: the names of all, none of which was wanted.
+///
+/// # Errors
+///
+/// As [`devices`].
+pub fn find_device<T>(
+    wanted: impl FnMut(&DeviceInfo) -> Option<T>,
+) -> Result<Result<T, Vec<String>>, FabricError> {
+    let list = DeviceList::get()?;
+    let opened = list.entries().filter_map(|device| OpenDevice::open(device).ok());
+    first_wanted(opened.map(|device| device.info()), wanted)
+}
+
+fn first_wanted<T>(
+    devices: impl Iterator<Item = Result<DeviceInfo, FabricError>>,
+    mut wanted: impl FnMut(&DeviceInfo) -> Option<T>,
+) -> Result<Result<T, Vec<String>>, FabricError> {
+    let mut names = Vec::new();
+    for device in devices {
+        let device = device?;
+        if let Some(found) = wanted(&device) {
+            return Ok(Ok(found));
+        }
+        names.push(device.name);
+    }
+    Ok(Err(names))
+}
+
 /// # Errors
 ///
 /// [`FabricError::Unavailable`] unless there is a device.
@@ -265,4 +294,42 @@ pub(super) fn on_demand_writes(context: NonNull<ibv_context>) -> bool {
     // SAFETY: the caller's context is open; no input is allowed; `attr` outlives the call.
     let queried = unsafe { ibv_query_device_ex(context.as_ptr(), std::ptr::null(), &mut attr) };
     queried == 0 && attr.odp_caps.per_transport_caps.rc_odp_caps & NEEDED == NEEDED
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(name: &str) -> DeviceInfo {
+        DeviceInfo {
+            name: name.into(),
+            firmware: String::new(),
+            max_registration_bytes: 0,
+            max_registrations: 0,
+            max_requests: 0,
+            max_queue_pairs: 0,
+            max_inline_bytes: 0,
+            on_demand: false,
+            ports: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn no_device_is_opened_behind_the_one_that_will_do() {
+        let opened = std::cell::Cell::new(0);
+        let devices = || {
+            opened.set(0);
+            ["a", "b", "c", "d"].iter().map(|name| {
+                opened.set(opened.get() + 1);
+                Ok(device(name))
+            })
+        };
+        for (wanted, count) in [("a", 1), ("c", 3)] {
+            let found = first_wanted(devices(), |device| (device.name == wanted).then_some(count));
+            assert!(matches!(found, Ok(Ok(found)) if found == count));
+            assert_eq!(opened.get(), count);
+        }
+        let none = first_wanted(devices(), |_| None::<()>);
+        assert!(matches!(none, Ok(Err(names)) if names == ["a", "b", "c", "d"]));
+    }
 }

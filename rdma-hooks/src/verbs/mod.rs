@@ -39,7 +39,7 @@ mod queue;
 pub use pinned::PinnedSpan;
 
 #[cfg(feature = "verbs")]
-pub use device::{DeviceInfo, LinkLayer, PortInfo, PortState, devices};
+pub use device::{DeviceInfo, LinkLayer, PortInfo, PortState, devices, find_device};
 #[cfg(feature = "verbs")]
 pub use fabric::VerbsFabric;
 #[cfg(feature = "verbs")]

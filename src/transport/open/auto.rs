@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 #[cfg(feature = "rdma")]
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::candidates::{Candidates, MAIN};
 use super::obstacle;
@@ -83,12 +83,11 @@ fn by_rdma(
         let block = table.blocks()[block].name.to_string();
         return Err(no(WhyNoRdma::NotInPlace { block }));
     }
-    let began = Instant::now();
     let locked = rdma.pin_budget.filter(|_| !rdma.pin_all).unwrap_or(u64::MAX).min(table.travelling());
     usable_address(locked).map_err(no)?;
-    let left = DECIDED_WITHIN.saturating_sub(began.elapsed());
-    let options = StreamOptions { dead_peer: left, ..*options };
-    connect_here(host, port, memory, &options, rdma, &stop.within(left))
+    // From here on: what it took to look at this host's devices leaves the peer no less time to answer.
+    let options = StreamOptions { dead_peer: DECIDED_WITHIN, ..*options };
+    connect_here(host, port, memory, &options, rdma, &stop.within(DECIDED_WITHIN))
 }
 
 #[cfg(not(feature = "rdma"))]

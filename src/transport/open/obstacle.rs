@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::transport::{ChannelError, OpenError, WhyNoRdma};
 
-/// Longest time after which a source that may choose has decided against RDMA.
+/// Longest time for which a source that may choose waits for an answer by RDMA, once it has looked at its own devices.
 pub const DECIDED_WITHIN: Duration = Duration::from_secs(2);
 
 /// What stood in the way of RDMA.

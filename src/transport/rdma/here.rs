@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
-use rdma_hooks::verbs::{DeviceInfo, PortState, VerbsFabric, devices, memory_lock};
+use rdma_hooks::verbs::{DeviceInfo, PortState, VerbsFabric, find_device, memory_lock};
 use rdma_hooks::{Fabric, FabricError};
 
 use super::{RdmaListener, connect_over};
@@ -55,11 +55,8 @@ impl RdmaListener {
 /// # Errors
 /// [`WhyNoRdma`].
 pub fn usable_address(bytes: u64) -> Result<IpAddr, WhyNoRdma> {
-    let devices = devices().map_err(unusable)?;
-    let address = devices.iter().find_map(address_of).ok_or_else(|| {
-        let names: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
-        WhyNoRdma::NoActivePort { devices: names.join(", ") }
-    })?;
+    let found = find_device(address_of).map_err(unusable)?;
+    let address = found.map_err(|names| WhyNoRdma::NoActivePort { devices: names.join(", ") })?;
     memory_lock().check(bytes).map_err(unusable)?;
     Ok(address)
 }
