@@ -21,6 +21,9 @@ pub(super) struct Timeouts {
     /// Give up when no byte moves for this long before the guest is handed over
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub(super) stall_timeout: Duration,
+    /// Give up when the other end's host answers nothing over TCP for this long before the guest is handed over
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    dead_peer_timeout: Duration,
     /// After handing the guest over, wait this long for the other end to say that it runs
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
     pub(super) finish_timeout: Duration,
@@ -46,7 +49,11 @@ impl SourceTimeouts {
 
 impl Timeouts {
     pub(super) fn stream_options(&self) -> StreamOptions {
-        StreamOptions { stall: Some(self.stall_timeout), ..StreamOptions::default() }
+        StreamOptions {
+            stall: Some(self.stall_timeout),
+            dead_peer: self.dead_peer_timeout,
+            ..StreamOptions::default()
+        }
     }
 }
 

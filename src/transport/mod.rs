@@ -149,6 +149,9 @@ pub trait ByteSink: Send {
         self.flush(stop)
     }
 
+    /// As [`ByteSource::outlast`], for both directions of the connection.
+    fn outlast(&mut self, _limit: Duration) {}
+
     /// Bytes sent so far.
     fn position(&self) -> u64;
 
@@ -182,6 +185,13 @@ pub trait ByteSource: Send {
     fn ended_well(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
         Ok(())
     }
+
+    /// Whether the peer has nothing to send by its protocol, for as long as it likes. Then its silence is no stall as long as
+    /// the connection answers; a pipe has nothing that answers, there the stall time goes on. `false` at first.
+    fn set_quiet(&mut self, _quiet: bool) {}
+
+    /// From here on the caller's [`Stop`] alone ends a wait: neither the stall time does, nor an outage of up to `limit`.
+    fn outlast(&mut self, _limit: Duration) {}
 
     /// The door beside the stream, where pages come by one of their own. `None`: all pages are in the stream.
     fn rounds(&mut self) -> Option<&mut dyn DestinationLink> {

@@ -445,3 +445,48 @@ fn for_each_event(folder: &Path, mut each: impl FnMut(u64, &Event<'_>)) -> u64 {
     let eof = parser.tail().description().unwrap().eof_at as u64;
     tail.unwrap() + eof
 }
+
+/// A QEMU that waits for its operator between the pause of its guest and its last pages (for a disk job, say) sends
+/// nothing, for longer than the stall time here.
+#[test]
+fn a_source_that_holds_its_switchover_is_not_taken_for_a_stalled_one() {
+    if !peers_present() {
+        return;
+    }
+    std::thread::scope(|scope| {
+        for version in Version::ALL {
+            for channels in [0, 2] {
+                scope.spawn(move || hold_switchover(version, channels));
+            }
+        }
+    });
+}
+
+fn hold_switchover(version: Version, channels: u8) {
+    let what = format!("{version}, {channels} channels");
+    let dir = scratch();
+    let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
+    fill(&ram, MIB, Pattern::Mixed { seed: 3 });
+    let ours = format!("--channels={channels}");
+    let arguments = ["receive", "tcp:127.0.0.1:0", &ours, "--stall-timeout", "1", "--json", "--dir"];
+    let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
+    let mut source = Guest::new(version, MACHINE, &ram, MIB).start(dir.path(), "source");
+    source.set_capabilities(&["pause-before-switchover", "return-path"]);
+    if channels > 0 {
+        source.set_capabilities(&["multifd"]);
+        source.set_parameters(json!({"multifd-channels": channels}));
+    }
+    source.set_parameters(json!({"max-bandwidth": 0}));
+    source.migrate(&receiver.listening());
+    Deadline::seconds(60).poll(
+        &format!("{what}: the switchover"),
+        || receiver.errors(),
+        || (source.query_migrate()["status"] == "pre-switchover").then_some(()),
+    );
+    std::thread::sleep(Duration::from_secs(3));
+    source.execute("migrate-continue", json!({"state": "pre-switchover"}));
+    source.wait_completed(Deadline::seconds(60));
+    let report = receiver.finished(Deadline::seconds(30), 0);
+    assert_eq!(report["arrived"], true, "{what}: {report}");
+    compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|found| panic!("{what}: {found:?}"));
+}

@@ -131,3 +131,66 @@ fn a_host_without_room_that_answers_is_not_dead() {
     near.finish(&stop()).unwrap();
     reader.join().unwrap();
 }
+
+/// Behind the moment at which a guest is given away the caller's time rules, whatever the network does meanwhile.
+#[test]
+fn an_outage_that_ends_in_time_is_outlasted_where_only_the_callers_time_counts() {
+    let options = StreamOptions { stall: Some(SECOND), dead_peer: SECOND, ..StreamOptions::default() };
+    std::thread::scope(|scope| {
+        // Bytes under way, and only keepalive.
+        for amount in [10, 0] {
+            scope.spawn(move || {
+                let (near, far) = tcp_sockets(None, None);
+                let filtered = far.try_clone().unwrap();
+                let mut near = StreamChannel::from_fd(near, "the lost one", &options).unwrap();
+                let mut far =
+                    StreamChannel::from_fd(far, "the other one", &StreamOptions::default()).unwrap();
+                ByteSink::outlast(&mut near, 60 * SECOND);
+                cut_off(&filtered);
+                send(&mut near, &pattern(amount)).unwrap();
+                let back = std::thread::spawn(move || {
+                    // A kernel that was told of one second gives up after six.
+                    std::thread::sleep(8 * SECOND);
+                    socket2::SockRef::from(&filtered).detach_filter().unwrap();
+                    send(&mut far, b"here").unwrap();
+                    far
+                });
+                let mut room = [0; 4];
+                assert_eq!(recv(&mut near, &mut room).unwrap(), 4, "{amount}");
+                drop(back.join().unwrap());
+            });
+        }
+    });
+}
+
+#[test]
+fn a_peer_that_may_be_silent_is_waited_for_while_its_connection_answers() {
+    let options = StreamOptions { stall: Some(SECOND), dead_peer: SECOND, ..StreamOptions::default() };
+    std::thread::scope(|scope| {
+        for text in ["tcp::0", "unix"] {
+            scope.spawn(move || {
+                let (mut near, mut far) = slow_pair(text, 300);
+                near.set_quiet(true);
+                let late = std::thread::spawn(move || {
+                    std::thread::sleep(2 * SECOND);
+                    send(&mut far, b"x").unwrap();
+                    far
+                });
+                assert_eq!(recv(&mut near, &mut [0]).unwrap(), 1, "{text}");
+                let _far = late.join().unwrap();
+                // In the middle of something it may not.
+                near.set_quiet(false);
+                let error = recv(&mut near, &mut [0]).unwrap_err();
+                assert!(matches!(error, ChannelError::Stalled { .. }), "{text}: {error}");
+            });
+        }
+        scope.spawn(move || {
+            let (near, far) = tcp_sockets(None, None);
+            let mut near = StreamChannel::from_fd(near, "the dead one", &options).unwrap();
+            near.set_quiet(true);
+            cut_off(&far);
+            let error = recv(&mut near, &mut [0]).unwrap_err();
+            assert!(matches!(error, ChannelError::Silent { .. }), "{error}");
+        });
+    });
+}

@@ -189,6 +189,8 @@ pub struct DestinationSession {
     /// Of the section of RAM that was begun last.
     ram_phase: Option<Phase>,
     ram_ended: bool,
+    /// The last that came was the end of a section of RAM, or of its records.
+    between_rounds: bool,
     in_native_state: bool,
     migration_id: Option<[u8; 16]>,
     theirs: Vec<u64>,
@@ -236,6 +238,7 @@ impl DestinationSession {
             return_path_open: false,
             ram_phase: None,
             ram_ended: false,
+            between_rounds: false,
             in_native_state: false,
             migration_id: None,
             theirs: Vec::new(),
@@ -425,7 +428,10 @@ impl DestinationSession {
             Deed::SayReady => {
                 // From here on the source may give the guest away at any moment: a cancel could only leave
                 // it in doubt. What ends the wait is its word, the connection's end, or time.
-                self.stop = Stop::never().within(self.settings.finish_timeout);
+                let time = self.settings.finish_timeout;
+                self.stop = Stop::never().within(time);
+                // COMMIT may come late, after an outage. Longer than the stop, which so ends the wait.
+                self.source.outlast(time.saturating_mul(2));
                 self.say(Message::Native(Answer::Ready))?;
                 if self.breakage.is(Breakage::ResumeBeforeCommit) {
                     let _ = self.control.resume();

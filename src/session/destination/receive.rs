@@ -43,6 +43,11 @@ impl DestinationSession {
                     }
                     bulk = false;
                     let seen = *stream.seen();
+                    self.between_rounds = match event {
+                        Event::RecordsEnd | Event::SectionEnd { kind: SectionKind::Ram, .. } => true,
+                        Event::Command(_) => self.between_rounds,
+                        _ => false,
+                    };
                     let fact = self.take(event, raw, seen).map_err(|error| error.at(at))?;
                     *start += consumed;
                     if let Some(fact) = fact {
@@ -64,6 +69,12 @@ impl DestinationSession {
                     reader.make_room(needed);
                     let stop = &self.stop;
                     self.source.set_bulk(bulk);
+                    // A QEMU says nothing between two rounds while it waits for its operator (pause-before-switchover); the
+                    // footer of the last one may still be in its buffer then. A ramwire says that it is alive.
+                    let empty = reader.start == reader.end;
+                    self.source.set_quiet(
+                        empty && self.between_rounds && !self.ram_ended && !self.engine.is_native(),
+                    );
                     let got =
                         self.source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
                     if got == 0 {

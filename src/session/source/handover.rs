@@ -90,7 +90,10 @@ impl SourceSession {
     pub(super) fn commit(&mut self) -> Result<Input, Error> {
         debug_assert!(self.engine.is_committed());
         if !self.breakage.is(Breakage::BreakOffAfterCommit) {
-            self.stop = Stop::never().within(self.settings.finish_timeout);
+            let time = self.settings.finish_timeout;
+            self.stop = Stop::never().within(time);
+            // An outage that ends in time must not cost the answer. Longer than the stop, which so ends every wait.
+            self.link.sink().outlast(time.saturating_mul(2));
         }
         if self.handover == Handover::Native {
             let mut order = Vec::new();

@@ -4,6 +4,7 @@
 
 mod greeting;
 mod hooks;
+mod outage;
 mod panics;
 mod qemu_peer;
 mod reuse;

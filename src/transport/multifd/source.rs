@@ -31,6 +31,8 @@ pub struct MultifdSource {
     options: ChannelOptions,
     placement: Placement,
     stall: Option<Duration>,
+    /// The source may be silent: it is between two rounds.
+    quiet: bool,
     running: Option<Running>,
     /// Bytes that came on page channels.
     bytes: Arc<AtomicU64>,
@@ -64,7 +66,16 @@ impl MultifdSource {
         pages.iter_mut().for_each(|channel| channel.set_stall(None));
         // Here, where files may be read: the threads of a session may be under a filter.
         let placement = Placement::of_destination(&options.numa, &pages);
-        Self { main, waiting: pages, options, placement, stall, running: None, bytes: Arc::default() }
+        Self {
+            main,
+            waiting: pages,
+            options,
+            placement,
+            stall,
+            quiet: false,
+            running: None,
+            bytes: Arc::default(),
+        }
     }
 
     fn look(&self, progress: &mut Progress, doing: &'static str) -> Result<(), ChannelError> {
@@ -72,7 +83,7 @@ impl MultifdSource {
         if bytes != progress.bytes {
             *progress = Progress { bytes, since: now };
         }
-        match self.stall {
+        match self.stall.filter(|_| !self.quiet) {
             Some(after) if now.duration_since(progress.since) >= after => {
                 Err(ChannelError::Stalled { peer: self.main.peer().to_owned(), doing, after })
             }
@@ -127,6 +138,15 @@ impl ByteSource for MultifdSource {
                 received => return received,
             }
         }
+    }
+
+    fn set_quiet(&mut self, quiet: bool) {
+        self.quiet = quiet;
+    }
+
+    fn outlast(&mut self, limit: Duration) {
+        self.stall = None;
+        ByteSource::outlast(&mut self.main, limit);
     }
 
     fn channels(&mut self) -> Option<&mut dyn PageChannels> {

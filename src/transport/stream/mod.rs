@@ -12,6 +12,7 @@ pub(super) mod tcp;
 pub(super) mod unix;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -69,7 +70,8 @@ pub(super) struct End {
     pub(super) fd: OwnedFd,
     pub(super) nature: Nature,
     pub(super) peer: String,
-    pub(super) dead_peer: Duration,
+    /// In milliseconds: both halves follow when it changes.
+    dead_peer: AtomicU64,
     sync_file: bool,
     /// Status flags to put back: somebody else may use the same pipe or terminal after us.
     flags_before: Option<OFlags>,
@@ -84,12 +86,17 @@ impl End {
         }
     }
 
+    /// How long the peer's kernel may answer nothing.
+    pub(super) fn dead_peer(&self) -> Duration {
+        Duration::from_millis(self.dead_peer.load(Ordering::Relaxed))
+    }
+
     /// What a failed call means.
     pub(super) fn broken(&self, doing: &'static str, source: std::io::Error) -> ChannelError {
         let peer = self.peer.clone();
         match Errno::from_io_error(&source) {
             Some(Errno::PIPE) => ChannelError::Closed { peer, doing },
-            Some(Errno::TIMEDOUT) => ChannelError::Silent { peer, doing, after: self.dead_peer },
+            Some(Errno::TIMEDOUT) => ChannelError::Silent { peer, doing, after: self.dead_peer() },
             _ => ChannelError::Io { peer, doing, source },
         }
     }
@@ -121,6 +128,8 @@ pub struct StreamChannel {
     end: Arc<End>,
     sent: u64,
     stall: Option<Duration>,
+    /// The peer may be silent while its connection answers.
+    quiet: bool,
     low_water: LowWater,
 }
 
@@ -172,18 +181,24 @@ impl StreamChannel {
             fd,
             nature,
             peer,
-            dead_peer: options.dead_peer,
+            dead_peer: AtomicU64::new(millis(options.dead_peer)),
             sync_file: options.sync_file,
             flags_before: blocking.then_some(flags),
             child,
         };
-        Ok(Self { end: Arc::new(end), sent: 0, stall: options.stall, low_water: LowWater::new(nature) })
+        Ok(Self {
+            end: Arc::new(end),
+            sent: 0,
+            stall: options.stall,
+            quiet: false,
+            low_water: LowWater::new(nature),
+        })
     }
 
     /// Two halves of the same connection, for two threads. It closes with the later one.
     pub fn split(self) -> (Self, Self) {
         let low_water = LowWater::new(self.end.nature);
-        let other = Self { end: Arc::clone(&self.end), sent: 0, stall: self.stall, low_water };
+        let other = Self { end: Arc::clone(&self.end), sent: 0, stall: self.stall, quiet: false, low_water };
         (self, other)
     }
 
@@ -204,6 +219,23 @@ impl StreamChannel {
     /// A handle that breaks the connection from elsewhere, under both halves.
     pub fn breaker(&self) -> StreamBreaker {
         StreamBreaker(Arc::clone(&self.end))
+    }
+
+    /// How long a wait for bytes may go on without any.
+    fn stall_in_recv(&self) -> Option<Duration> {
+        let answers = self.end.kind() == FdKind::Socket && self.end.child.is_none();
+        self.stall.filter(|_| !(self.quiet && answers))
+    }
+
+    /// Only the caller's stop ends a wait, whatever the peer's kernel does for `limit`.
+    fn outlast_silence(&mut self, limit: Duration) {
+        self.stall = None;
+        self.end.dead_peer.fetch_max(millis(limit), Ordering::Relaxed);
+        if self.end.nature == Nature::Tcp
+            && let Err(error) = tcp::keep_alive(&SockRef::from(&self.end.fd), self.end.dead_peer())
+        {
+            tracing::warn!(%error, "an outage may end this connection sooner than was asked for");
+        }
     }
 
     /// Changes the stall time of this half. `None`: waits go on as long as the peer is alive.
@@ -337,6 +369,10 @@ impl StreamBreaker {
     }
 }
 
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn nature_of(fd: BorrowedFd<'_>) -> std::io::Result<Nature> {
     let refused = |what| std::io::Error::new(std::io::ErrorKind::InvalidInput, what);
     match FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) {
@@ -450,6 +486,10 @@ impl ByteSink for StreamChannel {
         Self::finish(self, stop)
     }
 
+    fn outlast(&mut self, limit: Duration) {
+        self.outlast_silence(limit);
+    }
+
     fn position(&self) -> u64 {
         self.sent
     }
@@ -473,7 +513,7 @@ impl StreamChannel {
         if room == 0 {
             return Ok(0);
         }
-        let end = &*self.end;
+        let (end, stall) = (&*self.end, self.stall_in_recv());
         let fd = end.fd.as_fd();
         let mut patience: Option<Patience<'_>> = None;
         let mut wait_first = self.low_water.waits_first(due);
@@ -503,7 +543,7 @@ impl StreamChannel {
                     Err(error) => return Err(end.broken(RECEIVING, error)),
                 }
             }
-            let patience = patience.get_or_insert_with(|| Patience::new(end, RECEIVING, self.stall));
+            let patience = patience.get_or_insert_with(|| Patience::new(end, RECEIVING, stall));
             match self.low_water.before_wait(fd, due) {
                 true => patience.wait_for_mark(stop)?,
                 false => patience.wait(PollFlags::IN, stop)?,
@@ -528,6 +568,14 @@ impl ByteSource for StreamChannel {
             Nature::Pipe if self.end.child.is_some() => self.read_out(stop),
             _ => Ok(()),
         }
+    }
+
+    fn set_quiet(&mut self, quiet: bool) {
+        self.quiet = quiet;
+    }
+
+    fn outlast(&mut self, limit: Duration) {
+        self.outlast_silence(limit);
     }
 }
 

@@ -101,7 +101,11 @@ impl<'a> Patience<'a> {
         }
         let peer = || self.end.peer.clone();
         if self.end.nature == Nature::Tcp && self.is_silent(now) {
-            return Err(ChannelError::Silent { peer: peer(), doing: self.doing, after: self.end.dead_peer });
+            return Err(ChannelError::Silent {
+                peer: peer(),
+                doing: self.doing,
+                after: self.end.dead_peer(),
+            });
         }
         match self.stall {
             Some(after) if now.duration_since(self.moved_at) >= after => {
@@ -122,7 +126,7 @@ impl<'a> Patience<'a> {
             self.silent_since = None;
             return false;
         }
-        now.duration_since(since) >= self.end.dead_peer
+        now.duration_since(since) >= self.end.dead_peer()
     }
 
     fn stopped(&self, reason: StopReason) -> ChannelError {

@@ -17,6 +17,9 @@ use crate::transport::{AllowList, ChannelError, StreamChannel, StreamOptions};
 /// Keepalive probes without an answer after which the peer is dead.
 const PROBES: u32 = 5;
 
+/// Longest time between two probes that a kernel takes (MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL).
+const MOST_IDLE: Duration = Duration::from_secs(32767);
+
 /// Congestion control within a host: every kernel has it and lets everyone choose it. It sends what there is room for,
 /// where BBR, which many hosts have as their default, waits for a timer between the segments.
 const WITHIN_HOST: &[u8] = b"reno";
@@ -33,16 +36,21 @@ const FREE_PORT_TRIES: u32 = 16;
 /// a fixed size would switch that off (tcp(7)) and gained nothing over loopback. So is the congestion control of a network;
 /// within this host there is none to be careful of.
 pub(crate) fn tune(fd: BorrowedFd<'_>, dead_peer: Duration) -> io::Result<()> {
-    let second = Duration::from_secs(1);
-    let idle = (dead_peer / 2).max(second);
-    let interval = (dead_peer / 2 / PROBES).max(second);
-    let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(PROBES);
     let socket = SockRef::from(&fd);
     socket.set_tcp_nodelay(true)?;
     if is_within_host(&socket) {
         // A kernel that does not let us is slower, and no less right.
         let _ = socket.set_tcp_congestion(WITHIN_HOST);
     }
+    keep_alive(&socket, dead_peer)
+}
+
+/// Lets the kernel probe an idle connection, so that it breaks once the peer has answered nothing for `dead_peer`.
+pub(super) fn keep_alive(socket: &SockRef<'_>, dead_peer: Duration) -> io::Result<()> {
+    let second = Duration::from_secs(1);
+    let idle = (dead_peer / 2).clamp(second, MOST_IDLE);
+    let interval = (dead_peer / 2 / PROBES).clamp(second, MOST_IDLE);
+    let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(PROBES);
     socket.set_tcp_keepalive(&keepalive)
 }
 

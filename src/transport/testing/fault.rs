@@ -240,6 +240,18 @@ impl<T: ByteSource> ByteSource for Faulty<T> {
             inner.set_bulk(bulk);
         }
     }
+
+    fn set_quiet(&mut self, quiet: bool) {
+        if let Some(inner) = &mut self.inner {
+            inner.set_quiet(quiet);
+        }
+    }
+
+    fn outlast(&mut self, limit: Duration) {
+        if let Some(inner) = &mut self.inner {
+            inner.outlast(limit);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,73 @@
+//! A network that is away for a while behind COMMIT.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::{Machine, guest};
+use crate::engine::{Ending, Outcome};
+use crate::guest::GuestControl;
+use crate::session::*;
+use crate::stream::qemu::file::Configuration;
+use crate::transport::{StreamChannel, StreamOptions};
+
+/// A destination's machine that is cut off from the network while it starts.
+struct CutOff(Machine, Vec<OwnedFd>);
+
+impl GuestControl for CutOff {
+    fn pause(&mut self) -> io::Result<()> {
+        self.0.pause()
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        let drop_all = || socket2::SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
+        for socket in &self.1 {
+            socket2::SockRef::from(&socket.as_fd()).attach_filter(&[drop_all()])?;
+        }
+        // Six seconds are the least that a kernel waits which was told of one.
+        std::thread::sleep(Duration::from_secs(8));
+        for socket in &self.1 {
+            socket2::SockRef::from(&socket.as_fd()).detach_filter()?;
+        }
+        self.0.resume()
+    }
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        self.0.save_devices(out)
+    }
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        self.0.load_devices(from)
+    }
+}
+
+/// Both ends would have given each other up after a second before COMMIT; behind it the finish timeout alone counts.
+#[test]
+fn an_outage_behind_commit_that_ends_within_the_finish_timeout_leaves_no_doubt() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (far, _) = listener.accept().unwrap();
+    let sockets = [&near, &far].map(|socket| OwnedFd::from(socket.try_clone().unwrap()));
+    let options = StreamOptions { dead_peer: Duration::from_secs(1), ..StreamOptions::default() };
+    let channel = |socket: TcpStream| StreamChannel::from_fd(socket.into(), "peer", &options).unwrap();
+    let (memory, machine) = (guest(&[30]), Machine(Arc::new(Mutex::new((true, b"devices".to_vec())))));
+    let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
+    settings.guest_stands_still = true;
+    let connection = SourceConnection::over(channel(near), memory.clone());
+    let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(machine.clone()) };
+    let there = Machine::default();
+    let control = Box::new(CutOff(there.clone(), Vec::from(sockets)));
+    let provider = Box::new(guest(&[30]));
+    let settings_there = DestinationSettings::default();
+    let destination = DestinationSession::over(channel(far), provider, control, settings_there);
+    let destination = destination.spawn().unwrap();
+    let sent = SourceSession::new(source, connection, settings).run();
+    let arrived = destination.wait().unwrap();
+    assert_eq!(
+        (sent.outcome, arrived.ending),
+        (Outcome::Completed, Ending::Running),
+        "{:?} {:?}",
+        sent.error,
+        arrived.error
+    );
+    assert!(!machine.runs() && there.runs());
+}
