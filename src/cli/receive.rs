@@ -112,11 +112,27 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     )
     .with_cancel(cancel);
     signals.ask(session.canceller());
+    let left = guest.clone();
+    signals.before_leaving(move |exit| {
+        if exit == Exit::Cancelled {
+            left.discard();
+        }
+    });
     let progress = Progress::follow(session.statistics());
     let metrics = args.metrics.serve("receive", session.statistics())?;
     let report = session.run();
     drop((progress, metrics));
     let exit = exit_of(&guest, &report);
+    match report.ending {
+        Ending::Running => {
+            // Not inside the macro, which looks at nothing while the level is off.
+            let bytes = guest.release();
+            tracing::info!(bytes, "room of pages that stayed zero was given back");
+        }
+        Ending::Discarded => guest.discard(),
+        // It may be all that is left of the guest.
+        Ending::Stranded => {}
+    }
     signals.ended(exit);
     tell(args, &way, &guest, &report);
     Ok(exit)

@@ -177,7 +177,8 @@ impl Mapping {
     }
 
     /// As [`file`](Self::file), for a file that is made longer if it ends before the range. With `allocate`
-    /// the blocks are taken now, so that a full disk is found here and not by SIGBUS later.
+    /// the blocks are taken now, so that a full disk is found here and not by SIGBUS later; where the file system can't
+    /// (EOPNOTSUPP), the log says so, as a warning.
     ///
     /// # Errors
     /// [`MappingError`].
@@ -189,7 +190,13 @@ impl Mapping {
             ftruncate(&fd, end).map_err(failed)?;
         }
         if allocate {
-            fallocate(&fd, rustix::fs::FallocateFlags::empty(), offset, len).map_err(failed)?;
+            match fallocate(&fd, rustix::fs::FallocateFlags::empty(), offset, len) {
+                // Some file systems can't: only what is written there takes room.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => tracing::warn!(
+                    "this file system reserves no room (fallocate): that it is full is found by the page that finds none"
+                ),
+                reserved => reserved.map_err(failed)?,
+            }
         }
         Self::file(fd, offset, len)
     }
@@ -210,6 +217,13 @@ impl Mapping {
     /// The memory.
     pub fn region(&self) -> &HostRegion {
         &self.region
+    }
+
+    /// The same memory without the file's descriptor, which is closed with its last user: for a process with thousands of
+    /// mappings. What is done by the file ([`HostRegion::write_by_file`]) is not done then.
+    #[must_use]
+    pub fn detached(self) -> Self {
+        Self { region: self.region.with_backing(Backing::Unknown), file: None }
     }
 
     /// The file behind the memory and the offset the memory starts at; `None` for anonymous memory.

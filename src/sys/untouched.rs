@@ -10,8 +10,8 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{SeekFrom, fstat, fstatfs, seek};
-use rustix::io::Errno;
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstat, fstatfs, seek};
+use rustix::io::{Errno, pread};
 
 use super::mapping::HUGETLBFS_MAGIC;
 use super::{HostRegion, Pagemap};
@@ -88,6 +88,55 @@ fn walk_data(file: BorrowedFd<'_>, range: Range<u64>, each: &mut impl FnMut(Rang
     Ok(())
 }
 
+/// Gives back the room that the first `len` bytes of `file` take for zeros, whether reserved (fallocate(2)) or written:
+/// bytes. Reads see zeros as before. Nobody may write to the file meanwhile.
+///
+/// What SEEK_DATA calls data is read: pages of the page cache count there although only reads have made them.
+///
+/// # Errors
+/// What the file system says; one that can't has reserved nothing, mostly.
+pub fn release_zeros(file: impl AsFd, len: u64) -> io::Result<u64> {
+    const PIECE: usize = 64 << 10;
+    static ZEROS: [u8; PIECE] = [0; PIECE];
+    let (mut zeros, mut at) = (Vec::new(), 0);
+    let mut data_ranges = Vec::new();
+    data_of(file.as_fd(), 0..len, &mut |data| {
+        zeros.push(at..data.start);
+        at = data.end;
+        data_ranges.push(data);
+    })?;
+    zeros.push(at..len);
+    let mut buffer = vec![0; PIECE];
+    for data in data_ranges {
+        for start in data.clone().step_by(PIECE) {
+            let end = data.end.min(start + PIECE as u64);
+            let piece = &mut buffer[..(end - start) as usize];
+            let mut got = 0;
+            while got < piece.len() {
+                match pread(file.as_fd(), &mut piece[got..], start + got as u64) {
+                    Ok(0) => break,
+                    Ok(count) => got += count,
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            if got == piece.len() && *piece == ZEROS[..got] {
+                match zeros.last_mut() {
+                    Some(last) if last.end == start => last.end = end,
+                    _ => zeros.push(start..end),
+                }
+            }
+        }
+    }
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let mut released = 0;
+    for range in zeros.into_iter().filter(|range| !range.is_empty()) {
+        fallocate(file.as_fd(), flags, range.start, range.end - range.start)?;
+        released += range.end - range.start;
+    }
+    Ok(released)
+}
+
 /// True if all of `range` is private memory without a file behind it, by /proc/self/maps.
 fn is_private_anonymous(range: &Range<usize>) -> io::Result<bool> {
     covers(BufReader::new(File::open("/proc/self/maps")?), range)
@@ -120,6 +169,31 @@ fn covers(maps: impl BufRead, range: &Range<usize>) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    /// Room that was reserved and not used goes back; what was written stays.
+    #[test]
+    fn reserved_room_of_zeros_is_given_back() {
+        const MIB: u64 = 1 << 20;
+        for folder in [env!("CARGO_MANIFEST_DIR"), "/dev/shm"] {
+            let file = tempfile::tempfile_in(folder).unwrap();
+            let keep = file.try_clone().unwrap();
+            let mapping = Mapping::file_grown(file.into(), 0, 16 * MIB, true).unwrap();
+            let taken = || fstat(&keep).unwrap().st_blocks as u64 * 512;
+            assert!(taken() >= 16 * MIB, "{folder}: {}", taken());
+            mapping.region().span(5 * MIB, MIB).unwrap().copy_from(&vec![7; MIB as usize]);
+            keep.sync_all().unwrap();
+            // Reads through the mapping, and written zeros, make no data of it.
+            let mut out = vec![1; 16 * MIB as usize];
+            mapping.region().span(0, 16 * MIB).unwrap().copy_to(&mut out);
+            mapping.region().span(9 * MIB, MIB).unwrap().copy_from(&vec![0; MIB as usize]);
+            assert_eq!(release_zeros(&keep, 16 * MIB).unwrap(), 15 * MIB, "{folder}");
+            assert!(taken() <= MIB + 64 * 1024, "{folder}: {}", taken());
+            let mut out = vec![1; 3 * MIB as usize];
+            mapping.region().span(4 * MIB, 3 * MIB).unwrap().copy_to(&mut out);
+            assert_eq!(out.iter().filter(|byte| **byte == 7).count() as u64, MIB, "{folder}");
+            assert_eq!(out.iter().filter(|byte| **byte == 0).count() as u64, 2 * MIB, "{folder}");
+        }
+    }
+
     use std::ptr::NonNull;
 
     use memmap2::{MmapMut, MmapOptions, MmapRaw};

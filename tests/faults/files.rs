@@ -118,3 +118,114 @@ fn a_limit_of_file_sizes_is_an_error_with_its_remedy() {
         assert!(text.contains("ulimit -f"), "{arguments:?}: {text}");
     }
 }
+
+/// `receive` into `folder`, of files of RAM; what both say, and the receiver's status.
+fn moved(dir: &Path, files: &[&Path], folder: &Path, status: i32) -> (String, String) {
+    let mut receiver = Ramwire::start(dir, &["receive", "tcp:127.0.0.1:0", "--dir"], folder);
+    let uri = receiver.listening();
+    let blocks: Vec<String> =
+        files.iter().enumerate().map(|(i, f)| format!("m{i}={}", f.display())).collect();
+    let mut arguments = vec!["send", &*uri];
+    blocks.iter().for_each(|block| arguments.extend(["--ram", &**block]));
+    let last = arguments.pop().unwrap();
+    let (sent, errors) = Ramwire::start(dir, &arguments, last).ended(Deadline::seconds(60));
+    assert_eq!(sent, status, "{errors}");
+    (errors, receiver.failed(Deadline::seconds(60), status))
+}
+
+#[test]
+fn a_guest_that_finds_no_room_is_refused_before_its_first_page_and_leaves_nothing() {
+    let dir = scratch();
+    let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
+    File::create(&ram).unwrap().set_len(1 << 40).unwrap();
+    let (sender, receiver) = moved(dir.path(), &[&ram], &folder, 3);
+    for text in [sender, receiver] {
+        assert!(text.contains("has 1.00 TiB of RAM") && text.contains("more room"), "{text}");
+    }
+    let left: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["lock"]);
+    let mut demo = Ramwire::start(dir.path(), &["demo", "--ram"], "64T");
+    let text = demo.failed(Deadline::seconds(60), 3);
+    assert!(text.contains("two copies of the guest need 96.00 TiB"), "{text}");
+}
+
+#[test]
+fn a_guest_that_does_not_arrive_leaves_no_ram_behind() {
+    let dir = scratch();
+    let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
+    fill(&ram, 4, Pattern::Random { seed: 3 });
+    let (mut receiver, sender) = arriving(dir.path(), &ram, &folder);
+    drop(sender);
+    receiver.failed(Deadline::seconds(60), 3);
+    assert!(!folder.join("ram-000.bin").exists() && !folder.join("manifest.json").exists());
+}
+
+#[test]
+fn a_mostly_empty_guest_takes_the_room_of_its_pages_alone() {
+    let on_disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let in_memory = scratch();
+    for dir in [on_disk.path(), in_memory.path()] {
+        let (ram, folder) = (dir.join("ram"), dir.join("guest"));
+        fill(&ram, 1, Pattern::Random { seed: 3 });
+        File::options().write(true).open(&ram).unwrap().set_len(64 << 20).unwrap();
+        moved(dir, &[&ram], &folder, 0);
+        let meta = fs::metadata(folder.join("ram-000.bin")).unwrap();
+        let taken = std::os::unix::fs::MetadataExt::blocks(&meta) * 512;
+        assert_eq!(meta.len(), 64 << 20);
+        assert!((1 << 20..2 << 20).contains(&taken), "{taken} bytes of {}", dir.display());
+        crate::common::memory::compare(&ram, &folder.join("ram-000.bin")).unwrap();
+    }
+}
+
+/// A file system that reserves nothing, in a namespace of its own.
+#[test]
+fn a_file_system_without_fallocate_takes_a_guest() {
+    let dir = scratch();
+    let (stream, disk) = (dir.path().join("stream"), dir.path().join("disk"));
+    let (ram, errors) = (dir.path().join("ram"), dir.path().join("errors"));
+    fill(&ram, 2, Pattern::Random { seed: 1 });
+    fs::create_dir(&disk).unwrap();
+    let (to, block) = (format!("file:{}", stream.display()), format!("m0={}", ram.display()));
+    Ramwire::start(dir.path(), &["send", &to, "--json", "--ram"], &block).finished(Deadline::seconds(60), 0);
+    let script = "mount -t ramfs none \"$1\" && \"$2\" receive \"$3\" --dir \"$1/guest\" 2> \"$4\" \
+                  && cmp \"$1/guest/ram-000.bin\" \"$5\"";
+    let alone: &[&str] = match rustix::process::geteuid().is_root() {
+        true => &["--mount"],
+        false => &["--user", "--map-root-user", "--mount"],
+    };
+    let ended = Command::new("unshare")
+        .args(alone)
+        .args(["sh", "-c", script, "sh"])
+        .arg(&disk)
+        .arg(env!("CARGO_BIN_EXE_ramwire"))
+        .arg(&to)
+        .args([&errors, &ram])
+        .output()
+        .expect("cannot start unshare (util-linux)");
+    let said = fs::read_to_string(&errors).unwrap_or_default();
+    assert!(ended.status.success(), "{said}{}", String::from_utf8_lossy(&ended.stderr));
+}
+
+#[test]
+fn many_blocks_need_no_descriptor_each() {
+    let dir = scratch();
+    let files: Vec<_> = (0..200).map(|index| dir.path().join(format!("block{index}"))).collect();
+    files.iter().for_each(|file| fs::write(file, [7; 4096]).unwrap());
+    let stream = dir.path().join("stream");
+    let to = format!("file:{}", stream.display());
+    let mut send = vec!["send".to_owned(), to.clone()];
+    for (index, file) in files.iter().enumerate() {
+        send.extend(["--ram".to_owned(), format!("m{index}={}", file.display())]);
+    }
+    let on = ["send", &to, "--again", "--dir", "guest"].map(str::to_owned).to_vec();
+    for arguments in [send, ["receive", &to, "--dir", "guest"].map(str::to_owned).to_vec(), on] {
+        let ended = Command::new("sh")
+            .args(["-c", "ulimit -n 64; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_ramwire")])
+            .args(&arguments)
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&ended.stderr).into_owned();
+        assert_eq!(ended.status.code(), Some(0), "{}: {text}", arguments[0]);
+    }
+}

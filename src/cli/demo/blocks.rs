@@ -41,6 +41,11 @@ impl BlockSpec {
         Ok(Self { length, page })
     }
 
+    /// True for pages that are reserved apart from other memory.
+    pub(super) fn is_reserved(&self) -> bool {
+        self.page != PageSize::SIZE_4K
+    }
+
     /// Bytes.
     pub(super) fn length(&self) -> u64 {
         self.length

@@ -21,7 +21,7 @@ use ramwire::observe::RunDescription;
 use ramwire::ram::RamBlockTable;
 use ramwire::session::{SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
-use ramwire::sys::{CancelToken, Stop};
+use ramwire::sys::{CancelToken, Stop, memory_room};
 use ramwire::units::Percent;
 
 use self::blocks::BlockSpec;
@@ -30,7 +30,7 @@ pub(super) use self::destination::run as run_destination;
 use self::guest::GuestKind;
 use self::way::{Transport, Way};
 use super::args::Exit;
-use super::common::{RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed};
+use super::common::{RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed, human_bytes};
 use super::converge::{ConvergeArgs, REMEDIES, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
 use super::progress::Progress;
@@ -153,6 +153,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
         );
     }
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block).map_err(Usage)?;
+    check_room(args, &blocks)?;
     let memory = Arc::new(BlockSpec::memory(&blocks, args.huge_pages)?);
     let (guest, choice) = args.guest.filled(args, Arc::clone(&memory))?;
     let log = args.watch.create_log()?;
@@ -186,6 +187,23 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     log.finish();
     drop((progress, metrics));
     finish(args, &report, wrote, way, &choice.to_string(), &signals)
+}
+
+/// Both processes have the guest's pages, and of zero pages none unless they are touched ahead.
+fn check_room(args: &Args, blocks: &[BlockSpec]) -> Result<(), Failure> {
+    let total: u64 = blocks.iter().filter(|block| !block.is_reserved()).map(BlockSpec::length).sum();
+    let filled = total / 100 * u64::from(100 - args.zero.get());
+    let need = filled + if args.populate || args.huge_pages { total } else { filled };
+    match memory_room() {
+        Some(room) if room.bytes < need => Err(format!(
+            "two copies of the guest need {} of memory, and {} are free {}; give a smaller --ram",
+            human_bytes(need),
+            human_bytes(room.bytes),
+            room.bound
+        )
+        .into()),
+        _ => Ok(()),
+    }
 }
 
 impl Args {

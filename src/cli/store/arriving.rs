@@ -1,9 +1,6 @@
 //! A guest on its way into a folder.
 
-use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,13 +11,11 @@ use ramwire::stream::qemu::file::IGNORE_SHARED;
 use ramwire::stream::qemu::incoming::Seen;
 use ramwire::stream::qemu::state::sections_end;
 use ramwire::stream::qemu::style::PeerStyle;
-use ramwire::sys::{Mapping, is_zero};
+use ramwire::sys::Mapping;
 use ramwire::units::PageSize;
 
+use super::ram_file::{MOST_KEPT_OPEN, RamFile, check_room, is_tmpfs};
 use super::{BlockEntry, EARLY, FORMAT, Manifest, State, Store, StoreError, TAIL, failed, private};
-
-/// `f_type` of tmpfs (statfs(2)).
-const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// The folder seen by the destination's session: the memory it arrives in, and the machine that "runs" once
 /// everything is on the disk. Clones are the same guest.
@@ -30,9 +25,9 @@ pub struct ArrivingGuest(Arc<Mutex<Inner>>);
 struct Inner {
     store: Store,
     manifest: Option<Manifest>,
-    mappings: Vec<Mapping>,
-    /// With memory that no file holds yet: the files it goes to, block by block.
-    held: Option<Vec<File>>,
+    files: Vec<RamFile>,
+    /// Memory that no file holds yet.
+    held: bool,
     early: Vec<u8>,
     native: bool,
     /// Blocks that the guest's next place maps as its last one does.
@@ -53,8 +48,8 @@ impl ArrivingGuest {
         let inner = Inner {
             store,
             manifest: None,
-            mappings: Vec::new(),
-            held: None,
+            files: Vec::new(),
+            held: false,
             early: Vec::new(),
             native: false,
             shared: Vec::new(),
@@ -76,9 +71,7 @@ impl ArrivingGuest {
     pub fn written_by_nic(self) -> Result<Self, StoreError> {
         {
             let mut inner = self.lock();
-            let path = &inner.store.path;
-            let kind = rustix::fs::statfs(path).map_err(|errno| failed(path, "looking at")(errno.into()))?;
-            inner.held = (kind.f_type != TMPFS_MAGIC).then(Vec::new);
+            inner.held = !is_tmpfs(&inner.store.path)?;
         }
         Ok(self)
     }
@@ -86,6 +79,32 @@ impl ArrivingGuest {
     /// The manifest as it stands.
     pub fn manifest(&self) -> Option<Manifest> {
         self.lock().manifest.clone()
+    }
+
+    /// It did not arrive: what was made for it goes.
+    pub fn discard(&self) {
+        let mut inner = self.lock();
+        inner.files.clear();
+        inner.manifest = None;
+        if let Err(error) =
+            private::remove_ram(&inner.store.path).and_then(|()| inner.store.remove_manifest())
+        {
+            tracing::warn!(%error, "what came of the guest is left in the folder");
+        }
+    }
+
+    /// It has arrived: gives back what was reserved for pages that stayed zero; bytes.
+    pub fn release(&self) -> u64 {
+        let inner = self.lock();
+        let released = inner.files.iter().map(|file| file.release(&inner.store));
+        released
+            .map(|each| {
+                each.unwrap_or_else(|error| {
+                    tracing::warn!(%error, "room that was reserved stays taken");
+                    0
+                })
+            })
+            .sum()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
@@ -97,11 +116,13 @@ impl MemoryProvider for ArrivingGuest {
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
         let made = self.lock().make(incoming);
         let memory = made.map_err(|error| Error::Config {
-            remedy: match error {
+            remedy: match &error {
+                StoreError::NoRoom { .. } => "free some, or give a folder with more room",
+                StoreError::Io { .. } => "or give another folder",
                 StoreError::NotPlain { .. } => "or give a folder of its own",
                 StoreError::LeftOut { .. } => "or turn the capability off at the source",
                 StoreError::NoSuchBlock { .. } => "name a block of the source",
-                _ => "give a folder on a file system with room for all of the guest's RAM",
+                _ => "give a folder of its own on a file system with room",
             },
             what: error.to_string(),
         })?;
@@ -129,6 +150,9 @@ impl Inner {
     fn make(&mut self, incoming: &Incoming) -> Result<MappedGuest, StoreError> {
         let configuration = &incoming.configuration;
         self.check_shared(incoming)?;
+        private::remove_ram(&self.store.path)?;
+        let stored = incoming.blocks.iter().filter(|block| !self.shared.contains(&block.name));
+        check_room(&self.store.path, stored.map(|block| block.used_length).sum(), self.held)?;
         let page = configuration.page_size.unwrap_or(PageSize::SIZE_4K);
         let mut builder = MappedGuest::builder(page);
         let mut blocks = Vec::new();
@@ -141,19 +165,11 @@ impl Inner {
                 continue;
             }
             let file = format!("ram-{index:03}.bin");
-            let path = self.store.file(&file);
-            // New: a file of an earlier attempt may hold old pages, and memory must begin as zero.
-            let opened = private::create(&path)?;
-            let mapping = match &mut self.held {
-                Some(files) => {
-                    files.push(opened);
-                    Mapping::memfd(&file, block.used_length)
-                }
-                None => Mapping::file_grown(opened.into(), 0, block.used_length, true),
-            };
-            let mapping = mapping.map_err(|error| failed(&path, "mapping")(io::Error::other(error)))?;
-            builder = builder.mapping(block.clone(), &mapping);
-            self.mappings.push(mapping);
+            let made = RamFile::make(&self.store, file.clone(), block.used_length, self.held)?;
+            let made = if incoming.blocks.len() > MOST_KEPT_OPEN { made.detached() } else { made };
+            block.flags.shared = true;
+            builder = builder.mapping(block.clone(), &made.mapping);
+            self.files.push(made);
             blocks.push(entry(index, &block, file));
         }
         let manifest = Manifest {
@@ -190,39 +206,9 @@ impl Inner {
         Ok(())
     }
 
-    /// The files that the manifest names are those that hold the pages, and hold all of them.
-    fn check_files(&self) -> Result<(), StoreError> {
-        let blocks =
-            self.manifest.iter().flat_map(|manifest| &manifest.blocks).filter(|block| !block.ignored);
-        for (index, (block, mapping)) in blocks.zip(&self.mappings).enumerate() {
-            let path = self.store.file(&block.file);
-            let held = self.held.as_ref().and_then(|files| files.get(index)).map(AsFd::as_fd);
-            let Some(fd) = held.or_else(|| mapping.backing().map(|(fd, _)| fd)) else { continue };
-            let ours = rustix::fs::fstat(fd).map_err(|errno| failed(&path, "looking at")(errno.into()))?;
-            let what = match std::fs::symlink_metadata(&path) {
-                Ok(named) if (named.dev(), named.ino()) != (ours.st_dev, ours.st_ino) => "replaced",
-                Ok(named) if named.len() < block.used_length => "made shorter",
-                Ok(_) => continue,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => "removed",
-                Err(error) => return Err(failed(&path, "looking at")(error)),
-            };
-            return Err(StoreError::Changed { path, what });
-        }
-        Ok(())
-    }
-
     /// RAM, early sections and device state onto the disk; the manifest still says `arriving`.
     fn put_state(&mut self, tail: &[u8]) -> Result<(), StoreError> {
-        for (mapping, file) in self.mappings.iter().zip(self.held.iter().flatten()) {
-            write_out(mapping, file).map_err(failed(&self.store.path, "writing RAM to"))?;
-        }
-        for mapping in self.mappings.iter().filter(|_| self.held.is_none()) {
-            if let Some((fd, _)) = mapping.backing() {
-                let synced = rustix::fs::fsync(fd);
-                synced.map_err(|errno| failed(&self.store.path, "syncing RAM")(errno.into()))?;
-            }
-        }
-        self.check_files()?;
+        self.files.iter().try_for_each(|file| file.put(&self.store))?;
         self.store.put(EARLY, &self.early)?;
         self.store.put(TAIL, tail)?;
         if let Some(manifest) = &mut self.manifest {
@@ -258,22 +244,6 @@ fn style_seen(machine: &str, seen: &Seen) -> Option<String> {
     let name = if seen.switchover_start { "qemu-10.0" } else { "qemu-8.1" };
     let shown = PeerStyle::of_source(machine, seen).filter(|_| !told);
     shown.map(|_| name.to_owned())
-}
-
-/// Memory into its file; zero pieces stay holes.
-fn write_out(mapping: &Mapping, file: &File) -> io::Result<()> {
-    const PIECE: u64 = 1 << 20;
-    let region = mapping.region();
-    file.set_len(region.len())?;
-    let mut buffer = vec![0; PIECE as usize];
-    for at in (0..region.len()).step_by(PIECE as usize) {
-        let span = region.span(at, PIECE.min(region.len() - at)).map_err(io::Error::other)?;
-        if !is_zero(span) {
-            let count = span.copy_to(&mut buffer);
-            file.write_all_at(&buffer[..count], at)?;
-        }
-    }
-    file.sync_all()
 }
 
 impl GuestControl for ArrivingGuest {

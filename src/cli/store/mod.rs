@@ -14,6 +14,7 @@
 mod arriving;
 mod custody;
 mod private;
+mod ram_file;
 mod stored;
 
 use std::fmt;
@@ -21,7 +22,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use super::common::human_bytes;
 use ramwire::stream::qemu::section::Framing;
+
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -171,6 +174,18 @@ pub enum StoreError {
         /// What is there.
         is: &'static str,
     },
+    /// The guest does not fit.
+    #[error("{path}: the guest has {} of RAM, and {} are free {of}", human_bytes(*ram), human_bytes(*room))]
+    NoRoom {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes of RAM.
+        ram: u64,
+        /// Bytes that are free.
+        room: u64,
+        /// Of what.
+        of: String,
+    },
     /// A RAM file is not the one any more that the guest arrived in.
     #[error(
         "{path} was {what} while the guest arrived; keep other programs out of the folder and receive again"
@@ -274,6 +289,18 @@ impl Store {
             .map_err(|error| StoreError::Manifest { path: self.file(MANIFEST), why: error.to_string() })?;
         text.push('\n');
         self.put(MANIFEST, text.as_bytes())
+    }
+
+    /// Takes the manifest away, where there is one.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn remove_manifest(&self) -> Result<(), StoreError> {
+        let path = self.file(MANIFEST);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(failed(&path, "removing")),
+        }
     }
 
     /// Puts a file in place, durably.

@@ -45,13 +45,33 @@ fn foreign(path: &Path) -> Result<Option<String>, StoreError> {
     for entry in entries {
         let name = entry.map_err(failed(path, "listing"))?.file_name().to_string_lossy().into_owned();
         let plain = name.strip_suffix(".new").unwrap_or(&name);
-        let block = plain.strip_prefix("ram-").and_then(|rest| rest.strip_suffix(".bin"));
-        let digits = block.is_some_and(|n| !n.is_empty() && n.bytes().all(|byte| byte.is_ascii_digit()));
-        if !digits && ![MANIFEST, EARLY, TAIL, super::LOCK].contains(&plain) {
+        if !is_ram(plain) && ![MANIFEST, EARLY, TAIL, super::LOCK].contains(&plain) {
             return Ok(Some(name));
         }
     }
     Ok(None)
+}
+
+/// True for the name of a RAM block's file.
+fn is_ram(name: &str) -> bool {
+    let block = name.strip_prefix("ram-").and_then(|rest| rest.strip_suffix(".bin"));
+    block.is_some_and(|n| !n.is_empty() && n.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// Removes the RAM files of a guest that never arrived; what is no file is left alone.
+///
+/// # Errors
+/// [`StoreError::Io`].
+pub(super) fn remove_ram(folder: &Path) -> Result<(), StoreError> {
+    let entries = fs::read_dir(folder).map_err(failed(folder, "listing"))?;
+    for entry in entries {
+        let entry = entry.map_err(failed(folder, "listing"))?;
+        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+        if is_file && is_ram(&entry.file_name().to_string_lossy()) {
+            fs::remove_file(entry.path()).map_err(failed(&entry.path(), "removing the old file"))?;
+        }
+    }
+    Ok(())
 }
 
 /// A new, empty file of mode 0600, in the place of one that was there.

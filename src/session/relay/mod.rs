@@ -34,7 +34,7 @@ use crate::engine::Outcome;
 use crate::guest::{DirtySource, GuestControl, GuestMemory, MappedGuest, PageObserver};
 use crate::observe::{SharedStatistics, Status};
 use crate::ram::RamBlock;
-use crate::sys::{CancelToken, Mapping, Stop};
+use crate::sys::{CancelToken, Mapping, Stop, memory_room};
 use crate::transport::{ByteSink, ByteSource};
 use crate::units::{PageSize, Rate};
 
@@ -254,6 +254,14 @@ struct RelayMemory {
 impl MemoryProvider for RelayMemory {
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
         let page = incoming.configuration.page_size.unwrap_or(PageSize::SIZE_4K);
+        let ram: u64 = incoming.blocks.iter().map(|block| block.used_length).sum();
+        if let Some(room) = memory_room().filter(|room| room.bytes < ram) {
+            let (needed, there) = (ram >> 20, room.bytes >> 20);
+            return Err(Error::Config {
+                what: format!("the guest has {needed} MiB of RAM, and {there} MiB are free {}", room.bound),
+                remedy: "a relay holds all of the guest's RAM; run it where there is room",
+            });
+        }
         let mut builder = MappedGuest::builder(page);
         for block in &incoming.blocks {
             let mapping = Mapping::private(block.used_length, self.huge_pages);
