@@ -1,5 +1,6 @@
 //! When a wait must end: a deadline, a cancel, or both. No wait of this crate ignores it.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +16,15 @@ pub enum StopReason {
     Deadline,
     /// Somebody cancelled.
     Cancelled,
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Deadline => "the time for it was over",
+            Self::Cancelled => "cancelled",
+        })
+    }
 }
 
 /// A flag that wakes every wait that watches it. Clones share the flag.

@@ -76,7 +76,7 @@ pub enum ChannelError {
         status: String,
     },
     /// The caller's own deadline or cancel.
-    #[error("stopped ({reason:?}) while {doing}")]
+    #[error("stopped while {doing}: {reason}")]
     Stopped {
         /// Which.
         reason: StopReason,

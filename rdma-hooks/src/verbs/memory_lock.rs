@@ -4,6 +4,10 @@ use std::fs;
 
 use crate::fabric::FabricError;
 
+/// The user namespace that a machine boots in (`PROC_USER_INIT_INO` of linux/proc_ns.h). The kernel asks for
+/// CAP_IPC_LOCK there: one of another namespace, as in a container, lifts nothing.
+const FIRST_USER_NAMESPACE: &str = "user:[4026531837]";
+
 /// Bit of CAP_IPC_LOCK in a capability set, which lifts the limit.
 const CAP_IPC_LOCK: u32 = 14;
 
@@ -34,12 +38,21 @@ impl MemoryLock {
 pub fn memory_lock() -> MemoryLock {
     let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    MemoryLock { limit_bytes: soft_limit(&limits), is_lifted: has_capability(&status, CAP_IPC_LOCK) }
+    let namespace = fs::read_link("/proc/self/ns/user").unwrap_or_default();
+    MemoryLock {
+        limit_bytes: soft_limit(&limits),
+        is_lifted: is_lifted(&status, &namespace.to_string_lossy()),
+    }
 }
 
 fn soft_limit(limits: &str) -> Option<u64> {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"))?;
     line.split_whitespace().next()?.parse().ok()
+}
+
+/// `namespace` is empty where /proc does not tell.
+fn is_lifted(status: &str, namespace: &str) -> bool {
+    has_capability(status, CAP_IPC_LOCK) && (namespace.is_empty() || namespace == FIRST_USER_NAMESPACE)
 }
 
 fn has_capability(status: &str, bit: u32) -> bool {
@@ -59,6 +72,9 @@ mod tests {
         assert_eq!(soft_limit("Max locked memory   unlimited  unlimited bytes"), None);
         assert!(has_capability("CapEff:\t000001ffffffffff\n", CAP_IPC_LOCK));
         assert!(!has_capability("CapEff:\t00000000a80425fb\n", CAP_IPC_LOCK));
+        let all = "CapEff:\t000001ffffffffff\n";
+        assert!(is_lifted(all, FIRST_USER_NAMESPACE) && is_lifted(all, ""));
+        assert!(!is_lifted(all, "user:[4026532281]"), "a container's");
         let limited = MemoryLock { limit_bytes: Some(65536), is_lifted: false };
         assert!(limited.check(65536).is_ok());
         assert!(matches!(limited.check(65537), Err(FabricError::MemoryLock { needed: 65537, limit: 65536 })));
