@@ -6,6 +6,7 @@
 
 mod destination;
 mod handover;
+mod loss;
 mod pace;
 mod page_cost;
 mod progress;
@@ -15,6 +16,7 @@ mod throttle;
 
 pub use destination::{Arrived, Deed, DestinationEngine, Ending};
 pub use handover::{Handover, Outcome, Reason};
+pub use loss::{ChannelMismatch, LostPages, agree_on_channels, compare_counts};
 pub use pace::{BandwidthLimit, Pace};
 pub use page_cost::PageCost;
 pub use progress::Progress;

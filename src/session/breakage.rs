@@ -39,6 +39,8 @@ pub(super) enum Breakage {
     ResumeBeforeCommit,
     /// Order 6: the destination says READY whatever the digests say.
     SkipComparing,
+    /// Order 6: the destination says READY whatever was sent and not placed.
+    SkipCounting,
     /// A relay over RDMA looks for the pages of the last round before it.
     ScanBeforeFinish,
     /// Order 7: memory is registered without the guest's promise not to discard it.
@@ -64,7 +66,7 @@ pub(super) enum Breakage {
 impl Breakage {
     /// All but `None` and what only [`relay_tests`](crate::session::relay) switch off.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 25] = [
+    pub(super) const ALL: [Self; 26] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
         Self::SkipBarrier,
@@ -81,6 +83,7 @@ impl Breakage {
         Self::TrustPanickedStart,
         Self::ResumeBeforeCommit,
         Self::SkipComparing,
+        Self::SkipCounting,
         Self::RegisterUnpromised,
         Self::TrustMemory,
         Self::MarkBeforeCopy,
@@ -91,6 +94,12 @@ impl Breakage {
         Self::ForgetPlugged,
         Self::CompareSkipped,
     ];
+
+    /// True if only a guest that gives hints can find it.
+    #[cfg(test)]
+    pub(super) fn is_about_hints(self) -> bool {
+        matches!(self, Self::HintUnprotected | Self::HintAcrossSync | Self::HintOfAnyEpoch)
+    }
 
     /// True if `order` is switched off; known to be false where this is not a test.
     #[inline]

@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use crate::engine::{ChannelMismatch, LostPages};
 use crate::guest::{DirtyError, GuestError, LayoutChange};
 use crate::ram::BlockName;
 use crate::stream::DecodeError;
@@ -131,6 +132,12 @@ pub enum Error {
     /// RAM or state arrived changed.
     #[error("{0}; the guest was not started from it")]
     Digest(#[from] crate::session::digest::Mismatch),
+    /// The ends have different numbers of page channels.
+    #[error(transparent)]
+    Channels(#[from] ChannelMismatch),
+    /// What was sent has not all been placed.
+    #[error(transparent)]
+    LostPages(#[from] LostPages),
     /// Somebody asked for the end.
     #[error("cancelled; the guest runs on at the source")]
     Cancelled,
@@ -171,7 +178,7 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         use crate::sys::StopReason;
         match self {
-            Self::Config { .. } => ErrorKind::Config,
+            Self::Config { .. } | Self::Channels(_) => ErrorKind::Config,
             Self::Control { .. }
             | Self::Panicked { .. }
             | Self::StandsStill { .. }
@@ -188,9 +195,11 @@ impl Error {
             Self::Channel(ChannelError::Rdma { side: Side::Peer, .. }) => ErrorKind::Peer,
             Self::Channel(ChannelError::Packet { .. }) => ErrorKind::Peer,
             Self::Channel(_) | Self::Truncated { .. } | Self::NoAnswer { .. } => ErrorKind::Channel,
-            Self::Decode(_) | Self::PeerFailed { .. } | Self::OutOfTurn { .. } | Self::Digest(_) => {
-                ErrorKind::Peer
-            }
+            Self::Decode(_)
+            | Self::PeerFailed { .. }
+            | Self::OutOfTurn { .. }
+            | Self::Digest(_)
+            | Self::LostPages(_) => ErrorKind::Peer,
         }
     }
 

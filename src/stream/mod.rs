@@ -7,6 +7,7 @@
 
 mod error;
 pub mod native;
+pub mod page_counts;
 pub mod qemu;
 mod reader;
 mod writer;

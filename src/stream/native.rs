@@ -6,24 +6,29 @@
 //!
 //! ```text
 //! source                                     destination
-//! OPEN_RETURN_PATH PING(GREETING) PING(1)    PONG(GREETING) PONG(hello) PONG(1)
+//! OPEN_RETURN_PATH
+//! PING(GREETING) PING(channels) PING(1)      PONG(GREETING) PONG(hello) PONG(channels) PONG(1)
 //! HELLO                                      HELLO
 //! ... QEMU's stream up to the device state, which is one sized section ...
 //! UNSENT* (in front of that section)
-//! STATE_SENT DIGEST*                         WORKING* (READY | REFUSED)
+//! SENT STATE_SENT DIGEST*                    WORKING* (READY | REFUSED)
 //! COMMIT                                     RUNNING
 //! ```
+//!
+//! PING([`channels_ping`]) tells how many page channels the source has. A destination with another number answers
+//! REFUSED, also before HELLO: the greeting has told it that the source is a ramwire.
 
 use super::error::DecodeError;
+use super::page_counts;
 use super::reader::Reader;
 use super::writer::Writer;
 
 /// Value of the PING that asks "are you a ramwire?": `RWM1`.
 pub const GREETING: u32 = 0x5257_4d31;
-/// Oldest version of these words that is spoken.
-pub const MIN_VERSION: u16 = 1;
+/// Oldest version of these words that is spoken. Version 1 did not compare what was sent with what was placed.
+pub const MIN_VERSION: u16 = 2;
 /// Newest version of these words that is spoken.
-pub const MAX_VERSION: u16 = 1;
+pub const MAX_VERSION: u16 = 2;
 /// First number of a native command or message.
 pub const FIRST_NUMBER: u16 = 0x5200;
 /// Most digests in one DIGEST command; its length is counted in 16 bits.
@@ -32,6 +37,8 @@ pub const MAX_DIGESTS: usize = 4096;
 pub const MAX_REASON: usize = 400;
 /// Most ranges in one UNSENT command.
 pub const MAX_RANGES: usize = 2048;
+/// Most counts in one SENT command: the stream's and those of 255 page channels.
+pub const MAX_COUNTS: usize = 256;
 /// Name of the section that holds the device state between ramwire ends: `be64 length`, then the bytes.
 pub const STATE_SECTION: &str = "ramwire/state";
 
@@ -43,6 +50,16 @@ pub const fn hello_pong(version: u16) -> u32 {
 /// The version in a [`hello_pong`]; `None` for any other value.
 pub const fn version_of_pong(value: u32) -> Option<u16> {
     if value >> 16 == 0x5258 { Some(value as u16) } else { None }
+}
+
+/// The PING that tells how many page channels a source has: `RWC`, then their number.
+pub const fn channels_ping(channels: u8) -> u32 {
+    0x5257_4300 | channels as u32
+}
+
+/// The number in a [`channels_ping`]; `None` for any other value.
+pub const fn channels_of_ping(value: u32) -> Option<u8> {
+    if value >> 8 == 0x52_5743 { Some(value as u8) } else { None }
 }
 
 /// What an end says of itself.
@@ -143,6 +160,12 @@ pub enum Order<'a> {
         /// [`Range`]s, at least one and at most [`MAX_RANGES`].
         ranges: &'a [u8],
     },
+    /// Pages sent since the beginning, each time that a page was sent: in the stream, then on each page channel in
+    /// the order of their ids. After the last page.
+    Sent {
+        /// Counts as [`super::page_counts`] writes them, at least one and at most [`MAX_COUNTS`].
+        counts: &'a [u8],
+    },
     /// The guest is yours. The source never resumes it again by itself.
     Commit {
         /// The migration it is about.
@@ -160,6 +183,7 @@ impl Order<'_> {
                 Self::Digest { .. } => 3,
                 Self::Commit { .. } => 4,
                 Self::Unsent { .. } => 5,
+                Self::Sent { .. } => 6,
             }
     }
 
@@ -174,6 +198,9 @@ impl Order<'_> {
             }
             Self::Unsent { block, why, ranges } => {
                 writer.be32(*block).u8(u8::from(*why == Unsent::Unplugged)).bytes(ranges);
+            }
+            Self::Sent { counts } => {
+                writer.bytes(counts);
             }
             Self::Commit { migration_id } => {
                 writer.bytes(migration_id);
@@ -212,6 +239,12 @@ pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
                 why,
                 ranges,
             });
+        }
+        6 => {
+            let counts = reader.rest();
+            let whole = !counts.is_empty() && counts.len().is_multiple_of(page_counts::LEN);
+            return (whole && counts.len() / page_counts::LEN <= MAX_COUNTS)
+                .then_some(Order::Sent { counts });
         }
         _ => return None,
     };
@@ -292,6 +325,7 @@ mod tests {
             Order::Commit { migration_id: [3; 16] },
             Order::Unsent { block: 2, why: Unsent::Free, ranges: &[1; 32] },
             Order::Unsent { block: 0, why: Unsent::Unplugged, ranges: &[1; 16] },
+            Order::Sent { counts: &[2; 48] },
         ];
         for order in orders {
             let mut body = Vec::new();
@@ -312,7 +346,10 @@ mod tests {
 
     #[test]
     fn malformed_bodies_are_refused() {
-        let cases: [(u16, &[u8]); 9] = [
+        let cases: [(u16, &[u8]); 12] = [
+            (6, b""),
+            (6, &[0; page_counts::LEN - 1]),
+            (6, &[0; page_counts::LEN * (MAX_COUNTS + 1)]),
             (5, b"\0\0\0\0\0"),
             (5, b"\0\0\0\0\x02aaaabbbbccccdddd"),
             (0, b""),
@@ -337,10 +374,21 @@ mod tests {
     fn versions_meet_at_the_newest_common_one() {
         let hello =
             |min_version, max_version| Hello { min_version, max_version, ..Hello::ours([0; 16], false) };
-        assert_eq!(hello(1, 5).common_version(), Some(1));
-        assert_eq!(hello(2, 5).common_version(), None);
+        assert_eq!(hello(1, 5).common_version(), Some(2));
+        assert_eq!(hello(3, 5).common_version(), None);
+        assert_eq!(hello(1, 1).common_version(), None, "it would not tell what it has sent");
         assert_eq!(hello(0, 0).common_version(), None);
         assert_eq!(version_of_pong(hello_pong(1)), Some(1));
         assert_eq!(version_of_pong(GREETING), None);
+    }
+
+    #[test]
+    fn a_number_of_channels_survives_the_wire() {
+        for channels in [0, 1, 255] {
+            assert_eq!(channels_of_ping(channels_ping(channels)), Some(channels));
+        }
+        for other in [GREETING, hello_pong(2), 1, 0] {
+            assert_eq!(channels_of_ping(other), None);
+        }
     }
 }

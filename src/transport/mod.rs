@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::guest::{GuestError, GuestMemory, Placer};
-use crate::observe::{DeltaCounts, SpliceCounts, ZeroCopyCounts};
+use crate::observe::{DeltaCounts, PageCounts, SpliceCounts, ZeroCopyCounts};
 use crate::ram::{MoverAbilities, PageBatch, PageRun, RamBlock, RoundKind};
 use crate::stream::DecodeError;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
@@ -234,6 +234,12 @@ pub trait PageChannels: Send {
     /// Bytes that have come on them.
     fn bytes(&self) -> u64;
 
+    /// How many there are.
+    fn count(&self) -> u8;
+
+    /// Pages that came on each, in the order of their ids, each time that a page came. Whole at a barrier.
+    fn placed(&self) -> Vec<PageCounts>;
+
     /// No page is taken any more: closes the channels and ends their threads.
     fn end(&mut self);
 }
@@ -348,6 +354,16 @@ pub trait SourceLink: Send {
     fn under_way(&mut self) -> u64 {
         self.sink().under_way()
     }
+
+    /// How many page channels there are beside the stream.
+    fn page_channels(&self) -> u8 {
+        0
+    }
+
+    /// Pages sent so far, each time that a page was sent: in the stream, then on each page channel in the order of their
+    /// ids. What the destination counts where it places them is compared with it before the guest is handed over, so they
+    /// are counted where they leave. Pages that a NIC writes are not in it: their completion tells of each.
+    fn sent_pages(&self) -> Vec<PageCounts>;
 
     /// What deltas did so far, where pages may travel as such.
     fn deltas(&self) -> DeltaCounts {

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod counts;
 mod hostile;
 mod numa;
 mod peers;

@@ -1,5 +1,6 @@
 //! The destination's session: reads the stream, puts pages in place, and starts the guest once it is ours.
 
+mod counts;
 mod keepalive;
 mod mapper;
 mod placing;
@@ -30,6 +31,7 @@ use crate::session::digest::{Digest, carried};
 use crate::session::handle::Commitment;
 use crate::session::relay::ScanReport;
 use crate::session::{Breakage, Error, shared_blocks};
+use counts::SourceTold;
 use keepalive::LONGEST_SILENCE;
 use mapper::Mapper;
 use placing::Placing;
@@ -194,6 +196,10 @@ pub struct DestinationSession {
     in_native_state: bool,
     migration_id: Option<[u8; 16]>,
     theirs: Vec<u64>,
+    /// What a ramwire source has told of itself and of the pages it sent.
+    told: SourceTold,
+    /// Bytes that came as zero in rounds by another link than the stream.
+    zero_in_rounds: u64,
     /// Pages that the source says it has not sent in their last state.
     unsent: PageSet,
     ours: Option<Digest>,
@@ -242,6 +248,8 @@ impl DestinationSession {
             in_native_state: false,
             migration_id: None,
             theirs: Vec::new(),
+            told: SourceTold::default(),
+            zero_in_rounds: 0,
             unsent: PageSet::default(),
             ours: None,
             verified: false,
@@ -476,7 +484,7 @@ impl DestinationSession {
         // A cancel must not keep us from saying so.
         self.stop = Stop::never();
         let why = self.error.as_ref().map(ToString::to_string).unwrap_or_default();
-        if self.engine.is_native() {
+        if self.engine.is_native() || self.told.greeted {
             return self.say(Message::Native(Answer::Refused { why: &why }));
         }
         self.say(Message::Shut { status: 1 })

@@ -26,6 +26,8 @@ pub(super) struct Placing {
     writer: PageWriter,
     arrival: Option<Box<dyn Arrival>>,
     scratch: Vec<u8>,
+    /// Pages that came in the stream.
+    in_stream: PageCounts,
     /// Where pages come by a door that shows none of them, and somebody wants to see them all the same.
     scan: Option<ContentScan>,
     checked: Instant,
@@ -48,7 +50,16 @@ impl Placing {
         let placer = Arc::new(placer);
         let scratch = vec![0; placer.page_bytes() as usize];
         let writer = PageWriter::default();
-        Ok(Self { placer, writer, arrival, scratch, scan: None, checked: Instant::now(), breakage })
+        Ok(Self {
+            placer,
+            writer,
+            arrival,
+            scratch,
+            in_stream: PageCounts::default(),
+            scan: None,
+            checked: Instant::now(),
+            breakage,
+        })
     }
 
     pub(super) fn memory(&self) -> &Arc<dyn GuestMemory> {
@@ -61,6 +72,11 @@ impl Placing {
 
     pub(super) fn counts(&self) -> PageCounts {
         self.placer.counts()
+    }
+
+    /// Pages that came in the stream, each time that a page came.
+    pub(super) fn in_stream(&self) -> PageCounts {
+        self.in_stream
     }
 
     /// Called at every section of pages; the watcher takes the first as its beginning.
@@ -94,6 +110,7 @@ impl Placing {
         let others = following.chunks_exact(PAGE_HEAD + first.len()).map(|record| &record[PAGE_HEAD..]);
         let bytes = (others.len() as u64 + 1) * self.placer.page_bytes();
         let landing = self.placer.admit(block, offset, bytes)?;
+        self.in_stream.normal += bytes / self.placer.page_bytes();
         if self.breakage.is(Breakage::MarkBeforeCopy) {
             self.placer.commit(landing);
         }
@@ -109,6 +126,7 @@ impl Placing {
     pub(super) fn zero(&mut self, block: BlockIndex, offset: BlockOffset) -> Result<(), Error> {
         let landing = self.placer.admit(block, offset, self.placer.page_bytes())?;
         self.placer.zero(landing)?;
+        self.in_stream.zero += 1;
         self.came_in_stream(landing);
         Ok(())
     }
@@ -174,6 +192,7 @@ impl Placing {
         xbzrle::decode(bytes, &mut self.scratch).map_err(|fault| corrupt(fault.into()))?;
         span.copy_from(&self.scratch);
         self.placer.commit_delta(landing);
+        self.in_stream.delta += 1;
         self.came_in_stream(landing);
         Ok(())
     }

@@ -271,7 +271,9 @@ impl DestinationSession {
             }
             Command::Ping(value) => {
                 self.say(Message::Pong(value))?;
+                self.told.ping(value);
                 if value == GREETING {
+                    self.told.greeted = true;
                     self.say(Message::Pong(hello_pong(MAX_VERSION)))?;
                 }
             }
@@ -294,6 +296,7 @@ impl DestinationSession {
                     let what = format!("HELLO for versions {} to {}", theirs.min_version, theirs.max_version);
                     return Err(out_of_turn(&what, "a greeting"));
                 };
+                self.agree_on_channels()?;
                 let answer = Hello { min_version: version, max_version: version, ..theirs };
                 self.migration_id = Some(theirs.migration_id);
                 self.say(Message::Native(Answer::Hello(answer)))?;
@@ -302,7 +305,11 @@ impl DestinationSession {
             Order::StateSent if !self.ram_ended => {
                 Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
-            Order::StateSent => Ok(Some(Arrived::StateSent)),
+            Order::StateSent => {
+                self.compare_counts()?;
+                Ok(Some(Arrived::StateSent))
+            }
+            Order::Sent { counts } => self.source_sent(counts).map(|()| None),
             Order::Unsent { .. } if !self.ram_ended || !self.engine.is_native() => {
                 Err(out_of_turn("UNSENT", "waiting for the last page of a ramwire"))
             }

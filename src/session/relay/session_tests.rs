@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::run;
 use crate::engine::{Ending, Outcome};
 use crate::guest::{DirtyError, DirtySource, GuestMemory, MappedGuest};
-use crate::observe::SharedStatistics;
+use crate::observe::{PageCounts, SharedStatistics};
 use crate::ram::{MoverAbilities, PageBatch, PageBitmap, PageRun, RamBlock, RoundKind, Verdict};
 use crate::session::tests::{Machine, Plain, bytes, guest, plain};
 use crate::session::*;
@@ -78,6 +78,10 @@ impl SourceLink for NicSource {
 
     fn sink(&mut self) -> &mut dyn ByteSink {
         &mut *self.sink
+    }
+
+    fn sent_pages(&self) -> Vec<PageCounts> {
+        vec![PageCounts::default()]
     }
 
     fn open_round(&mut self, _kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {

@@ -12,6 +12,7 @@ use super::guest::PAGE;
 use super::plan::{Barrier, DoorKind, Fault, LateDoor, Plan, Side};
 use super::world::{Mark, Sim, World};
 use crate::guest::MappedGuest;
+use crate::observe::PageCounts;
 use crate::ram::{MoverAbilities, PageBatch, PageBitmap, Piece, RoundKind, Verdict};
 use crate::stream::qemu::ram::Record;
 use crate::sys::{SendPart, Stop};
@@ -61,6 +62,11 @@ pub(super) struct DoorState {
     failed: bool,
     last_placed: u64,
     pub(super) pages_offered: u64,
+    /// Pages by channel, as the source and as the destination count them.
+    pub(super) sent: Vec<PageCounts>,
+    pub(super) placed: Vec<PageCounts>,
+    /// The batch of this number loses a page on its way.
+    drops: Option<u64>,
     /// The NIC knows the guest's memory.
     pub(super) registered: bool,
     /// Pages that were given back since: the NIC goes on with the old ones, which hold this.
@@ -88,6 +94,9 @@ impl DoorState {
             failed: false,
             last_placed: 0,
             pages_offered: 0,
+            sent: vec![PageCounts::default(); channels],
+            placed: vec![PageCounts::default(); channels],
+            drops: plan.drops,
             registered: false,
             old_pages: BTreeMap::new(),
             confirmed: plan.blocks.iter().map(|(pages, _)| PageBitmap::new(*pages)).collect(),
@@ -263,7 +272,16 @@ impl World {
             }
         }
         let mut bytes = &bytes[..];
-        for piece in &batch.pieces {
+        let drops = self.door.drops.take_if(|order| *order == batch.order).is_some();
+        for (at, piece) in batch.pieces.iter().enumerate() {
+            if drops && at == 0 {
+                self.mark(Mark::Dropped);
+                if piece.verdict != Verdict::Zero {
+                    bytes = &bytes[piece.run.pages as usize * PAGE..];
+                }
+                continue;
+            }
+            count(&mut self.door.placed[channel], piece);
             let region = self.guest.memory[1].region(piece.run.block).unwrap();
             let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
             let span = region.span(start, len).unwrap();
@@ -287,6 +305,11 @@ impl World {
             self.violation("bytes were sent while a round of an exclusive door was open");
         }
     }
+}
+
+fn count(counts: &mut PageCounts, piece: &Piece) {
+    let pages = piece.run.pages;
+    *if piece.verdict == Verdict::Zero { &mut counts.zero } else { &mut counts.normal } += pages;
 }
 
 /// What the whole pages of `pieces` hold, one behind the other.
@@ -368,6 +391,17 @@ impl SourceLink for SimLink {
         &mut self.sink
     }
 
+    fn page_channels(&self) -> u8 {
+        if self.door.barrier.is_some() { self.door.channels as u8 } else { 0 }
+    }
+
+    /// What a NIC writes is not counted by the destination.
+    fn sent_pages(&self) -> Vec<PageCounts> {
+        let channels = self.sim.world().door.sent.clone();
+        let counted = channels.into_iter().filter(|_| self.door.barrier.is_some());
+        std::iter::once(PageCounts::default()).chain(counted).collect()
+    }
+
     fn open_round(&mut self, _kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
         self.call(|world| {
             world.door.open = true;
@@ -405,6 +439,7 @@ impl SourceLink for SimLink {
             let pieces = batch.pieces().to_vec();
             let order = ticket.0 + 1;
             let channel = world.rng.below(door.channels as u64) as usize;
+            pieces.iter().for_each(|piece| count(&mut world.door.sent[channel], piece));
             let behind = world.pipes[Side::Source as usize].sent;
             let item = Item::Batch(Batch { order, behind, ticket, batch: Some(batch), pieces, bytes: None });
             world.door.channels[channel].push_back(item);
@@ -499,6 +534,10 @@ impl SourceLink for SmallBatches {
 
     fn sink(&mut self) -> &mut dyn ByteSink {
         self.link.sink()
+    }
+
+    fn sent_pages(&self) -> Vec<PageCounts> {
+        self.link.sent_pages()
     }
 
     fn open_round(&mut self, kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {

@@ -208,6 +208,8 @@ pub(super) struct Plan {
     pub(super) fault: Option<Fault>,
     /// A second fault, on the wire, where the first may be of any kind: which direction, at which byte, what.
     pub(super) also: Option<(Side, u64, Wire)>,
+    /// A page channel loses a page of its batch of this number, towards a ramwire.
+    pub(super) drops: Option<u64>,
     /// Where the source's guest is to resume, it can't.
     pub(super) stands_still: bool,
     /// A balloon tells of free pages at one of so many chances; 0: there is none.
@@ -264,6 +266,7 @@ impl Plan {
             panics: Rng::new(seed ^ 0xdead).one_in(2),
             started: Rng::new(seed ^ 0xbeef).pick(&[Started::Not, Started::Runs, Started::RunsOn]),
             seed,
+            drops: draw_drop(seed, door, peer),
             zero_every: rng.pick(&[2, 5, 1000]),
             working_set,
             write_every: rng.pick(&[1, 2, 8]),
@@ -368,6 +371,14 @@ fn draw_references(seed: u64, door: DoorKind) -> DoorKind {
 /// Half of the destinations have memory that was used before; drawn apart as well.
 fn draw_used(seed: u64) -> u64 {
     Rng::new(seed ^ 0x01d_0000).pick(&[0, 0, 1, 3])
+}
+
+/// Drawn apart, as references are. Towards a QEMU nothing counts pages.
+fn draw_drop(seed: u64, door: DoorKind, peer: PeerKind) -> Option<u64> {
+    let mut rng = Rng::new(seed ^ 0xd509_9ed0);
+    let batch = 1 + rng.below_one_of(&[4, 40]);
+    let counted = matches!(door, DoorKind::Late(door) if door.barrier.is_some()) && peer != PeerKind::Qemu;
+    (counted && rng.one_in(8)).then_some(batch)
 }
 
 fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::channel::SimSource;
 use super::door::PATIENCE;
 use crate::guest::Placer;
+use crate::observe::PageCounts;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::sys::{Stop, StopReason};
 use crate::transport::{ChannelError, MoveError, PageChannels};
@@ -44,6 +45,14 @@ impl PageChannels for SimSource {
     /// The simulation counts pages.
     fn bytes(&self) -> u64 {
         0
+    }
+
+    fn count(&self) -> u8 {
+        self.sim.world().door.placed.len() as u8
+    }
+
+    fn placed(&self) -> Vec<PageCounts> {
+        self.sim.world().door.placed.clone()
     }
 
     fn end(&mut self) {

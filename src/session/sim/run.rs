@@ -171,8 +171,14 @@ impl Run {
         if there && let Some(page) = world.guest.differs(Side::Target, Side::Target) {
             must(false, &format!("after the start: {page}"));
         }
-        let only = world.plan.fault.filter(|_| world.plan.also.is_none());
+        let marked = |mark| world.marks.contains(&mark);
+        must(
+            outcome != Outcome::Completed || !marked(Mark::Dropped),
+            "a page was lost on its way and the migration is called complete",
+        );
+        let only = world.plan.fault.filter(|_| world.plan.also.is_none() && !marked(Mark::Dropped));
         let faultless = match world.plan.fault {
+            _ if marked(Mark::Dropped) => false,
             None => true,
             Some(Fault::Log { .. } | Fault::Door { .. }) => world.marks.is_empty(),
             _ => false,
@@ -271,6 +277,7 @@ pub(super) fn run_seed(seed: u64, breakage: Breakage) -> Result<Run, Vec<String>
         door: DoorKind::Inline { batch_pages: 64 },
         fault: None,
         also: None,
+        drops: None,
         ..Plan::of(seed)
     };
     let nothing = Plan { blocks: Vec::new(), unplugged: Default::default(), ..plan.clone() };

@@ -38,6 +38,7 @@ pub(super) enum Mark {
     Flipped,
     CallFailed,
     Panicked,
+    Dropped,
     Rude,
     Registered,
     GivenBack,

@@ -53,6 +53,7 @@ impl SourceSession {
         Writer::new(&mut head).be64(state.len() as u64);
         let mut end = Vec::new();
         self.settings.framing.encode_footer(id, &mut end);
+        self.encode_counts(&mut end);
         Command::Native(Order::StateSent).encode(&mut end);
         let parts = [SendPart::Own(&head), SendPart::Own(state), SendPart::Own(&end)];
         Ok(self.link.sink().send(&parts, &self.stop)?)

@@ -1,5 +1,6 @@
 //! The source's session: does what the engine decides, on one thread.
 
+mod counts;
 mod handover;
 mod metrics;
 mod page_loop;
@@ -19,7 +20,7 @@ use crate::engine::{
     Throttling,
 };
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
-use crate::observe::{EventKind, SharedStatistics, Statistics, Status};
+use crate::observe::{EventKind, PageCounts, SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
 use crate::stream::qemu::section;
@@ -165,6 +166,8 @@ pub struct SourceSession {
     declined: Vec<PageBatch>,
     /// Some pages went in the stream although the door is another.
     sent_past_the_door: bool,
+    /// How many.
+    past_the_door: PageCounts,
     figures: Figures,
     handover: Handover,
     section_id: u32,
@@ -223,6 +226,7 @@ impl SourceSession {
             returned: Vec::new(),
             declined: Vec::new(),
             sent_past_the_door: false,
+            past_the_door: PageCounts::default(),
             handover,
             section_id: setup::RAM_SECTION_ID,
             state: Vec::new(),

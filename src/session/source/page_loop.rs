@@ -173,6 +173,9 @@ impl SourceSession {
             self.figures.counted(batch);
             self.spare.extend(self.declined.pop());
         }
+        let counts = pages.counts();
+        self.past_the_door.normal += counts.normal;
+        self.past_the_door.zero += counts.zero;
         Ok(())
     }
 

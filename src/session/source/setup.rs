@@ -6,7 +6,7 @@
 
 use crate::engine::{Handover, Input};
 use crate::ram::{BlockFlags, RamBlock, RamBlockTable, RoundKind};
-use crate::stream::native::{GREETING, Hello, Order, version_of_pong};
+use crate::stream::native::{GREETING, Hello, MIN_VERSION, Order, channels_ping, version_of_pong};
 use crate::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::file::Configuration;
@@ -46,6 +46,7 @@ impl SourceSession {
             Command::OpenReturnPath.encode(&mut head);
             if greet {
                 Command::Ping(GREETING).encode(&mut head);
+                Command::Ping(channels_ping(self.link.page_channels())).encode(&mut head);
             }
             Command::Ping(ORDINARY_PING).encode(&mut head);
         }
@@ -125,6 +126,10 @@ impl SourceSession {
         loop {
             match self.next_word(stop)? {
                 Word::Pong(ORDINARY_PING) => return Ok(Peer::Qemu),
+                Word::Pong(value) if version_of_pong(value).is_some_and(|version| version < MIN_VERSION) => {
+                    let why = "it is a ramwire of an older version, which does not say what it has placed";
+                    return Err(Error::PeerFailed { why: why.into() });
+                }
                 Word::Pong(value) if version_of_pong(value).is_some() => return Ok(Peer::Ramwire),
                 word => refuse_verdict(word)?,
             }

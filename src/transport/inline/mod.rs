@@ -9,7 +9,7 @@ mod delta;
 use std::sync::Arc;
 
 use crate::guest::GuestMemory;
-use crate::observe::DeltaCounts;
+use crate::observe::{DeltaCounts, PageCounts};
 use crate::ram::{MoverAbilities, PageBatch, Piece, RoundKind, Verdict};
 use crate::stream::qemu::ram::{PageAt, Record, continued_page, continued_zero};
 use crate::sys::{HostSpan, MAX_PARTS, SendPart, Stop};
@@ -37,13 +37,26 @@ pub struct InlinePages {
     deltas: Option<DeltaCache>,
     /// Number of each block's first page over all blocks.
     numbers: Vec<u64>,
+    /// Records written.
+    counts: PageCounts,
 }
 
 impl InlinePages {
     /// Pages of `guest`; the first record names its block.
     pub fn new(guest: Arc<dyn GuestMemory>) -> Self {
-        let numbers = Vec::new();
-        Self { guest, current: None, headers: Vec::with_capacity(PAGES_PER_SEND * 16), deltas: None, numbers }
+        Self {
+            guest,
+            current: None,
+            headers: Vec::with_capacity(PAGES_PER_SEND * 16),
+            deltas: None,
+            numbers: Vec::new(),
+            counts: PageCounts::default(),
+        }
+    }
+
+    /// Pages written so far, by what they travelled as. A page that is what the destination has did not travel.
+    pub fn counts(&self) -> PageCounts {
+        self.counts
     }
 
     /// Sends the pages of `batch` into `sink`, inside a ram section.
@@ -135,6 +148,11 @@ impl InlinePages {
     }
 
     fn write_head(&mut self, (block, _, offset): At, kind: Kind) {
+        *match kind {
+            Kind::Page => &mut self.counts.normal,
+            Kind::Zero => &mut self.counts.zero,
+            Kind::Delta(_) => &mut self.counts.delta,
+        } += 1;
         if self.current == Some(block) {
             match kind {
                 Kind::Page => return self.headers.extend_from_slice(&continued_page(offset)),
@@ -250,6 +268,10 @@ impl SourceLink for InlineLink {
 
     fn sink(&mut self) -> &mut dyn ByteSink {
         &mut *self.sink
+    }
+
+    fn sent_pages(&self) -> Vec<PageCounts> {
+        vec![self.pages.counts()]
     }
 
     fn deltas(&self) -> DeltaCounts {

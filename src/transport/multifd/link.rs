@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, unbounded};
 
+use super::counter::PageCounter;
 use super::numa::Placement;
 use super::page_channel::{PageChannel, Tally};
 use super::sender::{Done, PageSender, Work};
 use super::{ChannelOptions, carriers_of};
 use crate::guest::GuestMemory;
-use crate::observe::{SpliceCounts, ZeroCopyCounts};
+use crate::observe::{PageCounts, SpliceCounts, ZeroCopyCounts};
 use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
 use crate::stream::qemu::ram::Record;
 use crate::stream::qemu::style::{BarrierStyle, PeerStyle, ZeroPageStyle};
@@ -48,6 +49,8 @@ pub struct MultifdLink {
     style: PeerStyle,
     style_is_known: bool,
     bytes: Arc<AtomicU64>,
+    /// Pages of each channel so far.
+    counters: Vec<Arc<PageCounter>>,
     tally: Tally,
     finished: Vec<Returned>,
     unsent: Vec<PageBatch>,
@@ -83,6 +86,7 @@ pub(in crate::transport) fn connect(
         style: PeerStyle::QEMU_7_2,
         style_is_known: false,
         bytes: Arc::default(),
+        counters: channels.iter().map(|_| Arc::default()).collect(),
         tally: Tally::of(options.sending),
         finished: Vec::new(),
         unsent: Vec::new(),
@@ -94,7 +98,7 @@ pub(in crate::transport) fn connect(
         tickets: 0,
     };
     let packets = Arc::new(AtomicU64::new(0));
-    for (id, channel) in (0..).zip(channels) {
+    for (id, (channel, counter)) in (0..).zip(channels.into_iter().zip(link.counters.clone())) {
         let (queue, work) = bounded(QUEUED);
         let peer = channel.peer().to_owned();
         let sender = PageSender {
@@ -106,6 +110,7 @@ pub(in crate::transport) fn connect(
             uuid: options.uuid,
             packets: Arc::clone(&packets),
             bytes: Arc::clone(&link.bytes),
+            counter,
             work: work.clone(),
             done: give.clone(),
             stop: Stop::on(&link.cancel),
@@ -258,6 +263,15 @@ impl SourceLink for MultifdLink {
 
     fn under_way(&mut self) -> u64 {
         self.main.under_way() + self.waiting.iter().map(Queue::bytes).sum::<u64>()
+    }
+
+    fn page_channels(&self) -> u8 {
+        self.counters.len() as u8
+    }
+
+    fn sent_pages(&self) -> Vec<PageCounts> {
+        let channels = self.counters.iter().map(|counter| counter.counts());
+        std::iter::once(self.records.counts()).chain(channels).collect()
     }
 
     fn zero_copy(&self) -> Option<ZeroCopyCounts> {

@@ -9,6 +9,7 @@
 //! destination's threads stop at their SYNC until main has reached the barrier and all of them theirs, so that nothing
 //! of the next round is placed before everything of this one. Between two barriers a page travels once.
 
+mod counter;
 mod gather;
 mod link;
 mod numa;

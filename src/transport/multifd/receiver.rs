@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam::channel::{Receiver, Sender};
 
+use super::counter::PageCounter;
 use super::link::gone;
 use crate::guest::{PageWriter, Placer};
 use crate::ram::Landing;
@@ -58,6 +59,8 @@ pub(super) struct Common {
     pub(super) uuid: Mutex<Option<[u8; 16]>>,
     /// Bytes of all channels.
     pub(super) bytes: Arc<AtomicU64>,
+    /// Pages of each channel, by its id.
+    pub(super) counters: Vec<PageCounter>,
 }
 
 /// One channel and what its thread needs.
@@ -192,6 +195,10 @@ impl PageReceiver {
         runs.into_iter().for_each(|run| placer.commit(run));
         let page = placer.page_bytes();
         plan.zero.iter().try_for_each(|offset| placer.zero(placer.admit(block, *offset, page)?))?;
+        // The parser has refused an id that is none of ours.
+        if let Some(counter) = self.machine.id().and_then(|id| common.counters.get(usize::from(id))) {
+            counter.add(plan.normal.len() as u64, plan.zero.len() as u64);
+        }
         Ok(())
     }
 

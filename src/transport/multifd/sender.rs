@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 
+use super::counter::PageCounter;
 use super::link::gone;
 use super::page_channel::PageChannel;
 use crate::guest::{GuestError, GuestMemory};
@@ -64,6 +65,8 @@ pub(super) struct PageSender {
     pub(super) packets: Arc<AtomicU64>,
     /// Bytes of all channels so far.
     pub(super) bytes: Arc<AtomicU64>,
+    /// Pages of this one so far.
+    pub(super) counter: Arc<PageCounter>,
     pub(super) work: Receiver<Work>,
     pub(super) done: Sender<Done>,
     pub(super) stop: Stop,
@@ -225,6 +228,7 @@ impl PageSender {
             self.send(&parts[..used])?;
             0
         };
+        self.counter.add(packet.normal.len() as u64, packet.zero.len() as u64);
         packet.clear();
         Ok(mark)
     }

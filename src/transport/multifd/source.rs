@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
 use super::ChannelOptions;
+use super::counter::PageCounter;
 use super::numa::Placement;
 use super::receiver::{Common, PageReceiver, Told};
 use crate::guest::{PageWriter, Placer};
+use crate::observe::PageCounts;
 use crate::stream::qemu::channel::Channel;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packed::PacketInflater;
@@ -39,6 +41,7 @@ pub struct MultifdSource {
 }
 
 struct Running {
+    common: Arc<Common>,
     told: Receiver<Told>,
     releases: Vec<Sender<()>>,
     threads: Vec<JoinHandle<()>>,
@@ -184,9 +187,11 @@ impl PageChannels for MultifdSource {
             ids: Mutex::default(),
             uuid: Mutex::default(),
             bytes: Arc::clone(&self.bytes),
+            counters: (0..count).map(|_| PageCounter::default()).collect(),
         };
         let common = Arc::new(common);
         let mut running = Running {
+            common: Arc::clone(&common),
             told,
             releases: Vec::new(),
             threads: Vec::new(),
@@ -261,6 +266,15 @@ impl PageChannels for MultifdSource {
 
     fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn count(&self) -> u8 {
+        self.options.count
+    }
+
+    fn placed(&self) -> Vec<PageCounts> {
+        let counters = self.running.as_ref().map(|running| &running.common.counters);
+        counters.into_iter().flatten().map(PageCounter::counts).collect()
     }
 
     fn end(&mut self) {

@@ -11,6 +11,7 @@ use rdma_hooks::{
 
 use super::{End, MAX_DATA_QUEUES, WINDOW, misused};
 use crate::guest::{GuestError, GuestMemory};
+use crate::observe::PageCounts;
 use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
 use crate::sys::{RecvPart, SendPart, Stop, random_id};
 use crate::transport::RdmaOptions;
@@ -286,6 +287,12 @@ impl SourceLink for RdmaLink {
 
     fn sink(&mut self) -> &mut dyn ByteSink {
         &mut self.wire
+    }
+
+    /// Zero pages, which are told by messages. A whole page is written by the NIC, whose completion tells that it is placed.
+    fn sent_pages(&self) -> Vec<PageCounts> {
+        let zero_bytes = self.wire.hooks.as_ref().map_or(0, |hooks| hooks.counters().zero_bytes);
+        vec![PageCounts { zero: zero_bytes / self.page_bytes, ..PageCounts::default() }]
     }
 
     fn take_latencies(&mut self, out: &mut Vec<Duration>) {

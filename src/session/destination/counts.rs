@@ -1,0 +1,62 @@
+//! What the source has told of itself and what it has sent: page channels are compared before the first page, pages
+//! before READY.
+
+use crate::engine::{agree_on_channels, compare_counts};
+use crate::observe::PageCounts;
+use crate::session::{Breakage, Error};
+use crate::stream::native::channels_of_ping;
+use crate::stream::page_counts;
+
+use super::DestinationSession;
+use super::receive::out_of_turn;
+
+/// What a ramwire source has told of itself and of the pages it sent.
+#[derive(Debug, Default)]
+pub(super) struct SourceTold {
+    /// It sent the greeting, so that it understands REFUSED.
+    pub(super) greeted: bool,
+    /// Its page channels.
+    channels: u8,
+    /// Pages it has sent.
+    sent: Option<Vec<PageCounts>>,
+}
+
+impl SourceTold {
+    /// A PING may carry the number of page channels.
+    pub(super) fn ping(&mut self, value: u32) {
+        self.channels = channels_of_ping(value).unwrap_or(self.channels);
+    }
+}
+
+impl DestinationSession {
+    /// A connection that nobody reads loses its pages, and one that does not exist is waited for in vain.
+    pub(super) fn agree_on_channels(&mut self) -> Result<(), Error> {
+        let ours = self.source.channels().map_or(0, |channels| channels.count());
+        Ok(agree_on_channels(self.told.channels, ours)?)
+    }
+
+    /// SENT: kept until everything has come.
+    pub(super) fn source_sent(&mut self, counts: &[u8]) -> Result<(), Error> {
+        if !self.ram_ended || !self.engine.is_native() {
+            return Err(out_of_turn("SENT", "waiting for the last page of a ramwire"));
+        }
+        self.told.sent = Some(page_counts::decode(counts));
+        Ok(())
+    }
+
+    /// Everything has come: is it what was sent?
+    pub(super) fn compare_counts(&mut self) -> Result<(), Error> {
+        let Some(sent) = self.told.sent.take() else {
+            return Err(out_of_turn("STATE_SENT", "waiting for the counts of what was sent"));
+        };
+        if self.breakage.is(Breakage::SkipCounting) {
+            return Ok(());
+        }
+        let page_bytes = self.placing()?.placer().page_bytes();
+        let mut stream = self.placing()?.in_stream();
+        stream.zero += self.zero_in_rounds / page_bytes;
+        let mut placed = vec![stream];
+        placed.extend(self.source.channels().into_iter().flat_map(|channels| channels.placed()));
+        Ok(compare_counts(&sent, &placed)?)
+    }
+}

@@ -1,0 +1,20 @@
+//! SENT: what has left, for the destination to compare.
+
+use crate::stream::native::Order;
+use crate::stream::page_counts;
+use crate::stream::qemu::command::Command;
+
+use super::SourceSession;
+
+impl SourceSession {
+    /// SENT: every page that has left, by the way it went.
+    pub(super) fn encode_counts(&self, out: &mut Vec<u8>) {
+        let mut counts = self.link.sent_pages();
+        if let Some(stream) = counts.first_mut() {
+            // As deltas none of these travels.
+            stream.normal += self.past_the_door.normal;
+            stream.zero += self.past_the_door.zero;
+        }
+        Command::Native(Order::Sent { counts: &page_counts::encode(&counts) }).encode(out);
+    }
+}

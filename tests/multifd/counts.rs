@@ -1,0 +1,242 @@
+//! Ends with different numbers of page channels, and pages that get lost on their way: never a success, and both ends
+//! name the reason. The listener stays open throughout, as a VMM's does.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ramwire::engine::{Ending, Outcome, Reason};
+use ramwire::guest::{GuestControl, MappedGuest};
+use ramwire::ram::{BlockName, RamBlock};
+use ramwire::session::{
+    DestinationReport, DestinationSession, DestinationSettings, SourceGuest, SourceReport, SourceSession,
+    SourceSettings,
+};
+use ramwire::stream::qemu::file::Configuration;
+use ramwire::sys::{CancelToken, Mapping, Stop};
+use ramwire::transport::{
+    Address, AllowList, ChannelOptions, DoorOptions, Listener, StreamOptions, open_source,
+};
+use ramwire::units::PageSize;
+
+/// 4 MiB, a batch for each of two channels: it fits into the buffers of a socket that nobody reads.
+const PAGES: u64 = 1024;
+
+/// A guest that only knows whether it runs.
+#[derive(Clone, Default)]
+struct Machine(Arc<Mutex<bool>>);
+
+impl Machine {
+    fn runs(&self) -> bool {
+        *self.0.lock().unwrap()
+    }
+}
+
+impl GuestControl for Machine {
+    fn pause(&mut self) -> io::Result<()> {
+        *self.0.lock().unwrap() = false;
+        Ok(())
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        *self.0.lock().unwrap() = true;
+        Ok(())
+    }
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(b"devices")
+    }
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        from.read_to_end(&mut Vec::new()).map(drop)
+    }
+}
+
+fn guest(mapping: &Mapping) -> Arc<MappedGuest> {
+    let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
+    Arc::new(MappedGuest::builder(PageSize::SIZE_4K).mapping(block, mapping).build().unwrap())
+}
+
+/// No page is zero, and no two are equal.
+fn filled() -> Mapping {
+    let from = Mapping::anonymous(PAGES * 4096).unwrap();
+    let bytes: Vec<u8> = (0..PAGES * 512).flat_map(|word| (word + 1).to_le_bytes()).collect();
+    from.region().span(0, PAGES * 4096).unwrap().copy_from(&bytes);
+    from
+}
+
+fn bytes(mapping: &Mapping) -> Vec<u8> {
+    let mut bytes = vec![0; (PAGES * 4096) as usize];
+    mapping.region().span(0, PAGES * 4096).unwrap().copy_to(&mut bytes);
+    bytes
+}
+
+fn options(channels: u8) -> DoorOptions {
+    let channels = ChannelOptions { count: channels, carriers: Some(255), ..ChannelOptions::default() };
+    // A destination waits so long for connections that do not come.
+    let stream = StreamOptions { dead_peer: Duration::from_secs(60), ..StreamOptions::default() };
+    DoorOptions { stream, channels, ..DoorOptions::default() }
+}
+
+fn stop() -> Stop {
+    Stop::on(&CancelToken::default()).within(Duration::from_secs(120))
+}
+
+fn bind() -> Listener {
+    Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop()).unwrap()
+}
+
+/// How both ends ended: the destination may have failed before there was a session.
+struct Ended {
+    source: SourceReport,
+    destination: Result<DestinationReport, String>,
+    same: bool,
+}
+
+impl Ended {
+    fn source_error(&self) -> String {
+        self.source.error.as_ref().map(ToString::to_string).unwrap_or_default()
+    }
+
+    fn destination_error(&self) -> String {
+        match &self.destination {
+            Ok(report) => report.error.as_ref().map(ToString::to_string).unwrap_or_default(),
+            Err(error) => error.clone(),
+        }
+    }
+
+    /// The guest runs on at the source, and only there.
+    fn assert_it_stayed(&self) {
+        let (source, destination) = (self.source_error(), self.destination_error());
+        let lost = !self.same;
+        assert_eq!(
+            self.source.outcome,
+            Outcome::StaysHere(Reason::Failed),
+            "{source}; {destination}; lost {lost}"
+        );
+        assert!(self.source.guest_is_safe_here(), "{source}");
+        if let Ok(report) = &self.destination {
+            assert_eq!(report.ending, Ending::Discarded, "{destination}");
+        }
+    }
+}
+
+/// Migrates by `sends` channels to `address` into a destination behind `listener` that has `receives`.
+fn migrate_to(
+    listener: &mut Listener,
+    address: &Address,
+    (sends, receives): (u8, u8),
+    set: impl FnOnce(&mut SourceSettings),
+) -> Ended {
+    let (from, to) = (filled(), Mapping::anonymous(PAGES * 4096).unwrap());
+    let (near_machine, far_machine) = (Machine::default(), Machine::default());
+    *near_machine.0.lock().unwrap() = true;
+    let connection = open_source(address, guest(&from), &options(sends), &stop()).unwrap().into();
+    let control = Box::new(near_machine.clone());
+    let source = SourceGuest { memory: guest(&from), dirty: Vec::new(), control };
+    let mut settings =
+        SourceSettings::new(Configuration { machine: "none".into(), ..Configuration::default() });
+    settings.guest_stands_still = true;
+    set(&mut settings);
+    let source = SourceSession::new(source, connection, settings);
+    let source = std::thread::spawn(move || source.run());
+    let destination = listener.accept_door(&options(receives), &stop()).map_err(|error| error.to_string());
+    let destination = destination.map(|door| {
+        let control = Box::new(far_machine.clone());
+        let settings = DestinationSettings::default();
+        DestinationSession::new(door.source, door.back, Box::new(guest(&to)), control, settings).run()
+    });
+    let ended = Ended { source: source.join().unwrap(), destination, same: bytes(&from) == bytes(&to) };
+    assert!(!(near_machine.runs() && far_machine.runs()), "the guest runs twice");
+    ended
+}
+
+fn migrate(sends: u8, receives: u8) -> Ended {
+    let mut listener = bind();
+    let address = listener.address().clone();
+    migrate_to(&mut listener, &address, (sends, receives), |_| {})
+}
+
+fn assert_both_name(sends: u8, receives: u8, what: &str) {
+    let ended = migrate(sends, receives);
+    ended.assert_it_stayed();
+    for said in [ended.source_error(), ended.destination_error()] {
+        assert!(said.contains(what), "{sends} to {receives}: {said}");
+    }
+}
+
+#[test]
+fn a_source_with_more_channels_than_its_destination_is_refused_by_name() {
+    assert_both_name(2, 1, "the source has 2 page channels and the destination 1;");
+    assert_both_name(3, 2, "the source has 3 page channels and the destination 2;");
+    assert_both_name(4, 1, "the source has 4 page channels and the destination 1;");
+    assert_both_name(2, 0, "the source has 2 page channels and the destination 0;");
+}
+
+/// Bytes of a channel's first packet, and of the header of each further one.
+const INIT: usize = 64;
+const HEADER: usize = 320 + 128 * 8;
+
+/// Hands the bytes of one channel on, without its first packet of pages.
+fn lose_a_packet(mut from: TcpStream, mut to: TcpStream, mut loses: bool) -> io::Result<()> {
+    let mut init = [0; INIT];
+    from.read_exact(&mut init)?;
+    to.write_all(&init)?;
+    loop {
+        let mut packet = vec![0; HEADER];
+        from.read_exact(&mut packet)?;
+        let pages = u32::from_be_bytes(packet[16..20].try_into().unwrap()) as usize;
+        packet.resize(HEADER + pages * 4096, 0);
+        from.read_exact(&mut packet[HEADER..])?;
+        if !(pages > 0 && std::mem::take(&mut loses)) {
+            to.write_all(&packet)?;
+        }
+    }
+}
+
+/// Stands between a source and the destination at `to`; the first page channel that brings a packet of pages loses it.
+fn lossy_proxy(to: std::net::SocketAddr, channels: usize, loses: bool) -> Address {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let main = listener.accept().unwrap().0;
+        let far = TcpStream::connect(to).unwrap();
+        for (mut from, mut to) in
+            [(main.try_clone().unwrap(), far.try_clone().unwrap()), (far.try_clone().unwrap(), main)]
+        {
+            std::thread::spawn(move || {
+                let _ = io::copy(&mut from, &mut to);
+                let _ = to.shutdown(std::net::Shutdown::Write);
+            });
+        }
+        for at in 0..channels {
+            let (from, far) = (listener.accept().unwrap().0, TcpStream::connect(to).unwrap());
+            std::thread::spawn(move || lose_a_packet(from, far, loses && at == 0));
+        }
+    });
+    Address::Tcp { host: "127.0.0.1".into(), port }
+}
+
+fn migrate_through_proxy(loses: bool) -> Ended {
+    let mut listener = bind();
+    let Address::Tcp { port, .. } = *listener.address() else { panic!("a TCP address") };
+    let proxy = lossy_proxy(([127, 0, 0, 1], port).into(), 2, loses);
+    migrate_to(&mut listener, &proxy, (2, 2), |_| {})
+}
+
+/// Without a digest, and though every connection is read to its end.
+#[test]
+fn a_page_that_gets_lost_is_found_before_ready() {
+    let ended = migrate_through_proxy(true);
+    ended.assert_it_stayed();
+    for said in [ended.source_error(), ended.destination_error()] {
+        assert!(said.contains("page channel") && said.contains(" lost pages: the source sent "), "{said}");
+    }
+    let ended = migrate_through_proxy(false);
+    assert_eq!(
+        ended.source.outcome,
+        Outcome::Completed,
+        "{}; {}",
+        ended.source_error(),
+        ended.destination_error()
+    );
+    assert!(ended.same);
+}
