@@ -96,6 +96,10 @@ fn in_rxe_guest_auto_takes_rdma_where_it_works_and_says_exactly_what_stands_in_i
         let parts =
             [&uri, "no RDMA device of this host has, or reaches, that address", "loopback", "`rdma link`"];
         assert!(status != 0 && parts.iter().all(|part| text.contains(part)), "{status}: {text}");
+        // Nobody could reach a receiver there either, although the kernel would let it listen.
+        let mut receiver = Ramwire::start(dir.path(), &["receive", &uri, "--dir"], dir.path().join("none"));
+        let (status, text) = receiver.ended(Deadline::seconds(10));
+        assert!(status != 0 && parts.iter().all(|part| text.contains(part)), "{status}: {text}");
     }
 
     let report = demo("", &["--transport", "auto"]);

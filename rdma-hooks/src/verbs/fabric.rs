@@ -14,7 +14,7 @@ use super::domain::Domain;
 use super::endpoint::VerbsEndpoint;
 use super::{MemoryLock, device, memory_lock};
 use crate::fabric::{ConnectParams, Endpoint, Fabric, FabricError, Incoming, Listener};
-use crate::stop::Stop;
+use crate::stop::{Cancel, Stop};
 
 /// Times the transport repeats what the peer does not acknowledge.
 const RETRY_COUNT: u8 = 7;
@@ -22,6 +22,8 @@ const RETRY_COUNT: u8 = 7;
 const RNR_RETRY_COUNT: u8 = 7;
 /// RDMA READs of the peer at a time, as QEMU offers and asks for.
 const READS: u8 = 2;
+/// How long the kernel may take to find the device of an own address.
+const LOOPBACK_RESOLVES: Duration = Duration::from_secs(5);
 /// Looked at the completion queues for this long before going to sleep; waking up takes longer.
 const SPIN: Duration = Duration::from_micros(20);
 
@@ -85,7 +87,7 @@ impl Fabric for VerbsFabric {
         let mut last = None;
         for address in resolve_name(host, port, &Stop::default())? {
             let id = Id::new()?;
-            match id.bind_and_listen(address) {
+            match self_reachable(address).and_then(|()| id.bind_and_listen(address)) {
                 Ok(port) => {
                     return Ok(Box::new(VerbsListener { id, port, domains: Arc::clone(&self.domains) }));
                 }
@@ -118,6 +120,17 @@ impl VerbsFabric {
         endpoint.private_data = established.private_data;
         Ok(endpoint)
     }
+}
+
+/// The kernel lets a loopback address be listened at although no device has it: nobody could ever connect. There are devices
+/// that do (siw on the loopback interface), so the way there is asked for.
+fn self_reachable(address: SocketAddr) -> Result<(), FabricError> {
+    if !address.ip().to_canonical().is_loopback() {
+        return Ok(());
+    }
+    let stop = Stop::new(Some(Instant::now() + LOOPBACK_RESOLVES), Cancel::default());
+    let somewhere = SocketAddr::new(address.ip(), address.port().max(1));
+    Id::new()?.resolve(somewhere, &stop)
 }
 
 pub(super) fn conn_param(
