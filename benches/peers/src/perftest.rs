@@ -13,6 +13,8 @@ use crate::{BenchError, migrate::Run};
 const WRITE_BYTES: u64 = 1 << 20;
 /// The unit of its figures, which it calls MB.
 const MIB: f64 = (1u64 << 20) as f64;
+/// Runs until a figure must have been told.
+const ATTEMPTS: u32 = 3;
 /// How long the client tries to find the server listening.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -58,11 +60,8 @@ impl Device {
     pub fn bandwidth(&self, bytes: u64) -> Result<Run, BenchError> {
         let count = bytes.div_ceil(WRITE_BYTES).max(5);
         let arguments = [format!("--size={WRITE_BYTES}"), format!("--iters={count}")];
-        let columns = self.run("ib_write_bw", &arguments)?;
         // #bytes, #iterations, peak, average, message rate.
-        let average = columns.get(3).copied().filter(|rate| *rate > 0.0);
-        let rate = average
-            .ok_or_else(|| failed("ib_write_bw", "reading its figures")(io::ErrorKind::InvalidData.into()))?;
+        let rate = self.measured("ib_write_bw", &arguments, |columns| columns.get(3).copied())?;
         let seconds = bytes as f64 / (rate * MIB);
         Ok(Run { seconds, ..Run::default() })
     }
@@ -74,14 +73,37 @@ impl Device {
     /// [`BenchError`].
     pub fn latency(&self, size: usize, count: u64) -> Result<(f64, f64), BenchError> {
         let arguments = [format!("--size={size}"), format!("--iters={}", count.clamp(100, 1_000_000))];
-        let columns = self.run("ib_write_lat", &arguments)?;
         // #bytes, #iterations, min, max, typical, average, deviation, 99 %, 99.9 %.
-        let both = columns.get(4).copied().zip(columns.get(7).copied());
-        both.ok_or_else(|| failed("ib_write_lat", "reading its figures")(io::ErrorKind::InvalidData.into()))
+        let mut p99 = 0.0;
+        let median = self.measured("ib_write_lat", &arguments, |columns| {
+            p99 = columns.get(7).copied()?;
+            columns.get(4).copied()
+        })?;
+        Ok((median, p99))
     }
 
-    /// Runs a test's server and its client; the numbers of the line under its head.
-    fn run(&self, program: &str, arguments: &[String]) -> Result<Vec<f64>, BenchError> {
+    /// Runs a test until it tells a figure. It counts processor cycles and divides by a frequency that it reads or measures;
+    /// on a busy emulated machine that now and then makes a figure of 0, `inf` or `nan`.
+    fn measured(
+        &self,
+        program: &str,
+        arguments: &[String],
+        mut figure: impl FnMut(&[f64]) -> Option<f64>,
+    ) -> Result<f64, BenchError> {
+        let mut said = String::new();
+        for _ in 0..ATTEMPTS {
+            said = self.run(program, arguments)?;
+            let found = figures(&said).and_then(|columns| figure(&columns));
+            if let Some(found) = found.filter(|found| found.is_finite() && *found > 0.0) {
+                return Ok(found);
+            }
+        }
+        let answer = format!("{ATTEMPTS} runs told no usable figure, the last one said:\n{said}");
+        Err(BenchError::Refused { who: program.to_owned(), what: "to measure".into(), answer })
+    }
+
+    /// Runs a test's server and its client: what the client said.
+    fn run(&self, program: &str, arguments: &[String]) -> Result<String, BenchError> {
         let port = crate::qemu::free_port().map_err(failed(program, "choosing a port"))?;
         let command = || {
             let mut command = Command::new(program);
@@ -97,10 +119,7 @@ impl Device {
                 command().arg(&self.host).output().map_err(failed(program, "starting"))?;
             if status.success() {
                 server.0.wait().map_err(failed(program, "waiting"))?;
-                let text = String::from_utf8_lossy(&stdout);
-                return figures(&text).ok_or_else(|| {
-                    failed(program, "reading its figures")(io::Error::other(format!("it said {text}")))
-                });
+                return Ok(String::from_utf8_lossy(&stdout).into_owned());
             }
             if begun.elapsed() > PATIENCE || !matches!(server.0.try_wait(), Ok(None)) {
                 let answer =
