@@ -20,7 +20,7 @@ use crate::transport::{
 use crate::units::BlockIndex;
 
 #[cfg(feature = "rdma")]
-use super::obstacle::DECIDED_WITHIN;
+use super::obstacle::{DECIDED_WITHIN, Obstacle};
 #[cfg(feature = "rdma")]
 use crate::transport::rdma::{RdmaListener, connect_here, usable_address};
 
@@ -120,7 +120,10 @@ impl AutoListener {
         {
             if tcp.is_loopback() {
                 // Without a host that is this machine alone; on a device everybody who reaches it could connect.
-                let why_not = Some("the loopback has no RDMA device; name an address of one".into());
+                let no_device = Obstacle::NoDevice;
+                let why_not =
+                    format!("RDMA did not work: {no_device}: the loopback has none; name an address of one");
+                let why_not = Some(why_not);
                 return Ok(Self { tcp, rdma: None, why_not });
             }
             let port = tcp.port();
