@@ -11,6 +11,7 @@ mod pace;
 mod page_cost;
 mod progress;
 mod rate;
+mod relay;
 mod source;
 mod throttle;
 
@@ -21,5 +22,6 @@ pub use pace::{BandwidthLimit, Pace};
 pub use page_cost::PageCost;
 pub use progress::Progress;
 pub use rate::{RateWindow, Sent};
+pub use relay::{FarEnd, RelayAction, RelayEnding, RelayEngine, RelayEvent, RelayFlow, Traffic};
 pub use source::{Action, Input, OnTimeout, SourceConfig, SourceEngine, Switchover};
 pub use throttle::{Throttle, Throttling};
