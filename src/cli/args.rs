@@ -7,7 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use super::output::{self, note};
 use super::signals;
-use super::{bench, demo, devices, inspect, receive, relay, report, send};
+use super::{bench, demo, devices, guardian, inspect, receive, relay, report, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
@@ -105,6 +105,10 @@ impl From<Exit> for ExitCode {
 
 /// Parses the command line and does what it says.
 pub fn run() -> ExitCode {
+    // Before anything takes memory or starts a thread.
+    if std::env::args_os().nth(1).is_some_and(|first| first == guardian::ARGUMENT) {
+        return guardian::run();
+    }
     let cli = Cli::parse();
     match tracing_subscriber::EnvFilter::try_new(&cli.log) {
         Ok(filter) => {

@@ -7,6 +7,7 @@ mod common;
 mod converge;
 mod demo;
 mod devices;
+mod guardian;
 mod inspect;
 mod metrics;
 mod output;

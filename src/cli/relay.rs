@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use ramwire::engine::{BandwidthLimit, Ending, OnTimeout, Outcome};
+use ramwire::engine::{BandwidthLimit, Ending, OnTimeout, RelayEnding};
 use ramwire::guest::GuestMemory;
 use ramwire::observe::{RunDescription, SharedStatistics};
 use ramwire::session::{
-    DestinationSettings, Error, ErrorKind, Notice, Relay, RelayReport, SourceConnection, SourceSettings,
+    DestinationSettings, Error, ErrorKind, Notice, Relay, RelayControl, RelayReport, SourceConnection,
+    SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::stream::qemu::packed::Packing;
@@ -18,12 +19,15 @@ use ramwire::transport::{
     Address, AllowList, ChannelOptions, DeltaCacheSize, DoorOptions, Listener, RdmaOptions, Way, open_source,
 };
 use serde_json::json;
+use signal_hook::consts::SIGUSR1;
+use signal_hook::iterator::Signals;
 
 use super::args::Exit;
 use super::common::{
     PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, failed, seconds,
 };
 use super::converge::{tell_if_it_does_not, tell_remedies};
+use super::guardian::Guardian;
 use super::output::{note, result_line, result_text};
 use super::render;
 use super::signals::cancel_on_signal;
@@ -104,6 +108,9 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let statistics = SharedStatistics::default();
     signals.follow(statistics.clone());
+    let control = RelayControl::default();
+    let asked = control.clone();
+    signals.ask_by(move || asked.cancel());
     let stop = Stop::on(&cancel);
     let file = args.watch.create_log()?;
     let mut allow = AllowList::default();
@@ -123,6 +130,10 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let near = DoorOptions { channels: near, rdma: quiet, ..DoorOptions::of_stream(options) };
     let door = listener.accept_door(&near, &stop)?;
     drop(listener);
+    let guardian = Guardian::start().map_err(|error| NoGuardian { source: error })?;
+    let (pid, doubted) = (guardian.pid(), control.clone());
+    signals.in_doubt(move || doubted.is_in_doubt().then(|| left_in_doubt(pid)));
+    decide_on_signal(control.clone());
     if matches!(args.listen, Address::Auto { .. }) {
         note!("ramwire relay: source: {}: {}", door.way.transport, door.way.why);
     }
@@ -176,6 +187,8 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         outgoing,
         huge_pages: args.huge_pages,
         cancel,
+        control,
+        guard: Some(Box::new(guardian)),
         notice: Arc::new(tell_notice),
         statistics,
     };
@@ -197,6 +210,43 @@ impl Args {
     }
 }
 
+/// Without the process that holds the source's connection no guest is taken.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "no process can be started to hold the source's connection, should this one end while the guest is in doubt \
+     ({source}); raise the limit of processes, or let this program be executed from where it lies"
+)]
+struct NoGuardian {
+    source: std::io::Error,
+}
+
+/// What is said when this process ends while the guest is in doubt.
+fn left_in_doubt(guardian: u32) -> String {
+    format!(
+        "ramwire relay: in doubt, and this process ends: process {guardian} goes on holding the source's connection and \
+         waits for the far end's answer"
+    )
+}
+
+/// SIGUSR1 says that the guest does not run at the far end.
+fn decide_on_signal(control: RelayControl) {
+    let Ok(mut signals) = Signals::new([SIGUSR1]) else {
+        tracing::warn!("no signal handler for SIGUSR1: a guest in doubt is decided by ending its source");
+        return;
+    };
+    let decide = move || {
+        for _ in signals.forever() {
+            match control.far_end_is_dead() {
+                true => note!("ramwire relay: the source is told that the migration failed: it goes on"),
+                false => note!("ramwire relay: SIGUSR1 has no effect: no guest is in doubt"),
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("ramwire-decides".into()).spawn(decide) {
+        tracing::warn!(%error, "no thread for SIGUSR1");
+    }
+}
+
 fn tell_notice(notice: &Notice) {
     match notice {
         Notice::NoReturnPath => note!(
@@ -204,15 +254,19 @@ fn tell_notice(notice: &Notice) {
              end before you let go of the source, or set its return-path capability"
         ),
         Notice::InDoubt { why } => note!(
-            "ramwire relay: in doubt: the far end was given the guest and fell silent ({why}). The source waits. \
-             If the guest runs at the far end, end the source; if not, interrupt this relay: the source then \
-             goes on"
+            "ramwire relay: in doubt: the far end was given the guest and fell silent ({why}). The source waits, and \
+             this relay for the far end's answer. Look at the far end: if the guest runs there, end the source; if it \
+             does not and never will, `kill -USR1 {}`: the source then goes on",
+            std::process::id()
+        ),
+        Notice::NotGuarded => note!(
+            "ramwire relay: the source's connection is none that another process can hold: should this one be killed \
+             before the far end has answered, the source may let the guest run again"
         ),
     }
 }
 
 fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport) -> Exit {
-    let outcome = report.sent.as_ref().map(|sent| sent.outcome);
     let errors = [report.received.error.as_ref(), report.sent.as_ref().and_then(|sent| sent.error.as_ref())];
     for error in errors.into_iter().flatten() {
         complain("relay", error);
@@ -263,15 +317,15 @@ fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport) -> Exi
             );
         }
     }
-    let completed = report.received.ending == Ending::Running;
-    if !completed && outcome != Some(Outcome::Completed) {
+    if report.ending != RelayEnding::Running {
         keep_guest(args, report);
     }
-    match (completed, outcome) {
-        (true, _) => Exit::Done,
-        (false, Some(Outcome::InDoubt)) => Exit::InDoubt,
-        (false, Some(Outcome::Completed)) => Exit::InDoubt,
-        (false, _) => {
+    match report.ending {
+        RelayEnding::Running => Exit::Done,
+        // A ramwire that has given its guest away never lets it run again by itself.
+        RelayEnding::Failed if report.received.ending == Ending::Stranded => Exit::InDoubt,
+        RelayEnding::InDoubt => Exit::InDoubt,
+        RelayEnding::Failed => {
             let cancelled = |error: &Error| error.kind() == ErrorKind::Cancelled;
             let any = errors.into_iter().flatten().any(cancelled);
             if any { Exit::Cancelled } else { Exit::Failed }
@@ -283,7 +337,9 @@ fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport) -> Exi
 fn keep_guest(args: &Args, report: &RelayReport) {
     let Some(kept) = &report.kept else { return };
     let Some(state) = &kept.state else { return };
+    // A source that was told of the failure lets the guest run again.
     let told = kept.incoming.has_return_path && report.received.ending != Ending::Stranded;
+    let may_run = told || report.ending == RelayEnding::InDoubt;
     let Some(dir) = &args.keep else {
         if !told {
             note!(
@@ -292,7 +348,17 @@ fn keep_guest(args: &Args, report: &RelayReport) {
         }
         return;
     };
-    match keep(dir, &kept.incoming, &*kept.memory, state) {
+    match keep(dir, &kept.incoming, &*kept.memory, state, may_run) {
+        Ok(()) if report.ending == RelayEnding::InDoubt => note!(
+            "ramwire relay: the guest is in {0}, in doubt: look at the far end and at the source; if it runs at neither, \
+             `ramwire send URI --dir {0} --destination-is-dead` sends it on",
+            dir.display()
+        ),
+        Ok(()) if may_run => note!(
+            "ramwire relay: the guest is in {0}, in doubt, since its source lets it run again; if it does not run there, \
+             `ramwire send URI --dir {0} --destination-is-dead` sends it on",
+            dir.display()
+        ),
         Ok(()) => note!(
             "ramwire relay: the guest is in {0}; if it does not run at its source, `ramwire send URI --dir {0}` \
              sends it on",

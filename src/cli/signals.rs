@@ -16,6 +16,12 @@ use super::output::{self, note};
 /// What is put in order before the process ends by a signal; it is told the status.
 type Tidy = Box<dyn FnOnce(Exit) + Send>;
 
+/// Asks for the end of what runs.
+type Asks = Box<dyn Fn() -> CancelReply + Send + Sync>;
+
+/// What to say while a guest is in doubt whose connection another process holds: this one may then end.
+type SaysInDoubt = Box<dyn Fn() -> Option<String> + Send + Sync>;
+
 /// Tells the signal thread how far the migration is.
 #[derive(Clone, Default)]
 pub(super) struct SignalWatch(Arc<Watch>);
@@ -23,7 +29,8 @@ pub(super) struct SignalWatch(Arc<Watch>);
 #[derive(Default)]
 struct Watch {
     tokens: Vec<CancelToken>,
-    canceller: OnceLock<Canceller>,
+    canceller: OnceLock<Asks>,
+    in_doubt: OnceLock<SaysInDoubt>,
     statistics: OnceLock<SharedStatistics>,
     tidy: Mutex<Option<Tidy>>,
     ended: OnceLock<Exit>,
@@ -34,6 +41,8 @@ struct Watch {
 enum Answer {
     Cancelling,
     TooLate,
+    /// Another process goes on with a guest in doubt.
+    LeaveInDoubt(String),
     Leave(Exit),
 }
 
@@ -42,7 +51,17 @@ impl SignalWatch {
 
     /// From here on a signal asks this session for its end, whose answer is exact.
     pub(super) fn ask(&self, canceller: Canceller) {
-        let _ = self.0.canceller.set(canceller);
+        self.ask_by(move || canceller.cancel());
+    }
+
+    /// The same of what is no session.
+    pub(super) fn ask_by(&self, cancel: impl Fn() -> CancelReply + Send + Sync + 'static) {
+        let _ = self.0.canceller.set(Box::new(cancel));
+    }
+
+    /// From here on a signal ends the process at once while `says` has something to say.
+    pub(super) fn in_doubt(&self, says: impl Fn() -> Option<String> + Send + Sync + 'static) {
+        let _ = self.0.in_doubt.set(Box::new(says));
     }
 
     /// From here on a signal knows by these figures whether the guest was given away.
@@ -71,8 +90,11 @@ impl Watch {
         if let Some(exit) = self.ended.get() {
             return Answer::Leave(*exit);
         }
+        if let Some(text) = self.in_doubt.get().and_then(|says| says()) {
+            return Answer::LeaveInDoubt(text);
+        }
         let reply = match self.canceller.get() {
-            Some(canceller) => canceller.cancel(),
+            Some(cancel) => cancel(),
             None if matches!(self.status(), Some(Status::HandingOver | Status::InDoubt)) => {
                 CancelReply::TooLate
             }
@@ -119,6 +141,11 @@ pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
                 Answer::Cancelling => {}
                 Answer::TooLate => {
                     note!("too late to cancel: the guest was given away; waiting until it runs");
+                }
+                Answer::LeaveInDoubt(text) => {
+                    note!("{text}");
+                    seen.tidy(Exit::InDoubt);
+                    output::leave(Exit::InDoubt);
                 }
                 Answer::Leave(exit) => {
                     if exit == Exit::InDoubt {

@@ -282,6 +282,11 @@ impl SharedStatistics {
         shared.listeners = 0;
     }
 
+    /// Reads some of the figures, without a copy of them all.
+    pub(crate) fn read<T>(&self, read: impl FnOnce(&Statistics) -> T) -> T {
+        read(&self.lock().statistics)
+    }
+
     /// A consistent copy.
     pub fn snapshot(&self) -> Statistics {
         self.lock().statistics.clone()

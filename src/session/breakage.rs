@@ -61,10 +61,34 @@ pub(super) enum Breakage {
     ForgetPlugged,
     /// The digest covers pages that were left out.
     CompareSkipped,
+    /// A relay tells the source that the guest runs when it gives it away.
+    TellBeforeFarEnd,
+    /// A relay takes a far end that says nothing for one that has failed.
+    DoubtIsFailure,
+    /// A relay asks for the guest before its far end could take it.
+    AskBeforeFarEnd,
+    /// A relay gives the guest away before it has it.
+    GiveBeforeGiven,
+    /// A relay takes all that its source has to give.
+    ReadWithoutBound,
+    /// Nothing holds the source's connection when a relay dies.
+    LeaveUnguarded,
 }
 
 impl Breakage {
-    /// All but `None` and what only [`relay_tests`](crate::session::relay) switch off.
+    /// What the simulation of a relay switches off.
+    #[cfg(test)]
+    pub(super) const OF_RELAYS: [Self; 7] = [
+        Self::TellBeforeFarEnd,
+        Self::DoubtIsFailure,
+        Self::AskBeforeFarEnd,
+        Self::GiveBeforeGiven,
+        Self::ReadWithoutBound,
+        Self::LeaveUnguarded,
+        Self::MarkBeforeCopy,
+    ];
+
+    /// All but `None` and what only a relay does.
     #[cfg(test)]
     pub(super) const ALL: [Self; 26] = [
         Self::ReadBeforeProtect,

@@ -22,7 +22,9 @@ pub use config::{DestinationSettings, SourceSettings};
 pub use destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, Zeroed};
 pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, Canceller, MigrationHandle};
-pub use relay::{ConnectFn, Kept, Notice, NoticeFn, Relay, RelayReport, ScanReport};
+pub use relay::{
+    ConnectFn, Guard, Held, Kept, Notice, NoticeFn, Relay, RelayControl, RelayReport, ScanReport,
+};
 pub use run_log::RunLog;
 pub use source::{
     Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, SwitchoverGate, Upstream, WallClock,

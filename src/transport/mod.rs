@@ -23,6 +23,7 @@ pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 pub use testing::{Fault, FaultKind, Faulty, Loopback, LoopbackSink, LoopbackSource, loopback};
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -192,6 +193,11 @@ pub trait ByteSource: Send {
 
     /// From here on the caller's [`Stop`] alone ends a wait: neither the stall time does, nor an outage of up to `limit`.
     fn outlast(&mut self, _limit: Duration) {}
+
+    /// The descriptor behind it, where closing it is what tells the peer that this end has gone.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// The door beside the stream, where pages come by one of their own. `None`: all pages are in the stream.
     fn rounds(&mut self) -> Option<&mut dyn DestinationLink> {

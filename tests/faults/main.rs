@@ -25,4 +25,5 @@ mod live;
 mod output;
 mod positions;
 mod qemu;
+mod relay_doubt;
 mod running;

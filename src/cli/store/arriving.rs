@@ -76,6 +76,13 @@ impl ArrivingGuest {
         Ok(self)
     }
 
+    /// It may run at another place: from [`resume`](GuestControl::resume) on the manifest says so.
+    pub(super) fn doubt(&self) {
+        if let Some(manifest) = &mut self.lock().manifest {
+            manifest.state = State::InDoubt;
+        }
+    }
+
     /// The manifest as it stands.
     pub fn manifest(&self) -> Option<Manifest> {
         self.lock().manifest.clone()

@@ -168,7 +168,8 @@ impl StoredGuest {
     }
 }
 
-/// Writes a guest that could not be handed on into a folder of its own.
+/// Writes a guest that could not be handed on into a folder of its own. `may_run`: at another place, so that it is in
+/// doubt.
 ///
 /// # Errors
 /// [`StoreError`].
@@ -177,6 +178,7 @@ pub fn keep(
     incoming: &Incoming,
     memory: &dyn GuestMemory,
     tail: &[u8],
+    may_run: bool,
 ) -> Result<(), StoreError> {
     use ramwire::session::MemoryProvider;
     let mut guest = ArrivingGuest::new(Store::open(path)?)?;
@@ -200,6 +202,9 @@ pub fn keep(
     }
     guest.arrived(incoming, false);
     guest.load_devices(&mut &tail[..]).map_err(|error| failed(&error))?;
+    if may_run {
+        guest.doubt();
+    }
     guest.resume().map_err(|error| failed(&error))
 }
 

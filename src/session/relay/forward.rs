@@ -11,19 +11,19 @@ use crate::guest::PageObserver;
 /// One bit a page that has come and was not yet taken. Unlike a log of a running guest it counts from before
 /// its start: nothing that came is ever dropped.
 #[derive(Debug)]
-pub(super) struct Arrivals {
+pub(in crate::session) struct Arrivals {
     blocks: Vec<AtomicBitmap>,
     pending: AtomicU64,
 }
 
 impl Arrivals {
-    pub(super) fn new(table: &RamBlockTable) -> Self {
+    pub(in crate::session) fn new(table: &RamBlockTable) -> Self {
         let blocks = table.blocks().iter().map(|block| AtomicBitmap::new(table.pages_of(block))).collect();
         Self { blocks, pending: AtomicU64::new(0) }
     }
 
     /// Pages are there to be sent on.
-    pub(super) fn mark(&self, run: PageRun) {
+    pub(in crate::session) fn mark(&self, run: PageRun) {
         if let Some(map) = self.blocks.get(run.block.as_usize()) {
             // Counted first, so that the count never falls below zero.
             self.pending.fetch_add(run.pages, Ordering::Relaxed);
@@ -33,7 +33,7 @@ impl Arrivals {
     }
 
     /// Pages that have come and were not taken.
-    pub(super) fn pending(&self) -> u64 {
+    pub(in crate::session) fn pending(&self) -> u64 {
         self.pending.load(Ordering::Relaxed)
     }
 }

@@ -58,6 +58,8 @@ fn through_a_relay(far_machine: Option<Machine>) -> (SourceReport, RelayReport, 
         outgoing: SourceSettings::new(Configuration::default()),
         huge_pages: false,
         cancel: crate::sys::CancelToken::default(),
+        control: RelayControl::default(),
+        guard: None,
         notice: Arc::new(|_| ()),
         statistics: crate::observe::SharedStatistics::default(),
     };
@@ -91,7 +93,7 @@ impl Upstream for Silent {
         self.0 -= 1;
         Ok(self.0 == 0)
     }
-    fn wait_given(&mut self, _time: std::time::Duration) -> Result<bool, Error> {
+    fn wait_given(&mut self, _: crate::engine::Handover, _time: std::time::Duration) -> Result<bool, Error> {
         Ok(true)
     }
 }

@@ -18,45 +18,41 @@
 //! before it is marked, and the mark is taken before the bytes are read again.
 
 mod content_scan;
-mod forward;
+#[cfg(test)]
+mod doubt_tests;
+mod ends;
+pub(super) mod forward;
+mod guard;
 #[cfg(test)]
 mod handover_tests;
+pub(super) mod hub;
 #[cfg(test)]
 mod session_tests;
 
-use std::io::{self, Read, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::bounded;
 
-use crate::engine::Outcome;
-use crate::guest::{DirtySource, GuestControl, GuestMemory, MappedGuest, PageObserver};
-use crate::observe::{SharedStatistics, Status};
+use crate::engine::{RelayEnding, RelayEvent};
+use crate::guest::{GuestMemory, MappedGuest};
+use crate::observe::SharedStatistics;
 use crate::ram::RamBlock;
-use crate::sys::{CancelToken, Mapping, Stop, memory_room};
+use crate::sys::{CancelToken, Mapping, duplicate, memory_room};
 use crate::transport::{ByteSink, ByteSource};
-use crate::units::{PageSize, Rate};
+use crate::units::PageSize;
 
-use crate::session::callback::quietly;
-use crate::session::destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider};
-use crate::session::source::{SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream};
+use crate::session::destination::{DestinationReport, DestinationSession, Incoming, MemoryProvider};
+use crate::session::handle::CancelReply;
+use crate::session::source::{SourceConnection, SourceReport};
 use crate::session::{Breakage, DestinationSettings, Error, SourceSettings};
 pub(super) use content_scan::ContentScan;
 pub use content_scan::ScanReport;
-use forward::Arrivals;
 
-/// How often a relay that holds back looks whether it may read on.
-const LOOK: Duration = Duration::from_millis(2);
-
-/// Longest time the outgoing connection may need for what is pending: it adds to the guest's downtime.
-const MOST_BACKLOG: Duration = Duration::from_millis(50);
-
-/// Pages for which an idle far side begins a round at once; fewer wait for more, a slice at most.
-const WORTH_A_ROUND: u64 = 256;
-
-/// What may be pending before the outgoing rate is known.
-const FIRST_BACKLOG: u64 = 64 << 20;
+use ends::{Middle, SourceSide, Voice};
+pub use guard::{Guard, Held};
+use hub::{Hub, Parts};
 
 /// Makes the way to the far end once the guest's memory is there.
 pub type ConnectFn = dyn FnOnce(Arc<dyn GuestMemory>) -> Result<SourceConnection, Error> + Send;
@@ -66,20 +62,25 @@ pub type ConnectFn = dyn FnOnce(Arc<dyn GuestMemory>) -> Result<SourceConnection
 pub enum Notice {
     /// The source opened no return path: it can't be told whether its guest arrived.
     NoReturnPath,
-    /// The far end was given the guest and fell silent. The source is told nothing, since either word may let
-    /// the guest run twice; a cancel tells it that the migration failed, and it resumes.
+    /// The far end was given the guest and fell silent. The source is told nothing, since either answer may let the
+    /// guest run twice. The relay goes on listening to the far end; [`RelayControl::far_end_is_dead`] decides.
     InDoubt {
         /// What happened.
         why: String,
     },
+    /// The guest is given away and the source's connection is none that a [`Guard`] can hold: should this process die
+    /// in doubt, the source may let the guest run again.
+    NotGuarded,
 }
 
-/// Told of a [`Notice`] the moment it is due.
+/// Told of a [`Notice`] the moment it is due, on a thread of its own.
 pub type NoticeFn = dyn Fn(&Notice) + Send + Sync;
 
 /// How a relay ended.
 #[derive(Debug)]
 pub struct RelayReport {
+    /// Where the guest is.
+    pub ending: RelayEnding,
     /// The side towards the guest's source.
     pub received: DestinationReport,
     /// The side towards the far end; `None` if it came to nothing before.
@@ -108,49 +109,39 @@ impl std::fmt::Debug for Kept {
     }
 }
 
-/// What the two sides of a relay know of each other.
-#[derive(Default)]
-struct Shared {
-    state: Mutex<Progress>,
-    changed: Condvar,
+/// Decides about a relay while it runs. Clones are the same relay's.
+#[derive(Clone, Default)]
+pub struct RelayControl(Arc<Hub>);
+
+impl std::fmt::Debug for RelayControl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RelayControl").finish_non_exhaustive()
+    }
 }
 
-#[derive(Default)]
-struct Progress {
-    ram_complete: bool,
-    upstream_ended: bool,
-    device_state: Option<Vec<u8>>,
-    /// The far end has everything and could take the guest.
-    far_is_ready: bool,
-    /// The far side's session is over.
-    far_ended: bool,
-    /// The guest was given to us: hand it on.
-    handed_over: bool,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Progress> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+impl RelayControl {
+    /// Asks for the end. Accepted until the source has been asked for its guest: the guest then stays there for certain,
+    /// also if this process ends at once.
+    pub fn cancel(&self) -> CancelReply {
+        self.0.cancel()
     }
 
-    fn change(&self, change: impl FnOnce(&mut Progress)) {
-        change(&mut self.lock());
-        self.changed.notify_all();
+    /// True while nobody knows where the guest runs.
+    pub fn is_in_doubt(&self) -> bool {
+        self.0.lock().engine.is_in_doubt()
     }
 
-    /// Waits until `ready`, the upstream's end, or `time` from now.
-    fn wait(&self, time: Duration, ready: impl Fn(&Progress) -> bool) -> MutexGuard<'_, Progress> {
-        // Far away: as long as it takes.
-        let until = Instant::now() + time.min(Duration::from_secs(1 << 30));
-        let mut progress = self.lock();
-        while !ready(&progress) && !progress.upstream_ended {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            progress = self.changed.wait_timeout(progress, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        progress
+    /// True from the moment at which the far end may have the guest, until it is known where the guest is.
+    pub fn is_given_away(&self) -> bool {
+        self.0.lock().engine.is_given_away()
+    }
+
+    /// In doubt: the caller has seen that the guest does not run at the far end, and never will. The source is told that
+    /// the migration failed, and lets the guest run again. False, and without effect, where nothing is in doubt.
+    pub fn far_end_is_dead(&self) -> bool {
+        let in_doubt = self.is_in_doubt();
+        self.0.post(RelayEvent::NotThere);
+        in_doubt
     }
 }
 
@@ -168,8 +159,13 @@ pub struct Relay {
     pub outgoing: SourceSettings,
     /// Ask for huge pages for the guest's RAM ([`Mapping::advise_huge_pages`]).
     pub huge_pages: bool,
-    /// Ends the relay; the guest then stays at its source.
+    /// Ends the relay before the guest is asked for; the guest then stays at its source.
     pub cancel: CancelToken,
+    /// Decides about it while it runs.
+    pub control: RelayControl,
+    /// Holds the source's connection while the guest is given away. Without one the death of this process in doubt may
+    /// let the guest run twice.
+    pub guard: Option<Box<dyn Guard>>,
     /// Told what an operator must know.
     pub notice: Arc<NoticeFn>,
     /// The far side's figures while it runs.
@@ -184,43 +180,61 @@ impl Relay {
 }
 
 pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
-    let Relay { source, back, connect, incoming, outgoing, huge_pages, cancel, notice, statistics } = relay;
-    let shared = Arc::new(Shared::default());
+    let Relay {
+        source,
+        back,
+        connect,
+        incoming,
+        outgoing,
+        huge_pages,
+        cancel,
+        control,
+        guard,
+        notice,
+        statistics,
+    } = relay;
+    let hub = control.0;
+    hub.begin(Parts {
+        downtime_limit: outgoing.downtime_limit,
+        guard,
+        cancel: cancel.clone(),
+        notice: Arc::clone(&notice),
+        spawner: outgoing.spawner.clone(),
+        // Without a descriptor left the relay goes on, and says so when the guest is given away.
+        source: source.descriptor().and_then(|descriptor| duplicate(&descriptor).ok()),
+    });
     let (give, far_end) = bounded(1);
     let began = Instant::now();
+    let (made, source_waits) = Default::default();
+    let memory = RelayMemory { huge_pages, hub: Arc::clone(&hub), made, source_waits };
+    let held = Arc::clone(&memory.made);
+    let (silenced, waits) = (Arc::default(), Arc::clone(&memory.source_waits));
+    let back = back.map(|sink| Voice::over(sink, &silenced));
+    let side = Box::new(SourceSide { hub: Arc::clone(&hub), cancel: cancel.clone(), silenced, waits });
+    let mut session =
+        DestinationSession::new(source, back, Box::new(memory), side, incoming).with_cancel(cancel.clone());
+    let ram_complete = Arc::default();
     let middle = Middle {
-        shared: Arc::clone(&shared),
+        hub: Arc::clone(&hub),
         connect: Some(connect),
         outgoing: Some(outgoing),
-        cancel: cancel.clone(),
-        bitmap: None,
-        memory: None,
-        backlog: None,
         give: Some(give),
+        cancel,
+        notice,
+        came: session.statistics(),
+        left: statistics,
         began,
-        ram_complete: Arc::default(),
-        notice: Arc::clone(&notice),
-        statistics,
+        ram_complete: Arc::clone(&ram_complete),
+        arrivals: None,
+        meter: None,
     };
-    let ram_complete = Arc::clone(&middle.ram_complete);
-    let memory = RelayMemory { huge_pages, ..RelayMemory::default() };
-    let held = Arc::clone(&memory.made);
-    let control = Box::new(Forwarder {
-        shared: Arc::clone(&shared),
-        far_end: far_end.clone(),
-        sent: Arc::default(),
-        cancel: cancel.clone(),
-        notice: Arc::clone(&notice),
-    });
-    let sent = Arc::clone(&control.sent);
-    let mut session = DestinationSession::new(source, back, Box::new(memory), control, incoming)
-        .with_arrival(Box::new(middle))
-        .with_cancel(cancel.clone());
+    session = session.with_arrival(Box::new(middle));
     session.breakage = breakage;
     let received = session.run();
     // Whatever happened: the far side must not wait for us any more.
-    shared.change(|progress| progress.upstream_ended = true);
-    let report = lock(&sent).take().or_else(|| far_end.recv().ok());
+    hub.post(RelayEvent::SourceGone);
+    hub.post(RelayEvent::Told);
+    let report = far_end.recv().ok();
     let first_page_sent = report.as_ref().and_then(|report| report.first_page_sent);
     let (sent, delay) = match report {
         Some(far) => (Some(far.report), far.began.saturating_duration_since(began)),
@@ -229,12 +243,15 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     let kept = lock(&held).take().zip(received.incoming.clone()).map(|(memory, incoming)| Kept {
         incoming,
         memory,
-        state: shared.lock().device_state.take(),
+        state: hub.lock().device_state.take(),
     });
+    let ram_complete = *lock(&ram_complete);
+    let ending = hub.lock().engine.ending();
     RelayReport {
+        ending,
         received,
         first_page_sent: first_page_sent.map(|time| time + delay),
-        ram_complete: *lock(&ram_complete),
+        ram_complete,
         sent,
         kept,
     }
@@ -245,10 +262,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Anonymous memory for whatever is announced.
-#[derive(Default)]
 struct RelayMemory {
     made: Arc<Mutex<Option<Arc<dyn GuestMemory>>>>,
     huge_pages: bool,
+    hub: Arc<Hub>,
+    /// The source waits for what becomes of its guest.
+    source_waits: Arc<AtomicBool>,
 }
 
 impl MemoryProvider for RelayMemory {
@@ -280,320 +299,9 @@ impl MemoryProvider for RelayMemory {
     fn is_zeroed(&self, _block: &RamBlock) -> bool {
         true
     }
-}
 
-/// The far side's session as it ended.
-struct FarEnd {
-    report: SourceReport,
-    began: Instant,
-    first_page_sent: Option<Duration>,
-}
-
-/// Sees pages arrive, and starts the far side with the first of them.
-struct Middle {
-    shared: Arc<Shared>,
-    connect: Option<Box<ConnectFn>>,
-    outgoing: Option<SourceSettings>,
-    cancel: CancelToken,
-    bitmap: Option<Arc<Arrivals>>,
-    memory: Option<Arc<dyn GuestMemory>>,
-    backlog: Option<Backlog>,
-    give: Option<Sender<FarEnd>>,
-    began: Instant,
-    ram_complete: Arc<Mutex<Option<Duration>>>,
-    notice: Arc<NoticeFn>,
-    statistics: SharedStatistics,
-}
-
-/// How much has come and not gone.
-struct Backlog {
-    bitmap: Arc<Arrivals>,
-    statistics: SharedStatistics,
-    page_bytes: u64,
-    downtime_limit: Duration,
-    looked: Instant,
-    /// The source has a return path.
-    source_can_be_told: bool,
-}
-
-impl Backlog {
-    /// True if more is pending than the far side's connection moves in half the downtime limit, or in
-    /// [`MOST_BACKLOG`].
-    ///
-    /// # Errors
-    /// The far side has ended: nothing that still comes can be handed on, and the source can be told.
-    fn is_full(&mut self) -> Result<bool, Error> {
-        let now = Instant::now();
-        if now.duration_since(self.looked) < LOOK {
-            return Ok(false);
-        }
-        self.looked = now;
-        let far = self.statistics.snapshot();
-        if matches!(far.status, Status::Failed | Status::Cancelled | Status::InDoubt) {
-            if !self.source_can_be_told {
-                // The source may have written its last byte already and let go: what comes is to be kept.
-                return Ok(false);
-            }
-            let why = far.error.unwrap_or_else(|| "it was cancelled".into());
-            return Err(Error::PeerFailed { why: format!("the far end of the relay: {why}") });
-        }
-        let pending = self.bitmap.pending() * self.page_bytes + far.remaining;
-        let time = (self.downtime_limit / 2).min(MOST_BACKLOG);
-        let allowed = if far.throughput == 0 { FIRST_BACKLOG } else { Rate(far.throughput).bytes_in(time) };
-        Ok(pending > allowed.max(1 << 20))
-    }
-}
-
-impl Arrival for Middle {
-    fn began(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error> {
-        let (Some(connect), Some(mut settings), Some(give)) =
-            (self.connect.take(), self.outgoing.take(), self.give.take())
-        else {
-            return Ok(());
-        };
-        if !incoming.has_return_path {
-            (self.notice)(&Notice::NoReturnPath);
-        }
-        settings.adopt(incoming);
-        settings.all_dirty_at_start = false;
-        let Some(bitmap) = self.bitmap.clone() else { return Ok(()) };
-        let connection = connect(Arc::clone(memory))?;
-        let guest = SourceGuest {
-            memory: Arc::clone(memory),
-            dirty: vec![Arc::clone(&bitmap) as Arc<dyn DirtySource>],
-            control: Box::new(StoppedUpstream(Arc::clone(&self.shared))),
-        };
-        let (spawner, downtime_limit) = (settings.spawner.clone(), settings.downtime_limit);
-        let session = SourceSession::new(guest, connection, settings)
-            .with_upstream(Box::new(WaitForUpstream {
-                shared: Arc::clone(&self.shared),
-                arrivals: Arc::clone(&bitmap),
-            }))
-            .with_cancel(self.cancel.clone())
-            .with_statistics(self.statistics.clone());
-        let statistics = session.statistics();
-        self.backlog = Some(Backlog {
-            bitmap: Arc::clone(&bitmap),
-            statistics,
-            page_bytes: memory.table().page().bytes(),
-            downtime_limit,
-            looked: Instant::now(),
-            source_can_be_told: incoming.has_return_path,
-        });
-        self.memory = Some(Arc::clone(memory));
-        let shared = Arc::clone(&self.shared);
-        let far_side = move || {
-            let began = Instant::now();
-            let report = session.run();
-            shared.change(|progress| progress.far_ended = true);
-            let first_page_sent = report.first_page_sent;
-            // The receiver is gone only if the relay itself is.
-            let _ = give.send(FarEnd { report, began, first_page_sent });
-        };
-        spawner.spawn("ramwire-far", Box::new(far_side))?;
-        Ok(())
-    }
-
-    fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn PageObserver> {
-        let bitmap = Arc::new(Arrivals::new(memory.table()));
-        self.bitmap = Some(Arc::clone(&bitmap));
-        bitmap
-    }
-
-    fn between_reads(&mut self) -> Result<(), Error> {
-        if self.bitmap.as_ref().is_some_and(|bitmap| bitmap.pending() >= WORTH_A_ROUND) {
-            self.shared.change(|_| ());
-        }
-        while let Some(backlog) = &mut self.backlog
-            && backlog.is_full()?
-        {
-            if self.cancel.is_cancelled() {
-                return Err(Error::Cancelled);
-            }
-            std::thread::sleep(LOOK);
-        }
-        Ok(())
-    }
-
-    fn ram_complete(&mut self, scan: Option<Duration>) -> Result<(), Error> {
-        *lock(&self.ram_complete) = Some(self.began.elapsed());
-        if let Some(took) = scan {
-            self.statistics.update(|s| s.downtime_parts.scan_ms = took.as_secs_f64() * 1e3);
-        }
-        self.shared.change(|progress| progress.ram_complete = true);
-        Ok(())
-    }
-}
-
-/// The far side's question: has the guest stopped, and has its last page come? It goes on as soon as there is
-/// enough to send, so that the last pages leave while their successors still come.
-struct WaitForUpstream {
-    shared: Arc<Shared>,
-    arrivals: Arc<Arrivals>,
-}
-
-impl Upstream for WaitForUpstream {
-    fn wait(&mut self, time: Duration) -> Result<bool, Error> {
-        let worth_it = || self.arrivals.pending() >= WORTH_A_ROUND;
-        let progress = self.shared.wait(time, |progress| progress.ram_complete || worth_it());
-        if progress.upstream_ended && !progress.ram_complete {
-            return Err(upstream_lost());
-        }
-        Ok(progress.ram_complete)
-    }
-
-    fn wait_given(&mut self, time: Duration) -> Result<bool, Error> {
-        self.shared.change(|progress| progress.far_is_ready = true);
-        let progress = self.shared.wait(time, |progress| progress.handed_over);
-        match (progress.handed_over, progress.upstream_ended) {
-            (false, true) => Err(upstream_lost()),
-            (given, _) => Ok(given),
-        }
-    }
-}
-
-fn upstream_lost() -> Error {
-    Error::PeerFailed { why: "the guest's source ended its migration; the guest runs on there".into() }
-}
-
-/// The far side's guest: it stood still before it got here.
-struct StoppedUpstream(Arc<Shared>);
-
-impl GuestControl for StoppedUpstream {
-    /// The relay's own memory stays as it is.
-    fn forbid_discard(&mut self, _forbid: bool) -> bool {
-        true
-    }
-
-    fn pause(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    /// Waits for the upstream's device state; the upstream's own session bounds the wait.
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        let progress = self.0.wait(Duration::MAX, |progress| progress.device_state.is_some());
-        match &progress.device_state {
-            Some(state) => out.write_all(state),
-            None => Err(io::Error::other(upstream_lost())),
-        }
-    }
-
-    fn load_devices(&mut self, _from: &mut dyn Read) -> io::Result<()> {
-        Err(io::Error::other("the far side of a relay only sends"))
-    }
-}
-
-/// The near side's guest: it "runs" when the far end says so.
-struct Forwarder {
-    shared: Arc<Shared>,
-    far_end: Receiver<FarEnd>,
-    sent: Arc<Mutex<Option<FarEnd>>>,
-    cancel: CancelToken,
-    notice: Arc<NoticeFn>,
-}
-
-impl GuestControl for Forwarder {
-    /// The relay's own memory stays as it is.
-    fn forbid_discard(&mut self, _forbid: bool) -> bool {
-        true
-    }
-
-    fn pause(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    /// The guest is ours: hand it on, and come back with the far end's word.
-    fn resume(&mut self) -> io::Result<()> {
-        self.shared.change(|progress| progress.handed_over = true);
-        let far = self.far_end.recv().map_err(|_| io::Error::other("the far side never began"))?;
-        let outcome = far.report.outcome;
-        let why = far.report.error.as_ref().map(ToString::to_string).unwrap_or_default();
-        *lock(&self.sent) = Some(far);
-        match outcome {
-            Outcome::Completed => Ok(()),
-            Outcome::StaysHere(_) => Err(io::Error::other(format!("the far end did not take it: {why}"))),
-            Outcome::InDoubt => {
-                // Whatever becomes of the notice: the source must hear nothing.
-                quietly("telling that the guest is in doubt", || {
-                    (self.notice)(&Notice::InDoubt { why: why.clone() });
-                });
-                // Silence is the only word that can't let the guest run twice.
-                Stop::on(&self.cancel).sleep(Duration::MAX);
-                Err(io::Error::other(format!("the far end was given the guest and fell silent: {why}")))
-            }
-        }
-    }
-
-    fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
-        Err(io::Error::other("the near side of a relay only receives"))
-    }
-
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        let mut state = Vec::new();
-        from.read_to_end(&mut state)?;
-        if !self.shared.lock().ram_complete {
-            return Err(io::Error::other("the device state came before the end of RAM"));
-        }
-        self.shared.change(|progress| progress.device_state = Some(state));
-        // Only then may the guest be asked for: the far side's own timeouts bound the wait.
-        let progress =
-            self.shared.wait(Duration::MAX, |progress| progress.far_is_ready || progress.far_ended);
-        if progress.far_is_ready && !progress.far_ended {
-            return Ok(());
-        }
-        drop(progress);
-        let far = self.far_end.recv().map_err(|_| io::Error::other("the far side never began"))?;
-        let why = far.report.error.as_ref().map_or_else(|| "it was cancelled".into(), ToString::to_string);
-        *lock(&self.sent) = Some(far);
-        Err(io::Error::other(format!("the far end could not take the guest: {why}")))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use crate::ram::PageRun;
-    use crate::ram::{BlockName, RamBlock, RamBlockTable};
-    use crate::units::{BlockIndex, PageIndex};
-
-    #[test]
-    fn an_idle_far_side_goes_on_as_soon_as_pages_have_come() {
-        let block = RamBlock::new(BlockName::new("ram").unwrap(), 100 << 20);
-        let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
-        let (shared, arrivals) = (Arc::new(Shared::default()), Arc::new(Arrivals::new(&table)));
-        let mut upstream = WaitForUpstream { shared: Arc::clone(&shared), arrivals: Arc::clone(&arrivals) };
-        // A wait that missed them would take an hour.
-        let waiting = std::thread::spawn(move || upstream.wait(Duration::from_secs(3600)).unwrap());
-        arrivals.mark(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: WORTH_A_ROUND });
-        shared.change(|_| ());
-        assert!(!waiting.join().unwrap(), "pages are no end");
-    }
-
-    #[test]
-    fn a_far_end_that_failed_ends_the_reading_instead_of_holding_it_back() {
-        let block = RamBlock::new(BlockName::new("ram").unwrap(), 100 << 20);
-        let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
-        let bitmap = Arc::new(Arrivals::new(&table));
-        bitmap.mark(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: 25_000 });
-        let statistics = SharedStatistics::default();
-        let mut backlog = Backlog {
-            source_can_be_told: true,
-            bitmap,
-            statistics: statistics.clone(),
-            page_bytes: 4096,
-            downtime_limit: Duration::from_millis(300),
-            looked: Instant::now(),
-        };
-        std::thread::sleep(LOOK);
-        assert!(backlog.is_full().unwrap());
-        statistics.update(|s| (s.status, s.error) = (Status::Failed, Some("the connection broke".into())));
-        std::thread::sleep(LOOK);
-        let error = backlog.is_full().unwrap_err().to_string();
-        assert!(error.contains("the connection broke"), "{error}");
+    fn arrived(&mut self, incoming: &Incoming, native: bool) {
+        self.source_waits.store(incoming.has_return_path, Ordering::Release);
+        self.hub.source_is(native);
     }
 }

@@ -279,6 +279,8 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
         outgoing: SourceSettings::new(Configuration::default()),
         huge_pages: true,
         cancel: CancelToken::default(),
+        control: RelayControl::default(),
+        guard: None,
         notice: Arc::new(|_: &Notice| ()),
         statistics: SharedStatistics::default(),
     };

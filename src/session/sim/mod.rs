@@ -20,6 +20,7 @@
 //! | `channel` | the two byte streams with cuts, resets, stalls and flipped bits |
 //! | `door` | pages past the stream |
 //! | `receiver` | the fences of page channels, as the destination keeps them |
+//! | `relay` | a relay's engine between modelled ends |
 //! | `run` | one migration, and what must hold at its end |
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -29,6 +30,7 @@ mod door;
 mod guest;
 mod plan;
 mod receiver;
+mod relay;
 mod run;
 mod world;
 
@@ -216,8 +218,14 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::ResumeBeforeCommit => &["while it runs on the other side"],
         Breakage::SkipCounting => &["started with other memory", "a page was lost on its way"],
         Breakage::SkipComparing => &["started with other memory"],
-        // A relay's, which is not simulated here: `relay_tests`.
-        Breakage::ScanBeforeFinish => &[],
+        // Relays': `relay`, and `relay_tests`.
+        Breakage::TellBeforeFarEnd
+        | Breakage::DoubtIsFailure
+        | Breakage::AskBeforeFarEnd
+        | Breakage::GiveBeforeGiven
+        | Breakage::ReadWithoutBound
+        | Breakage::LeaveUnguarded
+        | Breakage::ScanBeforeFinish => &[],
         Breakage::RegisterUnpromised => &["started with other memory", "differs from the source's"],
         Breakage::TrustMemory => &["started with other memory", "differs from the source's"],
         Breakage::MarkBeforeCopy => &["was told before it was there"],

@@ -86,12 +86,20 @@ pub trait Upstream: Send {
     /// Whatever ended the upstream migration.
     fn wait(&mut self, time: Duration) -> Result<bool, Error>;
 
-    /// The peer has everything and may be given the guest: waits at most `time` until its source has given it to
+    /// The peer has everything and may be given the guest, as `handover` says: waits at most `time` until its source has given it to
     /// us. True once it is ours.
     ///
     /// # Errors
     /// Whatever ended the upstream migration: the guest runs on there.
-    fn wait_given(&mut self, time: Duration) -> Result<bool, Error>;
+    fn wait_given(&mut self, handover: Handover, time: Duration) -> Result<bool, Error>;
+
+    /// The peer was given the guest and has not said in time that it runs; `why` tells how.
+    fn far_end_is_silent(&mut self, _why: &Error) {}
+
+    /// In doubt: true while a late answer of the peer is still of use.
+    fn goes_on_listening(&mut self) -> bool {
+        false
+    }
 }
 
 /// How a migration ended, seen from the source.

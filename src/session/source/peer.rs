@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::engine::{Handover, Input};
+use crate::observe::Status;
 use crate::stream::qemu::command::Command;
 use crate::sys::Stop;
 
@@ -98,7 +99,7 @@ impl SourceSession {
     /// Before COMMIT, so that a failure on either side leaves the guest at its source.
     pub(super) fn await_guest(&mut self) -> Result<Input, Error> {
         while let Some(upstream) = &mut self.upstream
-            && !upstream.wait_given(A_LOOK)?
+            && !upstream.wait_given(self.handover, A_LOOK)?
         {
             self.hear()?;
             if self.stop.reason().is_some() {
@@ -114,11 +115,34 @@ impl SourceSession {
         }
         let after = self.settings.finish_timeout;
         let silent = || Error::NoAnswer { what: "that the guest runs", after, raise: FINISH_TIMEOUT };
-        match self.verdict(&self.stop.within(after), silent)? {
+        let verdict = match self.verdict(&self.stop.within(after), silent) {
+            Err(error @ Error::NoAnswer { .. }) => self.listen_on(error)?,
+            verdict => verdict?,
+        };
+        match verdict {
             Word::Running if self.handover == Handover::Native => Ok(Input::Running),
             Word::Shut(0) if self.handover == Handover::Shut => Ok(Input::Running),
             word => refuse_verdict(word).map(|()| Input::Failed),
         }
+    }
+
+    /// In doubt a relay goes on listening: its far end may only have stood still. `silence` is what brought it here.
+    fn listen_on(&mut self, silence: Error) -> Result<Word, Error> {
+        if let Some(upstream) = &mut self.upstream {
+            self.figures.shared().update(|s| s.status = Status::InDoubt);
+            upstream.far_end_is_silent(&silence);
+        }
+        while let Some(upstream) = &mut self.upstream
+            && upstream.goes_on_listening()
+        {
+            let due =
+                || Error::NoAnswer { what: "that the guest runs", after: A_LOOK, raise: FINISH_TIMEOUT };
+            match self.verdict(&Stop::never().within(A_LOOK), due) {
+                Err(Error::NoAnswer { .. }) => {}
+                verdict => return verdict,
+            }
+        }
+        Err(silence)
     }
 
     /// Waits until `stop`, whose deadline means `silent`.

@@ -6,7 +6,7 @@ mod greeting;
 mod hooks;
 mod outage;
 mod panics;
-mod qemu_peer;
+pub(super) mod qemu_peer;
 mod reuse;
 
 use std::io::{self, Read, Write};
@@ -71,6 +71,9 @@ impl ByteSource for Plain {
             doing: "receiving",
             source,
         })
+    }
+    fn descriptor(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        Some(self.0.as_fd())
     }
 }
 
@@ -274,7 +277,11 @@ impl crate::session::Upstream for StandsStill {
     fn wait(&mut self, _time: std::time::Duration) -> Result<bool, crate::session::Error> {
         Ok(true)
     }
-    fn wait_given(&mut self, _time: std::time::Duration) -> Result<bool, crate::session::Error> {
+    fn wait_given(
+        &mut self,
+        _: crate::engine::Handover,
+        _time: std::time::Duration,
+    ) -> Result<bool, crate::session::Error> {
         Ok(true)
     }
 }

@@ -99,7 +99,7 @@ impl Upstream for Embedder {
         self.call("wait");
         Ok(true)
     }
-    fn wait_given(&mut self, _: Duration) -> Result<bool, Error> {
+    fn wait_given(&mut self, _: crate::engine::Handover, _: Duration) -> Result<bool, Error> {
         self.call("wait_given");
         Ok(true)
     }

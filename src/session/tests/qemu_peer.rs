@@ -24,7 +24,7 @@ use crate::sys::CancelToken;
 use crate::transport::InlineLink;
 
 /// Up to the end of the `ram` START: the return path is open, PING(1) waits for its answer, no page was sent.
-fn start() -> Vec<u8> {
+pub(in crate::session) fn start() -> Vec<u8> {
     let mut out = Vec::new();
     file::encode_header(&mut out);
     let machine = "pc-i440fx-7.2".into();
@@ -45,7 +45,7 @@ fn start() -> Vec<u8> {
 }
 
 /// One page of block0, the last round, a device, and its description.
-fn rest() -> Vec<u8> {
+pub(in crate::session) fn rest() -> Vec<u8> {
     [page_and_end(), devices()].concat()
 }
 
@@ -139,7 +139,7 @@ impl Bitmap {
     }
 }
 
-fn encoded(message: Message<'_>) -> Vec<u8> {
+pub(in crate::session) fn encoded(message: Message<'_>) -> Vec<u8> {
     let mut out = Vec::new();
     message.encode(&mut out);
     out
@@ -219,6 +219,8 @@ fn s20_a_dirty_bitmap_goes_through_a_relay_also_where_it_stands_between_pages() 
         outgoing: SourceSettings::new(Configuration::default()),
         huge_pages: false,
         cancel: CancelToken::default(),
+        control: RelayControl::default(),
+        guard: None,
         notice: Arc::new(|_: &Notice| ()),
         statistics: SharedStatistics::default(),
     };

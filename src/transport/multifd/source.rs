@@ -1,5 +1,6 @@
 //! The destination's door over several channels.
 
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -150,6 +151,10 @@ impl ByteSource for MultifdSource {
     fn outlast(&mut self, limit: Duration) {
         self.stall = None;
         ByteSource::outlast(&mut self.main, limit);
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.main.descriptor()
     }
 
     fn channels(&mut self) -> Option<&mut dyn PageChannels> {

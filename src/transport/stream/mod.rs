@@ -577,6 +577,10 @@ impl ByteSource for StreamChannel {
     fn outlast(&mut self, limit: Duration) {
         self.outlast_silence(limit);
     }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        matches!(self.end.nature, Nature::Tcp | Nature::Socket).then(|| self.end.fd.as_fd())
+    }
 }
 
 #[cfg(test)]

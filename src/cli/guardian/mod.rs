@@ -1,0 +1,119 @@
+//! The guardian of a relay: a small process that holds the source's connection while the guest may run at the far end.
+//!
+//! A QEMU that has given its guest away lets it run again when its connection closes without an answer. So a relay that is
+//! killed between COMMIT and the far end's answer must not take that connection with it. This command starts itself again
+//! in a hidden mode before it takes a guest. Before COMMIT it hands that process duplicates of both connections. The process
+//! ends with the relay, unless the relay ends in doubt: then it goes on until the far end answers, the source has gone, or
+//! an operator decides.
+
+mod process;
+mod words;
+
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use ramwire::session::{Guard, Held};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+pub(super) use process::run;
+
+/// The hidden first argument that makes this command a guardian.
+pub(super) const ARGUMENT: &str = "relay-guardian";
+
+/// From the relay: both connections are with this message, and who is at them.
+const HOLD: u8 = b'h';
+/// From the relay: nothing has to be held any more.
+const RELEASE: u8 = b'r';
+/// From the guardian: it runs, and ignores what ends other processes.
+const UP: u8 = b'u';
+/// From the guardian: it has the connections.
+const HOLDS: u8 = b'k';
+
+/// Longest time in which the process must have started: before a guest is taken.
+const START: Duration = Duration::from_secs(30);
+
+/// Longest time for its answer while the guest stands still.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// The relay's end of it.
+pub(super) struct Guardian {
+    control: UnixStream,
+    child: Child,
+}
+
+impl Guardian {
+    /// Starts the process and waits until it is there.
+    ///
+    /// # Errors
+    /// What starting a process says, or that it ended at once.
+    pub(super) fn start() -> io::Result<Self> {
+        let (mut control, theirs) = UnixStream::pair()?;
+        // The program that runs, even if its file has been replaced since; or, without /proc, the file.
+        let program = match std::fs::metadata("/proc/self/exe") {
+            Ok(_) => "/proc/self/exe".into(),
+            Err(_) => std::env::current_exe()?,
+        };
+        let child = Command::new(program)
+            .arg(ARGUMENT)
+            .env_clear()
+            .current_dir("/")
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()?;
+        control.set_read_timeout(Some(START))?;
+        let mut guardian = Self { control: control.try_clone()?, child };
+        expect(&mut control, UP).inspect_err(|_| guardian.end())?;
+        control.set_read_timeout(Some(ANSWER))?;
+        Ok(guardian)
+    }
+
+    /// Its process.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn end(&mut self) {
+        // It ends when it reads this, or the end of the connection.
+        let _ = self.control.write_all(&[RELEASE]);
+        let _ = self.control.shutdown(std::net::Shutdown::Write);
+        let _ = self.child.wait();
+    }
+}
+
+fn expect(control: &mut UnixStream, due: u8) -> io::Result<()> {
+    let mut answer = [0];
+    control.read_exact(&mut answer)?;
+    if answer[0] == due { Ok(()) } else { Err(io::Error::other("it answers something else")) }
+}
+
+impl Guard for Guardian {
+    fn hold(&mut self, held: &Held<'_>) -> io::Result<()> {
+        let mut connections = vec![held.source];
+        connections.extend(held.far_end);
+        let words = [HOLD, u8::from(held.source_is_native), u8::from(held.far_end_is_native)];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !ancillary.push(SendAncillaryMessage::ScmRights(&connections)) {
+            return Err(io::Error::other("there is no room for two descriptors"));
+        }
+        sendmsg(self.control.as_fd(), &[IoSlice::new(&words)], &mut ancillary, SendFlags::NOSIGNAL)?;
+        expect(&mut self.control, HOLDS).map_err(|error| {
+            io::Error::new(error.kind(), format!("process {} does not answer: {error}", self.pid()))
+        })
+    }
+
+    fn release(&mut self) {
+        self.end();
+    }
+}
+
+impl Drop for Guardian {
+    /// Without effect after [`release`](Guard::release): the process has ended.
+    fn drop(&mut self) {
+        self.end();
+    }
+}

@@ -1,0 +1,276 @@
+//! The guardian's own process.
+
+use std::io::{self, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use ramwire::stream::native::Answer;
+use ramwire::stream::qemu::return_path::{Message, decode_message};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, Shutdown, recvmsg};
+use rustix::process::{Signal, getppid, kill_process};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+
+use super::words::say;
+use super::{HOLD, HOLDS, RELEASE, UP};
+
+/// Longest time between two looks at signals, which may come just before a wait.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// How long the source may take to read what it was told.
+const TOLD: Duration = Duration::from_secs(60);
+
+/// What is held.
+struct Connections {
+    source: OwnedFd,
+    source_is_native: bool,
+    far_end: Option<OwnedFd>,
+    far_end_is_native: bool,
+    /// Bytes of an answer that has not come whole.
+    answer: Vec<u8>,
+}
+
+/// What ends a guardian.
+enum End {
+    SourceGone,
+    Runs,
+    DoesNotRun(&'static str),
+}
+
+/// The hidden mode: standard input is the connection to the relay.
+pub(in crate::cli) fn run() -> ExitCode {
+    match guard() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("the guardian of the source's connection failed: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn guard() -> io::Result<()> {
+    // Its own session: neither a terminal that closes nor a signal to the relay's group ends it.
+    let _ = rustix::process::setsid();
+    let (ignored, decided) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
+        signal_hook::flag::register(signal, Arc::clone(&ignored))?;
+    }
+    signal_hook::flag::register(SIGUSR1, Arc::clone(&decided))?;
+    let mut relay = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    relay.write_all(&[UP])?;
+    let Some(mut held) = receive(&mut relay)? else { return Ok(()) };
+    relay.write_all(&[HOLDS])?;
+    if !outlives(&mut relay, &decided)? {
+        return Ok(());
+    }
+    let pid = std::process::id();
+    // The far end is to see the end of the relay's stream: what has not left it by now never will.
+    if let Some(far_end) = &held.far_end {
+        let _ = rustix::net::shutdown(far_end, Shutdown::Write);
+    }
+    say(&format!(
+        "in doubt: the relay ended after it had given the guest to the far end, which has not said that it runs. \
+         This process holds the source's connection, so that the guest can't run twice, and waits for the far end's \
+         answer. Look at the far end: if the guest runs there, end the source; if it does not and never will, \
+         `kill -USR1 {pid}`: the source then goes on"
+    ));
+    let end = held.wait(&decided)?;
+    held.tell(&end);
+    Ok(())
+}
+
+/// Waits for the connections; `None` if they are not to be held.
+fn receive(relay: &mut UnixStream) -> io::Result<Option<Connections>> {
+    let mut words = [0; 3];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let got = loop {
+        match recvmsg(&*relay, &mut [IoSliceMut::new(&mut words)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Ok(message) => break message.bytes,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    };
+    let mut connections = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            connections.extend(descriptors);
+        }
+    }
+    let mut connections = connections.into_iter();
+    match (got, words, connections.next()) {
+        (3, [HOLD, source_is_native, far_end_is_native], Some(source)) => Ok(Some(Connections {
+            source,
+            source_is_native: source_is_native == 1,
+            far_end: connections.next(),
+            far_end_is_native: far_end_is_native == 1,
+            answer: Vec::new(),
+        })),
+        (3, [HOLD, ..], None) => Err(io::Error::other("no descriptor came with the relay's message")),
+        _ => Ok(None),
+    }
+}
+
+/// Waits for the relay's end; true if it ended without saying that nothing is in doubt.
+fn outlives(relay: &mut UnixStream, decided: &AtomicBool) -> io::Result<bool> {
+    loop {
+        if decided.swap(false, Ordering::Relaxed)
+            && let Some(parent) = getppid()
+        {
+            // It is alive, and knows more.
+            let _ = kill_process(parent, Signal::USR1);
+        }
+        if ready(&[(relay.as_fd(), PollFlags::IN)])?[0].is_empty() {
+            continue;
+        }
+        let mut word = [0];
+        match relay.read(&mut word) {
+            Ok(0) => return Ok(true),
+            Ok(_) if word[0] == RELEASE => return Ok(false),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // A reset: as its end.
+            Err(_) => return Ok(true),
+        }
+    }
+}
+
+/// What each descriptor is ready for, after a look's time at most.
+fn ready(of: &[(std::os::fd::BorrowedFd<'_>, PollFlags)]) -> io::Result<Vec<PollFlags>> {
+    let mut fds: Vec<_> = of.iter().map(|(fd, what)| PollFd::from_borrowed_fd(*fd, *what)).collect();
+    let time = Timespec::try_from(LOOK).map_err(io::Error::other)?;
+    match poll(&mut fds, Some(&time)) {
+        Ok(_) => Ok(fds.iter().map(PollFd::revents).collect()),
+        Err(rustix::io::Errno::INTR) => Ok(vec![PollFlags::empty(); of.len()]),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+impl Connections {
+    /// Waits until the doubt is over.
+    fn wait(&mut self, decided: &AtomicBool) -> io::Result<End> {
+        loop {
+            if decided.load(Ordering::Relaxed) {
+                return Ok(End::DoesNotRun("an operator says that the guest does not run at the far end"));
+            }
+            let mut watched = vec![(self.source.as_fd(), PollFlags::RDHUP)];
+            watched.extend(self.far_end.as_ref().map(|far_end| (far_end.as_fd(), PollFlags::IN)));
+            let found = ready(&watched)?;
+            if found[0].intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR) {
+                return Ok(End::SourceGone);
+            }
+            if found.get(1).is_some_and(|found| !found.is_empty())
+                && let Some(end) = self.hear()
+            {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// Reads what the far end says.
+    fn hear(&mut self) -> Option<End> {
+        let mut buffer = [0; 1024];
+        let far_end = self.far_end.as_ref()?;
+        match rustix::io::read(far_end, &mut buffer) {
+            Ok(got @ 1..) => self.answer.extend_from_slice(&buffer[..got]),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return None,
+            Ok(0) | Err(_) => {
+                say("the far end has ended its connection without saying whether the guest runs there");
+                self.far_end = None;
+                return None;
+            }
+        }
+        self.decode()
+    }
+
+    fn decode(&mut self) -> Option<End> {
+        loop {
+            let (used, end) = match decode_message(&self.answer) {
+                Ok((message, used)) => (used, self.meaning(message)),
+                Err(error) if error.is_truncated() => return None,
+                Err(error) => {
+                    say(&format!("the far end's answer is not understood: {error}"));
+                    self.far_end = None;
+                    return None;
+                }
+            };
+            if end.is_some() {
+                return end;
+            }
+            self.answer.drain(..used);
+        }
+    }
+
+    fn meaning(&self, message: Message<'_>) -> Option<End> {
+        match message {
+            Message::Shut { status: 0 } if !self.far_end_is_native => Some(End::Runs),
+            Message::Native(Answer::Running) if self.far_end_is_native => Some(End::Runs),
+            Message::Shut { .. } if !self.far_end_is_native => {
+                Some(End::DoesNotRun("the far end says that it has not started the guest"))
+            }
+            // After COMMIT a ramwire's refusal proves nothing.
+            Message::Native(Answer::Refused { why }) => {
+                say(&format!("the far end says: {why}; look whether the guest runs there"));
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// Tells the source how it ended, and sees that it can read that.
+    fn tell(&self, end: &End) {
+        let (text, message) = match end {
+            End::SourceGone => {
+                return say(
+                    "the source has gone: if the guest runs, it runs at the far end; nothing is held any more",
+                );
+            }
+            End::Runs if self.source_is_native => {
+                ("the guest runs at the far end; the source is told", Message::Native(Answer::Running))
+            }
+            End::Runs => ("the guest runs at the far end; the source is told", Message::Shut { status: 0 }),
+            End::DoesNotRun(why) if self.source_is_native => (*why, Message::Native(Answer::Refused { why })),
+            End::DoesNotRun(why) => (*why, Message::Shut { status: 1 }),
+        };
+        say(text);
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let until = Instant::now() + TOLD;
+        let mut left = &bytes[..];
+        while !left.is_empty() && Instant::now() < until {
+            match rustix::io::write(&self.source, left) {
+                Ok(count) => left = &left[count..],
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => {
+                    if ready(&[(self.source.as_fd(), PollFlags::OUT)]).is_err() {
+                        return;
+                    }
+                }
+                Err(_) => return,
+            }
+        }
+        self.let_go(until);
+    }
+
+    /// A connection that closes with unread bytes resets, and takes with it what the source has not read yet.
+    fn let_go(&self, until: Instant) {
+        let _ = rustix::net::shutdown(&self.source, Shutdown::Write);
+        let mut buffer = [0; 4096];
+        while Instant::now() < until {
+            match rustix::io::read(&self.source, &mut buffer) {
+                Ok(1..) | Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => {
+                    if ready(&[(self.source.as_fd(), PollFlags::IN)]).is_err() {
+                        return;
+                    }
+                }
+                Ok(0) | Err(_) => return,
+            }
+        }
+    }
+}

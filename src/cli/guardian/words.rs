@@ -1,0 +1,31 @@
+//! What a guardian says: to standard error and to the system's log, where anything reads them.
+
+use std::io::Write;
+use std::os::unix::net::UnixDatagram;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// Where syslog and journald listen.
+const LOG: &str = "/dev/log";
+
+/// Facility user, severity alert (RFC 5424).
+const PRIORITY: u8 = 8 + 1;
+
+/// A line to both. Nothing waits for a reader: this process must go on holding what it holds.
+pub(super) fn say(text: &str) {
+    let line = format!("ramwire relay: {text}\n");
+    let mut errors = std::io::stderr().lock();
+    let mut fds = [PollFd::new(&errors, PollFlags::OUT)];
+    let has_room = poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0);
+    if has_room && !fds[0].revents().intersects(PollFlags::ERR | PollFlags::NVAL) {
+        // A pipe with room takes 4096 bytes at once (pipe(7)).
+        let _ = errors.write_all(line.as_bytes());
+    }
+    let Ok(log) = UnixDatagram::unbound() else { return };
+    let pid = std::process::id();
+    let entry = format!("<{PRIORITY}>ramwire[{pid}]: {text}");
+    if log.set_nonblocking(true).is_ok() {
+        // A host without a log is told by standard error alone.
+        let _ = log.send_to(entry.as_bytes(), LOG);
+    }
+}

@@ -1,0 +1,416 @@
+//! The two sessions of a relay as its engine knows them: each tells what has happened and waits for what it may do.
+
+use std::io::{self, Read, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::Sender;
+
+use crate::engine::{FarEnd, Handover, Outcome, RelayAction, RelayEvent, Traffic};
+use crate::guest::{DirtySource, GuestControl, GuestMemory, PageObserver};
+use crate::observe::SharedStatistics;
+use crate::session::destination::{Arrival, Incoming};
+use crate::session::source::{SourceGuest, SourceReport, SourceSession, Upstream};
+use crate::session::{Error, SourceSettings};
+use crate::sys::{CancelToken, SendPart, Stop, duplicate};
+use crate::transport::{ByteSink, ChannelError};
+
+use super::forward::Arrivals;
+use super::hub::Hub;
+use super::{ConnectFn, Notice, NoticeFn, lock};
+
+/// Longest time between two looks at the far end's figures while pages come.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// Pages that may come between two looks: 256 KiB of small ones.
+const PAGES_A_LOOK: u64 = 64;
+
+/// Time between two looks at a cancel and at the source's connection while the other side is waited for.
+const A_MOMENT: Duration = Duration::from_millis(50);
+
+/// Pages for which an idle far side begins a round at once; fewer wait for more, a slice at most.
+const WORTH_A_ROUND: u64 = 256;
+
+/// The far side's session as it ended.
+pub(super) struct FarReport {
+    pub(super) report: SourceReport,
+    pub(super) began: Instant,
+    pub(super) first_page_sent: Option<Duration>,
+}
+
+/// Sees pages arrive, and starts the far side with the first of them.
+pub(super) struct Middle {
+    pub(super) hub: Arc<Hub>,
+    pub(super) connect: Option<Box<ConnectFn>>,
+    pub(super) outgoing: Option<SourceSettings>,
+    pub(super) give: Option<Sender<FarReport>>,
+    pub(super) cancel: CancelToken,
+    pub(super) notice: Arc<NoticeFn>,
+    /// What has come, and what has left.
+    pub(super) came: SharedStatistics,
+    pub(super) left: SharedStatistics,
+    pub(super) began: Instant,
+    pub(super) ram_complete: Arc<Mutex<Option<Duration>>>,
+    pub(super) arrivals: Option<Arc<Arrivals>>,
+    pub(super) meter: Option<Meter>,
+}
+
+/// Measures what waits to be sent on.
+pub(super) struct Meter {
+    arrivals: Arc<Arrivals>,
+    came: SharedStatistics,
+    left: SharedStatistics,
+    page_bytes: u64,
+    looked: Instant,
+    waiting: u64,
+    /// The source has a return path.
+    source_can_be_told: bool,
+}
+
+impl Meter {
+    /// True if enough has changed since the last look.
+    fn is_due(&self) -> bool {
+        self.looked.elapsed() >= LOOK || self.arrivals.pending() >= self.waiting + PAGES_A_LOOK
+    }
+
+    fn look(&mut self, queued: u64) -> Traffic {
+        self.looked = Instant::now();
+        self.waiting = self.arrivals.pending();
+        let whole_came = self.came.read(|s| s.pages.normal + s.pages.delta);
+        self.left.read(|s| Traffic {
+            page_bytes: self.page_bytes,
+            waiting: self.waiting + s.remaining / self.page_bytes,
+            whole_came,
+            whole_left: s.pages.normal + s.pages.delta,
+            acknowledged: s.transferred.saturating_sub(queued),
+        })
+    }
+}
+
+impl Middle {
+    fn start_far_side(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error> {
+        let (Some(connect), Some(mut settings), Some(give), Some(arrivals)) =
+            (self.connect.take(), self.outgoing.take(), self.give.take(), self.arrivals.clone())
+        else {
+            return Ok(());
+        };
+        if !incoming.has_return_path {
+            (self.notice)(&Notice::NoReturnPath);
+        }
+        settings.adopt(incoming);
+        settings.all_dirty_at_start = false;
+        let connection = connect(Arc::clone(memory))?;
+        let descriptor = connection.back.as_ref().and_then(|back| back.descriptor());
+        self.hub.far_end_connects(descriptor.and_then(|descriptor| duplicate(&descriptor).ok()));
+        self.meter = Some(Meter {
+            arrivals: Arc::clone(&arrivals),
+            came: self.came.clone(),
+            left: self.left.clone(),
+            page_bytes: memory.table().page().bytes(),
+            looked: Instant::now(),
+            waiting: 0,
+            source_can_be_told: incoming.has_return_path,
+        });
+        let guest = SourceGuest {
+            memory: Arc::clone(memory),
+            dirty: vec![Arc::clone(&arrivals) as Arc<dyn DirtySource>],
+            control: Box::new(StateOfSource(Arc::clone(&self.hub))),
+        };
+        let spawner = settings.spawner.clone();
+        let session = SourceSession::new(guest, connection, settings)
+            .with_upstream(Box::new(FarSide { hub: Arc::clone(&self.hub), arrivals }))
+            .with_cancel(self.cancel.clone())
+            .with_statistics(self.left.clone());
+        let ended = FarSideEnds(Arc::clone(&self.hub));
+        let far_side = move || {
+            let began = Instant::now();
+            let report = session.run();
+            let first_page_sent = report.first_page_sent;
+            ended.with(&report);
+            // The receiver is gone only if the relay itself is.
+            let _ = give.send(FarReport { report, began, first_page_sent });
+        };
+        spawner.spawn("ramwire-far", Box::new(far_side))?;
+        Ok(())
+    }
+}
+
+/// Tells the engine that the far side has ended, also if it panics.
+struct FarSideEnds(Arc<Hub>);
+
+impl FarSideEnds {
+    fn with(self, report: &SourceReport) {
+        if let Some(error) = &report.error {
+            self.0.because(error);
+        }
+        self.0.post(RelayEvent::FarEnded(match report.outcome {
+            Outcome::Completed => FarEnd::Runs,
+            Outcome::StaysHere(_) => FarEnd::DoesNotRun,
+            Outcome::InDoubt => FarEnd::Unknown,
+        }));
+    }
+}
+
+impl Drop for FarSideEnds {
+    fn drop(&mut self) {
+        // Without effect where the end was told.
+        self.0.post(RelayEvent::FarEnded(FarEnd::Unknown));
+    }
+}
+
+impl Arrival for Middle {
+    fn began(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error> {
+        self.start_far_side(incoming, memory)
+    }
+
+    fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn PageObserver> {
+        let arrivals = Arc::new(Arrivals::new(memory.table()));
+        self.arrivals = Some(Arc::clone(&arrivals));
+        arrivals
+    }
+
+    /// Holds the source back while the far end has more to take than it can soon.
+    ///
+    /// # Errors
+    /// The far side has ended: nothing that still comes can be handed on, and the source can be told.
+    fn between_reads(&mut self) -> Result<(), Error> {
+        let Some(meter) = &mut self.meter else { return Ok(()) };
+        if !meter.is_due() {
+            return Ok(());
+        }
+        loop {
+            self.hub.post_quietly(RelayEvent::Moved(meter.look(self.hub.queued())));
+            let mut inner = self.hub.lock();
+            if inner.has(RelayAction::TellFailed) && meter.source_can_be_told {
+                return Err(Error::PeerFailed { why: format!("the far end of the relay: {}", inner.why()) });
+            }
+            // Else the source may have written its last byte already and let go: what comes is to be kept.
+            inner.held_back = !inner.may_read();
+            let held_back = inner.held_back;
+            drop(inner);
+            if held_back || meter.waiting >= WORTH_A_ROUND {
+                self.hub.nudge();
+            }
+            if !held_back {
+                return Ok(());
+            }
+            if self.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    fn ram_complete(&mut self, scan: Option<Duration>) -> Result<(), Error> {
+        *lock(&self.ram_complete) = Some(self.began.elapsed());
+        if let Some(took) = scan {
+            self.left.update(|s| s.downtime_parts.scan_ms = took.as_secs_f64() * 1e3);
+        }
+        self.hub.post(RelayEvent::RamComplete);
+        Ok(())
+    }
+}
+
+/// What the far side's session asks. It goes on as soon as there is enough to send, so that the last pages leave while
+/// their successors still come.
+struct FarSide {
+    hub: Arc<Hub>,
+    arrivals: Arc<Arrivals>,
+}
+
+impl Upstream for FarSide {
+    fn wait(&mut self, time: Duration) -> Result<bool, Error> {
+        let inner = self.hub.wait(time, |inner| {
+            let pending = self.arrivals.pending();
+            inner.has(RelayAction::SendLastRound)
+                || inner.has(RelayAction::Abandon)
+                || pending >= WORTH_A_ROUND
+                || inner.held_back && pending > 0
+        });
+        if inner.has(RelayAction::Abandon) {
+            return Err(source_lost());
+        }
+        Ok(inner.has(RelayAction::SendLastRound))
+    }
+
+    fn wait_given(&mut self, handover: Handover, time: Duration) -> Result<bool, Error> {
+        if !self.hub.lock().far_is_ready {
+            self.hub.far_end_takes(handover);
+            self.hub.post(RelayEvent::FarReady);
+        }
+        let over = |inner: &super::hub::Inner| inner.has(RelayAction::Abandon);
+        let inner = self.hub.wait(time, |inner| inner.has(RelayAction::GiveAway) || over(inner));
+        if over(&inner) {
+            return Err(source_lost());
+        }
+        Ok(inner.has(RelayAction::GiveAway))
+    }
+
+    fn far_end_is_silent(&mut self, why: &Error) {
+        self.hub.because(why);
+        self.hub.post(RelayEvent::FarSilent);
+    }
+
+    fn goes_on_listening(&mut self) -> bool {
+        !self.hub.lock().has(RelayAction::Abandon)
+    }
+}
+
+fn source_lost() -> Error {
+    Error::PeerFailed { why: "the guest's source ended its migration; the guest runs on there".into() }
+}
+
+/// The far side's guest: it stood still before it got here, and its device state comes from its source.
+struct StateOfSource(Arc<Hub>);
+
+impl GuestControl for StateOfSource {
+    /// The relay's own memory stays as it is.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
+
+    fn pause(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// The source's own session bounds the wait.
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        loop {
+            let inner = self
+                .0
+                .wait(A_MOMENT, |inner| inner.has(RelayAction::SendState) || inner.has(RelayAction::Abandon));
+            match &inner.device_state {
+                _ if inner.has(RelayAction::Abandon) => return Err(io::Error::other(source_lost())),
+                Some(state) if inner.has(RelayAction::SendState) => return out.write_all(state),
+                _ => {}
+            }
+        }
+    }
+
+    fn load_devices(&mut self, _from: &mut dyn Read) -> io::Result<()> {
+        Err(io::Error::other("the far side of a relay only sends"))
+    }
+}
+
+/// The source side's guest: it "runs" when the far end says so.
+pub(super) struct SourceSide {
+    pub(super) hub: Arc<Hub>,
+    pub(super) cancel: CancelToken,
+    pub(super) silenced: Arc<AtomicBool>,
+    pub(super) waits: Arc<AtomicBool>,
+}
+
+impl SourceSide {
+    /// Looks what to tell the source, after a moment at most.
+    fn answer(&self, go: RelayAction) -> Option<io::Result<()>> {
+        let tells = [go, RelayAction::TellFailed, RelayAction::TellNothing];
+        let inner = self.hub.wait(A_MOMENT, |inner| tells.iter().any(|action| inner.has(*action)));
+        match () {
+            () if inner.has(go) => Some(Ok(())),
+            () if inner.has(RelayAction::TellFailed) => {
+                let why = inner.why();
+                Some(Err(io::Error::other(format!("the far end did not take it: {why}"))))
+            }
+            () if inner.has(RelayAction::TellNothing) => {
+                self.silenced.store(true, Ordering::Release);
+                let why = inner.why();
+                Some(Err(io::Error::other(format!("the far end was given the guest and fell silent: {why}"))))
+            }
+            () => None,
+        }
+    }
+}
+
+impl GuestControl for SourceSide {
+    /// The relay's own memory stays as it is.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
+
+    fn pause(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// The guest is ours: hand it on, and come back with the far end's answer.
+    fn resume(&mut self) -> io::Result<()> {
+        self.hub.post(RelayEvent::GuestGiven { waits: self.waits.load(Ordering::Acquire) });
+        loop {
+            if let Some(answer) = self.answer(RelayAction::TellRunning) {
+                return answer;
+            }
+            if self.hub.lock().engine.is_in_doubt() && self.hub.source_is_gone() {
+                self.hub.post(RelayEvent::SourceGone);
+            }
+        }
+    }
+
+    fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
+        Err(io::Error::other("the near side of a relay only receives"))
+    }
+
+    /// Only when the far end could take it may the guest be asked for: the far side's own timeouts bound the wait.
+    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        let mut state = Vec::new();
+        from.read_to_end(&mut state)?;
+        self.hub.lock().device_state = Some(state);
+        self.hub.post(RelayEvent::StateArrived);
+        loop {
+            if let Some(answer) = self.answer(RelayAction::AskForGuest) {
+                return answer;
+            }
+            if self.cancel.is_cancelled() {
+                self.hub.post(RelayEvent::Cancel);
+            }
+        }
+    }
+}
+
+/// Where the source is told, until nothing may be told any more.
+pub(super) struct Voice {
+    sink: Box<dyn ByteSink>,
+    silenced: Arc<AtomicBool>,
+}
+
+impl Voice {
+    pub(super) fn over(sink: Box<dyn ByteSink>, silenced: &Arc<AtomicBool>) -> Box<dyn ByteSink> {
+        Box::new(Self { sink, silenced: Arc::clone(silenced) })
+    }
+}
+
+impl ByteSink for Voice {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        if self.silenced.load(Ordering::Acquire) {
+            let peer = "the guest's source".into();
+            return Err(ChannelError::Closed {
+                peer,
+                doing: "telling it nothing while the guest is in doubt",
+            });
+        }
+        self.sink.send(parts, stop)
+    }
+
+    fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.sink.flush(stop)
+    }
+
+    fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.sink.finish(stop)
+    }
+
+    fn outlast(&mut self, limit: Duration) {
+        self.sink.outlast(limit);
+    }
+
+    fn position(&self) -> u64 {
+        self.sink.position()
+    }
+
+    fn under_way(&self) -> u64 {
+        self.sink.under_way()
+    }
+}

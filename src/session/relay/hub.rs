@@ -1,0 +1,285 @@
+//! Where the two sides of a relay meet: events go in, the engine decides, and each side waits for what it may do.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::engine::{Handover, RelayAction, RelayEngine, RelayEvent};
+use crate::session::callback::{guarded, quietly};
+use crate::session::handle::CancelReply;
+use crate::session::workers::Spawner;
+use crate::session::{Breakage, Clock, Error, WallClock};
+use crate::sys::{CancelToken, FdKind, queued_bytes};
+
+use super::guard::{Guard, Held};
+use super::{Notice, NoticeFn};
+
+/// The engine, what it has decided so far, and what belongs to it.
+#[derive(Default)]
+pub(in crate::session) struct Hub {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+pub(in crate::session) struct Inner {
+    pub(in crate::session) engine: RelayEngine,
+    clock: Box<dyn Clock>,
+    /// What the engine has decided, in order.
+    decided: Vec<RelayAction>,
+    /// The guest's, once it has come.
+    pub(super) device_state: Option<Vec<u8>>,
+    /// Why the far end has not got the guest, or is silent.
+    why: Option<String>,
+    guard: Option<Box<dyn Guard>>,
+    cancel: CancelToken,
+    notice: Arc<NoticeFn>,
+    spawner: Spawner,
+    source: Side,
+    far_end: Side,
+    /// Pages wait to be read from the source until the far end has taken more.
+    pub(super) held_back: bool,
+    /// The far end was said to be ready.
+    pub(super) far_is_ready: bool,
+    breakage: Breakage,
+}
+
+/// What is known of the connection to one side.
+#[derive(Default)]
+struct Side {
+    native: bool,
+    connection: Option<OwnedFd>,
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        Self {
+            engine: RelayEngine::new(Duration::from_millis(300)),
+            clock: Box::new(WallClock::default()),
+            decided: Vec::new(),
+            device_state: None,
+            why: None,
+            guard: None,
+            cancel: CancelToken::default(),
+            notice: Arc::new(|_| ()),
+            spawner: Spawner::default(),
+            source: Side::default(),
+            far_end: Side::default(),
+            held_back: false,
+            far_is_ready: false,
+            breakage: Breakage::None,
+        }
+    }
+}
+
+impl Inner {
+    /// True once the engine has decided `action`.
+    pub(in crate::session) fn has(&self, action: RelayAction) -> bool {
+        self.decided.contains(&action)
+    }
+
+    /// True while more may be read from the source.
+    pub(in crate::session) fn may_read(&self) -> bool {
+        self.engine.may_read() || self.breakage.is(Breakage::ReadWithoutBound)
+    }
+
+    /// Why the far end has not got the guest.
+    pub(super) fn why(&self) -> String {
+        self.why.clone().unwrap_or_else(|| "it was cancelled".into())
+    }
+
+    /// Hands an event to the engine and does what it decides, as far as no side has to do it.
+    fn take(&mut self, event: RelayEvent) -> Vec<Notice> {
+        let (now, mut notices) = (self.clock.now(), Vec::new());
+        self.far_is_ready |= event == RelayEvent::FarReady;
+        self.engine.handle(now, event);
+        while let Some(action) = self.engine.poll() {
+            tracing::debug!(?event, ?action, "relay");
+            self.decided.push(action);
+            match action {
+                RelayAction::Guard => {
+                    let answer = self.hold(&mut notices);
+                    self.engine.handle(now, answer);
+                }
+                RelayAction::ReportDoubt => notices.push(Notice::InDoubt { why: self.why() }),
+                RelayAction::Finish(_) => self.release(),
+                _ => {}
+            }
+            self.break_orders(action);
+        }
+        if matches!(event, RelayEvent::FarEnded(_)) {
+            // Its peer is to see that the connection ends.
+            self.far_end.connection = None;
+        }
+        notices
+    }
+
+    /// The source's connection outlives this process from here on, where that is possible.
+    fn hold(&mut self, notices: &mut Vec<Notice>) -> RelayEvent {
+        let Some(guard) = &mut self.guard else { return RelayEvent::Guarded };
+        let Some(source) = &self.source.connection else {
+            notices.push(Notice::NotGuarded);
+            return RelayEvent::Guarded;
+        };
+        let held = Held {
+            source: source.as_fd(),
+            source_is_native: self.source.native,
+            far_end: self.far_end.connection.as_ref().map(AsFd::as_fd),
+            far_end_is_native: self.far_end.native,
+        };
+        match guarded("holding the source's connection", || guard.hold(&held)) {
+            Ok(Ok(())) => RelayEvent::Guarded,
+            Ok(Err(error)) => self.not_guarded(&error.to_string()),
+            Err(error) => self.not_guarded(&error.to_string()),
+        }
+    }
+
+    fn not_guarded(&mut self, why: &str) -> RelayEvent {
+        self.why =
+            Some(format!("the source's connection can't be held beyond the end of this process: {why}"));
+        RelayEvent::NotGuarded
+    }
+
+    fn release(&mut self) {
+        (self.source.connection, self.far_end.connection) = (None, None);
+        let Some(mut guard) = self.guard.take() else { return };
+        quietly("letting go of the source's connection", || guard.release());
+    }
+
+    /// Orders that a test has switched off.
+    fn break_orders(&mut self, action: RelayAction) {
+        let broken = match action {
+            RelayAction::GiveAway if self.breakage.is(Breakage::TellBeforeFarEnd) => RelayAction::TellRunning,
+            RelayAction::ReportDoubt if self.breakage.is(Breakage::DoubtIsFailure) => RelayAction::TellFailed,
+            RelayAction::SendState if self.breakage.is(Breakage::AskBeforeFarEnd) => RelayAction::AskForGuest,
+            RelayAction::AskForGuest if self.breakage.is(Breakage::GiveBeforeGiven) => RelayAction::GiveAway,
+            _ => return,
+        };
+        self.decided.push(broken);
+    }
+}
+
+/// What a relay is made of that its sides have to know.
+pub(in crate::session) struct Parts {
+    pub(in crate::session) downtime_limit: Duration,
+    pub(in crate::session) guard: Option<Box<dyn Guard>>,
+    pub(in crate::session) cancel: CancelToken,
+    pub(in crate::session) notice: Arc<NoticeFn>,
+    pub(in crate::session) spawner: Spawner,
+    pub(in crate::session) source: Option<OwnedFd>,
+}
+
+impl Hub {
+    pub(in crate::session) fn begin(&self, parts: Parts) {
+        let mut inner = self.lock();
+        inner.engine.set_downtime_limit(parts.downtime_limit);
+        inner.guard = parts.guard;
+        if inner.cancel.is_cancelled() {
+            parts.cancel.cancel();
+        }
+        inner.cancel = parts.cancel;
+        inner.notice = parts.notice;
+        inner.spawner = parts.spawner;
+        inner.source.connection = parts.source;
+    }
+
+    #[cfg(test)]
+    pub(in crate::session) fn count_time_by(&self, clock: Box<dyn Clock>) {
+        self.lock().clock = clock;
+    }
+
+    #[cfg(test)]
+    pub(in crate::session) fn break_order(&self, breakage: Breakage) {
+        self.lock().breakage = breakage;
+    }
+
+    pub(in crate::session) fn source_is(&self, native: bool) {
+        self.lock().source.native = native;
+    }
+
+    pub(super) fn far_end_connects(&self, connection: Option<OwnedFd>) {
+        self.lock().far_end.connection = connection;
+    }
+
+    pub(in crate::session) fn far_end_takes(&self, handover: Handover) {
+        self.lock().far_end.native = handover == Handover::Native;
+    }
+
+    /// Why the far end has not got the guest, unless it was told to end for a reason of ours.
+    pub(super) fn because(&self, why: &Error) {
+        let mut inner = self.lock();
+        if !inner.has(RelayAction::Abandon) {
+            inner.why = Some(why.to_string());
+        }
+    }
+
+    pub(in crate::session) fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something that no event tells of may be worth a look.
+    pub(super) fn nudge(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Hands an event to the engine; whoever waits looks what it decided.
+    pub(in crate::session) fn post(&self, event: RelayEvent) {
+        let mut inner = self.lock();
+        let notices = inner.take(event);
+        let (notice, spawner) = (Arc::clone(&inner.notice), inner.spawner.clone());
+        drop(inner);
+        self.changed.notify_all();
+        for due in notices {
+            // Told by a thread of its own: a terminal that takes nothing must not keep the far end's answer waiting.
+            let notice = Arc::clone(&notice);
+            let tell = move || quietly("telling what an operator must know", || notice(&due));
+            if let Err(error) = spawner.spawn("ramwire-notice", Box::new(tell)) {
+                tracing::warn!(%error, "the relay's notice could not be told");
+            }
+        }
+    }
+
+    /// The same for what nobody waits for: figures.
+    pub(in crate::session) fn post_quietly(&self, event: RelayEvent) {
+        let mut inner = self.lock();
+        let now = inner.clock.now();
+        inner.engine.handle(now, event);
+    }
+
+    /// Bytes that wait in this host's queue towards the far end; 0 where the kernel does not tell.
+    pub(super) fn queued(&self) -> u64 {
+        let inner = self.lock();
+        let connection = inner.far_end.connection.as_ref();
+        connection.and_then(|fd| queued_bytes(fd.as_fd(), FdKind::Socket).ok()).unwrap_or(0)
+    }
+
+    /// Waits until `ready`, at most `time`.
+    pub(super) fn wait(&self, time: Duration, ready: impl Fn(&Inner) -> bool) -> MutexGuard<'_, Inner> {
+        let inner = self.lock();
+        let waited = self.changed.wait_timeout_while(inner, time, |inner| !ready(inner));
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// True if the source has closed its connection, or it broke. False where that can't be seen.
+    pub(super) fn source_is_gone(&self) -> bool {
+        let inner = self.lock();
+        let Some(connection) = &inner.source.connection else { return false };
+        let mut fds = [PollFd::new(connection, PollFlags::RDHUP)];
+        let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(ended)
+    }
+
+    /// See [`RelayControl::cancel`](super::RelayControl::cancel).
+    pub(in crate::session) fn cancel(&self) -> CancelReply {
+        let mut inner = self.lock();
+        if !inner.engine.may_cancel() {
+            return CancelReply::TooLate;
+        }
+        drop(inner.take(RelayEvent::Cancel));
+        inner.cancel.cancel();
+        drop(inner);
+        self.changed.notify_all();
+        CancelReply::Accepted
+    }
+}

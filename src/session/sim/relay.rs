@@ -1,0 +1,283 @@
+//! A relay between a source and a far end, with faults, under a seed.
+//!
+//! Real are the relay's engine, the hub that performs what it decides, and the bitmap of what has come. The two sessions, the
+//! source and the far end are machines that take a step at a time, in an order that follows from the seed:
+//!
+//! ```text
+//! RAMWIRE_SIM_SEED=1234 cargo test --lib session::sim::relay -- --nocapture
+//! ```
+
+mod ends;
+mod plan;
+mod sides;
+
+use std::collections::BTreeMap;
+
+use self::ends::{Far, Source};
+use self::plan::{FarKind, Fault, Plan};
+use self::sides::Relay;
+use super::plan::Rng;
+use super::{number_from, spread};
+use crate::session::Breakage;
+
+/// Seeds of an ordinary test run.
+const SEEDS: u64 = 3000;
+/// Seeds among which each order that is switched off must be found.
+const MUTANT_SEEDS: u64 = 1000;
+/// Steps after which nothing moves any more.
+const STEPS: u64 = 8000;
+/// Pages of the guest.
+const PAGES: usize = 40;
+/// Pages that a relay may have taken ahead: its first backlog, and what the fastest far end takes in its time.
+const MOST_AHEAD: u64 = 4 + 20 + 4;
+
+/// The whole of it.
+struct World {
+    plan: Plan,
+    rng: Rng,
+    now: u64,
+    given_at: Option<u64>,
+    source: Source,
+    relay: Option<Relay>,
+    /// The source's connection is held by another process, which listens to the far end.
+    guarded: bool,
+    far: Far,
+    seen: Vec<&'static str>,
+    violations: Vec<String>,
+}
+
+impl World {
+    fn new(plan: Plan, breakage: Breakage) -> Self {
+        Self {
+            rng: Rng::new(plan.seed ^ 0x9e1a),
+            now: 0,
+            given_at: None,
+            source: Source::new(&plan),
+            relay: Some(Relay::new(breakage)),
+            guarded: false,
+            far: Far::new(&plan),
+            seen: Vec::new(),
+            violations: Vec::new(),
+            plan,
+        }
+    }
+
+    fn saw(&mut self, what: &'static str) {
+        if !self.seen.contains(&what) {
+            self.seen.push(what);
+        }
+    }
+
+    fn must(&mut self, holds: bool, what: &str) {
+        if !holds && !self.violations.iter().any(|known| known == what) {
+            self.violations.push(what.to_owned());
+        }
+    }
+
+    fn run(&mut self) {
+        for now in 0..STEPS {
+            self.now = now;
+            if self.fault_at() == Some(now) {
+                self.fault();
+            }
+            match self.rng.below(4) {
+                0 => self.source_steps(),
+                1 => self.near_steps(),
+                2 => self.far_side_steps(),
+                _ => self.far_steps(),
+            }
+            self.guard_steps();
+            if now % 64 == 0 {
+                self.operator_looks();
+            }
+            let twice = self.source.runs && self.far.runs;
+            self.must(!twice, "the guest runs twice");
+        }
+        self.check();
+    }
+
+    /// When the fault falls due: counted from the start, or from when the source has given the guest away.
+    fn fault_at(&mut self) -> Option<u64> {
+        if self.source.gave_away {
+            self.given_at.get_or_insert(self.now);
+        }
+        let from = if self.plan.counts_from_giving { self.given_at? } else { 0 };
+        Some(from + self.plan.at)
+    }
+
+    fn fault(&mut self) {
+        match self.plan.fault {
+            None => {}
+            Some(Fault::RelayDies) => {
+                let doubt = self.relay.as_ref().is_some_and(Relay::is_given_away);
+                self.saw(if doubt { "relay killed in doubt" } else { "relay killed" });
+                self.relay_ends();
+            }
+            Some(Fault::Cancel) => {
+                let refused = self.relay.as_ref().is_some_and(|relay| !relay.cancel());
+                self.saw(if refused { "cancel too late" } else { "cancelled" });
+            }
+            Some(Fault::FarDies) => {
+                self.saw("far end killed");
+                self.far.dies();
+            }
+            Some(Fault::SourceDies) => {
+                self.saw("source killed");
+                self.source.dies();
+            }
+        }
+    }
+
+    /// The relay's process is gone: its connections close, but for what is held elsewhere.
+    fn relay_ends(&mut self) {
+        let Some(relay) = self.relay.take() else { return };
+        self.guarded = relay.is_held();
+        self.far.stream_ends();
+        if !self.guarded {
+            self.source.connection_ends();
+            self.far.answers_close();
+        }
+    }
+
+    /// Another process holds the source's connection and takes the far end's answer there.
+    fn guard_steps(&mut self) {
+        if !self.guarded {
+            return;
+        }
+        if self.source.is_gone() {
+            self.guarded = false;
+        } else if let Some(runs) = self.far.answer() {
+            match (runs, self.plan.far) {
+                (true, _) => self.tell_source(true),
+                (false, FarKind::Qemu) => self.tell_source(false),
+                // A ramwire's refusal after COMMIT proves nothing.
+                (false, FarKind::Ramwire) => return,
+            }
+            self.saw("answer told by the guard");
+            self.guarded = false;
+        }
+    }
+
+    /// Somebody looks at the far end while the guest is in doubt.
+    fn operator_looks(&mut self) {
+        let in_doubt = self.relay.as_ref().map_or(self.guarded, Relay::is_in_doubt);
+        if !in_doubt || !self.plan.operator {
+            return;
+        }
+        if self.far.runs {
+            self.saw("operator ended the source");
+            self.source.dies();
+        } else if self.far.is_dead() {
+            self.saw("operator let the source go on");
+            match &self.relay {
+                Some(relay) => relay.not_there(),
+                None => {
+                    self.guarded = false;
+                    self.tell_source(false);
+                }
+            }
+        }
+    }
+
+    fn tell_source(&mut self, runs: bool) {
+        let true_word = !runs || self.far.runs || self.far.ran;
+        self.must(true_word, "the source was told that the guest runs before it did");
+        self.source.told(runs);
+    }
+
+    fn check(&mut self) {
+        let (here, there) = (self.source.runs, self.far.runs);
+        let given = self.source.gave_away;
+        let doubt = self.relay.as_ref().map_or(self.guarded, Relay::is_in_doubt);
+        if doubt {
+            self.saw("in doubt to the end");
+            let known = there || self.far.is_dead();
+            self.must(known, "in doubt although the far end has neither answered nor died");
+        }
+        if self.plan.fault.is_none() && !self.plan.far_refuses {
+            self.must(there, "nothing was wrong and the guest did not move");
+        }
+        // A guest whose host dies while it runs there is lost, whatever anybody does.
+        let source_whole = !self.source.dead || !given;
+        let relay_whole = self.relay.is_some() && given;
+        self.must(there || self.far.ran || source_whole || relay_whole, "the guest is whole nowhere");
+        // A guest that nobody has given away runs on; one that was refused runs again where its source can let it.
+        if !given && !self.source.dead {
+            self.must(here, "the guest was not given away and does not run");
+        }
+        if there {
+            self.saw("runs at the far end");
+        }
+        if here {
+            self.saw("runs at the source");
+        }
+    }
+}
+
+fn run_seed(seed: u64, breakage: Breakage) -> Result<Vec<&'static str>, Vec<String>> {
+    let mut world = World::new(Plan::of(seed), breakage);
+    world.run();
+    if world.violations.is_empty() { Ok(world.seen) } else { Err(world.violations) }
+}
+
+#[test]
+fn simulated_relays_give_the_guest_to_one_side() {
+    if let Some(seed) = number_from("RAMWIRE_SIM_SEED") {
+        println!("{:#?}\n{:?}", Plan::of(seed), run_seed(seed, Breakage::None));
+        return;
+    }
+    let seeds = number_from("RAMWIRE_SIM_SEEDS").unwrap_or(SEEDS);
+    let ran = spread(0..seeds, |seed| (seed, run_seed(seed, Breakage::None)));
+    let mut reached = BTreeMap::new();
+    let mut failed = Vec::new();
+    for (seed, outcome) in ran {
+        match outcome {
+            Ok(seen) => seen.into_iter().for_each(|what| *reached.entry(what).or_insert(0) += 1),
+            Err(broken) => failed.push((seed, broken)),
+        }
+    }
+    println!("of {seeds} seeds: {reached:#?}");
+    assert!(failed.is_empty(), "{} failed, such as {:?}", failed.len(), &failed[..failed.len().min(5)]);
+    for what in [
+        "runs at the far end",
+        "runs at the source",
+        "relay killed",
+        "relay killed in doubt",
+        "answer told by the guard",
+        "cancelled",
+        "cancel too late",
+        "far end killed",
+        "source killed",
+        "operator ended the source",
+        "operator let the source go on",
+        "in doubt",
+        "late answer",
+        "source held back",
+    ] {
+        assert!(seeds < SEEDS || reached.contains_key(what), "never reached: {what}");
+    }
+}
+
+/// What is seen of an order that is switched off: one of these.
+fn symptoms(order: Breakage) -> &'static [&'static str] {
+    match order {
+        Breakage::TellBeforeFarEnd => &["was told that the guest runs before it did"],
+        Breakage::DoubtIsFailure | Breakage::LeaveUnguarded => &["runs twice"],
+        Breakage::AskBeforeFarEnd => &["asked for its guest before the far end could take it"],
+        Breakage::GiveBeforeGiven => &["runs twice", "before its source gave it"],
+        Breakage::ReadWithoutBound => &["pages wait to be sent on"],
+        Breakage::MarkBeforeCopy => &["started with other memory"],
+        _ => &[],
+    }
+}
+
+#[test]
+fn each_order_of_a_relay_switched_off_is_found() {
+    for order in Breakage::OF_RELAYS {
+        let seen = |broken: &String| symptoms(order).iter().any(|symptom| broken.contains(symptom));
+        let find = |seed| run_seed(seed, order).err()?.into_iter().find(seen).map(|why| (seed, why));
+        let found = (0..MUTANT_SEEDS).find_map(find);
+        println!("{order:?}: {found:?}");
+        assert!(found.is_some(), "no seed below {MUTANT_SEEDS} finds {order:?}");
+    }
+}

@@ -1,0 +1,262 @@
+//! The guest's source and the far end, as a relay meets them.
+
+use std::collections::VecDeque;
+
+use super::plan::{FarKind, Plan, SourceKind};
+use super::{PAGES, World};
+
+/// What travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Item {
+    Page(usize, u32),
+    RamEnd,
+    State,
+    Commit,
+}
+
+/// Items under way at most: a socket's buffer.
+const ROOM: usize = 4;
+
+/// The guest's source.
+pub(super) struct Source {
+    kind: SourceKind,
+    pub(super) runs: bool,
+    pub(super) dead: bool,
+    pub(super) gave_away: bool,
+    /// It has ended its side of the connection, or seen the other end's.
+    closed: bool,
+    pub(super) memory: [u32; PAGES],
+    dirty: VecDeque<usize>,
+    rounds: u64,
+    stamp: u32,
+    ram_ended: bool,
+    state_sent: bool,
+    pub(super) asked: bool,
+    pub(super) wire: VecDeque<Item>,
+}
+
+impl Source {
+    pub(super) fn new(plan: &Plan) -> Self {
+        Self {
+            kind: plan.source,
+            runs: true,
+            dead: false,
+            gave_away: false,
+            closed: false,
+            memory: std::array::from_fn(|page| page as u32 + 1),
+            dirty: (0..PAGES).collect(),
+            rounds: plan.rounds,
+            stamp: 1000,
+            ram_ended: false,
+            state_sent: false,
+            asked: false,
+            wire: VecDeque::new(),
+        }
+    }
+
+    /// The relay sees that it has gone.
+    pub(super) fn is_gone(&self) -> bool {
+        self.closed
+    }
+
+    pub(super) fn has_return_path(&self) -> bool {
+        self.kind != SourceKind::OneWay
+    }
+
+    pub(super) fn is_native(&self) -> bool {
+        self.kind == SourceKind::Ramwire
+    }
+
+    /// Its host dies.
+    pub(super) fn dies(&mut self) {
+        (self.dead, self.runs, self.closed) = (true, false, true);
+    }
+
+    /// The migration is over as it sees it, without success.
+    fn fails(&mut self) {
+        self.closed = true;
+        self.wire.clear();
+        // A ramwire never lets a guest run again that it gave away; one that expects no answer has let go.
+        let resumes = !self.gave_away || self.kind == SourceKind::Qemu;
+        self.runs |= resumes && !self.dead;
+    }
+
+    /// The connection closes without an answer.
+    pub(super) fn connection_ends(&mut self) {
+        if !self.closed {
+            self.fails();
+        }
+    }
+
+    /// What became of the guest.
+    pub(super) fn told(&mut self, runs: bool) {
+        if self.closed || !self.has_return_path() {
+            return;
+        }
+        if runs { self.closed = true } else { self.fails() }
+    }
+}
+
+impl World {
+    pub(super) fn source_steps(&mut self) {
+        let source = &mut self.source;
+        if source.closed || source.wire.len() >= ROOM {
+            return;
+        }
+        if source.runs && source.stamp < 1050 && self.rng.one_in(2) {
+            // The guest writes.
+            let page = self.rng.below(PAGES as u64 / 4) as usize;
+            source.stamp += 1;
+            source.memory[page] = source.stamp;
+            if !source.dirty.contains(&page) {
+                source.dirty.push_back(page);
+            }
+        }
+        if let Some(page) = source.dirty.pop_front() {
+            source.wire.push_back(Item::Page(page, source.memory[page]));
+            return;
+        }
+        if source.rounds > 0 || source.runs {
+            source.rounds = source.rounds.saturating_sub(1);
+            source.runs = source.rounds > 0;
+            return;
+        }
+        if !source.ram_ended {
+            source.ram_ended = true;
+            source.wire.push_back(Item::RamEnd);
+        } else if !source.state_sent {
+            source.state_sent = true;
+            source.wire.push_back(Item::State);
+            // The last byte of a QEMU's state gives the guest away.
+            source.gave_away = source.kind != SourceKind::Ramwire;
+        } else if source.kind == SourceKind::Ramwire && source.asked && !source.gave_away {
+            source.gave_away = true;
+            source.wire.push_back(Item::Commit);
+        }
+    }
+}
+
+/// The far end.
+pub(super) struct Far {
+    kind: FarKind,
+    pub(super) runs: bool,
+    pub(super) ran: bool,
+    dead: bool,
+    /// No byte comes any more behind what is on the wire.
+    ended: bool,
+    memory: [u32; PAGES],
+    state: bool,
+    pub(super) ready: bool,
+    refuses: bool,
+    thinks: u64,
+    committed: bool,
+    slowness: u64,
+    pub(super) wire: VecDeque<Item>,
+    /// True: it runs. False: it does not.
+    answers: VecDeque<bool>,
+    pub(super) taken: u64,
+}
+
+impl Far {
+    pub(super) fn new(plan: &Plan) -> Self {
+        Self {
+            kind: plan.far,
+            runs: false,
+            ran: false,
+            dead: false,
+            ended: false,
+            memory: [0; PAGES],
+            state: false,
+            ready: false,
+            refuses: plan.far_refuses,
+            thinks: plan.far_thinks,
+            committed: false,
+            slowness: plan.far_slowness,
+            wire: VecDeque::new(),
+            answers: VecDeque::new(),
+            taken: 0,
+        }
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        self.wire.len() < ROOM
+    }
+
+    pub(super) fn is_dead(&self) -> bool {
+        self.dead
+    }
+
+    /// Its host dies; the guest with it.
+    pub(super) fn dies(&mut self) {
+        (self.dead, self.runs) = (true, false);
+        self.answers.clear();
+        self.wire.clear();
+    }
+
+    /// The relay's process is gone, or its side has ended.
+    pub(super) fn stream_ends(&mut self) {
+        self.ended = true;
+    }
+
+    /// Nobody reads its answers any more.
+    pub(super) fn answers_close(&mut self) {
+        self.answers.clear();
+    }
+
+    /// Its next answer.
+    pub(super) fn answer(&mut self) -> Option<bool> {
+        self.answers.pop_front()
+    }
+
+    /// Gives up: no guest will run here.
+    fn refuses(&mut self) {
+        self.answers.push_back(false);
+        self.dead = true;
+    }
+}
+
+impl World {
+    pub(super) fn far_steps(&mut self) {
+        if self.far.dead || self.far.runs || !self.rng.one_in(self.far.slowness) {
+            return;
+        }
+        let far = &mut self.far;
+        if far.committed {
+            if far.thinks > 0 {
+                far.thinks -= 1;
+            } else if far.kind == FarKind::Qemu && far.refuses {
+                far.refuses();
+            } else {
+                self.guest_starts();
+            }
+            return;
+        }
+        match far.wire.pop_front() {
+            Some(Item::Page(page, value)) => {
+                far.memory[page] = value;
+                far.taken += 1;
+            }
+            Some(Item::State) => {
+                far.state = true;
+                if far.kind == FarKind::Ramwire && far.refuses {
+                    far.refuses();
+                } else {
+                    far.ready = true;
+                }
+            }
+            Some(Item::Commit) => far.committed = true,
+            Some(Item::RamEnd) => {}
+            None if far.ended => far.dead = true,
+            None => {}
+        }
+    }
+
+    fn guest_starts(&mut self) {
+        let equal = self.far.memory == self.source.memory;
+        let (given, state) = (self.source.gave_away, self.far.state);
+        self.must(equal && state, "started with other memory");
+        self.must(given, "the guest was started before its source gave it away");
+        (self.far.runs, self.far.ran) = (true, true);
+        self.far.answers.push_back(true);
+    }
+}

@@ -1,0 +1,77 @@
+//! What a seed stands for: who the source and the far end are, and what goes wrong.
+
+use crate::session::sim::plan::Rng;
+
+/// What the guest's source is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SourceKind {
+    /// Gives the guest away with its last byte, and lets it run again if its connection closes or says so.
+    Qemu,
+    /// The same without a return path: it never hears anything, and has let go.
+    OneWay,
+    /// Gives the guest away when it is asked for it, and never lets it run again by itself then.
+    Ramwire,
+}
+
+/// What the far end is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FarKind {
+    Qemu,
+    Ramwire,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    RelayDies,
+    FarDies,
+    SourceDies,
+    Cancel,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) seed: u64,
+    pub(super) source: SourceKind,
+    pub(super) far: FarKind,
+    /// Rounds before the guest is paused.
+    pub(super) rounds: u64,
+    /// Chances of the far end, of which it takes one.
+    pub(super) far_slowness: u64,
+    /// Steps of the far end between COMMIT and its answer.
+    pub(super) far_thinks: u64,
+    /// It can't load the device state.
+    pub(super) far_refuses: bool,
+    pub(super) fault: Option<Fault>,
+    /// The step at which it falls due.
+    pub(super) at: u64,
+    pub(super) counts_from_giving: bool,
+    /// Somebody looks after a guest in doubt.
+    pub(super) operator: bool,
+}
+
+impl Plan {
+    pub(super) fn of(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let fault = match rng.below(8) {
+            0 => None,
+            1..=3 => Some(Fault::RelayDies),
+            4 | 5 => Some(Fault::FarDies),
+            6 => Some(Fault::SourceDies),
+            _ => Some(Fault::Cancel),
+        };
+        let counts_from_giving = rng.one_in(2);
+        Self {
+            seed,
+            source: rng.pick(&[SourceKind::Qemu, SourceKind::Qemu, SourceKind::OneWay, SourceKind::Ramwire]),
+            far: rng.pick(&[FarKind::Qemu, FarKind::Ramwire]),
+            rounds: rng.below(3),
+            far_slowness: rng.pick(&[1, 2, 4]),
+            far_thinks: rng.below_one_of(&[2, 60, 200]),
+            far_refuses: rng.one_in(8),
+            fault,
+            at: if counts_from_giving { rng.below(600) } else { rng.below(2500) },
+            counts_from_giving,
+            operator: !rng.one_in(4),
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! The two sides of the relay, a step at a time.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::ends::Item;
+use super::plan::FarKind;
+use super::{MOST_AHEAD, PAGES, World};
+use crate::engine::{FarEnd, Handover, RelayAction, RelayEvent, Traffic};
+use crate::guest::DirtySource;
+use crate::ram::{BlockName, PageBitmap, PageRun, RamBlock, RamBlockTable};
+use crate::session::relay::forward::Arrivals;
+use crate::session::relay::hub::{Hub, Parts};
+use crate::session::{Breakage, CancelReply, Clock, Guard, Held, Spawner};
+use crate::sys::CancelToken;
+use crate::units::{BlockIndex, PageIndex, PageSize};
+
+/// Bytes that a page stands for: so large that a few of them are a backlog.
+const PAGE_BYTES: u64 = 1 << 20;
+/// Steps for which the far end may be silent after COMMIT.
+const FINISH_STEPS: u64 = 100;
+
+/// A millisecond a step.
+struct Steps(Arc<AtomicU64>);
+
+impl Clock for Steps {
+    fn now(&self) -> Duration {
+        Duration::from_millis(self.0.load(Ordering::Relaxed))
+    }
+}
+
+/// Another process, which holds what it is given.
+struct Holding(Arc<AtomicBool>);
+
+impl Guard for Holding {
+    fn hold(&mut self, _: &Held<'_>) -> io::Result<()> {
+        self.0.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+    fn release(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Where the side towards the source stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Near {
+    Reading,
+    /// A page of which half has been written.
+    Writing(usize, u32),
+    AwaitsQuestion,
+    AwaitsCommit,
+    AwaitsAnswer,
+    Ended,
+}
+
+/// Where the side towards the far end stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FarSide {
+    Live,
+    State,
+    AwaitsReady,
+    AwaitsGuest,
+    AwaitsRunning(u64),
+    Listens,
+    Ended,
+}
+
+/// The relay's process.
+pub(super) struct Relay {
+    hub: Arc<Hub>,
+    clock: Arc<AtomicU64>,
+    held: Arc<AtomicBool>,
+    breakage: Breakage,
+    arrivals: Arrivals,
+    memory: [u32; PAGES],
+    dirty: VecDeque<usize>,
+    near: Near,
+    far_side: FarSide,
+    came: u64,
+    left: u64,
+}
+
+impl Relay {
+    pub(super) fn new(breakage: Breakage) -> Self {
+        let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES as u64 * 4096);
+        let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
+        let (hub, clock, held) = (Arc::new(Hub::default()), Arc::new(AtomicU64::new(0)), Arc::default());
+        let guard = (breakage != Breakage::LeaveUnguarded).then(|| Box::new(Holding(Arc::clone(&held))) as _);
+        hub.begin(Parts {
+            downtime_limit: Duration::from_millis(300),
+            guard,
+            cancel: CancelToken::default(),
+            notice: Arc::new(|_| ()),
+            // Nothing of this is told by a thread.
+            spawner: Spawner::new(|_, _| Err(io::Error::other("none here"))),
+            source: UnixStream::pair().ok().map(|(source, _)| OwnedFd::from(source)),
+        });
+        hub.count_time_by(Box::new(Steps(Arc::clone(&clock))));
+        hub.break_order(breakage);
+        Self {
+            hub,
+            clock,
+            held,
+            breakage,
+            arrivals: Arrivals::new(&table),
+            memory: [0; PAGES],
+            dirty: VecDeque::new(),
+            near: Near::Reading,
+            far_side: FarSide::Live,
+            came: 0,
+            left: 0,
+        }
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_in_doubt(&self) -> bool {
+        self.hub.lock().engine.is_in_doubt()
+    }
+
+    pub(super) fn is_given_away(&self) -> bool {
+        self.hub.lock().engine.is_given_away()
+    }
+
+    /// False: it comes too late.
+    pub(super) fn cancel(&self) -> bool {
+        self.hub.cancel() == CancelReply::Accepted
+    }
+
+    pub(super) fn not_there(&self) {
+        self.hub.post(RelayEvent::NotThere);
+    }
+
+    fn has(&self, action: RelayAction) -> bool {
+        self.hub.lock().has(action)
+    }
+
+    fn mark(&self, page: usize) {
+        self.arrivals.mark(PageRun { block: BlockIndex(0), first: PageIndex(page as u64), pages: 1 });
+    }
+
+    fn waiting(&self) -> u64 {
+        self.arrivals.pending() + self.dirty.len() as u64
+    }
+
+    /// True if more may be read.
+    fn may_read(&self, acknowledged: u64) -> bool {
+        let traffic = Traffic {
+            page_bytes: PAGE_BYTES,
+            waiting: self.waiting(),
+            whole_came: self.came,
+            whole_left: self.left,
+            acknowledged: acknowledged * PAGE_BYTES,
+        };
+        self.hub.post_quietly(RelayEvent::Moved(traffic));
+        self.hub.lock().may_read()
+    }
+
+    /// Pages that have come are to be sent on.
+    fn sync(&mut self) {
+        let mut taken = PageBitmap::new(PAGES as u64);
+        self.arrivals.sync_into(BlockIndex(0), &mut taken).unwrap();
+        let fresh = (0..PAGES).filter(|page| taken.get(PageIndex(*page as u64)));
+        let fresh: Vec<_> = fresh.filter(|page| !self.dirty.contains(page)).collect();
+        self.dirty.extend(fresh);
+    }
+}
+
+impl World {
+    pub(super) fn near_steps(&mut self) {
+        let Some(mut relay) = self.relay.take() else { return };
+        relay.clock.store(self.now, Ordering::Relaxed);
+        self.near(&mut relay);
+        if relay.is_in_doubt() {
+            self.saw("in doubt");
+        }
+        self.relay = Some(relay);
+    }
+
+    fn near(&mut self, relay: &mut Relay) {
+        match relay.near {
+            Near::Ended => {}
+            Near::Reading if relay.has(RelayAction::TellFailed) => self.near_ends(relay, Some(false)),
+            Near::Reading => self.near_reads(relay),
+            Near::Writing(page, value) => {
+                relay.memory[page] = value;
+                if relay.breakage != Breakage::MarkBeforeCopy {
+                    relay.mark(page);
+                }
+                relay.near = Near::Reading;
+            }
+            Near::AwaitsQuestion if relay.has(RelayAction::AskForGuest) => {
+                self.must(self.far.ready || self.plan.far == FarKind::Qemu, ASKED_EARLY);
+                if self.source.is_native() {
+                    self.source.asked = true;
+                    relay.near = Near::AwaitsCommit;
+                } else {
+                    self.guest_given(relay);
+                }
+            }
+            Near::AwaitsQuestion if relay.has(RelayAction::TellFailed) => self.near_ends(relay, Some(false)),
+            Near::AwaitsCommit if self.source.wire.pop_front() == Some(Item::Commit) => {
+                self.guest_given(relay);
+            }
+            Near::AwaitsCommit if self.source.is_gone() => self.near_ends(relay, None),
+            Near::AwaitsQuestion | Near::AwaitsCommit => {}
+            Near::AwaitsAnswer => {
+                if relay.is_in_doubt() && self.source.is_gone() {
+                    relay.hub.post(RelayEvent::SourceGone);
+                }
+                let answers = [
+                    (RelayAction::TellRunning, Some(true)),
+                    (RelayAction::TellFailed, Some(false)),
+                    (RelayAction::TellNothing, None),
+                ];
+                if let Some((_, word)) = answers.into_iter().find(|(action, _)| relay.has(*action)) {
+                    self.near_ends(relay, word);
+                }
+            }
+        }
+    }
+
+    fn guest_given(&mut self, relay: &mut Relay) {
+        relay.hub.source_is(self.source.is_native());
+        relay.hub.post(RelayEvent::GuestGiven { waits: self.source.has_return_path() });
+        relay.near = Near::AwaitsAnswer;
+    }
+
+    fn near_ends(&mut self, relay: &mut Relay, word: Option<bool>) {
+        if let Some(runs) = word {
+            self.tell_source(runs);
+        }
+        if relay.is_in_doubt() {
+            self.must(false, "the side towards the source ended while the guest is in doubt");
+        }
+        relay.hub.post(RelayEvent::SourceGone);
+        relay.hub.post(RelayEvent::Told);
+        relay.near = Near::Ended;
+        // Nothing is told twice, and what closes now has been told or can't be.
+        self.source.connection_ends();
+    }
+
+    fn near_reads(&mut self, relay: &mut Relay) {
+        if !relay.may_read(self.far.taken) {
+            self.saw("source held back");
+            return;
+        }
+        match self.source.wire.pop_front() {
+            Some(Item::Page(page, value)) => {
+                relay.came += 1;
+                if relay.breakage == Breakage::MarkBeforeCopy {
+                    relay.mark(page);
+                }
+                relay.near = Near::Writing(page, value);
+                let waiting = relay.waiting();
+                self.must(waiting <= MOST_AHEAD, "more pages wait to be sent on than the far end takes soon");
+            }
+            Some(Item::RamEnd) => relay.hub.post(RelayEvent::RamComplete),
+            Some(Item::State) => {
+                relay.hub.post(RelayEvent::StateArrived);
+                relay.near = Near::AwaitsQuestion;
+            }
+            Some(Item::Commit) => self.must(false, "the guest was given before it was asked for"),
+            None if self.source.is_gone() => self.near_ends(relay, None),
+            None => {}
+        }
+    }
+
+    pub(super) fn far_side_steps(&mut self) {
+        let Some(mut relay) = self.relay.take() else { return };
+        relay.clock.store(self.now, Ordering::Relaxed);
+        self.far_side(&mut relay);
+        self.relay = Some(relay);
+    }
+
+    fn far_side(&mut self, relay: &mut Relay) {
+        let before_commit =
+            !matches!(relay.far_side, FarSide::AwaitsRunning(_) | FarSide::Listens | FarSide::Ended);
+        if before_commit && (relay.has(RelayAction::Abandon) || self.far.is_dead()) {
+            return self.far_side_ends(relay, FarEnd::DoesNotRun);
+        }
+        match relay.far_side {
+            FarSide::Live if !self.far.has_room() => {}
+            FarSide::Live => {
+                // The order that counts: whether all has come is asked before what has come is taken.
+                let is_last = relay.has(RelayAction::SendLastRound);
+                if relay.dirty.is_empty() {
+                    relay.sync();
+                }
+                match relay.dirty.pop_front() {
+                    Some(page) => {
+                        relay.left += 1;
+                        self.far.wire.push_back(Item::Page(page, relay.memory[page]));
+                    }
+                    None if is_last => {
+                        self.far.wire.push_back(Item::RamEnd);
+                        relay.far_side = FarSide::State;
+                    }
+                    None => {}
+                }
+            }
+            FarSide::State if relay.has(RelayAction::SendState) => {
+                self.far.wire.push_back(Item::State);
+                relay.far_side = FarSide::AwaitsReady;
+            }
+            FarSide::AwaitsReady if self.far.ready || self.plan.far == FarKind::Qemu => {
+                relay.hub.far_end_takes(match self.plan.far {
+                    FarKind::Qemu => Handover::Shut,
+                    FarKind::Ramwire => Handover::Native,
+                });
+                relay.hub.post(RelayEvent::FarReady);
+                relay.far_side = FarSide::AwaitsGuest;
+            }
+            FarSide::AwaitsGuest if relay.has(RelayAction::GiveAway) => {
+                self.far.wire.push_back(Item::Commit);
+                relay.far_side = FarSide::AwaitsRunning(self.now + FINISH_STEPS);
+            }
+            FarSide::AwaitsRunning(until) => {
+                if self.hears_answer(relay) {
+                    return;
+                }
+                if self.now >= until {
+                    relay.hub.post(RelayEvent::FarSilent);
+                    relay.far_side = FarSide::Listens;
+                }
+            }
+            FarSide::Listens if relay.has(RelayAction::Abandon) => self.far_side_ends(relay, FarEnd::Unknown),
+            FarSide::Listens => {
+                if self.hears_answer(relay) {
+                    self.saw("late answer");
+                }
+            }
+            FarSide::State | FarSide::AwaitsReady | FarSide::AwaitsGuest | FarSide::Ended => {}
+        }
+    }
+
+    /// True if the far end has answered, or its connection has ended.
+    fn hears_answer(&mut self, relay: &mut Relay) -> bool {
+        let end = match (self.far.answer(), self.plan.far) {
+            (Some(true), _) => FarEnd::Runs,
+            (Some(false), FarKind::Qemu) => FarEnd::DoesNotRun,
+            (Some(false), FarKind::Ramwire) => FarEnd::Unknown,
+            (None, _) if self.far.is_dead() => FarEnd::Unknown,
+            (None, _) => return false,
+        };
+        self.far_side_ends(relay, end);
+        true
+    }
+
+    fn far_side_ends(&mut self, relay: &mut Relay, end: FarEnd) {
+        relay.hub.post(RelayEvent::FarEnded(end));
+        relay.far_side = FarSide::Ended;
+        self.far.stream_ends();
+    }
+}
+
+const ASKED_EARLY: &str = "the source was asked for its guest before the far end could take it";
