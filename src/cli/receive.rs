@@ -131,7 +131,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         }
         Ending::Discarded => guest.discard(),
         // It may be all that is left of the guest.
-        Ending::Stranded => {}
+        Ending::Stranded | Ending::Incomplete => {}
     }
     signals.ended(exit);
     tell(args, &way, &guest, &report);
@@ -183,7 +183,7 @@ fn exit_of(guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
         // Nothing proves that it is all of the guest.
         (Ending::Running, _) if state == State::Incomplete => Exit::NotVerified,
         (Ending::Running, _) => Exit::Done,
-        (Ending::Stranded, _) => Exit::InDoubt,
+        (Ending::Stranded | Ending::Incomplete, _) => Exit::InDoubt,
         (Ending::Discarded, Some(ErrorKind::Cancelled)) => Exit::Cancelled,
         (Ending::Discarded, _) => Exit::Failed,
     }

@@ -3,6 +3,7 @@
 //! ```text
 //! a ramwire source:  STATE_SENT -> load -> [digests compared] -> READY -> COMMIT -> resume -> RUNNING
 //! a QEMU source:     end of the device state -> load -> resume -> SHUT(0)
+//! postcopy:          package -> serve faults, load and resume meanwhile -> last page -> SHUT(0)
 //! ```
 //!
 //! # Orders that must hold
@@ -20,6 +21,10 @@ pub enum Arrived {
     },
     /// A QEMU's device state is complete, the byte that commits included.
     Tail,
+    /// The package of a switchover to postcopy is here: the source has given the guest away, pages are missing.
+    Package,
+    /// The connection, or a page, is lost after the guest was started among missing pages.
+    Lost,
     /// A ramwire's RAM and device state are complete.
     StateSent,
     /// The last digest has come.
@@ -45,6 +50,10 @@ pub enum Deed {
     CompareDigest,
     /// Give the device state to the VMM.
     LoadState,
+    /// Serve missing pages from here on, and let a thread load the device state and start the guest.
+    Listen,
+    /// All pages are here: wait until that thread has started the guest.
+    AwaitGuest,
     /// Tell the source that COMMIT may come.
     SayReady,
     /// Let the guest run.
@@ -64,6 +73,8 @@ pub enum Ending {
     Running,
     /// The guest does not run here, and nothing of it is kept.
     Discarded,
+    /// The guest runs here, but the connection was lost while pages were missing that only the source has.
+    Incomplete,
     /// The source gave the guest away, but it could not be started: this is the only copy. RAM is whole and the device
     /// state is loaded, so that the VMM may start the guest itself, at any time; if it can't, an operator lets the guest
     /// run at the source, which keeps it paused. Never both.
@@ -77,6 +88,9 @@ enum Stage {
     AwaitingDigests,
     Comparing,
     Loading,
+    Listening,
+    Filling,
+    AwaitingGuest,
     SayingReady,
     AwaitingCommit,
     Resuming,
@@ -121,7 +135,7 @@ impl DestinationEngine {
     /// True if `fact` binds: the last moment for a cancel is in front of it.
     pub fn binds(&self, fact: Arrived) -> bool {
         match fact {
-            Arrived::Tail => self.stage == Stage::Receiving,
+            Arrived::Tail | Arrived::Package => self.stage == Stage::Receiving,
             Arrived::Done => self.stage == Stage::Loading && self.native,
             _ => false,
         }
@@ -140,6 +154,17 @@ impl DestinationEngine {
                 // The source has sent the byte that commits: from here on it does not resume by itself.
                 self.committed = true;
                 self.go(Stage::Loading, Deed::LoadState)
+            }
+            (Stage::Receiving, Arrived::Package) => {
+                self.committed = true;
+                self.go(Stage::Listening, Deed::Listen)
+            }
+            (Stage::Listening, Arrived::Done) => self.go(Stage::Filling, Deed::Receive),
+            (Stage::Filling, Arrived::Tail) => self.go(Stage::AwaitingGuest, Deed::AwaitGuest),
+            (Stage::AwaitingGuest, Arrived::Done) => self.go(Stage::SayingRunning, Deed::SayRunning),
+            // The source never resumes after it gave the guest away, and the guest runs here: nobody is told of a failure.
+            (Stage::Filling | Stage::AwaitingGuest, Arrived::Lost) => {
+                self.go(Stage::Ended(Ending::Incomplete), Deed::Finish(Ending::Incomplete))
             }
             (Stage::Receiving, Arrived::StateSent) if self.native && self.digest => {
                 self.go(Stage::Digesting, Deed::MakeDigest)
@@ -236,6 +261,37 @@ mod tests {
         NATIVE[..8].iter().for_each(|(fact, deed)| assert_eq!(native.handle(*fact), *deed));
         assert_eq!(native.handle(Arrived::MayRun), Deed::SayFailed, "a ramwire never resumes after COMMIT");
         assert_eq!(native.handle(Arrived::Done), Deed::Finish(Ending::Stranded));
+    }
+
+    /// Before the guest is started a failure leaves it whole at the source; afterwards nobody is told to go on.
+    #[test]
+    fn p8_a_postcopy_that_fails_before_the_start_is_given_back_and_never_after_it() {
+        let steps = [
+            (Arrived::Package, Deed::Listen),
+            (Arrived::Done, Deed::Receive),
+            (Arrived::Tail, Deed::AwaitGuest),
+            (Arrived::Done, Deed::SayRunning),
+            (Arrived::Done, Deed::Finish(Ending::Running)),
+        ];
+        let after = |count: usize| {
+            let mut engine = DestinationEngine::default();
+            steps[..count].iter().for_each(|(fact, deed)| assert_eq!(engine.handle(*fact), *deed));
+            engine
+        };
+        assert_eq!(after(5).handle(Arrived::Failed), Deed::Finish(Ending::Running));
+        for count in 0..4 {
+            let mut engine = after(count);
+            assert_eq!(engine.is_committed(), count > 0);
+            assert_eq!(engine.handle(Arrived::Failed), Deed::SayFailed, "after {count} steps");
+            assert_eq!(engine.handle(Arrived::Done), Deed::Finish(Ending::Discarded));
+        }
+        for count in 2..4 {
+            assert_eq!(
+                after(count).handle(Arrived::Lost),
+                Deed::Finish(Ending::Incomplete),
+                "after {count} steps"
+            );
+        }
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub use hints::{HintEpoch, HintError, Hinted, PageHints};
 #[cfg(feature = "kvm")]
 pub use kvm::{KvmDirtyLog, KvmDirtyRing, KvmSlot, RingSize};
 pub use mapped::{GuestBuilder, MappedGuest};
-pub use placing::{PageObserver, PageWriter, Placer};
+pub use placing::{PageObserver, PageWriter, Placer, ServeError};
 pub use soft_dirty::{SoftDirty, Standstill};
 pub use software::SoftwareBitmap;
 pub use sources::{Choice, NoSource, choose, sync_all};
@@ -45,6 +45,14 @@ use crate::units::{BlockIndex, Percent, RestShare};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GuestError {
+    /// More host pages were begun than one channel may have unfinished.
+    #[error("RAM block {block}: a page of the host page at {offset:#x} came while others were unfinished")]
+    Unfinished {
+        /// The block.
+        block: String,
+        /// Offset of the host page in bytes.
+        offset: u64,
+    },
     /// The range is not in a block, or must not travel.
     #[error(transparent)]
     Refused(#[from] Refusal),

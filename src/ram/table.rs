@@ -37,6 +37,12 @@ impl Landing {
         self.len == 0
     }
 
+    /// A part of the range; `None` if it is not inside.
+    pub fn part(self, skip: u64, len: u64) -> Option<Self> {
+        let end = skip.checked_add(len).filter(|end| *end <= self.len)?;
+        Some(Self { block: self.block, offset: BlockOffset(self.offset.0 + end - len), len })
+    }
+
     /// The pages the range touches.
     pub fn run(self, page: PageSize) -> PageRun {
         let first = page.page_of(self.offset);

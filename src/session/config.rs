@@ -134,6 +134,9 @@ pub struct DestinationSettings {
     /// Take a QEMU's device state that ends with the connection instead of its VM description. Only from a
     /// source without a return path: one with it waits for our word before it closes.
     pub accept_missing_description: bool,
+    /// Whether a source may switch to postcopy: the guest then runs here before its memory is whole. `false`: refused when
+    /// the source says that it may.
+    pub postcopy: bool,
     /// Pages that were written by the file behind the memory are mapped behind their arrival, by a thread that runs only
     /// while a core is idle, so that the guest meets fewer faults. True; of no use where no guest runs here.
     pub map_behind: bool,
@@ -149,6 +152,7 @@ impl Default for DestinationSettings {
             max_ram: 64 << 40,
             max_state: 1 << 30,
             accept_missing_description: false,
+            postcopy: false,
             map_behind: true,
             spawner: Spawner::default(),
         }

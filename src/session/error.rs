@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::engine::{ChannelMismatch, LostPages};
-use crate::guest::{DirtyError, GuestError, LayoutChange};
+use crate::guest::{DirtyError, GuestError, LayoutChange, ServeError};
 use crate::ram::BlockName;
 use crate::stream::DecodeError;
 use crate::sys::Loss;
@@ -71,6 +71,9 @@ pub enum Error {
     #[error(transparent)]
     Channel(#[from] ChannelError),
     /// The peer's bytes.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// As the peer sent it.
     #[error("the peer's stream is not understood: {0}")]
     Decode(#[from] DecodeError),
     /// The stream ended too early.
@@ -183,6 +186,7 @@ impl Error {
             | Self::Panicked { .. }
             | Self::StandsStill { .. }
             | Self::Guest(_)
+            | Self::Serve(_)
             | Self::Dirty(_)
             | Self::NotConverged { .. }
             | Self::LayoutChanged(_)

@@ -19,7 +19,9 @@ pub mod workers;
 
 use breakage::Breakage;
 pub use config::{DestinationSettings, SourceSettings};
-pub use destination::{Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, Zeroed};
+pub use destination::{
+    Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, MissingPages, Zeroed,
+};
 pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, Canceller, MigrationHandle};
 pub use relay::{

@@ -254,6 +254,17 @@ pub fn populate(span: HostSpan<'_>) -> io::Result<()> {
     }
 }
 
+/// Whether the kernel may put transparent huge pages over `span`, which is in whole pages.
+///
+/// # Errors
+/// EINVAL where it never does.
+pub(crate) fn set_huge_pages(span: HostSpan<'_>, allowed: bool) -> io::Result<()> {
+    let advice = if allowed { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+    // SAFETY: the advice changes no contents and the range lies inside one live mapping.
+    unsafe { madvise(span.as_ptr().cast(), span.len(), advice)? };
+    Ok(())
+}
+
 /// Gives the bytes of `span` back to the kernel; reads see zero afterwards.
 ///
 /// `page` is the page size of the backing: whole pages are punched out (shared memory, MADV_REMOVE) or

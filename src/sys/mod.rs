@@ -16,6 +16,7 @@ mod lost_memory;
 mod low_water;
 mod mapping;
 mod memory_file;
+mod missing_faults;
 #[cfg(feature = "rdma")]
 mod nic_region;
 mod numa;
@@ -52,7 +53,9 @@ pub use kvm_memory::KvmMemory;
 pub(crate) use kvm_ring::DirtyRing;
 pub use lost_memory::{Loss, survive_lost_memory};
 pub(crate) use low_water::set_low_water;
+pub(crate) use mapping::set_huge_pages;
 pub use mapping::{Mapping, MappingError, discard, populate};
+pub use missing_faults::{FaultAt, MissingFaults, MissingFaultsError};
 pub(crate) use numa::{NumaNode, cpu_list, node_of_address};
 pub use numa::{keep_to_cpus, nodes_of_pages, numa_nodes, own_cpus};
 pub(crate) use pagemap_scan::Pagemap;

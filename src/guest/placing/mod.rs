@@ -9,14 +9,17 @@
 //!
 //! The bytes are in place, then the page is marked, then the observer sees it.
 
+mod missing;
 #[cfg(test)]
 mod tests;
 mod writer;
 
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
+use missing::Missing;
+pub use missing::ServeError;
 pub use writer::PageWriter;
 
 use super::{GuestError, GuestMemory};
@@ -57,6 +60,8 @@ pub struct Placer {
     used: Vec<Option<PageBitmap>>,
     page_bytes: u64,
     counters: Counters,
+    /// Set once the guest may run while pages are missing.
+    missing: OnceLock<Missing>,
 }
 
 impl Placer {
@@ -89,6 +94,7 @@ impl Placer {
             used: vec![None; table_len],
             page_bytes,
             counters: Counters::default(),
+            missing: OnceLock::new(),
             memory,
         })
     }
@@ -245,6 +251,21 @@ impl Placer {
         self.received.mark(run);
         if let Some(observer) = &self.observer {
             observer.placed(run);
+        }
+        if self.serves_missing()
+            && let Ok(span) = self.target(landing)
+        {
+            self.wake(span);
+        }
+    }
+
+    /// Pages that came whole, or as zero, are in place.
+    fn commit_kind(&self, landing: Landing, zero: bool) {
+        if zero {
+            self.mark(landing);
+            self.count_zero(landing.len() / self.page_bytes);
+        } else {
+            self.commit(landing);
         }
     }
 

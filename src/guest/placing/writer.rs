@@ -3,6 +3,7 @@
 use std::io::IoSlice;
 
 use super::Placer;
+use super::missing::HostPages;
 use crate::guest::GuestError;
 use crate::ram::Landing;
 use crate::sys::{FaultWatch, HostSpan, populate};
@@ -19,6 +20,7 @@ const PARTS_A_WRITE: usize = 64;
 pub struct PageWriter {
     faults: FaultWatch,
     unmapped: bool,
+    host_pages: HostPages,
 }
 
 impl PageWriter {
@@ -44,6 +46,47 @@ impl PageWriter {
         let new = landings.iter().filter(|landing| !placer.has_come(**landing));
         new.filter_map(|landing| placer.target(*landing).ok()).for_each(populated);
         false
+    }
+
+    /// Places whole target pages, one after the other from the first of `landing` on, and commits them. Where missing pages
+    /// are served, a host page is placed and committed when its last target page is here.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write); too many host pages that were begun.
+    pub fn place<'a>(
+        &mut self,
+        placer: &Placer,
+        landing: Landing,
+        pages: impl Iterator<Item = &'a [u8]> + Clone,
+    ) -> Result<(), GuestError> {
+        if placer.serves_missing() {
+            for (page, bytes) in (0..).zip(pages) {
+                if let Some(one) = landing.part(page * placer.page_bytes(), placer.page_bytes()) {
+                    self.host_pages.take(placer, one, Some(bytes))?;
+                }
+            }
+            return Ok(());
+        }
+        self.write(placer, landing, 0, pages)?;
+        placer.commit(landing);
+        Ok(())
+    }
+
+    /// As [`place`](Self::place), a page of zeros.
+    ///
+    /// # Errors
+    /// As [`place`](Self::place).
+    pub fn place_zero(&mut self, placer: &Placer, landing: Landing) -> Result<(), GuestError> {
+        if placer.serves_missing() {
+            self.host_pages.take(placer, landing, None)
+        } else {
+            placer.zero(landing)
+        }
+    }
+
+    /// The connection that brought pages is gone: host pages that came in part will come again.
+    pub fn forget_parts(&mut self) {
+        self.host_pages.drop_parts();
     }
 
     /// Writes `parts`, one after the other, from `skip` bytes into `landing` on. They are not marked received yet: that is

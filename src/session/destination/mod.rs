@@ -4,6 +4,7 @@ mod counts;
 mod keepalive;
 mod mapper;
 mod placing;
+mod postcopy;
 mod reader;
 mod receive;
 mod round;
@@ -22,7 +23,7 @@ use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
-use crate::sys::{CancelToken, SendPart, Stop};
+use crate::sys::{CancelToken, MissingFaults, SendPart, Stop};
 use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel};
 
 use crate::session::callback::{guarded, quietly};
@@ -35,6 +36,8 @@ use counts::SourceTold;
 use keepalive::LONGEST_SILENCE;
 use mapper::Mapper;
 use placing::Placing;
+pub use postcopy::MissingPages;
+use postcopy::Postcopy;
 use reader::StreamReader;
 use receive::{no_blocks, out_of_turn};
 
@@ -166,6 +169,8 @@ pub struct DestinationReport {
     pub native: bool,
     /// What it took to find pages by their content: in front of a relay, where they came by RDMA.
     pub scan: Option<ScanReport>,
+    /// What faults of missing pages came to, where the source switched to postcopy.
+    pub missing_pages: Option<MissingPages>,
 }
 
 /// The destination's session before and while it runs.
@@ -179,6 +184,10 @@ pub struct DestinationSession {
     engine: DestinationEngine,
     placing: Option<Placing>,
     mapper: Option<Mapper>,
+    postcopy: Option<Postcopy>,
+    /// From ADVISE to the package: the means to serve missing pages, and the source's host page sizes, ORed.
+    missing_faults: Option<(MissingFaults, u64)>,
+    package: Vec<u8>,
     incoming: Option<Incoming>,
     configuration: Option<Configuration>,
     state: Vec<u8>,
@@ -237,6 +246,9 @@ impl DestinationSession {
             engine: DestinationEngine::default(),
             placing: None,
             mapper: None,
+            postcopy: None,
+            missing_faults: None,
+            package: Vec::new(),
             incoming: None,
             configuration: None,
             state: Vec::new(),
@@ -319,9 +331,10 @@ impl DestinationSession {
             let fact = self.perform_guarded(deed, &mut reader).unwrap_or_else(|error| {
                 // The kernel's answer for memory that it has lost names no block.
                 let error = self.lost_memory().err().unwrap_or(error);
+                let error = self.postcopy_failure(error);
                 tracing::warn!(%error, at = reader.at, "destination failed");
                 self.error.get_or_insert(error);
-                Arrived::Failed
+                if self.guest_was_started() { Arrived::Lost } else { Arrived::Failed }
             });
             // A cancel comes before this step or after it, never in between: the step may bind us.
             let commitment = Arc::clone(&self.commitment);
@@ -338,7 +351,7 @@ impl DestinationSession {
             }
             if self.engine.is_committed() {
                 // The guest is ours: no cancel breaks it off any more.
-                self.stop = Stop::never();
+                self.stop = self.stop_after_commit();
             }
         };
         self.report(ending, reader.at)
@@ -381,13 +394,14 @@ impl DestinationSession {
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
         self.close_rounds(ending);
         self.join_working();
+        let missing_pages = self.end_postcopy();
         let pages_mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
         let bytes = bytes + self.source.channels().map_or(0, |channels| channels.bytes());
         let error = self.error.as_ref();
         let told = |s: &mut Statistics| {
             s.status = match ending {
                 Ending::Running => Status::Completed,
-                Ending::Stranded => Status::InDoubt,
+                Ending::Stranded | Ending::Incomplete => Status::InDoubt,
                 Ending::Discarded if matches!(error, Some(Error::Cancelled)) => Status::Cancelled,
                 Ending::Discarded => Status::Failed,
             };
@@ -407,6 +421,7 @@ impl DestinationSession {
             verified: self.verified,
             native: self.engine.is_native(),
             scan: self.placing.as_ref().and_then(Placing::scan_report),
+            missing_pages,
         }
     }
 
@@ -433,6 +448,8 @@ impl DestinationSession {
                 let loaded = self.at_work(|session| session.control.load_devices(&mut &session.state[..]));
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
+            Deed::Listen => self.listen()?,
+            Deed::AwaitGuest => self.await_guest()?,
             Deed::SayReady => {
                 // From here on the source may give the guest away at any moment: a cancel could only leave
                 // it in doubt. What ends the wait is its word, the connection's end, or time.

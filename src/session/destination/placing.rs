@@ -39,12 +39,16 @@ impl Placing {
         memory: Arc<dyn GuestMemory>,
         announced: &[RamBlock],
         known_zero: impl Fn(&RamBlock) -> bool,
+        may_be_postcopy: bool,
         mut arrival: Option<Box<dyn Arrival>>,
         breakage: Breakage,
     ) -> Result<Self, Error> {
         let watcher = arrival.as_mut().map(|arrival| arrival.watch(&memory));
         let mut placer = Placer::new(memory, announced, watcher)?;
-        if !breakage.is(Breakage::TrustMemory) {
+        if may_be_postcopy {
+            placer.empty()?;
+        }
+        if !may_be_postcopy && !breakage.is(Breakage::TrustMemory) {
             placer.find_used(known_zero);
         }
         let placer = Arc::new(placer);
@@ -114,18 +118,18 @@ impl Placing {
         if self.breakage.is(Breakage::MarkBeforeCopy) {
             self.placer.commit(landing);
         }
-        self.writer.write(&self.placer, landing, 0, std::iter::once(first).chain(others))?;
+        let pages = std::iter::once(first).chain(others);
         if self.breakage.is(Breakage::MarkBeforeCopy) {
-            return Ok(());
+            return Ok(self.writer.write(&self.placer, landing, 0, pages)?);
         }
-        self.placer.commit(landing);
+        self.writer.place(&self.placer, landing, pages)?;
         self.came_in_stream(landing);
         Ok(())
     }
 
     pub(super) fn zero(&mut self, block: BlockIndex, offset: BlockOffset) -> Result<(), Error> {
         let landing = self.placer.admit(block, offset, self.placer.page_bytes())?;
-        self.placer.zero(landing)?;
+        self.writer.place_zero(&self.placer, landing)?;
         self.in_stream.zero += 1;
         self.came_in_stream(landing);
         Ok(())

@@ -166,11 +166,9 @@ impl DestinationSession {
             Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
             Event::Done => return Ok(Some(Arrived::Tail)),
             Event::Hook { .. } => self.receive_round()?,
-            Event::Filled { .. }
-            | Event::MappedBlock { .. }
-            | Event::MappedBytes(_)
-            | Event::PackageBytes(_)
-            | Event::PackageEnd => {
+            Event::PackageBytes(bytes) => self.package_bytes(bytes)?,
+            Event::PackageEnd => return Ok(Some(Arrived::Package)),
+            Event::Filled { .. } | Event::MappedBlock { .. } | Event::MappedBytes(_) => {
                 return Err(out_of_turn("a record of another kind of migration", "a plain precopy stream"));
             }
         }
@@ -235,9 +233,18 @@ impl DestinationSession {
             seen: Seen::default(),
         };
         let memory = self.provider.provide(&incoming)?;
+        self.check_host_pages(memory.table())?;
         shared_blocks::check(&incoming, memory.table())?;
+        let may_be_postcopy = self.missing_faults.is_some();
         let known_zero = |block: &RamBlock| self.provider.is_zeroed(block);
-        let placing = Placing::new(memory, &incoming.blocks, known_zero, self.arrival.take(), self.breakage)?;
+        let placing = Placing::new(
+            memory,
+            &incoming.blocks,
+            known_zero,
+            may_be_postcopy,
+            self.arrival.take(),
+            self.breakage,
+        )?;
         if self.settings.map_behind {
             self.mapper = Mapper::start(placing.placer(), &self.settings.spawner);
         }
@@ -279,9 +286,14 @@ impl DestinationSession {
             }
             // Refused now the guest runs on at its source. Refused when the source has switched over to postcopy it stands
             // still there, and on a QEMU 7.2 until somebody continues it. Without a return path no source can switch.
-            Command::PostcopyAdvise { .. } if self.return_path_open && self.back.is_some() => {
-                return Err(no_postcopy());
+            Command::PostcopyAdvise { host_pages, .. } if self.return_path_open && self.back.is_some() => {
+                if !self.settings.postcopy {
+                    return Err(no_postcopy());
+                }
+                self.advised(host_pages)?;
             }
+            Command::PostcopyRamDiscard(discard) => self.discard(discard)?,
+            Command::Packaged { .. } if self.missing_faults.is_some() => {}
             Command::SwitchoverStart | Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps => {}
             Command::Native(order) => return self.order(order),
             other => return Err(out_of_turn(&format!("{other:?}"), "a precopy migration")),

@@ -12,6 +12,7 @@
 //! | [`early`] | sections beside RAM that must be passed over |
 //! | [`tail`], [`vmdesc`], [`state`] | device sections: where they end, how they are cut, how they are kept |
 //! | [`multifd`], [`packed`], [`channel`] | packets of further channels, their compression, and one such channel |
+//! | [`package`] | the device state of a switchover to postcopy |
 //! | [`return_path`] | messages back to the source |
 //! | [`style`] | the dialects of senders |
 //! | [`incoming`] | all of it in order: a whole stream on one channel |
@@ -25,6 +26,7 @@ pub mod file;
 pub mod incoming;
 pub mod mapped;
 pub mod multifd;
+pub mod package;
 pub mod packed;
 pub mod ram;
 pub mod return_path;

@@ -1,0 +1,140 @@
+//! Which missing pages are asked for: once a host page, at once, and again after the connection was lost.
+//!
+//! The pager knows no memory, no socket and no clock. It is told of faults and of pages that are in place, and answers
+//! with what to do about each.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::observe::Latency;
+use crate::units::BlockIndex;
+
+/// A host page, by its block in the guest's own table and its offset in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HostPage {
+    /// The block.
+    pub block: BlockIndex,
+    /// Offset of its first byte.
+    pub offset: u64,
+}
+
+/// What to do about a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultAnswer {
+    /// Ask the source for the page.
+    Ask,
+    /// It was asked for: it comes.
+    Wait,
+    /// It has been received: answer the fault here.
+    Received,
+}
+
+/// The pages that threads wait for.
+#[derive(Debug, Default)]
+pub struct Pager {
+    outstanding: BTreeMap<HostPage, Duration>,
+    faults: u64,
+    requests: u64,
+    latency: Latency,
+}
+
+impl Pager {
+    /// A thread waits for `page` since `now`. `received` is asked after the page counts as outstanding, so that a page that
+    /// is placed at the same moment is found by one side or the other.
+    pub fn fault(&mut self, now: Duration, page: HostPage, received: impl FnOnce() -> bool) -> FaultAnswer {
+        self.faults += 1;
+        let known = self.outstanding.contains_key(&page);
+        self.outstanding.entry(page).or_insert(now);
+        if received() {
+            self.outstanding.remove(&page);
+            return FaultAnswer::Received;
+        }
+        if known {
+            return FaultAnswer::Wait;
+        }
+        self.requests += 1;
+        FaultAnswer::Ask
+    }
+
+    /// A page is in place. The time since it was asked for, if it was.
+    pub fn placed(&mut self, now: Duration, page: HostPage) -> Option<Duration> {
+        let took = now.saturating_sub(self.outstanding.remove(&page)?);
+        self.latency.record(took);
+        Some(took)
+    }
+
+    /// Pages that are to be asked for again on a new connection, ascending.
+    pub fn outstanding(&self) -> impl Iterator<Item = HostPage> + '_ {
+        self.outstanding.keys().copied()
+    }
+
+    /// Faults, and requests sent for them.
+    pub fn counts(&self) -> (u64, u64) {
+        (self.faults, self.requests)
+    }
+
+    /// Time from a page's request to its placement.
+    pub fn latency(&self) -> &Latency {
+        &self.latency
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn page(number: u64) -> HostPage {
+        HostPage { block: BlockIndex(0), offset: number * 4096 }
+    }
+
+    #[test]
+    fn a_page_is_asked_for_once_however_many_threads_wait_for_it() {
+        let mut pager = Pager::default();
+        let at = Duration::from_millis;
+        assert_eq!(pager.fault(at(1), page(3), || false), FaultAnswer::Ask);
+        assert_eq!(pager.fault(at(2), page(3), || false), FaultAnswer::Wait);
+        assert_eq!(pager.placed(at(5), page(3)), Some(at(4)), "since the first fault");
+        assert_eq!(pager.placed(at(6), page(3)), None);
+        assert_eq!(pager.fault(at(7), page(3), || true), FaultAnswer::Received);
+        assert_eq!((pager.counts(), pager.outstanding().count()), ((3, 1), 0));
+    }
+
+    /// Faults, placements and lost connections in any order: every page that a thread waits for is either received or
+    /// asked for on the present connection.
+    #[test]
+    fn no_thread_waits_for_a_page_that_nobody_was_asked_for() {
+        for seed in 0..2000u64 {
+            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            let mut draw = |most: u64| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 33) % most
+            };
+            let (mut pager, mut received, mut waiting) = (Pager::default(), BTreeSet::new(), BTreeSet::new());
+            let mut asked = BTreeSet::new();
+            for step in 0..200 {
+                let (now, number) = (Duration::from_micros(step), draw(16));
+                match draw(8) {
+                    0..4 => match pager.fault(now, page(number), || received.contains(&number)) {
+                        FaultAnswer::Ask => {
+                            waiting.insert(number);
+                            asked.insert(number);
+                        }
+                        FaultAnswer::Wait => {
+                            waiting.insert(number);
+                        }
+                        FaultAnswer::Received => assert!(received.contains(&number)),
+                    },
+                    4..7 => {
+                        received.insert(number);
+                        pager.placed(now, page(number));
+                        waiting.remove(&number);
+                    }
+                    _ => asked = pager.outstanding().map(|page| page.offset / 4096).collect(),
+                }
+                assert!(waiting.iter().all(|number| asked.contains(number)), "seed {seed}, step {step}");
+            }
+        }
+    }
+}

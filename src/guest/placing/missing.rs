@@ -1,0 +1,259 @@
+//! Pages that are not there yet while the guest runs: placed whole, once, and whoever waits for them runs on.
+//!
+//! # Orders that must hold
+//!
+//! What is to come again is discarded before the memory is registered. A page's bytes are in place, then it is marked
+//! received, then waiting threads are woken. A page that is marked received is either mapped, or it came as zero and was
+//! never touched: a fault on it is answered here and asked of nobody.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::Placer;
+use crate::guest::GuestError;
+use crate::ram::Landing;
+use crate::sys::{FaultAt, HostSpan, MissingFaults, MissingFaultsError, set_huge_pages};
+use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
+
+/// The memory whose missing pages are served.
+pub(super) struct Missing {
+    faults: Arc<MissingFaults>,
+    /// Told of each host page once it is in place, marked, and woken.
+    placed: Box<dyn Fn(Landing) + Send + Sync>,
+    /// Address ranges of the blocks, ascending, with their place in the guest's own table.
+    ranges: Vec<(std::ops::Range<usize>, BlockIndex, PageSize)>,
+}
+
+impl Placer {
+    /// Blocks whose pages may be missing while the guest runs, with their memory.
+    fn servable(&self) -> Result<Vec<(Landing, PageSize)>, GuestError> {
+        let table = self.memory.table();
+        let whole = (0..).map(BlockIndex).zip(table.blocks()).filter(|(_, block)| !block.flags.ignored);
+        whole
+            .map(|(index, block)| {
+                Ok((table.admit(index, BlockOffset(0), block.used_length)?, block.host_page))
+            })
+            .collect()
+    }
+
+    /// Before the first page of a migration that may switch to postcopy: all memory reads as zero and is not there, and
+    /// the kernel puts no huge page over several of its pages.
+    ///
+    /// # Errors
+    /// [`GuestError`]: memory can't be discarded.
+    pub fn empty(&mut self) -> Result<(), GuestError> {
+        for (landing, _) in self.servable()? {
+            // Memory of kinds that never has them says EINVAL.
+            let _ = set_huge_pages(self.target(landing)?, false);
+            self.memory.discard(landing)?;
+        }
+        self.used.iter_mut().for_each(|used| *used = None);
+        Ok(())
+    }
+
+    /// Pages that will come again: they are missing until then.
+    ///
+    /// # Errors
+    /// [`GuestError`]: memory can't be discarded.
+    pub fn forget(&self, landing: Landing) -> Result<(), GuestError> {
+        let run = self.run(landing);
+        if let Some(map) = self.received.block(run.block) {
+            map.clear(run.first, run.pages);
+        }
+        self.memory.discard(landing)
+    }
+
+    /// From here on a first access to a missing page waits for it, and pages are placed as [`PageWriter`](super::PageWriter)
+    /// says; `placed` is told of each whole host page. Once.
+    ///
+    /// # Errors
+    /// [`MissingFaultsError`]; [`GuestError`] for memory that is not of this process.
+    pub fn serve_missing(
+        &self,
+        faults: Arc<MissingFaults>,
+        placed: Box<dyn Fn(Landing) + Send + Sync>,
+    ) -> Result<(), ServeError> {
+        let mut ranges = Vec::new();
+        for (landing, page) in self.servable()? {
+            let span = self.target(landing)?;
+            faults.register(span)?;
+            ranges.push((span.address()..span.address() + span.len(), landing.block(), page));
+        }
+        ranges.sort_by_key(|(range, ..)| range.start);
+        let _ = self.missing.set(Missing { faults, placed, ranges });
+        Ok(())
+    }
+
+    /// All pages have come: accesses wait no more.
+    pub fn stop_serving(&self) {
+        let Some(missing) = self.missing.get() else { return };
+        for (landing, _) in self.servable().unwrap_or_default() {
+            if let Ok(span) = self.target(landing) {
+                if let Err(error) = missing.faults.unregister(span) {
+                    tracing::debug!(%error, "memory stays under userfaultfd until its descriptor is closed");
+                }
+                let _ = set_huge_pages(span, true);
+            }
+        }
+    }
+
+    /// The host page that holds an address.
+    pub fn host_page_at(&self, fault: FaultAt) -> Option<Landing> {
+        let ranges = &self.missing.get()?.ranges;
+        let at = ranges.partition_point(|(range, ..)| range.end <= fault.0);
+        let (range, block, page) = ranges.get(at).filter(|(range, ..)| range.contains(&fault.0))?;
+        let offset = (fault.0 - range.start) as u64 / page.bytes() * page.bytes();
+        self.memory.table().admit(*block, BlockOffset(offset), page.bytes()).ok()
+    }
+
+    /// A thread waits for a page that is marked received: it came as zero, or is there by now.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn answer_received(&self, landing: Landing) -> Result<(), GuestError> {
+        let Some(missing) = self.missing.get() else { return Ok(()) };
+        let span = self.target(landing)?;
+        let page = self.host_page(landing);
+        let placed = missing.faults.place_zero(span, page).and_then(|_| missing.faults.wake(span));
+        placed.map_err(|source| self.unplaced(landing, source))
+    }
+
+    /// True if every page of `landing` has come.
+    pub fn has_all(&self, landing: Landing) -> bool {
+        let run = self.run(landing);
+        let mut pages = (run.first.0..run.end().0).map(PageIndex);
+        self.received.block(run.block).is_some_and(|map| pages.all(|page| map.get(page)))
+    }
+
+    /// True while missing pages are served.
+    pub fn serves_missing(&self) -> bool {
+        self.missing.get().is_some()
+    }
+
+    pub(super) fn host_page(&self, landing: Landing) -> PageSize {
+        self.memory.table().get(landing.block()).map_or(self.memory.table().page(), |block| block.host_page)
+    }
+
+    /// Puts a whole host page, or several, in place. Pages that are there already are left as they are.
+    fn place_missing(
+        &self,
+        missing: &Missing,
+        landing: Landing,
+        bytes: Option<&[u8]>,
+    ) -> Result<(), GuestError> {
+        let span = self.target(landing)?;
+        let placed = match bytes {
+            Some(bytes) => missing.faults.place(span, bytes),
+            None => missing.faults.place_zero(span, self.host_page(landing)),
+        };
+        placed.map(drop).map_err(|source| self.unplaced(landing, source))
+    }
+
+    pub(super) fn wake(&self, span: HostSpan<'_>) {
+        if let Some(missing) = self.missing.get()
+            && let Err(error) = missing.faults.wake(span)
+        {
+            tracing::warn!(%error, "threads that wait for a page could not be woken");
+        }
+    }
+
+    fn unplaced(&self, landing: Landing, source: std::io::Error) -> GuestError {
+        let block = self.memory.table().get(landing.block());
+        GuestError::Kernel {
+            block: block.map_or_else(String::new, |block| block.name.to_string()),
+            what: "placing a page that the guest may wait for",
+            remedy: "free memory, or huge pages of the pool that the guest's RAM is from",
+            source,
+        }
+    }
+}
+
+/// Why missing pages can't be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The kernel, or this process's rights.
+    #[error(transparent)]
+    Faults(#[from] MissingFaultsError),
+    /// The guest's memory.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
+/// Host pages of one channel that have come in part: they are placed when all their target pages are here.
+#[derive(Debug, Default)]
+pub(super) struct HostPages {
+    parts: HashMap<(BlockIndex, u64), Part>,
+}
+
+/// Most host pages that one channel may have begun: a QEMU has one, and one more where it was interrupted.
+const MAX_PARTS: usize = 4;
+
+#[derive(Debug)]
+struct Part {
+    bytes: Vec<u8>,
+    /// One entry a target page.
+    here: Vec<bool>,
+    is_zero: bool,
+}
+
+impl HostPages {
+    /// Takes one target page, `None` for zero. The whole host page is placed and committed with its last one.
+    pub(super) fn take(
+        &mut self,
+        placer: &Placer,
+        landing: Landing,
+        bytes: Option<&[u8]>,
+    ) -> Result<(), GuestError> {
+        let Some(missing) = placer.missing.get() else { return Ok(()) };
+        let (host, target) = (placer.host_page(landing).bytes(), placer.page_bytes());
+        if host <= target {
+            placer.place_missing(missing, landing, bytes)?;
+            placer.commit_kind(landing, bytes.is_none());
+            (missing.placed)(landing);
+            return Ok(());
+        }
+        let start = landing.offset().0 / host * host;
+        let key = (landing.block(), start);
+        if !self.parts.contains_key(&key) && self.parts.len() >= MAX_PARTS {
+            let block =
+                placer.memory.table().get(landing.block()).map_or_else(String::new, |b| b.name.to_string());
+            return Err(GuestError::Unfinished { block, offset: start });
+        }
+        let part = self.parts.entry(key).or_insert_with(|| Part {
+            bytes: vec![0; host as usize],
+            here: vec![false; (host / target) as usize],
+            is_zero: true,
+        });
+        let at = (landing.offset().0 - start) as usize;
+        match (bytes, part.bytes.get_mut(at..at + target as usize)) {
+            (Some(bytes), Some(room)) => {
+                room.copy_from_slice(bytes);
+                part.is_zero = false;
+            }
+            (None, Some(room)) => room.fill(0),
+            _ => {}
+        }
+        if let Some(here) = part.here.get_mut(at / target as usize) {
+            *here = true;
+        }
+        if part.here.iter().all(|here| *here)
+            && let Some(part) = self.parts.remove(&key)
+        {
+            let whole = placer.memory.table().admit(landing.block(), BlockOffset(start), host)?;
+            placer.place_missing(
+                missing,
+                whole,
+                Some(&part.bytes).filter(|_| !part.is_zero).map(Vec::as_slice),
+            )?;
+            placer.commit_kind(whole, part.is_zero);
+            (missing.placed)(whole);
+        }
+        Ok(())
+    }
+
+    /// The channel is gone: what it had begun will come again.
+    pub(super) fn drop_parts(&mut self) {
+        self.parts.clear();
+    }
+}

@@ -1,0 +1,407 @@
+//! The guest runs here while pages are missing.
+//!
+//! Three threads work side by side from the package on: the session's own reads the main connection and places pages;
+//! `ramwire-load` loads the device state and starts the guest; `ramwire-faults` waits for faults and sends requests. A
+//! request needs nothing but the return path: it waits for no batch and for no page that is being placed.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+use std::os::fd::AsFd;
+
+use crate::engine::{FaultAnswer, HostPage, Pager};
+use crate::guest::{GuestControl, Placer, ServeError};
+use crate::observe::LatencySummary;
+use crate::ram::{Landing, RamBlockTable};
+use crate::stream::qemu::command::Discard;
+use crate::stream::qemu::package::decode_package;
+use crate::stream::qemu::return_path::Message;
+use crate::sys::{CancelToken, MissingFaults, SendPart, Stop};
+use crate::transport::{ByteSink, ChannelError};
+use crate::units::{BlockIndex, BlockOffset};
+
+use super::DestinationSession;
+use super::receive::{no_blocks, out_of_turn};
+use crate::session::Error;
+use crate::session::callback::guarded;
+
+/// What faults of missing pages came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MissingPages {
+    /// Faults that were reported: threads that had to wait for a page.
+    pub faults: u64,
+    /// Requests that were sent for them.
+    pub requests: u64,
+    /// From the fault to the page in place.
+    pub latency: LatencySummary,
+    /// From the package's last byte until the guest was started.
+    pub time_to_run: Duration,
+}
+
+/// One direction of a connection that several threads write messages to, one message at a time.
+#[derive(Clone)]
+struct SharedSink(Arc<Mutex<Box<dyn ByteSink>>>);
+
+impl SharedSink {
+    fn lock(&self) -> MutexGuard<'_, Box<dyn ByteSink>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn message(&self, message: Message<'_>, stop: &Stop) -> Result<(), ChannelError> {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let mut sink = self.lock();
+        sink.send(&[SendPart::Own(&bytes)], stop)?;
+        sink.flush(stop)
+    }
+}
+
+impl ByteSink for SharedSink {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        self.lock().send(parts, stop)
+    }
+
+    fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.lock().flush(stop)
+    }
+
+    fn position(&self) -> u64 {
+        self.lock().position()
+    }
+}
+
+/// What the threads of a postcopy share.
+struct Shared {
+    placer: Arc<Placer>,
+    faults: Arc<MissingFaults>,
+    pager: Arc<Mutex<Pager>>,
+    back: SharedSink,
+    began: Instant,
+    send_timeout: Duration,
+    /// The guest may run here.
+    started: AtomicBool,
+    /// Raised when a thread has failed, and at the end.
+    over: CancelToken,
+    failure: Mutex<Option<Error>>,
+}
+
+impl Shared {
+    fn pager(&self) -> MutexGuard<'_, Pager> {
+        self.pager.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    fn fail(&self, error: Error) {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.over.cancel();
+    }
+
+    fn stop(&self) -> Stop {
+        Stop::on(&self.over)
+    }
+
+    /// Serves faults until all is over.
+    fn serve_faults(&self) {
+        let stop = self.stop();
+        let mut last = None;
+        while let Ok(None) = stop.wait(self.faults.as_fd(), PollFlags::IN) {
+            if let Err(error) = self.serve_all(&mut last, &stop) {
+                self.fail(error);
+                return;
+            }
+        }
+    }
+
+    fn serve_all(&self, last: &mut Option<BlockIndex>, stop: &Stop) -> Result<(), Error> {
+        let reading = |source: io::Error| Error::Control { what: "read the faults of missing pages", source };
+        while let Some(fault) = self.faults.next().map_err(reading)? {
+            let Some(landing) = self.placer.host_page_at(fault) else { continue };
+            let answer = self.pager().fault(self.now(), host_page(landing), || self.placer.has_all(landing));
+            match answer {
+                FaultAnswer::Received => self.placer.answer_received(landing)?,
+                FaultAnswer::Wait => {}
+                FaultAnswer::Ask => self.ask(landing, last, stop)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn ask(&self, landing: Landing, last: &mut Option<BlockIndex>, stop: &Stop) -> Result<(), Error> {
+        let (start, length) = (landing.offset().0, landing.len() as u32);
+        let block = self.placer.memory().table().get(landing.block());
+        let message = match block {
+            Some(block) if last.replace(landing.block()) != Some(landing.block()) => {
+                Message::RequestPagesOf { block: block.name.as_str(), start, length }
+            }
+            _ => Message::RequestPages { start, length },
+        };
+        Ok(self.back.message(message, &stop.within(self.send_timeout))?)
+    }
+}
+
+fn host_page(landing: Landing) -> HostPage {
+    HostPage { block: landing.block(), offset: landing.offset().0 }
+}
+
+/// The guest's control comes back with the thread that used it.
+type Loaded = (Box<dyn GuestControl>, Result<(), Error>);
+
+/// A postcopy under way at the destination.
+pub(super) struct Postcopy {
+    shared: Arc<Shared>,
+    faults: Option<JoinHandle<()>>,
+    loader: Option<JoinHandle<()>>,
+    loaded: Arc<Mutex<Option<Loaded>>>,
+    time_to_run: Arc<Mutex<Duration>>,
+}
+
+impl Drop for Postcopy {
+    fn drop(&mut self) {
+        self.shared.over.cancel();
+        for thread in [self.loader.take(), self.faults.take()].into_iter().flatten() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Stands in while the loader has the guest's control.
+struct Lent;
+
+impl GuestControl for Lent {
+    fn pause(&mut self) -> io::Result<()> {
+        Err(lent())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        Err(lent())
+    }
+
+    fn save_devices(&mut self, _out: &mut dyn io::Write) -> io::Result<()> {
+        Err(lent())
+    }
+
+    fn load_devices(&mut self, _from: &mut dyn io::Read) -> io::Result<()> {
+        Err(lent())
+    }
+}
+
+fn lent() -> io::Error {
+    io::Error::other("the guest is being started by another thread")
+}
+
+impl DestinationSession {
+    /// The source may switch to postcopy: what that needs is tried before the first page comes.
+    pub(super) fn advised(&mut self, host_pages: u64) -> Result<(), Error> {
+        self.missing_faults = Some((
+            MissingFaults::new()
+                .or_else(|error| {
+                    tracing::debug!(%error, "faults of user mode only are served");
+                    MissingFaults::user_mode_only()
+                })
+                .map_err(ServeError::from)?,
+            host_pages,
+        ));
+        Ok(())
+    }
+
+    /// The source's host page sizes must be ours, or pages would be placed in parts.
+    pub(super) fn check_host_pages(&self, table: &RamBlockTable) -> Result<(), Error> {
+        let Some((_, theirs)) = &self.missing_faults else { return Ok(()) };
+        let used = table.blocks().iter().filter(|block| !block.flags.ignored);
+        let ours = used.fold(0, |all, block| all | block.host_page.bytes());
+        if ours == *theirs {
+            return Ok(());
+        }
+        Err(Error::Config {
+            what: format!(
+                "the source's RAM is in pages of {theirs:#x} bytes (sizes ORed), here in pages of {ours:#x}"
+            ),
+            remedy: "give both ends the same huge pages, or turn postcopy-ram off at the source",
+        })
+    }
+
+    /// A piece of the package.
+    pub(super) fn package_bytes(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        if (self.package.len() + bytes.len()) as u64 > self.settings.max_state {
+            return Err(out_of_turn("more device state than is accepted", "a switchover to postcopy"));
+        }
+        self.package.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// A discard at the switchover: these pages come again.
+    pub(super) fn discard(&mut self, discard: Discard<'_>) -> Result<(), Error> {
+        let refused =
+            |why: String| out_of_turn(&format!("POSTCOPY_RAM_DISCARD, {why}"), "a switchover to postcopy");
+        if self.missing_faults.is_none() || self.postcopy.is_some() {
+            return Err(refused("before ADVISE, or after the package".into()));
+        }
+        let placer = Arc::clone(self.placing()?.placer());
+        let table = placer.memory().table();
+        let index = table.find(discard.block()).map_err(|error| refused(error.to_string()))?;
+        let page = table.get(index).map_or(table.page(), |block| block.host_page).bytes();
+        for (start, length) in discard.ranges() {
+            if start % page != 0 || length % page != 0 {
+                return Err(refused(format!(
+                    "{length} bytes at {start:#x} are not whole pages of {page} bytes"
+                )));
+            }
+            let landing =
+                table.admit(index, BlockOffset(start), length).map_err(|error| refused(error.to_string()))?;
+            placer.forget(landing)?;
+        }
+        Ok(())
+    }
+
+    /// The package is whole: faults are served, and a thread loads the state and starts the guest.
+    pub(super) fn listen(&mut self) -> Result<(), Error> {
+        let package = std::mem::take(&mut self.package);
+        let decoded = decode_package(&package)?;
+        let Some((faults, _)) = self.missing_faults.take() else {
+            return Err(out_of_turn("a package", "a migration without ADVISE"));
+        };
+        let Some(back) = self.back.take() else {
+            return Err(out_of_turn("a package", "a stream without a return path"));
+        };
+        let back = SharedSink(Arc::new(Mutex::new(back)));
+        self.back = Some(Box::new(back.clone()));
+        let placing = self.placing.as_ref().ok_or_else(|| no_blocks("a package"))?;
+        let faults = Arc::new(faults);
+        let (pager, began) = (Arc::new(Mutex::new(Pager::default())), Instant::now());
+        let waits = Arc::clone(&pager);
+        let placed = move |landing: Landing| {
+            let mut pager = waits.lock().unwrap_or_else(PoisonError::into_inner);
+            pager.placed(began.elapsed(), host_page(landing));
+        };
+        placing.placer().serve_missing(Arc::clone(&faults), Box::new(placed))?;
+        let shared = Arc::new(Shared {
+            placer: Arc::clone(placing.placer()),
+            faults,
+            pager,
+            back,
+            began,
+            send_timeout: self.settings.stall_timeout,
+            started: AtomicBool::new(false),
+            over: CancelToken::default(),
+            failure: Mutex::default(),
+        });
+        self.stop = shared.stop();
+        let serving = Arc::clone(&shared);
+        let faults =
+            self.settings.spawner.spawn("ramwire-faults", Box::new(move || serving.serve_faults()))?;
+        let mut postcopy = Postcopy {
+            shared: Arc::clone(&shared),
+            faults: Some(faults),
+            loader: None,
+            loaded: Arc::default(),
+            time_to_run: Arc::default(),
+        };
+        // As a precopy stream that ends without a VM description.
+        let state = [&std::mem::take(&mut self.state)[..], decoded.sections, &[0]].concat();
+        if let Some(incoming) = &self.incoming {
+            self.provider.arrived(incoming, false);
+        }
+        let control = std::mem::replace(&mut self.control, Box::new(Lent));
+        let (loaded, time, pings) =
+            (Arc::clone(&postcopy.loaded), Arc::clone(&postcopy.time_to_run), decoded.pings);
+        let job = move || {
+            let mut control = control;
+            let done = load_and_run(&shared, &mut control, &state, &pings);
+            *time.lock().unwrap_or_else(PoisonError::into_inner) = shared.now();
+            let failed = done.is_err();
+            *loaded.lock().unwrap_or_else(PoisonError::into_inner) = Some((control, done));
+            if failed {
+                shared.over.cancel();
+            }
+        };
+        postcopy.loader = Some(self.settings.spawner.spawn("ramwire-load", Box::new(job))?);
+        self.postcopy = Some(postcopy);
+        Ok(())
+    }
+
+    /// All pages have come: waits for the guest's start.
+    pub(super) fn await_guest(&mut self) -> Result<(), Error> {
+        self.take_control()?;
+        let Some(postcopy) = &self.postcopy else { return Ok(()) };
+        if let Some(error) = postcopy.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            return Err(error);
+        }
+        postcopy.shared.placer.stop_serving();
+        Ok(())
+    }
+
+    /// Waits for the loader, takes the guest's control back, and says how the start went.
+    fn take_control(&mut self) -> Result<(), Error> {
+        let Some(postcopy) = &mut self.postcopy else { return Ok(()) };
+        if let Some(loader) = postcopy.loader.take() {
+            // A panic of the embedder's code was taken for an error before.
+            let _ = loader.join();
+        }
+        match postcopy.loaded.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some((control, done)) => {
+                self.control = control;
+                done
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// No cancel ends what the source gave away; the failure of a postcopy's thread does.
+    pub(super) fn stop_after_commit(&self) -> Stop {
+        self.postcopy.as_ref().map_or_else(Stop::never, |postcopy| postcopy.shared.stop())
+    }
+
+    /// True if the guest may run here although pages are missing.
+    pub(super) fn guest_was_started(&self) -> bool {
+        self.postcopy.as_ref().is_some_and(|postcopy| postcopy.shared.started.load(Ordering::Acquire))
+    }
+
+    /// A step failed: what a thread of the postcopy says is the cause, where one does.
+    pub(super) fn postcopy_failure(&mut self, error: Error) -> Error {
+        if self.stop.reason().is_some()
+            && let Err(cause) = self.take_control()
+        {
+            return cause;
+        }
+        let Some(postcopy) = &self.postcopy else { return error };
+        postcopy.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or(error)
+    }
+
+    /// Ends the threads; what faults came to.
+    pub(super) fn end_postcopy(&mut self) -> Option<MissingPages> {
+        if let Err(error) = self.take_control() {
+            tracing::warn!(%error, "the guest's start");
+        }
+        let postcopy = self.postcopy.take()?;
+        let (faults, requests) = postcopy.shared.pager().counts();
+        let latency = postcopy.shared.pager().latency().summary();
+        let time_to_run = *postcopy.time_to_run.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(MissingPages { faults, requests, latency, time_to_run })
+    }
+}
+
+fn load_and_run(
+    shared: &Shared,
+    control: &mut Box<dyn GuestControl>,
+    state: &[u8],
+    pings: &[u32],
+) -> Result<(), Error> {
+    let loaded = guarded("loading the device state", || control.load_devices(&mut &state[..]))?;
+    loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
+    let stop = shared.stop();
+    for value in pings {
+        shared.back.message(Message::Pong(*value), &stop.within(shared.send_timeout))?;
+    }
+    // From here on a failure is no reason for the source to go on: the guest may run.
+    shared.started.store(true, Ordering::Release);
+    let started = guarded("starting the guest", || control.resume())?;
+    started.map_err(|source| Error::Control { what: "resume", source })
+}

@@ -1,0 +1,249 @@
+//! Faults of memory that is not there yet: userfaultfd(2) in its missing mode, and the calls that put pages in place.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{FromRawFd, IntoRawFd};
+
+use rustix::io::Errno;
+use userfaultfd::{Event, FeatureFlags, IoctlFlags, RegisterMode, Uffd, UffdBuilder};
+
+use super::HostSpan;
+use crate::units::PageSize;
+
+/// Why missing pages can't be served here.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MissingFaultsError {
+    /// The kernel, or what this process may do, rules it out.
+    #[error("userfaultfd: {what}: {source}; {remedy}")]
+    Kernel {
+        /// What was tried.
+        what: &'static str,
+        /// What helps.
+        remedy: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The memory is of a kind whose missing pages the kernel does not report.
+    #[error(
+        "userfaultfd: the kernel can't serve missing pages of this memory; use anonymous memory, a memfd or hugetlbfs"
+    )]
+    Memory,
+}
+
+/// A userfaultfd for missing pages. All addresses are of this process. Dropping it lets every waiting thread run on, and
+/// what is still missing then reads as zero: so it is dropped only when no page is missing, or nobody runs any more.
+#[derive(Debug)]
+pub struct MissingFaults {
+    uffd: Uffd,
+}
+
+/// Room in which a userfaultfd says which page a thread waits for, in bytes of address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultAt(pub usize);
+
+impl MissingFaults {
+    /// A descriptor that reports faults of the kernel's own accesses too (KVM's, read(2)'s): needs `/dev/userfaultfd`,
+    /// CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd.
+    ///
+    /// # Errors
+    /// [`MissingFaultsError::Kernel`].
+    pub fn new() -> Result<Self, MissingFaultsError> {
+        Self::with(false)
+    }
+
+    /// A descriptor for faults of user mode only, which needs no privilege. Enough for a guest whose memory only threads
+    /// of this process touch in user mode: not for KVM.
+    ///
+    /// # Errors
+    /// [`MissingFaultsError::Kernel`].
+    pub fn user_mode_only() -> Result<Self, MissingFaultsError> {
+        Self::with(true)
+    }
+
+    fn with(user_mode_only: bool) -> Result<Self, MissingFaultsError> {
+        let mut builder = UffdBuilder::new();
+        builder.close_on_exec(true).non_blocking(true).user_mode_only(user_mode_only);
+        builder.require_features(FeatureFlags::MISSING_SHMEM | FeatureFlags::MISSING_HUGETLBFS);
+        let remedy = "give this process access to /dev/userfaultfd or CAP_SYS_PTRACE, set the sysctl \
+                      vm.unprivileged_userfaultfd to 1, and allow the call in its seccomp filter";
+        let uffd = builder.create().map_err(|error| MissingFaultsError::Kernel {
+            what: "opening a descriptor for missing pages",
+            remedy,
+            source: to_io(error),
+        })?;
+        Ok(Self { uffd })
+    }
+
+    /// Takes a descriptor that the embedder made: non-blocking, its features agreed on (UFFDIO_API), of this process.
+    pub fn adopt(fd: OwnedFd) -> Self {
+        // SAFETY: the descriptor is owned and moves in.
+        Self { uffd: unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) } }
+    }
+
+    /// From here on a first access to a page of `span` that is not there waits. `span` is in whole pages of the memory.
+    ///
+    /// # Errors
+    /// [`MissingFaultsError`].
+    pub fn register(&self, span: HostSpan<'_>) -> Result<(), MissingFaultsError> {
+        let start = span.as_ptr().cast();
+        let ioctls = self.uffd.register_with_mode(start, span.len(), RegisterMode::MISSING);
+        let ioctls = ioctls.map_err(|error| MissingFaultsError::Kernel {
+            what: "registering guest memory",
+            remedy: "use anonymous memory, a memfd or hugetlbfs, and no other userfaultfd on it",
+            source: to_io(error),
+        })?;
+        if ioctls.contains(IoctlFlags::COPY | IoctlFlags::WAKE) {
+            Ok(())
+        } else {
+            Err(MissingFaultsError::Memory)
+        }
+    }
+
+    /// Accesses wait no more; threads that do run on.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn unregister(&self, span: HostSpan<'_>) -> io::Result<()> {
+        self.uffd.unregister(span.as_ptr().cast(), span.len()).map_err(to_io)
+    }
+
+    /// Puts `bytes` in place as the contents of `span`: at once for each page of the memory, and only where none is there.
+    /// Threads that wait run on after [`wake`](Self::wake). `false` where a page was there already: it is left as it is.
+    ///
+    /// # Errors
+    /// The kernel's answer: ENOMEM, ENOSPC (a huge page pool is empty), ESRCH.
+    pub fn place(&self, span: HostSpan<'_>, bytes: &[u8]) -> io::Result<bool> {
+        debug_assert_eq!(span.len(), bytes.len());
+        let mut done = 0;
+        while done < bytes.len().min(span.len()) {
+            let (from, left) = (bytes[done..].as_ptr().cast(), span.len() - done);
+            // SAFETY: `from` is valid for `left` bytes; the target lies in a registered range of guest memory, and the
+            // kernel refuses any other. What is missing there has no contents that could be lost.
+            match unsafe { self.uffd.copy(from, span.as_ptr().add(done).cast(), left, false) } {
+                Ok(count) => done += count,
+                // A change of the address space came between: what was copied counts, the rest is tried again.
+                Err(userfaultfd::Error::PartiallyCopied(count)) => {
+                    done += usize::try_from(count as isize).unwrap_or(0)
+                }
+                Err(userfaultfd::Error::CopyFailed(errno)) if errno as i32 == libc::EEXIST => {
+                    return Ok(false);
+                }
+                Err(error) => return Err(to_io(error)),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Puts zero pages in place, as [`place`](Self::place). `page` is the page size of the memory.
+    ///
+    /// # Errors
+    /// As [`place`](Self::place).
+    pub fn place_zero(&self, span: HostSpan<'_>, page: PageSize) -> io::Result<bool> {
+        if page.bytes() as usize > rustix::param::page_size() {
+            // Huge pages have no zero page.
+            let zeros = vec![0; page.bytes() as usize];
+            let mut all = true;
+            for at in (0..span.len()).step_by(zeros.len()) {
+                let part = span.part(at, zeros.len()).ok_or(Errno::INVAL)?;
+                all &= self.place(part, &zeros)?;
+            }
+            return Ok(all);
+        }
+        // SAFETY: as in `place`.
+        match unsafe { self.uffd.zeropage(span.as_ptr().cast(), span.len(), false) } {
+            Ok(_) => Ok(true),
+            Err(userfaultfd::Error::ZeropageFailed(errno)) if errno as i32 == libc::EEXIST => Ok(false),
+            // Not every kernel has zero pages for shared memory.
+            Err(userfaultfd::Error::ZeropageFailed(errno)) if errno as i32 == libc::EINVAL => {
+                self.place(span, &vec![0; span.len()])
+            }
+            Err(error) => Err(to_io(error)),
+        }
+    }
+
+    /// Threads that wait for a page of `span` try again.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn wake(&self, span: HostSpan<'_>) -> io::Result<()> {
+        self.uffd.wake(span.as_ptr().cast(), span.len()).map_err(to_io)
+    }
+
+    /// The next page that a thread waits for, without waiting: `None` if there is none. Events of other kinds are left out.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn next(&self) -> io::Result<Option<FaultAt>> {
+        loop {
+            match self.uffd.read_event() {
+                Ok(Some(Event::Pagefault { addr, .. })) => return Ok(Some(FaultAt(addr as usize))),
+                Ok(Some(_)) => {}
+                Ok(None) => return Ok(None),
+                Err(userfaultfd::Error::SystemError(errno)) if errno as i32 == libc::EINTR => {}
+                Err(error) => return Err(to_io(error)),
+            }
+        }
+    }
+}
+
+impl AsFd for MissingFaults {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor lives as long as the borrow of `self`.
+        unsafe { BorrowedFd::borrow_raw(self.uffd.as_raw_fd()) }
+    }
+}
+
+fn to_io(error: userfaultfd::Error) -> io::Error {
+    use userfaultfd::Error::{CopyFailed, OpenDevUserfaultfd, SystemError, ZeropageFailed};
+    match error {
+        SystemError(errno) | CopyFailed(errno) | ZeropageFailed(errno) => {
+            io::Error::from_raw_os_error(errno as i32)
+        }
+        OpenDevUserfaultfd(error) => error,
+        other => io::Error::other(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::sys::Mapping;
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    fn next_fault(faults: &MissingFaults) -> FaultAt {
+        let mut fds = [PollFd::new(faults, PollFlags::IN)];
+        poll(&mut fds, None).unwrap();
+        faults.next().unwrap().unwrap()
+    }
+
+    /// A thread that reads a page waits for it; a page is placed whole and once; zero pages are zero.
+    #[test]
+    fn a_thread_waits_until_its_page_is_placed() {
+        for mapping in [Mapping::anonymous(4 * 4096).unwrap(), Mapping::memfd("missing", 4 * 4096).unwrap()] {
+            let faults = MissingFaults::user_mode_only().unwrap();
+            let span = |page: u64| mapping.region().span(page * 4096, 4096).unwrap();
+            faults.register(mapping.region().span(0, 4 * 4096).unwrap()).unwrap();
+            std::thread::scope(|scope| {
+                let reads = |page: u64| {
+                    let mut out = [1; 4096];
+                    span(page).copy_to(&mut out);
+                    out
+                };
+                let reader = scope.spawn(move || (reads(2), reads(3)));
+                let FaultAt(at) = next_fault(&faults);
+                assert_eq!(at & !4095, span(2).address());
+                assert!(faults.place(span(2), &[7; 4096]).unwrap());
+                assert!(!faults.place(span(2), &[8; 4096]).unwrap(), "what is there is not replaced");
+                faults.wake(span(2)).unwrap();
+                assert_eq!(next_fault(&faults).0 & !4095, span(3).address());
+                assert!(faults.place_zero(span(3), PageSize::SIZE_4K).unwrap());
+                faults.wake(span(3)).unwrap();
+                assert_eq!(reader.join().unwrap(), ([7; 4096], [0; 4096]));
+            });
+            assert_eq!(faults.next().unwrap(), None);
+            faults.unregister(mapping.region().span(0, 4 * 4096).unwrap()).unwrap();
+        }
+    }
+}
