@@ -122,7 +122,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let metrics = args.metrics.serve("receive", session.statistics())?;
     let report = session.run();
     drop((progress, metrics));
-    let exit = exit_of(&guest, &report);
+    let exit = settled(&guest, &report);
     match report.ending {
         Ending::Running => {
             // Not inside the macro, which looks at nothing while the level is off.
@@ -175,6 +175,26 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
             },
         );
     }
+}
+
+/// The status, with the manifest in the state that it stands for.
+fn settled(guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
+    let exit = exit_of(guest, report);
+    if report.ending != Ending::Running {
+        return exit;
+    }
+    let doubt = match &report.error {
+        // The source could not be told, and may let its guest run again.
+        Some(error) if !report.native => Some(error.to_string()),
+        _ => guest.settle().err().map(|error| error.to_string()),
+    };
+    let Some(why) = doubt else { return exit };
+    guest.doubt();
+    note!(
+        "ramwire receive: the guest is here, but in doubt ({why}): look at its source; if it runs there, delete the \
+         folder; if it does not, `ramwire send` sends it on with --destination-is-dead"
+    );
+    Exit::InDoubt
 }
 
 fn exit_of(guest: &ArrivingGuest, report: &DestinationReport) -> Exit {

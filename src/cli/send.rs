@@ -67,7 +67,7 @@ pub(super) struct Args {
     /// Send a guest that was sent before
     #[arg(long)]
     again: bool,
-    /// Send a guest in doubt: you have seen that its destination does not run it
+    /// Send a guest in doubt: you have seen that neither its destination nor the source it came from runs it
     #[arg(long)]
     destination_is_dead: bool,
     /// Send device state that has no VM description to prove it complete

@@ -161,6 +161,11 @@ impl RelayEngine {
         matches!(self.phase, Phase::Receiving | Phase::RamComplete | Phase::StateHere)
     }
 
+    /// True if it has failed: the guest does not run at the far end, and never will.
+    pub fn has_failed(&self) -> bool {
+        matches!(self.phase, Phase::Telling(RelayEnding::Failed) | Phase::Ended(RelayEnding::Failed))
+    }
+
     /// How it ended, or what is true until it has.
     pub fn ending(&self) -> RelayEnding {
         match self.phase {

@@ -28,12 +28,18 @@ const DESCRIPTION: &[u8] = br#"{"devices": [{"name": "timer", "instance_id": 0, 
 
 /// Header, return path, PING(1), block list.
 fn setup() -> Vec<u8> {
+    setup_of(true)
+}
+
+fn setup_of(pings: bool) -> Vec<u8> {
     let mut out = Vec::new();
     file::encode_header(&mut out);
     let machine = "pc-i440fx-7.2".into();
     file::encode_configuration(&Configuration { machine, ..Default::default() }, &mut out);
     Order::OpenReturnPath.encode(&mut out);
-    Order::Ping(1).encode(&mut out);
+    if pings {
+        Order::Ping(1).encode(&mut out);
+    }
     encode_start(&SectionName { id: 2, idstr: ram::IDSTR, instance: 0, version: ram::VERSION }, &mut out);
     let block = BlockAnnouncement {
         name: BlockName::new("m0").unwrap(),
@@ -363,6 +369,37 @@ fn a_relay_in_doubt_whose_source_has_gone_ends_and_says_in_doubt() {
     assert_eq!(relayed.told(), [0u8; 0], "a source that still reads is told nothing");
     assert_eq!(state_or_none(&keep), "in-doubt");
     relayed.guardian_ends();
+}
+
+/// A QEMU that gets no answer lets its guest run again: until it has been told the folder must not say `whole`.
+#[test]
+fn a_receiver_whose_source_can_not_be_told_leaves_its_guest_in_doubt() {
+    for told in [true, false] {
+        let dir = scratch();
+        let (socket, folder) = (dir.path().join("socket"), dir.path().join("guest"));
+        let uri = format!("unix:{}", socket.display());
+        let receive = ["receive", &uri, "--json", "--dir"];
+        let mut receiver = crate::common::ramwire::Ramwire::start(dir.path(), &receive, &folder);
+        receiver.listening();
+        let mut source = UnixStream::connect(&socket).unwrap();
+        source.write_all(&[setup_of(false), round(), end(true)].concat()).unwrap();
+        if !told {
+            drop(source);
+            let report = receiver.finished(Deadline::seconds(60), 5);
+            assert_eq!(
+                (&report["arrived"], &report["state"]),
+                (&true.into(), &"in-doubt".into()),
+                "{report}"
+            );
+            assert_eq!(state_or_none(&folder), "in-doubt");
+            continue;
+        }
+        let mut answer = Vec::new();
+        source.read_to_end(&mut answer).unwrap();
+        assert_eq!(answer, shut(0));
+        receiver.finished(Deadline::seconds(60), 0);
+        assert_eq!(state_or_none(&folder), "whole");
+    }
 }
 
 #[test]

@@ -30,6 +30,8 @@ struct Inner {
     held: bool,
     early: Vec<u8>,
     native: bool,
+    /// The source may let the guest run again until it is told that the guest is here.
+    source_waits: bool,
     /// Blocks that the guest's next place maps as its last one does.
     shared: Vec<BlockName>,
 }
@@ -52,6 +54,7 @@ impl ArrivingGuest {
             held: false,
             early: Vec::new(),
             native: false,
+            source_waits: false,
             shared: Vec::new(),
         };
         Ok(Self(Arc::new(Mutex::new(inner))))
@@ -76,11 +79,20 @@ impl ArrivingGuest {
         Ok(self)
     }
 
-    /// It may run at another place: from [`resume`](GuestControl::resume) on the manifest says so.
-    pub(super) fn doubt(&self) {
+    /// It may run at another place, to the end: from [`resume`](GuestControl::resume) on the manifest says so.
+    pub fn doubt(&self) {
         if let Some(manifest) = &mut self.lock().manifest {
             manifest.state = State::InDoubt;
         }
+    }
+
+    /// The source has been told that the guest is here, and lets it go: the manifest says how much of it is here.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the manifest says `in-doubt` then.
+    pub fn settle(&self) -> Result<(), StoreError> {
+        let inner = self.lock();
+        inner.manifest.as_ref().map_or(Ok(()), |manifest| inner.store.put_manifest(manifest))
     }
 
     /// The manifest as it stands.
@@ -145,6 +157,8 @@ impl MemoryProvider for ArrivingGuest {
         let mut inner = self.lock();
         inner.early = incoming.early_sections.clone();
         inner.native = native;
+        // A ramwire has given the guest away by COMMIT, and never lets it run again by itself.
+        inner.source_waits = incoming.has_return_path && !native;
         if let Some(manifest) = &mut inner.manifest {
             let framing = incoming.seen.framing;
             (manifest.configuration, manifest.footers) = (framing.configuration, framing.footers);
@@ -258,11 +272,13 @@ impl GuestControl for ArrivingGuest {
         Ok(())
     }
 
-    /// "Runs" from here on: the manifest says so.
+    /// "Runs" from here on: the manifest says so. A QEMU that waits for an answer lets its guest run again if it gets none:
+    /// until it has been told the guest is in doubt.
     fn resume(&mut self) -> io::Result<()> {
         let inner = self.lock();
         let Some(manifest) = &inner.manifest else { return Err(io::Error::other("nothing has arrived")) };
-        inner.store.put_manifest(manifest).map_err(io::Error::other)
+        let state = if inner.source_waits { State::InDoubt } else { manifest.state };
+        inner.store.put_manifest(&Manifest { state, ..manifest.clone() }).map_err(io::Error::other)
     }
 
     fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
@@ -278,5 +294,42 @@ impl GuestControl for ArrivingGuest {
         let mut tail = Vec::new();
         from.read_to_end(&mut tail)?;
         self.lock().put_state(&tail).map_err(io::Error::other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// As a receiver that is killed leaves it: between loading the guest and telling its source, and afterwards.
+    #[test]
+    fn a_guest_whose_source_waits_for_an_answer_is_in_doubt_until_it_has_been_told() {
+        for (has_return_path, native, loaded) in
+            [(true, false, State::InDoubt), (true, true, State::Whole), (false, false, State::Incomplete)]
+        {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("guest");
+            let mut guest = ArrivingGuest::new(Store::open(&path).unwrap()).unwrap();
+            let on_disk = || {
+                let text = std::fs::read_to_string(path.join("manifest.json")).unwrap();
+                serde_json::from_str::<Manifest>(&text).unwrap().state
+            };
+            let incoming = Incoming {
+                configuration: Default::default(),
+                blocks: vec![RamBlock::new(BlockName::new("m0").unwrap(), 4096)],
+                early_sections: Vec::new(),
+                has_return_path,
+                seen: Seen::default(),
+            };
+            guest.provide(&incoming).unwrap();
+            guest.arrived(&incoming, native);
+            guest.load_devices(&mut &b"state"[..]).unwrap();
+            assert_eq!(on_disk(), State::Arriving);
+            guest.resume().unwrap();
+            assert_eq!(on_disk(), loaded, "{has_return_path} {native}");
+            guest.settle().unwrap();
+            assert_eq!(on_disk(), if native { State::Whole } else { State::Incomplete });
+        }
     }
 }

@@ -24,7 +24,7 @@ use super::{ArrivingGuest, Custody, EARLY, Manifest, State, Store, StoreError, T
 pub struct Overrides {
     /// Send a guest that was sent already.
     pub again: bool,
-    /// Send a guest whose destination may run it: somebody saw that it does not.
+    /// Send a guest that may run at its destination or its source: somebody saw that it does not.
     pub destination_is_dead: bool,
     /// Send a guest whose device state has no VM description.
     pub no_vmdesc: bool,
@@ -205,7 +205,8 @@ pub fn keep(
     if may_run {
         guest.doubt();
     }
-    guest.resume().map_err(|error| failed(&error))
+    guest.resume().map_err(|error| failed(&error))?;
+    guest.settle()
 }
 
 fn allowed(path: &Path, state: State, overrides: Overrides) -> Result<(), StoreError> {
@@ -216,8 +217,8 @@ fn allowed(path: &Path, state: State, overrides: Overrides) -> Result<(), StoreE
         State::Incomplete if overrides.no_vmdesc => return Ok(()),
         State::Sent => "it runs elsewhere; --again sends it once more",
         State::InDoubt | State::Sending => {
-            "its destination may run it; look there first: if it does, delete this folder, if it does not, \
-             give --destination-is-dead"
+            "its destination may run it, or the source that it came from; look there first: if one does, delete this \
+             folder; if none does, give --destination-is-dead"
         }
         State::Incomplete => {
             "its device state ended without a VM description; --no-vmdesc sends it all the same"

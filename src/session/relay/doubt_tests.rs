@@ -180,6 +180,8 @@ fn nobody_decides_before_there_is_a_doubt_and_a_connection_that_breaks_in_doubt_
     assert!(running.control.is_in_doubt());
     assert!(running.control.far_end_is_dead());
     let control = running.control.clone();
+    // A second signal of an operator asks again.
+    assert_eq!(control.cancel(), CancelReply::Accepted, "the guest is the source's");
     assert_eq!(running.ended().0, encoded(Message::Shut { status: 1 }));
     assert!(!control.far_end_is_dead());
 }

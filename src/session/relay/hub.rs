@@ -273,6 +273,9 @@ impl Hub {
     /// See [`RelayControl::cancel`](super::RelayControl::cancel).
     pub(in crate::session) fn cancel(&self) -> CancelReply {
         let mut inner = self.lock();
+        if inner.engine.has_failed() {
+            return CancelReply::Accepted;
+        }
         if !inner.engine.may_cancel() {
             return CancelReply::TooLate;
         }
