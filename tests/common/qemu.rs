@@ -357,17 +357,25 @@ impl Qemu {
         info
     }
 
-    /// As [`wait_completed`](Self::wait_completed), of a guest that writes: once memory has been gone over `passes` times,
-    /// any downtime will do. So it ends on a machine, too, that moves less than the guest writes.
+    /// As [`wait_completed`](Self::wait_completed), of a guest that writes: see
+    /// [`wait_migration_within`](Self::wait_migration_within).
     pub(crate) fn wait_completed_within(&mut self, passes: u64, deadline: Deadline) -> Value {
+        let info = self.wait_migration_within(passes, deadline);
+        assert_eq!(info["status"], "completed", "{}: {info}\n{}", self.label, self.stderr());
+        info
+    }
+
+    /// As [`wait_migration`](Self::wait_migration), of a guest that writes: once memory has been gone over `passes` times,
+    /// any downtime will do. So it ends on a machine, too, that moves less than the guest writes.
+    pub(crate) fn wait_migration_within(&mut self, passes: u64, deadline: Deadline) -> Value {
         loop {
             let info = self.query_migrate();
             if info["status"] != "setup" && info["status"] != "active" {
-                return self.wait_completed(deadline);
+                return self.wait_migration(deadline);
             }
             if info["ram"]["dirty-sync-count"].as_u64() > Some(passes) {
                 self.set_parameters(json!({"downtime-limit": 600_000}));
-                return self.wait_completed(deadline);
+                return self.wait_migration(deadline);
             }
             assert!(!deadline.is_over(), "{}: still migrating: {info}\n{}", self.label, self.stderr());
             std::thread::sleep(std::time::Duration::from_millis(10));

@@ -72,7 +72,8 @@ fn relay(way: Way, dir: &Path, source: &mut Qemu, far: &Guest, port: u16) -> Val
     let mut relay = Ramwire::start(dir, &arguments, &far_uri);
     set(source, way.capabilities(Side::Near));
     source.migrate(&relay.listening());
-    source.wait_completed_within(20, Deadline::seconds(30));
+    let info = source.wait_migration_within(20, Deadline::seconds(30));
+    assert_eq!(info["status"], "completed", "{way:?}: {info}\n{}\n{}", relay.errors(), destination.stderr());
     let report = relay.finished(Deadline::seconds(20), 0);
     assert_eq!(report["completed"], true, "{way:?}: {report}");
     destination.wait_status("paused", Deadline::seconds(10));
