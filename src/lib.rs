@@ -7,6 +7,7 @@
 //! | nouns | [`units`] | types with units |
 
 pub mod engine;
+pub mod error;
 pub mod guest;
 pub mod observe;
 pub mod page;

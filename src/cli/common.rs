@@ -13,6 +13,7 @@ use ramwire::transport::{
 
 use super::args::Exit;
 use super::output::note;
+use super::remedies::{hint, in_words};
 pub(super) use super::sizes::{bytes, seconds};
 
 /// Options of every connection.
@@ -165,7 +166,7 @@ impl SourceChannelArgs {
         match options.no_such_sending() {
             Some((why, remedy)) => {
                 let way = options.sending;
-                Err(Usage(format!("--send-pages {way} {why}: leave it out, or {remedy}")))
+                Err(Usage(format!("--send-pages {way} {why}; {remedy}{}", hint(Some(remedy)))))
             }
             None => Ok(options),
         }
@@ -216,34 +217,9 @@ pub(super) fn human_bytes(bytes: u64) -> String {
     indicatif::HumanBytes(bytes).to_string()
 }
 
-/// Prints an error and every cause that its own text does not hold.
+/// Prints an error with its causes and the options that help.
 pub(super) fn complain(command: &str, error: &(dyn std::error::Error + 'static)) {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    let mut limit = limit_of(error);
-    while let Some(deeper) = cause {
-        limit = limit.or_else(|| limit_of(deeper));
-        let more = deeper.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = deeper.source();
-    }
-    if let Some(remedy) = limit.filter(|_| !text.contains("ulimit")) {
-        text = format!("{text}; {remedy}");
-    }
-    note!("ramwire {command}: {text}");
-}
-
-/// What to do about a limit of this process that the kernel names in its answer.
-fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
-    match error.downcast_ref::<std::io::Error>()?.raw_os_error()? {
-        libc::EFBIG => Some("raise the limit of file sizes (ulimit -f)"),
-        libc::EMFILE => Some("raise the limit of open files (ulimit -n)"),
-        libc::ENFILE => Some("too many files are open on this host; raise fs.file-max"),
-        libc::EAGAIN => Some("raise the limit of processes and threads (ulimit -u, pids.max of the cgroup)"),
-        _ => None,
-    }
+    note!("ramwire {command}: {}", in_words(error));
 }
 
 /// Prints why a command ended before its session began, and gives its status: 4 if a signal ended it, 2 if its options

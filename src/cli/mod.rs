@@ -16,6 +16,7 @@ mod plot;
 mod progress;
 mod receive;
 mod relay;
+mod remedies;
 mod render;
 mod report;
 mod send;

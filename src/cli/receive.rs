@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use ramwire::engine::Ending;
+use ramwire::error::Remedy;
 use ramwire::ram::BlockName;
 use ramwire::session::{DestinationReport, DestinationSession, DestinationSettings, ErrorKind};
 use ramwire::sys::{CancelToken, Stop};
@@ -14,6 +15,7 @@ use super::common::{ChannelArgs, Timeouts, bytes, complain, failed, human_bytes}
 use super::metrics::MetricsArgs;
 use super::output::{note, result_line};
 use super::progress::Progress;
+use super::remedies::{hint, in_words};
 use super::signals::cancel_on_signal;
 use super::store::{ArrivingGuest, State, Store};
 
@@ -75,7 +77,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.uri, allow, &stop)?;
     if let Some(warning) = listener.warning() {
-        note!("ramwire receive: {warning}");
+        note!("ramwire receive: {warning}{}", hint(Some(Remedy::AllowPeers)));
     }
     if let Some(why) = listener.why_no_rdma() {
         note!("ramwire receive: TCP only: {why}");
@@ -157,7 +159,7 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
             "pages": report.pages,
             "pages_by_file": report.pages_by_file,
             "blocks": blocks,
-            "error": report.error.as_ref().map(ToString::to_string),
+            "error": report.error.as_ref().map(|error| in_words(error)),
         });
         result_line!("{out}");
     } else if arrived {

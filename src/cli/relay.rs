@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ramwire::engine::{BandwidthLimit, Ending, OnTimeout, RelayEnding};
+use ramwire::error::Remedy;
 use ramwire::guest::GuestMemory;
 use ramwire::observe::{RunDescription, SharedStatistics};
 use ramwire::session::{
@@ -29,6 +30,7 @@ use super::common::{
 use super::converge::{tell_if_it_does_not, tell_remedies};
 use super::guardian::Guardian;
 use super::output::{note, result_line, result_text};
+use super::remedies::{hint, in_words};
 use super::render;
 use super::signals::cancel_on_signal;
 use super::store::keep;
@@ -117,7 +119,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.listen, allow, &stop)?;
     if let Some(warning) = listener.warning() {
-        note!("ramwire relay: {warning}");
+        note!("ramwire relay: {warning}{}", hint(Some(Remedy::AllowPeers)));
     }
     listener.on_stranger(|why| note!("ramwire relay: {why}"));
     for address in listener.addresses() {
@@ -158,8 +160,8 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
             let _ = taken.set(door.way.clone());
         }
         door.map(SourceConnection::from).map_err(|error| Error::Config {
-            what: format!("the far end can't be reached: {error}"),
-            remedy: "start it first, with -incoming or ramwire receive",
+            what: format!("the far end can't be reached: {}", in_words(&error)),
+            remedy: Remedy::Advice("start it first, with -incoming or ramwire receive"),
         })
     };
     let incoming = DestinationSettings {

@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::engine::{ChannelMismatch, LostPages};
+use crate::error::Remedy;
 use crate::guest::{DirtyError, GuestError, LayoutChange, ServeError};
 use crate::ram::BlockName;
 use crate::stream::DecodeError;
@@ -35,7 +36,7 @@ pub enum Error {
         /// What is wrong.
         what: String,
         /// What to do instead.
-        remedy: &'static str,
+        remedy: Remedy,
     },
     /// The VMM's own answer.
     #[error("the guest could not {what}: {source}")]
@@ -101,22 +102,20 @@ pub enum Error {
         while_doing: &'static str,
     },
     /// The peer is there and does not say what is due.
-    #[error("the destination did not say {what} within {} s; raise {raise} if it is only slow", after.as_secs_f32())]
+    #[error("the destination did not say {what} within {} s; {remedy}", after.as_secs_f32())]
     NoAnswer {
         /// What was due.
         what: &'static str,
         /// How long it was waited for.
         after: Duration,
-        /// The option that makes the wait longer.
-        raise: &'static str,
+        /// What makes the wait longer.
+        remedy: Remedy,
     },
     /// The guest wrote faster than its pages left until the time was over.
-    #[error("the migration did not converge within {} s; the guest runs on here; {remedies}", after.as_secs_f32())]
+    #[error("the migration did not converge within {} s; the guest runs on here; {}", after.as_secs_f32(), Remedy::HelpConvergence)]
     NotConverged {
         /// The time that was given.
         after: Duration,
-        /// What would help.
-        remedies: &'static str,
     },
     /// The guest's memory is not what was announced any more.
     #[error("{0} in the middle of the migration; the guest runs on here; start the migration again")]
@@ -170,7 +169,7 @@ impl From<MoveError> for Error {
             MoveError::Guest(error) => Self::Guest(error),
             MoveError::UnknownStyle => Self::Config {
                 what: "nothing tells how the peer wants its page channels".into(),
-                remedy: "give --peer qemu-7.2, qemu-10.0 or ramwire",
+                remedy: Remedy::NamePeer,
             },
         }
     }
@@ -204,6 +203,17 @@ impl Error {
             | Self::OutOfTurn { .. }
             | Self::Digest(_)
             | Self::LostPages(_) => ErrorKind::Peer,
+        }
+    }
+
+    /// What would help, where a setting does.
+    pub fn remedy(&self) -> Option<Remedy> {
+        match self {
+            Self::Config { remedy, .. } | Self::NoAnswer { remedy, .. } => Some(*remedy),
+            Self::NotConverged { .. } => Some(Remedy::HelpConvergence),
+            Self::Channel(error) => error.remedy(),
+            Self::Decode(error) => error.remedy(),
+            _ => None,
         }
     }
 

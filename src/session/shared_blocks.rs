@@ -1,6 +1,7 @@
 //! Blocks that both ends map (QEMU's `x-ignore-shared`): they are announced with their address, and no page of them
 //! travels.
 
+use crate::error::Remedy;
 use crate::ram::{BlockName, RamBlock, RamBlockTable};
 use crate::stream::qemu::file::{Configuration, IGNORE_SHARED};
 use crate::units::GuestAddr;
@@ -27,7 +28,7 @@ pub(super) fn check(incoming: &Incoming, table: &RamBlockTable) -> Result<(), Er
         if !incoming.configuration.has(IGNORE_SHARED) {
             return Err(Error::Config {
                 what: format!("RAM block {name} is ignored as shared here, and the source sends it"),
-                remedy: "set x-ignore-shared at both ends or at none",
+                remedy: Remedy::Advice("set x-ignore-shared at both ends or at none"),
             });
         }
         let place = |block: &RamBlock| block.guest_addr.unwrap_or(GuestAddr(0)).0;
@@ -38,7 +39,7 @@ pub(super) fn check(incoming: &Incoming, table: &RamBlockTable) -> Result<(), Er
                     "RAM block {name} is ignored as shared, and is at {theirs:#x} in the source's guest but at {here:#x} \
                      in this one"
                 ),
-                remedy: "start both ends with the same machine and memory",
+                remedy: Remedy::Advice("start both ends with the same machine and memory"),
             });
         }
     }
@@ -55,6 +56,8 @@ pub(super) fn check_any(incoming: &Incoming, table: &RamBlockTable) -> Result<()
     }
     Err(Error::Config {
         what: "the source leaves shared RAM blocks out (x-ignore-shared), and none is shared here".into(),
-        remedy: "mark the blocks that both ends map (BlockFlags::ignored), or turn the capability off at the source",
+        remedy: Remedy::Advice(
+            "mark the blocks that both ends map (BlockFlags::ignored), or turn the capability off at the source",
+        ),
     })
 }

@@ -3,6 +3,7 @@
 //! Two answers that a caller must never confuse: *more bytes are needed* ([`DecodeError::Truncated`]) and *no
 //! further byte can help* ([`DecodeError::Corrupt`]). The second says where the bytes stopped making sense.
 
+use crate::error::Remedy;
 use crate::units::BlockOffset;
 
 /// Why bytes did not decode.
@@ -57,6 +58,14 @@ impl DecodeError {
                 Self::Truncated { needed: needed.saturating_add(by), have: have.saturating_add(by) }
             }
             corrupt @ Self::Corrupt(_) => corrupt.based(by as u64),
+        }
+    }
+
+    /// What would help, where a setting does.
+    pub fn remedy(&self) -> Option<Remedy> {
+        match self {
+            Self::Corrupt(Corrupt { fault: Fault::TooMuchRam { .. }, .. }) => Some(Remedy::RaiseRamLimit),
+            _ => None,
         }
     }
 
@@ -257,6 +266,14 @@ pub enum Fault {
     Inflate {
         /// The page size.
         page_bytes: u64,
+    },
+    /// The guest has more RAM than the caller's limit.
+    #[error("the source announces {announced} bytes of RAM, the limit is {limit}; {}", Remedy::RaiseRamLimit)]
+    TooMuchRam {
+        /// All blocks together, in bytes.
+        announced: u64,
+        /// The limit, in bytes.
+        limit: u64,
     },
     /// A number above its limit.
     #[error("{what} is {value}, the limit is {limit}")]

@@ -27,6 +27,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::error::Remedy;
 use crate::guest::{GuestError, GuestMemory, Placer};
 use crate::observe::{DeltaCounts, PageCounts, SpliceCounts, ZeroCopyCounts};
 use crate::ram::{MoverAbilities, PageBatch, PageRun, RamBlock, RoundKind};
@@ -49,7 +50,7 @@ pub enum ChannelError {
         doing: &'static str,
     },
     /// No byte moved for the stall time.
-    #[error("{peer} did not move a byte for {} s while {doing}; raise --stall-timeout if it is only slow", after.as_secs())]
+    #[error("{peer} did not move a byte for {} s while {doing}; {}", after.as_secs(), Remedy::RaiseStallTimeout)]
     Stalled {
         /// Who.
         peer: String,
@@ -114,6 +115,17 @@ pub enum ChannelError {
         /// The answer.
         source: io::Error,
     },
+}
+
+impl ChannelError {
+    /// What would help, where a setting does.
+    pub fn remedy(&self) -> Option<Remedy> {
+        match self {
+            Self::Stalled { .. } => Some(Remedy::RaiseStallTimeout),
+            Self::Packet { source, .. } => source.remedy(),
+            _ => None,
+        }
+    }
 }
 
 /// On which side a fault lies.
@@ -299,8 +311,19 @@ pub enum MoveError {
     #[error(transparent)]
     Guest(#[from] GuestError),
     /// Page channels are written in another way for each version of QEMU, and nothing tells which it is.
-    #[error("nothing tells how the peer wants its page channels: give --peer qemu-7.2, qemu-10.0 or ramwire")]
+    #[error("nothing tells how the peer wants its page channels; {}", Remedy::NamePeer)]
     UnknownStyle,
+}
+
+impl MoveError {
+    /// What would help, where a setting does.
+    pub fn remedy(&self) -> Option<Remedy> {
+        match self {
+            Self::Channel(error) => error.remedy(),
+            Self::Guest(_) => None,
+            Self::UnknownStyle => Some(Remedy::NamePeer),
+        }
+    }
 }
 
 /// Names a batch handed to a link and not yet returned.

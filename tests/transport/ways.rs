@@ -40,7 +40,7 @@ fn an_empty_host_is_loopback_and_any_other_address_warns() {
     assert_eq!(listen("tcp:[::1]:0").warning(), None);
     for text in ["tcp:0.0.0.0:0", "tcp:[::]:0", "tcp:0:0"] {
         let warning = listen(text).warning().unwrap();
-        assert!(warning.contains("unencrypted") && warning.contains("--allow"), "{warning}");
+        assert!(warning.contains("unencrypted") && warning.contains("who may connect"), "{warning}");
     }
 }
 

@@ -22,6 +22,7 @@ use super::scratch::Scratch;
 use crate::cli::args::Exit;
 use crate::cli::common::{ChannelArgs, complain, local_options};
 use crate::cli::output::result_line;
+use crate::cli::remedies::in_words;
 use crate::cli::signals::cancel_on_signal;
 
 /// How long the guest runs at the destination before it checks itself.
@@ -117,7 +118,7 @@ impl Process {
     /// What it found.
     pub(super) fn verdict(mut self, patience: Duration) -> Verdict {
         let read = self.line(patience).and_then(|line| Ok(serde_json::from_str(&line)?));
-        read.unwrap_or_else(|error| Verdict { error: Some(error.to_string()), ..Verdict::default() })
+        read.unwrap_or_else(|error| Verdict { error: Some(in_words(&*error)), ..Verdict::default() })
     }
 }
 
@@ -132,7 +133,7 @@ impl Drop for Process {
 pub(in crate::cli) fn run(args: &Args) -> Exit {
     let verdict = receive(args).unwrap_or_else(|error| {
         complain("demo (destination)", &*error);
-        Verdict { error: Some(error.to_string()), ..Verdict::default() }
+        Verdict { error: Some(in_words(&*error)), ..Verdict::default() }
     });
     let verified = verdict.verified;
     result_line!("{}", serde_json::to_string(&verdict).unwrap_or_default());
@@ -181,7 +182,7 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     let mut verdict = Verdict {
         ran: report.ending == Ending::Running,
         digest_compared: report.verified,
-        error: report.error.as_ref().map(ToString::to_string),
+        error: report.error.as_ref().map(|error| in_words(error)),
         ..Verdict::default()
     };
     if verdict.ran {

@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use ramwire::error::Remedy;
 use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{Error, Incoming, MemoryProvider};
@@ -16,6 +17,7 @@ use ramwire::units::PageSize;
 
 use super::ram_file::{MOST_KEPT_OPEN, RamFile, check_room, is_tmpfs};
 use super::{BlockEntry, EARLY, FORMAT, Manifest, State, Store, StoreError, TAIL, failed, private};
+use crate::cli::remedies::in_words;
 
 /// The folder seen by the destination's session: the memory it arrives in, and the machine that "runs" once
 /// everything is on the disk. Clones are the same guest.
@@ -135,15 +137,15 @@ impl MemoryProvider for ArrivingGuest {
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
         let made = self.lock().make(incoming);
         let memory = made.map_err(|error| Error::Config {
-            remedy: match &error {
+            remedy: Remedy::Advice(match &error {
                 StoreError::NoRoom { .. } => "free some, or give a folder with more room",
                 StoreError::Io { .. } => "or give another folder",
                 StoreError::NotPlain { .. } => "or give a folder of its own",
                 StoreError::LeftOut { .. } => "or turn the capability off at the source",
                 StoreError::NoSuchBlock { .. } => "name a block of the source",
                 _ => "give a folder of its own on a file system with room",
-            },
-            what: error.to_string(),
+            }),
+            what: in_words(&error),
         })?;
         Ok(Arc::new(memory))
     }

@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
+use crate::error::Remedy;
 use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange, PageObserver};
 use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
 use crate::ram::{PageSet, RamBlock};
@@ -91,13 +92,19 @@ impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
                     "RAM block {}: the source has {} bytes, this guest {ours}",
                     block.name, block.used_length
                 );
-                return Err(Error::Config { what, remedy: "start both ends with the same memory" });
+                return Err(Error::Config {
+                    what,
+                    remedy: Remedy::Advice("start both ends with the same memory"),
+                });
             }
         }
         let announced = |ours: &RamBlock| incoming.blocks.iter().any(|theirs| theirs.name == ours.name);
         if let Some(missing) = self.table().blocks().iter().find(|ours| !announced(ours)) {
             let what = format!("RAM block {}: the source has none of this name", missing.name);
-            return Err(Error::Config { what, remedy: "start both ends with the same memory" });
+            return Err(Error::Config {
+                what,
+                remedy: Remedy::Advice("start both ends with the same memory"),
+            });
         }
         shared_blocks::check_any(incoming, self.table())?;
         Ok(Arc::clone(self) as Arc<dyn GuestMemory>)

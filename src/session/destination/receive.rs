@@ -1,6 +1,7 @@
 //! What a destination hears: the stream's bytes, event by event, and the source's words.
 
 use crate::engine::Arrived;
+use crate::error::Remedy;
 use crate::observe::{PageCounts, Status};
 use crate::ram::RamBlock;
 use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_pong};
@@ -348,7 +349,7 @@ fn no_postcopy() -> Error {
     Error::Config {
         what: "the source may switch to postcopy (capability postcopy-ram), which this destination can't do"
             .into(),
-        remedy: "turn postcopy-ram off at the source and migrate again",
+        remedy: Remedy::Advice("turn postcopy-ram off at the source and migrate again"),
     }
 }
 

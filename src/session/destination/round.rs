@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::Ending;
+use crate::error::Remedy;
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::incoming::{AnnouncedBlocks, Seen};
 use crate::stream::qemu::section::Phase;
@@ -34,7 +35,7 @@ impl DestinationSession {
             if !waits {
                 return Err(Error::Config {
                     what: "the source may write while a round's pages are looked for".into(),
-                    remedy: "accept it with RdmaOptions::wait_after_round",
+                    remedy: Remedy::Advice("accept it with RdmaOptions::wait_after_round"),
                 });
             }
             placing.begin_scans();
@@ -88,7 +89,7 @@ impl DestinationSession {
     pub(super) fn barrier(&mut self) -> Result<(), Error> {
         let Some(channels) = self.source.channels() else {
             let what = "the source sends pages on channels of their own (multifd)".into();
-            return Err(Error::Config { what, remedy: "give --channels with the number that it has" });
+            return Err(Error::Config { what, remedy: Remedy::AskForChannels });
         };
         if !self.breakage.is(Breakage::SkipBarrier) {
             channels.wait_barrier(&self.stop)?;

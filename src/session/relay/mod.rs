@@ -36,6 +36,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::bounded;
 
 use crate::engine::{RelayEnding, RelayEvent};
+use crate::error::Remedy;
 use crate::guest::{GuestMemory, MappedGuest};
 use crate::observe::SharedStatistics;
 use crate::ram::RamBlock;
@@ -286,7 +287,7 @@ impl MemoryProvider for RelayMemory {
             let mapping = Mapping::private(block.used_length, self.huge_pages);
             let mapping = mapping.map_err(|error| Error::Config {
                 what: error.to_string(),
-                remedy: "a relay holds all of the guest's RAM; run it where there is room",
+                remedy: Remedy::Advice("a relay holds all of the guest's RAM; run it where there is room"),
             })?;
             builder = builder.mapping(block.clone(), &mapping);
         }

@@ -19,6 +19,7 @@ use crate::engine::{
     Action, Handover, Input, Outcome, Pace, Sent, SourceConfig, SourceEngine, Switchover, Throttle,
     Throttling,
 };
+use crate::error::Remedy;
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
 use crate::observe::{EventKind, PageCounts, SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
@@ -39,7 +40,7 @@ use crate::session::{Breakage, Error, ErrorKind, shared_blocks};
 use metrics::Figures;
 use return_path::ReturnPath;
 use skips::Skips;
-use throttle::{FixedCosts, REMEDIES};
+use throttle::FixedCosts;
 
 /// A guest that may be slowed down is looked at that often, however long a round takes.
 const LONGEST_ROUND: Duration = Duration::from_secs(5);
@@ -328,7 +329,7 @@ impl SourceSession {
             self.lift_brake();
         }
         if let (Some(after), None) = (self.engine.gave_up_after(), &self.error) {
-            self.error = Some(Error::NotConverged { after, remedies: REMEDIES });
+            self.error = Some(Error::NotConverged { after });
         }
         quietly("telling of the end", || self.figures.ended(now, outcome, self.error.as_ref()));
         self.let_go(outcome);
@@ -437,7 +438,9 @@ impl SourceSession {
         if self.guest.dirty.is_empty() && !self.settings.guest_stands_still {
             return Err(Error::Config {
                 what: "no dirty source: what the guest writes while its pages travel would be lost".into(),
-                remedy: "give a source for each of its writers, or say that it stands still (guest_stands_still)",
+                remedy: Remedy::Advice(
+                    "give a source for each of its writers, or say that it stands still (guest_stands_still)",
+                ),
             });
         }
         self.refuse_what_nobody_does()?;
@@ -449,7 +452,7 @@ impl SourceSession {
         if self.settings.throttling.is_some() && self.upstream.is_some() {
             return Err(Error::Config {
                 what: "a relay can't slow down a guest that runs at its own source".into(),
-                remedy: "ask that source for auto-converge or a dirty limit",
+                remedy: Remedy::Advice("ask that source for auto-converge or a dirty limit"),
             });
         }
         if let Some(Throttling::DirtyLimit { .. }) = self.settings.throttling
@@ -457,7 +460,7 @@ impl SourceSession {
         {
             return Err(Error::Config {
                 what: "this guest can't tell what each of its vCPUs writes, which a dirty limit needs".into(),
-                remedy: "use auto-converge, or a VMM that counts by vCPU (KVM's dirty ring)",
+                remedy: Remedy::Advice("use auto-converge, or a VMM that counts by vCPU (KVM's dirty ring)"),
             });
         }
         // First: should a log not start, nothing is at the destination.
@@ -604,6 +607,6 @@ impl SourceSession {
 pub(super) fn discards() -> Error {
     Error::Config {
         what: "the guest does not promise to keep its memory in place while a NIC knows it".into(),
-        remedy: "use a tcp: address, or take balloon and free page reporting off the guest",
+        remedy: Remedy::Advice("use a tcp: address, or take balloon and free page reporting off the guest"),
     }
 }

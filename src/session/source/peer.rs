@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::engine::{Handover, Input};
+use crate::error::Remedy;
 use crate::observe::Status;
 use crate::stream::qemu::command::Command;
 use crate::sys::Stop;
@@ -21,9 +22,6 @@ const A_LOOK: Duration = Duration::from_millis(50);
 /// Bytes of RAM a second that a destination compares and puts away at the least: what bounds the wait for one that
 /// goes on saying that it is at it.
 const SLOWEST_LOAD: u64 = 64 << 20;
-
-/// The option behind `finish_timeout`, for errors.
-const FINISH_TIMEOUT: &str = "--finish-timeout";
 
 /// Messages heard in one look at the return path.
 const MOST_HEARD: usize = 64;
@@ -76,11 +74,11 @@ impl SourceSession {
         let stop = self.stop.within(longest);
         let silence = self.settings.stall_timeout;
         let unheard = || {
-            let (after, raise) = match stop.reason() {
-                Some(_) => (longest, FINISH_TIMEOUT),
-                None => (silence, "--stall-timeout"),
+            let (after, remedy) = match stop.reason() {
+                Some(_) => (longest, Remedy::RaiseFinishTimeout),
+                None => (silence, Remedy::RaiseStallTimeout),
             };
-            Error::NoAnswer { what: "that it has loaded the guest", after, raise }
+            Error::NoAnswer { what: "that it has loaded the guest", after, remedy }
         };
         let or_unheard = |error| match Error::from(error) {
             error if error.is_deadline() => unheard(),
@@ -114,7 +112,8 @@ impl SourceSession {
             return Ok(Input::Running);
         }
         let after = self.settings.finish_timeout;
-        let silent = || Error::NoAnswer { what: "that the guest runs", after, raise: FINISH_TIMEOUT };
+        let silent =
+            || Error::NoAnswer { what: "that the guest runs", after, remedy: Remedy::RaiseFinishTimeout };
         let verdict = match self.verdict(&self.stop.within(after), silent) {
             Err(error @ Error::NoAnswer { .. }) => self.listen_on(error)?,
             verdict => verdict?,

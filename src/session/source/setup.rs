@@ -5,6 +5,7 @@
 //! still being made, is waited for; one that stays silent ends the migration before a page has left.
 
 use crate::engine::{Handover, Input};
+use crate::error::Remedy;
 use crate::ram::{BlockFlags, RamBlock, RamBlockTable, RoundKind};
 use crate::stream::native::{GREETING, Hello, MIN_VERSION, Order, channels_ping, version_of_pong};
 use crate::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
@@ -38,7 +39,7 @@ impl SourceSession {
         } else if !nothing_but_a_name(&self.settings.configuration) {
             return Err(Error::Config {
                 what: "this guest's capabilities, page size or UUID can't be told without a configuration section".into(),
-                remedy: "send one (SourceSettings::framing)",
+                remedy: Remedy::Advice("send one (SourceSettings::framing)"),
             });
         }
         let greet = self.back.is_some() && self.settings.peer.is_none_or(|peer| peer == Peer::Ramwire);
@@ -107,7 +108,7 @@ impl SourceSession {
     /// Waits until the destination has said what it is, and greets a ramwire.
     fn find_out_peer(&mut self) -> Result<(), Error> {
         let after = self.settings.greeting_timeout;
-        let silent = || Error::NoAnswer { what: "what it is", after, raise: "the greeting timeout" };
+        let silent = || Error::NoAnswer { what: "what it is", after, remedy: Remedy::RaiseGreetingTimeout };
         let heard = self.hear_greeting(&self.stop.within(after));
         match (heard.map_err(|error| if error.is_deadline() { silent() } else { error })?, self.settings.peer)
         {
@@ -235,6 +236,8 @@ pub(crate) fn described(announced: &BlockAnnouncement) -> RamBlock {
 fn no_digest(why: &str) -> Error {
     Error::Config {
         what: format!("a digest was asked for, and {why}: only two ramwires compare one"),
-        remedy: "migrate to a ramwire over a connection of both directions, or do not ask for the digest",
+        remedy: Remedy::Advice(
+            "migrate to a ramwire over a connection of both directions, or do not ask for the digest",
+        ),
     }
 }

@@ -4,6 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::engine::{Input, Throttle};
+use crate::error::Remedy;
 use crate::observe::{EventKind, NotConverging};
 use crate::units::{Percent, RestShare};
 
@@ -13,10 +14,6 @@ use crate::session::callback::quietly;
 
 /// Time between two looks at cancel and peer while the embedder is waited for.
 const A_LOOK: Duration = Duration::from_millis(50);
-
-/// What helps a migration that does not converge.
-pub(super) const REMEDIES: &str = "raise the limits of bandwidth or downtime, send differences, slow the guest down, or let \
-                                   the timeout pause it";
 
 /// A relay's rounds never end by themselves; when so many times the guest's RAM has passed, its source gets nowhere.
 const RELAYED_TIMES: u64 = 4;
@@ -99,7 +96,7 @@ impl SourceSession {
                 expected_downtime_ms: now.expected_downtime.filter(|_| !relayed),
                 downtime_limit_ms: self.settings.downtime_limit.as_secs_f64() * 1e3,
             };
-            tracing::warn!("the migration does not converge: {figures}; {REMEDIES}");
+            tracing::warn!("the migration does not converge: {figures}; {}", Remedy::HelpConvergence);
             self.figures.shared().tell(EventKind::NotConverging(figures));
         }
     }

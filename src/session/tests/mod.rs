@@ -340,7 +340,7 @@ fn a_destination_at_work_is_waited_for_and_a_silent_one_is_not() {
         let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
         assert_eq!(sent.outcome == Outcome::Completed, says_so, "{text}");
         assert_eq!(arrived.ending == Ending::Running, says_so, "{:?}", arrived.error);
-        assert_eq!(text.contains("within 2 s; raise --stall-timeout"), !says_so, "{text}");
+        assert_eq!(text.contains("within 2 s; raise the stall timeout"), !says_so, "{text}");
         assert_eq!(ends.source_machine.runs(), !says_so);
     }
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::MmapMut;
 
+use crate::error::Chain;
 use crate::observe::DeltaCounts;
 use crate::stream::xbzrle::{Encoded, encode};
 use crate::sys::HostSpan;
@@ -172,7 +173,9 @@ impl DeltaCache {
                 self.store = Some(store);
             }
             // Deltas are a help, no need: the migration goes on without.
-            Err(error) => tracing::warn!(%error, bytes = wanted, "no memory for a cache of pages: no deltas"),
+            Err(error) => {
+                tracing::warn!(error = %Chain(&error), bytes = wanted, "no memory for a cache of pages: no deltas")
+            }
         }
     }
 

@@ -31,6 +31,7 @@ pub use numa::Numa;
 pub use page_channel::PageSending;
 pub use source::MultifdSource;
 
+use crate::error::Remedy;
 use crate::stream::qemu::packed::Packing;
 use crate::sys::{SpawnFn, spawn_thread};
 use crate::transport::StreamChannel;
@@ -69,15 +70,15 @@ pub struct ChannelOptions {
 
 impl ChannelOptions {
     /// Why pages can't be sent as asked for, and what would help; `None` if they can.
-    pub fn no_such_sending(&self) -> Option<(&'static str, &'static str)> {
+    pub fn no_such_sending(&self) -> Option<(&'static str, Remedy)> {
         match (self.sending, self.count, self.packing) {
             (PageSending::Copy, ..) => None,
             (_, 0, _) => Some((
                 "is for page channels: in the stream each page stands between headers",
-                "give --channels",
+                Remedy::CopyPagesOrAskForChannels,
             )),
             (_, _, Packing::Plain) => None,
-            _ => Some(("sends pages as they lie, not compressed", "leave --compression out")),
+            _ => Some(("sends pages as they lie, not compressed", Remedy::CopyPagesOrDropCompression)),
         }
     }
 }

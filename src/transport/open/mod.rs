@@ -17,6 +17,7 @@ pub(crate) use candidates::Listening;
 use candidates::{Candidates, MAIN, MAIN_AND_PAGES};
 pub use obstacle::{DECIDED_WITHIN, Obstacle};
 
+use crate::error::Remedy;
 use crate::guest::GuestMemory;
 use crate::sys::{Stop, take_inherited_fd};
 #[cfg(feature = "rdma")]
@@ -79,7 +80,7 @@ pub enum OpenError {
         tcp: Box<OpenError>,
     },
     /// The connections of a source with page channels did not come as they should.
-    #[error("{address}: {what}; set multifd and multifd-channels (--channels) alike at both ends")]
+    #[error("{address}: {what}; {}", Remedy::AlignChannels)]
     Channels {
         /// The address.
         address: String,
@@ -87,21 +88,19 @@ pub enum OpenError {
         what: String,
     },
     /// Deltas where pages do not go in the stream.
-    #[error(
-        "{address}: only pages in the stream can travel as deltas; leave --xbzrle-cache-size, or --channels, out"
-    )]
+    #[error("{address}: only pages in the stream can travel as deltas; {}", Remedy::DropDeltasOrChannels)]
     NoDeltas {
         /// The address.
         address: String,
     },
     /// Page channels where there is one stream only.
-    #[error("{address} has no page channels; use tcp: or unix:, or leave --channels out")]
+    #[error("{address} has no page channels; {}", Remedy::DropChannels)]
     NoChannels {
         /// The address.
         address: String,
     },
     /// Pages that can't be sent in the way that was asked for.
-    #[error("{address}: {sending} {why}; leave --send-pages out, or {remedy}")]
+    #[error("{address}: {sending} {why}; {remedy}")]
     NoSuchSending {
         /// The address.
         address: String,
@@ -109,8 +108,8 @@ pub enum OpenError {
         sending: PageSending,
         /// Why not.
         why: &'static str,
-        /// What else would help.
-        remedy: &'static str,
+        /// What would help.
+        remedy: Remedy,
     },
     /// A stream that exists once was asked for again.
     #[error("{address} carries one stream only; give a tcp: or unix: address for more channels")]
@@ -118,6 +117,22 @@ pub enum OpenError {
         /// The address.
         address: String,
     },
+}
+
+impl OpenError {
+    /// What would help, where a setting does.
+    pub fn remedy(&self) -> Option<Remedy> {
+        match self {
+            Self::Open { remedy, .. } => Some(Remedy::Advice(remedy)),
+            Self::Channel(error) => error.remedy(),
+            Self::Channels { .. } => Some(Remedy::AlignChannels),
+            Self::NoDeltas { .. } => Some(Remedy::DropDeltasOrChannels),
+            Self::NoChannels { .. } => Some(Remedy::DropChannels),
+            Self::NoSuchSending { remedy, .. } => Some(*remedy),
+            Self::Neither { tcp, .. } => tcp.remedy(),
+            _ => None,
+        }
+    }
 }
 
 /// Why RDMA can't be used on this host.
@@ -461,10 +476,10 @@ impl Listener {
             Kind::Rdma(_) => false,
             Kind::Unix(_) | Kind::Once { .. } => return None,
         };
-        let advice = "use a network you trust or a tunnel, and --allow CIDR to name who may connect";
         let address = self.address();
-        (!only_here)
-            .then(|| format!("{address}: guest RAM travels unencrypted and unauthenticated; {advice}"))
+        (!only_here).then(|| {
+            format!("{address}: guest RAM travels unencrypted and unauthenticated; {}", Remedy::AllowPeers)
+        })
     }
 
     /// Has `tell` told of each connection that was closed because it does not begin as a migration does, up to a number;

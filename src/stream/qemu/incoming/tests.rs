@@ -267,7 +267,7 @@ fn s28_s29_s30_s79_block_lists_are_bounded_and_may_not_change() {
         ("over the total",    start(), Box::new(|b| b.record(total(4096)).raw(b"\x03ram\0\0\0\0\0\0\x20\0")),    (12, length(8192, over))),
         ("an empty block",    start(), Box::new(|b| b.record(total(4096)).raw(b"\x03ram\0\0\0\0\0\0\0\0")),      (12, length(0, "a block cannot be empty"))),
         ("half a page",       start(), Box::new(|b| b.record(total(4096)).raw(b"\x03ram\0\0\0\0\0\0\x08\0")),    (12, length(2048, "no multiple of the target page size"))),
-        ("too much RAM",      start(), Box::new(move |b| b.record(total(1 << 50))),                              (0, Fault::Limit { what: "the total length of RAM (--max-ram at the destination)", value: 1 << 50, limit: 64 << 40 })),
+        ("too much RAM",      start(), Box::new(move |b| b.record(total(1 << 50))),                              (0, Fault::TooMuchRam { announced: 1 << 50, limit: 64 << 40 })),
         ("another list",      Bytes::started().part(), Box::new(|b| b.list(&[block("ram", 4)])),                 (8 + 12, Fault::BlockListChanged)),
     ];
     for (what, before, add, want) in cases {

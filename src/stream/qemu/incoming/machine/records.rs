@@ -113,8 +113,7 @@ impl IncomingStream {
     fn mem_size<'a>(&mut self, total: u64, used: usize) -> Advance<'a> {
         let limit = self.config.limits.ram_bytes;
         if total > limit {
-            let what = "the total length of RAM (--max-ram at the destination)";
-            return Err(DecodeError::corrupt(0, Fault::Limit { what, value: total, limit }));
+            return Err(DecodeError::corrupt(0, Fault::TooMuchRam { announced: total, limit }));
         }
         self.list = AnnouncedBlocks::default();
         self.state = State::List { remaining: total };
