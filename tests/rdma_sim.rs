@@ -204,7 +204,7 @@ fn a_guest_that_may_discard_memory_is_refused_before_anything_travels() {
     let run = migrate(SimConfig::default(), RdmaOptions::default(), false, false);
     let source = run.source.unwrap();
     assert!(matches!(source.outcome, Outcome::StaysHere(_)), "{source:?}");
-    let error = source.error.unwrap().to_string();
+    let error = ramwire::error::Chain(&source.error.unwrap()).to_string();
     assert!(error.contains("keep its memory in place") && error.contains("tcp:"), "{error}");
     assert_ne!(run.destination.unwrap().ending, Ending::Running);
     assert_eq!(run.sim.live_registrations(), 0);

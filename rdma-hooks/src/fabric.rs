@@ -25,7 +25,7 @@ use crate::stop::{Stop, Stopped};
 #[non_exhaustive]
 pub enum FabricError {
     /// There is no usable device or library on this host.
-    #[error("no RDMA here: {what} ({source}); {remedy}")]
+    #[error("no RDMA here: {what} failed ({remedy})")]
     Unavailable {
         /// What is missing.
         what: &'static str,
@@ -36,7 +36,7 @@ pub enum FabricError {
         source: io::Error,
     },
     /// A call into the device's library failed.
-    #[error("{verb} failed: {source}{}{remedy}", if .remedy.is_empty() { "" } else { "; " })]
+    #[error("{verb} failed{}", in_brackets(.remedy))]
     Verb {
         /// The library's function.
         verb: &'static str,
@@ -47,7 +47,7 @@ pub enum FabricError {
         source: io::Error,
     },
     /// Memory could not be registered.
-    #[error("cannot register {bytes} bytes of memory ({registered} are registered): {source}; {remedy}")]
+    #[error("cannot register {bytes} bytes of memory while {registered} are registered ({remedy})")]
     Registration {
         /// Bytes asked for.
         bytes: u64,
@@ -110,6 +110,22 @@ pub enum FabricError {
     /// A wait was given up.
     #[error(transparent)]
     Stopped(#[from] Stopped),
+}
+
+/// An error and its causes in one line, for logs.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(deeper) = cause {
+        text = format!("{text}: {deeper}");
+        cause = deeper.source();
+    }
+    text
+}
+
+/// ` (remedy)`, or nothing.
+fn in_brackets(remedy: &str) -> String {
+    if remedy.is_empty() { String::new() } else { format!(" ({remedy})") }
 }
 
 /// What was posted.

@@ -120,7 +120,7 @@ pub enum HooksError {
     #[error(transparent)]
     Fabric(FabricError),
     /// The peer sent what is no message.
-    #[error("peer broke the protocol: {0}")]
+    #[error("peer broke the protocol")]
     Wire(#[from] WireError),
     /// The peer sent a message out of turn, or gave up.
     #[error(transparent)]

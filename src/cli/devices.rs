@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::args::Exit;
 use super::common::human_bytes;
 use super::output::{result_line, result_text};
+use crate::cli::remedies::in_words;
 
 /// Lists the verbs devices of this host with the limits that matter to a migration. Without a device it says so; that
 /// is no failure.
@@ -220,7 +221,7 @@ impl Found {
 fn look() -> Found {
     let usable = match ramwire::transport::rdma_address(0) {
         Ok(address) => Ok(address.to_string()),
-        Err(why) => Err(why.to_string()),
+        Err(why) => Err(in_words(&why)),
     };
     Found { usable, memory_lock: None, devices: Vec::new() }
 }
@@ -232,7 +233,7 @@ fn look() -> Found {
     let devices = rdma_hooks::verbs::devices().unwrap_or_default();
     let usable = ramwire::transport::rdma_address(0);
     Found {
-        usable: usable.map(|address| address.to_string()).map_err(|why| why.to_string()),
+        usable: usable.map(|address| address.to_string()).map_err(|why| in_words(&why)),
         memory_lock,
         devices: devices.into_iter().map(Device::from).collect(),
     }

@@ -2,9 +2,10 @@
 
 use std::error::Error;
 
-use ramwire::error::Remedy;
+use ramwire::error::{Chain, Remedy};
 use ramwire::session;
 use ramwire::stream::DecodeError;
+use ramwire::sys::MappingError;
 use ramwire::transport::{ChannelError, MoveError, OpenError};
 
 /// The options of this command that do what the remedy says.
@@ -37,6 +38,10 @@ pub(super) fn hint(remedy: Option<Remedy>) -> String {
 
 /// The remedy of an error or of one of its causes.
 fn remedy_of(error: &(dyn Error + 'static)) -> Option<Remedy> {
+    // An I/O error stands for the one inside, which is no cause of it.
+    if let Some(inside) = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+        return remedy_of(inside);
+    }
     let own = None
         .or_else(|| error.downcast_ref::<session::Error>().and_then(session::Error::remedy))
         .or_else(|| error.downcast_ref::<OpenError>().and_then(OpenError::remedy))
@@ -46,8 +51,16 @@ fn remedy_of(error: &(dyn Error + 'static)) -> Option<Remedy> {
     own.or_else(|| remedy_of(error.source()?))
 }
 
-/// What to do about a limit of this process that the kernel names in its answer.
-fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+/// What to do about a limit of this process that the kernel named, where the errors themselves have no remedy.
+fn limit_in(error: &(dyn Error + 'static)) -> Option<&'static str> {
+    if error.is::<MappingError>() {
+        return None;
+    }
+    limit_of(error).or_else(|| limit_in(error.source()?))
+}
+
+/// The remedy of an answer of the kernel's.
+fn limit_of(error: &(dyn Error + 'static)) -> Option<&'static str> {
     match error.downcast_ref::<std::io::Error>()?.raw_os_error()? {
         libc::EFBIG => Some("raise the limit of file sizes (ulimit -f)"),
         libc::EMFILE => Some("raise the limit of open files (ulimit -n)"),
@@ -59,21 +72,8 @@ fn limit_of(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
 
 /// An error with its causes and the options that help.
 pub(super) fn in_words(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    let mut limit = limit_of(error);
-    while let Some(deeper) = cause {
-        limit = limit.or_else(|| limit_of(deeper));
-        let more = deeper.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = deeper.source();
-    }
-    if let Some(remedy) = limit.filter(|_| !text.contains("ulimit")) {
-        text = format!("{text}; {remedy}");
-    }
-    text + &hint(remedy_of(error))
+    let limit = limit_in(error).map(|remedy| format!("; {remedy}")).unwrap_or_default();
+    format!("{}{limit}{}", Chain(error), hint(remedy_of(error)))
 }
 
 #[cfg(test)]

@@ -189,7 +189,7 @@ mod tests {
         assert!(matches!(build(block("ram", 12288)), Err(GuestError::Unmapped { .. })));
         let mut grows = block("ram", 4096);
         grows.max_length = 12288;
-        let error = build(grows).unwrap_err().to_string();
+        let error = crate::error::Chain(&build(grows).unwrap_err()).to_string();
         assert!(error.contains("RAM block ram") && error.contains("12288 bytes"), "{error}");
         assert!(matches!(build(block("ram", 100)), Err(GuestError::Table(_))));
     }

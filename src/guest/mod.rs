@@ -63,7 +63,7 @@ pub enum GuestError {
     #[error(transparent)]
     Name(#[from] BlockError),
     /// The mapping behind a block is shorter than the block.
-    #[error("RAM block {block}: {source}")]
+    #[error("RAM block {block} is longer than its mapping")]
     Unmapped {
         /// The block.
         block: String,
@@ -71,7 +71,7 @@ pub enum GuestError {
         source: OutOfRegion,
     },
     /// The kernel refused to map or to change memory.
-    #[error("RAM block {block}: {what}: {source}; {remedy}")]
+    #[error("RAM block {block}: {what} failed ({remedy})")]
     Kernel {
         /// The block.
         block: String,
@@ -163,7 +163,7 @@ pub enum DirtyError {
         reason: String,
     },
     /// A call failed in use; the dirty log can't be trusted any more.
-    #[error("{source_name}: {what}: {source}")]
+    #[error("{source_name}: {what} failed")]
     Kernel {
         /// Name of the dirty source.
         source_name: &'static str,

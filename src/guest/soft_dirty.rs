@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{DirtyError, DirtySource, GuestMemory, MappedGuest};
+use crate::error::Chain;
 use crate::ram::PageBitmap;
 use crate::sys::{HostRegion, Mapping, SoftDirtyBits};
 use crate::units::{BlockIndex, PageSize};
@@ -192,9 +193,11 @@ fn probe_scratch() -> Result<(), DirtyError> {
     let failed = |what: &'static str| move |error: io::Error| unsupported(format!("{what}: {error}"));
     let bits = SoftDirtyBits::open().map_err(failed("/proc/self/pagemap and clear_refs"))?;
     let page = rustix::param::page_size();
-    let scratch = Mapping::anonymous(2 * page as u64).map_err(|error| unsupported(error.to_string()))?;
+    let scratch =
+        Mapping::anonymous(2 * page as u64).map_err(|error| unsupported(Chain(&error).to_string()))?;
     let touch = |at: usize| {
-        let byte = scratch.region().span(at as u64, 1).map_err(|error| unsupported(error.to_string()))?;
+        let byte =
+            scratch.region().span(at as u64, 1).map_err(|error| unsupported(Chain(&error).to_string()))?;
         byte.copy_from(&[1]);
         Ok(())
     };

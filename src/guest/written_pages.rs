@@ -17,6 +17,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{DirtyError, DirtySource, MappedGuest};
+use crate::error::Chain;
 use crate::ram::PageBitmap;
 use crate::sys::{HostRegion, Mapping, Pagemap, UffdError, WriteProtector};
 use crate::units::{BlockIndex, PageSize};
@@ -169,7 +170,8 @@ impl Drop for WrittenPages {
 }
 
 fn open_own() -> Result<Armed, DirtyError> {
-    let protector = WriteProtector::new().map_err(|error: UffdError| unsupported(error.to_string()))?;
+    let protector =
+        WriteProtector::new().map_err(|error: UffdError| unsupported(Chain(&error).to_string()))?;
     let pagemap = Pagemap::own()
         .map_err(|error| unsupported(format!("/proc/self/pagemap: {error}; mount /proc in the sandbox")))?;
     Ok(Armed { protector, pagemap })
@@ -179,13 +181,15 @@ fn open_own() -> Result<Armed, DirtyError> {
 fn probe_own_memory() -> Result<(), DirtyError> {
     let armed = open_own()?;
     let page = rustix::param::page_size();
-    let scratch = Mapping::anonymous(2 * page as u64).map_err(|error| unsupported(error.to_string()))?;
+    let scratch =
+        Mapping::anonymous(2 * page as u64).map_err(|error| unsupported(Chain(&error).to_string()))?;
     let start = scratch.region().address();
     let range = start..start + 2 * page;
     let step = |what: &'static str| move |error: io::Error| unsupported(format!("{what}: {error}"));
     armed.protector.register(range.clone()).map_err(step("UFFDIO_REGISTER of anonymous memory"))?;
     armed.protector.protect(range.clone()).map_err(step("UFFDIO_WRITEPROTECT of anonymous memory"))?;
-    let second = scratch.region().span(page as u64, 1).map_err(|error| unsupported(error.to_string()))?;
+    let second =
+        scratch.region().span(page as u64, 1).map_err(|error| unsupported(Chain(&error).to_string()))?;
     second.copy_from(&[1]);
     let scan = || {
         let mut found = Vec::new();

@@ -39,7 +39,7 @@ pub enum Error {
         remedy: Remedy,
     },
     /// The VMM's own answer.
-    #[error("the guest could not {what}: {source}")]
+    #[error("the guest could not {what}")]
     Control {
         /// The step.
         what: &'static str,
@@ -55,7 +55,7 @@ pub enum Error {
         text: String,
     },
     /// The migration failed and the guest could not be let run again; it is whole at the source.
-    #[error("{why}; the guest is whole here but could not resume: {source}; resume it by hand")]
+    #[error("{why}; the guest is whole here but could not resume; resume it by hand")]
     StandsStill {
         /// Why the migration failed.
         why: String,
@@ -75,7 +75,7 @@ pub enum Error {
     #[error(transparent)]
     Serve(#[from] ServeError),
     /// As the peer sent it.
-    #[error("the peer's stream is not understood: {0}")]
+    #[error("the peer's stream is not understood")]
     Decode(#[from] DecodeError),
     /// The stream ended too early.
     #[error("the stream ended after {at} bytes, inside {inside}; the source has failed or was cancelled")]
@@ -132,7 +132,7 @@ pub enum Error {
         loss: Loss,
     },
     /// RAM or state arrived changed.
-    #[error("{0}; the guest was not started from it")]
+    #[error("what arrived is not what was sent; the guest was not started from it")]
     Digest(#[from] crate::session::digest::Mismatch),
     /// The ends have different numbers of page channels.
     #[error(transparent)]
@@ -144,7 +144,7 @@ pub enum Error {
     #[error("cancelled; the guest runs on at the source")]
     Cancelled,
     /// A thread could not be started.
-    #[error("thread {name} could not be started: {source}")]
+    #[error("thread {name} could not be started")]
     Thread {
         /// Its name.
         name: &'static str,

@@ -260,7 +260,7 @@ pub enum Fault {
     BlockListChanged,
     /// An XBZRLE page that breaks the encoding's rules.
     #[error("XBZRLE page: {0}")]
-    Xbzrle(#[from] super::xbzrle::XbzrleFault),
+    Xbzrle(super::xbzrle::XbzrleFault),
     /// A compressed page that does not give exactly one page.
     #[error("a compressed page does not inflate to exactly {page_bytes} bytes")]
     Inflate {
@@ -291,4 +291,10 @@ pub enum Fault {
     /// A multifd packet or channel that breaks the rules.
     #[error("multifd: {0}")]
     Multifd(&'static str),
+}
+
+impl From<super::xbzrle::XbzrleFault> for Fault {
+    fn from(fault: super::xbzrle::XbzrleFault) -> Self {
+        Self::Xbzrle(fault)
+    }
 }

@@ -17,6 +17,7 @@ use rustix::mm::{Advice, madvise};
 
 use super::untouched::Backing;
 use super::{HostRegion, HostSpan};
+use crate::error::Chain;
 use crate::units::PageSize;
 
 /// `f_type` of hugetlbfs (statfs(2)); memfds with huge pages are files of it too.
@@ -65,7 +66,7 @@ pub enum MappingError {
         page: PageSize,
     },
     /// A call failed.
-    #[error("{what} {len} bytes: {source}; {remedy}")]
+    #[error("{what} {len} bytes failed ({remedy})")]
     Kernel {
         /// The operation.
         what: &'static str,
@@ -104,7 +105,7 @@ impl Mapping {
     pub fn private(len: u64, huge_pages: bool) -> Result<Self, MappingError> {
         let mapping = Self::anonymous(len)?;
         if huge_pages && let Err(error) = mapping.advise_huge_pages() {
-            tracing::warn!(%error, "no huge pages for the guest's RAM");
+            tracing::warn!(error = %Chain(&error), "no huge pages for the guest's RAM");
         }
         Ok(mapping)
     }

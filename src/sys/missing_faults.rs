@@ -15,7 +15,7 @@ use crate::units::PageSize;
 #[non_exhaustive]
 pub enum MissingFaultsError {
     /// The kernel, or what this process may do, rules it out.
-    #[error("userfaultfd: {what}: {source}; {remedy}")]
+    #[error("userfaultfd: {what} failed ({remedy})")]
     Kernel {
         /// What was tried.
         what: &'static str,

@@ -35,13 +35,15 @@ struct UffdioApi {
 #[non_exhaustive]
 pub(crate) enum UffdError {
     /// The system call is missing or forbidden.
-    #[error("userfaultfd: {source}; allow the system call in the seccomp filter (CONFIG_USERFAULTFD=y)")]
+    #[error(
+        "userfaultfd is not to be had; allow the system call in the seccomp filter (CONFIG_USERFAULTFD=y)"
+    )]
     Open {
         /// The kernel's answer.
         source: io::Error,
     },
     /// The kernel has no asynchronous write protection.
-    #[error("userfaultfd without asynchronous write protection: {source}; Linux 6.7 or later has it")]
+    #[error("userfaultfd has no asynchronous write protection; Linux 6.7 or later has it")]
     Features {
         /// The kernel's answer.
         source: io::Error,

@@ -86,7 +86,7 @@ pub enum ChannelError {
         doing: &'static str,
     },
     /// A page channel whose bytes make no sense.
-    #[error("{channel} is not understood: {source}")]
+    #[error("{channel} is not understood")]
     Packet {
         /// Which.
         channel: String,
@@ -94,7 +94,7 @@ pub enum ChannelError {
         source: DecodeError,
     },
     /// The RDMA device, or the protocol spoken over it.
-    #[error("{peer}: {doing}: {source}")]
+    #[error("{peer}: {doing}")]
     Rdma {
         /// Who.
         peer: String,
@@ -106,7 +106,7 @@ pub enum ChannelError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The kernel's answer.
-    #[error("{peer}: {doing}: {source}")]
+    #[error("{peer}: {doing}")]
     Io {
         /// Who.
         peer: String,

@@ -530,7 +530,7 @@ fn a_destination_that_falls_silent_after_commit_leaves_the_guest_in_doubt() {
     assert_eq!(sent.outcome, Outcome::InDoubt, "{:?}", sent.error);
     assert!(!live.runs() && !sent.guest_is_safe_here() && !cancel.is_cancelled());
     assert!(listening.join().unwrap(), "COMMIT was said");
-    let text = sent.error.unwrap().to_string();
+    let text = ramwire::error::Chain(&sent.error.unwrap()).to_string();
     assert!(text.contains("that the guest runs") || text.contains("did not move a byte"), "{text}");
     live.assert_whole("in doubt");
 }

@@ -123,7 +123,7 @@ fn a_peer_that_dies_amid_a_write_is_an_error_on_each_kind() {
     let (mut near, mut far) = pair("tcp::0", &StreamOptions::default());
     near.breaker().reset();
     let error = recv(&mut far, &mut [0]).unwrap_err();
-    assert!(error.to_string().contains("reset"), "{error}");
+    assert!(ramwire::error::Chain(&error).to_string().contains("reset"), "{error}");
     assert!(send(&mut near, b"x").is_err());
 }
 

@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Instant;
 
 use proptest::prelude::*;
+use ramwire::error::Chain;
 use ramwire::transport::OpenError;
 
 use super::*;
@@ -75,7 +76,8 @@ fn what_cannot_be_opened_says_what_would_help() {
         (format!("unix:{path}/file"), "choose another path"),
     ] {
         let error = Listener::bind(&address(&text), AllowList::default(), &stop()).unwrap_err();
-        assert!(error.to_string().contains(remedy), "{text}: {error}");
+        let error = Chain(&error).to_string();
+        assert!(error.contains(remedy), "{text}: {error}");
     }
     assert_eq!(std::fs::read(format!("{path}/file")).unwrap(), b"kept");
     let mode = std::fs::metadata(format!("{path}/left.sock")).unwrap().permissions().mode();
@@ -88,12 +90,13 @@ fn what_cannot_be_opened_says_what_would_help() {
         ("tcp:no-such-host.invalid:1".into(), "check the name"),
     ] {
         let error = connect(&address(&text), &StreamOptions::default(), &stop()).unwrap_err();
-        assert!(error.to_string().contains(words), "{text}: {error}");
+        let error = Chain(&error).to_string();
+        assert!(error.contains(words), "{text}: {error}");
     }
     let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let refused =
         connect(&address(&format!("tcp:{unused}")), &StreamOptions::default(), &stop()).unwrap_err();
-    assert!(refused.to_string().contains("refused"), "{refused}");
+    assert!(Chain(&refused).to_string().contains("refused"), "{refused}");
 }
 
 #[test]
@@ -131,13 +134,13 @@ fn a_command_carries_the_stream_and_its_failure_is_told() {
 
     let mut out = connect(&address("exec:cat > /dev/null; exit 3"), &options, &stop()).unwrap();
     send(&mut out, b"bytes").unwrap();
-    let error = out.finish(&stop()).unwrap_err().to_string();
+    let error = Chain(&out.finish(&stop()).unwrap_err()).to_string();
     assert!(error.contains("exit 3") && error.contains("exit status: 3"), "{error}");
     let mut back = listen("exec:echo half; kill -9 $$").accept(&options, &stop()).unwrap();
     let error = read_all(&mut back).unwrap_err();
     assert!(matches!(&error, ChannelError::CommandFailed { status, .. } if status.contains("9")), "{error}");
     let mut back = listen("exec:no-such-command 2>/dev/null").accept(&options, &stop()).unwrap();
-    assert!(read_all(&mut back).unwrap_err().to_string().contains("command not found"));
+    assert!(Chain(&read_all(&mut back).unwrap_err()).to_string().contains("command not found"));
     // A command that leaves early is an error of the write, not a signal.
     let mut out = connect(&address("exec:exec true"), &options, &stop()).unwrap();
     assert!(matches!(

@@ -37,6 +37,7 @@ mod slow_link;
 use std::process::ExitCode;
 
 use clap::Parser;
+use ramwire::error::Chain;
 use ramwire::sys::CancelToken;
 
 pub use error::BenchError;
@@ -116,22 +117,11 @@ fn main() -> ExitCode {
         // A run that the signal broke reports whatever it broke on.
         Err(_) if cancel.is_cancelled() => Exit::Cancelled,
         Err(error) => {
-            complain(&error);
+            output::note!("ramwire-bench: {}", Chain(&error));
             Exit::Failed
         }
     }
     .into()
-}
-
-/// Prints an error and all of its causes.
-fn complain(error: &dyn std::error::Error) {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(deeper) = cause {
-        text = format!("{text}: {deeper}");
-        cause = deeper.source();
-    }
-    output::note!("ramwire-bench: {text}");
 }
 
 #[cfg(test)]

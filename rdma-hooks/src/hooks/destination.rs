@@ -17,6 +17,7 @@ use crate::control::{
 };
 use crate::counters::Counters;
 use crate::exchange::Receiver;
+use crate::fabric::chain;
 use crate::fabric::{Access, AddressBase, FabricError, Listener, Registration};
 use crate::hooks::HooksError;
 use crate::region::HostRegion;
@@ -139,7 +140,7 @@ impl DestinationHooks {
             let asked = match Capabilities::decode(incoming.private_data()) {
                 Ok(asked) => asked,
                 Err(error) => {
-                    tracing::warn!(?peer, %error, "connection rejected");
+                    tracing::warn!(?peer, error = chain(&error), "connection rejected");
                     continue;
                 }
             };
@@ -155,7 +156,7 @@ impl DestinationHooks {
                 Ok(endpoint) => endpoint,
                 // Whoever knocks and goes away must not end the wait for the source.
                 Err(error @ FabricError::Event { .. }) => {
-                    tracing::warn!(?peer, %error, "connection given up");
+                    tracing::warn!(?peer, error = chain(&error), "connection given up");
                     continue;
                 }
                 Err(error) => return Err(error.into()),
@@ -310,7 +311,9 @@ impl DestinationHooks {
         match self.stream.channel.endpoint().check_memory_lock(bytes) {
             Err(error) if self.granted.pin_all => return Err(error.into()),
             // The source registers what has data, perhaps within a pin budget of its own: it may fit.
-            Err(error) => tracing::warn!(%error, "the source may meet the limit in mid-migration"),
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "the source may meet the limit in mid-migration")
+            }
             Ok(()) => {}
         }
         if self.granted.pin_all {

@@ -12,6 +12,7 @@ use rdma_sys::{
 use super::call::{check, check_ptr};
 use super::cm::Id;
 use super::device;
+use crate::fabric::chain;
 use crate::fabric::{Access, AddressBase, FabricError, Registration, register_resident_or_on_demand};
 use crate::region::HostRegion;
 
@@ -127,7 +128,7 @@ impl Drop for Domain {
     fn drop(&mut self) {
         // SAFETY: allocated by us, freed once; registrations and queues hold an `Arc` of this value, so none is left.
         if let Err(error) = check(unsafe { ibv_dealloc_pd(self.as_ptr()) }, "ibv_dealloc_pd") {
-            tracing::warn!(%error, "protection domain not freed");
+            tracing::warn!(error = chain(&error), "protection domain not freed");
         }
     }
 }
@@ -154,7 +155,11 @@ impl Drop for Mr {
                 self.domain.registered.fetch_sub(self.bytes, Ordering::Relaxed);
             }
             Err(error) => {
-                tracing::error!(%error, bytes = self.bytes, "memory not deregistered; kept mapped for good");
+                tracing::error!(
+                    error = chain(&error),
+                    bytes = self.bytes,
+                    "memory not deregistered; kept mapped for good"
+                );
                 // The device may still use the memory: it must never be unmapped.
                 std::mem::forget(self._region.take());
             }

@@ -18,6 +18,7 @@ use super::destination::Process;
 use super::scratch::{self, Scratch};
 use super::{Args, Failure};
 use crate::cli::common::local_options;
+use crate::cli::remedies::in_words;
 use crate::cli::slow_link::SlowLink;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -93,7 +94,7 @@ impl Way {
             Transport::Auto => {
                 let tried = rdma("both ends have a working RDMA device", Some(DECIDED_WITHIN));
                 tried.or_else(|error| {
-                    let why = error.downcast_ref().map_or_else(|| error.to_string(), why_no_rdma);
+                    let why = error.downcast_ref().map_or_else(|| in_words(&*error), why_no_rdma);
                     tcp(format!("both ends are on this host, where {FASTER}, and {why}"))
                 })
             }

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use super::args::Exit;
 use super::common::failed;
+use crate::cli::remedies::in_words;
 
 /// Makes one self-contained HTML page of a log that `--log-rounds` wrote: no script, nothing from elsewhere.
 #[derive(Debug, clap::Args)]
@@ -31,8 +32,8 @@ pub(super) fn run(args: &Args) -> Exit {
 
 fn report(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let file = File::open(&args.file).map_err(|error| format!("{}: {error}", args.file.display()))?;
-    let run =
-        read::read(BufReader::new(file)).map_err(|error| format!("{}: {error}", args.file.display()))?;
+    let run = read::read(BufReader::new(file))
+        .map_err(|error| format!("{}: {}", args.file.display(), in_words(&error)))?;
     let page = page::page(&run, &charts::pictures(&run)?);
     let written = File::create(&args.output).and_then(|mut file| file.write_all(page.as_bytes()));
     Ok(written.map_err(|error| format!("{}: {error}", args.output.display()))?)

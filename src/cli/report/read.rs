@@ -18,7 +18,7 @@ const MOST_MS: f64 = 3.2e12;
 pub(super) enum ReadError {
     #[error("line {line}: {why}")]
     Line { line: usize, why: String },
-    #[error("line {line}: {source}")]
+    #[error("line {line}")]
     Io {
         line: usize,
         #[source]

@@ -128,7 +128,7 @@ impl Manifest {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The kernel's answer.
-    #[error("{path}: {doing}: {source}")]
+    #[error("{path}: {doing}")]
     Io {
         /// The file or folder.
         path: PathBuf,

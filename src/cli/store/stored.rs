@@ -18,6 +18,7 @@ use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 use super::arriving::nothing;
 use super::ram_file::MOST_KEPT_OPEN;
 use super::{ArrivingGuest, Custody, EARLY, Manifest, State, Store, StoreError, TAIL, failed, private};
+use crate::cli::remedies::in_words;
 
 /// What `ramwire send` may do although the manifest speaks against it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -182,8 +183,8 @@ pub fn keep(
 ) -> Result<(), StoreError> {
     use ramwire::session::MemoryProvider;
     let mut guest = ArrivingGuest::new(Store::open(path)?)?;
-    let failed = |error: &dyn std::fmt::Display| {
-        failed(path, "keeping the guest")(io::Error::other(error.to_string()))
+    let failed = |error: &(dyn std::error::Error + 'static)| {
+        failed(path, "keeping the guest")(io::Error::other(in_words(error)))
     };
     let kept = guest.provide(incoming).map_err(|error| failed(&error))?;
     let mut window = vec![0u8; 1 << 20];

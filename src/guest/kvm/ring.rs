@@ -317,7 +317,8 @@ mod tests {
             stopped_in_time |= told.is_ok();
         });
         if !stopped_in_time {
-            let told = told.and_then(|_| ring.begin_sync()).unwrap_err().to_string();
+            let told = told.and_then(|_| ring.begin_sync()).unwrap_err();
+            let told = crate::error::Chain(&told).to_string();
             assert!(told.contains("vCPU 0 was overrun"), "{told}");
         }
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{RecvTimeoutError, bounded};
 
+use crate::error::Chain;
 use crate::stream::native::Answer;
 use crate::stream::qemu::return_path::Message;
 use crate::sys::{SendPart, Stop};
@@ -38,7 +39,7 @@ impl DestinationSession {
                 let said = back.send(&[SendPart::Own(&word)], &stop).and_then(|()| back.flush(&stop));
                 if let Err(error) = said {
                     // The next word of the session itself meets the same, and ends the migration.
-                    tracing::warn!(%error, "the source can't be told that we are at it");
+                    tracing::warn!(error = %Chain(&error), "the source can't be told that we are at it");
                     return;
                 }
             }

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
-use crate::error::Remedy;
+use crate::error::{Chain, Remedy};
 use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange, PageObserver};
 use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
 use crate::ram::{PageSet, RamBlock};
@@ -339,7 +339,7 @@ impl DestinationSession {
                 // The kernel's answer for memory that it has lost names no block.
                 let error = self.lost_memory().err().unwrap_or(error);
                 let error = self.postcopy_failure(error);
-                tracing::warn!(%error, at = reader.at, "destination failed");
+                tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
                 self.error.get_or_insert(error);
                 if self.guest_was_started() { Arrived::Lost } else { Arrived::Failed }
             });
@@ -413,7 +413,7 @@ impl DestinationSession {
                 Ending::Discarded => Status::Failed,
             };
             s.ended = true;
-            s.error = error.map(ToString::to_string);
+            s.error = error.map(|error| Chain(error).to_string());
         };
         quietly("telling of the end", || self.statistics.update(told));
         quietly("telling of the end", || self.statistics.cleaned_up());
@@ -507,7 +507,7 @@ impl DestinationSession {
     fn say_failed(&mut self) -> Result<(), Error> {
         // A cancel must not keep us from saying so.
         self.stop = Stop::never();
-        let why = self.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        let why = self.error.as_ref().map(|error| Chain(error).to_string()).unwrap_or_default();
         if self.engine.is_native() || self.told.greeted {
             return self.say(Message::Native(Answer::Refused { why: &why }));
         }

@@ -14,6 +14,7 @@ use rustix::event::PollFlags;
 use std::os::fd::AsFd;
 
 use crate::engine::{FaultAnswer, HostPage, Pager};
+use crate::error::{Chain, Remedy};
 use crate::guest::{GuestControl, Placer, ServeError};
 use crate::observe::LatencySummary;
 use crate::ram::{Landing, RamBlockTable};
@@ -203,7 +204,7 @@ impl DestinationSession {
         self.missing_faults = Some((
             MissingFaults::new()
                 .or_else(|error| {
-                    tracing::debug!(%error, "faults of user mode only are served");
+                    tracing::debug!(error = %Chain(&error), "faults of user mode only are served");
                     MissingFaults::user_mode_only()
                 })
                 .map_err(ServeError::from)?,
@@ -224,7 +225,9 @@ impl DestinationSession {
             what: format!(
                 "the source's RAM is in pages of {theirs:#x} bytes (sizes ORed), here in pages of {ours:#x}"
             ),
-            remedy: "give both ends the same huge pages, or turn postcopy-ram off at the source",
+            remedy: Remedy::Advice(
+                "give both ends the same huge pages, or turn postcopy-ram off at the source",
+            ),
         })
     }
 
@@ -378,7 +381,7 @@ impl DestinationSession {
     /// Ends the threads; what faults came to.
     pub(super) fn end_postcopy(&mut self) -> Option<MissingPages> {
         if let Err(error) = self.take_control() {
-            tracing::warn!(%error, "the guest's start");
+            tracing::warn!(error = %Chain(&error), "the guest's start");
         }
         let postcopy = self.postcopy.take()?;
         let (faults, requests) = postcopy.shared.pager().counts();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::Ending;
-use crate::error::Remedy;
+use crate::error::{Chain, Remedy};
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::incoming::{AnnouncedBlocks, Seen};
 use crate::stream::qemu::section::Phase;
@@ -133,7 +133,7 @@ impl DestinationSession {
                 let error = Error::from(error);
                 // A source that left first has what it needs.
                 if error.kind() != ErrorKind::Channel {
-                    tracing::warn!(%error, "the guest runs here, but its connection did not end in good order");
+                    tracing::warn!(error = %Chain(&error), "the guest runs here, but its connection did not end in good order");
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::error::Chain;
 use crate::ram::PageSet;
 use crate::stream::native::{Range, Unsent};
 use crate::units::{BlockIndex, PageIndex};
@@ -23,7 +24,7 @@ impl DestinationSession {
             let refused =
                 |what: String| out_of_turn(&format!("UNSENT, {what}"), "waiting for the device state");
             let found = placer.admit_pages(BlockIndex(announced), PageIndex(first), pages);
-            let found = found.map_err(|error| refused(error.to_string()))?;
+            let found = found.map_err(|error| refused(Chain(&error).to_string()))?;
             let landing = found.ok_or_else(|| refused(format!("{pages} pages from page {first} on")))?;
             let run = landing.run(table.page());
             self.unsent.add(run);

@@ -194,7 +194,7 @@ fn what_can_not_be_held_is_not_given_away() {
     assert!(!arrived.ends_with(b"]}"), "{} bytes", arrived.len());
     let report = running.relay.join().unwrap();
     assert!(matches!(report.sent.unwrap().outcome, Outcome::StaysHere(_)));
-    let error = report.received.error.unwrap().to_string();
+    let error = crate::error::Chain(&report.received.error.unwrap()).to_string();
     assert!(error.contains("no process can be started"), "{error}");
     let mut told = Vec::new();
     running.source.read_to_end(&mut told).unwrap();

@@ -80,7 +80,7 @@ fn a_relay_asks_for_the_guest_only_when_its_far_end_could_take_it() {
     let (sent, relayed, arrived, source_machine) = through_a_relay(None);
     assert!(sent.guest_is_safe_here() && source_machine.runs(), "{:?} {:?}", sent.outcome, sent.error);
     assert_eq!((relayed.received.ending, arrived.ending), (Ending::Discarded, Ending::Discarded));
-    let why = sent.error.unwrap().to_string();
+    let why = crate::error::Chain(&sent.error.unwrap()).to_string();
     assert!(why.contains("a device is missing"), "{why}");
 }
 
@@ -117,6 +117,6 @@ fn a_far_end_does_not_take_an_idle_relay_for_a_dead_one() {
     let sent = source.run();
     let arrived = thread.join().unwrap();
     // Nothing was dirty, so the digest differs; but nobody lost patience.
-    let why = arrived.error.map(|error| error.to_string()).unwrap_or_default();
+    let why = arrived.error.map(|error| crate::error::Chain(&error).to_string()).unwrap_or_default();
     assert!(why.contains("differs from the source's"), "{why} {:?}", sent.error);
 }

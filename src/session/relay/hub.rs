@@ -7,6 +7,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::engine::{Handover, RelayAction, RelayEngine, RelayEvent};
+use crate::error::Chain;
 use crate::session::callback::{guarded, quietly};
 use crate::session::handle::CancelReply;
 use crate::session::workers::Spawner;
@@ -210,7 +211,7 @@ impl Hub {
     pub(super) fn because(&self, why: &Error) {
         let mut inner = self.lock();
         if !inner.has(RelayAction::Abandon) {
-            inner.why = Some(why.to_string());
+            inner.why = Some(Chain(why).to_string());
         }
     }
 

@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::bounded;
 
 use crate::engine::{RelayEnding, RelayEvent};
-use crate::error::Remedy;
+use crate::error::{Chain, Remedy};
 use crate::guest::{GuestMemory, MappedGuest};
 use crate::observe::SharedStatistics;
 use crate::ram::RamBlock;
@@ -279,14 +279,14 @@ impl MemoryProvider for RelayMemory {
             let (needed, there) = (ram >> 20, room.bytes >> 20);
             return Err(Error::Config {
                 what: format!("the guest has {needed} MiB of RAM, and {there} MiB are free {}", room.bound),
-                remedy: "a relay holds all of the guest's RAM; run it where there is room",
+                remedy: Remedy::Advice("a relay holds all of the guest's RAM; run it where there is room"),
             });
         }
         let mut builder = MappedGuest::builder(page);
         for block in &incoming.blocks {
             let mapping = Mapping::private(block.used_length, self.huge_pages);
             let mapping = mapping.map_err(|error| Error::Config {
-                what: error.to_string(),
+                what: Chain(&error).to_string(),
                 remedy: Remedy::Advice("a relay holds all of the guest's RAM; run it where there is room"),
             })?;
             builder = builder.mapping(block.clone(), &mapping);

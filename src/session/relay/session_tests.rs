@@ -350,7 +350,7 @@ fn a_scan_before_the_last_round_loses_its_pages() {
 fn a_source_that_may_write_during_a_scan_is_refused() {
     let Relayed { source, relay, far, far_machine, .. } = relayed(Breakage::None, false);
     assert!(matches!(source.outcome, Outcome::StaysHere(_)), "{source:?}");
-    let error = relay.received.error.unwrap().to_string();
+    let error = crate::error::Chain(&relay.received.error.unwrap()).to_string();
     assert!(error.contains("wait_after_round"), "{error}");
     assert!(far.ending != Ending::Running && !far_machine.runs());
 }

@@ -216,7 +216,12 @@ impl Run {
                 must(self.sent.error.is_some(), "no reason is given");
                 let at_source = matches!(only, Some(Fault::Log { .. } | Fault::Pause { .. } | Fault::Save));
                 if at_source && world.marks.contains(&Mark::Panicked) {
-                    let text = self.sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
+                    let text = self
+                        .sent
+                        .error
+                        .as_ref()
+                        .map(|error| crate::error::Chain(error).to_string())
+                        .unwrap_or_default();
                     must(text.contains("as the plan wants it"), "the panic's text is lost");
                 }
             }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::engine::{Action, Outcome, Reason, Throttle};
+use crate::error::Chain;
 use crate::observe::{
     DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, SkippedPages, SpliceCounts, Status,
     ZeroCopyCounts,
@@ -353,7 +354,7 @@ impl Figures {
             s.ended = true;
             s.throttle_percent = 0;
             s.total_time = millis(now);
-            s.error = error.map(ToString::to_string);
+            s.error = error.map(|error| Chain(error).to_string());
             s.status = match outcome {
                 Outcome::Completed => Status::Completed,
                 Outcome::StaysHere(Reason::Cancelled) => Status::Cancelled,

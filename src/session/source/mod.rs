@@ -19,7 +19,7 @@ use crate::engine::{
     Action, Handover, Input, Outcome, Pace, Sent, SourceConfig, SourceEngine, Switchover, Throttle,
     Throttling,
 };
-use crate::error::Remedy;
+use crate::error::{Chain, Remedy};
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
 use crate::observe::{EventKind, PageCounts, SharedStatistics, Statistics, Status};
 use crate::page::PageSearch;
@@ -319,7 +319,7 @@ impl SourceSession {
             && let Err(error) = self.stop_logs()
         {
             // The guest stands still: a log left on costs, and loses nothing.
-            tracing::warn!(%error, "a dirty log could not be stopped");
+            tracing::warn!(error = %Chain(&error), "a dirty log could not be stopped");
         }
         let position = self.position();
         self.figures.position(position);
@@ -348,7 +348,7 @@ impl SourceSession {
         if outcome == Outcome::Completed {
             let stop = Stop::never().within(self.settings.finish_timeout);
             if let Err(error) = self.link.part(&stop) {
-                tracing::warn!(%error, "the migration is complete, but its connection did not end in good order");
+                tracing::warn!(error = %Chain(&error), "the migration is complete, but its connection did not end in good order");
             }
         }
         if self.link.abilities().registers_memory {
@@ -371,7 +371,7 @@ impl SourceSession {
     }
 
     fn keep(&mut self, error: Error) -> Input {
-        tracing::warn!(%error, "migration step failed");
+        tracing::warn!(error = %Chain(&error), "migration step failed");
         // A cancel that broke the step's wait is the reason, not the broken wait.
         self.look_at_cancel();
         // The kernel's answer for memory that it has lost names no block.
@@ -588,7 +588,8 @@ impl SourceSession {
             let resumed = resumed.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
             if let Err(source) = resumed {
                 // More urgent than what led here: somebody must look after the guest.
-                let why = self.error.take().map_or_else(|| "cancelled".into(), |error| error.to_string());
+                let why =
+                    self.error.take().map_or_else(|| "cancelled".into(), |error| Chain(&error).to_string());
                 return Err(Error::StandsStill { why, source });
             }
             self.paused = false;

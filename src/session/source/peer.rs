@@ -134,8 +134,11 @@ impl SourceSession {
         while let Some(upstream) = &mut self.upstream
             && upstream.goes_on_listening()
         {
-            let due =
-                || Error::NoAnswer { what: "that the guest runs", after: A_LOOK, raise: FINISH_TIMEOUT };
+            let due = || Error::NoAnswer {
+                what: "that the guest runs",
+                after: A_LOOK,
+                remedy: Remedy::RaiseFinishTimeout,
+            };
             match self.verdict(&Stop::never().within(A_LOOK), due) {
                 Err(Error::NoAnswer { .. }) => {}
                 verdict => return verdict,

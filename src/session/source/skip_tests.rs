@@ -261,7 +261,7 @@ fn blocks_that_both_ends_map_do_not_travel_and_must_be_the_same_ones() {
     for (from, to, why) in refused {
         let (sent, arrived, ()) = go(from, &to);
         assert!(sent.guest_is_safe_here() && arrived.ending == Ending::Discarded);
-        let error = arrived.error.unwrap().to_string();
+        let error = crate::error::Chain(&arrived.error.unwrap()).to_string();
         assert!(error.contains(why), "{error}");
     }
 }

@@ -196,7 +196,7 @@ fn a_guest_that_may_write_needs_a_dirty_source() {
     let error = sent.error.as_ref().unwrap();
     assert!(sent.guest_is_safe_here() && ends.source_machine.runs());
     assert_eq!((error.kind(), sent.statistics.transferred), (ErrorKind::Config, 0));
-    assert!(error.to_string().contains("guest_stands_still"), "{error}");
+    assert!(crate::error::Chain(error).to_string().contains("guest_stands_still"), "{error}");
     drop(sent);
     assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
 }
@@ -409,7 +409,7 @@ fn a_thread_that_dies_or_never_starts_is_told() {
     let source = ends.source.spawn().unwrap();
     assert!(source.events().iter().all(|event| !event.kind.is_last()), "and the channel of events ends");
     let error = source.wait().unwrap_err();
-    assert!(error.to_string().contains("ramwire-source"), "{error}");
+    assert!(crate::error::Chain(&error).to_string().contains("ramwire-source"), "{error}");
     assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
     let mut ends = self::ends();
     ends.source.settings.spawner = Spawner::new(|_, _| Err(io::Error::other("no")));
@@ -499,7 +499,7 @@ fn a_source_that_leaves_out_ram_starts_no_guest() {
     let partial = native_start(&[("block0", 3)]);
     for (stream, due) in [(early, "STATE_SENT"), (partial, "block1")] {
         let (report, machine) = received(stream, guest(&[3, 1]));
-        let error = report.error.unwrap().to_string();
+        let error = crate::error::Chain(&report.error.unwrap()).to_string();
         assert!(error.contains(due), "{error}");
         assert_eq!(report.ending, Ending::Discarded);
         assert!(!machine.runs());
@@ -515,7 +515,7 @@ fn device_state_in_many_sections_is_bounded() {
     encode_footer(2, &mut stream);
     (0..20).for_each(|_| stream.extend(state_section(100)));
     let (report, machine) = received(stream, guest(&[1]));
-    let error = report.error.unwrap().to_string();
+    let error = crate::error::Chain(&report.error.unwrap()).to_string();
     assert!(error.contains("more device state"), "{error}");
     assert!(!machine.runs());
 }

@@ -12,6 +12,7 @@ use super::ChannelOptions;
 use super::counter::PageCounter;
 use super::numa::Placement;
 use super::receiver::{Common, PageReceiver, Told};
+use crate::error::Chain;
 use crate::guest::{PageWriter, Placer};
 use crate::observe::PageCounts;
 use crate::stream::qemu::channel::Channel;
@@ -170,7 +171,7 @@ fn as_channel(error: MoveError) -> ChannelError {
         other => ChannelError::Io {
             peer: "page channels".into(),
             doing: "placing pages",
-            source: std::io::Error::other(other.to_string()),
+            source: std::io::Error::other(Chain(&other).to_string()),
         },
     }
 }

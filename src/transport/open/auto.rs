@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::candidates::{Candidates, MAIN};
 use super::obstacle;
 use super::open_stream;
+use crate::error::Chain;
 use crate::guest::GuestMemory;
 use crate::sys::{Stop, StopReason};
 use crate::transport::stream::tcp::TcpListener;
@@ -194,7 +195,7 @@ fn accept_either(
                     Ok(door) => return drop(give.send(door)),
                     Err(_) if rdma_stop.reason().is_some() => return,
                     Err(error) => {
-                        tracing::warn!(%error, "a source did not come in by RDMA; it may try TCP");
+                        tracing::warn!(error = %Chain(&error), "a source did not come in by RDMA; it may try TCP");
                         rdma_stop.sleep(LOOK);
                     }
                 }

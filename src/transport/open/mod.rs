@@ -33,7 +33,7 @@ use crate::transport::{
 #[non_exhaustive]
 pub enum OpenError {
     /// The host's name has no address.
-    #[error("no address found for host `{host}`: {source}; check the name or give the address")]
+    #[error("no address found for host `{host}`; check the name or give the address")]
     Resolve {
         /// The name.
         host: String,
@@ -41,7 +41,7 @@ pub enum OpenError {
         source: io::Error,
     },
     /// A listener, a file, a descriptor or a command could not be opened.
-    #[error("{address}: {doing}: {source}; {remedy}")]
+    #[error("{address}: {doing} failed ({remedy})")]
     Open {
         /// What was to be opened.
         address: String,
@@ -56,11 +56,12 @@ pub enum OpenError {
     #[error(transparent)]
     Channel(#[from] ChannelError),
     /// RDMA can't be used on this host.
-    #[error("{address}: {why}")]
+    #[error("{address}: RDMA can't be used here")]
     NoRdma {
         /// The address.
         address: String,
         /// Why not, and what would help.
+        #[source]
         why: WhyNoRdma,
     },
     /// An `rdma:` address where only a byte stream will do.
@@ -70,13 +71,14 @@ pub enum OpenError {
         address: String,
     },
     /// An `auto:` address that neither way reaches.
-    #[error("{address}: {rdma}; and TCP: {tcp}")]
+    #[error("{address}: {rdma}; and by TCP neither")]
     Neither {
         /// The address.
         address: String,
         /// What stood in RDMA's way.
         rdma: String,
         /// What stood in TCP's.
+        #[source]
         tcp: Box<OpenError>,
     },
     /// The connections of a source with page channels did not come as they should.
@@ -143,7 +145,7 @@ pub enum WhyNoRdma {
     #[error("this ramwire was built without the `rdma` feature")]
     NotBuilt,
     /// No library, no device, or too little memory may be locked.
-    #[error("{0}")]
+    #[error(transparent)]
     Unusable(Box<dyn std::error::Error + Send + Sync>),
     /// The memory behind a block may be given back or remapped while a NIC knows it.
     #[error("the memory of RAM block {block} does not promise to stay in place")]

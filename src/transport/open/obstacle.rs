@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::error::Chain;
 use crate::transport::{ChannelError, OpenError, WhyNoRdma};
 
 /// Longest time for which a source that may choose waits for an answer by RDMA, once it has looked at its own devices.
@@ -60,12 +61,14 @@ impl WhyNoRdma {
 /// Why RDMA was not taken: the obstacle and its details, in one sentence.
 pub(super) fn why(error: &OpenError) -> String {
     let detail = match error {
-        OpenError::NoRdma { why, .. } => return format!("RDMA did not work: {}: {why}", why.obstacle()),
+        OpenError::NoRdma { why, .. } => {
+            return format!("RDMA did not work: {}: {}", why.obstacle(), Chain(why));
+        }
         // The caller's own limit, and no reason to raise it.
         OpenError::Channel(ChannelError::Stalled { peer, .. } | ChannelError::Silent { peer, .. }) => {
             format!("nobody answered at {peer} within {} s", DECIDED_WITHIN.as_secs())
         }
-        error => error.to_string(),
+        error => Chain(error).to_string(),
     };
     format!("RDMA did not work: {}: {detail}", obstacle(error))
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ramwire::engine::{Ending, Outcome};
+use ramwire::error::Chain;
 use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlock};
@@ -95,7 +96,8 @@ pub fn run(bed: &Bed, way: Way) -> Result<Run, BenchError> {
     let report = send(&peer.address, memory, way)?;
     let (seconds, source) = (begun.elapsed().as_secs_f64(), Some(cost()?.since(before)));
     if report.outcome != Outcome::Completed {
-        let answer = report.error.map_or_else(|| format!("{:?}", report.outcome), |error| error.to_string());
+        let answer =
+            report.error.map_or_else(|| format!("{:?}", report.outcome), |error| Chain(&error).to_string());
         return Err(BenchError::Refused { who: "ramwire".into(), what: "to migrate".into(), answer });
     }
     let (destination, downtime_ms) = (Some(peer.finish()?), Some(report.statistics.downtime));
@@ -140,7 +142,8 @@ pub fn receive(listener: &mut Listener, mapping: &Mapping, way: Way) -> Result<(
     if report.ending == Ending::Running {
         return Ok(());
     }
-    let answer = report.error.map_or_else(|| format!("{:?}", report.ending), |error| error.to_string());
+    let answer =
+        report.error.map_or_else(|| format!("{:?}", report.ending), |error| Chain(&error).to_string());
     Err(BenchError::Refused { who: who(), what: "to receive".into(), answer })
 }
 

@@ -50,7 +50,7 @@ pub fn answer_all(words: &mut Words, host: Option<&str>) -> Result<(), BenchErro
             Carrier::Tcp | Carrier::Unix => sockets::answer(words, &request),
         };
         if let Err(error) = answered {
-            words.say(&Reply::No(error.to_string()))?;
+            words.say(&Reply::No(crate::cli::remedies::in_words(&error)))?;
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use ramwire::engine::Outcome;
+use ramwire::error::Chain;
 use ramwire::guest::MappedGuest;
 use ramwire::session::{SourceGuest, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
@@ -57,8 +58,9 @@ impl Ours {
         let report = SourceSession::new(source, door.into(), settings).run();
         let after = pids.map(Cost::of_process);
         if report.outcome != Outcome::Completed {
-            let answer =
-                report.error.map_or_else(|| format!("{:?}", report.outcome), |error| error.to_string());
+            let answer = report
+                .error
+                .map_or_else(|| format!("{:?}", report.outcome), |error| Chain(&error).to_string());
             return Err(BenchError::Refused { who: "ramwire".into(), what: "to migrate".into(), answer });
         }
         watcher.end()?;
