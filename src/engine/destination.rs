@@ -52,6 +52,8 @@ pub enum Deed {
     LoadState,
     /// Serve missing pages from here on, and let a thread load the device state and start the guest.
     Listen,
+    /// Wait for the source's next connection, and go on with it.
+    AwaitRecovery,
     /// All pages are here: wait until that thread has started the guest.
     AwaitGuest,
     /// Tell the source that COMMIT may come.
@@ -90,6 +92,7 @@ enum Stage {
     Loading,
     Listening,
     Filling,
+    Recovering,
     AwaitingGuest,
     SayingReady,
     AwaitingCommit,
@@ -108,15 +111,28 @@ pub struct DestinationEngine {
     digest: bool,
     digests_here: bool,
     committed: bool,
+    recoverable: bool,
 }
 
 impl Default for DestinationEngine {
     fn default() -> Self {
-        Self { stage: Stage::Receiving, native: false, digest: false, digests_here: false, committed: false }
+        Self {
+            stage: Stage::Receiving,
+            native: false,
+            digest: false,
+            digests_here: false,
+            committed: false,
+            recoverable: false,
+        }
     }
 }
 
 impl DestinationEngine {
+    /// Whether a lost connection may be followed by another, once the guest runs here among missing pages. May change.
+    pub fn set_recoverable(&mut self, recoverable: bool) {
+        self.recoverable = recoverable;
+    }
+
     /// True once the source speaks ramwire's words.
     pub fn is_native(&self) -> bool {
         self.native
@@ -163,7 +179,11 @@ impl DestinationEngine {
             (Stage::Filling, Arrived::Tail) => self.go(Stage::AwaitingGuest, Deed::AwaitGuest),
             (Stage::AwaitingGuest, Arrived::Done) => self.go(Stage::SayingRunning, Deed::SayRunning),
             // The source never resumes after it gave the guest away, and the guest runs here: nobody is told of a failure.
-            (Stage::Filling | Stage::AwaitingGuest, Arrived::Lost) => {
+            (Stage::Filling | Stage::Recovering, Arrived::Lost) if self.recoverable => {
+                self.go(Stage::Recovering, Deed::AwaitRecovery)
+            }
+            (Stage::Recovering, Arrived::Done) => self.go(Stage::Filling, Deed::Receive),
+            (Stage::Filling | Stage::Recovering | Stage::AwaitingGuest, Arrived::Lost) => {
                 self.go(Stage::Ended(Ending::Incomplete), Deed::Finish(Ending::Incomplete))
             }
             (Stage::Receiving, Arrived::StateSent) if self.native && self.digest => {
@@ -285,6 +305,15 @@ mod tests {
             assert_eq!(engine.handle(Arrived::Failed), Deed::SayFailed, "after {count} steps");
             assert_eq!(engine.handle(Arrived::Done), Deed::Finish(Ending::Discarded));
         }
+        let mut engine = after(2);
+        engine.set_recoverable(true);
+        for _ in 0..3 {
+            assert_eq!(engine.handle(Arrived::Lost), Deed::AwaitRecovery, "again and again");
+            assert_eq!(engine.handle(Arrived::Lost), Deed::AwaitRecovery, "while it waits, too");
+            assert_eq!(engine.handle(Arrived::Done), Deed::Receive);
+        }
+        engine.set_recoverable(false);
+        assert_eq!(engine.handle(Arrived::Lost), Deed::Finish(Ending::Incomplete));
         for count in 2..4 {
             assert_eq!(
                 after(count).handle(Arrived::Lost),

@@ -55,6 +55,10 @@ pub enum EventKind {
     Switchover,
     /// COMMIT is due: from here on the guest is not the source's (at the source).
     GivenAway,
+    /// The guest runs at the destination, and its pages follow; also after a recovery.
+    PostcopyActive,
+    /// The connection was lost in postcopy: nothing is lost, and another is waited for.
+    PostcopyPaused,
     /// The guest runs at the destination.
     Completed,
     /// It failed; the guest is the source's.
@@ -130,7 +134,10 @@ impl EventKind {
             Status::Device if before.status == Status::PreSwitchover => None,
             Status::Device => Some(Self::Switchover),
             Status::HandingOver => Some(Self::GivenAway),
-            Status::None
+            Status::PostcopyActive => Some(Self::PostcopyActive),
+            Status::PostcopyPaused => Some(Self::PostcopyPaused),
+            Status::PostcopyRecover
+            | Status::None
             | Status::PreSwitchover
             | Status::Completed
             | Status::Failed

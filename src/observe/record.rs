@@ -199,6 +199,8 @@ impl Recorder {
             EventKind::Active => ("active", None),
             EventKind::Switchover => ("switchover", None),
             EventKind::GivenAway => ("given-away", None),
+            EventKind::PostcopyActive => ("postcopy-active", None),
+            EventKind::PostcopyPaused => ("postcopy-paused", None),
             EventKind::Completed => ("completed", None),
             EventKind::Failed { why } => ("failed", Some(why)),
             EventKind::Cancelled => ("cancelled", None),

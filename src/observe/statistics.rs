@@ -22,6 +22,12 @@ pub enum Status {
     /// COMMIT was sent: the guest is the destination's, which has yet to say that it runs. Every good migration is here
     /// for a moment.
     HandingOver,
+    /// The guest runs at the destination, and pages are missing there.
+    PostcopyActive,
+    /// As [`PostcopyActive`](Self::PostcopyActive), and the connection is lost: nothing is, and another is waited for.
+    PostcopyPaused,
+    /// Another connection is there, and the ends agree on what is missing.
+    PostcopyRecover,
     /// The guest runs at the destination.
     Completed,
     /// Ended before COMMIT by an error; the guest runs at the source.

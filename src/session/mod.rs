@@ -20,7 +20,8 @@ pub mod workers;
 use breakage::Breakage;
 pub use config::{DestinationSettings, SourceSettings};
 pub use destination::{
-    Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, MissingPages, Zeroed,
+    Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, MissingPages, NextConnection,
+    Zeroed,
 };
 pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, Canceller, MigrationHandle};

@@ -72,7 +72,7 @@ impl Out<'_> {
     }
 }
 
-fn status(now: Status) -> [(&'static str, f64); 10] {
+fn status(now: Status) -> [(&'static str, f64); 13] {
     [
         ("none", Status::None),
         ("setup", Status::Setup),
@@ -80,6 +80,9 @@ fn status(now: Status) -> [(&'static str, f64); 10] {
         ("pre-switchover", Status::PreSwitchover),
         ("device", Status::Device),
         ("handing-over", Status::HandingOver),
+        ("postcopy-active", Status::PostcopyActive),
+        ("postcopy-paused", Status::PostcopyPaused),
+        ("postcopy-recover", Status::PostcopyRecover),
         ("completed", Status::Completed),
         ("failed", Status::Failed),
         ("cancelled", Status::Cancelled),

@@ -125,6 +125,16 @@ impl Placer {
         self.received.block(run.block).is_some_and(|map| pages.all(|page| map.get(page)))
     }
 
+    /// The received bitmap of a block as a source reads it: bit i of byte i / 8 is page i.
+    pub fn received_bits(&self, block: BlockIndex) -> Vec<u8> {
+        let Some(map) = self.received.block(block) else { return Vec::new() };
+        let mut bits = vec![0; map.len().div_ceil(8) as usize];
+        for (byte, first) in bits.iter_mut().zip((0..).step_by(8)) {
+            *byte = (0..8).filter(|bit| map.get(PageIndex(first + bit))).fold(0, |byte, bit| byte | 1 << bit);
+        }
+        bits
+    }
+
     /// True while missing pages are served.
     pub fn serves_missing(&self) -> bool {
         self.missing.get().is_some()

@@ -7,6 +7,7 @@ mod placing;
 mod postcopy;
 mod reader;
 mod receive;
+mod recovery;
 mod round;
 mod skipped;
 
@@ -41,6 +42,7 @@ pub use postcopy::MissingPages;
 use postcopy::Postcopy;
 use reader::StreamReader;
 use receive::{no_blocks, out_of_turn};
+pub use recovery::NextConnection;
 
 /// What the source announced, before any page.
 #[derive(Clone, Debug)]
@@ -195,6 +197,7 @@ pub struct DestinationSession {
     /// From ADVISE to the package: the means to serve missing pages, and the source's host page sizes, ORed.
     missing_faults: Option<(MissingFaults, u64)>,
     package: Vec<u8>,
+    next_connection: Option<Box<dyn NextConnection>>,
     incoming: Option<Incoming>,
     configuration: Option<Configuration>,
     state: Vec<u8>,
@@ -256,6 +259,7 @@ impl DestinationSession {
             postcopy: None,
             missing_faults: None,
             package: Vec::new(),
+            next_connection: None,
             incoming: None,
             configuration: None,
             state: Vec::new(),
@@ -294,6 +298,13 @@ impl DestinationSession {
     /// Somebody wants to see pages as they arrive.
     pub fn with_arrival(mut self, arrival: Box<dyn Arrival>) -> Self {
         self.arrival = Some(arrival);
+        self
+    }
+
+    /// Where a source connects again when the connection was lost in postcopy: then nothing is lost. Without it such a loss
+    /// ends the migration, [`Ending::Incomplete`].
+    pub fn with_next_connection(mut self, next: Box<dyn NextConnection>) -> Self {
+        self.next_connection = Some(next);
         self
     }
 
@@ -341,8 +352,9 @@ impl DestinationSession {
                 let error = self.postcopy_failure(error);
                 tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
                 self.error.get_or_insert(error);
-                if self.guest_was_started() { Arrived::Lost } else { Arrived::Failed }
+                if self.guest_is_ours() { Arrived::Lost } else { Arrived::Failed }
             });
+            self.engine.set_recoverable(self.may_recover());
             // A cancel comes before this step or after it, never in between: the step may bind us.
             let commitment = Arc::clone(&self.commitment);
             deed = commitment.decide(|| {
@@ -456,6 +468,7 @@ impl DestinationSession {
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             Deed::Listen => self.listen()?,
+            Deed::AwaitRecovery => self.await_recovery(reader)?,
             Deed::AwaitGuest => self.await_guest()?,
             Deed::SayReady => {
                 // From here on the source may give the guest away at any moment: a cancel could only leave

@@ -135,6 +135,11 @@ impl Placing {
         Ok(())
     }
 
+    /// The connection is gone: host pages that came in part come again.
+    pub(super) fn forget_parts(&mut self) {
+        self.writer.forget_parts();
+    }
+
     /// Pages that somebody else may have written, and may write to in every round from now on: the NIC.
     pub(super) fn written(&mut self, run: PageRun) {
         self.placer.written(run);

@@ -16,10 +16,10 @@ use std::os::fd::AsFd;
 use crate::engine::{FaultAnswer, HostPage, Pager};
 use crate::error::{Chain, Remedy};
 use crate::guest::{GuestControl, Placer, ServeError};
-use crate::observe::LatencySummary;
+use crate::observe::{LatencySummary, SharedStatistics, Status};
 use crate::ram::{Landing, RamBlockTable};
 use crate::stream::qemu::command::Discard;
-use crate::stream::qemu::package::decode_package;
+use crate::stream::qemu::package::{PING_TAKEN, decode_package};
 use crate::stream::qemu::return_path::Message;
 use crate::sys::{CancelToken, MissingFaults, SendPart, Stop};
 use crate::transport::{ByteSink, ChannelError};
@@ -29,6 +29,9 @@ use super::DestinationSession;
 use super::receive::{no_blocks, out_of_turn};
 use crate::session::Error;
 use crate::session::callback::guarded;
+
+/// Between two checks whether the source's host has acknowledged an answer.
+const ACK_CHECK_INTERVAL: Duration = Duration::from_micros(200);
 
 /// What faults of missing pages came to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,55 +47,128 @@ pub struct MissingPages {
     pub time_to_run: Duration,
 }
 
-/// One direction of a connection that several threads write messages to, one message at a time.
+/// The return path, which several threads write messages to, one message at a time, and which a later connection takes over.
 #[derive(Clone)]
-struct SharedSink(Arc<Mutex<Box<dyn ByteSink>>>);
+pub(super) struct ReturnPathWriter(Arc<Mutex<Back>>);
 
-impl SharedSink {
-    fn lock(&self) -> MutexGuard<'_, Box<dyn ByteSink>> {
+struct Back {
+    sink: Option<Box<dyn ByteSink>>,
+    /// The block of the last request: the next one of the same block need not name it.
+    last: Option<BlockIndex>,
+    /// The source takes requests: not between two connections, and not before it has said RESUME on the second.
+    takes_requests: bool,
+}
+
+impl ReturnPathWriter {
+    fn new(sink: Box<dyn ByteSink>) -> Self {
+        Self(Arc::new(Mutex::new(Back { sink: Some(sink), last: None, takes_requests: true })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Back> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection is gone, or another is there. Requests wait for [`resume`](Self::resume).
+    pub(super) fn replace(&self, sink: Option<Box<dyn ByteSink>>) {
+        *self.lock() = Back { sink, last: None, takes_requests: false };
+    }
+
+    pub(super) fn write(&self, bytes: &[u8], stop: &Stop) -> Result<(), ChannelError> {
+        self.lock().write(bytes, stop)
     }
 
     fn message(&self, message: Message<'_>, stop: &Stop) -> Result<(), ChannelError> {
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
-        let mut sink = self.lock();
-        sink.send(&[SendPart::Own(&bytes)], stop)?;
-        sink.flush(stop)
+        self.write(&bytes, stop)
+    }
+
+    /// Asks for a host page; later, where the source takes no requests now.
+    fn ask(&self, placer: &Placer, landing: Landing, stop: &Stop) -> Result<(), ChannelError> {
+        let mut back = self.lock();
+        if back.takes_requests { back.ask(placer, landing, stop) } else { Ok(()) }
+    }
+
+    /// The source takes requests again: sends `message`, and asks for each of `pages`.
+    pub(super) fn resume(
+        &self,
+        message: Message<'_>,
+        placer: &Placer,
+        pages: impl FnOnce() -> Vec<Landing>,
+        stop: &Stop,
+    ) -> Result<(), ChannelError> {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let mut back = self.lock();
+        back.write(&bytes, stop)?;
+        back.takes_requests = true;
+        // A fault that is not among them yet waits for this lock, and asks then.
+        pages().into_iter().try_for_each(|page| back.ask(placer, page, stop))
     }
 }
 
-impl ByteSink for SharedSink {
+impl Back {
+    fn write(&mut self, bytes: &[u8], stop: &Stop) -> Result<(), ChannelError> {
+        let Some(sink) = &mut self.sink else {
+            return Err(ChannelError::Closed { peer: "the source".into(), doing: "answering it" });
+        };
+        sink.send(&[SendPart::Own(bytes)], stop)?;
+        sink.flush(stop)
+    }
+
+    fn ask(&mut self, placer: &Placer, landing: Landing, stop: &Stop) -> Result<(), ChannelError> {
+        let (start, length) = (landing.offset().0, landing.len() as u32);
+        let message = match placer.memory().table().get(landing.block()) {
+            Some(block) if self.last.replace(landing.block()) != Some(landing.block()) => {
+                Message::RequestPagesOf { block: block.name.as_str(), start, length }
+            }
+            _ => Message::RequestPages { start, length },
+        };
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        self.write(&bytes, stop)
+    }
+}
+
+impl ByteSink for ReturnPathWriter {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
-        self.lock().send(parts, stop)
+        match &mut self.lock().sink {
+            Some(sink) => sink.send(parts, stop),
+            None => Err(ChannelError::Closed { peer: "the source".into(), doing: "answering it" }),
+        }
     }
 
     fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {
-        self.lock().flush(stop)
+        self.lock().sink.as_mut().map_or(Ok(()), |sink| sink.flush(stop))
     }
 
     fn position(&self) -> u64 {
-        self.lock().position()
+        self.lock().sink.as_ref().map_or(0, |sink| sink.position())
     }
 }
 
 /// What the threads of a postcopy share.
-struct Shared {
-    placer: Arc<Placer>,
+pub(super) struct Shared {
+    pub(super) placer: Arc<Placer>,
     faults: Arc<MissingFaults>,
     pager: Arc<Mutex<Pager>>,
-    back: SharedSink,
+    pub(super) back: ReturnPathWriter,
     began: Instant,
-    send_timeout: Duration,
-    /// The guest may run here.
-    started: AtomicBool,
-    /// Raised when a thread has failed, and at the end.
+    pub(super) send_timeout: Duration,
+    /// The source does not let the guest run again, whatever becomes of the connection.
+    is_ours: AtomicBool,
+    /// The device state could not be loaded, or the guest not started.
+    load_failed: AtomicBool,
+    /// Raised at the end of all.
     over: CancelToken,
+    /// Raised when the present connection is of no more use.
+    connection: Mutex<CancelToken>,
     failure: Mutex<Option<Error>>,
+    statistics: SharedStatistics,
 }
 
 impl Shared {
-    fn pager(&self) -> MutexGuard<'_, Pager> {
+    pub(super) fn pager(&self) -> MutexGuard<'_, Pager> {
         self.pager.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -100,28 +176,58 @@ impl Shared {
         self.began.elapsed()
     }
 
+    /// What no other connection mends.
     fn fail(&self, error: Error) {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-        self.over.cancel();
+        self.lose_connection();
     }
 
-    fn stop(&self) -> Stop {
-        Stop::on(&self.over)
+    fn lose_connection(&self) {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner).cancel();
+    }
+
+    /// Ends waits on the present connection.
+    pub(super) fn stop(&self) -> Stop {
+        Stop::on(&self.connection.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits until the source's host has the answer that makes the guest ours: without it that source lets its guest run on.
+    fn delivered(&self, value: u32, stop: &Stop) -> Result<(), ChannelError> {
+        let stop = stop.within(self.send_timeout);
+        while value == PING_TAKEN && self.back.lock().sink.as_ref().is_some_and(|sink| sink.under_way() > 0) {
+            if let Some(reason) = stop.sleep(ACK_CHECK_INTERVAL) {
+                return Err(ChannelError::Stopped {
+                    reason,
+                    doing: "waiting until the source has our answer",
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Another connection is there.
+    pub(super) fn reconnected(&self, back: Box<dyn ByteSink>) {
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = CancelToken::default();
+        self.back.replace(Some(back));
+    }
+
+    /// True if another connection would be of no use.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// Serves faults until all is over.
     fn serve_faults(&self) {
-        let stop = self.stop();
-        let mut last = None;
+        let stop = Stop::on(&self.over);
         while let Ok(None) = stop.wait(self.faults.as_fd(), PollFlags::IN) {
-            if let Err(error) = self.serve_all(&mut last, &stop) {
+            if let Err(error) = self.serve_all() {
                 self.fail(error);
                 return;
             }
         }
     }
 
-    fn serve_all(&self, last: &mut Option<BlockIndex>, stop: &Stop) -> Result<(), Error> {
+    fn serve_all(&self) -> Result<(), Error> {
         let reading = |source: io::Error| Error::Control { what: "read the faults of missing pages", source };
         while let Some(fault) = self.faults.next().map_err(reading)? {
             let Some(landing) = self.placer.host_page_at(fault) else { continue };
@@ -129,22 +235,19 @@ impl Shared {
             match answer {
                 FaultAnswer::Received => self.placer.answer_received(landing)?,
                 FaultAnswer::Wait => {}
-                FaultAnswer::Ask => self.ask(landing, last, stop)?,
+                FaultAnswer::Ask => self.ask(landing),
             }
         }
         Ok(())
     }
 
-    fn ask(&self, landing: Landing, last: &mut Option<BlockIndex>, stop: &Stop) -> Result<(), Error> {
-        let (start, length) = (landing.offset().0, landing.len() as u32);
-        let block = self.placer.memory().table().get(landing.block());
-        let message = match block {
-            Some(block) if last.replace(landing.block()) != Some(landing.block()) => {
-                Message::RequestPagesOf { block: block.name.as_str(), start, length }
-            }
-            _ => Message::RequestPages { start, length },
-        };
-        Ok(self.back.message(message, &stop.within(self.send_timeout))?)
+    /// A request that can't be sent stays outstanding: it is sent on the next connection.
+    fn ask(&self, landing: Landing) {
+        let stop = self.stop().within(self.send_timeout);
+        if let Err(error) = self.back.ask(&self.placer, landing, &stop) {
+            tracing::warn!(%error, "a missing page could not be asked for");
+            self.lose_connection();
+        }
     }
 }
 
@@ -157,9 +260,11 @@ type Loaded = (Box<dyn GuestControl>, Result<(), Error>);
 
 /// A postcopy under way at the destination.
 pub(super) struct Postcopy {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     faults: Option<JoinHandle<()>>,
     loader: Option<JoinHandle<()>>,
+    /// Another connection is there, and the source has not said RESUME on it yet.
+    pub(super) recovering: bool,
     loaded: Arc<Mutex<Option<Loaded>>>,
     time_to_run: Arc<Mutex<Duration>>,
 }
@@ -167,6 +272,7 @@ pub(super) struct Postcopy {
 impl Drop for Postcopy {
     fn drop(&mut self) {
         self.shared.over.cancel();
+        self.shared.lose_connection();
         for thread in [self.loader.take(), self.faults.take()].into_iter().flatten() {
             let _ = thread.join();
         }
@@ -274,7 +380,7 @@ impl DestinationSession {
         let Some(back) = self.back.take() else {
             return Err(out_of_turn("a package", "a stream without a return path"));
         };
-        let back = SharedSink(Arc::new(Mutex::new(back)));
+        let back = ReturnPathWriter::new(back);
         self.back = Some(Box::new(back.clone()));
         let placing = self.placing.as_ref().ok_or_else(|| no_blocks("a package"))?;
         let faults = Arc::new(faults);
@@ -292,9 +398,12 @@ impl DestinationSession {
             back,
             began,
             send_timeout: self.settings.stall_timeout,
-            started: AtomicBool::new(false),
+            is_ours: AtomicBool::new(!decoded.pings.contains(&PING_TAKEN)),
+            load_failed: AtomicBool::new(false),
             over: CancelToken::default(),
+            connection: Mutex::default(),
             failure: Mutex::default(),
+            statistics: self.statistics.clone(),
         });
         self.stop = shared.stop();
         let serving = Arc::clone(&shared);
@@ -304,6 +413,7 @@ impl DestinationSession {
             shared: Arc::clone(&shared),
             faults: Some(faults),
             loader: None,
+            recovering: false,
             loaded: Arc::default(),
             time_to_run: Arc::default(),
         };
@@ -312,6 +422,7 @@ impl DestinationSession {
         if let Some(incoming) = &self.incoming {
             self.provider.arrived(incoming, false);
         }
+        self.statistics.update(|s| s.status = Status::Device);
         let control = std::mem::replace(&mut self.control, Box::new(Lent));
         let (loaded, time, pings) =
             (Arc::clone(&postcopy.loaded), Arc::clone(&postcopy.time_to_run), decoded.pings);
@@ -319,10 +430,11 @@ impl DestinationSession {
             let mut control = control;
             let done = load_and_run(&shared, &mut control, &state, &pings);
             *time.lock().unwrap_or_else(PoisonError::into_inner) = shared.now();
+            shared.load_failed.store(done.is_err(), Ordering::Release);
             let failed = done.is_err();
             *loaded.lock().unwrap_or_else(PoisonError::into_inner) = Some((control, done));
             if failed {
-                shared.over.cancel();
+                shared.lose_connection();
             }
         };
         postcopy.loader = Some(self.settings.spawner.spawn("ramwire-load", Box::new(job))?);
@@ -362,9 +474,10 @@ impl DestinationSession {
         self.postcopy.as_ref().map_or_else(Stop::never, |postcopy| postcopy.shared.stop())
     }
 
-    /// True if the guest may run here although pages are missing.
-    pub(super) fn guest_was_started(&self) -> bool {
-        self.postcopy.as_ref().is_some_and(|postcopy| postcopy.shared.started.load(Ordering::Acquire))
+    /// True if the guest runs here, or is about to, although pages are missing.
+    pub(super) fn guest_is_ours(&self) -> bool {
+        let Some(Postcopy { shared, .. }) = &self.postcopy else { return false };
+        shared.is_ours.load(Ordering::Acquire) && !shared.load_failed.load(Ordering::Acquire)
     }
 
     /// A step failed: what a thread of the postcopy says is the cause, where one does.
@@ -401,10 +514,21 @@ fn load_and_run(
     loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
     let stop = shared.stop();
     for value in pings {
-        shared.back.message(Message::Pong(*value), &stop.within(shared.send_timeout))?;
+        let said = shared.back.message(Message::Pong(*value), &stop.within(shared.send_timeout));
+        // A source that does not wait for this answer has given the guest away by the package.
+        if let Err(error) = said.and_then(|()| shared.delivered(*value, &stop))
+            && !shared.is_ours.load(Ordering::Acquire)
+        {
+            return Err(error.into());
+        }
     }
-    // From here on a failure is no reason for the source to go on: the guest may run.
-    shared.started.store(true, Ordering::Release);
+    shared.is_ours.store(true, Ordering::Release);
+    // A connection that was lost meanwhile says so itself.
+    shared.statistics.update(|s| {
+        if s.status == Status::Device {
+            s.status = Status::PostcopyActive;
+        }
+    });
     let started = guarded("starting the guest", || control.resume())?;
     started.map_err(|source| Error::Control { what: "resume", source })
 }

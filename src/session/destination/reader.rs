@@ -20,6 +20,12 @@ impl StreamReader {
         Self { stream, buffer: vec![0; BUFFER], start: 0, end: 0, at: 0 }
     }
 
+    /// Goes on with another connection, which begins between two items of the stream.
+    pub(super) fn restart(&mut self) {
+        self.stream.restart();
+        (self.start, self.end) = (0, 0);
+    }
+
     /// Moves what is left to the front, so that the next read is a large one.
     pub(super) fn make_room(&mut self, needed: usize) {
         self.buffer.copy_within(self.start..self.end, 0);

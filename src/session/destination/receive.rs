@@ -294,6 +294,8 @@ impl DestinationSession {
                 self.advised(host_pages)?;
             }
             Command::PostcopyRamDiscard(discard) => self.discard(discard)?,
+            Command::RecvBitmap { block } if self.postcopy.is_some() => self.send_received(block)?,
+            Command::PostcopyResume if self.postcopy.is_some() => self.resume_requests()?,
             Command::Packaged { .. } if self.missing_faults.is_some() => {}
             Command::SwitchoverStart | Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps => {}
             Command::Native(order) => return self.order(order),

@@ -1,0 +1,117 @@
+//! A connection lost in postcopy: both ends keep what they have, and the source connects again.
+//!
+//! ```text
+//! S->D  RECV_BITMAP(block) for each block          D->S  RECV_BITMAP(block), bitmap
+//! S->D  RESUME                                     D->S  RESUME_ACK, then all requests that are outstanding
+//! S->D  pages as before
+//! ```
+
+use crate::engine::HostPage;
+use crate::observe::Status;
+use crate::stream::qemu::return_path::{Message, encode_bitmap};
+use crate::sys::Stop;
+use crate::transport::{OpenError, StreamChannel};
+use crate::units::BlockOffset;
+
+use super::DestinationSession;
+use super::reader::StreamReader;
+use super::receive::out_of_turn;
+use crate::error::Remedy;
+use crate::session::Error;
+
+/// Gives the connections that follow the first: the embedder's listener, or an address that it connects to.
+pub trait NextConnection: Send {
+    /// Waits for the next connection of the same source.
+    ///
+    /// # Errors
+    /// No connection will come. The guest runs on here, and waits for ever where it touches a missing page.
+    fn next(&mut self, stop: &Stop) -> Result<StreamChannel, OpenError>;
+}
+
+impl<F: FnMut(&Stop) -> Result<StreamChannel, OpenError> + Send> NextConnection for F {
+    fn next(&mut self, stop: &Stop) -> Result<StreamChannel, OpenError> {
+        self(stop)
+    }
+}
+
+impl DestinationSession {
+    /// True if a lost connection is no end.
+    pub(super) fn may_recover(&self) -> bool {
+        let failed = self.postcopy.as_ref().is_some_and(|postcopy| postcopy.shared.has_failed());
+        self.next_connection.is_some() && !failed && !self.cancel.is_cancelled()
+    }
+
+    /// Lets the old connection go and waits for the next one; a cancel ends the wait.
+    pub(super) fn await_recovery(&mut self, reader: &mut StreamReader) -> Result<(), Error> {
+        let (Some(postcopy), Some(next)) = (&mut self.postcopy, &mut self.next_connection) else {
+            return Err(out_of_turn("a lost connection", "precopy"));
+        };
+        if let Some(error) = &self.error {
+            tracing::warn!(%error, "the connection is lost; the guest runs on, and the source may connect again");
+        }
+        postcopy.shared.back.replace(None);
+        self.statistics.update(|s| s.status = Status::PostcopyPaused);
+        if let Some(placing) = &mut self.placing {
+            placing.forget_parts();
+        }
+        let stop = Stop::on(&self.cancel);
+        let connected = next.next(&stop);
+        let (source, back) = match connected {
+            Ok(channel) => channel.with_return_path(),
+            Err(error) => {
+                // Asked again at once it would say the same.
+                self.next_connection = None;
+                return Err(Error::Config {
+                    what: format!("no other connection of the source can come: {error}"),
+                    remedy: Remedy::Advice(
+                        "the guest runs here and waits for ever where it touches a page that is missing",
+                    ),
+                });
+            }
+        };
+        let Some(back) = back else { return Err(out_of_turn("a connection of one direction", "recovery")) };
+        postcopy.shared.reconnected(Box::new(back));
+        self.stop = postcopy.shared.stop();
+        postcopy.recovering = true;
+        self.source = Box::new(source);
+        self.error = None;
+        reader.restart();
+        self.statistics.update(|s| s.status = Status::PostcopyRecover);
+        Ok(())
+    }
+
+    /// Tells the source which pages of a block are here. Only after a loss: a QEMU asks at no other time.
+    pub(super) fn send_received(&mut self, name: &str) -> Result<(), Error> {
+        let Some(postcopy) = &self.postcopy else { return Ok(()) };
+        if !postcopy.recovering {
+            return Err(out_of_turn("RECV_BITMAP", "postcopy on its first connection"));
+        }
+        let shared = &postcopy.shared;
+        let found = shared.placer.memory().table().find(name);
+        let block = found.map_err(|error| out_of_turn(&format!("RECV_BITMAP, {error}"), "recovery"))?;
+        let mut bytes = Vec::new();
+        Message::ReceivedBitmap { block: name }.encode(&mut bytes);
+        encode_bitmap(&shared.placer.received_bits(block), &mut bytes);
+        Ok(shared.back.write(&bytes, &self.stop.within(shared.send_timeout))?)
+    }
+
+    /// The source knows what is missing and goes on.
+    pub(super) fn resume_requests(&mut self) -> Result<(), Error> {
+        let Some(postcopy) = &mut self.postcopy else { return Ok(()) };
+        if !postcopy.recovering {
+            return Err(out_of_turn("RESUME", "postcopy on its first connection"));
+        }
+        let shared = &postcopy.shared;
+        let table = shared.placer.memory().table();
+        let page_at = |HostPage { block, offset }| {
+            let bytes = table.get(block).map_or(table.page(), |block| block.host_page).bytes();
+            table.admit(block, BlockOffset(offset), bytes).ok()
+        };
+        let pages = || shared.pager().outstanding().filter_map(page_at).collect();
+        let stop = self.stop.within(shared.send_timeout);
+        shared.back.resume(Message::ResumeAck(1), &shared.placer, pages, &stop)?;
+        postcopy.recovering = false;
+        self.statistics.update(|s| s.status = Status::PostcopyActive);
+        Ok(())
+    }
+}
