@@ -180,7 +180,8 @@ fn refused(cases: &[Case<'_>]) {
     for (what, bytes, says) in cases {
         let begun = Instant::now();
         let report = hear(bytes.clone(), Vec::new(), false, None);
-        let text = report.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        let text =
+            report.error.as_ref().map(|error| ramwire::error::Chain(error).to_string()).unwrap_or_default();
         println!("{what}: {text} ({:?})", begun.elapsed());
         assert!(!matches!(report.error, Some(Error::Channel(_))), "{what}: was waited for: {text}");
         for word in *says {
@@ -324,7 +325,9 @@ fn floods_end_and_take_no_memory() {
     let before = reset_peak();
     let (h, blocks) = (head(), our_blocks());
     let pings = command(&Command::Ping(7)).repeat(1000);
-    let told = |report: DestinationReport| report.error.map(|error| error.to_string()).unwrap_or_default();
+    let told = |report: DestinationReport| {
+        report.error.map(|error| ramwire::error::Chain(&error).to_string()).unwrap_or_default()
+    };
 
     let text = told(hear(h.clone(), pings.clone(), true, None));
     assert!(text.contains("did not move a byte") || text.contains("stopped"), "deaf and asking: {text}");
@@ -427,7 +430,8 @@ fn a_destination_that_lies_is_refused_and_the_guest_runs_on() {
     ];
     for (what, bytes, says) in cases {
         let sent = answer(&live, bytes, Vec::new());
-        let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        let text =
+            sent.error.as_ref().map(|error| ramwire::error::Chain(error).to_string()).unwrap_or_default();
         println!("{what}: {text}");
         assert_stayed(what, &live, &sent);
         for word in says {

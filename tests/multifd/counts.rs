@@ -93,12 +93,16 @@ struct Ended {
 
 impl Ended {
     fn source_error(&self) -> String {
-        self.source.error.as_ref().map(ToString::to_string).unwrap_or_default()
+        self.source.error.as_ref().map(|error| ramwire::error::Chain(error).to_string()).unwrap_or_default()
     }
 
     fn destination_error(&self) -> String {
         match &self.destination {
-            Ok(report) => report.error.as_ref().map(ToString::to_string).unwrap_or_default(),
+            Ok(report) => report
+                .error
+                .as_ref()
+                .map(|error| ramwire::error::Chain(error).to_string())
+                .unwrap_or_default(),
             Err(error) => error.clone(),
         }
     }
@@ -138,7 +142,9 @@ fn migrate_to(
     set(&mut settings);
     let source = SourceSession::new(source, connection, settings);
     let source = std::thread::spawn(move || source.run());
-    let destination = listener.accept_door(&options(receives), &stop()).map_err(|error| error.to_string());
+    let destination = listener
+        .accept_door(&options(receives), &stop())
+        .map_err(|error| ramwire::error::Chain(&error).to_string());
     let destination = destination.map(|door| {
         let control = Box::new(far_machine.clone());
         let settings = DestinationSettings::default();

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::candidates::{Candidates, MAIN};
 use super::obstacle;
 use super::open_stream;
+#[cfg(feature = "rdma")]
 use crate::error::Chain;
 use crate::guest::GuestMemory;
 use crate::sys::{Stop, StopReason};

@@ -231,6 +231,7 @@ impl TcpListener {
     }
 
     /// The port, the same at all addresses.
+    #[cfg(feature = "rdma")]
     pub(crate) fn port(&self) -> u16 {
         self.locals().next().map_or(0, |local| local.port())
     }
