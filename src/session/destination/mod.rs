@@ -8,6 +8,7 @@ mod postcopy;
 mod reader;
 mod receive;
 mod recovery;
+mod return_path;
 mod round;
 mod skipped;
 

@@ -21,12 +21,13 @@ use crate::ram::{Landing, RamBlockTable};
 use crate::stream::qemu::command::Discard;
 use crate::stream::qemu::package::{PING_TAKEN, decode_package};
 use crate::stream::qemu::return_path::Message;
-use crate::sys::{CancelToken, MissingFaults, SendPart, Stop};
+use crate::sys::{CancelToken, MissingFaults, Stop};
 use crate::transport::{ByteSink, ChannelError};
-use crate::units::{BlockIndex, BlockOffset};
+use crate::units::BlockOffset;
 
 use super::DestinationSession;
 use super::receive::{no_blocks, out_of_turn};
+use super::return_path::ReturnPathWriter;
 use crate::session::Error;
 use crate::session::callback::guarded;
 
@@ -45,106 +46,6 @@ pub struct MissingPages {
     pub latency: LatencySummary,
     /// From the package's last byte until the guest was started.
     pub time_to_run: Duration,
-}
-
-/// The return path, which several threads write messages to, one message at a time, and which a later connection takes over.
-#[derive(Clone)]
-pub(super) struct ReturnPathWriter(Arc<Mutex<Back>>);
-
-struct Back {
-    sink: Option<Box<dyn ByteSink>>,
-    /// The block of the last request: the next one of the same block need not name it.
-    last: Option<BlockIndex>,
-    /// The source takes requests: not between two connections, and not before it has said RESUME on the second.
-    takes_requests: bool,
-}
-
-impl ReturnPathWriter {
-    fn new(sink: Box<dyn ByteSink>) -> Self {
-        Self(Arc::new(Mutex::new(Back { sink: Some(sink), last: None, takes_requests: true })))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Back> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The connection is gone, or another is there. Requests wait for [`resume`](Self::resume).
-    pub(super) fn replace(&self, sink: Option<Box<dyn ByteSink>>) {
-        *self.lock() = Back { sink, last: None, takes_requests: false };
-    }
-
-    pub(super) fn write(&self, bytes: &[u8], stop: &Stop) -> Result<(), ChannelError> {
-        self.lock().write(bytes, stop)
-    }
-
-    fn message(&self, message: Message<'_>, stop: &Stop) -> Result<(), ChannelError> {
-        let mut bytes = Vec::new();
-        message.encode(&mut bytes);
-        self.write(&bytes, stop)
-    }
-
-    /// Asks for a host page; later, where the source takes no requests now.
-    fn ask(&self, placer: &Placer, landing: Landing, stop: &Stop) -> Result<(), ChannelError> {
-        let mut back = self.lock();
-        if back.takes_requests { back.ask(placer, landing, stop) } else { Ok(()) }
-    }
-
-    /// The source takes requests again: sends `message`, and asks for each of `pages`.
-    pub(super) fn resume(
-        &self,
-        message: Message<'_>,
-        placer: &Placer,
-        pages: impl FnOnce() -> Vec<Landing>,
-        stop: &Stop,
-    ) -> Result<(), ChannelError> {
-        let mut bytes = Vec::new();
-        message.encode(&mut bytes);
-        let mut back = self.lock();
-        back.write(&bytes, stop)?;
-        back.takes_requests = true;
-        // A fault that is not among them yet waits for this lock, and asks then.
-        pages().into_iter().try_for_each(|page| back.ask(placer, page, stop))
-    }
-}
-
-impl Back {
-    fn write(&mut self, bytes: &[u8], stop: &Stop) -> Result<(), ChannelError> {
-        let Some(sink) = &mut self.sink else {
-            return Err(ChannelError::Closed { peer: "the source".into(), doing: "answering it" });
-        };
-        sink.send(&[SendPart::Own(bytes)], stop)?;
-        sink.flush(stop)
-    }
-
-    fn ask(&mut self, placer: &Placer, landing: Landing, stop: &Stop) -> Result<(), ChannelError> {
-        let (start, length) = (landing.offset().0, landing.len() as u32);
-        let message = match placer.memory().table().get(landing.block()) {
-            Some(block) if self.last.replace(landing.block()) != Some(landing.block()) => {
-                Message::RequestPagesOf { block: block.name.as_str(), start, length }
-            }
-            _ => Message::RequestPages { start, length },
-        };
-        let mut bytes = Vec::new();
-        message.encode(&mut bytes);
-        self.write(&bytes, stop)
-    }
-}
-
-impl ByteSink for ReturnPathWriter {
-    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
-        match &mut self.lock().sink {
-            Some(sink) => sink.send(parts, stop),
-            None => Err(ChannelError::Closed { peer: "the source".into(), doing: "answering it" }),
-        }
-    }
-
-    fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {
-        self.lock().sink.as_mut().map_or(Ok(()), |sink| sink.flush(stop))
-    }
-
-    fn position(&self) -> u64 {
-        self.lock().sink.as_ref().map_or(0, |sink| sink.position())
-    }
 }
 
 /// What the threads of a postcopy share.
@@ -194,7 +95,7 @@ impl Shared {
     /// Waits until the source's host has the answer that makes the guest ours: without it that source lets its guest run on.
     fn delivered(&self, value: u32, stop: &Stop) -> Result<(), ChannelError> {
         let stop = stop.within(self.send_timeout);
-        while value == PING_TAKEN && self.back.lock().sink.as_ref().is_some_and(|sink| sink.under_way() > 0) {
+        while value == PING_TAKEN && self.back.unacknowledged() > 0 {
             if let Some(reason) = stop.sleep(ACK_CHECK_INTERVAL) {
                 return Err(ChannelError::Stopped {
                     reason,
@@ -307,6 +208,13 @@ fn lent() -> io::Error {
 impl DestinationSession {
     /// The source may switch to postcopy: what that needs is tried before the first page comes.
     pub(super) fn advised(&mut self, host_pages: u64) -> Result<(), Error> {
+        if self.source.rounds().is_some() {
+            return Err(Error::Config {
+                what: "the source may switch to postcopy, and pages come by RDMA into registered memory"
+                    .into(),
+                remedy: Remedy::Advice("turn postcopy-ram off at the source, or let it come over TCP"),
+            });
+        }
         self.missing_faults = Some((
             MissingFaults::new()
                 .or_else(|error| {

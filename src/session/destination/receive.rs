@@ -246,7 +246,8 @@ impl DestinationSession {
             self.arrival.take(),
             self.breakage,
         )?;
-        if self.settings.map_behind {
+        // A page that is mapped after it was discarded would be there, as zero, and never asked for.
+        if self.settings.map_behind && !may_be_postcopy {
             self.mapper = Mapper::start(placing.placer(), &self.settings.spawner);
         }
         self.placing = Some(placing);
