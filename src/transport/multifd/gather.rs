@@ -22,35 +22,42 @@ pub(in crate::transport) fn accept(
     stop: &Stop,
     mut accept: impl FnMut(&Stop) -> Result<StreamChannel, OpenError>,
 ) -> Result<(StreamChannel, Vec<StreamChannel>), OpenError> {
-    let expected = usize::from(count) + 1;
     let wrong = |what: String| OpenError::Channels { address: address.to_owned(), what };
-    let mut waiting = vec![accept(stop)?];
-    let soon = stop.within(options.dead_peer);
-    while waiting.len() < expected {
-        match accept(&soon) {
-            Ok(channel) => waiting.push(channel),
+    let (mut main, mut pages) = (None, Vec::with_capacity(usize::from(count)));
+    // The first may take its time.
+    let mut soon: Option<Stop> = None;
+    // A source with more channels than are expected here has its main channel among them: it is waited for, so that both
+    // ends can say what differs.
+    while main.is_none() || pages.len() < usize::from(count) {
+        let channel = match accept(soon.as_ref().unwrap_or(stop)) {
+            Ok(channel) => channel,
             Err(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Deadline, .. }))
                 if stop.reason().is_none() =>
             {
-                let (came, after) = (waiting.len(), options.dead_peer.as_secs());
-                return Err(wrong(format!("{came} of {expected} connections came within {after} s")));
+                let (expected, after) = (usize::from(count) + 1, options.dead_peer.as_secs());
+                let came = pages.len() + usize::from(main.is_some());
+                return Err(wrong(match main {
+                    None if came >= expected => "all connections are page channels, none the main one".into(),
+                    _ => format!("{came} of {expected} connections came within {after} s"),
+                }));
             }
             Err(error) => return Err(error),
-        }
-    }
-    let mut main = None;
-    let mut pages = Vec::with_capacity(expected);
-    for channel in waiting {
+        };
         let word = channel.peek_word(&stop.within(options.dead_peer.max(Duration::from_secs(1))))?;
         match u32::from_be_bytes(word) {
             file::MAGIC if main.is_none() => main = Some(channel),
             file::MAGIC => return Err(wrong("two connections begin as main channels do".into())),
-            multifd::MAGIC => pages.push(channel),
+            multifd::MAGIC if pages.len() < usize::from(count) => pages.push(channel),
+            // Closed: nobody would read it.
+            multifd::MAGIC => {
+                tracing::warn!(peer = channel.peer(), count, "a page channel more than expected is closed")
+            }
             other => {
                 let peer = channel.peer();
                 return Err(wrong(format!("{peer} begins with {other:#010x}, as no channel does")));
             }
         }
+        soon.get_or_insert_with(|| stop.within(options.dead_peer));
     }
     let main = main.ok_or_else(|| wrong("all connections are page channels, none the main one".into()))?;
     Ok((main, pages))
