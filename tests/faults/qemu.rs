@@ -413,9 +413,9 @@ fn a_qemu_source_that_dies_at_any_stage_leaves_a_folder_that_says_how_much_came(
     }
 }
 
-/// A file gets the same stream as a QEMU but for the return path's commands: OPEN_RETURN_PATH, the greeting's two PINGs, one
-/// more.
-pub(crate) const COMMANDS: u64 = 5 + 9 + 9 + 9;
+/// A file gets the same stream as a QEMU but for the return path's commands: OPEN_RETURN_PATH, the greeting's three PINGs,
+/// and the one by which the round trip is measured.
+pub(crate) const COMMANDS: u64 = 5 + 4 * 9;
 
 /// The stream that `send` sends, as a file gets it.
 pub(crate) fn recorded(folder: &Path) -> Vec<u8> {
