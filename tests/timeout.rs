@@ -1,4 +1,4 @@
-//! `--timeout` on every command that sends, and what becomes of the guest then.
+//! `--timeout` and `--retry` on every command that sends, and what becomes of the guest then.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -67,4 +67,47 @@ fn a_relay_that_is_late_leaves_the_guest_at_its_source() {
     assert!(errors.contains("within 1 s") && errors.contains("its source decides"), "{errors}");
     assert_eq!(sender.finished(Deadline::seconds(60), 3)["status"], "failed");
     receiver.failed(Deadline::seconds(60), 3);
+}
+
+/// A sender or a relay that has been refused once, and tries again.
+fn tries(command: &Ramwire, what: &str) {
+    let errors = || command.errors();
+    Deadline::seconds(60).poll(what, errors, || errors().contains("trying again for 600 s").then_some(()));
+}
+
+#[test]
+fn a_send_with_retry_waits_until_its_destination_listens() {
+    let dir = scratch();
+    let path = dir.path().join("ram");
+    fs::write(&path, vec![7; 1 << 20]).unwrap();
+    let at = format!("unix:{}", dir.path().join("late").display());
+    let send = ["send", &at, &format!("--ram=m0={}", path.display()), "--json", "--log=warn", "--retry=600"];
+    let mut sender = Ramwire::start(dir.path(), &send, "--peer=ramwire");
+    tries(&sender, "a refused send");
+    let mut receiver =
+        Ramwire::start(dir.path(), &["receive", &at, "--json", "--dir"], dir.path().join("guest"));
+    assert_eq!(sender.finished(Deadline::seconds(60), 0)["status"], "completed");
+    receiver.finished(Deadline::seconds(60), 0);
+    assert!(fs::read(dir.path().join("guest/ram-000.bin")).unwrap() == fs::read(path).unwrap());
+}
+
+#[test]
+fn a_relay_with_retry_waits_until_its_far_end_listens() {
+    let dir = scratch();
+    let path = dir.path().join("ram");
+    fs::write(&path, vec![7; 1 << 20]).unwrap();
+    let far = format!("unix:{}", dir.path().join("late").display());
+    let relay =
+        ["relay", "--json", "--log=warn", "--retry=600", "--listen=tcp:127.0.0.1:0", "--connect", &far];
+    let mut relay = Ramwire::start(dir.path(), &relay, "--peer=ramwire");
+    let at = relay.listening();
+    let send = ["send", &at, &format!("--ram=m0={}", path.display()), "--json"];
+    let mut sender = Ramwire::start(dir.path(), &send, "--peer=ramwire");
+    tries(&relay, "a relay whose far end is refused");
+    let mut receiver =
+        Ramwire::start(dir.path(), &["receive", &far, "--json", "--dir"], dir.path().join("guest"));
+    receiver.finished(Deadline::seconds(60), 0);
+    assert_eq!(relay.finished(Deadline::seconds(60), 0)["completed"], true);
+    assert_eq!(sender.finished(Deadline::seconds(60), 0)["status"], "completed");
+    assert!(fs::read(dir.path().join("guest/ram-000.bin")).unwrap() == fs::read(path).unwrap());
 }

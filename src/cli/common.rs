@@ -8,7 +8,7 @@ use ramwire::stream::qemu::packed::Packing;
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::StopReason;
 use ramwire::transport::{
-    ChannelError, ChannelOptions, Numa, OpenError, PageSending, RdmaOptions, StreamOptions,
+    Address, ChannelError, ChannelOptions, Numa, OpenError, PageSending, RdmaOptions, StreamOptions,
 };
 
 use super::args::Exit;
@@ -38,9 +38,19 @@ pub(super) struct SourceTimeouts {
     /// Wait this long for a connected destination to begin to read and to answer what it is
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     greeting_timeout: Duration,
+    /// Where nobody listens at the destination yet, try again for this long; a file, descriptor or command is opened once
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
+    pub(super) retry: Duration,
 }
 
 impl SourceTimeouts {
+    /// Before the connection is opened.
+    pub(super) fn tell_retry(&self, command: &str, address: &Address) {
+        if !self.retry.is_zero() {
+            note!("ramwire {command}: connecting to {address} within {} s", self.retry.as_secs_f64());
+        }
+    }
+
     pub(super) fn set(&self, settings: &mut SourceSettings) {
         settings.greeting_timeout = self.greeting_timeout;
         settings.stall_timeout = self.both.stall_timeout;

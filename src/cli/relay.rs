@@ -140,14 +140,16 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         note!("ramwire relay: source: {}: {}", door.way.transport, door.way.why);
     }
     let deltas = DeltaCacheSize::new(args.xbzrle_cache_size);
-    let options = DoorOptions { stream: options, rdma: args.rdma.options(), channels, deltas };
-    let (far, far_stop) = (args.connect.clone(), stop.clone());
+    let retry = args.timeouts.retry;
+    let options = DoorOptions { stream: options, rdma: args.rdma.options(), channels, deltas, retry };
+    let (far, far_stop, timeouts) = (args.connect.clone(), stop.clone(), args.timeouts.clone());
     let chosen = matches!(far, Address::Auto { .. });
     let far_way = Arc::new(OnceLock::new());
     let taken = Arc::clone(&far_way);
     let log = Arc::new(Mutex::new(Log::default()));
     let (begun, far_statistics, settings) = (Arc::clone(&log), statistics.clone(), args.settings());
     let open = move |memory: Arc<dyn GuestMemory>| {
+        timeouts.tell_retry("relay", &far);
         let door = open_source(&far, Arc::clone(&memory), &options, &far_stop);
         if let Ok(door) = &door {
             if chosen {

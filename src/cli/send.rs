@@ -169,7 +169,9 @@ fn send(
         rdma: args.rdma.options(),
         channels,
         deltas: DeltaCacheSize::new(args.xbzrle_cache_size),
+        retry: args.timeouts.retry,
     };
+    args.timeouts.tell_retry("send", &args.uri);
     let door = open_source(&args.uri, memory.clone(), &options, &Stop::on(&cancel))?;
     let way = door.way.clone();
     if matches!(args.uri, Address::Auto { .. }) {

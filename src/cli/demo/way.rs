@@ -65,6 +65,7 @@ impl Way {
                 rdma: args.rdma.options(),
                 channels: args.channels.options()?,
                 deltas: DeltaCacheSize::new(args.xbzrle_cache_size),
+                ..DoorOptions::default()
             };
             let memory = Arc::clone(memory);
             let stop = within.map_or_else(|| stop.clone(), |within| stop.within(within));

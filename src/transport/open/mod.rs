@@ -5,10 +5,12 @@ mod allow;
 mod auto;
 pub(crate) mod candidates;
 mod obstacle;
+mod retry;
 
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use address::{Address, AddressError};
 pub use allow::{AllowError, AllowList};
@@ -210,6 +212,9 @@ pub struct DoorOptions {
     pub channels: ChannelOptions,
     /// Cache for pages that travel as differences in the stream, at a source; 0: none do.
     pub deltas: DeltaCacheSize,
+    /// How long a source tries again where nobody listens yet, by `tcp:`, `unix:`, `rdma:` and `auto:`; 0: it tries once.
+    /// A connection that was taken is not tried again.
+    pub retry: Duration,
 }
 
 impl DoorOptions {
@@ -298,6 +303,16 @@ pub fn open_source(
             remedy,
         });
     }
+    retry::until_heard(address, options.retry, stop, || open_once(address, memory.clone(), options, stop))
+}
+
+fn open_once(
+    address: &Address,
+    memory: Arc<dyn GuestMemory>,
+    options: &DoorOptions,
+    stop: &Stop,
+) -> Result<SourceDoor, OpenError> {
+    let channels = &options.channels;
     match address {
         Address::Rdma { .. } | Address::Fd(_) | Address::Exec(_) | Address::File(_) if channels.count > 0 => {
             Err(OpenError::NoChannels { address: address.to_string() })

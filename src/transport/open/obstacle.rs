@@ -70,10 +70,10 @@ pub(super) fn why(error: &OpenError) -> String {
         }
         error => Chain(error).to_string(),
     };
-    format!("RDMA did not work: {}: {detail}", obstacle(error))
+    format!("RDMA did not work: {}: {detail}", of(error))
 }
 
-fn obstacle(error: &OpenError) -> Obstacle {
+pub(super) fn of(error: &OpenError) -> Obstacle {
     match error {
         OpenError::NoRdma { why, .. } => why.obstacle(),
         OpenError::Channel(ChannelError::Rdma { source, .. }) => of_error(&**source),

@@ -1,0 +1,148 @@
+//! Tries again where nobody listens yet: a destination may be started after its source.
+
+use std::io;
+use std::time::Duration;
+
+use super::{Address, Obstacle, OpenError, obstacle};
+use crate::sys::{Stop, StopReason};
+use crate::transport::ChannelError;
+
+/// Time between two tries: a listener begins without an event that its peers could wait for.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// Calls `open` until somebody listens at `address`, for at most `time` from now. The last error is told.
+///
+/// Only a connection that was never taken is tried again: a destination that takes one source has lost its only one.
+pub(super) fn until_heard<T>(
+    address: &Address,
+    time: Duration,
+    stop: &Stop,
+    mut open: impl FnMut() -> Result<T, OpenError>,
+) -> Result<T, OpenError> {
+    let limit = stop.within(time);
+    let mut told = false;
+    loop {
+        let error = match open() {
+            Err(error) if !time.is_zero() && nobody_listens(&error) => error,
+            opened => return opened,
+        };
+        if !told {
+            tracing::warn!("nobody listens at {address} yet; trying again for {} s", time.as_secs_f64());
+            told = true;
+        }
+        match limit.sleep(AGAIN) {
+            None => {}
+            Some(StopReason::Cancelled) => {
+                let (reason, doing) = (StopReason::Cancelled, "waiting until somebody listens");
+                return Err(ChannelError::Stopped { reason, doing }.into());
+            }
+            Some(_) => return Err(error),
+        }
+    }
+}
+
+/// True if the connection was not taken since nobody listens there yet, or the host is not up.
+fn nobody_listens(error: &OpenError) -> bool {
+    match error {
+        OpenError::Channel(ChannelError::Io { source, .. }) => matches!(
+            source.kind(),
+            io::ErrorKind::ConnectionRefused
+                | io::ErrorKind::NotFound
+                | io::ErrorKind::HostUnreachable
+                | io::ErrorKind::NetworkUnreachable
+        ),
+        OpenError::Channel(ChannelError::Rdma { .. }) => obstacle::of(error) == Obstacle::Refused,
+        OpenError::Neither { tcp, .. } => nobody_listens(tcp),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::sys::CancelToken;
+    use crate::transport::{StreamOptions, connect};
+
+    const LONG: Duration = Duration::from_secs(600);
+
+    fn stream(address: &Address) -> Result<(), OpenError> {
+        connect(address, &StreamOptions::default(), &Stop::never()).map(drop)
+    }
+
+    /// A port at which nobody listens: the connection by which it was chosen goes out from it.
+    fn free_port() -> (u16, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connected = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (connected.local_addr().unwrap().port(), connected)
+    }
+
+    #[test]
+    fn a_listener_that_begins_late_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("late");
+        let address = Address::Unix(path.clone());
+        let (mut tries, mut listener) = (0, None);
+        let open = || {
+            tries += 1;
+            if tries == 3 {
+                listener = Some(UnixListener::bind(&path).unwrap());
+            }
+            stream(&address)
+        };
+        until_heard(&address, LONG, &Stop::never(), open).unwrap();
+        assert_eq!((tries, listener.is_some()), (3, true));
+    }
+
+    #[test]
+    fn a_port_without_a_listener_is_tried_again_and_its_error_is_told_in_the_end() {
+        let (port, _held) = free_port();
+        let address = Address::Tcp { host: "127.0.0.1".into(), port };
+        let mut tries = 0;
+        let open = || {
+            tries += 1;
+            stream(&address)
+        };
+        let error = until_heard(&address, AGAIN * 3, &Stop::never(), open).unwrap_err();
+        assert!(nobody_listens(&error), "{error}");
+        assert!(tries > 1, "{tries}");
+    }
+
+    /// Not asked for, or for another reason than a missing listener: once.
+    #[test]
+    fn what_waiting_can_not_mend_is_tried_once() {
+        let (port, _held) = free_port();
+        let tcp = Address::Tcp { host: "127.0.0.1".into(), port };
+        let other = Address::Exec("true".into());
+        let mut tries = 0;
+        let refused = until_heard(&tcp, Duration::ZERO, &Stop::never(), || {
+            tries += 1;
+            stream(&tcp)
+        });
+        assert!(refused.is_err());
+        let failed = until_heard(&other, LONG, &Stop::never(), || -> Result<(), _> {
+            tries += 1;
+            Err(OpenError::OnlyOne { address: other.to_string() })
+        });
+        assert!(matches!(failed, Err(OpenError::OnlyOne { .. })));
+        assert_eq!(tries, 2);
+    }
+
+    #[test]
+    fn a_cancel_ends_the_tries() {
+        let cancel = CancelToken::default();
+        let (port, _held) = free_port();
+        let address = Address::Tcp { host: "127.0.0.1".into(), port };
+        let ended = until_heard(&address, LONG, &Stop::on(&cancel), || {
+            cancel.cancel();
+            stream(&address)
+        });
+        let stopped = |error| {
+            matches!(error, OpenError::Channel(ChannelError::Stopped { reason: StopReason::Cancelled, .. }))
+        };
+        assert!(ended.is_err_and(stopped));
+    }
+}
