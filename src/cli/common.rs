@@ -258,7 +258,7 @@ pub(super) fn failed(command: &str, error: &(dyn std::error::Error + 'static)) -
 pub(super) fn exit_of(report: &SourceReport) -> Exit {
     match report.outcome {
         Outcome::Completed => Exit::Done,
-        Outcome::InDoubt => Exit::InDoubt,
+        Outcome::InDoubt | Outcome::Incomplete => Exit::InDoubt,
         Outcome::StaysHere(Reason::Cancelled) => Exit::Cancelled,
         Outcome::StaysHere(Reason::Failed) => {
             let kind = report.error.as_ref().map(ramwire::session::Error::kind);

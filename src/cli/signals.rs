@@ -95,7 +95,11 @@ impl Watch {
         }
         let reply = match self.canceller.get() {
             Some(cancel) => cancel(),
-            None if matches!(self.status(), Some(Status::HandingOver | Status::InDoubt)) => {
+            None if matches!(
+                self.status(),
+                Some(Status::HandingOver | Status::PostcopyActive | Status::InDoubt)
+            ) =>
+            {
                 CancelReply::TooLate
             }
             None => CancelReply::Accepted,

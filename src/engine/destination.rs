@@ -219,10 +219,16 @@ impl DestinationEngine {
         }
     }
 
+    /// After the package, and before the guest was started.
+    fn misses_pages(&self) -> bool {
+        matches!(self.stage, Stage::Listening | Stage::Filling | Stage::AwaitingGuest)
+    }
+
     /// A QEMU is told by SHUT(1) and resumes its guest, so what arrived is discarded although its last byte
-    /// came. A ramwire never resumes after COMMIT: then the only copy may be ours.
+    /// came. A ramwire never resumes after COMMIT: then the only copy may be ours. Where pages are missing it can't be, and
+    /// a ramwire resumes as a QEMU does.
     fn fail(&mut self) -> Deed {
-        let stranded = self.native && self.committed;
+        let stranded = self.native && self.committed && !self.misses_pages();
         let ending = if stranded { Ending::Stranded } else { Ending::Discarded };
         self.go(Stage::Failing(ending), Deed::SayFailed)
     }
@@ -286,6 +292,11 @@ mod tests {
     /// Before the guest is started a failure leaves it whole at the source; afterwards nobody is told to go on.
     #[test]
     fn p8_a_postcopy_that_fails_before_the_start_is_given_back_and_never_after_it() {
+        let mut native = DestinationEngine::default();
+        native.handle(Arrived::Hello { digest: false });
+        assert_eq!(native.handle(Arrived::Package), Deed::Listen);
+        assert_eq!(native.handle(Arrived::Failed), Deed::SayFailed);
+        assert_eq!(native.handle(Arrived::Done), Deed::Finish(Ending::Discarded));
         let steps = [
             (Arrived::Package, Deed::Listen),
             (Arrived::Done, Deed::Receive),

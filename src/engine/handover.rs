@@ -41,4 +41,7 @@ pub enum Outcome {
     StaysHere(Reason),
     /// COMMIT was sent and RUNNING not heard: the source keeps the guest paused until somebody decides.
     InDoubt,
+    /// The guest runs at the destination, where pages may be missing that only the source has: the connection was lost in
+    /// postcopy. The source keeps them, and never resumes the guest.
+    Incomplete,
 }

@@ -25,5 +25,5 @@ pub use pager::{FaultAnswer, HostPage, Pager};
 pub use progress::Progress;
 pub use rate::{RateWindow, Sent};
 pub use relay::{FarEnd, RelayAction, RelayEnding, RelayEngine, RelayEvent, RelayFlow, Traffic};
-pub use source::{Action, Input, OnTimeout, SourceConfig, SourceEngine, Switchover};
+pub use source::{Action, Input, OnTimeout, PostcopyRule, SourceConfig, SourceEngine, Switchover};
 pub use throttle::{Throttle, Throttling};

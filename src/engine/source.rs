@@ -1,9 +1,11 @@
-//! The source of a precopy migration: rounds while the guest runs, one round while it stands still, and
-//! the one moment at which ownership passes.
+//! The source of a migration: rounds while the guest runs, one round while it stands still, and the one moment at which
+//! ownership passes.
 //!
 //! ```text
 //! start logs -> setup -> sync -> [ open round -> send slices -> close round -> sync ]*
 //!   -> pause -> (hold) -> last sync -> last round -> drain -> state -> digest -> READY -> COMMIT -> RUNNING -> release
+//! postcopy, from the last sync on:
+//!   -> discards -> package without RUN -> COMMIT (RUN) -> [ send missing pages ]* -> taken -> end -> SHUT -> release
 //! ```
 //!
 //! A relay waits in front of COMMIT until the guest's own source has given the guest to it.
@@ -12,180 +14,25 @@
 //!
 //! A failure or a cancel before COMMIT leads to [`Action::RollBack`], which gives unsent pages back to the
 //! dirty map, takes logs and throttle off and lets the guest run on. After COMMIT there is no way back:
-//! the guest never resumes here by itself, and a cancel is refused.
+//! the guest never resumes here by itself, and a cancel is refused. Only a peer that says that it has not started the
+//! guest gives it back.
+//!
+//! In postcopy what is dirty is discarded before RUN, and the end is said when nothing is dirty and the peer has said that
+//! it took the guest.
+
+mod config;
+mod estimate;
+mod postcopy;
+mod steps;
 
 use std::time::Duration;
 
-use super::{Handover, Outcome, PageCost, Progress, RateWindow, Reason, Sent};
+use super::{Outcome, PageCost, Progress, RateWindow, Reason, Sent};
 use crate::ram::RoundKind;
 use crate::units::Rate;
 
-/// When the guest is paused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Switchover {
-    /// When what is left fits the downtime limit at the measured rate.
-    WhenItFits,
-    /// When the guest's own source says that it stopped (a relay).
-    WhenUpstreamStops,
-}
-
-/// What becomes of a migration that has not come to its switchover in time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnTimeout {
-    /// It ends; the guest stays.
-    #[default]
-    Cancel,
-    /// The guest is paused and moves, however long it then stands still.
-    Finish,
-}
-
-/// What the source may do, and how long it may take.
-#[derive(Clone, Debug)]
-pub struct SourceConfig {
-    /// Longest time the guest may stand still.
-    pub downtime_limit: Duration,
-    /// Part of it that is spent whatever is dirty: the last sync, the digest, the peer's answers.
-    pub fixed_downtime: Duration,
-    /// Bytes of device state, about, that are sent while the guest stands still.
-    pub state_bytes: u64,
-    /// What the link will carry while the guest stands still; `None`: what was measured.
-    pub switchover_rate: Option<Rate>,
-    /// When the guest must have been paused, from the start, and what becomes of the migration else.
-    pub timeout: Option<(Duration, OnTimeout)>,
-    /// A round behind the first that lasts longer is cut, so that the guest's writing is seen.
-    pub longest_round: Option<Duration>,
-    /// The paused guest waits for its embedder before its last pages are sent.
-    pub holds: bool,
-    /// Bytes of one target page.
-    pub page_bytes: u64,
-    /// Longest time between two looks at the clock, cancel and the peer.
-    pub slice: Duration,
-    /// When the guest is paused.
-    pub switchover: Switchover,
-    /// How ownership passes.
-    pub handover: Handover,
-    /// Whether a digest of RAM and state is compared before READY.
-    pub digest: bool,
-}
-
-impl SourceConfig {
-    /// 300 ms of downtime, slices of 50 ms, no digest.
-    pub fn new(page_bytes: u64, handover: Handover) -> Self {
-        Self {
-            downtime_limit: Duration::from_millis(300),
-            fixed_downtime: Duration::ZERO,
-            state_bytes: 0,
-            switchover_rate: None,
-            timeout: None,
-            longest_round: None,
-            holds: false,
-            page_bytes,
-            slice: Duration::from_millis(50),
-            switchover: Switchover::WhenItFits,
-            handover,
-            digest: false,
-        }
-    }
-}
-
-/// A fact told to the engine: the answer to its last [`Action`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Input {
-    /// Start.
-    Begin,
-    /// The action is done.
-    Done,
-    /// The setup is done; the peer turned out to be of this kind.
-    SetUp {
-        /// How ownership will pass.
-        handover: Handover,
-    },
-    /// The dirty logs were merged.
-    Synced {
-        /// Pages dirty now.
-        dirty_pages: u64,
-    },
-    /// A slice was sent.
-    Sent {
-        /// Pages still dirty in the map.
-        pages_left: u64,
-        /// What was handed to the connection in this slice.
-        sent: Sent,
-    },
-    /// A wait ended.
-    Woken {
-        /// A relay's source has stopped its guest and sent its last page.
-        upstream_stopped: bool,
-    },
-    /// The peer has everything, and it is equal.
-    Ready,
-    /// The guest runs at the peer.
-    Running,
-    /// The action failed, or the peer did.
-    Failed,
-    /// The peer says that it failed and that the guest does not run there.
-    Refused,
-}
-
-/// What the session is to do next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Start the dirty logs; every page is dirty.
-    StartLogs,
-    /// Greet the peer, announce the blocks.
-    SendSetup,
-    /// Merge the dirty logs into the map.
-    Sync {
-        /// The guest is paused: nothing may be dirty after this but what the map says.
-        last: bool,
-    },
-    /// Begin a round.
-    OpenRound {
-        /// Live or final.
-        kind: RoundKind,
-        /// 1 for the first.
-        number: u32,
-    },
-    /// Send dirty pages until none is left or the time is there.
-    Send {
-        /// By the engine's clock.
-        until: Duration,
-    },
-    /// End the round: nothing later overtakes it.
-    CloseRound {
-        /// Live or final.
-        kind: RoundKind,
-    },
-    /// Nothing to send: wait for the guest's source, or for what is under way to leave.
-    Wait {
-        /// By the engine's clock.
-        until: Duration,
-    },
-    /// Stop the guest.
-    PauseGuest,
-    /// The guest stands still: wait until the embedder lets the migration go on.
-    Hold,
-    /// Wait until no page is lent to kernel or NIC.
-    Drain,
-    /// Send the device state, all but the byte that commits.
-    SendState,
-    /// Make the digest and send it.
-    SendDigest,
-    /// Wait for the peer's READY.
-    AwaitReady,
-    /// A relay: the peer could take the guest; wait until the guest's own source gives it away.
-    AwaitGuest,
-    /// Give the guest away. From here on it is not ours.
-    Commit,
-    /// Wait for the peer's RUNNING.
-    AwaitRunning,
-    /// Success: logs off, memory may go.
-    Release,
-    /// Failure before COMMIT: unsent pages back into the map, logs off, guest runs.
-    RollBack,
-    /// Nothing more to do.
-    Finish(Outcome),
-}
+pub use config::{OnTimeout, PostcopyRule, SourceConfig, Switchover};
+pub use steps::{Action, Input};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -203,6 +50,11 @@ enum Phase {
     Draining,
     SendingState,
     Digesting,
+    Discarding,
+    Packaging,
+    Filling,
+    AwaitingTaken,
+    EndingPostcopy,
     AwaitingReady,
     AwaitingGuest,
     Committing,
@@ -232,6 +84,7 @@ pub struct SourceEngine {
     /// What was sent behind the last slice of the round.
     sent_at_fence: Sent,
     gave_up: bool,
+    postcopy: postcopy::Switch,
 }
 
 impl SourceEngine {
@@ -253,6 +106,7 @@ impl SourceEngine {
             under_way: 0,
             sent_at_fence: Sent::default(),
             gave_up: false,
+            postcopy: postcopy::Switch::default(),
         }
     }
 
@@ -310,9 +164,12 @@ impl SourceEngine {
         matches!(
             self.phase,
             Phase::Committing
+                | Phase::Filling
+                | Phase::AwaitingTaken
+                | Phase::EndingPostcopy
                 | Phase::AwaitingRunning
                 | Phase::Releasing
-                | Phase::Finished(Outcome::Completed | Outcome::InDoubt)
+                | Phase::Finished(Outcome::Completed | Outcome::InDoubt | Outcome::Incomplete)
         )
     }
 
@@ -324,44 +181,6 @@ impl SourceEngine {
     /// The measured rate of the page path, in bytes on the wire.
     pub fn rate(&self) -> Option<Rate> {
         self.rate.wire()
-    }
-
-    /// How long the guest would stand still if it were paused with `dirty_pages`; `None` before a rate is
-    /// known.
-    pub fn expected_downtime(&self, dirty_pages: u64) -> Option<Duration> {
-        self.downtime_behind(self.under_way, dirty_pages)
-    }
-
-    fn downtime_behind(&self, under_way: u64, dirty_pages: u64) -> Option<Duration> {
-        let pages = self.time_of_pages(dirty_pages)?;
-        let waiting = if under_way > 0 { self.wire_rate()?.time_for(under_way)? } else { Duration::ZERO };
-        Some(self.unavoidable().saturating_add(pages).saturating_add(waiting))
-    }
-
-    /// Pages are reckoned by their own length, and so is their rate: whether they compress is part of it. Differences are
-    /// reckoned by what they took on the wire.
-    fn time_of_pages(&self, dirty_pages: u64) -> Option<Duration> {
-        let page = self.config.page_bytes;
-        match dirty_pages {
-            0 => Some(Duration::ZERO),
-            _ if self.deltas => self.wire_rate()?.time_for(self.page_cost.bytes(dirty_pages, page)),
-            _ => {
-                let rate = self.config.switchover_rate.or(self.rate.guest()).or(self.rate.wire());
-                rate?.time_for(dirty_pages.saturating_mul(page))
-            }
-        }
-    }
-
-    /// What no round makes shorter: the fixed part, and the device state at the rate of the wire. It is not compressed, so
-    /// where pages are that may be too long, and never too short.
-    fn unavoidable(&self) -> Duration {
-        let state = self.config.state_bytes;
-        let state = self.wire_rate().filter(|_| state > 0).and_then(|rate| rate.time_for(state));
-        self.config.fixed_downtime.saturating_add(state.unwrap_or_default())
-    }
-
-    fn wire_rate(&self) -> Option<Rate> {
-        self.config.switchover_rate.or(self.rate.wire())
     }
 
     /// Takes a fact, answers with what to do. `now` counts from the start of the migration.
@@ -411,7 +230,16 @@ impl SourceEngine {
             (Phase::Pausing | Phase::Holding, Input::Done) => {
                 self.go(Phase::LastSync, Action::Sync { last: true })
             }
+            (Phase::LastSync, Input::Synced { .. }) if self.postcopy.begun => {
+                self.go(Phase::Discarding, Action::SendDiscards)
+            }
             (Phase::LastSync, Input::Synced { .. }) => self.open(RoundKind::Final),
+            (Phase::Discarding, Input::Done) => self.go(Phase::Packaging, Action::SendPackage),
+            (Phase::Packaging, Input::Done) => self.commit(),
+            (Phase::Committing, Input::Done) if self.postcopy.begun => self.send_missing(now),
+            (Phase::Filling, Input::Filled { pages_left, taken }) => self.filled(now, pages_left, taken),
+            (Phase::AwaitingTaken, Input::Running) => self.filled(now, 0, true),
+            (Phase::EndingPostcopy, Input::Done) => self.go(Phase::AwaitingRunning, Action::AwaitRunning),
             (Phase::Draining, Input::Done) => self.go(Phase::SendingState, Action::SendState),
             (Phase::SendingState, Input::Done) if self.config.digest && self.config.handover.has_ready() => {
                 self.go(Phase::Digesting, Action::SendDigest)
@@ -438,9 +266,10 @@ impl SourceEngine {
     fn interrupted(&mut self, input: Input) -> Option<Action> {
         match self.phase {
             Phase::RollingBack(_) | Phase::Releasing | Phase::Finished(_) => None,
-            // A QEMU that answers the last byte with an error status has not started the guest: nothing is
-            // in doubt. A ramwire said READY before COMMIT, so its refusal after it proves nothing.
-            _ if input == Input::Refused && self.config.handover == Handover::Shut => {
+            // A peer that answers the last byte, or the package, with an error status has not started the guest: nothing is
+            // in doubt. In precopy a ramwire said READY before COMMIT, so its refusal after it proves nothing. Once a guest
+            // was taken among missing pages nobody can give it back.
+            _ if input == Input::Refused && self.refusal_gives_back() => {
                 Some(self.go(Phase::RollingBack(Reason::Failed), Action::RollBack))
             }
             _ if self.cancelled && !self.is_committed() => Some(self.abandon(Reason::Cancelled)),
@@ -451,13 +280,17 @@ impl SourceEngine {
 
     fn abandon(&mut self, reason: Reason) -> Action {
         if self.is_committed() {
-            return self.finish(Outcome::InDoubt);
+            return self.finish(if self.postcopy.taken { Outcome::Incomplete } else { Outcome::InDoubt });
         }
         self.go(Phase::RollingBack(reason), Action::RollBack)
     }
 
     fn is_late(&self, now: Duration) -> bool {
         self.config.timeout.is_some_and(|(time, _)| now >= time)
+    }
+
+    fn must_pause(&self, now: Duration) -> bool {
+        self.round > 0 && self.is_late(now) && matches!(self.config.timeout, Some((_, OnTimeout::Finish)))
     }
 
     fn must_give_up(&self, now: Duration) -> bool {
@@ -473,10 +306,13 @@ impl SourceEngine {
     fn is_cut(&self, kind: RoundKind, now: Duration) -> bool {
         let took = now.saturating_sub(self.round_began);
         let is_long = self.round > 1 && self.config.longest_round.is_some_and(|most| took >= most);
-        kind == RoundKind::Live && (is_long || self.is_late(now))
+        kind == RoundKind::Live && (is_long || self.is_late(now) || self.switches_within_round(now))
     }
 
     fn round_or_pause(&mut self, now: Duration, dirty_pages: u64) -> Action {
+        if self.postcopy.wanted {
+            return self.switch_to_postcopy();
+        }
         let fits = |engine: &Self, behind| engine.fits(engine.downtime_behind(behind, dirty_pages));
         let waits = self.config.switchover == Switchover::WhenItFits
             && !self.is_late(now)
@@ -493,29 +329,20 @@ impl SourceEngine {
         (self.round_pages, self.round_bytes) = (dirty_pages, 0);
         match self.config.switchover {
             _ if self.must_give_up(now) => self.give_up(),
-            Switchover::WhenItFits if self.is_late(now) && self.round > 0 => self.pause(),
+            Switchover::WhenItFits if self.must_pause(now) => self.pause(),
             Switchover::WhenUpstreamStops if self.upstream_stopped => self.pause(),
             Switchover::WhenUpstreamStops if dirty_pages == 0 => {
                 let until = now + self.config.slice;
                 self.go(Phase::Waiting, Action::Wait { until })
             }
             Switchover::WhenItFits if fits(self, self.under_way) => self.pause(),
+            Switchover::WhenItFits if self.switch_is_due(now) => self.switch_to_postcopy(),
             // A round of nothing gains nothing, whatever the estimate is.
             Switchover::WhenItFits if dirty_pages == 0 && self.under_way == 0 && self.round > 0 => {
                 self.pause()
             }
             _ => self.open(RoundKind::Live),
         }
-    }
-
-    /// True if pausing now keeps the limit. Before the first round nothing has been sent: never.
-    ///
-    /// Where what no round makes shorter (the fixed part, the device state) exceeds the limit alone, no amount of rounds
-    /// helps; a tenth of the limit is then left for pages, and the report tells by how much the limit was missed.
-    fn fits(&self, downtime: Option<Duration>) -> bool {
-        let limit = self.config.downtime_limit;
-        let limit = limit.max(self.unavoidable().saturating_add(limit / 10));
-        self.round > 0 && downtime.is_some_and(|expected| expected <= limit)
     }
 
     fn pause(&mut self) -> Action {

@@ -18,7 +18,8 @@ impl Statistics {
         if self.deltas.cache_size > 0 {
             out["xbzrle-cache"] = self.xbzrle();
         }
-        if matches!(self.status, Status::Completed | Status::HandingOver | Status::InDoubt) {
+        let stood_still = [Status::Completed, Status::HandingOver, Status::PostcopyActive, Status::InDoubt];
+        if stood_still.contains(&self.status) {
             out["downtime"] = json!(self.downtime as u64);
         } else if let Some(expected) = self.expected_downtime {
             out["expected-downtime"] = json!(expected as u64);
@@ -48,8 +49,8 @@ impl Statistics {
             "pages-per-second": self.pages_per_second,
             "precopy-bytes": self.precopy_bytes,
             "downtime-bytes": self.downtime_bytes,
-            "postcopy-bytes": 0,
-            "postcopy-requests": 0,
+            "postcopy-bytes": self.postcopy_bytes,
+            "postcopy-requests": self.postcopy_requests,
             "multifd-bytes": self.multifd_bytes,
         })
     }

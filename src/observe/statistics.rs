@@ -208,6 +208,10 @@ pub struct Statistics {
     pub precopy_bytes: u64,
     /// Of them, those of the round while it stood still, without those on page channels and the device state.
     pub downtime_bytes: u64,
+    /// Of them, those of pages that went after a switch to postcopy.
+    pub postcopy_bytes: u64,
+    /// Requests for missing pages that came after it.
+    pub postcopy_requests: u64,
     /// Of all bytes, those on page channels beside the stream; at a destination those that came on them.
     pub multifd_bytes: u64,
     /// Sends that should have read pages in place and copied them instead.

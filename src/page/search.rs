@@ -26,9 +26,20 @@ impl PageSearch {
         self.requested.push_back(run);
     }
 
+    /// Requested runs that wait, clean ones included.
+    pub fn asked(&self) -> usize {
+        self.requested.len()
+    }
+
+    /// True if somebody waits for pages.
+    pub fn is_asked(&self) -> bool {
+        !self.requested.is_empty()
+    }
+
     /// The next run, at most `max_pages` long; its dirty bits are cleared. `None` once nothing is dirty.
     ///
-    /// The walk goes on behind the last run and wraps once around all blocks.
+    /// The walk goes on behind the last run, a requested one too, since its neighbours are likely to be wanted next. It wraps
+    /// once around all blocks.
     pub fn next_run(&mut self, dirty: &mut DirtyMap, max_pages: u64) -> Option<PageRun> {
         while let Some(run) = self.requested.pop_front() {
             let found = dirty.take_run(run.block, run.first, max_pages.min(run.pages));
@@ -39,6 +50,7 @@ impl PageSearch {
                     if let Some(rest) = rest {
                         dirty.set_run(rest);
                     }
+                    (self.block, self.page) = (wanted.block.0, wanted.end().0);
                     if wanted.end() < run.end() {
                         let pages = run.end().0 - wanted.end().0;
                         self.requested.push_front(PageRun { first: wanted.end(), pages, ..run });
@@ -101,6 +113,20 @@ mod tests {
         assert_eq!(search.next_run(&mut map, 2), Some(run(0, 2, 1)));
         assert_eq!(search.next_run(&mut map, 2), Some(run(1, 50, 1)));
         assert_eq!(search.next_run(&mut map, 2), None);
+    }
+
+    #[test]
+    fn the_pages_behind_a_request_come_next() {
+        let mut map = dirty(&[100, 100]);
+        map.set_run(run(0, 0, 100));
+        map.set_run(run(1, 0, 100));
+        let mut search = PageSearch::default();
+        assert_eq!(search.next_run(&mut map, 4), Some(run(0, 0, 4)));
+        search.request(run(1, 40, 1));
+        assert!(search.is_asked());
+        assert_eq!(search.next_run(&mut map, 4), Some(run(1, 40, 1)));
+        assert!(!search.is_asked());
+        assert_eq!(search.next_run(&mut map, 4), Some(run(1, 41, 4)));
     }
 
     proptest! {

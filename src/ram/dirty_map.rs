@@ -71,6 +71,17 @@ impl DirtyMap {
         map.map_or(0, |map| map.dirty.set_range(run.first.0..run.end().0))
     }
 
+    /// Marks every page of a group of `pages` of which one is dirty: host pages are dirty as a whole or not at all.
+    pub fn widen(&mut self, block: BlockIndex, pages: u64) {
+        let Some(map) = self.blocks.get_mut(block.as_usize()).filter(|_| pages > 1) else { return };
+        let mut from = PageIndex(0);
+        while let Some(run) = map.dirty.next_run(from, u64::MAX) {
+            let (start, end) = (run.start / pages * pages, run.end.next_multiple_of(pages));
+            map.dirty.set_range(start..end);
+            from = PageIndex(end);
+        }
+    }
+
     /// Takes a run out of the map, for pages that need not travel: what of it was dirty goes into `skipped`. Returns how
     /// many pages those were.
     pub fn skip_run(&mut self, run: PageRun, skipped: &mut PageSet) -> u64 {
@@ -197,5 +208,22 @@ mod tests {
     fn the_shift_has_limits() {
         assert!(ClearShift::new(5).is_none() && ClearShift::new(32).is_none());
         assert_eq!(ClearShift::default().pages() * 4096, 1 << 30);
+    }
+
+    #[test]
+    fn a_host_page_is_dirty_as_a_whole() {
+        let table = table(&[1024, 64]);
+        let mut map = DirtyMap::new(&table, ClearShift::new(6).unwrap());
+        let run = |block, first, pages| PageRun { block: BlockIndex(block), first: PageIndex(first), pages };
+        map.set_run(run(0, 100, 1));
+        map.set_run(run(0, 510, 4));
+        map.set_run(run(1, 7, 1));
+        map.widen(BlockIndex(1), 1);
+        assert_eq!(map.block(BlockIndex(1)).unwrap().count(), 1);
+        map.widen(BlockIndex(0), 128);
+        let dirty = map.block(BlockIndex(0)).unwrap();
+        assert_eq!(dirty.next_run(PageIndex(0), u64::MAX), Some(0..128));
+        assert_eq!(dirty.next_run(PageIndex(128), u64::MAX), Some(384..640));
+        assert_eq!(dirty.count(), 384);
     }
 }

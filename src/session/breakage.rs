@@ -41,6 +41,10 @@ pub(super) enum Breakage {
     SkipComparing,
     /// Order 6: the destination says READY whatever was sent and not placed.
     SkipCounting,
+    /// Order 5: what is dirty at a switch to postcopy is not discarded.
+    SkipDiscard,
+    /// Order 5: the source ends a postcopy while pages are missing.
+    EndEarly,
     /// A relay over RDMA looks for the pages of the last round before it.
     ScanBeforeFinish,
     /// Order 7: memory is registered without the guest's promise not to discard it.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::engine::{BandwidthLimit, OnTimeout, Throttling};
+use crate::engine::{BandwidthLimit, OnTimeout, PostcopyRule, Throttling};
 use crate::page::ZeroDetection;
 use crate::ram::ClearShift;
 use crate::stream::qemu::file::Configuration;
@@ -11,9 +11,29 @@ use crate::stream::qemu::style::PeerStyle;
 use crate::sys::random_id;
 use crate::units::{Percent, Rate};
 
-use crate::session::SwitchoverGate;
 use crate::session::workers::Spawner;
 use crate::session::{Incoming, Peer};
+use crate::session::{PostcopyStart, SwitchoverGate};
+
+/// Postcopy at a source: the guest runs at the destination before its memory has come.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct PostcopySettings {
+    /// When the switch comes of itself.
+    pub rule: PostcopyRule,
+    /// Most bytes a second after the switch (QEMU's `max-postcopy-bandwidth`); no limit. Pages that a thread waits for leave
+    /// at once all the same.
+    pub max_bandwidth: BandwidthLimit,
+    /// Asks for the switch while the migration runs.
+    pub start: PostcopyStart,
+}
+
+impl PostcopySettings {
+    /// No limit.
+    pub fn new(rule: PostcopyRule) -> Self {
+        Self { rule, max_bandwidth: BandwidthLimit::default(), start: PostcopyStart::default() }
+    }
+}
 
 /// Settings of a source.
 #[derive(Clone, Debug)]
@@ -30,6 +50,9 @@ pub struct SourceSettings {
     pub throttle_trigger_threshold: Percent,
     /// When the guest must have been paused, from the start, and what becomes of the migration else; never.
     pub timeout: Option<(Duration, OnTimeout)>,
+    /// The guest may run at the destination before its memory has come; both ends must agree (QEMU's `postcopy-ram`). The
+    /// destination empties its memory for it. `None`: it moves whole.
+    pub postcopy: Option<PostcopySettings>,
     /// What the link will carry while the guest stands still, for the estimate of the downtime (QEMU's
     /// `avail-switchover-bandwidth`); what was measured.
     pub switchover_bandwidth: Option<Rate>,
@@ -86,6 +109,7 @@ impl SourceSettings {
             throttling: None,
             throttle_trigger_threshold: Percent::new(50).unwrap_or_default(),
             timeout: None,
+            postcopy: None,
             switchover_bandwidth: None,
             before_switchover: None,
             zero_detection: ZeroDetection::default(),

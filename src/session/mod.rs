@@ -18,7 +18,7 @@ mod tests;
 pub mod workers;
 
 use breakage::Breakage;
-pub use config::{DestinationSettings, SourceSettings};
+pub use config::{DestinationSettings, PostcopySettings, SourceSettings};
 pub use destination::{
     Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, MissingPages, NextConnection,
     Zeroed,
@@ -30,7 +30,8 @@ pub use relay::{
 };
 pub use run_log::RunLog;
 pub use source::{
-    Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, SwitchoverGate, Upstream, WallClock,
+    Clock, PostcopyStart, SourceConnection, SourceGuest, SourceReport, SourceSession, SwitchoverGate,
+    Upstream, WallClock,
 };
 pub use workers::Spawner;
 

@@ -20,6 +20,7 @@
 
 use super::error::DecodeError;
 use super::page_counts;
+use super::qemu::section::{Framing, Item, SectionName, decode_item, encode_footer, encode_full};
 use super::reader::Reader;
 use super::writer::Writer;
 
@@ -41,6 +42,29 @@ pub const MAX_RANGES: usize = 2048;
 pub const MAX_COUNTS: usize = 256;
 /// Name of the section that holds the device state between ramwire ends: `be64 length`, then the bytes.
 pub const STATE_SECTION: &str = "ramwire/state";
+
+/// Head of the section that holds `len` bytes of device state.
+pub fn encode_state_head(id: u32, len: usize, out: &mut Vec<u8>) {
+    encode_full(&SectionName { id, idstr: STATE_SECTION, instance: 0, version: 1 }, out);
+    Writer::new(out).be64(len as u64);
+}
+
+/// The device state in the package of a switchover to postcopy: a whole section, with its footer on every machine.
+pub fn encode_state_section(id: u32, state: &[u8], out: &mut Vec<u8>) {
+    encode_state_head(id, state.len(), out);
+    out.extend_from_slice(state);
+    encode_footer(id, out);
+}
+
+/// The device state in such a section; `None` if it is another or has another length.
+pub fn decode_state_section(input: &[u8]) -> Option<&[u8]> {
+    let (Item::Full(name), used) = decode_item(input).ok()? else { return None };
+    let mut reader = Reader::new(input.get(used..)?);
+    let len = usize::try_from(reader.be64().ok()?).ok()?;
+    let state = reader.bytes(len).ok()?;
+    let footer = Framing::default().decode_footer(reader.rest(), name.id).ok()?;
+    (name.idstr == STATE_SECTION && reader.rest().len() == footer.1).then_some(state)
+}
 
 /// The second PONG of a ramwire, which carries its newest version.
 pub const fn hello_pong(version: u16) -> u32 {

@@ -123,6 +123,7 @@ fn judge(what: &str, live: &Live, run: &Run) {
             assert_stayed(what, live, sent);
             assert!(arrived.error.is_some(), "{errors}");
         }
+        Outcome::Incomplete => panic!("{errors}: no page is missing in precopy"),
         Outcome::InDoubt => {
             assert!(!live.runs() && sent.error.is_some(), "{errors}: the source keeps it still");
             assert!(there.runs() || arrived.error.is_some(), "{errors}");
@@ -204,6 +205,7 @@ fn a_flipped_bit_at_any_byte_is_refused_and_never_runs() {
             Outcome::Completed => harmless.lock().unwrap().push(*at),
             Outcome::StaysHere(_) => assert!(*at < map.commit, "{what}"),
             Outcome::InDoubt => assert!(*at >= map.commit, "{what}: {:?}", run.sent.error),
+            Outcome::Incomplete => panic!("{what}: no page is missing in precopy"),
         }
         if let Some((block, offset)) = map.page_at(*at) {
             let Some(Error::Digest(Mismatch::Ram { block: name, from, to })) = &run.arrived.error else {

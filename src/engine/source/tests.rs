@@ -1,4 +1,6 @@
 use super::*;
+use crate::engine::Handover;
+use crate::units::Rate;
 
 const PAGE: u64 = 4096;
 
@@ -358,4 +360,105 @@ fn short_rounds_correct_a_rate() {
         rounds += 1;
     }
     assert_eq!(rounds, 100, "a window's worth");
+}
+
+/// A postcopy from its pause on, towards either kind of peer.
+const POSTCOPY: [(Input, Action); 10] = [
+    (Input::Done, Action::Sync { last: true }),
+    (Input::Synced { dirty_pages: 7 }, Action::SendDiscards),
+    (Input::Done, Action::SendPackage),
+    (Input::Done, Action::Commit),
+    (Input::Done, Action::SendMissing { until: Duration::from_millis(50) }),
+    (Input::Filled { pages_left: 3, taken: false }, Action::SendMissing { until: Duration::from_millis(50) }),
+    (Input::Filled { pages_left: 0, taken: false }, Action::AwaitTaken),
+    (Input::Running, Action::EndPostcopy),
+    (Input::Done, Action::AwaitRunning),
+    (Input::Running, Action::Release),
+];
+
+fn switching(handover: Handover, rule: PostcopyRule) -> SourceEngine {
+    let mut config = SourceConfig::new(PAGE, handover);
+    config.postcopy = Some(rule);
+    started(SourceEngine::new(config))
+}
+
+/// Each step fails, is refused, or is cancelled. RUN commits, and the peer's word that it takes the guest ends what a
+/// refusal can give back.
+#[test]
+fn p8_p12_a_switch_gives_the_guest_away_once() {
+    let (committed, taken) = (4, 8);
+    for handover in [Handover::Native, Handover::Shut] {
+        for fault_at in 0..POSTCOPY.len() {
+            for input in [Input::Failed, Input::Refused, Input::Done] {
+                let mut engine = switching(handover, PostcopyRule::AfterRounds(0));
+                let paused = engine.handle(Duration::ZERO, Input::Synced { dirty_pages: 7 });
+                assert_eq!(paused, Action::PauseGuest);
+                for (input, action) in &POSTCOPY[..fault_at] {
+                    assert_eq!(engine.handle(Duration::ZERO, *input), *action, "{handover:?}");
+                }
+                let what = format!("{handover:?}, {input:?} at step {fault_at}");
+                assert_eq!(engine.is_committed(), fault_at >= committed, "{what}");
+                if input == Input::Done {
+                    assert_eq!(engine.cancel(), fault_at < committed, "{what}");
+                    if fault_at < committed {
+                        assert_eq!(engine.handle(Duration::ZERO, input), Action::RollBack, "{what}");
+                    }
+                    continue;
+                }
+                let action = engine.handle(Duration::ZERO, input);
+                let refused = input == Input::Refused && fault_at < taken;
+                let expected = match fault_at {
+                    at if at < committed || refused => Action::RollBack,
+                    at if at < taken => Action::Finish(Outcome::InDoubt),
+                    _ => Action::Finish(Outcome::Incomplete),
+                };
+                assert_eq!(action, expected, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_switch_comes_by_rule_or_by_command_unless_all_fits() {
+    let secs = Duration::from_secs;
+    // Much is dirty, and stays so.
+    let much = Input::Synced { dirty_pages: 1_000_000 };
+    let mut engine = switching(Handover::Shut, PostcopyRule::AfterRounds(2));
+    one_round(&mut engine, 0, 1_000_000, 1000);
+    one_round(&mut engine, 1000, 1_000_000, 1000);
+    assert_eq!(engine.handle(secs(2), much), Action::PauseGuest);
+    assert!(engine.is_postcopy());
+
+    let mut engine = switching(Handover::Shut, PostcopyRule::AfterTime(secs(3)));
+    one_round(&mut engine, 0, 1_000_000, 1000);
+    assert!(matches!(engine.handle(secs(1), much), Action::OpenRound { .. }));
+    engine.handle(secs(1), Input::Done);
+    // In the middle of a round.
+    assert_eq!(engine.handle(secs(3), sent(900_000, 0)), Action::CloseRound { kind: RoundKind::Live });
+    engine.handle(secs(3), Input::Done);
+    assert_eq!(engine.handle(secs(3), much), Action::PauseGuest);
+    assert!(engine.is_postcopy() && !engine.start_postcopy(), "it is paused already");
+
+    let mut engine = switching(Handover::Shut, PostcopyRule::OnCommand);
+    assert!(matches!(engine.handle(secs(9), much), Action::OpenRound { .. }));
+    engine.handle(secs(9), Input::Done);
+    assert!(engine.start_postcopy());
+    assert_eq!(engine.handle(secs(9), sent(999_999, 0)), Action::CloseRound { kind: RoundKind::Live });
+    engine.handle(secs(9), Input::Done);
+    assert_eq!(engine.handle(secs(9), Input::Synced { dirty_pages: 0 }), Action::PauseGuest);
+    assert!(engine.is_postcopy(), "what was asked for comes, whatever fits");
+
+    let mut config = SourceConfig::new(PAGE, Handover::Shut);
+    config.postcopy = Some(PostcopyRule::OnCommand);
+    config.timeout = Some((secs(5), OnTimeout::Postcopy));
+    let mut engine = started(SourceEngine::new(config));
+    one_round(&mut engine, 0, 1_000_000, 6000);
+    assert_eq!(engine.handle(secs(6), much), Action::PauseGuest);
+    assert!(engine.is_postcopy());
+
+    let mut engine = switching(Handover::Shut, PostcopyRule::AfterRounds(1));
+    one_round(&mut engine, 0, 1_000_000, 1000);
+    assert_eq!(engine.handle(secs(1), Input::Synced { dirty_pages: 1 }), Action::PauseGuest);
+    assert!(!engine.is_postcopy(), "what fits moves whole");
+    assert!(!started(SourceEngine::new(SourceConfig::new(PAGE, Handover::Shut))).start_postcopy());
 }

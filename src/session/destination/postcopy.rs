@@ -18,6 +18,7 @@ use crate::error::{Chain, Remedy};
 use crate::guest::{GuestControl, Placer, ServeError};
 use crate::observe::{LatencySummary, SharedStatistics, Status};
 use crate::ram::{Landing, RamBlockTable};
+use crate::stream::native::decode_state_section;
 use crate::stream::qemu::command::Discard;
 use crate::stream::qemu::package::{PING_TAKEN, decode_package};
 use crate::stream::qemu::return_path::Message;
@@ -325,10 +326,18 @@ impl DestinationSession {
             loaded: Arc::default(),
             time_to_run: Arc::default(),
         };
-        // As a precopy stream that ends without a VM description.
-        let state = [&std::mem::take(&mut self.state)[..], decoded.sections, &[0]].concat();
+        let state = if self.engine.is_native() {
+            decode_state_section(decoded.sections)
+                .ok_or_else(|| {
+                    out_of_turn("a package without a section of device state", "a ramwire's switch")
+                })?
+                .to_vec()
+        } else {
+            // As a precopy stream that ends without a VM description.
+            [&std::mem::take(&mut self.state)[..], decoded.sections, &[0]].concat()
+        };
         if let Some(incoming) = &self.incoming {
-            self.provider.arrived(incoming, false);
+            self.provider.arrived(incoming, self.engine.is_native());
         }
         self.statistics.update(|s| s.status = Status::Device);
         let control = std::mem::replace(&mut self.control, Box::new(Lent));

@@ -147,7 +147,7 @@ impl FarSideEnds {
         self.0.post(RelayEvent::FarEnded(match report.outcome {
             Outcome::Completed => FarEnd::Runs,
             Outcome::StaysHere(_) => FarEnd::DoesNotRun,
-            Outcome::InDoubt => FarEnd::Unknown,
+            Outcome::InDoubt | Outcome::Incomplete => FarEnd::Unknown,
         }));
     }
 }

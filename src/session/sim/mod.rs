@@ -218,6 +218,8 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::ResumeBeforeCommit => &["while it runs on the other side"],
         Breakage::SkipCounting => &["started with other memory", "a page was lost on its way"],
         Breakage::SkipComparing => &["started with other memory"],
+        // Of a switch to postcopy: `postcopy`.
+        Breakage::SkipDiscard | Breakage::EndEarly => &[],
         // Relays': `relay`, and `relay_tests`.
         Breakage::TellBeforeFarEnd
         | Breakage::DoubtIsFailure

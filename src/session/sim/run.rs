@@ -225,6 +225,7 @@ impl Run {
                     must(text.contains("as the plan wants it"), "the panic's text is lost");
                 }
             }
+            Outcome::Incomplete => must(false, "a precopy is never incomplete"),
             Outcome::InDoubt => {
                 must(!here, "the source's guest runs although the outcome is in doubt");
                 must(world.commit.is_some(), "in doubt before COMMIT");

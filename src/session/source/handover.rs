@@ -2,10 +2,9 @@
 
 use crate::engine::{Handover, Input};
 use crate::ram::PageSet;
-use crate::stream::Writer;
-use crate::stream::native::{MAX_DIGESTS, Order, STATE_SECTION};
+use crate::stream::native::{MAX_DIGESTS, Order, encode_state_head};
 use crate::stream::qemu::command::Command;
-use crate::stream::qemu::section::{self, Framing, SectionName};
+use crate::stream::qemu::section::Framing;
 use crate::stream::qemu::state::sections_end;
 use crate::stream::qemu::tail::without_devices;
 use crate::sys::{SendPart, Stop};
@@ -49,8 +48,7 @@ impl SourceSession {
         let id = self.section_id + 1;
         let mut head = Vec::new();
         self.encode_skips(&mut head);
-        section::encode_full(&SectionName { id, idstr: STATE_SECTION, instance: 0, version: 1 }, &mut head);
-        Writer::new(&mut head).be64(state.len() as u64);
+        encode_state_head(id, state.len(), &mut head);
         let mut end = Vec::new();
         self.settings.framing.encode_footer(id, &mut end);
         self.encode_counts(&mut end);
@@ -90,13 +88,16 @@ impl SourceSession {
     /// From the first byte of this on the guest is not ours: no cancel breaks it off any more.
     pub(super) fn commit(&mut self) -> Result<Input, Error> {
         debug_assert!(self.engine.is_committed());
-        if !self.breakage.is(Breakage::BreakOffAfterCommit) {
+        if self.engine.is_postcopy() {
+            // The pages that follow take their time, which the connection bounds.
+            self.stop = Stop::never();
+        } else if !self.breakage.is(Breakage::BreakOffAfterCommit) {
             let time = self.settings.finish_timeout;
             self.stop = Stop::never().within(time);
             // An outage that ends in time must not cost the answer. Longer than the stop, which so ends every wait.
             self.link.sink().outlast(time.saturating_mul(2));
         }
-        if self.handover == Handover::Native {
+        if self.handover == Handover::Native && !self.engine.is_postcopy() {
             let mut order = Vec::new();
             let migration_id = self.settings.migration_id;
             Command::Native(Order::Commit { migration_id }).encode(&mut order);
@@ -120,6 +121,6 @@ impl SourceSession {
 
 /// Where a QEMU's device state commits: at the byte that ends its sections. The VM description behind it is
 /// only looked at by tools. Without one the byte is the last.
-fn commit_at(state: &[u8], framing: Framing) -> usize {
+pub(super) fn commit_at(state: &[u8], framing: Framing) -> usize {
     sections_end(state, framing).unwrap_or(state.len().saturating_sub(1))
 }

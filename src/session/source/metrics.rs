@@ -123,8 +123,8 @@ impl Figures {
                 self.shared.update(|s| s.status = Status::Device);
                 Some(Part::Sync)
             }
-            Action::OpenRound { kind: RoundKind::Final, .. } => Some(Part::Pages),
-            Action::SendState => Some(Part::State),
+            Action::OpenRound { kind: RoundKind::Final, .. } | Action::SendDiscards => Some(Part::Pages),
+            Action::SendState | Action::SendPackage => Some(Part::State),
             Action::SendDigest => Some(Part::Digest),
             Action::AwaitReady | Action::AwaitGuest => Some(Part::Ready),
             Action::Commit => {
@@ -160,6 +160,22 @@ impl Figures {
             } += took;
             s.downtime = parts.total_ms();
         });
+    }
+
+    /// Postcopy: the destination has taken the guest, which ends the downtime.
+    pub(super) fn taken(&mut self, now: Duration) {
+        self.close_part(now);
+        self.shared.update(|s| s.status = Status::PostcopyActive);
+    }
+
+    /// Postcopy: somebody waits for pages.
+    pub(super) fn requested(&mut self) {
+        self.shared.update(|s| s.postcopy_requests += 1);
+    }
+
+    /// Postcopy: bytes that a slice has sent.
+    pub(super) fn postcopy(&mut self, bytes: u64) {
+        self.shared.update(|s| s.postcopy_bytes += bytes);
     }
 
     /// Bytes that went on page channels so far.
@@ -359,7 +375,7 @@ impl Figures {
                 Outcome::Completed => Status::Completed,
                 Outcome::StaysHere(Reason::Cancelled) => Status::Cancelled,
                 Outcome::StaysHere(Reason::Failed) => Status::Failed,
-                Outcome::InDoubt => Status::InDoubt,
+                Outcome::InDoubt | Outcome::Incomplete => Status::InDoubt,
             };
             if outcome == Outcome::Completed {
                 s.remaining = 0;

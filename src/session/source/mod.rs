@@ -5,6 +5,7 @@ mod handover;
 mod metrics;
 mod page_loop;
 mod peer;
+mod postcopy;
 pub(super) mod return_path;
 mod setup;
 #[cfg(test)]
@@ -30,6 +31,7 @@ use crate::transport::{
     ByteSource, ChannelError, InlineLink, Returned, SourceDoor, SourceLink, StreamChannel,
 };
 
+pub use postcopy::PostcopyStart;
 pub(super) use setup::described;
 pub use throttle::SwitchoverGate;
 
@@ -38,6 +40,7 @@ use crate::session::config::SourceSettings;
 use crate::session::handle::Commitment;
 use crate::session::{Breakage, Error, ErrorKind, shared_blocks};
 use metrics::Figures;
+use postcopy::Missing;
 use return_path::ReturnPath;
 use skips::Skips;
 use throttle::FixedCosts;
@@ -178,6 +181,7 @@ pub struct SourceSession {
     /// How many.
     past_the_door: PageCounts,
     figures: Figures,
+    missing: Missing,
     handover: Handover,
     section_id: u32,
     /// The device state from SendState on; towards a QEMU the part behind `commit_at` is COMMIT.
@@ -205,11 +209,14 @@ impl SourceSession {
         config.timeout = settings.timeout;
         config.switchover_rate = settings.switchover_bandwidth;
         config.holds = settings.before_switchover.is_some();
+        config.postcopy = settings.postcopy.as_ref().map(|postcopy| postcopy.rule);
         config.longest_round = settings.throttling.map(|_| LONGEST_ROUND);
         let cancel = CancelToken::default();
         let dirty = DirtyMap::new(table, settings.clear_shift);
         let figures = Figures::new(table, SharedStatistics::default());
         let pace = Pace::new(settings.max_bandwidth.clone());
+        let limit = settings.postcopy.as_ref().map(|postcopy| postcopy.max_bandwidth.clone());
+        let missing = Missing::new(Arc::clone(&guest.memory), Pace::new(limit.unwrap_or_default()));
         let throttle = Throttle::new(settings.throttling, settings.throttle_trigger_threshold);
         Self {
             stop: Stop::on(&cancel),
@@ -236,6 +243,7 @@ impl SourceSession {
             declined: Vec::new(),
             sent_past_the_door: false,
             past_the_door: PageCounts::default(),
+            missing,
             handover,
             section_id: setup::RAM_SECTION_ID,
             state: Vec::new(),
@@ -315,9 +323,8 @@ impl SourceSession {
 
     fn report(mut self, outcome: Outcome) -> SourceReport {
         let now = self.clock.now();
-        if outcome == Outcome::InDoubt
-            && let Err(error) = self.stop_logs()
-        {
+        let given_away = matches!(outcome, Outcome::InDoubt | Outcome::Incomplete);
+        if given_away && let Err(error) = self.stop_logs() {
             // The guest stands still: a log left on costs, and loses nothing.
             tracing::warn!(error = %Chain(&error), "a dirty log could not be stopped");
         }
@@ -325,7 +332,7 @@ impl SourceSession {
         self.figures.position(position);
         self.figures.zero_copy(self.link.zero_copy());
         self.figures.spliced(self.link.spliced());
-        if outcome == Outcome::InDoubt {
+        if given_away {
             self.lift_brake();
         }
         if let (Some(after), None) = (self.engine.gave_up_after(), &self.error) {
@@ -358,6 +365,9 @@ impl SourceSession {
     }
 
     fn look_at_cancel(&mut self) {
+        if self.settings.postcopy.as_ref().is_some_and(|postcopy| postcopy.start.is_wanted()) {
+            self.engine.start_postcopy();
+        }
         if !self.cancel.is_cancelled() || self.engine.cancel() {
             return;
         }
@@ -381,7 +391,8 @@ impl SourceSession {
             self.look_at_layout().err().unwrap_or(error)
         };
         let error = self.last_word().filter(|_| error.kind() == ErrorKind::Channel).unwrap_or(error);
-        let refused = matches!(&error, Error::PeerFailed { .. }) && self.handover == Handover::Shut;
+        let may_give_back = self.handover == Handover::Shut || self.engine.is_postcopy();
+        let refused = matches!(&error, Error::PeerFailed { .. }) && may_give_back;
         self.error.get_or_insert(error);
         if refused { Input::Refused } else { Input::Failed }
     }
@@ -419,6 +430,11 @@ impl SourceSession {
             }
             Action::SendState => self.send_state(),
             Action::SendDigest => self.send_digest(),
+            Action::SendDiscards => self.send_discards(),
+            Action::SendPackage => self.send_package(),
+            Action::SendMissing { until } => self.send_missing(until),
+            Action::AwaitTaken => self.await_taken(),
+            Action::EndPostcopy => self.end_postcopy(),
             Action::AwaitReady => self.await_ready(),
             Action::AwaitGuest => self.await_guest(),
             Action::Commit => self.commit(),
@@ -444,6 +460,7 @@ impl SourceSession {
             });
         }
         self.refuse_what_nobody_does()?;
+        self.refuse_postcopy()?;
         let registers =
             self.link.abilities().registers_memory && !self.breakage.is(Breakage::RegisterUnpromised);
         if registers && !self.guest.control.forbid_discard(true) {

@@ -44,6 +44,9 @@ impl SourceSession {
 
     /// Sees whether the peer failed meanwhile.
     pub(super) fn hear(&mut self) -> Result<(), Error> {
+        if self.engine.is_postcopy() && self.engine.is_committed() {
+            return self.hear_requests();
+        }
         let Some(back) = &mut self.back else { return Ok(()) };
         // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
         for _ in 0..MOST_HEARD {
@@ -114,9 +117,17 @@ impl SourceSession {
         let after = self.settings.finish_timeout;
         let silent =
             || Error::NoAnswer { what: "that the guest runs", after, remedy: Remedy::RaiseFinishTimeout };
-        let verdict = match self.verdict(&self.stop.within(after), silent) {
-            Err(error @ Error::NoAnswer { .. }) => self.listen_on(error)?,
-            verdict => verdict?,
+        let stop = self.stop.within(after);
+        let verdict = loop {
+            match self.verdict(&stop, silent) {
+                Err(error @ Error::NoAnswer { .. }) => break self.listen_on(error)?,
+                // Of pages that are on their way.
+                Ok(word @ Word::Request(_)) if self.engine.is_postcopy() => {
+                    self.take_postcopy_word(word)?;
+                    look_at(&stop)?;
+                }
+                verdict => break verdict?,
+            }
         };
         match verdict {
             Word::Running if self.handover == Handover::Native => Ok(Input::Running),

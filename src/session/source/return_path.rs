@@ -9,6 +9,17 @@ use crate::session::Error;
 
 use std::time::Duration;
 
+/// Pages that somebody at the destination waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PageRequest {
+    /// Name of their block; `None`: that of the last request.
+    pub(super) block: Option<String>,
+    /// First byte.
+    pub(super) start: u64,
+    /// Length in bytes.
+    pub(super) length: u32,
+}
+
 /// A message as the source needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Word {
@@ -20,6 +31,7 @@ pub(super) enum Word {
     Running,
     Working,
     Refused(String),
+    Request(PageRequest),
 }
 
 /// The return path with what has arrived of the next message.
@@ -99,6 +111,10 @@ fn word_of(message: Message<'_>) -> Result<Word, Error> {
         Message::Pong(value) => Word::Pong(value),
         Message::Shut { status } => Word::Shut(status),
         Message::SwitchoverAck => Word::SwitchoverAck,
+        Message::RequestPagesOf { block, start, length } => {
+            Word::Request(PageRequest { block: Some(block.to_owned()), start, length })
+        }
+        Message::RequestPages { start, length } => Word::Request(PageRequest { block: None, start, length }),
         Message::Native(Answer::Hello(hello)) => Word::Hello(hello),
         Message::Native(Answer::Ready) => Word::Ready,
         Message::Native(Answer::Running) => Word::Running,

@@ -15,7 +15,7 @@ use crate::stream::qemu::section::{SectionName, encode_start};
 use crate::stream::qemu::style::PeerStyle;
 use crate::stream::qemu::{file, ram};
 use crate::sys::Stop;
-use crate::units::GuestAddr;
+use crate::units::{GuestAddr, PageSize};
 
 use super::SourceSession;
 use super::peer::refuse_verdict;
@@ -64,6 +64,7 @@ impl SourceSession {
             _ => self.settings.style,
         };
         self.link.write_for(style)?;
+        self.advise()?;
         self.announce_blocks()?;
         self.link.open_round(RoundKind::Setup, &self.stop)?;
         self.link.close_round(RoundKind::Setup, &self.stop)?;
@@ -195,7 +196,8 @@ impl SourceSession {
         let name = SectionName { id: self.section_id, idstr: ram::IDSTR, instance: 0, version: ram::VERSION };
         encode_start(&name, &mut out);
         let with_addresses = self.settings.configuration.has(file::IGNORE_SHARED);
-        let list = announcements(self.guest.memory.table(), with_addresses);
+        let with_host_pages = self.settings.postcopy.is_some();
+        let list = announcements(self.guest.memory.table(), with_addresses, with_host_pages);
         encode_block_list(&list, &mut out);
         Ok(self.send_bytes(&out)?)
     }
@@ -214,11 +216,17 @@ pub(super) fn before_last_section(session: &SourceSession, out: &mut Vec<u8>) {
     }
 }
 
-fn announcements(table: &RamBlockTable, with_addresses: bool) -> Vec<BlockAnnouncement> {
+/// Where postcopy may follow a block says of what pages it is, unless they are the ordinary ones.
+fn announcements(
+    table: &RamBlockTable,
+    with_addresses: bool,
+    with_host_pages: bool,
+) -> Vec<BlockAnnouncement> {
+    let ordinary = PageSize::SIZE_4K.max(table.page());
     let announce = |block: &RamBlock| BlockAnnouncement {
         name: block.name.clone(),
         used_length: block.used_length,
-        host_page: None,
+        host_page: Some(block.host_page).filter(|page| with_host_pages && *page != ordinary),
         guest_addr: with_addresses.then(|| block.guest_addr.unwrap_or(GuestAddr(0))),
     };
     table.blocks().iter().map(announce).collect()

@@ -35,6 +35,11 @@ impl Skips {
         self.hints.is_some() || self.discards.is_some()
     }
 
+    /// Some memory may be unplugged.
+    pub(super) fn has_discards(&self) -> bool {
+        self.discards.is_some()
+    }
+
     /// Pages whose bytes nobody may compare.
     pub(super) fn unsent(&self) -> &PageSet {
         &self.unsent

@@ -1,0 +1,92 @@
+//! What a source may do, and how long it may take.
+
+use std::time::Duration;
+
+use crate::engine::Handover;
+use crate::units::Rate;
+
+/// When the guest is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switchover {
+    /// When what is left fits the downtime limit at the measured rate.
+    WhenItFits,
+    /// When the guest's own source says that it stopped (a relay).
+    WhenUpstreamStops,
+}
+
+/// What becomes of a migration that has not come to its switchover in time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// It ends; the guest stays.
+    #[default]
+    Cancel,
+    /// The guest is paused and moves, however long it then stands still.
+    Finish,
+    /// The guest is paused for a moment and runs at the destination before its memory has come; only where postcopy was
+    /// announced.
+    Postcopy,
+}
+
+/// When a guest whose memory does not converge is switched to postcopy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PostcopyRule {
+    /// When it is asked for.
+    OnCommand,
+    /// After so many rounds; 0: before the first page. A guest whose memory fits the downtime limit by then moves whole.
+    AfterRounds(u32),
+    /// After this time from the start. A guest whose memory fits the downtime limit by then moves whole.
+    AfterTime(Duration),
+}
+
+/// What the source may do, and how long it may take.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// Longest time the guest may stand still.
+    pub downtime_limit: Duration,
+    /// Part of it that is spent whatever is dirty: the last sync, the digest, the peer's answers.
+    pub fixed_downtime: Duration,
+    /// Bytes of device state, about, that are sent while the guest stands still.
+    pub state_bytes: u64,
+    /// What the link will carry while the guest stands still; `None`: what was measured.
+    pub switchover_rate: Option<Rate>,
+    /// When the guest must have been paused, from the start, and what becomes of the migration else.
+    pub timeout: Option<(Duration, OnTimeout)>,
+    /// The peer is told that the guest may run there before its memory has come; the rule says when. `None`: it never does.
+    pub postcopy: Option<PostcopyRule>,
+    /// A round behind the first that lasts longer is cut, so that the guest's writing is seen.
+    pub longest_round: Option<Duration>,
+    /// The paused guest waits for its embedder before its last pages are sent.
+    pub holds: bool,
+    /// Bytes of one target page.
+    pub page_bytes: u64,
+    /// Longest time between two looks at the clock, cancel and the peer.
+    pub slice: Duration,
+    /// When the guest is paused.
+    pub switchover: Switchover,
+    /// How ownership passes.
+    pub handover: Handover,
+    /// Whether a digest of RAM and state is compared before READY.
+    pub digest: bool,
+}
+
+impl SourceConfig {
+    /// 300 ms of downtime, slices of 50 ms, no digest.
+    pub fn new(page_bytes: u64, handover: Handover) -> Self {
+        Self {
+            downtime_limit: Duration::from_millis(300),
+            fixed_downtime: Duration::ZERO,
+            state_bytes: 0,
+            switchover_rate: None,
+            timeout: None,
+            postcopy: None,
+            longest_round: None,
+            holds: false,
+            page_bytes,
+            slice: Duration::from_millis(50),
+            switchover: Switchover::WhenItFits,
+            handover,
+            digest: false,
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! How long the guest would stand still.
+
+use std::time::Duration;
+
+use super::SourceEngine;
+use crate::units::Rate;
+
+impl SourceEngine {
+    /// How long the guest would stand still if it were paused with `dirty_pages`; `None` before a rate is
+    /// known.
+    pub fn expected_downtime(&self, dirty_pages: u64) -> Option<Duration> {
+        self.downtime_behind(self.under_way, dirty_pages)
+    }
+
+    pub(super) fn downtime_behind(&self, under_way: u64, dirty_pages: u64) -> Option<Duration> {
+        let pages = self.time_of_pages(dirty_pages)?;
+        let waiting = if under_way > 0 { self.wire_rate()?.time_for(under_way)? } else { Duration::ZERO };
+        Some(self.unavoidable().saturating_add(pages).saturating_add(waiting))
+    }
+
+    /// Pages are reckoned by their own length, and so is their rate: whether they compress is part of it. Differences are
+    /// reckoned by what they took on the wire.
+    fn time_of_pages(&self, dirty_pages: u64) -> Option<Duration> {
+        let page = self.config.page_bytes;
+        match dirty_pages {
+            0 => Some(Duration::ZERO),
+            _ if self.deltas => self.wire_rate()?.time_for(self.page_cost.bytes(dirty_pages, page)),
+            _ => {
+                let rate = self.config.switchover_rate.or(self.rate.guest()).or(self.rate.wire());
+                rate?.time_for(dirty_pages.saturating_mul(page))
+            }
+        }
+    }
+
+    /// What no round makes shorter: the fixed part, and the device state at the rate of the wire. It is not compressed, so
+    /// where pages are that may be too long, and never too short.
+    fn unavoidable(&self) -> Duration {
+        let state = self.config.state_bytes;
+        let state = self.wire_rate().filter(|_| state > 0).and_then(|rate| rate.time_for(state));
+        self.config.fixed_downtime.saturating_add(state.unwrap_or_default())
+    }
+
+    fn wire_rate(&self) -> Option<Rate> {
+        self.config.switchover_rate.or(self.rate.wire())
+    }
+
+    /// True if pausing now keeps the limit. Before the first round nothing has been sent: never.
+    ///
+    /// Where what no round makes shorter (the fixed part, the device state) exceeds the limit alone, no amount of rounds
+    /// helps; a tenth of the limit is then left for pages, and the report tells by how much the limit was missed.
+    pub(super) fn fits(&self, downtime: Option<Duration>) -> bool {
+        let limit = self.config.downtime_limit;
+        let limit = limit.max(self.unavoidable().saturating_add(limit / 10));
+        self.round > 0 && downtime.is_some_and(|expected| expected <= limit)
+    }
+}

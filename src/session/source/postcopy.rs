@@ -1,0 +1,434 @@
+//! Postcopy at the source: what is dirty is discarded, the guest is given away in a package, and its missing pages follow,
+//! those first that somebody waits for.
+//!
+//! # Orders that must hold
+//!
+//! What is dirty is discarded before RUN, which is the last command of the package and commits. The target pages of a host
+//! page leave together. The end is said when nothing is dirty and the peer has taken the guest.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::engine::{Handover, Input, Pace};
+use crate::error::Remedy;
+use crate::guest::GuestMemory;
+use crate::page::classify;
+use crate::ram::{PageBatch, PageRun, RamBlock};
+use crate::stream::native::encode_state_section;
+use crate::stream::qemu::command::{Command, HEAD_LEN, encode_discards};
+use crate::stream::qemu::package::{PING_TAKEN, encode_package};
+use crate::stream::qemu::ram::EOS_RECORD;
+use crate::stream::qemu::section::{encode_end, encode_eof, encode_part};
+use crate::sys::{SendPart, Stop};
+use crate::transport::InlinePages;
+use crate::units::{BlockIndex, BlockOffset, PageIndex};
+
+use super::SourceSession;
+use super::handover::commit_at;
+use super::peer::refuse_verdict;
+use super::return_path::{PageRequest, Word, look_at};
+use super::setup;
+use crate::session::{Breakage, Error};
+
+/// Whole pages of a batch that nobody waits for: few, so that a request does not wait behind them.
+const BACKGROUND_PAGES: u64 = 16;
+/// Pages of such a batch, zero ones included.
+const BACKGROUND_LOOKS: u64 = 64;
+/// Requests that wait here at most. Those behind wait in the connection.
+const MOST_REQUESTS: usize = 1024;
+/// Requests taken in one look at the return path.
+const MOST_HEARD: usize = 64;
+/// Bytes of discards that leave together.
+const DISCARDS: usize = 64 << 10;
+/// PING in front of the package, and behind it.
+const PING_DISCARDED: u32 = 2;
+const PING_PACKAGED: u32 = 4;
+
+/// Asks a source for the switch to postcopy, from any thread; clones ask the same one.
+#[derive(Clone, Debug, Default)]
+pub struct PostcopyStart(Arc<AtomicBool>);
+
+impl PostcopyStart {
+    /// Asks for it. The guest is paused within a slice (50 ms), or has been.
+    pub fn start(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_wanted(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What the source keeps for the pages that are missing at the peer.
+pub(super) struct Missing {
+    /// Writes records after the switchover: the first names its block, and none is a difference.
+    pages: InlinePages,
+    pace: Pace,
+    taken: bool,
+    /// The block of the last request that named one.
+    asked_block: Option<BlockIndex>,
+}
+
+impl Missing {
+    pub(super) fn new(memory: Arc<dyn GuestMemory>, pace: Pace) -> Self {
+        Self { pages: InlinePages::new(memory), pace, taken: false, asked_block: None }
+    }
+}
+
+/// Host page sizes of the blocks that travel, ORed, in bytes: what both ends of a postcopy must have in common.
+pub(super) fn host_pages(blocks: &[RamBlock]) -> u64 {
+    let travels = blocks.iter().filter(|block| !block.flags.ignored);
+    travels.fold(0, |all, block| all | block.host_page.bytes())
+}
+
+impl SourceSession {
+    /// What can't be switched to postcopy is refused before the first byte.
+    pub(super) fn refuse_postcopy(&self) -> Result<(), Error> {
+        let asked = self.settings.postcopy.is_some();
+        let on_timeout = matches!(self.settings.timeout, Some((_, crate::engine::OnTimeout::Postcopy)));
+        let refused = |why: &str, remedy| {
+            let what = format!("postcopy was asked for, and {why}");
+            Err(Error::Config { what, remedy: Remedy::Advice(remedy) })
+        };
+        let table = self.guest.memory.table();
+        match () {
+            () if !asked && on_timeout => refused(
+                "the destination is not told that it may come",
+                "set SourceSettings::postcopy, or let the timeout cancel or finish",
+            ),
+            () if !asked => Ok(()),
+            () if self.back.is_none() => refused(
+                "the connection carries no answers",
+                "migrate over a connection of both directions (tcp:, unix:)",
+            ),
+            () if self.upstream.is_some() => {
+                refused("a relay's guest is switched by its own source", "ask that source for postcopy")
+            }
+            () if self.settings.digest => {
+                refused("a digest can't be compared while pages are missing", "ask for one of them")
+            }
+            () if self.link.abilities().registers_memory || self.link.page_channels() > 0 => refused(
+                "its pages travel in the stream only",
+                "use a tcp: or unix: address, without page channels",
+            ),
+            () if !self.settings.all_dirty_at_start => refused(
+                "pages that are not sent would be missing for ever",
+                "send every page at least once (SourceSettings::all_dirty_at_start)",
+            ),
+            () if self.skips.has_discards() => refused(
+                "this guest has memory that can't be read while it is unplugged",
+                "migrate it in precopy",
+            ),
+            () if table.blocks().iter().any(|block| block.flags.ignored) => refused(
+                "some RAM blocks are shared by both ends",
+                "let all blocks travel, or migrate in precopy",
+            ),
+            () => Ok(()),
+        }
+    }
+
+    /// Says that postcopy may follow; the peer empties its memory for it.
+    pub(super) fn advise(&mut self) -> Result<(), Error> {
+        if self.settings.postcopy.is_none() {
+            return Ok(());
+        }
+        let table = self.guest.memory.table();
+        let (host_pages, target_page) = (host_pages(table.blocks()), table.page().bytes());
+        let mut out = Vec::new();
+        Command::PostcopyAdvise { host_pages, target_page }.encode(&mut out);
+        Ok(self.send_bytes(&out)?)
+    }
+
+    /// Tells the peer to forget what is dirty here, in whole host pages, and at least one of them: a QEMU that was told to
+    /// forget nothing does not start the guest.
+    pub(super) fn send_discards(&mut self) -> Result<Input, Error> {
+        // A page that was left out is missing there, and may be asked for.
+        self.skip_no_more();
+        let memory = Arc::clone(&self.guest.memory);
+        let table = memory.table();
+        for (index, block) in (0..).map(BlockIndex).zip(table.blocks()) {
+            self.dirty.widen(index, pages_of_host_page(&*memory, block));
+        }
+        if self.dirty.count() == 0
+            && let Some(block) = table.blocks().first()
+        {
+            let pages = pages_of_host_page(&*memory, block);
+            self.dirty.set_run(PageRun { block: BlockIndex(0), first: PageIndex(0), pages });
+        }
+        let mut out = Vec::new();
+        setup::before_last_section(self, &mut out);
+        for (index, block) in (0..).map(BlockIndex).zip(table.blocks()) {
+            if self.breakage.is(Breakage::SkipDiscard) {
+                break;
+            }
+            let mut ranges = Vec::new();
+            let mut from = PageIndex(0);
+            while let Some(run) = self.dirty.block(index).and_then(|dirty| dirty.next_run(from, u64::MAX)) {
+                from = PageIndex(run.end);
+                let page = table.page().bytes();
+                ranges.push((run.start * page, (run.end - run.start) * page));
+                if ranges.len() * 16 >= DISCARDS {
+                    encode_discards(block.name.as_str(), &std::mem::take(&mut ranges), &mut out);
+                    self.send_bytes(&std::mem::take(&mut out))?;
+                }
+            }
+            encode_discards(block.name.as_str(), &ranges, &mut out);
+        }
+        Command::Ping(PING_DISCARDED).encode(&mut out);
+        self.send_bytes(&out)?;
+        Ok(Input::Done)
+    }
+
+    /// The package, but for the command that starts the guest.
+    pub(super) fn send_package(&mut self) -> Result<Input, Error> {
+        self.look_at_layout()?;
+        let mut state = Vec::new();
+        let saved = self.guest.control.save_devices(&mut state);
+        saved.map_err(|source| Error::Control { what: "save its device state", source })?;
+        let mut sections = Vec::new();
+        match self.handover {
+            Handover::Native => encode_state_section(self.section_id + 1, &state, &mut sections),
+            _ if state.is_empty() => {}
+            _ => {
+                state.truncate(commit_at(&state, self.settings.framing));
+                sections = state;
+            }
+        }
+        let mut package = Vec::new();
+        encode_package(&sections, true, &mut package);
+        let size = u32::try_from(package.len()).map_err(|_| Error::Config {
+            what: format!("{} bytes of device state are more than a package holds", sections.len()),
+            remedy: Remedy::Advice("migrate this guest in precopy"),
+        })?;
+        let mut out = Vec::new();
+        Command::Packaged { size }.encode(&mut out);
+        out.append(&mut package);
+        self.commit_at = out.len() - HEAD_LEN;
+        Command::Ping(PING_PACKAGED).encode(&mut out);
+        self.state = out;
+        self.link.sink().send(&[SendPart::Own(&self.state[..self.commit_at])], &self.stop)?;
+        self.link.sink().flush(&self.stop)?;
+        // The next bytes commit: a peer that has failed by now leaves no doubt.
+        self.hear()?;
+        Ok(Input::Done)
+    }
+
+    /// Sends missing pages until none is left, or until `until`. Requests are taken between any two batches.
+    pub(super) fn send_missing(&mut self, until: Duration) -> Result<Input, Error> {
+        self.look_at_layout()?;
+        let before = self.position();
+        let mut open = false;
+        loop {
+            self.hear()?;
+            let now = self.clock.now();
+            let delay = if self.search.is_asked() { Duration::ZERO } else { self.missing.pace.delay(now) };
+            if delay > Duration::ZERO && now < until {
+                self.hear_within(delay.min(until - now))?;
+                continue;
+            }
+            if delay > Duration::ZERO {
+                break;
+            }
+            let batch = self.next_missing()?;
+            if batch.is_empty() {
+                self.spare.push(batch);
+                break;
+            }
+            if !open {
+                let mut head = Vec::new();
+                encode_part(self.section_id, &mut head);
+                self.send_bytes(&head)?;
+                open = true;
+            }
+            self.write_missing(batch)?;
+            if self.clock.now() >= until {
+                break;
+            }
+        }
+        if open {
+            let mut tail = EOS_RECORD.to_vec();
+            self.settings.framing.encode_footer(self.section_id, &mut tail);
+            self.send_bytes(&tail)?;
+        }
+        self.link.sink().flush(&self.stop)?;
+        let position = self.position();
+        self.figures.position(position);
+        self.figures.postcopy(position - before);
+        let pages_left = self.dirty.count();
+        self.figures.sent(self.clock.now(), position - before, pages_left, None);
+        let pages_left = if self.breakage.is(Breakage::EndEarly) { 0 } else { pages_left };
+        Ok(Input::Filled { pages_left, taken: self.missing.taken })
+    }
+
+    /// What somebody waits for, alone; else a few pages of the rest. Always whole host pages.
+    fn next_missing(&mut self) -> Result<PageBatch, Error> {
+        let mut batch = self.spare.pop().unwrap_or_default();
+        batch.clear();
+        let asked = self.search.is_asked();
+        while batch.whole_pages() < BACKGROUND_PAGES && batch.pages() < BACKGROUND_LOOKS {
+            let room = BACKGROUND_PAGES - batch.whole_pages();
+            let Some(run) = self.search.next_run(&mut self.dirty, room) else { break };
+            let seen = self.look_at_missing(run, &mut batch);
+            seen.inspect_err(|_| {
+                self.dirty.set_run(run);
+                self.mark_unsent(&batch);
+            })?;
+            if asked {
+                break;
+            }
+        }
+        Ok(batch)
+    }
+
+    /// Adds `run` and what it lacks of its last host page. The guest stands still: no log is armed.
+    fn look_at_missing(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
+        let memory = Arc::clone(&self.guest.memory);
+        let detection = self.settings.zero_detection.with(false);
+        classify(&*memory, run, detection, batch)?;
+        let Some(block) = memory.table().get(run.block) else { return Ok(()) };
+        let boundary = run.end().0.next_multiple_of(pages_of_host_page(&*memory, block));
+        let mut end = run.end();
+        while end.0 < boundary
+            && let Some(more) = self.dirty.take_run(run.block, end, boundary - end.0)
+        {
+            debug_assert_eq!(more.first, end, "host pages are dirty as a whole");
+            end = more.end();
+            classify(&*memory, more, detection, batch)?;
+        }
+        Ok(())
+    }
+
+    fn write_missing(&mut self, batch: PageBatch) -> Result<(), Error> {
+        let (now, before) = (self.clock.now(), self.position());
+        let Self { missing, link, stop, .. } = self;
+        if let Err(error) = missing.pages.write(&batch, link.sink(), stop) {
+            self.mark_unsent(&batch);
+            return Err(error.into());
+        }
+        let bytes = self.position() - before;
+        self.missing.pace.charge(now, bytes);
+        self.figures.counted(&batch);
+        self.spare.push(batch);
+        Ok(())
+    }
+
+    /// Waits at most `time` for a message.
+    fn hear_within(&mut self, time: Duration) -> Result<(), Error> {
+        let stop = self.stop.within(time);
+        let Some(back) = &mut self.back else { return Ok(()) };
+        match back.next(&stop) {
+            Ok(word) => self.take_postcopy_word(word),
+            Err(error) if error.is_deadline() => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes requests and other messages that are here, as many as there is room for.
+    pub(super) fn hear_requests(&mut self) -> Result<(), Error> {
+        for _ in 0..MOST_HEARD {
+            let Some(back) = self.back.as_mut().filter(|_| self.search.asked() < MOST_REQUESTS) else {
+                break;
+            };
+            match back.poll()? {
+                Some(word) => self.take_postcopy_word(word)?,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn take_postcopy_word(&mut self, word: Word) -> Result<(), Error> {
+        match word {
+            Word::Request(request) => self.requested(&request),
+            Word::Pong(PING_TAKEN) => {
+                if !std::mem::replace(&mut self.missing.taken, true) {
+                    self.figures.taken(self.clock.now());
+                }
+                Ok(())
+            }
+            Word::Working => Ok(()),
+            word => refuse_verdict(word),
+        }
+    }
+
+    /// Pages that somebody waits for. What has been sent is on its way: it is not sent again, and asking for it is no fault.
+    fn requested(&mut self, request: &PageRequest) -> Result<(), Error> {
+        let &PageRequest { ref block, start, length } = request;
+        let memory = Arc::clone(&self.guest.memory);
+        let table = memory.table();
+        let refused = |why: String| Error::OutOfTurn {
+            what: format!("a request for {length} bytes at {start:#x}, {why},"),
+            at: None,
+            while_doing: "pages are missing there",
+        };
+        if let Some(name) = block {
+            self.missing.asked_block = Some(table.find(name).map_err(|error| refused(error.to_string()))?);
+        }
+        let index = self.missing.asked_block.ok_or_else(|| refused("which names no RAM block".into()))?;
+        let Some(block) = table.get(index) else { return Ok(()) };
+        let host_page = block.host_page.bytes();
+        let length = u64::from(length);
+        if length == 0 || start % host_page != 0 || length % host_page != 0 {
+            return Err(refused(format!(
+                "not whole host pages of {host_page} bytes of RAM block {}",
+                block.name
+            )));
+        }
+        let landing = table
+            .admit(index, BlockOffset(start), length)
+            .map_err(|error| refused(format!("which is refused: {error}")))?;
+        let run = landing.run(table.page());
+        self.figures.requested();
+        let dirty = self.dirty.block(index).and_then(|dirty| dirty.next_run(run.first, 1));
+        if dirty.is_some_and(|found| found.start < run.end().0) {
+            self.search.request(run);
+        }
+        Ok(())
+    }
+
+    /// All pages were sent: the peer has yet to say that it takes the guest.
+    pub(super) fn await_taken(&mut self) -> Result<Input, Error> {
+        let after = self.settings.finish_timeout;
+        let stop = self.stop.within(after);
+        while !self.missing.taken {
+            let silent = || Error::NoAnswer {
+                what: "that it takes the guest",
+                after,
+                remedy: Remedy::RaiseFinishTimeout,
+            };
+            let heard = match &mut self.back {
+                Some(back) => back.next(&stop).and_then(|word| {
+                    look_at(&stop)?;
+                    Ok(word)
+                }),
+                None => return Err(silent()),
+            };
+            let word = heard.map_err(|error| if error.is_deadline() { silent() } else { error })?;
+            self.take_postcopy_word(word)?;
+        }
+        Ok(Input::Running)
+    }
+
+    /// Nothing is missing any more.
+    pub(super) fn end_postcopy(&mut self) -> Result<Input, Error> {
+        debug_assert!(self.dirty.count() == 0 || self.breakage.is(Breakage::EndEarly));
+        let mut out = Vec::new();
+        encode_end(self.section_id, &mut out);
+        out.extend_from_slice(&EOS_RECORD);
+        self.settings.framing.encode_footer(self.section_id, &mut out);
+        encode_eof(&mut out);
+        self.send_bytes(&out)?;
+        self.link.sink().flush(&self.stop)?;
+        let time = self.settings.finish_timeout;
+        self.stop = Stop::never().within(time);
+        self.link.sink().outlast(time.saturating_mul(2));
+        let position = self.position();
+        self.figures.position(position);
+        Ok(Input::Done)
+    }
+}
+
+fn pages_of_host_page(memory: &dyn GuestMemory, block: &RamBlock) -> u64 {
+    memory.table().page().pages_in(block.host_page.bytes()).max(1)
+}
