@@ -50,7 +50,8 @@ pub(super) struct TimeoutArgs {
     /// The guest must have been paused by then
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     timeout: Option<Duration>,
-    /// What becomes of it else: cancel keeps it here, finish pauses it however long it then stands still
+    /// What becomes of it else: cancel keeps it here, finish pauses it however long it then stands still, postcopy lets it
+    /// run at the destination before its memory has come
     #[arg(long, value_name = "WHAT", default_value = "cancel", requires = "timeout")]
     timeout_action: TimeoutAction,
 }
@@ -60,6 +61,7 @@ impl TimeoutArgs {
         let action = match self.timeout_action {
             TimeoutAction::Cancel => OnTimeout::Cancel,
             TimeoutAction::Finish => OnTimeout::Finish,
+            TimeoutAction::Postcopy => OnTimeout::Postcopy,
         };
         settings.timeout = self.timeout.map(|time| (time, action));
     }
@@ -96,6 +98,8 @@ enum TimeoutAction {
     Cancel,
     /// The guest is paused and moves
     Finish,
+    /// The guest runs at the destination before its memory has come
+    Postcopy,
 }
 
 fn share(text: &str) -> Result<Percent, String> {

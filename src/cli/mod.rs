@@ -13,6 +13,7 @@ mod metrics;
 mod output;
 #[allow(dead_code, reason = "shared by the reports that draw")]
 mod plot;
+mod postcopy;
 mod progress;
 mod receive;
 mod relay;

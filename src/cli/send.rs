@@ -19,6 +19,7 @@ use super::common::{
 };
 use super::converge::{TimeoutArgs, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
+use super::postcopy::PostcopyArgs;
 use super::progress::Progress;
 use super::render;
 use super::signals::cancel_on_signal;
@@ -33,6 +34,9 @@ use super::watch::{WatchArgs, describe};
 
     # The same on four page channels (QEMU: multifd on, multifd-channels 4)
     ramwire send tcp:10.0.0.7:4444 --dir guest --channels 4
+
+    # Let the guest run there at once, its memory follows (QEMU: postcopy-ram on)
+    ramwire send tcp:10.0.0.7:4444 --dir guest --postcopy
 
     # Only RAM, to another ramwire
     ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin")]
@@ -86,6 +90,8 @@ pub(super) struct Args {
     timeouts: SourceTimeouts,
     #[command(flatten)]
     timeout: TimeoutArgs,
+    #[command(flatten)]
+    postcopy: PostcopyArgs,
 }
 
 /// What helps where the time was over.
@@ -145,6 +151,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings.guest_stands_still = true;
     args.timeouts.set(&mut settings);
     args.timeout.apply(&mut settings);
+    args.postcopy.apply(&mut settings);
     // Without device state only a ramwire can take the guest.
     settings.peer = (!guest.has_state()).then_some(Peer::Ramwire);
     settings.style = guest.peer_style().or(settings.style);
@@ -220,6 +227,7 @@ impl Args {
             .with("max_bandwidth", self.max_bandwidth)
             .with("xbzrle_cache_size", self.xbzrle_cache_size)
             .with("channels", self.channels.count())
+            .with("postcopy", self.postcopy.postcopy)
             .with("digest", self.digest)
     }
 }
@@ -229,8 +237,15 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
         complain("send", error);
         tell_remedies("send", Some(error), REMEDIES);
     }
+    let dir = args.dir.as_deref().unwrap_or(Path::new("the RAM files"));
+    if report.outcome == Outcome::Incomplete {
+        note!(
+            "the guest runs at the destination, but the connection was lost while memory was missing there: it stands still \
+             where it needs that. If it is lost there, send {} again with --destination-is-dead",
+            dir.display()
+        );
+    }
     if report.outcome == Outcome::InDoubt {
-        let dir = args.dir.as_deref().unwrap_or(Path::new("the RAM files"));
         note!(
             "the guest was given away, but nobody said that it runs. Look at the destination: if it runs, \
              delete {}; if it does not, send again with --destination-is-dead",

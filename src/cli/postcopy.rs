@@ -1,0 +1,64 @@
+//! Options of a switch to postcopy.
+
+use ramwire::engine::{BandwidthLimit, OnTimeout, PostcopyRule};
+use ramwire::session::{PostcopySettings, SourceSettings};
+
+use super::common::{bytes, seconds};
+
+/// Whether the guest may run at the destination before its memory has come.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct PostcopyArgs {
+    /// Let the guest run at the destination at once; its memory follows, what it waits for first (QEMU: capability
+    /// postcopy-ram, also at the destination)
+    #[arg(long)]
+    pub(super) postcopy: bool,
+    /// With --postcopy: only after so many rounds (3) or so much time (20s), unless what is left fits the downtime by then
+    #[arg(long, value_name = "ROUNDS|SECONDSs", requires = "postcopy", value_parser = rule)]
+    postcopy_after: Option<PostcopyRule>,
+    /// With --postcopy: most bytes a second of the memory that nobody waits for; 0 is no limit
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
+    max_postcopy_bandwidth: u64,
+}
+
+fn rule(text: &str) -> Result<PostcopyRule, String> {
+    match text.strip_suffix('s') {
+        Some(time) => seconds(time).map(PostcopyRule::AfterTime),
+        None => text
+            .parse()
+            .map(PostcopyRule::AfterRounds)
+            .map_err(|_| format!("{text:?} is neither a number of rounds (3) nor a time (20s)")),
+    }
+}
+
+impl PostcopyArgs {
+    /// Completes `settings`, whose timeout is set; one that switches announces it by itself.
+    pub(super) fn apply(&self, settings: &mut SourceSettings) {
+        let on_timeout = matches!(settings.timeout, Some((_, OnTimeout::Postcopy)));
+        let rule = match self.postcopy_after {
+            Some(rule) => rule,
+            None if self.postcopy => PostcopyRule::AfterRounds(0),
+            None if on_timeout => PostcopyRule::OnCommand,
+            None => return,
+        };
+        let mut postcopy = PostcopySettings::new(rule);
+        postcopy.max_bandwidth = BandwidthLimit::new(self.max_postcopy_bandwidth);
+        settings.postcopy = Some(postcopy);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_switch_comes_after_rounds_or_after_a_time() {
+        assert_eq!(rule("0"), Ok(PostcopyRule::AfterRounds(0)));
+        assert_eq!(rule("3"), Ok(PostcopyRule::AfterRounds(3)));
+        assert_eq!(rule("20s"), Ok(PostcopyRule::AfterTime(Duration::from_secs(20))));
+        for wrong in ["", "s", "-1", "1.5", "20m"] {
+            assert!(rule(wrong).is_err(), "{wrong}");
+        }
+    }
+}
