@@ -35,7 +35,7 @@ fn bad_options_exit_2_and_name_the_remedy() {
         (&["demo", "--link-rate", "1M", "--transport", "unix"], "--transport tcp"),
         (
             &["demo", "--ram", "1M", "--channels", "2", "--xbzrle-cache-size", "1M"],
-            "leave --xbzrle-cache-size",
+            "(--xbzrle-cache-size, --channels)",
         ),
         (&["demo", "--ram", "1M", "--auto-converge", "--max-cpu-throttle", "10"], "--cpu-throttle-initial"),
         (&["relay", "--listen", "tcp:127.0.0.1:0"], "--connect"),
