@@ -58,7 +58,7 @@ impl WrittenPages {
 
     /// Tracks the blocks in another process, at their [`tracked_address`](HostRegion::tracked_address).
     ///
-    /// `uffd` is a descriptor that process made with the features of [`WriteProtector::new`]; `pagemap` is
+    /// `uffd` is a descriptor that process made with the features of `WriteProtector::new`; `pagemap` is
     /// its open `/proc/PID/pagemap`.
     pub fn of_process(guest: &MappedGuest, uffd: OwnedFd, pagemap: OwnedFd) -> Self {
         let armed = Armed { protector: WriteProtector::adopt(uffd), pagemap: Pagemap::adopt(pagemap) };
