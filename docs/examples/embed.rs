@@ -1,79 +1,148 @@
 //! A VMM that moves its guest: memory it mapped, a dirty bitmap it keeps, its own pause and resume.
-#![allow(clippy::unwrap_used)]
+//!
+//! Both ends run in this process, connected by a socket pair. `cargo run --example embed`
+#![allow(clippy::expect_used)]
+
+use std::error::Error;
 use std::io::{self, Read, Write};
-use std::sync::{Arc, Mutex};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use ramwire::guest::{GuestControl, GuestMemory, MappedGuest, SoftwareBitmap};
 use ramwire::ram::{BlockName, RamBlock};
-use ramwire::session::*;
+use ramwire::session::{
+    DestinationReport, DestinationSession, DestinationSettings, MigrationHandle, SourceConnection,
+    SourceGuest, SourceReport, SourceSession, SourceSettings,
+};
+use ramwire::stream::qemu::file::Configuration;
+use ramwire::sys::Mapping;
+use ramwire::transport::{StreamChannel, StreamOptions};
 use ramwire::units::{BlockIndex, BlockOffset, PageSize};
 
-const RAM: u64 = 64 << 20;
+const RAM_BYTES: u64 = 64 << 20;
+const PAGE_BYTES: u64 = 4096;
 
-/// One vCPU, which writes its step's number into one page after the other: does it run, and its step.
+/// A machine with one vCPU, which writes the number of its step into one page after the other.
 #[derive(Clone)]
-struct Machine(Arc<MappedGuest>, Arc<SoftwareBitmap>, Arc<Mutex<(bool, u64)>>);
+struct Machine {
+    memory: Arc<MappedGuest>,
+    written: Arc<SoftwareBitmap>,
+    vcpu: Arc<Mutex<Vcpu>>,
+}
+
+#[derive(Default)]
+struct Vcpu {
+    runs: bool,
+    step: u64,
+}
 
 impl Machine {
-    fn new() -> Self {
-        let ram = ramwire::sys::Mapping::memfd("ram", RAM).unwrap();
-        let block = RamBlock::new(BlockName::new("ram").unwrap(), RAM);
-        let memory = MappedGuest::builder(PageSize::SIZE_4K).mapping(block, &ram).build().unwrap();
+    fn new() -> Result<Self, Box<dyn Error>> {
+        let ram = Mapping::memfd("ram", RAM_BYTES)?;
+        let block = RamBlock::new(BlockName::new("ram")?, RAM_BYTES);
+        let memory = MappedGuest::builder(PageSize::SIZE_4K).mapping(block, &ram).build()?;
         let written = SoftwareBitmap::new(memory.table());
-        Self(Arc::new(memory), Arc::new(written), Arc::default())
+        Ok(Self { memory: Arc::new(memory), written: Arc::new(written), vcpu: Arc::default() })
     }
+
+    fn vcpu(&self) -> MutexGuard<'_, Vcpu> {
+        self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The vCPU's thread. It holds the lock while it writes, so no write is under way after a pause.
     fn run(&self) {
-        while let Some(mut cpu) = Some(self.2.lock().unwrap()).filter(|cpu| cpu.0) {
-            cpu.1 += 1;
-            let page = self.0.table().admit(BlockIndex(0), BlockOffset(cpu.1 * 4096 % RAM), 8).unwrap();
-            self.0.span(page).unwrap().copy_from(&cpu.1.to_le_bytes());
-            self.1.mark(page); // First the bytes, then the mark.
-            drop(cpu);
-            std::thread::sleep(std::time::Duration::from_micros(20));
+        loop {
+            let mut vcpu = self.vcpu();
+            if !vcpu.runs {
+                return;
+            }
+            vcpu.step += 1;
+            self.write(BlockOffset(vcpu.step * PAGE_BYTES % RAM_BYTES), vcpu.step);
+            drop(vcpu);
+            thread::sleep(Duration::from_micros(20));
         }
+    }
+
+    fn write(&self, at: BlockOffset, value: u64) {
+        let bytes = value.to_le_bytes();
+        let landing = self.memory.table().admit(BlockIndex(0), at, bytes.len() as u64).expect("in the block");
+        self.memory.span(landing).expect("mapped").copy_from(&bytes);
+        // After the bytes: a page that is marked first may be sent with its old bytes, and never again.
+        self.written.mark(landing);
     }
 }
 
 impl GuestControl for Machine {
     fn pause(&mut self) -> io::Result<()> {
-        self.2.lock().unwrap().0 = false; // The vCPU holds the lock while it writes: none does when this returns.
+        self.vcpu().runs = false;
         Ok(())
     }
+
     fn resume(&mut self) -> io::Result<()> {
-        let vcpu = self.clone();
-        vcpu.2.lock().unwrap().0 = true;
-        std::thread::Builder::new().spawn(move || vcpu.run()).map(drop)
+        self.vcpu().runs = true;
+        let machine = self.clone();
+        thread::Builder::new().name("vcpu".into()).spawn(move || machine.run())?;
+        Ok(())
     }
+
+    /// Counts against the downtime.
     fn device_state_bytes(&mut self) -> u64 {
-        8 // Counts against the downtime.
+        8
     }
+
     fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        out.write_all(&self.2.lock().unwrap().1.to_le_bytes())
+        out.write_all(&self.vcpu().step.to_le_bytes())
     }
+
     fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let mut step = [0; 8];
-        from.read_exact(&mut step).map(|()| self.2.lock().unwrap().1 = u64::from_le_bytes(step))
+        from.read_exact(&mut step)?;
+        self.vcpu().step = u64::from_le_bytes(step);
+        Ok(())
     }
 }
 
-pub(crate) fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let (mut here, there) = (Machine::new(), Machine::new());
+fn send(machine: Machine, socket: UnixStream) -> Result<MigrationHandle<SourceReport>, Box<dyn Error>> {
+    let channel = StreamChannel::from_fd(socket.into(), "destination", &StreamOptions::default())?;
+    let connection = SourceConnection::over(channel, machine.memory.clone());
+    let guest = SourceGuest {
+        memory: machine.memory.clone(),
+        dirty: vec![machine.written.clone()], // every source that knows of writes; all are merged
+        control: Box::new(machine),
+    };
+    let settings = SourceSettings::new(Configuration::default());
+    Ok(SourceSession::new(guest, connection, settings).spawn()?)
+}
+
+fn receive(
+    machine: Machine,
+    socket: UnixStream,
+) -> Result<MigrationHandle<DestinationReport>, Box<dyn Error>> {
+    let channel = StreamChannel::from_fd(socket.into(), "source", &StreamOptions::default())?;
+    let memory = Box::new(machine.memory.clone());
+    let settings = DestinationSettings::default();
+    Ok(DestinationSession::over(channel, memory, Box::new(machine), settings).spawn()?)
+}
+
+pub(crate) fn main() -> Result<(), Box<dyn Error>> {
+    let (mut here, there) = (Machine::new()?, Machine::new()?);
     here.resume()?;
-    let (near, far) = std::os::unix::net::UnixStream::pair()?;
-    let channel = |fd| ramwire::transport::StreamChannel::from_fd(fd, "peer", &Default::default());
-    let (memory, control) = (Box::new(there.0.clone()), Box::new(there));
-    let (near, far) = (channel(near.into())?, channel(far.into())?);
-    let arriving = DestinationSession::over(far, memory, control, Default::default()).spawn()?;
-    let link = SourceConnection::over(near, here.0.clone());
-    let guest = SourceGuest { memory: here.0.clone(), dirty: vec![here.1.clone()], control: Box::new(here) };
-    let leaving = SourceSession::new(guest, link, SourceSettings::new(Default::default())).spawn()?;
-    while !leaving.is_finished() {
-        let now = leaving.progress();
-        println!("round {}: {} bytes left", now.rounds.len(), now.remaining);
-        let _ = (now.total_time > 30e3).then(|| leaving.cancel()); // The report tells how it ended.
-        std::thread::sleep(std::time::Duration::from_millis(20));
+    let (near, far) = UnixStream::pair()?;
+
+    let destination = receive(there, far)?;
+    let source = send(here, near)?;
+    while !source.is_finished() {
+        let progress = source.progress();
+        println!("round {}: {} bytes left", progress.rounds.len(), progress.remaining);
+        thread::sleep(Duration::from_millis(20));
     }
-    let (left, arrived) = (leaving.wait()?, arriving.wait()?);
-    println!("{:?} here, {:?} there", left.outcome, arrived.ending);
-    left.error.map_or(Ok(()), |error| Err(error.into()))
+
+    let (sent, received) = (source.wait()?, destination.wait()?);
+    println!("{:?} here, {:?} there", sent.outcome, received.ending);
+    match sent.error {
+        Some(error) => Err(error.into()),
+        None => Ok(()),
+    }
 }
