@@ -16,7 +16,7 @@ use crate::common::{
     ramwire::Ramwire,
     scratch,
 };
-use crate::qemu::{COMMANDS, Proxy, When, folder, recorded, state_of, waiting};
+use crate::qemu::{COMMANDS, Proxy, When, folder, kept, recorded, state_of, waiting};
 
 const PAGE: u64 = 4096;
 
@@ -193,12 +193,7 @@ fn flip(dir: &Path, folder: &Path, version: Version, at: u64, kind: Kind) {
         "20",
         "--dir",
     ];
-    // A flip that nobody sees lets the guest run there: from then on the folder says so, and a later attempt that fails
-    // makes that no less true. Of a guest in doubt `--destination-is-dead` has said that it runs nowhere.
-    let stays = match state_of(folder) {
-        before if before == "sent" => "sent",
-        _ => "whole",
-    };
+    let stays = kept(folder);
     let mut sender = Ramwire::start(dir, &arguments, folder);
     let (status, text) = sender.ended(Deadline::seconds(60));
     let arrived = destination.ram.clone();

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ramwire::engine::{Ending, Outcome};
 use ramwire::session::{DestinationReport, Error, SourceReport};
-use ramwire::stream::native::{Answer, GREETING, Hello, Order, Range, Unsent, hello_pong};
+use ramwire::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, Range, Unsent, hello_pong};
 use ramwire::stream::qemu::command::Command;
 use ramwire::stream::qemu::file::{Configuration, encode_configuration, encode_header};
 use ramwire::stream::qemu::return_path::Message;
@@ -271,7 +271,13 @@ fn a_source_that_speaks_out_of_turn_is_refused_with_place_and_reason() {
         order(Order::Unsent { block, why: Unsent::Unplugged, ranges: &range })
     };
     let left_out = |unsent: &[u8]| stream(&[&h, &hello, &blocks, &end, unsent]);
-    let full = |digests: &[u8]| stream(&[&h, &hello, &blocks, &end, &state(4, b"abcd"), &sent, digests]);
+    let counted = |normal: u64| {
+        let counts = [be64(normal), be64(0), be64(0)].concat();
+        order(Order::Sent { counts: &counts })
+    };
+    let loaded =
+        |orders: &[&[u8]]| stream(&[&h, &hello, &blocks, &end, &state(4, b"abcd"), &orders.concat()]);
+    let full = |digests: &[u8]| loaded(&[&counted(0), &sent, digests]);
     refused(&[
         ("HELLO for no version", odd(0, 0), &["at byte", "HELLO", "0 to 0"]),
         ("HELLO upside down", odd(9, 3), &["at byte", "HELLO", "9 to 3"]),
@@ -297,6 +303,10 @@ fn a_source_that_speaks_out_of_turn_is_refused_with_place_and_reason() {
         ("UNSENT behind its block", left_out(&unsent(0, 23, 2)), &["at byte", "UNSENT", "block0", "behind"]),
         ("UNSENT at 2^64", left_out(&unsent(0, u64::MAX, u64::MAX)), &["at byte", "UNSENT"]),
         ("UNSENT that goes around", left_out(&unsent(0, 1 << 51, 1 << 51)), &["at byte", "UNSENT"]),
+        ("SENT without HELLO", stream(&[&h, &blocks, &end, &counted(0)]), &["at byte", "SENT"]),
+        ("SENT before RAM", stream(&[&h, &hello, &blocks, &counted(0)]), &["at byte", "SENT"]),
+        ("SENT of a page that never came", loaded(&[&counted(1), &sent]), &["lost pages", "sent 1 whole"]),
+        ("STATE_SENT without SENT", loaded(&[&sent]), &["at byte", "STATE_SENT", "counts"]),
         ("digests before RAM", stream(&[&h, &hello, &digests(0, 4)]), &["RAM blocks"]),
         ("digests beyond the last", full(&digests(0, 4096)), &["at byte", "digests"]),
         ("digests from the middle", full(&digests(1, 1)), &["at byte", "digests"]),
@@ -362,10 +372,10 @@ fn floods_end_and_take_no_memory() {
 
 /// What a hostile destination says first.
 fn greeting() -> Vec<u8> {
-    let hello = Hello { max_version: 1, ..Hello::ours(ID, true) };
+    let hello = Hello::ours(ID, true);
     let answers = [
         Message::Pong(GREETING),
-        Message::Pong(hello_pong(1)),
+        Message::Pong(hello_pong(MAX_VERSION)),
         Message::Pong(1),
         Message::Native(Answer::Hello(hello)),
     ];
@@ -414,8 +424,8 @@ fn a_destination_that_lies_is_refused_and_the_guest_runs_on() {
         ("message of no kind", stream(&[&g, &[0, 99, 0, 0]]), &["at byte", "99"]),
         ("HELLO of version 7", hello(7, ID, true), &["version 7"]),
         ("HELLO of version 0", hello(0, ID, true), &["version 0"]),
-        ("HELLO of another migration", hello(1, [0; 16], true), &["HELLO"]),
-        ("HELLO without the digest", hello(1, ID, false), &["HELLO"]),
+        ("HELLO of another migration", hello(MAX_VERSION, [0; 16], true), &["HELLO"]),
+        ("HELLO without the digest", hello(MAX_VERSION, ID, false), &["HELLO"]),
         ("success before anything was sent", said(&Message::Shut { status: 0 }), &["Shut"]),
         ("failure", stream(&[&g, &said(&Message::Shut { status: 3 })]), &["status 3"]),
         ("RUNNING before COMMIT", stream(&[&g, &said(&Message::Native(Answer::Running))]), &["Running"]),

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::{fs, thread};
 
-use ramwire::stream::native::{Answer, GREETING, Hello, hello_pong};
+use ramwire::stream::native::{Answer, GREETING, Hello, MAX_VERSION, hello_pong};
 use ramwire::stream::qemu::return_path::Message;
 use rustix::process::Signal;
 
@@ -44,7 +44,8 @@ fn silent_after(says: Says, listener: &TcpListener) -> bool {
         // An order may lie across two reads.
         let news = &heard[heard.len().saturating_sub(got + 64)..];
         if turn == 0 {
-            say(&mut source, &[Message::Pong(GREETING), Message::Pong(hello_pong(1)), Message::Pong(1)]);
+            let pongs = [GREETING, hello_pong(MAX_VERSION), 1].map(Message::Pong);
+            say(&mut source, &pongs);
             turn = 1;
         }
         // HELLO: type, number, length, two versions, the id, a flag.
