@@ -1,9 +1,63 @@
 //! `ramwire` moves the RAM of a running virtual machine to another host, in QEMU's own migration stream. Either end may
-//! be a stock QEMU.
+//! be a stock QEMU (7.2 and 10.0 are tested).
 //!
 //! A VMM hands over its guest's memory ([`guest::GuestMemory`]), what knows of writes to it ([`guest::DirtySource`]), its
 //! control ([`guest::GuestControl`]) and a connection ([`transport`]), and gets a handle
-//! ([`session::MigrationHandle`]). `docs/examples/embed.rs` is a whole example.
+//! ([`session::MigrationHandle`]). Dirty pages are sent in rounds while the guest runs; then it is paused, the rest is sent, and
+//! ownership passes to the destination at one moment. Before it every failure leaves the guest running at its source.
+//!
+//! # A migration in one process
+//!
+//! ```
+//! use std::os::unix::net::UnixStream;
+//! use std::sync::Arc;
+//!
+//! use ramwire::engine::{Ending, Outcome};
+//! use ramwire::guest::{GuestControl, MappedGuest};
+//! use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
+//! use ramwire::ram::{BlockName, RamBlock};
+//! use ramwire::session::{
+//!     DestinationSession, DestinationSettings, SourceConnection, SourceGuest, SourceSession, SourceSettings,
+//! };
+//! use ramwire::sys::Mapping;
+//! use ramwire::transport::{StreamChannel, StreamOptions};
+//! use ramwire::units::PageSize;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Guest RAM at each end: one block, named as both ends know it. A VMM names the memory that it has mapped.
+//! let memory = || -> Result<_, Box<dyn std::error::Error>> {
+//!     let block = RamBlock::new(BlockName::new("pc.ram")?, 16 << 20);
+//!     let mapping = Mapping::memfd("pc.ram", 16 << 20)?;
+//!     Ok(Arc::new(MappedGuest::builder(PageSize::SIZE_4K).mapping(block, &mapping).build()?))
+//! };
+//! // Guests without a machine: threads that write pages. A VMM implements `GuestControl`.
+//! let mut here = SyntheticGuest::filled(memory()?, SyntheticConfig::default())?;
+//! let mut there = SyntheticGuest::empty(memory()?);
+//! here.resume()?;
+//!
+//! let (near, far) = UnixStream::pair()?;
+//! let channel = |socket: UnixStream| StreamChannel::from_fd(socket.into(), "peer", &StreamOptions::default());
+//!
+//! let (ram, control) = (Box::new(there.memory().clone()), Box::new(there.clone()));
+//! let arriving = DestinationSession::over(channel(far)?, ram, control, DestinationSettings::default()).spawn()?;
+//!
+//! let connection = SourceConnection::over(channel(near)?, here.memory().clone());
+//! let guest = SourceGuest { memory: here.memory().clone(), dirty: vec![here.software()], control: Box::new(here) };
+//! let leaving = SourceSession::new(guest, connection, SourceSettings::default()).spawn()?;
+//!
+//! assert_eq!(leaving.wait()?.outcome, Outcome::Completed);
+//! assert_eq!(arriving.wait()?.ending, Ending::Running);
+//! there.pause()?;
+//! let found = there.verify()?; // every page, against what the guest had written
+//! assert!(found.is_whole(), "{found:?}");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! `docs/examples/embed.rs` shows a VMM with its own memory, dirty bitmap and control; `docs/examples/tiny-vmm` one with KVM;
+//! `docs/embedding.md` what a VMM must keep to.
+//!
+//! # The parts
 //!
 //! The modules lie in layers; imports point to lower layers only, which `ci/layers` checks.
 //!
@@ -19,6 +73,30 @@
 //! | 1 | [`observe`] | counters, histograms, statistics |
 //! | 0 | [`sys`] | the kernel; the only unsafe code |
 //! | 0 | [`error`], [`units`] | errors and remedies; numbers with units |
+//!
+//! # What is stable
+//!
+//! The stream is: what goes to a QEMU is QEMU's, and two ramwires of different versions agree by the greeting. The API is
+//! not before 1.0. A VMM needs [`session`], [`guest`], [`transport`], [`ram`], [`observe`], [`error`] and [`units`]; they change
+//! least. [`engine`], [`page`], [`stream`] and [`sys`] are public for tests and tools and change whenever the work needs it.
+//! Settings, options, figures and most enums are `#[non_exhaustive]`: take the default and set fields, and match with a
+//! rest. `docs/api/` lists every public item; a change of it is seen in a diff.
+//!
+//! # Features
+//!
+//! | feature | adds | building it needs |
+//! |---------|------|-------------------|
+//! | `kvm` | KVM's dirty log and dirty rings as dirty sources | |
+//! | `rdma` | the `rdma:` transport; librdmacm and libibverbs are loaded at run time | cmake, a C compiler, libclang |
+//! | `vm-memory` | RAM blocks over the memory of rust-vmm's `vm-memory` | |
+//! | `cli` | the command `ramwire`; nothing of the library | |
+//!
+//! All are on by default; an embedder turns `cli` off. Every build needs libclang, for the bindings of userfaultfd.
+//!
+//! # Platforms
+//!
+//! Linux on x86-64 with glibc is built and tested. aarch64 is not tested; `kvm`'s example guests are x86-64 code. musl is not
+//! supported with `rdma`: a statically linked program can't load libraries.
 
 pub mod engine;
 pub mod error;

@@ -100,6 +100,13 @@ pub struct SourceSettings {
     pub spawner: Spawner,
 }
 
+impl Default for SourceSettings {
+    /// The defaults for a guest whose machine has no name.
+    fn default() -> Self {
+        Self::new(Configuration::default())
+    }
+}
+
 impl SourceSettings {
     /// The defaults for a guest of this machine.
     pub fn new(configuration: Configuration) -> Self {
