@@ -11,9 +11,9 @@
 //! The guest never runs here before the source gave it away: without COMMIT (towards a QEMU: without the
 //! last byte of its device state) every end discards what arrived.
 
-/// A fact told to the engine.
+/// An input told to the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Arrived {
+pub enum Input {
     /// The source said HELLO.
     Hello {
         /// It will send a digest.
@@ -31,7 +31,7 @@ pub enum Arrived {
     Digests,
     /// The guest is ours.
     Commit,
-    /// The last [`Deed`] is done.
+    /// The last [`Action`] is done.
     Done,
     /// It failed, or the stream did.
     Failed,
@@ -41,7 +41,7 @@ pub enum Arrived {
 
 /// What the session is to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Deed {
+pub enum Action {
     /// Read on.
     Receive,
     /// Make our own digest of RAM and state; the source makes its own at the same time.
@@ -57,13 +57,13 @@ pub enum Deed {
     /// All pages are here: wait until that thread has started the guest.
     AwaitGuest,
     /// Tell the source that COMMIT may come.
-    SayReady,
+    SendReady,
     /// Let the guest run.
     Resume,
     /// Tell the source that the guest runs: RUNNING or SHUT(0).
-    SayRunning,
+    SendRunning,
     /// Tell the source that it failed, as far as it can be told.
-    SayFailed,
+    SendFailed,
     /// Nothing more to do.
     Finish(Ending),
 }
@@ -84,7 +84,7 @@ pub enum Ending {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+enum Phase {
     Receiving,
     Digesting,
     AwaitingDigests,
@@ -94,10 +94,10 @@ enum Stage {
     Filling,
     Recovering,
     AwaitingGuest,
-    SayingReady,
+    SendingReady,
     AwaitingCommit,
     Resuming,
-    SayingRunning,
+    SendingRunning,
     Keeping,
     Failing(Ending),
     Ended(Ending),
@@ -106,7 +106,7 @@ enum Stage {
 /// The destination's state machine.
 #[derive(Debug)]
 pub struct DestinationEngine {
-    stage: Stage,
+    phase: Phase,
     native: bool,
     digest: bool,
     digests_here: bool,
@@ -117,7 +117,7 @@ pub struct DestinationEngine {
 impl Default for DestinationEngine {
     fn default() -> Self {
         Self {
-            stage: Stage::Receiving,
+            phase: Phase::Receiving,
             native: false,
             digest: false,
             digests_here: false,
@@ -145,75 +145,75 @@ impl DestinationEngine {
 
     /// True while the source alone decides: READY was said, or the guest was given away.
     pub fn is_bound(&self) -> bool {
-        self.committed || matches!(self.stage, Stage::SayingReady | Stage::AwaitingCommit)
+        self.committed || matches!(self.phase, Phase::SendingReady | Phase::AwaitingCommit)
     }
 
-    /// True if `fact` binds: the last moment for a cancel is in front of it.
-    pub fn binds(&self, fact: Arrived) -> bool {
-        match fact {
-            Arrived::Tail | Arrived::Package => self.stage == Stage::Receiving,
-            Arrived::Done => self.stage == Stage::Loading && self.native,
+    /// True if `input` binds: the last moment for a cancel is in front of it.
+    pub fn binds(&self, input: Input) -> bool {
+        match input {
+            Input::Tail | Input::Package => self.phase == Phase::Receiving,
+            Input::Done => self.phase == Phase::Loading && self.native,
             _ => false,
         }
     }
 
-    /// Takes a fact, answers with what to do. A fact out of turn (a peer's doing) is a failure.
-    pub fn handle(&mut self, fact: Arrived) -> Deed {
-        match (self.stage, fact) {
-            (Stage::Failing(ending), _) => self.go(Stage::Ended(ending), Deed::Finish(ending)),
-            (Stage::Ended(ending), _) => Deed::Finish(ending),
-            (Stage::Receiving, Arrived::Hello { digest }) => {
+    /// Takes an input, answers with what to do. An input out of turn (a peer's doing) is a failure.
+    pub fn handle(&mut self, input: Input) -> Action {
+        match (self.phase, input) {
+            (Phase::Failing(ending), _) => self.go(Phase::Ended(ending), Action::Finish(ending)),
+            (Phase::Ended(ending), _) => Action::Finish(ending),
+            (Phase::Receiving, Input::Hello { digest }) => {
                 (self.native, self.digest) = (true, digest);
-                Deed::Receive
+                Action::Receive
             }
-            (Stage::Receiving, Arrived::Tail) if !self.native => {
+            (Phase::Receiving, Input::Tail) if !self.native => {
                 // The source has sent the byte that commits: from here on it does not resume by itself.
                 self.committed = true;
-                self.go(Stage::Loading, Deed::LoadState)
+                self.go(Phase::Loading, Action::LoadState)
             }
-            (Stage::Receiving, Arrived::Package) => {
+            (Phase::Receiving, Input::Package) => {
                 self.committed = true;
-                self.go(Stage::Listening, Deed::Listen)
+                self.go(Phase::Listening, Action::Listen)
             }
-            (Stage::Listening, Arrived::Done) => self.go(Stage::Filling, Deed::Receive),
-            (Stage::Filling, Arrived::Tail) => self.go(Stage::AwaitingGuest, Deed::AwaitGuest),
-            (Stage::AwaitingGuest, Arrived::Done) => self.go(Stage::SayingRunning, Deed::SayRunning),
+            (Phase::Listening, Input::Done) => self.go(Phase::Filling, Action::Receive),
+            (Phase::Filling, Input::Tail) => self.go(Phase::AwaitingGuest, Action::AwaitGuest),
+            (Phase::AwaitingGuest, Input::Done) => self.go(Phase::SendingRunning, Action::SendRunning),
             // The source never resumes after it gave the guest away, and the guest runs here: nobody is told of a failure.
-            (Stage::Filling | Stage::Recovering, Arrived::Lost) if self.recoverable => {
-                self.go(Stage::Recovering, Deed::AwaitRecovery)
+            (Phase::Filling | Phase::Recovering, Input::Lost) if self.recoverable => {
+                self.go(Phase::Recovering, Action::AwaitRecovery)
             }
-            (Stage::Recovering, Arrived::Done) => self.go(Stage::Filling, Deed::Receive),
-            (Stage::Filling | Stage::Recovering | Stage::AwaitingGuest, Arrived::Lost) => {
-                self.go(Stage::Ended(Ending::Incomplete), Deed::Finish(Ending::Incomplete))
+            (Phase::Recovering, Input::Done) => self.go(Phase::Filling, Action::Receive),
+            (Phase::Filling | Phase::Recovering | Phase::AwaitingGuest, Input::Lost) => {
+                self.go(Phase::Ended(Ending::Incomplete), Action::Finish(Ending::Incomplete))
             }
-            (Stage::Receiving, Arrived::StateSent) if self.native && self.digest => {
-                self.go(Stage::Digesting, Deed::MakeDigest)
+            (Phase::Receiving, Input::StateSent) if self.native && self.digest => {
+                self.go(Phase::Digesting, Action::MakeDigest)
             }
-            (Stage::Receiving, Arrived::StateSent) if self.native => self.go(Stage::Loading, Deed::LoadState),
-            (Stage::Receiving | Stage::Digesting, Arrived::Digests) if self.digest => {
+            (Phase::Receiving, Input::StateSent) if self.native => self.go(Phase::Loading, Action::LoadState),
+            (Phase::Receiving | Phase::Digesting, Input::Digests) if self.digest => {
                 self.digests_here = true;
-                Deed::Receive
+                Action::Receive
             }
-            (Stage::Digesting, Arrived::Done) if self.digests_here => {
-                self.go(Stage::Comparing, Deed::CompareDigest)
+            (Phase::Digesting, Input::Done) if self.digests_here => {
+                self.go(Phase::Comparing, Action::CompareDigest)
             }
-            (Stage::Digesting, Arrived::Done) => self.go(Stage::AwaitingDigests, Deed::Receive),
-            (Stage::AwaitingDigests, Arrived::Digests) => self.go(Stage::Comparing, Deed::CompareDigest),
-            (Stage::Comparing, Arrived::Done) => self.go(Stage::Loading, Deed::LoadState),
-            (Stage::Loading, Arrived::Done) if self.native => self.go(Stage::SayingReady, Deed::SayReady),
-            (Stage::Loading, Arrived::Done) => self.go(Stage::Resuming, Deed::Resume),
-            (Stage::SayingReady, Arrived::Done) => self.go(Stage::AwaitingCommit, Deed::Receive),
-            (Stage::AwaitingCommit, Arrived::Commit) => {
+            (Phase::Digesting, Input::Done) => self.go(Phase::AwaitingDigests, Action::Receive),
+            (Phase::AwaitingDigests, Input::Digests) => self.go(Phase::Comparing, Action::CompareDigest),
+            (Phase::Comparing, Input::Done) => self.go(Phase::Loading, Action::LoadState),
+            (Phase::Loading, Input::Done) if self.native => self.go(Phase::SendingReady, Action::SendReady),
+            (Phase::Loading, Input::Done) => self.go(Phase::Resuming, Action::Resume),
+            (Phase::SendingReady, Input::Done) => self.go(Phase::AwaitingCommit, Action::Receive),
+            (Phase::AwaitingCommit, Input::Commit) => {
                 self.committed = true;
-                self.go(Stage::Resuming, Deed::Resume)
+                self.go(Phase::Resuming, Action::Resume)
             }
             // A QEMU that is told of a failure lets its guest run, and ours may: it is told that the guest is here.
-            (Stage::Resuming, Arrived::MayRun) if !self.native => self.go(Stage::Keeping, Deed::SayRunning),
-            (Stage::Keeping, _) => self.go(Stage::Ended(Ending::Stranded), Deed::Finish(Ending::Stranded)),
-            (Stage::Resuming, Arrived::Done) => self.go(Stage::SayingRunning, Deed::SayRunning),
+            (Phase::Resuming, Input::MayRun) if !self.native => self.go(Phase::Keeping, Action::SendRunning),
+            (Phase::Keeping, _) => self.go(Phase::Ended(Ending::Stranded), Action::Finish(Ending::Stranded)),
+            (Phase::Resuming, Input::Done) => self.go(Phase::SendingRunning, Action::SendRunning),
             // The guest runs here: that the source could not be told changes nothing about it.
-            (Stage::SayingRunning, _) => {
-                self.go(Stage::Ended(Ending::Running), Deed::Finish(Ending::Running))
+            (Phase::SendingRunning, _) => {
+                self.go(Phase::Ended(Ending::Running), Action::Finish(Ending::Running))
             }
             _ => self.fail(),
         }
@@ -221,21 +221,21 @@ impl DestinationEngine {
 
     /// After the package, and before the guest was started.
     fn misses_pages(&self) -> bool {
-        matches!(self.stage, Stage::Listening | Stage::Filling | Stage::AwaitingGuest)
+        matches!(self.phase, Phase::Listening | Phase::Filling | Phase::AwaitingGuest)
     }
 
     /// A QEMU is told by SHUT(1) and resumes its guest, so what arrived is discarded although its last byte
     /// came. A ramwire never resumes after COMMIT: then the only copy may be ours. Where pages are missing it can't be, and
     /// a ramwire resumes as a QEMU does.
-    fn fail(&mut self) -> Deed {
+    fn fail(&mut self) -> Action {
         let stranded = self.native && self.committed && !self.misses_pages();
         let ending = if stranded { Ending::Stranded } else { Ending::Discarded };
-        self.go(Stage::Failing(ending), Deed::SayFailed)
+        self.go(Phase::Failing(ending), Action::SendFailed)
     }
 
-    fn go(&mut self, stage: Stage, deed: Deed) -> Deed {
-        self.stage = stage;
-        deed
+    fn go(&mut self, phase: Phase, action: Action) -> Action {
+        self.phase = phase;
+        action
     }
 }
 
@@ -243,115 +243,115 @@ impl DestinationEngine {
 mod tests {
     use super::*;
 
-    const NATIVE: [(Arrived, Deed); 10] = [
-        (Arrived::Hello { digest: true }, Deed::Receive),
-        (Arrived::StateSent, Deed::MakeDigest),
-        (Arrived::Done, Deed::Receive),
-        (Arrived::Digests, Deed::CompareDigest),
-        (Arrived::Done, Deed::LoadState),
-        (Arrived::Done, Deed::SayReady),
-        (Arrived::Done, Deed::Receive),
-        (Arrived::Commit, Deed::Resume),
-        (Arrived::Done, Deed::SayRunning),
-        (Arrived::Done, Deed::Finish(Ending::Running)),
+    const NATIVE: [(Input, Action); 10] = [
+        (Input::Hello { digest: true }, Action::Receive),
+        (Input::StateSent, Action::MakeDigest),
+        (Input::Done, Action::Receive),
+        (Input::Digests, Action::CompareDigest),
+        (Input::Done, Action::LoadState),
+        (Input::Done, Action::SendReady),
+        (Input::Done, Action::Receive),
+        (Input::Commit, Action::Resume),
+        (Input::Done, Action::SendRunning),
+        (Input::Done, Action::Finish(Ending::Running)),
     ];
 
     #[test]
     fn the_guest_runs_here_only_after_commit() {
         for fault_at in 0..NATIVE.len() {
             let mut engine = DestinationEngine::default();
-            for (fact, deed) in &NATIVE[..fault_at] {
-                assert_eq!(engine.handle(*fact), *deed);
+            for (input, action) in &NATIVE[..fault_at] {
+                assert_eq!(engine.handle(*input), *action);
             }
             let ended = if fault_at == 9 {
-                assert_eq!(engine.handle(Arrived::Failed), Deed::Finish(Ending::Running));
-                Deed::Finish(Ending::Running)
+                assert_eq!(engine.handle(Input::Failed), Action::Finish(Ending::Running));
+                Action::Finish(Ending::Running)
             } else {
-                assert_eq!(engine.handle(Arrived::Failed), Deed::SayFailed, "step {fault_at}");
+                assert_eq!(engine.handle(Input::Failed), Action::SendFailed, "step {fault_at}");
                 let ending = if fault_at > 7 { Ending::Stranded } else { Ending::Discarded };
-                assert_eq!(engine.handle(Arrived::Done), Deed::Finish(ending), "step {fault_at}");
-                Deed::Finish(ending)
+                assert_eq!(engine.handle(Input::Done), Action::Finish(ending), "step {fault_at}");
+                Action::Finish(ending)
             };
-            assert_eq!(engine.handle(Arrived::Commit), ended, "nothing starts it afterwards");
+            assert_eq!(engine.handle(Input::Commit), ended, "nothing starts it afterwards");
         }
     }
 
     #[test]
     fn a_guest_that_may_run_here_is_not_let_run_at_the_source() {
         let mut qemu = DestinationEngine::default();
-        assert_eq!(qemu.handle(Arrived::Tail), Deed::LoadState);
-        assert_eq!(qemu.handle(Arrived::Done), Deed::Resume);
-        assert_eq!(qemu.handle(Arrived::MayRun), Deed::SayRunning, "no SHUT(1)");
-        assert_eq!(qemu.handle(Arrived::Failed), Deed::Finish(Ending::Stranded));
+        assert_eq!(qemu.handle(Input::Tail), Action::LoadState);
+        assert_eq!(qemu.handle(Input::Done), Action::Resume);
+        assert_eq!(qemu.handle(Input::MayRun), Action::SendRunning, "no SHUT(1)");
+        assert_eq!(qemu.handle(Input::Failed), Action::Finish(Ending::Stranded));
         let mut native = DestinationEngine::default();
-        NATIVE[..8].iter().for_each(|(fact, deed)| assert_eq!(native.handle(*fact), *deed));
-        assert_eq!(native.handle(Arrived::MayRun), Deed::SayFailed, "a ramwire never resumes after COMMIT");
-        assert_eq!(native.handle(Arrived::Done), Deed::Finish(Ending::Stranded));
+        NATIVE[..8].iter().for_each(|(input, action)| assert_eq!(native.handle(*input), *action));
+        assert_eq!(native.handle(Input::MayRun), Action::SendFailed, "a ramwire never resumes after COMMIT");
+        assert_eq!(native.handle(Input::Done), Action::Finish(Ending::Stranded));
     }
 
     /// Before the guest is started a failure leaves it whole at the source; afterwards nobody is told to go on.
     #[test]
     fn p8_a_postcopy_that_fails_before_the_start_is_given_back_and_never_after_it() {
         let mut native = DestinationEngine::default();
-        native.handle(Arrived::Hello { digest: false });
-        assert_eq!(native.handle(Arrived::Package), Deed::Listen);
-        assert_eq!(native.handle(Arrived::Failed), Deed::SayFailed);
-        assert_eq!(native.handle(Arrived::Done), Deed::Finish(Ending::Discarded));
+        native.handle(Input::Hello { digest: false });
+        assert_eq!(native.handle(Input::Package), Action::Listen);
+        assert_eq!(native.handle(Input::Failed), Action::SendFailed);
+        assert_eq!(native.handle(Input::Done), Action::Finish(Ending::Discarded));
         let steps = [
-            (Arrived::Package, Deed::Listen),
-            (Arrived::Done, Deed::Receive),
-            (Arrived::Tail, Deed::AwaitGuest),
-            (Arrived::Done, Deed::SayRunning),
-            (Arrived::Done, Deed::Finish(Ending::Running)),
+            (Input::Package, Action::Listen),
+            (Input::Done, Action::Receive),
+            (Input::Tail, Action::AwaitGuest),
+            (Input::Done, Action::SendRunning),
+            (Input::Done, Action::Finish(Ending::Running)),
         ];
         let after = |count: usize| {
             let mut engine = DestinationEngine::default();
-            steps[..count].iter().for_each(|(fact, deed)| assert_eq!(engine.handle(*fact), *deed));
+            steps[..count].iter().for_each(|(input, action)| assert_eq!(engine.handle(*input), *action));
             engine
         };
-        assert_eq!(after(5).handle(Arrived::Failed), Deed::Finish(Ending::Running));
+        assert_eq!(after(5).handle(Input::Failed), Action::Finish(Ending::Running));
         for count in 0..4 {
             let mut engine = after(count);
             assert_eq!(engine.is_committed(), count > 0);
-            assert_eq!(engine.handle(Arrived::Failed), Deed::SayFailed, "after {count} steps");
-            assert_eq!(engine.handle(Arrived::Done), Deed::Finish(Ending::Discarded));
+            assert_eq!(engine.handle(Input::Failed), Action::SendFailed, "after {count} steps");
+            assert_eq!(engine.handle(Input::Done), Action::Finish(Ending::Discarded));
         }
         let mut engine = after(2);
         engine.set_recoverable(true);
         for _ in 0..3 {
-            assert_eq!(engine.handle(Arrived::Lost), Deed::AwaitRecovery, "again and again");
-            assert_eq!(engine.handle(Arrived::Lost), Deed::AwaitRecovery, "while it waits, too");
-            assert_eq!(engine.handle(Arrived::Done), Deed::Receive);
+            assert_eq!(engine.handle(Input::Lost), Action::AwaitRecovery, "again and again");
+            assert_eq!(engine.handle(Input::Lost), Action::AwaitRecovery, "while it waits, too");
+            assert_eq!(engine.handle(Input::Done), Action::Receive);
         }
         engine.set_recoverable(false);
-        assert_eq!(engine.handle(Arrived::Lost), Deed::Finish(Ending::Incomplete));
+        assert_eq!(engine.handle(Input::Lost), Action::Finish(Ending::Incomplete));
         for count in 2..4 {
             assert_eq!(
-                after(count).handle(Arrived::Lost),
-                Deed::Finish(Ending::Incomplete),
+                after(count).handle(Input::Lost),
+                Action::Finish(Ending::Incomplete),
                 "after {count} steps"
             );
         }
     }
 
     #[test]
-    fn a_fact_out_of_turn_is_a_failure() {
-        let all = [Arrived::Tail, Arrived::StateSent, Arrived::Digests, Arrived::Commit, Arrived::Done];
-        for fact in all.into_iter().filter(|fact| *fact != Arrived::Tail) {
-            assert_eq!(DestinationEngine::default().handle(fact), Deed::SayFailed, "{fact:?}");
+    fn an_input_out_of_turn_is_a_failure() {
+        let all = [Input::Tail, Input::StateSent, Input::Digests, Input::Commit, Input::Done];
+        for input in all.into_iter().filter(|input| *input != Input::Tail) {
+            assert_eq!(DestinationEngine::default().handle(input), Action::SendFailed, "{input:?}");
         }
         let mut native = DestinationEngine::default();
-        native.handle(Arrived::Hello { digest: false });
-        assert_eq!(native.handle(Arrived::Tail), Deed::SayFailed);
+        native.handle(Input::Hello { digest: false });
+        assert_eq!(native.handle(Input::Tail), Action::SendFailed);
     }
 
     #[test]
     fn a_qemu_commits_with_its_last_byte() {
         let mut engine = DestinationEngine::default();
-        assert_eq!(engine.handle(Arrived::Tail), Deed::LoadState);
+        assert_eq!(engine.handle(Input::Tail), Action::LoadState);
         assert!(engine.is_committed());
-        assert_eq!(engine.handle(Arrived::Done), Deed::Resume);
-        assert_eq!(engine.handle(Arrived::Done), Deed::SayRunning);
-        assert_eq!(engine.handle(Arrived::Failed), Deed::Finish(Ending::Running));
+        assert_eq!(engine.handle(Input::Done), Action::Resume);
+        assert_eq!(engine.handle(Input::Done), Action::SendRunning);
+        assert_eq!(engine.handle(Input::Failed), Action::Finish(Ending::Running));
     }
 }

@@ -4,7 +4,7 @@
 //! with one thing to do ([`Action`]); time is an argument. Who does it is the session's business, so that a
 //! whole migration, with faults, runs in a unit test under a seed.
 
-mod destination;
+pub mod destination;
 mod handover;
 mod loss;
 mod pace;
@@ -16,7 +16,7 @@ mod relay;
 mod source;
 mod throttle;
 
-pub use destination::{Arrived, Deed, DestinationEngine, Ending};
+pub use destination::{DestinationEngine, Ending};
 pub use handover::{Handover, Outcome, Reason};
 pub use loss::{ChannelMismatch, LostPages, agree_on_channels, compare_counts};
 pub use pace::{BandwidthLimit, Pace};

@@ -16,7 +16,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::engine::{Arrived, Deed, DestinationEngine, Ending};
+use crate::engine::destination::{Action, Input};
+use crate::engine::{DestinationEngine, Ending};
 use crate::error::{Chain, Remedy};
 use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange, PageObserver};
 use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
@@ -341,32 +342,32 @@ impl DestinationSession {
         };
         let mut reader = StreamReader::new(config);
         self.statistics.update(|s| s.status = Status::Setup);
-        let mut deed = Deed::Receive;
+        let mut action = Action::Receive;
         let ending = loop {
-            if let Deed::Finish(ending) = deed {
+            if let Action::Finish(ending) = action {
                 break ending;
             }
-            tracing::trace!(?deed, at = reader.at, "perform");
-            let fact = self.perform_guarded(deed, &mut reader).unwrap_or_else(|error| {
+            tracing::trace!(?action, at = reader.at, "perform");
+            let input = self.perform_guarded(action, &mut reader).unwrap_or_else(|error| {
                 // The kernel's answer for memory that it has lost names no block.
                 let error = self.lost_memory().err().unwrap_or(error);
                 let error = self.postcopy_failure(error);
                 tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
                 self.error.get_or_insert(error);
-                if self.guest_is_ours() { Arrived::Lost } else { Arrived::Failed }
+                if self.guest_is_ours() { Input::Lost } else { Input::Failed }
             });
             self.engine.set_recoverable(self.may_recover());
             // A cancel comes before this step or after it, never in between: the step may bind us.
             let commitment = Arc::clone(&self.commitment);
-            deed = commitment.decide(|| {
-                let fact = self.unless_cancelled(fact);
-                let deed = self.engine.handle(fact);
-                (deed, self.engine.is_bound())
+            action = commitment.decide(|| {
+                let input = self.unless_cancelled(input);
+                let action = self.engine.handle(input);
+                (action, self.engine.is_bound())
             });
-            if deed == Deed::SayFailed {
+            if action == Action::SendFailed {
                 self.error.get_or_insert_with(|| {
                     let at = reader.stream.position();
-                    out_of_turn(&format!("{fact:?}"), "something else was due").at(at)
+                    out_of_turn(&format!("{input:?}"), "something else was due").at(at)
                 });
             }
             if self.engine.is_committed() {
@@ -378,17 +379,17 @@ impl DestinationSession {
     }
 
     /// A panic of the embedder's code is a failure of the step.
-    fn perform_guarded(&mut self, deed: Deed, reader: &mut StreamReader) -> Result<Arrived, Error> {
+    fn perform_guarded(&mut self, action: Action, reader: &mut StreamReader) -> Result<Input, Error> {
         if self.breakage.is(Breakage::DieOfPanic) {
-            return self.perform(deed, reader);
+            return self.perform(action, reader);
         }
-        guarded("receiving the guest", || self.perform(deed, reader)).unwrap_or_else(Err)
+        guarded("receiving the guest", || self.perform(action, reader)).unwrap_or_else(Err)
     }
 
     /// Lets the guest run. A start that panics may have begun: the guest is stopped again before anybody is told.
-    fn start_guest(&mut self) -> Result<Arrived, Error> {
+    fn start_guest(&mut self) -> Result<Input, Error> {
         let panic = match guarded("starting the guest", || self.control.resume()) {
-            Ok(Ok(())) => return Ok(Arrived::Done),
+            Ok(Ok(())) => return Ok(Input::Done),
             Ok(Err(source)) => return Err(Error::Control { what: "resume", source }),
             Err(panic) => panic,
         };
@@ -399,16 +400,16 @@ impl DestinationSession {
         }
         tracing::error!(error = %panic, "whether the guest runs here is not known");
         self.error.get_or_insert(panic);
-        Ok(Arrived::MayRun)
+        Ok(Input::MayRun)
     }
 
     /// The last moment for a cancel that no wait has seen.
-    fn unless_cancelled(&mut self, fact: Arrived) -> Arrived {
-        if !self.engine.binds(fact) || !self.cancel.is_cancelled() {
-            return fact;
+    fn unless_cancelled(&mut self, input: Input) -> Input {
+        if !self.engine.binds(input) || !self.cancel.is_cancelled() {
+            return input;
         }
         self.error.get_or_insert(Error::Cancelled);
-        Arrived::Failed
+        Input::Failed
     }
 
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
@@ -445,11 +446,11 @@ impl DestinationSession {
         }
     }
 
-    fn perform(&mut self, deed: Deed, reader: &mut StreamReader) -> Result<Arrived, Error> {
-        match deed {
-            Deed::Receive => return self.receive(reader),
-            Deed::MakeDigest => self.ours = Some(self.at_work(Self::make_digest)?),
-            Deed::CompareDigest => {
+    fn perform(&mut self, action: Action, reader: &mut StreamReader) -> Result<Input, Error> {
+        match action {
+            Action::Receive => return self.receive(reader),
+            Action::MakeDigest => self.ours = Some(self.at_work(Self::make_digest)?),
+            Action::CompareDigest => {
                 let theirs = Digest(std::mem::take(&mut self.theirs));
                 if let Some(ours) = self.ours.take() {
                     let ours = if self.breakage.is(Breakage::SkipComparing) { theirs.clone() } else { ours };
@@ -457,7 +458,7 @@ impl DestinationSession {
                     self.verified = true;
                 }
             }
-            Deed::LoadState => {
+            Action::LoadState => {
                 // A decompressor tells only at its end that what it gave out was damaged.
                 self.source.ended_well(&self.stop)?;
                 self.lost_memory()?;
@@ -468,10 +469,10 @@ impl DestinationSession {
                 let loaded = self.at_work(|session| session.control.load_devices(&mut &session.state[..]));
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
-            Deed::Listen => self.listen()?,
-            Deed::AwaitRecovery => self.await_recovery(reader)?,
-            Deed::AwaitGuest => self.await_guest()?,
-            Deed::SayReady => {
+            Action::Listen => self.listen()?,
+            Action::AwaitRecovery => self.await_recovery(reader)?,
+            Action::AwaitGuest => self.await_guest()?,
+            Action::SendReady => {
                 // From here on the source may give the guest away at any moment: a cancel could only leave
                 // it in doubt. What ends the wait is its word, the connection's end, or time.
                 let time = self.settings.finish_timeout;
@@ -483,16 +484,16 @@ impl DestinationSession {
                     let _ = self.control.resume();
                 }
             }
-            Deed::Resume => {
+            Action::Resume => {
                 self.revoke_rounds();
                 return self.start_guest();
             }
-            Deed::SayRunning if self.engine.is_native() => self.say(Message::Native(Answer::Running))?,
-            Deed::SayRunning => self.say(Message::Shut { status: 0 })?,
-            Deed::SayFailed => self.say_failed()?,
-            Deed::Finish(_) => {}
+            Action::SendRunning if self.engine.is_native() => self.say(Message::Native(Answer::Running))?,
+            Action::SendRunning => self.say(Message::Shut { status: 0 })?,
+            Action::SendFailed => self.say_failed()?,
+            Action::Finish(_) => {}
         }
-        Ok(Arrived::Done)
+        Ok(Input::Done)
     }
 
     fn make_digest(&mut self) -> Result<Digest, Error> {

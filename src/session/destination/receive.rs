@@ -1,6 +1,6 @@
 //! What a destination hears: the stream's bytes, event by event, and the source's words.
 
-use crate::engine::Arrived;
+use crate::engine::destination::Input;
 use crate::error::Remedy;
 use crate::observe::{PageCounts, Status};
 use crate::ram::RamBlock;
@@ -24,7 +24,7 @@ use crate::session::{Error, shared_blocks};
 
 impl DestinationSession {
     /// Reads until something is to be decided.
-    pub(super) fn receive(&mut self, reader: &mut StreamReader) -> Result<Arrived, Error> {
+    pub(super) fn receive(&mut self, reader: &mut StreamReader) -> Result<Input, Error> {
         // The last thing was a page, so more of them follow. Not in the last section: the source's guest waits for its end.
         let mut bulk = false;
         loop {
@@ -49,13 +49,13 @@ impl DestinationSession {
                         Event::Command(_) => self.between_rounds,
                         _ => false,
                     };
-                    let fact = self.take(event, raw, seen).map_err(|error| error.at(at))?;
+                    let input = self.take(event, raw, seen).map_err(|error| error.at(at))?;
                     *start += consumed;
-                    if let Some(fact) = fact {
-                        if fact == Arrived::Tail {
+                    if let Some(input) = input {
+                        if input == Input::Tail {
                             self.state.extend_from_slice(stream.tail().bytes());
                         }
-                        return Ok(fact);
+                        return Ok(input);
                     }
                 }
                 Step::NeedMore { consumed, needed } => {
@@ -110,7 +110,7 @@ impl DestinationSession {
 
     /// The source closed. A tail may end so where its description is suppressed; but a source with a return
     /// path that does not wait for our word has given up, and its guest may run on there.
-    fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<Arrived, Error> {
+    fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<Input, Error> {
         let inside = if self.placing.is_none() { "the setup" } else { "RAM or device state" };
         let truncated = Error::Truncated { at: reader.at, inside };
         let waits_for_us = self.engine.is_native() || self.return_path_open;
@@ -120,7 +120,7 @@ impl DestinationSession {
         match reader.stream.finish() {
             Ok(_) => {
                 self.state.extend_from_slice(reader.stream.tail().bytes());
-                Ok(Arrived::Tail)
+                Ok(Input::Tail)
             }
             Err(_) => Err(truncated),
         }
@@ -128,7 +128,7 @@ impl DestinationSession {
 
     /// What an event means for memory, and for the engine. `raw` are the bytes it took, `seen` is what the
     /// stream has shown so far.
-    fn take(&mut self, event: Event<'_>, raw: &[u8], seen: Seen) -> Result<Option<Arrived>, Error> {
+    fn take(&mut self, event: Event<'_>, raw: &[u8], seen: Seen) -> Result<Option<Input>, Error> {
         match event {
             Event::Page { block, offset, bytes } => self.placing()?.pages(block, offset, bytes, &[])?,
             Event::Zero { block, offset } => self.placing()?.zero(block, offset)?,
@@ -165,10 +165,10 @@ impl DestinationSession {
             }
             Event::TailBytes(_) | Event::Eof => {}
             Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
-            Event::Done => return Ok(Some(Arrived::Tail)),
+            Event::Done => return Ok(Some(Input::Tail)),
             Event::Hook { .. } => self.receive_round()?,
             Event::PackageBytes(bytes) => self.package_bytes(bytes)?,
-            Event::PackageEnd => return Ok(Some(Arrived::Package)),
+            Event::PackageEnd => return Ok(Some(Input::Package)),
             Event::Filled { .. } | Event::MappedBlock { .. } | Event::MappedBytes(_) => {
                 return Err(out_of_turn("a record of another kind of migration", "a plain precopy stream"));
             }
@@ -272,7 +272,7 @@ impl DestinationSession {
         }
     }
 
-    fn command(&mut self, command: Command<'_>) -> Result<Option<Arrived>, Error> {
+    fn command(&mut self, command: Command<'_>) -> Result<Option<Input>, Error> {
         match command {
             Command::OpenReturnPath => self.return_path_open = true,
             Command::Ping(_) if !self.return_path_open => {
@@ -305,7 +305,7 @@ impl DestinationSession {
         Ok(None)
     }
 
-    fn order(&mut self, order: Order<'_>) -> Result<Option<Arrived>, Error> {
+    fn order(&mut self, order: Order<'_>) -> Result<Option<Input>, Error> {
         match order {
             Order::Hello(theirs) => {
                 let Some(version) = theirs.common_version() else {
@@ -316,14 +316,14 @@ impl DestinationSession {
                 let answer = Hello { min_version: version, max_version: version, ..theirs };
                 self.migration_id = Some(theirs.migration_id);
                 self.say(Message::Native(Answer::Hello(answer)))?;
-                Ok(Some(Arrived::Hello { digest: theirs.digest }))
+                Ok(Some(Input::Hello { digest: theirs.digest }))
             }
             Order::StateSent if !self.ram_ended => {
                 Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
             Order::StateSent => {
                 self.compare_counts()?;
-                Ok(Some(Arrived::StateSent))
+                Ok(Some(Input::StateSent))
             }
             Order::Sent { counts } => self.source_sent(counts).map(|()| None),
             Order::Unsent { .. } if !self.ram_ended || !self.engine.is_native() => {
@@ -338,10 +338,10 @@ impl DestinationSession {
                 }
                 let values = values.chunks_exact(8).filter_map(|v| v.try_into().ok().map(u64::from_be_bytes));
                 self.theirs.extend(values);
-                Ok((self.theirs.len() == due).then_some(Arrived::Digests))
+                Ok((self.theirs.len() == due).then_some(Input::Digests))
             }
             Order::Commit { migration_id } if self.migration_id == Some(migration_id) => {
-                Ok(Some(Arrived::Commit))
+                Ok(Some(Input::Commit))
             }
             Order::Commit { .. } => Err(out_of_turn("COMMIT of another migration", "waiting for ours")),
         }
