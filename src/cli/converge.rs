@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ramwire::engine::{OnTimeout, Throttling};
+use ramwire::engine::{OnTimeout, ThrottlePolicy};
 use ramwire::observe::{EventKind, SharedStatistics};
 use ramwire::session::{Error, SourceSettings};
 use ramwire::units::{Percent, Rate};
@@ -127,7 +127,7 @@ impl ConvergeArgs {
             if self.max_cpu_throttle < self.cpu_throttle_initial {
                 return Err(Usage("--max-cpu-throttle is less than --cpu-throttle-initial".into()));
             }
-            settings.throttling = Some(Throttling::AutoConverge {
+            settings.throttling = Some(ThrottlePolicy::AutoConverge {
                 initial: self.cpu_throttle_initial,
                 increment: self.cpu_throttle_increment,
                 tailslow: self.cpu_throttle_tailslow,
@@ -135,7 +135,7 @@ impl ConvergeArgs {
             });
         }
         if self.dirty_limit {
-            settings.throttling = Some(Throttling::DirtyLimit { quota: Rate(self.vcpu_dirty_limit) });
+            settings.throttling = Some(ThrottlePolicy::DirtyLimit { quota: Rate(self.vcpu_dirty_limit) });
         }
         settings.throttle_trigger_threshold = self.throttle_trigger_threshold;
         let assumed = self.avail_switchover_bandwidth;

@@ -23,7 +23,7 @@ const STEP: u64 = 10;
 
 /// What slows a guest down, with the names and the defaults of QEMU's parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Throttling {
+pub enum ThrottlePolicy {
     /// A share of all vCPUs' time.
     AutoConverge {
         /// `cpu-throttle-initial`: the share to begin with; 20.
@@ -42,7 +42,7 @@ pub enum Throttling {
     },
 }
 
-impl Throttling {
+impl ThrottlePolicy {
     /// Auto-converge as QEMU does it unless told otherwise.
     pub fn auto_converge() -> Self {
         let percent = |value| Percent::new(value).unwrap_or_default();
@@ -57,8 +57,8 @@ impl Throttling {
 
 /// Decides how much a guest is slowed down. Told what was written and sent; time is an argument.
 #[derive(Debug)]
-pub struct Throttle {
-    means: Option<Throttling>,
+pub struct Throttler {
+    means: Option<ThrottlePolicy>,
     threshold: Percent,
     began: Duration,
     dirtied: u64,
@@ -76,10 +76,10 @@ struct Vcpus {
     rests: Vec<u16>,
 }
 
-impl Throttle {
+impl Throttler {
     /// Nothing is slowed down yet. `threshold` is QEMU's `throttle-trigger-threshold`: the share of what was sent that
     /// may be written.
-    pub fn new(means: Option<Throttling>, threshold: Percent) -> Self {
+    pub fn new(means: Option<ThrottlePolicy>, threshold: Percent) -> Self {
         Self {
             means,
             threshold,
@@ -117,7 +117,7 @@ impl Throttle {
         }
         self.exceeded = 0;
         match means {
-            Throttling::AutoConverge { initial, increment, tailslow, max } => {
+            ThrottlePolicy::AutoConverge { initial, increment, tailslow, max } => {
                 let left = 100 - u64::from(self.share);
                 // What would be left if it were enough.
                 let ideal = if tailslow { scaled(left, limit, dirtied) } else { 0 };
@@ -126,7 +126,7 @@ impl Throttle {
                 let share = share.min(max.get());
                 (std::mem::replace(&mut self.share, share) != share).then(|| Percent::new(share)).flatten()
             }
-            Throttling::DirtyLimit { .. } => {
+            ThrottlePolicy::DirtyLimit { .. } => {
                 self.vcpus.get_or_insert_with(Vcpus::default);
                 None
             }
@@ -140,7 +140,7 @@ impl Throttle {
 
     /// What each vCPU has written so far, in pages: how it is to rest from now on, for those for which it changes.
     pub fn vcpus(&mut self, now: Duration, pages: &[u64], page_bytes: u64) -> Vec<(usize, RestShare)> {
-        let (Some(Throttling::DirtyLimit { quota }), Some(vcpus)) = (self.means, &mut self.vcpus) else {
+        let (Some(ThrottlePolicy::DirtyLimit { quota }), Some(vcpus)) = (self.means, &mut self.vcpus) else {
             return Vec::new();
         };
         let took = now.saturating_sub(vcpus.looked);
@@ -207,18 +207,18 @@ mod tests {
     }
 
     /// Syncs a second apart, in each of which `dirtied` is written and `sent` is sent: the shares that are asked for.
-    fn shares(means: Throttling, dirtied: u64, sent: u64, seconds: u64) -> Vec<u8> {
-        let mut throttle = Throttle::new(Some(means), percent(50));
+    fn shares(means: ThrottlePolicy, dirtied: u64, sent: u64, seconds: u64) -> Vec<u8> {
+        let mut throttle = Throttler::new(Some(means), percent(50));
         let sync = |second| throttle.synced(Duration::from_secs(second), dirtied, second * sent);
         (1..=seconds).filter_map(sync).map(Percent::get).collect()
     }
 
     #[test]
     fn a_guest_that_writes_too_much_twice_is_slowed_down_step_by_step() {
-        let auto = Throttling::auto_converge();
+        let auto = ThrottlePolicy::auto_converge();
         assert_eq!(shares(auto, 51, 100, 8), [20, 30, 40, 50]);
         assert_eq!(shares(auto, 50, 100, 8), [0; 0], "no more than half of what is sent");
-        let few = Throttling::AutoConverge {
+        let few = ThrottlePolicy::AutoConverge {
             initial: percent(70),
             increment: percent(20),
             tailslow: false,
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_calm_period_between_two_lost_ones_changes_nothing() {
-        let mut throttle = Throttle::new(Some(Throttling::auto_converge()), percent(50));
+        let mut throttle = Throttler::new(Some(ThrottlePolicy::auto_converge()), percent(50));
         let mut sync = |second, dirtied| throttle.synced(Duration::from_secs(second), dirtied, second * 100);
         assert_eq!([sync(1, 90), sync(2, 10)], [None, None]);
         assert_eq!(sync(3, 90), Some(percent(20)), "the second time");
@@ -238,7 +238,7 @@ mod tests {
 
     #[test]
     fn syncs_within_a_second_are_of_one_period() {
-        let mut throttle = Throttle::new(Some(Throttling::auto_converge()), percent(50));
+        let mut throttle = Throttler::new(Some(ThrottlePolicy::auto_converge()), percent(50));
         let half = Duration::from_millis(500);
         let mut sync = |at: u32, dirtied, sent| throttle.synced(half * at, dirtied, sent);
         assert_eq!([sync(1, 40, 50), sync(2, 40, 100)], [None, None]);
@@ -248,7 +248,7 @@ mod tests {
 
     #[test]
     fn the_tail_is_slow_where_little_is_missing() {
-        let slow = |initial, increment| Throttling::AutoConverge {
+        let slow = |initial, increment| ThrottlePolicy::AutoConverge {
             initial: percent(initial),
             increment: percent(increment),
             tailslow: true,
@@ -262,7 +262,7 @@ mod tests {
 
     #[test]
     fn without_means_nothing_happens() {
-        let mut throttle = Throttle::new(None, percent(50));
+        let mut throttle = Throttler::new(None, percent(50));
         for second in 1..10 {
             assert_eq!(throttle.synced(Duration::from_secs(second), 1 << 40, second), None);
         }
@@ -289,7 +289,7 @@ mod tests {
     fn a_dirty_limit_holds_each_vcpu_near_its_quota() {
         let quota = 40;
         let mut throttle =
-            Throttle::new(Some(Throttling::DirtyLimit { quota: Rate(quota * MIB) }), percent(50));
+            Throttler::new(Some(ThrottlePolicy::DirtyLimit { quota: Rate(quota * MIB) }), percent(50));
         for second in 1..=2 {
             throttle.synced(Duration::from_secs(second), 100, second * 100);
         }

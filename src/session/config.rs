@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::engine::{BandwidthLimit, OnTimeout, PostcopyRule, Throttling};
+use crate::engine::{BandwidthLimit, OnTimeout, PostcopyRule, ThrottlePolicy};
 use crate::page::ZeroDetection;
 use crate::ram::ClearShift;
 use crate::stream::qemu::file::Configuration;
@@ -44,7 +44,7 @@ pub struct SourceSettings {
     /// guest stands still.
     pub max_bandwidth: BandwidthLimit,
     /// How a guest that writes faster than its pages leave is slowed down; not at all.
-    pub throttling: Option<Throttling>,
+    pub throttling: Option<ThrottlePolicy>,
     /// Share of what is sent that the guest may write before it is slowed down (QEMU's `throttle-trigger-threshold`);
     /// 50.
     pub throttle_trigger_threshold: Percent,

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
-use ramwire::engine::{BandwidthLimit, Ending, Outcome, Throttling};
+use ramwire::engine::{BandwidthLimit, Ending, Outcome, ThrottlePolicy};
 use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::ram::BlockName;
 use ramwire::session::{DestinationSession, SourceGuest, SourceReport, SourceSession, SourceSettings};
@@ -164,8 +164,8 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
     settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
     settings.throttling = match args.brake {
         Brake::Nothing => None,
-        Brake::AutoConverge => Some(Throttling::auto_converge()),
-        Brake::DirtyLimit => Some(Throttling::DirtyLimit { quota: Rate(args.vcpu_dirty_limit) }),
+        Brake::AutoConverge => Some(ThrottlePolicy::auto_converge()),
+        Brake::DirtyLimit => Some(ThrottlePolicy::DirtyLimit { quota: Rate(args.vcpu_dirty_limit) }),
     };
     Ok(SourceSession::new(guest, door.into(), settings).run())
 }

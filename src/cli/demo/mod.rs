@@ -15,7 +15,7 @@ mod way;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ramwire::engine::{BandwidthLimit, Outcome, Throttling};
+use ramwire::engine::{BandwidthLimit, Outcome, ThrottlePolicy};
 use ramwire::guest::GuestMemory;
 use ramwire::observe::RunDescription;
 use ramwire::ram::RamBlockTable;
@@ -127,9 +127,9 @@ pub(super) fn run(args: &Args) -> Exit {
 
 /// A demo that was told neither how to converge nor when to end slows its guest down where the link is slow: in larger
 /// steps than QEMU's, so that it ends soon.
-fn helping_itself() -> Throttling {
+fn helping_itself() -> ThrottlePolicy {
     let percent = |value| Percent::new(value).unwrap_or_default();
-    Throttling::AutoConverge {
+    ThrottlePolicy::AutoConverge {
         initial: percent(50),
         increment: percent(20),
         tailslow: false,

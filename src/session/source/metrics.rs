@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::engine::{Action, Outcome, Reason, Throttle};
+use crate::engine::{Action, Outcome, Reason, Throttler};
 use crate::error::Chain;
 use crate::observe::{
     DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, SkippedPages, SpliceCounts, Status,
@@ -228,7 +228,7 @@ impl Figures {
     }
 
     /// How the guest is slowed down now.
-    pub(super) fn throttled(&mut self, throttle: &Throttle) {
+    pub(super) fn throttled(&mut self, throttle: &Throttler) {
         let (share, rest) = (throttle.share().get(), throttle.longest_rest().percent_of_run());
         self.shared.update(|s| (s.throttle_percent, s.vcpu_rest_percentage) = (share, rest));
     }

@@ -17,8 +17,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::{
-    Action, Handover, Input, Outcome, Pace, Sent, SourceConfig, SourceEngine, Switchover, Throttle,
-    Throttling,
+    Action, Handover, Input, Outcome, Pace, Sent, SourceConfig, SourceEngine, Switchover, ThrottlePolicy,
+    Throttler,
 };
 use crate::error::{Chain, Remedy};
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
@@ -167,7 +167,7 @@ pub struct SourceSession {
     skips: Skips,
     search: PageSearch,
     pace: Pace,
-    throttle: Throttle,
+    throttle: Throttler,
     fixed: FixedCosts,
     stall_told: bool,
     /// The guest stands still: nothing is held back.
@@ -217,7 +217,7 @@ impl SourceSession {
         let pace = Pace::new(settings.max_bandwidth.clone());
         let limit = settings.postcopy.as_ref().map(|postcopy| postcopy.max_bandwidth.clone());
         let missing = Missing::new(Arc::clone(&guest.memory), Pace::new(limit.unwrap_or_default()));
-        let throttle = Throttle::new(settings.throttling, settings.throttle_trigger_threshold);
+        let throttle = Throttler::new(settings.throttling, settings.throttle_trigger_threshold);
         Self {
             stop: Stop::on(&cancel),
             cancel,
@@ -472,7 +472,7 @@ impl SourceSession {
                 remedy: Remedy::Advice("ask that source for auto-converge or a dirty limit"),
             });
         }
-        if let Some(Throttling::DirtyLimit { .. }) = self.settings.throttling
+        if let Some(ThrottlePolicy::DirtyLimit { .. }) = self.settings.throttling
             && self.guest.control.vcpu_dirty_pages().is_empty()
         {
             return Err(Error::Config {

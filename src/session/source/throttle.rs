@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::engine::{Input, Throttle};
+use crate::engine::{Input, Throttler};
 use crate::error::Remedy;
 use crate::observe::{EventKind, NotConverging};
 use crate::units::{Percent, RestShare};
@@ -133,6 +133,6 @@ impl SourceSession {
         for vcpu in 0..self.throttle.vcpu_count() {
             quietly("lifting the brake", || control.throttle_vcpu(vcpu, RestShare::default()));
         }
-        self.throttle = Throttle::new(None, self.settings.throttle_trigger_threshold);
+        self.throttle = Throttler::new(None, self.settings.throttle_trigger_threshold);
     }
 }

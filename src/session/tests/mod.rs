@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::event::PollFlags;
 
-use crate::engine::{Ending, Outcome, Throttling};
+use crate::engine::{Ending, Outcome, ThrottlePolicy};
 use crate::guest::{GuestControl, MappedGuest};
 use crate::observe::EventKind;
 use crate::ram::{BlockName, RamBlock};
@@ -291,9 +291,9 @@ impl crate::session::Upstream for StandsStill {
 #[test]
 fn brakes_that_can_not_be_put_on_are_refused() {
     for (means, relays) in [
-        (Throttling::auto_converge(), true),
-        (Throttling::dirty_limit(), true),
-        (Throttling::dirty_limit(), false),
+        (ThrottlePolicy::auto_converge(), true),
+        (ThrottlePolicy::dirty_limit(), true),
+        (ThrottlePolicy::dirty_limit(), false),
     ] {
         let mut ends = ends();
         ends.source.settings.throttling = Some(means);
