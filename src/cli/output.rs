@@ -18,7 +18,7 @@ use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use super::args::Exit;
 
 /// Most bytes that wait for standard error.
-const MOST_WAITING: usize = 16 << 20;
+const MAX_WAITING: usize = 16 << 20;
 
 /// How long the command's end waits for standard error to take the last lines.
 const LAST_LINES: Duration = Duration::from_secs(2);
@@ -67,7 +67,7 @@ impl Queue {
 
     /// Puts `text` in the queue, or leaves it out where too much waits. Never blocks.
     fn put(&self, text: &[u8]) {
-        if self.waiting.load(Ordering::Acquire) + text.len() > MOST_WAITING {
+        if self.waiting.load(Ordering::Acquire) + text.len() > MAX_WAITING {
             self.left_out.fetch_add(1, Ordering::Relaxed);
             return;
         }
@@ -204,7 +204,7 @@ mod tests {
         let line = vec![b'x'; 1 << 20];
         // Each of these returns although none is written.
         (0..20).for_each(|_| queue.put(&line));
-        assert!(queue.waiting.load(Ordering::Acquire) <= MOST_WAITING);
+        assert!(queue.waiting.load(Ordering::Acquire) <= MAX_WAITING);
         assert_eq!(queue.left_out.load(Ordering::Relaxed), 4);
         // From here on everything is taken.
         drop(go);

@@ -1,7 +1,7 @@
 //! Whether rounds bring a migration nearer to its end.
 
 /// Rounds without progress after which a migration counts as stalled.
-const MOST_ROUNDS: u32 = 8;
+const MAX_ROUNDS: u32 = 8;
 /// Progress is at least this share of what remained at best, in percent: less is noise.
 const NOTABLE: u64 = 5;
 
@@ -30,7 +30,7 @@ impl Progress {
 
     /// True if nothing suggests that the rounds will end.
     pub fn is_stalled(&self) -> bool {
-        self.rounds >= MOST_ROUNDS
+        self.rounds >= MAX_ROUNDS
     }
 }
 

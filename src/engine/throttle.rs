@@ -13,7 +13,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// How often the comparison must be lost before something is done.
 const TIMES: u32 = 2;
 /// Time between two looks at what the vCPUs write.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// A vCPU that is that close to its quota is left alone.
 const NEAR: u64 = 25 << 20;
 /// A vCPU that is further away than this share is brought near at once, else in small steps.
@@ -135,7 +135,7 @@ impl Throttler {
 
     /// True if [`vcpus`](Self::vcpus) has to be called: once in a while while the guest runs.
     pub fn wants_vcpus(&self, now: Duration) -> bool {
-        self.vcpus.as_ref().is_some_and(|vcpus| vcpus.pages.is_empty() || now >= vcpus.looked + LOOK)
+        self.vcpus.as_ref().is_some_and(|vcpus| vcpus.pages.is_empty() || now >= vcpus.looked + POLL_INTERVAL)
     }
 
     /// What each vCPU has written so far, in pages: how it is to rest from now on, for those for which it changes.

@@ -16,7 +16,7 @@ use super::{DirtyError, DirtySource};
 use crate::ram::{PageRun, RamBlockTable, Refusal};
 
 /// Runs that wait for the page loop at most; it takes them before each batch.
-const MOST_WAITING: usize = 64 << 10;
+const MAX_WAITING: usize = 64 << 10;
 
 /// The time between two syncs in which hints are good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -121,7 +121,7 @@ impl PageHints {
             #[cfg(not(test))]
             return Ok(Hinted::TooLate);
         }
-        if told.free.len() >= MOST_WAITING {
+        if told.free.len() >= MAX_WAITING {
             return Ok(Hinted::Full);
         }
         self.arm(run)?;

@@ -10,7 +10,7 @@ use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use super::{RoundReport, Statistics, Status};
 
 /// Events that wait for a reader at most.
-const MOST_WAITING: usize = 4096;
+const MAX_WAITING: usize = 4096;
 
 /// Of them, places that rounds and syncs leave for changes of state: a migration has fewer of those.
 const FOR_STATES: usize = 16;
@@ -302,7 +302,7 @@ impl SharedStatistics {
     /// What happens from now on. Nobody waits for a slow reader: it misses rounds and syncs where thousands wait for it, and
     /// never a change of state. The channel ends with the migration.
     pub fn events(&self) -> Receiver<Event> {
-        let (sender, receiver) = bounded(MOST_WAITING);
+        let (sender, receiver) = bounded(MAX_WAITING);
         let mut shared = self.lock();
         if !shared.statistics.ended {
             shared.readers.push(sender);
@@ -313,7 +313,7 @@ impl SharedStatistics {
 
 /// False if nobody reads there any more.
 fn tell(reader: &Sender<Event>, event: &Event) -> bool {
-    if event.kind.is_frequent() && reader.len() >= MOST_WAITING - FOR_STATES {
+    if event.kind.is_frequent() && reader.len() >= MAX_WAITING - FOR_STATES {
         return true;
     }
     !matches!(reader.try_send(event.clone()), Err(TrySendError::Disconnected(_)))
@@ -388,7 +388,7 @@ mod tests {
         let shared = SharedStatistics::default();
         let (sleeps, gone) = (shared.events(), shared.events());
         drop(gone);
-        for round in 1..=2 * MOST_WAITING as u32 {
+        for round in 1..=2 * MAX_WAITING as u32 {
             shared.update(|s| s.push_round(RoundReport { round, ..RoundReport::default() }));
         }
         assert_eq!(shared.lock().readers.len(), 1, "who is gone is forgotten");
@@ -396,7 +396,7 @@ mod tests {
         shared.cleaned_up();
         assert!(shared.events().recv().is_err(), "nothing follows the end");
         let kinds = kinds(&sleeps);
-        assert_eq!(kinds.len(), MOST_WAITING - FOR_STATES + 2);
+        assert_eq!(kinds.len(), MAX_WAITING - FOR_STATES + 2);
         assert_eq!(kinds[kinds.len() - 2..], [EventKind::Cancelled, EventKind::CleanedUp]);
         assert!(kinds.iter().filter(|kind| kind.is_last()).count() == 1);
     }

@@ -252,7 +252,7 @@ pub struct Statistics {
     pub stalled: bool,
     /// Where the downtime went.
     pub downtime_parts: DowntimeParts,
-    /// The last [`MOST_ROUNDS`](Self::MOST_ROUNDS) rounds; their numbers count from 1.
+    /// The last [`MAX_ROUNDS`](Self::MAX_ROUNDS) rounds; their numbers count from 1.
     pub rounds: Vec<RoundReport>,
     /// What deltas did.
     pub deltas: DeltaCounts,
@@ -277,11 +277,11 @@ pub struct Statistics {
 
 impl Statistics {
     /// Rounds that are kept: a guest that never converges must not fill memory with reports.
-    pub const MOST_ROUNDS: usize = 1024;
+    pub const MAX_ROUNDS: usize = 1024;
 
     /// Adds a round, and forgets the oldest where there are too many.
     pub fn push_round(&mut self, round: RoundReport) {
-        if self.rounds.len() >= Self::MOST_ROUNDS {
+        if self.rounds.len() >= Self::MAX_ROUNDS {
             self.rounds.remove(0);
         }
         self.rounds.push(round);
@@ -310,8 +310,8 @@ mod tests {
         for round in 1..=3000 {
             statistics.push_round(RoundReport { round, ..RoundReport::default() });
         }
-        assert_eq!((statistics.round_count(), statistics.rounds.len()), (3000, Statistics::MOST_ROUNDS));
-        assert_eq!(statistics.rounds[0].round, 3001 - Statistics::MOST_ROUNDS as u32);
+        assert_eq!((statistics.round_count(), statistics.rounds.len()), (3000, Statistics::MAX_ROUNDS));
+        assert_eq!(statistics.rounds[0].round, 3001 - Statistics::MAX_ROUNDS as u32);
     }
 
     #[test]

@@ -35,12 +35,12 @@ pub struct CancelToken(Arc<Flag>);
 struct Flag {
     raised: Arc<AtomicBool>,
     /// Readable from the moment the flag is raised. `None` where the kernel had no descriptor left: waits
-    /// then look at the flag every [`LOOK`].
+    /// then look at the flag every [`POLL_INTERVAL`].
     event: Option<OwnedFd>,
 }
 
 /// How often a wait without an event descriptor looks at the flag.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 impl Default for CancelToken {
     fn default() -> Self {
@@ -156,7 +156,7 @@ impl Stop {
     fn time_to_poll(&self) -> Option<Duration> {
         let left = match (&self.cancel.0.event, self.left()) {
             (Some(_), left) => left,
-            (None, left) => Some(left.map_or(LOOK, |left| left.min(LOOK))),
+            (None, left) => Some(left.map_or(POLL_INTERVAL, |left| left.min(POLL_INTERVAL))),
         };
         left.map(|left| left.max(Duration::from_millis(1)))
     }
@@ -198,7 +198,7 @@ impl Stop {
             }
             match &self.cancel.0.event {
                 Some(event) => drop(until.wait_event(event.as_fd(), left)),
-                None => std::thread::sleep(left.map_or(LOOK, |left| left.min(LOOK))),
+                None => std::thread::sleep(left.map_or(POLL_INTERVAL, |left| left.min(POLL_INTERVAL))),
             }
         }
     }

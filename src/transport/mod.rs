@@ -15,7 +15,7 @@ mod testing;
 pub use inline::{DeltaCacheSize, InlineLink, InlinePages};
 pub use multifd::{ChannelOptions, MultifdLink, MultifdSource, Numa, PageSending};
 pub use open::{
-    Address, AddressError, AllowError, AllowList, DECIDED_WITHIN, DestinationDoor, DoorOptions, Listener,
+    Address, AddressError, AllowError, AllowList, DECISION_TIMEOUT, DestinationDoor, DoorOptions, Listener,
     Obstacle, OpenError, RdmaOptions, SourceDoor, Way, WhyNoRdma, connect, open_source, rdma_address,
     why_no_rdma,
 };

@@ -16,7 +16,7 @@ const MIB: f64 = (1u64 << 20) as f64;
 /// Runs until a figure must have been told.
 const ATTEMPTS: u32 = 3;
 /// How long the client tries to find the server listening.
-const PATIENCE: Duration = Duration::from_secs(20);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A device and an address of it.
 #[derive(Clone, Debug)]
@@ -121,7 +121,7 @@ impl Device {
                 server.0.wait().map_err(failed(program, "waiting"))?;
                 return Ok(String::from_utf8_lossy(&stdout).into_owned());
             }
-            if begun.elapsed() > PATIENCE || !matches!(server.0.try_wait(), Ok(None)) {
+            if begun.elapsed() > CONNECT_TIMEOUT || !matches!(server.0.try_wait(), Ok(None)) {
                 let answer =
                     format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
                 return Err(BenchError::Refused {

@@ -16,7 +16,7 @@ use crate::qmp::Monitor;
 use crate::{BenchError, migrate::Run};
 
 /// Longest migration that is waited for.
-const PATIENCE: Duration = Duration::from_secs(600);
+const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);
 /// Bytes a second that no limit should hold back.
 const NO_LIMIT: u64 = 1 << 40;
 
@@ -120,8 +120,8 @@ impl Qemu {
         watcher.begin(source.running.0.id(), target.running.0.id())?;
         let before = [&source, &target].map(cost);
         source.monitor.call("migrate", json!({ "uri": uri }))?;
-        source.monitor.await_migration(PATIENCE)?;
-        target.monitor.await_migration(PATIENCE)?;
+        source.monitor.await_migration(MIGRATION_TIMEOUT)?;
+        target.monitor.await_migration(MIGRATION_TIMEOUT)?;
         let after = [&source, &target].map(cost);
         watcher.end()?;
         if bed.copies_back() {

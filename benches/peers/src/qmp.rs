@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use crate::BenchError;
 
 /// Longest time a QEMU may take to answer; populating its memory comes before the first answer.
-const PATIENCE: Duration = Duration::from_secs(120);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 /// Longest line: an answer of any command used here is far shorter.
-const LINE_MAX: usize = 1 << 20;
+const MAX_LINE: usize = 1 << 20;
 
 /// A connection to a QEMU's monitor.
 #[derive(Debug)]
@@ -31,8 +31,8 @@ impl Monitor {
     /// # Errors
     /// [`BenchError`].
     pub fn open(path: &Path, who: &str, mut alive: impl FnMut() -> bool) -> Result<Self, BenchError> {
-        let stop = Stop::never().within(PATIENCE);
-        let options = StreamOptions { stall: Some(PATIENCE), ..StreamOptions::default() };
+        let stop = Stop::never().within(ANSWER_TIMEOUT);
+        let options = StreamOptions { stall: Some(ANSWER_TIMEOUT), ..StreamOptions::default() };
         let address = Address::Unix(path.to_owned());
         let channel = loop {
             match connect(&address, &options, &stop) {
@@ -54,7 +54,7 @@ impl Monitor {
     /// # Errors
     /// [`BenchError::Refused`] with QEMU's reason.
     pub fn call(&mut self, command: &str, arguments: Value) -> Result<Value, BenchError> {
-        let stop = Stop::never().within(PATIENCE);
+        let stop = Stop::never().within(ANSWER_TIMEOUT);
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
         self.channel.send(&[SendPart::Own(line.as_bytes())], &stop)?;
@@ -106,7 +106,7 @@ impl Monitor {
                 let line: Vec<u8> = self.pending.drain(..=end).collect();
                 return serde_json::from_slice(&line).map_err(|error| broken(&error.to_string()));
             }
-            if self.pending.len() > LINE_MAX {
+            if self.pending.len() > MAX_LINE {
                 return Err(broken("a line without end"));
             }
             let mut room = [0; 4096];

@@ -25,9 +25,9 @@ use crate::stop::Stop;
 use crate::stream::StreamReceiver;
 
 /// How long the source may take for its additional queue pairs.
-const QUEUES_WITHIN: Duration = Duration::from_secs(5);
+const QUEUES_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the connection is kept for the source's last acknowledgement.
-const PART_WITHIN: Duration = Duration::from_secs(2);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Registered bytes a source may hold keys for, as a multiple of the announced RAM. Spans that grow into each other
 /// cost at most twice the RAM; a source beyond this is asking for the same memory again and again.
 const REGISTERED_FACTOR: u64 = 4;
@@ -172,7 +172,7 @@ impl DestinationHooks {
                 rounds: 0,
                 mark: None,
             };
-            let within = stop.within(hooks.stream.channel.now(), QUEUES_WITHIN);
+            let within = stop.within(hooks.stream.channel.now(), QUEUES_TIMEOUT);
             hooks.accept_data_queues(listener, &within)?;
             hooks.mark = hooks.received_mark();
             return Ok(hooks);
@@ -482,7 +482,7 @@ impl DestinationHooks {
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.revoke_all();
         self.stream.beside.iter_mut().for_each(Channel::leave);
-        let stop = stop.within(self.stream.channel.now(), PART_WITHIN);
+        let stop = stop.within(self.stream.channel.now(), CLOSE_TIMEOUT);
         if self.granted.extension.is_some() {
             self.stream.say_done(&stop)?;
         }

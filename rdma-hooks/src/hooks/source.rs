@@ -22,9 +22,9 @@ use keys::{Asked, Pinned};
 use zeros::Zeros;
 
 /// How long the destination may take to close the connection once it has the last byte.
-const PART_WITHIN: Duration = Duration::from_secs(10);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the destination may take to answer the second connection.
-const RETURN_PATH_WITHIN: Duration = Duration::from_secs(5);
+const RETURN_PATH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Longest silence of a source in an open round.
 const SAY_ALIVE_EVERY: Duration = Duration::from_secs(1);
@@ -193,7 +193,7 @@ impl SourceHooks {
     pub fn open_return_path(&self, fabric: &dyn Fabric, stop: &Stop) -> Result<ReturnReader, HooksError> {
         let extension = self.granted.extension.and_then(|_| offer(&self.config, Role::ReturnPath));
         let caps = Capabilities { pin_all: self.config.pin_all, extension };
-        let stop = stop.within(fabric.now(), RETURN_PATH_WITHIN);
+        let stop = stop.within(fabric.now(), RETURN_PATH_TIMEOUT);
         let is_qemu = extension.is_none();
         let params = connect_params(caps.encode(), return_window(is_qemu), STREAM_MESSAGE_BYTES);
         let endpoint = fabric.connect(&self.address.0, self.address.1, &params, &stop)?;
@@ -486,7 +486,7 @@ impl SourceHooks {
         }
         self.main.flush(stop)?;
         self.main.wait_for(stop, |main| main.channel.is_idle().then_some(()))?;
-        let stop = stop.within(self.main.channel.now(), PART_WITHIN);
+        let stop = stop.within(self.main.channel.now(), CLOSE_TIMEOUT);
         if self.granted.extension.is_some() {
             // The peer says when it has read everything; a QEMU only closes.
             self.main.wait_for(&stop, |main| main.peer_is_done().then_some(()))?;

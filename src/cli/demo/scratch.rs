@@ -8,7 +8,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 /// Most bytes in the path of a UNIX socket (unix(7)), without the zero behind it.
-const MOST_PATH: usize = 107;
+const MAX_PATH: usize = 107;
 
 /// Where the socket of this run will be.
 ///
@@ -25,9 +25,9 @@ fn socket_in(temporary: &Path) -> Result<PathBuf, String> {
     }
     let path = temporary.join(format!("ramwire-demo-{}", std::process::id())).join("guest.sock");
     let length = path.as_os_str().len();
-    if length > MOST_PATH {
+    if length > MAX_PATH {
         return Err(format!(
-            "{}: a socket's path has at most {MOST_PATH} bytes and this one {length}: set TMPDIR to a shorter one",
+            "{}: a socket's path has at most {MAX_PATH} bytes and this one {length}: set TMPDIR to a shorter one",
             path.display()
         ));
     }

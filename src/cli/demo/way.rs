@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use ramwire::guest::MappedGuest;
 use ramwire::sys::Stop;
 use ramwire::transport::{
-    Address, DECIDED_WITHIN, DeltaCacheSize, DoorOptions, OpenError, SourceDoor, open_source, rdma_address,
+    Address, DECISION_TIMEOUT, DeltaCacheSize, DoorOptions, OpenError, SourceDoor, open_source, rdma_address,
     why_no_rdma,
 };
 use ramwire::units::Rate;
@@ -93,7 +93,7 @@ impl Way {
                 tcp(format!("page channels (--channels) need a byte stream, and {FASTER}"))
             }
             Transport::Auto => {
-                let tried = rdma("both ends have a working RDMA device", Some(DECIDED_WITHIN));
+                let tried = rdma("both ends have a working RDMA device", Some(DECISION_TIMEOUT));
                 tried.or_else(|error| {
                     let why = error.downcast_ref().map_or_else(|| in_words(&*error), why_no_rdma);
                     tcp(format!("both ends are on this host, where {FASTER}, and {why}"))

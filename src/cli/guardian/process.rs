@@ -20,7 +20,7 @@ use super::words::say;
 use super::{HOLD, HOLDS, RELEASE, UP};
 
 /// Longest time between two looks at signals, which may come just before a wait.
-const LOOK: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How long the source may take to read what it was told.
 const TOLD: Duration = Duration::from_secs(60);
@@ -143,7 +143,7 @@ fn outlives(relay: &mut UnixStream, decided: &AtomicBool) -> io::Result<bool> {
 /// What each descriptor is ready for, after a look's time at most.
 fn ready(of: &[(std::os::fd::BorrowedFd<'_>, PollFlags)]) -> io::Result<Vec<PollFlags>> {
     let mut fds: Vec<_> = of.iter().map(|(fd, what)| PollFd::from_borrowed_fd(*fd, *what)).collect();
-    let time = Timespec::try_from(LOOK).map_err(io::Error::other)?;
+    let time = Timespec::try_from(POLL_INTERVAL).map_err(io::Error::other)?;
     match poll(&mut fds, Some(&time)) {
         Ok(_) => Ok(fds.iter().map(PollFd::revents).collect()),
         Err(rustix::io::Errno::INTR) => Ok(vec![PollFlags::empty(); of.len()]),

@@ -1,6 +1,6 @@
 //! `--metrics`: the figures of a running migration for a Prometheus server.
 //!
-//! One thread answers one connection at a time, each within [`ANSWER`] and from a head of at most [`MOST_HEAD`] bytes. It
+//! One thread answers one connection at a time, each within [`ANSWER`] and from a head of at most [`MAX_HEAD`] bytes. It
 //! only reads the figures, so a client can't disturb the migration.
 
 mod families;
@@ -21,13 +21,13 @@ use super::output::note;
 const ANSWER: Duration = Duration::from_secs(2);
 
 /// Most bytes of a request; a Prometheus server sends some 300.
-const MOST_HEAD: usize = 8192;
+const MAX_HEAD: usize = 8192;
 
 /// Most header lines of a request.
-const MOST_HEADERS: usize = 64;
+const MAX_HEADERS: usize = 64;
 
 /// Rest after an accept that failed, as where no descriptor is left.
-const REST: Duration = Duration::from_millis(100);
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The option.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -91,7 +91,7 @@ fn serve(listener: &TcpListener, statistics: &SharedStatistics, stop: &Stop) {
         let answered = match listener.accept() {
             Ok((mut client, _)) => answer(&mut client, statistics, &stop.within(ANSWER)),
             Err(error) => {
-                stop.sleep(REST);
+                stop.sleep(RETRY_INTERVAL);
                 Err(error)
             }
         };
@@ -144,7 +144,7 @@ fn answer(client: &mut TcpStream, statistics: &SharedStatistics, stop: &Stop) ->
 fn head_of(client: &mut TcpStream, stop: &Stop) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
     let mut part = [0; 1024];
-    while !head.windows(4).any(|end| end == b"\r\n\r\n") && head.len() <= MOST_HEAD {
+    while !head.windows(4).any(|end| end == b"\r\n\r\n") && head.len() <= MAX_HEAD {
         wait(client, PollFlags::IN, stop)?;
         match client.read(&mut part) {
             Ok(0) => break,
@@ -168,11 +168,11 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 fn reply_to(head: &[u8], statistics: &SharedStatistics) -> Reply {
-    let mut headers = [httparse::EMPTY_HEADER; MOST_HEADERS];
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
     match request.parse(head) {
         Ok(httparse::Status::Complete(_)) => {}
-        Ok(httparse::Status::Partial) if head.len() > MOST_HEAD => {
+        Ok(httparse::Status::Partial) if head.len() > MAX_HEAD => {
             return Reply::of_error("431 Request Header Fields Too Large");
         }
         Err(httparse::Error::TooManyHeaders) => {
@@ -218,10 +218,10 @@ mod tests {
         ] {
             assert_eq!(status(wrong), "400 Bad Request", "{wrong:?}");
         }
-        let long = [&b"GET /metrics HTTP/1.1\r\nA: "[..], &[b'x'; MOST_HEAD]].concat();
+        let long = [&b"GET /metrics HTTP/1.1\r\nA: "[..], &[b'x'; MAX_HEAD]].concat();
         assert_eq!(status(&long), "431 Request Header Fields Too Large");
         let many =
-            [&b"GET /metrics HTTP/1.1\r\n"[..], &b"A: x\r\n".repeat(MOST_HEADERS + 1), b"\r\n"].concat();
+            [&b"GET /metrics HTTP/1.1\r\n"[..], &b"A: x\r\n".repeat(MAX_HEADERS + 1), b"\r\n"].concat();
         assert_eq!(status(&many), "431 Request Header Fields Too Large");
         assert!(reply_to(b"HEAD /metrics HTTP/1.1\r\n\r\n", &SharedStatistics::default()).head_only);
     }

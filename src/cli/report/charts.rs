@@ -4,7 +4,7 @@ use super::read::Run;
 use crate::cli::plot::{Axis, Canvas, Line, PlotError, bars_across, groups, lines_on, plain, themed};
 
 /// Points of a line at most: more than a screen has columns.
-const MOST_POINTS: usize = 1200;
+const MAX_POINTS: usize = 1200;
 
 /// Rounds that are drawn, the first and the last; all of them are in the file.
 const FIRST_ROUNDS: usize = 15;
@@ -64,12 +64,12 @@ fn bare() -> Canvas {
     Canvas { legend: false, ..Canvas::default() }
 }
 
-/// At most [`MOST_POINTS`]: of each stretch the lowest and the highest, so that no peak is lost.
+/// At most [`MAX_POINTS`]: of each stretch the lowest and the highest, so that no peak is lost.
 fn thinned(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
-    if points.len() <= MOST_POINTS {
+    if points.len() <= MAX_POINTS {
         return points;
     }
-    let stretch = points.len().div_ceil(MOST_POINTS / 2);
+    let stretch = points.len().div_ceil(MAX_POINTS / 2);
     let ends = points.chunks(stretch).flat_map(|part| {
         let by_height = |a: &&(f64, f64), b: &&(f64, f64)| a.1.total_cmp(&b.1);
         let (low, high) = (part.iter().min_by(by_height), part.iter().max_by(by_height));
@@ -279,7 +279,7 @@ mod tests {
         let mut points: Vec<_> = (0..100_000).map(|x| (f64::from(x), 1.0)).collect();
         points[77_777].1 = 900.0;
         let thin = thinned(points);
-        assert!(thin.len() <= MOST_POINTS && thin.iter().any(|point| point.1 == 900.0));
+        assert!(thin.len() <= MAX_POINTS && thin.iter().any(|point| point.1 == 900.0));
         assert!(thin.windows(2).all(|pair| pair[0].0 <= pair[1].0));
     }
 

@@ -10,7 +10,7 @@ use crate::cli::common::human_bytes;
 const STYLE: &str = include_str!("style.css");
 
 /// Rounds in the table at most; each end of a longer run.
-const MOST_ROWS: usize = 200;
+const MAX_ROWS: usize = 200;
 
 /// The whole page.
 pub(super) fn page(run: &Run, pictures: &[Picture]) -> String {
@@ -124,12 +124,12 @@ fn figure(picture: &Picture) -> Markup {
 }
 
 fn rounds(run: &Run) -> Markup {
-    let skipped = run.rounds.len().saturating_sub(MOST_ROWS);
+    let skipped = run.rounds.len().saturating_sub(MAX_ROWS);
     let shown = run
         .rounds
         .iter()
         .enumerate()
-        .filter(|(index, _)| *index < MOST_ROWS / 2 || *index >= MOST_ROWS / 2 + skipped);
+        .filter(|(index, _)| *index < MAX_ROWS / 2 || *index >= MAX_ROWS / 2 + skipped);
     html! {
         details {
             summary { "All figures of the rounds" @if skipped > 0 { " (" (skipped) " in the middle are left out)" } }

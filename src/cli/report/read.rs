@@ -5,13 +5,13 @@ use std::io::{self, BufRead, Read};
 use ramwire::observe::{DowntimeParts, End, RUN_LOG_SCHEMA, Record, RoundReport, RunDescription, Sample};
 
 /// Longest line; our own have some 400 bytes and a first line's settings.
-const MOST_LINE: u64 = 1 << 20;
+const MAX_LINE: u64 = 1 << 20;
 
 /// Most lines: ten days of samples.
-const MOST_LINES: usize = 10_000_000;
+const MAX_LINES: usize = 10_000_000;
 
 /// Longest time that a log may tell, a hundred years in milliseconds: what is drawn stays finite.
-const MOST_MS: f64 = 3.2e12;
+const MAX_MS: f64 = 3.2e12;
 
 /// A log that can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -73,9 +73,9 @@ impl Run {
 pub(super) fn read(mut from: impl BufRead) -> Result<Run, ReadError> {
     let mut run = Run::default();
     let mut text = Vec::new();
-    for line in 1..=MOST_LINES {
+    for line in 1..=MAX_LINES {
         text.clear();
-        let got = from.by_ref().take(MOST_LINE).read_until(b'\n', &mut text);
+        let got = from.by_ref().take(MAX_LINE).read_until(b'\n', &mut text);
         got.map_err(|source| ReadError::Io { line, source })?;
         let whole = text.pop_if(|byte| *byte == b'\n').is_some();
         if text.is_empty() && !whole {
@@ -85,8 +85,8 @@ pub(super) fn read(mut from: impl BufRead) -> Result<Run, ReadError> {
             sort(&mut run);
             return Ok(run);
         }
-        if !whole && text.len() as u64 >= MOST_LINE {
-            let why = format!("longer than {MOST_LINE} bytes: this is no run's log");
+        if !whole && text.len() as u64 >= MAX_LINE {
+            let why = format!("longer than {MAX_LINE} bytes: this is no run's log");
             return Err(ReadError::Line { line, why });
         }
         let taken = parse(&text).and_then(|record| take(&mut run, line, record));
@@ -98,7 +98,7 @@ pub(super) fn read(mut from: impl BufRead) -> Result<Run, ReadError> {
             run.torn = true;
         }
     }
-    Err(ReadError::Line { line: MOST_LINES, why: "no run's log has more lines".into() })
+    Err(ReadError::Line { line: MAX_LINES, why: "no run's log has more lines".into() })
 }
 
 /// A line may be written a moment after one that happened later.
@@ -149,7 +149,7 @@ fn take(run: &mut Run, line: usize, record: Record) -> Result<(), String> {
 }
 
 fn times(ms: &[f64]) -> Result<(), String> {
-    let wrong = ms.iter().find(|ms| !(0.0..=MOST_MS).contains(*ms));
+    let wrong = ms.iter().find(|ms| !(0.0..=MAX_MS).contains(*ms));
     wrong.map_or(Ok(()), |ms| Err(format!("{ms} is not a time in milliseconds")))
 }
 

@@ -15,7 +15,7 @@ use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::Mapping;
 use ramwire::units::PageSize;
 
-use super::ram_file::{MOST_KEPT_OPEN, RamFile, check_room, is_tmpfs};
+use super::ram_file::{MAX_KEPT_OPEN, RamFile, check_room, is_tmpfs};
 use super::{BlockEntry, EARLY, FORMAT, Manifest, State, Store, StoreError, TAIL, failed, private};
 use crate::cli::remedies::in_words;
 
@@ -189,7 +189,7 @@ impl Inner {
             }
             let file = format!("ram-{index:03}.bin");
             let made = RamFile::make(&self.store, file.clone(), block.used_length, self.held)?;
-            let made = if incoming.blocks.len() > MOST_KEPT_OPEN { made.detached() } else { made };
+            let made = if incoming.blocks.len() > MAX_KEPT_OPEN { made.detached() } else { made };
             block.flags.shared = true;
             builder = builder.mapping(block.clone(), &made.mapping);
             self.files.push(made);

@@ -16,7 +16,7 @@ use super::{Store, StoreError, failed, private};
 const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// With more blocks than this no descriptor of each is kept: the usual limit of them is 1024.
-pub(super) const MOST_KEPT_OPEN: usize = 128;
+pub(super) const MAX_KEPT_OPEN: usize = 128;
 
 /// A block's file and the memory in front of it.
 pub(super) struct RamFile {

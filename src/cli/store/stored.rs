@@ -16,7 +16,7 @@ use ramwire::sys::Mapping;
 use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
 use super::arriving::nothing;
-use super::ram_file::MOST_KEPT_OPEN;
+use super::ram_file::MAX_KEPT_OPEN;
 use super::{ArrivingGuest, Custody, EARLY, Manifest, State, Store, StoreError, TAIL, failed, private};
 use crate::cli::remedies::in_words;
 
@@ -83,7 +83,7 @@ impl StoredGuest {
                 return Err(unreadable(path, &format!("file name {:?} is not plain", entry.file)));
             }
             let mapping = mapped(file, Some(entry.used_length), file == &own)?;
-            let many = manifest.blocks.len() > MOST_KEPT_OPEN;
+            let many = manifest.blocks.len() > MAX_KEPT_OPEN;
             builder = builder.mapping(block, &if many { mapping.detached() } else { mapping });
         }
         let memory = builder.build().map_err(|error| unreadable(path, &error))?;
@@ -105,7 +105,7 @@ impl StoredGuest {
         let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
         for block in blocks {
             let mapping = mapped(&block.path, None, false)?;
-            let mapping = if blocks.len() > MOST_KEPT_OPEN { mapping.detached() } else { mapping };
+            let mapping = if blocks.len() > MAX_KEPT_OPEN { mapping.detached() } else { mapping };
             builder = builder.mapping(RamBlock::new(block.name.clone(), mapping.region().len()), &mapping);
         }
         let place = blocks.first().map_or(Path::new("."), |block| &block.path);

@@ -34,7 +34,7 @@ use crate::sys::HostSpan;
 use crate::units::{BlockIndex, PageIndex, Percent, Rate, RestShare};
 
 /// A writer finishes the page it is at before it stands still: microseconds, unless the machine is stuck.
-const STANDS_WITHIN: Duration = Duration::from_secs(10);
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A guest whose threads write self-describing pages. Clones are handles of the same guest; the last one
 /// ends the writers.
@@ -144,7 +144,7 @@ impl SyntheticGuest {
 
 impl GuestControl for SyntheticGuest {
     fn pause(&mut self) -> io::Result<()> {
-        self.with(|machine| machine.ok_or_else(no_state)?.shared.gate.close(STANDS_WITHIN, || {}))
+        self.with(|machine| machine.ok_or_else(no_state)?.shared.gate.close(PAUSE_TIMEOUT, || {}))
     }
 
     fn resume(&mut self) -> io::Result<()> {

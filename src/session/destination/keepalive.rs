@@ -18,7 +18,7 @@ use crate::sys::{SendPart, Stop};
 use super::DestinationSession;
 
 /// Longest time in which a destination that is at work is silent.
-pub(super) const LONGEST_SILENCE: Duration = Duration::from_secs(1);
+pub(super) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
 impl DestinationSession {
     /// Does `work`; meanwhile a thread tells a ramwire source that we are at it.

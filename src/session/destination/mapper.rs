@@ -18,7 +18,7 @@ use crate::units::{BlockIndex, PageIndex};
 use crate::session::workers::Spawner;
 
 /// Rest of the thread where nothing has come.
-const REST: Duration = Duration::from_millis(10);
+const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Pages that are mapped by one call: short, so that an end is not waited for.
 const PAGES_A_CALL: u64 = 64;
@@ -99,7 +99,7 @@ fn follow(placer: &Placer, stop: &Stop, mapped: &AtomicU64) {
             }
             found.clear_range(0..found.len());
         }
-        if !any && stop.sleep(REST).is_some() {
+        if !any && stop.sleep(RETRY_INTERVAL).is_some() {
             return;
         }
     }

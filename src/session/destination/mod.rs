@@ -37,7 +37,7 @@ use crate::session::handle::Commitment;
 use crate::session::relay::ScanReport;
 use crate::session::{Breakage, Error, shared_blocks};
 use counts::SourceTold;
-use keepalive::LONGEST_SILENCE;
+use keepalive::KEEPALIVE_INTERVAL;
 use mapper::Mapper;
 use placing::Placing;
 pub use postcopy::MissingPages;
@@ -245,7 +245,7 @@ impl DestinationSession {
     ) -> Self {
         let cancel = CancelToken::default();
         Self {
-            says_working_every: (settings.stall_timeout / 4).min(LONGEST_SILENCE),
+            says_working_every: (settings.stall_timeout / 4).min(KEEPALIVE_INTERVAL),
             stop: Stop::on(&cancel),
             cancel,
             commitment: Arc::default(),

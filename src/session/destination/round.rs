@@ -18,7 +18,7 @@ use crate::session::source::discards;
 use crate::session::{Breakage, Error, ErrorKind};
 
 /// How long the source may take to close its end of the connection.
-const PART_WITHIN: Duration = Duration::from_secs(2);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl DestinationSession {
     /// The blocks are known: their memory is offered to the peer, and stays in place from here on.
@@ -128,7 +128,7 @@ impl DestinationSession {
         let Some(rounds) = self.source.rounds() else { return };
         rounds.revoke();
         if ending == Ending::Running {
-            let stop = Stop::never().within(PART_WITHIN);
+            let stop = Stop::never().within(CLOSE_TIMEOUT);
             if let Err(error) = rounds.part(&stop) {
                 let error = Error::from(error);
                 // A source that left first has what it needs.

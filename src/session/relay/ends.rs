@@ -21,13 +21,13 @@ use super::hub::Hub;
 use super::{ConnectFn, Notice, NoticeFn, lock};
 
 /// Longest time between two looks at the far end's figures while pages come.
-const LOOK: Duration = Duration::from_millis(2);
+const FIGURES_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Pages that may come between two looks: 256 KiB of small ones.
 const PAGES_A_LOOK: u64 = 64;
 
 /// Time between two looks at a cancel and at the source's connection while the other side is waited for.
-const A_MOMENT: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Pages for which an idle far side begins a round at once; fewer wait for more, a slice at most.
 const WORTH_A_ROUND: u64 = 256;
@@ -71,7 +71,7 @@ pub(super) struct Meter {
 impl Meter {
     /// True if enough has changed since the last look.
     fn is_due(&self) -> bool {
-        self.looked.elapsed() >= LOOK || self.arrivals.pending() >= self.waiting + PAGES_A_LOOK
+        self.looked.elapsed() >= FIGURES_INTERVAL || self.arrivals.pending() >= self.waiting + PAGES_A_LOOK
     }
 
     fn look(&mut self, queued: u64) -> Traffic {
@@ -198,7 +198,7 @@ impl Arrival for Middle {
             if self.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(FIGURES_INTERVAL);
         }
     }
 
@@ -281,9 +281,9 @@ impl GuestControl for StateOfSource {
     /// The source's own session bounds the wait.
     fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
         loop {
-            let inner = self
-                .0
-                .wait(A_MOMENT, |inner| inner.has(RelayAction::SendState) || inner.has(RelayAction::Abandon));
+            let inner = self.0.wait(POLL_INTERVAL, |inner| {
+                inner.has(RelayAction::SendState) || inner.has(RelayAction::Abandon)
+            });
             match &inner.device_state {
                 _ if inner.has(RelayAction::Abandon) => return Err(io::Error::other(source_lost())),
                 Some(state) if inner.has(RelayAction::SendState) => return out.write_all(state),
@@ -309,7 +309,7 @@ impl SourceSide {
     /// Looks what to tell the source, after a moment at most.
     fn answer(&self, go: RelayAction) -> Option<io::Result<()>> {
         let tells = [go, RelayAction::TellFailed, RelayAction::TellNothing];
-        let inner = self.hub.wait(A_MOMENT, |inner| tells.iter().any(|action| inner.has(*action)));
+        let inner = self.hub.wait(POLL_INTERVAL, |inner| tells.iter().any(|action| inner.has(*action)));
         match () {
             () if inner.has(go) => Some(Ok(())),
             () if inner.has(RelayAction::TellFailed) => {

@@ -22,7 +22,7 @@ use crate::transport::{
 use crate::units::{BlockIndex, PageIndex};
 
 /// Steps after which a door that moves nothing has stalled.
-pub(super) const PATIENCE: u32 = 5000;
+pub(super) const STALL_STEPS: u32 = 5000;
 
 fn cannot_carry(batch: &PageBatch) -> bool {
     batch.pieces().first().is_some_and(|piece| piece.run.first.0 % 4 == 1)
@@ -356,7 +356,7 @@ impl SimLink {
     /// Waits until nothing is inside, or, where the destination keeps the fences, until all is on its way.
     fn wait_until_empty(&self, stop: &Stop) -> Result<(), MoveError> {
         const DOING: &str = "waiting for pages";
-        for _ in 0..PATIENCE {
+        for _ in 0..STALL_STEPS {
             if self.call(|world| world.door.inside())? == 0 {
                 return Ok(());
             }

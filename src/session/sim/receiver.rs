@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::channel::SimSource;
-use super::door::PATIENCE;
+use super::door::STALL_STEPS;
 use crate::guest::Placer;
 use crate::observe::PageCounts;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
@@ -22,7 +22,7 @@ impl PageChannels for SimSource {
     }
 
     fn wait_barrier(&mut self, stop: &Stop) -> Result<(), MoveError> {
-        for _ in 0..PATIENCE {
+        for _ in 0..STALL_STEPS {
             let turn = self.sim.enter();
             let gone = turn.world.killed || turn.world.is_endless();
             match turn.world.door.is_at_barrier().filter(|_| !gone) {

@@ -29,7 +29,7 @@ const STEPS: u64 = 8000;
 /// Pages of the guest.
 const PAGES: usize = 40;
 /// Pages that a relay may have taken ahead: its first backlog, and what the fastest far end takes in its time.
-const MOST_AHEAD: u64 = 4 + 20 + 4;
+const MAX_AHEAD: u64 = 4 + 20 + 4;
 
 /// The whole of it.
 struct World {

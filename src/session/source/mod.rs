@@ -46,7 +46,7 @@ use skips::Skips;
 use throttle::FixedCosts;
 
 /// A guest that may be slowed down is looked at that often, however long a round takes.
-const LONGEST_ROUND: Duration = Duration::from_secs(5);
+const ROUND_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A guest to be moved.
 pub struct SourceGuest {
@@ -210,7 +210,7 @@ impl SourceSession {
         config.switchover_rate = settings.switchover_bandwidth;
         config.holds = settings.before_switchover.is_some();
         config.postcopy = settings.postcopy.as_ref().map(|postcopy| postcopy.rule);
-        config.longest_round = settings.throttling.map(|_| LONGEST_ROUND);
+        config.longest_round = settings.throttling.map(|_| ROUND_TIMEOUT);
         let cancel = CancelToken::default();
         let dirty = DirtyMap::new(table, settings.clear_shift);
         let figures = Figures::new(table, SharedStatistics::default());

@@ -14,24 +14,24 @@ use super::setup;
 use crate::session::{Breakage, Error};
 
 /// Longest time in which a source with nothing to send is silent.
-const LONGEST_SILENCE: Duration = Duration::from_secs(5);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Time between two looks at the peer while a guest is waited for.
-const A_LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Bytes of RAM a second that a destination compares and puts away at the least: what bounds the wait for one that
 /// goes on saying that it is at it.
 const SLOWEST_LOAD: u64 = 64 << 20;
 
 /// Messages heard in one look at the return path.
-const MOST_HEARD: usize = 64;
+const MAX_MESSAGES: usize = 64;
 
 impl SourceSession {
     /// A source that has nothing to send says so: a ramwire takes long silence for a dead peer. Both kinds of peer
     /// answer a PING between sections.
     pub(super) fn give_a_sign(&mut self) -> Result<(), Error> {
         let now = self.clock.now();
-        let every = (self.settings.stall_timeout / 4).min(LONGEST_SILENCE);
+        let every = (self.settings.stall_timeout / 4).min(KEEPALIVE_INTERVAL);
         if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
             return Ok(());
         }
@@ -49,7 +49,7 @@ impl SourceSession {
         }
         let Some(back) = &mut self.back else { return Ok(()) };
         // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
-        for _ in 0..MOST_HEARD {
+        for _ in 0..MAX_MESSAGES {
             match back.poll()? {
                 Some(Word::Working) => {}
                 Some(word) => refuse_verdict(word)?,
@@ -100,7 +100,7 @@ impl SourceSession {
     /// Before COMMIT, so that a failure on either side leaves the guest at its source.
     pub(super) fn await_guest(&mut self) -> Result<Input, Error> {
         while let Some(upstream) = &mut self.upstream
-            && !upstream.wait_given(self.handover, A_LOOK)?
+            && !upstream.wait_given(self.handover, POLL_INTERVAL)?
         {
             self.hear()?;
             if self.stop.reason().is_some() {
@@ -147,10 +147,10 @@ impl SourceSession {
         {
             let due = || Error::NoAnswer {
                 what: "that the guest runs",
-                after: A_LOOK,
+                after: POLL_INTERVAL,
                 remedy: Remedy::RaiseFinishTimeout,
             };
-            match self.verdict(&Stop::never().within(A_LOOK), due) {
+            match self.verdict(&Stop::never().within(POLL_INTERVAL), due) {
                 Err(Error::NoAnswer { .. }) => {}
                 verdict => return verdict,
             }

@@ -36,9 +36,9 @@ const BACKGROUND_PAGES: u64 = 16;
 /// Pages of such a batch, zero ones included.
 const BACKGROUND_LOOKS: u64 = 64;
 /// Requests that wait here at most. Those behind wait in the connection.
-const MOST_REQUESTS: usize = 1024;
+const MAX_REQUESTS: usize = 1024;
 /// Requests taken in one look at the return path.
-const MOST_HEARD: usize = 64;
+const MAX_MESSAGES: usize = 64;
 /// Bytes of discards that leave together.
 const DISCARDS: usize = 64 << 10;
 /// PING in front of the package, and behind it.
@@ -326,8 +326,8 @@ impl SourceSession {
 
     /// Takes requests and other messages that are here, as many as there is room for.
     pub(super) fn hear_requests(&mut self) -> Result<(), Error> {
-        for _ in 0..MOST_HEARD {
-            let Some(back) = self.back.as_mut().filter(|_| self.search.asked() < MOST_REQUESTS) else {
+        for _ in 0..MAX_MESSAGES {
+            let Some(back) = self.back.as_mut().filter(|_| self.search.asked() < MAX_REQUESTS) else {
                 break;
             };
             match back.poll()? {

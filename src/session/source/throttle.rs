@@ -13,7 +13,7 @@ use crate::session::Error;
 use crate::session::callback::quietly;
 
 /// Time between two looks at cancel and peer while the embedder is waited for.
-const A_LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A relay's rounds never end by themselves; when so many times the guest's RAM has passed, its source gets nowhere.
 const RELAYED_TIMES: u64 = 4;
@@ -53,7 +53,7 @@ impl SourceSession {
     /// Before the last sync; a cancel or a peer that fails ends it.
     pub(super) fn hold(&mut self) -> Result<Input, Error> {
         let Some(gate) = self.settings.before_switchover.clone() else { return Ok(Input::Done) };
-        while !gate.wait(A_LOOK) {
+        while !gate.wait(POLL_INTERVAL) {
             self.hear()?;
             self.give_a_sign()?;
             if self.stop.reason().is_some() {

@@ -9,7 +9,7 @@ use super::super::error::Fault;
 use super::multifd::Method;
 
 /// Largest zstd window that is accepted: what the highest level a QEMU offers (20) asks for, 32 MiB.
-const MOST_WINDOW_LOG: u32 = 25;
+const MAX_WINDOW_LOG: u32 = 25;
 /// Room that is made for output at a time.
 const STEP: usize = 64 << 10;
 
@@ -182,7 +182,7 @@ impl PacketInflater {
             Method::Zlib => Some(Self(Inflate::Zlib(Box::new(Decompress::new(true))))),
             Method::Zstd => {
                 let mut decoder = Decoder::new()?;
-                decoder.set_parameter(DParameter::WindowLogMax(MOST_WINDOW_LOG))?;
+                decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))?;
                 Some(Self(Inflate::Zstd(Box::new(decoder))))
             }
         })

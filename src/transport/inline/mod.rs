@@ -22,7 +22,7 @@ use delta::{DeltaCache, Travels};
 const PAGES_PER_SEND: usize = MAX_PARTS / 2;
 
 /// Bytes of headers, deltas and copies after which they are sent.
-const MOST_HEADERS: usize = 64 << 10;
+const MAX_HEADERS: usize = 64 << 10;
 
 /// Bytes of a record's offset and flags, which a delta's figures leave out.
 const WORD: usize = 8;
@@ -99,7 +99,7 @@ impl InlinePages {
                 Some(page) => self.write_page(at, page, chunk),
                 None => self.write_zero(at),
             }
-            if chunk.pages.len() == PAGES_PER_SEND || self.headers.len() > MOST_HEADERS {
+            if chunk.pages.len() == PAGES_PER_SEND || self.headers.len() > MAX_HEADERS {
                 self.flush_chunk(chunk, sink, stop)?;
             }
         }

@@ -31,7 +31,7 @@ const BATCH_PAGES: u32 = 512;
 /// Batches that wait in front of one channel, beside the one it sends.
 const QUEUED: usize = 2;
 /// Longest time between two looks at the caller's [`Stop`].
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 const SENDING: &str = "sending pages on the channels";
 
@@ -151,7 +151,7 @@ impl MultifdLink {
     /// Waits for the next answer, and not beyond `stop`.
     fn wait(&mut self, stop: &Stop) -> Result<(), MoveError> {
         loop {
-            match self.done.recv_timeout(LOOK) {
+            match self.done.recv_timeout(POLL_INTERVAL) {
                 Ok(done) => return self.take(done),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(gone()),

@@ -23,7 +23,7 @@ use crate::transport::{ByteSource, ChannelError, MoveError, PageChannels, Stream
 use crate::units::PageSize;
 
 /// Longest time between two looks at the other channels.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 const RECEIVING: &str = "waiting for the stream";
 const AT_BARRIER: &str = "waiting for the page channels";
@@ -134,7 +134,7 @@ impl ByteSource for MultifdSource {
             if let Some(running) = &mut self.running {
                 running.hear().map_err(as_channel)?;
             }
-            match self.main.recv(into, &stop.within(LOOK)) {
+            match self.main.recv(into, &stop.within(POLL_INTERVAL)) {
                 Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })
                     if stop.reason().is_none() =>
                 {
@@ -249,7 +249,7 @@ impl PageChannels for MultifdSource {
                 let peer = format!("a page channel of {}", self.main.peer());
                 return Err(ChannelError::Closed { peer, doing: AT_BARRIER }.into());
             }
-            match running.told.recv_timeout(LOOK) {
+            match running.told.recv_timeout(POLL_INTERVAL) {
                 Ok(told) => running.take(told)?,
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     self.look(&mut progress, AT_BARRIER)?;

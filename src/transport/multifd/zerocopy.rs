@@ -23,7 +23,7 @@ use crate::transport::{ChannelError, StreamChannel};
 const TAKING_BACK: &str = "waiting until the kernel is done with lent pages";
 
 /// Rest after a wait that brought nothing: what ended it is told by the next call.
-const REST: Duration = Duration::from_millis(2);
+const RETRY_INTERVAL: Duration = Duration::from_millis(2);
 
 const COPIES: &str = "the kernel copies all the same on this way, as it always does on the loopback";
 const MAY_NOT_LOCK: &str = "the kernel may lock no memory for it: raise the limit on locked memory (ulimit -l) \
@@ -162,7 +162,7 @@ impl Lending {
             if let Ok(Some(error)) = socket2::SockRef::from(&end.fd).take_error() {
                 return Err(end.broken(TAKING_BACK, error));
             }
-            patience.rest(REST, stop)?;
+            patience.rest(RETRY_INTERVAL, stop)?;
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! `auto:HOST:PORT`: RDMA if both ends have a device that reaches the other, else TCP, and why.
 //!
-//! The destination listens for both at one port. The source tries RDMA first, within [`DECIDED_WITHIN`].
+//! The destination listens for both at one port. The source tries RDMA first, within [`DECISION_TIMEOUT`].
 
 use std::sync::Arc;
 #[cfg(feature = "rdma")]
@@ -22,13 +22,13 @@ use crate::transport::{
 use crate::units::BlockIndex;
 
 #[cfg(feature = "rdma")]
-use super::obstacle::{DECIDED_WITHIN, Obstacle};
+use super::obstacle::{DECISION_TIMEOUT, Obstacle};
 #[cfg(feature = "rdma")]
 use crate::transport::rdma::{RdmaListener, connect_here, usable_address};
 
 /// How often a destination looks who came by the other way.
 #[cfg(feature = "rdma")]
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Opens the better of both ways to `host:port`.
 pub(super) fn open_source(
@@ -88,8 +88,8 @@ fn by_rdma(
     let locked = rdma.pin_budget.filter(|_| !rdma.pin_all).unwrap_or(u64::MAX).min(table.travelling());
     usable_address(locked).map_err(no)?;
     // From here on: what it took to look at this host's devices leaves the peer no less time to answer.
-    let options = StreamOptions { dead_peer: DECIDED_WITHIN, ..*options };
-    connect_here(host, port, memory, &options, rdma, &stop.within(DECIDED_WITHIN))
+    let options = StreamOptions { dead_peer: DECISION_TIMEOUT, ..*options };
+    connect_here(host, port, memory, &options, rdma, &stop.within(DECISION_TIMEOUT))
 }
 
 #[cfg(not(feature = "rdma"))]
@@ -197,7 +197,7 @@ fn accept_either(
                     Err(_) if rdma_stop.reason().is_some() => return,
                     Err(error) => {
                         tracing::warn!(error = %Chain(&error), "a source did not come in by RDMA; it may try TCP");
-                        rdma_stop.sleep(LOOK);
+                        rdma_stop.sleep(POLL_INTERVAL);
                     }
                 }
             }
@@ -209,7 +209,7 @@ fn accept_either(
             if let Ok(door) = doors.try_recv() {
                 return Ok(door);
             }
-            match candidates.next(tcp, (&MAIN, 1), options, &stop.within(LOOK)) {
+            match candidates.next(tcp, (&MAIN, 1), options, &stop.within(POLL_INTERVAL)) {
                 Err(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Deadline, .. }))
                     if stop.reason().is_none() => {}
                 came => break came,

@@ -21,7 +21,7 @@ const ACCEPTING: &str = "waiting for a connection";
 const SILENT: Duration = Duration::from_secs(30);
 
 /// Time after which a word that has begun is looked at again: the bytes that are there wake no wait.
-const REST: Duration = Duration::from_millis(5);
+const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Connections that may be silent at a time, beside those that are expected.
 const STRANGERS: usize = 16;
@@ -152,7 +152,7 @@ impl Candidates {
             }
             let silent: Vec<_> = self.waiting.iter().filter(|candidate| !candidate.begun).collect();
             let due = self.waiting.front().map(|oldest| patience.saturating_sub(oldest.since.elapsed()));
-            let due = if silent.len() < self.waiting.len() { Some(REST) } else { due };
+            let due = if silent.len() < self.waiting.len() { Some(RETRY_INTERVAL) } else { due };
             let sockets: Vec<_> =
                 silent.iter().map(|candidate| candidate.channel.end().0.fd.as_fd()).collect();
             match wait(listening, &sockets, &due.map_or_else(|| stop.clone(), |due| stop.within(due))) {

@@ -17,7 +17,7 @@ pub use allow::{AllowError, AllowList};
 use auto::AutoListener;
 pub(crate) use candidates::Listening;
 use candidates::{Candidates, MAIN, MAIN_AND_PAGES};
-pub use obstacle::{DECIDED_WITHIN, Obstacle};
+pub use obstacle::{DECISION_TIMEOUT, Obstacle};
 
 use crate::error::Remedy;
 use crate::guest::GuestMemory;

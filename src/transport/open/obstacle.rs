@@ -7,7 +7,7 @@ use crate::error::Chain;
 use crate::transport::{ChannelError, OpenError, WhyNoRdma};
 
 /// Longest time for which a source that may choose waits for an answer by RDMA, once it has looked at its own devices.
-pub const DECIDED_WITHIN: Duration = Duration::from_secs(2);
+pub const DECISION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What stood in the way of RDMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +66,7 @@ pub(super) fn why(error: &OpenError) -> String {
         }
         // The caller's own limit, and no reason to raise it.
         OpenError::Channel(ChannelError::Stalled { peer, .. } | ChannelError::Silent { peer, .. }) => {
-            format!("nobody answered at {peer} within {} s", DECIDED_WITHIN.as_secs())
+            format!("nobody answered at {peer} within {} s", DECISION_TIMEOUT.as_secs())
         }
         error => Chain(error).to_string(),
     };

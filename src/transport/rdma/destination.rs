@@ -29,9 +29,9 @@ const ANSWERING: &str = "answering the source";
 const PARTING: &str = "closing the connection";
 
 /// How long is looked for one thing before the other: the stream's first bytes, a way back.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// How long a ramwire source may take for its way back.
-const WAY_BACK_WITHIN: Duration = Duration::from_secs(10);
+const RETURN_PATH_TIMEOUT: Duration = Duration::from_secs(10);
 /// The unit in which a source asks for keys.
 const CHUNK_BYTES: u64 = rdma_hooks::chunk::CHUNK_BYTES;
 /// First bytes taken while a way back may still come: one message's worth of a stream.
@@ -120,7 +120,7 @@ impl RdmaListener {
         let granted = *hooks.granted();
         let listener = &mut *self.listener;
         if granted.extension.is_some() {
-            let bounds = end.bounds_of(stop, Some(WAY_BACK_WITHIN));
+            let bounds = end.bounds_of(stop, Some(RETURN_PATH_TIMEOUT));
             let writer = ReturnWriter::accept(listener, &granted, &bounds.hooks);
             return Ok((Some(writer.map_err(|error| bounds.error(ACCEPTING, error))?), Vec::new()));
         }
@@ -128,7 +128,7 @@ impl RdmaListener {
         let failed = |error| bounds.error(RECEIVING, error);
         let mut ahead = vec![0; AHEAD_BYTES];
         loop {
-            let look = bounds.hooks.within(end.fabric.now(), LOOK);
+            let look = bounds.hooks.within(end.fabric.now(), POLL_INTERVAL);
             match hooks.read_stream(&mut ahead, &look) {
                 Ok(count) => {
                     ahead.truncate(count);
@@ -138,7 +138,7 @@ impl RdmaListener {
                 Err(error) => return Err(failed(error)),
             }
             bounds.hooks.check(end.fabric.now()).map_err(|stopped| failed(stopped.into()))?;
-            let look = bounds.hooks.within(end.fabric.now(), LOOK);
+            let look = bounds.hooks.within(end.fabric.now(), POLL_INTERVAL);
             let writer = ReturnWriter::accept_within(listener, &granted, &look, &bounds.hooks);
             if let Some(writer) = writer.map_err(failed)? {
                 return Ok((Some(writer), Vec::new()));

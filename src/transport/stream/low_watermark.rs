@@ -21,7 +21,7 @@ const MARKS: [usize; 4] = [1 << 20, 512 << 10, 256 << 10, 128 << 10];
 const MOST: usize = MARKS[0];
 
 /// Longest wait for bytes that need not come: once at the end of all that came at a great pace.
-pub(super) const MOMENT: Duration = Duration::from_micros(500);
+pub(super) const BURST_TIMEOUT: Duration = Duration::from_micros(500);
 
 /// What a receiving half knows of its socket.
 #[derive(Debug)]
@@ -65,7 +65,7 @@ impl LowWater {
         self.drained && self.worth(due) > 1
     }
 
-    /// True if it pays to wait for a [`MOMENT`] before the next read; the kernel knows then what for.
+    /// True if it pays to wait for a [`BURST_TIMEOUT`] before the next read; the kernel knows then what for.
     pub(super) fn waits_briefly(&mut self, fd: BorrowedFd<'_>) -> bool {
         if !(self.bulk && self.drained) {
             return false;
@@ -113,9 +113,9 @@ impl LowWater {
     }
 }
 
-/// The largest mark that half of a [`MOMENT`] is enough for where `bytes` came in `time`.
+/// The largest mark that half of a [`BURST_TIMEOUT`] is enough for where `bytes` came in `time`.
 fn mark_at_pace(bytes: usize, time: Duration) -> Option<usize> {
-    let comes = bytes as u128 * (MOMENT / 2).as_nanos();
+    let comes = bytes as u128 * (BURST_TIMEOUT / 2).as_nanos();
     MARKS.into_iter().find(|mark| *mark as u128 * time.as_nanos() <= comes)
 }
 

@@ -27,7 +27,7 @@ use crate::sys::{
 };
 use crate::transport::{ByteSink, ByteSource, ChannelError};
 use exec::ChildCommand;
-use low_watermark::{LowWater, MOMENT};
+use low_watermark::{BURST_TIMEOUT, LowWater};
 use patience::Patience;
 
 const SENDING: &str = "sending the stream";
@@ -35,7 +35,7 @@ const RECEIVING: &str = "waiting for the stream";
 const FINISHING: &str = "finishing the stream";
 
 /// Bytes after the stream's end that a command may still print.
-const TRAILING_MAX: usize = 1 << 20;
+const MAX_TRAILING: usize = 1 << 20;
 
 /// How long waits go on, and what the end of a stream means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -258,7 +258,7 @@ impl StreamChannel {
     /// [`ChannelError`].
     pub(super) fn peek_word(&self, stop: &Stop) -> Result<[u8; 4], ChannelError> {
         /// Time after which a word that has begun is looked at again: the bytes that are there wake no wait.
-        const REST: Duration = Duration::from_millis(2);
+        const RETRY_INTERVAL: Duration = Duration::from_millis(2);
         const PEEKING: &str = "waiting for the first bytes of a channel";
         let mut patience = Patience::new(&self.end, PEEKING, self.stall);
         let mut word = [0; 4];
@@ -268,7 +268,7 @@ impl StreamChannel {
                 Ok(0) => {
                     return Err(ChannelError::Closed { peer: self.end.peer.clone(), doing: PEEKING });
                 }
-                Ok(_) => patience.rest(REST, stop)?,
+                Ok(_) => patience.rest(RETRY_INTERVAL, stop)?,
                 Err(Errno::AGAIN) => patience.wait(PollFlags::IN, stop)?,
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(self.end.broken(PEEKING, errno.into())),
@@ -304,7 +304,7 @@ impl StreamChannel {
     }
 
     fn await_acknowledged(&self, stop: &Stop) -> Result<(), ChannelError> {
-        const REST: Duration = Duration::from_millis(2);
+        const RETRY_INTERVAL: Duration = Duration::from_millis(2);
         let fd = self.end.fd.as_fd();
         let mut patience = Patience::new(&self.end, FINISHING, self.stall);
         loop {
@@ -316,7 +316,7 @@ impl StreamChannel {
                 return Err(self.end.broken(FINISHING, error));
             }
             // No event tells of the last acknowledgement.
-            patience.rest(REST, stop)?;
+            patience.rest(RETRY_INTERVAL, stop)?;
         }
     }
 
@@ -332,7 +332,7 @@ impl StreamChannel {
     fn read_out(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         let mut scratch = vec![0; 1 << 16];
         let mut taken = 0;
-        while taken <= TRAILING_MAX {
+        while taken <= MAX_TRAILING {
             match self.recv(&mut [RecvPart::Own(&mut scratch)], stop)? {
                 0 => return Ok(()),
                 count => taken += count,
@@ -518,7 +518,7 @@ impl StreamChannel {
         let mut patience: Option<Patience<'_>> = None;
         let mut wait_first = self.low_water.waits_first(due);
         if stop.reason().is_none() && self.low_water.waits_briefly(fd) {
-            let waited = stop.wait_briefly(fd, PollFlags::IN, MOMENT);
+            let waited = stop.wait_briefly(fd, PollFlags::IN, BURST_TIMEOUT);
             waited.map_err(|source| end.broken(RECEIVING, source))?;
         }
         loop {

@@ -15,7 +15,7 @@ use crate::sys::{Stop, StopReason, TcpState, queued_bytes, tcp_state};
 use crate::transport::ChannelError;
 
 /// Longest time between two looks at the connection.
-const LOOK: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Longest wait for as much as a socket's low-water mark says: what came short of it is taken then.
 const SHORT_OF_MARK: Duration = Duration::from_millis(50);
@@ -49,7 +49,7 @@ impl<'a> Patience<'a> {
             self.queued = self.queue();
         }
         loop {
-            let slice = self.stall.map_or(LOOK, |stall| (stall / 4).min(LOOK));
+            let slice = self.stall.map_or(POLL_INTERVAL, |stall| (stall / 4).min(POLL_INTERVAL));
             let ended = stop.within(slice).wait(self.end.fd.as_fd(), what);
             match ended.map_err(|source| self.end.broken(self.doing, source))? {
                 None => return Ok(()),

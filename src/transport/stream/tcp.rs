@@ -18,7 +18,7 @@ use crate::transport::{AllowList, ChannelError, StreamChannel, StreamOptions};
 const PROBES: u32 = 5;
 
 /// Longest time between two probes that a kernel takes (MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL).
-const MOST_IDLE: Duration = Duration::from_secs(32767);
+const MAX_IDLE: Duration = Duration::from_secs(32767);
 
 /// Congestion control within a host: every kernel has it and lets everyone choose it. It sends what there is room for,
 /// where BBR, which many hosts have as their default, waits for a timer between the segments.
@@ -48,8 +48,8 @@ pub(crate) fn tune(fd: BorrowedFd<'_>, dead_peer: Duration) -> io::Result<()> {
 /// Lets the kernel probe an idle connection, so that it breaks once the peer has answered nothing for `dead_peer`.
 pub(super) fn keep_alive(socket: &SockRef<'_>, dead_peer: Duration) -> io::Result<()> {
     let second = Duration::from_secs(1);
-    let idle = (dead_peer / 2).clamp(second, MOST_IDLE);
-    let interval = (dead_peer / 2 / PROBES).clamp(second, MOST_IDLE);
+    let idle = (dead_peer / 2).clamp(second, MAX_IDLE);
+    let interval = (dead_peer / 2 / PROBES).clamp(second, MAX_IDLE);
     let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(PROBES);
     socket.set_tcp_keepalive(&keepalive)
 }

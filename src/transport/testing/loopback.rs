@@ -8,7 +8,7 @@ use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 use crate::transport::{ByteSink, ByteSource, ChannelError};
 
 /// How often a wait looks at its [`Stop`].
-const LOOK: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 const PEER: &str = "loopback";
 const SENDING: &str = "sending the stream";
 const RECEIVING: &str = "waiting for the stream";
@@ -71,7 +71,7 @@ impl Pipe {
             if let Some(reason) = reason {
                 return Err(ChannelError::Stopped { reason, doing });
             }
-            state = self.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.changed.wait_timeout(state, POLL_INTERVAL).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 

@@ -18,9 +18,9 @@ use crate::qmp::Monitor;
 /// Memory of the guest beside what it writes: its kernel's.
 const BESIDE: u64 = 128 << 20;
 /// How long a guest may take to boot, and to check all its memory on arrival.
-const PATIENCE: Duration = Duration::from_secs(120);
+const GUEST_TIMEOUT: Duration = Duration::from_secs(120);
 /// Time between two looks.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// How long the guest writes before it is moved: what it then writes is what its slowdown is measured by.
 const WRITES: Duration = Duration::from_secs(2);
 
@@ -190,7 +190,7 @@ fn follow(monitor: &mut Monitor, limit: Duration) -> Result<Run, BenchError> {
             }
             _ => {}
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 
@@ -216,10 +216,10 @@ impl Side {
             if wanted(&tick) {
                 return Ok(tick);
             }
-            if began.elapsed() > PATIENCE {
+            if began.elapsed() > GUEST_TIMEOUT {
                 return Err(failed(doing)(io::ErrorKind::TimedOut.into()));
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 }

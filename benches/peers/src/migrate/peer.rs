@@ -20,7 +20,7 @@ use crate::BenchError;
 use crate::output::result_line;
 
 /// Longest time a run may take to say anything: populating and moving far more memory than a machine has.
-const PATIENCE: Duration = Duration::from_secs(600);
+const RUN_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// What the other process does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -164,7 +164,7 @@ impl Peer {
         let Some(stdout) = child.stdout.take() else {
             return Err(failed("starting")(io::Error::other("it has no standard output")));
         };
-        let options = StreamOptions { stall: Some(PATIENCE), ..StreamOptions::default() };
+        let options = StreamOptions { stall: Some(RUN_TIMEOUT), ..StreamOptions::default() };
         let words = StreamChannel::from_fd(stdout.into(), "the other process", &options);
         let address = Address::Tcp { host: String::new(), port: 0 };
         let mut peer = Self { child, words: words.map_err(failed("starting"))?, address };

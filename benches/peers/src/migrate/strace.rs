@@ -13,7 +13,7 @@ use super::watch::Watcher;
 use crate::BenchError;
 
 /// Longest time until a process is attached to.
-const PATIENCE: Duration = Duration::from_secs(20);
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(20);
 /// How a verbs library rings a doorbell by a system call: `IB_USER_VERBS_CMD_POST_SEND` (28) in the first byte of a
 /// write(2) to the device (ib_user_verbs.h). Devices with doorbells of their own need no call.
 const POST_SEND: &str = "\"\\x1c\\x00\\x00\\x00\"";
@@ -88,7 +88,7 @@ impl Strace {
         while !is_traced(pid) {
             let ended =
                 self.running.last_mut().is_none_or(|(child, _)| !matches!(child.try_wait(), Ok(None)));
-            if ended || begun.elapsed() > PATIENCE {
+            if ended || begun.elapsed() > ATTACH_TIMEOUT {
                 return Err(failed("attaching")(io::Error::other(format!("process {pid} is not traced"))));
             }
             std::thread::sleep(Duration::from_millis(5));

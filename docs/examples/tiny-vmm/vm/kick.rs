@@ -9,7 +9,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 /// A braked vCPU runs at most this long before it rests.
 pub(super) const SLICE: Duration = Duration::from_millis(10);
 /// Time between two looks for a brake that came just before one began to wait.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Makes KVM_RUN return with EINTR: a signal does, if its handler does nothing but exist.
 pub(super) fn prepare_kicks() -> std::io::Result<()> {
@@ -26,11 +26,11 @@ pub(super) fn kick(threads: &[JoinHandle<()>]) {
 
 /// What the kicker does until the end: no vCPU runs on for more than a slice without a look at its brake.
 pub(super) fn kick_braked(gate: &VcpuGate, threads: &[JoinHandle<()>]) {
-    let mut wait = LOOK;
+    let mut wait = POLL_INTERVAL;
     while let Some(braked) = gate.watch(wait) {
         if braked {
             kick(threads);
         }
-        wait = if braked { SLICE } else { LOOK };
+        wait = if braked { SLICE } else { POLL_INTERVAL };
     }
 }

@@ -35,9 +35,9 @@ const RAM_END: u64 = 3 << 30;
 /// Blocks without an address of their own follow each other at such steps.
 const BLOCK_STEP: u64 = 2 << 20;
 /// Most vCPUs; bounds what a device state can make us start.
-const MOST_VCPUS: u32 = 64;
+const MAX_VCPUS: u32 = 64;
 /// A vCPU that is kicked leaves the guest at once, and does what its last exit asks for.
-const STANDS_WITHIN: Duration = Duration::from_secs(10);
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A signal that came just before KVM_RUN is lost: it is sent again after this long.
 const AGAIN: Duration = Duration::from_millis(1);
 /// Entries of a dirty ring: QEMU's usual choice is 4096; this one lasts longer, at 1 MiB a vCPU.
@@ -69,8 +69,8 @@ pub(crate) struct Shape {
 
 impl Shape {
     fn check(&self) -> io::Result<()> {
-        if !(1..=MOST_VCPUS).contains(&self.vcpus) {
-            return Err(invalid(format!("{} vCPUs; give 1 to {MOST_VCPUS}", self.vcpus)));
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return Err(invalid(format!("{} vCPUs; give 1 to {MAX_VCPUS}", self.vcpus)));
         }
         Ok(())
     }
@@ -280,7 +280,7 @@ impl Drop for Machine {
 
 impl GuestControl for TinyVm {
     fn pause(&mut self) -> io::Result<()> {
-        self.with(|machine| machine.gate.close(STANDS_WITHIN, || kick::kick(machine.threads())))
+        self.with(|machine| machine.gate.close(PAUSE_TIMEOUT, || kick::kick(machine.threads())))
     }
 
     fn resume(&mut self) -> io::Result<()> {

@@ -129,7 +129,7 @@ pub fn requests(
         let ended = start.elapsed();
         if completed > 0 || out.is_empty() {
             heard = ended;
-        } else if ended - heard > super::words::PATIENCE {
+        } else if ended - heard > super::words::ANSWER_TIMEOUT {
             return Err(silent());
         }
         for (begun, late) in out.drain(..completed.min(out.len())) {

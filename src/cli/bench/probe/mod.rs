@@ -52,7 +52,7 @@ pub struct ProbeArgs {
     #[arg(long, value_delimiter = ',', default_value = "4K,64K,1M", value_parser = message_size, value_name = "SIZES")]
     size: Vec<usize>,
     /// Requests on the way at a time; there and back it is always 1 [default: 1; of bandwidth: 16]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=words::MOST_REQUESTS as i64), value_name = "N")]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=words::MAX_REQUESTS as i64), value_name = "N")]
     depth: Option<u16>,
     /// How long each measurement takes
     #[arg(long, default_value = "5s", value_parser = duration)]
@@ -79,7 +79,7 @@ pub struct ProbeArgs {
 
 fn message_size(text: &str) -> Result<usize, String> {
     let bytes = common::bytes(text)?;
-    let fits = usize::try_from(bytes).ok().filter(|bytes| (1..=words::MOST_BYTES).contains(bytes));
+    let fits = usize::try_from(bytes).ok().filter(|bytes| (1..=words::MAX_BYTES).contains(bytes));
     fits.ok_or_else(|| "write 1 byte to 64M".into())
 }
 

@@ -10,9 +10,9 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 /// Longest latency told apart, in nanoseconds; longer ones count as this.
-const MOST_NANOS: u64 = 60_000_000_000;
+const MAX_NANOS: u64 = 60_000_000_000;
 /// Most intervals kept.
-const MOST_INTERVALS: u32 = 600;
+const MAX_INTERVALS: u32 = 600;
 
 /// What is recorded in two ways.
 #[derive(Clone, Debug)]
@@ -87,8 +87,7 @@ impl Recorded {
 
     /// Counts a message that ended `at` after the start and took `took`; it began `late` after its time.
     pub fn record(&mut self, at: Duration, took: Duration, late: Duration) {
-        let nanos =
-            |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(MOST_NANOS).clamp(1, MOST_NANOS);
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(MAX_NANOS).clamp(1, MAX_NANOS);
         self.length = self.length.max(at);
         self.uncorrected.saturating_record(nanos(took));
         if let Some(corrected) = &mut self.corrected {
@@ -98,7 +97,7 @@ impl Recorded {
     }
 
     fn interval(&mut self, at: Duration) -> &mut Histogram<u64> {
-        let number = u32::try_from(at.as_secs()).unwrap_or(MOST_INTERVALS).min(MOST_INTERVALS - 1) as usize;
+        let number = u32::try_from(at.as_secs()).unwrap_or(MAX_INTERVALS).min(MAX_INTERVALS - 1) as usize;
         while self.intervals.len() <= number {
             let start = Duration::from_secs(self.intervals.len() as u64);
             self.intervals.push(Interval { start, length: Duration::from_secs(1), latencies: empty() });
@@ -113,7 +112,7 @@ impl Recorded {
 /// Bounds and digits are constants that the histogram takes, which the test below shows.
 #[allow(clippy::expect_used)]
 fn empty() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, MOST_NANOS, 3).expect("bounds that a histogram takes")
+    Histogram::new_with_bounds(1, MAX_NANOS, 3).expect("bounds that a histogram takes")
 }
 
 #[cfg(test)]

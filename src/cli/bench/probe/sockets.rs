@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::super::BenchError;
 use super::measure::{Echo, Flow};
-use super::words::{Carrier, PATIENCE, Reply, Request, Words, failed};
+use super::words::{ANSWER_TIMEOUT, Carrier, Reply, Request, Words, failed};
 
 /// A stream socket of either kind.
 trait Stream: Read + Write + Send {}
@@ -38,14 +38,14 @@ impl Sockets {
 
 fn tcp(socket: TcpStream) -> io::Result<Box<dyn Stream>> {
     socket.set_nodelay(true)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
     Ok(Box::new(socket))
 }
 
 fn unix(socket: UnixStream) -> io::Result<Box<dyn Stream>> {
-    socket.set_read_timeout(Some(PATIENCE))?;
-    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
     Ok(Box::new(socket))
 }
 

@@ -8,7 +8,7 @@ use rdma_hooks::{Cancel, FabricError, Stop};
 
 use super::super::BenchError;
 use super::measure::{Echo, Flow, silent};
-use super::words::{Op, PATIENCE, Reply, Request, Words};
+use super::words::{ANSWER_TIMEOUT, Op, Reply, Request, Words};
 
 /// Looks at memory or at a completion queue between two looks at the clock or at the other end.
 const LOOKS: u32 = 1 << 16;
@@ -20,7 +20,7 @@ fn rdma(error: FabricError) -> BenchError {
 }
 
 fn soon() -> Stop {
-    Stop::new(Some(Instant::now() + PATIENCE), Cancel::default())
+    Stop::new(Some(Instant::now() + ANSWER_TIMEOUT), Cancel::default())
 }
 
 /// The first half of a buffer leaves, the second is where the peer's bytes arrive.
@@ -108,7 +108,7 @@ impl End {
         let begun = Instant::now();
         while self.out >= self.most_out {
             self.poll()?;
-            if begun.elapsed() > PATIENCE {
+            if begun.elapsed() > ANSWER_TIMEOUT {
                 return Err(silent());
             }
         }
@@ -138,7 +138,7 @@ impl Verbs {
 }
 
 fn too_long(begun: Instant) -> impl FnMut() -> Result<bool, BenchError> {
-    move || if begun.elapsed() > PATIENCE { Err(silent()) } else { Ok(false) }
+    move || if begun.elapsed() > ANSWER_TIMEOUT { Err(silent()) } else { Ok(false) }
 }
 
 impl Echo for Verbs {

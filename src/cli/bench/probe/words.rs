@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 use super::super::BenchError;
 
 /// Longest silence of the other end.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longest line.
-const LINE_MAX: u64 = 4096;
+const MAX_LINE: u64 = 4096;
 /// Largest message of a measurement.
-pub const MOST_BYTES: usize = 64 << 20;
+pub const MAX_BYTES: usize = 64 << 20;
 /// Most requests on the way at a time.
-pub const MOST_REQUESTS: usize = 1024;
+pub const MAX_REQUESTS: usize = 1024;
 
 /// By what the bytes of a measurement travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -77,7 +77,7 @@ impl Request {
 
     /// True if sizes are within what this program allots.
     pub fn is_sound(&self) -> bool {
-        (1..=MOST_BYTES).contains(&self.size) && (1..=MOST_REQUESTS).contains(&self.depth)
+        (1..=MAX_BYTES).contains(&self.size) && (1..=MAX_REQUESTS).contains(&self.depth)
     }
 }
 
@@ -106,8 +106,8 @@ impl Words {
     /// The kernel's.
     pub fn new(socket: TcpStream) -> io::Result<Self> {
         socket.set_nodelay(true)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.set_write_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
         Ok(Self { lines: BufReader::new(socket) })
     }
 
@@ -127,7 +127,7 @@ impl Words {
     /// [`BenchError::Io`].
     pub fn hear<T: DeserializeOwned>(&mut self) -> Result<Option<T>, BenchError> {
         let mut line = String::new();
-        let count = (&mut self.lines).take(LINE_MAX).read_line(&mut line).map_err(failed("listening"))?;
+        let count = (&mut self.lines).take(MAX_LINE).read_line(&mut line).map_err(failed("listening"))?;
         if count == 0 {
             return Ok(None);
         }
@@ -194,7 +194,7 @@ mod tests {
         assert!(there.hear::<Reply>().is_err());
         drop(here);
         assert_eq!(there.hear::<Reply>().unwrap(), None);
-        for (size, depth) in [(0, 1), (MOST_BYTES + 1, 1), (1, 0), (1, MOST_REQUESTS + 1)] {
+        for (size, depth) in [(0, 1), (MAX_BYTES + 1, 1), (1, 0), (1, MAX_REQUESTS + 1)] {
             assert!(!Request { size, depth, ..request.clone() }.is_sound());
         }
     }

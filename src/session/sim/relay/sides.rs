@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::ends::Item;
 use super::plan::FarKind;
-use super::{MOST_AHEAD, PAGES, World};
+use super::{MAX_AHEAD, PAGES, World};
 use crate::engine::{FarEnd, Handover, RelayAction, RelayEvent, Traffic};
 use crate::guest::DirtySource;
 use crate::ram::{BlockName, PageBitmap, PageRun, RamBlock, RamBlockTable};
@@ -261,7 +261,7 @@ impl World {
                 }
                 relay.near = Near::Writing(page, value);
                 let waiting = relay.waiting();
-                self.must(waiting <= MOST_AHEAD, "more pages wait to be sent on than the far end takes soon");
+                self.must(waiting <= MAX_AHEAD, "more pages wait to be sent on than the far end takes soon");
             }
             Some(Item::RamEnd) => relay.hub.post(RelayEvent::RamComplete),
             Some(Item::State) => {
