@@ -18,7 +18,7 @@ pub enum Remedy {
     RaiseGreetingTimeout,
     /// A higher limit on the RAM that a destination takes.
     RaiseRamLimit,
-    /// A guest that writes too fast: more bandwidth, more downtime, differences, a brake, or an end by force.
+    /// A guest that writes too fast: more bandwidth, more downtime, deltas, throttling, or an end by force.
     HelpConvergence,
     /// Page channels are written in another way for each version of QEMU: which peer is it?
     NamePeer,

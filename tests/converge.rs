@@ -84,7 +84,7 @@ fn a_dirty_limit_brings_it_home() {
 }
 
 #[test]
-fn both_brakes_at_once_are_refused() {
+fn both_ways_to_throttle_at_once_are_refused() {
     let dir = scratch();
     let said = Ramwire::start(dir.path(), &["demo", "--auto-converge"], "--dirty-limit")
         .failed(Deadline::seconds(10), 2);

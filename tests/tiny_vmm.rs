@@ -42,9 +42,9 @@ fn twenty_migrations_by_dirty_rings_lose_nothing() {
 }
 
 /// A guest that writes its memory over and over faster than the limit lets leave: it arrives whole, and at most so much was
-/// taken from its vCPUs, in the words of the brake.
-fn braked(log: &str, brake: &str, guest: &str) -> u32 {
-    let arguments = format!("{guest} --migrations 1 --log {log} --brake {brake} --vcpu-dirty-limit 1M");
+/// taken from its vCPUs, in the words of the throttle.
+fn throttled(log: &str, kind: &str, guest: &str) -> u32 {
+    let arguments = format!("{guest} --migrations 1 --log {log} --throttle {kind} --vcpu-dirty-limit 1M");
     let text = tiny_vmm(&arguments.split(' ').collect::<Vec<_>>());
     assert!(text.contains(" pages verified, 0 wrong;") && text.contains("nothing lost"), "{text}");
     let (before, _) = text.split_once(" %").unwrap_or_else(|| panic!("{text}"));
@@ -55,7 +55,7 @@ fn braked(log: &str, brake: &str, guest: &str) -> u32 {
 fn auto_converge_takes_time_from_every_vcpu_and_brings_it_home() {
     for log in ["log", "ring"] {
         let guest = "--memory 16M --vcpus 2 --rate 32M --max-bandwidth 24M --downtime-ms 200";
-        let taken = braked(log, "auto-converge", guest);
+        let taken = throttled(log, "auto-converge", guest);
         assert!((20..=99).contains(&taken), "{log}: {taken}");
     }
 }
@@ -66,7 +66,7 @@ fn auto_converge_takes_time_from_every_vcpu_and_brings_it_home() {
 fn a_dirty_limit_lets_a_vcpu_rest_and_brings_it_home() {
     for log in ["log", "ring"] {
         let guest = "--memory 64M --vcpus 1 --rate 120M --max-bandwidth 48M";
-        let rest = braked(log, "dirty-limit", guest);
+        let rest = throttled(log, "dirty-limit", guest);
         assert!((10..=9900).contains(&rest), "{log}: {rest}");
     }
 }

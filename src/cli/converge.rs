@@ -20,16 +20,16 @@ pub(super) struct ConvergeArgs {
     #[arg(long, value_name = "PERCENT", default_value = "50", value_parser = share)]
     throttle_trigger_threshold: Percent,
     /// With --auto-converge: the first step, in percent of the vCPUs' time
-    #[arg(long, value_name = "PERCENT", default_value = "20", value_parser = brake)]
+    #[arg(long, value_name = "PERCENT", default_value = "20", value_parser = throttle_percent)]
     cpu_throttle_initial: Percent,
     /// With --auto-converge: each further step
-    #[arg(long, value_name = "PERCENT", default_value = "10", value_parser = brake)]
+    #[arg(long, value_name = "PERCENT", default_value = "10", value_parser = throttle_percent)]
     cpu_throttle_increment: Percent,
     /// With --auto-converge: smaller steps where little is missing
     #[arg(long)]
     cpu_throttle_tailslow: bool,
     /// With --auto-converge: the most that is taken
-    #[arg(long, value_name = "PERCENT", default_value = "99", value_parser = brake)]
+    #[arg(long, value_name = "PERCENT", default_value = "99", value_parser = throttle_percent)]
     max_cpu_throttle: Percent,
     /// Hold each vCPU near --vcpu-dirty-limit while the guest writes too much
     #[arg(long)]
@@ -106,7 +106,7 @@ fn share(text: &str) -> Result<Percent, String> {
     within(text, 1, 100)
 }
 
-fn brake(text: &str) -> Result<Percent, String> {
+fn throttle_percent(text: &str) -> Result<Percent, String> {
     within(text, 1, 99)
 }
 
@@ -116,7 +116,7 @@ fn within(text: &str, least: u8, most: u8) -> Result<Percent, String> {
 }
 
 impl ConvergeArgs {
-    /// True if nothing was asked for: neither a brake nor an end.
+    /// True if nothing was asked for: neither throttling nor an end.
     pub(super) fn is_empty(&self) -> bool {
         !self.auto_converge && !self.dirty_limit && self.timeout.timeout.is_none()
     }

@@ -169,14 +169,14 @@ impl VcpuGate {
         }
     }
 
-    /// Parts of 10,000 of its time in which `vcpu` may run, at least 1; `None` without a brake.
+    /// Parts of 10,000 of its time in which `vcpu` may run, at least 1; `None` if it is not throttled.
     pub fn run_share(&self, vcpu: usize) -> Option<u32> {
         let throttle = u32::from(self.throttle.load(Ordering::Relaxed).min(99));
         let rest = self.rests.get(vcpu).map_or(0, |rest| u32::from(rest.load(Ordering::Relaxed)));
         (throttle + rest > 0).then(|| ((100 - throttle) * WHOLE / (100 + rest)).max(1))
     }
 
-    /// Sleeps as `vcpu` must for having run for `ran`; true if it did. Ends early when the gate closes, and follows a brake
+    /// Sleeps as `vcpu` must for having run for `ran`; true if it did. Ends early when the gate closes, and follows a change of its throttle
     /// that changes meanwhile.
     pub fn rest(&self, vcpu: usize, ran: Duration) -> bool {
         let (began, mut rested) = (Instant::now(), false);
@@ -192,15 +192,15 @@ impl VcpuGate {
         rested
     }
 
-    /// For a thread that kicks braked vCPUs out of the guest, so that they look at their brakes: waits at most `time`, less
-    /// if something changes. `None`: the end; else whether there is a brake.
+    /// For a thread that kicks throttled vCPUs out of the guest, so that they check their limits: waits at most `time`, less
+    /// if something changes. `None`: the end; else whether a vCPU is throttled.
     pub fn watch(&self, time: Duration) -> Option<bool> {
         let mut state = self.lock();
         if state.mode != Mode::End {
             state = self.wait(state, time);
         }
-        let braked = || (0..self.rests.len()).any(|vcpu| self.run_share(vcpu).is_some());
-        (state.mode != Mode::End).then(braked)
+        let throttled = || (0..self.rests.len()).any(|vcpu| self.run_share(vcpu).is_some());
+        (state.mode != Mode::End).then(throttled)
     }
 }
 
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_brake_of_all_and_one_of_a_vcpu_add_up() {
+    fn a_throttle_of_all_and_one_of_a_vcpu_add_up() {
         let gate = VcpuGate::new(2);
         assert_eq!([gate.run_share(0), gate.run_share(1)], [None, None]);
         gate.set_rest(1, RestShare::new(300));
@@ -283,10 +283,10 @@ mod tests {
     }
 
     #[test]
-    fn a_rest_ends_with_the_brake_and_with_the_gate() {
+    fn a_rest_ends_with_the_throttle_and_with_the_gate() {
         let gate = VcpuGate::new(1);
         gate.open();
-        assert!(!gate.rest(0, LONG), "no brake");
+        assert!(!gate.rest(0, LONG), "not throttled");
         gate.set_throttle(Percent::new(50).unwrap());
         assert!(gate.rest(0, Duration::from_micros(1)) || gate.watch(Duration::ZERO) == Some(true));
         for lift in [VcpuGate::close_now, |gate: &VcpuGate| gate.set_throttle(Percent::default())] {

@@ -242,7 +242,7 @@ pub trait GuestControl: Send {
     /// The VMM's own.
     fn resume(&mut self) -> io::Result<()>;
 
-    /// Slows the guest's vCPUs down by `share` of their time; 0 lifts the brake.
+    /// Slows the guest's vCPUs down by `share` of their time; 0 ends it.
     fn throttle(&mut self, _share: Percent) {}
 
     /// Pages that each vCPU has written so far; only ever more. A page counts each time it was found dirty. Empty where
@@ -252,7 +252,7 @@ pub trait GuestControl: Send {
     }
 
     /// Lets vCPU number `vcpu` of [`vcpu_dirty_pages`](Self::vcpu_dirty_pages) rest for the time that it runs, beside what
-    /// [`throttle`](Self::throttle) takes of all; 0 lifts the brake.
+    /// [`throttle`](Self::throttle) takes of all; 0 ends it.
     fn throttle_vcpu(&mut self, _vcpu: usize, _rest: RestShare) {}
 
     /// Bytes that [`save_devices`](Self::save_devices) will write, about: they count against the downtime. The guest runs.

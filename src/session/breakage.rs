@@ -19,8 +19,8 @@ pub(super) enum Breakage {
     ForgetUnsent,
     /// Order 4: the logs stay on after a failure.
     LeaveLogsOn,
-    /// Order 4: the brake stays on after a failure.
-    LeaveBrakeOn,
+    /// Order 4: throttling stays on after a failure.
+    LeaveThrottleOn,
     /// Order 6: a failure before COMMIT leaves the guest paused.
     StayPaused,
     /// Order 6: the source does not wait for READY.
@@ -101,7 +101,7 @@ impl Breakage {
         Self::SkipDrain,
         Self::ForgetUnsent,
         Self::LeaveLogsOn,
-        Self::LeaveBrakeOn,
+        Self::LeaveThrottleOn,
         Self::StayPaused,
         Self::CommitBeforeReady,
         Self::ResumeAfterCommit,

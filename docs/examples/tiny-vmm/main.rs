@@ -66,8 +66,8 @@ struct Args {
     max_bandwidth: u64,
     /// What slows the guest down while it writes too much
     #[arg(long, default_value = "nothing")]
-    brake: Brake,
-    /// With --brake dirty-limit: bytes a second that a vCPU may write
+    throttle: ThrottleMode,
+    /// With --throttle dirty-limit: bytes a second that a vCPU may write
     #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = bytes)]
     vcpu_dirty_limit: u64,
     /// The second process is this program with this option
@@ -82,7 +82,7 @@ enum LogKind {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Brake {
+enum ThrottleMode {
     Nothing,
     AutoConverge,
     DirtyLimit,
@@ -162,10 +162,10 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
     settings.digest = true;
     settings.same_host = true;
     settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
-    settings.throttling = match args.brake {
-        Brake::Nothing => None,
-        Brake::AutoConverge => Some(ThrottlePolicy::auto_converge()),
-        Brake::DirtyLimit => Some(ThrottlePolicy::DirtyLimit { quota: Rate(args.vcpu_dirty_limit) }),
+    settings.throttling = match args.throttle {
+        ThrottleMode::Nothing => None,
+        ThrottleMode::AutoConverge => Some(ThrottlePolicy::auto_converge()),
+        ThrottleMode::DirtyLimit => Some(ThrottlePolicy::DirtyLimit { quota: Rate(args.vcpu_dirty_limit) }),
     };
     Ok(SourceSession::new(guest, door.into(), settings).run())
 }
@@ -311,13 +311,13 @@ fn first(args: &Args) -> Result<(), Failure> {
             here = Some(vm);
             (serde_json::from_str(&second.answer()?)?, arrived)
         };
-        let braked = match args.brake {
-            Brake::Nothing => String::new(),
-            Brake::AutoConverge => format!(", {} % taken", left.throttle_percent),
-            Brake::DirtyLimit => format!(", a rest of {} %", left.rest_percent),
+        let throttled = match args.throttle {
+            ThrottleMode::Nothing => String::new(),
+            ThrottleMode::AutoConverge => format!(", {} % taken", left.throttle_percent),
+            ThrottleMode::DirtyLimit => format!(", a rest of {} %", left.rest_percent),
         };
         println!(
-            "{number}: {} rounds, {:.0} MB in {:.0} ms, downtime {:.1} ms{braked}; {} pages verified, {} wrong; {} written since",
+            "{number}: {} rounds, {:.0} MB in {:.0} ms, downtime {:.1} ms{throttled}; {} pages verified, {} wrong; {} written since",
             left.rounds,
             left.bytes as f64 / 1e6,
             left.total_ms,

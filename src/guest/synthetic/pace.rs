@@ -1,4 +1,4 @@
-//! Keeps a writer at its rate and inside its brakes.
+//! Keeps a writer at its rate and inside its throttle limits.
 
 use std::time::{Duration, Instant};
 

@@ -206,7 +206,7 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::SkipDrain => &["started with other memory", "after the start", "tickets out"],
         Breakage::ForgetUnsent => &["is not dirty"],
         Breakage::LeaveLogsOn => &["a log is on"],
-        Breakage::LeaveBrakeOn => &["the brake is on"],
+        Breakage::LeaveThrottleOn => &["the guest is throttled"],
         Breakage::StayPaused => &["does not run on at the source"],
         Breakage::CommitBeforeReady => &["COMMIT was said before READY"],
         Breakage::ResumeAfterCommit => &["while it runs on the other side"],

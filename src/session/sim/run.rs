@@ -199,7 +199,7 @@ impl Run {
             must(matches!(outcome, Outcome::StaysHere(_)), "the peer refused and the guest is not here");
         }
         let log_failed = matches!(world.plan.fault, Some(Fault::Log { .. }));
-        must(world.throttle == 0, "the brake is on");
+        must(world.throttle == 0, "the guest is throttled");
         must(log_failed || world.logs.iter().all(|log| !log.on), "a log is on");
         must(!world.guest.promised, "the guest may give no page back although the migration has ended");
         match outcome {

@@ -333,7 +333,7 @@ impl SourceSession {
         self.figures.zero_copy(self.link.zero_copy());
         self.figures.spliced(self.link.spliced());
         if given_away {
-            self.lift_brake();
+            self.end_throttling();
         }
         if let (Some(after), None) = (self.engine.gave_up_after(), &self.error) {
             self.error = Some(Error::NotConverged { after });
@@ -441,7 +441,7 @@ impl SourceSession {
             Action::AwaitRunning => self.await_running(),
             Action::Hold => self.hold(),
             Action::Release => {
-                self.lift_brake();
+                self.end_throttling();
                 self.stop_logs()
             }
             Action::RollBack => self.roll_back(),
@@ -510,7 +510,7 @@ impl SourceSession {
         let now = self.clock.now();
         self.fixed.sync = now.saturating_sub(began);
         if !last {
-            self.brake(fresh);
+            self.throttle(fresh);
             self.estimate_fixed();
         }
         let expected = self.engine.expected_downtime(dirty_pages);
@@ -597,8 +597,8 @@ impl SourceSession {
         self.skip_no_more();
         let leave_on = self.breakage.is(Breakage::LeaveLogsOn);
         let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
-        if !self.breakage.is(Breakage::LeaveBrakeOn) {
-            self.lift_brake();
+        if !self.breakage.is(Breakage::LeaveThrottleOn) {
+            self.end_throttling();
         }
         if self.paused && !self.breakage.is(Breakage::StayPaused) {
             let resumed = guarded("resuming", || self.guest.control.resume());

@@ -21,7 +21,7 @@ impl SourceSession {
         self.look_at_layout()?;
         // Also where the limit lets no page leave for long: a door may have to show that we are alive.
         self.take_returned()?;
-        self.brake_vcpus();
+        self.throttle_vcpus();
         let (before, guest_before) = (self.position(), self.figures.whole_bytes());
         loop {
             if !self.keep_pace(until) {

@@ -1,4 +1,4 @@
-//! What happens around the pause: the brake on the guest, and the embedder's word.
+//! What happens around the pause: throttling the guest, and the embedder's switchover gate.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -102,7 +102,7 @@ impl SourceSession {
     }
 
     /// After a live sync that found `fresh` more pages: slows the guest down if it writes too much.
-    pub(super) fn brake(&mut self, fresh: u64) {
+    pub(super) fn throttle(&mut self, fresh: u64) {
         let page = self.guest.memory.table().page().bytes();
         let (now, sent) = (self.clock.now(), self.position());
         if let Some(share) = self.throttle.synced(now, fresh * page, sent) {
@@ -113,7 +113,7 @@ impl SourceSession {
     }
 
     /// Keeps each vCPU near its quota, where there is one. Once a slice.
-    pub(super) fn brake_vcpus(&mut self) {
+    pub(super) fn throttle_vcpus(&mut self) {
         let now = self.clock.now();
         if self.in_last_round || !self.throttle.wants_vcpus(now) {
             return;
@@ -126,12 +126,12 @@ impl SourceSession {
         self.figures.throttled(&self.throttle);
     }
 
-    /// Order 4: whatever the end, no brake is left on.
-    pub(super) fn lift_brake(&mut self) {
+    /// Order 4: whatever the end, no throttling is left on.
+    pub(super) fn end_throttling(&mut self) {
         let control = &mut self.guest.control;
-        quietly("lifting the brake", || control.throttle(Percent::default()));
+        quietly("ending the throttling", || control.throttle(Percent::default()));
         for vcpu in 0..self.throttle.vcpu_count() {
-            quietly("lifting the brake", || control.throttle_vcpu(vcpu, RestShare::default()));
+            quietly("ending the throttling", || control.throttle_vcpu(vcpu, RestShare::default()));
         }
         self.throttle = Throttler::new(None, self.settings.throttle_trigger_threshold);
     }

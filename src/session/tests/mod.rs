@@ -286,10 +286,10 @@ impl crate::session::Upstream for StandsStill {
     }
 }
 
-/// A brake that would do nothing is refused before a byte is sent: a relay has no guest, and this machine counts no vCPU's
+/// Throttling that would do nothing is refused before a byte is sent: a relay has no guest, and this machine counts no vCPU's
 /// writes.
 #[test]
-fn brakes_that_can_not_be_put_on_are_refused() {
+fn throttling_that_can_not_work_are_refused() {
     for (means, relays) in [
         (ThrottlePolicy::auto_converge(), true),
         (ThrottlePolicy::dirty_limit(), true),

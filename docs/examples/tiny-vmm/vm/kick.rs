@@ -6,9 +6,9 @@ use std::time::Duration;
 use ramwire::guest::VcpuGate;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-/// A braked vCPU runs at most this long before it rests.
+/// A throttled vCPU runs at most this long before it rests.
 pub(super) const SLICE: Duration = Duration::from_millis(10);
-/// Time between two looks for a brake that came just before one began to wait.
+/// Time between two checks for a throttle that came just before one began to wait.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Makes KVM_RUN return with EINTR: a signal does, if its handler does nothing but exist.
@@ -24,13 +24,13 @@ pub(super) fn kick(threads: &[JoinHandle<()>]) {
     }
 }
 
-/// What the kicker does until the end: no vCPU runs on for more than a slice without a look at its brake.
-pub(super) fn kick_braked(gate: &VcpuGate, threads: &[JoinHandle<()>]) {
+/// What the kicker does until the end: no vCPU runs on for more than a slice without a check of its throttle.
+pub(super) fn kick_throttled(gate: &VcpuGate, threads: &[JoinHandle<()>]) {
     let mut wait = POLL_INTERVAL;
-    while let Some(braked) = gate.watch(wait) {
-        if braked {
+    while let Some(throttled) = gate.watch(wait) {
+        if throttled {
             kick(threads);
         }
-        wait = if braked { SLICE } else { POLL_INTERVAL };
+        wait = if throttled { SLICE } else { POLL_INTERVAL };
     }
 }

@@ -2,7 +2,7 @@
 //! ([`code`]) writes pages that describe themselves at a set rate and checks each before it writes it again.
 //!
 //! What ramwire needs of it is in three places: [`TinyVm::memory`] are the blocks, [`TinyVm::dirty_source`] knows what the
-//! vCPUs wrote, and [`GuestControl`] pauses, brakes, saves and loads. It has no device that writes RAM; a VMM with
+//! vCPUs wrote, and [`GuestControl`] pauses, throttles, saves and loads. It has no device that writes RAM; a VMM with
 //! devices gives their writes as a further dirty source.
 
 mod code;
@@ -258,7 +258,7 @@ impl Machine {
         let threads = self.threads.get_or_init(|| threads);
         debug_assert_eq!(threads.len(), self.vcpus.len());
         let (gate, threads) = (self.gate.clone(), self.threads.clone());
-        let kick = move || kick::kick_braked(&gate, threads.get().map_or(&[], Vec::as_slice));
+        let kick = move || kick::kick_throttled(&gate, threads.get().map_or(&[], Vec::as_slice));
         self.kicker = Some(std::thread::Builder::new().name("vcpu-kicker".into()).spawn(kick)?);
         Ok(())
     }
@@ -294,7 +294,7 @@ impl GuestControl for TinyVm {
     }
 
     fn throttle(&mut self, share: Percent) {
-        // A VM without a state has nothing to brake.
+        // A VM without a state has nothing to throttle.
         let _ = self.with(|machine| {
             machine.gate.set_throttle(share);
             Ok(())

@@ -150,7 +150,7 @@ impl Vcpu {
                 }
                 Ok(VcpuExit::IoOut(WRONG, _)) => return Err(wrong_page(fd)),
                 Ok(VcpuExit::IoOut(USED_UP, _)) => return Err("it wrote 2^32 pages and is done".into()),
-                // Somebody wants a look at the gate or the brake, or the ring is to be emptied below.
+                // Somebody wants the vCPU to check the gate or its throttle, or the ring is to be emptied below.
                 Ok(VcpuExit::Intr | VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {}
                 Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {}
                 Ok(other) => return Err(format!("it left the guest by {other:?}")),
@@ -163,7 +163,7 @@ impl Vcpu {
             let ran = slice.elapsed();
             if ran >= SLICE {
                 if self.gate.rest(self.number, ran) {
-                    // What the brake took is not made up for.
+                    // What throttling took is not made up for.
                     due = Instant::now();
                 }
                 slice = Instant::now();
