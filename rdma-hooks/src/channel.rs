@@ -287,7 +287,7 @@ impl Channel {
 
     /// Takes in what has completed on a queue pair that nobody waits for. One that the peer has closed is no failure
     /// before somebody needs it: a destination that has everything closes them all.
-    pub(crate) fn pump_beside(&mut self) -> Result<bool, HooksError> {
+    pub(crate) fn pump_data(&mut self) -> Result<bool, HooksError> {
         match self.pump() {
             Err(HooksError::Fabric(FabricError::Disconnected)) if self.oldest_ticket().is_none() => Ok(false),
             pumped => pumped,
@@ -296,7 +296,7 @@ impl Channel {
 
     /// Looks after a queue pair that nobody waits for, and probes a quiet peer.
     pub(crate) fn watch(&mut self, now: Instant) -> Result<(), HooksError> {
-        self.pump_beside()?;
+        self.pump_data()?;
         if self.broken { Ok(()) } else { self.probe_quiet_peer(now) }
     }
 

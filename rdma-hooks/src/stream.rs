@@ -15,7 +15,7 @@ use crate::stop::Stop;
 pub(crate) struct StreamSender {
     pub(crate) channel: Channel,
     /// Additional queue pairs, which this end looks after while it waits.
-    pub(crate) beside: Vec<Channel>,
+    pub(crate) data_queues: Vec<Channel>,
     exchange: Sender,
     replies: VecDeque<Message<'static>>,
     buffer: Vec<u8>,
@@ -27,7 +27,7 @@ impl StreamSender {
     pub(crate) fn new(channel: Channel, window: u16) -> Self {
         Self {
             channel,
-            beside: Vec::new(),
+            data_queues: Vec::new(),
             exchange: Sender::new(window),
             replies: VecDeque::new(),
             buffer: Vec::with_capacity(STREAM_PAYLOAD_BYTES),
@@ -79,7 +79,7 @@ impl StreamSender {
     /// Sleeps for a moment; a queue pair that nobody waits for is looked after all the same.
     pub(crate) fn rest(&mut self, stop: &Stop) -> Result<(), HooksError> {
         let now = self.channel.looked_at();
-        self.beside.iter_mut().try_for_each(|channel| channel.watch(now))?;
+        self.data_queues.iter_mut().try_for_each(|channel| channel.watch(now))?;
         self.channel.rest(stop)
     }
 
@@ -160,7 +160,7 @@ impl StreamSender {
 pub(crate) struct StreamReceiver {
     pub(crate) channel: Channel,
     /// Additional queue pairs, which this end looks after while it waits.
-    pub(crate) beside: Vec<Channel>,
+    pub(crate) data_queues: Vec<Channel>,
     exchange: Receiver,
     /// The message being read: its buffer, and how far.
     current: Option<(usize, usize)>,
@@ -170,7 +170,7 @@ pub(crate) struct StreamReceiver {
 
 impl StreamReceiver {
     pub(crate) fn new(channel: Channel, exchange: Receiver) -> Self {
-        Self { channel, beside: Vec::new(), exchange, current: None, leftover: VecDeque::new() }
+        Self { channel, data_queues: Vec::new(), exchange, current: None, leftover: VecDeque::new() }
     }
 
     /// Grants every credit there is a free buffer for.
@@ -197,7 +197,7 @@ impl StreamReceiver {
             }
             if !news {
                 let now = self.channel.looked_at();
-                self.beside.iter_mut().try_for_each(|channel| channel.watch(now))?;
+                self.data_queues.iter_mut().try_for_each(|channel| channel.watch(now))?;
                 self.channel.rest(stop)?;
             }
         }

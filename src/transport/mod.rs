@@ -375,7 +375,7 @@ pub trait SourceLink: Send {
     fn sink(&mut self) -> &mut dyn ByteSink;
 
     /// Bytes that went on other channels than the stream's.
-    fn beside(&self) -> u64 {
+    fn channel_bytes(&self) -> u64 {
         0
     }
 

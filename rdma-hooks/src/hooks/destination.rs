@@ -181,17 +181,17 @@ impl DestinationHooks {
 
     fn accept_data_queues(&mut self, listener: &mut dyn Listener, stop: &Stop) -> Result<(), HooksError> {
         let Some(main) = self.granted.extension else { return Ok(()) };
-        while self.stream.beside.len() < usize::from(main.data_queues) {
+        while self.stream.data_queues.len() < usize::from(main.data_queues) {
             let incoming = listener.next_request(stop)?;
             let Ok(asked) = Capabilities::decode(incoming.private_data()) else { continue };
-            let next = Role::Data(self.stream.beside.len() as u16 + 1);
+            let next = Role::Data(self.stream.data_queues.len() as u16 + 1);
             let fits = |theirs: Extension| theirs.migration == main.migration && theirs.role == next;
             if !asked.extension.is_some_and(fits) {
                 tracing::warn!(peer = ?incoming.peer(), "connection rejected: not this migration's queue pair");
                 continue;
             }
             let endpoint = incoming.accept(&connect_params(asked.encode(), 1, WORD_BYTES), stop)?;
-            self.stream.beside.push(Channel::new(endpoint));
+            self.stream.data_queues.push(Channel::new(endpoint));
         }
         Ok(())
     }
@@ -286,7 +286,7 @@ impl DestinationHooks {
 
     /// The end of the round on every additional queue pair: what was written there is in memory.
     fn wait_for_fences(&mut self, stop: &Stop) -> Result<(), HooksError> {
-        for (index, channel) in self.stream.beside.iter_mut().enumerate() {
+        for (index, channel) in self.stream.data_queues.iter_mut().enumerate() {
             channel.wait_for(stop, |channel| Ok(channel.has_arrived().then_some(())))?;
             let Some(slot) = channel.take_arrived() else { continue };
             match Message::decode(channel.received(slot))? {
@@ -481,7 +481,7 @@ impl DestinationHooks {
     /// What the connection met; everything was read all the same.
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.revoke_all();
-        self.stream.beside.iter_mut().for_each(Channel::leave);
+        self.stream.data_queues.iter_mut().for_each(Channel::leave);
         let stop = stop.within(self.stream.channel.now(), CLOSE_TIMEOUT);
         if self.granted.extension.is_some() {
             self.stream.say_done(&stop)?;
@@ -494,7 +494,7 @@ impl DestinationHooks {
     /// What this end did so far.
     pub fn counters(&self) -> Counters {
         let mut sum = self.stream.channel.counters;
-        self.stream.beside.iter().for_each(|channel| sum += channel.counters);
+        self.stream.data_queues.iter().for_each(|channel| sum += channel.counters);
         sum
     }
 

@@ -169,7 +169,7 @@ impl SourceHooks {
             let endpoint = fabric.connect(&self.address.0, self.address.1, &params, stop)?;
             let mut channel = Channel::new(endpoint);
             channel.latencies = self.config.record_latencies.then(Vec::new);
-            self.main.beside.push(channel);
+            self.main.data_queues.push(channel);
         }
         Ok(())
     }
@@ -181,7 +181,7 @@ impl SourceHooks {
 
     /// Queue pairs that carry writes.
     pub fn queue_pairs(&self) -> usize {
-        1 + self.main.beside.len()
+        1 + self.main.data_queues.len()
     }
 
     /// Opens the way back: a second connection that carries the destination's byte stream.
@@ -290,7 +290,7 @@ impl SourceHooks {
 
     fn channel(&mut self, queue: usize) -> &mut Channel {
         match queue.checked_sub(1) {
-            Some(data) => &mut self.main.beside[data],
+            Some(data) => &mut self.main.data_queues[data],
             None => &mut self.main.channel,
         }
     }
@@ -307,20 +307,20 @@ impl SourceHooks {
 
     /// A queue pair with something in flight.
     fn busiest(&self) -> usize {
-        self.main.beside.iter().position(|channel| !channel.is_idle()).map_or(0, |index| index + 1)
+        self.main.data_queues.iter().position(|channel| !channel.is_idle()).map_or(0, |index| index + 1)
     }
 
     /// Hands gathered writes to the device.
     fn ring(&mut self) -> Result<(), HooksError> {
         self.main.channel.ring()?;
-        self.main.beside.iter_mut().try_for_each(Channel::ring)
+        self.main.data_queues.iter_mut().try_for_each(Channel::ring)
     }
 
     /// Takes in completions and messages of all queue pairs; true if there were any.
     fn pump(&mut self) -> Result<bool, HooksError> {
         let mut news = self.main.pump()?;
-        for channel in &mut self.main.beside {
-            news |= channel.pump_beside()?;
+        for channel in &mut self.main.data_queues {
+            news |= channel.pump_data()?;
             if channel.has_arrived() {
                 return Err(HooksError::unexpected(Kind::Stream, "a queue pair carries only writes"));
             }
@@ -339,7 +339,7 @@ impl SourceHooks {
         if !wanted || !matches!(self.round, Round::Open(_)) {
             return Ok(());
         }
-        let looked = self.main.beside.iter().map(Channel::looked_at).max();
+        let looked = self.main.data_queues.iter().map(Channel::looked_at).max();
         let now = self.main.channel.looked_at().max(looked.unwrap_or(self.main.channel.looked_at()));
         let silent = now.saturating_duration_since(self.main.channel.said_at());
         if silent >= SAY_ALIVE_EVERY && self.main.can_send_now() {
@@ -350,7 +350,7 @@ impl SourceHooks {
 
     /// Books what has taken effect.
     fn settle(&mut self) {
-        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.main.beside);
+        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.main.data_queues);
         for note in channels.flat_map(|channel| channel.retired.drain(..)) {
             if let Some(span) = note.span {
                 self.spans.retired(span);
@@ -387,7 +387,7 @@ impl SourceHooks {
         }
         let mut fence = Vec::new();
         Message::Fence { round: self.rounds }.encode(&mut fence);
-        for channel in &mut self.main.beside {
+        for channel in &mut self.main.data_queues {
             channel.send(&[&fence], stop)?;
         }
         self.main.send(&Message::RegisterFinished, stop)?;
@@ -408,7 +408,7 @@ impl SourceHooks {
             self.main.channel.look_at_clock();
             self.say_alive()?;
         }
-        let channels = std::iter::once(&self.main.channel).chain(&self.main.beside);
+        let channels = std::iter::once(&self.main.channel).chain(&self.main.data_queues);
         let waiting = channels.filter_map(Channel::oldest_ticket);
         let merging = self.merger.pending().map(|run| run.ticket);
         let zeroing = self.zeros.oldest_ticket();
@@ -418,7 +418,7 @@ impl SourceHooks {
 
     /// True if a page can be posted without waiting for the device.
     pub fn has_room(&self) -> bool {
-        self.main.channel.room() > 1 && self.main.beside.iter().all(|channel| channel.room() > 1)
+        self.main.channel.room() > 1 && self.main.data_queues.iter().all(|channel| channel.room() > 1)
     }
 
     /// Waits until all saves up to `ticket` have arrived; what was saved later stays on its way. An embedder that
@@ -478,7 +478,7 @@ impl SourceHooks {
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.drain(stop)?;
         // The destination closes its ends once it has the last byte: ours are gone by then.
-        for mut channel in std::mem::take(&mut self.main.beside) {
+        for mut channel in std::mem::take(&mut self.main.data_queues) {
             match channel.wait_for(stop, |channel| Ok(channel.is_idle().then_some(()))) {
                 Ok(()) | Err(HooksError::Fabric(FabricError::Disconnected)) => channel.leave(),
                 Err(error) => return Err(error),
@@ -501,7 +501,7 @@ impl SourceHooks {
     /// What this end did so far.
     pub fn counters(&self) -> Counters {
         let mut sum = self.main.channel.counters;
-        self.main.beside.iter().for_each(|channel| sum += channel.counters);
+        self.main.data_queues.iter().for_each(|channel| sum += channel.counters);
         sum
     }
 
@@ -513,7 +513,7 @@ impl SourceHooks {
     /// Moves out how long signalled writes took from post to completion; see
     /// [`SourceConfig::record_latencies`]. At most 65536 are kept per queue pair in between.
     pub fn drain_latencies(&mut self, into: &mut Vec<Duration>) {
-        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.main.beside);
+        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.main.data_queues);
         for list in channels.filter_map(|channel| channel.latencies.as_mut()) {
             into.append(list);
         }

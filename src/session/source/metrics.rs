@@ -60,8 +60,8 @@ pub(super) struct Figures {
     deltas: DeltaCounts,
     round_deltas: DeltaCounts,
     /// Bytes on page channels so far, and when the round began.
-    beside: u64,
-    round_beside: u64,
+    channel_bytes: u64,
+    round_channel_bytes: u64,
     window: Window,
     period: Period,
     /// When the first page had been handed over.
@@ -95,8 +95,8 @@ impl Figures {
             write: Latency::default(),
             deltas: DeltaCounts::default(),
             round_deltas: DeltaCounts::default(),
-            beside: 0,
-            round_beside: 0,
+            channel_bytes: 0,
+            round_channel_bytes: 0,
             window: Window::default(),
             period: Period::default(),
             first_page: None,
@@ -179,13 +179,13 @@ impl Figures {
     }
 
     /// Bytes that went on page channels so far.
-    pub(super) fn beside(&mut self, bytes: u64) {
-        self.beside = bytes;
+    pub(super) fn channel_bytes(&mut self, bytes: u64) {
+        self.channel_bytes = bytes;
         self.shared.update(|s| s.multifd_bytes = bytes);
     }
 
     pub(super) fn set_up(&mut self, now: Duration, position: u64) {
-        (self.round_from, self.round_beside) = (position, self.beside);
+        (self.round_from, self.round_channel_bytes) = (position, self.channel_bytes);
         self.shared.update(|s| {
             s.status = Status::Active;
             s.setup_time = millis(now);
@@ -261,10 +261,10 @@ impl Figures {
         self.round.bytes = position - self.round_from;
         self.round.took_ms = millis(took);
         self.round.throughput = Rate::of(self.round.bytes, took).map_or(0, |rate| rate.0);
-        let in_stream = self.round.bytes.saturating_sub(self.beside - self.round_beside);
+        let in_stream = self.round.bytes.saturating_sub(self.channel_bytes - self.round_channel_bytes);
         self.rounds_bytes += self.round.bytes;
         self.rounds_time += took;
-        (self.round_from, self.round_beside) = (position, self.beside);
+        (self.round_from, self.round_channel_bytes) = (position, self.channel_bytes);
         let round = self.round;
         tracing::info!(
             round = round.round,

@@ -551,7 +551,7 @@ impl SourceSession {
         self.link.take_latencies(&mut writes);
         self.figures.written(&writes);
         self.figures.deltas(self.link.deltas());
-        self.figures.beside(self.link.beside());
+        self.figures.channel_bytes(self.link.channel_bytes());
         let sent = self.position();
         let guest = self.figures.whole_bytes() - guest_before;
         self.engine.set_sent_at_fence(Sent { guest, wire: sent - before });

@@ -42,7 +42,7 @@ impl SourceSession {
         self.figures.position(position);
         let pages_left = self.dirty.count();
         self.figures.sent(self.clock.now(), bytes, pages_left, self.engine.rate());
-        self.figures.beside(self.link.beside());
+        self.figures.channel_bytes(self.link.channel_bytes());
         self.figures.deltas(self.link.deltas());
         self.engine.set_under_way(self.link.under_way());
         let guest = self.figures.whole_bytes() - guest_before;
@@ -76,7 +76,7 @@ impl SourceSession {
 
     /// Bytes sent so far, on whatever channel.
     pub(super) fn position(&mut self) -> u64 {
-        self.link.sink().position() + self.link.beside()
+        self.link.sink().position() + self.link.channel_bytes()
     }
 
     /// Gathers runs until the batch is full or nothing is dirty.

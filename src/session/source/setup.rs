@@ -77,7 +77,7 @@ impl SourceSession {
             self.estimate_digest()?;
         }
         let position = self.position();
-        self.figures.beside(self.link.beside());
+        self.figures.channel_bytes(self.link.channel_bytes());
         self.figures.set_up(self.clock.now(), position);
         Ok(Input::SetUp { handover: self.handover })
     }

@@ -257,7 +257,7 @@ impl SourceLink for MultifdLink {
         &mut *self.main
     }
 
-    fn beside(&self) -> u64 {
+    fn channel_bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 

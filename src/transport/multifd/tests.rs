@@ -183,10 +183,10 @@ fn s46_pages_are_looked_at_on_the_channels_where_the_peer_reads_it() {
     assert_eq!((back.len(), batch.whole_pages(), batch.zero_pages()), (1, 1, 3));
     // A channel without a batch may say its first word later.
     let all = 2 * 64 + 1344 + 4096;
-    while link.beside() < all {
+    while link.channel_bytes() < all {
         std::thread::yield_now();
     }
-    assert_eq!(link.beside(), all);
+    assert_eq!(link.channel_bytes(), all);
     assert!(is_zero(memory.room(BlockIndex(0), BlockOffset(0), 4096)));
 }
 
@@ -245,7 +245,7 @@ fn a_lent_batch_is_out_until_the_kernel_is_done_with_it() {
     batch.push(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: PAGES }, Verdict::Whole);
     assert!(matches!(link.offer(batch, &stop()), Ok(Offer::Taken(_))));
     let all = 64 + 1344 + PAGES * 4096;
-    while link.beside() < all {
+    while link.channel_bytes() < all {
         std::thread::yield_now();
     }
     let mut back = Vec::new();

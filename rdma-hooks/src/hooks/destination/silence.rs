@@ -61,7 +61,7 @@ impl DestinationHooks {
 
     /// What the devices have received, all queue pairs together: any that moves moves the sum.
     pub(super) fn received_mark(&self) -> Option<u64> {
-        let channels = std::iter::once(&self.stream.channel).chain(&self.stream.beside);
+        let channels = std::iter::once(&self.stream.channel).chain(&self.stream.data_queues);
         channels.map(|channel| channel.endpoint().received_mark()).sum()
     }
 }

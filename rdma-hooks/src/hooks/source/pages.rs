@@ -133,7 +133,7 @@ impl SourceHooks {
         if let Some(span) = keys.span {
             self.spans.posted(span);
         }
-        if !self.main.beside.is_empty() {
+        if !self.main.data_queues.is_empty() {
             *self.chunk_flights.entry((run.block, chunk)).or_default() += 1;
         }
         let request = WriteRequest {

@@ -140,7 +140,7 @@ impl SourceHooks {
     /// Writes on other queue pairs know no order with a message on the main one: before a range is zeroed, writes in
     /// flight to its chunks complete.
     fn wait_for_chunks(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
-        if self.main.beside.is_empty() {
+        if self.main.data_queues.is_empty() {
             return Ok(());
         }
         for chunk in chunk_of(run.range.start)..=chunk_of(run.range.end - 1) {
