@@ -230,7 +230,7 @@ pub struct DestinationSession {
     /// Threads that told the source that we were at work.
     working: Vec<JoinHandle<()>>,
     /// How often a source that waits for READY is told that we are at it.
-    pub(super) says_working_every: Duration,
+    pub(super) keepalive_interval: Duration,
     pub(super) breakage: Breakage,
 }
 
@@ -245,7 +245,7 @@ impl DestinationSession {
     ) -> Self {
         let cancel = CancelToken::default();
         Self {
-            says_working_every: (settings.stall_timeout / 4).min(KEEPALIVE_INTERVAL),
+            keepalive_interval: (settings.stall_timeout / 4).min(KEEPALIVE_INTERVAL),
             stop: Stop::on(&cancel),
             cancel,
             commitment: Arc::default(),
@@ -449,7 +449,7 @@ impl DestinationSession {
     fn perform(&mut self, action: Action, reader: &mut StreamReader) -> Result<Input, Error> {
         match action {
             Action::Receive => return self.receive(reader),
-            Action::MakeDigest => self.ours = Some(self.at_work(Self::make_digest)?),
+            Action::MakeDigest => self.ours = Some(self.with_keepalive(Self::make_digest)?),
             Action::CompareDigest => {
                 let theirs = Digest(std::mem::take(&mut self.theirs));
                 if let Some(ours) = self.ours.take() {
@@ -466,7 +466,8 @@ impl DestinationSession {
                     incoming.seen = *reader.stream.seen();
                     self.provider.arrived(incoming, self.engine.is_native());
                 }
-                let loaded = self.at_work(|session| session.control.load_devices(&mut &session.state[..]));
+                let loaded =
+                    self.with_keepalive(|session| session.control.load_devices(&mut &session.state[..]));
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             Action::Listen => self.listen()?,
@@ -479,7 +480,7 @@ impl DestinationSession {
                 self.stop = Stop::never().within(time);
                 // COMMIT may come late, after an outage. Longer than the stop, which so ends the wait.
                 self.source.outlast(time.saturating_mul(2));
-                self.say(Message::Native(Answer::Ready))?;
+                self.send_message(Message::Native(Answer::Ready))?;
                 if self.breakage.is(Breakage::ResumeBeforeCommit) {
                     let _ = self.control.resume();
                 }
@@ -488,9 +489,11 @@ impl DestinationSession {
                 self.revoke_rounds();
                 return self.start_guest();
             }
-            Action::SendRunning if self.engine.is_native() => self.say(Message::Native(Answer::Running))?,
-            Action::SendRunning => self.say(Message::Shut { status: 0 })?,
-            Action::SendFailed => self.say_failed()?,
+            Action::SendRunning if self.engine.is_native() => {
+                self.send_message(Message::Native(Answer::Running))?
+            }
+            Action::SendRunning => self.send_message(Message::Shut { status: 0 })?,
+            Action::SendFailed => self.send_failed()?,
             Action::Finish(_) => {}
         }
         Ok(Input::Done)
@@ -510,7 +513,7 @@ impl DestinationSession {
         })
     }
 
-    pub(super) fn say(&mut self, message: Message<'_>) -> Result<(), Error> {
+    pub(super) fn send_message(&mut self, message: Message<'_>) -> Result<(), Error> {
         let (true, Some(back)) = (self.return_path_open, &mut self.back) else { return Ok(()) };
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
@@ -519,14 +522,14 @@ impl DestinationSession {
         Ok(back.flush(&stop)?)
     }
 
-    fn say_failed(&mut self) -> Result<(), Error> {
+    fn send_failed(&mut self) -> Result<(), Error> {
         // A cancel must not keep us from saying so.
         self.stop = Stop::never();
         let why = self.error.as_ref().map(|error| Chain(error).to_string()).unwrap_or_default();
         if self.engine.is_native() || self.told.greeted {
-            return self.say(Message::Native(Answer::Refused { why: &why }));
+            return self.send_message(Message::Native(Answer::Refused { why: &why }));
         }
-        self.say(Message::Shut { status: 1 })
+        self.send_message(Message::Shut { status: 1 })
     }
 
     /// Pages that the kernel could not keep are an error before the guest can be given to us.

@@ -279,11 +279,11 @@ impl DestinationSession {
                 return Err(out_of_turn("PING", "a stream without a return path"));
             }
             Command::Ping(value) => {
-                self.say(Message::Pong(value))?;
+                self.send_message(Message::Pong(value))?;
                 self.told.ping(value);
                 if value == GREETING {
                     self.told.greeted = true;
-                    self.say(Message::Pong(hello_pong(MAX_VERSION)))?;
+                    self.send_message(Message::Pong(hello_pong(MAX_VERSION)))?;
                 }
             }
             // Refused now the guest runs on at its source. Refused when the source has switched over to postcopy it stands
@@ -315,7 +315,7 @@ impl DestinationSession {
                 self.agree_on_channels()?;
                 let answer = Hello { min_version: version, max_version: version, ..theirs };
                 self.migration_id = Some(theirs.migration_id);
-                self.say(Message::Native(Answer::Hello(answer)))?;
+                self.send_message(Message::Native(Answer::Hello(answer)))?;
                 Ok(Some(Input::Hello { digest: theirs.digest }))
             }
             Order::StateSent if !self.ram_ended => {

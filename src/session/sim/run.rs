@@ -104,7 +104,7 @@ fn destination(sim: &Sim, breakage: Breakage) -> DestinationSession {
     let mut session = if watched { session.with_arrival(Box::new(Watcher::new(sim))) } else { session };
     session.breakage = breakage;
     // The simulation's steps know nothing of a third thread, and a busy machine may take a second for one.
-    session.says_working_every = Duration::MAX;
+    session.keepalive_interval = Duration::MAX;
     session
 }
 

@@ -39,7 +39,7 @@ impl SourceSession {
         self.link.sink().flush(&self.stop)?;
         if self.handover != Handover::Native {
             // The next byte commits: a QEMU that has died by now leaves no doubt.
-            self.hear()?;
+            self.poll_return_path()?;
         }
         Ok(Input::Done)
     }

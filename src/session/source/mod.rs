@@ -390,7 +390,7 @@ impl SourceSession {
         } else {
             self.look_at_layout().err().unwrap_or(error)
         };
-        let error = self.last_word().filter(|_| error.kind() == ErrorKind::Channel).unwrap_or(error);
+        let error = self.peer_failure().filter(|_| error.kind() == ErrorKind::Channel).unwrap_or(error);
         let may_give_back = self.handover == Handover::Shut || self.engine.is_postcopy();
         let refused = matches!(&error, Error::PeerFailed { .. }) && may_give_back;
         self.error.get_or_insert(error);
@@ -561,8 +561,8 @@ impl SourceSession {
     }
 
     fn wait(&mut self, until: Duration) -> Result<Input, Error> {
-        self.hear()?;
-        self.give_a_sign()?;
+        self.poll_return_path()?;
+        self.send_keepalive()?;
         let time = until.saturating_sub(self.clock.now());
         let Some(upstream) = &mut self.upstream else {
             // A stop is looked at before the next step.

@@ -17,7 +17,7 @@ const MAX_BATCH_PAGES: u64 = 16 * 1024;
 impl SourceSession {
     /// Sends dirty pages until none is left, or until `until`. The peer is heard once a slice.
     pub(super) fn send_slice(&mut self, until: Duration) -> Result<Input, Error> {
-        self.hear()?;
+        self.poll_return_path()?;
         self.look_at_layout()?;
         // Also where the limit lets no page leave for long: a door may have to show that we are alive.
         self.take_returned()?;

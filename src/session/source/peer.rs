@@ -9,7 +9,7 @@ use crate::stream::qemu::command::Command;
 use crate::sys::Stop;
 
 use super::SourceSession;
-use super::return_path::{Word, look_at};
+use super::return_path::{PeerMessage, look_at};
 use super::setup;
 use crate::session::{Breakage, Error};
 
@@ -29,7 +29,7 @@ const MAX_MESSAGES: usize = 64;
 impl SourceSession {
     /// A source that has nothing to send says so: a ramwire takes long silence for a dead peer. Both kinds of peer
     /// answer a PING between sections.
-    pub(super) fn give_a_sign(&mut self) -> Result<(), Error> {
+    pub(super) fn send_keepalive(&mut self) -> Result<(), Error> {
         let now = self.clock.now();
         let every = (self.settings.stall_timeout / 4).min(KEEPALIVE_INTERVAL);
         if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
@@ -43,7 +43,7 @@ impl SourceSession {
     }
 
     /// Sees whether the peer failed meanwhile.
-    pub(super) fn hear(&mut self) -> Result<(), Error> {
+    pub(super) fn poll_return_path(&mut self) -> Result<(), Error> {
         if self.engine.is_postcopy() && self.engine.is_committed() {
             return self.hear_requests();
         }
@@ -51,7 +51,7 @@ impl SourceSession {
         // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
         for _ in 0..MAX_MESSAGES {
             match back.poll()? {
-                Some(Word::Working) => {}
+                Some(PeerMessage::Working) => {}
                 Some(word) => refuse_verdict(word)?,
                 None => break,
             }
@@ -60,8 +60,8 @@ impl SourceSession {
     }
 
     /// Why the peer failed, if it said so before the connection broke.
-    pub(super) fn last_word(&mut self) -> Option<Error> {
-        match self.hear() {
+    pub(super) fn peer_failure(&mut self) -> Option<Error> {
+        match self.poll_return_path() {
             Err(error @ Error::PeerFailed { .. }) => Some(error),
             _ => None,
         }
@@ -90,8 +90,8 @@ impl SourceSession {
         loop {
             match self.verdict(&stop.within(silence), unheard)? {
                 // What is always there already is never waited for: the wait's own end must be looked at.
-                Word::Working => look_at(&stop).map_err(or_unheard)?,
-                Word::Ready => return Ok(Input::Ready),
+                PeerMessage::Working => look_at(&stop).map_err(or_unheard)?,
+                PeerMessage::Ready => return Ok(Input::Ready),
                 word => return refuse_verdict(word).map(|()| Input::Failed),
             }
         }
@@ -102,7 +102,7 @@ impl SourceSession {
         while let Some(upstream) = &mut self.upstream
             && !upstream.wait_given(self.handover, POLL_INTERVAL)?
         {
-            self.hear()?;
+            self.poll_return_path()?;
             if self.stop.reason().is_some() {
                 return Err(Error::Cancelled);
             }
@@ -120,9 +120,9 @@ impl SourceSession {
         let stop = self.stop.within(after);
         let verdict = loop {
             match self.verdict(&stop, silent) {
-                Err(error @ Error::NoAnswer { .. }) => break self.listen_on(error)?,
+                Err(error @ Error::NoAnswer { .. }) => break self.await_answer(error)?,
                 // Of pages that are on their way.
-                Ok(word @ Word::Request(_)) if self.engine.is_postcopy() => {
+                Ok(word @ PeerMessage::Request(_)) if self.engine.is_postcopy() => {
                     self.take_postcopy_word(word)?;
                     look_at(&stop)?;
                 }
@@ -130,14 +130,14 @@ impl SourceSession {
             }
         };
         match verdict {
-            Word::Running if self.handover == Handover::Native => Ok(Input::Running),
-            Word::Shut(0) if self.handover == Handover::Shut => Ok(Input::Running),
+            PeerMessage::Running if self.handover == Handover::Native => Ok(Input::Running),
+            PeerMessage::Shut(0) if self.handover == Handover::Shut => Ok(Input::Running),
             word => refuse_verdict(word).map(|()| Input::Failed),
         }
     }
 
     /// In doubt a relay goes on listening: its far end may only have stood still. `silence` is what brought it here.
-    fn listen_on(&mut self, silence: Error) -> Result<Word, Error> {
+    fn await_answer(&mut self, silence: Error) -> Result<PeerMessage, Error> {
         if let Some(upstream) = &mut self.upstream {
             self.figures.shared().update(|s| s.status = Status::InDoubt);
             upstream.far_end_is_silent(&silence);
@@ -159,7 +159,11 @@ impl SourceSession {
     }
 
     /// Waits until `stop`, whose deadline means `silent`.
-    pub(super) fn verdict(&mut self, stop: &Stop, silent: impl FnOnce() -> Error) -> Result<Word, Error> {
+    pub(super) fn verdict(
+        &mut self,
+        stop: &Stop,
+        silent: impl FnOnce() -> Error,
+    ) -> Result<PeerMessage, Error> {
         let Some(back) = &mut self.back else {
             return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });
         };
@@ -168,11 +172,11 @@ impl SourceSession {
 }
 
 /// A word that says the peer failed, or that is out of turn, as an error; harmless ones pass.
-pub(super) fn refuse_verdict(word: Word) -> Result<(), Error> {
+pub(super) fn refuse_verdict(word: PeerMessage) -> Result<(), Error> {
     match word {
-        Word::Pong(_) | Word::SwitchoverAck => Ok(()),
-        Word::Refused(why) => Err(Error::PeerFailed { why }),
-        Word::Shut(status) if status != 0 => {
+        PeerMessage::Pong(_) | PeerMessage::SwitchoverAck => Ok(()),
+        PeerMessage::Refused(why) => Err(Error::PeerFailed { why }),
+        PeerMessage::Shut(status) if status != 0 => {
             Err(Error::PeerFailed { why: format!("it ended the migration with status {status}") })
         }
         word => Err(Error::OutOfTurn { what: format!("{word:?}"), at: None, while_doing: "sending RAM" }),

@@ -27,7 +27,7 @@ use crate::units::{BlockIndex, BlockOffset, PageIndex};
 use super::SourceSession;
 use super::handover::commit_at;
 use super::peer::refuse_verdict;
-use super::return_path::{PageRequest, Word, look_at};
+use super::return_path::{PageRequest, PeerMessage, look_at};
 use super::setup;
 use crate::session::{Breakage, Error};
 
@@ -210,7 +210,7 @@ impl SourceSession {
         self.link.sink().send(&[SendPart::Own(&self.state[..self.commit_at])], &self.stop)?;
         self.link.sink().flush(&self.stop)?;
         // The next bytes commit: a peer that has failed by now leaves no doubt.
-        self.hear()?;
+        self.poll_return_path()?;
         Ok(Input::Done)
     }
 
@@ -220,7 +220,7 @@ impl SourceSession {
         let before = self.position();
         let mut open = false;
         loop {
-            self.hear()?;
+            self.poll_return_path()?;
             let now = self.clock.now();
             let delay = if self.search.is_asked() { Duration::ZERO } else { self.missing.pace.delay(now) };
             if delay > Duration::ZERO && now < until {
@@ -338,16 +338,16 @@ impl SourceSession {
         Ok(())
     }
 
-    pub(super) fn take_postcopy_word(&mut self, word: Word) -> Result<(), Error> {
+    pub(super) fn take_postcopy_word(&mut self, word: PeerMessage) -> Result<(), Error> {
         match word {
-            Word::Request(request) => self.requested(&request),
-            Word::Pong(PING_TAKEN) => {
+            PeerMessage::Request(request) => self.requested(&request),
+            PeerMessage::Pong(PING_TAKEN) => {
                 if !std::mem::replace(&mut self.missing.taken, true) {
                     self.figures.taken(self.clock.now());
                 }
                 Ok(())
             }
-            Word::Working => Ok(()),
+            PeerMessage::Working => Ok(()),
             word => refuse_verdict(word),
         }
     }

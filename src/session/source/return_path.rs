@@ -1,4 +1,4 @@
-//! The source's ear: messages from the destination.
+//! Messages from the destination.
 
 use crate::stream::native::{Answer, Hello};
 use crate::stream::qemu::return_path::{Message, decode_message};
@@ -22,7 +22,7 @@ pub(super) struct PageRequest {
 
 /// A message as the source needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Word {
+pub(super) enum PeerMessage {
     Pong(u32),
     Shut(u32),
     SwitchoverAck,
@@ -48,7 +48,7 @@ impl ReturnPath {
     }
 
     /// The next message if it is here already.
-    pub(super) fn poll(&mut self) -> Result<Option<Word>, Error> {
+    pub(super) fn poll(&mut self) -> Result<Option<PeerMessage>, Error> {
         let now = Stop::never().within(Duration::ZERO);
         match self.next(&now) {
             Ok(word) => Ok(Some(word)),
@@ -62,11 +62,11 @@ impl ReturnPath {
     /// # Errors
     /// The channel's, [`ChannelError::Closed`] if the peer closes; [`Error::Decode`] and [`Error::OutOfTurn`].
     /// A close is no word: it does not say that the guest does not run there.
-    pub(super) fn next(&mut self, stop: &Stop) -> Result<Word, Error> {
+    pub(super) fn next(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
         loop {
             match decode_message(&self.buffer[..self.filled]) {
                 Ok((message, used)) => {
-                    let word = word_of(message).map_err(|error| error.at(self.at))?;
+                    let word = peer_message(message).map_err(|error| error.at(self.at))?;
                     self.buffer.copy_within(used..self.filled, 0);
                     self.filled -= used;
                     self.at += used as u64;
@@ -88,10 +88,10 @@ impl ReturnPath {
 
     /// Waits for a message, leaving out PONGs and acks that may come at any time. A peer that says nothing
     /// else is no reason to wait longer.
-    pub(super) fn next_verdict(&mut self, stop: &Stop) -> Result<Word, Error> {
+    pub(super) fn next_verdict(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
         loop {
             match self.next(stop)? {
-                Word::Pong(_) | Word::SwitchoverAck => look_at(stop)?,
+                PeerMessage::Pong(_) | PeerMessage::SwitchoverAck => look_at(stop)?,
                 word => return Ok(word),
             }
         }
@@ -106,20 +106,22 @@ pub(super) fn look_at(stop: &Stop) -> Result<(), ChannelError> {
     }
 }
 
-fn word_of(message: Message<'_>) -> Result<Word, Error> {
+fn peer_message(message: Message<'_>) -> Result<PeerMessage, Error> {
     Ok(match message {
-        Message::Pong(value) => Word::Pong(value),
-        Message::Shut { status } => Word::Shut(status),
-        Message::SwitchoverAck => Word::SwitchoverAck,
+        Message::Pong(value) => PeerMessage::Pong(value),
+        Message::Shut { status } => PeerMessage::Shut(status),
+        Message::SwitchoverAck => PeerMessage::SwitchoverAck,
         Message::RequestPagesOf { block, start, length } => {
-            Word::Request(PageRequest { block: Some(block.to_owned()), start, length })
+            PeerMessage::Request(PageRequest { block: Some(block.to_owned()), start, length })
         }
-        Message::RequestPages { start, length } => Word::Request(PageRequest { block: None, start, length }),
-        Message::Native(Answer::Hello(hello)) => Word::Hello(hello),
-        Message::Native(Answer::Ready) => Word::Ready,
-        Message::Native(Answer::Running) => Word::Running,
-        Message::Native(Answer::Working) => Word::Working,
-        Message::Native(Answer::Refused { why }) => Word::Refused(why.to_owned()),
+        Message::RequestPages { start, length } => {
+            PeerMessage::Request(PageRequest { block: None, start, length })
+        }
+        Message::Native(Answer::Hello(hello)) => PeerMessage::Hello(hello),
+        Message::Native(Answer::Ready) => PeerMessage::Ready,
+        Message::Native(Answer::Running) => PeerMessage::Running,
+        Message::Native(Answer::Working) => PeerMessage::Working,
+        Message::Native(Answer::Refused { why }) => PeerMessage::Refused(why.to_owned()),
         other => {
             let what = format!("{other:?}");
             return Err(Error::OutOfTurn { what, at: None, while_doing: "a precopy migration" });

@@ -19,7 +19,7 @@ use crate::units::{GuestAddr, PageSize};
 
 use super::SourceSession;
 use super::peer::refuse_verdict;
-use super::return_path::{Word, look_at};
+use super::return_path::{PeerMessage, look_at};
 use crate::session::digest::Digest;
 use crate::session::{Error, Peer};
 
@@ -126,13 +126,15 @@ impl SourceSession {
     /// answers nothing; as long as it is silent, it may be either.
     fn hear_greeting(&mut self, stop: &Stop) -> Result<Peer, Error> {
         loop {
-            match self.next_word(stop)? {
-                Word::Pong(ORDINARY_PING) => return Ok(Peer::Qemu),
-                Word::Pong(value) if version_of_pong(value).is_some_and(|version| version < MIN_VERSION) => {
+            match self.next_message(stop)? {
+                PeerMessage::Pong(ORDINARY_PING) => return Ok(Peer::Qemu),
+                PeerMessage::Pong(value)
+                    if version_of_pong(value).is_some_and(|version| version < MIN_VERSION) =>
+                {
                     let why = "it is a ramwire of an older version, which does not say what it has placed";
                     return Err(Error::PeerFailed { why: why.into() });
                 }
-                Word::Pong(value) if version_of_pong(value).is_some() => return Ok(Peer::Ramwire),
+                PeerMessage::Pong(value) if version_of_pong(value).is_some() => return Ok(Peer::Ramwire),
                 word => refuse_verdict(word)?,
             }
             look_at(stop)?;
@@ -147,14 +149,14 @@ impl SourceSession {
         self.link.sink().flush(&self.stop)?;
         let asked = self.clock.now();
         let stop = self.stop.within(self.settings.stall_timeout);
-        while self.next_word(&stop)? != Word::Pong(ORDINARY_PING) {
+        while self.next_message(&stop)? != PeerMessage::Pong(ORDINARY_PING) {
             look_at(&stop)?;
         }
         self.fixed.round_trip = self.clock.now().saturating_sub(asked);
         Ok(())
     }
 
-    fn next_word(&mut self, stop: &Stop) -> Result<Word, Error> {
+    fn next_message(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
         match &mut self.back {
             Some(back) => back.next(stop),
             None => Err(Error::PeerFailed { why: "there is no return path to hear it on".into() }),
@@ -173,17 +175,17 @@ impl SourceSession {
         let answer = back.next_verdict(&stop)?;
         self.fixed.round_trip = self.clock.now().saturating_sub(asked);
         match answer {
-            Word::Hello(theirs) if theirs.common_version() != Some(theirs.max_version) => {
+            PeerMessage::Hello(theirs) if theirs.common_version() != Some(theirs.max_version) => {
                 let why = format!("it speaks version {} of ramwire's words", theirs.max_version);
                 Err(Error::PeerFailed { why })
             }
             // What it repeats tells that it heard right: a lost digest flag would let it start unchecked.
-            Word::Hello(theirs)
+            PeerMessage::Hello(theirs)
                 if (theirs.migration_id, theirs.digest) != (ours.migration_id, ours.digest) =>
             {
                 Err(Error::PeerFailed { why: "it heard another HELLO than was said".into() })
             }
-            Word::Hello(_) => {
+            PeerMessage::Hello(_) => {
                 self.handover = Handover::Native;
                 Ok(())
             }

@@ -54,8 +54,8 @@ impl SourceSession {
     pub(super) fn hold(&mut self) -> Result<Input, Error> {
         let Some(gate) = self.settings.before_switchover.clone() else { return Ok(Input::Done) };
         while !gate.wait(POLL_INTERVAL) {
-            self.hear()?;
-            self.give_a_sign()?;
+            self.poll_return_path()?;
+            self.send_keepalive()?;
             if self.stop.reason().is_some() {
                 return Err(Error::Cancelled);
             }

@@ -332,7 +332,7 @@ fn a_destination_at_work_is_waited_for_and_a_silent_one_is_not() {
     for says_so in [true, false] {
         let mut ends = ends();
         ends.source.settings.stall_timeout = stall;
-        ends.destination.says_working_every = if says_so { stall / 8 } else { Duration::MAX };
+        ends.destination.keepalive_interval = if says_so { stall / 8 } else { Duration::MAX };
         ends.destination.control = Box::new(SlowLoader(ends.destination_machine.clone(), stall * 2));
         let destination = ends.destination.spawn().unwrap();
         let sent = ends.source.run();
