@@ -272,11 +272,11 @@ impl Channel {
     }
 
     /// When this end last looked at the clock; costs no look.
-    pub(crate) fn looked_at(&self) -> Instant {
+    pub(crate) fn checked_at(&self) -> Instant {
         self.looked_at
     }
 
-    pub(crate) fn look_at_clock(&mut self) {
+    pub(crate) fn check_clock(&mut self) {
         self.looked_at = self.endpoint.now();
     }
 

@@ -78,7 +78,7 @@ impl StreamSender {
 
     /// Sleeps for a moment; a queue pair that nobody waits for is looked after all the same.
     pub(crate) fn rest(&mut self, stop: &Stop) -> Result<(), HooksError> {
-        let now = self.channel.looked_at();
+        let now = self.channel.checked_at();
         self.data_queues.iter_mut().try_for_each(|channel| channel.watch(now))?;
         self.channel.rest(stop)
     }
@@ -196,7 +196,7 @@ impl StreamReceiver {
                 break;
             }
             if !news {
-                let now = self.channel.looked_at();
+                let now = self.channel.checked_at();
                 self.data_queues.iter_mut().try_for_each(|channel| channel.watch(now))?;
                 self.channel.rest(stop)?;
             }

@@ -297,7 +297,7 @@ impl SourceHooks {
 
     /// Sleeps until something happens on a queue pair; the others are looked after.
     fn rest(&mut self, queue: usize, stop: &Stop) -> Result<(), HooksError> {
-        let now = self.channel(queue).looked_at();
+        let now = self.channel(queue).checked_at();
         for other in (0..self.queue_pairs()).filter(|other| *other != queue) {
             // What the main one has received is judged by the next pump.
             self.channel(other).watch(now)?;
@@ -339,8 +339,8 @@ impl SourceHooks {
         if !wanted || !matches!(self.round, Round::Open(_)) {
             return Ok(());
         }
-        let looked = self.main.data_queues.iter().map(Channel::looked_at).max();
-        let now = self.main.channel.looked_at().max(looked.unwrap_or(self.main.channel.looked_at()));
+        let looked = self.main.data_queues.iter().map(Channel::checked_at).max();
+        let now = self.main.channel.checked_at().max(looked.unwrap_or(self.main.channel.checked_at()));
         let silent = now.saturating_duration_since(self.main.channel.said_at());
         if silent >= SAY_ALIVE_EVERY && self.main.can_send_now() {
             self.main.send(&Message::Alive, &Stop::default())?;
@@ -405,7 +405,7 @@ impl SourceHooks {
         self.ring()?;
         if !self.pump()? {
             // An embedder that holds pages back looks in here, and nothing else tells the time then.
-            self.main.channel.look_at_clock();
+            self.main.channel.check_clock();
             self.say_alive()?;
         }
         let channels = std::iter::once(&self.main.channel).chain(&self.main.data_queues);

@@ -18,7 +18,7 @@ use crate::session::{Breakage, Error};
 impl SourceSession {
     /// Everything about the device state but the byte that commits.
     pub(super) fn send_state(&mut self) -> Result<Input, Error> {
-        self.look_at_layout()?;
+        self.check_layout()?;
         let mut state = Vec::new();
         let saved = self.guest.control.save_devices(&mut state);
         saved.map_err(|source| Error::Control { what: "save its device state", source })?;

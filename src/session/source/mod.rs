@@ -299,7 +299,7 @@ impl SourceSession {
             // A cancel comes before this step or after it, never in between: the step may be COMMIT.
             let commitment = Arc::clone(&self.commitment);
             action = commitment.decide(|| {
-                self.look_at_cancel();
+                self.check_cancel();
                 let action = self.engine.handle(self.clock.now(), input);
                 (action, self.engine.is_committed())
             });
@@ -364,7 +364,7 @@ impl SourceSession {
         }
     }
 
-    fn look_at_cancel(&mut self) {
+    fn check_cancel(&mut self) {
         if self.settings.postcopy.as_ref().is_some_and(|postcopy| postcopy.start.is_wanted()) {
             self.engine.start_postcopy();
         }
@@ -383,12 +383,12 @@ impl SourceSession {
     fn keep(&mut self, error: Error) -> Input {
         tracing::warn!(error = %Chain(&error), "migration step failed");
         // A cancel that broke the step's wait is the reason, not the broken wait.
-        self.look_at_cancel();
+        self.check_cancel();
         // The kernel's answer for memory that it has lost names no block.
         let error = if error.kind() == ErrorKind::Cancelled {
             error
         } else {
-            self.look_at_layout().err().unwrap_or(error)
+            self.check_layout().err().unwrap_or(error)
         };
         let error = self.peer_failure().filter(|_| error.kind() == ErrorKind::Channel).unwrap_or(error);
         let may_give_back = self.handover == Handover::Shut || self.engine.is_postcopy();
@@ -501,7 +501,7 @@ impl SourceSession {
 
     fn sync(&mut self, last: bool) -> Result<Input, Error> {
         let began = self.clock.now();
-        self.look_at_layout()?;
+        self.check_layout()?;
         self.skip_before_sync();
         self.figures.shared().tell(EventKind::SyncBegins { last });
         let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.dirty)?;
@@ -521,7 +521,7 @@ impl SourceSession {
 
     fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<Input, Error> {
         self.figures.round(self.clock.now(), number, self.dirty.count());
-        self.look_at_progress();
+        self.check_progress();
         let mut head = Vec::new();
         self.in_last_round = kind == RoundKind::Final;
         if self.in_last_round {

@@ -18,7 +18,7 @@ impl SourceSession {
     /// Sends dirty pages until none is left, or until `until`. The peer is heard once a slice.
     pub(super) fn send_slice(&mut self, until: Duration) -> Result<Input, Error> {
         self.poll_return_path()?;
-        self.look_at_layout()?;
+        self.check_layout()?;
         // Also where the limit lets no page leave for long: a door may have to show that we are alive.
         self.take_returned()?;
         self.throttle_vcpus();
@@ -92,7 +92,7 @@ impl SourceSession {
             let room = full - batch.whole_pages();
             let Some(run) = self.search.next_run(&mut self.dirty, room) else { break };
             self.skips.sent(run);
-            if let Err(error) = self.look_at(run, &mut batch) {
+            if let Err(error) = self.classify_run(run, &mut batch) {
                 self.dirty.set_run(run);
                 self.mark_unsent(&batch);
                 return Err(error);
@@ -102,7 +102,7 @@ impl SourceSession {
     }
 
     /// Order 1: the bits of `run` are cleared, now the log is armed again, only then are the bytes read.
-    fn look_at(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
+    fn classify_run(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
         let chunk = self.dirty.take_clear_chunk(run);
         let detection = self.settings.zero_detection.with(self.link.abilities().classifies);
         if self.breakage.is(Breakage::ReadBeforeProtect) {

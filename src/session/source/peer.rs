@@ -9,7 +9,7 @@ use crate::stream::qemu::command::Command;
 use crate::sys::Stop;
 
 use super::SourceSession;
-use super::return_path::{PeerMessage, look_at};
+use super::return_path::{PeerMessage, check_deadline};
 use super::setup;
 use crate::session::{Breakage, Error};
 
@@ -90,7 +90,7 @@ impl SourceSession {
         loop {
             match self.verdict(&stop.within(silence), unheard)? {
                 // What is always there already is never waited for: the wait's own end must be looked at.
-                PeerMessage::Working => look_at(&stop).map_err(or_unheard)?,
+                PeerMessage::Working => check_deadline(&stop).map_err(or_unheard)?,
                 PeerMessage::Ready => return Ok(Input::Ready),
                 word => return refuse_verdict(word).map(|()| Input::Failed),
             }
@@ -124,7 +124,7 @@ impl SourceSession {
                 // Of pages that are on their way.
                 Ok(word @ PeerMessage::Request(_)) if self.engine.is_postcopy() => {
                     self.take_postcopy_word(word)?;
-                    look_at(&stop)?;
+                    check_deadline(&stop)?;
                 }
                 verdict => break verdict?,
             }

@@ -27,7 +27,7 @@ use crate::units::{BlockIndex, BlockOffset, PageIndex};
 use super::SourceSession;
 use super::handover::commit_at;
 use super::peer::refuse_verdict;
-use super::return_path::{PageRequest, PeerMessage, look_at};
+use super::return_path::{PageRequest, PeerMessage, check_deadline};
 use super::setup;
 use crate::session::{Breakage, Error};
 
@@ -182,7 +182,7 @@ impl SourceSession {
 
     /// The package, but for the command that starts the guest.
     pub(super) fn send_package(&mut self) -> Result<Input, Error> {
-        self.look_at_layout()?;
+        self.check_layout()?;
         let mut state = Vec::new();
         let saved = self.guest.control.save_devices(&mut state);
         saved.map_err(|source| Error::Control { what: "save its device state", source })?;
@@ -216,7 +216,7 @@ impl SourceSession {
 
     /// Sends missing pages until none is left, or until `until`. Requests are taken between any two batches.
     pub(super) fn send_missing(&mut self, until: Duration) -> Result<Input, Error> {
-        self.look_at_layout()?;
+        self.check_layout()?;
         let before = self.position();
         let mut open = false;
         loop {
@@ -269,7 +269,7 @@ impl SourceSession {
         while batch.whole_pages() < BACKGROUND_PAGES && batch.pages() < BACKGROUND_LOOKS {
             let room = BACKGROUND_PAGES - batch.whole_pages();
             let Some(run) = self.search.next_run(&mut self.dirty, room) else { break };
-            let seen = self.look_at_missing(run, &mut batch);
+            let seen = self.classify_missing(run, &mut batch);
             seen.inspect_err(|_| {
                 self.dirty.set_run(run);
                 self.mark_unsent(&batch);
@@ -282,7 +282,7 @@ impl SourceSession {
     }
 
     /// Adds `run` and what it lacks of its last host page. The guest stands still: no log is armed.
-    fn look_at_missing(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
+    fn classify_missing(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
         let memory = Arc::clone(&self.guest.memory);
         let detection = self.settings.zero_detection.with(false);
         classify(&*memory, run, detection, batch)?;
@@ -399,7 +399,7 @@ impl SourceSession {
             };
             let heard = match &mut self.back {
                 Some(back) => back.next(&stop).and_then(|word| {
-                    look_at(&stop)?;
+                    check_deadline(&stop)?;
                     Ok(word)
                 }),
                 None => return Err(silent()),

@@ -91,7 +91,7 @@ impl ReturnPath {
     pub(super) fn next_verdict(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
         loop {
             match self.next(stop)? {
-                PeerMessage::Pong(_) | PeerMessage::SwitchoverAck => look_at(stop)?,
+                PeerMessage::Pong(_) | PeerMessage::SwitchoverAck => check_deadline(stop)?,
                 word => return Ok(word),
             }
         }
@@ -99,7 +99,7 @@ impl ReturnPath {
 }
 
 /// The reason to stop, if there is one by now: a wait that always finds bytes does not look at it.
-pub(super) fn look_at(stop: &Stop) -> Result<(), ChannelError> {
+pub(super) fn check_deadline(stop: &Stop) -> Result<(), ChannelError> {
     match stop.reason() {
         Some(reason) => Err(ChannelError::Stopped { reason, doing: "hearing the destination" }),
         None => Ok(()),

@@ -19,7 +19,7 @@ use crate::units::{GuestAddr, PageSize};
 
 use super::SourceSession;
 use super::peer::refuse_verdict;
-use super::return_path::{PeerMessage, look_at};
+use super::return_path::{PeerMessage, check_deadline};
 use crate::session::digest::Digest;
 use crate::session::{Error, Peer};
 
@@ -137,7 +137,7 @@ impl SourceSession {
                 PeerMessage::Pong(value) if version_of_pong(value).is_some() => return Ok(Peer::Ramwire),
                 word => refuse_verdict(word)?,
             }
-            look_at(stop)?;
+            check_deadline(stop)?;
         }
     }
 
@@ -150,7 +150,7 @@ impl SourceSession {
         let asked = self.clock.now();
         let stop = self.stop.within(self.settings.stall_timeout);
         while self.next_message(&stop)? != PeerMessage::Pong(ORDINARY_PING) {
-            look_at(&stop)?;
+            check_deadline(&stop)?;
         }
         self.fixed.round_trip = self.clock.now().saturating_sub(asked);
         Ok(())

@@ -70,7 +70,7 @@ impl Skips {
 
     /// The logs were read.
     fn after_sync(&mut self, table: &RamBlockTable, dirty: &mut DirtyMap, last: bool, breakage: Breakage) {
-        self.look_at_plugs(table, dirty, breakage);
+        self.check_plugs(table, dirty, breakage);
         if breakage.is(Breakage::HintAcrossSync) {
             self.settle(dirty);
         }
@@ -79,7 +79,7 @@ impl Skips {
         }
     }
 
-    fn look_at_plugs(&mut self, table: &RamBlockTable, dirty: &mut DirtyMap, breakage: Breakage) {
+    fn check_plugs(&mut self, table: &RamBlockTable, dirty: &mut DirtyMap, breakage: Breakage) {
         let Some(discards) = &self.discards else { return };
         let mut now = PageSet::new(table);
         for (index, block) in (0..).map(BlockIndex).zip(table.blocks()) {
@@ -159,7 +159,7 @@ impl SourceSession {
 
     /// Before anything is read.
     pub(super) fn skip_at_start(&mut self) {
-        self.skips.look_at_plugs(self.guest.memory.table(), &mut self.dirty, self.breakage);
+        self.skips.check_plugs(self.guest.memory.table(), &mut self.dirty, self.breakage);
     }
 
     pub(super) fn skip_before_sync(&mut self) {

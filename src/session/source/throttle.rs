@@ -64,7 +64,7 @@ impl SourceSession {
     }
 
     /// A block list that was sent holds to the end: a guest whose memory has changed since can't arrive.
-    pub(super) fn look_at_layout(&self) -> Result<(), Error> {
+    pub(super) fn check_layout(&self) -> Result<(), Error> {
         self.guest.memory.layout_change().map_or(Ok(()), |change| Err(change.into()))
     }
 
@@ -80,7 +80,7 @@ impl SourceSession {
     }
 
     /// Says once that the rounds lead nowhere, and what would help.
-    pub(super) fn look_at_progress(&mut self) {
+    pub(super) fn check_progress(&mut self) {
         let progress = self.engine.progress();
         let travelling = self.guest.memory.table().travelling();
         let relayed = self.upstream.is_some() && self.figures.whole_bytes() / RELAYED_TIMES >= travelling;

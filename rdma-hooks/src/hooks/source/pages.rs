@@ -34,7 +34,7 @@ impl SourceHooks {
         match span.content {
             PageContent::Data => self.push(span.block, range, Content::Data, stop)?,
             PageContent::Zero => self.push(span.block, range, Content::Zero, stop)?,
-            PageContent::Unknown => self.look_and_push(span.block, range, stop)?,
+            PageContent::Unknown => self.classify_and_push(span.block, range, stop)?,
         }
         self.pump()?;
         let state = match self.merger.pending() {
@@ -46,7 +46,7 @@ impl SourceHooks {
     }
 
     /// Cuts a range at changes between zero and data.
-    fn look_and_push(&mut self, block: u32, range: Range<u64>, stop: &Stop) -> Result<(), HooksError> {
+    fn classify_and_push(&mut self, block: u32, range: Range<u64>, stop: &Stop) -> Result<(), HooksError> {
         let step = self.config.page_bytes.max(1);
         let content_at = |hooks: &Self, at: u64| -> Result<Content, HooksError> {
             let end = (at + step).min(range.end);
