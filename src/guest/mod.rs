@@ -174,6 +174,18 @@ pub enum DirtyError {
     },
 }
 
+impl DirtyError {
+    /// `source_name` can't track this guest.
+    pub(crate) fn unsupported(source_name: &'static str, reason: String) -> Self {
+        Self::Unsupported { source_name, reason }
+    }
+
+    /// A call of `source_name` failed.
+    pub(crate) fn kernel(source_name: &'static str, what: &'static str, source: io::Error) -> Self {
+        Self::Kernel { source_name, what, source }
+    }
+}
+
 /// Knows which pages were written since it was last asked.
 ///
 /// A guest has a list of sources and every sync ORs all of them: the KVM log sees only vCPU writes, write

@@ -114,7 +114,7 @@ impl DirtySource for SoftDirty {
             } else {
                 continue;
             };
-            return Err(unsupported(format!("RAM block {} {why}", tracked.block)));
+            return Err(DirtyError::unsupported(NAME, format!("RAM block {} {why}", tracked.block)));
         }
         // A probe clears the process's bits: a source at work would lose its own, and is proof enough.
         if IN_USE.swap(true, Ordering::AcqRel) {
@@ -127,17 +127,18 @@ impl DirtySource for SoftDirty {
 
     fn start(&self) -> Result<(), DirtyError> {
         self.stop()?;
-        let open = |error| unsupported(format!("/proc/self: {error}; mount /proc writable"));
+        let open =
+            |error| DirtyError::unsupported(NAME, format!("/proc/self: {error}; mount /proc writable"));
         let bits = SoftDirtyBits::open().map_err(open)?;
         let mut running = self.lock();
         if IN_USE.swap(true, Ordering::AcqRel) {
             let reason = "another migration of this process uses the bits; run one at a time";
-            return Err(unsupported(reason.to_owned()));
+            return Err(DirtyError::unsupported(NAME, reason.to_owned()));
         }
         // No standstill: what was written before travels in the first round.
         if let Err(error) = bits.clear_all() {
             IN_USE.store(false, Ordering::Release);
-            return Err(kernel("clearing /proc/self/clear_refs", error));
+            return Err(DirtyError::kernel(NAME, "clearing /proc/self/clear_refs", error));
         }
         let pages =
             |tracked: &Option<Tracked>| tracked.as_ref().map_or(0, |tracked| tracked.range.len() as u64);
@@ -153,8 +154,8 @@ impl DirtySource for SoftDirty {
         let mut result = Ok(());
         self.writers
             .hold(&mut || result = self.take(running))
-            .map_err(|error| kernel("holding the guest's writers still", error))?;
-        result.map_err(|error| kernel("taking the soft-dirty bits", error))?;
+            .map_err(|error| DirtyError::kernel(NAME, "holding the guest's writers still", error))?;
+        result.map_err(|error| DirtyError::kernel(NAME, "taking the soft-dirty bits", error))?;
         running.handed_out.fill(false);
         Ok(())
     }
@@ -164,7 +165,11 @@ impl DirtySource for SoftDirty {
         let running = running.as_mut().ok_or_else(not_started)?;
         let handed_out = running.handed_out.get_mut(block.as_usize()).map(|out| std::mem::replace(out, true));
         if handed_out == Some(true) {
-            return Err(kernel("sync", io::Error::other("a block is asked once after each begin_sync")));
+            return Err(DirtyError::kernel(
+                NAME,
+                "sync",
+                io::Error::other("a block is asked once after each begin_sync"),
+            ));
         }
         if let Some(taken) = running.taken.get_mut(block.as_usize()).filter(|taken| taken.count() > 0) {
             into.merge_words(0, taken.words());
@@ -190,14 +195,18 @@ impl Drop for SoftDirty {
 
 /// Writes one of two scratch pages after a clear and looks for it.
 fn probe_scratch() -> Result<(), DirtyError> {
-    let failed = |what: &'static str| move |error: io::Error| unsupported(format!("{what}: {error}"));
+    let failed = |what: &'static str| {
+        move |error: io::Error| DirtyError::unsupported(NAME, format!("{what}: {error}"))
+    };
     let bits = SoftDirtyBits::open().map_err(failed("/proc/self/pagemap and clear_refs"))?;
     let page = rustix::param::page_size();
-    let scratch =
-        Mapping::anonymous(2 * page as u64).map_err(|error| unsupported(Chain(&error).to_string()))?;
+    let scratch = Mapping::anonymous(2 * page as u64)
+        .map_err(|error| DirtyError::unsupported(NAME, Chain(&error).to_string()))?;
     let touch = |at: usize| {
-        let byte =
-            scratch.region().span(at as u64, 1).map_err(|error| unsupported(Chain(&error).to_string()))?;
+        let byte = scratch
+            .region()
+            .span(at as u64, 1)
+            .map_err(|error| DirtyError::unsupported(NAME, Chain(&error).to_string()))?;
         byte.copy_from(&[1]);
         Ok(())
     };
@@ -216,26 +225,20 @@ fn probe_scratch() -> Result<(), DirtyError> {
     let expected = start + page..start + 2 * page;
     match (before.as_slice(), after.as_slice()) {
         ([], [seen]) if *seen == expected => Ok(()),
-        ([], []) => Err(unsupported(
+        ([], []) => Err(DirtyError::unsupported(
+            NAME,
             "the kernel takes the clear and then reports no write; it needs CONFIG_MEM_SOFT_DIRTY=y"
                 .to_owned(),
         )),
-        _ => Err(unsupported(format!(
-            "the second of two pages was written, but {before:x?} and then {after:x?} were reported"
-        ))),
+        _ => Err(DirtyError::unsupported(
+            NAME,
+            format!("the second of two pages was written, but {before:x?} and then {after:x?} were reported"),
+        )),
     }
 }
 
 fn not_started() -> DirtyError {
-    kernel("sync", io::Error::other("tracking was not started"))
-}
-
-fn unsupported(reason: String) -> DirtyError {
-    DirtyError::Unsupported { source_name: NAME, reason }
-}
-
-fn kernel(what: &'static str, source: io::Error) -> DirtyError {
-    DirtyError::Kernel { source_name: NAME, what, source }
+    DirtyError::kernel(NAME, "sync", io::Error::other("tracking was not started"))
 }
 
 #[cfg(test)]

@@ -40,7 +40,9 @@ impl VhostLog {
     }
 
     fn log(&self) -> Result<&SharedBitmap, DirtyError> {
-        self.log.as_ref().ok_or_else(|| unsupported("the log must start at a multiple of 8 bytes".to_owned()))
+        self.log.as_ref().ok_or_else(|| {
+            DirtyError::unsupported(NAME, "the log must start at a multiple of 8 bytes".to_owned())
+        })
     }
 }
 
@@ -53,12 +55,18 @@ impl DirtySource for VhostLog {
         let bits = self.log()?.len();
         for (block, _, end) in self.blocks.iter().flatten() {
             if *end > bits {
-                return Err(unsupported(format!("RAM block {block} ends at bit {end}, the log at {bits}")));
+                return Err(DirtyError::unsupported(
+                    NAME,
+                    format!("RAM block {block} ends at bit {end}, the log at {bits}"),
+                ));
             }
         }
         match self.page {
             LOG_PAGE => Ok(()),
-            page => Err(unsupported(format!("the log counts {LOG_PAGE} pages, the guest {page} pages"))),
+            page => Err(DirtyError::unsupported(
+                NAME,
+                format!("the log counts {LOG_PAGE} pages, the guest {page} pages"),
+            )),
         }
     }
 
@@ -87,10 +95,6 @@ impl DirtySource for VhostLog {
     fn stop(&self) -> Result<(), DirtyError> {
         Ok(())
     }
-}
-
-fn unsupported(reason: String) -> DirtyError {
-    DirtyError::Unsupported { source_name: NAME, reason }
 }
 
 #[cfg(test)]

@@ -112,7 +112,7 @@ impl DirtySource for WrittenPages {
                     "RAM block {} starts at {start:#x}, not at one of its {page} pages",
                     tracked.block
                 );
-                return Err(unsupported(reason));
+                return Err(DirtyError::unsupported(NAME, reason));
             }
         }
         Ok(())
@@ -126,7 +126,10 @@ impl DirtySource for WrittenPages {
         let arm = |tracked: &Tracked| {
             let range = tracked.range.clone();
             armed.protector.register(range.clone()).map_err(|error| refused(tracked, &error))?;
-            armed.protector.protect(range.clone()).map_err(|error| kernel("protecting pages", error))?;
+            armed
+                .protector
+                .protect(range.clone())
+                .map_err(|error| DirtyError::kernel(NAME, "protecting pages", error))?;
             let first = range.start..range.start + tracked.host_page.bytes() as usize;
             armed.pagemap.check(first).map_err(|error| refused(tracked, &error))
         };
@@ -136,14 +139,15 @@ impl DirtySource for WrittenPages {
     fn sync_into(&self, block: BlockIndex, into: &mut PageBitmap) -> Result<(), DirtyError> {
         let Some(tracked) = self.blocks.get(block.as_usize()).and_then(Option::as_ref) else { return Ok(()) };
         let armed = self.lock().clone();
-        let armed = armed.ok_or_else(|| kernel("sync", io::Error::other("tracking was not started")))?;
+        let armed = armed
+            .ok_or_else(|| DirtyError::kernel(NAME, "sync", io::Error::other("tracking was not started")))?;
         let start = tracked.range.start;
         let page = self.page;
         let taken = armed.pagemap.take_written(tracked.range.clone(), |written| {
             let first = (written.start - start) as u64 >> page.shift();
             into.set_range(first..page.pages_in((written.end - start) as u64));
         });
-        taken.map_err(|error| kernel("PAGEMAP_SCAN", error))
+        taken.map_err(|error| DirtyError::kernel(NAME, "PAGEMAP_SCAN", error))
     }
 
     fn stop(&self) -> Result<(), DirtyError> {
@@ -158,7 +162,7 @@ impl DirtySource for WrittenPages {
         results
             .into_iter()
             .collect::<io::Result<()>>()
-            .map_err(|error| kernel("taking protection off", error))
+            .map_err(|error| DirtyError::kernel(NAME, "taking protection off", error))
     }
 }
 
@@ -170,10 +174,11 @@ impl Drop for WrittenPages {
 }
 
 fn open_own() -> Result<Armed, DirtyError> {
-    let protector =
-        WriteProtector::new().map_err(|error: UffdError| unsupported(Chain(&error).to_string()))?;
-    let pagemap = Pagemap::own()
-        .map_err(|error| unsupported(format!("/proc/self/pagemap: {error}; mount /proc in the sandbox")))?;
+    let protector = WriteProtector::new()
+        .map_err(|error: UffdError| DirtyError::unsupported(NAME, Chain(&error).to_string()))?;
+    let pagemap = Pagemap::own().map_err(|error| {
+        DirtyError::unsupported(NAME, format!("/proc/self/pagemap: {error}; mount /proc in the sandbox"))
+    })?;
     Ok(Armed { protector, pagemap })
 }
 
@@ -181,15 +186,19 @@ fn open_own() -> Result<Armed, DirtyError> {
 fn probe_own_memory() -> Result<(), DirtyError> {
     let armed = open_own()?;
     let page = rustix::param::page_size();
-    let scratch =
-        Mapping::anonymous(2 * page as u64).map_err(|error| unsupported(Chain(&error).to_string()))?;
+    let scratch = Mapping::anonymous(2 * page as u64)
+        .map_err(|error| DirtyError::unsupported(NAME, Chain(&error).to_string()))?;
     let start = scratch.region().address();
     let range = start..start + 2 * page;
-    let step = |what: &'static str| move |error: io::Error| unsupported(format!("{what}: {error}"));
+    let step = |what: &'static str| {
+        move |error: io::Error| DirtyError::unsupported(NAME, format!("{what}: {error}"))
+    };
     armed.protector.register(range.clone()).map_err(step("UFFDIO_REGISTER of anonymous memory"))?;
     armed.protector.protect(range.clone()).map_err(step("UFFDIO_WRITEPROTECT of anonymous memory"))?;
-    let second =
-        scratch.region().span(page as u64, 1).map_err(|error| unsupported(Chain(&error).to_string()))?;
+    let second = scratch
+        .region()
+        .span(page as u64, 1)
+        .map_err(|error| DirtyError::unsupported(NAME, Chain(&error).to_string()))?;
     second.copy_from(&[1]);
     let scan = || {
         let mut found = Vec::new();
@@ -199,9 +208,10 @@ fn probe_own_memory() -> Result<(), DirtyError> {
     let (first, again) = (scan()?, scan()?);
     let expected = start + page..range.end;
     if first.as_slice() != std::slice::from_ref(&expected) || !again.is_empty() {
-        return Err(unsupported(format!(
-            "of two pages the second was written, but {first:x?} and then {again:x?} were reported"
-        )));
+        return Err(DirtyError::unsupported(
+            NAME,
+            format!("of two pages the second was written, but {first:x?} and then {again:x?} were reported"),
+        ));
     }
     Ok(())
 }
@@ -213,15 +223,7 @@ fn refused(tracked: &Tracked, error: &io::Error) -> DirtyError {
         Some(libc::ENOMEM) => "page tables need 2 MiB of free memory for each GiB of RAM",
         _ => "the memory must be mapped writable for its whole length",
     };
-    unsupported(format!("RAM block {}: {error}; {remedy}", tracked.block))
-}
-
-fn unsupported(reason: String) -> DirtyError {
-    DirtyError::Unsupported { source_name: NAME, reason }
-}
-
-fn kernel(what: &'static str, source: io::Error) -> DirtyError {
-    DirtyError::Kernel { source_name: NAME, what, source }
+    DirtyError::unsupported(NAME, format!("RAM block {}: {error}; {remedy}", tracked.block))
 }
 
 #[cfg(test)]

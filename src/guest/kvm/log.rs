@@ -92,18 +92,18 @@ impl DirtySource for KvmDirtyLog {
         start().map_err(|error| {
             // The first error is the one to tell.
             drop(self.stop());
-            kernel("switching the log on", error)
+            DirtyError::kernel(NAME, "switching the log on", error)
         })
     }
 
     fn sync_into(&self, block: BlockIndex, into: &mut PageBitmap) -> Result<(), DirtyError> {
         if !self.started.load(Ordering::Acquire) {
-            return Err(kernel("sync", io::Error::other("tracking was not started")));
+            return Err(DirtyError::kernel(NAME, "sync", io::Error::other("tracking was not started")));
         }
         for (slot, mut bits) in self.slots_of(block) {
             self.vm()
                 .get(slot.given.slot, slot.pages(), &mut bits)
-                .map_err(|error| kernel("KVM_GET_DIRTY_LOG", error))?;
+                .map_err(|error| DirtyError::kernel(NAME, "KVM_GET_DIRTY_LOG", error))?;
             merge_shifted(into, slot.first(), &bits);
             if !self.manual.load(Ordering::Acquire) {
                 bits.fill(0);
@@ -134,7 +134,7 @@ impl DirtySource for KvmDirtyLog {
             let count = u32::try_from(pages.min(words.end as u64 * 64) - from).unwrap_or(u32::MAX);
             self.vm()
                 .clear(slot.given.slot, from, count, bits)
-                .map_err(|error| kernel("KVM_CLEAR_DIRTY_LOG", error))?;
+                .map_err(|error| DirtyError::kernel(NAME, "KVM_CLEAR_DIRTY_LOG", error))?;
             bits.fill(0);
         }
         Ok(())
@@ -148,7 +148,7 @@ impl DirtySource for KvmDirtyLog {
         if self.manual.swap(false, Ordering::AcqRel) {
             result = result.and(self.vm().set_manual_protect(false));
         }
-        result.map_err(|error| kernel("switching the log off", error))
+        result.map_err(|error| DirtyError::kernel(NAME, "switching the log off", error))
     }
 }
 
@@ -169,10 +169,6 @@ fn merge_shifted(into: &mut PageBitmap, first: u64, bits: &[u64]) {
     for (at, bits) in bits.iter().enumerate().filter(|(_, bits)| **bits != 0) {
         into.merge_words(word + at, &[bits << shift, bits >> (64 - shift)]);
     }
-}
-
-fn kernel(what: &'static str, source: io::Error) -> DirtyError {
-    DirtyError::Kernel { source_name: NAME, what, source }
 }
 
 #[cfg(test)]

@@ -53,12 +53,15 @@ impl RingSize {
         let most = vm.max_ring_entries();
         if most < FEWEST {
             let remedy = "use the dirty log, or a kernel from 5.11 on";
-            return Err(unsupported(format!("KVM_CAP_DIRTY_LOG_RING is not offered; {remedy}")));
+            return Err(DirtyError::unsupported(
+                NAME,
+                format!("KVM_CAP_DIRTY_LOG_RING is not offered; {remedy}"),
+            ));
         }
         let entries = entries.clamp(FEWEST, 1 << most.ilog2()).next_power_of_two();
         vm.enable_rings(entries).map_err(|error| {
             let remedy = "enable the rings once, before the first vCPU is made";
-            unsupported(format!("KVM_ENABLE_CAP of {entries} entries: {error}; {remedy}"))
+            DirtyError::unsupported(NAME, format!("KVM_ENABLE_CAP of {entries} entries: {error}; {remedy}"))
         })?;
         Ok(Self(entries))
     }
@@ -96,7 +99,10 @@ impl KvmDirtyRing {
     ) -> Result<Self, DirtyError> {
         let map = |(number, vcpu): (usize, OwnedFd)| {
             DirtyRing::new(vcpu, size.0).map_err(|error| {
-                unsupported(format!("the ring of vCPU {number}: {error}; give the descriptors of its vCPUs"))
+                DirtyError::unsupported(
+                    NAME,
+                    format!("the ring of vCPU {number}: {error}; give the descriptors of its vCPUs"),
+                )
             })
         };
         let rings = vcpus.into_iter().enumerate().map(map).collect::<Result<Vec<_>, _>>()?;
@@ -128,13 +134,16 @@ impl KvmDirtyRing {
             overrun = overrun.or((entries == u64::from(ring.entries())).then_some(vcpu));
         }
         if taken > 0 {
-            self.slots.vm().reset_rings().map_err(|error| kernel("KVM_RESET_DIRTY_RINGS", error))?;
+            self.slots
+                .vm()
+                .reset_rings()
+                .map_err(|error| DirtyError::kernel(NAME, "KVM_RESET_DIRTY_RINGS", error))?;
         }
         match overrun {
             None => Ok(taken),
             Some(vcpu) => {
                 let why = format!("the ring of vCPU {vcpu} was overrun, pages are lost; enable longer rings");
-                Err(kernel("collecting", io::Error::other(why)))
+                Err(DirtyError::kernel(NAME, "collecting", io::Error::other(why)))
             }
         }
     }
@@ -192,13 +201,13 @@ impl DirtySource for KvmDirtyRing {
         self.slots.set_logging(true).map_err(|error| {
             // The first error is the one to tell.
             drop(self.stop());
-            kernel("switching the log on", error)
+            DirtyError::kernel(NAME, "switching the log on", error)
         })
     }
 
     fn begin_sync(&self) -> Result<(), DirtyError> {
         if !self.started.load(Ordering::Acquire) {
-            return Err(kernel("sync", io::Error::other("tracking was not started")));
+            return Err(DirtyError::kernel(NAME, "sync", io::Error::other("tracking was not started")));
         }
         self.collect().map(drop)
     }
@@ -213,7 +222,10 @@ impl DirtySource for KvmDirtyRing {
     fn stop(&self) -> Result<(), DirtyError> {
         let mut result = Ok(());
         if self.started.swap(false, Ordering::AcqRel) {
-            result = self.slots.set_logging(false).map_err(|error| kernel("switching the log off", error));
+            result = self
+                .slots
+                .set_logging(false)
+                .map_err(|error| DirtyError::kernel(NAME, "switching the log off", error));
         }
         // What is in the rings still belongs to the migration that ends; a full one must not stop its vCPU later.
         result = result.and(self.collect().map(drop));
@@ -227,14 +239,6 @@ impl Drop for KvmDirtyRing {
         // Nobody is left to tell.
         drop(self.stop());
     }
-}
-
-fn unsupported(reason: String) -> DirtyError {
-    DirtyError::Unsupported { source_name: NAME, reason }
-}
-
-fn kernel(what: &'static str, source: io::Error) -> DirtyError {
-    DirtyError::Kernel { source_name: NAME, what, source }
 }
 
 #[cfg(test)]
