@@ -168,7 +168,7 @@ impl Drop for HugePages {
 fn memory_of_huge_pages_converges_at_once_over_unix() {
     if let Some(_pages) = HugePages::reserve(2048, 64) {
         let idle = ["--working-set", "8M", "--dirty-rate", "0", "--block", "12K"];
-        let out = demo(&[&["--transport", "unix", "--ram", "32M", "--hugepages", "2M"], &idle[..]].concat());
+        let out = demo(&[&["--transport", "unix", "--ram", "32M", "--hugetlb", "2M"], &idle[..]].concat());
         assert_eq!((rounds(&out), &out["pages_checked"]), (2, &(32 * 256 + 3).into()));
     }
 }
@@ -176,7 +176,7 @@ fn memory_of_huge_pages_converges_at_once_over_unix() {
 #[test]
 fn memory_of_huge_pages_moves_over_tcp_while_it_is_written() {
     if let Some(_pages) = HugePages::reserve(2048, 64) {
-        let huge = ["--transport", "tcp", "--ram", "46M", "--hugepages", "2M", "--no-digest"];
+        let huge = ["--transport", "tcp", "--ram", "46M", "--hugetlb", "2M", "--no-digest"];
         // One write makes 2 MiB dirty: the whole working set is, at every sync, and must fit the downtime.
         let busy = ["--working-set", "16M", "--dirty-rate", "30M", "--downtime-ms", "2000"];
         let out = demo(&[&huge[..], &busy[..]].concat());
@@ -190,7 +190,7 @@ fn memory_of_huge_pages_moves_over_tcp_while_it_is_written() {
 fn memory_of_pages_of_1_gib_moves_idle_and_written() {
     if let Some(_pages) = HugePages::reserve(1 << 20, 2) {
         let huge =
-            ["--ram", "1G", "--hugepages", "1G", "--block", "12K", "--no-digest", "--downtime-ms", "20000"];
+            ["--ram", "1G", "--hugetlb", "1G", "--block", "12K", "--no-digest", "--downtime-ms", "20000"];
         for busy in
             [["--transport", "unix", "--dirty-rate", "0"], ["--transport", "tcp", "--dirty-rate", "30M"]]
         {

@@ -71,7 +71,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
     max_ram: u64,
     /// Ask for huge pages for the guest's RAM: first touches are faster, and zero pages inside a huge page take memory
-    #[arg(long)]
+    #[arg(long = "thp", alias = "huge-pages")]
     huge_pages: bool,
     /// Print one JSON object instead of a report
     #[arg(long)]

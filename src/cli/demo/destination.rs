@@ -58,7 +58,7 @@ pub(in crate::cli) struct Args {
     guest: GuestKind,
     #[arg(long)]
     block: Vec<BlockSpec>,
-    #[arg(long)]
+    #[arg(long = "thp")]
     huge_pages: bool,
     #[arg(long)]
     populate: bool,
@@ -83,7 +83,7 @@ impl Process {
         for block in blocks {
             command.arg("--block").arg(block.to_string());
         }
-        command.args(demo.populate.then_some("--populate")).args(demo.huge_pages.then_some("--huge-pages"));
+        command.args(demo.populate.then_some("--populate")).args(demo.huge_pages.then_some("--thp"));
         command.args(demo.channels.both().arguments());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or_else(|| io::Error::other("the destination has no output"))?;

@@ -44,7 +44,7 @@ use super::watch::{WatchArgs, describe};
     ramwire demo
     ramwire demo --ram 4G --working-set 256M --dirty-rate 500M --transport tcp
     ramwire demo --guest kvm --ram 256M --dirty-rate 20M --write-size 64
-    ramwire demo --ram 256M --block 12K --block 5M --hugepages 2M --json")]
+    ramwire demo --ram 256M --block 12K --block 5M --hugetlb 2M --json")]
 pub(super) struct Args {
     /// Who writes: `kvm` needs /dev/kvm
     #[arg(long, value_name = "GUEST", default_value = "synthetic")]
@@ -56,11 +56,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     block: Vec<u64>,
     /// Page size of the memory behind the first block: 4K, 2M or 1G; huge ones must be reserved in /sys/kernel/mm/hugepages
-    #[arg(long, value_name = "SIZE", default_value = "4K", value_parser = bytes)]
+    #[arg(long = "hugetlb", alias = "hugepages", value_name = "SIZE", default_value = "4K", value_parser = bytes)]
     hugepages: u64,
     /// Private memory for the guest at both ends, with huge pages asked for (MADV_HUGEPAGE): first touches are faster, and
     /// zero pages inside a huge page take memory
-    #[arg(long, conflicts_with = "hugepages")]
+    #[arg(long = "thp", alias = "huge-pages", conflicts_with = "hugepages")]
     huge_pages: bool,
     /// Memory that the guest keeps writing
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = bytes)]
