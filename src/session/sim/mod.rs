@@ -20,6 +20,7 @@
 //! | `channel` | the two byte streams with cuts, resets, stalls and flipped bits |
 //! | `door` | pages past the stream |
 //! | `receiver` | the fences of page channels, as the destination keeps them |
+//! | `postcopy` | a source that switches, towards a modelled destination |
 //! | `relay` | a relay's engine between modelled ends |
 //! | `run` | one migration, and what must hold at its end |
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -29,6 +30,7 @@ mod device;
 mod door;
 mod guest;
 mod plan;
+mod postcopy;
 mod receiver;
 mod relay;
 mod run;

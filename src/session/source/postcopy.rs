@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::engine::{Handover, Input, Pace};
 use crate::error::Remedy;
 use crate::guest::GuestMemory;
-use crate::page::classify;
+use crate::page::{PageSearch, classify};
 use crate::ram::{PageBatch, PageRun, RamBlock};
 use crate::stream::native::encode_state_section;
 use crate::stream::qemu::command::{Command, HEAD_LEN, encode_discards};
@@ -143,6 +143,8 @@ impl SourceSession {
     /// Tells the peer to forget what is dirty here, in whole host pages, and at least one of them: a QEMU that was told to
     /// forget nothing does not start the guest.
     pub(super) fn send_discards(&mut self) -> Result<Input, Error> {
+        // It may stand in the middle of a host page, which is to leave from its start.
+        self.search = PageSearch::default();
         // A page that was left out is missing there, and may be asked for.
         self.skip_no_more();
         let memory = Arc::clone(&self.guest.memory);
@@ -242,7 +244,7 @@ impl SourceSession {
                 open = true;
             }
             self.write_missing(batch)?;
-            if self.clock.now() >= until {
+            if self.clock.now() >= until || self.breakage.is(Breakage::EndEarly) {
                 break;
             }
         }

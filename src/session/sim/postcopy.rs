@@ -1,0 +1,376 @@
+//! A source that switches to postcopy, towards a modelled destination, with faults, under a seed.
+//!
+//! Real are the source's session and all below it. The destination is a machine inside the connection: it reads what is
+//! sent when it is sent, and acts when the source looks for an answer. So there is one thread, and a seed replays exactly:
+//!
+//! ```text
+//! RAMWIRE_SIM_SEED=1234 cargo test --lib session::sim::postcopy -- --nocapture
+//! ```
+
+mod model;
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use self::model::{Destination, Shared, Sink};
+use super::plan::Rng;
+use super::{number_from, spread};
+use crate::engine::{Outcome, PostcopyRule};
+use crate::guest::{DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest, SoftwareBitmap};
+use crate::ram::{BlockName, Landing, PageRun, RamBlock, RamBlockTable};
+use crate::session::{
+    Breakage, Clock, Error, Peer, PostcopySettings, SourceConnection, SourceGuest, SourceReport,
+    SourceSession, SourceSettings,
+};
+use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::tail::without_devices;
+use crate::sys::{CancelToken, HostSpan, Mapping};
+use crate::transport::InlineLink;
+use crate::units::{BlockIndex, PageIndex, PageSize};
+
+/// Seeds of an ordinary test run.
+const SEEDS: u64 = 1500;
+/// Bytes of a target page.
+const PAGE: usize = 4096;
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    None,
+    /// The connection breaks at this byte of what the source sends.
+    Cut(u64),
+    /// The destination can't load the device state.
+    Load,
+    /// The source is asked for its end when it has sent so many bytes.
+    Cancel(u64),
+    /// The destination asks for pages that there are not.
+    Hostile,
+}
+
+/// All that a seed decides before the first step.
+#[derive(Clone, Debug)]
+struct Plan {
+    /// Pages of each block, and target pages of its host pages.
+    blocks: Vec<(u64, u64)>,
+    rule: PostcopyRule,
+    native: bool,
+    /// The guest writes in one of so many looks at the clock; 0: never.
+    write_every: u64,
+    /// A thread there waits for a page in one of so many steps.
+    fault_every: u64,
+    fault: Fault,
+    limit: u64,
+}
+
+impl Plan {
+    fn of(rng: &mut Rng) -> Self {
+        let block = |rng: &mut Rng| {
+            let host = rng.pick(&[1, 1, 4, 16]);
+            ((1 + rng.below(12)) * host, host)
+        };
+        let blocks = (0..1 + rng.below(3)).map(|_| block(rng)).collect();
+        let fault = match rng.below(6) {
+            0 | 1 => Fault::None,
+            2 => Fault::Cut(rng.below_one_of(&[2000, 400_000])),
+            3 => Fault::Load,
+            4 => Fault::Cancel(rng.below_one_of(&[2000, 400_000])),
+            _ => Fault::Hostile,
+        };
+        Self {
+            blocks,
+            rule: PostcopyRule::AfterRounds(rng.below(3) as u32),
+            native: rng.one_in(2),
+            write_every: rng.pick(&[0, 1, 3]),
+            fault_every: rng.pick(&[1, 3, 20]),
+            fault,
+            limit: rng.pick(&[0, 0, 100_000_000]),
+        }
+    }
+}
+
+/// The guest at the source: its memory, and whether it runs.
+struct Here {
+    memory: Arc<MappedGuest>,
+    log: Arc<SoftwareBitmap>,
+    shared: Shared,
+    rng: Mutex<Rng>,
+    write_every: u64,
+    now: Mutex<Duration>,
+}
+
+impl Here {
+    /// The running guest writes to a page: another number at its start.
+    fn write(&self) {
+        let mut rng = self.rng.lock().unwrap();
+        if self.write_every == 0 || !self.shared.lock().unwrap().runs_here || !rng.one_in(self.write_every) {
+            return;
+        }
+        let block = rng.below(self.memory.table().blocks().len() as u64) as u32;
+        let pages = self.memory.table().pages_of(&self.memory.table().blocks()[block as usize]);
+        let page = rng.below(pages);
+        let value = if rng.one_in(3) { 0 } else { rng.next() | 1 };
+        store(&self.memory, block, page, value);
+        let run = PageRun { block: BlockIndex(block), first: PageIndex(page), pages: 1 };
+        self.log.mark_run(run);
+    }
+}
+
+/// The number at the start of a page stands for all of it.
+fn store(memory: &MappedGuest, block: u32, page: u64, value: u64) {
+    let span = memory.region(BlockIndex(block)).unwrap().span(page * PAGE as u64, 8).unwrap();
+    span.copy_from(&value.to_ne_bytes());
+}
+
+fn number(memory: &MappedGuest, block: u32, page: u64) -> u64 {
+    let mut bytes = [0; 8];
+    memory.region(BlockIndex(block)).unwrap().span(page * PAGE as u64, 8).unwrap().copy_to(&mut bytes);
+    u64::from_ne_bytes(bytes)
+}
+
+/// Numbers of all pages.
+fn numbers(memory: &MappedGuest) -> Vec<Vec<u64>> {
+    let blocks = (0..).zip(memory.table().blocks());
+    blocks
+        .map(|(index, block)| {
+            (0..memory.table().pages_of(block)).map(|page| number(memory, index, page)).collect()
+        })
+        .collect()
+}
+
+struct SimClock(Arc<Here>);
+
+impl Clock for SimClock {
+    fn now(&self) -> Duration {
+        self.0.write();
+        let mut now = self.0.now.lock().unwrap();
+        *now += Duration::from_micros(20);
+        *now
+    }
+}
+
+struct Control(Arc<Here>);
+
+impl Control {
+    fn shared(&self) -> MutexGuard<'_, Destination> {
+        self.0.shared.lock().unwrap()
+    }
+}
+
+impl GuestControl for Control {
+    fn pause(&mut self) -> io::Result<()> {
+        let here = numbers(&self.0.memory);
+        let mut there = self.shared();
+        (there.runs_here, there.paused_with) = (false, here);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        let mut there = self.shared();
+        there.runs_here = true;
+        there.look_at_both_sides();
+        Ok(())
+    }
+
+    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        let native = self.shared().native;
+        out.write_all(&if native { b"devices".to_vec() } else { without_devices(PAGE as u64) })
+    }
+
+    fn load_devices(&mut self, _from: &mut dyn Read) -> io::Result<()> {
+        Err(io::Error::other("this is the source"))
+    }
+}
+
+/// Memory whose blocks claim the plan's host pages.
+struct Claims {
+    memory: Arc<MappedGuest>,
+    table: RamBlockTable,
+}
+
+impl Claims {
+    fn new(memory: &Arc<MappedGuest>, plan: &Plan) -> Self {
+        let mut blocks = memory.table().blocks().to_vec();
+        for (block, (_, host)) in blocks.iter_mut().zip(&plan.blocks) {
+            block.host_page = PageSize::from_bytes(host * PAGE as u64).unwrap();
+        }
+        Self { memory: Arc::clone(memory), table: RamBlockTable::new(PageSize::SIZE_4K, blocks).unwrap() }
+    }
+}
+
+impl GuestMemory for Claims {
+    fn table(&self) -> &RamBlockTable {
+        &self.table
+    }
+
+    fn span(&self, landing: Landing) -> Result<HostSpan<'_>, GuestError> {
+        self.memory.span(landing)
+    }
+
+    fn discard(&self, landing: Landing) -> Result<(), GuestError> {
+        self.memory.discard(landing)
+    }
+}
+
+fn guest_of(plan: &Plan, rng: &mut Rng) -> Arc<MappedGuest> {
+    let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
+    for (index, (pages, _)) in plan.blocks.iter().enumerate() {
+        let mapping = Mapping::anonymous(pages * PAGE as u64).unwrap();
+        let block = RamBlock::new(BlockName::new(&format!("b{index}")).unwrap(), pages * PAGE as u64);
+        builder = builder.mapping(block, &mapping);
+    }
+    let memory = Arc::new(builder.build().unwrap());
+    for (block, (pages, _)) in (0..).zip(&plan.blocks) {
+        for page in (0..*pages).filter(|_| rng.next().is_multiple_of(2)) {
+            store(&memory, block, page, page | 1 << 40);
+        }
+    }
+    memory
+}
+
+struct Run {
+    report: SourceReport,
+    plan: Plan,
+    requests: u64,
+    runs_there: bool,
+    violations: Vec<String>,
+}
+
+fn run(seed: u64, breakage: Breakage) -> Run {
+    let mut rng = Rng::new(seed ^ 0x70c0);
+    let plan = Plan::of(&mut rng);
+    let memory = guest_of(&plan, &mut rng);
+    let cancel = CancelToken::default();
+    let shared: Shared = Arc::new(Mutex::new(Destination::new(&plan, Rng::new(seed), cancel.clone())));
+    let log = Arc::new(SoftwareBitmap::new(memory.table()));
+    let here = Arc::new(Here {
+        memory: Arc::clone(&memory),
+        log: Arc::clone(&log),
+        shared: Arc::clone(&shared),
+        rng: Mutex::new(rng),
+        write_every: plan.write_every,
+        now: Mutex::default(),
+    });
+    let mut settings =
+        SourceSettings::new(Configuration { machine: "none".into(), ..Configuration::default() });
+    let postcopy = PostcopySettings::new(plan.rule);
+    postcopy.max_bandwidth.set(plan.limit);
+    settings.postcopy = Some(postcopy);
+    settings.downtime_limit = Duration::ZERO;
+    settings.peer = (!plan.native).then_some(Peer::Qemu);
+    let claims = Arc::new(Claims::new(&memory, &plan));
+    let sink = Box::new(Sink(Arc::clone(&shared)));
+    let connection = SourceConnection {
+        link: Box::new(InlineLink::new(sink, claims.clone())),
+        back: Some(Box::new(Sink(Arc::clone(&shared)))),
+    };
+    let guest = SourceGuest {
+        memory: claims,
+        dirty: vec![log as Arc<dyn DirtySource>],
+        control: Box::new(Control(Arc::clone(&here))),
+    };
+    let mut session = SourceSession::new(guest, connection, settings).with_cancel(cancel);
+    session.clock = Box::new(SimClock(here));
+    session.breakage = breakage;
+    let report = session.run();
+    let mut there = shared.lock().unwrap();
+    there.end();
+    let whole = numbers(&memory);
+    check(&plan, &report, &mut there, &whole);
+    Run {
+        report,
+        plan,
+        requests: there.requests,
+        runs_there: there.runs,
+        violations: std::mem::take(&mut there.violations),
+    }
+}
+
+/// What must hold after any run.
+fn check(plan: &Plan, report: &SourceReport, there: &mut Destination, whole: &[Vec<u64>]) {
+    let mut must = |holds: bool, what: &str| {
+        if !holds {
+            let error = &report.error;
+            there.violations.push(format!("{what}: {:?} {error:?}", report.outcome));
+        }
+    };
+    let (here, runs) = (there.runs_here, there.runs);
+    let paused = !there.paused_with.is_empty();
+    must(here || !paused || there.paused_with == whole, "the source's copy has changed");
+    match report.outcome {
+        Outcome::Completed => {
+            must(!here && runs, "the guest is complete where it does not run");
+            must(there.ended, "complete without the end of the stream");
+        }
+        Outcome::StaysHere(_) => must(here && !runs, "the guest does not run on at the source alone"),
+        Outcome::InDoubt => must(!here && there.committed, "in doubt"),
+        Outcome::Incomplete => must(!here && runs, "incomplete"),
+    }
+    must(report.outcome == Outcome::Completed || report.error.is_some(), "no reason is given");
+    let expected = match plan.fault {
+        Fault::None => report.outcome == Outcome::Completed,
+        // What fits before the switch moves whole, in a stream without package.
+        Fault::Load => matches!(report.outcome, Outcome::StaysHere(_)) || !there.packaged,
+        Fault::Cancel(_) => !matches!(report.outcome, Outcome::InDoubt | Outcome::Incomplete),
+        Fault::Hostile if there.asked_nonsense => {
+            matches!(&report.error, Some(Error::OutOfTurn { what, .. }) if what.contains("a request for"))
+        }
+        Fault::Cut(_) | Fault::Hostile => true,
+    };
+    must(expected, "the fault had another effect");
+}
+
+#[test]
+fn a_switch_to_postcopy_loses_no_page_and_no_guest() {
+    if let Some(seed) = number_from("RAMWIRE_SIM_SEED") {
+        let run = run(seed, Breakage::None);
+        println!("{:#?}\n{:?} {:?}", run.plan, run.report.outcome, run.report.error);
+        assert!(run.violations.is_empty(), "{:#?}", run.violations);
+        return;
+    }
+    let seeds = number_from("RAMWIRE_SIM_SEEDS").unwrap_or(SEEDS);
+    let runs = spread(0..seeds, |seed| (seed, run(seed, Breakage::None)));
+    let mut coverage: BTreeMap<&str, u64> = BTreeMap::new();
+    for (_, run) in &runs {
+        let switched = run.report.statistics.postcopy_bytes > 0;
+        let outcome = run.report.outcome;
+        let facts = [
+            ("completed in postcopy", switched && outcome == Outcome::Completed),
+            ("completed by a ramwire", switched && outcome == Outcome::Completed && run.plan.native),
+            ("pages were asked for", run.requests > 0),
+            ("stays here", matches!(outcome, Outcome::StaysHere(_))),
+            ("given back", run.plan.fault == Fault::Load && matches!(outcome, Outcome::StaysHere(_))),
+            ("in doubt", outcome == Outcome::InDoubt),
+            ("in doubt, runs there", outcome == Outcome::InDoubt && run.runs_there),
+            ("incomplete", outcome == Outcome::Incomplete),
+            ("nonsense refused", run.plan.fault == Fault::Hostile && outcome == Outcome::Incomplete),
+        ];
+        for (name, is_so) in facts {
+            *coverage.entry(name).or_default() += u64::from(is_so);
+        }
+    }
+    println!("of {seeds} seeds: {coverage:#?}");
+    let broken: Vec<_> = runs.iter().filter(|(_, run)| !run.violations.is_empty()).take(5).collect();
+    for (seed, run) in &broken {
+        println!("seed {seed}: {:#?} {:?}", run.violations, run.plan);
+    }
+    assert!(broken.is_empty(), "replay a seed with RAMWIRE_SIM_SEED");
+    if seeds >= SEEDS {
+        assert!(coverage.values().all(|seeds| *seeds > 0), "never reached: {coverage:?}");
+    }
+}
+
+#[test]
+fn each_order_of_a_switch_is_needed() {
+    for (order, symptom) in [
+        (Breakage::SkipDiscard, "forgotten"),
+        (Breakage::EndEarly, "while pages are missing"),
+        (Breakage::ResumeAfterCommit, "runs on both sides"),
+    ] {
+        let sees = |seed: &u64| run(*seed, order).violations.iter().any(|what| what.contains(symptom));
+        let found = (0..SEEDS).find(sees);
+        println!("{order:?}: found by seed {found:?}");
+        assert!(found.is_some(), "no seed below {SEEDS} finds {order:?}");
+    }
+}

@@ -1,0 +1,383 @@
+//! The modelled destination: a QEMU, or a ramwire, as the source sees it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::{Fault, PAGE, Plan};
+use crate::session::sim::plan::Rng;
+use crate::stream::native::{Answer, GREETING, MAX_VERSION, Order, decode_state_section, hello_pong};
+use crate::stream::qemu::command::Command;
+use crate::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
+use crate::stream::qemu::package::decode_package;
+use crate::stream::qemu::return_path::Message;
+use crate::sys::{CancelToken, RecvPart, SendPart, Stop, StopReason};
+use crate::transport::{ByteSink, ByteSource, ChannelError};
+
+pub(super) type Shared = Arc<Mutex<Destination>>;
+
+/// Waits for less are looks.
+const LOOK: Duration = Duration::from_secs(1);
+/// Steps in which an answer that is waited for must come.
+const STEPS: usize = 5000;
+
+/// How far the guest's start has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    NotYet,
+    /// The device state is being loaded, for so many steps; devices ask for pages as well.
+    Loading(u64),
+    Done,
+    Failed,
+}
+
+pub(super) struct Destination {
+    pub(super) native: bool,
+    pub(super) runs_here: bool,
+    /// Numbers of the source's pages when it was paused.
+    pub(super) paused_with: Vec<Vec<u64>>,
+    pub(super) runs: bool,
+    pub(super) packaged: bool,
+    pub(super) committed: bool,
+    pub(super) ended: bool,
+    pub(super) requests: u64,
+    pub(super) asked_nonsense: bool,
+    pub(super) violations: Vec<String>,
+    fault: Fault,
+    fault_every: u64,
+    rng: Rng,
+    cancel: CancelToken,
+    stream: IncomingStream,
+    input: Vec<u8>,
+    sent: u64,
+    cut: bool,
+    replies: VecDeque<u8>,
+    /// Target pages of host pages, and the number of each page that is in place.
+    hosts: Vec<u64>,
+    pages: Vec<Vec<Option<u64>>>,
+    /// The host page that has come in part: block, first page, pages.
+    part: Option<(usize, u64, u64)>,
+    discards: u64,
+    package: Vec<u8>,
+    start: Start,
+    pings: Vec<u32>,
+    /// The last block that a request named.
+    asked: Option<usize>,
+    shut: bool,
+}
+
+impl Destination {
+    pub(super) fn new(plan: &Plan, rng: Rng, cancel: CancelToken) -> Self {
+        Self {
+            native: plan.native,
+            runs_here: true,
+            paused_with: Vec::new(),
+            runs: false,
+            packaged: false,
+            committed: false,
+            ended: false,
+            requests: 0,
+            asked_nonsense: false,
+            violations: Vec::new(),
+            fault: plan.fault,
+            fault_every: plan.fault_every,
+            rng,
+            cancel,
+            stream: IncomingStream::new(IncomingConfig::default()),
+            input: Vec::new(),
+            sent: 0,
+            cut: false,
+            replies: VecDeque::new(),
+            hosts: plan.blocks.iter().map(|(_, host)| *host).collect(),
+            pages: plan.blocks.iter().map(|(pages, _)| vec![None; *pages as usize]).collect(),
+            part: None,
+            discards: 0,
+            package: Vec::new(),
+            start: Start::NotYet,
+            pings: Vec::new(),
+            asked: None,
+            shut: false,
+        }
+    }
+
+    pub(super) fn look_at_both_sides(&mut self) {
+        if self.runs && self.runs_here {
+            self.violations.push("the guest runs on both sides".into());
+        }
+    }
+
+    fn say(&mut self, message: Message<'_>) {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        self.replies.extend(bytes);
+    }
+
+    fn receive(&mut self, bytes: &[u8]) {
+        self.sent += bytes.len() as u64;
+        self.input.extend_from_slice(bytes);
+        let input = std::mem::take(&mut self.input);
+        let mut at = 0;
+        let mut stream = std::mem::replace(&mut self.stream, IncomingStream::new(IncomingConfig::default()));
+        loop {
+            match stream.next(&input[at..]) {
+                Ok(Step::Event { consumed, event }) => {
+                    at += consumed;
+                    let last = event == Event::Done;
+                    self.event(event);
+                    if last {
+                        break;
+                    }
+                }
+                Ok(Step::NeedMore { consumed, .. }) => {
+                    at += consumed;
+                    break;
+                }
+                Err(error) => {
+                    self.violations.push(format!("the stream is not understood: {error}"));
+                    at = input.len();
+                    break;
+                }
+            }
+        }
+        self.stream = stream;
+        self.input = input[at..].to_vec();
+    }
+
+    fn event(&mut self, event: Event<'_>) {
+        match event {
+            Event::Command(command) => self.command(command),
+            Event::Page { block, offset, bytes } => {
+                let number = bytes[..8].try_into().map_or(0, u64::from_ne_bytes);
+                self.place(block.as_usize(), offset.0 / PAGE as u64, number);
+            }
+            Event::Zero { block, offset } => self.place(block.as_usize(), offset.0 / PAGE as u64, 0),
+            Event::PackageBytes(bytes) => self.package.extend_from_slice(bytes),
+            Event::PackageEnd => self.package_is_whole(),
+            Event::Done => self.stream_ends(),
+            _ => {}
+        }
+    }
+
+    fn command(&mut self, command: Command<'_>) {
+        match command {
+            Command::Ping(GREETING) if self.native => {
+                self.say(Message::Pong(GREETING));
+                self.say(Message::Pong(hello_pong(MAX_VERSION)));
+            }
+            Command::Ping(value) => self.say(Message::Pong(value)),
+            Command::PostcopyRamDiscard(discard) => {
+                let block =
+                    (0..self.hosts.len()).find(|index| discard.block() == format!("b{index}")).unwrap();
+                let host = self.hosts[block] * PAGE as u64;
+                for (start, length) in discard.ranges() {
+                    assert!(start % host == 0 && length % host == 0 && length > 0, "not whole host pages");
+                    let pages = (start / PAGE as u64) as usize..((start + length) / PAGE as u64) as usize;
+                    self.pages[block][pages].fill(None);
+                    self.discards += 1;
+                }
+            }
+            Command::Native(Order::Hello(theirs)) => self.say(Message::Native(Answer::Hello(theirs))),
+            // A ramwire's precopy: all is loaded at once.
+            Command::Native(Order::StateSent) => self.say(Message::Native(Answer::Ready)),
+            Command::Native(Order::Commit { .. }) => {
+                (self.committed, self.ended) = (true, true);
+                self.run();
+                self.say(Message::Native(Answer::Running));
+            }
+            _ => {}
+        }
+    }
+
+    fn place(&mut self, block: usize, page: u64, number: u64) {
+        if !self.packaged {
+            self.pages[block][page as usize] = Some(number);
+            return;
+        }
+        let host = self.hosts[block];
+        let first = page / host * host;
+        let (at, from, come) = self.part.unwrap_or((block, first, 0));
+        if (at, from) != (block, first) {
+            self.violations.push("host pages interleave".into());
+        }
+        self.part = (come + 1 < host).then_some((block, first, come + 1));
+        if self.pages[block][page as usize].replace(number).is_some() {
+            self.violations.push("a page comes that is there and was not forgotten".into());
+        }
+    }
+
+    fn package_is_whole(&mut self) {
+        (self.packaged, self.committed) = (true, true);
+        let package = std::mem::take(&mut self.package);
+        let decoded = decode_package(&package).unwrap();
+        let state = if self.native { decode_state_section(decoded.sections).unwrap() } else { b"devices" };
+        assert_eq!(state, b"devices");
+        self.pings = decoded.pings;
+        if self.discards == 0 {
+            self.violations.push("RUN comes and nothing was forgotten: a QEMU refuses it".into());
+        }
+        for (there, here) in self.pages.iter().flatten().zip(self.paused_with.iter().flatten()) {
+            if there.is_some_and(|number| number != *here) {
+                self.violations.push("an older page is not forgotten when the guest starts".into());
+                break;
+            }
+        }
+        self.start = Start::Loading(self.rng.below(20));
+    }
+
+    fn run(&mut self) {
+        self.runs = true;
+        self.look_at_both_sides();
+    }
+
+    fn stream_ends(&mut self) {
+        (self.ended, self.committed) = (true, true);
+        if !self.packaged && !self.native {
+            self.run();
+            self.say(Message::Shut { status: 0 });
+        }
+        if self.packaged && self.pages.iter().flatten().any(Option::is_none) {
+            self.violations.push("the stream ends while pages are missing".into());
+        }
+    }
+
+    /// One step of its own: a device or a thread waits for a page, the start goes on.
+    fn act(&mut self) {
+        if self.cut {
+            return;
+        }
+        if matches!(self.start, Start::Loading(_) | Start::Done) && self.rng.one_in(self.fault_every) {
+            self.ask();
+        }
+        match self.start {
+            Start::Loading(0) if self.fault == Fault::Load => {
+                self.start = Start::Failed;
+                match self.native {
+                    true => self.say(Message::Native(Answer::Refused { why: "the state is broken" })),
+                    false => self.say(Message::Shut { status: 1 }),
+                }
+            }
+            Start::Loading(0) => {
+                for value in std::mem::take(&mut self.pings) {
+                    self.say(Message::Pong(value));
+                }
+                self.start = Start::Done;
+                self.run();
+            }
+            Start::Loading(left) => self.start = Start::Loading(left - 1),
+            Start::Done if self.ended && !self.shut => {
+                self.shut = true;
+                match self.native {
+                    true => self.say(Message::Native(Answer::Running)),
+                    false => self.say(Message::Shut { status: 0 }),
+                }
+            }
+            Start::NotYet | Start::Done | Start::Failed => {}
+        }
+    }
+
+    fn ask(&mut self) {
+        if self.shut {
+            return;
+        }
+        let block = self.rng.below(self.hosts.len() as u64) as usize;
+        let host = self.hosts[block];
+        let first = self.rng.below(self.pages[block].len() as u64 / host) * host;
+        let (mut start, mut length) = (first * PAGE as u64, (host * PAGE as u64) as u32);
+        if self.fault == Fault::Hostile && self.start == Start::Done && self.rng.one_in(4) {
+            let end = self.pages[block].len() as u64 * PAGE as u64;
+            (start, length) =
+                self.rng.pick(&[(start, 0), (start + 1, length), (end, length), (u64::MAX - 4095, length)]);
+            self.asked_nonsense = true;
+        }
+        self.requests += 1;
+        if self.asked.replace(block) == Some(block) {
+            return self.say(Message::RequestPages { start, length });
+        }
+        let name = format!("b{block}");
+        self.say(Message::RequestPagesOf { block: &name, start, length });
+    }
+
+    /// The source is gone: what was given away may start yet.
+    pub(super) fn end(&mut self) {
+        if matches!(self.start, Start::Loading(_)) && self.fault != Fault::Load {
+            self.run();
+        }
+    }
+}
+
+/// Both directions of the connection.
+pub(super) struct Sink(pub(super) Shared);
+
+fn closed() -> ChannelError {
+    ChannelError::Closed { peer: "the model".into(), doing: "the simulation" }
+}
+
+impl ByteSink for Sink {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        let mut there = self.0.lock().unwrap();
+        if let Some(reason) = stop.reason() {
+            return Err(ChannelError::Stopped { reason, doing: "the simulation" });
+        }
+        let mut bytes = Vec::new();
+        for part in parts {
+            match part {
+                SendPart::Own(own) => bytes.extend_from_slice(own),
+                SendPart::Guest(span) => {
+                    let at = bytes.len();
+                    bytes.resize(at + span.len(), 0);
+                    span.copy_to(&mut bytes[at..]);
+                }
+            }
+        }
+        let after = there.sent + bytes.len() as u64;
+        match there.fault {
+            Fault::Cut(at) if after > at && !there.cut => {
+                let left = at.saturating_sub(there.sent) as usize;
+                there.receive(&bytes[..left]);
+                there.cut = true;
+            }
+            Fault::Cancel(at) if after > at => there.cancel.cancel(),
+            _ => {}
+        }
+        if there.cut {
+            return Err(closed());
+        }
+        there.receive(&bytes);
+        Ok(())
+    }
+
+    fn flush(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+
+    fn position(&self) -> u64 {
+        self.0.lock().unwrap().sent
+    }
+}
+
+impl ByteSource for Sink {
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
+        let mut there = self.0.lock().unwrap();
+        for _ in 0..STEPS {
+            there.act();
+            if !there.replies.is_empty() {
+                let Some(RecvPart::Own(room)) = into.first_mut() else { return Ok(0) };
+                // Messages may come in pieces.
+                let most = (there.replies.len() as u64).min(room.len() as u64);
+                let count = 1 + there.rng.below(most) as usize;
+                for byte in &mut room[..count] {
+                    *byte = there.replies.pop_front().unwrap_or_default();
+                }
+                return Ok(count);
+            }
+            if there.cut {
+                return Err(closed());
+            }
+            if stop.left().is_some_and(|left| left < LOOK) {
+                return Err(ChannelError::Stopped { reason: StopReason::Deadline, doing: "the simulation" });
+            }
+        }
+        there.violations.push("an answer is waited for that never comes".into());
+        Err(closed())
+    }
+}
