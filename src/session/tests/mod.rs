@@ -6,6 +6,7 @@ mod greeting;
 mod hooks;
 mod outage;
 mod panics;
+mod postcopy;
 pub(super) mod qemu_peer;
 mod reuse;
 
