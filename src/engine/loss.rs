@@ -5,29 +5,6 @@
 
 use crate::observe::PageCounts;
 
-/// A source and a destination with different numbers of page channels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the source has {} and the destination {}; give both ends the same number of page channels",
-    channels(*at_source), *at_destination
-)]
-pub struct ChannelMismatch {
-    /// The source's number.
-    pub at_source: u8,
-    /// The destination's number.
-    pub at_destination: u8,
-}
-
-fn channels(count: u8) -> String {
-    if count == 1 { "1 page channel".into() } else { format!("{count} page channels") }
-}
-
-/// # Errors
-/// [`ChannelMismatch`]: pages of the surplus channels would not be read, or channels that do not exist waited for.
-pub fn agree_on_channels(at_source: u8, at_destination: u8) -> Result<(), ChannelMismatch> {
-    if at_source == at_destination { Ok(()) } else { Err(ChannelMismatch { at_source, at_destination }) }
-}
-
 /// Pages that were sent and not placed, or the other way round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -103,11 +80,5 @@ mod tests {
         let lost = compare_counts(&[count(0, 2)], &[count(0, 1)]).unwrap_err();
         let said = lost.to_string();
         assert!(said.contains("the stream lost pages: the source sent 0 whole and 2 zero pages"), "{said}");
-        let mismatch = agree_on_channels(2, 1).unwrap_err();
-        assert!(mismatch.to_string().starts_with("the source has 2 page channels and the destination 1;"));
-        assert!(
-            agree_on_channels(1, 2).unwrap_err().to_string().starts_with("the source has 1 page channel and")
-        );
-        assert_eq!(agree_on_channels(3, 3), Ok(()));
     }
 }

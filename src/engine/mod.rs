@@ -16,9 +16,10 @@ mod relay;
 mod source;
 mod throttle;
 
+pub use crate::stream::channel_count::{ChannelMismatch, agree_on_channels};
 pub use destination::{DestinationEngine, Ending};
 pub use handover::{Handover, Outcome, Reason};
-pub use loss::{ChannelMismatch, LostPages, agree_on_channels, compare_counts};
+pub use loss::{LostPages, compare_counts};
 pub use pace::{BandwidthLimit, Pace};
 pub use page_cost::PageCost;
 pub use pager::{FaultAnswer, HostPage, Pager};

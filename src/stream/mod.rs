@@ -5,6 +5,7 @@
 //! from *these bytes are wrong*. Nothing is allocated by a peer's number before the bytes behind it have arrived or
 //! the number has passed a named limit.
 
+pub mod channel_count;
 mod error;
 pub mod native;
 pub mod page_counts;

@@ -177,6 +177,31 @@ fn a_source_with_more_channels_than_its_destination_is_refused_by_name() {
     assert_both_name(2, 0, "the source has 2 page channels and the destination 0;");
 }
 
+#[test]
+fn a_source_with_fewer_channels_than_its_destination_is_refused_by_name() {
+    assert_both_name(0, 2, "the source has 0 page channels and the destination 2;");
+    assert_both_name(2, 3, "the source has 2 page channels and the destination 3;");
+    assert_both_name(1, 4, "the source has 1 page channel and the destination 4;");
+}
+
+/// A connection that says nothing takes no channel's place, and does not hide what differs.
+#[test]
+fn a_silent_connection_is_no_channel() {
+    let mut listener = bind();
+    let address = listener.address().clone();
+    let Address::Tcp { port, .. } = address else { panic!("a TCP address") };
+    let _silent = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let ended = migrate_to(&mut listener, &address, (2, 3), |_| {});
+    ended.assert_it_stayed();
+    for said in [ended.source_error(), ended.destination_error()] {
+        assert!(said.contains("the source has 2 page channels and the destination 3;"), "{said}");
+    }
+    let ended = migrate_to(&mut listener, &address, (2, 2), |_| {});
+    let said = [ended.source_error(), ended.destination_error()];
+    assert_eq!(ended.source.outcome, Outcome::Completed, "{said:?}");
+    assert!(ended.same);
+}
+
 /// Bytes of a channel's first packet, and of the header of each further one.
 const INIT: usize = 64;
 const HEADER: usize = 320 + 128 * 8;

@@ -1,20 +1,47 @@
-//! Which of the connections that come is the main channel.
+//! Which of the connections that come is the main channel, and whether there are as many as are expected.
 //!
 //! A QEMU 7.2 connects main first and the channels after it; later ones connect in any order and are told apart by
-//! their first four bytes, which older ones write as well.
+//! their first four bytes, which older ones write as well. A ramwire tells on main how many channels it has, in front of
+//! anything that depends on them: with another number it is refused at once, while its connections still wait.
 
 use std::time::Duration;
 
+use crate::stream::channel_count::{ChannelMismatch, agree_on_channels};
+use crate::stream::native::{Answer, GREETING, channels_of_ping};
+use crate::stream::qemu::command::Command;
+use crate::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
+use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::{file, multifd};
-use crate::sys::{Stop, StopReason};
+use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 use crate::transport::open::OpenError;
-use crate::transport::{ChannelError, StreamChannel, StreamOptions};
+use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel, StreamOptions};
+
+/// Longest time between two looks at what the source tells on main.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Bytes of main that are looked at: header, configuration and the greeting are far shorter.
+const GREETING_WITHIN: usize = 4096;
+
+/// How long a source that is refused may take to read it.
+const REFUSED_WITHIN: Duration = Duration::from_secs(5);
+
+/// What the beginning of main tells.
+#[derive(Debug, PartialEq, Eq)]
+enum Told {
+    /// Not enough has come.
+    Open,
+    /// The source is a ramwire and has so many page channels.
+    Channels(u8),
+    /// It is none.
+    Nothing,
+}
 
 /// The main channel and `count` page channels, each taken by `accept`. The first may take its time; the others
 /// must come within `options.dead_peer`, and so must the first bytes of all.
 ///
 /// # Errors
-/// [`OpenError::Channels`] if fewer come, or none or several of them are the main channel.
+/// [`OpenError::OtherChannels`] if the source says that it has another number, and is told so;
+/// [`OpenError::Channels`] if fewer or more come, or none or several of them are the main channel.
 pub(in crate::transport) fn accept(
     count: u8,
     address: &str,
@@ -22,43 +49,130 @@ pub(in crate::transport) fn accept(
     stop: &Stop,
     mut accept: impl FnMut(&Stop) -> Result<StreamChannel, OpenError>,
 ) -> Result<(StreamChannel, Vec<StreamChannel>), OpenError> {
+    let expected = usize::from(count) + 1;
     let wrong = |what: String| OpenError::Channels { address: address.to_owned(), what };
-    let (mut main, mut pages) = (None, Vec::with_capacity(usize::from(count)));
-    // The first may take its time.
-    let mut soon: Option<Stop> = None;
-    // A source with more channels than are expected here has its main channel among them: it is waited for, so that both
-    // ends can say what differs.
-    while main.is_none() || pages.len() < usize::from(count) {
-        let channel = match accept(soon.as_ref().unwrap_or(stop)) {
-            Ok(channel) => channel,
+    let mut came = Came::default();
+    came.take(accept(stop)?, &stop.within(options.dead_peer.max(Duration::from_secs(1))))
+        .map_err(wrong)??;
+    let soon = stop.within(options.dead_peer);
+    loop {
+        match (&came.main, came.pages.len()) {
+            (Some(_), pages) if pages == usize::from(count) => break,
+            (Some(main), pages) => match told(main) {
+                Told::Channels(theirs) => {
+                    if let Err(mismatch) = agree_on_channels(theirs, count) {
+                        return Err(came.refuse(mismatch));
+                    }
+                }
+                Told::Nothing if pages > usize::from(count) => {
+                    return Err(wrong(format!("the source has more than {count} page channels")));
+                }
+                _ => {}
+            },
+            (None, pages) if pages > usize::from(u8::MAX) => {
+                return Err(wrong("all connections are page channels, none the main one".into()));
+            }
+            _ => {}
+        }
+        match accept(&soon.within(LOOK)) {
+            Ok(channel) => came.take(channel, &soon).map_err(wrong)??,
+            Err(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Deadline, .. }))
+                if soon.reason().is_none() => {}
             Err(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Deadline, .. }))
                 if stop.reason().is_none() =>
             {
-                let (expected, after) = (usize::from(count) + 1, options.dead_peer.as_secs());
-                let came = pages.len() + usize::from(main.is_some());
-                return Err(wrong(match main {
-                    None if came >= expected => "all connections are page channels, none the main one".into(),
-                    _ => format!("{came} of {expected} connections came within {after} s"),
+                let after = options.dead_peer.as_secs();
+                return Err(wrong(match (came.main.is_some(), came.pages.len()) {
+                    (false, pages) if pages >= expected => {
+                        "all connections are page channels, none the main one".into()
+                    }
+                    (main, pages) => {
+                        let came = usize::from(main) + pages;
+                        format!("{came} of {expected} connections came within {after} s")
+                    }
                 }));
             }
             Err(error) => return Err(error),
+        }
+    }
+    let Came { main, pages } = came;
+    let main = main.ok_or_else(|| wrong("none of the connections is the main one".into()))?;
+    Ok((main, pages))
+}
+
+/// The connections of one source.
+#[derive(Default)]
+struct Came {
+    main: Option<StreamChannel>,
+    pages: Vec<StreamChannel>,
+}
+
+impl Came {
+    /// Puts a connection where its first word says; in words if there is no such place.
+    fn take(&mut self, channel: StreamChannel, stop: &Stop) -> Result<Result<(), OpenError>, String> {
+        let word = match channel.peek_word(stop) {
+            Ok(word) => u32::from_be_bytes(word),
+            Err(error) => return Ok(Err(error.into())),
         };
-        let word = channel.peek_word(&stop.within(options.dead_peer.max(Duration::from_secs(1))))?;
-        match u32::from_be_bytes(word) {
-            file::MAGIC if main.is_none() => main = Some(channel),
-            file::MAGIC => return Err(wrong("two connections begin as main channels do".into())),
-            multifd::MAGIC if pages.len() < usize::from(count) => pages.push(channel),
-            // Closed: nobody would read it.
-            multifd::MAGIC => {
-                tracing::warn!(peer = channel.peer(), count, "a page channel more than expected is closed")
-            }
+        match word {
+            file::MAGIC if self.main.is_none() => self.main = Some(channel),
+            file::MAGIC => return Err("two connections begin as main channels do".into()),
+            multifd::MAGIC => self.pages.push(channel),
             other => {
                 let peer = channel.peer();
-                return Err(wrong(format!("{peer} begins with {other:#010x}, as no channel does")));
+                return Err(format!("{peer} begins with {other:#010x}, as no channel does"));
             }
         }
-        soon.get_or_insert_with(|| stop.within(options.dead_peer));
+        Ok(Ok(()))
     }
-    let main = main.ok_or_else(|| wrong("all connections are page channels, none the main one".into()))?;
-    Ok((main, pages))
+
+    /// Tells the source why it is refused. The page channels stay open until it has read that: their end would only break
+    /// its connections.
+    fn refuse(self, mismatch: ChannelMismatch) -> OpenError {
+        let why = mismatch.to_string();
+        let told = self.main.map_or(Ok(()), |main| tell_refused(main, &why));
+        if let Err(error) = told {
+            tracing::warn!(%error, "the source may not know why it was refused");
+        }
+        mismatch.into()
+    }
+}
+
+/// Whether a ramwire's greeting stands at the beginning of main, which stays to be read.
+fn told(main: &StreamChannel) -> Told {
+    let mut head = [0; GREETING_WITHIN];
+    // A connection that has failed is found by whoever reads it.
+    let have = main.peek(&mut head).unwrap_or(0);
+    let mut stream = IncomingStream::new(IncomingConfig::default());
+    let (mut at, mut greeted) = (0, false);
+    while let Ok(step) = stream.next(&head[at..have]) {
+        match step {
+            Step::NeedMore { .. } if have < head.len() => return Told::Open,
+            Step::NeedMore { .. } => return Told::Nothing,
+            Step::Event { consumed, event } => {
+                at += consumed;
+                match event {
+                    Event::Configuration(_) | Event::Command(Command::OpenReturnPath) => {}
+                    Event::Command(Command::Ping(GREETING)) => greeted = true,
+                    Event::Command(Command::Ping(value)) if greeted => {
+                        return channels_of_ping(value).map_or(Told::Nothing, Told::Channels);
+                    }
+                    _ => return Told::Nothing,
+                }
+            }
+        }
+    }
+    Told::Nothing
+}
+
+/// Says REFUSED and waits until the source has closed: an end with bytes unread would be a reset, which may overtake it.
+fn tell_refused(mut main: StreamChannel, why: &str) -> Result<(), ChannelError> {
+    let stop = Stop::never().within(REFUSED_WITHIN);
+    let mut refused = Vec::new();
+    Message::Native(Answer::Refused { why }).encode(&mut refused);
+    main.send(&[SendPart::Own(&refused)], &stop)?;
+    let mut rest = [0; GREETING_WITHIN];
+    // What comes is taken beyond a deadline too, so it is looked at as well.
+    while stop.reason().is_none() && main.recv(&mut [RecvPart::Own(&mut rest)], &stop)? > 0 {}
+    Ok(())
 }

@@ -21,6 +21,7 @@ pub use obstacle::{DECISION_TIMEOUT, Obstacle};
 
 use crate::error::Remedy;
 use crate::guest::GuestMemory;
+use crate::stream::channel_count::ChannelMismatch;
 use crate::sys::{Stop, take_inherited_fd};
 #[cfg(feature = "rdma")]
 use crate::transport::rdma::{RdmaListener, connect_here as rdma_source};
@@ -91,6 +92,9 @@ pub enum OpenError {
         /// What was found.
         what: String,
     },
+    /// The source, a ramwire, has another number of page channels.
+    #[error(transparent)]
+    OtherChannels(#[from] ChannelMismatch),
     /// Deltas where pages do not go in the stream.
     #[error("{address}: only pages in the stream can travel as deltas; {}", Remedy::DropDeltasOrChannels)]
     NoDeltas {
