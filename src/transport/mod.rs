@@ -33,6 +33,7 @@ use crate::observe::{DeltaCounts, PageCounts, SpliceCounts, ZeroCopyCounts};
 use crate::ram::{MoverAbilities, PageBatch, PageRun, RamBlock, RoundKind};
 use crate::stream::DecodeError;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::packet_numbers::MissingPackets;
 use crate::stream::qemu::style::PeerStyle;
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 use crate::units::PageSize;
@@ -245,6 +246,14 @@ pub trait PageChannels: Send {
     /// # Errors
     /// [`MoveError`]: a channel failed, closed, or is not understood.
     fn wait_barrier(&mut self, stop: &Stop) -> Result<(), MoveError>;
+
+    /// At a barrier: whether all packets have come that the source has sent before it, on whatever channel.
+    ///
+    /// # Errors
+    /// [`MissingPackets`]: the source has a channel that is not read here.
+    fn check_packets(&self) -> Result<(), MissingPackets> {
+        Ok(())
+    }
 
     /// Lets the channels go on behind the barrier.
     fn release(&mut self);

@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome, Reason};
-use ramwire::guest::{GuestControl, MappedGuest};
+use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
-    DestinationReport, DestinationSession, DestinationSettings, SourceGuest, SourceReport, SourceSession,
-    SourceSettings,
+    DestinationReport, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider, SourceGuest,
+    SourceReport, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
@@ -19,21 +19,29 @@ use ramwire::transport::{
     Address, AllowList, ChannelOptions, DoorOptions, Listener, StreamOptions, open_source,
 };
 use ramwire::units::PageSize;
+use serde_json::json;
+
+use crate::common::{
+    Deadline,
+    memory::{Pattern, fill},
+    qemu::{Guest, Machine, Version, peers_present},
+    scratch,
+};
 
 /// 4 MiB, a batch for each of two channels: it fits into the buffers of a socket that nobody reads.
 const PAGES: u64 = 1024;
 
 /// A guest that only knows whether it runs.
 #[derive(Clone, Default)]
-struct Machine(Arc<Mutex<bool>>);
+struct Power(Arc<Mutex<bool>>);
 
-impl Machine {
+impl Power {
     fn runs(&self) -> bool {
         *self.0.lock().unwrap()
     }
 }
 
-impl GuestControl for Machine {
+impl GuestControl for Power {
     fn pause(&mut self) -> io::Result<()> {
         *self.0.lock().unwrap() = false;
         Ok(())
@@ -131,7 +139,7 @@ fn migrate_to(
     set: impl FnOnce(&mut SourceSettings),
 ) -> Ended {
     let (from, to) = (filled(), Mapping::anonymous(PAGES * 4096).unwrap());
-    let (near_machine, far_machine) = (Machine::default(), Machine::default());
+    let (near_machine, far_machine) = (Power::default(), Power::default());
     *near_machine.0.lock().unwrap() = true;
     let connection = open_source(address, guest(&from), &options(sends), &stop()).unwrap().into();
     let control = Box::new(near_machine.clone());
@@ -200,6 +208,89 @@ fn a_silent_connection_is_no_channel() {
     let said = [ended.source_error(), ended.destination_error()];
     assert_eq!(ended.source.outcome, Outcome::Completed, "{said:?}");
     assert!(ended.same);
+}
+
+/// Makes the memory of whatever guest comes.
+#[derive(Default)]
+struct Any(Vec<Mapping>);
+
+impl MemoryProvider for Any {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        let mut guest = MappedGuest::builder(PageSize::SIZE_4K);
+        for block in &incoming.blocks {
+            let mapping = Mapping::anonymous(block.used_length).unwrap();
+            guest = guest.mapping(block.clone(), &mapping);
+            self.0.push(mapping);
+        }
+        Ok(Arc::new(guest.build()?))
+    }
+}
+
+/// A QEMU does not tell how many channels it has: the numbers of its packets do, or what has not come.
+#[test]
+fn a_qemu_with_more_channels_than_its_destination_is_refused() {
+    if !peers_present() {
+        return;
+    }
+    for version in Version::ALL {
+        for (sends, receives) in [(4, 2), (2, 1), (3, 2), (2, 0)] {
+            qemu_with_surplus_channels(version, sends, receives);
+        }
+    }
+}
+
+/// An error with all that caused it.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+fn qemu_with_surplus_channels(version: Version, sends: u8, receives: u8) {
+    let what = format!("{version}: {sends} to {receives}");
+    let dir = scratch();
+    let ram = dir.path().join("ram");
+    // Little travels: it fits into the buffers of sockets that nobody reads.
+    fill(&ram, 16, Pattern::Zero);
+    let mut source = Guest::new(version, Machine::Q35, &ram, 16).running().start(dir.path(), "source");
+    source.set_capabilities(&["return-path", "multifd"]);
+    source.set_parameters(json!({"multifd-channels": sends}));
+    // Open to the end, as a VMM's is.
+    let mut listener = bind();
+    source.migrate(&listener.address().to_string());
+    let door = listener.accept_door(&options(receives), &stop()).map_err(|error| error.to_string());
+    let machine = Power::default();
+    let said = match door {
+        Ok(door) => {
+            let control = Box::new(machine.clone());
+            let settings = DestinationSettings::default();
+            let report =
+                DestinationSession::new(door.source, door.back, Box::new(Any::default()), control, settings)
+                    .run();
+            assert_eq!(report.ending, Ending::Discarded, "{what}: {:?}", report.error);
+            chain(&report.error.expect("it did not run"))
+        }
+        Err(said) => said,
+    };
+    println!("{what}: {said}");
+    let named = [
+        "more page channels than",
+        "more than",
+        "pages on channels of their own",
+        "exceeds the number of channels",
+    ];
+    // A channel that comes while main is awaited is closed as a stranger's. The source fails by that, or waits without end.
+    let ends = ["the source has failed", "did not move a byte"];
+    let closed = receives == 0 && ends.iter().any(|end| said.contains(end));
+    assert!(closed || named.iter().any(|named| said.contains(named)), "{what}: {said}");
+    assert!(!machine.runs(), "{what}: the guest runs here");
+    match source.wait_migration_or_death(Deadline::seconds(120)) {
+        Some(info) => {
+            assert_eq!(info["status"], "failed", "{what}: {info}");
+            source.wait_status("running", Deadline::seconds(30));
+        }
+        // It may crash when a channel is refused while its main connection ends.
+        None => assert!(version == Version::Qemu72, "{what}: {said}"),
+    }
 }
 
 /// Bytes of a channel's first packet, and of the header of each further one.

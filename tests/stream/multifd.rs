@@ -6,6 +6,7 @@ use ramwire::stream::qemu::channel::{Channel, ChannelStep};
 use ramwire::stream::qemu::incoming::{AnnouncedBlocks, Event, IncomingConfig, IncomingStream, Step};
 use ramwire::stream::qemu::multifd::Method;
 use ramwire::stream::qemu::packed::PacketInflater;
+use ramwire::stream::qemu::packet_numbers::PacketNumbers;
 use ramwire::units::{BlockIndex, BlockOffset, PageSize};
 
 use super::captures::{self, Promise, sha256};
@@ -83,6 +84,8 @@ struct Result {
     blocks: AnnouncedBlocks,
     peers: Vec<Peer>,
     barriers: u64,
+    /// Barriers at which the packets of the first channel alone, or the second, are known not to be all.
+    half_seen: [u64; 2],
 }
 
 /// Replays a capture; `per_round` tells which record of main is the barrier.
@@ -92,7 +95,8 @@ fn replay(promise: &Promise, method: Method, per_round: bool) -> Result {
         promise.channels.iter().map(|part| Peer::new(captures::read(&part.file), method)).collect();
     let mut stream = IncomingStream::new(IncomingConfig::default());
     let mut memory: Vec<Vec<u8>> = Vec::new();
-    let (mut at, mut barriers) = (0, 0);
+    let (mut at, mut barriers, mut half_seen) = (0, 0, [0; 2]);
+    let mut numbers = [PacketNumbers::default(); 2];
     loop {
         let Step::Event { consumed, event } = stream.next(&main[at..]).unwrap() else {
             panic!("cut at {at}")
@@ -124,6 +128,15 @@ fn replay(promise: &Promise, method: Method, per_round: bool) -> Result {
             for peer in &mut peers {
                 assert!(peer.epoch(stream.blocks(), &mut memory), "a channel lacks a SYNC");
             }
+            for (numbers, peer) in numbers.iter_mut().zip(&mut peers) {
+                numbers.add(peer.channel.take_numbers());
+            }
+            let mut all = numbers[0];
+            all.add(numbers[1]);
+            assert_eq!(all.check(), Ok(()), "at barrier {barriers} nothing is missing");
+            for (seen, numbers) in half_seen.iter_mut().zip(numbers) {
+                *seen += u64::from(numbers.check().is_err());
+            }
             peers.iter_mut().for_each(|peer| peer.channel.release());
         }
     }
@@ -131,7 +144,7 @@ fn replay(promise: &Promise, method: Method, per_round: bool) -> Result {
         assert!(!peer.epoch(stream.blocks(), &mut memory), "a channel has a SYNC too many");
     }
     assert_eq!(stream.seen().barrier_in_start, Some(per_round), "the mode shows in START");
-    Result { memory, blocks: stream.blocks().clone(), peers, barriers }
+    Result { memory, blocks: stream.blocks().clone(), peers, barriers, half_seen }
 }
 
 #[test]
@@ -144,6 +157,9 @@ fn s39_to_s47_main_and_channels_give_the_promised_memory() {
             _ => Method::Plain,
         };
         let replayed = replay(promise, method, name.starts_with("q100"));
+        for seen in replayed.half_seen {
+            assert!(seen + 1 >= replayed.barriers, "{name}: a channel that is not read: {seen}");
+        }
         if let Some(barriers) = promise.barriers {
             assert_eq!(replayed.barriers, barriers, "{name}");
         }

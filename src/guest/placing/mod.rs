@@ -208,6 +208,17 @@ impl Placer {
         self.has_come(landing) || used.is_some_and(|map| pages.any(|page| map.get(page)))
     }
 
+    /// Pages that no source has told anything of, of blocks that travel.
+    pub fn never_came(&self) -> u64 {
+        let table = self.memory.table();
+        let travels = |index: &BlockIndex| !table.blocks()[index.as_usize()].flags.ignored;
+        let never = |index: BlockIndex| {
+            let come = self.received.block(index).map_or(0, AtomicBitmap::count);
+            table.pages_of(&table.blocks()[index.as_usize()]).saturating_sub(come)
+        };
+        self.blocks.iter().copied().filter(travels).map(never).sum()
+    }
+
     /// Whole pages are in place.
     pub fn commit(&self, landing: Landing) {
         self.mark(landing);

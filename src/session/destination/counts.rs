@@ -2,10 +2,13 @@
 //! before READY.
 
 use crate::engine::{agree_on_channels, compare_counts};
+use crate::error::Remedy;
 use crate::observe::PageCounts;
 use crate::session::{Breakage, Error};
 use crate::stream::native::channels_of_ping;
 use crate::stream::page_counts;
+use crate::stream::qemu::file::IGNORE_SHARED;
+use crate::stream::qemu::packet_numbers::MissingPackets;
 
 use super::DestinationSession;
 use super::receive::out_of_turn;
@@ -28,11 +31,47 @@ impl SourceTold {
     }
 }
 
+/// The source has a page channel that is not read here.
+pub(super) fn more_channels_there(MissingPackets { sent, came }: MissingPackets) -> Error {
+    Error::Config {
+        what: format!(
+            "the source has more page channels than this end: of {sent} packets that it has sent on them {came} have come"
+        ),
+        remedy: Remedy::AlignChannels,
+    }
+}
+
+/// The source has page channels, and this end none.
+pub(super) fn no_channels_here() -> Error {
+    Error::Config {
+        what: "the source sends pages on channels of their own (multifd)".into(),
+        remedy: Remedy::AskForChannels,
+    }
+}
+
 impl DestinationSession {
     /// A connection that nobody reads loses its pages, and one that does not exist is waited for in vain.
     pub(super) fn agree_on_channels(&mut self) -> Result<(), Error> {
         let ours = self.source.channels().map_or(0, |channels| channels.count());
         Ok(agree_on_channels(self.told.channels, ours)?)
+    }
+
+    /// RAM has ended, and not one whole page of it came in the stream, and some pages not at all: they went on page channels
+    /// that nobody reads. Of a QEMU whose barriers are no records (7.2) nothing else tells that it has some. What a guest
+    /// need not send, free pages say, is never all that holds anything.
+    pub(super) fn refuse_unread_channels(&mut self) -> Result<(), Error> {
+        let beside = self.source.channels().is_some() || self.source.rounds().is_some();
+        let some_stay =
+            self.configuration.as_ref().is_some_and(|configuration| configuration.has(IGNORE_SHARED));
+        if beside || some_stay || self.missing_faults.is_some() || self.engine.is_native() {
+            return Ok(());
+        }
+        let placing = self.placing()?;
+        let PageCounts { normal, delta, .. } = placing.in_stream();
+        if normal > 0 || delta > 0 || placing.placer().never_came() == 0 {
+            return Ok(());
+        }
+        Err(no_channels_here())
     }
 
     /// SENT: kept until everything has come.

@@ -265,6 +265,7 @@ impl DestinationSession {
         if let Some(mapper) = &self.mapper {
             mapper.stop();
         }
+        self.refuse_unread_channels()?;
         self.last_scan()?;
         match &mut self.placing {
             Some(placing) => placing.ram_complete(),

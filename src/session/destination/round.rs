@@ -11,6 +11,7 @@ use crate::stream::qemu::section::Phase;
 use crate::stream::{Corrupt, DecodeError};
 use crate::sys::Stop;
 
+use super::counts::{more_channels_there, no_channels_here};
 use super::receive::out_of_turn;
 use super::{DestinationSession, Incoming};
 use crate::session::callback::quietly;
@@ -88,11 +89,14 @@ impl DestinationSession {
     /// nothing of what comes after it.
     pub(super) fn barrier(&mut self) -> Result<(), Error> {
         let Some(channels) = self.source.channels() else {
-            let what = "the source sends pages on channels of their own (multifd)".into();
-            return Err(Error::Config { what, remedy: Remedy::AskForChannels });
+            return Err(no_channels_here());
         };
         if !self.breakage.is(Breakage::SkipBarrier) {
             channels.wait_barrier(&self.stop)?;
+        }
+        // A ramwire has told how many it has, and tells of each page.
+        if !self.engine.is_native() {
+            channels.check_packets().map_err(more_channels_there)?;
         }
         self.tell_channel_figures();
         // Pressure is handed back before the channels go on.
@@ -103,8 +107,8 @@ impl DestinationSession {
         Ok(())
     }
 
-    /// The end of a section's records is a barrier of the page channels where no record is. (A source with channels that
-    /// we were not told of can't get here: they are closed with the listener, which it notices.)
+    /// The end of a section's records is a barrier of the page channels where no record is. Channels that we
+    /// were not told of show in what has come when RAM ends.
     pub(super) fn records_ended(&mut self, seen: Seen) -> Result<(), Error> {
         let is_barrier = self.source.channels().is_some() && seen.barrier_in_start == Some(false);
         if is_barrier { self.barrier() } else { Ok(()) }

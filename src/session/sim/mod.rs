@@ -39,7 +39,8 @@ mod world;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-use self::run::{Run, flipped, run_seed};
+use self::plan::Plan;
+use self::run::{Run, flipped, run_plan, run_seed};
 use self::world::Mark;
 use crate::engine::{Ending, Outcome, Reason};
 use crate::session::{Breakage, Error};
@@ -47,7 +48,7 @@ use crate::session::{Breakage, Error};
 /// Seeds of an ordinary test run.
 const SEEDS: u64 = 3000;
 /// Seeds among which each order that is switched off must be found; the first that finds it ends the search.
-const MUTANT_SEEDS: u64 = 30_000;
+const MUTANT_SEEDS: u64 = 1000;
 const WORKERS: usize = 4;
 
 fn number_from(variable: &str) -> Option<u64> {
@@ -248,9 +249,12 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
 fn each_order_switched_off_is_found() {
     let found = spread(Breakage::ALL.into_iter(), |order| {
         let seen = |broken: &String| symptoms(order).iter().any(|symptom| broken.contains(symptom));
-        let find = |seed| run_seed(seed, order).err()?.into_iter().find(seen).map(|why| (seed, why));
-        let concerned = |seed: &u64| !order.is_about_hints() || plan::Plan::of(*seed).hint_every > 0;
-        (order, (0..MUTANT_SEEDS).filter(concerned).find_map(find))
+        let plan = |seed| match order.is_about_hints() {
+            true => Plan::full_of_hints(seed),
+            false => Plan::of(seed),
+        };
+        let find = |seed| run_plan(&plan(seed), order).err()?.into_iter().find(seen).map(|why| (seed, why));
+        (order, (0..MUTANT_SEEDS).find_map(find))
     });
     for (order, found) in &found {
         match found {

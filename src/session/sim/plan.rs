@@ -290,6 +290,24 @@ impl Plan {
         }
     }
 
+    /// A seed's guest that gives hints all the time and takes the pages again, and nothing fails. What only hints show is rare
+    /// among all plans.
+    pub(super) fn full_of_hints(seed: u64) -> Self {
+        let plan = Self::of(seed);
+        let hot = plan.working_set.iter().take(4).copied().collect();
+        Self {
+            hint_every: 1,
+            working_set: hot,
+            write_every: 1,
+            writes: 600,
+            fault: None,
+            also: None,
+            drops: None,
+            stands_still: false,
+            ..plan
+        }
+    }
+
     pub(super) fn total_pages(&self) -> u64 {
         self.blocks.iter().map(|(pages, _)| pages).sum()
     }

@@ -262,9 +262,13 @@ impl Run {
 /// # Errors
 /// Everything that was violated.
 pub(super) fn run_seed(seed: u64, breakage: Breakage) -> Result<Run, Vec<String>> {
-    let plan = Plan::of(seed);
-    let guest = Guest::new(&plan);
-    let mut first = run(plan, guest, breakage)?;
+    run_plan(&Plan::of(seed), breakage)
+}
+
+/// As [`run_seed`], for a plan of another make.
+pub(super) fn run_plan(planned: &Plan, breakage: Breakage) -> Result<Run, Vec<String>> {
+    let guest = Guest::new(planned);
+    let mut first = run(planned.clone(), guest, breakage)?;
     first.check();
     if !first.world.violations.is_empty() {
         return Err(first.world.violations);
@@ -284,7 +288,7 @@ pub(super) fn run_seed(seed: u64, breakage: Breakage) -> Result<Run, Vec<String>
         fault: None,
         also: None,
         drops: None,
-        ..Plan::of(seed)
+        ..planned.clone()
     };
     let nothing = Plan { blocks: Vec::new(), unplugged: Default::default(), ..plan.clone() };
     let empty = Guest::new(&nothing);

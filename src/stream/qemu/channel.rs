@@ -3,6 +3,7 @@
 use super::super::error::{DecodeError, Fault};
 use super::incoming::AnnouncedBlocks;
 use super::multifd::{Init, Method, Packet, Pages, decode_init, decode_packet};
+use super::packet_numbers::PacketNumbers;
 use crate::units::{BlockIndex, BlockOffset, PageSize};
 
 /// Follows one channel. The caller reads the bytes; the machine says what they are and when to stop.
@@ -24,6 +25,7 @@ pub struct Channel {
     position: u64,
     id: Option<u8>,
     barriers: u64,
+    numbers: PacketNumbers,
     plan: Plan,
 }
 
@@ -82,8 +84,8 @@ pub enum ChannelStep {
 impl Channel {
     /// A channel in front of its first byte; `uuid` and `channels` are as for [`decode_init`].
     pub fn new(page: PageSize, method: Method, uuid: Option<[u8; 16]>, channels: u8) -> Self {
-        let (state, plan) = (State::Init, Plan::default());
-        Self { page, method, uuid, channels, state, position: 0, id: None, barriers: 0, plan }
+        let (state, plan, numbers) = (State::Init, Plan::default(), PacketNumbers::default());
+        Self { page, method, uuid, channels, state, position: 0, id: None, barriers: 0, numbers, plan }
     }
 
     /// Takes the next packet's header from `input`, which begins at the first byte that was not consumed. Empty
@@ -130,7 +132,8 @@ impl Channel {
                 Ok((used, Some(Told::Opened(id))))
             }
             State::Header => {
-                let (Packet { sync, pages, .. }, used) = decode_packet(input, self.page, self.method)?;
+                let (Packet { sync, number, pages }, used) = decode_packet(input, self.page, self.method)?;
+                self.numbers.took(number, sync, pages.is_some());
                 let told = match pages {
                     Some(pages) => {
                         self.plan(&pages, blocks)?;
@@ -209,6 +212,11 @@ impl Channel {
     /// Barriers that are behind it.
     pub fn barriers(&self) -> u64 {
         self.barriers
+    }
+
+    /// Numbers of the packets that have come since the last call.
+    pub fn take_numbers(&mut self) -> PacketNumbers {
+        std::mem::take(&mut self.numbers)
     }
 
     /// True where the channel may be closed: between packets.

@@ -28,6 +28,7 @@ pub mod mapped;
 pub mod multifd;
 pub mod package;
 pub mod packed;
+pub mod packet_numbers;
 pub mod ram;
 pub mod return_path;
 pub mod section;

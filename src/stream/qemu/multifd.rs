@@ -128,7 +128,7 @@ pub const fn header_len(page: PageSize) -> usize {
 pub struct Packet<'a> {
     /// The channel stops behind this packet until main has reached its barrier.
     pub sync: bool,
-    /// Counts packets over all channels; nothing depends on it.
+    /// Counts packets over all channels: [`packet_numbers`](super::packet_numbers).
     pub number: u64,
     /// Pages of this packet; `None` if it has none.
     pub pages: Option<Pages<'a>>,

@@ -56,6 +56,8 @@ pub(in crate::transport) fn accept(
         .map_err(wrong)??;
     let soon = stop.within(options.dead_peer);
     loop {
+        // What a source has left behind that was refused before.
+        came.pages.retain(|channel| !was_abandoned(channel));
         match (&came.main, came.pages.len()) {
             (Some(_), pages) if pages == usize::from(count) => break,
             (Some(main), pages) => match told(main) {
@@ -136,6 +138,12 @@ impl Came {
         }
         mismatch.into()
     }
+}
+
+/// True for a page channel that was closed behind its first packet: it carries nothing.
+fn was_abandoned(channel: &StreamChannel) -> bool {
+    let come = channel.peek(&mut [0; multifd::INIT_LEN + 1]);
+    channel.has_been_closed() && come.is_ok_and(|come| come <= multifd::INIT_LEN)
 }
 
 /// Whether a ramwire's greeting stands at the beginning of main, which stays to be read.

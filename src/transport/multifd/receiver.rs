@@ -14,6 +14,7 @@ use crate::stream::qemu::channel::{Channel, ChannelStep};
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::multifd::{INIT_LEN, header_len};
 use crate::stream::qemu::packed::PacketInflater;
+use crate::stream::qemu::packet_numbers::PacketNumbers;
 use crate::stream::{Corrupt, Fault};
 use crate::sys::{HostSpan, RecvPart, Stop};
 use crate::transport::{ByteSource, ChannelError, MoveError, StreamChannel};
@@ -29,8 +30,8 @@ const BUFFER: usize = 128 << 10;
 /// What a channel's thread tells.
 #[derive(Debug)]
 pub(super) enum Told {
-    /// It stands at a SYNC.
-    AtBarrier,
+    /// It stands at a SYNC; numbers of the packets since the last one.
+    AtBarrier(PacketNumbers),
     /// The peer closed it between two packets.
     Closed,
     /// It is of no more use.
@@ -111,7 +112,8 @@ impl PageReceiver {
                 }
                 ChannelStep::Barrier { consumed } => {
                     self.consumed(consumed);
-                    if self.told.send(Told::AtBarrier).is_err() || self.release.recv().is_err() {
+                    let numbers = self.machine.take_numbers();
+                    if self.told.send(Told::AtBarrier(numbers)).is_err() || self.release.recv().is_err() {
                         return Ok(());
                     }
                     self.machine.release();

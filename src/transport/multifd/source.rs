@@ -18,6 +18,7 @@ use crate::observe::PageCounts;
 use crate::stream::qemu::channel::Channel;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packed::PacketInflater;
+use crate::stream::qemu::packet_numbers::{MissingPackets, PacketNumbers};
 use crate::sys::{CancelToken, RecvPart, Stop, StopReason};
 use crate::transport::{ByteSource, ChannelError, MoveError, PageChannels, StreamChannel};
 use crate::units::PageSize;
@@ -50,6 +51,7 @@ struct Running {
     cancel: CancelToken,
     at_barrier: usize,
     closed: usize,
+    numbers: PacketNumbers,
 }
 
 /// When a byte last moved on any channel: main may be silent for long while the others are at work, and one of them
@@ -100,7 +102,10 @@ impl MultifdSource {
 impl Running {
     fn take(&mut self, told: Told) -> Result<(), MoveError> {
         match told {
-            Told::AtBarrier => self.at_barrier += 1,
+            Told::AtBarrier(numbers) => {
+                self.at_barrier += 1;
+                self.numbers.add(numbers);
+            }
             Told::Closed => self.closed += 1,
             Told::Failed(error) => return Err(error),
         }
@@ -204,6 +209,7 @@ impl PageChannels for MultifdSource {
             cancel: CancelToken::default(),
             at_barrier: 0,
             closed: 0,
+            numbers: PacketNumbers::default(),
         };
         for (at, channel) in self.waiting.drain(..).enumerate() {
             let (release, released) = bounded(1);
@@ -259,6 +265,10 @@ impl PageChannels for MultifdSource {
                 return Err(ChannelError::Stopped { reason, doing: AT_BARRIER }.into());
             }
         }
+    }
+
+    fn check_packets(&self) -> Result<(), MissingPackets> {
+        self.running.as_ref().map_or(Ok(()), |running| running.numbers.check())
     }
 
     fn release(&mut self) {

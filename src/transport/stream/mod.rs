@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use rustix::event::PollFlags;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 use rustix::net::Shutdown;
@@ -250,6 +250,14 @@ impl StreamChannel {
     /// The kernel's; `AGAIN` where nothing has come.
     pub(crate) fn peek(&self, into: &mut [u8]) -> Result<usize, Errno> {
         rustix::net::recv(&self.end.fd, into, rustix::net::RecvFlags::PEEK).map(|(_, come)| come)
+    }
+
+    /// True if the peer of a socket has closed it: nothing comes behind what is there.
+    pub(super) fn has_been_closed(&self) -> bool {
+        let mut ended = [PollFd::new(&self.end.fd, PollFlags::RDHUP)];
+        let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        rustix::event::poll(&mut ended, Some(&Timespec::default())).is_ok()
+            && ended[0].revents().intersects(over)
     }
 
     /// The first four bytes of the stream of a socket, which stay to be read.
