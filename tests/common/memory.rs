@@ -109,6 +109,13 @@ pub(crate) fn anonymous_huge_kib(pid: u32) -> u64 {
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
+/// How often the kernel has looked for a huge page of 2 MiB and had none.
+pub(crate) fn huge_pages_not_found() -> u64 {
+    let text = std::fs::read_to_string("/proc/vmstat").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("thp_fault_fallback "));
+    line.map_or(0, |count| count.parse().unwrap())
+}
+
 /// False, said aloud, where the kernel gives nobody huge pages for private memory.
 pub(crate) fn has_huge_pages() -> bool {
     let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
