@@ -141,7 +141,7 @@ impl DeviceList {
             // The bindings' answer where the library could not be loaded.
             let (what, remedy) = match source.raw_os_error() {
                 Some(libc::EOPNOTSUPP) => (
-                    "libibverbs.so.1 can't be loaded",
+                    "loading libibverbs.so.1",
                     "install rdma-core (libibverbs1, librdmacm1, ibverbs-providers)",
                 ),
                 _ => ("libibverbs finds no devices", "load a device driver"),
