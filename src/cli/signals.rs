@@ -132,11 +132,13 @@ pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
     let watch = SignalWatch(Arc::new(Watch { tokens, ..Watch::default() }));
     let seen = Arc::clone(&watch.0);
     let hang_up = (!is_ignored(SIGHUP)).then_some(SIGHUP);
-    let Ok(mut signals) = Signals::new([SIGINT, SIGTERM].into_iter().chain(hang_up)) else {
-        tracing::warn!("no signal handler: a signal ends the process at once");
-        return watch;
-    };
+    // The thread first: handlers without one would swallow each signal (RLIMIT_NPROC), and only SIGKILL would be left.
+    let (made, ready) = std::sync::mpsc::sync_channel(1);
     let spawned = std::thread::Builder::new().name("ramwire-signals".into()).spawn(move || {
+        let signals = Signals::new([SIGINT, SIGTERM].into_iter().chain(hang_up));
+        // The other end waits for this one answer.
+        let _ = made.send(signals.is_ok());
+        let Ok(mut signals) = signals else { return };
         for (count, _) in signals.forever().enumerate() {
             match seen.signalled(count) {
                 Answer::Cancelling if std::io::stderr().is_terminal() => {
@@ -163,8 +165,9 @@ pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
             }
         }
     });
-    if let Err(error) = spawned {
-        tracing::warn!(%error, "no thread for signals: only SIGKILL ends the process");
+    let handled = spawned.is_ok() && ready.recv().unwrap_or(false);
+    if !handled {
+        tracing::warn!("no signal handler: a signal ends the process at once");
     }
     watch
 }
