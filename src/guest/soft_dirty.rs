@@ -17,6 +17,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::sources::no_proc;
 use super::{DirtyError, DirtySource, GuestMemory, MappedGuest};
 use crate::error::Chain;
 use crate::ram::PageBitmap;
@@ -127,8 +128,12 @@ impl DirtySource for SoftDirty {
 
     fn start(&self) -> Result<(), DirtyError> {
         self.stop()?;
-        let open =
-            |error| DirtyError::unsupported(NAME, format!("/proc/self: {error}; mount /proc writable"));
+        let open = |error| {
+            DirtyError::unsupported(
+                NAME,
+                format!("/proc/self: {error}; {}", no_proc(&error, "mount /proc writable")),
+            )
+        };
         let bits = SoftDirtyBits::open().map_err(open)?;
         let mut running = self.lock();
         if IN_USE.swap(true, Ordering::AcqRel) {

@@ -1,6 +1,7 @@
 //! Several dirty sources as one: asked together, and chosen by probing.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use super::{DirtyError, DirtySource};
@@ -27,6 +28,15 @@ pub fn sync_all(
         }
     }
     Ok(fresh)
+}
+
+/// What helps where a file of /proc could not be opened: `missing`, unless the kernel has named a limit.
+pub(super) fn no_proc(error: &io::Error, missing: &'static str) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => "raise the limit of open files (RLIMIT_NOFILE)",
+        Some(libc::ENFILE) => "too many files are open on this host; raise fs.file-max",
+        _ => missing,
+    }
 }
 
 /// The dirty source that passed its probe, and why those before it did not.
@@ -135,5 +145,13 @@ mod tests {
         let failing = sources(&[("x", Some(5)), ("y", None)]);
         assert!(sync_all(&failing, &table, &mut dirty).is_err());
         assert_eq!(dirty.block(BlockIndex(0)).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn a_limit_of_open_files_is_not_told_as_a_missing_proc() {
+        let told = |errno| no_proc(&io::Error::from_raw_os_error(errno), "mount it");
+        assert!(told(libc::EMFILE).contains("limit of open files"));
+        assert!(told(libc::ENFILE).contains("fs.file-max"));
+        assert_eq!(told(libc::ENOENT), "mount it");
     }
 }

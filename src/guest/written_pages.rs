@@ -16,6 +16,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::sources::no_proc;
 use super::{DirtyError, DirtySource, MappedGuest};
 use crate::error::Chain;
 use crate::ram::PageBitmap;
@@ -177,7 +178,10 @@ fn open_own() -> Result<Armed, DirtyError> {
     let protector = WriteProtector::new()
         .map_err(|error: UffdError| DirtyError::unsupported(NAME, Chain(&error).to_string()))?;
     let pagemap = Pagemap::own().map_err(|error| {
-        DirtyError::unsupported(NAME, format!("/proc/self/pagemap: {error}; mount /proc in the sandbox"))
+        DirtyError::unsupported(
+            NAME,
+            format!("/proc/self/pagemap: {error}; {}", no_proc(&error, "mount /proc in the sandbox")),
+        )
     })?;
     Ok(Armed { protector, pagemap })
 }
