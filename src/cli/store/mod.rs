@@ -139,8 +139,9 @@ pub enum StoreError {
     },
     /// An open folder that may be in use for other things.
     #[error(
-        "{path} is open to others (mode {mode:04o}) and {}; name a folder of its own, or close it with `chmod 700 {path}`",
-        foreign.as_ref().map_or("meant to be shared".to_owned(), |name| format!("holds {name:?}, which is no guest's"))
+        "{path} is open to others (mode {mode:04o}) and {}; name a folder of its own{}",
+        foreign.as_ref().map_or("meant to be shared".to_owned(), |name| format!("holds {name:?}, which is no guest's")),
+        if *may_close { format!(", or close it with `chmod 700 {}`", path.display()) } else { String::new() }
     )]
     Shared {
         /// The folder.
@@ -149,6 +150,8 @@ pub enum StoreError {
         mode: u32,
         /// Something in it that is not ours.
         foreign: Option<String>,
+        /// Nobody else needs it, as far as can be told.
+        may_close: bool,
     },
     /// Pages of unknown blocks will not come.
     #[error(

@@ -31,12 +31,18 @@ pub(super) fn folder(path: &Path) -> Result<(), StoreError> {
     }
     let foreign = foreign(path)?;
     if foreign.is_some() || mode & STICKY != 0 {
-        return Err(StoreError::Shared { path: path.to_owned(), mode, foreign });
+        let may_close = mode & STICKY == 0 && !is_of_the_system(path);
+        return Err(StoreError::Shared { path: path.to_owned(), mode, foreign, may_close });
     }
     let closed = opened.set_permissions(Permissions::from_mode(0o700));
     closed.map_err(failed(path, "closing it to others (chmod 700)"))?;
     note!("ramwire: {} was open to others (mode {mode:04o}); its mode is 0700 now", path.display());
     Ok(())
+}
+
+/// True for the root and the folders in it: a machine whose `/` or `/etc` is closed to others works no more.
+fn is_of_the_system(path: &Path) -> bool {
+    path.canonicalize().is_ok_and(|whole| whole.ancestors().count() <= 2)
 }
 
 /// The name of something in the folder that no `receive` has put there.
@@ -147,6 +153,22 @@ mod tests {
     use super::super::Store;
     use super::*;
 
+    /// Neither is closed, nor is the operator told to.
+    #[test]
+    fn folders_of_the_system_are_not_to_be_closed() {
+        for path in ["/", "/usr", "/../usr/."] {
+            let before = mode(Path::new(path));
+            let error = folder(Path::new(path)).unwrap_err().to_string();
+            assert!(error.contains("name a folder of its own") && !error.contains("chmod"), "{error}");
+            assert_eq!(mode(Path::new(path)), before);
+        }
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("letter"), "").unwrap();
+        set_mode(dir.path(), 0o755);
+        let error = folder(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("chmod 700"), "{error}");
+    }
+
     fn mode(path: &Path) -> u32 {
         fs::metadata(path).unwrap().mode() & 0o7777
     }
@@ -187,7 +209,8 @@ mod tests {
             name.into_iter().for_each(|name| fs::write(path.join(name), "").unwrap());
             set_mode(&path, before);
             let error = Store::open(&path).unwrap_err().to_string();
-            assert!(error.contains("chmod 700"), "{error}");
+            // One that is meant to be shared, such as /tmp, is not the operator's to close.
+            assert_eq!(error.contains("chmod 700"), name.is_some(), "{error}");
             assert!(name.is_none_or(|name| error.contains(name)), "{error}");
             assert_eq!(mode(&path), before);
             name.into_iter().for_each(|name| fs::remove_file(path.join(name)).unwrap());
