@@ -147,6 +147,10 @@ fn a_guest_that_finds_no_room_is_refused_before_its_first_page_and_leaves_nothin
     let mut demo = Ramwire::start(dir.path(), &["demo", "--ram"], "64T");
     let text = demo.failed(Deadline::seconds(60), 3);
     assert!(text.contains("two copies of the guest need 96.00 TiB"), "{text}");
+    let mut demo = Ramwire::start(dir.path(), &["demo", "--json", "--ram"], "16M");
+    demo.finished(Deadline::seconds(120), 0);
+    let text = demo.errors();
+    assert!(text.contains("two copies of the guest need 24.00 MiB of memory, and "), "{text}");
 }
 
 #[test]

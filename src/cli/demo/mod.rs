@@ -194,16 +194,18 @@ fn check_room(args: &Args, blocks: &[BlockSpec]) -> Result<(), Failure> {
     let total: u64 = blocks.iter().filter(|block| !block.is_reserved()).map(BlockSpec::length).sum();
     let filled = total / 100 * u64::from(100 - args.zero.get());
     let need = filled + if args.populate || args.huge_pages { total } else { filled };
-    match memory_room() {
-        Some(room) if room.bytes < need => Err(format!(
-            "two copies of the guest need {} of memory, and {} are free {}; give a smaller --ram",
-            human_bytes(need),
-            human_bytes(room.bytes),
-            room.bound
-        )
-        .into()),
-        _ => Ok(()),
+    let Some(room) = memory_room() else { return Ok(()) };
+    let told = format!(
+        "two copies of the guest need {} of memory, and {} are free {}",
+        human_bytes(need),
+        human_bytes(room.bytes),
+        room.bound
+    );
+    if room.bytes < need {
+        return Err(format!("{told}; give a smaller --ram").into());
     }
+    note!("ramwire demo: {told}");
+    Ok(())
 }
 
 impl Args {
