@@ -114,6 +114,11 @@ impl fmt::Display for PageSize {
 pub struct Rate(pub u64);
 
 impl Rate {
+    /// `bytes` a second as a limit, where 0 is none.
+    pub fn limit(bytes: u64) -> Option<Self> {
+        (bytes > 0).then_some(Self(bytes))
+    }
+
     /// The average of `bytes` moved in `took`; `None` if no time passed.
     pub fn of(bytes: u64, took: Duration) -> Option<Self> {
         let nanos = took.as_nanos();

@@ -1,7 +1,8 @@
 //! Options of a switch to postcopy.
 
-use ramwire::engine::{BandwidthLimit, OnTimeout, PostcopyRule};
+use ramwire::engine::{OnTimeout, PostcopyRule};
 use ramwire::session::{PostcopySettings, SourceSettings};
+use ramwire::units::Rate;
 
 use super::common::{bytes, seconds};
 
@@ -41,7 +42,7 @@ impl PostcopyArgs {
             None => return,
         };
         let mut postcopy = PostcopySettings::new(rule);
-        postcopy.max_bandwidth = BandwidthLimit::new(self.max_postcopy_bandwidth);
+        postcopy.max_bandwidth = Rate::limit(self.max_postcopy_bandwidth);
         settings.postcopy = Some(postcopy);
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use ramwire::engine::{BandwidthLimit, Ending, OnTimeout, RelayEnding};
+use ramwire::engine::{Ending, OnTimeout, RelayEnding};
 use ramwire::error::Remedy;
 use ramwire::guest::GuestMemory;
 use ramwire::observe::{RunDescription, SharedStatistics};
@@ -17,8 +17,9 @@ use ramwire::stream::qemu::file::Configuration;
 use ramwire::stream::qemu::packed::Packing;
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{
-    Address, AllowList, ChannelOptions, DeltaCacheSize, DoorOptions, Listener, RdmaOptions, Way, open_source,
+    Address, AllowList, ChannelOptions, DoorOptions, Listener, RdmaOptions, Way, open_source,
 };
+use ramwire::units::Rate;
 use serde_json::json;
 use signal_hook::consts::SIGUSR1;
 use signal_hook::iterator::Signals;
@@ -139,9 +140,9 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     if matches!(args.listen, Address::Auto { .. }) {
         note!("ramwire relay: source: {}: {}", door.way.transport, door.way.why);
     }
-    let deltas = DeltaCacheSize::new(args.xbzrle_cache_size);
+    let delta_cache = args.xbzrle_cache_size;
     let retry = args.timeouts.retry;
-    let options = DoorOptions { stream: options, rdma: args.rdma.options(), channels, deltas, retry };
+    let options = DoorOptions { stream: options, rdma: args.rdma.options(), channels, delta_cache, retry };
     let (far, far_stop, timeouts) = (args.connect.clone(), stop.clone(), args.timeouts.clone());
     let chosen = matches!(far, Address::Auto { .. });
     let far_way = Arc::new(OnceLock::new());
@@ -175,7 +176,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     };
     let mut outgoing = SourceSettings::new(Configuration::default());
     outgoing.downtime_limit = Duration::from_millis(args.downtime_ms);
-    outgoing.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
+    outgoing.max_bandwidth = Rate::limit(args.max_bandwidth);
     args.timeouts.set(&mut outgoing);
     outgoing.timeout = args.timeout.map(|time| (time, OnTimeout::Cancel));
     if let Some(option) = args.peer {

@@ -3,14 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ramwire::engine::{BandwidthLimit, Outcome};
+use ramwire::engine::Outcome;
 use ramwire::guest::GuestMemory;
 use ramwire::observe::RunDescription;
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlockTable};
 use ramwire::session::{Peer, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, ChannelOptions, DeltaCacheSize, DoorOptions, Way, open_source};
+use ramwire::transport::{Address, ChannelOptions, DoorOptions, Way, open_source};
+use ramwire::units::Rate;
 use serde_json::json;
 
 use super::args::Exit;
@@ -145,7 +146,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings.early_sections = guest.early_sections().to_vec();
     settings.framing = guest.framing();
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
-    settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
+    settings.max_bandwidth = Rate::limit(args.max_bandwidth);
     settings.zero_detection = args.zero_page.into();
     settings.digest = args.digest;
     settings.guest_stands_still = true;
@@ -175,7 +176,7 @@ fn send(
         stream: args.timeouts.both.stream_options(),
         rdma: args.rdma.options(),
         channels,
-        deltas: DeltaCacheSize::new(args.xbzrle_cache_size),
+        delta_cache: args.xbzrle_cache_size,
         retry: args.timeouts.retry,
     };
     args.timeouts.tell_retry("send", &args.uri);

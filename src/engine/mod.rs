@@ -27,4 +27,4 @@ pub use progress::Progress;
 pub use rate::{RateWindow, Sent};
 pub use relay::{FarEnd, RelayAction, RelayEnding, RelayEngine, RelayEvent, RelayFlow, Traffic};
 pub use source::{Action, Input, OnTimeout, PostcopyRule, SourceConfig, SourceEngine, Switchover};
-pub use throttle::{ThrottlePolicy, Throttler};
+pub use throttle::{Change, ThrottlePolicy, Throttler};

@@ -115,6 +115,16 @@ impl SourceEngine {
         self.config.switchover = switchover;
     }
 
+    /// Says how long the guest may stand still; may change while it runs, and counts from the next sync on.
+    pub fn set_downtime_limit(&mut self, limit: Duration) {
+        self.config.downtime_limit = limit;
+    }
+
+    /// Says when a round behind the first is cut; may change while it runs.
+    pub fn set_longest_round(&mut self, time: Option<Duration>) {
+        self.config.longest_round = time;
+    }
+
     /// Says what part of the downtime is spent whatever is dirty; may change while it runs.
     pub fn set_fixed_downtime(&mut self, time: Duration) {
         self.config.fixed_downtime = time;

@@ -68,6 +68,18 @@ pub struct Throttler {
     vcpus: Option<Vcpus>,
 }
 
+/// What becomes of a guest whose means to slow it down change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It stays as slow as it is, or gets this share of all vCPUs' time taken.
+    Goes(Option<Percent>),
+    /// It is let go: all vCPUs' time, and the rests of so many vCPUs.
+    LetGo {
+        /// vCPUs that may have been told to rest.
+        vcpus: usize,
+    },
+}
+
 /// The vCPUs under their quota.
 #[derive(Debug, Default)]
 struct Vcpus {
@@ -92,9 +104,30 @@ impl Throttler {
         }
     }
 
-    /// True if there is something to slow the guest down with.
-    pub fn is_on(&self) -> bool {
-        self.means.is_some()
+    /// What slows the guest down; `None`: nothing does.
+    pub fn means(&self) -> Option<ThrottlePolicy> {
+        self.means
+    }
+
+    /// Other means from now on, `sent` bytes after the start: what is to be done to the guest at once.
+    pub fn change(&mut self, now: Duration, sent: u64, means: Option<ThrottlePolicy>) -> Change {
+        let before = std::mem::replace(&mut self.means, means);
+        match (before, means) {
+            (Some(ThrottlePolicy::AutoConverge { .. }), Some(ThrottlePolicy::AutoConverge { max, .. })) => {
+                let lower = self.share > max.get();
+                self.share = self.share.min(max.get());
+                Change::Goes(lower.then_some(max))
+            }
+            (Some(ThrottlePolicy::DirtyLimit { .. }), Some(ThrottlePolicy::DirtyLimit { .. })) => {
+                Change::Goes(None)
+            }
+            _ => {
+                let vcpus = self.vcpu_count();
+                let fresh = Self::new(means, self.threshold);
+                *self = Self { began: now, sent_before: sent, ..fresh };
+                if before.is_none() { Change::Goes(None) } else { Change::LetGo { vcpus } }
+            }
+        }
     }
 
     /// The guest wrote `dirtied` bytes of pages since the last call, and `sent` bytes have left since the start. The share
@@ -261,12 +294,43 @@ mod tests {
     }
 
     #[test]
+    fn other_means_let_the_guest_go_and_other_figures_go_on() {
+        let second = Duration::from_secs;
+        let auto = |max| ThrottlePolicy::AutoConverge {
+            initial: percent(20),
+            increment: percent(10),
+            tailslow: false,
+            max: percent(max),
+        };
+        let mut throttle = Throttler::new(Some(auto(99)), percent(50));
+        for at in 1..=6 {
+            throttle.synced(second(at), 90, at * 100);
+        }
+        assert_eq!(throttle.share(), percent(40));
+        assert_eq!(throttle.change(second(7), 700, Some(auto(50))), Change::Goes(None));
+        assert_eq!(throttle.change(second(7), 700, Some(auto(30))), Change::Goes(Some(percent(30))));
+        let quota = |rate| Some(ThrottlePolicy::DirtyLimit { quota: Rate(rate * MIB) });
+        assert_eq!(throttle.change(second(7), 700, quota(1)), Change::LetGo { vcpus: 0 });
+        assert_eq!(throttle.share(), percent(0));
+        assert_eq!(throttle.synced(second(8), 90, 800), None, "what was sent before counts no more");
+        assert_eq!(throttle.synced(second(9), 90, 900), None);
+        assert!(throttle.wants_vcpus(second(9)));
+        throttle.vcpus(second(9), &[0, 0], 4096);
+        assert!(!throttle.vcpus(second(10), &[1 << 20, 0], 4096).is_empty());
+        assert_eq!(throttle.change(second(10), 1000, quota(9)), Change::Goes(None));
+        assert_eq!(throttle.vcpu_count(), 2, "they rest on");
+        assert_eq!(throttle.change(second(10), 1000, None), Change::LetGo { vcpus: 2 });
+        assert!(throttle.means().is_none() && !throttle.wants_vcpus(second(99)));
+        assert_eq!(throttle.change(second(11), 1100, quota(9)), Change::Goes(None), "nothing holds it");
+    }
+
+    #[test]
     fn without_means_nothing_happens() {
         let mut throttle = Throttler::new(None, percent(50));
         for second in 1..10 {
             assert_eq!(throttle.synced(Duration::from_secs(second), 1 << 40, second), None);
         }
-        assert!(!throttle.is_on() && !throttle.wants_vcpus(Duration::from_secs(100)));
+        assert!(throttle.means().is_none() && !throttle.wants_vcpus(Duration::from_secs(100)));
         assert!(throttle.vcpus(Duration::from_secs(100), &[1 << 40], 4096).is_empty());
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::engine::{BandwidthLimit, OnTimeout, PostcopyRule, ThrottlePolicy};
+use crate::engine::{OnTimeout, PostcopyRule, ThrottlePolicy};
 use crate::page::ZeroDetection;
 use crate::ram::ClearShift;
 use crate::stream::qemu::file::Configuration;
@@ -13,36 +13,32 @@ use crate::units::{Percent, Rate};
 
 use crate::session::workers::Spawner;
 use crate::session::{Incoming, Peer};
-use crate::session::{PostcopyStart, SwitchoverGate};
 
 /// Postcopy at a source: the guest runs at the destination before its memory has come.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct PostcopySettings {
-    /// When the switch comes of itself.
+    /// When the switch comes of itself; [`Control::start_postcopy`](super::Control::start_postcopy) asks for it sooner.
     pub rule: PostcopyRule,
     /// Most bytes a second after the switch (QEMU's `max-postcopy-bandwidth`); no limit. Pages that a thread waits for leave
     /// at once all the same.
-    pub max_bandwidth: BandwidthLimit,
-    /// Asks for the switch while the migration runs.
-    pub start: PostcopyStart,
+    pub max_bandwidth: Option<Rate>,
 }
 
 impl PostcopySettings {
     /// No limit.
     pub fn new(rule: PostcopyRule) -> Self {
-        Self { rule, max_bandwidth: BandwidthLimit::default(), start: PostcopyStart::default() }
+        Self { rule, max_bandwidth: None }
     }
 }
 
-/// Settings of a source.
+/// Settings of a source: how it begins. What may change while it runs is in its [`Control`](super::Control).
 #[derive(Clone, Debug)]
 pub struct SourceSettings {
     /// Longest time the guest may stand still; 300 ms.
     pub downtime_limit: Duration,
-    /// Most bytes a second while the guest runs; a clone changes it while the migration does. Without effect while the
-    /// guest stands still.
-    pub max_bandwidth: BandwidthLimit,
+    /// Most bytes a second while the guest runs; no limit. Without effect while the guest stands still.
+    pub max_bandwidth: Option<Rate>,
     /// How a guest that writes faster than its pages leave is slowed down; not at all.
     pub throttling: Option<ThrottlePolicy>,
     /// Share of what is sent that the guest may write before it is slowed down (QEMU's `throttle-trigger-threshold`);
@@ -56,8 +52,9 @@ pub struct SourceSettings {
     /// What the link will carry while the guest stands still, for the estimate of the downtime (QEMU's
     /// `avail-switchover-bandwidth`); what was measured.
     pub switchover_bandwidth: Option<Rate>,
-    /// The paused guest waits until this is opened (QEMU's `pause-before-switchover`); it does not wait.
-    pub before_switchover: Option<SwitchoverGate>,
+    /// The paused guest waits for [`Control::continue_switchover`](super::Control::continue_switchover), for what must be
+    /// handed over while it stands still, such as disks (QEMU's `pause-before-switchover`); false.
+    pub pause_before_switchover: bool,
     /// Where zero pages are found.
     pub zero_detection: ZeroDetection,
     /// Compare a digest of RAM and device state before the guest is handed over. Only between ramwire ends: towards a QEMU,
@@ -112,13 +109,13 @@ impl SourceSettings {
     pub fn new(configuration: Configuration) -> Self {
         Self {
             downtime_limit: Duration::from_millis(300),
-            max_bandwidth: BandwidthLimit::default(),
+            max_bandwidth: None,
             throttling: None,
             throttle_trigger_threshold: Percent::new(50).unwrap_or_default(),
             timeout: None,
             postcopy: None,
             switchover_bandwidth: None,
-            before_switchover: None,
+            pause_before_switchover: false,
             zero_detection: ZeroDetection::default(),
             digest: false,
             same_host: false,

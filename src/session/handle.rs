@@ -14,6 +14,7 @@ use crossbeam::channel::{Receiver, TryRecvError, bounded};
 use crate::observe::{Event, SharedStatistics, Statistics};
 use crate::sys::CancelToken;
 
+use crate::session::control::Control;
 use crate::session::workers::Spawner;
 use crate::session::{DestinationReport, DestinationSession, Error, SourceReport, SourceSession};
 
@@ -41,7 +42,7 @@ impl Commitment {
 }
 
 /// Asks a migration for its end, from any thread; clones ask the same one.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Canceller {
     commitment: Arc<Commitment>,
     cancel: CancelToken,
@@ -51,6 +52,21 @@ impl Canceller {
     /// Asks for the end. Never blocks for long; the answer is final.
     pub fn cancel(&self) -> CancelReply {
         self.commitment.cancel(&self.cancel)
+    }
+
+    /// Of a token that the caller has already.
+    pub(super) fn over(cancel: CancelToken) -> Self {
+        Self { commitment: Arc::default(), cancel }
+    }
+
+    /// What wakes the waits.
+    pub(super) fn token(&self) -> CancelToken {
+        self.cancel.clone()
+    }
+
+    /// Runs one `step` of an engine, which tells whether it is committed afterwards. No cancel comes in between.
+    pub(super) fn decide<T>(&self, step: impl FnOnce() -> (T, bool)) -> T {
+        self.commitment.decide(step)
     }
 }
 
@@ -75,8 +91,8 @@ pub enum CancelReply {
 #[derive(Debug)]
 #[must_use = "dropping the handle cancels the migration"]
 pub struct MigrationHandle<R> {
-    commitment: Arc<Commitment>,
-    cancel: CancelToken,
+    canceller: Canceller,
+    control: Option<Control>,
     statistics: SharedStatistics,
     events: Receiver<Event>,
     report: Receiver<R>,
@@ -103,7 +119,12 @@ impl<R> MigrationHandle<R> {
 
     /// Asks for the end. Never blocks for long; the answer is final.
     pub fn cancel(&self) -> CancelReply {
-        self.commitment.cancel(&self.cancel)
+        self.canceller.cancel()
+    }
+
+    /// Changes the migration while it runs; `None` at a destination, which follows its source.
+    pub fn control(&self) -> Option<&Control> {
+        self.control.as_ref()
     }
 
     /// True once [`wait`](Self::wait) would not wait.
@@ -152,7 +173,7 @@ impl Drop for Closes {
 fn start<R: Send + 'static>(
     spawner: &Spawner,
     name: &'static str,
-    (commitment, cancel, statistics): (Arc<Commitment>, CancelToken, SharedStatistics),
+    (canceller, control, statistics): (Canceller, Option<Control>, SharedStatistics),
     run: impl FnOnce() -> R + Send + 'static,
 ) -> Result<MigrationHandle<R>, Error> {
     let (give, report) = bounded(1);
@@ -164,13 +185,13 @@ fn start<R: Send + 'static>(
         let _ = give.send(run());
     };
     let thread = Some(spawner.spawn(name, Box::new(job))?);
-    Ok(MigrationHandle { commitment, cancel, statistics, events, report, thread, name })
+    Ok(MigrationHandle { canceller, control, statistics, events, report, thread, name })
 }
 
 impl SourceSession {
     /// Asks this session for its end while it runs; of the token that it has now.
     pub fn canceller(&self) -> Canceller {
-        Canceller { commitment: Arc::clone(&self.commitment), cancel: self.cancel_token() }
+        self.control().canceller()
     }
 
     /// Runs the migration on a thread `ramwire-source` of the settings' spawner.
@@ -178,7 +199,7 @@ impl SourceSession {
     /// # Errors
     /// [`Error::Thread`]; nothing was sent and the guest was not touched.
     pub fn spawn(self) -> Result<MigrationHandle<SourceReport>, Error> {
-        let shared = (Arc::clone(&self.commitment), self.cancel_token(), self.statistics());
+        let shared = (self.canceller(), Some(self.control()), self.statistics());
         start(&self.settings.spawner.clone(), "ramwire-source", shared, || self.run())
     }
 }
@@ -194,7 +215,7 @@ impl DestinationSession {
     /// # Errors
     /// [`Error::Thread`]; nothing was received.
     pub fn spawn(self) -> Result<MigrationHandle<DestinationReport>, Error> {
-        let shared = (Arc::clone(&self.commitment), self.cancel_token(), self.statistics());
+        let shared = (self.canceller(), None, self.statistics());
         start(&self.settings.spawner.clone(), "ramwire-destination", shared, || self.run())
     }
 }

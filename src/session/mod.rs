@@ -3,6 +3,7 @@
 mod breakage;
 mod callback;
 pub mod config;
+mod control;
 mod destination;
 pub mod digest;
 mod error;
@@ -19,6 +20,7 @@ pub mod workers;
 
 use breakage::Breakage;
 pub use config::{DestinationSettings, PostcopySettings, SourceSettings};
+pub use control::Control;
 pub use destination::{
     Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, MissingPages, NextConnection,
     Zeroed,
@@ -29,10 +31,7 @@ pub use relay::{
     ConnectFn, Guard, Held, Kept, Notice, NoticeFn, Relay, RelayControl, RelayReport, ScanReport,
 };
 pub use run_log::RunLog;
-pub use source::{
-    Clock, PostcopyStart, SourceConnection, SourceGuest, SourceReport, SourceSession, SwitchoverGate,
-    Upstream, WallClock,
-};
+pub use source::{Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
 pub use workers::Spawner;
 
 /// What the other end is.

@@ -408,6 +408,11 @@ pub trait SourceLink: Send {
         DeltaCounts::default()
     }
 
+    /// The size of the cache of sent pages, which may be changed; `None` where no page can travel as a difference.
+    fn delta_cache_size(&self) -> Option<DeltaCacheSize> {
+        None
+    }
+
     /// What lending pages to the kernel came to, where that was asked for.
     fn zero_copy(&self) -> Option<ZeroCopyCounts> {
         None

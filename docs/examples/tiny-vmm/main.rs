@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
-use ramwire::engine::{BandwidthLimit, Ending, Outcome, ThrottlePolicy};
+use ramwire::engine::{Ending, Outcome, ThrottlePolicy};
 use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::ram::BlockName;
 use ramwire::session::{DestinationSession, SourceGuest, SourceReport, SourceSession, SourceSettings};
@@ -161,7 +161,7 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
     settings.digest = true;
     settings.same_host = true;
-    settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
+    settings.max_bandwidth = Rate::limit(args.max_bandwidth);
     settings.throttling = match args.throttle {
         ThrottleMode::Nothing => None,
         ThrottleMode::AutoConverge => Some(ThrottlePolicy::auto_converge()),

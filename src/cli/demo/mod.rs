@@ -15,14 +15,14 @@ mod way;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ramwire::engine::{BandwidthLimit, Outcome, ThrottlePolicy};
+use ramwire::engine::{Outcome, ThrottlePolicy};
 use ramwire::guest::GuestMemory;
 use ramwire::observe::RunDescription;
 use ramwire::ram::RamBlockTable;
 use ramwire::session::{SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop, memory_room};
-use ramwire::units::Percent;
+use ramwire::units::{Percent, Rate};
 
 use self::blocks::BlockSpec;
 pub(super) use self::destination::Args as DestinationArgs;
@@ -166,7 +166,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let mut settings =
         SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
-    settings.max_bandwidth = BandwidthLimit::new(args.max_bandwidth);
+    settings.max_bandwidth = Rate::limit(args.max_bandwidth);
     settings.digest = !args.no_digest;
     settings.same_host = true;
     args.converge.apply(&mut settings)?;

@@ -8,8 +8,7 @@ use clap::ValueEnum;
 use ramwire::guest::MappedGuest;
 use ramwire::sys::Stop;
 use ramwire::transport::{
-    Address, DECISION_TIMEOUT, DeltaCacheSize, DoorOptions, OpenError, SourceDoor, open_source, rdma_address,
-    why_no_rdma,
+    Address, DECISION_TIMEOUT, DoorOptions, OpenError, SourceDoor, open_source, rdma_address, why_no_rdma,
 };
 use ramwire::units::Rate;
 
@@ -64,7 +63,7 @@ impl Way {
                 stream: local_options(),
                 rdma: args.rdma.options(),
                 channels: args.channels.options()?,
-                deltas: DeltaCacheSize::new(args.xbzrle_cache_size),
+                delta_cache: args.xbzrle_cache_size,
                 ..DoorOptions::default()
             };
             let memory = Arc::clone(memory);

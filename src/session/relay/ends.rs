@@ -122,6 +122,7 @@ impl Middle {
             .with_upstream(Box::new(FarSide { hub: Arc::clone(&self.hub), arrivals }))
             .with_cancel(self.cancel.clone())
             .with_statistics(self.left.clone());
+        self.hub.far_side_starts(session.control());
         let ended = FarSideEnds(Arc::clone(&self.hub));
         let far_side = move || {
             let began = Instant::now();

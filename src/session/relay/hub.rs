@@ -9,6 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::engine::{Handover, RelayAction, RelayEngine, RelayEvent};
 use crate::error::Chain;
 use crate::session::callback::{guarded, quietly};
+use crate::session::control::Control;
 use crate::session::handle::CancelReply;
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Clock, Error, WallClock};
@@ -43,6 +44,8 @@ pub(in crate::session) struct Inner {
     pub(super) held_back: bool,
     /// The far end was said to be ready.
     pub(super) far_is_ready: bool,
+    /// The far side's, once it was started.
+    outgoing: Option<Control>,
     breakage: Breakage,
 }
 
@@ -69,6 +72,7 @@ impl Default for Inner {
             far_end: Side::default(),
             held_back: false,
             far_is_ready: false,
+            outgoing: None,
             breakage: Breakage::None,
         }
     }
@@ -193,6 +197,15 @@ impl Hub {
     #[cfg(test)]
     pub(in crate::session) fn break_order(&self, breakage: Breakage) {
         self.lock().breakage = breakage;
+    }
+
+    /// The far side begins and may be changed.
+    pub(in crate::session) fn far_side_starts(&self, control: Control) {
+        self.lock().outgoing = Some(control);
+    }
+
+    pub(in crate::session) fn outgoing(&self) -> Option<Control> {
+        self.lock().outgoing.clone()
     }
 
     pub(in crate::session) fn source_is(&self, native: bool) {

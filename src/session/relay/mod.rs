@@ -47,7 +47,7 @@ use crate::units::PageSize;
 use crate::session::destination::{DestinationReport, DestinationSession, Incoming, MemoryProvider};
 use crate::session::handle::CancelReply;
 use crate::session::source::{SourceConnection, SourceReport};
-use crate::session::{Breakage, DestinationSettings, Error, SourceSettings};
+use crate::session::{Breakage, Control, DestinationSettings, Error, SourceSettings};
 pub(super) use content_scan::ContentScan;
 pub use content_scan::ScanReport;
 
@@ -125,6 +125,12 @@ impl RelayControl {
     /// also if this process ends at once.
     pub fn cancel(&self) -> CancelReply {
         self.0.cancel()
+    }
+
+    /// Changes the side towards the far end while it runs: its bandwidth and its cache of sent pages. `None` before the source
+    /// has announced its guest. The guest runs at its own source, which alone slows it down and decides when it is paused.
+    pub fn outgoing(&self) -> Option<Control> {
+        self.0.outgoing()
     }
 
     /// True while nobody knows where the guest runs.

@@ -28,7 +28,7 @@ use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::tail::without_devices;
 use crate::sys::{CancelToken, HostSpan, Mapping};
 use crate::transport::InlineLink;
-use crate::units::{BlockIndex, PageIndex, PageSize};
+use crate::units::{BlockIndex, PageIndex, PageSize, Rate};
 
 /// Seeds of an ordinary test run.
 const SEEDS: u64 = 1500;
@@ -254,8 +254,8 @@ fn run(seed: u64, breakage: Breakage) -> Run {
     });
     let mut settings =
         SourceSettings::new(Configuration { machine: "none".into(), ..Configuration::default() });
-    let postcopy = PostcopySettings::new(plan.rule);
-    postcopy.max_bandwidth.set(plan.limit);
+    let mut postcopy = PostcopySettings::new(plan.rule);
+    postcopy.max_bandwidth = Rate::limit(plan.limit);
     settings.postcopy = Some(postcopy);
     settings.downtime_limit = Duration::ZERO;
     settings.peer = (!plan.native).then_some(Peer::Qemu);

@@ -17,8 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::{
-    Action, Handover, Input, Outcome, Pace, Sent, SourceConfig, SourceEngine, Switchover, ThrottlePolicy,
-    Throttler,
+    Action, Handover, Input, Outcome, Pace, Sent, SourceConfig, SourceEngine, Switchover, Throttler,
 };
 use crate::error::{Chain, Remedy};
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
@@ -31,13 +30,12 @@ use crate::transport::{
     ByteSource, ChannelError, InlineLink, Returned, SourceDoor, SourceLink, StreamChannel,
 };
 
-pub use postcopy::PostcopyStart;
 pub(super) use setup::described;
-pub use throttle::SwitchoverGate;
 
 use crate::session::callback::{guarded, quietly};
 use crate::session::config::SourceSettings;
-use crate::session::handle::Commitment;
+use crate::session::control::Control;
+use crate::session::handle::Canceller;
 use crate::session::{Breakage, Error, ErrorKind, shared_blocks};
 use metrics::Figures;
 use postcopy::Missing;
@@ -159,8 +157,7 @@ pub struct SourceSession {
     pub(super) settings: SourceSettings,
     upstream: Option<Box<dyn Upstream>>,
     pub(super) clock: Box<dyn Clock>,
-    cancel: CancelToken,
-    pub(super) commitment: Arc<Commitment>,
+    pub(super) control: Control,
     stop: Stop,
     engine: SourceEngine,
     dirty: DirtyMap,
@@ -208,20 +205,19 @@ impl SourceSession {
         config.digest = settings.digest;
         config.timeout = settings.timeout;
         config.switchover_rate = settings.switchover_bandwidth;
-        config.holds = settings.before_switchover.is_some();
+        config.holds = settings.pause_before_switchover;
         config.postcopy = settings.postcopy.as_ref().map(|postcopy| postcopy.rule);
         config.longest_round = settings.throttling.map(|_| ROUND_TIMEOUT);
-        let cancel = CancelToken::default();
+        let control = Control::new(&settings, connection.link.delta_cache_size());
         let dirty = DirtyMap::new(table, settings.clear_shift);
         let figures = Figures::new(table, SharedStatistics::default());
-        let pace = Pace::new(settings.max_bandwidth.clone());
-        let limit = settings.postcopy.as_ref().map(|postcopy| postcopy.max_bandwidth.clone());
-        let missing = Missing::new(Arc::clone(&guest.memory), Pace::new(limit.unwrap_or_default()));
+        let pace = Pace::new(control.bandwidth().clone());
+        let missing =
+            Missing::new(Arc::clone(&guest.memory), Pace::new(control.postcopy_bandwidth().clone()));
         let throttle = Throttler::new(settings.throttling, settings.throttle_trigger_threshold);
         Self {
-            stop: Stop::on(&cancel),
-            cancel,
-            commitment: Arc::default(),
+            stop: Stop::on(&control.canceller().token()),
+            control,
             engine: SourceEngine::new(config),
             dirty,
             figures,
@@ -261,13 +257,14 @@ impl SourceSession {
     pub fn with_upstream(mut self, upstream: Box<dyn Upstream>) -> Self {
         self.upstream = Some(upstream);
         self.engine.set_switchover(Switchover::WhenUpstreamStops);
+        self.control.guest_is_elsewhere();
         self
     }
 
-    /// A token that the caller has already.
+    /// A token that the caller has already. A [`control`](Self::control) that was taken before cancels nothing any more.
     pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
         self.stop = Stop::on(&cancel);
-        self.cancel = cancel;
+        self.control = self.control.with_canceller(Canceller::over(cancel));
         self
     }
 
@@ -279,7 +276,12 @@ impl SourceSession {
 
     /// Raise it to cancel. Refused, and said so, once COMMIT was sent.
     pub fn cancel_token(&self) -> CancelToken {
-        self.cancel.clone()
+        self.control.canceller().token()
+    }
+
+    /// Changes this migration while it runs.
+    pub fn control(&self) -> Control {
+        self.control.clone()
     }
 
     /// The figures while it runs.
@@ -297,8 +299,8 @@ impl SourceSession {
             tracing::trace!(?action, "perform");
             let input = self.perform_guarded(action).unwrap_or_else(|error| self.keep(error));
             // A cancel comes before this step or after it, never in between: the step may be COMMIT.
-            let commitment = Arc::clone(&self.commitment);
-            action = commitment.decide(|| {
+            let canceller = self.control.canceller();
+            action = canceller.decide(|| {
                 self.check_cancel();
                 let action = self.engine.handle(self.clock.now(), input);
                 (action, self.engine.is_committed())
@@ -365,10 +367,10 @@ impl SourceSession {
     }
 
     fn check_cancel(&mut self) {
-        if self.settings.postcopy.as_ref().is_some_and(|postcopy| postcopy.start.is_wanted()) {
+        if self.control.wants_postcopy() {
             self.engine.start_postcopy();
         }
-        if !self.cancel.is_cancelled() || self.engine.cancel() {
+        if !self.control.canceller().token().is_cancelled() || self.engine.cancel() {
             return;
         }
         // After COMMIT a cancel must break no wait any more.
@@ -466,20 +468,8 @@ impl SourceSession {
         if registers && !self.guest.control.forbid_discard(true) {
             return Err(discards());
         }
-        if self.settings.throttling.is_some() && self.upstream.is_some() {
-            return Err(Error::Config {
-                what: "a relay can't slow down a guest that runs at its own source".into(),
-                remedy: Remedy::Advice("ask that source for auto-converge or a dirty limit"),
-            });
-        }
-        if let Some(ThrottlePolicy::DirtyLimit { .. }) = self.settings.throttling
-            && self.guest.control.vcpu_dirty_pages().is_empty()
-        {
-            return Err(Error::Config {
-                what: "this guest can't tell what each of its vCPUs writes, which a dirty limit needs".into(),
-                remedy: Remedy::Advice("use auto-converge, or a VMM that counts by vCPU (KVM's dirty ring)"),
-            });
-        }
+        let counts_vcpus = !self.guest.control.vcpu_dirty_pages().is_empty();
+        self.control.guest_counts_vcpus(counts_vcpus)?;
         // First: should a log not start, nothing is at the destination.
         if self.settings.all_dirty_at_start {
             self.dirty.set_all(self.guest.memory.table());
@@ -510,6 +500,7 @@ impl SourceSession {
         let now = self.clock.now();
         self.fixed.sync = now.saturating_sub(began);
         if !last {
+            self.follow_control();
             self.throttle(fresh);
             self.estimate_fixed();
         }

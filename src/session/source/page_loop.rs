@@ -21,6 +21,7 @@ impl SourceSession {
         self.check_layout()?;
         // Also where the limit lets no page leave for long: a door may have to show that we are alive.
         self.take_returned()?;
+        self.follow_control();
         self.throttle_vcpus();
         let (before, guest_before) = (self.position(), self.figures.whole_bytes());
         loop {
@@ -148,7 +149,7 @@ impl SourceSession {
             bytes = self.position() - before;
         }
         self.pace.charge(now, bytes);
-        if self.settings.max_bandwidth.get().is_some() {
+        if self.control.max_bandwidth().is_some() {
             // A limit is to be seen at work between slices, too.
             let position = self.position();
             self.figures.position(position);

@@ -7,7 +7,6 @@
 //! page leave together. The end is said when nothing is dirty and the peer has taken the guest.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::engine::{Handover, Input, Pace};
@@ -44,21 +43,6 @@ const DISCARDS: usize = 64 << 10;
 /// PING in front of the package, and behind it.
 const PING_DISCARDED: u32 = 2;
 const PING_PACKAGED: u32 = 4;
-
-/// Asks a source for the switch to postcopy, from any thread; clones ask the same one.
-#[derive(Clone, Debug, Default)]
-pub struct PostcopyStart(Arc<AtomicBool>);
-
-impl PostcopyStart {
-    /// Asks for it. The guest is paused within a slice (50 ms), or has been.
-    pub fn start(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    pub(super) fn is_wanted(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
 
 /// What the source keeps for the pages that are missing at the peer.
 pub(super) struct Missing {

@@ -16,7 +16,7 @@ use crate::session::*;
 use crate::stream::qemu::file::Configuration;
 use crate::sys::Mapping;
 use crate::transport::InlineLink;
-use crate::units::{BlockIndex, GuestAddr, PageIndex, PageSize};
+use crate::units::{BlockIndex, GuestAddr, PageIndex, PageSize, Rate};
 
 const PAGES: u64 = 4096;
 
@@ -32,7 +32,7 @@ pub(crate) fn moved<T: Send>(
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.digest = true;
     settings.guest_stands_still = dirty.is_empty();
-    settings.max_bandwidth.set(rate);
+    settings.max_bandwidth = Rate::limit(rate);
     let link = Box::new(InlineLink::new(plain(&near), from.clone()));
     let connection = SourceConnection { link, back: Some(plain(&near)) };
     let source = SourceGuest { memory: from.clone(), dirty, control };

@@ -1,14 +1,13 @@
-//! What happens around the pause: throttling the guest, and the embedder's switchover gate.
+//! What slows the guest down, what the embedder changes, and the wait before the switchover.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::engine::{Input, Throttler};
+use crate::engine::{Change, Input, Throttler};
 use crate::error::Remedy;
 use crate::observe::{EventKind, NotConverging};
 use crate::units::{Percent, RestShare};
 
-use super::SourceSession;
+use super::{ROUND_TIMEOUT, SourceSession};
 use crate::session::Error;
 use crate::session::callback::quietly;
 
@@ -29,31 +28,10 @@ pub(super) struct FixedCosts {
     pub(super) sync: Duration,
 }
 
-/// Holds a migration between the pause of its guest and its last pages, until it is opened: for what must be handed over
-/// while the guest stands still, such as disks. Clones share it; the guest stands still meanwhile.
-#[derive(Clone, Debug, Default)]
-pub struct SwitchoverGate(Arc<(Mutex<bool>, Condvar)>);
-
-impl SwitchoverGate {
-    /// Lets the migration go on; may come before the guest is paused.
-    pub fn open(&self) {
-        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.0.1.notify_all();
-    }
-
-    /// Waits at most `time`; true once it is open.
-    fn wait(&self, time: Duration) -> bool {
-        let open = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.0.1.wait_timeout_while(open, time, |open| !*open);
-        *waited.unwrap_or_else(PoisonError::into_inner).0
-    }
-}
-
 impl SourceSession {
     /// Before the last sync; a cancel or a peer that fails ends it.
     pub(super) fn hold(&mut self) -> Result<Input, Error> {
-        let Some(gate) = self.settings.before_switchover.clone() else { return Ok(Input::Done) };
-        while !gate.wait(POLL_INTERVAL) {
+        while !self.control.gate().wait(POLL_INTERVAL) {
             self.poll_return_path()?;
             self.send_keepalive()?;
             if self.stop.reason().is_some() {
@@ -94,11 +72,34 @@ impl SourceSession {
                 written_per_second: now.dirty_pages_rate * now.page_size,
                 sent_per_second: self.engine.rate().map_or(0, |rate| rate.0),
                 expected_downtime_ms: now.expected_downtime.filter(|_| !relayed),
-                downtime_limit_ms: self.settings.downtime_limit.as_secs_f64() * 1e3,
+                downtime_limit_ms: self.control.downtime_limit().as_secs_f64() * 1e3,
             };
             tracing::warn!("the migration does not converge: {figures}; {}", Remedy::HelpConvergence);
             self.figures.shared().tell(EventKind::NotConverging(figures));
         }
+    }
+
+    /// Takes over what the embedder has changed. Once a slice, and before it is decided whether the guest is paused.
+    pub(super) fn follow_control(&mut self) {
+        self.engine.set_downtime_limit(self.control.downtime_limit());
+        let means = self.control.throttling();
+        if self.in_last_round || means == self.throttle.means() {
+            return;
+        }
+        tracing::info!(?means, "the guest is slowed down by other means");
+        self.engine.set_longest_round(means.map(|_| ROUND_TIMEOUT));
+        let (now, sent) = (self.clock.now(), self.position());
+        match self.throttle.change(now, sent, means) {
+            Change::Goes(Some(share)) => self.guest.control.throttle(share),
+            Change::Goes(None) => {}
+            Change::LetGo { vcpus } => {
+                self.guest.control.throttle(Percent::default());
+                for vcpu in 0..vcpus {
+                    self.guest.control.throttle_vcpu(vcpu, RestShare::default());
+                }
+            }
+        }
+        self.figures.throttled(&self.throttle);
     }
 
     /// After a live sync that found `fresh` more pages: slows the guest down if it writes too much.

@@ -15,7 +15,7 @@ use crate::session::source::skip_tests::moved;
 use crate::session::*;
 use crate::stream::qemu::file::Configuration;
 use crate::sys::Mapping;
-use crate::units::{BlockIndex, PageSize};
+use crate::units::{BlockIndex, PageSize, Rate};
 
 type Heard = Arc<Mutex<Vec<(EventKind, String)>>>;
 
@@ -146,8 +146,8 @@ fn a_guest_whose_block_has_grown_moves_as_it_is_then() {
 #[test]
 fn a_switchover_waits_for_its_gate() {
     for cancels in [false, true] {
-        let gate = SwitchoverGate::default();
-        let ends = ends_with(|settings| settings.before_switchover = Some(gate.clone()));
+        let ends = ends_with(|settings| settings.pause_before_switchover = true);
+        let control = ends.source.control();
         let destination = ends.destination.spawn().unwrap();
         let source = ends.source.spawn().unwrap();
         let began = Instant::now();
@@ -164,7 +164,7 @@ fn a_switchover_waits_for_its_gate() {
         if cancels {
             assert_eq!(source.cancel(), CancelReply::Accepted);
         } else {
-            gate.open();
+            control.continue_switchover();
         }
         let sent = source.wait().unwrap();
         destination.wait().unwrap();
@@ -202,7 +202,7 @@ fn device_state_that_takes_longer_than_the_limit_makes_no_empty_rounds() {
     for downtime in [0, 1, 300] {
         let mut ends = ends_with(|settings| {
             settings.downtime_limit = Duration::from_millis(downtime);
-            settings.max_bandwidth.set(20 << 20);
+            settings.max_bandwidth = Rate::limit(20 << 20);
         });
         ends.source.guest.control = Box::new(Heavy(ends.source_machine.clone()));
         let destination = ends.destination.spawn().unwrap();

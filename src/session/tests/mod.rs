@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod control;
 mod greeting;
 mod hooks;
 mod outage;
@@ -25,7 +26,7 @@ use crate::session::*;
 use crate::stream::qemu::file::Configuration;
 use crate::sys::{FdKind, Mapping, RecvPart, SendPart, Stop, recv_parts, send_parts};
 use crate::transport::{ByteSink, ByteSource, ChannelError, InlineLink};
-use crate::units::{BlockIndex, PageSize};
+use crate::units::{BlockIndex, PageSize, Rate};
 
 /// A socket as plain as it can be.
 pub(super) struct Plain(UnixStream, u64);
@@ -255,8 +256,8 @@ fn handles_show_progress_and_give_both_reports() {
 #[test]
 fn a_limit_is_changed_while_it_holds() {
     let ends = ends();
-    let limit = ends.source.settings.max_bandwidth.clone();
-    limit.set(1);
+    let control = ends.source.control();
+    control.set_max_bandwidth(Rate::limit(1));
     let destination = ends.destination.spawn().unwrap();
     let source = ends.source.spawn().unwrap();
     let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
@@ -267,7 +268,7 @@ fn a_limit_is_changed_while_it_holds() {
     // Any time at all: within it a broken limit would let more pass.
     std::thread::sleep(std::time::Duration::from_millis(150));
     assert!(source.progress().pages.normal == 1 && !source.is_finished());
-    limit.set(1 << 40);
+    control.set_max_bandwidth(None);
     assert_eq!(source.wait().unwrap().outcome, Outcome::Completed);
     assert_eq!(destination.wait().unwrap().ending, Ending::Running);
 }
@@ -296,8 +297,8 @@ fn throttling_that_can_not_work_are_refused() {
         (ThrottlePolicy::dirty_limit(), true),
         (ThrottlePolicy::dirty_limit(), false),
     ] {
-        let mut ends = ends();
-        ends.source.settings.throttling = Some(means);
+        let ends = ends();
+        ends.source.control().set_throttling(Some(means)).unwrap();
         let source = if relays { ends.source.with_upstream(Box::new(StandsStill)) } else { ends.source };
         let sent = source.run();
         let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();

@@ -10,14 +10,14 @@ fn p2_a_guest_switches_to_postcopy_between_two_ramwires() {
     for command in [false, true] {
         let rule = if command { PostcopyRule::OnCommand } else { PostcopyRule::AfterRounds(0) };
         let postcopy = PostcopySettings::new(rule);
-        if command {
-            postcopy.start.start();
-        }
         let mut ends = ends_with(|settings| {
             settings.digest = false;
             settings.postcopy = Some(postcopy);
         });
         ends.destination.settings.postcopy = true;
+        if command {
+            ends.source.control().start_postcopy().unwrap();
+        }
         let thread = std::thread::spawn(move || ends.destination.run());
         let sent = ends.source.run();
         let arrived = thread.join().unwrap();

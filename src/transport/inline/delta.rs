@@ -146,6 +146,11 @@ impl DeltaCache {
         }
     }
 
+    /// Its size, which may be changed.
+    pub(super) fn size(&self) -> DeltaCacheSize {
+        self.size.clone()
+    }
+
     /// A round of pages begins; the last one changes nothing here any more. The first has nothing to differ from.
     pub(super) fn round(&mut self, last: bool) {
         self.rounds += 1;

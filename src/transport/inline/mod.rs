@@ -278,6 +278,10 @@ impl SourceLink for InlineLink {
         self.pages.deltas.as_ref().map_or_else(DeltaCounts::default, |deltas| deltas.counts)
     }
 
+    fn delta_cache_size(&self) -> Option<DeltaCacheSize> {
+        self.pages.deltas.as_ref().map(DeltaCache::size)
+    }
+
     fn open_round(&mut self, kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
         if let Some(deltas) = self.pages.deltas.as_mut().filter(|_| kind != RoundKind::Setup) {
             deltas.round(kind == RoundKind::Final);

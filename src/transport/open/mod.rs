@@ -214,8 +214,8 @@ pub struct DoorOptions {
     pub rdma: RdmaOptions,
     /// Page channels of `tcp:` and `unix:` connections.
     pub channels: ChannelOptions,
-    /// Cache for pages that travel as differences in the stream, at a source; 0: none do.
-    pub deltas: DeltaCacheSize,
+    /// Bytes of the cache for pages that travel as differences in the stream, at a source, to begin with; 0: none do.
+    pub delta_cache: u64,
     /// How long a source tries again where nobody listens yet, by `tcp:`, `unix:`, `rdma:` and `auto:`; 0: it tries once.
     /// A connection that was taken is not tried again.
     pub retry: Duration,
@@ -296,7 +296,7 @@ pub fn open_source(
 ) -> Result<SourceDoor, OpenError> {
     let channels = &options.channels;
     let in_stream = channels.count == 0 && !matches!(address, Address::Rdma { .. });
-    if options.deltas.get() > 0 && !in_stream {
+    if options.delta_cache > 0 && !in_stream {
         return Err(OpenError::NoDeltas { address: address.to_string() });
     }
     if let Some((why, remedy)) = channels.no_such_sending() {
@@ -342,7 +342,9 @@ pub(super) fn open_stream(
 ) -> Result<SourceDoor, OpenError> {
     let (sink, back) = connect(address, &options.stream, stop)?.with_return_path();
     let link: Box<dyn SourceLink> = match options.channels.count {
-        0 => Box::new(InlineLink::new(Box::new(sink), memory).with_deltas(options.deltas.clone())),
+        0 => Box::new(
+            InlineLink::new(Box::new(sink), memory).with_deltas(DeltaCacheSize::new(options.delta_cache)),
+        ),
         _ => {
             let open = || connect(address, &options.stream, stop);
             Box::new(multifd::connect(Box::new(sink), memory, &options.channels, open)?)

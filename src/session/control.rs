@@ -1,0 +1,259 @@
+//! What may be changed while a migration runs.
+//!
+//! A session is told once, by its settings, how it begins. Everything that may change later is in one [`Control`], whose
+//! parts the session reads where they have their effect: the limit at each batch, the cache at each round, the rest once a
+//! slice and before each sync.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::engine::{BandwidthLimit, ThrottlePolicy};
+use crate::error::Remedy;
+use crate::transport::DeltaCacheSize;
+use crate::units::Rate;
+
+use super::Error;
+use super::config::SourceSettings;
+use super::handle::{CancelReply, Canceller};
+
+/// Changes a migration while it runs, from any thread; clones change the same one. Nothing here waits for the migration, and
+/// nothing has an effect once it has ended.
+///
+/// [`SourceSession::control`](super::SourceSession::control) gives it before the start,
+/// [`MigrationHandle::control`](super::MigrationHandle::control) while it runs.
+#[derive(Clone, Debug)]
+pub struct Control {
+    canceller: Canceller,
+    bandwidth: BandwidthLimit,
+    postcopy_bandwidth: BandwidthLimit,
+    delta_cache: Option<DeltaCacheSize>,
+    gate: SwitchoverGate,
+    limits: Arc<Mutex<Limits>>,
+}
+
+/// What the session reads once a slice.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    downtime: Duration,
+    throttling: Option<ThrottlePolicy>,
+    postcopy: Postcopy,
+    guest: Throttleable,
+}
+
+/// Whether the guest is to run at the destination before its memory has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Postcopy {
+    /// The destination is not told that it may.
+    NotAnnounced,
+    Announced,
+    Wanted,
+}
+
+/// What can slow the guest down.
+#[derive(Clone, Copy, Debug)]
+struct Throttleable {
+    /// It runs at its own source, in front of a relay.
+    elsewhere: bool,
+    /// Its VMM tells what each vCPU writes; `None` until it was asked.
+    counts_vcpus: Option<bool>,
+}
+
+impl Control {
+    /// Begins as `settings` say; `delta_cache` is that of the connection.
+    pub(super) fn new(settings: &SourceSettings, delta_cache: Option<DeltaCacheSize>) -> Self {
+        let limits = Limits {
+            downtime: settings.downtime_limit,
+            throttling: settings.throttling,
+            postcopy: settings.postcopy.as_ref().map_or(Postcopy::NotAnnounced, |_| Postcopy::Announced),
+            guest: Throttleable { elsewhere: false, counts_vcpus: None },
+        };
+        let limit = |rate: Option<Rate>| BandwidthLimit::new(rate.map_or(0, |rate| rate.0));
+        Self {
+            canceller: Canceller::default(),
+            bandwidth: limit(settings.max_bandwidth),
+            postcopy_bandwidth: limit(settings.postcopy.as_ref().and_then(|postcopy| postcopy.max_bandwidth)),
+            delta_cache,
+            gate: SwitchoverGate::default(),
+            limits: Arc::new(Mutex::new(limits)),
+        }
+    }
+
+    /// Asks for the end. Never blocks for long; the answer is final.
+    pub fn cancel(&self) -> CancelReply {
+        self.canceller.cancel()
+    }
+
+    /// The part of it that only cancels.
+    pub fn canceller(&self) -> Canceller {
+        self.canceller.clone()
+    }
+
+    /// Most bytes a second while the guest runs, from the next batch of pages on; `None` is no limit. The last round, while
+    /// the guest stands still, has none.
+    pub fn set_max_bandwidth(&self, limit: Option<Rate>) {
+        self.bandwidth.set(limit.map_or(0, |rate| rate.0));
+    }
+
+    /// The limit of bytes a second.
+    pub fn max_bandwidth(&self) -> Option<Rate> {
+        self.bandwidth.get()
+    }
+
+    /// Most bytes a second after a switch to postcopy (QEMU's `max-postcopy-bandwidth`), from the next batch on. Pages that a
+    /// thread waits for leave at once all the same.
+    pub fn set_postcopy_bandwidth(&self, limit: Option<Rate>) {
+        self.postcopy_bandwidth.set(limit.map_or(0, |rate| rate.0));
+    }
+
+    /// Asks for the switch to postcopy (QEMU's `migrate-start-postcopy`): the guest is paused as soon as the
+    /// pages of 50 ms at most have left, whatever is dirty, unless it is already.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: the destination was not told that the migration may switch.
+    pub fn start_postcopy(&self) -> Result<(), Error> {
+        let mut limits = self.limits();
+        if limits.postcopy == Postcopy::NotAnnounced {
+            return Err(Error::Config {
+                what: "the destination was not told that this migration may switch to postcopy".into(),
+                remedy: Remedy::Advice("start it with SourceSettings::postcopy"),
+            });
+        }
+        limits.postcopy = Postcopy::Wanted;
+        Ok(())
+    }
+
+    /// Longest time that the guest may stand still. Decides from the end of the round under way on whether the guest is
+    /// paused; of no effect once it is.
+    pub fn set_downtime_limit(&self, limit: Duration) {
+        self.limits().downtime = limit;
+    }
+
+    /// The longest time that the guest may stand still.
+    pub fn downtime_limit(&self) -> Duration {
+        self.limits().downtime
+    }
+
+    /// How the guest is slowed down from now on: within 50 ms while pages are sent. A guest that is slowed down by other
+    /// means than these is let go first. Auto-converge with other figures goes on from the share that it has reached, and
+    /// with a smaller `max` goes back to that.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the guest can't be slowed down so; nothing has changed.
+    pub fn set_throttling(&self, throttling: Option<ThrottlePolicy>) -> Result<(), Error> {
+        let mut limits = self.limits();
+        limits.guest.check(throttling)?;
+        limits.throttling = throttling;
+        Ok(())
+    }
+
+    /// How the guest is slowed down.
+    pub fn throttling(&self) -> Option<ThrottlePolicy> {
+        self.limits().throttling
+    }
+
+    /// Bytes of the cache of sent pages (QEMU's `xbzrle-cache-size`), from the next round on; 0: no page travels as a
+    /// difference. What finds room stays in it. The last round changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: pages travel by page channels, by RDMA, or by a link of the caller's that has no cache.
+    pub fn set_delta_cache(&self, bytes: u64) -> Result<(), Error> {
+        let Some(size) = &self.delta_cache else {
+            return Err(Error::Config {
+                what: "no cache of sent pages: over this connection pages do not travel as differences"
+                    .into(),
+                remedy: Remedy::Advice("they do in the stream of a tcp:, unix:, fd:, exec: or file: address"),
+            });
+        };
+        size.set(bytes);
+        Ok(())
+    }
+
+    /// Bytes of the cache of sent pages; `None` where there can be none.
+    pub fn delta_cache(&self) -> Option<u64> {
+        self.delta_cache.as_ref().map(DeltaCacheSize::get)
+    }
+
+    /// Lets a migration go on that waits with its paused guest
+    /// ([`pause_before_switchover`](SourceSettings::pause_before_switchover)); may come before the guest is paused (QEMU's
+    /// `migrate-continue`).
+    pub fn continue_switchover(&self) {
+        self.gate.open();
+    }
+
+    /// The guest runs elsewhere and can't be slowed down from here.
+    pub(super) fn guest_is_elsewhere(&self) {
+        self.limits().guest.elsewhere = true;
+    }
+
+    /// Whether the VMM tells what each vCPU writes.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: then the guest can't be slowed down as was asked so far.
+    pub(super) fn guest_counts_vcpus(&self, counts: bool) -> Result<(), Error> {
+        let mut limits = self.limits();
+        limits.guest.counts_vcpus = Some(counts);
+        limits.guest.check(limits.throttling)
+    }
+
+    pub(super) fn with_canceller(mut self, canceller: Canceller) -> Self {
+        self.canceller = canceller;
+        self
+    }
+
+    pub(super) fn bandwidth(&self) -> &BandwidthLimit {
+        &self.bandwidth
+    }
+
+    pub(super) fn postcopy_bandwidth(&self) -> &BandwidthLimit {
+        &self.postcopy_bandwidth
+    }
+
+    pub(super) fn wants_postcopy(&self) -> bool {
+        self.limits().postcopy == Postcopy::Wanted
+    }
+
+    pub(super) fn gate(&self) -> &SwitchoverGate {
+        &self.gate
+    }
+
+    fn limits(&self) -> MutexGuard<'_, Limits> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Throttleable {
+    /// A means that would do nothing is refused.
+    fn check(self, throttling: Option<ThrottlePolicy>) -> Result<(), Error> {
+        if throttling.is_some() && self.elsewhere {
+            return Err(Error::Config {
+                what: "a relay can't slow down a guest that runs at its own source".into(),
+                remedy: Remedy::Advice("ask that source for auto-converge or a dirty limit"),
+            });
+        }
+        if matches!(throttling, Some(ThrottlePolicy::DirtyLimit { .. })) && self.counts_vcpus == Some(false) {
+            return Err(Error::Config {
+                what: "this guest can't tell what each of its vCPUs writes, which a dirty limit needs".into(),
+                remedy: Remedy::Advice("use auto-converge, or a VMM that counts by vCPU (KVM's dirty ring)"),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Holds a migration between the pause of its guest and its last pages, until it is opened. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SwitchoverGate(Arc<(Mutex<bool>, Condvar)>);
+
+impl SwitchoverGate {
+    fn open(&self) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.1.notify_all();
+    }
+
+    /// Waits at most `time`; true once it is open.
+    pub(super) fn wait(&self, time: Duration) -> bool {
+        let open = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.0.1.wait_timeout_while(open, time, |open| !*open);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
