@@ -5,11 +5,10 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
-use std::path::PathBuf;
 
+use common::huge_pages::HugePages;
 use common::memory::{anonymous_huge_kib, has_huge_pages, huge_pages_not_found};
-use common::{Deadline, ramwire::Ramwire, scratch, skip};
+use common::{Deadline, ramwire::Ramwire, scratch};
 use serde_json::Value;
 
 /// The fields in docs/demo-json.md with their types.
@@ -117,51 +116,6 @@ fn a_busy_guest_takes_several_rounds_over_blocks_of_odd_sizes() {
     assert!(rounds(&out) >= 3, "{out}");
     assert_eq!(out["pages_checked"], 50 * 256 + 4);
     assert_eq!((&out["transport"], &out["digest_compared"]), (&"unix".into(), &false.into()));
-}
-
-/// Huge pages that a test has reserved, given back at its end. One test at a time, of all processes.
-struct HugePages {
-    pool: PathBuf,
-    before: String,
-    _alone: fs::File,
-}
-
-impl HugePages {
-    /// Lets the kernel have `pages` more of `kib` each. `None`, said aloud, without root. Pages of 2 MiB are taken when
-    /// they are used; those of 1 GiB only now.
-    fn reserve(kib: u64, pages: u64) -> Option<Self> {
-        let by_use = if kib == 2048 { "nr_overcommit_hugepages" } else { "nr_hugepages" };
-        let pool = PathBuf::from(format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB")).join(by_use);
-        let alone = fs::File::open(&pool).ok()?;
-        rustix::fs::flock(&alone, rustix::fs::FlockOperation::LockExclusive).unwrap();
-        let before = fs::read_to_string(&pool).unwrap().trim().to_owned();
-        // ci/test reserves those of 1 GiB before anything else takes the memory apart.
-        let free = fs::read_to_string(pool.with_file_name("free_hugepages")).unwrap();
-        let more = pages.saturating_sub(if kib == 2048 { 0 } else { free.trim().parse().unwrap() });
-        let wanted = before.parse::<u64>().unwrap() + more;
-        let pool_name = pool.display().to_string();
-        let reserved = Self { pool, before, _alone: alone };
-        // Makes room in one piece, as far as the machine can.
-        let _ = fs::write("/proc/sys/vm/compact_memory", "1");
-        if let Err(error) = fs::write(&reserved.pool, wanted.to_string()) {
-            skip(&format!("pages of {kib} KiB ({error}); as root: echo {wanted} > {pool_name}"));
-            return None;
-        }
-        let now = fs::read_to_string(&reserved.pool).unwrap();
-        if now.trim() != wanted.to_string() {
-            // Not a lack of rights: nothing that a test could do about it, on CI neither.
-            let lacks = format!("{pages} free stretches of {kib} KiB in this machine's memory");
-            let _ = writeln!(std::io::stderr(), "SKIPPED: huge pages of {kib} KiB: {lacks}");
-            return None;
-        }
-        Some(reserved)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        fs::write(&self.pool, &self.before).unwrap();
-    }
 }
 
 #[test]

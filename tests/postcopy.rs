@@ -5,11 +5,14 @@
 mod common;
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 use common::{
     Deadline,
+    huge_pages::HugePages,
     memory::{Pattern, Random, fill},
     qemu::{Guest, Machine, Qemu, Version, peers_present},
     scratch,
@@ -18,7 +21,7 @@ use ramwire::engine::Ending;
 use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
 use ramwire::observe::{SharedStatistics, Statistics, Status};
 use ramwire::session::{
-    DestinationReport, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider,
+    DestinationReport, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider, MissingPages,
 };
 use ramwire::sys::{Mapping, Stop};
 use ramwire::transport::{Address, AllowList, Listener, StreamBreaker, StreamChannel, StreamOptions};
@@ -28,15 +31,31 @@ use serde_json::json;
 const RAM_MIB: usize = 64;
 const PAGE: usize = 4096;
 
+/// Of what kind the memory is that the guest arrives in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Kind {
+    #[default]
+    Memfd,
+    Anonymous,
+    /// `m0` of pages of 2 MiB, the other blocks of base pages.
+    Huge,
+}
+
 /// Memory of any list of blocks, made when it is announced.
 #[derive(Clone, Default)]
-struct Memory(Arc<OnceLock<Arc<MappedGuest>>>);
+struct Memory(Arc<OnceLock<Arc<MappedGuest>>>, Kind);
 
 impl MemoryProvider for Memory {
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
         let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
         for block in &incoming.blocks {
-            let mapping = Mapping::memfd(block.name.as_str(), block.used_length).unwrap();
+            let (name, length) = (block.name.as_str(), block.used_length);
+            let mapping = match self.1 {
+                Kind::Huge if name == "m0" => Mapping::memfd_huge(name, length, PageSize::SIZE_2M),
+                Kind::Anonymous => Mapping::anonymous(length),
+                _ => Mapping::memfd(name, length),
+            };
+            let mapping = mapping.unwrap();
             builder = builder.mapping(block.clone(), &mapping);
         }
         let guest = self.0.get_or_init(|| Arc::new(builder.build().unwrap()));
@@ -103,26 +122,30 @@ struct Destination {
     vcpus: Vcpus,
     session: JoinHandle<DestinationReport>,
     figures: Figures,
-    /// Breaks the present connection.
-    breaker: Arc<Mutex<Option<StreamBreaker>>>,
+    /// Breaks the connections.
+    breakers: Arc<Mutex<Vec<StreamBreaker>>>,
 }
 
 impl Destination {
     /// Listens, and receives what comes.
     fn start(expected: Vec<u8>, threads: usize) -> Self {
+        Self::in_memory(Kind::Memfd, expected, threads)
+    }
+
+    fn in_memory(kind: Kind, expected: Vec<u8>, threads: usize) -> Self {
         let address: Address = "tcp:127.0.0.1:0".parse().unwrap();
         let mut listener = Listener::bind(&address, AllowList::default(), &Stop::never()).unwrap();
         let uri = listener.address().to_string();
-        let memory = Memory::default();
+        let memory = Memory(Arc::default(), kind);
         let (running, state) = (Arc::default(), Arc::default());
         let vcpus = Vcpus { memory: memory.clone(), expected: Arc::new(expected), threads, running, state };
-        let (control, breaker) = (vcpus.clone(), Arc::new(Mutex::new(None)));
+        let (control, breakers) = (vcpus.clone(), Arc::new(Mutex::new(Vec::new())));
         let (tell, figures) = std::sync::mpsc::channel();
-        let holder = Arc::clone(&breaker);
+        let holder = Arc::clone(&breakers);
         let session = std::thread::spawn(move || {
             let mut accept = move |stop: &Stop| {
                 let channel = listener.accept(&StreamOptions::default(), stop)?;
-                *holder.lock().unwrap() = Some(channel.breaker());
+                holder.lock().unwrap().push(channel.breaker());
                 Ok(channel)
             };
             let first: StreamChannel = accept(&Stop::never()).unwrap();
@@ -134,7 +157,12 @@ impl Destination {
         });
         // The session's figures are there once the source has connected.
         let figures = Figures::Awaited(figures);
-        Self { uri, vcpus, session, figures, breaker }
+        Self { uri, vcpus, session, figures, breakers }
+    }
+
+    /// Breaks all connections, as a lost network does.
+    fn cut(&self) {
+        self.breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
     }
 
     fn figures(&mut self) -> Statistics {
@@ -173,14 +201,38 @@ impl Destination {
 }
 
 /// A QEMU whose paused guest has patterned memory, sending slowly until it switches over.
-fn source(version: Version, dir: &std::path::Path) -> (Qemu, Vec<u8>) {
+fn source(version: Version, dir: &Path) -> (Qemu, Vec<u8>) {
     let ram = dir.join("sent");
     fill(&ram, RAM_MIB, Pattern::Mixed { seed: 11 });
     let expected = std::fs::read(&ram).unwrap();
-    let mut source = Guest::new(version, Machine::PcI440fx72, &ram, RAM_MIB).start(dir, "source");
-    source.set_capabilities(&["postcopy-ram"]);
+    (source_of(version, dir, &ram, &["postcopy-ram"]), expected)
+}
+
+fn source_of(version: Version, dir: &Path, ram: &Path, capabilities: &[&str]) -> Qemu {
+    let mut source = Guest::new(version, Machine::PcI440fx72, ram, RAM_MIB).start(dir, "source");
+    source.set_capabilities(capabilities);
     source.set_parameters(json!({"max-bandwidth": 4 << 20, "max-postcopy-bandwidth": 8 << 20}));
-    (source, expected)
+    source
+}
+
+/// Migrates, switches over once some pages have left, and waits for the end: no page is wrong.
+fn switch_over(source: &mut Qemu, destination: Destination, what: &str) -> MissingPages {
+    source.migrate(&destination.uri);
+    let deadline = Deadline::seconds(60);
+    while source.query_migrate()["ram"]["transferred"].as_u64().unwrap_or(0) < 1 << 20 {
+        assert!(!deadline.is_over(), "{what}: no pages leave\n{}", source.stderr());
+        std::thread::yield_now();
+    }
+    source.execute("migrate-start-postcopy", json!({}));
+    let report = destination.finish(what);
+    assert!(report.error.is_none(), "{what}: {:?}\n{}", report.error, source.stderr());
+    assert_eq!(report.ending, Ending::Running, "{what}");
+    let info = source.wait_completed(Deadline::seconds(60));
+    let missing = report.missing_pages.expect("it switched to postcopy");
+    println!("{what}: {missing:?}");
+    assert!(missing.faults > 0 && missing.requests > 0, "{what}: nobody had to wait: {missing:?}");
+    assert!(info["ram"]["postcopy-requests"].as_u64().unwrap() > 0, "{what}: {info}");
+    missing
 }
 
 #[test]
@@ -188,26 +240,62 @@ fn p2_p5_a_guest_runs_here_before_its_memory_has_come_from_any_qemu() {
     if !peers_present() {
         return;
     }
-    for version in Version::ALL {
+    for (version, kind) in Version::ALL.into_iter().zip([Kind::Memfd, Kind::Anonymous, Kind::Memfd]) {
         let dir = scratch();
         let (mut source, expected) = source(version, dir.path());
-        let destination = Destination::start(expected, 4);
-        source.migrate(&destination.uri);
-        let deadline = Deadline::seconds(60);
-        while source.query_migrate()["ram"]["transferred"].as_u64().unwrap_or(0) < 1 << 20 {
-            assert!(!deadline.is_over(), "{version}: no pages leave\n{}", source.stderr());
-            std::thread::yield_now();
+        let destination = Destination::in_memory(kind, expected, 4);
+        switch_over(&mut source, destination, &format!("{version} to {kind:?}"));
+    }
+}
+
+/// Urgent pages come on their own connection, which the source opens at once (7.2) or when it switches over.
+#[test]
+fn p4_p14_urgent_pages_come_beside_the_others() {
+    if !peers_present() {
+        return;
+    }
+    for version in Version::ALL {
+        let latency = [&["postcopy-ram"][..], &["postcopy-ram", "postcopy-preempt"]].map(|capabilities| {
+            let dir = scratch();
+            let ram = dir.path().join("sent");
+            fill(&ram, RAM_MIB, Pattern::Mixed { seed: 12 });
+            let destination = Destination::start(std::fs::read(&ram).unwrap(), 4);
+            let mut source = source_of(version, dir.path(), &ram, capabilities);
+            let missing = switch_over(&mut source, destination, &format!("{version}, {capabilities:?}"));
+            assert_eq!(missing.preempt_pages > 0, capabilities.len() == 2, "{version}: {missing:?}");
+            missing.latency
+        });
+        let [without, with] = latency.map(|l| (l.p50_us, l.p99_us));
+        println!("{version}: p50 and p99 {without:?} us, with preempt {with:?} us");
+    }
+}
+
+/// Host pages of 2 MiB come in 512 records each, on either connection, and are placed whole.
+#[test]
+fn p15_p16_p23_huge_pages_are_placed_whole() {
+    let Some(_pages) = peers_present().then(|| HugePages::reserve(2048, 2 * RAM_MIB as u64)).flatten() else {
+        return;
+    };
+    for version in Version::ALL {
+        for capabilities in [&["postcopy-ram"][..], &["postcopy-ram", "postcopy-preempt"]] {
+            let dir = scratch();
+            let patterned = dir.path().join("pattern");
+            fill(&patterned, RAM_MIB, Pattern::Mixed { seed: 13 });
+            let expected = std::fs::read(&patterned).unwrap();
+            // The QEMU opens this process's descriptor, and finds the page size by it.
+            let Ok(ram) = Mapping::memfd_huge("sent", expected.len() as u64, PageSize::SIZE_2M) else {
+                // Not a lack of rights: nothing that a test could do about it.
+                let lacks = "the machine's memory has too few free stretches of 2 MiB";
+                let _ = writeln!(io::stderr(), "SKIPPED: postcopy of huge pages: {lacks}");
+                return;
+            };
+            ram.region().span(0, expected.len() as u64).unwrap().copy_from(&expected);
+            let fd = ram.backing().unwrap().0.as_raw_fd();
+            let path = PathBuf::from(format!("/proc/{}/fd/{fd}", std::process::id()));
+            let destination = Destination::in_memory(Kind::Huge, expected, 4);
+            let mut source = source_of(version, dir.path(), &path, capabilities);
+            switch_over(&mut source, destination, &format!("{version}, 2 MiB, {capabilities:?}"));
         }
-        source.execute("migrate-start-postcopy", json!({}));
-        let what = format!("{version} to a process of this test");
-        let report = destination.finish(&what);
-        assert!(report.error.is_none(), "{what}: {:?}\n{}", report.error, source.stderr());
-        assert_eq!(report.ending, Ending::Running, "{what}");
-        let info = source.wait_completed(Deadline::seconds(60));
-        let missing = report.missing_pages.expect("it switched to postcopy");
-        println!("{what}: {missing:?}");
-        assert!(missing.faults > 0 && missing.requests > 0, "{what}: nobody had to wait: {missing:?}");
-        assert!(info["ram"]["postcopy-requests"].as_u64().unwrap() > 0, "{what}: {info}");
     }
 }
 
@@ -231,15 +319,14 @@ fn p9_p11_a_connection_that_is_lost_in_postcopy_loses_nothing() {
             let placed = destination.figures().pages;
             let wanted = placed.normal + 150 * cut;
             destination.wait(&what, |figures| figures.pages.normal >= wanted);
-            destination.breaker.lock().unwrap().take().unwrap().reset();
+            destination.cut();
             destination.wait(&what, |figures| figures.status == Status::PostcopyPaused);
             wait_paused(&mut source);
             // Lost again before the ends have agreed. A QEMU 7.2 then waits for bitmaps for ever, and can't be told to pause.
             if cut % 2 == 1 && version != Version::Qemu72 {
                 source.execute("migrate", json!({"uri": destination.uri, "resume": true}));
                 destination.wait(&what, |figures| figures.status != Status::PostcopyPaused);
-                let breaker = destination.breaker.lock().unwrap().take();
-                breaker.unwrap().reset();
+                destination.cut();
                 destination.wait(&what, |figures| figures.status == Status::PostcopyPaused);
                 wait_paused(&mut source);
             }

@@ -15,6 +15,11 @@ impl PageSet {
         Self { blocks: table.blocks().iter().map(|b| PageBitmap::new(table.pages_of(b))).collect() }
     }
 
+    /// Blocks that it has room for.
+    pub fn blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
     /// True if no page is in it.
     pub fn is_empty(&self) -> bool {
         self.blocks.iter().all(|pages| pages.count() == 0)

@@ -81,6 +81,13 @@ impl HostRegion {
         }
     }
 
+    /// As if the memory were of larger pages.
+    #[cfg(test)]
+    pub(crate) fn with_page(mut self, page: PageSize) -> Self {
+        self.page = page;
+        self
+    }
+
     /// What the region is a mapping of.
     pub(super) fn with_backing(mut self, backing: Backing) -> Self {
         self.file = match &backing {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::Placer;
 use crate::guest::GuestError;
-use crate::ram::Landing;
+use crate::ram::{Landing, PageRun};
 use crate::sys::{FaultAt, HostSpan, MissingFaults, MissingFaultsError, set_huge_pages};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
@@ -125,6 +125,13 @@ impl Placer {
         self.received.block(run.block).is_some_and(|map| pages.all(|page| map.get(page)))
     }
 
+    /// The first page of a run that has not come.
+    pub fn first_missing(&self, run: PageRun) -> Option<PageRun> {
+        let map = self.received.block(run.block)?;
+        let page = (run.first.0..run.end().0).map(PageIndex).find(|page| !map.get(*page))?;
+        Some(PageRun { block: run.block, first: page, pages: 1 })
+    }
+
     /// The received bitmap of a block as a source reads it: bit i of byte i / 8 is page i.
     pub fn received_bits(&self, block: BlockIndex) -> Vec<u8> {
         let Some(map) = self.received.block(block) else { return Vec::new() };
@@ -216,6 +223,10 @@ impl HostPages {
         bytes: Option<&[u8]>,
     ) -> Result<(), GuestError> {
         let Some(missing) = placer.missing.get() else { return Ok(()) };
+        // What has come may have been written by the guest since.
+        if placer.has_all(landing) {
+            return Ok(());
+        }
         let (host, target) = (placer.host_page(landing).bytes(), placer.page_bytes());
         if host <= target {
             placer.place_missing(missing, landing, bytes)?;

@@ -1,8 +1,10 @@
 #![allow(clippy::unwrap_used)]
+use std::sync::mpsc;
+
 use super::*;
 use crate::guest::MappedGuest;
 use crate::ram::{ADMISSIONS, BlockName};
-use crate::sys::Mapping;
+use crate::sys::{FaultAt, Mapping, MissingFaults};
 use crate::units::PageSize;
 
 const PAGES: u64 = 64;
@@ -72,4 +74,65 @@ fn a_zero_page_clears_what_came_before_and_touches_nothing_else() {
     assert!(bytes_of(&placer, at(1)).iter().all(|byte| *byte == 0));
     let blocks = rustix::fs::fstat(mapping.backing().unwrap().0).unwrap().st_blocks;
     assert_eq!(blocks, 8, "memory was taken for the one page that held something");
+}
+
+/// Four target pages make a host page; faults of this process are served.
+fn missing() -> (Arc<Placer>, Arc<MissingFaults>, mpsc::Receiver<Landing>) {
+    let mapping = Mapping::anonymous(PAGES * 4096).unwrap();
+    let mut block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
+    block.host_page = PageSize::from_bytes(4 * 4096).unwrap();
+    let region = mapping.region().clone().with_page(block.host_page);
+    let guest = MappedGuest::builder(PageSize::SIZE_4K).region(block.clone(), region).build().unwrap();
+    assert_eq!(guest.table().get(BlockIndex(0)).unwrap().host_page, block.host_page);
+    let mut placer = Placer::new(Arc::new(guest), &[block], None).unwrap();
+    placer.empty().unwrap();
+    // In the first rounds: as zero, and never touched.
+    let zero = placer.admit(BlockIndex(0), BlockOffset(60 * 4096), 4 * 4096).unwrap();
+    placer.zero(zero).unwrap();
+    let (tell, placed) = mpsc::channel();
+    let faults = Arc::new(MissingFaults::user_mode_only().unwrap());
+    placer.serve_missing(Arc::clone(&faults), Box::new(move |landing| tell.send(landing).unwrap())).unwrap();
+    (Arc::new(placer), faults, placed)
+}
+
+fn target_page(placer: &Placer, page: u64) -> Landing {
+    placer.admit(BlockIndex(0), BlockOffset(page * 4096), 4096).unwrap()
+}
+
+/// A source that begins host page after host page and finishes none gets no memory for them.
+#[test]
+fn host_pages_that_are_begun_and_not_finished_are_limited() {
+    let (placer, _faults, _placed) = missing();
+    let mut writer = PageWriter::default();
+    let mut put = |page| writer.place_zero(&placer, target_page(&placer, page));
+    (0..4).for_each(|host_page| put(4 * host_page).unwrap());
+    let error = put(16).unwrap_err();
+    assert!(matches!(error, GuestError::Unfinished { offset: 0x10000, .. }), "{error}");
+    // One of them may be finished, and another begun.
+    (1..4).for_each(|page| put(page).unwrap());
+    put(16).unwrap();
+    // A lost connection takes them all.
+    writer.forget_parts();
+    (0..4)
+        .for_each(|host_page| writer.place_zero(&placer, target_page(&placer, 32 + 4 * host_page)).unwrap());
+}
+
+/// A thread touches a page that came as zero before memory was served: nobody has it but us.
+#[test]
+fn a_fault_on_a_page_that_came_as_zero_is_answered_here() {
+    let (placer, faults, _placed) = missing();
+    let reader = Arc::clone(&placer);
+    let reads = std::thread::spawn(move || bytes_of(&reader, target_page(&reader, 61)));
+    let fault = loop {
+        if let Some(fault) = faults.next().unwrap() {
+            break fault;
+        }
+        std::thread::yield_now();
+    };
+    let landing = placer.host_page_at(fault).unwrap();
+    assert_eq!(placer.run(landing).first, PageIndex(60), "the whole host page");
+    assert!(placer.has_all(landing) && !placer.has_all(target_page(&placer, 0)));
+    placer.answer_received(landing).unwrap();
+    assert_eq!(reads.join().unwrap(), [0; 4096]);
+    assert_eq!(placer.host_page_at(FaultAt(placer.target(landing).unwrap().address() + 4 * 4096)), None);
 }

@@ -63,7 +63,7 @@ impl DestinationSession {
         let beside = self.source.channels().is_some() || self.source.rounds().is_some();
         let some_stay =
             self.configuration.as_ref().is_some_and(|configuration| configuration.has(IGNORE_SHARED));
-        if beside || some_stay || self.missing_faults.is_some() || self.engine.is_native() {
+        if beside || some_stay || self.advised.is_some() || self.engine.is_native() {
             return Ok(());
         }
         let placing = self.placing()?;

@@ -1,10 +1,12 @@
 //! The destination's session: reads the stream, puts pages in place, and starts the guest once it is ours.
 
+mod advised;
 mod counts;
 mod keepalive;
 mod mapper;
 mod placing;
 mod postcopy;
+mod preempt;
 mod reader;
 mod receive;
 mod recovery;
@@ -27,7 +29,7 @@ use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
-use crate::sys::{CancelToken, MissingFaults, SendPart, Stop};
+use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel};
 
 use crate::session::callback::{guarded, quietly};
@@ -36,12 +38,14 @@ use crate::session::digest::{Digest, carried};
 use crate::session::handle::Commitment;
 use crate::session::relay::ScanReport;
 use crate::session::{Breakage, Error, shared_blocks};
+use advised::Advised;
 use counts::SourceTold;
 use keepalive::KEEPALIVE_INTERVAL;
 use mapper::Mapper;
 use placing::Placing;
 pub use postcopy::MissingPages;
 use postcopy::Postcopy;
+use preempt::{Connections, SharedNext};
 use reader::StreamReader;
 use receive::{no_blocks, out_of_turn};
 pub use recovery::NextConnection;
@@ -196,10 +200,9 @@ pub struct DestinationSession {
     placing: Option<Placing>,
     mapper: Option<Mapper>,
     postcopy: Option<Postcopy>,
-    /// From ADVISE to the package: the means to serve missing pages, and the source's host page sizes, ORed.
-    missing_faults: Option<(MissingFaults, u64)>,
-    package: Vec<u8>,
-    next_connection: Option<Box<dyn NextConnection>>,
+    /// From ADVISE to the package.
+    advised: Option<Advised>,
+    next_connection: SharedNext,
     incoming: Option<Incoming>,
     configuration: Option<Configuration>,
     state: Vec<u8>,
@@ -259,9 +262,8 @@ impl DestinationSession {
             placing: None,
             mapper: None,
             postcopy: None,
-            missing_faults: None,
-            package: Vec::new(),
-            next_connection: None,
+            advised: None,
+            next_connection: SharedNext::default(),
             incoming: None,
             configuration: None,
             state: Vec::new(),
@@ -305,8 +307,11 @@ impl DestinationSession {
 
     /// Where a source connects again when the connection was lost in postcopy: then nothing is lost. Without it such a loss
     /// ends the migration, [`Ending::Incomplete`].
-    pub fn with_next_connection(mut self, next: Box<dyn NextConnection>) -> Self {
-        self.next_connection = Some(next);
+    ///
+    /// It gives the connection for urgent pages as well, which a QEMU with the capability postcopy-preempt opens: no setting
+    /// tells of it. So it may be asked while the first connection is in use, by another thread.
+    pub fn with_next_connection(self, next: Box<dyn NextConnection>) -> Self {
+        self.next_connection.put(Some(Connections::new(next)));
         self
     }
 
@@ -335,6 +340,7 @@ impl DestinationSession {
             limits: StreamLimits {
                 ram_bytes: self.settings.max_ram,
                 tail_bytes: usize::try_from(self.settings.max_state).unwrap_or(usize::MAX),
+                package_bytes: u32::try_from(self.settings.max_state).unwrap_or(u32::MAX),
                 ..StreamLimits::default()
             },
             accept_hooks: self.source.rounds().is_some(),
@@ -415,9 +421,9 @@ impl DestinationSession {
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
         self.close_rounds(ending);
         self.join_working();
-        let missing_pages = self.end_postcopy();
+        let (missing_pages, preempt_bytes) = self.end_postcopy();
         let pages_mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
-        let bytes = bytes + self.source.channels().map_or(0, |channels| channels.bytes());
+        let bytes = bytes + preempt_bytes + self.source.channels().map_or(0, |channels| channels.bytes());
         let error = self.error.as_ref();
         let told = |s: &mut Statistics| {
             s.status = match ending {
@@ -470,7 +476,7 @@ impl DestinationSession {
                     self.with_keepalive(|session| session.control.load_devices(&mut &session.state[..]));
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
-            Action::Listen => self.listen()?,
+            Action::Listen => self.listen(reader.stream.blocks())?,
             Action::AwaitRecovery => self.await_recovery(reader)?,
             Action::AwaitGuest => self.await_guest()?,
             Action::SendReady => {

@@ -14,23 +14,27 @@ use rustix::event::PollFlags;
 use std::os::fd::AsFd;
 
 use crate::engine::{FaultAnswer, HostPage, Pager};
-use crate::error::{Chain, Remedy};
-use crate::guest::{GuestControl, Placer, ServeError};
+use crate::error::Chain;
+use crate::guest::{GuestControl, Placer};
 use crate::observe::{LatencySummary, SharedStatistics, Status};
-use crate::ram::{Landing, RamBlockTable};
+use crate::ram::{Landing, PageSet};
 use crate::stream::native::decode_state_section;
-use crate::stream::qemu::command::Discard;
+use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::package::{PING_TAKEN, decode_package};
 use crate::stream::qemu::return_path::Message;
 use crate::sys::{CancelToken, MissingFaults, Stop};
 use crate::transport::{ByteSink, ChannelError};
-use crate::units::BlockOffset;
 
 use super::DestinationSession;
+use super::advised::Advised;
+use super::preempt::Preempt;
 use super::receive::{no_blocks, out_of_turn};
 use super::return_path::ReturnPathWriter;
 use crate::session::Error;
 use crate::session::callback::guarded;
+
+/// Between two looks whether the last pages have come.
+const OWED_CHECK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// Between two checks whether the source's host has acknowledged an answer.
 const ACK_CHECK_INTERVAL: Duration = Duration::from_micros(200);
@@ -45,6 +49,8 @@ pub struct MissingPages {
     pub requests: u64,
     /// From the fault to the page in place.
     pub latency: LatencySummary,
+    /// Target pages that came on the source's connection for urgent pages (QEMU: postcopy-preempt).
+    pub preempt_pages: u64,
     /// From the package's last byte until the guest was started.
     pub time_to_run: Duration,
 }
@@ -84,7 +90,7 @@ impl Shared {
         self.lose_connection();
     }
 
-    fn lose_connection(&self) {
+    pub(super) fn lose_connection(&self) {
         self.connection.lock().unwrap_or_else(PoisonError::into_inner).cancel();
     }
 
@@ -165,6 +171,9 @@ pub(super) struct Postcopy {
     pub(super) shared: Arc<Shared>,
     faults: Option<JoinHandle<()>>,
     loader: Option<JoinHandle<()>>,
+    pub(super) preempt: Preempt,
+    /// Pages that were discarded at the switchover: each comes again before the end.
+    owed: PageSet,
     /// Another connection is there, and the source has not said RESUME on it yet.
     pub(super) recovering: bool,
     loaded: Arc<Mutex<Option<Loaded>>>,
@@ -175,6 +184,7 @@ impl Drop for Postcopy {
     fn drop(&mut self) {
         self.shared.over.cancel();
         self.shared.lose_connection();
+        self.preempt.end();
         for thread in [self.loader.take(), self.faults.take()].into_iter().flatten() {
             let _ = thread.join();
         }
@@ -207,85 +217,12 @@ fn lent() -> io::Error {
 }
 
 impl DestinationSession {
-    /// The source may switch to postcopy: what that needs is tried before the first page comes.
-    pub(super) fn advised(&mut self, host_pages: u64) -> Result<(), Error> {
-        if self.source.rounds().is_some() {
-            return Err(Error::Config {
-                what: "the source may switch to postcopy, and pages come by RDMA into registered memory"
-                    .into(),
-                remedy: Remedy::Advice("turn postcopy-ram off at the source, or let it come over TCP"),
-            });
-        }
-        self.missing_faults = Some((
-            MissingFaults::new()
-                .or_else(|error| {
-                    tracing::debug!(error = %Chain(&error), "faults of user mode only are served");
-                    MissingFaults::user_mode_only()
-                })
-                .map_err(ServeError::from)?,
-            host_pages,
-        ));
-        Ok(())
-    }
-
-    /// The source's host page sizes must be ours, or pages would be placed in parts.
-    pub(super) fn check_host_pages(&self, table: &RamBlockTable) -> Result<(), Error> {
-        let Some((_, theirs)) = &self.missing_faults else { return Ok(()) };
-        let used = table.blocks().iter().filter(|block| !block.flags.ignored);
-        let ours = used.fold(0, |all, block| all | block.host_page.bytes());
-        if ours == *theirs {
-            return Ok(());
-        }
-        Err(Error::Config {
-            what: format!(
-                "the source's RAM is in pages of {theirs:#x} bytes (sizes ORed), here in pages of {ours:#x}"
-            ),
-            remedy: Remedy::Advice(
-                "give both ends the same huge pages, or turn postcopy-ram off at the source",
-            ),
-        })
-    }
-
-    /// A piece of the package.
-    pub(super) fn package_bytes(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        if (self.package.len() + bytes.len()) as u64 > self.settings.max_state {
-            return Err(out_of_turn("more device state than is accepted", "a switchover to postcopy"));
-        }
-        self.package.extend_from_slice(bytes);
-        Ok(())
-    }
-
-    /// A discard at the switchover: these pages come again.
-    pub(super) fn discard(&mut self, discard: Discard<'_>) -> Result<(), Error> {
-        let refused =
-            |why: String| out_of_turn(&format!("POSTCOPY_RAM_DISCARD, {why}"), "a switchover to postcopy");
-        if self.missing_faults.is_none() || self.postcopy.is_some() {
-            return Err(refused("before ADVISE, or after the package".into()));
-        }
-        let placer = Arc::clone(self.placing()?.placer());
-        let table = placer.memory().table();
-        let index = table.find(discard.block()).map_err(|error| refused(error.to_string()))?;
-        let page = table.get(index).map_or(table.page(), |block| block.host_page).bytes();
-        for (start, length) in discard.ranges() {
-            if start % page != 0 || length % page != 0 {
-                return Err(refused(format!(
-                    "{length} bytes at {start:#x} are not whole pages of {page} bytes"
-                )));
-            }
-            let landing =
-                table.admit(index, BlockOffset(start), length).map_err(|error| refused(error.to_string()))?;
-            placer.forget(landing)?;
-        }
-        Ok(())
-    }
-
     /// The package is whole: faults are served, and a thread loads the state and starts the guest.
-    pub(super) fn listen(&mut self) -> Result<(), Error> {
-        let package = std::mem::take(&mut self.package);
-        let decoded = decode_package(&package)?;
-        let Some((faults, _)) = self.missing_faults.take() else {
+    pub(super) fn listen(&mut self, blocks: &AnnouncedBlocks) -> Result<(), Error> {
+        let Some(Advised { faults, package, owed, .. }) = self.advised.take() else {
             return Err(out_of_turn("a package", "a migration without ADVISE"));
         };
+        let decoded = decode_package(&package)?;
         let Some(back) = self.back.take() else {
             return Err(out_of_turn("a package", "a stream without a return path"));
         };
@@ -322,10 +259,17 @@ impl DestinationSession {
             shared: Arc::clone(&shared),
             faults: Some(faults),
             loader: None,
+            preempt: Preempt::new(
+                blocks.clone(),
+                self.next_connection.clone(),
+                self.settings.spawner.clone(),
+            ),
+            owed,
             recovering: false,
             loaded: Arc::default(),
             time_to_run: Arc::default(),
         };
+        postcopy.preempt.start(&postcopy.shared)?;
         let state = if self.engine.is_native() {
             decode_state_section(decoded.sections)
                 .ok_or_else(|| {
@@ -357,6 +301,34 @@ impl DestinationSession {
         postcopy.loader = Some(self.settings.spawner.spawn("ramwire-load", Box::new(job))?);
         self.postcopy = Some(postcopy);
         Ok(())
+    }
+
+    /// The source has sent its last page. Urgent ones may be under way on their own connection: waits until all that were
+    /// discarded are here.
+    ///
+    /// # Errors
+    /// Some do not come.
+    pub(super) fn await_owed(&mut self) -> Result<(), Error> {
+        let Some(postcopy) = &mut self.postcopy else { return Ok(()) };
+        let stop = self.stop.within(postcopy.shared.send_timeout);
+        postcopy.preempt.main_ended();
+        loop {
+            let (placer, owed) = (&postcopy.shared.placer, &mut postcopy.owed);
+            // Looked at once: a page that has come stays.
+            let missing = owed.runs().find_map(|run| placer.first_missing(run));
+            let Some(page) = missing else {
+                *owed = PageSet::default();
+                return Ok(());
+            };
+            if !postcopy.preempt.is_expected() || stop.sleep(OWED_CHECK_INTERVAL).is_some() {
+                let table = placer.memory().table();
+                let name = table.get(page.block).map_or("", |block| block.name.as_str());
+                let at = page.first.0 * placer.page_bytes();
+                let what =
+                    format!("the end of RAM, though the page at {at:#x} of RAM block {name} was discarded");
+                return Err(out_of_turn(&what, "waiting for missing pages"));
+            }
+        }
     }
 
     /// All pages have come: waits for the guest's start.
@@ -409,15 +381,16 @@ impl DestinationSession {
     }
 
     /// Ends the threads; what faults came to.
-    pub(super) fn end_postcopy(&mut self) -> Option<MissingPages> {
+    pub(super) fn end_postcopy(&mut self) -> (Option<MissingPages>, u64) {
         if let Err(error) = self.take_control() {
             tracing::warn!(error = %Chain(&error), "the guest's start");
         }
-        let postcopy = self.postcopy.take()?;
+        let Some(mut postcopy) = self.postcopy.take() else { return (None, 0) };
+        let (preempt_pages, preempt_bytes) = postcopy.preempt.finish(&postcopy.shared);
         let (faults, requests) = postcopy.shared.pager().counts();
         let latency = postcopy.shared.pager().latency().summary();
         let time_to_run = *postcopy.time_to_run.lock().unwrap_or_else(PoisonError::into_inner);
-        Some(MissingPages { faults, requests, latency, time_to_run })
+        (Some(MissingPages { faults, requests, latency, preempt_pages, time_to_run }), preempt_bytes)
     }
 }
 

@@ -236,7 +236,7 @@ impl DestinationSession {
         let memory = self.provider.provide(&incoming)?;
         self.check_host_pages(memory.table())?;
         shared_blocks::check(&incoming, memory.table())?;
-        let may_be_postcopy = self.missing_faults.is_some();
+        let may_be_postcopy = self.advised.is_some();
         let known_zero = |block: &RamBlock| self.provider.is_zeroed(block);
         let placing = Placing::new(
             memory,
@@ -267,6 +267,7 @@ impl DestinationSession {
         }
         self.refuse_unread_channels()?;
         self.last_scan()?;
+        self.await_owed()?;
         match &mut self.placing {
             Some(placing) => placing.ram_complete(),
             None => Err(no_blocks("the end of RAM")),
@@ -298,7 +299,7 @@ impl DestinationSession {
             Command::PostcopyRamDiscard(discard) => self.discard(discard)?,
             Command::RecvBitmap { block } if self.postcopy.is_some() => self.send_received(block)?,
             Command::PostcopyResume if self.postcopy.is_some() => self.resume_requests()?,
-            Command::Packaged { .. } if self.missing_faults.is_some() => {}
+            Command::Packaged { .. } if self.advised.is_some() => {}
             Command::SwitchoverStart | Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps => {}
             Command::Native(order) => return self.order(order),
             other => return Err(out_of_turn(&format!("{other:?}"), "a precopy migration")),

@@ -14,6 +14,7 @@ use crate::transport::{OpenError, StreamChannel};
 use crate::units::BlockOffset;
 
 use super::DestinationSession;
+use super::preempt::Use;
 use super::reader::StreamReader;
 use super::receive::out_of_turn;
 use crate::error::Remedy;
@@ -38,14 +39,15 @@ impl DestinationSession {
     /// True if a lost connection is no end.
     pub(super) fn may_recover(&self) -> bool {
         let failed = self.postcopy.as_ref().is_some_and(|postcopy| postcopy.shared.has_failed());
-        self.next_connection.is_some() && !failed && !self.cancel.is_cancelled()
+        self.next_connection.is_there() && !failed && !self.cancel.is_cancelled()
     }
 
     /// Lets the old connection go and waits for the next one; a cancel ends the wait.
     pub(super) fn await_recovery(&mut self, reader: &mut StreamReader) -> Result<(), Error> {
-        let (Some(postcopy), Some(next)) = (&mut self.postcopy, &mut self.next_connection) else {
+        let Some(postcopy) = &mut self.postcopy else {
             return Err(out_of_turn("a lost connection", "precopy"));
         };
+        postcopy.shared.lose_connection();
         if let Some(error) = &self.error {
             tracing::warn!(%error, "the connection is lost; the guest runs on, and the source may connect again");
         }
@@ -55,12 +57,28 @@ impl DestinationSession {
             placing.forget_parts();
         }
         let stop = Stop::on(&self.cancel);
-        let connected = next.next(&stop);
+        let connected = match (postcopy.preempt.end(), self.next_connection.take()) {
+            (Some(early), next) => {
+                self.next_connection.put(next);
+                Ok(early)
+            }
+            (None, Some(mut next)) => {
+                let connected = next.first_to_speak(&stop, |_| {});
+                // Asked again after a failure it would say the same.
+                self.next_connection.put(Some(next).filter(|_| connected.is_ok()));
+                match connected {
+                    Ok((_, Use::Urgent)) => {
+                        return Err(out_of_turn("a connection that begins with pages", "recovery"));
+                    }
+                    Ok((channel, Use::Main)) => Ok(channel),
+                    Err(error) => Err(error),
+                }
+            }
+            (None, None) => return Err(out_of_turn("a lost connection", "a session without another")),
+        };
         let (source, back) = match connected {
             Ok(channel) => channel.with_return_path(),
             Err(error) => {
-                // Asked again at once it would say the same.
-                self.next_connection = None;
                 return Err(Error::Config {
                     what: format!("no other connection of the source can come: {error}"),
                     remedy: Remedy::Advice(
@@ -110,6 +128,7 @@ impl DestinationSession {
         let pages = || shared.pager().outstanding().filter_map(page_at).collect();
         let stop = self.stop.within(shared.send_timeout);
         shared.back.resume(Message::ResumeAck(1), &shared.placer, pages, &stop)?;
+        postcopy.preempt.start(&postcopy.shared)?;
         postcopy.recovering = false;
         self.statistics.update(|s| s.status = Status::PostcopyActive);
         Ok(())

@@ -5,6 +5,7 @@
 mod control;
 mod greeting;
 mod hooks;
+mod hostile_postcopy;
 mod outage;
 mod panics;
 mod postcopy;

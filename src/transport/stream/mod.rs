@@ -243,6 +243,16 @@ impl StreamChannel {
         self.stall = stall;
     }
 
+    /// Tells a TCP peer at once what has come. A peer that holds a small message back until the one before it is
+    /// acknowledged (Nagle's algorithm) otherwise waits for our delayed acknowledgement, 40 ms.
+    pub(crate) fn acknowledge_at_once(&self) {
+        if self.end.nature == Nature::Tcp
+            && let Err(error) = rustix::net::sockopt::set_tcp_quickack(&self.end.fd, true)
+        {
+            tracing::debug!(%error, "acknowledgements may be delayed");
+        }
+    }
+
     /// The first bytes of the stream of a socket that are there, as many as `into` has room for; they stay to be read. 0 is
     /// the end of the stream.
     ///

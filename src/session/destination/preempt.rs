@@ -1,0 +1,344 @@
+//! The source's connection for urgent pages (QEMU: postcopy-preempt), so that a page that a thread waits for stands behind
+//! no others.
+//!
+//! A source opens it between its first bytes and the package, and writes nothing on it before the first request. Nothing in
+//! the stream announces it. So from the package on a thread waits for it, and leaves off when the migration has ended. What
+//! it carries are records of pages without a section around them, with a current block of its own; a QEMU up to 7.2 writes
+//! a mark behind the last one.
+//!
+//! A source that connects again after a loss may be faster than our own notice of that loss. Its first byte tells: a
+//! command, which no record of a page begins with.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use crate::error::Chain;
+use crate::guest::PageWriter;
+use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::ram::{Record, decode_record};
+use crate::stream::qemu::section::COMMAND;
+use crate::stream::{DecodeError, Fault};
+use crate::sys::{RecvPart, Stop};
+use crate::transport::{ByteSource, ChannelError, OpenError, StreamChannel};
+
+use super::postcopy::Shared;
+use super::recovery::NextConnection;
+use crate::session::Error;
+use crate::session::callback::guarded;
+use crate::session::workers::Spawner;
+
+/// Bytes read at a time.
+const BUFFER: usize = 64 << 10;
+/// How long the source may take to close the connection once it knows that the guest runs.
+const PART_WITHIN: Duration = Duration::from_secs(2);
+/// Between two looks for another connection while one is silent, and how long each takes.
+const NEXT_CHECK_INTERVAL: Duration = Duration::from_millis(20);
+const NEXT_CHECK_TIME: Duration = Duration::from_millis(1);
+/// Most connections that are kept while they say nothing.
+const MAX_SILENT: usize = 8;
+/// Between two looks whether it has.
+const PART_CHECK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Where the connections behind the first come from: one thread has it at a time.
+#[derive(Clone, Default)]
+pub(super) struct SharedNext(Arc<Next>);
+
+#[derive(Default)]
+struct Next {
+    slot: Mutex<Option<Connections>>,
+    /// There is one, whoever has it.
+    there: AtomicBool,
+}
+
+impl SharedNext {
+    /// Gives it back; `None`: there is none any more.
+    pub(super) fn put(&self, next: Option<Connections>) {
+        self.0.there.store(next.is_some(), Ordering::Release);
+        *self.0.slot.lock().unwrap_or_else(PoisonError::into_inner) = next;
+    }
+
+    pub(super) fn take(&self) -> Option<Connections> {
+        self.0.slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    pub(super) fn is_there(&self) -> bool {
+        self.0.there.load(Ordering::Acquire)
+    }
+}
+
+/// What a connection is by its first byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Use {
+    /// The stream goes on here: a command.
+    Main,
+    /// Urgent pages.
+    Urgent,
+}
+
+/// Connections behind the first. A source that has lost one may leave others behind, and strangers connect, too: so a
+/// connection that says nothing keeps nobody from the next.
+pub(super) struct Connections {
+    next: Box<dyn NextConnection>,
+    silent: Vec<StreamChannel>,
+}
+
+impl Connections {
+    pub(super) fn new(next: Box<dyn NextConnection>) -> Self {
+        Self { next, silent: Vec::new() }
+    }
+
+    /// Waits for a connection that has something to say. `watch` is told, at each change, whether one waits to say it.
+    ///
+    /// # Errors
+    /// No other connection can come, or the stop.
+    pub(super) fn first_to_speak(
+        &mut self,
+        stop: &Stop,
+        watch: impl Fn(bool),
+    ) -> Result<(StreamChannel, Use), OpenError> {
+        loop {
+            if let Some(spoken) = self.spoken() {
+                return Ok(spoken);
+            }
+            watch(!self.silent.is_empty());
+            if self.silent.is_empty() {
+                self.silent.push(self.next.next(stop)?);
+                continue;
+            }
+            let fds: Vec<_> = self.silent.iter().filter_map(ByteSource::descriptor).collect();
+            let waited = stop.within(NEXT_CHECK_INTERVAL).wait_any(&fds);
+            drop(fds);
+            if matches!(waited, Ok(Some(_))) {
+                let brief = stop.within(NEXT_CHECK_TIME);
+                match self.next.next(&brief) {
+                    Ok(channel) => self.silent.push(channel),
+                    Err(_) if brief.reason().is_some() && stop.reason().is_none() => {}
+                    Err(error) => return Err(error),
+                }
+                if self.silent.len() > MAX_SILENT {
+                    self.silent.remove(0);
+                }
+            }
+        }
+    }
+
+    /// The first that has something to say. Those that are closed are let go.
+    fn spoken(&mut self) -> Option<(StreamChannel, Use)> {
+        let mut at = 0;
+        while let Some(channel) = self.silent.get(at) {
+            let mut byte = [0];
+            let found = match channel.peek(&mut byte) {
+                Err(Errno::AGAIN) => {
+                    at += 1;
+                    continue;
+                }
+                Ok(1) if byte[0] == COMMAND => Some(Use::Main),
+                Ok(1) if byte[0] == 0 => Some(Use::Urgent),
+                _ => None,
+            };
+            let channel = self.silent.remove(at);
+            match found {
+                Some(found) => return Some((channel, found)),
+                None => tracing::debug!(peer = channel.peer(), "a connection that is of no use"),
+            }
+        }
+        None
+    }
+}
+
+/// What the thread and the session share.
+#[derive(Default)]
+struct State {
+    pages: AtomicU64,
+    bytes: AtomicU64,
+    /// The connection is there.
+    connected: AtomicBool,
+    /// The main connection has brought its last page.
+    main_ended: AtomicBool,
+    /// A main connection that took the place of a lost one, and was met here.
+    early: Mutex<Option<StreamChannel>>,
+}
+
+/// The thread that waits for the connection and reads it.
+pub(super) struct Preempt {
+    blocks: AnnouncedBlocks,
+    next: SharedNext,
+    spawner: Spawner,
+    state: Arc<State>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Preempt {
+    pub(super) fn new(mut blocks: AnnouncedBlocks, next: SharedNext, spawner: Spawner) -> Self {
+        blocks.forget_current();
+        Self { blocks, next, spawner, state: Arc::default(), thread: None }
+    }
+
+    /// Waits for the connection from here on, where connections can come.
+    pub(super) fn start(&mut self, shared: &Arc<Shared>) -> Result<(), Error> {
+        let Some(next) = self.next.take() else { return Ok(()) };
+        self.state.main_ended.store(false, Ordering::Release);
+        let urgent = Urgent {
+            shared: Arc::clone(shared),
+            state: Arc::clone(&self.state),
+            blocks: self.blocks.clone(),
+            writer: PageWriter::default(),
+        };
+        let (slot, stop) = (self.next.clone(), shared.stop());
+        let job = move || {
+            let (mut urgent, mut next) = (urgent, next);
+            let done = guarded("receiving urgent pages", || urgent.run(&mut next, &stop));
+            slot.put(Some(next));
+            urgent.state.connected.store(false, Ordering::Release);
+            match done.and_then(|done| done) {
+                Ok(()) => {}
+                Err(_) if stop.reason().is_some() => {}
+                Err(error) => {
+                    tracing::warn!(error = %Chain(&error), "the connection for urgent pages");
+                    urgent.shared.lose_connection();
+                }
+            }
+        };
+        self.thread = Some(self.spawner.spawn("ramwire-preempt", Box::new(job))?);
+        Ok(())
+    }
+
+    /// True while urgent pages may come.
+    pub(super) fn is_expected(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// The main connection has brought its last page: the source may close this one.
+    pub(super) fn main_ended(&self) {
+        self.state.main_ended.store(true, Ordering::Release);
+    }
+
+    /// Waits for the end of the thread, which the loss of the connection ends. The source's next main connection, if it
+    /// came here.
+    pub(super) fn end(&mut self) -> Option<StreamChannel> {
+        if let Some(thread) = self.thread.take() {
+            // A panic was taken for an error before.
+            let _ = thread.join();
+        }
+        self.state.early.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The migration has ended: lets the source close the connection, which may have its last mark to write, and ends the
+    /// thread. Target pages and bytes that came.
+    pub(super) fn finish(&mut self, shared: &Shared) -> (u64, u64) {
+        let stop = shared.stop().within(PART_WITHIN);
+        while self.state.connected.load(Ordering::Acquire) {
+            if stop.sleep(PART_CHECK_INTERVAL).is_some() {
+                break;
+            }
+        }
+        shared.lose_connection();
+        self.end();
+        (self.state.pages.load(Ordering::Relaxed), self.state.bytes.load(Ordering::Relaxed))
+    }
+}
+
+/// The thread's own.
+struct Urgent {
+    shared: Arc<Shared>,
+    state: Arc<State>,
+    blocks: AnnouncedBlocks,
+    writer: PageWriter,
+}
+
+impl Urgent {
+    fn run(&mut self, next: &mut Connections, stop: &Stop) -> Result<(), Error> {
+        loop {
+            let connected = |waits| self.state.connected.store(waits, Ordering::Release);
+            let mut channel = match next.first_to_speak(stop, connected) {
+                Ok((channel, Use::Urgent)) => channel,
+                Ok((channel, Use::Main)) => {
+                    *self.state.early.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
+                    self.shared.lose_connection();
+                    return Ok(());
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "no connection for urgent pages");
+                    return Ok(());
+                }
+            };
+            // It is silent while nobody waits for a page.
+            channel.set_stall(None);
+            connected(true);
+            let before = self.state.pages.load(Ordering::Relaxed);
+            let read = self.read(&mut channel, stop);
+            if self.state.main_ended.load(Ordering::Acquire) && read.is_ok() || stop.reason().is_some() {
+                return Ok(());
+            }
+            // One that brought no page is not the source's, or the source has given it up.
+            if self.state.pages.load(Ordering::Relaxed) > before {
+                let doing = "waiting for urgent pages";
+                let closed = || ChannelError::Closed { peer: channel.peer().into(), doing }.into();
+                return Err(read.err().unwrap_or_else(closed));
+            }
+            let why = read.err().map_or_else(|| "it was closed".into(), |error| Chain(&error).to_string());
+            tracing::warn!(peer = channel.peer(), why, "a connection that is of no use");
+        }
+    }
+
+    /// Places what comes, to the end of the connection.
+    fn read(&mut self, channel: &mut StreamChannel, stop: &Stop) -> Result<(), Error> {
+        let (mut buffer, mut start, mut end) = (vec![0; BUFFER], 0, 0);
+        self.blocks.forget_current();
+        self.writer.forget_parts();
+        loop {
+            match self.record(buffer.get(start..end).unwrap_or(&[])) {
+                Ok(used) => start += used,
+                Err(Error::Decode(DecodeError::Truncated { .. })) => {
+                    buffer.copy_within(start..end, 0);
+                    (start, end) = (0, end - start);
+                    let got = channel.recv(&mut [RecvPart::Own(&mut buffer[end..])], stop)?;
+                    if got == 0 {
+                        return Ok(());
+                    }
+                    end += got;
+                    // A QEMU leaves Nagle's algorithm on here. The kernel forgets this setting with the next bytes.
+                    channel.acknowledge_at_once();
+                    self.state.bytes.fetch_add(got as u64, Ordering::Relaxed);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Places the page of the record at the front of `input`; the bytes that it took.
+    fn record(&mut self, input: &[u8]) -> Result<usize, Error> {
+        let placer = &self.shared.placer;
+        let page = placer.memory().table().page();
+        let (record, head) = decode_record(input, page)?;
+        let at_front = |fault| Error::Decode(DecodeError::corrupt(0, fault));
+        match record {
+            Record::Page(at) => {
+                let used = head + page.bytes() as usize;
+                let Some(bytes) = input.get(head..used) else {
+                    let truncated = DecodeError::Truncated { needed: used, have: input.len() };
+                    return Err(Error::Decode(truncated));
+                };
+                let (block, offset) = self.blocks.locate(at, page).map_err(at_front)?;
+                let landing = placer.admit(block, offset, page.bytes())?;
+                self.writer.place(placer, landing, std::iter::once(bytes))?;
+                self.state.pages.fetch_add(1, Ordering::Relaxed);
+                Ok(used)
+            }
+            Record::Zero { at, fill: 0 } => {
+                let (block, offset) = self.blocks.locate(at, page).map_err(at_front)?;
+                let landing = placer.admit(block, offset, page.bytes())?;
+                self.writer.place_zero(placer, landing)?;
+                self.state.pages.fetch_add(1, Ordering::Relaxed);
+                Ok(head)
+            }
+            Record::Zero { fill: byte, .. } => Err(at_front(Fault::FillByte { byte })),
+            Record::Eos => Ok(head),
+            _ => Err(at_front(Fault::RecordFlags { flags: 0 })),
+        }
+    }
+}
