@@ -195,9 +195,31 @@ impl SourceSession {
         self.state = out;
         self.link.sink().send(&[SendPart::Own(&self.state[..self.commit_at])], &self.stop)?;
         self.link.sink().flush(&self.stop)?;
-        // The next bytes commit: a peer that has failed by now leaves no doubt.
-        self.poll_return_path()?;
+        self.await_discarded()?;
         Ok(Input::Done)
+    }
+
+    /// The next bytes commit. A peer that does not allow postcopy, or that failed before it was ready for missing pages, has
+    /// said so in front of this answer: then nothing is in doubt.
+    fn await_discarded(&mut self) -> Result<(), Error> {
+        let after = self.settings.stall_timeout;
+        let stop = self.stop.within(after);
+        let silent = || Error::NoAnswer {
+            what: "that it has discarded what comes again",
+            after,
+            remedy: Remedy::RaiseStallTimeout,
+        };
+        let Some(back) = &mut self.back else { return Err(silent()) };
+        let mut next =
+            || back.next(&stop).map_err(|error| if error.is_deadline() { silent() } else { error });
+        loop {
+            match next()? {
+                PeerMessage::Pong(PING_DISCARDED) => return Ok(()),
+                PeerMessage::Working => {}
+                word => refuse_verdict(word)?,
+            }
+            check_deadline(&stop)?;
+        }
     }
 
     /// Sends missing pages until none is left, or until `until`. Requests are taken between any two batches.
