@@ -149,7 +149,8 @@ impl Destination {
                 Ok(channel)
             };
             let first: StreamChannel = accept(&Stop::never()).unwrap();
-            let settings = DestinationSettings { postcopy: true, ..DestinationSettings::default() };
+            let mut settings = DestinationSettings::default();
+            settings.postcopy = true;
             let session = DestinationSession::over(first, Box::new(memory), Box::new(control), settings)
                 .with_next_connection(Box::new(accept));
             tell.send(session.statistics()).unwrap();

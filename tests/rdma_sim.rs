@@ -135,7 +135,10 @@ fn a_guest_goes_over_rdma_between_two_sessions() {
         let wait_after_round = seed % 2 == 1;
         let what = format!("seed {seed}, pin-all {pin_all}, {queue_pairs} queue pairs");
         let config = SimConfig { seed, loss_per_mille: 20, ..SimConfig::default() };
-        let rdma = RdmaOptions { pin_all, queue_pairs, wait_after_round, ..RdmaOptions::default() };
+        let mut rdma = RdmaOptions::default();
+        rdma.pin_all = pin_all;
+        rdma.queue_pairs = queue_pairs;
+        rdma.wait_after_round = wait_after_round;
         let run = migrate(config, rdma, true, true);
         let (source, destination) = (run.source.unwrap(), run.destination.unwrap());
         assert_eq!(source.outcome, Outcome::Completed, "{what}: {source:?} {destination:?}");
@@ -151,7 +154,8 @@ fn a_guest_goes_over_rdma_between_two_sessions() {
 fn a_budget_below_the_guest_s_size_lets_all_of_it_through() {
     for seed in 0..4 {
         let config = SimConfig { seed, ..SimConfig::default() };
-        let rdma = RdmaOptions { pin_budget: Some(2 << 20), ..RdmaOptions::default() };
+        let mut rdma = RdmaOptions::default();
+        rdma.pin_budget = Some(2 << 20);
         let run = migrate(config, rdma, true, true);
         let (source, destination) = (run.source.unwrap(), run.destination.unwrap());
         assert_eq!(source.outcome, Outcome::Completed, "seed {seed}: {:?}", source.error);
@@ -259,7 +263,8 @@ fn r45_a_qemu_is_asked_for_a_return_path_only_if_the_operator_says_so() {
             }
         });
         let part = here.enter();
-        let rdma = RdmaOptions { return_path, ..RdmaOptions::default() };
+        let mut rdma = RdmaOptions::default();
+        rdma.return_path = return_path;
         let (options, stop) = (StreamOptions::default(), Stop::on(&CancelToken::default()));
         let door = connect_over(Arc::new(here), "10.0.0.2", 4444, filled(), &options, &rdma, &stop);
         assert!(!door.is_ok_and(|door| door.back.is_some()), "this QEMU accepts no second connection");

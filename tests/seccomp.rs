@@ -288,14 +288,13 @@ fn connected(door: &str, memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connec
 /// The same with two page channels. Which connection is the main one shows in its first bytes.
 fn with_channels(memory: &Arc<MappedGuest>, spawner: &Spawner, sending: PageSending) -> Connected {
     let stop = Stop::on(&CancelToken::default());
-    let channels = ChannelOptions {
-        count: 2,
-        sending,
-        numa: Numa::Auto,
-        spawn: spawner.callback(),
-        ..ChannelOptions::default()
-    };
-    let options = DoorOptions { channels, ..DoorOptions::default() };
+    let mut channels = ChannelOptions::default();
+    channels.count = 2;
+    channels.sending = sending;
+    channels.numa = Numa::Auto;
+    channels.spawn = spawner.callback();
+    let mut options = DoorOptions::default();
+    options.channels = channels;
     let mut listener =
         Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop).unwrap();
     let near = open_source(listener.address(), memory.clone(), &options, &stop).unwrap().into();
@@ -311,11 +310,9 @@ fn migrate(door: &str, end: &str, dirty: &str, filters: Option<HashMap<String, B
     let writer = here.start();
     let spawner = spawner(filters);
     let Connected { near: link, far, breaker } = connected(door, &here.memory, &spawner);
-    let arrives = DestinationSettings {
-        spawner: spawner.clone(),
-        stall_timeout: STALL,
-        ..DestinationSettings::default()
-    };
+    let mut arrives = DestinationSettings::default();
+    arrives.spawner = spawner.clone();
+    arrives.stall_timeout = STALL;
     let dirty: Arc<dyn DirtySource> = match dirty {
         "software" => here.written.clone(),
         _ => Arc::new(WrittenPages::new(&here.memory)),

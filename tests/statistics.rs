@@ -57,15 +57,14 @@ fn kind(value: &Value) -> &'static str {
 /// Our fields in every state that shows some.
 fn ours() -> BTreeMap<String, Value> {
     let deltas = DeltaCounts { cache_size: 1 << 20, ..DeltaCounts::default() };
-    let active = Statistics {
-        status: Status::Active,
-        throttle_percent: 20,
-        deltas,
-        error: Some("why".into()),
-        expected_downtime: Some(300.0),
-        ..Statistics::default()
-    };
-    let completed = Statistics { status: Status::Completed, ..Statistics::default() };
+    let mut active = Statistics::default();
+    active.status = Status::Active;
+    active.throttle_percent = 20;
+    active.deltas = deltas;
+    active.error = Some("why".into());
+    active.expected_downtime = Some(300.0);
+    let mut completed = Statistics::default();
+    completed.status = Status::Completed;
     let mut out = BTreeMap::new();
     for statistics in [active, completed] {
         let shape = statistics.query_migrate();

@@ -11,7 +11,8 @@ fn open_descriptors() -> usize {
 }
 
 fn use_every_door(dir: &std::path::Path) {
-    let options = StreamOptions { stall: Some(Duration::from_millis(20)), ..StreamOptions::default() };
+    let mut options = StreamOptions::default();
+    options.stall = Some(Duration::from_millis(20));
     let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(10));
     let dir = dir.display();
     for text in ["tcp::0".into(), "tcp:localhost:0".into(), format!("unix:{dir}/a.sock")] {

@@ -60,11 +60,10 @@ impl SourceTimeouts {
 
 impl Timeouts {
     pub(super) fn stream_options(&self) -> StreamOptions {
-        StreamOptions {
-            stall: Some(self.stall_timeout),
-            dead_peer: self.dead_peer_timeout,
-            ..StreamOptions::default()
-        }
+        let mut options = StreamOptions::default();
+        options.stall = Some(self.stall_timeout);
+        options.dead_peer = self.dead_peer_timeout;
+        options
     }
 }
 
@@ -87,13 +86,12 @@ pub(super) struct RdmaArgs {
 
 impl RdmaArgs {
     pub(super) fn options(&self) -> RdmaOptions {
-        RdmaOptions {
-            pin_all: self.pin_all,
-            pin_budget: self.pin_budget,
-            return_path: self.return_path,
-            queue_pairs: self.queue_pairs,
-            ..RdmaOptions::default()
-        }
+        let mut options = RdmaOptions::default();
+        options.pin_all = self.pin_all;
+        options.pin_budget = self.pin_budget;
+        options.return_path = self.return_path;
+        options.queue_pairs = self.queue_pairs;
+        options
     }
 }
 
@@ -132,13 +130,12 @@ impl ChannelArgs {
             )));
         }
         let uuid = self.uuid.unwrap_or_default();
-        Ok(ChannelOptions {
-            count: self.channels,
-            packing: self.compression,
-            uuid,
-            numa: self.numa.clone(),
-            ..ChannelOptions::default()
-        })
+        let mut options = ChannelOptions::default();
+        options.count = self.channels;
+        options.packing = self.compression;
+        options.uuid = uuid;
+        options.numa = self.numa.clone();
+        Ok(options)
     }
 
     /// How many channels.
@@ -170,9 +167,10 @@ pub(super) struct SourceChannelArgs {
 
 impl SourceChannelArgs {
     pub(super) fn options(&self) -> Result<ChannelOptions, Usage> {
-        let options = self.both.options()?;
+        let mut options = self.both.options()?;
         let carriers = self.carriers.map(usize::from);
-        let options = ChannelOptions { sending: self.send_pages, carriers, ..options };
+        options.sending = self.send_pages;
+        options.carriers = carriers;
         match options.no_such_sending() {
             Some((why, remedy)) => {
                 let way = options.sending;

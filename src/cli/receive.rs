@@ -88,7 +88,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     let waiting = cancel.clone();
     let signals = cancel_on_signal(vec![waiting]);
-    let options = DoorOptions { channels, ..DoorOptions::of_stream(args.timeouts.stream_options()) };
+    let mut options = DoorOptions::of_stream(args.timeouts.stream_options());
+    options.channels = channels;
     let door = listener.accept_door(&options, &stop)?;
     // One migration: nobody else gets in.
     drop(listener);
@@ -96,15 +97,13 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         guest = guest.written_by_nic()?;
     }
     let way = door.way;
-    let settings = DestinationSettings {
-        // No guest runs here: nobody will touch the pages.
-        map_behind: false,
-        stall_timeout: args.timeouts.stall_timeout,
-        finish_timeout: args.timeouts.finish_timeout,
-        max_ram: args.max_ram,
-        accept_missing_description: true,
-        ..DestinationSettings::default()
-    };
+    let mut settings = DestinationSettings::default();
+    // No guest runs here: nobody will touch the pages.
+    settings.map_behind = false;
+    settings.stall_timeout = args.timeouts.stall_timeout;
+    settings.finish_timeout = args.timeouts.finish_timeout;
+    settings.max_ram = args.max_ram;
+    settings.accept_missing_description = true;
     let session = DestinationSession::new(
         door.source,
         door.back,

@@ -128,10 +128,16 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     let options = args.timeouts.both.stream_options();
     let (count, packing) = (args.listen_channels, args.listen_compression);
-    let near = ChannelOptions { count, packing, numa: channels.numa.clone(), ..ChannelOptions::default() };
-    let quiet = RdmaOptions { wait_after_round: true, ..RdmaOptions::default() };
-    let near = DoorOptions { channels: near, rdma: quiet, ..DoorOptions::of_stream(options) };
-    let door = listener.accept_door(&near, &stop)?;
+    let mut near = ChannelOptions::default();
+    near.count = count;
+    near.packing = packing;
+    near.numa = channels.numa.clone();
+    let mut quiet = RdmaOptions::default();
+    quiet.wait_after_round = true;
+    let mut listening = DoorOptions::of_stream(options);
+    listening.channels = near;
+    listening.rdma = quiet;
+    let door = listener.accept_door(&listening, &stop)?;
     drop(listener);
     let guardian = Guardian::start().map_err(|error| NoGuardian { source: error })?;
     let (pid, doubted) = (guardian.pid(), control.clone());
@@ -142,7 +148,11 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     let delta_cache = args.xbzrle_cache_size;
     let retry = args.timeouts.retry;
-    let options = DoorOptions { stream: options, rdma: args.rdma.options(), channels, delta_cache, retry };
+    let mut connecting = DoorOptions::of_stream(options);
+    connecting.rdma = args.rdma.options();
+    connecting.channels = channels;
+    connecting.delta_cache = delta_cache;
+    connecting.retry = retry;
     let (far, far_stop, timeouts) = (args.connect.clone(), stop.clone(), args.timeouts.clone());
     let chosen = matches!(far, Address::Auto { .. });
     let far_way = Arc::new(OnceLock::new());
@@ -151,7 +161,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let (begun, far_statistics, settings) = (Arc::clone(&log), statistics.clone(), args.settings());
     let open = move |memory: Arc<dyn GuestMemory>| {
         timeouts.tell_retry("relay", &far);
-        let door = open_source(&far, Arc::clone(&memory), &options, &far_stop);
+        let door = open_source(&far, Arc::clone(&memory), &connecting, &far_stop);
         if let Ok(door) = &door {
             if chosen {
                 note!("ramwire relay: far end: {}: {}", door.way.transport, door.way.why);
@@ -167,13 +177,11 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
             remedy: Remedy::Advice("start it first, with -incoming or ramwire receive"),
         })
     };
-    let incoming = DestinationSettings {
-        stall_timeout: args.timeouts.both.stall_timeout,
-        finish_timeout: args.timeouts.both.finish_timeout,
-        max_ram: args.max_ram,
-        accept_missing_description: true,
-        ..DestinationSettings::default()
-    };
+    let mut incoming = DestinationSettings::default();
+    incoming.stall_timeout = args.timeouts.both.stall_timeout;
+    incoming.finish_timeout = args.timeouts.both.finish_timeout;
+    incoming.max_ram = args.max_ram;
+    incoming.accept_missing_description = true;
     let mut outgoing = SourceSettings::new(Configuration::default());
     outgoing.downtime_limit = Duration::from_millis(args.downtime_ms);
     outgoing.max_bandwidth = Rate::limit(args.max_bandwidth);

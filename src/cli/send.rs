@@ -172,13 +172,12 @@ fn send(
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let memory = guest.memory();
     let log = args.watch.create_log()?;
-    let options = DoorOptions {
-        stream: args.timeouts.both.stream_options(),
-        rdma: args.rdma.options(),
-        channels,
-        delta_cache: args.xbzrle_cache_size,
-        retry: args.timeouts.retry,
-    };
+    let mut options = DoorOptions::default();
+    options.stream = args.timeouts.both.stream_options();
+    options.rdma = args.rdma.options();
+    options.channels = channels;
+    options.delta_cache = args.xbzrle_cache_size;
+    options.retry = args.timeouts.retry;
     args.timeouts.tell_retry("send", &args.uri);
     let door = open_source(&args.uri, memory.clone(), &options, &Stop::on(&cancel))?;
     let way = door.way.clone();

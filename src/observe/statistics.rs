@@ -199,6 +199,7 @@ pub struct RoundReport {
 
 /// One consistent snapshot of a migration's figures. Times are milliseconds, sizes bytes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Statistics {
     /// Where it stands.
     pub status: Status,

@@ -34,6 +34,7 @@ impl PostcopySettings {
 
 /// Settings of a source: how it begins. What may change while it runs is in its [`Control`](super::Control).
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct SourceSettings {
     /// Longest time the guest may stand still; 300 ms.
     pub downtime_limit: Duration,
@@ -150,6 +151,7 @@ impl SourceSettings {
 
 /// Settings of a destination.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct DestinationSettings {
     /// Without a byte for this long before COMMIT the migration fails; 30 s.
     pub stall_timeout: Duration,

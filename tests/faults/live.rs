@@ -125,7 +125,9 @@ pub(crate) fn channel(socket: UnixStream, stall: Duration) -> StreamChannel {
 }
 
 pub(crate) fn options(stall: Duration) -> StreamOptions {
-    StreamOptions { stall: Some(stall), ..StreamOptions::default() }
+    let mut options = StreamOptions::default();
+    options.stall = Some(stall);
+    options
 }
 
 pub(crate) fn settings(patience: Duration) -> SourceSettings {
@@ -151,13 +153,12 @@ pub(crate) fn source(
 }
 
 pub(crate) fn destination_settings(patience: Duration) -> DestinationSettings {
-    DestinationSettings {
-        stall_timeout: patience,
-        finish_timeout: patience,
-        max_ram: 1 << 30,
-        max_state: 1 << 20,
-        ..DestinationSettings::default()
-    }
+    let mut settings = DestinationSettings::default();
+    settings.stall_timeout = patience;
+    settings.finish_timeout = patience;
+    settings.max_ram = 1 << 30;
+    settings.max_state = 1 << 20;
+    settings
 }
 
 pub(crate) fn destination(

@@ -78,10 +78,19 @@ fn bytes(mapping: &Mapping) -> Vec<u8> {
 }
 
 fn options(channels: u8) -> DoorOptions {
-    let channels = ChannelOptions { count: channels, carriers: Some(255), ..ChannelOptions::default() };
+    let channels = {
+        let mut options = ChannelOptions::default();
+        options.count = channels;
+        options.carriers = Some(255);
+        options
+    };
     // A destination waits so long for connections that do not come.
-    let stream = StreamOptions { dead_peer: Duration::from_secs(60), ..StreamOptions::default() };
-    DoorOptions { stream, channels, ..DoorOptions::default() }
+    let mut stream = StreamOptions::default();
+    stream.dead_peer = Duration::from_secs(60);
+    let mut options = DoorOptions::default();
+    options.stream = stream;
+    options.channels = channels;
+    options
 }
 
 fn stop() -> Stop {

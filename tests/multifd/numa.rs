@@ -76,9 +76,13 @@ fn watched(seen: &Seen, count: u8, embedder: Option<Vec<u32>>, numa: &Numa) -> D
         };
         spawn_thread(name, Box::new(job))
     };
-    let channels =
-        ChannelOptions { count, numa: numa.clone(), spawn: Arc::new(spawn), ..ChannelOptions::default() };
-    DoorOptions { channels, ..DoorOptions::default() }
+    let mut channels = ChannelOptions::default();
+    channels.count = count;
+    channels.numa = numa.clone();
+    channels.spawn = Arc::new(spawn);
+    let mut options = DoorOptions::default();
+    options.channels = channels;
+    options
 }
 
 /// Migrates `from` to `to` by `count` channels; where their threads were.
@@ -91,13 +95,14 @@ fn migrate(from: &Mapping, to: &Mapping, count: u8, numa: &Numa, embedder: Optio
     let near: SourceConnection =
         open_source(listener.address(), guest(from), &options, &stop).unwrap().into();
     let source = SourceGuest { memory: guest(from), dirty: Vec::new(), control: Box::new(Still) };
-    let settings =
-        SourceSettings { guest_stands_still: true, ..SourceSettings::new(Configuration::default()) };
+    let mut settings = SourceSettings::new(Configuration::default());
+    settings.guest_stands_still = true;
     let source = SourceSession::new(source, near, settings);
     // Which connection is which its first bytes tell.
     let source = std::thread::spawn(move || source.run());
     let door = listener.accept_door(&options, &stop).unwrap();
-    let settings = DestinationSettings { map_behind: false, ..DestinationSettings::default() };
+    let mut settings = DestinationSettings::default();
+    settings.map_behind = false;
     let far =
         DestinationSession::new(door.source, door.back, Box::new(guest(to)), Box::new(Still), settings).run();
     let source = source.join().unwrap();

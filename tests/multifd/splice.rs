@@ -53,8 +53,11 @@ fn by_the_library() {
     mapping.region().span(0, pages * 4096).unwrap().copy_from(&vec![7; pages as usize * 4096]);
     let block = RamBlock::new(BlockName::new("ram").unwrap(), pages * 4096);
     let guest = MappedGuest::builder(PageSize::SIZE_4K).mapping(block, &mapping).build().unwrap();
-    let channels = ChannelOptions { count: 1, sending: PageSending::Splice, ..ChannelOptions::default() };
-    let options = DoorOptions { channels, ..DoorOptions::default() };
+    let mut channels = ChannelOptions::default();
+    channels.count = 1;
+    channels.sending = PageSending::Splice;
+    let mut options = DoorOptions::default();
+    options.channels = channels;
     let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(30));
     let mut link = open_source(&address, Arc::new(guest), &options, &stop).unwrap().link;
     let _main = listener.accept().unwrap();

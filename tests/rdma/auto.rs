@@ -116,7 +116,8 @@ fn one_page() -> Arc<MappedGuest> {
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_a_peer_that_answers_nothing_is_given_up_within_two_seconds() {
-    let impatient = StreamOptions { dead_peer: Duration::from_millis(500), ..StreamOptions::default() };
+    let mut impatient = StreamOptions::default();
+    impatient.dead_peer = Duration::from_millis(500);
     let address = Address::Auto { host: "10.9.0.77".into(), port: 4444 };
     let began = Instant::now();
     let stop = Stop::on(&CancelToken::default());
@@ -183,8 +184,10 @@ fn memory_that_cannot_promise_to_stay_goes_by_tcp_and_the_report_says_so() {
     let listen: Address = "tcp:127.0.0.1:0".parse().unwrap();
     let listener = Listener::bind(&listen, AllowList::default(), &stop).unwrap();
     let Address::Tcp { host, port } = listener.address().clone() else { panic!("not TCP") };
-    let rdma = RdmaOptions { may_discard: true, ..RdmaOptions::default() };
-    let options = DoorOptions { rdma, ..DoorOptions::default() };
+    let mut rdma = RdmaOptions::default();
+    rdma.may_discard = true;
+    let mut options = DoorOptions::default();
+    options.rdma = rdma;
     let address = Address::Auto { host: host.clone(), port };
     let way = open_source(&address, one_page(), &options, &stop).unwrap().way;
     assert_eq!(way.transport, "tcp");

@@ -100,7 +100,8 @@ fn every_wait_ends_soon_after_a_cancel() {
 fn an_unanswered_connect_ends_with_the_dead_peer_time_and_by_deadline() {
     let full = full_queue();
     let target = address(&format!("tcp:{}", full.0.local_addr().unwrap()));
-    let options = StreamOptions { dead_peer: Duration::from_millis(200), ..StreamOptions::default() };
+    let mut options = StreamOptions::default();
+    options.dead_peer = Duration::from_millis(200);
     let error = connect(&target, &options, &stop()).unwrap_err();
     assert!(matches!(error, OpenError::Channel(ChannelError::Silent { .. })), "{error}");
     let error = connect(&target, &options, &stop().within(Duration::from_millis(20))).unwrap_err();

@@ -32,7 +32,9 @@ fn stop() -> Stop {
 }
 
 fn impatient(stall_ms: u64) -> StreamOptions {
-    StreamOptions { stall: Some(Duration::from_millis(stall_ms)), ..StreamOptions::default() }
+    let mut options = StreamOptions::default();
+    options.stall = Some(Duration::from_millis(stall_ms));
+    options
 }
 
 fn address(text: &str) -> Address {

@@ -81,7 +81,9 @@ fn a_hanging_reader_is_noticed_by_the_sender() {
 
 #[test]
 fn a_dead_host_is_noticed_by_a_sender_and_by_a_waiting_receiver() {
-    let options = StreamOptions { stall: None, dead_peer: 2 * SECOND, ..StreamOptions::default() };
+    let mut options = StreamOptions::default();
+    options.stall = None;
+    options.dead_peer = 2 * SECOND;
     std::thread::scope(|scope| {
         // Little and much data under way, a full window, and only keepalive.
         for amount in [10, 32 << 20, 0] {
@@ -118,7 +120,9 @@ fn a_dead_host_is_noticed_by_a_sender_and_by_a_waiting_receiver() {
 
 #[test]
 fn a_host_without_room_that_answers_is_not_dead() {
-    let options = StreamOptions { stall: Some(20 * SECOND), dead_peer: SECOND, ..StreamOptions::default() };
+    let mut options = StreamOptions::default();
+    options.stall = Some(20 * SECOND);
+    options.dead_peer = SECOND;
     let (near, far) = tcp_sockets(Some(64 << 10), Some(64 << 10));
     let mut near = StreamChannel::from_fd(near, "the slow one", &options).unwrap();
     let mut far = StreamChannel::from_fd(far, "the sender", &options).unwrap();
@@ -135,7 +139,9 @@ fn a_host_without_room_that_answers_is_not_dead() {
 /// Behind the moment at which a guest is given away the caller's time rules, whatever the network does meanwhile.
 #[test]
 fn an_outage_that_ends_in_time_is_outlasted_where_only_the_callers_time_counts() {
-    let options = StreamOptions { stall: Some(SECOND), dead_peer: SECOND, ..StreamOptions::default() };
+    let mut options = StreamOptions::default();
+    options.stall = Some(SECOND);
+    options.dead_peer = SECOND;
     std::thread::scope(|scope| {
         // Bytes under way, and only keepalive.
         for amount in [10, 0] {
@@ -165,7 +171,9 @@ fn an_outage_that_ends_in_time_is_outlasted_where_only_the_callers_time_counts()
 
 #[test]
 fn a_peer_that_may_be_silent_is_waited_for_while_its_connection_answers() {
-    let options = StreamOptions { stall: Some(SECOND), dead_peer: SECOND, ..StreamOptions::default() };
+    let mut options = StreamOptions::default();
+    options.stall = Some(SECOND);
+    options.dead_peer = SECOND;
     std::thread::scope(|scope| {
         for text in ["tcp::0", "unix"] {
             scope.spawn(move || {

@@ -125,8 +125,10 @@ fn a_crowd_of_silent_ones_is_bounded_and_each_is_silent_for_the_stall_time_at_mo
 fn strangers_between_page_channels_are_closed_too() {
     let mut listener = listen("tcp:127.0.0.1:0");
     let place = listener.address().clone();
-    let channels = ChannelOptions { count: 2, ..ChannelOptions::default() };
-    let options = DoorOptions { channels, ..DoorOptions::default() };
+    let mut channels = ChannelOptions::default();
+    channels.count = 2;
+    let mut options = DoorOptions::default();
+    options.channels = channels;
     let waiting = std::thread::spawn(move || listener.accept_door(&options, &stop()));
     let mut callers = Vec::new();
     let mut strangers = Vec::new();

@@ -32,7 +32,8 @@ impl Monitor {
     /// [`BenchError`].
     pub fn open(path: &Path, who: &str, mut alive: impl FnMut() -> bool) -> Result<Self, BenchError> {
         let stop = Stop::never().within(ANSWER_TIMEOUT);
-        let options = StreamOptions { stall: Some(ANSWER_TIMEOUT), ..StreamOptions::default() };
+        let mut options = StreamOptions::default();
+        options.stall = Some(ANSWER_TIMEOUT);
         let address = Address::Unix(path.to_owned());
         let channel = loop {
             match connect(&address, &options, &stop) {

@@ -172,7 +172,8 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     let mut listener = Listener::bind(&args.uri, AllowList::default(), &stop)?;
     result_line!("{}", listener.address());
     let channels = args.channels.options()?;
-    let options = DoorOptions { channels, ..DoorOptions::of_stream(local_options()) };
+    let mut options = DoorOptions::of_stream(local_options());
+    options.channels = channels;
     let door = listener.accept_door(&options, &stop.within(Duration::from_secs(60)))?;
     drop((listener, scratch));
     let settings = DestinationSettings::default();

@@ -59,13 +59,11 @@ impl Way {
             };
             let mut destination = Process::start(address, args, blocks)?;
             let (address, link) = through_link(destination.address()?, args.link_rate)?;
-            let options = DoorOptions {
-                stream: local_options(),
-                rdma: args.rdma.options(),
-                channels: args.channels.options()?,
-                delta_cache: args.xbzrle_cache_size,
-                ..DoorOptions::default()
-            };
+            let mut options = DoorOptions::default();
+            options.stream = local_options();
+            options.rdma = args.rdma.options();
+            options.channels = args.channels.options()?;
+            options.delta_cache = args.xbzrle_cache_size;
             let memory = Arc::clone(memory);
             let stop = within.map_or_else(|| stop.clone(), |within| stop.within(within));
             let door = open_source(&address, memory, &options, &stop)?;

@@ -146,15 +146,13 @@ mod tests {
 
     #[test]
     fn figures_come_with_units_kinds_and_an_end() {
-        let now = Statistics {
-            status: Status::Active,
-            transferred: 12345,
-            remaining: 4096,
-            pages: PageCounts { normal: 3, zero: 5, delta: 1 },
-            skipped: SkippedPages { hinted: 7, discarded: 2 },
-            downtime: 1.5,
-            ..Statistics::default()
-        };
+        let mut now = Statistics::default();
+        now.status = Status::Active;
+        now.transferred = 12345;
+        now.remaining = 4096;
+        now.pages = PageCounts { normal: 3, zero: 5, delta: 1 };
+        now.skipped = SkippedPages { hinted: 7, discarded: 2 };
+        now.downtime = 1.5;
         let text = text(&now).unwrap();
         for line in [
             "# TYPE ramwire_transferred_bytes counter",

@@ -162,6 +162,7 @@ pub trait Arrival: Send {
 
 /// How a migration ended, seen from the destination.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct DestinationReport {
     /// Whether the guest runs here.
     pub ending: Ending,

@@ -79,6 +79,7 @@ pub type NoticeFn = dyn Fn(&Notice) + Send + Sync;
 
 /// How a relay ended.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct RelayReport {
     /// Where the guest is.
     pub ending: RelayEnding,

@@ -106,6 +106,7 @@ pub trait Upstream: Send {
 
 /// How a migration ended, seen from the source.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct SourceReport {
     /// Who owns the guest.
     pub outcome: Outcome,

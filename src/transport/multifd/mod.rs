@@ -48,6 +48,7 @@ fn carriers_of(channels: &[StreamChannel]) -> usize {
 
 /// Page channels of a migration, alike at both ends.
 #[derive(Clone)]
+#[non_exhaustive]
 pub struct ChannelOptions {
     /// How many, beside the main one; 0: pages go in the stream.
     pub count: u8,

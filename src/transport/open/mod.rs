@@ -175,6 +175,7 @@ pub enum WhyNoRdma {
 
 /// What is asked of an `rdma:` connection; of no effect on others.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RdmaOptions {
     /// Register all of RAM at both ends before the first page.
     pub pin_all: bool,
@@ -207,6 +208,7 @@ impl Default for RdmaOptions {
 
 /// What is asked of a door.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct DoorOptions {
     /// Of every connection.
     pub stream: StreamOptions,

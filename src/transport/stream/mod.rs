@@ -39,6 +39,7 @@ const MAX_TRAILING: usize = 1 << 20;
 
 /// How long waits go on, and what the end of a stream means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct StreamOptions {
     /// Longest time without a byte moved. `None`: as long as the peer is alive.
     pub stall: Option<Duration>,

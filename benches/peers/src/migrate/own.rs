@@ -110,8 +110,12 @@ fn cost() -> Result<Cost, BenchError> {
 }
 
 fn options(way: Way) -> DoorOptions {
-    let channels = ChannelOptions { count: way.channels, sending: way.sending, ..ChannelOptions::default() };
-    DoorOptions { channels, ..DoorOptions::default() }
+    let mut channels = ChannelOptions::default();
+    channels.count = way.channels;
+    channels.sending = way.sending;
+    let mut options = DoorOptions::default();
+    options.channels = channels;
+    options
 }
 
 fn send(address: &Address, memory: Arc<MappedGuest>, way: Way) -> Result<SourceReport, BenchError> {

@@ -164,7 +164,8 @@ impl Peer {
         let Some(stdout) = child.stdout.take() else {
             return Err(failed("starting")(io::Error::other("it has no standard output")));
         };
-        let options = StreamOptions { stall: Some(RUN_TIMEOUT), ..StreamOptions::default() };
+        let mut options = StreamOptions::default();
+        options.stall = Some(RUN_TIMEOUT);
         let words = StreamChannel::from_fd(stdout.into(), "the other process", &options);
         let address = Address::Tcp { host: String::new(), port: 0 };
         let mut peer = Self { child, words: words.map_err(failed("starting"))?, address };

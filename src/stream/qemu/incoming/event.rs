@@ -150,6 +150,7 @@ pub enum Event<'a> {
 
 /// What a stream has shown of its sender, so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Seen {
     /// What stands around the sections; footers are taken for granted until the first section has ended.
     pub framing: Framing,

@@ -40,8 +40,9 @@ impl Mover {
         match against {
             Against::Ramwire(way) if way == own::Way::default() => {
                 let queue_pairs = args.rdma.queue_pairs;
-                let options =
-                    RdmaOptions { pin_all: args.rdma.pin_all, queue_pairs, ..RdmaOptions::default() };
+                let mut options = RdmaOptions::default();
+                options.pin_all = args.rdma.pin_all;
+                options.queue_pairs = queue_pairs;
                 Ok(Self::Ours(Ours { host: host.to_owned(), options }))
             }
             Against::Qemu { version, channels: 0 } => {

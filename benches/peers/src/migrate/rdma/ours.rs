@@ -85,7 +85,8 @@ impl Ours {
     ) -> Result<SourceDoor, BenchError> {
         let stop = Stop::never();
         let Some(posted) = posted else {
-            let options = DoorOptions { rdma: self.options.clone(), ..DoorOptions::default() };
+            let mut options = DoorOptions::default();
+            options.rdma = self.options.clone();
             return Ok(open_source(address, memory, &options, &stop)?);
         };
         let Address::Rdma { host, port } = address else {
