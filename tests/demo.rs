@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::process::Command;
 
 use common::huge_pages::HugePages;
 use common::memory::{anonymous_huge_kib, has_huge_pages, huge_pages_not_found};
@@ -154,6 +155,21 @@ fn memory_of_pages_of_1_gib_moves_idle_and_written() {
     }
 }
 
+/// Options that were renamed are still taken, and are no part of the help.
+#[test]
+fn the_old_spellings_of_huge_pages_are_accepted_and_hidden() {
+    let command = |arguments: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_ramwire")).arg("demo").args(arguments).output().unwrap()
+    };
+    for (old, new) in [(&["--hugepages", "4K"][..], "--hugetlb"), (&["--huge-pages"][..], "--thp")] {
+        let refused = command(&[old, &["--no-such-option"]].concat());
+        let text = String::from_utf8(refused.stderr).unwrap();
+        assert!(text.contains("--no-such-option") && !text.contains(&format!("'{}'", old[0])), "{text}");
+        let help = String::from_utf8(command(&["--help"]).stdout).unwrap();
+        assert!(help.contains(new) && !help.contains(&format!("{} ", old[0])), "{help}");
+    }
+}
+
 /// The destination that the demo starts, looked at before a guest comes; and a guest that moves between two such ends.
 #[test]
 fn private_memory_has_huge_pages_where_they_are_asked_for() {
@@ -170,16 +186,19 @@ fn private_memory_has_huge_pages_where_they_are_asked_for() {
         Deadline::seconds(20).poll("the destination", String::new, listens);
         anonymous_huge_kib(destination.pid())
     };
-    let before = huge_pages_not_found();
-    let asked = held("--huge-pages");
-    // Where memory is in pieces the kernel looks for a huge page and finds none: it was asked for all the same.
-    let given = asked + (huge_pages_not_found() - before) * 2048;
-    assert!(given >= 16 << 10, "most of 32 MiB is in huge pages: {asked} KiB; {given} KiB were looked for");
+    for option in ["--thp", "--huge-pages"] {
+        let before = huge_pages_not_found();
+        let asked = held(option);
+        // Where memory is in pieces the kernel looks for a huge page and finds none: it was asked for all the same.
+        let given = asked + (huge_pages_not_found() - before) * 2048;
+        assert!(
+            given >= 16 << 10,
+            "{option}: {asked} KiB of 32 MiB are in huge pages; {given} KiB were looked for"
+        );
+    }
     assert!(held("--block=4096:4096") < 16 << 10, "not unless asked for");
     let busy = ["--working-set", "4M", "--dirty-rate", "30M"];
-    let out = demo(
-        &[&["--huge-pages", "--transport", "tcp", "--ram", "32M", "--block", "12K"], &busy[..]].concat(),
-    );
+    let out = demo(&[&["--thp", "--transport", "tcp", "--ram", "32M", "--block", "12K"], &busy[..]].concat());
     assert_eq!(out["pages_checked"], 32 * 256 + 3);
 }
 

@@ -58,7 +58,7 @@ pub(in crate::cli) struct Args {
     guest: GuestKind,
     #[arg(long)]
     block: Vec<BlockSpec>,
-    #[arg(long = "thp")]
+    #[arg(long = "thp", alias = "huge-pages")]
     huge_pages: bool,
     #[arg(long)]
     populate: bool,
