@@ -76,9 +76,22 @@ fn a_zero_page_clears_what_came_before_and_touches_nothing_else() {
     assert_eq!(blocks, 8, "memory was taken for the one page that held something");
 }
 
+/// Memory that begins at a host page, as that of huge pages does. What lies askew is zeroed by store at its edges, and is
+/// there afterwards.
+fn aligned(host_page: usize) -> Mapping {
+    let mut between = Vec::new();
+    loop {
+        let mapping = Mapping::anonymous(PAGES * 4096).unwrap();
+        if mapping.region().address().is_multiple_of(host_page) {
+            return mapping;
+        }
+        between.extend([mapping, Mapping::anonymous(4096).unwrap()]);
+    }
+}
+
 /// Four target pages make a host page; faults of this process are served.
 fn missing() -> (Arc<Placer>, Arc<MissingFaults>, mpsc::Receiver<Landing>) {
-    let mapping = Mapping::anonymous(PAGES * 4096).unwrap();
+    let mapping = aligned(4 * 4096);
     let mut block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
     block.host_page = PageSize::from_bytes(4 * 4096).unwrap();
     let region = mapping.region().clone().with_page(block.host_page);

@@ -60,7 +60,9 @@ impl DestinationSession {
     /// that nobody reads. Of a QEMU whose barriers are no records (7.2) nothing else tells that it has some. What a guest
     /// need not send, free pages say, is never all that holds anything.
     pub(super) fn refuse_unread_channels(&mut self) -> Result<(), Error> {
-        let beside = self.source.channels().is_some() || self.source.rounds().is_some();
+        // Only beside a socket are there connections that nobody reads.
+        let alone = self.source.descriptor().is_none();
+        let beside = alone || self.source.channels().is_some() || self.source.rounds().is_some();
         let some_stay =
             self.configuration.as_ref().is_some_and(|configuration| configuration.has(IGNORE_SHARED));
         if beside || some_stay || self.advised.is_some() || self.engine.is_native() {

@@ -27,7 +27,7 @@ use crate::session::*;
 use crate::stream::qemu::file::Configuration;
 use crate::sys::{FdKind, Mapping, RecvPart, SendPart, Stop, recv_parts, send_parts};
 use crate::transport::{ByteSink, ByteSource, ChannelError, InlineLink};
-use crate::units::{BlockIndex, PageSize, Rate};
+use crate::units::{BlockIndex, BlockOffset, PageSize, Rate};
 
 /// A socket as plain as it can be.
 pub(super) struct Plain(UnixStream, u64);
@@ -544,6 +544,12 @@ fn undescribed(return_path: bool) -> Vec<u8> {
     for end in [false, true] {
         if end {
             section::encode_end(2, &mut out);
+            for (name, pages) in [("block0", 300), ("block1", 7)] {
+                for page in 0..pages {
+                    let at = ram::PageAt { block: Some(name), offset: BlockOffset(page * 4096) };
+                    ram::Record::Zero { at, fill: 0 }.encode(&mut out);
+                }
+            }
         }
         out.extend_from_slice(&ram::EOS_RECORD);
         section::encode_footer(2, &mut out);
