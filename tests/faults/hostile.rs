@@ -433,7 +433,7 @@ fn a_destination_that_lies_is_refused_and_the_guest_runs_on() {
         (
             "a page request",
             stream(&[&g, &said(&Message::RequestPages { start: 0, length: 1 })]),
-            &["RequestPages"],
+            &["PageRequest"],
         ),
         ("a long refusal", stream(&[&g, &said(&Message::Native(Answer::Refused { why: &long }))]), &["xxx"]),
         ("no RAMWIRE", said(&Message::Pong(1)), &["greeting"]),

@@ -69,8 +69,10 @@ impl DestinationSession {
             return Ok(());
         }
         let placing = self.placing()?;
-        let PageCounts { normal, delta, .. } = placing.in_stream();
-        if normal > 0 || delta > 0 || placing.placer().never_came() == 0 {
+        let PageCounts { normal, delta, zero } = placing.in_stream();
+        // A source with page channels that nobody reads sends its zero pages in the stream; one that sends no page at all
+        // has none to lose.
+        if zero == 0 || normal > 0 || delta > 0 || placing.placer().never_came() == 0 {
             return Ok(());
         }
         Err(no_channels_here())
