@@ -149,12 +149,14 @@ impl Shared {
         Ok(())
     }
 
-    /// A request that can't be sent stays outstanding: it is sent on the next connection.
+    /// A request that can't be sent stays outstanding: it is sent on the next connection. That one may be there by the time
+    /// that the failure is noticed here, and is not the one to give up.
     fn ask(&self, landing: Landing) {
-        let stop = self.stop().within(self.send_timeout);
+        let connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let stop = Stop::on(&connection).within(self.send_timeout);
         if let Err(error) = self.back.ask(&self.placer, landing, &stop) {
             tracing::warn!(%error, "a missing page could not be asked for");
-            self.lose_connection();
+            connection.cancel();
         }
     }
 }
