@@ -288,6 +288,26 @@ pub enum Fault {
     /// A part of the device state or of its description that does not fit the other.
     #[error("device state: {0}")]
     Device(&'static str),
+    /// A block of a mapped-ram file whose header or bitmap can't be.
+    #[error(
+        "mapped-ram, block {name:?}: {field} is {value:#x}: {why}; the file is damaged, save the guest again"
+    )]
+    MappedRam {
+        /// Name of the block.
+        name: Box<str>,
+        /// Which field.
+        field: &'static str,
+        /// What stands there.
+        value: u64,
+        /// Why that can't be.
+        why: &'static str,
+    },
+    /// A file that leaves shared blocks out in a way that nobody can read.
+    #[error(
+        "under x-ignore-shared this mapped-ram file leaves no block out: QEMU 10.2 and older write it so that nobody can \
+         read it; save the guest without x-ignore-shared, or by QEMU 11.0 or newer"
+    )]
+    MappedRamShared,
     /// A multifd packet or channel that breaks the rules.
     #[error("multifd: {0}")]
     Multifd(&'static str),

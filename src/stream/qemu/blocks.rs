@@ -100,16 +100,19 @@ fn host_page(reader: &mut Reader<'_>) -> Result<Option<PageSize>, DecodeError> {
 pub fn encode_block_list(blocks: &[BlockAnnouncement], out: &mut Vec<u8>) {
     let total = blocks.iter().fold(0u64, |total, block| total.saturating_add(block.used_length));
     Record::MemSize { total }.encode(out);
-    for block in blocks {
-        let name = block.name.as_str().as_bytes();
-        let mut writer = Writer::new(out);
-        writer.u8(name.len() as u8).bytes(name).be64(block.used_length);
-        if let Some(page) = block.host_page {
-            writer.be64(page.bytes());
-        }
-        if let Some(addr) = block.guest_addr {
-            writer.be64(addr.0);
-        }
+    blocks.iter().for_each(|block| encode_block(block, out));
+}
+
+/// Appends one entry of the list, up to the mapped-ram header.
+pub fn encode_block(block: &BlockAnnouncement, out: &mut Vec<u8>) {
+    let name = block.name.as_str().as_bytes();
+    let mut writer = Writer::new(out);
+    writer.u8(name.len() as u8).bytes(name).be64(block.used_length);
+    if let Some(page) = block.host_page {
+        writer.be64(page.bytes());
+    }
+    if let Some(addr) = block.guest_addr {
+        writer.be64(addr.0);
     }
 }
 

@@ -7,7 +7,7 @@
 //! | [`command`] | commands to the destination |
 //! | [`ram`] | records of the `ram` section |
 //! | [`blocks`] | the list of RAM blocks |
-//! | [`mapped`] | fixed page places in a file (mapped-ram) |
+//! | [`mapped`], [`mapped_stream`] | fixed page places in a file (mapped-ram), and the stream around them |
 //! | [`compressed`] | pages as zlib streams |
 //! | [`early`] | sections beside RAM that must be passed over |
 //! | [`tail`], [`vmdesc`], [`state`] | device sections: where they end, how they are cut, how they are kept |
@@ -25,6 +25,7 @@ pub mod early;
 pub mod file;
 pub mod incoming;
 pub mod mapped;
+pub mod mapped_stream;
 pub mod multifd;
 pub mod package;
 pub mod packed;

@@ -35,6 +35,8 @@ pub struct IncomingStream {
     configuration: Option<Configuration>,
     form: ListForm,
     mapped: bool,
+    /// A block of a mapped-ram file is not in it.
+    leaves_blocks_out: bool,
     blocks: AnnouncedBlocks,
     /// The list that is arriving.
     list: AnnouncedBlocks,
@@ -113,6 +115,7 @@ impl IncomingStream {
             configuration: None,
             form: ListForm::default(),
             mapped: false,
+            leaves_blocks_out: false,
             blocks: AnnouncedBlocks::default(),
             list: AnnouncedBlocks::default(),
             listed: false,
@@ -178,6 +181,18 @@ impl IncomingStream {
     /// Offset of the first byte that has not been consumed, from the start of the stream.
     pub fn position(&self) -> u64 {
         self.position
+    }
+
+    /// Behind [`Event::MappedBlock`]: passes over the bitmap and the pages, which the caller need not have read. The next
+    /// byte of the stream is so many bytes behind the last that was consumed; elsewhere that is none.
+    pub fn skip_mapped(&mut self) -> u64 {
+        match &mut self.state {
+            State::Mapped { left, .. } => {
+                self.position += *left;
+                std::mem::take(left)
+            }
+            _ => 0,
+        }
     }
 
     /// Target page size in force.

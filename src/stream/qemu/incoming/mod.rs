@@ -76,6 +76,10 @@ pub struct IncomingConfig {
     pub accept_fill: bool,
     /// Accept RDMA marks, which are legal on that transport only.
     pub accept_hooks: bool,
+    /// Where in its file the stream begins: a mapped-ram file counts places from the file's first byte.
+    pub starts_at: u64,
+    /// Bytes of the file, where the stream is in one: no place of a mapped-ram file may lie behind.
+    pub file_len: Option<u64>,
     /// Bounds on what the peer may announce.
     pub limits: StreamLimits,
 }
@@ -87,6 +91,8 @@ impl Default for IncomingConfig {
             adopt_page_size: false,
             accept_fill: false,
             accept_hooks: false,
+            starts_at: 0,
+            file_len: None,
             limits: StreamLimits::default(),
         }
     }

@@ -139,22 +139,28 @@ impl IncomingStream {
         remaining: u64,
     ) -> Advance<'a> {
         let rest = input.get(at..).unwrap_or(&[]);
-        let (header, used) = decode_mapped_header(rest, self.page).map_err(|error| error.shifted(at))?;
-        let used = at + used;
-        let here = self.position + used as u64;
-        let end = header.pages_offset.checked_add(block.used_length);
-        let left = end.filter(|_| header.pages_offset >= here).map(|end| end - here).ok_or_else(|| {
-            let fault = Fault::Device("the pages of a mapped-ram block stand in front of its header");
-            DecodeError::corrupt(at, fault)
-        })?;
+        let name = block.name.as_str();
+        let (header, used) =
+            decode_mapped_header(rest, name, self.page).map_err(|error| error.shifted(at))?;
+        let here = self.config.starts_at.saturating_add(self.position + (at + used) as u64);
+        let left = if self.form.guest_addrs && header.is_absent() {
+            self.leaves_blocks_out = true;
+            0
+        } else {
+            let end = header.end(name, block.used_length, here, self.config.file_len);
+            end.map_err(|error| error.shifted(at))? - here
+        };
         self.list.push(block.clone()).map_err(|fault| DecodeError::corrupt(0, fault))?;
         self.state = State::Mapped { left, remaining };
-        Ok(Told(used, Event::MappedBlock { block, header }))
+        Ok(Told(at + used, Event::MappedBlock { block, header }))
     }
 
     pub(super) fn list_end<'a>(&mut self) -> Advance<'a> {
         if self.listed && self.list.as_slice() != self.blocks.as_slice() {
             return Err(DecodeError::corrupt(0, Fault::BlockListChanged));
+        }
+        if self.mapped && self.form.guest_addrs && !self.leaves_blocks_out {
+            return Err(DecodeError::corrupt(0, Fault::MappedRamShared));
         }
         if !self.listed {
             self.blocks = std::mem::take(&mut self.list);
