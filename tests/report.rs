@@ -341,12 +341,19 @@ fn sender_relay_and_receiver_tell_their_figures_while_a_guest_passes() {
         assert!(pages > 100.0 && pages < (RAM / 4096) as f64, "{name}: {samples:?}");
         seen.push(samples);
     }
-    for (name, samples) in ["send", "relay"].iter().zip(&seen) {
+    for (name, samples) in ["send", "relay", "receive"].iter().zip(&seen) {
         assert_eq!(samples["ramwire_ram_bytes"], RAM as f64, "{name}");
+        // What a relay has left is what has come and not gone on.
+        let left = samples["ramwire_remaining_bytes"];
+        assert!(*name == "relay" || (left > 0.0 && left < RAM as f64), "{name}: {samples:?}");
+        assert!(samples["ramwire_total_seconds"] > 0.0, "{name}: {samples:?}");
         assert_eq!(samples["ramwire_skipped_pages_total{why=\"hint\"}"], 0.0, "{name}");
     }
-    assert!(seen[0]["ramwire_remaining_bytes"] > 0.0, "{:?}", seen[0]);
-    for run in [&mut sender, &mut relay, &mut receiver] {
+    assert!(seen[2]["ramwire_throughput_bytes_per_second"] > 0.0, "{:?}", seen[2]);
+    for run in [&mut sender, &mut relay] {
         run.finished(Deadline::seconds(60), 0);
     }
+    let out = receiver.finished(Deadline::seconds(60), 0);
+    assert_eq!(out["ram_bytes"], RAM, "{out}");
+    assert!(out["throughput"].as_u64() > Some(0) && out["took_ms"].as_f64() > Some(0.0), "{out}");
 }

@@ -23,8 +23,17 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    /// Follows `statistics` if standard error is a terminal.
+    /// Follows a source's `statistics` if standard error is a terminal.
     pub(super) fn follow(statistics: SharedStatistics) -> Self {
+        Self::draw(statistics, |now| format!("round {}  {}", now.round_count() + 1, line(now)))
+    }
+
+    /// Follows a destination's, which knows of no rounds.
+    pub(super) fn follow_destination(statistics: SharedStatistics) -> Self {
+        Self::draw(statistics, line)
+    }
+
+    fn draw(statistics: SharedStatistics, line: impl Fn(&Statistics) -> String + Send + 'static) -> Self {
         let done = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&done);
         let (ending, ended) = bounded(0);
@@ -35,7 +44,8 @@ impl Progress {
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             while !stop.load(Ordering::Acquire) {
                 let now = statistics.snapshot();
-                bar.set_length(now.total);
+                // Of nothing, all is done: a total that is not known yet is no zero.
+                bar.set_length(now.total.max(1));
                 bar.set_position(now.total.saturating_sub(now.remaining));
                 bar.set_message(line(&now));
                 std::thread::sleep(TICK);
@@ -59,13 +69,12 @@ impl Drop for Progress {
     }
 }
 
-/// `round 3  1.2 GB/s  40 MB left  ETA 0.1 s`.
+/// `1.2 GB/s  40 MB left  ETA 0.1 s`.
 fn line(now: &Statistics) -> String {
     let eta = now.remaining as f64 / now.throughput.max(1) as f64;
     let eta = if now.throughput == 0 { "?".into() } else { format!("{eta:.1} s") };
     format!(
-        "round {}  {}/s  {} left  ETA {eta}",
-        now.round_count() + 1,
+        "{}/s  {} left  ETA {eta}",
         super::common::human_bytes(now.throughput),
         super::common::human_bytes(now.remaining),
     )

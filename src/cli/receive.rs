@@ -119,7 +119,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
             left.discard();
         }
     });
-    let progress = Progress::follow(session.statistics());
+    let progress = Progress::follow_destination(session.statistics());
     let metrics = args.metrics.serve("receive", session.statistics())?;
     let report = session.run();
     drop((progress, metrics));
@@ -155,6 +155,9 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
             "source": if report.native { "ramwire" } else { "qemu" },
             "verified": report.verified,
             "bytes_received": report.bytes,
+            "ram_bytes": report.statistics.total,
+            "took_ms": report.statistics.total_time,
+            "throughput": report.statistics.throughput,
             "pages": report.pages,
             "pages_by_file": report.pages_by_file,
             "blocks": blocks,
@@ -164,9 +167,12 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
     } else if arrived {
         let pages = report.pages;
         result_line!(
-            "arrived in {}: {} received, {} pages whole, {} zero{}",
+            "arrived in {}: {} of RAM, {} received in {:.1} s ({}/s), {} pages whole, {} zero{}",
             args.dir.display(),
+            human_bytes(report.statistics.total),
             human_bytes(report.bytes),
+            report.statistics.total_time / 1e3,
+            human_bytes(report.statistics.throughput),
             pages.normal,
             pages.zero,
             if state == State::Incomplete {

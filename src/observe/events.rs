@@ -188,6 +188,19 @@ struct Shared {
     readers: Vec<Sender<Event>>,
     /// How many are told while the migration waits.
     listeners: usize,
+    refresh: Refresh,
+}
+
+/// Brings figures up to date before somebody sees them.
+type Refresher = Box<dyn FnMut(&mut Statistics) + Send>;
+
+#[derive(Default)]
+struct Refresh(Option<Refresher>);
+
+impl fmt::Debug for Refresh {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("..")
+    }
 }
 
 impl Shared {
@@ -195,6 +208,12 @@ impl Shared {
         let event = Event { at: Instant::now(), kind };
         self.readers.retain(|reader| tell(reader, &event));
         event
+    }
+
+    fn refresh(&mut self) {
+        if let Refresh(Some(refresh)) = &mut self.refresh {
+            refresh(&mut self.statistics);
+        }
     }
 
     fn is_heard(&self) -> bool {
@@ -296,7 +315,21 @@ impl SharedStatistics {
 
     /// A consistent copy.
     pub fn snapshot(&self) -> Statistics {
-        self.lock().statistics.clone()
+        let mut shared = self.lock();
+        shared.refresh();
+        shared.statistics.clone()
+    }
+
+    /// Has `refresh` bring the figures up to date whenever they are looked at. It must not look at them itself.
+    pub(crate) fn refresh_by(&self, refresh: impl FnMut(&mut Statistics) + Send + 'static) {
+        self.lock().refresh = Refresh(Some(Box::new(refresh)));
+    }
+
+    /// The figures are brought up to date for the last time.
+    pub(crate) fn refresh_no_more(&self) {
+        let mut shared = self.lock();
+        shared.refresh();
+        shared.refresh = Refresh::default();
     }
 
     /// What happens from now on. Nobody waits for a slow reader: it misses rounds and syncs where thousands wait for it, and

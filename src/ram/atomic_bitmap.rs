@@ -46,11 +46,13 @@ impl AtomicBitmap {
         fresh.sum()
     }
 
-    /// Clears `pages` pages from `first`, cut at the end of the map.
-    pub fn clear(&self, first: PageIndex, pages: u64) {
-        self.masks(first, pages).for_each(|(word, mask)| {
-            word.fetch_and(!mask, Ordering::AcqRel);
+    /// Clears `pages` pages from `first`, cut at the end of the map; returns how many were set before.
+    pub fn clear(&self, first: PageIndex, pages: u64) -> u64 {
+        let cleared = self.masks(first, pages).map(|(word, mask)| {
+            let before = word.fetch_and(!mask, Ordering::AcqRel);
+            u64::from((mask & before).count_ones())
         });
+        cleared.sum()
     }
 
     /// The words that a range of pages touches, and which of their bits.
@@ -106,18 +108,30 @@ impl AtomicBitmap {
 #[derive(Debug)]
 pub struct ReceivedMap {
     blocks: Vec<AtomicBitmap>,
+    count: AtomicU64,
 }
 
 impl ReceivedMap {
     /// No page of any block has arrived.
     pub fn new(table: &RamBlockTable) -> Self {
         let blocks = table.blocks().iter().map(|b| AtomicBitmap::new(table.pages_of(b))).collect();
-        Self { blocks }
+        Self { blocks, count: AtomicU64::new(0) }
     }
 
     /// Marks a run; returns how many pages arrived for the first time.
     pub fn mark(&self, run: PageRun) -> u64 {
-        self.blocks.get(run.block.as_usize()).map_or(0, |map| map.set(run.first, run.pages))
+        let fresh = self.blocks.get(run.block.as_usize()).map_or(0, |map| map.set(run.first, run.pages));
+        if fresh > 0 {
+            self.count.fetch_add(fresh, Ordering::Relaxed);
+        }
+        fresh
+    }
+
+    /// The pages of a run have to arrive again.
+    pub fn forget(&self, run: PageRun) {
+        let map = self.blocks.get(run.block.as_usize());
+        let gone = map.map_or(0, |map| map.clear(run.first, run.pages));
+        self.count.fetch_sub(gone, Ordering::Relaxed);
     }
 
     /// The map of one block.
@@ -125,9 +139,9 @@ impl ReceivedMap {
         self.blocks.get(block.as_usize())
     }
 
-    /// Pages that have arrived at least once.
+    /// Pages that have arrived and not been forgotten. Costs nothing: they are counted as they come.
     pub fn count(&self) -> u64 {
-        self.blocks.iter().map(AtomicBitmap::count).sum()
+        self.count.load(Ordering::Relaxed)
     }
 }
 

@@ -25,6 +25,7 @@ pub use testing::{Fault, FaultKind, Faulty, Loopback, LoopbackSink, LoopbackSour
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use crate::error::Remedy;
@@ -261,6 +262,11 @@ pub trait PageChannels: Send {
     /// Bytes that have come on them.
     fn bytes(&self) -> u64;
 
+    /// The same as their threads count it, for whoever looks on. `None`: nobody can.
+    fn live_bytes(&self) -> Option<Arc<AtomicU64>> {
+        None
+    }
+
     /// How many there are.
     fn count(&self) -> u8;
 
@@ -294,6 +300,12 @@ pub trait DestinationLink: Send {
     /// # Errors
     /// [`MoveError`].
     fn receive_round(&mut self, stop: &Stop) -> Result<RoundReceived, MoveError>;
+
+    /// Bytes that the peer could write to for the first time, or said to be zero, counted while a round is served: for
+    /// whoever looks on. `None`: nobody can.
+    fn live_bytes(&self) -> Option<Arc<AtomicU64>> {
+        None
+    }
 
     /// True if the peer writes nothing between a round's end and the next byte that is read of the stream, so that what
     /// a round brought can be looked for in quiet.

@@ -5,12 +5,13 @@ mod silence;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::blocks::{BlockError, DestinationBlocks, RamBlock};
 use crate::capabilities::{Capabilities, Extension, Features, MigrationId, Role};
 use crate::channel::{Channel, connect_params};
-use crate::chunk::{chunk_of, chunk_range, chunks_in};
+use crate::chunk::{CHUNK_BYTES, chunk_of, chunk_range, chunks_in};
 use crate::control::{
     CONTROL_BUFFER_BYTES, Compress, Kind, Message, NATIVE_MESSAGE_BYTES, RegisterRecord, RegisterResult,
     WORD_BYTES,
@@ -104,6 +105,7 @@ pub struct DestinationHooks {
     blocks: DestinationBlocks,
     registered_bytes: u64,
     exchanged: bool,
+    touched_bytes: Arc<AtomicU64>,
     rounds: u32,
     silence: Option<Duration>,
     /// The devices' count of what they received, before the source could send.
@@ -169,6 +171,7 @@ impl DestinationHooks {
                 blocks: DestinationBlocks::default(),
                 registered_bytes: 0,
                 exchanged: false,
+                touched_bytes: Arc::default(),
                 rounds: 0,
                 mark: None,
             };
@@ -398,7 +401,7 @@ impl DestinationHooks {
         // A device that cannot take an address of our choice names the bytes by their own.
         let block_base = registration.address.wrapping_sub(range.start);
         let rkey = registration.rkey;
-        mark(&mut self.grants[index].touched, first, count);
+        self.touch(index, length, first, count);
         let granted = Grant { chunks: count, block_base, registration: Arc::new(registration) };
         self.grants[index].spans.insert(first, granted);
         Ok(RegisterResult { rkey, block_base })
@@ -439,19 +442,33 @@ impl DestinationHooks {
     fn zero(&mut self, range: &Compress, summary: &mut RoundSummary) -> Result<(), HooksError> {
         let block = self.granted_block(range.block)?;
         let bytes = block.range(range.key, range.length)?;
-        let region = block.part(bytes.clone())?;
+        let (region, length) = (block.part(bytes.clone())?, block.region.len());
         // In range: the region was cut to it just now.
         let _ = region.zero(0, range.length);
         if !bytes.is_empty() {
             let first = chunk_of(bytes.start);
             let chunks = chunk_of(bytes.end - 1) - first + 1;
-            mark(&mut self.grants[range.block as usize].touched, first, chunks);
+            self.touch(range.block as usize, length, first, chunks);
         }
         summary.zero_ranges += 1;
         summary.zero_bytes += range.length;
         self.stream.channel.counters.zero_ranges += 1;
         self.stream.channel.counters.zero_bytes += range.length;
         Ok(())
+    }
+
+    /// Chunks of a block of `length` bytes may change from now on.
+    fn touch(&mut self, index: usize, length: u64, first: u64, count: u64) {
+        let fresh = mark(&mut self.grants[index].touched, first, count);
+        let last = first + count == chunks_in(length);
+        let cut = if last && fresh > 0 { chunks_in(length) * CHUNK_BYTES - length } else { 0 };
+        self.touched_bytes.fetch_add((fresh * CHUNK_BYTES).saturating_sub(cut), Ordering::Relaxed);
+    }
+
+    /// Bytes of the chunks that were granted or zeroed for the first time while rounds were served, for a thread that looks
+    /// on: so far is a first round. Without chunks that were granted with the block tables (pin-all).
+    pub fn touched_bytes(&self) -> &Arc<AtomicU64> {
+        &self.touched_bytes
     }
 
     /// Chunks of a block that were ever granted for writing or zeroed: nothing else can have changed.
@@ -504,12 +521,17 @@ impl DestinationHooks {
     }
 }
 
-fn mark(words: &mut Vec<u64>, first: u64, count: u64) {
+/// Returns how many were not marked before.
+fn mark(words: &mut Vec<u64>, first: u64, count: u64) -> u64 {
     let end = (first + count) as usize;
     if words.len() * 64 < end {
         words.resize(end.div_ceil(64), 0);
     }
+    let mut fresh = 0;
     for chunk in first as usize..end {
-        words[chunk / 64] |= 1 << (chunk % 64);
+        let (word, bit) = (&mut words[chunk / 64], 1 << (chunk % 64));
+        fresh += u64::from(*word & bit == 0);
+        *word |= bit;
     }
+    fresh
 }

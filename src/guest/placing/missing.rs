@@ -57,9 +57,7 @@ impl Placer {
     /// [`GuestError`]: memory can't be discarded.
     pub fn forget(&self, landing: Landing) -> Result<(), GuestError> {
         let run = self.run(landing);
-        if let Some(map) = self.received.block(run.block) {
-            map.clear(run.first, run.pages);
-        }
+        self.received.forget(run);
         self.memory.discard(landing)
     }
 

@@ -132,6 +132,11 @@ impl Placer {
         PageCounts { normal, zero, delta }
     }
 
+    /// Pages that are here: that have come at least once, or may have been written by a NIC.
+    pub fn come(&self) -> u64 {
+        self.received.count()
+    }
+
     /// Of the whole pages: those that were written by `pwrite` to the backing file.
     pub fn by_file(&self) -> u64 {
         self.counters.by_file.load(Ordering::Relaxed)

@@ -2,6 +2,7 @@
 
 mod advised;
 mod counts;
+mod figures;
 mod keepalive;
 mod mapper;
 mod placing;
@@ -40,6 +41,7 @@ use crate::session::relay::ScanReport;
 use crate::session::{Breakage, Error, shared_blocks};
 use advised::Advised;
 use counts::SourceTold;
+use figures::Figures;
 use keepalive::KEEPALIVE_INTERVAL;
 use mapper::Mapper;
 use placing::Placing;
@@ -187,6 +189,8 @@ pub struct DestinationReport {
     pub scan: Option<ScanReport>,
     /// What faults of missing pages came to, where the source switched to postcopy.
     pub missing_pages: Option<MissingPages>,
+    /// The figures.
+    pub statistics: Statistics,
 }
 
 /// The destination's session before and while it runs.
@@ -230,6 +234,7 @@ pub struct DestinationSession {
     ours: Option<Digest>,
     verified: bool,
     statistics: SharedStatistics,
+    figures: Figures,
     error: Option<Error>,
     /// Threads that told the source that we were at work.
     working: Vec<JoinHandle<()>>,
@@ -247,7 +252,7 @@ impl DestinationSession {
         control: Box<dyn GuestControl>,
         settings: DestinationSettings,
     ) -> Self {
-        let cancel = CancelToken::default();
+        let (cancel, statistics) = (CancelToken::default(), SharedStatistics::default());
         Self {
             keepalive_interval: (settings.stall_timeout / 4).min(KEEPALIVE_INTERVAL),
             stop: Stop::on(&cancel),
@@ -281,7 +286,8 @@ impl DestinationSession {
             unsent: PageSet::default(),
             ours: None,
             verified: false,
-            statistics: SharedStatistics::default(),
+            figures: Figures::new(statistics.clone()),
+            statistics,
             error: None,
             working: Vec::new(),
             breakage: Breakage::default(),
@@ -348,7 +354,7 @@ impl DestinationSession {
             ..IncomingConfig::default()
         };
         let mut reader = StreamReader::new(config);
-        self.statistics.update(|s| s.status = Status::Setup);
+        self.figures.begin();
         let mut action = Action::Receive;
         let ending = loop {
             if let Action::Finish(ending) = action {
@@ -436,6 +442,7 @@ impl DestinationSession {
             s.ended = true;
             s.error = error.map(|error| Chain(error).to_string());
         };
+        self.figures.end(ending == Ending::Running);
         quietly("telling of the end", || self.statistics.update(told));
         quietly("telling of the end", || self.statistics.cleaned_up());
         DestinationReport {
@@ -450,6 +457,7 @@ impl DestinationSession {
             native: self.engine.is_native(),
             scan: self.placing.as_ref().and_then(Placing::scan_report),
             missing_pages,
+            statistics: self.statistics.snapshot(),
         }
     }
 

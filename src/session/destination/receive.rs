@@ -1,8 +1,9 @@
 //! What a destination hears: the stream's bytes, event by event, and the source's words.
 
+use std::sync::Arc;
+
 use crate::engine::destination::Input;
 use crate::error::Remedy;
-use crate::observe::{PageCounts, Status};
 use crate::ram::RamBlock;
 use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_pong};
 use crate::stream::qemu::blocks::BlockAnnouncement;
@@ -83,29 +84,10 @@ impl DestinationSession {
                     }
                     reader.end += got;
                     reader.at += got as u64;
-                    self.tell_figures(reader.at);
+                    self.figures.stream(reader.at);
                 }
             }
         }
-    }
-
-    /// Pages that came on channels while the stream itself was silent.
-    pub(super) fn tell_channel_figures(&mut self) {
-        let beside = self.source.channels().map_or(0, |channels| channels.bytes());
-        if let Some(placing) = &self.placing {
-            self.statistics.update(|s| {
-                s.transferred += beside.saturating_sub(s.multifd_bytes);
-                (s.multifd_bytes, s.pages) = (beside, placing.counts());
-            });
-        }
-    }
-
-    fn tell_figures(&mut self, bytes: u64) {
-        let beside = self.source.channels().map_or(0, |channels| channels.bytes());
-        let pages = self.placing.as_ref().map_or_else(PageCounts::default, Placing::counts);
-        self.statistics.update(|s| {
-            (s.transferred, s.multifd_bytes, s.pages) = (bytes + beside, beside, pages);
-        });
     }
 
     /// The source closed. A tail may end so where its description is suppressed; but a source with a return
@@ -253,8 +235,24 @@ impl DestinationSession {
         self.placing = Some(placing);
         self.prepare_rounds(&incoming)?;
         self.begin_channels(announced)?;
+        self.figures_of(&incoming)?;
         self.incoming = Some(incoming);
-        self.statistics.update(|s| s.status = Status::Active);
+        Ok(())
+    }
+
+    /// The figures count this guest from now on.
+    fn figures_of(&mut self, incoming: &Incoming) -> Result<(), Error> {
+        let placer = Arc::clone(self.placing()?.placer());
+        let table = placer.memory().table();
+        let ignored = |block: &RamBlock| {
+            let ours = table.find(block.name.as_str()).ok().and_then(|index| table.get(index));
+            ours.is_some_and(|ours| ours.flags.ignored)
+        };
+        let travelling = incoming.blocks.iter().filter(|block| !ignored(block));
+        let total = travelling.map(|block| block.used_length).sum();
+        let channels = self.source.channels().and_then(|channels| channels.live_bytes());
+        let nic = self.source.rounds().and_then(|rounds| rounds.live_bytes());
+        self.figures.arriving(&placer, total, (channels, nic));
         Ok(())
     }
 
@@ -268,6 +266,7 @@ impl DestinationSession {
         self.refuse_unread_channels()?;
         self.last_scan()?;
         self.await_owed()?;
+        self.figures.ram_complete();
         match &mut self.placing {
             Some(placing) => placing.ram_complete(),
             None => Err(no_blocks("the end of RAM")),

@@ -58,6 +58,7 @@ impl DestinationSession {
         let page = placing.memory().table().page().bytes();
         placing.placer().count_zero(round.zero_bytes / page);
         round.touched.into_iter().for_each(|run| placing.written(run));
+        self.figures.round_marked();
         // The setup round has no pages; those of the last one are looked for when the section ends, while the source
         // goes on with its device state.
         if self.ram_phase == Some(Phase::Part) { self.scan() } else { Ok(()) }
@@ -98,7 +99,6 @@ impl DestinationSession {
         if !self.engine.is_native() {
             channels.check_packets().map_err(more_channels_there)?;
         }
-        self.tell_channel_figures();
         // Pressure is handed back before the channels go on.
         self.placing()?.between_reads()?;
         if let Some(channels) = self.source.channels() {

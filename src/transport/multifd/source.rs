@@ -284,6 +284,10 @@ impl PageChannels for MultifdSource {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    fn live_bytes(&self) -> Option<Arc<AtomicU64>> {
+        Some(Arc::clone(&self.bytes))
+    }
+
     fn count(&self) -> u8 {
         self.options.count
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use rdma_hooks::fabric::Listener;
@@ -241,6 +242,10 @@ impl DestinationLink for RdmaSource {
         let summary =
             hooks.registration_handle(&bounds.hooks).map_err(|error| bounds.error(SERVING, error))?;
         Ok(RoundReceived { touched: self.newly_touched(), zero_bytes: summary.zero_bytes })
+    }
+
+    fn live_bytes(&self) -> Option<Arc<AtomicU64>> {
+        self.hooks.as_ref().map(|hooks| Arc::clone(hooks.touched_bytes()))
     }
 
     /// The end of a round takes a credit. The next one is given when the next message is waited for, and without it the
