@@ -79,6 +79,15 @@ pub enum ChannelError {
         /// Its exit status in words.
         status: String,
     },
+    /// The command behind `exec:` was stopped by the kernel, since it wants to use the terminal.
+    #[error(
+        "`{command}` stands still: it asks something at the terminal, which it can't use from here; have it ask nothing \
+         (ssh: a key, a known host, -o BatchMode=yes), or start it by hand and use unix: or fd:"
+    )]
+    CommandAsks {
+        /// The command line.
+        command: String,
+    },
     /// The caller's own deadline or cancel.
     #[error("stopped while {doing}: {reason}")]
     Stopped {
@@ -162,6 +171,15 @@ pub trait ByteSink: Send {
     /// [`ChannelError`].
     fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         self.flush(stop)
+    }
+
+    /// Waits until a command at the other end has read all that was sent: nothing else shows that it is at work. Elsewhere
+    /// there is nothing to wait for.
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    fn await_read(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
     }
 
     /// As [`ByteSource::outlast`], for both directions of the connection.

@@ -27,3 +27,4 @@ mod positions;
 mod qemu;
 mod relay_doubt;
 mod running;
+mod terminal;

@@ -38,8 +38,9 @@ impl SourceSession {
         }
         self.link.sink().flush(&self.stop)?;
         if self.handover != Handover::Native {
-            // The next byte commits: a QEMU that has died by now leaves no doubt.
+            // The next byte commits: a QEMU that has died by now leaves no doubt, nor a command that reads nothing.
             self.poll_return_path()?;
+            self.link.sink().await_read(&self.stop)?;
         }
         Ok(Input::Done)
     }

@@ -2,7 +2,8 @@
 //!
 //! The source writes to the command's standard input, the destination reads its standard output; the other
 //! stream of the two is not used, and what the command prints besides goes to standard error. The command
-//! gets a process group of its own, so that nothing it started is left behind when we give up.
+//! gets a process group of its own, so that nothing it started is left behind when we give up. The terminal
+//! stays ours: a command that asks there (ssh, for a password) is stopped by the kernel, which is an error here.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,12 +14,17 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
+};
 
 use crate::sys::{Stop, StopReason};
 use crate::transport::{ChannelError, StreamChannel, StreamOptions};
 
 const DOING: &str = "waiting for the command to end";
+
+/// Longest time between two looks at a command that is waited for: no event tells that it was stopped.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A running command; killed with everything it started if nobody waited for its end.
 #[derive(Debug)]
@@ -83,20 +89,40 @@ impl ChildCommand {
         &self.command
     }
 
+    /// Whether it still can do its work.
+    ///
+    /// # Errors
+    /// [`ChannelError::CommandAsks`] if the kernel has stopped it because it wants to use the terminal.
+    pub(crate) fn check(&self) -> Result<(), ChannelError> {
+        // Nothing is taken from whoever waits for its end; somebody may continue it.
+        let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let found = waitid(WaitId::PidFd(self.ended.as_fd()), options).ok().flatten();
+        let signal = found.and_then(|found| found.stopping_signal());
+        let by_terminal = [Signal::TTIN, Signal::TTOU].map(Signal::as_raw);
+        if signal.is_some_and(|signal| by_terminal.contains(&signal)) {
+            return Err(ChannelError::CommandAsks { command: self.command.clone() });
+        }
+        Ok(())
+    }
+
     /// Waits until the command has ended.
     ///
     /// # Errors
-    /// [`ChannelError::CommandFailed`] unless its status is 0; `Stalled` after `limit`; `Stopped`.
+    /// [`ChannelError::CommandFailed`] unless its status is 0; `CommandAsks`; `Stalled` after `limit`; `Stopped`.
     pub(crate) fn wait(&self, limit: Option<Duration>, stop: &Stop) -> Result<(), ChannelError> {
         let bounded = limit.map_or_else(|| stop.clone(), |limit| stop.within(limit));
         let peer = || format!("exec:{}", self.command);
         let broken = |source| ChannelError::Io { peer: peer(), doing: DOING, source };
-        match (bounded.wait(self.ended.as_fd(), PollFlags::IN).map_err(broken)?, limit) {
-            (None, _) => {}
-            (Some(StopReason::Deadline), Some(after)) if stop.reason().is_none() => {
-                return Err(ChannelError::Stalled { peer: peer(), doing: DOING, after });
+        let ended = || bounded.within(LOOK_INTERVAL).wait(self.ended.as_fd(), PollFlags::IN);
+        while ended().map_err(broken)?.is_some() {
+            self.check()?;
+            match (bounded.reason(), limit) {
+                (None, _) => {}
+                (Some(StopReason::Deadline), Some(after)) if stop.reason().is_none() => {
+                    return Err(ChannelError::Stalled { peer: peer(), doing: DOING, after });
+                }
+                (Some(reason), _) => return Err(ChannelError::Stopped { reason, doing: DOING }),
             }
-            (Some(reason), _) => return Err(ChannelError::Stopped { reason, doing: DOING }),
         }
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let status = running.child.wait().map_err(broken)?;

@@ -339,6 +339,26 @@ impl StreamChannel {
         }
     }
 
+    /// A command may stand still, or have ended: what waits in the socket to it is not with it.
+    fn await_read_by_command(&self, stop: &Stop) -> Result<(), ChannelError> {
+        const READING: &str = "waiting for the command to read the stream";
+        const RETRY_INTERVAL: Duration = Duration::from_millis(2);
+        let Some(child) = &self.end.child else { return Ok(()) };
+        let fd = self.end.fd.as_fd();
+        let mut patience = Patience::new(&self.end, READING, self.stall);
+        loop {
+            child.check()?;
+            if self.has_been_closed() {
+                return Err(ChannelError::Closed { peer: self.end.peer.clone(), doing: READING });
+            }
+            let waiting = queued_bytes(fd, FdKind::Socket);
+            if waiting.map_err(|source| self.end.broken(READING, source))? == 0 {
+                return Ok(());
+            }
+            patience.rest(RETRY_INTERVAL, stop)?;
+        }
+    }
+
     fn sync_file(&self) -> Result<(), ChannelError> {
         match rustix::fs::fsync(&self.end.fd) {
             // Opened for reading, or a device that has nothing to sync.
@@ -503,6 +523,10 @@ impl ByteSink for StreamChannel {
 
     fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         Self::finish(self, stop)
+    }
+
+    fn await_read(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.await_read_by_command(stop)
     }
 
     fn outlast(&mut self, limit: Duration) {

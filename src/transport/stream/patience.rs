@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
+use super::exec::ChildCommand;
 use super::{End, Nature};
 use crate::sys::{Stop, StopReason, TcpState, queued_bytes, tcp_state};
 use crate::transport::ChannelError;
@@ -91,6 +92,7 @@ impl<'a> Patience<'a> {
 
     fn look(&mut self, sending: bool) -> Result<(), ChannelError> {
         let now = Instant::now();
+        self.end.child.as_ref().map_or(Ok(()), ChildCommand::check)?;
         if sending {
             // Bytes that left the kernel's queue moved, even if there is no room for new ones yet.
             let queued = self.queue();
