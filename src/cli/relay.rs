@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use ramwire::error::Remedy;
 use ramwire::guest::GuestMemory;
 use ramwire::observe::{RunDescription, SharedStatistics};
 use ramwire::session::{
-    DestinationSettings, Error, ErrorKind, Notice, Relay, RelayControl, RelayReport, SourceConnection,
+    CancelReply, DestinationSettings, Error, Notice, Relay, RelayControl, RelayReport, SourceConnection,
     SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
@@ -112,8 +113,13 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let statistics = SharedStatistics::default();
     signals.follow(statistics.clone());
     let control = RelayControl::default();
-    let asked = control.clone();
-    signals.ask_by(move || asked.cancel());
+    let (asked, called_off) = (control.clone(), Arc::new(AtomicBool::new(false)));
+    let by_signal = Arc::clone(&called_off);
+    signals.ask_by(move || {
+        let reply = asked.cancel();
+        by_signal.fetch_or(reply == CancelReply::Accepted, Ordering::Relaxed);
+        reply
+    });
     let stop = Stop::on(&cancel);
     let file = args.watch.create_log()?;
     let mut allow = AllowList::default();
@@ -209,7 +215,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let report = relay.run();
     std::mem::take(&mut *log.lock().unwrap_or_else(PoisonError::into_inner)).finish();
     drop(metrics);
-    Ok(tell(args, &near_way, far_way.get(), &report))
+    Ok(tell(args, &near_way, far_way.get(), &report, called_off.load(Ordering::Relaxed)))
 }
 
 impl Args {
@@ -279,7 +285,7 @@ fn tell_notice(notice: &Notice) {
     }
 }
 
-fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport) -> Exit {
+fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport, called_off: bool) -> Exit {
     let errors = [report.received.error.as_ref(), report.sent.as_ref().and_then(|sent| sent.error.as_ref())];
     for error in errors.into_iter().flatten() {
         complain("relay", error);
@@ -338,11 +344,9 @@ fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport) -> Exi
         // A ramwire that has given its guest away never lets it run again by itself.
         RelayEnding::Failed if report.received.ending == Ending::Stranded => Exit::InDoubt,
         RelayEnding::InDoubt => Exit::InDoubt,
-        RelayEnding::Failed => {
-            let cancelled = |error: &Error| error.kind() == ErrorKind::Cancelled;
-            let any = errors.into_iter().flatten().any(cancelled);
-            if any { Exit::Cancelled } else { Exit::Failed }
-        }
+        // Either end may see first that the other has gone: what was asked for decides, not what was met.
+        RelayEnding::Failed if called_off => Exit::Cancelled,
+        RelayEnding::Failed => Exit::Failed,
     }
 }
 

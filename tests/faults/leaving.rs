@@ -65,12 +65,21 @@ fn silent_after(says: Says, listener: &TcpListener) -> bool {
 }
 
 /// A `send` of `folder` whose destination is silent, once it performs `action`; at `rate` bytes a second, 0 for any.
-fn stuck(dir: &Path, folder: &Path, (says, rate, action): Stage) -> (Ramwire, thread::JoinHandle<bool>) {
+fn stuck(dir: &Path, folder: &Path, stage: Stage) -> (Ramwire, thread::JoinHandle<bool>) {
+    stuck_with(dir, folder, stage, &[])
+}
+
+fn stuck_with(
+    dir: &Path,
+    folder: &Path,
+    (says, rate, action): Stage,
+    more: &[&str],
+) -> (Ramwire, thread::JoinHandle<bool>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("tcp:{}", listener.local_addr().unwrap());
     let far = thread::spawn(move || silent_after(says, &listener));
-    let arguments = ["--log", "trace", "send", &uri, "--max-bandwidth", rate, "--dir"];
-    let sender = Ramwire::start(dir, &arguments, folder);
+    let arguments = ["--log", "trace", "send", &uri, "--max-bandwidth", rate];
+    let sender = Ramwire::start(dir, &[&arguments[..], more, &["--dir"]].concat(), folder);
     logged(&sender, action);
     (sender, far)
 }
@@ -123,6 +132,36 @@ fn whatever_signals_end_a_send_its_folder_says_what_is_true() {
     // A guest that runs elsewhere does so although it was to be sent once more.
     let again = ["send", "tcp:127.0.0.1:1", "--again", "--dir"];
     Ramwire::start(dir.path(), &again, &folder).failed(Deadline::seconds(60), 3);
+    assert_eq!(state(&folder), "sent");
+}
+
+/// A guest that runs elsewhere, is sent once more, and is in doubt then.
+#[test]
+fn a_doubt_about_the_last_destination_does_not_make_a_guest_whole_that_runs_at_another() {
+    let dir = scratch();
+    let (_, folder) = received(dir.path());
+    let next = dir.path().join("next");
+    let mut receiver = Ramwire::start(dir.path(), &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &next);
+    let send = ["send", &receiver.listening(), "--json", "--dir"];
+    Ramwire::start(dir.path(), &send, &folder).finished(Deadline::seconds(60), 0);
+    receiver.finished(Deadline::seconds(60), 0);
+    assert_eq!(state(&folder), "sent");
+    let (mut sender, far) = stuck_with(dir.path(), &folder, WITHOUT_RUNNING, &["--again"]);
+    signal(sender.pid(), Signal::TERM);
+    logged(&sender, "too late to cancel");
+    signal(sender.pid(), Signal::TERM);
+    sender.failed(Deadline::seconds(60), 5);
+    assert!(far.join().unwrap(), "COMMIT was said");
+    assert_eq!(state(&folder), "in-doubt");
+    // That destination does not run it. The first one still does.
+    let send = ["send", "tcp:127.0.0.1:1", "--destination-is-dead", "--dir"];
+    let said = Ramwire::start(dir.path(), &send, &folder).failed(Deadline::seconds(60), 3);
+    assert!(said.contains("--again"), "{said}");
+    let (mut sender, far) =
+        stuck_with(dir.path(), &folder, IN_A_ROUND, &["--again", "--destination-is-dead"]);
+    signal(sender.pid(), Signal::TERM);
+    sender.failed(Deadline::seconds(60), 4);
+    assert!(!far.join().unwrap(), "COMMIT was said");
     assert_eq!(state(&folder), "sent");
 }
 

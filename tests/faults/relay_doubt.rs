@@ -257,9 +257,7 @@ fn before_commit_the_end_of_a_relay_frees_its_source_at_once() {
         }
         let status = relayed.ends_by(signals);
         let cancelled = signals != ENDS[0];
-        // Cancelled, or failed where the source noticed first: either frees it.
-        let is_right = if cancelled { matches!(status, Some(3 | 4)) } else { status.is_none() };
-        assert!(is_right, "{at} {signals:?}: {status:?}: {}", relayed.said());
+        assert_eq!(status, cancelled.then_some(4), "{at} {signals:?}: {}", relayed.said());
         // A failure said or a connection that closes: either lets the source go on.
         let told = relayed.told();
         assert!(told.is_empty() || told == shut(1), "{at} {signals:?}: {told:?}");

@@ -84,7 +84,7 @@ impl ArrivingGuest {
     /// It may run at another place, to the end: from [`resume`](GuestControl::resume) on the manifest says so.
     pub fn doubt(&self) {
         if let Some(manifest) = &mut self.lock().manifest {
-            manifest.state = State::InDoubt;
+            *manifest = manifest.in_state(State::InDoubt);
         }
     }
 
@@ -198,6 +198,7 @@ impl Inner {
         let manifest = Manifest {
             format: FORMAT,
             state: State::Arriving,
+            otherwise: None,
             machine: configuration.machine.clone(),
             capabilities: configuration.capabilities.clone(),
             uuid: configuration.uuid.map(|uuid| uuid.iter().map(|byte| format!("{byte:02x}")).collect()),
@@ -280,7 +281,7 @@ impl GuestControl for ArrivingGuest {
         let inner = self.lock();
         let Some(manifest) = &inner.manifest else { return Err(io::Error::other("nothing has arrived")) };
         let state = if inner.source_waits { State::InDoubt } else { manifest.state };
-        inner.store.put_manifest(&Manifest { state, ..manifest.clone() }).map_err(io::Error::other)
+        inner.store.put_manifest(&manifest.in_state(state)).map_err(io::Error::other)
     }
 
     fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {

@@ -20,7 +20,7 @@ struct Inner {
 
 impl Custody {
     pub(super) fn new(store: Store, manifest: Manifest) -> Self {
-        Self { before: manifest.state, inner: Mutex::new(Inner { store, manifest }) }
+        Self { before: manifest.unless_given(), inner: Mutex::new(Inner { store, manifest }) }
     }
 
     /// Puts the new state on the disk.
@@ -32,22 +32,19 @@ impl Custody {
         if inner.manifest.state == state {
             return Ok(());
         }
-        let manifest = Manifest { state, ..inner.manifest.clone() };
+        let manifest = inner.manifest.in_state(state);
         inner.store.put_manifest(&manifest)?;
         inner.manifest = manifest;
         Ok(())
     }
 
-    /// The guest stays: what was known of it before holds. A guest in doubt was only taken because its destination does
-    /// not run it.
+    /// The guest stays: what was known of it before holds. A guest in doubt was only taken because that destination does
+    /// not run it; one that runs elsewhere still does.
     ///
     /// # Errors
     /// As [`mark`](Self::mark).
     pub fn keep(&self) -> Result<(), StoreError> {
-        self.mark(match self.before {
-            State::Sending | State::InDoubt => State::Whole,
-            before => before,
-        })
+        self.mark(self.before)
     }
 }
 
@@ -75,6 +72,32 @@ mod tests {
             drop(custody);
             let store = Store::open(dir.path()).unwrap();
             assert_eq!(store.manifest().unwrap().unwrap().state, after, "{before}");
+        }
+    }
+
+    /// Sent once more, in doubt or killed on its way, and sent again with an override, which fails.
+    #[test]
+    fn a_doubt_about_the_last_destination_hides_nothing_of_the_one_before() {
+        let dir = tempfile::tempdir().unwrap();
+        for before in [State::Whole, State::Sent, State::Incomplete] {
+            for open in [State::Sending, State::InDoubt] {
+                let store = Store::open(dir.path()).unwrap();
+                store.put_manifest(&super::super::tests::manifest(before)).unwrap();
+                drop(store);
+                for end in [None, None, Some(before)] {
+                    let store = Store::open(dir.path()).unwrap();
+                    let manifest = store.manifest().unwrap().unwrap();
+                    let custody = Custody::new(store, manifest);
+                    custody.mark(State::Sending).unwrap();
+                    custody.mark(open).unwrap();
+                    end.inspect(|_| custody.keep().unwrap());
+                    drop(custody);
+                    let found = Store::open(dir.path()).unwrap().manifest().unwrap().unwrap();
+                    assert_eq!(found.state, end.unwrap_or(open), "{before}");
+                    assert_eq!(found.unless_given(), before, "{open}");
+                    assert_eq!(found.otherwise.is_some(), end.is_none() && before != State::Whole);
+                }
+            }
         }
     }
 }

@@ -89,6 +89,9 @@ pub struct Manifest {
     pub format: u32,
     /// How far it has come.
     pub state: State,
+    /// While it is on its way out or in doubt: what holds if that comes to nothing, where this is not `whole`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub otherwise: Option<State>,
     /// Machine name.
     pub machine: String,
     /// Validated capabilities.
@@ -118,6 +121,21 @@ fn present() -> bool {
 }
 
 impl Manifest {
+    /// What holds of the guest if the destination that was given it last does not run it.
+    pub fn unless_given(&self) -> State {
+        match self.state {
+            State::Sending | State::InDoubt => self.otherwise.unwrap_or(State::Whole),
+            state => state,
+        }
+    }
+
+    /// The same guest, in `state` now.
+    pub fn in_state(&self, state: State) -> Self {
+        let open = matches!(state, State::Sending | State::InDoubt);
+        let otherwise = Some(self.unless_given()).filter(|otherwise| open && *otherwise != State::Whole);
+        Self { state, otherwise, ..self.clone() }
+    }
+
     /// What stands around the sections of its stream.
     pub fn framing(&self) -> Framing {
         Framing { configuration: self.configuration, footers: self.footers }
@@ -340,6 +358,7 @@ mod tests {
         Manifest {
             format: FORMAT,
             state,
+            otherwise: None,
             machine: "none".into(),
             capabilities: Vec::new(),
             uuid: None,

@@ -61,7 +61,7 @@ impl StoredGuest {
             let why = "there is no manifest.json; fill the folder with `ramwire receive`".to_owned();
             return Err(StoreError::Manifest { path: path.to_owned(), why });
         };
-        allowed(path, manifest.state, overrides)?;
+        allowed(path, &manifest, overrides)?;
         let early = read(&store.file(EARLY))?;
         let tail = read(&store.file(TAIL))?;
         let page = page_of(&manifest, path)?;
@@ -114,6 +114,7 @@ impl StoredGuest {
         let manifest = Manifest {
             format: super::FORMAT,
             state: State::Whole,
+            otherwise: None,
             machine: "none".into(),
             capabilities: Vec::new(),
             uuid: None,
@@ -210,12 +211,17 @@ pub fn keep(
     guest.settle()
 }
 
-fn allowed(path: &Path, state: State, overrides: Overrides) -> Result<(), StoreError> {
+/// With the last destination dead, what was known of the guest before holds, and needs its own override.
+fn allowed(path: &Path, manifest: &Manifest, overrides: Overrides) -> Result<(), StoreError> {
+    let open = manifest.state != manifest.unless_given();
+    let state = if overrides.destination_is_dead { manifest.unless_given() } else { manifest.state };
     let why = match state {
         State::Whole => return Ok(()),
         State::Sent if overrides.again => return Ok(()),
-        State::InDoubt | State::Sending if overrides.destination_is_dead => return Ok(()),
         State::Incomplete if overrides.no_vmdesc => return Ok(()),
+        State::Sent if open => {
+            "before that it was sent to another destination, where it runs; --again sends it once more"
+        }
         State::Sent => "it runs elsewhere; --again sends it once more",
         State::InDoubt | State::Sending => {
             "its destination may run it, or the source that it came from; look there first: if one does, delete this \
