@@ -100,7 +100,9 @@ fn every_way(version: Version, port: u16) {
         assert!(dirty >= 1, "{report}");
         if way.side == Side::Near {
             let number = |field: &str| report["scan"][field].as_f64().unwrap();
-            assert!(number("scans") >= 3.0 && number("last_ms") > 0.0, "{report}");
+            // One a round of the source's: at least the first, and the last behind its pause. How many there are between
+            // is up to its own estimate of the downtime.
+            assert!(number("scans") >= 2.0 && number("last_ms") > 0.0, "{report}");
             assert_eq!(report["far"]["downtime-parts"]["scan_ms"], report["scan"]["last_ms"]);
             let pages = number("memory_bytes") / 16.0;
             assert!(number("found") > pages, "every page once, some again in a later round: {report}");
