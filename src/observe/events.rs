@@ -5,15 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
-
-use super::{RoundReport, Statistics, Status};
-
-/// Events that wait for a reader at most.
-const MAX_WAITING: usize = 4096;
-
-/// Of them, places that rounds and syncs leave for changes of state: a migration has fewer of those.
-const FOR_STATES: usize = 16;
+use super::event_queue::EventSender;
+use super::{Events, RoundReport, Statistics, Status};
 
 /// Something that happened in a migration.
 #[derive(Clone, Debug, PartialEq)]
@@ -119,7 +112,7 @@ impl EventKind {
     }
 
     /// It comes as often as rounds do, and may be missed.
-    fn is_frequent(&self) -> bool {
+    pub(super) fn is_frequent(&self) -> bool {
         matches!(self, Self::Round(_) | Self::SyncBegins { .. } | Self::Synced { .. })
     }
 
@@ -185,7 +178,7 @@ struct Listeners(Mutex<Vec<Listener>>);
 #[derive(Debug, Default)]
 struct Shared {
     statistics: Statistics,
-    readers: Vec<Sender<Event>>,
+    readers: Vec<EventSender>,
     /// How many are told while the migration waits.
     listeners: usize,
     refresh: Refresh,
@@ -206,7 +199,7 @@ impl fmt::Debug for Refresh {
 impl Shared {
     fn tell(&mut self, kind: EventKind) -> Event {
         let event = Event { at: Instant::now(), kind };
-        self.readers.retain(|reader| tell(reader, &event));
+        self.readers.retain(|reader| reader.send(&event));
         event
     }
 
@@ -334,29 +327,22 @@ impl SharedStatistics {
 
     /// What happens from now on. Nobody waits for a slow reader: it misses rounds and syncs where thousands wait for it, and
     /// never a change of state. The channel ends with the migration.
-    pub fn events(&self) -> Receiver<Event> {
-        let (sender, receiver) = bounded(MAX_WAITING);
+    pub fn events(&self) -> Events {
+        let (sender, events) = EventSender::pair();
         let mut shared = self.lock();
         if !shared.statistics.ended {
             shared.readers.push(sender);
         }
-        receiver
+        events
     }
-}
-
-/// False if nobody reads there any more.
-fn tell(reader: &Sender<Event>, event: &Event) -> bool {
-    if event.kind.is_frequent() && reader.len() >= MAX_WAITING - FOR_STATES {
-        return true;
-    }
-    !matches!(reader.try_send(event.clone()), Err(TrySendError::Disconnected(_)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observe::event_queue::{FOR_STATES, MAX_WAITING};
 
-    fn kinds(events: &Receiver<Event>) -> Vec<EventKind> {
+    fn kinds(events: &Events) -> Vec<EventKind> {
         events.try_iter().map(|event| event.kind).collect()
     }
 

@@ -1,11 +1,13 @@
 //! Numbers about a migration: counters, rounds, latencies. Counting costs the page path nothing but adds.
 
+mod event_queue;
 mod events;
 mod latency;
 mod query_migrate;
 mod record;
 mod statistics;
 
+pub use event_queue::Events;
 pub use events::{Event, EventKind, NotConverging, SharedStatistics};
 pub use latency::{Latency, LatencySummary};
 pub use record::{End, RUN_LOG_SCHEMA, Record, Recorder, RunDescription, Sample};

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, TryRecvError, bounded};
 
-use crate::observe::{Event, SharedStatistics, Statistics};
+use crate::observe::{Events, SharedStatistics, Statistics};
 use crate::sys::CancelToken;
 
 use crate::session::control::Control;
@@ -94,7 +94,7 @@ pub struct MigrationHandle<R> {
     canceller: Canceller,
     control: Option<Control>,
     statistics: SharedStatistics,
-    events: Receiver<Event>,
+    events: Events,
     report: Receiver<R>,
     thread: Option<JoinHandle<()>>,
     name: &'static str,
@@ -106,9 +106,9 @@ impl<R> MigrationHandle<R> {
         self.statistics.snapshot()
     }
 
-    /// What has happened since the start and was not read yet. The channel ends with the migration; the report may come
-    /// a moment later. Without a last event ([`EventKind::is_last`](crate::observe::EventKind::is_last)) its thread died.
-    pub fn events(&self) -> &Receiver<Event> {
+    /// What has happened since the start and was not read yet; its [`descriptor`](Events::descriptor) can be waited for by
+    /// epoll(7). The events end with the migration; the report may come a moment later. Without a last event ([`EventKind::is_last`](crate::observe::EventKind::is_last)) its thread died.
+    pub fn events(&self) -> &Events {
         &self.events
     }
 

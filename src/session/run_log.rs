@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam::channel::{Receiver, Sender, bounded, select_biased};
 
-use crate::observe::{Event, Record, Recorder, RunDescription, SharedStatistics};
+use crate::observe::{Event, Events, Record, Recorder, RunDescription, SharedStatistics};
 
 use crate::session::Error;
 use crate::session::workers::Spawner;
@@ -82,7 +82,7 @@ impl Drop for RunLog {
 
 struct Follower {
     statistics: SharedStatistics,
-    events: Receiver<Event>,
+    events: Events,
     ended: Receiver<()>,
     began: Instant,
     recorder: Recorder,
@@ -97,13 +97,13 @@ impl Follower {
         self.write(&first)?;
         let mut next = self.began;
         loop {
-            if self.events.is_empty() {
+            if self.events.queue().is_empty() {
                 self.out.flush()?;
             }
             let wait = crossbeam::channel::at(next);
             // Biased: what happened is written before a sample taken after it.
             select_biased! {
-                recv(self.events) -> event => match event {
+                recv(self.events.queue()) -> event => match event {
                     Ok(event) if self.take(&event)? => return self.out.flush(),
                     Ok(_) => {}
                     // Its thread died without a word.

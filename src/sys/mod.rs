@@ -38,6 +38,7 @@ mod uffd;
 mod untouched;
 #[cfg(feature = "vm-memory")]
 mod vm_memory_region;
+mod wake_event;
 mod zerocopy;
 
 pub use descriptors::{duplicate, take_inherited_fd};
@@ -74,4 +75,5 @@ pub(crate) use threads::only_when_idle;
 pub use threads::{Job, SpawnFn, spawn_thread};
 pub(crate) use uffd::{UffdError, WriteProtector};
 pub use untouched::release_zeros;
+pub(crate) use wake_event::WakeEvent;
 pub(crate) use zerocopy::{ZeroCopyReceipt, allow_zero_copy, zero_copy_receipt};
