@@ -8,10 +8,14 @@
 use std::any::Any;
 use std::io::{self, IoSlice};
 use std::marker::PhantomData;
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use rustix::fs::{fstat, fstatfs};
+
 use super::lost_memory::Watched;
+use super::mapping::page_of_file;
 use super::memory_file::MemoryFile;
 use super::untouched::Backing;
 use crate::units::PageSize;
@@ -79,6 +83,44 @@ impl HostRegion {
             watched: Arc::new(Watched::new(base.as_ptr() as usize, len, page.bytes() as usize)),
             _owner: owner,
         }
+    }
+
+    /// As [`from_raw`](Self::from_raw), for a shared mapping of `file` (a memfd, a file on tmpfs, hugetlbfs or a disk) that
+    /// shows its bytes from `start` on. The page size is the file system's. Knowing the file saves page faults at a
+    /// destination, keeps holes of the memory holes, and lets a migration notice that the file was made shorter.
+    ///
+    /// The descriptor is kept as long as the region; `file` may be a duplicate.
+    ///
+    /// # Errors
+    /// InvalidInput if the file ends before the mapping does, or `start` is not at one of its pages; what the kernel says
+    /// of the descriptor.
+    ///
+    /// # Safety
+    /// As for [`from_raw`](Self::from_raw). Besides, `base..base + len` must be a `MAP_SHARED` mapping of `file` at
+    /// `start`: bytes that are written to the file are taken for the memory's.
+    pub unsafe fn from_raw_file(
+        base: NonNull<u8>,
+        len: usize,
+        file: OwnedFd,
+        start: u64,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> io::Result<Self> {
+        let page = page_of_file(&fstatfs(&file)?);
+        let length = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
+        let invalid = |why: String| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        if !page.divides(start) {
+            return invalid(format!(
+                "the mapping's start in its file, {start:#x}, is not at one of its {page} pages"
+            ));
+        }
+        if start.checked_add(len as u64).is_none_or(|end| end > length) {
+            return invalid(format!(
+                "{len} bytes from {start:#x} on are not all in a file of {length} bytes"
+            ));
+        }
+        // SAFETY: the caller's promise.
+        let region = unsafe { Self::from_raw(base, len, page, owner) };
+        Ok(region.with_backing(Backing::File(Arc::new(file), start)))
     }
 
     /// As if the memory were of larger pages.
@@ -318,6 +360,39 @@ mod tests {
         let span = region.span(4096, 4096).unwrap();
         assert!(span.part(4095, 2).is_none() && span.part(usize::MAX, 2).is_none());
         assert_eq!(span.part(4, 4).unwrap().address(), region.address() + 4100);
+    }
+
+    /// A VMM that has mapped a memfd gives address and file: what is written by the file is in the memory, and holes of
+    /// the memory stay holes.
+    #[test]
+    fn memory_given_with_its_file_is_written_by_the_file() {
+        const PAGE: usize = 4096;
+        let memfd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&memfd, 9 * PAGE as u64).unwrap();
+        let map = memmap2::MmapOptions::new().offset(PAGE as u64).len(8 * PAGE).map_raw(&memfd).unwrap();
+        let base = NonNull::new(map.as_mut_ptr()).unwrap();
+        let owner: Arc<dyn Any + Send + Sync> = Arc::new(map);
+        let given = |len, start| {
+            let file = memfd.try_clone().unwrap();
+            // SAFETY: a shared mapping of the file that lives in the owner; no slice of it is taken. The refused ones
+            // are not used.
+            unsafe { HostRegion::from_raw_file(base, len, file, start, Arc::clone(&owner)) }
+        };
+        let region = given(8 * PAGE, PAGE as u64).unwrap();
+        assert_eq!(region.page(), PageSize::SIZE_4K);
+        assert!(region.write_by_file(3 * PAGE as u64, &[IoSlice::new(&[7; PAGE])]).unwrap());
+        let mut touched = Vec::new();
+        region.touched(|range| touched.push((range.start / PAGE as u64, range.end / PAGE as u64)));
+        assert_eq!(touched, [(3, 4)]);
+        let mut out = [0; 2];
+        region.span(4 * PAGE as u64 - 1, 2).unwrap().copy_to(&mut out);
+        assert_eq!(out, [7, 0]);
+        for (len, start, why) in
+            [(9 * PAGE, PAGE as u64, "not all in a file"), (PAGE, 100, "not at one of its")]
+        {
+            let error = given(len, start).unwrap_err();
+            assert!(error.to_string().contains(why), "{error}");
+        }
     }
 
     #[test]
