@@ -1,8 +1,8 @@
 //! Dirty pages that somebody tells us: a VMM's own writes, a device thread, a backend in another process.
 
 use super::{DirtyError, DirtySource};
-use crate::ram::{AtomicBitmap, Landing, PageBitmap, PageRun, RamBlockTable};
-use crate::units::{BlockIndex, PageSize};
+use crate::ram::{AtomicBitmap, Landing, PageBitmap, PageRun, RamBlock, RamBlockTable};
+use crate::units::{BlockIndex, BlockOffset, GuestAddr, PageIndex, PageSize};
 
 /// One bit a page, set by whoever writes guest RAM past the other sources; any thread of this process.
 ///
@@ -12,6 +12,8 @@ use crate::units::{BlockIndex, PageSize};
 #[derive(Debug)]
 pub struct SoftwareBitmap {
     blocks: Vec<AtomicBitmap>,
+    /// For each block its first guest-physical address and its length in bytes.
+    addresses: Vec<(Option<GuestAddr>, u64)>,
     page: PageSize,
 }
 
@@ -19,12 +21,33 @@ impl SoftwareBitmap {
     /// No page is marked.
     pub fn new(table: &RamBlockTable) -> Self {
         let blocks = table.blocks().iter().map(|block| AtomicBitmap::new(table.pages_of(block))).collect();
-        Self { blocks, page: table.page() }
+        let address = |block: &RamBlock| (block.guest_addr, block.used_length);
+        let addresses = table.blocks().iter().map(address).collect();
+        Self { blocks, addresses, page: table.page() }
     }
 
     /// Marks the pages of a range whose bytes were written.
     pub fn mark(&self, written: Landing) {
         self.mark_run(written.run(self.page));
+    }
+
+    /// Marks the pages of `len` bytes from the guest-physical address `at` on, whose bytes were written. The range may
+    /// cross blocks. `false` if a part of it is in no block with a [`guest_addr`](RamBlock::guest_addr); the rest is marked
+    /// nevertheless.
+    #[must_use = "what is not RAM was not marked"]
+    pub fn mark_guest(&self, at: GuestAddr, len: u64) -> bool {
+        let end = at.0.saturating_add(len);
+        let mut marked = 0;
+        for (index, (start, length)) in self.addresses.iter().enumerate() {
+            let Some(GuestAddr(start)) = *start else { continue };
+            let (first, last) = (at.0.max(start), end.min(start.saturating_add(*length)));
+            if first < last {
+                let pages = self.page.page_of(BlockOffset(first - start)).0..self.page.pages_in(last - start);
+                self.blocks[index].set(PageIndex(pages.start), pages.end - pages.start);
+                marked += last - first;
+            }
+        }
+        marked == len
     }
 
     /// Marks a run of pages whose bytes were written.
@@ -73,8 +96,8 @@ mod tests {
     use super::*;
     use crate::guest::GuestMemory;
     use crate::guest::race::{Follower, guest_of, race, store};
+    use crate::ram::BlockName;
     use crate::sys::Mapping;
-    use crate::units::PageIndex;
 
     #[test]
     fn racing_writers_that_mark_after_the_write_lose_nothing() {
@@ -107,6 +130,40 @@ mod tests {
                 follower.sync(&sources).unwrap();
             }
             assert_eq!(follower.differing(), u64::from(mark_first));
+        }
+    }
+
+    /// RAM below and above a hole, as on x86: one block at 0, one that ends at 5 GiB, and a ROM without an address.
+    #[test]
+    fn writes_are_marked_by_guest_physical_address_across_blocks() {
+        let block = |name: &str, at: Option<u64>, pages: u64| {
+            let mut block = RamBlock::new(BlockName::new(name).unwrap(), pages * 4096);
+            block.guest_addr = at.map(GuestAddr);
+            block
+        };
+        let blocks = vec![block("low", Some(0), 4), block("next", Some(4 * 4096), 4), block("rom", None, 4)];
+        let table = RamBlockTable::new(PageSize::SIZE_4K, blocks).unwrap();
+        type Case = (&'static str, u64, u64, bool, [&'static [u64]; 2]);
+        #[rustfmt::skip]
+        let cases: [Case; 8] = [
+            ("one byte",               4096,         1,            true,  [&[1], &[]]),
+            ("across a page's end",    4095,         2,            true,  [&[0, 1], &[]]),
+            ("across two blocks",      3 * 4096,     2 * 4096,     true,  [&[3], &[0]]),
+            ("to the end of RAM",      7 * 4096 + 5, 4091,         true,  [&[], &[3]]),
+            ("beyond the end of RAM",  7 * 4096,     4097,         false, [&[], &[3]]),
+            ("not RAM",                1 << 40,      4096,         false, [&[], &[]]),
+            ("nothing",                4096,         0,            true,  [&[], &[]]),
+            ("past the last address",  u64::MAX,     8,            false, [&[], &[]]),
+        ];
+        for (what, at, len, whole, expected) in cases {
+            let map = SoftwareBitmap::new(&table);
+            assert_eq!(map.mark_guest(GuestAddr(at), len), whole, "{what}");
+            for (block, expected) in (0..).zip(expected) {
+                let mut seen = PageBitmap::new(4);
+                map.sync_into(BlockIndex(block), &mut seen).unwrap();
+                let seen: Vec<u64> = (0..4).filter(|page| seen.get(PageIndex(*page))).collect();
+                assert_eq!(&seen[..], expected, "{what}, block {block}");
+            }
         }
     }
 
