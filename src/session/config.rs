@@ -84,6 +84,11 @@ pub struct SourceSettings {
     pub configuration: Configuration,
     /// Whether there is a configuration section and footers: as the machine at the other end expects. Both.
     pub framing: Framing,
+    /// What this VMM tells the VMM at the other end before that provides memory, as bytes of their own making: its devices,
+    /// its CPU model, a version. Only between ramwires; towards a QEMU, and over a connection without a return path, the
+    /// migration ends with [`Error::Config`](super::Error::Config) before a page is sent. Empty: nothing. The destination
+    /// finds it in [`Incoming::vmm_configuration`].
+    pub vmm_configuration: Vec<u8>,
     /// Bytes of sections that go between the block list and the first page, as they were captured.
     pub early_sections: Vec<u8>,
     /// The guest stands still already, and does until it has arrived: nothing writes to its memory. Only such a guest may
@@ -128,6 +133,7 @@ impl SourceSettings {
             clear_shift: ClearShift::default(),
             configuration,
             framing: Framing::default(),
+            vmm_configuration: Vec::new(),
             early_sections: Vec::new(),
             guest_stands_still: false,
             all_dirty_at_start: true,
@@ -145,6 +151,7 @@ impl SourceSettings {
         }
         self.configuration = incoming.configuration.clone();
         self.framing = incoming.seen.framing;
+        self.vmm_configuration.clone_from(&incoming.vmm_configuration);
         self.early_sections = incoming.early_sections.clone();
     }
 }
@@ -159,7 +166,7 @@ pub struct DestinationSettings {
     pub finish_timeout: Duration,
     /// Most bytes of RAM that are accepted.
     pub max_ram: u64,
-    /// Most bytes of device state that are accepted.
+    /// Most bytes of device state that are accepted, and most of a VMM's configuration.
     pub max_state: u64,
     /// Take a QEMU's device state that ends with the connection instead of its VM description. Only from a
     /// source without a return path: one with it waits for our word before it closes.

@@ -130,11 +130,16 @@ impl Digest {
 }
 
 /// What a stream tells of the machine and is not understood: a changed byte of it must be seen too.
-pub(super) fn carried(framing: Framing, configuration: &Configuration, early_sections: &[u8]) -> Vec<u8> {
+pub(super) fn carried(
+    framing: Framing,
+    (configuration, of_vmm): (&Configuration, &[u8]),
+    early_sections: &[u8],
+) -> Vec<u8> {
     let mut bytes = Vec::new();
     if framing.configuration {
         encode_configuration(configuration, &mut bytes);
     }
+    bytes.extend_from_slice(of_vmm);
     bytes.extend_from_slice(early_sections);
     bytes
 }

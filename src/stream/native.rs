@@ -9,6 +9,7 @@
 //! OPEN_RETURN_PATH
 //! PING(GREETING) PING(channels) PING(1)      PONG(GREETING) PONG(hello) PONG(channels) PONG(1)
 //! HELLO                                      HELLO
+//! VMM_CONFIGURATION*
 //! ... QEMU's stream up to the device state, which is one sized section ...
 //! UNSENT* (in front of that section)
 //! SENT STATE_SENT DIGEST*                    WORKING* (READY | REFUSED)
@@ -28,12 +29,16 @@ use super::writer::Writer;
 pub const GREETING: u32 = 0x5257_4d31;
 /// Oldest version of these words that is spoken. Version 1 did not compare what was sent with what was placed.
 pub const MIN_VERSION: u16 = 2;
+/// Oldest version that knows VMM_CONFIGURATION.
+pub const VMM_CONFIGURATION_VERSION: u16 = 3;
 /// Newest version of these words that is spoken.
-pub const MAX_VERSION: u16 = 2;
+pub const MAX_VERSION: u16 = 3;
 /// First number of a native command or message.
 pub const FIRST_NUMBER: u16 = 0x5200;
 /// Most digests in one DIGEST command; its length is counted in 16 bits.
 pub const MAX_DIGESTS: usize = 4096;
+/// Most bytes in one VMM_CONFIGURATION command.
+pub const MAX_CONFIGURATION_PART: usize = 32 << 10;
 /// Longest text of a refusal in bytes; a message body has at most 512.
 pub const MAX_REASON: usize = 400;
 /// Most ranges in one UNSENT command.
@@ -166,6 +171,11 @@ impl Range {
 pub enum Order<'a> {
     /// Who speaks.
     Hello(Hello),
+    /// The next part of what the source's VMM tells the destination's. Before the list of blocks.
+    VmmConfiguration {
+        /// At least one byte, at most [`MAX_CONFIGURATION_PART`].
+        part: &'a [u8],
+    },
     /// RAM and device state are complete.
     StateSent,
     /// Digests of 64 bits, big endian, from number `first` on.
@@ -208,6 +218,7 @@ impl Order<'_> {
                 Self::Commit { .. } => 4,
                 Self::Unsent { .. } => 5,
                 Self::Sent { .. } => 6,
+                Self::VmmConfiguration { .. } => 7,
             }
     }
 
@@ -225,6 +236,9 @@ impl Order<'_> {
             }
             Self::Sent { counts } => {
                 writer.bytes(counts);
+            }
+            Self::VmmConfiguration { part } => {
+                writer.bytes(part);
             }
             Self::Commit { migration_id } => {
                 writer.bytes(migration_id);
@@ -269,6 +283,12 @@ pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
             let whole = !counts.is_empty() && counts.len().is_multiple_of(page_counts::LEN);
             return (whole && counts.len() / page_counts::LEN <= MAX_COUNTS)
                 .then_some(Order::Sent { counts });
+        }
+        7 => {
+            let part = reader.rest();
+            return (1..=MAX_CONFIGURATION_PART)
+                .contains(&part.len())
+                .then_some(Order::VmmConfiguration { part });
         }
         _ => return None,
     };
@@ -350,6 +370,7 @@ mod tests {
             Order::Unsent { block: 2, why: Unsent::Free, ranges: &[1; 32] },
             Order::Unsent { block: 0, why: Unsent::Unplugged, ranges: &[1; 16] },
             Order::Sent { counts: &[2; 48] },
+            Order::VmmConfiguration { part: b"{}" },
         ];
         for order in orders {
             let mut body = Vec::new();
@@ -370,7 +391,9 @@ mod tests {
 
     #[test]
     fn malformed_bodies_are_refused() {
-        let cases: [(u16, &[u8]); 12] = [
+        let cases: [(u16, &[u8]); 14] = [
+            (7, b""),
+            (7, &[0; MAX_CONFIGURATION_PART + 1]),
             (6, b""),
             (6, &[0; page_counts::LEN - 1]),
             (6, &[0; page_counts::LEN * (MAX_COUNTS + 1)]),
@@ -398,8 +421,9 @@ mod tests {
     fn versions_meet_at_the_newest_common_one() {
         let hello =
             |min_version, max_version| Hello { min_version, max_version, ..Hello::ours([0; 16], false) };
-        assert_eq!(hello(1, 5).common_version(), Some(2));
-        assert_eq!(hello(3, 5).common_version(), None);
+        assert_eq!(hello(1, 5).common_version(), Some(3));
+        assert_eq!(hello(1, 2).common_version(), Some(2));
+        assert_eq!(hello(4, 5).common_version(), None);
         assert_eq!(hello(1, 1).common_version(), None, "it would not tell what it has sent");
         assert_eq!(hello(0, 0).common_version(), None);
         assert_eq!(version_of_pong(hello_pong(1)), Some(1));

@@ -210,6 +210,7 @@ impl DestinationSession {
         let incoming = Incoming {
             configuration: self.configuration.clone().unwrap_or_default(),
             blocks: announced.iter().map(described).collect(),
+            vmm_configuration: std::mem::take(&mut self.vmm_configuration),
             // What came in front of the list.
             early_sections: std::mem::take(&mut self.state),
             has_return_path: self.return_path_open && self.back.is_some(),
@@ -319,6 +320,10 @@ impl DestinationSession {
                 self.send_message(Message::Native(Answer::Hello(answer)))?;
                 Ok(Some(Input::Hello { digest: theirs.digest }))
             }
+            Order::VmmConfiguration { .. } if self.incoming.is_some() || self.migration_id.is_none() => {
+                Err(out_of_turn("VMM_CONFIGURATION", "a ramwire's list of RAM blocks has not come"))
+            }
+            Order::VmmConfiguration { part } => self.vmm_configuration(part).map(|()| None),
             Order::StateSent if !self.ram_ended => {
                 Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
@@ -346,6 +351,17 @@ impl DestinationSession {
             }
             Order::Commit { .. } => Err(out_of_turn("COMMIT of another migration", "waiting for ours")),
         }
+    }
+}
+
+impl DestinationSession {
+    /// What the source's VMM tells comes in parts.
+    fn vmm_configuration(&mut self, part: &[u8]) -> Result<(), Error> {
+        if (self.vmm_configuration.len() + part.len()) as u64 > self.settings.max_state {
+            return Err(out_of_turn("more VMM configuration than is accepted", "a greeting"));
+        }
+        self.vmm_configuration.extend_from_slice(part);
+        Ok(())
     }
 }
 

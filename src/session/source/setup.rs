@@ -7,7 +7,10 @@
 use crate::engine::{Handover, Input};
 use crate::error::Remedy;
 use crate::ram::{BlockFlags, RamBlock, RamBlockTable, RoundKind};
-use crate::stream::native::{GREETING, Hello, MIN_VERSION, Order, channels_ping, version_of_pong};
+use crate::stream::native::{
+    GREETING, Hello, MAX_CONFIGURATION_PART, MIN_VERSION, Order, VMM_CONFIGURATION_VERSION, channels_ping,
+    version_of_pong,
+};
 use crate::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::file::Configuration;
@@ -59,6 +62,9 @@ impl SourceSession {
         if self.settings.digest && self.handover != Handover::Native {
             return Err(no_digest("the destination is a QEMU"));
         }
+        if !self.settings.vmm_configuration.is_empty() && self.handover != Handover::Native {
+            return Err(no_vmm_configuration("the destination is a QEMU"));
+        }
         let style = match self.handover {
             Handover::Native => Some(PeerStyle::RAMWIRE),
             _ => self.settings.style,
@@ -98,10 +104,14 @@ impl SourceSession {
 
     /// What was asked for and no peer behind this connection can do is refused before the first byte.
     pub(super) fn refuse_what_nobody_does(&self) -> Result<(), Error> {
-        match self.settings.peer {
-            _ if !self.settings.digest => Ok(()),
-            Some(Peer::Qemu) => Err(no_digest("the destination is a QEMU")),
-            _ if self.back.is_none() => Err(no_digest("the connection carries no answers")),
+        let why = match self.settings.peer {
+            Some(Peer::Qemu) => "the destination is a QEMU",
+            _ if self.back.is_none() => "the connection carries no answers",
+            _ => return Ok(()),
+        };
+        match &self.settings {
+            settings if settings.digest => Err(no_digest(why)),
+            settings if !settings.vmm_configuration.is_empty() => Err(no_vmm_configuration(why)),
             _ => Ok(()),
         }
     }
@@ -185,12 +195,27 @@ impl SourceSession {
             {
                 Err(Error::PeerFailed { why: "it heard another HELLO than was said".into() })
             }
-            PeerMessage::Hello(_) => {
+            PeerMessage::Hello(theirs) => {
                 self.handover = Handover::Native;
-                Ok(())
+                self.send_vmm_configuration(theirs.max_version)
             }
             word => refuse_verdict(word),
         }
+    }
+
+    /// In front of the list of blocks, with which the destination's VMM provides memory.
+    fn send_vmm_configuration(&mut self, version: u16) -> Result<(), Error> {
+        if self.settings.vmm_configuration.is_empty() {
+            return Ok(());
+        }
+        if version < VMM_CONFIGURATION_VERSION {
+            return Err(no_vmm_configuration("the destination is an older ramwire"));
+        }
+        let mut out = Vec::new();
+        for part in self.settings.vmm_configuration.chunks(MAX_CONFIGURATION_PART) {
+            Command::Native(Order::VmmConfiguration { part }).encode(&mut out);
+        }
+        Ok(self.send_bytes(&out)?)
     }
 
     fn announce_blocks(&mut self) -> Result<(), Error> {
@@ -241,6 +266,16 @@ pub(crate) fn described(announced: &BlockAnnouncement) -> RamBlock {
     block.guest_addr = announced.guest_addr;
     block.flags = BlockFlags::default();
     block
+}
+
+fn no_vmm_configuration(why: &str) -> Error {
+    Error::Config {
+        what: format!("this VMM's configuration was to be told to the destination's, and {why}"),
+        remedy: Remedy::Advice(
+            "migrate to a ramwire of the same version over a connection of both directions, or leave the configuration out \
+             (SourceSettings::vmm_configuration)",
+        ),
+    }
 }
 
 fn no_digest(why: &str) -> Error {
