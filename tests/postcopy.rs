@@ -18,7 +18,7 @@ use common::{
     scratch,
 };
 use ramwire::engine::Ending;
-use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
+use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest};
 use ramwire::observe::{SharedStatistics, Statistics, Status};
 use ramwire::session::{
     DestinationReport, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider, MissingPages,
@@ -103,11 +103,13 @@ impl GuestControl for Vcpus {
         Ok(())
     }
 
-    fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
-        Ok(())
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
     }
+}
 
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+impl DeviceState for Vcpus {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         from.read_to_end(&mut self.state.lock().unwrap()).map(drop)
     }
 }

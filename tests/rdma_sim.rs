@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome};
-use ramwire::guest::{GuestControl, MappedGuest};
+use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock, RoundKind};
 use ramwire::session::{
     DestinationReport, DestinationSession, DestinationSettings, Peer, SourceGuest, SourceReport,
@@ -40,18 +40,24 @@ impl GuestControl for Still {
         Ok(())
     }
 
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        out.write_all(b"state")
-    }
-
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        let mut state = Vec::new();
-        from.read_to_end(&mut state)?;
-        if state == b"state" { Ok(()) } else { Err(io::Error::other("another state")) }
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
     }
 
     fn forbid_discard(&mut self, _forbid: bool) -> bool {
         self.keeps_memory
+    }
+}
+
+impl DeviceState for Still {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(b"state")
+    }
+
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        let mut state = Vec::new();
+        from.read_to_end(&mut state)?;
+        if state == b"state" { Ok(()) } else { Err(io::Error::other("another state")) }
     }
 }
 

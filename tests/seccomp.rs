@@ -19,7 +19,8 @@ use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome, Reason};
 use ramwire::guest::{
-    DirtyError, DirtySource, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap, WrittenPages,
+    DeviceState, DirtyError, DirtySource, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap,
+    WrittenPages,
 };
 use ramwire::observe::RunDescription;
 use ramwire::ram::{BlockName, PageBitmap, PageRun, RamBlock};
@@ -170,11 +171,17 @@ impl GuestControl for Machine {
         *self.runs.lock().unwrap() = true;
         Ok(())
     }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+}
+
+impl DeviceState for Machine {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         rest(SLOW);
         out.write_all(&[7; 1000])
     }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         self.ended.store(true, Ordering::Relaxed);
         rest(SLOW);
         from.read_to_end(&mut Vec::new()).map(drop)
@@ -315,7 +322,7 @@ fn migrate(door: &str, end: &str, dirty: &str, filters: Option<HashMap<String, B
     arrives.stall_timeout = STALL;
     let dirty: Arc<dyn DirtySource> = match dirty {
         "software" => here.written.clone(),
-        _ => Arc::new(WrittenPages::new(&here.memory)),
+        _ => Arc::new(WrittenPages::new(&*here.memory)),
     };
     let dirty: Arc<dyn DirtySource> = Arc::new(Paced::new(dirty, &here));
     let guest =

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use ramwire::guest::{GuestControl, GuestMemory, MappedGuest, SoftwareBitmap};
+use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
     DestinationReport, DestinationSession, DestinationSettings, MigrationHandle, SourceConnection,
@@ -87,16 +87,17 @@ impl GuestControl for Machine {
         Ok(())
     }
 
-    /// Counts against the downtime.
-    fn device_state_bytes(&mut self) -> u64 {
-        8
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
     }
+}
 
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+impl DeviceState for Machine {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(&self.vcpu().step.to_le_bytes())
     }
 
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let mut step = [0; 8];
         from.read_exact(&mut step)?;
         self.vcpu().step = u64::from_le_bytes(step);

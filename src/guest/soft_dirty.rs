@@ -17,10 +17,11 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::dirty::{NoRegion, regions_of};
 use super::sources::no_proc;
-use super::{DirtyError, DirtySource, GuestMemory, MappedGuest};
+use super::{DirtyError, DirtySource, GuestMemory};
 use crate::error::Chain;
-use crate::ram::PageBitmap;
+use crate::ram::{PageBitmap, RamBlock};
 use crate::sys::{HostRegion, Mapping, SoftDirtyBits};
 use crate::units::{BlockIndex, PageSize};
 
@@ -41,6 +42,7 @@ pub trait Standstill: Send + Sync {
 /// Dirty source over the soft-dirty bits of this process.
 pub struct SoftDirty {
     blocks: Vec<Option<Tracked>>,
+    no_region: NoRegion,
     page: PageSize,
     writers: Arc<dyn Standstill>,
     running: Mutex<Option<Running>>,
@@ -70,16 +72,16 @@ impl std::fmt::Debug for SoftDirty {
 }
 
 impl SoftDirty {
-    /// Tracks the blocks of `guest`, whose writers `writers` can hold still.
-    pub fn new(guest: &MappedGuest, writers: Arc<dyn Standstill>) -> Self {
-        let tracked = guest.regions().map(|(_, block, region)| {
+    /// Tracks the blocks of `guest`, whose writers `writers` can hold still. [`probe`](DirtySource::probe) refuses a
+    /// block without a [`region`](GuestMemory::region).
+    pub fn new(guest: &dyn GuestMemory, writers: Arc<dyn Standstill>) -> Self {
+        let tracked = |block: &RamBlock, region: HostRegion| {
             let len = block.max_length.min(region.len()).next_multiple_of(region.page().bytes());
             let range = region.address()..region.address().saturating_add(len as usize);
-            let (shared, region) = (block.flags.shared, region.clone());
-            (!block.flags.ignored).then(|| Tracked { block: block.name.to_string(), shared, region, range })
-        });
-        let (page, blocks) = (guest.table().page(), tracked.collect());
-        Self { blocks, page, writers, running: Mutex::new(None) }
+            Tracked { block: block.name.to_string(), shared: block.flags.shared, region, range }
+        };
+        let (blocks, no_region) = regions_of(guest, tracked);
+        Self { blocks, no_region, page: guest.table().page(), writers, running: Mutex::new(None) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Running>> {
@@ -106,6 +108,7 @@ impl DirtySource for SoftDirty {
     }
 
     fn probe(&self) -> Result<(), DirtyError> {
+        self.no_region.check(NAME)?;
         let base = rustix::param::page_size() as u64;
         for tracked in self.blocks.iter().flatten() {
             let why = if tracked.region.page().bytes() != base {
@@ -128,6 +131,7 @@ impl DirtySource for SoftDirty {
 
     fn start(&self) -> Result<(), DirtyError> {
         self.stop()?;
+        self.no_region.check(NAME)?;
         let open = |error| {
             DirtyError::unsupported(
                 NAME,
@@ -252,6 +256,7 @@ mod tests {
     use std::sync::RwLock;
 
     use super::*;
+    use crate::guest::MappedGuest;
     use crate::guest::race::{Follower, guest_of, race, store};
     use crate::ram::PageRun;
     use crate::sys::testing::huge_pages;

@@ -5,7 +5,7 @@
 //! vhost-user protocol, "Migration": one bit for each 4 KiB page of guest physical address space (VHOST_LOG_PAGE
 //! is 0x1000), set by an atomic operation after the page was written; bit `n % 8` of byte `n / 8`.
 
-use super::{DirtyError, DirtySource, GuestMemory, MappedGuest};
+use super::{DirtyError, DirtySource, GuestMemory};
 use crate::ram::PageBitmap;
 use crate::sys::{HostRegion, SharedBitmap};
 use crate::units::{BlockIndex, PageSize};
@@ -25,7 +25,7 @@ pub struct VhostLog {
 impl VhostLog {
     /// Takes the log that was given to the backend (`VHOST_USER_SET_LOG_BASE`). Blocks without a guest
     /// physical address are not in it.
-    pub fn new(guest: &MappedGuest, log: HostRegion) -> Self {
+    pub fn new(guest: &dyn GuestMemory, log: HostRegion) -> Self {
         let blocks = guest.table().blocks().iter().map(|block| {
             let first = block.guest_addr?.0 >> LOG_PAGE.shift();
             Some((block.name.to_string(), first, first + LOG_PAGE.pages_in(block.used_length)))
@@ -34,7 +34,7 @@ impl VhostLog {
     }
 
     /// Bytes a log needs for all of `guest`, in whole 64-bit words.
-    pub fn bytes_for(guest: &MappedGuest) -> u64 {
+    pub fn bytes_for(guest: &dyn GuestMemory) -> u64 {
         let ends = guest.table().blocks().iter().filter_map(|b| b.guest_addr?.0.checked_add(b.used_length));
         LOG_PAGE.pages_in(ends.max().unwrap_or(0)).div_ceil(64) * 8
     }
@@ -103,6 +103,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::guest::MappedGuest;
     use crate::guest::race::{race, store};
     use crate::ram::{BlockName, RamBlock};
     use crate::sys::Mapping;

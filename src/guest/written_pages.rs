@@ -16,10 +16,11 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::dirty::{NoRegion, regions_of};
 use super::sources::no_proc;
-use super::{DirtyError, DirtySource, MappedGuest};
+use super::{DirtyError, DirtySource, GuestMemory};
 use crate::error::Chain;
-use crate::ram::PageBitmap;
+use crate::ram::{PageBitmap, RamBlock};
 use crate::sys::{HostRegion, Mapping, Pagemap, UffdError, WriteProtector};
 use crate::units::{BlockIndex, PageSize};
 
@@ -29,6 +30,7 @@ const NAME: &str = "uffd-wp";
 #[derive(Debug)]
 pub struct WrittenPages {
     blocks: Vec<Option<Tracked>>,
+    no_region: NoRegion,
     page: PageSize,
     /// Another process's descriptors, if they were handed in.
     given: Option<Arc<Armed>>,
@@ -52,8 +54,9 @@ struct Armed {
 }
 
 impl WrittenPages {
-    /// Tracks the blocks of `guest` in this process.
-    pub fn new(guest: &MappedGuest) -> Self {
+    /// Tracks the blocks of `guest` in this process. [`probe`](DirtySource::probe) refuses a block without a
+    /// [`region`](GuestMemory::region).
+    pub fn new(guest: &dyn GuestMemory) -> Self {
         Self::build(guest, None)
     }
 
@@ -61,25 +64,22 @@ impl WrittenPages {
     ///
     /// `uffd` is a descriptor that process made with the features of `WriteProtector::new`; `pagemap` is
     /// its open `/proc/PID/pagemap`.
-    pub fn of_process(guest: &MappedGuest, uffd: OwnedFd, pagemap: OwnedFd) -> Self {
+    pub fn of_process(guest: &dyn GuestMemory, uffd: OwnedFd, pagemap: OwnedFd) -> Self {
         let armed = Armed { protector: WriteProtector::adopt(uffd), pagemap: Pagemap::adopt(pagemap) };
         Self::build(guest, Some(Arc::new(armed)))
     }
 
-    fn build(guest: &MappedGuest, given: Option<Arc<Armed>>) -> Self {
+    fn build(guest: &dyn GuestMemory, given: Option<Arc<Armed>>) -> Self {
         let elsewhere = given.is_some();
-        let tracked = |region: &HostRegion, name: String, length: u64| {
+        let tracked = |block: &RamBlock, region: HostRegion| {
             let start = if elsewhere { region.tracked_address() } else { region.address() };
             // The kernel protects whole host pages; a mapping always ends on one.
-            let len = length.min(region.len()).next_multiple_of(region.page().bytes());
+            let len = block.max_length.min(region.len()).next_multiple_of(region.page().bytes());
             let range = start..start.saturating_add(len as usize);
-            Tracked { block: name, _region: region.clone(), range, host_page: region.page() }
+            Tracked { block: block.name.to_string(), host_page: region.page(), _region: region, range }
         };
-        let blocks = guest.regions().map(|(_, block, region)| {
-            (!block.flags.ignored).then(|| tracked(region, block.name.to_string(), block.max_length))
-        });
-        let page = super::GuestMemory::table(guest).page();
-        Self { blocks: blocks.collect(), page, given, armed: Mutex::new(None) }
+        let (blocks, no_region) = regions_of(guest, tracked);
+        Self { blocks, no_region, page: guest.table().page(), given, armed: Mutex::new(None) }
     }
 
     fn tracked(&self) -> impl Iterator<Item = &Tracked> {
@@ -91,6 +91,7 @@ impl WrittenPages {
     }
 
     fn open(&self) -> Result<Arc<Armed>, DirtyError> {
+        self.no_region.check(NAME)?;
         match &self.given {
             Some(given) => Ok(given.clone()),
             None => Ok(Arc::new(open_own()?)),
@@ -104,6 +105,7 @@ impl DirtySource for WrittenPages {
     }
 
     fn probe(&self) -> Result<(), DirtyError> {
+        self.no_region.check(NAME)?;
         probe_own_memory()?;
         for tracked in self.tracked() {
             let page = tracked.host_page;

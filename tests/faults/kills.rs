@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ramwire::engine::{Ending, Outcome};
-use ramwire::guest::{GuestControl, GuestMemory};
+use ramwire::guest::{DeviceState, GuestControl, GuestMemory};
 use ramwire::session::{
     DestinationReport, DestinationSession, Error, Incoming, MemoryProvider, SourceReport,
 };
@@ -132,14 +132,20 @@ impl GuestControl for Doomed<Live> {
         self.doom.reached(Commit);
         self.inner.resume()
     }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        self.inner.save_devices(out)?;
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+}
+
+impl DeviceState for Doomed<Live> {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        self.inner.guest.save(out)?;
         self.state_done.store(1, Ordering::Release);
         self.doom.reached(State);
         Ok(())
     }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        self.inner.load_devices(from)?;
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        self.inner.guest.load(from)?;
         self.state_done.store(1, Ordering::Release);
         self.doom.reached(State);
         Ok(())

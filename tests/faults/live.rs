@@ -1,6 +1,6 @@
 //! A small guest that writes and checks itself, and the two sessions that move it.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome};
 use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
-use ramwire::guest::{GuestControl, MappedGuest};
+use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
     DestinationReport, DestinationSession, DestinationSettings, Peer, SourceConnection, SourceGuest,
@@ -106,11 +106,8 @@ impl GuestControl for Live {
         self.runs.store(true, Ordering::Release);
         self.guest.resume()
     }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        self.guest.save_devices(out)
-    }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        self.guest.load_devices(from)
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        self.guest.devices()
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome, Reason};
-use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
+use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
     DestinationReport, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider, SourceGuest,
@@ -50,10 +50,16 @@ impl GuestControl for Power {
         *self.0.lock().unwrap() = true;
         Ok(())
     }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+}
+
+impl DeviceState for Power {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(b"devices")
     }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         from.read_to_end(&mut Vec::new()).map(drop)
     }
 }

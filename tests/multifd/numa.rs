@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use ramwire::engine::{Ending, Outcome};
-use ramwire::guest::{GuestControl, MappedGuest};
+use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
     DestinationSession, DestinationSettings, SourceConnection, SourceGuest, SourceSession, SourceSettings,
@@ -32,10 +32,16 @@ impl GuestControl for Still {
     fn resume(&mut self) -> io::Result<()> {
         Ok(())
     }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+}
+
+impl DeviceState for Still {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(b"devices")
     }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         from.read_to_end(&mut Vec::new()).map(drop)
     }
 }

@@ -97,7 +97,7 @@ fn synthetic(args: &Args, memory: Arc<MappedGuest>) -> Result<(Box<dyn DemoGuest
         changes: u32::try_from(args.write_size).unwrap_or(u32::MAX),
     };
     let guest = SyntheticGuest::filled(Arc::clone(&memory), config)?;
-    let written: Arc<dyn DirtySource> = Arc::new(WrittenPages::new(&memory));
+    let written: Arc<dyn DirtySource> = Arc::new(WrittenPages::new(&*memory));
     let choice = choose(&[written, guest.software()])?;
     Ok((Box::new(guest), choice))
 }

@@ -1,11 +1,11 @@
 //! A guest on its way into a folder.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ramwire::error::Remedy;
-use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
+use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{Error, Incoming, MemoryProvider};
 use ramwire::stream::qemu::file::IGNORE_SHARED;
@@ -284,16 +284,18 @@ impl GuestControl for ArrivingGuest {
         inner.store.put_manifest(&manifest.in_state(state)).map_err(io::Error::other)
     }
 
-    fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
-        Err(io::Error::other("a guest that is arriving can't be sent on; use `ramwire relay`"))
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
     }
 
     /// Files are mapped here, and nobody gives their pages back.
     fn forbid_discard(&mut self, _forbid: bool) -> bool {
         true
     }
+}
 
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+impl DeviceState for ArrivingGuest {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let mut tail = Vec::new();
         from.read_to_end(&mut tail)?;
         self.lock().put_state(&tail).map_err(io::Error::other)
@@ -321,13 +323,14 @@ mod tests {
             let incoming = Incoming {
                 configuration: Default::default(),
                 blocks: vec![RamBlock::new(BlockName::new("m0").unwrap(), 4096)],
+                vmm_configuration: Vec::new(),
                 early_sections: Vec::new(),
                 has_return_path,
                 seen: Seen::default(),
             };
             guest.provide(&incoming).unwrap();
             guest.arrived(&incoming, native);
-            guest.load_devices(&mut &b"state"[..]).unwrap();
+            guest.load(&mut &b"state"[..]).unwrap();
             assert_eq!(on_disk(), State::Arriving);
             guest.resume().unwrap();
             assert_eq!(on_disk(), loaded, "{has_return_path} {native}");

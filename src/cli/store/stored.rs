@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ramwire::guest::{GuestControl, GuestMemory, MappedGuest};
+use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::Incoming;
 use ramwire::stream::qemu::file::Configuration;
@@ -203,7 +203,7 @@ pub fn keep(
         }
     }
     guest.arrived(incoming, false);
-    guest.load_devices(&mut &tail[..]).map_err(|error| failed(&error))?;
+    guest.load(&mut &tail[..]).map_err(|error| failed(&error))?;
     if may_run {
         guest.doubt();
     }
@@ -285,24 +285,26 @@ impl GuestControl for StandingMachine {
         Ok(())
     }
 
-    fn device_state_bytes(&mut self) -> u64 {
-        self.tail.len() as u64
-    }
-
-    /// Behind this the guest may be given away at any moment.
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        if let Some(custody) = &self.custody {
-            custody.mark(State::Sending).map_err(io::Error::other)?;
-        }
-        out.write_all(&self.tail)
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
     }
 
     /// Files are mapped here, and nobody gives their pages back.
     fn forbid_discard(&mut self, _forbid: bool) -> bool {
         true
     }
+}
 
-    fn load_devices(&mut self, _from: &mut dyn Read) -> io::Result<()> {
-        Err(io::Error::other("a stored guest is sent, not loaded"))
+impl DeviceState for StandingMachine {
+    fn size(&mut self) -> u64 {
+        self.tail.len() as u64
+    }
+
+    /// Behind this the guest may be given away at any moment.
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        if let Some(custody) = &self.custody {
+            custody.mark(State::Sending).map_err(io::Error::other)?;
+        }
+        out.write_all(&self.tail)
     }
 }

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::{KvmSlot, Slot, Slots};
-use crate::guest::{DirtyError, DirtySource, MappedGuest};
+use crate::guest::{DirtyError, DirtySource, GuestMemory};
 use crate::ram::{PageBitmap, PageRun};
 use crate::sys::KvmLog;
 use crate::units::BlockIndex;
@@ -37,7 +37,7 @@ impl KvmDirtyLog {
     ///
     /// # Errors
     /// [`DirtyError::Unsupported`] for a slot that is not in whole pages inside its block.
-    pub fn new(guest: &MappedGuest, vm: OwnedFd, slots: &[KvmSlot]) -> Result<Self, DirtyError> {
+    pub fn new(guest: &dyn GuestMemory, vm: OwnedFd, slots: &[KvmSlot]) -> Result<Self, DirtyError> {
         let slots = Slots::new(NAME, guest, vm, slots)?;
         let words = |slot: &Slot| Mutex::new(vec![0; slot.pages().div_ceil(64) as usize]);
         let handed_out = slots.list().iter().map(words).collect();
@@ -178,6 +178,7 @@ mod tests {
 
     use super::super::tests::machine;
     use super::*;
+    use crate::guest::MappedGuest;
     use crate::guest::WrittenPages;
     use crate::guest::race::{Outcome, race_passes};
     use crate::sys::testing::TestVm;

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 pub use log::KvmDirtyLog;
 pub use ring::{KvmDirtyRing, RingSize};
 
-use super::{DirtyError, GuestMemory, MappedGuest};
+use super::{DirtyError, GuestMemory};
 use crate::sys::{HostRegion, KvmLog};
 use crate::units::{BlockIndex, BlockOffset, GuestAddr, PageSize};
 
@@ -65,7 +65,7 @@ struct Slots {
 impl Slots {
     fn new(
         source_name: &'static str,
-        guest: &MappedGuest,
+        guest: &dyn GuestMemory,
         vm: OwnedFd,
         slots: &[KvmSlot],
     ) -> Result<Self, DirtyError> {
@@ -73,7 +73,7 @@ impl Slots {
             let in_pages = LOG_PAGE.divides(given.offset.0) && LOG_PAGE.divides(given.len) && given.len > 0;
             let region = guest.region(given.block).filter(|_| in_pages);
             let region = region.filter(|region| region.span(given.offset.0, given.len).is_ok());
-            let region = region.cloned().ok_or_else(|| {
+            let region = region.ok_or_else(|| {
                 let reason =
                     format!("slot {} is not in whole pages inside a RAM block: {given:?}", given.slot);
                 DirtyError::Unsupported { source_name, reason }
@@ -145,6 +145,7 @@ impl Slots {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::guest::MappedGuest;
     use crate::guest::race::guest_of;
     use crate::sys::Mapping;
     use crate::sys::testing::TestVm;

@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::{KvmSlot, Slots};
-use crate::guest::{DirtyError, DirtySource, GuestMemory, MappedGuest};
+use crate::guest::{DirtyError, DirtySource, GuestMemory};
 use crate::ram::{AtomicBitmap, PageBitmap};
 use crate::sys::{DirtyRing, KvmLog};
 use crate::units::{BlockIndex, PageIndex};
@@ -91,7 +91,7 @@ impl KvmDirtyRing {
     /// # Errors
     /// [`DirtyError::Unsupported`] for a slot that is not in whole pages inside its block, or a vCPU without a ring.
     pub fn new(
-        guest: &MappedGuest,
+        guest: &dyn GuestMemory,
         vm: OwnedFd,
         slots: &[KvmSlot],
         vcpus: impl IntoIterator<Item = OwnedFd>,
@@ -248,6 +248,7 @@ mod tests {
 
     use super::super::tests::machine;
     use super::*;
+    use crate::guest::MappedGuest;
     use crate::guest::race::race_passes;
     use crate::sys::duplicate;
     use crate::sys::testing::TestVm;

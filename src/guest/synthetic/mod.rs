@@ -28,7 +28,7 @@ pub use verify::{PageFault, VerifyReport};
 use self::pace::Pace;
 use self::plan::Plan;
 use self::verify::Faults;
-use super::{GuestControl, GuestMemory, MappedGuest, SoftwareBitmap, VcpuGate};
+use super::{DeviceState, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap, VcpuGate};
 use crate::ram::PageRun;
 use crate::sys::HostSpan;
 use crate::units::{BlockIndex, PageIndex, Percent, Rate, RestShare};
@@ -76,7 +76,7 @@ impl SyntheticGuest {
     /// A guest over fresh zero memory, filled as `config` says and standing still.
     ///
     /// # Errors
-    /// A configuration that [`load_devices`](GuestControl::load_devices) would refuse too.
+    /// A configuration that [`load`](DeviceState::load) would refuse too.
     pub fn filled(memory: Arc<MappedGuest>, config: SyntheticConfig) -> io::Result<Self> {
         let guest = Self::empty(memory);
         let plan = Plan::new(guest.memory.table(), config);
@@ -163,6 +163,10 @@ impl GuestControl for SyntheticGuest {
         })
     }
 
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+
     fn throttle(&mut self, share: Percent) {
         self.with(|machine| machine.iter().for_each(|machine| machine.shared.gate.set_throttle(share)));
     }
@@ -180,8 +184,15 @@ impl GuestControl for SyntheticGuest {
         self.with(|machine| machine.iter().for_each(|machine| machine.shared.gate.set_rest(vcpu, rest)));
     }
 
+    /// The synthetic guest gives no page back.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
+}
+
+impl DeviceState for SyntheticGuest {
     /// The counts change, the length does not.
-    fn device_state_bytes(&mut self) -> u64 {
+    fn size(&mut self) -> u64 {
         let length = |machine: &mut Machine| {
             let done = vec![0; machine.shared.done.len()];
             state::encode(self.memory.table(), &machine.shared.plan.config, &done).len() as u64
@@ -189,22 +200,17 @@ impl GuestControl for SyntheticGuest {
         self.with(|machine| machine.map_or(0, length))
     }
 
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         let shared = self.still()?;
         let done: Vec<u64> = shared.done.iter().map(|done| done.load(Ordering::Acquire)).collect();
         out.write_all(&state::encode(self.memory.table(), &shared.plan.config, &done))
     }
 
     /// Replaces what the guest was; its memory is what has arrived.
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let (config, done) = state::decode(self.memory.table(), from)?;
         self.install(Plan::new(self.memory.table(), config), done);
         Ok(())
-    }
-
-    /// The synthetic guest gives no page back.
-    fn forbid_discard(&mut self, _forbid: bool) -> bool {
-        true
     }
 }
 

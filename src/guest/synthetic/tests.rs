@@ -61,10 +61,10 @@ fn moved(source: &mut SyntheticGuest) -> SyntheticGuest {
     let mut target = SyntheticGuest::empty(blocks());
     copy(source.memory(), target.memory());
     let mut devices = Vec::new();
-    let told = source.device_state_bytes();
-    source.save_devices(&mut devices).unwrap();
+    let told = source.size();
+    source.save(&mut devices).unwrap();
     assert_eq!(told, devices.len() as u64, "what the switchover counts with is what it sends");
-    target.load_devices(&mut devices.as_slice()).unwrap();
+    target.load(&mut devices.as_slice()).unwrap();
     target
 }
 
@@ -102,10 +102,10 @@ fn one_seed_fills_the_same_bytes_and_another_does_not() {
 fn what_is_asked_of_a_running_or_stateless_guest_is_refused() {
     let mut guest = SyntheticGuest::filled(blocks(), config(Some(Rate(0)))).unwrap();
     guest.resume().unwrap();
-    assert!(guest.verify().is_err() && guest.save_devices(&mut Vec::new()).is_err());
+    assert!(guest.verify().is_err() && guest.save(&mut Vec::new()).is_err());
     guest.pause().unwrap();
     assert_eq!(guest.pages_written(), 0, "rate 0 is an idle guest");
-    guest.save_devices(&mut Vec::new()).unwrap();
+    guest.save(&mut Vec::new()).unwrap();
     let mut empty = SyntheticGuest::empty(blocks());
     assert!(empty.resume().is_err() && empty.pause().is_err() && empty.verify().is_err());
 }
@@ -174,7 +174,7 @@ fn a_resumed_guest_checks_what_it_overwrites() {
 fn a_running_guest_followed_by_its_dirty_pages_arrives_whole() {
     let memory = blocks();
     let mut guest = SyntheticGuest::filled(memory.clone(), config(None)).unwrap();
-    let trackers: [Arc<dyn DirtySource>; 2] = [Arc::new(WrittenPages::new(&memory)), guest.software()];
+    let trackers: [Arc<dyn DirtySource>; 2] = [Arc::new(WrittenPages::new(&*memory)), guest.software()];
     for source in trackers {
         guest.resume().unwrap();
         let sources = [source];

@@ -22,7 +22,7 @@ use std::time::Duration;
 use crate::engine::destination::{Action, Input};
 use crate::engine::{DestinationEngine, Ending};
 use crate::error::{Chain, Remedy};
-use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange, PageObserver};
+use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange, PageObserver, load_state};
 use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
 use crate::ram::{PageSet, RamBlock};
 use crate::stream::native::Answer;
@@ -59,6 +59,9 @@ pub struct Incoming {
     pub configuration: Configuration,
     /// The blocks in stream order.
     pub blocks: Vec<RamBlock>,
+    /// What the source's VMM tells ([`SourceSettings::vmm_configuration`](super::SourceSettings::vmm_configuration)); empty
+    /// if it tells nothing, or is a QEMU.
+    pub vmm_configuration: Vec<u8>,
     /// Sections in front of the first page, as they came. Those that come later are part of the device state.
     pub early_sections: Vec<u8>,
     /// The source opened a return path: it can be told how it ended.
@@ -210,6 +213,7 @@ pub struct DestinationSession {
     next_connection: SharedNext,
     incoming: Option<Incoming>,
     configuration: Option<Configuration>,
+    vmm_configuration: Vec<u8>,
     state: Vec<u8>,
     /// Where the section that is carried began.
     section_at: usize,
@@ -272,6 +276,7 @@ impl DestinationSession {
             next_connection: SharedNext::default(),
             incoming: None,
             configuration: None,
+            vmm_configuration: Vec::new(),
             state: Vec::new(),
             section_at: 0,
             return_path_open: false,
@@ -482,7 +487,7 @@ impl DestinationSession {
                     self.provider.arrived(incoming, self.engine.is_native());
                 }
                 let loaded =
-                    self.with_keepalive(|session| session.control.load_devices(&mut &session.state[..]));
+                    self.with_keepalive(|session| load_state(session.control.as_mut(), &session.state));
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             Action::Listen => self.listen(reader.stream.blocks())?,
@@ -518,7 +523,7 @@ impl DestinationSession {
         let memory = self.memory()?;
         let incoming = self.incoming.as_ref();
         let carried = incoming
-            .map(|i| carried(i.seen.framing, &i.configuration, &i.early_sections))
+            .map(|i| carried(i.seen.framing, (&i.configuration, &i.vmm_configuration), &i.early_sections))
             .unwrap_or_default();
         let stop = &self.stop;
         let unsent = self.unsent.clone();

@@ -15,7 +15,7 @@ use std::os::fd::AsFd;
 
 use crate::engine::{FaultAnswer, HostPage, Pager};
 use crate::error::Chain;
-use crate::guest::{GuestControl, Placer};
+use crate::guest::{GuestControl, Placer, load_state};
 use crate::observe::{LatencySummary, SharedStatistics, Status};
 use crate::ram::{Landing, PageSet};
 use crate::stream::native::decode_state_section;
@@ -202,14 +202,6 @@ impl GuestControl for Lent {
     }
 
     fn resume(&mut self) -> io::Result<()> {
-        Err(lent())
-    }
-
-    fn save_devices(&mut self, _out: &mut dyn io::Write) -> io::Result<()> {
-        Err(lent())
-    }
-
-    fn load_devices(&mut self, _from: &mut dyn io::Read) -> io::Result<()> {
         Err(lent())
     }
 }
@@ -402,7 +394,7 @@ fn load_and_run(
     state: &[u8],
     pings: &[u32],
 ) -> Result<(), Error> {
-    let loaded = guarded("loading the device state", || control.load_devices(&mut &state[..]))?;
+    let loaded = guarded("loading the device state", || load_state(control.as_mut(), state))?;
     loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
     let stop = shared.stop();
     for value in pings {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::Sender;
 
 use crate::engine::{FarEnd, Handover, Outcome, RelayAction, RelayEvent, Traffic};
-use crate::guest::{DirtySource, GuestControl, GuestMemory, PageObserver};
+use crate::guest::{DeviceState, DirtySource, GuestControl, GuestMemory, PageObserver};
 use crate::observe::SharedStatistics;
 use crate::session::destination::{Arrival, Incoming};
 use crate::session::source::{SourceGuest, SourceReport, SourceSession, Upstream};
@@ -279,8 +279,14 @@ impl GuestControl for StateOfSource {
         Ok(())
     }
 
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+}
+
+impl DeviceState for StateOfSource {
     /// The source's own session bounds the wait.
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         loop {
             let inner = self.0.wait(POLL_INTERVAL, |inner| {
                 inner.has(RelayAction::SendState) || inner.has(RelayAction::Abandon)
@@ -291,10 +297,6 @@ impl GuestControl for StateOfSource {
                 _ => {}
             }
         }
-    }
-
-    fn load_devices(&mut self, _from: &mut dyn Read) -> io::Result<()> {
-        Err(io::Error::other("the far side of a relay only sends"))
     }
 }
 
@@ -350,12 +352,14 @@ impl GuestControl for SourceSide {
         }
     }
 
-    fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
-        Err(io::Error::other("the near side of a relay only receives"))
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
     }
+}
 
+impl DeviceState for SourceSide {
     /// Only when the far end could take it may the guest be asked for: the far side's own timeouts bound the wait.
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let mut state = Vec::new();
         from.read_to_end(&mut state)?;
         self.hub.lock().device_state = Some(state);

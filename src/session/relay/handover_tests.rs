@@ -1,12 +1,12 @@
 //! A relay between two ramwires, all three in one process: whom it asks for the guest, and how long it may be idle.
 #![allow(clippy::unwrap_used)]
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use crate::engine::{Ending, Outcome};
-use crate::guest::GuestControl;
+use crate::guest::{DeviceState, GuestControl};
 use crate::session::tests::{Ends, Machine, ends, plain};
 use crate::session::*;
 use crate::stream::qemu::file::Configuration;
@@ -22,10 +22,13 @@ impl GuestControl for Refusing {
     fn resume(&mut self) -> io::Result<()> {
         panic!("it was never given the guest")
     }
-    fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
-        Ok(())
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
     }
-    fn load_devices(&mut self, _from: &mut dyn Read) -> io::Result<()> {
+}
+
+impl DeviceState for Refusing {
+    fn load(&mut self, _from: &mut dyn Read) -> io::Result<()> {
         Err(io::Error::other("a device is missing"))
     }
 }

@@ -8,7 +8,7 @@ use super::device::{Nothing, nothing_at_start};
 use super::plan::{Fault, LogKind, Plan, Rng, Side, Started};
 use super::world::{Mark, Sim, World};
 use crate::guest::{
-    DirtyError, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest, PageObserver,
+    DeviceState, DirtyError, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest, PageObserver,
 };
 use crate::ram::{BlockName, Landing, PageBitmap, PageRun, RamBlock, RamBlockTable};
 use crate::session::{Arrival, Error, Incoming};
@@ -504,6 +504,10 @@ impl GuestControl for SimControl {
         Ok(())
     }
 
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+
     fn forbid_discard(&mut self, forbid: bool) -> bool {
         let mut turn = self.sim.enter();
         if !forbid && turn.world.door.registered && self.side == Side::Source {
@@ -516,8 +520,10 @@ impl GuestControl for SimControl {
     fn throttle(&mut self, share: Percent) {
         self.sim.enter().world.throttle = share.get();
     }
+}
 
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+impl DeviceState for SimControl {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         let mut turn = self.sim.enter();
         if turn.world.guest.running[0] {
             turn.world.violation("device state was saved of a running guest");
@@ -535,7 +541,7 @@ impl GuestControl for SimControl {
         Ok(())
     }
 
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let mut turn = self.sim.enter();
         turn.world.guest.loaded.clear();
         from.read_to_end(&mut turn.world.guest.loaded)?;

@@ -10,7 +10,7 @@
 mod model;
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -18,7 +18,9 @@ use self::model::{Destination, Shared, Sink};
 use super::plan::Rng;
 use super::{number_from, spread};
 use crate::engine::{Outcome, PostcopyRule};
-use crate::guest::{DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest, SoftwareBitmap};
+use crate::guest::{
+    DeviceState, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest, SoftwareBitmap,
+};
 use crate::ram::{BlockName, Landing, PageRun, RamBlock, RamBlockTable};
 use crate::session::{
     Breakage, Clock, Error, Peer, PostcopySettings, SourceConnection, SourceGuest, SourceReport,
@@ -173,13 +175,15 @@ impl GuestControl for Control {
         Ok(())
     }
 
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+}
+
+impl DeviceState for Control {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         let native = self.shared().native;
         out.write_all(&if native { b"devices".to_vec() } else { without_devices(PAGE as u64) })
-    }
-
-    fn load_devices(&mut self, _from: &mut dyn Read) -> io::Result<()> {
-        Err(io::Error::other("this is the source"))
     }
 }
 

@@ -1,6 +1,7 @@
 //! How a migration ends at the source: device state, digest, COMMIT.
 
 use crate::engine::{Handover, Input};
+use crate::guest::save_state;
 use crate::ram::PageSet;
 use crate::stream::native::{MAX_DIGESTS, Order, encode_state_head};
 use crate::stream::qemu::command::Command;
@@ -19,9 +20,8 @@ impl SourceSession {
     /// Everything about the device state but the byte that commits.
     pub(super) fn send_state(&mut self) -> Result<Input, Error> {
         self.check_layout()?;
-        let mut state = Vec::new();
-        let saved = self.guest.control.save_devices(&mut state);
-        saved.map_err(|source| Error::Control { what: "save its device state", source })?;
+        let saved = save_state(self.guest.control.as_mut());
+        let mut state = saved.map_err(|source| Error::Control { what: "save its device state", source })?;
         if self.handover == Handover::Native {
             self.send_native_state(&state)?;
             self.state = state;
@@ -62,7 +62,8 @@ impl SourceSession {
     /// a cancel is seen.
     pub(super) fn send_digest(&mut self) -> Result<Input, Error> {
         let settings = &self.settings;
-        let carried = carried(settings.framing, &settings.configuration, &settings.early_sections);
+        let configuration = (&settings.configuration, &settings.vmm_configuration[..]);
+        let carried = carried(settings.framing, configuration, &settings.early_sections);
         let Self { guest, link, stop, settings, state, skips, breakage, .. } = self;
         let compare_all = breakage.is(Breakage::CompareSkipped);
         let unsent = if compare_all { PageSet::default() } else { skips.unsent().clone() };

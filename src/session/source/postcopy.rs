@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::engine::{Handover, Input, Pace};
 use crate::error::Remedy;
-use crate::guest::GuestMemory;
+use crate::guest::{GuestMemory, save_state};
 use crate::page::{PageSearch, classify};
 use crate::ram::{PageBatch, PageRun, RamBlock};
 use crate::stream::native::encode_state_section;
@@ -169,9 +169,8 @@ impl SourceSession {
     /// The package, but for the command that starts the guest.
     pub(super) fn send_package(&mut self) -> Result<Input, Error> {
         self.check_layout()?;
-        let mut state = Vec::new();
-        let saved = self.guest.control.save_devices(&mut state);
-        saved.map_err(|source| Error::Control { what: "save its device state", source })?;
+        let saved = save_state(self.guest.control.as_mut());
+        let mut state = saved.map_err(|source| Error::Control { what: "save its device state", source })?;
         let mut sections = Vec::new();
         match self.handover {
             Handover::Native => encode_state_section(self.section_id + 1, &state, &mut sections),

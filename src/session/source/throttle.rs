@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::engine::{Change, Input, Throttler};
 use crate::error::Remedy;
+use crate::guest::state_size;
 use crate::observe::{EventKind, NotConverging};
 use crate::units::{Percent, RestShare};
 
@@ -53,7 +54,7 @@ impl SourceSession {
         let answers = if self.handover.has_ready() { 2 } else { u32::from(self.handover.has_running()) };
         self.engine.set_fixed_downtime(digest + sync + round_trip * answers);
         self.engine.set_deltas(self.link.deltas().cache_size > 0);
-        self.engine.set_state_bytes(self.guest.control.device_state_bytes());
+        self.engine.set_state_bytes(state_size(self.guest.control.as_mut()));
         self.engine.set_under_way(self.link.under_way());
     }
 

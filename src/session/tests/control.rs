@@ -1,7 +1,7 @@
 //! Everything that may change while a migration runs is changed while one runs, and has its effect. What paces these
 //! tests is the number of the round, told at its end.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::{Machine, ends, guest, plain};
 use crate::engine::{Ending, Outcome, PostcopyRule, ThrottlePolicy};
-use crate::guest::{DirtyError, DirtySource, GuestControl, MappedGuest};
+use crate::guest::{DeviceState, DirtyError, DirtySource, GuestControl, MappedGuest};
 use crate::observe::EventKind;
 use crate::ram::{PageBitmap, PageRun};
 use crate::session::*;
@@ -68,6 +68,9 @@ impl GuestControl for Slowed {
     fn resume(&mut self) -> io::Result<()> {
         self.machine.resume()
     }
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        self.machine.devices()
+    }
     fn throttle(&mut self, share: Percent) {
         self.shares.lock().unwrap().push(share.get());
     }
@@ -79,12 +82,6 @@ impl GuestControl for Slowed {
     fn throttle_vcpu(&mut self, _vcpu: usize, rest: RestShare) {
         // Beyond every share.
         self.shares.lock().unwrap().push(if rest == RestShare::default() { 200 } else { 201 });
-    }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        self.machine.save_devices(out)
-    }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        self.machine.load_devices(from)
     }
 }
 

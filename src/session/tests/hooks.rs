@@ -2,13 +2,13 @@
 //! changes.
 #![allow(clippy::unwrap_used)]
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::{Machine, ends, ends_with};
 use crate::engine::{Ending, Outcome};
-use crate::guest::{GuestControl, LayoutChange, MappedGuest};
+use crate::guest::{DeviceState, GuestControl, LayoutChange, MappedGuest};
 use crate::observe::{EventKind, SharedStatistics, Status};
 use crate::ram::{BlockName, RamBlock};
 use crate::session::source::skip_tests::moved;
@@ -185,14 +185,17 @@ impl GuestControl for Heavy {
     fn resume(&mut self) -> io::Result<()> {
         self.0.resume()
     }
-    fn device_state_bytes(&mut self) -> u64 {
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+}
+
+impl DeviceState for Heavy {
+    fn size(&mut self) -> u64 {
         1 << 44
     }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        self.0.save_devices(out)
-    }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        self.0.load_devices(from)
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        self.0.save(out)
     }
 }
 

@@ -11,6 +11,7 @@ mod panics;
 mod postcopy;
 pub(super) mod qemu_peer;
 mod reuse;
+mod vmm_configuration;
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -20,7 +21,7 @@ use std::sync::{Arc, Mutex};
 use rustix::event::PollFlags;
 
 use crate::engine::{Ending, Outcome, ThrottlePolicy};
-use crate::guest::{GuestControl, MappedGuest};
+use crate::guest::{DeviceState, GuestControl, MappedGuest};
 use crate::observe::EventKind;
 use crate::ram::{BlockName, RamBlock};
 use crate::session::*;
@@ -103,10 +104,16 @@ impl GuestControl for Machine {
         self.0.lock().unwrap().0 = true;
         Ok(())
     }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+}
+
+impl DeviceState for Machine {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(&self.0.lock().unwrap().1)
     }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         from.read_to_end(&mut self.0.lock().unwrap().1).map(drop)
     }
 }
@@ -318,12 +325,15 @@ impl GuestControl for SlowLoader {
     fn resume(&mut self) -> io::Result<()> {
         self.0.resume()
     }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        self.0.save_devices(out)
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
     }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
+}
+
+impl DeviceState for SlowLoader {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         std::thread::sleep(self.1);
-        self.0.load_devices(from)
+        self.0.load(from)
     }
 }
 
@@ -396,12 +406,6 @@ fn a_thread_that_dies_or_never_starts_is_told() {
             panic!("a bug of the embedder's")
         }
         fn resume(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-        fn save_devices(&mut self, _: &mut dyn Write) -> io::Result<()> {
-            Ok(())
-        }
-        fn load_devices(&mut self, _: &mut dyn Read) -> io::Result<()> {
             Ok(())
         }
     }

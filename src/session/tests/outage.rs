@@ -1,6 +1,6 @@
 //! A network that is away for a while behind COMMIT.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{Machine, guest};
 use crate::engine::{Ending, Outcome};
-use crate::guest::GuestControl;
+use crate::guest::{DeviceState, GuestControl};
 use crate::session::*;
 use crate::stream::qemu::file::Configuration;
 use crate::transport::{StreamChannel, StreamOptions};
@@ -32,11 +32,8 @@ impl GuestControl for CutOff {
         }
         self.0.resume()
     }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        self.0.save_devices(out)
-    }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        self.0.load_devices(from)
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        self.0.devices()
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::{Machine, ends};
 use crate::engine::{Ending, Outcome};
-use crate::guest::{DirtyError, DirtySource, GuestControl, GuestMemory, MappedGuest};
+use crate::guest::{DeviceState, DirtyError, DirtySource, GuestControl, GuestMemory, MappedGuest};
 use crate::observe::EventKind;
 use crate::ram::{PageBitmap, RamBlock};
 use crate::session::*;
@@ -38,17 +38,23 @@ impl GuestControl for Embedder {
         self.call("resume");
         self.machine.resume()
     }
-    fn device_state_bytes(&mut self) -> u64 {
-        self.call("device_state_bytes");
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+}
+
+impl DeviceState for Embedder {
+    fn size(&mut self) -> u64 {
+        self.call("size");
         0
     }
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        self.call("save_devices");
-        self.machine.save_devices(out)
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        self.call("save");
+        self.machine.save(out)
     }
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        self.call("load_devices");
-        self.machine.load_devices(from)
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        self.call("load");
+        self.machine.load(from)
     }
 }
 
@@ -155,8 +161,8 @@ fn text(error: &Option<Error>) -> String {
 fn a_panic_of_the_source_before_commit_leaves_the_guest_running_there() {
     let callbacks = [
         "pause",
-        "device_state_bytes",
-        "save_devices",
+        "size",
+        "save",
         "start",
         "begin_sync",
         "sync_into",
@@ -187,7 +193,7 @@ fn a_listener_that_panics_behind_commit_changes_nothing() {
 
 #[test]
 fn a_panic_of_the_destination_before_commit_leaves_the_guest_at_the_source() {
-    for callback in ["provide", "is_zeroed", "arrived", "load_devices"] {
+    for callback in ["provide", "is_zeroed", "arrived", "load"] {
         let Moved { sent, arrived, runs } = migrate(None, Some(callback));
         assert!(text(&arrived.error).contains(TEXT), "{callback}: {:?}", arrived.error);
         assert_eq!((arrived.ending, runs), (Ending::Discarded, (true, false)), "{callback}");

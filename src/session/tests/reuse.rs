@@ -1,12 +1,12 @@
 //! Migrations into memory that was used before.
 #![allow(clippy::unwrap_used)]
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::sync::Arc;
 
 use super::{Machine, bytes};
 use crate::engine::{Ending, Outcome};
-use crate::guest::{GuestControl, MappedGuest};
+use crate::guest::{DeviceState, GuestControl, MappedGuest};
 use crate::ram::{BlockName, RamBlock};
 use crate::session::*;
 use crate::stream::qemu::file::Configuration;
@@ -26,10 +26,13 @@ impl GuestControl for Refuses {
     fn resume(&mut self) -> io::Result<()> {
         Ok(())
     }
-    fn save_devices(&mut self, _: &mut dyn Write) -> io::Result<()> {
-        Ok(())
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
     }
-    fn load_devices(&mut self, _: &mut dyn Read) -> io::Result<()> {
+}
+
+impl DeviceState for Refuses {
+    fn load(&mut self, _: &mut dyn Read) -> io::Result<()> {
         Err(io::Error::other("no such device"))
     }
 }

@@ -2,13 +2,13 @@
 //!
 //! Nobody writes the memory and no dirty log runs, as with the stopped QEMUs it is compared with.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::time::Instant;
 
 use ramwire::engine::{Ending, Outcome};
 use ramwire::error::Chain;
-use ramwire::guest::{GuestControl, MappedGuest};
+use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
@@ -37,17 +37,19 @@ impl GuestControl for Still {
         Ok(())
     }
 
-    fn save_devices(&mut self, _out: &mut dyn Write) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        io::copy(from, &mut io::sink()).map(drop)
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
     }
 
     /// Nobody but the migration touches the memory.
     fn forbid_discard(&mut self, _forbid: bool) -> bool {
         true
+    }
+}
+
+impl DeviceState for Still {
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        io::copy(from, &mut io::sink()).map(drop)
     }
 }
 

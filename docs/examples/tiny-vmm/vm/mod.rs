@@ -2,7 +2,7 @@
 //! ([`code`]) writes pages that describe themselves at a set rate and checks each before it writes it again.
 //!
 //! What ramwire needs of it is in three places: [`TinyVm::memory`] are the blocks, [`TinyVm::dirty_source`] knows what the
-//! vCPUs wrote, and [`GuestControl`] pauses, throttles, saves and loads. It has no device that writes RAM; a VMM with
+//! vCPUs wrote, and [`GuestControl`] pauses and throttles, [`DeviceState`] saves and loads. It has no device that writes RAM; a VMM with
 //! devices gives their writes as a further dirty source.
 
 mod code;
@@ -18,15 +18,15 @@ use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VmFd};
 use ramwire::guest::{
-    DirtyError, DirtySource, GuestControl, GuestMemory, KvmDirtyLog, KvmDirtyRing, KvmSlot, MappedGuest,
-    RingSize, VcpuGate,
+    DeviceState, DirtyError, DirtySource, GuestControl, GuestMemory, KvmDirtyLog, KvmDirtyRing, KvmSlot,
+    MappedGuest, RingSize, VcpuGate,
 };
 use ramwire::sys::{KvmMemory, duplicate};
 use ramwire::units::{BlockIndex, BlockOffset, GuestAddr, Percent, Rate, RestShare};
 use serde::{Deserialize, Serialize};
 
 use self::code::{Plan, all_pages, invalid};
-use self::state::DeviceState;
+use self::state::SavedState;
 use self::vcpu::Vcpu;
 pub(crate) use self::verify::Found;
 
@@ -220,7 +220,7 @@ impl Board {
         let fds = made.collect::<Result<Vec<_>, _>>()?;
         let ring = self.ring.map(|size| {
             let vcpus = fds.iter().map(duplicate).collect::<io::Result<Vec<_>>>()?;
-            let ring = KvmDirtyRing::new(&self.memory, duplicate(&self.vm)?, &self.slots, vcpus, size);
+            let ring = KvmDirtyRing::new(&*self.memory, duplicate(&self.vm)?, &self.slots, vcpus, size);
             ring.map(Arc::new).map_err(io::Error::other)
         });
         let ring = ring.transpose()?;
@@ -228,7 +228,7 @@ impl Board {
             Some(ring) => ring.clone(),
             None => {
                 let log: Result<_, DirtyError> =
-                    KvmDirtyLog::new(&self.memory, duplicate(&self.vm)?, &self.slots);
+                    KvmDirtyLog::new(&*self.memory, duplicate(&self.vm)?, &self.slots);
                 Arc::new(log.map_err(io::Error::other)?)
             }
         };
@@ -293,6 +293,10 @@ impl GuestControl for TinyVm {
         })
     }
 
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+
     fn throttle(&mut self, share: Percent) {
         // A VM without a state has nothing to throttle.
         let _ = self.with(|machine| {
@@ -318,28 +322,30 @@ impl GuestControl for TinyVm {
         });
     }
 
-    fn save_devices(&mut self, out: &mut dyn Write) -> io::Result<()> {
+    /// The VM gives no page back.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
+}
+
+impl DeviceState for TinyVm {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         self.with(|machine| {
             machine.must_stand_still()?;
             let vcpus = machine.vcpus.iter().map(|vcpu| vcpu.save()).collect::<io::Result<_>>()?;
-            let state = DeviceState::new(machine.shape, &self.board.memory, &self.board.addresses, vcpus);
+            let state = SavedState::new(machine.shape, &self.board.memory, &self.board.addresses, vcpus);
             out.write_all(&state.encode()?)
         })
     }
 
-    fn load_devices(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        let state = DeviceState::decode(from, &self.board.memory, &self.board.addresses)?;
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        let state = SavedState::decode(from, &self.board.memory, &self.board.addresses)?;
         let machine = self.board.machine(state.shape)?;
         for (vcpu, registers) in machine.vcpus.iter().zip(&state.vcpus) {
             vcpu.load(registers)?;
         }
         *self.machine() = Some(machine);
         Ok(())
-    }
-
-    /// The VM gives no page back.
-    fn forbid_discard(&mut self, _forbid: bool) -> bool {
-        true
     }
 }
 

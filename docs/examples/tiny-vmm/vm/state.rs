@@ -13,7 +13,7 @@ use super::vcpu::Registers;
 const MOST: u32 = 1 << 20;
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct DeviceState {
+pub(super) struct SavedState {
     pub(super) shape: Shape,
     /// Guest address and length of each block: another machine's memory is refused.
     blocks: Vec<(u32, u64)>,
@@ -25,7 +25,7 @@ fn blocks(memory: &MappedGuest, addresses: &[u32]) -> Vec<(u32, u64)> {
     addresses.iter().copied().zip(lengths).collect()
 }
 
-impl DeviceState {
+impl SavedState {
     pub(super) fn new(shape: Shape, memory: &MappedGuest, addresses: &[u32], vcpus: Vec<Registers>) -> Self {
         Self { shape, blocks: blocks(memory, addresses), vcpus }
     }
