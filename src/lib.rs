@@ -17,7 +17,8 @@
 //! use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
 //! use ramwire::ram::{BlockName, RamBlock};
 //! use ramwire::session::{
-//!     DestinationSession, DestinationSettings, SourceConnection, SourceGuest, SourceSession, SourceSettings,
+//!     DestinationConnection, DestinationGuest, DestinationSession, DestinationSettings, SourceConnection,
+//!     SourceGuest, SourceSession, SourceSettings,
 //! };
 //! use ramwire::sys::Mapping;
 //! use ramwire::transport::{StreamChannel, StreamOptions};
@@ -38,8 +39,9 @@
 //! let (near, far) = UnixStream::pair()?;
 //! let channel = |socket: UnixStream| StreamChannel::from_fd(socket.into(), "peer", &StreamOptions::default());
 //!
-//! let (ram, control) = (Box::new(there.memory().clone()), Box::new(there.clone()));
-//! let arriving = DestinationSession::over(channel(far)?, ram, control, DestinationSettings::default()).spawn()?;
+//! let connection = DestinationConnection::over(channel(far)?);
+//! let guest = DestinationGuest { memory: Box::new(there.memory().clone()), control: Box::new(there.clone()) };
+//! let arriving = DestinationSession::new(guest, connection, DestinationSettings::default()).spawn()?;
 //!
 //! let connection = SourceConnection::over(channel(near)?, here.memory().clone());
 //! let guest = SourceGuest { memory: here.memory().clone(), dirty: vec![here.software()], control: Box::new(here) };

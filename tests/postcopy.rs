@@ -21,7 +21,8 @@ use ramwire::engine::Ending;
 use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest};
 use ramwire::observe::{SharedStatistics, Statistics, Status};
 use ramwire::session::{
-    DestinationReport, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider, MissingPages,
+    DestinationConnection, DestinationGuest, DestinationReport, DestinationSession, DestinationSettings,
+    Error, Incoming, MemoryProvider, MissingPages,
 };
 use ramwire::sys::{Mapping, Stop};
 use ramwire::transport::{Address, AllowList, Listener, StreamBreaker, StreamChannel, StreamOptions};
@@ -153,8 +154,12 @@ impl Destination {
             let first: StreamChannel = accept(&Stop::never()).unwrap();
             let mut settings = DestinationSettings::default();
             settings.postcopy = true;
-            let session = DestinationSession::over(first, Box::new(memory), Box::new(control), settings)
-                .with_next_connection(Box::new(accept));
+            let session = DestinationSession::new(
+                DestinationGuest { memory: Box::new(memory), control: Box::new(control) },
+                DestinationConnection::over(first),
+                settings,
+            )
+            .with_next_connection(Box::new(accept));
             tell.send(session.statistics()).unwrap();
             session.run()
         });

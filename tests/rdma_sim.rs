@@ -10,8 +10,8 @@ use ramwire::engine::{Ending, Outcome};
 use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock, RoundKind};
 use ramwire::session::{
-    DestinationReport, DestinationSession, DestinationSettings, Peer, SourceGuest, SourceReport,
-    SourceSession, SourceSettings,
+    DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, Peer, SourceGuest,
+    SourceReport, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, SendPart, Stop};
@@ -112,21 +112,28 @@ fn migrate(config: SimConfig, rdma: RdmaOptions, digest: bool, keeps_memory: boo
     let mut listener = RdmaListener::bind(Arc::new(there), "10.0.0.2", 4444, AllowList::default()).unwrap();
     let destination = std::thread::spawn(move || {
         let _part = part;
-        let door = listener.accept(&options, &offered, &far_stop).ok()?;
+        let connection = listener.accept(&options, &offered, &far_stop).ok()?;
         let settings = DestinationSettings::default();
         let control = Box::new(Still { keeps_memory: true });
-        Some(DestinationSession::new(door.source, door.back, Box::new(arriving), control, settings).run())
+        Some(
+            DestinationSession::new(
+                DestinationGuest { memory: Box::new(arriving), control },
+                connection,
+                settings,
+            )
+            .run(),
+        )
     });
     let part = here.enter();
-    let door = connect_over(Arc::new(here), "10.0.0.2", 4444, from.clone(), &options, &rdma, &stop);
-    let source = door.ok().map(|door| {
+    let connection = connect_over(Arc::new(here), "10.0.0.2", 4444, from.clone(), &options, &rdma, &stop);
+    let source = connection.ok().map(|connection| {
         let mut settings = SourceSettings::new(Configuration { machine: "sim".into(), ..Default::default() });
         settings.digest = digest;
         settings.guest_stands_still = true;
         settings.peer = Some(Peer::Ramwire);
         let control = Box::new(Still { keeps_memory });
         let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };
-        SourceSession::new(guest, door.into(), settings).run()
+        SourceSession::new(guest, connection, settings).run()
     });
     drop(part);
     let destination = destination.join().unwrap();
@@ -234,16 +241,17 @@ fn no_stream_byte_passes_while_a_round_is_open() {
     });
     let part = here.enter();
     let rdma = RdmaOptions::default();
-    let mut door = connect_over(Arc::new(here), "10.0.0.2", 4444, filled(), &options, &rdma, &stop).unwrap();
-    assert!(door.link.abilities().exclusive_round);
-    door.link.sink().send(&[SendPart::Own(b"head")], &stop).unwrap();
-    door.link.open_round(RoundKind::Setup, &stop).unwrap();
+    let mut connection =
+        connect_over(Arc::new(here), "10.0.0.2", 4444, filled(), &options, &rdma, &stop).unwrap();
+    assert!(connection.link.abilities().exclusive_round);
+    connection.link.sink().send(&[SendPart::Own(b"head")], &stop).unwrap();
+    connection.link.open_round(RoundKind::Setup, &stop).unwrap();
     let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        door.link.sink().send(&[SendPart::Own(b"too early")], &stop)
+        connection.link.sink().send(&[SendPart::Own(b"too early")], &stop)
     }));
     // An assertion where those are on, else an error.
     assert!(refused.map_or(true, |sent| sent.is_err()));
-    drop((door, part));
+    drop((connection, part));
     assert!(destination.join().unwrap());
 }
 
@@ -272,8 +280,11 @@ fn r45_a_qemu_is_asked_for_a_return_path_only_if_the_operator_says_so() {
         let mut rdma = RdmaOptions::default();
         rdma.return_path = return_path;
         let (options, stop) = (StreamOptions::default(), Stop::on(&CancelToken::default()));
-        let door = connect_over(Arc::new(here), "10.0.0.2", 4444, filled(), &options, &rdma, &stop);
-        assert!(!door.is_ok_and(|door| door.back.is_some()), "this QEMU accepts no second connection");
+        let connection = connect_over(Arc::new(here), "10.0.0.2", 4444, filled(), &options, &rdma, &stop);
+        assert!(
+            !connection.is_ok_and(|connection| connection.back.is_some()),
+            "this QEMU accepts no second connection"
+        );
         drop(part);
         assert_eq!(qemu.join().unwrap(), return_path);
     }

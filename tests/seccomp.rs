@@ -25,19 +25,20 @@ use ramwire::guest::{
 use ramwire::observe::RunDescription;
 use ramwire::ram::{BlockName, PageBitmap, PageRun, RamBlock};
 use ramwire::session::{
-    CancelReply, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider, RunLog,
-    SourceConnection, SourceGuest, SourceSession, SourceSettings, Spawner, workers::Job,
+    CancelReply, DestinationConnection, DestinationGuest, DestinationSession, DestinationSettings, Error,
+    Incoming, MemoryProvider, RunLog, SourceConnection, SourceGuest, SourceSession, SourceSettings, Spawner,
+    workers::Job,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
 use ramwire::transport::{
-    AllowList, ByteSink, ByteSource, ChannelOptions, DoorOptions, Listener, Numa, PageSending, StreamBreaker,
-    StreamChannel, StreamOptions, open_source,
+    AllowList, ChannelOptions, ConnectionOptions, Listener, Numa, PageSending, StreamBreaker, StreamChannel,
+    StreamOptions, open_source,
 };
 use ramwire::units::{BlockIndex, BlockOffset, PageSize};
 use seccompiler::{BpfProgram, TargetArch, apply_filter, compile_from_json};
 
-/// How the child learns what to do: `DOOR END DIRTY-SOURCE FILTERS`.
+/// How the child learns what to do: `WAY END DIRTY-SOURCE FILTERS`.
 const SCENARIO: &str = "RAMWIRE_SECCOMP_SCENARIO";
 const PAGES: u64 = 24 << 8;
 /// Longer than a wait goes on without a look at the connection.
@@ -251,8 +252,8 @@ impl MemoryProvider for Slow {
     }
 }
 
-fn pair(door: &str) -> [OwnedFd; 2] {
-    if door == "unix" {
+fn pair(way: &str) -> [OwnedFd; 2] {
+    if way == "unix" {
         let (near, far) = UnixStream::pair().unwrap();
         return [near.into(), far.into()];
     }
@@ -261,18 +262,15 @@ fn pair(door: &str) -> [OwnedFd; 2] {
     [near.into(), listener.accept().unwrap().0.into()]
 }
 
-/// Both directions of the destination's end.
-type Arriving = (Box<dyn ByteSource>, Option<Box<dyn ByteSink>>);
-
 /// A connection: the source's end, and the destination's once the source's session runs.
 struct Connected {
     near: SourceConnection,
-    far: Box<dyn FnOnce() -> Arriving>,
+    far: Box<dyn FnOnce() -> DestinationConnection>,
     breaker: Option<StreamBreaker>,
 }
 
-fn connected(door: &str, memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connected {
-    let sending = match door {
+fn connected(way: &str, memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connected {
+    let sending = match way {
         "channels" => Some(PageSending::Copy),
         "spliced" => Some(PageSending::Splice),
         "lent" => Some(PageSending::ZeroCopy),
@@ -282,12 +280,9 @@ fn connected(door: &str, memory: &Arc<MappedGuest>, spawner: &Spawner) -> Connec
         return with_channels(memory, spawner, sending);
     }
     let [near, far] =
-        pair(door).map(|fd| StreamChannel::from_fd(fd, "peer", &StreamOptions::default()).unwrap());
+        pair(way).map(|fd| StreamChannel::from_fd(fd, "peer", &StreamOptions::default()).unwrap());
     let breaker = far.breaker();
-    let far = move || {
-        let (source, back) = far.with_return_path();
-        (Box::new(source) as Box<_>, back.map(|back| Box::new(back) as Box<_>))
-    };
+    let far = move || DestinationConnection::over(far);
     let near = SourceConnection::over(near, memory.clone());
     Connected { near, far: Box::new(far), breaker: Some(breaker) }
 }
@@ -300,23 +295,20 @@ fn with_channels(memory: &Arc<MappedGuest>, spawner: &Spawner, sending: PageSend
     channels.sending = sending;
     channels.numa = Numa::Auto;
     channels.spawn = spawner.callback();
-    let mut options = DoorOptions::default();
+    let mut options = ConnectionOptions::default();
     options.channels = channels;
     let mut listener =
         Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop).unwrap();
-    let near = open_source(listener.address(), memory.clone(), &options, &stop).unwrap().into();
-    let far = move || {
-        let door = listener.accept_door(&options, &stop).unwrap();
-        (door.source, door.back)
-    };
+    let near = open_source(listener.address(), memory.clone(), &options, &stop).unwrap();
+    let far = move || listener.accept_connection(&options, &stop).unwrap();
     Connected { near, far: Box::new(far), breaker: None }
 }
 
-fn migrate(door: &str, end: &str, dirty: &str, filters: Option<HashMap<String, BpfProgram>>) {
+fn migrate(way: &str, end: &str, dirty: &str, filters: Option<HashMap<String, BpfProgram>>) {
     let (here, there) = (Machine::new(), Machine::new());
     let writer = here.start();
     let spawner = spawner(filters);
-    let Connected { near: link, far, breaker } = connected(door, &here.memory, &spawner);
+    let Connected { near: link, far, breaker } = connected(way, &here.memory, &spawner);
     let mut arrives = DestinationSettings::default();
     arrives.spawner = spawner.clone();
     arrives.stall_timeout = STALL;
@@ -336,10 +328,13 @@ fn migrate(door: &str, end: &str, dirty: &str, filters: Option<HashMap<String, B
     let out = Box::new(lines.try_clone().unwrap());
     let log = RunLog::start(leaving.statistics(), RunDescription::default(), out, &spawner).unwrap();
     let leaving = leaving.spawn().unwrap();
-    let (source, back) = far();
+    let connection = far();
     let ((asked, is_asked), (may, go)) = (mpsc::channel(), mpsc::channel());
     let (provider, control) = (Box::new(Slow { machine: there.clone(), asked, go }), Box::new(there.clone()));
-    let arriving = DestinationSession::new(source, back, provider, control, arrives).spawn().unwrap();
+    let arriving =
+        DestinationSession::new(DestinationGuest { memory: provider, control }, connection, arrives)
+            .spawn()
+            .unwrap();
     // A failure shows in what the sessions report.
     let _ = is_asked.recv();
     let (outcome, ending) = match end {

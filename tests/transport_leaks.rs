@@ -10,7 +10,7 @@ fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-fn use_every_door(dir: &std::path::Path) {
+fn use_every_scheme(dir: &std::path::Path) {
     let mut options = StreamOptions::default();
     options.stall = Some(Duration::from_millis(20));
     let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(10));
@@ -43,10 +43,10 @@ fn use_every_door(dir: &std::path::Path) {
 #[test]
 fn no_descriptor_and_no_child_is_left() {
     let dir = tempfile::tempdir().unwrap();
-    use_every_door(dir.path());
+    use_every_scheme(dir.path());
     let before = open_descriptors();
     for _ in 0..5 {
-        use_every_door(dir.path());
+        use_every_scheme(dir.path());
     }
     // The resolver's thread closes its end of a pipe a moment after its answer.
     let until = Instant::now() + Duration::from_secs(10);

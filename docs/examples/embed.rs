@@ -13,8 +13,8 @@ use std::time::Duration;
 use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
-    DestinationReport, DestinationSession, DestinationSettings, MigrationHandle, SourceConnection,
-    SourceGuest, SourceReport, SourceSession, SourceSettings,
+    DestinationConnection, DestinationGuest, DestinationReport, DestinationSession, DestinationSettings,
+    MigrationHandle, SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::Mapping;
@@ -122,9 +122,10 @@ fn receive(
     socket: UnixStream,
 ) -> Result<MigrationHandle<DestinationReport>, Box<dyn Error>> {
     let channel = StreamChannel::from_fd(socket.into(), "source", &StreamOptions::default())?;
-    let memory = Box::new(machine.memory.clone());
+    let connection = DestinationConnection::over(channel);
+    let guest = DestinationGuest { memory: Box::new(machine.memory.clone()), control: Box::new(machine) };
     let settings = DestinationSettings::default();
-    Ok(DestinationSession::over(channel, memory, Box::new(machine), settings).spawn()?)
+    Ok(DestinationSession::new(guest, connection, settings).spawn()?)
 }
 
 pub(crate) fn main() -> Result<(), Box<dyn Error>> {

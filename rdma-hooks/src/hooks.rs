@@ -90,7 +90,7 @@ pub enum SaveDisposition {
         /// Where the last of the pages is now.
         state: Delay,
     },
-    /// Not by this door: the embedder sends them in the stream, after the round.
+    /// Not by this link: the embedder sends them in the stream, after the round.
     NotSupported(Reason),
 }
 

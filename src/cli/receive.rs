@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use ramwire::engine::Ending;
 use ramwire::error::Remedy;
 use ramwire::ram::BlockName;
-use ramwire::session::{DestinationReport, DestinationSession, DestinationSettings, ErrorKind};
+use ramwire::session::{
+    DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, ErrorKind,
+};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, DoorOptions, Listener, Way};
+use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, Way};
 use serde_json::json;
 
 use super::args::Exit;
@@ -88,15 +90,15 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     let waiting = cancel.clone();
     let signals = cancel_on_signal(vec![waiting]);
-    let mut options = DoorOptions::of_stream(args.timeouts.stream_options());
+    let mut options = ConnectionOptions::of_stream(args.timeouts.stream_options());
     options.channels = channels;
-    let door = listener.accept_door(&options, &stop)?;
+    let connection = listener.accept_connection(&options, &stop)?;
     // One migration: nobody else gets in.
     drop(listener);
-    if door.way.transport == "rdma" {
+    if connection.way.transport == "rdma" {
         guest = guest.written_by_nic()?;
     }
-    let way = door.way;
+    let way = connection.way.clone();
     let mut settings = DestinationSettings::default();
     // No guest runs here: nobody will touch the pages.
     settings.map_behind = false;
@@ -105,10 +107,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     settings.max_ram = args.max_ram;
     settings.accept_missing_description = true;
     let session = DestinationSession::new(
-        door.source,
-        door.back,
-        Box::new(guest.clone()),
-        Box::new(guest.clone()),
+        DestinationGuest { memory: Box::new(guest.clone()), control: Box::new(guest.clone()) },
+        connection,
         settings,
     )
     .with_cancel(cancel);

@@ -11,14 +11,13 @@ use ramwire::error::Remedy;
 use ramwire::guest::GuestMemory;
 use ramwire::observe::{RunDescription, SharedStatistics};
 use ramwire::session::{
-    CancelReply, DestinationSettings, Error, Notice, Relay, RelayControl, RelayReport, SourceConnection,
-    SourceSettings,
+    CancelReply, DestinationSettings, Error, Notice, Relay, RelayControl, RelayReport, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::stream::qemu::packed::Packing;
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{
-    Address, AllowList, ChannelOptions, DoorOptions, Listener, RdmaOptions, Way, open_source,
+    Address, AllowList, ChannelOptions, ConnectionOptions, Listener, RdmaOptions, Way, open_source,
 };
 use ramwire::units::Rate;
 use serde_json::json;
@@ -140,21 +139,21 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     near.numa = channels.numa.clone();
     let mut quiet = RdmaOptions::default();
     quiet.wait_after_round = true;
-    let mut listening = DoorOptions::of_stream(options);
+    let mut listening = ConnectionOptions::of_stream(options);
     listening.channels = near;
     listening.rdma = quiet;
-    let door = listener.accept_door(&listening, &stop)?;
+    let connection = listener.accept_connection(&listening, &stop)?;
     drop(listener);
     let guardian = Guardian::start().map_err(|error| NoGuardian { source: error })?;
     let (pid, doubted) = (guardian.pid(), control.clone());
     signals.in_doubt(move || doubted.is_in_doubt().then(|| left_in_doubt(pid)));
     decide_on_signal(control.clone());
     if matches!(args.listen, Address::Auto { .. }) {
-        note!("ramwire relay: source: {}: {}", door.way.transport, door.way.why);
+        note!("ramwire relay: source: {}: {}", connection.way.transport, connection.way.why);
     }
     let delta_cache = args.xbzrle_cache_size;
     let retry = args.timeouts.retry;
-    let mut connecting = DoorOptions::of_stream(options);
+    let mut connecting = ConnectionOptions::of_stream(options);
     connecting.rdma = args.rdma.options();
     connecting.channels = channels;
     connecting.delta_cache = delta_cache;
@@ -167,18 +166,18 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let (begun, far_statistics, settings) = (Arc::clone(&log), statistics.clone(), args.settings());
     let open = move |memory: Arc<dyn GuestMemory>| {
         timeouts.tell_retry("relay", &far);
-        let door = open_source(&far, Arc::clone(&memory), &connecting, &far_stop);
-        if let Ok(door) = &door {
+        let connection = open_source(&far, Arc::clone(&memory), &connecting, &far_stop);
+        if let Ok(connection) = &connection {
             if chosen {
-                note!("ramwire relay: far end: {}: {}", door.way.transport, door.way.why);
+                note!("ramwire relay: far end: {}: {}", connection.way.transport, connection.way.why);
             }
-            let mut run = describe("relay", door.way.transport, &door.way.why, memory.table());
+            let mut run = describe("relay", connection.way.transport, &connection.way.why, memory.table());
             run.settings = settings;
             *begun.lock().unwrap_or_else(PoisonError::into_inner) = file.follow(far_statistics, run);
             // Called once.
-            let _ = taken.set(door.way.clone());
+            let _ = taken.set(connection.way.clone());
         }
-        door.map(SourceConnection::from).map_err(|error| Error::Config {
+        connection.map_err(|error| Error::Config {
             what: format!("the far end can't be reached: {}", in_words(&error)),
             remedy: Remedy::Advice("start it first, with -incoming or ramwire receive"),
         })
@@ -198,9 +197,9 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     tell_if_it_does_not("relay", &statistics, REMEDIES);
     let metrics = args.watch.metrics.serve("relay", statistics.clone())?;
+    let near_way = connection.way.clone();
     let relay = Relay {
-        source: door.source,
-        back: door.back,
+        connection,
         connect: Box::new(open),
         incoming,
         outgoing,
@@ -211,7 +210,6 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         notice: Arc::new(tell_notice),
         statistics,
     };
-    let near_way = door.way;
     let report = relay.run();
     std::mem::take(&mut *log.lock().unwrap_or_else(PoisonError::into_inner)).finish();
     drop(metrics);

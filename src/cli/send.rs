@@ -10,7 +10,7 @@ use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlockTable};
 use ramwire::session::{Peer, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, ChannelOptions, DoorOptions, Way, open_source};
+use ramwire::transport::{Address, ChannelOptions, ConnectionOptions, Way, open_source};
 use ramwire::units::Rate;
 use serde_json::json;
 
@@ -172,21 +172,21 @@ fn send(
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let memory = guest.memory();
     let log = args.watch.create_log()?;
-    let mut options = DoorOptions::default();
+    let mut options = ConnectionOptions::default();
     options.stream = args.timeouts.both.stream_options();
     options.rdma = args.rdma.options();
     options.channels = channels;
     options.delta_cache = args.xbzrle_cache_size;
     options.retry = args.timeouts.retry;
     args.timeouts.tell_retry("send", &args.uri);
-    let door = open_source(&args.uri, memory.clone(), &options, &Stop::on(&cancel))?;
-    let way = door.way.clone();
+    let connection = open_source(&args.uri, memory.clone(), &options, &Stop::on(&cancel))?;
+    let way = connection.way.clone();
     if matches!(args.uri, Address::Auto { .. }) {
         note!("ramwire send: {}: {}", way.transport, way.why);
     }
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
-    let session = SourceSession::new(source, door.into(), settings(args, &guest)).with_cancel(cancel);
+    let session = SourceSession::new(source, connection, settings(args, &guest)).with_cancel(cancel);
     tell_if_it_does_not("send", &session.statistics(), REMEDIES);
     let metrics = args.watch.metrics.serve("send", session.statistics())?;
     let custody = guest.custody();

@@ -145,7 +145,7 @@ impl SourceEngine {
         self.under_way = bytes;
     }
 
-    /// Says what was sent while the round was closed: on doors with threads of their own often all of it.
+    /// Says what was sent while the round was closed: on links with threads of their own often all of it.
     pub fn set_sent_at_fence(&mut self, sent: Sent) {
         self.sent_at_fence = sent;
     }

@@ -22,8 +22,8 @@ use breakage::Breakage;
 pub use config::{DestinationSettings, PostcopySettings, SourceSettings};
 pub use control::Control;
 pub use destination::{
-    Arrival, DestinationReport, DestinationSession, Incoming, MemoryProvider, MissingPages, NextConnection,
-    Zeroed,
+    Arrival, DestinationGuest, DestinationReport, DestinationSession, Incoming, MemoryProvider, MissingPages,
+    NextConnection, Zeroed,
 };
 pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, Canceller, MigrationHandle};
@@ -31,8 +31,10 @@ pub use relay::{
     ConnectFn, Guard, Held, Kept, Notice, NoticeFn, Relay, RelayControl, RelayReport, ScanReport,
 };
 pub use run_log::RunLog;
-pub use source::{Clock, SourceConnection, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
+pub use source::{Clock, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
 pub use workers::Spawner;
+
+pub use crate::transport::{DestinationConnection, SourceConnection};
 
 /// What the other end is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use ramwire::engine::{Ending, Outcome};
 use ramwire::guest::{DeviceState, GuestControl, GuestMemory};
 use ramwire::session::{
-    DestinationReport, DestinationSession, Error, Incoming, MemoryProvider, SourceReport,
+    DestinationConnection, DestinationGuest, DestinationReport, DestinationSession, Error, Incoming,
+    MemoryProvider, SourceReport,
 };
 use ramwire::sys::{CancelToken, RecvPart, SendPart, Stop};
 use ramwire::transport::{
@@ -263,7 +264,12 @@ fn peer() {
     let back = Box::new(DoomedAnswers(Doomed::new(back, &doom, &state_done)));
     let provider = Box::new(DoomedProvider(live.clone(), doom.clone()));
     let control = Box::new(Doomed::new(live, &doom, &state_done));
-    DestinationSession::new(from, Some(back), provider, control, destination_settings(PATIENT)).run();
+    DestinationSession::new(
+        DestinationGuest { memory: provider, control },
+        DestinationConnection::of_stream(from, Some(back)),
+        destination_settings(PATIENT),
+    )
+    .run();
     doom.reached(LastByte);
 }
 

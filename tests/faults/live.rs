@@ -11,8 +11,8 @@ use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
 use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
-    DestinationReport, DestinationSession, DestinationSettings, Peer, SourceConnection, SourceGuest,
-    SourceReport, SourceSession, SourceSettings,
+    DestinationConnection, DestinationGuest, DestinationReport, DestinationSession, DestinationSettings,
+    Peer, SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::Mapping;
@@ -146,7 +146,7 @@ pub(crate) fn source(
 ) -> SourceSession {
     let guest = SourceGuest { memory: live.memory.clone(), dirty: vec![live.guest.software()], control };
     let link = Box::new(InlineLink::new(sink, live.memory.clone()));
-    SourceSession::new(guest, SourceConnection { link, back: Some(back) }, settings)
+    SourceSession::new(guest, SourceConnection::new(link, Some(back)), settings)
 }
 
 pub(crate) fn destination_settings(patience: Duration) -> DestinationSettings {
@@ -165,7 +165,11 @@ pub(crate) fn destination(
     patience: Duration,
 ) -> DestinationSession {
     let (memory, control) = (Box::new(live.memory.clone()), Box::new(live.clone()));
-    DestinationSession::new(from, Some(back), memory, control, destination_settings(patience))
+    DestinationSession::new(
+        DestinationGuest { memory, control },
+        DestinationConnection::of_stream(from, Some(back)),
+        destination_settings(patience),
+    )
 }
 
 /// Moves `live` with nothing in the way, checks it at the other end, and takes it back to run here.

@@ -10,13 +10,13 @@ use ramwire::engine::{Ending, Outcome, Reason};
 use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
-    DestinationReport, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider, SourceGuest,
-    SourceReport, SourceSession, SourceSettings,
+    DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, Error, Incoming,
+    MemoryProvider, SourceGuest, SourceReport, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
 use ramwire::transport::{
-    Address, AllowList, ChannelOptions, DoorOptions, Listener, StreamOptions, open_source,
+    Address, AllowList, ChannelOptions, ConnectionOptions, Listener, StreamOptions, open_source,
 };
 use ramwire::units::PageSize;
 use serde_json::json;
@@ -83,7 +83,7 @@ fn bytes(mapping: &Mapping) -> Vec<u8> {
     bytes
 }
 
-fn options(channels: u8) -> DoorOptions {
+fn options(channels: u8) -> ConnectionOptions {
     let channels = {
         let mut options = ChannelOptions::default();
         options.count = channels;
@@ -93,7 +93,7 @@ fn options(channels: u8) -> DoorOptions {
     // A destination waits so long for connections that do not come.
     let mut stream = StreamOptions::default();
     stream.dead_peer = Duration::from_secs(60);
-    let mut options = DoorOptions::default();
+    let mut options = ConnectionOptions::default();
     options.stream = stream;
     options.channels = channels;
     options
@@ -156,7 +156,7 @@ fn migrate_to(
     let (from, to) = (filled(), Mapping::anonymous(PAGES * 4096).unwrap());
     let (near_machine, far_machine) = (Power::default(), Power::default());
     *near_machine.0.lock().unwrap() = true;
-    let connection = open_source(address, guest(&from), &options(sends), &stop()).unwrap().into();
+    let connection = open_source(address, guest(&from), &options(sends), &stop()).unwrap();
     let control = Box::new(near_machine.clone());
     let source = SourceGuest { memory: guest(&from), dirty: Vec::new(), control };
     let mut settings =
@@ -166,12 +166,17 @@ fn migrate_to(
     let source = SourceSession::new(source, connection, settings);
     let source = std::thread::spawn(move || source.run());
     let destination = listener
-        .accept_door(&options(receives), &stop())
+        .accept_connection(&options(receives), &stop())
         .map_err(|error| ramwire::error::Chain(&error).to_string());
-    let destination = destination.map(|door| {
+    let destination = destination.map(|connection| {
         let control = Box::new(far_machine.clone());
         let settings = DestinationSettings::default();
-        DestinationSession::new(door.source, door.back, Box::new(guest(&to)), control, settings).run()
+        DestinationSession::new(
+            DestinationGuest { memory: Box::new(guest(&to)), control },
+            connection,
+            settings,
+        )
+        .run()
     });
     let ended = Ended { source: source.join().unwrap(), destination, same: bytes(&from) == bytes(&to) };
     assert!(!(near_machine.runs() && far_machine.runs()), "the guest runs twice");
@@ -272,15 +277,19 @@ fn qemu_with_surplus_channels(version: Version, sends: u8, receives: u8) {
     // Open to the end, as a VMM's is.
     let mut listener = bind();
     source.migrate(&listener.address().to_string());
-    let door = listener.accept_door(&options(receives), &stop()).map_err(|error| error.to_string());
+    let connection =
+        listener.accept_connection(&options(receives), &stop()).map_err(|error| error.to_string());
     let machine = Power::default();
-    let said = match door {
-        Ok(door) => {
+    let said = match connection {
+        Ok(connection) => {
             let control = Box::new(machine.clone());
             let settings = DestinationSettings::default();
-            let report =
-                DestinationSession::new(door.source, door.back, Box::new(Any::default()), control, settings)
-                    .run();
+            let report = DestinationSession::new(
+                DestinationGuest { memory: Box::new(Any::default()), control },
+                connection,
+                settings,
+            )
+            .run();
             assert_eq!(report.ending, Ending::Discarded, "{what}: {:?}", report.error);
             chain(&report.error.expect("it did not run"))
         }

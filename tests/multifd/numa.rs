@@ -9,13 +9,13 @@ use ramwire::engine::{Ending, Outcome};
 use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
-    DestinationSession, DestinationSettings, SourceConnection, SourceGuest, SourceSession, SourceSettings,
+    DestinationGuest, DestinationSession, DestinationSettings, SourceGuest, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{
     CancelToken, Job, Mapping, Stop, keep_to_cpus, nodes_of_pages, numa_nodes, own_cpus, spawn_thread,
 };
-use ramwire::transport::{AllowList, ChannelOptions, DoorOptions, Listener, Numa, open_source};
+use ramwire::transport::{AllowList, ChannelOptions, ConnectionOptions, Listener, Numa, open_source};
 use ramwire::units::PageSize;
 
 use crate::common::{Deadline, ramwire::Ramwire, scratch};
@@ -71,7 +71,7 @@ type Seen = Arc<Mutex<Vec<(&'static str, Vec<u32>)>>>;
 
 /// Threads as the standard library starts them, with a look at where they ended up. The embedder may have put them to
 /// processors of its own before.
-fn watched(seen: &Seen, count: u8, embedder: Option<Vec<u32>>, numa: &Numa) -> DoorOptions {
+fn watched(seen: &Seen, count: u8, embedder: Option<Vec<u32>>, numa: &Numa) -> ConnectionOptions {
     let seen = Arc::clone(seen);
     let spawn = move |name: &'static str, job: Job| {
         let (seen, embedder) = (Arc::clone(&seen), embedder.clone());
@@ -86,7 +86,7 @@ fn watched(seen: &Seen, count: u8, embedder: Option<Vec<u32>>, numa: &Numa) -> D
     channels.count = count;
     channels.numa = numa.clone();
     channels.spawn = Arc::new(spawn);
-    let mut options = DoorOptions::default();
+    let mut options = ConnectionOptions::default();
     options.channels = channels;
     options
 }
@@ -98,19 +98,22 @@ fn migrate(from: &Mapping, to: &Mapping, count: u8, numa: &Numa, embedder: Optio
     let stop = Stop::on(&CancelToken::default());
     let mut listener =
         Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop).unwrap();
-    let near: SourceConnection =
-        open_source(listener.address(), guest(from), &options, &stop).unwrap().into();
+    let near = open_source(listener.address(), guest(from), &options, &stop).unwrap();
     let source = SourceGuest { memory: guest(from), dirty: Vec::new(), control: Box::new(Still) };
     let mut settings = SourceSettings::new(Configuration::default());
     settings.guest_stands_still = true;
     let source = SourceSession::new(source, near, settings);
     // Which connection is which its first bytes tell.
     let source = std::thread::spawn(move || source.run());
-    let door = listener.accept_door(&options, &stop).unwrap();
+    let connection = listener.accept_connection(&options, &stop).unwrap();
     let mut settings = DestinationSettings::default();
     settings.map_behind = false;
-    let far =
-        DestinationSession::new(door.source, door.back, Box::new(guest(to)), Box::new(Still), settings).run();
+    let far = DestinationSession::new(
+        DestinationGuest { memory: Box::new(guest(to)), control: Box::new(Still) },
+        connection,
+        settings,
+    )
+    .run();
     let source = source.join().unwrap();
     assert_eq!((source.outcome, far.ending), (Outcome::Completed, Ending::Running), "{source:?} {far:?}");
     seen

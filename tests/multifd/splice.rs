@@ -10,7 +10,7 @@ use ramwire::guest::MappedGuest;
 use ramwire::ram::{BlockName, PageBatch, PageRun, RamBlock, Verdict};
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::{CancelToken, Mapping, Stop};
-use ramwire::transport::{ChannelOptions, DoorOptions, PageSending, open_source};
+use ramwire::transport::{ChannelOptions, ConnectionOptions, PageSending, open_source};
 use ramwire::units::{BlockIndex, PageIndex, PageSize};
 use rustix::pipe::{SpliceFlags, pipe, splice};
 
@@ -44,7 +44,7 @@ fn gone() -> TcpStream {
     near
 }
 
-/// Sends pages to a peer that closes, until the door fails.
+/// Sends pages to a peer that closes, until the link fails.
 fn by_the_library() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("tcp:{}", listener.local_addr().unwrap()).parse().unwrap();
@@ -56,7 +56,7 @@ fn by_the_library() {
     let mut channels = ChannelOptions::default();
     channels.count = 1;
     channels.sending = PageSending::Splice;
-    let mut options = DoorOptions::default();
+    let mut options = ConnectionOptions::default();
     options.channels = channels;
     let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(30));
     let mut link = open_source(&address, Arc::new(guest), &options, &stop).unwrap().link;

@@ -8,7 +8,7 @@ use ramwire::guest::{GuestError, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, Landing, RamBlock, RamBlockTable};
 use ramwire::sys::{CancelToken, HostSpan, Mapping, Stop};
 use ramwire::transport::{
-    Address, AllowList, DoorOptions, Listener, OpenError, RdmaOptions, StreamOptions, open_source,
+    Address, AllowList, ConnectionOptions, Listener, OpenError, RdmaOptions, StreamOptions, open_source,
 };
 use ramwire::units::PageSize;
 use serde_json::{Value, json};
@@ -121,7 +121,7 @@ fn in_rxe_guest_a_peer_that_answers_nothing_is_given_up_within_two_seconds() {
     let address = Address::Auto { host: "10.9.0.77".into(), port: 4444 };
     let began = Instant::now();
     let stop = Stop::on(&CancelToken::default());
-    let opened = open_source(&address, one_page(), &DoorOptions::of_stream(impatient), &stop);
+    let opened = open_source(&address, one_page(), &ConnectionOptions::of_stream(impatient), &stop);
     let took = began.elapsed();
     let Err(OpenError::Neither { rdma, tcp, .. }) = opened else { panic!("there is no such host") };
     println!("{took:?}: {rdma}; {tcp}");
@@ -186,7 +186,7 @@ fn memory_that_cannot_promise_to_stay_goes_by_tcp_and_the_report_says_so() {
     let Address::Tcp { host, port } = listener.address().clone() else { panic!("not TCP") };
     let mut rdma = RdmaOptions::default();
     rdma.may_discard = true;
-    let mut options = DoorOptions::default();
+    let mut options = ConnectionOptions::default();
     options.rdma = rdma;
     let address = Address::Auto { host: host.clone(), port };
     let way = open_source(&address, one_page(), &options, &stop).unwrap().way;
@@ -195,7 +195,7 @@ fn memory_that_cannot_promise_to_stay_goes_by_tcp_and_the_report_says_so() {
     assert!(way.why.starts_with(promise), "{}", way.why);
     // Memory without an address that stays, of a guest that would promise.
     let moving: Arc<dyn GuestMemory> = Arc::new(Moving(one_page()));
-    let way = open_source(&address, moving, &DoorOptions::default(), &stop).unwrap().way;
+    let way = open_source(&address, moving, &ConnectionOptions::default(), &stop).unwrap().way;
     assert!(way.transport == "tcp" && way.why.starts_with(promise), "{}", way.why);
     let refused = open_source(&Address::Rdma { host, port }, one_page(), &options, &stop);
     assert!(matches!(refused, Err(OpenError::NoRdma { .. })), "with rdma: there is no other way");

@@ -1,4 +1,4 @@
-//! The doors against real sockets, pipes, commands and files.
+//! Connections over real sockets, pipes, commands and files.
 //!
 //! - `ways`: bytes by each kind of address, and what can't be opened.
 //! - `patience`: a slow peer is waited for, a silent or dead one is not.

@@ -65,7 +65,9 @@ fn drain(channel: &mut StreamChannel, sent: u64) {
 
 #[test]
 fn a_hanging_reader_is_noticed_by_the_sender() {
-    let (mut near, far) = pair("tcp::0", &impatient(300));
+    let (mut near, mut far) = pair("tcp::0", &impatient(300));
+    // It waits for the first byte as long as the sender takes to make it.
+    far.set_stall(None);
     let mut far = Faulty::new(far, [Fault { at: 100_000, kind: FaultKind::Hang }], None);
     let cancel = CancelToken::default();
     let reader_stop = Stop::on(&cancel);

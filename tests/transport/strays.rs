@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ramwire::stream::qemu::multifd::{Init, encode_init};
-use ramwire::transport::{ChannelOptions, DestinationDoor, DoorOptions, OpenError};
+use ramwire::transport::{ChannelOptions, ConnectionOptions, DestinationConnection, OpenError};
 
 use super::*;
 
@@ -40,11 +40,11 @@ fn try_call(address: &Address) -> std::io::Result<Box<dyn Caller>> {
 }
 
 /// What a destination reads of a source that sends `QEVM` and 8 bytes more.
-fn first_bytes(door: &mut DestinationDoor) -> Vec<u8> {
+fn first_bytes(connection: &mut DestinationConnection) -> Vec<u8> {
     let mut got = Vec::new();
     while got.len() < 12 {
         let mut room = [0; 12];
-        match door.source.recv(&mut [RecvPart::Own(&mut room)], &stop()).unwrap() {
+        match connection.link.stream().recv(&mut [RecvPart::Own(&mut room)], &stop()).unwrap() {
             0 => break,
             count => got.extend_from_slice(&room[..count]),
         }
@@ -80,8 +80,8 @@ fn strangers_neither_take_the_place_of_the_source_nor_make_it_wait() {
         let mut page_channel = call(&place);
         page_channel.write_all(&[0x11, 0x22, 0x33, 0x44]).unwrap();
         let waiting = std::thread::spawn(move || {
-            let door = listener.accept_door(&DoorOptions::default(), &stop()).unwrap();
-            (door, listener)
+            let connection = listener.accept_connection(&ConnectionOptions::default(), &stop()).unwrap();
+            (connection, listener)
         });
         // They are gone while the listener waits on: nothing else can have closed them.
         assert!(is_closed(&mut *browser) && is_closed(&mut *page_channel), "{text}");
@@ -89,8 +89,8 @@ fn strangers_neither_take_the_place_of_the_source_nor_make_it_wait() {
         for piece in [&b"Q"[..], b"EVM", b"12345678"] {
             source.write_all(piece).unwrap();
         }
-        let (mut door, listener) = waiting.join().unwrap();
-        assert_eq!(first_bytes(&mut door), b"QEVM12345678", "{text}");
+        let (mut connection, listener) = waiting.join().unwrap();
+        assert_eq!(first_bytes(&mut connection), b"QEVM12345678", "{text}");
         drop(listener);
         assert!(is_closed(&mut *silent) && is_closed(&mut *halting), "{text}");
     }
@@ -102,8 +102,8 @@ fn a_crowd_of_silent_ones_is_bounded_and_each_is_silent_for_the_stall_time_at_mo
     for text in every_kind(dir.path()) {
         let mut listener = listen(&text);
         let place = listener.address().clone();
-        let options = DoorOptions::of_stream(impatient(200));
-        let waiting = std::thread::spawn(move || listener.accept_door(&options, &stop()).map(drop));
+        let options = ConnectionOptions::of_stream(impatient(200));
+        let waiting = std::thread::spawn(move || listener.accept_connection(&options, &stop()).map(drop));
         let mut crowd: Vec<_> = (0..100).map(|_| call(&place)).collect();
         // With no source to be taken in their place only time or number can have closed them.
         for silent in &mut crowd {
@@ -127,9 +127,9 @@ fn strangers_between_page_channels_are_closed_too() {
     let place = listener.address().clone();
     let mut channels = ChannelOptions::default();
     channels.count = 2;
-    let mut options = DoorOptions::default();
+    let mut options = ConnectionOptions::default();
     options.channels = channels;
-    let waiting = std::thread::spawn(move || listener.accept_door(&options, &stop()));
+    let waiting = std::thread::spawn(move || listener.accept_connection(&options, &stop()));
     let mut callers = Vec::new();
     let mut strangers = Vec::new();
     for id in 0..2 {
@@ -143,8 +143,8 @@ fn strangers_between_page_channels_are_closed_too() {
     }
     callers.push(call(&place));
     callers[2].write_all(b"QEVM12345678").unwrap();
-    let mut door = waiting.join().unwrap().unwrap();
-    assert_eq!(first_bytes(&mut door), b"QEVM12345678");
+    let mut connection = waiting.join().unwrap().unwrap();
+    assert_eq!(first_bytes(&mut connection), b"QEVM12345678");
     assert!(strangers.iter_mut().all(|stranger| is_closed(&mut **stranger)));
 }
 
@@ -189,8 +189,8 @@ fn what_is_listened_on_is_taken_back_as_it_is_printed() {
             };
             let mut near = connect(&near, &StreamOptions::default(), &stop()).unwrap();
             send(&mut near, b"QEVM12345678").unwrap();
-            let mut door = listener.accept_door(&DoorOptions::default(), &stop()).unwrap();
-            assert_eq!(first_bytes(&mut door), b"QEVM12345678", "{text}: {printed}");
+            let mut connection = listener.accept_connection(&ConnectionOptions::default(), &stop()).unwrap();
+            assert_eq!(first_bytes(&mut connection), b"QEVM12345678", "{text}: {printed}");
         }
     }
 }

@@ -19,10 +19,12 @@ use clap::{Parser, ValueEnum};
 use ramwire::engine::{Ending, Outcome, ThrottlePolicy};
 use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::ram::BlockName;
-use ramwire::session::{DestinationSession, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::session::{
+    DestinationGuest, DestinationSession, SourceGuest, SourceReport, SourceSession, SourceSettings,
+};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, DoorOptions, Listener, open_source};
+use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, open_source};
 use ramwire::units::{PageSize, Rate};
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -149,9 +151,9 @@ impl Args {
 /// Gives the guest to whoever listens at `path`.
 fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
     let memory = vm.memory().clone();
-    let options = DoorOptions::default();
+    let options = ConnectionOptions::default();
     let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(10));
-    let door = open_source(&Address::Unix(path.to_owned()), memory.clone(), &options, &stop)?;
+    let connection = open_source(&Address::Unix(path.to_owned()), memory.clone(), &options, &stop)?;
     // The probe writes nothing: it finds out whether the kernel tracks this guest, and says why not.
     let dirty = vm.dirty_source()?;
     dirty.probe()?;
@@ -167,7 +169,7 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
         ThrottleMode::AutoConverge => Some(ThrottlePolicy::auto_converge()),
         ThrottleMode::DirtyLimit => Some(ThrottlePolicy::DirtyLimit { quota: Rate(args.vcpu_dirty_limit) }),
     };
-    Ok(SourceSession::new(guest, door.into(), settings).run())
+    Ok(SourceSession::new(guest, connection, settings).run())
 }
 
 fn left(report: &SourceReport) -> Left {
@@ -189,10 +191,12 @@ fn receive(args: &Args, mut listener: Listener) -> Result<(TinyVm, Arrived), Fai
     let memory = args.memory()?;
     let mut vm = TinyVm::empty(memory.clone(), args.log())?;
     let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(10));
-    let door = listener.accept_door(&DoorOptions::default(), &stop)?;
+    let connection = listener.accept_connection(&ConnectionOptions::default(), &stop)?;
     let control = Box::new(vm.clone());
     let settings = Default::default();
-    let report = DestinationSession::new(door.source, door.back, Box::new(memory), control, settings).run();
+    let report =
+        DestinationSession::new(DestinationGuest { memory: Box::new(memory), control }, connection, settings)
+            .run();
     let mut arrived = Arrived {
         running: report.ending == Ending::Running,
         error: report.error.as_ref().map(ToString::to_string),

@@ -91,7 +91,7 @@ enum Round {
 
 /// The source's end of a migration over RDMA.
 ///
-/// One thread drives it; it owns the byte stream too, because on this door no stream byte may pass while a round is
+/// One thread drives it; it owns the byte stream too, because on this link no stream byte may pass while a round is
 /// open. Dropping it before [`finish`](Self::finish) tells the peer that this end gave up.
 pub struct SourceHooks {
     /// Its queue pairs beside the main one are for writes only. Declared before the registrations, which hold their

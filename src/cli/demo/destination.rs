@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use ramwire::engine::Ending;
 use ramwire::guest::GuestMemory;
-use ramwire::session::{DestinationSession, DestinationSettings, Zeroed};
+use ramwire::session::{DestinationGuest, DestinationSession, DestinationSettings, Zeroed};
 use ramwire::sys::{CancelToken, Stop, populate};
-use ramwire::transport::{Address, AllowList, DoorOptions, Listener};
+use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener};
 use ramwire::units::BlockIndex;
 use rustix::event::PollFlags;
 use serde::{Deserialize, Serialize};
@@ -172,13 +172,16 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     let mut listener = Listener::bind(&args.uri, AllowList::default(), &stop)?;
     result_line!("{}", listener.address());
     let channels = args.channels.options()?;
-    let mut options = DoorOptions::of_stream(local_options());
+    let mut options = ConnectionOptions::of_stream(local_options());
     options.channels = channels;
-    let door = listener.accept_door(&options, &stop.within(Duration::from_secs(60)))?;
+    let connection = listener.accept_connection(&options, &stop.within(Duration::from_secs(60)))?;
     drop((listener, scratch));
     let settings = DestinationSettings::default();
-    let session =
-        DestinationSession::new(door.source, door.back, Box::new(Zeroed(memory)), guest.control(), settings);
+    let session = DestinationSession::new(
+        DestinationGuest { memory: Box::new(Zeroed(memory)), control: guest.control() },
+        connection,
+        settings,
+    );
     let report = session.with_cancel(cancel).run();
     let mut verdict = Verdict {
         ran: report.ending == Ending::Running,

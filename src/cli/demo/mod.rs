@@ -159,7 +159,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let log = args.watch.create_log()?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
-    let (way, door) = Way::open(args, &blocks, &memory, &Stop::on(&cancel))?;
+    let (way, connection) = Way::open(args, &blocks, &memory, &Stop::on(&cancel))?;
     guest.control().resume()?;
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: guest.control() };
@@ -173,7 +173,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     if args.converge.is_empty() && args.xbzrle_cache_size == 0 {
         settings.throttling = Some(helping_itself());
     }
-    let session = SourceSession::new(source, door.into(), settings).with_cancel(cancel);
+    let session = SourceSession::new(source, connection, settings).with_cancel(cancel);
     signals.ask(session.canceller());
     signals.follow(session.statistics());
     tell_if_it_does_not("demo", &session.statistics(), REMEDIES);

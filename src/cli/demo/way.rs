@@ -8,7 +8,8 @@ use clap::ValueEnum;
 use ramwire::guest::MappedGuest;
 use ramwire::sys::Stop;
 use ramwire::transport::{
-    Address, DECISION_TIMEOUT, DoorOptions, OpenError, SourceDoor, open_source, rdma_address, why_no_rdma,
+    Address, ConnectionOptions, DECISION_TIMEOUT, OpenError, SourceConnection, open_source, rdma_address,
+    why_no_rdma,
 };
 use ramwire::units::Rate;
 
@@ -51,7 +52,7 @@ impl Way {
         blocks: &[BlockSpec],
         memory: &Arc<MappedGuest>,
         stop: &Stop,
-    ) -> Result<(Self, SourceDoor), Failure> {
+    ) -> Result<(Self, SourceConnection), Failure> {
         let open = |transport, address: &Address, why, within: Option<Duration>| -> Result<_, Failure> {
             let scratch = match address {
                 Address::Unix(path) => Some(Scratch::of(path)),
@@ -59,15 +60,15 @@ impl Way {
             };
             let mut destination = Process::start(address, args, blocks)?;
             let (address, link) = through_link(destination.address()?, args.link_rate)?;
-            let mut options = DoorOptions::default();
+            let mut options = ConnectionOptions::default();
             options.stream = local_options();
             options.rdma = args.rdma.options();
             options.channels = args.channels.options()?;
             options.delta_cache = args.xbzrle_cache_size;
             let memory = Arc::clone(memory);
             let stop = within.map_or_else(|| stop.clone(), |within| stop.within(within));
-            let door = open_source(&address, memory, &options, &stop)?;
-            Ok((Self { transport, why, destination, _link: link, _scratch: scratch }, door))
+            let connection = open_source(&address, memory, &options, &stop)?;
+            Ok((Self { transport, why, destination, _link: link, _scratch: scratch }, connection))
         };
         let rdma = |why: &str, within| {
             // Both ends lock their own copy, each in a process of its own.

@@ -52,7 +52,7 @@ pub(super) fn no_channels_here() -> Error {
 impl DestinationSession {
     /// A connection that nobody reads loses its pages, and one that does not exist is waited for in vain.
     pub(super) fn agree_on_channels(&mut self) -> Result<(), Error> {
-        let ours = self.source.channels().map_or(0, |channels| channels.count());
+        let ours = self.link.abilities().page_channels;
         Ok(agree_on_channels(self.told.channels, ours)?)
     }
 
@@ -61,8 +61,9 @@ impl DestinationSession {
     /// need not send, free pages say, is never all that holds anything.
     pub(super) fn refuse_unread_channels(&mut self) -> Result<(), Error> {
         // Only beside a socket are there connections that nobody reads.
-        let alone = self.source.descriptor().is_none();
-        let beside = alone || self.source.channels().is_some() || self.source.rounds().is_some();
+        let alone = self.link.stream().descriptor().is_none();
+        let able = self.link.abilities();
+        let beside = alone || able.page_channels > 0 || able.has_rounds;
         let some_stay =
             self.configuration.as_ref().is_some_and(|configuration| configuration.has(IGNORE_SHARED));
         if beside || some_stay || self.advised.is_some() || self.engine.is_native() {
@@ -99,7 +100,7 @@ impl DestinationSession {
         let mut stream = self.placing()?.in_stream();
         stream.zero += self.zero_in_rounds / page_bytes;
         let mut placed = vec![stream];
-        placed.extend(self.source.channels().into_iter().flat_map(|channels| channels.placed()));
+        placed.extend(self.link.placed_pages());
         Ok(compare_counts(&sent, &placed)?)
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::guest::Placer;
 use crate::observe::{SharedStatistics, Statistics, Status};
+use crate::transport::LiveBytes;
 
 /// Shortest time that a rate is taken over, as at the source.
 const WINDOW: Duration = Duration::from_millis(100);
@@ -34,10 +35,7 @@ struct ArrivingGuest {
     placer: Arc<Placer>,
     total: u64,
     since: Duration,
-    /// Bytes on page channels.
-    channels: Option<Arc<AtomicU64>>,
-    /// Bytes that a NIC could write to for the first time.
-    nic: Option<Arc<AtomicU64>>,
+    live: LiveBytes,
 }
 
 /// Bytes and pages at a moment.
@@ -65,15 +63,10 @@ impl Figures {
         self.counts.stream.store(bytes, Ordering::Relaxed);
     }
 
-    /// The guest's memory is there, and `total` bytes of it travel. `channels` and `nic` count bytes beside the stream.
-    pub(super) fn arriving(
-        &self,
-        placer: &Arc<Placer>,
-        total: u64,
-        (channels, nic): (Option<Arc<AtomicU64>>, Option<Arc<AtomicU64>>),
-    ) {
+    /// The guest's memory is there, and `total` bytes of it travel; `live` counts bytes beside the stream.
+    pub(super) fn arriving(&self, placer: &Arc<Placer>, total: u64, live: LiveBytes) {
         let since = Duration::from_secs_f64(self.shared.snapshot().total_time / 1e3);
-        let guest = ArrivingGuest { placer: Arc::clone(placer), total, since, channels, nic };
+        let guest = ArrivingGuest { placer: Arc::clone(placer), total, since, live };
         let page_size = guest.placer.page_bytes();
         // Asked for once, by the first list of blocks.
         let _ = self.counts.guest.set(guest);
@@ -111,11 +104,11 @@ impl Figures {
 
 impl ArrivingGuest {
     fn by_nic(&self) -> u64 {
-        self.nic.as_ref().map_or(0, |bytes| bytes.load(Ordering::Relaxed))
+        self.live.rounds.as_ref().map_or(0, |bytes| bytes.load(Ordering::Relaxed))
     }
 
     fn by_channels(&self) -> u64 {
-        self.channels.as_ref().map_or(0, |bytes| bytes.load(Ordering::Relaxed))
+        self.live.channels.as_ref().map_or(0, |bytes| bytes.load(Ordering::Relaxed))
     }
 }
 
@@ -182,8 +175,7 @@ mod tests {
             placer: Arc::clone(placer),
             total: PAGES * 4096,
             since: Duration::from_millis(50),
-            channels: Some(Arc::new(AtomicU64::new(1000))),
-            nic: Some(Arc::clone(nic)),
+            live: LiveBytes { channels: Some(Arc::new(AtomicU64::new(1000))), rounds: Some(Arc::clone(nic)) },
         };
         assert!(counts.guest.set(guest).is_ok());
         counts

@@ -31,7 +31,7 @@ use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, SendPart, Stop};
-use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel};
+use crate::transport::{ByteSink, ChannelError, DestinationConnection, DestinationLink};
 
 use crate::session::callback::{guarded, quietly};
 use crate::session::config::DestinationSettings;
@@ -68,6 +68,14 @@ pub struct Incoming {
     pub has_return_path: bool,
     /// What the stream has shown of its sender; whole once everything has arrived.
     pub seen: Seen,
+}
+
+/// A guest that is to arrive.
+pub struct DestinationGuest {
+    /// Provides its memory once the source has announced it.
+    pub memory: Box<dyn MemoryProvider>,
+    /// Pause, resume, device state.
+    pub control: Box<dyn GuestControl>,
 }
 
 /// Provides the memory a guest arrives in.
@@ -158,7 +166,7 @@ pub trait Arrival: Send {
     fn between_reads(&mut self) -> Result<(), Error>;
 
     /// The last page has come: the source's guest stands still. `scan` is how long it took to find the last pages by
-    /// their content, where they came by a door that shows none.
+    /// their content, where they came by a link that shows none.
     ///
     /// # Errors
     /// Ends the migration.
@@ -198,7 +206,7 @@ pub struct DestinationReport {
 
 /// The destination's session before and while it runs.
 pub struct DestinationSession {
-    source: Box<dyn ByteSource>,
+    link: Box<dyn DestinationLink>,
     back: Option<Box<dyn ByteSink>>,
     pub(super) provider: Box<dyn MemoryProvider>,
     pub(super) control: Box<dyn GuestControl>,
@@ -248,12 +256,10 @@ pub struct DestinationSession {
 }
 
 impl DestinationSession {
-    /// A session over a connection that stands. `back` carries the return path; `None` for files and pipes.
+    /// A session over a connection that stands.
     pub fn new(
-        source: Box<dyn ByteSource>,
-        back: Option<Box<dyn ByteSink>>,
-        provider: Box<dyn MemoryProvider>,
-        control: Box<dyn GuestControl>,
+        guest: DestinationGuest,
+        connection: DestinationConnection,
         settings: DestinationSettings,
     ) -> Self {
         let (cancel, statistics) = (CancelToken::default(), SharedStatistics::default());
@@ -262,10 +268,10 @@ impl DestinationSession {
             stop: Stop::on(&cancel),
             cancel,
             commitment: Arc::default(),
-            source,
-            back,
-            provider,
-            control,
+            link: connection.link,
+            back: connection.back,
+            provider: guest.memory,
+            control: guest.control,
             arrival: None,
             settings,
             engine: DestinationEngine::default(),
@@ -297,18 +303,6 @@ impl DestinationSession {
             working: Vec::new(),
             breakage: Breakage::default(),
         }
-    }
-
-    /// A session over one channel, whose other direction carries the return path if it is a socket.
-    pub fn over(
-        channel: StreamChannel,
-        provider: Box<dyn MemoryProvider>,
-        control: Box<dyn GuestControl>,
-        settings: DestinationSettings,
-    ) -> Self {
-        let (source, back) = channel.with_return_path();
-        let back = back.map(|back| Box::new(back) as Box<_>);
-        Self::new(Box::new(source), back, provider, control, settings)
     }
 
     /// Somebody wants to see pages as they arrive.
@@ -355,7 +349,7 @@ impl DestinationSession {
                 package_bytes: u32::try_from(self.settings.max_state).unwrap_or(u32::MAX),
                 ..StreamLimits::default()
             },
-            accept_hooks: self.source.rounds().is_some(),
+            accept_hooks: self.link.abilities().has_rounds,
             ..IncomingConfig::default()
         };
         let mut reader = StreamReader::new(config);
@@ -431,11 +425,11 @@ impl DestinationSession {
     }
 
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
-        self.close_rounds(ending);
+        self.close_link(ending);
         self.join_working();
         let (missing_pages, preempt_bytes) = self.end_postcopy();
         let pages_mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
-        let bytes = bytes + preempt_bytes + self.source.channels().map_or(0, |channels| channels.bytes());
+        let bytes = bytes + preempt_bytes + self.link.channel_bytes();
         let error = self.error.as_ref();
         let told = |s: &mut Statistics| {
             s.status = match ending {
@@ -480,7 +474,7 @@ impl DestinationSession {
             }
             Action::LoadState => {
                 // A decompressor tells only at its end that what it gave out was damaged.
-                self.source.ended_well(&self.stop)?;
+                self.link.stream().ended_well(&self.stop)?;
                 self.lost_memory()?;
                 if let Some(incoming) = &mut self.incoming {
                     incoming.seen = *reader.stream.seen();
@@ -499,14 +493,15 @@ impl DestinationSession {
                 let time = self.settings.finish_timeout;
                 self.stop = Stop::never().within(time);
                 // COMMIT may come late, after an outage. Longer than the stop, which so ends the wait.
-                self.source.outlast(time.saturating_mul(2));
+                self.link.stream().outlast(time.saturating_mul(2));
                 self.send_message(Message::Native(Answer::Ready))?;
                 if self.breakage.is(Breakage::ResumeBeforeCommit) {
                     let _ = self.control.resume();
                 }
             }
             Action::Resume => {
-                self.revoke_rounds();
+                // Nobody else writes to its memory any more.
+                self.link.revoke();
                 return self.start_guest();
             }
             Action::SendRunning if self.engine.is_native() => {

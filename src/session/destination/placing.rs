@@ -28,7 +28,7 @@ pub(super) struct Placing {
     scratch: Vec<u8>,
     /// Pages that came in the stream.
     in_stream: PageCounts,
-    /// Where pages come by a door that shows none of them, and somebody wants to see them all the same.
+    /// Where pages come by a link that shows none of them, and somebody wants to see them all the same.
     scan: Option<ContentScan>,
     checked: Instant,
     breakage: Breakage,

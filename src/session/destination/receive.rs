@@ -70,15 +70,15 @@ impl DestinationSession {
                     }
                     reader.make_room(needed);
                     let stop = &self.stop;
-                    self.source.set_bulk(bulk);
+                    let source = self.link.stream();
+                    source.set_bulk(bulk);
                     // A QEMU says nothing between two rounds while it waits for its operator (pause-before-switchover); the
                     // footer of the last one may still be in its buffer then. A ramwire says that it is alive.
                     let empty = reader.start == reader.end;
-                    self.source.set_quiet(
+                    source.set_quiet(
                         empty && self.between_rounds && !self.ram_ended && !self.engine.is_native(),
                     );
-                    let got =
-                        self.source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
+                    let got = source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
                     if got == 0 {
                         return self.stream_ended(reader);
                     }
@@ -234,8 +234,7 @@ impl DestinationSession {
             self.mapper = Mapper::start(placing.placer(), &self.settings.spawner);
         }
         self.placing = Some(placing);
-        self.prepare_rounds(&incoming)?;
-        self.begin_channels(announced)?;
+        self.announce(announced)?;
         self.figures_of(&incoming)?;
         self.incoming = Some(incoming);
         Ok(())
@@ -251,9 +250,7 @@ impl DestinationSession {
         };
         let travelling = incoming.blocks.iter().filter(|block| !ignored(block));
         let total = travelling.map(|block| block.used_length).sum();
-        let channels = self.source.channels().and_then(|channels| channels.live_bytes());
-        let nic = self.source.rounds().and_then(|rounds| rounds.live_bytes());
-        self.figures.arriving(&placer, total, (channels, nic));
+        self.figures.arriving(&placer, total, self.link.live_bytes());
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use crate::engine::HostPage;
 use crate::observe::Status;
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::Stop;
-use crate::transport::{OpenError, StreamChannel};
+use crate::transport::{InlineDestination, OpenError, StreamChannel};
 use crate::units::BlockOffset;
 
 use super::DestinationSession;
@@ -91,7 +91,7 @@ impl DestinationSession {
         postcopy.shared.reconnected(Box::new(back));
         self.stop = postcopy.shared.stop();
         postcopy.recovering = true;
-        self.source = Box::new(source);
+        self.link = Box::new(InlineDestination::new(Box::new(source)));
         self.error = None;
         reader.restart();
         self.statistics.update(|s| s.status = Status::PostcopyRecover);

@@ -10,10 +10,11 @@ use crate::stream::qemu::incoming::{AnnouncedBlocks, Seen};
 use crate::stream::qemu::section::Phase;
 use crate::stream::{Corrupt, DecodeError};
 use crate::sys::Stop;
+use crate::transport::AtBarrier;
 
+use super::DestinationSession;
 use super::counts::{more_channels_there, no_channels_here};
 use super::receive::out_of_turn;
-use super::{DestinationSession, Incoming};
 use crate::session::callback::quietly;
 use crate::session::source::discards;
 use crate::session::{Breakage, Error, ErrorKind};
@@ -22,18 +23,20 @@ use crate::session::{Breakage, Error, ErrorKind};
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl DestinationSession {
-    /// The blocks are known: their memory is offered to the peer, and stays in place from here on.
-    pub(super) fn prepare_rounds(&mut self, incoming: &Incoming) -> Result<(), Error> {
-        let memory = Arc::clone(self.placing()?.memory());
-        let Some(rounds) = self.source.rounds() else { return Ok(()) };
-        if !self.control.forbid_discard(true) {
+    /// The blocks are known, and there is memory for them: pages may come. Memory that is offered to the peer stays in place
+    /// from here on.
+    pub(super) fn announce(&mut self, announced: &[BlockAnnouncement]) -> Result<(), Error> {
+        let able = self.link.abilities();
+        if able.has_rounds && !self.control.forbid_discard(true) {
             return Err(discards());
         }
-        let waits = rounds.waits_after_round();
-        rounds.announce(&memory, &incoming.blocks)?;
+        let blocks = AnnouncedBlocks::new(announced.to_vec())
+            .map_err(|fault| Error::Decode(DecodeError::Corrupt(Corrupt { at: 0, fault })))?;
+        let placer = Arc::clone(self.placing()?.placer());
+        self.link.announce(&placer, &blocks)?;
         let placing = self.placing()?;
-        if placing.is_watched() {
-            if !waits {
+        if able.has_rounds && placing.is_watched() {
+            if !able.waits_after_round {
                 return Err(Error::Config {
                     what: "the source may write while a round's pages are looked for".into(),
                     remedy: Remedy::Advice("accept it with RdmaOptions::wait_after_round"),
@@ -49,10 +52,10 @@ impl DestinationSession {
         if self.breakage.is(Breakage::ScanBeforeFinish) && self.ram_phase == Some(Phase::End) {
             self.scan()?;
         }
-        let Some(rounds) = self.source.rounds() else {
+        if !self.link.abilities().has_rounds {
             return Err(out_of_turn("the mark of a round", "a stream that has none"));
-        };
-        let round = rounds.receive_round(&self.stop)?;
+        }
+        let round = self.link.receive_round(&self.stop)?;
         self.zero_in_rounds += round.zero_bytes;
         let placing = self.placing()?;
         let page = placing.memory().table().page().bytes();
@@ -76,64 +79,39 @@ impl DestinationSession {
         }
     }
 
-    /// There is memory now: the page channels may fill it.
-    pub(super) fn begin_channels(&mut self, announced: &[BlockAnnouncement]) -> Result<(), Error> {
-        let placer = Arc::clone(self.placing()?.placer());
-        let page = placer.memory().table().page();
-        let Some(channels) = self.source.channels() else { return Ok(()) };
-        let blocks = AnnouncedBlocks::new(announced.to_vec())
-            .map_err(|fault| Error::Decode(DecodeError::Corrupt(Corrupt { at: 0, fault })))?;
-        Ok(channels.begin(placer, blocks, page)?)
-    }
-
     /// The stream has reached a barrier: what came before it on any channel is in place when this returns, and
     /// nothing of what comes after it.
     pub(super) fn barrier(&mut self) -> Result<(), Error> {
-        let Some(channels) = self.source.channels() else {
+        if self.link.abilities().page_channels == 0 {
             return Err(no_channels_here());
-        };
-        if !self.breakage.is(Breakage::SkipBarrier) {
-            channels.wait_barrier(&self.stop)?;
         }
+        let AtBarrier { missing } = match self.breakage.is(Breakage::SkipBarrier) {
+            false => self.link.barrier(&self.stop)?,
+            true => AtBarrier::default(),
+        };
         // A ramwire has told how many it has, and tells of each page.
-        if !self.engine.is_native() {
-            channels.check_packets().map_err(more_channels_there)?;
+        if let Some(missing) = missing.filter(|_| !self.engine.is_native()) {
+            return Err(more_channels_there(missing));
         }
         // Pressure is handed back before the channels go on.
         self.placing()?.between_reads()?;
-        if let Some(channels) = self.source.channels() {
-            channels.release();
-        }
+        self.link.release();
         Ok(())
     }
 
     /// The end of a section's records is a barrier of the page channels where no record is. Channels that we
     /// were not told of show in what has come when RAM ends.
     pub(super) fn records_ended(&mut self, seen: Seen) -> Result<(), Error> {
-        let is_barrier = self.source.channels().is_some() && seen.barrier_in_start == Some(false);
+        let is_barrier = self.link.abilities().page_channels > 0 && seen.barrier_in_start == Some(false);
         if is_barrier { self.barrier() } else { Ok(()) }
     }
 
-    /// The guest runs here next: nobody else writes to its memory any more.
-    pub(super) fn revoke_rounds(&mut self) {
-        if let Some(channels) = self.source.channels() {
-            channels.end();
-        }
-        if let Some(rounds) = self.source.rounds() {
-            rounds.revoke();
-        }
-    }
-
     /// The connection ends: in good order if the guest runs here, else the peer is told.
-    pub(super) fn close_rounds(&mut self, ending: Ending) {
-        if let Some(channels) = self.source.channels() {
-            channels.end();
-        }
-        let Some(rounds) = self.source.rounds() else { return };
-        rounds.revoke();
+    pub(super) fn close_link(&mut self, ending: Ending) {
+        self.link.revoke();
         if ending == Ending::Running {
             let stop = Stop::never().within(CLOSE_TIMEOUT);
-            if let Err(error) = rounds.part(&stop) {
+            if let Err(error) = self.link.close(&stop) {
                 let error = Error::from(error);
                 // A source that left first has what it needs.
                 if error.kind() != ErrorKind::Channel {
@@ -141,6 +119,8 @@ impl DestinationSession {
                 }
             }
         }
-        quietly("allowing discards", || _ = self.control.forbid_discard(false));
+        if self.link.abilities().has_rounds {
+            quietly("allowing discards", || _ = self.control.forbid_discard(false));
+        }
     }
 }

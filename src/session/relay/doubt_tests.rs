@@ -15,8 +15,8 @@ use crate::observe::SharedStatistics;
 use crate::session::tests::plain;
 use crate::session::tests::qemu_peer::{encoded, rest, start};
 use crate::session::{
-    CancelReply, DestinationSettings, Guard, Held, Notice, Peer, Relay, RelayControl, RelayReport,
-    SourceConnection, SourceSettings,
+    CancelReply, DestinationConnection, DestinationSettings, Guard, Held, Notice, Peer, Relay, RelayControl,
+    RelayReport, SourceConnection, SourceSettings,
 };
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::return_path::Message;
@@ -58,7 +58,7 @@ impl Running {
             let downstream = downstream.try_clone().unwrap();
             move |memory: Arc<dyn GuestMemory>| {
                 let link = Box::new(InlineLink::new(plain(&downstream), memory));
-                Ok(SourceConnection { link, back: Some(plain(&downstream)) })
+                Ok(SourceConnection::new(link, Some(plain(&downstream))))
             }
         };
         let mut outgoing = SourceSettings::new(Configuration::default());
@@ -68,8 +68,7 @@ impl Running {
         let (tell, notices) = channel();
         let tell = Mutex::new(tell);
         let relay = Relay {
-            source: plain(&upstream),
-            back: Some(plain(&upstream)),
+            connection: DestinationConnection::of_stream(plain(&upstream), Some(plain(&upstream))),
             connect: Box::new(connect),
             incoming: DestinationSettings::default(),
             outgoing,

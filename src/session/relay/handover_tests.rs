@@ -47,15 +47,17 @@ fn through_a_relay(far_machine: Option<Machine>) -> (SourceReport, RelayReport, 
         None => Box::new(Refusing),
     };
     let settings = DestinationSettings::default;
-    let destination =
-        DestinationSession::new(plain(&far), Some(plain(&far)), Box::new(to), control, settings());
+    let destination = DestinationSession::new(
+        DestinationGuest { memory: Box::new(to), control },
+        DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
+        settings(),
+    );
     let connect = move |memory: Arc<dyn crate::guest::GuestMemory>| {
         let link = Box::new(InlineLink::new(plain(&downstream), memory));
-        Ok(SourceConnection { link, back: Some(plain(&downstream)) })
+        Ok(SourceConnection::new(link, Some(plain(&downstream))))
     };
     let relay = Relay {
-        source: plain(&upstream),
-        back: Some(plain(&upstream)),
+        connection: DestinationConnection::of_stream(plain(&upstream), Some(plain(&upstream))),
         connect: Box::new(connect),
         incoming: settings(),
         outgoing: SourceSettings::new(Configuration::default()),
@@ -114,8 +116,11 @@ fn a_far_end_does_not_take_an_idle_relay_for_a_dead_one() {
     // Slices of 50 ms: twice the far end's patience.
     let source = SourceSession::new(source.guest, connection, settings).with_upstream(Box::new(Silent(120)));
     let control = Box::new(destination_machine.clone());
-    let destination =
-        DestinationSession::over(channel(far), Box::new(to), control, DestinationSettings::default());
+    let destination = DestinationSession::new(
+        DestinationGuest { memory: Box::new(to), control },
+        DestinationConnection::over(channel(far)),
+        DestinationSettings::default(),
+    );
     let thread = std::thread::spawn(|| destination.run());
     let sent = source.run();
     let arrived = thread.join().unwrap();

@@ -41,13 +41,16 @@ use crate::guest::{GuestMemory, MappedGuest};
 use crate::observe::SharedStatistics;
 use crate::ram::RamBlock;
 use crate::sys::{CancelToken, Mapping, duplicate, memory_room};
-use crate::transport::{ByteSink, ByteSource};
 use crate::units::PageSize;
 
-use crate::session::destination::{DestinationReport, DestinationSession, Incoming, MemoryProvider};
+use crate::session::destination::{
+    DestinationGuest, DestinationReport, DestinationSession, Incoming, MemoryProvider,
+};
 use crate::session::handle::CancelReply;
-use crate::session::source::{SourceConnection, SourceReport};
-use crate::session::{Breakage, Control, DestinationSettings, Error, SourceSettings};
+use crate::session::source::SourceReport;
+use crate::session::{
+    Breakage, Control, DestinationConnection, DestinationSettings, Error, SourceConnection, SourceSettings,
+};
 pub(super) use content_scan::ContentScan;
 pub use content_scan::ScanReport;
 
@@ -155,10 +158,8 @@ impl RelayControl {
 
 /// A relay before it runs.
 pub struct Relay {
-    /// Where the upstream's stream comes from.
-    pub source: Box<dyn ByteSource>,
-    /// Where the upstream is answered; `None` for files and pipes.
-    pub back: Option<Box<dyn ByteSink>>,
+    /// To the guest's own source.
+    pub connection: DestinationConnection,
     /// Makes the way to the far end.
     pub connect: Box<ConnectFn>,
     /// For the side towards the upstream.
@@ -189,8 +190,7 @@ impl Relay {
 
 pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     let Relay {
-        source,
-        back,
+        mut connection,
         connect,
         incoming,
         outgoing,
@@ -209,7 +209,7 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         notice: Arc::clone(&notice),
         spawner: outgoing.spawner.clone(),
         // Without a descriptor left the relay goes on, and says so when the guest is given away.
-        source: source.descriptor().and_then(|descriptor| duplicate(&descriptor).ok()),
+        source: connection.link.stream().descriptor().and_then(|descriptor| duplicate(&descriptor).ok()),
     });
     let (give, far_end) = bounded(1);
     let began = Instant::now();
@@ -217,10 +217,10 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     let memory = RelayMemory { huge_pages, hub: Arc::clone(&hub), made, source_waits };
     let held = Arc::clone(&memory.made);
     let (silenced, waits) = (Arc::default(), Arc::clone(&memory.source_waits));
-    let back = back.map(|sink| Voice::over(sink, &silenced));
+    connection.back = connection.back.map(|sink| Voice::over(sink, &silenced));
     let side = Box::new(SourceSide { hub: Arc::clone(&hub), cancel: cancel.clone(), silenced, waits });
-    let mut session =
-        DestinationSession::new(source, back, Box::new(memory), side, incoming).with_cancel(cancel.clone());
+    let guest = DestinationGuest { memory: Box::new(memory), control: side };
+    let mut session = DestinationSession::new(guest, connection, incoming).with_cancel(cancel.clone());
     let ram_complete = Arc::default();
     let middle = Middle {
         hub: Arc::clone(&hub),

@@ -11,17 +11,18 @@ use std::time::Duration;
 
 use super::run;
 use crate::engine::{Ending, Outcome};
-use crate::guest::{DirtyError, DirtySource, GuestMemory, MappedGuest};
+use crate::guest::{DirtyError, DirtySource, GuestMemory, MappedGuest, Placer};
 use crate::observe::{PageCounts, SharedStatistics};
-use crate::ram::{MoverAbilities, PageBatch, PageBitmap, PageRun, RamBlock, RoundKind, Verdict};
+use crate::ram::{MoverAbilities, PageBatch, PageBitmap, PageRun, RoundKind, Verdict};
 use crate::session::tests::{Machine, Plain, bytes, guest, plain};
 use crate::session::*;
 use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::ram::HOOK;
 use crate::sys::{CancelToken, HostSpan, RecvPart, SendPart, Stop};
 use crate::transport::{
-    ByteSink, ByteSource, ChannelError, DestinationLink, InlineLink, MoveError, Offer, Receipt, Returned,
-    RoundReceived, SourceLink, Ticket,
+    ByteSink, ByteSource, ChannelError, DestinationAbilities, DestinationLink, InlineLink, MoveError, Offer,
+    Receipt, Returned, RoundReceived, SourceLink, Ticket,
 };
 use crate::units::{BlockIndex, PageIndex};
 
@@ -153,15 +154,23 @@ impl ByteSource for NicDestination {
         }
         self.stream.recv(into, stop)
     }
-
-    fn rounds(&mut self) -> Option<&mut dyn DestinationLink> {
-        Some(self)
-    }
 }
 
 impl DestinationLink for NicDestination {
-    fn announce(&mut self, memory: &Arc<dyn GuestMemory>, _blocks: &[RamBlock]) -> Result<(), MoveError> {
-        *self.there.lock().unwrap() = Some(Arc::clone(memory));
+    fn abilities(&self) -> DestinationAbilities {
+        DestinationAbilities {
+            has_rounds: true,
+            waits_after_round: self.waits,
+            ..DestinationAbilities::default()
+        }
+    }
+
+    fn stream(&mut self) -> &mut dyn ByteSource {
+        self
+    }
+
+    fn announce(&mut self, placer: &Arc<Placer>, _blocks: &AnnouncedBlocks) -> Result<(), MoveError> {
+        *self.there.lock().unwrap() = Some(Arc::clone(placer.memory()));
         Ok(())
     }
 
@@ -172,13 +181,9 @@ impl DestinationLink for NicDestination {
         Ok(RoundReceived { touched, zero_bytes: 0 })
     }
 
-    fn waits_after_round(&self) -> bool {
-        self.waits
-    }
-
     fn revoke(&mut self) {}
 
-    fn part(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+    fn close(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
         Ok(())
     }
 }
@@ -254,8 +259,11 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
     let far_machine = Machine::default();
     let control = Box::new(far_machine.clone());
     let settings = DestinationSettings::default();
-    let far =
-        DestinationSession::new(plain(&far), Some(plain(&far)), Box::new(to.clone()), control, settings);
+    let far = DestinationSession::new(
+        DestinationGuest { memory: Box::new(to.clone()), control },
+        DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
+        settings,
+    );
     let far = std::thread::spawn(move || far.run());
 
     let incoming = NicDestination {
@@ -269,11 +277,10 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
     };
     let connect = move |memory| {
         let link = Box::new(InlineLink::new(plain(&relay_far), memory));
-        Ok(SourceConnection { link, back: Some(plain(&relay_far)) })
+        Ok(SourceConnection::new(link, Some(plain(&relay_far))))
     };
     let relay = Relay {
-        source: Box::new(incoming),
-        back: Some(plain(&relay_near)),
+        connection: DestinationConnection::new(Box::new(incoming), Some(plain(&relay_near))),
         connect: Box::new(connect),
         incoming: DestinationSettings::default(),
         outgoing: SourceSettings::new(Configuration::default()),
@@ -309,7 +316,7 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
     let scribbler = Arc::new(Scribbler { memory: from.clone(), syncs: Mutex::default() });
     let source =
         SourceGuest { memory: from.clone(), dirty: vec![scribbler], control: Box::new(machine.clone()) };
-    let connection = SourceConnection { link: Box::new(link), back: Some(plain(&near)) };
+    let connection = SourceConnection::new(Box::new(link), Some(plain(&near)));
     let source = SourceSession::new(source, connection, settings).run();
     drop(near);
     let (relay, far) = (relay.join().unwrap(), far.join().unwrap());

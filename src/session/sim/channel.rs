@@ -11,7 +11,7 @@ use crate::stream::native::{Answer, Order};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::return_path::Message;
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
-use crate::transport::{ByteSink, ByteSource, ChannelError, PageChannels};
+use crate::transport::{ByteSink, ByteSource, ChannelError};
 
 /// Names every migration of the simulation.
 pub(super) const MIGRATION_ID: [u8; 16] = [0x5a; 16];
@@ -240,7 +240,7 @@ impl ByteSink for SimSink {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         let mut turn = self.sim.enter();
         if self.side == Side::Source {
-            turn.world.door_hears_bytes();
+            turn.world.link_sees_bytes();
         }
         let position = turn.world.pipes[self.side as usize].sent;
         turn.world.overhear(self.side, parts, position);
@@ -270,7 +270,7 @@ impl ByteSink for SimSink {
 
     fn position(&self) -> u64 {
         let world = self.sim.world();
-        let pages = if self.side == Side::Source { world.door.pages_offered } else { 0 };
+        let pages = if self.side == Side::Source { world.link.pages_offered } else { 0 };
         world.pipes[self.side as usize].sent + pages * PAGE as u64
     }
 }
@@ -290,11 +290,6 @@ pub(super) struct SimSource {
 }
 
 impl ByteSource for SimSource {
-    fn channels(&mut self) -> Option<&mut dyn PageChannels> {
-        let has = self.from == Side::Source && self.sim.world().door.has_barriers();
-        has.then_some(self)
-    }
-
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         const DOING: &str = "receiving";
         let mut turn = self.sim.enter();

@@ -206,10 +206,10 @@ impl World {
                 if nothing.free.contains(&(block, page)) {
                     self.mark(Mark::Reused);
                 }
-                let balloon = side == Side::Source && self.door.registers() && !self.guest.promised;
+                let balloon = side == Side::Source && self.link.registers() && !self.guest.promised;
                 if balloon && self.rng.one_in(4) {
                     let held = self.guest.give_back(block, page);
-                    self.door.given_back(block, page, held);
+                    self.link.given_back(block, page, held);
                     self.mark(Mark::GivenBack);
                 } else {
                     self.guest.write(side, block, page, &mut self.rng);
@@ -388,7 +388,7 @@ impl DirtySource for SimLog {
                     read.clear_range(0..u64::MAX);
                 }
             }
-            world.door.unconfirm(block, into);
+            world.link.unconfirm(block, into);
         })
     }
 
@@ -510,7 +510,7 @@ impl GuestControl for SimControl {
 
     fn forbid_discard(&mut self, forbid: bool) -> bool {
         let mut turn = self.sim.enter();
-        if !forbid && turn.world.door.registered && self.side == Side::Source {
+        if !forbid && turn.world.link.registered && self.side == Side::Source {
             turn.world.violation("the promise is given back while a NIC knows the memory");
         }
         turn.world.guest.promised = forbid;

@@ -1,7 +1,7 @@
 //! Whole migrations of a writing guest, with faults, inside one process and under a seed.
 //!
 //! Real are the two sessions and everything below them: engines, dirty map, page search, codec, the inline
-//! door. Simulated are the guest, its dirty logs, the byte channels and a door that reads pages late and
+//! link. Simulated are the guest, its dirty logs, the byte channels and a link that reads pages late and
 //! lets them overtake each other. The sessions take turns on two threads, one running at a time; who is
 //! next, what the guest writes and when the fault falls due follows from the seed, so that a seed replays
 //! exactly:
@@ -18,7 +18,7 @@
 //! | `guest` | both copies of the memory, the writer, logs, pause and resume |
 //! | `device` | hints, plugs, and what of them may be sent |
 //! | `channel` | the two byte streams with cuts, resets, stalls and flipped bits |
-//! | `door` | pages past the stream |
+//! | `link` | pages past the stream |
 //! | `receiver` | the fences of page channels, as the destination keeps them |
 //! | `postcopy` | a source that switches, towards a modelled destination |
 //! | `relay` | a relay's engine between modelled ends |
@@ -27,8 +27,8 @@
 
 mod channel;
 mod device;
-mod door;
 mod guest;
+mod link;
 mod plan;
 mod postcopy;
 mod receiver;
@@ -101,16 +101,16 @@ impl Coverage {
             ),
             ("page lost by a channel", marked(Mark::Dropped)),
             ("loss refused by the counts", matches!(arrived.error, Some(Error::LostPages(_)))),
-            ("door full", marked(Mark::Full)),
-            ("door declined", marked(Mark::Declined)),
-            ("door gave pages back", marked(Mark::Reclaimed)),
+            ("link full", marked(Mark::Full)),
+            ("link declined", marked(Mark::Declined)),
+            ("link gave pages back", marked(Mark::Reclaimed)),
             ("pages overtaken", marked(Mark::Overtaken)),
-            ("pages overtaken on page channels", world.door.has_barriers() && marked(Mark::Overtaken)),
-            ("completed on page channels", world.door.has_barriers() && sent.outcome == Outcome::Completed),
+            ("pages overtaken on page channels", world.link.has_barriers() && marked(Mark::Overtaken)),
+            ("completed on page channels", world.link.has_barriers() && sent.outcome == Outcome::Completed),
             ("page newer than when it was sent", marked(Mark::Newer)),
             (
                 "completed with pages by reference",
-                world.door.refers() && sent.outcome == Outcome::Completed && world.plan.fault.is_none(),
+                world.link.refers() && sent.outcome == Outcome::Completed && world.plan.fault.is_none(),
             ),
             ("memory registered", marked(Mark::Registered)),
             ("page given back before or after", marked(Mark::GivenBack)),

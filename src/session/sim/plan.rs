@@ -1,4 +1,4 @@
-//! What a seed stands for: a guest, a peer, a door, and what goes wrong.
+//! What a seed stands for: a guest, a peer, a link, and what goes wrong.
 
 use std::collections::BTreeSet;
 
@@ -125,22 +125,22 @@ pub(super) enum Fault {
     Load,
     /// The destination's guest can't be started.
     Start,
-    Door {
+    Link {
         call: u64,
     },
 }
 
-/// The door of the pages.
+/// The link of the pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum DoorKind {
+pub(super) enum LinkKind {
     /// The real one: pages inside the byte stream.
     Inline { batch_pages: u32 },
     /// Pages go by channels of their own, are read late and overtake each other between two fences.
-    Late(LateDoor),
+    Late(LateLink),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct LateDoor {
+pub(super) struct LateLink {
     pub(super) channels: usize,
     pub(super) depth: usize,
     pub(super) batch_pages: u32,
@@ -194,7 +194,7 @@ pub(super) struct Plan {
     pub(super) clear_shift: u8,
     pub(super) peer: PeerKind,
     pub(super) digest: bool,
-    pub(super) door: DoorKind,
+    pub(super) link: LinkKind,
     /// Somebody looks at the pages as they arrive, as a relay does.
     pub(super) watched: bool,
     pub(super) state_bytes: u64,
@@ -251,8 +251,8 @@ impl Plan {
         let hot = 1 + rng.below_one_of(&[total, total / 4, total / 16]);
         let working_set = (0..hot).map(|_| page_at(&blocks, rng.below(total))).collect();
         let peer = rng.pick(&[PeerKind::Greeted, PeerKind::Ramwire, PeerKind::Qemu]);
-        let door = draw_references(seed, draw_door(&mut rng));
-        let fault = draw_fault(&mut rng, total, door);
+        let link = draw_references(seed, draw_link(&mut rng));
+        let fault = draw_fault(&mut rng, total, link);
         // Towards a QEMU and without a digest a flipped bit in a page can't be seen.
         let flips = matches!(fault, Some(Fault::Wire { wire: Wire::Flip(_), .. }));
         let peer = if flips && peer == PeerKind::Qemu { PeerKind::Ramwire } else { peer };
@@ -266,7 +266,7 @@ impl Plan {
             panics: Rng::new(seed ^ 0xdead).one_in(2),
             started: Rng::new(seed ^ 0xbeef).pick(&[Started::Not, Started::Runs, Started::RunsOn]),
             seed,
-            drops: draw_drop(seed, door, peer),
+            drops: draw_drop(seed, link, peer),
             zero_every: rng.pick(&[2, 5, 1000]),
             working_set,
             write_every: rng.pick(&[1, 2, 8]),
@@ -275,8 +275,8 @@ impl Plan {
             clear_shift: rng.pick(&[6, 6, 7, 18]),
             peer,
             digest: flips || rng.one_in(2),
-            watched: matches!(door, DoorKind::Inline { .. }) && rng.one_in(3),
-            door,
+            watched: matches!(link, LinkKind::Inline { .. }) && rng.one_in(3),
+            link,
             state_bytes: rng.below(400),
             capacity: rng.pick(&[3000, 20_000, 1 << 20]),
             piece: rng.pick(&[700, 9000, 1 << 20]),
@@ -343,11 +343,11 @@ fn draw_logs(rng: &mut Rng) -> Vec<LogKind> {
     (0..1 + rng.below(2)).map(|_| rng.pick(&kinds)).collect()
 }
 
-fn draw_door(rng: &mut Rng) -> DoorKind {
+fn draw_link(rng: &mut Rng) -> LinkKind {
     if rng.one_in(2) {
-        return DoorKind::Inline { batch_pages: rng.pick(&[1, 7, 64, 512]) };
+        return LinkKind::Inline { batch_pages: rng.pick(&[1, 7, 64, 512]) };
     }
-    let door = LateDoor {
+    let link = LateLink {
         channels: 1 + rng.below(4) as usize,
         depth: 1 + rng.below(12) as usize,
         batch_pages: 1 + rng.below(12) as u32,
@@ -362,25 +362,25 @@ fn draw_door(rng: &mut Rng) -> DoorKind {
     };
     let barrier = rng.pick(&[Barrier::Record, Barrier::SectionEnd]);
     let registers = !rng.one_in(3);
-    DoorKind::Late(match rng.one_in(2) {
-        false => LateDoor { registers, ..door },
-        true => LateDoor {
+    LinkKind::Late(match rng.one_in(2) {
+        false => LateLink { registers, ..link },
+        true => LateLink {
             confirms: false,
             declines: false,
             exclusive: false,
-            slowness: door.slowness.min(6),
+            slowness: link.slowness.min(6),
             fence_waits: false,
             barrier: Some(barrier),
-            ..door
+            ..link
         },
     })
 }
 
 /// Half of the page channels send by reference; drawn apart, so that the rest of a seed is as it was without.
-fn draw_references(seed: u64, door: DoorKind) -> DoorKind {
-    match door {
-        DoorKind::Late(door) if door.barrier.is_some() => {
-            DoorKind::Late(LateDoor { by_reference: Rng::new(seed ^ 0x5911_ce00).one_in(2), ..door })
+fn draw_references(seed: u64, link: LinkKind) -> LinkKind {
+    match link {
+        LinkKind::Late(link) if link.barrier.is_some() => {
+            LinkKind::Late(LateLink { by_reference: Rng::new(seed ^ 0x5911_ce00).one_in(2), ..link })
         }
         other => other,
     }
@@ -392,10 +392,10 @@ fn draw_used(seed: u64) -> u64 {
 }
 
 /// Drawn apart, as references are. Towards a QEMU nothing counts pages.
-fn draw_drop(seed: u64, door: DoorKind, peer: PeerKind) -> Option<u64> {
+fn draw_drop(seed: u64, link: LinkKind, peer: PeerKind) -> Option<u64> {
     let mut rng = Rng::new(seed ^ 0xd509_9ed0);
     let batch = 1 + rng.below_one_of(&[4, 40]);
-    let counted = matches!(door, DoorKind::Late(door) if door.barrier.is_some()) && peer != PeerKind::Qemu;
+    let counted = matches!(link, LinkKind::Late(link) if link.barrier.is_some()) && peer != PeerKind::Qemu;
     (counted && rng.one_in(8)).then_some(batch)
 }
 
@@ -410,8 +410,8 @@ fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {
     rng.one_in(4).then_some((from, at, wire))
 }
 
-fn draw_fault(rng: &mut Rng, total_pages: u64, door: DoorKind) -> Option<Fault> {
-    let late = matches!(door, DoorKind::Late(_));
+fn draw_fault(rng: &mut Rng, total_pages: u64, link: LinkKind) -> Option<Fault> {
+    let late = matches!(link, LinkKind::Late(_));
     // Most of what can go wrong in the last moments needs a place near them.
     let anchor = if rng.one_in(2) { Anchor::Pause } else { Anchor::Start };
     let steps = match anchor {
@@ -444,7 +444,7 @@ fn draw_fault(rng: &mut Rng, total_pages: u64, door: DoorKind) -> Option<Fault> 
         15 => Fault::Pause { stands: rng.one_in(2) },
         16 => rng.pick(&[Fault::Save, Fault::Load]),
         17 => Fault::Start,
-        _ if late => Fault::Door { call: rng.below(40) },
+        _ if late => Fault::Link { call: rng.below(40) },
         18 => Fault::Log { call: rng.below_one_of(&[2, 8]) },
         _ => Fault::Kill { anchor, at: steps },
     })

@@ -265,10 +265,8 @@ fn run(seed: u64, breakage: Breakage) -> Run {
     settings.peer = (!plan.native).then_some(Peer::Qemu);
     let claims = Arc::new(Claims::new(&memory, &plan));
     let sink = Box::new(Sink(Arc::clone(&shared)));
-    let connection = SourceConnection {
-        link: Box::new(InlineLink::new(sink, claims.clone())),
-        back: Some(Box::new(Sink(Arc::clone(&shared)))),
-    };
+    let link = Box::new(InlineLink::new(sink, claims.clone()));
+    let connection = SourceConnection::new(link, Some(Box::new(Sink(Arc::clone(&shared)))));
     let guest = SourceGuest {
         memory: claims,
         dirty: vec![log as Arc<dyn DirtySource>],

@@ -1,32 +1,45 @@
-//! The destination's page channels: its session says when they may pass a fence.
+//! The destination's link: its session says when page channels may pass a fence.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::channel::SimSource;
-use super::door::STALL_STEPS;
+use super::link::STALL_STEPS;
 use crate::guest::Placer;
 use crate::observe::PageCounts;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::sys::{Stop, StopReason};
-use crate::transport::{ChannelError, MoveError, PageChannels};
-use crate::units::PageSize;
+use crate::transport::{
+    AtBarrier, ByteSource, ChannelError, DestinationAbilities, DestinationLink, MoveError,
+};
 
 const DOING: &str = "waiting for the page channels";
 
-impl PageChannels for SimSource {
-    /// Pages are placed by the world, as the threads of a real door do it while the session does something else.
-    fn begin(&mut self, _: Arc<Placer>, _: AnnouncedBlocks, _: PageSize) -> Result<(), MoveError> {
-        self.sim.enter().world.door.receives = true;
+impl DestinationLink for SimSource {
+    fn abilities(&self) -> DestinationAbilities {
+        let world = self.sim.world();
+        let page_channels = if world.link.has_barriers() { world.link.placed.len() as u8 } else { 0 };
+        DestinationAbilities { page_channels, ..DestinationAbilities::default() }
+    }
+
+    fn stream(&mut self) -> &mut dyn ByteSource {
+        self
+    }
+
+    /// Pages are placed by the world, as the threads of a real link do it while the session does something else.
+    fn announce(&mut self, _: &Arc<Placer>, _: &AnnouncedBlocks) -> Result<(), MoveError> {
+        if self.abilities().page_channels > 0 {
+            self.sim.enter().world.link.receives = true;
+        }
         Ok(())
     }
 
-    fn wait_barrier(&mut self, stop: &Stop) -> Result<(), MoveError> {
+    fn barrier(&mut self, stop: &Stop) -> Result<AtBarrier, MoveError> {
         for _ in 0..STALL_STEPS {
             let turn = self.sim.enter();
             let gone = turn.world.killed || turn.world.is_endless();
-            match turn.world.door.is_at_barrier().filter(|_| !gone) {
-                Some(true) => return Ok(()),
+            match turn.world.link.is_at_barrier().filter(|_| !gone) {
+                Some(true) => return Ok(AtBarrier::default()),
                 Some(false) => {}
                 None => return Err(ChannelError::Closed { peer: "sim".into(), doing: DOING }.into()),
             }
@@ -39,23 +52,21 @@ impl PageChannels for SimSource {
     }
 
     fn release(&mut self) {
-        self.sim.enter().world.door.release();
+        self.sim.enter().world.link.release();
     }
 
-    /// The simulation counts pages.
-    fn bytes(&self) -> u64 {
-        0
+    fn placed_pages(&self) -> Vec<PageCounts> {
+        let world = self.sim.world();
+        if world.link.has_barriers() { world.link.placed.clone() } else { Vec::new() }
     }
 
-    fn count(&self) -> u8 {
-        self.sim.world().door.placed.len() as u8
+    fn revoke(&mut self) {
+        if self.abilities().page_channels > 0 {
+            self.sim.enter().world.link.receives = false;
+        }
     }
 
-    fn placed(&self) -> Vec<PageCounts> {
-        self.sim.world().door.placed.clone()
-    }
-
-    fn end(&mut self) {
-        self.sim.enter().world.door.receives = false;
+    fn close(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
     }
 }

@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use super::channel::{MIGRATION_ID, SimSink, SimSource};
 use super::device::{SimDiscards, hint_breakage};
-use super::door::{SimLink, SmallBatches};
 use super::guest::{Guest, PAGE, SimControl, SimLog, SimMemory, Watcher};
-use super::plan::{DoorKind, Fault, PeerKind, Plan, Side, Wire};
+use super::link::{SimLink, SmallBatches};
+use super::plan::{Fault, LinkKind, PeerKind, Plan, Side, Wire};
 use super::world::{Mark, Sim, World};
 use crate::engine::{Ending, Outcome, Reason};
 use crate::guest::DirtySource;
 use crate::ram::ClearShift;
 use crate::session::{
-    Breakage, Clock, DestinationReport, DestinationSession, DestinationSettings, Error, Peer,
-    SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings,
+    Breakage, Clock, DestinationConnection, DestinationGuest, DestinationReport, DestinationSession,
+    DestinationSettings, Error, Peer, SourceConnection, SourceGuest, SourceReport, SourceSession,
+    SourceSettings,
 };
 use crate::stream::qemu::file::Configuration;
 use crate::transport::{InlineLink, SourceLink};
@@ -49,8 +50,8 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
     let control = Box::new(SimControl { sim: sim.clone(), side: Side::Source });
     let guest =
         SourceGuest { memory: memory.clone(), dirty: (0..plan.logs.len()).map(log).collect(), control };
-    let link: Box<dyn SourceLink> = match plan.door {
-        DoorKind::Inline { batch_pages } => {
+    let link: Box<dyn SourceLink> = match plan.link {
+        LinkKind::Inline { batch_pages } => {
             let sink = Box::new(SimSink { sim: sim.clone(), side: Side::Source });
             Box::new(SmallBatches {
                 sim: sim.clone(),
@@ -58,7 +59,7 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
                 pages: batch_pages,
             })
         }
-        DoorKind::Late(door) => Box::new(SimLink::new(sim, door)),
+        LinkKind::Late(link) => Box::new(SimLink::new(sim, link)),
     };
     let back = SimSource { sim: sim.clone(), from: Side::Target };
     let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
@@ -75,8 +76,7 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
         migration_id: MIGRATION_ID,
         ..SourceSettings::new(configuration)
     };
-    let mut session =
-        SourceSession::new(guest, SourceConnection { link, back: Some(Box::new(back)) }, settings);
+    let mut session = SourceSession::new(guest, SourceConnection::new(link, Some(Box::new(back))), settings);
     session.clock = Box::new(SimClock(sim.clone()));
     session.breakage = breakage;
     if plan.hint_every > 0 {
@@ -94,10 +94,14 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
 fn destination(sim: &Sim, breakage: Breakage) -> DestinationSession {
     let watched = sim.world().plan.watched;
     let session = DestinationSession::new(
-        Box::new(SimSource { sim: sim.clone(), from: Side::Source }),
-        Some(Box::new(SimSink { sim: sim.clone(), side: Side::Target })),
-        Box::new(SimMemory::new(sim, Side::Target)),
-        Box::new(SimControl { sim: sim.clone(), side: Side::Target }),
+        DestinationGuest {
+            memory: Box::new(SimMemory::new(sim, Side::Target)),
+            control: Box::new(SimControl { sim: sim.clone(), side: Side::Target }),
+        },
+        DestinationConnection::new(
+            Box::new(SimSource { sim: sim.clone(), from: Side::Source }),
+            Some(Box::new(SimSink { sim: sim.clone(), side: Side::Target })),
+        ),
         DestinationSettings::default(),
     );
     sim.world().cancel[1] = Some(session.cancel_token());
@@ -180,7 +184,7 @@ impl Run {
         let faultless = match world.plan.fault {
             _ if marked(Mark::Dropped) => false,
             None => true,
-            Some(Fault::Log { .. } | Fault::Door { .. }) => world.marks.is_empty(),
+            Some(Fault::Log { .. } | Fault::Link { .. }) => world.marks.is_empty(),
             _ => false,
         };
         if faultless {
@@ -246,11 +250,11 @@ impl Run {
 
     /// Where nothing confirms, every page is; else every page that was not confirmed.
     fn unsent_is_dirty(&self) -> bool {
-        let confirms = matches!(self.world.plan.door, DoorKind::Late(door) if door.confirms);
+        let confirms = matches!(self.world.plan.link, LinkKind::Late(link) if link.confirms);
         let travels = |(block, _): &(usize, _)| self.world.plan.ignored != Some(*block as u32);
         self.world.plan.blocks.iter().enumerate().filter(travels).all(|(block, (pages, _))| {
             let Some(dirty) = self.sent.dirty.block(BlockIndex(block as u32)) else { return false };
-            let confirmed = &self.world.door.confirmed[block];
+            let confirmed = &self.world.link.confirmed[block];
             (0..*pages).map(PageIndex).all(|page| dirty.get(page) || confirms && confirmed.get(page))
         })
     }
@@ -284,7 +288,7 @@ pub(super) fn run_plan(planned: &Plan, breakage: Breakage) -> Result<Run, Vec<St
         writes: 30,
         peer: PeerKind::Ramwire,
         digest: true,
-        door: DoorKind::Inline { batch_pages: 64 },
+        link: LinkKind::Inline { batch_pages: 64 },
         fault: None,
         also: None,
         drops: None,

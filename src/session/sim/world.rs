@@ -1,7 +1,7 @@
 //! The one state all parts of a simulation share, and whose turn it is.
 //!
 //! Both sessions run on threads of their own, but only the one that holds the turn runs. Every call of a
-//! session into its surroundings is a step: the guest may write, the door may move a batch, a fault may
+//! session into its surroundings is a step: the guest may write, the link may move a batch, a fault may
 //! fall due, the turn may pass to the other side. All of it follows from the seed.
 
 use std::cell::Cell;
@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use super::channel::Pipe;
 use super::device::Device;
-use super::door::DoorState;
 use super::guest::{Guest, LogState};
+use super::link::LinkState;
 use super::plan::{Anchor, Fault, Plan, Rng, Side, Wire};
 use crate::sys::CancelToken;
 
@@ -60,7 +60,7 @@ pub(super) struct World {
     pub(super) device: Device,
     /// What the source sends, what the destination sends.
     pub(super) pipes: [Pipe; 2],
-    pub(super) door: DoorState,
+    pub(super) link: LinkState,
     pub(super) cancel: [Option<CancelToken>; 2],
     pub(super) killed: bool,
     /// The source's guest was asked to pause.
@@ -100,7 +100,7 @@ impl World {
             log_calls: 0,
             device: Device::new(&plan),
             pipes,
-            door: DoorState::new(&plan),
+            link: LinkState::new(&plan),
             cancel: [None, None],
             killed: false,
             paused: false,
@@ -215,7 +215,7 @@ impl World {
         }
         self.guest_writes();
         self.plugs();
-        self.door_moves();
+        self.link_moves();
     }
 
     /// The destination's host dies, its guest with it.

@@ -12,8 +12,8 @@ impl SourceSession {
         let mut counts = self.link.sent_pages();
         if let Some(stream) = counts.first_mut() {
             // As deltas none of these travels.
-            stream.normal += self.past_the_door.normal;
-            stream.zero += self.past_the_door.zero;
+            stream.normal += self.sent_in_stream.normal;
+            stream.zero += self.sent_in_stream.zero;
         }
         Command::Native(Order::Sent { counts: &page_counts::encode(&counts) }).encode(out);
     }

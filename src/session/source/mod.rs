@@ -26,9 +26,7 @@ use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, RoundKind};
 use crate::stream::qemu::section;
 use crate::sys::{CancelToken, SendPart, Stop};
-use crate::transport::{
-    ByteSource, ChannelError, InlineLink, Returned, SourceDoor, SourceLink, StreamChannel,
-};
+use crate::transport::{ChannelError, Returned, SourceConnection, SourceLink};
 
 pub(super) use setup::described;
 
@@ -55,29 +53,6 @@ pub struct SourceGuest {
     pub dirty: Vec<Arc<dyn DirtySource>>,
     /// Pause, resume, device state.
     pub control: Box<dyn GuestControl>,
-}
-
-/// A connection to the destination.
-pub struct SourceConnection {
-    /// Where pages and bytes go.
-    pub link: Box<dyn SourceLink>,
-    /// Where the destination's messages come from; `None` for files and pipes.
-    pub back: Option<Box<dyn ByteSource>>,
-}
-
-impl From<SourceDoor> for SourceConnection {
-    fn from(door: SourceDoor) -> Self {
-        Self { link: door.link, back: door.back }
-    }
-}
-
-impl SourceConnection {
-    /// Pages of `memory` go in the stream over `channel`; answers come back on it if it is a socket.
-    pub fn over(channel: StreamChannel, memory: Arc<dyn GuestMemory>) -> Self {
-        let (sink, back) = channel.with_return_path();
-        let link = Box::new(InlineLink::new(Box::new(sink), memory));
-        Self { link, back: back.map(|back| Box::new(back) as Box<_>) }
-    }
 }
 
 /// A guest's own source, in front of a relay: tells when it has stopped its guest.
@@ -172,12 +147,12 @@ pub struct SourceSession {
     in_last_round: bool,
     spare: Vec<PageBatch>,
     returned: Vec<Returned>,
-    /// Batches of this round that the door can't carry.
+    /// Batches of this round that the link can't carry.
     declined: Vec<PageBatch>,
-    /// Some pages went in the stream although the door is another.
-    sent_past_the_door: bool,
+    /// Some pages went in the stream although the link is another.
+    any_sent_in_stream: bool,
     /// How many.
-    past_the_door: PageCounts,
+    sent_in_stream: PageCounts,
     figures: Figures,
     missing: Missing,
     handover: Handover,
@@ -238,8 +213,8 @@ impl SourceSession {
             spare: Vec::new(),
             returned: Vec::new(),
             declined: Vec::new(),
-            sent_past_the_door: false,
-            past_the_door: PageCounts::default(),
+            any_sent_in_stream: false,
+            sent_in_stream: PageCounts::default(),
             missing,
             handover,
             section_id: setup::RAM_SECTION_ID,
@@ -357,7 +332,7 @@ impl SourceSession {
     fn let_go(&mut self, outcome: Outcome) {
         if outcome == Outcome::Completed {
             let stop = Stop::never().within(self.settings.finish_timeout);
-            if let Err(error) = self.link.part(&stop) {
+            if let Err(error) = self.link.close(&stop) {
                 tracing::warn!(error = %Chain(&error), "the migration is complete, but its connection did not end in good order");
             }
         }
@@ -581,8 +556,8 @@ impl SourceSession {
             for batch in std::mem::take(&mut self.declined) {
                 self.mark_unsent(&batch);
             }
-            // Released is not placed: on such a door nothing counts as arrived before the end.
-            if !confirms || self.sent_past_the_door || self.all_unsent {
+            // Released is not placed: on such a link nothing counts as arrived before the end.
+            if !confirms || self.any_sent_in_stream || self.all_unsent {
                 self.dirty.set_all(self.guest.memory.table());
             }
         }
@@ -613,7 +588,7 @@ impl SourceSession {
     }
 }
 
-/// A guest that can't go by a door that registers its memory.
+/// A guest that can't go by a link that registers its memory.
 pub(super) fn discards() -> Error {
     Error::Config {
         what: "the guest does not promise to keep its memory in place while a NIC knows it".into(),

@@ -1,4 +1,4 @@
-//! The page loop: which page, as what, to the door, a slice at a time.
+//! The page loop: which page, as what, to the link, a slice at a time.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ impl SourceSession {
     pub(super) fn send_slice(&mut self, until: Duration) -> Result<Input, Error> {
         self.poll_return_path()?;
         self.check_layout()?;
-        // Also where the limit lets no page leave for long: a door may have to show that we are alive.
+        // Also where the limit lets no page leave for long: a link may have to show that we are alive.
         self.take_returned()?;
         self.follow_control();
         self.throttle_vcpus();
@@ -122,7 +122,7 @@ impl SourceSession {
         Ok(())
     }
 
-    /// Hands a batch to the door; waits while it is full.
+    /// Hands a batch to the link; waits while it is full.
     fn offer(&mut self, batch: PageBatch) -> Result<(), Error> {
         let begun = Instant::now();
         let mut bytes = self.bytes_of(batch.whole_pages(), batch.zero_pages());
@@ -145,7 +145,7 @@ impl SourceSession {
             }
         }
         if self.link.deltas().cache_size > 0 {
-            // Such a door writes at once, and how much is known only now.
+            // Such a link writes at once, and how much is known only now.
             bytes = self.position() - before;
         }
         self.pace.charge(now, bytes);
@@ -158,13 +158,13 @@ impl SourceSession {
         self.take_returned()
     }
 
-    /// What the door declined in the round that was just closed goes in the stream. Bytes of a door that is
+    /// What the link declined in the round that was just closed goes in the stream. Bytes of a link that is
     /// not ordered could overtake its pages: they wait for them.
     pub(super) fn send_declined(&mut self) -> Result<(), Error> {
         if self.declined.is_empty() {
             return Ok(());
         }
-        self.sent_past_the_door = true;
+        self.any_sent_in_stream = true;
         if !self.link.abilities().ordered {
             self.link.drain(&self.stop)?;
         }
@@ -175,8 +175,8 @@ impl SourceSession {
             self.spare.extend(self.declined.pop());
         }
         let counts = pages.counts();
-        self.past_the_door.normal += counts.normal;
-        self.past_the_door.zero += counts.zero;
+        self.sent_in_stream.normal += counts.normal;
+        self.sent_in_stream.zero += counts.zero;
         Ok(())
     }
 
@@ -185,7 +185,7 @@ impl SourceSession {
         self.take_returned()
     }
 
-    /// Takes back what the door has finished.
+    /// Takes back what the link has finished.
     pub(super) fn take_returned(&mut self) -> Result<(), Error> {
         self.link.collect(&mut self.returned)?;
         let mut found_zero = 0;

@@ -34,13 +34,16 @@ pub(crate) fn moved<T: Send>(
     settings.guest_stands_still = dirty.is_empty();
     settings.max_bandwidth = Rate::limit(rate);
     let link = Box::new(InlineLink::new(plain(&near), from.clone()));
-    let connection = SourceConnection { link, back: Some(plain(&near)) };
+    let connection = SourceConnection::new(link, Some(plain(&near)));
     let source = SourceGuest { memory: from.clone(), dirty, control };
     let (source, kept) = prepare(SourceSession::new(source, connection, settings));
     let memory = Box::new(to.clone());
     let (back, machine) = (Some(plain(&far) as Box<_>), Box::new(Machine::default()));
-    let destination =
-        DestinationSession::new(plain(&far), back, memory, machine, DestinationSettings::default());
+    let destination = DestinationSession::new(
+        DestinationGuest { memory, control: machine },
+        DestinationConnection::of_stream(plain(&far), back),
+        DestinationSettings::default(),
+    );
     // Only the sessions hold the ends: the destination sees a source that leaves.
     drop((near, far));
     let (sent, arrived) = std::thread::scope(|scope| {

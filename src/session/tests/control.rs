@@ -121,7 +121,7 @@ fn moved_with(
         Box::new(Slowed { machine: machine.clone(), shares: Arc::clone(&shares), vcpus: vec![0; vcpus] });
     let dirty: Vec<Arc<dyn DirtySource>> = vec![Arc::new(Busy(from.clone(), AtomicU64::new(0)))];
     let link = InlineLink::new(plain(&near), from.clone()).with_deltas(DeltaCacheSize::new(0));
-    let connection = SourceConnection { link: Box::new(link), back: Some(plain(&near)) };
+    let connection = SourceConnection::new(Box::new(link), Some(plain(&near)));
     let guest = SourceGuest { memory: from.clone(), dirty, control };
     let mut source = SourceSession::new(guest, connection, settings);
     source.clock = Box::new(Ticks::default());
@@ -134,10 +134,8 @@ fn moved_with(
         }
     });
     let destination = DestinationSession::new(
-        plain(&far),
-        Some(plain(&far)),
-        Box::new(to.clone()),
-        Box::new(Machine::default()),
+        DestinationGuest { memory: Box::new(to.clone()), control: Box::new(Machine::default()) },
+        DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
         DestinationSettings { postcopy: switches, ..DestinationSettings::default() },
     );
     drop((near, far));

@@ -15,7 +15,9 @@ use crate::stream::native::{GREETING, channels_ping};
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::return_path::Message;
 use crate::sys::Stop;
-use crate::transport::{Address, AllowList, ChannelOptions, DoorOptions, InlineLink, Listener, open_source};
+use crate::transport::{
+    Address, AllowList, ChannelOptions, ConnectionOptions, InlineLink, Listener, open_source,
+};
 use crate::units::BlockIndex;
 
 /// Blocks of the guests here, in pages.
@@ -48,16 +50,17 @@ fn send(
     set(&mut settings);
     let address = address.clone();
     std::thread::spawn(move || {
-        let door = open_source(&address, memory.clone(), &door_options(channels), &Stop::never()).unwrap();
+        let connection =
+            open_source(&address, memory.clone(), &connection_options(channels), &Stop::never()).unwrap();
         let control = Box::new(machine.clone());
         let source = SourceGuest { memory: memory.clone(), dirty: Vec::new(), control };
-        let handle = SourceSession::new(source, door.into(), settings).spawn().unwrap();
+        let handle = SourceSession::new(source, connection, settings).spawn().unwrap();
         Sender { handle, memory, machine }
     })
 }
 
-fn door_options(count: u8) -> DoorOptions {
-    DoorOptions { channels: ChannelOptions { count, ..Default::default() }, ..Default::default() }
+fn connection_options(count: u8) -> ConnectionOptions {
+    ConnectionOptions { channels: ChannelOptions { count, ..Default::default() }, ..Default::default() }
 }
 
 /// Lets the source wait until it has lost patience: it sends what follows the greeting, or ends.
@@ -79,13 +82,14 @@ fn arrives_late(what: &str, channels: u8, state: &[u8], set: impl FnOnce(&mut So
     let address = "tcp:127.0.0.1:0".parse().unwrap();
     let mut listener = Listener::bind(&address, AllowList::default(), &Stop::never()).unwrap();
     let sending = send(listener.address(), channels, state, set);
-    let door = listener.accept_door(&door_options(channels), &Stop::never()).unwrap();
+    let connection = listener.accept_connection(&connection_options(channels), &Stop::never()).unwrap();
     let sender = sending.join().unwrap();
     keep_waiting(&sender);
     let (memory, machine) = (guest(&PAGES), Machine::default());
     let (provider, control) = (Box::new(memory.clone()), Box::new(machine.clone()));
     let settings = DestinationSettings::default();
-    let arrived = DestinationSession::new(door.source, door.back, provider, control, settings).run();
+    let arrived =
+        DestinationSession::new(DestinationGuest { memory: provider, control }, connection, settings).run();
     let sent = sender.handle.wait().unwrap();
     assert_eq!(
         (sent.outcome, arrived.ending, arrived.native),
@@ -205,7 +209,7 @@ fn a_digest_that_nobody_can_compare_is_refused_before_the_first_byte() {
         let link = Box::new(InlineLink::new(plain(&near), memory.clone()));
         let back = answers.then(|| plain(&near) as Box<_>);
         let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(machine.clone()) };
-        let sent = SourceSession::new(source, SourceConnection { link, back }, settings).run();
+        let sent = SourceSession::new(source, SourceConnection::new(link, back), settings).run();
         let error = sent.error.as_ref().unwrap();
         assert_eq!(error.kind(), ErrorKind::Config, "{error}");
         assert!(error.to_string().contains("digest"), "{error}");

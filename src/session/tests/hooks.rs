@@ -219,28 +219,32 @@ fn device_state_that_takes_longer_than_the_limit_makes_no_empty_rounds() {
 #[test]
 fn pages_that_compress_on_channels_make_no_empty_rounds() {
     use crate::sys::{CancelToken, Stop};
-    use crate::transport::{AllowList, ChannelOptions, DoorOptions, Listener, open_source};
+    use crate::transport::{AllowList, ChannelOptions, ConnectionOptions, Listener, open_source};
     let (from, to) = (super::tests::guest(&[2048]), super::tests::guest(&[2048]));
     let ram = from.region(BlockIndex(0)).unwrap().span(0, 2048 * 4096).unwrap();
     ram.copy_from(&vec![7; 2048 * 4096]);
     let stop = Stop::on(&CancelToken::default());
     let packing = "zstd".parse().unwrap();
     let channels = ChannelOptions { count: 4, packing, ..ChannelOptions::default() };
-    let options = DoorOptions { channels, ..DoorOptions::default() };
+    let options = ConnectionOptions { channels, ..ConnectionOptions::default() };
     let at = "tcp:127.0.0.1:0".parse().unwrap();
     let mut listener = Listener::bind(&at, AllowList::default(), &stop).unwrap();
-    let door = open_source(listener.address(), from.clone(), &options, &stop).unwrap();
+    let connection = open_source(listener.address(), from.clone(), &options, &stop).unwrap();
     let machine = Machine(Arc::new(Mutex::new((true, b"devices".to_vec()))));
     let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(Heavy(machine)) };
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.guest_stands_still = true;
     settings.downtime_limit = Duration::from_millis(50);
-    let source = SourceSession::new(guest, door.into(), settings).spawn().unwrap();
-    let door = listener.accept_door(&options, &stop).unwrap();
+    let source = SourceSession::new(guest, connection, settings).spawn().unwrap();
+    let connection = listener.accept_connection(&options, &stop).unwrap();
     let settings = DestinationSettings::default();
     let machine = Box::new(Machine::default());
-    let arrived =
-        DestinationSession::new(door.source, door.back, Box::new(to.clone()), machine, settings).run();
+    let arrived = DestinationSession::new(
+        DestinationGuest { memory: Box::new(to.clone()), control: machine },
+        connection,
+        settings,
+    )
+    .run();
     let sent = source.wait().unwrap();
     assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running), "{:?}", sent.error);
     assert!(sent.statistics.transferred < 1 << 20, "they compress: {}", sent.statistics.transferred);

@@ -101,7 +101,11 @@ fn received(stream: &[u8]) -> (DestinationReport, Machine, Vec<Vec<u8>>) {
     let (machine, memory) = (Machine::default(), guest(&[3, 2]));
     let settings = DestinationSettings { postcopy: true, max_state: 1 << 20, ..Default::default() };
     let (provider, control) = (Box::new(Arc::clone(&memory)), Box::new(machine.clone()));
-    let session = DestinationSession::new(plain(&far), Some(plain(&far)), provider, control, settings);
+    let session = DestinationSession::new(
+        DestinationGuest { memory: provider, control },
+        DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
+        settings,
+    );
     drop(far);
     let session = std::thread::spawn(move || session.run());
     // It may refuse, and close, before all is written.
@@ -273,8 +277,12 @@ fn p14_connections_of_strangers_keep_no_urgent_page_away() {
             }));
         }
     };
-    let session = DestinationSession::new(plain(&far), Some(plain(&far)), provider, control, settings)
-        .with_next_connection(Box::new(next));
+    let session = DestinationSession::new(
+        DestinationGuest { memory: provider, control },
+        DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
+        settings,
+    )
+    .with_next_connection(Box::new(next));
     drop(far);
     let session = std::thread::spawn(move || session.run());
     let mut others = Vec::new();

@@ -162,14 +162,12 @@ pub(super) fn ends_with(set: impl FnOnce(&mut SourceSettings)) -> Ends {
     settings.guest_stands_still = true;
     set(&mut settings);
     let link = Box::new(InlineLink::new(plain(&near), from.clone()));
-    let connection = SourceConnection { link, back: Some(plain(&near)) };
+    let connection = SourceConnection::new(link, Some(plain(&near)));
     let control = Box::new(source_machine.clone());
     let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };
     let destination = DestinationSession::new(
-        plain(&far),
-        Some(plain(&far)),
-        Box::new(to.clone()),
-        Box::new(destination_machine.clone()),
+        DestinationGuest { memory: Box::new(to.clone()), control: Box::new(destination_machine.clone()) },
+        DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
         DestinationSettings::default(),
     );
     let source = SourceSession::new(source, connection, settings);
@@ -446,10 +444,8 @@ fn received(stream: Vec<u8>, to: Arc<MappedGuest>) -> (DestinationReport, Machin
     let settings = DestinationSettings { max_state: 1000, ..DestinationSettings::default() };
     let control = Box::new(machine.clone());
     let session = DestinationSession::new(
-        Box::new(far.source),
-        Some(Box::new(far.sink)),
-        Box::new(to),
-        control,
+        DestinationGuest { memory: Box::new(to), control },
+        DestinationConnection::of_stream(Box::new(far.source), Some(Box::new(far.sink))),
         settings,
     );
     let stop = Stop::on(&crate::sys::CancelToken::default());
@@ -577,7 +573,12 @@ fn s15_a_missing_description_is_taken_only_from_a_source_that_expects_no_answer(
             DestinationSettings { accept_missing_description: true, ..DestinationSettings::default() };
         let control = Box::new(machine.clone());
         let memory = Box::new(guest(&[300, 7]));
-        let report = DestinationSession::new(plain(&far), Some(plain(&far)), memory, control, settings).run();
+        let report = DestinationSession::new(
+            DestinationGuest { memory, control },
+            DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
+            settings,
+        )
+        .run();
         assert_eq!((report.ending, machine.runs()), (ending, !return_path), "{:?}", report.error);
         assert_eq!(matches!(report.error, Some(Error::Truncated { .. })), return_path);
     }

@@ -55,7 +55,11 @@ fn an_outage_behind_commit_that_ends_within_the_finish_timeout_leaves_no_doubt()
     let control = Box::new(CutOff(there.clone(), Vec::from(sockets)));
     let provider = Box::new(guest(&[30]));
     let settings_there = DestinationSettings::default();
-    let destination = DestinationSession::over(channel(far), provider, control, settings_there);
+    let destination = DestinationSession::new(
+        DestinationGuest { memory: provider, control },
+        DestinationConnection::over(channel(far)),
+        settings_there,
+    );
     let destination = destination.spawn().unwrap();
     let sent = SourceSession::new(source, connection, settings).run();
     let arrived = destination.wait().unwrap();

@@ -150,10 +150,8 @@ fn s55_s65_s77_a_qemu_source_hears_its_pong_before_it_sends_a_page_then_one_shut
     let (mut near, far) = UnixStream::pair().unwrap();
     let (machine, memory) = (Machine::default(), guest(&[3, 2]));
     let session = DestinationSession::new(
-        plain(&far),
-        Some(plain(&far)),
-        Box::new(Arc::clone(&memory)),
-        Box::new(machine.clone()),
+        DestinationGuest { memory: Box::new(Arc::clone(&memory)), control: Box::new(machine.clone()) },
+        DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
         DestinationSettings::default(),
     );
     drop(far);
@@ -184,8 +182,11 @@ fn s20_a_dirty_bitmap_arrives_with_the_device_state_and_sections_that_tell_nothi
     let (machine, memory) = (Machine::default(), guest(&[3, 2]));
     let settings = DestinationSettings { max_state: 1024, ..DestinationSettings::default() };
     let control = Box::new(machine.clone());
-    let session =
-        DestinationSession::new(plain(&far), Some(plain(&far)), Box::new(memory), control, settings);
+    let session = DestinationSession::new(
+        DestinationGuest { memory: Box::new(memory), control },
+        DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
+        settings,
+    );
     drop(far);
     let session = std::thread::spawn(move || session.run());
     let bitmap = Bitmap::new();
@@ -205,15 +206,18 @@ fn s20_a_dirty_bitmap_goes_through_a_relay_also_where_it_stands_between_pages() 
     let (machine, memory) = (Machine::default(), guest(&[3, 2]));
     let (provider, control) = (Box::new(Arc::clone(&memory)), Box::new(machine.clone()));
     let settings = DestinationSettings::default();
-    let session = DestinationSession::new(plain(&far), Some(plain(&far)), provider, control, settings);
+    let session = DestinationSession::new(
+        DestinationGuest { memory: provider, control },
+        DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
+        settings,
+    );
     let session = std::thread::spawn(move || session.run());
     let connect = move |memory| {
         let link = Box::new(InlineLink::new(plain(&relay_far), memory));
-        Ok(SourceConnection { link, back: Some(plain(&relay_far)) })
+        Ok(SourceConnection::new(link, Some(plain(&relay_far))))
     };
     let relay = Relay {
-        source: plain(&relay_near),
-        back: Some(plain(&relay_near)),
+        connection: DestinationConnection::of_stream(plain(&relay_near), Some(plain(&relay_near))),
         connect: Box::new(connect),
         incoming: DestinationSettings::default(),
         outgoing: SourceSettings::new(Configuration::default()),

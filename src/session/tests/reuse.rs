@@ -11,7 +11,7 @@ use crate::ram::{BlockName, RamBlock};
 use crate::session::*;
 use crate::stream::qemu::file::Configuration;
 use crate::sys::{CancelToken, Mapping, Stop, random_id};
-use crate::transport::{AllowList, ChannelOptions, DoorOptions, Listener, open_source};
+use crate::transport::{AllowList, ChannelOptions, ConnectionOptions, Listener, open_source};
 use crate::units::{BlockIndex, PageSize};
 
 const PAGES: u64 = 256;
@@ -57,19 +57,22 @@ fn migrate(
 ) -> (SourceReport, DestinationReport) {
     let stop = Stop::on(&CancelToken::default());
     let channels = ChannelOptions { count: channels, ..ChannelOptions::default() };
-    let options = DoorOptions { channels, ..DoorOptions::default() };
+    let options = ConnectionOptions { channels, ..ConnectionOptions::default() };
     let at = "tcp:127.0.0.1:0".parse().unwrap();
     let mut listener = Listener::bind(&at, AllowList::default(), &stop).unwrap();
-    let door = open_source(listener.address(), from.clone(), &options, &stop).unwrap();
+    let connection = open_source(listener.address(), from.clone(), &options, &stop).unwrap();
     let guest =
         SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(Machine::default()) };
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.migration_id = random_id();
     settings.guest_stands_still = true;
-    let source = SourceSession::new(guest, door.into(), settings).spawn().unwrap();
-    let door = listener.accept_door(&options, &stop).unwrap();
-    let arriving =
-        DestinationSession::new(door.source, door.back, to, control, DestinationSettings::default());
+    let source = SourceSession::new(guest, connection, settings).spawn().unwrap();
+    let connection = listener.accept_connection(&options, &stop).unwrap();
+    let arriving = DestinationSession::new(
+        DestinationGuest { memory: to, control },
+        connection,
+        DestinationSettings::default(),
+    );
     let arrived = arriving.run();
     (source.wait().unwrap(), arrived)
 }

@@ -5,6 +5,7 @@
 //! returns. Nothing tells that a page was placed before the migration's end.
 
 mod delta;
+mod destination;
 
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use crate::transport::{ByteSink, MoveError, Offer, Receipt, Returned, SourceLink
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 pub use delta::DeltaCacheSize;
 use delta::{DeltaCache, Travels};
+pub use destination::InlineDestination;
 
 /// Whole pages in one vectored send: a header and a page each fill the kernel's limit of parts.
 const PAGES_PER_SEND: usize = MAX_PARTS / 2;
@@ -27,7 +29,7 @@ const MAX_HEADERS: usize = 64 << 10;
 /// Bytes of a record's offset and flags, which a delta's figures leave out.
 const WORD: usize = 8;
 
-/// Writes batches as records of the stream; what a door of its own declines goes this way, too.
+/// Writes batches as records of the stream; what a link of its own declines goes this way, too.
 pub struct InlinePages {
     guest: Arc<dyn GuestMemory>,
     /// The block of the last record; the next one of the same block carries no name.
@@ -220,7 +222,7 @@ impl Default for Chunk<'_> {
     }
 }
 
-/// The door that every byte channel has.
+/// The source's link that every byte channel is.
 pub struct InlineLink {
     sink: Box<dyn ByteSink>,
     pages: InlinePages,

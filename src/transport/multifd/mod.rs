@@ -10,8 +10,8 @@
 //! of the next round is placed before everything of this one. Between two barriers a page travels once.
 
 mod counter;
+mod destination;
 mod gather;
-mod link;
 mod numa;
 mod page_channel;
 mod receiver;
@@ -24,12 +24,12 @@ mod zerocopy;
 
 use std::sync::Arc;
 
+pub use destination::MultifdDestination;
 pub(super) use gather::accept;
-pub use link::MultifdLink;
-pub(super) use link::connect;
 pub use numa::Numa;
 pub use page_channel::PageSending;
-pub use source::MultifdSource;
+pub use source::MultifdLink;
+pub(super) use source::connect;
 
 use crate::error::Remedy;
 use crate::stream::qemu::packed::Packing;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crossbeam::channel::{Receiver, Sender};
 
 use super::counter::PageCounter;
-use super::link::gone;
+use super::source::gone;
 use crate::guest::{PageWriter, Placer};
 use crate::ram::Landing;
 use crate::stream::DecodeError;

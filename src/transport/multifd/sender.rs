@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 
 use super::counter::PageCounter;
-use super::link::gone;
 use super::page_channel::PageChannel;
+use super::source::gone;
 use crate::guest::{GuestError, GuestMemory};
 use crate::ram::{PageBatch, PageRun, Piece, Verdict};
 use crate::stream::qemu::multifd::{

@@ -1,303 +1,361 @@
-//! The destination's door over several channels.
+//! The source's link over several channels.
 
-use std::os::fd::BorrowedFd;
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, unbounded};
 
-use super::ChannelOptions;
 use super::counter::PageCounter;
 use super::numa::Placement;
-use super::receiver::{Common, PageReceiver, Told};
-use crate::error::Chain;
-use crate::guest::{PageWriter, Placer};
-use crate::observe::PageCounts;
-use crate::stream::qemu::channel::Channel;
-use crate::stream::qemu::incoming::AnnouncedBlocks;
-use crate::stream::qemu::packed::PacketInflater;
-use crate::stream::qemu::packet_numbers::{MissingPackets, PacketNumbers};
-use crate::sys::{CancelToken, RecvPart, Stop, StopReason};
-use crate::transport::{ByteSource, ChannelError, MoveError, PageChannels, StreamChannel};
-use crate::units::PageSize;
+use super::page_channel::{PageChannel, Tally};
+use super::sender::{Done, PageSender, Work};
+use super::{ChannelOptions, carriers_of};
+use crate::guest::GuestMemory;
+use crate::observe::{PageCounts, SpliceCounts, ZeroCopyCounts};
+use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
+use crate::stream::qemu::ram::Record;
+use crate::stream::qemu::style::{BarrierStyle, PeerStyle, ZeroPageStyle};
+use crate::sys::{CancelToken, SendPart, Stop};
+use crate::transport::open::OpenError;
+use crate::transport::stream::Queue;
+use crate::transport::{
+    ByteSink, ChannelError, InlinePages, MoveError, Offer, Receipt, Returned, SourceLink, StreamChannel,
+    Ticket,
+};
 
-/// Longest time between two looks at the other channels.
-const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// Pages of one batch: four packets of 4 KiB pages.
+const BATCH_PAGES: u32 = 512;
+/// Batches that wait in front of one channel, beside the one it sends.
+const QUEUED: usize = 2;
+/// Longest time between two looks at the caller's [`Stop`].
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-const RECEIVING: &str = "waiting for the stream";
-const AT_BARRIER: &str = "waiting for the page channels";
+const SENDING: &str = "sending pages on the channels";
 
-/// The main channel, and the threads of the page channels once there is memory to fill.
-pub struct MultifdSource {
-    main: StreamChannel,
-    waiting: Vec<StreamChannel>,
-    options: ChannelOptions,
-    placement: Placement,
-    stall: Option<Duration>,
-    /// The source may be silent: it is between two rounds.
-    quiet: bool,
-    running: Option<Running>,
-    /// Bytes that came on page channels.
-    bytes: Arc<AtomicU64>,
-}
-
-struct Running {
-    common: Arc<Common>,
-    told: Receiver<Told>,
-    releases: Vec<Sender<()>>,
+/// Pages on channels, everything else in the stream.
+pub struct MultifdLink {
+    main: Box<dyn ByteSink>,
+    records: InlinePages,
+    queues: Vec<Sender<Work>>,
+    /// The other ends of the queues: what a thread that has ended left there is the guest's again.
+    left: Vec<Receiver<Work>>,
     threads: Vec<JoinHandle<()>>,
+    done: Receiver<Done>,
+    /// Stops the threads, which outlive the caller's own waits.
     cancel: CancelToken,
-    at_barrier: usize,
-    closed: usize,
-    numbers: PacketNumbers,
+    style: PeerStyle,
+    style_is_known: bool,
+    bytes: Arc<AtomicU64>,
+    /// Pages of each channel so far.
+    counters: Vec<Arc<PageCounter>>,
+    tally: Tally,
+    finished: Vec<Returned>,
+    unsent: Vec<PageBatch>,
+    zeros: PageBatch,
+    /// What waits in the channels' queues.
+    waiting: Vec<Queue>,
+    next: usize,
+    carriers: usize,
+    /// Batches and SYNCs that were not answered.
+    out: usize,
+    tickets: u64,
 }
 
-/// When a byte last moved on any channel: main may be silent for long while the others are at work, and one of them
-/// while another has it all.
-struct Progress {
-    bytes: u64,
-    since: Instant,
-}
-
-impl MultifdSource {
-    /// `main` and the page channels of the same source; `stall` is the longest time without a byte on any.
-    pub fn new(
-        mut main: StreamChannel,
-        mut pages: Vec<StreamChannel>,
-        options: ChannelOptions,
-        stall: Option<Duration>,
-    ) -> Self {
-        main.set_stall(None);
-        pages.iter_mut().for_each(|channel| channel.set_stall(None));
-        // Here, where files may be read: the threads of a session may be under a filter.
-        let placement = Placement::of_destination(&options.numa, &pages);
-        Self {
-            main,
-            waiting: pages,
-            options,
-            placement,
-            stall,
-            quiet: false,
-            running: None,
-            bytes: Arc::default(),
-        }
-    }
-
-    fn look(&self, progress: &mut Progress, doing: &'static str) -> Result<(), ChannelError> {
-        let (bytes, now) = (self.bytes(), Instant::now());
-        if bytes != progress.bytes {
-            *progress = Progress { bytes, since: now };
-        }
-        match self.stall.filter(|_| !self.quiet) {
-            Some(after) if now.duration_since(progress.since) >= after => {
-                Err(ChannelError::Stalled { peer: self.main.peer().to_owned(), doing, after })
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-impl Running {
-    fn take(&mut self, told: Told) -> Result<(), MoveError> {
-        match told {
-            Told::AtBarrier(numbers) => {
-                self.at_barrier += 1;
-                self.numbers.add(numbers);
-            }
-            Told::Closed => self.closed += 1,
-            Told::Failed(error) => return Err(error),
-        }
-        Ok(())
-    }
-
-    /// What the channels have told meanwhile.
-    fn hear(&mut self) -> Result<(), MoveError> {
-        while let Ok(told) = self.told.try_recv() {
-            self.take(told)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.cancel.cancel();
-        self.releases.clear();
-        for thread in self.threads.drain(..) {
-            // A panic there left its page unplaced; nobody counts on it any more.
-            let _ = thread.join();
-        }
-    }
-}
-
-impl ByteSource for MultifdSource {
-    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
-        let mut progress = Progress { bytes: self.bytes(), since: Instant::now() };
-        loop {
-            if let Some(running) = &mut self.running {
-                running.hear().map_err(as_channel)?;
-            }
-            match self.main.recv(into, &stop.within(POLL_INTERVAL)) {
-                Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })
-                    if stop.reason().is_none() =>
-                {
-                    self.look(&mut progress, RECEIVING)?;
-                }
-                received => return received,
-            }
-        }
-    }
-
-    fn set_quiet(&mut self, quiet: bool) {
-        self.quiet = quiet;
-    }
-
-    fn outlast(&mut self, limit: Duration) {
-        self.stall = None;
-        ByteSource::outlast(&mut self.main, limit);
-    }
-
-    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        self.main.descriptor()
-    }
-
-    fn channels(&mut self) -> Option<&mut dyn PageChannels> {
-        Some(self)
-    }
-}
-
-/// Guest memory that could not be reached counts as a fault of this host's connection here: a byte stream has no
-/// other words.
-fn as_channel(error: MoveError) -> ChannelError {
-    match error {
-        MoveError::Channel(error) => error,
-        other => ChannelError::Io {
-            peer: "page channels".into(),
-            doing: "placing pages",
-            source: std::io::Error::other(Chain(&other).to_string()),
-        },
-    }
-}
-
-impl PageChannels for MultifdSource {
-    fn begin(
-        &mut self,
-        placer: Arc<Placer>,
-        blocks: AnnouncedBlocks,
-        page: PageSize,
-    ) -> Result<(), MoveError> {
-        let (tell, told) = unbounded();
-        let method = self.options.packing.method();
-        let count = self.options.count;
-        let common = Common {
-            placer,
-            blocks,
-            page,
-            ids: Mutex::default(),
-            uuid: Mutex::default(),
-            bytes: Arc::clone(&self.bytes),
-            counters: (0..count).map(|_| PageCounter::default()).collect(),
+/// Connects `options.count` channels by `open`, which has connected the main one before.
+pub(in crate::transport) fn connect(
+    main: Box<dyn ByteSink>,
+    memory: Arc<dyn GuestMemory>,
+    options: &ChannelOptions,
+    mut open: impl FnMut() -> Result<StreamChannel, OpenError>,
+) -> Result<MultifdLink, OpenError> {
+    // All are connected before the first thread starts: a failure leaves none behind.
+    let channels = (0..options.count).map(|_| open()).collect::<Result<Vec<_>, _>>()?;
+    let placement = Placement::of_source(&options.numa, &channels, &*memory);
+    let (give, done) = unbounded();
+    let mut link = MultifdLink {
+        main,
+        records: InlinePages::new(Arc::clone(&memory)),
+        queues: Vec::new(),
+        left: Vec::new(),
+        threads: Vec::new(),
+        done,
+        cancel: CancelToken::default(),
+        style: PeerStyle::QEMU_7_2,
+        style_is_known: false,
+        bytes: Arc::default(),
+        counters: channels.iter().map(|_| Arc::default()).collect(),
+        tally: Tally::of(options.sending),
+        finished: Vec::new(),
+        unsent: Vec::new(),
+        zeros: PageBatch::default(),
+        waiting: channels.iter().map(StreamChannel::queue).collect(),
+        next: 0,
+        carriers: options.carriers.unwrap_or_else(|| carriers_of(&channels)).clamp(1, channels.len().max(1)),
+        out: 0,
+        tickets: 0,
+    };
+    let packets = Arc::new(AtomicU64::new(0));
+    for (id, (channel, counter)) in (0..).zip(channels.into_iter().zip(link.counters.clone())) {
+        let (queue, work) = bounded(QUEUED);
+        let peer = channel.peer().to_owned();
+        let sender = PageSender {
+            id,
+            channel: PageChannel::new(channel, &link.tally),
+            lent: VecDeque::new(),
+            guest: Arc::clone(&memory),
+            packing: options.packing,
+            uuid: options.uuid,
+            packets: Arc::clone(&packets),
+            bytes: Arc::clone(&link.bytes),
+            counter,
+            work: work.clone(),
+            done: give.clone(),
+            stop: Stop::on(&link.cancel),
         };
-        let common = Arc::new(common);
-        let mut running = Running {
-            common: Arc::clone(&common),
-            told,
-            releases: Vec::new(),
-            threads: Vec::new(),
-            cancel: CancelToken::default(),
-            at_barrier: 0,
-            closed: 0,
-            numbers: PacketNumbers::default(),
-        };
-        for (at, channel) in self.waiting.drain(..).enumerate() {
-            let (release, released) = bounded(1);
-            let peer = channel.peer().to_owned();
-            let failed =
-                |source| ChannelError::Io { peer, doing: "starting the thread of a page channel", source };
-            let inflater = PacketInflater::new(method);
-            let receiver = PageReceiver {
-                common: Arc::clone(&common),
-                channel,
-                machine: Channel::new(page, method, None, count),
-                inflater: match inflater {
-                    Ok(inflater) => inflater,
-                    Err(source) => return Err(failed(source).into()),
-                },
-                told: tell.clone(),
-                release: released,
-                stop: Stop::on(&running.cancel),
-                head: Vec::new(),
-                filled: 0,
-                payload: Vec::new(),
-                pages: Vec::new(),
-                writer: PageWriter::default(),
-            };
-            let job = self.placement.keep(at, Box::new(move || receiver.run()));
-            let started = (self.options.spawn)("ramwire-chan-rx", job);
-            running.threads.push(started.map_err(failed)?);
-            running.releases.push(release);
+        let job = placement.keep(id.into(), Box::new(move || sender.run()));
+        let started = (options.spawn)("ramwire-chan-tx", job);
+        let doing = "starting the thread of a page channel";
+        let started = started.map_err(|source| ChannelError::Io { peer, doing, source });
+        link.threads.push(started.map_err(OpenError::Channel)?);
+        link.queues.push(queue);
+        link.left.push(work);
+    }
+    Ok(link)
+}
+
+impl MultifdLink {
+    /// Takes an answer of a channel.
+    fn take(&mut self, done: Done) -> Result<(), MoveError> {
+        match done {
+            Done::Sent(returned) => {
+                self.out -= 1;
+                self.finished.push(returned);
+                Ok(())
+            }
+            Done::Synced => {
+                self.out -= 1;
+                Ok(())
+            }
+            Done::Unsent(batch) => {
+                self.out -= 1;
+                self.unsent.push(batch);
+                Ok(())
+            }
+            Done::Failed(error) => Err(error),
         }
-        self.running = Some(running);
-        Ok(())
     }
 
-    fn wait_barrier(&mut self, stop: &Stop) -> Result<(), MoveError> {
-        let mut progress = Progress { bytes: self.bytes(), since: Instant::now() };
+    /// Waits for the next answer, and not beyond `stop`.
+    fn wait(&mut self, stop: &Stop) -> Result<(), MoveError> {
         loop {
-            let Some(running) = &mut self.running else { return Ok(()) };
-            running.hear()?;
-            if running.at_barrier == running.releases.len() {
-                return Ok(());
-            }
-            if running.closed > 0 {
-                let peer = format!("a page channel of {}", self.main.peer());
-                return Err(ChannelError::Closed { peer, doing: AT_BARRIER }.into());
-            }
-            match running.told.recv_timeout(POLL_INTERVAL) {
-                Ok(told) => running.take(told)?,
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    self.look(&mut progress, AT_BARRIER)?;
-                }
+            match self.done.recv_timeout(POLL_INTERVAL) {
+                Ok(done) => return self.take(done),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(gone()),
             }
             if let Some(reason) = stop.reason() {
-                return Err(ChannelError::Stopped { reason, doing: AT_BARRIER }.into());
+                return Err(ChannelError::Stopped { reason, doing: SENDING }.into());
             }
         }
     }
 
-    fn check_packets(&self) -> Result<(), MissingPackets> {
-        self.running.as_ref().map_or(Ok(()), |running| running.numbers.check())
-    }
-
-    fn release(&mut self) {
-        let Some(running) = &mut self.running else { return };
-        running.at_barrier = 0;
-        // A thread that has ended says so itself.
-        for release in &running.releases {
-            let _ = release.try_send(());
+    /// Puts a SYNC behind everything in the queue of `channel`; waits for room.
+    fn sync(&mut self, channel: usize, stop: &Stop) -> Result<(), MoveError> {
+        loop {
+            match self.queues[channel].try_send(Work::Sync) {
+                Ok(()) => {
+                    self.out += 1;
+                    return Ok(());
+                }
+                Err(TrySendError::Full(_)) => self.wait(stop)?,
+                Err(TrySendError::Disconnected(_)) => return Err(gone()),
+            }
         }
     }
 
-    fn bytes(&self) -> u64 {
+    /// Gives the batch to the first channel with room, in turn. Channels beyond the carriers get none.
+    fn distribute(&mut self, ticket: Ticket, batch: PageBatch, stop: &Stop) -> Result<(), MoveError> {
+        let mut work = Work::Batch(ticket, batch);
+        loop {
+            for step in 0..self.carriers {
+                let channel = (self.next + step) % self.carriers;
+                match self.queues[channel].try_send(work) {
+                    Ok(()) => {
+                        self.next = (channel + 1) % self.carriers;
+                        self.out += 1;
+                        return Ok(());
+                    }
+                    Err(TrySendError::Full(back)) => work = back,
+                    Err(TrySendError::Disconnected(back)) => {
+                        self.keep(back);
+                        return Err(gone());
+                    }
+                }
+            }
+            if let Err(error) = self.wait(stop) {
+                self.keep(work);
+                return Err(error);
+            }
+        }
+    }
+
+    fn keep(&mut self, work: Work) {
+        if let Work::Batch(_, batch) = work {
+            self.unsent.push(batch);
+        }
+    }
+
+    /// The pages known to be zero go as records on main.
+    fn send_zeros(&mut self, batch: &PageBatch, stop: &Stop) -> Result<(), MoveError> {
+        self.zeros.clear();
+        let zeros = batch.pieces().iter().filter(|piece| piece.verdict == Verdict::Zero);
+        zeros.for_each(|piece| self.zeros.push(piece.run, Verdict::Zero));
+        self.records.write(&self.zeros, &mut *self.main, stop)
+    }
+
+    fn stop_threads(&mut self) {
+        self.cancel.cancel();
+        self.queues.clear();
+        for thread in self.threads.drain(..) {
+            // A panic there has closed its connection, which the peer sees.
+            let _ = thread.join();
+        }
+        while let Ok(done) = self.done.try_recv() {
+            // Why one failed was told when it did, or is of no interest any more.
+            let _ = self.take(done);
+        }
+        for work in std::mem::take(&mut self.left).iter().flat_map(Receiver::try_iter) {
+            self.keep(work);
+        }
+    }
+}
+
+/// A thread has ended without a word of its own.
+pub(super) fn gone() -> MoveError {
+    let source = std::io::Error::other("the thread of a page channel has ended");
+    ChannelError::Io { peer: "page channels".into(), doing: SENDING, source }.into()
+}
+
+impl SourceLink for MultifdLink {
+    fn abilities(&self) -> MoverAbilities {
+        MoverAbilities {
+            classifies: self.style.zero_pages == ZeroPageStyle::Multifd,
+            takes_deltas: false,
+            exclusive_round: false,
+            confirms_placement: false,
+            ordered: false,
+            registers_memory: false,
+            batches_in_flight: (self.carriers * (QUEUED + 1)) as u32,
+            batch_pages: BATCH_PAGES,
+        }
+    }
+
+    fn sink(&mut self) -> &mut dyn ByteSink {
+        &mut *self.main
+    }
+
+    fn channel_bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    fn live_bytes(&self) -> Option<Arc<AtomicU64>> {
-        Some(Arc::clone(&self.bytes))
+    fn under_way(&mut self) -> u64 {
+        self.main.under_way() + self.waiting.iter().map(Queue::bytes).sum::<u64>()
     }
 
-    fn count(&self) -> u8 {
-        self.options.count
+    fn page_channels(&self) -> u8 {
+        self.counters.len() as u8
     }
 
-    fn placed(&self) -> Vec<PageCounts> {
-        let counters = self.running.as_ref().map(|running| &running.common.counters);
-        counters.into_iter().flatten().map(PageCounter::counts).collect()
+    fn sent_pages(&self) -> Vec<PageCounts> {
+        let channels = self.counters.iter().map(|counter| counter.counts());
+        std::iter::once(self.records.counts()).chain(channels).collect()
     }
 
-    fn end(&mut self) {
-        self.running = None;
+    fn zero_copy(&self) -> Option<ZeroCopyCounts> {
+        self.tally.zero_copy()
+    }
+
+    fn spliced(&self) -> Option<SpliceCounts> {
+        self.tally.spliced()
+    }
+
+    fn write_for(&mut self, style: Option<PeerStyle>) -> Result<(), MoveError> {
+        let Some(style) = style else { return Err(MoveError::UnknownStyle) };
+        self.style = style;
+        self.style_is_known = true;
+        Ok(())
+    }
+
+    fn open_round(&mut self, _kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
+        if self.style_is_known { Ok(()) } else { Err(MoveError::UnknownStyle) }
+    }
+
+    fn offer(&mut self, batch: PageBatch, stop: &Stop) -> Result<Offer, MoveError> {
+        if batch.zero_pages() > 0
+            && let Err(error) = self.send_zeros(&batch, stop)
+        {
+            self.unsent.push(batch);
+            return Err(error);
+        }
+        let ticket = Ticket(self.tickets);
+        self.tickets += 1;
+        if batch.whole_pages() == 0 {
+            self.finished.push(Returned { ticket, receipt: Receipt::Released, batch });
+        } else {
+            self.distribute(ticket, batch, stop)?;
+        }
+        Ok(Offer::Taken(ticket))
+    }
+
+    fn collect(&mut self, out: &mut Vec<Returned>) -> Result<(), MoveError> {
+        while let Ok(done) = self.done.try_recv() {
+            self.take(done)?;
+        }
+        out.append(&mut self.finished);
+        Ok(())
+    }
+
+    /// A SYNC goes behind everything on each channel; the barrier on main is a record of its own or, for older
+    /// peers, the end of the section that the session writes next.
+    fn close_round(&mut self, _kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
+        for channel in 0..self.queues.len() {
+            self.sync(channel, stop)?;
+        }
+        if self.style.barrier == BarrierStyle::PerRound {
+            let mut flush = Vec::new();
+            Record::MultifdFlush.encode(&mut flush);
+            self.main.send(&[SendPart::Own(&flush)], stop)?;
+        }
+        // Not for the order, which the barrier keeps: a round's figures are its own, and no page stays lent.
+        while self.out > 0 {
+            self.wait(stop)?;
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self, stop: &Stop) -> Result<(), MoveError> {
+        while self.out > 0 {
+            self.wait(stop)?;
+        }
+        Ok(self.main.flush(stop)?)
+    }
+
+    fn close(&mut self, _stop: &Stop) -> Result<(), MoveError> {
+        self.stop_threads();
+        Ok(())
+    }
+
+    fn reclaim(&mut self) -> Vec<PageBatch> {
+        self.stop_threads();
+        std::mem::take(&mut self.unsent)
+    }
+}
+
+impl Drop for MultifdLink {
+    fn drop(&mut self) {
+        self.stop_threads();
     }
 }

@@ -14,7 +14,7 @@ use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::multifd::{Init, Method, NewPacket, encode_init, encode_packet, encode_sync};
 use crate::stream::qemu::style::PeerStyle;
 use crate::sys::{CancelToken, HostSpan, Mapping, Stop, is_zero};
-use crate::transport::{ByteSource, MoveError, Offer, SourceLink, StreamChannel, StreamOptions};
+use crate::transport::{DestinationLink, MoveError, Offer, SourceLink, StreamChannel, StreamOptions};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
 const PAGE: PageSize = PageSize::SIZE_4K;
@@ -104,17 +104,16 @@ fn the_slow_copy_comes_last(fenced: bool) -> u8 {
     let [(slow, mut slow_far), (fast, mut fast_far)] = pairs;
     let options = ChannelOptions { count: 2, ..ChannelOptions::default() };
     let channels = vec![channel(slow), channel(fast)];
-    let mut source = MultifdSource::new(channel(main), channels, options, None);
+    let mut link = MultifdDestination::new(channel(main), channels, options, None);
     let memory = Memory::new();
-    let channels = source.channels().unwrap();
-    channels.begin(memory.placer(), blocks(), PAGE).unwrap();
+    link.announce(&memory.placer(), &blocks()).unwrap();
     for (id, far) in (0..).zip([&mut slow_far, &mut fast_far]) {
         let mut out = Vec::new();
         encode_init(&Init { uuid: [0; 16], id }, &mut out);
         far.write_all(&[out, sync()].concat()).unwrap();
     }
-    channels.wait_barrier(&stop()).unwrap();
-    channels.release();
+    link.barrier(&stop()).unwrap();
+    link.release();
     let ended = if fenced { sync() } else { Vec::new() };
     fast_far.write_all(&[ended, page_zero(2)].concat()).unwrap();
     if !fenced {
@@ -125,9 +124,9 @@ fn the_slow_copy_comes_last(fenced: bool) -> u8 {
     }
     slow_far.write_all(&[page_zero(1), sync()].concat()).unwrap();
     if fenced {
-        channels.wait_barrier(&stop()).unwrap();
+        link.barrier(&stop()).unwrap();
         assert_eq!(*memory.placed.lock().unwrap(), [(0, 1)], "the next round waits behind the barrier");
-        channels.release();
+        link.release();
     }
     while memory.placed.lock().unwrap().len() < 2 {
         std::thread::yield_now();

@@ -10,7 +10,7 @@
 //! | `exec:COMMAND` | a shell command's standard input or output |
 //! | `file:PATH` | a file that holds the plain stream |
 //!
-//! This module only reads and writes the words; [`door`](crate::transport::open) opens what they name.
+//! This module only reads and writes the words; [`open`](crate::transport::open) opens what they name.
 
 use std::fmt;
 use std::net::Ipv6Addr;

@@ -15,8 +15,8 @@ use crate::guest::GuestMemory;
 use crate::sys::{Stop, StopReason};
 use crate::transport::stream::tcp::TcpListener;
 use crate::transport::{
-    Address, AllowList, ChannelError, DestinationDoor, DoorOptions, OpenError, RdmaOptions, SourceDoor,
-    StreamOptions, Way, WhyNoRdma,
+    Address, AllowList, ChannelError, ConnectionOptions, DestinationConnection, OpenError, RdmaOptions,
+    SourceConnection, StreamOptions, Way, WhyNoRdma,
 };
 #[cfg(feature = "rdma")]
 use crate::units::BlockIndex;
@@ -34,9 +34,9 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 pub(super) fn open_source(
     (host, port): (&str, u16),
     memory: Arc<dyn GuestMemory>,
-    options: &DoorOptions,
+    options: &ConnectionOptions,
     stop: &Stop,
-) -> Result<SourceDoor, OpenError> {
+) -> Result<SourceConnection, OpenError> {
     let tried = match options.channels.count {
         0 => by_rdma((host, port), Arc::clone(&memory), &options.stream, &options.rdma, stop),
         _ => {
@@ -46,9 +46,9 @@ pub(super) fn open_source(
         }
     };
     let why = match tried {
-        Ok(mut door) => {
-            door.way.why = "both ends have an RDMA device that reaches the other".into();
-            return Ok(door);
+        Ok(mut connection) => {
+            connection.way.why = "both ends have an RDMA device that reaches the other".into();
+            return Ok(connection);
         }
         Err(error) if stop.reason() == Some(StopReason::Cancelled) => return Err(error),
         Err(error) => obstacle::why(&error),
@@ -72,7 +72,7 @@ fn by_rdma(
     options: &StreamOptions,
     rdma: &RdmaOptions,
     stop: &Stop,
-) -> Result<SourceDoor, OpenError> {
+) -> Result<SourceConnection, OpenError> {
     let no =
         |why| OpenError::NoRdma { address: Address::Auto { host: host.to_owned(), port }.to_string(), why };
     // Asked here first: once the peer has taken the connection, nobody waits for another.
@@ -99,7 +99,7 @@ fn by_rdma(
     _options: &StreamOptions,
     _rdma: &RdmaOptions,
     _stop: &Stop,
-) -> Result<SourceDoor, OpenError> {
+) -> Result<SourceConnection, OpenError> {
     let address = Address::Auto { host: host.to_owned(), port }.to_string();
     Err(OpenError::NoRdma { address, why: WhyNoRdma::NotBuilt })
 }
@@ -156,7 +156,7 @@ impl AutoListener {
         options: &StreamOptions,
         rdma: &RdmaOptions,
         stop: &Stop,
-    ) -> Result<DestinationDoor, OpenError> {
+    ) -> Result<DestinationConnection, OpenError> {
         #[cfg(feature = "rdma")]
         if let Some(listener) = &mut self.rdma {
             return accept_either((&self.tcp, candidates), listener, options, rdma, stop);
@@ -165,7 +165,7 @@ impl AutoListener {
         let _ = rdma;
         let why = self.why_not.clone().unwrap_or_default();
         let channel = candidates.next(&self.tcp, (&MAIN, 1), options, stop)?;
-        Ok(DestinationDoor::of_stream(channel, Way { transport: "tcp", why }))
+        Ok(DestinationConnection::over(channel).by(Way { transport: "tcp", why }))
     }
 }
 
@@ -184,16 +184,16 @@ fn accept_either(
     options: &StreamOptions,
     rdma: &RdmaOptions,
     stop: &Stop,
-) -> Result<DestinationDoor, OpenError> {
+) -> Result<DestinationConnection, OpenError> {
     let enough = crate::sys::CancelToken::default();
-    let (give, doors) = crossbeam::channel::bounded(1);
+    let (give, connections) = crossbeam::channel::bounded(1);
     let rdma_stop = Stop::on(&enough);
     std::thread::scope(|scope| {
         let waiting = std::thread::Builder::new().name("ramwire-rdma".into());
         let spawned = waiting.spawn_scoped(scope, move || {
             while rdma_stop.reason().is_none() {
                 match listener.accept(options, rdma, &rdma_stop) {
-                    Ok(door) => return drop(give.send(door)),
+                    Ok(connection) => return drop(give.send(connection)),
                     Err(_) if rdma_stop.reason().is_some() => return,
                     Err(error) => {
                         tracing::warn!(error = %Chain(&error), "a source did not come in by RDMA; it may try TCP");
@@ -206,8 +206,8 @@ fn accept_either(
             tracing::warn!(%error, "no thread to wait for RDMA: TCP only");
         }
         let came = loop {
-            if let Ok(door) = doors.try_recv() {
-                return Ok(door);
+            if let Ok(connection) = connections.try_recv() {
+                return Ok(connection);
             }
             match candidates.next(tcp, (&MAIN, 1), options, &stop.within(POLL_INTERVAL)) {
                 Err(OpenError::Channel(ChannelError::Stopped { reason: StopReason::Deadline, .. }))
@@ -217,10 +217,10 @@ fn accept_either(
         };
         enough.cancel();
         // Whoever comes by RDMA at the same moment is the same source, and has decided.
-        if let Ok(door) = doors.recv() {
-            return Ok(door);
+        if let Ok(connection) = connections.recv() {
+            return Ok(connection);
         }
         let why = "the source came by TCP: it says why".into();
-        Ok(DestinationDoor::of_stream(came?, Way { transport: "tcp", why }))
+        Ok(DestinationConnection::over(came?).by(Way { transport: "tcp", why }))
     })
 }

@@ -27,8 +27,8 @@ use crate::sys::{Stop, take_inherited_fd};
 use crate::transport::rdma::{RdmaListener, connect_here as rdma_source};
 use crate::transport::stream::{exec, file, tcp, tcp::TcpListener, unix, unix::UnixListener};
 use crate::transport::{
-    ByteSink, ByteSource, ChannelError, ChannelOptions, DeltaCacheSize, InlineLink, MultifdSource,
-    PageSending, SourceLink, StreamChannel, StreamOptions, multifd,
+    ChannelError, ChannelOptions, DeltaCacheSize, DestinationConnection, InlineLink, MultifdDestination,
+    PageSending, SourceConnection, SourceLink, StreamChannel, StreamOptions, Way, multifd,
 };
 
 /// Why there is no connection.
@@ -206,10 +206,10 @@ impl Default for RdmaOptions {
     }
 }
 
-/// What is asked of a door.
+/// How a connection is opened, at either end.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
-pub struct DoorOptions {
+pub struct ConnectionOptions {
     /// Of every connection.
     pub stream: StreamOptions,
     /// Of `rdma:` connections.
@@ -223,61 +223,10 @@ pub struct DoorOptions {
     pub retry: Duration,
 }
 
-impl DoorOptions {
+impl ConnectionOptions {
     /// These of the connection, the defaults of the rest.
     pub fn of_stream(stream: StreamOptions) -> Self {
         Self { stream, ..Self::default() }
-    }
-}
-
-/// The way that was taken.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Way {
-    /// `rdma`, `tcp`, `unix`, `fd`, `exec` or `file`.
-    pub transport: &'static str,
-    /// Why it was this one; where it was `auto:` and not RDMA: what stood in the way.
-    pub why: String,
-}
-
-impl Way {
-    /// The way that an address names.
-    pub(super) fn named(address: &Address) -> Self {
-        let transport = match address {
-            Address::Tcp { .. } | Address::Auto { .. } => "tcp",
-            Address::Rdma { .. } => "rdma",
-            Address::Unix(_) => "unix",
-            Address::Fd(_) => "fd",
-            Address::Exec(_) => "exec",
-            Address::File(_) => "file",
-        };
-        Self { transport, why: "the address says so".into() }
-    }
-}
-
-/// The source's side of a connection.
-pub struct SourceDoor {
-    /// Where pages and bytes go.
-    pub link: Box<dyn SourceLink>,
-    /// Where the destination's messages come from; `None` if the address is one-way.
-    pub back: Option<Box<dyn ByteSource>>,
-    /// What was opened, and why.
-    pub way: Way,
-}
-
-/// The destination's side of a connection.
-pub struct DestinationDoor {
-    /// Where the stream comes from.
-    pub source: Box<dyn ByteSource>,
-    /// Where messages to the source go; `None` if the address is one-way.
-    pub back: Option<Box<dyn ByteSink>>,
-    /// By what the source came, and why.
-    pub way: Way,
-}
-
-impl DestinationDoor {
-    pub(super) fn of_stream(channel: StreamChannel, way: Way) -> Self {
-        let (source, back) = channel.with_return_path();
-        Self { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>), way }
     }
 }
 
@@ -286,16 +235,16 @@ pub fn why_no_rdma(error: &OpenError) -> String {
     obstacle::why(error)
 }
 
-/// Opens the best door there is at `address` for the pages of `memory`.
+/// Opens the best connection there is to `address` for the pages of `memory`.
 ///
 /// # Errors
 /// [`OpenError`].
 pub fn open_source(
     address: &Address,
     memory: Arc<dyn GuestMemory>,
-    options: &DoorOptions,
+    options: &ConnectionOptions,
     stop: &Stop,
-) -> Result<SourceDoor, OpenError> {
+) -> Result<SourceConnection, OpenError> {
     let channels = &options.channels;
     let in_stream = channels.count == 0 && !matches!(address, Address::Rdma { .. });
     if options.delta_cache > 0 && !in_stream {
@@ -315,9 +264,9 @@ pub fn open_source(
 fn open_once(
     address: &Address,
     memory: Arc<dyn GuestMemory>,
-    options: &DoorOptions,
+    options: &ConnectionOptions,
     stop: &Stop,
-) -> Result<SourceDoor, OpenError> {
+) -> Result<SourceConnection, OpenError> {
     let channels = &options.channels;
     match address {
         Address::Rdma { .. } | Address::Fd(_) | Address::Exec(_) | Address::File(_) if channels.count > 0 => {
@@ -338,10 +287,10 @@ fn open_once(
 pub(super) fn open_stream(
     address: &Address,
     memory: Arc<dyn GuestMemory>,
-    options: &DoorOptions,
+    options: &ConnectionOptions,
     way: Way,
     stop: &Stop,
-) -> Result<SourceDoor, OpenError> {
+) -> Result<SourceConnection, OpenError> {
     let (sink, back) = connect(address, &options.stream, stop)?.with_return_path();
     let link: Box<dyn SourceLink> = match options.channels.count {
         0 => Box::new(
@@ -352,7 +301,7 @@ pub(super) fn open_stream(
             Box::new(multifd::connect(Box::new(sink), memory, &options.channels, open)?)
         }
     };
-    Ok(SourceDoor { link, back: back.map(|back| Box::new(back) as Box<_>), way })
+    Ok(SourceConnection::new(link, back.map(|back| Box::new(back) as Box<_>)).by(way))
 }
 
 /// The address of the first RDMA device here that carries traffic, if this process may lock `bytes` of memory.
@@ -377,7 +326,7 @@ fn rdma_source(
     _options: &StreamOptions,
     _rdma: &RdmaOptions,
     _stop: &Stop,
-) -> Result<SourceDoor, OpenError> {
+) -> Result<SourceConnection, OpenError> {
     Err(not_built(&Address::Rdma { host: host.to_owned(), port }))
 }
 
@@ -521,11 +470,15 @@ impl Listener {
         }
     }
 
-    /// Waits for a source, with whatever door it comes by.
+    /// Waits for a source, whatever its connection is made of.
     ///
     /// # Errors
     /// As [`accept`](Self::accept).
-    pub fn accept_door(&mut self, options: &DoorOptions, stop: &Stop) -> Result<DestinationDoor, OpenError> {
+    pub fn accept_connection(
+        &mut self,
+        options: &ConnectionOptions,
+        stop: &Stop,
+    ) -> Result<DestinationConnection, OpenError> {
         let channels = &options.channels;
         let one_stream = !matches!(self.kind, Kind::Tcp(_) | Kind::Unix(_));
         if channels.count > 0 && one_stream {
@@ -541,15 +494,15 @@ impl Listener {
         let way = Way::named(self.address());
         if channels.count == 0 {
             let main = self.accept_one_of((&MAIN, 1), &options.stream, stop)?;
-            return Ok(DestinationDoor::of_stream(main, way));
+            return Ok(DestinationConnection::over(main).by(way));
         }
         let address = self.address().to_string();
         let expected = usize::from(channels.count) + 1;
         let next = |stop: &Stop| self.accept_one_of((&MAIN_AND_PAGES, expected), &options.stream, stop);
         let (main, pages) = multifd::accept(channels.count, &address, &options.stream, stop, next)?;
         let (main, back) = main.with_return_path();
-        let source = MultifdSource::new(main, pages, channels.clone(), options.stream.stall);
-        Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>), way })
+        let source = MultifdDestination::new(main, pages, channels.clone(), options.stream.stall);
+        Ok(DestinationConnection::new(Box::new(source), back.map(|back| Box::new(back) as Box<_>)).by(way))
     }
 
     /// Waits for the next connection that begins with one of these words; others are closed.

@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use rdma_hooks::fabric::Listener;
@@ -13,12 +12,13 @@ use rdma_hooks::{
 
 use super::source::own_room;
 use super::{End, MAX_DATA_QUEUES, WINDOW, misused};
-use crate::guest::{GuestError, GuestMemory};
-use crate::ram::{PageRun, RamBlock};
+use crate::guest::{GuestError, Placer};
+use crate::ram::PageRun;
+use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::sys::{RecvPart, SendPart, Stop};
 use crate::transport::{
-    Address, AllowList, ByteSink, ByteSource, ChannelError, DestinationDoor, DestinationLink, MoveError,
-    RdmaOptions, RoundReceived, StreamOptions, Way,
+    Address, AllowList, ByteSink, ByteSource, ChannelError, DestinationAbilities, DestinationConnection,
+    DestinationLink, LiveBytes, MoveError, RdmaOptions, RoundReceived, StreamOptions, Way,
 };
 use crate::units::BlockIndex;
 
@@ -83,7 +83,7 @@ impl RdmaListener {
         options: &StreamOptions,
         rdma: &RdmaOptions,
         stop: &Stop,
-    ) -> Result<DestinationDoor, ChannelError> {
+    ) -> Result<DestinationConnection, ChannelError> {
         let mut end = End { fabric: Arc::clone(&self.fabric), peer: self.address.clone(), stall: None };
         let allow = self.allow.clone();
         let config = DestinationConfig {
@@ -100,7 +100,7 @@ impl RdmaListener {
         end.stall = options.stall;
         let (writer, ahead) = self.await_way_back(&mut hooks, &end, stop)?;
         let back = writer.map(|writer| RdmaReturnSink { writer: Some(writer), end: end.clone(), sent: 0 });
-        let source = RdmaSource {
+        let source = RdmaDestination {
             hooks: Some(hooks),
             end,
             ahead,
@@ -109,7 +109,7 @@ impl RdmaListener {
             touched: HashSet::new(),
         };
         let way = Way { transport: "rdma", why: "the source came by RDMA".into() };
-        Ok(DestinationDoor { source: Box::new(source), back: back.map(|back| Box::new(back) as Box<_>), way })
+        Ok(DestinationConnection::new(Box::new(source), back.map(|back| Box::new(back) as Box<_>)).by(way))
     }
 
     fn await_way_back(
@@ -155,7 +155,7 @@ struct Announced {
 }
 
 /// The stream, and the rounds between its parts.
-pub struct RdmaSource {
+pub struct RdmaDestination {
     /// Gone once the connection has ended.
     hooks: Option<DestinationHooks>,
     end: End,
@@ -167,7 +167,7 @@ pub struct RdmaSource {
     touched: HashSet<(u32, u64)>,
 }
 
-impl RdmaSource {
+impl RdmaDestination {
     /// Chunks that a round was the first to touch.
     fn newly_touched(&mut self) -> Vec<PageRun> {
         let mut runs = Vec::new();
@@ -187,7 +187,7 @@ impl RdmaSource {
     }
 }
 
-impl ByteSource for RdmaSource {
+impl ByteSource for RdmaDestination {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         let Some(room) = own_room(into) else { return Ok(0) };
         if !self.ahead.is_empty() {
@@ -203,14 +203,26 @@ impl ByteSource for RdmaSource {
             read => read.map_err(|error| bounds.error(RECEIVING, error)),
         }
     }
-
-    fn rounds(&mut self) -> Option<&mut dyn DestinationLink> {
-        Some(self)
-    }
 }
 
-impl DestinationLink for RdmaSource {
-    fn announce(&mut self, memory: &Arc<dyn GuestMemory>, blocks: &[RamBlock]) -> Result<(), MoveError> {
+impl DestinationLink for RdmaDestination {
+    /// The end of a round takes a credit. The next one is given when the next message is waited for, and without it the
+    /// source can't open another round.
+    fn abilities(&self) -> DestinationAbilities {
+        let window = |hooks: &DestinationHooks| hooks.granted().extension.map_or(1, |more| more.window);
+        DestinationAbilities {
+            has_rounds: true,
+            waits_after_round: self.hooks.as_ref().is_none_or(|hooks| window(hooks) == 1),
+            ..DestinationAbilities::default()
+        }
+    }
+
+    fn stream(&mut self) -> &mut dyn ByteSource {
+        self
+    }
+
+    fn announce(&mut self, placer: &Arc<Placer>, blocks: &AnnouncedBlocks) -> Result<(), MoveError> {
+        let memory = placer.memory();
         let peer = self.end.peer.clone();
         let Some(hooks) = &mut self.hooks else {
             return Err(misused(&peer, ANNOUNCING, "the connection has ended").into());
@@ -219,7 +231,7 @@ impl DestinationLink for RdmaSource {
         let bounds = self.end.patient(&never);
         let failed = |error: HooksError| MoveError::from(bounds.error(ANNOUNCING, error));
         self.page_bytes = memory.table().page().bytes();
-        for block in blocks {
+        for block in blocks.as_slice() {
             let index = memory.table().find(block.name.as_str()).map_err(GuestError::from)?;
             let bytes = block.used_length;
             let region = memory.region(index).and_then(|region| region.for_nic(bytes));
@@ -244,15 +256,9 @@ impl DestinationLink for RdmaSource {
         Ok(RoundReceived { touched: self.newly_touched(), zero_bytes: summary.zero_bytes })
     }
 
-    fn live_bytes(&self) -> Option<Arc<AtomicU64>> {
-        self.hooks.as_ref().map(|hooks| Arc::clone(hooks.touched_bytes()))
-    }
-
-    /// The end of a round takes a credit. The next one is given when the next message is waited for, and without it the
-    /// source can't open another round.
-    fn waits_after_round(&self) -> bool {
-        let window = |hooks: &DestinationHooks| hooks.granted().extension.map_or(1, |more| more.window);
-        self.hooks.as_ref().is_none_or(|hooks| window(hooks) == 1)
+    fn live_bytes(&self) -> LiveBytes {
+        let rounds = self.hooks.as_ref().map(|hooks| Arc::clone(hooks.touched_bytes()));
+        LiveBytes { rounds, ..LiveBytes::default() }
     }
 
     fn revoke(&mut self) {
@@ -261,7 +267,7 @@ impl DestinationLink for RdmaSource {
         }
     }
 
-    fn part(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+    fn close(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         let Some(hooks) = self.hooks.take() else { return Ok(()) };
         let bounds = self.end.patient(stop);
         hooks.finish(&bounds.hooks).map(drop).map_err(|error| bounds.error(PARTING, error))

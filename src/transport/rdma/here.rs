@@ -1,4 +1,4 @@
-//! This host's verbs devices as a door.
+//! Connections by this host's verbs devices.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
@@ -9,7 +9,9 @@ use rdma_hooks::{Fabric, FabricError};
 use super::{RdmaListener, connect_over};
 use crate::guest::GuestMemory;
 use crate::sys::Stop;
-use crate::transport::{Address, AllowList, OpenError, RdmaOptions, SourceDoor, StreamOptions, WhyNoRdma};
+use crate::transport::{
+    Address, AllowList, OpenError, RdmaOptions, SourceConnection, StreamOptions, WhyNoRdma,
+};
 
 fn unusable(error: FabricError) -> WhyNoRdma {
     WhyNoRdma::Unusable(Box::new(error))
@@ -31,7 +33,7 @@ pub(in crate::transport) fn connect_here(
     options: &StreamOptions,
     rdma: &RdmaOptions,
     stop: &Stop,
-) -> Result<SourceDoor, OpenError> {
+) -> Result<SourceConnection, OpenError> {
     let fabric = fabric(host, port)?;
     Ok(connect_over(fabric, host, port, memory, options, rdma, stop)?)
 }

@@ -7,7 +7,7 @@
 //! | [`RdmaLink`]'s `open_round` | `registration_start`; its mark is the stream's last word before the round |
 //! | `offer` | `control_save_page`, once a run |
 //! | `close_round` | `registration_stop` |
-//! | [`RdmaSource`]'s `announce` | `block_notification` |
+//! | [`RdmaDestination`]'s `announce` | `block_notification` |
 //! | `receive_round` | `registration_handle` |
 //!
 //! # Orders that hold
@@ -28,7 +28,7 @@ use rdma_hooks::{Blame, Fabric, FabricError, HooksError, Stopped};
 use crate::sys::{Stop, StopReason};
 use crate::transport::{ChannelError, Obstacle, Side};
 
-pub use destination::{RdmaListener, RdmaReturnSink, RdmaSource};
+pub use destination::{RdmaDestination, RdmaListener, RdmaReturnSink};
 pub(super) use here::connect_here;
 pub use here::usable_address;
 pub use source::{RdmaLink, RdmaReturnSource, connect_over};
@@ -129,7 +129,7 @@ fn is_missing_call(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error())
 }
 
-/// A call of ours that has no meaning: after the connection ended, or against the orders of the door.
+/// A call of ours that has no meaning: after the connection ended, or against the orders of the link.
 fn misused(peer: &str, doing: &'static str, what: &'static str) -> ChannelError {
     let source = Box::new(HooksError::OutOfOrder(what));
     ChannelError::Rdma { peer: peer.to_owned(), doing, side: Side::Here, source }

@@ -16,8 +16,8 @@ use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
 use crate::sys::{RecvPart, SendPart, Stop, random_id};
 use crate::transport::RdmaOptions;
 use crate::transport::{
-    Address, ByteSink, ByteSource, ChannelError, MoveError, Offer, Receipt, Returned, SourceDoor, SourceLink,
-    StreamOptions, Ticket, Way,
+    Address, ByteSink, ByteSource, ChannelError, MoveError, Offer, Receipt, Returned, SourceConnection,
+    SourceLink, StreamOptions, Ticket, Way,
 };
 use crate::units::BlockIndex;
 
@@ -51,7 +51,7 @@ pub fn connect_over(
     options: &StreamOptions,
     rdma: &RdmaOptions,
     stop: &Stop,
-) -> Result<SourceDoor, ChannelError> {
+) -> Result<SourceConnection, ChannelError> {
     let peer = Address::Rdma { host: host.to_owned(), port }.to_string();
     let end = End { fabric: Arc::clone(&fabric), peer, stall: options.stall };
     let bounds = end.bounds_of(stop, Some(options.dead_peer));
@@ -91,7 +91,7 @@ pub fn connect_over(
         tickets: 0,
     };
     let way = Way { transport: "rdma", why: "the address says so".into() };
-    Ok(SourceDoor { link: Box::new(link), back: back.map(|back| Box::new(back) as Box<_>), way })
+    Ok(SourceConnection::new(Box::new(link), back.map(|back| Box::new(back) as Box<_>)).by(way))
 }
 
 fn blocks_of(memory: &dyn GuestMemory) -> Result<Vec<rdma_hooks::RamBlock>, HooksError> {
@@ -113,7 +113,7 @@ struct Flight {
     batch: PageBatch,
 }
 
-/// The door: pages by RDMA WRITE, zero runs as a message, the stream between the rounds.
+/// The source's link: pages by RDMA WRITE, zero runs as a message, the stream between the rounds.
 pub struct RdmaLink {
     wire: Wire,
     memory: Arc<dyn GuestMemory>,
@@ -220,7 +220,7 @@ fn time_for(bytes: u64) -> Duration {
 }
 
 impl RdmaLink {
-    /// Hands over the pages of `batch`; the number of the last save, or `None` if the door does not take them.
+    /// Hands over the pages of `batch`; the number of the last save, or `None` if the link does not take them.
     fn save(&mut self, batch: &PageBatch, stop: &Stop) -> Result<Option<Save>, MoveError> {
         let hooks = Wire::hooks(&mut self.wire.hooks, &self.wire.end, WRITING)?;
         let bounds = self.wire.end.bounds(stop, time_for(self.in_flight));
@@ -369,7 +369,7 @@ impl SourceLink for RdmaLink {
         Ok(())
     }
 
-    fn part(&mut self, stop: &Stop) -> Result<(), MoveError> {
+    fn close(&mut self, stop: &Stop) -> Result<(), MoveError> {
         Ok(self.wire.finish(stop)?)
     }
 

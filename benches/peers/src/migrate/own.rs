@@ -12,11 +12,12 @@ use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
-    DestinationSession, DestinationSettings, SourceGuest, SourceReport, SourceSession, SourceSettings,
+    DestinationGuest, DestinationSession, DestinationSettings, SourceGuest, SourceReport, SourceSession,
+    SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{Mapping, Stop};
-use ramwire::transport::{Address, ChannelOptions, DoorOptions, Listener, PageSending, open_source};
+use ramwire::transport::{Address, ChannelOptions, ConnectionOptions, Listener, PageSending, open_source};
 use ramwire::units::PageSize;
 
 use super::Run;
@@ -111,18 +112,18 @@ fn cost() -> Result<Cost, BenchError> {
     Cost::own().map_err(failed)
 }
 
-fn options(way: Way) -> DoorOptions {
+fn options(way: Way) -> ConnectionOptions {
     let mut channels = ChannelOptions::default();
     channels.count = way.channels;
     channels.sending = way.sending;
-    let mut options = DoorOptions::default();
+    let mut options = ConnectionOptions::default();
     options.channels = channels;
     options
 }
 
 fn send(address: &Address, memory: Arc<MappedGuest>, way: Way) -> Result<SourceReport, BenchError> {
     let stop = Stop::never();
-    let door = open_source(address, memory.clone(), &options(way), &stop)?;
+    let connection = open_source(address, memory.clone(), &options(way), &stop)?;
     let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
     let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
     let mut settings = SourceSettings::new(configuration);
@@ -130,7 +131,7 @@ fn send(address: &Address, memory: Arc<MappedGuest>, way: Way) -> Result<SourceR
     if way.whole {
         settings.zero_detection = ZeroDetection::None;
     }
-    Ok(SourceSession::new(source, door.into(), settings).run())
+    Ok(SourceSession::new(source, connection, settings).run())
 }
 
 /// The receiving side, in the other process.
@@ -140,10 +141,11 @@ fn send(address: &Address, memory: Arc<MappedGuest>, way: Way) -> Result<SourceR
 pub fn receive(listener: &mut Listener, mapping: &Mapping, way: Way) -> Result<(), BenchError> {
     let who = || "ramwire's destination".to_owned();
     let stop = Stop::never();
-    let door = listener.accept_door(&options(way), &stop)?;
+    let connection = listener.accept_connection(&options(way), &stop)?;
     let memory = Box::new(guest(mapping)?);
     let settings = DestinationSettings::default();
-    let session = DestinationSession::new(door.source, door.back, memory, Box::new(Still), settings);
+    let session =
+        DestinationSession::new(DestinationGuest { memory, control: Box::new(Still) }, connection, settings);
     let report = session.run();
     if report.ending == Ending::Running {
         return Ok(());

@@ -11,7 +11,9 @@ use ramwire::session::{SourceGuest, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::Stop;
 use ramwire::transport::rdma::connect_over;
-use ramwire::transport::{Address, DoorOptions, RdmaOptions, SourceDoor, StreamOptions, open_source};
+use ramwire::transport::{
+    Address, ConnectionOptions, RdmaOptions, SourceConnection, StreamOptions, open_source,
+};
 use rdma_hooks::tap::Tapped;
 use rdma_hooks::verbs::VerbsFabric;
 
@@ -49,13 +51,13 @@ impl Ours {
         watcher.begin(pids[0], pids[1])?;
         let before = pids.map(Cost::of_process);
         let begun = Instant::now();
-        let door = self.open(&peer.address, Arc::clone(&memory), posted)?;
+        let connection = self.open(&peer.address, Arc::clone(&memory), posted)?;
         let connecting = begun.elapsed().as_secs_f64();
         let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
         let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
         let mut settings = SourceSettings::new(configuration);
         settings.guest_stands_still = true;
-        let report = SourceSession::new(source, door.into(), settings).run();
+        let report = SourceSession::new(source, connection, settings).run();
         let after = pids.map(Cost::of_process);
         if report.outcome != Outcome::Completed {
             let answer = report
@@ -82,10 +84,10 @@ impl Ours {
         address: &Address,
         memory: Arc<MappedGuest>,
         posted: Option<Arc<AtomicU64>>,
-    ) -> Result<SourceDoor, BenchError> {
+    ) -> Result<SourceConnection, BenchError> {
         let stop = Stop::never();
         let Some(posted) = posted else {
-            let mut options = DoorOptions::default();
+            let mut options = ConnectionOptions::default();
             options.rdma = self.options.clone();
             return Ok(open_source(address, memory, &options, &stop)?);
         };

@@ -1,4 +1,4 @@
-//! A door that reads pages late and lets them overtake each other, as far as the trait allows.
+//! A link that reads pages late and lets them overtake each other, as far as the trait allows.
 //!
 //! A batch waits in its channel, is read from guest memory (from then on its bytes are fixed), and is
 //! placed at the destination, past the byte stream. Channels know nothing of each other but the fences: the world holds
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::channel::SimSink;
 use super::guest::PAGE;
-use super::plan::{Barrier, DoorKind, Fault, LateDoor, Plan, Side};
+use super::plan::{Barrier, Fault, LateLink, LinkKind, Plan, Side};
 use super::world::{Mark, Sim, World};
 use crate::guest::MappedGuest;
 use crate::observe::PageCounts;
@@ -21,7 +21,7 @@ use crate::transport::{
 };
 use crate::units::{BlockIndex, PageIndex};
 
-/// Steps after which a door that moves nothing has stalled.
+/// Steps after which a link that moves nothing has stalled.
 pub(super) const STALL_STEPS: u32 = 5000;
 
 fn cannot_carry(batch: &PageBatch) -> bool {
@@ -46,10 +46,10 @@ struct Batch {
     bytes: Option<Vec<u8>>,
 }
 
-/// The late door's inside.
+/// The late link's inside.
 #[derive(Debug)]
-pub(super) struct DoorState {
-    kind: Option<LateDoor>,
+pub(super) struct LinkState {
+    kind: Option<LateLink>,
     channels: Vec<VecDeque<Item>>,
     /// Fences that each channel may pass; the destination's session says so.
     passes: Vec<u32>,
@@ -75,13 +75,13 @@ pub(super) struct DoorState {
     pub(super) confirmed: Vec<PageBitmap>,
 }
 
-impl DoorState {
+impl LinkState {
     pub(super) fn new(plan: &Plan) -> Self {
-        let kind = match plan.door {
-            DoorKind::Late(door) => Some(door),
-            DoorKind::Inline { .. } => None,
+        let kind = match plan.link {
+            LinkKind::Late(link) => Some(link),
+            LinkKind::Inline { .. } => None,
         };
-        let channels = kind.map_or(0, |door| door.channels);
+        let channels = kind.map_or(0, |link| link.channels);
         Self {
             kind,
             channels: (0..channels).map(|_| VecDeque::new()).collect(),
@@ -105,7 +105,7 @@ impl DoorState {
 
     /// True if a NIC may come to know the guest's memory.
     pub(super) fn registers(&self) -> bool {
-        self.kind.is_some_and(|door| door.registers)
+        self.kind.is_some_and(|link| link.registers)
     }
 
     /// The guest gives back a page that holds `bytes`.
@@ -116,16 +116,16 @@ impl DoorState {
     }
 
     fn confirms(&self) -> bool {
-        self.kind.is_some_and(|door| door.confirms)
+        self.kind.is_some_and(|link| link.confirms)
     }
 
     fn barrier(&self) -> Option<Barrier> {
-        self.kind.and_then(|door| door.barrier)
+        self.kind.and_then(|link| link.barrier)
     }
 
     /// Pages are read when they are delivered.
     pub(super) fn refers(&self) -> bool {
-        self.kind.is_some_and(|door| door.by_reference)
+        self.kind.is_some_and(|link| link.by_reference)
     }
 
     /// The destination's session holds the channels at fences, and that is all that does.
@@ -183,29 +183,29 @@ impl DoorState {
 
 impl World {
     /// Some batch may be read or placed.
-    pub(super) fn door_moves(&mut self) {
-        if self.door.channels.is_empty() {
+    pub(super) fn link_moves(&mut self) {
+        if self.link.channels.is_empty() {
             return;
         }
-        if self.door.has_barriers() {
-            for (channel, passes) in self.door.channels.iter_mut().zip(&mut self.door.passes) {
+        if self.link.has_barriers() {
+            for (channel, passes) in self.link.channels.iter_mut().zip(&mut self.link.passes) {
                 if *passes > 0 && matches!(channel.front(), Some(Item::Fence)) {
                     channel.pop_front();
                     *passes -= 1;
                 }
             }
-        } else if self.door.channels.iter().all(|channel| matches!(channel.front(), Some(Item::Fence))) {
-            self.door.channels.iter_mut().for_each(|channel| drop(channel.pop_front()));
+        } else if self.link.channels.iter().all(|channel| matches!(channel.front(), Some(Item::Fence))) {
+            self.link.channels.iter_mut().for_each(|channel| drop(channel.pop_front()));
         }
-        let slowness = self.door.kind.map_or(1, |door| door.slowness);
+        let slowness = self.link.kind.map_or(1, |link| link.slowness);
         for _ in 0..3 {
             if !self.rng.one_in(slowness) {
                 continue;
             }
-            let channel = self.rng.below(self.door.channels.len() as u64) as usize;
+            let channel = self.rng.below(self.link.channels.len() as u64) as usize;
             if self.rng.one_in(2) {
                 self.read_one(channel);
-            } else if !self.door.refers() || self.rng.one_in(8) {
+            } else if !self.link.refers() || self.rng.one_in(8) {
                 // A queue that nobody has to wait for is a long one.
                 self.place_one(channel);
             }
@@ -215,8 +215,8 @@ impl World {
     /// Reads the first batch of a channel that was not read yet and stands before the fence; a fence that the
     /// destination keeps is none for the source.
     fn read_one(&mut self, channel: usize) {
-        let (releases, passes) = (!self.door.confirms(), self.door.has_barriers());
-        let items = self.door.channels[channel].iter_mut();
+        let (releases, passes) = (!self.link.confirms(), self.link.has_barriers());
+        let items = self.link.channels[channel].iter_mut();
         let mut before_fence = items.take_while(|item| passes || matches!(item, Item::Batch(_)));
         let unread = before_fence.find_map(|item| match item {
             Item::Batch(batch) if batch.bytes.is_none() => Some(batch),
@@ -228,7 +228,7 @@ impl World {
         for piece in batch.pieces.iter().filter(|piece| piece.verdict != Verdict::Zero) {
             for page in 0..piece.run.pages {
                 let at = (piece.run.block.0, piece.run.first.0 + page);
-                if let Some(old) = self.door.old_pages.get(&at) {
+                if let Some(old) = self.link.old_pages.get(&at) {
                     let from = from + page as usize * PAGE;
                     bytes[from..from + PAGE].copy_from_slice(old);
                 }
@@ -238,28 +238,28 @@ impl World {
         batch.bytes = Some(bytes);
         let ticket = batch.ticket;
         if let Some(batch) = batch.batch.take_if(|_| releases) {
-            self.door.finished.push(Returned { ticket, receipt: Receipt::Released, batch });
+            self.link.finished.push(Returned { ticket, receipt: Receipt::Released, batch });
         }
     }
 
     fn place_one(&mut self, channel: usize) {
-        let apart = self.door.has_barriers();
-        if apart && !self.door.receives {
+        let apart = self.link.has_barriers();
+        if apart && !self.link.receives {
             return;
         }
-        let queue = &mut self.door.channels[channel];
+        let queue = &mut self.link.channels[channel];
         let taken = self.pipes[Side::Source as usize].taken;
         match queue.front() {
             Some(Item::Batch(Batch { bytes: Some(_), behind, .. })) if apart || *behind <= taken => {}
             _ => return,
         }
         let Some(Item::Batch(batch)) = queue.pop_front() else { return };
-        if batch.order < self.door.last_placed {
+        if batch.order < self.link.last_placed {
             self.mark(Mark::Overtaken);
         }
-        self.door.last_placed = self.door.last_placed.max(batch.order);
+        self.link.last_placed = self.link.last_placed.max(batch.order);
         let mut bytes = batch.bytes.unwrap_or_default();
-        if self.door.refers() {
+        if self.link.refers() {
             let now = bytes_of(&self.guest.memory[Side::Source as usize], &batch.pieces);
             if now != bytes {
                 self.mark(Mark::Newer);
@@ -272,7 +272,7 @@ impl World {
             }
         }
         let mut bytes = &bytes[..];
-        let drops = self.door.drops.take_if(|order| *order == batch.order).is_some();
+        let drops = self.link.drops.take_if(|order| *order == batch.order).is_some();
         for (at, piece) in batch.pieces.iter().enumerate() {
             if drops && at == 0 {
                 self.mark(Mark::Dropped);
@@ -281,7 +281,7 @@ impl World {
                 }
                 continue;
             }
-            count(&mut self.door.placed[channel], piece);
+            count(&mut self.link.placed[channel], piece);
             let region = self.guest.memory[1].region(piece.run.block).unwrap();
             let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
             let span = region.span(start, len).unwrap();
@@ -295,14 +295,14 @@ impl World {
         }
         if let Some(returned) = batch.batch {
             let ticket = batch.ticket;
-            self.door.finished.push(Returned { ticket, receipt: Receipt::Placed, batch: returned });
+            self.link.finished.push(Returned { ticket, receipt: Receipt::Placed, batch: returned });
         }
     }
 
     /// Bytes leave on the stream while a round may be open.
-    pub(super) fn door_hears_bytes(&mut self) {
-        if self.door.open && self.door.kind.is_some_and(|door| door.exclusive) {
-            self.violation("bytes were sent while a round of an exclusive door was open");
+    pub(super) fn link_sees_bytes(&mut self) {
+        if self.link.open && self.link.kind.is_some_and(|link| link.exclusive) {
+            self.violation("bytes were sent while a round of an exclusive link was open");
         }
     }
 }
@@ -325,29 +325,29 @@ fn bytes_of(memory: &MappedGuest, pieces: &[Piece]) -> Vec<u8> {
     bytes
 }
 
-/// The handle of the late door.
+/// The handle of the late link.
 pub(super) struct SimLink {
     sim: Sim,
     sink: SimSink,
-    door: LateDoor,
+    link: LateLink,
 }
 
 impl SimLink {
-    pub(super) fn new(sim: &Sim, door: LateDoor) -> Self {
-        Self { sim: sim.clone(), sink: SimSink { sim: sim.clone(), side: Side::Source }, door }
+    pub(super) fn new(sim: &Sim, link: LateLink) -> Self {
+        Self { sim: sim.clone(), sink: SimSink { sim: sim.clone(), side: Side::Source }, link }
     }
 
     /// A call, which is a step; it fails from the moment the plan says so, or the destination is gone.
     fn call<T>(&self, act: impl FnOnce(&mut World) -> T) -> Result<T, MoveError> {
         let mut turn = self.sim.enter();
-        let calls = turn.world.door.calls;
-        turn.world.door.calls += 1;
+        let calls = turn.world.link.calls;
+        turn.world.link.calls += 1;
         let gone = turn.world.killed || turn.world.is_done(Side::Target) || turn.world.is_endless();
-        turn.world.door.failed |= gone;
-        if turn.world.fails(|fault| matches!(fault, Fault::Door { call } if *call <= calls)) {
-            turn.world.door.failed = true;
+        turn.world.link.failed |= gone;
+        if turn.world.fails(|fault| matches!(fault, Fault::Link { call } if *call <= calls)) {
+            turn.world.link.failed = true;
         }
-        if turn.world.door.failed {
+        if turn.world.link.failed {
             return Err(ChannelError::Closed { peer: "sim".into(), doing: "moving pages" }.into());
         }
         Ok(act(&mut turn.world))
@@ -357,7 +357,7 @@ impl SimLink {
     fn wait_until_empty(&self, stop: &Stop) -> Result<(), MoveError> {
         const DOING: &str = "waiting for pages";
         for _ in 0..STALL_STEPS {
-            if self.call(|world| world.door.inside())? == 0 {
+            if self.call(|world| world.link.inside())? == 0 {
                 return Ok(());
             }
             if let Some(reason) = stop.reason() {
@@ -366,7 +366,7 @@ impl SimLink {
         }
         let mut world = self.sim.world();
         if world.plan.fault.is_none() {
-            world.violation("the door waits for ever");
+            world.violation("the link waits for ever");
         }
         let after = Duration::from_secs(30);
         Err(ChannelError::Stalled { peer: "sim".into(), doing: DOING, after }.into())
@@ -376,14 +376,14 @@ impl SimLink {
 impl SourceLink for SimLink {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {
-            classifies: self.door.barrier.is_some(),
+            classifies: self.link.barrier.is_some(),
             takes_deltas: false,
-            exclusive_round: self.door.exclusive,
-            confirms_placement: self.door.confirms,
+            exclusive_round: self.link.exclusive,
+            confirms_placement: self.link.confirms,
             ordered: false,
-            registers_memory: self.door.registers,
-            batches_in_flight: self.door.depth as u32,
-            batch_pages: self.door.batch_pages,
+            registers_memory: self.link.registers,
+            batches_in_flight: self.link.depth as u32,
+            batch_pages: self.link.batch_pages,
         }
     }
 
@@ -392,21 +392,21 @@ impl SourceLink for SimLink {
     }
 
     fn page_channels(&self) -> u8 {
-        if self.door.barrier.is_some() { self.door.channels as u8 } else { 0 }
+        if self.link.barrier.is_some() { self.link.channels as u8 } else { 0 }
     }
 
     /// What a NIC writes is not counted by the destination.
     fn sent_pages(&self) -> Vec<PageCounts> {
-        let channels = self.sim.world().door.sent.clone();
-        let counted = channels.into_iter().filter(|_| self.door.barrier.is_some());
+        let channels = self.sim.world().link.sent.clone();
+        let counted = channels.into_iter().filter(|_| self.link.barrier.is_some());
         std::iter::once(PageCounts::default()).chain(counted).collect()
     }
 
     fn open_round(&mut self, _kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
         self.call(|world| {
-            world.door.open = true;
-            if world.door.registers() {
-                world.door.registered = true;
+            world.link.open = true;
+            if world.link.registers() {
+                world.link.registered = true;
                 world.mark(Mark::Registered);
             }
         })
@@ -414,35 +414,35 @@ impl SourceLink for SimLink {
 
     fn offer(&mut self, batch: PageBatch, _stop: &Stop) -> Result<Offer, MoveError> {
         self.sim.world().offered(&batch);
-        let door = self.door;
+        let link = self.link;
         let mut kept = Some(batch);
         let offer = self.call(|world| {
             let batch = kept.take()?;
-            if !world.door.open {
+            if !world.link.open {
                 world.violation("pages were offered outside a round");
             }
-            if world.door.inside() >= door.depth || world.rng.one_in(12) && world.door.inside() > 0 {
+            if world.link.inside() >= link.depth || world.rng.one_in(12) && world.link.inside() > 0 {
                 world.mark(Mark::Full);
                 return Some(Offer::Full(batch));
             }
             // A zero page inside the stream is for memory that only the stream fills.
-            if door.declines && batch.zero_pages() == 0 && cannot_carry(&batch) {
+            if link.declines && batch.zero_pages() == 0 && cannot_carry(&batch) {
                 world.mark(Mark::Declined);
-                world.door.confirm(&batch, false);
+                world.link.confirm(&batch, false);
                 return Some(Offer::Declined(batch));
             }
-            let ticket = Ticket(world.door.tickets);
-            world.door.tickets += 1;
-            world.door.pages_offered += batch.whole_pages();
+            let ticket = Ticket(world.link.tickets);
+            world.link.tickets += 1;
+            world.link.pages_offered += batch.whole_pages();
             world.bytes_leave(batch.whole_pages() * PAGE as u64);
-            world.door.confirm(&batch, false);
+            world.link.confirm(&batch, false);
             let pieces = batch.pieces().to_vec();
             let order = ticket.0 + 1;
-            let channel = world.rng.below(door.channels as u64) as usize;
-            pieces.iter().for_each(|piece| count(&mut world.door.sent[channel], piece));
+            let channel = world.rng.below(link.channels as u64) as usize;
+            pieces.iter().for_each(|piece| count(&mut world.link.sent[channel], piece));
             let behind = world.pipes[Side::Source as usize].sent;
             let item = Item::Batch(Batch { order, behind, ticket, batch: Some(batch), pieces, bytes: None });
-            world.door.channels[channel].push_back(item);
+            world.link.channels[channel].push_back(item);
             Some(Offer::Taken(ticket))
         });
         match (offer, kept) {
@@ -454,7 +454,7 @@ impl SourceLink for SimLink {
             }
             (Err(error), Some(batch)) => {
                 let returned = Returned { ticket: Ticket(u64::MAX), receipt: Receipt::Released, batch };
-                self.sim.world().door.finished.push(returned);
+                self.sim.world().link.finished.push(returned);
                 Err(error)
             }
             (Err(error), None) => Err(error),
@@ -463,11 +463,11 @@ impl SourceLink for SimLink {
     }
 
     fn collect(&mut self, out: &mut Vec<Returned>) -> Result<(), MoveError> {
-        let confirms = self.door.confirms;
+        let confirms = self.link.confirms;
         self.call(|world| {
-            let finished = std::mem::take(&mut world.door.finished);
+            let finished = std::mem::take(&mut world.link.finished);
             for returned in finished.iter().filter(|_| confirms) {
-                world.door.confirm(&returned.batch, true);
+                world.link.confirm(&returned.batch, true);
             }
             out.extend(finished);
         })
@@ -475,15 +475,15 @@ impl SourceLink for SimLink {
 
     fn close_round(&mut self, _kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
         self.call(|world| {
-            world.door.open = false;
-            world.door.channels.iter_mut().for_each(|channel| channel.push_back(Item::Fence));
+            world.link.open = false;
+            world.link.channels.iter_mut().for_each(|channel| channel.push_back(Item::Fence));
         })?;
-        if self.door.barrier == Some(Barrier::Record) {
+        if self.link.barrier == Some(Barrier::Record) {
             let mut flush = Vec::new();
             Record::MultifdFlush.encode(&mut flush);
             self.sink.send(&[SendPart::Own(&flush)], stop)?;
         }
-        if self.door.fence_waits { self.wait_until_empty(stop) } else { Ok(()) }
+        if self.link.fence_waits { self.wait_until_empty(stop) } else { Ok(()) }
     }
 
     fn drain(&mut self, stop: &Stop) -> Result<(), MoveError> {
@@ -492,15 +492,15 @@ impl SourceLink for SimLink {
 
     fn reclaim(&mut self) -> Vec<PageBatch> {
         let mut turn = self.sim.enter();
-        let door = &mut turn.world.door;
-        door.failed = true;
-        door.registered = false;
-        let inside = std::mem::take(&mut door.channels).into_iter().flatten().filter_map(|item| match item {
+        let link = &mut turn.world.link;
+        link.failed = true;
+        link.registered = false;
+        let inside = std::mem::take(&mut link.channels).into_iter().flatten().filter_map(|item| match item {
             Item::Batch(batch) => batch.batch,
             Item::Fence => None,
         });
         let mut lost: Vec<_> = inside.collect();
-        lost.extend(door.finished.drain(..).map(|returned| returned.batch));
+        lost.extend(link.finished.drain(..).map(|returned| returned.batch));
         if !lost.is_empty() {
             turn.world.mark(Mark::Reclaimed);
         }
@@ -511,16 +511,16 @@ impl SourceLink for SimLink {
 impl Drop for SimLink {
     fn drop(&mut self) {
         let mut world = self.sim.world();
-        let (out, under_way) = (world.door.tickets_out(), world.door.inside());
+        let (out, under_way) = (world.link.tickets_out(), world.link.inside());
         if out + under_way > 0 {
             world.violation(format!(
-                "the door was dropped with {out} tickets out, {under_way} batches under way"
+                "the link was dropped with {out} tickets out, {under_way} batches under way"
             ));
         }
     }
 }
 
-/// The real door with batches as small as the plan wants them.
+/// The real link with batches as small as the plan wants them.
 pub(super) struct SmallBatches {
     pub(super) sim: Sim,
     pub(super) link: InlineLink,

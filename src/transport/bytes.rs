@@ -1,0 +1,89 @@
+//! A stream of bytes, in one direction each.
+
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use crate::sys::{RecvPart, SendPart, Stop};
+use crate::transport::ChannelError;
+
+/// Where a byte stream goes.
+pub trait ByteSink: Send {
+    /// Sends all parts, in order. Guest spans are read by the kernel in place.
+    ///
+    /// # Errors
+    /// [`ChannelError`]; how much went out is then unknown, and the channel is of no more use.
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError>;
+
+    /// Pushes out what the sink holds back.
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError>;
+
+    /// The stream ends here in good order: no byte follows, and what is buffered or on its way to a disk
+    /// has arrived there. The default is [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.flush(stop)
+    }
+
+    /// Waits until a command at the other end has read all that was sent: nothing else shows that it is at work. Elsewhere
+    /// there is nothing to wait for.
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    fn await_read(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+
+    /// As [`ByteSource::outlast`], for both directions of the connection.
+    fn outlast(&mut self, _limit: Duration) {}
+
+    /// Bytes sent so far.
+    fn position(&self) -> u64;
+
+    /// Of them, those that the peer's host does not have yet, where the kernel tells: what is sent next waits for them.
+    fn under_way(&self) -> u64 {
+        0
+    }
+}
+
+/// Where a byte stream comes from.
+pub trait ByteSource: Send {
+    /// Fills the parts in order with what is there, waiting for the first byte. 0 is the end of the stream.
+    ///
+    /// A deadline ends the wait, not the reading: what is there when it has passed is taken all the same, so
+    /// that a deadline of zero looks without waiting.
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError>;
+
+    /// Whether more of the same follows the last bytes, as pages follow pages. Where it does and they came at a great pace,
+    /// a read may wait for less than a millisecond, so that it takes much at once. `false` at first, and to be said where
+    /// somebody waits for what comes of the next bytes.
+    fn set_bulk(&mut self, _bulk: bool) {}
+
+    /// The last byte of the stream has come: whether what wrote it ended well. Where a command did, its exit status says so,
+    /// and what it writes behind the stream is passed over; elsewhere there is nothing to ask.
+    ///
+    /// # Errors
+    /// [`ChannelError`]: what came is not to be counted on.
+    fn ended_well(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+
+    /// Whether the peer has nothing to send by its protocol, for as long as it likes. Then its silence is no stall as long as
+    /// the connection answers; a pipe has nothing that answers, there the stall time goes on. `false` at first.
+    fn set_quiet(&mut self, _quiet: bool) {}
+
+    /// From here on the caller's [`Stop`] alone ends a wait: neither the stall time does, nor an outage of up to `limit`.
+    fn outlast(&mut self, _limit: Duration) {}
+
+    /// The descriptor behind it, where closing it is what tells the peer that this end has gone.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}

@@ -1,0 +1,42 @@
+//! The destination's end: everything comes in the stream.
+
+use std::sync::Arc;
+
+use crate::guest::Placer;
+use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::sys::Stop;
+use crate::transport::{ByteSource, ChannelError, DestinationAbilities, DestinationLink, MoveError};
+
+/// The link that every byte stream is: whoever reads the stream finds the pages in it and places them.
+pub struct InlineDestination {
+    stream: Box<dyn ByteSource>,
+}
+
+impl InlineDestination {
+    /// All pages come in `stream`.
+    pub fn new(stream: Box<dyn ByteSource>) -> Self {
+        Self { stream }
+    }
+}
+
+impl DestinationLink for InlineDestination {
+    fn abilities(&self) -> DestinationAbilities {
+        DestinationAbilities::default()
+    }
+
+    fn stream(&mut self) -> &mut dyn ByteSource {
+        &mut *self.stream
+    }
+
+    fn announce(&mut self, _placer: &Arc<Placer>, _blocks: &AnnouncedBlocks) -> Result<(), MoveError> {
+        Ok(())
+    }
+
+    /// Nobody but the reader of the stream places a page.
+    fn revoke(&mut self) {}
+
+    /// A stream has no end beyond its own.
+    fn close(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+}

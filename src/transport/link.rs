@@ -1,0 +1,264 @@
+//! What pages travel by: a link at the source, and its counterpart at the destination.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use crate::guest::Placer;
+use crate::observe::{DeltaCounts, PageCounts, SpliceCounts, ZeroCopyCounts};
+use crate::ram::{MoverAbilities, PageBatch, PageRun, RoundKind};
+use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::packet_numbers::MissingPackets;
+use crate::stream::qemu::style::PeerStyle;
+use crate::sys::Stop;
+use crate::transport::{ByteSink, ByteSource, ChannelError, DeltaCacheSize, MoveError};
+
+/// Names a batch handed to a link and not yet returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(pub u64);
+
+/// A link's answer to an offered batch. The batch moves: a page has one owner at a time.
+#[derive(Debug)]
+pub enum Offer {
+    /// The link owns the batch until a receipt returns it.
+    Taken(Ticket),
+    /// No room now: collect receipts, then offer again.
+    Full(PageBatch),
+    /// The link can't carry these pages: they go inline after the round closes.
+    Declined(PageBatch),
+}
+
+/// How far a batch got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Receipt {
+    /// The link reads the pages no more; whether the peer has them is not known.
+    Released,
+    /// The pages are in the peer's RAM.
+    Placed,
+}
+
+/// A batch that came back.
+#[derive(Debug)]
+pub struct Returned {
+    /// The ticket [`SourceLink::offer`] gave.
+    pub ticket: Ticket,
+    /// How far it got.
+    pub receipt: Receipt,
+    /// The batch, for its pages and its room.
+    pub batch: PageBatch,
+}
+
+/// The source's link.
+///
+/// # Orders that hold
+///
+/// A batch offered after [`close_round`](Self::close_round) never overtakes one offered before it. After
+/// [`drain`](Self::drain) no ticket is out.
+pub trait SourceLink: Send {
+    /// What this link can do.
+    fn abilities(&self) -> MoverAbilities;
+
+    /// The byte stream of the same connection; pending pages go first.
+    fn sink(&mut self) -> &mut dyn ByteSink;
+
+    /// Bytes that went on other channels than the stream's.
+    fn channel_bytes(&self) -> u64 {
+        0
+    }
+
+    /// Bytes that were sent, on whatever channel, and have not left this host, as far as it tells.
+    fn under_way(&mut self) -> u64 {
+        self.sink().under_way()
+    }
+
+    /// How many page channels there are beside the stream.
+    fn page_channels(&self) -> u8 {
+        0
+    }
+
+    /// Pages sent so far, each time that a page was sent: in the stream, then on each page channel in the order of their
+    /// ids. What the destination counts where it places them is compared with it before the guest is handed over, so they
+    /// are counted where they leave. Pages that a NIC writes are not in it: their completion tells of each.
+    fn sent_pages(&self) -> Vec<PageCounts>;
+
+    /// What deltas did so far, where pages may travel as such.
+    fn deltas(&self) -> DeltaCounts {
+        DeltaCounts::default()
+    }
+
+    /// The size of the cache of sent pages, which may be changed; `None` where no page can travel as a difference.
+    fn delta_cache_size(&self) -> Option<DeltaCacheSize> {
+        None
+    }
+
+    /// What lending pages to the kernel came to, where that was asked for.
+    fn zero_copy(&self) -> Option<ZeroCopyCounts> {
+        None
+    }
+
+    /// What sending pages by reference came to, where that was asked for.
+    fn spliced(&self) -> Option<SpliceCounts> {
+        None
+    }
+
+    /// Moves out how long writes to the peer's memory took from their post to their completion, where there are such.
+    fn take_latencies(&mut self, _out: &mut Vec<Duration>) {}
+
+    /// The peer is known now, or is not: in what style it wants what only some links write.
+    ///
+    /// # Errors
+    /// [`MoveError::UnknownStyle`] from a link that must know.
+    fn write_for(&mut self, _style: Option<PeerStyle>) -> Result<(), MoveError> {
+        Ok(())
+    }
+
+    /// Opens a round for pages.
+    ///
+    /// # Errors
+    /// [`MoveError`].
+    fn open_round(&mut self, kind: RoundKind, stop: &Stop) -> Result<(), MoveError>;
+
+    /// Hands a batch over.
+    ///
+    /// # Errors
+    /// [`MoveError`]; the batch then counts as unsent and comes back by [`reclaim`](Self::reclaim).
+    fn offer(&mut self, batch: PageBatch, stop: &Stop) -> Result<Offer, MoveError>;
+
+    /// Takes back the batches that are finished, without waiting.
+    ///
+    /// # Errors
+    /// [`MoveError`].
+    fn collect(&mut self, out: &mut Vec<Returned>) -> Result<(), MoveError>;
+
+    /// Closes the round: nothing later overtakes what was offered.
+    ///
+    /// # Errors
+    /// [`MoveError`].
+    fn close_round(&mut self, kind: RoundKind, stop: &Stop) -> Result<(), MoveError>;
+
+    /// Waits until no ticket is out.
+    ///
+    /// # Errors
+    /// [`MoveError`].
+    fn drain(&mut self, stop: &Stop) -> Result<(), MoveError>;
+
+    /// The peer has said that the guest runs there: closes the connection in good order.
+    ///
+    /// # Errors
+    /// [`MoveError`]; the migration is complete all the same.
+    fn close(&mut self, _stop: &Stop) -> Result<(), MoveError> {
+        Ok(())
+    }
+
+    /// After a failure: the batches that never came back. The link is of no more use.
+    fn reclaim(&mut self) -> Vec<PageBatch>;
+}
+
+/// What a destination's link can do, and how pages come by it. Policy reads these; nobody asks which link it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DestinationAbilities {
+    /// Page channels beside the stream, whose pages are placed by threads of their own; the stream's barriers are theirs, too.
+    pub page_channels: u8,
+    /// Marks in the stream open rounds, in which the peer writes to guest memory itself. That memory is registered: none of
+    /// it may be discarded.
+    pub has_rounds: bool,
+    /// The peer writes nothing between a round's end and the next byte that is read of the stream, so that what a round
+    /// brought can be looked for in quiet.
+    pub waits_after_round: bool,
+}
+
+/// What a round brought.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RoundReceived {
+    /// Pages that may have been written for the first time, by the guest's own table.
+    pub touched: Vec<PageRun>,
+    /// Bytes the source told to be zero.
+    pub zero_bytes: u64,
+}
+
+/// What has come on page channels by a barrier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AtBarrier {
+    /// Packets that the source has sent and that have not come: it has a channel that is not read here.
+    pub missing: Option<MissingPackets>,
+}
+
+/// Bytes beside the stream as the threads that bring them count them, for whoever looks on. `None`: nobody can, or there
+/// are none.
+#[derive(Clone, Debug, Default)]
+pub struct LiveBytes {
+    /// What has come on page channels.
+    pub channels: Option<Arc<AtomicU64>>,
+    /// What the peer could write to for the first time, or said to be zero, counted while a round is served.
+    pub rounds: Option<Arc<AtomicU64>>,
+}
+
+/// The destination's link: the counterpart of a [`SourceLink`].
+///
+/// What only links with [rounds](DestinationAbilities::has_rounds) or [channels](DestinationAbilities::page_channels)
+/// have to do has a body for the others, which is never called there by a session.
+///
+/// # Orders that hold
+///
+/// Between [`barrier`](Self::barrier) and [`release`](Self::release) no page channel places anything: all that came before
+/// the barrier is in place, nothing that comes after it. Outside of [`receive_round`](Self::receive_round) the peer writes
+/// nothing. After [`revoke`](Self::revoke) nothing but the stream brings a page.
+pub trait DestinationLink: Send {
+    /// What this link can do.
+    fn abilities(&self) -> DestinationAbilities;
+
+    /// The byte stream of the same connection.
+    fn stream(&mut self) -> &mut dyn ByteSource;
+
+    /// The source's block list, in its order, and where its pages go. Once, before the first page.
+    ///
+    /// # Errors
+    /// [`MoveError`]: a block that the peer can't write to, or no thread could be started.
+    fn announce(&mut self, placer: &Arc<Placer>, blocks: &AnnouncedBlocks) -> Result<(), MoveError>;
+
+    /// The mark of a round has been read: serves the peer until the round is over. All its pages are in memory then.
+    ///
+    /// # Errors
+    /// [`MoveError`].
+    fn receive_round(&mut self, _stop: &Stop) -> Result<RoundReceived, MoveError> {
+        Ok(RoundReceived::default())
+    }
+
+    /// The stream has reached a barrier: waits until every page channel has.
+    ///
+    /// # Errors
+    /// [`MoveError`]: a channel failed, closed, or is not understood.
+    fn barrier(&mut self, _stop: &Stop) -> Result<AtBarrier, MoveError> {
+        Ok(AtBarrier::default())
+    }
+
+    /// Lets the page channels go on behind the barrier.
+    fn release(&mut self) {}
+
+    /// Bytes that have come on page channels.
+    fn channel_bytes(&self) -> u64 {
+        0
+    }
+
+    /// Counters to look at while the migration runs.
+    fn live_bytes(&self) -> LiveBytes {
+        LiveBytes::default()
+    }
+
+    /// Pages that came on each page channel, in the order of their ids, each time that a page came. Whole at a barrier.
+    fn placed_pages(&self) -> Vec<PageCounts> {
+        Vec::new()
+    }
+
+    /// From here on no page is placed and the peer can't write to guest memory any more. Before the guest runs, and at the
+    /// end of every migration. Again without effect.
+    fn revoke(&mut self);
+
+    /// Everything was read: closes the connection so that the peer's last message is acknowledged first. Again without
+    /// effect.
+    ///
+    /// # Errors
+    /// [`ChannelError`]; everything was read all the same.
+    fn close(&mut self, stop: &Stop) -> Result<(), ChannelError>;
+}

@@ -1,0 +1,303 @@
+//! The destination's link over several channels.
+
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+
+use super::ChannelOptions;
+use super::counter::PageCounter;
+use super::numa::Placement;
+use super::receiver::{Common, PageReceiver, Told};
+use crate::error::Chain;
+use crate::guest::{PageWriter, Placer};
+use crate::observe::PageCounts;
+use crate::stream::qemu::channel::Channel;
+use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::packed::PacketInflater;
+use crate::stream::qemu::packet_numbers::PacketNumbers;
+use crate::sys::{CancelToken, RecvPart, Stop, StopReason};
+use crate::transport::{
+    AtBarrier, ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError,
+    StreamChannel,
+};
+
+/// Longest time between two looks at the other channels.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+const RECEIVING: &str = "waiting for the stream";
+const AT_BARRIER: &str = "waiting for the page channels";
+
+/// The main channel, and the threads of the page channels once there is memory to fill.
+pub struct MultifdDestination {
+    main: StreamChannel,
+    waiting: Vec<StreamChannel>,
+    options: ChannelOptions,
+    placement: Placement,
+    stall: Option<Duration>,
+    /// The source may be silent: it is between two rounds.
+    quiet: bool,
+    running: Option<Running>,
+    /// Bytes that came on page channels.
+    bytes: Arc<AtomicU64>,
+}
+
+struct Running {
+    common: Arc<Common>,
+    told: Receiver<Told>,
+    releases: Vec<Sender<()>>,
+    threads: Vec<JoinHandle<()>>,
+    cancel: CancelToken,
+    at_barrier: usize,
+    closed: usize,
+    numbers: PacketNumbers,
+}
+
+/// When a byte last moved on any channel: main may be silent for long while the others are at work, and one of them
+/// while another has it all.
+struct Progress {
+    bytes: u64,
+    since: Instant,
+}
+
+impl MultifdDestination {
+    /// `main` and the page channels of the same source; `stall` is the longest time without a byte on any.
+    pub fn new(
+        mut main: StreamChannel,
+        mut pages: Vec<StreamChannel>,
+        options: ChannelOptions,
+        stall: Option<Duration>,
+    ) -> Self {
+        main.set_stall(None);
+        pages.iter_mut().for_each(|channel| channel.set_stall(None));
+        // Here, where files may be read: the threads of a session may be under a filter.
+        let placement = Placement::of_destination(&options.numa, &pages);
+        Self {
+            main,
+            waiting: pages,
+            options,
+            placement,
+            stall,
+            quiet: false,
+            running: None,
+            bytes: Arc::default(),
+        }
+    }
+
+    fn look(&self, progress: &mut Progress, doing: &'static str) -> Result<(), ChannelError> {
+        let (bytes, now) = (self.channel_bytes(), Instant::now());
+        if bytes != progress.bytes {
+            *progress = Progress { bytes, since: now };
+        }
+        match self.stall.filter(|_| !self.quiet) {
+            Some(after) if now.duration_since(progress.since) >= after => {
+                Err(ChannelError::Stalled { peer: self.main.peer().to_owned(), doing, after })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Running {
+    fn take(&mut self, told: Told) -> Result<(), MoveError> {
+        match told {
+            Told::AtBarrier(numbers) => {
+                self.at_barrier += 1;
+                self.numbers.add(numbers);
+            }
+            Told::Closed => self.closed += 1,
+            Told::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// What the channels have told meanwhile.
+    fn hear(&mut self) -> Result<(), MoveError> {
+        while let Ok(told) = self.told.try_recv() {
+            self.take(told)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+        self.releases.clear();
+        for thread in self.threads.drain(..) {
+            // A panic there left its page unplaced; nobody counts on it any more.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl ByteSource for MultifdDestination {
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
+        let mut progress = Progress { bytes: self.channel_bytes(), since: Instant::now() };
+        loop {
+            if let Some(running) = &mut self.running {
+                running.hear().map_err(as_channel)?;
+            }
+            match self.main.recv(into, &stop.within(POLL_INTERVAL)) {
+                Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })
+                    if stop.reason().is_none() =>
+                {
+                    self.look(&mut progress, RECEIVING)?;
+                }
+                received => return received,
+            }
+        }
+    }
+
+    fn set_quiet(&mut self, quiet: bool) {
+        self.quiet = quiet;
+    }
+
+    fn outlast(&mut self, limit: Duration) {
+        self.stall = None;
+        ByteSource::outlast(&mut self.main, limit);
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.main.descriptor()
+    }
+}
+
+/// Guest memory that could not be reached counts as a fault of this host's connection here: a byte stream has no
+/// other words.
+fn as_channel(error: MoveError) -> ChannelError {
+    match error {
+        MoveError::Channel(error) => error,
+        other => ChannelError::Io {
+            peer: "page channels".into(),
+            doing: "placing pages",
+            source: std::io::Error::other(Chain(&other).to_string()),
+        },
+    }
+}
+
+impl DestinationLink for MultifdDestination {
+    fn abilities(&self) -> DestinationAbilities {
+        DestinationAbilities { page_channels: self.options.count, ..DestinationAbilities::default() }
+    }
+
+    fn stream(&mut self) -> &mut dyn ByteSource {
+        self
+    }
+
+    /// There is memory now: starts to read.
+    fn announce(&mut self, placer: &Arc<Placer>, blocks: &AnnouncedBlocks) -> Result<(), MoveError> {
+        let page = placer.memory().table().page();
+        let (tell, told) = unbounded();
+        let method = self.options.packing.method();
+        let count = self.options.count;
+        let common = Common {
+            placer: Arc::clone(placer),
+            blocks: blocks.clone(),
+            page,
+            ids: Mutex::default(),
+            uuid: Mutex::default(),
+            bytes: Arc::clone(&self.bytes),
+            counters: (0..count).map(|_| PageCounter::default()).collect(),
+        };
+        let common = Arc::new(common);
+        let mut running = Running {
+            common: Arc::clone(&common),
+            told,
+            releases: Vec::new(),
+            threads: Vec::new(),
+            cancel: CancelToken::default(),
+            at_barrier: 0,
+            closed: 0,
+            numbers: PacketNumbers::default(),
+        };
+        for (at, channel) in self.waiting.drain(..).enumerate() {
+            let (release, released) = bounded(1);
+            let peer = channel.peer().to_owned();
+            let failed =
+                |source| ChannelError::Io { peer, doing: "starting the thread of a page channel", source };
+            let inflater = PacketInflater::new(method);
+            let receiver = PageReceiver {
+                common: Arc::clone(&common),
+                channel,
+                machine: Channel::new(page, method, None, count),
+                inflater: match inflater {
+                    Ok(inflater) => inflater,
+                    Err(source) => return Err(failed(source).into()),
+                },
+                told: tell.clone(),
+                release: released,
+                stop: Stop::on(&running.cancel),
+                head: Vec::new(),
+                filled: 0,
+                payload: Vec::new(),
+                pages: Vec::new(),
+                writer: PageWriter::default(),
+            };
+            let job = self.placement.keep(at, Box::new(move || receiver.run()));
+            let started = (self.options.spawn)("ramwire-chan-rx", job);
+            running.threads.push(started.map_err(failed)?);
+            running.releases.push(release);
+        }
+        self.running = Some(running);
+        Ok(())
+    }
+
+    fn barrier(&mut self, stop: &Stop) -> Result<AtBarrier, MoveError> {
+        let mut progress = Progress { bytes: self.channel_bytes(), since: Instant::now() };
+        loop {
+            let Some(running) = &mut self.running else { return Ok(AtBarrier::default()) };
+            running.hear()?;
+            if running.at_barrier == running.releases.len() {
+                return Ok(AtBarrier { missing: running.numbers.check().err() });
+            }
+            if running.closed > 0 {
+                let peer = format!("a page channel of {}", self.main.peer());
+                return Err(ChannelError::Closed { peer, doing: AT_BARRIER }.into());
+            }
+            match running.told.recv_timeout(POLL_INTERVAL) {
+                Ok(told) => running.take(told)?,
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    self.look(&mut progress, AT_BARRIER)?;
+                }
+            }
+            if let Some(reason) = stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: AT_BARRIER }.into());
+            }
+        }
+    }
+
+    fn release(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        running.at_barrier = 0;
+        // A thread that has ended says so itself.
+        for release in &running.releases {
+            let _ = release.try_send(());
+        }
+    }
+
+    fn channel_bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn live_bytes(&self) -> LiveBytes {
+        LiveBytes { channels: Some(Arc::clone(&self.bytes)), ..LiveBytes::default() }
+    }
+
+    fn placed_pages(&self) -> Vec<PageCounts> {
+        let counters = self.running.as_ref().map(|running| &running.common.counters);
+        counters.into_iter().flatten().map(PageCounter::counts).collect()
+    }
+
+    /// Closes the channels and ends their threads.
+    fn revoke(&mut self) {
+        self.running = None;
+    }
+
+    fn close(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+}
