@@ -1,8 +1,8 @@
 //! Decides what happens next in a migration.
 //!
-//! Nothing here has a socket, a clock or a thread. A state machine is told facts ([`Input`]) and answers
-//! with one thing to do ([`Action`]); time is an argument. Who does it is the session's business, so that a
-//! whole migration, with faults, runs in a unit test under a seed.
+//! Nothing here has a socket, a clock or a thread. A state machine has an inbox and an outbox: `handle(now, event)` takes an
+//! event at any time, `poll()` gives the next thing to do, `wake_at()` says when to come back. Time is an argument. Who does
+//! it is the session's business, so that a whole migration, with faults, runs in a unit test under a seed.
 
 pub mod destination;
 mod handover;
@@ -26,5 +26,8 @@ pub use pager::{FaultAnswer, HostPage, Pager};
 pub use progress::Progress;
 pub use rate::{RateWindow, Sent};
 pub use relay::{FarEnd, RelayAction, RelayEnding, RelayEngine, RelayEvent, RelayFlow, Traffic};
-pub use source::{Action, Input, OnTimeout, PostcopyRule, SourceConfig, SourceEngine, Switchover};
+pub use source::{
+    AnswerTimeouts, OnTimeout, Overdue, PostcopyRule, SourceAction, SourceConfig, SourceEngine, SourceEvent,
+    Switchover, Waiting,
+};
 pub use throttle::{Change, ThrottlePolicy, Throttler};

@@ -12,27 +12,35 @@
 //!
 //! # Orders that must hold
 //!
-//! A failure or a cancel before COMMIT leads to [`Action::RollBack`], which gives unsent pages back to the
+//! A failure or a cancel before COMMIT leads to [`SourceAction::RollBack`], which gives unsent pages back to the
 //! dirty map, takes logs and throttle off and lets the guest run on. After COMMIT there is no way back:
 //! the guest never resumes here by itself, and a cancel is refused. Only a peer that says that it has not started the
 //! guest gives it back.
 //!
 //! In postcopy what is dirty is discarded before RUN, and the end is said when nothing is dirty and the peer has said that
 //! it took the guest.
+//!
+//! # Inbox and outbox
+//!
+//! Events may come at any time, in any order: [`SourceEngine::handle`] takes each. One action at a time is taken from
+//! [`SourceEngine::poll`] and answered by one event. What ends a migration does so at once: the answer that an action under
+//! way still gets is of no account, and [`SourceEngine::wake_at`] calls the session back from it.
 
 mod config;
 mod estimate;
 mod postcopy;
 mod steps;
+mod waiting;
 
 use std::time::Duration;
 
-use super::{Outcome, PageCost, Progress, RateWindow, Reason, Sent};
+use super::{Handover, Outcome, Progress, Reason, Sent};
 use crate::ram::RoundKind;
 use crate::units::Rate;
 
-pub use config::{OnTimeout, PostcopyRule, SourceConfig, Switchover};
-pub use steps::{Action, Input};
+pub use config::{AnswerTimeouts, OnTimeout, PostcopyRule, SourceConfig, Switchover};
+use estimate::PagePath;
+pub use steps::{Overdue, SourceAction, SourceEvent, Waiting};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -55,13 +63,40 @@ enum Phase {
     Filling,
     AwaitingTaken,
     EndingPostcopy,
-    AwaitingReady,
+    AwaitingReady {
+        /// Whatever the peer says meanwhile.
+        by: Duration,
+    },
     AwaitingGuest,
     Committing,
     AwaitingRunning,
+    Reporting,
+    Listening,
     Releasing,
     RollingBack(Reason),
     Finished(Outcome),
+}
+
+/// What has become of a cancel that came too late.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LateCancel {
+    None,
+    /// To be refused.
+    Due,
+    Refused,
+}
+
+/// A round.
+#[derive(Clone, Copy, Debug, Default)]
+struct Round {
+    /// 0 before the first.
+    number: u32,
+    began: Duration,
+    /// Pages that it began with, and bytes that left in it.
+    pages: u64,
+    bytes: u64,
+    /// What was sent behind its last slice.
+    at_fence: Sent,
 }
 
 /// The source's state machine.
@@ -69,21 +104,17 @@ enum Phase {
 pub struct SourceEngine {
     config: SourceConfig,
     phase: Phase,
-    round: u32,
-    rate: RateWindow,
-    cancelled: bool,
+    /// What to do next, until it is taken.
+    outbox: Option<SourceAction>,
+    /// An action was taken and not answered.
+    busy: bool,
+    wake_at: Option<Duration>,
+    late_cancel: LateCancel,
     upstream_stopped: bool,
+    round: Round,
+    path: PagePath,
     progress: Progress,
-    round_began: Duration,
-    /// Pages that the round began with, and bytes that left in it.
-    round_pages: u64,
-    round_bytes: u64,
-    page_cost: PageCost,
-    deltas: bool,
-    under_way: u64,
-    /// What was sent behind the last slice of the round.
-    sent_at_fence: Sent,
-    gave_up: bool,
+    overdue: Option<Overdue>,
     postcopy: postcopy::Switch,
 }
 
@@ -93,24 +124,20 @@ impl SourceEngine {
         Self {
             config,
             phase: Phase::New,
-            round: 0,
-            rate: RateWindow::default(),
-            cancelled: false,
+            outbox: None,
+            busy: false,
+            wake_at: None,
+            late_cancel: LateCancel::None,
             upstream_stopped: false,
+            round: Round::default(),
+            path: PagePath::default(),
             progress: Progress::default(),
-            round_began: Duration::ZERO,
-            round_pages: 0,
-            round_bytes: 0,
-            page_cost: PageCost::default(),
-            deltas: false,
-            under_way: 0,
-            sent_at_fence: Sent::default(),
-            gave_up: false,
+            overdue: None,
             postcopy: postcopy::Switch::default(),
         }
     }
 
-    /// Says when the guest is paused; before [`Input::Begin`].
+    /// Says when the guest is paused; before [`SourceEvent::Begin`].
     pub fn set_switchover(&mut self, switchover: Switchover) {
         self.config.switchover = switchover;
     }
@@ -137,17 +164,17 @@ impl SourceEngine {
 
     /// Says whether pages travel as differences: a dirty one then need not take its whole length.
     pub fn set_deltas(&mut self, deltas: bool) {
-        self.deltas = deltas;
+        self.path.deltas = deltas;
     }
 
     /// Says how many bytes have been sent and not left this host: pages that are sent next wait for them.
     pub fn set_under_way(&mut self, bytes: u64) {
-        self.under_way = bytes;
+        self.path.under_way = bytes;
     }
 
     /// Says what was sent while the round was closed: on links with threads of their own often all of it.
     pub fn set_sent_at_fence(&mut self, sent: Sent) {
-        self.sent_at_fence = sent;
+        self.round.at_fence = sent;
     }
 
     /// What the rounds so far brought.
@@ -155,18 +182,9 @@ impl SourceEngine {
         self.progress
     }
 
-    /// The time that was given, if the migration ended because it was over.
-    pub fn gave_up_after(&self) -> Option<Duration> {
-        self.config.timeout.filter(|_| self.gave_up).map(|(time, _)| time)
-    }
-
-    /// Asks for the end. `false` if ownership has passed: then the migration runs to its end.
-    pub fn cancel(&mut self) -> bool {
-        if self.is_committed() {
-            return false;
-        }
-        self.cancelled = true;
-        true
+    /// How ownership passes.
+    pub fn handover(&self) -> Handover {
+        self.config.handover
     }
 
     /// True from the moment COMMIT may have left.
@@ -178,6 +196,8 @@ impl SourceEngine {
                 | Phase::AwaitingTaken
                 | Phase::EndingPostcopy
                 | Phase::AwaitingRunning
+                | Phase::Reporting
+                | Phase::Listening
                 | Phase::Releasing
                 | Phase::Finished(Outcome::Completed | Outcome::InDoubt | Outcome::Incomplete)
         )
@@ -185,114 +205,137 @@ impl SourceEngine {
 
     /// The round under way, 0 before the first.
     pub fn round(&self) -> u32 {
-        self.round
+        self.round.number
     }
 
     /// The measured rate of the page path, in bytes on the wire.
     pub fn rate(&self) -> Option<Rate> {
-        self.rate.wire()
+        self.path.rate.wire()
     }
 
-    /// Takes a fact, answers with what to do. `now` counts from the start of the migration.
-    ///
-    /// After [`Action::Finish`] every input is answered with the same outcome.
-    pub fn handle(&mut self, now: Duration, input: Input) -> Action {
-        if let Some(action) = self.interrupted(input) {
-            return action;
+    /// The next thing to do. `None`: the session waits for an event, until [`wake_at`](Self::wake_at).
+    pub fn poll(&mut self) -> Option<SourceAction> {
+        if self.late_cancel == LateCancel::Due {
+            self.late_cancel = LateCancel::Refused;
+            return Some(SourceAction::RefuseCancel);
         }
-        match (self.phase, input) {
-            (Phase::New, Input::Begin) => self.go(Phase::Starting, Action::StartLogs),
-            (Phase::Starting, Input::Done) => self.go(Phase::SettingUp, Action::SendSetup),
-            (Phase::SettingUp, Input::SetUp { handover }) => {
+        if let Phase::Finished(outcome) = self.phase {
+            return Some(SourceAction::Finish(outcome));
+        }
+        let action = self.outbox.take();
+        self.busy |= action.is_some();
+        action
+    }
+
+    /// True if [`poll`](Self::poll) has something that the session does not know of.
+    fn has_news(&self) -> bool {
+        let finished = matches!(self.phase, Phase::Finished(_));
+        finished || self.outbox.is_some() || self.late_cancel == LateCancel::Due
+    }
+
+    /// Takes an event at any time. `now` counts from the start of the migration.
+    pub fn handle(&mut self, now: Duration, event: SourceEvent) {
+        use SourceEvent as E;
+        match event {
+            E::Begin if self.phase == Phase::New => self.go(Phase::Starting, SourceAction::StartLogs),
+            E::Begin => {}
+            E::Cancel => self.cancel(),
+            E::StartPostcopy => self.start_postcopy(),
+            E::Failed | E::Lost | E::Refused => self.failed(event),
+            E::Working | E::Ready | E::Running | E::Taken | E::Requested => self.heard(now, event),
+            E::Woken | E::Continue | E::UpstreamStopped | E::GuestGiven => self.came(event),
+            E::Done | E::SetUp { .. } | E::Synced { .. } | E::Sent { .. } | E::Filled { .. } => {
+                // Without an action under way there is nothing to answer: another event has ended it.
+                if std::mem::take(&mut self.busy) {
+                    self.answered(now, event);
+                }
+            }
+        }
+    }
+
+    /// The action under way is done.
+    fn answered(&mut self, now: Duration, answer: SourceEvent) {
+        use {SourceAction as A, SourceEvent as E};
+        match (self.phase, answer) {
+            (Phase::Starting, E::Done) => self.go(Phase::SettingUp, A::SendSetup),
+            (Phase::SettingUp, E::SetUp { handover }) => {
                 self.config.handover = handover;
-                self.go(Phase::Syncing, Action::Sync { last: false })
+                self.go(Phase::Syncing, A::Sync { last: false });
             }
-            (Phase::Syncing, Input::Synced { dirty_pages }) => self.round_or_pause(now, dirty_pages),
-            (Phase::Opening(kind), Input::Done) => {
-                self.round_began = now;
-                self.rate.resume(self.under_way, now);
-                self.send(kind, now)
+            (Phase::Syncing, E::Synced { dirty_pages }) => self.round_or_pause(now, dirty_pages),
+            (Phase::Opening(kind), E::Done) => {
+                self.round.began = now;
+                self.path.rate.resume(self.path.under_way, now);
+                self.send(kind, now);
             }
-            (Phase::Sending(kind), Input::Sent { pages_left, sent }) => {
-                self.rate.add(sent, self.under_way, now);
-                self.round_bytes += sent.wire;
-                if kind == RoundKind::Live && self.must_give_up(now) {
-                    return self.give_up();
-                }
-                if pages_left > 0 && !self.is_cut(kind, now) {
-                    return self.send(kind, now);
-                }
-                if self.round > 1 {
-                    self.page_cost.round(self.round_pages.saturating_sub(pages_left), self.round_bytes);
-                }
-                self.go(Phase::Closing(kind), Action::CloseRound { kind })
+            (Phase::Sending(kind), E::Sent { pages_left, sent }) => self.sent(kind, now, pages_left, sent),
+            (Phase::Closing(RoundKind::Final), E::Done) => self.go(Phase::Draining, A::Drain),
+            (Phase::Closing(_), E::Done) => {
+                self.path.rate.add(std::mem::take(&mut self.round.at_fence), self.path.under_way, now);
+                self.go(Phase::Syncing, A::Sync { last: false });
             }
-            (Phase::Closing(RoundKind::Final), Input::Done) => self.go(Phase::Draining, Action::Drain),
-            (Phase::Closing(_), Input::Done) => {
-                self.rate.add(std::mem::take(&mut self.sent_at_fence), self.under_way, now);
-                self.go(Phase::Syncing, Action::Sync { last: false })
+            (Phase::Pausing, E::Done) if self.config.holds => self.wait(Phase::Holding, None),
+            (Phase::Pausing, E::Done) => self.go(Phase::LastSync, A::Sync { last: true }),
+            (Phase::LastSync, E::Synced { .. }) if self.postcopy.begun => {
+                self.go(Phase::Discarding, A::SendDiscards);
             }
-            (Phase::Waiting, Input::Woken { upstream_stopped }) => {
-                self.upstream_stopped |= upstream_stopped;
-                self.go(Phase::Syncing, Action::Sync { last: false })
+            (Phase::LastSync, E::Synced { .. }) => self.open(RoundKind::Final),
+            (Phase::Discarding, E::Done) => self.go(Phase::Packaging, A::SendPackage),
+            (Phase::Packaging, E::Done) => self.commit(),
+            (Phase::Committing, E::Done) if self.postcopy.begun => self.send_missing(now),
+            (Phase::Filling, E::Filled { pages_left }) => self.filled(now, pages_left),
+            (Phase::EndingPostcopy, E::Done) => self.await_running(now),
+            (Phase::Draining, E::Done) => self.go(Phase::SendingState, A::SendState),
+            (Phase::SendingState, E::Done) if self.config.digest && self.config.handover.has_ready() => {
+                self.go(Phase::Digesting, A::SendDigest);
             }
-            (Phase::Pausing, Input::Done) if self.config.holds => self.go(Phase::Holding, Action::Hold),
-            (Phase::Pausing | Phase::Holding, Input::Done) => {
-                self.go(Phase::LastSync, Action::Sync { last: true })
+            (Phase::SendingState | Phase::Digesting, E::Done) if self.config.handover.has_ready() => {
+                self.await_ready(now);
             }
-            (Phase::LastSync, Input::Synced { .. }) if self.postcopy.begun => {
-                self.go(Phase::Discarding, Action::SendDiscards)
-            }
-            (Phase::LastSync, Input::Synced { .. }) => self.open(RoundKind::Final),
-            (Phase::Discarding, Input::Done) => self.go(Phase::Packaging, Action::SendPackage),
-            (Phase::Packaging, Input::Done) => self.commit(),
-            (Phase::Committing, Input::Done) if self.postcopy.begun => self.send_missing(now),
-            (Phase::Filling, Input::Filled { pages_left, taken }) => self.filled(now, pages_left, taken),
-            (Phase::AwaitingTaken, Input::Running) => self.filled(now, 0, true),
-            (Phase::EndingPostcopy, Input::Done) => self.go(Phase::AwaitingRunning, Action::AwaitRunning),
-            (Phase::Draining, Input::Done) => self.go(Phase::SendingState, Action::SendState),
-            (Phase::SendingState, Input::Done) if self.config.digest && self.config.handover.has_ready() => {
-                self.go(Phase::Digesting, Action::SendDigest)
-            }
-            (Phase::SendingState | Phase::Digesting, Input::Done) => self.ready_or_commit(),
-            (Phase::AwaitingReady, Input::Ready) => self.commit(),
-            (Phase::AwaitingGuest, Input::Done) => self.go(Phase::Committing, Action::Commit),
-            (Phase::Committing, Input::Done) => self.go(Phase::AwaitingRunning, Action::AwaitRunning),
-            (Phase::AwaitingRunning, Input::Running) => self.go(Phase::Releasing, Action::Release),
-            (Phase::Releasing, Input::Done | Input::Failed) => self.finish(Outcome::Completed),
-            (Phase::RollingBack(reason), Input::Done | Input::Failed) => {
-                self.finish(Outcome::StaysHere(reason))
-            }
-            (Phase::Finished(outcome), _) => Action::Finish(outcome),
-            // Only our own driver can say something out of turn; what a peer sends is refused before.
-            (phase, input) => {
-                debug_assert!(false, "driver bug: {input:?} while {phase:?}");
-                self.abandon(Reason::Failed)
-            }
+            (Phase::SendingState | Phase::Digesting, E::Done) => self.commit(),
+            (Phase::Committing, E::Done) => self.await_running(now),
+            (Phase::Reporting, E::Done) => self.wait(Phase::Listening, None),
+            (Phase::Releasing, E::Done) => self.finish(Outcome::Completed),
+            (Phase::RollingBack(reason), E::Done) => self.finish(Outcome::StaysHere(reason)),
+            // The answer to something else: whether that was done is not known.
+            _ => self.abandon(Reason::Failed),
         }
     }
 
-    /// Failures and cancels, which may come in any phase.
-    fn interrupted(&mut self, input: Input) -> Option<Action> {
+    fn cancel(&mut self) {
         match self.phase {
-            Phase::RollingBack(_) | Phase::Releasing | Phase::Finished(_) => None,
+            Phase::RollingBack(_) | Phase::Finished(_) => {}
+            _ if !self.is_committed() => self.abandon(Reason::Cancelled),
+            _ if self.late_cancel == LateCancel::None => self.late_cancel = LateCancel::Due,
+            _ => {}
+        }
+    }
+
+    /// The action under way failed, or the peer did.
+    fn failed(&mut self, event: SourceEvent) {
+        let was_busy = std::mem::take(&mut self.busy);
+        match self.phase {
+            Phase::New | Phase::Finished(_) => {}
+            // They are done as far as they can be, and not once more.
+            Phase::Releasing if was_busy => self.finish(Outcome::Completed),
+            Phase::RollingBack(reason) if was_busy => self.finish(Outcome::StaysHere(reason)),
+            Phase::Releasing | Phase::RollingBack(_) => {}
             // A peer that answers the last byte, or the package, with an error status has not started the guest: nothing is
             // in doubt. In precopy a ramwire said READY before COMMIT, so its refusal after it proves nothing. Once a guest
             // was taken among missing pages nobody can give it back.
-            _ if input == Input::Refused && self.refusal_gives_back() => {
-                Some(self.go(Phase::RollingBack(Reason::Failed), Action::RollBack))
+            _ if event == SourceEvent::Refused && self.refusal_gives_back() => {
+                self.go(Phase::RollingBack(Reason::Failed), SourceAction::RollBack);
             }
-            _ if self.cancelled && !self.is_committed() => Some(self.abandon(Reason::Cancelled)),
-            _ if matches!(input, Input::Failed | Input::Refused) => Some(self.abandon(Reason::Failed)),
-            _ => None,
+            _ => self.abandon(Reason::Failed),
         }
     }
 
-    fn abandon(&mut self, reason: Reason) -> Action {
-        if self.is_committed() {
-            return self.finish(if self.postcopy.taken { Outcome::Incomplete } else { Outcome::InDoubt });
+    fn abandon(&mut self, reason: Reason) {
+        match self.postcopy.taken {
+            _ if !self.is_committed() => self.go(Phase::RollingBack(reason), SourceAction::RollBack),
+            true => self.finish(Outcome::Incomplete),
+            false => self.finish(Outcome::InDoubt),
         }
-        self.go(Phase::RollingBack(reason), Action::RollBack)
     }
 
     fn is_late(&self, now: Duration) -> bool {
@@ -300,96 +343,108 @@ impl SourceEngine {
     }
 
     fn must_pause(&self, now: Duration) -> bool {
-        self.round > 0 && self.is_late(now) && matches!(self.config.timeout, Some((_, OnTimeout::Finish)))
+        self.round.number > 0
+            && self.is_late(now)
+            && matches!(self.config.timeout, Some((_, OnTimeout::Finish)))
     }
 
     fn must_give_up(&self, now: Duration) -> bool {
         self.is_late(now) && matches!(self.config.timeout, Some((_, OnTimeout::Cancel)))
     }
 
-    fn give_up(&mut self) -> Action {
-        self.gave_up = true;
-        self.abandon(Reason::Failed)
+    fn give_up(&mut self) {
+        self.overdue = self.config.timeout.map(|(time, _)| Overdue::Switchover(time));
+        self.abandon(Reason::Failed);
     }
 
     /// True if a live round ends although pages are left. The first one goes on: it is what there is to move.
     fn is_cut(&self, kind: RoundKind, now: Duration) -> bool {
-        let took = now.saturating_sub(self.round_began);
-        let is_long = self.round > 1 && self.config.longest_round.is_some_and(|most| took >= most);
+        let took = now.saturating_sub(self.round.began);
+        let is_long = self.round.number > 1 && self.config.longest_round.is_some_and(|most| took >= most);
         kind == RoundKind::Live && (is_long || self.is_late(now) || self.switches_within_round(now))
     }
 
-    fn round_or_pause(&mut self, now: Duration, dirty_pages: u64) -> Action {
+    /// A slice was sent.
+    fn sent(&mut self, kind: RoundKind, now: Duration, pages_left: u64, sent: Sent) {
+        self.path.rate.add(sent, self.path.under_way, now);
+        self.round.bytes += sent.wire;
+        if kind == RoundKind::Live && self.must_give_up(now) {
+            return self.give_up();
+        }
+        if pages_left > 0 && !self.is_cut(kind, now) {
+            return self.send(kind, now);
+        }
+        if self.round.number > 1 {
+            self.path.page_cost.round(self.round.pages.saturating_sub(pages_left), self.round.bytes);
+        }
+        self.go(Phase::Closing(kind), SourceAction::CloseRound { kind });
+    }
+
+    fn round_or_pause(&mut self, now: Duration, dirty_pages: u64) {
         if self.postcopy.wanted {
             return self.switch_to_postcopy();
         }
         let fits = |engine: &Self, behind| engine.fits(engine.downtime_behind(behind, dirty_pages));
+        let until = Some(now + self.config.slice);
         let waits = self.config.switchover == Switchover::WhenItFits
             && !self.is_late(now)
-            && !fits(self, self.under_way)
+            && !fits(self, self.path.under_way)
             && fits(self, 0);
         if waits {
             // The link is busy all the same; what is sent now would be written again before it leaves.
-            return self.go(Phase::Waiting, Action::Wait { until: now + self.config.slice });
+            return self.wait(Phase::Waiting, until);
         }
         // A relay's rounds end when its guest's source says so.
-        if self.round > 0 && self.config.switchover == Switchover::WhenItFits {
+        if self.round.number > 0 && self.config.switchover == Switchover::WhenItFits {
             self.progress.round(dirty_pages);
         }
-        (self.round_pages, self.round_bytes) = (dirty_pages, 0);
+        (self.round.pages, self.round.bytes) = (dirty_pages, 0);
         match self.config.switchover {
             _ if self.must_give_up(now) => self.give_up(),
             Switchover::WhenItFits if self.must_pause(now) => self.pause(),
             Switchover::WhenUpstreamStops if self.upstream_stopped => self.pause(),
-            Switchover::WhenUpstreamStops if dirty_pages == 0 => {
-                let until = now + self.config.slice;
-                self.go(Phase::Waiting, Action::Wait { until })
-            }
-            Switchover::WhenItFits if fits(self, self.under_way) => self.pause(),
+            Switchover::WhenUpstreamStops if dirty_pages == 0 => self.wait(Phase::Waiting, until),
+            Switchover::WhenItFits if fits(self, self.path.under_way) => self.pause(),
             Switchover::WhenItFits if self.switch_is_due(now) => self.switch_to_postcopy(),
             // A round of nothing gains nothing, whatever the estimate is.
-            Switchover::WhenItFits if dirty_pages == 0 && self.under_way == 0 && self.round > 0 => {
-                self.pause()
+            Switchover::WhenItFits
+                if dirty_pages == 0 && self.path.under_way == 0 && self.round.number > 0 =>
+            {
+                self.pause();
             }
             _ => self.open(RoundKind::Live),
         }
     }
 
-    fn pause(&mut self) -> Action {
-        self.go(Phase::Pausing, Action::PauseGuest)
+    fn pause(&mut self) {
+        self.go(Phase::Pausing, SourceAction::PauseGuest);
     }
 
-    fn open(&mut self, kind: RoundKind) -> Action {
-        self.round += 1;
-        self.go(Phase::Opening(kind), Action::OpenRound { kind, number: self.round })
+    fn open(&mut self, kind: RoundKind) {
+        self.round.number += 1;
+        self.go(Phase::Opening(kind), SourceAction::OpenRound { kind, number: self.round.number });
     }
 
-    fn send(&mut self, kind: RoundKind, now: Duration) -> Action {
-        self.go(Phase::Sending(kind), Action::Send { until: now + self.config.slice })
-    }
-
-    fn ready_or_commit(&mut self) -> Action {
-        if self.config.handover.has_ready() {
-            return self.go(Phase::AwaitingReady, Action::AwaitReady);
-        }
-        self.commit()
+    fn send(&mut self, kind: RoundKind, now: Duration) {
+        self.go(Phase::Sending(kind), SourceAction::Send);
+        self.wake_at = Some(now + self.config.slice);
     }
 
     /// Nobody gives away what is not theirs: a relay's guest first.
-    fn commit(&mut self) -> Action {
+    fn commit(&mut self) {
         if self.config.switchover == Switchover::WhenUpstreamStops {
-            return self.go(Phase::AwaitingGuest, Action::AwaitGuest);
+            return self.wait(Phase::AwaitingGuest, None);
         }
-        self.go(Phase::Committing, Action::Commit)
+        self.go(Phase::Committing, SourceAction::Commit);
     }
 
-    fn finish(&mut self, outcome: Outcome) -> Action {
-        self.go(Phase::Finished(outcome), Action::Finish(outcome))
+    fn finish(&mut self, outcome: Outcome) {
+        (self.phase, self.outbox, self.busy) = (Phase::Finished(outcome), None, false);
     }
 
-    fn go(&mut self, phase: Phase, action: Action) -> Action {
-        self.phase = phase;
-        action
+    /// What was to be done before and has not begun is left out.
+    fn go(&mut self, phase: Phase, action: SourceAction) {
+        (self.phase, self.outbox, self.busy, self.wake_at) = (phase, Some(action), false, None);
     }
 }
 

@@ -105,8 +105,8 @@ impl Control {
         self.postcopy_bandwidth.set(limit.map_or(0, |rate| rate.0));
     }
 
-    /// Asks for the switch to postcopy (QEMU's `migrate-start-postcopy`): the guest is paused as soon as the
-    /// pages of 50 ms at most have left, whatever is dirty, unless it is already.
+    /// Asks for the switch to postcopy (QEMU's `migrate-start-postcopy`): the guest is paused as soon as
+    /// the batch of pages under way has left, whatever is dirty, unless it is already.
     ///
     /// # Errors
     /// [`Error::Config`]: the destination was not told that the migration may switch.

@@ -39,6 +39,25 @@ pub enum PostcopyRule {
     AfterTime(Duration),
 }
 
+/// How long the peer's answers are waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AnswerTimeouts {
+    /// From the last byte to READY, while the peer says that it is at work.
+    pub ready: Duration,
+    /// Without a sign of the peer.
+    pub silence: Duration,
+    /// From COMMIT to RUNNING, and in postcopy until the peer takes the guest.
+    pub running: Duration,
+}
+
+impl Default for AnswerTimeouts {
+    /// 30 s each.
+    fn default() -> Self {
+        let time = Duration::from_secs(30);
+        Self { ready: time, silence: time, running: time }
+    }
+}
+
 /// What the source may do, and how long it may take.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
@@ -60,8 +79,10 @@ pub struct SourceConfig {
     pub holds: bool,
     /// Bytes of one target page.
     pub page_bytes: u64,
-    /// Longest time between two looks at the clock, cancel and the peer.
+    /// Longest time for which pages are sent before it is decided again what follows.
     pub slice: Duration,
+    /// How long the peer's answers are waited for.
+    pub answers: AnswerTimeouts,
     /// When the guest is paused.
     pub switchover: Switchover,
     /// How ownership passes.
@@ -84,6 +105,7 @@ impl SourceConfig {
             holds: false,
             page_bytes,
             slice: Duration::from_millis(50),
+            answers: AnswerTimeouts::default(),
             switchover: Switchover::WhenItFits,
             handover,
             digest: false,

@@ -3,13 +3,25 @@
 use std::time::Duration;
 
 use super::SourceEngine;
+use crate::engine::{PageCost, RateWindow};
 use crate::units::Rate;
+
+/// What is known of the way that pages take.
+#[derive(Debug, Default)]
+pub(super) struct PagePath {
+    pub(super) rate: RateWindow,
+    pub(super) page_cost: PageCost,
+    /// Pages travel as differences: a dirty one need not take its whole length.
+    pub(super) deltas: bool,
+    /// Bytes that were sent and have not left this host.
+    pub(super) under_way: u64,
+}
 
 impl SourceEngine {
     /// How long the guest would stand still if it were paused with `dirty_pages`; `None` before a rate is
     /// known.
     pub fn expected_downtime(&self, dirty_pages: u64) -> Option<Duration> {
-        self.downtime_behind(self.under_way, dirty_pages)
+        self.downtime_behind(self.path.under_way, dirty_pages)
     }
 
     pub(super) fn downtime_behind(&self, under_way: u64, dirty_pages: u64) -> Option<Duration> {
@@ -24,9 +36,9 @@ impl SourceEngine {
         let page = self.config.page_bytes;
         match dirty_pages {
             0 => Some(Duration::ZERO),
-            _ if self.deltas => self.wire_rate()?.time_for(self.page_cost.bytes(dirty_pages, page)),
+            _ if self.path.deltas => self.wire_rate()?.time_for(self.path.page_cost.bytes(dirty_pages, page)),
             _ => {
-                let rate = self.config.switchover_rate.or(self.rate.guest()).or(self.rate.wire());
+                let rate = self.config.switchover_rate.or(self.path.rate.guest()).or(self.path.rate.wire());
                 rate?.time_for(dirty_pages.saturating_mul(page))
             }
         }
@@ -41,7 +53,7 @@ impl SourceEngine {
     }
 
     fn wire_rate(&self) -> Option<Rate> {
-        self.config.switchover_rate.or(self.rate.wire())
+        self.config.switchover_rate.or(self.path.rate.wire())
     }
 
     /// True if pausing now keeps the limit. Before the first round nothing has been sent: never.
@@ -51,6 +63,6 @@ impl SourceEngine {
     pub(super) fn fits(&self, downtime: Option<Duration>) -> bool {
         let limit = self.config.downtime_limit;
         let limit = limit.max(self.unavoidable().saturating_add(limit / 10));
-        self.round > 0 && downtime.is_some_and(|expected| expected <= limit)
+        self.round.number > 0 && downtime.is_some_and(|expected| expected <= limit)
     }
 }

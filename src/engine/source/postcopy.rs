@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Action, OnTimeout, Phase, PostcopyRule, SourceEngine};
+use super::{OnTimeout, Phase, PostcopyRule, SourceAction, SourceEngine};
 use crate::engine::Handover;
+use crate::ram::RoundKind;
 
 /// How far a switch has come.
 #[derive(Clone, Copy, Debug, Default)]
@@ -17,21 +18,28 @@ pub(super) struct Switch {
 }
 
 impl SourceEngine {
-    /// Asks for the switch. `false` if it was not announced to the peer, or the guest is paused already.
-    pub fn start_postcopy(&mut self) -> bool {
-        let running = matches!(
+    /// The switch is asked for. Of no effect where it was not announced to the peer, or the guest is paused already. A
+    /// slice under way ends with its batch.
+    pub(super) fn start_postcopy(&mut self) {
+        let announced = self.config.postcopy.is_some();
+        let runs = matches!(
             self.phase,
             Phase::New
                 | Phase::Starting
                 | Phase::SettingUp
                 | Phase::Syncing
-                | Phase::Opening(crate::ram::RoundKind::Live)
-                | Phase::Sending(crate::ram::RoundKind::Live)
-                | Phase::Closing(crate::ram::RoundKind::Live)
+                | Phase::Opening(RoundKind::Live)
+                | Phase::Sending(RoundKind::Live)
+                | Phase::Closing(RoundKind::Live)
                 | Phase::Waiting
         );
-        self.postcopy.wanted |= running && self.config.postcopy.is_some();
-        self.postcopy.wanted
+        self.postcopy.wanted |= runs && announced;
+        match self.phase {
+            _ if !self.postcopy.wanted => {}
+            Phase::Waiting => self.go(Phase::Syncing, SourceAction::Sync { last: false }),
+            Phase::Sending(RoundKind::Live) => self.wake_at = Some(Duration::ZERO),
+            _ => {}
+        }
     }
 
     /// True from the pause for postcopy on.
@@ -43,7 +51,7 @@ impl SourceEngine {
     pub(super) fn switch_is_due(&self, now: Duration) -> bool {
         match self.config.postcopy {
             None => false,
-            Some(PostcopyRule::AfterRounds(rounds)) if self.round >= rounds => true,
+            Some(PostcopyRule::AfterRounds(rounds)) if self.round.number >= rounds => true,
             Some(_) => self.switches_within_round(now),
         }
     }
@@ -58,23 +66,36 @@ impl SourceEngine {
         }
     }
 
-    pub(super) fn switch_to_postcopy(&mut self) -> Action {
+    pub(super) fn switch_to_postcopy(&mut self) {
         self.postcopy.begun = true;
-        self.pause()
+        self.pause();
     }
 
-    pub(super) fn send_missing(&mut self, now: Duration) -> Action {
-        self.go(Phase::Filling, Action::SendMissing { until: now + self.config.slice })
+    pub(super) fn send_missing(&mut self, now: Duration) {
+        self.go(Phase::Filling, SourceAction::SendMissing);
+        self.wake_at = Some(now + self.config.slice);
     }
 
     /// The end may be said once nothing is left and the guest was taken: until then the peer may still give it back.
-    pub(super) fn filled(&mut self, now: Duration, pages_left: u64, taken: bool) -> Action {
-        self.postcopy.taken |= taken;
+    pub(super) fn filled(&mut self, now: Duration, pages_left: u64) {
         match (pages_left, self.postcopy.taken) {
-            (0, true) => self.go(Phase::EndingPostcopy, Action::EndPostcopy),
-            (0, false) => self.go(Phase::AwaitingTaken, Action::AwaitTaken),
+            (0, true) => self.go(Phase::EndingPostcopy, SourceAction::EndPostcopy),
+            (0, false) => self.wait(Phase::AwaitingTaken, Some(now + self.config.answers.running)),
             _ => self.send_missing(now),
         }
+    }
+
+    /// The peer has taken the guest.
+    pub(super) fn taken(&mut self) {
+        self.postcopy.taken = true;
+        if self.phase == Phase::AwaitingTaken {
+            self.go(Phase::EndingPostcopy, SourceAction::EndPostcopy);
+        }
+    }
+
+    /// True once the peer has said that it takes the guest.
+    pub fn is_taken(&self) -> bool {
+        self.postcopy.taken
     }
 
     /// True if a peer that says that it failed has not started the guest.

@@ -1,59 +1,78 @@
-//! What a source is told, and what it is to do.
+//! What a source is told, what it is to do, and what it waits for.
 
 use std::time::Duration;
 
 use crate::engine::{Handover, Outcome, Sent};
 use crate::ram::RoundKind;
 
-/// A fact told to the engine: the answer to its last [`Action`].
+/// What a source is told. All but the answers may come at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Input {
+#[non_exhaustive]
+pub enum SourceEvent {
     /// Start.
     Begin,
-    /// The action is done.
+
+    /// Answer: the action under way is done.
     Done,
-    /// The setup is done; the peer turned out to be of this kind.
+    /// Answer: the setup is done; the peer turned out to be of this kind.
     SetUp {
         /// How ownership will pass.
         handover: Handover,
     },
-    /// The dirty logs were merged.
+    /// Answer: the dirty logs were merged.
     Synced {
         /// Pages dirty now.
         dirty_pages: u64,
     },
-    /// A slice was sent.
+    /// Answer: a slice was sent.
     Sent {
         /// Pages still dirty in the map.
         pages_left: u64,
         /// What was handed to the connection in this slice.
         sent: Sent,
     },
-    /// A slice of missing pages was sent.
+    /// Answer: a slice of missing pages was sent.
     Filled {
         /// Pages that the peer does not have.
         pages_left: u64,
-        /// The peer has said that it takes the guest.
-        taken: bool,
     },
-    /// A wait ended.
-    Woken {
-        /// A relay's source has stopped its guest and sent its last page.
-        upstream_stopped: bool,
-    },
+
+    /// The action under way failed, or what is waited for can't come.
+    Failed,
+    /// The connection is lost.
+    Lost,
+    /// The time of [`wake_at`](super::SourceEngine::wake_at) is there.
+    Woken,
+
+    /// The peer says that it is at work.
+    Working,
     /// The peer has everything, and it is equal.
     Ready,
-    /// The guest runs at the peer; in postcopy: the peer takes it, or has everything.
+    /// The guest runs at the peer, or in postcopy: the peer has everything.
     Running,
-    /// The action failed, or the peer did.
-    Failed,
+    /// Postcopy: the peer says that it takes the guest.
+    Taken,
+    /// Postcopy: somebody at the peer waits for pages.
+    Requested,
     /// The peer says that it failed and that the guest does not run there.
     Refused,
+
+    /// The embedder asks for the end.
+    Cancel,
+    /// The embedder asks for the switch to postcopy.
+    StartPostcopy,
+    /// The embedder lets a migration go on that waits with its paused guest.
+    Continue,
+    /// A relay's source has stopped its guest and sent its last page.
+    UpstreamStopped,
+    /// A relay's source has given the guest to us.
+    GuestGiven,
 }
 
 /// What the session is to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+#[non_exhaustive]
+pub enum SourceAction {
     /// Start the dirty logs; every page is dirty.
     StartLogs,
     /// Greet the peer, announce the blocks.
@@ -70,25 +89,15 @@ pub enum Action {
         /// 1 for the first.
         number: u32,
     },
-    /// Send dirty pages until none is left or the time is there.
-    Send {
-        /// By the engine's clock.
-        until: Duration,
-    },
+    /// Send dirty pages until none is left, or until [`wake_at`](super::SourceEngine::wake_at).
+    Send,
     /// End the round: nothing later overtakes it.
     CloseRound {
         /// Live or final.
         kind: RoundKind,
     },
-    /// Nothing to send: wait for the guest's source, or for what is under way to leave.
-    Wait {
-        /// By the engine's clock.
-        until: Duration,
-    },
     /// Stop the guest.
     PauseGuest,
-    /// The guest stands still: wait until the embedder lets the migration go on.
-    Hold,
     /// Wait until no page is lent to kernel or NIC.
     Drain,
     /// Send the device state, all but the byte that commits.
@@ -97,29 +106,59 @@ pub enum Action {
     SendDiscards,
     /// Postcopy: send the package with the device state, all but the command that starts the guest.
     SendPackage,
-    /// Postcopy: send missing pages, those first that somebody waits for.
-    SendMissing {
-        /// By the engine's clock.
-        until: Duration,
-    },
-    /// Postcopy: all pages were sent; wait until the peer says that it takes the guest.
-    AwaitTaken,
+    /// Postcopy: send missing pages, those first that somebody waits for, until
+    /// [`wake_at`](super::SourceEngine::wake_at).
+    SendMissing,
     /// Postcopy: nothing is left; end the stream.
     EndPostcopy,
     /// Make the digest and send it.
     SendDigest,
-    /// Wait for the peer's READY.
-    AwaitReady,
-    /// A relay: the peer could take the guest; wait until the guest's own source gives it away.
-    AwaitGuest,
     /// Give the guest away. From here on it is not ours.
     Commit,
-    /// Wait for the peer's RUNNING.
-    AwaitRunning,
+    /// A relay's peer was given the guest and has said nothing in time: tell the operator.
+    ReportSilence,
+    /// A cancel came when the guest was given away already. Said once; no answer is due.
+    RefuseCancel,
     /// Success: logs off, memory may go.
     Release,
     /// Failure before COMMIT: unsent pages back into the map, logs off, guest runs.
     RollBack,
     /// Nothing more to do.
     Finish(Outcome),
+}
+
+/// What is waited for while nothing is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Waiting {
+    /// What is under way to leave, or a relay's source to stop its guest.
+    Moment,
+    /// The guest stands still: the embedder lets the migration go on.
+    Embedder,
+    /// The peer has everything.
+    Ready,
+    /// A relay: the guest's own source gives it away.
+    Guest,
+    /// Postcopy: the peer takes the guest.
+    Taken,
+    /// The peer says that the guest runs.
+    Running,
+    /// A relay in doubt: a late answer of the peer, for as long as it is of use.
+    LateAnswer,
+}
+
+/// What did not come in time, and in which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Overdue {
+    /// The switchover.
+    Switchover(Duration),
+    /// READY, though the peer went on saying that it is at work.
+    Ready(Duration),
+    /// READY, and the peer was silent.
+    Sign(Duration),
+    /// That the peer takes the guest.
+    Taken(Duration),
+    /// RUNNING.
+    Running(Duration),
 }

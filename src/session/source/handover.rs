@@ -1,6 +1,6 @@
 //! How a migration ends at the source: device state, digest, COMMIT.
 
-use crate::engine::{Handover, Input};
+use crate::engine::{Handover, SourceEvent};
 use crate::guest::save_state;
 use crate::ram::PageSet;
 use crate::stream::native::{MAX_DIGESTS, Order, encode_state_head};
@@ -18,7 +18,7 @@ use crate::session::{Breakage, Error};
 
 impl SourceSession {
     /// Everything about the device state but the byte that commits.
-    pub(super) fn send_state(&mut self) -> Result<Input, Error> {
+    pub(super) fn send_state(&mut self) -> Result<SourceEvent, Error> {
         self.check_layout()?;
         let saved = save_state(self.guest.control.as_mut());
         let mut state = saved.map_err(|source| Error::Control { what: "save its device state", source })?;
@@ -42,7 +42,7 @@ impl SourceSession {
             self.poll_return_path()?;
             self.link.sink().await_read(&self.stop)?;
         }
-        Ok(Input::Done)
+        Ok(SourceEvent::Done)
     }
 
     fn send_native_state(&mut self, state: &[u8]) -> Result<(), Error> {
@@ -60,7 +60,7 @@ impl SourceSession {
 
     /// The peer makes its own digest meanwhile and compares. While ours is made PINGs tell that we are alive, and
     /// a cancel is seen.
-    pub(super) fn send_digest(&mut self) -> Result<Input, Error> {
+    pub(super) fn send_digest(&mut self) -> Result<SourceEvent, Error> {
         let settings = &self.settings;
         let configuration = (&settings.configuration, &settings.vmm_configuration[..]);
         let carried = carried(settings.framing, configuration, &settings.early_sections);
@@ -84,11 +84,11 @@ impl SourceSession {
         }
         self.send_bytes(&out)?;
         self.link.sink().flush(&self.stop)?;
-        Ok(Input::Done)
+        Ok(SourceEvent::Done)
     }
 
     /// From the first byte of this on the guest is not ours: no cancel breaks it off any more.
-    pub(super) fn commit(&mut self) -> Result<Input, Error> {
+    pub(super) fn commit(&mut self) -> Result<SourceEvent, Error> {
         debug_assert!(self.engine.is_committed());
         if self.engine.is_postcopy() {
             // The pages that follow take their time, which the connection bounds.
@@ -117,7 +117,7 @@ impl SourceSession {
         if self.breakage.is(Breakage::ResumeAfterCommit) {
             let _ = self.guest.control.resume();
         }
-        Ok(Input::Done)
+        Ok(SourceEvent::Done)
     }
 }
 

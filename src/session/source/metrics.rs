@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::engine::{Action, Outcome, Reason, Throttler};
+use crate::engine::{Outcome, Reason, SourceAction, Throttler, Waiting};
 use crate::error::Chain;
 use crate::observe::{
     DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, SkippedPages, SpliceCounts, Status,
@@ -108,39 +108,55 @@ impl Figures {
     }
 
     /// A step begins: the downtime's parts and the status follow from the steps.
-    pub(super) fn step(&mut self, now: Duration, action: Action) {
+    pub(super) fn step(&mut self, now: Duration, action: SourceAction) {
         let part = match action {
-            Action::PauseGuest => {
+            SourceAction::PauseGuest => {
                 self.paused_at = Some(now);
                 self.shared.update(|s| s.status = Status::Device);
                 Some(Part::Pause)
             }
-            Action::Hold => {
-                self.shared.update(|s| s.status = Status::PreSwitchover);
-                Some(Part::Hold)
-            }
-            Action::Sync { last: true } => {
+            SourceAction::Sync { last: true } => {
                 self.shared.update(|s| s.status = Status::Device);
                 Some(Part::Sync)
             }
-            Action::OpenRound { kind: RoundKind::Final, .. } | Action::SendDiscards => Some(Part::Pages),
-            Action::SendState | Action::SendPackage => Some(Part::State),
-            Action::SendDigest => Some(Part::Digest),
-            Action::AwaitReady | Action::AwaitGuest => Some(Part::Ready),
-            Action::Commit => {
+            SourceAction::OpenRound { kind: RoundKind::Final, .. } | SourceAction::SendDiscards => {
+                Some(Part::Pages)
+            }
+            SourceAction::SendState | SourceAction::SendPackage => Some(Part::State),
+            SourceAction::SendDigest => Some(Part::Digest),
+            SourceAction::Commit => {
                 self.shared.update(|s| s.status = Status::HandingOver);
                 Some(Part::Handover)
             }
-            Action::Release | Action::RollBack | Action::Finish(_) => {
+            SourceAction::Release | SourceAction::RollBack | SourceAction::Finish(_) => {
                 self.close_part(now);
                 return;
             }
             _ => None,
         };
         if let Some(part) = part {
-            self.close_part(now);
-            self.part = Some((part, now));
+            self.begin_part(now, part);
         }
+    }
+
+    /// Nothing is to be done: the time is spent on what is waited for.
+    pub(super) fn waits(&mut self, now: Duration, waiting: Waiting) {
+        let part = match waiting {
+            Waiting::Embedder => {
+                self.shared.update(|s| s.status = Status::PreSwitchover);
+                Part::Hold
+            }
+            Waiting::Ready | Waiting::Guest => Part::Ready,
+            _ => return,
+        };
+        if self.part.is_none_or(|(now, _)| now != part) {
+            self.begin_part(now, part);
+        }
+    }
+
+    fn begin_part(&mut self, now: Duration, part: Part) {
+        self.close_part(now);
+        self.part = Some((part, now));
     }
 
     fn close_part(&mut self, now: Duration) {

@@ -17,7 +17,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::{
-    Action, Handover, Input, Outcome, Pace, Sent, SourceConfig, SourceEngine, Switchover, Throttler,
+    Handover, Outcome, Pace, Sent, SourceAction, SourceConfig, SourceEngine, SourceEvent, Switchover,
+    Throttler,
 };
 use crate::error::{Chain, Remedy};
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
@@ -163,7 +164,6 @@ pub struct SourceSession {
     /// When bytes last left for a peer that waits for more.
     last_sign: Duration,
     paused: bool,
-    cancel_refused: bool,
     /// Nothing counts as sent any more.
     all_unsent: bool,
     error: Option<Error>,
@@ -184,6 +184,7 @@ impl SourceSession {
         config.holds = settings.pause_before_switchover;
         config.postcopy = settings.postcopy.as_ref().map(|postcopy| postcopy.rule);
         config.longest_round = settings.throttling.map(|_| ROUND_TIMEOUT);
+        config.answers = peer::answer_timeouts(&settings, table);
         let control = Control::new(&settings, connection.link.delta_cache_size());
         let dirty = DirtyMap::new(table, settings.clear_shift);
         let figures = Figures::new(table, SharedStatistics::default());
@@ -222,7 +223,6 @@ impl SourceSession {
             commit_at: 0,
             last_sign: Duration::ZERO,
             paused: false,
-            cancel_refused: false,
             all_unsent: false,
             error: None,
             breakage: Breakage::default(),
@@ -267,36 +267,69 @@ impl SourceSession {
 
     /// Runs the migration to its end on this thread.
     pub fn run(mut self) -> SourceReport {
-        let mut action = self.engine.handle(self.clock.now(), Input::Begin);
+        self.tell(SourceEvent::Begin);
         let outcome = loop {
-            if let Action::Finish(outcome) = action {
-                break outcome;
-            }
-            tracing::trace!(?action, "perform");
-            let input = self.perform_guarded(action).unwrap_or_else(|error| self.keep(error));
-            // A cancel comes before this step or after it, never in between: the step may be COMMIT.
-            let canceller = self.control.canceller();
-            action = canceller.decide(|| {
-                self.check_cancel();
-                let action = self.engine.handle(self.clock.now(), input);
-                (action, self.engine.is_committed())
-            });
+            let event = match self.engine.poll() {
+                Some(SourceAction::Finish(outcome)) => break outcome,
+                Some(SourceAction::RefuseCancel) => {
+                    self.refuse_cancel();
+                    continue;
+                }
+                Some(action) => {
+                    tracing::trace!(?action, "perform");
+                    self.step_guarded(|session| session.perform(action))
+                }
+                None => self.step_guarded(Self::wait_for_event),
+            };
+            self.tell(event);
         };
         self.report(outcome)
     }
 
-    /// A panic of the embedder's code is a failure of the step.
-    fn perform_guarded(&mut self, action: Action) -> Result<Input, Error> {
-        if self.breakage.is(Breakage::DieOfPanic) {
-            return self.perform(action);
+    /// Tells the engine what has come of its last action, or of the wait for an event.
+    fn tell(&mut self, event: SourceEvent) {
+        let canceller = self.control.canceller();
+        // A cancel comes before this step or after it, never in between: the step may be COMMIT.
+        canceller.decide(|| {
+            let now = self.clock.now();
+            self.tell_commands(now);
+            self.engine.handle(now, event);
+            ((), self.engine.is_committed())
+        });
+    }
+
+    /// Tells the engine what the embedder has asked for.
+    fn tell_commands(&mut self, now: Duration) {
+        if self.control.wants_postcopy() {
+            self.engine.handle(now, SourceEvent::StartPostcopy);
         }
-        let during =
-            if self.engine.is_committed() { "the guest is handed over" } else { "sending the guest" };
-        guarded(during, || self.perform(action)).unwrap_or_else(|error| {
-            // Pages that were on their way from the map to the connection are in neither.
-            self.all_unsent = true;
-            Err(error)
-        })
+        if self.control.canceller().token().is_cancelled() {
+            self.engine.handle(now, SourceEvent::Cancel);
+        }
+    }
+
+    /// After COMMIT a cancel breaks no wait any more.
+    fn refuse_cancel(&mut self) {
+        if self.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
+            self.stop = Stop::never();
+        }
+        tracing::warn!("cancel refused: the destination owns the guest");
+    }
+
+    /// A panic of the embedder's code is a failure of the step.
+    fn step_guarded(&mut self, step: impl FnOnce(&mut Self) -> Result<SourceEvent, Error>) -> SourceEvent {
+        let done = if self.breakage.is(Breakage::DieOfPanic) {
+            step(self)
+        } else {
+            let during =
+                if self.engine.is_committed() { "the guest is handed over" } else { "sending the guest" };
+            guarded(during, || step(self)).unwrap_or_else(|error| {
+                // Pages that were on their way from the map to the connection are in neither.
+                self.all_unsent = true;
+                Err(error)
+            })
+        };
+        done.unwrap_or_else(|error| self.keep(error))
     }
 
     fn report(mut self, outcome: Outcome) -> SourceReport {
@@ -313,9 +346,7 @@ impl SourceSession {
         if given_away {
             self.end_throttling();
         }
-        if let (Some(after), None) = (self.engine.gave_up_after(), &self.error) {
-            self.error = Some(Error::NotConverged { after });
-        }
+        self.note_overdue();
         quietly("telling of the end", || self.figures.ended(now, outcome, self.error.as_ref()));
         self.let_go(outcome);
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
@@ -342,92 +373,74 @@ impl SourceSession {
         }
     }
 
-    fn check_cancel(&mut self) {
-        if self.control.wants_postcopy() {
-            self.engine.start_postcopy();
-        }
-        if !self.control.canceller().token().is_cancelled() || self.engine.cancel() {
-            return;
-        }
-        // After COMMIT a cancel must break no wait any more.
-        if self.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
-            self.stop = Stop::never();
-        }
-        if !std::mem::replace(&mut self.cancel_refused, true) {
-            tracing::warn!("cancel refused: the destination owns the guest");
-        }
-    }
-
-    fn keep(&mut self, error: Error) -> Input {
+    fn keep(&mut self, error: Error) -> SourceEvent {
         tracing::warn!(error = %Chain(&error), "migration step failed");
-        // A cancel that broke the step's wait is the reason, not the broken wait.
-        self.check_cancel();
         // The kernel's answer for memory that it has lost names no block.
         let error = if error.kind() == ErrorKind::Cancelled {
             error
         } else {
             self.check_layout().err().unwrap_or(error)
         };
-        let error = self.peer_failure().filter(|_| error.kind() == ErrorKind::Channel).unwrap_or(error);
+        let broken = error.kind() == ErrorKind::Channel;
+        let error = broken.then(|| self.peer_failure()).flatten().unwrap_or(error);
         let may_give_back = self.handover == Handover::Shut || self.engine.is_postcopy();
-        let refused = matches!(&error, Error::PeerFailed { .. }) && may_give_back;
+        let event = match &error {
+            Error::PeerFailed { .. } if may_give_back => SourceEvent::Refused,
+            error if error.kind() == ErrorKind::Channel => SourceEvent::Lost,
+            _ => SourceEvent::Failed,
+        };
         self.error.get_or_insert(error);
-        if refused { Input::Refused } else { Input::Failed }
+        event
     }
 
-    fn perform(&mut self, action: Action) -> Result<Input, Error> {
+    fn perform(&mut self, action: SourceAction) -> Result<SourceEvent, Error> {
         let now = self.clock.now();
         match action {
             // Too late to give up, and nothing to give up for.
-            Action::Commit | Action::AwaitRunning | Action::Release => {
+            SourceAction::Commit | SourceAction::ReportSilence | SourceAction::Release => {
                 quietly("telling of a step", || self.figures.step(now, action));
             }
             _ => self.figures.step(now, action),
         }
         match action {
-            Action::StartLogs => self.start_logs(),
-            Action::SendSetup => self.set_up(),
-            Action::Sync { last } => self.sync(last),
-            Action::OpenRound { kind, number } => self.open_round(kind, number),
-            Action::Send { until } => self.send_slice(until),
-            Action::CloseRound { kind } => self.close_round(kind),
-            Action::Wait { until } => self.wait(until),
-            Action::PauseGuest => {
+            SourceAction::StartLogs => self.start_logs(),
+            SourceAction::SendSetup => self.set_up(),
+            SourceAction::Sync { last } => self.sync(last),
+            SourceAction::OpenRound { kind, number } => self.open_round(kind, number),
+            SourceAction::Send => self.send_slice(),
+            SourceAction::CloseRound { kind } => self.close_round(kind),
+            SourceAction::PauseGuest => {
                 // Paused from here on whatever the VMM answers: a failed pause is undone by resume as well.
                 self.paused = true;
                 let paused = self.guest.control.pause();
                 paused.map_err(|source| Error::Control { what: "pause", source })?;
-                Ok(Input::Done)
+                Ok(SourceEvent::Done)
             }
-            Action::Drain => {
+            SourceAction::Drain => {
                 if !self.breakage.is(Breakage::SkipDrain) {
                     self.link.drain(&self.stop)?;
                 }
                 self.take_returned()?;
-                Ok(Input::Done)
+                Ok(SourceEvent::Done)
             }
-            Action::SendState => self.send_state(),
-            Action::SendDigest => self.send_digest(),
-            Action::SendDiscards => self.send_discards(),
-            Action::SendPackage => self.send_package(),
-            Action::SendMissing { until } => self.send_missing(until),
-            Action::AwaitTaken => self.await_taken(),
-            Action::EndPostcopy => self.end_postcopy(),
-            Action::AwaitReady => self.await_ready(),
-            Action::AwaitGuest => self.await_guest(),
-            Action::Commit => self.commit(),
-            Action::AwaitRunning => self.await_running(),
-            Action::Hold => self.hold(),
-            Action::Release => {
+            SourceAction::SendState => self.send_state(),
+            SourceAction::SendDigest => self.send_digest(),
+            SourceAction::SendDiscards => self.send_discards(),
+            SourceAction::SendPackage => self.send_package(),
+            SourceAction::SendMissing => self.send_missing(),
+            SourceAction::EndPostcopy => self.end_postcopy(),
+            SourceAction::Commit => self.commit(),
+            SourceAction::ReportSilence => self.report_silence(),
+            SourceAction::Release => {
                 self.end_throttling();
                 self.stop_logs()
             }
-            Action::RollBack => self.roll_back(),
-            Action::Finish(_) => Ok(Input::Done),
+            SourceAction::RollBack => self.roll_back(),
+            SourceAction::RefuseCancel | SourceAction::Finish(_) => Ok(SourceEvent::Done),
         }
     }
 
-    fn start_logs(&mut self) -> Result<Input, Error> {
+    fn start_logs(&mut self) -> Result<SourceEvent, Error> {
         self.figures.shared().update(|s| s.status = Status::Setup);
         if self.guest.dirty.is_empty() && !self.settings.guest_stands_still {
             return Err(Error::Config {
@@ -454,18 +467,18 @@ impl SourceSession {
         for source in &self.guest.dirty {
             source.start()?;
         }
-        Ok(Input::Done)
+        Ok(SourceEvent::Done)
     }
 
-    fn stop_logs(&mut self) -> Result<Input, Error> {
+    fn stop_logs(&mut self) -> Result<SourceEvent, Error> {
         let stop = |source: &Arc<dyn DirtySource>| Ok(guarded("stopping a dirty log", || source.stop())??);
         // Every source is stopped, even if an earlier one refuses.
         let results: Vec<Result<(), Error>> = self.guest.dirty.iter().map(stop).collect();
         results.into_iter().collect::<Result<(), _>>()?;
-        Ok(Input::Done)
+        Ok(SourceEvent::Done)
     }
 
-    fn sync(&mut self, last: bool) -> Result<Input, Error> {
+    fn sync(&mut self, last: bool) -> Result<SourceEvent, Error> {
         let began = self.clock.now();
         self.check_layout()?;
         self.skip_before_sync();
@@ -483,10 +496,10 @@ impl SourceSession {
         let expected = self.engine.expected_downtime(dirty_pages);
         self.figures.synced(now, dirty_pages, fresh, expected);
         self.figures.shared().tell(EventKind::Synced { dirty_pages, last });
-        Ok(Input::Synced { dirty_pages })
+        Ok(SourceEvent::Synced { dirty_pages })
     }
 
-    fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<Input, Error> {
+    fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<SourceEvent, Error> {
         self.figures.round(self.clock.now(), number, self.dirty.count());
         self.check_progress();
         let mut head = Vec::new();
@@ -499,10 +512,10 @@ impl SourceSession {
         }
         self.send_bytes(&head)?;
         self.link.open_round(kind, &self.stop)?;
-        Ok(Input::Done)
+        Ok(SourceEvent::Done)
     }
 
-    fn close_round(&mut self, kind: RoundKind) -> Result<Input, Error> {
+    fn close_round(&mut self, kind: RoundKind) -> Result<SourceEvent, Error> {
         let (begun, before, guest_before) = (Instant::now(), self.position(), self.figures.whole_bytes());
         if !self.breakage.is(Breakage::SkipFence) {
             self.link.close_round(kind, &self.stop)?;
@@ -524,19 +537,7 @@ impl SourceSession {
         self.engine.set_sent_at_fence(Sent { guest, wire: sent - before });
         self.engine.set_under_way(self.link.under_way());
         self.figures.round_closed(self.clock.now(), sent);
-        Ok(Input::Done)
-    }
-
-    fn wait(&mut self, until: Duration) -> Result<Input, Error> {
-        self.poll_return_path()?;
-        self.send_keepalive()?;
-        let time = until.saturating_sub(self.clock.now());
-        let Some(upstream) = &mut self.upstream else {
-            // A stop is looked at before the next step.
-            self.stop.sleep(time);
-            return Ok(Input::Woken { upstream_stopped: false });
-        };
-        Ok(Input::Woken { upstream_stopped: upstream.wait(time)? })
+        Ok(SourceEvent::Done)
     }
 
     pub(super) fn send_bytes(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
@@ -544,7 +545,8 @@ impl SourceSession {
     }
 
     /// Before COMMIT: nothing is lost. Unsent and unconfirmed pages are dirty again, the guest runs.
-    fn roll_back(&mut self) -> Result<Input, Error> {
+    fn roll_back(&mut self) -> Result<SourceEvent, Error> {
+        self.note_overdue();
         self.stop = Stop::never();
         let confirms = self.link.abilities().confirms_placement;
         let given_back = guarded("taking pages back", || self.link.reclaim());
@@ -563,7 +565,7 @@ impl SourceSession {
         }
         self.skip_no_more();
         let leave_on = self.breakage.is(Breakage::LeaveLogsOn);
-        let stopped = if leave_on { Ok(Input::Done) } else { self.stop_logs() };
+        let stopped = if leave_on { Ok(SourceEvent::Done) } else { self.stop_logs() };
         if !self.breakage.is(Breakage::LeaveThrottleOn) {
             self.end_throttling();
         }

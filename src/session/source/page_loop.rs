@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Input, Sent};
+use crate::engine::{Sent, SourceEvent};
 use crate::page::{ZeroDetection, classify};
 use crate::ram::{PageBatch, PageRun};
 use crate::transport::{InlinePages, Offer, Receipt};
@@ -15,8 +15,8 @@ use crate::session::{Breakage, Error};
 const MAX_BATCH_PAGES: u64 = 16 * 1024;
 
 impl SourceSession {
-    /// Sends dirty pages until none is left, or until `until`. The peer is heard once a slice.
-    pub(super) fn send_slice(&mut self, until: Duration) -> Result<Input, Error> {
+    /// Sends dirty pages until none is left, or until the engine calls. The peer and the embedder are heard at each batch.
+    pub(super) fn send_slice(&mut self) -> Result<SourceEvent, Error> {
         self.poll_return_path()?;
         self.check_layout()?;
         // Also where the limit lets no page leave for long: a link may have to show that we are alive.
@@ -24,17 +24,15 @@ impl SourceSession {
         self.follow_control();
         self.throttle_vcpus();
         let (before, guest_before) = (self.position(), self.figures.whole_bytes());
-        loop {
-            if !self.keep_pace(until) {
-                break;
-            }
+        while self.keep_pace()? {
             let batch = self.next_batch()?;
             if batch.is_empty() {
                 self.spare.push(batch);
                 break;
             }
             self.offer(batch)?;
-            if self.clock.now() >= until || self.stop.reason().is_some() {
+            self.poll_return_path()?;
+            if self.is_called() {
                 break;
             }
         }
@@ -47,22 +45,31 @@ impl SourceSession {
         self.figures.deltas(self.link.deltas());
         self.engine.set_under_way(self.link.under_way());
         let guest = self.figures.whole_bytes() - guest_before;
-        Ok(Input::Sent { pages_left, sent: Sent { guest, wire: bytes } })
+        Ok(SourceEvent::Sent { pages_left, sent: Sent { guest, wire: bytes } })
     }
 
-    /// Waits until the limit lets the next batch leave; false if that is later than `until`, or somebody stops us.
-    fn keep_pace(&mut self, until: Duration) -> bool {
-        if self.in_last_round {
-            return true;
-        }
+    /// True if the engine has something else to do by now, or the time of its slice is over.
+    pub(super) fn is_called(&mut self) -> bool {
         let now = self.clock.now();
-        let delay = self.pace.delay(now);
-        let left = until.saturating_sub(now);
-        if delay > Duration::ZERO {
-            let stopped = self.stop.sleep(delay.min(left)).is_some();
-            return !stopped && delay < left;
+        self.tell_commands(now);
+        self.engine.wake_at().is_some_and(|at| now >= at)
+    }
+
+    /// Waits until the limit lets the next batch leave, and hears the peer meanwhile; false if the engine calls before.
+    fn keep_pace(&mut self) -> Result<bool, Error> {
+        while !self.in_last_round {
+            let now = self.clock.now();
+            let delay = self.pace.delay(now);
+            if delay == Duration::ZERO {
+                break;
+            }
+            let left = self.engine.wake_at().map_or(delay, |at| at.saturating_sub(now));
+            self.listen_for(delay.min(left))?;
+            if self.is_called() {
+                return Ok(false);
+            }
         }
-        true
+        Ok(true)
     }
 
     fn page_bytes(&self) -> u64 {

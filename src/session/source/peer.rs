@@ -1,23 +1,29 @@
-//! What the source hears of its destination, and how long it waits for it.
+//! What the source hears of its destination, and what it waits for while there is nothing to do.
 
 use std::time::Duration;
 
-use crate::engine::{Handover, Input};
-use crate::error::Remedy;
+use crate::engine::{AnswerTimeouts, Handover, Overdue, SourceEvent, Waiting};
+use crate::error::{Chain, Remedy};
 use crate::observe::Status;
+use crate::ram::RamBlockTable;
 use crate::stream::qemu::command::Command;
-use crate::sys::Stop;
+use crate::stream::qemu::package::PING_TAKEN;
+use crate::sys::{Stop, StopReason};
 
 use super::SourceSession;
-use super::return_path::{PeerMessage, check_deadline};
+use super::return_path::PeerMessage;
 use super::setup;
+use crate::session::config::SourceSettings;
 use crate::session::{Breakage, Error};
 
 /// Longest time in which a source with nothing to send is silent.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Time between two looks at the peer while a guest is waited for.
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// Between two looks at the peer while somebody else is waited for: the embedder, a relay's source.
+const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Between two looks whether a late answer is of any use still.
+const LATE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Bytes of RAM a second that a destination compares and puts away at the least: what bounds the wait for one that
 /// goes on saying that it is at it.
@@ -26,10 +32,130 @@ const SLOWEST_LOAD: u64 = 64 << 20;
 /// Messages heard in one look at the return path.
 const MAX_MESSAGES: usize = 64;
 
+/// Requests that wait here at most. Those behind wait in the connection.
+const MAX_REQUESTS: usize = 1024;
+
+/// How long the answers of the destination are waited for.
+pub(super) fn answer_timeouts(settings: &SourceSettings, table: &RamBlockTable) -> AnswerTimeouts {
+    let running = settings.finish_timeout;
+    // It makes its own digest before, and puts RAM on a disk perhaps: as long as it says so, a cancel apart.
+    let work = Duration::from_secs(table.travelling() / SLOWEST_LOAD);
+    AnswerTimeouts { ready: running.saturating_add(work), silence: settings.stall_timeout, running }
+}
+
 impl SourceSession {
+    /// There is nothing to do: waits for what comes next.
+    pub(super) fn wait_for_event(&mut self) -> Result<SourceEvent, Error> {
+        let Some(waiting) = self.engine.waits_for() else { return Ok(SourceEvent::Failed) };
+        self.figures.waits(self.clock.now(), waiting);
+        match waiting {
+            Waiting::Moment => self.wait_moment(),
+            Waiting::Embedder => self.wait_for_embedder(),
+            Waiting::Guest => self.wait_for_guest(),
+            Waiting::Ready if self.breakage.is(Breakage::CommitBeforeReady) => Ok(SourceEvent::Ready),
+            Waiting::Running if self.breakage.is(Breakage::CompleteAtCommit) => Ok(SourceEvent::Running),
+            Waiting::LateAnswer => self.wait_for_late_answer(),
+            _ => self.wait_for_peer(),
+        }
+    }
+
+    /// Until then the engine wants no call.
+    fn time_left(&mut self) -> Option<Duration> {
+        let now = self.clock.now();
+        self.engine.wake_at().map(|at| at.saturating_sub(now))
+    }
+
+    /// For what is under way to leave, or for a relay's source to stop its guest.
+    fn wait_moment(&mut self) -> Result<SourceEvent, Error> {
+        let mut left = self.time_left().unwrap_or_default();
+        self.send_keepalive()?;
+        if self.upstream.is_none() {
+            self.listen_for(left)?;
+            return Ok(SourceEvent::Woken);
+        }
+        loop {
+            self.poll_return_path()?;
+            let piece = left.min(PEER_CHECK_INTERVAL);
+            left -= piece;
+            let Some(upstream) = &mut self.upstream else { return Ok(SourceEvent::Woken) };
+            if upstream.wait(piece)? {
+                return Ok(SourceEvent::UpstreamStopped);
+            }
+            if left.is_zero() || self.stop.reason().is_some() {
+                return Ok(SourceEvent::Woken);
+            }
+        }
+    }
+
+    /// For the embedder, before the last sync; a cancel or a peer that fails ends it.
+    fn wait_for_embedder(&mut self) -> Result<SourceEvent, Error> {
+        while !self.control.gate().wait(PEER_CHECK_INTERVAL) {
+            self.poll_return_path()?;
+            self.send_keepalive()?;
+            if self.stop.reason().is_some() {
+                return Err(Error::Cancelled);
+            }
+        }
+        Ok(SourceEvent::Continue)
+    }
+
+    /// For a relay's source: before COMMIT, so that a failure on either side leaves the guest at its source.
+    fn wait_for_guest(&mut self) -> Result<SourceEvent, Error> {
+        let handover = self.engine.handover();
+        while let Some(upstream) = &mut self.upstream
+            && !upstream.wait_given(handover, PEER_CHECK_INTERVAL)?
+        {
+            self.poll_return_path()?;
+            if self.stop.reason().is_some() {
+                return Err(Error::Cancelled);
+            }
+        }
+        Ok(SourceEvent::GuestGiven)
+    }
+
+    /// For an answer.
+    fn wait_for_peer(&mut self) -> Result<SourceEvent, Error> {
+        let stop = match self.time_left() {
+            Some(left) => self.stop.within(left),
+            None => self.stop.clone(),
+        };
+        self.next_event(&stop).map(|event| event.unwrap_or(SourceEvent::Woken))
+    }
+
+    /// In doubt a relay goes on listening: its far end may only have stood still.
+    fn wait_for_late_answer(&mut self) -> Result<SourceEvent, Error> {
+        while let Some(upstream) = &mut self.upstream
+            && upstream.goes_on_listening()
+        {
+            if let Some(event) = self.next_event(&Stop::never().within(LATE_CHECK_INTERVAL))? {
+                return Ok(event);
+            }
+        }
+        Ok(SourceEvent::Failed)
+    }
+
+    /// A relay is in doubt.
+    pub(super) fn report_silence(&mut self) -> Result<SourceEvent, Error> {
+        let silence = self.engine.overdue().map(no_answer);
+        if let (Some(upstream), Some(silence)) = (&mut self.upstream, silence) {
+            self.figures.shared().update(|s| s.status = Status::InDoubt);
+            upstream.far_end_is_silent(&silence);
+        }
+        Ok(SourceEvent::Done)
+    }
+
+    /// Why the engine ended the migration, where it was for want of time.
+    pub(super) fn note_overdue(&mut self) {
+        if let (Some(overdue), None) = (self.engine.overdue(), &self.error) {
+            let error = no_answer(overdue);
+            tracing::warn!(error = %Chain(&error), "the migration takes too long");
+            self.error = Some(error);
+        }
+    }
+
     /// A source that has nothing to send says so: a ramwire takes long silence for a dead peer. Both kinds of peer
     /// answer a PING between sections.
-    pub(super) fn send_keepalive(&mut self) -> Result<(), Error> {
+    fn send_keepalive(&mut self) -> Result<(), Error> {
         let now = self.clock.now();
         let every = (self.settings.stall_timeout / 4).min(KEEPALIVE_INTERVAL);
         if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
@@ -42,132 +168,111 @@ impl SourceSession {
         Ok(self.link.sink().flush(&self.stop)?)
     }
 
-    /// Sees whether the peer failed meanwhile.
+    /// Takes what the peer has said meanwhile. Waits for nothing.
     pub(super) fn poll_return_path(&mut self) -> Result<(), Error> {
-        if self.engine.is_postcopy() && self.engine.is_committed() {
-            return self.hear_requests();
-        }
-        let Some(back) = &mut self.back else { return Ok(()) };
         // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
         for _ in 0..MAX_MESSAGES {
-            match back.poll()? {
-                Some(PeerMessage::Working) => {}
-                Some(word) => refuse_verdict(word)?,
-                None => break,
-            }
+            let Some(back) = self.back.as_mut().filter(|_| self.search.asked() < MAX_REQUESTS) else { break };
+            let Some(message) = back.poll()? else { break };
+            self.hear(message)?;
         }
         Ok(())
     }
 
-    /// Why the peer failed, if it said so before the connection broke.
-    pub(super) fn peer_failure(&mut self) -> Option<Error> {
-        match self.poll_return_path() {
-            Err(error @ Error::PeerFailed { .. }) => Some(error),
-            _ => None,
+    /// Hears the peer for `time`, less if it says something that the engine acts on.
+    pub(super) fn listen_for(&mut self, time: Duration) -> Result<(), Error> {
+        let stop = self.stop.within(time);
+        if self.back.is_none() {
+            stop.sleep(time);
+            return Ok(());
         }
+        if let Some(event) = self.next_event(&stop)? {
+            let now = self.clock.now();
+            self.engine.handle(now, event);
+        }
+        Ok(())
     }
 
-    pub(super) fn await_ready(&mut self) -> Result<Input, Error> {
-        if self.breakage.is(Breakage::CommitBeforeReady) {
-            return Ok(Input::Ready);
-        }
-        // It makes its own digest before, and puts RAM on a disk perhaps: as long as it says so, a cancel apart.
-        let work = Duration::from_secs(self.guest.memory.table().travelling() / SLOWEST_LOAD);
-        let longest = self.settings.finish_timeout.saturating_add(work);
-        let stop = self.stop.within(longest);
-        let silence = self.settings.stall_timeout;
-        let unheard = || {
-            let (after, remedy) = match stop.reason() {
-                Some(_) => (longest, Remedy::RaiseFinishTimeout),
-                None => (silence, Remedy::RaiseStallTimeout),
-            };
-            Error::NoAnswer { what: "that it has loaded the guest", after, remedy }
-        };
-        let or_unheard = |error| match Error::from(error) {
-            error if error.is_deadline() => unheard(),
-            error => error,
-        };
+    /// Waits for a message that is an event; `None` at the deadline of `stop`. A peer that says other things is no reason
+    /// to wait longer.
+    fn next_event(&mut self, stop: &Stop) -> Result<Option<SourceEvent>, Error> {
         loop {
-            match self.verdict(&stop.within(silence), unheard)? {
-                // What is always there already is never waited for: the wait's own end must be looked at.
-                PeerMessage::Working => check_deadline(&stop).map_err(or_unheard)?,
-                PeerMessage::Ready => return Ok(Input::Ready),
-                word => return refuse_verdict(word).map(|()| Input::Failed),
-            }
-        }
-    }
-
-    /// Before COMMIT, so that a failure on either side leaves the guest at its source.
-    pub(super) fn await_guest(&mut self) -> Result<Input, Error> {
-        while let Some(upstream) = &mut self.upstream
-            && !upstream.wait_given(self.handover, POLL_INTERVAL)?
-        {
-            self.poll_return_path()?;
-            if self.stop.reason().is_some() {
-                return Err(Error::Cancelled);
-            }
-        }
-        Ok(Input::Done)
-    }
-
-    pub(super) fn await_running(&mut self) -> Result<Input, Error> {
-        if !self.handover.has_running() || self.breakage.is(Breakage::CompleteAtCommit) {
-            return Ok(Input::Running);
-        }
-        let after = self.settings.finish_timeout;
-        let silent =
-            || Error::NoAnswer { what: "that the guest runs", after, remedy: Remedy::RaiseFinishTimeout };
-        let stop = self.stop.within(after);
-        let verdict = loop {
-            match self.verdict(&stop, silent) {
-                Err(error @ Error::NoAnswer { .. }) => break self.await_answer(error)?,
-                // Of pages that are on their way.
-                Ok(word @ PeerMessage::Request(_)) if self.engine.is_postcopy() => {
-                    self.take_postcopy_word(word)?;
-                    check_deadline(&stop)?;
-                }
-                verdict => break verdict?,
-            }
-        };
-        match verdict {
-            PeerMessage::Running if self.handover == Handover::Native => Ok(Input::Running),
-            PeerMessage::Shut(0) if self.handover == Handover::Shut => Ok(Input::Running),
-            word => refuse_verdict(word).map(|()| Input::Failed),
-        }
-    }
-
-    /// In doubt a relay goes on listening: its far end may only have stood still. `silence` is what brought it here.
-    fn await_answer(&mut self, silence: Error) -> Result<PeerMessage, Error> {
-        if let Some(upstream) = &mut self.upstream {
-            self.figures.shared().update(|s| s.status = Status::InDoubt);
-            upstream.far_end_is_silent(&silence);
-        }
-        while let Some(upstream) = &mut self.upstream
-            && upstream.goes_on_listening()
-        {
-            let due = || Error::NoAnswer {
-                what: "that the guest runs",
-                after: POLL_INTERVAL,
-                remedy: Remedy::RaiseFinishTimeout,
+            let Some(back) = &mut self.back else {
+                return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });
             };
-            match self.verdict(&Stop::never().within(POLL_INTERVAL), due) {
-                Err(Error::NoAnswer { .. }) => {}
-                verdict => return verdict,
+            let message = match back.next(stop) {
+                Ok(message) => message,
+                Err(error) if error.is_deadline() => return Ok(None),
+                Err(error) => return Err(error),
+            };
+            if let Some(event) = self.event_of(message)? {
+                return Ok(Some(event));
+            }
+            match stop.reason() {
+                // What is always there already is never waited for: the wait's own end must be looked at.
+                Some(StopReason::Deadline) => return Ok(None),
+                Some(StopReason::Cancelled) => return Err(Error::Cancelled),
+                None => {}
             }
         }
-        Err(silence)
     }
 
-    /// Waits until `stop`, whose deadline means `silent`.
-    pub(super) fn verdict(
-        &mut self,
-        stop: &Stop,
-        silent: impl FnOnce() -> Error,
-    ) -> Result<PeerMessage, Error> {
-        let Some(back) = &mut self.back else {
-            return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });
+    fn hear(&mut self, message: PeerMessage) -> Result<(), Error> {
+        if let Some(event) = self.event_of(message)? {
+            let now = self.clock.now();
+            self.engine.handle(now, event);
+        }
+        Ok(())
+    }
+
+    /// What a message means for the engine; `None` if it means nothing to it.
+    ///
+    /// # Errors
+    /// The peer failed, or it is not its turn to say this.
+    fn event_of(&mut self, message: PeerMessage) -> Result<Option<SourceEvent>, Error> {
+        let handover = self.engine.handover();
+        let event = match &message {
+            PeerMessage::Working => SourceEvent::Working,
+            PeerMessage::Ready => SourceEvent::Ready,
+            PeerMessage::Running if handover == Handover::Native => SourceEvent::Running,
+            PeerMessage::Shut(0) if handover == Handover::Shut => SourceEvent::Running,
+            PeerMessage::Request(_) => SourceEvent::Requested,
+            PeerMessage::Pong(PING_TAKEN) if self.engine.is_postcopy() => SourceEvent::Taken,
+            _ => return refuse_verdict(message).map(|()| None),
         };
-        back.next_verdict(stop).map_err(|error| if error.is_deadline() { silent() } else { error })
+        if !self.engine.expects(event) {
+            return refuse_verdict(message).map(|()| None);
+        }
+        match &message {
+            PeerMessage::Request(request) => self.requested(request)?,
+            PeerMessage::Pong(_) if !self.engine.is_taken() => self.figures.taken(self.clock.now()),
+            _ => {}
+        }
+        Ok(Some(event))
+    }
+
+    /// Why the peer failed, if it said so before the connection broke. What else it said is of no account any more.
+    pub(super) fn peer_failure(&mut self) -> Option<Error> {
+        let back = self.back.as_mut()?;
+        for _ in 0..MAX_MESSAGES {
+            let message = back.poll().ok()??;
+            if let Err(error @ Error::PeerFailed { .. }) = refuse_verdict(message) {
+                return Some(error);
+            }
+        }
+        None
+    }
+}
+
+/// What did not come in time, as an error.
+fn no_answer(overdue: Overdue) -> Error {
+    let of = |what, after, remedy| Error::NoAnswer { what, after, remedy };
+    match overdue {
+        Overdue::Switchover(after) => Error::NotConverged { after },
+        Overdue::Ready(after) => of("that it has loaded the guest", after, Remedy::RaiseFinishTimeout),
+        Overdue::Sign(after) => of("that it has loaded the guest", after, Remedy::RaiseStallTimeout),
+        Overdue::Taken(after) => of("that it takes the guest", after, Remedy::RaiseFinishTimeout),
+        Overdue::Running(after) => of("that the guest runs", after, Remedy::RaiseFinishTimeout),
     }
 }
 

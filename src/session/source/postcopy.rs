@@ -9,14 +9,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::engine::{Handover, Input, Pace};
+use crate::engine::{Handover, Pace, SourceEvent};
 use crate::error::Remedy;
 use crate::guest::{GuestMemory, save_state};
 use crate::page::{PageSearch, classify};
 use crate::ram::{PageBatch, PageRun, RamBlock};
 use crate::stream::native::encode_state_section;
 use crate::stream::qemu::command::{Command, HEAD_LEN, encode_discards};
-use crate::stream::qemu::package::{PING_TAKEN, encode_package};
+use crate::stream::qemu::package::encode_package;
 use crate::stream::qemu::ram::EOS_RECORD;
 use crate::stream::qemu::section::{encode_end, encode_eof, encode_part};
 use crate::sys::{SendPart, Stop};
@@ -34,10 +34,6 @@ use crate::session::{Breakage, Error};
 const BACKGROUND_PAGES: u64 = 16;
 /// Pages of such a batch, zero ones included.
 const BACKGROUND_LOOKS: u64 = 64;
-/// Requests that wait here at most. Those behind wait in the connection.
-const MAX_REQUESTS: usize = 1024;
-/// Requests taken in one look at the return path.
-const MAX_MESSAGES: usize = 64;
 /// Bytes of discards that leave together.
 const DISCARDS: usize = 64 << 10;
 /// PING in front of the package, and behind it.
@@ -49,14 +45,13 @@ pub(super) struct Missing {
     /// Writes records after the switchover: the first names its block, and none is a difference.
     pages: InlinePages,
     pace: Pace,
-    taken: bool,
     /// The block of the last request that named one.
     asked_block: Option<BlockIndex>,
 }
 
 impl Missing {
     pub(super) fn new(memory: Arc<dyn GuestMemory>, pace: Pace) -> Self {
-        Self { pages: InlinePages::new(memory), pace, taken: false, asked_block: None }
+        Self { pages: InlinePages::new(memory), pace, asked_block: None }
     }
 }
 
@@ -126,7 +121,7 @@ impl SourceSession {
 
     /// Tells the peer to forget what is dirty here, in whole host pages, and at least one of them: a QEMU that was told to
     /// forget nothing does not start the guest.
-    pub(super) fn send_discards(&mut self) -> Result<Input, Error> {
+    pub(super) fn send_discards(&mut self) -> Result<SourceEvent, Error> {
         // It may stand in the middle of a host page, which is to leave from its start.
         self.search = PageSearch::default();
         // A page that was left out is missing there, and may be asked for.
@@ -163,11 +158,11 @@ impl SourceSession {
         }
         Command::Ping(PING_DISCARDED).encode(&mut out);
         self.send_bytes(&out)?;
-        Ok(Input::Done)
+        Ok(SourceEvent::Done)
     }
 
     /// The package, but for the command that starts the guest.
-    pub(super) fn send_package(&mut self) -> Result<Input, Error> {
+    pub(super) fn send_package(&mut self) -> Result<SourceEvent, Error> {
         self.check_layout()?;
         let saved = save_state(self.guest.control.as_mut());
         let mut state = saved.map_err(|source| Error::Control { what: "save its device state", source })?;
@@ -195,7 +190,7 @@ impl SourceSession {
         self.link.sink().send(&[SendPart::Own(&self.state[..self.commit_at])], &self.stop)?;
         self.link.sink().flush(&self.stop)?;
         self.await_discarded()?;
-        Ok(Input::Done)
+        Ok(SourceEvent::Done)
     }
 
     /// The next bytes commit. A peer that does not allow postcopy, or that failed before it was ready for missing pages, has
@@ -221,8 +216,8 @@ impl SourceSession {
         }
     }
 
-    /// Sends missing pages until none is left, or until `until`. Requests are taken between any two batches.
-    pub(super) fn send_missing(&mut self, until: Duration) -> Result<Input, Error> {
+    /// Sends missing pages until none is left, or until the engine calls. Requests are taken between any two batches.
+    pub(super) fn send_missing(&mut self) -> Result<SourceEvent, Error> {
         self.check_layout()?;
         let before = self.position();
         let mut open = false;
@@ -230,12 +225,13 @@ impl SourceSession {
             self.poll_return_path()?;
             let now = self.clock.now();
             let delay = if self.search.is_asked() { Duration::ZERO } else { self.missing.pace.delay(now) };
-            if delay > Duration::ZERO && now < until {
-                self.hear_within(delay.min(until - now))?;
-                continue;
-            }
             if delay > Duration::ZERO {
-                break;
+                if self.is_called() {
+                    break;
+                }
+                let left = self.engine.wake_at().map_or(delay, |at| at.saturating_sub(now));
+                self.listen_for(delay.min(left))?;
+                continue;
             }
             let batch = self.next_missing()?;
             if batch.is_empty() {
@@ -249,7 +245,7 @@ impl SourceSession {
                 open = true;
             }
             self.write_missing(batch)?;
-            if self.clock.now() >= until || self.breakage.is(Breakage::EndEarly) {
+            if self.is_called() || self.breakage.is(Breakage::EndEarly) {
                 break;
             }
         }
@@ -265,7 +261,7 @@ impl SourceSession {
         let pages_left = self.dirty.count();
         self.figures.sent(self.clock.now(), position - before, pages_left, None);
         let pages_left = if self.breakage.is(Breakage::EndEarly) { 0 } else { pages_left };
-        Ok(Input::Filled { pages_left, taken: self.missing.taken })
+        Ok(SourceEvent::Filled { pages_left })
     }
 
     /// What somebody waits for, alone; else a few pages of the rest. Always whole host pages.
@@ -320,47 +316,8 @@ impl SourceSession {
         Ok(())
     }
 
-    /// Waits at most `time` for a message.
-    fn hear_within(&mut self, time: Duration) -> Result<(), Error> {
-        let stop = self.stop.within(time);
-        let Some(back) = &mut self.back else { return Ok(()) };
-        match back.next(&stop) {
-            Ok(word) => self.take_postcopy_word(word),
-            Err(error) if error.is_deadline() => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Takes requests and other messages that are here, as many as there is room for.
-    pub(super) fn hear_requests(&mut self) -> Result<(), Error> {
-        for _ in 0..MAX_MESSAGES {
-            let Some(back) = self.back.as_mut().filter(|_| self.search.asked() < MAX_REQUESTS) else {
-                break;
-            };
-            match back.poll()? {
-                Some(word) => self.take_postcopy_word(word)?,
-                None => break,
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn take_postcopy_word(&mut self, word: PeerMessage) -> Result<(), Error> {
-        match word {
-            PeerMessage::Request(request) => self.requested(&request),
-            PeerMessage::Pong(PING_TAKEN) => {
-                if !std::mem::replace(&mut self.missing.taken, true) {
-                    self.figures.taken(self.clock.now());
-                }
-                Ok(())
-            }
-            PeerMessage::Working => Ok(()),
-            word => refuse_verdict(word),
-        }
-    }
-
     /// Pages that somebody waits for. What has been sent is on its way: it is not sent again, and asking for it is no fault.
-    fn requested(&mut self, request: &PageRequest) -> Result<(), Error> {
+    pub(super) fn requested(&mut self, request: &PageRequest) -> Result<(), Error> {
         let &PageRequest { ref block, start, length } = request;
         let memory = Arc::clone(&self.guest.memory);
         let table = memory.table();
@@ -394,31 +351,8 @@ impl SourceSession {
         Ok(())
     }
 
-    /// All pages were sent: the peer has yet to say that it takes the guest.
-    pub(super) fn await_taken(&mut self) -> Result<Input, Error> {
-        let after = self.settings.finish_timeout;
-        let stop = self.stop.within(after);
-        while !self.missing.taken {
-            let silent = || Error::NoAnswer {
-                what: "that it takes the guest",
-                after,
-                remedy: Remedy::RaiseFinishTimeout,
-            };
-            let heard = match &mut self.back {
-                Some(back) => back.next(&stop).and_then(|word| {
-                    check_deadline(&stop)?;
-                    Ok(word)
-                }),
-                None => return Err(silent()),
-            };
-            let word = heard.map_err(|error| if error.is_deadline() { silent() } else { error })?;
-            self.take_postcopy_word(word)?;
-        }
-        Ok(Input::Running)
-    }
-
     /// Nothing is missing any more.
-    pub(super) fn end_postcopy(&mut self) -> Result<Input, Error> {
+    pub(super) fn end_postcopy(&mut self) -> Result<SourceEvent, Error> {
         debug_assert!(self.dirty.count() == 0 || self.breakage.is(Breakage::EndEarly));
         let mut out = Vec::new();
         encode_end(self.section_id, &mut out);
@@ -432,7 +366,7 @@ impl SourceSession {
         self.link.sink().outlast(time.saturating_mul(2));
         let position = self.position();
         self.figures.position(position);
-        Ok(Input::Done)
+        Ok(SourceEvent::Done)
     }
 }
 

@@ -4,7 +4,7 @@
 //! answers decide who it is, and no clock does. A destination that is connected but does not read yet, since its VM is
 //! still being made, is waited for; one that stays silent ends the migration before a page has left.
 
-use crate::engine::{Handover, Input};
+use crate::engine::{Handover, SourceEvent};
 use crate::error::Remedy;
 use crate::ram::{BlockFlags, RamBlock, RamBlockTable, RoundKind};
 use crate::stream::native::{
@@ -34,7 +34,7 @@ pub(super) const ORDINARY_PING: u32 = 1;
 
 impl SourceSession {
     /// Header, greeting, block list.
-    pub(super) fn set_up(&mut self) -> Result<Input, Error> {
+    pub(super) fn set_up(&mut self) -> Result<SourceEvent, Error> {
         let mut head = Vec::new();
         file::encode_header(&mut head);
         if self.settings.framing.configuration {
@@ -85,7 +85,7 @@ impl SourceSession {
         let position = self.position();
         self.figures.channel_bytes(self.link.channel_bytes());
         self.figures.set_up(self.clock.now(), position);
-        Ok(Input::SetUp { handover: self.handover })
+        Ok(SourceEvent::SetUp { handover: self.handover })
     }
 
     /// The digest is made while the guest stands still: it counts against the downtime limit.

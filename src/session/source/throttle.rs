@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::engine::{Change, Input, Throttler};
+use crate::engine::{Change, Throttler};
 use crate::error::Remedy;
 use crate::guest::state_size;
 use crate::observe::{EventKind, NotConverging};
@@ -11,9 +11,6 @@ use crate::units::{Percent, RestShare};
 use super::{ROUND_TIMEOUT, SourceSession};
 use crate::session::Error;
 use crate::session::callback::quietly;
-
-/// Time between two looks at cancel and peer while the embedder is waited for.
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A relay's rounds never end by themselves; when so many times the guest's RAM has passed, its source gets nowhere.
 const RELAYED_TIMES: u64 = 4;
@@ -30,18 +27,6 @@ pub(super) struct FixedCosts {
 }
 
 impl SourceSession {
-    /// Before the last sync; a cancel or a peer that fails ends it.
-    pub(super) fn hold(&mut self) -> Result<Input, Error> {
-        while !self.control.gate().wait(POLL_INTERVAL) {
-            self.poll_return_path()?;
-            self.send_keepalive()?;
-            if self.stop.reason().is_some() {
-                return Err(Error::Cancelled);
-            }
-        }
-        Ok(Input::Done)
-    }
-
     /// A block list that was sent holds to the end: a guest whose memory has changed since can't arrive.
     pub(super) fn check_layout(&self) -> Result<(), Error> {
         self.guest.memory.layout_change().map_or(Ok(()), |change| Err(change.into()))

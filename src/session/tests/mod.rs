@@ -9,6 +9,7 @@ mod hostile_postcopy;
 mod outage;
 mod panics;
 mod postcopy;
+mod promptness;
 pub(super) mod qemu_peer;
 mod reuse;
 mod vmm_configuration;
@@ -341,8 +342,7 @@ fn a_destination_at_work_is_waited_for_and_a_silent_one_is_not() {
     use std::time::Duration;
     let stall = Duration::from_secs(2);
     for says_so in [true, false] {
-        let mut ends = ends();
-        ends.source.settings.stall_timeout = stall;
+        let mut ends = ends_with(|settings| settings.stall_timeout = stall);
         ends.destination.keepalive_interval = if says_so { stall / 8 } else { Duration::MAX };
         ends.destination.control = Box::new(SlowLoader(ends.destination_machine.clone(), stall * 2));
         let destination = ends.destination.spawn().unwrap();

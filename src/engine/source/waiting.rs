@@ -1,0 +1,120 @@
+//! While nothing is to be done: what is waited for, until when, and what its coming means.
+
+use std::time::Duration;
+
+use super::{Overdue, Phase, SourceAction, SourceEngine, SourceEvent, Switchover, Waiting};
+use crate::engine::Reason;
+
+impl SourceEngine {
+    /// What is waited for; `None` while something is to be done or being done.
+    pub fn waits_for(&self) -> Option<Waiting> {
+        match self.phase {
+            Phase::Waiting => Some(Waiting::Moment),
+            Phase::Holding => Some(Waiting::Embedder),
+            Phase::AwaitingReady { .. } => Some(Waiting::Ready),
+            Phase::AwaitingGuest => Some(Waiting::Guest),
+            Phase::AwaitingTaken => Some(Waiting::Taken),
+            Phase::AwaitingRunning => Some(Waiting::Running),
+            Phase::Listening => Some(Waiting::LateAnswer),
+            _ => None,
+        }
+    }
+
+    /// When the session is to come back, by the engine's clock: from the action under way, to the next
+    /// [`poll`](Self::poll), or from its wait, with [`SourceEvent::Woken`]. `None`: when the action is done, or with the
+    /// next event.
+    pub fn wake_at(&self) -> Option<Duration> {
+        if self.has_news() { Some(Duration::ZERO) } else { self.wake_at }
+    }
+
+    /// True if it is the peer's turn to say `event`. What it says out of turn fails the migration.
+    pub fn expects(&self, event: SourceEvent) -> bool {
+        match event {
+            SourceEvent::Ready => matches!(self.phase, Phase::AwaitingReady { .. }),
+            SourceEvent::Running => matches!(self.phase, Phase::AwaitingRunning | Phase::Listening),
+            SourceEvent::Taken | SourceEvent::Requested => self.postcopy.begun && self.is_committed(),
+            _ => true,
+        }
+    }
+
+    /// What did not come in time, if that is why the migration ended.
+    pub fn overdue(&self) -> Option<Overdue> {
+        self.overdue
+    }
+
+    /// The peer says something.
+    pub(super) fn heard(&mut self, now: Duration, event: SourceEvent) {
+        match (self.phase, event) {
+            (Phase::New | Phase::RollingBack(_) | Phase::Releasing | Phase::Finished(_), _) => {}
+            _ if !self.expects(event) => self.abandon(Reason::Failed),
+            (Phase::AwaitingReady { by }, SourceEvent::Working) => self.await_sign(now, by),
+            (_, SourceEvent::Ready) => self.commit(),
+            (_, SourceEvent::Running) => {
+                self.overdue = None;
+                self.go(Phase::Releasing, SourceAction::Release);
+            }
+            (_, SourceEvent::Taken) => self.taken(),
+            _ => {}
+        }
+    }
+
+    /// Something else has come that is waited for, or may be later.
+    pub(super) fn came(&mut self, event: SourceEvent) {
+        self.upstream_stopped |= event == SourceEvent::UpstreamStopped;
+        match (self.phase, event) {
+            (Phase::Waiting, SourceEvent::UpstreamStopped | SourceEvent::Woken) => {
+                self.go(Phase::Syncing, SourceAction::Sync { last: false });
+            }
+            (Phase::Holding, SourceEvent::Continue) => {
+                self.go(Phase::LastSync, SourceAction::Sync { last: true });
+            }
+            (Phase::AwaitingGuest, SourceEvent::GuestGiven) => {
+                self.go(Phase::Committing, SourceAction::Commit);
+            }
+            (_, SourceEvent::Woken) => self.is_overdue(),
+            _ => {}
+        }
+    }
+
+    /// An answer of the peer did not come in time.
+    fn is_overdue(&mut self) {
+        let answers = self.config.answers;
+        let overdue = match self.phase {
+            Phase::AwaitingReady { by } if self.wake_at == Some(by) => Overdue::Ready(answers.ready),
+            Phase::AwaitingReady { .. } => Overdue::Sign(answers.silence),
+            Phase::AwaitingTaken => Overdue::Taken(answers.running),
+            Phase::AwaitingRunning => Overdue::Running(answers.running),
+            _ => return,
+        };
+        self.overdue = Some(overdue);
+        let relays = self.config.switchover == Switchover::WhenUpstreamStops;
+        if relays && matches!(overdue, Overdue::Running(_)) {
+            // Its far end may only have stood still.
+            return self.go(Phase::Reporting, SourceAction::ReportSilence);
+        }
+        self.abandon(Reason::Failed);
+    }
+
+    pub(super) fn await_ready(&mut self, now: Duration) {
+        let by = now + self.config.answers.ready;
+        self.phase = Phase::AwaitingReady { by };
+        self.await_sign(now, by);
+    }
+
+    fn await_sign(&mut self, now: Duration, by: Duration) {
+        self.wake_at = Some(by.min(now + self.config.answers.silence));
+    }
+
+    /// Where the peer does not say it, it is so.
+    pub(super) fn await_running(&mut self, now: Duration) {
+        if !self.config.handover.has_running() {
+            return self.go(Phase::Releasing, SourceAction::Release);
+        }
+        self.wait(Phase::AwaitingRunning, Some(now + self.config.answers.running));
+    }
+
+    /// Nothing is to be done before an event.
+    pub(super) fn wait(&mut self, phase: Phase, wake_at: Option<Duration>) {
+        (self.phase, self.wake_at) = (phase, wake_at);
+    }
+}
