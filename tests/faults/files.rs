@@ -31,7 +31,7 @@ fn a_ram_file_that_gets_shorter_while_it_is_sent_ends_the_migration_and_no_proce
     let block = format!("m0={}", ram.display());
     let send = [&["--log", "trace", "send", &uri], &SLOW[..], &["--ram"]].concat();
     let mut sender = Ramwire::start(dir.path(), &send, &block);
-    logged(&sender, "action=Send {");
+    logged(&sender, "action=Send\n");
     File::options().write(true).open(&ram).unwrap().set_len(8192).unwrap();
     let text = sender.failed(Deadline::seconds(60), 3);
     assert!(text.contains("RAM block m0 has lost memory"), "{text}");

@@ -25,9 +25,9 @@ enum Says {
 type Stage = (Says, &'static str, &'static str);
 
 /// The guest's pages take minutes.
-const IN_A_ROUND: Stage = (Says::Hello, "4K", "action=Send {");
-const WITHOUT_READY: Stage = (Says::Hello, "0", "action=AwaitReady");
-const WITHOUT_RUNNING: Stage = (Says::Ready, "0", "action=AwaitRunning");
+const IN_A_ROUND: Stage = (Says::Hello, "4K", "action=Send\n");
+const WITHOUT_READY: Stage = (Says::Hello, "0", "waiting=Ready");
+const WITHOUT_RUNNING: Stage = (Says::Ready, "0", "waiting=Running");
 
 /// A destination that is silent from some moment on. Ends when the source does; true if COMMIT came.
 fn silent_after(says: Says, listener: &TcpListener) -> bool {
@@ -203,7 +203,7 @@ fn under_nohup_a_send_outlives_its_terminal() {
         .spawn()
         .unwrap();
     let read = || fs::read_to_string(&log).unwrap_or_default();
-    Deadline::seconds(60).poll("its start", read, || read().contains("action=Send {").then_some(()));
+    Deadline::seconds(60).poll("its start", read, || read().contains("action=Send\n").then_some(()));
     signal(sender.id(), Signal::HUP);
     // Were the first one taken, this would be the second.
     signal(sender.id(), Signal::TERM);

@@ -47,6 +47,7 @@ impl SourceSession {
     /// There is nothing to do: waits for what comes next.
     pub(super) fn wait_for_event(&mut self) -> Result<SourceEvent, Error> {
         let Some(waiting) = self.engine.waits_for() else { return Ok(SourceEvent::Failed) };
+        tracing::trace!(?waiting, "wait");
         self.figures.waits(self.clock.now(), waiting);
         match waiting {
             Waiting::Moment => self.wait_moment(),
@@ -116,6 +117,8 @@ impl SourceSession {
     /// For an answer.
     fn wait_for_peer(&mut self) -> Result<SourceEvent, Error> {
         let stop = match self.time_left() {
+            // A peer that always has something to say makes no wait end.
+            Some(Duration::ZERO) => return Ok(SourceEvent::Woken),
             Some(left) => self.stop.within(left),
             None => self.stop.clone(),
         };
