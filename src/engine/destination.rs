@@ -11,9 +11,12 @@
 //! The guest never runs here before the source gave it away: without COMMIT (towards a QEMU: without the
 //! last byte of its device state) every end discards what arrived.
 
-/// An input told to the engine.
+use std::time::Duration;
+
+/// What a destination is told. All but the answers may come at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Input {
+#[non_exhaustive]
+pub enum DestinationEvent {
     /// The source said HELLO.
     Hello {
         /// It will send a digest.
@@ -23,25 +26,32 @@ pub enum Input {
     Tail,
     /// The package of a switchover to postcopy is here: the source has given the guest away, pages are missing.
     Package,
-    /// The connection, or a page, is lost after the guest was started among missing pages.
-    Lost,
     /// A ramwire's RAM and device state are complete.
     StateSent,
     /// The last digest has come.
     Digests,
     /// The guest is ours.
     Commit,
-    /// The last [`Action`] is done.
+
+    /// Answer: the action under way is done.
     Done,
-    /// It failed, or the stream did.
-    Failed,
-    /// Whether the guest runs here is not known: its start broke off, and it could not be stopped again.
+    /// Answer: whether the guest runs here is not known. Its start broke off, and it could not be stopped again.
     MayRun,
+
+    /// The action under way failed, or the stream did.
+    Failed,
+    /// The connection, or a page, is lost after the guest was started among missing pages.
+    Lost,
+    /// The time of [`wake_at`](DestinationEngine::wake_at) is there.
+    Woken,
+    /// The embedder asks for the end.
+    Cancel,
 }
 
 /// What the session is to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+#[non_exhaustive]
+pub enum DestinationAction {
     /// Read on.
     Receive,
     /// Make our own digest of RAM and state; the source makes its own at the same time.
@@ -107,6 +117,12 @@ enum Phase {
 #[derive(Debug)]
 pub struct DestinationEngine {
     phase: Phase,
+    /// What to do next, until it is taken.
+    outbox: Option<DestinationAction>,
+    /// An action was taken and not answered.
+    busy: bool,
+    wake_at: Option<Duration>,
+    commit_timeout: Duration,
     native: bool,
     digest: bool,
     digests_here: bool,
@@ -114,10 +130,15 @@ pub struct DestinationEngine {
     recoverable: bool,
 }
 
-impl Default for DestinationEngine {
-    fn default() -> Self {
+impl DestinationEngine {
+    /// The stream begins. From READY on COMMIT is waited for at most `commit_timeout`.
+    pub fn new(commit_timeout: Duration) -> Self {
         Self {
             phase: Phase::Receiving,
+            outbox: Some(DestinationAction::Receive),
+            busy: false,
+            wake_at: None,
+            commit_timeout,
             native: false,
             digest: false,
             digests_here: false,
@@ -125,9 +146,7 @@ impl Default for DestinationEngine {
             recoverable: false,
         }
     }
-}
 
-impl DestinationEngine {
     /// Whether a lost connection may be followed by another, once the guest runs here among missing pages. May change.
     pub fn set_recoverable(&mut self, recoverable: bool) {
         self.recoverable = recoverable;
@@ -148,73 +167,106 @@ impl DestinationEngine {
         self.committed || matches!(self.phase, Phase::SendingReady | Phase::AwaitingCommit)
     }
 
-    /// True if `input` binds: the last moment for a cancel is in front of it.
-    pub fn binds(&self, input: Input) -> bool {
-        match input {
-            Input::Tail | Input::Package => self.phase == Phase::Receiving,
-            Input::Done => self.phase == Phase::Loading && self.native,
-            _ => false,
+    /// The next thing to do. There is always one until the last was taken and not answered.
+    pub fn poll(&mut self) -> Option<DestinationAction> {
+        if let Phase::Ended(ending) = self.phase {
+            return Some(DestinationAction::Finish(ending));
+        }
+        let action = self.outbox.take();
+        self.busy |= action.is_some();
+        action
+    }
+
+    /// When the action under way is to be broken off, with [`DestinationEvent::Woken`].
+    pub fn wake_at(&self) -> Option<Duration> {
+        if self.outbox.is_some() { Some(Duration::ZERO) } else { self.wake_at }
+    }
+
+    /// Takes an event at any time. `now` counts from the start of the migration. What a source says out of turn is a failure.
+    pub fn handle(&mut self, now: Duration, event: DestinationEvent) {
+        use DestinationEvent as E;
+        match event {
+            // Bound, the source alone decides.
+            E::Cancel if self.is_bound() || self.has_failed() => {}
+            E::Cancel => self.fail(),
+            E::Woken if self.wake_at.is_none_or(|at| now < at) => {}
+            E::Failed | E::Lost | E::Woken => {
+                self.busy = false;
+                self.answered(now, event);
+            }
+            // Without an action under way there is nothing to answer: another event has ended it.
+            _ if !std::mem::take(&mut self.busy) => {}
+            _ => self.answered(now, event),
         }
     }
 
-    /// Takes an input, answers with what to do. An input out of turn (a peer's doing) is a failure.
-    pub fn handle(&mut self, input: Input) -> Action {
-        match (self.phase, input) {
-            (Phase::Failing(ending), _) => self.go(Phase::Ended(ending), Action::Finish(ending)),
-            (Phase::Ended(ending), _) => Action::Finish(ending),
-            (Phase::Receiving, Input::Hello { digest }) => {
+    /// True while the source is to be told that the migration failed.
+    pub fn is_failing(&self) -> bool {
+        matches!(self.phase, Phase::Failing(_))
+    }
+
+    fn has_failed(&self) -> bool {
+        matches!(self.phase, Phase::Failing(_) | Phase::Ended(_))
+    }
+
+    /// The action under way is done, or came to an end.
+    fn answered(&mut self, now: Duration, event: DestinationEvent) {
+        use {DestinationAction as A, DestinationEvent as E};
+        match (self.phase, event) {
+            (Phase::Failing(ending), _) => self.end(ending),
+            (Phase::Ended(_), _) => {}
+            (Phase::Receiving, E::Hello { digest }) => {
                 (self.native, self.digest) = (true, digest);
-                Action::Receive
+                self.read_on();
             }
-            (Phase::Receiving, Input::Tail) if !self.native => {
+            (Phase::Receiving, E::Tail) if !self.native => {
                 // The source has sent the byte that commits: from here on it does not resume by itself.
                 self.committed = true;
-                self.go(Phase::Loading, Action::LoadState)
+                self.go(Phase::Loading, A::LoadState);
             }
-            (Phase::Receiving, Input::Package) => {
+            (Phase::Receiving, E::Package) => {
                 self.committed = true;
-                self.go(Phase::Listening, Action::Listen)
+                self.go(Phase::Listening, A::Listen);
             }
-            (Phase::Listening, Input::Done) => self.go(Phase::Filling, Action::Receive),
-            (Phase::Filling, Input::Tail) => self.go(Phase::AwaitingGuest, Action::AwaitGuest),
-            (Phase::AwaitingGuest, Input::Done) => self.go(Phase::SendingRunning, Action::SendRunning),
+            (Phase::Listening, E::Done) => self.go(Phase::Filling, A::Receive),
+            (Phase::Filling, E::Tail) => self.go(Phase::AwaitingGuest, A::AwaitGuest),
+            (Phase::AwaitingGuest, E::Done) => self.go(Phase::SendingRunning, A::SendRunning),
             // The source never resumes after it gave the guest away, and the guest runs here: nobody is told of a failure.
-            (Phase::Filling | Phase::Recovering, Input::Lost) if self.recoverable => {
-                self.go(Phase::Recovering, Action::AwaitRecovery)
+            (Phase::Filling | Phase::Recovering, E::Lost) if self.recoverable => {
+                self.go(Phase::Recovering, A::AwaitRecovery);
             }
-            (Phase::Recovering, Input::Done) => self.go(Phase::Filling, Action::Receive),
-            (Phase::Filling | Phase::Recovering | Phase::AwaitingGuest, Input::Lost) => {
-                self.go(Phase::Ended(Ending::Incomplete), Action::Finish(Ending::Incomplete))
+            (Phase::Recovering, E::Done) => self.go(Phase::Filling, A::Receive),
+            (Phase::Filling | Phase::Recovering | Phase::AwaitingGuest, E::Lost) => {
+                self.end(Ending::Incomplete);
             }
-            (Phase::Receiving, Input::StateSent) if self.native && self.digest => {
-                self.go(Phase::Digesting, Action::MakeDigest)
+            (Phase::Receiving, E::StateSent) if self.native && self.digest => {
+                self.go(Phase::Digesting, A::MakeDigest);
             }
-            (Phase::Receiving, Input::StateSent) if self.native => self.go(Phase::Loading, Action::LoadState),
-            (Phase::Receiving | Phase::Digesting, Input::Digests) if self.digest => {
+            (Phase::Receiving, E::StateSent) if self.native => self.go(Phase::Loading, A::LoadState),
+            (Phase::Receiving | Phase::Digesting, E::Digests) if self.digest => {
                 self.digests_here = true;
-                Action::Receive
+                self.read_on();
             }
-            (Phase::Digesting, Input::Done) if self.digests_here => {
-                self.go(Phase::Comparing, Action::CompareDigest)
+            (Phase::Digesting, E::Done) if self.digests_here => self.go(Phase::Comparing, A::CompareDigest),
+            (Phase::Digesting, E::Done) => self.go(Phase::AwaitingDigests, A::Receive),
+            (Phase::AwaitingDigests, E::Digests) => self.go(Phase::Comparing, A::CompareDigest),
+            (Phase::Comparing, E::Done) => self.go(Phase::Loading, A::LoadState),
+            (Phase::Loading, E::Done) if self.native => self.go(Phase::SendingReady, A::SendReady),
+            (Phase::Loading, E::Done) => self.go(Phase::Resuming, A::Resume),
+            (Phase::SendingReady, E::Done) => {
+                self.go(Phase::AwaitingCommit, A::Receive);
+                self.wake_at = Some(now + self.commit_timeout);
             }
-            (Phase::Digesting, Input::Done) => self.go(Phase::AwaitingDigests, Action::Receive),
-            (Phase::AwaitingDigests, Input::Digests) => self.go(Phase::Comparing, Action::CompareDigest),
-            (Phase::Comparing, Input::Done) => self.go(Phase::Loading, Action::LoadState),
-            (Phase::Loading, Input::Done) if self.native => self.go(Phase::SendingReady, Action::SendReady),
-            (Phase::Loading, Input::Done) => self.go(Phase::Resuming, Action::Resume),
-            (Phase::SendingReady, Input::Done) => self.go(Phase::AwaitingCommit, Action::Receive),
-            (Phase::AwaitingCommit, Input::Commit) => {
+            (Phase::AwaitingCommit, E::Commit) => {
                 self.committed = true;
-                self.go(Phase::Resuming, Action::Resume)
+                self.go(Phase::Resuming, A::Resume);
             }
             // A QEMU that is told of a failure lets its guest run, and ours may: it is told that the guest is here.
-            (Phase::Resuming, Input::MayRun) if !self.native => self.go(Phase::Keeping, Action::SendRunning),
-            (Phase::Keeping, _) => self.go(Phase::Ended(Ending::Stranded), Action::Finish(Ending::Stranded)),
-            (Phase::Resuming, Input::Done) => self.go(Phase::SendingRunning, Action::SendRunning),
+            (Phase::Resuming, E::MayRun) if !self.native => self.go(Phase::Keeping, A::SendRunning),
+            (Phase::Keeping, _) => self.end(Ending::Stranded),
+            (Phase::Resuming, E::Done) => self.go(Phase::SendingRunning, A::SendRunning),
             // The guest runs here: that the source could not be told changes nothing about it.
-            (Phase::SendingRunning, _) => {
-                self.go(Phase::Ended(Ending::Running), Action::Finish(Ending::Running))
-            }
+            (Phase::SendingRunning, _) => self.end(Ending::Running),
             _ => self.fail(),
         }
     }
@@ -227,21 +279,46 @@ impl DestinationEngine {
     /// A QEMU is told by SHUT(1) and resumes its guest, so what arrived is discarded although its last byte
     /// came. A ramwire never resumes after COMMIT: then the only copy may be ours. Where pages are missing it can't be, and
     /// a ramwire resumes as a QEMU does.
-    fn fail(&mut self) -> Action {
+    fn fail(&mut self) {
         let stranded = self.native && self.committed && !self.misses_pages();
         let ending = if stranded { Ending::Stranded } else { Ending::Discarded };
-        self.go(Phase::Failing(ending), Action::SendFailed)
+        self.go(Phase::Failing(ending), DestinationAction::SendFailed);
     }
 
-    fn go(&mut self, phase: Phase, action: Action) -> Action {
-        self.phase = phase;
-        action
+    fn read_on(&mut self) {
+        self.go(self.phase, DestinationAction::Receive);
+    }
+
+    fn end(&mut self, ending: Ending) {
+        (self.phase, self.outbox, self.busy) = (Phase::Ended(ending), None, false);
+    }
+
+    /// What was to be done before and has not begun is left out.
+    fn go(&mut self, phase: Phase, action: DestinationAction) {
+        (self.phase, self.outbox, self.busy, self.wake_at) = (phase, Some(action), false, None);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{DestinationAction as Action, DestinationEvent as Input, *};
+
+    fn engine() -> DestinationEngine {
+        let mut engine = DestinationEngine::new(Duration::from_secs(30));
+        assert_eq!(engine.poll(), Some(Action::Receive));
+        engine
+    }
+
+    trait Step {
+        fn step(&mut self, event: Input) -> Action;
+    }
+
+    impl Step for DestinationEngine {
+        fn step(&mut self, event: Input) -> Action {
+            self.handle(Duration::ZERO, event);
+            self.poll().unwrap_or_else(|| panic!("nothing follows {event:?}"))
+        }
+    }
 
     const NATIVE: [(Input, Action); 10] = [
         (Input::Hello { digest: true }, Action::Receive),
@@ -259,44 +336,44 @@ mod tests {
     #[test]
     fn the_guest_runs_here_only_after_commit() {
         for fault_at in 0..NATIVE.len() {
-            let mut engine = DestinationEngine::default();
+            let mut engine = self::engine();
             for (input, action) in &NATIVE[..fault_at] {
-                assert_eq!(engine.handle(*input), *action);
+                assert_eq!(engine.step(*input), *action);
             }
             let ended = if fault_at == 9 {
-                assert_eq!(engine.handle(Input::Failed), Action::Finish(Ending::Running));
+                assert_eq!(engine.step(Input::Failed), Action::Finish(Ending::Running));
                 Action::Finish(Ending::Running)
             } else {
-                assert_eq!(engine.handle(Input::Failed), Action::SendFailed, "step {fault_at}");
+                assert_eq!(engine.step(Input::Failed), Action::SendFailed, "step {fault_at}");
                 let ending = if fault_at > 7 { Ending::Stranded } else { Ending::Discarded };
-                assert_eq!(engine.handle(Input::Done), Action::Finish(ending), "step {fault_at}");
+                assert_eq!(engine.step(Input::Done), Action::Finish(ending), "step {fault_at}");
                 Action::Finish(ending)
             };
-            assert_eq!(engine.handle(Input::Commit), ended, "nothing starts it afterwards");
+            assert_eq!(engine.step(Input::Commit), ended, "nothing starts it afterwards");
         }
     }
 
     #[test]
     fn a_guest_that_may_run_here_is_not_let_run_at_the_source() {
-        let mut qemu = DestinationEngine::default();
-        assert_eq!(qemu.handle(Input::Tail), Action::LoadState);
-        assert_eq!(qemu.handle(Input::Done), Action::Resume);
-        assert_eq!(qemu.handle(Input::MayRun), Action::SendRunning, "no SHUT(1)");
-        assert_eq!(qemu.handle(Input::Failed), Action::Finish(Ending::Stranded));
-        let mut native = DestinationEngine::default();
-        NATIVE[..8].iter().for_each(|(input, action)| assert_eq!(native.handle(*input), *action));
-        assert_eq!(native.handle(Input::MayRun), Action::SendFailed, "a ramwire never resumes after COMMIT");
-        assert_eq!(native.handle(Input::Done), Action::Finish(Ending::Stranded));
+        let mut qemu = engine();
+        assert_eq!(qemu.step(Input::Tail), Action::LoadState);
+        assert_eq!(qemu.step(Input::Done), Action::Resume);
+        assert_eq!(qemu.step(Input::MayRun), Action::SendRunning, "no SHUT(1)");
+        assert_eq!(qemu.step(Input::Failed), Action::Finish(Ending::Stranded));
+        let mut native = engine();
+        NATIVE[..8].iter().for_each(|(input, action)| assert_eq!(native.step(*input), *action));
+        assert_eq!(native.step(Input::MayRun), Action::SendFailed, "a ramwire never resumes after COMMIT");
+        assert_eq!(native.step(Input::Done), Action::Finish(Ending::Stranded));
     }
 
     /// Before the guest is started a failure leaves it whole at the source; afterwards nobody is told to go on.
     #[test]
     fn p8_a_postcopy_that_fails_before_the_start_is_given_back_and_never_after_it() {
-        let mut native = DestinationEngine::default();
-        native.handle(Input::Hello { digest: false });
-        assert_eq!(native.handle(Input::Package), Action::Listen);
-        assert_eq!(native.handle(Input::Failed), Action::SendFailed);
-        assert_eq!(native.handle(Input::Done), Action::Finish(Ending::Discarded));
+        let mut native = engine();
+        native.step(Input::Hello { digest: false });
+        assert_eq!(native.step(Input::Package), Action::Listen);
+        assert_eq!(native.step(Input::Failed), Action::SendFailed);
+        assert_eq!(native.step(Input::Done), Action::Finish(Ending::Discarded));
         let steps = [
             (Input::Package, Action::Listen),
             (Input::Done, Action::Receive),
@@ -305,29 +382,29 @@ mod tests {
             (Input::Done, Action::Finish(Ending::Running)),
         ];
         let after = |count: usize| {
-            let mut engine = DestinationEngine::default();
-            steps[..count].iter().for_each(|(input, action)| assert_eq!(engine.handle(*input), *action));
+            let mut engine = self::engine();
+            steps[..count].iter().for_each(|(input, action)| assert_eq!(engine.step(*input), *action));
             engine
         };
-        assert_eq!(after(5).handle(Input::Failed), Action::Finish(Ending::Running));
+        assert_eq!(after(5).step(Input::Failed), Action::Finish(Ending::Running));
         for count in 0..4 {
             let mut engine = after(count);
             assert_eq!(engine.is_committed(), count > 0);
-            assert_eq!(engine.handle(Input::Failed), Action::SendFailed, "after {count} steps");
-            assert_eq!(engine.handle(Input::Done), Action::Finish(Ending::Discarded));
+            assert_eq!(engine.step(Input::Failed), Action::SendFailed, "after {count} steps");
+            assert_eq!(engine.step(Input::Done), Action::Finish(Ending::Discarded));
         }
         let mut engine = after(2);
         engine.set_recoverable(true);
         for _ in 0..3 {
-            assert_eq!(engine.handle(Input::Lost), Action::AwaitRecovery, "again and again");
-            assert_eq!(engine.handle(Input::Lost), Action::AwaitRecovery, "while it waits, too");
-            assert_eq!(engine.handle(Input::Done), Action::Receive);
+            assert_eq!(engine.step(Input::Lost), Action::AwaitRecovery, "again and again");
+            assert_eq!(engine.step(Input::Lost), Action::AwaitRecovery, "while it waits, too");
+            assert_eq!(engine.step(Input::Done), Action::Receive);
         }
         engine.set_recoverable(false);
-        assert_eq!(engine.handle(Input::Lost), Action::Finish(Ending::Incomplete));
+        assert_eq!(engine.step(Input::Lost), Action::Finish(Ending::Incomplete));
         for count in 2..4 {
             assert_eq!(
-                after(count).handle(Input::Lost),
+                after(count).step(Input::Lost),
                 Action::Finish(Ending::Incomplete),
                 "after {count} steps"
             );
@@ -338,20 +415,77 @@ mod tests {
     fn an_input_out_of_turn_is_a_failure() {
         let all = [Input::Tail, Input::StateSent, Input::Digests, Input::Commit, Input::Done];
         for input in all.into_iter().filter(|input| *input != Input::Tail) {
-            assert_eq!(DestinationEngine::default().handle(input), Action::SendFailed, "{input:?}");
+            assert_eq!(engine().step(input), Action::SendFailed, "{input:?}");
         }
-        let mut native = DestinationEngine::default();
-        native.handle(Input::Hello { digest: false });
-        assert_eq!(native.handle(Input::Tail), Action::SendFailed);
+        let mut native = engine();
+        native.step(Input::Hello { digest: false });
+        assert_eq!(native.step(Input::Tail), Action::SendFailed);
     }
 
     #[test]
     fn a_qemu_commits_with_its_last_byte() {
-        let mut engine = DestinationEngine::default();
-        assert_eq!(engine.handle(Input::Tail), Action::LoadState);
+        let mut engine = self::engine();
+        assert_eq!(engine.step(Input::Tail), Action::LoadState);
         assert!(engine.is_committed());
-        assert_eq!(engine.handle(Input::Done), Action::Resume);
-        assert_eq!(engine.handle(Input::Done), Action::SendRunning);
-        assert_eq!(engine.handle(Input::Failed), Action::Finish(Ending::Running));
+        assert_eq!(engine.step(Input::Done), Action::Resume);
+        assert_eq!(engine.step(Input::Done), Action::SendRunning);
+        assert_eq!(engine.step(Input::Failed), Action::Finish(Ending::Running));
+    }
+
+    /// Whatever comes and whenever: the guest is ours once only, and what was given away is never discarded by a cancel.
+    #[test]
+    fn any_event_at_any_moment_starts_no_guest_that_is_not_ours() {
+        let all = [
+            Input::Hello { digest: true },
+            Input::Tail,
+            Input::Package,
+            Input::StateSent,
+            Input::Digests,
+            Input::Commit,
+            Input::Done,
+            Input::MayRun,
+            Input::Failed,
+            Input::Lost,
+            Input::Woken,
+            Input::Cancel,
+        ];
+        for (length, polls) in (0..=NATIVE.len()).flat_map(|length| [(length, true), (length, false)]) {
+            for (first, second) in all.into_iter().flat_map(|first| all.map(|second| (first, second))) {
+                let mut engine = self::engine();
+                for (event, _) in &NATIVE[..length] {
+                    engine.step(*event);
+                }
+                for event in [first, second] {
+                    let committed = engine.is_committed();
+                    engine.handle(Duration::ZERO, event);
+                    let action = if polls { engine.poll() } else { None };
+                    let what = format!("{first:?}, {second:?} after {length} steps: {action:?}");
+                    let starts = matches!(action, Some(Action::Resume | Action::Listen));
+                    assert!(!starts || engine.is_committed(), "{what}");
+                    assert!(!committed || engine.is_committed(), "{what}");
+                    let discarded = action == Some(Action::Finish(Ending::Discarded));
+                    assert!(!discarded || length < 8, "{what}");
+                    if event == Input::Cancel && committed {
+                        assert!(action != Some(Action::SendFailed), "{what}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn commit_is_waited_for_until_the_time_is_over_and_no_cancel_ends_the_wait() {
+        let mut engine = self::engine();
+        for (event, action) in &NATIVE[..7] {
+            assert_eq!(engine.step(*event), *action);
+        }
+        let secs = Duration::from_secs;
+        assert_eq!(engine.wake_at(), Some(secs(30)));
+        for event in [Input::Cancel, Input::Woken] {
+            engine.handle(secs(29), event);
+            assert_eq!(engine.poll(), None, "{event:?} before its time");
+        }
+        engine.handle(secs(30), Input::Woken);
+        assert_eq!(engine.poll(), Some(Action::SendFailed));
     }
 }

@@ -17,7 +17,7 @@ mod source;
 mod throttle;
 
 pub use crate::stream::channel_count::{ChannelMismatch, agree_on_channels};
-pub use destination::{DestinationEngine, Ending};
+pub use destination::{DestinationAction, DestinationEngine, DestinationEvent, Ending};
 pub use handover::{Handover, Outcome, Reason};
 pub use loss::{LostPages, compare_counts};
 pub use pace::{BandwidthLimit, Pace};

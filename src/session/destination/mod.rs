@@ -19,8 +19,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::engine::destination::{Action, Input};
-use crate::engine::{DestinationEngine, Ending};
+use crate::engine::{DestinationAction, DestinationEngine, DestinationEvent, Ending};
 use crate::error::{Chain, Remedy};
 use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange, PageObserver, load_state};
 use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
@@ -38,7 +37,7 @@ use crate::session::config::DestinationSettings;
 use crate::session::digest::{Digest, carried};
 use crate::session::handle::Commitment;
 use crate::session::relay::ScanReport;
-use crate::session::{Breakage, Error, shared_blocks};
+use crate::session::{Breakage, Clock, Error, WallClock, shared_blocks};
 use advised::Advised;
 use counts::SourceTold;
 use figures::Figures;
@@ -213,6 +212,7 @@ pub struct DestinationSession {
     arrival: Option<Box<dyn Arrival>>,
     pub(super) settings: DestinationSettings,
     engine: DestinationEngine,
+    clock: WallClock,
     placing: Option<Placing>,
     mapper: Option<Mapper>,
     postcopy: Option<Postcopy>,
@@ -273,8 +273,9 @@ impl DestinationSession {
             provider: guest.memory,
             control: guest.control,
             arrival: None,
+            engine: DestinationEngine::new(settings.finish_timeout),
             settings,
-            engine: DestinationEngine::default(),
+            clock: WallClock::default(),
             placing: None,
             mapper: None,
             postcopy: None,
@@ -354,44 +355,74 @@ impl DestinationSession {
         };
         let mut reader = StreamReader::new(config);
         self.figures.begin();
-        let mut action = Action::Receive;
         let ending = loop {
-            if let Action::Finish(ending) = action {
-                break ending;
-            }
-            tracing::trace!(?action, at = reader.at, "perform");
-            let input = self.perform_guarded(action, &mut reader).unwrap_or_else(|error| {
-                // The kernel's answer for memory that it has lost names no block.
-                let error = self.lost_memory().err().unwrap_or(error);
-                let error = self.postcopy_failure(error);
-                tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
-                self.error.get_or_insert(error);
-                if self.guest_is_ours() { Input::Lost } else { Input::Failed }
-            });
-            self.engine.set_recoverable(self.may_recover());
-            // A cancel comes before this step or after it, never in between: the step may bind us.
-            let commitment = Arc::clone(&self.commitment);
-            action = commitment.decide(|| {
-                let input = self.unless_cancelled(input);
-                let action = self.engine.handle(input);
-                (action, self.engine.is_bound())
-            });
-            if action == Action::SendFailed {
-                self.error.get_or_insert_with(|| {
-                    let at = reader.stream.position();
-                    out_of_turn(&format!("{input:?}"), "something else was due").at(at)
-                });
-            }
-            if self.engine.is_committed() {
-                // The guest is ours: no cancel breaks it off any more.
-                self.stop = self.stop_after_commit();
-            }
+            let event = match self.engine.poll() {
+                Some(DestinationAction::Finish(ending)) => break ending,
+                Some(action) => {
+                    tracing::trace!(?action, at = reader.at, "perform");
+                    self.perform_guarded(action, &mut reader)
+                        .unwrap_or_else(|error| self.keep(error, &reader))
+                }
+                None => DestinationEvent::Failed,
+            };
+            self.tell(event, &reader);
         };
         self.report(ending, reader.at)
     }
 
+    /// A step failed.
+    fn keep(&mut self, error: Error, reader: &StreamReader) -> DestinationEvent {
+        // The kernel's answer for memory that it has lost names no block.
+        let error = self.lost_memory().err().unwrap_or(error);
+        let error = self.postcopy_failure(error);
+        tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
+        let overdue = error.is_deadline() && self.time_left() == Some(Duration::ZERO);
+        self.error.get_or_insert(error);
+        match () {
+            () if self.guest_is_ours() => DestinationEvent::Lost,
+            () if overdue => DestinationEvent::Woken,
+            () => DestinationEvent::Failed,
+        }
+    }
+
+    /// Tells the engine what has come of its last action.
+    fn tell(&mut self, event: DestinationEvent, reader: &StreamReader) {
+        self.engine.set_recoverable(self.may_recover());
+        // A cancel comes before this step or after it, never in between: the step may bind us.
+        let commitment = Arc::clone(&self.commitment);
+        commitment.decide(|| {
+            let now = self.clock.now();
+            if self.cancel.is_cancelled() && !self.engine.is_bound() {
+                self.error.get_or_insert(Error::Cancelled);
+                self.engine.handle(now, DestinationEvent::Cancel);
+            }
+            self.engine.handle(now, event);
+            ((), self.engine.is_bound())
+        });
+        if self.engine.is_failing() {
+            self.error.get_or_insert_with(|| {
+                let at = reader.stream.position();
+                out_of_turn(&format!("{event:?}"), "something else was due").at(at)
+            });
+        }
+        if self.engine.is_committed() {
+            // The guest is ours: no cancel breaks it off any more.
+            self.stop = self.stop_after_commit();
+        }
+    }
+
+    /// Until the engine wants the action under way to end.
+    fn time_left(&self) -> Option<Duration> {
+        let now = self.clock.now();
+        self.engine.wake_at().map(|at| at.saturating_sub(now))
+    }
+
     /// A panic of the embedder's code is a failure of the step.
-    fn perform_guarded(&mut self, action: Action, reader: &mut StreamReader) -> Result<Input, Error> {
+    fn perform_guarded(
+        &mut self,
+        action: DestinationAction,
+        reader: &mut StreamReader,
+    ) -> Result<DestinationEvent, Error> {
         if self.breakage.is(Breakage::DieOfPanic) {
             return self.perform(action, reader);
         }
@@ -399,9 +430,9 @@ impl DestinationSession {
     }
 
     /// Lets the guest run. A start that panics may have begun: the guest is stopped again before anybody is told.
-    fn start_guest(&mut self) -> Result<Input, Error> {
+    fn start_guest(&mut self) -> Result<DestinationEvent, Error> {
         let panic = match guarded("starting the guest", || self.control.resume()) {
-            Ok(Ok(())) => return Ok(Input::Done),
+            Ok(Ok(())) => return Ok(DestinationEvent::Done),
             Ok(Err(source)) => return Err(Error::Control { what: "resume", source }),
             Err(panic) => panic,
         };
@@ -412,16 +443,7 @@ impl DestinationSession {
         }
         tracing::error!(error = %panic, "whether the guest runs here is not known");
         self.error.get_or_insert(panic);
-        Ok(Input::MayRun)
-    }
-
-    /// The last moment for a cancel that no wait has seen.
-    fn unless_cancelled(&mut self, input: Input) -> Input {
-        if !self.engine.binds(input) || !self.cancel.is_cancelled() {
-            return input;
-        }
-        self.error.get_or_insert(Error::Cancelled);
-        Input::Failed
+        Ok(DestinationEvent::MayRun)
     }
 
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
@@ -460,11 +482,20 @@ impl DestinationSession {
         }
     }
 
-    fn perform(&mut self, action: Action, reader: &mut StreamReader) -> Result<Input, Error> {
+    fn perform(
+        &mut self,
+        action: DestinationAction,
+        reader: &mut StreamReader,
+    ) -> Result<DestinationEvent, Error> {
         match action {
-            Action::Receive => return self.receive(reader),
-            Action::MakeDigest => self.ours = Some(self.with_keepalive(Self::make_digest)?),
-            Action::CompareDigest => {
+            DestinationAction::Receive => {
+                if let Some(left) = self.time_left() {
+                    self.stop = Stop::never().within(left);
+                }
+                return self.receive(reader);
+            }
+            DestinationAction::MakeDigest => self.ours = Some(self.with_keepalive(Self::make_digest)?),
+            DestinationAction::CompareDigest => {
                 let theirs = Digest(std::mem::take(&mut self.theirs));
                 if let Some(ours) = self.ours.take() {
                     let ours = if self.breakage.is(Breakage::SkipComparing) { theirs.clone() } else { ours };
@@ -472,7 +503,7 @@ impl DestinationSession {
                     self.verified = true;
                 }
             }
-            Action::LoadState => {
+            DestinationAction::LoadState => {
                 // A decompressor tells only at its end that what it gave out was damaged.
                 self.link.stream().ended_well(&self.stop)?;
                 self.lost_memory()?;
@@ -484,34 +515,33 @@ impl DestinationSession {
                     self.with_keepalive(|session| load_state(session.control.as_mut(), &session.state));
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
-            Action::Listen => self.listen(reader.stream.blocks())?,
-            Action::AwaitRecovery => self.await_recovery(reader)?,
-            Action::AwaitGuest => self.await_guest()?,
-            Action::SendReady => {
+            DestinationAction::Listen => self.listen(reader.stream.blocks())?,
+            DestinationAction::AwaitRecovery => self.await_recovery(reader)?,
+            DestinationAction::AwaitGuest => self.await_guest()?,
+            DestinationAction::SendReady => {
                 // From here on the source may give the guest away at any moment: a cancel could only leave
                 // it in doubt. What ends the wait is its word, the connection's end, or time.
-                let time = self.settings.finish_timeout;
-                self.stop = Stop::never().within(time);
-                // COMMIT may come late, after an outage. Longer than the stop, which so ends the wait.
-                self.link.stream().outlast(time.saturating_mul(2));
+                self.stop = Stop::never();
+                // COMMIT may come late, after an outage. Longer than the engine's time, which so ends the wait.
+                self.link.stream().outlast(self.settings.finish_timeout.saturating_mul(2));
                 self.send_message(Message::Native(Answer::Ready))?;
                 if self.breakage.is(Breakage::ResumeBeforeCommit) {
                     let _ = self.control.resume();
                 }
             }
-            Action::Resume => {
+            DestinationAction::Resume => {
                 // Nobody else writes to its memory any more.
                 self.link.revoke();
                 return self.start_guest();
             }
-            Action::SendRunning if self.engine.is_native() => {
+            DestinationAction::SendRunning if self.engine.is_native() => {
                 self.send_message(Message::Native(Answer::Running))?
             }
-            Action::SendRunning => self.send_message(Message::Shut { status: 0 })?,
-            Action::SendFailed => self.send_failed()?,
-            Action::Finish(_) => {}
+            DestinationAction::SendRunning => self.send_message(Message::Shut { status: 0 })?,
+            DestinationAction::SendFailed => self.send_failed()?,
+            DestinationAction::Finish(_) => {}
         }
-        Ok(Input::Done)
+        Ok(DestinationEvent::Done)
     }
 
     fn make_digest(&mut self) -> Result<Digest, Error> {

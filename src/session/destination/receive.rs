@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::engine::destination::Input;
+use crate::engine::DestinationEvent;
 use crate::error::Remedy;
 use crate::ram::RamBlock;
 use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_pong};
@@ -25,7 +25,7 @@ use crate::session::{Error, shared_blocks};
 
 impl DestinationSession {
     /// Reads until something is to be decided.
-    pub(super) fn receive(&mut self, reader: &mut StreamReader) -> Result<Input, Error> {
+    pub(super) fn receive(&mut self, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
         // The last thing was a page, so more of them follow. Not in the last section: the source's guest waits for its end.
         let mut bulk = false;
         loop {
@@ -53,7 +53,7 @@ impl DestinationSession {
                     let input = self.take(event, raw, seen).map_err(|error| error.at(at))?;
                     *start += consumed;
                     if let Some(input) = input {
-                        if input == Input::Tail {
+                        if input == DestinationEvent::Tail {
                             self.state.extend_from_slice(stream.tail().bytes());
                         }
                         return Ok(input);
@@ -92,7 +92,7 @@ impl DestinationSession {
 
     /// The source closed. A tail may end so where its description is suppressed; but a source with a return
     /// path that does not wait for our word has given up, and its guest may run on there.
-    fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<Input, Error> {
+    fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
         let inside = if self.placing.is_none() { "the setup" } else { "RAM or device state" };
         let truncated = Error::Truncated { at: reader.at, inside };
         let waits_for_us = self.engine.is_native() || self.return_path_open;
@@ -102,7 +102,7 @@ impl DestinationSession {
         match reader.stream.finish() {
             Ok(_) => {
                 self.state.extend_from_slice(reader.stream.tail().bytes());
-                Ok(Input::Tail)
+                Ok(DestinationEvent::Tail)
             }
             Err(_) => Err(truncated),
         }
@@ -110,7 +110,7 @@ impl DestinationSession {
 
     /// What an event means for memory, and for the engine. `raw` are the bytes it took, `seen` is what the
     /// stream has shown so far.
-    fn take(&mut self, event: Event<'_>, raw: &[u8], seen: Seen) -> Result<Option<Input>, Error> {
+    fn take(&mut self, event: Event<'_>, raw: &[u8], seen: Seen) -> Result<Option<DestinationEvent>, Error> {
         match event {
             Event::Page { block, offset, bytes } => self.placing()?.pages(block, offset, bytes, &[])?,
             Event::Zero { block, offset } => self.placing()?.zero(block, offset)?,
@@ -147,10 +147,10 @@ impl DestinationSession {
             }
             Event::TailBytes(_) | Event::Eof => {}
             Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
-            Event::Done => return Ok(Some(Input::Tail)),
+            Event::Done => return Ok(Some(DestinationEvent::Tail)),
             Event::Hook { .. } => self.receive_round()?,
             Event::PackageBytes(bytes) => self.package_bytes(bytes)?,
-            Event::PackageEnd => return Ok(Some(Input::Package)),
+            Event::PackageEnd => return Ok(Some(DestinationEvent::Package)),
             Event::Filled { .. } | Event::MappedBlock { .. } | Event::MappedBytes(_) => {
                 return Err(out_of_turn("a record of another kind of migration", "a plain precopy stream"));
             }
@@ -271,7 +271,7 @@ impl DestinationSession {
         }
     }
 
-    fn command(&mut self, command: Command<'_>) -> Result<Option<Input>, Error> {
+    fn command(&mut self, command: Command<'_>) -> Result<Option<DestinationEvent>, Error> {
         match command {
             Command::OpenReturnPath => self.return_path_open = true,
             Command::Ping(_) if !self.return_path_open => {
@@ -304,7 +304,7 @@ impl DestinationSession {
         Ok(None)
     }
 
-    fn order(&mut self, order: Order<'_>) -> Result<Option<Input>, Error> {
+    fn order(&mut self, order: Order<'_>) -> Result<Option<DestinationEvent>, Error> {
         match order {
             Order::Hello(theirs) => {
                 let Some(version) = theirs.common_version() else {
@@ -315,7 +315,7 @@ impl DestinationSession {
                 let answer = Hello { min_version: version, max_version: version, ..theirs };
                 self.migration_id = Some(theirs.migration_id);
                 self.send_message(Message::Native(Answer::Hello(answer)))?;
-                Ok(Some(Input::Hello { digest: theirs.digest }))
+                Ok(Some(DestinationEvent::Hello { digest: theirs.digest }))
             }
             Order::VmmConfiguration { .. } if self.incoming.is_some() || self.migration_id.is_none() => {
                 Err(out_of_turn("VMM_CONFIGURATION", "a ramwire's list of RAM blocks has not come"))
@@ -326,7 +326,7 @@ impl DestinationSession {
             }
             Order::StateSent => {
                 self.compare_counts()?;
-                Ok(Some(Input::StateSent))
+                Ok(Some(DestinationEvent::StateSent))
             }
             Order::Sent { counts } => self.source_sent(counts).map(|()| None),
             Order::Unsent { .. } if !self.ram_ended || !self.engine.is_native() => {
@@ -341,10 +341,10 @@ impl DestinationSession {
                 }
                 let values = values.chunks_exact(8).filter_map(|v| v.try_into().ok().map(u64::from_be_bytes));
                 self.theirs.extend(values);
-                Ok((self.theirs.len() == due).then_some(Input::Digests))
+                Ok((self.theirs.len() == due).then_some(DestinationEvent::Digests))
             }
             Order::Commit { migration_id } if self.migration_id == Some(migration_id) => {
-                Ok(Some(Input::Commit))
+                Ok(Some(DestinationEvent::Commit))
             }
             Order::Commit { .. } => Err(out_of_turn("COMMIT of another migration", "waiting for ours")),
         }
