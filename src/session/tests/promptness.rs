@@ -164,12 +164,10 @@ fn setup(
     settings.guest_stands_still = true;
     settings.postcopy = Some(PostcopySettings::new(PostcopyRule::OnCommand));
     let guest = SourceGuest { memory: from, dirty: Vec::new(), control: Box::new(machine.clone()) };
-    let connection = SourceConnection { link: Box::new(link), back: Some(back) };
+    let connection = SourceConnection::new(Box::new(link), Some(back));
     let mut destination = DestinationSession::new(
-        plain(&far),
-        Some(plain(&far)),
-        Box::new(to),
-        Box::new(Machine::default()),
+        DestinationGuest { memory: Box::new(to), control: Box::new(Machine::default()) },
+        DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
         DestinationSettings::default(),
     );
     destination.settings.postcopy = true;
