@@ -1,4 +1,5 @@
-//! A whole migration whose threads may make only the system calls that docs/embedding.md lists.
+//! A whole migration whose threads may make only the system calls that docs/seccomp.json lists, with the ioctls that it
+//! names; docs/embedding.md says what each is for.
 //!
 //! A thread that makes another call ends its process by SIGSYS, so each migration runs in a process of its
 //! own: this program again, with one ignored test and a scenario in the environment.
@@ -11,13 +12,14 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use ramwire::engine::{Ending, Outcome, Reason};
+use ramwire::engine::{Ending, Outcome, PostcopyRule, Reason};
 use ramwire::guest::{
     DeviceState, DirtyError, DirtySource, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap,
     WrittenPages,
@@ -26,8 +28,8 @@ use ramwire::observe::RunDescription;
 use ramwire::ram::{BlockName, PageBitmap, PageRun, RamBlock};
 use ramwire::session::{
     CancelReply, DestinationConnection, DestinationGuest, DestinationSession, DestinationSettings, Error,
-    Incoming, MemoryProvider, RunLog, SourceConnection, SourceGuest, SourceSession, SourceSettings, Spawner,
-    workers::Job,
+    Incoming, MemoryProvider, PostcopySettings, RunLog, SourceConnection, SourceGuest, SourceSession,
+    SourceSettings, Spawner, workers::Job,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
@@ -35,8 +37,9 @@ use ramwire::transport::{
     AllowList, ChannelOptions, ConnectionOptions, Listener, Numa, PageSending, StreamBreaker, StreamChannel,
     StreamOptions, open_source,
 };
-use ramwire::units::{BlockIndex, BlockOffset, PageSize};
+use ramwire::units::{BlockIndex, BlockOffset, PageSize, Rate};
 use seccompiler::{BpfProgram, TargetArch, apply_filter, compile_from_json};
+use serde_json::Value;
 
 /// How the child learns what to do: `WAY END DIRTY-SOURCE FILTERS`.
 const SCENARIO: &str = "RAMWIRE_SECCOMP_SCENARIO";
@@ -70,16 +73,70 @@ fn documented() -> Calls {
     calls
 }
 
-/// One filter a thread. Any other call ends the process.
-fn filters(calls: &Calls) -> HashMap<String, BpfProgram> {
-    let filter = |calls: &BTreeSet<String>| {
-        let allowed: Vec<_> = calls.iter().map(|call| serde_json::json!({ "syscall": call })).collect();
-        let (other, listed) = ("kill_process", "allow");
-        serde_json::json!({ "mismatch_action": other, "match_action": listed, "filter": allowed })
-    };
-    let json: BTreeMap<_, _> = calls.iter().map(|(thread, calls)| (thread, filter(calls))).collect();
-    let json = serde_json::to_vec(&json).unwrap();
-    compile_from_json(&*json, TargetArch::x86_64).unwrap()
+/// The filters of docs/seccomp.json, one a thread. Any other call ends the process.
+fn listed() -> Value {
+    serde_json::from_str(include_str!("../docs/seccomp.json")).unwrap()
+}
+
+/// The rules of a thread's filter.
+fn rules<'a>(filters: &'a mut Value, thread: &str) -> &'a mut Vec<Value> {
+    filters[thread]["filter"].as_array_mut().unwrap()
+}
+
+#[test]
+fn the_filters_list_the_calls_of_the_tables() {
+    let mut filters = listed();
+    let threads: Vec<String> = filters.as_object().unwrap().keys().cloned().collect();
+    let named = |rule: &Value| rule["syscall"].as_str().unwrap().to_owned();
+    let calls: Calls = threads
+        .into_iter()
+        .map(|thread| {
+            let calls = rules(&mut filters, &thread).iter().map(named).collect();
+            (thread, calls)
+        })
+        .collect();
+    assert_eq!(calls, documented());
+}
+
+/// The kernel keeps 15 characters of a name (pthread_setname_np(3)): two longer ones look alike in `top -H`.
+#[test]
+fn names_of_threads_fit_the_kernel_and_are_documented() {
+    let table = include_str!("../docs/embedding.md");
+    let mut found = BTreeSet::new();
+    let mut folders = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).unwrap();
+            let is_cli = path.components().any(|part| part.as_os_str() == "cli");
+            // A thread's name follows the call that starts it, on its line or the next.
+            for call in ["spawn(", "name(", "map(", "map_watched(", ".spawn)(", "start("] {
+                for (at, _) in text.match_indices(call) {
+                    let rest = text[at + call.len()..].split_once("\"ramwire-");
+                    let Some((between, rest)) = rest.filter(|(between, _)| between.len() < 60) else {
+                        continue;
+                    };
+                    if between.contains([';', '{']) {
+                        continue;
+                    }
+                    let name = format!("ramwire-{}", rest.split('"').next().unwrap());
+                    assert!(name.len() <= 15, "{name} in {}", path.display());
+                    assert!(
+                        is_cli || table.contains(&format!("| `{name}` |")),
+                        "{name} is not in docs/embedding.md"
+                    );
+                    found.insert(name);
+                }
+            }
+        }
+    }
+    for name in ["ramwire-source", "ramwire-dest", "ramwire-chan-tx", "ramwire-faults", "ramwire-log"] {
+        assert!(found.contains(name), "{name} was not found: {found:?}");
+    }
 }
 
 /// Starts threads from a thread of its own, which no filter holds, and puts each under its filter.
@@ -184,6 +241,9 @@ impl DeviceState for Machine {
     }
     fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         self.ended.store(true, Ordering::Relaxed);
+        // Devices touch memory: in postcopy a page that is missing.
+        let page = self.memory.table().admit(BlockIndex(0), BlockOffset((PAGES - 2) * 4096), 8).unwrap();
+        self.memory.span(page).unwrap().copy_to(&mut [0; 8]);
         rest(SLOW);
         from.read_to_end(&mut Vec::new()).map(drop)
     }
@@ -323,6 +383,14 @@ fn migrate(way: &str, end: &str, dirty: &str, filters: Option<HashMap<String, Bp
     settings.digest = true;
     settings.spawner = spawner.clone();
     settings.downtime_limit = Duration::from_millis(20);
+    if end == "postcopy" {
+        settings.digest = false;
+        let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
+        // What is asked for comes at once, the rest so slowly that it is missing when it is touched.
+        postcopy.max_bandwidth = Rate::limit(4 << 20);
+        settings.postcopy = Some(postcopy);
+        arrives.postcopy = true;
+    }
     let leaving = SourceSession::new(guest, link, settings);
     let lines = tempfile::tempfile().unwrap();
     let out = Box::new(lines.try_clone().unwrap());
@@ -356,7 +424,7 @@ fn migrate(way: &str, end: &str, dirty: &str, filters: Option<HashMap<String, Bp
     here.ended.store(true, Ordering::Relaxed);
     writer.join().unwrap();
     if outcome == Outcome::Completed {
-        assert!(arrived.verified && here.bytes() == there.bytes());
+        assert!(arrived.verified == (end != "postcopy") && here.bytes() == there.bytes());
     }
     println!("migrated");
 }
@@ -366,17 +434,17 @@ fn migrate(way: &str, end: &str, dirty: &str, filters: Option<HashMap<String, Bp
 fn child() {
     let scenario = std::env::var(SCENARIO).unwrap_or_else(|_| "unix completed software none".into());
     let words: Vec<&str> = scenario.split(' ').collect();
-    let calls = match words[3] {
-        "none" => None,
-        "all" => Some(documented()),
-        without => {
-            let (thread, call) = without.split_once('/').unwrap();
-            let mut calls = documented();
-            assert!(calls.get_mut(thread).unwrap().remove(call), "{without} is not listed");
-            Some(calls)
-        }
-    };
-    migrate(words[0], words[1], words[2], calls.as_ref().map(filters));
+    let mut filters = listed();
+    if let Some((thread, call)) = words[3].split_once('/') {
+        let rules = rules(&mut filters, thread);
+        let before = rules.len();
+        // A call, or one of the kinds of ioctl.
+        rules.retain(|rule| rule["syscall"] != call && rule["comment"] != call);
+        assert!(rules.len() < before, "{} is not listed", words[3]);
+    }
+    let filters = serde_json::to_vec(&filters).unwrap();
+    let filters = (words[3] != "none").then(|| compile_from_json(&*filters, TargetArch::x86_64).unwrap());
+    migrate(words[0], words[1], words[2], filters);
 }
 
 fn run(scenario: &str) -> Output {
@@ -389,7 +457,7 @@ fn must_migrate(scenario: &str) {
     let output = run(scenario);
     let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     let sigsys = if output.status.signal() == Some(libc::SIGSYS) {
-        "a call is missing in docs/embedding.md; strace -f this program's `child` to see which"
+        "a call is missing in docs/seccomp.json; strace -f this program's `child` to see which"
     } else {
         ""
     };
@@ -449,15 +517,25 @@ fn a_broken_connection_needs_no_other_call() {
 }
 
 #[test]
+fn a_switch_to_postcopy_needs_no_other_call() {
+    must_migrate("unix postcopy software all");
+    must_migrate("tcp postcopy software all");
+}
+
+#[test]
 fn a_thread_that_lacks_one_of_its_calls_ends_the_process() {
     for without in [
         "ramwire-source/sendmsg",
-        "ramwire-destination/readv",
+        "ramwire-dest/readv",
         "ramwire-digest/exit",
         "ramwire-working/sendmsg",
         "ramwire-log/write",
     ] {
         let output = run(&format!("unix completed software {without}"));
+        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
+    }
+    for without in ["ramwire-faults/sendmsg", "ramwire-dest/UFFDIO_COPY", "ramwire-load/futex"] {
+        let output = run(&format!("unix postcopy software {without}"));
         assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
     }
 }

@@ -54,7 +54,7 @@ impl Progress {
             drop(ending);
         };
         let wanted = std::io::stderr().is_terminal();
-        let thread = wanted.then(|| std::thread::Builder::new().name("ramwire-progress".into()).spawn(draw));
+        let thread = wanted.then(|| std::thread::Builder::new().name("ramwire-draws".into()).spawn(draw));
         Self { done, ended: thread.and_then(Result::ok).map(|_| ended) }
     }
 }

@@ -210,12 +210,12 @@ impl DestinationSession {
         Canceller { commitment: Arc::clone(&self.commitment), cancel: self.cancel_token() }
     }
 
-    /// Runs the migration on a thread `ramwire-destination` of the settings' spawner.
+    /// Runs the migration on a thread `ramwire-dest` of the settings' spawner.
     ///
     /// # Errors
     /// [`Error::Thread`]; nothing was received.
     pub fn spawn(self) -> Result<MigrationHandle<DestinationReport>, Error> {
         let shared = (self.canceller(), None, self.statistics());
-        start(&self.settings.spawner.clone(), "ramwire-destination", shared, || self.run())
+        start(&self.settings.spawner.clone(), "ramwire-dest", shared, || self.run())
     }
 }

@@ -55,7 +55,7 @@ fn listeners_hear_setup_syncs_and_cleanup_in_order_on_the_migrations_thread() {
         "Setup Active SyncBegins Synced Round SyncBegins Synced Switchover LastSyncBegins LastSynced Round \
          GivenAway Completed CleanedUp"
     );
-    assert_eq!(order(&heard[1], "ramwire-destination"), "Setup Active Completed CleanedUp");
+    assert_eq!(order(&heard[1], "ramwire-dest"), "Setup Active Completed CleanedUp");
 }
 
 #[test]
@@ -80,7 +80,7 @@ fn a_failure_and_a_cancel_are_told_and_then_the_cleanup() {
         let end = if cancels { "Cancelled" } else { "Failed" };
         let told = order(&heard[0], "ramwire-source");
         assert_eq!(told, format!("Setup Active SyncBegins Synced Round {end} CleanedUp"));
-        assert_eq!(order(&heard[1], "ramwire-destination"), "Setup Active Failed CleanedUp");
+        assert_eq!(order(&heard[1], "ramwire-dest"), "Setup Active Failed CleanedUp");
     }
 }
 
