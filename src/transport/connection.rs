@@ -3,9 +3,14 @@
 use std::sync::Arc;
 
 use crate::guest::GuestMemory;
+use crate::sys::Stop;
 use crate::transport::{
-    Address, ByteSink, ByteSource, DestinationLink, InlineDestination, InlineLink, SourceLink, StreamChannel,
+    Address, ByteSink, ByteSource, ChannelOptions, ConnectionOptions, DestinationLink, InlineDestination,
+    InlineLink, MultifdDestination, OpenError, SourceLink, StreamChannel, multifd,
 };
+
+/// What messages call connections that the caller made.
+const HANDED_IN: &str = "the connections that were handed in";
 
 /// The way that was taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,9 +64,47 @@ impl SourceConnection {
         Self::new(link, back.map(|back| Box::new(back) as Box<_>))
     }
 
+    /// Pages of `memory` go over `pages`, connected sockets of the caller's own, and everything else over `main`; the
+    /// destination must be given as many. For a VMM that may open no addresses. `count` of the options is not looked at.
+    ///
+    /// Starts the channels' threads, as the options say.
+    ///
+    /// # Errors
+    /// [`OpenError::Channels`] for none, or more than 255 page channels; [`OpenError::NoSuchSending`] if pages can't be
+    /// sent as the options ask; [`OpenError::Channel`] if a thread can't be started.
+    pub fn over_channels(
+        main: StreamChannel,
+        pages: Vec<StreamChannel>,
+        memory: Arc<dyn GuestMemory>,
+        options: &ChannelOptions,
+    ) -> Result<Self, OpenError> {
+        let options = ChannelOptions { count: count_of(pages.len())?, ..options.clone() };
+        if let Some((why, remedy)) = options.no_such_sending() {
+            let address = HANDED_IN.to_owned();
+            return Err(OpenError::NoSuchSending { address, sending: options.sending, why, remedy });
+        }
+        let (sink, back) = main.with_return_path();
+        let mut pages = pages.into_iter();
+        let next = || pages.next().ok_or_else(|| wrong("there are fewer than were counted"));
+        let link = multifd::connect(Box::new(sink), memory, &options, next)?;
+        Ok(Self::new(Box::new(link), back.map(|back| Box::new(back) as Box<_>)))
+    }
+
     pub(super) fn by(self, way: Way) -> Self {
         Self { way, ..self }
     }
+}
+
+fn wrong(what: &str) -> OpenError {
+    OpenError::Channels { address: HANDED_IN.to_owned(), what: what.to_owned() }
+}
+
+/// How many page channels that is.
+fn count_of(pages: usize) -> Result<u8, OpenError> {
+    u8::try_from(pages)
+        .ok()
+        .filter(|count| *count > 0)
+        .ok_or_else(|| wrong(&format!("{pages} of them are for pages; 1 to 255 can be")))
 }
 
 /// The destination's side of a connection.
@@ -90,6 +133,31 @@ impl DestinationConnection {
     pub fn over(channel: StreamChannel) -> Self {
         let (stream, back) = channel.with_return_path();
         Self::of_stream(Box::new(stream), back.map(|back| Box::new(back) as Box<_>))
+    }
+
+    /// The main connection and the page channels of one source, connected sockets of the caller's own, in any order: their
+    /// first bytes tell which is which. Waits for these, so the source's session must have been started, or be started by
+    /// another thread. `count` of the options is not looked at.
+    ///
+    /// # Errors
+    /// [`OpenError::Channels`] if none or several are the main connection, or one is of no migration;
+    /// [`OpenError::OtherChannels`] if the source, a ramwire, has another number of page channels;
+    /// [`OpenError::Channel`] if one breaks, is no socket, or says nothing within the dead-peer time of the options.
+    pub fn over_channels(
+        channels: Vec<StreamChannel>,
+        options: &ConnectionOptions,
+        stop: &Stop,
+    ) -> Result<Self, OpenError> {
+        let count = count_of(channels.len().saturating_sub(1))?;
+        let mut channels = channels.into_iter();
+        let next = |_: &Stop| {
+            channels.next().ok_or_else(|| wrong("none of them is the main one, or one has closed"))
+        };
+        let (main, pages) = multifd::accept(count, HANDED_IN, &options.stream, stop, next)?;
+        let (main, back) = main.with_return_path();
+        let channels = ChannelOptions { count, ..options.channels.clone() };
+        let link = MultifdDestination::new(main, pages, channels, options.stream.stall);
+        Ok(Self::new(Box::new(link), back.map(|back| Box::new(back) as Box<_>)))
     }
 
     pub(super) fn by(self, way: Way) -> Self {

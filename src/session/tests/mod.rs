@@ -4,6 +4,7 @@
 
 mod control;
 mod greeting;
+mod handed_in;
 mod hooks;
 mod hostile_postcopy;
 mod outage;
