@@ -15,7 +15,7 @@ const HANDED_IN: &str = "the connections that were handed in";
 /// The way that was taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Way {
-    /// `rdma`, `tcp`, `unix`, `fd`, `exec` or `file`; `channel` where the embedder made the connection.
+    /// `rdma`, `tcp`, `unix`, `fd`, `exec`, `file` or `mapped`; `channel` where the embedder made the connection.
     pub transport: &'static str,
     /// Why it was this one; where it was `auto:` and not RDMA: what stood in the way.
     pub why: String,
@@ -31,6 +31,7 @@ impl Way {
             Address::Fd(_) => "fd",
             Address::Exec(_) => "exec",
             Address::File(_) => "file",
+            Address::Mapped { .. } => "mapped",
         };
         Self { transport, why: "the address says so".into() }
     }

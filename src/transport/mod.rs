@@ -14,6 +14,7 @@ mod connection;
 mod error;
 mod inline;
 mod link;
+mod mapped_ram;
 mod multifd;
 mod open;
 #[cfg(feature = "rdma")]
@@ -29,6 +30,7 @@ pub use link::{
     AtBarrier, DestinationAbilities, DestinationLink, LiveBytes, Offer, Receipt, Returned, RoundReceived,
     SourceLink, Ticket,
 };
+pub use mapped_ram::{MappedDestination, MappedLink};
 pub use multifd::{ChannelOptions, MultifdDestination, MultifdLink, Numa, PageSending};
 pub use open::{
     Address, AddressError, AllowError, AllowList, ConnectionOptions, DECISION_TIMEOUT, Listener, Obstacle,

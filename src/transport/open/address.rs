@@ -9,6 +9,7 @@
 //! | `fd:N` | a descriptor this process was started with |
 //! | `exec:COMMAND` | a shell command's standard input or output |
 //! | `file:PATH` | a file that holds the plain stream |
+//! | `mapped:PATH[,offset=N]` | a file with a place for every page (mapped-ram), its stream from byte N on |
 //!
 //! This module only reads and writes the words; [`open`](crate::transport::open) opens what they name.
 
@@ -19,7 +20,7 @@ use std::str::FromStr;
 
 /// Forms this program knows, for messages.
 const FORMS: &str =
-    "tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH";
+    "tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT, unix:PATH, fd:N, exec:COMMAND, file:PATH or mapped:PATH";
 
 /// One end of a byte stream.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -54,6 +55,13 @@ pub enum Address {
     Exec(String),
     /// `file:PATH`.
     File(PathBuf),
+    /// `mapped:PATH[,offset=N]`.
+    Mapped {
+        /// The file.
+        path: PathBuf,
+        /// Where its stream begins, in bytes.
+        offset: u64,
+    },
 }
 
 /// Why a text is not an [`Address`].
@@ -107,6 +115,9 @@ impl FromStr for Address {
                 Err(malformed("exec:COMMAND")("a command can't hold a NUL byte"))
             }
             "exec" => Ok(Self::Exec(rest.to_owned())),
+            "mapped" => parse_mapped(rest)
+                .map(|(path, offset)| Self::Mapped { path, offset })
+                .map_err(malformed("mapped:/path/of/the/file or mapped:/path/of/the/file,offset=4096")),
             "file" => parse_file(rest).map(Self::File).map_err(malformed("file:/path/of/the/stream")),
             _ => Err(AddressError::UnknownScheme { text: text.to_owned() }),
         }
@@ -159,9 +170,31 @@ fn parse_path(rest: &str) -> Result<PathBuf, &'static str> {
 fn parse_file(rest: &str) -> Result<PathBuf, &'static str> {
     // QEMU takes an offset here. Taking it for a part of the name would write to a surprising file.
     if rest.contains(",offset=") {
-        return Err("a plain stream starts at offset 0");
+        return Err("a plain stream starts at offset 0 (mapped: takes one)");
     }
     parse_path(rest)
+}
+
+/// The offset is decimal, or hexadecimal behind 0x.
+fn parse_mapped(rest: &str) -> Result<(PathBuf, u64), &'static str> {
+    let Some((path, offset)) = rest.rsplit_once(",offset=") else { return Ok((parse_path(rest)?, 0)) };
+    let digits = |text: &str, hex: bool| {
+        let all = text.bytes().all(|byte| if hex { byte.is_ascii_hexdigit() } else { byte.is_ascii_digit() });
+        all && !text.is_empty()
+    };
+    let number = match offset.strip_prefix("0x") {
+        Some(hex) if digits(hex, true) => u64::from_str_radix(hex, 16).ok(),
+        None if digits(offset, false) => offset.parse().ok(),
+        _ => return Err("the offset is not a number"),
+    };
+    // A file's offsets are signed numbers to the kernel.
+    let number =
+        number.filter(|number| i64::try_from(*number).is_ok()).ok_or("no file has so high an offset")?;
+    // What is printed is read back: a name that ends so would be read as an offset.
+    if number == 0 && path.contains(",offset=") {
+        return Err("there are two offsets");
+    }
+    Ok((parse_path(path)?, number))
 }
 
 fn parse_fd(rest: &str) -> Result<i32, &'static str> {
@@ -184,6 +217,8 @@ impl fmt::Display for Address {
             Self::Fd(number) => write!(f, "fd:{number}"),
             Self::Exec(command) => write!(f, "exec:{command}"),
             Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Mapped { path, offset: 0 } => write!(f, "mapped:{}", path.display()),
+            Self::Mapped { path, offset } => write!(f, "mapped:{},offset={offset}", path.display()),
         }
     }
 }
@@ -215,6 +250,8 @@ mod tests {
             ("fd:0", Address::Fd(0)),
             ("exec:cat > '/tmp/a:b'", Address::Exec("cat > '/tmp/a:b'".into())),
             ("file:relative path", Address::File("relative path".into())),
+            ("mapped:/a,b", Address::Mapped { path: "/a,b".into(), offset: 0 }),
+            ("mapped:a,offset=4096", Address::Mapped { path: "a".into(), offset: 4096 }),
         ] {
             assert_eq!(text.parse::<Address>().unwrap(), address);
             assert_eq!(address.to_string(), text);
@@ -246,6 +283,13 @@ mod tests {
             ("file:/a,offset=0x1000", "offset 0", "file:/"),
             ("unix:/run/a\nb", "control character", "unix:/"),
             ("file:a\u{1b}[0m", "control character", "file:/"),
+            ("mapped:", "no path", "mapped:/"),
+            ("mapped:,offset=1", "no path", "mapped:/"),
+            ("mapped:/a,offset=", "not a number", "offset="),
+            ("mapped:/a,offset=1M", "not a number", "offset="),
+            ("mapped:/a,offset=0x", "not a number", "offset="),
+            ("mapped:/a,offset=0x8000000000000000", "so high", "offset="),
+            ("mapped:/a,offset=99999999999999999999", "so high", "offset="),
             ("fd:", "not a number", "fd:N"),
             ("fd:-1", "not a number", "fd:N"),
             ("fd:4294967296", "so high", "fd:N"),
@@ -258,7 +302,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_without_a_panic_and_what_is_read_is_written_back(text in "(tcp|rdma|auto|unix|fd|exec|file|x)?:?\\PC{0,24}") {
+        fn any_text_is_read_without_a_panic_and_what_is_read_is_written_back(text in "(tcp|rdma|auto|unix|fd|exec|file|mapped|x)?:?\\PC{0,24}(,offset=[0-9x]{0,9})?") {
             if let Ok(address) = text.parse::<Address>() {
                 prop_assert_eq!(address.to_string().parse::<Address>().unwrap(), address);
             }

@@ -22,13 +22,15 @@ pub use obstacle::{DECISION_TIMEOUT, Obstacle};
 use crate::error::Remedy;
 use crate::guest::GuestMemory;
 use crate::stream::channel_count::ChannelMismatch;
+use crate::stream::qemu::mapped_stream::MappedReadError;
+use crate::stream::qemu::packed::Packing;
 use crate::sys::{Stop, take_inherited_fd};
 #[cfg(feature = "rdma")]
 use crate::transport::rdma::{RdmaListener, connect_here as rdma_source};
 use crate::transport::stream::{exec, file, tcp, tcp::TcpListener, unix, unix::UnixListener};
 use crate::transport::{
     ChannelError, ChannelOptions, DeltaCacheSize, DestinationConnection, InlineLink, MultifdDestination,
-    PageSending, SourceConnection, SourceLink, StreamChannel, StreamOptions, Way, multifd,
+    PageSending, SourceConnection, SourceLink, StreamChannel, StreamOptions, Way, mapped_ram, multifd,
 };
 
 /// Why there is no connection.
@@ -55,6 +57,14 @@ pub enum OpenError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// A mapped-ram file that is none, or not whole.
+    #[error("{address} can't be read")]
+    Unreadable {
+        /// The address.
+        address: String,
+        /// Why, and where.
+        source: MappedReadError,
+    },
     /// The connection failed, or the caller stopped.
     #[error(transparent)]
     Channel(#[from] ChannelError),
@@ -68,7 +78,7 @@ pub enum OpenError {
         why: WhyNoRdma,
     },
     /// An `rdma:` address where only a byte stream will do.
-    #[error("{address} is no byte stream; give a tcp: or unix: address here")]
+    #[error("{address} is no byte stream; give a tcp: or unix: address here, or file:")]
     NotAStream {
         /// The address.
         address: String,
@@ -98,6 +108,12 @@ pub enum OpenError {
     /// Deltas where pages do not go in the stream.
     #[error("{address}: only pages in the stream can travel as deltas; {}", Remedy::DropDeltasOrChannels)]
     NoDeltas {
+        /// The address.
+        address: String,
+    },
+    /// Compressed pages where each has a place of its size.
+    #[error("{address}: pages that have places in a file are not compressed; leave the compression out")]
+    Compressed {
         /// The address.
         address: String,
     },
@@ -246,7 +262,7 @@ pub fn open_source(
     stop: &Stop,
 ) -> Result<SourceConnection, OpenError> {
     let channels = &options.channels;
-    let in_stream = channels.count == 0 && !matches!(address, Address::Rdma { .. });
+    let in_stream = channels.count == 0 && !matches!(address, Address::Rdma { .. } | Address::Mapped { .. });
     if options.delta_cache > 0 && !in_stream {
         return Err(OpenError::NoDeltas { address: address.to_string() });
     }
@@ -278,9 +294,22 @@ fn open_once(
         Address::Rdma { host, port } => {
             rdma_source(host, *port, memory, &options.stream, &options.rdma, stop)
         }
+        Address::Mapped { path, offset } => {
+            check_plain_pages(address, channels)?;
+            let link = mapped_ram::create(path, *offset, memory, channels.count, &channels.spawn)?;
+            Ok(SourceConnection::new(Box::new(link), None).by(Way::named(address)))
+        }
         Address::Auto { host, port } => auto::open_source((host, *port), memory, options, stop),
         _ => open_stream(address, memory, options, Way::named(address), stop),
     }
+}
+
+/// In a file of places pages lie as they are.
+fn check_plain_pages(address: &Address, channels: &ChannelOptions) -> Result<(), OpenError> {
+    if channels.packing == Packing::Plain {
+        return Ok(());
+    }
+    Err(OpenError::Compressed { address: address.to_string() })
 }
 
 /// Opens a byte stream, and page channels beside it where some are asked for.
@@ -342,7 +371,7 @@ fn not_built(address: &Address) -> OpenError {
 pub fn connect(address: &Address, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
     match address {
         Address::Tcp { host, port } => tcp::connect(host, *port, options, stop),
-        Address::Rdma { .. } | Address::Auto { .. } => {
+        Address::Rdma { .. } | Address::Auto { .. } | Address::Mapped { .. } => {
             Err(OpenError::NotAStream { address: address.to_string() })
         }
         Address::Unix(path) => unix::connect(path, options, stop),
@@ -480,6 +509,11 @@ impl Listener {
         stop: &Stop,
     ) -> Result<DestinationConnection, OpenError> {
         let channels = &options.channels;
+        if let Address::Mapped { path, offset } = self.address() {
+            check_plain_pages(self.address(), channels)?;
+            let link = mapped_ram::open(path, *offset, channels.count, &channels.spawn)?;
+            return Ok(DestinationConnection::new(Box::new(link), None).by(Way::named(self.address())));
+        }
         let one_stream = !matches!(self.kind, Kind::Tcp(_) | Kind::Unix(_));
         if channels.count > 0 && one_stream {
             return Err(OpenError::NoChannels { address: self.address().to_string() });
@@ -545,6 +579,7 @@ impl Listener {
             Address::Fd(number) => inherited(*number, options),
             Address::Exec(command) => opened(self.address(), exec::read_from(command, options)),
             Address::File(path) => opened(self.address(), file::read_from(path, options)),
+            Address::Mapped { .. } => Err(OpenError::NotAStream { address: self.address().to_string() }),
             Address::Tcp { .. } | Address::Rdma { .. } | Address::Auto { .. } | Address::Unix(_) => {
                 Err(OpenError::OnlyOne { address: self.address().to_string() })
             }

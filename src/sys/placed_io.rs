@@ -1,0 +1,67 @@
+//! Guest RAM read from a place in a file, and written to one: the kernel copies between the two.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::HostSpan;
+use super::parts::{NO_PARTS, SendPart, gather};
+
+/// Most bytes of one call, so that it comes back to be stopped.
+const MAX_CALL: usize = 8 << 20;
+
+/// Fills the first bytes of `span` with those at `offset` of a file; how many, and 0 only at the file's end.
+///
+/// # Errors
+/// What `pread(2)` says; `EFAULT` for guest memory that is lost.
+pub(crate) fn read_at(fd: BorrowedFd<'_>, span: HostSpan<'_>, offset: u64) -> io::Result<usize> {
+    let at = libc::off64_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let len = span.len().min(MAX_CALL);
+    // SAFETY: the span is mapped writable for `len` bytes as long as it is borrowed, and outlives the call.
+    let got = unsafe { libc::pread64(fd.as_raw_fd(), span.as_ptr().cast(), len, at) };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}
+
+/// Writes `parts`, without the first `skip` bytes of them, to `offset` of a file; how many bytes went.
+///
+/// # Errors
+/// What `pwritev(2)` says.
+pub(crate) fn write_at(
+    fd: BorrowedFd<'_>,
+    parts: &[SendPart<'_>],
+    skip: usize,
+    offset: u64,
+) -> io::Result<usize> {
+    let at = libc::off64_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut list = NO_PARTS;
+    let used = gather(parts, skip, MAX_CALL, &mut list);
+    // SAFETY: every entry of the list names bytes borrowed by `parts`, which outlives the call; the kernel only reads them.
+    let sent = unsafe { libc::pwritev64(fd.as_raw_fd(), list.as_ptr(), used as libc::c_int, at) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::sys::Mapping;
+
+    #[test]
+    fn guest_memory_goes_to_its_place_in_a_file_and_back() {
+        let file = tempfile::tempfile().unwrap();
+        let memory = Mapping::anonymous(8192).unwrap();
+        let span = |at, len| memory.region().span(at, len).unwrap();
+        span(4096, 3).copy_from(b"abc");
+        let parts = [SendPart::Guest(span(4095, 4)), SendPart::Own(b"de")];
+        assert_eq!(write_at(file.as_fd(), &parts, 1, 1 << 20).unwrap(), 5);
+        assert_eq!(file.metadata().unwrap().len(), (1 << 20) + 5);
+        assert_eq!(read_at(file.as_fd(), span(0, 100), (1 << 20) + 1).unwrap(), 4);
+        let mut out = [0; 5];
+        span(0, 5).copy_to(&mut out);
+        assert_eq!(&out, b"bcde\0");
+        assert_eq!(read_at(file.as_fd(), span(0, 100), 1 << 30).unwrap(), 0);
+        assert!(read_at(file.as_fd(), span(0, 1), u64::MAX).is_err());
+        assert!(write_at(file.as_fd(), &parts, 0, u64::MAX).is_err());
+    }
+}

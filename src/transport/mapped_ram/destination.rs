@@ -1,0 +1,229 @@
+//! The destination's link to a file: the stream that is in it, and its places as page channels.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, unbounded};
+
+use super::file::{MappedFile, not_opened};
+use super::reader::{Common, Reader};
+use crate::guest::{GuestError, Placer};
+use crate::observe::PageCounts;
+use crate::ram::PageBitmap;
+use crate::stream::qemu::incoming::{AnnouncedBlocks, IncomingConfig};
+use crate::stream::qemu::mapped::decode_bitmap;
+use crate::stream::qemu::mapped_stream::{MappedReadError, Places, PlainStream};
+use crate::sys::{CancelToken, RecvPart, SpawnFn, Stop};
+use crate::transport::{
+    AtBarrier, ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError,
+    OpenError,
+};
+
+/// Longest time between two looks at the caller's [`Stop`].
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+const WAITING: &str = "waiting for pages that are read";
+
+/// A mapped-ram file, read whole but for its pages.
+pub struct MappedDestination {
+    file: Arc<MappedFile>,
+    stream: PlainStream,
+    present: Vec<PageBitmap>,
+    /// Bytes of the stream that were given out.
+    at: usize,
+    threads: usize,
+    spawn: Arc<SpawnFn>,
+    running: Option<Running>,
+    barriers: u64,
+    bytes: Arc<AtomicU64>,
+}
+
+struct Running {
+    told: Receiver<Result<(), MoveError>>,
+    placer: Arc<Placer>,
+    threads: Vec<JoinHandle<()>>,
+    left: usize,
+    cancel: CancelToken,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+        for thread in self.threads.drain(..) {
+            // A panic there left pages unread; nobody counts on them any more.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Opens the file whose stream begins at `starts_at`, and reads all of it but its pages, which `asked` threads read later; 0:
+/// as many as are good for this host.
+pub(in crate::transport) fn open(
+    path: &Path,
+    starts_at: u64,
+    asked: u8,
+    spawn: &Arc<SpawnFn>,
+) -> Result<MappedDestination, OpenError> {
+    let file = MappedFile::to_read(path, starts_at).map_err(not_opened(path))?;
+    let unreadable = |source| OpenError::Unreadable { address: file.name(), source };
+    let file_len = Some(file.len().map_err(not_opened(path))?);
+    let config = IncomingConfig { starts_at, file_len, adopt_page_size: true, ..IncomingConfig::default() };
+    let stream = PlainStream::read(config, |at, into| file.read(into, at)).map_err(unreadable)?;
+    let present = stream.places.iter().map(|places| read_bitmap(&file, places)).collect::<Result<_, _>>();
+    Ok(MappedDestination {
+        present: present.map_err(unreadable)?,
+        file: Arc::new(file),
+        stream,
+        at: 0,
+        threads: super::threads(asked),
+        spawn: Arc::clone(spawn),
+        running: None,
+        barriers: 0,
+        bytes: Arc::default(),
+    })
+}
+
+fn read_bitmap(file: &MappedFile, places: &Places) -> Result<PageBitmap, MappedReadError> {
+    if places.header.is_absent() {
+        return Ok(PageBitmap::new(0));
+    }
+    // Not more than the file has: its places were compared with its length.
+    let mut bytes = vec![0; usize::try_from(places.bitmap_len()).unwrap_or(usize::MAX)];
+    let at = places.header.bitmap_offset;
+    file.read_all(&mut bytes, at).map_err(|source| MappedReadError::Io { at, source })?;
+    let present = decode_bitmap(&bytes, places.block.name.as_str(), places.pages());
+    Ok(present.map_err(|error| error.based(at.saturating_sub(file.starts_at)))?)
+}
+
+impl MappedDestination {
+    /// The stream that is in it, as a plain one.
+    pub fn stream(&self) -> &PlainStream {
+        &self.stream
+    }
+
+    /// A block that is not in the file must be one that this end has from elsewhere.
+    fn check_left_out(&self, placer: &Placer) -> Result<(), MoveError> {
+        let table = placer.memory().table();
+        for places in self.stream.places.iter().filter(|places| places.header.is_absent()) {
+            let name = places.block.name.as_str();
+            let index = table.find(name).map_err(GuestError::from)?;
+            if !table.get(index).is_some_and(|block| block.flags.ignored) {
+                let why =
+                    format!("RAM block {name} is not in it (x-ignore-shared); map its memory here, too");
+                return Err(self
+                    .file
+                    .failed("looking for the RAM blocks", std::io::Error::other(why))
+                    .into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The pages that are in it, block by block; of a block that was left out, none.
+    pub fn present(&self) -> &[PageBitmap] {
+        &self.present
+    }
+}
+
+impl ByteSource for MappedDestination {
+    fn recv(&mut self, into: &mut [RecvPart<'_>], _stop: &Stop) -> Result<usize, ChannelError> {
+        let mut given = 0;
+        for part in into {
+            let rest = &self.stream.bytes[self.at..];
+            let len = rest.len().min(part.len());
+            match part {
+                RecvPart::Own(room) => room[..len].copy_from_slice(&rest[..len]),
+                RecvPart::Guest(span) => _ = span.copy_from(&rest[..len]),
+            }
+            self.at += len;
+            given += len;
+        }
+        Ok(given)
+    }
+}
+
+impl DestinationLink for MappedDestination {
+    fn abilities(&self) -> DestinationAbilities {
+        let page_channels = u8::try_from(self.threads).unwrap_or(u8::MAX);
+        DestinationAbilities { page_channels, ..DestinationAbilities::default() }
+    }
+
+    fn stream(&mut self) -> &mut dyn ByteSource {
+        self
+    }
+
+    /// There is memory now: the threads begin to read.
+    fn announce(&mut self, placer: &Arc<Placer>, _blocks: &AnnouncedBlocks) -> Result<(), MoveError> {
+        self.check_left_out(placer)?;
+        let (tell, told) = unbounded();
+        let common = Arc::new(Common {
+            file: Arc::clone(&self.file),
+            placer: Arc::clone(placer),
+            places: self.stream.places.clone(),
+            present: std::mem::take(&mut self.present),
+            next: AtomicUsize::new(0),
+            bytes: Arc::clone(&self.bytes),
+        });
+        let cancel = CancelToken::default();
+        let mut running = Running { told, placer: Arc::clone(placer), threads: Vec::new(), left: 0, cancel };
+        for _ in 0..self.threads {
+            let stop = Stop::on(&running.cancel);
+            let reader = Reader { common: Arc::clone(&common), told: tell.clone(), stop };
+            let started = (self.spawn)("ramwire-file-rx", Box::new(move || reader.run()));
+            let failed = |source| self.file.failed("starting a thread that reads pages", source);
+            running.threads.push(started.map_err(failed)?);
+            running.left += 1;
+        }
+        self.running = Some(running);
+        Ok(())
+    }
+
+    /// The first barrier stands behind the list of blocks. Where another stands in front of the end of RAM, that one waits.
+    fn barrier(&mut self, stop: &Stop) -> Result<AtBarrier, MoveError> {
+        self.barriers += 1;
+        if self.stream.has_end && self.barriers == 1 {
+            return Ok(AtBarrier::default());
+        }
+        let Some(running) = &mut self.running else { return Ok(AtBarrier::default()) };
+        while running.left > 0 {
+            match running.told.recv_timeout(POLL_INTERVAL) {
+                Ok(ended) => {
+                    ended?;
+                    running.left -= 1;
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    let source = std::io::Error::other("a thread that reads pages has ended");
+                    return Err(self.file.failed("reading pages", source).into());
+                }
+            }
+            if let Some(reason) = stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: WAITING }.into());
+            }
+        }
+        Ok(AtBarrier::default())
+    }
+
+    fn channel_bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn live_bytes(&self) -> LiveBytes {
+        LiveBytes { channels: Some(Arc::clone(&self.bytes)), ..LiveBytes::default() }
+    }
+
+    fn placed_pages(&self) -> Vec<PageCounts> {
+        self.running.iter().map(|running| running.placer.counts()).collect()
+    }
+
+    fn revoke(&mut self) {
+        self.running = None;
+    }
+
+    fn close(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+}

@@ -1,0 +1,38 @@
+//! A file in which every page has its place (`mapped:`), as QEMU 9.0 and newer write and read by `file:` with mapped-ram.
+//!
+//! ```text
+//! a guest -- stream --> head and tail of the file, but its first word
+//!        \-- pages ---> threads: pwrite to their places
+//!                       at the end: bitmaps, fsync, the first word, fsync
+//!
+//! head and tail of the file --> plain stream --> session, to which the places are page channels
+//! places ---------------------> threads: pread into guest RAM
+//! ```
+//!
+//! Nobody answers here. COMMIT is the first word of the file's stream: what it stands in front of is whole and on the disk,
+//! and without it there is no guest in the file. So a save that breaks off, at whatever byte, leaves a file that says so.
+
+mod destination;
+mod file;
+mod link;
+mod reader;
+mod sink;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+pub use destination::MappedDestination;
+pub(super) use destination::open;
+pub use link::MappedLink;
+pub(super) use link::create;
+
+/// Most threads that read or write pages, where nobody says how many.
+const MAX_THREADS: usize = 4;
+
+/// Threads for pages: as many as were asked for, or one for each core.
+fn threads(asked: u8) -> usize {
+    match asked {
+        0 => std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS),
+        asked => asked.into(),
+    }
+}

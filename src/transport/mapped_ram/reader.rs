@@ -1,0 +1,150 @@
+//! A thread that reads pages from their places into guest RAM.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use crossbeam::channel::Sender;
+
+use super::file::MappedFile;
+use crate::guest::{PageWriter, Placer};
+use crate::ram::{Landing, PageBitmap};
+use crate::stream::qemu::mapped_stream::Places;
+use crate::sys::Stop;
+use crate::transport::{ChannelError, MoveError};
+use crate::units::{BlockIndex, PageIndex};
+
+/// Pages that a thread takes at a time: 8 MiB of 4 KiB pages.
+const SLICE: u64 = 2048;
+/// Bytes that are read into a buffer at once for memory that is written by its file: they stay in the second-level cache.
+const BUFFER: usize = 128 << 10;
+
+const READING: &str = "reading pages";
+
+/// What all threads share.
+pub(super) struct Common {
+    pub(super) file: Arc<MappedFile>,
+    pub(super) placer: Arc<Placer>,
+    pub(super) places: Vec<Places>,
+    /// Pages that are in the file, block by block.
+    pub(super) present: Vec<PageBitmap>,
+    /// The slice that is next, counted over all blocks.
+    pub(super) next: AtomicUsize,
+    /// Bytes read so far.
+    pub(super) bytes: Arc<AtomicU64>,
+}
+
+/// One thread. It tells its end, whatever that is.
+pub(super) struct Reader {
+    pub(super) common: Arc<Common>,
+    pub(super) told: Sender<Result<(), MoveError>>,
+    pub(super) stop: Stop,
+}
+
+impl Common {
+    /// Block and pages of the slice with this number.
+    fn slice(&self, mut number: u64) -> Option<(usize, std::ops::Range<u64>)> {
+        for (block, places) in self.places.iter().enumerate() {
+            let pages = if places.header.is_absent() { 0 } else { places.pages() };
+            let slices = pages.div_ceil(SLICE);
+            if number < slices {
+                let first = number * SLICE;
+                return Some((block, first..(first + SLICE).min(pages)));
+            }
+            number -= slices;
+        }
+        None
+    }
+}
+
+impl Reader {
+    /// Reads slices until there are no more.
+    pub(super) fn run(self) {
+        let mut writer = PageWriter::default();
+        let mut buffer = Vec::new();
+        let ended = loop {
+            let number = self.common.next.fetch_add(1, Ordering::Relaxed) as u64;
+            let Some((block, pages)) = self.common.slice(number) else { break Ok(()) };
+            if let Err(error) = self.read_slice(block, pages, &mut writer, &mut buffer) {
+                break Err(error);
+            }
+        };
+        // Nobody listens once the migration is over.
+        let _ = self.told.send(ended);
+    }
+
+    /// Runs of pages that are there are read, those between are zero.
+    fn read_slice(
+        &self,
+        block: usize,
+        pages: std::ops::Range<u64>,
+        writer: &mut PageWriter,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), MoveError> {
+        let common = &*self.common;
+        let index = BlockIndex(block as u32);
+        writer.check_faults();
+        let mut at = pages.start;
+        while at < pages.end {
+            if let Some(reason) = self.stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: READING }.into());
+            }
+            let run = common.present[block].next_run(PageIndex(at), pages.end - at);
+            let run = run.filter(|run| run.start < pages.end).unwrap_or(pages.end..pages.end);
+            let run = run.start..run.end.min(pages.end);
+            if let Some(hole) = common.placer.admit_pages(index, PageIndex(at), run.start - at)? {
+                common.placer.zero(hole)?;
+            }
+            if let Some(landing) =
+                common.placer.admit_pages(index, PageIndex(run.start), run.end - run.start)?
+            {
+                let from = common.places[block].header.pages_offset + run.start * common.placer.page_bytes();
+                self.read_run(landing, from, writer, buffer)?;
+                common.placer.commit(landing);
+            }
+            at = run.end;
+        }
+        Ok(())
+    }
+
+    /// Straight into place, or where a backing file takes the bytes for less, by way of `buffer`.
+    fn read_run(
+        &self,
+        landing: Landing,
+        from: u64,
+        writer: &mut PageWriter,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), MoveError> {
+        let Common { file, placer, bytes, .. } = &*self.common;
+        let by_buffer = writer.prepare(placer, &[landing]);
+        let span = placer.target(landing)?;
+        let mut done = 0;
+        while done < span.len() {
+            let at = from + done as u64;
+            let got = if by_buffer {
+                buffer.resize(BUFFER, 0);
+                let room = buffer.len().min(span.len() - done);
+                let got = file.read(&mut buffer[..room], at);
+                if let Ok(got) = got {
+                    writer.write(placer, landing, done as u64, std::iter::once(&buffer[..got]))?;
+                }
+                got
+            } else {
+                let Some(rest) = span.part(done, span.len() - done) else { break };
+                file.read_pages(rest, at)
+            };
+            match got {
+                Ok(0) => {
+                    let source = std::io::Error::other("the file has been made shorter meanwhile");
+                    return Err(file.failed_at(READING, at, &source).into());
+                }
+                Ok(got) => {
+                    done += got;
+                    bytes.fetch_add(got as u64, Ordering::Relaxed);
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(file.failed_at(READING, at, &error).into()),
+            }
+        }
+        Ok(())
+    }
+}

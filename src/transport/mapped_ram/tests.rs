@@ -1,0 +1,305 @@
+//! Saves and loads of a file, whole, broken off at each step, and damaged.
+
+#![allow(clippy::unwrap_used)]
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use super::*;
+use crate::guest::{GuestMemory, MappedGuest, Placer};
+use crate::ram::{BlockName, PageBatch, PageRun, RamBlock, RoundKind, Verdict};
+use crate::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
+use crate::stream::qemu::file::{Configuration, encode_configuration, encode_header};
+use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::mapped_stream::MappedReadError;
+use crate::stream::qemu::ram::{EOS_RECORD, IDSTR};
+use crate::stream::qemu::section::{self, SectionName};
+use crate::stream::qemu::tail::without_devices;
+use crate::sys::{Mapping, SendPart, Stop, spawn_thread};
+use crate::transport::{ByteSource, ChannelError, DestinationLink, MoveError, OpenError, SourceLink};
+use crate::units::{BlockIndex, PageIndex, PageSize};
+
+const PAGES: u64 = 700;
+const RAM: u32 = 7;
+
+struct Guest {
+    memory: Arc<MappedGuest>,
+    ram: Mapping,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let (ram, rom) = (Mapping::anonymous(PAGES * 4096).unwrap(), Mapping::anonymous(3 * 4096).unwrap());
+        let block = |name, pages| RamBlock::new(BlockName::new(name).unwrap(), pages * 4096);
+        let builder = MappedGuest::builder(PageSize::SIZE_4K);
+        let builder = builder.mapping(block("ram", PAGES), &ram).mapping(block("rom", 3), &rom);
+        Self { memory: Arc::new(builder.build().unwrap()), ram }
+    }
+
+    fn write(&self, page: u64, byte: u8) {
+        self.ram.region().span(page * 4096, 4096).unwrap().copy_from(&[byte; 4096]);
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut out = vec![0; (PAGES * 4096) as usize];
+        self.ram.region().span(0, PAGES * 4096).unwrap().copy_to(&mut out);
+        out
+    }
+
+    /// Every seventh page is zero.
+    fn fill(&self) {
+        (0..PAGES).filter(|page| page % 7 != 0).for_each(|page| self.write(page, (page % 250) as u8 + 1));
+    }
+}
+
+fn run(first: u64, pages: u64) -> PageRun {
+    PageRun { block: BlockIndex(0), first: PageIndex(first), pages }
+}
+
+/// A save, as a session makes it.
+struct Save {
+    link: MappedLink,
+}
+
+impl Save {
+    fn create(path: &Path, starts_at: u64, guest: &Guest) -> Self {
+        let memory: Arc<dyn GuestMemory> = guest.memory.clone();
+        Self { link: create(path, starts_at, memory, 2, &(Arc::new(spawn_thread) as _)).unwrap() }
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> Result<(), MoveError> {
+        Ok(self.link.sink().send(&[SendPart::Own(bytes)], &Stop::never())?)
+    }
+
+    fn set_up(&mut self, guest: &Guest) -> Result<(), MoveError> {
+        let mut out = Vec::new();
+        encode_header(&mut out);
+        let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
+        encode_configuration(&configuration, &mut out);
+        section::encode_start(&SectionName { id: RAM, idstr: IDSTR, instance: 0, version: 4 }, &mut out);
+        encode_block_list(&announced(guest), &mut out);
+        self.send(&out)?;
+        self.close(RoundKind::Setup)
+    }
+
+    fn round(&mut self, kind: RoundKind, batches: &[&[(PageRun, Verdict)]]) -> Result<(), MoveError> {
+        let mut head = Vec::new();
+        match kind {
+            RoundKind::Final => section::encode_end(RAM, &mut head),
+            _ => section::encode_part(RAM, &mut head),
+        }
+        self.send(&head)?;
+        self.link.open_round(kind, &Stop::never())?;
+        for pieces in batches {
+            let mut batch = PageBatch::default();
+            pieces.iter().for_each(|(run, verdict)| batch.push(*run, *verdict));
+            self.link.offer(batch, &Stop::never())?;
+        }
+        self.close(kind)
+    }
+
+    fn close(&mut self, kind: RoundKind) -> Result<(), MoveError> {
+        self.link.close_round(kind, &Stop::never())?;
+        let mut end = EOS_RECORD.to_vec();
+        section::encode_footer(RAM, &mut end);
+        self.send(&end)?;
+        Ok(self.link.sink().flush(&Stop::never())?)
+    }
+
+    fn finish(&mut self) -> Result<(), MoveError> {
+        let tail = without_devices(4096);
+        self.send(&tail[..1])?;
+        self.link.sink().flush(&Stop::never())?;
+        self.send(&tail[1..])?;
+        Ok(self.link.sink().finish(&Stop::never())?)
+    }
+
+    /// All of memory, then a page turns zero and another is written again, while the guest stands still.
+    fn whole(&mut self, guest: &Guest) -> Result<(), MoveError> {
+        self.set_up(guest)?;
+        let half = run(0, PAGES / 2);
+        let rest = run(PAGES / 2, PAGES - PAGES / 2);
+        self.round(RoundKind::Live, &[&[(half, Verdict::Unknown)], &[(rest, Verdict::Unknown)]])?;
+        guest.write(8, 0);
+        guest.write(9, 77);
+        guest.write(7, 78);
+        self.round(RoundKind::Final, &[&[(run(7, 3), Verdict::Unknown)]])?;
+        self.finish()
+    }
+}
+
+fn announced(guest: &Guest) -> Vec<BlockAnnouncement> {
+    let announce = |block: &RamBlock| BlockAnnouncement {
+        name: block.name.clone(),
+        used_length: block.used_length,
+        host_page: None,
+        guest_addr: None,
+    };
+    guest.memory.table().blocks().iter().map(announce).collect()
+}
+
+fn opened(path: &Path, starts_at: u64) -> Result<MappedDestination, OpenError> {
+    open(path, starts_at, 3, &(Arc::new(spawn_thread) as _))
+}
+
+/// Reads the pages of `source` into `guest`.
+fn load(mut source: MappedDestination, guest: &Guest) -> Result<Arc<Placer>, MoveError> {
+    let blocks = guest.memory.table().blocks().to_vec();
+    let memory: Arc<dyn GuestMemory> = guest.memory.clone();
+    let mut placer = Placer::new(memory, &blocks, None)?;
+    placer.find_used(|_| false);
+    let placer = Arc::new(placer);
+    let list = AnnouncedBlocks::new(announced(guest)).unwrap();
+    source.announce(&placer, &list)?;
+    source.barrier(&Stop::never())?;
+    source.barrier(&Stop::never())?;
+    source.revoke();
+    Ok(placer)
+}
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// In memory, where there is such a place: what is synced there costs nothing.
+fn scratch_in_memory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| scratch())
+}
+
+#[test]
+fn s69_s70_s72_a_guest_is_saved_in_rounds_and_loaded_over_old_memory() {
+    for starts_at in [0, 5000] {
+        let dir = scratch();
+        let path = dir.path().join("guest");
+        std::fs::write(&path, vec![9; 3 << 20]).unwrap();
+        let guest = Guest::new();
+        guest.fill();
+        let mut save = Save::create(&path, starts_at, &guest);
+        save.whole(&guest).unwrap();
+        let counts = save.link.sent_pages();
+        let busy = opened(&path, starts_at);
+        assert!(crate::error::Chain(&busy.err().unwrap()).to_string().contains("another process"));
+        drop(save);
+        let file = std::fs::File::open(&path).unwrap();
+        let meta = file.metadata().unwrap();
+        assert!(meta.blocks() * 512 < (PAGES + 3) * 4096, "zero pages are holes");
+        let mut front = vec![0; starts_at as usize];
+        file.read_exact_at(&mut front, 0).unwrap();
+        assert!(front.iter().all(|byte| *byte == 9), "what is in front stays");
+
+        let source = opened(&path, starts_at).unwrap();
+        let present = source.present()[0].count();
+        assert_eq!(present, PAGES - PAGES / 7, "page 8 is zero now, page 7 no more");
+        assert_eq!(source.present()[1].count(), 0);
+        assert_eq!(counts[0].normal, PAGES - PAGES / 7 + 2);
+        let there = Guest::new();
+        // Memory of an earlier guest.
+        (0..PAGES).for_each(|page| there.write(page, 0xee));
+        let placer = load(source, &there).unwrap();
+        assert!(there.bytes() == guest.bytes(), "from {starts_at}");
+        assert_eq!((placer.counts().normal, placer.counts().zero), (present, PAGES + 3 - present));
+        assert_eq!(placer.never_came(), 0);
+    }
+}
+
+/// The process is killed, the disk is full or gone: at whatever step, the file is whole or says that it is not, and it is
+/// whole only where that is so.
+#[test]
+fn a_save_that_breaks_off_at_any_step_leaves_no_file_that_claims_to_be_whole() {
+    let dir = scratch_in_memory();
+    let path = dir.path().join("guest");
+    let mut broken = 0;
+    for step in 0.. {
+        let guest = Guest::new();
+        guest.fill();
+        let mut save = Save::create(&path, 0, &guest);
+        save.link.break_at(step);
+        let saved = save.whole(&guest);
+        let unsent = save.link.reclaim();
+        drop(save);
+        let claims = match opened(&path, 0) {
+            Ok(source) => Some(source),
+            Err(OpenError::Unreadable { source, .. }) => {
+                let torn = matches!(source, MappedReadError::NotEnded | MappedReadError::Truncated { .. });
+                assert!(torn, "step {step}: {source}");
+                None
+            }
+            Err(error) => panic!("step {step}: {error}"),
+        };
+        match (saved, claims) {
+            (Ok(()), Some(source)) => {
+                let there = Guest::new();
+                load(source, &there).unwrap();
+                assert!(there.bytes() == guest.bytes());
+                assert!(unsent.is_empty());
+                break;
+            }
+            (Ok(()), None) => panic!("step {step}: success was told, and nothing is there"),
+            // Only behind the first word: all of it was on the disk before.
+            (Err(_), Some(source)) => {
+                let there = Guest::new();
+                load(source, &there).unwrap();
+                assert!(there.bytes() == guest.bytes(), "step {step}");
+            }
+            (Err(error), None) => {
+                let text = crate::error::Chain(&error).to_string();
+                assert!(text.contains("mapped:") && text.contains("os error 5"), "{text}");
+                broken += 1;
+            }
+        }
+    }
+    assert!(broken > 10, "{broken} steps");
+}
+
+#[test]
+fn what_is_no_whole_mapped_file_is_refused_by_name() {
+    let dir = scratch();
+    let path = dir.path().join("guest");
+    let said = |starts_at| {
+        let error = opened(&path, starts_at).err().unwrap();
+        crate::error::Chain(&error).to_string()
+    };
+    assert!(said(0).contains("os error 2"));
+    std::fs::write(&path, b"hello, world").unwrap();
+    assert!(said(0).contains("magic"), "{}", said(0));
+    assert!(said(1000).contains("ends inside"), "{}", said(1000));
+    std::fs::create_dir(dir.path().join("folder")).unwrap();
+    let folder = opened(&dir.path().join("folder"), 0).err().unwrap();
+    assert!(crate::error::Chain(&folder).to_string().contains("plain file"));
+}
+
+/// The disk makes the file shorter, or another process does, while pages are read.
+#[test]
+fn a_file_that_shrinks_while_it_is_read_is_an_error_with_its_place() {
+    let dir = scratch();
+    let path = dir.path().join("guest");
+    let guest = Guest::new();
+    guest.fill();
+    Save::create(&path, 0, &guest).whole(&guest).unwrap();
+    let source = opened(&path, 0).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len((1 << 20) + 8192).unwrap();
+    let error = load(source, &Guest::new()).err().unwrap();
+    let MoveError::Channel(error @ ChannelError::Io { .. }) = error else { panic!("{error}") };
+    let text = crate::error::Chain(&error).to_string();
+    assert!(text.contains("offset 0x") && text.contains("shorter"), "{text}");
+}
+
+#[test]
+fn the_stream_is_given_out_in_whatever_pieces_there_is_room_for() {
+    let dir = scratch();
+    let path = dir.path().join("guest");
+    let guest = Guest::new();
+    Save::create(&path, 0, &guest).whole(&guest).unwrap();
+    let mut source = opened(&path, 0).unwrap();
+    let mut bytes = Vec::new();
+    loop {
+        let mut room = [0; 7];
+        let got = source.recv(&mut [crate::sys::RecvPart::Own(&mut room)], &Stop::never()).unwrap();
+        bytes.extend_from_slice(&room[..got]);
+        if got == 0 {
+            break;
+        }
+    }
+    assert!(bytes == source.stream().bytes);
+}
