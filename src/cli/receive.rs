@@ -32,9 +32,12 @@ use super::store::{ArrivingGuest, State, Store};
     ramwire receive tcp:0.0.0.0:4444 --allow 10.0.0.0/8 --dir guest --ignore-shared m0
 
     # Read a stream that QEMU wrote with `migrate exec:cat>FILE`
-    ramwire receive file:FILE --dir guest")]
+    ramwire receive file:FILE --dir guest
+
+    # Read a file that QEMU wrote with mapped-ram and `migrate file:FILE`
+    ramwire receive mapped:FILE --dir guest")]
 pub(super) struct Args {
-    /// Where to listen or read: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (both), unix:PATH, fd:N, exec:COMMAND or file:PATH
+    /// Where to listen or read: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (both), unix:PATH, fd:N, exec:COMMAND, file:PATH or mapped:PATH[,offset=N]
     uri: Address,
     /// Folder for RAM blocks, device state and manifest; made with mode 0700, or closed to others
     #[arg(long)]

@@ -44,7 +44,7 @@ use super::watch::{Log, WatchArgs, describe};
     # From a QEMU told to migrate to this host on port 4444, to a QEMU started with -incoming on port 5555
     ramwire relay --listen tcp:0.0.0.0:4444 --connect tcp:10.0.0.7:5555")]
 pub(super) struct Args {
-    /// Where the guest's source connects: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (either), unix:PATH, fd:N, exec:COMMAND or file:PATH
+    /// Where the guest's source connects: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (either), unix:PATH, fd:N, exec:COMMAND, file:PATH or mapped:PATH[,offset=N]
     #[arg(long, value_name = "URI")]
     listen: Address,
     /// Where the far end listens: as --listen

@@ -39,10 +39,13 @@ use super::watch::{WatchArgs, describe};
     # Let the guest run there at once, its memory follows (QEMU: postcopy-ram on)
     ramwire send tcp:10.0.0.7:4444 --dir guest --postcopy
 
+    # Write it as a file that QEMU reads with mapped-ram and `migrate-incoming file:FILE`
+    ramwire send mapped:FILE --dir guest
+
     # Only RAM, to another ramwire
     ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin")]
 pub(super) struct Args {
-    /// Where the destination listens: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (the better of both), unix:PATH, fd:N, exec:COMMAND or file:PATH
+    /// Where the destination listens: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (the better of both), unix:PATH, fd:N, exec:COMMAND, file:PATH or mapped:PATH[,offset=N]
     uri: Address,
     /// Folder that `ramwire receive` has filled
     #[arg(long, required_unless_present = "ram")]

@@ -1,11 +1,14 @@
 //! `ramwire inspect`: the structure of a captured stream.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use ramwire::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
+use ramwire::stream::qemu::mapped::{MappedHeader, bitmap_len, decode_bitmap};
 use ramwire::stream::{Corrupt, DecodeError};
+use ramwire::transport::Address;
 
 use super::args::Exit;
 use super::common::complain;
@@ -22,10 +25,13 @@ use report::{End, Report};
     # Look into a stream that a QEMU wrote with migrate exec:cat>vm.stream
     ramwire inspect vm.stream
 
+    # A file with mapped-ram pages whose stream begins behind a header of 4096 bytes
+    ramwire inspect mapped:vm.save,offset=4096
+
     # The same as one JSON object
     zcat vm.stream.gz | ramwire inspect --json -")]
 pub(super) struct Args {
-    /// Captured stream; - reads standard input
+    /// Captured stream, or mapped:PATH[,offset=N]; - reads standard input
     file: PathBuf,
     /// Print one JSON object
     #[arg(long)]
@@ -36,9 +42,9 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Exit {
     let mut text = Vec::new();
     let whole = if args.file == Path::new("-") {
-        print(io::stdin().lock(), args.json, &mut text)
+        print(Input::Pipe(io::stdin().lock()), args.json, &mut text)
     } else {
-        File::open(&args.file).and_then(|file| print(file, args.json, &mut text))
+        open(&args.file).and_then(|input| print(input, args.json, &mut text))
     };
     result_text!("{}", String::from_utf8_lossy(&text));
     match whole {
@@ -51,12 +57,45 @@ pub(super) fn run(args: &Args) -> Exit {
     }
 }
 
+/// Where a stream comes from.
+enum Input<R> {
+    /// Only forwards.
+    Pipe(R),
+    /// A file, its length, and where the stream begins: the pages in it need not be read.
+    File(File, u64, u64),
+}
+
+impl<R: Read> Read for Input<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(input) => input.read(into),
+            Self::File(file, ..) => file.read(into),
+        }
+    }
+}
+
+/// A path, or an address with `mapped:`.
+fn open(name: &Path) -> io::Result<Input<io::Empty>> {
+    let address = name.to_str().filter(|name| name.starts_with("mapped:")).map(str::parse);
+    let (path, offset) = match address.transpose().map_err(io::Error::other)? {
+        Some(Address::Mapped { path, offset }) => (path, offset),
+        _ => (name.to_owned(), 0),
+    };
+    let mut file = File::open(path)?;
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        return Ok(Input::File(file, u64::MAX, 0));
+    }
+    file.seek(SeekFrom::Start(offset))?;
+    Ok(Input::File(file, meta.len(), offset))
+}
+
 /// Reads a stream to its end and prints what it is made of; true if it is whole.
 ///
 /// # Errors
 ///
 /// What reading and writing say. A damaged stream is no error but a report.
-fn print(input: impl Read, json: bool, out: &mut impl Write) -> io::Result<bool> {
+fn print<R: Read>(input: Input<R>, json: bool, out: &mut impl Write) -> io::Result<bool> {
     let report = inspect(input)?;
     if json {
         serde_json::to_writer_pretty(&mut *out, &report)?;
@@ -68,8 +107,18 @@ fn print(input: impl Read, json: bool, out: &mut impl Write) -> io::Result<bool>
 }
 
 /// Reads a stream to its end, in memory that does not grow with it.
-fn inspect(mut input: impl Read) -> io::Result<Report> {
-    let config = IncomingConfig { adopt_page_size: true, accept_fill: true, ..IncomingConfig::default() };
+fn inspect<R: Read>(mut input: Input<R>) -> io::Result<Report> {
+    let (file_len, starts_at) = match &input {
+        Input::File(_, len, starts_at) if *len < u64::MAX => (Some(*len), *starts_at),
+        _ => (None, 0),
+    };
+    let config = IncomingConfig {
+        adopt_page_size: true,
+        accept_fill: true,
+        file_len,
+        starts_at,
+        ..IncomingConfig::default()
+    };
     let mut stream = IncomingStream::new(config);
     let mut report = Report::default();
     let mut buffer = vec![0; stream.most_needed().max(256 << 10)];
@@ -86,6 +135,18 @@ fn inspect(mut input: impl Read) -> io::Result<Report> {
             Ok(Step::Event { consumed, event }) => {
                 start += consumed;
                 report.add(at, consumed as u64, &event);
+                if let (Event::MappedBlock { block, header }, Input::File(file, ..), Some(_)) =
+                    (&event, &mut input, file_len)
+                {
+                    let pages = block.used_length / header.page_size.bytes();
+                    if !header.is_absent() {
+                        report.present(count_present(file, block.name.as_str(), header, pages)?, pages);
+                    }
+                    let skipped = stream.skip_mapped();
+                    report.extend_row(skipped);
+                    (start, end) = (0, 0);
+                    file.seek(SeekFrom::Start(starts_at + stream.position()))?;
+                }
             }
             Ok(Step::NeedMore { consumed, .. }) => {
                 report.extend_row(consumed as u64);
@@ -106,6 +167,19 @@ fn inspect(mut input: impl Read) -> io::Result<Report> {
             Err(error @ DecodeError::Truncated { .. }) => return Err(io::Error::other(error)),
         }
     }
+}
+
+/// What the bitmap of a block says: pages in the file, or that it makes no sense.
+fn count_present(
+    file: &File,
+    name: &str,
+    header: &MappedHeader,
+    pages: u64,
+) -> io::Result<Result<u64, String>> {
+    // Not more than the file has: the parser has compared both.
+    let mut bytes = vec![0; usize::try_from(bitmap_len(pages)).unwrap_or(usize::MAX)];
+    file.read_exact_at(&mut bytes, header.bitmap_offset)?;
+    Ok(decode_bitmap(&bytes, name, pages).map(|present| present.count()).map_err(|error| error.to_string()))
 }
 
 fn read_some(input: &mut impl Read, into: &mut [u8]) -> io::Result<usize> {
@@ -133,13 +207,13 @@ mod tests {
 
     fn text(bytes: &[u8]) -> String {
         let mut out = Vec::new();
-        print(bytes, false, &mut out).unwrap();
+        print(Input::Pipe(bytes), false, &mut out).unwrap();
         String::from_utf8(out).unwrap()
     }
 
     fn json(bytes: &[u8]) -> serde_json::Value {
         let mut out = Vec::new();
-        print(bytes, true, &mut out).unwrap();
+        print(Input::Pipe(bytes), true, &mut out).unwrap();
         serde_json::from_slice(&out).unwrap()
     }
 
@@ -222,6 +296,36 @@ mod tests {
         let mapped = json(&capture("q100-microvm-mappedram.gz"));
         assert_eq!(mapped["end"], "whole");
         assert_eq!(mapped["blocks"][0]["pages_at"], 0x10_0000);
+        assert_eq!(mapped["blocks"][0]["pages_present"], serde_json::Value::Null, "a pipe does not go back");
+    }
+
+    /// A file is looked at without its pages, and its bitmaps are counted; behind whatever stands in front.
+    #[test]
+    fn a_mapped_file_shows_the_pages_that_are_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.save");
+        let bytes = capture("q100-microvm-mappedram.gz");
+        std::fs::write(&path, &bytes).unwrap();
+        let look = |name: &str| {
+            let mut out = Vec::new();
+            print(open(Path::new(name)).unwrap(), true, &mut out).unwrap();
+            serde_json::from_slice::<serde_json::Value>(&out).unwrap()
+        };
+        let report = look(&format!("mapped:{}", path.display()));
+        assert_eq!((&report["end"], &report["bytes"]), (&"whole".into(), &bytes.len().into()));
+        let block = &report["blocks"][0];
+        let (present, holes) = (block["pages_present"].as_u64().unwrap(), block["holes"].as_u64().unwrap());
+        assert_eq!((present + holes) * 4096, block["length"].as_u64().unwrap());
+        assert!(present > 0 && holes > 0, "{block}");
+        assert_eq!(look(path.to_str().unwrap()), report);
+        let mut out = Vec::new();
+        print(open(&path).unwrap(), false, &mut out).unwrap();
+        assert!(
+            String::from_utf8(out).unwrap().contains(&format!("{present} pages in the file, {holes} holes"))
+        );
+        assert!(open(Path::new("mapped:x,offset=y")).is_err());
+        let far = look(&format!("mapped:{},offset=4", path.display()));
+        assert_eq!(far["end"], "damaged");
     }
     /// What the captures' own list says of each: records by kind, blocks and lengths, devices, and where they begin.
     #[test]

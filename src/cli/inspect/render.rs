@@ -120,6 +120,9 @@ fn extras(block: &Block) -> String {
     if let Some(at) = block.pages_at {
         text.push_str(&format!("  pages at {at:#x} of the file"));
     }
+    if let (Some(present), Some(holes)) = (block.pages_present, block.holes) {
+        text.push_str(&format!(": {present} pages in the file, {holes} holes"));
+    }
     text
 }
 

@@ -32,6 +32,9 @@ pub(super) struct Report {
     pub(super) blocks: Vec<Block>,
     /// Items in stream order; equal neighbours are one row, also where two kinds take turns.
     pub(super) items: Vec<Row>,
+    /// A block's bitmap makes no sense.
+    #[serde(skip)]
+    has_bad_bitmap: bool,
     /// The row of the item that is open.
     #[serde(skip)]
     open: usize,
@@ -73,6 +76,10 @@ pub(super) struct Block {
     pub(super) guest_addr: Option<u64>,
     /// Offset of its pages in a mapped-ram file.
     pub(super) pages_at: Option<u64>,
+    /// Pages that are in such a file.
+    pub(super) pages_present: Option<u64>,
+    /// Pages that are not, and read as zero.
+    pub(super) holes: Option<u64>,
     pub(super) pages: Pages,
 }
 
@@ -163,6 +170,22 @@ impl Report {
         }
     }
 
+    /// What the bitmap of the block that was listed last says.
+    pub(super) fn present(&mut self, present: Result<u64, String>, pages: u64) {
+        let Some(block) = self.blocks.last_mut() else { return };
+        let pages_at = block.pages_at.unwrap_or(0);
+        match present {
+            Ok(present) => {
+                block.pages_present = Some(present);
+                block.holes = Some(pages.saturating_sub(present));
+            }
+            Err(why) => {
+                self.anomaly(pages_at, why);
+                self.has_bad_bitmap = true;
+            }
+        }
+    }
+
     fn count(&mut self, block: BlockIndex, add: impl Fn(&mut Pages)) {
         add(&mut self.pages);
         if let Some(block) = self.blocks.get_mut(block.as_usize()) {
@@ -172,7 +195,7 @@ impl Report {
 
     /// The stream has come to its end; `trailing` bytes follow.
     pub(super) fn finish(&mut self, stream: &IncomingStream, trailing: u64) {
-        self.end = End::Whole;
+        self.end = if self.has_bad_bitmap { End::Damaged } else { End::Whole };
         if trailing > 0 {
             self.anomaly(stream.position(), format!("{trailing} bytes follow the end of the stream"));
         }
@@ -302,6 +325,8 @@ impl Block {
             host_page: block.host_page.map(|page| page.bytes()),
             guest_addr: block.guest_addr.map(|addr| addr.0),
             pages_at,
+            pages_present: None,
+            holes: None,
             pages: Pages::default(),
         }
     }
