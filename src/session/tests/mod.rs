@@ -7,6 +7,7 @@ mod greeting;
 mod handed_in;
 mod hooks;
 mod hostile_postcopy;
+mod mapped_file;
 mod outage;
 mod panics;
 mod postcopy;

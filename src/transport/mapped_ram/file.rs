@@ -2,11 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, StatxFlags, fallocate, flock, statx};
 use rustix::io::Errno;
 
 use crate::sys::{HostSpan, SendPart, read_at, write_at};
@@ -16,11 +17,60 @@ use crate::transport::{ChannelError, OpenError};
 #[derive(Debug)]
 pub(super) struct MappedFile {
     file: File,
+    /// For pages, past the page cache.
+    direct: Option<Direct>,
     path: PathBuf,
     pub(super) starts_at: u64,
     /// What is done to the file fails from this step on.
     #[cfg(test)]
     pub(super) breaks_at: std::sync::atomic::AtomicI64,
+}
+
+/// The file, opened with O_DIRECT.
+#[derive(Debug)]
+struct Direct {
+    file: File,
+    /// Addresses, offsets and lengths are multiples of it, as the file system asks.
+    align: usize,
+    /// It has refused pages that fit: the rest goes through the page cache.
+    refused: AtomicBool,
+}
+
+impl Direct {
+    /// `None` where the file system has none, or does not tell what it asks (STATX_DIOALIGN, Linux 6.1).
+    fn of(file: &File) -> Option<Self> {
+        let told = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+        let known = StatxFlags::from_bits_retain(told.stx_mask).contains(StatxFlags::DIOALIGN);
+        let aligns = [told.stx_dio_mem_align, told.stx_dio_offset_align];
+        if !known || aligns.contains(&0) {
+            return None;
+        }
+        let align = aligns.into_iter().max().and_then(|align| usize::try_from(align).ok())?;
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let file = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(path).ok()?;
+        Some(Self { file, align, refused: AtomicBool::new(false) })
+    }
+
+    /// `None` if the bytes can't go this way: they go through the page cache.
+    fn write(&self, span: HostSpan<'_>, skip: usize, at: u64) -> Option<io::Result<usize>> {
+        let offset = usize::try_from(at).ok()?;
+        let fits =
+            [span.address() + skip, span.len() - skip, offset].iter().all(|n| n.is_multiple_of(self.align));
+        if !fits || self.refused.load(Ordering::Relaxed) {
+            return None;
+        }
+        match write_at(self.file.as_fd(), &[SendPart::Guest(span)], skip, at) {
+            // Memory that can't be pinned, or a file system that thinks again.
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EFAULT | libc::EOPNOTSUPP)) =>
+            {
+                tracing::debug!(%error, "pages are written through the page cache");
+                self.refused.store(true, Ordering::Relaxed);
+                None
+            }
+            written => Some(written),
+        }
+    }
 }
 
 impl MappedFile {
@@ -35,7 +85,8 @@ impl MappedFile {
         let mut options = OpenOptions::new();
         // It holds a guest's memory: a new one is its owner's alone.
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let this = Self::locked(path, starts_at, &options, FlockOperation::NonBlockingLockExclusive)?;
+        let mut this = Self::locked(path, starts_at, &options, FlockOperation::NonBlockingLockExclusive)?;
+        this.direct = Direct::of(&this.file);
         this.cut(starts_at)?;
         // On the disk, too: an old first word must not stand in front of new pages after a crash.
         this.sync()?;
@@ -58,11 +109,18 @@ impl MappedFile {
         }
         Ok(Self {
             file,
+            direct: None,
             path: path.to_owned(),
             starts_at,
             #[cfg(test)]
             breaks_at: std::sync::atomic::AtomicI64::new(i64::MAX),
         })
+    }
+
+    /// Whether pages go past the page cache; `None` where the file system has no such way.
+    #[cfg(test)]
+    pub(super) fn is_direct(&self) -> Option<bool> {
+        self.direct.as_ref().map(|direct| !direct.refused.load(Ordering::Relaxed))
     }
 
     /// In front of everything that is done to the file.
@@ -99,9 +157,12 @@ impl MappedFile {
         self.file.write_all_at(bytes, at)
     }
 
-    /// Writes guest memory but the first `skip` bytes of it; how many bytes went.
+    /// Writes guest memory but the first `skip` bytes of it, past the page cache where that can be; how many bytes went.
     pub(super) fn write_pages(&self, span: HostSpan<'_>, skip: usize, at: u64) -> io::Result<usize> {
         self.step()?;
+        if let Some(written) = self.direct.as_ref().and_then(|direct| direct.write(span, skip, at)) {
+            return written;
+        }
         write_at(self.file.as_fd(), &[SendPart::Guest(span)], skip, at)
     }
 

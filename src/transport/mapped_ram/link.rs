@@ -123,8 +123,20 @@ impl MappedLink {
 
     /// The file fails from this step on, counted from now.
     #[cfg(test)]
-    pub(super) fn break_at(&self, step: i64) {
+    pub(crate) fn break_at(&self, step: i64) {
         self.file.breaks_at.store(step, Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_direct(&self) -> Option<bool> {
+        self.file.is_direct()
+    }
+
+    /// For tests of other layers.
+    #[cfg(test)]
+    pub(crate) fn create(path: &Path, guest: Arc<dyn GuestMemory>) -> Self {
+        let spawn: Arc<SpawnFn> = Arc::new(crate::sys::spawn_thread);
+        create(path, 0, guest, 2, &spawn).unwrap_or_else(|error| panic!("{error}"))
     }
 
     fn gone(&self) -> MoveError {

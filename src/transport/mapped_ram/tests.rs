@@ -203,6 +203,27 @@ fn s69_s70_s72_a_guest_is_saved_in_rounds_and_loaded_over_old_memory() {
     }
 }
 
+/// Past the page cache where the file system lets pages go so; what is in the file is the same.
+#[test]
+fn pages_go_past_the_page_cache_where_that_can_be() {
+    let dir = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
+    let path = dir.path().join("guest");
+    let guest = Guest::new();
+    guest.fill();
+    let mut save = Save::create(&path, 100, &guest);
+    save.whole(&guest).unwrap();
+    if save.link.is_direct().is_none() {
+        eprintln!(
+            "nothing is shown: the file system of target/ has no direct I/O, or an older kernel does not tell"
+        );
+    }
+    assert_ne!(save.link.is_direct(), Some(false), "it was refused");
+    drop(save);
+    let there = Guest::new();
+    load(opened(&path, 100).unwrap(), &there).unwrap();
+    assert!(there.bytes() == guest.bytes());
+}
+
 /// The process is killed, the disk is full or gone: at whatever step, the file is whole or says that it is not, and it is
 /// whole only where that is so.
 #[test]
