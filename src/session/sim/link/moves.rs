@@ -1,0 +1,154 @@
+//! What happens inside the late link: batches are read and placed, when and in which order the seed says.
+
+use super::{Batch, Item};
+use crate::guest::MappedGuest;
+use crate::observe::PageCounts;
+use crate::ram::{Piece, Verdict};
+use crate::session::sim::guest::PAGE;
+use crate::session::sim::plan::Side;
+use crate::session::sim::world::{Mark, World};
+use crate::transport::{Receipt, Returned};
+
+impl World {
+    /// Some batch may be read or placed.
+    pub(in crate::session::sim) fn link_moves(&mut self) {
+        if self.link.channels.is_empty() {
+            return;
+        }
+        if self.link.has_barriers() {
+            for (channel, passes) in self.link.channels.iter_mut().zip(&mut self.link.passes) {
+                if *passes > 0 && matches!(channel.front(), Some(Item::Fence)) {
+                    channel.pop_front();
+                    *passes -= 1;
+                }
+            }
+        } else if self.link.channels.iter().all(|channel| matches!(channel.front(), Some(Item::Fence))) {
+            self.link.channels.iter_mut().for_each(|channel| drop(channel.pop_front()));
+        }
+        let slowness = self.link.kind.map_or(1, |link| link.slowness);
+        for _ in 0..3 {
+            if !self.rng.one_in(slowness) {
+                continue;
+            }
+            let channel = self.rng.below(self.link.channels.len() as u64) as usize;
+            if self.rng.one_in(2) {
+                self.read_one(channel);
+            } else if !self.link.refers() || self.rng.one_in(8) {
+                // A queue that nobody has to wait for is a long one.
+                self.place_one(channel);
+            }
+        }
+    }
+
+    /// Reads the first batch of a channel that was not read yet and stands before the fence; a fence that the
+    /// destination keeps is none for the source.
+    fn read_one(&mut self, channel: usize) {
+        let (releases, passes) = (!self.link.confirms(), self.link.has_barriers());
+        let items = self.link.channels[channel].iter_mut();
+        let mut before_fence = items.take_while(|item| passes || matches!(item, Item::Batch(_)));
+        let unread = before_fence.find_map(|item| match item {
+            Item::Batch(batch) if batch.bytes.is_none() => Some(batch),
+            _ => None,
+        });
+        let Some(batch) = unread else { return };
+        let mut bytes = bytes_of(&self.guest.memory[Side::Source as usize], &batch.pieces);
+        let mut from = 0;
+        for piece in batch.pieces.iter().filter(|piece| piece.verdict != Verdict::Zero) {
+            for page in 0..piece.run.pages {
+                let at = (piece.run.block.0, piece.run.first.0 + page);
+                if let Some(old) = self.link.old_pages.get(&at) {
+                    let from = from + page as usize * PAGE;
+                    bytes[from..from + PAGE].copy_from_slice(old);
+                }
+            }
+            from += piece.run.pages as usize * PAGE;
+        }
+        batch.bytes = Some(bytes);
+        let ticket = batch.ticket;
+        if let Some(batch) = batch.batch.take_if(|_| releases) {
+            self.link.finished.push(Returned { ticket, receipt: Receipt::Released, batch });
+        }
+    }
+
+    fn place_one(&mut self, channel: usize) {
+        let apart = self.link.has_barriers();
+        if apart && !self.link.receives {
+            return;
+        }
+        let queue = &mut self.link.channels[channel];
+        let taken = self.pipes[Side::Source as usize].taken;
+        match queue.front() {
+            Some(Item::Batch(Batch { bytes: Some(_), behind, .. })) if apart || *behind <= taken => {}
+            _ => return,
+        }
+        let Some(Item::Batch(batch)) = queue.pop_front() else { return };
+        if batch.order < self.link.last_placed {
+            self.mark(Mark::Overtaken);
+        }
+        self.link.last_placed = self.link.last_placed.max(batch.order);
+        let mut bytes = batch.bytes.unwrap_or_default();
+        if self.link.refers() {
+            let now = bytes_of(&self.guest.memory[Side::Source as usize], &batch.pieces);
+            if now != bytes {
+                self.mark(Mark::Newer);
+            }
+            // Each line of a page is as old as it happens to be: read between the send and now.
+            for (old, new) in bytes.chunks_mut(64).zip(now.chunks(64)) {
+                if !self.rng.one_in(4) {
+                    old.copy_from_slice(new);
+                }
+            }
+        }
+        let mut bytes = &bytes[..];
+        let drops = self.link.drops.take_if(|order| *order == batch.order).is_some();
+        for (at, piece) in batch.pieces.iter().enumerate() {
+            if drops && at == 0 {
+                self.mark(Mark::Dropped);
+                if piece.verdict != Verdict::Zero {
+                    bytes = &bytes[piece.run.pages as usize * PAGE..];
+                }
+                continue;
+            }
+            count(&mut self.link.placed[channel], piece);
+            let region = self.guest.memory[1].region(piece.run.block).unwrap();
+            let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
+            let span = region.span(start, len).unwrap();
+            if piece.verdict == Verdict::Zero {
+                span.fill_zero();
+                continue;
+            }
+            let (own, rest) = bytes.split_at(len as usize);
+            span.copy_from(own);
+            bytes = rest;
+        }
+        if let Some(returned) = batch.batch {
+            let ticket = batch.ticket;
+            self.link.finished.push(Returned { ticket, receipt: Receipt::Placed, batch: returned });
+        }
+    }
+
+    /// Bytes leave on the stream while a round may be open.
+    pub(in crate::session::sim) fn link_sees_bytes(&mut self) {
+        if self.link.open && self.link.kind.is_some_and(|link| link.exclusive) {
+            self.violation("bytes were sent while a round of an exclusive link was open");
+        }
+    }
+}
+
+pub(super) fn count(counts: &mut PageCounts, piece: &Piece) {
+    let pages = piece.run.pages;
+    *if piece.verdict == Verdict::Zero { &mut counts.zero } else { &mut counts.normal } += pages;
+}
+
+/// What the whole pages of `pieces` hold, one behind the other.
+fn bytes_of(memory: &MappedGuest, pieces: &[Piece]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for piece in pieces.iter().filter(|piece| piece.verdict != Verdict::Zero) {
+        let region = memory.region(piece.run.block).unwrap();
+        let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
+        let from = bytes.len();
+        bytes.resize(from + len as usize, 0);
+        region.span(start, len).unwrap().copy_to(&mut bytes[from..]);
+    }
+    bytes
+}
