@@ -203,6 +203,12 @@ impl SourceEngine {
         )
     }
 
+    /// True in the round that is sent while the guest stands still.
+    pub fn is_last_round(&self) -> bool {
+        use RoundKind::Final;
+        matches!(self.phase, Phase::Opening(Final) | Phase::Sending(Final) | Phase::Closing(Final))
+    }
+
     /// The round under way, 0 before the first.
     pub fn round(&self) -> u32 {
         self.round.number

@@ -200,7 +200,7 @@ impl SourceSession {
     /// [`Error::Thread`]; nothing was sent and the guest was not touched.
     pub fn spawn(self) -> Result<MigrationHandle<SourceReport>, Error> {
         let shared = (self.canceller(), Some(self.control()), self.statistics());
-        start(&self.settings.spawner.clone(), "ramwire-source", shared, || self.run())
+        start(&self.spawner(), "ramwire-source", shared, || self.run())
     }
 }
 

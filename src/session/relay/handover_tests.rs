@@ -39,9 +39,8 @@ fn through_a_relay(far_machine: Option<Machine>) -> (SourceReport, RelayReport, 
     let (near, upstream) = UnixStream::pair().unwrap();
     let (downstream, far) = UnixStream::pair().unwrap();
     let mut source = source;
-    let link = Box::new(InlineLink::new(plain(&near), Arc::clone(&source.guest.memory)));
-    (source.link, source.back) =
-        (link, Some(crate::session::source::return_path::ReturnPath::new(plain(&near))));
+    let link = Box::new(InlineLink::new(plain(&near), Arc::clone(&source.guest_mut().memory)));
+    source.connect(SourceConnection::new(link, Some(plain(&near))));
     let control: Box<dyn GuestControl> = match far_machine {
         Some(machine) => Box::new(machine),
         None => Box::new(Refusing),
@@ -110,11 +109,11 @@ fn a_far_end_does_not_take_an_idle_relay_for_a_dead_one() {
     let channel = |socket: UnixStream| StreamChannel::from_fd(socket.into(), "peer", &options).unwrap();
     let Ends { source, to, destination_machine, .. } = ends();
     let (near, far) = UnixStream::pair().unwrap();
-    let connection = SourceConnection::over(channel(near), Arc::clone(&source.guest.memory));
-    let mut settings = source.settings.clone();
+    let (guest, mut settings) = source.into_parts();
+    let connection = SourceConnection::over(channel(near), Arc::clone(&guest.memory));
     (settings.stall_timeout, settings.all_dirty_at_start) = (stall, false);
-    // Slices of 50 ms: twice the far end's patience.
-    let source = SourceSession::new(source.guest, connection, settings).with_upstream(Box::new(Silent(120)));
+    // Waits of 5 ms: twice the far end's patience.
+    let source = SourceSession::new(guest, connection, settings).with_upstream(Box::new(Silent(1200)));
     let control = Box::new(destination_machine.clone());
     let destination = DestinationSession::new(
         DestinationGuest { memory: Box::new(to), control },

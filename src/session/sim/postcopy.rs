@@ -273,8 +273,8 @@ fn run(seed: u64, breakage: Breakage) -> Run {
         control: Box::new(Control(Arc::clone(&here))),
     };
     let mut session = SourceSession::new(guest, connection, settings).with_cancel(cancel);
-    session.clock = Box::new(SimClock(here));
-    session.breakage = breakage;
+    session.count_time_by(Box::new(SimClock(here)));
+    session.break_order(breakage);
     let report = session.run();
     let mut there = shared.lock().unwrap();
     there.end();

@@ -77,8 +77,8 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
         ..SourceSettings::new(configuration)
     };
     let mut session = SourceSession::new(guest, SourceConnection::new(link, Some(Box::new(back))), settings);
-    session.clock = Box::new(SimClock(sim.clone()));
-    session.breakage = breakage;
+    session.count_time_by(Box::new(SimClock(sim.clone())));
+    session.break_order(breakage);
     if plan.hint_every > 0 {
         let hints = session.page_hints();
         hints.break_orders(hint_breakage(breakage));

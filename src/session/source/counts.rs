@@ -9,11 +9,12 @@ use super::SourceSession;
 impl SourceSession {
     /// SENT: every page that has left, by the way it went.
     pub(super) fn encode_counts(&self, out: &mut Vec<u8>) {
-        let mut counts = self.link.sent_pages();
+        let mut counts = self.wire.link.sent_pages();
         if let Some(stream) = counts.first_mut() {
             // As deltas none of these travels.
-            stream.normal += self.sent_in_stream.normal;
-            stream.zero += self.sent_in_stream.zero;
+            let aside = self.pages.aside();
+            stream.normal += aside.normal;
+            stream.zero += aside.zero;
         }
         Command::Native(Order::Sent { counts: &page_counts::encode(&counts) }).encode(out);
     }

@@ -12,9 +12,31 @@ use crate::sys::{SendPart, Stop};
 use crate::transport::ChannelError;
 
 use super::SourceSession;
-use super::setup::ORDINARY_PING;
+use super::setup::{ORDINARY_PING, RAM_SECTION_ID};
 use crate::session::digest::{Digest, carried};
 use crate::session::{Breakage, Error};
+
+/// What the source keeps of its guest while it gives it away.
+#[derive(Default)]
+pub(super) struct Departure {
+    /// Paused here, and not resumed.
+    pub(super) paused: bool,
+    /// The device state, or the package with it. Towards a QEMU and in postcopy the part behind `commit_at` is COMMIT.
+    pub(super) state: Vec<u8>,
+    pub(super) commit_at: usize,
+}
+
+impl Departure {
+    /// All but what commits.
+    pub(super) fn uncommitted(&self) -> &[u8] {
+        &self.state[..self.commit_at]
+    }
+
+    /// What commits.
+    pub(super) fn committing(&self) -> &[u8] {
+        &self.state[self.commit_at..]
+    }
+}
 
 impl SourceSession {
     /// Everything about the device state but the byte that commits.
@@ -22,31 +44,30 @@ impl SourceSession {
         self.check_layout()?;
         let saved = save_state(self.guest.control.as_mut());
         let mut state = saved.map_err(|source| Error::Control { what: "save its device state", source })?;
-        if self.handover == Handover::Native {
+        if self.driver.engine.handover() == Handover::Native {
             self.send_native_state(&state)?;
-            self.state = state;
+            self.departure.state = state;
         } else {
             if state.is_empty() {
                 // Only so does the stream have an end.
                 state = without_devices(self.guest.memory.table().page().bytes());
             }
             // A QEMU starts the guest when it has read the byte that ends the sections: that byte is COMMIT.
-            self.commit_at = commit_at(&state, self.settings.framing);
-            self.state = state;
-            let uncommitted = SendPart::Own(&self.state[..self.commit_at]);
-            self.link.sink().send(&[uncommitted], &self.stop)?;
+            self.departure.commit_at = commit_at(&state, self.settings.framing);
+            self.departure.state = state;
+            self.wire.send(self.departure.uncommitted())?;
         }
-        self.link.sink().flush(&self.stop)?;
-        if self.handover != Handover::Native {
+        self.wire.link.sink().flush(&self.wire.stop)?;
+        if self.driver.engine.handover() != Handover::Native {
             // The next byte commits: a QEMU that has died by now leaves no doubt, nor a command that reads nothing.
             self.poll_return_path()?;
-            self.link.sink().await_read(&self.stop)?;
+            self.wire.link.sink().await_read(&self.wire.stop)?;
         }
         Ok(SourceEvent::Done)
     }
 
     fn send_native_state(&mut self, state: &[u8]) -> Result<(), Error> {
-        let id = self.section_id + 1;
+        let id = RAM_SECTION_ID + 1;
         let mut head = Vec::new();
         self.encode_skips(&mut head);
         encode_state_head(id, state.len(), &mut head);
@@ -55,7 +76,7 @@ impl SourceSession {
         self.encode_counts(&mut end);
         Command::Native(Order::StateSent).encode(&mut end);
         let parts = [SendPart::Own(&head), SendPart::Own(state), SendPart::Own(&end)];
-        Ok(self.link.sink().send(&parts, &self.stop)?)
+        Ok(self.wire.link.sink().send(&parts, &self.wire.stop)?)
     }
 
     /// The peer makes its own digest meanwhile and compares. While ours is made PINGs tell that we are alive, and
@@ -64,17 +85,18 @@ impl SourceSession {
         let settings = &self.settings;
         let configuration = (&settings.configuration, &settings.vmm_configuration[..]);
         let carried = carried(settings.framing, configuration, &settings.early_sections);
-        let Self { guest, link, stop, settings, state, skips, breakage, .. } = self;
+        let Self { guest, wire, settings, departure, pages, breakage, .. } = self;
+        let (state, stop) = (&departure.state, wire.stop.clone());
         let compare_all = breakage.is(Breakage::CompareSkipped);
-        let unsent = if compare_all { PageSet::default() } else { skips.unsent().clone() };
+        let unsent = if compare_all { PageSet::default() } else { pages.skips.unsent().clone() };
         let digest = Digest::make((&guest.memory, unsent), &carried, state, &settings.spawner, || {
             if let Some(reason) = stop.reason() {
                 return Err(ChannelError::Stopped { reason, doing: "making the digest" }.into());
             }
             let mut ping = Vec::new();
             Command::Ping(ORDINARY_PING).encode(&mut ping);
-            link.sink().send(&[SendPart::Own(&ping)], stop)?;
-            Ok(link.sink().flush(stop)?)
+            wire.send(&ping)?;
+            Ok(wire.flush()?)
         })?;
         let bytes: Vec<u8> = digest.0.iter().flat_map(|value| value.to_be_bytes()).collect();
         let mut out = Vec::new();
@@ -82,37 +104,36 @@ impl SourceSession {
             let first = (at * MAX_DIGESTS) as u32;
             Command::Native(Order::Digest { first, values }).encode(&mut out);
         }
-        self.send_bytes(&out)?;
-        self.link.sink().flush(&self.stop)?;
+        self.wire.send(&out)?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
         Ok(SourceEvent::Done)
     }
 
     /// From the first byte of this on the guest is not ours: no cancel breaks it off any more.
     pub(super) fn commit(&mut self) -> Result<SourceEvent, Error> {
-        debug_assert!(self.engine.is_committed());
-        if self.engine.is_postcopy() {
+        debug_assert!(self.driver.engine.is_committed());
+        if self.driver.engine.is_postcopy() {
             // The pages that follow take their time, which the connection bounds.
-            self.stop = Stop::never();
+            self.wire.stop = Stop::never();
         } else if !self.breakage.is(Breakage::BreakOffAfterCommit) {
             let time = self.settings.finish_timeout;
-            self.stop = Stop::never().within(time);
+            self.wire.stop = Stop::never().within(time);
             // An outage that ends in time must not cost the answer. Longer than the stop, which so ends every wait.
-            self.link.sink().outlast(time.saturating_mul(2));
+            self.wire.link.sink().outlast(time.saturating_mul(2));
         }
-        if self.handover == Handover::Native && !self.engine.is_postcopy() {
+        if self.driver.engine.handover() == Handover::Native && !self.driver.engine.is_postcopy() {
             let mut order = Vec::new();
             let migration_id = self.settings.migration_id;
             Command::Native(Order::Commit { migration_id }).encode(&mut order);
-            self.send_bytes(&order)?;
+            self.wire.send(&order)?;
         } else {
-            let rest = SendPart::Own(&self.state[self.commit_at..]);
-            self.link.sink().send(&[rest], &self.stop)?;
+            self.wire.send(self.departure.committing())?;
         }
-        self.link.sink().flush(&self.stop)?;
-        if self.handover == Handover::OneWay {
-            self.link.sink().finish(&self.stop)?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
+        if self.driver.engine.handover() == Handover::OneWay {
+            self.wire.link.sink().finish(&self.wire.stop)?;
         }
-        let position = self.position();
+        let position = self.wire.position();
         self.figures.position(position);
         if self.breakage.is(Breakage::ResumeAfterCommit) {
             let _ = self.guest.control.resume();

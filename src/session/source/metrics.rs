@@ -11,6 +11,7 @@ use crate::observe::{
 use crate::ram::{PageBatch, RamBlockTable, RoundKind};
 use crate::units::Rate;
 
+use super::rates::Rates;
 use crate::session::Error;
 
 /// What a moment of the downtime is spent on.
@@ -26,15 +27,31 @@ enum Part {
     Handover,
 }
 
-/// Shortest time over which rates are taken.
-const PERIOD: Duration = Duration::from_secs(1);
-
-/// Where the period of the delta rates began.
+/// The round under way.
 #[derive(Default)]
-struct Period {
+struct Round {
+    report: RoundReport,
+    pages: PageCounts,
     began: Duration,
-    deltas: DeltaCounts,
-    pages: u64,
+    /// Where it began: bytes in all, bytes on page channels, deltas.
+    from: u64,
+    from_channels: u64,
+    from_deltas: DeltaCounts,
+}
+
+/// How long steps took.
+#[derive(Default)]
+struct Latencies {
+    batch: Latency,
+    fence: Latency,
+    write: Latency,
+}
+
+/// What the downtime is spent on.
+#[derive(Default)]
+struct Downtime {
+    paused_at: Option<Duration>,
+    part: Option<(Part, Duration)>,
 }
 
 /// The session's own counters; the shared snapshot is brought up to date once a slice.
@@ -42,30 +59,17 @@ pub(super) struct Figures {
     shared: SharedStatistics,
     page_bytes: u64,
     pages: PageCounts,
-    round_pages: PageCounts,
-    round: RoundReport,
-    round_began: Duration,
-    round_from: u64,
-    rounds_bytes: u64,
-    rounds_time: Duration,
-    last_sync: Option<Duration>,
-    /// Pages found dirty since then.
-    fresh: u64,
-    dirty_rate_known: bool,
-    paused_at: Option<Duration>,
-    part: Option<(Part, Duration)>,
-    batch: Latency,
-    fence: Latency,
-    write: Latency,
     deltas: DeltaCounts,
-    round_deltas: DeltaCounts,
-    /// Bytes on page channels so far, and when the round began.
+    /// Bytes on page channels so far.
     channel_bytes: u64,
-    round_channel_bytes: u64,
-    window: Window,
-    period: Period,
+    round: Round,
+    /// Bytes and time of the rounds that were closed.
+    rounds: (u64, Duration),
+    downtime: Downtime,
+    latencies: Latencies,
+    rates: Rates,
     /// When the first page had been handed over.
-    pub(super) first_page: Option<Duration>,
+    first_page: Option<Duration>,
 }
 
 impl Figures {
@@ -79,28 +83,20 @@ impl Figures {
             shared,
             page_bytes: table.page().bytes(),
             pages: PageCounts::default(),
-            round_pages: PageCounts::default(),
-            round: RoundReport::default(),
-            round_began: Duration::ZERO,
-            round_from: 0,
-            rounds_bytes: 0,
-            rounds_time: Duration::ZERO,
-            last_sync: None,
-            fresh: 0,
-            dirty_rate_known: false,
-            paused_at: None,
-            part: None,
-            batch: Latency::default(),
-            fence: Latency::default(),
-            write: Latency::default(),
             deltas: DeltaCounts::default(),
-            round_deltas: DeltaCounts::default(),
             channel_bytes: 0,
-            round_channel_bytes: 0,
-            window: Window::default(),
-            period: Period::default(),
+            round: Round::default(),
+            rounds: (0, Duration::ZERO),
+            downtime: Downtime::default(),
+            latencies: Latencies::default(),
+            rates: Rates::default(),
             first_page: None,
         }
+    }
+
+    /// When the first page had been handed over.
+    pub(super) fn first_page(&self) -> Option<Duration> {
+        self.first_page
     }
 
     pub(super) fn shared(&self) -> SharedStatistics {
@@ -111,7 +107,7 @@ impl Figures {
     pub(super) fn step(&mut self, now: Duration, action: SourceAction) {
         let part = match action {
             SourceAction::PauseGuest => {
-                self.paused_at = Some(now);
+                self.downtime.paused_at = Some(now);
                 self.shared.update(|s| s.status = Status::Device);
                 Some(Part::Pause)
             }
@@ -149,18 +145,18 @@ impl Figures {
             Waiting::Ready | Waiting::Guest => Part::Ready,
             _ => return,
         };
-        if self.part.is_none_or(|(now, _)| now != part) {
+        if self.downtime.part.is_none_or(|(now, _)| now != part) {
             self.begin_part(now, part);
         }
     }
 
     fn begin_part(&mut self, now: Duration, part: Part) {
         self.close_part(now);
-        self.part = Some((part, now));
+        self.downtime.part = Some((part, now));
     }
 
     fn close_part(&mut self, now: Duration) {
-        let Some((part, since)) = self.part.take() else { return };
+        let Some((part, since)) = self.downtime.part.take() else { return };
         let took = millis(now.saturating_sub(since));
         self.shared.update(|s| {
             let parts = &mut s.downtime_parts;
@@ -201,7 +197,7 @@ impl Figures {
     }
 
     pub(super) fn set_up(&mut self, now: Duration, position: u64) {
-        (self.round_from, self.round_channel_bytes) = (position, self.channel_bytes);
+        (self.round.from, self.round.from_channels) = (position, self.channel_bytes);
         self.shared.update(|s| {
             s.status = Status::Active;
             s.setup_time = millis(now);
@@ -210,7 +206,7 @@ impl Figures {
     }
 
     pub(super) fn synced(&mut self, now: Duration, dirty: u64, fresh: u64, expected: Option<Duration>) {
-        let rate = self.dirty_rate(now, fresh);
+        let rate = self.rates.written(now, fresh);
         let remaining = dirty * self.page_bytes;
         self.delta_rates(now);
         self.shared.update(|s| {
@@ -219,23 +215,6 @@ impl Figures {
             s.dirty_pages_rate = rate.unwrap_or(s.dirty_pages_rate);
             s.expected_downtime = expected.map(millis).or(s.expected_downtime);
         });
-    }
-
-    /// Pages a second that the guest wrote, where enough time has passed: between the two syncs around the pause lie
-    /// microseconds. A shorter time counts only while there is no better one.
-    fn dirty_rate(&mut self, now: Duration, fresh: u64) -> Option<u64> {
-        let Some(last) = self.last_sync else {
-            self.last_sync = Some(now);
-            return None;
-        };
-        self.fresh += fresh;
-        let took = now.saturating_sub(last);
-        if took.is_zero() || (took < WINDOW && self.dirty_rate_known) {
-            return None;
-        }
-        self.dirty_rate_known = true;
-        self.last_sync = Some(now);
-        Some((std::mem::take(&mut self.fresh) as f64 / took.as_secs_f64()) as u64)
     }
 
     /// What was left out so far.
@@ -258,30 +237,30 @@ impl Figures {
     }
 
     pub(super) fn round(&mut self, now: Duration, number: u32, dirty_pages: u64) {
-        let paused = self.paused_at.is_some();
+        let paused = self.downtime.paused_at.is_some();
         let mut round = RoundReport { round: number, dirty_pages, paused, ..RoundReport::default() };
         self.shared.update(|s| {
             round.dirty_pages_rate = s.dirty_pages_rate;
             round.throttle_percent = s.throttle_percent;
             round.expected_downtime_ms = s.expected_downtime;
         });
-        self.round = round;
-        self.round_pages = PageCounts::default();
-        self.round_began = now;
-        self.round_deltas = self.deltas;
+        self.round.report = round;
+        self.round.pages = PageCounts::default();
+        self.round.began = now;
+        self.round.from_deltas = self.deltas;
     }
 
     pub(super) fn round_closed(&mut self, now: Duration, position: u64) {
-        let took = now.saturating_sub(self.round_began);
-        self.round.pages = as_sent(self.round_pages, self.deltas, self.round_deltas);
-        self.round.bytes = position - self.round_from;
-        self.round.took_ms = millis(took);
-        self.round.throughput = Rate::of(self.round.bytes, took).map_or(0, |rate| rate.0);
-        let in_stream = self.round.bytes.saturating_sub(self.channel_bytes - self.round_channel_bytes);
-        self.rounds_bytes += self.round.bytes;
-        self.rounds_time += took;
-        (self.round_from, self.round_channel_bytes) = (position, self.channel_bytes);
-        let round = self.round;
+        let took = now.saturating_sub(self.round.began);
+        self.round.report.pages = as_sent(self.round.pages, self.deltas, self.round.from_deltas);
+        self.round.report.bytes = position - self.round.from;
+        self.round.report.took_ms = millis(took);
+        self.round.report.throughput = Rate::of(self.round.report.bytes, took).map_or(0, |rate| rate.0);
+        let in_stream = self.round.report.bytes.saturating_sub(self.channel_bytes - self.round.from_channels);
+        self.rounds.0 += self.round.report.bytes;
+        self.rounds.1 += took;
+        (self.round.from, self.round.from_channels) = (position, self.channel_bytes);
+        let round = self.round.report;
         tracing::info!(
             round = round.round,
             dirty_pages = round.dirty_pages,
@@ -292,7 +271,8 @@ impl Figures {
             "round closed",
         );
         let pages = self.pages();
-        let latencies = (self.batch.summary(), self.fence.summary(), self.write.summary());
+        let latencies =
+            (self.latencies.batch.summary(), self.latencies.fence.summary(), self.latencies.write.summary());
         self.shared.update(|s| {
             s.pages = pages;
             (s.batch_latency, s.fence_latency, s.write_latency) = latencies;
@@ -302,23 +282,19 @@ impl Figures {
     }
 
     pub(super) fn offered(&mut self, took: Duration) {
-        self.batch.record(took);
+        self.latencies.batch.record(took);
     }
 
     pub(super) fn fenced(&mut self, took: Duration) {
-        self.fence.record(took);
+        self.latencies.fence.record(took);
     }
 
     /// The rates of deltas, where a period is over.
     fn delta_rates(&mut self, now: Duration) {
         let looked_at = self.pages.normal + self.pages.zero;
-        if self.deltas.cache_size == 0 || now.saturating_sub(self.period.began) < PERIOD {
-            return;
+        if let Some(rates) = self.rates.deltas(now, self.deltas, looked_at, self.page_bytes) {
+            self.shared.update(|s| s.delta_rates = rates);
         }
-        let pages = looked_at - self.period.pages;
-        let rates = self.deltas.rates_since(&self.period.deltas, pages, self.page_bytes);
-        self.period = Period { began: now, deltas: self.deltas, pages: looked_at };
-        self.shared.update(|s| s.delta_rates = rates);
     }
 
     /// What deltas did so far; their pages were handed over as whole ones.
@@ -350,11 +326,11 @@ impl Figures {
     }
 
     pub(super) fn written(&mut self, took: &[Duration]) {
-        took.iter().for_each(|took| self.write.record(*took));
+        took.iter().for_each(|took| self.latencies.write.record(*took));
     }
 
     pub(super) fn counted(&mut self, batch: &PageBatch) {
-        for counts in [&mut self.pages, &mut self.round_pages] {
+        for counts in [&mut self.pages, &mut self.round.pages] {
             counts.normal += batch.whole_pages();
             counts.zero += batch.zero_pages();
         }
@@ -365,7 +341,7 @@ impl Figures {
             self.first_page.get_or_insert(now);
         }
         let (pages, page_bytes) = (self.pages(), self.page_bytes);
-        let per_second = self.window.per_second(now, self.pages.normal + self.pages.zero);
+        let per_second = self.rates.sent(now, self.pages.normal + self.pages.zero);
         self.shared.update(|s| {
             s.pages = pages;
             s.remaining = pages_left * page_bytes;
@@ -381,7 +357,7 @@ impl Figures {
     }
 
     pub(super) fn ended(&mut self, now: Duration, outcome: Outcome, error: Option<&Error>) {
-        let overall = Rate::of(self.rounds_bytes, self.rounds_time);
+        let overall = Rate::of(self.rounds.0, self.rounds.1);
         self.shared.update(|s| {
             s.ended = true;
             s.throttle_percent = 0;
@@ -398,29 +374,6 @@ impl Figures {
                 s.throughput = overall.map_or(s.throughput, |rate| rate.0);
             }
         });
-    }
-}
-
-/// Shortest time that pages a second are counted over, as QEMU's.
-const WINDOW: Duration = Duration::from_millis(100);
-
-/// Pages of every kind, a window at a time.
-#[derive(Default)]
-struct Window {
-    began: Option<(Duration, u64)>,
-    any: bool,
-}
-
-impl Window {
-    /// The rate of the window that ends now, if one does; the first ends at the first look.
-    fn per_second(&mut self, now: Duration, pages: u64) -> Option<u64> {
-        let (since, before) = *self.began.get_or_insert((now, 0));
-        let took = now.saturating_sub(since);
-        if took.is_zero() || (took < WINDOW && self.any) {
-            return None;
-        }
-        (self.began, self.any) = (Some((now, pages)), true);
-        Some((pages.saturating_sub(before) as f64 / took.as_secs_f64()) as u64)
     }
 }
 

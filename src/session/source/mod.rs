@@ -4,14 +4,17 @@ mod counts;
 mod handover;
 mod metrics;
 mod page_loop;
+mod pages;
 mod peer;
 mod postcopy;
-pub(super) mod return_path;
+mod rates;
+mod return_path;
 mod setup;
 #[cfg(test)]
 pub(super) mod skip_tests;
 mod skips;
 mod throttle;
+mod wire;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,12 +25,11 @@ use crate::engine::{
 };
 use crate::error::{Chain, Remedy};
 use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
-use crate::observe::{EventKind, PageCounts, SharedStatistics, Statistics, Status};
-use crate::page::PageSearch;
-use crate::ram::{DirtyMap, PageBatch, RoundKind};
+use crate::observe::{EventKind, SharedStatistics, Statistics, Status};
+use crate::ram::{DirtyMap, RamBlockTable, RoundKind};
 use crate::stream::qemu::section;
-use crate::sys::{CancelToken, SendPart, Stop};
-use crate::transport::{ChannelError, Returned, SourceConnection, SourceLink};
+use crate::sys::{CancelToken, Stop};
+use crate::transport::SourceConnection;
 
 pub(super) use setup::described;
 
@@ -35,12 +37,14 @@ use crate::session::callback::{guarded, quietly};
 use crate::session::config::SourceSettings;
 use crate::session::control::Control;
 use crate::session::handle::Canceller;
+use crate::session::workers::Spawner;
 use crate::session::{Breakage, Error, ErrorKind, shared_blocks};
+use handover::Departure;
 use metrics::Figures;
+use pages::Pages;
 use postcopy::Missing;
-use return_path::ReturnPath;
-use skips::Skips;
-use throttle::FixedCosts;
+use throttle::Convergence;
+use wire::Wire;
 
 /// A guest that may be slowed down is looked at that often, however long a round takes.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(5);
@@ -126,166 +130,14 @@ impl Clock for WallClock {
     }
 }
 
-/// The source's session before and while it runs.
-pub struct SourceSession {
-    pub(super) guest: SourceGuest,
-    pub(super) link: Box<dyn SourceLink>,
-    pub(super) back: Option<ReturnPath>,
-    pub(super) settings: SourceSettings,
-    upstream: Option<Box<dyn Upstream>>,
-    pub(super) clock: Box<dyn Clock>,
-    pub(super) control: Control,
-    stop: Stop,
+/// What decides, when, and what the embedder wants: the engine and its inbox.
+struct Driver {
     engine: SourceEngine,
-    dirty: DirtyMap,
-    skips: Skips,
-    search: PageSearch,
-    pace: Pace,
-    throttle: Throttler,
-    fixed: FixedCosts,
-    stall_told: bool,
-    /// The guest stands still: nothing is held back.
-    in_last_round: bool,
-    spare: Vec<PageBatch>,
-    returned: Vec<Returned>,
-    /// Batches of this round that the link can't carry.
-    declined: Vec<PageBatch>,
-    /// Some pages went in the stream although the link is another.
-    any_sent_in_stream: bool,
-    /// How many.
-    sent_in_stream: PageCounts,
-    figures: Figures,
-    missing: Missing,
-    handover: Handover,
-    section_id: u32,
-    /// The device state from SendState on; towards a QEMU the part behind `commit_at` is COMMIT.
-    state: Vec<u8>,
-    commit_at: usize,
-    /// When bytes last left for a peer that waits for more.
-    last_sign: Duration,
-    paused: bool,
-    /// Nothing counts as sent any more.
-    all_unsent: bool,
-    error: Option<Error>,
-    pub(super) breakage: Breakage,
+    clock: Box<dyn Clock>,
+    control: Control,
 }
 
-impl SourceSession {
-    /// A session over a connection that stands.
-    pub fn new(guest: SourceGuest, connection: SourceConnection, mut settings: SourceSettings) -> Self {
-        let table = guest.memory.table();
-        shared_blocks::announce(&mut settings.configuration, table);
-        let handover = if connection.back.is_some() { Handover::Shut } else { Handover::OneWay };
-        let mut config = SourceConfig::new(table.page().bytes(), handover);
-        config.downtime_limit = settings.downtime_limit;
-        config.digest = settings.digest;
-        config.timeout = settings.timeout;
-        config.switchover_rate = settings.switchover_bandwidth;
-        config.holds = settings.pause_before_switchover;
-        config.postcopy = settings.postcopy.as_ref().map(|postcopy| postcopy.rule);
-        config.longest_round = settings.throttling.map(|_| ROUND_TIMEOUT);
-        config.answers = peer::answer_timeouts(&settings, table);
-        let control = Control::new(&settings, connection.link.delta_cache_size());
-        let dirty = DirtyMap::new(table, settings.clear_shift);
-        let figures = Figures::new(table, SharedStatistics::default());
-        let pace = Pace::new(control.bandwidth().clone());
-        let missing =
-            Missing::new(Arc::clone(&guest.memory), Pace::new(control.postcopy_bandwidth().clone()));
-        let throttle = Throttler::new(settings.throttling, settings.throttle_trigger_threshold);
-        Self {
-            stop: Stop::on(&control.canceller().token()),
-            control,
-            engine: SourceEngine::new(config),
-            dirty,
-            figures,
-            guest,
-            link: connection.link,
-            back: connection.back.map(ReturnPath::new),
-            settings,
-            upstream: None,
-            clock: Box::new(WallClock::default()),
-            skips: Skips::default(),
-            search: PageSearch::default(),
-            pace,
-            throttle,
-            fixed: FixedCosts::default(),
-            stall_told: false,
-            in_last_round: false,
-            spare: Vec::new(),
-            returned: Vec::new(),
-            declined: Vec::new(),
-            any_sent_in_stream: false,
-            sent_in_stream: PageCounts::default(),
-            missing,
-            handover,
-            section_id: setup::RAM_SECTION_ID,
-            state: Vec::new(),
-            commit_at: 0,
-            last_sign: Duration::ZERO,
-            paused: false,
-            all_unsent: false,
-            error: None,
-            breakage: Breakage::default(),
-        }
-    }
-
-    /// The guest is paused when `upstream` says that its own source stopped it.
-    pub fn with_upstream(mut self, upstream: Box<dyn Upstream>) -> Self {
-        self.upstream = Some(upstream);
-        self.engine.set_switchover(Switchover::WhenUpstreamStops);
-        self.control.guest_is_elsewhere();
-        self
-    }
-
-    /// A token that the caller has already. A [`control`](Self::control) that was taken before cancels nothing any more.
-    pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
-        self.stop = Stop::on(&cancel);
-        self.control = self.control.with_canceller(Canceller::over(cancel));
-        self
-    }
-
-    /// Figures that the caller can see already.
-    pub fn with_statistics(mut self, statistics: SharedStatistics) -> Self {
-        self.figures = Figures::new(self.guest.memory.table(), statistics);
-        self
-    }
-
-    /// Raise it to cancel. Refused, and said so, once COMMIT was sent.
-    pub fn cancel_token(&self) -> CancelToken {
-        self.control.canceller().token()
-    }
-
-    /// Changes this migration while it runs.
-    pub fn control(&self) -> Control {
-        self.control.clone()
-    }
-
-    /// The figures while it runs.
-    pub fn statistics(&self) -> SharedStatistics {
-        self.figures.shared()
-    }
-
-    /// Runs the migration to its end on this thread.
-    pub fn run(mut self) -> SourceReport {
-        self.tell(SourceEvent::Begin);
-        let outcome = loop {
-            let event = match self.engine.poll() {
-                Some(SourceAction::Finish(outcome)) => break outcome,
-                Some(SourceAction::RefuseCancel) => {
-                    self.refuse_cancel();
-                    continue;
-                }
-                Some(action) => {
-                    tracing::trace!(?action, "perform");
-                    self.step_guarded(|session| session.perform(action))
-                }
-                None => self.step_guarded(Self::wait_for_event),
-            };
-            self.tell(event);
-        };
-        self.report(outcome)
-    }
-
+impl Driver {
     /// Tells the engine what has come of its last action, or of the wait for an event.
     fn tell(&mut self, event: SourceEvent) {
         let canceller = self.control.canceller();
@@ -308,10 +160,124 @@ impl SourceSession {
         }
     }
 
+    /// True if the engine has something else to do by now, or the time of its slice is over.
+    fn is_called(&mut self) -> bool {
+        let now = self.clock.now();
+        self.tell_commands(now);
+        self.engine.wake_at().is_some_and(|at| now >= at)
+    }
+}
+
+/// The source's session before and while it runs.
+pub struct SourceSession {
+    guest: SourceGuest,
+    wire: Wire,
+    settings: SourceSettings,
+    upstream: Option<Box<dyn Upstream>>,
+    driver: Driver,
+    pages: Pages,
+    convergence: Convergence,
+    figures: Figures,
+    departure: Departure,
+    missing: Missing,
+    error: Option<Error>,
+    breakage: Breakage,
+}
+
+impl SourceSession {
+    /// A session over a connection that stands.
+    pub fn new(guest: SourceGuest, connection: SourceConnection, mut settings: SourceSettings) -> Self {
+        let table = guest.memory.table();
+        shared_blocks::announce(&mut settings.configuration, table);
+        let handover = if connection.back.is_some() { Handover::Shut } else { Handover::OneWay };
+        let control = Control::new(&settings, connection.link.delta_cache_size());
+        let page_bytes = table.page().bytes();
+        let dirty = DirtyMap::new(table, settings.clear_shift);
+        let pace = Pace::new(control.postcopy_bandwidth().clone());
+        let throttle = Throttler::new(settings.throttling, settings.throttle_trigger_threshold);
+        let engine = SourceEngine::new(engine_config(&settings, table, handover));
+        Self {
+            wire: Wire::new(connection, Stop::on(&control.canceller().token())),
+            pages: Pages::new(dirty, Pace::new(control.bandwidth().clone()), page_bytes),
+            driver: Driver { engine, clock: Box::new(WallClock::default()), control },
+            convergence: Convergence::new(throttle),
+            figures: Figures::new(table, SharedStatistics::default()),
+            departure: Departure::default(),
+            missing: Missing::new(Arc::clone(&guest.memory), pace),
+            guest,
+            settings,
+            upstream: None,
+            error: None,
+            breakage: Breakage::default(),
+        }
+    }
+
+    /// The guest is paused when `upstream` says that its own source stopped it.
+    pub fn with_upstream(mut self, upstream: Box<dyn Upstream>) -> Self {
+        self.upstream = Some(upstream);
+        self.driver.engine.set_switchover(Switchover::WhenUpstreamStops);
+        self.driver.control.guest_is_elsewhere();
+        self
+    }
+
+    /// A token that the caller has already. A [`control`](Self::control) that was taken before cancels nothing any more.
+    pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
+        self.wire.stop = Stop::on(&cancel);
+        self.driver.control = self.driver.control.with_canceller(Canceller::over(cancel));
+        self
+    }
+
+    /// Figures that the caller can see already.
+    pub fn with_statistics(mut self, statistics: SharedStatistics) -> Self {
+        self.figures = Figures::new(self.guest.memory.table(), statistics);
+        self
+    }
+
+    /// Raise it to cancel. Refused, and said so, once COMMIT was sent.
+    pub fn cancel_token(&self) -> CancelToken {
+        self.driver.control.canceller().token()
+    }
+
+    /// Changes this migration while it runs.
+    pub fn control(&self) -> Control {
+        self.driver.control.clone()
+    }
+
+    /// Where its threads come from.
+    pub(in crate::session) fn spawner(&self) -> Spawner {
+        self.settings.spawner.clone()
+    }
+
+    /// The figures while it runs.
+    pub fn statistics(&self) -> SharedStatistics {
+        self.figures.shared()
+    }
+
+    /// Runs the migration to its end on this thread.
+    pub fn run(mut self) -> SourceReport {
+        self.driver.tell(SourceEvent::Begin);
+        let outcome = loop {
+            let event = match self.driver.engine.poll() {
+                Some(SourceAction::Finish(outcome)) => break outcome,
+                Some(SourceAction::RefuseCancel) => {
+                    self.refuse_cancel();
+                    continue;
+                }
+                Some(action) => {
+                    tracing::trace!(?action, "perform");
+                    self.step_guarded(|session| session.perform(action))
+                }
+                None => self.step_guarded(Self::wait_for_event),
+            };
+            self.driver.tell(event);
+        };
+        self.report(outcome)
+    }
+
     /// After COMMIT a cancel breaks no wait any more.
     fn refuse_cancel(&mut self) {
-        if self.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
-            self.stop = Stop::never();
+        if self.wire.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
+            self.wire.stop = Stop::never();
         }
         tracing::warn!("cancel refused: the destination owns the guest");
     }
@@ -321,11 +287,14 @@ impl SourceSession {
         let done = if self.breakage.is(Breakage::DieOfPanic) {
             step(self)
         } else {
-            let during =
-                if self.engine.is_committed() { "the guest is handed over" } else { "sending the guest" };
+            let during = if self.driver.engine.is_committed() {
+                "the guest is handed over"
+            } else {
+                "sending the guest"
+            };
             guarded(during, || step(self)).unwrap_or_else(|error| {
                 // Pages that were on their way from the map to the connection are in neither.
-                self.all_unsent = true;
+                self.pages.mark_all_unsent();
                 Err(error)
             })
         };
@@ -333,16 +302,16 @@ impl SourceSession {
     }
 
     fn report(mut self, outcome: Outcome) -> SourceReport {
-        let now = self.clock.now();
+        let now = self.driver.clock.now();
         let given_away = matches!(outcome, Outcome::InDoubt | Outcome::Incomplete);
         if given_away && let Err(error) = self.stop_logs() {
             // The guest stands still: a log left on costs, and loses nothing.
             tracing::warn!(error = %Chain(&error), "a dirty log could not be stopped");
         }
-        let position = self.position();
+        let position = self.wire.position();
         self.figures.position(position);
-        self.figures.zero_copy(self.link.zero_copy());
-        self.figures.spliced(self.link.spliced());
+        self.figures.zero_copy(self.wire.link.zero_copy());
+        self.figures.spliced(self.wire.link.spliced());
         if given_away {
             self.end_throttling();
         }
@@ -354,8 +323,8 @@ impl SourceSession {
         }
         quietly("telling of the end", || self.figures.shared().cleaned_up());
         let statistics = self.figures.shared().snapshot();
-        let first_page_sent = self.figures.first_page;
-        let (dirty, stands_still) = (self.dirty, self.paused);
+        let first_page_sent = self.figures.first_page();
+        let (dirty, stands_still) = (self.pages.dirty, self.departure.paused);
         SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
     }
 
@@ -363,12 +332,12 @@ impl SourceSession {
     fn let_go(&mut self, outcome: Outcome) {
         if outcome == Outcome::Completed {
             let stop = Stop::never().within(self.settings.finish_timeout);
-            if let Err(error) = self.link.close(&stop) {
+            if let Err(error) = self.wire.link.close(&stop) {
                 tracing::warn!(error = %Chain(&error), "the migration is complete, but its connection did not end in good order");
             }
         }
-        if self.link.abilities().registers_memory {
-            drop(self.link.reclaim());
+        if self.wire.link.abilities().registers_memory {
+            drop(self.wire.link.reclaim());
             quietly("allowing discards", || _ = self.guest.control.forbid_discard(false));
         }
     }
@@ -383,7 +352,8 @@ impl SourceSession {
         };
         let broken = error.kind() == ErrorKind::Channel;
         let error = broken.then(|| self.peer_failure()).flatten().unwrap_or(error);
-        let may_give_back = self.handover == Handover::Shut || self.engine.is_postcopy();
+        let may_give_back =
+            self.driver.engine.handover() == Handover::Shut || self.driver.engine.is_postcopy();
         let event = match &error {
             Error::PeerFailed { .. } if may_give_back => SourceEvent::Refused,
             error if error.kind() == ErrorKind::Channel => SourceEvent::Lost,
@@ -394,7 +364,7 @@ impl SourceSession {
     }
 
     fn perform(&mut self, action: SourceAction) -> Result<SourceEvent, Error> {
-        let now = self.clock.now();
+        let now = self.driver.clock.now();
         match action {
             // Too late to give up, and nothing to give up for.
             SourceAction::Commit | SourceAction::ReportSilence | SourceAction::Release => {
@@ -411,14 +381,14 @@ impl SourceSession {
             SourceAction::CloseRound { kind } => self.close_round(kind),
             SourceAction::PauseGuest => {
                 // Paused from here on whatever the VMM answers: a failed pause is undone by resume as well.
-                self.paused = true;
+                self.departure.paused = true;
                 let paused = self.guest.control.pause();
                 paused.map_err(|source| Error::Control { what: "pause", source })?;
                 Ok(SourceEvent::Done)
             }
             SourceAction::Drain => {
                 if !self.breakage.is(Breakage::SkipDrain) {
-                    self.link.drain(&self.stop)?;
+                    self.wire.link.drain(&self.wire.stop)?;
                 }
                 self.take_returned()?;
                 Ok(SourceEvent::Done)
@@ -453,17 +423,17 @@ impl SourceSession {
         self.refuse_what_nobody_does()?;
         self.refuse_postcopy()?;
         let registers =
-            self.link.abilities().registers_memory && !self.breakage.is(Breakage::RegisterUnpromised);
+            self.wire.link.abilities().registers_memory && !self.breakage.is(Breakage::RegisterUnpromised);
         if registers && !self.guest.control.forbid_discard(true) {
             return Err(discards());
         }
         let counts_vcpus = !self.guest.control.vcpu_dirty_pages().is_empty();
-        self.control.guest_counts_vcpus(counts_vcpus)?;
+        self.driver.control.guest_counts_vcpus(counts_vcpus)?;
         // First: should a log not start, nothing is at the destination.
         if self.settings.all_dirty_at_start {
-            self.dirty.set_all(self.guest.memory.table());
+            self.pages.dirty.set_all(self.guest.memory.table());
         }
-        self.skip_at_start();
+        self.pages.skip_at_start(self.guest.memory.table(), self.breakage);
         for source in &self.guest.dirty {
             source.start()?;
         }
@@ -479,97 +449,89 @@ impl SourceSession {
     }
 
     fn sync(&mut self, last: bool) -> Result<SourceEvent, Error> {
-        let began = self.clock.now();
+        let began = self.driver.clock.now();
         self.check_layout()?;
-        self.skip_before_sync();
+        self.pages.skip_before_sync(self.breakage);
         self.figures.shared().tell(EventKind::SyncBegins { last });
-        let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.dirty)?;
-        self.skip_after_sync(last);
-        let dirty_pages = self.dirty.count();
-        let now = self.clock.now();
-        self.fixed.sync = now.saturating_sub(began);
+        let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.pages.dirty)?;
+        self.pages.skip_after_sync(self.guest.memory.table(), last, self.breakage);
+        let (hinted, discarded) = self.pages.skips.counts();
+        self.figures.skipped(hinted, discarded);
+        let dirty_pages = self.pages.dirty.count();
+        let now = self.driver.clock.now();
+        self.convergence.fixed.sync = now.saturating_sub(began);
         if !last {
             self.follow_control();
             self.throttle(fresh);
             self.estimate_fixed();
         }
-        let expected = self.engine.expected_downtime(dirty_pages);
+        let expected = self.driver.engine.expected_downtime(dirty_pages);
         self.figures.synced(now, dirty_pages, fresh, expected);
         self.figures.shared().tell(EventKind::Synced { dirty_pages, last });
         Ok(SourceEvent::Synced { dirty_pages })
     }
 
     fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<SourceEvent, Error> {
-        self.figures.round(self.clock.now(), number, self.dirty.count());
+        self.figures.round(self.driver.clock.now(), number, self.pages.dirty.count());
         self.check_progress();
         let mut head = Vec::new();
-        self.in_last_round = kind == RoundKind::Final;
-        if self.in_last_round {
+        if kind == RoundKind::Final {
             setup::before_last_section(self, &mut head);
-            section::encode_end(self.section_id, &mut head);
+            section::encode_end(setup::RAM_SECTION_ID, &mut head);
         } else {
-            section::encode_part(self.section_id, &mut head);
+            section::encode_part(setup::RAM_SECTION_ID, &mut head);
         }
-        self.send_bytes(&head)?;
-        self.link.open_round(kind, &self.stop)?;
+        self.wire.send(&head)?;
+        self.wire.link.open_round(kind, &self.wire.stop)?;
         Ok(SourceEvent::Done)
     }
 
     fn close_round(&mut self, kind: RoundKind) -> Result<SourceEvent, Error> {
-        let (begun, before, guest_before) = (Instant::now(), self.position(), self.figures.whole_bytes());
+        let (begun, before, guest_before) =
+            (Instant::now(), self.wire.position(), self.figures.whole_bytes());
         if !self.breakage.is(Breakage::SkipFence) {
-            self.link.close_round(kind, &self.stop)?;
+            self.wire.link.close_round(kind, &self.wire.stop)?;
         }
         self.send_declined()?;
         let mut tail = crate::stream::qemu::ram::EOS_RECORD.to_vec();
-        self.settings.framing.encode_footer(self.section_id, &mut tail);
-        self.send_bytes(&tail)?;
-        self.link.sink().flush(&self.stop)?;
+        self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut tail);
+        self.wire.send(&tail)?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
         self.figures.fenced(begun.elapsed());
         self.take_returned()?;
         let mut writes = Vec::new();
-        self.link.take_latencies(&mut writes);
+        self.wire.link.take_latencies(&mut writes);
         self.figures.written(&writes);
-        self.figures.deltas(self.link.deltas());
-        self.figures.channel_bytes(self.link.channel_bytes());
-        let sent = self.position();
+        self.figures.deltas(self.wire.link.deltas());
+        self.figures.channel_bytes(self.wire.link.channel_bytes());
+        let sent = self.wire.position();
         let guest = self.figures.whole_bytes() - guest_before;
-        self.engine.set_sent_at_fence(Sent { guest, wire: sent - before });
-        self.engine.set_under_way(self.link.under_way());
-        self.figures.round_closed(self.clock.now(), sent);
+        self.driver.engine.set_sent_at_fence(Sent { guest, wire: sent - before });
+        self.driver.engine.set_under_way(self.wire.link.under_way());
+        self.figures.round_closed(self.driver.clock.now(), sent);
         Ok(SourceEvent::Done)
-    }
-
-    pub(super) fn send_bytes(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
-        self.link.sink().send(&[SendPart::Own(bytes)], &self.stop)
     }
 
     /// Before COMMIT: nothing is lost. Unsent and unconfirmed pages are dirty again, the guest runs.
     fn roll_back(&mut self) -> Result<SourceEvent, Error> {
         self.note_overdue();
-        self.stop = Stop::never();
-        let confirms = self.link.abilities().confirms_placement;
-        let given_back = guarded("taking pages back", || self.link.reclaim());
-        self.all_unsent |= given_back.is_err();
-        if !self.breakage.is(Breakage::ForgetUnsent) {
-            for batch in given_back.unwrap_or_default() {
-                self.mark_unsent(&batch);
-            }
-            for batch in std::mem::take(&mut self.declined) {
-                self.mark_unsent(&batch);
-            }
-            // Released is not placed: on such a link nothing counts as arrived before the end.
-            if !confirms || self.any_sent_in_stream || self.all_unsent {
-                self.dirty.set_all(self.guest.memory.table());
-            }
+        self.wire.stop = Stop::never();
+        let confirms = self.wire.link.abilities().confirms_placement;
+        let given_back = guarded("taking pages back", || self.wire.link.reclaim());
+        if given_back.is_err() {
+            self.pages.mark_all_unsent();
         }
-        self.skip_no_more();
+        if !self.breakage.is(Breakage::ForgetUnsent) {
+            let table = self.guest.memory.table();
+            self.pages.give_back(given_back.unwrap_or_default(), confirms, table);
+        }
+        self.pages.skip_no_more(self.breakage);
         let leave_on = self.breakage.is(Breakage::LeaveLogsOn);
         let stopped = if leave_on { Ok(SourceEvent::Done) } else { self.stop_logs() };
         if !self.breakage.is(Breakage::LeaveThrottleOn) {
             self.end_throttling();
         }
-        if self.paused && !self.breakage.is(Breakage::StayPaused) {
+        if self.departure.paused && !self.breakage.is(Breakage::StayPaused) {
             let resumed = guarded("resuming", || self.guest.control.resume());
             let resumed = resumed.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
             if let Err(source) = resumed {
@@ -578,16 +540,23 @@ impl SourceSession {
                     self.error.take().map_or_else(|| "cancelled".into(), |error| Chain(&error).to_string());
                 return Err(Error::StandsStill { why, source });
             }
-            self.paused = false;
+            self.departure.paused = false;
         }
         stopped
     }
+}
 
-    pub(super) fn mark_unsent(&mut self, batch: &PageBatch) {
-        for piece in batch.pieces() {
-            self.dirty.set_run(piece.run);
-        }
-    }
+fn engine_config(settings: &SourceSettings, table: &RamBlockTable, handover: Handover) -> SourceConfig {
+    let mut config = SourceConfig::new(table.page().bytes(), handover);
+    config.downtime_limit = settings.downtime_limit;
+    config.digest = settings.digest;
+    config.timeout = settings.timeout;
+    config.switchover_rate = settings.switchover_bandwidth;
+    config.holds = settings.pause_before_switchover;
+    config.postcopy = settings.postcopy.as_ref().map(|postcopy| postcopy.rule);
+    config.longest_round = settings.throttling.map(|_| ROUND_TIMEOUT);
+    config.answers = peer::answer_timeouts(settings, table);
+    config
 }
 
 /// A guest that can't go by a link that registers its memory.
@@ -595,5 +564,38 @@ pub(super) fn discards() -> Error {
     Error::Config {
         what: "the guest does not promise to keep its memory in place while a NIC knows it".into(),
         remedy: Remedy::Advice("use a tcp: address, or take balloon and free page reporting off the guest"),
+    }
+}
+
+/// What tests set that no caller may.
+#[cfg(test)]
+impl SourceSession {
+    pub(in crate::session) fn count_time_by(&mut self, clock: Box<dyn Clock>) {
+        self.driver.clock = clock;
+    }
+
+    pub(in crate::session) fn break_order(&mut self, breakage: Breakage) {
+        self.breakage = breakage;
+    }
+
+    pub(in crate::session) fn guest_mut(&mut self) -> &mut SourceGuest {
+        &mut self.guest
+    }
+
+    pub(in crate::session) fn settings_mut(&mut self) -> &mut SourceSettings {
+        &mut self.settings
+    }
+
+    pub(in crate::session) fn connect(&mut self, connection: SourceConnection) {
+        self.wire = Wire::new(connection, self.wire.stop.clone());
+    }
+
+    /// No answers come any more.
+    pub(in crate::session) fn hang_up(&mut self) {
+        self.wire.back = None;
+    }
+
+    pub(in crate::session) fn into_parts(self) -> (SourceGuest, SourceSettings) {
+        (self.guest, self.settings)
     }
 }

@@ -6,13 +6,11 @@ use crate::engine::{AnswerTimeouts, Handover, Overdue, SourceEvent, Waiting};
 use crate::error::{Chain, Remedy};
 use crate::observe::Status;
 use crate::ram::RamBlockTable;
-use crate::stream::qemu::command::Command;
 use crate::stream::qemu::package::PING_TAKEN;
 use crate::sys::{Stop, StopReason};
 
 use super::SourceSession;
 use super::return_path::PeerMessage;
-use super::setup;
 use crate::session::config::SourceSettings;
 use crate::session::{Breakage, Error};
 
@@ -46,9 +44,9 @@ pub(super) fn answer_timeouts(settings: &SourceSettings, table: &RamBlockTable) 
 impl SourceSession {
     /// There is nothing to do: waits for what comes next.
     pub(super) fn wait_for_event(&mut self) -> Result<SourceEvent, Error> {
-        let Some(waiting) = self.engine.waits_for() else { return Ok(SourceEvent::Failed) };
+        let Some(waiting) = self.driver.engine.waits_for() else { return Ok(SourceEvent::Failed) };
         tracing::trace!(?waiting, "wait");
-        self.figures.waits(self.clock.now(), waiting);
+        self.figures.waits(self.driver.clock.now(), waiting);
         match waiting {
             Waiting::Moment => self.wait_moment(),
             Waiting::Embedder => self.wait_for_embedder(),
@@ -62,8 +60,8 @@ impl SourceSession {
 
     /// Until then the engine wants no call.
     fn time_left(&mut self) -> Option<Duration> {
-        let now = self.clock.now();
-        self.engine.wake_at().map(|at| at.saturating_sub(now))
+        let now = self.driver.clock.now();
+        self.driver.engine.wake_at().map(|at| at.saturating_sub(now))
     }
 
     /// For what is under way to leave, or for a relay's source to stop its guest.
@@ -82,7 +80,7 @@ impl SourceSession {
             if upstream.wait(piece)? {
                 return Ok(SourceEvent::UpstreamStopped);
             }
-            if left.is_zero() || self.stop.reason().is_some() {
+            if left.is_zero() || self.wire.stop.reason().is_some() {
                 return Ok(SourceEvent::Woken);
             }
         }
@@ -90,10 +88,10 @@ impl SourceSession {
 
     /// For the embedder, before the last sync; a cancel or a peer that fails ends it.
     fn wait_for_embedder(&mut self) -> Result<SourceEvent, Error> {
-        while !self.control.gate().wait(PEER_CHECK_INTERVAL) {
+        while !self.driver.control.gate().wait(PEER_CHECK_INTERVAL) {
             self.poll_return_path()?;
             self.send_keepalive()?;
-            if self.stop.reason().is_some() {
+            if self.wire.stop.reason().is_some() {
                 return Err(Error::Cancelled);
             }
         }
@@ -102,12 +100,12 @@ impl SourceSession {
 
     /// For a relay's source: before COMMIT, so that a failure on either side leaves the guest at its source.
     fn wait_for_guest(&mut self) -> Result<SourceEvent, Error> {
-        let handover = self.engine.handover();
+        let handover = self.driver.engine.handover();
         while let Some(upstream) = &mut self.upstream
             && !upstream.wait_given(handover, PEER_CHECK_INTERVAL)?
         {
             self.poll_return_path()?;
-            if self.stop.reason().is_some() {
+            if self.wire.stop.reason().is_some() {
                 return Err(Error::Cancelled);
             }
         }
@@ -119,8 +117,8 @@ impl SourceSession {
         let stop = match self.time_left() {
             // A peer that always has something to say makes no wait end.
             Some(Duration::ZERO) => return Ok(SourceEvent::Woken),
-            Some(left) => self.stop.within(left),
-            None => self.stop.clone(),
+            Some(left) => self.wire.stop.within(left),
+            None => self.wire.stop.clone(),
         };
         self.next_event(&stop).map(|event| event.unwrap_or(SourceEvent::Woken))
     }
@@ -139,7 +137,7 @@ impl SourceSession {
 
     /// A relay is in doubt.
     pub(super) fn report_silence(&mut self) -> Result<SourceEvent, Error> {
-        let silence = self.engine.overdue().map(no_answer);
+        let silence = self.driver.engine.overdue().map(no_answer);
         if let (Some(upstream), Some(silence)) = (&mut self.upstream, silence) {
             self.figures.shared().update(|s| s.status = Status::InDoubt);
             upstream.far_end_is_silent(&silence);
@@ -149,33 +147,27 @@ impl SourceSession {
 
     /// Why the engine ended the migration, where it was for want of time.
     pub(super) fn note_overdue(&mut self) {
-        if let (Some(overdue), None) = (self.engine.overdue(), &self.error) {
+        if let (Some(overdue), None) = (self.driver.engine.overdue(), &self.error) {
             let error = no_answer(overdue);
             tracing::warn!(error = %Chain(&error), "the migration takes too long");
             self.error = Some(error);
         }
     }
 
-    /// A source that has nothing to send says so: a ramwire takes long silence for a dead peer. Both kinds of peer
-    /// answer a PING between sections.
+    /// A source that has nothing to send says so.
     fn send_keepalive(&mut self) -> Result<(), Error> {
-        let now = self.clock.now();
         let every = (self.settings.stall_timeout / 4).min(KEEPALIVE_INTERVAL);
-        if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
-            return Ok(());
-        }
-        self.last_sign = now;
-        let mut ping = Vec::new();
-        Command::Ping(setup::ORDINARY_PING).encode(&mut ping);
-        self.send_bytes(&ping)?;
-        Ok(self.link.sink().flush(&self.stop)?)
+        Ok(self.wire.send_keepalive(self.driver.clock.now(), every)?)
     }
 
     /// Takes what the peer has said meanwhile. Waits for nothing.
     pub(super) fn poll_return_path(&mut self) -> Result<(), Error> {
         // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
         for _ in 0..MAX_MESSAGES {
-            let Some(back) = self.back.as_mut().filter(|_| self.search.asked() < MAX_REQUESTS) else { break };
+            let Some(back) = self.wire.back.as_mut().filter(|_| self.pages.search.asked() < MAX_REQUESTS)
+            else {
+                break;
+            };
             let Some(message) = back.poll()? else { break };
             self.hear(message)?;
         }
@@ -184,14 +176,14 @@ impl SourceSession {
 
     /// Hears the peer for `time`, less if it says something that the engine acts on.
     pub(super) fn listen_for(&mut self, time: Duration) -> Result<(), Error> {
-        let stop = self.stop.within(time);
-        if self.back.is_none() {
+        let stop = self.wire.stop.within(time);
+        if self.wire.back.is_none() {
             stop.sleep(time);
             return Ok(());
         }
         if let Some(event) = self.next_event(&stop)? {
-            let now = self.clock.now();
-            self.engine.handle(now, event);
+            let now = self.driver.clock.now();
+            self.driver.engine.handle(now, event);
         }
         Ok(())
     }
@@ -200,7 +192,7 @@ impl SourceSession {
     /// to wait longer.
     fn next_event(&mut self, stop: &Stop) -> Result<Option<SourceEvent>, Error> {
         loop {
-            let Some(back) = &mut self.back else {
+            let Some(back) = &mut self.wire.back else {
                 return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });
             };
             let message = match back.next(stop) {
@@ -222,8 +214,8 @@ impl SourceSession {
 
     fn hear(&mut self, message: PeerMessage) -> Result<(), Error> {
         if let Some(event) = self.event_of(message)? {
-            let now = self.clock.now();
-            self.engine.handle(now, event);
+            let now = self.driver.clock.now();
+            self.driver.engine.handle(now, event);
         }
         Ok(())
     }
@@ -233,22 +225,24 @@ impl SourceSession {
     /// # Errors
     /// The peer failed, or it is not its turn to say this.
     fn event_of(&mut self, message: PeerMessage) -> Result<Option<SourceEvent>, Error> {
-        let handover = self.engine.handover();
+        let handover = self.driver.engine.handover();
         let event = match &message {
             PeerMessage::Working => SourceEvent::Working,
             PeerMessage::Ready => SourceEvent::Ready,
             PeerMessage::Running if handover == Handover::Native => SourceEvent::Running,
             PeerMessage::Shut(0) if handover == Handover::Shut => SourceEvent::Running,
             PeerMessage::Request(_) => SourceEvent::Requested,
-            PeerMessage::Pong(PING_TAKEN) if self.engine.is_postcopy() => SourceEvent::Taken,
+            PeerMessage::Pong(PING_TAKEN) if self.driver.engine.is_postcopy() => SourceEvent::Taken,
             _ => return refuse_verdict(message).map(|()| None),
         };
-        if !self.engine.expects(event) {
+        if !self.driver.engine.expects(event) {
             return refuse_verdict(message).map(|()| None);
         }
         match &message {
             PeerMessage::Request(request) => self.requested(request)?,
-            PeerMessage::Pong(_) if !self.engine.is_taken() => self.figures.taken(self.clock.now()),
+            PeerMessage::Pong(_) if !self.driver.engine.is_taken() => {
+                self.figures.taken(self.driver.clock.now())
+            }
             _ => {}
         }
         Ok(Some(event))
@@ -256,7 +250,7 @@ impl SourceSession {
 
     /// Why the peer failed, if it said so before the connection broke. What else it said is of no account any more.
     pub(super) fn peer_failure(&mut self) -> Option<Error> {
-        let back = self.back.as_mut()?;
+        let back = self.wire.back.as_mut()?;
         for _ in 0..MAX_MESSAGES {
             let message = back.poll().ok()??;
             if let Err(error @ Error::PeerFailed { .. }) = refuse_verdict(message) {

@@ -19,7 +19,7 @@ use crate::stream::qemu::command::{Command, HEAD_LEN, encode_discards};
 use crate::stream::qemu::package::encode_package;
 use crate::stream::qemu::ram::EOS_RECORD;
 use crate::stream::qemu::section::{encode_end, encode_eof, encode_part};
-use crate::sys::{SendPart, Stop};
+use crate::sys::Stop;
 use crate::transport::InlinePages;
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
@@ -28,6 +28,7 @@ use super::handover::commit_at;
 use super::peer::refuse_verdict;
 use super::return_path::{PageRequest, PeerMessage, check_deadline};
 use super::setup;
+use super::wire::Wire;
 use crate::session::{Breakage, Error};
 
 /// Whole pages of a batch that nobody waits for: few, so that a request does not wait behind them.
@@ -77,7 +78,7 @@ impl SourceSession {
                 "set SourceSettings::postcopy, or let the timeout cancel or finish",
             ),
             () if !asked => Ok(()),
-            () if self.back.is_none() => refused(
+            () if self.wire.back.is_none() => refused(
                 "the connection carries no answers",
                 "migrate over a connection of both directions (tcp:, unix:)",
             ),
@@ -87,15 +88,17 @@ impl SourceSession {
             () if self.settings.digest => {
                 refused("a digest can't be compared while pages are missing", "ask for one of them")
             }
-            () if self.link.abilities().registers_memory || self.link.page_channels() > 0 => refused(
-                "its pages travel in the stream only",
-                "use a tcp: or unix: address, without page channels",
-            ),
+            () if self.wire.link.abilities().registers_memory || self.wire.link.page_channels() > 0 => {
+                refused(
+                    "its pages travel in the stream only",
+                    "use a tcp: or unix: address, without page channels",
+                )
+            }
             () if !self.settings.all_dirty_at_start => refused(
                 "pages that are not sent would be missing for ever",
                 "send every page at least once (SourceSettings::all_dirty_at_start)",
             ),
-            () if self.skips.has_discards() => refused(
+            () if self.pages.skips.has_discards() => refused(
                 "this guest has memory that can't be read while it is unplugged",
                 "migrate it in precopy",
             ),
@@ -116,26 +119,26 @@ impl SourceSession {
         let (host_pages, target_page) = (host_pages(table.blocks()), table.page().bytes());
         let mut out = Vec::new();
         Command::PostcopyAdvise { host_pages, target_page }.encode(&mut out);
-        Ok(self.send_bytes(&out)?)
+        Ok(self.wire.send(&out)?)
     }
 
     /// Tells the peer to forget what is dirty here, in whole host pages, and at least one of them: a QEMU that was told to
     /// forget nothing does not start the guest.
     pub(super) fn send_discards(&mut self) -> Result<SourceEvent, Error> {
         // It may stand in the middle of a host page, which is to leave from its start.
-        self.search = PageSearch::default();
+        self.pages.search = PageSearch::default();
         // A page that was left out is missing there, and may be asked for.
-        self.skip_no_more();
+        self.pages.skip_no_more(self.breakage);
         let memory = Arc::clone(&self.guest.memory);
         let table = memory.table();
         for (index, block) in (0..).map(BlockIndex).zip(table.blocks()) {
-            self.dirty.widen(index, pages_of_host_page(&*memory, block));
+            self.pages.dirty.widen(index, pages_of_host_page(&*memory, block));
         }
-        if self.dirty.count() == 0
+        if self.pages.dirty.count() == 0
             && let Some(block) = table.blocks().first()
         {
             let pages = pages_of_host_page(&*memory, block);
-            self.dirty.set_run(PageRun { block: BlockIndex(0), first: PageIndex(0), pages });
+            self.pages.dirty.set_run(PageRun { block: BlockIndex(0), first: PageIndex(0), pages });
         }
         let mut out = Vec::new();
         setup::before_last_section(self, &mut out);
@@ -145,19 +148,21 @@ impl SourceSession {
             }
             let mut ranges = Vec::new();
             let mut from = PageIndex(0);
-            while let Some(run) = self.dirty.block(index).and_then(|dirty| dirty.next_run(from, u64::MAX)) {
+            while let Some(run) =
+                self.pages.dirty.block(index).and_then(|dirty| dirty.next_run(from, u64::MAX))
+            {
                 from = PageIndex(run.end);
                 let page = table.page().bytes();
                 ranges.push((run.start * page, (run.end - run.start) * page));
                 if ranges.len() * 16 >= DISCARDS {
                     encode_discards(block.name.as_str(), &std::mem::take(&mut ranges), &mut out);
-                    self.send_bytes(&std::mem::take(&mut out))?;
+                    self.wire.send(&std::mem::take(&mut out))?;
                 }
             }
             encode_discards(block.name.as_str(), &ranges, &mut out);
         }
         Command::Ping(PING_DISCARDED).encode(&mut out);
-        self.send_bytes(&out)?;
+        self.wire.send(&out)?;
         Ok(SourceEvent::Done)
     }
 
@@ -167,8 +172,8 @@ impl SourceSession {
         let saved = save_state(self.guest.control.as_mut());
         let mut state = saved.map_err(|source| Error::Control { what: "save its device state", source })?;
         let mut sections = Vec::new();
-        match self.handover {
-            Handover::Native => encode_state_section(self.section_id + 1, &state, &mut sections),
+        match self.driver.engine.handover() {
+            Handover::Native => encode_state_section(setup::RAM_SECTION_ID + 1, &state, &mut sections),
             _ if state.is_empty() => {}
             _ => {
                 state.truncate(commit_at(&state, self.settings.framing));
@@ -184,11 +189,11 @@ impl SourceSession {
         let mut out = Vec::new();
         Command::Packaged { size }.encode(&mut out);
         out.append(&mut package);
-        self.commit_at = out.len() - HEAD_LEN;
+        self.departure.commit_at = out.len() - HEAD_LEN;
         Command::Ping(PING_PACKAGED).encode(&mut out);
-        self.state = out;
-        self.link.sink().send(&[SendPart::Own(&self.state[..self.commit_at])], &self.stop)?;
-        self.link.sink().flush(&self.stop)?;
+        self.departure.state = out;
+        self.wire.send(self.departure.uncommitted())?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
         self.await_discarded()?;
         Ok(SourceEvent::Done)
     }
@@ -197,13 +202,13 @@ impl SourceSession {
     /// said so in front of this answer: then nothing is in doubt.
     fn await_discarded(&mut self) -> Result<(), Error> {
         let after = self.settings.stall_timeout;
-        let stop = self.stop.within(after);
+        let stop = self.wire.stop.within(after);
         let silent = || Error::NoAnswer {
             what: "that it has discarded what comes again",
             after,
             remedy: Remedy::RaiseStallTimeout,
         };
-        let Some(back) = &mut self.back else { return Err(silent()) };
+        let Some(back) = &mut self.wire.back else { return Err(silent()) };
         let mut next =
             || back.next(&stop).map_err(|error| if error.is_deadline() { silent() } else { error });
         loop {
@@ -219,63 +224,63 @@ impl SourceSession {
     /// Sends missing pages until none is left, or until the engine calls. Requests are taken between any two batches.
     pub(super) fn send_missing(&mut self) -> Result<SourceEvent, Error> {
         self.check_layout()?;
-        let before = self.position();
+        let before = self.wire.position();
         let mut open = false;
         loop {
             self.poll_return_path()?;
-            let now = self.clock.now();
-            let delay = if self.search.is_asked() { Duration::ZERO } else { self.missing.pace.delay(now) };
+            let now = self.driver.clock.now();
+            let delay =
+                if self.pages.search.is_asked() { Duration::ZERO } else { self.missing.pace.delay(now) };
             if delay > Duration::ZERO {
-                if self.is_called() {
+                if self.driver.is_called() {
                     break;
                 }
-                let left = self.engine.wake_at().map_or(delay, |at| at.saturating_sub(now));
+                let left = self.driver.engine.wake_at().map_or(delay, |at| at.saturating_sub(now));
                 self.listen_for(delay.min(left))?;
                 continue;
             }
             let batch = self.next_missing()?;
             if batch.is_empty() {
-                self.spare.push(batch);
+                self.pages.done_with(batch);
                 break;
             }
             if !open {
                 let mut head = Vec::new();
-                encode_part(self.section_id, &mut head);
-                self.send_bytes(&head)?;
+                encode_part(setup::RAM_SECTION_ID, &mut head);
+                self.wire.send(&head)?;
                 open = true;
             }
             self.write_missing(batch)?;
-            if self.is_called() || self.breakage.is(Breakage::EndEarly) {
+            if self.driver.is_called() || self.breakage.is(Breakage::EndEarly) {
                 break;
             }
         }
         if open {
             let mut tail = EOS_RECORD.to_vec();
-            self.settings.framing.encode_footer(self.section_id, &mut tail);
-            self.send_bytes(&tail)?;
+            self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut tail);
+            self.wire.send(&tail)?;
         }
-        self.link.sink().flush(&self.stop)?;
-        let position = self.position();
+        self.wire.link.sink().flush(&self.wire.stop)?;
+        let position = self.wire.position();
         self.figures.position(position);
         self.figures.postcopy(position - before);
-        let pages_left = self.dirty.count();
-        self.figures.sent(self.clock.now(), position - before, pages_left, None);
+        let pages_left = self.pages.dirty.count();
+        self.figures.sent(self.driver.clock.now(), position - before, pages_left, None);
         let pages_left = if self.breakage.is(Breakage::EndEarly) { 0 } else { pages_left };
         Ok(SourceEvent::Filled { pages_left })
     }
 
     /// What somebody waits for, alone; else a few pages of the rest. Always whole host pages.
     fn next_missing(&mut self) -> Result<PageBatch, Error> {
-        let mut batch = self.spare.pop().unwrap_or_default();
-        batch.clear();
-        let asked = self.search.is_asked();
+        let mut batch = self.pages.fresh_batch();
+        let asked = self.pages.search.is_asked();
         while batch.whole_pages() < BACKGROUND_PAGES && batch.pages() < BACKGROUND_LOOKS {
             let room = BACKGROUND_PAGES - batch.whole_pages();
-            let Some(run) = self.search.next_run(&mut self.dirty, room) else { break };
+            let Some(run) = self.pages.next_run(room) else { break };
             let seen = self.classify_missing(run, &mut batch);
             seen.inspect_err(|_| {
-                self.dirty.set_run(run);
-                self.mark_unsent(&batch);
+                self.pages.dirty.set_run(run);
+                self.pages.mark_unsent(&batch);
             })?;
             if asked {
                 break;
@@ -293,7 +298,7 @@ impl SourceSession {
         let boundary = run.end().0.next_multiple_of(pages_of_host_page(&*memory, block));
         let mut end = run.end();
         while end.0 < boundary
-            && let Some(more) = self.dirty.take_run(run.block, end, boundary - end.0)
+            && let Some(more) = self.pages.dirty.take_run(run.block, end, boundary - end.0)
         {
             debug_assert_eq!(more.first, end, "host pages are dirty as a whole");
             end = more.end();
@@ -303,16 +308,16 @@ impl SourceSession {
     }
 
     fn write_missing(&mut self, batch: PageBatch) -> Result<(), Error> {
-        let (now, before) = (self.clock.now(), self.position());
-        let Self { missing, link, stop, .. } = self;
+        let (now, before) = (self.driver.clock.now(), self.wire.position());
+        let Self { missing, wire: Wire { link, stop, .. }, .. } = self;
         if let Err(error) = missing.pages.write(&batch, link.sink(), stop) {
-            self.mark_unsent(&batch);
+            self.pages.mark_unsent(&batch);
             return Err(error.into());
         }
-        let bytes = self.position() - before;
+        let bytes = self.wire.position() - before;
         self.missing.pace.charge(now, bytes);
         self.figures.counted(&batch);
-        self.spare.push(batch);
+        self.pages.done_with(batch);
         Ok(())
     }
 
@@ -344,27 +349,27 @@ impl SourceSession {
             .map_err(|error| refused(format!("which is refused: {error}")))?;
         let run = landing.run(table.page());
         self.figures.requested();
-        let dirty = self.dirty.block(index).and_then(|dirty| dirty.next_run(run.first, 1));
+        let dirty = self.pages.dirty.block(index).and_then(|dirty| dirty.next_run(run.first, 1));
         if dirty.is_some_and(|found| found.start < run.end().0) {
-            self.search.request(run);
+            self.pages.search.request(run);
         }
         Ok(())
     }
 
     /// Nothing is missing any more.
     pub(super) fn end_postcopy(&mut self) -> Result<SourceEvent, Error> {
-        debug_assert!(self.dirty.count() == 0 || self.breakage.is(Breakage::EndEarly));
+        debug_assert!(self.pages.dirty.count() == 0 || self.breakage.is(Breakage::EndEarly));
         let mut out = Vec::new();
-        encode_end(self.section_id, &mut out);
+        encode_end(setup::RAM_SECTION_ID, &mut out);
         out.extend_from_slice(&EOS_RECORD);
-        self.settings.framing.encode_footer(self.section_id, &mut out);
+        self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut out);
         encode_eof(&mut out);
-        self.send_bytes(&out)?;
-        self.link.sink().flush(&self.stop)?;
+        self.wire.send(&out)?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
         let time = self.settings.finish_timeout;
-        self.stop = Stop::never().within(time);
-        self.link.sink().outlast(time.saturating_mul(2));
-        let position = self.position();
+        self.wire.stop = Stop::never().within(time);
+        self.wire.link.sink().outlast(time.saturating_mul(2));
+        let position = self.wire.position();
         self.figures.position(position);
         Ok(SourceEvent::Done)
     }

@@ -45,59 +45,57 @@ impl SourceSession {
                 remedy: Remedy::Advice("send one (SourceSettings::framing)"),
             });
         }
-        let greet = self.back.is_some() && self.settings.peer.is_none_or(|peer| peer == Peer::Ramwire);
-        if self.back.is_some() {
+        let greet = self.wire.back.is_some() && self.settings.peer.is_none_or(|peer| peer == Peer::Ramwire);
+        if self.wire.back.is_some() {
             Command::OpenReturnPath.encode(&mut head);
             if greet {
                 Command::Ping(GREETING).encode(&mut head);
-                Command::Ping(channels_ping(self.link.page_channels())).encode(&mut head);
+                Command::Ping(channels_ping(self.wire.link.page_channels())).encode(&mut head);
             }
             Command::Ping(ORDINARY_PING).encode(&mut head);
         }
-        self.send_bytes(&head)?;
-        self.link.sink().flush(&self.stop)?;
-        if greet {
-            self.find_out_peer()?;
-        }
-        if self.settings.digest && self.handover != Handover::Native {
+        self.wire.send(&head)?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
+        let handover = if greet { self.find_out_peer()? } else { self.driver.engine.handover() };
+        if self.settings.digest && handover != Handover::Native {
             return Err(no_digest("the destination is a QEMU"));
         }
-        if !self.settings.vmm_configuration.is_empty() && self.handover != Handover::Native {
+        if !self.settings.vmm_configuration.is_empty() && handover != Handover::Native {
             return Err(no_vmm_configuration("the destination is a QEMU"));
         }
-        let style = match self.handover {
+        let style = match handover {
             Handover::Native => Some(PeerStyle::RAMWIRE),
             _ => self.settings.style,
         };
-        self.link.write_for(style)?;
+        self.wire.link.write_for(style)?;
         self.advise()?;
         self.announce_blocks()?;
-        self.link.open_round(RoundKind::Setup, &self.stop)?;
-        self.link.close_round(RoundKind::Setup, &self.stop)?;
+        self.wire.link.open_round(RoundKind::Setup, &self.wire.stop)?;
+        self.wire.link.close_round(RoundKind::Setup, &self.wire.stop)?;
         let mut end = ram::EOS_RECORD.to_vec();
-        self.settings.framing.encode_footer(self.section_id, &mut end);
+        self.settings.framing.encode_footer(RAM_SECTION_ID, &mut end);
         end.extend_from_slice(&self.settings.early_sections);
-        self.send_bytes(&end)?;
-        self.link.sink().flush(&self.stop)?;
-        if self.settings.digest && self.handover == Handover::Native {
+        self.wire.send(&end)?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
+        if self.settings.digest && handover == Handover::Native {
             self.estimate_digest()?;
         }
-        let position = self.position();
-        self.figures.channel_bytes(self.link.channel_bytes());
-        self.figures.set_up(self.clock.now(), position);
-        Ok(SourceEvent::SetUp { handover: self.handover })
+        let position = self.wire.position();
+        self.figures.channel_bytes(self.wire.link.channel_bytes());
+        self.figures.set_up(self.driver.clock.now(), position);
+        Ok(SourceEvent::SetUp { handover })
     }
 
     /// The digest is made while the guest stands still: it counts against the downtime limit.
     fn estimate_digest(&mut self) -> Result<(), Error> {
-        let before = self.clock.now();
+        let before = self.driver.clock.now();
         let share =
-            Digest::sample((&self.guest.memory, self.skips.unsent().clone()), &self.settings.spawner)?;
-        let took = self.clock.now().saturating_sub(before);
+            Digest::sample((&self.guest.memory, self.pages.skips.unsent().clone()), &self.settings.spawner)?;
+        let took = self.driver.clock.now().saturating_sub(before);
         // The other end makes its own at the same time.
         let ends = if self.settings.same_host { 2 } else { 1 };
         if share > 0.0 {
-            self.fixed.digest = took.div_f64(share) * ends;
+            self.convergence.fixed.digest = took.div_f64(share) * ends;
         }
         Ok(())
     }
@@ -106,7 +104,7 @@ impl SourceSession {
     pub(super) fn refuse_what_nobody_does(&self) -> Result<(), Error> {
         let why = match self.settings.peer {
             Some(Peer::Qemu) => "the destination is a QEMU",
-            _ if self.back.is_none() => "the connection carries no answers",
+            _ if self.wire.back.is_none() => "the connection carries no answers",
             _ => return Ok(()),
         };
         match &self.settings {
@@ -117,18 +115,18 @@ impl SourceSession {
     }
 
     /// Waits until the destination has said what it is, and greets a ramwire.
-    fn find_out_peer(&mut self) -> Result<(), Error> {
+    fn find_out_peer(&mut self) -> Result<Handover, Error> {
         let after = self.settings.greeting_timeout;
         let silent = || Error::NoAnswer { what: "what it is", after, remedy: Remedy::RaiseGreetingTimeout };
-        let heard = self.hear_greeting(&self.stop.within(after));
+        let heard = self.hear_greeting(&self.wire.stop.within(after));
         match (heard.map_err(|error| if error.is_deadline() { silent() } else { error })?, self.settings.peer)
         {
-            (Peer::Ramwire, _) => self.say_hello(),
+            (Peer::Ramwire, _) => self.say_hello().map(|()| Handover::Native),
             (Peer::Qemu, Some(Peer::Ramwire)) => {
                 let why = "it answers the greeting as a QEMU does, and was to be a ramwire".into();
                 Err(Error::PeerFailed { why })
             }
-            (Peer::Qemu, _) => self.measure_round_trip(),
+            (Peer::Qemu, _) => self.measure_round_trip().map(|()| Handover::Shut),
         }
     }
 
@@ -155,19 +153,19 @@ impl SourceSession {
     fn measure_round_trip(&mut self) -> Result<(), Error> {
         let mut ping = Vec::new();
         Command::Ping(ORDINARY_PING).encode(&mut ping);
-        self.send_bytes(&ping)?;
-        self.link.sink().flush(&self.stop)?;
-        let asked = self.clock.now();
-        let stop = self.stop.within(self.settings.stall_timeout);
+        self.wire.send(&ping)?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
+        let asked = self.driver.clock.now();
+        let stop = self.wire.stop.within(self.settings.stall_timeout);
         while self.next_message(&stop)? != PeerMessage::Pong(ORDINARY_PING) {
             check_deadline(&stop)?;
         }
-        self.fixed.round_trip = self.clock.now().saturating_sub(asked);
+        self.convergence.fixed.round_trip = self.driver.clock.now().saturating_sub(asked);
         Ok(())
     }
 
     fn next_message(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
-        match &mut self.back {
+        match &mut self.wire.back {
             Some(back) => back.next(stop),
             None => Err(Error::PeerFailed { why: "there is no return path to hear it on".into() }),
         }
@@ -177,13 +175,13 @@ impl SourceSession {
         let ours = Hello::ours(self.settings.migration_id, self.settings.digest);
         let mut order = Vec::new();
         Command::Native(Order::Hello(ours)).encode(&mut order);
-        self.send_bytes(&order)?;
-        self.link.sink().flush(&self.stop)?;
-        let asked = self.clock.now();
-        let stop = self.stop.within(self.settings.stall_timeout);
-        let Some(back) = &mut self.back else { return Ok(()) };
+        self.wire.send(&order)?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
+        let asked = self.driver.clock.now();
+        let stop = self.wire.stop.within(self.settings.stall_timeout);
+        let Some(back) = &mut self.wire.back else { return Ok(()) };
         let answer = back.next_verdict(&stop)?;
-        self.fixed.round_trip = self.clock.now().saturating_sub(asked);
+        self.convergence.fixed.round_trip = self.driver.clock.now().saturating_sub(asked);
         match answer {
             PeerMessage::Hello(theirs) if theirs.common_version() != Some(theirs.max_version) => {
                 let why = format!("it speaks version {} of ramwire's words", theirs.max_version);
@@ -195,10 +193,7 @@ impl SourceSession {
             {
                 Err(Error::PeerFailed { why: "it heard another HELLO than was said".into() })
             }
-            PeerMessage::Hello(theirs) => {
-                self.handover = Handover::Native;
-                self.send_vmm_configuration(theirs.max_version)
-            }
+            PeerMessage::Hello(theirs) => self.send_vmm_configuration(theirs.max_version),
             word => refuse_verdict(word),
         }
     }
@@ -215,18 +210,18 @@ impl SourceSession {
         for part in self.settings.vmm_configuration.chunks(MAX_CONFIGURATION_PART) {
             Command::Native(Order::VmmConfiguration { part }).encode(&mut out);
         }
-        Ok(self.send_bytes(&out)?)
+        Ok(self.wire.send(&out)?)
     }
 
     fn announce_blocks(&mut self) -> Result<(), Error> {
         let mut out = Vec::new();
-        let name = SectionName { id: self.section_id, idstr: ram::IDSTR, instance: 0, version: ram::VERSION };
+        let name = SectionName { id: RAM_SECTION_ID, idstr: ram::IDSTR, instance: 0, version: ram::VERSION };
         encode_start(&name, &mut out);
         let with_addresses = self.settings.configuration.has(file::IGNORE_SHARED);
         let with_host_pages = self.settings.postcopy.is_some();
         let list = announcements(self.guest.memory.table(), with_addresses, with_host_pages);
         encode_block_list(&list, &mut out);
-        Ok(self.send_bytes(&out)?)
+        Ok(self.wire.send(&out)?)
     }
 }
 
@@ -238,7 +233,7 @@ fn nothing_but_a_name(configuration: &Configuration) -> bool {
 /// What goes in front of the last ram section.
 pub(super) fn before_last_section(session: &SourceSession, out: &mut Vec<u8>) {
     let style = session.settings.style.unwrap_or(PeerStyle::QEMU_7_2);
-    if style.switchover_start && session.handover != Handover::Native {
+    if style.switchover_start && session.driver.engine.handover() != Handover::Native {
         Command::SwitchoverStart.encode(out);
     }
 }

@@ -59,7 +59,7 @@ impl Skips {
     }
 
     /// The logs are about to be read.
-    fn before_sync(&mut self, dirty: &mut DirtyMap, breakage: Breakage) {
+    pub(super) fn before_sync(&mut self, dirty: &mut DirtyMap, breakage: Breakage) {
         if let Some(hints) = &self.hints {
             hints.close();
         }
@@ -69,7 +69,13 @@ impl Skips {
     }
 
     /// The logs were read.
-    fn after_sync(&mut self, table: &RamBlockTable, dirty: &mut DirtyMap, last: bool, breakage: Breakage) {
+    pub(super) fn after_sync(
+        &mut self,
+        table: &RamBlockTable,
+        dirty: &mut DirtyMap,
+        last: bool,
+        breakage: Breakage,
+    ) {
         self.check_plugs(table, dirty, breakage);
         if breakage.is(Breakage::HintAcrossSync) {
             self.settle(dirty);
@@ -79,7 +85,7 @@ impl Skips {
         }
     }
 
-    fn check_plugs(&mut self, table: &RamBlockTable, dirty: &mut DirtyMap, breakage: Breakage) {
+    pub(super) fn check_plugs(&mut self, table: &RamBlockTable, dirty: &mut DirtyMap, breakage: Breakage) {
         let Some(discards) = &self.discards else { return };
         let mut now = PageSet::new(table);
         for (index, block) in (0..).map(BlockIndex).zip(table.blocks()) {
@@ -106,7 +112,7 @@ impl Skips {
     }
 
     /// It is over: hints come too late, and what was left out is not at the destination.
-    fn give_up(&mut self, dirty: &mut DirtyMap, breakage: Breakage) {
+    pub(super) fn give_up(&mut self, dirty: &mut DirtyMap, breakage: Breakage) {
         if let Some(hints) = &self.hints {
             hints.close();
             hints.drain(drop);
@@ -134,6 +140,11 @@ impl Skips {
             }
         }
     }
+
+    /// Pages that were left out so far: hinted ones, and unplugged ones.
+    pub(super) fn counts(&self) -> (u64, u64) {
+        (self.hinted, self.discarded)
+    }
 }
 
 impl SourceSession {
@@ -141,42 +152,24 @@ impl SourceSession {
     /// it, from any thread. Hints are good for this migration only, between its syncs.
     pub fn page_hints(&mut self) -> PageHints {
         let table = self.guest.memory.table();
-        if !self.skips.is_used() {
-            self.skips.unsent = PageSet::new(table);
+        if !self.pages.skips.is_used() {
+            self.pages.skips.unsent = PageSet::new(table);
         }
         let new = || PageHints::new(table, &self.guest.dirty);
-        self.skips.hints.get_or_insert_with(new).clone()
+        self.pages.skips.hints.get_or_insert_with(new).clone()
     }
 
     /// Memory that `discards` calls unplugged is not read and does not travel.
     pub fn with_discards(mut self, discards: Arc<dyn DiscardManager>) -> Self {
-        if !self.skips.is_used() {
-            self.skips.unsent = PageSet::new(self.guest.memory.table());
+        if !self.pages.skips.is_used() {
+            self.pages.skips.unsent = PageSet::new(self.guest.memory.table());
         }
-        self.skips.discards = Some(discards);
+        self.pages.skips.discards = Some(discards);
         self
-    }
-
-    /// Before anything is read.
-    pub(super) fn skip_at_start(&mut self) {
-        self.skips.check_plugs(self.guest.memory.table(), &mut self.dirty, self.breakage);
-    }
-
-    pub(super) fn skip_before_sync(&mut self) {
-        self.skips.before_sync(&mut self.dirty, self.breakage);
-    }
-
-    pub(super) fn skip_after_sync(&mut self, last: bool) {
-        self.skips.after_sync(self.guest.memory.table(), &mut self.dirty, last, self.breakage);
-        self.figures.skipped(self.skips.hinted, self.skips.discarded);
-    }
-
-    pub(super) fn skip_no_more(&mut self) {
-        self.skips.give_up(&mut self.dirty, self.breakage);
     }
 
     /// What was left out, in words for a ramwire; nothing where nothing was.
     pub(super) fn encode_skips(&self, out: &mut Vec<u8>) {
-        self.skips.encode(out);
+        self.pages.skips.encode(out);
     }
 }

@@ -26,6 +26,20 @@ pub(super) struct FixedCosts {
     pub(super) sync: Duration,
 }
 
+/// Whether the rounds lead anywhere, and what is done about it.
+pub(super) struct Convergence {
+    pub(super) throttle: Throttler,
+    pub(super) fixed: FixedCosts,
+    /// It was told that they do not.
+    told: bool,
+}
+
+impl Convergence {
+    pub(super) fn new(throttle: Throttler) -> Self {
+        Self { throttle, fixed: FixedCosts::default(), told: false }
+    }
+}
+
 impl SourceSession {
     /// A block list that was sent holds to the end: a guest whose memory has changed since can't arrive.
     pub(super) fn check_layout(&self) -> Result<(), Error> {
@@ -34,31 +48,38 @@ impl SourceSession {
 
     /// What the downtime takes whatever is dirty, as far as it is known: for the engine's estimate.
     pub(super) fn estimate_fixed(&mut self) {
-        let FixedCosts { digest, round_trip, sync } = self.fixed;
+        let FixedCosts { digest, round_trip, sync } = self.convergence.fixed;
         // READY is an answer to the digest, RUNNING one to COMMIT; a QEMU's SHUT is one to the last byte.
-        let answers = if self.handover.has_ready() { 2 } else { u32::from(self.handover.has_running()) };
-        self.engine.set_fixed_downtime(digest + sync + round_trip * answers);
-        self.engine.set_deltas(self.link.deltas().cache_size > 0);
-        self.engine.set_state_bytes(state_size(self.guest.control.as_mut()));
-        self.engine.set_under_way(self.link.under_way());
+        let answers = if self.driver.engine.handover().has_ready() {
+            2
+        } else {
+            u32::from(self.driver.engine.handover().has_running())
+        };
+        self.driver.engine.set_fixed_downtime(digest + sync + round_trip * answers);
+        self.driver.engine.set_deltas(self.wire.link.deltas().cache_size > 0);
+        self.driver.engine.set_state_bytes(state_size(self.guest.control.as_mut()));
+        self.driver.engine.set_under_way(self.wire.link.under_way());
     }
 
     /// Says once that the rounds lead nowhere, and what would help.
     pub(super) fn check_progress(&mut self) {
-        let progress = self.engine.progress();
+        let progress = self.driver.engine.progress();
         let travelling = self.guest.memory.table().travelling();
         let relayed = self.upstream.is_some() && self.figures.whole_bytes() / RELAYED_TIMES >= travelling;
         let stalled = progress.is_stalled() || relayed;
         self.figures.progress(progress.rounds_without(), stalled);
-        if stalled && !self.in_last_round && !std::mem::replace(&mut self.stall_told, true) {
+        if stalled
+            && !self.driver.engine.is_last_round()
+            && !std::mem::replace(&mut self.convergence.told, true)
+        {
             let now = self.figures.shared().snapshot();
             let figures = NotConverging {
                 rounds: now.round_count(),
                 remaining: now.remaining,
                 written_per_second: now.dirty_pages_rate * now.page_size,
-                sent_per_second: self.engine.rate().map_or(0, |rate| rate.0),
+                sent_per_second: self.driver.engine.rate().map_or(0, |rate| rate.0),
                 expected_downtime_ms: now.expected_downtime.filter(|_| !relayed),
-                downtime_limit_ms: self.control.downtime_limit().as_secs_f64() * 1e3,
+                downtime_limit_ms: self.driver.control.downtime_limit().as_secs_f64() * 1e3,
             };
             tracing::warn!("the migration does not converge: {figures}; {}", Remedy::HelpConvergence);
             self.figures.shared().tell(EventKind::NotConverging(figures));
@@ -67,15 +88,15 @@ impl SourceSession {
 
     /// Takes over what the embedder has changed. Once a slice, and before it is decided whether the guest is paused.
     pub(super) fn follow_control(&mut self) {
-        self.engine.set_downtime_limit(self.control.downtime_limit());
-        let means = self.control.throttling();
-        if self.in_last_round || means == self.throttle.means() {
+        self.driver.engine.set_downtime_limit(self.driver.control.downtime_limit());
+        let means = self.driver.control.throttling();
+        if self.driver.engine.is_last_round() || means == self.convergence.throttle.means() {
             return;
         }
         tracing::info!(?means, "the guest is slowed down by other means");
-        self.engine.set_longest_round(means.map(|_| ROUND_TIMEOUT));
-        let (now, sent) = (self.clock.now(), self.position());
-        match self.throttle.change(now, sent, means) {
+        self.driver.engine.set_longest_round(means.map(|_| ROUND_TIMEOUT));
+        let (now, sent) = (self.driver.clock.now(), self.wire.position());
+        match self.convergence.throttle.change(now, sent, means) {
             Change::Goes(Some(share)) => self.guest.control.throttle(share),
             Change::Goes(None) => {}
             Change::LetGo { vcpus } => {
@@ -85,41 +106,41 @@ impl SourceSession {
                 }
             }
         }
-        self.figures.throttled(&self.throttle);
+        self.figures.throttled(&self.convergence.throttle);
     }
 
     /// After a live sync that found `fresh` more pages: slows the guest down if it writes too much.
     pub(super) fn throttle(&mut self, fresh: u64) {
         let page = self.guest.memory.table().page().bytes();
-        let (now, sent) = (self.clock.now(), self.position());
-        if let Some(share) = self.throttle.synced(now, fresh * page, sent) {
+        let (now, sent) = (self.driver.clock.now(), self.wire.position());
+        if let Some(share) = self.convergence.throttle.synced(now, fresh * page, sent) {
             tracing::info!(percent = share.get(), "the guest writes too much: its vCPUs are slowed down");
             self.guest.control.throttle(share);
         }
-        self.figures.throttled(&self.throttle);
+        self.figures.throttled(&self.convergence.throttle);
     }
 
     /// Keeps each vCPU near its quota, where there is one. Once a slice.
     pub(super) fn throttle_vcpus(&mut self) {
-        let now = self.clock.now();
-        if self.in_last_round || !self.throttle.wants_vcpus(now) {
+        let now = self.driver.clock.now();
+        if self.driver.engine.is_last_round() || !self.convergence.throttle.wants_vcpus(now) {
             return;
         }
         let page = self.guest.memory.table().page().bytes();
         let pages = self.guest.control.vcpu_dirty_pages();
-        for (vcpu, rest) in self.throttle.vcpus(now, &pages, page) {
+        for (vcpu, rest) in self.convergence.throttle.vcpus(now, &pages, page) {
             self.guest.control.throttle_vcpu(vcpu, rest);
         }
-        self.figures.throttled(&self.throttle);
+        self.figures.throttled(&self.convergence.throttle);
     }
 
     /// Order 4: whatever the end, no throttling is left on.
     pub(super) fn end_throttling(&mut self) {
         let control = &mut self.guest.control;
         quietly("ending the throttling", || control.throttle(Percent::default()));
-        for vcpu in 0..self.throttle.vcpu_count() {
+        for vcpu in 0..self.convergence.throttle.vcpu_count() {
             quietly("ending the throttling", || control.throttle_vcpu(vcpu, RestShare::default()));
         }
-        self.throttle = Throttler::new(None, self.settings.throttle_trigger_threshold);
+        self.convergence.throttle = Throttler::new(None, self.settings.throttle_trigger_threshold);
     }
 }

@@ -124,7 +124,7 @@ fn moved_with(
     let connection = SourceConnection::new(Box::new(link), Some(plain(&near)));
     let guest = SourceGuest { memory: from.clone(), dirty, control };
     let mut source = SourceSession::new(guest, connection, settings);
-    source.clock = Box::new(Ticks::default());
+    source.count_time_by(Box::new(Ticks::default()));
     let (told, control) = (Arc::clone(&shares), source.control());
     source.statistics().listen(move |event| {
         let EventKind::Round(round) = &event.kind else { return };

@@ -207,7 +207,7 @@ fn device_state_that_takes_longer_than_the_limit_makes_no_empty_rounds() {
             settings.downtime_limit = Duration::from_millis(downtime);
             settings.max_bandwidth = Rate::limit(20 << 20);
         });
-        ends.source.guest.control = Box::new(Heavy(ends.source_machine.clone()));
+        ends.source.guest_mut().control = Box::new(Heavy(ends.source_machine.clone()));
         let destination = ends.destination.spawn().unwrap();
         let sent = ends.source.run();
         assert_eq!((sent.outcome, destination.wait().unwrap().ending), (Outcome::Completed, Ending::Running));
@@ -254,7 +254,7 @@ fn pages_that_compress_on_channels_make_no_empty_rounds() {
 #[test]
 fn device_state_counts_in_the_estimate_of_the_downtime() {
     let mut ends = ends_with(|settings| settings.downtime_limit = Duration::from_secs(1 << 40));
-    ends.source.guest.control = Box::new(Heavy(ends.source_machine.clone()));
+    ends.source.guest_mut().control = Box::new(Heavy(ends.source_machine.clone()));
     let destination = ends.destination.spawn().unwrap();
     let sent = ends.source.run();
     assert_eq!((sent.outcome, destination.wait().unwrap().ending), (Outcome::Completed, Ending::Running));

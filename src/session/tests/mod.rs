@@ -410,8 +410,8 @@ fn a_thread_that_dies_or_never_starts_is_told() {
         }
     }
     let mut ends = ends();
-    ends.source.guest.control = Box::new(Panics);
-    ends.source.breakage = Breakage::DieOfPanic;
+    ends.source.guest_mut().control = Box::new(Panics);
+    ends.source.break_order(Breakage::DieOfPanic);
     let destination = ends.destination.spawn().unwrap();
     let source = ends.source.spawn().unwrap();
     assert!(source.events().iter().all(|event| !event.kind.is_last()), "and the channel of events ends");
@@ -419,7 +419,7 @@ fn a_thread_that_dies_or_never_starts_is_told() {
     assert!(crate::error::Chain(&error).to_string().contains("ramwire-source"), "{error}");
     assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
     let mut ends = self::ends();
-    ends.source.settings.spawner = Spawner::new(|_, _| Err(io::Error::other("no")));
+    ends.source.settings_mut().spawner = Spawner::new(|_, _| Err(io::Error::other("no")));
     assert!(matches!(ends.source.spawn(), Err(Error::Thread { name: "ramwire-source", .. })));
     assert!(ends.source_machine.runs());
 }

@@ -121,8 +121,8 @@ fn migrate(at_source: Option<&'static str>, at_destination: Option<&'static str>
     };
     let here = embedder(at_source, &ends.source_machine, &ends.from);
     let there = embedder(at_destination, &ends.destination_machine, &ends.to);
-    ends.source.guest.control = Box::new(here.clone());
-    ends.source.guest.dirty = vec![Arc::new(here.clone())];
+    ends.source.guest_mut().control = Box::new(here.clone());
+    ends.source.guest_mut().dirty = vec![Arc::new(here.clone())];
     if let Some("wait" | "wait_given") = at_source {
         ends.source = ends.source.with_upstream(Box::new(here.clone()));
     }

@@ -60,12 +60,12 @@ fn a_configuration_beyond_the_destinations_limit_ends_the_migration_before_a_pag
 fn a_configuration_that_nobody_would_get_is_refused_before_the_first_byte() {
     type Set = fn(&mut Ends);
     let cases: [(&str, Set); 2] = [
-        ("the destination is a QEMU", |ends| ends.source.settings.peer = Some(Peer::Qemu)),
-        ("the connection carries no answers", |ends| ends.source.back = None),
+        ("the destination is a QEMU", |ends| ends.source.settings_mut().peer = Some(Peer::Qemu)),
+        ("the connection carries no answers", |ends| ends.source.hang_up()),
     ];
     for (why, set) in cases {
         let mut ends = ends_with(|settings| settings.vmm_configuration = vec![1]);
-        ends.source.settings.digest = false;
+        ends.source.settings_mut().digest = false;
         set(&mut ends);
         let sent = ends.source.run();
         let error = sent.error.unwrap();

@@ -1,0 +1,93 @@
+//! The connection to the destination: where pages and bytes go, where messages come from, and how long it is waited for.
+
+use std::time::Duration;
+
+use crate::stream::qemu::command::Command;
+use crate::sys::{SendPart, Stop};
+use crate::transport::{ChannelError, SourceLink};
+
+use super::SourceConnection;
+use super::return_path::ReturnPath;
+use super::setup::ORDINARY_PING;
+
+/// A connection, and what ends each wait on it.
+pub(super) struct Wire {
+    pub(super) link: Box<dyn SourceLink>,
+    pub(super) back: Option<ReturnPath>,
+    pub(super) stop: Stop,
+    /// When bytes last left for a peer that waits for more.
+    last_sign: Duration,
+}
+
+impl Wire {
+    pub(super) fn new(connection: SourceConnection, stop: Stop) -> Self {
+        let back = connection.back.map(ReturnPath::new);
+        Self { link: connection.link, back, stop, last_sign: Duration::ZERO }
+    }
+
+    pub(super) fn send(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
+        self.link.sink().send(&[SendPart::Own(bytes)], &self.stop)
+    }
+
+    pub(super) fn flush(&mut self) -> Result<(), ChannelError> {
+        self.link.sink().flush(&self.stop)
+    }
+
+    /// Bytes sent so far, on whatever channel.
+    pub(super) fn position(&mut self) -> u64 {
+        self.link.sink().position() + self.link.channel_bytes()
+    }
+
+    /// A PING where none has left for `every`: a ramwire takes long silence for a dead peer, and both kinds of peer answer a
+    /// PING between sections.
+    pub(super) fn send_keepalive(&mut self, now: Duration, every: Duration) -> Result<(), ChannelError> {
+        if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
+            return Ok(());
+        }
+        self.last_sign = now;
+        let mut ping = Vec::new();
+        Command::Ping(ORDINARY_PING).encode(&mut ping);
+        self.send(&ping)?;
+        self.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::session::tests::{guest, plain};
+    use crate::sys::CancelToken;
+    use crate::transport::InlineLink;
+
+    fn wire(answers: bool) -> (Wire, UnixStream) {
+        let (near, far) = UnixStream::pair().unwrap();
+        let link = Box::new(InlineLink::new(plain(&near), guest(&[1])));
+        let back = answers.then(|| plain(&near) as Box<_>);
+        (Wire::new(SourceConnection::new(link, back), Stop::on(&CancelToken::default())), far)
+    }
+
+    #[test]
+    fn a_keepalive_leaves_once_an_interval_and_only_where_somebody_answers() {
+        let secs = Duration::from_secs;
+        let mut ping = Vec::new();
+        Command::Ping(ORDINARY_PING).encode(&mut ping);
+        for (answers, pings) in [(true, 3), (false, 0)] {
+            let (mut wire, _far) = wire(answers);
+            for now in [0, 4, 5, 6, 9, 10, 14, 20] {
+                wire.send_keepalive(secs(now), secs(5)).unwrap();
+            }
+            assert_eq!(wire.position(), pings * ping.len() as u64, "answers: {answers}");
+        }
+    }
+
+    #[test]
+    fn the_position_counts_what_was_sent() {
+        let (mut wire, _far) = wire(true);
+        wire.send(b"seven b").unwrap();
+        wire.flush().unwrap();
+        assert_eq!(wire.position(), 7);
+    }
+}
