@@ -12,12 +12,11 @@
 //! use std::os::unix::net::UnixStream;
 //! use std::sync::Arc;
 //!
-//! use ramwire::engine::{Ending, Outcome};
 //! use ramwire::guest::{GuestControl, MappedGuest};
 //! use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
 //! use ramwire::ram::{BlockName, RamBlock};
 //! use ramwire::session::{
-//!     DestinationConnection, DestinationGuest, DestinationSession, DestinationSettings, SourceConnection,
+//!     DestinationConnection, DestinationGuest, DestinationSession, DestinationSettings, Ending, Outcome, SourceConnection,
 //!     SourceGuest, SourceSession, SourceSettings,
 //! };
 //! use ramwire::sys::Mapping;
@@ -66,11 +65,11 @@
 //! | layer | module | duty |
 //! |-------|--------|------|
 //! | 4 | [`session`] | threads that do what the engines decide |
-//! | 3 | [`page`] | which page is next, and as what it travels |
-//! | 3 | [`engine`] | what happens next: state machines without socket, clock or thread |
+//! | 3 | `page` | which page is next, and as what it travels |
+//! | 3 | `engine` | what happens next: state machines without socket, clock or thread |
 //! | 3 | [`transport`] | how bytes and pages leave and enter |
 //! | 2 | [`guest`] | memory, dirty sources, control of a VM |
-//! | 2 | [`stream`] | QEMU's migration stream: bytes in, values out |
+//! | 2 | `stream` | QEMU's migration stream: bytes in, values out |
 //! | 1 | [`ram`] | blocks, bitmaps, runs, batches |
 //! | 1 | [`observe`] | counters, histograms, statistics |
 //! | 0 | [`sys`] | the kernel; the only unsafe code |
@@ -79,10 +78,10 @@
 //! # What is stable
 //!
 //! The stream is: what goes to a QEMU is QEMU's, and two ramwires of different versions agree by the greeting. The API is
-//! not before 1.0. A VMM needs [`session`], [`guest`], [`transport`], [`ram`], [`observe`], [`error`] and [`units`]; they change
-//! least. [`engine`], [`page`], [`stream`] and [`sys`] are public for tests and tools and change whenever the work needs it.
-//! Settings, options, figures and most enums are `#[non_exhaustive]`: take the default and set fields, and match with a
-//! rest. `docs/api/` lists every public item; a change of it is seen in a diff.
+//! not before 1.0. `engine`, `page` and `stream`, and the tools of the tests, are the library's own: feature `testing`
+//! shows them, and they change whenever the work needs it. What a VMM needs of them is named by [`session`] and
+//! [`transport`]. Settings, options, figures and most enums are `#[non_exhaustive]`: take the default and set fields, and
+//! match with a rest. `docs/api/` lists every public item; a change of it is seen in a diff.
 //!
 //! # Features
 //!
@@ -91,7 +90,8 @@
 //! | `kvm` | KVM's dirty log and dirty rings as dirty sources | |
 //! | `rdma` | the `rdma:` transport; librdmacm and libibverbs are loaded at run time | cmake, a C compiler, libclang |
 //! | `vm-memory` | RAM blocks over the memory of rust-vmm's `vm-memory` | |
-//! | `cli` | the command `ramwire`; nothing of the library | |
+//! | `cli` | the command `ramwire`; brings `testing` | |
+//! | `testing` | a guest without a machine (`guest::synthetic`), links that fail on purpose, and the inner modules | |
 //!
 //! All are on by default; an embedder turns `cli` off. Every build needs libclang, for the bindings of userfaultfd.
 //!
@@ -100,14 +100,26 @@
 //! Linux on x86-64 with glibc is built and tested. aarch64 is not tested; `kvm`'s example guests are x86-64 code. musl is not
 //! supported with `rdma`: a statically linked program can't load libraries.
 
+#[cfg(feature = "testing")]
 pub mod engine;
+#[cfg(not(feature = "testing"))]
+#[allow(dead_code, unreachable_pub, unused_imports)]
+mod engine;
 pub mod error;
 pub mod guest;
 pub mod observe;
+#[cfg(feature = "testing")]
 pub mod page;
+#[cfg(not(feature = "testing"))]
+#[allow(dead_code, unreachable_pub, unused_imports)]
+mod page;
 pub mod ram;
 pub mod session;
+#[cfg(feature = "testing")]
 pub mod stream;
+#[cfg(not(feature = "testing"))]
+#[allow(dead_code, unreachable_pub, unused_imports)]
+mod stream;
 pub mod sys;
 pub mod transport;
 pub mod units;

@@ -28,8 +28,8 @@ use ramwire::observe::RunDescription;
 use ramwire::ram::{BlockName, PageBitmap, PageRun, RamBlock};
 use ramwire::session::{
     CancelReply, DestinationConnection, DestinationGuest, DestinationSession, DestinationSettings, Error,
-    Incoming, MemoryProvider, PostcopySettings, RunLog, SourceConnection, SourceGuest, SourceSession,
-    SourceSettings, Spawner, workers::Job,
+    Incoming, Job, MemoryProvider, PostcopySettings, RunLog, SourceConnection, SourceGuest, SourceSession,
+    SourceSettings, Spawner,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};

@@ -13,10 +13,10 @@ use std::time::Duration;
 use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
-    DestinationConnection, DestinationGuest, DestinationReport, DestinationSession, DestinationSettings,
-    MigrationHandle, SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings,
+    Configuration, DestinationConnection, DestinationGuest, DestinationReport, DestinationSession,
+    DestinationSettings, MigrationHandle, SourceConnection, SourceGuest, SourceReport, SourceSession,
+    SourceSettings,
 };
-use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::Mapping;
 use ramwire::transport::{StreamChannel, StreamOptions};
 use ramwire::units::{BlockIndex, BlockOffset, PageSize};

@@ -17,6 +17,7 @@ mod several_writers;
 mod soft_dirty;
 mod software;
 mod sources;
+#[cfg(any(test, feature = "testing"))]
 pub mod synthetic;
 mod vhost_log;
 #[cfg(feature = "vm-memory")]

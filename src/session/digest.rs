@@ -16,7 +16,7 @@ use crate::stream::qemu::section::Framing;
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
 /// Bytes under one digest.
-pub const RANGE: u64 = 16 << 20;
+pub(crate) const RANGE: u64 = 16 << 20;
 
 /// Bytes copied out of guest RAM at a time; stays in the cache.
 const WINDOW: usize = 64 << 10;
@@ -50,7 +50,7 @@ pub enum Mismatch {
 
 /// Digests of all ranges of all travelling blocks in table order, the device state's last.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Digest(pub Vec<u64>);
+pub(crate) struct Digest(pub Vec<u64>);
 
 impl Digest {
     /// Reads all RAM of `guest`, which must stand still, but the pages that were not sent: those count as zeros and are
@@ -59,7 +59,7 @@ impl Digest {
     ///
     /// # Errors
     /// [`Error::Guest`], [`Error::Thread`] and what `still_at_it` answers.
-    pub fn make(
+    pub(crate) fn make(
         (guest, unsent): (&Arc<dyn GuestMemory>, PageSet),
         carried: &[u8],
         state: &[u8],
@@ -84,7 +84,7 @@ impl Digest {
     ///
     /// # Errors
     /// As [`make`](Self::make).
-    pub fn sample(
+    pub(crate) fn sample(
         (guest, unsent): (&Arc<dyn GuestMemory>, PageSet),
         spawner: &Spawner,
     ) -> Result<f64, Error> {
@@ -104,7 +104,7 @@ impl Digest {
     ///
     /// # Errors
     /// [`Mismatch`], which names the block and the range.
-    pub fn compare(&self, theirs: &Self, table: &RamBlockTable) -> Result<(), Mismatch> {
+    pub(crate) fn compare(&self, theirs: &Self, table: &RamBlockTable) -> Result<(), Mismatch> {
         if self.0.len() != theirs.0.len() {
             return Err(Mismatch::Shape { theirs: theirs.0.len(), ours: self.0.len() });
         }
@@ -145,7 +145,7 @@ pub(super) fn carried(
 }
 
 /// Number of digests a guest has: what a peer's list must hold.
-pub fn digests_of(table: &RamBlockTable) -> usize {
+pub(crate) fn digests_of(table: &RamBlockTable) -> usize {
     ranges(table).len() + 1
 }
 

@@ -1,11 +1,11 @@
-//! Migrations as threads run them: a session does what the [engine](crate::engine) decides.
+//! Migrations as threads run them: a session does what the engine decides.
 
 mod breakage;
 mod callback;
-pub mod config;
+mod config;
 mod control;
 mod destination;
-pub mod digest;
+mod digest;
 mod error;
 mod handle;
 mod relay;
@@ -16,24 +16,41 @@ mod sim;
 mod source;
 #[cfg(test)]
 mod tests;
-pub mod workers;
+mod workers;
 
 use breakage::Breakage;
 pub use config::{DestinationSettings, PostcopySettings, SourceSettings};
 pub use control::Control;
+#[cfg(test)]
+pub(crate) use destination::Arrival;
 pub use destination::{
-    Arrival, DestinationGuest, DestinationReport, DestinationSession, Incoming, MemoryProvider, MissingPages,
+    DestinationGuest, DestinationReport, DestinationSession, Incoming, MemoryProvider, MissingPages,
     NextConnection, Zeroed,
 };
+pub use digest::Mismatch;
 pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, Canceller, MigrationHandle};
 pub use relay::{
     ConnectFn, Guard, Held, Kept, Notice, NoticeFn, Relay, RelayControl, RelayReport, ScanReport,
 };
 pub use run_log::RunLog;
-pub use source::{Clock, SourceGuest, SourceReport, SourceSession, Upstream, WallClock};
-pub use workers::Spawner;
+pub(crate) use source::{Clock, WallClock};
+pub use source::{SourceGuest, SourceReport, SourceSession};
+pub use workers::{Job, SpawnFn, Spawner};
 
+#[cfg(test)]
+pub(crate) use source::Upstream;
+
+pub use crate::engine::{
+    ChannelMismatch, Ending, Handover, LostPages, OnTimeout, Outcome, PostcopyRule, Reason, RelayEnding,
+    ThrottlePolicy,
+};
+pub use crate::page::ZeroDetection;
+pub use crate::stream::qemu::file::Configuration;
+pub use crate::stream::qemu::incoming::Seen;
+pub use crate::stream::qemu::section::Framing;
+pub use crate::stream::qemu::style::PeerStyle;
+pub use crate::stream::{Corrupt, DecodeError, Fault};
 pub use crate::transport::{DestinationConnection, SourceConnection};
 
 /// What the other end is.

@@ -23,7 +23,7 @@ pub enum DecodeError {
     Corrupt(#[from] Corrupt),
 }
 
-/// A [`Fault`] and where it was found.
+/// A fault of a stream and where it was found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("at byte {at} ({at:#x}) of the stream: {fault}")]
 pub struct Corrupt {

@@ -20,8 +20,10 @@ mod open;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 mod stream;
+#[cfg(any(test, feature = "testing"))]
 mod testing;
 
+pub use crate::stream::qemu::packed::Packing;
 pub use bytes::{ByteSink, ByteSource};
 pub use connection::{DestinationConnection, SourceConnection, Way};
 pub use error::{ChannelError, MoveError, Side};
@@ -37,4 +39,5 @@ pub use open::{
     OpenError, RdmaOptions, WhyNoRdma, connect, open_source, rdma_address, why_no_rdma,
 };
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
+#[cfg(any(test, feature = "testing"))]
 pub use testing::{Fault, FaultKind, Faulty, Loopback, LoopbackSink, LoopbackSource, loopback};

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome};
 use ramwire::guest::GuestControl;
-use ramwire::session::digest::Mismatch;
+use ramwire::session::Mismatch;
 use ramwire::session::{DestinationReport, Error, SourceReport};
 use ramwire::stream::native::Order;
 use ramwire::stream::qemu::command::Command;

@@ -16,13 +16,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
-use ramwire::engine::{Ending, Outcome, ThrottlePolicy};
 use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::ram::BlockName;
 use ramwire::session::{
-    DestinationGuest, DestinationSession, SourceGuest, SourceReport, SourceSession, SourceSettings,
+    Configuration, DestinationGuest, DestinationSession, Ending, Outcome, SourceGuest, SourceReport,
+    SourceSession, SourceSettings, ThrottlePolicy,
 };
-use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, open_source};
 use ramwire::units::{PageSize, Rate};

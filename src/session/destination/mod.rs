@@ -147,7 +147,7 @@ impl<M: GuestMemory + 'static> MemoryProvider for Zeroed<M> {
 }
 
 /// Sees pages as they arrive; a relay's.
-pub trait Arrival: Send {
+pub(crate) trait Arrival: Send {
     /// The early sections have come and pages are next. Called again before each
     /// section of pages.
     ///
@@ -307,7 +307,7 @@ impl DestinationSession {
     }
 
     /// Somebody wants to see pages as they arrive.
-    pub fn with_arrival(mut self, arrival: Box<dyn Arrival>) -> Self {
+    pub(crate) fn with_arrival(mut self, arrival: Box<dyn Arrival>) -> Self {
         self.arrival = Some(arrival);
         self
     }

@@ -61,7 +61,7 @@ pub struct SourceGuest {
 }
 
 /// A guest's own source, in front of a relay: tells when it has stopped its guest.
-pub trait Upstream: Send {
+pub(crate) trait Upstream: Send {
     /// Waits at most `time` for news; true once the guest stands still and its last page has come.
     ///
     /// # Errors
@@ -110,13 +110,13 @@ impl SourceReport {
 }
 
 /// Time as the engine counts it.
-pub trait Clock: Send {
+pub(crate) trait Clock: Send {
     /// Since the start of the migration.
     fn now(&self) -> Duration;
 }
 
 /// The machine's own clock.
-pub struct WallClock(Instant);
+pub(crate) struct WallClock(Instant);
 
 impl Default for WallClock {
     fn default() -> Self {
@@ -213,7 +213,7 @@ impl SourceSession {
     }
 
     /// The guest is paused when `upstream` says that its own source stopped it.
-    pub fn with_upstream(mut self, upstream: Box<dyn Upstream>) -> Self {
+    pub(crate) fn with_upstream(mut self, upstream: Box<dyn Upstream>) -> Self {
         self.upstream = Some(upstream);
         self.driver.engine.set_switchover(Switchover::WhenUpstreamStops);
         self.driver.control.guest_is_elsewhere();

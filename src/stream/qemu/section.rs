@@ -69,7 +69,7 @@ impl Framing {
     ///
     /// # Errors
     ///
-    /// As [`decode_footer`].
+    /// As the function `decode_footer`.
     pub fn decode_footer(self, input: &[u8], id: u32) -> Result<((), usize), DecodeError> {
         if self.footers { decode_footer(input, id) } else { Ok(((), 0)) }
     }
