@@ -16,6 +16,11 @@ use super::output::note;
 use super::remedies::{hint, in_words};
 pub(super) use super::sizes::{bytes, seconds};
 
+/// What help says of an address.
+pub(super) fn uri_help(what: &str) -> String {
+    format!("{what}: {}", Address::forms())
+}
+
 /// Options of every connection.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Timeouts {

@@ -13,7 +13,7 @@ use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, Way};
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{ChannelArgs, Timeouts, bytes, complain, failed, human_bytes};
+use super::common::{ChannelArgs, Timeouts, bytes, complain, failed, human_bytes, uri_help};
 use super::metrics::MetricsArgs;
 use super::output::{note, result_line};
 use super::progress::Progress;
@@ -37,7 +37,7 @@ use super::store::{ArrivingGuest, State, Store};
     # Read a file that QEMU wrote with mapped-ram and `migrate file:FILE`
     ramwire receive mapped:FILE --dir guest")]
 pub(super) struct Args {
-    /// Where to listen or read: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (both), unix:PATH, fd:N, exec:COMMAND, file:PATH or mapped:PATH[,offset=N]
+    #[arg(help = uri_help("Where to listen or read"))]
     uri: Address,
     /// Folder for RAM blocks, device state and manifest; made with mode 0700, or closed to others
     #[arg(long)]

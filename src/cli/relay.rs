@@ -26,7 +26,7 @@ use signal_hook::iterator::Signals;
 
 use super::args::Exit;
 use super::common::{
-    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, failed, seconds,
+    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, failed, seconds, uri_help,
 };
 use super::converge::{tell_if_it_does_not, tell_remedies};
 use super::guardian::Guardian;
@@ -44,8 +44,7 @@ use super::watch::{Log, WatchArgs, describe};
     # From a QEMU told to migrate to this host on port 4444, to a QEMU started with -incoming on port 5555
     ramwire relay --listen tcp:0.0.0.0:4444 --connect tcp:10.0.0.7:5555")]
 pub(super) struct Args {
-    /// Where the guest's source connects: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (either), unix:PATH, fd:N, exec:COMMAND, file:PATH or mapped:PATH[,offset=N]
-    #[arg(long, value_name = "URI")]
+    #[arg(long, value_name = "URI", help = uri_help("Where the guest's source connects"))]
     listen: Address,
     /// Where the far end listens: as --listen
     #[arg(long, value_name = "URI")]
@@ -148,7 +147,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let (pid, doubted) = (guardian.pid(), control.clone());
     signals.in_doubt(move || doubted.is_in_doubt().then(|| left_in_doubt(pid)));
     decide_on_signal(control.clone());
-    if matches!(args.listen, Address::Auto { .. }) {
+    if args.listen.decides_late() {
         note!("ramwire relay: source: {}: {}", connection.way.transport, connection.way.why);
     }
     let delta_cache = args.xbzrle_cache_size;
@@ -159,7 +158,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     connecting.delta_cache = delta_cache;
     connecting.retry = retry;
     let (far, far_stop, timeouts) = (args.connect.clone(), stop.clone(), args.timeouts.clone());
-    let chosen = matches!(far, Address::Auto { .. });
+    let chosen = far.decides_late();
     let far_way = Arc::new(OnceLock::new());
     let taken = Arc::clone(&far_way);
     let log = Arc::new(Mutex::new(Log::default()));

@@ -16,7 +16,7 @@ use serde_json::json;
 
 use super::args::Exit;
 use super::common::{
-    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, exit_of, failed,
+    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, exit_of, failed, uri_help,
 };
 use super::converge::{TimeoutArgs, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
@@ -45,7 +45,7 @@ use super::watch::{WatchArgs, describe};
     # Only RAM, to another ramwire
     ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin")]
 pub(super) struct Args {
-    /// Where the destination listens: tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT (the better of both), unix:PATH, fd:N, exec:COMMAND, file:PATH or mapped:PATH[,offset=N]
+    #[arg(help = uri_help("Where the destination listens"))]
     uri: Address,
     /// Folder that `ramwire receive` has filled
     #[arg(long, required_unless_present = "ram")]
@@ -184,7 +184,7 @@ fn send(
     args.timeouts.tell_retry("send", &args.uri);
     let connection = open_source(&args.uri, memory.clone(), &options, &Stop::on(&cancel))?;
     let way = connection.way.clone();
-    if matches!(args.uri, Address::Auto { .. }) {
+    if args.uri.decides_late() {
         note!("ramwire send: {}: {}", way.transport, way.why);
     }
     let run = args.description(&way, memory.table());

@@ -15,7 +15,7 @@ const HANDED_IN: &str = "the connections that were handed in";
 /// The way that was taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Way {
-    /// `rdma`, `tcp`, `unix`, `fd`, `exec`, `file` or `mapped`; `channel` where the embedder made the connection.
+    /// A scheme, as `rdma` or `tcp`; `channel` where the embedder made the connection.
     pub transport: &'static str,
     /// Why it was this one; where it was `auto:` and not RDMA: what stood in the way.
     pub why: String,
@@ -24,16 +24,7 @@ pub struct Way {
 impl Way {
     /// The way that an address names.
     pub(super) fn named(address: &Address) -> Self {
-        let transport = match address {
-            Address::Tcp { .. } | Address::Auto { .. } => "tcp",
-            Address::Rdma { .. } => "rdma",
-            Address::Unix(_) => "unix",
-            Address::Fd(_) => "fd",
-            Address::Exec(_) => "exec",
-            Address::File(_) => "file",
-            Address::Mapped { .. } => "mapped",
-        };
-        Self { transport, why: "the address says so".into() }
+        Self { transport: address.scheme(), why: "the address says so".into() }
     }
 
     fn handed_in() -> Self {

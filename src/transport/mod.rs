@@ -36,7 +36,7 @@ pub use mapped_ram::{MappedDestination, MappedLink};
 pub use multifd::{ChannelOptions, MultifdDestination, MultifdLink, Numa, PageSending};
 pub use open::{
     Address, AddressError, AllowError, AllowList, ConnectionOptions, DECISION_TIMEOUT, Listener, Obstacle,
-    OpenError, RdmaOptions, WhyNoRdma, connect, open_source, rdma_address, why_no_rdma,
+    OpenError, RdmaOptions, Target, WhyNoRdma, connect, open_source, rdma_address, why_no_rdma,
 };
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 #[cfg(any(test, feature = "testing"))]

@@ -118,7 +118,7 @@ fn one_page() -> Arc<MappedGuest> {
 fn in_rxe_guest_a_peer_that_answers_nothing_is_given_up_within_two_seconds() {
     let mut impatient = StreamOptions::default();
     impatient.dead_peer = Duration::from_millis(500);
-    let address = Address::Auto { host: "10.9.0.77".into(), port: 4444 };
+    let address = Address::auto("10.9.0.77", 4444);
     let began = Instant::now();
     let stop = Stop::on(&CancelToken::default());
     let opened = open_source(&address, one_page(), &ConnectionOptions::of_stream(impatient), &stop);
@@ -183,12 +183,12 @@ fn memory_that_cannot_promise_to_stay_goes_by_tcp_and_the_report_says_so() {
     let stop = Stop::on(&CancelToken::default());
     let listen: Address = "tcp:127.0.0.1:0".parse().unwrap();
     let listener = Listener::bind(&listen, AllowList::default(), &stop).unwrap();
-    let Address::Tcp { host, port } = listener.address().clone() else { panic!("not TCP") };
+    let (host, port) = listener.address().host_and_port().unwrap();
     let mut rdma = RdmaOptions::default();
     rdma.may_discard = true;
     let mut options = ConnectionOptions::default();
     options.rdma = rdma;
-    let address = Address::Auto { host: host.clone(), port };
+    let address = Address::auto(host, port);
     let way = open_source(&address, one_page(), &options, &stop).unwrap().way;
     assert_eq!(way.transport, "tcp");
     let promise = "RDMA did not work: memory that can't promise not to be discarded: ";
@@ -197,7 +197,7 @@ fn memory_that_cannot_promise_to_stay_goes_by_tcp_and_the_report_says_so() {
     let moving: Arc<dyn GuestMemory> = Arc::new(Moving(one_page()));
     let way = open_source(&address, moving, &ConnectionOptions::default(), &stop).unwrap().way;
     assert!(way.transport == "tcp" && way.why.starts_with(promise), "{}", way.why);
-    let refused = open_source(&Address::Rdma { host, port }, one_page(), &options, &stop);
+    let refused = open_source(&Address::rdma(host, port), one_page(), &options, &stop);
     assert!(matches!(refused, Err(OpenError::NoRdma { .. })), "with rdma: there is no other way");
 }
 

@@ -24,19 +24,14 @@ fn call(address: &Address) -> Box<dyn Caller> {
 }
 
 fn try_call(address: &Address) -> std::io::Result<Box<dyn Caller>> {
-    match address {
-        Address::Tcp { host, port } | Address::Auto { host, port } => {
-            let socket = TcpStream::connect((host.as_str(), *port))?;
-            socket.set_read_timeout(Some(LIMIT))?;
-            Ok(Box::new(socket))
-        }
-        Address::Unix(path) => {
-            let socket = UnixStream::connect(path)?;
-            socket.set_read_timeout(Some(LIMIT))?;
-            Ok(Box::new(socket))
-        }
-        other => panic!("{other} is not called"),
+    if let Some((host, port)) = address.host_and_port() {
+        let socket = TcpStream::connect((host, port))?;
+        socket.set_read_timeout(Some(LIMIT))?;
+        return Ok(Box::new(socket));
     }
+    let socket = UnixStream::connect(address.path().unwrap())?;
+    socket.set_read_timeout(Some(LIMIT))?;
+    Ok(Box::new(socket))
 }
 
 /// What a destination reads of a source that sends `QEVM` and 8 bytes more.
@@ -183,9 +178,9 @@ fn what_is_listened_on_is_taken_back_as_it_is_printed() {
         let mut listener = listen(&text);
         for printed in listener.addresses().iter().map(ToString::to_string).collect::<Vec<_>>() {
             let back = address(&printed);
-            let near = match back {
-                Address::Auto { host, port } => Address::Tcp { host, port },
-                other => other,
+            let near = match back.host_and_port() {
+                Some((host, port)) => Address::tcp(host, port),
+                None => back,
             };
             let mut near = connect(&near, &StreamOptions::default(), &stop()).unwrap();
             send(&mut near, b"QEVM12345678").unwrap();

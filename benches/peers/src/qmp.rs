@@ -34,7 +34,7 @@ impl Monitor {
         let stop = Stop::never().within(ANSWER_TIMEOUT);
         let mut options = StreamOptions::default();
         options.stall = Some(ANSWER_TIMEOUT);
-        let address = Address::Unix(path.to_owned());
+        let address = Address::unix(path);
         let channel = loop {
             match connect(&address, &options, &stop) {
                 Ok(channel) => break channel,

@@ -152,7 +152,7 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
     let memory = vm.memory().clone();
     let options = ConnectionOptions::default();
     let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(10));
-    let connection = open_source(&Address::Unix(path.to_owned()), memory.clone(), &options, &stop)?;
+    let connection = open_source(&Address::unix(path), memory.clone(), &options, &stop)?;
     // The probe writes nothing: it finds out whether the kernel tracks this guest, and says why not.
     let dirty = vm.dirty_source()?;
     dirty.probe()?;
@@ -213,7 +213,7 @@ fn receive(args: &Args, mut listener: Listener) -> Result<(TinyVm, Arrived), Fai
 
 fn listen(path: &Path) -> Result<Listener, Failure> {
     let stop = Stop::on(&CancelToken::default());
-    Ok(Listener::bind(&Address::Unix(path.to_owned()), AllowList::default(), &stop)?)
+    Ok(Listener::bind(&Address::unix(path), AllowList::default(), &stop)?)
 }
 
 /// The second process: does what the lines on its standard input say, and answers each in JSON.

@@ -165,10 +165,7 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     let stop = Stop::on(&cancel);
     cancel_on_signal(vec![cancel.clone()]);
     cancel_with_reader(cancel.clone())?;
-    let scratch = match &args.uri {
-        Address::Unix(path) => Some(Scratch::make(path)?),
-        _ => None,
-    };
+    let scratch = args.uri.path().map(Scratch::make).transpose()?;
     let mut listener = Listener::bind(&args.uri, AllowList::default(), &stop)?;
     result_line!("{}", listener.address());
     let channels = args.channels.options()?;

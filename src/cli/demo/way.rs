@@ -54,10 +54,7 @@ impl Way {
         stop: &Stop,
     ) -> Result<(Self, SourceConnection), Failure> {
         let open = |transport, address: &Address, why, within: Option<Duration>| -> Result<_, Failure> {
-            let scratch = match address {
-                Address::Unix(path) => Some(Scratch::of(path)),
-                _ => None,
-            };
+            let scratch = address.path().map(Scratch::of);
             let mut destination = Process::start(address, args, blocks)?;
             let (address, link) = through_link(destination.address()?, args.link_rate)?;
             let mut options = ConnectionOptions::default();
@@ -75,11 +72,11 @@ impl Way {
             let bytes = blocks.iter().map(BlockSpec::length).sum();
             let bytes = args.rdma.options().pin_budget.map_or(bytes, |budget| budget.min(bytes));
             let no = |why| OpenError::NoRdma { address: "--transport rdma".into(), why };
-            let address = Address::Rdma { host: rdma_address(bytes).map_err(no)?.to_string(), port: 0 };
+            let address = Address::rdma(rdma_address(bytes).map_err(no)?.to_string(), 0);
             open("rdma", &address, why.to_owned(), within)
         };
-        let unix = |why| open("unix", &Address::Unix(scratch::socket_path()?), why, None);
-        let tcp = |why| open("tcp", &Address::Tcp { host: "127.0.0.1".into(), port: 0 }, why, None);
+        let unix = |why| open("unix", &Address::unix(scratch::socket_path()?), why, None);
+        let tcp = |why| open("tcp", &Address::tcp("127.0.0.1", 0), why, None);
         match args.transport {
             Transport::Rdma => rdma("--transport rdma", None),
             Transport::Tcp => tcp("--transport tcp".into()),
@@ -103,11 +100,10 @@ impl Way {
 
 /// The address at which `address` is reached through a link of `rate` bytes a second, and the link; 0: as it is.
 fn through_link(address: Address, rate: u64) -> Result<(Address, Option<SlowLink>), Failure> {
-    let Address::Tcp { host, port } = &address else { return Ok((address, None)) };
-    if rate == 0 {
+    let Some((host, port)) = address.host_and_port().filter(|_| rate > 0) else {
         return Ok((address, None));
-    }
-    let link = SlowLink::to((host.parse::<IpAddr>()?, *port).into(), Rate(rate))?;
+    };
+    let link = SlowLink::to((host.parse::<IpAddr>()?, port).into(), Rate(rate))?;
     let entered = link.address();
-    Ok((Address::Tcp { host: entered.ip().to_string(), port: entered.port() }, Some(link)))
+    Ok((Address::tcp(entered.ip().to_string(), entered.port()), Some(link)))
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use ramwire::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
 use ramwire::stream::qemu::mapped::{MappedHeader, bitmap_len, decode_bitmap};
 use ramwire::stream::{Corrupt, DecodeError};
-use ramwire::transport::Address;
+use ramwire::transport::{Address, Target};
 
 use super::args::Exit;
 use super::common::complain;
@@ -77,9 +77,10 @@ impl<R: Read> Read for Input<R> {
 /// A path, or an address with `mapped:`.
 fn open(name: &Path) -> io::Result<Input<io::Empty>> {
     let address = name.to_str().filter(|name| name.starts_with("mapped:")).map(str::parse);
-    let (path, offset) = match address.transpose().map_err(io::Error::other)? {
-        Some(Address::Mapped { path, offset }) => (path, offset),
-        _ => (name.to_owned(), 0),
+    let address: Option<Address> = address.transpose().map_err(io::Error::other)?;
+    let (path, offset) = match address.as_ref().map(Address::target) {
+        Some(Target::PathAt { path, offset }) => (path.as_path(), *offset),
+        _ => (name, 0),
     };
     let mut file = File::open(path)?;
     let meta = file.metadata()?;

@@ -16,15 +16,17 @@ mod destination;
 mod file;
 mod link;
 mod reader;
+mod scheme;
 mod sink;
 #[cfg(test)]
 mod tests;
 mod writer;
 
 pub use destination::MappedDestination;
-pub(super) use destination::open;
+use destination::open;
 pub use link::MappedLink;
-pub(super) use link::create;
+use link::create;
+pub(super) use scheme::SCHEME;
 
 /// Most threads that read or write pages, where nobody says how many.
 const MAX_THREADS: usize = 4;

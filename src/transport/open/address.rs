@@ -1,67 +1,149 @@
-//! Where a stream goes or comes from, written as QEMU writes it.
+//! Where a stream goes or comes from, written as QEMU writes it: a scheme, a colon, and what the scheme needs.
 //!
-//! | form | means |
-//! |------|-------|
-//! | `tcp:HOST:PORT` | a TCP connection; IPv6 in brackets; an empty host is this machine's loopback |
-//! | `rdma:HOST:PORT` | the same between RDMA devices |
-//! | `auto:HOST:PORT` | RDMA if both ends have a device that reaches the other, else TCP |
-//! | `unix:PATH` | a UNIX stream socket |
-//! | `fd:N` | a descriptor this process was started with |
-//! | `exec:COMMAND` | a shell command's standard input or output |
-//! | `file:PATH` | a file that holds the plain stream |
-//! | `mapped:PATH[,offset=N]` | a file with a place for every page (mapped-ram), its stream from byte N on |
-//!
-//! This module only reads and writes the words; [`open`](crate::transport::open) opens what they name.
+//! This module only reads and writes the words; [the table of schemes](super::scheme) opens what they name.
 
 use std::fmt;
 use std::net::Ipv6Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// Forms this program knows, for messages.
-const FORMS: &str =
-    "tcp:HOST:PORT, rdma:HOST:PORT, auto:HOST:PORT, unix:PATH, fd:N, exec:COMMAND, file:PATH or mapped:PATH";
+use super::auto;
+use super::scheme::{Scheme, forms, rdma_scheme};
+use crate::transport::stream::{tcp, unix};
 
-/// One end of a byte stream.
+/// One end of a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Address {
+    scheme: &'static Scheme,
+    target: Target,
+}
+
+/// What an address names, without its scheme.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Address {
-    /// `tcp:HOST:PORT`.
-    Tcp {
-        /// Name or literal address, without brackets; empty for loopback.
+pub enum Target {
+    /// `HOST:PORT`.
+    Host {
+        /// Name or literal address, without brackets; empty for loopback where the scheme takes it.
         host: String,
         /// Port; 0 lets the kernel choose one to listen on.
         port: u16,
     },
-    /// `rdma:HOST:PORT`.
-    Rdma {
-        /// Name or literal address of an interface with an RDMA device, without brackets.
-        host: String,
-        /// Port; 0 lets the kernel choose one to listen on.
-        port: u16,
-    },
-    /// `auto:HOST:PORT`.
-    Auto {
-        /// As for TCP.
-        host: String,
-        /// As for TCP; RDMA takes the same.
-        port: u16,
-    },
-    /// `unix:PATH`.
-    Unix(PathBuf),
-    /// `fd:N`.
-    Fd(i32),
-    /// `exec:COMMAND`, run by `sh -c`.
-    Exec(String),
-    /// `file:PATH`.
-    File(PathBuf),
-    /// `mapped:PATH[,offset=N]`.
-    Mapped {
+    /// `PATH`.
+    Path(PathBuf),
+    /// `PATH[,offset=N]`.
+    PathAt {
         /// The file.
         path: PathBuf,
         /// Where its stream begins, in bytes.
         offset: u64,
     },
+    /// `N`, a descriptor this process was started with.
+    Descriptor(i32),
+    /// `COMMAND`, run by `sh -c`.
+    Command(String),
+}
+
+impl Address {
+    /// `tcp:HOST:PORT`.
+    pub fn tcp(host: impl Into<String>, port: u16) -> Self {
+        Self::of_host(&tcp::SCHEME, host, port)
+    }
+
+    /// `rdma:HOST:PORT`.
+    pub fn rdma(host: impl Into<String>, port: u16) -> Self {
+        Self::of_host(rdma_scheme(), host, port)
+    }
+
+    /// `auto:HOST:PORT`.
+    pub fn auto(host: impl Into<String>, port: u16) -> Self {
+        Self::of_host(&auto::SCHEME, host, port)
+    }
+
+    /// `unix:PATH`.
+    pub fn unix(path: impl Into<PathBuf>) -> Self {
+        Self { scheme: &unix::SCHEME, target: Target::Path(path.into()) }
+    }
+
+    fn of_host(scheme: &'static Scheme, host: impl Into<String>, port: u16) -> Self {
+        Self { scheme, target: Target::Host { host: host.into(), port } }
+    }
+
+    /// The forms that can be parsed, in one line: what help says of an address.
+    pub fn forms() -> &'static str {
+        forms()
+    }
+
+    /// What stands before the first colon.
+    pub fn scheme(&self) -> &'static str {
+        self.scheme.name
+    }
+
+    /// What stands behind it.
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// True of `auto:`: which transport it is, is decided when it is opened, and [`Way`](crate::transport::Way) tells.
+    pub fn decides_late(&self) -> bool {
+        self.scheme.abilities.decides_late
+    }
+
+    /// Host and port, where it names such.
+    pub fn host_and_port(&self) -> Option<(&str, u16)> {
+        match &self.target {
+            Target::Host { host, port } => Some((host, *port)),
+            _ => None,
+        }
+    }
+
+    /// The path, where it names one.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.target {
+            Target::Path(path) | Target::PathAt { path, .. } => Some(path),
+            _ => None,
+        }
+    }
+
+    // What a scheme's row asks for, its `parse` has given.
+
+    /// Host and port of a scheme that has such.
+    pub(in crate::transport) fn host(&self) -> (&str, u16) {
+        self.host_and_port().unwrap_or_default()
+    }
+
+    /// Path of a scheme that has one.
+    pub(in crate::transport) fn file(&self) -> &Path {
+        self.path().unwrap_or(Path::new(""))
+    }
+
+    /// Path of a scheme that has one, and where in the file it begins.
+    pub(in crate::transport) fn file_at(&self) -> (&Path, u64) {
+        match &self.target {
+            Target::PathAt { path, offset } => (path, *offset),
+            _ => (self.file(), 0),
+        }
+    }
+
+    /// Command of a scheme that has one.
+    pub(in crate::transport) fn command(&self) -> &str {
+        match &self.target {
+            Target::Command(command) => command,
+            _ => "",
+        }
+    }
+
+    /// Number of a scheme that has one.
+    pub(in crate::transport) fn descriptor(&self) -> i32 {
+        match &self.target {
+            Target::Descriptor(number) => *number,
+            _ => -1,
+        }
+    }
+
+    pub(super) fn row(&self) -> &'static Scheme {
+        self.scheme
+    }
 }
 
 /// Why a text is not an [`Address`].
@@ -69,7 +151,7 @@ pub enum Address {
 #[non_exhaustive]
 pub enum AddressError {
     /// No known scheme before the first colon.
-    #[error("`{text}` does not start with a known scheme; write {FORMS}")]
+    #[error("`{text}` does not start with a known scheme; write {}", forms())]
     UnknownScheme {
         /// What was given.
         text: String,
@@ -90,41 +172,21 @@ impl FromStr for Address {
     type Err = AddressError;
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
-        let malformed =
-            |form| move |problem| AddressError::Malformed { text: text.to_owned(), problem, form };
-        let Some((scheme, rest)) = text.split_once(':') else {
+        let row = text.split_once(':').and_then(|(name, rest)| Some((Scheme::named(name)?, rest)));
+        let Some((scheme, rest)) = row else {
             return Err(AddressError::UnknownScheme { text: text.to_owned() });
         };
-        match scheme {
-            "tcp" => parse_host(rest)
-                .map(|(host, port)| Self::Tcp { host, port })
-                .map_err(malformed("tcp:HOST:PORT, an IPv6 address as tcp:[::1]:4444")),
-            "auto" => parse_host(rest)
-                .map(|(host, port)| Self::Auto { host, port })
-                .map_err(malformed("auto:HOST:PORT, an IPv6 address as auto:[::1]:4444")),
-            "rdma" => parse_host(rest)
-                .and_then(|(host, port)| match host.as_str() {
-                    "" => Err("there is no host"),
-                    _ => Ok(Self::Rdma { host, port }),
-                })
-                .map_err(malformed("rdma:HOST:PORT with an address of the RDMA device's interface")),
-            "unix" => parse_path(rest).map(Self::Unix).map_err(malformed("unix:/run/guest.sock")),
-            "fd" => parse_fd(rest).map(Self::Fd).map_err(malformed("fd:N with the descriptor's number")),
-            "exec" if rest.trim().is_empty() => Err(malformed("exec:COMMAND")("there is no command")),
-            "exec" if rest.contains('\0') => {
-                Err(malformed("exec:COMMAND")("a command can't hold a NUL byte"))
-            }
-            "exec" => Ok(Self::Exec(rest.to_owned())),
-            "mapped" => parse_mapped(rest)
-                .map(|(path, offset)| Self::Mapped { path, offset })
-                .map_err(malformed("mapped:/path/of/the/file or mapped:/path/of/the/file,offset=4096")),
-            "file" => parse_file(rest).map(Self::File).map_err(malformed("file:/path/of/the/stream")),
-            _ => Err(AddressError::UnknownScheme { text: text.to_owned() }),
-        }
+        let target = (scheme.parse)(rest).map_err(|problem| AddressError::Malformed {
+            text: text.to_owned(),
+            problem,
+            form: scheme.hint,
+        })?;
+        Ok(Self { scheme, target })
     }
 }
 
-fn parse_host(rest: &str) -> Result<(String, u16), &'static str> {
+/// `HOST:PORT`.
+pub(in crate::transport) fn parse_host(rest: &str) -> Result<Target, &'static str> {
     let (host, port) = match rest.strip_prefix('[') {
         Some(inner) => {
             let (host, after) = inner.split_once(']').ok_or("the bracket is not closed")?;
@@ -150,10 +212,23 @@ fn parse_host(rest: &str) -> Result<(String, u16), &'static str> {
         return Err("the port is not a number");
     }
     let port = port.parse().map_err(|_| "the port is above 65535")?;
-    Ok((host.to_owned(), port))
+    Ok(Target::Host { host: host.to_owned(), port })
 }
 
-fn parse_path(rest: &str) -> Result<PathBuf, &'static str> {
+/// The same, with a host.
+pub(in crate::transport) fn parse_rdma_host(rest: &str) -> Result<Target, &'static str> {
+    match parse_host(rest)? {
+        Target::Host { host, .. } if host.is_empty() => Err("there is no host"),
+        target => Ok(target),
+    }
+}
+
+/// `PATH`.
+pub(in crate::transport) fn parse_path(rest: &str) -> Result<Target, &'static str> {
+    checked_path(rest).map(Target::Path)
+}
+
+fn checked_path(rest: &str) -> Result<PathBuf, &'static str> {
     if rest.is_empty() {
         return Err("there is no path");
     }
@@ -167,7 +242,8 @@ fn parse_path(rest: &str) -> Result<PathBuf, &'static str> {
     Ok(PathBuf::from(rest))
 }
 
-fn parse_file(rest: &str) -> Result<PathBuf, &'static str> {
+/// The path of a plain stream.
+pub(in crate::transport) fn parse_file(rest: &str) -> Result<Target, &'static str> {
     // QEMU takes an offset here. Taking it for a part of the name would write to a surprising file.
     if rest.contains(",offset=") {
         return Err("a plain stream starts at offset 0 (mapped: takes one)");
@@ -175,9 +251,10 @@ fn parse_file(rest: &str) -> Result<PathBuf, &'static str> {
     parse_path(rest)
 }
 
-/// The offset is decimal, or hexadecimal behind 0x.
-fn parse_mapped(rest: &str) -> Result<(PathBuf, u64), &'static str> {
-    let Some((path, offset)) = rest.rsplit_once(",offset=") else { return Ok((parse_path(rest)?, 0)) };
+/// `PATH[,offset=N]`. The offset is decimal, or hexadecimal behind 0x.
+pub(in crate::transport) fn parse_mapped(rest: &str) -> Result<Target, &'static str> {
+    let at = |path: &str, offset| Ok(Target::PathAt { path: checked_path(path)?, offset });
+    let Some((path, offset)) = rest.rsplit_once(",offset=") else { return at(rest, 0) };
     let digits = |text: &str, hex: bool| {
         let all = text.bytes().all(|byte| if hex { byte.is_ascii_hexdigit() } else { byte.is_ascii_digit() });
         all && !text.is_empty()
@@ -194,31 +271,37 @@ fn parse_mapped(rest: &str) -> Result<(PathBuf, u64), &'static str> {
     if number == 0 && path.contains(",offset=") {
         return Err("there are two offsets");
     }
-    Ok((parse_path(path)?, number))
+    at(path, number)
 }
 
-fn parse_fd(rest: &str) -> Result<i32, &'static str> {
+/// `N`.
+pub(in crate::transport) fn parse_descriptor(rest: &str) -> Result<Target, &'static str> {
     if rest.is_empty() || !rest.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err("the descriptor is not a number");
     }
-    rest.parse().map_err(|_| "no descriptor has so high a number")
+    rest.parse().map(Target::Descriptor).map_err(|_| "no descriptor has so high a number")
+}
+
+/// `COMMAND`.
+pub(in crate::transport) fn parse_command(rest: &str) -> Result<Target, &'static str> {
+    match rest {
+        _ if rest.trim().is_empty() => Err("there is no command"),
+        _ if rest.contains('\0') => Err("a command can't hold a NUL byte"),
+        _ => Ok(Target::Command(rest.to_owned())),
+    }
 }
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
-            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
-            Self::Rdma { host, port } if host.contains(':') => write!(f, "rdma:[{host}]:{port}"),
-            Self::Rdma { host, port } => write!(f, "rdma:{host}:{port}"),
-            Self::Auto { host, port } if host.contains(':') => write!(f, "auto:[{host}]:{port}"),
-            Self::Auto { host, port } => write!(f, "auto:{host}:{port}"),
-            Self::Unix(path) => write!(f, "unix:{}", path.display()),
-            Self::Fd(number) => write!(f, "fd:{number}"),
-            Self::Exec(command) => write!(f, "exec:{command}"),
-            Self::File(path) => write!(f, "file:{}", path.display()),
-            Self::Mapped { path, offset: 0 } => write!(f, "mapped:{}", path.display()),
-            Self::Mapped { path, offset } => write!(f, "mapped:{},offset={offset}", path.display()),
+        let scheme = self.scheme.name;
+        match &self.target {
+            Target::Host { host, port } if host.contains(':') => write!(f, "{scheme}:[{host}]:{port}"),
+            Target::Host { host, port } => write!(f, "{scheme}:{host}:{port}"),
+            Target::Path(path) => write!(f, "{scheme}:{}", path.display()),
+            Target::PathAt { path, offset: 0 } => write!(f, "{scheme}:{}", path.display()),
+            Target::PathAt { path, offset } => write!(f, "{scheme}:{},offset={offset}", path.display()),
+            Target::Descriptor(number) => write!(f, "{scheme}:{number}"),
+            Target::Command(command) => write!(f, "{scheme}:{command}"),
         }
     }
 }
@@ -227,31 +310,39 @@ impl fmt::Display for Address {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::transport::mapped_ram;
+    use crate::transport::stream::{exec, file, inherited};
     use proptest::prelude::*;
 
-    fn tcp(host: &str, port: u16) -> Address {
-        Address::Tcp { host: host.into(), port }
+    fn mapped(path: &str, offset: u64) -> Address {
+        Address { scheme: &mapped_ram::SCHEME, target: Target::PathAt { path: path.into(), offset } }
     }
 
     #[test]
     fn every_form_is_read_and_written_alike() {
         for (text, address) in [
-            ("tcp:10.0.0.1:4444", tcp("10.0.0.1", 4444)),
-            ("tcp::4444", tcp("", 4444)),
-            ("tcp:host.example:0", tcp("host.example", 0)),
-            ("tcp:[::1]:65535", tcp("::1", 65535)),
-            ("tcp:[fe80::1%eth0]:1", tcp("fe80::1%eth0", 1)),
-            ("rdma:10.9.0.1:4444", Address::Rdma { host: "10.9.0.1".into(), port: 4444 }),
-            ("rdma:[fe80::1]:1", Address::Rdma { host: "fe80::1".into(), port: 1 }),
-            ("auto:host.example:4444", Address::Auto { host: "host.example".into(), port: 4444 }),
-            ("auto:[::1]:1", Address::Auto { host: "::1".into(), port: 1 }),
-            ("unix:/run/a:b.sock", Address::Unix("/run/a:b.sock".into())),
-            ("unix: [a],b%c \u{e9}\\n", Address::Unix(" [a],b%c \u{e9}\\n".into())),
-            ("fd:0", Address::Fd(0)),
-            ("exec:cat > '/tmp/a:b'", Address::Exec("cat > '/tmp/a:b'".into())),
-            ("file:relative path", Address::File("relative path".into())),
-            ("mapped:/a,b", Address::Mapped { path: "/a,b".into(), offset: 0 }),
-            ("mapped:a,offset=4096", Address::Mapped { path: "a".into(), offset: 4096 }),
+            ("tcp:10.0.0.1:4444", Address::tcp("10.0.0.1", 4444)),
+            ("tcp::4444", Address::tcp("", 4444)),
+            ("tcp:host.example:0", Address::tcp("host.example", 0)),
+            ("tcp:[::1]:65535", Address::tcp("::1", 65535)),
+            ("tcp:[fe80::1%eth0]:1", Address::tcp("fe80::1%eth0", 1)),
+            ("rdma:10.9.0.1:4444", Address::rdma("10.9.0.1", 4444)),
+            ("rdma:[fe80::1]:1", Address::rdma("fe80::1", 1)),
+            ("auto:host.example:4444", Address::auto("host.example", 4444)),
+            ("auto:[::1]:1", Address::auto("::1", 1)),
+            ("unix:/run/a:b.sock", Address::unix("/run/a:b.sock")),
+            ("unix: [a],b%c \u{e9}\\n", Address::unix(" [a],b%c \u{e9}\\n")),
+            ("mapped:/a,b", mapped("/a,b", 0)),
+            ("mapped:a,offset=4096", mapped("a", 4096)),
+            ("fd:0", Address { scheme: &inherited::SCHEME, target: Target::Descriptor(0) }),
+            (
+                "exec:cat > '/tmp/a:b'",
+                Address { scheme: &exec::SCHEME, target: Target::Command("cat > '/tmp/a:b'".into()) },
+            ),
+            (
+                "file:relative path",
+                Address { scheme: &file::SCHEME, target: Target::Path("relative path".into()) },
+            ),
         ] {
             assert_eq!(text.parse::<Address>().unwrap(), address);
             assert_eq!(address.to_string(), text);
@@ -312,7 +403,7 @@ mod tests {
         fn any_socket_address_survives(v6 in any::<bool>(), bits in any::<u128>(), port in any::<u16>()) {
             let host = if v6 { Ipv6Addr::from_bits(bits).to_string() }
                        else { std::net::Ipv4Addr::from_bits(bits as u32).to_string() };
-            let address = tcp(&host, port);
+            let address = Address::tcp(host, port);
             prop_assert_eq!(address.to_string().parse::<Address>().unwrap(), address);
         }
     }

@@ -2,106 +2,91 @@
 //!
 //! The destination listens for both at one port. The source tries RDMA first, within [`DECISION_TIMEOUT`].
 
-use std::sync::Arc;
 #[cfg(feature = "rdma")]
 use std::time::Duration;
 
 use super::candidates::{Candidates, MAIN};
-use super::obstacle;
-use super::open_stream;
+use super::scheme::{Endpoint, Opening, Scheme, SchemeAbilities, no_stream, rdma_scheme};
+use super::{DECISION_TIMEOUT, obstacle, parse_host, rdma_address};
 #[cfg(feature = "rdma")]
 use crate::error::Chain;
 use crate::guest::GuestMemory;
 use crate::sys::{Stop, StopReason};
-use crate::transport::stream::tcp::TcpListener;
+#[cfg(feature = "rdma")]
+use crate::transport::rdma::{RdmaListener, usable_address};
+use crate::transport::stream::tcp::{self, TcpListener};
 use crate::transport::{
-    Address, AllowList, ChannelError, ConnectionOptions, DestinationConnection, OpenError, RdmaOptions,
-    SourceConnection, StreamOptions, Way, WhyNoRdma,
+    Address, AllowList, ChannelError, ConnectionOptions, DestinationConnection, OpenError, SourceConnection,
+    StreamChannel, StreamOptions, Way, WhyNoRdma,
 };
 #[cfg(feature = "rdma")]
+use crate::transport::{Obstacle, RdmaOptions};
 use crate::units::BlockIndex;
-
-#[cfg(feature = "rdma")]
-use super::obstacle::{DECISION_TIMEOUT, Obstacle};
-#[cfg(feature = "rdma")]
-use crate::transport::rdma::{RdmaListener, connect_here, usable_address};
 
 /// How often a destination looks who came by the other way.
 #[cfg(feature = "rdma")]
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
+pub(super) static SCHEME: Scheme = Scheme {
+    name: "auto",
+    form: "auto:HOST:PORT (RDMA, or else TCP)",
+    hint: "auto:HOST:PORT, an IPv6 address as auto:[::1]:4444",
+    parse: parse_host,
+    abilities: SchemeAbilities { page_channels: false, pages_in_stream: true, decides_late: true },
+    open,
+    connect: no_stream,
+    listen: |address, allow, stop| Ok(Box::new(AutoListener::bind(address, allow, stop)?)),
+};
+
 /// Opens the better of both ways to `host:port`.
-pub(super) fn open_source(
-    (host, port): (&str, u16),
-    memory: Arc<dyn GuestMemory>,
-    options: &ConnectionOptions,
-    stop: &Stop,
-) -> Result<SourceConnection, OpenError> {
-    let tried = match options.channels.count {
-        0 => by_rdma((host, port), Arc::clone(&memory), &options.stream, &options.rdma, stop),
-        _ => {
-            return Err(OpenError::NoChannels {
-                address: Address::Auto { host: host.to_owned(), port }.to_string(),
-            });
-        }
-    };
-    let why = match tried {
+fn open(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
+    let (host, port) = opening.address.host();
+    let why = match by_rdma(opening) {
         Ok(mut connection) => {
             connection.way.why = "both ends have an RDMA device that reaches the other".into();
             return Ok(connection);
         }
-        Err(error) if stop.reason() == Some(StopReason::Cancelled) => return Err(error),
+        Err(error) if opening.stop.reason() == Some(StopReason::Cancelled) => return Err(error),
         Err(error) => obstacle::why(&error),
     };
-    let by_tcp = Address::Tcp { host: host.to_owned(), port };
-    let way = Way { transport: "tcp", why: why.clone() };
-    open_stream(&by_tcp, memory, options, way, stop).map_err(|error| match error {
-        OpenError::Channel(ChannelError::Stopped { .. }) => error,
-        error => OpenError::Neither {
-            address: Address::Auto { host: host.to_owned(), port }.to_string(),
-            rdma: why,
-            tcp: Box::new(error),
-        },
-    })
+    let by_tcp = Opening { address: &Address::tcp(host, port), ..*opening };
+    match (tcp::SCHEME.open)(&by_tcp) {
+        Ok(mut connection) => {
+            connection.way.why = why;
+            Ok(connection)
+        }
+        Err(error @ OpenError::Channel(ChannelError::Stopped { .. })) => Err(error),
+        Err(error) => {
+            Err(OpenError::Neither { address: opening.address.to_string(), rdma: why, tcp: Box::new(error) })
+        }
+    }
 }
 
-#[cfg(feature = "rdma")]
-fn by_rdma(
-    (host, port): (&str, u16),
-    memory: Arc<dyn GuestMemory>,
-    options: &StreamOptions,
-    rdma: &RdmaOptions,
-    stop: &Stop,
-) -> Result<SourceConnection, OpenError> {
-    let no =
-        |why| OpenError::NoRdma { address: Address::Auto { host: host.to_owned(), port }.to_string(), why };
-    // Asked here first: once the peer has taken the connection, nobody waits for another.
+fn by_rdma(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
+    let Opening { address, memory, options, stop } = *opening;
+    check_rdma(&**memory, options).map_err(|why| OpenError::NoRdma { address: address.to_string(), why })?;
+    // From here on: what it took to look at this host's devices leaves the peer no less time to answer.
+    let mut options = options.clone();
+    options.stream.dead_peer = DECISION_TIMEOUT;
+    let (host, port) = address.host();
+    let stop = stop.within(DECISION_TIMEOUT);
+    let opening = Opening { address: &Address::rdma(host, port), options: &options, stop: &stop, memory };
+    (rdma_scheme().open)(&opening)
+}
+
+/// Asked here first: once the peer has taken the connection, nobody waits for another.
+fn check_rdma(memory: &dyn GuestMemory, options: &ConnectionOptions) -> Result<(), WhyNoRdma> {
+    let rdma = &options.rdma;
     if rdma.may_discard {
-        return Err(no(WhyNoRdma::GuestDiscards));
+        return Err(WhyNoRdma::GuestDiscards);
     }
     let table = memory.table();
     let moves = |index: &usize| memory.region(BlockIndex(*index as u32)).is_none();
     if let Some(block) = (0..table.blocks().len()).find(moves) {
-        let block = table.blocks()[block].name.to_string();
-        return Err(no(WhyNoRdma::NotInPlace { block }));
+        return Err(WhyNoRdma::NotInPlace { block: table.blocks()[block].name.to_string() });
     }
     let locked = rdma.pin_budget.filter(|_| !rdma.pin_all).unwrap_or(u64::MAX).min(table.travelling());
-    usable_address(locked).map_err(no)?;
-    // From here on: what it took to look at this host's devices leaves the peer no less time to answer.
-    let options = StreamOptions { dead_peer: DECISION_TIMEOUT, ..*options };
-    connect_here(host, port, memory, &options, rdma, &stop.within(DECISION_TIMEOUT))
-}
-
-#[cfg(not(feature = "rdma"))]
-fn by_rdma(
-    (host, port): (&str, u16),
-    _memory: Arc<dyn GuestMemory>,
-    _options: &StreamOptions,
-    _rdma: &RdmaOptions,
-    _stop: &Stop,
-) -> Result<SourceConnection, OpenError> {
-    let address = Address::Auto { host: host.to_owned(), port }.to_string();
-    Err(OpenError::NoRdma { address, why: WhyNoRdma::NotBuilt })
+    rdma_address(locked).map(drop)
 }
 
 /// Waits for a source by either way.
@@ -111,12 +96,13 @@ pub(super) struct AutoListener {
     #[cfg(feature = "rdma")]
     rdma: Option<RdmaListener>,
     /// Why only TCP is listened on.
-    pub(super) why_not: Option<String>,
+    why_not: Option<String>,
 }
 
 impl AutoListener {
     /// TCP decides about the port; RDMA is left out where it can't be had.
-    pub(super) fn bind(host: &str, port: u16, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
+    fn bind(address: &Address, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
+        let (host, port) = address.host();
         let tcp = TcpListener::bind(host, port, allow.clone(), stop)?;
         #[cfg(feature = "rdma")]
         {
@@ -129,7 +115,7 @@ impl AutoListener {
                 return Ok(Self { tcp, rdma: None, why_not });
             }
             let port = tcp.port();
-            let address = Address::Auto { host: host.to_owned(), port };
+            let address = Address::auto(host, port);
             let no = |why| OpenError::NoRdma { address: address.to_string(), why };
             let rdma =
                 usable_address(host_memory()).map_err(no).map_err(|error| obstacle::why(&error)).and_then(
@@ -144,28 +130,40 @@ impl AutoListener {
         #[cfg(not(feature = "rdma"))]
         Ok(Self { tcp, why_not: Some(WhyNoRdma::NotBuilt.to_string()) })
     }
+}
 
-    pub(super) fn tcp(&self) -> &TcpListener {
-        &self.tcp
+impl Endpoint for AutoListener {
+    fn addresses(&self) -> Vec<Address> {
+        self.tcp.locals().map(|local| Address::auto(tcp::host_of(local), local.port())).collect()
+    }
+
+    fn is_open_to_network(&self) -> bool {
+        !self.tcp.is_loopback()
     }
 
     /// The first source that comes, by whatever way.
-    pub(super) fn accept(
+    fn accept_connection(
         &mut self,
         candidates: &mut Candidates,
-        options: &StreamOptions,
-        rdma: &RdmaOptions,
+        options: &ConnectionOptions,
         stop: &Stop,
     ) -> Result<DestinationConnection, OpenError> {
         #[cfg(feature = "rdma")]
         if let Some(listener) = &mut self.rdma {
-            return accept_either((&self.tcp, candidates), listener, options, rdma, stop);
+            return accept_either((&self.tcp, candidates), listener, &options.stream, &options.rdma, stop);
         }
-        #[cfg(not(feature = "rdma"))]
-        let _ = rdma;
         let why = self.why_not.clone().unwrap_or_default();
-        let channel = candidates.next(&self.tcp, (&MAIN, 1), options, stop)?;
+        let channel = candidates.next(&self.tcp, (&MAIN, 1), &options.stream, stop)?;
         Ok(DestinationConnection::over(channel).by(Way { transport: "tcp", why }))
+    }
+
+    fn accept(&mut self, _options: &StreamOptions, _stop: &Stop) -> Result<StreamChannel, OpenError> {
+        let address = self.addresses().swap_remove(0);
+        Err(OpenError::NotAStream { address: address.to_string() })
+    }
+
+    fn why_no_rdma(&self) -> Option<&str> {
+        self.why_not.as_deref()
     }
 }
 

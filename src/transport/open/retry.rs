@@ -84,7 +84,7 @@ mod tests {
     fn a_listener_that_begins_late_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("late");
-        let address = Address::Unix(path.clone());
+        let address = Address::unix(path.clone());
         let (mut tries, mut listener) = (0, None);
         let open = || {
             tries += 1;
@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn a_port_without_a_listener_is_tried_again_and_its_error_is_told_in_the_end() {
         let (port, _held) = free_port();
-        let address = Address::Tcp { host: "127.0.0.1".into(), port };
+        let address = Address::tcp("127.0.0.1", port);
         let mut tries = 0;
         let open = || {
             tries += 1;
@@ -115,8 +115,8 @@ mod tests {
     #[test]
     fn what_waiting_can_not_mend_is_tried_once() {
         let (port, _held) = free_port();
-        let tcp = Address::Tcp { host: "127.0.0.1".into(), port };
-        let other = Address::Exec("true".into());
+        let tcp = Address::tcp("127.0.0.1", port);
+        let other = "exec:true".parse::<Address>().unwrap();
         let mut tries = 0;
         let refused = until_heard(&tcp, Duration::ZERO, &Stop::never(), || {
             tries += 1;
@@ -135,7 +135,7 @@ mod tests {
     fn a_cancel_ends_the_tries() {
         let cancel = CancelToken::default();
         let (port, _held) = free_port();
-        let address = Address::Tcp { host: "127.0.0.1".into(), port };
+        let address = Address::tcp("127.0.0.1", port);
         let ended = until_heard(&address, LONG, &Stop::on(&cancel), || {
             cancel.cancel();
             stream(&address)

@@ -43,7 +43,7 @@ pub struct RdmaListener {
     listener: Box<dyn Listener>,
     fabric: Arc<dyn Fabric>,
     allow: AllowList,
-    address: String,
+    address: Address,
 }
 
 impl std::fmt::Debug for RdmaListener {
@@ -64,8 +64,13 @@ impl RdmaListener {
         allow: AllowList,
     ) -> Result<Self, FabricError> {
         let listener = fabric.listen(host, port)?;
-        let address = Address::Rdma { host: host.to_owned(), port: listener.port() }.to_string();
+        let address = Address::rdma(host, listener.port());
         Ok(Self { listener, fabric, allow, address })
+    }
+
+    /// Where it listens, with the port that was chosen.
+    pub fn address(&self) -> &Address {
+        &self.address
     }
 
     /// The port listened on.
@@ -84,7 +89,7 @@ impl RdmaListener {
         rdma: &RdmaOptions,
         stop: &Stop,
     ) -> Result<DestinationConnection, ChannelError> {
-        let mut end = End { fabric: Arc::clone(&self.fabric), peer: self.address.clone(), stall: None };
+        let mut end = End { fabric: Arc::clone(&self.fabric), peer: self.address.to_string(), stall: None };
         let allow = self.allow.clone();
         let config = DestinationConfig {
             data_queues: MAX_DATA_QUEUES,

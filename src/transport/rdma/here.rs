@@ -7,35 +7,47 @@ use rdma_hooks::verbs::{DeviceInfo, PortState, VerbsFabric, find_device, memory_
 use rdma_hooks::{Fabric, FabricError};
 
 use super::{RdmaListener, connect_over};
-use crate::guest::GuestMemory;
 use crate::sys::Stop;
+use crate::transport::open::candidates::Candidates;
+use crate::transport::open::{Endpoint, Scheme, SchemeAbilities, no_stream, parse_rdma_host};
 use crate::transport::{
-    Address, AllowList, OpenError, RdmaOptions, SourceConnection, StreamOptions, WhyNoRdma,
+    Address, AllowList, ConnectionOptions, DestinationConnection, OpenError, StreamChannel, StreamOptions,
+    WhyNoRdma,
+};
+
+pub(in crate::transport) static SCHEME: Scheme = Scheme {
+    name: "rdma",
+    form: "rdma:HOST:PORT",
+    hint: "rdma:HOST:PORT with an address of the RDMA device's interface",
+    parse: parse_rdma_host,
+    abilities: SchemeAbilities { page_channels: false, pages_in_stream: false, decides_late: false },
+    open: |opening| {
+        let (address, rdma) = (opening.address, &opening.options.rdma);
+        if rdma.may_discard {
+            let why = WhyNoRdma::GuestDiscards;
+            return Err(OpenError::NoRdma { address: address.to_string(), why });
+        }
+        let (host, port) = address.host();
+        let fabric = fabric(address)?;
+        let memory = Arc::clone(opening.memory);
+        Ok(connect_over(fabric, host, port, memory, &opening.options.stream, rdma, opening.stop)?)
+    },
+    connect: no_stream,
+    listen: |address, allow, _| {
+        let (host, port) = address.host();
+        Ok(Box::new(RdmaListener::bind_here(host, port, allow)?))
+    },
 };
 
 fn unusable(error: FabricError) -> WhyNoRdma {
     WhyNoRdma::Unusable(Box::new(error))
 }
 
-fn fabric(host: &str, port: u16) -> Result<Arc<dyn Fabric>, OpenError> {
+fn fabric(address: &Address) -> Result<Arc<dyn Fabric>, OpenError> {
     let opened = VerbsFabric::open().map_err(unusable);
-    let address = || Address::Rdma { host: host.to_owned(), port }.to_string();
     opened
         .map(|fabric| Arc::new(fabric) as Arc<dyn Fabric>)
-        .map_err(|why| OpenError::NoRdma { address: address(), why })
-}
-
-/// Connects through a device of this host.
-pub(in crate::transport) fn connect_here(
-    host: &str,
-    port: u16,
-    memory: Arc<dyn GuestMemory>,
-    options: &StreamOptions,
-    rdma: &RdmaOptions,
-    stop: &Stop,
-) -> Result<SourceConnection, OpenError> {
-    let fabric = fabric(host, port)?;
-    Ok(connect_over(fabric, host, port, memory, options, rdma, stop)?)
+        .map_err(|why| OpenError::NoRdma { address: address.to_string(), why })
 }
 
 impl RdmaListener {
@@ -45,10 +57,33 @@ impl RdmaListener {
         port: u16,
         allow: AllowList,
     ) -> Result<Self, OpenError> {
-        Self::bind(fabric(host, port)?, host, port, allow).map_err(|error| OpenError::NoRdma {
-            address: Address::Rdma { host: host.to_owned(), port }.to_string(),
-            why: unusable(error),
-        })
+        let address = Address::rdma(host, port);
+        Self::bind(fabric(&address)?, host, port, allow)
+            .map_err(|error| OpenError::NoRdma { address: address.to_string(), why: unusable(error) })
+    }
+}
+
+impl Endpoint for RdmaListener {
+    fn addresses(&self) -> Vec<Address> {
+        vec![self.address().clone()]
+    }
+
+    /// A device has no loopback: whoever reaches it comes from the network.
+    fn is_open_to_network(&self) -> bool {
+        true
+    }
+
+    fn accept_connection(
+        &mut self,
+        _candidates: &mut Candidates,
+        options: &ConnectionOptions,
+        stop: &Stop,
+    ) -> Result<DestinationConnection, OpenError> {
+        Ok(RdmaListener::accept(self, &options.stream, &options.rdma, stop)?)
+    }
+
+    fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+        no_stream(self.address(), options, stop)
     }
 }
 

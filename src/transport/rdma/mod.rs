@@ -29,7 +29,7 @@ use crate::sys::{Stop, StopReason};
 use crate::transport::{ChannelError, Obstacle, Side};
 
 pub use destination::{RdmaDestination, RdmaListener, RdmaReturnSink};
-pub(super) use here::connect_here;
+pub(super) use here::SCHEME;
 pub use here::usable_address;
 pub use source::{RdmaLink, RdmaReturnSource, connect_over};
 

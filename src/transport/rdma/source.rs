@@ -52,7 +52,7 @@ pub fn connect_over(
     rdma: &RdmaOptions,
     stop: &Stop,
 ) -> Result<SourceConnection, ChannelError> {
-    let peer = Address::Rdma { host: host.to_owned(), port }.to_string();
+    let peer = Address::rdma(host, port).to_string();
     let end = End { fabric: Arc::clone(&fabric), peer, stall: options.stall };
     let bounds = end.bounds_of(stop, Some(options.dead_peer));
     let failed = |error| bounds.error(CONNECTING, error);

@@ -18,13 +18,32 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
 };
 
+use super::opened;
 use crate::sys::{Stop, StopReason};
+use crate::transport::open::{OneStream, Scheme, SchemeAbilities, open_stream, parse_command};
 use crate::transport::{ChannelError, StreamChannel, StreamOptions};
 
 const DOING: &str = "waiting for the command to end";
 
 /// Longest time between two looks at a command that is waited for: no event tells that it was stopped.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+
+pub(in crate::transport) static SCHEME: Scheme = Scheme {
+    name: "exec",
+    form: "exec:COMMAND",
+    hint: "exec:COMMAND",
+    parse: parse_command,
+    abilities: SchemeAbilities { page_channels: false, pages_in_stream: true, decides_late: false },
+    open: open_stream,
+    connect: |address, options, _| opened(address, REMEDY, write_to(address.command(), options)),
+    listen: |address, _, _| {
+        Ok(OneStream::at(address, |address, options| {
+            opened(address, REMEDY, read_from(address.command(), options))
+        }))
+    },
+};
+
+const REMEDY: &str = "the command needs a shell `sh` on the PATH";
 
 /// A running command; killed with everything it started if nobody waited for its end.
 #[derive(Debug)]
@@ -54,7 +73,7 @@ impl Running {
 
 /// Starts `command` and writes the stream to its standard input, a socket: writing to a command that has
 /// ended is then an error and not a signal.
-pub(crate) fn write_to(command: &str, options: &StreamOptions) -> io::Result<StreamChannel> {
+fn write_to(command: &str, options: &StreamOptions) -> io::Result<StreamChannel> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     let stderr = Stdio::from(io::stderr().as_fd().try_clone_to_owned()?);
     let child = ChildCommand::spawn(command, Stdio::from(theirs), stderr)?;
@@ -62,7 +81,7 @@ pub(crate) fn write_to(command: &str, options: &StreamOptions) -> io::Result<Str
 }
 
 /// Starts `command` and reads the stream from its standard output.
-pub(crate) fn read_from(command: &str, options: &StreamOptions) -> io::Result<StreamChannel> {
+fn read_from(command: &str, options: &StreamOptions) -> io::Result<StreamChannel> {
     let (ours, theirs) = io::pipe()?;
     let child = ChildCommand::spawn(command, Stdio::null(), Stdio::from(OwnedFd::from(theirs)))?;
     StreamChannel::of_command(ours.into(), child, options)

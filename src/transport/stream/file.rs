@@ -5,17 +5,36 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use super::opened;
+use crate::transport::open::{OneStream, Scheme, SchemeAbilities, open_stream, parse_file};
 use crate::transport::{StreamChannel, StreamOptions};
+
+pub(in crate::transport) static SCHEME: Scheme = Scheme {
+    name: "file",
+    form: "file:PATH",
+    hint: "file:/path/of/the/stream",
+    parse: parse_file,
+    abilities: SchemeAbilities { page_channels: false, pages_in_stream: true, decides_late: false },
+    open: open_stream,
+    connect: |address, options, _| opened(address, REMEDY, write_to(address.file(), options)),
+    listen: |address, _, _| {
+        Ok(OneStream::at(address, |address, options| {
+            opened(address, REMEDY, read_from(address.file(), options))
+        }))
+    },
+};
+
+const REMEDY: &str = "check that the path exists and may be opened";
 
 /// Opens `path` to write the stream from its start; what it held is gone. A new file is its owner's alone,
 /// since it holds a guest's memory.
-pub(crate) fn write_to(path: &Path, options: &StreamOptions) -> io::Result<StreamChannel> {
+fn write_to(path: &Path, options: &StreamOptions) -> io::Result<StreamChannel> {
     let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     StreamChannel::from_fd(file.into(), format!("file:{}", path.display()), options)
 }
 
 /// Opens `path` to read the stream.
-pub(crate) fn read_from(path: &Path, options: &StreamOptions) -> io::Result<StreamChannel> {
+fn read_from(path: &Path, options: &StreamOptions) -> io::Result<StreamChannel> {
     let file = OpenOptions::new().read(true).open(path)?;
     StreamChannel::from_fd(file.into(), format!("file:{}", path.display()), options)
 }

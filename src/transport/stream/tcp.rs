@@ -11,8 +11,28 @@ use rustix::event::PollFlags;
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::sys::{Stop, StopReason};
-use crate::transport::open::{Listening, OpenError};
-use crate::transport::{AllowList, ChannelError, StreamChannel, StreamOptions};
+use crate::transport::open::{Listening, Scheme, SchemeAbilities, Sockets, open_stream, parse_host};
+use crate::transport::{Address, AllowList, ChannelError, OpenError, StreamChannel, StreamOptions};
+
+pub(in crate::transport) static SCHEME: Scheme = Scheme {
+    name: "tcp",
+    form: "tcp:HOST:PORT",
+    hint: "tcp:HOST:PORT, an IPv6 address as tcp:[::1]:4444",
+    parse: parse_host,
+    abilities: SchemeAbilities { page_channels: true, pages_in_stream: true, decides_late: false },
+    open: open_stream,
+    connect: |address, options, stop| {
+        let (host, port) = address.host();
+        connect(host, port, options, stop)
+    },
+    listen: |address, allow, stop| {
+        let (host, port) = address.host();
+        let listening = TcpListener::bind(host, port, allow, stop)?;
+        let addresses = listening.locals().map(|local| Address::tcp(host_of(local), local.port())).collect();
+        let open_to_network = !listening.is_loopback();
+        Ok(Box::new(Sockets { listening, addresses, open_to_network }))
+    },
+};
 
 /// Keepalive probes without an answer after which the peer is dead.
 const PROBES: u32 = 5;
@@ -92,12 +112,7 @@ fn resolve(host: &str, port: u16, stop: &Stop) -> Result<Vec<SocketAddr>, OpenEr
 }
 
 /// Connects to the first address of `host` that answers.
-pub(crate) fn connect(
-    host: &str,
-    port: u16,
-    options: &StreamOptions,
-    stop: &Stop,
-) -> Result<StreamChannel, OpenError> {
+fn connect(host: &str, port: u16, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
     let mut last = None;
     for address in resolve(host, port, stop)? {
         match connect_one(address, options, stop) {

@@ -11,6 +11,10 @@ use crate::sys::{
     CancelToken,
     blocked::{own_thread, until_blocked},
 };
+use crate::sys::{RecvPart, Stop, StopReason};
+use crate::transport::{ByteSource, ChannelError};
+use rustix::event::PollFlags;
+use std::os::fd::{AsFd, OwnedFd};
 
 /// Far more than any of these waits takes, far less than the stall time.
 const SOON: Duration = Duration::from_secs(10);

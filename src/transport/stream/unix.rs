@@ -10,11 +10,25 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::tcp::is_gone;
 use crate::sys::Stop;
-use crate::transport::open::{Listening, OpenError};
-use crate::transport::{ChannelError, StreamChannel, StreamOptions};
+use crate::transport::open::{Listening, Scheme, SchemeAbilities, Sockets, open_stream, parse_path};
+use crate::transport::{ChannelError, OpenError, StreamChannel, StreamOptions};
+
+pub(in crate::transport) static SCHEME: Scheme = Scheme {
+    name: "unix",
+    form: "unix:PATH",
+    hint: "unix:/run/guest.sock",
+    parse: parse_path,
+    abilities: SchemeAbilities { page_channels: true, pages_in_stream: true, decides_late: false },
+    open: open_stream,
+    connect: |address, options, stop| connect(address.file(), options, stop),
+    listen: |address, _, _| {
+        let listening = UnixListener::bind(address.file())?;
+        Ok(Box::new(Sockets { listening, addresses: vec![address.clone()], open_to_network: false }))
+    },
+};
 
 /// Connects to the socket at `path`.
-pub(crate) fn connect(path: &Path, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+fn connect(path: &Path, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
     const CONNECTING: &str = "connecting";
     /// Time after which a listener with a full queue is tried again: no event tells of its room.
     const AGAIN: Duration = Duration::from_millis(10);

@@ -15,7 +15,6 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use ramwire::sys::{CancelToken, Mapping};
-use ramwire::transport::Address;
 use socket2::{Domain, Socket, Type};
 
 use super::Run;
@@ -126,10 +125,10 @@ pub fn run(floor: Floor, bed: &Bed) -> Result<Run, BenchError> {
     let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = bytes(&mapping);
     let peer = Peer::start(floor.role(), bed, Way::default(), Some(floor.buffer))?;
-    let Address::Tcp { host, port } = &peer.address else {
+    let Some((host, port)) = peer.address.host_and_port() else {
         return Err(failed("connecting")(io::Error::other("it listens elsewhere")));
     };
-    let mut socket = connect(host, *port).map_err(failed("connecting"))?;
+    let mut socket = connect(host, port).map_err(failed("connecting"))?;
     let (begun, before) = (Instant::now(), cost()?);
     floor.send(&mut socket, memory).map_err(failed("sending"))?;
     socket.shutdown(Shutdown::Write).map_err(failed("sending"))?;

@@ -105,9 +105,9 @@ fn serve_loop(floor: Floor, mapping: &mut Mapping) -> Result<Cost, BenchError> {
 
 fn serve_migration(mapping: &Mapping, args: &PeerArgs) -> Result<Cost, BenchError> {
     let address = match (&args.rdma, args.way.unix) {
-        (Some(host), _) => Address::Rdma { host: host.clone(), port: 0 },
-        (None, true) => Address::Unix(args.ram.with_extension("socket")),
-        (None, false) => Address::Tcp { host: "127.0.0.1".into(), port: 0 },
+        (Some(host), _) => Address::rdma(host, 0),
+        (None, true) => Address::unix(args.ram.with_extension("socket")),
+        (None, false) => Address::tcp("127.0.0.1", 0),
     };
     let mut listener = Listener::bind(&address, AllowList::default(), &Stop::never())?;
     result_line!("ready {}", listener.address());
@@ -167,7 +167,7 @@ impl Peer {
         let mut options = StreamOptions::default();
         options.stall = Some(RUN_TIMEOUT);
         let words = StreamChannel::from_fd(stdout.into(), "the other process", &options);
-        let address = Address::Tcp { host: String::new(), port: 0 };
+        let address = Address::tcp("", 0);
         let mut peer = Self { child, words: words.map_err(failed("starting"))?, address };
         let line = peer.line()?;
         let address = line.strip_prefix("ready ").and_then(|address| address.parse().ok());

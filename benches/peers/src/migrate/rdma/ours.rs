@@ -91,7 +91,7 @@ impl Ours {
             options.rdma = self.options.clone();
             return Ok(open_source(address, memory, &options, &stop)?);
         };
-        let Address::Rdma { host, port } = address else {
+        let Some((host, port)) = address.host_and_port() else {
             let address = address.to_string();
             return Err(BenchError::Refused {
                 who: "the other process".into(),
@@ -104,6 +104,6 @@ impl Ours {
             posted.fetch_add(posting.requests() as u64, Ordering::Relaxed);
         });
         let (counting, stream) = (Arc::new(counting), StreamOptions::default());
-        Ok(connect_over(counting, host, *port, memory, &stream, &self.options, &stop)?)
+        Ok(connect_over(counting, host, port, memory, &stream, &self.options, &stop)?)
     }
 }

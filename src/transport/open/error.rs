@@ -1,0 +1,164 @@
+//! Why there is no connection.
+
+use std::io;
+
+use crate::error::Remedy;
+use crate::stream::channel_count::ChannelMismatch;
+use crate::stream::qemu::mapped_stream::MappedReadError;
+use crate::transport::{ChannelError, PageSending};
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The host's name has no address.
+    #[error("no address found for host `{host}`; check the name or give the address")]
+    Resolve {
+        /// The name.
+        host: String,
+        /// The resolver's answer.
+        source: io::Error,
+    },
+    /// A listener, a file, a descriptor or a command could not be opened.
+    #[error("{address}: {doing} failed ({remedy})")]
+    Open {
+        /// What was to be opened.
+        address: String,
+        /// How.
+        doing: &'static str,
+        /// What can be done about it.
+        remedy: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A mapped-ram file that is none, or not whole.
+    #[error("{address} can't be read")]
+    Unreadable {
+        /// The address.
+        address: String,
+        /// Why, and where.
+        source: MappedReadError,
+    },
+    /// The connection failed, or the caller stopped.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// RDMA can't be used on this host.
+    #[error("{address}: RDMA can't be used here")]
+    NoRdma {
+        /// The address.
+        address: String,
+        /// Why not, and what would help.
+        #[source]
+        why: WhyNoRdma,
+    },
+    /// An `rdma:` address where only a byte stream will do.
+    #[error("{address} is no byte stream; give a tcp: or unix: address here, or file:")]
+    NotAStream {
+        /// The address.
+        address: String,
+    },
+    /// An `auto:` address that neither way reaches.
+    #[error("{address}: {rdma}; and by TCP neither")]
+    Neither {
+        /// The address.
+        address: String,
+        /// What stood in RDMA's way.
+        rdma: String,
+        /// What stood in TCP's.
+        #[source]
+        tcp: Box<OpenError>,
+    },
+    /// The connections of a source with page channels did not come as they should.
+    #[error("{address}: {what}; {}", Remedy::AlignChannels)]
+    Channels {
+        /// The address.
+        address: String,
+        /// What was found.
+        what: String,
+    },
+    /// The source, a ramwire, has another number of page channels.
+    #[error(transparent)]
+    OtherChannels(#[from] ChannelMismatch),
+    /// Deltas where pages do not go in the stream.
+    #[error("{address}: only pages in the stream can travel as deltas; {}", Remedy::DropDeltasOrChannels)]
+    NoDeltas {
+        /// The address.
+        address: String,
+    },
+    /// Compressed pages where each has a place of its size.
+    #[error("{address}: pages that have places in a file are not compressed; leave the compression out")]
+    Compressed {
+        /// The address.
+        address: String,
+    },
+    /// Page channels where there is one stream only.
+    #[error("{address} has no page channels; {}", Remedy::DropChannels)]
+    NoChannels {
+        /// The address.
+        address: String,
+    },
+    /// Pages that can't be sent in the way that was asked for.
+    #[error("{address}: {sending} {why}; {remedy}")]
+    NoSuchSending {
+        /// The address.
+        address: String,
+        /// The way.
+        sending: PageSending,
+        /// Why not.
+        why: &'static str,
+        /// What would help.
+        remedy: Remedy,
+    },
+    /// A stream that exists once was asked for again.
+    #[error("{address} carries one stream only; give a tcp: or unix: address for more channels")]
+    OnlyOne {
+        /// The address.
+        address: String,
+    },
+}
+
+impl OpenError {
+    /// What would help, where a setting does.
+    pub fn remedy(&self) -> Option<Remedy> {
+        match self {
+            Self::Open { remedy, .. } => Some(Remedy::Advice(remedy)),
+            Self::Channel(error) => error.remedy(),
+            Self::Channels { .. } => Some(Remedy::AlignChannels),
+            Self::NoDeltas { .. } => Some(Remedy::DropDeltasOrChannels),
+            Self::NoChannels { .. } => Some(Remedy::DropChannels),
+            Self::NoSuchSending { remedy, .. } => Some(*remedy),
+            Self::Neither { tcp, .. } => tcp.remedy(),
+            _ => None,
+        }
+    }
+}
+
+/// Why RDMA can't be used on this host.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WhyNoRdma {
+    /// The program was built without it.
+    #[error("this ramwire was built without the `rdma` feature")]
+    NotBuilt,
+    /// No library, no device, or too little memory may be locked.
+    #[error(transparent)]
+    Unusable(Box<dyn std::error::Error + Send + Sync>),
+    /// The memory behind a block may be given back or remapped while a NIC knows it.
+    #[error("the memory of RAM block {block} does not promise to stay in place")]
+    NotInPlace {
+        /// The block.
+        block: String,
+    },
+    /// The guest gives memory back, or may, while a NIC knows it.
+    #[error(
+        "the guest does not promise to keep its memory in place while a NIC knows it; take balloon and free page \
+         reporting off it"
+    )]
+    GuestDiscards,
+    /// There are devices, but none carries traffic.
+    #[error("no RDMA device has an active port with an IP address ({devices}); `ramwire devices` says more")]
+    NoActivePort {
+        /// Names of the devices.
+        devices: String,
+    },
+}

@@ -1,0 +1,169 @@
+//! The destination's side of an address.
+
+use super::candidates::{self, Candidates, Listening, MAIN, MAIN_AND_PAGES};
+use super::scheme::Endpoint;
+use super::{Address, AllowList, ConnectionOptions, OpenError};
+use crate::error::Remedy;
+use crate::sys::Stop;
+use crate::transport::{
+    DestinationConnection, MultifdDestination, StreamChannel, StreamOptions, Way, multifd,
+};
+
+/// The destination's side of an address: waits for connections, or opens what is there to be read.
+///
+/// Dropped once the migration has its channels, it closes to everybody else.
+#[derive(Debug)]
+pub struct Listener {
+    endpoint: Box<dyn Endpoint>,
+    /// Never empty.
+    addresses: Vec<Address>,
+    candidates: Candidates,
+}
+
+impl Listener {
+    /// Listens. Of a TCP address without a host only this machine can connect; `allow` narrows who may.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn bind(address: &Address, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
+        let endpoint = (address.row().listen)(address, allow, stop)?;
+        let addresses = endpoint.addresses();
+        Ok(Self { endpoint, addresses, candidates: Candidates::default() })
+    }
+
+    /// Where it listens, with the port the kernel chose: the first of [`addresses`](Self::addresses).
+    pub fn address(&self) -> &Address {
+        &self.addresses[0]
+    }
+
+    /// All it listens on: a host's name may have several addresses. A source can be told any of them as it is written.
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    /// What the operator should know before a guest comes this way.
+    pub fn warning(&self) -> Option<String> {
+        let address = self.address();
+        self.endpoint.is_open_to_network().then(|| {
+            format!("{address}: guest RAM travels unencrypted and unauthenticated; {}", Remedy::AllowPeers)
+        })
+    }
+
+    /// Has `tell` told of each connection that was closed because it does not begin as a migration does, up to a number;
+    /// without it only the log has them.
+    pub fn on_stranger(&mut self, tell: impl Fn(&str) + Send + Sync + 'static) {
+        self.candidates.tell(Box::new(tell));
+    }
+
+    /// Why an `auto:` address is listened on by TCP only.
+    pub fn why_no_rdma(&self) -> Option<&str> {
+        self.endpoint.why_no_rdma()
+    }
+
+    /// Waits for a source, whatever its connection is made of.
+    ///
+    /// # Errors
+    /// As [`accept`](Self::accept).
+    pub fn accept_connection(
+        &mut self,
+        options: &ConnectionOptions,
+        stop: &Stop,
+    ) -> Result<DestinationConnection, OpenError> {
+        if options.channels.count > 0 && !self.address().row().abilities.page_channels {
+            return Err(OpenError::NoChannels { address: self.address().to_string() });
+        }
+        self.endpoint.accept_connection(&mut self.candidates, options, stop)
+    }
+
+    /// Waits for the next connection that is a byte stream, whatever it says.
+    ///
+    /// # Errors
+    /// [`OpenError`]; [`OpenError::OnlyOne`] at the second call where the address is one stream.
+    pub fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+        self.endpoint.accept(options, stop)
+    }
+}
+
+/// Sockets that are listened on: each connection is a byte stream, and a migration may take several.
+#[derive(Debug)]
+pub(in crate::transport) struct Sockets<L> {
+    pub(in crate::transport) listening: L,
+    pub(in crate::transport) addresses: Vec<Address>,
+    pub(in crate::transport) open_to_network: bool,
+}
+
+impl<L: Listening + std::fmt::Debug + Send> Endpoint for Sockets<L> {
+    fn addresses(&self) -> Vec<Address> {
+        self.addresses.clone()
+    }
+
+    fn is_open_to_network(&self) -> bool {
+        self.open_to_network
+    }
+
+    fn accept_connection(
+        &mut self,
+        candidates: &mut Candidates,
+        options: &ConnectionOptions,
+        stop: &Stop,
+    ) -> Result<DestinationConnection, OpenError> {
+        let (address, channels) = (&self.addresses[0], &options.channels);
+        let way = Way::named(address);
+        let mut next = |wanted, stop: &Stop| candidates.next(&self.listening, wanted, &options.stream, stop);
+        if channels.count == 0 {
+            return Ok(DestinationConnection::over(next((&MAIN, 1), stop)?).by(way));
+        }
+        let expected = usize::from(channels.count) + 1;
+        let next = |stop: &Stop| next((&MAIN_AND_PAGES, expected), stop);
+        let (main, pages) =
+            multifd::accept(channels.count, &address.to_string(), &options.stream, stop, next)?;
+        let (main, back) = main.with_return_path();
+        let link = MultifdDestination::new(main, pages, channels.clone(), options.stream.stall);
+        let back = back.map(|back| Box::new(back) as Box<_>);
+        Ok(DestinationConnection::new(Box::new(link), back).by(way))
+    }
+
+    fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+        Ok(candidates::accept(&self.listening, options, stop)?)
+    }
+}
+
+/// Opens the one stream there is at an address, to be read.
+pub(in crate::transport) type OpenFn = fn(&Address, &StreamOptions) -> Result<StreamChannel, OpenError>;
+
+/// One stream, opened by the first accept: by this program, and by nobody else.
+#[derive(Debug)]
+pub(in crate::transport) struct OneStream {
+    address: Address,
+    open: OpenFn,
+    opened: bool,
+}
+
+impl OneStream {
+    pub(in crate::transport) fn at(address: &Address, open: OpenFn) -> Box<dyn Endpoint> {
+        Box::new(Self { address: address.clone(), open, opened: false })
+    }
+}
+
+impl Endpoint for OneStream {
+    fn addresses(&self) -> Vec<Address> {
+        vec![self.address.clone()]
+    }
+
+    fn accept_connection(
+        &mut self,
+        _candidates: &mut Candidates,
+        options: &ConnectionOptions,
+        stop: &Stop,
+    ) -> Result<DestinationConnection, OpenError> {
+        let channel = self.accept(&options.stream, stop)?;
+        Ok(DestinationConnection::over(channel).by(Way::named(&self.address)))
+    }
+
+    fn accept(&mut self, options: &StreamOptions, _stop: &Stop) -> Result<StreamChannel, OpenError> {
+        if std::mem::replace(&mut self.opened, true) {
+            return Err(OpenError::OnlyOne { address: self.address.to_string() });
+        }
+        (self.open)(&self.address, options)
+    }
+}

@@ -1,0 +1,66 @@
+//! The source's side of an address.
+
+use std::sync::Arc;
+
+use super::scheme::Opening;
+use super::{Address, ConnectionOptions, OpenError, retry};
+use crate::guest::GuestMemory;
+use crate::sys::Stop;
+use crate::transport::{
+    DeltaCacheSize, InlineLink, SourceConnection, SourceLink, StreamChannel, StreamOptions, Way, multifd,
+};
+
+/// Opens the best connection there is to `address` for the pages of `memory`.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn open_source(
+    address: &Address,
+    memory: Arc<dyn GuestMemory>,
+    options: &ConnectionOptions,
+    stop: &Stop,
+) -> Result<SourceConnection, OpenError> {
+    let (scheme, channels) = (address.row(), &options.channels);
+    let in_stream = channels.count == 0 && scheme.abilities.pages_in_stream;
+    if options.delta_cache > 0 && !in_stream {
+        return Err(OpenError::NoDeltas { address: address.to_string() });
+    }
+    if let Some((why, remedy)) = channels.no_such_sending() {
+        return Err(OpenError::NoSuchSending {
+            address: address.to_string(),
+            sending: channels.sending,
+            why,
+            remedy,
+        });
+    }
+    if channels.count > 0 && !scheme.abilities.page_channels {
+        return Err(OpenError::NoChannels { address: address.to_string() });
+    }
+    let opening = Opening { address, memory: &memory, options, stop };
+    retry::until_heard(address, options.retry, stop, || (scheme.open)(&opening))
+}
+
+/// Opens the way to a destination as a bare byte stream: connects, starts the command or makes the file.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn connect(address: &Address, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+    (address.row().connect)(address, options, stop)
+}
+
+/// A byte stream, and page channels beside it where some are asked for: how most schemes open the source's side.
+pub(in crate::transport) fn open_stream(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
+    let Opening { address, memory, options, stop } = *opening;
+    let (sink, back) = connect(address, &options.stream, stop)?.with_return_path();
+    let link: Box<dyn SourceLink> = match options.channels.count {
+        0 => Box::new(
+            InlineLink::new(Box::new(sink), Arc::clone(memory))
+                .with_deltas(DeltaCacheSize::new(options.delta_cache)),
+        ),
+        _ => {
+            let open = || connect(address, &options.stream, stop);
+            Box::new(multifd::connect(Box::new(sink), Arc::clone(memory), &options.channels, open)?)
+        }
+    };
+    Ok(SourceConnection::new(link, back.map(|back| Box::new(back) as Box<_>)).by(Way::named(address)))
+}

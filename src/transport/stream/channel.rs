@@ -1,0 +1,212 @@
+//! A byte stream and what can be asked of its connection.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use socket2::SockRef;
+
+use super::end::{millis, nature_of};
+use super::exec::ChildCommand;
+use super::low_watermark::LowWater;
+use super::patience::Patience;
+use super::{End, Nature, Queue, StreamBreaker, StreamOptions, tcp};
+use crate::sys::{FdKind, Stop};
+use crate::transport::ChannelError;
+
+/// A byte stream: a sink, a source, or both.
+#[derive(Debug)]
+pub struct StreamChannel {
+    pub(super) end: Arc<End>,
+    pub(super) sent: u64,
+    pub(super) stall: Option<Duration>,
+    /// The peer may be silent while its connection answers.
+    pub(super) quiet: bool,
+    pub(super) low_water: LowWater,
+}
+
+impl Drop for StreamChannel {
+    fn drop(&mut self) {
+        self.low_water.put_back(self.end.fd.as_fd());
+    }
+}
+
+impl StreamChannel {
+    /// Takes a connected stream socket, a pipe or a file.
+    ///
+    /// `peer` names the other end in messages. A TCP socket is set to send at once (`TCP_NODELAY`) and to
+    /// notice a dead peer. A pipe whose reader left raises `SIGPIPE`, which every Rust program ignores
+    /// unless it asks not to.
+    ///
+    /// # Errors
+    /// What the kernel says; `InvalidInput` for a socket that is not a stream, or a directory.
+    pub fn from_fd(fd: OwnedFd, peer: impl Into<String>, options: &StreamOptions) -> std::io::Result<Self> {
+        Self::assemble(fd, peer.into(), options, None)
+    }
+
+    /// The same, with the command at the other end of the descriptor.
+    pub(super) fn of_command(
+        fd: OwnedFd,
+        child: ChildCommand,
+        options: &StreamOptions,
+    ) -> std::io::Result<Self> {
+        let peer = format!("exec:{}", child.command());
+        Self::assemble(fd, peer, options, Some(child))
+    }
+
+    fn assemble(
+        fd: OwnedFd,
+        peer: String,
+        options: &StreamOptions,
+        child: Option<ChildCommand>,
+    ) -> std::io::Result<Self> {
+        let nature = nature_of(fd.as_fd())?;
+        if nature == Nature::Tcp {
+            tcp::tune(fd.as_fd(), options.dead_peer)?;
+        }
+        let flags = rustix::fs::fcntl_getfl(&fd)?;
+        let blocking = !flags.contains(OFlags::NONBLOCK);
+        if blocking {
+            rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+        }
+        let end = End {
+            fd,
+            nature,
+            peer,
+            dead_peer: AtomicU64::new(millis(options.dead_peer)),
+            sync_file: options.sync_file,
+            flags_before: blocking.then_some(flags),
+            child,
+        };
+        Ok(Self {
+            end: Arc::new(end),
+            sent: 0,
+            stall: options.stall,
+            quiet: false,
+            low_water: LowWater::new(nature),
+        })
+    }
+
+    /// Two halves of the same connection, for two threads. It closes with the later one.
+    pub fn split(self) -> (Self, Self) {
+        let low_water = LowWater::new(self.end.nature);
+        let other = Self { end: Arc::clone(&self.end), sent: 0, stall: self.stall, quiet: false, low_water };
+        (self, other)
+    }
+
+    /// The stream and, where the descriptor carries both directions, its return path. What waits there has a
+    /// limit of its own, the caller's [`Stop`]: hearing nothing is no stall.
+    pub fn with_return_path(self) -> (Self, Option<Self>) {
+        let both_ways = self.end.kind() == FdKind::Socket && self.end.child.is_none();
+        let (stream, mut back) = self.split();
+        back.stall = None;
+        (stream, both_ways.then_some(back))
+    }
+
+    /// Name of the other end, for messages.
+    pub fn peer(&self) -> &str {
+        &self.end.peer
+    }
+
+    /// A handle that breaks the connection from elsewhere, under both halves.
+    pub fn breaker(&self) -> StreamBreaker {
+        StreamBreaker(Arc::clone(&self.end))
+    }
+
+    /// How long a wait for bytes may go on without any.
+    pub(super) fn stall_in_recv(&self) -> Option<Duration> {
+        let answers = self.end.kind() == FdKind::Socket && self.end.child.is_none();
+        self.stall.filter(|_| !(self.quiet && answers))
+    }
+
+    /// Only the caller's stop ends a wait, whatever the peer's kernel does for `limit`.
+    pub(super) fn outlast_silence(&mut self, limit: Duration) {
+        self.stall = None;
+        self.end.dead_peer.fetch_max(millis(limit), Ordering::Relaxed);
+        if self.end.nature == Nature::Tcp
+            && let Err(error) = tcp::keep_alive(&SockRef::from(&self.end.fd), self.end.dead_peer())
+        {
+            tracing::warn!(%error, "an outage may end this connection sooner than was asked for");
+        }
+    }
+
+    /// Changes the stall time of this half. `None`: waits go on as long as the peer is alive.
+    pub fn set_stall(&mut self, stall: Option<Duration>) {
+        self.stall = stall;
+    }
+
+    /// Tells a TCP peer at once what has come. A peer that holds a small message back until the one before it is
+    /// acknowledged (Nagle's algorithm) otherwise waits for our delayed acknowledgement, 40 ms.
+    pub(crate) fn acknowledge_at_once(&self) {
+        if self.end.nature == Nature::Tcp
+            && let Err(error) = rustix::net::sockopt::set_tcp_quickack(&self.end.fd, true)
+        {
+            tracing::debug!(%error, "acknowledgements may be delayed");
+        }
+    }
+
+    /// The first bytes of the stream of a socket that are there, as many as `into` has room for; they stay to be read. 0 is
+    /// the end of the stream.
+    ///
+    /// # Errors
+    /// The kernel's; `AGAIN` where nothing has come.
+    pub(crate) fn peek(&self, into: &mut [u8]) -> Result<usize, Errno> {
+        rustix::net::recv(&self.end.fd, into, rustix::net::RecvFlags::PEEK).map(|(_, come)| come)
+    }
+
+    /// True if the peer of a socket has closed it: nothing comes behind what is there.
+    pub(in crate::transport) fn has_been_closed(&self) -> bool {
+        let mut ended = [PollFd::new(&self.end.fd, PollFlags::RDHUP)];
+        let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        rustix::event::poll(&mut ended, Some(&Timespec::default())).is_ok()
+            && ended[0].revents().intersects(over)
+    }
+
+    /// The first four bytes of the stream of a socket, which stay to be read.
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    pub(in crate::transport) fn peek_word(&self, stop: &Stop) -> Result<[u8; 4], ChannelError> {
+        /// Time after which a word that has begun is looked at again: the bytes that are there wake no wait.
+        const RETRY_INTERVAL: Duration = Duration::from_millis(2);
+        const PEEKING: &str = "waiting for the first bytes of a channel";
+        let mut patience = Patience::new(&self.end, PEEKING, self.stall);
+        let mut word = [0; 4];
+        loop {
+            match self.peek(&mut word) {
+                Ok(4) => return Ok(word),
+                Ok(0) => {
+                    return Err(ChannelError::Closed { peer: self.end.peer.clone(), doing: PEEKING });
+                }
+                Ok(_) => patience.rest(RETRY_INTERVAL, stop)?,
+                Err(Errno::AGAIN) => patience.wait(PollFlags::IN, stop)?,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.end.broken(PEEKING, errno.into())),
+            }
+        }
+    }
+
+    /// True if the other end is on this host: its address says so, or it is a UNIX socket.
+    pub(in crate::transport) fn stays_within_host(&self) -> bool {
+        let socket = SockRef::from(&self.end.fd);
+        match self.end.nature {
+            Nature::Tcp => tcp::is_within_host(&socket),
+            Nature::Socket => socket.local_addr().is_ok_and(|address| address.is_unix()),
+            Nature::Pipe | Nature::File => false,
+        }
+    }
+
+    /// What waits in its queue, for somebody who does not hold it.
+    pub(in crate::transport) fn queue(&self) -> Queue {
+        Queue(Arc::downgrade(&self.end))
+    }
+
+    /// The descriptor, and how long this half bears that nothing moves.
+    pub(in crate::transport) fn end(&self) -> (&End, Option<Duration>) {
+        (&self.end, self.stall)
+    }
+}

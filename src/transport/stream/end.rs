@@ -1,0 +1,121 @@
+//! The descriptor behind a stream, shared by its halves.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+use rustix::net::Shutdown;
+
+use super::exec::ChildCommand;
+use crate::sys::{FdKind, queued_bytes};
+use crate::transport::ChannelError;
+
+/// What lies behind the descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::transport) enum Nature {
+    Tcp,
+    Socket,
+    Pipe,
+    File,
+}
+
+/// The descriptor and what both halves know of it.
+#[derive(Debug)]
+pub(in crate::transport) struct End {
+    pub(in crate::transport) fd: OwnedFd,
+    pub(in crate::transport) nature: Nature,
+    pub(in crate::transport) peer: String,
+    /// In milliseconds: both halves follow when it changes.
+    pub(super) dead_peer: AtomicU64,
+    pub(super) sync_file: bool,
+    /// Status flags to put back: somebody else may use the same pipe or terminal after us.
+    pub(super) flags_before: Option<OFlags>,
+    pub(super) child: Option<ChildCommand>,
+}
+
+impl End {
+    pub(in crate::transport) fn kind(&self) -> FdKind {
+        match self.nature {
+            Nature::Tcp | Nature::Socket => FdKind::Socket,
+            Nature::Pipe | Nature::File => FdKind::Other,
+        }
+    }
+
+    /// How long the peer's kernel may answer nothing.
+    pub(in crate::transport) fn dead_peer(&self) -> Duration {
+        Duration::from_millis(self.dead_peer.load(Ordering::Relaxed))
+    }
+
+    /// What a failed call means.
+    pub(in crate::transport) fn broken(&self, doing: &'static str, source: std::io::Error) -> ChannelError {
+        let peer = self.peer.clone();
+        match Errno::from_io_error(&source) {
+            Some(Errno::PIPE) => ChannelError::Closed { peer, doing },
+            Some(Errno::TIMEDOUT) => ChannelError::Silent { peer, doing, after: self.dead_peer() },
+            _ => ChannelError::Io { peer, doing, source },
+        }
+    }
+}
+
+/// Tells what waits in a connection's queue, and does not keep it open.
+#[derive(Debug)]
+pub(in crate::transport) struct Queue(pub(super) Weak<End>);
+
+impl Queue {
+    /// Bytes that were sent and have not left this host; 0 where the kernel does not tell.
+    pub(in crate::transport) fn bytes(&self) -> u64 {
+        self.0.upgrade().and_then(|end| queued_bytes(end.fd.as_fd(), end.kind()).ok()).unwrap_or(0)
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if let Some(flags) = self.flags_before {
+            // Nothing can be done about a failure; the descriptor closes next.
+            let _ = rustix::fs::fcntl_setfl(&self.fd, flags);
+        }
+    }
+}
+
+/// Breaks a connection that other threads use. Clones break the same one.
+#[derive(Clone, Debug)]
+pub struct StreamBreaker(pub(super) Arc<End>);
+
+impl StreamBreaker {
+    /// Closes both directions in order; what was sent still arrives. Waits of both halves end.
+    pub fn close(&self) {
+        // A connection that is gone already needs no closing; pipes and files have no such call.
+        let _ = rustix::net::shutdown(&self.0.fd, Shutdown::Both);
+    }
+
+    /// Breaks the connection so that the peer sees a reset (TCP); other sockets are closed.
+    pub fn reset(&self) {
+        if self.0.nature != Nature::Tcp || rustix::net::connect_unspec(&self.0.fd).is_err() {
+            self.close();
+        }
+    }
+}
+
+pub(super) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+pub(super) fn nature_of(fd: BorrowedFd<'_>) -> std::io::Result<Nature> {
+    let refused = |what| std::io::Error::new(std::io::ErrorKind::InvalidInput, what);
+    match FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) {
+        FileType::Socket => {
+            let socket = socket2::SockRef::from(&fd);
+            if socket.r#type()? != socket2::Type::STREAM {
+                return Err(refused("not a stream socket"));
+            }
+            let ip = [socket2::Domain::IPV4, socket2::Domain::IPV6].contains(&socket.domain()?);
+            Ok(if ip { Nature::Tcp } else { Nature::Socket })
+        }
+        FileType::Directory => Err(refused("a directory")),
+        FileType::Fifo | FileType::CharacterDevice => Ok(Nature::Pipe),
+        _ => Ok(Nature::File),
+    }
+}

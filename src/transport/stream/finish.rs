@@ -1,0 +1,112 @@
+//! The end of a stream in good order.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::Shutdown;
+
+use super::patience::Patience;
+use super::{Nature, StreamChannel};
+use crate::sys::{FdKind, RecvPart, Stop, queued_bytes};
+use crate::transport::{ByteSource, ChannelError};
+
+const FINISHING: &str = "finishing the stream";
+
+/// Bytes after the stream's end that a command may still print.
+const MAX_TRAILING: usize = 1 << 20;
+
+impl StreamChannel {
+    /// Ends the stream in good order: says that no byte follows, waits until the peer's kernel has them all
+    /// (TCP), the bytes are on the disk (files, where asked for) or the command has ended.
+    ///
+    /// # Errors
+    /// [`ChannelError`]; what was sent may then not have arrived. Syncing a file can't be stopped.
+    pub fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        match self.end.nature {
+            Nature::Tcp => {
+                self.close_sending()?;
+                self.await_acknowledged(stop)?;
+            }
+            Nature::Socket => self.close_sending()?,
+            Nature::File if self.end.sync_file => self.sync_file()?,
+            Nature::Pipe if self.end.child.is_some() => return self.read_out(stop),
+            Nature::File | Nature::Pipe => {}
+        }
+        self.await_child(stop)
+    }
+
+    fn close_sending(&self) -> Result<(), ChannelError> {
+        match rustix::net::shutdown(&self.end.fd, Shutdown::Write) {
+            // The peer closed first: everything it wanted it had.
+            Ok(()) | Err(Errno::NOTCONN) => Ok(()),
+            Err(errno) => Err(self.end.broken(FINISHING, errno.into())),
+        }
+    }
+
+    fn await_acknowledged(&self, stop: &Stop) -> Result<(), ChannelError> {
+        const RETRY_INTERVAL: Duration = Duration::from_millis(2);
+        let fd = self.end.fd.as_fd();
+        let mut patience = Patience::new(&self.end, FINISHING, self.stall);
+        loop {
+            let waiting = queued_bytes(fd, FdKind::Socket);
+            if waiting.map_err(|source| self.end.broken(FINISHING, source))? == 0 {
+                return Ok(());
+            }
+            if let Ok(Some(error)) = socket2::SockRef::from(&fd).take_error() {
+                return Err(self.end.broken(FINISHING, error));
+            }
+            // No event tells of the last acknowledgement.
+            patience.rest(RETRY_INTERVAL, stop)?;
+        }
+    }
+
+    /// A command may stand still, or have ended: what waits in the socket to it is not with it.
+    pub(super) fn await_read_by_command(&self, stop: &Stop) -> Result<(), ChannelError> {
+        const READING: &str = "waiting for the command to read the stream";
+        const RETRY_INTERVAL: Duration = Duration::from_millis(2);
+        let Some(child) = &self.end.child else { return Ok(()) };
+        let fd = self.end.fd.as_fd();
+        let mut patience = Patience::new(&self.end, READING, self.stall);
+        loop {
+            child.check()?;
+            if self.has_been_closed() {
+                return Err(ChannelError::Closed { peer: self.end.peer.clone(), doing: READING });
+            }
+            let waiting = queued_bytes(fd, FdKind::Socket);
+            if waiting.map_err(|source| self.end.broken(READING, source))? == 0 {
+                return Ok(());
+            }
+            patience.rest(RETRY_INTERVAL, stop)?;
+        }
+    }
+
+    fn sync_file(&self) -> Result<(), ChannelError> {
+        match rustix::fs::fsync(&self.end.fd) {
+            // Opened for reading, or a device that has nothing to sync.
+            Ok(()) | Err(Errno::INVAL | Errno::ROFS) => Ok(()),
+            Err(errno) => Err(self.end.broken(FINISHING, errno.into())),
+        }
+    }
+
+    /// Takes what a command prints after the stream's end, so that it does not die of a closed pipe.
+    pub(super) fn read_out(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        let mut scratch = vec![0; 1 << 16];
+        let mut taken = 0;
+        while taken <= MAX_TRAILING {
+            match self.recv(&mut [RecvPart::Own(&mut scratch)], stop)? {
+                0 => return Ok(()),
+                count => taken += count,
+            }
+        }
+        let source = std::io::Error::new(std::io::ErrorKind::InvalidData, "goes on after the stream's end");
+        Err(self.end.broken(FINISHING, source))
+    }
+
+    pub(super) fn await_child(&self, stop: &Stop) -> Result<(), ChannelError> {
+        match &self.end.child {
+            Some(child) => child.wait(self.stall, stop),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Bytes out of parts and into parts.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use rustix::event::PollFlags;
+
+use super::low_watermark::BURST_TIMEOUT;
+use super::patience::Patience;
+use super::{End, Nature, StreamChannel};
+use crate::sys::{MAX_PARTS, RecvPart, SendPart, Stop, StopReason, queued_bytes, recv_parts, send_parts};
+use crate::transport::{ByteSink, ByteSource, ChannelError};
+
+const SENDING: &str = "sending the stream";
+const RECEIVING: &str = "waiting for the stream";
+
+/// How parts are handed to the kernel.
+pub(in crate::transport) trait Giving {
+    /// Hands over what has room; how many bytes that were.
+    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize>;
+
+    /// There is no room: before a wait until there is.
+    fn before_wait(&mut self, _end: &End) -> Result<(), ChannelError> {
+        Ok(())
+    }
+}
+
+/// The kernel copies the bytes.
+struct Copying;
+
+impl Giving for Copying {
+    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
+        send_parts(end.fd.as_fd(), end.kind(), parts, skip)
+    }
+}
+
+impl StreamChannel {
+    /// Sends all parts, in order.
+    pub(in crate::transport) fn send_by(
+        &mut self,
+        giving: &mut impl Giving,
+        parts: &[SendPart<'_>],
+        stop: &Stop,
+    ) -> Result<(), ChannelError> {
+        let end = &*self.end;
+        let (mut first, mut skip) = (0, 0);
+        let mut patience: Option<Patience<'_>> = None;
+        loop {
+            while parts.get(first).is_some_and(|part| skip >= part.len()) {
+                skip -= parts[first].len();
+                first += 1;
+            }
+            if first == parts.len() {
+                return Ok(());
+            }
+            if let Some(reason) = stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: SENDING });
+            }
+            let window = &parts[first..parts.len().min(first + MAX_PARTS)];
+            match giving.give(end, window, skip) {
+                Ok(count) => {
+                    skip += count;
+                    self.sent += count as u64;
+                    patience = None;
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    giving.before_wait(end)?;
+                    patience
+                        .get_or_insert_with(|| Patience::new(end, SENDING, self.stall))
+                        .wait(PollFlags::OUT, stop)?;
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(end.broken(SENDING, error)),
+            }
+        }
+    }
+}
+
+impl ByteSink for StreamChannel {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        self.send_by(&mut Copying, parts, stop)
+    }
+
+    /// Nothing is held back here.
+    fn flush(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+
+    fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        Self::finish(self, stop)
+    }
+
+    fn await_read(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.await_read_by_command(stop)
+    }
+
+    fn outlast(&mut self, limit: Duration) {
+        self.outlast_silence(limit);
+    }
+
+    fn position(&self) -> u64 {
+        self.sent
+    }
+
+    fn under_way(&self) -> u64 {
+        // Where the kernel does not tell, as of a file, nothing is known to wait.
+        queued_bytes(self.end.fd.as_fd(), self.end.kind()).unwrap_or(0)
+    }
+}
+
+impl StreamChannel {
+    /// As [`recv`](ByteSource::recv), where `due` bytes are sure to come if the stream does not end: a wait may go on until
+    /// they are there, or many of them.
+    pub(in crate::transport) fn recv_due(
+        &mut self,
+        into: &mut [RecvPart<'_>],
+        due: usize,
+        stop: &Stop,
+    ) -> Result<usize, ChannelError> {
+        let room = into.iter().map(RecvPart::len).sum();
+        if room == 0 {
+            return Ok(0);
+        }
+        let (end, stall) = (&*self.end, self.stall_in_recv());
+        let fd = end.fd.as_fd();
+        let mut patience: Option<Patience<'_>> = None;
+        let mut wait_first = self.low_water.waits_first(due);
+        if stop.reason().is_none() && self.low_water.waits_briefly(fd) {
+            let waited = stop.wait_briefly(fd, PollFlags::IN, BURST_TIMEOUT);
+            waited.map_err(|source| end.broken(RECEIVING, source))?;
+        }
+        loop {
+            let reason = stop.reason();
+            if let Some(reason @ StopReason::Cancelled) = reason {
+                return Err(ChannelError::Stopped { reason, doing: RECEIVING });
+            }
+            // Once the time is over there is only a look.
+            if !std::mem::take(&mut wait_first) || reason.is_some() {
+                match recv_parts(fd, into) {
+                    Ok(0) => return self.await_child(stop).map(|()| 0),
+                    Ok(count) => {
+                        self.low_water.took(count, room);
+                        return Ok(count);
+                    }
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                        if let Some(reason) = reason {
+                            return Err(ChannelError::Stopped { reason, doing: RECEIVING });
+                        }
+                    }
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                    Err(error) => return Err(end.broken(RECEIVING, error)),
+                }
+            }
+            let patience = patience.get_or_insert_with(|| Patience::new(end, RECEIVING, stall));
+            match self.low_water.before_wait(fd, due) {
+                true => patience.wait_for_mark(stop)?,
+                false => patience.wait(PollFlags::IN, stop)?,
+            }
+        }
+    }
+}
+
+impl ByteSource for StreamChannel {
+    /// At the end of a command's output its exit status decides between 0 and an error. No room given is
+    /// answered with 0 too.
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
+        self.recv_due(into, 1, stop)
+    }
+
+    fn set_bulk(&mut self, bulk: bool) {
+        self.low_water.set_bulk(bulk);
+    }
+
+    fn ended_well(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        match self.end.nature {
+            Nature::Pipe if self.end.child.is_some() => self.read_out(stop),
+            _ => Ok(()),
+        }
+    }
+
+    fn set_quiet(&mut self, quiet: bool) {
+        self.quiet = quiet;
+    }
+
+    fn outlast(&mut self, limit: Duration) {
+        self.outlast_silence(limit);
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        matches!(self.end.nature, Nature::Tcp | Nature::Socket).then(|| self.end.fd.as_fd())
+    }
+}
