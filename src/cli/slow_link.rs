@@ -85,7 +85,7 @@ fn join(near: TcpStream, far: SocketAddr, rate: Rate, busy: Busy) -> io::Result<
     Ok(())
 }
 
-/// Carries bytes until either end closes; the other then hears of it.
+/// Carries bytes until either end closes; then the other is closed too.
 fn carry(mut from: TcpStream, mut into: TcpStream, limit: Option<(Rate, Busy)>) {
     let step = limit.as_ref().map_or(INSIDE, |(rate, _)| rate.bytes_in(STEP) as usize);
     let mut bytes = vec![0; step.clamp(1500, INSIDE)];

@@ -39,7 +39,7 @@ pub enum Outcome {
     Completed,
     /// The guest runs here, whole.
     StaysHere(Reason),
-    /// COMMIT was sent and RUNNING not heard: the source keeps the guest paused until somebody decides.
+    /// COMMIT was sent and no RUNNING arrived: the source keeps the guest paused until an operator decides.
     InDoubt,
     /// The guest runs at the destination, where pages may be missing that only the source has: the connection was lost in
     /// postcopy. The source keeps them, and never resumes the guest.

@@ -248,7 +248,7 @@ impl SourceEngine {
             E::Cancel => self.cancel(),
             E::StartPostcopy => self.start_postcopy(),
             E::Failed | E::Lost | E::Refused => self.failed(event),
-            E::Working | E::Ready | E::Running | E::Taken | E::Requested => self.heard(now, event),
+            E::Working | E::Ready | E::Running | E::Taken | E::Requested => self.received(now, event),
             E::Woken | E::Continue | E::UpstreamStopped | E::GuestGiven => self.came(event),
             E::Done | E::SetUp { .. } | E::Synced { .. } | E::Sent { .. } | E::Filled { .. } => {
                 // Without an action under way there is nothing to answer: another event has ended it.

@@ -50,7 +50,7 @@ pub enum HintError {
 /// # What the guest promises
 ///
 /// It holds the pages free from some moment in the epoch until [`free`](Self::free) has returned. A balloon
-/// device hears from events that a sync begins and tells its guest then that the pages are its own again; hints that
+/// device learns from events that a sync begins and tells its guest then that the pages are its own again; hints that
 /// are still on their way come too late, which is safe.
 #[derive(Clone)]
 pub struct PageHints(Arc<Shared>);

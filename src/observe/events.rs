@@ -61,9 +61,9 @@ pub enum EventKind {
     },
     /// It was cancelled; the guest is the source's.
     Cancelled,
-    /// The guest was given away and nobody said that it runs.
+    /// The guest was given away, and no RUNNING arrived.
     InDoubt {
-        /// Why nobody knows.
+        /// Why it is not known whether the guest runs.
         why: String,
     },
     /// The connection is gone, the logs are off, and the memory is its owner's again. Nothing follows.
@@ -371,8 +371,8 @@ mod tests {
     #[test]
     fn a_listener_is_told_at_once_and_may_read_the_figures() {
         let shared = SharedStatistics::default();
-        let heard = Arc::new(Mutex::new(Vec::new()));
-        let (list, figures) = (Arc::clone(&heard), shared.clone());
+        let received = Arc::new(Mutex::new(Vec::new()));
+        let (list, figures) = (Arc::clone(&received), shared.clone());
         shared.listen(move |event| {
             let status = figures.snapshot().status;
             list.lock().unwrap_or_else(PoisonError::into_inner).push((event.kind.clone(), status));
@@ -382,14 +382,14 @@ mod tests {
         shared.update(|s| (s.status, s.ended) = (Status::Completed, true));
         shared.cleaned_up();
         shared.cleaned_up();
-        let heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let received = received.lock().unwrap_or_else(PoisonError::into_inner);
         let expected = [
             (EventKind::Setup, Status::Setup),
             (EventKind::SyncBegins { last: false }, Status::Setup),
             (EventKind::Completed, Status::Completed),
             (EventKind::CleanedUp, Status::Completed),
         ];
-        assert_eq!(heard[..], expected);
+        assert_eq!(received[..], expected);
     }
 
     #[test]

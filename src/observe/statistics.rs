@@ -34,7 +34,7 @@ pub enum Status {
     Failed,
     /// Ended before COMMIT by request; the guest runs at the source.
     Cancelled,
-    /// It has ended: COMMIT was sent and RUNNING not heard.
+    /// It has ended: COMMIT was sent and no RUNNING arrived.
     InDoubt,
 }
 

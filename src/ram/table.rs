@@ -82,7 +82,7 @@ pub enum Refusal {
         used_length: u64,
     },
     /// The block is shared by both ends: a page of it must not travel.
-    #[error("RAM block {block} is ignored as shared, yet a page at {offset} came for it")]
+    #[error("received a page at {offset} of RAM block {block}, which both ends share (x-ignore-shared)")]
     Ignored {
         /// The block.
         block: BlockName,

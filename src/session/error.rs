@@ -75,7 +75,7 @@ pub enum Error {
     #[error(transparent)]
     Serve(#[from] ServeError),
     /// As the peer sent it.
-    #[error("the peer's stream is not understood")]
+    #[error("invalid migration stream from the peer")]
     Decode(#[from] DecodeError),
     /// The stream ended too early.
     #[error("the stream ended after {at} bytes, inside {inside}; the source has failed or was cancelled")]

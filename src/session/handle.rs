@@ -85,7 +85,7 @@ pub enum CancelReply {
 
 /// A running migration. `R` is [`SourceReport`] or [`DestinationReport`].
 ///
-/// Dropping the handle cancels the migration and does not wait: nobody would be left to hear from the
+/// Dropping the handle cancels the migration and does not wait: nothing would be left to read in the
 /// report who owns the guest. A migration that has committed is past that: it runs to its end, which its
 /// [`GuestControl`](crate::guest::GuestControl) sees.
 #[derive(Debug)]

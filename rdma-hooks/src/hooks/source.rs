@@ -332,7 +332,7 @@ impl SourceHooks {
         Ok(news)
     }
 
-    /// The destination sees nothing of a round's writes: where it wants to hear that this end is alive, it is told when
+    /// The destination sees nothing of a round's writes: where it asks for keepalives, one is sent when
     /// nothing else was for a second. Without a credit it has a message to deal with, which tells as much.
     fn say_alive(&mut self) -> Result<(), HooksError> {
         let wanted = self.granted.extension.is_some_and(|extension| extension.features.says_alive);

@@ -165,7 +165,7 @@ impl Connections {
                 return Ok(End::SourceGone);
             }
             if found.get(1).is_some_and(|found| !found.is_empty())
-                && let Some(end) = self.hear()
+                && let Some(end) = self.read_end()
             {
                 return Ok(end);
             }
@@ -173,7 +173,7 @@ impl Connections {
     }
 
     /// Reads what the far end says.
-    fn hear(&mut self) -> Option<End> {
+    fn read_end(&mut self) -> Option<End> {
         let mut buffer = [0; 1024];
         let far_end = self.far_end.as_ref()?;
         match rustix::io::read(far_end, &mut buffer) {

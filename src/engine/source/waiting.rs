@@ -43,7 +43,7 @@ impl SourceEngine {
     }
 
     /// The peer says something.
-    pub(super) fn heard(&mut self, now: Duration, event: SourceEvent) {
+    pub(super) fn received(&mut self, now: Duration, event: SourceEvent) {
         match (self.phase, event) {
             (Phase::New | Phase::RollingBack(_) | Phase::Releasing | Phase::Finished(_), _) => {}
             _ if !self.expects(event) => self.abandon(Reason::Failed),

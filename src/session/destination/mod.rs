@@ -306,7 +306,7 @@ impl DestinationSession {
         }
     }
 
-    /// Somebody wants to see pages as they arrive.
+    /// `arrival` observes pages as they arrive.
     pub(crate) fn with_arrival(mut self, arrival: Box<dyn Arrival>) -> Self {
         self.arrival = Some(arrival);
         self

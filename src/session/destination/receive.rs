@@ -1,4 +1,4 @@
-//! What a destination hears: the stream's bytes, event by event, and the source's words.
+//! What a destination receives: the stream's bytes, event by event, and the source's native messages.
 
 use std::sync::Arc;
 

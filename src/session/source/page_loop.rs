@@ -16,7 +16,7 @@ use crate::session::{Breakage, Error};
 const MAX_BATCH_PAGES: u64 = 16 * 1024;
 
 impl SourceSession {
-    /// Sends dirty pages until none is left, or until the engine calls. The peer and the embedder are heard at each batch.
+    /// Sends dirty pages until none is left, or until the engine calls. The peer's messages and the embedder's commands are taken at each batch.
     pub(super) fn send_slice(&mut self) -> Result<SourceEvent, Error> {
         self.poll_return_path()?;
         self.check_layout()?;
@@ -49,7 +49,8 @@ impl SourceSession {
         Ok(SourceEvent::Sent { pages_left, sent: Sent { guest, wire: bytes } })
     }
 
-    /// Waits until the limit lets the next batch leave, and hears the peer meanwhile; false if the engine calls before.
+    /// Waits until the rate limit lets the next batch leave, and takes the peer's messages meanwhile; false if the engine
+    /// calls before.
     fn keep_pace(&mut self) -> Result<bool, Error> {
         while !self.driver.engine.is_last_round() {
             let now = self.driver.clock.now();

@@ -1,4 +1,4 @@
-//! What the source hears of its destination, and what it waits for while there is nothing to do.
+//! Messages of the destination as the source takes them, and what it waits for while there is nothing to do.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ const LATE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// goes on saying that it is at it.
 const SLOWEST_LOAD: u64 = 64 << 20;
 
-/// Messages heard in one look at the return path.
+/// Most messages taken in one poll of the return path.
 const MAX_MESSAGES: usize = 64;
 
 /// Requests that wait here at most. Those behind wait in the connection.
@@ -162,19 +162,19 @@ impl SourceSession {
 
     /// Takes what the peer has said meanwhile. Waits for nothing.
     pub(super) fn poll_return_path(&mut self) -> Result<(), Error> {
-        // The rest is heard at the next look: a peer that talks on must not keep us from our pages.
+        // The rest is taken at the next poll: a peer that floods us with messages must not keep us from sending pages.
         for _ in 0..MAX_MESSAGES {
             let Some(back) = self.wire.back.as_mut().filter(|_| self.pages.search.asked() < MAX_REQUESTS)
             else {
                 break;
             };
             let Some(message) = back.poll()? else { break };
-            self.hear(message)?;
+            self.take_message(message)?;
         }
         Ok(())
     }
 
-    /// Hears the peer for `time`, less if it says something that the engine acts on.
+    /// Takes the peer's messages for `time`; less if one of them is for the engine.
     pub(super) fn listen_for(&mut self, time: Duration) -> Result<(), Error> {
         let stop = self.wire.stop.within(time);
         if self.wire.back.is_none() {
@@ -193,7 +193,7 @@ impl SourceSession {
     fn next_event(&mut self, stop: &Stop) -> Result<Option<SourceEvent>, Error> {
         loop {
             let Some(back) = &mut self.wire.back else {
-                return Err(Error::PeerFailed { why: "there is no return path to hear it on".into() });
+                return Err(Error::PeerFailed { why: "there is no return path for its answer".into() });
             };
             let message = match back.next(stop) {
                 Ok(message) => message,
@@ -212,7 +212,7 @@ impl SourceSession {
         }
     }
 
-    fn hear(&mut self, message: PeerMessage) -> Result<(), Error> {
+    fn take_message(&mut self, message: PeerMessage) -> Result<(), Error> {
         if let Some(event) = self.event_of(message)? {
             let now = self.driver.clock.now();
             self.driver.engine.handle(now, event);

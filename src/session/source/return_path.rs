@@ -101,7 +101,9 @@ impl ReturnPath {
 /// The reason to stop, if there is one by now: a wait that always finds bytes does not look at it.
 pub(super) fn check_deadline(stop: &Stop) -> Result<(), ChannelError> {
     match stop.reason() {
-        Some(reason) => Err(ChannelError::Stopped { reason, doing: "hearing the destination" }),
+        Some(reason) => {
+            Err(ChannelError::Stopped { reason, doing: "waiting for a message of the destination" })
+        }
         None => Ok(()),
     }
 }

@@ -118,9 +118,11 @@ impl SourceSession {
     fn find_out_peer(&mut self) -> Result<Handover, Error> {
         let after = self.settings.greeting_timeout;
         let silent = || Error::NoAnswer { what: "what it is", after, remedy: Remedy::RaiseGreetingTimeout };
-        let heard = self.hear_greeting(&self.wire.stop.within(after));
-        match (heard.map_err(|error| if error.is_deadline() { silent() } else { error })?, self.settings.peer)
-        {
+        let answered = self.await_greeting(&self.wire.stop.within(after));
+        match (
+            answered.map_err(|error| if error.is_deadline() { silent() } else { error })?,
+            self.settings.peer,
+        ) {
             (Peer::Ramwire, _) => self.say_hello().map(|()| Handover::Native),
             (Peer::Qemu, Some(Peer::Ramwire)) => {
                 let why = "it answers the greeting as a QEMU does, and was to be a ramwire".into();
@@ -132,7 +134,7 @@ impl SourceSession {
 
     /// The greeting is answered before the ordinary PING: a peer that answers only that is a QEMU. Before it reads, it
     /// answers nothing; as long as it is silent, it may be either.
-    fn hear_greeting(&mut self, stop: &Stop) -> Result<Peer, Error> {
+    fn await_greeting(&mut self, stop: &Stop) -> Result<Peer, Error> {
         loop {
             match self.next_message(stop)? {
                 PeerMessage::Pong(ORDINARY_PING) => return Ok(Peer::Qemu),
@@ -167,7 +169,7 @@ impl SourceSession {
     fn next_message(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
         match &mut self.wire.back {
             Some(back) => back.next(stop),
-            None => Err(Error::PeerFailed { why: "there is no return path to hear it on".into() }),
+            None => Err(Error::PeerFailed { why: "there is no return path for its answer".into() }),
         }
     }
 
@@ -187,11 +189,11 @@ impl SourceSession {
                 let why = format!("it speaks version {} of ramwire's words", theirs.max_version);
                 Err(Error::PeerFailed { why })
             }
-            // What it repeats tells that it heard right: a lost digest flag would let it start unchecked.
+            // It repeats what it received: a lost digest flag would let it start the guest unchecked.
             PeerMessage::Hello(theirs)
                 if (theirs.migration_id, theirs.digest) != (ours.migration_id, ours.digest) =>
             {
-                Err(Error::PeerFailed { why: "it heard another HELLO than was said".into() })
+                Err(Error::PeerFailed { why: "it received another HELLO than was sent".into() })
             }
             PeerMessage::Hello(theirs) => self.send_vmm_configuration(theirs.max_version),
             word => refuse_verdict(word),

@@ -148,7 +148,7 @@ impl Skips {
 }
 
 impl SourceSession {
-    /// Takes the guest's word for pages whose bytes it does not need; clones of what this answers go to whoever hears
+    /// Takes the guest's hints about pages whose bytes it does not need; clones of what this answers go to whatever receives
     /// it, from any thread. Hints are good for this migration only, between its syncs.
     pub fn page_hints(&mut self) -> PageHints {
         let table = self.guest.memory.table();

@@ -115,7 +115,7 @@ impl Running {
     }
 
     /// What the channels have told meanwhile.
-    fn hear(&mut self) -> Result<(), MoveError> {
+    fn take_reports(&mut self) -> Result<(), MoveError> {
         while let Ok(told) = self.told.try_recv() {
             self.take(told)?;
         }
@@ -139,7 +139,7 @@ impl ByteSource for MultifdDestination {
         let mut progress = Progress { bytes: self.channel_bytes(), since: Instant::now() };
         loop {
             if let Some(running) = &mut self.running {
-                running.hear().map_err(as_channel)?;
+                running.take_reports().map_err(as_channel)?;
             }
             match self.main.recv(into, &stop.within(POLL_INTERVAL)) {
                 Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })
@@ -250,7 +250,7 @@ impl DestinationLink for MultifdDestination {
         let mut progress = Progress { bytes: self.channel_bytes(), since: Instant::now() };
         loop {
             let Some(running) = &mut self.running else { return Ok(AtBarrier::default()) };
-            running.hear()?;
+            running.take_reports()?;
             if running.at_barrier == running.releases.len() {
                 return Ok(AtBarrier { missing: running.numbers.check().err() });
             }

@@ -1,6 +1,6 @@
 //! Pages by RDMA WRITE, bytes by message: QEMU's `rdma:` protocol.
 //!
-//! The protocol is `rdma_hooks`' duty; here its five hooks meet the house.
+//! The protocol is in `rdma_hooks`; here its five hooks carry pages and bytes of a link.
 //!
 //! | here | hook |
 //! |------|------|

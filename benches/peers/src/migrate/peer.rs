@@ -182,7 +182,7 @@ impl Peer {
         self.child.id()
     }
 
-    /// Waits for its end and hears what it cost.
+    /// Waits for its end and reads what it cost.
     ///
     /// # Errors
     /// [`BenchError`].
@@ -201,7 +201,9 @@ impl Peer {
         loop {
             let mut byte = [0];
             if self.words.recv(&mut [RecvPart::Own(&mut byte)], &stop)? == 0 {
-                return Err(failed("hearing")(io::Error::other("it ended; see what it printed above")));
+                return Err(failed("waiting for its report")(io::Error::other(
+                    "it ended; see what it printed above",
+                )));
             }
             match byte[0] {
                 b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),

@@ -29,9 +29,9 @@ pub fn serve(address: &str, host: Option<&str>) -> Result<(), BenchError> {
 pub fn answer_all(words: &mut Words, host: Option<&str>) -> Result<(), BenchError> {
     loop {
         words.wait_for_more();
-        let request: Request = match words.hear()? {
-            Some(Heard::Measure(request)) => request,
-            Some(Heard::Done) => continue,
+        let request: Request = match words.receive()? {
+            Some(ToAnswer::Measure(request)) => request,
+            Some(ToAnswer::Done) => continue,
             None => return Ok(()),
         };
         let answered = match request.carrier {
@@ -58,7 +58,7 @@ pub fn answer_all(words: &mut Words, host: Option<&str>) -> Result<(), BenchErro
 /// What the asking end says.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Heard {
+pub enum ToAnswer {
     /// The next measurement.
     Measure(Request),
     /// The measurement under way is over.

@@ -112,7 +112,7 @@ pub fn requests(
     let mut out: VecDeque<(Duration, Duration)> = VecDeque::with_capacity(depth);
     let start = Instant::now();
     let mut number = 0u32;
-    let mut heard = Duration::ZERO;
+    let mut answered = Duration::ZERO;
     loop {
         let due = pace.due(number);
         let now = start.elapsed();
@@ -128,8 +128,8 @@ pub fn requests(
         let completed = flow.completed()?;
         let ended = start.elapsed();
         if completed > 0 || out.is_empty() {
-            heard = ended;
-        } else if ended - heard > super::words::ANSWER_TIMEOUT {
+            answered = ended;
+        } else if ended - answered > super::words::ANSWER_TIMEOUT {
             return Err(silent());
         }
         for (begun, late) in out.drain(..completed.min(out.len())) {

@@ -21,7 +21,7 @@ use ramwire::sys::CancelToken;
 use super::BenchError;
 use crate::cli::common;
 use crate::cli::output::{result_line, result_text};
-use answer::Heard;
+use answer::ToAnswer;
 use measure::Pace;
 use record::Recorded;
 use report::{Case, Report};
@@ -165,8 +165,8 @@ fn measure(
     pace: Pace,
     cancel: &CancelToken,
 ) -> Result<Recorded, BenchError> {
-    words.say(&Heard::Measure(request.clone()))?;
-    let (host, port) = match words.hear()? {
+    words.say(&ToAnswer::Measure(request.clone()))?;
+    let (host, port) = match words.receive()? {
         Some(Reply::At(host, port)) => (host, port),
         other => return Err(refused(other)),
     };
@@ -185,7 +185,7 @@ fn measure(
             run_loop(&mut line, request, pace, cancel)
         }
     };
-    words.say(&Heard::Done)?;
+    words.say(&ToAnswer::Done)?;
     recorded
 }
 
@@ -202,7 +202,7 @@ fn run_loop<L: measure::Echo + measure::Flow>(
 }
 
 fn ready(words: &mut Words) -> Result<(), BenchError> {
-    match words.hear()? {
+    match words.receive()? {
         Some(Reply::Ready) => Ok(()),
         other => Err(refused(other)),
     }

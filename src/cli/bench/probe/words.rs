@@ -121,11 +121,11 @@ impl Words {
         self.lines.get_mut().write_all(line.as_bytes()).map_err(failed("speaking"))
     }
 
-    /// Hears one thing; `None` once the other end has closed.
+    /// Receives one value; `None` once the other end has closed.
     ///
     /// # Errors
     /// [`BenchError::Io`].
-    pub fn hear<T: DeserializeOwned>(&mut self) -> Result<Option<T>, BenchError> {
+    pub fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<T>, BenchError> {
         let mut line = String::new();
         let count = (&mut self.lines).take(MAX_LINE).read_line(&mut line).map_err(failed("listening"))?;
         if count == 0 {
@@ -187,13 +187,13 @@ mod tests {
         assert!(!there.has_more());
         here.say(&request).unwrap();
         here.say(&Reply::At("10.9.0.1".into(), 7)).unwrap();
-        assert_eq!(there.hear::<Request>().unwrap(), Some(request.clone()));
+        assert_eq!(there.receive::<Request>().unwrap(), Some(request.clone()));
         assert!(there.has_more());
-        assert_eq!(there.hear::<Reply>().unwrap(), Some(Reply::At("10.9.0.1".into(), 7)));
+        assert_eq!(there.receive::<Reply>().unwrap(), Some(Reply::At("10.9.0.1".into(), 7)));
         here.say(&7).unwrap();
-        assert!(there.hear::<Reply>().is_err());
+        assert!(there.receive::<Reply>().is_err());
         drop(here);
-        assert_eq!(there.hear::<Reply>().unwrap(), None);
+        assert_eq!(there.receive::<Reply>().unwrap(), None);
         for (size, depth) in [(0, 1), (MAX_BYTES + 1, 1), (1, 0), (1, MAX_REQUESTS + 1)] {
             assert!(!Request { size, depth, ..request.clone() }.is_sound());
         }

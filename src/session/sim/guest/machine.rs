@@ -49,9 +49,9 @@ impl SimControl {
                 world.violation("the source's guest was resumed after COMMIT");
             }
         } else {
-            let heard = world.commit.is_some_and(|end| world.pipes[0].read >= end);
-            if !heard {
-                world.violation("the destination's guest was started before COMMIT was heard");
+            let received = world.commit.is_some_and(|end| world.pipes[0].read >= end);
+            if !received {
+                world.violation("the destination's guest was started before COMMIT was received");
             }
             if let Some(page) = world.stale_page() {
                 world.violation(format!("{page:?} is unplugged and has an earlier state"));

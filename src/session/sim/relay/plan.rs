@@ -7,7 +7,7 @@ use crate::session::sim::plan::Rng;
 pub(super) enum SourceKind {
     /// Gives the guest away with its last byte, and lets it run again if its connection closes or says so.
     Qemu,
-    /// The same without a return path: it never hears anything, and has let go.
+    /// The same without a return path: it receives nothing, and has released the guest.
     OneWay,
     /// Gives the guest away when it is asked for it, and never lets it run again by itself then.
     Ramwire,
