@@ -81,7 +81,7 @@ impl DestinationSession {
 
     /// SENT: kept until everything has come.
     pub(super) fn source_sent(&mut self, counts: &[u8]) -> Result<(), Error> {
-        if !self.ram_ended || !self.engine.is_native() {
+        if !self.sections.ram_ended() || !self.engine.is_native() {
             return Err(out_of_turn("SENT", "waiting for the last page of a ramwire"));
         }
         self.told.sent = Some(page_counts::decode(counts));

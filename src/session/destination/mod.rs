@@ -2,6 +2,7 @@
 
 mod advised;
 mod counts;
+mod digests;
 mod figures;
 mod keepalive;
 mod mapper;
@@ -13,6 +14,7 @@ mod receive;
 mod recovery;
 mod return_path;
 mod round;
+mod sections;
 mod skipped;
 
 use std::sync::Arc;
@@ -28,7 +30,6 @@ use crate::stream::native::Answer;
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
 use crate::stream::qemu::return_path::Message;
-use crate::stream::qemu::section::Phase;
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::{ByteSink, ChannelError, DestinationConnection, DestinationLink};
 
@@ -40,6 +41,7 @@ use crate::session::relay::ScanReport;
 use crate::session::{Breakage, Clock, Error, WallClock, shared_blocks};
 use advised::Advised;
 use counts::SourceTold;
+use digests::Digests;
 use figures::Figures;
 use keepalive::KEEPALIVE_INTERVAL;
 use mapper::Mapper;
@@ -50,6 +52,7 @@ use preempt::{Connections, SharedNext};
 use reader::StreamReader;
 use receive::{no_blocks, out_of_turn};
 pub use recovery::NextConnection;
+use sections::Sections;
 
 /// What the source announced, before any page.
 #[derive(Clone, Debug)]
@@ -229,22 +232,15 @@ pub struct DestinationSession {
     pub(super) commitment: Arc<Commitment>,
     stop: Stop,
     return_path_open: bool,
-    /// Of the section of RAM that was begun last.
-    ram_phase: Option<Phase>,
-    ram_ended: bool,
-    /// The last that came was the end of a section of RAM, or of its records.
-    between_rounds: bool,
-    in_native_state: bool,
+    sections: Sections,
     migration_id: Option<[u8; 16]>,
-    theirs: Vec<u64>,
+    digests: Digests,
     /// What a ramwire source has told of itself and of the pages it sent.
     told: SourceTold,
     /// Bytes that came as zero in rounds by another link than the stream.
     zero_in_rounds: u64,
     /// Pages that the source says it has not sent in their last state.
     unsent: PageSet,
-    ours: Option<Digest>,
-    verified: bool,
     statistics: SharedStatistics,
     figures: Figures,
     error: Option<Error>,
@@ -287,17 +283,12 @@ impl DestinationSession {
             state: Vec::new(),
             section_at: 0,
             return_path_open: false,
-            ram_phase: None,
-            ram_ended: false,
-            between_rounds: false,
-            in_native_state: false,
+            sections: Sections::default(),
             migration_id: None,
-            theirs: Vec::new(),
+            digests: Digests::default(),
             told: SourceTold::default(),
             zero_in_rounds: 0,
             unsent: PageSet::default(),
-            ours: None,
-            verified: false,
             figures: Figures::new(statistics.clone()),
             statistics,
             error: None,
@@ -474,7 +465,7 @@ impl DestinationSession {
             pages_mapped_behind,
             incoming: self.incoming,
             bytes,
-            verified: self.verified,
+            verified: self.digests.verified(),
             native: self.engine.is_native(),
             scan: self.placing.as_ref().and_then(Placing::scan_report),
             missing_pages,
@@ -494,14 +485,13 @@ impl DestinationSession {
                 }
                 return self.receive(reader);
             }
-            DestinationAction::MakeDigest => self.ours = Some(self.with_keepalive(Self::make_digest)?),
+            DestinationAction::MakeDigest => {
+                let ours = self.with_keepalive(Self::make_digest)?;
+                self.digests.made(ours);
+            }
             DestinationAction::CompareDigest => {
-                let theirs = Digest(std::mem::take(&mut self.theirs));
-                if let Some(ours) = self.ours.take() {
-                    let ours = if self.breakage.is(Breakage::SkipComparing) { theirs.clone() } else { ours };
-                    ours.compare(&theirs, self.memory()?.table())?;
-                    self.verified = true;
-                }
+                let memory = self.memory()?;
+                self.digests.compare(memory.table(), self.breakage)?;
             }
             DestinationAction::LoadState => {
                 // A decompressor tells only at its end that what it gave out was damaged.

@@ -19,7 +19,6 @@ use super::mapper::Mapper;
 use super::placing::Placing;
 use super::reader::StreamReader;
 use super::{DestinationSession, Incoming};
-use crate::session::digest::digests_of;
 use crate::session::source::described;
 use crate::session::{Error, shared_blocks};
 
@@ -40,16 +39,12 @@ impl DestinationSession {
                         let placing = self.placing.as_mut().ok_or_else(|| no_blocks("a page"))?;
                         placing.pages(block, offset, bytes, rest).map_err(|error| error.at(at))?;
                         *start += consumed + rest.len();
-                        bulk = self.ram_phase == Some(Phase::Part);
+                        bulk = self.sections.pages_follow();
                         continue;
                     }
                     bulk = false;
                     let seen = *stream.seen();
-                    self.between_rounds = match event {
-                        Event::RecordsEnd | Event::SectionEnd { kind: SectionKind::Ram, .. } => true,
-                        Event::Command(_) => self.between_rounds,
-                        _ => false,
-                    };
+                    self.sections.note(&event);
                     let input = self.take(event, raw, seen).map_err(|error| error.at(at))?;
                     *start += consumed;
                     if let Some(input) = input {
@@ -75,9 +70,8 @@ impl DestinationSession {
                     // A QEMU says nothing between two rounds while it waits for its operator (pause-before-switchover); the
                     // footer of the last one may still be in its buffer then. A ramwire says that it is alive.
                     let empty = reader.start == reader.end;
-                    source.set_quiet(
-                        empty && self.between_rounds && !self.ram_ended && !self.engine.is_native(),
-                    );
+                    let may_be_silent = self.sections.between_rounds() && !self.engine.is_native();
+                    source.set_quiet(empty && may_be_silent);
                     let got = source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
                     if got == 0 {
                         return self.stream_ended(reader);
@@ -123,17 +117,14 @@ impl DestinationSession {
                 kind: SectionKind::Ram, phase: phase @ (Phase::Part | Phase::End), ..
             } => {
                 tracing::trace!(?phase, "pages begin");
-                self.ram_phase = Some(phase);
                 self.pages_begin(seen)?;
             }
-            Event::SectionStart { kind: SectionKind::Ram, phase, .. } => self.ram_phase = Some(phase),
             Event::MultifdFlush => self.barrier()?,
             Event::RecordsEnd => self.records_ended(seen)?,
             Event::SectionEnd { kind: SectionKind::Ram, phase: Phase::End } => self.ram_complete()?,
-            Event::SectionEnd { kind: SectionKind::Ram, .. } => {}
-            Event::SectionStart { kind: SectionKind::NativeState, .. } => self.in_native_state = true,
-            Event::SectionEnd { kind: SectionKind::NativeState, .. } => self.in_native_state = false,
-            Event::SectionBytes(bytes) if self.in_native_state => self.carry(bytes)?,
+            Event::SectionStart { kind: SectionKind::Ram | SectionKind::NativeState, .. }
+            | Event::SectionEnd { kind: SectionKind::Ram | SectionKind::NativeState, .. } => {}
+            Event::SectionBytes(bytes) if self.sections.in_native_state() => self.carry(bytes)?,
             Event::SectionStart { .. } => {
                 self.section_at = self.carried().len();
                 self.carry(raw)?;
@@ -173,9 +164,7 @@ impl DestinationSession {
     /// relay has passed on what stands in front.
     fn carried(&mut self) -> &mut Vec<u8> {
         match &mut self.incoming {
-            Some(incoming) if !matches!(self.ram_phase, Some(Phase::Part | Phase::End)) => {
-                &mut incoming.early_sections
-            }
+            Some(incoming) if !self.sections.pages_began() => &mut incoming.early_sections,
             _ => &mut self.state,
         }
     }
@@ -255,7 +244,6 @@ impl DestinationSession {
     }
 
     fn ram_complete(&mut self) -> Result<(), Error> {
-        self.ram_ended = true;
         tracing::trace!("pages end");
         // Nothing beside the downtime takes time from it.
         if let Some(mapper) = &self.mapper {
@@ -321,7 +309,7 @@ impl DestinationSession {
                 Err(out_of_turn("VMM_CONFIGURATION", "a ramwire's list of RAM blocks has not come"))
             }
             Order::VmmConfiguration { part } => self.vmm_configuration(part).map(|()| None),
-            Order::StateSent if !self.ram_ended => {
+            Order::StateSent if !self.sections.ram_ended() => {
                 Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
             Order::StateSent => {
@@ -329,19 +317,14 @@ impl DestinationSession {
                 Ok(Some(DestinationEvent::StateSent))
             }
             Order::Sent { counts } => self.source_sent(counts).map(|()| None),
-            Order::Unsent { .. } if !self.ram_ended || !self.engine.is_native() => {
+            Order::Unsent { .. } if !self.sections.ram_ended() || !self.engine.is_native() => {
                 Err(out_of_turn("UNSENT", "waiting for the last page of a ramwire"))
             }
             Order::Unsent { block, why, ranges } => self.not_sent(block, why, ranges).map(|()| None),
             Order::Digest { first, values } => {
-                let due = digests_of(self.memory()?.table());
-                let count = values.len() / 8;
-                if first as usize != self.theirs.len() || self.theirs.len() + count > due {
-                    return Err(out_of_turn("digests out of order", "comparing"));
-                }
-                let values = values.chunks_exact(8).filter_map(|v| v.try_into().ok().map(u64::from_be_bytes));
-                self.theirs.extend(values);
-                Ok((self.theirs.len() == due).then_some(DestinationEvent::Digests))
+                let memory = self.memory()?;
+                let whole = self.digests.take(first, values, memory.table())?;
+                Ok(whole.then_some(DestinationEvent::Digests))
             }
             Order::Commit { migration_id } if self.migration_id == Some(migration_id) => {
                 Ok(Some(DestinationEvent::Commit))

@@ -7,7 +7,6 @@ use crate::engine::Ending;
 use crate::error::{Chain, Remedy};
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::incoming::{AnnouncedBlocks, Seen};
-use crate::stream::qemu::section::Phase;
 use crate::stream::{Corrupt, DecodeError};
 use crate::sys::Stop;
 use crate::transport::AtBarrier;
@@ -49,7 +48,7 @@ impl DestinationSession {
 
     /// The parser met the mark.
     pub(super) fn receive_round(&mut self) -> Result<(), Error> {
-        if self.breakage.is(Breakage::ScanBeforeFinish) && self.ram_phase == Some(Phase::End) {
+        if self.breakage.is(Breakage::ScanBeforeFinish) && self.sections.is_last_round() {
             self.scan()?;
         }
         if !self.link.abilities().has_rounds {
@@ -64,7 +63,7 @@ impl DestinationSession {
         self.figures.round_marked();
         // The setup round has no pages; those of the last one are looked for when the section ends, while the source
         // goes on with its device state.
-        if self.ram_phase == Some(Phase::Part) { self.scan() } else { Ok(()) }
+        if self.sections.pages_follow() { self.scan() } else { Ok(()) }
     }
 
     /// No page comes any more: what the last round brought is looked for.
