@@ -4,24 +4,36 @@
 use crate::engine::{agree_on_channels, compare_counts};
 use crate::error::Remedy;
 use crate::observe::PageCounts;
+use crate::ram::PageSet;
 use crate::session::{Breakage, Error};
 use crate::stream::native::channels_of_ping;
 use crate::stream::page_counts;
-use crate::stream::qemu::file::IGNORE_SHARED;
+use crate::stream::qemu::file::{Configuration, IGNORE_SHARED};
 use crate::stream::qemu::packet_numbers::MissingPackets;
 
 use super::DestinationSession;
+use super::digests::Digests;
 use super::receive::out_of_turn;
 
-/// What a ramwire source has told of itself and of the pages it sent.
+/// What the source has told of itself and of the pages it sent.
 #[derive(Debug, Default)]
 pub(super) struct SourceTold {
-    /// It sent the greeting, so that it understands REFUSED.
+    /// It reads answers.
+    pub(super) return_path: bool,
+    pub(super) configuration: Option<Configuration>,
+    /// A ramwire sent the greeting, so that it understands REFUSED.
     pub(super) greeted: bool,
+    pub(super) migration_id: Option<[u8; 16]>,
     /// Its page channels.
     channels: u8,
+    pub(super) vmm_configuration: Vec<u8>,
     /// Pages it has sent.
     sent: Option<Vec<PageCounts>>,
+    /// Bytes that came as zero in rounds by another link than the stream.
+    pub(super) zero_in_rounds: u64,
+    /// Pages that it has not sent in their last state.
+    pub(super) unsent: PageSet,
+    pub(super) digests: Digests,
 }
 
 impl SourceTold {
@@ -65,7 +77,7 @@ impl DestinationSession {
         let able = self.link.abilities();
         let beside = alone || able.page_channels > 0 || able.has_rounds;
         let some_stay =
-            self.configuration.as_ref().is_some_and(|configuration| configuration.has(IGNORE_SHARED));
+            self.told.configuration.as_ref().is_some_and(|configuration| configuration.has(IGNORE_SHARED));
         if beside || some_stay || self.advised.is_some() || self.engine.is_native() {
             return Ok(());
         }
@@ -98,7 +110,7 @@ impl DestinationSession {
         }
         let page_bytes = self.placing()?.placer().page_bytes();
         let mut stream = self.placing()?.in_stream();
-        stream.zero += self.zero_in_rounds / page_bytes;
+        stream.zero += self.told.zero_in_rounds / page_bytes;
         let mut placed = vec![stream];
         placed.extend(self.link.placed_pages());
         Ok(compare_counts(&sent, &placed)?)

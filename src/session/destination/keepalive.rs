@@ -23,7 +23,7 @@ pub(super) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 impl DestinationSession {
     /// Does `work`; meanwhile a thread tells a ramwire source that we are at it.
     pub(super) fn with_keepalive<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
-        let tells = self.engine.is_native() && self.return_path_open;
+        let tells = self.engine.is_native() && self.told.return_path;
         let Some(back) = self.back.take_if(|_| tells) else { return work(self) };
         let back = Arc::new(Mutex::new(Some(back)));
         let (done, until_done) = bounded::<()>(0);

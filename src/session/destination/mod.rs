@@ -25,7 +25,7 @@ use crate::engine::{DestinationAction, DestinationEngine, DestinationEvent, Endi
 use crate::error::{Chain, Remedy};
 use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange, PageObserver, load_state};
 use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
-use crate::ram::{PageSet, RamBlock};
+use crate::ram::RamBlock;
 use crate::stream::native::Answer;
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
@@ -41,7 +41,6 @@ use crate::session::relay::ScanReport;
 use crate::session::{Breakage, Clock, Error, WallClock, shared_blocks};
 use advised::Advised;
 use counts::SourceTold;
-use digests::Digests;
 use figures::Figures;
 use keepalive::KEEPALIVE_INTERVAL;
 use mapper::Mapper;
@@ -223,24 +222,13 @@ pub struct DestinationSession {
     advised: Option<Advised>,
     next_connection: SharedNext,
     incoming: Option<Incoming>,
-    configuration: Option<Configuration>,
-    vmm_configuration: Vec<u8>,
     state: Vec<u8>,
-    /// Where the section that is carried began.
-    section_at: usize,
     cancel: CancelToken,
     pub(super) commitment: Arc<Commitment>,
     stop: Stop,
-    return_path_open: bool,
     sections: Sections,
-    migration_id: Option<[u8; 16]>,
-    digests: Digests,
-    /// What a ramwire source has told of itself and of the pages it sent.
+    /// What the source has told of itself and of the pages it sent.
     told: SourceTold,
-    /// Bytes that came as zero in rounds by another link than the stream.
-    zero_in_rounds: u64,
-    /// Pages that the source says it has not sent in their last state.
-    unsent: PageSet,
     statistics: SharedStatistics,
     figures: Figures,
     error: Option<Error>,
@@ -278,17 +266,9 @@ impl DestinationSession {
             advised: None,
             next_connection: SharedNext::default(),
             incoming: None,
-            configuration: None,
-            vmm_configuration: Vec::new(),
             state: Vec::new(),
-            section_at: 0,
-            return_path_open: false,
             sections: Sections::default(),
-            migration_id: None,
-            digests: Digests::default(),
             told: SourceTold::default(),
-            zero_in_rounds: 0,
-            unsent: PageSet::default(),
             figures: Figures::new(statistics.clone()),
             statistics,
             error: None,
@@ -465,7 +445,7 @@ impl DestinationSession {
             pages_mapped_behind,
             incoming: self.incoming,
             bytes,
-            verified: self.digests.verified(),
+            verified: self.told.digests.verified(),
             native: self.engine.is_native(),
             scan: self.placing.as_ref().and_then(Placing::scan_report),
             missing_pages,
@@ -487,11 +467,11 @@ impl DestinationSession {
             }
             DestinationAction::MakeDigest => {
                 let ours = self.with_keepalive(Self::make_digest)?;
-                self.digests.made(ours);
+                self.told.digests.made(ours);
             }
             DestinationAction::CompareDigest => {
                 let memory = self.memory()?;
-                self.digests.compare(memory.table(), self.breakage)?;
+                self.told.digests.compare(memory.table(), self.breakage)?;
             }
             DestinationAction::LoadState => {
                 // A decompressor tells only at its end that what it gave out was damaged.
@@ -541,7 +521,7 @@ impl DestinationSession {
             .map(|i| carried(i.seen.framing, (&i.configuration, &i.vmm_configuration), &i.early_sections))
             .unwrap_or_default();
         let stop = &self.stop;
-        let unsent = self.unsent.clone();
+        let unsent = self.told.unsent.clone();
         Digest::make((&memory, unsent), &carried, &self.state, &self.settings.spawner, || {
             let stopped = |reason| ChannelError::Stopped { reason, doing: "making the digest" };
             stop.reason().map_or(Ok(()), |reason| Err(stopped(reason).into()))
@@ -549,7 +529,7 @@ impl DestinationSession {
     }
 
     pub(super) fn send_message(&mut self, message: Message<'_>) -> Result<(), Error> {
-        let (true, Some(back)) = (self.return_path_open, &mut self.back) else { return Ok(()) };
+        let (true, Some(back)) = (self.told.return_path, &mut self.back) else { return Ok(()) };
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
         let stop = self.stop.within(self.settings.stall_timeout);

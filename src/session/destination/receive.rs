@@ -89,7 +89,7 @@ impl DestinationSession {
     fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
         let inside = if self.placing.is_none() { "the setup" } else { "RAM or device state" };
         let truncated = Error::Truncated { at: reader.at, inside };
-        let waits_for_us = self.engine.is_native() || self.return_path_open;
+        let waits_for_us = self.engine.is_native() || self.told.return_path;
         if waits_for_us || !self.settings.accept_missing_description {
             return Err(truncated);
         }
@@ -110,7 +110,7 @@ impl DestinationSession {
             Event::Zero { block, offset } => self.placing()?.zero(block, offset)?,
             Event::Compressed { block, offset, bytes } => self.placing()?.compressed(block, offset, bytes)?,
             Event::Xbzrle { block, offset, bytes } => self.placing()?.delta(block, offset, bytes)?,
-            Event::Configuration(configuration) => self.configuration = Some(configuration),
+            Event::Configuration(configuration) => self.told.configuration = Some(configuration),
             Event::Blocks(blocks) => self.blocks(&blocks)?,
             Event::Command(command) => return self.command(command),
             Event::SectionStart {
@@ -126,11 +126,12 @@ impl DestinationSession {
             | Event::SectionEnd { kind: SectionKind::Ram | SectionKind::NativeState, .. } => {}
             Event::SectionBytes(bytes) if self.sections.in_native_state() => self.carry(bytes)?,
             Event::SectionStart { .. } => {
-                self.section_at = self.carried().len();
+                let at = self.carried().len();
+                self.sections.carried_from(at);
                 self.carry(raw)?;
             }
             Event::SectionEnd { phase: Phase::Part, .. } if self.says_nothing() => {
-                let at = self.section_at;
+                let at = self.sections.carried_at();
                 self.carried().truncate(at);
             }
             Event::SectionEnd { .. } | Event::VirtioMem(_) | Event::BitmapChunk | Event::SectionBytes(_) => {
@@ -172,7 +173,7 @@ impl DestinationSession {
     /// True if the PART that ends here holds nothing but the mark of its end. A QEMU with dirty bitmaps writes one beside
     /// every section of pages, thousands in a second, and nobody need keep them.
     fn says_nothing(&mut self) -> bool {
-        let at = self.section_at + PART_LEN;
+        let at = self.sections.carried_at() + PART_LEN;
         self.carried().get(at..) == Some(&NOTHING[..])
     }
 
@@ -197,12 +198,12 @@ impl DestinationSession {
             return Ok(());
         }
         let incoming = Incoming {
-            configuration: self.configuration.clone().unwrap_or_default(),
+            configuration: self.told.configuration.clone().unwrap_or_default(),
             blocks: announced.iter().map(described).collect(),
-            vmm_configuration: std::mem::take(&mut self.vmm_configuration),
+            vmm_configuration: std::mem::take(&mut self.told.vmm_configuration),
             // What came in front of the list.
             early_sections: std::mem::take(&mut self.state),
-            has_return_path: self.return_path_open && self.back.is_some(),
+            has_return_path: self.told.return_path && self.back.is_some(),
             seen: Seen::default(),
         };
         let memory = self.provider.provide(&incoming)?;
@@ -261,8 +262,8 @@ impl DestinationSession {
 
     fn command(&mut self, command: Command<'_>) -> Result<Option<DestinationEvent>, Error> {
         match command {
-            Command::OpenReturnPath => self.return_path_open = true,
-            Command::Ping(_) if !self.return_path_open => {
+            Command::OpenReturnPath => self.told.return_path = true,
+            Command::Ping(_) if !self.told.return_path => {
                 return Err(out_of_turn("PING", "a stream without a return path"));
             }
             Command::Ping(value) => {
@@ -275,7 +276,7 @@ impl DestinationSession {
             }
             // Refused now the guest runs on at its source. Refused when the source has switched over to postcopy it stands
             // still there, and on a QEMU 7.2 until somebody continues it. Without a return path no source can switch.
-            Command::PostcopyAdvise { host_pages, .. } if self.return_path_open && self.back.is_some() => {
+            Command::PostcopyAdvise { host_pages, .. } if self.told.return_path && self.back.is_some() => {
                 if !self.settings.postcopy {
                     return Err(no_postcopy());
                 }
@@ -301,11 +302,11 @@ impl DestinationSession {
                 };
                 self.agree_on_channels()?;
                 let answer = Hello { min_version: version, max_version: version, ..theirs };
-                self.migration_id = Some(theirs.migration_id);
+                self.told.migration_id = Some(theirs.migration_id);
                 self.send_message(Message::Native(Answer::Hello(answer)))?;
                 Ok(Some(DestinationEvent::Hello { digest: theirs.digest }))
             }
-            Order::VmmConfiguration { .. } if self.incoming.is_some() || self.migration_id.is_none() => {
+            Order::VmmConfiguration { .. } if self.incoming.is_some() || self.told.migration_id.is_none() => {
                 Err(out_of_turn("VMM_CONFIGURATION", "a ramwire's list of RAM blocks has not come"))
             }
             Order::VmmConfiguration { part } => self.vmm_configuration(part).map(|()| None),
@@ -323,10 +324,10 @@ impl DestinationSession {
             Order::Unsent { block, why, ranges } => self.not_sent(block, why, ranges).map(|()| None),
             Order::Digest { first, values } => {
                 let memory = self.memory()?;
-                let whole = self.digests.take(first, values, memory.table())?;
+                let whole = self.told.digests.take(first, values, memory.table())?;
                 Ok(whole.then_some(DestinationEvent::Digests))
             }
-            Order::Commit { migration_id } if self.migration_id == Some(migration_id) => {
+            Order::Commit { migration_id } if self.told.migration_id == Some(migration_id) => {
                 Ok(Some(DestinationEvent::Commit))
             }
             Order::Commit { .. } => Err(out_of_turn("COMMIT of another migration", "waiting for ours")),
@@ -337,10 +338,10 @@ impl DestinationSession {
 impl DestinationSession {
     /// What the source's VMM tells comes in parts.
     fn vmm_configuration(&mut self, part: &[u8]) -> Result<(), Error> {
-        if (self.vmm_configuration.len() + part.len()) as u64 > self.settings.max_state {
+        if (self.told.vmm_configuration.len() + part.len()) as u64 > self.settings.max_state {
             return Err(out_of_turn("more VMM configuration than is accepted", "a greeting"));
         }
-        self.vmm_configuration.extend_from_slice(part);
+        self.told.vmm_configuration.extend_from_slice(part);
         Ok(())
     }
 }

@@ -55,7 +55,7 @@ impl DestinationSession {
             return Err(out_of_turn("the mark of a round", "a stream that has none"));
         }
         let round = self.link.receive_round(&self.stop)?;
-        self.zero_in_rounds += round.zero_bytes;
+        self.told.zero_in_rounds += round.zero_bytes;
         let placing = self.placing()?;
         let page = placing.memory().table().page().bytes();
         placing.placer().count_zero(round.zero_bytes / page);

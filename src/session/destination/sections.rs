@@ -12,6 +12,8 @@ pub(super) struct Sections {
     /// The last that came was the end of a section of RAM, or of its records.
     between_rounds: bool,
     in_native_state: bool,
+    /// Where the section that is carried began in what carries it.
+    carried_at: usize,
 }
 
 impl Sections {
@@ -54,6 +56,16 @@ impl Sections {
     /// Between two rounds, where a source may be silent for long.
     pub(super) fn between_rounds(&self) -> bool {
         self.between_rounds && !self.ram_ended
+    }
+
+    /// A section that is carried begins there.
+    pub(super) fn carried_from(&mut self, at: usize) {
+        self.carried_at = at;
+    }
+
+    /// Where the section that is carried began.
+    pub(super) fn carried_at(&self) -> usize {
+        self.carried_at
     }
 
     pub(super) fn in_native_state(&self) -> bool {

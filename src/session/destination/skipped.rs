@@ -17,8 +17,8 @@ impl DestinationSession {
         let registered = self.link.abilities().has_rounds;
         let placer = Arc::clone(self.placing()?.placer());
         let table = placer.memory().table();
-        if self.unsent.is_empty() {
-            self.unsent = PageSet::new(table);
+        if self.told.unsent.is_empty() {
+            self.told.unsent = PageSet::new(table);
         }
         for Range { first, pages } in Range::decode_all(ranges) {
             let refused =
@@ -27,7 +27,7 @@ impl DestinationSession {
             let found = found.map_err(|error| refused(Chain(&error).to_string()))?;
             let landing = found.ok_or_else(|| refused(format!("{pages} pages from page {first} on")))?;
             let run = landing.run(table.page());
-            self.unsent.add(run);
+            self.told.unsent.add(run);
             // Whoever watches has copied what came, and goes by that.
             if why == Unsent::Free || placer.observer().is_some() {
                 continue;
