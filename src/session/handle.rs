@@ -207,7 +207,7 @@ impl SourceSession {
 impl DestinationSession {
     /// Asks this session for its end while it runs; of the token that it has now.
     pub fn canceller(&self) -> Canceller {
-        Canceller { commitment: Arc::clone(&self.commitment), cancel: self.cancel_token() }
+        Canceller { commitment: self.commitment(), cancel: self.cancel_token() }
     }
 
     /// Runs the migration on a thread `ramwire-dest` of the settings' spawner.
@@ -216,6 +216,6 @@ impl DestinationSession {
     /// [`Error::Thread`]; nothing was received.
     pub fn spawn(self) -> Result<MigrationHandle<DestinationReport>, Error> {
         let shared = (self.canceller(), None, self.statistics());
-        start(&self.settings.spawner.clone(), "ramwire-dest", shared, || self.run())
+        start(&self.spawner(), "ramwire-dest", shared, || self.run())
     }
 }

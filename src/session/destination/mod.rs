@@ -38,6 +38,7 @@ use crate::session::config::DestinationSettings;
 use crate::session::digest::{Digest, carried};
 use crate::session::handle::Commitment;
 use crate::session::relay::ScanReport;
+use crate::session::workers::Spawner;
 use crate::session::{Breakage, Clock, Error, WallClock, shared_blocks};
 use advised::Advised;
 use counts::SourceTold;
@@ -209,10 +210,10 @@ pub struct DestinationReport {
 pub struct DestinationSession {
     link: Box<dyn DestinationLink>,
     back: Option<Box<dyn ByteSink>>,
-    pub(super) provider: Box<dyn MemoryProvider>,
-    pub(super) control: Box<dyn GuestControl>,
+    provider: Box<dyn MemoryProvider>,
+    control: Box<dyn GuestControl>,
     arrival: Option<Box<dyn Arrival>>,
-    pub(super) settings: DestinationSettings,
+    settings: DestinationSettings,
     engine: DestinationEngine,
     clock: WallClock,
     placing: Option<Placing>,
@@ -224,7 +225,7 @@ pub struct DestinationSession {
     incoming: Option<Incoming>,
     state: Vec<u8>,
     cancel: CancelToken,
-    pub(super) commitment: Arc<Commitment>,
+    commitment: Arc<Commitment>,
     stop: Stop,
     sections: Sections,
     /// What the source has told of itself and of the pages it sent.
@@ -235,8 +236,8 @@ pub struct DestinationSession {
     /// Threads that told the source that we were at work.
     working: Vec<JoinHandle<()>>,
     /// How often a source that waits for READY is told that we are at it.
-    pub(super) keepalive_interval: Duration,
-    pub(super) breakage: Breakage,
+    keepalive_interval: Duration,
+    breakage: Breakage,
 }
 
 impl DestinationSession {
@@ -303,6 +304,20 @@ impl DestinationSession {
     /// Raise it to cancel; without effect from READY on, when the source may give the guest away.
     pub fn cancel_token(&self) -> CancelToken {
         self.cancel.clone()
+    }
+
+    pub(in crate::session) fn commitment(&self) -> Arc<Commitment> {
+        Arc::clone(&self.commitment)
+    }
+
+    /// Where its threads come from.
+    pub(in crate::session) fn spawner(&self) -> Spawner {
+        self.settings.spawner.clone()
+    }
+
+    /// Leaves out an order, in tests.
+    pub(in crate::session) fn break_order(&mut self, breakage: Breakage) {
+        self.breakage = breakage;
     }
 
     /// The figures while it runs.
@@ -558,5 +573,25 @@ impl DestinationSession {
     pub(super) fn memory(&self) -> Result<Arc<dyn GuestMemory>, Error> {
         let placing = self.placing.as_ref().ok_or_else(|| no_blocks("the end of the state"))?;
         Ok(Arc::clone(placing.memory()))
+    }
+}
+
+/// What tests set that no caller may.
+#[cfg(test)]
+impl DestinationSession {
+    pub(in crate::session) fn settings_mut(&mut self) -> &mut DestinationSettings {
+        &mut self.settings
+    }
+
+    pub(in crate::session) fn arrive_in(&mut self, provider: Box<dyn MemoryProvider>) {
+        self.provider = provider;
+    }
+
+    pub(in crate::session) fn control_by(&mut self, control: Box<dyn GuestControl>) {
+        self.control = control;
+    }
+
+    pub(in crate::session) fn keep_alive_every(&mut self, interval: Duration) {
+        self.keepalive_interval = interval;
     }
 }

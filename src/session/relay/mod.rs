@@ -237,7 +237,7 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         meter: None,
     };
     session = session.with_arrival(Box::new(middle));
-    session.breakage = breakage;
+    session.break_order(breakage);
     let received = session.run();
     // Whatever happened: the far side must not wait for us any more.
     hub.post(RelayEvent::SourceGone);

@@ -106,9 +106,9 @@ fn destination(sim: &Sim, breakage: Breakage) -> DestinationSession {
     );
     sim.world().cancel[1] = Some(session.cancel_token());
     let mut session = if watched { session.with_arrival(Box::new(Watcher::new(sim))) } else { session };
-    session.breakage = breakage;
+    session.break_order(breakage);
     // The simulation's steps know nothing of a third thread, and a busy machine may take a second for one.
-    session.keepalive_interval = Duration::MAX;
+    session.keep_alive_every(Duration::MAX);
     session
 }
 

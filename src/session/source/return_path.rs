@@ -130,3 +130,31 @@ fn peer_message(message: Message<'_>) -> Result<PeerMessage, Error> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Instant;
+
+    use super::*;
+    use crate::transport::{StreamChannel, StreamOptions};
+
+    /// Prints what it costs to look whether the peer has said something, which is done behind each batch.
+    #[test]
+    #[ignore = "measures"]
+    fn a_look_at_a_silent_peer_costs_one_system_call() {
+        const LOOKS: u32 = 200_000;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let _far = listener.accept().unwrap();
+        let channel = StreamChannel::from_fd(near.into(), "peer", &StreamOptions::default()).unwrap();
+        let (_sink, back) = channel.with_return_path();
+        let mut back = ReturnPath::new(Box::new(back.unwrap()));
+        let began = Instant::now();
+        for _ in 0..LOOKS {
+            assert_eq!(back.poll().unwrap(), None);
+        }
+        println!("{:?} a look", began.elapsed() / LOOKS);
+    }
+}

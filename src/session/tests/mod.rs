@@ -345,8 +345,8 @@ fn a_destination_at_work_is_waited_for_and_a_silent_one_is_not() {
     let stall = Duration::from_secs(2);
     for says_so in [true, false] {
         let mut ends = ends_with(|settings| settings.stall_timeout = stall);
-        ends.destination.keepalive_interval = if says_so { stall / 8 } else { Duration::MAX };
-        ends.destination.control = Box::new(SlowLoader(ends.destination_machine.clone(), stall * 2));
+        ends.destination.keep_alive_every(if says_so { stall / 8 } else { Duration::MAX });
+        ends.destination.control_by(Box::new(SlowLoader(ends.destination_machine.clone(), stall * 2)));
         let destination = ends.destination.spawn().unwrap();
         let sent = ends.source.run();
         let arrived = destination.wait().unwrap();

@@ -135,8 +135,8 @@ fn migrate(at_source: Option<&'static str>, at_destination: Option<&'static str>
         EventKind::CleanedUp => here.call("listen: cleaned up"),
         _ => {}
     });
-    ends.destination.provider = Box::new(there.clone());
-    ends.destination.control = Box::new(there);
+    ends.destination.arrive_in(Box::new(there.clone()));
+    ends.destination.control_by(Box::new(there));
     let (source, destination) = (ends.source.spawn().unwrap(), ends.destination.spawn().unwrap());
     let events = source.events().clone();
     let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());

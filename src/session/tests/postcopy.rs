@@ -14,7 +14,7 @@ fn p2_a_guest_switches_to_postcopy_between_two_ramwires() {
             settings.digest = false;
             settings.postcopy = Some(postcopy);
         });
-        ends.destination.settings.postcopy = true;
+        ends.destination.settings_mut().postcopy = true;
         if command {
             ends.source.control().start_postcopy().unwrap();
         }

@@ -170,7 +170,7 @@ fn setup(
         DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
         DestinationSettings::default(),
     );
-    destination.settings.postcopy = true;
+    destination.settings_mut().postcopy = true;
     Setup { offered, machine, source: SourceSession::new(guest, connection, settings), destination }
 }
 

@@ -28,7 +28,7 @@ fn told(
 ) -> (SourceReport, DestinationReport, Option<Vec<u8>>) {
     let mut ends = ends_with(|settings| settings.vmm_configuration = configuration.to_vec());
     let seen = Arc::default();
-    ends.destination.provider = Box::new(Follows(ends.to.clone(), Arc::clone(&seen)));
+    ends.destination.arrive_in(Box::new(Follows(ends.to.clone(), Arc::clone(&seen))));
     set(&mut ends);
     let destination = std::thread::spawn(move || ends.destination.run());
     let sent = ends.source.run();
@@ -49,7 +49,7 @@ fn a_vmm_is_told_the_others_configuration_before_it_provides_memory() {
 
 #[test]
 fn a_configuration_beyond_the_destinations_limit_ends_the_migration_before_a_page() {
-    let (sent, arrived, seen) = told(&[7; 2000], |ends| ends.destination.settings.max_state = 1999);
+    let (sent, arrived, seen) = told(&[7; 2000], |ends| ends.destination.settings_mut().max_state = 1999);
     assert_eq!((sent.outcome, arrived.ending), (Outcome::StaysHere(Reason::Failed), Ending::Discarded));
     let text = Chain(&arrived.error.unwrap()).to_string();
     assert!(text.contains("more VMM configuration than is accepted"), "{text}");
