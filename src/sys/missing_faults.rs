@@ -108,57 +108,69 @@ impl MissingFaults {
         self.uffd.unregister(span.as_ptr().cast(), span.len()).map_err(to_io)
     }
 
-    /// Puts `bytes` in place as the contents of `span`: at once for each page of the memory, and only where none is there.
-    /// Threads that wait run on after [`wake`](Self::wake). `false` where a page was there already: it is left as it is.
+    /// Puts `bytes` in place as the contents of `span`, memory in pages of `page` bytes: each page at once, and only where
+    /// none is there. Threads that wait run on after [`wake`](Self::wake). `false` where some page was there already: it is
+    /// left as it is, and the others are placed.
     ///
     /// # Errors
     /// The kernel's answer: ENOMEM, ENOSPC (a huge page pool is empty), ESRCH.
-    pub fn place(&self, span: HostSpan<'_>, bytes: &[u8]) -> io::Result<bool> {
+    pub fn place(&self, span: HostSpan<'_>, bytes: &[u8], page: PageSize) -> io::Result<bool> {
         debug_assert_eq!(span.len(), bytes.len());
-        let mut done = 0;
+        let (mut done, mut all) = (0, true);
         while done < bytes.len().min(span.len()) {
             let (from, left) = (bytes[done..].as_ptr().cast(), span.len() - done);
             // SAFETY: `from` is valid for `left` bytes; the target lies in a registered range of guest memory, and the
             // kernel refuses any other. What is missing there has no contents that could be lost.
             match unsafe { self.uffd.copy(from, span.as_ptr().add(done).cast(), left, false) } {
                 Ok(count) => done += count,
-                // A change of the address space came between: what was copied counts, the rest is tried again.
-                Err(userfaultfd::Error::PartiallyCopied(count)) => {
-                    done += usize::try_from(count as isize).unwrap_or(0)
-                }
+                // EAGAIN: a page that is there stands behind those that were copied, or a change of the address space came
+                // between, and the count is an error number. What was copied counts, the rest is tried again.
+                Err(userfaultfd::Error::PartiallyCopied(count)) => match usize::try_from(count as isize) {
+                    Ok(count) if count > 0 => done += count,
+                    _ => std::thread::yield_now(),
+                },
                 Err(userfaultfd::Error::CopyFailed(errno)) if errno as i32 == libc::EEXIST => {
-                    return Ok(false);
+                    (done, all) = (done + page.bytes() as usize, false);
                 }
                 Err(error) => return Err(to_io(error)),
             }
         }
-        Ok(true)
+        Ok(all)
     }
 
-    /// Puts zero pages in place, as [`place`](Self::place). `page` is the page size of the memory.
+    /// Puts zero pages in place, as [`place`](Self::place).
     ///
     /// # Errors
     /// As [`place`](Self::place).
     pub fn place_zero(&self, span: HostSpan<'_>, page: PageSize) -> io::Result<bool> {
-        if page.bytes() as usize > rustix::param::page_size() {
+        let bytes = page.bytes() as usize;
+        let mut all = true;
+        for at in (0..span.len()).step_by(bytes) {
+            let part = span.part(at, bytes).ok_or(Errno::INVAL)?;
             // Huge pages have no zero page.
-            let zeros = vec![0; page.bytes() as usize];
-            let mut all = true;
-            for at in (0..span.len()).step_by(zeros.len()) {
-                let part = span.part(at, zeros.len()).ok_or(Errno::INVAL)?;
-                all &= self.place(part, &zeros)?;
-            }
-            return Ok(all);
+            all &= match bytes > rustix::param::page_size() {
+                true => self.place(part, &vec![0; bytes], page)?,
+                false => self.place_zero_page(part, page)?,
+            };
         }
-        // SAFETY: as in `place`.
-        match unsafe { self.uffd.zeropage(span.as_ptr().cast(), span.len(), false) } {
-            Ok(_) => Ok(true),
-            Err(userfaultfd::Error::ZeropageFailed(errno)) if errno as i32 == libc::EEXIST => Ok(false),
-            // Not every kernel has zero pages for shared memory.
-            Err(userfaultfd::Error::ZeropageFailed(errno)) if errno as i32 == libc::EINVAL => {
-                self.place(span, &vec![0; span.len()])
+        Ok(all)
+    }
+
+    fn place_zero_page(&self, span: HostSpan<'_>, page: PageSize) -> io::Result<bool> {
+        loop {
+            // SAFETY: as in `place`.
+            match unsafe { self.uffd.zeropage(span.as_ptr().cast(), span.len(), false) } {
+                Ok(_) => return Ok(true),
+                Err(userfaultfd::Error::ZeropageFailed(errno)) => match errno as i32 {
+                    libc::EEXIST => return Ok(false),
+                    // Not every kernel has zero pages for shared memory.
+                    libc::EINVAL => return self.place(span, &vec![0; span.len()], page),
+                    // A change of the address space came between.
+                    libc::EAGAIN => std::thread::yield_now(),
+                    _ => return Err(io::Error::from_raw_os_error(errno as i32)),
+                },
+                Err(error) => return Err(to_io(error)),
             }
-            Err(error) => Err(to_io(error)),
         }
     }
 
@@ -234,8 +246,11 @@ mod tests {
                 let reader = scope.spawn(move || (reads(2), reads(3)));
                 let FaultAt(at) = next_fault(&faults);
                 assert_eq!(at & !4095, span(2).address());
-                assert!(faults.place(span(2), &[7; 4096]).unwrap());
-                assert!(!faults.place(span(2), &[8; 4096]).unwrap(), "what is there is not replaced");
+                assert!(faults.place(span(2), &[7; 4096], PageSize::SIZE_4K).unwrap());
+                assert!(
+                    !faults.place(span(2), &[8; 4096], PageSize::SIZE_4K).unwrap(),
+                    "what is there is not replaced"
+                );
                 faults.wake(span(2)).unwrap();
                 assert_eq!(next_fault(&faults).0 & !4095, span(3).address());
                 assert!(faults.place_zero(span(3), PageSize::SIZE_4K).unwrap());
@@ -244,6 +259,38 @@ mod tests {
             });
             assert_eq!(faults.next().unwrap(), None);
             faults.unregister(mapping.region().span(0, 4 * 4096).unwrap()).unwrap();
+        }
+    }
+
+    /// Pages that are there, at the start, in the middle and at the end, keep none of the others away.
+    #[test]
+    fn what_is_there_is_left_and_the_pages_around_it_are_placed() {
+        const PAGES: u64 = 8;
+        for mapping in
+            [Mapping::anonymous(PAGES * 4096).unwrap(), Mapping::memfd("missing", PAGES * 4096).unwrap()]
+        {
+            for zero in [false, true] {
+                let faults = MissingFaults::user_mode_only().unwrap();
+                let all = mapping.region().span(0, PAGES * 4096).unwrap();
+                let page = |page: u64| mapping.region().span(page * 4096, 4096).unwrap();
+                crate::sys::discard(all, PageSize::SIZE_4K).unwrap();
+                faults.register(all).unwrap();
+                for there in [0, 3, 4, 7] {
+                    assert!(faults.place(page(there), &[7; 4096], PageSize::SIZE_4K).unwrap());
+                }
+                let placed = match zero {
+                    true => faults.place_zero(all, PageSize::SIZE_4K),
+                    false => faults.place(all, &[8; PAGES as usize * 4096], PageSize::SIZE_4K),
+                };
+                assert!(!placed.unwrap(), "some were there");
+                let other = if zero { 0 } else { 8 };
+                for (at, byte) in (0..).zip([7, other, other, 7, 7, other, other, 7]) {
+                    let mut out = [1; 4096];
+                    page(at).copy_to(&mut out);
+                    assert_eq!(out, [byte; 4096], "page {at}");
+                }
+                faults.unregister(all).unwrap();
+            }
         }
     }
 }

@@ -158,7 +158,7 @@ impl Placer {
     ) -> Result<(), GuestError> {
         let span = self.target(landing)?;
         let placed = match bytes {
-            Some(bytes) => missing.faults.place(span, bytes),
+            Some(bytes) => missing.faults.place(span, bytes, self.host_page(landing)),
             None => missing.faults.place_zero(span, self.host_page(landing)),
         };
         placed.map(drop).map_err(|source| self.unplaced(landing, source))

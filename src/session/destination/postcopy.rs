@@ -328,7 +328,13 @@ impl DestinationSession {
     /// All pages have come: waits for the guest's start.
     pub(super) fn await_guest(&mut self) -> Result<(), Error> {
         self.take_control()?;
-        let Some(postcopy) = &self.postcopy else { return Ok(()) };
+        let Some(postcopy) = &mut self.postcopy else { return Ok(()) };
+        // Nothing is asked for any more. A fault of a page that has come is answered by the end of the serving, and could not
+        // be answered behind it.
+        postcopy.shared.over.cancel();
+        if let Some(faults) = postcopy.faults.take() {
+            let _ = faults.join();
+        }
         if let Some(error) = postcopy.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(error);
         }

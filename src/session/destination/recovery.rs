@@ -6,6 +6,8 @@
 //! S->D  pages as before
 //! ```
 
+use rustix::net::Shutdown;
+
 use crate::engine::HostPage;
 use crate::observe::Status;
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
@@ -52,6 +54,10 @@ impl DestinationSession {
             tracing::warn!(%error, "the connection is lost; the guest runs on, and the source may connect again");
         }
         postcopy.shared.back.replace(None);
+        // Whoever lost it: a source that waits for an answer on it would not notice.
+        if let Some(connection) = self.source.descriptor() {
+            let _ = rustix::net::shutdown(connection, Shutdown::Both);
+        }
         self.statistics.update(|s| s.status = Status::PostcopyPaused);
         if let Some(placing) = &mut self.placing {
             placing.forget_parts();
