@@ -68,6 +68,60 @@ fn p1_p13_a_stored_guest_goes_to_any_qemu_in_postcopy() {
     }
 }
 
+/// The connection is lost again and again behind the switch, at whichever end: the source connects again, no page is lost.
+#[test]
+fn p9_p11_p24_a_lost_connection_to_any_qemu_loses_no_page() {
+    if !peers_present() {
+        return;
+    }
+    let dir = scratch();
+    let (sent, folder) = (dir.path().join("sent"), dir.path().join("guest"));
+    fill(&sent, 64, Pattern::Mixed { seed: 17 });
+    let mut source = Guest::new(Version::Qemu72, MACHINE, &sent, 64).start(dir.path(), "source");
+    store(&mut source, dir.path(), &folder);
+    source.kill();
+    for version in Version::ALL {
+        let what = format!("to {version}");
+        let arrived = dir.path().join("arrived");
+        fill(&arrived, 64, Pattern::Random { seed: 3 });
+        let (mut destination, uri) =
+            waiting(Guest::new(version, MACHINE, &arrived, 64), dir.path(), "destination");
+        let limits = ["--max-postcopy-bandwidth", "4M", "--reconnect", "100"];
+        let send = [&["send", &uri, "--json", "--again", "--postcopy"], &limits[..], &["--dir"]].concat();
+        let mut sender = Ramwire::start(dir.path(), &send, &folder);
+        for lost in 1..=3 {
+            lose_and_recover(&mut destination, lost, &uri, &what);
+        }
+        let report = sender.finished(Deadline::seconds(120), 0);
+        assert_eq!(report["status"], "completed", "{what}: {report}");
+        destination.wait_completed(Deadline::seconds(20));
+        compare(&sent, &arrived).unwrap_or_else(|d| panic!("{what}: {d:?}"));
+        destination.execute("cont", json!({}));
+        assert_eq!(destination.status(), "running", "{what}");
+        destination.kill();
+    }
+}
+
+/// Breaks the connection for the `lost`th time, and has the QEMU listen again.
+fn lose_and_recover(qemu: &mut Qemu, lost: usize, uri: &str, what: &str) {
+    let deadline = Deadline::seconds(100);
+    let mut is_lost = false;
+    loop {
+        let info = qemu.query_migrate();
+        is_lost |= qemu.stderr().matches("Migration paused").count() >= lost;
+        match info["status"].as_str() {
+            Some("postcopy-active") if is_lost => return,
+            // One that has just gone on passes over a pause now and then.
+            Some("postcopy-active") => drop(qemu.try_execute("migrate-pause", json!({}))),
+            // A QEMU 7.2 may still listen from the last time, and the source be there already.
+            Some("postcopy-paused") => drop(qemu.try_execute("migrate-recover", json!({"uri": uri}))),
+            _ => {}
+        }
+        assert!(!deadline.is_over(), "{what}: {info}\n{}", qemu.stderr());
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
 /// A guest that checks its memory runs while nearly all of it is missing, and goes on checking until all has come.
 #[test]
 fn p2_p6_a_stored_live_guest_starts_at_once_at_any_qemu() {

@@ -1,5 +1,7 @@
 //! Options of a switch to postcopy.
 
+use std::time::Duration;
+
 use ramwire::engine::{OnTimeout, PostcopyRule};
 use ramwire::session::{PostcopySettings, SourceSettings};
 use ramwire::units::Rate;
@@ -19,6 +21,10 @@ pub(super) struct PostcopyArgs {
     /// With --postcopy: most bytes a second of the memory that nobody waits for; 0 is no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     max_postcopy_bandwidth: u64,
+    /// With --postcopy: when the connection is lost behind the switch, connect again for so long (QEMU: migrate-recover
+    /// there); the guest runs there meanwhile, and nothing is lost. 0: the loss is the end
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
+    reconnect: Duration,
 }
 
 fn rule(text: &str) -> Result<PostcopyRule, String> {
@@ -43,6 +49,7 @@ impl PostcopyArgs {
         };
         let mut postcopy = PostcopySettings::new(rule);
         postcopy.max_bandwidth = Rate::limit(self.max_postcopy_bandwidth);
+        postcopy.reconnect_timeout = self.reconnect;
         settings.postcopy = Some(postcopy);
     }
 }

@@ -8,7 +8,7 @@ use ramwire::guest::GuestMemory;
 use ramwire::observe::RunDescription;
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlockTable};
-use ramwire::session::{Peer, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::session::{Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, ChannelOptions, ConnectionOptions, Way, open_source};
 use ramwire::units::Rate;
@@ -189,7 +189,10 @@ fn send(
     }
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
-    let session = SourceSession::new(source, connection, settings(args, &guest)).with_cancel(cancel);
+    let again = Redial::new(args.uri.clone(), options.stream);
+    let session = SourceSession::new(source, connection, settings(args, &guest))
+        .with_cancel(cancel)
+        .with_reconnect(Box::new(again));
     tell_if_it_does_not("send", &session.statistics(), REMEDIES);
     let metrics = args.watch.metrics.serve("send", session.statistics())?;
     let custody = guest.custody();

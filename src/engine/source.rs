@@ -6,6 +6,8 @@
 //!   -> pause -> (hold) -> last sync -> last round -> drain -> state -> digest -> READY -> COMMIT -> RUNNING -> release
 //! postcopy, from the last sync on:
 //!   -> discards -> package without RUN -> COMMIT (RUN) -> [ send missing pages ]* -> taken -> end -> SHUT -> release
+//! the connection lost behind RUN:
+//!   -> reconnect -> compare what was received -> resume -> [ send missing pages ]* ...
 //! ```
 //!
 //! A relay waits in front of COMMIT until the guest's own source has given the guest to it.
@@ -29,6 +31,7 @@
 mod config;
 mod estimate;
 mod postcopy;
+mod recovery;
 mod steps;
 mod waiting;
 
@@ -63,6 +66,9 @@ enum Phase {
     Filling,
     AwaitingTaken,
     EndingPostcopy,
+    Reconnecting,
+    ComparingReceived,
+    ResumingPages,
     AwaitingReady {
         /// Whatever the peer says meanwhile.
         by: Duration,
@@ -195,6 +201,9 @@ impl SourceEngine {
                 | Phase::Filling
                 | Phase::AwaitingTaken
                 | Phase::EndingPostcopy
+                | Phase::Reconnecting
+                | Phase::ComparingReceived
+                | Phase::ResumingPages
                 | Phase::AwaitingRunning
                 | Phase::Reporting
                 | Phase::Listening
@@ -291,6 +300,9 @@ impl SourceEngine {
             (Phase::Committing, E::Done) if self.postcopy.begun => self.send_missing(now),
             (Phase::Filling, E::Filled { pages_left }) => self.filled(now, pages_left),
             (Phase::EndingPostcopy, E::Done) => self.await_running(now),
+            (Phase::Reconnecting | Phase::ComparingReceived | Phase::ResumingPages, E::Done) => {
+                self.recovered(now);
+            }
             (Phase::Draining, E::Done) => self.go(Phase::SendingState, A::SendState),
             (Phase::SendingState, E::Done) if self.config.digest && self.config.handover.has_ready() => {
                 self.go(Phase::Digesting, A::SendDigest);
@@ -332,6 +344,7 @@ impl SourceEngine {
             _ if event == SourceEvent::Refused && self.refusal_gives_back() => {
                 self.go(Phase::RollingBack(Reason::Failed), SourceAction::RollBack);
             }
+            _ if event == SourceEvent::Lost && self.may_recover() => self.reconnect(),
             _ => self.abandon(Reason::Failed),
         }
     }

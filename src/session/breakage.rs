@@ -45,6 +45,12 @@ pub(super) enum Breakage {
     SkipDiscard,
     /// Order 5: the source ends a postcopy while pages are missing.
     EndEarly,
+    /// Order 5: after a lost connection the source takes what it has sent for received.
+    SkipBitmaps,
+    /// After a lost connection the first page goes on in the block of the last.
+    KeepCurrentBlock,
+    /// Order 6: the source lets the guest run when the connection is lost behind the switch.
+    ResumeAfterLoss,
     /// A relay over RDMA looks for the pages of the last round before it.
     ScanBeforeFinish,
     /// Order 7: memory is registered without the guest's promise not to discard it.

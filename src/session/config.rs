@@ -23,12 +23,17 @@ pub struct PostcopySettings {
     /// Most bytes a second after the switch (QEMU's `max-postcopy-bandwidth`); no limit. Pages that a thread waits for leave
     /// at once all the same.
     pub max_bandwidth: Option<Rate>,
+    /// How long a lost connection may be followed by another, each time that it is lost, where
+    /// [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect) says how. The guest runs on at the
+    /// destination meanwhile, and waits where it touches a page that is missing. 0: the loss is the end,
+    /// [`Outcome::Incomplete`](crate::engine::Outcome::Incomplete).
+    pub reconnect_timeout: Duration,
 }
 
 impl PostcopySettings {
-    /// No limit.
+    /// No limit; a lost connection is the end.
     pub fn new(rule: PostcopyRule) -> Self {
-        Self { rule, max_bandwidth: None }
+        Self { rule, max_bandwidth: None, reconnect_timeout: Duration::ZERO }
     }
 }
 

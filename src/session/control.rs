@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use crate::engine::{BandwidthLimit, ThrottlePolicy};
 use crate::error::Remedy;
-use crate::transport::DeltaCacheSize;
+use crate::transport::{Address, DeltaCacheSize};
 use crate::units::Rate;
 
 use super::Error;
 use super::config::SourceSettings;
+use super::connection::ConnectionHandle;
 use super::handle::{CancelReply, Canceller};
 
 /// Changes a migration while it runs, from any thread; clones change the same one. Nothing here waits for the migration, and
@@ -28,6 +29,7 @@ pub struct Control {
     postcopy_bandwidth: BandwidthLimit,
     delta_cache: Option<DeltaCacheSize>,
     gate: SwitchoverGate,
+    connection: ConnectionHandle,
     limits: Arc<Mutex<Limits>>,
 }
 
@@ -74,6 +76,7 @@ impl Control {
             postcopy_bandwidth: limit(settings.postcopy.as_ref().and_then(|postcopy| postcopy.max_bandwidth)),
             delta_cache,
             gate: SwitchoverGate::default(),
+            connection: ConnectionHandle::default(),
             limits: Arc::new(Mutex::new(limits)),
         }
     }
@@ -120,6 +123,27 @@ impl Control {
         }
         limits.postcopy = Postcopy::Wanted;
         Ok(())
+    }
+
+    /// Gives up the connection of a migration that has switched to postcopy (QEMU's `migrate-pause`), in whatever step it is.
+    /// The guest runs on at the destination, and waits where it touches a page that is missing. Nothing is lost, until
+    /// [`recover`](Self::recover) or the [time](super::PostcopySettings::reconnect_timeout) for it ends the wait.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: the guest was not given away yet, or the migration has ended.
+    pub fn pause(&self) -> Result<(), Error> {
+        self.connection.pause()
+    }
+
+    /// Goes on over another connection to `address` (QEMU's `migrate` with `resume`), where the destination of this
+    /// migration listens again: after a loss, a [`pause`](Self::pause), or instead of a connection that stands. An address
+    /// that can't be reached is tried again until another one is given, as long as
+    /// [`reconnect_timeout`](super::PostcopySettings::reconnect_timeout) says.
+    ///
+    /// # Errors
+    /// As [`pause`](Self::pause).
+    pub fn recover(&self, address: Address) -> Result<(), Error> {
+        self.connection.recover(address)
     }
 
     /// Longest time that the guest may stand still. Decides from the end of the round under way on whether the guest is
@@ -210,6 +234,10 @@ impl Control {
 
     pub(super) fn wants_postcopy(&self) -> bool {
         self.limits().postcopy == Postcopy::Wanted
+    }
+
+    pub(super) fn connection(&self) -> &ConnectionHandle {
+        &self.connection
     }
 
     pub(super) fn gate(&self) -> &SwitchoverGate {

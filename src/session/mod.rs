@@ -3,6 +3,7 @@
 mod breakage;
 mod callback;
 mod config;
+mod connection;
 mod control;
 mod destination;
 mod digest;
@@ -35,7 +36,7 @@ pub use relay::{
 };
 pub use run_log::RunLog;
 pub(crate) use source::{Clock, WallClock};
-pub use source::{SourceGuest, SourceReport, SourceSession};
+pub use source::{NewConnection, Reconnect, Redial, SourceGuest, SourceReport, SourceSession};
 pub use workers::{Job, SpawnFn, Spawner};
 
 #[cfg(test)]

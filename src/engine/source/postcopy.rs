@@ -15,6 +15,8 @@ pub(super) struct Switch {
     pub(super) begun: bool,
     /// The peer has loaded the device state and says that it takes the guest.
     pub(super) taken: bool,
+    /// A lost connection may be followed by another.
+    pub(super) recoverable: bool,
 }
 
 impl SourceEngine {

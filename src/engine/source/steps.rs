@@ -111,6 +111,12 @@ pub enum SourceAction {
     SendMissing,
     /// Postcopy: nothing is left; end the stream.
     EndPostcopy,
+    /// Postcopy: the connection is lost; connect to the peer again.
+    Reconnect,
+    /// Postcopy, on a new connection: find out which pages the peer has; the others are dirty.
+    CompareReceived,
+    /// Postcopy, on a new connection: have the peer go on.
+    ResumePages,
     /// Make the digest and send it.
     SendDigest,
     /// Give the guest away. From here on it is not ours.

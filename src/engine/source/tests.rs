@@ -626,3 +626,48 @@ fn any_event_at_any_moment_keeps_the_guest_on_one_side() {
         }
     }
 }
+
+/// The connection is lost at each step behind RUN, again in each step of the recovery, and for good. The guest never runs here
+/// again, and pages go on only after the ends have compared.
+#[test]
+fn p9_p11_a_lost_connection_is_followed_by_another_as_often_as_it_is_lost() {
+    let (committed, taken) = (4, 8);
+    let recovery = [
+        (E::Lost, Does(A::Reconnect)),
+        (E::Done, Does(A::CompareReceived)),
+        (E::Done, Does(A::ResumePages)),
+        (E::Done, Does(A::SendMissing)),
+    ];
+    let rest = [
+        (E::Filled { pages_left: 0 }, Does(A::EndPostcopy)),
+        (E::Done, Waits(Waiting::Running)),
+        (E::Running, Does(A::Release)),
+    ];
+    for lost_at in committed..POSTCOPY.len() {
+        let lost = || {
+            let mut engine = switching(Handover::Shut, PostcopyRule::AfterRounds(0));
+            engine.step(Duration::ZERO, E::Synced { dirty_pages: 7 });
+            engine.set_recoverable(true);
+            POSTCOPY[..lost_at].iter().for_each(|(event, _)| _ = engine.step(Duration::ZERO, *event));
+            engine
+        };
+        let mut engine = lost();
+        // Connecting is tried again by whoever does it, and its failure is the end.
+        for lost_again_at in 2..recovery.len() {
+            for (event, next) in &recovery[..=lost_again_at] {
+                assert_eq!(engine.step(Duration::ZERO, *event), *next, "lost at {lost_at}");
+                assert!(engine.is_committed());
+            }
+        }
+        for (event, next) in recovery.into_iter().chain(rest) {
+            assert_eq!(engine.step(Duration::ZERO, event), next, "who answers has taken the guest");
+        }
+        let ending = if lost_at < taken { Outcome::InDoubt } else { Outcome::Incomplete };
+        let mut engine = lost();
+        assert_eq!(engine.step(Duration::ZERO, E::Lost), Does(A::Reconnect));
+        assert_eq!(engine.step(Duration::ZERO, E::Failed), Does(A::Finish(ending)), "for good");
+        let mut engine = lost();
+        engine.set_recoverable(false);
+        assert_eq!(engine.step(Duration::ZERO, E::Lost), Does(A::Finish(ending)), "there is no other");
+    }
+}

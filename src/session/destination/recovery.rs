@@ -55,7 +55,7 @@ impl DestinationSession {
         }
         postcopy.shared.back.replace(None);
         // Whoever lost it: a source that waits for an answer on it would not notice.
-        if let Some(connection) = self.source.descriptor() {
+        if let Some(connection) = self.link.stream().descriptor() {
             let _ = rustix::net::shutdown(connection, Shutdown::Both);
         }
         self.statistics.update(|s| s.status = Status::PostcopyPaused);

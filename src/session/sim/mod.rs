@@ -222,7 +222,11 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::SkipCounting => &["started with other memory", "a page was lost on its way"],
         Breakage::SkipComparing => &["started with other memory"],
         // Of a switch to postcopy: `postcopy`.
-        Breakage::SkipDiscard | Breakage::EndEarly => &[],
+        Breakage::SkipDiscard
+        | Breakage::EndEarly
+        | Breakage::SkipBitmaps
+        | Breakage::KeepCurrentBlock
+        | Breakage::ResumeAfterLoss => &[],
         // Relays': `relay`, and `relay_tests`.
         Breakage::TellBeforeFarEnd
         | Breakage::DoubtIsFailure

@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use self::model::{Destination, Shared, Sink};
+use self::model::{Again, Destination, Shared, Sink};
 use super::plan::Rng;
 use super::{number_from, spread};
 use crate::engine::{Outcome, PostcopyRule};
@@ -41,8 +41,14 @@ const PAGE: usize = 4096;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     None,
-    /// The connection breaks at this byte of what the source sends.
+    /// The connection breaks at this byte of what the source sends, and no other follows.
     Cut(u64),
+    /// It breaks so, and the next ones when the source has sent up to so many bytes on each, so often. Others follow.
+    Cuts {
+        at: u64,
+        next: u64,
+        times: u32,
+    },
     /// The destination can't load the device state.
     Load,
     /// The source is asked for its end when it has sent so many bytes.
@@ -73,10 +79,15 @@ impl Plan {
             ((1 + rng.below(12)) * host, host)
         };
         let blocks = (0..1 + rng.below(3)).map(|_| block(rng)).collect();
-        let fault = match rng.below(6) {
+        let fault = match rng.below(9) {
             0 | 1 => Fault::None,
             2 => Fault::Cut(rng.below_one_of(&[2000, 400_000])),
             3 => Fault::Load,
+            6..=8 => Fault::Cuts {
+                at: rng.below_one_of(&[2000, 400_000]),
+                next: rng.pick(&[3, 12, 20, 30, 6000, 100_000]),
+                times: 1 + rng.below(4) as u32,
+            },
             4 => Fault::Cancel(rng.below_one_of(&[2000, 400_000])),
             _ => Fault::Hostile,
         };
@@ -237,6 +248,8 @@ struct Run {
     report: SourceReport,
     plan: Plan,
     requests: u64,
+    recoveries: u64,
+    lost_recovering: u64,
     runs_there: bool,
     violations: Vec<String>,
 }
@@ -260,6 +273,10 @@ fn run(seed: u64, breakage: Breakage) -> Run {
         SourceSettings::new(Configuration { machine: "none".into(), ..Configuration::default() });
     let mut postcopy = PostcopySettings::new(plan.rule);
     postcopy.max_bandwidth = Rate::limit(plan.limit);
+    postcopy.reconnect_timeout = match plan.fault {
+        Fault::Cuts { .. } | Fault::Cut(_) => Duration::from_millis(1),
+        _ => Duration::ZERO,
+    };
     settings.postcopy = Some(postcopy);
     settings.downtime_limit = Duration::ZERO;
     settings.peer = (!plan.native).then_some(Peer::Qemu);
@@ -272,7 +289,9 @@ fn run(seed: u64, breakage: Breakage) -> Run {
         dirty: vec![log as Arc<dyn DirtySource>],
         control: Box::new(Control(Arc::clone(&here))),
     };
-    let mut session = SourceSession::new(guest, connection, settings).with_cancel(cancel);
+    let again = Box::new(Again(Arc::clone(&shared)));
+    let mut session =
+        SourceSession::new(guest, connection, settings).with_cancel(cancel).with_reconnect(again);
     session.count_time_by(Box::new(SimClock(here)));
     session.break_order(breakage);
     let report = session.run();
@@ -284,6 +303,8 @@ fn run(seed: u64, breakage: Breakage) -> Run {
         report,
         plan,
         requests: there.requests,
+        recoveries: there.recoveries,
+        lost_recovering: there.lost_recovering,
         runs_there: there.runs,
         violations: std::mem::take(&mut there.violations),
     }
@@ -306,7 +327,7 @@ fn check(plan: &Plan, report: &SourceReport, there: &mut Destination, whole: &[V
             must(there.ended, "complete without the end of the stream");
         }
         Outcome::StaysHere(_) => must(here && !runs, "the guest does not run on at the source alone"),
-        Outcome::InDoubt => must(!here && there.committed, "in doubt"),
+        Outcome::InDoubt => must(!here && (there.committed || there.swallowed > 0), "in doubt"),
         Outcome::Incomplete => must(!here && runs, "incomplete"),
     }
     must(report.outcome == Outcome::Completed || report.error.is_some(), "no reason is given");
@@ -318,7 +339,11 @@ fn check(plan: &Plan, report: &SourceReport, there: &mut Destination, whole: &[V
         Fault::Hostile if there.asked_nonsense => {
             matches!(&report.error, Some(Error::OutOfTurn { what, .. }) if what.contains("a request for"))
         }
-        Fault::Cut(_) | Fault::Hostile => true,
+        // Only a guest that was not given away, or that the destination has lost, is not whole there in the end.
+        Fault::Cuts { .. } if there.may_be_reached => {
+            matches!(report.outcome, Outcome::Completed | Outcome::StaysHere(_))
+        }
+        Fault::Cut(_) | Fault::Cuts { .. } | Fault::Hostile => true,
     };
     must(expected, "the fault had another effect");
 }
@@ -346,6 +371,9 @@ fn a_switch_to_postcopy_loses_no_page_and_no_guest() {
             ("in doubt", outcome == Outcome::InDoubt),
             ("in doubt, runs there", outcome == Outcome::InDoubt && run.runs_there),
             ("incomplete", outcome == Outcome::Incomplete),
+            ("recovered", run.recoveries > 0 && outcome == Outcome::Completed),
+            ("recovered three times", run.recoveries > 2 && outcome == Outcome::Completed),
+            ("lost in a recovery", run.lost_recovering > 0 && outcome == Outcome::Completed),
             ("nonsense refused", run.plan.fault == Fault::Hostile && outcome == Outcome::Incomplete),
         ];
         for (name, is_so) in facts {
@@ -369,6 +397,9 @@ fn each_order_of_a_switch_is_needed() {
         (Breakage::SkipDiscard, "forgotten"),
         (Breakage::EndEarly, "while pages are missing"),
         (Breakage::ResumeAfterCommit, "runs on both sides"),
+        (Breakage::SkipBitmaps, "while pages are missing"),
+        (Breakage::KeepCurrentBlock, "is not understood"),
+        (Breakage::ResumeAfterLoss, "runs on both sides"),
     ] {
         let sees = |seed: &u64| run(*seed, order).violations.iter().any(|what| what.contains(symptom));
         let found = (0..SEEDS).find(sees);

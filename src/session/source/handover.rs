@@ -114,7 +114,7 @@ impl SourceSession {
         debug_assert!(self.driver.engine.is_committed());
         if self.driver.engine.is_postcopy() {
             // The pages that follow take their time, which the connection bounds.
-            self.wire.stop = Stop::never();
+            self.wire.stop = self.driver.control.connection().connected();
         } else if !self.breakage.is(Breakage::BreakOffAfterCommit) {
             let time = self.settings.finish_timeout;
             self.wire.stop = Stop::never().within(time);

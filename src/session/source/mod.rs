@@ -8,6 +8,7 @@ mod pages;
 mod peer;
 mod postcopy;
 mod rates;
+mod recovery;
 mod return_path;
 mod setup;
 #[cfg(test)]
@@ -43,6 +44,7 @@ use handover::Departure;
 use metrics::Figures;
 use pages::Pages;
 use postcopy::Missing;
+pub use recovery::{NewConnection, Reconnect, Redial};
 use throttle::Convergence;
 use wire::Wire;
 
@@ -303,6 +305,7 @@ impl SourceSession {
 
     fn report(mut self, outcome: Outcome) -> SourceReport {
         let now = self.driver.clock.now();
+        self.driver.control.connection().over();
         let given_away = matches!(outcome, Outcome::InDoubt | Outcome::Incomplete);
         if given_away && let Err(error) = self.stop_logs() {
             // The guest stands still: a log left on costs, and loses nothing.
@@ -356,7 +359,7 @@ impl SourceSession {
             self.driver.engine.handover() == Handover::Shut || self.driver.engine.is_postcopy();
         let event = match &error {
             Error::PeerFailed { .. } if may_give_back => SourceEvent::Refused,
-            error if error.kind() == ErrorKind::Channel => SourceEvent::Lost,
+            error if error.kind() == ErrorKind::Channel || self.is_lost(error) => SourceEvent::Lost,
             _ => SourceEvent::Failed,
         };
         self.error.get_or_insert(error);
@@ -399,6 +402,9 @@ impl SourceSession {
             SourceAction::SendPackage => self.send_package(),
             SourceAction::SendMissing => self.send_missing(),
             SourceAction::EndPostcopy => self.end_postcopy(),
+            SourceAction::Reconnect => self.reconnect(),
+            SourceAction::CompareReceived => self.compare_received(),
+            SourceAction::ResumePages => self.resume_pages(),
             SourceAction::Commit => self.commit(),
             SourceAction::ReportSilence => self.report_silence(),
             SourceAction::Release => {

@@ -19,13 +19,13 @@ use crate::stream::qemu::command::{Command, HEAD_LEN, encode_discards};
 use crate::stream::qemu::package::encode_package;
 use crate::stream::qemu::ram::EOS_RECORD;
 use crate::stream::qemu::section::{encode_end, encode_eof, encode_part};
-use crate::sys::Stop;
 use crate::transport::InlinePages;
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
 use super::SourceSession;
 use super::handover::commit_at;
 use super::peer::refuse_verdict;
+use super::recovery::Recovery;
 use super::return_path::{PageRequest, PeerMessage, check_deadline};
 use super::setup;
 use super::wire::Wire;
@@ -48,11 +48,21 @@ pub(super) struct Missing {
     pace: Pace,
     /// The block of the last request that named one.
     asked_block: Option<BlockIndex>,
+    pub(super) recovery: Recovery,
 }
 
 impl Missing {
     pub(super) fn new(memory: Arc<dyn GuestMemory>, pace: Pace) -> Self {
-        Self { pages: InlinePages::new(memory), pace, asked_block: None }
+        let (pages, recovery) = (InlinePages::new(memory), Recovery::default());
+        Self { pages, pace, asked_block: None, recovery }
+    }
+
+    /// Another connection follows: on it the first record names its block, and so does the first request.
+    pub(super) fn forget_connection(&mut self, memory: &Arc<dyn GuestMemory>, breakage: Breakage) {
+        self.asked_block = None;
+        if !breakage.is(Breakage::KeepCurrentBlock) {
+            self.pages = InlinePages::new(Arc::clone(memory));
+        }
     }
 }
 
@@ -367,7 +377,7 @@ impl SourceSession {
         self.wire.send(&out)?;
         self.wire.link.sink().flush(&self.wire.stop)?;
         let time = self.settings.finish_timeout;
-        self.wire.stop = Stop::never().within(time);
+        self.wire.stop = self.driver.control.connection().stop().within(time);
         self.wire.link.sink().outlast(time.saturating_mul(2));
         let position = self.wire.position();
         self.figures.position(position);

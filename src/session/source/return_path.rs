@@ -1,7 +1,8 @@
 //! Messages from the destination.
 
+use crate::stream::DecodeError;
 use crate::stream::native::{Answer, Hello};
-use crate::stream::qemu::return_path::{Message, decode_message};
+use crate::stream::qemu::return_path::{Message, bitmap_len, decode_bitmap, decode_message};
 use crate::sys::{RecvPart, Stop, StopReason};
 use crate::transport::{ByteSource, ChannelError};
 
@@ -32,6 +33,10 @@ pub(super) enum PeerMessage {
     Working,
     Refused(String),
     Request(PageRequest),
+    /// The bitmap of this block follows: see [`ReturnPath::bitmap`].
+    Received(String),
+    /// RESUME_ACK.
+    Resumed,
 }
 
 /// The return path with what has arrived of the next message.
@@ -66,7 +71,7 @@ impl ReturnPath {
         loop {
             match decode_message(&self.buffer[..self.filled]) {
                 Ok((message, used)) => {
-                    let word = peer_message(message).map_err(|error| error.at(self.at))?;
+                    let word = peer_message(message);
                     self.buffer.copy_within(used..self.filled, 0);
                     self.filled -= used;
                     self.at += used as u64;
@@ -79,11 +84,48 @@ impl ReturnPath {
             let room = &mut self.buffer[self.filled..];
             let got = self.source.recv(&mut [RecvPart::Own(room)], stop)?;
             if got == 0 {
-                let (peer, doing) = ("the destination".into(), "its answer was due");
-                return Err(ChannelError::Closed { peer, doing }.into());
+                return Err(closed().into());
             }
             self.filled += got;
         }
+    }
+
+    /// The bitmap behind [`PeerMessage::Received`], for a block of `pages` pages: bit i of byte i / 8 is page i.
+    ///
+    /// # Errors
+    /// As [`next`](Self::next); a bitmap of another size is refused at its first bytes.
+    pub(super) fn bitmap(&mut self, pages: u64, stop: &Stop) -> Result<Vec<u8>, Error> {
+        let mut bytes = Vec::new();
+        self.fill(&mut bytes, 8, stop)?;
+        let whole = match decode_bitmap(&bytes, pages) {
+            Err(DecodeError::Truncated { .. }) => 16 + bitmap_len(pages) as usize,
+            Ok(_) => bytes.len(),
+            Err(error) => return Err(error.based(self.at).into()),
+        };
+        self.fill(&mut bytes, whole, stop)?;
+        let bits = decode_bitmap(&bytes, pages).map_err(|error| error.based(self.at))?.0.to_vec();
+        self.at += bytes.len() as u64;
+        Ok(bits)
+    }
+
+    /// Reads on until `bytes` has `len`.
+    fn fill(&mut self, bytes: &mut Vec<u8>, len: usize, stop: &Stop) -> Result<(), Error> {
+        let here = self.filled.min(len.saturating_sub(bytes.len()));
+        bytes.extend_from_slice(&self.buffer[..here]);
+        self.buffer.copy_within(here..self.filled, 0);
+        self.filled -= here;
+        let mut have = bytes.len();
+        bytes.resize(len, 0);
+        while have < len {
+            have += match self.source.recv(&mut [RecvPart::Own(&mut bytes[have..])], stop)? {
+                0 => return Err(closed().into()),
+                got => got,
+            };
+            if have < len {
+                check_deadline(stop)?;
+            }
+        }
+        Ok(())
     }
 
     /// Waits for a message, leaving out PONGs and acks that may come at any time. A peer that says nothing
@@ -108,8 +150,12 @@ pub(super) fn check_deadline(stop: &Stop) -> Result<(), ChannelError> {
     }
 }
 
-fn peer_message(message: Message<'_>) -> Result<PeerMessage, Error> {
-    Ok(match message {
+fn closed() -> ChannelError {
+    ChannelError::Closed { peer: "the destination".into(), doing: "its answer was due" }
+}
+
+fn peer_message(message: Message<'_>) -> PeerMessage {
+    match message {
         Message::Pong(value) => PeerMessage::Pong(value),
         Message::Shut { status } => PeerMessage::Shut(status),
         Message::SwitchoverAck => PeerMessage::SwitchoverAck,
@@ -124,11 +170,9 @@ fn peer_message(message: Message<'_>) -> Result<PeerMessage, Error> {
         Message::Native(Answer::Running) => PeerMessage::Running,
         Message::Native(Answer::Working) => PeerMessage::Working,
         Message::Native(Answer::Refused { why }) => PeerMessage::Refused(why.to_owned()),
-        other => {
-            let what = format!("{other:?}");
-            return Err(Error::OutOfTurn { what, at: None, while_doing: "a precopy migration" });
-        }
-    })
+        Message::ReceivedBitmap { block } => PeerMessage::Received(block.to_owned()),
+        Message::ResumeAck(_) => PeerMessage::Resumed,
+    }
 }
 
 #[cfg(test)]

@@ -17,12 +17,14 @@ pub(super) struct Wire {
     pub(super) stop: Stop,
     /// When bytes last left for a peer that waits for more.
     last_sign: Duration,
+    /// Bytes that were sent on connections that are gone.
+    sent_before: u64,
 }
 
 impl Wire {
     pub(super) fn new(connection: SourceConnection, stop: Stop) -> Self {
         let back = connection.back.map(ReturnPath::new);
-        Self { link: connection.link, back, stop, last_sign: Duration::ZERO }
+        Self { link: connection.link, back, stop, last_sign: Duration::ZERO, sent_before: 0 }
     }
 
     pub(super) fn send(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
@@ -35,7 +37,13 @@ impl Wire {
 
     /// Bytes sent so far, on whatever channel.
     pub(super) fn position(&mut self) -> u64 {
-        self.link.sink().position() + self.link.channel_bytes()
+        self.sent_before + self.link.sink().position() + self.link.channel_bytes()
+    }
+
+    /// Goes on over another connection, whose bytes count on.
+    pub(super) fn replace(&mut self, link: Box<dyn SourceLink>, back: Option<ReturnPath>) {
+        self.sent_before = self.position();
+        (self.link, self.back) = (link, back);
     }
 
     /// A PING where none has left for `every`: a ramwire takes long silence for a dead peer, and both kinds of peer answer a

@@ -1,9 +1,17 @@
 //! A switch to postcopy between two ramwires.
 #![allow(clippy::unwrap_used)]
 
-use super::{bytes, ends_with};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::{Machine, bytes, ends_with, guest};
 use crate::engine::{Ending, Outcome, PostcopyRule};
+use crate::observe::Status;
 use crate::session::*;
+use crate::stream::qemu::file::Configuration;
+use crate::sys::Stop;
+use crate::transport::{Address, AllowList, Listener, StreamBreaker, StreamOptions, connect};
+use crate::units::{BlockIndex, Rate};
 
 #[test]
 fn p2_a_guest_switches_to_postcopy_between_two_ramwires() {
@@ -48,4 +56,94 @@ fn p3_a_switch_that_can_not_be_is_refused_and_the_guest_runs_on() {
     let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
     assert!(text.contains("digest"), "{text}");
     assert_eq!((sent.guest_is_safe_here(), sent.statistics.transferred), (true, 0));
+}
+
+/// Listens at two addresses, and gives the connections of both, which `breakers` break.
+fn listen(breakers: &Arc<Mutex<Vec<StreamBreaker>>>) -> ([Address; 2], impl NextConnection + use<>) {
+    let mut listeners = [0, 1].map(|_| {
+        let any: Address = "tcp:127.0.0.1:0".parse().unwrap();
+        Listener::bind(&any, AllowList::default(), &Stop::never()).unwrap()
+    });
+    let addresses = [0, 1].map(|at: usize| listeners[at].address().clone());
+    let holder = Arc::clone(breakers);
+    let next = move |stop: &Stop| loop {
+        for listener in &mut listeners {
+            match listener.accept(&StreamOptions::default(), &stop.within(Duration::from_millis(2))) {
+                Ok(channel) => {
+                    holder.lock().unwrap().push(channel.breaker());
+                    return Ok(channel);
+                }
+                Err(error) if stop.reason().is_some() => return Err(error),
+                Err(_) => {}
+            }
+        }
+    };
+    (addresses, next)
+}
+
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let until = Instant::now() + Duration::from_secs(100);
+    while !is_so() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// The connection breaks five times and is replaced; it is given up by command, and goes on at another address when told.
+#[test]
+fn p9_p11_two_ramwires_go_on_over_other_connections() {
+    const PAGES: u64 = 2000;
+    let (from, to) = (guest(&[PAGES, 7]), guest(&[PAGES, 7]));
+    for page in 0..PAGES {
+        let span = from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap();
+        span.copy_from(&[page as u8 | 1; 4096]);
+    }
+    let breakers = Arc::new(Mutex::new(Vec::new()));
+    let ([here, elsewhere], mut next) = listen(&breakers);
+    let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
+    // All pages would take ten times what is needed of them.
+    (postcopy.max_bandwidth, postcopy.reconnect_timeout) = (Rate::limit(200 << 10), Duration::from_secs(100));
+    let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
+    (settings.guest_stands_still, settings.postcopy) = (true, Some(postcopy));
+    let channel = connect(&here, &StreamOptions::default(), &Stop::never()).unwrap();
+    let connection = SourceConnection::over(channel, from.clone());
+    let [near, far] = [Machine(Arc::new(Mutex::new((true, b"devices".to_vec())))), Machine::default()];
+    let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(near.clone()) };
+    let again = Redial::new(here, StreamOptions::default());
+    let source = SourceSession::new(source, connection, settings).with_reconnect(Box::new(again));
+    let channel = next.next(&Stop::never()).unwrap();
+    let settings = DestinationSettings { postcopy: true, ..Default::default() };
+    let arriving = DestinationGuest { memory: Box::new(to.clone()), control: Box::new(far.clone()) };
+    let destination = DestinationSession::new(arriving, DestinationConnection::over(channel), settings)
+        .with_next_connection(Box::new(next));
+    let control = source.control();
+    assert!(control.pause().is_err() && control.recover(elsewhere.clone()).is_err(), "not switched yet");
+    let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
+    let both = |status| source.progress().status == status && destination.progress().status == status;
+    for cut in 0..6 {
+        until("they go on", || both(Status::PostcopyActive));
+        let pages = destination.progress().pages.normal;
+        until("pages come", || destination.progress().pages.normal > pages + 4);
+        if cut < 5 {
+            breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
+            until("the loss is seen", || source.progress().status != Status::PostcopyActive);
+            continue;
+        }
+        control.pause().unwrap();
+        until("both wait", || both(Status::PostcopyPaused));
+        assert!(!source.is_finished() && matches!(source.cancel(), CancelReply::TooLate));
+        control.recover(elsewhere.clone()).unwrap();
+        until("they go on elsewhere", || both(Status::PostcopyActive));
+        // One that stands is replaced as well.
+        control.recover(elsewhere.clone()).unwrap();
+    }
+    control.set_postcopy_bandwidth(None);
+    let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+    assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
+    assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
+    assert!(!near.runs() && far.runs());
+    for block in 0..2 {
+        assert!(bytes(&from, block) == bytes(&to, block), "block {block} differs");
+    }
+    assert!(control.pause().is_err(), "it is over");
 }

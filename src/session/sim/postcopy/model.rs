@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use super::{Fault, PAGE, Plan};
 use crate::session::sim::plan::Rng;
+use crate::session::{NewConnection, Reconnect};
 use crate::stream::native::{Answer, GREETING, MAX_VERSION, Order, decode_state_section, hello_pong};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
 use crate::stream::qemu::package::decode_package;
-use crate::stream::qemu::return_path::Message;
+use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::{CancelToken, RecvPart, SendPart, Stop, StopReason};
-use crate::transport::{ByteSink, ByteSource, ChannelError};
+use crate::transport::{Address, ByteSink, ByteSource, ChannelError, OpenError};
 
 pub(super) type Shared = Arc<Mutex<Destination>>;
 
@@ -42,6 +43,11 @@ pub(super) struct Destination {
     pub(super) ended: bool,
     pub(super) requests: u64,
     pub(super) asked_nonsense: bool,
+    /// Times that the source went on over another connection, and that such a one was lost before.
+    pub(super) recoveries: u64,
+    pub(super) lost_recovering: u64,
+    /// The guest was not lost with a connection: another one finds it.
+    pub(super) may_be_reached: bool,
     pub(super) violations: Vec<String>,
     fault: Fault,
     fault_every: u64,
@@ -50,13 +56,24 @@ pub(super) struct Destination {
     stream: IncomingStream,
     input: Vec<u8>,
     sent: u64,
+    /// Of this connection, and where it breaks.
+    sent_here: u64,
+    breaks_at: Option<u64>,
     cut: bool,
+    /// Bytes that the source takes for sent, and that were lost with a connection.
+    pub(super) swallowed: u64,
+    /// Another connection is there, and the source has not said RESUME on it.
+    recovering: bool,
+    /// Host pages that were asked for and have not come, by block and first page.
+    outstanding: Vec<(usize, u64)>,
     replies: VecDeque<u8>,
     /// Target pages of host pages, and the number of each page that is in place.
     hosts: Vec<u64>,
     pages: Vec<Vec<Option<u64>>>,
     /// The host page that has come in part: block, first page, pages.
     part: Option<(usize, u64, u64)>,
+    /// Numbers of its pages.
+    arriving: Vec<u64>,
     discards: u64,
     package: Vec<u8>,
     start: Start,
@@ -78,6 +95,9 @@ impl Destination {
             ended: false,
             requests: 0,
             asked_nonsense: false,
+            recoveries: 0,
+            lost_recovering: 0,
+            may_be_reached: true,
             violations: Vec::new(),
             fault: plan.fault,
             fault_every: plan.fault_every,
@@ -86,11 +106,20 @@ impl Destination {
             stream: IncomingStream::new(IncomingConfig::default()),
             input: Vec::new(),
             sent: 0,
+            sent_here: 0,
+            breaks_at: match plan.fault {
+                Fault::Cut(at) | Fault::Cuts { at, .. } => Some(at),
+                _ => None,
+            },
             cut: false,
+            swallowed: 0,
+            recovering: false,
+            outstanding: Vec::new(),
             replies: VecDeque::new(),
             hosts: plan.blocks.iter().map(|(_, host)| *host).collect(),
             pages: plan.blocks.iter().map(|(pages, _)| vec![None; *pages as usize]).collect(),
             part: None,
+            arriving: Vec::new(),
             discards: 0,
             package: Vec::new(),
             start: Start::NotYet,
@@ -114,6 +143,7 @@ impl Destination {
 
     fn receive(&mut self, bytes: &[u8]) {
         self.sent += bytes.len() as u64;
+        self.sent_here += bytes.len() as u64;
         self.input.extend_from_slice(bytes);
         let input = std::mem::take(&mut self.input);
         let mut at = 0;
@@ -176,6 +206,29 @@ impl Destination {
                     self.discards += 1;
                 }
             }
+            Command::RecvBitmap { block } if self.recovering => {
+                let index = (0..self.hosts.len()).find(|index| block == format!("b{index}")).unwrap();
+                let pages = &self.pages[index];
+                let mut bits = vec![0; pages.len().div_ceil(8)];
+                for at in (0..pages.len()).filter(|at| pages[*at].is_some()) {
+                    bits[at / 8] |= 1 << (at % 8);
+                }
+                self.say(Message::ReceivedBitmap { block });
+                let mut bytes = Vec::new();
+                encode_bitmap(&bits, &mut bytes);
+                self.replies.extend(bytes);
+            }
+            Command::PostcopyResume if self.recovering => {
+                self.recovering = false;
+                self.recoveries += 1;
+                self.say(Message::ResumeAck(1));
+                for (block, first) in self.outstanding.clone() {
+                    self.request(block, first * PAGE as u64, (self.hosts[block] * PAGE as u64) as u32);
+                }
+            }
+            Command::RecvBitmap { .. } | Command::PostcopyResume => {
+                self.violations.push(format!("{command:?} comes on a connection that was not lost"));
+            }
             Command::Native(Order::Hello(theirs)) => self.say(Message::Native(Answer::Hello(theirs))),
             // A ramwire's precopy: all is loaded at once.
             Command::Native(Order::StateSent) => self.say(Message::Native(Answer::Ready)),
@@ -200,9 +253,57 @@ impl Destination {
             self.violations.push("host pages interleave".into());
         }
         self.part = (come + 1 < host).then_some((block, first, come + 1));
-        if self.pages[block][page as usize].replace(number).is_some() {
+        if self.recovering {
+            self.violations.push("a page comes in front of RESUME".into());
+        }
+        // A page that has come may have been written by the guest since. What a lost connection broke off comes again whole.
+        let was_here = self.pages[block][page as usize].is_some();
+        if was_here {
             self.violations.push("a page comes that is there and was not forgotten".into());
         }
+        self.arriving.push(number);
+        if come + 1 == host {
+            for (at, number) in (first..).zip(std::mem::take(&mut self.arriving)) {
+                self.pages[block][at as usize] = Some(number);
+            }
+            self.outstanding.retain(|page| *page != (block, first));
+        }
+    }
+
+    /// The connection is lost: what has come of a host page is dropped, and what had not started may be lost with it.
+    fn lose(&mut self) {
+        self.cut = true;
+        self.part = None;
+        self.arriving.clear();
+        self.replies.clear();
+        self.input.clear();
+        self.lost_recovering += u64::from(self.recovering);
+        match self.start {
+            // A QEMU before 10.2 has given itself up by RUN, and starts the guest; a later one discards it.
+            Start::Loading(_) if self.rng.one_in(2) && self.fault != Fault::Load => {
+                self.start = Start::Done;
+                self.run();
+            }
+            Start::Loading(_) => (self.start, self.may_be_reached) = (Start::Failed, false),
+            Start::NotYet => self.may_be_reached = false,
+            // Its last word is lost as well.
+            Start::Done if self.shut => self.may_be_reached = false,
+            Start::Done | Start::Failed => {}
+        }
+    }
+
+    /// The source connects again.
+    fn reconnect(&mut self) -> bool {
+        if !matches!(self.fault, Fault::Cuts { .. }) || self.start != Start::Done || self.shut {
+            return false;
+        }
+        if let Fault::Cuts { next, times, .. } = &mut self.fault {
+            *times -= 1;
+            self.breaks_at = (*times > 0).then_some(*next);
+        }
+        self.stream.restart();
+        (self.cut, self.recovering, self.ended, self.asked, self.sent_here) = (false, true, false, None, 0);
+        true
     }
 
     fn package_is_whole(&mut self) {
@@ -276,7 +377,7 @@ impl Destination {
     }
 
     fn ask(&mut self) {
-        if self.shut {
+        if self.shut || self.recovering {
             return;
         }
         let block = self.rng.below(self.hosts.len() as u64) as usize;
@@ -289,6 +390,13 @@ impl Destination {
                 self.rng.pick(&[(start, 0), (start + 1, length), (end, length), (u64::MAX - 4095, length)]);
             self.asked_nonsense = true;
         }
+        if self.pages[block][first as usize].is_none() {
+            self.outstanding.push((block, first));
+        }
+        self.request(block, start, length);
+    }
+
+    fn request(&mut self, block: usize, start: u64, length: u32) {
         self.requests += 1;
         if self.asked.replace(block) == Some(block) {
             return self.say(Message::RequestPages { start, length });
@@ -329,18 +437,26 @@ impl ByteSink for Sink {
                 }
             }
         }
-        let after = there.sent + bytes.len() as u64;
-        match there.fault {
-            Fault::Cut(at) if after > at && !there.cut => {
-                let left = at.saturating_sub(there.sent) as usize;
-                there.receive(&bytes[..left]);
-                there.cut = true;
-            }
-            Fault::Cancel(at) if after > at => there.cancel.cancel(),
-            _ => {}
-        }
         if there.cut {
             return Err(closed());
+        }
+        let after = there.sent_here + bytes.len() as u64;
+        if let Some(at) = there.breaks_at.filter(|at| after > *at) {
+            let left = at.saturating_sub(there.sent_here) as usize;
+            there.receive(&bytes[..left]);
+            there.lose();
+            // The sender's host takes what it can't deliver any more, until it hears of the loss.
+            if there.rng.one_in(2) {
+                there.swallowed += (bytes.len() - left) as u64;
+                there.sent_here = after;
+                return Ok(());
+            }
+            return Err(closed());
+        }
+        if let Fault::Cancel(at) = there.fault
+            && after > at
+        {
+            there.cancel.cancel();
         }
         there.receive(&bytes);
         Ok(())
@@ -351,7 +467,20 @@ impl ByteSink for Sink {
     }
 
     fn position(&self) -> u64 {
-        self.0.lock().unwrap().sent
+        self.0.lock().unwrap().sent_here
+    }
+}
+
+/// Connects again.
+pub(super) struct Again(pub(super) Shared);
+
+impl Reconnect for Again {
+    fn connect(&mut self, _to: Option<&Address>, _stop: &Stop) -> Result<NewConnection, OpenError> {
+        if !self.0.lock().unwrap().reconnect() {
+            return Err(closed().into());
+        }
+        let sink = || Box::new(Sink(Arc::clone(&self.0)));
+        Ok(NewConnection { sink: sink(), back: sink() })
     }
 }
 

@@ -1,0 +1,56 @@
+//! A connection that is lost after the switch to postcopy: both ends keep what they have, and the source connects again.
+//!
+//! ```text
+//! [lost] -> reconnect -> compare what was received -> resume -> missing pages as before
+//! ```
+//!
+//! A loss in any of these steps begins again with the first. The guest was given away: it never runs here again, however this
+//! ends.
+
+use std::time::Duration;
+
+use super::{Phase, SourceAction, SourceEngine};
+
+impl SourceEngine {
+    /// Says whether a lost connection may be followed by another.
+    pub fn set_recoverable(&mut self, recoverable: bool) {
+        self.postcopy.recoverable = recoverable;
+    }
+
+    /// True while the ends agree, on a new connection, about what is missing.
+    pub fn is_recovering(&self) -> bool {
+        matches!(self.phase, Phase::ComparingReceived | Phase::ResumingPages)
+    }
+
+    /// True if the loss of the connection is no end: RUN may have left, and the peer may wait for another connection.
+    pub fn may_recover(&self) -> bool {
+        let lives = matches!(
+            self.phase,
+            Phase::Committing
+                | Phase::Filling
+                | Phase::AwaitingTaken
+                | Phase::EndingPostcopy
+                | Phase::AwaitingRunning
+                | Phase::ComparingReceived
+                | Phase::ResumingPages
+        );
+        self.postcopy.begun && self.postcopy.recoverable && lives
+    }
+
+    pub(super) fn reconnect(&mut self) {
+        self.go(Phase::Reconnecting, SourceAction::Reconnect);
+    }
+
+    /// A step of the recovery is done.
+    pub(super) fn recovered(&mut self, now: Duration) {
+        match self.phase {
+            Phase::Reconnecting => self.go(Phase::ComparingReceived, SourceAction::CompareReceived),
+            Phase::ComparingReceived => {
+                // A peer that has not taken the guest does not tell what it has received.
+                self.postcopy.taken = true;
+                self.go(Phase::ResumingPages, SourceAction::ResumePages);
+            }
+            _ => self.send_missing(now),
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! What an operator may do about the connection of a postcopy, while the source runs it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::Remedy;
+use crate::sys::{CancelToken, Stop};
+use crate::transport::Address;
+
+use super::Error;
+
+/// The connection behind a switch to postcopy, as its session and an operator share it. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ConnectionHandle(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    stage: Stage,
+    /// Ends the waits of the present connection, or the wait for the next.
+    token: CancelToken,
+    /// Where the next connection is to go.
+    address: Option<Address>,
+    /// No connection is tried until an address is given.
+    held: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Stage {
+    /// The guest runs here, or is being moved whole.
+    #[default]
+    Before,
+    /// It was given away, and the connection is in use.
+    Connected,
+    /// It was given away, and there is no connection.
+    Lost,
+}
+
+/// How the next connection is to be tried.
+pub(super) struct Attempt {
+    /// Where; `None`: where the destination is known to listen.
+    pub(super) address: Option<Address>,
+    /// Not now.
+    pub(super) held: bool,
+    /// Ends when something else is asked for.
+    pub(super) stop: Stop,
+}
+
+impl ConnectionHandle {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the connection up; none is tried until [`recover`](Self::recover).
+    pub(super) fn pause(&self) -> Result<(), Error> {
+        let mut state = self.lock();
+        state.must_be_behind_the_switch()?;
+        state.held = true;
+        state.token.cancel();
+        Ok(())
+    }
+
+    /// Connects to `address`, now.
+    pub(super) fn recover(&self, address: Address) -> Result<(), Error> {
+        let mut state = self.lock();
+        state.must_be_behind_the_switch()?;
+        (state.held, state.address) = (false, Some(address));
+        state.token.cancel();
+        Ok(())
+    }
+
+    /// A connection is in use behind the switch; the waits on it end by the answer.
+    pub(super) fn connected(&self) -> Stop {
+        let mut state = self.lock();
+        state.stage = Stage::Connected;
+        // What was asked for while the last connection was made is still to be done.
+        if state.address.is_none() && !state.held {
+            state.token = CancelToken::default();
+        }
+        Stop::on(&state.token)
+    }
+
+    /// The waits on the present connection end by this.
+    pub(super) fn stop(&self) -> Stop {
+        Stop::on(&self.lock().token)
+    }
+
+    /// There is no connection: what is to be tried next. An address is told once.
+    pub(super) fn next(&self) -> Attempt {
+        let mut state = self.lock();
+        (state.stage, state.token) = (Stage::Lost, CancelToken::default());
+        let stop = Stop::on(&state.token);
+        Attempt { address: state.address.take(), held: state.held, stop }
+    }
+
+    /// The migration has ended.
+    pub(super) fn over(&self) {
+        self.lock().stage = Stage::Before;
+    }
+}
+
+impl State {
+    fn must_be_behind_the_switch(&self) -> Result<(), Error> {
+        if self.stage != Stage::Before {
+            return Ok(());
+        }
+        Err(Error::Config {
+            what: "the guest does not run at the destination while memory is missing there: only then is a connection \
+                   paused and replaced"
+                .into(),
+            remedy: Remedy::Advice("wait until the migration has switched to postcopy, or cancel it"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn address(port: u16) -> Address {
+        format!("tcp:127.0.0.1:{port}").parse().unwrap()
+    }
+
+    #[test]
+    fn what_is_asked_for_ends_the_wait_of_the_moment_and_is_done_once() {
+        let connection = ConnectionHandle::default();
+        assert!(connection.pause().is_err() && connection.recover(address(1)).is_err(), "not switched yet");
+        let first = connection.connected();
+        assert!(first.reason().is_none());
+        connection.pause().unwrap();
+        assert!(first.reason().is_some());
+        let waits = connection.next();
+        assert!(waits.held && waits.address.is_none() && waits.stop.reason().is_none());
+        connection.recover(address(2)).unwrap();
+        assert!(waits.stop.reason().is_some());
+        let tries = connection.next();
+        assert_eq!((tries.held, tries.address), (false, Some(address(2))));
+        assert!(connection.next().address.is_none(), "by then it is where the destination is known to be");
+        // While a connection is made: it is given up for the one that was asked for.
+        connection.recover(address(3)).unwrap();
+        assert!(connection.connected().reason().is_some());
+        assert_eq!(connection.next().address, Some(address(3)));
+        assert!(connection.connected().reason().is_none());
+        connection.over();
+        assert!(connection.pause().is_err());
+    }
+}

@@ -1,0 +1,323 @@
+//! Another connection after one was lost behind the switch to postcopy.
+//!
+//! ```text
+//! S->D  RECV_BITMAP(block) for each block          D->S  RECV_BITMAP(block), bitmap
+//! S->D  RESUME                                     D->S  RESUME_ACK, then all requests that are outstanding
+//! S->D  pages as before
+//! ```
+//!
+//! # Order that must hold
+//!
+//! What the destination has not received is dirty, whatever was sent: no page that was under way is lost. The guest never runs
+//! here again.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::engine::SourceEvent;
+use crate::error::{Chain, Remedy};
+use crate::observe::Status;
+use crate::page::PageSearch;
+use crate::ram::{DirtyMap, PageRun};
+use crate::stream::qemu::command::Command;
+use crate::sys::{SendPart, Stop};
+use crate::transport::{
+    Address, ByteSink, ByteSource, ChannelError, InlineLink, OpenError, StreamChannel, StreamOptions, connect,
+};
+use crate::units::{BlockIndex, PageIndex};
+
+use super::SourceSession;
+use super::peer::refuse_verdict;
+use super::return_path::{PeerMessage, ReturnPath, check_deadline};
+use crate::session::{Breakage, Error, ErrorKind};
+
+/// Between two attempts to connect: the first, and the longest.
+const FIRST_RETRY_INTERVAL: Duration = Duration::from_millis(5);
+const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// Bitmaps that are asked for ahead of their answers. A peer that writes one reads no request meanwhile, so few enough that
+/// they fit into any connection.
+const MAX_ASKED: usize = 8;
+
+/// Both directions of another connection to the destination.
+pub struct NewConnection {
+    /// Where pages and bytes go.
+    pub(crate) sink: Box<dyn ByteSink>,
+    /// Where the destination's messages come from.
+    pub(crate) back: Box<dyn ByteSource>,
+}
+
+impl NewConnection {
+    /// Over a connected socket; `None` for a channel of one direction.
+    pub fn over(channel: StreamChannel) -> Option<Self> {
+        let (sink, back) = channel.with_return_path();
+        back.map(|back| Self { sink: Box::new(sink), back: Box::new(back) })
+    }
+}
+
+/// Opens further connections to the destination of a migration under way.
+pub trait Reconnect: Send {
+    /// Connects to `address`; `None`: to where the destination is known to listen.
+    ///
+    /// # Errors
+    /// [`OpenError`]. It is called again, as long as the migration's settings say.
+    fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError>;
+}
+
+/// Connects to one address, or to the last one that was given instead.
+#[derive(Clone, Debug)]
+pub struct Redial {
+    address: Address,
+    options: StreamOptions,
+}
+
+impl Redial {
+    /// To `address`, a `tcp:` or `unix:` one; of `auto:` the TCP address.
+    pub fn new(address: Address, options: StreamOptions) -> Self {
+        let tcp = address.host_and_port().filter(|_| address.decides_late());
+        let address = tcp.map(|(host, port)| Address::tcp(host, port)).unwrap_or(address);
+        Self { address, options }
+    }
+}
+
+impl Reconnect for Redial {
+    fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError> {
+        if let Some(address) = address {
+            *self = Self::new(address.clone(), self.options);
+        }
+        let once = || OpenError::OnlyOne { address: self.address.to_string() };
+        // A descriptor, a command or a file is there once.
+        if !matches!(self.address.scheme(), "tcp" | "unix") {
+            return Err(once());
+        }
+        let channel = connect(&self.address, &self.options, stop)?;
+        NewConnection::over(channel).ok_or_else(once)
+    }
+}
+
+/// What the source knows of connections behind the first.
+#[derive(Default)]
+pub(super) struct Recovery {
+    reconnect: Option<Box<dyn Reconnect>>,
+    /// Since when the ends have not agreed to go on.
+    lost_since: Option<Instant>,
+}
+
+/// In the place of a connection that is gone.
+struct Gone;
+
+impl ByteSink for Gone {
+    fn send(&mut self, _parts: &[SendPart<'_>], _stop: &Stop) -> Result<(), ChannelError> {
+        Err(ChannelError::Closed { peer: "the destination".into(), doing: "sending the stream" })
+    }
+
+    fn flush(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+
+    fn position(&self) -> u64 {
+        0
+    }
+}
+
+impl SourceSession {
+    /// How the destination is reached again when the connection was lost behind a switch to postcopy, for as long as
+    /// [`reconnect_timeout`](crate::session::PostcopySettings::reconnect_timeout) says.
+    pub fn with_reconnect(mut self, reconnect: Box<dyn Reconnect>) -> Self {
+        let allowed = self.settings.postcopy.as_ref().is_some_and(|p| p.reconnect_timeout > Duration::ZERO);
+        self.driver.engine.set_recoverable(allowed);
+        self.missing.recovery.reconnect = Some(reconnect);
+        self
+    }
+
+    /// True if an error says no more than that the present connection is of no use.
+    pub(super) fn is_lost(&self, error: &Error) -> bool {
+        let agreeing = self.driver.engine.is_recovering();
+        let no_answer = matches!(error, Error::NoAnswer { .. });
+        self.driver.engine.may_recover()
+            && match error.kind() {
+                ErrorKind::Channel => agreeing || !no_answer,
+                // An operator gave it up: nobody else ends a wait behind the switch.
+                ErrorKind::Cancelled => true,
+                // What it says of its memory is not to be counted on; the next connection may be to another.
+                ErrorKind::Peer => agreeing && !matches!(error, Error::PeerFailed { .. }),
+                ErrorKind::Config | ErrorKind::Local => false,
+            }
+    }
+
+    /// Lets the old connection go and makes another.
+    ///
+    /// # Errors
+    /// The time for it is over.
+    pub(super) fn reconnect(&mut self) -> Result<SourceEvent, Error> {
+        self.drop_connection();
+        if self.breakage.is(Breakage::ResumeAfterLoss) {
+            let _ = self.guest.control.resume();
+        }
+        let after = self.settings.postcopy.as_ref().map_or(Duration::ZERO, |p| p.reconnect_timeout);
+        let since = *self.missing.recovery.lost_since.get_or_insert_with(Instant::now);
+        let Some(mut reconnect) = self.missing.recovery.reconnect.take() else {
+            return Err(unreachable_again(after));
+        };
+        let mut interval = FIRST_RETRY_INTERVAL;
+        // Each loss is worth one attempt, however late.
+        let mut left = after.saturating_sub(since.elapsed()).max(FIRST_RETRY_INTERVAL);
+        let connected = loop {
+            if left == Duration::ZERO {
+                break Err(unreachable_again(after));
+            }
+            let attempt = self.driver.control.connection().next();
+            let stop = attempt.stop.within(left);
+            left = after.saturating_sub(since.elapsed());
+            if attempt.held {
+                stop.sleep(left);
+                continue;
+            }
+            match reconnect.connect(attempt.address.as_ref(), &stop) {
+                Ok(connection) => break Ok(connection),
+                Err(error) => {
+                    tracing::debug!(error = %Chain(&error), "the destination is not reached again yet")
+                }
+            }
+            stop.sleep(interval);
+            interval = (interval * 2).min(MAX_RETRY_INTERVAL);
+        };
+        self.missing.recovery.reconnect = Some(reconnect);
+        let NewConnection { sink, back } = connected?;
+        let link = Box::new(InlineLink::new(sink, Arc::clone(&self.guest.memory)));
+        self.wire.replace(link, Some(ReturnPath::new(back)));
+        self.wire.stop = self.driver.control.connection().connected();
+        self.figures.shared().update(|s| s.status = Status::PostcopyRecover);
+        Ok(SourceEvent::Done)
+    }
+
+    fn drop_connection(&mut self) {
+        let gone = InlineLink::new(Box::new(Gone), Arc::clone(&self.guest.memory));
+        self.wire.replace(Box::new(gone), None);
+        self.missing.forget_connection(&self.guest.memory, self.breakage);
+        self.pages.search = PageSearch::default();
+        self.figures.shared().update(|s| s.status = Status::PostcopyPaused);
+        if let Some(error) = &self.error {
+            tracing::warn!(error = %Chain(error), "the connection is lost; the guest runs at the destination");
+        }
+    }
+
+    /// Asks which pages the peer has. All others are dirty.
+    pub(super) fn compare_received(&mut self) -> Result<SourceEvent, Error> {
+        if self.breakage.is(Breakage::SkipBitmaps) {
+            return Ok(SourceEvent::Done);
+        }
+        let memory = Arc::clone(&self.guest.memory);
+        let table = memory.table();
+        let stop = self.wire.stop.within(self.settings.stall_timeout);
+        let mut dirty = DirtyMap::new(table, self.settings.clear_shift);
+        let mut asked = VecDeque::new();
+        let mut blocks = (0..).map(BlockIndex).zip(table.blocks()).filter(|(_, block)| !block.flags.ignored);
+        loop {
+            while asked.len() < MAX_ASKED
+                && let Some((index, block)) = blocks.next()
+            {
+                let mut out = Vec::new();
+                Command::RecvBitmap { block: block.name.as_str() }.encode(&mut out);
+                self.wire.link.sink().send(&[SendPart::Own(&out)], &stop)?;
+                asked.push_back((index, block));
+            }
+            self.wire.link.sink().flush(&stop)?;
+            let Some((index, block)) = asked.pop_front() else { break };
+            let pages = table.pages_of(block);
+            let bits = self.received_bitmap(block.name.as_str(), pages, &stop)?;
+            missing_runs(&bits, pages).for_each(|(first, pages)| {
+                dirty.set_run(PageRun { block: index, first: PageIndex(first), pages });
+            });
+            // The target pages of a host page come together.
+            dirty.widen(index, table.page().pages_in(block.host_page.bytes()).max(1));
+        }
+        self.pages.dirty = dirty;
+        if !self.driver.engine.is_taken() {
+            self.figures.taken(self.driver.clock.now());
+        }
+        Ok(SourceEvent::Done)
+    }
+
+    fn received_bitmap(&mut self, name: &str, pages: u64, stop: &Stop) -> Result<Vec<u8>, Error> {
+        let Some(back) = &mut self.wire.back else {
+            return Err(silent("which pages it has", Duration::ZERO));
+        };
+        loop {
+            match back.next(stop)? {
+                PeerMessage::Received(block) if block == name => return back.bitmap(pages, stop),
+                PeerMessage::Received(block) => {
+                    let what = format!("the bitmap of RAM block {block}");
+                    let while_doing = "that of another was due";
+                    return Err(Error::OutOfTurn { what, at: None, while_doing });
+                }
+                PeerMessage::Working => {}
+                word => refuse_verdict(word)?,
+            }
+            check_deadline(stop)?;
+        }
+    }
+
+    /// Tells the peer that pages follow, and waits until it has heard.
+    pub(super) fn resume_pages(&mut self) -> Result<SourceEvent, Error> {
+        let mut out = Vec::new();
+        Command::PostcopyResume.encode(&mut out);
+        self.wire.send(&out)?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
+        let after = self.settings.stall_timeout;
+        let stop = self.wire.stop.within(after);
+        let Some(back) = &mut self.wire.back else { return Err(silent("that it goes on", after)) };
+        loop {
+            match back.next(&stop)? {
+                PeerMessage::Resumed => break,
+                PeerMessage::Working => {}
+                word => refuse_verdict(word)?,
+            }
+            check_deadline(&stop)?;
+        }
+        self.missing.recovery.lost_since = None;
+        self.error = None;
+        self.figures.shared().update(|s| s.status = Status::PostcopyActive);
+        Ok(SourceEvent::Done)
+    }
+}
+
+/// Runs of zero bits among the first `pages`: bit i of byte i / 8 is page i.
+fn missing_runs(bits: &[u8], pages: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+    let is_here = |page: u64| bits.get((page / 8) as usize).is_some_and(|byte| byte >> (page % 8) & 1 == 1);
+    let mut page = 0;
+    std::iter::from_fn(move || {
+        while page < pages && is_here(page) {
+            page += 1;
+        }
+        let first = page;
+        while page < pages && !is_here(page) {
+            page += 1;
+        }
+        (page > first).then_some((first, page - first))
+    })
+}
+
+fn silent(what: &'static str, after: Duration) -> Error {
+    Error::NoAnswer { what, after, remedy: Remedy::RaiseStallTimeout }
+}
+
+fn unreachable_again(after: Duration) -> Error {
+    let remedy = "the guest runs there, and waits where it touches a page that is missing: see whether its host lives and \
+                  listens again";
+    Error::NoAnswer { what: "that it goes on", after, remedy: Remedy::Advice(remedy) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_marked_is_missing() {
+        let runs = |bits: &[u8], pages| missing_runs(bits, pages).collect::<Vec<_>>();
+        assert_eq!(runs(&[0b0000_0110, 0xff], 16), [(0, 1), (3, 5)]);
+        assert_eq!(runs(&[0xff, 0x01], 9), [], "padding is no page");
+        assert_eq!(runs(&[0xff], 12), [(8, 4)], "what a bitmap does not cover");
+        assert_eq!(runs(&[], 0), []);
+    }
+}
