@@ -240,5 +240,24 @@ fn s70_a_file_goes_straight_to_another_qemu() {
         assert_eq!(report["completed"], true, "{from} to {to}: {report}");
         destination.wait_completed(Deadline::seconds(10));
         same(&format!("{from} to {to}"), &sent, &arrived);
+        destination.kill();
+
+        // The same from where the pages lie, by page channels where the QEMU understands ours; the file stays as it is.
+        let before = std::fs::read(&file).unwrap();
+        let again = path.join("again");
+        fill(&again, MIB, Pattern::Zero);
+        let mut destination = Guest::new(to, machine, &again, MIB).incoming().start(path, "again");
+        destination.set_capabilities(&["multifd"]);
+        let uri = destination.listen_tcp();
+        let from_file = format!("mapped:{file}");
+        let arguments = ["send", &uri, "--json", "--channels", "2", "--from"];
+        let report = Ramwire::start(path, &arguments, &from_file).finished(Deadline::seconds(60), 0);
+        assert_eq!(report["status"], "completed", "{from} to {to}: {report}");
+        destination.wait_completed(Deadline::seconds(10));
+        same(&format!("{from} to {to}, from its places"), &sent, &again);
+        assert!(std::fs::read(&file).unwrap() == before);
+        let refused = Ramwire::start(path, &["send", &from_file, "--from"], &from_file)
+            .failed(Deadline::seconds(20), 3);
+        assert!(refused.contains("another process"), "onto itself: {refused}");
     }
 }

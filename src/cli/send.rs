@@ -42,14 +42,21 @@ use super::watch::{WatchArgs, describe};
     # Write it as a file that QEMU reads with mapped-ram and `migrate-incoming file:FILE`
     ramwire send mapped:FILE --dir guest
 
+    # Send a guest from a file that QEMU wrote with mapped-ram, without a folder in between
+    ramwire send tcp:10.0.0.7:4444 --from mapped:FILE
+
     # Only RAM, to another ramwire
     ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin")]
 pub(super) struct Args {
     #[arg(help = uri_help("Where the destination listens"))]
     uri: Address,
     /// Folder that `ramwire receive` has filled
-    #[arg(long, required_unless_present = "ram")]
+    #[arg(long, required_unless_present_any = ["ram", "from"])]
     dir: Option<PathBuf>,
+    /// Instead of a folder, mapped:PATH[,offset=N]: a file with mapped-ram pages, sent from where they lie. Nothing is written
+    /// down in it: it can be sent any number of times
+    #[arg(long, value_name = "URI", conflicts_with_all = ["dir", "ram"])]
+    from: Option<Address>,
     /// A RAM block in a file; with --dir it replaces the block of that name. Repeat for more
     #[arg(long, value_name = "NAME=PATH", value_parser = block)]
     ram: Vec<Block>,
@@ -133,10 +140,13 @@ pub(super) fn run(args: &Args) -> Exit {
         Err(error) => return failed("send", &error),
     };
     let opened = match &args.dir {
-        Some(dir) => StoredGuest::open(dir, &args.ram, overrides(args)),
-        None => StoredGuest::of_blocks(&args.ram),
+        Some(dir) => StoredGuest::open(dir, &args.ram, overrides(args)).map_err(Into::into),
+        None => match &args.from {
+            Some(file) => StoredGuest::of_file(file, args.no_vmdesc),
+            None => StoredGuest::of_blocks(&args.ram).map_err(Into::into),
+        },
     };
-    let sent = opened.map_err(Into::into).and_then(|guest| send(args, channels, guest));
+    let sent = opened.and_then(|guest| send(args, channels, guest));
     sent.unwrap_or_else(|error: Box<dyn std::error::Error>| failed("send", &*error))
 }
 
@@ -243,7 +253,8 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
         complain("send", error);
         tell_remedies("send", Some(error), REMEDIES);
     }
-    let dir = args.dir.as_deref().unwrap_or(Path::new("the RAM files"));
+    let other = if args.from.is_some() { "the file" } else { "the RAM files" };
+    let dir = args.dir.as_deref().unwrap_or(Path::new(other));
     if report.outcome == Outcome::Incomplete {
         note!(
             "the guest runs at the destination, but the connection was lost while memory was missing there: it stands still \

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::num::NonZeroU64;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -175,6 +175,32 @@ impl Mapping {
         let fd = Arc::new(fd);
         let region = region_of(map, page).with_backing(Backing::File(Arc::clone(&fd), offset));
         Ok(Self { region, file: Some((fd, offset)) })
+    }
+
+    /// A private copy of `len` bytes of an open file from `offset` on: what is written to it never gets into the file. Pages
+    /// take memory of their own only once they are written.
+    ///
+    /// # Errors
+    /// As [`file`](Self::file).
+    pub fn file_copy(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Result<Self, MappingError> {
+        let bytes = to_usize(len)?;
+        let failed = |errno: Errno| kernel("looking at a file for", len, "give a regular file", errno);
+        let file_len = u64::try_from(fstat(fd).map_err(failed)?.st_size).unwrap_or(0);
+        let page = PageSize::SIZE_4K;
+        if !page.divides(offset) {
+            return Err(MappingError::Alignment { offset, page });
+        }
+        if offset.checked_add(len).is_none_or(|end| end > file_len) {
+            return Err(MappingError::FileTooShort { offset, len, file_len });
+        }
+        let mut options = MmapOptions::new();
+        // SAFETY: the mapping becomes a region at once, of which no reference is ever made: that others change the file, or
+        // make it shorter, is borne as with any memory of a guest.
+        let map = unsafe { options.offset(offset).len(bytes).map_copy(fd.as_raw_fd()) };
+        let map = map.map_err(|source| {
+            kernel("mapping a file for", len, "open it for reading, and have memory free", source)
+        })?;
+        Ok(Self { region: region_of(map.into(), page).with_backing(Backing::Unknown), file: None })
     }
 
     /// As [`file`](Self::file), for a file that is made longer if it ends before the range. With `allocate`

@@ -263,7 +263,7 @@ pub(super) fn nothing(block: &RamBlock, path: &Path) -> Result<Mapping, StoreErr
 }
 
 /// The style of a source whose machine name tells nothing, from what its stream has shown.
-fn style_seen(machine: &str, seen: &Seen) -> Option<String> {
+pub(super) fn style_seen(machine: &str, seen: &Seen) -> Option<String> {
     let told = PeerStyle::of_machine(machine).is_some();
     let name = if seen.switchover_start { "qemu-10.0" } else { "qemu-8.1" };
     let shown = PeerStyle::of_source(machine, seen).filter(|_| !told);

@@ -13,6 +13,7 @@
 
 mod arriving;
 mod custody;
+mod mapped_file;
 mod private;
 mod ram_file;
 mod stored;

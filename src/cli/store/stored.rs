@@ -13,6 +13,7 @@ use ramwire::stream::qemu::section::Framing;
 use ramwire::stream::qemu::state::sections_end;
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::Mapping;
+use ramwire::transport::MappedDestination;
 use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
 use super::arriving::nothing;
@@ -42,12 +43,14 @@ pub struct Block {
 
 /// A guest that stands still: memory in files, device state as it was captured.
 pub struct StoredGuest {
-    custody: Option<Arc<Custody>>,
-    manifest: Manifest,
-    memory: Arc<MappedGuest>,
-    configuration: Configuration,
-    early: Vec<u8>,
-    tail: Vec<u8>,
+    pub(super) custody: Option<Arc<Custody>>,
+    pub(super) manifest: Manifest,
+    pub(super) memory: Arc<MappedGuest>,
+    pub(super) configuration: Configuration,
+    pub(super) early: Vec<u8>,
+    pub(super) tail: Vec<u8>,
+    /// Locked against those that would write to it, as long as its memory is mapped.
+    pub(super) _file: Option<MappedDestination>,
 }
 
 impl StoredGuest {
@@ -94,7 +97,7 @@ impl StoredGuest {
             uuid: manifest.uuid.as_deref().and_then(parse_uuid),
         };
         let custody = Some(Arc::new(Custody::new(store, manifest.clone())));
-        Ok(Self { custody, manifest, memory: Arc::new(memory), configuration, early, tail })
+        Ok(Self { custody, manifest, memory: Arc::new(memory), configuration, early, tail, _file: None })
     }
 
     /// A guest of nothing but the caller's RAM files: no device state, machine `none`.
@@ -126,7 +129,8 @@ impl StoredGuest {
             blocks: Vec::new(),
         };
         let (early, tail) = (Vec::new(), Vec::new());
-        Ok(Self { custody: None, manifest, memory: Arc::new(memory), configuration, early, tail })
+        let memory = Arc::new(memory);
+        Ok(Self { custody: None, manifest, memory, configuration, early, tail, _file: None })
     }
 
     /// Its memory.

@@ -1,5 +1,6 @@
 //! The destination's link to a file: the stream that is in it, and its places as page channels.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -16,14 +17,18 @@ use crate::ram::PageBitmap;
 use crate::stream::qemu::incoming::{AnnouncedBlocks, IncomingConfig};
 use crate::stream::qemu::mapped::decode_bitmap;
 use crate::stream::qemu::mapped_stream::{MappedReadError, Places, PlainStream};
-use crate::sys::{CancelToken, RecvPart, SpawnFn, Stop};
+use crate::sys::{CancelToken, Mapping, MappingError, RecvPart, SpawnFn, Stop, is_zero, spawn_thread};
 use crate::transport::{
-    AtBarrier, ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError,
-    OpenError,
+    Address, AtBarrier, ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes,
+    MoveError, OpenError, Target,
 };
+use crate::units::PageIndex;
 
 /// Longest time between two looks at the caller's [`Stop`].
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Bytes that are looked at and cleared at once.
+const CLEARED: usize = 1 << 20;
 
 const WAITING: &str = "waiting for pages that are read";
 
@@ -102,6 +107,52 @@ impl MappedDestination {
     /// The stream that is in it, as a plain one.
     pub fn stream(&self) -> &PlainStream {
         &self.stream
+    }
+
+    /// The file behind `address`, whose memory is then mapped instead of read into another.
+    ///
+    /// # Errors
+    /// [`OpenError`]; [`OpenError::NotMapped`] for an address of another kind.
+    pub fn open(address: &Address) -> Result<Self, OpenError> {
+        let spawn: Arc<SpawnFn> = Arc::new(spawn_thread);
+        match address.target() {
+            Target::PathAt { path, offset } => open(path, *offset, 0, &spawn),
+            _ => Err(OpenError::NotMapped { address: address.to_string() }),
+        }
+    }
+
+    /// The memory of a block, by its place in the list, mapped where it lies in the file; pages that are not in it are zero.
+    /// What is written to it never gets into the file. `None` for a block that was left out.
+    ///
+    /// # Errors
+    /// [`MappingError`].
+    pub fn map(&self, block: usize) -> Result<Option<Mapping>, MappingError> {
+        let (Some(places), Some(present)) = (self.stream.places.get(block), self.present.get(block)) else {
+            return Ok(None);
+        };
+        if places.header.is_absent() {
+            return Ok(None);
+        }
+        let (start, page) = (places.header.pages_offset, places.header.page_size.bytes());
+        let mapping = self.file.map(start, places.block.used_length)?;
+        let mut at = 0;
+        while at < places.pages() {
+            let run = present.next_run(PageIndex(at), u64::MAX).unwrap_or(places.pages()..places.pages());
+            self.clear_stale(&mapping, start, at * page..run.start * page);
+            at = run.end;
+        }
+        Ok(Some(mapping))
+    }
+
+    /// Places of pages that are not in the file may hold old bytes.
+    fn clear_stale(&self, mapping: &Mapping, start: u64, bytes: Range<u64>) {
+        for at in bytes.clone().step_by(CLEARED) {
+            let len = (CLEARED as u64).min(bytes.end - at);
+            let span = mapping.region().span(at, len).ok();
+            if let Some(span) = span.filter(|span| self.file.may_hold(start + at, len) && !is_zero(*span)) {
+                span.fill_zero();
+            }
+        }
     }
 
     /// A block that is not in the file must be one that this end has from elsewhere.

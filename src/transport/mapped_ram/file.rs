@@ -7,10 +7,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, StatxFlags, fallocate, flock, statx};
+use rustix::fs::{
+    AtFlags, FallocateFlags, FlockOperation, SeekFrom, StatxFlags, fallocate, flock, seek, statx,
+};
 use rustix::io::Errno;
 
-use crate::sys::{HostSpan, SendPart, read_at, write_at};
+use crate::sys::{HostSpan, Mapping, MappingError, SendPart, read_at, write_at};
 use crate::transport::{ChannelError, OpenError};
 
 /// A file of places, and where its stream begins.
@@ -150,6 +152,19 @@ impl MappedFile {
     /// Fills guest memory from `at` on; how many bytes, 0 at the end of the file.
     pub(super) fn read_pages(&self, span: HostSpan<'_>, at: u64) -> io::Result<usize> {
         read_at(self.file.as_fd(), span, at)
+    }
+
+    /// A copy of a part of it in memory, which takes room only where it is written.
+    pub(super) fn map(&self, at: u64, len: u64) -> Result<Mapping, MappingError> {
+        Mapping::file_copy(self.file.as_fd(), at, len)
+    }
+
+    /// False if there is nothing but holes from `at` on for `len` bytes.
+    pub(super) fn may_hold(&self, at: u64, len: u64) -> bool {
+        match seek(&self.file, SeekFrom::Data(at)) {
+            Ok(data) => data < at.saturating_add(len),
+            Err(errno) => errno != Errno::NXIO,
+        }
     }
 
     pub(super) fn write(&self, bytes: &[u8], at: u64) -> io::Result<()> {

@@ -194,6 +194,12 @@ fn s69_s70_s72_a_guest_is_saved_in_rounds_and_loaded_over_old_memory() {
         assert_eq!(source.present()[1].count(), 0);
         assert_eq!(counts[0].normal, PAGES - PAGES / 7 + 2);
         let there = Guest::new();
+        let mapped = source.map(0).unwrap().unwrap();
+        let mut bytes = vec![0; (PAGES * 4096) as usize];
+        mapped.region().span(0, PAGES * 4096).unwrap().copy_to(&mut bytes);
+        assert!(bytes == guest.bytes(), "mapped where it lies");
+        mapped.region().span(0, 4096).unwrap().copy_from(&[5; 4096]);
+        assert!(source.map(2).unwrap().is_none());
         // Memory of an earlier guest.
         (0..PAGES).for_each(|page| there.write(page, 0xee));
         let placer = load(source, &there).unwrap();
@@ -304,6 +310,30 @@ fn a_file_that_shrinks_while_it_is_read_is_an_error_with_its_place() {
     let MoveError::Channel(error @ ChannelError::Io { .. }) = error else { panic!("{error}") };
     let text = crate::error::Chain(&error).to_string();
     assert!(text.contains("offset 0x") && text.contains("shorter"), "{text}");
+}
+
+/// As QEMU leaves them: a page that turned zero is taken out of the bitmap, and its bytes stay.
+#[test]
+fn s70_old_bytes_of_pages_that_are_not_in_the_file_are_not_seen() {
+    let dir = scratch();
+    let path = dir.path().join("guest");
+    let guest = Guest::new();
+    guest.fill();
+    Save::create(&path, 0, &guest).whole(&guest).unwrap();
+    let places = opened(&path, 0).unwrap().stream().places[0].header;
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, places.bitmap_offset + 2).unwrap();
+    file.write_all_at(&[byte[0] & !4], places.bitmap_offset + 2).unwrap();
+    guest.write(18, 0);
+    let source = opened(&path, 0).unwrap();
+    let mapped = source.map(0).unwrap().unwrap();
+    let mut bytes = vec![0; (PAGES * 4096) as usize];
+    mapped.region().span(0, PAGES * 4096).unwrap().copy_to(&mut bytes);
+    assert!(byte[0] & 4 != 0 && bytes == guest.bytes(), "mapped");
+    let there = Guest::new();
+    load(source, &there).unwrap();
+    assert!(there.bytes() == guest.bytes(), "read");
 }
 
 #[test]

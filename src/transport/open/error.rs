@@ -91,6 +91,12 @@ pub enum OpenError {
         /// The address.
         address: String,
     },
+    /// Another address where a file of places is wanted.
+    #[error("{address} is no file of places; write mapped:PATH")]
+    NotMapped {
+        /// The address.
+        address: String,
+    },
     /// Page channels where there is one stream only.
     #[error("{address} has no page channels; {}", Remedy::DropChannels)]
     NoChannels {
