@@ -18,6 +18,8 @@
 
 mod destination;
 mod here;
+#[cfg(test)]
+mod simulated;
 mod source;
 
 use std::sync::Arc;
@@ -31,6 +33,8 @@ use crate::transport::{ChannelError, Obstacle, Side};
 pub use destination::{RdmaDestination, RdmaListener, RdmaReturnSink};
 pub(super) use here::SCHEME;
 pub use here::usable_address;
+#[cfg(test)]
+pub(super) use simulated::simulated;
 pub use source::{RdmaLink, RdmaReturnSource, connect_over};
 
 /// Messages two ramwires may have on the way at a time.

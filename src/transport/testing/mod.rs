@@ -1,5 +1,7 @@
 //! Connections for tests: in memory, and with faults.
 
+#[cfg(test)]
+pub(super) mod conformance;
 mod fault;
 mod loopback;
 
