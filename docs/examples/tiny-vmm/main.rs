@@ -5,6 +5,8 @@
 //! The guest's vCPUs write pages at the given rate and check each before they write it again. The guest starts in this
 //! process, moves to a second one that this one starts, comes back, and so on. Wherever it arrives it runs on, and then
 //! its new process looks at every page from outside too. `vm/` is the VM; this file is what its VMM does to move it.
+//!
+//! With `--postcopy` it runs on there as soon as its vCPUs' registers are there, and they wait where a page is missing.
 
 mod vm;
 
@@ -19,8 +21,8 @@ use clap::{Parser, ValueEnum};
 use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::ram::BlockName;
 use ramwire::session::{
-    Configuration, DestinationGuest, DestinationSession, Ending, Outcome, SourceGuest, SourceReport,
-    SourceSession, SourceSettings, ThrottlePolicy,
+    Configuration, DestinationGuest, DestinationSession, DestinationSettings, Ending, MissingPages, Outcome,
+    PostcopyRule, PostcopySettings, SourceGuest, SourceReport, SourceSession, SourceSettings, ThrottlePolicy,
 };
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, open_source};
@@ -71,6 +73,9 @@ struct Args {
     /// With --throttle dirty-limit: bytes a second that a vCPU may write
     #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = bytes)]
     vcpu_dirty_limit: u64,
+    /// Switch to postcopy after so many rounds, unless what is left fits the downtime first
+    #[arg(long, value_name = "ROUNDS", num_args = 0..=1, default_missing_value = "1")]
+    postcopy: Option<u32>,
     /// The second process is this program with this option
     #[arg(long, hide = true)]
     second: bool,
@@ -120,7 +125,40 @@ struct Arrived {
     faults: Vec<String>,
     /// Pages that the guest checked itself and wrote before it was looked at.
     wrote: u64,
+    postcopy: Option<Followed>,
     error: Option<String>,
+}
+
+/// How the guest ran while its pages followed.
+#[derive(Debug, Serialize, Deserialize)]
+struct Followed {
+    /// Pages that it checked and wrote before the last one had come, or soon after.
+    wrote: u64,
+    faults: u64,
+    /// From a vCPU's fault to the page in place.
+    p50_us: u64,
+    p99_us: u64,
+    /// From the last byte of the registers to the start of the vCPUs.
+    start_ms: f64,
+}
+
+impl Followed {
+    fn new(missing: &MissingPages, wrote: u64) -> Self {
+        let (p50_us, p99_us) = (missing.latency.p50_us, missing.latency.p99_us);
+        let start_ms = missing.time_to_run.as_secs_f64() * 1e3;
+        Self { wrote, faults: missing.faults, p50_us, p99_us, start_ms }
+    }
+}
+
+impl std::fmt::Display for Followed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { wrote, faults, p50_us, p99_us, start_ms } = self;
+        write!(
+            f,
+            ", started after {start_ms:.1} ms, {wrote} written while pages followed, {faults} faults "
+        )?;
+        write!(f, "(p50 {p50_us} us, p99 {p99_us} us)")
+    }
 }
 
 impl Args {
@@ -160,7 +198,13 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
     let mut settings =
         SourceSettings::new(Configuration { machine: "tiny-vmm".into(), ..Configuration::default() });
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
-    settings.digest = true;
+    // Memory that arrives while the guest writes it has no digest.
+    settings.digest = args.postcopy.is_none();
+    settings.postcopy = args.postcopy.map(|rounds| {
+        let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(rounds));
+        postcopy.max_bandwidth = Rate::limit(args.max_bandwidth);
+        postcopy
+    });
     settings.same_host = true;
     settings.max_bandwidth = Rate::limit(args.max_bandwidth);
     settings.throttling = match args.throttle {
@@ -192,12 +236,16 @@ fn receive(args: &Args, mut listener: Listener) -> Result<(TinyVm, Arrived), Fai
     let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(10));
     let connection = listener.accept_connection(&ConnectionOptions::default(), &stop)?;
     let control = Box::new(vm.clone());
-    let settings = Default::default();
+    let mut settings = DestinationSettings::default();
+    settings.postcopy = args.postcopy.is_some();
     let report =
         DestinationSession::new(DestinationGuest { memory: Box::new(memory), control }, connection, settings)
             .run();
+    // After a switch the vCPUs have been running since `resume`, and no page is missing any more.
+    let postcopy = report.missing_pages.as_ref().map(|missing| Followed::new(missing, vm.pages_written()));
     let mut arrived = Arrived {
         running: report.ending == Ending::Running,
+        postcopy,
         error: report.error.as_ref().map(ToString::to_string),
         ..Arrived::default()
     };
@@ -319,8 +367,9 @@ fn first(args: &Args) -> Result<(), Failure> {
             ThrottleMode::AutoConverge => format!(", {} % taken", left.throttle_percent),
             ThrottleMode::DirtyLimit => format!(", a rest of {} %", left.rest_percent),
         };
+        let followed = arrived.postcopy.as_ref().map(ToString::to_string).unwrap_or_default();
         println!(
-            "{number}: {} rounds, {:.0} MB in {:.0} ms, downtime {:.1} ms{throttled}; {} pages verified, {} wrong; {} written since",
+            "{number}: {} rounds, {:.0} MB in {:.0} ms, downtime {:.1} ms{throttled}{followed}; {} pages verified, {} wrong; {} written since",
             left.rounds,
             left.bytes as f64 / 1e6,
             left.total_ms,
