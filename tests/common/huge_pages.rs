@@ -12,17 +12,16 @@ pub(crate) struct HugePages {
 }
 
 impl HugePages {
-    /// Lets the kernel have `pages` more of `kib` each. `None`, said aloud, without root. Pages of 2 MiB are taken when
-    /// they are used; those of 1 GiB only now.
+    /// Has the kernel set aside `pages` of `kib` each. `None`, said aloud, without root, or where memory is in too many
+    /// pieces for them.
     pub(crate) fn reserve(kib: u64, pages: u64) -> Option<Self> {
-        let by_use = if kib == 2048 { "nr_overcommit_hugepages" } else { "nr_hugepages" };
-        let pool = PathBuf::from(format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB")).join(by_use);
+        let pool = PathBuf::from(format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"));
         let alone = fs::File::open(&pool).ok()?;
         rustix::fs::flock(&alone, rustix::fs::FlockOperation::LockExclusive).unwrap();
         let before = fs::read_to_string(&pool).unwrap().trim().to_owned();
         // ci/test reserves those of 1 GiB before anything else takes the memory apart.
         let free = fs::read_to_string(pool.with_file_name("free_hugepages")).unwrap();
-        let more = pages.saturating_sub(if kib == 2048 { 0 } else { free.trim().parse().unwrap() });
+        let more = pages.saturating_sub(free.trim().parse().unwrap());
         let wanted = before.parse::<u64>().unwrap() + more;
         let pool_name = pool.display().to_string();
         let reserved = Self { pool, before, _alone: alone };
