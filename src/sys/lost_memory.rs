@@ -274,6 +274,48 @@ mod tests {
         assert!(Entry::of(address).is_none_or(|entry| entry.lost.load(Ordering::Relaxed) == 0));
     }
 
+    /// Memory of 2 MiB pages that nothing was reserved for, as an embedder may map it.
+    fn unreserved(pages: usize) -> HostRegion {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let map = vm_memory::mmap::MmapRegionBuilder::<()>::new(pages * HUGE as usize)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB)
+            .build()
+            .unwrap();
+        let region = vm_memory::GuestRegionMmap::new(map, vm_memory::GuestAddress(0)).unwrap();
+        HostRegion::of_vm_memory(&region).unwrap()
+    }
+
+    const HUGE: u64 = 2 << 20;
+
+    #[test]
+    #[cfg(feature = "vm-memory")]
+    fn a_pool_of_huge_pages_that_runs_dry_is_told_and_ends_no_process() {
+        let pool = |name: &str| {
+            let path = std::path::Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB").join(name);
+            std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<usize>().ok())
+        };
+        let [Some(free), Some(more)] = ["free_hugepages", "nr_overcommit_hugepages"].map(pool) else {
+            return;
+        };
+        // Pages that other tests have set aside are theirs.
+        survive_lost_memory().unwrap();
+        let region = unreserved(free + more + 1);
+        let mut lost = None;
+        for page in 0..(free + more + 1) as u64 {
+            region.span(page * HUGE + 5, 1).unwrap().copy_from(b"x");
+            lost = region.loss();
+            if lost.is_some() {
+                assert_eq!(lost, Some(Loss::NoPage { at: page * HUGE + 5 }));
+                break;
+            }
+        }
+        assert!(lost.is_some(), "{free} free pages and {more} more were enough for one page too many");
+        // Others of the same pool are not touched, and memory of small pages is there.
+        let (_, other) = file(4);
+        assert_eq!((byte(&other, 2), other.region().loss()), (7, None));
+    }
+
     /// Alone in its process, which ends by the signal.
     #[test]
     #[ignore = "started by the test below"]
