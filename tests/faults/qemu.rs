@@ -473,20 +473,29 @@ fn a_source_that_holds_its_switchover_is_not_taken_for_a_stalled_one() {
     std::thread::scope(|scope| {
         for version in Version::ALL {
             for channels in [0, 2] {
-                scope.spawn(move || hold_switchover(version, channels));
+                scope.spawn(move || hold_switchover(version, channels, false));
             }
+            scope.spawn(move || hold_switchover(version, 0, true));
         }
     });
 }
 
-fn hold_switchover(version: Version, channels: u8) {
-    let what = format!("{version}, {channels} channels");
+fn hold_switchover(version: Version, channels: u8, relayed: bool) {
+    let what = format!("{version}, {channels} channels, relayed: {relayed}");
     let dir = scratch();
     let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
     fill(&ram, MIB, Pattern::Mixed { seed: 3 });
     let ours = format!("--channels={channels}");
     let arguments = ["receive", "tcp:127.0.0.1:0", &ours, "--stall-timeout", "1", "--json", "--dir"];
     let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
+    let mut place = receiver.listening();
+    let mut relay = relayed.then(|| {
+        let arguments =
+            ["relay", "--stall-timeout", "1", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"];
+        let mut relay = Ramwire::start(dir.path(), &arguments, &place);
+        place = relay.listening();
+        relay
+    });
     let mut source = Guest::new(version, MACHINE, &ram, MIB).start(dir.path(), "source");
     source.set_capabilities(&["pause-before-switchover", "return-path"]);
     if channels > 0 {
@@ -494,7 +503,7 @@ fn hold_switchover(version: Version, channels: u8) {
         source.set_parameters(json!({"multifd-channels": channels}));
     }
     source.set_parameters(json!({"max-bandwidth": 0}));
-    source.migrate(&receiver.listening());
+    source.migrate(&place);
     Deadline::seconds(60).poll(
         &format!("{what}: the switchover"),
         || receiver.errors(),
@@ -503,6 +512,7 @@ fn hold_switchover(version: Version, channels: u8) {
     std::thread::sleep(Duration::from_secs(3));
     source.execute("migrate-continue", json!({"state": "pre-switchover"}));
     source.wait_completed(Deadline::seconds(60));
+    relay.as_mut().map(|relay| relay.finished(Deadline::seconds(30), 0));
     let report = receiver.finished(Deadline::seconds(30), 0);
     assert_eq!(report["arrived"], true, "{what}: {report}");
     compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|found| panic!("{what}: {found:?}"));

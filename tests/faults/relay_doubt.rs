@@ -406,6 +406,29 @@ fn a_receiver_whose_source_can_not_be_told_leaves_its_guest_in_doubt() {
     }
 }
 
+/// Its source writes as much as it may, round after round, and never comes to its end.
+#[test]
+fn a_relay_whose_rounds_bring_nothing_says_so_and_that_its_source_decides() {
+    let dir = scratch();
+    let mut relayed = Relayed::start(dir.path(), Output::File, &[]);
+    let mut far = relayed.far.try_clone().unwrap();
+    let reads = std::thread::spawn(move || std::io::copy(&mut far, &mut std::io::sink()));
+    let says = "the migration does not converge";
+    Deadline::seconds(120).poll(
+        says,
+        || relayed.said(),
+        || {
+            (&relayed.source).write_all(&round()).unwrap();
+            relayed.said().contains(says).then_some(())
+        },
+    );
+    let said = relayed.said();
+    assert!(said.contains("its source decides when to switch over") && said.contains("--timeout"), "{said}");
+    relayed.signal(Signal::TERM);
+    assert_eq!(relayed.status(), Some(4), "{}", relayed.said());
+    let _ = reads.join().unwrap();
+}
+
 #[test]
 fn a_guardian_is_small() {
     let dir = scratch();
