@@ -52,6 +52,7 @@ struct Port {
     link_layer: String,
     mtu: u32,
     gids: Vec<String>,
+    addresses: Vec<String>,
     /// Fit for a migration, or what to do about it.
     verdict: Result<(), &'static str>,
 }
@@ -166,7 +167,7 @@ impl Found {
         let port = |port: &Port| {
             json!({
                 "port": port.number, "state": port.state, "link_layer": port.link_layer, "mtu": port.mtu,
-                "gids": port.gids, "usable": port.verdict.is_ok(), "remedy": port.verdict.err(),
+                "gids": port.gids, "addresses": port.addresses, "usable": port.verdict.is_ok(), "remedy": port.verdict.err(),
             })
         };
         let device = |device: &Device| {
@@ -201,7 +202,7 @@ impl Found {
             for port in &device.ports {
                 let (number, state, layer) = (port.number, &port.state, &port.link_layer);
                 lines.push(format!("  port {number}: {state}, {layer}, path MTU up to {}", port.mtu));
-                lines.extend(port.gids.iter().map(|gid| format!("    {gid}")));
+                lines.extend(port.addresses.iter().map(|address| format!("    {address}")));
                 lines.push(match port.verdict {
                     Ok(()) => "    a guest can travel by it".to_owned(),
                     Err(remedy) => format!("    not usable: {remedy}"),
@@ -262,7 +263,7 @@ impl From<rdma_hooks::verbs::PortInfo> for Port {
         let is_active = info.state == PortState::Active;
         Self {
             number: info.number,
-            verdict: match (is_active, info.gids.is_empty()) {
+            verdict: match (is_active, info.addresses.is_empty()) {
                 (true, false) => Ok(()),
                 (true, true) => {
                     Err("its interface has no address; give it one: ip addr add ADDRESS dev INTERFACE")
@@ -283,6 +284,7 @@ impl From<rdma_hooks::verbs::PortInfo> for Port {
             },
             mtu: info.mtu_bytes,
             gids: info.gids.iter().map(|gid| std::net::Ipv6Addr::from(*gid).to_string()).collect(),
+            addresses: info.addresses.iter().map(ToString::to_string).collect(),
         }
     }
 }
@@ -293,7 +295,8 @@ mod tests {
 
     fn port(verdict: Result<(), &'static str>) -> Port {
         let (state, link_layer) = ("active".into(), "Ethernet".into());
-        Port { number: 1, state, link_layer, mtu: 4096, gids: vec!["::ffff:10.9.0.1".into()], verdict }
+        let (gids, addresses) = (vec!["::ffff:10.9.0.1".into()], vec!["10.9.0.1".into()]);
+        Port { number: 1, state, link_layer, mtu: 4096, gids, addresses, verdict }
     }
 
     #[test]

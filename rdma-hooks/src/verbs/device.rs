@@ -2,6 +2,8 @@
 
 use std::ffi::CStr;
 use std::io;
+use std::net::IpAddr;
+use std::path::Path;
 use std::ptr::{self, NonNull};
 
 use rdma_sys::{
@@ -12,6 +14,7 @@ use rdma_sys::{
 };
 
 use super::call::{check, check_ptr};
+use super::netdev;
 use super::queue::INLINE_BYTES;
 use crate::fabric::FabricError;
 
@@ -48,8 +51,10 @@ pub struct PortInfo {
     pub mtu_bytes: u32,
     /// Longest message, bytes.
     pub max_message_bytes: u32,
-    /// Its addresses (GIDs) that are set, at most 16, in network byte order.
+    /// Its entries of the GID table that are set, at most 16, in network byte order. IP addresses on RoCE alone.
     pub gids: Vec<[u8; 16]>,
+    /// The IP addresses of its network interfaces, which a peer connects to.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// One device.
@@ -254,17 +259,21 @@ impl OpenDevice {
             let raw = unsafe { gid.raw };
             (got == 0 && raw != [0; 16]).then_some(raw)
         };
+        let link_layer = match attr.link_layer {
+            0 | 1 => LinkLayer::InfiniBand,
+            2 => LinkLayer::Ethernet,
+            other => LinkLayer::Other(other),
+        };
+        let gids: Vec<_> = (0..attr.gid_tbl_len.min(MAX_GIDS)).filter_map(gid).collect();
+        let folder = Path::new("/sys/class/infiniband").join(&self.name);
         Ok(PortInfo {
             number,
+            addresses: netdev::addresses(&folder, (number, link_layer), &gids, &netdev::of_this_host()),
             state: if attr.state == 4 { PortState::Active } else { PortState::Inactive(attr.state) },
-            link_layer: match attr.link_layer {
-                0 | 1 => LinkLayer::InfiniBand,
-                2 => LinkLayer::Ethernet,
-                other => LinkLayer::Other(other),
-            },
+            link_layer,
             mtu_bytes: 128_u32.checked_shl(attr.active_mtu).unwrap_or(0),
             max_message_bytes: attr.max_msg_sz,
-            gids: (0..attr.gid_tbl_len.min(MAX_GIDS)).filter_map(gid).collect(),
+            gids,
         })
     }
 }

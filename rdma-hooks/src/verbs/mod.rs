@@ -33,6 +33,8 @@ mod fabric;
 mod lane;
 #[cfg(feature = "verbs")]
 mod memory_lock;
+
+mod netdev;
 #[cfg(feature = "verbs")]
 mod queue;
 

@@ -1,6 +1,6 @@
 //! Connections by this host's verbs devices.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use rdma_hooks::verbs::{DeviceInfo, PortState, VerbsFabric, find_device, memory_lock};
@@ -98,13 +98,13 @@ pub fn usable_address(bytes: u64) -> Result<IpAddr, WhyNoRdma> {
     Ok(address)
 }
 
-/// An IP address among the GIDs of the device's active ports: an IPv4 one first, which every QEMU takes.
+/// An IP address of the device's active ports: an IPv4 one first, which every QEMU takes.
 fn address_of(device: &DeviceInfo) -> Option<IpAddr> {
     let active = device.ports.iter().filter(|port| port.state == PortState::Active);
-    let gids: Vec<Ipv6Addr> = active.flat_map(|port| &port.gids).map(|gid| Ipv6Addr::from(*gid)).collect();
-    let v4 = gids.iter().find_map(Ipv6Addr::to_ipv4_mapped).map(IpAddr::V4);
+    let all: Vec<IpAddr> = active.flat_map(|port| &port.addresses).copied().collect();
     // A link-local address names no interface by itself.
-    v4.or_else(|| gids.iter().find(|gid| !gid.is_unicast_link_local()).copied().map(IpAddr::V6))
+    let is_alone = |address: &&IpAddr| matches!(address, IpAddr::V6(v6) if !v6.is_unicast_link_local());
+    all.iter().find(|address| address.is_ipv4()).or_else(|| all.iter().find(is_alone)).copied()
 }
 
 #[cfg(test)]
@@ -112,16 +112,17 @@ mod tests {
     use super::*;
     use rdma_hooks::verbs::{LinkLayer, PortInfo};
 
-    fn device(state: PortState, gids: &[&str]) -> DeviceInfo {
-        let gids =
-            gids.iter().filter_map(|gid| gid.parse::<Ipv6Addr>().ok()).map(|gid| gid.octets()).collect();
+    fn device(state: PortState, addresses: &[&str]) -> DeviceInfo {
+        let addresses = addresses.iter().filter_map(|address| address.parse().ok()).collect();
         let port = PortInfo {
             number: 1,
             state,
             link_layer: LinkLayer::Ethernet,
             mtu_bytes: 4096,
             max_message_bytes: 1 << 23,
-            gids,
+            // None of them is an address on InfiniBand and iWARP.
+            gids: vec![[0xfd; 16]],
+            addresses,
         };
         DeviceInfo {
             name: "rxe0".into(),
@@ -138,10 +139,10 @@ mod tests {
 
     #[test]
     fn an_ipv4_address_of_an_active_port_is_preferred() {
-        let gids = ["fe80::1", "fd00::1", "::ffff:10.9.0.1"];
-        assert_eq!(address_of(&device(PortState::Active, &gids)), Some(IpAddr::from([10, 9, 0, 1])));
-        assert_eq!(address_of(&device(PortState::Active, &gids[..2])), "fd00::1".parse().ok());
-        assert_eq!(address_of(&device(PortState::Active, &gids[..1])), None);
-        assert_eq!(address_of(&device(PortState::Inactive(1), &gids)), None);
+        let all = ["fe80::1", "fd00::1", "10.9.0.1"];
+        assert_eq!(address_of(&device(PortState::Active, &all)), Some(IpAddr::from([10, 9, 0, 1])));
+        assert_eq!(address_of(&device(PortState::Active, &all[..2])), "fd00::1".parse().ok());
+        assert_eq!(address_of(&device(PortState::Active, &all[..1])), None);
+        assert_eq!(address_of(&device(PortState::Inactive(1), &all)), None);
     }
 }
