@@ -177,13 +177,6 @@ pub struct RoundReceived {
     pub zero_bytes: u64,
 }
 
-/// What has come on page channels by a barrier.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct AtBarrier {
-    /// Packets that the source has sent and that have not come: it has a channel that is not read here.
-    pub missing: Option<MissingPackets>,
-}
-
 /// Bytes beside the stream as the threads that bring them count them, for whoever looks on. `None`: nobody can, or there
 /// are none.
 #[derive(Clone, Debug, Default)]
@@ -229,8 +222,14 @@ pub trait DestinationLink: Send {
     ///
     /// # Errors
     /// [`MoveError`]: a channel failed, closed, or is not understood.
-    fn barrier(&mut self, _stop: &Stop) -> Result<AtBarrier, MoveError> {
-        Ok(AtBarrier::default())
+    fn barrier(&mut self, _stop: &Stop) -> Result<(), MoveError> {
+        Ok(())
+    }
+
+    /// Packets of page channels that the source has sent, on whatever channel, and that have not come. Elsewhere than at a
+    /// barrier some may be on their way.
+    fn missing_packets(&self) -> Option<MissingPackets> {
+        None
     }
 
     /// Lets the page channels go on behind the barrier.

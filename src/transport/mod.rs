@@ -29,8 +29,8 @@ pub use connection::{DestinationConnection, SourceConnection, Way};
 pub use error::{ChannelError, MoveError, Side};
 pub use inline::{DeltaCacheSize, InlineDestination, InlineLink, InlinePages};
 pub use link::{
-    AtBarrier, DestinationAbilities, DestinationLink, LiveBytes, Offer, Receipt, Returned, RoundReceived,
-    SourceLink, Ticket,
+    DestinationAbilities, DestinationLink, LiveBytes, Offer, Receipt, Returned, RoundReceived, SourceLink,
+    Ticket,
 };
 pub use mapped_ram::{MappedDestination, MappedLink};
 pub use multifd::{ChannelOptions, MultifdDestination, MultifdLink, Numa, PageSending};

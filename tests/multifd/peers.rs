@@ -273,6 +273,57 @@ fn channels_that_one_end_does_not_have_fail_both() {
     });
 }
 
+/// A folder sent by more channels than a QEMU has, or by fewer: it does not arrive, it stays whole, and goes by as many.
+#[test]
+fn a_folder_sent_by_other_channels_than_a_qemu_has_stays_here() {
+    if !peers_present() {
+        return;
+    }
+    std::thread::scope(|scope| {
+        for version in Version::ALL {
+            for ours in [3, 1] {
+                scope.spawn(move || sent_by_other_channels(version, ours));
+            }
+        }
+    });
+}
+
+fn sent_by_other_channels(version: Version, ours: u8) {
+    let what = format!("{version}: {ours} channels here, 2 there");
+    let dir = scratch();
+    let path = |name: &str| dir.path().join(name);
+    let (sent, arrived, folder) = (path("sent"), path("arrived"), path("guest"));
+    fill(&sent, 16, Pattern::Random { seed: 12 });
+    fill(&arrived, 16, Pattern::Zero);
+    let mut receiver =
+        Ramwire::start(dir.path(), &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &folder);
+    let mut source = Guest::new(version, Machine::Q35, &sent, 16).start(dir.path(), "source");
+    source.set_capabilities(&["return-path"]);
+    source.migrate(&receiver.listening());
+    source.wait_completed(Deadline::seconds(60));
+    receiver.finished(Deadline::seconds(30), 0);
+    source.kill();
+    for (at, (channels, status)) in [(ours, 3), (2, 0)].into_iter().enumerate() {
+        let name = format!("destination{at}");
+        let mut destination =
+            Guest::new(version, Machine::Q35, &arrived, 16).incoming().start(dir.path(), &name);
+        TWO.set(&mut destination, version);
+        let channels = format!("--channels={channels}");
+        let send = ["send", &destination.listen_tcp(), "--json", &channels, "--stall-timeout=2", "--dir"];
+        let mut sender = Ramwire::start(dir.path(), &send, &folder);
+        let (found, said) = sender.ended(Deadline::seconds(100));
+        println!("{what}: {said}");
+        assert_eq!(found, status, "{what}, {channels}: {said}");
+        if status == 0 {
+            destination.wait_completed(Deadline::seconds(10));
+            compare(&sent, &arrived).unwrap_or_else(|d| panic!("{what}: at the destination: {d:?}"));
+        } else {
+            ram_file(&folder);
+            assert!(!said.is_empty(), "{what}: it says why");
+        }
+    }
+}
+
 fn channels_do_not_fit(version: Version, theirs: u8, ours: u8) {
     let what = format!("{version}: {theirs} channels there, {ours} here");
     let dir = scratch();

@@ -10,6 +10,7 @@ use crate::stream::native::channels_of_ping;
 use crate::stream::page_counts;
 use crate::stream::qemu::file::{Configuration, IGNORE_SHARED};
 use crate::stream::qemu::packet_numbers::MissingPackets;
+use crate::transport::ChannelError;
 
 use super::DestinationSession;
 use super::digests::Digests;
@@ -66,6 +67,49 @@ impl DestinationSession {
     pub(super) fn agree_on_channels(&mut self) -> Result<(), Error> {
         let ours = self.link.abilities().page_channels;
         Ok(agree_on_channels(self.told.channels, ours)?)
+    }
+
+    /// Packets of page channels that were sent and have not come. A ramwire has told how many channels it has, and tells of
+    /// each page.
+    pub(super) fn check_packets(&mut self) -> Result<(), Error> {
+        let missing = self.link.missing_packets().filter(|_| !self.engine.is_native());
+        missing.map_or(Ok(()), |missing| Err(more_channels_there(missing)))
+    }
+
+    /// A QEMU says nothing between two rounds while it waits for its operator (pause-before-switchover); the footer of the
+    /// last one may still be in its buffer then. It has sent pages before. One of which none has come may wait for somebody
+    /// to read its page channels. A ramwire says that it is alive.
+    pub(super) fn may_hold_its_switchover(&mut self) -> bool {
+        self.sections.between_rounds() && !self.engine.is_native() && !self.has_brought_nothing()
+    }
+
+    /// Not one whole page has come in the stream, which is the only way here, and some pages are missing.
+    fn has_brought_nothing(&mut self) -> bool {
+        let able = self.link.abilities();
+        if able.page_channels > 0 || able.has_rounds {
+            return false;
+        }
+        let Some(placing) = &self.placing else { return false };
+        let PageCounts { normal, delta, .. } = placing.in_stream();
+        normal == 0 && delta == 0 && placing.placer().never_came() > 0
+    }
+
+    /// What the silence of a source may come from, where it is more than that.
+    pub(super) fn silence_of_source(&mut self, error: Error) -> Error {
+        let Error::Channel(ChannelError::Stalled { after, .. }) = error else { return error };
+        if let Err(why) = self.check_packets() {
+            return why;
+        }
+        if self.engine.is_native() || !self.has_brought_nothing() {
+            return error;
+        }
+        Error::Config {
+            what: format!(
+                "the source has sent no page and then nothing for {} s; it may have page channels (multifd) that nobody reads",
+                after.as_secs_f64()
+            ),
+            remedy: Remedy::AskForChannels,
+        }
     }
 
     /// RAM has ended, and not one whole page of it came in the stream, and some pages not at all: they went on page channels

@@ -64,15 +64,12 @@ impl DestinationSession {
                         }
                     }
                     reader.make_room(needed);
-                    let stop = &self.stop;
+                    let quiet = reader.start == reader.end && self.may_hold_its_switchover();
                     let source = self.link.stream();
                     source.set_bulk(bulk);
-                    // A QEMU says nothing between two rounds while it waits for its operator (pause-before-switchover); the
-                    // footer of the last one may still be in its buffer then. A ramwire says that it is alive.
-                    let empty = reader.start == reader.end;
-                    let may_be_silent = self.sections.between_rounds() && !self.engine.is_native();
-                    source.set_quiet(empty && may_be_silent);
-                    let got = source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], stop)?;
+                    source.set_quiet(quiet);
+                    let got = source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], &self.stop);
+                    let got = got.map_err(|error| self.silence_of_source(error.into()))?;
                     if got == 0 {
                         return self.stream_ended(reader);
                     }

@@ -9,10 +9,9 @@ use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::incoming::{AnnouncedBlocks, Seen};
 use crate::stream::{Corrupt, DecodeError};
 use crate::sys::Stop;
-use crate::transport::AtBarrier;
 
 use super::DestinationSession;
-use super::counts::{more_channels_there, no_channels_here};
+use super::counts::no_channels_here;
 use super::receive::out_of_turn;
 use crate::session::callback::quietly;
 use crate::session::source::discards;
@@ -84,14 +83,11 @@ impl DestinationSession {
         if self.link.abilities().page_channels == 0 {
             return Err(no_channels_here());
         }
-        let AtBarrier { missing } = match self.breakage.is(Breakage::SkipBarrier) {
-            false => self.link.barrier(&self.stop)?,
-            true => AtBarrier::default(),
-        };
-        // A ramwire has told how many it has, and tells of each page.
-        if let Some(missing) = missing.filter(|_| !self.engine.is_native()) {
-            return Err(more_channels_there(missing));
+        if !self.breakage.is(Breakage::SkipBarrier) {
+            let waited = self.link.barrier(&self.stop);
+            waited.map_err(|error| self.silence_of_source(error.into()))?;
         }
+        self.check_packets()?;
         // Pressure is handed back before the channels go on.
         self.placing()?.between_reads()?;
         self.link.release();

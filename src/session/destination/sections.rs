@@ -53,9 +53,9 @@ impl Sections {
         self.ram_ended
     }
 
-    /// Between two rounds, where a source may be silent for long.
+    /// Between two rounds, where a source may be silent for long. The end of the setup is no such place.
     pub(super) fn between_rounds(&self) -> bool {
-        self.between_rounds && !self.ram_ended
+        self.between_rounds && self.ram_phase == Some(Phase::Part) && !self.ram_ended
     }
 
     /// A section that is carried begins there.
@@ -88,7 +88,7 @@ mod tests {
         sections.note(&start(SectionKind::Ram, Phase::Start));
         assert!(!sections.pages_began() && !sections.pages_follow() && !sections.between_rounds());
         sections.note(&Event::SectionEnd { phase: Phase::Start, kind: SectionKind::Ram });
-        assert!(sections.between_rounds());
+        assert!(!sections.between_rounds(), "pages are due");
         sections.note(&start(SectionKind::Ram, Phase::Part));
         assert!(sections.pages_began() && sections.pages_follow() && !sections.between_rounds());
         sections.note(&Event::RecordsEnd);

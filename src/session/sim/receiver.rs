@@ -9,9 +9,7 @@ use crate::guest::Placer;
 use crate::observe::PageCounts;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::sys::{Stop, StopReason};
-use crate::transport::{
-    AtBarrier, ByteSource, ChannelError, DestinationAbilities, DestinationLink, MoveError,
-};
+use crate::transport::{ByteSource, ChannelError, DestinationAbilities, DestinationLink, MoveError};
 
 const DOING: &str = "waiting for the page channels";
 
@@ -34,12 +32,12 @@ impl DestinationLink for SimSource {
         Ok(())
     }
 
-    fn barrier(&mut self, stop: &Stop) -> Result<AtBarrier, MoveError> {
+    fn barrier(&mut self, stop: &Stop) -> Result<(), MoveError> {
         for _ in 0..STALL_STEPS {
             let turn = self.sim.enter();
             let gone = turn.world.killed || turn.world.is_endless();
             match turn.world.link.is_at_barrier().filter(|_| !gone) {
-                Some(true) => return Ok(AtBarrier::default()),
+                Some(true) => return Ok(()),
                 Some(false) => {}
                 None => return Err(ChannelError::Closed { peer: "sim".into(), doing: DOING }.into()),
             }

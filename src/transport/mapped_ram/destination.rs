@@ -19,8 +19,8 @@ use crate::stream::qemu::mapped::decode_bitmap;
 use crate::stream::qemu::mapped_stream::{MappedReadError, Places, PlainStream};
 use crate::sys::{CancelToken, Mapping, MappingError, RecvPart, SpawnFn, Stop, is_zero, spawn_thread};
 use crate::transport::{
-    Address, AtBarrier, ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes,
-    MoveError, OpenError, Target,
+    Address, ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError,
+    OpenError, Target,
 };
 use crate::units::PageIndex;
 
@@ -233,12 +233,12 @@ impl DestinationLink for MappedDestination {
     }
 
     /// The first barrier stands behind the list of blocks. Where another stands in front of the end of RAM, that one waits.
-    fn barrier(&mut self, stop: &Stop) -> Result<AtBarrier, MoveError> {
+    fn barrier(&mut self, stop: &Stop) -> Result<(), MoveError> {
         self.barriers += 1;
         if self.stream.has_end && self.barriers == 1 {
-            return Ok(AtBarrier::default());
+            return Ok(());
         }
-        let Some(running) = &mut self.running else { return Ok(AtBarrier::default()) };
+        let Some(running) = &mut self.running else { return Ok(()) };
         while running.left > 0 {
             match running.told.recv_timeout(POLL_INTERVAL) {
                 Ok(ended) => {
@@ -255,7 +255,7 @@ impl DestinationLink for MappedDestination {
                 return Err(ChannelError::Stopped { reason, doing: WAITING }.into());
             }
         }
-        Ok(AtBarrier::default())
+        Ok(())
     }
 
     fn channel_bytes(&self) -> u64 {

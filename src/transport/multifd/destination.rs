@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,11 +18,10 @@ use crate::observe::PageCounts;
 use crate::stream::qemu::channel::Channel;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packed::PacketInflater;
-use crate::stream::qemu::packet_numbers::PacketNumbers;
+use crate::stream::qemu::packet_numbers::MissingPackets;
 use crate::sys::{CancelToken, RecvPart, Stop, StopReason};
 use crate::transport::{
-    AtBarrier, ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError,
-    StreamChannel,
+    ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError, StreamChannel,
 };
 
 /// Longest time between two looks at the other channels.
@@ -53,7 +52,6 @@ struct Running {
     cancel: CancelToken,
     at_barrier: usize,
     closed: usize,
-    numbers: PacketNumbers,
 }
 
 /// When a byte last moved on any channel: main may be silent for long while the others are at work, and one of them
@@ -92,7 +90,8 @@ impl MultifdDestination {
         if bytes != progress.bytes {
             *progress = Progress { bytes, since: now };
         }
-        match self.stall.filter(|_| !self.quiet) {
+        // A source that has sent packets which don't come waits for a channel that nobody reads.
+        match self.stall.filter(|_| !self.quiet || self.missing_packets().is_some()) {
             Some(after) if now.duration_since(progress.since) >= after => {
                 Err(ChannelError::Stalled { peer: self.main.peer().to_owned(), doing, after })
             }
@@ -104,10 +103,7 @@ impl MultifdDestination {
 impl Running {
     fn take(&mut self, told: Told) -> Result<(), MoveError> {
         match told {
-            Told::AtBarrier(numbers) => {
-                self.at_barrier += 1;
-                self.numbers.add(numbers);
-            }
+            Told::AtBarrier => self.at_barrier += 1,
             Told::Closed => self.closed += 1,
             Told::Failed(error) => return Err(error),
         }
@@ -200,6 +196,7 @@ impl DestinationLink for MultifdDestination {
             page,
             ids: Mutex::default(),
             uuid: Mutex::default(),
+            numbers: Mutex::default(),
             bytes: Arc::clone(&self.bytes),
             counters: (0..count).map(|_| PageCounter::default()).collect(),
         };
@@ -212,7 +209,6 @@ impl DestinationLink for MultifdDestination {
             cancel: CancelToken::default(),
             at_barrier: 0,
             closed: 0,
-            numbers: PacketNumbers::default(),
         };
         for (at, channel) in self.waiting.drain(..).enumerate() {
             let (release, released) = bounded(1);
@@ -246,13 +242,13 @@ impl DestinationLink for MultifdDestination {
         Ok(())
     }
 
-    fn barrier(&mut self, stop: &Stop) -> Result<AtBarrier, MoveError> {
+    fn barrier(&mut self, stop: &Stop) -> Result<(), MoveError> {
         let mut progress = Progress { bytes: self.channel_bytes(), since: Instant::now() };
         loop {
-            let Some(running) = &mut self.running else { return Ok(AtBarrier::default()) };
+            let Some(running) = &mut self.running else { return Ok(()) };
             running.take_reports()?;
             if running.at_barrier == running.releases.len() {
-                return Ok(AtBarrier { missing: running.numbers.check().err() });
+                return Ok(());
             }
             if running.closed > 0 {
                 let peer = format!("a page channel of {}", self.main.peer());
@@ -268,6 +264,11 @@ impl DestinationLink for MultifdDestination {
                 return Err(ChannelError::Stopped { reason, doing: AT_BARRIER }.into());
             }
         }
+    }
+
+    fn missing_packets(&self) -> Option<MissingPackets> {
+        let running = self.running.as_ref()?;
+        running.common.numbers.lock().unwrap_or_else(PoisonError::into_inner).check().err()
     }
 
     fn release(&mut self) {

@@ -30,8 +30,8 @@ const BUFFER: usize = 128 << 10;
 /// What a channel's thread tells.
 #[derive(Debug)]
 pub(super) enum Told {
-    /// It stands at a SYNC; numbers of the packets since the last one.
-    AtBarrier(PacketNumbers),
+    /// It stands at a SYNC.
+    AtBarrier,
     /// The peer closed it between two packets.
     Closed,
     /// It is of no more use.
@@ -58,6 +58,8 @@ pub(super) struct Common {
     pub(super) ids: Mutex<Vec<u8>>,
     /// UUID that the first channel said.
     pub(super) uuid: Mutex<Option<[u8; 16]>>,
+    /// Numbers of the packets of all channels.
+    pub(super) numbers: Mutex<PacketNumbers>,
     /// Bytes of all channels.
     pub(super) bytes: Arc<AtomicU64>,
     /// Pages of each channel, by its id.
@@ -109,11 +111,12 @@ impl PageReceiver {
                     self.consumed(consumed);
                     self.take_packet()?;
                     self.machine.payload_taken();
+                    self.tell_numbers();
                 }
                 ChannelStep::Barrier { consumed } => {
                     self.consumed(consumed);
-                    let numbers = self.machine.take_numbers();
-                    if self.told.send(Told::AtBarrier(numbers)).is_err() || self.release.recv().is_err() {
+                    self.tell_numbers();
+                    if self.told.send(Told::AtBarrier).is_err() || self.release.recv().is_err() {
                         return Ok(());
                     }
                     self.machine.release();
@@ -126,6 +129,12 @@ impl PageReceiver {
                 }
             }
         }
+    }
+
+    /// Numbers of the packets that have come since the last time.
+    fn tell_numbers(&mut self) {
+        let mut all = self.common.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        all.add(self.machine.take_numbers());
     }
 
     fn consumed(&mut self, count: usize) {

@@ -326,8 +326,8 @@ impl Reader {
         stop: &Stop,
         at_round: &mut dyn FnMut(&MappedGuest) -> bool,
     ) -> Result<Option<Ended>, Ended> {
-        let at = self.link.barrier(stop)?;
-        assert_eq!(at.missing, None, "packets are missing at a barrier");
+        self.link.barrier(stop)?;
+        assert_eq!(self.link.missing_packets(), None, "packets are missing at a barrier");
         let over = self.round_over(at_round);
         self.link.release();
         over
