@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 
+use crate::observe::named;
 use crate::units::{Percent, RestShare};
 
 /// Runs the machine around the memory; implemented by the VMM.
@@ -74,20 +75,22 @@ pub trait DeviceState {
 
 /// [`DeviceState::size`] of what `control` has.
 pub(crate) fn state_size(control: &mut dyn GuestControl) -> u64 {
-    control.devices().map_or(0, DeviceState::size)
+    named("calling DeviceState::size", || control.devices().map_or(0, DeviceState::size))
 }
 
 /// [`DeviceState::save`] of what `control` has: no bytes if there is none.
 pub(crate) fn save_state(control: &mut dyn GuestControl) -> io::Result<Vec<u8>> {
     let mut state = Vec::new();
-    control.devices().map_or(Ok(()), |devices| devices.save(&mut state))?;
+    named("calling DeviceState::save", || {
+        control.devices().map_or(Ok(()), |devices| devices.save(&mut state))
+    })?;
     Ok(state)
 }
 
 /// [`DeviceState::load`] into what `control` has.
 pub(crate) fn load_state(control: &mut dyn GuestControl, mut state: &[u8]) -> io::Result<()> {
     match control.devices() {
-        Some(devices) => devices.load(&mut state),
+        Some(devices) => named("calling DeviceState::load", || devices.load(&mut state)),
         None if state.is_empty() => Ok(()),
         None => {
             let text = format!("{} bytes of device state came for a machine without devices", state.len());

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::observe::named;
 use crate::ram::{BlockError, BlockName, Landing, RamBlockTable, Refusal, TableError};
 use crate::sys::{HostRegion, HostSpan, Loss, OutOfRegion};
 use crate::units::BlockIndex;
@@ -113,4 +114,9 @@ pub trait GuestMemory: Send + Sync {
     /// # Errors
     /// [`GuestError::Kernel`]; never called on memory a NIC has registered.
     fn discard(&self, landing: Landing) -> Result<(), GuestError>;
+}
+
+/// [`GuestMemory::span`], whose panic is told by its name.
+pub(crate) fn span_of(memory: &dyn GuestMemory, landing: Landing) -> Result<HostSpan<'_>, GuestError> {
+    named("calling GuestMemory::span", || memory.span(landing))
 }

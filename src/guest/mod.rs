@@ -35,6 +35,7 @@ pub use hints::{HintEpoch, HintError, Hinted, PageHints};
 #[cfg(feature = "kvm")]
 pub use kvm::{KvmDirtyLog, KvmDirtyRing, KvmSlot, RingSize};
 pub use mapped::{GuestBuilder, MappedGuest};
+pub(crate) use memory::span_of;
 pub use memory::{GuestError, GuestMemory, LayoutChange};
 pub use placing::{PageObserver, PageWriter, Placer, ServeError};
 pub use soft_dirty::{SoftDirty, Standstill};

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::{DirtyError, DirtySource};
+use crate::observe::named;
 use crate::ram::{DirtyMap, RamBlockTable};
 use crate::units::BlockIndex;
 
@@ -18,13 +19,18 @@ pub fn sync_all(
     table: &RamBlockTable,
     dirty: &mut DirtyMap,
 ) -> Result<u64, DirtyError> {
-    sources.iter().try_for_each(|source| source.begin_sync())?;
+    let begin =
+        |source: &Arc<dyn DirtySource>| named("calling DirtySource::begin_sync", || source.begin_sync());
+    sources.iter().try_for_each(begin)?;
     let mut fresh = 0;
     for (index, block) in table.blocks().iter().enumerate() {
         if !block.flags.ignored {
             let index = BlockIndex(index as u32);
-            fresh +=
-                dirty.sync_block(index, |map| sources.iter().try_for_each(|s| s.sync_into(index, map)))?;
+            let sync = |map: &mut _| {
+                let mut each = sources.iter();
+                each.try_for_each(|s| named("calling DirtySource::sync_into", || s.sync_into(index, map)))
+            };
+            fresh += dirty.sync_block(index, sync)?;
         }
     }
     Ok(fresh)

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::event_queue::EventSender;
-use super::{Events, RoundReport, Statistics, Status};
+use super::{Events, RoundReport, Statistics, Status, named};
 
 /// Something that happened in a migration.
 #[derive(Clone, Debug, PartialEq)]
@@ -271,7 +271,7 @@ impl SharedStatistics {
         }
         drop(listeners);
         if let Some(panic) = panicked {
-            resume_unwind(panic);
+            named("calling a listener of events", || resume_unwind(panic));
         }
     }
 

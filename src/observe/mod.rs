@@ -1,5 +1,6 @@
 //! Numbers about a migration: counters, rounds, latencies. Counting costs the page path nothing but adds.
 
+mod callback;
 mod event_queue;
 mod events;
 mod latency;
@@ -7,6 +8,7 @@ mod query_migrate;
 mod record;
 mod statistics;
 
+pub(crate) use callback::{Caught, caught, named};
 pub use event_queue::Events;
 pub use events::{Event, EventKind, NotConverging, SharedStatistics};
 pub use latency::{Latency, LatencySummary};

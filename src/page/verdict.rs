@@ -1,6 +1,6 @@
 //! What a page travels as: zero or whole, or whatever the transport finds.
 
-use crate::guest::{GuestError, GuestMemory};
+use crate::guest::{GuestError, GuestMemory, span_of};
 use crate::ram::{PageBatch, PageRun, Verdict};
 use crate::sys::{is_zero, look_ahead};
 use crate::units::PageIndex;
@@ -51,7 +51,7 @@ pub fn classify(
         }
         ZeroDetection::Legacy => {}
     }
-    let span = guest.span(landing)?;
+    let span = span_of(guest, landing)?;
     let page = guest.table().page().bytes() as usize;
     let verdict_at = |index: u64| {
         look_ahead(span, index as usize, page);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::guest::{GuestError, GuestMemory};
+use crate::guest::{GuestError, GuestMemory, span_of};
 use crate::ram::{BlockName, Landing, PageRun, PageSet, RamBlockTable};
 use crate::session::Error;
 use crate::session::workers::Spawner;
@@ -169,7 +169,7 @@ fn hash_landing(guest: &dyn GuestMemory, landing: Landing, unsent: &PageSet) -> 
     if unsent.touches(landing.run(page)) {
         return hash_sent(guest, landing, unsent);
     }
-    let span = guest.span(landing)?;
+    let span = span_of(guest, landing)?;
     let region = guest.region(landing.block());
     let mut window = vec![0u8; WINDOW];
     let mut hash = Xxh3::new();
@@ -200,7 +200,7 @@ fn hash_sent(guest: &dyn GuestMemory, landing: Landing, unsent: &PageSet) -> Res
             let landing = guest.table().admit_run(one)?;
             let offset = landing.offset().0;
             if !region.as_ref().is_some_and(|region| region.read_sparse(offset, &mut window)) {
-                guest.span(landing)?.copy_to(&mut window);
+                span_of(guest, landing)?.copy_to(&mut window);
             }
         }
         hash.update(&window);

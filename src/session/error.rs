@@ -167,6 +167,7 @@ impl From<MoveError> for Error {
         match error {
             MoveError::Channel(error) => Self::Channel(error),
             MoveError::Guest(error) => Self::Guest(error),
+            MoveError::Panicked { during, text } => Self::Panicked { during, text },
             MoveError::UnknownStyle => Self::Config {
                 what: "nothing tells how the peer wants its page channels".into(),
                 remedy: Remedy::NamePeer,

@@ -129,6 +129,14 @@ pub enum MoveError {
     /// Guest memory could not be reached.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// The embedder's code panicked on the thread of a page channel.
+    #[error("a callback panicked while {during}: {text}")]
+    Panicked {
+        /// What the thread was doing.
+        during: &'static str,
+        /// What `panic!` was given.
+        text: String,
+    },
     /// Page channels are written in another way for each version of QEMU, and nothing tells which it is.
     #[error("nothing tells how the peer wants its page channels; {}", Remedy::NamePeer)]
     UnknownStyle,
@@ -139,7 +147,7 @@ impl MoveError {
     pub fn remedy(&self) -> Option<Remedy> {
         match self {
             Self::Channel(error) => error.remedy(),
-            Self::Guest(_) => None,
+            Self::Guest(_) | Self::Panicked { .. } => None,
             Self::UnknownStyle => Some(Remedy::NamePeer),
         }
     }

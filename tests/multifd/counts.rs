@@ -29,14 +29,14 @@ use crate::common::{
 };
 
 /// 4 MiB, a batch for each of two channels: it fits into the buffers of a socket that nobody reads.
-const PAGES: u64 = 1024;
+pub(crate) const PAGES: u64 = 1024;
 
 /// A guest that only knows whether it runs.
 #[derive(Clone, Default)]
-struct Power(Arc<Mutex<bool>>);
+pub(crate) struct Power(pub(crate) Arc<Mutex<bool>>);
 
 impl Power {
-    fn runs(&self) -> bool {
+    pub(crate) fn runs(&self) -> bool {
         *self.0.lock().unwrap()
     }
 }
@@ -64,13 +64,13 @@ impl DeviceState for Power {
     }
 }
 
-fn guest(mapping: &Mapping) -> Arc<MappedGuest> {
+pub(crate) fn guest(mapping: &Mapping) -> Arc<MappedGuest> {
     let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
     Arc::new(MappedGuest::builder(PageSize::SIZE_4K).mapping(block, mapping).build().unwrap())
 }
 
 /// No page is zero, and no two are equal.
-fn filled() -> Mapping {
+pub(crate) fn filled() -> Mapping {
     let from = Mapping::anonymous(PAGES * 4096).unwrap();
     let bytes: Vec<u8> = (0..PAGES * 512).flat_map(|word| (word + 1).to_le_bytes()).collect();
     from.region().span(0, PAGES * 4096).unwrap().copy_from(&bytes);
@@ -83,7 +83,7 @@ fn bytes(mapping: &Mapping) -> Vec<u8> {
     bytes
 }
 
-fn options(channels: u8) -> ConnectionOptions {
+pub(crate) fn options(channels: u8) -> ConnectionOptions {
     let channels = {
         let mut options = ChannelOptions::default();
         options.count = channels;
@@ -99,11 +99,11 @@ fn options(channels: u8) -> ConnectionOptions {
     options
 }
 
-fn stop() -> Stop {
+pub(crate) fn stop() -> Stop {
     Stop::on(&CancelToken::default()).within(Duration::from_secs(120))
 }
 
-fn bind() -> Listener {
+pub(crate) fn bind() -> Listener {
     Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop()).unwrap()
 }
 

@@ -7,6 +7,7 @@ mod common;
 mod counts;
 mod hostile;
 mod numa;
+mod panics;
 mod peers;
 mod splice;
 mod zero_copy;

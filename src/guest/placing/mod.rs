@@ -22,7 +22,7 @@ use missing::Missing;
 pub use missing::ServeError;
 pub use writer::PageWriter;
 
-use super::{GuestError, GuestMemory};
+use super::{GuestError, GuestMemory, span_of};
 use crate::observe::PageCounts;
 use crate::ram::{AtomicBitmap, Landing, PageBitmap, PageRun, RamBlock, ReceivedMap};
 use crate::sys::{HostRegion, HostSpan, is_zero};
@@ -195,7 +195,7 @@ impl Placer {
     /// # Errors
     /// [`GuestError::Unmapped`] for a landing of another table.
     pub fn target(&self, landing: Landing) -> Result<HostSpan<'_>, GuestError> {
-        self.memory.span(landing)
+        span_of(&*self.memory, landing)
     }
 
     /// True if a page of `landing` has come before.

@@ -33,7 +33,7 @@ use crate::stream::qemu::return_path::Message;
 use crate::sys::{CancelToken, SendPart, Stop};
 use crate::transport::{ByteSink, ChannelError, DestinationConnection, DestinationLink};
 
-use crate::session::callback::{guarded, quietly};
+use crate::session::callback::{guarded, named, quietly};
 use crate::session::config::DestinationSettings;
 use crate::session::digest::{Digest, carried};
 use crate::session::handle::Commitment;
@@ -417,13 +417,13 @@ impl DestinationSession {
 
     /// Lets the guest run. A start that panics may have begun: the guest is stopped again before anybody is told.
     fn start_guest(&mut self) -> Result<DestinationEvent, Error> {
-        let panic = match guarded("starting the guest", || self.control.resume()) {
+        let panic = match guarded("calling GuestControl::resume", || self.control.resume()) {
             Ok(Ok(())) => return Ok(DestinationEvent::Done),
             Ok(Err(source)) => return Err(Error::Control { what: "resume", source }),
             Err(panic) => panic,
         };
         let stopped = self.breakage.is(Breakage::TrustPanickedStart)
-            || matches!(guarded("stopping the guest", || self.control.pause()), Ok(Ok(())));
+            || matches!(guarded("calling GuestControl::pause", || self.control.pause()), Ok(Ok(())));
         if stopped {
             return Err(panic);
         }
@@ -494,7 +494,9 @@ impl DestinationSession {
                 self.lost_memory()?;
                 if let Some(incoming) = &mut self.incoming {
                     incoming.seen = *reader.stream.seen();
-                    self.provider.arrived(incoming, self.engine.is_native());
+                    named("calling MemoryProvider::arrived", || {
+                        self.provider.arrived(incoming, self.engine.is_native())
+                    });
                 }
                 let loaded =
                     self.with_keepalive(|session| load_state(session.control.as_mut(), &session.state));

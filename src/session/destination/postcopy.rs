@@ -419,6 +419,6 @@ fn load_and_run(
             s.status = Status::PostcopyActive;
         }
     });
-    let started = guarded("starting the guest", || control.resume())?;
+    let started = guarded("calling GuestControl::resume", || control.resume())?;
     started.map_err(|source| Error::Control { what: "resume", source })
 }

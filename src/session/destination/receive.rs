@@ -19,6 +19,7 @@ use super::mapper::Mapper;
 use super::placing::Placing;
 use super::reader::StreamReader;
 use super::{DestinationSession, Incoming};
+use crate::session::callback::named;
 use crate::session::source::described;
 use crate::session::{Error, shared_blocks};
 
@@ -203,11 +204,12 @@ impl DestinationSession {
             has_return_path: self.told.return_path && self.back.is_some(),
             seen: Seen::default(),
         };
-        let memory = self.provider.provide(&incoming)?;
+        let memory = named("calling MemoryProvider::provide", || self.provider.provide(&incoming))?;
         self.check_host_pages(memory.table())?;
         shared_blocks::check(&incoming, memory.table())?;
         let may_be_postcopy = self.advised.is_some();
-        let known_zero = |block: &RamBlock| self.provider.is_zeroed(block);
+        let known_zero =
+            |block: &RamBlock| named("calling MemoryProvider::is_zeroed", || self.provider.is_zeroed(block));
         let placing = Placing::new(
             memory,
             &incoming.blocks,

@@ -34,7 +34,7 @@ use crate::transport::SourceConnection;
 
 pub(super) use setup::described;
 
-use crate::session::callback::{guarded, quietly};
+use crate::session::callback::{guarded, named, quietly};
 use crate::session::config::SourceSettings;
 use crate::session::control::Control;
 use crate::session::handle::Canceller;
@@ -385,7 +385,7 @@ impl SourceSession {
             SourceAction::PauseGuest => {
                 // Paused from here on whatever the VMM answers: a failed pause is undone by resume as well.
                 self.departure.paused = true;
-                let paused = self.guest.control.pause();
+                let paused = named("calling GuestControl::pause", || self.guest.control.pause());
                 paused.map_err(|source| Error::Control { what: "pause", source })?;
                 Ok(SourceEvent::Done)
             }
@@ -441,13 +441,14 @@ impl SourceSession {
         }
         self.pages.skip_at_start(self.guest.memory.table(), self.breakage);
         for source in &self.guest.dirty {
-            source.start()?;
+            named("calling DirtySource::start", || source.start())?;
         }
         Ok(SourceEvent::Done)
     }
 
     fn stop_logs(&mut self) -> Result<SourceEvent, Error> {
-        let stop = |source: &Arc<dyn DirtySource>| Ok(guarded("stopping a dirty log", || source.stop())??);
+        let stop =
+            |source: &Arc<dyn DirtySource>| Ok(guarded("calling DirtySource::stop", || source.stop())??);
         // Every source is stopped, even if an earlier one refuses.
         let results: Vec<Result<(), Error>> = self.guest.dirty.iter().map(stop).collect();
         results.into_iter().collect::<Result<(), _>>()?;
@@ -538,7 +539,7 @@ impl SourceSession {
             self.end_throttling();
         }
         if self.departure.paused && !self.breakage.is(Breakage::StayPaused) {
-            let resumed = guarded("resuming", || self.guest.control.resume());
+            let resumed = guarded("calling GuestControl::resume", || self.guest.control.resume());
             let resumed = resumed.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
             if let Err(source) = resumed {
                 // More urgent than what led here: somebody must look after the guest.

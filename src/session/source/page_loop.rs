@@ -10,6 +10,7 @@ use crate::transport::{InlinePages, Offer, Receipt};
 
 use super::SourceSession;
 use super::wire::Wire;
+use crate::session::callback::named;
 use crate::session::{Breakage, Error};
 
 /// Most zero pages in a batch: they cost a header each and no look at the clock.
@@ -101,7 +102,10 @@ impl SourceSession {
 
     fn reprotect(&mut self, chunk: Option<PageRun>) -> Result<(), Error> {
         let Some(chunk) = chunk else { return Ok(()) };
-        self.guest.dirty.iter().try_for_each(|source| source.reprotect(chunk))?;
+        self.guest
+            .dirty
+            .iter()
+            .try_for_each(|source| named("calling DirtySource::reprotect", || source.reprotect(chunk)))?;
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use crate::sys::{Stop, StopReason};
 
 use super::SourceSession;
 use super::return_path::PeerMessage;
+use crate::session::callback::named;
 use crate::session::config::SourceSettings;
 use crate::session::{Breakage, Error};
 
@@ -77,7 +78,7 @@ impl SourceSession {
             let piece = left.min(PEER_CHECK_INTERVAL);
             left -= piece;
             let Some(upstream) = &mut self.upstream else { return Ok(SourceEvent::Woken) };
-            if upstream.wait(piece)? {
+            if named("calling Upstream::wait", || upstream.wait(piece))? {
                 return Ok(SourceEvent::UpstreamStopped);
             }
             if left.is_zero() || self.wire.stop.reason().is_some() {
@@ -102,7 +103,7 @@ impl SourceSession {
     fn wait_for_guest(&mut self) -> Result<SourceEvent, Error> {
         let handover = self.driver.engine.handover();
         while let Some(upstream) = &mut self.upstream
-            && !upstream.wait_given(handover, PEER_CHECK_INTERVAL)?
+            && !named("calling Upstream::wait_given", || upstream.wait_given(handover, PEER_CHECK_INTERVAL))?
         {
             self.poll_return_path()?;
             if self.wire.stop.reason().is_some() {

@@ -10,7 +10,7 @@ use crate::units::{Percent, RestShare};
 
 use super::{ROUND_TIMEOUT, SourceSession};
 use crate::session::Error;
-use crate::session::callback::quietly;
+use crate::session::callback::{named, quietly};
 
 /// A relay's rounds never end by themselves; when so many times the guest's RAM has passed, its source gets nowhere.
 const RELAYED_TIMES: u64 = 4;
@@ -115,7 +115,7 @@ impl SourceSession {
         let (now, sent) = (self.driver.clock.now(), self.wire.position());
         if let Some(share) = self.convergence.throttle.synced(now, fresh * page, sent) {
             tracing::info!(percent = share.get(), "the guest writes too much: its vCPUs are slowed down");
-            self.guest.control.throttle(share);
+            named("calling GuestControl::throttle", || self.guest.control.throttle(share));
         }
         self.figures.throttled(&self.convergence.throttle);
     }

@@ -88,7 +88,8 @@ impl InlinePages {
         stop: &Stop,
     ) -> Result<(), MoveError> {
         let table = guest.table();
-        let span = guest.span(table.admit_run(piece.run).map_err(crate::guest::GuestError::from)?)?;
+        let landing = table.admit_run(piece.run).map_err(crate::guest::GuestError::from)?;
+        let span = crate::guest::span_of(&**guest, landing)?;
         let page = table.page();
         let bytes = page.bytes() as usize;
         for index in 0..piece.run.pages {

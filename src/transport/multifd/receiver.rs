@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crossbeam::channel::{Receiver, Sender};
 
 use super::counter::PageCounter;
-use super::source::gone;
+use super::source::{gone, panicked};
 use crate::guest::{PageWriter, Placer};
+use crate::observe::caught;
 use crate::ram::Landing;
 use crate::stream::DecodeError;
 use crate::stream::qemu::channel::{Channel, ChannelStep};
@@ -87,7 +88,8 @@ impl PageReceiver {
     /// Works until the peer closes, something fails, or nobody waits any more.
     pub(super) fn run(mut self) {
         let told = LastWord(self.told.clone());
-        let ended = self.serve();
+        let ended = caught("placing pages of a page channel", || self.serve());
+        let ended = ended.unwrap_or_else(|panic| Err(panicked(panic)));
         drop(told);
         let last = match ended {
             Ok(()) => Told::Closed,

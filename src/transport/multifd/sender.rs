@@ -8,8 +8,9 @@ use crossbeam::channel::{Receiver, Sender, TryRecvError};
 
 use super::counter::PageCounter;
 use super::page_channel::PageChannel;
-use super::source::gone;
-use crate::guest::{GuestError, GuestMemory};
+use super::source::{gone, panicked};
+use crate::guest::{GuestError, GuestMemory, span_of};
+use crate::observe::caught;
 use crate::ram::{PageBatch, PageRun, Piece, Verdict};
 use crate::stream::qemu::multifd::{
     Init, MAX_COMPRESSED, Method, NewPacket, encode_init, encode_packet, encode_sync, packet_pages,
@@ -100,7 +101,11 @@ impl PageSender {
             match work {
                 Work::Batch(ticket, batch) => {
                     spare.clear();
-                    let mark = match self.send_batch(&batch, &mut packet, deflater, &mut spare) {
+                    // The batch outlives a panic of the embedder's memory: its pages are not sent.
+                    let sent = caught("sending pages on a page channel", || {
+                        self.send_batch(&batch, &mut packet, deflater, &mut spare)
+                    });
+                    let mark = match sent.unwrap_or_else(|panic| Err(panicked(panic))) {
                         Ok(mark) => mark,
                         Err(error) => {
                             let _ = self.done.send(Done::Unsent(batch));
@@ -160,7 +165,7 @@ impl PageSender {
                 continue;
             }
             let landing = guest.table().admit_run(piece.run).map_err(GuestError::from)?;
-            let span = guest.span(landing)?;
+            let span = span_of(&*guest, landing)?;
             for index in 0..piece.run.pages {
                 let at = PageIndex(piece.run.first.0 + index);
                 if piece.verdict == Verdict::Unknown {
@@ -187,7 +192,7 @@ impl PageSender {
         let mut spans = Vec::with_capacity(packet.normal.len());
         for run in packet.runs() {
             let landing = guest.table().admit(index, run.0, run.1).map_err(GuestError::from)?;
-            spans.push(guest.span(landing)?);
+            spans.push(span_of(&*guest, landing)?);
         }
         packet.payload.clear();
         if !deflater.is_plain() && !spans.is_empty() {

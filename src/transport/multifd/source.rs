@@ -14,7 +14,7 @@ use super::page_channel::{PageChannel, Tally};
 use super::sender::{Done, PageSender, Work};
 use super::{ChannelOptions, carriers_of};
 use crate::guest::GuestMemory;
-use crate::observe::{PageCounts, SpliceCounts, ZeroCopyCounts};
+use crate::observe::{Caught, PageCounts, SpliceCounts, ZeroCopyCounts};
 use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
 use crate::stream::qemu::ram::Record;
 use crate::stream::qemu::style::{BarrierStyle, PeerStyle, ZeroPageStyle};
@@ -234,6 +234,11 @@ impl MultifdLink {
 }
 
 /// A thread has ended without a word of its own.
+/// The embedder's code ended the work of a channel's thread.
+pub(super) fn panicked(Caught { during, text }: Caught) -> MoveError {
+    MoveError::Panicked { during, text }
+}
+
 pub(super) fn gone() -> MoveError {
     let source = std::io::Error::other("the thread of a page channel has ended");
     ChannelError::Io { peer: "page channels".into(), doing: SENDING, source }.into()
