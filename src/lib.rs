@@ -1,5 +1,5 @@
 //! `ramwire` moves the RAM of a running virtual machine to another host, in QEMU's own migration stream. Either end may
-//! be a stock QEMU (7.2 and 10.0 are tested).
+//! be a stock QEMU (7.2, 10.0 and 11.1 are tested).
 //!
 //! A VMM hands over its guest's memory ([`guest::GuestMemory`]), what knows of writes to it ([`guest::DirtySource`]), its
 //! control ([`guest::GuestControl`]) and a connection ([`transport`]), and gets a handle
