@@ -10,10 +10,11 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{DirtyError, DirtySource};
 use crate::ram::{PageRun, RamBlockTable, Refusal};
+use crate::sys::Lock as _;
 
 /// Runs that wait for the page loop at most; it takes them before each batch.
 const MAX_WAITING: usize = 64 << 10;
@@ -96,7 +97,7 @@ impl PageHints {
     }
 
     fn told(&self) -> MutexGuard<'_, Told> {
-        self.0.told.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.told.locked()
     }
 
     /// The epoch that hints are good for now; `None` while the logs are read, before the first sync and after the last.
@@ -165,12 +166,12 @@ impl PageHints {
 
     #[cfg(test)]
     fn breakage(&self) -> HintBreakage {
-        *self.0.breakage.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.breakage.locked()
     }
 
     #[cfg(test)]
     pub(crate) fn break_orders(&self, breakage: HintBreakage) {
-        *self.0.breakage.lock().unwrap_or_else(PoisonError::into_inner) = breakage;
+        *self.0.breakage.locked() = breakage;
     }
 }
 

@@ -15,14 +15,14 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::dirty::{NoRegion, regions_of};
 use super::sources::no_proc;
 use super::{DirtyError, DirtySource, GuestMemory};
 use crate::error::Chain;
 use crate::ram::{PageBitmap, RamBlock};
-use crate::sys::{HostRegion, Mapping, SoftDirtyBits};
+use crate::sys::{HostRegion, Lock as _, Mapping, SoftDirtyBits};
 use crate::units::{BlockIndex, PageSize};
 
 const NAME: &str = "soft-dirty";
@@ -85,7 +85,7 @@ impl SoftDirty {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Running>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+        self.running.locked()
     }
 
     /// Reads the bits of all blocks into `running.taken`, then clears them; nobody writes meanwhile.

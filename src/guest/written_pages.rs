@@ -14,14 +14,14 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::dirty::{NoRegion, regions_of};
 use super::sources::no_proc;
 use super::{DirtyError, DirtySource, GuestMemory};
 use crate::error::Chain;
 use crate::ram::{PageBitmap, RamBlock};
-use crate::sys::{HostRegion, Mapping, Pagemap, UffdError, WriteProtector};
+use crate::sys::{HostRegion, Lock as _, Mapping, Pagemap, UffdError, WriteProtector};
 use crate::units::{BlockIndex, PageSize};
 
 const NAME: &str = "uffd-wp";
@@ -87,7 +87,7 @@ impl WrittenPages {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Arc<Armed>>> {
-        self.armed.lock().unwrap_or_else(PoisonError::into_inner)
+        self.armed.locked()
     }
 
     fn open(&self) -> Result<Arc<Armed>, DirtyError> {

@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use super::event_queue::EventSender;
 use super::{Events, RoundReport, Statistics, Status, named};
+use crate::sys::Lock as _;
 
 /// Something that happened in a migration.
 #[derive(Clone, Debug, PartialEq)]
@@ -222,11 +223,11 @@ impl fmt::Debug for Listeners {
 
 impl SharedStatistics {
     fn lock(&self) -> MutexGuard<'_, Shared> {
-        self.0.shared.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.shared.locked()
     }
 
     fn listeners(&self) -> MutexGuard<'_, Vec<Listener>> {
-        self.0.listeners.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.listeners.0.locked()
     }
 
     /// Changes the figures; once a slice, never per page.
@@ -375,14 +376,14 @@ mod tests {
         let (list, figures) = (Arc::clone(&received), shared.clone());
         shared.listen(move |event| {
             let status = figures.snapshot().status;
-            list.lock().unwrap_or_else(PoisonError::into_inner).push((event.kind.clone(), status));
+            list.locked().push((event.kind.clone(), status));
         });
         shared.update(|s| s.status = Status::Setup);
         shared.tell(EventKind::SyncBegins { last: false });
         shared.update(|s| (s.status, s.ended) = (Status::Completed, true));
         shared.cleaned_up();
         shared.cleaned_up();
-        let received = received.lock().unwrap_or_else(PoisonError::into_inner);
+        let received = received.locked();
         let expected = [
             (EventKind::Setup, Status::Setup),
             (EventKind::SyncBegins { last: false }, Status::Setup),

@@ -1,9 +1,9 @@
 //! What an operator may do about the connection of a postcopy, while the source runs it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::error::Remedy;
-use crate::sys::{CancelToken, Stop};
+use crate::sys::{CancelToken, Lock as _, Stop};
 use crate::transport::Address;
 
 use super::Error;
@@ -46,7 +46,7 @@ pub(super) struct Attempt {
 
 impl ConnectionHandle {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.locked()
     }
 
     /// Gives the connection up; none is tried until [`recover`](Self::recover).

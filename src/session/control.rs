@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::engine::{BandwidthLimit, ThrottlePolicy};
 use crate::error::Remedy;
+use crate::sys::Lock as _;
 use crate::transport::{Address, DeltaCacheSize};
 use crate::units::Rate;
 
@@ -245,7 +246,7 @@ impl Control {
     }
 
     fn limits(&self) -> MutexGuard<'_, Limits> {
-        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+        self.limits.locked()
     }
 }
 
@@ -274,13 +275,13 @@ pub(super) struct SwitchoverGate(Arc<(Mutex<bool>, Condvar)>);
 
 impl SwitchoverGate {
     fn open(&self) {
-        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *self.0.0.locked() = true;
         self.0.1.notify_all();
     }
 
     /// Waits at most `time`; true once it is open.
     pub(super) fn wait(&self, time: Duration) -> bool {
-        let open = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = self.0.0.locked();
         let waited = self.0.1.wait_timeout_while(open, time, |open| !*open);
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }

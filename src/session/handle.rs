@@ -6,13 +6,13 @@
 //! guest where it is; whoever was told that it comes too late gives it away.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, TryRecvError, bounded};
 
 use crate::observe::{Events, SharedStatistics, Statistics};
-use crate::sys::CancelToken;
+use crate::sys::{CancelToken, Lock as _};
 
 use crate::session::control::Control;
 use crate::session::workers::Spawner;
@@ -25,14 +25,14 @@ pub(super) struct Commitment(Mutex<bool>);
 impl Commitment {
     /// Runs one `step` of an engine, which tells whether it is committed afterwards.
     pub(super) fn decide<T>(&self, step: impl FnOnce() -> (T, bool)) -> T {
-        let mut committed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut committed = self.0.locked();
         let (answer, now) = step();
         *committed = now;
         answer
     }
 
     fn cancel(&self, token: &CancelToken) -> CancelReply {
-        let committed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let committed = self.0.locked();
         if *committed {
             return CancelReply::TooLate;
         }

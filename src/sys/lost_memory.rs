@@ -9,10 +9,11 @@
 //! # Source
 //! mmap(2) (SIGBUS), sigaction(2) (`si_addr`, `si_code`, `BUS_MCEERR_AR`), signal-safety(7).
 
+use crate::sys::Lock as _;
 use std::io;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 
 use rustix::fs::fstat;
 
@@ -60,7 +61,7 @@ pub(super) struct Watched(&'static Entry);
 
 impl Watched {
     pub(super) fn new(start: usize, len: usize, page: usize) -> Self {
-        let free = UNUSED.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let free = UNUSED.locked().pop();
         let entry = free.unwrap_or_else(Entry::leaked);
         entry.start.store(start, Ordering::Relaxed);
         entry.page.store(page, Ordering::Relaxed);
@@ -79,7 +80,7 @@ impl Watched {
 impl Drop for Watched {
     fn drop(&mut self) {
         self.0.len.store(0, Ordering::Release);
-        UNUSED.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
+        UNUSED.locked().push(self.0);
     }
 }
 

@@ -12,6 +12,7 @@ mod kvm_dirty;
 mod kvm_memory;
 #[cfg(feature = "kvm")]
 mod kvm_ring;
+mod lock;
 mod lost_memory;
 mod low_water;
 mod mapping;
@@ -53,6 +54,7 @@ pub(crate) use kvm_dirty::KvmLog;
 pub use kvm_memory::KvmMemory;
 #[cfg(feature = "kvm")]
 pub(crate) use kvm_ring::DirtyRing;
+pub(crate) use lock::Lock;
 pub use lost_memory::{Loss, survive_lost_memory};
 pub(crate) use low_water::set_low_water;
 pub(crate) use mapping::set_huge_pages;

@@ -11,12 +11,12 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::{KvmSlot, Slot, Slots};
 use crate::guest::{DirtyError, DirtySource, GuestMemory};
 use crate::ram::{PageBitmap, PageRun};
-use crate::sys::KvmLog;
+use crate::sys::{KvmLog, Lock as _};
 use crate::units::BlockIndex;
 
 const NAME: &str = "kvm-log";
@@ -56,7 +56,7 @@ impl KvmDirtyLog {
 }
 
 fn lock(bits: &Mutex<Vec<u64>>) -> MutexGuard<'_, Vec<u64>> {
-    bits.lock().unwrap_or_else(PoisonError::into_inner)
+    bits.locked()
 }
 
 impl DirtySource for KvmDirtyLog {

@@ -23,13 +23,13 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use super::{KvmSlot, Slots};
 use crate::guest::{DirtyError, DirtySource, GuestMemory};
 use crate::ram::{AtomicBitmap, PageBitmap};
-use crate::sys::{DirtyRing, KvmLog};
+use crate::sys::{DirtyRing, KvmLog, Lock as _};
 use crate::units::{BlockIndex, PageIndex};
 
 const NAME: &str = "kvm-ring";
@@ -122,7 +122,7 @@ impl KvmDirtyRing {
     /// # Errors
     /// [`DirtyError::Kernel`]; the vCPU must not run on.
     pub fn collect(&self) -> Result<u64, DirtyError> {
-        let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rings = self.rings.locked();
         let mut taken = 0;
         let mut overrun = None;
         for (vcpu, (ring, written)) in rings.iter_mut().zip(&self.written).enumerate() {

@@ -15,7 +15,7 @@ mod verify;
 
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ use self::plan::Plan;
 use self::verify::Faults;
 use super::{DeviceState, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap, VcpuGate};
 use crate::ram::PageRun;
-use crate::sys::HostSpan;
+use crate::sys::{HostSpan, Lock as _};
 use crate::units::{BlockIndex, PageIndex, Percent, Rate, RestShare};
 
 /// A writer finishes the page it is at before it stands still: microseconds, unless the machine is stuck.
@@ -113,7 +113,7 @@ impl SyntheticGuest {
     }
 
     fn with<T>(&self, look: impl FnOnce(Option<&mut Machine>) -> T) -> T {
-        look(self.machine.lock().unwrap_or_else(PoisonError::into_inner).as_mut())
+        look(self.machine.locked().as_mut())
     }
 
     fn install(&self, plan: Plan, loaded: Vec<u64>) -> Arc<Shared> {
@@ -127,7 +127,7 @@ impl SyntheticGuest {
             faults: Mutex::default(),
         });
         let machine = Machine { shared: shared.clone(), threads: Vec::new() };
-        *self.machine.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine);
+        *self.machine.locked() = Some(machine);
         shared
     }
 
@@ -273,7 +273,7 @@ impl Shared {
     }
 
     fn faults(&self) -> std::sync::MutexGuard<'_, Faults> {
-        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+        self.faults.locked()
     }
 }
 

@@ -5,7 +5,7 @@
 //! in case.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam::channel::{RecvTimeoutError, bounded};
@@ -13,7 +13,7 @@ use crossbeam::channel::{RecvTimeoutError, bounded};
 use crate::error::Chain;
 use crate::stream::native::Answer;
 use crate::stream::qemu::return_path::Message;
-use crate::sys::{SendPart, Stop};
+use crate::sys::{Lock as _, SendPart, Stop};
 
 use super::DestinationSession;
 
@@ -34,7 +34,7 @@ impl DestinationSession {
             Message::Native(Answer::Working).encode(&mut word);
             while until_done.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
                 let stop = Stop::never().within(patience);
-                let mut back = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut back = shared.locked();
                 let Some(back) = &mut *back else { return };
                 let said = back.send(&[SendPart::Own(&word)], &stop).and_then(|()| back.flush(&stop));
                 if let Err(error) = said {
@@ -52,7 +52,7 @@ impl DestinationSession {
         drop(done);
         // The thread finds nothing to speak with from here on. Its end is not waited for: it may not even have begun,
         // and the guest stands still.
-        self.back = back.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.back = back.locked().take();
         self.working.extend(thread.ok());
         // The way back is ours again: the source can be told.
         done_work.unwrap_or_else(|panic| resume_unwind(panic))

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ use crate::stream::native::decode_state_section;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::package::{PING_TAKEN, decode_package};
 use crate::stream::qemu::return_path::Message;
-use crate::sys::{CancelToken, MissingFaults, Stop};
+use crate::sys::{CancelToken, Lock as _, MissingFaults, Stop};
 use crate::transport::{ByteSink, ChannelError};
 
 use super::DestinationSession;
@@ -77,7 +77,7 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) fn pager(&self) -> MutexGuard<'_, Pager> {
-        self.pager.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pager.locked()
     }
 
     fn now(&self) -> Duration {
@@ -86,17 +86,17 @@ impl Shared {
 
     /// What no other connection mends.
     fn fail(&self, error: Error) {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.failure.locked().get_or_insert(error);
         self.lose_connection();
     }
 
     pub(super) fn lose_connection(&self) {
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner).cancel();
+        self.connection.locked().cancel();
     }
 
     /// Ends waits on the present connection.
     pub(super) fn stop(&self) -> Stop {
-        Stop::on(&self.connection.lock().unwrap_or_else(PoisonError::into_inner))
+        Stop::on(&self.connection.locked())
     }
 
     /// Waits until the source's host has the answer that makes the guest ours: without it that source lets its guest run on.
@@ -115,13 +115,13 @@ impl Shared {
 
     /// Another connection is there.
     pub(super) fn reconnected(&self, back: Box<dyn ByteSink>) {
-        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = CancelToken::default();
+        *self.connection.locked() = CancelToken::default();
         self.back.replace(Some(back));
     }
 
     /// True if another connection would be of no use.
     pub(super) fn has_failed(&self) -> bool {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.failure.locked().is_some()
     }
 
     /// Serves faults until all is over.
@@ -152,7 +152,7 @@ impl Shared {
     /// A request that can't be sent stays outstanding: it is sent on the next connection. That one may be there by the time
     /// that the failure is noticed here, and is not the one to give up.
     fn ask(&self, landing: Landing) {
-        let connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let connection = self.connection.locked().clone();
         let stop = Stop::on(&connection).within(self.send_timeout);
         if let Err(error) = self.back.ask(&self.placer, landing, &stop) {
             tracing::warn!(%error, "a missing page could not be asked for");
@@ -227,7 +227,7 @@ impl DestinationSession {
         let (pager, began) = (Arc::new(Mutex::new(Pager::default())), Instant::now());
         let waits = Arc::clone(&pager);
         let placed = move |landing: Landing| {
-            let mut pager = waits.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut pager = waits.locked();
             pager.placed(began.elapsed(), host_page(landing));
         };
         placing.placer().serve_missing(Arc::clone(&faults), Box::new(placed))?;
@@ -284,10 +284,10 @@ impl DestinationSession {
         let job = move || {
             let mut control = control;
             let done = load_and_run(&shared, &mut control, &state, &pings);
-            *time.lock().unwrap_or_else(PoisonError::into_inner) = shared.now();
+            *time.locked() = shared.now();
             shared.load_failed.store(done.is_err(), Ordering::Release);
             let failed = done.is_err();
-            *loaded.lock().unwrap_or_else(PoisonError::into_inner) = Some((control, done));
+            *loaded.locked() = Some((control, done));
             if failed {
                 shared.lose_connection();
             }
@@ -335,7 +335,7 @@ impl DestinationSession {
         if let Some(faults) = postcopy.faults.take() {
             let _ = faults.join();
         }
-        if let Some(error) = postcopy.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(error) = postcopy.shared.failure.locked().take() {
             return Err(error);
         }
         postcopy.shared.placer.stop_serving();
@@ -349,7 +349,7 @@ impl DestinationSession {
             // A panic of the embedder's code was taken for an error before.
             let _ = loader.join();
         }
-        match postcopy.loaded.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        match postcopy.loaded.locked().take() {
             Some((control, done)) => {
                 self.control = control;
                 done
@@ -377,7 +377,7 @@ impl DestinationSession {
             return cause;
         }
         let Some(postcopy) = &self.postcopy else { return error };
-        postcopy.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or(error)
+        postcopy.shared.failure.locked().take().unwrap_or(error)
     }
 
     /// Ends the threads; what faults came to.
@@ -389,7 +389,7 @@ impl DestinationSession {
         let (preempt_pages, preempt_bytes) = postcopy.preempt.finish(&postcopy.shared);
         let (faults, requests) = postcopy.shared.pager().counts();
         let latency = postcopy.shared.pager().latency().summary();
-        let time_to_run = *postcopy.time_to_run.lock().unwrap_or_else(PoisonError::into_inner);
+        let time_to_run = *postcopy.time_to_run.locked();
         (Some(MissingPages { faults, requests, latency, preempt_pages, time_to_run }), preempt_bytes)
     }
 }

@@ -10,7 +10,7 @@
 //! command, which no record of a page begins with.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::ram::{Record, decode_record};
 use crate::stream::qemu::section::COMMAND;
 use crate::stream::{DecodeError, Fault};
-use crate::sys::{RecvPart, Stop};
+use crate::sys::{Lock as _, RecvPart, Stop};
 use crate::transport::{ByteSource, ChannelError, OpenError, StreamChannel};
 
 use super::postcopy::Shared;
@@ -58,11 +58,11 @@ impl SharedNext {
     /// Gives it back; `None`: there is none any more.
     pub(super) fn put(&self, next: Option<Connections>) {
         self.0.there.store(next.is_some(), Ordering::Release);
-        *self.0.slot.lock().unwrap_or_else(PoisonError::into_inner) = next;
+        *self.0.slot.locked() = next;
     }
 
     pub(super) fn take(&self) -> Option<Connections> {
-        self.0.slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.0.slot.locked().take()
     }
 
     pub(super) fn is_there(&self) -> bool {
@@ -224,7 +224,7 @@ impl Preempt {
             // A panic was taken for an error before.
             let _ = thread.join();
         }
-        self.state.early.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.state.early.locked().take()
     }
 
     /// The migration has ended: lets the source close the connection, which may have its last mark to write, and ends the
@@ -257,7 +257,7 @@ impl Urgent {
             let mut channel = match next.first_to_speak(stop, connected) {
                 Ok((channel, Use::Urgent)) => channel,
                 Ok((channel, Use::Main)) => {
-                    *self.state.early.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
+                    *self.state.early.locked() = Some(channel);
                     self.shared.lose_connection();
                     return Ok(());
                 }

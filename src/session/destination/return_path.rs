@@ -1,11 +1,11 @@
 //! The return path of a postcopy.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::guest::Placer;
 use crate::ram::Landing;
 use crate::stream::qemu::return_path::Message;
-use crate::sys::{SendPart, Stop};
+use crate::sys::{Lock as _, SendPart, Stop};
 use crate::transport::{ByteSink, ChannelError};
 use crate::units::BlockIndex;
 
@@ -27,7 +27,7 @@ impl ReturnPathWriter {
     }
 
     fn lock(&self) -> MutexGuard<'_, Back> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.locked()
     }
 
     /// The connection is gone, or another is there. Requests wait for [`resume`](Self::resume).

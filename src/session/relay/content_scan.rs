@@ -27,7 +27,7 @@
 //! no forger; but only the guest writes its pages, and it would have to guess the secret to harm itself.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use xxhash_rust::xxh3::xxh3_128_with_secret;
@@ -37,7 +37,7 @@ use crate::guest::{GuestError, GuestMemory};
 use crate::ram::PageRun;
 use crate::session::Error;
 use crate::session::workers::Spawner;
-use crate::sys::{HostSpan, Stop, is_zero, random_id};
+use crate::sys::{HostSpan, Lock as _, Stop, is_zero, random_id};
 use crate::transport::ChannelError;
 use crate::units::{BlockIndex, PageIndex};
 
@@ -143,7 +143,7 @@ impl ContentScan {
 
 impl Chunk {
     fn lock(&self) -> std::sync::MutexGuard<'_, Box<[u128]>> {
-        self.prints.lock().unwrap_or_else(PoisonError::into_inner)
+        self.prints.locked()
     }
 
     /// Takes the fingerprints again; returns how many pages changed.

@@ -13,12 +13,12 @@ use crate::observe::SharedStatistics;
 use crate::session::destination::{Arrival, Incoming};
 use crate::session::source::{SourceGuest, SourceReport, SourceSession, Upstream};
 use crate::session::{Error, SourceSettings};
-use crate::sys::{CancelToken, SendPart, Stop, duplicate};
+use crate::sys::{CancelToken, Lock as _, SendPart, Stop, duplicate};
 use crate::transport::{ByteSink, ChannelError};
 
 use super::forward::Arrivals;
 use super::hub::Hub;
-use super::{ConnectFn, Notice, NoticeFn, lock};
+use super::{ConnectFn, Notice, NoticeFn};
 
 /// Longest time between two looks at the far end's figures while pages come.
 const FIGURES_INTERVAL: Duration = Duration::from_millis(2);
@@ -204,7 +204,7 @@ impl Arrival for Middle {
     }
 
     fn ram_complete(&mut self, scan: Option<Duration>) -> Result<(), Error> {
-        *lock(&self.ram_complete) = Some(self.began.elapsed());
+        *self.ram_complete.locked() = Some(self.began.elapsed());
         if let Some(took) = scan {
             self.left.update(|s| s.downtime_parts.scan_ms = took.as_secs_f64() * 1e3);
         }

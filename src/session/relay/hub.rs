@@ -13,7 +13,7 @@ use crate::session::control::Control;
 use crate::session::handle::CancelReply;
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Clock, Error, WallClock};
-use crate::sys::{CancelToken, FdKind, queued_bytes};
+use crate::sys::{CancelToken, FdKind, Lock as _, queued_bytes};
 
 use super::guard::{Guard, Held};
 use super::{Notice, NoticeFn};
@@ -229,7 +229,7 @@ impl Hub {
     }
 
     pub(in crate::session) fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.locked()
     }
 
     /// Something that no event tells of may be worth a look.

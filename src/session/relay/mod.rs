@@ -30,7 +30,7 @@ pub(super) mod hub;
 mod session_tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::bounded;
@@ -40,7 +40,7 @@ use crate::error::{Chain, Remedy};
 use crate::guest::{GuestMemory, MappedGuest};
 use crate::observe::SharedStatistics;
 use crate::ram::RamBlock;
-use crate::sys::{CancelToken, Mapping, duplicate, memory_room};
+use crate::sys::{CancelToken, Lock as _, Mapping, duplicate, memory_room};
 use crate::units::PageSize;
 
 use crate::session::destination::{
@@ -248,12 +248,12 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         Some(far) => (Some(far.report), far.began.saturating_duration_since(began)),
         None => (None, Duration::ZERO),
     };
-    let kept = lock(&held).take().zip(received.incoming.clone()).map(|(memory, incoming)| Kept {
+    let kept = held.locked().take().zip(received.incoming.clone()).map(|(memory, incoming)| Kept {
         incoming,
         memory,
         state: hub.lock().device_state.take(),
     });
-    let ram_complete = *lock(&ram_complete);
+    let ram_complete = *ram_complete.locked();
     let ending = hub.lock().engine.ending();
     RelayReport {
         ending,
@@ -263,10 +263,6 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         sent,
         kept,
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Anonymous memory for whatever is announced.
@@ -299,7 +295,7 @@ impl MemoryProvider for RelayMemory {
             builder = builder.mapping(block.clone(), &mapping);
         }
         let memory: Arc<dyn GuestMemory> = Arc::new(builder.build()?);
-        *lock(&self.made) = Some(Arc::clone(&memory));
+        *self.made.locked() = Some(Arc::clone(&memory));
         Ok(memory)
     }
 

@@ -13,7 +13,7 @@ use super::device::Device;
 use super::guest::{Guest, LogState};
 use super::link::LinkState;
 use super::plan::{Anchor, Fault, Plan, Rng, Side, Wire};
-use crate::sys::CancelToken;
+use crate::sys::{CancelToken, Lock as _};
 
 /// A migration that takes more steps does not end.
 const MAX_STEPS: u64 = 60_000;
@@ -247,7 +247,7 @@ impl Sim {
 
     /// A look at the world that is no step.
     pub(super) fn world(&self) -> MutexGuard<'_, World> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.0.locked()
     }
 
     /// A step of the session that runs on this thread; the world is its own until the guard is dropped.

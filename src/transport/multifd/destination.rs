@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use crate::stream::qemu::channel::Channel;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packed::PacketInflater;
 use crate::stream::qemu::packet_numbers::MissingPackets;
-use crate::sys::{CancelToken, RecvPart, Stop, StopReason};
+use crate::sys::{CancelToken, Lock as _, RecvPart, Stop, StopReason};
 use crate::transport::{
     ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError, StreamChannel,
 };
@@ -268,7 +268,7 @@ impl DestinationLink for MultifdDestination {
 
     fn missing_packets(&self) -> Option<MissingPackets> {
         let running = self.running.as_ref()?;
-        running.common.numbers.lock().unwrap_or_else(PoisonError::into_inner).check().err()
+        running.common.numbers.locked().check().err()
     }
 
     fn release(&mut self) {

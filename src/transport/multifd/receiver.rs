@@ -1,7 +1,7 @@
 //! The destination's thread of one channel: packets become pages.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crossbeam::channel::{Receiver, Sender};
 
@@ -17,7 +17,7 @@ use crate::stream::qemu::multifd::{INIT_LEN, header_len};
 use crate::stream::qemu::packed::PacketInflater;
 use crate::stream::qemu::packet_numbers::PacketNumbers;
 use crate::stream::{Corrupt, Fault};
-use crate::sys::{HostSpan, RecvPart, Stop};
+use crate::sys::{HostSpan, Lock as _, RecvPart, Stop};
 use crate::transport::{ByteSource, ChannelError, MoveError, StreamChannel};
 use crate::units::{BlockOffset, PageSize};
 
@@ -135,7 +135,7 @@ impl PageReceiver {
 
     /// Numbers of the packets that have come since the last time.
     fn tell_numbers(&mut self) {
-        let mut all = self.common.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.common.numbers.locked();
         all.add(self.machine.take_numbers());
     }
 
@@ -170,14 +170,14 @@ impl PageReceiver {
     }
 
     fn claim(&self, id: u8) -> Result<(), MoveError> {
-        let mut ids = self.common.ids.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ids = self.common.ids.locked();
         if ids.contains(&id) {
             let fault = Fault::Multifd("two channels have the same number");
             return Err(self.not_understood(DecodeError::Corrupt(Corrupt { at: 24, fault })));
         }
         ids.push(id);
         drop(ids);
-        let mut uuid = self.common.uuid.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut uuid = self.common.uuid.locked();
         let first = *uuid.get_or_insert(self.machine.uuid());
         if first != self.machine.uuid() {
             let fault = Fault::Multifd("the channels belong to VMs of different UUIDs");

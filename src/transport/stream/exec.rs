@@ -19,7 +19,7 @@ use rustix::process::{
 };
 
 use super::opened;
-use crate::sys::{Stop, StopReason};
+use crate::sys::{Lock as _, Stop, StopReason};
 use crate::transport::open::{OneStream, Scheme, SchemeAbilities, open_stream, parse_command};
 use crate::transport::{ChannelError, StreamChannel, StreamOptions};
 
@@ -143,7 +143,7 @@ impl ChildCommand {
                 (Some(reason), _) => return Err(ChannelError::Stopped { reason, doing: DOING }),
             }
         }
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = self.running.locked();
         let status = running.child.wait().map_err(broken)?;
         running.reaped = true;
         if status.success() {

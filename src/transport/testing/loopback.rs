@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::sys::{RecvPart, SendPart, Stop, StopReason};
+use crate::sys::{Lock as _, RecvPart, SendPart, Stop, StopReason};
 use crate::transport::{ByteSink, ByteSource, ChannelError};
 
 /// How often a wait looks at its [`Stop`].
@@ -52,7 +52,7 @@ struct State {
 
 impl Pipe {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.locked()
     }
 
     /// Waits until `ready` says so or an end is gone.
