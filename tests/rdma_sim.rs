@@ -2,12 +2,11 @@
 #![cfg(feature = "rdma")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome};
-use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
+use ramwire::guest::{MappedGuest, TestMachine};
 use ramwire::ram::{BlockName, RamBlock, RoundKind};
 use ramwire::session::{
     DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, Peer, SourceGuest,
@@ -24,42 +23,6 @@ use rdma_hooks::sim::{Fault, Host, Sim, SimConfig};
 
 const BLOCKS: [(&str, u64); 3] = [("pc.ram", 6 << 20), ("pc.bios", 256 << 10), ("odd", (1 << 20) + 4096)];
 const PAGE: u64 = 4096;
-
-/// A machine that stands still. Its state is one word.
-#[derive(Default)]
-struct Still {
-    keeps_memory: bool,
-}
-
-impl GuestControl for Still {
-    fn pause(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
-        Some(self)
-    }
-
-    fn forbid_discard(&mut self, _forbid: bool) -> bool {
-        self.keeps_memory
-    }
-}
-
-impl DeviceState for Still {
-    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        out.write_all(b"state")
-    }
-
-    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        let mut state = Vec::new();
-        from.read_to_end(&mut state)?;
-        if state == b"state" { Ok(()) } else { Err(io::Error::other("another state")) }
-    }
-}
 
 fn memory() -> Arc<MappedGuest> {
     let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
@@ -108,13 +71,15 @@ fn migrate(config: SimConfig, rdma: RdmaOptions, digest: bool, keeps_memory: boo
     let options = StreamOptions::default();
     let stop = Stop::on(&CancelToken::default());
     let part = there.enter();
+    let machine = TestMachine::default().keeping_memory();
+    let arrived = machine.clone();
     let (arriving, far_stop, offered) = (Arc::clone(&to), stop.clone(), rdma.clone());
     let mut listener = RdmaListener::bind(Arc::new(there), "10.0.0.2", 4444, AllowList::default()).unwrap();
     let destination = std::thread::spawn(move || {
         let _part = part;
         let connection = listener.accept(&options, &offered, &far_stop).ok()?;
         let settings = DestinationSettings::default();
-        let control = Box::new(Still { keeps_memory: true });
+        let control = Box::new(arrived);
         Some(
             DestinationSession::new(
                 DestinationGuest { memory: Box::new(arriving), control },
@@ -131,12 +96,16 @@ fn migrate(config: SimConfig, rdma: RdmaOptions, digest: bool, keeps_memory: boo
         settings.digest = digest;
         settings.guest_stands_still = true;
         settings.peer = Some(Peer::Ramwire);
-        let control = Box::new(Still { keeps_memory });
+        let machine = TestMachine::running(b"state");
+        let control = Box::new(if keeps_memory { machine.keeping_memory() } else { machine });
         let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };
         SourceSession::new(guest, connection, settings).run()
     });
     drop(part);
     let destination = destination.join().unwrap();
+    if machine.runs() {
+        assert_eq!(machine.state(), b"state");
+    }
     Run { equal: bytes(&from) == bytes(&to), source, destination, sim }
 }
 

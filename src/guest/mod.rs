@@ -19,6 +19,8 @@ mod software;
 mod sources;
 #[cfg(any(test, feature = "testing"))]
 pub mod synthetic;
+#[cfg(any(test, feature = "testing"))]
+mod testing;
 mod vhost_log;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
@@ -41,5 +43,7 @@ pub use placing::{PageObserver, PageWriter, Placer, ServeError};
 pub use soft_dirty::{SoftDirty, Standstill};
 pub use software::SoftwareBitmap;
 pub use sources::{Choice, NoSource, choose, sync_all};
+#[cfg(any(test, feature = "testing"))]
+pub use testing::TestMachine;
 pub use vhost_log::VhostLog;
 pub use written_pages::WrittenPages;

@@ -3,11 +3,11 @@
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome, Reason};
-use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest};
+use ramwire::guest::{GuestMemory, MappedGuest, TestMachine};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
     DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, Error, Incoming,
@@ -30,39 +30,6 @@ use crate::common::{
 
 /// 4 MiB, a batch for each of two channels: it fits into the buffers of a socket that nobody reads.
 pub(crate) const PAGES: u64 = 1024;
-
-/// A guest that only knows whether it runs.
-#[derive(Clone, Default)]
-pub(crate) struct Power(pub(crate) Arc<Mutex<bool>>);
-
-impl Power {
-    pub(crate) fn runs(&self) -> bool {
-        *self.0.lock().unwrap()
-    }
-}
-
-impl GuestControl for Power {
-    fn pause(&mut self) -> io::Result<()> {
-        *self.0.lock().unwrap() = false;
-        Ok(())
-    }
-    fn resume(&mut self) -> io::Result<()> {
-        *self.0.lock().unwrap() = true;
-        Ok(())
-    }
-    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
-        Some(self)
-    }
-}
-
-impl DeviceState for Power {
-    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        out.write_all(b"devices")
-    }
-    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        from.read_to_end(&mut Vec::new()).map(drop)
-    }
-}
 
 pub(crate) fn guest(mapping: &Mapping) -> Arc<MappedGuest> {
     let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
@@ -154,8 +121,7 @@ fn migrate_to(
     set: impl FnOnce(&mut SourceSettings),
 ) -> Ended {
     let (from, to) = (filled(), Mapping::anonymous(PAGES * 4096).unwrap());
-    let (near_machine, far_machine) = (Power::default(), Power::default());
-    *near_machine.0.lock().unwrap() = true;
+    let (near_machine, far_machine) = (TestMachine::running(b"devices"), TestMachine::default());
     let connection = open_source(address, guest(&from), &options(sends), &stop()).unwrap();
     let control = Box::new(near_machine.clone());
     let source = SourceGuest { memory: guest(&from), dirty: Vec::new(), control };
@@ -279,7 +245,7 @@ fn qemu_with_surplus_channels(version: Version, sends: u8, receives: u8) {
     source.migrate(&listener.address().to_string());
     let connection =
         listener.accept_connection(&options(receives), &stop()).map_err(|error| error.to_string());
-    let machine = Power::default();
+    let machine = TestMachine::default();
     let said = match connection {
         Ok(connection) => {
             let control = Box::new(machine.clone());

@@ -1,12 +1,11 @@
 //! `ChannelOptions::numa` and `--numa`: threads of page channels on the nodes they are to be on, and the memory they take.
 
 use std::collections::BTreeSet;
-use std::io::{self, Read, Write};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use ramwire::engine::{Ending, Outcome};
-use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
+use ramwire::guest::{MappedGuest, TestMachine};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
     DestinationGuest, DestinationSession, DestinationSettings, SourceGuest, SourceSession, SourceSettings,
@@ -22,29 +21,6 @@ use crate::common::{Deadline, ramwire::Ramwire, scratch};
 
 const PAGES: u64 = 4 << 8;
 const CHANNELS: u8 = 4;
-
-struct Still;
-
-impl GuestControl for Still {
-    fn pause(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-    fn resume(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
-        Some(self)
-    }
-}
-
-impl DeviceState for Still {
-    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        out.write_all(b"devices")
-    }
-    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        from.read_to_end(&mut Vec::new()).map(drop)
-    }
-}
 
 fn guest(mapping: &Mapping) -> Arc<MappedGuest> {
     let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
@@ -99,7 +75,11 @@ fn migrate(from: &Mapping, to: &Mapping, count: u8, numa: &Numa, embedder: Optio
     let mut listener =
         Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop).unwrap();
     let near = open_source(listener.address(), guest(from), &options, &stop).unwrap();
-    let source = SourceGuest { memory: guest(from), dirty: Vec::new(), control: Box::new(Still) };
+    let source = SourceGuest {
+        memory: guest(from),
+        dirty: Vec::new(),
+        control: Box::new(TestMachine::running(b"devices")),
+    };
     let mut settings = SourceSettings::new(Configuration::default());
     settings.guest_stands_still = true;
     let source = SourceSession::new(source, near, settings);
@@ -109,7 +89,7 @@ fn migrate(from: &Mapping, to: &Mapping, count: u8, numa: &Numa, embedder: Optio
     let mut settings = DestinationSettings::default();
     settings.map_behind = false;
     let far = DestinationSession::new(
-        DestinationGuest { memory: Box::new(guest(to)), control: Box::new(Still) },
+        DestinationGuest { memory: Box::new(guest(to)), control: Box::<TestMachine>::default() },
         connection,
         settings,
     )

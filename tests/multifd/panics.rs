@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ramwire::engine::{Ending, Outcome, Reason};
-use ramwire::guest::{GuestError, GuestMemory, MappedGuest};
+use ramwire::guest::{GuestError, GuestMemory, MappedGuest, TestMachine};
 use ramwire::ram::{Landing, RamBlockTable};
 use ramwire::session::{
     DestinationGuest, DestinationSession, DestinationSettings, Error, Incoming, MemoryProvider, SourceGuest,
@@ -14,7 +14,7 @@ use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{HostSpan, Mapping};
 use ramwire::transport::open_source;
 
-use crate::counts::{PAGES, Power, bind, filled, guest, options, stop};
+use crate::counts::{PAGES, bind, filled, guest, options, stop};
 
 const TEXT: &str = "the embedder's own words";
 
@@ -61,8 +61,7 @@ fn said(error: Option<&Error>) -> String {
 /// Each end's error, of a migration in which the memory of one of them panics.
 fn migrate(at_source: bool) -> (String, String) {
     let (from, to) = (filled(), Mapping::anonymous(PAGES * 4096).unwrap());
-    let (here, there) = (Power::default(), Power::default());
-    *here.0.lock().unwrap() = true;
+    let (here, there) = (TestMachine::running(b"devices"), TestMachine::default());
     let mut listener = bind();
     let (near, far) = (Panics::new(&from, at_source), Panics::new(&to, !at_source));
     let connection = open_source(listener.address(), near.clone(), &options(2), &stop()).unwrap();

@@ -312,7 +312,7 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     // Only a sync that finds nothing makes it pause.
     settings.downtime_limit = Duration::ZERO;
-    let machine = Machine(Arc::new(Mutex::new((true, b"devices".to_vec()))));
+    let machine = Machine::running(b"devices");
     let scribbler = Arc::new(Scribbler { memory: from.clone(), syncs: Mutex::default() });
     let source =
         SourceGuest { memory: from.clone(), dirty: vec![scribbler], control: Box::new(machine.clone()) };

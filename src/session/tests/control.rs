@@ -116,7 +116,7 @@ fn moved_with(
     let switches = postcopy.is_some();
     settings.postcopy = postcopy;
     let shares = Arc::new(Mutex::new(Vec::new()));
-    let machine = Machine(Arc::new(Mutex::new((true, Vec::new()))));
+    let machine = Machine::running(b"");
     let control =
         Box::new(Slowed { machine: machine.clone(), shares: Arc::clone(&shares), vcpus: vec![0; vcpus] });
     let dirty: Vec<Arc<dyn DirtySource>> = vec![Arc::new(Busy(from.clone(), AtomicU64::new(0)))];

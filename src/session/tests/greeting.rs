@@ -3,7 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -44,7 +44,7 @@ fn send(
         let span = memory.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap();
         span.copy_from(&[page as u8 | 1; 4096]);
     }
-    let machine = Machine(Arc::new(Mutex::new((true, state.to_vec()))));
+    let machine = Machine::running(state);
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.guest_stands_still = true;
     set(&mut settings);
@@ -99,7 +99,7 @@ fn arrives_late(what: &str, channels: u8, state: &[u8], set: impl FnOnce(&mut So
         arrived.error
     );
     assert!(!sender.machine.runs() && machine.runs(), "{what}");
-    assert_eq!(machine.0.lock().unwrap().1, state, "{what}");
+    assert_eq!(machine.state(), state, "{what}");
     for block in 0..2 {
         assert!(bytes(&sender.memory, block) == bytes(&memory, block), "{what}: block {block} differs");
     }
@@ -203,7 +203,7 @@ fn a_slow_qemu_is_a_qemu_and_compares_no_digest() {
 fn a_digest_that_nobody_can_compare_is_refused_before_the_first_byte() {
     for (peer, answers) in [(Some(Peer::Qemu), true), (None, false), (Some(Peer::Ramwire), false)] {
         let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
-        let (memory, machine) = (guest(&PAGES), Machine(Arc::new(Mutex::new((true, Vec::new())))));
+        let (memory, machine) = (guest(&PAGES), Machine::running(b""));
         let mut settings = SourceSettings::new(Configuration::default());
         (settings.digest, settings.peer, settings.guest_stands_still) = (true, peer, true);
         let link = Box::new(InlineLink::new(plain(&near), memory.clone()));

@@ -3,7 +3,6 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::{Machine, bytes, guest};
@@ -40,7 +39,7 @@ fn pages_travel_on_channels_that_were_handed_in_whatever_their_order() {
         let main = near.remove(0);
         let connection =
             SourceConnection::over_channels(main, near, from.clone(), &ChannelOptions::default()).unwrap();
-        let here = Machine(Arc::new(Mutex::new((true, b"devices".to_vec()))));
+        let here = Machine::running(b"devices");
         let control = Box::new(here.clone());
         let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };
         let mut settings =

@@ -123,7 +123,7 @@ fn a_guest_whose_block_has_grown_moves_as_it_is_then() {
     for (length, grows) in [(7 * 4096, true), (MOST, false)] {
         let (from, to) = (of_length(&near, length), of_length(&far, length));
         let memory = Arc::clone(&from);
-        let machine = Machine(Arc::new(Mutex::new((true, Vec::new()))));
+        let machine = Machine::running(b"");
         let control = Box::new(machine.clone());
         let (sent, arrived, ()) = moved((&from, &to), Vec::new(), control, 0, |source| {
             source.statistics().listen(move |event| {
@@ -230,7 +230,7 @@ fn pages_that_compress_on_channels_make_no_empty_rounds() {
     let at = "tcp:127.0.0.1:0".parse().unwrap();
     let mut listener = Listener::bind(&at, AllowList::default(), &stop).unwrap();
     let connection = open_source(listener.address(), from.clone(), &options, &stop).unwrap();
-    let machine = Machine(Arc::new(Mutex::new((true, b"devices".to_vec()))));
+    let machine = Machine::running(b"devices");
     let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(Heavy(machine)) };
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.guest_stands_still = true;

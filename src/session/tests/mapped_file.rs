@@ -1,7 +1,7 @@
 //! A guest that is saved to a file of places: it is whole at its source, in the file, or nobody can know.
 #![allow(clippy::unwrap_used)]
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::{Machine, bytes, guest};
 use crate::engine::{Ending, Outcome};
@@ -15,7 +15,7 @@ use crate::units::BlockIndex;
 const PAGES: u64 = 600;
 
 fn saved(from: &Arc<MappedGuest>, path: &std::path::Path, step: i64) -> (SourceReport, Machine) {
-    let machine = Machine(Arc::new(Mutex::new((true, Vec::new()))));
+    let machine = Machine::running(b"");
     let link = MappedLink::create(path, from.clone());
     link.break_at(step);
     let sent = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(machine.clone()) };

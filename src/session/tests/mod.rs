@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex};
 use rustix::event::PollFlags;
 
 use crate::engine::{Ending, Outcome, ThrottlePolicy};
+pub(super) use crate::guest::TestMachine as Machine;
 use crate::guest::{DeviceState, GuestControl, MappedGuest};
 use crate::observe::EventKind;
 use crate::ram::{BlockName, RamBlock};
@@ -89,38 +90,6 @@ pub(super) fn plain(socket: &UnixStream) -> Box<Plain> {
     Box::new(Plain(socket.try_clone().unwrap(), 0))
 }
 
-#[derive(Clone, Default)]
-pub(super) struct Machine(pub(super) Arc<Mutex<(bool, Vec<u8>)>>);
-
-impl Machine {
-    pub(super) fn runs(&self) -> bool {
-        self.0.lock().unwrap().0
-    }
-}
-
-impl GuestControl for Machine {
-    fn pause(&mut self) -> io::Result<()> {
-        self.0.lock().unwrap().0 = false;
-        Ok(())
-    }
-    fn resume(&mut self) -> io::Result<()> {
-        self.0.lock().unwrap().0 = true;
-        Ok(())
-    }
-    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
-        Some(self)
-    }
-}
-
-impl DeviceState for Machine {
-    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
-        out.write_all(&self.0.lock().unwrap().1)
-    }
-    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        from.read_to_end(&mut self.0.lock().unwrap().1).map(drop)
-    }
-}
-
 pub(super) fn guest(pages: &[u64]) -> Arc<MappedGuest> {
     let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
     for (index, pages) in pages.iter().enumerate() {
@@ -158,7 +127,7 @@ pub(super) fn ends_with(set: impl FnOnce(&mut SourceSettings)) -> Ends {
         let span = from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap();
         span.copy_from(&[page as u8 | 1; 4096]);
     }
-    let source_machine = Machine(Arc::new(Mutex::new((true, b"devices".to_vec()))));
+    let source_machine = Machine::running(b"devices");
     let destination_machine = Machine::default();
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.digest = true;
@@ -190,7 +159,7 @@ fn a_guest_moves_between_two_ramwires() {
         assert!(bytes(&ends.from, block) == bytes(&ends.to, block), "block {block} differs");
     }
     assert!(!ends.source_machine.runs() && ends.destination_machine.runs());
-    assert_eq!(ends.destination_machine.0.lock().unwrap().1, b"devices");
+    assert_eq!(ends.destination_machine.state(), b"devices");
     let statistics = sent.statistics;
     assert_eq!((statistics.pages.normal, statistics.pages.zero), (200, 107));
     assert_eq!(arrived.pages, statistics.pages);

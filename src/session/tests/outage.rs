@@ -3,7 +3,6 @@
 use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::{Machine, guest};
@@ -46,7 +45,7 @@ fn an_outage_behind_commit_that_ends_within_the_finish_timeout_leaves_no_doubt()
     let sockets = [&near, &far].map(|socket| OwnedFd::from(socket.try_clone().unwrap()));
     let options = StreamOptions { dead_peer: Duration::from_secs(1), ..StreamOptions::default() };
     let channel = |socket: TcpStream| StreamChannel::from_fd(socket.into(), "peer", &options).unwrap();
-    let (memory, machine) = (guest(&[30]), Machine(Arc::new(Mutex::new((true, b"devices".to_vec())))));
+    let (memory, machine) = (guest(&[30]), Machine::running(b"devices"));
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.guest_stands_still = true;
     let connection = SourceConnection::over(channel(near), memory.clone());

@@ -36,7 +36,7 @@ fn p2_a_guest_switches_to_postcopy_between_two_ramwires() {
             assert!(bytes(&ends.from, block) == bytes(&ends.to, block), "block {block} differs");
         }
         assert!(!ends.source_machine.runs() && ends.destination_machine.runs());
-        assert_eq!(ends.destination_machine.0.lock().unwrap().1, b"devices");
+        assert_eq!(ends.destination_machine.state(), b"devices");
     }
 }
 
@@ -107,7 +107,7 @@ fn p9_p11_two_ramwires_go_on_over_other_connections() {
     (settings.guest_stands_still, settings.postcopy) = (true, Some(postcopy));
     let channel = connect(&here, &StreamOptions::default(), &Stop::never()).unwrap();
     let connection = SourceConnection::over(channel, from.clone());
-    let [near, far] = [Machine(Arc::new(Mutex::new((true, b"devices".to_vec())))), Machine::default()];
+    let [near, far] = [Machine::running(b"devices"), Machine::default()];
     let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(near.clone()) };
     let again = Redial::new(here, StreamOptions::default());
     let source = SourceSession::new(source, connection, settings).with_reconnect(Box::new(again));

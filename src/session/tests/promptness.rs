@@ -159,7 +159,7 @@ fn setup(
         at_batch: at_batch(said.clone()),
     };
     let back = Box::new(Back { inner: plain(&near), said: said.clone() });
-    let machine = Machine(Arc::new(Mutex::new((true, b"devices".to_vec()))));
+    let machine = Machine::running(b"devices");
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.guest_stands_still = true;
     settings.postcopy = Some(PostcopySettings::new(PostcopyRule::OnCommand));

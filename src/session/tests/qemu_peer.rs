@@ -197,7 +197,7 @@ fn s20_a_dirty_bitmap_arrives_with_the_device_state_and_sections_that_tell_nothi
     let report = session.join().unwrap();
     assert_eq!(report.ending, Ending::Running, "{:?}", report.error);
     assert_eq!(report.incoming.unwrap().early_sections, bitmap.start);
-    assert_eq!(machine.0.lock().unwrap().1, bitmap.state());
+    assert_eq!(machine.state(), bitmap.state());
 }
 
 #[test]
@@ -238,6 +238,6 @@ fn s20_a_dirty_bitmap_goes_through_a_relay_also_where_it_stands_between_pages() 
     assert!(heard.ends_with(&encoded(Message::Shut { status: 0 })), "{relay:?} {report:?}");
     assert_eq!(report.ending, Ending::Running, "{:?}", report.error);
     assert_eq!(report.incoming.unwrap().early_sections, bitmap.start);
-    assert_eq!(machine.0.lock().unwrap().1, bitmap.state());
+    assert_eq!(machine.state(), bitmap.state());
     assert!(bytes(&memory, 0) == [[0; 4096], [7; 4096], [0; 4096]].concat());
 }

@@ -2,13 +2,12 @@
 //!
 //! Nobody writes the memory and no dirty log runs, as with the stopped QEMUs it is compared with.
 
-use std::io::{self, Read};
 use std::sync::Arc;
 use std::time::Instant;
 
 use ramwire::engine::{Ending, Outcome};
 use ramwire::error::Chain;
-use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
+use ramwire::guest::{MappedGuest, TestMachine};
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
@@ -26,32 +25,9 @@ use super::cost::Cost;
 use super::peer::{Peer, Role};
 use crate::BenchError;
 
-/// A machine that stands still and has no devices.
-pub struct Still;
-
-impl GuestControl for Still {
-    fn pause(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
-        Some(self)
-    }
-
-    /// Nobody but the migration touches the memory.
-    fn forbid_discard(&mut self, _forbid: bool) -> bool {
-        true
-    }
-}
-
-impl DeviceState for Still {
-    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        io::copy(from, &mut io::sink()).map(drop)
-    }
+/// A machine without devices. Nobody but the migration touches its memory.
+pub fn standing_still() -> TestMachine {
+    TestMachine::default().keeping_memory()
 }
 
 /// The memory as one block.
@@ -124,7 +100,7 @@ fn options(way: Way) -> ConnectionOptions {
 fn send(address: &Address, memory: Arc<MappedGuest>, way: Way) -> Result<SourceReport, BenchError> {
     let stop = Stop::never();
     let connection = open_source(address, memory.clone(), &options(way), &stop)?;
-    let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
+    let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(standing_still()) };
     let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
     let mut settings = SourceSettings::new(configuration);
     settings.guest_stands_still = true;
@@ -144,8 +120,11 @@ pub fn receive(listener: &mut Listener, mapping: &Mapping, way: Way) -> Result<(
     let connection = listener.accept_connection(&options(way), &stop)?;
     let memory = Box::new(guest(mapping)?);
     let settings = DestinationSettings::default();
-    let session =
-        DestinationSession::new(DestinationGuest { memory, control: Box::new(Still) }, connection, settings);
+    let session = DestinationSession::new(
+        DestinationGuest { memory, control: Box::new(standing_still()) },
+        connection,
+        settings,
+    );
     let report = session.run();
     if report.ending == Ending::Running {
         return Ok(());

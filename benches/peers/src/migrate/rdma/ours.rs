@@ -19,7 +19,7 @@ use rdma_hooks::verbs::VerbsFabric;
 
 use crate::migrate::bed::{self, Bed};
 use crate::migrate::cost::Cost;
-use crate::migrate::own::{Still, guest};
+use crate::migrate::own::{guest, standing_still};
 use crate::migrate::peer::Peer;
 use crate::migrate::watch::Watcher;
 use crate::{BenchError, migrate::Run};
@@ -53,7 +53,7 @@ impl Ours {
         let begun = Instant::now();
         let connection = self.open(&peer.address, Arc::clone(&memory), posted)?;
         let connecting = begun.elapsed().as_secs_f64();
-        let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(Still) };
+        let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(standing_still()) };
         let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
         let mut settings = SourceSettings::new(configuration);
         settings.guest_stands_still = true;
