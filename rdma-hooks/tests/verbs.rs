@@ -236,7 +236,8 @@ mod in_rxe_guest {
         println!("{devices:#?}");
         let device = &devices[0];
         assert!(device.max_registration_bytes > 0 && device.max_requests > 0 && !device.ports.is_empty());
-        assert!(!device.ports[0].gids.is_empty());
+        let expected = [std::net::IpAddr::from([10, 9, 0, 1])];
+        assert_eq!(device.ports[0].addresses, expected);
     }
 
     #[test]

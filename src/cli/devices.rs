@@ -51,8 +51,9 @@ struct Port {
     state: String,
     link_layer: String,
     mtu: u32,
-    gids: Vec<String>,
+    /// IP addresses whose connections go by it.
     addresses: Vec<String>,
+    gids: Vec<String>,
     /// Fit for a migration, or what to do about it.
     verdict: Result<(), &'static str>,
 }
@@ -167,7 +168,7 @@ impl Found {
         let port = |port: &Port| {
             json!({
                 "port": port.number, "state": port.state, "link_layer": port.link_layer, "mtu": port.mtu,
-                "gids": port.gids, "addresses": port.addresses, "usable": port.verdict.is_ok(), "remedy": port.verdict.err(),
+                "addresses": port.addresses, "gids": port.gids, "usable": port.verdict.is_ok(), "remedy": port.verdict.err(),
             })
         };
         let device = |device: &Device| {
@@ -202,7 +203,7 @@ impl Found {
             for port in &device.ports {
                 let (number, state, layer) = (port.number, &port.state, &port.link_layer);
                 lines.push(format!("  port {number}: {state}, {layer}, path MTU up to {}", port.mtu));
-                lines.extend(port.addresses.iter().map(|address| format!("    {address}")));
+                lines.extend(port.addresses.iter().map(|ip| format!("    {ip}")));
                 lines.push(match port.verdict {
                     Ok(()) => "    a guest can travel by it".to_owned(),
                     Err(remedy) => format!("    not usable: {remedy}"),
@@ -265,9 +266,9 @@ impl From<rdma_hooks::verbs::PortInfo> for Port {
             number: info.number,
             verdict: match (is_active, info.addresses.is_empty()) {
                 (true, false) => Ok(()),
-                (true, true) => {
-                    Err("its interface has no address; give it one: ip addr add ADDRESS dev INTERFACE")
-                }
+                (true, true) => Err(
+                    "its interface has no IP address here; give it one: ip addr add ADDRESS dev INTERFACE",
+                ),
                 (false, _) => {
                     Err("bring its interface up (ip link set INTERFACE up) and see to cable and switch")
                 }
@@ -283,8 +284,8 @@ impl From<rdma_hooks::verbs::PortInfo> for Port {
                 LinkLayer::Other(number) => format!("link layer {number}"),
             },
             mtu: info.mtu_bytes,
-            gids: info.gids.iter().map(|gid| std::net::Ipv6Addr::from(*gid).to_string()).collect(),
             addresses: info.addresses.iter().map(ToString::to_string).collect(),
+            gids: info.gids.iter().map(|gid| std::net::Ipv6Addr::from(*gid).to_string()).collect(),
         }
     }
 }
@@ -295,8 +296,8 @@ mod tests {
 
     fn port(verdict: Result<(), &'static str>) -> Port {
         let (state, link_layer) = ("active".into(), "Ethernet".into());
-        let (gids, addresses) = (vec!["::ffff:10.9.0.1".into()], vec!["10.9.0.1".into()]);
-        Port { number: 1, state, link_layer, mtu: 4096, gids, addresses, verdict }
+        let (addresses, gids) = (vec!["10.9.0.1".into()], vec!["fe80::2".into()]);
+        Port { number: 1, state, link_layer, mtu: 4096, addresses, gids, verdict }
     }
 
     #[test]
@@ -315,7 +316,7 @@ mod tests {
         let text = found.text();
         for part in [
             "rxe0 (software)",
-            "a guest can travel",
+            "    10.9.0.1\n    a guest can travel",
             "not usable: bring it up",
             "memory lock: 64.00 KiB at most (blocks): a guest",
             "longest registration: 1.00 GiB (good)",

@@ -138,6 +138,7 @@ fn in_rxe_guest_devices_tells_what_there_is_and_each_limit_with_a_verdict() {
     let device = &found["devices"][0];
     assert_eq!((&device["name"], &device["ports"][0]["usable"]), (&json!("rxe0"), &json!(true)), "{found}");
     assert_eq!(device["ports"][0]["link_layer"], "Ethernet", "{found}");
+    assert_eq!(device["ports"][0]["addresses"], json!([RXE_ADDRESS]), "{found}");
     assert!(device["max_inline_bytes"].as_u64() > Some(0), "soft-RoCE has inline data: {found}");
     let limits = device["limits"].as_array().unwrap();
     for limit in limits {
@@ -146,6 +147,28 @@ fn in_rxe_guest_devices_tells_what_there_is_and_each_limit_with_a_verdict() {
         println!("{limit}");
     }
     assert_eq!((limits.len(), &found["memory_lock"]["verdict"]), (5, &json!("good")), "{found}");
+}
+
+/// A network namespace sees the device, whose GIDs are addresses of another one: nobody there can be reached by them.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_a_gid_that_is_no_address_of_this_host_is_not_taken_for_one() {
+    let mut command = Command::new("unshare");
+    command.args(["--net", env!("CARGO_BIN_EXE_ramwire"), "devices", "--json"]);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let port = &found["devices"][0]["ports"][0];
+    let gids = port["gids"].as_array().unwrap();
+    assert!(
+        gids.contains(&json!(format!("::ffff:{RXE_ADDRESS}"))),
+        "the device is seen, with its GIDs: {found}"
+    );
+    assert_eq!((&port["addresses"], &port["usable"]), (&json!([]), &json!(false)), "{found}");
+    assert!(port["remedy"].as_str().unwrap().contains("ip addr add"), "{found}");
+    assert!(found["usable"] == false && found["address"].is_null(), "{found}");
+    let why = found["why_not"].as_str().unwrap();
+    assert!(why.contains("active port with an IP address (rxe0)"), "{found}");
 }
 
 /// A host without rdma-core runs the same binary.

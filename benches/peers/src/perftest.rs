@@ -38,14 +38,10 @@ impl Device {
             return Err(BenchError::Missing { program: "ib_write_bw".into(), remedy });
         }
         let address: Option<IpAddr> = host.parse().ok();
-        let bytes = address.map(|address| match address {
-            IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
-            IpAddr::V6(v6) => v6.octets(),
-        });
-        let found = devices()
-            .map_err(|error| BenchError::NoRdma(Box::new(error)))?
-            .into_iter()
-            .find(|device| device.ports.iter().flat_map(|port| &port.gids).any(|gid| Some(*gid) == bytes));
+        let found =
+            devices().map_err(|error| BenchError::NoRdma(Box::new(error)))?.into_iter().find(|device| {
+                device.ports.iter().flat_map(|port| &port.addresses).any(|ip| Some(*ip) == address)
+            });
         let missing = || BenchError::Missing {
             program: format!("a device with the address {host}"),
             remedy: "give --host the IP address of one; `ramwire devices` lists them".into(),

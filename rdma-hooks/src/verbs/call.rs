@@ -40,6 +40,9 @@ fn failed(verb: &'static str, source: io::Error) -> FabricError {
                 source,
             };
         }
+        Some(libc::ENOENT) if verb == "rdma_create_event_channel" => {
+            "there is no /dev/infiniband/rdma_cm: load the kernel's connection manager (modprobe rdma_ucm)"
+        }
         Some(libc::EADDRNOTAVAIL) => "the address is not one of an RDMA device",
         Some(libc::EADDRINUSE) => "the port is taken",
         Some(libc::EACCES | libc::EPERM) => "the process needs access to /dev/infiniband",

@@ -121,19 +121,28 @@ impl Id {
         check_ptr(unsafe { self.id.as_ref().verbs }, "rdma_cm_id without a device")
     }
 
+    /// The port of that device, counted from 1; 0 if the id is bound to none.
+    pub(super) fn port(&self) -> u8 {
+        // SAFETY: the id is alive.
+        unsafe { self.id.as_ref().port_num }
+    }
+
+    /// Binds the id to an address of this host, and to the device that has it.
+    pub(super) fn bind(&self, address: SocketAddr) -> Result<(), FabricError> {
+        let mut sockaddr = SockAddr::new(address);
+        // SAFETY: the id is alive; the address outlives the call and is as long as its family says.
+        check(unsafe { rdma_bind_addr(self.as_ptr(), sockaddr.as_ptr()) }, "rdma_bind_addr")
+    }
+
     pub(super) fn bind_and_listen(&self, address: SocketAddr) -> Result<u16, FabricError> {
         let mut yes: i32 = 1;
-        let mut sockaddr = SockAddr::new(address);
-        // SAFETY: the id is alive; both arguments outlive their calls and have the sizes given.
-        unsafe {
-            let option = (&raw mut yes).cast();
-            check(
-                rdma_set_option(self.as_ptr(), OPTION_ID, OPTION_ID_REUSEADDR, option, 4),
-                "rdma_set_option",
-            )?;
-            check(rdma_bind_addr(self.as_ptr(), sockaddr.as_ptr()), "rdma_bind_addr")?;
-            check(rdma_listen(self.as_ptr(), BACKLOG), "rdma_listen")?;
-        }
+        let option = (&raw mut yes).cast();
+        // SAFETY: the id is alive; the option outlives the call and has the size given.
+        let set = unsafe { rdma_set_option(self.as_ptr(), OPTION_ID, OPTION_ID_REUSEADDR, option, 4) };
+        check(set, "rdma_set_option")?;
+        self.bind(address)?;
+        // SAFETY: the id is alive and bound.
+        check(unsafe { rdma_listen(self.as_ptr(), BACKLOG) }, "rdma_listen")?;
         // SAFETY: the id is alive; binding filled the union with its own address, and the storage member is as large
         // as any address.
         let storage = unsafe { self.id.as_ref().route.addr.src_addr_union.src_storage };

@@ -3,7 +3,6 @@
 use std::ffi::CStr;
 use std::io;
 use std::net::IpAddr;
-use std::path::Path;
 use std::ptr::{self, NonNull};
 
 use rdma_sys::{
@@ -13,8 +12,8 @@ use rdma_sys::{
     ibv_qp_type, ibv_query_device, ibv_query_device_ex, ibv_query_gid, ibv_query_port,
 };
 
+use super::addresses::{BoundAddress, bound_addresses, of_port};
 use super::call::{check, check_ptr};
-use super::netdev;
 use super::queue::INLINE_BYTES;
 use crate::fabric::FabricError;
 
@@ -51,10 +50,10 @@ pub struct PortInfo {
     pub mtu_bytes: u32,
     /// Longest message, bytes.
     pub max_message_bytes: u32,
-    /// Its entries of the GID table that are set, at most 16, in network byte order. IP addresses on RoCE alone.
-    pub gids: Vec<[u8; 16]>,
-    /// The IP addresses of its network interfaces, which a peer connects to.
+    /// This host's IP addresses whose connections go by it, as the connection manager says; IPv4 ones first.
     pub addresses: Vec<IpAddr>,
+    /// Its GIDs that are set, at most 16, in network byte order. Those of RoCE are IP addresses, no others.
+    pub gids: Vec<[u8; 16]>,
 }
 
 /// One device.
@@ -84,44 +83,20 @@ pub struct DeviceInfo {
 /// Most GIDs reported of a port.
 const MAX_GIDS: i32 = 16;
 
-/// All devices this process may open, in the kernel's order. A device that cannot be opened is left out.
+/// All devices this process may open, in the kernel's order. A device that cannot be opened is left out. Without a
+/// connection manager no port has an address.
 ///
 /// # Errors
 ///
 /// [`FabricError::Unavailable`] if there is no library or no device at all.
 pub fn devices() -> Result<Vec<DeviceInfo>, FabricError> {
     let list = DeviceList::get()?;
+    let bound = bound_addresses().unwrap_or_else(|error| {
+        tracing::debug!(%error, "the addresses of RDMA devices are not known");
+        Vec::new()
+    });
     let opened = list.entries().filter_map(|device| OpenDevice::open(device).ok());
-    opened.map(|device| device.info()).collect()
-}
-
-/// Opens the devices of this host one after another until `wanted` answers for one: a host may have hundreds, as virtual
-/// functions, and each takes milliseconds to open. `Err` in the answer: the names of all, none of which was wanted.
-///
-/// # Errors
-///
-/// As [`devices`].
-pub fn find_device<T>(
-    wanted: impl FnMut(&DeviceInfo) -> Option<T>,
-) -> Result<Result<T, Vec<String>>, FabricError> {
-    let list = DeviceList::get()?;
-    let opened = list.entries().filter_map(|device| OpenDevice::open(device).ok());
-    first_wanted(opened.map(|device| device.info()), wanted)
-}
-
-fn first_wanted<T>(
-    devices: impl Iterator<Item = Result<DeviceInfo, FabricError>>,
-    mut wanted: impl FnMut(&DeviceInfo) -> Option<T>,
-) -> Result<Result<T, Vec<String>>, FabricError> {
-    let mut names = Vec::new();
-    for device in devices {
-        let device = device?;
-        if let Some(found) = wanted(&device) {
-            return Ok(Ok(found));
-        }
-        names.push(device.name);
-    }
-    Ok(Err(names))
+    opened.map(|device| device.info(&bound)).collect()
 }
 
 /// # Errors
@@ -131,13 +106,13 @@ pub(super) fn any_device() -> Result<(), FabricError> {
     DeviceList::get().map(drop)
 }
 
-struct DeviceList {
+pub(super) struct DeviceList {
     list: NonNull<*mut ibv_device>,
     count: usize,
 }
 
 impl DeviceList {
-    fn get() -> Result<Self, FabricError> {
+    pub(super) fn get() -> Result<Self, FabricError> {
         let mut count = 0;
         // SAFETY: `count` outlives the call; the result is null or an array we free in `Drop`.
         let list = unsafe { ibv_get_device_list(&mut count) };
@@ -164,7 +139,7 @@ impl DeviceList {
         Ok(list)
     }
 
-    fn entries(&self) -> impl Iterator<Item = NonNull<ibv_device>> + '_ {
+    pub(super) fn entries(&self) -> impl Iterator<Item = NonNull<ibv_device>> + '_ {
         // SAFETY: the library promises `count` entries at `list`, which lives until `Drop`.
         let entry = |index| unsafe { *self.list.as_ptr().add(index) };
         (0..self.count).filter_map(move |index| NonNull::new(entry(index)))
@@ -185,22 +160,18 @@ struct OpenDevice {
 
 impl OpenDevice {
     fn open(device: NonNull<ibv_device>) -> Result<Self, FabricError> {
-        // SAFETY: `device` is an entry of a live list; the name is a string inside it.
-        let name = unsafe {
-            let name = ibv_get_device_name(device.as_ptr());
-            if name.is_null() { String::new() } else { CStr::from_ptr(name).to_string_lossy().into_owned() }
-        };
+        let name = device_name(device);
         // SAFETY: `device` is an entry of a live list; the context is closed in `Drop`.
         let context = check_ptr(unsafe { ibv_open_device(device.as_ptr()) }, "ibv_open_device")?;
         Ok(Self { context, name })
     }
 
-    fn info(&self) -> Result<DeviceInfo, FabricError> {
+    fn info(&self, bound: &[BoundAddress]) -> Result<DeviceInfo, FabricError> {
         let attr = query(self.context)?;
         let firmware =
             attr.fw_ver.iter().take_while(|&&byte| byte != 0).map(|&byte| byte as u8 as char).collect();
         let number = |value: i32| u32::try_from(value).unwrap_or(0);
-        let ports = (1..=attr.phys_port_cnt).filter_map(|port| self.port(port).ok()).collect();
+        let ports = (1..=attr.phys_port_cnt).filter_map(|port| self.port(port, bound).ok()).collect();
         Ok(DeviceInfo {
             name: self.name.clone(),
             firmware,
@@ -245,11 +216,8 @@ impl OpenDevice {
         }
     }
 
-    fn port(&self, number: u8) -> Result<PortInfo, FabricError> {
-        // SAFETY: ibv_port_attr is plain numbers, for which zeros are valid.
-        let mut attr: ibv_port_attr = unsafe { std::mem::zeroed() };
-        // SAFETY: the context is open; `attr` outlives the call.
-        check(unsafe { ibv_query_port(self.context.as_ptr(), number, &mut attr) }, "ibv_query_port")?;
+    fn port(&self, number: u8, bound: &[BoundAddress]) -> Result<PortInfo, FabricError> {
+        let attr = query_port(self.context, number)?;
         let gid = |index: i32| {
             // SAFETY: ibv_gid is 16 bytes, for which zeros are valid.
             let mut gid: rdma_sys::ibv_gid = unsafe { std::mem::zeroed() };
@@ -259,21 +227,18 @@ impl OpenDevice {
             let raw = unsafe { gid.raw };
             (got == 0 && raw != [0; 16]).then_some(raw)
         };
-        let link_layer = match attr.link_layer {
-            0 | 1 => LinkLayer::InfiniBand,
-            2 => LinkLayer::Ethernet,
-            other => LinkLayer::Other(other),
-        };
-        let gids: Vec<_> = (0..attr.gid_tbl_len.min(MAX_GIDS)).filter_map(gid).collect();
-        let folder = Path::new("/sys/class/infiniband").join(&self.name);
         Ok(PortInfo {
             number,
-            addresses: netdev::addresses(&folder, (number, link_layer), &gids, &netdev::of_this_host()),
-            state: if attr.state == 4 { PortState::Active } else { PortState::Inactive(attr.state) },
-            link_layer,
+            state: state_of(&attr),
+            link_layer: match attr.link_layer {
+                0 | 1 => LinkLayer::InfiniBand,
+                2 => LinkLayer::Ethernet,
+                other => LinkLayer::Other(other),
+            },
             mtu_bytes: 128_u32.checked_shl(attr.active_mtu).unwrap_or(0),
             max_message_bytes: attr.max_msg_sz,
-            gids,
+            addresses: of_port(bound, &self.name, number),
+            gids: (0..attr.gid_tbl_len.min(MAX_GIDS)).filter_map(gid).collect(),
         })
     }
 }
@@ -283,6 +248,32 @@ impl Drop for OpenDevice {
         // SAFETY: opened by us, closed once; nothing was made from it.
         let _ = unsafe { ibv_close_device(self.context.as_ptr()) };
     }
+}
+
+/// As the kernel names it. The caller's device is an entry of a live list, or that of an open context.
+pub(super) fn device_name(device: NonNull<ibv_device>) -> String {
+    // SAFETY: the caller's device is alive; the name is a string inside it.
+    unsafe {
+        let name = ibv_get_device_name(device.as_ptr());
+        if name.is_null() { String::new() } else { CStr::from_ptr(name).to_string_lossy().into_owned() }
+    }
+}
+
+/// Whether a port of an open device carries traffic.
+pub(super) fn port_state(context: NonNull<ibv_context>, number: u8) -> Result<PortState, FabricError> {
+    query_port(context, number).map(|attr| state_of(&attr))
+}
+
+fn state_of(attr: &ibv_port_attr) -> PortState {
+    if attr.state == 4 { PortState::Active } else { PortState::Inactive(attr.state) }
+}
+
+fn query_port(context: NonNull<ibv_context>, number: u8) -> Result<ibv_port_attr, FabricError> {
+    // SAFETY: ibv_port_attr is plain numbers, for which zeros are valid.
+    let mut attr: ibv_port_attr = unsafe { std::mem::zeroed() };
+    // SAFETY: the caller's context is open; `attr` outlives the call.
+    check(unsafe { ibv_query_port(context.as_ptr(), number, &mut attr) }, "ibv_query_port")?;
+    Ok(attr)
 }
 
 /// A device's limits.
@@ -303,42 +294,4 @@ pub(super) fn on_demand_writes(context: NonNull<ibv_context>) -> bool {
     // SAFETY: the caller's context is open; no input is allowed; `attr` outlives the call.
     let queried = unsafe { ibv_query_device_ex(context.as_ptr(), std::ptr::null(), &mut attr) };
     queried == 0 && attr.odp_caps.per_transport_caps.rc_odp_caps & NEEDED == NEEDED
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn device(name: &str) -> DeviceInfo {
-        DeviceInfo {
-            name: name.into(),
-            firmware: String::new(),
-            max_registration_bytes: 0,
-            max_registrations: 0,
-            max_requests: 0,
-            max_queue_pairs: 0,
-            max_inline_bytes: 0,
-            on_demand: false,
-            ports: Vec::new(),
-        }
-    }
-
-    #[test]
-    fn no_device_is_opened_behind_the_one_that_will_do() {
-        let opened = std::cell::Cell::new(0);
-        let devices = || {
-            opened.set(0);
-            ["a", "b", "c", "d"].iter().map(|name| {
-                opened.set(opened.get() + 1);
-                Ok(device(name))
-            })
-        };
-        for (wanted, count) in [("a", 1), ("c", 3)] {
-            let found = first_wanted(devices(), |device| (device.name == wanted).then_some(count));
-            assert!(matches!(found, Ok(Ok(found)) if found == count));
-            assert_eq!(opened.get(), count);
-        }
-        let none = first_wanted(devices(), |_| None::<()>);
-        assert!(matches!(none, Ok(Err(names)) if names == ["a", "b", "c", "d"]));
-    }
 }

@@ -18,6 +18,8 @@
 mod pinned;
 
 #[cfg(feature = "verbs")]
+mod addresses;
+#[cfg(feature = "verbs")]
 mod call;
 #[cfg(feature = "verbs")]
 mod cm;
@@ -33,15 +35,15 @@ mod fabric;
 mod lane;
 #[cfg(feature = "verbs")]
 mod memory_lock;
-
-mod netdev;
 #[cfg(feature = "verbs")]
 mod queue;
 
 pub use pinned::PinnedSpan;
 
 #[cfg(feature = "verbs")]
-pub use device::{DeviceInfo, LinkLayer, PortInfo, PortState, devices, find_device};
+pub use addresses::first_address;
+#[cfg(feature = "verbs")]
+pub use device::{DeviceInfo, LinkLayer, PortInfo, PortState, devices};
 #[cfg(feature = "verbs")]
 pub use fabric::VerbsFabric;
 #[cfg(feature = "verbs")]

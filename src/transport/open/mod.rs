@@ -38,7 +38,7 @@ pub fn why_no_rdma(error: &OpenError) -> String {
     obstacle::why(error)
 }
 
-/// The address of the first RDMA device here that carries traffic, if this process may lock `bytes` of memory.
+/// An address of an RDMA device here that carries traffic, an IPv4 one first, if this process may lock `bytes` of memory.
 ///
 /// # Errors
 /// [`WhyNoRdma`].

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use rdma_hooks::verbs::{DeviceInfo, PortState, VerbsFabric, find_device, memory_lock};
+use rdma_hooks::verbs::{VerbsFabric, first_address, memory_lock};
 use rdma_hooks::{Fabric, FabricError};
 
 use super::{RdmaListener, connect_over};
@@ -87,62 +87,13 @@ impl Endpoint for RdmaListener {
     }
 }
 
-/// The address of the first device that carries traffic, if this process may lock `bytes` of memory.
+/// An address of a device that carries traffic, an IPv4 one first, if this process may lock `bytes` of memory.
 ///
 /// # Errors
 /// [`WhyNoRdma`].
 pub fn usable_address(bytes: u64) -> Result<IpAddr, WhyNoRdma> {
-    let found = find_device(address_of).map_err(unusable)?;
+    let found = first_address().map_err(unusable)?;
     let address = found.map_err(|names| WhyNoRdma::NoActivePort { devices: names.join(", ") })?;
     memory_lock().check(bytes).map_err(unusable)?;
     Ok(address)
-}
-
-/// An IP address of the device's active ports: an IPv4 one first, which every QEMU takes.
-fn address_of(device: &DeviceInfo) -> Option<IpAddr> {
-    let active = device.ports.iter().filter(|port| port.state == PortState::Active);
-    let all: Vec<IpAddr> = active.flat_map(|port| &port.addresses).copied().collect();
-    // A link-local address names no interface by itself.
-    let is_alone = |address: &&IpAddr| matches!(address, IpAddr::V6(v6) if !v6.is_unicast_link_local());
-    all.iter().find(|address| address.is_ipv4()).or_else(|| all.iter().find(is_alone)).copied()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rdma_hooks::verbs::{LinkLayer, PortInfo};
-
-    fn device(state: PortState, addresses: &[&str]) -> DeviceInfo {
-        let addresses = addresses.iter().filter_map(|address| address.parse().ok()).collect();
-        let port = PortInfo {
-            number: 1,
-            state,
-            link_layer: LinkLayer::Ethernet,
-            mtu_bytes: 4096,
-            max_message_bytes: 1 << 23,
-            // None of them is an address on InfiniBand and iWARP.
-            gids: vec![[0xfd; 16]],
-            addresses,
-        };
-        DeviceInfo {
-            name: "rxe0".into(),
-            firmware: String::new(),
-            max_registration_bytes: u64::MAX,
-            max_registrations: 4096,
-            max_requests: 16384,
-            max_queue_pairs: 64,
-            max_inline_bytes: 220,
-            on_demand: false,
-            ports: vec![port],
-        }
-    }
-
-    #[test]
-    fn an_ipv4_address_of_an_active_port_is_preferred() {
-        let all = ["fe80::1", "fd00::1", "10.9.0.1"];
-        assert_eq!(address_of(&device(PortState::Active, &all)), Some(IpAddr::from([10, 9, 0, 1])));
-        assert_eq!(address_of(&device(PortState::Active, &all[..2])), "fd00::1".parse().ok());
-        assert_eq!(address_of(&device(PortState::Active, &all[..1])), None);
-        assert_eq!(address_of(&device(PortState::Inactive(1), &all)), None);
-    }
 }
