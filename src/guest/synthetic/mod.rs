@@ -10,6 +10,7 @@
 mod pace;
 mod page;
 mod plan;
+mod reader;
 mod state;
 mod verify;
 
@@ -27,6 +28,7 @@ pub use verify::{PageFault, VerifyReport};
 
 use self::pace::Pace;
 use self::plan::Plan;
+use self::reader::Readers;
 use self::verify::Faults;
 use super::{DeviceState, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap, VcpuGate};
 use crate::ram::PageRun;
@@ -43,9 +45,11 @@ pub struct SyntheticGuest {
     memory: Arc<MappedGuest>,
     software: Arc<SoftwareBitmap>,
     machine: Arc<Mutex<Option<Machine>>>,
+    /// Its threads look at all memory on arrival.
+    reads: bool,
 }
 
-/// The writers and what they share.
+/// The writers and readers, and what they share.
 #[derive(Debug)]
 struct Machine {
     shared: Arc<Shared>,
@@ -61,8 +65,9 @@ struct Shared {
     gate: VcpuGate,
     /// Writes done, one a writer.
     done: Vec<AtomicU64>,
-    /// What `done` was when the device state was loaded; 0 where the guest was made.
-    loaded: Vec<u64>,
+    /// What `done` was when the device state was loaded; `None` where the guest was made.
+    loaded: Option<Vec<u64>>,
+    readers: Readers,
     faults: Mutex<Faults>,
 }
 
@@ -70,7 +75,14 @@ impl SyntheticGuest {
     /// A guest that waits for a device state, over memory into which a migration comes.
     pub fn empty(memory: Arc<MappedGuest>) -> Self {
         let software = Arc::new(SoftwareBitmap::new(memory.table()));
-        Self { memory, software, machine: Arc::default() }
+        Self { memory, software, machine: Arc::default(), reads: false }
+    }
+
+    /// From its arrival on as many threads as it has writers look once at each page, in an order that jumps, and compare those
+    /// that no writer writes. After a switch to postcopy they fault on what is missing.
+    #[must_use]
+    pub fn reading(self) -> Self {
+        Self { reads: true, ..self }
     }
 
     /// A guest over fresh zero memory, filled as `config` says and standing still.
@@ -81,7 +93,7 @@ impl SyntheticGuest {
         let guest = Self::empty(memory);
         let plan = Plan::new(guest.memory.table(), config);
         let writers = plan.config.writers as usize;
-        let shared = guest.install(plan, vec![0; writers]);
+        let shared = guest.install(plan, vec![0; writers], false);
         verify::fill(&shared)?;
         Ok(guest)
     }
@@ -102,6 +114,16 @@ impl SyntheticGuest {
         self.with(|machine| machine.map_or(0, sum))
     }
 
+    /// Pages that threads have looked at since its arrival, for [`reading`](Self::reading).
+    pub fn pages_read(&self) -> u64 {
+        self.with(|machine| machine.map_or(0, |machine| machine.shared.readers.read()))
+    }
+
+    /// True if there is no page left that threads are to look at.
+    pub fn is_read(&self) -> bool {
+        self.with(|machine| machine.is_none_or(|machine| machine.shared.readers.are_through()))
+    }
+
     /// Checks every page of every block that travels against what was written last; the guest must stand
     /// still. Pages that the writers overwrote since the device state was loaded were checked by them before.
     ///
@@ -116,13 +138,16 @@ impl SyntheticGuest {
         look(self.machine.locked().as_mut())
     }
 
-    fn install(&self, plan: Plan, loaded: Vec<u64>) -> Arc<Shared> {
+    fn install(&self, plan: Plan, done: Vec<u64>, arrived: bool) -> Arc<Shared> {
+        let table = self.memory.table();
+        let readers = Readers::new(table, if self.reads && arrived { plan.config.writers } else { 0 });
         let shared = Arc::new(Shared {
             memory: self.memory.clone(),
             software: self.software.clone(),
-            gate: VcpuGate::new(plan.config.writers),
-            done: loaded.iter().map(|done| AtomicU64::new(*done)).collect(),
-            loaded,
+            gate: VcpuGate::new(plan.config.writers + readers.threads),
+            done: done.iter().map(|done| AtomicU64::new(*done)).collect(),
+            loaded: arrived.then_some(done),
+            readers,
             plan,
             faults: Mutex::default(),
         });
@@ -156,6 +181,11 @@ impl GuestControl for SyntheticGuest {
                     let name = format!("guest-writer-{writer}");
                     let thread = std::thread::Builder::new().name(name);
                     machine.threads.push(thread.spawn(move || shared.run_writer(writer))?);
+                }
+                for reader in 0..machine.shared.readers.threads {
+                    let shared = machine.shared.clone();
+                    let thread = std::thread::Builder::new().name(format!("guest-reader-{reader}"));
+                    machine.threads.push(thread.spawn(move || shared.run_reader(reader))?);
                 }
             }
             machine.shared.gate.open();
@@ -209,7 +239,7 @@ impl DeviceState for SyntheticGuest {
     /// Replaces what the guest was; its memory is what has arrived.
     fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let (config, done) = state::decode(self.memory.table(), from)?;
-        self.install(Plan::new(self.memory.table(), config), done);
+        self.install(Plan::new(self.memory.table(), config), done, true);
         Ok(())
     }
 }
@@ -246,16 +276,15 @@ impl Shared {
 
     /// The writer's next write, whole: bytes, mark, count. `false` if it has no page to write.
     fn write_next(&self, writer: u32, buffer: &mut [u8]) -> bool {
-        let (Some(done), Some(loaded)) = (self.done.get(writer as usize), self.loaded.get(writer as usize))
-        else {
-            return false;
-        };
+        let Some(done) = self.done.get(writer as usize) else { return false };
         let sequence = done.load(Ordering::Relaxed) + 1;
         let Some((block, page)) = self.plan.place(writer, sequence) else { return false };
         let run = PageRun { block: BlockIndex(block), first: PageIndex(page), pages: 1 };
         let Some(span) = self.span(run) else { return false };
         // The first lap after an arrival overwrites what travelled: the last chance to look at it.
-        if *loaded > 0 && sequence <= *loaded + self.plan.pages_of(writer) {
+        let loaded = self.loaded.as_ref().and_then(|loaded| loaded.get(writer as usize));
+        if loaded.is_some_and(|loaded| sequence <= loaded + self.plan.pages_of(writer)) {
+            // May wait for a page that is missing: nothing is locked.
             span.copy_to(buffer);
             let expected = self.plan.before(writer, sequence, block, page);
             self.faults().check(&self.memory, run, expected, page::read(buffer, self.plan.config.seed));

@@ -104,6 +104,14 @@ impl Plan {
         None
     }
 
+    /// True for a page of the working set.
+    pub(super) fn is_written(&self, block: u32, page: u64) -> bool {
+        let holds = |extent: &Extent| {
+            extent.block == block && page.checked_sub(extent.first).is_some_and(|at| at < extent.pages)
+        };
+        self.extents.iter().any(holds)
+    }
+
     /// What a page held when no writer had written it yet.
     pub(super) fn initial(&self, block: u32, page: u64) -> Expected {
         let stamp = Stamp { block, writer: FILL, page, sequence: 0 };

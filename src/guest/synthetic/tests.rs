@@ -218,3 +218,36 @@ fn rate_and_throttle_hold_the_writers_back() {
     let ran: Vec<u64> = guest.vcpu_dirty_pages().iter().zip(&before).map(|(now, then)| now - then).collect();
     assert!(ran[0] as f64 <= took * RATE / 3.0 * 0.01 + BURST, "{ran:?} in {took} s");
 }
+
+/// Pages that nobody writes are compared by readers, and the first writes of a guest that had written none compare too.
+#[test]
+fn the_threads_of_an_arrived_guest_find_what_is_wrong_while_it_runs() {
+    let mut source = SyntheticGuest::filled(blocks(), config(None)).unwrap();
+    let mut devices = Vec::new();
+    source.save(&mut devices).unwrap();
+    let written = |block, page| source.with(|machine| machine.unwrap().shared.plan.is_written(block, page));
+    let wrong = [true, false].map(|kind| (0..1024).find(|page| written(0, *page) == kind).unwrap());
+    for spoil in [&[][..], &wrong[..1], &wrong[1..]] {
+        let mut target = SyntheticGuest::empty(blocks()).reading();
+        copy(source.memory(), target.memory());
+        for page in spoil {
+            let ram = target.memory().region(BlockIndex(0)).unwrap();
+            ram.span(page * 4096, 4096).unwrap().copy_from(&[9; 4096]);
+        }
+        target.load(&mut devices.as_slice()).unwrap();
+        assert!(!target.is_read() && target.pages_read() == 0);
+        target.resume().unwrap();
+        run_a_lap(&target);
+        let until = Instant::now() + LIMIT;
+        while !target.is_read() {
+            assert!(Instant::now() < until, "{} pages read", target.pages_read());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        target.pause().unwrap();
+        let report = target.verify().unwrap();
+        assert_eq!(target.pages_read(), report.pages);
+        let found: Vec<u64> = report.faults.iter().map(|fault| fault.page.0).collect();
+        assert!(spoil.iter().all(|page| found.contains(page)), "{found:x?} of {spoil:x?}");
+        assert_eq!(report.is_whole(), spoil.is_empty());
+    }
+}
