@@ -21,6 +21,11 @@ pub(super) struct PostcopyArgs {
     /// With --postcopy: most bytes a second of the memory that nobody waits for; 0 is no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     max_postcopy_bandwidth: u64,
+}
+
+/// What becomes of a connection that is lost in postcopy.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct ReconnectArgs {
     /// With --postcopy: when the connection is lost behind the switch, connect again for so long (QEMU: migrate-recover
     /// there); the guest runs there meanwhile, and nothing is lost. 0: the loss is the end
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
@@ -49,8 +54,16 @@ impl PostcopyArgs {
         };
         let mut postcopy = PostcopySettings::new(rule);
         postcopy.max_bandwidth = Rate::limit(self.max_postcopy_bandwidth);
-        postcopy.reconnect_timeout = self.reconnect;
         settings.postcopy = Some(postcopy);
+    }
+}
+
+impl ReconnectArgs {
+    /// Completes `settings`, whose postcopy is set.
+    pub(super) fn apply(&self, settings: &mut SourceSettings) {
+        if let Some(postcopy) = &mut settings.postcopy {
+            postcopy.reconnect_timeout = self.reconnect;
+        }
     }
 }
 

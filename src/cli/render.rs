@@ -86,7 +86,8 @@ pub(super) fn statistics(now: &Statistics) -> String {
     out
 }
 
-fn latency(summary: &LatencySummary) -> String {
+/// A histogram's figures.
+pub(super) fn latency(summary: &LatencySummary) -> String {
     let LatencySummary { count, p50_us, p99_us, max_us, .. } = summary;
     format!("{count:>7}   p50 <= {p50_us} us   p99 <= {p99_us} us   max {max_us} us")
 }

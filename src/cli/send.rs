@@ -20,7 +20,7 @@ use super::common::{
 };
 use super::converge::{TimeoutArgs, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
-use super::postcopy::PostcopyArgs;
+use super::postcopy::{PostcopyArgs, ReconnectArgs};
 use super::progress::Progress;
 use super::render;
 use super::signals::cancel_on_signal;
@@ -103,6 +103,8 @@ pub(super) struct Args {
     timeout: TimeoutArgs,
     #[command(flatten)]
     postcopy: PostcopyArgs,
+    #[command(flatten)]
+    reconnect: ReconnectArgs,
 }
 
 /// What helps where the time was over.
@@ -166,6 +168,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     args.timeouts.set(&mut settings);
     args.timeout.apply(&mut settings);
     args.postcopy.apply(&mut settings);
+    args.reconnect.apply(&mut settings);
     // Without device state only a ramwire can take the guest.
     settings.peer = (!guest.has_state()).then_some(Peer::Ramwire);
     settings.style = guest.peer_style().or(settings.style);

@@ -3,11 +3,12 @@
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use ramwire::engine::Ending;
 use ramwire::guest::GuestMemory;
+use ramwire::observe::{EventKind, LatencySummary};
 use ramwire::session::{DestinationGuest, DestinationSession, DestinationSettings, Zeroed};
 use ramwire::sys::{CancelToken, Stop, populate};
 use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener};
@@ -17,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Failure;
 use super::blocks::BlockSpec;
-use super::guest::GuestKind;
+use super::guest::{DemoGuest, GuestKind};
 use super::scratch::Scratch;
 use crate::cli::args::Exit;
 use crate::cli::common::{ChannelArgs, complain, local_options};
@@ -28,11 +29,14 @@ use crate::cli::signals::cancel_on_signal;
 /// How long the guest runs at the destination before it checks itself.
 const RUN: Duration = Duration::from_millis(200);
 
+/// How long its threads may take to look at all memory, once it is there; less than the demo waits for the verdict.
+const READS: Duration = Duration::from_secs(200);
+
 /// How long the process may take until it listens; with --populate it touches all RAM before.
 const STARTS: Duration = Duration::from_secs(120);
 
 /// What the destination tells the demo when it ends.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Verdict {
     /// The guest ran here.
     pub(super) ran: bool,
@@ -46,8 +50,27 @@ pub(super) struct Verdict {
     pub(super) faults: Vec<String>,
     /// A digest was compared.
     pub(super) digest_compared: bool,
+    /// The guest ran here before its memory had come.
+    pub(super) postcopy: Option<Postcopy>,
+    /// Pages that the guest's own threads looked at while it ran here.
+    pub(super) pages_read: u64,
     /// What went wrong.
     pub(super) error: Option<String>,
+}
+
+/// What a switch to postcopy came to here.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Postcopy {
+    /// Milliseconds from the device state's last byte until the guest was started.
+    pub(super) time_to_run_ms: f64,
+    /// Milliseconds from that start until all memory was there.
+    pub(super) all_came_ms: f64,
+    /// Faults of missing pages.
+    pub(super) faults: u64,
+    /// Requests that were sent for them.
+    pub(super) requests: u64,
+    /// From a fault to its page in place.
+    pub(super) fault_latency: LatencySummary,
 }
 
 /// The hidden command that the demo starts.
@@ -62,6 +85,8 @@ pub(in crate::cli) struct Args {
     huge_pages: bool,
     #[arg(long)]
     populate: bool,
+    #[arg(long)]
+    postcopy: bool,
     #[command(flatten)]
     channels: ChannelArgs,
 }
@@ -77,6 +102,7 @@ impl Process {
         address: &Address,
         demo: &super::Args,
         blocks: &[BlockSpec],
+        postcopy: bool,
     ) -> Result<Self, Failure> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("demo-destination").arg(address.to_string()).args(["--guest", demo.guest.name()]);
@@ -84,6 +110,7 @@ impl Process {
             command.arg("--block").arg(block.to_string());
         }
         command.args(demo.populate.then_some("--populate")).args(demo.huge_pages.then_some("--thp"));
+        command.args(postcopy.then_some("--postcopy"));
         command.args(demo.channels.both().arguments());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or_else(|| io::Error::other("the destination has no output"))?;
@@ -151,6 +178,12 @@ fn cancel_with_reader(cancel: CancelToken) -> io::Result<()> {
     std::thread::Builder::new().name("ramwire-reader".into()).spawn(watch).map(drop)
 }
 
+/// Waits until the guest's threads have looked at all memory, which has come by now: that takes as long as it takes to read.
+fn await_readers(guest: &dyn DemoGuest, stop: &Stop) {
+    let stop = stop.within(READS);
+    while !guest.read_so_far().1 && stop.sleep(Duration::from_millis(1)).is_none() {}
+}
+
 fn receive(args: &Args) -> Result<Verdict, Failure> {
     let memory = Arc::new(BlockSpec::memory(&args.block, args.huge_pages)?);
     if args.populate {
@@ -160,7 +193,7 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
             populate(memory.span(table.admit_run(run)?)?)?;
         }
     }
-    let guest = args.guest.empty(Arc::clone(&memory))?;
+    let guest = args.guest.empty(Arc::clone(&memory), args.postcopy)?;
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     cancel_on_signal(vec![cancel.clone()]);
@@ -173,24 +206,43 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     options.channels = channels;
     let connection = listener.accept_connection(&options, &stop.within(Duration::from_secs(60)))?;
     drop((listener, scratch));
-    let settings = DestinationSettings::default();
+    let mut settings = DestinationSettings::default();
+    settings.postcopy = args.postcopy;
     let session = DestinationSession::new(
         DestinationGuest { memory: Box::new(Zeroed(memory)), control: guest.control() },
         connection,
         settings,
     );
+    let runs_since = Arc::new(OnceLock::new());
+    let since = Arc::clone(&runs_since);
+    session.statistics().listen(move |event| {
+        if event.kind == EventKind::PostcopyActive {
+            let _ = since.set(Instant::now());
+        }
+    });
     let report = session.with_cancel(cancel).run();
+    let all_came = runs_since.get().map_or(Duration::ZERO, Instant::elapsed);
     let mut verdict = Verdict {
         ran: report.ending == Ending::Running,
         digest_compared: report.verified,
+        postcopy: report.missing_pages.as_ref().map(|missing| Postcopy {
+            time_to_run_ms: missing.time_to_run.as_secs_f64() * 1e3,
+            all_came_ms: all_came.as_secs_f64() * 1e3,
+            faults: missing.faults,
+            requests: missing.requests,
+            fault_latency: missing.latency,
+        }),
         error: report.error.as_ref().map(|error| in_words(error)),
         ..Verdict::default()
     };
     if verdict.ran {
         std::thread::sleep(RUN);
+        await_readers(&*guest, &stop);
         guest.control().pause()?;
+        let (read, all) = guest.read_so_far();
         let found = guest.verify()?;
-        verdict.verified = found.wrong == 0;
+        verdict.pages_read = read;
+        verdict.verified = found.wrong == 0 && all;
         (verdict.pages, verdict.wrong, verdict.faults) = (found.pages, found.wrong, found.faults);
     }
     Ok(verdict)

@@ -43,10 +43,17 @@ impl GuestKind {
         }
     }
 
-    /// A guest that waits for its state.
-    pub(super) fn empty(self, memory: Arc<MappedGuest>) -> Result<Box<dyn DemoGuest>, Failure> {
+    /// A guest that waits for its state; one that is `reading` looks at all memory while it runs there.
+    pub(super) fn empty(
+        self,
+        memory: Arc<MappedGuest>,
+        reading: bool,
+    ) -> Result<Box<dyn DemoGuest>, Failure> {
         match self {
-            Self::Synthetic => Ok(Box::new(SyntheticGuest::empty(memory))),
+            Self::Synthetic => {
+                let guest = SyntheticGuest::empty(memory);
+                Ok(Box::new(if reading { guest.reading() } else { guest }))
+            }
             #[cfg(feature = "kvm")]
             Self::Kvm => kvm::empty(memory),
             #[cfg(not(feature = "kvm"))]
@@ -73,6 +80,11 @@ pub(super) trait DemoGuest {
 
     /// Looks at every page; the guest stands still.
     fn verify(&self) -> io::Result<Found>;
+
+    /// Pages that its threads have looked at while it ran here, and whether none is left that they are to look at.
+    fn read_so_far(&self) -> (u64, bool) {
+        (0, true)
+    }
 }
 
 impl DemoGuest for SyntheticGuest {
@@ -84,6 +96,10 @@ impl DemoGuest for SyntheticGuest {
         let report = Self::verify(self)?;
         let faults = report.faults.iter().take(8).map(ToString::to_string).collect();
         Ok(Found { pages: report.pages, wrong: report.wrong, faults })
+    }
+
+    fn read_so_far(&self) -> (u64, bool) {
+        (self.pages_read(), self.is_read())
     }
 }
 

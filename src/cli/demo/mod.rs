@@ -33,6 +33,7 @@ use super::args::Exit;
 use super::common::{RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed, human_bytes};
 use super::converge::{ConvergeArgs, REMEDIES, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
+use super::postcopy::PostcopyArgs;
 use super::progress::Progress;
 use super::signals::{SignalWatch, cancel_on_signal};
 use super::watch::{WatchArgs, describe};
@@ -43,6 +44,7 @@ use super::watch::{WatchArgs, describe};
 #[command(after_help = "EXAMPLES:
     ramwire demo
     ramwire demo --ram 4G --working-set 256M --dirty-rate 500M --transport tcp
+    ramwire demo --postcopy --link-rate 125M --transport tcp
     ramwire demo --guest kvm --ram 256M --dirty-rate 20M --write-size 64
     ramwire demo --ram 256M --block 12K --block 5M --hugetlb 2M --json")]
 pub(super) struct Args {
@@ -97,7 +99,8 @@ pub(super) struct Args {
     /// Touch the destination's memory before the guest comes, so that the kernel's making it counts for nothing
     #[arg(long, overrides_with = "populate")]
     populate: bool,
-    /// Leave out the digest of RAM and device state that is compared before the guest is handed over
+    /// Leave out the digest of RAM and device state that is compared before the guest is handed over; one that may switch to
+    /// postcopy has none
     #[arg(long)]
     no_digest: bool,
     /// Draws what the synthetic guest writes
@@ -108,6 +111,8 @@ pub(super) struct Args {
     json: bool,
     #[command(flatten)]
     watch: WatchArgs,
+    #[command(flatten)]
+    postcopy: PostcopyArgs,
     #[command(flatten)]
     converge: ConvergeArgs,
     #[command(flatten)]
@@ -152,6 +157,11 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
             Usage("--link-rate holds back a TCP connection: give --transport tcp as well".into()).into()
         );
     }
+    let settings = settings(args)?;
+    let postcopy = settings.postcopy.is_some();
+    if postcopy {
+        refuse_postcopy(args)?;
+    }
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block).map_err(Usage)?;
     check_room(args, &blocks)?;
     let memory = Arc::new(BlockSpec::memory(&blocks, args.huge_pages)?);
@@ -159,20 +169,10 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let log = args.watch.create_log()?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
-    let (way, connection) = Way::open(args, &blocks, &memory, &Stop::on(&cancel))?;
+    let (way, connection) = Way::open(args, &blocks, &memory, postcopy, &Stop::on(&cancel))?;
     guest.control().resume()?;
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: guest.control() };
-    let mut settings =
-        SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
-    settings.downtime_limit = Duration::from_millis(args.downtime_ms);
-    settings.max_bandwidth = Rate::limit(args.max_bandwidth);
-    settings.digest = !args.no_digest;
-    settings.same_host = true;
-    args.converge.apply(&mut settings)?;
-    if args.converge.is_empty() && args.xbzrle_cache_size == 0 {
-        settings.throttling = Some(helping_itself());
-    }
     let session = SourceSession::new(source, connection, settings).with_cancel(cancel);
     signals.ask(session.canceller());
     signals.follow(session.statistics());
@@ -187,6 +187,40 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     log.finish();
     drop((progress, metrics));
     finish(args, &report, wrote, way, &choice.to_string(), &signals)
+}
+
+fn settings(args: &Args) -> Result<SourceSettings, Usage> {
+    let mut settings =
+        SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
+    settings.downtime_limit = Duration::from_millis(args.downtime_ms);
+    settings.max_bandwidth = Rate::limit(args.max_bandwidth);
+    settings.same_host = true;
+    args.converge.apply(&mut settings)?;
+    args.postcopy.apply(&mut settings);
+    let postcopy = settings.postcopy.is_some();
+    // Missing pages have no digest; the guest looks at them where it runs.
+    settings.digest = !args.no_digest && !postcopy;
+    if args.converge.is_empty() && args.xbzrle_cache_size == 0 && !postcopy {
+        settings.throttling = Some(helping_itself());
+    }
+    Ok(settings)
+}
+
+/// Where a switch to postcopy can't be.
+fn refuse_postcopy(args: &Args) -> Result<(), Usage> {
+    let why = match () {
+        () if args.transport == Transport::Rdma => {
+            "a guest that may switch to postcopy goes by a byte stream: give --transport tcp or unix"
+        }
+        () if args.channels.count() > 0 => {
+            "a guest that may switch to postcopy goes by one stream: leave --channels out"
+        }
+        () if args.guest != GuestKind::Synthetic => {
+            "only the synthetic guest looks at its memory while it comes: leave --guest out, or move this one whole"
+        }
+        () => return Ok(()),
+    };
+    Err(Usage(why.into()))
 }
 
 /// Both processes have the guest's pages, and of zero pages none unless they are touched ahead.
@@ -220,7 +254,8 @@ impl Args {
             .with("link_rate", self.link_rate)
             .with("xbzrle_cache_size", self.xbzrle_cache_size)
             .with("channels", self.channels.count())
-            .with("digest", !self.no_digest)
+            .with("digest", !self.no_digest && !self.postcopy.postcopy)
+            .with("postcopy", self.postcopy.postcopy)
     }
 }
 
@@ -250,6 +285,12 @@ fn finish(
     if let Some(error) = &report.error {
         complain("demo", error);
         tell_remedies("demo", Some(error), REMEDIES);
+    }
+    if report.outcome == Outcome::Incomplete {
+        note!(
+            "the guest ran at the destination, and the connection was lost while memory was missing there: what had not come \
+             is lost with this process"
+        );
     }
     if report.outcome == Outcome::InDoubt {
         note!(

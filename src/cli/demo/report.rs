@@ -6,7 +6,7 @@ use ramwire::observe::Status;
 use ramwire::session::SourceReport;
 use serde_json::{Value, json};
 
-use super::destination::Verdict;
+use super::destination::{Postcopy, Verdict};
 use crate::cli::common::human_bytes;
 use crate::cli::render;
 
@@ -29,7 +29,7 @@ impl Run<'_> {
         let ran = (s.total_time - s.downtime).max(1.0) / 1e3;
         json!({
             "guest_bytes_per_s": (self.wrote as f64 / ran) as u64,
-            "throttle_percent_most": s.rounds.iter().map(|round| round.throttle_percent).max(),
+            "throttle_percent_most": s.rounds.iter().map(|round| round.throttle_percent).max().unwrap_or(0),
             "vcpu_rest_percent": s.vcpu_rest_percentage,
             "stalled": s.stalled,
             "deltas": s.deltas,
@@ -55,8 +55,24 @@ impl Run<'_> {
             "write_latency": s.write_latency,
             "zero_copy": s.zero_copy.clone().unwrap_or_default(),
             "splice": s.splice.clone().unwrap_or_default(),
+            "postcopy": self.postcopy(),
             "status": s.status,
             "error": s.error.as_ref().or(self.arrived.error.as_ref()),
+        })
+    }
+
+    /// Zeros where the guest moved whole.
+    fn postcopy(&self) -> Value {
+        let came = self.arrived.postcopy.clone().unwrap_or_default();
+        json!({
+            "switched": self.arrived.postcopy.is_some(),
+            "time_to_run_ms": came.time_to_run_ms,
+            "all_came_ms": came.all_came_ms,
+            "faults": came.faults,
+            "requests": came.requests,
+            "fault_latency": came.fault_latency,
+            "bytes": self.report.statistics.postcopy_bytes,
+            "pages_read": self.arrived.pages_read,
         })
     }
 
@@ -98,6 +114,21 @@ impl Run<'_> {
         let _ = writeln!(out, "by {}: {}; dirty pages by {}", self.transport, self.why, self.dirty_source);
         out.push_str(&render::statistics(s));
         let Verdict { ran, verified, pages, wrong, faults, .. } = self.arrived;
+        if let Some(Postcopy { time_to_run_ms, all_came_ms, faults, requests, fault_latency }) =
+            &self.arrived.postcopy
+        {
+            let read = self.arrived.pages_read;
+            let _ = writeln!(
+                out,
+                "postcopy: it ran there {time_to_run_ms:.1} ms after its device state had come, and all of its memory was there \
+                 {all_came_ms:.1} ms later"
+            );
+            let _ = writeln!(
+                out,
+                "{faults} faults of missing pages, {requests} requests; its threads looked at {read} pages while it ran"
+            );
+            let _ = writeln!(out, "fault  {}", render::latency(fault_latency));
+        }
         let _ = match (ran, verified) {
             (true, true) => writeln!(out, "verified: the guest ran on and checked all {pages} pages"),
             (true, false) => writeln!(out, "NOT VERIFIED: {wrong} of {pages} pages are wrong"),

@@ -51,11 +51,12 @@ impl Way {
         args: &Args,
         blocks: &[BlockSpec],
         memory: &Arc<MappedGuest>,
+        postcopy: bool,
         stop: &Stop,
     ) -> Result<(Self, SourceConnection), Failure> {
         let open = |transport, address: &Address, why, within: Option<Duration>| -> Result<_, Failure> {
             let scratch = address.path().map(Scratch::of);
-            let mut destination = Process::start(address, args, blocks)?;
+            let mut destination = Process::start(address, args, blocks, postcopy)?;
             let (address, link) = through_link(destination.address()?, args.link_rate)?;
             let mut options = ConnectionOptions::default();
             options.stream = local_options();
@@ -83,6 +84,9 @@ impl Way {
             Transport::Unix => unix("--transport unix".into()),
             Transport::Auto if args.xbzrle_cache_size > 0 => {
                 tcp(format!("deltas (--xbzrle-cache-size) need a byte stream, and {FASTER}"))
+            }
+            Transport::Auto if postcopy => {
+                tcp(format!("a switch to postcopy (--postcopy) needs a byte stream, and {FASTER}"))
             }
             Transport::Auto if args.channels.count() > 0 => {
                 tcp(format!("page channels (--channels) need a byte stream, and {FASTER}"))
