@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::error::{Chain, Remedy};
+use crate::error::Remedy;
 use crate::guest::ServeError;
 use crate::ram::{PageSet, RamBlockTable};
 use crate::stream::qemu::command::Discard;
@@ -33,12 +33,9 @@ impl DestinationSession {
                 remedy: Remedy::Advice("turn postcopy-ram off at the source, or let it come over TCP"),
             });
         }
-        let faults = MissingFaults::new()
-            .or_else(|error| {
-                tracing::debug!(error = %Chain(&error), "faults of user mode only are served");
-                MissingFaults::user_mode_only()
-            })
-            .map_err(ServeError::from)?;
+        // A descriptor for faults of user mode only needs no right, but KVM and read(2) touch the guest from the kernel: their
+        // accesses would fail behind RUN, when the source does not take its guest back any more.
+        let faults = MissingFaults::new().map_err(ServeError::from)?;
         self.advised = Some(Advised { faults, host_pages, package: Vec::new(), owed: PageSet::default() });
         Ok(())
     }

@@ -435,7 +435,7 @@ impl DestinationSession {
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
         self.close_link(ending);
         self.join_working();
-        let (missing_pages, preempt_bytes) = self.end_postcopy();
+        let (missing_pages, preempt_bytes) = self.end_postcopy(ending);
         let pages_mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
         let bytes = bytes + preempt_bytes + self.link.channel_bytes();
         let error = self.error.as_ref();

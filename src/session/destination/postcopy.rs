@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use std::os::fd::AsFd;
 
-use crate::engine::{FaultAnswer, HostPage, Pager};
+use crate::engine::{Ending, FaultAnswer, HostPage, Pager};
 use crate::error::Chain;
 use crate::guest::{GuestControl, Placer, load_state};
 use crate::observe::{LatencySummary, SharedStatistics, Status};
@@ -381,11 +381,15 @@ impl DestinationSession {
     }
 
     /// Ends the threads; what faults came to.
-    pub(super) fn end_postcopy(&mut self) -> (Option<MissingPages>, u64) {
+    pub(super) fn end_postcopy(&mut self, ending: Ending) -> (Option<MissingPages>, u64) {
         if let Err(error) = self.take_control() {
             tracing::warn!(error = %Chain(&error), "the guest's start");
         }
         let Some(mut postcopy) = self.postcopy.take() else { return (None, 0) };
+        if ending == Ending::Incomplete {
+            // Behind the last descriptor what is missing would read as zero, and the guest go on with it.
+            std::mem::forget(Arc::clone(&postcopy.shared.faults));
+        }
         let (preempt_pages, preempt_bytes) = postcopy.preempt.finish(&postcopy.shared);
         let (faults, requests) = postcopy.shared.pager().counts();
         let latency = postcopy.shared.pager().latency().summary();

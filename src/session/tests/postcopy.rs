@@ -147,3 +147,71 @@ fn p9_p11_two_ramwires_go_on_over_other_connections() {
     }
     assert!(control.pause().is_err(), "it is over");
 }
+
+/// No other connection comes: whoever touches a page that is missing waits, and never sees zeros in its place.
+#[test]
+fn what_is_missing_for_good_never_reads_as_zero() {
+    const PAGES: u64 = 2000;
+    let (from, to) = (guest(&[PAGES]), guest(&[PAGES]));
+    for page in 0..PAGES {
+        from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap().copy_from(&[7; 4096]);
+    }
+    let breakers = Arc::new(Mutex::new(Vec::new()));
+    let ([here, _], mut next) = listen(&breakers);
+    let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
+    // All pages would take 40 s.
+    postcopy.max_bandwidth = Rate::limit(200 << 10);
+    let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
+    (settings.guest_stands_still, settings.postcopy) = (true, Some(postcopy));
+    let channel = connect(&here, &StreamOptions::default(), &Stop::never()).unwrap();
+    let connection = SourceConnection::over(channel, from.clone());
+    let [near, far] = [Machine::running(b"devices"), Machine::default()];
+    let source = SourceGuest { memory: from, dirty: Vec::new(), control: Box::new(near.clone()) };
+    let source = SourceSession::new(source, connection, settings);
+    let channel = next.next(&Stop::never()).unwrap();
+    let settings = DestinationSettings { postcopy: true, ..Default::default() };
+    let arriving = DestinationGuest { memory: Box::new(to.clone()), control: Box::new(far.clone()) };
+    let destination = DestinationSession::new(arriving, DestinationConnection::over(channel), settings);
+    let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
+    until("it runs there", || far.runs() && destination.progress().pages.normal > 0);
+    breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
+    let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+    assert_eq!((sent.outcome, arrived.ending), (Outcome::Incomplete, Ending::Incomplete));
+    assert!(!near.runs() && far.runs());
+    let (tell, told) = std::sync::mpsc::channel();
+    // Ends with the process.
+    std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        to.region(BlockIndex(0)).unwrap().span((PAGES - 1) * 4096, 4096).unwrap().copy_to(&mut bytes);
+        tell.send(bytes[0])
+    });
+    let read = told.recv_timeout(Duration::from_millis(300));
+    assert!(read.is_err(), "a page that never came reads as {read:?}");
+}
+
+/// A process that is told of faults of user mode only would give a KVM guest zeros, or none of its memory, behind RUN.
+#[test]
+fn a_destination_that_sees_no_fault_of_the_kernel_refuses_before_a_page_comes() {
+    let postcopy = Some(PostcopySettings::new(PostcopyRule::AfterRounds(0)));
+    let mut ends = ends_with(|settings| (settings.digest, settings.postcopy) = (false, postcopy));
+    ends.destination.settings_mut().postcopy = true;
+    let destination = ends.destination;
+    let thread = std::thread::spawn(move || {
+        // Of this thread alone; it may fail where the tests have no rights to begin with.
+        let _ = rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(65534));
+        let has_rights = crate::sys::MissingFaults::new().is_ok();
+        (has_rights, destination.run())
+    });
+    let sent = ends.source.run();
+    let (has_rights, arrived) = thread.join().unwrap();
+    if has_rights {
+        // vm.unprivileged_userfaultfd is 1: anybody sees them.
+        assert_eq!(arrived.ending, Ending::Running);
+        return;
+    }
+    let text = arrived.error.as_ref().map(ToString::to_string).unwrap_or_default();
+    assert!(text.contains("userfaultfd") && text.contains("vm.unprivileged_userfaultfd"), "{text}");
+    assert_eq!(arrived.ending, Ending::Discarded);
+    assert!(sent.guest_is_safe_here() && ends.source_machine.runs(), "{:?}", sent.error);
+    assert_eq!(sent.statistics.pages.normal, 0);
+}
