@@ -20,11 +20,11 @@ use crate::session::{DestinationReport, DestinationSession, Error, SourceReport,
 
 /// Whether the guest has been given away, as a cancel may ask it.
 #[derive(Debug, Default)]
-pub(super) struct Commitment(Mutex<bool>);
+struct Commitment(Mutex<bool>);
 
 impl Commitment {
     /// Runs one `step` of an engine, which tells whether it is committed afterwards.
-    pub(super) fn decide<T>(&self, step: impl FnOnce() -> (T, bool)) -> T {
+    fn decide<T>(&self, step: impl FnOnce() -> (T, bool)) -> T {
         let mut committed = self.0.locked();
         let (answer, now) = step();
         *committed = now;
@@ -205,11 +205,6 @@ impl SourceSession {
 }
 
 impl DestinationSession {
-    /// Asks this session for its end while it runs; of the token that it has now.
-    pub fn canceller(&self) -> Canceller {
-        Canceller { commitment: self.commitment(), cancel: self.cancel_token() }
-    }
-
     /// Runs the migration on a thread `ramwire-dest` of the settings' spawner.
     ///
     /// # Errors

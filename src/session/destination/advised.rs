@@ -26,7 +26,7 @@ pub(super) struct Advised {
 impl DestinationSession {
     /// The source may switch to postcopy: what that needs is tried before the first page comes.
     pub(super) fn advised(&mut self, host_pages: u64) -> Result<(), Error> {
-        if self.link.abilities().has_rounds {
+        if self.wire.link.abilities().has_rounds {
             return Err(Error::Config {
                 what: "the source may switch to postcopy, and pages come by RDMA into registered memory"
                     .into(),

@@ -65,14 +65,14 @@ pub(super) fn no_channels_here() -> Error {
 impl DestinationSession {
     /// A connection that nobody reads loses its pages, and one that does not exist is waited for in vain.
     pub(super) fn agree_on_channels(&mut self) -> Result<(), Error> {
-        let ours = self.link.abilities().page_channels;
+        let ours = self.wire.link.abilities().page_channels;
         Ok(agree_on_channels(self.told.channels, ours)?)
     }
 
     /// Packets of page channels that were sent and have not come. A ramwire has told how many channels it has, and tells of
     /// each page.
     pub(super) fn check_packets(&mut self) -> Result<(), Error> {
-        let missing = self.link.missing_packets().filter(|_| !self.engine.is_native());
+        let missing = self.wire.link.missing_packets().filter(|_| !self.driver.engine.is_native());
         missing.map_or(Ok(()), |missing| Err(more_channels_there(missing)))
     }
 
@@ -80,12 +80,12 @@ impl DestinationSession {
     /// last one may still be in its buffer then. It has sent pages before. One of which none has come may wait for somebody
     /// to read its page channels. A ramwire says that it is alive.
     pub(super) fn may_hold_its_switchover(&mut self) -> bool {
-        self.sections.between_rounds() && !self.engine.is_native() && !self.has_brought_nothing()
+        self.sections.between_rounds() && !self.driver.engine.is_native() && !self.has_brought_nothing()
     }
 
     /// Not one whole page has come in the stream, which is the only way here, and some pages are missing.
     fn has_brought_nothing(&mut self) -> bool {
-        let able = self.link.abilities();
+        let able = self.wire.link.abilities();
         if able.page_channels > 0 || able.has_rounds {
             return false;
         }
@@ -100,7 +100,7 @@ impl DestinationSession {
         if let Err(why) = self.check_packets() {
             return why;
         }
-        if self.engine.is_native() || !self.has_brought_nothing() {
+        if self.driver.engine.is_native() || !self.has_brought_nothing() {
             return error;
         }
         Error::Config {
@@ -117,12 +117,12 @@ impl DestinationSession {
     /// need not send, free pages say, is never all that holds anything.
     pub(super) fn refuse_unread_channels(&mut self) -> Result<(), Error> {
         // Only beside a socket are there connections that nobody reads.
-        let alone = self.link.stream().descriptor().is_none();
-        let able = self.link.abilities();
+        let alone = self.wire.link.stream().descriptor().is_none();
+        let able = self.wire.link.abilities();
         let beside = alone || able.page_channels > 0 || able.has_rounds;
         let some_stay =
             self.told.configuration.as_ref().is_some_and(|configuration| configuration.has(IGNORE_SHARED));
-        if beside || some_stay || self.advised.is_some() || self.engine.is_native() {
+        if beside || some_stay || self.advised.is_some() || self.driver.engine.is_native() {
             return Ok(());
         }
         let placing = self.placing()?;
@@ -137,7 +137,7 @@ impl DestinationSession {
 
     /// SENT: kept until everything has come.
     pub(super) fn source_sent(&mut self, counts: &[u8]) -> Result<(), Error> {
-        if !self.sections.ram_ended() || !self.engine.is_native() {
+        if !self.sections.ram_ended() || !self.driver.engine.is_native() {
             return Err(out_of_turn("SENT", "waiting for the last page of a ramwire"));
         }
         self.told.sent = Some(page_counts::decode(counts));
@@ -156,7 +156,7 @@ impl DestinationSession {
         let mut stream = self.placing()?.in_stream();
         stream.zero += self.told.zero_in_rounds / page_bytes;
         let mut placed = vec![stream];
-        placed.extend(self.link.placed_pages());
+        placed.extend(self.wire.link.placed_pages());
         Ok(compare_counts(&sent, &placed)?)
     }
 }

@@ -51,6 +51,11 @@ impl Figures {
         Self { shared, counts: Arc::default() }
     }
 
+    /// The figures that others look at.
+    pub(super) fn shared(&self) -> SharedStatistics {
+        self.shared.clone()
+    }
+
     /// The migration begins. Figures that are looked at follow it from now on.
     pub(super) fn begin(&self) {
         self.shared.update(|s| s.status = Status::Setup);

@@ -4,65 +4,156 @@
 //! `fsync`, a relay's far end. The source takes long silence for a dead peer, and can't be asked to wait for hours just
 //! in case.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{RecvTimeoutError, bounded};
+use crossbeam::channel::{RecvTimeoutError, Sender, bounded};
 
 use crate::error::Chain;
 use crate::stream::native::Answer;
 use crate::stream::qemu::return_path::Message;
-use crate::sys::{Lock as _, SendPart, Stop};
+use crate::sys::{Lock as _, Stop};
 
 use super::DestinationSession;
+use super::return_path::ReturnPathWriter;
+use crate::session::workers::Spawner;
 
 /// Longest time in which a destination that is at work is silent.
-pub(super) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
-impl DestinationSession {
-    /// Does `work`; meanwhile a thread tells a ramwire source that we are at it.
-    pub(super) fn with_keepalive<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
-        let tells = self.engine.is_native() && self.told.return_path;
-        let Some(back) = self.back.take_if(|_| tells) else { return work(self) };
+/// Tells a ramwire source that we are at work.
+pub(super) struct Keepalive {
+    interval: Duration,
+    /// Threads that told it, or still do.
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Keepalive {
+    /// For a source that takes a silence of `stall_timeout` for a dead peer.
+    pub(super) fn new(stall_timeout: Duration) -> Self {
+        Self { interval: (stall_timeout / 4).min(KEEPALIVE_INTERVAL), threads: Vec::new() }
+    }
+
+    #[cfg(test)]
+    pub(super) fn every(&mut self, interval: Duration) {
+        self.interval = interval;
+    }
+
+    /// Says on `back` that we are at it, each time within `patience`, until the value is dropped.
+    fn begin(&mut self, back: ReturnPathWriter, spawner: &Spawner, patience: Duration) -> Speaking {
         let back = Arc::new(Mutex::new(Some(back)));
         let (done, until_done) = bounded::<()>(0);
-        let (every, patience) = (self.keepalive_interval, self.settings.stall_timeout);
+        let every = self.interval;
         let shared = Arc::clone(&back);
         let say = move || {
-            let mut word = Vec::new();
-            Message::Native(Answer::Working).encode(&mut word);
             while until_done.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+                let back = shared.locked();
+                let Some(back) = &*back else { return };
                 let stop = Stop::never().within(patience);
-                let mut back = shared.locked();
-                let Some(back) = &mut *back else { return };
-                let said = back.send(&[SendPart::Own(&word)], &stop).and_then(|()| back.flush(&stop));
-                if let Err(error) = said {
+                if let Err(error) = back.message(Message::Native(Answer::Working), &stop) {
                     // The next word of the session itself meets the same, and ends the migration.
                     tracing::warn!(error = %Chain(&error), "the source can't be told that we are at it");
                     return;
                 }
             }
         };
-        let thread = self.settings.spawner.spawn("ramwire-working", Box::new(say));
+        let thread = spawner.spawn("ramwire-working", Box::new(say));
         if let Err(error) = &thread {
             tracing::warn!(%error, "the source is not told that we are at it; it may take us for dead");
         }
-        let done_work = catch_unwind(AssertUnwindSafe(|| work(self)));
-        drop(done);
-        // The thread finds nothing to speak with from here on. Its end is not waited for: it may not even have begun,
-        // and the guest stands still.
-        self.back = back.locked().take();
-        self.working.extend(thread.ok());
-        // The way back is ours again: the source can be told.
-        done_work.unwrap_or_else(|panic| resume_unwind(panic))
+        self.threads.extend(thread.ok());
+        Speaking { back, _done: done }
     }
 
-    /// Waits for the threads of [`at_work`](Self::at_work): nothing of a session is left when it has ended.
-    pub(super) fn join_working(&mut self) {
-        for thread in self.working.drain(..) {
+    /// Waits for the threads: nothing of a session is left when it has ended.
+    pub(super) fn join(&mut self) {
+        for thread in self.threads.drain(..) {
             // A panic in the embedder's spawner has told itself.
             let _ = thread.join();
+        }
+    }
+}
+
+/// The source is told that we are at it.
+struct Speaking {
+    back: Arc<Mutex<Option<ReturnPathWriter>>>,
+    /// Its end ends the thread.
+    _done: Sender<()>,
+}
+
+impl Drop for Speaking {
+    fn drop(&mut self) {
+        // The thread finds nothing to speak with from here on. Its end is not waited for: it may not even have begun,
+        // and the guest stands still.
+        *self.back.locked() = None;
+    }
+}
+
+impl DestinationSession {
+    /// Does `work`; meanwhile a thread tells a ramwire source that we are at it.
+    pub(super) fn with_keepalive<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        let tells = self.driver.engine.is_native() && self.told.return_path;
+        let back = self.wire.back.clone().filter(|_| tells);
+        let (spawner, patience) = (&self.settings.spawner, self.settings.stall_timeout);
+        let _speaking = back.map(|back| self.keepalive.begin(back, spawner, patience));
+        work(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::{self, Read};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::session::tests::plain;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// What comes on `far`, to its end, in front of `last`.
+    fn in_front_of(mut far: UnixStream, last: Message<'_>) -> Vec<u8> {
+        let (mut came, mut end) = (Vec::new(), Vec::new());
+        far.read_to_end(&mut came).unwrap();
+        last.encode(&mut end);
+        came.strip_suffix(&end[..]).unwrap().to_vec()
+    }
+
+    #[test]
+    fn it_speaks_again_and_again_and_not_behind_its_end() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let back = ReturnPathWriter::new(plain(&near));
+        drop(near);
+        let mut keepalive = Keepalive::new(PATIENCE);
+        keepalive.every(Duration::from_millis(1));
+        let speaking = keepalive.begin(back.clone(), &Spawner::default(), PATIENCE);
+        let mut word = Vec::new();
+        Message::Native(Answer::Working).encode(&mut word);
+        let mut first = vec![0; 3 * word.len()];
+        far.read_exact(&mut first).unwrap();
+        assert_eq!(first, word.repeat(3));
+        drop(speaking);
+        back.message(Message::Pong(1), &Stop::never()).unwrap();
+        keepalive.join();
+        drop(back);
+        let rest = in_front_of(far, Message::Pong(1));
+        assert_eq!(rest, word.repeat(rest.len() / word.len()), "whole words, and none behind the answer");
+    }
+
+    #[test]
+    fn work_that_is_short_or_without_a_thread_says_nothing() {
+        for spawner in [Spawner::default(), Spawner::new(|_, _| Err(io::Error::other("no")))] {
+            let (near, far) = UnixStream::pair().unwrap();
+            let back = ReturnPathWriter::new(plain(&near));
+            drop(near);
+            let mut keepalive = Keepalive::new(PATIENCE);
+            keepalive.every(Duration::MAX);
+            drop(keepalive.begin(back.clone(), &spawner, PATIENCE));
+            back.message(Message::Pong(1), &Stop::never()).unwrap();
+            keepalive.join();
+            drop(back);
+            assert_eq!(in_front_of(far, Message::Pong(1)), b"");
         }
     }
 }

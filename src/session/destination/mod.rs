@@ -3,6 +3,7 @@
 mod advised;
 mod counts;
 mod digests;
+mod driver;
 mod figures;
 mod keepalive;
 mod mapper;
@@ -16,9 +17,9 @@ mod return_path;
 mod round;
 mod sections;
 mod skipped;
+mod wire;
 
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::engine::{DestinationAction, DestinationEngine, DestinationEvent, Ending};
@@ -30,20 +31,21 @@ use crate::stream::native::Answer;
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
 use crate::stream::qemu::return_path::Message;
-use crate::sys::{CancelToken, SendPart, Stop};
-use crate::transport::{ByteSink, ChannelError, DestinationConnection, DestinationLink};
+use crate::sys::{CancelToken, Stop};
+use crate::transport::{ChannelError, DestinationConnection};
 
 use crate::session::callback::{guarded, named, quietly};
 use crate::session::config::DestinationSettings;
 use crate::session::digest::{Digest, carried};
-use crate::session::handle::Commitment;
+use crate::session::handle::Canceller;
 use crate::session::relay::ScanReport;
 use crate::session::workers::Spawner;
-use crate::session::{Breakage, Clock, Error, WallClock, shared_blocks};
+use crate::session::{Breakage, Error, shared_blocks};
 use advised::Advised;
 use counts::SourceTold;
+use driver::Driver;
 use figures::Figures;
-use keepalive::KEEPALIVE_INTERVAL;
+use keepalive::Keepalive;
 use mapper::Mapper;
 use placing::Placing;
 pub use postcopy::MissingPages;
@@ -53,6 +55,7 @@ use reader::StreamReader;
 use receive::{no_blocks, out_of_turn};
 pub use recovery::NextConnection;
 use sections::Sections;
+use wire::Wire;
 
 /// What the source announced, before any page.
 #[derive(Clone, Debug)]
@@ -208,14 +211,11 @@ pub struct DestinationReport {
 
 /// The destination's session before and while it runs.
 pub struct DestinationSession {
-    link: Box<dyn DestinationLink>,
-    back: Option<Box<dyn ByteSink>>,
-    provider: Box<dyn MemoryProvider>,
-    control: Box<dyn GuestControl>,
-    arrival: Option<Box<dyn Arrival>>,
+    wire: Wire,
+    guest: DestinationGuest,
     settings: DestinationSettings,
-    engine: DestinationEngine,
-    clock: WallClock,
+    driver: Driver,
+    arrival: Option<Box<dyn Arrival>>,
     placing: Option<Placing>,
     mapper: Option<Mapper>,
     postcopy: Option<Postcopy>,
@@ -224,19 +224,12 @@ pub struct DestinationSession {
     next_connection: SharedNext,
     incoming: Option<Incoming>,
     state: Vec<u8>,
-    cancel: CancelToken,
-    commitment: Arc<Commitment>,
-    stop: Stop,
     sections: Sections,
     /// What the source has told of itself and of the pages it sent.
     told: SourceTold,
-    statistics: SharedStatistics,
     figures: Figures,
+    keepalive: Keepalive,
     error: Option<Error>,
-    /// Threads that told the source that we were at work.
-    working: Vec<JoinHandle<()>>,
-    /// How often a source that waits for READY is told that we are at it.
-    keepalive_interval: Duration,
     breakage: Breakage,
 }
 
@@ -247,20 +240,14 @@ impl DestinationSession {
         connection: DestinationConnection,
         settings: DestinationSettings,
     ) -> Self {
-        let (cancel, statistics) = (CancelToken::default(), SharedStatistics::default());
+        let driver = Driver::new(DestinationEngine::new(settings.finish_timeout));
         Self {
-            keepalive_interval: (settings.stall_timeout / 4).min(KEEPALIVE_INTERVAL),
-            stop: Stop::on(&cancel),
-            cancel,
-            commitment: Arc::default(),
-            link: connection.link,
-            back: connection.back,
-            provider: guest.memory,
-            control: guest.control,
-            arrival: None,
-            engine: DestinationEngine::new(settings.finish_timeout),
+            guest,
+            wire: Wire::new(connection, &driver.cancel_token()),
+            keepalive: Keepalive::new(settings.stall_timeout),
             settings,
-            clock: WallClock::default(),
+            driver,
+            arrival: None,
             placing: None,
             mapper: None,
             postcopy: None,
@@ -270,10 +257,8 @@ impl DestinationSession {
             state: Vec::new(),
             sections: Sections::default(),
             told: SourceTold::default(),
-            figures: Figures::new(statistics.clone()),
-            statistics,
+            figures: Figures::new(SharedStatistics::default()),
             error: None,
-            working: Vec::new(),
             breakage: Breakage::default(),
         }
     }
@@ -296,18 +281,19 @@ impl DestinationSession {
 
     /// A token that the caller has already.
     pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
-        self.stop = Stop::on(&cancel);
-        self.cancel = cancel;
+        self.wire.stop = Stop::on(&cancel);
+        self.driver.cancelled_by(cancel);
         self
     }
 
     /// Raise it to cancel; without effect from READY on, when the source may give the guest away.
     pub fn cancel_token(&self) -> CancelToken {
-        self.cancel.clone()
+        self.driver.cancel_token()
     }
 
-    pub(in crate::session) fn commitment(&self) -> Arc<Commitment> {
-        Arc::clone(&self.commitment)
+    /// Asks this session for its end while it runs; of the token that it has now.
+    pub fn canceller(&self) -> Canceller {
+        self.driver.canceller()
     }
 
     /// Where its threads come from.
@@ -322,7 +308,7 @@ impl DestinationSession {
 
     /// The figures while it runs.
     pub fn statistics(&self) -> SharedStatistics {
-        self.statistics.clone()
+        self.figures.shared()
     }
 }
 
@@ -336,13 +322,13 @@ impl DestinationSession {
                 package_bytes: u32::try_from(self.settings.max_state).unwrap_or(u32::MAX),
                 ..StreamLimits::default()
             },
-            accept_hooks: self.link.abilities().has_rounds,
+            accept_hooks: self.wire.link.abilities().has_rounds,
             ..IncomingConfig::default()
         };
         let mut reader = StreamReader::new(config);
         self.figures.begin();
         let ending = loop {
-            let event = match self.engine.poll() {
+            let event = match self.driver.engine.poll() {
                 Some(DestinationAction::Finish(ending)) => break ending,
                 Some(action) => {
                     tracing::trace!(?action, at = reader.at, "perform");
@@ -362,7 +348,7 @@ impl DestinationSession {
         let error = self.lost_memory().err().unwrap_or(error);
         let error = self.postcopy_failure(error);
         tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
-        let overdue = error.is_deadline() && self.time_left() == Some(Duration::ZERO);
+        let overdue = error.is_deadline() && self.driver.time_left() == Some(Duration::ZERO);
         self.error.get_or_insert(error);
         match () {
             () if self.guest_is_ours() => DestinationEvent::Lost,
@@ -373,34 +359,20 @@ impl DestinationSession {
 
     /// Tells the engine what has come of its last action.
     fn tell(&mut self, event: DestinationEvent, reader: &StreamReader) {
-        self.engine.set_recoverable(self.may_recover());
-        // A cancel comes before this step or after it, never in between: the step may bind us.
-        let commitment = Arc::clone(&self.commitment);
-        commitment.decide(|| {
-            let now = self.clock.now();
-            if self.cancel.is_cancelled() && !self.engine.is_bound() {
-                self.error.get_or_insert(Error::Cancelled);
-                self.engine.handle(now, DestinationEvent::Cancel);
-            }
-            self.engine.handle(now, event);
-            ((), self.engine.is_bound())
-        });
-        if self.engine.is_failing() {
+        self.driver.engine.set_recoverable(self.may_recover());
+        if self.driver.tell(event) {
+            self.error.get_or_insert(Error::Cancelled);
+        }
+        if self.driver.engine.is_failing() {
             self.error.get_or_insert_with(|| {
                 let at = reader.stream.position();
                 out_of_turn(&format!("{event:?}"), "something else was due").at(at)
             });
         }
-        if self.engine.is_committed() {
+        if self.driver.engine.is_committed() {
             // The guest is ours: no cancel breaks it off any more.
-            self.stop = self.stop_after_commit();
+            self.wire.stop = self.stop_after_commit();
         }
-    }
-
-    /// Until the engine wants the action under way to end.
-    fn time_left(&self) -> Option<Duration> {
-        let now = self.clock.now();
-        self.engine.wake_at().map(|at| at.saturating_sub(now))
     }
 
     /// A panic of the embedder's code is a failure of the step.
@@ -417,13 +389,13 @@ impl DestinationSession {
 
     /// Lets the guest run. A start that panics may have begun: the guest is stopped again before anybody is told.
     fn start_guest(&mut self) -> Result<DestinationEvent, Error> {
-        let panic = match guarded("calling GuestControl::resume", || self.control.resume()) {
+        let panic = match guarded("calling GuestControl::resume", || self.guest.control.resume()) {
             Ok(Ok(())) => return Ok(DestinationEvent::Done),
             Ok(Err(source)) => return Err(Error::Control { what: "resume", source }),
             Err(panic) => panic,
         };
         let stopped = self.breakage.is(Breakage::TrustPanickedStart)
-            || matches!(guarded("calling GuestControl::pause", || self.control.pause()), Ok(Ok(())));
+            || matches!(guarded("calling GuestControl::pause", || self.guest.control.pause()), Ok(Ok(())));
         if stopped {
             return Err(panic);
         }
@@ -434,10 +406,10 @@ impl DestinationSession {
 
     fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
         self.close_link(ending);
-        self.join_working();
+        self.keepalive.join();
         let (missing_pages, preempt_bytes) = self.end_postcopy(ending);
         let pages_mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
-        let bytes = bytes + preempt_bytes + self.link.channel_bytes();
+        let bytes = bytes + preempt_bytes + self.wire.link.channel_bytes();
         let error = self.error.as_ref();
         let told = |s: &mut Statistics| {
             s.status = match ending {
@@ -449,9 +421,10 @@ impl DestinationSession {
             s.ended = true;
             s.error = error.map(|error| Chain(error).to_string());
         };
+        let statistics = self.figures.shared();
         self.figures.end(ending == Ending::Running);
-        quietly("telling of the end", || self.statistics.update(told));
-        quietly("telling of the end", || self.statistics.cleaned_up());
+        quietly("telling of the end", || statistics.update(told));
+        quietly("telling of the end", || statistics.cleaned_up());
         DestinationReport {
             ending,
             error: self.error,
@@ -461,10 +434,10 @@ impl DestinationSession {
             incoming: self.incoming,
             bytes,
             verified: self.told.digests.verified(),
-            native: self.engine.is_native(),
+            native: self.driver.engine.is_native(),
             scan: self.placing.as_ref().and_then(Placing::scan_report),
             missing_pages,
-            statistics: self.statistics.snapshot(),
+            statistics: statistics.snapshot(),
         }
     }
 
@@ -475,8 +448,8 @@ impl DestinationSession {
     ) -> Result<DestinationEvent, Error> {
         match action {
             DestinationAction::Receive => {
-                if let Some(left) = self.time_left() {
-                    self.stop = Stop::never().within(left);
+                if let Some(left) = self.driver.time_left() {
+                    self.wire.stop = Stop::never().within(left);
                 }
                 return self.receive(reader);
             }
@@ -490,16 +463,16 @@ impl DestinationSession {
             }
             DestinationAction::LoadState => {
                 // A decompressor tells only at its end that what it gave out was damaged.
-                self.link.stream().ended_well(&self.stop)?;
+                self.wire.link.stream().ended_well(&self.wire.stop)?;
                 self.lost_memory()?;
                 if let Some(incoming) = &mut self.incoming {
                     incoming.seen = *reader.stream.seen();
                     named("calling MemoryProvider::arrived", || {
-                        self.provider.arrived(incoming, self.engine.is_native())
+                        self.guest.memory.arrived(incoming, self.driver.engine.is_native())
                     });
                 }
                 let loaded =
-                    self.with_keepalive(|session| load_state(session.control.as_mut(), &session.state));
+                    self.with_keepalive(|session| load_state(session.guest.control.as_mut(), &session.state));
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             DestinationAction::Listen => self.listen(reader.stream.blocks())?,
@@ -508,20 +481,20 @@ impl DestinationSession {
             DestinationAction::SendReady => {
                 // From here on the source may give the guest away at any moment: a cancel could only leave
                 // it in doubt. What ends the wait is its word, the connection's end, or time.
-                self.stop = Stop::never();
+                self.wire.stop = Stop::never();
                 // COMMIT may come late, after an outage. Longer than the engine's time, which so ends the wait.
-                self.link.stream().outlast(self.settings.finish_timeout.saturating_mul(2));
+                self.wire.link.stream().outlast(self.settings.finish_timeout.saturating_mul(2));
                 self.send_message(Message::Native(Answer::Ready))?;
                 if self.breakage.is(Breakage::ResumeBeforeCommit) {
-                    let _ = self.control.resume();
+                    let _ = self.guest.control.resume();
                 }
             }
             DestinationAction::Resume => {
                 // Nobody else writes to its memory any more.
-                self.link.revoke();
+                self.wire.link.revoke();
                 return self.start_guest();
             }
-            DestinationAction::SendRunning if self.engine.is_native() => {
+            DestinationAction::SendRunning if self.driver.engine.is_native() => {
                 self.send_message(Message::Native(Answer::Running))?
             }
             DestinationAction::SendRunning => self.send_message(Message::Shut { status: 0 })?,
@@ -537,7 +510,7 @@ impl DestinationSession {
         let carried = incoming
             .map(|i| carried(i.seen.framing, (&i.configuration, &i.vmm_configuration), &i.early_sections))
             .unwrap_or_default();
-        let stop = &self.stop;
+        let stop = &self.wire.stop;
         let unsent = self.told.unsent.clone();
         Digest::make((&memory, unsent), &carried, &self.state, &self.settings.spawner, || {
             let stopped = |reason| ChannelError::Stopped { reason, doing: "making the digest" };
@@ -546,19 +519,17 @@ impl DestinationSession {
     }
 
     pub(super) fn send_message(&mut self, message: Message<'_>) -> Result<(), Error> {
-        let (true, Some(back)) = (self.told.return_path, &mut self.back) else { return Ok(()) };
-        let mut bytes = Vec::new();
-        message.encode(&mut bytes);
-        let stop = self.stop.within(self.settings.stall_timeout);
-        back.send(&[SendPart::Own(&bytes)], &stop)?;
-        Ok(back.flush(&stop)?)
+        if !self.told.return_path {
+            return Ok(());
+        }
+        Ok(self.wire.answer(message, self.settings.stall_timeout)?)
     }
 
     fn send_failed(&mut self) -> Result<(), Error> {
         // A cancel must not keep us from saying so.
-        self.stop = Stop::never();
+        self.wire.stop = Stop::never();
         let why = self.error.as_ref().map(|error| Chain(error).to_string()).unwrap_or_default();
-        if self.engine.is_native() || self.told.greeted {
+        if self.driver.engine.is_native() || self.told.greeted {
             return self.send_message(Message::Native(Answer::Refused { why: &why }));
         }
         self.send_message(Message::Shut { status: 1 })
@@ -586,14 +557,14 @@ impl DestinationSession {
     }
 
     pub(in crate::session) fn arrive_in(&mut self, provider: Box<dyn MemoryProvider>) {
-        self.provider = provider;
+        self.guest.memory = provider;
     }
 
     pub(in crate::session) fn control_by(&mut self, control: Box<dyn GuestControl>) {
-        self.control = control;
+        self.guest.control = control;
     }
 
     pub(in crate::session) fn keep_alive_every(&mut self, interval: Duration) {
-        self.keepalive_interval = interval;
+        self.keepalive.every(interval);
     }
 }

@@ -217,11 +217,9 @@ impl DestinationSession {
             return Err(out_of_turn("a package", "a migration without ADVISE"));
         };
         let decoded = decode_package(&package)?;
-        let Some(back) = self.back.take() else {
+        let Some(back) = self.wire.back.clone() else {
             return Err(out_of_turn("a package", "a stream without a return path"));
         };
-        let back = ReturnPathWriter::new(back);
-        self.back = Some(Box::new(back.clone()));
         let placing = self.placing.as_ref().ok_or_else(|| no_blocks("a package"))?;
         let faults = Arc::new(faults);
         let (pager, began) = (Arc::new(Mutex::new(Pager::default())), Instant::now());
@@ -243,9 +241,9 @@ impl DestinationSession {
             over: CancelToken::default(),
             connection: Mutex::default(),
             failure: Mutex::default(),
-            statistics: self.statistics.clone(),
+            statistics: self.figures.shared(),
         });
-        self.stop = shared.stop();
+        self.wire.stop = shared.stop();
         let serving = Arc::clone(&shared);
         let faults =
             self.settings.spawner.spawn("ramwire-faults", Box::new(move || serving.serve_faults()))?;
@@ -264,7 +262,7 @@ impl DestinationSession {
             time_to_run: Arc::default(),
         };
         postcopy.preempt.start(&postcopy.shared)?;
-        let state = if self.engine.is_native() {
+        let state = if self.driver.engine.is_native() {
             decode_state_section(decoded.sections)
                 .ok_or_else(|| {
                     out_of_turn("a package without a section of device state", "a ramwire's switch")
@@ -275,10 +273,10 @@ impl DestinationSession {
             [&std::mem::take(&mut self.state)[..], decoded.sections, &[0]].concat()
         };
         if let Some(incoming) = &self.incoming {
-            self.provider.arrived(incoming, self.engine.is_native());
+            self.guest.memory.arrived(incoming, self.driver.engine.is_native());
         }
-        self.statistics.update(|s| s.status = Status::Device);
-        let control = std::mem::replace(&mut self.control, Box::new(Lent));
+        self.figures.shared().update(|s| s.status = Status::Device);
+        let control = std::mem::replace(&mut self.guest.control, Box::new(Lent));
         let (loaded, time, pings) =
             (Arc::clone(&postcopy.loaded), Arc::clone(&postcopy.time_to_run), decoded.pings);
         let job = move || {
@@ -304,7 +302,7 @@ impl DestinationSession {
     /// Some do not come.
     pub(super) fn await_owed(&mut self) -> Result<(), Error> {
         let Some(postcopy) = &mut self.postcopy else { return Ok(()) };
-        let stop = self.stop.within(postcopy.shared.send_timeout);
+        let stop = self.wire.stop.within(postcopy.shared.send_timeout);
         postcopy.preempt.main_ended();
         loop {
             let (placer, owed) = (&postcopy.shared.placer, &mut postcopy.owed);
@@ -351,7 +349,7 @@ impl DestinationSession {
         }
         match postcopy.loaded.locked().take() {
             Some((control, done)) => {
-                self.control = control;
+                self.guest.control = control;
                 done
             }
             None => Ok(()),
@@ -371,7 +369,7 @@ impl DestinationSession {
 
     /// A step failed: what a thread of the postcopy says is the cause, where one does.
     pub(super) fn postcopy_failure(&mut self, error: Error) -> Error {
-        if self.stop.reason().is_some()
+        if self.wire.stop.reason().is_some()
             && let Err(cause) = self.take_control()
         {
             return cause;

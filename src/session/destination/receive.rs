@@ -66,10 +66,11 @@ impl DestinationSession {
                     }
                     reader.make_room(needed);
                     let quiet = reader.start == reader.end && self.may_hold_its_switchover();
-                    let source = self.link.stream();
+                    let source = self.wire.link.stream();
                     source.set_bulk(bulk);
                     source.set_quiet(quiet);
-                    let got = source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], &self.stop);
+                    let got =
+                        source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], &self.wire.stop);
                     let got = got.map_err(|error| self.silence_of_source(error.into()))?;
                     if got == 0 {
                         return self.stream_ended(reader);
@@ -87,7 +88,7 @@ impl DestinationSession {
     fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
         let inside = if self.placing.is_none() { "the setup" } else { "RAM or device state" };
         let truncated = Error::Truncated { at: reader.at, inside };
-        let waits_for_us = self.engine.is_native() || self.told.return_path;
+        let waits_for_us = self.driver.engine.is_native() || self.told.return_path;
         if waits_for_us || !self.settings.accept_missing_description {
             return Err(truncated);
         }
@@ -201,15 +202,16 @@ impl DestinationSession {
             vmm_configuration: std::mem::take(&mut self.told.vmm_configuration),
             // What came in front of the list.
             early_sections: std::mem::take(&mut self.state),
-            has_return_path: self.told.return_path && self.back.is_some(),
+            has_return_path: self.told.return_path && self.wire.back.is_some(),
             seen: Seen::default(),
         };
-        let memory = named("calling MemoryProvider::provide", || self.provider.provide(&incoming))?;
+        let memory = named("calling MemoryProvider::provide", || self.guest.memory.provide(&incoming))?;
         self.check_host_pages(memory.table())?;
         shared_blocks::check(&incoming, memory.table())?;
         let may_be_postcopy = self.advised.is_some();
-        let known_zero =
-            |block: &RamBlock| named("calling MemoryProvider::is_zeroed", || self.provider.is_zeroed(block));
+        let known_zero = |block: &RamBlock| {
+            named("calling MemoryProvider::is_zeroed", || self.guest.memory.is_zeroed(block))
+        };
         let placing = Placing::new(
             memory,
             &incoming.blocks,
@@ -239,7 +241,7 @@ impl DestinationSession {
         };
         let travelling = incoming.blocks.iter().filter(|block| !ignored(block));
         let total = travelling.map(|block| block.used_length).sum();
-        self.figures.arriving(&placer, total, self.link.live_bytes());
+        self.figures.arriving(&placer, total, self.wire.link.live_bytes());
         Ok(())
     }
 
@@ -275,7 +277,9 @@ impl DestinationSession {
             }
             // Refused now the guest runs on at its source. Refused when the source has switched over to postcopy it stands
             // still there, and on a QEMU 7.2 until somebody continues it. Without a return path no source can switch.
-            Command::PostcopyAdvise { host_pages, .. } if self.told.return_path && self.back.is_some() => {
+            Command::PostcopyAdvise { host_pages, .. }
+                if self.told.return_path && self.wire.back.is_some() =>
+            {
                 if !self.settings.postcopy {
                     return Err(no_postcopy());
                 }
@@ -317,7 +321,7 @@ impl DestinationSession {
                 Ok(Some(DestinationEvent::StateSent))
             }
             Order::Sent { counts } => self.source_sent(counts).map(|()| None),
-            Order::Unsent { .. } if !self.sections.ram_ended() || !self.engine.is_native() => {
+            Order::Unsent { .. } if !self.sections.ram_ended() || !self.driver.engine.is_native() => {
                 Err(out_of_turn("UNSENT", "waiting for the last page of a ramwire"))
             }
             Order::Unsent { block, why, ranges } => self.not_sent(block, why, ranges).map(|()| None),

@@ -41,7 +41,7 @@ impl DestinationSession {
     /// True if a lost connection is no end.
     pub(super) fn may_recover(&self) -> bool {
         let failed = self.postcopy.as_ref().is_some_and(|postcopy| postcopy.shared.has_failed());
-        self.next_connection.is_there() && !failed && !self.cancel.is_cancelled()
+        self.next_connection.is_there() && !failed && !self.driver.cancel_token().is_cancelled()
     }
 
     /// Lets the old connection go and waits for the next one; a cancel ends the wait.
@@ -55,14 +55,14 @@ impl DestinationSession {
         }
         postcopy.shared.back.replace(None);
         // Whoever lost it: a source that waits for an answer on it would not notice.
-        if let Some(connection) = self.link.stream().descriptor() {
+        if let Some(connection) = self.wire.link.stream().descriptor() {
             let _ = rustix::net::shutdown(connection, Shutdown::Both);
         }
-        self.statistics.update(|s| s.status = Status::PostcopyPaused);
+        self.figures.shared().update(|s| s.status = Status::PostcopyPaused);
         if let Some(placing) = &mut self.placing {
             placing.forget_parts();
         }
-        let stop = Stop::on(&self.cancel);
+        let stop = Stop::on(&self.driver.cancel_token());
         let connected = match (postcopy.preempt.end(), self.next_connection.take()) {
             (Some(early), next) => {
                 self.next_connection.put(next);
@@ -95,12 +95,12 @@ impl DestinationSession {
         };
         let Some(back) = back else { return Err(out_of_turn("a connection of one direction", "recovery")) };
         postcopy.shared.reconnected(Box::new(back));
-        self.stop = postcopy.shared.stop();
+        self.wire.stop = postcopy.shared.stop();
         postcopy.recovering = true;
-        self.link = Box::new(InlineDestination::new(Box::new(source)));
+        self.wire.link = Box::new(InlineDestination::new(Box::new(source)));
         self.error = None;
         reader.restart();
-        self.statistics.update(|s| s.status = Status::PostcopyRecover);
+        self.figures.shared().update(|s| s.status = Status::PostcopyRecover);
         Ok(())
     }
 
@@ -116,7 +116,7 @@ impl DestinationSession {
         let mut bytes = Vec::new();
         Message::ReceivedBitmap { block: name }.encode(&mut bytes);
         encode_bitmap(&shared.placer.received_bits(block), &mut bytes);
-        Ok(shared.back.write(&bytes, &self.stop.within(shared.send_timeout))?)
+        Ok(shared.back.write(&bytes, &self.wire.stop.within(shared.send_timeout))?)
     }
 
     /// The source knows what is missing and goes on.
@@ -132,11 +132,11 @@ impl DestinationSession {
             table.admit(block, BlockOffset(offset), bytes).ok()
         };
         let pages = || shared.pager().outstanding().filter_map(page_at).collect();
-        let stop = self.stop.within(shared.send_timeout);
+        let stop = self.wire.stop.within(shared.send_timeout);
         shared.back.resume(Message::ResumeAck(1), &shared.placer, pages, &stop)?;
         postcopy.preempt.start(&postcopy.shared)?;
         postcopy.recovering = false;
-        self.statistics.update(|s| s.status = Status::PostcopyActive);
+        self.figures.shared().update(|s| s.status = Status::PostcopyActive);
         Ok(())
     }
 }

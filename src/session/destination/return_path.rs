@@ -1,4 +1,4 @@
-//! The return path of a postcopy.
+//! The return path: answers, and in postcopy requests for missing pages.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -94,22 +94,5 @@ impl Back {
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
         self.write(&bytes, stop)
-    }
-}
-
-impl ByteSink for ReturnPathWriter {
-    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
-        match &mut self.lock().sink {
-            Some(sink) => sink.send(parts, stop),
-            None => Err(ChannelError::Closed { peer: "the source".into(), doing: "answering it" }),
-        }
-    }
-
-    fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {
-        self.lock().sink.as_mut().map_or(Ok(()), |sink| sink.flush(stop))
-    }
-
-    fn position(&self) -> u64 {
-        self.lock().sink.as_ref().map_or(0, |sink| sink.position())
     }
 }

@@ -24,14 +24,14 @@ impl DestinationSession {
     /// The blocks are known, and there is memory for them: pages may come. Memory that is offered to the peer stays in place
     /// from here on.
     pub(super) fn announce(&mut self, announced: &[BlockAnnouncement]) -> Result<(), Error> {
-        let able = self.link.abilities();
-        if able.has_rounds && !self.control.forbid_discard(true) {
+        let able = self.wire.link.abilities();
+        if able.has_rounds && !self.guest.control.forbid_discard(true) {
             return Err(discards());
         }
         let blocks = AnnouncedBlocks::new(announced.to_vec())
             .map_err(|fault| Error::Decode(DecodeError::Corrupt(Corrupt { at: 0, fault })))?;
         let placer = Arc::clone(self.placing()?.placer());
-        self.link.announce(&placer, &blocks)?;
+        self.wire.link.announce(&placer, &blocks)?;
         let placing = self.placing()?;
         if able.has_rounds && placing.is_watched() {
             if !able.waits_after_round {
@@ -50,10 +50,10 @@ impl DestinationSession {
         if self.breakage.is(Breakage::ScanBeforeFinish) && self.sections.is_last_round() {
             self.scan()?;
         }
-        if !self.link.abilities().has_rounds {
+        if !self.wire.link.abilities().has_rounds {
             return Err(out_of_turn("the mark of a round", "a stream that has none"));
         }
-        let round = self.link.receive_round(&self.stop)?;
+        let round = self.wire.link.receive_round(&self.wire.stop)?;
         self.told.zero_in_rounds += round.zero_bytes;
         let placing = self.placing()?;
         let page = placing.memory().table().page().bytes();
@@ -72,7 +72,7 @@ impl DestinationSession {
 
     fn scan(&mut self) -> Result<(), Error> {
         match &mut self.placing {
-            Some(placing) => placing.scan(&self.settings.spawner, &self.stop),
+            Some(placing) => placing.scan(&self.settings.spawner, &self.wire.stop),
             None => Ok(()),
         }
     }
@@ -80,33 +80,33 @@ impl DestinationSession {
     /// The stream has reached a barrier: what came before it on any channel is in place when this returns, and
     /// nothing of what comes after it.
     pub(super) fn barrier(&mut self) -> Result<(), Error> {
-        if self.link.abilities().page_channels == 0 {
+        if self.wire.link.abilities().page_channels == 0 {
             return Err(no_channels_here());
         }
         if !self.breakage.is(Breakage::SkipBarrier) {
-            let waited = self.link.barrier(&self.stop);
+            let waited = self.wire.link.barrier(&self.wire.stop);
             waited.map_err(|error| self.silence_of_source(error.into()))?;
         }
         self.check_packets()?;
         // Pressure is handed back before the channels go on.
         self.placing()?.between_reads()?;
-        self.link.release();
+        self.wire.link.release();
         Ok(())
     }
 
     /// The end of a section's records is a barrier of the page channels where no record is. Channels that we
     /// were not told of show in what has come when RAM ends.
     pub(super) fn records_ended(&mut self, seen: Seen) -> Result<(), Error> {
-        let is_barrier = self.link.abilities().page_channels > 0 && seen.barrier_in_start == Some(false);
+        let is_barrier = self.wire.link.abilities().page_channels > 0 && seen.barrier_in_start == Some(false);
         if is_barrier { self.barrier() } else { Ok(()) }
     }
 
     /// The connection ends: in good order if the guest runs here, else the peer is told.
     pub(super) fn close_link(&mut self, ending: Ending) {
-        self.link.revoke();
+        self.wire.link.revoke();
         if ending == Ending::Running {
             let stop = Stop::never().within(CLOSE_TIMEOUT);
-            if let Err(error) = self.link.close(&stop) {
+            if let Err(error) = self.wire.link.close(&stop) {
                 let error = Error::from(error);
                 // A source that left first has what it needs.
                 if error.kind() != ErrorKind::Channel {
@@ -114,8 +114,8 @@ impl DestinationSession {
                 }
             }
         }
-        if self.link.abilities().has_rounds {
-            quietly("allowing discards", || _ = self.control.forbid_discard(false));
+        if self.wire.link.abilities().has_rounds {
+            quietly("allowing discards", || _ = self.guest.control.forbid_discard(false));
         }
     }
 }
