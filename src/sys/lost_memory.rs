@@ -276,6 +276,7 @@ mod tests {
     }
 
     /// Memory of 2 MiB pages that nothing was reserved for, as an embedder may map it.
+    #[cfg(feature = "vm-memory")]
     fn unreserved(pages: usize) -> HostRegion {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let map = vm_memory::mmap::MmapRegionBuilder::<()>::new(pages * HUGE as usize)
@@ -287,6 +288,7 @@ mod tests {
         HostRegion::of_vm_memory(&region).unwrap()
     }
 
+    #[cfg(feature = "vm-memory")]
     const HUGE: u64 = 2 << 20;
 
     #[test]
