@@ -328,24 +328,6 @@ impl Qemu {
         }
     }
 
-    /// As [`wait_migration`](Self::wait_migration); `None` if QEMU itself died over it.
-    pub(crate) fn wait_migration_or_death(&mut self, deadline: Deadline) -> Option<Value> {
-        loop {
-            let info = self.try_execute("query-migrate", json!({})).ok();
-            if let Some(status) = self.child.try_wait().unwrap() {
-                println!("{} died by itself: {status}\n{}", self.label, self.stderr());
-                return None;
-            }
-            let ended =
-                |info: &Value| matches!(info["status"].as_str(), Some("completed" | "failed" | "cancelled"));
-            if let Some(info) = info.filter(ended) {
-                return Some(info);
-            }
-            assert!(!deadline.is_over(), "{}: still migrating\n{}", self.label, self.stderr());
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-    }
-
     /// Waits until the migration has completed; the answer is the last `query-migrate`.
     ///
     /// # Panics

@@ -339,10 +339,10 @@ fn channels_do_not_fit(version: Version, theirs: u8, ours: u8) {
     }
     source.migrate(&receiver.listening());
     let said = receiver.failed(Deadline::seconds(60), 3);
-    // A QEMU 7.2 whose channel is refused while its main connection ends may crash: seen on a busy machine.
-    match source.wait_migration_or_death(Deadline::seconds(60)) {
-        Some(info) => assert_eq!(info["status"], "failed", "{what}: {info}; {said}"),
-        None => assert!(version == Version::Qemu72 && theirs > ours, "{what}: {said}"),
+    // A QEMU 7.2 whose channel is refused may crash, or not notice that it was.
+    if version != Version::Qemu72 || theirs <= ours {
+        let info = source.wait_migration(Deadline::seconds(60));
+        assert_eq!(info["status"], "failed", "{what}: {info}; {said}");
     }
     let manifest = std::fs::read_to_string(dir.path().join("guest/manifest.json")).unwrap_or_default();
     assert!(!manifest.contains("\"whole\""), "{what}: {manifest}");
