@@ -1,6 +1,8 @@
 //! The source's session: does what the engine decides, on one thread.
 
 mod counts;
+mod driver;
+mod ending;
 mod handover;
 mod metrics;
 mod page_loop;
@@ -10,6 +12,7 @@ mod postcopy;
 mod rates;
 mod recovery;
 mod return_path;
+mod rounds;
 mod setup;
 #[cfg(test)]
 pub(super) mod skip_tests;
@@ -18,20 +21,20 @@ mod throttle;
 mod wire;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::engine::{
-    Handover, Outcome, Pace, Sent, SourceAction, SourceConfig, SourceEngine, SourceEvent, Switchover,
-    Throttler,
+    Handover, Pace, SourceAction, SourceConfig, SourceEngine, SourceEvent, Switchover, Throttler,
 };
 use crate::error::{Chain, Remedy};
-use crate::guest::{DirtySource, GuestControl, GuestMemory, sync_all};
-use crate::observe::{EventKind, SharedStatistics, Statistics, Status};
-use crate::ram::{DirtyMap, RamBlockTable, RoundKind};
-use crate::stream::qemu::section;
+use crate::guest::{DirtySource, GuestControl, GuestMemory};
+use crate::observe::SharedStatistics;
+use crate::ram::{DirtyMap, RamBlockTable};
 use crate::sys::{CancelToken, Stop};
 use crate::transport::SourceConnection;
 
+pub(crate) use driver::{Clock, WallClock};
+pub use ending::SourceReport;
 pub(super) use setup::described;
 
 use crate::session::callback::{guarded, named, quietly};
@@ -40,6 +43,7 @@ use crate::session::control::Control;
 use crate::session::handle::Canceller;
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Error, ErrorKind, shared_blocks};
+use driver::Driver;
 use handover::Departure;
 use metrics::Figures;
 use pages::Pages;
@@ -83,90 +87,6 @@ pub(crate) trait Upstream: Send {
     /// In doubt: true while a late answer of the peer is still of use.
     fn goes_on_listening(&mut self) -> bool {
         false
-    }
-}
-
-/// How a migration ended, seen from the source.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct SourceReport {
-    /// Who owns the guest.
-    pub outcome: Outcome,
-    /// Why it is not the destination, or why nobody knows.
-    pub error: Option<Error>,
-    /// The figures.
-    pub statistics: Statistics,
-    /// When the first page had been handed to the connection, since the start.
-    pub first_page_sent: Option<std::time::Duration>,
-    /// Pages the destination does not have for certain; all clean after success.
-    pub dirty: DirtyMap,
-    /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
-    pub stands_still: bool,
-}
-
-impl SourceReport {
-    /// True if the guest runs on, whole, at the source.
-    pub fn guest_is_safe_here(&self) -> bool {
-        matches!(self.outcome, Outcome::StaysHere(_)) && !self.stands_still
-    }
-}
-
-/// Time as the engine counts it.
-pub(crate) trait Clock: Send {
-    /// Since the start of the migration.
-    fn now(&self) -> Duration;
-}
-
-/// The machine's own clock.
-pub(crate) struct WallClock(Instant);
-
-impl Default for WallClock {
-    fn default() -> Self {
-        Self(Instant::now())
-    }
-}
-
-impl Clock for WallClock {
-    fn now(&self) -> Duration {
-        self.0.elapsed()
-    }
-}
-
-/// What decides, when, and what the embedder wants: the engine and its inbox.
-struct Driver {
-    engine: SourceEngine,
-    clock: Box<dyn Clock>,
-    control: Control,
-}
-
-impl Driver {
-    /// Tells the engine what has come of its last action, or of the wait for an event.
-    fn tell(&mut self, event: SourceEvent) {
-        let canceller = self.control.canceller();
-        // A cancel comes before this step or after it, never in between: the step may be COMMIT.
-        canceller.decide(|| {
-            let now = self.clock.now();
-            self.tell_commands(now);
-            self.engine.handle(now, event);
-            ((), self.engine.is_committed())
-        });
-    }
-
-    /// Tells the engine what the embedder has asked for.
-    fn tell_commands(&mut self, now: Duration) {
-        if self.control.wants_postcopy() {
-            self.engine.handle(now, SourceEvent::StartPostcopy);
-        }
-        if self.control.canceller().token().is_cancelled() {
-            self.engine.handle(now, SourceEvent::Cancel);
-        }
-    }
-
-    /// True if the engine has something else to do by now, or the time of its slice is over.
-    fn is_called(&mut self) -> bool {
-        let now = self.clock.now();
-        self.tell_commands(now);
-        self.engine.wake_at().is_some_and(|at| now >= at)
     }
 }
 
@@ -276,14 +196,6 @@ impl SourceSession {
         self.report(outcome)
     }
 
-    /// After COMMIT a cancel breaks no wait any more.
-    fn refuse_cancel(&mut self) {
-        if self.wire.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
-            self.wire.stop = Stop::never();
-        }
-        tracing::warn!("cancel refused: the destination owns the guest");
-    }
-
     /// A panic of the embedder's code is a failure of the step.
     fn step_guarded(&mut self, step: impl FnOnce(&mut Self) -> Result<SourceEvent, Error>) -> SourceEvent {
         let done = if self.breakage.is(Breakage::DieOfPanic) {
@@ -301,48 +213,6 @@ impl SourceSession {
             })
         };
         done.unwrap_or_else(|error| self.keep(error))
-    }
-
-    fn report(mut self, outcome: Outcome) -> SourceReport {
-        let now = self.driver.clock.now();
-        self.driver.control.connection().over();
-        let given_away = matches!(outcome, Outcome::InDoubt | Outcome::Incomplete);
-        if given_away && let Err(error) = self.stop_logs() {
-            // The guest stands still: a log left on costs, and loses nothing.
-            tracing::warn!(error = %Chain(&error), "a dirty log could not be stopped");
-        }
-        let position = self.wire.position();
-        self.figures.position(position);
-        self.figures.zero_copy(self.wire.link.zero_copy());
-        self.figures.spliced(self.wire.link.spliced());
-        if given_away {
-            self.end_throttling();
-        }
-        self.note_overdue();
-        quietly("telling of the end", || self.figures.ended(now, outcome, self.error.as_ref()));
-        self.let_go(outcome);
-        if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
-            self.error = Some(Error::Cancelled);
-        }
-        quietly("telling of the end", || self.figures.shared().cleaned_up());
-        let statistics = self.figures.shared().snapshot();
-        let first_page_sent = self.figures.first_page();
-        let (dirty, stands_still) = (self.pages.dirty, self.departure.paused);
-        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
-    }
-
-    /// The connection ends, then the guest may give pages back again.
-    fn let_go(&mut self, outcome: Outcome) {
-        if outcome == Outcome::Completed {
-            let stop = Stop::never().within(self.settings.finish_timeout);
-            if let Err(error) = self.wire.link.close(&stop) {
-                tracing::warn!(error = %Chain(&error), "the migration is complete, but its connection did not end in good order");
-            }
-        }
-        if self.wire.link.abilities().registers_memory {
-            drop(self.wire.link.reclaim());
-            quietly("allowing discards", || _ = self.guest.control.forbid_discard(false));
-        }
     }
 
     fn keep(&mut self, error: Error) -> SourceEvent {
@@ -414,142 +284,6 @@ impl SourceSession {
             SourceAction::RollBack => self.roll_back(),
             SourceAction::RefuseCancel | SourceAction::Finish(_) => Ok(SourceEvent::Done),
         }
-    }
-
-    fn start_logs(&mut self) -> Result<SourceEvent, Error> {
-        self.figures.shared().update(|s| s.status = Status::Setup);
-        if self.guest.dirty.is_empty() && !self.settings.guest_stands_still {
-            return Err(Error::Config {
-                what: "no dirty source: what the guest writes while its pages travel would be lost".into(),
-                remedy: Remedy::Advice(
-                    "give a source for each of its writers, or say that it stands still (guest_stands_still)",
-                ),
-            });
-        }
-        self.refuse_what_nobody_does()?;
-        self.refuse_postcopy()?;
-        let registers =
-            self.wire.link.abilities().registers_memory && !self.breakage.is(Breakage::RegisterUnpromised);
-        if registers && !self.guest.control.forbid_discard(true) {
-            return Err(discards());
-        }
-        let counts_vcpus = !self.guest.control.vcpu_dirty_pages().is_empty();
-        self.driver.control.guest_counts_vcpus(counts_vcpus)?;
-        // First: should a log not start, nothing is at the destination.
-        if self.settings.all_dirty_at_start {
-            self.pages.dirty.set_all(self.guest.memory.table());
-        }
-        self.pages.skip_at_start(self.guest.memory.table(), self.breakage);
-        for source in &self.guest.dirty {
-            named("calling DirtySource::start", || source.start())?;
-        }
-        Ok(SourceEvent::Done)
-    }
-
-    fn stop_logs(&mut self) -> Result<SourceEvent, Error> {
-        let stop =
-            |source: &Arc<dyn DirtySource>| Ok(guarded("calling DirtySource::stop", || source.stop())??);
-        // Every source is stopped, even if an earlier one refuses.
-        let results: Vec<Result<(), Error>> = self.guest.dirty.iter().map(stop).collect();
-        results.into_iter().collect::<Result<(), _>>()?;
-        Ok(SourceEvent::Done)
-    }
-
-    fn sync(&mut self, last: bool) -> Result<SourceEvent, Error> {
-        let began = self.driver.clock.now();
-        self.check_layout()?;
-        self.pages.skip_before_sync(self.breakage);
-        self.figures.shared().tell(EventKind::SyncBegins { last });
-        let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.pages.dirty)?;
-        self.pages.skip_after_sync(self.guest.memory.table(), last, self.breakage);
-        let (hinted, discarded) = self.pages.skips.counts();
-        self.figures.skipped(hinted, discarded);
-        let dirty_pages = self.pages.dirty.count();
-        let now = self.driver.clock.now();
-        self.convergence.fixed.sync = now.saturating_sub(began);
-        if !last {
-            self.follow_control();
-            self.throttle(fresh);
-            self.estimate_fixed();
-        }
-        let expected = self.driver.engine.expected_downtime(dirty_pages);
-        self.figures.synced(now, dirty_pages, fresh, expected);
-        self.figures.shared().tell(EventKind::Synced { dirty_pages, last });
-        Ok(SourceEvent::Synced { dirty_pages })
-    }
-
-    fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<SourceEvent, Error> {
-        self.figures.round(self.driver.clock.now(), number, self.pages.dirty.count());
-        self.check_progress();
-        let mut head = Vec::new();
-        if kind == RoundKind::Final {
-            setup::before_last_section(self, &mut head);
-            section::encode_end(setup::RAM_SECTION_ID, &mut head);
-        } else {
-            section::encode_part(setup::RAM_SECTION_ID, &mut head);
-        }
-        self.wire.send(&head)?;
-        self.wire.link.open_round(kind, &self.wire.stop)?;
-        Ok(SourceEvent::Done)
-    }
-
-    fn close_round(&mut self, kind: RoundKind) -> Result<SourceEvent, Error> {
-        let (begun, before, guest_before) =
-            (Instant::now(), self.wire.position(), self.figures.whole_bytes());
-        if !self.breakage.is(Breakage::SkipFence) {
-            self.wire.link.close_round(kind, &self.wire.stop)?;
-        }
-        self.send_declined()?;
-        let mut tail = crate::stream::qemu::ram::EOS_RECORD.to_vec();
-        self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut tail);
-        self.wire.send(&tail)?;
-        self.wire.link.sink().flush(&self.wire.stop)?;
-        self.figures.fenced(begun.elapsed());
-        self.take_returned()?;
-        let mut writes = Vec::new();
-        self.wire.link.take_latencies(&mut writes);
-        self.figures.written(&writes);
-        self.figures.deltas(self.wire.link.deltas());
-        self.figures.channel_bytes(self.wire.link.channel_bytes());
-        let sent = self.wire.position();
-        let guest = self.figures.whole_bytes() - guest_before;
-        self.driver.engine.set_sent_at_fence(Sent { guest, wire: sent - before });
-        self.driver.engine.set_under_way(self.wire.link.under_way());
-        self.figures.round_closed(self.driver.clock.now(), sent);
-        Ok(SourceEvent::Done)
-    }
-
-    /// Before COMMIT: nothing is lost. Unsent and unconfirmed pages are dirty again, the guest runs.
-    fn roll_back(&mut self) -> Result<SourceEvent, Error> {
-        self.note_overdue();
-        self.wire.stop = Stop::never();
-        let confirms = self.wire.link.abilities().confirms_placement;
-        let given_back = guarded("taking pages back", || self.wire.link.reclaim());
-        if given_back.is_err() {
-            self.pages.mark_all_unsent();
-        }
-        if !self.breakage.is(Breakage::ForgetUnsent) {
-            let table = self.guest.memory.table();
-            self.pages.give_back(given_back.unwrap_or_default(), confirms, table);
-        }
-        self.pages.skip_no_more(self.breakage);
-        let leave_on = self.breakage.is(Breakage::LeaveLogsOn);
-        let stopped = if leave_on { Ok(SourceEvent::Done) } else { self.stop_logs() };
-        if !self.breakage.is(Breakage::LeaveThrottleOn) {
-            self.end_throttling();
-        }
-        if self.departure.paused && !self.breakage.is(Breakage::StayPaused) {
-            let resumed = guarded("calling GuestControl::resume", || self.guest.control.resume());
-            let resumed = resumed.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
-            if let Err(source) = resumed {
-                // More urgent than what led here: somebody must look after the guest.
-                let why =
-                    self.error.take().map_or_else(|| "cancelled".into(), |error| Chain(&error).to_string());
-                return Err(Error::StandsStill { why, source });
-            }
-            self.departure.paused = false;
-        }
-        stopped
     }
 }
 

@@ -1,0 +1,123 @@
+//! How a migration ends at the source: a cancel that comes too late, the way back before COMMIT, the report.
+
+use std::time::Duration;
+
+use crate::engine::{Outcome, SourceEvent};
+use crate::error::Chain;
+use crate::observe::Statistics;
+use crate::ram::DirtyMap;
+use crate::sys::Stop;
+
+use super::SourceSession;
+use crate::session::callback::{guarded, quietly};
+use crate::session::{Breakage, Error};
+
+/// How a migration ended, seen from the source.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct SourceReport {
+    /// Who owns the guest.
+    pub outcome: Outcome,
+    /// Why it is not the destination, or why nobody knows.
+    pub error: Option<Error>,
+    /// The figures.
+    pub statistics: Statistics,
+    /// When the first page had been handed to the connection, since the start.
+    pub first_page_sent: Option<Duration>,
+    /// Pages the destination does not have for certain; all clean after success.
+    pub dirty: DirtyMap,
+    /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
+    pub stands_still: bool,
+}
+
+impl SourceReport {
+    /// True if the guest runs on, whole, at the source.
+    pub fn guest_is_safe_here(&self) -> bool {
+        matches!(self.outcome, Outcome::StaysHere(_)) && !self.stands_still
+    }
+}
+
+impl SourceSession {
+    /// After COMMIT a cancel breaks no wait any more.
+    pub(super) fn refuse_cancel(&mut self) {
+        if self.wire.stop.reason().is_some() && !self.breakage.is(Breakage::BreakOffAfterCommit) {
+            self.wire.stop = Stop::never();
+        }
+        tracing::warn!("cancel refused: the destination owns the guest");
+    }
+
+    pub(super) fn report(mut self, outcome: Outcome) -> SourceReport {
+        let now = self.driver.clock.now();
+        self.driver.control.connection().over();
+        let given_away = matches!(outcome, Outcome::InDoubt | Outcome::Incomplete);
+        if given_away && let Err(error) = self.stop_logs() {
+            // The guest stands still: a log left on costs, and loses nothing.
+            tracing::warn!(error = %Chain(&error), "a dirty log could not be stopped");
+        }
+        let position = self.wire.position();
+        self.figures.position(position);
+        self.figures.zero_copy(self.wire.link.zero_copy());
+        self.figures.spliced(self.wire.link.spliced());
+        if given_away {
+            self.end_throttling();
+        }
+        self.note_overdue();
+        quietly("telling of the end", || self.figures.ended(now, outcome, self.error.as_ref()));
+        self.let_go(outcome);
+        if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
+            self.error = Some(Error::Cancelled);
+        }
+        quietly("telling of the end", || self.figures.shared().cleaned_up());
+        let statistics = self.figures.shared().snapshot();
+        let first_page_sent = self.figures.first_page();
+        let (dirty, stands_still) = (self.pages.dirty, self.departure.paused);
+        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
+    }
+
+    /// The connection ends, then the guest may give pages back again.
+    fn let_go(&mut self, outcome: Outcome) {
+        if outcome == Outcome::Completed {
+            let stop = Stop::never().within(self.settings.finish_timeout);
+            if let Err(error) = self.wire.link.close(&stop) {
+                tracing::warn!(error = %Chain(&error), "the migration is complete, but its connection did not end in good order");
+            }
+        }
+        if self.wire.link.abilities().registers_memory {
+            drop(self.wire.link.reclaim());
+            quietly("allowing discards", || _ = self.guest.control.forbid_discard(false));
+        }
+    }
+
+    /// Before COMMIT: nothing is lost. Unsent and unconfirmed pages are dirty again, the guest runs.
+    pub(super) fn roll_back(&mut self) -> Result<SourceEvent, Error> {
+        self.note_overdue();
+        self.wire.stop = Stop::never();
+        let confirms = self.wire.link.abilities().confirms_placement;
+        let given_back = guarded("taking pages back", || self.wire.link.reclaim());
+        if given_back.is_err() {
+            self.pages.mark_all_unsent();
+        }
+        if !self.breakage.is(Breakage::ForgetUnsent) {
+            let table = self.guest.memory.table();
+            self.pages.give_back(given_back.unwrap_or_default(), confirms, table);
+        }
+        self.pages.skip_no_more(self.breakage);
+        let leave_on = self.breakage.is(Breakage::LeaveLogsOn);
+        let stopped = if leave_on { Ok(SourceEvent::Done) } else { self.stop_logs() };
+        if !self.breakage.is(Breakage::LeaveThrottleOn) {
+            self.end_throttling();
+        }
+        if self.departure.paused && !self.breakage.is(Breakage::StayPaused) {
+            let resumed = guarded("calling GuestControl::resume", || self.guest.control.resume());
+            let resumed = resumed.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
+            if let Err(source) = resumed {
+                // More urgent than what led here: somebody must look after the guest.
+                let why =
+                    self.error.take().map_or_else(|| "cancelled".into(), |error| Chain(&error).to_string());
+                return Err(Error::StandsStill { why, source });
+            }
+            self.departure.paused = false;
+        }
+        stopped
+    }
+}

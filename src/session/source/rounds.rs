@@ -1,0 +1,120 @@
+//! Dirty logs, syncs, and the beginning and end of each round.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::engine::{Sent, SourceEvent};
+use crate::error::Remedy;
+use crate::guest::{DirtySource, sync_all};
+use crate::observe::{EventKind, Status};
+use crate::ram::RoundKind;
+use crate::stream::qemu::{ram, section};
+
+use super::{SourceSession, discards, setup};
+use crate::session::callback::{guarded, named};
+use crate::session::{Breakage, Error};
+
+impl SourceSession {
+    pub(super) fn start_logs(&mut self) -> Result<SourceEvent, Error> {
+        self.figures.shared().update(|s| s.status = Status::Setup);
+        if self.guest.dirty.is_empty() && !self.settings.guest_stands_still {
+            return Err(Error::Config {
+                what: "no dirty source: what the guest writes while its pages travel would be lost".into(),
+                remedy: Remedy::Advice(
+                    "give a source for each of its writers, or say that it stands still (guest_stands_still)",
+                ),
+            });
+        }
+        self.refuse_what_nobody_does()?;
+        self.refuse_postcopy()?;
+        let registers =
+            self.wire.link.abilities().registers_memory && !self.breakage.is(Breakage::RegisterUnpromised);
+        if registers && !self.guest.control.forbid_discard(true) {
+            return Err(discards());
+        }
+        let counts_vcpus = !self.guest.control.vcpu_dirty_pages().is_empty();
+        self.driver.control.guest_counts_vcpus(counts_vcpus)?;
+        // First: should a log not start, nothing is at the destination.
+        if self.settings.all_dirty_at_start {
+            self.pages.dirty.set_all(self.guest.memory.table());
+        }
+        self.pages.skip_at_start(self.guest.memory.table(), self.breakage);
+        for source in &self.guest.dirty {
+            named("calling DirtySource::start", || source.start())?;
+        }
+        Ok(SourceEvent::Done)
+    }
+
+    pub(super) fn stop_logs(&mut self) -> Result<SourceEvent, Error> {
+        let stop =
+            |source: &Arc<dyn DirtySource>| Ok(guarded("calling DirtySource::stop", || source.stop())??);
+        // Every source is stopped, even if an earlier one refuses.
+        let results: Vec<Result<(), Error>> = self.guest.dirty.iter().map(stop).collect();
+        results.into_iter().collect::<Result<(), _>>()?;
+        Ok(SourceEvent::Done)
+    }
+
+    pub(super) fn sync(&mut self, last: bool) -> Result<SourceEvent, Error> {
+        let began = self.driver.clock.now();
+        self.check_layout()?;
+        self.pages.skip_before_sync(self.breakage);
+        self.figures.shared().tell(EventKind::SyncBegins { last });
+        let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.pages.dirty)?;
+        self.pages.skip_after_sync(self.guest.memory.table(), last, self.breakage);
+        let (hinted, discarded) = self.pages.skips.counts();
+        self.figures.skipped(hinted, discarded);
+        let dirty_pages = self.pages.dirty.count();
+        let now = self.driver.clock.now();
+        self.convergence.fixed.sync = now.saturating_sub(began);
+        if !last {
+            self.follow_control();
+            self.throttle(fresh);
+            self.estimate_fixed();
+        }
+        let expected = self.driver.engine.expected_downtime(dirty_pages);
+        self.figures.synced(now, dirty_pages, fresh, expected);
+        self.figures.shared().tell(EventKind::Synced { dirty_pages, last });
+        Ok(SourceEvent::Synced { dirty_pages })
+    }
+
+    pub(super) fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<SourceEvent, Error> {
+        self.figures.round(self.driver.clock.now(), number, self.pages.dirty.count());
+        self.check_progress();
+        let mut head = Vec::new();
+        if kind == RoundKind::Final {
+            setup::before_last_section(self, &mut head);
+            section::encode_end(setup::RAM_SECTION_ID, &mut head);
+        } else {
+            section::encode_part(setup::RAM_SECTION_ID, &mut head);
+        }
+        self.wire.send(&head)?;
+        self.wire.link.open_round(kind, &self.wire.stop)?;
+        Ok(SourceEvent::Done)
+    }
+
+    pub(super) fn close_round(&mut self, kind: RoundKind) -> Result<SourceEvent, Error> {
+        let (begun, before, guest_before) =
+            (Instant::now(), self.wire.position(), self.figures.whole_bytes());
+        if !self.breakage.is(Breakage::SkipFence) {
+            self.wire.link.close_round(kind, &self.wire.stop)?;
+        }
+        self.send_declined()?;
+        let mut tail = ram::EOS_RECORD.to_vec();
+        self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut tail);
+        self.wire.send(&tail)?;
+        self.wire.link.sink().flush(&self.wire.stop)?;
+        self.figures.fenced(begun.elapsed());
+        self.take_returned()?;
+        let mut writes = Vec::new();
+        self.wire.link.take_latencies(&mut writes);
+        self.figures.written(&writes);
+        self.figures.deltas(self.wire.link.deltas());
+        self.figures.channel_bytes(self.wire.link.channel_bytes());
+        let sent = self.wire.position();
+        let guest = self.figures.whole_bytes() - guest_before;
+        self.driver.engine.set_sent_at_fence(Sent { guest, wire: sent - before });
+        self.driver.engine.set_under_way(self.wire.link.under_way());
+        self.figures.round_closed(self.driver.clock.now(), sent);
+        Ok(SourceEvent::Done)
+    }
+}
