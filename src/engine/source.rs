@@ -30,6 +30,7 @@
 
 mod config;
 mod estimate;
+mod phase;
 mod postcopy;
 mod recovery;
 mod steps;
@@ -43,67 +44,8 @@ use crate::units::Rate;
 
 pub use config::{AnswerTimeouts, OnTimeout, PostcopyRule, SourceConfig, Switchover};
 use estimate::PagePath;
+use phase::{LateCancel, Phase, Round};
 pub use steps::{Overdue, SourceAction, SourceEvent, Waiting};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    New,
-    Starting,
-    SettingUp,
-    Syncing,
-    Opening(RoundKind),
-    Sending(RoundKind),
-    Closing(RoundKind),
-    Waiting,
-    Pausing,
-    Holding,
-    LastSync,
-    Draining,
-    SendingState,
-    Digesting,
-    Discarding,
-    Packaging,
-    Filling,
-    AwaitingTaken,
-    EndingPostcopy,
-    Reconnecting,
-    ComparingReceived,
-    ResumingPages,
-    AwaitingReady {
-        /// Whatever the peer says meanwhile.
-        by: Duration,
-    },
-    AwaitingGuest,
-    Committing,
-    AwaitingRunning,
-    Reporting,
-    Listening,
-    Releasing,
-    RollingBack(Reason),
-    Finished(Outcome),
-}
-
-/// What has become of a cancel that came too late.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LateCancel {
-    None,
-    /// To be refused.
-    Due,
-    Refused,
-}
-
-/// A round.
-#[derive(Clone, Copy, Debug, Default)]
-struct Round {
-    /// 0 before the first.
-    number: u32,
-    began: Duration,
-    /// Pages that it began with, and bytes that left in it.
-    pages: u64,
-    bytes: u64,
-    /// What was sent behind its last slice.
-    at_fence: Sent,
-}
 
 /// The source's state machine.
 #[derive(Debug)]
@@ -195,27 +137,12 @@ impl SourceEngine {
 
     /// True from the moment COMMIT may have left.
     pub fn is_committed(&self) -> bool {
-        matches!(
-            self.phase,
-            Phase::Committing
-                | Phase::Filling
-                | Phase::AwaitingTaken
-                | Phase::EndingPostcopy
-                | Phase::Reconnecting
-                | Phase::ComparingReceived
-                | Phase::ResumingPages
-                | Phase::AwaitingRunning
-                | Phase::Reporting
-                | Phase::Listening
-                | Phase::Releasing
-                | Phase::Finished(Outcome::Completed | Outcome::InDoubt | Outcome::Incomplete)
-        )
+        self.phase.is_committed()
     }
 
     /// True in the round that is sent while the guest stands still.
     pub fn is_last_round(&self) -> bool {
-        use RoundKind::Final;
-        matches!(self.phase, Phase::Opening(Final) | Phase::Sending(Final) | Phase::Closing(Final))
+        self.phase.is_last_round()
     }
 
     /// The round under way, 0 before the first.

@@ -1,0 +1,94 @@
+//! The phases of a migration at its source.
+
+use std::time::Duration;
+
+use crate::engine::{Outcome, Reason, Sent};
+use crate::ram::RoundKind;
+
+/// Where a migration stands: an action of the session that is to be answered, or a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    New,
+    Starting,
+    SettingUp,
+    Syncing,
+    Opening(RoundKind),
+    Sending(RoundKind),
+    Closing(RoundKind),
+    Waiting,
+    Pausing,
+    Holding,
+    LastSync,
+    Draining,
+    SendingState,
+    Digesting,
+    Discarding,
+    Packaging,
+    Filling,
+    AwaitingTaken,
+    EndingPostcopy,
+    Reconnecting,
+    ComparingReceived,
+    ResumingPages,
+    AwaitingReady {
+        /// Whatever the peer says meanwhile.
+        by: Duration,
+    },
+    AwaitingGuest,
+    Committing,
+    AwaitingRunning,
+    Reporting,
+    Listening,
+    Releasing,
+    RollingBack(Reason),
+    Finished(Outcome),
+}
+
+impl Phase {
+    /// COMMIT may have left.
+    pub(super) fn is_committed(self) -> bool {
+        matches!(
+            self,
+            Self::Committing
+                | Self::Filling
+                | Self::AwaitingTaken
+                | Self::EndingPostcopy
+                | Self::Reconnecting
+                | Self::ComparingReceived
+                | Self::ResumingPages
+                | Self::AwaitingRunning
+                | Self::Reporting
+                | Self::Listening
+                | Self::Releasing
+                | Self::Finished(Outcome::Completed | Outcome::InDoubt | Outcome::Incomplete)
+        )
+    }
+
+    /// In the round that is sent while the guest stands still.
+    pub(super) fn is_last_round(self) -> bool {
+        use RoundKind::Final;
+        matches!(self, Self::Opening(Final) | Self::Sending(Final) | Self::Closing(Final))
+    }
+}
+
+/// What has become of a cancel that came too late.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LateCancel {
+    None,
+    /// To be refused.
+    Due,
+    Refused,
+}
+
+/// A round.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Round {
+    /// 0 before the first.
+    pub(super) number: u32,
+    pub(super) began: Duration,
+    /// Pages that it began with, and bytes that left in it.
+    pub(super) pages: u64,
+    pub(super) bytes: u64,
+    /// What was sent behind its last slice.
+    pub(super) at_fence: Sent,
+}
