@@ -5,6 +5,7 @@
 //! it is the session's business, so that a whole migration, with faults, runs in a unit test under a seed.
 
 pub mod destination;
+mod fill;
 mod handover;
 mod loss;
 mod pace;
@@ -18,6 +19,7 @@ mod throttle;
 
 pub use crate::stream::channel_count::{ChannelMismatch, agree_on_channels};
 pub use destination::{DestinationAction, DestinationEngine, DestinationEvent, Ending};
+pub use fill::{BlockToFill, Fill, FillCounts};
 pub use handover::{Handover, Outcome, Reason};
 pub use loss::{LostPages, compare_counts};
 pub use pace::{BandwidthLimit, Pace};

@@ -166,6 +166,8 @@ pub struct DestinationAbilities {
     /// The peer writes nothing between a round's end and the next byte that is read of the stream, so that what a round
     /// brought can be looked for in quiet.
     pub waits_after_round: bool,
+    /// Pages come when they are touched, and the guest runs before they have: its memory is emptied before the first one.
+    pub on_demand: bool,
 }
 
 /// What a round brought.

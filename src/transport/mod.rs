@@ -17,6 +17,7 @@ mod link;
 mod mapped_ram;
 mod multifd;
 mod open;
+mod page_supply;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 mod stream;
@@ -32,12 +33,13 @@ pub use link::{
     DestinationAbilities, DestinationLink, LiveBytes, Offer, Receipt, Returned, RoundReceived, SourceLink,
     Ticket,
 };
-pub use mapped_ram::{MappedDestination, MappedLink};
+pub use mapped_ram::{MappedDestination, MappedLink, MappedPages};
 pub use multifd::{ChannelOptions, MultifdDestination, MultifdLink, Numa, PageSending};
 pub use open::{
     Address, AddressError, AllowError, AllowList, ConnectionOptions, DECISION_TIMEOUT, Listener, Obstacle,
     OpenError, RdmaOptions, Target, WhyNoRdma, connect, open_source, rdma_address, why_no_rdma,
 };
+pub use page_supply::PageSupply;
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 #[cfg(any(test, feature = "testing"))]
 pub use testing::{Fault, FaultKind, Faulty, Loopback, LoopbackSink, LoopbackSource, loopback};

@@ -7,12 +7,12 @@
 //! never touched: a fault on it is answered here and asked of nobody.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::Placer;
 use crate::guest::GuestError;
 use crate::ram::{Landing, PageRun};
-use crate::sys::{FaultAt, HostSpan, MissingFaults, MissingFaultsError, set_huge_pages};
+use crate::sys::{FaultAt, HostSpan, Lock as _, MissingFaults, MissingFaultsError, set_huge_pages};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
 /// The memory whose missing pages are served.
@@ -22,6 +22,9 @@ pub(super) struct Missing {
     placed: Box<dyn Fn(Landing) + Send + Sync>,
     /// Address ranges of the blocks, ascending, with their place in the guest's own table.
     ranges: Vec<(std::ops::Range<usize>, BlockIndex, PageSize)>,
+    /// Held while pages are placed that several threads may have read: a page is placed once. What the guest has given back
+    /// since is not there again.
+    turn: Mutex<()>,
 }
 
 impl Placer {
@@ -78,7 +81,7 @@ impl Placer {
             ranges.push((span.address()..span.address() + span.len(), landing.block(), page));
         }
         ranges.sort_by_key(|(range, ..)| range.start);
-        let _ = self.missing.set(Missing { faults, placed, ranges });
+        let _ = self.missing.set(Missing { faults, placed, ranges, turn: Mutex::default() });
         Ok(())
     }
 
@@ -162,6 +165,38 @@ impl Placer {
             None => missing.faults.place_zero(span, self.host_page(landing)),
         };
         placed.map(drop).map_err(|source| self.unplaced(landing, source))
+    }
+
+    /// Puts whole host pages in place that were read at once, by one of several readers: those of them that have not come.
+    /// They are marked, and whoever waits runs on.
+    ///
+    /// # Errors
+    /// The kernel's answer; pages in front of the one that it is about are in place.
+    pub fn place_read(&self, landing: Landing, bytes: &[u8]) -> Result<(), GuestError> {
+        let Some(missing) = self.missing.get() else { return Ok(()) };
+        debug_assert_eq!(landing.len(), bytes.len() as u64);
+        let host = self.host_page(landing).bytes();
+        let has_come = |at| landing.part(at, host).is_none_or(|page| self.has_come(page));
+        let _turn = missing.turn.locked();
+        let mut at = 0;
+        while at < landing.len() {
+            let start = at;
+            at += host;
+            if has_come(start) {
+                continue;
+            }
+            while at < landing.len() && !has_come(at) {
+                at += host;
+            }
+            if let Some((part, bytes)) =
+                landing.part(start, at - start).zip(bytes.get(start as usize..at as usize))
+            {
+                self.place_missing(missing, part, Some(bytes))?;
+                self.commit(part);
+                (missing.placed)(part);
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn wake(&self, span: HostSpan<'_>) {

@@ -208,7 +208,7 @@ impl DestinationSession {
         let memory = named("calling MemoryProvider::provide", || self.guest.memory.provide(&incoming))?;
         self.check_host_pages(memory.table())?;
         shared_blocks::check(&incoming, memory.table())?;
-        let may_be_postcopy = self.advised.is_some();
+        let may_be_postcopy = self.advised.is_some() || self.wire.link.abilities().on_demand;
         let known_zero = |block: &RamBlock| {
             named("calling MemoryProvider::is_zeroed", || self.guest.memory.is_zeroed(block))
         };

@@ -13,6 +13,7 @@ mod panics;
 mod postcopy;
 mod promptness;
 pub(super) mod qemu_peer;
+mod restore;
 mod reuse;
 mod vmm_configuration;
 

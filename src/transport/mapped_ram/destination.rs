@@ -10,6 +10,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, unbounded};
 
 use super::file::{MappedFile, not_opened};
+use super::pages::MappedPages;
 use super::reader::{Common, Reader};
 use crate::guest::{GuestError, Placer};
 use crate::observe::PageCounts;
@@ -104,6 +105,11 @@ fn read_bitmap(file: &MappedFile, places: &Places) -> Result<PageBitmap, MappedR
 }
 
 impl MappedDestination {
+    /// What errors call it.
+    pub fn name(&self) -> String {
+        self.file.name()
+    }
+
     /// The stream that is in it, as a plain one.
     pub fn stream(&self) -> &PlainStream {
         &self.stream
@@ -171,6 +177,32 @@ impl MappedDestination {
             }
         }
         Ok(())
+    }
+
+    /// The pages that are in it, to be read in any order for the guest whose memory `placer` fills.
+    ///
+    /// # Errors
+    /// A block is missing, there or here.
+    pub fn pages(&self, placer: &Placer) -> Result<MappedPages, MoveError> {
+        self.check_left_out(placer)?;
+        let table = placer.memory().table();
+        let mut blocks = vec![None; table.blocks().len()];
+        for (places, present) in self.stream.places.iter().zip(&self.present) {
+            let index = table.find(places.block.name.as_str()).map_err(GuestError::from)?;
+            if !places.header.is_absent() {
+                blocks[index.as_usize()] = Some((places.clone(), present.clone()));
+            }
+        }
+        Ok(MappedPages { file: Arc::clone(&self.file), blocks })
+    }
+
+    /// All pages that are in it, by the blocks of its own list.
+    pub fn own_pages(&self) -> MappedPages {
+        let of = |(places, present): (&Places, &PageBitmap)| {
+            (!places.header.is_absent()).then(|| (places.clone(), present.clone()))
+        };
+        let blocks = self.stream.places.iter().zip(&self.present).map(of).collect();
+        MappedPages { file: Arc::clone(&self.file), blocks }
     }
 
     /// The pages that are in it, block by block; of a block that was left out, none.

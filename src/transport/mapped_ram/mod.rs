@@ -15,6 +15,7 @@
 mod destination;
 mod file;
 mod link;
+mod pages;
 mod reader;
 mod scheme;
 mod sink;
@@ -26,6 +27,7 @@ pub use destination::MappedDestination;
 use destination::open;
 pub use link::MappedLink;
 use link::create;
+pub use pages::MappedPages;
 pub(super) use scheme::SCHEME;
 
 /// Most threads that read or write pages, where nobody says how many.

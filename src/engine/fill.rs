@@ -1,0 +1,343 @@
+//! In what order the pages of a guest are read that runs already: what a thread waits for, then what was touched the last
+//! time, then what lies behind the last fault, then the rest.
+//!
+//! Several readers work side by side. Whoever serves a fault reads its page at once, whatever else is being read; a reader of
+//! the rest asks [`Fill::next_run`] for a run and tells what became of it.
+//!
+//! # Orders that hold
+//!
+//! A page is out of the list of what is to be read when somebody has it to read, and out of the list of what is missing only
+//! when it is in place: faults are served until nothing is missing. A page that could not be read stays missing, and is read
+//! again when somebody says so.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::pager::{FaultAnswer, HostPage, Pager};
+use crate::observe::Latency;
+use crate::ram::{PageBitmap, PageRun};
+use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
+
+/// Bytes that are read at once, where nobody waits for them.
+const READ: u64 = 1 << 20;
+
+/// Most runs of pages that are remembered in the order in which they were touched.
+const MAX_TOUCHED: usize = 1 << 20;
+
+/// A block whose pages are to be read.
+#[derive(Clone, Debug)]
+pub struct BlockToFill {
+    /// Pages that hold something, where they are read from.
+    pub present: PageBitmap,
+    /// Pages of the host's memory, which are placed whole.
+    pub host_page: PageSize,
+}
+
+#[derive(Debug)]
+struct Block {
+    /// Nobody has them to read.
+    unread: PageBitmap,
+    /// They are not in place.
+    missing: PageBitmap,
+    /// They could not be read.
+    failed: PageBitmap,
+    /// Target pages of a host page.
+    host: u64,
+}
+
+/// How far a memory is filled, in target pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FillCounts {
+    /// Pages that hold something and are not in place.
+    pub missing: u64,
+    /// Of them, those that could not be read.
+    pub failed: u64,
+    /// Faults that were reported.
+    pub faults: u64,
+    /// Pages that were read because a thread waited for them, counted once each.
+    pub urgent: u64,
+}
+
+/// Which pages are read next.
+#[derive(Debug)]
+pub struct Fill {
+    pager: Pager,
+    page: PageSize,
+    blocks: Vec<Block>,
+    /// What is read before the rest.
+    first: VecDeque<PageRun>,
+    /// Behind the last fault.
+    behind: Option<(BlockIndex, PageIndex)>,
+    /// The rest, in the order of addresses, begins here.
+    rest: (BlockIndex, PageIndex),
+    /// The rest may be read.
+    is_open: bool,
+    touched: Vec<PageRun>,
+    urgent: u64,
+    breakage: FillBreakage,
+}
+
+/// Orders that tests leave out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(not(test), allow(dead_code))]
+enum FillBreakage {
+    #[default]
+    None,
+    /// A page counts as there when it is given out.
+    WholeWhenRead,
+    /// What could not be read is not read again.
+    ForgetFailed,
+    /// A page is given out again and again until it is there.
+    GiveTwice,
+    /// A fault is not remembered once somebody reads its page.
+    ForgetWaiting,
+}
+
+impl FillBreakage {
+    fn is(self, order: Self) -> bool {
+        cfg!(test) && self == order
+    }
+}
+
+impl Fill {
+    /// What is to be read of `blocks`, whose target pages have `page` bytes. A host page that holds something is read whole.
+    pub fn new(page: PageSize, blocks: Vec<BlockToFill>) -> Self {
+        let blocks = blocks.into_iter().map(|block| {
+            let host = (block.host_page.bytes() / page.bytes()).max(1);
+            let mut unread = block.present;
+            if host > 1 {
+                let mut from = PageIndex(0);
+                while let Some(run) = unread.next_run(from, u64::MAX) {
+                    let end = run.end.next_multiple_of(host);
+                    unread.set_range(run.start / host * host..end);
+                    from = PageIndex(end);
+                }
+            }
+            let failed = PageBitmap::new(unread.len());
+            Block { missing: unread.clone(), unread, failed, host }
+        });
+        Self {
+            pager: Pager::default(),
+            page,
+            blocks: blocks.collect(),
+            first: VecDeque::new(),
+            behind: None,
+            rest: (BlockIndex(0), PageIndex(0)),
+            is_open: false,
+            touched: Vec::new(),
+            urgent: 0,
+            breakage: FillBreakage::None,
+        }
+    }
+
+    /// These are read first, in this order: what was touched when the same memory was filled before.
+    pub fn read_first(&mut self, runs: Vec<PageRun>) {
+        self.first.extend(runs.iter().copied());
+        self.touched = runs;
+    }
+
+    /// From here on [`next_run`](Self::next_run) gives the rest, too.
+    pub fn open(&mut self) {
+        self.is_open = true;
+    }
+
+    /// A thread waits for a host page since `now`. [`FaultAnswer::Ask`]: read it now. `received` as [`Pager::fault`] says.
+    pub fn fault(&mut self, now: Duration, page: PageRun, received: impl FnOnce() -> bool) -> FaultAnswer {
+        let answer = self.pager.fault(now, self.host_page(page), received);
+        if answer == FaultAnswer::Received {
+            return answer;
+        }
+        if let Some(block) = self.blocks.get_mut(page.block.as_usize()) {
+            block.unread.clear_range(pages(page));
+        }
+        if answer == FaultAnswer::Ask {
+            self.urgent += page.pages;
+            self.behind = Some((page.block, page.end()));
+            self.note(page);
+        }
+        answer
+    }
+
+    fn note(&mut self, page: PageRun) {
+        let has_room = self.touched.len() < MAX_TOUCHED;
+        match self.touched.last_mut() {
+            Some(last) if last.block == page.block && last.end() == page.first => last.pages += page.pages,
+            _ if has_room => self.touched.push(page),
+            _ => {}
+        }
+    }
+
+    /// What to read next, in whole host pages of one block; it is nobody else's. `None`: nothing for now.
+    pub fn next_run(&mut self) -> Option<PageRun> {
+        let run = self.next_recorded().or_else(|| self.next_of_rest())?;
+        let block = self.blocks.get_mut(run.block.as_usize())?;
+        if !self.breakage.is(FillBreakage::GiveTwice) {
+            block.unread.clear_range(pages(run));
+        }
+        if self.breakage.is(FillBreakage::WholeWhenRead) {
+            block.missing.clear_range(pages(run));
+        }
+        Some(run)
+    }
+
+    fn next_recorded(&mut self) -> Option<PageRun> {
+        while let Some(wanted) = self.first.pop_front() {
+            let Some(found) =
+                self.unread_from(wanted.block, wanted.first).filter(|run| run.first < wanted.end())
+            else {
+                continue;
+            };
+            let end = found.end().min(wanted.end().max(self.host_end(found)));
+            if end < wanted.end() {
+                self.first.push_front(PageRun { first: end, pages: wanted.end().0 - end.0, ..wanted });
+            }
+            return Some(PageRun { pages: end.0 - found.first.0, ..found });
+        }
+        None
+    }
+
+    fn next_of_rest(&mut self) -> Option<PageRun> {
+        if !self.is_open {
+            return None;
+        }
+        if let Some((block, from)) = self.behind {
+            let run = self.unread_from(block, from);
+            self.behind = run.map(|run| (block, run.end()));
+            if run.is_some() {
+                return run;
+            }
+        }
+        while self.rest.0.as_usize() < self.blocks.len() {
+            if let Some(run) = self.unread_from(self.rest.0, self.rest.1) {
+                self.rest.1 = run.end();
+                return Some(run);
+            }
+            self.rest = (BlockIndex(self.rest.0.0 + 1), PageIndex(0));
+        }
+        None
+    }
+
+    /// The first run of a block, from a page on, that nobody has to read: whole host pages.
+    fn unread_from(&self, block: BlockIndex, from: PageIndex) -> Option<PageRun> {
+        let of = self.blocks.get(block.as_usize())?;
+        let most = (READ / self.page.bytes()).max(1).next_multiple_of(of.host);
+        // The marks of a host page are alike.
+        let from = PageIndex(from.0 / of.host * of.host);
+        let run = of.unread.next_run(from, most)?;
+        Some(PageRun { block, first: PageIndex(run.start), pages: run.end - run.start })
+    }
+
+    /// The end of the first host page of a run.
+    fn host_end(&self, run: PageRun) -> PageIndex {
+        let host = self.blocks.get(run.block.as_usize()).map_or(1, |block| block.host);
+        PageIndex(run.first.0 + host)
+    }
+
+    /// A run is in place.
+    pub fn placed(&mut self, now: Duration, run: PageRun) {
+        let Some(block) = self.blocks.get_mut(run.block.as_usize()) else { return };
+        for map in [&mut block.unread, &mut block.missing, &mut block.failed] {
+            map.clear_range(pages(run));
+        }
+        let host = block.host;
+        for first in (run.first.0..run.end().0).step_by(usize::try_from(host).unwrap_or(usize::MAX)) {
+            let page = self.host_page(PageRun { first: PageIndex(first), pages: host, ..run });
+            self.pager.placed(now, page);
+        }
+    }
+
+    /// A run could not be read. Whoever waits for a page of it waits on.
+    pub fn failed(&mut self, run: PageRun) {
+        let Some(block) = self.blocks.get_mut(run.block.as_usize()) else { return };
+        let mut from = run.first;
+        // Somebody else may have placed a part of it meanwhile.
+        while let Some(part) = block.missing.next_run(from, u64::MAX).filter(|part| part.start < run.end().0)
+        {
+            let part = part.start..part.end.min(run.end().0);
+            from = PageIndex(part.end);
+            block.failed.set_range(part.clone());
+            block.unread.clear_range(part);
+        }
+    }
+
+    /// What could not be read is read again, what somebody waits for first. How many pages those are.
+    pub fn retry(&mut self) -> u64 {
+        let mut again = 0;
+        for block in &mut self.blocks {
+            again += block.failed.count();
+            let mut from = PageIndex(0);
+            while let Some(run) = block.failed.next_run(from, u64::MAX) {
+                from = PageIndex(run.end);
+                if !self.breakage.is(FillBreakage::ForgetFailed) {
+                    block.unread.set_range(run);
+                }
+            }
+            block.failed = PageBitmap::new(block.unread.len());
+        }
+        self.rest = (BlockIndex(0), PageIndex(0));
+        let waiting: Vec<PageRun> = self.pager.outstanding().map(|page| self.run_of(page)).collect();
+        if !self.breakage.is(FillBreakage::ForgetWaiting) {
+            waiting.into_iter().rev().for_each(|run| self.first.push_front(run));
+        }
+        again
+    }
+
+    /// Pages of a block that hold something and are not in place.
+    pub fn missing(&self, block: BlockIndex) -> Option<&PageBitmap> {
+        self.blocks.get(block.as_usize()).map(|block| &block.missing)
+    }
+
+    /// Nothing is missing: faults need not be served any more.
+    pub fn is_whole(&self) -> bool {
+        self.blocks.iter().all(|block| block.missing.count() == 0)
+    }
+
+    /// All that is missing could not be read.
+    pub fn is_stuck(&self) -> bool {
+        let FillCounts { missing, failed, .. } = self.counts();
+        failed > 0 && failed == missing
+    }
+
+    /// How far it is.
+    pub fn counts(&self) -> FillCounts {
+        let sum = |of: fn(&Block) -> &PageBitmap| self.blocks.iter().map(|block| of(block).count()).sum();
+        FillCounts {
+            missing: sum(|block| &block.missing),
+            failed: sum(|block| &block.failed),
+            faults: self.pager.counts().0,
+            urgent: self.urgent,
+        }
+    }
+
+    /// From a fault to its page in place.
+    pub fn latency(&self) -> &Latency {
+        self.pager.latency()
+    }
+
+    /// What was touched, in the order of the faults; what was to be read first comes first.
+    pub fn touched(&self) -> &[PageRun] {
+        &self.touched
+    }
+
+    fn host_page(&self, page: PageRun) -> HostPage {
+        HostPage { block: page.block, offset: page.offset(self.page).map_or(u64::MAX, |offset| offset.0) }
+    }
+
+    fn run_of(&self, page: HostPage) -> PageRun {
+        let first = self.page.page_of(BlockOffset(page.offset));
+        PageRun {
+            block: page.block,
+            first,
+            pages: self.blocks.get(page.block.as_usize()).map_or(1, |b| b.host),
+        }
+    }
+}
+
+fn pages(run: PageRun) -> std::ops::Range<u64> {
+    run.first.0..run.end().0
+}
+
+#[cfg(test)]
+#[path = "fill_tests.rs"]
+mod tests;

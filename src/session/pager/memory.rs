@@ -1,0 +1,117 @@
+//! Memory whose missing pages are served.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use crate::error::Chain;
+use crate::guest::{GuestError, Placer};
+use crate::ram::PageRun;
+use crate::sys::MissingFaults;
+use crate::units::{BlockIndex, PageSize};
+
+/// Why a page could not be placed, or a fault not be read.
+#[derive(Debug)]
+pub(in crate::session) struct PlaceError(pub(in crate::session) String);
+
+impl From<GuestError> for PlaceError {
+    fn from(error: GuestError) -> Self {
+        Self(Chain(&error).to_string())
+    }
+}
+
+/// Memory whose missing pages are served: of this process, or of another.
+///
+/// # Orders that hold
+///
+/// A page is placed once, whoever reads it: what its owner has given back since is zero, and not there again.
+pub(in crate::session) trait PagedMemory: Send + Sync {
+    /// Readable while a fault is to be read.
+    fn descriptor(&self) -> BorrowedFd<'_>;
+
+    /// The next host page that a thread waits for, without waiting for one.
+    ///
+    /// # Errors
+    /// [`PlaceError`].
+    fn next_fault(&self) -> Result<Option<PageRun>, PlaceError>;
+
+    /// True if the page has been placed, or is zero and was never missing.
+    fn has_come(&self, page: PageRun) -> bool;
+
+    /// Puts whole host pages in place, those of them that have not come, and wakes who waits for them.
+    ///
+    /// # Errors
+    /// [`PlaceError`].
+    fn place(&self, run: PageRun, bytes: &[u8]) -> Result<(), PlaceError>;
+
+    /// A thread waits for a page that has come: it is zero, or there by now.
+    ///
+    /// # Errors
+    /// [`PlaceError`].
+    fn answer_received(&self, page: PageRun) -> Result<(), PlaceError>;
+
+    /// Pages of a block's memory.
+    fn host_page(&self, block: BlockIndex) -> PageSize;
+
+    /// A block's name, for errors.
+    fn block_name(&self, block: BlockIndex) -> String;
+
+    /// Accesses wait no more.
+    fn let_go(&self);
+}
+
+/// Memory of a guest in this process.
+pub(in crate::session) struct GuestPages {
+    placer: Arc<Placer>,
+    faults: Arc<MissingFaults>,
+}
+
+impl GuestPages {
+    /// Of a placer that [serves](Placer::serve_missing) `faults`.
+    pub(in crate::session) fn new(placer: Arc<Placer>, faults: Arc<MissingFaults>) -> Self {
+        Self { placer, faults }
+    }
+}
+
+impl PagedMemory for GuestPages {
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.faults.as_fd()
+    }
+
+    fn next_fault(&self) -> Result<Option<PageRun>, PlaceError> {
+        loop {
+            let fault = self.faults.next().map_err(|error| PlaceError(error.to_string()))?;
+            let Some(fault) = fault else { return Ok(None) };
+            if let Some(landing) = self.placer.host_page_at(fault) {
+                return Ok(Some(self.placer.run(landing)));
+            }
+        }
+    }
+
+    fn has_come(&self, page: PageRun) -> bool {
+        self.placer.first_missing(page).is_none()
+    }
+
+    fn place(&self, run: PageRun, bytes: &[u8]) -> Result<(), PlaceError> {
+        let landing = self.placer.memory().table().admit_run(run).map_err(GuestError::from)?;
+        Ok(self.placer.place_read(landing, bytes)?)
+    }
+
+    fn answer_received(&self, page: PageRun) -> Result<(), PlaceError> {
+        let landing = self.placer.memory().table().admit_run(page).map_err(GuestError::from)?;
+        Ok(self.placer.answer_received(landing)?)
+    }
+
+    fn host_page(&self, block: BlockIndex) -> PageSize {
+        let table = self.placer.memory().table();
+        table.get(block).map_or(table.page(), |block| block.host_page)
+    }
+
+    fn block_name(&self, block: BlockIndex) -> String {
+        let table = self.placer.memory().table();
+        table.get(block).map_or_else(|| format!("number {}", block.0), |block| block.name.to_string())
+    }
+
+    fn let_go(&self) {
+        self.placer.stop_serving();
+    }
+}

@@ -1,0 +1,226 @@
+//! Memory that is filled while it is used: threads that serve its faults, and threads that read the rest.
+
+mod memory;
+
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use rustix::event::PollFlags;
+
+use crate::engine::{FaultAnswer, Fill};
+use crate::error::Chain;
+use crate::ram::PageRun;
+use crate::sys::{CancelToken, Lock as _, Stop};
+use crate::transport::PageSupply;
+use crate::units::{BlockIndex, PageIndex, PageSize};
+pub(super) use memory::{GuestPages, PagedMemory, PlaceError};
+
+/// Bytes that are placed at once: no fault is answered meanwhile.
+const PLACE: u64 = 64 << 10;
+
+/// A page that could not be read or placed. Whoever touches it waits, until it is tried again and is there; nothing is lost.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the page at {offset:#x} of RAM block {block} could not be had from {file} ({why}); who touches it waits; mend what \
+     keeps it from being read, then try again"
+)]
+#[non_exhaustive]
+pub struct PageFailure {
+    /// The RAM block.
+    pub block: String,
+    /// Offset of the page in it, in bytes.
+    pub offset: u64,
+    /// Where it was read from.
+    pub file: String,
+    /// The kernel's answer.
+    pub why: String,
+}
+
+/// What the threads of a memory share.
+pub(super) struct Filling {
+    memory: Box<dyn PagedMemory>,
+    supply: Arc<dyn PageSupply>,
+    page: PageSize,
+    state: Mutex<State>,
+    /// Raised with each change of [`state`](Self::state) that somebody may wait for.
+    changed: Condvar,
+    began: Instant,
+    over: CancelToken,
+}
+
+/// What changes.
+pub(super) struct State {
+    pub(super) fill: Fill,
+    /// The first page that could not be had, since the last time that somebody said to try again.
+    pub(super) failure: Option<PageFailure>,
+    /// Faults are served no more: all is in place, or nobody is there to be served.
+    pub(super) is_over: bool,
+    /// Its owner has said that nobody runs on it any more.
+    pub(super) is_abandoned: bool,
+}
+
+impl fmt::Debug for Filling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Filling").field("supply", &self.supply.name()).finish_non_exhaustive()
+    }
+}
+
+impl Filling {
+    pub(super) fn new(
+        memory: Box<dyn PagedMemory>,
+        supply: Arc<dyn PageSupply>,
+        page: PageSize,
+        fill: Fill,
+    ) -> Self {
+        let state = Mutex::new(State { fill, failure: None, is_over: false, is_abandoned: false });
+        let (changed, began, over) = (Condvar::new(), Instant::now(), CancelToken::default());
+        Self { memory, supply, page, state, changed, began, over }
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.locked()
+    }
+
+    /// Waits for a change of the state.
+    pub(super) fn changed<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the state, and tells those who wait.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let answer = change(&mut self.state());
+        self.changed.notify_all();
+        answer
+    }
+
+    /// Ends the threads that serve faults.
+    pub(super) fn stop_serving(&self) {
+        self.over.cancel();
+    }
+
+    /// Ends all threads.
+    pub(super) fn end(&self) {
+        self.stop_serving();
+        self.change(|state| state.is_over = true);
+    }
+
+    /// Serves faults until all is over.
+    pub(super) fn serve_faults(&self) {
+        let (stop, mut buffer) = (Stop::on(&self.over), Vec::new());
+        while let Ok(None) = stop.wait(self.memory.descriptor(), PollFlags::IN) {
+            loop {
+                match self.memory.next_fault() {
+                    Ok(Some(page)) => self.serve(page, &mut buffer),
+                    Ok(None) => break,
+                    Err(PlaceError(why)) => {
+                        let first = PageRun { block: BlockIndex(0), first: PageIndex(0), pages: 1 };
+                        self.failed(first, PlaceError(format!("reading the faults of missing pages: {why}")));
+                        return self.end();
+                    }
+                }
+            }
+        }
+    }
+
+    fn serve(&self, page: PageRun, buffer: &mut Vec<u8>) {
+        let now = self.began.elapsed();
+        let answer = self.state().fill.fault(now, page, || self.memory.has_come(page));
+        match answer {
+            FaultAnswer::Received => {
+                if let Err(error) = self.memory.answer_received(page) {
+                    self.failed(page, error);
+                }
+            }
+            FaultAnswer::Wait => {}
+            FaultAnswer::Ask => self.read(page, buffer),
+        }
+    }
+
+    /// Reads what nobody waits for, until all is in place or over.
+    pub(super) fn read_rest(&self) {
+        let mut buffer = Vec::new();
+        loop {
+            let mut state = self.state();
+            let run = loop {
+                if state.is_over || state.fill.is_whole() {
+                    return;
+                }
+                match state.fill.next_run() {
+                    Some(run) => break run,
+                    None => state = self.changed(state),
+                }
+            };
+            drop(state);
+            self.read(run, &mut buffer);
+        }
+    }
+
+    /// Reads a run and puts it in place. Of one that can't be read, what can.
+    fn read(&self, run: PageRun, buffer: &mut Vec<u8>) {
+        let offset = run.offset(self.page).map_or(u64::MAX, |offset| offset.0);
+        let len = run.bytes(self.page).unwrap_or(0);
+        buffer.resize(usize::try_from(len).unwrap_or(0), 0);
+        let host = self.memory.host_page(run.block).bytes() / self.page.bytes();
+        match self.supply.read(run.block, offset, buffer) {
+            Ok(()) => self.place(run, host, buffer),
+            Err(_) if run.pages > host => {
+                let mut rest = Some(run);
+                while let Some(run) = rest {
+                    let (page, behind) = run.split_at(host);
+                    self.read(page, buffer);
+                    rest = behind;
+                }
+            }
+            Err(error) => self.failed(run, PlaceError(error.to_string())),
+        }
+    }
+
+    fn place(&self, run: PageRun, host: u64, bytes: &[u8]) {
+        let at_once = (PLACE / self.page.bytes()).max(1).next_multiple_of(host);
+        let mut rest = Some(run);
+        let mut bytes = bytes.chunks(usize::try_from(at_once * self.page.bytes()).unwrap_or(usize::MAX));
+        while let (Some(run), Some(bytes)) = (rest, bytes.next()) {
+            let (part, behind) = run.split_at(at_once);
+            rest = behind;
+            match self.memory.place(part, bytes) {
+                Ok(()) => {
+                    let now = self.began.elapsed();
+                    let mut state = self.state();
+                    state.fill.placed(now, part);
+                    if state.fill.is_whole() || state.failure.is_some() {
+                        self.changed.notify_all();
+                    }
+                }
+                Err(error) => self.failed(part, error),
+            }
+        }
+    }
+
+    fn failed(&self, run: PageRun, PlaceError(why): PlaceError) {
+        let failure = PageFailure {
+            block: self.memory.block_name(run.block),
+            offset: run.offset(self.page).map_or(u64::MAX, |offset| offset.0),
+            file: self.supply.name(),
+            why,
+        };
+        tracing::error!(error = %Chain(&failure), "a page is missing");
+        self.change(|state| {
+            state.fill.failed(run);
+            state.failure.get_or_insert(failure);
+        });
+    }
+
+    /// What could not be had is tried again. How many target pages those are.
+    pub(super) fn retry(&self) -> u64 {
+        self.change(|state| {
+            state.failure = None;
+            state.fill.retry()
+        })
+    }
+
+    /// The memory is not served any more: accesses wait no longer. Behind the last thread that serves faults.
+    pub(super) fn let_go(&self) {
+        self.memory.let_go();
+    }
+}
