@@ -8,10 +8,17 @@ use std::mem::MaybeUninit;
 
 use rustix::io::Errno;
 
-/// Makes `call`; a SIGPIPE that it raises goes nowhere. The thread's signal mask is as before when this returns.
+/// Makes `call`, which is to move `wanted` bytes; a SIGPIPE that it raises goes nowhere. The thread's signal mask is as
+/// before when this returns.
+///
+/// A call that has moved some bytes and then finds the other end gone raises the signal too, and returns how many went:
+/// EPIPE alone does not tell.
 ///
 /// Where the thread blocked SIGPIPE before, the signal stays pending: that is as its owner wants it.
-pub(super) fn without_sigpipe<T>(call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+pub(super) fn without_sigpipe(
+    wanted: usize,
+    call: impl FnOnce() -> Result<usize, Errno>,
+) -> Result<usize, Errno> {
     let mut sigpipe = MaybeUninit::<libc::sigset_t>::uninit();
     let mut before = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: the first call fills the set, which only then is used; the mask before is written by the third, which fails
@@ -26,7 +33,7 @@ pub(super) fn without_sigpipe<T>(call: impl FnOnce() -> Result<T, Errno>) -> Res
     if was_blocked {
         return answer;
     }
-    if matches!(answer, Err(Errno::PIPE)) {
+    if answer.map_or_else(|error| error == Errno::PIPE, |moved| moved < wanted) {
         let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: reads a set and a time, and writes nothing: no information about the signal is asked for. A thread's own
         // signals are taken before the process's, so this is the one that the call has raised.
@@ -37,4 +44,44 @@ pub(super) fn without_sigpipe<T>(call: impl FnOnce() -> Result<T, Errno>) -> Res
     // SAFETY: puts back the mask that the call above has written.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut()) };
     answer
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+
+    use super::*;
+
+    /// The thread of the test: others of this process may raise the signal too.
+    static THREAD: AtomicI32 = AtomicI32::new(0);
+    static HEARD: AtomicU32 = AtomicU32::new(0);
+
+    extern "C" fn hear(_: libc::c_int) {
+        // SAFETY: asks for a number.
+        if unsafe { libc::gettid() } == THREAD.load(Ordering::Relaxed) {
+            HEARD.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn the_signal_of_a_call_that_moved_less_than_wanted_goes_nowhere() {
+        let raise_and = |answer: Result<usize, Errno>| {
+            let (reader, writer) = rustix::pipe::pipe().unwrap();
+            drop(reader);
+            assert_eq!(rustix::io::write(&writer, &[0]), Err(Errno::PIPE));
+            answer
+        };
+        // SAFETY: asks for a number; the handler touches atomic numbers only.
+        let before = unsafe {
+            THREAD.store(libc::gettid(), Ordering::Relaxed);
+            libc::signal(libc::SIGPIPE, hear as *const () as libc::sighandler_t)
+        };
+        for (answer, heard) in [(Err(Errno::PIPE), 0), (Ok(0), 0), (Ok(1), 0), (Ok(2), 1)] {
+            assert_eq!(without_sigpipe(2, || raise_and(answer)), answer);
+            assert_eq!(HEARD.swap(0, Ordering::Relaxed), heard, "{answer:?}");
+        }
+        // SAFETY: puts back what was there.
+        unsafe { libc::signal(libc::SIGPIPE, before) };
+    }
 }

@@ -86,7 +86,8 @@ impl PagePipe {
     pub(crate) fn pass_on(&mut self, to: BorrowedFd<'_>, more: bool) -> io::Result<usize> {
         let more = if more { SpliceFlags::MORE } else { SpliceFlags::empty() };
         let flags = SpliceFlags::NONBLOCK | more;
-        let passed = without_sigpipe(|| splice(&self.reader, None, to, None, self.held, flags))?;
+        let held = self.held;
+        let passed = without_sigpipe(held, || splice(&self.reader, None, to, None, held, flags))?;
         self.held = self.held.saturating_sub(passed);
         Ok(passed)
     }
