@@ -214,7 +214,7 @@ fn flip(dir: &Path, folder: &Path, version: Version, at: u64, kind: Kind) {
         // A device that sees it refuses its state before COMMIT, or dies over it.
         (Kind::Device, 3 | 5) => {
             println!("{what}: seen by the device: {}", text.trim());
-            assert_eq!(state_of(folder), if status == 3 { stays } else { "in-doubt" }, "{what}");
+            assert_eq!(state_of(folder), if status == 3 { stays.as_str() } else { "in-doubt" }, "{what}");
         }
         (Kind::Answered, 3) => {
             println!("{what}: seen: {}", text.trim());
