@@ -4,6 +4,7 @@
 //! event at any time, `poll()` gives the next thing to do, `wake_at()` says when to come back. Time is an argument. Who does
 //! it is the session's business, so that a whole migration, with faults, runs in a unit test under a seed.
 
+mod background;
 pub mod destination;
 mod fill;
 mod handover;
@@ -18,6 +19,9 @@ mod source;
 mod throttle;
 
 pub use crate::stream::channel_count::{ChannelMismatch, agree_on_channels};
+pub use background::{Background, NextMissing};
+#[cfg(test)]
+pub(crate) use background::{FIRST_ROOM, is_mark};
 pub use destination::{DestinationAction, DestinationEngine, DestinationEvent, Ending};
 pub use fill::{BlockToFill, Fill, FillCounts};
 pub use handover::{Handover, Outcome, Reason};

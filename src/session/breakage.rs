@@ -45,6 +45,8 @@ pub(super) enum Breakage {
     SkipDiscard,
     /// Order 5: the source ends a postcopy while pages are missing.
     EndEarly,
+    /// In postcopy the source sends pages that nobody waits for as long as the connection takes them.
+    FillUnbounded,
     /// Order 5: after a lost connection the source takes what it has sent for received.
     SkipBitmaps,
     /// After a lost connection the first page goes on in the block of the last.

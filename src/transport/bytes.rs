@@ -66,6 +66,10 @@ pub trait ByteSource: Send {
     /// somebody waits for what comes of the next bytes.
     fn set_bulk(&mut self, _bulk: bool) {}
 
+    /// Whether the peer is told at once what has come, where the connection can: one that holds a small message back until the
+    /// one before is acknowledged then waits for nothing. `false` at first.
+    fn set_prompt(&mut self, _prompt: bool) {}
+
     /// The last byte of the stream has come: whether what wrote it ended well. Where a command did, its exit status says so,
     /// and what it writes behind the stream is passed over; elsewhere there is nothing to ask.
     ///

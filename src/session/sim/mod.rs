@@ -224,6 +224,7 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         // Of a switch to postcopy: `postcopy`.
         Breakage::SkipDiscard
         | Breakage::EndEarly
+        | Breakage::FillUnbounded
         | Breakage::SkipBitmaps
         | Breakage::KeepCurrentBlock
         | Breakage::ResumeAfterLoss => &[],

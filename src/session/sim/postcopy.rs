@@ -397,6 +397,7 @@ fn each_order_of_a_switch_is_needed() {
         (Breakage::SkipDiscard, "forgotten"),
         (Breakage::EndEarly, "while pages are missing"),
         (Breakage::ResumeAfterCommit, "runs on both sides"),
+        (Breakage::FillUnbounded, "ahead of what was answered"),
         (Breakage::SkipBitmaps, "while pages are missing"),
         (Breakage::KeepCurrentBlock, "is not understood"),
         (Breakage::ResumeAfterLoss, "runs on both sides"),

@@ -12,6 +12,7 @@ use crate::sys::{SendPart, Stop};
 use crate::transport::ChannelError;
 
 use super::SourceSession;
+use super::return_path::ReturnPath;
 use super::setup::{ORDINARY_PING, RAM_SECTION_ID};
 use crate::session::digest::{Digest, carried};
 use crate::session::{Breakage, Error};
@@ -115,6 +116,7 @@ impl SourceSession {
         if self.driver.engine.is_postcopy() {
             // The pages that follow take their time, which the connection bounds.
             self.wire.stop = self.driver.control.connection().connected();
+            self.wire.back.iter_mut().for_each(ReturnPath::acknowledge_at_once);
         } else if !self.breakage.is(Breakage::BreakOffAfterCommit) {
             let time = self.settings.finish_timeout;
             self.wire.stop = Stop::never().within(time);

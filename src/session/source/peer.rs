@@ -213,7 +213,7 @@ impl SourceSession {
         }
     }
 
-    fn take_message(&mut self, message: PeerMessage) -> Result<(), Error> {
+    pub(super) fn take_message(&mut self, message: PeerMessage) -> Result<(), Error> {
         if let Some(event) = self.event_of(message)? {
             let now = self.driver.clock.now();
             self.driver.engine.handle(now, event);
@@ -227,6 +227,9 @@ impl SourceSession {
     /// The peer failed, or it is not its turn to say this.
     fn event_of(&mut self, message: PeerMessage) -> Result<Option<SourceEvent>, Error> {
         let handover = self.driver.engine.handover();
+        if let PeerMessage::Pong(value) = message {
+            self.missing.background.answered(self.driver.clock.now(), value);
+        }
         let event = match &message {
             PeerMessage::Working => SourceEvent::Working,
             PeerMessage::Ready => SourceEvent::Ready,

@@ -7,9 +7,8 @@
 //! page leave together. The end is said when nothing is dirty and the peer has taken the guest.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use crate::engine::{Handover, Pace, SourceEvent};
+use crate::engine::{Background, Handover, NextMissing, Pace, SourceEvent};
 use crate::error::Remedy;
 use crate::guest::{GuestMemory, save_state};
 use crate::page::{PageSearch, classify};
@@ -19,7 +18,7 @@ use crate::stream::qemu::command::{Command, HEAD_LEN, encode_discards};
 use crate::stream::qemu::package::encode_package;
 use crate::stream::qemu::ram::EOS_RECORD;
 use crate::stream::qemu::section::{encode_end, encode_eof, encode_part};
-use crate::transport::InlinePages;
+use crate::transport::{ChannelError, InlinePages};
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
 use super::SourceSession;
@@ -45,7 +44,8 @@ const PING_PACKAGED: u32 = 4;
 pub(super) struct Missing {
     /// Writes records after the switchover: the first names its block, and none is a difference.
     pages: InlinePages,
-    pace: Pace,
+    /// How much of what nobody waits for may be under way.
+    pub(super) background: Background,
     /// The block of the last request that named one.
     asked_block: Option<BlockIndex>,
     pub(super) recovery: Recovery,
@@ -54,12 +54,13 @@ pub(super) struct Missing {
 impl Missing {
     pub(super) fn new(memory: Arc<dyn GuestMemory>, pace: Pace) -> Self {
         let (pages, recovery) = (InlinePages::new(memory), Recovery::default());
-        Self { pages, pace, asked_block: None, recovery }
+        Self { pages, background: Background::new(pace), asked_block: None, recovery }
     }
 
     /// Another connection follows: on it the first record names its block, and so does the first request.
     pub(super) fn forget_connection(&mut self, memory: &Arc<dyn GuestMemory>, breakage: Breakage) {
         self.asked_block = None;
+        self.background.forget_connection();
         if !breakage.is(Breakage::KeepCurrentBlock) {
             self.pages = InlinePages::new(Arc::clone(memory));
         }
@@ -239,15 +240,20 @@ impl SourceSession {
         loop {
             self.poll_return_path()?;
             let now = self.driver.clock.now();
-            let delay =
-                if self.pages.search.is_asked() { Duration::ZERO } else { self.missing.pace.delay(now) };
-            if delay > Duration::ZERO {
-                if self.driver.is_called() {
-                    break;
+            let next = self.missing.background.next(now, self.pages.search.is_asked());
+            match next {
+                NextMissing::Requested | NextMissing::Background => {}
+                NextMissing::Full if self.breakage.is(Breakage::FillUnbounded) => {}
+                _ if self.driver.is_called() || self.pages.dirty.count() == 0 => break,
+                NextMissing::Pause(delay) => {
+                    let left = self.driver.engine.wake_at().map_or(delay, |at| at.saturating_sub(now));
+                    self.listen_for(delay.min(left))?;
+                    continue;
                 }
-                let left = self.driver.engine.wake_at().map_or(delay, |at| at.saturating_sub(now));
-                self.listen_for(delay.min(left))?;
-                continue;
+                NextMissing::Full => {
+                    self.await_message()?;
+                    continue;
+                }
             }
             let batch = self.next_missing()?;
             if batch.is_empty() {
@@ -260,7 +266,8 @@ impl SourceSession {
                 self.wire.send(&head)?;
                 open = true;
             }
-            self.write_missing(batch)?;
+            self.write_missing(batch, next == NextMissing::Requested)?;
+            self.write_mark()?;
             if self.driver.is_called() || self.breakage.is(Breakage::EndEarly) {
                 break;
             }
@@ -317,7 +324,8 @@ impl SourceSession {
         Ok(())
     }
 
-    fn write_missing(&mut self, batch: PageBatch) -> Result<(), Error> {
+    /// Sends a batch; what somebody waits for has no limit.
+    fn write_missing(&mut self, batch: PageBatch, asked: bool) -> Result<(), Error> {
         let (now, before) = (self.driver.clock.now(), self.wire.position());
         let Self { missing, wire: Wire { link, stop, .. }, .. } = self;
         if let Err(error) = missing.pages.write(&batch, link.sink(), stop) {
@@ -325,10 +333,37 @@ impl SourceSession {
             return Err(error.into());
         }
         let bytes = self.wire.position() - before;
-        self.missing.pace.charge(now, bytes);
+        self.missing.background.sent(now, batch.pages(), bytes, asked);
         self.figures.counted(&batch);
         self.pages.done_with(batch);
         Ok(())
+    }
+
+    /// Between two sections, if it is time for one: a PING whose answer tells how far the peer has read.
+    fn write_mark(&mut self) -> Result<(), Error> {
+        let now = self.driver.clock.now();
+        let Some(mark) = self.missing.background.mark(now) else { return Ok(()) };
+        let mut out = EOS_RECORD.to_vec();
+        self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut out);
+        Command::Ping(mark).encode(&mut out);
+        encode_part(setup::RAM_SECTION_ID, &mut out);
+        Ok(self.wire.send(&out)?)
+    }
+
+    /// The peer has as much as it can place for now: takes its next message, which makes room or asks for a page.
+    fn await_message(&mut self) -> Result<(), Error> {
+        self.wire.link.sink().flush(&self.wire.stop)?;
+        let after = self.settings.stall_timeout;
+        let stop = self.wire.stop.within(after);
+        let Some(back) = &mut self.wire.back else { return Ok(()) };
+        match back.next(&stop) {
+            Ok(message) => self.take_message(message),
+            Err(error) if error.is_deadline() => {
+                let peer = "the destination".into();
+                Err(ChannelError::Stalled { peer, doing: "sending missing pages", after }.into())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Pages that somebody waits for. What has been sent is on its way: it is not sent again, and asking for it is no fault.

@@ -185,7 +185,9 @@ impl SourceSession {
         self.missing.recovery.reconnect = Some(reconnect);
         let NewConnection { sink, back } = connected?;
         let link = Box::new(InlineLink::new(sink, Arc::clone(&self.guest.memory)));
-        self.wire.replace(link, Some(ReturnPath::new(back)));
+        let mut back = ReturnPath::new(back);
+        back.acknowledge_at_once();
+        self.wire.replace(link, Some(back));
         self.wire.stop = self.driver.control.connection().connected();
         self.figures.shared().update(|s| s.status = Status::PostcopyRecover);
         Ok(SourceEvent::Done)

@@ -52,6 +52,12 @@ impl ReturnPath {
         Self { source, buffer: [0; 1024], filled: 0, at: 0 }
     }
 
+    /// The peer is told at once that a message has come: requests of one that sends no second small message before follow each
+    /// other without a wait.
+    pub(super) fn acknowledge_at_once(&mut self) {
+        self.source.set_prompt(true);
+    }
+
     /// The next message if it is here already.
     pub(super) fn poll(&mut self) -> Result<Option<PeerMessage>, Error> {
         let now = Stop::never().within(Duration::ZERO);

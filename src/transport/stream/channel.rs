@@ -26,6 +26,8 @@ pub struct StreamChannel {
     pub(super) stall: Option<Duration>,
     /// The peer may be silent while its connection answers.
     pub(super) quiet: bool,
+    /// The peer is told at once what has come.
+    pub(super) prompt: bool,
     pub(super) low_water: LowWater,
 }
 
@@ -87,6 +89,7 @@ impl StreamChannel {
             sent: 0,
             stall: options.stall,
             quiet: false,
+            prompt: false,
             low_water: LowWater::new(nature),
         })
     }
@@ -94,7 +97,8 @@ impl StreamChannel {
     /// Two halves of the same connection, for two threads. It closes with the later one.
     pub fn split(self) -> (Self, Self) {
         let low_water = LowWater::new(self.end.nature);
-        let other = Self { end: Arc::clone(&self.end), sent: 0, stall: self.stall, quiet: false, low_water };
+        let end = Arc::clone(&self.end);
+        let other = Self { end, sent: 0, stall: self.stall, quiet: false, prompt: false, low_water };
         (self, other)
     }
 

@@ -140,6 +140,10 @@ impl StreamChannel {
                     Ok(0) => return self.await_child(stop).map(|()| 0),
                     Ok(count) => {
                         self.low_water.took(count, room);
+                        if self.prompt {
+                            // The kernel forgets it with the next bytes.
+                            self.acknowledge_at_once();
+                        }
                         return Ok(count);
                     }
                     Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
@@ -180,6 +184,10 @@ impl ByteSource for StreamChannel {
 
     fn set_quiet(&mut self, quiet: bool) {
         self.quiet = quiet;
+    }
+
+    fn set_prompt(&mut self, prompt: bool) {
+        self.prompt = prompt;
     }
 
     fn outlast(&mut self, limit: Duration) {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::{Fault, PAGE, Plan};
+use crate::engine::{FIRST_ROOM, is_mark};
 use crate::session::sim::plan::Rng;
 use crate::session::{NewConnection, Reconnect};
 use crate::stream::native::{Answer, GREETING, MAX_VERSION, Order, decode_state_section, hello_pong};
@@ -19,6 +20,8 @@ pub(super) type Shared = Arc<Mutex<Destination>>;
 
 /// Waits for less are looks.
 const LOOK: Duration = Duration::from_secs(1);
+/// Pages of a batch that nobody waits for, at the most, and of the host page that it completes.
+const BATCH: u64 = 64 + 16;
 /// Steps in which an answer that is waited for must come.
 const STEPS: usize = 5000;
 
@@ -64,6 +67,12 @@ pub(super) struct Destination {
     pub(super) swallowed: u64,
     /// Another connection is there, and the source has not said RESUME on it.
     recovering: bool,
+    /// Marks between pages that are not answered yet, with the pages in front of each.
+    marks: VecDeque<(u32, u64)>,
+    /// Pages that came behind the package and nobody waited for, and of them those that the source knows of; `None` until it
+    /// knows of any.
+    filled: u64,
+    known: Option<u64>,
     /// Host pages that were asked for and have not come, by block and first page.
     outstanding: Vec<(usize, u64)>,
     replies: VecDeque<u8>,
@@ -114,6 +123,9 @@ impl Destination {
             cut: false,
             swallowed: 0,
             recovering: false,
+            marks: VecDeque::new(),
+            filled: 0,
+            known: None,
             outstanding: Vec::new(),
             replies: VecDeque::new(),
             hosts: plan.blocks.iter().map(|(_, host)| *host).collect(),
@@ -194,6 +206,7 @@ impl Destination {
                 self.say(Message::Pong(GREETING));
                 self.say(Message::Pong(hello_pong(MAX_VERSION)));
             }
+            Command::Ping(value) if is_mark(value) => self.marks.push_back((value, self.filled)),
             Command::Ping(value) => self.say(Message::Pong(value)),
             Command::PostcopyRamDiscard(discard) => {
                 let block =
@@ -266,6 +279,12 @@ impl Destination {
             for (at, number) in (first..).zip(std::mem::take(&mut self.arriving)) {
                 self.pages[block][at as usize] = Some(number);
             }
+            if !self.outstanding.contains(&(block, first)) {
+                self.filled += host;
+            }
+            if self.known.is_none() && self.filled > FIRST_ROOM + BATCH {
+                self.violations.push("too many pages are ahead of what was answered".into());
+            }
             self.outstanding.retain(|page| *page != (block, first));
         }
     }
@@ -277,6 +296,8 @@ impl Destination {
         self.arriving.clear();
         self.replies.clear();
         self.input.clear();
+        self.marks.clear();
+        (self.filled, self.known) = (0, None);
         self.lost_recovering += u64::from(self.recovering);
         match self.start {
             // A QEMU before 10.2 has given itself up by RUN, and starts the guest; a later one discards it.
@@ -348,6 +369,12 @@ impl Destination {
         }
         if matches!(self.start, Start::Loading(_) | Start::Done) && self.rng.one_in(self.fault_every) {
             self.ask();
+        }
+        if self.rng.one_in(2)
+            && let Some((value, filled)) = self.marks.pop_front()
+        {
+            self.known = Some(filled);
+            self.say(Message::Pong(value));
         }
         match self.start {
             Start::Loading(0) if self.fault == Fault::Load => {
