@@ -7,7 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use super::output::{self, note};
 use super::signals;
-use super::{bench, demo, devices, guardian, inspect, receive, relay, report, send};
+use super::{bench, demo, devices, guardian, inspect, pager, receive, relay, report, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
@@ -44,6 +44,8 @@ enum Command {
     Relay(relay::Args),
     /// Send a guest that a folder holds to a waiting QEMU or ramwire
     Send(send::Args),
+    /// Serve the memory of Firecracker guests from a snapshot
+    Pager(pager::Args),
     /// Print the structure of a captured stream
     Inspect(inspect::Args),
     /// Make a page with pictures of a run's log
@@ -128,6 +130,7 @@ pub fn run() -> ExitCode {
         Command::Receive(args) => receive::run(&args),
         Command::Relay(args) => relay::run(&args),
         Command::Send(args) => send::run(&args),
+        Command::Pager(args) => pager::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Devices(args) => devices::run(&args),

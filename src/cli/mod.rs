@@ -11,6 +11,7 @@ mod guardian;
 mod inspect;
 mod metrics;
 mod output;
+mod pager;
 #[allow(dead_code, reason = "shared by the reports that draw")]
 mod plot;
 mod postcopy;

@@ -7,6 +7,7 @@ use crate::engine::{ChannelMismatch, LostPages};
 use crate::error::Remedy;
 use crate::guest::{DirtyError, GuestError, LayoutChange, ServeError};
 use crate::ram::BlockName;
+use crate::session::pager::HandedError;
 use crate::stream::DecodeError;
 use crate::sys::Loss;
 use crate::transport::{ChannelError, MoveError, Side};
@@ -143,6 +144,9 @@ pub enum Error {
     /// Somebody asked for the end.
     #[error("cancelled; the guest runs on at the source")]
     Cancelled,
+    /// What another process says of its memory.
+    #[error(transparent)]
+    Handed(#[from] HandedError),
     /// A thread could not be started.
     #[error("thread {name} could not be started")]
     Thread {
@@ -182,6 +186,7 @@ impl Error {
         use crate::sys::StopReason;
         match self {
             Self::Config { .. } | Self::Channels(_) => ErrorKind::Config,
+            Self::Handed(_) => ErrorKind::Peer,
             Self::Control { .. }
             | Self::Panicked { .. }
             | Self::StandsStill { .. }

@@ -33,11 +33,11 @@ pub use destination::{
 pub use digest::Mismatch;
 pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, Canceller, MigrationHandle};
-pub use pager::PageFailure;
+pub use pager::{HandedError, HandedRegion, LazyProgress, PageFailure, ServeSettings, ServedMemory};
 pub use relay::{
     ConnectFn, Guard, Held, Kept, Notice, NoticeFn, Relay, RelayControl, RelayReport, ScanReport,
 };
-pub use restore::{LazyPages, LazyProgress, RestoreSession, RestoreSettings, RestoreWay, Restored};
+pub use restore::{LazyPages, RestoreSession, RestoreSettings, RestoreWay, Restored};
 pub use run_log::RunLog;
 pub(crate) use source::{Clock, WallClock};
 pub use source::{NewConnection, Reconnect, Redial, SourceGuest, SourceReport, SourceSession};

@@ -5,6 +5,7 @@
 pub(crate) mod blocked;
 mod descriptors;
 mod faults;
+mod handed_faults;
 mod host_region;
 #[cfg(feature = "kvm")]
 mod kvm_dirty;
@@ -23,6 +24,7 @@ mod nic_region;
 mod numa;
 mod pagemap_scan;
 mod parts;
+mod peer;
 mod placed_io;
 mod random;
 mod room;
@@ -47,6 +49,7 @@ pub use descriptors::{duplicate, take_inherited_fd};
 pub(crate) use faults::FaultWatch;
 #[cfg(test)]
 pub(crate) use faults::thread_page_faults;
+pub use handed_faults::{HandedEvent, HandedFaults, HandedFaultsError, Placement};
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
 #[cfg(feature = "kvm")]
 pub(crate) use kvm_dirty::KvmLog;
@@ -65,6 +68,7 @@ pub use numa::{keep_to_cpus, nodes_of_pages, numa_nodes, own_cpus};
 pub(crate) use pagemap_scan::Pagemap;
 pub(crate) use parts::{FdKind, MAX_PARTS, recv_parts, send_parts};
 pub use parts::{RecvPart, SendPart};
+pub use peer::{PeerProcess, peer_process};
 pub(crate) use placed_io::{read_at, write_at};
 pub(crate) use random::random_id;
 pub use room::{MemoryBound, MemoryRoom, memory_room};

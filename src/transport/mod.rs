@@ -39,7 +39,7 @@ pub use open::{
     Address, AddressError, AllowError, AllowList, ConnectionOptions, DECISION_TIMEOUT, Listener, Obstacle,
     OpenError, RdmaOptions, Target, WhyNoRdma, connect, open_source, rdma_address, why_no_rdma,
 };
-pub use page_supply::PageSupply;
+pub use page_supply::{PageSupply, StoredMemory};
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 #[cfg(any(test, feature = "testing"))]
 pub use testing::{Fault, FaultKind, Faulty, Loopback, LoopbackSink, LoopbackSource, loopback};

@@ -1,8 +1,16 @@
 //! Where the pages are read of a guest that runs already.
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
-use crate::units::BlockIndex;
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
+use super::MappedDestination;
+use crate::ram::PageBitmap;
+use crate::units::{BlockIndex, PageIndex, PageSize};
 
 /// Memory at rest, whose pages are read in any order, by several threads side by side.
 pub trait PageSupply: Send + Sync {
@@ -14,4 +22,179 @@ pub trait PageSupply: Send + Sync {
 
     /// What errors call it.
     fn name(&self) -> String;
+}
+
+/// Memory at rest in one piece: a file of nothing else, or the RAM blocks of a mapped-ram file in the order of its list, one
+/// behind the other.
+pub struct StoredMemory {
+    parts: Vec<Part>,
+    contents: Contents,
+}
+
+struct Part {
+    block: BlockIndex,
+    start: u64,
+    len: u64,
+}
+
+enum Contents {
+    Plain { file: File, name: String },
+    Mapped(super::MappedPages),
+}
+
+impl std::fmt::Debug for StoredMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoredMemory").field("name", &self.name()).field("len", &self.len()).finish()
+    }
+}
+
+impl StoredMemory {
+    /// A file that is memory from its first byte to its last. It must not change while it is used.
+    ///
+    /// # Errors
+    /// It can't be opened, or is no plain file.
+    pub fn plain(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let about = file.metadata()?;
+        if !about.is_file() {
+            return Err(io::Error::other("it is no plain file: only there have pages places"));
+        }
+        let parts = vec![Part { block: BlockIndex(0), start: 0, len: about.len() }];
+        Ok(Self { parts, contents: Contents::Plain { file, name: path.display().to_string() } })
+    }
+
+    /// The memory in a mapped-ram file; blocks that are not in it are left out.
+    pub fn mapped(file: &MappedDestination) -> Self {
+        let pages = file.own_pages();
+        let mut start = 0;
+        let parts = pages.blocks().filter_map(|block| {
+            let len = pages.len(block)?;
+            start += len;
+            Some(Part { block, start: start - len, len })
+        });
+        Self { parts: parts.collect(), contents: Contents::Mapped(pages) }
+    }
+
+    /// Bytes of it.
+    pub fn len(&self) -> u64 {
+        self.parts.last().map_or(0, |part| part.start + part.len)
+    }
+
+    /// True for none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What errors call it.
+    pub fn name(&self) -> String {
+        match &self.contents {
+            Contents::Plain { name, .. } => name.clone(),
+            Contents::Mapped(pages) => pages.name(),
+        }
+    }
+
+    /// Fills `into` from `offset` on.
+    ///
+    /// # Errors
+    /// What read(2) says; the file was made shorter meanwhile.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        match &self.contents {
+            Contents::Plain { file, .. } => file.read_exact_at(into, offset),
+            Contents::Mapped(pages) => {
+                let (mut at, mut rest) = (offset, into);
+                for part in &self.parts {
+                    let end = part.start + part.len;
+                    if rest.is_empty() || at < part.start || at >= end {
+                        continue;
+                    }
+                    let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(rest.len());
+                    let (here, behind) = rest.split_at_mut(len);
+                    pages.read(part.block, at - part.start, here)?;
+                    (at, rest) = (at + len as u64, behind);
+                }
+                if rest.is_empty() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+            }
+        }
+    }
+
+    /// Which pages of a part of it hold something, the first one at `offset`: the others are zero.
+    pub fn present(&self, offset: u64, len: u64, page: PageSize) -> PageBitmap {
+        let mut map = PageBitmap::new(len / page.bytes());
+        let end = offset.saturating_add(len);
+        // Whatever touches a page makes it one that holds something.
+        let mut mark = |from: u64, to: u64| {
+            let (from, to) = (from.clamp(offset, end) - offset, to.clamp(offset, end) - offset);
+            if from < to {
+                map.set_range(from / page.bytes()..to.div_ceil(page.bytes()));
+            }
+        };
+        match &self.contents {
+            Contents::Plain { file, .. } => data(file, offset, end, mark),
+            Contents::Mapped(pages) => {
+                for part in &self.parts {
+                    let Some(present) = pages.present(part.block) else { continue };
+                    let own = part.len / present.len().max(1);
+                    let mut from = PageIndex(0);
+                    while let Some(run) = present.next_run(from, u64::MAX) {
+                        mark(part.start + run.start * own, part.start + run.end * own);
+                        from = PageIndex(run.end);
+                    }
+                }
+            }
+        }
+        map
+    }
+}
+
+/// Tells of the runs of a file that are no holes. A file system that does not tell has none. What a file has lost since it was
+/// opened is no hole: it can't be read.
+fn data(file: &File, mut at: u64, end: u64, mut mark: impl FnMut(u64, u64)) {
+    while at < end {
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => break,
+            Err(_) => at,
+        };
+        if start >= end {
+            break;
+        }
+        let stop = seek(file, SeekFrom::Hole(start)).ok().filter(|stop| *stop > start).unwrap_or(end);
+        mark(start, stop);
+        at = stop;
+    }
+    // Behind the search, so that a cut in the middle of it is noticed.
+    let len = file.metadata().map_or(0, |about| about.len());
+    mark(len.min(end), end);
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn holes_of_a_plain_file_are_known_and_nothing_is_read_behind_its_end() {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap());
+        let path = folder.path().join("memory");
+        let file = File::create(&path).unwrap();
+        file.set_len(64 * 4096).unwrap();
+        file.write_all_at(&[7; 100], 5 * 4096 + 50).unwrap();
+        file.write_all_at(&[8; 8192], 30 * 4096).unwrap();
+        let stored = StoredMemory::plain(&path).unwrap();
+        assert_eq!(stored.len(), 64 * 4096);
+        let map = stored.present(4 * 4096, 60 * 4096, PageSize::SIZE_4K);
+        assert_eq!(
+            (map.len(), map.count(), map.get(PageIndex(1)), map.get(PageIndex(26))),
+            (60, 3, true, true)
+        );
+        let mut bytes = [1; 4096];
+        stored.read_at(5 * 4096, &mut bytes).unwrap();
+        assert!(bytes[..50] == [0; 50] && bytes[50..150] == [7; 100]);
+        assert!(stored.read_at(63 * 4096 + 1, &mut bytes).is_err());
+        assert!(StoredMemory::plain(Path::new("/dev/null")).is_err());
+        // What is cut off is not zero.
+        file.set_len(20 * 4096).unwrap();
+        let map = stored.present(0, 64 * 4096, PageSize::SIZE_4K);
+        assert_eq!((map.count(), map.get(PageIndex(19)), map.get(PageIndex(20))), (45, false, true));
+    }
 }

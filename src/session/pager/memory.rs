@@ -11,11 +11,16 @@ use crate::units::{BlockIndex, PageSize};
 
 /// Why a page could not be placed, or a fault not be read.
 #[derive(Debug)]
-pub(in crate::session) struct PlaceError(pub(in crate::session) String);
+pub(in crate::session) enum PlaceError {
+    /// The process whose memory it is has ended.
+    Gone,
+    /// The kernel's answer, in words.
+    Failed(String),
+}
 
 impl From<GuestError> for PlaceError {
     fn from(error: GuestError) -> Self {
-        Self(Chain(&error).to_string())
+        Self::Failed(Chain(&error).to_string())
     }
 }
 
@@ -79,7 +84,7 @@ impl PagedMemory for GuestPages {
 
     fn next_fault(&self) -> Result<Option<PageRun>, PlaceError> {
         loop {
-            let fault = self.faults.next().map_err(|error| PlaceError(error.to_string()))?;
+            let fault = self.faults.next().map_err(|error| PlaceError::Failed(error.to_string()))?;
             let Some(fault) = fault else { return Ok(None) };
             if let Some(landing) = self.placer.host_page_at(fault) {
                 return Ok(Some(self.placer.run(landing)));

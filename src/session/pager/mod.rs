@@ -1,6 +1,8 @@
 //! Memory that is filled while it is used: threads that serve its faults, and threads that read the rest.
 
+mod handed;
 mod memory;
+mod served;
 
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,11 +12,16 @@ use rustix::event::PollFlags;
 
 use crate::engine::{FaultAnswer, Fill};
 use crate::error::Chain;
+use crate::observe::LatencySummary;
 use crate::ram::PageRun;
 use crate::sys::{CancelToken, Lock as _, Stop};
 use crate::transport::PageSupply;
 use crate::units::{BlockIndex, PageIndex, PageSize};
+pub use handed::{HandedError, HandedRegion};
 pub(super) use memory::{GuestPages, PagedMemory, PlaceError};
+
+pub(super) use served::holes;
+pub use served::{ServeSettings, ServedMemory};
 
 /// Bytes that are placed at once: no fault is answered meanwhile.
 const PLACE: u64 = 64 << 10;
@@ -35,6 +42,22 @@ pub struct PageFailure {
     pub file: String,
     /// The kernel's answer.
     pub why: String,
+}
+
+/// How far a memory is that is filled while it is used.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LazyProgress {
+    /// Target pages that are still to come.
+    pub missing: u64,
+    /// Of them, those that could not be read.
+    pub failed: u64,
+    /// Faults: threads that had to wait for a page.
+    pub faults: u64,
+    /// Target pages that were read for them.
+    pub urgent: u64,
+    /// From the fault to the page in place.
+    pub latency: LatencySummary,
 }
 
 /// What the threads of a memory share.
@@ -113,9 +136,11 @@ impl Filling {
                 match self.memory.next_fault() {
                     Ok(Some(page)) => self.serve(page, &mut buffer),
                     Ok(None) => break,
-                    Err(PlaceError(why)) => {
+                    Err(PlaceError::Gone) => return self.end(),
+                    Err(PlaceError::Failed(why)) => {
                         let first = PageRun { block: BlockIndex(0), first: PageIndex(0), pages: 1 };
-                        self.failed(first, PlaceError(format!("reading the faults of missing pages: {why}")));
+                        let why = format!("reading the faults of missing pages: {why}");
+                        self.failed(first, PlaceError::Failed(why));
                         return self.end();
                     }
                 }
@@ -172,7 +197,7 @@ impl Filling {
                     rest = behind;
                 }
             }
-            Err(error) => self.failed(run, PlaceError(error.to_string())),
+            Err(error) => self.failed(run, PlaceError::Failed(error.to_string())),
         }
     }
 
@@ -197,18 +222,35 @@ impl Filling {
         }
     }
 
-    fn failed(&self, run: PageRun, PlaceError(why): PlaceError) {
+    fn failed(&self, run: PageRun, error: PlaceError) {
+        let why = match error {
+            PlaceError::Gone => return self.end(),
+            PlaceError::Failed(why) => why,
+        };
         let failure = PageFailure {
             block: self.memory.block_name(run.block),
             offset: run.offset(self.page).map_or(u64::MAX, |offset| offset.0),
             file: self.supply.name(),
             why,
         };
-        tracing::error!(error = %Chain(&failure), "a page is missing");
+        tracing::warn!(error = %Chain(&failure), "a page is missing");
         self.change(|state| {
             state.fill.failed(run);
             state.failure.get_or_insert(failure);
         });
+    }
+
+    /// How far it is.
+    pub(super) fn progress(&self) -> LazyProgress {
+        let state = self.state();
+        let counts = state.fill.counts();
+        LazyProgress {
+            missing: counts.missing,
+            failed: counts.failed,
+            faults: counts.faults,
+            urgent: counts.urgent,
+            latency: state.fill.latency().summary(),
+        }
     }
 
     /// What could not be had is tried again. How many target pages those are.

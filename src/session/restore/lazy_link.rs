@@ -15,7 +15,7 @@ use crate::units::{BlockIndex, PageIndex};
 
 use super::lazy_pages::LazyPages;
 use super::{RestoreSettings, working_set};
-use crate::session::pager::{Filling, GuestPages};
+use crate::session::pager::{Filling, GuestPages, holes};
 
 /// The stream of a file; faults are served from the moment on that there is memory.
 pub(super) struct LazyLink {
@@ -102,14 +102,9 @@ fn mark_holes(placer: &Placer, fill: &Fill) {
     let table = placer.memory().table();
     for (index, block) in (0..).map(BlockIndex).zip(table.blocks()) {
         let Some(missing) = fill.missing(index).filter(|_| !block.flags.ignored) else { continue };
-        let (mut at, pages) = (0, table.pages_of(block));
-        while at < pages {
-            let run = missing.next_run(PageIndex(at), u64::MAX).unwrap_or(pages..pages);
-            if run.start > at {
-                placer.written(PageRun { block: index, first: PageIndex(at), pages: run.start - at });
-                placer.count_zero(run.start - at);
-            }
-            at = run.end;
-        }
+        holes(missing, table.pages_of(block), |first, pages| {
+            placer.written(PageRun { block: index, first: PageIndex(first), pages });
+            placer.count_zero(pages);
+        });
     }
 }

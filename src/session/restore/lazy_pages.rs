@@ -5,33 +5,16 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crate::guest::GuestMemory;
-use crate::observe::LatencySummary;
 
 use super::{RestoreSettings, working_set};
 use crate::session::Error;
-use crate::session::pager::{Filling, PageFailure};
+use crate::session::pager::{Filling, LazyProgress, PageFailure};
 
 /// Threads that serve faults: while one reads a page, the other answers.
 const FAULT_THREADS: usize = 2;
 
 /// Most threads that read the rest, where nobody says how many.
 const MAX_READERS: usize = 4;
-
-/// How far the memory of a guest is that runs.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct LazyProgress {
-    /// Target pages that are still to come.
-    pub missing: u64,
-    /// Of them, those that could not be read.
-    pub failed: u64,
-    /// Faults: threads that had to wait for a page.
-    pub faults: u64,
-    /// Target pages that were read for them.
-    pub urgent: u64,
-    /// From the fault to the page in place.
-    pub latency: LatencySummary,
-}
 
 /// The memory of a guest that runs while it is read from a file.
 ///
@@ -66,15 +49,7 @@ impl LazyPages {
 
     /// How far it is.
     pub fn progress(&self) -> LazyProgress {
-        let state = self.filling.state();
-        let counts = state.fill.counts();
-        LazyProgress {
-            missing: counts.missing,
-            failed: counts.failed,
-            faults: counts.faults,
-            urgent: counts.urgent,
-            latency: state.fill.latency().summary(),
-        }
+        self.filling.progress()
     }
 
     /// The first page that could not be read, since the last [`retry`](Self::retry). The others are read all the same.

@@ -18,7 +18,7 @@ use crate::transport::{Address, DestinationConnection, MappedDestination, OpenEr
 
 use super::{DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, Error};
 use lazy_link::LazyLink;
-pub use lazy_pages::{LazyPages, LazyProgress};
+pub use lazy_pages::LazyPages;
 
 /// When the memory of a guest is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,0 +1,106 @@
+//! The socket that VMMs connect to, and who may.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ramwire::sys::{Stop, peer_process};
+use rustix::event::PollFlags;
+use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
+
+use super::super::output::note;
+
+/// Rest after an accept that failed, as where no descriptor is left.
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The socket. Its file is taken away at the end.
+pub(super) struct Listening {
+    listener: UnixListener,
+    path: PathBuf,
+    allowed: Vec<u32>,
+}
+
+/// A process that has connected, and may.
+pub(super) struct Stranger {
+    pub(super) connection: UnixStream,
+    /// Readable when the process has ended; `None` where that can't be watched.
+    pub(super) process: Option<OwnedFd>,
+    pub(super) name: String,
+}
+
+impl Listening {
+    /// Listens at `path`. A socket that nobody listens at any more is replaced.
+    pub(super) fn at(path: &Path, allow: &[u32]) -> Result<Self, String> {
+        let failed = |error: io::Error| format!("--listen unix:{}: {error}", path.display());
+        let is_socket = fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket());
+        if is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+        {
+            fs::remove_file(path).map_err(failed)?;
+        }
+        let listener = UnixListener::bind(path).map_err(|error| {
+            let hint = if error.kind() == io::ErrorKind::AddrInUse {
+                "; end who listens there, or name another path"
+            } else {
+                ""
+            };
+            format!("{}{hint}", failed(error))
+        })?;
+        // Who may is decided by who connects; who may not need not reach it, where that is only ourselves.
+        let mode = if allow.is_empty() { 0o600 } else { 0o666 };
+        let set = fs::set_permissions(path, fs::Permissions::from_mode(mode));
+        let set = set.and_then(|()| listener.set_nonblocking(true));
+        let this =
+            Self { listener, path: path.to_owned(), allowed: [&[0, geteuid().as_raw()], allow].concat() };
+        set.map_err(failed)?;
+        Ok(this)
+    }
+
+    /// The next process that may be served; `None` when it is time to stop.
+    ///
+    /// # Errors
+    /// What poll(2) says.
+    pub(super) fn next(&self, stop: &Stop) -> io::Result<Option<Stranger>> {
+        while stop.wait(self.listener.as_fd(), PollFlags::IN)?.is_none() {
+            let connection = match self.listener.accept() {
+                Ok((connection, _)) => connection,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) => {
+                    note!("ramwire pager: a VMM could not be taken: {error}");
+                    let _ = stop.sleep(RETRY_INTERVAL);
+                    continue;
+                }
+            };
+            match self.checked(connection) {
+                Ok(stranger) => return Ok(Some(stranger)),
+                Err(why) => note!("ramwire pager: {why}"),
+            }
+        }
+        Ok(None)
+    }
+
+    fn checked(&self, connection: UnixStream) -> Result<Stranger, String> {
+        let who = peer_process(connection.as_fd())
+            .map_err(|error| format!("a VMM was refused: who it is can't be seen: {error}"))?;
+        let uid = who.uid;
+        let name = match who.pid {
+            Some(pid) => format!("process {pid} of user {uid}"),
+            None => format!("a process of user {uid}"),
+        };
+        if !self.allowed.contains(&uid) {
+            return Err(format!("{name} was refused; --allow-uid {uid} lets it in"));
+        }
+        let pid = who.pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        Ok(Stranger { connection, process, name })
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}

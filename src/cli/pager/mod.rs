@@ -1,0 +1,139 @@
+//! `ramwire pager`: the memory of other VMMs' guests, read from a snapshot when it is touched.
+
+mod firecracker;
+mod handoff;
+mod listen;
+mod vmm;
+
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use ramwire::session::Spawner;
+use ramwire::sys::{CancelToken, Stop};
+use ramwire::transport::{Address, MappedDestination, StoredMemory, Target};
+
+use super::args::Exit;
+use super::common::{failed, human_bytes};
+use super::output::note;
+use super::signals::cancel_on_signal;
+use firecracker::Firecracker;
+use handoff::HandOff;
+use listen::Listening;
+use vmm::Vmm;
+
+/// Serves the memory of Firecracker guests that are restored from a snapshot with a userfaultfd (`mem_backend` of type Uffd):
+/// what a guest touches is read at once, the rest behind it.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "EXAMPLES:
+    # Serve the memory file of a snapshot to every Firecracker that asks
+    ramwire pager --listen unix:/run/vm.uffd --from vm.mem
+    # then load it: PUT /snapshot/load with
+    # \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/vm.uffd\"}
+
+    # The same of a file of QEMU's mapped-ram format, whose RAM blocks lie one behind the other
+    ramwire pager --listen unix:/run/vm.uffd --from mapped:vm.save
+
+A guest waits where it touches what is missing, and waits for ever if this process ends before it has read all: restart
+the VMM from its snapshot then.")]
+pub(super) struct Args {
+    /// Where VMMs connect: unix:PATH
+    #[arg(long, value_name = "unix:PATH")]
+    listen: Address,
+    /// The memory: a file of nothing else (Firecracker's mem_file), or mapped:PATH. It must not change meanwhile
+    #[arg(long, value_name = "FILE|mapped:PATH")]
+    from: From,
+    /// Whose VMMs may connect, by user id, beside root's and this process's own; repeat for more
+    #[arg(long, value_name = "UID")]
+    allow_uid: Vec<u32>,
+    /// Most VMMs that are served at a time; another one is refused
+    #[arg(long, value_name = "N", default_value = "64", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    max_vmms: u16,
+}
+
+/// A memory that is to be served.
+#[derive(Clone, Debug)]
+enum From {
+    Plain(String),
+    Mapped(Address),
+}
+
+impl FromStr for From {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if !text.starts_with("mapped:") {
+            return Ok(Self::Plain(text.to_owned()));
+        }
+        text.parse().map(Self::Mapped).map_err(|error: ramwire::transport::AddressError| error.to_string())
+    }
+}
+
+impl From {
+    fn open(&self) -> Result<StoredMemory, Box<dyn std::error::Error>> {
+        match self {
+            Self::Mapped(address) => Ok(StoredMemory::mapped(&MappedDestination::open(address)?)),
+            Self::Plain(path) => Ok(StoredMemory::plain(Path::new(path))
+                .map_err(|error| format!("{path}: {error}; give the memory file of a snapshot"))?),
+        }
+    }
+}
+
+pub(super) fn run(args: &Args) -> Exit {
+    match serve(args) {
+        Ok(()) => Exit::Done,
+        Err(error) => failed("pager", &*error),
+    }
+}
+
+fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+    let Target::Path(path) = args.listen.target() else {
+        return Err(format!("--listen {}: VMMs connect to a UNIX socket; give unix:PATH", args.listen).into());
+    };
+    if args.listen.scheme() != "unix" {
+        return Err(format!("--listen {}: VMMs connect to a UNIX socket; give unix:PATH", args.listen).into());
+    }
+    let memory = Arc::new(args.from.open()?);
+    let listening = Listening::at(path, &args.allow_uid)?;
+    let cancel = CancelToken::default();
+    let _signals = cancel_on_signal(vec![cancel.clone()]);
+    note!("ramwire pager: {} of memory from {}", human_bytes(memory.len()), memory.name());
+    note!("listening on {}", args.listen);
+    let (stop, spawner, served) = (Stop::on(&cancel), Spawner::default(), Arc::new(AtomicUsize::new(0)));
+    let mut threads = Vec::new();
+    while let Some(stranger) = listening.next(&stop)? {
+        threads.retain(|thread: &std::thread::JoinHandle<()>| !thread.is_finished());
+        let name = stranger.name.clone();
+        if served.load(Ordering::Acquire) >= usize::from(args.max_vmms) {
+            note!(
+                "ramwire pager: {name} was refused: {} VMMs are served, which is the most (--max-vmms)",
+                args.max_vmms
+            );
+            continue;
+        }
+        served.fetch_add(1, Ordering::AcqRel);
+        let vmm = Vmm { stranger, memory: Arc::clone(&memory), spawner: spawner.clone(), stop: stop.clone() };
+        let (count, protocol): (_, &'static dyn HandOff) = (Arc::clone(&served), &Firecracker);
+        let job = move || {
+            vmm.serve(protocol);
+            count.fetch_sub(1, Ordering::AcqRel);
+        };
+        match spawner.spawn("ramwire-vmm", Box::new(job)) {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                served.fetch_sub(1, Ordering::AcqRel);
+                note!("ramwire pager: {name} was refused: {error}");
+            }
+        }
+    }
+    let left = served.load(Ordering::Acquire);
+    if left > 0 {
+        note!("ramwire pager: {left} VMMs are served no more; their guests wait where memory is missing");
+    }
+    for thread in threads {
+        // A panic there was reported where it happened.
+        let _ = thread.join();
+    }
+    Ok(())
+}

@@ -1,0 +1,344 @@
+//! Memory of another process, whose faults it has handed to this one: a VMM that starts a guest of its own from a snapshot.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
+
+use rustix::event::epoll;
+
+use crate::ram::{AtomicBitmap, PageRun};
+use crate::sys::{HandedEvent, HandedFaults, HandedFaultsError, Lock as _, Placement, WakeEvent};
+use crate::units::{BlockIndex, PageIndex, PageSize};
+
+use super::memory::{PagedMemory, PlaceError};
+
+/// The unit in which is remembered what has come.
+pub(super) const PAGE: PageSize = PageSize::SIZE_4K;
+
+/// Most regions of one memory.
+const MAX_REGIONS: usize = 4096;
+
+/// Addresses of user space end below this.
+const MAX_ADDRESS: u64 = 1 << 56;
+
+/// A part of another process's memory, and where its contents lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HandedRegion {
+    /// Its first address in that process.
+    pub address: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Bytes of a page of that memory.
+    pub page: u64,
+    /// Where its contents begin in the stored memory, in bytes.
+    pub offset: u64,
+}
+
+/// Memory that can't be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandedError {
+    /// There is nothing to serve, or too much.
+    #[error("{count} regions of memory were handed over; 1 to {MAX_REGIONS} are served")]
+    Count {
+        /// How many.
+        count: usize,
+    },
+    /// A region makes no sense.
+    #[error("region {index} of the memory that was handed over: its {field} is {value:#x}, {why}")]
+    Region {
+        /// Which, from 0 on.
+        index: usize,
+        /// The field.
+        field: &'static str,
+        /// What it holds.
+        value: u64,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The descriptor.
+    #[error(transparent)]
+    Faults(#[from] HandedFaultsError),
+    /// No descriptor is left for waiting, or no memory.
+    #[error("waiting for faults can't be set up")]
+    Kernel(#[from] io::Error),
+}
+
+/// Checks what another process says of its memory, of which `stored` bytes are at rest.
+pub(super) fn checked(regions: &[HandedRegion], stored: u64) -> Result<(), HandedError> {
+    if regions.is_empty() || regions.len() > MAX_REGIONS {
+        return Err(HandedError::Count { count: regions.len() });
+    }
+    let mut ranges: Vec<(u64, u64)> = Vec::with_capacity(regions.len());
+    for (index, region) in regions.iter().enumerate() {
+        let HandedRegion { address, len, page, offset } = *region;
+        let refuse = |field, value, why: String| Err(HandedError::Region { index, field, value, why });
+        if ![PAGE.bytes(), PageSize::SIZE_2M.bytes()].contains(&page) {
+            return refuse("page size", page, "and pages of 4 KiB and 2 MiB are served".into());
+        }
+        let odd = |value: u64| !value.is_multiple_of(page);
+        if len == 0 || odd(len) {
+            return refuse("size", len, format!("which is not in whole pages of {page} bytes"));
+        }
+        if odd(address) {
+            return refuse("address", address, format!("which is inside a page of {page} bytes"));
+        }
+        let Some(end) = address.checked_add(len).filter(|end| *end <= MAX_ADDRESS && address > 0) else {
+            return refuse("address", address, format!("where no process has {len} bytes"));
+        };
+        if !offset.is_multiple_of(PAGE.bytes()) {
+            return refuse("offset", offset, "which is inside a page".into());
+        }
+        if offset.checked_add(len).is_none_or(|end| end > stored) {
+            return refuse(
+                "offset",
+                offset,
+                format!("and {len} bytes from there on end behind the {stored} that are stored"),
+            );
+        }
+        if let Some(other) = ranges.iter().position(|(start, stop)| address < *stop && *start < end) {
+            return refuse("address", address, format!("which is in region {other}, too"));
+        }
+        ranges.push((address, end));
+    }
+    Ok(())
+}
+
+struct Region {
+    range: Range<usize>,
+    page: PageSize,
+    /// Pages that were placed, are zero, or were given back.
+    come: AtomicBitmap,
+}
+
+/// The memory as the threads see it that fill it.
+///
+/// # Orders that hold
+///
+/// The event of a removed page is read and the page marked in one step, as other threads see it, and pages are placed in
+/// another: what was given back is never placed again.
+pub(super) struct HandedPages {
+    faults: HandedFaults,
+    regions: Vec<Region>,
+    /// Held while events are read and pages placed. Faults that were read to get at other events.
+    turn: Mutex<VecDeque<PageRun>>,
+    /// Raised while there are such faults.
+    left: WakeEvent,
+    /// Readable while there is an event, or such a fault.
+    ready: OwnedFd,
+}
+
+impl HandedPages {
+    /// `regions` were [`checked`].
+    pub(super) fn new(fd: OwnedFd, regions: &[HandedRegion]) -> Result<Self, HandedError> {
+        let faults = HandedFaults::adopt(fd)?;
+        let left = WakeEvent::new()?;
+        let ready = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
+        for (which, fd) in [(0, faults.as_fd()), (1, left.as_fd())] {
+            let data = epoll::EventData::new_u64(which);
+            epoll::add(&ready, fd, data, epoll::EventFlags::IN).map_err(io::Error::from)?;
+        }
+        let region = |region: &HandedRegion| Region {
+            range: region.address as usize..(region.address + region.len) as usize,
+            page: PageSize::from_bytes(region.page).unwrap_or(PAGE),
+            come: AtomicBitmap::new(region.len / PAGE.bytes()),
+        };
+        let regions = regions.iter().map(region).collect();
+        Ok(Self { faults, regions, turn: Mutex::default(), left, ready })
+    }
+
+    /// These are zero.
+    pub(super) fn mark(&self, run: PageRun) {
+        if let Some(region) = self.regions.get(run.block.as_usize()) {
+            region.come.set(run.first, run.pages);
+        }
+    }
+
+    /// The host page at an address.
+    fn page_at(&self, address: usize) -> Option<PageRun> {
+        let index = self.regions.iter().position(|region| region.range.contains(&address))?;
+        let region = self.regions.get(index)?;
+        let page = region.page.bytes();
+        let offset = (address - region.range.start) as u64 / page * page;
+        let pages = page / PAGE.bytes();
+        Some(PageRun { block: BlockIndex(index as u32), first: PageIndex(offset / PAGE.bytes()), pages })
+    }
+
+    fn removed(&self, gone: &Range<usize>) {
+        for region in &self.regions {
+            let (start, end) = (gone.start.max(region.range.start), gone.end.min(region.range.end));
+            if start < end {
+                let first = (start - region.range.start) as u64 / PAGE.bytes();
+                let stop = ((end - region.range.start) as u64).div_ceil(PAGE.bytes());
+                region.come.set(PageIndex(first), stop - first);
+            }
+        }
+    }
+
+    /// Reads events up to a fault.
+    fn read_fault(&self) -> Result<Option<PageRun>, PlaceError> {
+        loop {
+            match self.faults.next_event().map_err(|error| PlaceError::Failed(error.to_string()))? {
+                Some(HandedEvent::Fault(address)) => match self.page_at(address) {
+                    Some(page) => return Ok(Some(page)),
+                    None => tracing::warn!(address, "a fault outside of the regions that were handed over"),
+                },
+                Some(HandedEvent::Removed(range)) => self.removed(&range),
+                Some(HandedEvent::Other) => {}
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// Something has to be read before anything is placed.
+    fn read_events(&self, faults: &mut VecDeque<PageRun>) -> Result<(), PlaceError> {
+        while let Some(fault) = self.read_fault()? {
+            faults.push_back(fault);
+            self.left.raise();
+        }
+        Ok(())
+    }
+
+    fn address(&self, run: PageRun) -> Option<(&Region, usize)> {
+        let region = self.regions.get(run.block.as_usize())?;
+        Some((region, region.range.start + (run.first.0 * PAGE.bytes()) as usize))
+    }
+
+    /// Places a host page and those behind it that have not come either, as many as the kernel takes at once. How many target
+    /// pages were dealt with.
+    fn place_some(&self, run: PageRun, bytes: &[u8]) -> Result<u64, PlaceError> {
+        let Some((region, address)) = self.address(run) else { return Ok(run.pages) };
+        let host = region.page.bytes() / PAGE.bytes();
+        let has_come = |at: u64| region.come.get(PageIndex(run.first.0 + at));
+        let mut faults = self.turn.locked();
+        if has_come(0) {
+            return Ok(host);
+        }
+        let pages = (0..run.pages).step_by(host as usize).find(|at| has_come(*at)).unwrap_or(run.pages);
+        let len = (pages * PAGE.bytes()) as usize;
+        let placed = self.faults.place(address, bytes.get(..len).unwrap_or(bytes));
+        let done = match placed.map_err(|error| PlaceError::Failed(error.to_string()))? {
+            Placement::Placed(count) => count as u64 / PAGE.bytes(),
+            Placement::There | Placement::Unmapped => host,
+            Placement::Later => {
+                self.read_events(&mut faults)?;
+                drop(faults);
+                // The one that gives pages back goes on.
+                std::thread::yield_now();
+                return Ok(0);
+            }
+            Placement::Gone => return Err(PlaceError::Gone),
+        };
+        region.come.set(run.first, done);
+        Ok(done)
+    }
+}
+
+impl PagedMemory for HandedPages {
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.ready.as_fd()
+    }
+
+    fn next_fault(&self) -> Result<Option<PageRun>, PlaceError> {
+        let mut faults = self.turn.locked();
+        if let Some(fault) = faults.pop_front() {
+            return Ok(Some(fault));
+        }
+        self.left.clear();
+        self.read_fault()
+    }
+
+    fn has_come(&self, page: PageRun) -> bool {
+        self.regions.get(page.block.as_usize()).is_none_or(|region| region.come.get(page.first))
+    }
+
+    fn place(&self, run: PageRun, bytes: &[u8]) -> Result<(), PlaceError> {
+        let mut rest = Some(run);
+        while let Some(run_left) = rest {
+            let from = ((run_left.first.0 - run.first.0) * PAGE.bytes()) as usize;
+            match self.place_some(run_left, bytes.get(from..).unwrap_or_default())? {
+                0 => {}
+                done => rest = run_left.split_at(done).1,
+            }
+        }
+        // Who waits for a page that was given back meanwhile asks again.
+        if let Some((_, address)) = self.address(run) {
+            self.faults.wake(address, (run.pages * PAGE.bytes()) as usize);
+        }
+        Ok(())
+    }
+
+    fn answer_received(&self, page: PageRun) -> Result<(), PlaceError> {
+        let Some((region, address)) = self.address(page) else { return Ok(()) };
+        let len = region.page.bytes() as usize;
+        loop {
+            let mut faults = self.turn.locked();
+            let placed = self.faults.place_zero(address, len);
+            match placed.map_err(|error| PlaceError::Failed(error.to_string()))? {
+                Placement::Placed(_) | Placement::There | Placement::Unmapped => break,
+                Placement::Later => {
+                    self.read_events(&mut faults)?;
+                    drop(faults);
+                    std::thread::yield_now();
+                }
+                Placement::Gone => return Err(PlaceError::Gone),
+            }
+        }
+        self.faults.wake(address, len);
+        Ok(())
+    }
+
+    fn host_page(&self, block: BlockIndex) -> PageSize {
+        self.regions.get(block.as_usize()).map_or(PAGE, |region| region.page)
+    }
+
+    fn block_name(&self, block: BlockIndex) -> String {
+        format!("number {}", block.0)
+    }
+
+    /// Its owner has a descriptor of its own: its memory stays as it is.
+    fn let_go(&self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn regions_that_make_no_sense_are_refused_by_field_and_value() {
+        const MIB: u64 = 1 << 20;
+        let good = HandedRegion { address: 0x7f00_0000_0000, len: 4 * MIB, page: 4096, offset: 0 };
+        let behind = HandedRegion { address: good.address + good.len, offset: 4 * MIB, ..good.clone() };
+        checked(&[good.clone(), behind.clone()], 8 * MIB).unwrap();
+        let huge = HandedRegion { page: 2 * MIB, ..good.clone() };
+        checked(std::slice::from_ref(&huge), 4 * MIB).unwrap();
+        let with = |change: fn(&mut HandedRegion)| {
+            let mut bad = good.clone();
+            change(&mut bad);
+            vec![bad]
+        };
+        for (regions, part) in [
+            (Vec::new(), "0 regions"),
+            (vec![good.clone(); 5000], "5000 regions"),
+            (with(|r| r.page = 0), "page size is 0x0"),
+            (with(|r| r.page = 4097), "page size is 0x1001"),
+            (with(|r| r.page = 1 << 30), "page size is 0x40000000"),
+            (with(|r| r.len = 0), "size is 0x0"),
+            (with(|r| r.len -= 1), "size is 0x3fffff"),
+            (with(|r| r.address += 1), "address is 0x7f0000000001"),
+            (with(|r| r.address = 0), "where no process"),
+            (with(|r| r.address = u64::MAX - 0xfff), "where no process"),
+            (with(|r| r.offset = 12), "offset is 0xc"),
+            (with(|r| r.offset = 5 << 20), "end behind the 8388608"),
+            (with(|r| r.offset = u64::MAX - 0xfff), "end behind the 8388608"),
+            (vec![good.clone(), good.clone()], "region 1 of the memory"),
+            (vec![HandedRegion { address: huge.address + 4096, ..huge.clone() }], "inside a page of 2097152"),
+        ] {
+            let error = checked(&regions, 8 * MIB).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}: {part}");
+        }
+    }
+}

@@ -1,0 +1,419 @@
+//! `ramwire pager` serves the memory of processes that hand it over as Firecracker does: this program again, with one
+//! ignored test that is the VMM's side and checks each page that it gets.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use common::Deadline;
+use common::huge_pages::HugePages;
+use common::ramwire::Ramwire;
+use ramwire::sys::{HostRegion, Mapping, discard};
+use ramwire::units::PageSize;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
+
+/// How the stand-in learns what to do.
+const STAND_IN: &str = "RAMWIRE_PAGER_STAND_IN";
+
+/// Pages of the stored memory.
+const PAGES: u64 = 3000;
+
+/// The first bytes of a page say which it is; every fifth is zero, and in the middle there is a hole.
+fn expected(page: u64) -> u64 {
+    if page.is_multiple_of(5) || (1000..1200).contains(&page) { 0 } else { page }
+}
+
+fn write_page(file: &File, page: u64) {
+    let mut bytes = [page as u8 | 1; 4096];
+    bytes[..8].copy_from_slice(&page.to_le_bytes());
+    file.write_all_at(&bytes, page * 4096).unwrap();
+}
+
+fn memory_file(folder: &Path, pages: u64) -> PathBuf {
+    let path = folder.join("memory");
+    let file = File::create(&path).unwrap();
+    file.set_len(pages * 4096).unwrap();
+    (0..pages).filter(|page| expected(*page) != 0).for_each(|page| write_page(&file, page));
+    path
+}
+
+fn number(region: &HostRegion, page: u64) -> u64 {
+    let mut bytes = [1; 8];
+    region.span(page * 4096, 8).unwrap().copy_to(&mut bytes);
+    u64::from_le_bytes(bytes)
+}
+
+// The VMM's side.
+
+fn uffd(regions: &[&HostRegion]) -> Uffd {
+    let mut builder = UffdBuilder::new();
+    builder.close_on_exec(true).non_blocking(true).user_mode_only(true);
+    let uffd = builder.require_features(FeatureFlags::EVENT_REMOVE).create().unwrap();
+    for region in regions {
+        uffd.register(region.address() as *mut _, region.len() as usize).unwrap();
+    }
+    uffd
+}
+
+fn hand_over(socket: &UnixStream, message: &str, descriptors: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)));
+    }
+    let sent = sendmsg(socket, &[IoSlice::new(message.as_bytes())], &mut ancillary, SendFlags::empty());
+    assert_eq!(sent.unwrap(), message.len());
+}
+
+fn element(region: &HostRegion, offset: u64, page: u64) -> Value {
+    json!({
+        "base_host_virt_addr": region.address(), "size": region.len(), "offset": offset,
+        "page_size": page, "page_size_kib": page,
+    })
+}
+
+/// Waits for a line from the test.
+fn told() {
+    std::io::stdin().lock().read_line(&mut String::new()).unwrap();
+}
+
+fn say(line: &str) {
+    println!("stand-in: {line}");
+    std::io::stdout().flush().unwrap();
+}
+
+#[test]
+#[ignore = "the process of a VMM, started by the other tests"]
+fn stand_in() {
+    let Ok(orders) = std::env::var(STAND_IN) else { return };
+    let orders: Value = serde_json::from_str(&orders).unwrap();
+    let does = orders["does"].as_str().unwrap();
+    let connect = || UnixStream::connect(orders["socket"].as_str().unwrap()).unwrap();
+    if does == "connect" {
+        let socket = connect();
+        say("connected");
+        // It is hung up on.
+        assert_eq!(std::io::Read::read(&mut &socket, &mut [0]).unwrap_or(0), 0);
+        return;
+    }
+    let page = if orders["huge"] == true { PageSize::SIZE_2M } else { PageSize::SIZE_4K };
+    let pages = orders["pages"].as_u64().unwrap();
+    // Two regions, the second half of the memory at the lower offset of the message.
+    let half = pages / 2 * 4096;
+    let map = || match page {
+        PageSize::SIZE_2M => Mapping::anonymous_huge(half, page).unwrap(),
+        _ => Mapping::anonymous(half).unwrap(),
+    };
+    let (low, high) = (map(), map());
+    let (low, high) = (low.region(), high.region());
+    let uffd = uffd(&[low, high]);
+    let socket = connect();
+    let regions = json!([element(high, half, page.bytes()), element(low, 0, page.bytes())]);
+    hand_over(&socket, &regions.to_string(), &[uffd.as_fd()]);
+    say("handed over");
+    let at = |page: u64| if page * 4096 < half { (low, page) } else { (high, page - half / 4096) };
+    let read = |page: u64| {
+        let (region, page) = at(page);
+        number(region, page)
+    };
+    if does == "last" {
+        assert_eq!(read(pages - 1), expected(pages - 1));
+        return say("read");
+    }
+    let first = if does == "half" { pages / 2 } else { pages };
+    // The balloon is every seventh host page: one thread gives them back, the others read and write the rest.
+    let unit = page.bytes() / 4096;
+    let is_balloon = |page: u64| (page / unit).is_multiple_of(7);
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            scope.spawn(move || {
+                for step in 0..first {
+                    // Each thread touches all of them, in an order of its own.
+                    let page = (step * [7, 11, 13, 17][thread as usize] + thread * 131) % first;
+                    if is_balloon(page) {
+                        continue;
+                    }
+                    let found = read(page);
+                    let written = expected(page) | 1 << 40;
+                    assert!(found == expected(page) || found == written, "page {page} is {found:#x}");
+                    if page % 4 == thread {
+                        let (region, page) = at(page);
+                        region.span(page * 4096, 8).unwrap().copy_from(&written.to_le_bytes());
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            for unit_at in (0..first / unit).map(|at| at * unit).filter(|page| is_balloon(*page)) {
+                // Some before they were ever touched, some behind, some again.
+                if (unit_at / unit).is_multiple_of(2) {
+                    assert_eq!(read(unit_at), expected(unit_at));
+                }
+                for _ in 0..1 + unit_at / unit % 3 {
+                    let (region, page_in) = at(unit_at);
+                    discard(region.span(page_in * 4096, page.bytes()).unwrap(), page).unwrap();
+                    assert_eq!(read(unit_at), 0, "page {unit_at} was given back");
+                }
+            }
+        });
+    });
+    say("touched");
+    if does == "half" {
+        told();
+    }
+    // What was written stays, what was given back stays zero.
+    for page in 0..first {
+        let want = match is_balloon(page) {
+            true => 0,
+            false => expected(page) | 1 << 40,
+        };
+        assert_eq!(read(page), want, "page {page}");
+    }
+    say("whole");
+}
+
+// The test's side.
+
+/// A stand-in that runs; dropping it kills it.
+struct StandIn {
+    child: Child,
+    lines: std::sync::mpsc::Receiver<String>,
+    input: ChildStdin,
+}
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl StandIn {
+    fn start(orders: &Value, user: Option<u32>) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["stand_in", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
+        command.env(STAND_IN, orders.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        if let Some(user) = user {
+            command.uid(user);
+        }
+        let mut child = command.spawn().unwrap();
+        let input = child.stdin.take().unwrap();
+        let output: ChildStdout = child.stdout.take().unwrap();
+        let (tell, lines) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if let Some((_, line)) = line.split_once("stand-in: ") {
+                    let _ = tell.send(line.to_owned());
+                }
+            }
+        });
+        Self { child, lines, input }
+    }
+
+    /// What the server calls it.
+    fn name(&self) -> String {
+        format!("process {} of user {}", self.child.id(), rustix::process::geteuid().as_raw())
+    }
+
+    /// Waits for a line.
+    fn says(&self, line: &str) {
+        let said = self.lines.recv_timeout(std::time::Duration::from_secs(120));
+        assert_eq!(said.as_deref(), Ok(line));
+    }
+
+    fn tell(&mut self) {
+        self.input.write_all(b"go on\n").unwrap();
+    }
+
+    fn ends_well(mut self) {
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}");
+    }
+}
+
+struct Pager {
+    ramwire: Ramwire,
+    socket: PathBuf,
+}
+
+impl Pager {
+    fn start(folder: &Path, more: &[&str], from: &str) -> Self {
+        let socket = folder.join("pager.sock");
+        let listen = format!("unix:{}", socket.display());
+        let arguments = [&["pager", "--listen", &listen], more, &["--from"]].concat();
+        let mut ramwire = Ramwire::start(folder, &arguments, from);
+        assert_eq!(ramwire.listening(), listen);
+        Self { ramwire, socket }
+    }
+
+    fn orders(&self, does: &str) -> Value {
+        json!({"socket": self.socket, "does": does, "huge": false, "pages": PAGES})
+    }
+
+    /// Waits until it has said something.
+    fn has_said(&self, what: &str) -> String {
+        let errors = || self.ramwire.errors();
+        Deadline::seconds(120).poll(what, errors, || Some(errors()).filter(|said| said.contains(what)))
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_raw(self.ramwire.pid() as i32).unwrap(), signal).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_gets_its_pages_while_threads_touch_and_its_balloon_gives_back() {
+    let folder = common::scratch();
+    let path = memory_file(folder.path(), PAGES);
+    let mut pager = Pager::start(folder.path(), &[], path.to_str().unwrap());
+    let guest = StandIn::start(&pager.orders("touch"), None);
+    guest.says("handed over");
+    guest.says("touched");
+    guest.says("whole");
+    let name = guest.name();
+    guest.ends_well();
+    let said = pager.has_said(&format!("{name} has ended: "));
+    assert!(said.contains("of memory are served"), "{said}");
+    pager.signal(Signal::TERM);
+    let (status, said) = pager.ramwire.ended(Deadline::seconds(60));
+    assert_eq!(status, 0, "{said}");
+    assert!(!pager.socket.exists());
+}
+
+/// One of several is killed in the middle; then the server, and another takes its place.
+#[test]
+fn several_guests_are_served_at_once_and_one_that_is_killed_harms_no_other() {
+    let folder = common::scratch();
+    let path = memory_file(folder.path(), PAGES);
+    let pager = Pager::start(folder.path(), &["--max-vmms", "4"], path.to_str().unwrap());
+    let mut guests: Vec<_> = (0..4).map(|_| StandIn::start(&pager.orders("half"), None)).collect();
+    guests.iter().for_each(|guest| guest.says("handed over"));
+    let served = || pager.ramwire.errors().matches("of memory are served").count();
+    Deadline::seconds(120).poll(
+        "all are served",
+        || pager.ramwire.errors(),
+        || (served() == 4).then_some(()),
+    );
+    guests.iter().for_each(|guest| guest.says("touched"));
+    let one_more = StandIn::start(&pager.orders("connect"), None);
+    one_more.says("connected");
+    pager.has_said(&format!("{} was refused: 4 VMMs are served", one_more.name()));
+    one_more.ends_well();
+    let killed = guests.remove(0);
+    let name = killed.name();
+    drop(killed);
+    pager.has_said(&format!("{name} has ended"));
+    for mut guest in guests {
+        guest.tell();
+        guest.says("whole");
+        guest.ends_well();
+    }
+    // The socket of a server that was killed is taken over by the next one.
+    pager.signal(Signal::KILL);
+    drop(pager);
+    let pager = Pager::start(folder.path(), &[], path.to_str().unwrap());
+    let guest = StandIn::start(&pager.orders("last"), None);
+    guest.says("handed over");
+    guest.says("read");
+    guest.ends_well();
+}
+
+/// A page that can't be read is told of by name and waited for; when it can be, its guest runs on.
+#[test]
+fn a_page_that_can_not_be_read_is_named_and_tried_again() {
+    let folder = common::scratch();
+    let path = memory_file(folder.path(), PAGES);
+    let file = File::options().write(true).open(&path).unwrap();
+    let pager = Pager::start(folder.path(), &[], path.to_str().unwrap());
+    // What was there is gone, and nothing of it has been read.
+    file.set_len((PAGES - 1) * 4096).unwrap();
+    let guest = StandIn::start(&pager.orders("last"), None);
+    guest.says("handed over");
+    // The last page of the first region that was handed over: the upper half.
+    let place = format!("the page at {:#x} of RAM block number 0 could not be had", (PAGES / 2 - 1) * 4096);
+    let said = pager.has_said("it is tried again every");
+    assert!(said.contains(&place) && said.contains(path.to_str().unwrap()), "{said}");
+    assert!(guest.lines.try_recv().is_err(), "it reads what is not there");
+    write_page(&file, PAGES - 1);
+    guest.says("read");
+    guest.ends_well();
+    let said = pager.has_said(" has ended: ");
+    assert!(said.contains("ended: 1 faults, 1 pages read for them, 0 were still missing"), "{said}");
+}
+
+#[test]
+fn what_is_handed_over_wrong_is_refused_by_what_is_wrong() {
+    let folder = common::scratch();
+    let path = memory_file(folder.path(), PAGES);
+    let pager = Pager::start(folder.path(), &["--allow-uid", "1"], path.to_str().unwrap());
+    let mapping = Mapping::anonymous(8 * 4096).unwrap();
+    let region = mapping.region();
+    let faults = uffd(&[region]);
+    let plain = UffdBuilder::new().non_blocking(true).user_mode_only(true).create().unwrap();
+    let (pipe, _end) = std::io::pipe().unwrap();
+    let good = json!([element(region, 0, 4096)]).to_string();
+    let [faults, plain, pipe] = [faults.as_fd(), plain.as_fd(), pipe.as_fd()];
+    let without = good.replace("\"page_size\"", "\"page\"");
+    let long = format!("[{}", " ".repeat(3 << 20));
+    for (message, descriptors, why) in [
+        ("[]", &[faults][..], "0 regions"),
+        (&good, &[], "0 descriptors"),
+        (&good, &[faults, faults], "2 descriptors"),
+        (&good, &[pipe], "no userfaultfd but pipe:"),
+        (&good, &[plain], "UFFD_FEATURE_EVENT_REMOVE"),
+        (&without, &[faults], "missing field `page_size`"),
+        ("nonsense", &[faults], "is no array of memory regions: expected ident"),
+        (&json!([element(region, 0, 8192)]).to_string(), &[faults], "page size is 0x2000"),
+        (&json!([element(region, PAGES * 4096, 4096)]).to_string(), &[faults], "offset is 0xbb8000"),
+        (&good[..20], &[faults], "hung up after 20 bytes"),
+        (&long, &[faults], "longer than 1048576 bytes"),
+    ] {
+        let socket = UnixStream::connect(&pager.socket).unwrap();
+        if message.len() > 1 << 20 {
+            // It hangs up before all is written.
+            let _ = (&socket).write_all(message.as_bytes());
+        } else {
+            hand_over(&socket, message, descriptors);
+        }
+        drop(socket);
+        pager.has_said(why);
+    }
+    // Another user: what it sends is not even read.
+    if rustix::process::geteuid().is_root() {
+        let opened = fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755));
+        opened.unwrap();
+        let guest = StandIn::start(&pager.orders("connect"), Some(65534));
+        guest.says("connected");
+        pager.has_said("of user 65534 was refused; --allow-uid 65534 lets it in");
+        guest.ends_well();
+    }
+}
+
+/// Pages of 2 MiB, as Firecracker's snapshots with huge pages have, which can be restored in no other way.
+#[test]
+fn huge_pages_are_served_whole() {
+    const HUGE: u64 = 8;
+    let Some(_reserved) = HugePages::reserve(2048, HUGE) else { return };
+    let folder = common::scratch();
+    let path = memory_file(folder.path(), HUGE * 512);
+    let pager = Pager::start(folder.path(), &[], path.to_str().unwrap());
+    let mut orders = pager.orders("touch");
+    (orders["huge"], orders["pages"]) = (true.into(), (HUGE * 512).into());
+    let guest = StandIn::start(&orders, None);
+    for line in ["handed over", "touched", "whole"] {
+        guest.says(line);
+    }
+    guest.ends_well();
+}
