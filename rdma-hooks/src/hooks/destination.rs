@@ -1,29 +1,25 @@
 //! The destination's hooks: keys are granted, ranges zeroed, the byte stream arrives.
 
+mod grants;
 mod silence;
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use crate::blocks::{BlockError, DestinationBlocks, RamBlock};
+use crate::blocks::{DestinationBlocks, RamBlock};
 use crate::capabilities::{Capabilities, Extension, Features, MigrationId, Role};
 use crate::channel::{Channel, connect_params};
-use crate::chunk::{CHUNK_BYTES, chunk_of, chunk_range, chunks_in};
-use crate::control::{
-    CONTROL_BUFFER_BYTES, Compress, Kind, Message, NATIVE_MESSAGE_BYTES, RegisterRecord, RegisterResult,
-    WORD_BYTES,
-};
+use crate::chunk::chunks_in;
+use crate::control::{CONTROL_BUFFER_BYTES, Kind, Message, NATIVE_MESSAGE_BYTES, WORD_BYTES};
 use crate::counters::Counters;
 use crate::exchange::Receiver;
-use crate::fabric::chain;
-use crate::fabric::{Access, AddressBase, FabricError, Listener, Registration};
+use crate::fabric::{FabricError, Listener, chain};
 use crate::hooks::HooksError;
-use crate::region::HostRegion;
 use crate::stop::Stop;
 use crate::stream::StreamReceiver;
+use grants::{Grants, mark};
 
 /// How long the source may take for its additional queue pairs.
 const QUEUES_TIMEOUT: Duration = Duration::from_secs(5);
@@ -71,25 +67,6 @@ pub struct RoundSummary {
     pub zero_ranges: u64,
     /// Bytes in them.
     pub zero_bytes: u64,
-}
-
-/// A key granted for some chunks.
-#[derive(Clone, Debug)]
-struct Grant {
-    chunks: u64,
-    block_base: u64,
-    registration: Arc<Registration>,
-}
-
-/// Keys granted for one block.
-#[derive(Debug, Default)]
-struct Grants {
-    /// By first chunk.
-    spans: BTreeMap<u64, Grant>,
-    /// The whole block, with pin-all.
-    whole: Option<Registration>,
-    /// One bit per chunk that was ever granted or zeroed.
-    touched: Vec<u64>,
 }
 
 /// The destination's end of a migration over RDMA.
@@ -334,137 +311,6 @@ impl DestinationHooks {
         Ok(Message::RamBlocksResult(self.blocks.records(key)))
     }
 
-    /// Registers memory for the source to write to; the wire's addresses are offsets in the block.
-    fn register(&mut self, region: &HostRegion, offset: u64) -> Result<Registration, HooksError> {
-        let announced: u64 = self.blocks.announced().iter().map(|block| block.region.len()).sum();
-        let (asked, limit) =
-            (self.registered_bytes.saturating_add(region.len()), announced.saturating_mul(REGISTERED_FACTOR));
-        if asked > limit {
-            return Err(HooksError::TooMuchRegistered { asked, limit });
-        }
-        let register = || {
-            let endpoint = self.stream.channel.endpoint();
-            endpoint.register(region, Access::RemoteWrite, AddressBase::At(offset))
-        };
-        // Key 0 means "no key" on the wire: should a device ever give it out, hold it and take the next one.
-        let first = register()?;
-        let registration = if first.rkey == 0 { register()? } else { first };
-        if registration.rkey == 0 {
-            return Err(FabricError::Unavailable {
-                what: "the device gives out only key 0",
-                remedy: "use another device",
-                source: std::io::ErrorKind::InvalidData.into(),
-            }
-            .into());
-        }
-        self.registered_bytes = asked;
-        self.stream.channel.counters.registered(&registration);
-        Ok(registration)
-    }
-
-    /// The block's position among the grants, which exist only once the tables are exchanged.
-    fn granted_block(&self, index: u32) -> Result<&RamBlock, HooksError> {
-        let block = self.blocks.get(index)?;
-        match self.grants.get(index as usize) {
-            Some(_) => Ok(block),
-            None => Err(HooksError::unexpected(Kind::RegisterRequest, "the block tables were due")),
-        }
-    }
-
-    fn grant(
-        &mut self,
-        record: &RegisterRecord,
-        summary: &mut RoundSummary,
-    ) -> Result<RegisterResult, HooksError> {
-        let block = self.granted_block(record.block)?;
-        let length = block.region.len();
-        block.range(record.key, 1)?;
-        let first = chunk_of(record.key);
-        let out_of_block = || BlockError::OutOfBlock {
-            block: block.name.clone(),
-            offset: record.key,
-            len: record.extra_chunks.saturating_mul(crate::chunk::CHUNK_BYTES),
-            length,
-        };
-        // A span that reaches past the block is cut at its end; one whose size makes no sense is refused.
-        let count = record.extra_chunks.checked_add(1).ok_or_else(out_of_block)?;
-        let range = chunk_range(length, first, count).ok_or_else(out_of_block)?;
-        let count = chunks_in(range.end) - first;
-        let region = block.part(range.clone())?;
-        summary.registrations += 1;
-        let index = record.block as usize;
-        if let Some(existing) = self.existing_key(index, first, count) {
-            return Ok(existing);
-        }
-        let registration = self.register(&region, range.start)?;
-        summary.registered_bytes += region.len();
-        // A device that cannot take an address of our choice names the bytes by their own.
-        let block_base = registration.address.wrapping_sub(range.start);
-        let rkey = registration.rkey;
-        self.touch(index, length, first, count);
-        let granted = Grant { chunks: count, block_base, registration: Arc::new(registration) };
-        self.grants[index].spans.insert(first, granted);
-        Ok(RegisterResult { rkey, block_base })
-    }
-
-    /// A key that covers the chunks already, or was given out for the same first chunk before.
-    fn existing_key(&mut self, index: usize, first: u64, count: u64) -> Option<RegisterResult> {
-        let grants = self.grants.get_mut(index)?;
-        if let Some(whole) = &grants.whole {
-            return Some(RegisterResult { rkey: whole.rkey, block_base: whole.address });
-        }
-        let (&start, grant) = grants.spans.range(..=first).next_back()?;
-        let result = RegisterResult { rkey: grant.registration.rkey, block_base: grant.block_base };
-        if start == first {
-            return Some(result);
-        }
-        if start + grant.chunks < first.checked_add(count)? {
-            return None;
-        }
-        let rest = Grant { chunks: start + grant.chunks - first, ..grant.clone() };
-        grants.spans.insert(first, rest);
-        Some(result)
-    }
-
-    fn revoke(&mut self, record: &RegisterRecord, summary: &mut RoundSummary) -> Result<(), HooksError> {
-        let name = self.granted_block(record.block)?.name.clone();
-        let missing = HooksError::NotRegistered { block: name, chunk: record.key };
-        let spans = &mut self.grants[record.block as usize].spans;
-        let grant = spans.remove(&record.key).ok_or(missing)?;
-        summary.unregistrations += 1;
-        self.stream.channel.counters.unregistrations += 1;
-        if let Ok(last) = Arc::try_unwrap(grant.registration) {
-            self.registered_bytes -= last.len;
-        }
-        Ok(())
-    }
-
-    fn zero(&mut self, range: &Compress, summary: &mut RoundSummary) -> Result<(), HooksError> {
-        let block = self.granted_block(range.block)?;
-        let bytes = block.range(range.key, range.length)?;
-        let (region, length) = (block.part(bytes.clone())?, block.region.len());
-        // In range: the region was cut to it just now.
-        let _ = region.zero(0, range.length);
-        if !bytes.is_empty() {
-            let first = chunk_of(bytes.start);
-            let chunks = chunk_of(bytes.end - 1) - first + 1;
-            self.touch(range.block as usize, length, first, chunks);
-        }
-        summary.zero_ranges += 1;
-        summary.zero_bytes += range.length;
-        self.stream.channel.counters.zero_ranges += 1;
-        self.stream.channel.counters.zero_bytes += range.length;
-        Ok(())
-    }
-
-    /// Chunks of a block of `length` bytes may change from now on.
-    fn touch(&mut self, index: usize, length: u64, first: u64, count: u64) {
-        let fresh = mark(&mut self.grants[index].touched, first, count);
-        let last = first + count == chunks_in(length);
-        let cut = if last && fresh > 0 { chunks_in(length) * CHUNK_BYTES - length } else { 0 };
-        self.touched_bytes.fetch_add((fresh * CHUNK_BYTES).saturating_sub(cut), Ordering::Relaxed);
-    }
-
     /// Bytes of the chunks that were granted or zeroed for the first time while rounds were served, for a thread that looks
     /// on: so far is a first round. Without chunks that were granted with the block tables (pin-all).
     pub fn touched_bytes(&self) -> &Arc<AtomicU64> {
@@ -519,19 +365,4 @@ impl DestinationHooks {
     pub fn registered_bytes(&self) -> u64 {
         self.registered_bytes
     }
-}
-
-/// Returns how many were not marked before.
-fn mark(words: &mut Vec<u64>, first: u64, count: u64) -> u64 {
-    let end = (first + count) as usize;
-    if words.len() * 64 < end {
-        words.resize(end.div_ceil(64), 0);
-    }
-    let mut fresh = 0;
-    for chunk in first as usize..end {
-        let (word, bit) = (&mut words[chunk / 64], 1 << (chunk % 64));
-        fresh += u64::from(*word & bit == 0);
-        *word |= bit;
-    }
-    fresh
 }

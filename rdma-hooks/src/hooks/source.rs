@@ -2,6 +2,7 @@
 
 mod keys;
 mod pages;
+mod queues;
 mod zeros;
 
 use std::collections::HashMap;
@@ -11,7 +12,7 @@ use crate::blocks::{RamBlock, check_announceable};
 use crate::capabilities::{Capabilities, Extension, Features, MigrationId, Role};
 use crate::channel::{Channel, connect_params};
 use crate::chunk::{CHUNK_BYTES, Merger, SpanTable};
-use crate::control::{BlockRecord, Kind, Message, STREAM_MESSAGE_BYTES, WORD_BYTES, answer_bytes};
+use crate::control::{BlockRecord, Message, STREAM_MESSAGE_BYTES, WORD_BYTES, answer_bytes};
 use crate::counters::Counters;
 use crate::fabric::{Fabric, FabricError, Registration};
 use crate::hooks::return_path::return_window;
@@ -286,83 +287,6 @@ impl SourceHooks {
                 Ok(kind)
             }
         }
-    }
-
-    fn channel(&mut self, queue: usize) -> &mut Channel {
-        match queue.checked_sub(1) {
-            Some(data) => &mut self.main.data_queues[data],
-            None => &mut self.main.channel,
-        }
-    }
-
-    /// Sleeps until something happens on a queue pair; the others are looked after.
-    fn rest(&mut self, queue: usize, stop: &Stop) -> Result<(), HooksError> {
-        let now = self.channel(queue).checked_at();
-        for other in (0..self.queue_pairs()).filter(|other| *other != queue) {
-            // What the main one has received is judged by the next pump.
-            self.channel(other).watch(now)?;
-        }
-        self.channel(queue).rest(stop)
-    }
-
-    /// A queue pair with something in flight.
-    fn busiest(&self) -> usize {
-        self.main.data_queues.iter().position(|channel| !channel.is_idle()).map_or(0, |index| index + 1)
-    }
-
-    /// Hands gathered writes to the device.
-    fn ring(&mut self) -> Result<(), HooksError> {
-        self.main.channel.ring()?;
-        self.main.data_queues.iter_mut().try_for_each(Channel::ring)
-    }
-
-    /// Takes in completions and messages of all queue pairs; true if there were any.
-    fn pump(&mut self) -> Result<bool, HooksError> {
-        let mut news = self.main.pump()?;
-        for channel in &mut self.main.data_queues {
-            news |= channel.pump_data()?;
-            if channel.has_arrived() {
-                return Err(HooksError::unexpected(Kind::Stream, "a queue pair carries only writes"));
-            }
-        }
-        self.settle();
-        self.take_keys_ahead()?;
-        self.tell_gathered_at_leisure()?;
-        self.say_alive()?;
-        Ok(news)
-    }
-
-    /// The destination sees nothing of a round's writes: where it asks for keepalives, one is sent when
-    /// nothing else was for a second. Without a credit it has a message to deal with, which tells as much.
-    fn say_alive(&mut self) -> Result<(), HooksError> {
-        let wanted = self.granted.extension.is_some_and(|extension| extension.features.says_alive);
-        if !wanted || !matches!(self.round, Round::Open(_)) {
-            return Ok(());
-        }
-        let looked = self.main.data_queues.iter().map(Channel::checked_at).max();
-        let now = self.main.channel.checked_at().max(looked.unwrap_or(self.main.channel.checked_at()));
-        let silent = now.saturating_duration_since(self.main.channel.said_at());
-        if silent >= SAY_ALIVE_EVERY && self.main.can_send_now() {
-            self.main.send(&Message::Alive, &Stop::default())?;
-        }
-        Ok(())
-    }
-
-    /// Books what has taken effect.
-    fn settle(&mut self) {
-        let channels = std::iter::once(&mut self.main.channel).chain(&mut self.main.data_queues);
-        for note in channels.flat_map(|channel| channel.retired.drain(..)) {
-            if let Some(span) = note.span {
-                self.spans.retired(span);
-            }
-            if let Some(count) = self.chunk_flights.get_mut(&(note.block, note.chunk)) {
-                *count -= 1;
-                if *count == 0 {
-                    self.chunk_flights.remove(&(note.block, note.chunk));
-                }
-            }
-        }
-        self.zeros.settle(|message| self.main.is_finished(message));
     }
 
     /// Hook: the round ends. Whatever was saved in it reaches the destination's memory before anything later does. In

@@ -3,7 +3,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::{Ends, ends_with, guest, native_start, received};
+use super::streams::{native_start, received};
+use super::{Ends, ends_with, guest};
 use crate::engine::{Ending, Outcome, Reason};
 use crate::error::Chain;
 use crate::guest::{GuestMemory, MappedGuest};

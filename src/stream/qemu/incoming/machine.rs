@@ -1,19 +1,15 @@
 //! The state machine behind [`IncomingStream`].
 
 use super::super::super::error::{DecodeError, Fault};
-use super::super::super::native::STATE_SECTION;
 use super::super::super::reader::Reader;
 use super::super::blocks::ListForm;
 use super::super::command::{Command, decode_command};
-use super::super::early::{
-    BitmapChunk, DIRTY_BITMAP, DIRTY_BITMAP_VERSION, decode_bitmap_chunk, decode_virtio_mem,
-    is_early_virtio_mem,
-};
+use super::super::early::{BitmapChunk, decode_bitmap_chunk, decode_virtio_mem};
 use super::super::file::{
     CONFIGURATION, Configuration, HEADER_LEN, IGNORE_SHARED, MAPPED_RAM, decode_configuration, decode_header,
 };
 use super::super::ram;
-use super::super::section::{FOOTER, Item, Phase, SectionName, decode_item};
+use super::super::section::Phase;
 use super::super::tail::Tail;
 use super::IncomingConfig;
 use super::event::{Ending, Event, SectionKind, Seen, Step};
@@ -21,6 +17,7 @@ use super::table::AnnouncedBlocks;
 use crate::units::PageSize;
 
 mod records;
+mod sections;
 
 /// Reads one incoming stream; see the [module](super).
 #[derive(Clone, Debug)]
@@ -330,126 +327,6 @@ impl IncomingStream {
             return Ok(());
         }
         Err(DecodeError::corrupt(at, Fault::TargetPage { found, expected }))
-    }
-
-    fn item<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
-        let (item, used) = decode_item(input)?;
-        match item {
-            Item::Command => self.command(input),
-            Item::Start(name) => self.start(name, used),
-            Item::Part(id) => self.part(Phase::Part, id, used),
-            Item::End(id) => self.part(Phase::End, id, used),
-            Item::Full(name) => self.full(name, used),
-            Item::Eof if self.seen.barrier_in_start.is_none() && !self.postcopy => {
-                Err(out_of_order("the end of the stream", "RAM has not been announced"))
-            }
-            Item::Eof if self.postcopy => {
-                self.state = State::Done;
-                Ok(Told(used, Event::Eof))
-            }
-            Item::Eof => {
-                let eof = input.get(..used).unwrap_or(&[]);
-                self.push_tail(eof)?;
-                self.state = State::Tail;
-                Ok(Told(used, Event::Eof))
-            }
-            Item::VmDescription(_) => {
-                let found = super::super::section::VM_DESCRIPTION;
-                Err(DecodeError::corrupt(0, Fault::Item { found }))
-            }
-        }
-    }
-
-    fn start<'a>(&mut self, name: SectionName<'a>, used: usize) -> Advance<'a> {
-        let (kind, supported) = match (name.idstr, name.instance) {
-            (ram::IDSTR, 0) => (SectionKind::Ram, ram::VERSION),
-            (DIRTY_BITMAP, 0) => (SectionKind::DirtyBitmap, DIRTY_BITMAP_VERSION),
-            (idstr, instance) => {
-                return Err(DecodeError::corrupt(
-                    0,
-                    Fault::UnknownIterable { idstr: idstr.into(), instance },
-                ));
-            }
-        };
-        if name.version != supported {
-            let fault = Fault::Version { name: name.idstr.into(), found: name.version, supported };
-            return Err(DecodeError::corrupt(used - 4, fault));
-        }
-        if self.seen.ram_end || self.postcopy {
-            return Err(out_of_order("START", "RAM is complete or the guest has moved"));
-        }
-        let other = if kind == SectionKind::Ram { self.bitmap_id } else { self.ram_id };
-        if other == Some(name.id) {
-            return Err(DecodeError::corrupt(1, Fault::SectionIdTaken { id: name.id }));
-        }
-        let slot = if kind == SectionKind::Ram { &mut self.ram_id } else { &mut self.bitmap_id };
-        *slot = Some(name.id);
-        self.barrier = false;
-        Ok(self.open(Phase::Start, name.id, kind, used))
-    }
-
-    fn part<'a>(&mut self, phase: Phase, id: u32, used: usize) -> Advance<'a> {
-        let kind = match Some(id) {
-            known if known == self.ram_id => SectionKind::Ram,
-            known if known == self.bitmap_id => SectionKind::DirtyBitmap,
-            _ => return Err(DecodeError::corrupt(1, Fault::UnknownSection { id })),
-        };
-        if kind == SectionKind::Ram {
-            if self.seen.ram_end {
-                return Err(out_of_order("a ram section", "ram END has come"));
-            }
-            self.pages_began = true;
-        }
-        Ok(self.open(phase, id, kind, used))
-    }
-
-    fn full<'a>(&mut self, name: SectionName<'a>, used: usize) -> Advance<'a> {
-        let started = self.seen.barrier_in_start.is_some() && !self.postcopy;
-        if started && !self.pages_began && is_early_virtio_mem(name.idstr) {
-            return Ok(self.open(Phase::Full, name.id, SectionKind::EarlyVirtioMem, used));
-        }
-        if started && self.seen.ram_end && name.idstr == STATE_SECTION {
-            if (name.instance, name.version) != (0, 1) {
-                let fault = Fault::Version { name: STATE_SECTION.into(), found: name.version, supported: 1 };
-                return Err(DecodeError::corrupt(used - 4, fault));
-            }
-            return Ok(self.open(Phase::Full, name.id, SectionKind::NativeState, used));
-        }
-        if started && self.pages_began {
-            return Ok(self.quietly(State::Tail));
-        }
-        let fault = Fault::UnknownIterable { idstr: name.idstr.into(), instance: name.instance };
-        Err(DecodeError::corrupt(0, fault))
-    }
-
-    fn open<'a>(&mut self, phase: Phase, id: u32, kind: SectionKind, used: usize) -> Progress<'a> {
-        self.open = Open { phase, id, kind };
-        self.state = match kind {
-            SectionKind::Ram => State::Records,
-            SectionKind::DirtyBitmap => State::Bitmap,
-            SectionKind::EarlyVirtioMem => State::VirtioMem,
-            SectionKind::NativeState => State::NativeLength,
-        };
-        Told(used, Event::SectionStart { phase, id, kind })
-    }
-
-    fn footer<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
-        let Open { phase, id, kind } = self.open;
-        if !self.footers_known {
-            let Some(&first) = input.first() else {
-                return Err(DecodeError::Truncated { needed: 1, have: 0 });
-            };
-            self.footers_known = true;
-            // No item begins with this byte, so it tells.
-            self.seen.framing.footers = first == FOOTER;
-            self.tail = Tail::new(self.seen.framing);
-        }
-        let ((), used) = self.seen.framing.decode_footer(input, id)?;
-        if (kind, phase) == (SectionKind::Ram, Phase::End) {
-            self.seen.ram_end = true;
-        }
-        self.state = State::Items;
-        Ok(Told(used, Event::SectionEnd { phase, kind }))
     }
 
     fn command<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {

@@ -1,0 +1,183 @@
+use super::{DestinationAction as Action, DestinationEvent as Input, *};
+
+fn engine() -> DestinationEngine {
+    let mut engine = DestinationEngine::new(Duration::from_secs(30));
+    assert_eq!(engine.poll(), Some(Action::Receive));
+    engine
+}
+
+trait Step {
+    fn step(&mut self, event: Input) -> Action;
+}
+
+impl Step for DestinationEngine {
+    fn step(&mut self, event: Input) -> Action {
+        self.handle(Duration::ZERO, event);
+        self.poll().unwrap_or_else(|| panic!("nothing follows {event:?}"))
+    }
+}
+
+const NATIVE: [(Input, Action); 10] = [
+    (Input::Hello { digest: true }, Action::Receive),
+    (Input::StateSent, Action::MakeDigest),
+    (Input::Done, Action::Receive),
+    (Input::Digests, Action::CompareDigest),
+    (Input::Done, Action::LoadState),
+    (Input::Done, Action::SendReady),
+    (Input::Done, Action::Receive),
+    (Input::Commit, Action::Resume),
+    (Input::Done, Action::SendRunning),
+    (Input::Done, Action::Finish(Ending::Running)),
+];
+
+#[test]
+fn the_guest_runs_here_only_after_commit() {
+    for fault_at in 0..NATIVE.len() {
+        let mut engine = self::engine();
+        for (input, action) in &NATIVE[..fault_at] {
+            assert_eq!(engine.step(*input), *action);
+        }
+        let ended = if fault_at == 9 {
+            assert_eq!(engine.step(Input::Failed), Action::Finish(Ending::Running));
+            Action::Finish(Ending::Running)
+        } else {
+            assert_eq!(engine.step(Input::Failed), Action::SendFailed, "step {fault_at}");
+            let ending = if fault_at > 7 { Ending::Stranded } else { Ending::Discarded };
+            assert_eq!(engine.step(Input::Done), Action::Finish(ending), "step {fault_at}");
+            Action::Finish(ending)
+        };
+        assert_eq!(engine.step(Input::Commit), ended, "nothing starts it afterwards");
+    }
+}
+
+#[test]
+fn a_guest_that_may_run_here_is_not_let_run_at_the_source() {
+    let mut qemu = engine();
+    assert_eq!(qemu.step(Input::Tail), Action::LoadState);
+    assert_eq!(qemu.step(Input::Done), Action::Resume);
+    assert_eq!(qemu.step(Input::MayRun), Action::SendRunning, "no SHUT(1)");
+    assert_eq!(qemu.step(Input::Failed), Action::Finish(Ending::Stranded));
+    let mut native = engine();
+    NATIVE[..8].iter().for_each(|(input, action)| assert_eq!(native.step(*input), *action));
+    assert_eq!(native.step(Input::MayRun), Action::SendFailed, "a ramwire never resumes after COMMIT");
+    assert_eq!(native.step(Input::Done), Action::Finish(Ending::Stranded));
+}
+
+/// Before the guest is started a failure leaves it whole at the source; afterwards nobody is told to go on.
+#[test]
+fn p8_a_postcopy_that_fails_before_the_start_is_given_back_and_never_after_it() {
+    let mut native = engine();
+    native.step(Input::Hello { digest: false });
+    assert_eq!(native.step(Input::Package), Action::Listen);
+    assert_eq!(native.step(Input::Failed), Action::SendFailed);
+    assert_eq!(native.step(Input::Done), Action::Finish(Ending::Discarded));
+    let steps = [
+        (Input::Package, Action::Listen),
+        (Input::Done, Action::Receive),
+        (Input::Tail, Action::AwaitGuest),
+        (Input::Done, Action::SendRunning),
+        (Input::Done, Action::Finish(Ending::Running)),
+    ];
+    let after = |count: usize| {
+        let mut engine = self::engine();
+        steps[..count].iter().for_each(|(input, action)| assert_eq!(engine.step(*input), *action));
+        engine
+    };
+    assert_eq!(after(5).step(Input::Failed), Action::Finish(Ending::Running));
+    for count in 0..4 {
+        let mut engine = after(count);
+        assert_eq!(engine.is_committed(), count > 0);
+        assert_eq!(engine.step(Input::Failed), Action::SendFailed, "after {count} steps");
+        assert_eq!(engine.step(Input::Done), Action::Finish(Ending::Discarded));
+    }
+    let mut engine = after(2);
+    engine.set_recoverable(true);
+    for _ in 0..3 {
+        assert_eq!(engine.step(Input::Lost), Action::AwaitRecovery, "again and again");
+        assert_eq!(engine.step(Input::Lost), Action::AwaitRecovery, "while it waits, too");
+        assert_eq!(engine.step(Input::Done), Action::Receive);
+    }
+    engine.set_recoverable(false);
+    assert_eq!(engine.step(Input::Lost), Action::Finish(Ending::Incomplete));
+    for count in 2..4 {
+        assert_eq!(after(count).step(Input::Lost), Action::Finish(Ending::Incomplete), "after {count} steps");
+    }
+}
+
+#[test]
+fn an_input_out_of_turn_is_a_failure() {
+    let all = [Input::Tail, Input::StateSent, Input::Digests, Input::Commit, Input::Done];
+    for input in all.into_iter().filter(|input| *input != Input::Tail) {
+        assert_eq!(engine().step(input), Action::SendFailed, "{input:?}");
+    }
+    let mut native = engine();
+    native.step(Input::Hello { digest: false });
+    assert_eq!(native.step(Input::Tail), Action::SendFailed);
+}
+
+#[test]
+fn a_qemu_commits_with_its_last_byte() {
+    let mut engine = self::engine();
+    assert_eq!(engine.step(Input::Tail), Action::LoadState);
+    assert!(engine.is_committed());
+    assert_eq!(engine.step(Input::Done), Action::Resume);
+    assert_eq!(engine.step(Input::Done), Action::SendRunning);
+    assert_eq!(engine.step(Input::Failed), Action::Finish(Ending::Running));
+}
+
+/// Whatever comes and whenever: the guest is ours once only, and what was given away is never discarded by a cancel.
+#[test]
+fn any_event_at_any_moment_starts_no_guest_that_is_not_ours() {
+    let all = [
+        Input::Hello { digest: true },
+        Input::Tail,
+        Input::Package,
+        Input::StateSent,
+        Input::Digests,
+        Input::Commit,
+        Input::Done,
+        Input::MayRun,
+        Input::Failed,
+        Input::Lost,
+        Input::Woken,
+        Input::Cancel,
+    ];
+    for (length, polls) in (0..=NATIVE.len()).flat_map(|length| [(length, true), (length, false)]) {
+        for (first, second) in all.into_iter().flat_map(|first| all.map(|second| (first, second))) {
+            let mut engine = self::engine();
+            for (event, _) in &NATIVE[..length] {
+                engine.step(*event);
+            }
+            for event in [first, second] {
+                let committed = engine.is_committed();
+                engine.handle(Duration::ZERO, event);
+                let action = if polls { engine.poll() } else { None };
+                let what = format!("{first:?}, {second:?} after {length} steps: {action:?}");
+                let starts = matches!(action, Some(Action::Resume | Action::Listen));
+                assert!(!starts || engine.is_committed(), "{what}");
+                assert!(!committed || engine.is_committed(), "{what}");
+                let discarded = action == Some(Action::Finish(Ending::Discarded));
+                assert!(!discarded || length < 8, "{what}");
+                if event == Input::Cancel && committed {
+                    assert!(action != Some(Action::SendFailed), "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn commit_is_waited_for_until_the_time_is_over_and_no_cancel_ends_the_wait() {
+    let mut engine = self::engine();
+    for (event, action) in &NATIVE[..7] {
+        assert_eq!(engine.step(*event), *action);
+    }
+    let secs = Duration::from_secs;
+    assert_eq!(engine.wake_at(), Some(secs(30)));
+    for event in [Input::Cancel, Input::Woken] {
+        engine.handle(secs(29), event);
+        assert_eq!(engine.poll(), None, "{event:?} before its time");
+    }
+    engine.handle(secs(30), Input::Woken);
+    assert_eq!(engine.poll(), Some(Action::SendFailed));
+}
