@@ -80,7 +80,9 @@ impl DestinationSession {
     /// last one may still be in its buffer then. It has sent pages before. One of which none has come may wait for somebody
     /// to read its page channels. A ramwire says that it is alive.
     pub(super) fn may_hold_its_switchover(&mut self) -> bool {
-        self.sections.between_rounds() && !self.driver.engine.is_native() && !self.has_brought_nothing()
+        self.ingest.sections().between_rounds()
+            && !self.driver.engine.is_native()
+            && !self.has_brought_nothing()
     }
 
     /// Not one whole page has come in the stream, which is the only way here, and some pages are missing.
@@ -89,7 +91,7 @@ impl DestinationSession {
         if able.page_channels > 0 || able.has_rounds {
             return false;
         }
-        let Some(placing) = &self.placing else { return false };
+        let Some(placing) = self.ingest.placed() else { return false };
         let PageCounts { normal, delta, .. } = placing.in_stream();
         normal == 0 && delta == 0 && placing.placer().never_came() > 0
     }
@@ -122,10 +124,10 @@ impl DestinationSession {
         let beside = alone || able.page_channels > 0 || able.has_rounds;
         let some_stay =
             self.told.configuration.as_ref().is_some_and(|configuration| configuration.has(IGNORE_SHARED));
-        if beside || some_stay || self.advised.is_some() || self.driver.engine.is_native() {
+        if beside || some_stay || self.switch.is_advised() || self.driver.engine.is_native() {
             return Ok(());
         }
-        let placing = self.placing()?;
+        let placing = self.ingest.placing()?;
         let PageCounts { normal, delta, zero } = placing.in_stream();
         // A source with page channels that nobody reads sends its zero pages in the stream; one that sends no page at all
         // has none to lose.
@@ -137,7 +139,7 @@ impl DestinationSession {
 
     /// SENT: kept until everything has come.
     pub(super) fn source_sent(&mut self, counts: &[u8]) -> Result<(), Error> {
-        if !self.sections.ram_ended() || !self.driver.engine.is_native() {
+        if !self.ingest.sections().ram_ended() || !self.driver.engine.is_native() {
             return Err(out_of_turn("SENT", "waiting for the last page of a ramwire"));
         }
         self.told.sent = Some(page_counts::decode(counts));
@@ -152,8 +154,8 @@ impl DestinationSession {
         if self.breakage.is(Breakage::SkipCounting) {
             return Ok(());
         }
-        let page_bytes = self.placing()?.placer().page_bytes();
-        let mut stream = self.placing()?.in_stream();
+        let page_bytes = self.ingest.placing()?.placer().page_bytes();
+        let mut stream = self.ingest.placing()?.in_stream();
         stream.zero += self.told.zero_in_rounds / page_bytes;
         let mut placed = vec![stream];
         placed.extend(self.wire.link.placed_pages());

@@ -5,152 +5,57 @@ mod counts;
 mod digests;
 mod driver;
 mod figures;
+mod ingest;
 mod keepalive;
 mod mapper;
 mod placing;
 mod postcopy;
 mod preempt;
+mod provider;
 mod reader;
 mod receive;
 mod recovery;
+mod report;
 mod return_path;
 mod round;
 mod sections;
 mod skipped;
+mod switch;
 mod wire;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::engine::{DestinationAction, DestinationEngine, DestinationEvent, Ending};
-use crate::error::{Chain, Remedy};
-use crate::guest::{GuestControl, GuestError, GuestMemory, LayoutChange, PageObserver, load_state};
-use crate::observe::{PageCounts, SharedStatistics, Statistics, Status};
-use crate::ram::RamBlock;
+use crate::engine::{DestinationAction, DestinationEngine, DestinationEvent};
+use crate::error::Chain;
+use crate::guest::{GuestMemory, PageObserver, load_state};
+use crate::observe::SharedStatistics;
 use crate::stream::native::Answer;
-use crate::stream::qemu::file::Configuration;
-use crate::stream::qemu::incoming::{IncomingConfig, Seen, StreamLimits};
+use crate::stream::qemu::incoming::{IncomingConfig, StreamLimits};
 use crate::stream::qemu::return_path::Message;
 use crate::sys::{CancelToken, Stop};
 use crate::transport::{ChannelError, DestinationConnection};
 
-use crate::session::callback::{guarded, named, quietly};
+use crate::session::callback::{guarded, named};
 use crate::session::config::DestinationSettings;
 use crate::session::digest::{Digest, carried};
 use crate::session::handle::Canceller;
-use crate::session::relay::ScanReport;
 use crate::session::workers::Spawner;
-use crate::session::{Breakage, Error, shared_blocks};
-use advised::Advised;
+use crate::session::{Breakage, Error};
 use counts::SourceTold;
 use driver::Driver;
 use figures::Figures;
+use ingest::Ingest;
 use keepalive::Keepalive;
-use mapper::Mapper;
-use placing::Placing;
 pub use postcopy::MissingPages;
-use postcopy::Postcopy;
-use preempt::{Connections, SharedNext};
+use preempt::Connections;
+pub use provider::{DestinationGuest, Incoming, MemoryProvider, Zeroed};
 use reader::StreamReader;
-use receive::{no_blocks, out_of_turn};
+use receive::out_of_turn;
 pub use recovery::NextConnection;
-use sections::Sections;
+pub use report::DestinationReport;
+use switch::Switch;
 use wire::Wire;
-
-/// What the source announced, before any page.
-#[derive(Clone, Debug)]
-pub struct Incoming {
-    /// Machine and capabilities.
-    pub configuration: Configuration,
-    /// The blocks in stream order.
-    pub blocks: Vec<RamBlock>,
-    /// What the source's VMM tells ([`SourceSettings::vmm_configuration`](super::SourceSettings::vmm_configuration)); empty
-    /// if it tells nothing, or is a QEMU.
-    pub vmm_configuration: Vec<u8>,
-    /// Sections in front of the first page, as they came. Those that come later are part of the device state.
-    pub early_sections: Vec<u8>,
-    /// The source opened a return path: it can be told how it ended.
-    pub has_return_path: bool,
-    /// What the stream has shown of its sender; whole once everything has arrived.
-    pub seen: Seen,
-}
-
-/// A guest that is to arrive.
-pub struct DestinationGuest {
-    /// Provides its memory once the source has announced it.
-    pub memory: Box<dyn MemoryProvider>,
-    /// Pause, resume, device state.
-    pub control: Box<dyn GuestControl>,
-}
-
-/// Provides the memory a guest arrives in.
-pub trait MemoryProvider: Send {
-    /// The memory for what was announced: the same names, at least the same lengths. Nobody else writes to it from this
-    /// call until the migration has ended. It may hold old bytes, of an earlier migration say: a page that the source
-    /// tells to be zero is zero here afterwards. What the source does not send at all is left as it is.
-    ///
-    /// # Errors
-    /// [`Error::Guest`] or [`Error::Config`] if this guest is not that guest.
-    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error>;
-
-    /// True if all of a block of the memory that was [provided](Self::provide) just now is known to read as zero: it was
-    /// mapped or cleared for this migration, and nobody has written to it. Then nothing is looked at.
-    ///
-    /// Without this promise the kernel is asked, once and before any page comes, which pages were written since they were
-    /// mapped; those, and all where it can't tell, are looked at when the source says that they are zero, and cleared if
-    /// they are not. The answer `true` for memory that holds something loses zero pages.
-    fn is_zeroed(&self, _block: &RamBlock) -> bool {
-        false
-    }
-
-    /// Everything has come, the device state is loaded next. `incoming` has the early sections now;
-    /// `native` if a ramwire sent it.
-    fn arrived(&mut self, _incoming: &Incoming, _native: bool) {}
-}
-
-impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
-    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
-        for block in &incoming.blocks {
-            let index = self.table().find(block.name.as_str()).map_err(GuestError::from)?;
-            let ours = self.table().get(index).map_or(0, |block| block.used_length);
-            if ours != block.used_length {
-                let what = format!(
-                    "RAM block {}: the source has {} bytes, this guest {ours}",
-                    block.name, block.used_length
-                );
-                return Err(Error::Config {
-                    what,
-                    remedy: Remedy::Advice("start both ends with the same memory"),
-                });
-            }
-        }
-        let announced = |ours: &RamBlock| incoming.blocks.iter().any(|theirs| theirs.name == ours.name);
-        if let Some(missing) = self.table().blocks().iter().find(|ours| !announced(ours)) {
-            let what = format!("RAM block {}: the source has none of this name", missing.name);
-            return Err(Error::Config {
-                what,
-                remedy: Remedy::Advice("start both ends with the same memory"),
-            });
-        }
-        shared_blocks::check_any(incoming, self.table())?;
-        Ok(Arc::clone(self) as Arc<dyn GuestMemory>)
-    }
-}
-
-/// Provides memory that was mapped or cleared for this migration and never written since: with the promise of
-/// [`is_zeroed`](MemoryProvider::is_zeroed), so that nothing asks for it.
-#[derive(Debug)]
-pub struct Zeroed<M>(pub Arc<M>);
-
-impl<M: GuestMemory + 'static> MemoryProvider for Zeroed<M> {
-    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
-        self.0.provide(incoming)
-    }
-
-    fn is_zeroed(&self, _block: &RamBlock) -> bool {
-        true
-    }
-}
 
 /// Sees pages as they arrive; a relay's.
 pub(crate) trait Arrival: Send {
@@ -178,53 +83,14 @@ pub(crate) trait Arrival: Send {
     fn ram_complete(&mut self, scan: Option<Duration>) -> Result<(), Error>;
 }
 
-/// How a migration ended, seen from the destination.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct DestinationReport {
-    /// Whether the guest runs here.
-    pub ending: Ending,
-    /// Why not.
-    pub error: Option<Error>,
-    /// What the source announced, if it came so far.
-    pub incoming: Option<Incoming>,
-    /// Pages that came.
-    pub pages: PageCounts,
-    /// Of the whole pages, those that were written by the file behind the memory, since it was not mapped here: the
-    /// process meets them by a fault each when it first touches them.
-    pub pages_by_file: u64,
-    /// Of them, those that were mapped since, by a thread that had nothing else to do.
-    pub pages_mapped_behind: u64,
-    /// Bytes that came, in the stream and on page channels; not those that a NIC wrote.
-    pub bytes: u64,
-    /// A digest was compared and found equal.
-    pub verified: bool,
-    /// The source is a ramwire.
-    pub native: bool,
-    /// What it took to find pages by their content: in front of a relay, where they came by RDMA.
-    pub scan: Option<ScanReport>,
-    /// What faults of missing pages came to, where the source switched to postcopy.
-    pub missing_pages: Option<MissingPages>,
-    /// The figures.
-    pub statistics: Statistics,
-}
-
 /// The destination's session before and while it runs.
 pub struct DestinationSession {
     wire: Wire,
     guest: DestinationGuest,
     settings: DestinationSettings,
     driver: Driver,
-    arrival: Option<Box<dyn Arrival>>,
-    placing: Option<Placing>,
-    mapper: Option<Mapper>,
-    postcopy: Option<Postcopy>,
-    /// From ADVISE to the package.
-    advised: Option<Advised>,
-    next_connection: SharedNext,
-    incoming: Option<Incoming>,
-    state: Vec<u8>,
-    sections: Sections,
+    ingest: Ingest,
+    switch: Switch,
     /// What the source has told of itself and of the pages it sent.
     told: SourceTold,
     figures: Figures,
@@ -247,15 +113,8 @@ impl DestinationSession {
             keepalive: Keepalive::new(settings.stall_timeout),
             settings,
             driver,
-            arrival: None,
-            placing: None,
-            mapper: None,
-            postcopy: None,
-            advised: None,
-            next_connection: SharedNext::default(),
-            incoming: None,
-            state: Vec::new(),
-            sections: Sections::default(),
+            ingest: Ingest::default(),
+            switch: Switch::default(),
             told: SourceTold::default(),
             figures: Figures::new(SharedStatistics::default()),
             error: None,
@@ -265,7 +124,7 @@ impl DestinationSession {
 
     /// `arrival` observes pages as they arrive.
     pub(crate) fn with_arrival(mut self, arrival: Box<dyn Arrival>) -> Self {
-        self.arrival = Some(arrival);
+        self.ingest.observed_by(arrival);
         self
     }
 
@@ -275,7 +134,7 @@ impl DestinationSession {
     /// It gives the connection for urgent pages as well, which a QEMU with the capability postcopy-preempt opens: no setting
     /// tells of it. So it may be asked while the first connection is in use, by another thread.
     pub fn with_next_connection(self, next: Box<dyn NextConnection>) -> Self {
-        self.next_connection.put(Some(Connections::new(next)));
+        self.switch.may_reconnect(Connections::new(next));
         self
     }
 
@@ -345,13 +204,13 @@ impl DestinationSession {
     /// A step failed.
     fn keep(&mut self, error: Error, reader: &StreamReader) -> DestinationEvent {
         // The kernel's answer for memory that it has lost names no block.
-        let error = self.lost_memory().err().unwrap_or(error);
+        let error = self.ingest.lost_memory().err().unwrap_or(error);
         let error = self.postcopy_failure(error);
         tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
         let overdue = error.is_deadline() && self.driver.time_left() == Some(Duration::ZERO);
         self.error.get_or_insert(error);
         match () {
-            () if self.guest_is_ours() => DestinationEvent::Lost,
+            () if self.switch.guest_is_ours() => DestinationEvent::Lost,
             () if overdue => DestinationEvent::Woken,
             () => DestinationEvent::Failed,
         }
@@ -371,7 +230,7 @@ impl DestinationSession {
         }
         if self.driver.engine.is_committed() {
             // The guest is ours: no cancel breaks it off any more.
-            self.wire.stop = self.stop_after_commit();
+            self.wire.stop = self.switch.stop_after_commit();
         }
     }
 
@@ -404,43 +263,6 @@ impl DestinationSession {
         Ok(DestinationEvent::MayRun)
     }
 
-    fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
-        self.close_link(ending);
-        self.keepalive.join();
-        let (missing_pages, preempt_bytes) = self.end_postcopy(ending);
-        let pages_mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
-        let bytes = bytes + preempt_bytes + self.wire.link.channel_bytes();
-        let error = self.error.as_ref();
-        let told = |s: &mut Statistics| {
-            s.status = match ending {
-                Ending::Running => Status::Completed,
-                Ending::Stranded | Ending::Incomplete => Status::InDoubt,
-                Ending::Discarded if matches!(error, Some(Error::Cancelled)) => Status::Cancelled,
-                Ending::Discarded => Status::Failed,
-            };
-            s.ended = true;
-            s.error = error.map(|error| Chain(error).to_string());
-        };
-        let statistics = self.figures.shared();
-        self.figures.end(ending == Ending::Running);
-        quietly("telling of the end", || statistics.update(told));
-        quietly("telling of the end", || statistics.cleaned_up());
-        DestinationReport {
-            ending,
-            error: self.error,
-            pages: self.placing.as_ref().map_or_else(PageCounts::default, Placing::counts),
-            pages_by_file: self.placing.as_ref().map_or(0, |placing| placing.placer().by_file()),
-            pages_mapped_behind,
-            incoming: self.incoming,
-            bytes,
-            verified: self.told.digests.verified(),
-            native: self.driver.engine.is_native(),
-            scan: self.placing.as_ref().and_then(Placing::scan_report),
-            missing_pages,
-            statistics: statistics.snapshot(),
-        }
-    }
-
     fn perform(
         &mut self,
         action: DestinationAction,
@@ -458,21 +280,21 @@ impl DestinationSession {
                 self.told.digests.made(ours);
             }
             DestinationAction::CompareDigest => {
-                let memory = self.memory()?;
+                let memory = self.ingest.memory()?;
                 self.told.digests.compare(memory.table(), self.breakage)?;
             }
             DestinationAction::LoadState => {
                 // A decompressor tells only at its end that what it gave out was damaged.
                 self.wire.link.stream().ended_well(&self.wire.stop)?;
-                self.lost_memory()?;
-                if let Some(incoming) = &mut self.incoming {
-                    incoming.seen = *reader.stream.seen();
+                self.ingest.lost_memory()?;
+                if let Some(incoming) = self.ingest.all_has_come(*reader.stream.seen()) {
                     named("calling MemoryProvider::arrived", || {
                         self.guest.memory.arrived(incoming, self.driver.engine.is_native())
                     });
                 }
-                let loaded =
-                    self.with_keepalive(|session| load_state(session.guest.control.as_mut(), &session.state));
+                let loaded = self.with_keepalive(|session| {
+                    load_state(session.guest.control.as_mut(), session.ingest.state())
+                });
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             DestinationAction::Listen => self.listen(reader.stream.blocks())?,
@@ -505,14 +327,14 @@ impl DestinationSession {
     }
 
     fn make_digest(&mut self) -> Result<Digest, Error> {
-        let memory = self.memory()?;
-        let incoming = self.incoming.as_ref();
+        let memory = self.ingest.memory()?;
+        let incoming = self.ingest.incoming();
         let carried = incoming
             .map(|i| carried(i.seen.framing, (&i.configuration, &i.vmm_configuration), &i.early_sections))
             .unwrap_or_default();
         let stop = &self.wire.stop;
         let unsent = self.told.unsent.clone();
-        Digest::make((&memory, unsent), &carried, &self.state, &self.settings.spawner, || {
+        Digest::make((&memory, unsent), &carried, self.ingest.state(), &self.settings.spawner, || {
             let stopped = |reason| ChannelError::Stopped { reason, doing: "making the digest" };
             stop.reason().map_or(Ok(()), |reason| Err(stopped(reason).into()))
         })
@@ -534,19 +356,6 @@ impl DestinationSession {
         }
         self.send_message(Message::Shut { status: 1 })
     }
-
-    /// Pages that the kernel could not keep are an error before the guest can be given to us.
-    pub(super) fn lost_memory(&self) -> Result<(), Error> {
-        match self.placing.as_ref().and_then(|placing| placing.memory().layout_change()) {
-            Some(lost @ LayoutChange::Lost { .. }) => Err(lost.into()),
-            _ => Ok(()),
-        }
-    }
-
-    pub(super) fn memory(&self) -> Result<Arc<dyn GuestMemory>, Error> {
-        let placing = self.placing.as_ref().ok_or_else(|| no_blocks("the end of the state"))?;
-        Ok(Arc::clone(placing.memory()))
-    }
 }
 
 /// What tests set that no caller may.
@@ -560,7 +369,7 @@ impl DestinationSession {
         self.guest.memory = provider;
     }
 
-    pub(in crate::session) fn control_by(&mut self, control: Box<dyn GuestControl>) {
+    pub(in crate::session) fn control_by(&mut self, control: Box<dyn crate::guest::GuestControl>) {
         self.guest.control = control;
     }
 

@@ -26,10 +26,10 @@ use crate::sys::{CancelToken, Lock as _, MissingFaults, Stop};
 use crate::transport::{ByteSink, ChannelError};
 
 use super::DestinationSession;
-use super::advised::Advised;
 use super::preempt::Preempt;
 use super::receive::{no_blocks, out_of_turn};
 use super::return_path::ReturnPathWriter;
+use super::switch::Switch;
 use crate::session::Error;
 use crate::session::callback::guarded;
 
@@ -111,6 +111,11 @@ impl Shared {
             }
         }
         Ok(())
+    }
+
+    /// True if the guest runs here, or is about to, although pages are missing.
+    pub(super) fn guest_is_ours(&self) -> bool {
+        self.is_ours.load(Ordering::Acquire) && !self.load_failed.load(Ordering::Acquire)
     }
 
     /// Another connection is there.
@@ -210,17 +215,48 @@ fn lent() -> io::Error {
     io::Error::other("the guest is being started by another thread")
 }
 
+impl Switch {
+    /// The source has sent its last page. Urgent ones may be under way on their own connection: waits until all that were
+    /// discarded are here.
+    ///
+    /// # Errors
+    /// Some do not come.
+    pub(super) fn await_owed(&mut self, stop: &Stop) -> Result<(), Error> {
+        let Some(postcopy) = self.running_mut() else { return Ok(()) };
+        let stop = stop.within(postcopy.shared.send_timeout);
+        postcopy.preempt.main_ended();
+        loop {
+            let (placer, owed) = (&postcopy.shared.placer, &mut postcopy.owed);
+            // Looked at once: a page that has come stays.
+            let missing = owed.runs().find_map(|run| placer.first_missing(run));
+            let Some(page) = missing else {
+                *owed = PageSet::default();
+                return Ok(());
+            };
+            if !postcopy.preempt.is_expected() || stop.sleep(OWED_CHECK_INTERVAL).is_some() {
+                let table = placer.memory().table();
+                let name = table.get(page.block).map_or("", |block| block.name.as_str());
+                let at = page.first.0 * placer.page_bytes();
+                let what =
+                    format!("the end of RAM, though the page at {at:#x} of RAM block {name} was discarded");
+                return Err(out_of_turn(&what, "waiting for missing pages"));
+            }
+        }
+    }
+}
+
 impl DestinationSession {
     /// The package is whole: faults are served, and a thread loads the state and starts the guest.
     pub(super) fn listen(&mut self, blocks: &AnnouncedBlocks) -> Result<(), Error> {
-        let Some(Advised { faults, package, owed, .. }) = self.advised.take() else {
+        let Some(advised) = self.switch.take_advised() else {
             return Err(out_of_turn("a package", "a migration without ADVISE"));
         };
+        let (faults, package, owed) = advised.into_parts();
         let decoded = decode_package(&package)?;
         let Some(back) = self.wire.back.clone() else {
             return Err(out_of_turn("a package", "a stream without a return path"));
         };
-        let placing = self.placing.as_ref().ok_or_else(|| no_blocks("a package"))?;
+        let placing = self.ingest.placed().ok_or_else(|| no_blocks("a package"))?;
         let faults = Arc::new(faults);
         let (pager, began) = (Arc::new(Mutex::new(Pager::default())), Instant::now());
         let waits = Arc::clone(&pager);
@@ -251,11 +287,7 @@ impl DestinationSession {
             shared: Arc::clone(&shared),
             faults: Some(faults),
             loader: None,
-            preempt: Preempt::new(
-                blocks.clone(),
-                self.next_connection.clone(),
-                self.settings.spawner.clone(),
-            ),
+            preempt: Preempt::new(blocks.clone(), self.switch.next().clone(), self.settings.spawner.clone()),
             owed,
             recovering: false,
             loaded: Arc::default(),
@@ -270,9 +302,9 @@ impl DestinationSession {
                 .to_vec()
         } else {
             // As a precopy stream that ends without a VM description.
-            [&std::mem::take(&mut self.state)[..], decoded.sections, &[0]].concat()
+            [&self.ingest.take_state()[..], decoded.sections, &[0]].concat()
         };
-        if let Some(incoming) = &self.incoming {
+        if let Some(incoming) = self.ingest.incoming() {
             self.guest.memory.arrived(incoming, self.driver.engine.is_native());
         }
         self.figures.shared().update(|s| s.status = Status::Device);
@@ -291,42 +323,14 @@ impl DestinationSession {
             }
         };
         postcopy.loader = Some(self.settings.spawner.spawn("ramwire-load", Box::new(job))?);
-        self.postcopy = Some(postcopy);
+        self.switch.begin(postcopy);
         Ok(())
-    }
-
-    /// The source has sent its last page. Urgent ones may be under way on their own connection: waits until all that were
-    /// discarded are here.
-    ///
-    /// # Errors
-    /// Some do not come.
-    pub(super) fn await_owed(&mut self) -> Result<(), Error> {
-        let Some(postcopy) = &mut self.postcopy else { return Ok(()) };
-        let stop = self.wire.stop.within(postcopy.shared.send_timeout);
-        postcopy.preempt.main_ended();
-        loop {
-            let (placer, owed) = (&postcopy.shared.placer, &mut postcopy.owed);
-            // Looked at once: a page that has come stays.
-            let missing = owed.runs().find_map(|run| placer.first_missing(run));
-            let Some(page) = missing else {
-                *owed = PageSet::default();
-                return Ok(());
-            };
-            if !postcopy.preempt.is_expected() || stop.sleep(OWED_CHECK_INTERVAL).is_some() {
-                let table = placer.memory().table();
-                let name = table.get(page.block).map_or("", |block| block.name.as_str());
-                let at = page.first.0 * placer.page_bytes();
-                let what =
-                    format!("the end of RAM, though the page at {at:#x} of RAM block {name} was discarded");
-                return Err(out_of_turn(&what, "waiting for missing pages"));
-            }
-        }
     }
 
     /// All pages have come: waits for the guest's start.
     pub(super) fn await_guest(&mut self) -> Result<(), Error> {
         self.take_control()?;
-        let Some(postcopy) = &mut self.postcopy else { return Ok(()) };
+        let Some(postcopy) = self.switch.running_mut() else { return Ok(()) };
         // Nothing is asked for any more. A fault of a page that has come is answered by the end of the serving, and could not
         // be answered behind it.
         postcopy.shared.over.cancel();
@@ -342,7 +346,7 @@ impl DestinationSession {
 
     /// Waits for the loader, takes the guest's control back, and says how the start went.
     fn take_control(&mut self) -> Result<(), Error> {
-        let Some(postcopy) = &mut self.postcopy else { return Ok(()) };
+        let Some(postcopy) = self.switch.running_mut() else { return Ok(()) };
         if let Some(loader) = postcopy.loader.take() {
             // A panic of the embedder's code was taken for an error before.
             let _ = loader.join();
@@ -356,17 +360,6 @@ impl DestinationSession {
         }
     }
 
-    /// No cancel ends what the source gave away; the failure of a postcopy's thread does.
-    pub(super) fn stop_after_commit(&self) -> Stop {
-        self.postcopy.as_ref().map_or_else(Stop::never, |postcopy| postcopy.shared.stop())
-    }
-
-    /// True if the guest runs here, or is about to, although pages are missing.
-    pub(super) fn guest_is_ours(&self) -> bool {
-        let Some(Postcopy { shared, .. }) = &self.postcopy else { return false };
-        shared.is_ours.load(Ordering::Acquire) && !shared.load_failed.load(Ordering::Acquire)
-    }
-
     /// A step failed: what a thread of the postcopy says is the cause, where one does.
     pub(super) fn postcopy_failure(&mut self, error: Error) -> Error {
         if self.wire.stop.reason().is_some()
@@ -374,7 +367,7 @@ impl DestinationSession {
         {
             return cause;
         }
-        let Some(postcopy) = &self.postcopy else { return error };
+        let Some(postcopy) = self.switch.running() else { return error };
         postcopy.shared.failure.locked().take().unwrap_or(error)
     }
 
@@ -383,7 +376,7 @@ impl DestinationSession {
         if let Err(error) = self.take_control() {
             tracing::warn!(error = %Chain(&error), "the guest's start");
         }
-        let Some(mut postcopy) = self.postcopy.take() else { return (None, 0) };
+        let Some(mut postcopy) = self.switch.take() else { return (None, 0) };
         if ending == Ending::Incomplete {
             // Behind the last descriptor what is missing would read as zero, and the guest go on with it.
             std::mem::forget(Arc::clone(&postcopy.shared.faults));

@@ -8,15 +8,13 @@ use crate::ram::RamBlock;
 use crate::stream::native::{Answer, GREETING, Hello, MAX_VERSION, Order, hello_pong};
 use crate::stream::qemu::blocks::BlockAnnouncement;
 use crate::stream::qemu::command::Command;
-use crate::stream::qemu::early::NOTHING;
 use crate::stream::qemu::incoming::{Event, SectionKind, Seen, Step};
 use crate::stream::qemu::ram::PAGE_HEAD;
 use crate::stream::qemu::return_path::Message;
-use crate::stream::qemu::section::{PART_LEN, Phase};
+use crate::stream::qemu::section::Phase;
 use crate::sys::RecvPart;
 
-use super::mapper::Mapper;
-use super::placing::Placing;
+use super::ingest::Placement;
 use super::reader::StreamReader;
 use super::{DestinationSession, Incoming};
 use crate::session::callback::named;
@@ -37,33 +35,27 @@ impl DestinationSession {
                     if let Event::Page { block, offset, bytes } = event {
                         let following = stream.take_following(rest, block, offset);
                         let rest = &rest[..following as usize * (PAGE_HEAD + bytes.len())];
-                        let placing = self.placing.as_mut().ok_or_else(|| no_blocks("a page"))?;
+                        let placing = self.ingest.placing()?;
                         placing.pages(block, offset, bytes, rest).map_err(|error| error.at(at))?;
                         *start += consumed + rest.len();
-                        bulk = self.sections.pages_follow();
+                        bulk = self.ingest.sections().pages_follow();
                         continue;
                     }
                     bulk = false;
                     let seen = *stream.seen();
-                    self.sections.note(&event);
+                    self.ingest.note(&event);
                     let input = self.take(event, raw, seen).map_err(|error| error.at(at))?;
                     *start += consumed;
                     if let Some(input) = input {
                         if input == DestinationEvent::Tail {
-                            self.state.extend_from_slice(stream.tail().bytes());
+                            self.ingest.device_sections(stream.tail().bytes());
                         }
                         return Ok(input);
                     }
                 }
                 Step::NeedMore { consumed, needed } => {
                     *start += consumed;
-                    if let Some(placing) = &mut self.placing {
-                        placing.check_faults();
-                        placing.between_reads()?;
-                        if placing.is_due() {
-                            self.lost_memory()?;
-                        }
-                    }
+                    self.ingest.between_reads()?;
                     reader.make_room(needed);
                     let quiet = reader.start == reader.end && self.may_hold_its_switchover();
                     let source = self.wire.link.stream();
@@ -86,7 +78,7 @@ impl DestinationSession {
     /// The source closed. A tail may end so where its description is suppressed; but a source with a return
     /// path that does not wait for our word has given up, and its guest may run on there.
     fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
-        let inside = if self.placing.is_none() { "the setup" } else { "RAM or device state" };
+        let inside = if self.ingest.placed().is_none() { "the setup" } else { "RAM or device state" };
         let truncated = Error::Truncated { at: reader.at, inside };
         let waits_for_us = self.driver.engine.is_native() || self.told.return_path;
         if waits_for_us || !self.settings.accept_missing_description {
@@ -94,7 +86,7 @@ impl DestinationSession {
         }
         match reader.stream.finish() {
             Ok(_) => {
-                self.state.extend_from_slice(reader.stream.tail().bytes());
+                self.ingest.device_sections(reader.stream.tail().bytes());
                 Ok(DestinationEvent::Tail)
             }
             Err(_) => Err(truncated),
@@ -104,11 +96,16 @@ impl DestinationSession {
     /// What an event means for memory, and for the engine. `raw` are the bytes it took, `seen` is what the
     /// stream has shown so far.
     fn take(&mut self, event: Event<'_>, raw: &[u8], seen: Seen) -> Result<Option<DestinationEvent>, Error> {
+        let limit = self.settings.max_state;
         match event {
-            Event::Page { block, offset, bytes } => self.placing()?.pages(block, offset, bytes, &[])?,
-            Event::Zero { block, offset } => self.placing()?.zero(block, offset)?,
-            Event::Compressed { block, offset, bytes } => self.placing()?.compressed(block, offset, bytes)?,
-            Event::Xbzrle { block, offset, bytes } => self.placing()?.delta(block, offset, bytes)?,
+            Event::Page { block, offset, bytes } => {
+                self.ingest.placing()?.pages(block, offset, bytes, &[])?
+            }
+            Event::Zero { block, offset } => self.ingest.placing()?.zero(block, offset)?,
+            Event::Compressed { block, offset, bytes } => {
+                self.ingest.placing()?.compressed(block, offset, bytes)?
+            }
+            Event::Xbzrle { block, offset, bytes } => self.ingest.placing()?.delta(block, offset, bytes)?,
             Event::Configuration(configuration) => self.told.configuration = Some(configuration),
             Event::Blocks(blocks) => self.blocks(&blocks)?,
             Event::Command(command) => return self.command(command),
@@ -116,31 +113,26 @@ impl DestinationSession {
                 kind: SectionKind::Ram, phase: phase @ (Phase::Part | Phase::End), ..
             } => {
                 tracing::trace!(?phase, "pages begin");
-                self.pages_begin(seen)?;
+                self.ingest.pages_begin(seen)?;
             }
             Event::MultifdFlush => self.barrier()?,
             Event::RecordsEnd => self.records_ended(seen)?,
             Event::SectionEnd { kind: SectionKind::Ram, phase: Phase::End } => self.ram_complete()?,
             Event::SectionStart { kind: SectionKind::Ram | SectionKind::NativeState, .. }
             | Event::SectionEnd { kind: SectionKind::Ram | SectionKind::NativeState, .. } => {}
-            Event::SectionBytes(bytes) if self.sections.in_native_state() => self.carry(bytes)?,
-            Event::SectionStart { .. } => {
-                let at = self.carried().len();
-                self.sections.carried_from(at);
-                self.carry(raw)?;
+            Event::SectionBytes(bytes) if self.ingest.sections().in_native_state() => {
+                self.ingest.keep(bytes, limit)?
             }
-            Event::SectionEnd { phase: Phase::Part, .. } if self.says_nothing() => {
-                let at = self.sections.carried_at();
-                self.carried().truncate(at);
-            }
+            Event::SectionStart { .. } => self.ingest.keep_start(raw, limit)?,
+            Event::SectionEnd { phase: Phase::Part, .. } => self.ingest.keep_part_end(raw, limit)?,
             Event::SectionEnd { .. } | Event::VirtioMem(_) | Event::BitmapChunk | Event::SectionBytes(_) => {
-                self.carry(raw)?
+                self.ingest.keep(raw, limit)?
             }
             Event::TailBytes(_) | Event::Eof => {}
-            Event::Done if self.placing.is_none() => return Err(no_blocks("the end of the stream")),
+            Event::Done if self.ingest.placed().is_none() => return Err(no_blocks("the end of the stream")),
             Event::Done => return Ok(Some(DestinationEvent::Tail)),
             Event::Hook { .. } => self.receive_round()?,
-            Event::PackageBytes(bytes) => self.package_bytes(bytes)?,
+            Event::PackageBytes(bytes) => self.switch.package_bytes(bytes, limit)?,
             Event::PackageEnd => return Ok(Some(DestinationEvent::Package)),
             Event::Filled { .. } | Event::MappedBlock { .. } | Event::MappedBytes(_) => {
                 return Err(out_of_turn("a record of another kind of migration", "a plain precopy stream"));
@@ -149,51 +141,8 @@ impl DestinationSession {
         Ok(None)
     }
 
-    /// Sections that are not RAM and not understood go on as they came.
-    fn carry(&mut self, raw: &[u8]) -> Result<(), Error> {
-        let limit = self.settings.max_state;
-        let carried = self.carried();
-        if (carried.len() + raw.len()) as u64 > limit {
-            return Err(out_of_turn("more device state than is accepted", "a precopy migration"));
-        }
-        carried.extend_from_slice(raw);
-        Ok(())
-    }
-
-    /// Where such a section goes: in front of the first page, or once pages have begun behind the last one. By then a
-    /// relay has passed on what stands in front.
-    fn carried(&mut self) -> &mut Vec<u8> {
-        match &mut self.incoming {
-            Some(incoming) if !self.sections.pages_began() => &mut incoming.early_sections,
-            _ => &mut self.state,
-        }
-    }
-
-    /// True if the PART that ends here holds nothing but the mark of its end. A QEMU with dirty bitmaps writes one beside
-    /// every section of pages, thousands in a second, and nobody need keep them.
-    fn says_nothing(&mut self) -> bool {
-        let at = self.sections.carried_at() + PART_LEN;
-        self.carried().get(at..) == Some(&NOTHING[..])
-    }
-
-    /// The early sections are complete: whoever watches pages arrive may begin.
-    fn pages_begin(&mut self, seen: Seen) -> Result<(), Error> {
-        self.lost_memory()?;
-        match (&mut self.placing, &mut self.incoming) {
-            (Some(placing), Some(incoming)) => {
-                incoming.seen = seen;
-                placing.began(incoming)
-            }
-            _ => Err(no_blocks("a section of pages")),
-        }
-    }
-
-    pub(super) fn placing(&mut self) -> Result<&mut Placing, Error> {
-        self.placing.as_mut().ok_or_else(|| no_blocks("a page"))
-    }
-
     fn blocks(&mut self, announced: &[BlockAnnouncement]) -> Result<(), Error> {
-        if self.placing.is_some() {
+        if self.ingest.placed().is_some() {
             return Ok(());
         }
         let incoming = Incoming {
@@ -201,39 +150,31 @@ impl DestinationSession {
             blocks: announced.iter().map(described).collect(),
             vmm_configuration: std::mem::take(&mut self.told.vmm_configuration),
             // What came in front of the list.
-            early_sections: std::mem::take(&mut self.state),
+            early_sections: self.ingest.take_state(),
             has_return_path: self.told.return_path && self.wire.back.is_some(),
             seen: Seen::default(),
         };
         let memory = named("calling MemoryProvider::provide", || self.guest.memory.provide(&incoming))?;
-        self.check_host_pages(memory.table())?;
+        self.switch.check_host_pages(memory.table())?;
         shared_blocks::check(&incoming, memory.table())?;
-        let may_be_postcopy = self.advised.is_some() || self.wire.link.abilities().on_demand;
+        let how = Placement {
+            may_be_postcopy: self.switch.is_advised() || self.wire.link.abilities().on_demand,
+            map_behind: self.settings.map_behind.then_some(&self.settings.spawner),
+            breakage: self.breakage,
+        };
         let known_zero = |block: &RamBlock| {
             named("calling MemoryProvider::is_zeroed", || self.guest.memory.is_zeroed(block))
         };
-        let placing = Placing::new(
-            memory,
-            &incoming.blocks,
-            known_zero,
-            may_be_postcopy,
-            self.arrival.take(),
-            self.breakage,
-        )?;
-        // A page that is mapped after it was discarded would be there, as zero, and never asked for.
-        if self.settings.map_behind && !may_be_postcopy {
-            self.mapper = Mapper::start(placing.placer(), &self.settings.spawner);
-        }
-        self.placing = Some(placing);
+        self.ingest.place_in(memory, &incoming.blocks, known_zero, &how)?;
         self.announce(announced)?;
         self.figures_of(&incoming)?;
-        self.incoming = Some(incoming);
+        self.ingest.announced(incoming);
         Ok(())
     }
 
     /// The figures count this guest from now on.
     fn figures_of(&mut self, incoming: &Incoming) -> Result<(), Error> {
-        let placer = Arc::clone(self.placing()?.placer());
+        let placer = Arc::clone(self.ingest.placing()?.placer());
         let table = placer.memory().table();
         let ignored = |block: &RamBlock| {
             let ours = table.find(block.name.as_str()).ok().and_then(|index| table.get(index));
@@ -247,18 +188,12 @@ impl DestinationSession {
 
     fn ram_complete(&mut self) -> Result<(), Error> {
         tracing::trace!("pages end");
-        // Nothing beside the downtime takes time from it.
-        if let Some(mapper) = &self.mapper {
-            mapper.stop();
-        }
+        self.ingest.stop_mapping();
         self.refuse_unread_channels()?;
         self.last_scan()?;
-        self.await_owed()?;
+        self.switch.await_owed(&self.wire.stop)?;
         self.figures.ram_complete();
-        match &mut self.placing {
-            Some(placing) => placing.ram_complete(),
-            None => Err(no_blocks("the end of RAM")),
-        }
+        self.ingest.ram_complete()
     }
 
     fn command(&mut self, command: Command<'_>) -> Result<Option<DestinationEvent>, Error> {
@@ -285,10 +220,13 @@ impl DestinationSession {
                 }
                 self.advised(host_pages)?;
             }
-            Command::PostcopyRamDiscard(discard) => self.discard(discard)?,
-            Command::RecvBitmap { block } if self.postcopy.is_some() => self.send_received(block)?,
-            Command::PostcopyResume if self.postcopy.is_some() => self.resume_requests()?,
-            Command::Packaged { .. } if self.advised.is_some() => {}
+            Command::PostcopyRamDiscard(discard) => {
+                let placer = Arc::clone(self.ingest.placing()?.placer());
+                self.switch.discard(discard, &placer)?
+            }
+            Command::RecvBitmap { block } if self.switch.is_running() => self.send_received(block)?,
+            Command::PostcopyResume if self.switch.is_running() => self.resume_requests()?,
+            Command::Packaged { .. } if self.switch.is_advised() => {}
             Command::SwitchoverStart | Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps => {}
             Command::Native(order) => return self.order(order),
             other => return Err(out_of_turn(&format!("{other:?}"), "a precopy migration")),
@@ -309,11 +247,13 @@ impl DestinationSession {
                 self.send_message(Message::Native(Answer::Hello(answer)))?;
                 Ok(Some(DestinationEvent::Hello { digest: theirs.digest }))
             }
-            Order::VmmConfiguration { .. } if self.incoming.is_some() || self.told.migration_id.is_none() => {
+            Order::VmmConfiguration { .. }
+                if self.ingest.incoming().is_some() || self.told.migration_id.is_none() =>
+            {
                 Err(out_of_turn("VMM_CONFIGURATION", "a ramwire's list of RAM blocks has not come"))
             }
             Order::VmmConfiguration { part } => self.vmm_configuration(part).map(|()| None),
-            Order::StateSent if !self.sections.ram_ended() => {
+            Order::StateSent if !self.ingest.sections().ram_ended() => {
                 Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
             Order::StateSent => {
@@ -321,12 +261,14 @@ impl DestinationSession {
                 Ok(Some(DestinationEvent::StateSent))
             }
             Order::Sent { counts } => self.source_sent(counts).map(|()| None),
-            Order::Unsent { .. } if !self.sections.ram_ended() || !self.driver.engine.is_native() => {
+            Order::Unsent { .. }
+                if !self.ingest.sections().ram_ended() || !self.driver.engine.is_native() =>
+            {
                 Err(out_of_turn("UNSENT", "waiting for the last page of a ramwire"))
             }
             Order::Unsent { block, why, ranges } => self.not_sent(block, why, ranges).map(|()| None),
             Order::Digest { first, values } => {
-                let memory = self.memory()?;
+                let memory = self.ingest.memory()?;
                 let whole = self.told.digests.take(first, values, memory.table())?;
                 Ok(whole.then_some(DestinationEvent::Digests))
             }

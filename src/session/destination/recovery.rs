@@ -40,13 +40,13 @@ impl<F: FnMut(&Stop) -> Result<StreamChannel, OpenError> + Send> NextConnection 
 impl DestinationSession {
     /// True if a lost connection is no end.
     pub(super) fn may_recover(&self) -> bool {
-        let failed = self.postcopy.as_ref().is_some_and(|postcopy| postcopy.shared.has_failed());
-        self.next_connection.is_there() && !failed && !self.driver.cancel_token().is_cancelled()
+        self.switch.may_recover() && !self.driver.cancel_token().is_cancelled()
     }
 
     /// Lets the old connection go and waits for the next one; a cancel ends the wait.
     pub(super) fn await_recovery(&mut self, reader: &mut StreamReader) -> Result<(), Error> {
-        let Some(postcopy) = &mut self.postcopy else {
+        let next = self.switch.next().clone();
+        let Some(postcopy) = self.switch.running_mut() else {
             return Err(out_of_turn("a lost connection", "precopy"));
         };
         postcopy.shared.lose_connection();
@@ -59,19 +59,17 @@ impl DestinationSession {
             let _ = rustix::net::shutdown(connection, Shutdown::Both);
         }
         self.figures.shared().update(|s| s.status = Status::PostcopyPaused);
-        if let Some(placing) = &mut self.placing {
-            placing.forget_parts();
-        }
+        self.ingest.forget_parts();
         let stop = Stop::on(&self.driver.cancel_token());
-        let connected = match (postcopy.preempt.end(), self.next_connection.take()) {
-            (Some(early), next) => {
-                self.next_connection.put(next);
+        let connected = match (postcopy.preempt.end(), next.take()) {
+            (Some(early), connections) => {
+                next.put(connections);
                 Ok(early)
             }
-            (None, Some(mut next)) => {
-                let connected = next.first_to_speak(&stop, |_| {});
+            (None, Some(mut connections)) => {
+                let connected = connections.first_to_speak(&stop, |_| {});
                 // Asked again after a failure it would say the same.
-                self.next_connection.put(Some(next).filter(|_| connected.is_ok()));
+                next.put(Some(connections).filter(|_| connected.is_ok()));
                 match connected {
                     Ok((_, Use::Urgent)) => {
                         return Err(out_of_turn("a connection that begins with pages", "recovery"));
@@ -106,7 +104,7 @@ impl DestinationSession {
 
     /// Tells the source which pages of a block are here. Only after a loss: a QEMU asks at no other time.
     pub(super) fn send_received(&mut self, name: &str) -> Result<(), Error> {
-        let Some(postcopy) = &self.postcopy else { return Ok(()) };
+        let Some(postcopy) = self.switch.running() else { return Ok(()) };
         if !postcopy.recovering {
             return Err(out_of_turn("RECV_BITMAP", "postcopy on its first connection"));
         }
@@ -121,7 +119,7 @@ impl DestinationSession {
 
     /// The source knows what is missing and goes on.
     pub(super) fn resume_requests(&mut self) -> Result<(), Error> {
-        let Some(postcopy) = &mut self.postcopy else { return Ok(()) };
+        let Some(postcopy) = self.switch.running_mut() else { return Ok(()) };
         if !postcopy.recovering {
             return Err(out_of_turn("RESUME", "postcopy on its first connection"));
         }

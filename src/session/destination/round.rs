@@ -30,9 +30,9 @@ impl DestinationSession {
         }
         let blocks = AnnouncedBlocks::new(announced.to_vec())
             .map_err(|fault| Error::Decode(DecodeError::Corrupt(Corrupt { at: 0, fault })))?;
-        let placer = Arc::clone(self.placing()?.placer());
+        let placer = Arc::clone(self.ingest.placing()?.placer());
         self.wire.link.announce(&placer, &blocks)?;
-        let placing = self.placing()?;
+        let placing = self.ingest.placing()?;
         if able.has_rounds && placing.is_watched() {
             if !able.waits_after_round {
                 return Err(Error::Config {
@@ -47,7 +47,7 @@ impl DestinationSession {
 
     /// The parser met the mark.
     pub(super) fn receive_round(&mut self) -> Result<(), Error> {
-        if self.breakage.is(Breakage::ScanBeforeFinish) && self.sections.is_last_round() {
+        if self.breakage.is(Breakage::ScanBeforeFinish) && self.ingest.sections().is_last_round() {
             self.scan()?;
         }
         if !self.wire.link.abilities().has_rounds {
@@ -55,14 +55,14 @@ impl DestinationSession {
         }
         let round = self.wire.link.receive_round(&self.wire.stop)?;
         self.told.zero_in_rounds += round.zero_bytes;
-        let placing = self.placing()?;
+        let placing = self.ingest.placing()?;
         let page = placing.memory().table().page().bytes();
         placing.placer().count_zero(round.zero_bytes / page);
         round.touched.into_iter().for_each(|run| placing.written(run));
         self.figures.round_marked();
         // The setup round has no pages; those of the last one are looked for when the section ends, while the source
         // goes on with its device state.
-        if self.sections.pages_follow() { self.scan() } else { Ok(()) }
+        if self.ingest.sections().pages_follow() { self.scan() } else { Ok(()) }
     }
 
     /// No page comes any more: what the last round brought is looked for.
@@ -71,10 +71,7 @@ impl DestinationSession {
     }
 
     fn scan(&mut self) -> Result<(), Error> {
-        match &mut self.placing {
-            Some(placing) => placing.scan(&self.settings.spawner, &self.wire.stop),
-            None => Ok(()),
-        }
+        self.ingest.scan(&self.settings.spawner, &self.wire.stop)
     }
 
     /// The stream has reached a barrier: what came before it on any channel is in place when this returns, and
@@ -89,7 +86,7 @@ impl DestinationSession {
         }
         self.check_packets()?;
         // Pressure is handed back before the channels go on.
-        self.placing()?.between_reads()?;
+        self.ingest.placing()?.between_reads()?;
         self.wire.link.release();
         Ok(())
     }

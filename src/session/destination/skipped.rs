@@ -15,7 +15,7 @@ impl DestinationSession {
     /// The digest leaves them out; where they are unplugged the memory that an earlier state of them took is given back.
     pub(super) fn not_sent(&mut self, announced: u32, why: Unsent, ranges: &[u8]) -> Result<(), Error> {
         let registered = self.wire.link.abilities().has_rounds;
-        let placer = Arc::clone(self.placing()?.placer());
+        let placer = Arc::clone(self.ingest.placing()?.placer());
         let table = placer.memory().table();
         if self.told.unsent.is_empty() {
             self.told.unsent = PageSet::new(table);

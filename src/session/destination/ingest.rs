@@ -1,0 +1,323 @@
+//! What has come of a guest: its memory, what the source announced, and the sections that are kept as they came.
+
+use std::sync::Arc;
+
+use crate::guest::{GuestMemory, LayoutChange};
+use crate::observe::PageCounts;
+use crate::ram::RamBlock;
+use crate::stream::qemu::early::NOTHING;
+use crate::stream::qemu::incoming::{Event, Seen};
+use crate::stream::qemu::section::PART_LEN;
+use crate::sys::Stop;
+
+use super::mapper::Mapper;
+use super::placing::Placing;
+use super::receive::{no_blocks, out_of_turn};
+use super::sections::Sections;
+use super::{Arrival, Incoming};
+use crate::session::relay::ScanReport;
+use crate::session::workers::Spawner;
+use crate::session::{Breakage, Error};
+
+/// How pages are placed in the memory that was provided.
+pub(super) struct Placement<'a> {
+    /// Pages may be missing when the guest starts.
+    pub(super) may_be_postcopy: bool,
+    /// Pages that were written by the file behind the memory are mapped, by a thread of this spawner.
+    pub(super) map_behind: Option<&'a Spawner>,
+    pub(super) breakage: Breakage,
+}
+
+/// What came, for the report.
+pub(super) struct Arrived {
+    pub(super) incoming: Option<Incoming>,
+    pub(super) pages: PageCounts,
+    pub(super) by_file: u64,
+    pub(super) mapped_behind: u64,
+    pub(super) scan: Option<ScanReport>,
+}
+
+/// The part of a guest that has come so far.
+#[derive(Default)]
+pub(super) struct Ingest {
+    /// Observes pages; here until there is memory for them.
+    arrival: Option<Box<dyn Arrival>>,
+    /// Once there is memory.
+    placing: Option<Placing>,
+    mapper: Option<Mapper>,
+    /// Once the blocks were announced.
+    incoming: Option<Incoming>,
+    /// Sections that are kept, and the device state.
+    state: Vec<u8>,
+    sections: Sections,
+}
+
+impl Ingest {
+    /// `arrival` observes pages as they arrive.
+    pub(super) fn observed_by(&mut self, arrival: Box<dyn Arrival>) {
+        self.arrival = Some(arrival);
+    }
+
+    /// Takes note of an event that is no page.
+    pub(super) fn note(&mut self, event: &Event<'_>) {
+        self.sections.note(event);
+    }
+
+    /// Where the stream stands between its sections.
+    pub(super) fn sections(&self) -> &Sections {
+        &self.sections
+    }
+
+    /// Pages are placed in `memory` from now on. `known_zero` says of a block that all of it reads as zero.
+    pub(super) fn place_in(
+        &mut self,
+        memory: Arc<dyn GuestMemory>,
+        announced: &[RamBlock],
+        known_zero: impl Fn(&RamBlock) -> bool,
+        how: &Placement<'_>,
+    ) -> Result<(), Error> {
+        let arrival = self.arrival.take();
+        let placing =
+            Placing::new(memory, announced, known_zero, how.may_be_postcopy, arrival, how.breakage)?;
+        // A page that is mapped after it was discarded would be there, as zero, and never asked for.
+        if let Some(spawner) = how.map_behind.filter(|_| !how.may_be_postcopy) {
+            self.mapper = Mapper::start(placing.placer(), spawner);
+        }
+        self.placing = Some(placing);
+        Ok(())
+    }
+
+    /// What the source announced; its memory is there.
+    pub(super) fn announced(&mut self, incoming: Incoming) {
+        self.incoming = Some(incoming);
+    }
+
+    pub(super) fn incoming(&self) -> Option<&Incoming> {
+        self.incoming.as_ref()
+    }
+
+    /// Everything has come: what the source announced, and what the stream has shown of its sender.
+    pub(super) fn all_has_come(&mut self, seen: Seen) -> Option<&Incoming> {
+        let incoming = self.incoming.as_mut()?;
+        incoming.seen = seen;
+        Some(incoming)
+    }
+
+    /// Where pages are placed, if there is memory.
+    pub(super) fn placed(&self) -> Option<&Placing> {
+        self.placing.as_ref()
+    }
+
+    pub(super) fn placing(&mut self) -> Result<&mut Placing, Error> {
+        self.placing.as_mut().ok_or_else(|| no_blocks("a page"))
+    }
+
+    pub(super) fn memory(&self) -> Result<Arc<dyn GuestMemory>, Error> {
+        let placing = self.placing.as_ref().ok_or_else(|| no_blocks("the end of the state"))?;
+        Ok(Arc::clone(placing.memory()))
+    }
+
+    /// Pages that the kernel could not keep are an error before the guest can be given to us.
+    pub(super) fn lost_memory(&self) -> Result<(), Error> {
+        match self.placing.as_ref().and_then(|placing| placing.memory().layout_change()) {
+            Some(lost @ LayoutChange::Lost { .. }) => Err(lost.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Before each read of the stream.
+    pub(super) fn between_reads(&mut self) -> Result<(), Error> {
+        let Some(placing) = &mut self.placing else { return Ok(()) };
+        placing.check_faults();
+        placing.between_reads()?;
+        if placing.is_due() { self.lost_memory() } else { Ok(()) }
+    }
+
+    /// The early sections are complete: an observer of pages may begin.
+    pub(super) fn pages_begin(&mut self, seen: Seen) -> Result<(), Error> {
+        self.lost_memory()?;
+        match (&mut self.placing, &mut self.incoming) {
+            (Some(placing), Some(incoming)) => {
+                incoming.seen = seen;
+                placing.began(incoming)
+            }
+            _ => Err(no_blocks("a section of pages")),
+        }
+    }
+
+    /// A round of pages that only their content tells of is over.
+    pub(super) fn scan(&mut self, spawner: &Spawner, stop: &Stop) -> Result<(), Error> {
+        self.placing.as_mut().map_or(Ok(()), |placing| placing.scan(spawner, stop))
+    }
+
+    /// No page is mapped beside the downtime: that would take time from it.
+    pub(super) fn stop_mapping(&self) {
+        if let Some(mapper) = &self.mapper {
+            mapper.stop();
+        }
+    }
+
+    /// The last page has come.
+    pub(super) fn ram_complete(&mut self) -> Result<(), Error> {
+        let placing = self.placing.as_mut().ok_or_else(|| no_blocks("the end of RAM"))?;
+        placing.ram_complete()
+    }
+
+    /// The connection is lost: host pages that came in part come again.
+    pub(super) fn forget_parts(&mut self) {
+        if let Some(placing) = &mut self.placing {
+            placing.forget_parts();
+        }
+    }
+
+    /// The device state, and what is kept with it.
+    pub(super) fn state(&self) -> &[u8] {
+        &self.state
+    }
+
+    pub(super) fn take_state(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.state)
+    }
+
+    /// The device sections have come whole.
+    pub(super) fn device_sections(&mut self, bytes: &[u8]) {
+        self.state.extend_from_slice(bytes);
+    }
+
+    /// Keeps a piece of a section that is not RAM and not understood; `limit` bytes of them at most.
+    pub(super) fn keep(&mut self, raw: &[u8], limit: u64) -> Result<(), Error> {
+        let kept = self.kept();
+        if (kept.len() + raw.len()) as u64 > limit {
+            return Err(out_of_turn("more device state than is accepted", "a precopy migration"));
+        }
+        kept.extend_from_slice(raw);
+        Ok(())
+    }
+
+    /// The start of such a section.
+    pub(super) fn keep_start(&mut self, raw: &[u8], limit: u64) -> Result<(), Error> {
+        let at = self.kept().len();
+        self.sections.carried_from(at);
+        self.keep(raw, limit)
+    }
+
+    /// The end of a PART. One that holds nothing but the mark of its end is dropped: a QEMU with dirty bitmaps writes one
+    /// with every section of pages, thousands in a second.
+    pub(super) fn keep_part_end(&mut self, raw: &[u8], limit: u64) -> Result<(), Error> {
+        let at = self.sections.carried_at();
+        let kept = self.kept();
+        if kept.get(at + PART_LEN..) == Some(&NOTHING[..]) {
+            kept.truncate(at);
+            return Ok(());
+        }
+        self.keep(raw, limit)
+    }
+
+    /// Where such a section goes: to the early sections until the first page, to the device state after the last one. By then
+    /// a relay has passed the early ones on.
+    fn kept(&mut self) -> &mut Vec<u8> {
+        match &mut self.incoming {
+            Some(incoming) if !self.sections.pages_began() => &mut incoming.early_sections,
+            _ => &mut self.state,
+        }
+    }
+
+    /// The migration has ended: ends the mapping thread. What came.
+    pub(super) fn finish(&mut self) -> Arrived {
+        let mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
+        let placing = self.placing.as_ref();
+        Arrived {
+            incoming: self.incoming.take(),
+            pages: placing.map_or_else(PageCounts::default, Placing::counts),
+            by_file: placing.map_or(0, |placing| placing.placer().by_file()),
+            mapped_behind,
+            scan: placing.and_then(Placing::scan_report),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::session::tests::guest;
+    use crate::stream::qemu::file::Configuration;
+    use crate::stream::qemu::incoming::SectionKind;
+    use crate::stream::qemu::section::Phase;
+    use crate::units::{BlockIndex, BlockOffset};
+
+    const LIMIT: u64 = 100;
+
+    /// The blocks were announced.
+    fn announced() -> Ingest {
+        let mut ingest = Ingest::default();
+        ingest.announced(Incoming {
+            configuration: Configuration::default(),
+            blocks: Vec::new(),
+            vmm_configuration: Vec::new(),
+            early_sections: Vec::new(),
+            has_return_path: true,
+            seen: Seen::default(),
+        });
+        ingest
+    }
+
+    fn early(ingest: &Ingest) -> &[u8] {
+        &ingest.incoming().unwrap().early_sections
+    }
+
+    #[test]
+    fn sections_in_front_of_the_first_page_are_kept_apart_from_device_state() {
+        let mut ingest = announced();
+        ingest.keep_start(b"early", LIMIT).unwrap();
+        ingest.note(&Event::SectionStart { phase: Phase::Part, id: 2, kind: SectionKind::Ram });
+        ingest.keep_start(b"state", LIMIT).unwrap();
+        ingest.keep(b", more", LIMIT).unwrap();
+        assert_eq!((early(&ingest), ingest.state()), (&b"early"[..], &b"state, more"[..]));
+    }
+
+    #[test]
+    fn no_more_is_kept_than_is_accepted() {
+        let mut ingest = announced();
+        ingest.keep_start(&[7; 60], LIMIT).unwrap();
+        ingest.keep(&[7; 40], LIMIT).unwrap();
+        let refused = ingest.keep(&[7], LIMIT);
+        assert!(matches!(refused, Err(Error::OutOfTurn { .. })), "{refused:?}");
+        assert_eq!(early(&ingest).len() as u64, LIMIT, "what was refused is not kept");
+    }
+
+    #[test]
+    fn a_part_that_says_nothing_is_dropped() {
+        let mut ingest = announced();
+        ingest.keep_start(b"before", LIMIT).unwrap();
+        for (says, kept) in [(&NOTHING[..], 0), (b"something", PART_LEN + b"something+end".len())] {
+            let before = early(&ingest).len();
+            ingest.keep_start(&[3; PART_LEN], LIMIT).unwrap();
+            ingest.keep(says, LIMIT).unwrap();
+            ingest.keep_part_end(b"+end", LIMIT).unwrap();
+            assert_eq!(early(&ingest).len() - before, kept);
+        }
+        assert!(early(&ingest).starts_with(b"before"));
+    }
+
+    #[test]
+    fn pages_without_blocks_are_out_of_turn() {
+        let mut ingest = Ingest::default();
+        assert!(ingest.placing().is_err() && ingest.memory().is_err() && ingest.ram_complete().is_err());
+        assert!(ingest.pages_begin(Seen::default()).is_err());
+        assert!(ingest.lost_memory().is_ok() && ingest.between_reads().is_ok(), "there is none to be lost");
+    }
+
+    #[test]
+    fn a_page_is_placed_and_counted_in_the_memory_that_was_provided() {
+        let (mut ingest, memory) = (announced(), guest(&[2]));
+        let blocks = memory.table().blocks().to_vec();
+        let how = Placement { may_be_postcopy: false, map_behind: None, breakage: Breakage::default() };
+        ingest.place_in(memory.clone(), &blocks, |_| true, &how).unwrap();
+        ingest.placing().unwrap().pages(BlockIndex(0), BlockOffset(4096), &[9; 4096], &[]).unwrap();
+        let arrived = ingest.finish();
+        assert_eq!((arrived.pages.normal, arrived.mapped_behind), (1, 0));
+        assert!(arrived.incoming.is_some());
+        assert_eq!(crate::session::tests::bytes(&memory, 0), [[0; 4096], [9; 4096]].concat());
+    }
+}

@@ -1,0 +1,105 @@
+//! The guest that is to arrive, and who provides its memory.
+
+use std::sync::Arc;
+
+use crate::error::Remedy;
+use crate::guest::{GuestControl, GuestError, GuestMemory};
+use crate::ram::RamBlock;
+use crate::session::{Error, shared_blocks};
+use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::incoming::Seen;
+
+/// What the source announced, before any page.
+#[derive(Clone, Debug)]
+pub struct Incoming {
+    /// Machine and capabilities.
+    pub configuration: Configuration,
+    /// The blocks in stream order.
+    pub blocks: Vec<RamBlock>,
+    /// What the source's VMM tells ([`SourceSettings::vmm_configuration`](crate::session::SourceSettings::vmm_configuration)); empty
+    /// if it tells nothing, or is a QEMU.
+    pub vmm_configuration: Vec<u8>,
+    /// Sections in front of the first page, as they came. Those that come later are part of the device state.
+    pub early_sections: Vec<u8>,
+    /// The source opened a return path: it can be told how it ended.
+    pub has_return_path: bool,
+    /// What the stream has shown of its sender; whole once everything has arrived.
+    pub seen: Seen,
+}
+
+/// A guest that is to arrive.
+pub struct DestinationGuest {
+    /// Provides its memory once the source has announced it.
+    pub memory: Box<dyn MemoryProvider>,
+    /// Pause, resume, device state.
+    pub control: Box<dyn GuestControl>,
+}
+
+/// Provides the memory a guest arrives in.
+pub trait MemoryProvider: Send {
+    /// The memory for what was announced: the same names, at least the same lengths. Nobody else writes to it from this
+    /// call until the migration has ended. It may hold old bytes, of an earlier migration say: a page that the source
+    /// tells to be zero is zero here afterwards. What the source does not send at all is left as it is.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] or [`Error::Config`] if this guest is not that guest.
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error>;
+
+    /// True if all of a block of the memory that was [provided](Self::provide) just now is known to read as zero: it was
+    /// mapped or cleared for this migration, and nobody has written to it. Then nothing is looked at.
+    ///
+    /// Without this promise the kernel is asked, once and before any page comes, which pages were written since they were
+    /// mapped; those, and all where it can't tell, are looked at when the source says that they are zero, and cleared if
+    /// they are not. The answer `true` for memory that holds something loses zero pages.
+    fn is_zeroed(&self, _block: &RamBlock) -> bool {
+        false
+    }
+
+    /// Everything has come, the device state is loaded next. `incoming` has the early sections now;
+    /// `native` if a ramwire sent it.
+    fn arrived(&mut self, _incoming: &Incoming, _native: bool) {}
+}
+
+impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        for block in &incoming.blocks {
+            let index = self.table().find(block.name.as_str()).map_err(GuestError::from)?;
+            let ours = self.table().get(index).map_or(0, |block| block.used_length);
+            if ours != block.used_length {
+                let what = format!(
+                    "RAM block {}: the source has {} bytes, this guest {ours}",
+                    block.name, block.used_length
+                );
+                return Err(Error::Config {
+                    what,
+                    remedy: Remedy::Advice("start both ends with the same memory"),
+                });
+            }
+        }
+        let announced = |ours: &RamBlock| incoming.blocks.iter().any(|theirs| theirs.name == ours.name);
+        if let Some(missing) = self.table().blocks().iter().find(|ours| !announced(ours)) {
+            let what = format!("RAM block {}: the source has none of this name", missing.name);
+            return Err(Error::Config {
+                what,
+                remedy: Remedy::Advice("start both ends with the same memory"),
+            });
+        }
+        shared_blocks::check_any(incoming, self.table())?;
+        Ok(Arc::clone(self) as Arc<dyn GuestMemory>)
+    }
+}
+
+/// Provides memory that was mapped or cleared for this migration and never written since: with the promise of
+/// [`is_zeroed`](MemoryProvider::is_zeroed), so that nothing asks for it.
+#[derive(Debug)]
+pub struct Zeroed<M>(pub Arc<M>);
+
+impl<M: GuestMemory + 'static> MemoryProvider for Zeroed<M> {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        self.0.provide(incoming)
+    }
+
+    fn is_zeroed(&self, _block: &RamBlock) -> bool {
+        true
+    }
+}

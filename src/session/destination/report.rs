@@ -1,0 +1,82 @@
+//! How a migration ended at the destination.
+
+use crate::engine::Ending;
+use crate::error::Chain;
+use crate::observe::{PageCounts, Statistics, Status};
+
+use super::postcopy::MissingPages;
+use super::{DestinationSession, Incoming};
+use crate::session::Error;
+use crate::session::callback::quietly;
+use crate::session::relay::ScanReport;
+
+/// How a migration ended, seen from the destination.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct DestinationReport {
+    /// Whether the guest runs here.
+    pub ending: Ending,
+    /// Why not.
+    pub error: Option<Error>,
+    /// What the source announced, if it came so far.
+    pub incoming: Option<Incoming>,
+    /// Pages that came.
+    pub pages: PageCounts,
+    /// Of the whole pages, those that were written by the file behind the memory, since it was not mapped here: the
+    /// process meets them by a fault each when it first touches them.
+    pub pages_by_file: u64,
+    /// Of them, those that were mapped since, by a thread that had nothing else to do.
+    pub pages_mapped_behind: u64,
+    /// Bytes that came, in the stream and on page channels; not those that a NIC wrote.
+    pub bytes: u64,
+    /// A digest was compared and found equal.
+    pub verified: bool,
+    /// The source is a ramwire.
+    pub native: bool,
+    /// What it took to find pages by their content: in front of a relay, where they came by RDMA.
+    pub scan: Option<ScanReport>,
+    /// What faults of missing pages came to, where the source switched to postcopy.
+    pub missing_pages: Option<MissingPages>,
+    /// The figures.
+    pub statistics: Statistics,
+}
+
+impl DestinationSession {
+    /// The connection and the threads end.
+    pub(super) fn report(mut self, ending: Ending, bytes: u64) -> DestinationReport {
+        self.close_link(ending);
+        self.keepalive.join();
+        let (missing_pages, preempt_bytes) = self.end_postcopy(ending);
+        let arrived = self.ingest.finish();
+        let bytes = bytes + preempt_bytes + self.wire.link.channel_bytes();
+        let error = self.error.as_ref();
+        let told = |s: &mut Statistics| {
+            s.status = match ending {
+                Ending::Running => Status::Completed,
+                Ending::Stranded | Ending::Incomplete => Status::InDoubt,
+                Ending::Discarded if matches!(error, Some(Error::Cancelled)) => Status::Cancelled,
+                Ending::Discarded => Status::Failed,
+            };
+            s.ended = true;
+            s.error = error.map(|error| Chain(error).to_string());
+        };
+        let statistics = self.figures.shared();
+        self.figures.end(ending == Ending::Running);
+        quietly("telling of the end", || statistics.update(told));
+        quietly("telling of the end", || statistics.cleaned_up());
+        DestinationReport {
+            ending,
+            error: self.error,
+            pages: arrived.pages,
+            pages_by_file: arrived.by_file,
+            pages_mapped_behind: arrived.mapped_behind,
+            incoming: arrived.incoming,
+            bytes,
+            verified: self.told.digests.verified(),
+            native: self.driver.engine.is_native(),
+            scan: arrived.scan,
+            missing_pages,
+            statistics: statistics.snapshot(),
+        }
+    }
+}
