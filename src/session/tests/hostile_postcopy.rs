@@ -16,6 +16,7 @@ use crate::stream::qemu::command::{Command, encode_discards};
 use crate::stream::qemu::file::{self, Configuration};
 use crate::stream::qemu::package::encode_package;
 use crate::stream::qemu::ram::{self, PageAt, Record};
+use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::{
     SectionName, encode_end, encode_eof, encode_footer, encode_part, encode_start,
 };
@@ -312,6 +313,13 @@ fn p14_connections_of_strangers_keep_no_urgent_page_away() {
     record.extend_from_slice(&[9; PAGE as usize]);
     record.extend_from_slice(&ram::EOS_RECORD);
     urgent.write_all(&record).unwrap();
+    // As a source does, it stays open until the destination has reported its end: closed earlier, it counts as lost.
+    let (mut answers, mut shut, mut byte) = (Vec::new(), Vec::new(), [0]);
+    Message::Shut { status: 0 }.encode(&mut shut);
+    while !answers.ends_with(&shut) {
+        near.read_exact(&mut byte).unwrap();
+        answers.extend_from_slice(&byte);
+    }
     drop((urgent, others));
     near.read_to_end(&mut Vec::new()).unwrap();
     let report = session.join().unwrap();
