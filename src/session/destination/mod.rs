@@ -129,7 +129,7 @@ impl DestinationSession {
     }
 
     /// Where a source connects again when the connection was lost in postcopy: then nothing is lost. Without it such a loss
-    /// ends the migration, [`Ending::Incomplete`].
+    /// ends the migration, [`Ending::Incomplete`](crate::session::Ending::Incomplete).
     ///
     /// It gives the connection for urgent pages as well, which a QEMU with the capability postcopy-preempt opens: no setting
     /// tells of it. So it may be asked while the first connection is in use, by another thread.
