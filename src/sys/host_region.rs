@@ -285,6 +285,16 @@ impl<'a> HostSpan<'a> {
         len
     }
 
+    /// Copies the bytes of another span, which does not overlap, to the start of this one; returns how many (the shorter
+    /// length).
+    pub(crate) fn copy_span(self, from: HostSpan<'_>) -> usize {
+        let len = from.len.min(self.len);
+        // SAFETY: both spans are valid for `len` bytes; memmove takes any overlap, and is opaque to the compiler, so that a
+        // concurrent guest write can only mix bytes.
+        unsafe { libc::memmove(self.ptr.as_ptr().cast(), from.ptr.as_ptr().cast(), len) };
+        len
+    }
+
     /// As [`copy_from`](Self::copy_from), past the caches where the processor can: for bytes that nobody
     /// here reads soon. A store to cold memory otherwise first reads the line it overwrites.
     ///

@@ -265,6 +265,19 @@ impl Mapping {
 /// # Errors
 /// ENOMEM or EFAULT where memory or huge pages are short; EINVAL before Linux 5.14.
 pub fn populate(span: HostSpan<'_>) -> io::Result<()> {
+    populate_for(span, Advice::LinuxPopulateWrite)
+}
+
+/// Maps every page of `span` as a read does (MADV_POPULATE_READ): what was never written stays the kernel's zero page, or
+/// becomes an empty page of its file.
+///
+/// # Errors
+/// As [`populate`].
+pub(crate) fn populate_read(span: HostSpan<'_>) -> io::Result<()> {
+    populate_for(span, Advice::LinuxPopulateRead)
+}
+
+fn populate_for(span: HostSpan<'_>, access: Advice) -> io::Result<()> {
     if span.is_empty() {
         return Ok(());
     }
@@ -274,7 +287,7 @@ pub fn populate(span: HostSpan<'_>) -> io::Result<()> {
     let len = (span.address() + span.len() - start + mask) & !mask;
     loop {
         // SAFETY: populating changes no contents and the range lies inside one live mapping.
-        match unsafe { madvise(start as *mut _, len, Advice::LinuxPopulateWrite) } {
+        match unsafe { madvise(start as *mut _, len, access) } {
             Err(Errno::INTR) => {}
             done => return Ok(done?),
         }

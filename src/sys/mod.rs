@@ -43,6 +43,7 @@ mod untouched;
 #[cfg(feature = "vm-memory")]
 mod vm_memory_region;
 mod wake_event;
+mod write_faults;
 mod zerocopy;
 
 pub use descriptors::{duplicate, take_inherited_fd};
@@ -60,8 +61,8 @@ pub(crate) use kvm_ring::DirtyRing;
 pub(crate) use lock::Lock;
 pub use lost_memory::{Loss, survive_lost_memory};
 pub(crate) use low_water::set_low_water;
-pub(crate) use mapping::set_huge_pages;
 pub use mapping::{Mapping, MappingError, discard, populate};
+pub(crate) use mapping::{populate_read, set_huge_pages};
 pub use missing_faults::{FaultAt, MissingFaults, MissingFaultsError};
 pub(crate) use numa::{NumaNode, cpu_list, node_of_address};
 pub use numa::{keep_to_cpus, nodes_of_pages, numa_nodes, own_cpus};
@@ -84,4 +85,6 @@ pub use threads::{Job, SpawnFn, spawn_thread};
 pub(crate) use uffd::{UffdError, WriteProtector};
 pub use untouched::release_zeros;
 pub(crate) use wake_event::WakeEvent;
+pub(crate) use write_faults::WriteFaults;
+pub use write_faults::WriteFaultsError;
 pub(crate) use zerocopy::{ZeroCopyReceipt, allow_zero_copy, zero_copy_receipt};

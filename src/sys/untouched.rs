@@ -33,27 +33,34 @@ impl HostRegion {
     /// written since it was mapped. Neither takes memory, nor reads any.
     ///
     /// Where the kernel can't tell (shared memory whose file is not known, a hidden /proc) that is the whole region.
-    pub fn touched(&self, mut each: impl FnMut(Range<u64>)) {
-        if let Err(error) = self.ask_for_touched(&mut each) {
+    pub fn touched(&self, each: impl FnMut(Range<u64>)) {
+        self.touched_in(0..self.len(), each);
+    }
+
+    /// The same of a part of the region, in whole pages; ranges are offsets in the region.
+    pub(crate) fn touched_in(&self, part: Range<u64>, mut each: impl FnMut(Range<u64>)) {
+        let part = part.start.min(self.len())..part.end.min(self.len());
+        if let Err(error) = self.ask_for_touched(part.clone(), &mut each) {
             tracing::debug!(%error, region = ?self, "memory is taken for used, since the kernel does not say");
-            each(0..self.len());
+            each(part);
         }
     }
 
-    fn ask_for_touched(&self, each: &mut impl FnMut(Range<u64>)) -> io::Result<()> {
-        let range = self.address()..self.address() + self.len() as usize;
+    fn ask_for_touched(&self, part: Range<u64>, each: &mut impl FnMut(Range<u64>)) -> io::Result<()> {
+        let base = self.address();
+        let range = base + part.start as usize..base + part.end as usize;
         match self.backing() {
             Backing::File(file, start) => {
-                return data_of(file.as_fd(), *start..start.saturating_add(self.len()), each);
+                let in_file = start.saturating_add(part.start)..start.saturating_add(part.end);
+                let mut each = |found: Range<u64>| each(part.start + found.start..part.start + found.end);
+                return data_of(file.as_fd(), in_file, &mut each);
             }
             Backing::Unknown if !is_private_anonymous(&range)? => {
                 return Err(io::Error::other("the file behind shared memory is not known"));
             }
             Backing::Unknown | Backing::Anonymous => {}
         }
-        Pagemap::own()?.present(range.clone(), |found| {
-            each((found.start - range.start) as u64..(found.end - range.start) as u64)
-        })
+        Pagemap::own()?.present(range, |found| each((found.start - base) as u64..(found.end - base) as u64))
     }
 }
 
