@@ -32,6 +32,7 @@ use crate::guest::{GuestMemory, PageObserver, load_state};
 use crate::observe::SharedStatistics;
 use crate::stream::native::Answer;
 use crate::stream::qemu::incoming::{IncomingConfig, StreamLimits};
+use crate::stream::qemu::own_devices::own_state;
 use crate::stream::qemu::return_path::Message;
 use crate::sys::{CancelToken, Stop};
 use crate::transport::{ChannelError, DestinationConnection};
@@ -292,8 +293,12 @@ impl DestinationSession {
                         self.guest.memory.arrived(incoming, self.driver.engine.is_native())
                     });
                 }
+                let framing = reader.stream.seen().framing;
                 let loaded = self.with_keepalive(|session| {
-                    load_state(session.guest.control.as_mut(), session.ingest.state())
+                    // What a VMM without sections of its own has saved to a file or a pipe.
+                    let state = session.ingest.state();
+                    let own = own_state(state, framing);
+                    load_state(session.guest.control.as_mut(), own.unwrap_or(state))
                 });
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }

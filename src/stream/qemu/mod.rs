@@ -27,6 +27,7 @@ pub mod incoming;
 pub mod mapped;
 pub mod mapped_stream;
 pub mod multifd;
+pub mod own_devices;
 pub mod package;
 pub mod packed;
 pub mod packet_numbers;

@@ -1,0 +1,66 @@
+//! The device state of a VMM that has no sections of its own, in a stream that nobody answers: one section, so that the
+//! stream has an end that proves itself.
+
+use super::section::{
+    Framing, Item, SectionName, decode_item, encode_eof, encode_full, encode_vm_description,
+};
+use super::tail::{Tail, without_devices};
+
+/// Name of the section. A QEMU knows no such device, and refuses the guest by this name.
+const OWN_DEVICES: &str = "ramwire/devices";
+/// Its id: above every id that a QEMU gives.
+const OWN_DEVICES_ID: u32 = 0x5257_0002;
+
+/// What stands behind the pages for a guest whose VMM has saved `state`: the same if that is a QEMU's, whole sections with
+/// their description; a section of our own around it if it is not; of no device if it is empty. Pages have `page_size` bytes.
+pub fn tail_of(state: Vec<u8>, page_size: u64, framing: Framing) -> Vec<u8> {
+    if state.is_empty() {
+        return without_devices(page_size);
+    }
+    if super::state::sections_end(&state, framing).is_some() {
+        return state;
+    }
+    let mut out = Vec::with_capacity(state.len() + 256);
+    encode_full(&SectionName { id: OWN_DEVICES_ID, idstr: OWN_DEVICES, instance: 0, version: 1 }, &mut out);
+    out.extend_from_slice(&state);
+    framing.encode_footer(OWN_DEVICES_ID, &mut out);
+    encode_eof(&mut out);
+    let device = format!(r#"{{"name": "{OWN_DEVICES}", "instance_id": 0, "size": {}}}"#, state.len());
+    encode_vm_description(
+        format!(r#"{{"page_size": {page_size}, "devices": [{device}]}}"#).as_bytes(),
+        &mut out,
+    );
+    out
+}
+
+/// The VMM's own state in a tail that [`tail_of`] has made around it; `None` for any other tail.
+pub fn own_state(tail: &[u8], framing: Framing) -> Option<&[u8]> {
+    let (Item::Full(name), _) = decode_item(tail).ok()? else { return None };
+    if name.idstr != OWN_DEVICES {
+        return None;
+    }
+    let mut described = Tail::new(framing);
+    described.push(tail, tail.len(), u32::MAX).ok()?;
+    let sections = &described.description()?.split.sections;
+    let [section] = &sections[..] else { return None };
+    tail.get(section.payload.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_of_any_bytes_comes_back_and_a_qemus_stays_what_it_is() {
+        for framing in [Framing::default(), Framing { footers: false, ..Framing::default() }] {
+            for state in [&b"x"[..], b"\0\x06\0\0\0\x02{}", &[0x7e; 4096]] {
+                let tail = tail_of(state.to_vec(), 4096, framing);
+                assert_eq!(own_state(&tail, framing), Some(state));
+                assert_eq!(tail_of(tail.clone(), 4096, framing), tail, "it is sections already");
+                assert_eq!(own_state(&tail[..tail.len() - 1], framing), None);
+            }
+            assert_eq!(tail_of(Vec::new(), 4096, framing), without_devices(4096));
+            assert_eq!(own_state(&without_devices(4096), framing), None);
+        }
+    }
+}
