@@ -15,6 +15,7 @@ mod pager;
 mod progress;
 mod rate;
 mod relay;
+mod snapshot;
 mod source;
 mod throttle;
 
@@ -32,6 +33,11 @@ pub use pager::{FaultAnswer, HostPage, Pager};
 pub use progress::Progress;
 pub use rate::{RateWindow, Sent};
 pub use relay::{FarEnd, RelayAction, RelayEnding, RelayEngine, RelayEvent, RelayFlow, Traffic};
+#[cfg(test)]
+pub(crate) use snapshot::SnapshotBreakage;
+pub use snapshot::{
+    Place, SnapshotAction, SnapshotConfig, SnapshotEngine, SnapshotEvent, SnapshotFigures, SnapshotOutcome,
+};
 pub use source::{
     AnswerTimeouts, OnTimeout, Overdue, PostcopyRule, SourceAction, SourceConfig, SourceEngine, SourceEvent,
     Switchover, Waiting,

@@ -22,6 +22,7 @@
 //! | `receiver` | the fences of page channels, as the destination keeps them |
 //! | `postcopy` | a source that switches, towards a modelled destination |
 //! | `relay` | a relay's engine between modelled ends |
+//! | `snapshot` | a snapshot's engine with modelled memory and target |
 //! | `run` | one migration, and what must hold at its end |
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -34,6 +35,7 @@ mod postcopy;
 mod receiver;
 mod relay;
 mod run;
+mod snapshot;
 mod world;
 
 use std::collections::BTreeMap;
