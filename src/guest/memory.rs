@@ -4,7 +4,7 @@ use std::io;
 
 use crate::observe::named;
 use crate::ram::{BlockError, BlockName, Landing, RamBlockTable, Refusal, TableError};
-use crate::sys::{HostRegion, HostSpan, Loss, OutOfRegion};
+use crate::sys::{HostRegion, HostSpan, Loss, OutOfRegion, WriteFaultsError};
 use crate::units::BlockIndex;
 
 /// Why guest memory could not be reached.
@@ -35,6 +35,17 @@ pub enum GuestError {
         block: String,
         /// The range.
         source: OutOfRegion,
+    },
+    /// Writes to guest memory can't be held.
+    #[error(transparent)]
+    WriteFaults(#[from] WriteFaultsError),
+    /// Writes to a block can't be held.
+    #[error("RAM block {block} can't be protected from writes")]
+    Unprotected {
+        /// The block.
+        block: String,
+        /// Why.
+        source: WriteFaultsError,
     },
     /// The kernel refused to map or to change memory.
     #[error("RAM block {block}: {what} failed ({remedy})")]

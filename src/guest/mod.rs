@@ -24,6 +24,7 @@ mod testing;
 mod vhost_log;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
+mod write_protection;
 mod written_pages;
 
 pub use control::{DeviceState, GuestControl};
@@ -46,4 +47,5 @@ pub use sources::{Choice, NoSource, choose, sync_all};
 #[cfg(any(test, feature = "testing"))]
 pub use testing::TestMachine;
 pub use vhost_log::VhostLog;
+pub(crate) use write_protection::WriteProtection;
 pub use written_pages::WrittenPages;

@@ -16,6 +16,7 @@ mod run_log;
 mod shared_blocks;
 #[cfg(test)]
 mod sim;
+mod snapshot;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,7 @@ pub use relay::{
 };
 pub use restore::{LazyPages, RestoreSession, RestoreSettings, RestoreWay, Restored};
 pub use run_log::RunLog;
+pub use snapshot::{SnapshotGuest, SnapshotHandle, SnapshotReport, SnapshotSession, SnapshotSettings};
 pub(crate) use source::{Clock, WallClock};
 pub use source::{NewConnection, Reconnect, Redial, SourceGuest, SourceReport, SourceSession};
 pub use workers::{Job, SpawnFn, Spawner};
@@ -48,7 +50,7 @@ pub(crate) use source::Upstream;
 
 pub use crate::engine::{
     ChannelMismatch, Ending, Handover, LostPages, OnTimeout, Outcome, PostcopyRule, Reason, RelayEnding,
-    ThrottlePolicy,
+    SnapshotOutcome, ThrottlePolicy,
 };
 pub use crate::page::ZeroDetection;
 pub use crate::stream::qemu::file::Configuration;

@@ -35,7 +35,7 @@ use crate::transport::SourceConnection;
 
 pub(crate) use driver::{Clock, WallClock};
 pub use ending::SourceReport;
-pub(super) use setup::described;
+pub(super) use setup::{RAM_SECTION_ID, announcements, described};
 
 use crate::session::callback::{guarded, named, quietly};
 use crate::session::config::SourceSettings;

@@ -27,7 +27,7 @@ use crate::session::digest::Digest;
 use crate::session::{Error, Peer};
 
 /// Our own section id: above every id a QEMU gives, so that it differs from all in a forwarded tail.
-pub(super) const RAM_SECTION_ID: u32 = 0x5257_0001;
+pub(in crate::session) const RAM_SECTION_ID: u32 = 0x5257_0001;
 
 /// The value of the ordinary PING, the one a QEMU source sends.
 pub(super) const ORDINARY_PING: u32 = 1;
@@ -241,7 +241,7 @@ pub(super) fn before_last_section(session: &SourceSession, out: &mut Vec<u8>) {
 }
 
 /// Where postcopy may follow a block says of what pages it is, unless they are the ordinary ones.
-fn announcements(
+pub(in crate::session) fn announcements(
     table: &RamBlockTable,
     with_addresses: bool,
     with_host_pages: bool,

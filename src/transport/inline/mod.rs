@@ -89,16 +89,17 @@ impl InlinePages {
     ) -> Result<(), MoveError> {
         let table = guest.table();
         let landing = table.admit_run(piece.run).map_err(crate::guest::GuestError::from)?;
-        let span = crate::guest::span_of(&**guest, landing)?;
+        let zero = piece.verdict == Verdict::Zero;
+        // Of zero pages there may be no bytes.
+        let span = if zero { None } else { Some(crate::guest::span_of(&**guest, landing)?) };
         let page = table.page();
         let bytes = page.bytes() as usize;
         for index in 0..piece.run.pages {
             let page_index = PageIndex(piece.run.first.0 + index);
             let Some(offset) = page.offset_of(page_index) else { break };
-            let zero = piece.verdict == Verdict::Zero;
-            let page = span.part(index as usize * bytes, bytes);
+            let page = span.and_then(|span| span.part(index as usize * bytes, bytes));
             let at = (piece.run.block, page_index, offset);
-            match page.filter(|_| !zero) {
+            match page {
                 Some(page) => self.write_page(at, page, chunk),
                 None => self.write_zero(at),
             }

@@ -126,7 +126,12 @@ impl ByteSink for MappedSink {
         // What was reserved and is not used.
         let cut = self.file.cut(self.to.position());
         cut.map_err(|source| self.file.failed("giving room back", source))?;
-        self.write_first_word().map_err(|source| self.file.failed("writing the first word", source))?;
+        if let Err(source) = self.write_first_word() {
+            // As far as that still can be: what may not be on the disk must not be taken for whole later.
+            let _ = self.file.write(&[0; 8], self.file.starts_at);
+            let _ = self.file.sync();
+            return Err(self.file.failed("writing the first word", source));
+        }
         self.ended = true;
         Ok(())
     }
