@@ -103,6 +103,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     let way = connection.way.clone();
     let mut settings = DestinationSettings::default();
+    settings.state_as_it_came = true;
     // No guest runs here: nobody will touch the pages.
     settings.map_behind = false;
     settings.stall_timeout = args.timeouts.stall_timeout;

@@ -182,6 +182,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         })
     };
     let mut incoming = DestinationSettings::default();
+    incoming.state_as_it_came = true;
     incoming.stall_timeout = args.timeouts.both.stall_timeout;
     incoming.finish_timeout = args.timeouts.both.finish_timeout;
     incoming.max_ram = args.max_ram;

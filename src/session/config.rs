@@ -182,6 +182,9 @@ pub struct DestinationSettings {
     /// Pages that were written by the file behind the memory are mapped behind their arrival, by a thread that runs only
     /// while a core is idle, so that the guest meets fewer faults. True; of no use where no guest runs here.
     pub map_behind: bool,
+    /// The device state is handed on as it came, by who stores it or sends it on; `false`: the state of a VMM without
+    /// sections of its own is taken out of the section that it came in from a file or a pipe, as it was saved.
+    pub state_as_it_came: bool,
     /// How threads are started.
     pub spawner: Spawner,
 }
@@ -196,6 +199,7 @@ impl Default for DestinationSettings {
             accept_missing_description: false,
             postcopy: false,
             map_behind: true,
+            state_as_it_came: false,
             spawner: Spawner::default(),
         }
     }

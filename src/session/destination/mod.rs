@@ -294,10 +294,10 @@ impl DestinationSession {
                     });
                 }
                 let framing = reader.stream.seen().framing;
+                let unwraps = !self.settings.state_as_it_came;
                 let loaded = self.with_keepalive(|session| {
-                    // What a VMM without sections of its own has saved to a file or a pipe.
                     let state = session.ingest.state();
-                    let own = own_state(state, framing);
+                    let own = own_state(state, framing).filter(|_| unwraps);
                     load_state(session.guest.control.as_mut(), own.unwrap_or(state))
                 });
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
