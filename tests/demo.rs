@@ -312,3 +312,36 @@ fn a_kvm_guest_arrives_whole() {
     assert!(source.starts_with("kvm-ring") || source.starts_with("kvm-log"), "{source}");
     assert!(out["pages"]["normal"].as_u64() > Some(1024), "{out}");
 }
+
+/// A guest that stays, and writes while it is written to a file: another guest made of that finds itself whole, and the
+/// file's other readers read it.
+#[test]
+fn a_snapshot_holds_the_whole_guest_whoever_reads_it() {
+    let dir = scratch();
+    let file = dir.path().join("guest.save");
+    let (name, mapped) = (file.display().to_string(), format!("mapped:{}", file.display()));
+    let folder = dir.path().join("folder").display().to_string();
+    let ramwire = |arguments: &[&str]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_ramwire")).args(arguments).output().unwrap();
+        let [text, errors] = [out.stdout, out.stderr].map(|text| String::from_utf8(text).unwrap());
+        (out.status.code(), text, errors)
+    };
+    let sizes = ["--ram", "16M", "--block", "12K", "--working-set", "8M"];
+    let writes = ["--dirty-rate", "40M", "--write-size", "64"];
+    for guest in ["synthetic", "kvm"] {
+        let demo = [&["demo", "--guest", guest, "--snapshot", &name], &sizes[..], &writes[..]].concat();
+        let (status, text, errors) = ramwire(&demo);
+        assert_eq!(status, Some(0), "{text}{errors}");
+        assert!(text.contains("looked at 4099 pages: 0 wrong"), "{text}");
+        let (status, text, errors) = ramwire(&["inspect", &mapped]);
+        assert_eq!(status, Some(0), "{errors}");
+        assert!(text.contains("bytes, whole") && text.contains("ramwire/devices"), "{text}");
+    }
+    let (status, text, errors) = ramwire(&["receive", &mapped, "--dir", &folder]);
+    assert_eq!(status, Some(0), "{text}{errors}");
+    let (status, _, errors) = ramwire(&["demo", "--snapshot", &name, "--postcopy"]);
+    assert!(status == Some(2) && errors.contains("--postcopy"), "{errors}");
+    let nowhere = dir.path().join("no/folder").display().to_string();
+    let (status, _, errors) = ramwire(&["demo", "--ram", "16M", "--snapshot", &nowhere]);
+    assert!(status == Some(3) && errors.contains(&nowhere), "{errors}");
+}

@@ -6,6 +6,8 @@
 //! process, moves to a second one that this one starts, comes back, and so on. Wherever it arrives it runs on, and then
 //! its new process looks at every page from outside too. `vm/` is the VM; this file is what its VMM does to move it.
 //!
+//! With `--snapshot FILE` it stays: a snapshot of it is written while it runs, and another VM is made of that and looked at.
+//!
 //! With `--postcopy` it runs on there as soon as its vCPUs' registers are there, and they wait where a page is missing.
 
 mod vm;
@@ -22,7 +24,8 @@ use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::ram::BlockName;
 use ramwire::session::{
     Configuration, DestinationGuest, DestinationSession, DestinationSettings, Ending, MissingPages, Outcome,
-    PostcopyRule, PostcopySettings, SourceGuest, SourceReport, SourceSession, SourceSettings, ThrottlePolicy,
+    PostcopyRule, PostcopySettings, SnapshotGuest, SnapshotReport, SnapshotSession, SnapshotSettings,
+    SourceGuest, SourceReport, SourceSession, SourceSettings, ThrottlePolicy,
 };
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, open_source};
@@ -76,6 +79,10 @@ struct Args {
     /// Switch to postcopy after so many rounds, unless what is left fits the downtime first
     #[arg(long, value_name = "ROUNDS", num_args = 0..=1, default_missing_value = "1")]
     postcopy: Option<u32>,
+    /// Instead of moving it: as often, write the running guest to this file as it is at one moment, make another VM of the
+    /// file, and look at that
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["postcopy", "throttle", "max_bandwidth", "downtime_ms"])]
+    snapshot: Option<PathBuf>,
     /// The second process is this program with this option
     #[arg(long, hide = true)]
     second: bool,
@@ -213,6 +220,77 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
         ThrottleMode::DirtyLimit => Some(ThrottlePolicy::DirtyLimit { quota: Rate(args.vcpu_dirty_limit) }),
     };
     Ok(SourceSession::new(guest, connection, settings).run())
+}
+
+/// Writes the running guest to the file at `path`; it runs on.
+fn snapshot(vm: &TinyVm, path: &Path) -> Result<SnapshotReport, Failure> {
+    let configuration = Configuration { machine: "tiny-vmm".into(), ..Configuration::default() };
+    let (memory, control) = (vm.memory().clone(), Box::new(vm.clone()));
+    // Nobody but the vCPUs writes to its memory.
+    let guest = SnapshotGuest { memory, control, other_writers: Vec::new() };
+    let session = SnapshotSession::new(guest, SnapshotSettings::new(configuration))?;
+    let options = ConnectionOptions::default();
+    let stop = Stop::on(&CancelToken::default());
+    // Through the session's memory: what the guest writes meanwhile is not seen there.
+    let connection = open_source(&mapped(path)?, session.memory(), &options, &stop)?;
+    let report = session.spawn(connection)?.wait()?;
+    match report.error {
+        Some(error) => Err(error.into()),
+        None => Ok(report),
+    }
+}
+
+fn mapped(path: &Path) -> Result<Address, Failure> {
+    Ok(format!("mapped:{}", path.display()).parse()?)
+}
+
+/// Takes snapshots of a guest that runs all the time, and makes a VM of each.
+fn stay(args: &Args, path: &Path) -> Result<(), Failure> {
+    let mut vm = TinyVm::filled(args.memory()?, args.log(), args.shape())?;
+    vm.resume()?;
+    let (began, mut worst) = (Instant::now(), Duration::ZERO);
+    for number in 1..=args.migrations {
+        let before = vm.pages_written();
+        let report = snapshot(&vm, path)?;
+        let meanwhile = vm.pages_written() - before;
+        let stop = Stop::on(&CancelToken::default());
+        let (restored, arrived) =
+            receive(args, Listener::bind(&mapped(path)?, AllowList::default(), &stop)?)?;
+        drop(restored);
+        let (waits, ms) = (report.fault_latency, |time: Duration| time.as_secs_f64() * 1e3);
+        println!(
+            "{number}: {:.0} MB in {:.0} ms, paused {:.1} ms, {meanwhile} written meanwhile, {} writes waited (p50 {} us, p99 {} us); {} pages verified, {} wrong; {} written since",
+            report.bytes as f64 / 1e6,
+            ms(report.total),
+            ms(report.pause),
+            report.faults,
+            waits.p50_us,
+            waits.p99_us,
+            arrived.pages,
+            arrived.wrong,
+            arrived.wrote
+        );
+        arrived.faults.iter().for_each(|fault| println!("  {fault}"));
+        if let Some(error) = arrived.error {
+            return Err(error.into());
+        }
+        if !arrived.running || arrived.wrong > 0 {
+            return Err(format!("snapshot {number} does not hold the whole guest").into());
+        }
+        worst = worst.max(report.pause);
+    }
+    vm.pause()?;
+    let found = vm.verify()?;
+    if found.wrong > 0 {
+        return Err(format!("the guest itself is not whole any more: {:?}", found.faults).into());
+    }
+    let took = began.elapsed().as_secs_f64();
+    println!(
+        "{} snapshots in {took:.1} s, longest pause {:.1} ms, nothing lost",
+        args.migrations,
+        worst.as_secs_f64() * 1e3
+    );
+    Ok(())
 }
 
 fn left(report: &SourceReport) -> Left {
@@ -394,5 +472,9 @@ fn first(args: &Args) -> Result<(), Failure> {
 
 fn main() -> Result<(), Failure> {
     let args = Args::parse();
-    if args.second { second(&args) } else { first(&args) }
+    match &args.snapshot {
+        Some(path) => stay(&args, path),
+        None if args.second => second(&args),
+        None => first(&args),
+    }
 }

@@ -5,6 +5,7 @@ mod destination;
 mod guest;
 mod report;
 mod scratch;
+mod snapshot;
 // The example's VM is the demo's KVM guest: both are users of the library, and the example uses more of it.
 #[cfg(feature = "kvm")]
 #[allow(dead_code)]
@@ -12,6 +13,7 @@ mod scratch;
 mod tiny_vm;
 mod way;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,6 +48,7 @@ use super::watch::{WatchArgs, describe};
     ramwire demo --ram 4G --working-set 256M --dirty-rate 500M --transport tcp
     ramwire demo --postcopy --link-rate 125M --transport tcp
     ramwire demo --guest kvm --ram 256M --dirty-rate 20M --write-size 64
+    ramwire demo --snapshot demo.save --ram 512M
     ramwire demo --ram 256M --block 12K --block 5M --hugetlb 2M --json")]
 pub(super) struct Args {
     /// Who writes: `kvm` needs /dev/kvm
@@ -106,6 +109,10 @@ pub(super) struct Args {
     /// Draws what the synthetic guest writes
     #[arg(long, default_value = "1")]
     seed: u64,
+    /// The guest stays: write it to this file (mapped:) as it is at one moment, while it runs; then make another guest of the
+    /// file, which checks itself
+    #[arg(long, value_name = "FILE", conflicts_with_all = NOT_WITH_SNAPSHOT)]
+    snapshot: Option<PathBuf>,
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
@@ -121,13 +128,43 @@ pub(super) struct Args {
     rdma: RdmaArgs,
 }
 
+/// What is of a migration only.
+const NOT_WITH_SNAPSHOT: [&str; 22] = [
+    "transport",
+    "downtime_ms",
+    "xbzrle_cache_size",
+    "max_bandwidth",
+    "link_rate",
+    "populate",
+    "no_digest",
+    "json",
+    "log_rounds",
+    "metrics",
+    "postcopy",
+    "auto_converge",
+    "dirty_limit",
+    "avail_switchover_bandwidth",
+    "timeout",
+    "channels",
+    "compression",
+    "carriers",
+    "send_pages",
+    "pin_all",
+    "pin_budget",
+    "queue_pairs",
+];
+
 fn percent(text: &str) -> Result<Percent, String> {
     let number = text.parse().ok().and_then(Percent::new);
     number.ok_or_else(|| format!("{text:?} is not a number from 0 to 100"))
 }
 
 pub(super) fn run(args: &Args) -> Exit {
-    demo(args).unwrap_or_else(|error| failed("demo", &*error))
+    let done = match &args.snapshot {
+        Some(path) => snapshot::run(args, path),
+        None => demo(args),
+    };
+    done.unwrap_or_else(|error| failed("demo", &*error))
 }
 
 /// A demo that was told neither how to converge nor when to end slows its guest down where the link is slow: in larger

@@ -1,0 +1,117 @@
+//! `ramwire demo --snapshot FILE`: the guest stays, and is written to a file while it runs; another guest is made of that
+//! file, runs, and checks itself.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ramwire::engine::Ending;
+use ramwire::session::{
+    Configuration, DestinationGuest, DestinationSession, DestinationSettings, SnapshotGuest, SnapshotOutcome,
+    SnapshotReport, SnapshotSession, SnapshotSettings, Zeroed,
+};
+use ramwire::sys::{CancelToken, Stop};
+use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, open_source};
+
+use super::blocks::BlockSpec;
+use super::guest::{Found, GuestKind};
+use super::{Args, Failure};
+use crate::cli::args::Exit;
+use crate::cli::common::{complain, human_bytes};
+use crate::cli::output::{note, result_text};
+use crate::cli::signals::cancel_on_signal;
+
+/// How long the guest of the file runs before it checks itself.
+const RUN: Duration = Duration::from_millis(200);
+
+pub(super) fn run(args: &Args, path: &Path) -> Result<Exit, Failure> {
+    let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block).map_err(super::Usage)?;
+    super::check_room(args, &blocks)?;
+    let memory = Arc::new(BlockSpec::memory(&blocks, args.huge_pages)?);
+    let (guest, _) = args.guest.filled(args, Arc::clone(&memory))?;
+    let cancel = CancelToken::default();
+    let signals = cancel_on_signal(vec![cancel.clone()]);
+    let address: Address = format!("mapped:{}", path.display()).parse()?;
+    let mut settings =
+        SnapshotSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
+    // Its threads write in user mode, which needs no privilege.
+    settings.user_mode_only = args.guest == GuestKind::Synthetic;
+    let given = SnapshotGuest { memory, control: guest.control(), other_writers: Vec::new() };
+    let session = SnapshotSession::new(given, settings)?.with_cancel(cancel.clone());
+    signals.ask(session.canceller());
+    let stop = Stop::on(&cancel);
+    let connection = open_source(&address, session.memory(), &ConnectionOptions::default(), &stop)?;
+    guest.control().resume()?;
+    let written = || guest.control().vcpu_dirty_pages().iter().sum::<u64>();
+    let before = written();
+    let report = session.run(connection);
+    let wrote = written().saturating_sub(before);
+    if let Some(error) = &report.error {
+        complain("demo", error);
+        if report.stands_still {
+            note!("the guest is whole and stands still");
+        } else {
+            note!("the guest runs on, and {} holds no snapshot", path.display());
+        }
+    }
+    let exit = match report.outcome {
+        SnapshotOutcome::Taken => Exit::Done,
+        SnapshotOutcome::Failed => Exit::Failed,
+        SnapshotOutcome::Cancelled => Exit::Cancelled,
+    };
+    if exit != Exit::Done {
+        return Ok(exit);
+    }
+    let found = restored(args, &blocks, &address, &stop)?;
+    let exit = if found.wrong == 0 { Exit::Done } else { Exit::NotVerified };
+    signals.ended(exit);
+    tell(path, &report, wrote, &found);
+    Ok(exit)
+}
+
+/// A guest made of the file, that has run.
+fn restored(args: &Args, blocks: &[BlockSpec], address: &Address, stop: &Stop) -> Result<Found, Failure> {
+    let memory = Arc::new(BlockSpec::memory(blocks, args.huge_pages)?);
+    let guest = args.guest.empty(Arc::clone(&memory), false)?;
+    let mut listener = Listener::bind(address, AllowList::default(), stop)?;
+    let connection = listener.accept_connection(&ConnectionOptions::default(), stop)?;
+    let arriving = DestinationGuest { memory: Box::new(Zeroed(memory)), control: guest.control() };
+    let report = DestinationSession::new(arriving, connection, DestinationSettings::default()).run();
+    match report.error {
+        _ if report.ending == Ending::Running => {}
+        Some(error) => return Err(error.into()),
+        None => return Err("the guest of the file did not run".into()),
+    }
+    std::thread::sleep(RUN);
+    guest.control().pause()?;
+    Ok(guest.verify()?)
+}
+
+fn tell(path: &Path, report: &SnapshotReport, wrote: u64, found: &Found) {
+    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    let waits = report.fault_latency;
+    result_text!(
+        "snapshot    {} in {}: {} pages with content, {} zero\n\
+         took        {:.1} ms; the guest stood still for {:.2} ms (device state {:.2}, protecting its memory {:.2})\n\
+         meanwhile   the guest wrote {wrote} pages; {} writes waited for a copy, p50 {} us, p99 {} us, longest {} us\n\
+         {}    a guest made of the file ran, and looked at {} pages: {} wrong\n",
+        human_bytes(report.bytes),
+        path.display(),
+        report.pages.normal,
+        report.pages.zero,
+        ms(report.total),
+        ms(report.pause),
+        ms(report.state),
+        ms(report.protect),
+        report.faults,
+        waits.p50_us,
+        waits.p99_us,
+        waits.max_us,
+        if found.wrong == 0 { "verified" } else { "WRONG   " },
+        found.pages,
+        found.wrong,
+    );
+    for fault in &found.faults {
+        result_text!("            {fault}\n");
+    }
+}
