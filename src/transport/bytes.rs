@@ -4,10 +4,10 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use crate::sys::{RecvPart, SendPart, Stop};
-use crate::transport::ChannelError;
+use crate::transport::{ChannelError, Sealed};
 
-/// Where a byte stream goes.
-pub trait ByteSink: Send {
+/// Where a byte stream goes. Implemented by this library only.
+pub trait ByteSink: Send + Sealed {
     /// Sends all parts, in order. Guest spans are read by the kernel in place.
     ///
     /// # Errors
@@ -50,8 +50,8 @@ pub trait ByteSink: Send {
     }
 }
 
-/// Where a byte stream comes from.
-pub trait ByteSource: Send {
+/// Where a byte stream comes from. Implemented by this library only.
+pub trait ByteSource: Send + Sealed {
     /// Fills the parts in order with what is there, waiting for the first byte. 0 is the end of the stream.
     ///
     /// A deadline ends the wait, not the reading: what is there when it has passed is taken all the same, so

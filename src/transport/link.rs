@@ -11,7 +11,7 @@ use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packet_numbers::MissingPackets;
 use crate::stream::qemu::style::PeerStyle;
 use crate::sys::Stop;
-use crate::transport::{ByteSink, ByteSource, ChannelError, DeltaCacheSize, MoveError};
+use crate::transport::{ByteSink, ByteSource, ChannelError, DeltaCacheSize, MoveError, Sealed};
 
 /// Names a batch handed to a link and not yet returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,13 +48,13 @@ pub struct Returned {
     pub batch: PageBatch,
 }
 
-/// The source's link.
+/// The source's link. Implemented by this library only.
 ///
 /// # Orders that hold
 ///
 /// A batch offered after [`close_round`](Self::close_round) never overtakes one offered before it. After
 /// [`drain`](Self::drain) no ticket is out.
-pub trait SourceLink: Send {
+pub trait SourceLink: Send + Sealed {
     /// What this link can do.
     fn abilities(&self) -> MoverAbilities;
 
@@ -199,7 +199,7 @@ pub struct LiveBytes {
 /// Between [`barrier`](Self::barrier) and [`release`](Self::release) no page channel places anything: all that came before
 /// the barrier is in place, nothing that comes after it. Outside of [`receive_round`](Self::receive_round) the peer writes
 /// nothing. After [`revoke`](Self::revoke) nothing but the stream brings a page.
-pub trait DestinationLink: Send {
+pub trait DestinationLink: Send + Sealed {
     /// What this link can do.
     fn abilities(&self) -> DestinationAbilities;
 

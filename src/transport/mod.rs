@@ -20,6 +20,7 @@ mod open;
 mod page_supply;
 #[cfg(feature = "rdma")]
 pub mod rdma;
+mod sealed;
 mod stream;
 #[cfg(any(test, feature = "testing"))]
 mod testing;
@@ -40,6 +41,10 @@ pub use open::{
     OpenError, RdmaOptions, Target, WhyNoRdma, connect, open_source, rdma_address, why_no_rdma,
 };
 pub use page_supply::{PageSupply, StoredMemory};
+#[cfg(not(any(test, feature = "testing")))]
+pub(crate) use sealed::Sealed;
+#[cfg(any(test, feature = "testing"))]
+pub use sealed::Sealed;
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 #[cfg(any(test, feature = "testing"))]
 pub use testing::{Fault, FaultKind, Faulty, Loopback, LoopbackSink, LoopbackSource, loopback};

@@ -480,6 +480,8 @@ struct Flood {
     most: usize,
 }
 
+impl ramwire::transport::Sealed for Flood {}
+
 impl ByteSource for Flood {
     fn recv(&mut self, into: &mut [RecvPart<'_>], _: &Stop) -> Result<usize, ChannelError> {
         let Some(RecvPart::Own(room)) = into.first_mut() else { return Ok(0) };

@@ -169,6 +169,8 @@ impl MemoryProvider for DoomedProvider {
 /// The source's way out.
 struct DoomedOut(Doomed<StreamChannel>);
 
+impl ramwire::transport::Sealed for DoomedOut {}
+
 impl ByteSink for DoomedOut {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         let commit = matches!(parts, [SendPart::Own([8, 0x52, 4, ..])]);
@@ -194,6 +196,8 @@ impl ByteSink for DoomedOut {
 /// The destination's answers.
 struct DoomedAnswers(Doomed<StreamChannel>);
 
+impl ramwire::transport::Sealed for DoomedAnswers {}
+
 impl ByteSink for DoomedAnswers {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         self.0.answers += self.0.state_done.load(Ordering::Acquire);
@@ -213,6 +217,8 @@ impl ByteSink for DoomedAnswers {
         self.0.inner.position()
     }
 }
+
+impl ramwire::transport::Sealed for Doomed<StreamChannel> {}
 
 impl ByteSource for Doomed<StreamChannel> {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {

@@ -216,6 +216,8 @@ pub(crate) struct Recorder<T> {
     pub(crate) bytes: Arc<Mutex<Vec<u8>>>,
 }
 
+impl<T> ramwire::transport::Sealed for Recorder<T> {}
+
 impl<T: ByteSink> ByteSink for Recorder<T> {
     fn send(
         &mut self,

@@ -387,6 +387,8 @@ impl Voice {
     }
 }
 
+impl crate::transport::Sealed for Voice {}
+
 impl ByteSink for Voice {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         if self.silenced.load(Ordering::Acquire) {

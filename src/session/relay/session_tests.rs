@@ -63,6 +63,8 @@ struct NicSource {
     rounds: u64,
 }
 
+impl crate::transport::Sealed for NicSource {}
+
 impl SourceLink for NicSource {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {
@@ -145,6 +147,8 @@ struct NicDestination {
     owes_word: bool,
     waits: bool,
 }
+
+impl crate::transport::Sealed for NicDestination {}
 
 impl ByteSource for NicDestination {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {

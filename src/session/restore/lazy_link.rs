@@ -43,6 +43,8 @@ impl LazyLink {
     }
 }
 
+impl crate::transport::Sealed for LazyLink {}
+
 impl DestinationLink for LazyLink {
     fn abilities(&self) -> DestinationAbilities {
         let mut abilities = self.file.abilities();

@@ -236,6 +236,8 @@ impl SimSink {
     }
 }
 
+impl crate::transport::Sealed for SimSink {}
+
 impl ByteSink for SimSink {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         let mut turn = self.sim.enter();
@@ -288,6 +290,8 @@ pub(super) struct SimSource {
     pub(super) sim: Sim,
     pub(super) from: Side,
 }
+
+impl crate::transport::Sealed for SimSource {}
 
 impl ByteSource for SimSource {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {

@@ -106,6 +106,8 @@ pub(super) struct Recovery {
 /// In the place of a connection that is gone.
 struct Gone;
 
+impl crate::transport::Sealed for Gone {}
+
 impl ByteSink for Gone {
     fn send(&mut self, _parts: &[SendPart<'_>], _stop: &Stop) -> Result<(), ChannelError> {
         Err(ChannelError::Closed { peer: "the destination".into(), doing: "sending the stream" })

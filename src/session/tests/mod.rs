@@ -48,6 +48,8 @@ impl Plain {
     }
 }
 
+impl crate::transport::Sealed for Plain {}
+
 impl ByteSink for Plain {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         let total: usize = parts.iter().map(SendPart::len).sum();

@@ -45,6 +45,8 @@ struct Back {
     said: Said,
 }
 
+impl crate::transport::Sealed for Back {}
+
 impl ByteSource for Back {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         if let (Some(RecvPart::Own(room)), mut said) = (into.first_mut(), self.said.0.lock().unwrap())
@@ -73,6 +75,8 @@ struct Counted {
     offered: Arc<AtomicU64>,
     at_batch: AtBatch,
 }
+
+impl crate::transport::Sealed for Counted {}
 
 impl SourceLink for Counted {
     fn abilities(&self) -> MoverAbilities {
@@ -110,6 +114,8 @@ struct Watched {
     inner: Box<Plain>,
     at_page: Box<dyn FnMut(u64) + Send>,
 }
+
+impl crate::transport::Sealed for Watched {}
 
 impl ByteSink for Watched {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {

@@ -19,6 +19,8 @@ impl InlineDestination {
     }
 }
 
+impl crate::transport::Sealed for InlineDestination {}
+
 impl DestinationLink for InlineDestination {
     fn abilities(&self) -> DestinationAbilities {
         DestinationAbilities::default()

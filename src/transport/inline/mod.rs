@@ -256,6 +256,8 @@ impl InlineLink {
     }
 }
 
+impl crate::transport::Sealed for InlineLink {}
+
 impl SourceLink for InlineLink {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {

@@ -211,6 +211,8 @@ impl MappedDestination {
     }
 }
 
+impl crate::transport::Sealed for MappedDestination {}
+
 impl ByteSource for MappedDestination {
     fn recv(&mut self, into: &mut [RecvPart<'_>], _stop: &Stop) -> Result<usize, ChannelError> {
         let mut given = 0;

@@ -168,6 +168,8 @@ impl MappedLink {
     }
 }
 
+impl crate::transport::Sealed for MappedLink {}
+
 impl SourceLink for MappedLink {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {

@@ -97,6 +97,8 @@ impl MappedSink {
     }
 }
 
+impl crate::transport::Sealed for MappedSink {}
+
 impl ByteSink for MappedSink {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         if let Some(reason) = stop.reason() {

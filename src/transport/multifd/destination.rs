@@ -130,6 +130,8 @@ impl Drop for Running {
     }
 }
 
+impl crate::transport::Sealed for MultifdDestination {}
+
 impl ByteSource for MultifdDestination {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         let mut progress = Progress { bytes: self.channel_bytes(), since: Instant::now() };

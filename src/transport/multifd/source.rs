@@ -244,6 +244,8 @@ pub(super) fn gone() -> MoveError {
     ChannelError::Io { peer: "page channels".into(), doing: SENDING, source }.into()
 }
 
+impl crate::transport::Sealed for MultifdLink {}
+
 impl SourceLink for MultifdLink {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {

@@ -192,6 +192,8 @@ impl RdmaDestination {
     }
 }
 
+impl crate::transport::Sealed for RdmaDestination {}
+
 impl ByteSource for RdmaDestination {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         let Some(room) = own_room(into) else { return Ok(0) };
@@ -285,6 +287,8 @@ pub struct RdmaReturnSink {
     end: End,
     sent: u64,
 }
+
+impl crate::transport::Sealed for RdmaReturnSink {}
 
 impl ByteSink for RdmaReturnSink {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {

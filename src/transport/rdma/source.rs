@@ -150,6 +150,8 @@ impl Wire {
     }
 }
 
+impl crate::transport::Sealed for Wire {}
+
 impl ByteSink for Wire {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         debug_assert!(!self.round_open, "stream bytes while a round is open");
@@ -270,6 +272,8 @@ impl RdmaLink {
     }
 }
 
+impl crate::transport::Sealed for RdmaLink {}
+
 impl SourceLink for RdmaLink {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {
@@ -388,6 +392,8 @@ pub struct RdmaReturnSource {
     reader: ReturnReader,
     end: End,
 }
+
+impl crate::transport::Sealed for RdmaReturnSource {}
 
 impl ByteSource for RdmaReturnSource {
     /// No stall time: the destination speaks only when it has something to say.

@@ -76,6 +76,8 @@ impl StreamChannel {
     }
 }
 
+impl crate::transport::Sealed for StreamChannel {}
+
 impl ByteSink for StreamChannel {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         self.send_by(&mut Copying, parts, stop)

@@ -140,6 +140,8 @@ impl<T> Faulty<T> {
     }
 }
 
+impl<T> crate::transport::Sealed for Faulty<T> {}
+
 impl<T: ByteSink> ByteSink for Faulty<T> {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         for part in parts {

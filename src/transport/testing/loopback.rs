@@ -106,6 +106,8 @@ impl LoopbackSink {
     }
 }
 
+impl crate::transport::Sealed for LoopbackSink {}
+
 impl ByteSink for LoopbackSink {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         for part in parts {
@@ -147,6 +149,8 @@ impl Drop for LoopbackSink {
 pub struct LoopbackSource {
     pipe: Arc<Pipe>,
 }
+
+impl crate::transport::Sealed for LoopbackSource {}
 
 impl ByteSource for LoopbackSource {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {

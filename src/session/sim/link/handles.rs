@@ -68,6 +68,8 @@ impl SimLink {
     }
 }
 
+impl crate::transport::Sealed for SimLink {}
+
 impl SourceLink for SimLink {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {
@@ -221,6 +223,8 @@ pub(in crate::session::sim) struct SmallBatches {
     pub(in crate::session::sim) link: InlineLink,
     pub(in crate::session::sim) pages: u32,
 }
+
+impl crate::transport::Sealed for SmallBatches {}
 
 impl SourceLink for SmallBatches {
     fn abilities(&self) -> MoverAbilities {

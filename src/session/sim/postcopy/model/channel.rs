@@ -20,6 +20,8 @@ fn closed() -> ChannelError {
     ChannelError::Closed { peer: "the model".into(), doing: "the simulation" }
 }
 
+impl crate::transport::Sealed for Sink {}
+
 impl ByteSink for Sink {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         let mut there = self.0.lock().unwrap();
