@@ -46,5 +46,7 @@ pub(crate) use sealed::Sealed;
 #[cfg(any(test, feature = "testing"))]
 pub use sealed::Sealed;
 pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
+#[cfg(test)]
+pub(crate) use testing::Random;
 #[cfg(any(test, feature = "testing"))]
 pub use testing::{Fault, FaultKind, Faulty, Loopback, LoopbackSink, LoopbackSource, loopback};

@@ -3,25 +3,22 @@
 use std::collections::BTreeSet;
 
 use super::device::{Drawn, Page};
+use crate::transport::Random;
 use crate::units::PageSize;
 
-/// The generator SplitMix64 (Steele, Lea and Flood 2014).
+/// Draws from a seed.
 #[derive(Clone, Debug)]
-pub(super) struct Rng(u64);
+pub(super) struct Rng(Random);
 
 impl Rng {
     pub(super) fn new(seed: u64) -> Self {
-        let mut rng = Self(seed);
+        let mut rng = Self(Random(seed));
         rng.next();
         rng
     }
 
     pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.draw()
     }
 
     /// A number below `limit`.

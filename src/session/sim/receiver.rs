@@ -13,8 +13,6 @@ use crate::transport::{ByteSource, ChannelError, DestinationAbilities, Destinati
 
 const DOING: &str = "waiting for the page channels";
 
-impl crate::transport::Sealed for SimSource {}
-
 impl DestinationLink for SimSource {
     fn abilities(&self) -> DestinationAbilities {
         let world = self.sim.world();

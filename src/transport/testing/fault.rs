@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use super::Random;
 use crate::sys::{RecvPart, SendPart, Stop};
 use crate::transport::{ByteSink, ByteSource, ChannelError, StreamBreaker};
 
@@ -39,8 +40,8 @@ pub struct Fault {
 impl Fault {
     /// The fault that `seed` stands for, at one of the first `within` bytes.
     pub fn seeded(seed: u64, within: u64) -> Self {
-        let at = mixed(seed) % within.max(1);
-        let draw = mixed(seed ^ u64::MAX);
+        let at = Random(seed).draw() % within.max(1);
+        let draw = Random(seed ^ u64::MAX).draw();
         let kind = match draw % 5 {
             0 => FaultKind::Cut,
             1 => FaultKind::Reset,
@@ -50,14 +51,6 @@ impl Fault {
         };
         Self { at, kind }
     }
-}
-
-/// The output function of SplitMix64 (Steele, Lea and Flood 2014): neighbouring seeds, unrelated numbers.
-fn mixed(seed: u64) -> u64 {
-    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// A sink or a source with faults. Bytes are counted in the direction it is used in.
