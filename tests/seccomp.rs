@@ -22,7 +22,7 @@ use std::time::Duration;
 use ramwire::engine::{Ending, Outcome, PostcopyRule, Reason};
 use ramwire::guest::{
     DeviceState, DirtyError, DirtySource, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap,
-    WrittenPages,
+    TestMachine, WrittenPages,
 };
 use ramwire::observe::RunDescription;
 use ramwire::ram::{BlockName, PageBitmap, PageRun, RamBlock};
@@ -34,14 +34,14 @@ use ramwire::session::{
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
 use ramwire::transport::{
-    AllowList, ChannelOptions, ConnectionOptions, Listener, Numa, PageSending, StreamBreaker, StreamChannel,
-    StreamOptions, open_source,
+    Address, AllowList, ChannelOptions, ConnectionOptions, Listener, Numa, PageSending, StreamBreaker,
+    StreamChannel, StreamOptions, open_source,
 };
 use ramwire::units::{BlockIndex, BlockOffset, PageSize, Rate};
 use seccompiler::{BpfProgram, TargetArch, apply_filter, compile_from_json};
 use serde_json::Value;
 
-/// How the child learns what to do: `WAY END DIRTY-SOURCE FILTERS`.
+/// How the child learns what to do: `WAY END DIRTY-SOURCE FILTERS`. With the way `file` the end is `completed`.
 const SCENARIO: &str = "RAMWIRE_SECCOMP_SCENARIO";
 const PAGES: u64 = 24 << 8;
 /// Longer than a wait goes on without a look at the connection.
@@ -429,6 +429,43 @@ fn migrate(way: &str, end: &str, dirty: &str, filters: Option<HashMap<String, Bp
     println!("migrated");
 }
 
+/// A guest that stands still goes into a `mapped:` file and comes out of it. The sessions run on this thread, which no filter
+/// holds; the threads that write and read pages are held by theirs.
+fn through_a_file(filters: Option<HashMap<String, BpfProgram>>) {
+    let (here, there) = (Machine::new(), Machine::new());
+    (0..PAGES).filter(|page| page % 5 > 0).for_each(|page| here.write(page, page + 1));
+    let spawner = spawner(filters);
+    let stop = Stop::on(&CancelToken::default());
+    let folder = tempfile::tempdir().unwrap();
+    let address: Address = format!("mapped:{}", folder.path().join("guest").display()).parse().unwrap();
+    let mut options = ConnectionOptions::default();
+    options.channels.count = 2;
+    options.channels.spawn = spawner.callback();
+    let mut settings = SourceSettings::new(Configuration::default());
+    settings.guest_stands_still = true;
+    settings.spawner = spawner.clone();
+    let guest = SourceGuest {
+        memory: here.memory.clone(),
+        dirty: Vec::new(),
+        control: Box::new(TestMachine::default()),
+    };
+    let link = open_source(&address, here.memory.clone(), &options, &stop).unwrap();
+    let left = SourceSession::new(guest, link, settings).run();
+    assert_eq!(left.outcome, Outcome::Completed, "{:?}", left.error);
+    let mut arrives = DestinationSettings::default();
+    arrives.spawner = spawner;
+    let mut listener = Listener::bind(&address, AllowList::default(), &stop).unwrap();
+    let connection = listener.accept_connection(&options, &stop).unwrap();
+    let guest = DestinationGuest {
+        memory: Box::new(there.memory.clone()),
+        control: Box::new(TestMachine::default()),
+    };
+    let arrived = DestinationSession::new(guest, connection, arrives).run();
+    assert_eq!(arrived.ending, Ending::Running, "{:?}", arrived.error);
+    assert!(here.bytes() == there.bytes());
+    println!("migrated");
+}
+
 #[test]
 #[ignore = "a process of the other tests"]
 fn child() {
@@ -444,7 +481,10 @@ fn child() {
     }
     let filters = serde_json::to_vec(&filters).unwrap();
     let filters = (words[3] != "none").then(|| compile_from_json(&*filters, TargetArch::x86_64).unwrap());
-    migrate(words[0], words[1], words[2], filters);
+    match words[0] {
+        "file" => through_a_file(filters),
+        way => migrate(way, words[1], words[2], filters),
+    }
 }
 
 fn run(scenario: &str) -> Output {
@@ -520,6 +560,15 @@ fn a_broken_connection_needs_no_other_call() {
 fn a_switch_to_postcopy_needs_no_other_call() {
     must_migrate("unix postcopy software all");
     must_migrate("tcp postcopy software all");
+}
+
+#[test]
+fn threads_that_write_and_read_a_file_need_no_other_call() {
+    must_migrate("file completed none all");
+    for without in ["ramwire-file-tx/pwritev", "ramwire-file-rx/pread64"] {
+        let output = run(&format!("file completed none {without}"));
+        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
+    }
 }
 
 #[test]
