@@ -23,7 +23,7 @@ const CHAIN_WRITES: usize = 16;
 const CHAIN_BYTES: u64 = 256 * 1024;
 /// Longest wait for a farewell ERROR to leave.
 const FAREWELL: Duration = Duration::from_millis(100);
-/// Most latencies kept until somebody collects them.
+/// Most latencies kept until they are collected.
 const MAX_LATENCIES: usize = 1 << 16;
 
 /// How every connection of this crate is made: room for a deep queue of page writes and for a few messages of at most
@@ -286,7 +286,7 @@ impl Channel {
     }
 
     /// Takes in what has completed on a queue pair that nobody waits for. One that the peer has closed is no failure
-    /// before somebody needs it: a destination that has everything closes them all.
+    /// before it is needed: a destination that has everything closes them all.
     pub(crate) fn pump_data(&mut self) -> Result<bool, HooksError> {
         match self.pump() {
             Err(HooksError::Fabric(FabricError::Disconnected)) if self.oldest_ticket().is_none() => Ok(false),

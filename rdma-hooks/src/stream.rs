@@ -76,7 +76,7 @@ impl StreamSender {
         }
     }
 
-    /// Sleeps for a moment; a queue pair that nobody waits for is looked after all the same.
+    /// Sleeps for a moment; the other queue pairs are polled meanwhile.
     pub(crate) fn rest(&mut self, stop: &Stop) -> Result<(), HooksError> {
         let now = self.channel.checked_at();
         self.data_queues.iter_mut().try_for_each(|channel| channel.watch(now))?;

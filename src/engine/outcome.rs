@@ -26,7 +26,7 @@ impl Handover {
 /// Why a migration did not complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// Somebody asked for it.
+    /// It was cancelled on request.
     Cancelled,
     /// Something failed; the session holds the error.
     Failed,

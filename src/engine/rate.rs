@@ -155,7 +155,7 @@ mod tests {
         assert!((950_000..=1_050_000).contains(&rate), "{rate}");
     }
 
-    /// All of each round leaves before the next one: there is a rate all the same.
+    /// All of each round leaves before the next one: a rate is known even so.
     #[test]
     fn a_link_that_is_always_done_in_between_has_a_rate() {
         let mut window = RateWindow::default();

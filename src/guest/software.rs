@@ -1,10 +1,10 @@
-//! Dirty pages that somebody tells us: a VMM's own writes, a device thread, a backend in another process.
+//! Dirty pages that are reported to us: a VMM's own writes, a device thread, a backend in another process.
 
 use super::{DirtyError, DirtySource};
 use crate::ram::{AtomicBitmap, Landing, PageBitmap, PageRun, RamBlock, RamBlockTable};
 use crate::units::{BlockIndex, BlockOffset, GuestAddr, PageIndex, PageSize};
 
-/// One bit a page, set by whoever writes guest RAM past the other sources; any thread of this process.
+/// One bit a page, set by writers of guest RAM that the other sources don't see; any thread of this process.
 ///
 /// # Order that must hold
 ///

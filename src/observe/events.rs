@@ -160,7 +160,7 @@ struct Seen {
     ended: bool,
 }
 
-/// Somebody who is told while the migration waits.
+/// A callback that runs while the migration waits.
 type Listener = Box<dyn FnMut(&Event) + Send>;
 
 /// The figures as the migration's threads write and anybody reads them.
@@ -185,7 +185,7 @@ struct Shared {
     refresh: Refresh,
 }
 
-/// Brings figures up to date before somebody sees them.
+/// Brings figures up to date before they are read.
 type Refresher = Box<dyn FnMut(&mut Statistics) + Send>;
 
 #[derive(Default)]
@@ -264,7 +264,7 @@ impl SharedStatistics {
         let mut panicked = None;
         for event in events {
             for listener in listeners.iter_mut() {
-                // The others are told all the same.
+                // The others are called even so.
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(|| listener(event))) {
                     panicked.get_or_insert(panic);
                 }

@@ -1,6 +1,6 @@
 //! Picks the next run of pages to send.
 //!
-//! Two lists compete: pages somebody waits for, and pages that are merely dirty. Requested pages always
+//! Two lists compete: pages that threads at the destination wait for, and pages that are merely dirty. Requested pages always
 //! win; dirty ones are taken block by block in address order, from where the last run ended, so that
 //! neighbours share a transfer.
 //!
@@ -31,7 +31,7 @@ impl PageSearch {
         self.requested.len()
     }
 
-    /// True if somebody waits for pages.
+    /// True if requested pages are left.
     pub fn is_asked(&self) -> bool {
         !self.requested.is_empty()
     }

@@ -37,7 +37,7 @@ impl AtomicBitmap {
 
     /// Sets `pages` pages from `first`, cut at the end of the map; returns how many were clear before.
     ///
-    /// Release: whoever takes the bit sees the bytes written before it was set.
+    /// Release: a thread that takes the bit sees the bytes written before it was set.
     pub fn set(&self, first: PageIndex, pages: u64) -> u64 {
         let fresh = self.masks(first, pages).map(|(word, mask)| {
             let before = word.fetch_or(mask, Ordering::AcqRel);

@@ -104,7 +104,7 @@ impl Control {
     }
 
     /// Most bytes a second after a switch to postcopy (QEMU's `max-postcopy-bandwidth`), from the next batch on. Pages that a
-    /// thread waits for leave at once all the same.
+    /// thread waits for leave at once even so.
     pub fn set_postcopy_bandwidth(&self, limit: Option<Rate>) {
         self.postcopy_bandwidth.set(limit.map_or(0, |rate| rate.0));
     }

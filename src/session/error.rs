@@ -23,7 +23,7 @@ pub enum ErrorKind {
     Peer,
     /// The connection failed.
     Channel,
-    /// Somebody asked for the end.
+    /// It was cancelled on request.
     Cancelled,
 }
 
@@ -141,7 +141,7 @@ pub enum Error {
     /// What was sent has not all been placed.
     #[error(transparent)]
     LostPages(#[from] LostPages),
-    /// Somebody asked for the end.
+    /// It was cancelled on request.
     #[error("cancelled; the guest runs on at the source")]
     Cancelled,
     /// What another process says of its memory.

@@ -2,8 +2,8 @@
 //!
 //! # Order that must hold
 //!
-//! A cancel and COMMIT are decided under one lock. Whoever was told that the cancel is accepted keeps the
-//! guest where it is; whoever was told that it comes too late gives it away.
+//! A cancel and COMMIT are decided under one lock. After an accepted cancel the guest stays
+//! where it is; a cancel that comes too late changes nothing.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -112,7 +112,7 @@ impl<R> MigrationHandle<R> {
         &self.events
     }
 
-    /// The figures while it runs, for somebody who outlives this handle.
+    /// The figures while it runs; they may outlive this handle.
     pub fn statistics(&self) -> SharedStatistics {
         self.statistics.clone()
     }

@@ -120,7 +120,7 @@ impl Follower {
         }
     }
 
-    /// What happened before somebody ended the log.
+    /// What happened before the log was ended.
     fn last_words(&mut self) -> io::Result<()> {
         while let Ok(event) = self.events.try_recv() {
             if self.take(&event)? {

@@ -2,7 +2,7 @@
 //!
 //! They travel in QEMU's own frames: commands from the source, messages on the return path, both with numbers
 //! from 0x5200 that no QEMU uses. The greeting: the source sends PING([`GREETING`]) and PING(1); a QEMU
-//! answers one PONG to each, a ramwire puts [`hello_pong`] between the two. Whoever sees it says HELLO.
+//! answers one PONG to each, a ramwire puts [`hello_pong`] between the two. A source that sees it sends HELLO.
 //!
 //! ```text
 //! source                                     destination

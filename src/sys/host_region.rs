@@ -60,7 +60,7 @@ impl std::fmt::Debug for HostRegion {
 }
 
 impl HostRegion {
-    /// Takes memory that somebody else mapped.
+    /// Takes memory that the caller mapped.
     ///
     /// `page` is the page size of the backing; `owner` is dropped when the last clone is.
     ///

@@ -109,7 +109,7 @@ impl KvmLog {
     }
 
     /// Makes a slot, or sets the flags of one that is mapped at `guest_addr` over `memory` already
-    /// ([`has_memory_at`](Self::has_memory_at)); with no `memory` takes it away. Whoever makes a slot keeps its memory
+    /// ([`has_memory_at`](Self::has_memory_at)); with no `memory` takes it away. The caller that makes a slot keeps its memory
     /// mapped until it is taken away.
     ///
     /// # Errors

@@ -62,7 +62,7 @@ pub fn own_cpus() -> io::Result<Vec<u32>> {
 }
 
 /// From here on the calling thread runs only on those of `cpus` that it may run on already. `false`, and nothing changes,
-/// if there is none: whoever started it has put it elsewhere.
+/// if there is none: its starter has put it elsewhere.
 ///
 /// # Errors
 /// What sched_setaffinity(2) says; a filter's EPERM.

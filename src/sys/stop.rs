@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 pub enum StopReason {
     /// The deadline passed.
     Deadline,
-    /// Somebody cancelled.
+    /// It was cancelled.
     Cancelled,
 }
 

@@ -1,4 +1,4 @@
-//! How a thread is started: by whoever embeds us, since affinity and filters are theirs.
+//! How a thread is started: by the embedder, who sets affinity and filters.
 
 use std::io;
 use std::thread::JoinHandle;

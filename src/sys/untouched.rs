@@ -19,7 +19,7 @@ use super::{HostRegion, Pagemap};
 /// What stands behind mapped memory.
 #[derive(Clone, Debug, Default)]
 pub(super) enum Backing {
-    /// Somebody else mapped it and did not say.
+    /// Another owner mapped it and gave no promise.
     #[default]
     Unknown,
     /// Nothing: private memory that is zero until it is written.
@@ -72,7 +72,7 @@ fn data_of(file: BorrowedFd<'_>, range: Range<u64>, each: &mut impl FnMut(Range<
     }
     let before = seek(file, SeekFrom::Current(0))?;
     let found = walk_data(file, range, each);
-    // The position belongs to whoever shares the descriptor.
+    // The position belongs to all who share the descriptor.
     seek(file, SeekFrom::Start(before))?;
     found
 }

@@ -54,24 +54,23 @@ pub trait ByteSink: Send + Sealed {
 pub trait ByteSource: Send + Sealed {
     /// Fills the parts in order with what is there, waiting for the first byte. 0 is the end of the stream.
     ///
-    /// A deadline ends the wait, not the reading: what is there when it has passed is taken all the same, so
-    /// that a deadline of zero looks without waiting.
+    /// A deadline ends the wait, not the reading: what is there when it has passed is taken even so: with
+    /// a deadline of zero it polls.
     ///
     /// # Errors
     /// [`ChannelError`].
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError>;
 
-    /// Whether more of the same follows the last bytes, as pages follow pages. Where it does and they came at a great pace,
-    /// a read may wait for less than a millisecond, so that it takes much at once. `false` at first, and to be said where
-    /// somebody waits for what comes of the next bytes.
+    /// Whether bulk data follows, as pages follow pages. While it arrives fast a read may wait for less than a millisecond,
+    /// so that it takes more at once. `false` at first, and where the peer waits for what the next bytes cause.
     fn set_bulk(&mut self, _bulk: bool) {}
 
-    /// Whether the peer is told at once what has come, where the connection can: one that holds a small message back until the
-    /// one before is acknowledged then waits for nothing. `false` at first.
+    /// Whether received bytes are acknowledged at once, where the connection can: a peer that holds a small message back until
+    /// the one before is acknowledged (Nagle) then does not wait. `false` at first.
     fn set_prompt(&mut self, _prompt: bool) {}
 
-    /// The last byte of the stream has come: whether what wrote it ended well. Where a command did, its exit status says so,
-    /// and what it writes behind the stream is passed over; elsewhere there is nothing to ask.
+    /// The last byte of the stream has come: did its writer end well? A command's exit status tells, and what it writes after
+    /// the stream is skipped; elsewhere there is nothing to check.
     ///
     /// # Errors
     /// [`ChannelError`]: what came is not to be counted on.
@@ -79,8 +78,8 @@ pub trait ByteSource: Send + Sealed {
         Ok(())
     }
 
-    /// Whether the peer has nothing to send by its protocol, for as long as it likes. Then its silence is no stall as long as
-    /// the connection answers; a pipe has nothing that answers, there the stall time goes on. `false` at first.
+    /// Whether the protocol allows the peer to be silent without limit. Then its silence is no stall as long as its kernel
+    /// answers; nothing answers for a pipe, where the stall timeout counts. `false` at first.
     fn set_quiet(&mut self, _quiet: bool) {}
 
     /// From here on the caller's [`Stop`] alone ends a wait: neither the stall time does, nor an outage of up to `limit`.

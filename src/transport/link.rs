@@ -145,7 +145,7 @@ pub trait SourceLink: Send + Sealed {
     /// The peer has said that the guest runs there: closes the connection in good order.
     ///
     /// # Errors
-    /// [`MoveError`]; the migration is complete all the same.
+    /// [`MoveError`]; the migration is complete even so.
     fn close(&mut self, _stop: &Stop) -> Result<(), MoveError> {
         Ok(())
     }
@@ -179,7 +179,7 @@ pub struct RoundReceived {
     pub zero_bytes: u64,
 }
 
-/// Bytes beside the stream as the threads that bring them count them, for whoever looks on. `None`: nobody can, or there
+/// Bytes on page channels, as their threads count them, for a reader of the figures. `None`: nobody can, or there
 /// are none.
 #[derive(Clone, Debug, Default)]
 pub struct LiveBytes {
@@ -260,6 +260,6 @@ pub trait DestinationLink: Send + Sealed {
     /// effect.
     ///
     /// # Errors
-    /// [`ChannelError`]; everything was read all the same.
+    /// [`ChannelError`]; everything was read even so.
     fn close(&mut self, stop: &Stop) -> Result<(), ChannelError>;
 }

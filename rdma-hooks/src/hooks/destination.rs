@@ -133,7 +133,7 @@ impl DestinationHooks {
             let params = connect_params(granted.encode(), window, longest);
             let endpoint = match incoming.accept(&params, stop) {
                 Ok(endpoint) => endpoint,
-                // Whoever knocks and goes away must not end the wait for the source.
+                // A stranger that connects and leaves must not end the wait for the source.
                 Err(error @ FabricError::Event { .. }) => {
                     tracing::warn!(?peer, error = chain(&error), "connection given up");
                     continue;
@@ -341,7 +341,7 @@ impl DestinationHooks {
     ///
     /// # Errors
     ///
-    /// What the connection met; everything was read all the same.
+    /// What the connection met; everything was read even so.
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.revoke_all();
         self.stream.data_queues.iter_mut().for_each(Channel::leave);

@@ -81,7 +81,7 @@ impl ReturnWriter {
     }
 
     /// Looks for the source's way back until `look` at the longest, for an embedder that reads the stream meanwhile: a
-    /// QEMU opens it before its first stream byte or never. `None` if nobody, or somebody else, has asked.
+    /// QEMU opens it before its first stream byte or never. `None` if no peer, or another one, has asked.
     ///
     /// # Errors
     ///

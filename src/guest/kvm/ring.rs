@@ -6,7 +6,7 @@
 //!
 //! # A full ring
 //!
-//! A vCPU whose ring is full leaves KVM_RUN with KVM_EXIT_DIRTY_RING_FULL and can't run on before somebody has emptied
+//! A vCPU whose ring is full leaves KVM_RUN with KVM_EXIT_DIRTY_RING_FULL and can't run on before the VMM has emptied
 //! the ring: its thread calls [`KvmDirtyRing::collect`] and runs again.
 //!
 //! The kernel keeps a reserve in each ring for what a vCPU writes until it can be stopped. Where it emulates the guest's
@@ -154,7 +154,7 @@ impl KvmDirtyRing {
     /// # Errors
     /// As [`collect`](Self::collect).
     pub fn relieve(&self) -> Result<u64, DirtyError> {
-        // Whoever holds the lock is collecting.
+        // The holder of the lock is collecting.
         let half_full = self.rings.try_lock().is_ok_and(|rings| rings.iter().any(DirtyRing::is_half_full));
         if half_full { self.collect() } else { Ok(0) }
     }
@@ -167,7 +167,7 @@ impl KvmDirtyRing {
 
     /// Marks a page; 1 if it was not marked yet.
     fn note(&self, slot: u32, page: u64) -> u64 {
-        // Few slots; a slot of the VMM's own that logs for somebody else is not ours to report.
+        // Few slots; a slot of the VMM's own that logs for another purpose is not ours to report.
         let tracked = self.slots.list().iter().find(|tracked| tracked.given.slot == slot);
         let Some(tracked) = tracked.filter(|tracked| page < tracked.pages()) else { return 0 };
         let map = self.pending.get(tracked.given.block.as_usize());
@@ -271,7 +271,7 @@ mod tests {
         (0..4096).filter(|page| map.get(PageIndex(*page))).collect()
     }
 
-    /// Writers against syncs; a pass writes four times as many pages as the ring holds. Whoever is first empties it: a
+    /// Writers against syncs; a pass writes four times as many pages as the ring holds. The first to come empties it: a
     /// sync, or the vCPU's thread once it is full.
     #[test]
     fn a_racing_vcpu_loses_nothing_whoever_empties_its_ring() {

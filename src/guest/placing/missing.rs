@@ -1,4 +1,4 @@
-//! Pages that are not there yet while the guest runs: placed whole, once, and whoever waits for them runs on.
+//! Pages that are not there yet while the guest runs: placed whole, once; then the threads that wait for them run on.
 //!
 //! # Orders that must hold
 //!
@@ -168,7 +168,7 @@ impl Placer {
     }
 
     /// Puts whole host pages in place that were read at once, by one of several readers: those of them that have not come.
-    /// They are marked, and whoever waits runs on.
+    /// They are marked, and the threads that wait run on.
     ///
     /// # Errors
     /// The kernel's answer; pages in front of the one that it is about are in place.

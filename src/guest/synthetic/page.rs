@@ -59,7 +59,7 @@ impl fmt::Display for Content {
 }
 
 /// Fills `page`, whose length is a multiple of 8 and at least 1 KiB, with `stamp` and a body of which the first
-/// `changes` bytes follow from it; the rest is the page's own, whoever writes.
+/// `changes` bytes follow from it; the rest is the page's own, by every writer.
 pub(super) fn write(page: &mut [u8], seed: u64, stamp: Stamp, changes: u32) {
     let (fresh, lasting) = (mix(seed, stamp), mix(seed, Stamp { writer: FILL, sequence: 0, ..stamp }));
     let changed = HEADER + changes as usize / 8;

@@ -86,7 +86,7 @@ mod tests {
         let mut driver = driver([Hello { digest: false }, StateSent, Done, Done]);
         assert_eq!(driver.canceller().cancel(), CancelReply::TooLate);
         assert!(driver.time_left().is_some_and(|left| left <= Duration::from_secs(60)), "COMMIT is due");
-        // The bare token is raised all the same.
+        // The bare token can be raised even so.
         driver.cancel_token().cancel();
         assert!(!driver.tell(Commit));
         assert_eq!(driver.engine.poll(), Some(DestinationAction::Resume));

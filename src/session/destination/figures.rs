@@ -1,4 +1,4 @@
-//! The figures people read at a destination. Threads that place pages only count; whoever looks at the figures brings
+//! The figures of a destination. Threads that place pages only count; a reader of the figures brings
 //! them up to date, so that they are true in a silent stream, too.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -51,12 +51,12 @@ impl Figures {
         Self { shared, counts: Arc::default() }
     }
 
-    /// The figures that others look at.
+    /// The figures that others read.
     pub(super) fn shared(&self) -> SharedStatistics {
         self.shared.clone()
     }
 
-    /// The migration begins. Figures that are looked at follow it from now on.
+    /// The migration begins. Figures follow it from now on.
     pub(super) fn begin(&self) {
         self.shared.update(|s| s.status = Status::Setup);
         let (counts, began, mut window) = (Arc::clone(&self.counts), Instant::now(), None);

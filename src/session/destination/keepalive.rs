@@ -1,4 +1,4 @@
-//! A destination that is at work says so.
+//! A destination that is at work reports it to its source.
 //!
 //! What stands between the last byte and READY takes its time: a digest of all RAM, a guest's state, a folder's
 //! `fsync`, a relay's far end. The source takes long silence for a dead peer, and can't be asked to wait for hours just
@@ -22,10 +22,10 @@ use crate::session::workers::Spawner;
 /// Longest time in which a destination that is at work is silent.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Tells a ramwire source that we are at work.
+/// Sends WORKING to a ramwire source.
 pub(super) struct Keepalive {
     interval: Duration,
-    /// Threads that told it, or still do.
+    /// Threads that sent it, or still do.
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -40,7 +40,7 @@ impl Keepalive {
         self.interval = interval;
     }
 
-    /// Says on `back` that we are at it, each time within `patience`, until the value is dropped.
+    /// Sends WORKING on `back`, each time within `patience`, until the value is dropped.
     fn begin(&mut self, back: ReturnPathWriter, spawner: &Spawner, patience: Duration) -> Speaking {
         let back = Arc::new(Mutex::new(Some(back)));
         let (done, until_done) = bounded::<()>(0);
@@ -52,7 +52,7 @@ impl Keepalive {
                 let Some(back) = &*back else { return };
                 let stop = Stop::never().within(patience);
                 if let Err(error) = back.message(Message::Native(Answer::Working), &stop) {
-                    // The next word of the session itself meets the same, and ends the migration.
+                    // The next message of the session meets the same error, and ends the migration.
                     tracing::warn!(error = %Chain(&error), "the source can't be told that we are at it");
                     return;
                 }
@@ -75,7 +75,7 @@ impl Keepalive {
     }
 }
 
-/// The source is told that we are at it.
+/// WORKING is sent while this lives.
 struct Speaking {
     back: Arc<Mutex<Option<ReturnPathWriter>>>,
     /// Its end ends the thread.
@@ -84,14 +84,14 @@ struct Speaking {
 
 impl Drop for Speaking {
     fn drop(&mut self) {
-        // The thread finds nothing to speak with from here on. Its end is not waited for: it may not even have begun,
-        // and the guest stands still.
+        // The thread sends nothing from here on. Its end is not waited for: it may not even have begun, and the guest
+        // stands still.
         *self.back.locked() = None;
     }
 }
 
 impl DestinationSession {
-    /// Does `work`; meanwhile a thread tells a ramwire source that we are at it.
+    /// Does `work`; meanwhile a thread sends WORKING to a ramwire source.
     pub(super) fn with_keepalive<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
         let tells = self.driver.engine.is_native() && self.told.return_path;
         let back = self.wire.back.clone().filter(|_| tells);

@@ -1,4 +1,4 @@
-//! Maps pages behind their arrival: those that were written by the file behind the memory, which no page table of this
+//! Maps pages after their arrival: those that were written by the file behind the memory, which no page table of this
 //! process has yet.
 //!
 //! The thread runs only while a core has nothing else to do, so that it takes nothing from the migration; what it has not

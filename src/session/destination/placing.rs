@@ -28,7 +28,7 @@ pub(super) struct Placing {
     scratch: Vec<u8>,
     /// Pages that came in the stream.
     in_stream: PageCounts,
-    /// Where pages come by a link that shows none of them, and somebody wants to see them all the same.
+    /// For an observer of pages on a link that reports none of them.
     scan: Option<ContentScan>,
     checked: Instant,
     breakage: Breakage,
@@ -140,7 +140,7 @@ impl Placing {
         self.writer.forget_parts();
     }
 
-    /// Pages that somebody else may have written, and may write to in every round from now on: the NIC.
+    /// Pages that the NIC may have written, and may write in every round from now on.
     pub(super) fn written(&mut self, run: PageRun) {
         self.placer.written(run);
         if let Some(scan) = &mut self.scan {
@@ -155,7 +155,7 @@ impl Placing {
             self.placer.observer().map(|watcher| ContentScan::new(Arc::clone(memory), Arc::clone(watcher)));
     }
 
-    /// A round of such pages is over: tells whoever watches which they were.
+    /// A round of such pages is over: reports to the observer which they were.
     pub(super) fn scan(&mut self, spawner: &Spawner, stop: &Stop) -> Result<(), Error> {
         self.scan.as_mut().map_or(Ok(()), |scan| scan.scan(spawner, stop))
     }
@@ -206,7 +206,7 @@ impl Placing {
         Ok(())
     }
 
-    /// True if somebody wants to see each page as it arrives.
+    /// True if an observer sees each page as it arrives.
     pub(super) fn is_watched(&self) -> bool {
         self.arrival.is_some()
     }

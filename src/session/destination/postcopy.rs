@@ -33,7 +33,7 @@ use super::switch::Switch;
 use crate::session::Error;
 use crate::session::callback::guarded;
 
-/// Between two looks whether the last pages have come.
+/// Between two checks whether the last pages have come.
 const OWED_CHECK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// Between two checks whether the source's host has acknowledged an answer.
@@ -227,7 +227,7 @@ impl Switch {
         postcopy.preempt.main_ended();
         loop {
             let (placer, owed) = (&postcopy.shared.placer, &mut postcopy.owed);
-            // Looked at once: a page that has come stays.
+            // Checked once: a page that has come stays.
             let missing = owed.runs().find_map(|run| placer.first_missing(run));
             let Some(page) = missing else {
                 *owed = PageSet::default();
@@ -331,8 +331,8 @@ impl DestinationSession {
     pub(super) fn await_guest(&mut self) -> Result<(), Error> {
         self.take_control()?;
         let Some(postcopy) = self.switch.running_mut() else { return Ok(()) };
-        // Nothing is asked for any more. A fault of a page that has come is answered by the end of the serving, and could not
-        // be answered behind it.
+        // Nothing is asked for any more. A fault of a page that has come is answered until serving ends, and can't be
+        // answered after it.
         postcopy.shared.over.cancel();
         if let Some(faults) = postcopy.faults.take() {
             let _ = faults.join();
@@ -378,7 +378,7 @@ impl DestinationSession {
         }
         let Some(mut postcopy) = self.switch.take() else { return (None, 0) };
         if ending == Ending::Incomplete {
-            // Behind the last descriptor what is missing would read as zero, and the guest go on with it.
+            // With the last descriptor closed a missing page would read as zero, and the guest would go on with it.
             std::mem::forget(Arc::clone(&postcopy.shared.faults));
         }
         let (preempt_pages, preempt_bytes) = postcopy.preempt.finish(&postcopy.shared);

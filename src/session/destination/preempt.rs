@@ -1,10 +1,10 @@
-//! The source's connection for urgent pages (QEMU: postcopy-preempt), so that a page that a thread waits for stands behind
-//! no others.
+//! The source's connection for urgent pages (QEMU: postcopy-preempt), so that a page that a thread waits for is not queued
+//! after others.
 //!
 //! A source opens it between its first bytes and the package, and writes nothing on it before the first request. Nothing in
 //! the stream announces it. So from the package on a thread waits for it, and leaves off when the migration has ended. What
 //! it carries are records of pages without a section around them, with a current block of its own; a QEMU up to 7.2 writes
-//! a mark behind the last one.
+//! a mark after the last one.
 //!
 //! A source that connects again after a loss may be faster than our own notice of that loss. Its first byte tells: a
 //! command, which no record of a page begins with.
@@ -35,22 +35,22 @@ use crate::session::workers::Spawner;
 const BUFFER: usize = 64 << 10;
 /// How long the source may take to close the connection once it knows that the guest runs.
 const PART_WITHIN: Duration = Duration::from_secs(2);
-/// Between two looks for another connection while one is silent, and how long each takes.
+/// Between two checks for another connection while one is silent, and how long each takes.
 const NEXT_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 const NEXT_CHECK_TIME: Duration = Duration::from_millis(1);
 /// Most connections that are kept while they say nothing.
 const MAX_SILENT: usize = 8;
-/// Between two looks whether it has.
+/// Between two checks whether it has.
 const PART_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Where the connections behind the first come from: one thread has it at a time.
+/// Where the connections after the first come from: one thread has it at a time.
 #[derive(Clone, Default)]
 pub(super) struct SharedNext(Arc<Next>);
 
 #[derive(Default)]
 struct Next {
     slot: Mutex<Option<Connections>>,
-    /// There is one, whoever has it.
+    /// There is one; a thread may have it.
     there: AtomicBool,
 }
 
@@ -79,8 +79,8 @@ pub(super) enum Use {
     Urgent,
 }
 
-/// Connections behind the first. A source that has lost one may leave others behind, and strangers connect, too: so a
-/// connection that says nothing keeps nobody from the next.
+/// Connections after the first. A source that has lost one may leave others behind, and strangers connect, too: so a
+/// connection that is silent does not delay the next.
 pub(super) struct Connections {
     next: Box<dyn NextConnection>,
     silent: Vec<StreamChannel>,
@@ -91,7 +91,7 @@ impl Connections {
         Self { next, silent: Vec::new() }
     }
 
-    /// Waits for a connection that has something to say. `watch` is told, at each change, whether one waits to say it.
+    /// Waits for a connection on which bytes have come. `watch` is called at each change: is there a silent one?
     ///
     /// # Errors
     /// No other connection can come, or the stop.
@@ -126,7 +126,7 @@ impl Connections {
         }
     }
 
-    /// The first that has something to say. Those that are closed are let go.
+    /// The first on which bytes have come. Closed ones are dropped.
     fn spoken(&mut self) -> Option<(StreamChannel, Use)> {
         let mut at = 0;
         while let Some(channel) = self.silent.get(at) {
@@ -266,7 +266,7 @@ impl Urgent {
                     return Ok(());
                 }
             };
-            // It is silent while nobody waits for a page.
+            // It is silent while no thread waits for a page.
             channel.set_stall(None);
             connected(true);
             let before = self.state.pages.load(Ordering::Relaxed);

@@ -211,7 +211,7 @@ impl DestinationSession {
                 }
             }
             // Refused now the guest runs on at its source. Refused when the source has switched over to postcopy it stands
-            // still there, and on a QEMU 7.2 until somebody continues it. Without a return path no source can switch.
+            // still there, and on a QEMU 7.2 until an operator continues it. Without a return path no source can switch.
             Command::PostcopyAdvise { host_pages, .. }
                 if self.told.return_path && self.wire.back.is_some() =>
             {

@@ -54,7 +54,7 @@ impl DestinationSession {
             tracing::warn!(%error, "the connection is lost; the guest runs on, and the source may connect again");
         }
         postcopy.shared.back.replace(None);
-        // Whoever lost it: a source that waits for an answer on it would not notice.
+        // Whichever end lost it: a source that waits for an answer on it would not notice.
         if let Some(connection) = self.wire.link.stream().descriptor() {
             let _ = rustix::net::shutdown(connection, Shutdown::Both);
         }

@@ -33,7 +33,7 @@ impl Sections {
         };
     }
 
-    /// Behind a page more of them follow. Not in the last section: the source's guest waits for its end.
+    /// More pages follow a page. Not in the last section: the source's guest waits for its end.
     pub(super) fn pages_follow(&self) -> bool {
         self.ram_phase == Some(Phase::Part)
     }
@@ -43,7 +43,7 @@ impl Sections {
         self.ram_phase == Some(Phase::End)
     }
 
-    /// Pages have begun: what is no page stands behind them from here on.
+    /// Pages have begun: other sections come after them from here on.
     pub(super) fn pages_began(&self) -> bool {
         matches!(self.ram_phase, Some(Phase::Part | Phase::End))
     }

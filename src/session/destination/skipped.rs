@@ -28,7 +28,7 @@ impl DestinationSession {
             let landing = found.ok_or_else(|| refused(format!("{pages} pages from page {first} on")))?;
             let run = landing.run(table.page());
             self.told.unsent.add(run);
-            // Whoever watches has copied what came, and goes by that.
+            // An observer has copied what came, and uses its copy.
             if why == Unsent::Free || placer.observer().is_some() {
                 continue;
             }

@@ -68,7 +68,7 @@ pub struct ScanReport {
 /// Some pages that the source may write to, and their fingerprints.
 struct Chunk {
     run: PageRun,
-    /// Locked by one thread at a time: whoever scans the chunk.
+    /// Locked by the one thread that scans the chunk.
     prints: Mutex<Box<[u128]>>,
 }
 
@@ -99,7 +99,7 @@ impl ContentScan {
         });
     }
 
-    /// `page` was written by somebody else, who has told of it: its fingerprint says nothing any more.
+    /// `page` came in the stream, which reported it: its fingerprint is out of date.
     pub(crate) fn forget(&mut self, block: BlockIndex, page: PageIndex) {
         let Some((_, chunk)) = self.chunks.range(..=(block.0, page.0)).next_back() else { return };
         let inside = chunk.run.block == block && page.0 < chunk.run.end().0;
@@ -258,7 +258,7 @@ mod tests {
             write(0, 257, at, byte);
         }
         assert_eq!(look(&mut scan), [(0, 256, 2)]);
-        // What somebody else wrote is told of again whatever it holds.
+        // A page that came in the stream is reported again whatever it holds.
         for (block, page) in [(0, 300), (0, 599), (0, 10), (1, 2)] {
             scan.forget(BlockIndex(block), PageIndex(page));
         }

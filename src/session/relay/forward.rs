@@ -1,4 +1,4 @@
-//! Pages that have come, as the dirty pages of whoever sends them on.
+//! Pages that have come, as the dirty pages of the session that sends them on.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

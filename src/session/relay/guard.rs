@@ -20,7 +20,7 @@ pub struct Held<'a> {
 /// Holds a source's connection while its guest may run at the far end, whatever becomes of the process that relays.
 ///
 /// A QEMU that has given its guest away and whose connection closes without an answer lets the guest run again. Should a
-/// relay die between COMMIT and the far end's answer, that guest may then run twice. So somebody else must have the
+/// relay die between COMMIT and the far end's answer, that guest may then run twice. So another process must have the
 /// connection open by then: another process that was handed duplicates of the descriptors (they can be sent over a UNIX
 /// socket), and that keeps them until the far end answers, the source has gone, or an operator has decided.
 pub trait Guard: Send {

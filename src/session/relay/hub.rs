@@ -237,7 +237,7 @@ impl Hub {
         self.changed.notify_all();
     }
 
-    /// Hands an event to the engine; whoever waits looks what it decided.
+    /// Hands an event to the engine, and wakes the sides that wait for its decision.
     pub(in crate::session) fn post(&self, event: RelayEvent) {
         let mut inner = self.lock();
         let notices = inner.take(event);

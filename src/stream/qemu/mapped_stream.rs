@@ -52,7 +52,7 @@ pub enum MappedReadError {
         /// Where, in the file.
         at: u64,
     },
-    /// It begins with zeros: whoever writes the file puts its first word in place last.
+    /// It begins with zeros: the writer puts its first word in place last.
     #[error("the save into it did not end: there is no whole guest in it, save the guest again")]
     NotEnded,
     /// A stream without places.

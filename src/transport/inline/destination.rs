@@ -7,7 +7,7 @@ use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::sys::Stop;
 use crate::transport::{ByteSource, ChannelError, DestinationAbilities, DestinationLink, MoveError};
 
-/// The link that every byte stream is: whoever reads the stream finds the pages in it and places them.
+/// The link of a plain byte stream: the session finds the pages in it and places them.
 pub struct InlineDestination {
     stream: Box<dyn ByteSource>,
 }

@@ -149,7 +149,7 @@ fn was_abandoned(channel: &StreamChannel) -> bool {
 /// Whether a ramwire's greeting stands at the beginning of main, which stays to be read.
 fn told(main: &StreamChannel) -> Told {
     let mut head = [0; GREETING_WITHIN];
-    // A connection that has failed is found by whoever reads it.
+    // The next read finds that a connection has failed.
     let have = main.peek(&mut head).unwrap_or(0);
     let mut stream = IncomingStream::new(IncomingConfig::default());
     let (mut at, mut greeted) = (0, false);

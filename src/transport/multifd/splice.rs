@@ -1,7 +1,7 @@
 //! Guest pages that go to a socket by reference ([`PagePipe`]): nothing is copied on their way into its queue.
 //!
 //! The queue refers to the guest's own pages, and what travels is what they hold when they leave or, on one host, when the
-//! other end reads. The guest may write them meanwhile: the bytes are then newer, or a mix of old and new. Whoever wrote
+//! other end reads. The guest may write them meanwhile: the bytes are then newer, or a mix of old and new. The write
 //! has marked the page, since its bit was cleared before the batch was made, so it travels again behind this copy: on one
 //! channel it follows in the stream, on another it waits behind the barrier. In the last round nobody writes. No bytes go
 //! this way that must agree with others here: headers and compressed pages are copied, and page channels have no deltas.

@@ -1,7 +1,7 @@
 //! Guest pages that are lent to a byte stream: the kernel sends from the pages themselves, and says when it is done.
 //!
 //! Lent memory may be written by the guest all the time, and what travels is then a mix of old and new bytes, as with a
-//! copy. Whoever wrote has marked the page, so it travels again, and its bytes of that time are read later still: on one
+//! copy. The write has marked the page, so it travels again, and its bytes of that time are read later still: on one
 //! channel they follow in the stream, on another they wait behind the barrier. A segment that TCP sends twice may
 //! differ, in such a page only. In the last round nobody writes, and nothing ends before every page has come back.
 

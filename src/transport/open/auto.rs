@@ -214,7 +214,7 @@ fn accept_either(
             }
         };
         enough.cancel();
-        // Whoever comes by RDMA at the same moment is the same source, and has decided.
+        // A connection by RDMA at the same moment is the same source, and it has decided.
         if let Ok(connection) = connections.recv() {
             return Ok(connection);
         }

@@ -116,7 +116,7 @@ enum Verdict {
 }
 
 impl Candidates {
-    /// Somebody is to be told of strangers.
+    /// Called for connections of strangers.
     pub(crate) fn tell(&mut self, tell: Box<TellFn>) {
         self.tell = Some(tell);
     }

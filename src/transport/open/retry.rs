@@ -10,7 +10,10 @@ use crate::transport::ChannelError;
 /// Time between two tries: a listener begins without an event that its peers could wait for.
 const AGAIN: Duration = Duration::from_millis(100);
 
-/// Calls `open` until somebody listens at `address`, for at most `time` from now. The last error is told.
+/// Calls `open` until a process listens at `address`, for at most `time` from now.
+///
+/// # Errors
+/// The last one.
 ///
 /// Only a connection that was never taken is tried again: a destination that takes one source has lost its only one.
 pub(super) fn until_heard<T>(

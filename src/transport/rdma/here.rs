@@ -68,7 +68,7 @@ impl Endpoint for RdmaListener {
         vec![self.address().clone()]
     }
 
-    /// A device has no loopback: whoever reaches it comes from the network.
+    /// A device has no loopback: its peers come from the network.
     fn is_open_to_network(&self) -> bool {
         true
     }

@@ -204,7 +204,7 @@ impl StreamChannel {
         }
     }
 
-    /// What waits in its queue, for somebody who does not hold it.
+    /// What waits in its queue, for a reader that does not hold it.
     pub(in crate::transport) fn queue(&self) -> Queue {
         Queue(Arc::downgrade(&self.end))
     }

@@ -31,7 +31,7 @@ pub(in crate::transport) struct End {
     /// In milliseconds: both halves follow when it changes.
     pub(super) dead_peer: AtomicU64,
     pub(super) sync_file: bool,
-    /// Status flags to put back: somebody else may use the same pipe or terminal after us.
+    /// Status flags to put back: another process may use the same pipe or terminal after us.
     pub(super) flags_before: Option<OFlags>,
     pub(super) child: Option<ChildCommand>,
 }

@@ -113,7 +113,7 @@ impl ChildCommand {
     /// # Errors
     /// [`ChannelError::CommandAsks`] if the kernel has stopped it because it wants to use the terminal.
     pub(crate) fn check(&self) -> Result<(), ChannelError> {
-        // Nothing is taken from whoever waits for its end; somebody may continue it.
+        // Its end is left for the one who waits for it; an operator may continue it.
         let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let found = waitid(WaitId::PidFd(self.ended.as_fd()), options).ok().flatten();
         let signal = found.and_then(|found| found.stopping_signal());

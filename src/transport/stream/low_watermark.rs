@@ -94,7 +94,7 @@ impl LowWater {
         self.mark
     }
 
-    /// As it was found: somebody else may use the socket after us.
+    /// As it was found: another process may use the socket after us.
     pub(super) fn put_back(&mut self, fd: BorrowedFd<'_>) {
         self.tell(fd, 1);
     }

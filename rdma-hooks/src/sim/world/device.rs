@@ -19,7 +19,7 @@ impl World {
         (self.endpoints[id].send_depth, self.config.on_demand == OnDemand::Offered)
     }
 
-    /// A device that does not count stands still, as some do that can be asked all the same.
+    /// A device that does not count stands still, as some do that answer even so.
     pub(in crate::sim) fn received_mark(&self, id: EndpointId) -> Option<u64> {
         Some(if self.config.counts_received { self.endpoints[id].arrivals } else { 0 })
     }
