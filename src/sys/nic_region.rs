@@ -20,7 +20,7 @@ impl HostRegion {
     ///
     /// The memory must not be discarded while the answer or a part of it lives: the NIC would go on with the pages it
     /// was given (`GuestControl::forbid_discard`).
-    pub fn for_nic(&self, len: u64) -> Option<rdma_hooks::HostRegion> {
+    pub(crate) fn for_nic(&self, len: u64) -> Option<rdma_hooks::HostRegion> {
         self.span(0, len).ok()?;
         Some(rdma_hooks::HostRegion::new(Arc::new(NicMemory { region: self.clone(), len })))
     }
