@@ -138,6 +138,17 @@ pub enum Error {
     /// The ends have different numbers of page channels.
     #[error(transparent)]
     Channels(#[from] ChannelMismatch),
+    /// The connection failed before the destination had answered a source with page channels.
+    #[error(
+        "the migration could not be set up with {channels} page channels; the destination may have another number: {}",
+        Remedy::AlignChannels
+    )]
+    NotSetUp {
+        /// Page channels of this source.
+        channels: usize,
+        /// What the connection met.
+        source: Box<Error>,
+    },
     /// What was sent has not all been placed.
     #[error(transparent)]
     LostPages(#[from] LostPages),
@@ -203,7 +214,9 @@ impl Error {
             Self::Channel(ChannelError::Rdma { side: Side::Here, .. }) => ErrorKind::Local,
             Self::Channel(ChannelError::Rdma { side: Side::Peer, .. }) => ErrorKind::Peer,
             Self::Channel(ChannelError::Packet { .. }) => ErrorKind::Peer,
-            Self::Channel(_) | Self::Truncated { .. } | Self::NoAnswer { .. } => ErrorKind::Channel,
+            Self::Channel(_) | Self::Truncated { .. } | Self::NoAnswer { .. } | Self::NotSetUp { .. } => {
+                ErrorKind::Channel
+            }
             Self::Decode(_)
             | Self::PeerFailed { .. }
             | Self::OutOfTurn { .. }
@@ -217,6 +230,7 @@ impl Error {
         match self {
             Self::Config { remedy, .. } | Self::NoAnswer { remedy, .. } => Some(*remedy),
             Self::NotConverged { .. } => Some(Remedy::HelpConvergence),
+            Self::NotSetUp { .. } => Some(Remedy::AlignChannels),
             Self::Channel(error) => error.remedy(),
             Self::Decode(error) => error.remedy(),
             _ => None,

@@ -24,7 +24,7 @@ use super::SourceSession;
 use super::peer::refuse_verdict;
 use super::return_path::{PeerMessage, check_deadline};
 use crate::session::digest::Digest;
-use crate::session::{Error, Peer};
+use crate::session::{Error, ErrorKind, Peer};
 
 /// Our own section id: above every id a QEMU gives, so that it differs from all in a forwarded tail.
 pub(in crate::session) const RAM_SECTION_ID: u32 = 0x5257_0001;
@@ -35,6 +35,17 @@ pub(super) const ORDINARY_PING: u32 = 1;
 impl SourceSession {
     /// Header, greeting, block list.
     pub(super) fn set_up(&mut self) -> Result<SourceEvent, Error> {
+        let channels = self.wire.link.page_channels();
+        self.send_setup().map_err(|error| match error.kind() {
+            // A QEMU does not tell how many it waits for: it closes, or says nothing.
+            ErrorKind::Channel if channels > 0 => {
+                Error::NotSetUp { channels: usize::from(channels), source: Box::new(error) }
+            }
+            _ => error,
+        })
+    }
+
+    fn send_setup(&mut self) -> Result<SourceEvent, Error> {
         let mut head = Vec::new();
         file::encode_header(&mut head);
         if self.settings.framing.configuration {
