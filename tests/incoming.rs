@@ -309,3 +309,39 @@ fn a_destination_waits_on_when_strangers_connect() {
     assert!(said.contains("it closed without a byte"), "{said}");
     assert!(said.contains("begins with \"GET \""), "{said}");
 }
+
+/// QEMU's own snapshot of a running guest: a stream without the end of RAM, behind which the guest runs on at its source. The
+/// firmware writes at both ends of the memory; between them it is as it was filled.
+#[test]
+fn s76_a_background_snapshot_of_a_running_qemu_goes_by_a_folder_to_another_qemu() {
+    if !peers_present() {
+        return;
+    }
+    for version in [Version::Qemu100, Version::Newest] {
+        let dir = scratch();
+        // Where pages can be protected.
+        let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let (sent, arrived) = (memory.path().join("sent"), memory.path().join("arrived"));
+        fill(&sent, MIB, Pattern::Mixed { seed: 76 });
+        fill(&arrived, MIB, Pattern::Zero);
+        let guest = |ram: &Path| Guest::new(version, Machine::Pc, ram, MIB);
+        let mut source = guest(&sent).running().start(dir.path(), "source");
+        let mut destination = guest(&arrived).incoming().start(dir.path(), "destination");
+        source.set_capabilities(&["background-snapshot"]);
+        let folder = dir.path().join("guest");
+        let arguments = ["receive", "tcp:127.0.0.1:0", "--json", "--dir"];
+        let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
+        source.migrate(&receiver.listening());
+        source.wait_completed(Deadline::seconds(60));
+        let report = receiver.finished(Deadline::seconds(30), 0);
+        assert_eq!(report["state"], "whole", "{version:?}: {report}");
+        assert_eq!(source.status(), "running", "{version:?}: it runs on");
+        let far = destination.listen_tcp();
+        let mut sender = Ramwire::start(dir.path(), &["send", &far, "--json", "--dir"], &folder);
+        let report = sender.finished(Deadline::seconds(60), 0);
+        assert_eq!(report["status"], "completed", "{version:?}: {report}");
+        destination.wait_completed(Deadline::seconds(20));
+        let middle = |path: &Path| fs::read(path).unwrap()[8 << 20..24 << 20].to_vec();
+        assert!(middle(&sent) == middle(&arrived), "{version:?}");
+    }
+}
