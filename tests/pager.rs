@@ -13,11 +13,19 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 
 use common::Deadline;
 use common::huge_pages::HugePages;
 use common::ramwire::Ramwire;
-use ramwire::sys::{HostRegion, Mapping, discard};
+use ramwire::guest::{MappedGuest, TestMachine};
+use ramwire::ram::{BlockName, RamBlock};
+use ramwire::session::{
+    Configuration, DestinationGuest, Ending, Outcome, RestoreSession, RestoreSettings, RestoreWay,
+    SourceGuest, SourceSession, SourceSettings,
+};
+use ramwire::sys::{HostRegion, Mapping, Stop, discard};
+use ramwire::transport::{Address, ConnectionOptions, open_source};
 use ramwire::units::PageSize;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, Signal, kill_process};
@@ -416,4 +424,43 @@ fn huge_pages_are_served_whole() {
         guest.says(line);
     }
     guest.ends_well();
+}
+
+/// A huge page of which the file has a part comes whole, one of which it has nothing is zero.
+#[test]
+fn a_guest_in_huge_pages_is_restored_while_it_runs() {
+    const HUGE: u64 = 4;
+    let Some(_reserved) = HugePages::reserve(2048, HUGE) else { return };
+    let folder = common::scratch();
+    let address: Address = format!("mapped:{}", folder.path().join("guest").display()).parse().unwrap();
+    let guest = |mapping: &Mapping| {
+        let block = RamBlock::new(BlockName::new("ram").unwrap(), HUGE << 21);
+        Arc::new(MappedGuest::builder(PageSize::SIZE_4K).mapping(block, mapping).build().unwrap())
+    };
+    let held = |page: u64| [5, 2047].contains(&page) || (1024..1536).contains(&page);
+    let small = Mapping::anonymous(HUGE << 21).unwrap();
+    for page in (0..HUGE * 512).filter(|page| held(*page)) {
+        small.region().span(page * 4096, 8).unwrap().copy_from(&page.to_le_bytes());
+    }
+    let (memory, stop) = (guest(&small), Stop::never());
+    let connection = open_source(&address, memory.clone(), &ConnectionOptions::default(), &stop).unwrap();
+    let control = Box::new(TestMachine::running(b""));
+    let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
+    settings.guest_stands_still = true;
+    let saved = SourceGuest { memory, dirty: Vec::new(), control };
+    assert_eq!(SourceSession::new(saved, connection, settings).run().outcome, Outcome::Completed);
+
+    let huge = Mapping::anonymous_huge(HUGE << 21, PageSize::SIZE_2M).unwrap();
+    let mut settings = RestoreSettings::default();
+    (settings.way, settings.user_mode_only) = (RestoreWay::Lazy, true);
+    let arriving =
+        DestinationGuest { memory: Box::new(guest(&huge)), control: Box::new(TestMachine::default()) };
+    let restored = RestoreSession::open(arriving, &address, settings).unwrap().run().unwrap();
+    assert_eq!(restored.report.ending, Ending::Running, "{:?}", restored.report.error);
+    for step in 0..HUGE * 512 {
+        let page = step * 7 % (HUGE * 512);
+        assert_eq!(number(huge.region(), page), if held(page) { page } else { 0 });
+    }
+    restored.pages.unwrap().wait().unwrap();
+    assert!((0..HUGE * 512).all(|page| number(huge.region(), page) == if held(page) { page } else { 0 }));
 }

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 
 use super::untouched::Backing;
+use super::untouched::is_private_huge;
 use super::{HostRegion, HostSpan};
 use crate::error::Chain;
 use crate::units::PageSize;
@@ -309,7 +310,7 @@ pub(crate) fn set_huge_pages(span: HostSpan<'_>, allowed: bool) -> io::Result<()
 ///
 /// `page` is the page size of the backing: whole pages are punched out (shared memory, MADV_REMOVE) or
 /// dropped (private memory, MADV_DONTNEED), the edges are zeroed by store. Where the backing can do neither,
-/// as a private mapping of a file, everything is zeroed by store.
+/// as a private mapping of a file, or of huge pages before Linux 5.18, everything is zeroed by store.
 ///
 /// # Errors
 /// EINVAL for locked memory (mlock(2)).
@@ -329,10 +330,32 @@ pub fn discard(span: HostSpan<'_>, page: PageSize) -> io::Result<()> {
             // SAFETY: as above; the mapping is anonymous, so the pages come back as zeros.
             unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxDontNeed)? };
         }
-        Err(Errno::ACCESS | Errno::OPNOTSUPP) => whole.fill_zero(),
+        Err(Errno::ACCESS | Errno::OPNOTSUPP) => {
+            let addresses = whole.address()..whole.address() + whole.len();
+            let is_ours = page > rustix::param::page_size() && is_private_huge(&addresses).unwrap_or(false);
+            // SAFETY: as above; no file is behind it, so the pages come back as zeros.
+            let drop = || unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxDontNeed) };
+            if !is_ours || drop().is_err() {
+                whole.fill_zero();
+            }
+        }
         done => done?,
     }
     Ok(())
+}
+
+/// True if the first page of `span` is there, so that no access to it faults.
+///
+/// # Errors
+/// What mincore(2) says.
+pub(crate) fn is_there(span: HostSpan<'_>) -> io::Result<bool> {
+    let start = span.address() / rustix::param::page_size() * rustix::param::page_size();
+    let mut first = [0u8; 1];
+    // SAFETY: the kernel writes one byte for the one page that is asked for.
+    match unsafe { libc::mincore(start as *mut libc::c_void, 1, first.as_mut_ptr()) } {
+        0 => Ok(first[0] & 1 == 1),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn remedy_of(errno: Errno) -> &'static str {

@@ -62,7 +62,7 @@ pub(crate) use lock::Lock;
 pub use lost_memory::{Loss, survive_lost_memory};
 pub(crate) use low_water::set_low_water;
 pub use mapping::{Mapping, MappingError, discard, populate};
-pub(crate) use mapping::{populate_read, set_huge_pages};
+pub(crate) use mapping::{is_there, populate_read, set_huge_pages};
 pub use missing_faults::{FaultAt, MissingFaults, MissingFaultsError};
 pub(crate) use numa::{NumaNode, cpu_list, node_of_address};
 pub use numa::{keep_to_cpus, nodes_of_pages, numa_nodes, own_cpus};

@@ -146,11 +146,22 @@ pub fn release_zeros(file: impl AsFd, len: u64) -> io::Result<u64> {
 
 /// True if all of `range` is private memory without a file behind it, by /proc/self/maps.
 fn is_private_anonymous(range: &Range<usize>) -> io::Result<bool> {
-    covers(BufReader::new(File::open("/proc/self/maps")?), range)
+    covers(BufReader::new(File::open("/proc/self/maps")?), range, |inode, _| inode == "0")
 }
 
-/// `maps` has lines as `7f00-7f40 rw-p 00000000 00:00 0    [heap]`.
-fn covers(maps: impl BufRead, range: &Range<usize>) -> io::Result<bool> {
+/// True if all of `range` is private memory in huge pages without a file of its own behind it, by /proc/self/maps.
+pub(super) fn is_private_huge(range: &Range<usize>) -> io::Result<bool> {
+    let maps = BufReader::new(File::open("/proc/self/maps")?);
+    covers(maps, range, |_, path| path.is_some_and(|path| path.starts_with("/anon_hugepage")))
+}
+
+/// True if all of `range` is private memory with the `inode` and path that are asked for. `maps` has lines as
+/// `7f00-7f40 rw-p 00000000 00:00 0    [heap]`.
+fn covers(
+    maps: impl BufRead,
+    range: &Range<usize>,
+    is_meant: impl Fn(&str, Option<&str>) -> bool,
+) -> io::Result<bool> {
     let mut at = range.start;
     for line in maps.lines() {
         let line = line?;
@@ -164,8 +175,8 @@ fn covers(maps: impl BufRead, range: &Range<usize>) -> io::Result<bool> {
             continue;
         }
         let private = words.next().is_some_and(|mode| mode.ends_with('p'));
-        let no_file = words.nth(2) == Some("0");
-        if start > at || !private || !no_file {
+        let meant = words.nth(2).is_some_and(|inode| is_meant(inode, words.next()));
+        if start > at || !private || !meant {
             return Ok(false);
         }
         at = end;
@@ -310,7 +321,7 @@ mod tests {
             (0x9000..0xb000, false),
             (0x9000..0xa000, true),
         ] {
-            assert_eq!(covers(maps.as_bytes(), &range).unwrap(), yes, "{range:x?}");
+            assert_eq!(covers(maps.as_bytes(), &range, |inode, _| inode == "0").unwrap(), yes, "{range:x?}");
         }
     }
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use super::Placer;
 use crate::guest::GuestError;
 use crate::ram::{Landing, PageRun};
-use crate::sys::{FaultAt, HostSpan, Lock as _, MissingFaults, MissingFaultsError, set_huge_pages};
+use crate::sys::{FaultAt, HostSpan, Lock as _, MissingFaults, MissingFaultsError, is_there, set_huge_pages};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
 /// The memory whose missing pages are served.
@@ -45,13 +45,30 @@ impl Placer {
     /// # Errors
     /// [`GuestError`]: memory can't be discarded.
     pub fn empty(&mut self) -> Result<(), GuestError> {
-        for (landing, _) in self.servable()? {
+        for (landing, page) in self.servable()? {
             // Memory of kinds that never has them says EINVAL.
             let _ = set_huge_pages(self.target(landing)?, false);
             self.memory.discard(landing)?;
+            self.check_missing(landing, page)?;
         }
         self.used.iter_mut().for_each(|used| *used = None);
         Ok(())
+    }
+
+    /// What was discarded is missing. Huge pages that the kernel can't drop were zeroed instead: they would be there, and never
+    /// asked for.
+    fn check_missing(&self, landing: Landing, page: PageSize) -> Result<(), GuestError> {
+        let is_there = page > self.memory.table().page() && is_there(self.target(landing)?).unwrap_or(true);
+        if !is_there {
+            return Ok(());
+        }
+        let block = self.memory.table().get(landing.block());
+        Err(GuestError::Kernel {
+            block: block.map_or_else(String::new, |block| block.name.to_string()),
+            what: "giving its huge pages back, so that they are missing until they come,",
+            remedy: "map them shared, or private without a file on Linux 5.18 or later",
+            source: std::io::ErrorKind::Unsupported.into(),
+        })
     }
 
     /// Pages that will come again: they are missing until then.
