@@ -28,8 +28,8 @@ use ramwire::observe::RunDescription;
 use ramwire::ram::{BlockName, PageBitmap, PageRun, RamBlock};
 use ramwire::session::{
     CancelReply, DestinationConnection, DestinationGuest, DestinationSession, DestinationSettings, Error,
-    Incoming, Job, MemoryProvider, PostcopySettings, RunLog, SourceConnection, SourceGuest, SourceSession,
-    SourceSettings, Spawner,
+    Incoming, Job, MemoryProvider, PostcopySettings, RestoreSession, RestoreSettings, RestoreWay, RunLog,
+    SourceConnection, SourceGuest, SourceSession, SourceSettings, Spawner,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
@@ -466,6 +466,37 @@ fn through_a_file(filters: Option<HashMap<String, BpfProgram>>) {
     println!("migrated");
 }
 
+/// Starts a guest from a file before its memory is read, twice: with a working set that is not there yet, and with one.
+fn restore(filters: Option<HashMap<String, BpfProgram>>) {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap());
+    let (path, set) = (folder.path().join("guest"), folder.path().join("working-set"));
+    let address: Address = format!("mapped:{}", path.display()).parse().unwrap();
+    let from = Machine::new();
+    (0..PAGES).filter(|page| page % 5 > 0).for_each(|page| from.write(page, page));
+    let connection =
+        open_source(&address, from.memory.clone(), &ConnectionOptions::default(), &Stop::never()).unwrap();
+    let control = Box::new(TestMachine::default());
+    let guest = SourceGuest { memory: from.memory.clone(), dirty: Vec::new(), control };
+    let mut settings = SourceSettings::new(Configuration::default());
+    settings.guest_stands_still = true;
+    assert_eq!(SourceSession::new(guest, connection, settings).run().outcome, Outcome::Completed);
+    let spawner = spawner(filters);
+    for _ in 0..2 {
+        let mut settings = RestoreSettings::default();
+        settings.way = RestoreWay::Lazy;
+        (settings.user_mode_only, settings.working_set) = (true, Some(set.clone()));
+        settings.destination.spawner = spawner.clone();
+        let to = Machine::new();
+        let control = Box::new(TestMachine::default());
+        let guest = DestinationGuest { memory: Box::new(to.memory.clone()), control };
+        let restored = RestoreSession::open(guest, &address, settings).unwrap().run().unwrap();
+        assert_eq!(restored.report.ending, Ending::Running, "{:?}", restored.report.error);
+        assert!(from.bytes() == to.bytes());
+        restored.pages.unwrap().wait().unwrap();
+    }
+    println!("migrated");
+}
+
 #[test]
 #[ignore = "a process of the other tests"]
 fn child() {
@@ -482,6 +513,7 @@ fn child() {
     let filters = serde_json::to_vec(&filters).unwrap();
     let filters = (words[3] != "none").then(|| compile_from_json(&*filters, TargetArch::x86_64).unwrap());
     match words[0] {
+        "file" if words[1] == "lazy" => restore(filters),
         "file" => through_a_file(filters),
         way => migrate(way, words[1], words[2], filters),
     }
@@ -567,6 +599,15 @@ fn threads_that_write_and_read_a_file_need_no_other_call() {
     must_migrate("file completed none all");
     for without in ["ramwire-file-tx/pwritev", "ramwire-file-rx/pread64"] {
         let output = run(&format!("file completed none {without}"));
+        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
+    }
+}
+
+#[test]
+fn a_lazy_restore_needs_no_other_call() {
+    must_migrate("file lazy none all");
+    for without in ["ramwire-file-rx/UFFDIO_COPY", "ramwire-restore/UFFDIO_UNREGISTER"] {
+        let output = run(&format!("file lazy none {without}"));
         assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
     }
 }

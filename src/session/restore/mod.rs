@@ -37,7 +37,7 @@ pub enum RestoreWay {
 pub struct RestoreSettings {
     /// When memory is read.
     pub way: RestoreWay,
-    /// Lazy: threads that read what nobody waits for; 0, the default: one for each core, at most four.
+    /// Threads that read pages, lazily those that nobody waits for; 0, the default: one for each core, at most four.
     pub threads: u8,
     /// Lazy: only threads of this process in user mode touch the memory: no KVM guest, and no system call that is given its
     /// addresses. Then no privilege is needed. False.
@@ -113,6 +113,7 @@ impl RestoreSession {
     pub fn run(self) -> Result<Restored, Error> {
         let Self { guest, file, settings, supply } = self;
         if settings.way == RestoreWay::Eager {
+            let file = file.read_by(settings.threads, settings.destination.spawner.callback());
             let connection = DestinationConnection::new(Box::new(file), None);
             let report = DestinationSession::new(guest, connection, settings.destination).run();
             return Ok(Restored { report, pages: None });

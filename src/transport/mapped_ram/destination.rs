@@ -105,6 +105,13 @@ fn read_bitmap(file: &MappedFile, places: &Places) -> Result<PageBitmap, MappedR
 }
 
 impl MappedDestination {
+    /// Its pages are read by so many threads, which `spawn` starts; 0: as many as are good for this host.
+    #[must_use]
+    pub fn read_by(mut self, threads: u8, spawn: Arc<SpawnFn>) -> Self {
+        (self.threads, self.spawn) = (super::threads(threads), spawn);
+        self
+    }
+
     /// What errors call it.
     pub fn name(&self) -> String {
         self.file.name()
