@@ -336,6 +336,13 @@ fn a_snapshot_holds_the_whole_guest_whoever_reads_it() {
         let (status, text, errors) = ramwire(&["inspect", &mapped]);
         assert_eq!(status, Some(0), "{errors}");
         assert!(text.contains("bytes, whole") && text.contains("ramwire/devices"), "{text}");
+        for way in [&["--restore", &name][..], &["--restore", &name, "--lazy"]] {
+            let (status, text, errors) =
+                ramwire(&[&["demo", "--guest", guest], way, &sizes[..], &writes[..]].concat());
+            assert_eq!(status, Some(0), "{text}{errors}");
+            assert!(text.contains("it looked at 4099 pages: 0 wrong"), "{text}");
+            assert_eq!(text.contains("its memory came within"), way.contains(&"--lazy"), "{text}");
+        }
     }
     let (status, text, errors) = ramwire(&["receive", &mapped, "--dir", &folder]);
     assert_eq!(status, Some(0), "{text}{errors}");

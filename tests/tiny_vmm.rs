@@ -139,3 +139,21 @@ fn twenty_snapshots_of_running_vcpus_hold_the_whole_guest_and_it_runs_on() {
         assert!(text.contains("10 snapshots in ") && text.contains("nothing lost"), "{text}");
     }
 }
+
+/// Read first or read behind it: the vCPUs go on where they were saved, and check every page before they write it.
+#[test]
+fn a_guest_is_started_from_its_file_at_once_or_when_it_is_read() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap());
+    let file = dir.path().join("guest");
+    let file = file.to_str().unwrap();
+    for log in ["log", "ring"] {
+        let of =
+            |more: &[&str]| tiny_vmm(&[&["--memory", "12M", "--rate", "0", "--log", log], more].concat());
+        of(&["--migrations", "1", "--snapshot", file]);
+        for way in [&["--restore", file][..], &["--restore", file, "--lazy"]] {
+            let text = of(way);
+            assert!(text.contains("; 3072 pages verified, 0 wrong;"), "{text}");
+            assert_eq!(text.contains(" pages missing then"), way.contains(&"--lazy"), "{text}");
+        }
+    }
+}

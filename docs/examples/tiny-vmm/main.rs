@@ -7,6 +7,7 @@
 //! its new process looks at every page from outside too. `vm/` is the VM; this file is what its VMM does to move it.
 //!
 //! With `--snapshot FILE` it stays: a snapshot of it is written while it runs, and another VM is made of that and looked at.
+//! `--restore FILE` starts one of such a file, with `--lazy` before its memory is read.
 //!
 //! With `--postcopy` it runs on there as soon as its vCPUs' registers are there, and they wait where a page is missing.
 
@@ -24,8 +25,9 @@ use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::ram::BlockName;
 use ramwire::session::{
     Configuration, DestinationGuest, DestinationSession, DestinationSettings, Ending, MissingPages, Outcome,
-    PostcopyRule, PostcopySettings, SnapshotGuest, SnapshotReport, SnapshotSession, SnapshotSettings,
-    SourceGuest, SourceReport, SourceSession, SourceSettings, ThrottlePolicy,
+    PostcopyRule, PostcopySettings, RestoreSession, RestoreSettings, RestoreWay, SnapshotGuest,
+    SnapshotReport, SnapshotSession, SnapshotSettings, SourceGuest, SourceReport, SourceSession,
+    SourceSettings, ThrottlePolicy,
 };
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, open_source};
@@ -83,6 +85,12 @@ struct Args {
     /// file, and look at that
     #[arg(long, value_name = "FILE", conflicts_with_all = ["postcopy", "throttle", "max_bandwidth", "downtime_ms"])]
     snapshot: Option<PathBuf>,
+    /// Start the guest from such a file; --memory and --log as they were
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["snapshot", "postcopy", "throttle", "max_bandwidth", "downtime_ms"])]
+    restore: Option<PathBuf>,
+    /// With --restore: let it run at once, and read its memory behind it
+    #[arg(long, requires = "restore")]
+    lazy: bool,
     /// The second process is this program with this option
     #[arg(long, hide = true)]
     second: bool,
@@ -293,6 +301,35 @@ fn stay(args: &Args, path: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Starts a guest from a file. If its memory is read behind it, its vCPUs wait where it is missing.
+fn restore(args: &Args, path: &Path) -> Result<(), Failure> {
+    let memory = args.memory()?;
+    let mut vm = TinyVm::empty(memory.clone(), args.log())?;
+    let mut settings = RestoreSettings::default();
+    settings.way = if args.lazy { RestoreWay::Lazy } else { RestoreWay::Eager };
+    let guest = DestinationGuest { memory: Box::new(memory), control: Box::new(vm.clone()) };
+    let began = Instant::now();
+    let restored = RestoreSession::open(guest, &mapped(path)?, settings)?.run()?;
+    let started = began.elapsed().as_secs_f64() * 1e3;
+    if let Some(error) = restored.report.error {
+        return Err(error.into());
+    }
+    let mut behind = String::new();
+    if let Some(pages) = restored.pages {
+        let missing = pages.progress().missing;
+        pages.wait()?;
+        behind = format!(", {missing} pages missing then, {} faults", pages.progress().faults);
+    }
+    std::thread::sleep(RUNS);
+    vm.pause()?;
+    let (Found { pages, wrong, faults }, wrote) = (vm.verify()?, vm.pages_written());
+    println!(
+        "started after {started:.1} ms{behind}; {pages} pages verified, {wrong} wrong; {wrote} written in all"
+    );
+    faults.iter().for_each(|fault| println!("  {fault}"));
+    if wrong > 0 { Err("the guest of the file is not whole".into()) } else { Ok(()) }
+}
+
 fn left(report: &SourceReport) -> Left {
     let figures = &report.statistics;
     Left {
@@ -472,9 +509,10 @@ fn first(args: &Args) -> Result<(), Failure> {
 
 fn main() -> Result<(), Failure> {
     let args = Args::parse();
-    match &args.snapshot {
-        Some(path) => stay(&args, path),
-        None if args.second => second(&args),
-        None => first(&args),
+    match (&args.snapshot, &args.restore) {
+        (Some(path), _) => stay(&args, path),
+        (None, Some(path)) => restore(&args, path),
+        _ if args.second => second(&args),
+        _ => first(&args),
     }
 }

@@ -4,6 +4,7 @@ mod blocks;
 mod destination;
 mod guest;
 mod report;
+mod restore;
 mod scratch;
 mod snapshot;
 // The example's VM is the demo's KVM guest: both are users of the library, and the example uses more of it.
@@ -49,6 +50,7 @@ use super::watch::{WatchArgs, describe};
     ramwire demo --postcopy --link-rate 125M --transport tcp
     ramwire demo --guest kvm --ram 256M --dirty-rate 20M --write-size 64
     ramwire demo --snapshot demo.save --ram 512M
+    ramwire demo --restore demo.save --ram 512M --lazy
     ramwire demo --ram 256M --block 12K --block 5M --hugetlb 2M --json")]
 pub(super) struct Args {
     /// Who writes: `kvm` needs /dev/kvm
@@ -113,6 +115,12 @@ pub(super) struct Args {
     /// file, which checks itself
     #[arg(long, value_name = "FILE", conflicts_with_all = NOT_WITH_SNAPSHOT)]
     snapshot: Option<PathBuf>,
+    /// Start the guest from such a file, --ram and --block as they were; it runs and checks itself
+    #[arg(long, value_name = "FILE", conflicts_with = "snapshot", conflicts_with_all = NOT_WITH_SNAPSHOT)]
+    restore: Option<PathBuf>,
+    /// With --restore: let it run at once, and read its memory behind it
+    #[arg(long, requires = "restore")]
+    lazy: bool,
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
@@ -160,9 +168,10 @@ fn percent(text: &str) -> Result<Percent, String> {
 }
 
 pub(super) fn run(args: &Args) -> Exit {
-    let done = match &args.snapshot {
-        Some(path) => snapshot::run(args, path),
-        None => demo(args),
+    let done = match (&args.snapshot, &args.restore) {
+        (Some(path), _) => snapshot::run(args, path),
+        (_, Some(path)) => restore::run(args, path),
+        _ => demo(args),
     };
     done.unwrap_or_else(|error| failed("demo", &*error))
 }
