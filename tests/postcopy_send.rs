@@ -28,8 +28,17 @@ fn store(source: &mut Qemu, dir: &Path, folder: &Path) {
 }
 
 fn waiting(guest: Guest, dir: &Path, name: &str) -> (Qemu, String) {
+    waiting_with(guest, dir, name, capabilities(false))
+}
+
+fn capabilities(preempt: bool) -> &'static [&'static str] {
+    const BOTH: [&str; 2] = ["postcopy-ram", "postcopy-preempt"];
+    if preempt { &BOTH } else { &BOTH[..1] }
+}
+
+fn waiting_with(guest: Guest, dir: &Path, name: &str, capabilities: &[&str]) -> (Qemu, String) {
     let mut destination = guest.incoming().start(dir, name);
-    destination.set_capabilities(&["postcopy-ram"]);
+    destination.set_capabilities(capabilities);
     let uri = destination.listen_tcp();
     (destination, uri)
 }
@@ -124,7 +133,7 @@ fn lose_and_recover(qemu: &mut Qemu, lost: usize, uri: &str, what: &str) {
 
 /// A guest that checks its memory runs while nearly all of it is missing, and goes on checking until all has come.
 #[test]
-fn p2_p6_a_stored_live_guest_starts_at_once_at_any_qemu() {
+fn p2_p4_p6_a_stored_live_guest_starts_at_once_at_any_qemu() {
     if !peers_present() {
         return;
     }
@@ -139,14 +148,21 @@ fn p2_p6_a_stored_live_guest_starts_at_once_at_any_qemu() {
     store(&mut source, dir.path(), &folder);
     source.kill();
     let left = before.ticks().last().copied().unwrap();
-    for version in Version::ALL {
-        let what = format!("to {version}");
+    let ways = Version::ALL.into_iter().flat_map(|version| [(version, false), (version, true)]);
+    for (version, preempt) in ways {
+        let what = format!("to {version}, preempt: {preempt}");
         let after = Console::new(dir.path().join("after"));
         let ram = dir.path().join("destination.ram");
         let guest = writer::guest(&images, version, MACHINE, load, &ram, &after);
-        let (mut destination, uri) = waiting(guest, dir.path(), "destination");
-        let send =
-            ["send", &uri, "--json", "--again", "--postcopy", "--max-postcopy-bandwidth", "4M", "--dir"];
+        let (mut destination, uri) = waiting_with(guest, dir.path(), "destination", capabilities(preempt));
+        let mut send =
+            vec!["send", &uri, "--json", "--again", "--postcopy", "--max-postcopy-bandwidth", "4M"];
+        if preempt {
+            // The machine's version is 7.2, as which every QEMU is sent to; and a later one as such.
+            let peer = if version == Version::Newest { "qemu-10.0" } else { "qemu-7.2" };
+            send.extend(["--postcopy-preempt", "--peer", peer]);
+        }
+        send.push("--dir");
         let mut sender = Ramwire::start(dir.path(), &send, &folder);
         after.wait_tick(&what, Deadline::seconds(120), |tick| tick.number > left.number + 1);
         let info = destination.query_migrate();
@@ -154,6 +170,7 @@ fn p2_p6_a_stored_live_guest_starts_at_once_at_any_qemu() {
         let report = sender.finished(Deadline::seconds(300), 0);
         assert_eq!(report["status"], "completed", "{what}: {report}");
         assert!(report["ram"]["postcopy-requests"].as_u64().unwrap() > 0, "{what}: {report}");
+        assert_eq!(report["urgent-pages"].as_u64().unwrap() > 0, preempt, "{what}: {report}");
         let moved = after.ticks().last().copied().unwrap();
         after.wait_tick(&what, Deadline::seconds(120), |tick| tick.passes >= moved.passes + 2);
         assert_unbroken(&[&before, &after]);

@@ -23,13 +23,17 @@ pub(super) struct PostcopyArgs {
     max_postcopy_bandwidth: u64,
 }
 
-/// What becomes of a connection that is lost in postcopy.
+/// Further connections of a postcopy.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct ReconnectArgs {
     /// With --postcopy: when the connection is lost behind the switch, connect again for so long (QEMU: migrate-recover
     /// there); the guest runs there meanwhile, and nothing is lost. 0: the loss is the end
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
     reconnect: Duration,
+    /// With --postcopy: send pages that are waited for on a connection of their own (QEMU: capability postcopy-preempt, also
+    /// at the destination). Not with --reconnect: a newer QEMU ends on a connection that comes before it has seen the loss
+    #[arg(long, requires = "postcopy", conflicts_with = "reconnect")]
+    postcopy_preempt: bool,
 }
 
 fn rule(text: &str) -> Result<PostcopyRule, String> {
@@ -63,6 +67,7 @@ impl ReconnectArgs {
     pub(super) fn apply(&self, settings: &mut SourceSettings) {
         if let Some(postcopy) = &mut settings.postcopy {
             postcopy.reconnect_timeout = self.reconnect;
+            postcopy.preempt = self.postcopy_preempt;
         }
     }
 }

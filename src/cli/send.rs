@@ -280,6 +280,7 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
         out["downtime-parts"] = json!(report.statistics.downtime_parts);
         out["zero-copy"] = json!(report.statistics.zero_copy);
         out["splice"] = json!(report.statistics.splice);
+        out["urgent-pages"] = json!(report.urgent_pages);
         result_line!("{out}");
     } else if report.outcome == Outcome::Completed {
         result_text!("{}", render::statistics(&report.statistics));

@@ -40,6 +40,6 @@ pub use snapshot::{
 };
 pub use source::{
     AnswerTimeouts, OnTimeout, Overdue, PostcopyRule, SourceAction, SourceConfig, SourceEngine, SourceEvent,
-    Switchover, Waiting,
+    Switchover, UrgentChannel, Waiting,
 };
 pub use throttle::{Change, ThrottlePolicy, Throttler};

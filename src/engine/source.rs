@@ -2,13 +2,16 @@
 //! ownership passes.
 //!
 //! ```text
-//! start logs -> setup -> sync -> [ open round -> send slices -> close round -> sync ]*
+//! start logs -> header -> setup -> sync -> [ open round -> send slices -> close round -> sync ]*
 //!   -> pause -> (hold) -> last sync -> last round -> drain -> state -> digest -> READY -> COMMIT -> RUNNING -> release
 //! postcopy, from the last sync on:
 //!   -> discards -> package without RUN -> COMMIT (RUN) -> [ send missing pages ]* -> taken -> end -> SHUT -> release
 //! the connection lost behind RUN:
 //!   -> reconnect -> compare what was received -> resume -> [ send missing pages ]* ...
 //! ```
+//!
+//! A connection for urgent pages is made behind the header and the first bytes of each further connection, or before the pause
+//! and before pages go on: that depends on the peer.
 //!
 //! A relay waits in front of COMMIT until the guest's own source has given the guest to it.
 //!
@@ -34,6 +37,7 @@ mod phase;
 mod postcopy;
 mod recovery;
 mod steps;
+mod urgent;
 mod waiting;
 
 use std::time::Duration;
@@ -42,9 +46,9 @@ use super::{Handover, Outcome, Progress, Reason, Sent};
 use crate::ram::RoundKind;
 use crate::units::Rate;
 
-pub use config::{AnswerTimeouts, OnTimeout, PostcopyRule, SourceConfig, Switchover};
+pub use config::{AnswerTimeouts, OnTimeout, PostcopyRule, SourceConfig, Switchover, UrgentChannel};
 use estimate::PagePath;
-use phase::{LateCancel, Phase, Round};
+use phase::{BehindUrgent, LateCancel, Phase, Round};
 pub use steps::{Overdue, SourceAction, SourceEvent, Waiting};
 
 /// The source's state machine.
@@ -199,7 +203,9 @@ impl SourceEngine {
     fn answered(&mut self, now: Duration, answer: SourceEvent) {
         use {SourceAction as A, SourceEvent as E};
         match (self.phase, answer) {
-            (Phase::Starting, E::Done) => self.go(Phase::SettingUp, A::SendSetup),
+            (Phase::Starting, E::Done) => self.go(Phase::Greeting, A::SendHeader),
+            (Phase::Greeting, E::Done) => self.open_urgent(UrgentChannel::Early, BehindUrgent::SetUp),
+            (Phase::OpeningUrgent(next), E::Done) => self.behind_urgent(next),
             (Phase::SettingUp, E::SetUp { handover }) => {
                 self.config.handover = handover;
                 self.go(Phase::Syncing, A::Sync { last: false });
@@ -227,9 +233,10 @@ impl SourceEngine {
             (Phase::Committing, E::Done) if self.postcopy.begun => self.send_missing(now),
             (Phase::Filling, E::Filled { pages_left }) => self.filled(now, pages_left),
             (Phase::EndingPostcopy, E::Done) => self.await_running(now),
-            (Phase::Reconnecting | Phase::ComparingReceived | Phase::ResumingPages, E::Done) => {
-                self.recovered(now);
-            }
+            (
+                Phase::Reconnecting | Phase::AskingReceived | Phase::ComparingReceived | Phase::ResumingPages,
+                E::Done,
+            ) => self.recovered(now),
             (Phase::Draining, E::Done) => self.go(Phase::SendingState, A::SendState),
             (Phase::SendingState, E::Done) if self.config.digest && self.config.handover.has_ready() => {
                 self.go(Phase::Digesting, A::SendDigest);

@@ -41,6 +41,14 @@ impl PageSearch {
     /// The walk goes on behind the last run, a requested one too, since its neighbours are likely to be wanted next. It wraps
     /// once around all blocks.
     pub fn next_run(&mut self, dirty: &mut DirtyMap, max_pages: u64) -> Option<PageRun> {
+        if let Some(run) = self.next_requested(dirty, max_pages) {
+            return Some(run);
+        }
+        self.next_dirty(dirty, max_pages)
+    }
+
+    /// The next run of what was asked for and is dirty, as [`next_run`](Self::next_run) gives it first.
+    pub fn next_requested(&mut self, dirty: &mut DirtyMap, max_pages: u64) -> Option<PageRun> {
         while let Some(run) = self.requested.pop_front() {
             let found = dirty.take_run(run.block, run.first, max_pages.min(run.pages));
             // take_run looks on beyond the request: what it found there goes back, unless it was asked for.
@@ -63,6 +71,10 @@ impl PageSearch {
                 None => {}
             }
         }
+        None
+    }
+
+    fn next_dirty(&mut self, dirty: &mut DirtyMap, max_pages: u64) -> Option<PageRun> {
         if dirty.count() == 0 {
             return None;
         }

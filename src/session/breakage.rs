@@ -47,6 +47,16 @@ pub(super) enum Breakage {
     EndEarly,
     /// In postcopy the source sends pages that nobody waits for as long as the connection takes them.
     FillUnbounded,
+    /// A host page that has left in part on the main connection goes on as urgent.
+    SplitHostPage,
+    /// The connection for urgent pages of a peer that reads nothing before is made as later peers want it.
+    OpenUrgentLate,
+    /// Behind a lost connection there is none for urgent pages.
+    SkipUrgentAgain,
+    /// A lost connection to a QEMU with one for urgent pages is followed by another although nobody says so.
+    ReconnectUntold,
+    /// The connection for urgent pages ends without its mark.
+    SkipUrgentEnd,
     /// Order 5: after a lost connection the source takes what it has sent for received.
     SkipBitmaps,
     /// After a lost connection the first page goes on in the block of the last.

@@ -28,12 +28,17 @@ pub struct PostcopySettings {
     /// destination meanwhile, and waits where it touches a page that is missing. 0: the loss is the end,
     /// [`Outcome::Incomplete`](crate::engine::Outcome::Incomplete).
     pub reconnect_timeout: Duration,
+    /// Requested pages go on a connection of their own, behind no others (QEMU's `postcopy-preempt`, which the destination must
+    /// have set as well); false. Towards a QEMU a lost connection is then followed by another only when
+    /// [`Control::recover`](super::Control::recover) says so, which is to be called once that QEMU is `postcopy-paused` and
+    /// listens: a QEMU from 10.1 on ends on a connection that comes before. [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect) says how it is made.
+    pub preempt: bool,
 }
 
 impl PostcopySettings {
-    /// No limit; a lost connection is the end.
+    /// No limit; a lost connection is the end; requested pages go with the others.
     pub fn new(rule: PostcopyRule) -> Self {
-        Self { rule, max_bandwidth: None, reconnect_timeout: Duration::ZERO }
+        Self { rule, max_bandwidth: None, reconnect_timeout: Duration::ZERO, preempt: false }
     }
 }
 

@@ -10,7 +10,7 @@ use crate::ram::BlockName;
 use crate::session::pager::HandedError;
 use crate::stream::DecodeError;
 use crate::sys::Loss;
-use crate::transport::{ChannelError, MoveError, Side};
+use crate::transport::{ChannelError, MoveError, OpenError, Side};
 
 /// Whose fault an error is, for exit statuses and retries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +111,15 @@ pub enum Error {
         after: Duration,
         /// What makes the wait longer.
         remedy: Remedy,
+    },
+    /// There is no connection for urgent pages.
+    #[error(
+        "the connection for urgent pages could not be made; see that the destination takes one (QEMU: postcopy-preempt), or let \
+         urgent pages go with the others"
+    )]
+    NoUrgentChannel {
+        /// Why.
+        source: OpenError,
     },
     /// The guest wrote faster than its pages left until the time was over.
     #[error("the migration did not converge within {} s; the guest runs on here; {}", after.as_secs_f32(), Remedy::HelpConvergence)]
@@ -214,9 +223,11 @@ impl Error {
             Self::Channel(ChannelError::Rdma { side: Side::Here, .. }) => ErrorKind::Local,
             Self::Channel(ChannelError::Rdma { side: Side::Peer, .. }) => ErrorKind::Peer,
             Self::Channel(ChannelError::Packet { .. }) => ErrorKind::Peer,
-            Self::Channel(_) | Self::Truncated { .. } | Self::NoAnswer { .. } | Self::NotSetUp { .. } => {
-                ErrorKind::Channel
-            }
+            Self::Channel(_)
+            | Self::Truncated { .. }
+            | Self::NoAnswer { .. }
+            | Self::NotSetUp { .. }
+            | Self::NoUrgentChannel { .. } => ErrorKind::Channel,
             Self::Decode(_)
             | Self::PeerFailed { .. }
             | Self::OutOfTurn { .. }

@@ -102,12 +102,14 @@ pub struct Hello {
     pub migration_id: [u8; 16],
     /// A digest of RAM and state is compared before READY.
     pub digest: bool,
+    /// Requested pages of a postcopy come on a connection of their own.
+    pub urgent: bool,
 }
 
 impl Hello {
     /// What this version says.
     pub fn ours(migration_id: [u8; 16], digest: bool) -> Self {
-        Self { min_version: MIN_VERSION, max_version: MAX_VERSION, migration_id, digest }
+        Self { min_version: MIN_VERSION, max_version: MAX_VERSION, migration_id, digest, urgent: false }
     }
 
     /// The newest version both ends speak.
@@ -118,16 +120,14 @@ impl Hello {
 
     fn encode(&self, writer: &mut Writer<'_>) {
         writer.be16(self.min_version).be16(self.max_version).bytes(&self.migration_id);
-        writer.u8(u8::from(self.digest));
+        writer.u8(u8::from(self.digest) | u8::from(self.urgent) << 1);
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        Ok(Self {
-            min_version: reader.be16()?,
-            max_version: reader.be16()?,
-            migration_id: reader.array()?,
-            digest: reader.u8()? & 1 != 0,
-        })
+        let (min_version, max_version, migration_id) = (reader.be16()?, reader.be16()?, reader.array()?);
+        let flags = reader.u8()?;
+        let (digest, urgent) = (flags & 1 != 0, flags & 2 != 0);
+        Ok(Self { min_version, max_version, migration_id, digest, urgent })
     }
 }
 
@@ -361,7 +361,7 @@ mod tests {
 
     #[test]
     fn orders_and_answers_survive_the_wire() {
-        let hello = Hello::ours([7; 16], true);
+        let hello = Hello { urgent: true, ..Hello::ours([7; 16], true) };
         let orders = [
             Order::Hello(hello),
             Order::StateSent,

@@ -39,6 +39,15 @@ pub enum PostcopyRule {
     AfterTime(Duration),
 }
 
+/// When the connection for urgent pages of a postcopy is made (QEMU: postcopy-preempt), the first and each behind a lost one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UrgentChannel {
+    /// Right behind the first bytes of the main connection: only then does the peer read on (QEMU 7.2).
+    Early,
+    /// When the peer has shown that it reads, and before the guest is paused, or pages go on (QEMU from 8.0 on, a ramwire).
+    Late,
+}
+
 /// How long the peer's answers are waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AnswerTimeouts {
@@ -73,6 +82,8 @@ pub struct SourceConfig {
     pub timeout: Option<(Duration, OnTimeout)>,
     /// The peer is told that the guest may run there before its memory has come; the rule says when. `None`: it never does.
     pub postcopy: Option<PostcopyRule>,
+    /// Requested pages have a connection of their own, which is made at this time. `None`: they go with the others.
+    pub urgent: Option<UrgentChannel>,
     /// A round behind the first that lasts longer is cut, so that the guest's writing is seen.
     pub longest_round: Option<Duration>,
     /// The paused guest waits for its embedder before its last pages are sent.
@@ -101,6 +112,7 @@ impl SourceConfig {
             switchover_rate: None,
             timeout: None,
             postcopy: None,
+            urgent: None,
             longest_round: None,
             holds: false,
             page_bytes,

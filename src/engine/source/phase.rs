@@ -10,7 +10,10 @@ use crate::ram::RoundKind;
 pub(super) enum Phase {
     New,
     Starting,
+    Greeting,
     SettingUp,
+    /// The connection for urgent pages.
+    OpeningUrgent(BehindUrgent),
     Syncing,
     Opening(RoundKind),
     Sending(RoundKind),
@@ -28,6 +31,7 @@ pub(super) enum Phase {
     AwaitingTaken,
     EndingPostcopy,
     Reconnecting,
+    AskingReceived,
     ComparingReceived,
     ResumingPages,
     AwaitingReady {
@@ -44,6 +48,15 @@ pub(super) enum Phase {
     Finished(Outcome),
 }
 
+/// What follows the connection for urgent pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BehindUrgent {
+    SetUp,
+    Pause,
+    Compare,
+    Resume,
+}
+
 impl Phase {
     /// COMMIT may have left.
     pub(super) fn is_committed(self) -> bool {
@@ -54,6 +67,8 @@ impl Phase {
                 | Self::AwaitingTaken
                 | Self::EndingPostcopy
                 | Self::Reconnecting
+                | Self::AskingReceived
+                | Self::OpeningUrgent(BehindUrgent::Compare | BehindUrgent::Resume)
                 | Self::ComparingReceived
                 | Self::ResumingPages
                 | Self::AwaitingRunning

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{OnTimeout, Phase, PostcopyRule, SourceAction, SourceEngine};
+use super::{BehindUrgent, OnTimeout, Phase, PostcopyRule, SourceAction, SourceEngine, UrgentChannel};
 use crate::engine::Handover;
 use crate::ram::RoundKind;
 
@@ -28,6 +28,8 @@ impl SourceEngine {
             self.phase,
             Phase::New
                 | Phase::Starting
+                | Phase::Greeting
+                | Phase::OpeningUrgent(BehindUrgent::SetUp)
                 | Phase::SettingUp
                 | Phase::Syncing
                 | Phase::Opening(RoundKind::Live)
@@ -69,8 +71,7 @@ impl SourceEngine {
     }
 
     pub(super) fn switch_to_postcopy(&mut self) {
-        self.postcopy.begun = true;
-        self.pause();
+        self.open_urgent(UrgentChannel::Late, BehindUrgent::Pause);
     }
 
     pub(super) fn send_missing(&mut self, now: Duration) {

@@ -9,7 +9,7 @@
 
 use std::time::Duration;
 
-use super::{Phase, SourceAction, SourceEngine};
+use super::{BehindUrgent, Phase, SourceAction, SourceEngine, UrgentChannel};
 
 impl SourceEngine {
     /// Says whether a lost connection may be followed by another.
@@ -19,7 +19,13 @@ impl SourceEngine {
 
     /// True while the ends agree, on a new connection, about what is missing.
     pub fn is_recovering(&self) -> bool {
-        matches!(self.phase, Phase::ComparingReceived | Phase::ResumingPages)
+        matches!(
+            self.phase,
+            Phase::AskingReceived
+                | Phase::OpeningUrgent(BehindUrgent::Compare | BehindUrgent::Resume)
+                | Phase::ComparingReceived
+                | Phase::ResumingPages
+        )
     }
 
     /// True if the loss of the connection is no end: RUN may have left, and the peer may wait for another connection.
@@ -31,10 +37,8 @@ impl SourceEngine {
                 | Phase::AwaitingTaken
                 | Phase::EndingPostcopy
                 | Phase::AwaitingRunning
-                | Phase::ComparingReceived
-                | Phase::ResumingPages
         );
-        self.postcopy.begun && self.postcopy.recoverable && lives
+        self.postcopy.begun && self.postcopy.recoverable && (lives || self.is_recovering())
     }
 
     pub(super) fn reconnect(&mut self) {
@@ -44,11 +48,12 @@ impl SourceEngine {
     /// A step of the recovery is done.
     pub(super) fn recovered(&mut self, now: Duration) {
         match self.phase {
-            Phase::Reconnecting => self.go(Phase::ComparingReceived, SourceAction::CompareReceived),
+            Phase::Reconnecting => self.go(Phase::AskingReceived, SourceAction::AskReceived),
+            Phase::AskingReceived => self.open_urgent(UrgentChannel::Early, BehindUrgent::Compare),
             Phase::ComparingReceived => {
                 // A peer that has not taken the guest does not tell what it has received.
                 self.postcopy.taken = true;
-                self.go(Phase::ResumingPages, SourceAction::ResumePages);
+                self.open_urgent(UrgentChannel::Late, BehindUrgent::Resume);
             }
             _ => self.send_missing(now),
         }

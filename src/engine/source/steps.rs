@@ -75,8 +75,12 @@ pub enum SourceEvent {
 pub enum SourceAction {
     /// Start the dirty logs; every page is dirty.
     StartLogs,
-    /// Greet the peer, announce the blocks.
+    /// Begin the stream, and greet the peer.
+    SendHeader,
+    /// Find out what the peer is, announce the blocks.
     SendSetup,
+    /// Postcopy: make the connection for urgent pages.
+    OpenUrgent,
     /// Merge the dirty logs into the map.
     Sync {
         /// The guest is paused: nothing may be dirty after this but what the map says.
@@ -113,6 +117,8 @@ pub enum SourceAction {
     EndPostcopy,
     /// Postcopy: the connection is lost; connect to the peer again.
     Reconnect,
+    /// Postcopy: the first bytes on a new connection.
+    AskReceived,
     /// Postcopy, on a new connection: find out which pages the peer has; the others are dirty.
     CompareReceived,
     /// Postcopy, on a new connection: have the peer go on.

@@ -242,6 +242,15 @@ impl DestinationSession {
                     return Err(out_of_turn(&what, "a greeting"));
                 };
                 self.agree_on_channels()?;
+                if theirs.urgent && !self.switch.may_recover() {
+                    return Err(Error::Config {
+                        what: "the source sends urgent pages on a connection of their own, and none can come here".into(),
+                        remedy: Remedy::Advice(
+                            "say where it comes from (DestinationSession::with_next_connection), or let the source send them \
+                             with the others",
+                        ),
+                    });
+                }
                 let answer = Hello { min_version: version, max_version: version, ..theirs };
                 self.told.migration_id = Some(theirs.migration_id);
                 self.send_message(Message::Native(Answer::Hello(answer)))?;

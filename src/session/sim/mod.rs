@@ -227,6 +227,11 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::SkipDiscard
         | Breakage::EndEarly
         | Breakage::FillUnbounded
+        | Breakage::SplitHostPage
+        | Breakage::OpenUrgentLate
+        | Breakage::SkipUrgentAgain
+        | Breakage::SkipUrgentEnd
+        | Breakage::ReconnectUntold
         | Breakage::SkipBitmaps
         | Breakage::KeepCurrentBlock
         | Breakage::ResumeAfterLoss => &[],

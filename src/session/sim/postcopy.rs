@@ -17,7 +17,7 @@ use std::time::Duration;
 use self::model::{Again, Destination, Shared, Sink};
 use super::plan::Rng;
 use super::{number_from, spread};
-use crate::engine::{Outcome, PostcopyRule};
+use crate::engine::{Outcome, PostcopyRule, UrgentChannel};
 use crate::guest::{
     DeviceState, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest, SoftwareBitmap,
 };
@@ -27,6 +27,7 @@ use crate::session::{
     SourceSession, SourceSettings,
 };
 use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::style::PeerStyle;
 use crate::stream::qemu::tail::without_devices;
 use crate::sys::{CancelToken, HostSpan, Mapping};
 use crate::transport::InlineLink;
@@ -70,13 +71,16 @@ struct Plan {
     fault_every: u64,
     fault: Fault,
     limit: u64,
+    /// The destination wants a connection for urgent pages.
+    urgent: Option<UrgentChannel>,
 }
 
 impl Plan {
     fn of(rng: &mut Rng) -> Self {
         let block = |rng: &mut Rng| {
-            let host = rng.pick(&[1, 1, 4, 16]);
-            ((1 + rng.below(12)) * host, host)
+            let host = rng.pick(&[1, 1, 4, 16, 64]);
+            let most = if rng.one_in(6) { 400 / host } else { 12.min(200 / host) };
+            ((1 + rng.below(most)) * host, host)
         };
         let blocks = (0..1 + rng.below(3)).map(|_| block(rng)).collect();
         let fault = match rng.below(9) {
@@ -91,14 +95,17 @@ impl Plan {
             4 => Fault::Cancel(rng.below_one_of(&[2000, 400_000])),
             _ => Fault::Hostile,
         };
+        let native = rng.one_in(2);
+        let early = if native { UrgentChannel::Late } else { UrgentChannel::Early };
         Self {
             blocks,
             rule: PostcopyRule::AfterRounds(rng.below(3) as u32),
-            native: rng.one_in(2),
+            native,
             write_every: rng.pick(&[0, 1, 3]),
             fault_every: rng.pick(&[1, 3, 20]),
             fault,
             limit: rng.pick(&[0, 0, 100_000_000]),
+            urgent: rng.pick(&[None, Some(early), Some(UrgentChannel::Late)]),
         }
     }
 }
@@ -250,6 +257,8 @@ struct Run {
     requests: u64,
     recoveries: u64,
     lost_recovering: u64,
+    /// Pages that came as urgent, and those behind a lost connection.
+    urgent_pages: (u64, u64),
     runs_there: bool,
     violations: Vec<String>,
 }
@@ -277,7 +286,10 @@ fn run(seed: u64, breakage: Breakage) -> Run {
         Fault::Cuts { .. } | Fault::Cut(_) => Duration::from_millis(1),
         _ => Duration::ZERO,
     };
+    postcopy.preempt = plan.urgent.is_some();
     settings.postcopy = Some(postcopy);
+    let early = plan.urgent == Some(UrgentChannel::Early) && breakage != Breakage::OpenUrgentLate;
+    settings.style = early.then_some(PeerStyle::QEMU_7_2);
     settings.downtime_limit = Duration::ZERO;
     settings.peer = (!plan.native).then_some(Peer::Qemu);
     let claims = Arc::new(Claims::new(&memory, &plan));
@@ -294,6 +306,7 @@ fn run(seed: u64, breakage: Breakage) -> Run {
         SourceSession::new(guest, connection, settings).with_cancel(cancel).with_reconnect(again);
     session.count_time_by(Box::new(SimClock(here)));
     session.break_order(breakage);
+    shared.lock().unwrap().operator = Some(session.control());
     let report = session.run();
     let mut there = shared.lock().unwrap();
     there.end();
@@ -305,6 +318,7 @@ fn run(seed: u64, breakage: Breakage) -> Run {
         requests: there.requests,
         recoveries: there.recoveries,
         lost_recovering: there.lost_recovering,
+        urgent_pages: (there.urgent.pages, there.urgent.again),
         runs_there: there.runs,
         violations: std::mem::take(&mut there.violations),
     }
@@ -374,6 +388,9 @@ fn a_switch_to_postcopy_loses_no_page_and_no_guest() {
             ("recovered", run.recoveries > 0 && outcome == Outcome::Completed),
             ("recovered three times", run.recoveries > 2 && outcome == Outcome::Completed),
             ("lost in a recovery", run.lost_recovering > 0 && outcome == Outcome::Completed),
+            ("urgent pages", run.urgent_pages.0 > 0 && run.plan.urgent == Some(UrgentChannel::Late)),
+            ("urgent pages early", run.urgent_pages.0 > 0 && run.plan.urgent == Some(UrgentChannel::Early)),
+            ("urgent pages again", run.urgent_pages.1 > 0 && outcome == Outcome::Completed),
             ("nonsense refused", run.plan.fault == Fault::Hostile && outcome == Outcome::Incomplete),
         ];
         for (name, is_so) in facts {
@@ -394,10 +411,15 @@ fn a_switch_to_postcopy_loses_no_page_and_no_guest() {
 #[test]
 fn each_order_of_a_switch_is_needed() {
     for (order, symptom) in [
+        (Breakage::SkipUrgentEnd, "never comes"),
+        (Breakage::ReconnectUntold, "before it has seen the loss"),
         (Breakage::SkipDiscard, "forgotten"),
         (Breakage::EndEarly, "while pages are missing"),
         (Breakage::ResumeAfterCommit, "runs on both sides"),
         (Breakage::FillUnbounded, "ahead of what was answered"),
+        (Breakage::SplitHostPage, "while pages are missing"),
+        (Breakage::OpenUrgentLate, "never comes"),
+        (Breakage::SkipUrgentAgain, "never comes"),
         (Breakage::SkipBitmaps, "while pages are missing"),
         (Breakage::KeepCurrentBlock, "is not understood"),
         (Breakage::ResumeAfterLoss, "runs on both sides"),

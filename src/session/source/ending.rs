@@ -26,6 +26,9 @@ pub struct SourceReport {
     pub first_page_sent: Option<Duration>,
     /// Pages the destination does not have for certain; all clean after success.
     pub dirty: DirtyMap,
+    /// Pages that left on the connection for urgent ones
+    /// ([`PostcopySettings::preempt`](crate::session::PostcopySettings::preempt)).
+    pub urgent_pages: u64,
     /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
     pub stands_still: bool,
 }
@@ -71,7 +74,15 @@ impl SourceSession {
         let statistics = self.figures.shared().snapshot();
         let first_page_sent = self.figures.first_page();
         let (dirty, stands_still) = (self.pages.dirty, self.departure.paused);
-        SourceReport { outcome, error: self.error, statistics, first_page_sent, dirty, stands_still }
+        SourceReport {
+            outcome,
+            error: self.error,
+            statistics,
+            first_page_sent,
+            dirty,
+            urgent_pages: self.missing.urgent_pages,
+            stands_still,
+        }
     }
 
     /// The connection ends, then the guest may give pages back again.

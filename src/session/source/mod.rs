@@ -18,6 +18,7 @@ mod setup;
 pub(super) mod skip_tests;
 mod skips;
 mod throttle;
+mod urgent;
 mod wire;
 
 use std::sync::Arc;
@@ -247,7 +248,9 @@ impl SourceSession {
         }
         match action {
             SourceAction::StartLogs => self.start_logs(),
+            SourceAction::SendHeader => self.send_header(),
             SourceAction::SendSetup => self.set_up(),
+            SourceAction::OpenUrgent => self.open_urgent(),
             SourceAction::Sync { last } => self.sync(last),
             SourceAction::OpenRound { kind, number } => self.open_round(kind, number),
             SourceAction::Send => self.send_slice(),
@@ -273,6 +276,7 @@ impl SourceSession {
             SourceAction::SendMissing => self.send_missing(),
             SourceAction::EndPostcopy => self.end_postcopy(),
             SourceAction::Reconnect => self.reconnect(),
+            SourceAction::AskReceived => self.ask_received(),
             SourceAction::CompareReceived => self.compare_received(),
             SourceAction::ResumePages => self.resume_pages(),
             SourceAction::Commit => self.commit(),
@@ -295,6 +299,7 @@ fn engine_config(settings: &SourceSettings, table: &RamBlockTable, handover: Han
     config.switchover_rate = settings.switchover_bandwidth;
     config.holds = settings.pause_before_switchover;
     config.postcopy = settings.postcopy.as_ref().map(|postcopy| postcopy.rule);
+    config.urgent = urgent::time_of(settings);
     config.longest_round = settings.throttling.map(|_| ROUND_TIMEOUT);
     config.answers = peer::answer_timeouts(settings, table);
     config

@@ -82,6 +82,13 @@ impl Pages {
         Some(run)
     }
 
+    /// The next pages that somebody waits for, at most `most`; their bits are cleared.
+    pub(super) fn next_requested(&mut self, most: u64) -> Option<PageRun> {
+        let run = self.search.next_requested(&mut self.dirty, most)?;
+        self.skips.sent(run);
+        Some(run)
+    }
+
     /// The pages of `batch` have not left.
     pub(super) fn mark_unsent(&mut self, batch: &PageBatch) {
         for piece in batch.pieces() {

@@ -27,11 +27,12 @@ use super::peer::refuse_verdict;
 use super::recovery::Recovery;
 use super::return_path::{PageRequest, PeerMessage, check_deadline};
 use super::setup;
+use super::urgent;
 use super::wire::Wire;
 use crate::session::{Breakage, Error};
 
 /// Whole pages of a batch that nobody waits for: few, so that a request does not wait behind them.
-const BACKGROUND_PAGES: u64 = 16;
+pub(super) const BACKGROUND_PAGES: u64 = 16;
 /// Pages of such a batch, zero ones included.
 const BACKGROUND_LOOKS: u64 = 64;
 /// Bytes of discards that leave together.
@@ -48,18 +49,31 @@ pub(super) struct Missing {
     pub(super) background: Background,
     /// The block of the last request that named one.
     asked_block: Option<BlockIndex>,
+    /// What has not left of a host page that has left in part, and whether somebody waits for it.
+    pub(super) rest: Option<PageRun>,
+    pub(super) rest_is_asked: bool,
+    /// Pages that left on the connection for urgent ones.
+    pub(super) urgent_pages: u64,
     pub(super) recovery: Recovery,
 }
 
 impl Missing {
     pub(super) fn new(memory: Arc<dyn GuestMemory>, pace: Pace) -> Self {
-        let (pages, recovery) = (InlinePages::new(memory), Recovery::default());
-        Self { pages, background: Background::new(pace), asked_block: None, recovery }
+        Self {
+            pages: InlinePages::new(memory),
+            background: Background::new(pace),
+            asked_block: None,
+            rest: None,
+            rest_is_asked: false,
+            urgent_pages: 0,
+            recovery: Recovery::default(),
+        }
     }
 
     /// Another connection follows: on it the first record names its block, and so does the first request.
     pub(super) fn forget_connection(&mut self, memory: &Arc<dyn GuestMemory>, breakage: Breakage) {
         self.asked_block = None;
+        (self.rest, self.rest_is_asked) = (None, false);
         self.background.forget_connection();
         if !breakage.is(Breakage::KeepCurrentBlock) {
             self.pages = InlinePages::new(Arc::clone(memory));
@@ -93,6 +107,12 @@ impl SourceSession {
                 "the connection carries no answers",
                 "migrate over a connection of both directions (tcp:, unix:)",
             ),
+            () if urgent::time_of(&self.settings).is_some() && !self.missing.recovery.can_connect() => {
+                refused(
+                    "nothing tells how the connection for urgent pages is made",
+                    "say it (SourceSession::with_reconnect), or let urgent pages go with the others",
+                )
+            }
             () if self.upstream.is_some() => {
                 refused("a relay's guest is switched by its own source", "ask that source for postcopy")
             }
@@ -240,8 +260,15 @@ impl SourceSession {
         loop {
             self.poll_return_path()?;
             let now = self.driver.clock.now();
-            let next = self.missing.background.next(now, self.pages.search.is_asked());
+            let asked = self.pages.search.is_asked();
+            let next = self.missing.background.next(now, asked || self.missing.rest_is_asked);
             match next {
+                NextMissing::Requested if asked && self.send_requested()? => {
+                    if self.driver.is_called() {
+                        break;
+                    }
+                    continue;
+                }
                 NextMissing::Requested | NextMissing::Background => {}
                 NextMissing::Full if self.breakage.is(Breakage::FillUnbounded) => {}
                 _ if self.driver.is_called() || self.pages.dirty.count() == 0 => break,
@@ -290,6 +317,10 @@ impl SourceSession {
     /// What somebody waits for, alone; else a few pages of the rest. Always whole host pages.
     fn next_missing(&mut self) -> Result<PageBatch, Error> {
         let mut batch = self.pages.fresh_batch();
+        if self.wire.urgent.is_some() {
+            self.gather_pieces(&mut batch)?;
+            return Ok(batch);
+        }
         let asked = self.pages.search.is_asked();
         while batch.whole_pages() < BACKGROUND_PAGES && batch.pages() < BACKGROUND_LOOKS {
             let room = BACKGROUND_PAGES - batch.whole_pages();
@@ -306,8 +337,35 @@ impl SourceSession {
         Ok(batch)
     }
 
+    /// A few pages of the rest. A host page may leave in pieces, since what somebody waits for meanwhile goes another way; its
+    /// pieces follow each other.
+    fn gather_pieces(&mut self, batch: &mut PageBatch) -> Result<(), Error> {
+        let memory = Arc::clone(&self.guest.memory);
+        let detection = self.settings.zero_detection.with(false);
+        while batch.whole_pages() < BACKGROUND_PAGES && batch.pages() < BACKGROUND_LOOKS {
+            let room = BACKGROUND_PAGES - batch.whole_pages();
+            let run = match self.missing.rest {
+                Some(rest) => self.pages.dirty.take_run(rest.block, rest.first, room.min(rest.pages)),
+                None => self.pages.next_run(room),
+            };
+            let Some(run) = run else { break };
+            let Some(block) = memory.table().get(run.block) else { break };
+            let boundary = run.end().0.next_multiple_of(pages_of_host_page(&*memory, block));
+            let left = boundary - run.end().0;
+            self.missing.rest =
+                (left > 0).then_some(PageRun { block: run.block, first: run.end(), pages: left });
+            self.missing.rest_is_asked &= left > 0;
+            let seen = classify(&*memory, run, detection, batch);
+            seen.inspect_err(|_| {
+                self.pages.dirty.set_run(run);
+                self.pages.mark_unsent(batch);
+            })?;
+        }
+        Ok(())
+    }
+
     /// Adds `run` and what it lacks of its last host page. The guest stands still: no log is armed.
-    fn classify_missing(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
+    pub(super) fn classify_missing(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
         let memory = Arc::clone(&self.guest.memory);
         let detection = self.settings.zero_detection.with(false);
         classify(&*memory, run, detection, batch)?;
@@ -414,6 +472,7 @@ impl SourceSession {
         let time = self.settings.finish_timeout;
         self.wire.stop = self.driver.control.connection().stop().within(time);
         self.wire.link.sink().outlast(time.saturating_mul(2));
+        self.end_urgent()?;
         let position = self.wire.position();
         self.figures.position(position);
         Ok(SourceEvent::Done)

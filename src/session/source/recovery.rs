@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::SourceEvent;
+use crate::engine::{Handover, SourceEvent};
 use crate::error::{Chain, Remedy};
 use crate::observe::Status;
 use crate::page::PageSearch;
@@ -30,6 +30,7 @@ use crate::units::{BlockIndex, PageIndex};
 use super::SourceSession;
 use super::peer::refuse_verdict;
 use super::return_path::{PeerMessage, ReturnPath, check_deadline};
+use crate::session::callback::named;
 use crate::session::{Breakage, Error, ErrorKind};
 
 /// Between two attempts to connect: the first, and the longest.
@@ -103,6 +104,20 @@ pub(super) struct Recovery {
     lost_since: Option<Instant>,
 }
 
+impl Recovery {
+    pub(super) fn can_connect(&self) -> bool {
+        self.reconnect.is_some()
+    }
+
+    /// One more connection to the destination.
+    pub(super) fn connect(&mut self, to: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError> {
+        match &mut self.reconnect {
+            Some(reconnect) => named("calling Reconnect::connect", || reconnect.connect(to, stop)),
+            None => Err(OpenError::OnlyOne { address: "the connection that was handed in".into() }),
+        }
+    }
+}
+
 /// In the place of a connection that is gone.
 struct Gone;
 
@@ -158,10 +173,8 @@ impl SourceSession {
         }
         let after = self.settings.postcopy.as_ref().map_or(Duration::ZERO, |p| p.reconnect_timeout);
         let since = *self.missing.recovery.lost_since.get_or_insert_with(Instant::now);
-        let Some(mut reconnect) = self.missing.recovery.reconnect.take() else {
-            return Err(unreachable_again(after));
-        };
         let mut interval = FIRST_RETRY_INTERVAL;
+        let mut must_be_told = self.must_be_told();
         // Each loss is worth one attempt, however late.
         let mut left = after.saturating_sub(since.elapsed()).max(FIRST_RETRY_INTERVAL);
         let connected = loop {
@@ -171,11 +184,12 @@ impl SourceSession {
             let attempt = self.driver.control.connection().next();
             let stop = attempt.stop.within(left);
             left = after.saturating_sub(since.elapsed());
-            if attempt.held {
+            must_be_told &= attempt.address.is_none();
+            if attempt.held || must_be_told {
                 stop.sleep(left);
                 continue;
             }
-            match reconnect.connect(attempt.address.as_ref(), &stop) {
+            match self.missing.recovery.connect(attempt.address.as_ref(), &stop) {
                 Ok(connection) => break Ok(connection),
                 Err(error) => {
                     tracing::debug!(error = %Chain(&error), "the destination is not reached again yet")
@@ -184,7 +198,6 @@ impl SourceSession {
             stop.sleep(interval);
             interval = (interval * 2).min(MAX_RETRY_INTERVAL);
         };
-        self.missing.recovery.reconnect = Some(reconnect);
         let NewConnection { sink, back } = connected?;
         let link = Box::new(InlineLink::new(sink, Arc::clone(&self.guest.memory)));
         let mut back = ReturnPath::new(back);
@@ -193,6 +206,14 @@ impl SourceSession {
         self.wire.stop = self.driver.control.connection().connected();
         self.figures.shared().update(|s| s.status = Status::PostcopyRecover);
         Ok(SourceEvent::Done)
+    }
+
+    /// A QEMU from 10.1 on with postcopy-preempt goes on listening. It takes a connection that comes before it has seen the loss
+    /// for a stranger's and ends, with the guest: so somebody must have looked that it waits.
+    fn must_be_told(&self) -> bool {
+        self.driver.engine.handover() == Handover::Shut
+            && self.driver.engine.urgent().is_some()
+            && !self.breakage.is(Breakage::ReconnectUntold)
     }
 
     fn drop_connection(&mut self) {
@@ -206,6 +227,20 @@ impl SourceSession {
         }
     }
 
+    /// The first bytes of the new connection: the first request, whose answer is taken later. A peer takes the connection by
+    /// them for the one that goes on.
+    pub(super) fn ask_received(&mut self) -> Result<SourceEvent, Error> {
+        let memory = Arc::clone(&self.guest.memory);
+        let first = memory.table().blocks().iter().find(|block| !block.flags.ignored);
+        if let Some(block) = first.filter(|_| !self.breakage.is(Breakage::SkipBitmaps)) {
+            let mut out = Vec::new();
+            Command::RecvBitmap { block: block.name.as_str() }.encode(&mut out);
+            self.wire.send(&out)?;
+            self.wire.flush()?;
+        }
+        Ok(SourceEvent::Done)
+    }
+
     /// Asks which pages the peer has. All others are dirty.
     pub(super) fn compare_received(&mut self) -> Result<SourceEvent, Error> {
         if self.breakage.is(Breakage::SkipBitmaps) {
@@ -215,8 +250,9 @@ impl SourceSession {
         let table = memory.table();
         let stop = self.wire.stop.within(self.settings.stall_timeout);
         let mut dirty = DirtyMap::new(table, self.settings.clear_shift);
-        let mut asked = VecDeque::new();
         let mut blocks = (0..).map(BlockIndex).zip(table.blocks()).filter(|(_, block)| !block.flags.ignored);
+        // The first is asked for already.
+        let mut asked: VecDeque<_> = blocks.next().into_iter().collect();
         loop {
             while asked.len() < MAX_ASKED
                 && let Some((index, block)) = blocks.next()

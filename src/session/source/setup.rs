@@ -33,19 +33,28 @@ pub(in crate::session) const RAM_SECTION_ID: u32 = 0x5257_0001;
 pub(super) const ORDINARY_PING: u32 = 1;
 
 impl SourceSession {
-    /// Header, greeting, block list.
+    /// Header and greeting.
+    pub(super) fn send_header(&mut self) -> Result<SourceEvent, Error> {
+        self.greet().map_err(|error| self.not_set_up(error))
+    }
+
+    /// Who the peer is, and the block list.
     pub(super) fn set_up(&mut self) -> Result<SourceEvent, Error> {
+        self.send_setup().map_err(|error| self.not_set_up(error))
+    }
+
+    fn not_set_up(&self, error: Error) -> Error {
         let channels = self.wire.link.page_channels();
-        self.send_setup().map_err(|error| match error.kind() {
+        match error.kind() {
             // A QEMU does not tell how many it waits for: it closes, or says nothing.
             ErrorKind::Channel if channels > 0 => {
                 Error::NotSetUp { channels: usize::from(channels), source: Box::new(error) }
             }
             _ => error,
-        })
+        }
     }
 
-    fn send_setup(&mut self) -> Result<SourceEvent, Error> {
+    fn greet(&mut self) -> Result<SourceEvent, Error> {
         let mut head = Vec::new();
         file::encode_header(&mut head);
         if self.settings.framing.configuration {
@@ -56,10 +65,9 @@ impl SourceSession {
                 remedy: Remedy::Advice("send one (SourceSettings::framing)"),
             });
         }
-        let greet = self.wire.back.is_some() && self.settings.peer.is_none_or(|peer| peer == Peer::Ramwire);
         if self.wire.back.is_some() {
             Command::OpenReturnPath.encode(&mut head);
-            if greet {
+            if self.greets() {
                 Command::Ping(GREETING).encode(&mut head);
                 Command::Ping(channels_ping(self.wire.link.page_channels())).encode(&mut head);
             }
@@ -67,7 +75,16 @@ impl SourceSession {
         }
         self.wire.send(&head)?;
         self.wire.link.sink().flush(&self.wire.stop)?;
-        let handover = if greet { self.find_out_peer()? } else { self.driver.engine.handover() };
+        Ok(SourceEvent::Done)
+    }
+
+    /// Who answers is found out.
+    fn greets(&self) -> bool {
+        self.wire.back.is_some() && self.settings.peer.is_none_or(|peer| peer == Peer::Ramwire)
+    }
+
+    fn send_setup(&mut self) -> Result<SourceEvent, Error> {
+        let handover = if self.greets() { self.find_out_peer()? } else { self.driver.engine.handover() };
         if self.settings.digest && handover != Handover::Native {
             return Err(no_digest("the destination is a QEMU"));
         }
@@ -185,7 +202,8 @@ impl SourceSession {
     }
 
     fn say_hello(&mut self) -> Result<(), Error> {
-        let ours = Hello::ours(self.settings.migration_id, self.settings.digest);
+        let urgent = self.driver.engine.urgent().is_some();
+        let ours = Hello { urgent, ..Hello::ours(self.settings.migration_id, self.settings.digest) };
         let mut order = Vec::new();
         Command::Native(Order::Hello(ours)).encode(&mut order);
         self.wire.send(&order)?;
@@ -206,6 +224,10 @@ impl SourceSession {
             {
                 Err(Error::PeerFailed { why: "it received another HELLO than was sent".into() })
             }
+            PeerMessage::Hello(theirs) if theirs.urgent != urgent => Err(Error::Config {
+                what: "urgent pages were to have a connection of their own, and the destination is an older ramwire".into(),
+                remedy: Remedy::Advice("let them go with the others, or take the same version at both ends"),
+            }),
             PeerMessage::Hello(theirs) => self.send_vmm_configuration(theirs.max_version),
             word => refuse_verdict(word),
         }

@@ -9,12 +9,15 @@ use crate::transport::{ChannelError, SourceLink};
 use super::SourceConnection;
 use super::return_path::ReturnPath;
 use super::setup::ORDINARY_PING;
+use super::urgent::Urgent;
 
 /// A connection, and what ends each wait on it.
 pub(super) struct Wire {
     pub(super) link: Box<dyn SourceLink>,
     pub(super) back: Option<ReturnPath>,
     pub(super) stop: Stop,
+    /// Where requested pages go, if not with the others.
+    pub(super) urgent: Option<Urgent>,
     /// When bytes last left for a peer that waits for more.
     last_sign: Duration,
     /// Bytes that were sent on connections that are gone.
@@ -24,7 +27,7 @@ pub(super) struct Wire {
 impl Wire {
     pub(super) fn new(connection: SourceConnection, stop: Stop) -> Self {
         let back = connection.back.map(ReturnPath::new);
-        Self { link: connection.link, back, stop, last_sign: Duration::ZERO, sent_before: 0 }
+        Self { link: connection.link, back, stop, urgent: None, last_sign: Duration::ZERO, sent_before: 0 }
     }
 
     pub(super) fn send(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
@@ -37,13 +40,14 @@ impl Wire {
 
     /// Bytes sent so far, on whatever channel.
     pub(super) fn position(&mut self) -> u64 {
-        self.sent_before + self.link.sink().position() + self.link.channel_bytes()
+        let urgent = self.urgent.as_ref().map_or(0, Urgent::position);
+        self.sent_before + self.link.sink().position() + self.link.channel_bytes() + urgent
     }
 
     /// Goes on over another connection, whose bytes count on.
     pub(super) fn replace(&mut self, link: Box<dyn SourceLink>, back: Option<ReturnPath>) {
         self.sent_before = self.position();
-        (self.link, self.back) = (link, back);
+        (self.link, self.back, self.urgent) = (link, back, None);
     }
 
     /// A PING where none has left for `every`: a ramwire takes long silence for a dead peer, and both kinds of peer answer a

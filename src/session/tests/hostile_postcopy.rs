@@ -202,13 +202,18 @@ fn p17_advises_that_do_not_fit_and_switchovers_without_one_are_refused() {
 
 /// The guest has moved: it runs here, and what follows can only end the connection.
 #[test]
-fn p12_what_no_source_may_say_behind_the_package_ends_the_connection_and_changes_no_page() {
+fn p12_p20_what_no_source_may_say_behind_the_package_ends_the_connection_and_changes_no_page() {
     let mut outside = Vec::new();
     encode_part(2, &mut outside);
     let at = PageAt { block: Some("block0"), offset: BlockOffset(3 * PAGE) };
     Record::Page(at).encode(&mut outside);
     outside.extend_from_slice(&[9; PAGE as usize]);
+    let mut fill = Vec::new();
+    encode_part(2, &mut fill);
+    let at = PageAt { block: Some("block0"), offset: BlockOffset(2 * PAGE) };
+    Record::Zero { at, fill: 5 }.encode(&mut fill);
     let cases: Vec<(&str, Vec<u8>, &str)> = vec![
+        ("P-20: a page of another byte than zero", fill, "0x05"),
         ("a second package", package(), "PACKAGED"),
         ("a discard", discard("block0", &[(0, PAGE)]), "after the package"),
         ("RECV_BITMAP without a loss", command(Command::RecvBitmap { block: "block0" }), "RECV_BITMAP"),
@@ -245,6 +250,17 @@ fn a_page_for_a_page_that_has_come_changes_nothing() {
     assert_eq!((report.ending, machine.runs()), (Ending::Running, true), "{:?}", report.error);
     assert_eq!(bytes(&memory, 0), [[7; 4096], [0; 4096], [9; 4096]].concat());
     assert_eq!(report.pages.normal, 2);
+}
+
+/// Zero pages as whole ones, as QEMUs from 10.1 on with multifd send them behind the package: they are in place, and no old byte is.
+#[test]
+fn p25_zero_pages_may_come_as_whole_ones() {
+    let again = discard("block0", &[(0, 3 * PAGE)]);
+    let stream = [advised(), pages(&[0, 1, 2], 7), again, package(), pages(&[2, 0, 1], 0), end()].concat();
+    let (report, machine, memory) = received(&stream);
+    assert_eq!((report.ending, machine.runs()), (Ending::Running, true), "{:?}", report.error);
+    assert_eq!(bytes(&memory, 0), [0; 3 * 4096]);
+    assert_eq!((report.pages.normal, report.pages.zero), (6, 0));
 }
 
 /// P-23: ranges by the dozen, and one more.

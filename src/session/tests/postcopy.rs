@@ -216,3 +216,94 @@ fn a_destination_that_sees_no_fault_of_the_kernel_refuses_before_a_page_comes() 
     assert!(sent.guest_is_safe_here() && ends.source_machine.runs(), "{:?}", sent.error);
     assert_eq!(sent.statistics.pages.normal, 0);
 }
+
+/// Reads pages of a guest that runs where they are missing, as its vCPU would.
+fn touch(to: &crate::guest::MappedGuest, pages: std::ops::Range<u64>) {
+    for page in pages {
+        let mut bytes = [0; 4096];
+        to.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap().copy_to(&mut bytes);
+        assert_eq!(bytes, [page as u8 | 1; 4096], "page {page}");
+    }
+}
+
+/// Pages that somebody waits for come on a connection of their own, behind a lost one on another.
+#[test]
+fn p4_p14_urgent_pages_go_on_a_connection_of_their_own() {
+    const PAGES: u64 = 2000;
+    for cuts in [false, true] {
+        let (from, to) = (guest(&[PAGES]), guest(&[PAGES]));
+        for page in 0..PAGES {
+            let span = from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap();
+            span.copy_from(&[page as u8 | 1; 4096]);
+        }
+        let breakers = Arc::new(Mutex::new(Vec::new()));
+        let ([here, _], mut next) = listen(&breakers);
+        let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
+        // All pages would take 40 s.
+        (postcopy.max_bandwidth, postcopy.preempt) = (Rate::limit(200 << 10), true);
+        postcopy.reconnect_timeout = Duration::from_secs(100);
+        let mut settings =
+            SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
+        (settings.guest_stands_still, settings.postcopy) = (true, Some(postcopy));
+        let channel = connect(&here, &StreamOptions::default(), &Stop::never()).unwrap();
+        let connection = SourceConnection::over(channel, from.clone());
+        let [near, far] = [Machine::running(b"devices"), Machine::default()];
+        let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(near.clone()) };
+        let again = Redial::new(here, StreamOptions::default());
+        let source = SourceSession::new(source, connection, settings).with_reconnect(Box::new(again));
+        let channel = next.next(&Stop::never()).unwrap();
+        let settings = DestinationSettings { postcopy: true, ..Default::default() };
+        let arriving = DestinationGuest { memory: Box::new(to.clone()), control: Box::new(far.clone()) };
+        let destination = DestinationSession::new(arriving, DestinationConnection::over(channel), settings)
+            .with_next_connection(Box::new(next));
+        let control = source.control();
+        let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
+        until("it runs there", || far.runs());
+        touch(&to, PAGES - 30..PAGES);
+        if cuts {
+            breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
+            until("another comes", || !breakers.lock().unwrap().is_empty());
+            touch(&to, PAGES - 60..PAGES - 30);
+        }
+        control.set_postcopy_bandwidth(None);
+        let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+        assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
+        assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
+        assert!(!near.runs() && far.runs());
+        assert!(bytes(&from, 0) == bytes(&to, 0));
+        // What was under way when a connection was lost was sent and has not come.
+        let came = arrived.missing_pages.unwrap().preempt_pages;
+        assert!(
+            came >= if cuts { 2 } else { 1 } && sent.urgent_pages >= came,
+            "{} {came}",
+            sent.urgent_pages
+        );
+        assert!(cuts || sent.urgent_pages == came, "{} {came}", sent.urgent_pages);
+    }
+}
+
+/// A destination to which no other connection can come says so before a page is sent, and so does a source that can't make one.
+#[test]
+fn a_connection_for_urgent_pages_that_can_not_be_is_refused_and_the_guest_runs_on() {
+    let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
+    postcopy.preempt = true;
+    for can_connect in [true, false] {
+        let mut ends = ends_with(|settings| {
+            (settings.digest, settings.postcopy) = (false, Some(postcopy.clone()));
+        });
+        ends.destination.settings_mut().postcopy = true;
+        let again = Redial::new("tcp:127.0.0.1:1".parse().unwrap(), StreamOptions::default());
+        let source = match can_connect {
+            true => ends.source.with_reconnect(Box::new(again)),
+            false => ends.source,
+        };
+        let destination = ends.destination;
+        let thread = std::thread::spawn(move || destination.run());
+        let sent = source.run();
+        assert_eq!(thread.join().unwrap().ending, Ending::Discarded);
+        let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        assert!(text.contains("urgent pages"), "{text}");
+        assert!(sent.guest_is_safe_here() && ends.source_machine.runs(), "{:?}", sent.error);
+        assert_eq!((sent.statistics.pages.normal, sent.urgent_pages), (0, 0));
+    }
+}

@@ -52,6 +52,7 @@ fn sent(pages_left: u64, bytes: u64) -> E {
 /// Walks an engine to its first sync, at time zero.
 fn started(mut engine: SourceEngine) -> SourceEngine {
     assert_eq!(engine.step(Duration::ZERO, E::Begin), Does(A::StartLogs));
+    assert_eq!(engine.step(Duration::ZERO, E::Done), Does(A::SendHeader));
     assert_eq!(engine.step(Duration::ZERO, E::Done), Does(A::SendSetup));
     let set_up = E::SetUp { handover: engine.config.handover };
     assert_eq!(engine.step(Duration::ZERO, set_up), Does(A::Sync { last: false }));
@@ -106,6 +107,7 @@ fn any_event_at_any_moment_keeps_the_guest_on_one_side() {
     // Any two events behind every prefix of a migration, polled or not.
     let walk = [
         E::Begin,
+        E::Done,
         E::Done,
         E::SetUp { handover: Handover::Native },
         E::Synced { dirty_pages: 0 },

@@ -112,6 +112,7 @@ fn p9_p11_a_lost_connection_is_followed_by_another_as_often_as_it_is_lost() {
     let (committed, taken) = (4, 8);
     let recovery = [
         (E::Lost, Does(A::Reconnect)),
+        (E::Done, Does(A::AskReceived)),
         (E::Done, Does(A::CompareReceived)),
         (E::Done, Does(A::ResumePages)),
         (E::Done, Does(A::SendMissing)),
@@ -147,5 +148,50 @@ fn p9_p11_a_lost_connection_is_followed_by_another_as_often_as_it_is_lost() {
         let mut engine = lost();
         engine.set_recoverable(false);
         assert_eq!(engine.step(Duration::ZERO, E::Lost), Does(A::Finish(ending)), "there is no other");
+    }
+}
+
+/// The connection for urgent pages comes behind the first bytes of each main one, or before the pause and before pages go on. It
+/// fails: before RUN the guest runs on here, behind it another connection follows.
+#[test]
+fn the_connection_for_urgent_pages_is_made_when_the_peer_takes_it() {
+    let now = Duration::ZERO;
+    for time in [UrgentChannel::Early, UrgentChannel::Late] {
+        let early = time == UrgentChannel::Early;
+        let engine = || {
+            let mut config = SourceConfig::new(PAGE, Handover::Shut);
+            (config.postcopy, config.urgent) = (Some(PostcopyRule::AfterRounds(0)), Some(time));
+            let mut engine = SourceEngine::new(config);
+            engine.set_recoverable(true);
+            engine
+        };
+        let opens = |at_this_time: bool| at_this_time.then_some((E::Done, Does(A::OpenUrgent)));
+        let begin = [(E::Begin, Does(A::StartLogs)), (E::Done, Does(A::SendHeader))];
+        let set_up = [(E::Done, Does(A::SendSetup))];
+        let sync = [(E::SetUp { handover: Handover::Shut }, Does(A::Sync { last: false }))];
+        let dirty = E::Synced { dirty_pages: 7 };
+        let late = [(dirty, Does(A::OpenUrgent)), (E::Done, Does(A::PauseGuest))];
+        let pause = if early { &[(dirty, Does(A::PauseGuest))][..] } else { &late };
+        let lost = [(E::Lost, Does(A::Reconnect)), (E::Done, Does(A::AskReceived))];
+        let compare = [(E::Done, Does(A::CompareReceived))];
+        let resume = [(E::Done, Does(A::ResumePages)), (E::Done, Does(A::SendMissing))];
+        let steps: Vec<(E, Next)> = (begin.into_iter().chain(opens(early)).chain(set_up).chain(sync))
+            .chain(pause.iter().copied())
+            .chain(POSTCOPY[..6].iter().copied())
+            .chain(lost.into_iter().chain(opens(early)).chain(compare))
+            .chain(opens(!early).into_iter().chain(resume))
+            .collect();
+        assert_eq!(steps.iter().filter(|(_, next)| *next == Does(A::OpenUrgent)).count(), 2);
+        let mut whole = engine();
+        for (at, (event, next)) in steps.iter().enumerate() {
+            assert_eq!(whole.step(now, *event), *next, "{time:?} at {at}");
+            if *next != Does(A::OpenUrgent) {
+                continue;
+            }
+            let mut fails = engine();
+            steps[..=at].iter().for_each(|(event, _)| _ = fails.step(now, *event));
+            let then = if fails.is_committed() { A::Reconnect } else { A::RollBack };
+            assert_eq!(fails.step(now, E::Lost), Does(then), "{time:?} at {at}");
+        }
     }
 }

@@ -6,20 +6,24 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use super::{Fault, PAGE, Plan};
-use crate::engine::{FIRST_ROOM, is_mark};
+use crate::engine::{FIRST_ROOM, UrgentChannel, is_mark};
+use crate::session::Control;
 use crate::session::sim::plan::Rng;
 use crate::stream::native::{Answer, GREETING, MAX_VERSION, Order, decode_state_section, hello_pong};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
 use crate::stream::qemu::package::decode_package;
+use crate::stream::qemu::ram::{Record, decode_record};
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::CancelToken;
+use crate::transport::Address;
+use crate::units::PageSize;
 pub(super) use channel::{Again, Sink};
 
 pub(super) type Shared = Arc<Mutex<Destination>>;
 
-/// Pages of a batch that nobody waits for, at the most, and of the host page that it completes.
-const BATCH: u64 = 64 + 16;
+/// Pages of a batch that nobody waits for, at the most; it ends with a host page.
+const BATCH: u64 = 64;
 
 /// How far the guest's start has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +33,42 @@ enum Start {
     Loading(u64),
     Done,
     Failed,
+}
+
+/// The host page that has come in part on a connection.
+#[derive(Clone, Debug, Default)]
+struct Part {
+    /// Its block and first page.
+    at: Option<(usize, u64)>,
+    /// Numbers of the pages that have come.
+    numbers: Vec<u64>,
+}
+
+/// The connection for urgent pages.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Urgent {
+    wanted: Option<UrgentChannel>,
+    connected: bool,
+    /// Its last mark has come.
+    ended: bool,
+    input: Vec<u8>,
+    block: usize,
+    /// Pages that came on it, and those behind a lost connection.
+    pub(super) pages: u64,
+    pub(super) again: u64,
+}
+
+impl Urgent {
+    /// A QEMU 7.2 reads nothing before the connection is there.
+    fn is_waited_for(&self) -> bool {
+        self.wanted == Some(UrgentChannel::Early) && !self.connected
+    }
+
+    /// It is lost with the main one.
+    fn lose(&mut self) {
+        (self.connected, self.ended) = (false, false);
+        self.input.clear();
+    }
 }
 
 pub(super) struct Destination {
@@ -75,10 +115,14 @@ pub(super) struct Destination {
     /// Target pages of host pages, and the number of each page that is in place.
     hosts: Vec<u64>,
     pages: Vec<Vec<Option<u64>>>,
-    /// The host page that has come in part: block, first page, pages.
-    part: Option<(usize, u64, u64)>,
-    /// Numbers of its pages.
-    arriving: Vec<u64>,
+    /// The connection for urgent pages, if it wants one.
+    pub(super) urgent: Urgent,
+    /// Tells the source to go on over another connection, where it waits for that.
+    pub(super) operator: Option<Control>,
+    /// The loss has been seen here, and the source was told to go on.
+    told: bool,
+    /// What has come in part, on the main connection and on that one.
+    parts: [Part; 2],
     discards: u64,
     package: Vec<u8>,
     start: Start,
@@ -126,8 +170,10 @@ impl Destination {
             replies: VecDeque::new(),
             hosts: plan.blocks.iter().map(|(_, host)| *host).collect(),
             pages: plan.blocks.iter().map(|(pages, _)| vec![None; *pages as usize]).collect(),
-            part: None,
-            arriving: Vec::new(),
+            urgent: Urgent { wanted: plan.urgent, ..Urgent::default() },
+            operator: None,
+            told: false,
+            parts: Default::default(),
             discards: 0,
             package: Vec::new(),
             start: Start::NotYet,
@@ -186,9 +232,9 @@ impl Destination {
             Event::Command(command) => self.command(command),
             Event::Page { block, offset, bytes } => {
                 let number = bytes[..8].try_into().map_or(0, u64::from_ne_bytes);
-                self.place(block.as_usize(), offset.0 / PAGE as u64, number);
+                self.place(0, block.as_usize(), offset.0 / PAGE as u64, number);
             }
-            Event::Zero { block, offset } => self.place(block.as_usize(), offset.0 / PAGE as u64, 0),
+            Event::Zero { block, offset } => self.place(0, block.as_usize(), offset.0 / PAGE as u64, 0),
             Event::PackageBytes(bytes) => self.package.extend_from_slice(bytes),
             Event::PackageEnd => self.package_is_whole(),
             Event::Done => self.stream_ends(),
@@ -250,18 +296,20 @@ impl Destination {
         }
     }
 
-    fn place(&mut self, block: usize, page: u64, number: u64) {
+    fn place(&mut self, channel: usize, block: usize, page: u64, number: u64) {
         if !self.packaged {
             self.pages[block][page as usize] = Some(number);
             return;
         }
         let host = self.hosts[block];
         let first = page / host * host;
-        let (at, from, come) = self.part.unwrap_or((block, first, 0));
-        if (at, from) != (block, first) {
+        let part = &mut self.parts[channel];
+        if *part.at.get_or_insert((block, first)) != (block, first) {
             self.violations.push("host pages interleave".into());
         }
-        self.part = (come + 1 < host).then_some((block, first, come + 1));
+        part.numbers.push(number);
+        let whole = part.numbers.len() as u64 == host;
+        let numbers = if whole { std::mem::take(part).numbers } else { Vec::new() };
         if self.recovering {
             self.violations.push("a page comes in front of RESUME".into());
         }
@@ -270,15 +318,16 @@ impl Destination {
         if was_here {
             self.violations.push("a page comes that is there and was not forgotten".into());
         }
-        self.arriving.push(number);
-        if come + 1 == host {
-            for (at, number) in (first..).zip(std::mem::take(&mut self.arriving)) {
+        if whole {
+            for (at, number) in (first..).zip(numbers) {
                 self.pages[block][at as usize] = Some(number);
             }
-            if !self.outstanding.contains(&(block, first)) {
-                self.filled += host;
+            match (self.outstanding.contains(&(block, first)), channel) {
+                (true, _) => {}
+                (false, 0) => self.filled += host,
+                (false, _) => self.violations.push("an urgent page that nobody asked for".into()),
             }
-            if self.known.is_none() && self.filled > FIRST_ROOM + BATCH {
+            if self.known.is_none() && self.filled > FIRST_ROOM + BATCH + host {
                 self.violations.push("too many pages are ahead of what was answered".into());
             }
             self.outstanding.retain(|page| *page != (block, first));
@@ -288,12 +337,21 @@ impl Destination {
     /// The connection is lost: what has come of a host page is dropped, and what had not started may be lost with it.
     fn lose(&mut self) {
         self.cut = true;
-        self.part = None;
-        self.arriving.clear();
+        self.parts = Default::default();
+        self.urgent.lose();
         self.replies.clear();
         self.input.clear();
         self.marks.clear();
         (self.filled, self.known) = (0, None);
+        self.told = !self.must_be_seen();
+        // Or the loss is never seen here. Refused in front of the switch.
+        match &self.operator {
+            _ if self.told => {}
+            Some(operator) if !self.rng.one_in(3) => {
+                self.told = operator.recover(Address::tcp("127.0.0.1", 1)).is_ok();
+            }
+            _ => self.may_be_reached = false,
+        }
         self.lost_recovering += u64::from(self.recovering);
         match self.start {
             // A QEMU before 10.2 has given itself up by RUN, and starts the guest; a later one discards it.
@@ -309,13 +367,43 @@ impl Destination {
         }
     }
 
+    /// The source makes another connection: what it is for is seen by its first byte. One that is silent, while there is a main
+    /// one, is for urgent pages.
+    fn connect(&mut self) -> bool {
+        if self.cut && !self.told {
+            self.violations.push("a connection comes before it has seen the loss".into());
+        }
+        if self.cut || !self.violations.is_empty() {
+            return self.may_reconnect();
+        }
+        if self.sent_here == 0 {
+            self.violations.push("a connection overtakes the main one".into());
+        }
+        self.urgent.connected |= self.urgent.wanted.is_some();
+        true
+    }
+
+    /// A QEMU with a connection for urgent pages goes on listening, and ends on one that comes before it has seen the loss.
+    fn must_be_seen(&self) -> bool {
+        !self.native && self.urgent.wanted.is_some()
+    }
+
+    fn may_reconnect(&self) -> bool {
+        let found = !self.violations.is_empty();
+        matches!(self.fault, Fault::Cuts { .. }) && self.start == Start::Done && !self.shut && !found
+    }
+
     /// The source connects again.
     fn reconnect(&mut self) -> bool {
-        if !matches!(self.fault, Fault::Cuts { .. }) || self.start != Start::Done || self.shut {
+        if !self.may_reconnect() {
             return false;
         }
+        if !self.cut {
+            // The source has given it up by itself.
+            self.lose();
+        }
         if let Fault::Cuts { next, times, .. } = &mut self.fault {
-            *times -= 1;
+            *times = times.saturating_sub(1);
             self.breaks_at = (*times > 0).then_some(*next);
         }
         self.stream.restart();
@@ -360,7 +448,9 @@ impl Destination {
 
     /// One step of its own: a device or a thread waits for a page, the start goes on.
     fn act(&mut self) {
-        if self.cut {
+        let resumed = self.recoveries > 0 && !self.recovering;
+        let waits = resumed && self.urgent.wanted.is_some() && !self.urgent.connected;
+        if self.cut || self.urgent.is_waited_for() || waits {
             return;
         }
         if matches!(self.start, Start::Loading(_) | Start::Done) && self.rng.one_in(self.fault_every) {
@@ -388,7 +478,7 @@ impl Destination {
                 self.run();
             }
             Start::Loading(left) => self.start = Start::Loading(left - 1),
-            Start::Done if self.ended && !self.shut => {
+            Start::Done if self.ended && !self.shut && self.urgent_is_over() => {
                 self.shut = true;
                 match self.native {
                     true => self.say(Message::Native(Answer::Running)),
@@ -399,8 +489,47 @@ impl Destination {
         }
     }
 
+    /// A QEMU 7.2 waits for the last mark.
+    fn urgent_is_over(&self) -> bool {
+        self.urgent.wanted != Some(UrgentChannel::Early) || self.urgent.ended || !self.packaged
+    }
+
+    /// Records without a section.
+    fn receive_urgent(&mut self, bytes: &[u8]) {
+        self.sent_here += bytes.len() as u64;
+        self.urgent.input.extend_from_slice(bytes);
+        let input = std::mem::take(&mut self.urgent.input);
+        let mut rest = &input[..];
+        while let Ok((record, head)) = decode_record(rest, PageSize::SIZE_4K) {
+            let (at, page) = match &record {
+                Record::Page(at) => (at, PAGE),
+                Record::Zero { at, .. } => (at, 0),
+                Record::Eos => {
+                    self.urgent.ended = true;
+                    rest = &rest[head..];
+                    continue;
+                }
+                _ => {
+                    self.violations.push("the urgent stream is not understood".into());
+                    return;
+                }
+            };
+            let Some(bytes) = rest.get(head..head + page) else { break };
+            if let Some(name) = at.block {
+                self.urgent.block = (0..self.hosts.len()).find(|index| name == format!("b{index}")).unwrap();
+            }
+            let number = bytes.get(..8).map_or(0, |bytes| u64::from_ne_bytes(bytes.try_into().unwrap()));
+            self.urgent.pages += 1;
+            self.urgent.again += u64::from(self.recoveries > 0);
+            self.place(1, self.urgent.block, at.offset.0 / PAGE as u64, number);
+            rest = &rest[head + page..];
+        }
+        self.urgent.input = rest.to_vec();
+    }
+
     fn ask(&mut self) {
-        if self.shut || self.recovering {
+        // Behind the end there is nothing that anybody could wait for.
+        if self.shut || self.recovering || self.ended {
             return;
         }
         let block = self.rng.below(self.hosts.len() as u64) as usize;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::{Fault, Shared};
 use crate::session::{NewConnection, Reconnect};
+use crate::stream::qemu::section::COMMAND;
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 use crate::transport::{Address, ByteSink, ByteSource, ChannelError, OpenError};
 
@@ -15,6 +16,61 @@ const STEPS: usize = 5000;
 
 /// Both directions of the connection.
 pub(in crate::session::sim::postcopy) struct Sink(pub(in crate::session::sim::postcopy) Shared);
+
+/// A connection behind the first.
+struct Further {
+    shared: Shared,
+    /// It is the main one; not known before its first byte.
+    main: Option<Sink>,
+}
+
+impl crate::transport::Sealed for Further {}
+
+impl ByteSink for Further {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        let bytes = bytes_of(parts);
+        if self.main.is_none() {
+            let mut there = self.shared.lock().unwrap();
+            if let Some(reason) = stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: "the simulation" });
+            }
+            if bytes.first() != Some(&COMMAND) {
+                if there.cut || !there.urgent.connected {
+                    return Err(closed());
+                }
+                there.receive_urgent(&bytes);
+                return Ok(());
+            }
+            if !there.reconnect() {
+                return Err(closed());
+            }
+        }
+        self.main.get_or_insert_with(|| Sink(Arc::clone(&self.shared))).send(parts, stop)
+    }
+
+    fn flush(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+        Ok(())
+    }
+
+    fn position(&self) -> u64 {
+        self.main.as_ref().map_or(0, Sink::position)
+    }
+}
+
+fn bytes_of(parts: &[SendPart<'_>]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for part in parts {
+        match part {
+            SendPart::Own(own) => bytes.extend_from_slice(own),
+            SendPart::Guest(span) => {
+                let at = bytes.len();
+                bytes.resize(at + span.len(), 0);
+                span.copy_to(&mut bytes[at..]);
+            }
+        }
+    }
+    bytes
+}
 
 fn closed() -> ChannelError {
     ChannelError::Closed { peer: "the model".into(), doing: "the simulation" }
@@ -28,17 +84,7 @@ impl ByteSink for Sink {
         if let Some(reason) = stop.reason() {
             return Err(ChannelError::Stopped { reason, doing: "the simulation" });
         }
-        let mut bytes = Vec::new();
-        for part in parts {
-            match part {
-                SendPart::Own(own) => bytes.extend_from_slice(own),
-                SendPart::Guest(span) => {
-                    let at = bytes.len();
-                    bytes.resize(at + span.len(), 0);
-                    span.copy_to(&mut bytes[at..]);
-                }
-            }
-        }
+        let bytes = bytes_of(parts);
         if there.cut {
             return Err(closed());
         }
@@ -78,11 +124,12 @@ pub(in crate::session::sim::postcopy) struct Again(pub(in crate::session::sim::p
 
 impl Reconnect for Again {
     fn connect(&mut self, _to: Option<&Address>, _stop: &Stop) -> Result<NewConnection, OpenError> {
-        if !self.0.lock().unwrap().reconnect() {
+        if !self.0.lock().unwrap().connect() {
             return Err(closed().into());
         }
-        let sink = || Box::new(Sink(Arc::clone(&self.0)));
-        Ok(NewConnection { sink: sink(), back: sink() })
+        let back = Box::new(Sink(Arc::clone(&self.0)));
+        let sink = Box::new(Further { shared: Arc::clone(&self.0), main: None });
+        Ok(NewConnection { sink, back })
     }
 }
 
@@ -91,7 +138,7 @@ impl ByteSource for Sink {
         let mut there = self.0.lock().unwrap();
         for _ in 0..STEPS {
             there.act();
-            if !there.replies.is_empty() {
+            if !there.replies.is_empty() && !there.urgent.is_waited_for() {
                 let Some(RecvPart::Own(room)) = into.first_mut() else { return Ok(0) };
                 // Messages may come in pieces.
                 let most = (there.replies.len() as u64).min(room.len() as u64);
