@@ -323,11 +323,10 @@ impl Channel {
     }
 
     /// A write without bytes is acknowledged by the peer's NIC, whatever its software does: if the peer is gone, it
-    /// fails after the transport's retries, and an idle wait does not last for ever. It is posted behind what is under
-    /// way too: soft-RoCE on a busy machine was seen to leave a message that was posted until the next one came.
+    /// fails after the transport's retries, and an idle wait does not last for ever.
     fn probe_quiet_peer(&mut self, now: Instant) -> Result<(), HooksError> {
         let quiet = now.saturating_duration_since(self.heard_at) >= PROBE_EVERY;
-        if !quiet || self.probe.is_some() || self.room() == 0 {
+        if !quiet || !self.flights.is_empty() || self.room() == 0 {
             return Ok(());
         }
         let id = self.id();

@@ -83,15 +83,6 @@ impl StreamSender {
         self.channel.rest(stop)
     }
 
-    /// Looks after the connection while the embedder waits elsewhere for what the peer does next. A peer that has closed
-    /// it is no failure yet: what it said before may be on its way there.
-    pub(crate) fn tend(&mut self) -> Result<(), HooksError> {
-        self.channel.check_clock();
-        let now = self.channel.checked_at();
-        self.data_queues.iter_mut().try_for_each(|channel| channel.watch(now))?;
-        self.channel.watch(now)
-    }
-
     /// Waits for a credit and sends a message against it; returns its number.
     pub(crate) fn send(&mut self, message: &Message<'_>, stop: &Stop) -> Result<u64, HooksError> {
         self.channel.ring()?;

@@ -71,15 +71,6 @@ pub trait SourceLink: Send + Sealed {
         self.sink().under_way()
     }
 
-    /// Looks after the connection while the session waits for an answer on the return path, where that is another one.
-    /// Waits for nothing.
-    ///
-    /// # Errors
-    /// What the connection met; that the peer has closed it is none.
-    fn tend(&mut self) -> Result<(), MoveError> {
-        Ok(())
-    }
-
     /// How many page channels there are beside the stream.
     fn page_channels(&self) -> u8 {
         0

@@ -251,16 +251,6 @@ impl SourceHooks {
         self.main.flush(stop)
     }
 
-    /// Looks after the connection; to be called now and then while the embedder waits for an answer on the way back.
-    /// Waits for nothing.
-    ///
-    /// # Errors
-    ///
-    /// What the connection met; that the destination has closed it is none.
-    pub fn tend(&mut self) -> Result<(), HooksError> {
-        self.main.tend()
-    }
-
     /// Hook: a round begins. The embedder writes the mark as the stream's next and last bytes; they leave with the
     /// first page, or at [`registration_stop`](Self::registration_stop). `None` once postcopy has begun: no round.
     ///

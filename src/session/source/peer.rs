@@ -20,8 +20,6 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Between two looks at the peer while somebody else is waited for: the embedder, a relay's source.
 const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(5);
-/// How often the link's connection is looked after while an answer is due on the return path.
-const LINK_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Between two looks whether a late answer is of any use still.
 const LATE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
@@ -195,7 +193,10 @@ impl SourceSession {
     /// to wait longer.
     fn next_event(&mut self, stop: &Stop) -> Result<Option<SourceEvent>, Error> {
         loop {
-            let message = match self.next_message(stop) {
+            let Some(back) = &mut self.wire.back else {
+                return Err(Error::PeerFailed { why: "there is no return path for its answer".into() });
+            };
+            let message = match back.next(stop) {
                 Ok(message) => message,
                 Err(error) if error.is_deadline() => return Ok(None),
                 Err(error) => return Err(error),
@@ -208,22 +209,6 @@ impl SourceSession {
                 Some(StopReason::Deadline) => return Ok(None),
                 Some(StopReason::Cancelled) => return Err(Error::Cancelled),
                 None => {}
-            }
-        }
-    }
-
-    /// Waits for the destination's next message.
-    ///
-    /// # Errors
-    /// As [`ReturnPath::next`](super::return_path::ReturnPath::next); what the link's own connection meets meanwhile.
-    pub(super) fn next_message(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
-        loop {
-            let Some(back) = &mut self.wire.back else {
-                return Err(Error::PeerFailed { why: "there is no return path for its answer".into() });
-            };
-            match back.next(&stop.within(LINK_CHECK_INTERVAL)) {
-                Err(error) if error.is_deadline() && stop.reason().is_none() => self.wire.link.tend()?,
-                heard => return heard,
             }
         }
     }

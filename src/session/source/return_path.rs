@@ -133,6 +133,17 @@ impl ReturnPath {
         }
         Ok(())
     }
+
+    /// Waits for a message, leaving out PONGs and acks that may come at any time. A peer that says nothing
+    /// else is no reason to wait longer.
+    pub(super) fn next_verdict(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
+        loop {
+            match self.next(stop)? {
+                PeerMessage::Pong(_) | PeerMessage::SwitchoverAck => check_deadline(stop)?,
+                word => return Ok(word),
+            }
+        }
+    }
 }
 
 /// The reason to stop, if there is one by now: a wait that always finds bytes does not look at it.

@@ -194,14 +194,10 @@ impl SourceSession {
         Ok(())
     }
 
-    /// Waits for a message, leaving out PONGs and acks that may come at any time. A peer that says nothing else is no reason
-    /// to wait longer.
-    fn next_verdict(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
-        loop {
-            match self.next_message(stop)? {
-                PeerMessage::Pong(_) | PeerMessage::SwitchoverAck => check_deadline(stop)?,
-                word => return Ok(word),
-            }
+    fn next_message(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
+        match &mut self.wire.back {
+            Some(back) => back.next(stop),
+            None => Err(Error::PeerFailed { why: "there is no return path for its answer".into() }),
         }
     }
 
@@ -214,7 +210,8 @@ impl SourceSession {
         self.wire.link.sink().flush(&self.wire.stop)?;
         let asked = self.driver.clock.now();
         let stop = self.wire.stop.within(self.settings.stall_timeout);
-        let answer = self.next_verdict(&stop)?;
+        let Some(back) = &mut self.wire.back else { return Ok(()) };
+        let answer = back.next_verdict(&stop)?;
         self.convergence.fixed.round_trip = self.driver.clock.now().saturating_sub(asked);
         match answer {
             PeerMessage::Hello(theirs) if theirs.common_version() != Some(theirs.max_version) => {

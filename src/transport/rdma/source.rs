@@ -305,12 +305,6 @@ impl SourceLink for RdmaLink {
         }
     }
 
-    fn tend(&mut self) -> Result<(), MoveError> {
-        let Some(hooks) = &mut self.wire.hooks else { return Ok(()) };
-        let bounds = self.wire.end.bounds(&Stop::never(), Duration::ZERO);
-        hooks.tend().map_err(|error| bounds.error(SENDING, error).into())
-    }
-
     fn open_round(&mut self, kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
         let hooks = Wire::hooks(&mut self.wire.hooks, &self.wire.end, WRITING)?;
         let bounds = self.wire.end.bounds(stop, Duration::ZERO);
