@@ -77,12 +77,16 @@ impl ByteSink for Plain {
 
 impl ByteSource for Plain {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
-        self.wait(PollFlags::IN, stop)?;
-        recv_parts(self.0.as_fd(), into).map_err(|source| ChannelError::Io {
-            peer: "peer".into(),
-            doing: "receiving",
-            source,
-        })
+        loop {
+            // What is here already is taken whatever the time: a poll has none.
+            match recv_parts(self.0.as_fd(), into) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::IN, stop)?,
+                got => {
+                    let (peer, doing) = ("peer".into(), "receiving");
+                    return got.map_err(|source| ChannelError::Io { peer, doing, source });
+                }
+            }
+        }
     }
     fn descriptor(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         Some(self.0.as_fd())
