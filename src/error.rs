@@ -36,6 +36,10 @@ pub enum Remedy {
     CopyPagesOrDropCompression,
     /// Who may connect.
     AllowPeers,
+    /// The name that the destination's certificate is for.
+    NameTlsHost,
+    /// TLS at both ends, or at none.
+    AlignTls,
 }
 
 impl fmt::Display for Remedy {
@@ -57,6 +61,8 @@ impl fmt::Display for Remedy {
             Self::DropChannels => "use tcp: or unix:, or leave the page channels out",
             Self::CopyPagesOrAskForChannels => "let pages be copied, or ask for page channels",
             Self::CopyPagesOrDropCompression => "let pages be copied, or leave compression out",
+            Self::NameTlsHost => "issue a certificate for it, or give the name that its certificate is for",
+            Self::AlignTls => "switch TLS on at both ends or at none",
             Self::AllowPeers => "use a network you trust or a tunnel, and name who may connect",
         })
     }

@@ -251,7 +251,8 @@ pub(super) fn failed(command: &str, error: &(dyn std::error::Error + 'static)) -
             OpenError::NoDeltas { .. }
             | OpenError::NoChannels { .. }
             | OpenError::NoSuchSending { .. }
-            | OpenError::NotAStream { .. },
+            | OpenError::NotAStream { .. }
+            | OpenError::NoTls { .. },
         ) => Exit::Usage,
         _ => Exit::Failed,
     }

@@ -26,6 +26,7 @@ mod signals;
 mod sizes;
 mod slow_link;
 mod store;
+mod tls;
 mod watch;
 
 pub use args::run;

@@ -20,6 +20,7 @@ use super::progress::Progress;
 use super::remedies::{hint, in_words};
 use super::signals::cancel_on_signal;
 use super::store::{ArrivingGuest, State, Store};
+use super::tls::DestinationTlsArgs;
 
 /// Takes one migration, then stops listening. Success is told to the source only after everything is on the disk.
 #[derive(Debug, clap::Args)]
@@ -59,6 +60,8 @@ pub(super) struct Args {
     #[command(flatten)]
     channels: ChannelArgs,
     #[command(flatten)]
+    tls: DestinationTlsArgs,
+    #[command(flatten)]
     timeouts: Timeouts,
 }
 
@@ -80,7 +83,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let stop = Stop::on(&cancel);
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
-    let mut listener = Listener::bind(&args.uri, allow, &stop)?;
+    let mut listener = Listener::bind(&args.tls.at(&args.uri)?, allow, &stop)?;
     if let Some(warning) = listener.warning() {
         note!("ramwire receive: {warning}{}", hint(Some(Remedy::AllowPeers)));
     }

@@ -21,6 +21,8 @@ pub(super) fn options(remedy: Remedy) -> &'static [&'static str] {
         Remedy::CopyPagesOrAskForChannels => &["--send-pages", "--channels"],
         Remedy::CopyPagesOrDropCompression => &["--send-pages", "--compression"],
         Remedy::AllowPeers => &["--allow CIDR"],
+        Remedy::NameTlsHost => &["--tls-hostname"],
+        Remedy::AlignTls => &["--tls-dir"],
         // Each command tells its own (see `converge::tell_remedies`).
         Remedy::HelpConvergence => &[],
         // Advice is no setting's; what the library may learn to say later has no option yet.
@@ -118,6 +120,8 @@ mod tests {
             Remedy::CopyPagesOrAskForChannels,
             Remedy::CopyPagesOrDropCompression,
             Remedy::AllowPeers,
+            Remedy::NameTlsHost,
+            Remedy::AlignTls,
         ] {
             assert!(!options(remedy).is_empty(), "{remedy:?}");
             for option in options(remedy) {

@@ -25,6 +25,7 @@ use super::progress::Progress;
 use super::render;
 use super::signals::cancel_on_signal;
 use super::store::{Block, Custody, Overrides, State, StoredGuest};
+use super::tls::SourceTlsArgs;
 use super::watch::{WatchArgs, describe};
 
 /// Sends a stored guest. The folder's manifest says `sent` once the other end runs it, and `in-doubt` if that is not known.
@@ -95,6 +96,8 @@ pub(super) struct Args {
     watch: WatchArgs,
     #[command(flatten)]
     channels: SourceChannelArgs,
+    #[command(flatten)]
+    tls: SourceTlsArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
     #[command(flatten)]
@@ -195,14 +198,15 @@ fn send(
     options.delta_cache = args.xbzrle_cache_size;
     options.retry = args.timeouts.retry;
     args.timeouts.tell_retry("send", &args.uri);
-    let connection = open_source(&args.uri, memory.clone(), &options, &Stop::on(&cancel))?;
+    let address = args.tls.at(&args.uri)?;
+    let connection = open_source(&address, memory.clone(), &options, &Stop::on(&cancel))?;
     let way = connection.way.clone();
     if args.uri.decides_late() {
         note!("ramwire send: {}: {}", way.transport, way.why);
     }
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
-    let again = Redial::new(args.uri.clone(), options.stream);
+    let again = Redial::new(address, options.stream);
     let session = SourceSession::new(source, connection, settings(args, &guest))
         .with_cancel(cancel)
         .with_reconnect(Box::new(again));

@@ -7,6 +7,7 @@ use crate::error::Remedy;
 use crate::guest::GuestError;
 use crate::stream::DecodeError;
 use crate::sys::StopReason;
+use crate::transport::TlsError;
 
 /// Why a channel did not carry bytes.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +86,16 @@ pub enum ChannelError {
         /// What happened, with the remedy.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// TLS refused it, at one of the ends.
+    #[error("{peer}: {doing}")]
+    Tls {
+        /// Who.
+        peer: String,
+        /// What this end was doing.
+        doing: &'static str,
+        /// What was refused, with the remedy.
+        source: TlsError,
+    },
     /// The kernel's answer.
     #[error("{peer}: {doing}")]
     Io {
@@ -103,6 +114,7 @@ impl ChannelError {
         match self {
             Self::Stalled { .. } => Some(Remedy::RaiseStallTimeout),
             Self::Packet { source, .. } => source.remedy(),
+            Self::Tls { source, .. } => source.remedy(),
             _ => None,
         }
     }

@@ -24,6 +24,7 @@ mod sealed;
 mod stream;
 #[cfg(any(test, feature = "testing"))]
 mod testing;
+mod tls;
 
 pub use crate::stream::qemu::packed::Packing;
 pub use bytes::{ByteSink, ByteSource};
@@ -50,3 +51,4 @@ pub use stream::{StreamBreaker, StreamChannel, StreamOptions};
 pub(crate) use testing::Random;
 #[cfg(any(test, feature = "testing"))]
 pub use testing::{Fault, FaultKind, Faulty, Loopback, LoopbackSink, LoopbackSource, loopback};
+pub use tls::{Tls, TlsError, TlsOptions};

@@ -3,6 +3,8 @@
 //! Each test program compiles this module for itself and uses a part of it.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+#[cfg(feature = "tls")]
+pub(crate) mod certificates;
 pub(crate) mod huge_pages;
 pub(crate) mod memory;
 pub(crate) mod qemu;

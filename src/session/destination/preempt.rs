@@ -14,8 +14,6 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::io::Errno;
-
 use crate::error::Chain;
 use crate::guest::PageWriter;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
@@ -132,7 +130,7 @@ impl Connections {
         while let Some(channel) = self.silent.get(at) {
             let mut byte = [0];
             let found = match channel.peek(&mut byte) {
-                Err(Errno::AGAIN) => {
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                     at += 1;
                     continue;
                 }

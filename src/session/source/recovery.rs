@@ -73,7 +73,8 @@ pub struct Redial {
 }
 
 impl Redial {
-    /// To `address`, a `tcp:` or `unix:` one; of `auto:` the TCP address.
+    /// To `address`, a `tcp:` or `unix:` one; of `auto:` the TCP address. Another address that it is told later is spoken
+    /// to by TLS if this one is.
     pub fn new(address: Address, options: StreamOptions) -> Self {
         let tcp = address.host_and_port().filter(|_| address.decides_late());
         let address = tcp.map(|(host, port)| Address::tcp(host, port)).unwrap_or(address);
@@ -84,7 +85,11 @@ impl Redial {
 impl Reconnect for Redial {
     fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError> {
         if let Some(address) = address {
-            *self = Self::new(address.clone(), self.options);
+            let address = match (address.tls(), self.address.tls()) {
+                (None, Some(tls)) => address.clone().with_tls(tls.clone()),
+                _ => address.clone(),
+            };
+            *self = Self::new(address, self.options);
         }
         let once = || OpenError::OnlyOne { address: self.address.to_string() };
         // A descriptor, a command or a file is there once.

@@ -172,6 +172,11 @@ impl PageChannel {
         }
     }
 
+    /// Says that nothing follows, where the connection has words for it.
+    pub(super) fn say_end(&self) {
+        self.channel.say_end_at_once();
+    }
+
     /// True if the kernel is done with everything up to `mark`. Looks for receipts and does not wait.
     pub(super) fn is_done(&mut self, mark: u64) -> Result<bool, ChannelError> {
         match &mut self.way {

@@ -27,6 +27,8 @@ pub(super) enum Work {
     Batch(Ticket, PageBatch),
     /// Send a SYNC.
     Sync,
+    /// Nothing follows.
+    End,
 }
 
 /// What a channel answers.
@@ -122,6 +124,7 @@ impl PageSender {
                     self.send(&[SendPart::Own(&sync)])?;
                     let _ = self.done.send(Done::Synced);
                 }
+                Work::End => self.channel.say_end(),
             }
         }
         Ok(())

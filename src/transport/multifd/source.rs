@@ -350,7 +350,12 @@ impl SourceLink for MultifdLink {
         Ok(self.main.flush(stop)?)
     }
 
+    /// A QEMU from 10.0 on wants to know of an encrypted channel that it was not cut off.
     fn close(&mut self, _stop: &Stop) -> Result<(), MoveError> {
+        for queue in &self.queues {
+            // One that has no room has not sent all, and one that has ended nothing to end.
+            let _ = queue.try_send(Work::End);
+        }
         self.stop_threads();
         Ok(())
     }

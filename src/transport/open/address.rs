@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use super::auto;
 use super::scheme::{Scheme, forms, rdma_scheme};
+use crate::transport::Tls;
 use crate::transport::stream::{tcp, unix};
 
 /// One end of a connection.
@@ -16,6 +17,8 @@ use crate::transport::stream::{tcp, unix};
 pub struct Address {
     scheme: &'static Scheme,
     target: Target,
+    /// How it is spoken to, where that is TLS.
+    tls: Option<Tls>,
 }
 
 /// What an address names, without its scheme.
@@ -62,11 +65,22 @@ impl Address {
 
     /// `unix:PATH`.
     pub fn unix(path: impl Into<PathBuf>) -> Self {
-        Self { scheme: &unix::SCHEME, target: Target::Path(path.into()) }
+        Self { scheme: &unix::SCHEME, target: Target::Path(path.into()), tls: None }
     }
 
     fn of_host(scheme: &'static Scheme, host: impl Into<String>, port: u16) -> Self {
-        Self { scheme, target: Target::Host { host: host.into(), port } }
+        Self { scheme, target: Target::Host { host: host.into(), port }, tls: None }
+    }
+
+    /// The same address, spoken to by TLS: every connection to it, or every one that comes. It is written as before.
+    #[must_use]
+    pub fn with_tls(self, tls: Tls) -> Self {
+        Self { tls: Some(tls), ..self }
+    }
+
+    /// How it is spoken to, where that is TLS.
+    pub fn tls(&self) -> Option<&Tls> {
+        self.tls.as_ref()
     }
 
     /// The forms that can be parsed, in one line: what help says of an address.
@@ -181,7 +195,7 @@ impl FromStr for Address {
             problem,
             form: scheme.hint,
         })?;
-        Ok(Self { scheme, target })
+        Ok(Self { scheme, target, tls: None })
     }
 }
 
@@ -315,7 +329,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn mapped(path: &str, offset: u64) -> Address {
-        Address { scheme: &mapped_ram::SCHEME, target: Target::PathAt { path: path.into(), offset } }
+        Address {
+            scheme: &mapped_ram::SCHEME,
+            target: Target::PathAt { path: path.into(), offset },
+            tls: None,
+        }
     }
 
     #[test]
@@ -334,14 +352,18 @@ mod tests {
             ("unix: [a],b%c \u{e9}\\n", Address::unix(" [a],b%c \u{e9}\\n")),
             ("mapped:/a,b", mapped("/a,b", 0)),
             ("mapped:a,offset=4096", mapped("a", 4096)),
-            ("fd:0", Address { scheme: &inherited::SCHEME, target: Target::Descriptor(0) }),
+            ("fd:0", Address { scheme: &inherited::SCHEME, target: Target::Descriptor(0), tls: None }),
             (
                 "exec:cat > '/tmp/a:b'",
-                Address { scheme: &exec::SCHEME, target: Target::Command("cat > '/tmp/a:b'".into()) },
+                Address {
+                    scheme: &exec::SCHEME,
+                    target: Target::Command("cat > '/tmp/a:b'".into()),
+                    tls: None,
+                },
             ),
             (
                 "file:relative path",
-                Address { scheme: &file::SCHEME, target: Target::Path("relative path".into()) },
+                Address { scheme: &file::SCHEME, target: Target::Path("relative path".into()), tls: None },
             ),
         ] {
             assert_eq!(text.parse::<Address>().unwrap(), address);

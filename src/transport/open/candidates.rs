@@ -5,12 +5,12 @@
 //! begins as a migration does is taken; its bytes stay to be read. The others are closed, and a warning says why.
 
 use std::collections::VecDeque;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
-
 use super::OpenError;
+use crate::error::Remedy;
 use crate::stream::qemu::{file, multifd};
 use crate::sys::{Stop, StopReason};
 use crate::transport::{ChannelError, StreamChannel, StreamOptions};
@@ -25,6 +25,9 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Connections that may be silent at a time, beside those that are expected.
 const STRANGERS: usize = 16;
+
+/// The first byte of a TLS handshake; the version follows.
+const TLS_HANDSHAKE: u8 = 22;
 
 /// First words of a main channel.
 pub(crate) const MAIN: [u32; 1] = [file::MAGIC];
@@ -148,7 +151,11 @@ impl Candidates {
                 || self.waiting.front().is_some_and(|oldest| oldest.since.elapsed() >= patience)
             {
                 let Some(oldest) = self.waiting.pop_front() else { break };
-                self.dismiss(&oldest.channel, "it has not said what it is");
+                let why = match oldest.channel.is_shaking_hands() {
+                    true => "it has not finished its TLS handshake",
+                    false => "it has not said what it is",
+                };
+                self.dismiss(&oldest.channel, why);
             }
             let silent: Vec<_> = self.waiting.iter().filter(|candidate| !candidate.begun).collect();
             let due = self.waiting.front().map(|oldest| patience.saturating_sub(oldest.since.elapsed()));
@@ -209,12 +216,18 @@ fn judge(channel: &StreamChannel, wanted: &[u32]) -> Verdict {
         }
         Ok(count) => match word.get(..count) {
             Some(come) if fits(come) => Verdict::Open { begun: true },
+            Some([TLS_HANDSHAKE, 3, ..]) => Verdict::Stranger(format!(
+                "it begins a TLS handshake, and nothing is encrypted here; {}",
+                Remedy::AlignTls
+            )),
             come => {
                 let come = come.unwrap_or(&word).escape_ascii();
                 Verdict::Stranger(format!("it begins with \"{come}\", as no migration does"))
             }
         },
-        Err(Errno::AGAIN | Errno::INTR) => Verdict::Open { begun: false },
-        Err(errno) => Verdict::Stranger(format!("it broke: {errno}")),
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+            Verdict::Open { begun: false }
+        }
+        Err(error) => Verdict::Stranger(format!("it broke: {error}")),
     }
 }

@@ -5,7 +5,7 @@ use std::io;
 use crate::error::Remedy;
 use crate::stream::channel_count::ChannelMismatch;
 use crate::stream::qemu::mapped_stream::MappedReadError;
-use crate::transport::{ChannelError, PageSending};
+use crate::transport::{ChannelError, PageSending, TlsError};
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +54,20 @@ pub enum OpenError {
     /// An `rdma:` address where only a byte stream will do.
     #[error("{address} is no byte stream; give a tcp: or unix: address here, or file:")]
     NotAStream {
+        /// The address.
+        address: String,
+    },
+    /// There can be no TLS connection to an address.
+    #[error("{address}: no TLS connection")]
+    Tls {
+        /// The address.
+        address: String,
+        /// Why not.
+        source: TlsError,
+    },
+    /// TLS where nothing connects, or by RDMA.
+    #[error("{address} can't be encrypted; use tcp: or unix: with TLS")]
+    NoTls {
         /// The address.
         address: String,
     },
@@ -129,6 +143,7 @@ impl OpenError {
         match self {
             Self::Open { remedy, .. } => Some(Remedy::Advice(remedy)),
             Self::Channel(error) => error.remedy(),
+            Self::Tls { source, .. } => source.remedy(),
             Self::Channels { .. } => Some(Remedy::AlignChannels),
             Self::NoDeltas { .. } => Some(Remedy::DropDeltasOrChannels),
             Self::NoChannels { .. } => Some(Remedy::DropChannels),

@@ -1,12 +1,15 @@
 //! The destination's side of an address.
 
+use std::os::fd::BorrowedFd;
+
 use super::candidates::{self, Candidates, Listening, MAIN, MAIN_AND_PAGES};
 use super::scheme::Endpoint;
+use super::source::check_tls;
 use super::{Address, AllowList, ConnectionOptions, OpenError};
 use crate::error::Remedy;
 use crate::sys::Stop;
 use crate::transport::{
-    DestinationConnection, MultifdDestination, StreamChannel, StreamOptions, Way, multifd,
+    ChannelError, DestinationConnection, MultifdDestination, StreamChannel, StreamOptions, Tls, Way, multifd,
 };
 
 /// The destination's side of an address: waits for connections, or opens what is there to be read.
@@ -26,6 +29,7 @@ impl Listener {
     /// # Errors
     /// [`OpenError`].
     pub fn bind(address: &Address, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
+        check_tls(address)?;
         let endpoint = (address.row().listen)(address, allow, stop)?;
         let addresses = endpoint.addresses();
         Ok(Self { endpoint, addresses, candidates: Candidates::default() })
@@ -44,7 +48,8 @@ impl Listener {
     /// What the operator should know before a guest comes this way.
     pub fn warning(&self) -> Option<String> {
         let address = self.address();
-        self.endpoint.is_open_to_network().then(|| {
+        let plain = self.endpoint.is_open_to_network() && address.tls().is_none();
+        plain.then(|| {
             format!("{address}: guest RAM travels unencrypted and unauthenticated; {}", Remedy::AllowPeers)
         })
     }
@@ -90,6 +95,28 @@ pub(in crate::transport) struct Sockets<L> {
     pub(in crate::transport) listening: L,
     pub(in crate::transport) addresses: Vec<Address>,
     pub(in crate::transport) open_to_network: bool,
+    /// Each connection is to be encrypted.
+    pub(in crate::transport) tls: Option<Tls>,
+}
+
+/// Listening sockets whose connections are encrypted where they must be.
+impl<L: Listening> Listening for Sockets<L> {
+    fn sockets(&self) -> Vec<BorrowedFd<'_>> {
+        self.listening.sockets()
+    }
+
+    fn place(&self) -> String {
+        self.listening.place()
+    }
+
+    fn take(&self, options: &StreamOptions) -> Result<Option<StreamChannel>, ChannelError> {
+        let taken = self.listening.take(options)?;
+        let Some(tls) = &self.tls else { return Ok(taken) };
+        let Some(channel) = taken else { return Ok(None) };
+        let peer = channel.peer().to_owned();
+        let doing = "accepting a connection";
+        Ok(Some(channel.over_tls(tls, "").map_err(|source| ChannelError::Tls { peer, doing, source })?))
+    }
 }
 
 impl<L: Listening + std::fmt::Debug + Send> Endpoint for Sockets<L> {
@@ -109,7 +136,7 @@ impl<L: Listening + std::fmt::Debug + Send> Endpoint for Sockets<L> {
     ) -> Result<DestinationConnection, OpenError> {
         let (address, channels) = (&self.addresses[0], &options.channels);
         let way = Way::named(address);
-        let mut next = |wanted, stop: &Stop| candidates.next(&self.listening, wanted, &options.stream, stop);
+        let mut next = |wanted, stop: &Stop| candidates.next(&*self, wanted, &options.stream, stop);
         if channels.count == 0 {
             return Ok(DestinationConnection::over(next((&MAIN, 1), stop)?).by(way));
         }
@@ -124,7 +151,7 @@ impl<L: Listening + std::fmt::Debug + Send> Endpoint for Sockets<L> {
     }
 
     fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
-        Ok(candidates::accept(&self.listening, options, stop)?)
+        Ok(candidates::accept(self, options, stop)?)
     }
 }
 

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use super::scheme::Opening;
 use super::{Address, ConnectionOptions, OpenError, retry};
+use crate::error::Remedy;
 use crate::guest::GuestMemory;
 use crate::sys::Stop;
 use crate::transport::{
-    DeltaCacheSize, InlineLink, SourceConnection, SourceLink, StreamChannel, StreamOptions, Way, multifd,
+    DeltaCacheSize, InlineLink, PageSending, SourceConnection, SourceLink, StreamChannel, StreamOptions, Way,
+    multifd,
 };
 
 /// Opens the best connection there is to `address` for the pages of `memory`.
@@ -20,6 +22,7 @@ pub fn open_source(
     options: &ConnectionOptions,
     stop: &Stop,
 ) -> Result<SourceConnection, OpenError> {
+    check_tls(address)?;
     let (scheme, channels) = (address.row(), &options.channels);
     let in_stream = channels.count == 0 && scheme.abilities.pages_in_stream;
     if options.delta_cache > 0 && !in_stream {
@@ -31,6 +34,14 @@ pub fn open_source(
             sending: channels.sending,
             why,
             remedy,
+        });
+    }
+    if address.tls().is_some() && channels.sending != PageSending::Copy {
+        return Err(OpenError::NoSuchSending {
+            address: address.to_string(),
+            sending: channels.sending,
+            why: "sends pages as they lie, and TLS sends none so",
+            remedy: Remedy::Advice("let pages be copied"),
         });
     }
     if channels.count > 0 && !scheme.abilities.page_channels {
@@ -45,7 +56,31 @@ pub fn open_source(
 /// # Errors
 /// [`OpenError`].
 pub fn connect(address: &Address, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
-    (address.row().connect)(address, options, stop)
+    dial(address, options, stop)?.shaken(stop)
+}
+
+/// The same; a TLS handshake is left to the first bytes.
+fn dial(address: &Address, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+    check_tls(address)?;
+    let channel = (address.row().connect)(address, options, stop)?;
+    let Some(tls) = address.tls() else { return Ok(channel) };
+    let host = match address.host_and_port() {
+        Some(("", _)) => "127.0.0.1",
+        Some((host, _)) => host,
+        None => "",
+    };
+    let secured = channel.over_tls(tls, host);
+    secured.map_err(|source| OpenError::Tls { address: address.to_string(), source })
+}
+
+/// TLS is for connections that are made here, and for nothing else.
+pub(super) fn check_tls(address: &Address) -> Result<(), OpenError> {
+    match address.tls() {
+        Some(_) if !address.row().abilities.page_channels => {
+            Err(OpenError::NoTls { address: address.to_string() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A byte stream, and page channels beside it where some are asked for: how most schemes open the source's side.
@@ -58,7 +93,9 @@ pub(in crate::transport) fn open_stream(opening: &Opening<'_>) -> Result<SourceC
                 .with_deltas(DeltaCacheSize::new(options.delta_cache)),
         ),
         _ => {
-            let open = || connect(address, &options.stream, stop);
+            // Handshakes are made by the channels' threads: a QEMU begins the next one only after the first bytes behind the
+            // one before.
+            let open = || dial(address, &options.stream, stop);
             Box::new(multifd::connect(Box::new(sink), Arc::clone(memory), &options.channels, open)?)
         }
     };

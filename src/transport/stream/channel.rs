@@ -1,5 +1,6 @@
 //! A byte stream and what can be asked of its connection.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,13 +8,13 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
-use rustix::io::Errno;
 use socket2::SockRef;
 
 use super::end::{millis, nature_of};
 use super::exec::ChildCommand;
 use super::low_watermark::LowWater;
 use super::patience::Patience;
+use super::secured::Secured;
 use super::{End, Nature, Queue, StreamBreaker, StreamOptions, tcp};
 use crate::sys::{FdKind, Stop};
 use crate::transport::ChannelError;
@@ -29,6 +30,8 @@ pub struct StreamChannel {
     /// The peer is told at once what has come.
     pub(super) prompt: bool,
     pub(super) low_water: LowWater,
+    /// Encrypted.
+    pub(super) tls: Option<Secured>,
 }
 
 impl Drop for StreamChannel {
@@ -91,6 +94,7 @@ impl StreamChannel {
             quiet: false,
             prompt: false,
             low_water: LowWater::new(nature),
+            tls: None,
         })
     }
 
@@ -98,7 +102,11 @@ impl StreamChannel {
     pub fn split(self) -> (Self, Self) {
         let low_water = LowWater::new(self.end.nature);
         let end = Arc::clone(&self.end);
-        let other = Self { end, sent: 0, stall: self.stall, quiet: false, prompt: false, low_water };
+        let tls = self.tls.as_ref().map(Secured::other_half);
+        let mut other = Self { end, sent: 0, stall: self.stall, quiet: false, prompt: false, low_water, tls };
+        if other.tls.is_some() {
+            other.low_water.switch_off();
+        }
         (self, other)
     }
 
@@ -157,9 +165,13 @@ impl StreamChannel {
     /// the end of the stream.
     ///
     /// # Errors
-    /// The kernel's; `AGAIN` where nothing has come.
-    pub(crate) fn peek(&self, into: &mut [u8]) -> Result<usize, Errno> {
-        rustix::net::recv(&self.end.fd, into, rustix::net::RecvFlags::PEEK).map(|(_, come)| come)
+    /// The kernel's; `WouldBlock` where nothing has come.
+    pub(crate) fn peek(&self, into: &mut [u8]) -> std::io::Result<usize> {
+        if let Some(tls) = &self.tls {
+            return self.peek_secured(tls, into);
+        }
+        let peeked = rustix::net::recv(&self.end.fd, into, rustix::net::RecvFlags::PEEK);
+        Ok(peeked.map(|(_, come)| come)?)
     }
 
     /// True if the peer of a socket has closed it: nothing comes behind what is there.
@@ -187,9 +199,9 @@ impl StreamChannel {
                     return Err(ChannelError::Closed { peer: self.end.peer.clone(), doing: PEEKING });
                 }
                 Ok(_) => patience.rest(RETRY_INTERVAL, stop)?,
-                Err(Errno::AGAIN) => patience.wait(PollFlags::IN, stop)?,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(self.end.broken(PEEKING, errno.into())),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => patience.wait(PollFlags::IN, stop)?,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.end.broken(PEEKING, error)),
             }
         }
     }

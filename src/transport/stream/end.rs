@@ -11,7 +11,7 @@ use rustix::net::Shutdown;
 
 use super::exec::ChildCommand;
 use crate::sys::{FdKind, queued_bytes};
-use crate::transport::ChannelError;
+use crate::transport::{ChannelError, TlsError};
 
 /// What lies behind the descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +52,10 @@ impl End {
     /// What a failed call means.
     pub(in crate::transport) fn broken(&self, doing: &'static str, source: std::io::Error) -> ChannelError {
         let peer = self.peer.clone();
+        let source = match source.downcast::<TlsError>() {
+            Ok(source) => return ChannelError::Tls { peer, doing, source },
+            Err(source) => source,
+        };
         match Errno::from_io_error(&source) {
             Some(Errno::PIPE) => ChannelError::Closed { peer, doing },
             Some(Errno::TIMEDOUT) => ChannelError::Silent { peer, doing, after: self.dead_peer() },

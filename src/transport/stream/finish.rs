@@ -23,6 +23,7 @@ impl StreamChannel {
     /// # Errors
     /// [`ChannelError`]; what was sent may then not have arrived. Syncing a file can't be stopped.
     pub fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.say_end(stop)?;
         match self.end.nature {
             Nature::Tcp => {
                 self.close_sending()?;

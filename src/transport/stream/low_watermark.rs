@@ -47,6 +47,11 @@ impl LowWater {
         Self { able, mark: 1, drained: false, bulk: false, waited_at: None, bytes: 0 }
     }
 
+    /// From here on a wait is for a byte.
+    pub(super) fn switch_off(&mut self) {
+        self.able = false;
+    }
+
     /// More of the same follows the last bytes, or that is not known.
     pub(super) fn set_bulk(&mut self, bulk: bool) {
         self.bulk = bulk && self.able;

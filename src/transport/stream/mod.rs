@@ -12,6 +12,7 @@ mod finish;
 pub(super) mod inherited;
 mod low_watermark;
 pub(super) mod patience;
+mod secured;
 pub(super) mod tcp;
 #[cfg(test)]
 mod tests;

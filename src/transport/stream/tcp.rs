@@ -28,9 +28,15 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     listen: |address, allow, stop| {
         let (host, port) = address.host();
         let listening = TcpListener::bind(host, port, allow, stop)?;
-        let addresses = listening.locals().map(|local| Address::tcp(host_of(local), local.port())).collect();
+        let tls = address.tls().cloned();
+        let here = |local: SocketAddr| Address::tcp(host_of(local), local.port());
+        let addresses = listening.locals().map(here).map(|here| match &tls {
+            Some(tls) => here.with_tls(tls.clone()),
+            None => here,
+        });
+        let addresses = addresses.collect();
         let open_to_network = !listening.is_loopback();
-        Ok(Box::new(Sockets { listening, addresses, open_to_network }))
+        Ok(Box::new(Sockets { listening, addresses, open_to_network, tls }))
     },
 };
 

@@ -80,7 +80,10 @@ impl crate::transport::Sealed for StreamChannel {}
 
 impl ByteSink for StreamChannel {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
-        self.send_by(&mut Copying, parts, stop)
+        match self.is_secured() {
+            true => self.send_secured(parts, stop),
+            false => self.send_by(&mut Copying, parts, stop),
+        }
     }
 
     /// Nothing is held back here.
@@ -122,6 +125,9 @@ impl StreamChannel {
         let room = into.iter().map(RecvPart::len).sum();
         if room == 0 {
             return Ok(0);
+        }
+        if self.is_secured() {
+            return self.recv_secured(into, stop);
         }
         let (end, stall) = (&*self.end, self.stall_in_recv());
         let fd = end.fd.as_fd();

@@ -23,7 +23,8 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     connect: |address, options, stop| connect(address.file(), options, stop),
     listen: |address, _, _| {
         let listening = UnixListener::bind(address.file())?;
-        Ok(Box::new(Sockets { listening, addresses: vec![address.clone()], open_to_network: false }))
+        let tls = address.tls().cloned();
+        Ok(Box::new(Sockets { listening, addresses: vec![address.clone()], open_to_network: false, tls }))
     },
 };
 

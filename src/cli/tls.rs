@@ -1,0 +1,49 @@
+//! Options of encrypted connections.
+
+use std::path::PathBuf;
+
+use ramwire::transport::{Address, Tls, TlsError, TlsOptions};
+
+/// Of a command that connects.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct SourceTlsArgs {
+    /// Encrypt all connections by TLS with the certificates in this folder, laid out as QEMU's tls-creds-x509: ca-cert.pem,
+    /// client-cert.pem, client-key.pem, and ca-crl.pem if there is one. tcp: and unix: only
+    #[arg(long, value_name = "DIR")]
+    tls_dir: Option<PathBuf>,
+    /// With --tls-dir: the host name or address that the destination's certificate must be for, if not that of the URI
+    #[arg(long, value_name = "NAME", requires = "tls_dir")]
+    tls_hostname: Option<String>,
+}
+
+impl SourceTlsArgs {
+    /// How the address is to be spoken to.
+    pub(super) fn at(&self, address: &Address) -> Result<Address, TlsError> {
+        let Some(dir) = &self.tls_dir else { return Ok(address.clone()) };
+        let mut options = TlsOptions::in_dir(dir);
+        options.hostname = self.tls_hostname.clone();
+        Ok(address.clone().with_tls(Tls::of_source(&options)?))
+    }
+}
+
+/// Of a command that listens.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct DestinationTlsArgs {
+    /// Take only connections that are encrypted by TLS, with the certificates in this folder, laid out as QEMU's
+    /// tls-creds-x509: ca-cert.pem, server-cert.pem, server-key.pem, and ca-crl.pem if there is one. tcp: and unix: only
+    #[arg(long, value_name = "DIR")]
+    tls_dir: Option<PathBuf>,
+    /// With --tls-dir: take sources that show no certificate (QEMU: verify-peer=off)
+    #[arg(long, requires = "tls_dir")]
+    tls_any_peer: bool,
+}
+
+impl DestinationTlsArgs {
+    /// How the address is to be listened on.
+    pub(super) fn at(&self, address: &Address) -> Result<Address, TlsError> {
+        let Some(dir) = &self.tls_dir else { return Ok(address.clone()) };
+        let mut options = TlsOptions::in_dir(dir);
+        options.verify_peer = !self.tls_any_peer;
+        Ok(address.clone().with_tls(Tls::of_destination(&options)?))
+    }
+}

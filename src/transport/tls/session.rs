@@ -1,0 +1,272 @@
+//! One TLS connection, which two threads may use at once: one reads, one writes.
+//!
+//! The state of a TLS connection is one for both directions: what comes may make the next bytes that leave another key's.
+//! So it lies behind a lock, and no call in here waits while it is held: the descriptor is non-blocking, and what has no
+//! room stays in the order in which it was encrypted. Whoever comes next, sends it on. Both directions may be full
+//! without either thread holding up the other.
+
+use std::io::{self, Read, Write};
+use std::os::fd::BorrowedFd;
+use std::sync::Mutex;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+use rustls::Connection;
+
+use super::TlsError;
+use super::refusal::{cut_off, refused};
+use crate::sys::{Lock as _, RecvPart};
+
+/// Bytes of one read of the descriptor: some records of 16 KiB.
+const INBOX: usize = 128 << 10;
+
+/// A connection, from before its handshake.
+#[derive(Debug)]
+pub(in crate::transport) struct TlsSession(Mutex<State>);
+
+#[derive(Debug)]
+struct State {
+    tls: Connection,
+    /// Came and was not decrypted yet: `from..to`.
+    inbox: Vec<u8>,
+    from: usize,
+    to: usize,
+    /// Decrypted and looked at, and not taken yet.
+    seen: Vec<u8>,
+    /// Nothing comes any more.
+    ended: bool,
+}
+
+impl TlsSession {
+    pub(super) fn new(mut tls: Connection) -> Self {
+        // What is encrypted at a time is bounded by who sends.
+        tls.set_buffer_limit(None);
+        let (inbox, seen) = (Vec::new(), Vec::new());
+        Self(Mutex::new(State { tls, inbox, from: 0, to: 0, seen, ended: false }))
+    }
+
+    /// True once the handshake is over.
+    pub(in crate::transport) fn is_open(&self) -> bool {
+        !self.0.locked().tls.is_handshaking()
+    }
+
+    /// Goes on with the handshake as far as it can without waiting; true when it is over.
+    ///
+    /// # Errors
+    /// `WouldBlock` where the peer's bytes are missing; [`TlsError`] inside, or the kernel's.
+    pub(in crate::transport) fn shake_hands(&self, fd: BorrowedFd<'_>) -> io::Result<bool> {
+        let mut state = self.0.locked();
+        while state.tls.is_handshaking() {
+            if !state.push(fd)? {
+                return Ok(false);
+            }
+            if state.tls.is_handshaking() && !state.take_in(fd)? {
+                return Err(cut_off());
+            }
+        }
+        state.push(fd)
+    }
+
+    /// Encrypts bytes, which wait to be sent behind those of before.
+    pub(in crate::transport) fn encrypt(&self, plain: &[u8]) -> io::Result<()> {
+        self.0.locked().tls.writer().write_all(plain)
+    }
+
+    /// Sends what waits; false if there was not room for all.
+    pub(in crate::transport) fn push(&self, fd: BorrowedFd<'_>) -> io::Result<bool> {
+        self.0.locked().push(fd)
+    }
+
+    /// Says that no byte follows.
+    pub(in crate::transport) fn close(&self) {
+        self.0.locked().tls.send_close_notify();
+    }
+
+    /// Why the peer ended the connection, if it has said so: a send fails without telling.
+    pub(in crate::transport) fn why_broken(&self, fd: BorrowedFd<'_>) -> Option<io::Error> {
+        let mut state = self.0.locked();
+        loop {
+            // What the peer has sent in front of it stays to be read; more than there is room for is no alert.
+            match state.take_in(fd) {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(error) => {
+                    return error.get_ref().is_some_and(|why| why.is::<TlsError>()).then_some(error);
+                }
+            }
+        }
+    }
+
+    /// Fills the parts with what has come; 0 is the end.
+    ///
+    /// # Errors
+    /// `WouldBlock` where nothing has; [`TlsError`] inside, or the kernel's.
+    pub(in crate::transport) fn recv(
+        &self,
+        fd: BorrowedFd<'_>,
+        into: &mut [RecvPart<'_>],
+    ) -> io::Result<usize> {
+        self.0.locked().recv(fd, into)
+    }
+
+    /// The first bytes that have come, which stay to be read; 0 is the end.
+    ///
+    /// # Errors
+    /// As [`recv`](Self::recv).
+    pub(in crate::transport) fn peek(&self, fd: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<usize> {
+        let mut state = self.0.locked();
+        let mut buffer = vec![0; into.len()];
+        while state.seen.len() < into.len() {
+            let room = into.len() - state.seen.len();
+            match state.recv_new(fd, &mut [RecvPart::Own(&mut buffer[..room])]) {
+                Ok(0) => break,
+                Ok(count) => state.seen.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !state.seen.is_empty() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        let count = state.seen.len().min(into.len());
+        into[..count].copy_from_slice(&state.seen[..count]);
+        Ok(count)
+    }
+}
+
+impl State {
+    fn push(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
+        while self.tls.wants_write() {
+            match self.tls.write_tls(&mut Descriptor(fd)) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    fn recv(&mut self, fd: BorrowedFd<'_>, into: &mut [RecvPart<'_>]) -> io::Result<usize> {
+        if self.seen.is_empty() {
+            return self.recv_new(fd, into);
+        }
+        let count = scatter(&self.seen, into);
+        self.seen.drain(..count);
+        Ok(count)
+    }
+
+    /// What has not been looked at.
+    fn recv_new(&mut self, fd: BorrowedFd<'_>, into: &mut [RecvPart<'_>]) -> io::Result<usize> {
+        let room: usize = into.iter().map(RecvPart::len).sum();
+        let mut filled = 0;
+        loop {
+            filled += self.take_plain(into, filled)?;
+            if filled == room || self.ended {
+                return Ok(filled);
+            }
+            // Another read of the descriptor only if nothing is there.
+            if self.from == self.to && filled > 0 {
+                return Ok(filled);
+            }
+            self.take_in(fd)?;
+        }
+    }
+
+    /// Decrypted bytes into the parts, behind the first `skip` of them.
+    fn take_plain(&mut self, into: &mut [RecvPart<'_>], mut skip: usize) -> io::Result<usize> {
+        let mut taken = 0;
+        for part in into {
+            if skip >= part.len() {
+                skip -= part.len();
+                continue;
+            }
+            let wanted = part.len() - skip;
+            let got = match part {
+                RecvPart::Own(room) => read_some(&mut self.tls, &mut room[skip..])?,
+                RecvPart::Guest(span) => {
+                    let mut got = 0;
+                    let mut piece = [0; 4096];
+                    while got < wanted {
+                        let most = piece.len().min(wanted - got);
+                        let count = read_some(&mut self.tls, &mut piece[..most])?;
+                        let Some(room) = span.part(skip + got, count).filter(|_| count > 0) else { break };
+                        room.copy_from(&piece[..count]);
+                        got += count;
+                    }
+                    got
+                }
+            };
+            (taken, skip) = (taken + got, 0);
+            if got < wanted {
+                break;
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Decrypts what has come, or reads the descriptor once; false at its end.
+    fn take_in(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
+        if self.from == self.to {
+            self.inbox.resize(INBOX, 0);
+            (self.from, self.to) = (0, 0);
+            self.to = match rustix::net::recv(fd, &mut self.inbox[..], RecvFlags::DONTWAIT) {
+                Ok((0, _)) => {
+                    self.ended = true;
+                    return if self.tls.is_handshaking() { Err(cut_off()) } else { Ok(false) };
+                }
+                Ok((count, _)) => count,
+                Err(errno) => return Err(errno.into()),
+            };
+        }
+        let mut come = &self.inbox[self.from..self.to];
+        let before = come.len();
+        self.tls.read_tls(&mut come)?;
+        self.from += before - come.len();
+        let done = self.tls.process_new_packets();
+        // Answers of the handshake, of a change of keys, and what tells the peer why it is refused.
+        let pushed = self.push(fd);
+        let state = done.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, refused(&error)))?;
+        pushed?;
+        self.ended |= state.peer_has_closed();
+        Ok(!self.ended)
+    }
+}
+
+fn read_some(tls: &mut Connection, room: &mut [u8]) -> io::Result<usize> {
+    match tls.reader().read(room) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        read => read,
+    }
+}
+
+/// Copies as much as fits.
+fn scatter(mut bytes: &[u8], into: &mut [RecvPart<'_>]) -> usize {
+    let all = bytes.len();
+    for part in into {
+        let count = part.len().min(bytes.len());
+        match part {
+            RecvPart::Own(room) => room[..count].copy_from_slice(&bytes[..count]),
+            RecvPart::Guest(span) => {
+                span.copy_from(&bytes[..count]);
+            }
+        }
+        bytes = &bytes[count..];
+    }
+    all - bytes.len()
+}
+
+/// Takes what a socket has room for.
+struct Descriptor<'a>(BorrowedFd<'a>);
+
+impl Write for Descriptor<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        rustix::net::send(self.0, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).map_err(Errno::into)
+    }
+
+    fn write_vectored(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        rustix::net::sendmsg(self.0, parts, &mut Default::default(), flags).map_err(Errno::into)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
