@@ -3,11 +3,13 @@
 
 mod common;
 
+use std::io::Write as _;
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 
 use common::{
     Deadline,
-    certificates::Authority,
+    certificates::{Authority, Wanted},
     memory::{Pattern, compare, fill},
     qemu::{Guest, Machine, Qemu, Version, peers_present},
     ramwire::Ramwire,
@@ -101,4 +103,117 @@ fn page_channels_are_encrypted_each_from_every_qemu_and_to_it() {
             there_and_back(version, 2, version == Version::Newest);
         }
     }
+}
+
+/// What one of the ends has in its folder.
+#[derive(Clone, Copy, Debug)]
+enum Has {
+    Certificate(Wanted),
+    /// Of another authority.
+    Strange,
+    /// Only the authority's.
+    Nothing,
+    /// No `--tls-dir`.
+    Plain,
+}
+
+const EXPIRED: Wanted = Wanted { years: (2020, 2021), ..Wanted::GOOD };
+const EARLY: Wanted = Wanted { years: (2199, 2200), ..Wanted::GOOD };
+const REVOKED: Wanted = Wanted { serial: 66, ..Wanted::GOOD };
+
+/// A certificate that the source or its destination should not take: which end's, and what each end says. The destination
+/// is then the same for a good source, if its own certificate is good.
+#[test]
+fn what_should_not_come_in_is_refused_by_name_and_listening_goes_on() {
+    let (good, own) = (Has::Certificate(Wanted::GOOD), Wanted::GOOD);
+    let elsewhere = Has::Certificate(Wanted { names: &["elsewhere.example"], ..own });
+    let nameless = Has::Certificate(Wanted { names: &[], ..own });
+    for (source, destination, there, here) in [
+        (Has::Strange, good, "another authority", "does not know"),
+        (Has::Certificate(EXPIRED), good, "certificate has expired; renew it", "not valid now"),
+        (Has::Certificate(EARLY), good, "is not valid yet; set the clocks", "certificate"),
+        (Has::Certificate(REVOKED), good, "was revoked", "was revoked"),
+        (Has::Nothing, good, "shows no certificate", "asks for a certificate; put client-cert.pem"),
+        (Has::Plain, good, "does not speak TLS", "TLS alert, and nothing is encrypted here; switch TLS on"),
+        (good, Has::Plain, "it begins a TLS handshake", "in the TLS handshake; see whether it has TLS"),
+        (good, Has::Strange, "does not know", "another authority"),
+        (good, Has::Certificate(EXPIRED), "not valid now", "certificate has expired"),
+        (good, Has::Certificate(EARLY), "not valid now", "is not valid yet"),
+        (good, Has::Certificate(REVOKED), "was revoked", "was revoked"),
+        (good, elsewhere, "certificate", "is for elsewhere.example, not for 127.0.0.1; "),
+        (good, nameless, "certificate", "no subjectAltName; issue one with"),
+    ] {
+        let what = format!("{source:?} to {destination:?}");
+        let dir = scratch();
+        let (ours, strange) = (Authority::new("the authority"), Authority::new("a stranger"));
+        let folder = |name: &str, end: &str, has: Has| {
+            let folder = ours.folder(dir.path().join(name));
+            ours.revoke(&folder, &[66]);
+            match has {
+                Has::Certificate(wanted) => ours.issue(&folder, end, wanted),
+                Has::Strange => strange.issue(&folder, end, Wanted::GOOD),
+                Has::Nothing => ["cert", "key"].into_iter().for_each(|kind| {
+                    std::fs::remove_file(folder.join(format!("{end}-{kind}.pem"))).unwrap();
+                }),
+                Has::Plain => {}
+            }
+            (!matches!(has, Has::Plain)).then(|| format!("--tls-dir={}", folder.display()))
+        };
+        fill(&dir.path().join("ram"), 1, Pattern::Mixed { seed: 3 });
+        let block = format!("m0={}", dir.path().join("ram").display());
+        let theirs = folder("there", "server", destination);
+        let mut receive = vec!["receive", "tcp:127.0.0.1:0", "--json"];
+        receive.extend(theirs.as_deref());
+        receive.push("--dir");
+        let mut receiver = Ramwire::start(dir.path(), &receive, dir.path().join("guest"));
+        let uri = receiver.listening();
+        let send = |name: &str, has| {
+            let tls = folder(name, "client", has);
+            let mut send = vec!["send", &uri, "--json", "--peer=ramwire"];
+            send.extend(tls.as_deref());
+            send.push("--ram");
+            Ramwire::start(dir.path(), &send, &block)
+        };
+        let text = send("here", source).failed(Deadline::seconds(60), 3);
+        assert!(text.contains(here), "{what}: here {here:?}: {text}");
+        let told = || receiver.errors();
+        let heard = Deadline::seconds(60).poll("the destination's word", told, || {
+            receiver.errors().contains("listening goes on").then(|| receiver.errors())
+        });
+        assert!(heard.contains(there), "{what}: there {there:?}: {heard}");
+        // The same source that has what it needs comes in.
+        if let Has::Certificate(Wanted { serial: 1, names: [_, _, _], years: (2020, 2200) }) = destination {
+            let report = send("again", good).finished(Deadline::seconds(60), 0);
+            assert_eq!(report["status"], "completed", "{what}: {report}");
+            assert_eq!(receiver.finished(Deadline::seconds(60), 0)["arrived"], true, "{what}");
+        }
+    }
+}
+
+/// One that says nothing and one that stops in the handshake are in nobody's way, and are closed after a while.
+#[test]
+fn a_source_that_stops_in_the_handshake_makes_nobody_wait() {
+    let dir = scratch();
+    let certificates = Authority::new("the authority").folder(dir.path().join("certificates"));
+    let tls = format!("--tls-dir={}", certificates.display());
+    let receive = ["receive", "tcp:127.0.0.1:0", "--json", "--stall-timeout=2", &tls, "--dir"];
+    let mut receiver = Ramwire::start(dir.path(), &receive, dir.path().join("guest"));
+    let uri = receiver.listening();
+    let silent = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
+    let mut stopped = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
+    // A record of a handshake: 512 bytes are announced, and four come.
+    stopped.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252]).unwrap();
+    let told = || receiver.errors();
+    Deadline::seconds(60).poll("both are closed", told, || {
+        (receiver.errors().matches("it has not finished its TLS handshake; listening goes on").count() == 2)
+            .then_some(())
+    });
+    let _also = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
+    fill(&dir.path().join("ram"), 1, Pattern::Mixed { seed: 3 });
+    let send = ["send", &uri, "--json", "--peer=ramwire", &tls, "--ram"];
+    let block = format!("m0={}", dir.path().join("ram").display());
+    let report = Ramwire::start(dir.path(), &send, block).finished(Deadline::seconds(60), 0);
+    assert_eq!(report["status"], "completed", "{report}");
+    assert_eq!(receiver.finished(Deadline::seconds(60), 0)["arrived"], true);
+    drop((silent, stopped));
 }

@@ -65,6 +65,7 @@ impl DecodeError {
     pub fn remedy(&self) -> Option<Remedy> {
         match self {
             Self::Corrupt(Corrupt { fault: Fault::TooMuchRam { .. }, .. }) => Some(Remedy::RaiseRamLimit),
+            Self::Corrupt(Corrupt { fault: Fault::TlsAlert, .. }) => Some(Remedy::AlignTls),
             _ => None,
         }
     }
@@ -194,6 +195,9 @@ pub enum Fault {
         /// Its announced length.
         len: u16,
     },
+    /// The peer answers by TLS, where nothing is encrypted.
+    #[error("the peer answers with a TLS alert, and nothing is encrypted here; {}", Remedy::AlignTls)]
+    TlsAlert,
     /// A message type of the return path that does not exist.
     #[error("return-path message {number} does not exist")]
     Message {

@@ -104,6 +104,9 @@ fn name(writer: &mut Writer<'_>, block: &str) {
     writer.u8(bytes.len() as u8).bytes(bytes);
 }
 
+/// The first bytes of a TLS alert, as a message's number: the record's kind and the major version.
+const TLS_ALERT: u16 = 0x1503;
+
 /// Decodes one message, 4 to 516 bytes.
 ///
 /// # Errors
@@ -113,7 +116,11 @@ fn name(writer: &mut Writer<'_>, block: &str) {
 pub fn decode_message(input: &[u8]) -> Result<(Message<'_>, usize), DecodeError> {
     let mut reader = Reader::new(input);
     let number = reader.be16()?;
-    let what = name_of(number).ok_or_else(|| DecodeError::corrupt(0, Fault::Message { number }))?;
+    let unknown = || match number {
+        TLS_ALERT => Fault::TlsAlert,
+        number => Fault::Message { number },
+    };
+    let what = name_of(number).ok_or_else(|| DecodeError::corrupt(0, unknown()))?;
     let len = reader.be16()?;
     let malformed = || DecodeError::corrupt(2, Fault::Body { what, len });
     let fits = match number {
@@ -243,6 +250,7 @@ mod tests {
         #[rustfmt::skip]
         let cases: &[(&str, &[u8], DecodeError)] = &[
             ("type 0",                b"\0\0\0\x04\0\0\0\0",                  DecodeError::corrupt(0, Fault::Message { number: 0 })),
+            ("a TLS alert",           b"\x15\x03\x03\0\x02",                 DecodeError::corrupt(0, Fault::TlsAlert)),
             ("type 8",                b"\0\x08\0\0",                          DecodeError::corrupt(0, Fault::Message { number: 8 })),
             ("SHUT of 2 bytes",       b"\0\x01\0\x02\0\0",                    body("SHUT", 2)),
             ("an ACK with a body",    b"\0\x07\0\x01\0",                      body("SWITCHOVER_ACK", 1)),

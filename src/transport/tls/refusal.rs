@@ -62,7 +62,9 @@ fn of_certificate(error: &CertificateError) -> (String, Remedy) {
             );
         }
         E::NotValidForNameContext { expected, presented } => {
-            let (expected, presented) = (expected.to_str(), presented.join(", "));
+            let expected = expected.to_str();
+            let presented: Vec<_> = presented.iter().map(|name| bare(name)).collect();
+            let presented = presented.join(", ");
             let what = format!("the other end's certificate is for {presented}, not for {expected}");
             return (what, Remedy::NameTlsHost);
         }
@@ -79,6 +81,12 @@ fn of_certificate(error: &CertificateError) -> (String, Remedy) {
         }
     };
     (format!("the other end's certificate {what}"), Remedy::Advice(remedy))
+}
+
+/// A name of a certificate, without what rustls puts around it: `DnsName("host")`.
+fn bare(name: &str) -> &str {
+    let inner = name.split_once('(').and_then(|(_, inner)| inner.strip_suffix(')'));
+    inner.map_or(name, |inner| inner.trim_matches('"'))
 }
 
 fn of_alert(alert: AlertDescription) -> (String, Remedy) {

@@ -55,16 +55,11 @@ impl TlsSession {
     /// # Errors
     /// `WouldBlock` where the peer's bytes are missing; [`TlsError`] inside, or the kernel's.
     pub(in crate::transport) fn shake_hands(&self, fd: BorrowedFd<'_>) -> io::Result<bool> {
-        let mut state = self.0.locked();
-        while state.tls.is_handshaking() {
-            if !state.push(fd)? {
-                return Ok(false);
-            }
-            if state.tls.is_handshaking() && !state.take_in(fd)? {
-                return Err(cut_off());
-            }
-        }
-        state.push(fd)
+        self.0.locked().shake_hands(fd).map_err(|error| match error.kind() {
+            // A peer that takes the handshake for something else leaves it unread, which is a reset.
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => cut_off(),
+            _ => error,
+        })
     }
 
     /// Encrypts bytes, which wait to be sent behind those of before.
@@ -132,6 +127,18 @@ impl TlsSession {
 }
 
 impl State {
+    fn shake_hands(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
+        while self.tls.is_handshaking() {
+            if !self.push(fd)? {
+                return Ok(false);
+            }
+            if self.tls.is_handshaking() && !self.take_in(fd)? {
+                return Err(cut_off());
+            }
+        }
+        self.push(fd)
+    }
+
     fn push(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
         while self.tls.wants_write() {
             match self.tls.write_tls(&mut Descriptor(fd)) {
