@@ -89,6 +89,7 @@
 //! |---------|------|-------------------|
 //! | `kvm` | KVM's dirty log and dirty rings as dirty sources | |
 //! | `rdma` | the `rdma:` transport; librdmacm and libibverbs are loaded at run time | cmake, a C compiler, libclang |
+//! | `tls` | TLS for `tcp:` and `unix:` (`transport::Tls`), as QEMU's `tls-creds-x509` | a C compiler |
 //! | `vm-memory` | RAM blocks over the memory of rust-vmm's `vm-memory` | |
 //! | `cli` | the command `ramwire`; brings `testing` | |
 //! | `testing` | a guest without a machine (`guest::synthetic`), links that fail on purpose, and the inner modules | |
