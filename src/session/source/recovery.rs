@@ -36,6 +36,8 @@ use crate::session::{Breakage, Error, ErrorKind};
 /// Between two attempts to connect: the first, and the longest.
 const FIRST_RETRY_INTERVAL: Duration = Duration::from_millis(5);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// Each of so many lost connections is followed by one attempt, however late.
+const LATE_ATTEMPTS: u32 = 8;
 /// Bitmaps that are asked for ahead of their answers. A peer that writes one reads no request meanwhile, so few enough that
 /// they fit into any connection.
 const MAX_ASKED: usize = 8;
@@ -105,8 +107,37 @@ impl Reconnect for Redial {
 #[derive(Default)]
 pub(super) struct Recovery {
     reconnect: Option<Box<dyn Reconnect>>,
-    /// Since when the ends have not agreed to go on.
-    lost_since: Option<Instant>,
+    /// From the loss of a connection until the ends have agreed to go on.
+    loss: Option<Loss>,
+}
+
+/// A connection was lost, and perhaps others after it, before the ends agreed to go on.
+struct Loss {
+    since: Instant,
+    /// Before the next attempt. It grows with each, also where one succeeds and the connection is lost again at once: a
+    /// listener that accepts and closes does not keep the source busy.
+    pause: Duration,
+    /// Attempts after the end of the time that may still be made.
+    late: u32,
+}
+
+impl Loss {
+    fn new() -> Self {
+        Self { since: Instant::now(), pause: Duration::ZERO, late: LATE_ATTEMPTS }
+    }
+
+    /// How long to wait before the next attempt. The first is made at once.
+    fn next_pause(&mut self) -> Duration {
+        let longer = (self.pause * 2).clamp(FIRST_RETRY_INTERVAL, MAX_RETRY_INTERVAL);
+        std::mem::replace(&mut self.pause, longer)
+    }
+
+    /// True where one more attempt may be made although the time is over.
+    fn takes_late_attempt(&mut self) -> bool {
+        let may = self.late > 0;
+        self.late = self.late.saturating_sub(1);
+        may
+    }
 }
 
 impl Recovery {
@@ -177,33 +208,7 @@ impl SourceSession {
             let _ = self.guest.control.resume();
         }
         let after = self.settings.postcopy.as_ref().map_or(Duration::ZERO, |p| p.reconnect_timeout);
-        let since = *self.missing.recovery.lost_since.get_or_insert_with(Instant::now);
-        let mut interval = FIRST_RETRY_INTERVAL;
-        let mut must_be_told = self.must_be_told();
-        // Each loss is worth one attempt, however late.
-        let mut left = after.saturating_sub(since.elapsed()).max(FIRST_RETRY_INTERVAL);
-        let connected = loop {
-            if left == Duration::ZERO {
-                break Err(unreachable_again(after));
-            }
-            let attempt = self.driver.control.connection().next();
-            let stop = attempt.stop.within(left);
-            left = after.saturating_sub(since.elapsed());
-            must_be_told &= attempt.address.is_none();
-            if attempt.held || must_be_told {
-                stop.sleep(left);
-                continue;
-            }
-            match self.missing.recovery.connect(attempt.address.as_ref(), &stop) {
-                Ok(connection) => break Ok(connection),
-                Err(error) => {
-                    tracing::debug!(error = %Chain(&error), "the destination is not reached again yet")
-                }
-            }
-            stop.sleep(interval);
-            interval = (interval * 2).min(MAX_RETRY_INTERVAL);
-        };
-        let NewConnection { sink, back } = connected?;
+        let NewConnection { sink, back } = self.next_connection(after)?;
         let link = Box::new(InlineLink::new(sink, Arc::clone(&self.guest.memory)));
         let mut back = ReturnPath::new(back);
         back.acknowledge_at_once();
@@ -211,6 +216,43 @@ impl SourceSession {
         self.wire.stop = self.driver.control.connection().connected();
         self.figures.shared().update(|s| s.status = Status::PostcopyRecover);
         Ok(SourceEvent::Done)
+    }
+
+    /// Tries until an attempt succeeds or the time is over.
+    fn next_connection(&mut self, after: Duration) -> Result<NewConnection, Error> {
+        let mut must_be_told = self.must_be_told();
+        let (driver, recovery) = (&self.driver, &mut self.missing.recovery);
+        recovery.loss.get_or_insert_with(Loss::new);
+        let mut tried = false;
+        while let Some(loss) = &mut recovery.loss {
+            let left = after.saturating_sub(loss.since.elapsed());
+            let late = left == Duration::ZERO;
+            // Each loss is worth one attempt, however late.
+            if late && (tried || !loss.takes_late_attempt()) {
+                break;
+            }
+            let left = left.max(FIRST_RETRY_INTERVAL);
+            let attempt = driver.control.connection().next();
+            must_be_told &= attempt.address.is_none();
+            if attempt.held || must_be_told {
+                attempt.stop.sleep(left);
+                continue;
+            }
+            let stop = attempt.stop.within(left);
+            let at_once = late || attempt.address.is_some();
+            // Another command ends it, or the end of the time.
+            if !at_once && stop.sleep(loss.next_pause()).is_some() {
+                continue;
+            }
+            tried = true;
+            match recovery.connect(attempt.address.as_ref(), &stop) {
+                Ok(connection) => return Ok(connection),
+                Err(error) => {
+                    tracing::debug!(error = %Chain(&error), "the destination is not reached again yet")
+                }
+            }
+        }
+        Err(unreachable_again(after))
     }
 
     /// A QEMU from 10.1 on with postcopy-preempt goes on listening. It takes a connection that comes before it has seen the loss
@@ -320,7 +362,7 @@ impl SourceSession {
             }
             check_deadline(&stop)?;
         }
-        self.missing.recovery.lost_since = None;
+        self.missing.recovery.loss = None;
         self.error = None;
         self.figures.shared().update(|s| s.status = Status::PostcopyActive);
         Ok(SourceEvent::Done)

@@ -1,16 +1,21 @@
 //! A switch to postcopy between two ramwires.
 #![allow(clippy::unwrap_used)]
 
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::{Machine, bytes, ends_with, guest};
 use crate::engine::{Ending, Outcome, PostcopyRule};
+use crate::guest::MappedGuest;
 use crate::observe::Status;
 use crate::session::*;
 use crate::stream::qemu::file::Configuration;
 use crate::sys::Stop;
-use crate::transport::{Address, AllowList, Listener, StreamBreaker, StreamOptions, connect};
+use crate::transport::{
+    Address, AllowList, Listener, OpenError, StreamBreaker, StreamChannel, StreamOptions, connect,
+};
 use crate::units::{BlockIndex, Rate};
 
 #[test]
@@ -81,6 +86,54 @@ fn listen(breakers: &Arc<Mutex<Vec<StreamBreaker>>>) -> ([Address; 2], impl Next
     (addresses, next)
 }
 
+/// Two ends over sockets that switch to postcopy at once, at a pace by which all pages would take ten times what is needed.
+struct SocketEnds {
+    source: SourceSession,
+    destination: DestinationSession,
+    from: Arc<MappedGuest>,
+    to: Arc<MappedGuest>,
+    near: Machine,
+    far: Machine,
+    breakers: Arc<Mutex<Vec<StreamBreaker>>>,
+    /// The destination listens there as well.
+    elsewhere: Address,
+}
+
+impl SocketEnds {
+    /// Guests of blocks of these pages, none of the first block's zero. `set` changes the source's settings.
+    fn new(pages: &[u64], goes_on: bool, set: impl FnOnce(&mut PostcopySettings)) -> Self {
+        let (from, to) = (guest(pages), guest(pages));
+        for page in 0..pages[0] {
+            let span = from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap();
+            span.copy_from(&[page as u8 | 1; 4096]);
+        }
+        let breakers = Arc::new(Mutex::new(Vec::new()));
+        let ([here, elsewhere], mut next) = listen(&breakers);
+        let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
+        (postcopy.max_bandwidth, postcopy.reconnect_timeout) =
+            (Rate::limit(200 << 10), Duration::from_secs(100));
+        set(&mut postcopy);
+        let mut settings =
+            SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
+        (settings.guest_stands_still, settings.postcopy) = (true, Some(postcopy));
+        let channel = connect(&here, &StreamOptions::default(), &Stop::never()).unwrap();
+        let connection = SourceConnection::over(channel, from.clone());
+        let [near, far] = [Machine::running(b"devices"), Machine::default()];
+        let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(near.clone()) };
+        let mut source = SourceSession::new(source, connection, settings);
+        let channel = next.next(&Stop::never()).unwrap();
+        let settings = DestinationSettings { postcopy: true, ..Default::default() };
+        let arriving = DestinationGuest { memory: Box::new(to.clone()), control: Box::new(far.clone()) };
+        let mut destination =
+            DestinationSession::new(arriving, DestinationConnection::over(channel), settings);
+        if goes_on {
+            source = source.with_reconnect(Box::new(Redial::new(here, StreamOptions::default())));
+            destination = destination.with_next_connection(Box::new(next));
+        }
+        Self { source, destination, from, to, near, far, breakers, elsewhere }
+    }
+}
+
 fn until(what: &str, is_so: impl Fn() -> bool) {
     let until = Instant::now() + Duration::from_secs(100);
     while !is_so() {
@@ -92,30 +145,8 @@ fn until(what: &str, is_so: impl Fn() -> bool) {
 /// The connection breaks five times and is replaced; it is given up by command, and goes on at another address when told.
 #[test]
 fn p9_p11_two_ramwires_go_on_over_other_connections() {
-    const PAGES: u64 = 2000;
-    let (from, to) = (guest(&[PAGES, 7]), guest(&[PAGES, 7]));
-    for page in 0..PAGES {
-        let span = from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap();
-        span.copy_from(&[page as u8 | 1; 4096]);
-    }
-    let breakers = Arc::new(Mutex::new(Vec::new()));
-    let ([here, elsewhere], mut next) = listen(&breakers);
-    let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
-    // All pages would take ten times what is needed of them.
-    (postcopy.max_bandwidth, postcopy.reconnect_timeout) = (Rate::limit(200 << 10), Duration::from_secs(100));
-    let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    (settings.guest_stands_still, settings.postcopy) = (true, Some(postcopy));
-    let channel = connect(&here, &StreamOptions::default(), &Stop::never()).unwrap();
-    let connection = SourceConnection::over(channel, from.clone());
-    let [near, far] = [Machine::running(b"devices"), Machine::default()];
-    let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(near.clone()) };
-    let again = Redial::new(here, StreamOptions::default());
-    let source = SourceSession::new(source, connection, settings).with_reconnect(Box::new(again));
-    let channel = next.next(&Stop::never()).unwrap();
-    let settings = DestinationSettings { postcopy: true, ..Default::default() };
-    let arriving = DestinationGuest { memory: Box::new(to.clone()), control: Box::new(far.clone()) };
-    let destination = DestinationSession::new(arriving, DestinationConnection::over(channel), settings)
-        .with_next_connection(Box::new(next));
+    let ends = SocketEnds::new(&[2000, 7], true, |_| {});
+    let SocketEnds { source, destination, from, to, near, far, breakers, elsewhere } = ends;
     let control = source.control();
     assert!(control.pause().is_err() && control.recover(elsewhere.clone()).is_err(), "not switched yet");
     let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
@@ -153,26 +184,8 @@ fn p9_p11_two_ramwires_go_on_over_other_connections() {
 #[test]
 fn what_is_missing_for_good_never_reads_as_zero() {
     const PAGES: u64 = 2000;
-    let (from, to) = (guest(&[PAGES]), guest(&[PAGES]));
-    for page in 0..PAGES {
-        from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap().copy_from(&[7; 4096]);
-    }
-    let breakers = Arc::new(Mutex::new(Vec::new()));
-    let ([here, _], mut next) = listen(&breakers);
-    let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
-    // All pages would take 40 s.
-    postcopy.max_bandwidth = Rate::limit(200 << 10);
-    let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    (settings.guest_stands_still, settings.postcopy) = (true, Some(postcopy));
-    let channel = connect(&here, &StreamOptions::default(), &Stop::never()).unwrap();
-    let connection = SourceConnection::over(channel, from.clone());
-    let [near, far] = [Machine::running(b"devices"), Machine::default()];
-    let source = SourceGuest { memory: from, dirty: Vec::new(), control: Box::new(near.clone()) };
-    let source = SourceSession::new(source, connection, settings);
-    let channel = next.next(&Stop::never()).unwrap();
-    let settings = DestinationSettings { postcopy: true, ..Default::default() };
-    let arriving = DestinationGuest { memory: Box::new(to.clone()), control: Box::new(far.clone()) };
-    let destination = DestinationSession::new(arriving, DestinationConnection::over(channel), settings);
+    let ends = SocketEnds::new(&[PAGES], false, |postcopy| postcopy.reconnect_timeout = Duration::ZERO);
+    let SocketEnds { source, destination, to, near, far, breakers, .. } = ends;
     let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
     until("it runs there", || far.runs() && destination.progress().pages.normal > 0);
     breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
@@ -218,7 +231,7 @@ fn a_destination_that_sees_no_fault_of_the_kernel_refuses_before_a_page_comes() 
 }
 
 /// Reads pages of a guest that runs where they are missing, as its vCPU would.
-fn touch(to: &crate::guest::MappedGuest, pages: std::ops::Range<u64>) {
+fn touch(to: &MappedGuest, pages: std::ops::Range<u64>) {
     for page in pages {
         let mut bytes = [0; 4096];
         to.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap().copy_to(&mut bytes);
@@ -231,31 +244,8 @@ fn touch(to: &crate::guest::MappedGuest, pages: std::ops::Range<u64>) {
 fn p4_p14_urgent_pages_go_on_a_connection_of_their_own() {
     const PAGES: u64 = 2000;
     for cuts in [false, true] {
-        let (from, to) = (guest(&[PAGES]), guest(&[PAGES]));
-        for page in 0..PAGES {
-            let span = from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap();
-            span.copy_from(&[page as u8 | 1; 4096]);
-        }
-        let breakers = Arc::new(Mutex::new(Vec::new()));
-        let ([here, _], mut next) = listen(&breakers);
-        let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
-        // All pages would take 40 s.
-        (postcopy.max_bandwidth, postcopy.preempt) = (Rate::limit(200 << 10), true);
-        postcopy.reconnect_timeout = Duration::from_secs(100);
-        let mut settings =
-            SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-        (settings.guest_stands_still, settings.postcopy) = (true, Some(postcopy));
-        let channel = connect(&here, &StreamOptions::default(), &Stop::never()).unwrap();
-        let connection = SourceConnection::over(channel, from.clone());
-        let [near, far] = [Machine::running(b"devices"), Machine::default()];
-        let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(near.clone()) };
-        let again = Redial::new(here, StreamOptions::default());
-        let source = SourceSession::new(source, connection, settings).with_reconnect(Box::new(again));
-        let channel = next.next(&Stop::never()).unwrap();
-        let settings = DestinationSettings { postcopy: true, ..Default::default() };
-        let arriving = DestinationGuest { memory: Box::new(to.clone()), control: Box::new(far.clone()) };
-        let destination = DestinationSession::new(arriving, DestinationConnection::over(channel), settings)
-            .with_next_connection(Box::new(next));
+        let ends = SocketEnds::new(&[PAGES], true, |postcopy| postcopy.preempt = true);
+        let SocketEnds { source, destination, from, to, near, far, breakers, .. } = ends;
         let control = source.control();
         let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
         until("it runs there", || far.runs());
@@ -306,4 +296,32 @@ fn a_connection_for_urgent_pages_that_can_not_be_is_refused_and_the_guest_runs_o
         assert!(sent.guest_is_safe_here() && ends.source_machine.runs(), "{:?}", sent.error);
         assert_eq!((sent.statistics.pages.normal, sent.urgent_pages), (0, 0));
     }
+}
+
+/// What accepts connections and closes them is asked again at the pace of attempts that fail, and not beyond the time.
+#[test]
+fn a_listener_that_closes_each_connection_at_once_does_not_keep_the_source_busy() {
+    struct Closes(Arc<AtomicU32>);
+    impl Reconnect for Closes {
+        fn connect(&mut self, _address: Option<&Address>, _stop: &Stop) -> Result<NewConnection, OpenError> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            let (near, _) = UnixStream::pair().unwrap();
+            let channel =
+                StreamChannel::from_fd(near.into(), "a closing listener", &StreamOptions::default());
+            Ok(NewConnection::over(channel.unwrap()).unwrap())
+        }
+    }
+    let ends =
+        SocketEnds::new(&[2000], false, |postcopy| postcopy.reconnect_timeout = Duration::from_millis(300));
+    let attempts = Arc::new(AtomicU32::new(0));
+    let source = ends.source.with_reconnect(Box::new(Closes(attempts.clone())));
+    let (destination, source) = (ends.destination.spawn().unwrap(), source.spawn().unwrap());
+    until("it runs there", || ends.far.runs() && destination.progress().pages.normal > 0);
+    ends.breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
+    let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+    assert_eq!((sent.outcome, arrived.ending), (Outcome::Incomplete, Ending::Incomplete));
+    assert!(!ends.near.runs() && ends.far.runs());
+    // At once, after 5, 10, 20, 40, 80 and 160 ms, and eight after the end of the time.
+    let attempts = attempts.load(Ordering::Relaxed);
+    assert!((1..=15).contains(&attempts), "{attempts}");
 }
