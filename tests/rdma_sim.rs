@@ -13,9 +13,9 @@ use ramwire::session::{
     SourceReport, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
-use ramwire::sys::{CancelToken, Mapping, SendPart, Stop};
+use ramwire::sys::{CancelToken, Mapping, RecvPart, SendPart, Stop};
 use ramwire::transport::rdma::{RdmaListener, connect_over};
-use ramwire::transport::{AllowList, RdmaOptions, StreamOptions};
+use ramwire::transport::{AllowList, ChannelError, RdmaOptions, StreamOptions};
 use ramwire::units::{BlockIndex, PageSize};
 use rdma_hooks::Fabric;
 use rdma_hooks::fabric::{ConnectParams, FabricError};
@@ -222,6 +222,51 @@ fn no_stream_byte_passes_while_a_round_is_open() {
     assert!(refused.map_or(true, |sent| sent.is_err()));
     drop((connection, part));
     assert!(destination.join().unwrap());
+}
+
+/// Bytes come three times the stall time after the ones before. Where the peer may be silent, or the caller's own time alone
+/// counts, they are waited for.
+#[test]
+fn silence_is_a_stall_only_where_the_peer_may_not_be_silent() {
+    for (quiet, outlasts) in [(false, false), (true, false), (false, true)] {
+        let sim = Sim::new(SimConfig::default());
+        let (here, there) = (sim.fabric(Host::A), sim.fabric(Host::B));
+        let (mut options, stop) = (StreamOptions::default(), Stop::on(&CancelToken::default()));
+        options.stall = Some(Duration::from_secs(1));
+        let part = there.enter();
+        let far_stop = stop.clone();
+        let mut listener =
+            RdmaListener::bind(Arc::new(there), "10.0.0.2", 4444, AllowList::default()).unwrap();
+        let destination = std::thread::spawn(move || {
+            let _part = part;
+            let mut accepted = listener.accept(&options, &RdmaOptions::default(), &far_stop).unwrap();
+            let (stream, mut room) = (accepted.link.stream(), [0; 64]);
+            assert_eq!(stream.recv(&mut [RecvPart::Own(&mut room)], &far_stop).unwrap(), 4);
+            stream.set_quiet(quiet);
+            if outlasts {
+                stream.outlast(Duration::from_secs(60));
+            }
+            stream.recv(&mut [RecvPart::Own(&mut room)], &far_stop)
+        });
+        let part = here.enter();
+        let rdma = RdmaOptions::default();
+        let mut connection =
+            connect_over(Arc::new(here), "10.0.0.2", 4444, filled(), &options, &rdma, &stop).unwrap();
+        connection.link.sink().send(&[SendPart::Own(b"head")], &stop).unwrap();
+        connection.link.sink().flush(&stop).unwrap();
+        // Time passes while it waits for an answer that never comes.
+        let back = connection.back.as_mut().unwrap();
+        let answer = back.recv(&mut [RecvPart::Own(&mut [0; 64])], &stop.within(Duration::from_secs(3)));
+        let _ = connection.link.sink().send(&[SendPart::Own(b"tail!")], &stop);
+        let _ = connection.link.sink().flush(&stop);
+        drop((connection, part));
+        match destination.join().unwrap() {
+            Ok(count) => assert!((quiet || outlasts) && count == 5, "{count} bytes"),
+            Err(ChannelError::Stalled { .. }) => assert!(!quiet && !outlasts),
+            Err(error) => panic!("{error}"),
+        }
+        assert!(!matches!(answer, Ok(1..)), "{answer:?}");
+    }
 }
 
 #[test]

@@ -126,3 +126,35 @@ fn is_waited_for_in_a_long_round(source: &mut Qemu, dir: &Path) {
     assert_eq!(report["arrived"], true, "{report}");
     compare(&source.ram, &memory_file(&folder)).unwrap_or_else(|difference| panic!("{difference:?}"));
 }
+
+/// A QEMU that waits for its operator between the pause of its guest and its last pages is silent for longer than the stall
+/// time, in no round.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_a_qemu_that_holds_its_switchover_is_not_taken_for_a_stalled_one() {
+    assert!(peers_present(), "nothing is skipped in the guest");
+    let dir = scratch();
+    let mut guest = scribbler::guest(Version::Qemu100, Machine::Q35, dir.path(), "source").running();
+    guest.ram_kib = 16 << 10;
+    fill(&guest.ram, 16, Pattern::Zero);
+    let mut source = guest.start(dir.path(), "source");
+    scribbler::wait_until_it_writes(&source.ram, Deadline::seconds(20));
+    source.set_capabilities(&["pause-before-switchover", "return-path"]);
+    source.set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 10_000}));
+    let (folder, address) = (dir.path().join("guest"), format!("rdma:{RXE_ADDRESS}:0"));
+    let arguments = ["receive", &address, "--stall-timeout", "1", "--json", "--dir"];
+    let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
+    source.migrate(&receiver.listening());
+    Deadline::seconds(60).poll(
+        "the switchover",
+        || receiver.errors(),
+        || (source.query_migrate()["status"] == "pre-switchover").then_some(()),
+    );
+    // Three times the stall time, and more than ten times the times between looks at the connection.
+    std::thread::sleep(Duration::from_secs(3));
+    source.execute("migrate-continue", json!({"state": "pre-switchover"}));
+    source.wait_completed(Deadline::seconds(60));
+    let report = receiver.finished(Deadline::seconds(30), 0);
+    assert_eq!(report["arrived"], true, "{report}");
+    compare(&source.ram, &memory_file(&folder)).unwrap_or_else(|difference| panic!("{difference:?}"));
+}

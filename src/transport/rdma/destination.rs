@@ -108,6 +108,7 @@ impl RdmaListener {
         let source = RdmaDestination {
             hooks: Some(hooks),
             end,
+            quiet: false,
             ahead,
             blocks: Vec::new(),
             page_bytes: 1,
@@ -164,6 +165,8 @@ pub struct RdmaDestination {
     /// Gone once the connection has ended.
     hooks: Option<DestinationHooks>,
     end: End,
+    /// The peer may be silent for now: its NIC answers probes as long as it lives.
+    quiet: bool,
     /// Stream bytes taken before the session began.
     ahead: Vec<u8>,
     blocks: Vec<Announced>,
@@ -203,12 +206,21 @@ impl ByteSource for RdmaDestination {
             self.ahead.drain(..count);
             return Ok(count);
         }
-        let bounds = self.end.bounds(stop, Duration::ZERO);
+        let bounds = if self.quiet { self.end.patient(stop) } else { self.end.bounds(stop, Duration::ZERO) };
         let Some(hooks) = &mut self.hooks else { return Ok(0) };
         match hooks.read_stream(room, &bounds.hooks) {
             Err(HooksError::Fabric(FabricError::Disconnected)) => Ok(0),
             read => read.map_err(|error| bounds.error(RECEIVING, error)),
         }
+    }
+
+    fn set_quiet(&mut self, quiet: bool) {
+        self.quiet = quiet;
+    }
+
+    /// An outage that lasts longer than the NIC tries again ends the connection all the same.
+    fn outlast(&mut self, _limit: Duration) {
+        self.end.stall = None;
     }
 }
 
