@@ -1,0 +1,176 @@
+//! A guest whose writer no filter holds, and a spawner that puts threads under their filters.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use ramwire::guest::{
+    DeviceState, DirtyError, DirtySource, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap,
+};
+use ramwire::ram::{BlockName, PageBitmap, PageRun, RamBlock};
+use ramwire::session::{Job, Spawner};
+use ramwire::sys::Mapping;
+use ramwire::units::{BlockIndex, BlockOffset, PageSize};
+use seccompiler::{BpfProgram, apply_filter};
+
+use super::{PAGES, SLOW};
+
+/// Starts threads from a thread of its own, which no filter holds, and puts each under its filter.
+pub(crate) fn spawner(filters: Option<HashMap<String, BpfProgram>>) -> Spawner {
+    type Request = (&'static str, Job, mpsc::Sender<io::Result<JoinHandle<()>>>);
+    let (ask, asked) = mpsc::channel::<Request>();
+    let filters = Arc::new(filters);
+    std::thread::spawn(move || {
+        for (name, job, answer) in asked {
+            let filters = Arc::clone(&filters);
+            let filtered = move || {
+                if let Some(filters) = &*filters {
+                    let filter = filters.get(name);
+                    apply_filter(filter.unwrap_or_else(|| panic!("no calls are listed for {name}"))).unwrap();
+                }
+                job();
+            };
+            let started = std::thread::Builder::new().name(name.to_owned()).spawn(filtered);
+            answer.send(started).unwrap();
+        }
+    });
+    Spawner::new(move |name, job| {
+        let (answer, started) = mpsc::channel();
+        ask.send((name, job, answer)).map_err(|_| io::Error::other("nobody starts threads"))?;
+        started.recv().map_err(io::Error::other)?
+    })
+}
+
+/// A guest whose writer is a thread that no filter holds.
+#[derive(Clone)]
+pub(crate) struct Machine {
+    pub(crate) memory: Arc<MappedGuest>,
+    pub(crate) written: Arc<SoftwareBitmap>,
+    runs: Arc<Mutex<bool>>,
+    pub(crate) ended: Arc<AtomicBool>,
+    /// Pages that the writer may have written by now.
+    allowed: Arc<AtomicU64>,
+}
+
+impl Machine {
+    pub(crate) fn new() -> Self {
+        let ram = Mapping::memfd("ram", PAGES * 4096).unwrap();
+        let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
+        let memory = MappedGuest::builder(PageSize::SIZE_4K).mapping(block, &ram).build().unwrap();
+        let written = Arc::new(SoftwareBitmap::new(memory.table()));
+        let allowed = Arc::default();
+        Self { memory: Arc::new(memory), written, runs: Arc::default(), ended: Arc::default(), allowed }
+    }
+
+    pub(crate) fn write(&self, page: u64, value: u64) {
+        let landing = self.memory.table().admit(BlockIndex(0), BlockOffset(page * 4096), 8).unwrap();
+        self.memory.span(landing).unwrap().copy_from(&value.to_le_bytes());
+        self.written.mark(landing);
+    }
+
+    /// Fills most pages, then writes one after the other while it runs, as far as [`Paced`] allows.
+    pub(crate) fn start(&self) -> JoinHandle<()> {
+        (0..PAGES).filter(|page| page % 5 > 0).for_each(|page| self.write(page, page));
+        *self.runs.lock().unwrap() = true;
+        let machine = self.clone();
+        std::thread::spawn(move || {
+            let mut step = 0_u64;
+            while !machine.ended.load(Ordering::Relaxed) {
+                let runs = machine.runs.lock().unwrap();
+                if *runs && step < machine.allowed.load(Ordering::Relaxed) {
+                    step += 1;
+                    machine.write(step * 7 % PAGES, step);
+                    continue;
+                }
+                drop(runs);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        })
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let region = self.memory.region(BlockIndex(0)).unwrap();
+        let mut out = vec![0; region.len() as usize];
+        region.span(0, region.len()).unwrap().copy_to(&mut out);
+        out
+    }
+}
+
+impl GuestControl for Machine {
+    fn pause(&mut self) -> io::Result<()> {
+        *self.runs.lock().unwrap() = false;
+        Ok(())
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        *self.runs.lock().unwrap() = true;
+        Ok(())
+    }
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+}
+
+impl DeviceState for Machine {
+    fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        rest(SLOW);
+        out.write_all(&[7; 1000])
+    }
+    fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
+        self.ended.store(true, Ordering::Relaxed);
+        // Devices touch memory: in postcopy a page that is missing.
+        let page = self.memory.table().admit(BlockIndex(0), BlockOffset((PAGES - 2) * 4096), 8).unwrap();
+        self.memory.span(page).unwrap().copy_to(&mut [0; 8]);
+        rest(SLOW);
+        from.read_to_end(&mut Vec::new()).map(drop)
+    }
+}
+
+/// Allows the guest a quarter as many writes after each sync as after the one before, and none in the end: on however slow
+/// a machine, what is left fits the downtime after at most eight rounds.
+pub(crate) struct Paced {
+    source: Arc<dyn DirtySource>,
+    machine: Machine,
+    next: AtomicU64,
+}
+
+impl Paced {
+    pub(crate) fn new(source: Arc<dyn DirtySource>, machine: &Machine) -> Self {
+        Self { source, machine: machine.clone(), next: AtomicU64::new(PAGES / 4) }
+    }
+}
+
+impl DirtySource for Paced {
+    fn name(&self) -> &'static str {
+        self.source.name()
+    }
+    fn probe(&self) -> Result<(), DirtyError> {
+        self.source.probe()
+    }
+    fn start(&self) -> Result<(), DirtyError> {
+        self.source.start()
+    }
+    fn begin_sync(&self) -> Result<(), DirtyError> {
+        let next = self.next.load(Ordering::Relaxed);
+        self.next.store(next / 4, Ordering::Relaxed);
+        self.machine.allowed.fetch_add(next, Ordering::Relaxed);
+        self.source.begin_sync()
+    }
+    fn sync_into(&self, block: BlockIndex, into: &mut PageBitmap) -> Result<(), DirtyError> {
+        self.source.sync_into(block, into)
+    }
+    fn reprotect(&self, run: PageRun) -> Result<(), DirtyError> {
+        self.source.reprotect(run)
+    }
+    fn stop(&self) -> Result<(), DirtyError> {
+        self.source.stop()
+    }
+}
+
+/// Keeps the peer waiting, so that it looks at its connection. A wait for a lock: no call of its own.
+pub(crate) fn rest(time: Duration) {
+    let (_give, take) = mpsc::channel::<()>();
+    assert_eq!(take.recv_timeout(time), Err(mpsc::RecvTimeoutError::Timeout));
+}
