@@ -56,7 +56,10 @@ fn there_and_back(version: Version, channels: u8, unix: bool) {
     let count = format!("--channels={channels}");
 
     let near = if unix { format!("unix:{}", path("near").display()) } else { "tcp:127.0.0.1:0".into() };
-    let receive = ["receive", &near, "--json", &tls, &count, "--dir"];
+    let mut receive = vec!["receive", &near, "--json", &tls, &count];
+    // The common name that the source's certificate has.
+    receive.extend((!unix).then_some("--tls-authz=client"));
+    receive.push("--dir");
     let mut receiver = Ramwire::start(dir.path(), &receive, &folder);
     let guest = Guest::new(version, Machine::Q35, &sent, MIB);
     let mut source = encrypting(guest, dir.path(), &certificates);
@@ -93,6 +96,39 @@ fn a_guest_goes_encrypted_from_every_qemu_and_to_it() {
         for version in Version::ALL {
             there_and_back(version, 0, version == Version::Qemu100);
         }
+    }
+}
+
+/// The certificate is good at both tries; the list has the one's name alone, or the common name of all.
+#[test]
+fn only_a_client_that_is_listed_comes_in() {
+    let ours = Authority::new("the authority");
+    for (listed, refused) in [("guest-host", Some("names `client`, `localhost`")), ("client", None)] {
+        let dir = scratch();
+        let path = |name: &str| dir.path().join(name);
+        let certificates = ours.folder(path("certificates"));
+        let tls = format!("--tls-dir={}", certificates.display());
+        fill(&path("ram"), 1, Pattern::Mixed { seed: 3 });
+        let block = format!("m0={}", path("ram").display());
+        let listed = format!("--tls-authz={listed}");
+        let receive = ["receive", "tcp:127.0.0.1:0", "--json", &tls, "--tls-authz=nobody", &listed, "--dir"];
+        let mut receiver = Ramwire::start(dir.path(), &receive, path("guest"));
+        let uri = receiver.listening();
+        let send = ["send", &uri, "--json", "--peer=ramwire", &tls, "--ram"];
+        if let Some(named) = refused {
+            let text = Ramwire::start(dir.path(), &send, &block).failed(Deadline::seconds(60), 3);
+            assert!(text.contains("refused the TLS connection"), "{text}");
+            let told = || receiver.errors();
+            let heard = Deadline::seconds(60).poll("the destination's word", told, || {
+                receiver.errors().contains("listening goes on").then(|| receiver.errors())
+            });
+            assert!(heard.contains(named) && heard.contains("only listed clients may come in"), "{heard}");
+            ours.issue(&certificates, "client", Wanted { names: &["guest-host"], ..Wanted::GOOD });
+        }
+        let report = Ramwire::start(dir.path(), &send, &block).finished(Deadline::seconds(60), 0);
+        assert_eq!(report["status"], "completed", "{listed}: {report}");
+        assert_eq!(receiver.finished(Deadline::seconds(60), 0)["arrived"], true, "{listed}");
+        compare(&path("ram"), &ram_file(&path("guest"))).unwrap_or_else(|d| panic!("{listed}: {d:?}"));
     }
 }
 

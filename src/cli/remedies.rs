@@ -23,6 +23,7 @@ pub(super) fn options(remedy: Remedy) -> &'static [&'static str] {
         Remedy::AllowPeers => &["--allow CIDR"],
         Remedy::NameTlsHost => &["--tls-hostname"],
         Remedy::AlignTls => &["--tls-dir"],
+        Remedy::ListTlsClients => &["--tls-authz"],
         // Each command tells its own (see `converge::tell_remedies`).
         Remedy::HelpConvergence => &[],
         // Advice is no setting's; what the library may learn to say later has no option yet.
@@ -122,6 +123,7 @@ mod tests {
             Remedy::AllowPeers,
             Remedy::NameTlsHost,
             Remedy::AlignTls,
+            Remedy::ListTlsClients,
         ] {
             assert!(!options(remedy).is_empty(), "{remedy:?}");
             for option in options(remedy) {

@@ -34,8 +34,11 @@ pub(super) struct DestinationTlsArgs {
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<PathBuf>,
     /// With --tls-dir: take sources that show no certificate (QEMU: verify-peer=off)
-    #[arg(long, requires = "tls_dir")]
+    #[arg(long, requires = "tls_dir", conflicts_with = "tls_authz")]
     tls_any_peer: bool,
+    /// With --tls-dir: take only sources whose certificate has this common name or DNS name; repeat for more
+    #[arg(long, value_name = "NAME", requires = "tls_dir")]
+    tls_authz: Vec<String>,
 }
 
 impl DestinationTlsArgs {
@@ -44,6 +47,7 @@ impl DestinationTlsArgs {
         let Some(dir) = &self.tls_dir else { return Ok(address.clone()) };
         let mut options = TlsOptions::in_dir(dir);
         options.verify_peer = !self.tls_any_peer;
+        options.clients.clone_from(&self.tls_authz);
         Ok(address.clone().with_tls(Tls::of_destination(&options)?))
     }
 }

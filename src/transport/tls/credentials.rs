@@ -11,6 +11,7 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKey
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{ClientConfig, ClientConnection, Connection, RootCertStore, ServerConfig, ServerConnection};
 
+use super::clients::Listed;
 use super::{TlsError, TlsOptions, TlsSession};
 
 /// How an end makes TLS connections: certificates and settings, read once. An [`Address`](crate::transport::Address) that
@@ -83,7 +84,7 @@ impl Tls {
         let config = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
             .map_err(|error| folder.wrong(CA, error))?;
-        let config = if options.verify_peer {
+        let config = if options.verify_peer || !options.clients.is_empty() {
             let mut verifier = WebPkiClientVerifier::builder_with_provider(folder.authorities()?, provider);
             if let Some(revoked) = folder.revoked()? {
                 verifier = verifier
@@ -91,7 +92,11 @@ impl Tls {
                     .allow_unknown_revocation_status()
                     .enforce_revocation_expiration();
             }
-            config.with_client_cert_verifier(verifier.build().map_err(|error| folder.wrong(CA, error))?)
+            let verifier = verifier.build().map_err(|error| folder.wrong(CA, error))?;
+            config.with_client_cert_verifier(match options.clients.as_slice() {
+                [] => verifier,
+                names => Arc::new(Listed { verifier, names: names.to_vec() }),
+            })
         } else {
             config.with_no_client_auth()
         };

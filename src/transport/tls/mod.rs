@@ -6,6 +6,8 @@
 #[cfg(not(feature = "tls"))]
 mod absent;
 #[cfg(feature = "tls")]
+mod clients;
+#[cfg(feature = "tls")]
 mod credentials;
 mod error;
 #[cfg(feature = "tls")]
@@ -41,11 +43,15 @@ pub struct TlsOptions {
     pub hostname: Option<String>,
     /// At a destination: a source must show a certificate of the same authority (QEMU: `verify-peer`).
     pub verify_peer: bool,
+    /// At a destination: names of the sources that may come in, each a common name or a DNS name of their certificates, letter by
+    /// letter. Empty: every source with a certificate of the authority. Otherwise a certificate is asked for even without
+    /// `verify_peer`.
+    pub clients: Vec<String>,
 }
 
 impl TlsOptions {
     /// The certificates in `dir`; a source must show one.
     pub fn in_dir(dir: impl Into<PathBuf>) -> Self {
-        Self { dir: dir.into(), hostname: None, verify_peer: true }
+        Self { dir: dir.into(), hostname: None, verify_peer: true, clients: Vec::new() }
     }
 }

@@ -2,9 +2,10 @@
 
 use std::io;
 
-use rustls::{AlertDescription, CertificateError, Error, InvalidMessage};
+use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, OtherError};
 
 use super::TlsError;
+use super::clients::NotListed;
 use crate::error::Remedy;
 
 /// The words for what went wrong.
@@ -67,6 +68,9 @@ fn of_certificate(error: &CertificateError) -> (String, Remedy) {
             let presented = presented.join(", ");
             let what = format!("the other end's certificate is for {presented}, not for {expected}");
             return (what, Remedy::NameTlsHost);
+        }
+        E::Other(OtherError(why)) if why.is::<NotListed>() => {
+            return (why.to_string(), Remedy::ListTlsClients);
         }
         E::NotValidForName => {
             return ("the other end's certificate is for another host".to_owned(), Remedy::NameTlsHost);
