@@ -163,6 +163,8 @@ pub struct Relay {
     /// Makes the way to the far end.
     pub connect: Box<ConnectFn>,
     /// For the side towards the upstream.
+    /// A relay can't pass a switch to postcopy on, so [`postcopy`](DestinationSettings::postcopy) has no effect here: a source
+    /// that may switch is refused before its first page.
     pub incoming: DestinationSettings,
     /// For the far side; completed with what the upstream announces.
     pub outgoing: SourceSettings,
@@ -192,7 +194,7 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     let Relay {
         mut connection,
         connect,
-        incoming,
+        mut incoming,
         outgoing,
         huge_pages,
         cancel,
@@ -201,6 +203,8 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         notice,
         statistics,
     } = relay;
+    // The far end would not be advised of it, and pages that the source discards would be taken for placed.
+    incoming.postcopy = false;
     let hub = control.0;
     hub.begin(Parts {
         downtime_limit: outgoing.downtime_limit,
