@@ -81,6 +81,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let mut guest = ArrivingGuest::new(Store::open(&args.dir)?)?.sharing(&args.ignore_shared);
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
+    // Whoever reads where it listens may send a signal.
+    let signals = cancel_on_signal(vec![cancel.clone()]);
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.tls.at(&args.uri)?, allow, &stop)?;
@@ -94,8 +96,6 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     for address in listener.addresses() {
         note!("listening on {address}");
     }
-    let waiting = cancel.clone();
-    let signals = cancel_on_signal(vec![waiting]);
     let mut options = ConnectionOptions::of_stream(args.timeouts.stream_options());
     options.channels = channels;
     let connection = listener.accept_connection(&options, &stop)?;
