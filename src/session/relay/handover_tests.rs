@@ -5,9 +5,9 @@ use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use crate::engine::{Ending, Outcome};
+use crate::engine::{Ending, Outcome, PostcopyRule};
 use crate::guest::{DeviceState, GuestControl};
-use crate::session::tests::{Ends, Machine, ends, plain};
+use crate::session::tests::{Ends, Machine, ends, ends_with, plain};
 use crate::session::*;
 use crate::stream::qemu::file::Configuration;
 use crate::transport::{InlineLink, StreamChannel, StreamOptions};
@@ -35,7 +35,15 @@ impl DeviceState for Refusing {
 
 /// Source -> relay -> destination, all three of ramwire's. `None`: a far end that refuses the device state.
 fn through_a_relay(far_machine: Option<Machine>) -> (SourceReport, RelayReport, DestinationReport, Machine) {
-    let Ends { source, source_machine, to, .. } = ends();
+    relayed(ends(), far_machine, DestinationSettings::default())
+}
+
+fn relayed(
+    ends: Ends,
+    far_machine: Option<Machine>,
+    incoming: DestinationSettings,
+) -> (SourceReport, RelayReport, DestinationReport, Machine) {
+    let Ends { source, source_machine, to, .. } = ends;
     let (near, upstream) = UnixStream::pair().unwrap();
     let (downstream, far) = UnixStream::pair().unwrap();
     let mut source = source;
@@ -45,11 +53,10 @@ fn through_a_relay(far_machine: Option<Machine>) -> (SourceReport, RelayReport, 
         Some(machine) => Box::new(machine),
         None => Box::new(Refusing),
     };
-    let settings = DestinationSettings::default;
     let destination = DestinationSession::new(
         DestinationGuest { memory: Box::new(to), control },
         DestinationConnection::of_stream(plain(&far), Some(plain(&far))),
-        settings(),
+        DestinationSettings::default(),
     );
     let connect = move |memory: Arc<dyn crate::guest::GuestMemory>| {
         let link = Box::new(InlineLink::new(plain(&downstream), memory));
@@ -58,7 +65,7 @@ fn through_a_relay(far_machine: Option<Machine>) -> (SourceReport, RelayReport, 
     let relay = Relay {
         connection: DestinationConnection::of_stream(plain(&upstream), Some(plain(&upstream))),
         connect: Box::new(connect),
-        incoming: settings(),
+        incoming,
         outgoing: SourceSettings::new(Configuration::default()),
         huge_pages: false,
         cancel: crate::sys::CancelToken::default(),
@@ -86,6 +93,21 @@ fn a_relay_asks_for_the_guest_only_when_its_far_end_could_take_it() {
     assert_eq!((relayed.received.ending, arrived.ending), (Ending::Discarded, Ending::Discarded));
     let why = crate::error::Chain(&sent.error.unwrap()).to_string();
     assert!(why.contains("a device is missing"), "{why}");
+}
+
+/// A relay can't pass a switch on: its far end would take pages that the source has discarded for placed.
+#[test]
+fn a_relay_refuses_a_switch_to_postcopy_whatever_its_settings_say() {
+    let postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
+    let from = ends_with(|settings| (settings.digest, settings.postcopy) = (false, Some(postcopy)));
+    let incoming = DestinationSettings { postcopy: true, ..Default::default() };
+    let far = Machine::default();
+    let (sent, relayed, _, source_machine) = relayed(from, Some(far.clone()), incoming);
+    assert!(sent.guest_is_safe_here() && source_machine.runs(), "{:?} {:?}", sent.outcome, sent.error);
+    assert_eq!((relayed.received.ending, sent.statistics.pages.normal), (Ending::Discarded, 0));
+    assert!(!far.runs());
+    let why = crate::error::Chain(&relayed.received.error.unwrap()).to_string();
+    assert!(why.contains("postcopy"), "{why}");
 }
 
 /// The guest's own source, which says nothing for a while.

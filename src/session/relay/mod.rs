@@ -163,6 +163,7 @@ pub struct Relay {
     /// Makes the way to the far end.
     pub connect: Box<ConnectFn>,
     /// For the side towards the upstream.
+    ///
     /// A relay can't pass a switch to postcopy on, so [`postcopy`](DestinationSettings::postcopy) has no effect here: a source
     /// that may switch is refused before its first page.
     pub incoming: DestinationSettings,
