@@ -273,7 +273,7 @@ impl DestinationEngine {
 
     /// After the package, and before the guest was started.
     fn misses_pages(&self) -> bool {
-        matches!(self.phase, Phase::Listening | Phase::Filling | Phase::AwaitingGuest)
+        matches!(self.phase, Phase::Listening | Phase::Filling | Phase::Recovering | Phase::AwaitingGuest)
     }
 
     /// A QEMU is told by SHUT(1) and resumes its guest, so what arrived is discarded although its last byte

@@ -9,6 +9,7 @@ pub mod destination;
 mod fill;
 mod loss;
 mod outcome;
+mod ownership;
 mod pace;
 mod page_cost;
 mod pager;
@@ -27,6 +28,7 @@ pub use destination::{DestinationAction, DestinationEngine, DestinationEvent, En
 pub use fill::{BlockToFill, Fill, FillCounts};
 pub use loss::{LostPages, compare_counts};
 pub use outcome::{Handover, Outcome, Reason};
+pub(crate) use ownership::Ownership;
 pub use pace::{BandwidthLimit, Pace};
 pub use page_cost::PageCost;
 pub use pager::{FaultAnswer, HostPage, Pager};

@@ -8,6 +8,7 @@ mod figures;
 mod ingest;
 mod keepalive;
 mod mapper;
+mod owner;
 mod placing;
 mod postcopy;
 mod preempt;
@@ -211,7 +212,7 @@ impl DestinationSession {
         let overdue = error.is_deadline() && self.driver.time_left() == Some(Duration::ZERO);
         self.error.get_or_insert(error);
         match () {
-            () if self.switch.guest_is_ours() => DestinationEvent::Lost,
+            () if self.switch.outlives_loss(self.may_recover()) => DestinationEvent::Lost,
             () if overdue => DestinationEvent::Woken,
             () => DestinationEvent::Failed,
         }
@@ -325,7 +326,11 @@ impl DestinationSession {
                 self.send_message(Message::Native(Answer::Running))?
             }
             DestinationAction::SendRunning => self.send_message(Message::Shut { status: 0 })?,
-            DestinationAction::SendFailed => self.send_failed()?,
+            DestinationAction::SendFailed => {
+                // A source that hears it may resume its guest.
+                self.give_up_the_guest();
+                self.send_failed()?;
+            }
             DestinationAction::Finish(_) => {}
         }
         Ok(DestinationEvent::Done)

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use std::os::fd::AsFd;
 
-use crate::engine::{Ending, FaultAnswer, HostPage, Pager};
+use crate::engine::{Ending, FaultAnswer, HostPage, Ownership, Pager};
 use crate::error::Chain;
 use crate::guest::{GuestControl, Placer, load_state};
 use crate::observe::{LatencySummary, SharedStatistics, Status};
@@ -22,10 +22,11 @@ use crate::stream::native::decode_state_section;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::package::{PING_TAKEN, decode_package};
 use crate::stream::qemu::return_path::Message;
-use crate::sys::{CancelToken, Lock as _, MissingFaults, Stop};
+use crate::sys::{CancelToken, Lock as _, MissingFaults, Stop, StopReason};
 use crate::transport::{ByteSink, ChannelError};
 
 use super::DestinationSession;
+use super::owner::Owner;
 use super::preempt::Preempt;
 use super::receive::{no_blocks, out_of_turn};
 use super::return_path::ReturnPathWriter;
@@ -63,8 +64,7 @@ pub(super) struct Shared {
     pub(super) back: ReturnPathWriter,
     began: Instant,
     pub(super) send_timeout: Duration,
-    /// The source does not let the guest run again, whatever becomes of the connection.
-    is_ours: AtomicBool,
+    pub(super) owner: Owner,
     /// The device state could not be loaded, or the guest not started.
     load_failed: AtomicBool,
     /// Raised at the end of all.
@@ -102,20 +102,27 @@ impl Shared {
     /// Waits until the source's host has the answer that makes the guest ours: without it that source lets its guest run on.
     fn delivered(&self, value: u32, stop: &Stop) -> Result<(), ChannelError> {
         let stop = stop.within(self.send_timeout);
-        while value == PING_TAKEN && self.back.unacknowledged() > 0 {
-            if let Some(reason) = stop.sleep(ACK_CHECK_INTERVAL) {
-                return Err(ChannelError::Stopped {
-                    reason,
-                    doing: "waiting until the source has our answer",
-                });
+        while value == PING_TAKEN
+            && self.back.unacknowledged() > 0
+            && stop.sleep(ACK_CHECK_INTERVAL).is_none()
+        {}
+        // A connection that was let go has no bytes that are not acknowledged.
+        match stop.reason().filter(|_| value == PING_TAKEN) {
+            Some(reason) => {
+                Err(ChannelError::Stopped { reason, doing: "waiting until the source has our answer" })
             }
+            None => Ok(()),
         }
-        Ok(())
     }
 
-    /// True if the guest runs here, or is about to, although pages are missing.
-    pub(super) fn guest_is_ours(&self) -> bool {
-        self.is_ours.load(Ordering::Acquire) && !self.load_failed.load(Ordering::Acquire)
+    /// True if the device state could not be loaded, or the guest not started.
+    fn load_has_failed(&self) -> bool {
+        self.load_failed.load(Ordering::Acquire)
+    }
+
+    /// True if a loss is no end; see [`Ownership::lost`].
+    pub(super) fn outlives_loss(&self, another: bool) -> bool {
+        !self.load_has_failed() && self.owner.step(|owner| owner.lost(another))
     }
 
     /// Another connection is there.
@@ -190,6 +197,7 @@ pub(super) struct Postcopy {
 impl Drop for Postcopy {
     fn drop(&mut self) {
         self.shared.over.cancel();
+        self.shared.owner.step(Ownership::give_up);
         self.shared.lose_connection();
         self.preempt.end();
         for thread in [self.loader.take(), self.faults.take()].into_iter().flatten() {
@@ -272,7 +280,7 @@ impl DestinationSession {
             back,
             began,
             send_timeout: self.settings.stall_timeout,
-            is_ours: AtomicBool::new(!decoded.pings.contains(&PING_TAKEN)),
+            owner: if decoded.pings.contains(&PING_TAKEN) { Owner::default() } else { Owner::here() },
             load_failed: AtomicBool::new(false),
             over: CancelToken::default(),
             connection: Mutex::default(),
@@ -348,6 +356,8 @@ impl DestinationSession {
     fn take_control(&mut self) -> Result<(), Error> {
         let Some(postcopy) = self.switch.running_mut() else { return Ok(()) };
         if let Some(loader) = postcopy.loader.take() {
+            // This thread takes no connection while it waits.
+            postcopy.shared.owner.is_on_its_last_connection();
             // A panic of the embedder's code was taken for an error before.
             let _ = loader.join();
         }
@@ -362,17 +372,24 @@ impl DestinationSession {
 
     /// A step failed: what a thread of the postcopy says is the cause, where one does.
     pub(super) fn postcopy_failure(&mut self, error: Error) -> Error {
-        if self.wire.stop.reason().is_some()
-            && let Err(cause) = self.take_control()
-        {
+        let failed = self.switch.running().is_some_and(|postcopy| postcopy.shared.load_has_failed());
+        if failed && let Err(cause) = self.take_control() {
             return cause;
         }
         let Some(postcopy) = self.switch.running() else { return error };
         postcopy.shared.failure.locked().take().unwrap_or(error)
     }
 
+    /// A guest that is not known to be here is not started any more.
+    pub(super) fn give_up_the_guest(&self) {
+        if let Some(postcopy) = self.switch.running() {
+            postcopy.shared.owner.step(Ownership::give_up);
+        }
+    }
+
     /// Ends the threads; what faults came to.
     pub(super) fn end_postcopy(&mut self, ending: Ending) -> (Option<MissingPages>, u64) {
+        self.give_up_the_guest();
         if let Err(error) = self.take_control() {
             tracing::warn!(error = %Chain(&error), "the guest's start");
         }
@@ -389,6 +406,11 @@ impl DestinationSession {
     }
 }
 
+fn given_up() -> Error {
+    let doing = "starting a guest whose source keeps it";
+    ChannelError::Stopped { reason: StopReason::Cancelled, doing }.into()
+}
+
 fn load_and_run(
     shared: &Shared,
     control: &mut Box<dyn GuestControl>,
@@ -397,17 +419,30 @@ fn load_and_run(
 ) -> Result<(), Error> {
     let loaded = guarded("loading the device state", || load_state(control.as_mut(), state))?;
     loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
-    let stop = shared.stop();
+    let connection = shared.connection.locked().clone();
+    let stop = Stop::on(&connection);
     for value in pings {
+        if *value == PING_TAKEN && !shared.owner.step(Ownership::answering) {
+            return Err(given_up());
+        }
         let said = shared.back.message(Message::Pong(*value), &stop.within(shared.send_timeout));
-        // A source that does not wait for this answer has given the guest away by the package.
-        if let Err(error) = said.and_then(|()| shared.delivered(*value, &stop))
-            && !shared.is_ours.load(Ordering::Acquire)
-        {
-            return Err(error.into());
+        let Err(error) = said.and_then(|()| shared.delivered(*value, &stop)) else { continue };
+        match shared.owner.get() {
+            // A source that does not wait for this answer has given the guest away by the package.
+            Ownership::Here => {}
+            // The answer may have arrived all the same: another connection of the source proves it.
+            Ownership::Unknown => {
+                connection.cancel();
+                if !shared.owner.wait_until_known() {
+                    return Err(error.into());
+                }
+            }
+            Ownership::Source | Ownership::GivenUp => return Err(error.into()),
         }
     }
-    shared.is_ours.store(true, Ordering::Release);
+    if !shared.owner.step(Ownership::proven) {
+        return Err(given_up());
+    }
     // A connection that was lost meanwhile says so itself.
     shared.statistics.update(|s| {
         if s.status == Status::Device {

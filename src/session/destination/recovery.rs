@@ -8,7 +8,7 @@
 
 use rustix::net::Shutdown;
 
-use crate::engine::HostPage;
+use crate::engine::{HostPage, Ownership};
 use crate::observe::Status;
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::Stop;
@@ -19,7 +19,7 @@ use super::DestinationSession;
 use super::preempt::Use;
 use super::reader::StreamReader;
 use super::receive::out_of_turn;
-use crate::error::Remedy;
+use crate::error::{Chain, Remedy};
 use crate::session::Error;
 
 /// Gives the connections that follow the first: the embedder's listener, or an address that it connects to.
@@ -43,15 +43,18 @@ impl DestinationSession {
         self.switch.may_recover() && !self.driver.cancel_token().is_cancelled()
     }
 
-    /// Lets the old connection go and waits for the next one; a cancel ends the wait.
+    /// Lets the old connection go and waits for the next one; a cancel ends the wait, and the finish timeout where it is not
+    /// known that the source has given the guest away.
     pub(super) fn await_recovery(&mut self, reader: &mut StreamReader) -> Result<(), Error> {
         let next = self.switch.next().clone();
         let Some(postcopy) = self.switch.running_mut() else {
             return Err(out_of_turn("a lost connection", "precopy"));
         };
         postcopy.shared.lose_connection();
+        let is_here = postcopy.shared.owner.get() == Ownership::Here;
         if let Some(error) = &self.error {
-            tracing::warn!(%error, "the connection is lost; the guest runs on, and the source may connect again");
+            let guest = if is_here { "the guest runs on" } else { "the guest waits: its source may have it" };
+            tracing::warn!(%error, guest, "the connection is lost, and the source may connect again");
         }
         postcopy.shared.back.replace(None);
         // Whichever end lost it: a source that waits for an answer on it would not notice.
@@ -61,6 +64,7 @@ impl DestinationSession {
         self.figures.shared().update(|s| s.status = Status::PostcopyPaused);
         self.ingest.forget_parts();
         let stop = Stop::on(&self.driver.cancel_token());
+        let stop = if is_here { stop } else { stop.within(self.settings.finish_timeout) };
         let connected = match (postcopy.preempt.end(), next.take()) {
             (Some(early), connections) => {
                 next.put(connections);
@@ -84,10 +88,21 @@ impl DestinationSession {
             Ok(channel) => channel.with_return_path(),
             Err(error) => {
                 return Err(Error::Config {
-                    what: format!("no other connection of the source can come: {error}"),
-                    remedy: Remedy::Advice(
-                        "the guest runs here and waits for ever where it touches a page that is missing",
-                    ),
+                    what: match self.error.take() {
+                        Some(lost) => {
+                            format!("{}; no other connection of the source can come: {error}", Chain(&lost))
+                        }
+                        None => format!("no other connection of the source can come: {error}"),
+                    },
+                    remedy: Remedy::Advice(match is_here {
+                        true => {
+                            "the guest runs here and waits for ever where it touches a page that is missing"
+                        }
+                        false => {
+                            "the guest was not started here, and all of it is at its source: see there whether it runs, \
+                             and resume it if it does not"
+                        }
+                    }),
                 });
             }
         };
@@ -124,6 +139,10 @@ impl DestinationSession {
             return Err(out_of_turn("RESUME", "postcopy on its first connection"));
         }
         let shared = &postcopy.shared;
+        // A source that has its guest back does not come here.
+        if !shared.owner.step(Ownership::proven) {
+            return Err(out_of_turn("RESUME", "a postcopy that was given up"));
+        }
         let table = shared.placer.memory().table();
         let page_at = |HostPage { block, offset }| {
             let bytes = table.get(block).map_or(table.page(), |block| block.host_page).bytes();

@@ -105,9 +105,10 @@ impl Switch {
         self.next.is_there() && !failed
     }
 
-    /// True if the guest runs here, or is about to, although pages are missing.
-    pub(super) fn guest_is_ours(&self) -> bool {
-        self.running.as_ref().is_some_and(|postcopy| postcopy.shared.guest_is_ours())
+    /// A step failed, or the connection: true if what has come is kept, since the guest runs here although pages are missing,
+    /// or may have been given away. `another`: the source may connect again.
+    pub(super) fn outlives_loss(&self, another: bool) -> bool {
+        self.running.as_ref().is_some_and(|postcopy| postcopy.shared.outlives_loss(another))
     }
 
     /// No cancel ends what the source gave away; the failure of a postcopy's thread does.
@@ -150,7 +151,7 @@ mod tests {
         assert!(switch.package_bytes(b"devices", 100).is_err());
         let refused = discard(&mut switch, &placer(), &[(0, PAGE)]).unwrap_err();
         assert!(refused.contains("without ADVISE"), "{refused}");
-        assert!(!switch.may_recover() && !switch.guest_is_ours());
+        assert!(!switch.may_recover() && !switch.outlives_loss(true));
         assert!(switch.stop_after_commit().reason().is_none());
     }
 

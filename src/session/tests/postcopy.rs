@@ -12,9 +12,10 @@ use crate::guest::MappedGuest;
 use crate::observe::Status;
 use crate::session::*;
 use crate::stream::qemu::file::Configuration;
-use crate::sys::Stop;
+use crate::sys::{SendPart, Stop};
 use crate::transport::{
-    Address, AllowList, Listener, OpenError, StreamBreaker, StreamChannel, StreamOptions, connect,
+    Address, AllowList, ByteSink, ChannelError, Listener, OpenError, Sealed, StreamBreaker, StreamChannel,
+    StreamOptions, connect,
 };
 use crate::units::{BlockIndex, Rate};
 
@@ -102,6 +103,16 @@ struct SocketEnds {
 impl SocketEnds {
     /// Guests of blocks of these pages, none of the first block's zero. `set` changes the source's settings.
     fn new(pages: &[u64], goes_on: bool, set: impl FnOnce(&mut PostcopySettings)) -> Self {
+        Self::with_back(pages, goes_on, set, |back| back)
+    }
+
+    /// The same; the destination's first return path is what `wrap` makes of it.
+    fn with_back(
+        pages: &[u64],
+        goes_on: bool,
+        set: impl FnOnce(&mut PostcopySettings),
+        wrap: impl FnOnce(Box<dyn ByteSink>) -> Box<dyn ByteSink>,
+    ) -> Self {
         let (from, to) = (guest(pages), guest(pages));
         for page in 0..pages[0] {
             let span = from.region(BlockIndex(0)).unwrap().span(page * 4096, 4096).unwrap();
@@ -124,8 +135,9 @@ impl SocketEnds {
         let channel = next.next(&Stop::never()).unwrap();
         let settings = DestinationSettings { postcopy: true, ..Default::default() };
         let arriving = DestinationGuest { memory: Box::new(to.clone()), control: Box::new(far.clone()) };
-        let mut destination =
-            DestinationSession::new(arriving, DestinationConnection::over(channel), settings);
+        let mut connection = DestinationConnection::over(channel);
+        connection.back = connection.back.map(wrap);
+        let mut destination = DestinationSession::new(arriving, connection, settings);
         if goes_on {
             source = source.with_reconnect(Box::new(Redial::new(here, StreamOptions::default())));
             destination = destination.with_next_connection(Box::new(next));
@@ -298,19 +310,22 @@ fn a_connection_for_urgent_pages_that_can_not_be_is_refused_and_the_guest_runs_o
     }
 }
 
+/// Accepts connections, counted, and closes each at once.
+#[derive(Default)]
+struct Closes(Arc<AtomicU32>);
+
+impl Reconnect for Closes {
+    fn connect(&mut self, _address: Option<&Address>, _stop: &Stop) -> Result<NewConnection, OpenError> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        let (near, _) = UnixStream::pair().unwrap();
+        let channel = StreamChannel::from_fd(near.into(), "a closing listener", &StreamOptions::default());
+        Ok(NewConnection::over(channel.unwrap()).unwrap())
+    }
+}
+
 /// What accepts connections and closes them is asked again at the pace of attempts that fail, and not beyond the time.
 #[test]
 fn a_listener_that_closes_each_connection_at_once_does_not_keep_the_source_busy() {
-    struct Closes(Arc<AtomicU32>);
-    impl Reconnect for Closes {
-        fn connect(&mut self, _address: Option<&Address>, _stop: &Stop) -> Result<NewConnection, OpenError> {
-            self.0.fetch_add(1, Ordering::Relaxed);
-            let (near, _) = UnixStream::pair().unwrap();
-            let channel =
-                StreamChannel::from_fd(near.into(), "a closing listener", &StreamOptions::default());
-            Ok(NewConnection::over(channel.unwrap()).unwrap())
-        }
-    }
     let ends =
         SocketEnds::new(&[2000], false, |postcopy| postcopy.reconnect_timeout = Duration::from_millis(300));
     let attempts = Arc::new(AtomicU32::new(0));
@@ -324,4 +339,80 @@ fn a_listener_that_closes_each_connection_at_once_does_not_keep_the_source_busy(
     // At once, after 5, 10, 20, 40, 80 and 160 ms, and eight after the end of the time.
     let attempts = attempts.load(Ordering::Relaxed);
     assert!((1..=15).contains(&attempts), "{attempts}");
+}
+
+/// What is sent arrives, and is not acknowledged.
+struct Unacknowledged(Box<dyn ByteSink>);
+
+impl Sealed for Unacknowledged {}
+
+impl ByteSink for Unacknowledged {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        self.0.send(parts, stop)
+    }
+
+    fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        self.0.flush(stop)
+    }
+
+    fn position(&self) -> u64 {
+        self.0.position()
+    }
+
+    fn under_way(&self) -> u64 {
+        1
+    }
+}
+
+fn unacknowledged(back: Box<dyn ByteSink>) -> Box<dyn ByteSink> {
+    Box::new(Unacknowledged(back))
+}
+
+/// The connection is lost while the destination can't know whether its answer has made the guest its own: it neither starts nor
+/// discards it until the source comes again.
+#[test]
+fn a_loss_between_the_answer_and_its_acknowledgement_leaves_no_guest_that_runs_nowhere() {
+    for round in 0..3 {
+        let set = |postcopy: &mut PostcopySettings| postcopy.preempt = round == 1;
+        let ends = SocketEnds::with_back(&[2000, 7], true, set, unacknowledged);
+        let SocketEnds { source, destination, from, to, near, far, breakers, .. } = ends;
+        let control = source.control();
+        let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
+        until("the source has the answer", || source.progress().status == Status::PostcopyActive);
+        assert!(!far.runs() && !near.runs(), "not known there yet");
+        breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
+        until("it runs there", || far.runs());
+        control.set_postcopy_bandwidth(None);
+        let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+        assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
+        assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
+        assert!(!near.runs() && far.runs());
+        for block in 0..2 {
+            assert!(bytes(&from, block) == bytes(&to, block), "block {block} differs");
+        }
+    }
+}
+
+/// The source does not come again: what has come is discarded, and never started.
+#[test]
+fn a_guest_that_its_source_may_have_is_not_started_where_no_other_connection_comes() {
+    for closes in [true, false] {
+        let set = |postcopy: &mut PostcopySettings| postcopy.reconnect_timeout = Duration::from_secs(1);
+        let mut ends = SocketEnds::with_back(&[2000], true, set, unacknowledged);
+        ends.destination.settings_mut().finish_timeout = Duration::from_millis(300);
+        let source = if closes { ends.source.with_reconnect(Box::<Closes>::default()) } else { ends.source };
+        let control = source.control();
+        let (destination, source) = (ends.destination.spawn().unwrap(), source.spawn().unwrap());
+        until("the source has the answer", || source.progress().status == Status::PostcopyActive);
+        if !closes {
+            // It does not try.
+            control.pause().unwrap();
+        }
+        ends.breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
+        let (arrived, sent) = (destination.wait().unwrap(), source.wait().unwrap());
+        assert_eq!((sent.outcome, arrived.ending), (Outcome::Incomplete, Ending::Discarded));
+        assert!(!ends.near.runs() && !ends.far.runs());
+        let text = arrived.error.as_ref().map(ToString::to_string).unwrap_or_default();
+        assert!(text.contains("no other connection") && text.contains("at its source"), "{text}");
+    }
 }

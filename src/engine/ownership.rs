@@ -1,0 +1,120 @@
+//! Who has a guest whose source has switched to postcopy, as far as its destination knows.
+//!
+//! ```text
+//! [source] -> answer sent -> [unknown] -> proof -> [here]
+//!     \________ lost ____________\__ given up __> [given up]
+//! ```
+//!
+//! A source that waits for an answer to its package gives the guest away when that answer arrives. Between the answer's first
+//! byte and a proof that it has arrived, the destination can't know which end has the guest: it neither runs nor discards it.
+//! Proof is the acknowledgement of the answer's bytes, or RESUME on another connection: a source that has its guest back
+//! never sends it.
+//!
+//! # Order that must hold
+//!
+//! A guest that was given up never runs here, and one that is here is never given up.
+
+/// Who has the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Ownership {
+    /// The source: it resumes its guest when the connection is lost.
+    #[default]
+    Source,
+    /// The source or this end.
+    Unknown,
+    /// This end.
+    Here,
+    /// Nothing is started here any more, whatever comes.
+    GivenUp,
+}
+
+impl Ownership {
+    /// The answer by which the source gives its guest away is sent next. `false`: it must not be.
+    #[must_use = "a guest that was given up is not asked for"]
+    pub(crate) fn answering(&mut self) -> bool {
+        if *self == Self::Source {
+            *self = Self::Unknown;
+        }
+        *self != Self::GivenUp
+    }
+
+    /// The source has given the guest away. `false`: the guest was given up here, and must not run.
+    #[must_use = "a guest that was given up must not run"]
+    pub(crate) fn proven(&mut self) -> bool {
+        if *self != Self::GivenUp {
+            *self = Self::Here;
+        }
+        *self == Self::Here
+    }
+
+    /// The connection is lost, or of no more use. `another`: the source may connect again. `true`: what has come is kept.
+    #[must_use = "what has come is discarded, or not"]
+    pub(crate) fn lost(&mut self, another: bool) -> bool {
+        if *self == Self::Source || (*self == Self::Unknown && !another) {
+            *self = Self::GivenUp;
+        }
+        *self != Self::GivenUp
+    }
+
+    /// No proof can come any more.
+    pub(crate) fn give_up(&mut self) {
+        if *self != Self::Here {
+            *self = Self::GivenUp;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a destination may see, and what its source does at that moment.
+    const EVENTS: [&str; 7] =
+        ["answer", "arrives", "acknowledged", "lost for good", "lost", "resume", "give up"];
+
+    /// Goes through every sequence of seven events beside a source that does what it must: it has its guest until the answer
+    /// arrives, resumes it if the connection is lost before that, and sends RESUME only if it has given it away.
+    #[test]
+    fn a_guest_runs_at_one_side_at_most_whatever_comes_when() {
+        let (mut runs, mut doubts) = (0, 0);
+        for number in 0..EVENTS.len().pow(7) {
+            let mut rest = number;
+            let mut owner = Ownership::default();
+            let (mut sent, mut given_away, mut resumed, mut runs_here) = (false, false, false, false);
+            let mut given_up = false;
+            for _ in 0..7 {
+                let event = EVENTS[rest % EVENTS.len()];
+                rest /= EVENTS.len();
+                match event {
+                    "answer" => sent |= owner.answering(),
+                    "arrives" => given_away |= sent && !resumed,
+                    "acknowledged" if given_away => runs_here |= owner.proven(),
+                    "resume" if given_away => runs_here |= owner.proven(),
+                    "lost" | "lost for good" => {
+                        resumed |= !given_away;
+                        given_up |= !owner.lost(event == "lost");
+                        doubts += u32::from(owner == Ownership::Unknown);
+                    }
+                    "give up" => owner.give_up(),
+                    _ => {}
+                }
+                assert!(!(runs_here && resumed), "{number}: both ends, by {event}");
+                assert!(!(runs_here && (given_up || owner == Ownership::GivenUp)), "{number}: {event}");
+                assert!(!runs_here || owner == Ownership::Here, "{number}: {event}");
+            }
+            runs += u32::from(runs_here);
+        }
+        assert!(runs > 0 && doubts > 0);
+    }
+
+    #[test]
+    fn a_loss_behind_the_answer_is_no_end_where_the_source_may_connect_again() {
+        let mut owner = Ownership::default();
+        assert!(owner.answering() && owner.lost(true) && owner.lost(true));
+        assert!(owner.proven() && owner.lost(false), "here: whatever comes");
+        let mut owner = Ownership::default();
+        assert!(owner.answering() && !owner.lost(false) && !owner.proven() && !owner.answering());
+        let mut owner = Ownership::default();
+        assert!(!owner.lost(true) && !owner.answering(), "the source has its guest back");
+    }
+}
