@@ -147,9 +147,11 @@ pub enum Error {
     /// The ends have different numbers of page channels.
     #[error(transparent)]
     Channels(#[from] ChannelMismatch),
-    /// The connection failed before the destination had answered a source with page channels.
+    /// The connection of a source with page channels failed before the first round was through, and the destination is no
+    /// ramwire, which would have said how many it has.
     #[error(
-        "the migration could not be set up with {channels} page channels; the destination may have another number: {}",
+        "the connection failed before the end of the first round, with {channels} page channels; the destination may have another \
+         number: {}",
         Remedy::AlignChannels
     )]
     NotSetUp {

@@ -319,8 +319,9 @@ fn sent_by_other_channels(version: Version, ours: u8) {
             compare(&sent, &arrived).unwrap_or_else(|d| panic!("{what}: at the destination: {d:?}"));
         } else {
             ram_file(&folder);
-            let why =
-                format!("could not be set up with {ours} page channels; the destination may have another");
+            let why = format!(
+                "the first round, with {ours} page channels; the destination may have another number"
+            );
             assert!(said.contains(&why) && said.contains("(--channels)"), "{what}: {said}");
         }
     }

@@ -38,7 +38,8 @@ impl Vmm {
             Ok((served, bytes)) => {
                 note!("ramwire pager: {name}: {} of memory are served", human_bytes(bytes));
                 self.watch(&served);
-                let progress = served.progress();
+                // A guest may have ended before the thread that gave it its last page had counted that.
+                let progress = served.end();
                 let latency = progress.latency;
                 note!(
                     "ramwire pager: {name} has ended: {} faults, {} pages read for them, {} were still missing; from fault \

@@ -115,19 +115,29 @@ impl ServedMemory {
         self.filling.retry()
     }
 
+    /// Serves it no more. How far it came, with what its threads had under way.
+    pub fn end(mut self) -> LazyProgress {
+        self.end_threads();
+        self.progress()
+    }
+
     /// True once nobody is there any more to be served: the other process has ended, or its faults can't be read.
     pub fn is_over(&self) -> bool {
         self.filling.state().is_over
     }
-}
 
-impl Drop for ServedMemory {
-    fn drop(&mut self) {
+    fn end_threads(&mut self) {
         self.filling.end();
         for thread in self.threads.drain(..) {
             // A panic there was reported where it happened.
             let _ = thread.join();
         }
+    }
+}
+
+impl Drop for ServedMemory {
+    fn drop(&mut self) {
+        self.end_threads();
     }
 }
 

@@ -225,7 +225,8 @@ impl SourceSession {
             self.check_layout().err().unwrap_or(error)
         };
         let broken = error.kind() == ErrorKind::Channel;
-        let error = broken.then(|| self.peer_failure()).flatten().unwrap_or(error);
+        let error =
+            broken.then(|| self.peer_failure()).flatten().unwrap_or_else(|| self.blame_channels(error));
         let may_give_back =
             self.driver.engine.handover() == Handover::Shut || self.driver.engine.is_postcopy();
         let event = match &error {
@@ -248,8 +249,8 @@ impl SourceSession {
         }
         match action {
             SourceAction::StartLogs => self.start_logs(),
-            SourceAction::SendHeader => self.send_header(),
-            SourceAction::SendSetup => self.set_up(),
+            SourceAction::SendHeader => self.greet(),
+            SourceAction::SendSetup => self.send_setup(),
             SourceAction::OpenUrgent => self.open_urgent(),
             SourceAction::Sync { last } => self.sync(last),
             SourceAction::OpenRound { kind, number } => self.open_round(kind, number),

@@ -34,27 +34,7 @@ pub(super) const ORDINARY_PING: u32 = 1;
 
 impl SourceSession {
     /// Header and greeting.
-    pub(super) fn send_header(&mut self) -> Result<SourceEvent, Error> {
-        self.greet().map_err(|error| self.not_set_up(error))
-    }
-
-    /// Who the peer is, and the block list.
-    pub(super) fn set_up(&mut self) -> Result<SourceEvent, Error> {
-        self.send_setup().map_err(|error| self.not_set_up(error))
-    }
-
-    fn not_set_up(&self, error: Error) -> Error {
-        let channels = self.wire.link.page_channels();
-        match error.kind() {
-            // A QEMU does not tell how many it waits for: it closes, or says nothing.
-            ErrorKind::Channel if channels > 0 => {
-                Error::NotSetUp { channels: usize::from(channels), source: Box::new(error) }
-            }
-            _ => error,
-        }
-    }
-
-    fn greet(&mut self) -> Result<SourceEvent, Error> {
+    pub(super) fn greet(&mut self) -> Result<SourceEvent, Error> {
         let mut head = Vec::new();
         file::encode_header(&mut head);
         if self.settings.framing.configuration {
@@ -83,7 +63,8 @@ impl SourceSession {
         self.wire.back.is_some() && self.settings.peer.is_none_or(|peer| peer == Peer::Ramwire)
     }
 
-    fn send_setup(&mut self) -> Result<SourceEvent, Error> {
+    /// Who the peer is, and the block list.
+    pub(super) fn send_setup(&mut self) -> Result<SourceEvent, Error> {
         let handover = if self.greets() { self.find_out_peer()? } else { self.driver.engine.handover() };
         if self.settings.digest && handover != Handover::Native {
             return Err(no_digest("the destination is a QEMU"));
@@ -139,6 +120,22 @@ impl SourceSession {
             settings if settings.digest => Err(no_digest(why)),
             settings if !settings.vmm_configuration.is_empty() => Err(no_vmm_configuration(why)),
             _ => Ok(()),
+        }
+    }
+
+    /// A QEMU does not tell how many page channels it waits for: it closes, or says nothing. Its page channels are closed as
+    /// soon as it knows, so that the first round meets it at the latest.
+    pub(super) fn blame_channels(&self, error: Error) -> Error {
+        let channels = self.wire.link.page_channels();
+        let may_differ = channels > 0
+            && self.driver.engine.handover() != Handover::Native
+            && self.driver.engine.round() <= 1
+            && !self.driver.engine.is_last_round();
+        match error.kind() {
+            ErrorKind::Channel if may_differ => {
+                Error::NotSetUp { channels: usize::from(channels), source: Box::new(error) }
+            }
+            _ => error,
         }
     }
 
