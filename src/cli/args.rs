@@ -26,7 +26,7 @@ const EXIT_STATUS: &str = "EXIT STATUS:
     3  failed; the guest is safe at the source
     4  cancelled; the guest is safe at the source
     5  in doubt: the guest was given away and nobody said that it runs
-    6  arrived, but not as it left
+    6  arrived, and not verified: pages differ from those that were sent
 
 They hold whatever becomes of the output: a result that can't be printed changes none of them.
 
@@ -52,7 +52,7 @@ enum Command {
     Report(report::Args),
     /// List this host's RDMA devices and whether a guest can travel by them
     Devices(devices::Args),
-    /// Measure ramwire beside other programs
+    /// Measure messages over RDMA, TCP and UNIX sockets, as perftest does
     Bench(bench::BenchArgs),
     /// Print shell completions or the man page
     Generate(Generate),
