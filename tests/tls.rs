@@ -3,8 +3,8 @@
 
 mod common;
 
-use std::io::Write as _;
-use std::net::TcpStream;
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 
 use common::{
@@ -252,6 +252,84 @@ fn a_source_that_stops_in_the_handshake_makes_nobody_wait() {
     assert_eq!(report["status"], "completed", "{report}");
     assert_eq!(receiver.finished(Deadline::seconds(60), 0)["arrived"], true);
     drop((silent, stopped));
+}
+
+/// Somebody on the way who cuts the connection without TLS's own end: nothing arrives, and both ends say what happened.
+#[test]
+fn a_stream_that_is_cut_on_its_way_does_not_arrive() {
+    for carried in [200, 20_000, 1 << 20] {
+        let dir = scratch();
+        let certificates = Authority::new("the authority").folder(dir.path().join("certificates"));
+        let tls = format!("--tls-dir={}", certificates.display());
+        let receive = ["receive", "tcp:127.0.0.1:0", "--json", &tls, "--dir"];
+        let mut receiver = Ramwire::start(dir.path(), &receive, dir.path().join("guest"));
+        let (uri, cutting) = cut_after(&receiver.listening(), carried);
+        fill(&dir.path().join("ram"), 4, Pattern::Random { seed: 3 });
+        let block = format!("m0={}", dir.path().join("ram").display());
+        let send = ["send", &uri, "--json", "--peer=ramwire", &tls, "--ram"];
+        let said = Ramwire::start(dir.path(), &send, block).failed(Deadline::seconds(60), 3);
+        cutting.join().unwrap();
+        let cut = ["reset by peer", "Broken pipe", "ended", "closed", "handshake"];
+        assert!(cut.iter().any(|word| said.contains(word)), "{carried}: the source: {said}");
+        if carried < 1000 {
+            // No stream has begun: the next source is waited for.
+            let told = || receiver.errors();
+            Deadline::seconds(60).poll("the destination's word", told, || {
+                let heard = receiver.errors();
+                (heard.contains("in the TLS handshake") && heard.contains("listening goes on")).then_some(())
+            });
+        } else {
+            let heard = receiver.failed(Deadline::seconds(60), 3);
+            assert!(heard.contains("the stream ended"), "{carried}: the destination: {heard}");
+            assert!(!dir.path().join("guest/manifest.json").exists(), "{carried}: nothing has arrived");
+        }
+    }
+}
+
+/// An address that leads to another one, until so many bytes have gone there; then both ends see an end of the connection.
+fn cut_after(uri: &str, carried: u64) -> (String, std::thread::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let here = format!("tcp:127.0.0.1:{}", listener.local_addr().unwrap().port());
+    let there = uri.strip_prefix("tcp:").unwrap().to_owned();
+    let carry = move || {
+        let (source, _) = listener.accept().unwrap();
+        let destination = TcpStream::connect(there).unwrap();
+        let (mut answers, mut back) = (destination.try_clone().unwrap(), source.try_clone().unwrap());
+        let answering = std::thread::spawn(move || std::io::copy(&mut answers, &mut back));
+        std::io::copy(&mut (&source).take(carried), &mut &destination).unwrap();
+        destination.shutdown(Shutdown::Both).unwrap();
+        source.shutdown(Shutdown::Both).unwrap();
+        // It has met the end, or an error.
+        let _ = answering.join().unwrap();
+    };
+    (here, std::thread::spawn(carry))
+}
+
+#[test]
+fn what_could_travel_in_clear_is_refused_where_tls_is_required_and_told_where_not() {
+    let dir = scratch();
+    fill(&dir.path().join("ram"), 1, Pattern::Zero);
+    let block = format!("m0={}", dir.path().join("ram").display());
+    for uri in ["tcp:10.0.0.7:1", "exec:cat"] {
+        let said = Ramwire::start(dir.path(), &["send", uri, "--require-tls", "--ram"], &block)
+            .failed(Deadline::seconds(60), 2);
+        assert!(said.contains("could travel unencrypted") && said.contains("--tls-dir DIR"), "{uri}: {said}");
+    }
+    let receive = ["receive", "tcp:0.0.0.0:0", "--require-tls", "--dir"];
+    let said =
+        Ramwire::start(dir.path(), &receive, dir.path().join("guest")).failed(Deadline::seconds(60), 2);
+    assert!(said.contains("tcp:0.0.0.0:0: RAM could travel unencrypted"), "{said}");
+    let at_the_loopback = ["receive", "tcp:127.0.0.1:0", "--json", "--require-tls", "--dir"];
+    let mut receiver = Ramwire::start(dir.path(), &at_the_loopback, dir.path().join("guest"));
+    let (told, port) = ("travels unencrypted and unauthenticated", receiver.listening());
+    // This host, by an address that is not known for the loopback's.
+    let port = port.rsplit(':').next().unwrap();
+    let uri = format!("tcp:0.0.0.0:{port}");
+    let mut sender = Ramwire::start(dir.path(), &["send", &uri, "--json", "--peer=ramwire", "--ram"], &block);
+    assert_eq!(sender.finished(Deadline::seconds(60), 0)["status"], "completed");
+    assert_eq!(receiver.finished(Deadline::seconds(60), 0)["arrived"], true);
+    assert_eq!(sender.errors().matches(told).count(), 1, "{}", sender.errors());
+    assert!(!receiver.errors().contains(told), "{}", receiver.errors());
 }
 
 /// The guest starts at once, its urgent pages on an encrypted connection of their own. Or the connection is lost

@@ -87,7 +87,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.tls.at(&args.uri)?, allow, &stop)?;
     if let Some(warning) = listener.warning() {
-        note!("ramwire receive: {warning}{}", hint(Some(Remedy::AllowPeers)));
+        let encrypt = if args.uri.scheme() == "tcp" { " or encrypt it (--tls-dir DIR)" } else { "" };
+        note!("ramwire receive: {warning}{}{encrypt}", hint(Some(Remedy::AllowPeers)));
     }
     if let Some(why) = listener.why_no_rdma() {
         note!("ramwire receive: TCP only: {why}");

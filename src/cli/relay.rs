@@ -35,6 +35,7 @@ use super::remedies::{hint, in_words};
 use super::render;
 use super::signals::cancel_on_signal;
 use super::store::keep;
+use super::tls::tell_if_in_clear;
 use super::watch::{Log, WatchArgs, describe};
 
 /// Takes the stream of a running guest and sends it on as it comes. The guest runs at its source until the source
@@ -120,6 +121,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     });
     let stop = Stop::on(&cancel);
     let file = args.watch.create_log()?;
+    tell_if_in_clear("relay", &args.connect, "use a network you trust or a tunnel");
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.listen, allow, &stop)?;

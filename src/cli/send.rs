@@ -25,7 +25,7 @@ use super::progress::Progress;
 use super::render;
 use super::signals::cancel_on_signal;
 use super::store::{Block, Custody, Overrides, State, StoredGuest};
-use super::tls::SourceTlsArgs;
+use super::tls::{SourceTlsArgs, tell_if_in_clear};
 use super::watch::{WatchArgs, describe};
 
 /// Sends a stored guest. The folder's manifest says `sent` once the other end runs it, and `in-doubt` if that is not known.
@@ -199,6 +199,11 @@ fn send(
     options.retry = args.timeouts.retry;
     args.timeouts.tell_retry("send", &args.uri);
     let address = args.tls.at(&args.uri)?;
+    let remedy = match address.scheme() {
+        "tcp" => "use a network you trust, or TLS (--tls-dir DIR)",
+        _ => "use a network you trust",
+    };
+    tell_if_in_clear("send", &address, remedy);
     let connection = open_source(&address, memory.clone(), &options, &Stop::on(&cancel))?;
     let way = connection.way.clone();
     if args.uri.decides_late() {

@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use ramwire::transport::{Address, Tls, TlsError, TlsOptions};
+use ramwire::transport::{Address, Tls, TlsOptions};
+
+use super::common::Usage;
+use super::output::note;
 
 /// Of a command that connects.
 #[derive(Clone, Debug, clap::Args)]
@@ -14,12 +17,16 @@ pub(super) struct SourceTlsArgs {
     /// With --tls-dir: the host name or address that the destination's certificate must be for, if not that of the URI
     #[arg(long, value_name = "NAME", requires = "tls_dir")]
     tls_hostname: Option<String>,
+    /// Refuse an address by which RAM could travel over a network unencrypted. unix: and files are taken without TLS, and
+    /// so is tcp: on the loopback
+    #[arg(long)]
+    require_tls: bool,
 }
 
 impl SourceTlsArgs {
     /// How the address is to be spoken to.
-    pub(super) fn at(&self, address: &Address) -> Result<Address, TlsError> {
-        let Some(dir) = &self.tls_dir else { return Ok(address.clone()) };
+    pub(super) fn at(&self, address: &Address) -> Result<Address, Box<dyn std::error::Error>> {
+        let Some(dir) = &self.tls_dir else { return Ok(plain(address, self.require_tls)?) };
         let mut options = TlsOptions::in_dir(dir);
         options.hostname = self.tls_hostname.clone();
         Ok(address.clone().with_tls(Tls::of_source(&options)?))
@@ -39,15 +46,42 @@ pub(super) struct DestinationTlsArgs {
     /// With --tls-dir: take only sources whose certificate has this common name or DNS name; repeat for more
     #[arg(long, value_name = "NAME", requires = "tls_dir")]
     tls_authz: Vec<String>,
+    /// Refuse an address by which RAM could travel over a network unencrypted. unix: and files are taken without TLS, and
+    /// so is tcp: on the loopback
+    #[arg(long)]
+    require_tls: bool,
 }
 
 impl DestinationTlsArgs {
     /// How the address is to be listened on.
-    pub(super) fn at(&self, address: &Address) -> Result<Address, TlsError> {
-        let Some(dir) = &self.tls_dir else { return Ok(address.clone()) };
+    pub(super) fn at(&self, address: &Address) -> Result<Address, Box<dyn std::error::Error>> {
+        let Some(dir) = &self.tls_dir else { return Ok(plain(address, self.require_tls)?) };
         let mut options = TlsOptions::in_dir(dir);
         options.verify_peer = !self.tls_any_peer;
         options.clients.clone_from(&self.tls_authz);
         Ok(address.clone().with_tls(Tls::of_destination(&options)?))
+    }
+}
+
+/// The address without TLS, unless that is refused.
+fn plain(address: &Address, require_tls: bool) -> Result<Address, Usage> {
+    // Where a descriptor or a command leads nobody knows.
+    let may_leave = address.is_in_clear() || matches!(address.scheme(), "fd" | "exec");
+    if require_tls && may_leave {
+        let remedy = match address.scheme() {
+            "tcp" => "give --tls-dir DIR",
+            _ => "give a tcp: or unix: address, and --tls-dir DIR",
+        };
+        return Err(Usage(format!(
+            "{address}: RAM could travel unencrypted, and --require-tls is given; {remedy}"
+        )));
+    }
+    Ok(address.clone())
+}
+
+/// Says once that what is sent to this address can be read on its way.
+pub(super) fn tell_if_in_clear(command: &str, address: &Address, remedy: &str) {
+    if address.is_in_clear() {
+        note!("ramwire {command}: {address}: guest RAM travels unencrypted and unauthenticated; {remedy}");
     }
 }

@@ -103,6 +103,18 @@ impl Address {
         self.scheme.abilities.decides_late
     }
 
+    /// True where RAM would travel over a network unencrypted and unauthenticated: a host that is not this one, without TLS.
+    /// A name is taken for another host's, unless it is `localhost`. Where a descriptor or a command leads nobody knows:
+    /// false.
+    pub fn is_in_clear(&self) -> bool {
+        let Some((host, _)) = self.host_and_port() else { return false };
+        let loopback = match host.parse::<std::net::IpAddr>() {
+            Ok(address) => address.to_canonical().is_loopback(),
+            Err(_) => host.is_empty() || host == "localhost",
+        };
+        !loopback && self.tls.is_none()
+    }
+
     /// Host and port, where it names such.
     pub fn host_and_port(&self) -> Option<(&str, u16)> {
         match &self.target {
@@ -333,6 +345,27 @@ mod tests {
             scheme: &mapped_ram::SCHEME,
             target: Target::PathAt { path: path.into(), offset },
             tls: None,
+        }
+    }
+
+    #[test]
+    fn only_another_host_without_tls_is_in_clear() {
+        for (text, clear) in [
+            ("tcp:10.0.0.7:1", true),
+            ("tcp:host.example:1", true),
+            ("tcp:0.0.0.0:1", true),
+            ("rdma:10.0.0.7:1", true),
+            ("auto:[fd00::7]:1", true),
+            ("tcp:127.8.0.1:1", false),
+            ("tcp:[::1]:1", false),
+            ("tcp:[::ffff:127.0.0.1]:1", false),
+            ("tcp:localhost:1", false),
+            ("unix:/run/socket", false),
+            ("fd:7", false),
+            ("exec:nc host 1", false),
+        ] {
+            let address: Address = text.parse().unwrap();
+            assert_eq!(address.is_in_clear(), clear, "{text}");
         }
     }
 
