@@ -13,6 +13,7 @@ use ramwire::transport::{
 
 use super::args::Exit;
 use super::output::note;
+use super::qmp::Plan;
 use super::remedies::{hint, in_words};
 pub(super) use super::sizes::{bytes, seconds};
 
@@ -90,6 +91,11 @@ pub(super) struct RdmaArgs {
 }
 
 impl RdmaArgs {
+    /// Under QEMU's names.
+    pub(super) fn plan(&self, plan: Plan) -> Plan {
+        plan.having("rdma-pin-all", self.pin_all)
+    }
+
     pub(super) fn options(&self) -> RdmaOptions {
         let mut options = RdmaOptions::default();
         options.pin_all = self.pin_all;
@@ -148,6 +154,22 @@ impl ChannelArgs {
         self.channels
     }
 
+    /// Under QEMU's names.
+    pub(super) fn plan(&self, mut plan: Plan) -> Plan {
+        if self.channels > 0 {
+            plan = plan.having("multifd", true).with("multifd-channels", self.channels);
+        }
+        match self.compression {
+            Packing::Plain => plan,
+            Packing::Zlib(level) => {
+                plan.with("multifd-compression", "zlib").with("multifd-zlib-level", level)
+            }
+            Packing::Zstd(level) => {
+                plan.with("multifd-compression", "zstd").with("multifd-zstd-level", level)
+            }
+        }
+    }
+
     /// The same options for another process.
     pub(super) fn arguments(&self) -> [String; 3] {
         let Self { channels, compression, numa, .. } = self;
@@ -188,6 +210,11 @@ impl SourceChannelArgs {
     /// How many channels.
     pub(super) fn count(&self) -> u8 {
         self.both.count()
+    }
+
+    /// Pages are lent to the kernel.
+    pub(super) fn lends(&self) -> bool {
+        self.send_pages == PageSending::ZeroCopy
     }
 
     /// What the other end has to know as well.

@@ -7,6 +7,7 @@ use ramwire::session::{PostcopySettings, SourceSettings};
 use ramwire::units::Rate;
 
 use super::common::{bytes, seconds};
+use super::qmp::Plan;
 
 /// Whether the guest may run at the destination before its memory has come.
 #[derive(Clone, Debug, clap::Args)]
@@ -47,6 +48,11 @@ fn rule(text: &str) -> Result<PostcopyRule, String> {
 }
 
 impl PostcopyArgs {
+    /// Under QEMU's names.
+    pub(super) fn plan(&self, plan: Plan) -> Plan {
+        plan.having("postcopy-ram", self.postcopy).with("max-postcopy-bandwidth", self.max_postcopy_bandwidth)
+    }
+
     /// Completes `settings`, whose timeout is set; one that switches announces it by itself.
     pub(super) fn apply(&self, settings: &mut SourceSettings) {
         let on_timeout = matches!(settings.timeout, Some((_, OnTimeout::Postcopy)));
@@ -63,6 +69,11 @@ impl PostcopyArgs {
 }
 
 impl ReconnectArgs {
+    /// Under QEMU's names.
+    pub(super) fn plan(&self, plan: Plan) -> Plan {
+        plan.having("postcopy-preempt", self.postcopy_preempt)
+    }
+
     /// Completes `settings`, whose postcopy is set.
     pub(super) fn apply(&self, settings: &mut SourceSettings) {
         if let Some(postcopy) = &mut settings.postcopy {

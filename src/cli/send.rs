@@ -1,14 +1,15 @@
 //! `ramwire send`.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ramwire::engine::Outcome;
 use ramwire::guest::GuestMemory;
-use ramwire::observe::RunDescription;
+use ramwire::observe::{RunDescription, SharedStatistics};
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlockTable};
-use ramwire::session::{Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::session::{CancelReply, Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, ChannelOptions, ConnectionOptions, Way, open_source};
 use ramwire::units::Rate;
@@ -22,6 +23,7 @@ use super::converge::{TimeoutArgs, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
 use super::postcopy::{PostcopyArgs, ReconnectArgs};
 use super::progress::Progress;
+use super::qmp::{Plan, QmpArgs, Subject};
 use super::render;
 use super::signals::cancel_on_signal;
 use super::store::{Block, Custody, Overrides, State, StoredGuest};
@@ -95,6 +97,8 @@ pub(super) struct Args {
     #[command(flatten)]
     watch: WatchArgs,
     #[command(flatten)]
+    qmp: QmpArgs,
+    #[command(flatten)]
     channels: SourceChannelArgs,
     #[command(flatten)]
     tls: SourceTlsArgs,
@@ -121,6 +125,17 @@ pub(super) enum ZeroPage {
     Legacy,
     /// On the threads of the page channels, where there are any and the peer understands it; else in the page loop
     Multifd,
+}
+
+impl ZeroPage {
+    /// As it is written.
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Legacy => "legacy",
+            Self::Multifd => "multifd",
+        }
+    }
 }
 
 impl From<ZeroPage> for ZeroDetection {
@@ -189,6 +204,10 @@ fn send(
 ) -> Result<Exit, Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
+    let statistics = SharedStatistics::default();
+    let subject = args.subject(&statistics, &cancel);
+    // Dropped last: its clients are told how it ended.
+    let _monitor = args.qmp.serve("send", &subject)?;
     let memory = guest.memory();
     let log = args.watch.create_log()?;
     let mut options = ConnectionOptions::default();
@@ -213,11 +232,13 @@ fn send(
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
     let again = Redial::new(address, options.stream);
     let session = SourceSession::new(source, connection, settings(args, &guest))
+        .with_statistics(statistics)
         .with_cancel(cancel)
         .with_reconnect(Box::new(again));
     tell_if_it_does_not("send", &session.statistics(), REMEDIES);
     let metrics = args.watch.metrics.serve("send", session.statistics())?;
     let custody = guest.custody();
+    subject.follow(session.control());
     signals.ask(session.canceller());
     signals.follow(session.statistics());
     let left = custody.clone();
@@ -249,6 +270,30 @@ fn settle(custody: Option<&Custody>, exit: Exit) {
 }
 
 impl Args {
+    /// What a monitor speaks for.
+    fn subject(&self, statistics: &SharedStatistics, cancel: &CancelToken) -> Arc<Subject> {
+        let cancel = cancel.clone();
+        Arc::new(Subject::source(statistics.clone(), self.plan(), move || {
+            cancel.cancel();
+            CancelReply::Accepted
+        }))
+    }
+
+    /// The options under QEMU's names.
+    fn plan(&self) -> Plan {
+        let channels = self.channels.both();
+        let mut plan = Plan::default()
+            .with("max-bandwidth", self.max_bandwidth)
+            .with("downtime-limit", self.downtime_ms)
+            .with("zero-page-detection", self.zero_page.name());
+        plan = channels.plan(self.postcopy.plan(self.reconnect.plan(self.rdma.plan(plan))));
+        plan = plan.having("zero-copy-send", self.channels.lends());
+        if self.xbzrle_cache_size > 0 {
+            plan = plan.having("xbzrle", true).with("xbzrle-cache-size", self.xbzrle_cache_size);
+        }
+        plan
+    }
+
     fn description(&self, way: &Way, table: &RamBlockTable) -> RunDescription {
         let run = describe("send", way.transport, &way.why, table);
         run.with("downtime_ms", self.downtime_ms)

@@ -60,6 +60,18 @@ impl Qmp {
         }
     }
 
+    /// Waits until an event came that `wanted` takes, which may be one that came before; the answer is what it carries.
+    pub(crate) fn wait_event(&mut self, name: &str, wanted: impl Fn(&Value) -> bool) -> io::Result<Value> {
+        let is_it = |event: &&Value| event["event"] == name && wanted(&event["data"]);
+        loop {
+            if let Some(event) = self.events.iter().find(is_it) {
+                return Ok(event["data"].clone());
+            }
+            let next = self.receive()?;
+            self.events.push(next);
+        }
+    }
+
     fn receive(&mut self) -> io::Result<Value> {
         let mut line = String::new();
         match self.stream.read_line(&mut line)? {

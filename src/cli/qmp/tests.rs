@@ -1,0 +1,174 @@
+//! A conversation with a migration that runs nowhere.
+#![allow(clippy::unwrap_used)]
+
+use ramwire::observe::{SharedStatistics, Status};
+use ramwire::session::CancelReply;
+use serde_json::{Value, json};
+
+use super::conversation::Conversation;
+use super::{Plan, Subject};
+
+fn subject() -> Subject {
+    let plan = Plan::default().having("multifd", true).with("multifd-channels", 4);
+    Subject::source(SharedStatistics::default(), plan, || CancelReply::Accepted)
+}
+
+fn say(conversation: &mut Conversation, subject: &Subject, text: &str) -> Vec<Value> {
+    let mut input = text.as_bytes();
+    let lines = std::iter::from_fn(|| conversation.next(&mut input, subject));
+    lines.map(|line| serde_json::from_str(line.strip_suffix("\r\n").unwrap()).unwrap()).collect()
+}
+
+/// What is answered to each command behind the negotiation.
+fn answers(subject: &Subject, text: &str) -> Vec<Value> {
+    let mut conversation = Conversation::default();
+    let first =
+        say(&mut conversation, subject, r#"{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}"#);
+    assert_eq!(first, [json!({"return": {}})]);
+    say(&mut conversation, subject, text)
+}
+
+fn answer(subject: &Subject, command: Value) -> Value {
+    let mut all = answers(subject, &command.to_string());
+    assert_eq!(all.len(), 1);
+    all.remove(0)
+}
+
+fn class(answer: &Value) -> &str {
+    assert!(answer["error"]["desc"].as_str().is_some_and(|text| !text.is_empty()), "{answer}");
+    answer["error"]["class"].as_str().unwrap()
+}
+
+#[test]
+fn nothing_is_done_before_the_negotiation_which_comes_once() {
+    let (subject, mut client) = (subject(), Conversation::default());
+    let greeting: Value = serde_json::from_str(&Conversation::greeting()).unwrap();
+    assert_eq!(greeting["QMP"]["capabilities"], json!(["oob"]));
+    assert_eq!(greeting["QMP"]["version"]["qemu"]["major"], 10);
+    let early = say(&mut client, &subject, r#"{"execute":"query-status"}{"execute":"nonsense","id":1}"#);
+    assert_eq!(early.iter().map(class).collect::<Vec<_>>(), ["CommandNotFound"; 2]);
+    assert!(!client.hears_events());
+    let wrong = r#"{"execute":"qmp_capabilities","arguments":{"enable":["more"]}}"#;
+    assert_eq!(class(&say(&mut client, &subject, wrong)[0]), "GenericError");
+    let both = r#"{"execute":"qmp_capabilities"}{"execute":"qmp_capabilities","id":"again"}"#;
+    let said = say(&mut client, &subject, both);
+    assert_eq!(said[0], json!({"return": {}}));
+    assert_eq!((class(&said[1]), &said[1]["id"]), ("CommandNotFound", &json!("again")));
+    assert!(client.hears_events());
+    let urgent = say(&mut client, &subject, r#"{"exec-oob":"migrate-pause"}"#);
+    assert!(urgent[0]["error"]["desc"].as_str().unwrap().contains("qmp_capabilities"), "not asked for");
+}
+
+#[test]
+fn every_command_gets_one_answer_with_its_id() {
+    let subject = subject();
+    let status = json!({"status": "paused", "running": false});
+    let text = r#"{"execute":"query-status","id":{"a":[1]}}  {"id":null,"execute":"query-status"}"#;
+    let told = answers(&subject, text);
+    assert_eq!(told, [json!({"return": status, "id": {"a": [1]}}), json!({"return": status, "id": null})]);
+    #[rustfmt::skip]
+    let cases = [
+        ("no object",               r#"[{"execute":"query-status"}]"#,                        "GenericError"),
+        ("no command",              r#"{"arguments":{}}"#,                                    "GenericError"),
+        ("a number as command",     r#"{"execute":5}"#,                                       "GenericError"),
+        ("both kinds",              r#"{"execute":"query-status","exec-oob":"query-status"}"#, "GenericError"),
+        ("a member too many",       r#"{"execute":"query-status","more":1}"#,                 "GenericError"),
+        ("arguments of no object",  r#"{"execute":"query-status","arguments":[]}"#,           "GenericError"),
+        ("an argument too many",    r#"{"execute":"query-status","arguments":{"x":1}}"#,      "GenericError"),
+        ("an argument too few",     r#"{"execute":"migrate-continue"}"#,                      "GenericError"),
+        ("an argument of no state", r#"{"execute":"migrate-continue","arguments":{"state":"x"}}"#, "GenericError"),
+        ("an unknown command",      r#"{"execute":"device_add"}"#,                            "CommandNotFound"),
+        ("one that is not urgent",  r#"{"exec-oob":"query-status"}"#,                         "GenericError"),
+        ("an unknown urgent one",   r#"{"exec-oob":"device_add"}"#,                           "CommandNotFound"),
+        ("no JSON",                 "{'execute':'query-status'}",                             "GenericError"),
+    ];
+    for (what, text, wanted) in cases {
+        let told = answers(&subject, text);
+        assert_eq!(told.iter().map(class).collect::<Vec<_>>(), [wanted], "{what}");
+    }
+}
+
+#[test]
+fn parameters_have_bounds_and_change_all_or_none() {
+    let subject = subject();
+    let set =
+        |changes: Value| answer(&subject, json!({"execute": "migrate-set-parameters", "arguments": changes}));
+    let get =
+        |name: &str| answer(&subject, json!({"execute": "query-migrate-parameters"}))["return"][name].clone();
+    assert_eq!(set(json!({"max-bandwidth": 5_000_000, "downtime-limit": 20})), json!({"return": {}}));
+    assert_eq!((get("max-bandwidth"), get("downtime-limit")), (json!(5_000_000), json!(20)));
+    for wrong in [
+        json!({"downtime-limit": 2_000_001}),
+        json!({"downtime-limit": -1}),
+        json!({"max-bandwidth": "5M"}),
+        json!({"max-bandwidth": 1.5}),
+        json!({"max-bandwidth": 1, "cpu-throttle-initial": 20}),
+        json!({"max-bandwidth": 1, "multifd-channels": 8}),
+        json!({"multifd-compression": "lz4"}),
+    ] {
+        assert_eq!(class(&set(wrong.clone())), "GenericError", "{wrong}");
+        assert_eq!(get("max-bandwidth"), json!(5_000_000), "{wrong}");
+    }
+    // What is so already may be said.
+    assert_eq!(set(json!({"multifd-channels": 4})), json!({"return": {}}));
+}
+
+#[test]
+fn a_migration_that_runs_has_the_capabilities_that_it_began_with() {
+    let subject = subject();
+    let told = answer(&subject, json!({"execute": "query-migrate-capabilities"}));
+    let list = told["return"].as_array().unwrap();
+    let on: Vec<_> = list.iter().filter(|row| row["state"] == true).map(|row| &row["capability"]).collect();
+    assert_eq!(on, ["events", "return-path", "multifd"]);
+    let set = |name: &str, state: bool| {
+        let change = json!({"capabilities": [{"capability": name, "state": state}]});
+        answer(&subject, json!({"execute": "migrate-set-capabilities", "arguments": change}))
+    };
+    for (name, state) in
+        [("multifd", false), ("xbzrle", true), ("events", false), ("x-colo", true), ("no", false)]
+    {
+        assert_eq!(class(&set(name, state)), "GenericError", "{name}");
+    }
+    // What is so already may be said, and that what is not there is off.
+    for (name, state) in [("multifd", true), ("events", true), ("x-colo", false)] {
+        assert_eq!(set(name, state), json!({"return": {}}), "{name}");
+    }
+}
+
+#[test]
+fn what_only_a_running_migration_can_do_is_refused_else() {
+    let subject = subject();
+    for command in ["migrate-pause", "migrate-start-postcopy"] {
+        assert_eq!(class(&answer(&subject, json!({"execute": command}))), "GenericError", "{command}");
+    }
+    let go_on = json!({"execute": "migrate-continue", "arguments": {"state": "pre-switchover"}});
+    assert_eq!(class(&answer(&subject, go_on)), "GenericError");
+    assert_eq!(answer(&subject, json!({"execute": "migrate_cancel"})), json!({"return": {}}));
+    assert_eq!(answer(&subject, json!({"execute": "query-migrate"})), json!({"return": {}}));
+    subject.statistics().update(|now| now.status = Status::Active);
+    assert_eq!(answer(&subject, json!({"execute": "query-migrate"}))["return"]["status"], "active");
+}
+
+/// Every command that is there is described, by types that are there.
+#[test]
+fn the_schema_is_closed() {
+    let subject = subject();
+    let told = answer(&subject, json!({"execute": "query-qmp-schema"}));
+    let all = told["return"].as_array().unwrap();
+    let is_there = |name: &Value| all.iter().any(|entry| entry["name"] == *name);
+    for entry in all {
+        for reference in ["arg-type", "ret-type", "element-type"] {
+            assert!(entry.get(reference).is_none_or(is_there), "{entry}");
+        }
+        for member in entry["members"].as_array().into_iter().flatten() {
+            assert!(member.get("type").is_none_or(is_there), "{entry}");
+        }
+    }
+    let commands = answer(&subject, json!({"execute": "query-commands"}));
+    let commands = commands["return"].as_array().unwrap();
+    assert!(commands.len() > 10);
+    for command in commands {
+        let described = all.iter().find(|entry| entry["name"] == command["name"]).unwrap();
+        assert_eq!(described["meta-type"], "command");
+    }
+}
