@@ -63,7 +63,12 @@ fn assert_documented(out: &Value) {
     }
     // A guest that runs at the destination at once has no round.
     let has_rounds = out["round_log"] != Value::Array(Vec::new());
-    for field in fields.keys().filter(|field| has_rounds || !field.starts_with("round_log[]")) {
+    let has_recoveries = out["postcopy"]["recoveries"] != Value::Array(Vec::new());
+    let listed = |field: &&&str| {
+        (has_rounds || !field.starts_with("round_log[]"))
+            && (has_recoveries || !field.starts_with("postcopy.recoveries[]"))
+    };
+    for field in fields.keys().filter(listed) {
         assert!(found.iter().any(|(path, _)| path == field), "{field} is not in the output: {out}");
     }
 }
@@ -183,6 +188,27 @@ fn a_guest_runs_there_before_its_memory_has_come() {
         );
         assert_eq!((rounds(&out), &out["digest_compared"]), (0, &false.into()), "{out}");
     }
+}
+
+/// The connection is cut while pages follow, each time before others are placed, however fast they come; all arrive whole.
+#[test]
+fn a_connection_that_is_cut_again_and_again_in_postcopy_loses_no_page() {
+    for (transport, cuts) in [("tcp", 6), ("unix", 3)] {
+        let sizes = ["--ram", "16M", "--block", "12K", "--working-set", "2M", "--dirty-rate", "30M"];
+        let cut = ["--postcopy", "--transport", transport, "--cut", &cuts.to_string()];
+        let out = demo(&[&cut[..], &sizes[..]].concat());
+        let recoveries = out["postcopy"]["recoveries"].as_array().unwrap();
+        let there: Vec<_> = recoveries.iter().map(|cut| cut["pages_there"].as_u64().unwrap()).collect();
+        assert_eq!(there.len(), cuts, "{there:?}");
+        let all = 16 * 256 + 3;
+        assert!(there.is_sorted_by(|one, next| one < next) && there.last() < Some(&all), "{there:?}");
+        assert!(recoveries.iter().all(|cut| cut["took_ms"].as_f64() > Some(0.0)), "{recoveries:?}");
+        assert_eq!((&out["postcopy"]["pages_read"], &out["pages_checked"]), (&all.into(), &all.into()));
+    }
+    // A guest that moves whole has no connection to lose behind it.
+    let idle = ["--postcopy", "--postcopy-after", "1", "--cut", "3", "--ram", "8M", "--working-set", "1M"];
+    let out = demo(&[&idle[..], &["--dirty-rate", "0"]].concat());
+    assert_eq!(out["postcopy"]["recoveries"], Value::Array(Vec::new()), "{out}");
 }
 
 #[test]

@@ -9,15 +9,18 @@ use std::time::{Duration, Instant};
 use ramwire::engine::Ending;
 use ramwire::guest::GuestMemory;
 use ramwire::observe::{EventKind, LatencySummary};
-use ramwire::session::{DestinationGuest, DestinationSession, DestinationSettings, Zeroed};
+use ramwire::session::{DestinationGuest, DestinationSession, DestinationSettings, MemoryProvider, Zeroed};
 use ramwire::sys::{CancelToken, Stop, populate};
-use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener};
+use ramwire::transport::{
+    Address, AllowList, ConnectionOptions, DestinationConnection, Listener, OpenError, StreamChannel,
+};
 use ramwire::units::BlockIndex;
 use rustix::event::PollFlags;
 use serde::{Deserialize, Serialize};
 
 use super::Failure;
 use super::blocks::BlockSpec;
+use super::cuts::{CutMemory, Cuts, Recovery};
 use super::guest::{DemoGuest, GuestKind};
 use super::scratch::Scratch;
 use crate::cli::args::Exit;
@@ -71,6 +74,8 @@ pub(super) struct Postcopy {
     pub(super) requests: u64,
     /// From a fault to its page in place.
     pub(super) fault_latency: LatencySummary,
+    /// The connection was cut, and another took its place.
+    pub(super) recoveries: Vec<Recovery>,
 }
 
 /// The hidden command that the demo starts.
@@ -87,6 +92,8 @@ pub(in crate::cli) struct Args {
     populate: bool,
     #[arg(long)]
     postcopy: bool,
+    #[arg(long, default_value = "0")]
+    cut: u32,
     #[command(flatten)]
     channels: ChannelArgs,
 }
@@ -110,7 +117,7 @@ impl Process {
             command.arg("--block").arg(block.to_string());
         }
         command.args(demo.populate.then_some("--populate")).args(demo.huge_pages.then_some("--thp"));
-        command.args(postcopy.then_some("--postcopy"));
+        command.args(postcopy.then_some("--postcopy")).arg(format!("--cut={}", demo.cut));
         command.args(demo.channels.both().arguments());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or_else(|| io::Error::other("the destination has no output"))?;
@@ -184,6 +191,25 @@ fn await_readers(guest: &dyn DemoGuest, stop: &Stop) {
     while !guest.read_so_far().1 && stop.sleep(Duration::from_millis(1)).is_none() {}
 }
 
+/// Takes each connection, and says which one a cut is to hit.
+fn accept_cut(
+    mut listener: Listener,
+    scratch: Option<Scratch>,
+    cuts: Cuts,
+) -> impl FnMut(&Stop) -> Result<StreamChannel, OpenError> + Send {
+    move |stop| {
+        // The folder of a UNIX socket stays as long as connections come.
+        let _held = &scratch;
+        let channel = listener.accept(&local_options(), stop)?;
+        cuts.connected(channel.breaker());
+        Ok(channel)
+    }
+}
+
+fn arriving(memory: impl MemoryProvider + 'static, guest: &dyn DemoGuest) -> DestinationGuest {
+    DestinationGuest { memory: Box::new(memory), control: guest.control() }
+}
+
 fn receive(args: &Args) -> Result<Verdict, Failure> {
     let memory = Arc::new(BlockSpec::memory(&args.block, args.huge_pages)?);
     if args.populate {
@@ -201,18 +227,24 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     let scratch = args.uri.path().map(Scratch::make).transpose()?;
     let mut listener = Listener::bind(&args.uri, AllowList::default(), &stop)?;
     result_line!("{}", listener.address());
-    let channels = args.channels.options()?;
-    let mut options = ConnectionOptions::of_stream(local_options());
-    options.channels = channels;
-    let connection = listener.accept_connection(&options, &stop.within(Duration::from_secs(60)))?;
-    drop((listener, scratch));
+    let stop_waiting = stop.within(Duration::from_secs(60));
     let mut settings = DestinationSettings::default();
     settings.postcopy = args.postcopy;
-    let session = DestinationSession::new(
-        DestinationGuest { memory: Box::new(Zeroed(memory)), control: guest.control() },
-        connection,
-        settings,
-    );
+    let cuts = Cuts::new(args.cut, &memory);
+    let session = if args.cut > 0 {
+        let mut accept = accept_cut(listener, scratch, cuts.clone());
+        let connection = DestinationConnection::over(accept(&stop_waiting)?);
+        let memory = Zeroed(Arc::new(CutMemory::new(memory, cuts.clone())));
+        DestinationSession::new(arriving(memory, &*guest), connection, settings)
+            .with_next_connection(Box::new(accept))
+    } else {
+        let mut options = ConnectionOptions::of_stream(local_options());
+        options.channels = args.channels.options()?;
+        let connection = listener.accept_connection(&options, &stop_waiting)?;
+        drop((listener, scratch));
+        DestinationSession::new(arriving(Zeroed(memory), &*guest), connection, settings)
+    };
+    cuts.follow(&session.statistics());
     let runs_since = Arc::new(OnceLock::new());
     let since = Arc::clone(&runs_since);
     session.statistics().listen(move |event| {
@@ -231,6 +263,7 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
             faults: missing.faults,
             requests: missing.requests,
             fault_latency: missing.latency,
+            recoveries: cuts.made(),
         }),
         error: report.error.as_ref().map(|error| in_words(error)),
         ..Verdict::default()

@@ -1,6 +1,7 @@
 //! `ramwire demo`: a whole live migration on one machine, checked page by page.
 
 mod blocks;
+mod cuts;
 mod destination;
 mod guest;
 mod report;
@@ -22,7 +23,7 @@ use ramwire::engine::{Outcome, ThrottlePolicy};
 use ramwire::guest::GuestMemory;
 use ramwire::observe::RunDescription;
 use ramwire::ram::RamBlockTable;
-use ramwire::session::{SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::session::{Redial, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop, memory_room};
 use ramwire::units::{Percent, Rate};
@@ -33,7 +34,9 @@ pub(super) use self::destination::run as run_destination;
 use self::guest::GuestKind;
 use self::way::{Transport, Way};
 use super::args::Exit;
-use super::common::{RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed, human_bytes};
+use super::common::{
+    RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed, human_bytes, local_options,
+};
 use super::converge::{ConvergeArgs, REMEDIES, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
 use super::postcopy::PostcopyArgs;
@@ -48,6 +51,7 @@ use super::watch::{WatchArgs, describe};
     ramwire demo
     ramwire demo --ram 4G --working-set 256M --dirty-rate 500M --transport tcp
     ramwire demo --postcopy --link-rate 125M --transport tcp
+    ramwire demo --postcopy --cut 5
     ramwire demo --guest kvm --ram 256M --dirty-rate 20M --write-size 64
     ramwire demo --snapshot demo.save --ram 512M
     ramwire demo --restore demo.save --ram 512M --lazy
@@ -128,6 +132,10 @@ pub(super) struct Args {
     watch: WatchArgs,
     #[command(flatten)]
     postcopy: PostcopyArgs,
+    /// With --postcopy: cut the connection so many times while the guest runs at the destination and its memory follows, each
+    /// time after the same number of pages; both ends go on over another connection
+    #[arg(long, value_name = "N", default_value = "0", requires = "postcopy")]
+    cut: u32,
     #[command(flatten)]
     converge: ConvergeArgs,
     #[command(flatten)]
@@ -188,6 +196,8 @@ fn helping_itself() -> ThrottlePolicy {
     }
 }
 
+/// How long a connection that was cut (`--cut`) may take to be followed by another.
+const RECONNECT: Duration = Duration::from_secs(60);
 /// How long the guest at the destination may check itself.
 const VERDICT: Duration = Duration::from_secs(300);
 /// How long a destination that did not get the guest may take to say why.
@@ -219,7 +229,9 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     guest.control().resume()?;
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: guest.control() };
-    let session = SourceSession::new(source, connection, settings).with_cancel(cancel);
+    let again = Redial::new(way.address.clone(), local_options());
+    let session =
+        SourceSession::new(source, connection, settings).with_cancel(cancel).with_reconnect(Box::new(again));
     signals.ask(session.canceller());
     signals.follow(session.statistics());
     tell_if_it_does_not("demo", &session.statistics(), REMEDIES);
@@ -243,6 +255,9 @@ fn settings(args: &Args) -> Result<SourceSettings, Usage> {
     settings.same_host = true;
     args.converge.apply(&mut settings)?;
     args.postcopy.apply(&mut settings);
+    if let Some(postcopy) = settings.postcopy.as_mut().filter(|_| args.cut > 0) {
+        postcopy.reconnect_timeout = RECONNECT;
+    }
     let postcopy = settings.postcopy.is_some();
     // Missing pages have no digest; the guest looks at them where it runs.
     settings.digest = !args.no_digest && !postcopy;
@@ -302,6 +317,7 @@ impl Args {
             .with("channels", self.channels.count())
             .with("digest", !self.no_digest && !self.postcopy.postcopy)
             .with("postcopy", self.postcopy.postcopy)
+            .with("cut", self.cut)
     }
 }
 
@@ -331,6 +347,10 @@ fn finish(
     if let Some(error) = &report.error {
         complain("demo", error);
         tell_remedies("demo", Some(error), REMEDIES);
+    }
+    let cut = arrived.postcopy.as_ref().map_or(0, |postcopy| postcopy.recoveries.len());
+    if exit == Exit::Done && (cut as u64) < args.cut.into() {
+        note!("the connection was cut {cut} of {} times: there were no more pages to wait for", args.cut);
     }
     if report.outcome == Outcome::Incomplete {
         note!(

@@ -6,6 +6,7 @@ use ramwire::observe::Status;
 use ramwire::session::SourceReport;
 use serde_json::{Value, json};
 
+use super::cuts::Recovery;
 use super::destination::{Postcopy, Verdict};
 use crate::cli::common::human_bytes;
 use crate::cli::render;
@@ -73,6 +74,7 @@ impl Run<'_> {
             "fault_latency": came.fault_latency,
             "bytes": self.report.statistics.postcopy_bytes,
             "pages_read": self.arrived.pages_read,
+            "recoveries": came.recoveries,
         })
     }
 
@@ -114,7 +116,7 @@ impl Run<'_> {
         let _ = writeln!(out, "by {}: {}; dirty pages by {}", self.transport, self.why, self.dirty_source);
         out.push_str(&render::statistics(s));
         let Verdict { ran, verified, pages, wrong, faults, .. } = self.arrived;
-        if let Some(Postcopy { time_to_run_ms, all_came_ms, faults, requests, fault_latency }) =
+        if let Some(Postcopy { time_to_run_ms, all_came_ms, faults, requests, fault_latency, recoveries }) =
             &self.arrived.postcopy
         {
             let read = self.arrived.pages_read;
@@ -128,6 +130,13 @@ impl Run<'_> {
                 "{faults} faults of missing pages, {requests} requests; its threads looked at {read} pages while it ran"
             );
             let _ = writeln!(out, "fault  {}", render::latency(fault_latency));
+            for (number, Recovery { pages_there, took_ms }) in (1..).zip(recoveries) {
+                let _ = writeln!(
+                    out,
+                    "cut {number}: the connection was lost when {pages_there} pages were there, and pages came again \
+                     {took_ms:.1} ms later"
+                );
+            }
         }
         let _ = match (ran, verified) {
             (true, true) => writeln!(out, "verified: the guest ran on and checked all {pages} pages"),

@@ -41,6 +41,8 @@ pub(super) struct Way {
     pub(super) transport: &'static str,
     pub(super) why: String,
     pub(super) destination: Process,
+    /// Where the destination is reached.
+    pub(super) address: Address,
     _link: Option<SlowLink>,
     _scratch: Option<Scratch>,
 }
@@ -66,7 +68,7 @@ impl Way {
             let memory = Arc::clone(memory);
             let stop = within.map_or_else(|| stop.clone(), |within| stop.within(within));
             let connection = open_source(&address, memory, &options, &stop)?;
-            Ok((Self { transport, why, destination, _link: link, _scratch: scratch }, connection))
+            Ok((Self { transport, why, destination, address, _link: link, _scratch: scratch }, connection))
         };
         let rdma = |why: &str, within| {
             // Both ends lock their own copy, each in a process of its own.
