@@ -3,7 +3,7 @@
 //! ```text
 //! a ramwire source:  STATE_SENT -> load -> [digests compared] -> READY -> COMMIT -> resume -> RUNNING
 //! a QEMU source:     end of the device state -> load -> resume -> SHUT(0)
-//! postcopy:          package -> serve faults, load and resume meanwhile -> last page -> SHUT(0)
+//! postcopy:          package -> serve faults, load and resume meanwhile -> last page -> SHUT(0), heard
 //! ```
 //!
 //! # Orders that must hold
@@ -128,6 +128,8 @@ pub struct DestinationEngine {
     digests_here: bool,
     committed: bool,
     recoverable: bool,
+    /// All pages of a guest that runs here since a switch to postcopy have come.
+    whole: bool,
 }
 
 impl DestinationEngine {
@@ -144,6 +146,7 @@ impl DestinationEngine {
             digests_here: false,
             committed: false,
             recoverable: false,
+            whole: false,
         }
     }
 
@@ -160,6 +163,11 @@ impl DestinationEngine {
     /// True once the guest was given away by the source.
     pub fn is_committed(&self) -> bool {
         self.committed
+    }
+
+    /// True once a guest that was started among missing pages misses none.
+    pub fn is_whole(&self) -> bool {
+        self.whole
     }
 
     /// True while the source alone decides: READY was said, or the guest was given away.
@@ -230,14 +238,21 @@ impl DestinationEngine {
             }
             (Phase::Listening, E::Done) => self.go(Phase::Filling, A::Receive),
             (Phase::Filling, E::Tail) => self.go(Phase::AwaitingGuest, A::AwaitGuest),
-            (Phase::AwaitingGuest, E::Done) => self.go(Phase::SendingRunning, A::SendRunning),
+            (Phase::AwaitingGuest, E::Done) => {
+                self.whole = true;
+                self.go(Phase::SendingRunning, A::SendRunning);
+            }
             // The source never resumes after it gave the guest away, and the guest runs here: nobody is told of a failure.
             (Phase::Filling | Phase::Recovering, E::Lost) if self.recoverable => {
                 self.go(Phase::Recovering, A::AwaitRecovery);
             }
+            // The source has not heard that all has come: it connects again to hear it.
+            (Phase::SendingRunning, E::Lost) if self.whole && self.recoverable => {
+                self.go(Phase::Recovering, A::AwaitRecovery);
+            }
             (Phase::Recovering, E::Done) => self.go(Phase::Filling, A::Receive),
             (Phase::Filling | Phase::Recovering | Phase::AwaitingGuest, E::Lost) => {
-                self.end(Ending::Incomplete);
+                self.end(if self.whole { Ending::Running } else { Ending::Incomplete });
             }
             (Phase::Receiving, E::StateSent) if self.native && self.digest => {
                 self.go(Phase::Digesting, A::MakeDigest);
@@ -280,6 +295,9 @@ impl DestinationEngine {
     /// came. A ramwire never resumes after COMMIT: then the only copy may be ours. Where pages are missing it can't be, and
     /// a ramwire resumes as a QEMU does.
     fn fail(&mut self) {
+        if self.whole {
+            return self.end(Ending::Running);
+        }
         let stranded = self.native && self.committed && !self.misses_pages();
         let ending = if stranded { Ending::Stranded } else { Ending::Discarded };
         self.go(Phase::Failing(ending), DestinationAction::SendFailed);

@@ -104,6 +104,37 @@ fn p8_a_postcopy_that_fails_before_the_start_is_given_back_and_never_after_it() 
     }
 }
 
+/// A source that has not heard that all has come connects again and hears it. Whether it does changes nothing about the guest.
+#[test]
+fn p11_a_loss_of_the_last_word_is_no_end_and_never_takes_the_guest_back() {
+    let steps = [
+        (Input::Package, Action::Listen),
+        (Input::Done, Action::Receive),
+        (Input::Tail, Action::AwaitGuest),
+        (Input::Done, Action::SendRunning),
+        (Input::Lost, Action::AwaitRecovery),
+        (Input::Done, Action::Receive),
+        (Input::Tail, Action::AwaitGuest),
+        (Input::Done, Action::SendRunning),
+        (Input::Lost, Action::AwaitRecovery),
+    ];
+    let after = |count: usize| {
+        let mut engine = self::engine();
+        engine.set_recoverable(true);
+        steps[..count].iter().for_each(|(input, action)| assert_eq!(engine.step(*input), *action));
+        engine
+    };
+    for count in 4..=steps.len() {
+        let mut engine = after(count);
+        engine.set_recoverable(false);
+        for event in [Input::Lost, Input::Failed] {
+            assert!(engine.is_whole());
+            assert_eq!(engine.step(event), Action::Finish(Ending::Running), "after {count} steps: {event:?}");
+        }
+    }
+    assert_eq!(after(8).step(Input::Done), Action::Finish(Ending::Running));
+}
+
 #[test]
 fn an_input_out_of_turn_is_a_failure() {
     let all = [Input::Tail, Input::StateSent, Input::Digests, Input::Commit, Input::Done];

@@ -322,10 +322,12 @@ impl DestinationSession {
                 self.wire.link.revoke();
                 return self.start_guest();
             }
-            DestinationAction::SendRunning if self.driver.engine.is_native() => {
-                self.send_message(Message::Native(Answer::Running))?
+            DestinationAction::SendRunning => {
+                let native = self.driver.engine.is_native();
+                let running = Message::Native(Answer::Running);
+                self.send_message(if native { running } else { Message::Shut { status: 0 } })?;
+                self.await_heard()?;
             }
-            DestinationAction::SendRunning => self.send_message(Message::Shut { status: 0 })?,
             DestinationAction::SendFailed => {
                 // A source that hears it may resume its guest.
                 self.give_up_the_guest();

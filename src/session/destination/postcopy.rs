@@ -38,7 +38,7 @@ use crate::session::callback::guarded;
 const OWED_CHECK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// Between two checks whether the source's host has acknowledged an answer.
-const ACK_CHECK_INTERVAL: Duration = Duration::from_micros(200);
+pub(super) const ACK_CHECK_INTERVAL: Duration = Duration::from_micros(200);
 
 /// What faults of missing pages came to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -6,16 +6,18 @@
 //! S->D  pages as before
 //! ```
 
+use rustix::event::PollFlags;
 use rustix::net::Shutdown;
 
 use crate::engine::{HostPage, Ownership};
 use crate::observe::Status;
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::Stop;
-use crate::transport::{InlineDestination, OpenError, StreamChannel};
+use crate::transport::{ChannelError, InlineDestination, OpenError, StreamChannel};
 use crate::units::BlockOffset;
 
 use super::DestinationSession;
+use super::postcopy::ACK_CHECK_INTERVAL;
 use super::preempt::Use;
 use super::reader::StreamReader;
 use super::receive::out_of_turn;
@@ -43,8 +45,39 @@ impl DestinationSession {
         self.switch.may_recover() && !self.driver.cancel_token().is_cancelled()
     }
 
+    /// Waits until the source's host has the word that all has come: one that lost the connection before it would connect
+    /// again, and find nobody who tells it.
+    ///
+    /// # Errors
+    /// The connection was lost with it.
+    pub(super) fn await_heard(&mut self) -> Result<(), Error> {
+        let may_recover = self.may_recover();
+        let Some(postcopy) = self.switch.running().filter(|_| may_recover) else { return Ok(()) };
+        let doing = "telling the source that all has come";
+        let connection = self.wire.link.stream().descriptor();
+        let stop = Stop::never().within(self.settings.stall_timeout);
+        while postcopy.shared.back.unacknowledged() > 0 {
+            let piece = stop.within(ACK_CHECK_INTERVAL);
+            // No event is asked for: the wait ends early by the connection's end only.
+            let lost = match connection {
+                Some(connection) => matches!(piece.wait(connection, PollFlags::empty()), Ok(None)),
+                None => {
+                    piece.sleep(ACK_CHECK_INTERVAL);
+                    false
+                }
+            };
+            if lost && postcopy.shared.back.unacknowledged() > 0 {
+                return Err(ChannelError::Closed { peer: "the source".into(), doing }.into());
+            }
+            if let Some(reason) = stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing }.into());
+            }
+        }
+        Ok(())
+    }
+
     /// Lets the old connection go and waits for the next one; a cancel ends the wait, and the finish timeout where it is not
-    /// known that the source has given the guest away.
+    /// known that the source has given the guest away, and where the source is only to hear that all has come.
     pub(super) fn await_recovery(&mut self, reader: &mut StreamReader) -> Result<(), Error> {
         let next = self.switch.next().clone();
         let Some(postcopy) = self.switch.running_mut() else {
@@ -64,7 +97,9 @@ impl DestinationSession {
         self.figures.shared().update(|s| s.status = Status::PostcopyPaused);
         self.ingest.forget_parts();
         let stop = Stop::on(&self.driver.cancel_token());
-        let stop = if is_here { stop } else { stop.within(self.settings.finish_timeout) };
+        let is_whole = self.driver.engine.is_whole();
+        let waits = is_here && !is_whole;
+        let stop = if waits { stop } else { stop.within(self.settings.finish_timeout) };
         let connected = match (postcopy.preempt.end(), next.take()) {
             (Some(early), connections) => {
                 next.put(connections);
@@ -95,6 +130,9 @@ impl DestinationSession {
                         None => format!("no other connection of the source can come: {error}"),
                     },
                     remedy: Remedy::Advice(match is_here {
+                        true if is_whole => {
+                            "the guest runs here, whole, and its source does not know: release what it keeps there"
+                        }
                         true => {
                             "the guest runs here and waits for ever where it touches a page that is missing"
                         }

@@ -11,7 +11,9 @@ use crate::engine::{Ending, Outcome, PostcopyRule};
 use crate::guest::MappedGuest;
 use crate::observe::Status;
 use crate::session::*;
+use crate::stream::native::Answer;
 use crate::stream::qemu::file::Configuration;
+use crate::stream::qemu::return_path::Message;
 use crate::sys::{SendPart, Stop};
 use crate::transport::{
     Address, AllowList, ByteSink, ChannelError, Listener, OpenError, Sealed, StreamBreaker, StreamChannel,
@@ -190,6 +192,62 @@ fn p9_p11_two_ramwires_go_on_over_other_connections() {
         assert!(bytes(&from, block) == bytes(&to, block), "block {block} differs");
     }
     assert!(control.pause().is_err(), "it is over");
+}
+
+/// Loses the word that all has come with the connection that it is written to.
+struct LosesLastWord {
+    sink: Box<dyn ByteSink>,
+    lost: bool,
+    breakers: Arc<Mutex<Vec<StreamBreaker>>>,
+}
+
+impl Sealed for LosesLastWord {}
+
+impl ByteSink for LosesLastWord {
+    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
+        let mut running = Vec::new();
+        Message::Native(Answer::Running).encode(&mut running);
+        if matches!(parts, [SendPart::Own(bytes)] if **bytes == *running) {
+            // The peer has it in no buffer, and this end has sent it.
+            self.breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
+            self.lost = true;
+            return Ok(());
+        }
+        self.sink.send(parts, stop)
+    }
+
+    fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        if self.lost { Ok(()) } else { self.sink.flush(stop) }
+    }
+
+    fn position(&self) -> u64 {
+        self.sink.position()
+    }
+
+    fn under_way(&self) -> u64 {
+        if self.lost { 1 } else { self.sink.under_way() }
+    }
+}
+
+/// All pages are there, and the source does not hear it: it connects again, sends nothing but the end, and hears it then.
+#[test]
+fn p11_a_connection_lost_with_the_last_word_is_replaced_and_the_word_said_again() {
+    let breakers = Arc::new(Mutex::new(Vec::new()));
+    let holder = Arc::clone(&breakers);
+    let lose =
+        move |sink| Box::new(LosesLastWord { sink, lost: false, breakers: holder }) as Box<dyn ByteSink>;
+    let ends = SocketEnds::with_back(&[300, 7], true, |postcopy| postcopy.max_bandwidth = None, lose);
+    breakers.lock().unwrap().append(&mut ends.breakers.lock().unwrap());
+    let SocketEnds { source, destination, from, to, near, far, .. } = ends;
+    let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
+    let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+    assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
+    assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
+    assert!(!near.runs() && far.runs());
+    assert!(breakers.lock().unwrap().is_empty(), "the first connection was lost");
+    for block in 0..2 {
+        assert!(bytes(&from, block) == bytes(&to, block), "block {block} differs");
+    }
 }
 
 /// No other connection comes: whoever touches a page that is missing waits, and never sees zeros in its place.

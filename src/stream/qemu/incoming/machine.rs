@@ -128,10 +128,11 @@ impl IncomingStream {
     }
 
     /// Continues on a new channel after postcopy was interrupted: the next byte begins an item, no header comes, a
-    /// half-received section is forgotten, and the next record names its block.
+    /// half-received section is forgotten, and the next record names its block. The end of RAM is said again.
     pub fn restart(&mut self) {
         self.state = State::Items;
         self.position = 0;
+        self.seen.ram_end = false;
         self.blocks.forget_current();
     }
 
