@@ -47,12 +47,17 @@ pub enum EventKind {
     NotConverging(NotConverging),
     /// The guest is asked to stand still: the downtime begins (at the source).
     Switchover,
+    /// The guest stands still and its embedder is waited for
+    /// ([`Control::continue_switchover`](crate::session::Control::continue_switchover), at the source).
+    PreSwitchover,
     /// COMMIT is due: from here on the guest is not the source's (at the source).
     GivenAway,
     /// The guest runs at the destination, and its pages follow; also after a recovery.
     PostcopyActive,
     /// The connection was lost in postcopy: nothing is lost, and another is waited for.
     PostcopyPaused,
+    /// Another connection is there, and the ends agree on what is missing.
+    PostcopyRecover,
     /// The guest runs at the destination.
     Completed,
     /// It failed; the guest is the source's.
@@ -129,14 +134,10 @@ impl EventKind {
             Status::Device => Some(Self::Switchover),
             Status::HandingOver => Some(Self::GivenAway),
             Status::PostcopyActive => Some(Self::PostcopyActive),
+            Status::PreSwitchover => Some(Self::PreSwitchover),
             Status::PostcopyPaused => Some(Self::PostcopyPaused),
-            Status::PostcopyRecover
-            | Status::None
-            | Status::PreSwitchover
-            | Status::Completed
-            | Status::Failed
-            | Status::Cancelled
-            | Status::InDoubt => None,
+            Status::PostcopyRecover => Some(Self::PostcopyRecover),
+            Status::None | Status::Completed | Status::Failed | Status::Cancelled | Status::InDoubt => None,
         };
         let end = (now.ended && !before.ended).then(|| Self::of_end(now));
         round.copied().map(Self::Round).into_iter().chain(state).chain(end)

@@ -140,6 +140,12 @@ impl DestinationSession {
         self
     }
 
+    /// Figures that the caller can see already.
+    pub fn with_statistics(mut self, statistics: SharedStatistics) -> Self {
+        self.figures = Figures::new(statistics);
+        self
+    }
+
     /// A token that the caller has already.
     pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
         self.wire.stop = Stop::on(&cancel);
