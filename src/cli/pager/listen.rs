@@ -1,17 +1,16 @@
 //! The socket that VMMs connect to, and who may.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use ramwire::sys::{Stop, peer_process};
 use rustix::event::PollFlags;
 use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 
+use super::super::local_socket::LocalSocket;
 use super::super::output::note;
 
 /// Rest after an accept that failed, as where no descriptor is left.
@@ -19,8 +18,7 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The socket. Its file is taken away at the end.
 pub(super) struct Listening {
-    listener: UnixListener,
-    path: PathBuf,
+    socket: LocalSocket,
     allowed: Vec<u32>,
 }
 
@@ -35,28 +33,17 @@ pub(super) struct Stranger {
 impl Listening {
     /// Listens at `path`. A socket that nobody listens at any more is replaced.
     pub(super) fn at(path: &Path, allow: &[u32]) -> Result<Self, String> {
-        let failed = |error: io::Error| format!("--listen unix:{}: {error}", path.display());
-        let is_socket = fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket());
-        if is_socket && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
-        {
-            fs::remove_file(path).map_err(failed)?;
-        }
-        let listener = UnixListener::bind(path).map_err(|error| {
+        // Who may is decided by who connects; who may not need not reach it, where that is only ourselves.
+        let mode = if allow.is_empty() { 0o600 } else { 0o666 };
+        let socket = LocalSocket::at(path, mode).map_err(|error| {
             let hint = if error.kind() == io::ErrorKind::AddrInUse {
                 "; end who listens there, or name another path"
             } else {
                 ""
             };
-            format!("{}{hint}", failed(error))
+            format!("--listen unix:{}: {error}{hint}", path.display())
         })?;
-        // Who may is decided by who connects; who may not need not reach it, where that is only ourselves.
-        let mode = if allow.is_empty() { 0o600 } else { 0o666 };
-        let set = fs::set_permissions(path, fs::Permissions::from_mode(mode));
-        let set = set.and_then(|()| listener.set_nonblocking(true));
-        let this =
-            Self { listener, path: path.to_owned(), allowed: [&[0, geteuid().as_raw()], allow].concat() };
-        set.map_err(failed)?;
-        Ok(this)
+        Ok(Self { socket, allowed: [&[0, geteuid().as_raw()], allow].concat() })
     }
 
     /// The next process that may be served; `None` when it is time to stop.
@@ -64,9 +51,9 @@ impl Listening {
     /// # Errors
     /// What poll(2) says.
     pub(super) fn next(&self, stop: &Stop) -> io::Result<Option<Stranger>> {
-        while stop.wait(self.listener.as_fd(), PollFlags::IN)?.is_none() {
-            let connection = match self.listener.accept() {
-                Ok((connection, _)) => connection,
+        while stop.wait(self.socket.as_fd(), PollFlags::IN)?.is_none() {
+            let connection = match self.socket.accept() {
+                Ok((connection, _)) => UnixStream::from(connection),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => {
                     note!("ramwire pager: a VMM could not be taken: {error}");
@@ -96,11 +83,5 @@ impl Listening {
         let pid = who.pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
         let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         Ok(Stranger { connection, process, name })
-    }
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
     }
 }
