@@ -7,7 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use super::output::{self, note};
 use super::signals;
-use super::{bench, demo, devices, guardian, inspect, pager, receive, relay, report, send};
+use super::{bench, ctl, demo, devices, guardian, inspect, pager, receive, relay, report, send};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
@@ -44,6 +44,8 @@ enum Command {
     Relay(relay::Args),
     /// Send a guest that a folder holds to a waiting QEMU or ramwire
     Send(send::Args),
+    /// Watch and change a running migration by the monitor of a ramwire or a QEMU
+    Ctl(ctl::Args),
     /// Serve the memory of Firecracker guests from a snapshot
     Pager(pager::Args),
     /// Print the structure of a captured stream
@@ -130,6 +132,7 @@ pub fn run() -> ExitCode {
         Command::Receive(args) => receive::run(&args),
         Command::Relay(args) => relay::run(&args),
         Command::Send(args) => send::run(&args),
+        Command::Ctl(args) => ctl::run(&args),
         Command::Pager(args) => pager::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),

@@ -96,6 +96,11 @@ impl RdmaArgs {
         plan.having("rdma-pin-all", self.pin_all)
     }
 
+    /// As a client of the monitor has planned it.
+    pub(super) fn follow(&mut self, plan: &Plan) {
+        self.pin_all = plan.has("rdma-pin-all");
+    }
+
     pub(super) fn options(&self) -> RdmaOptions {
         let mut options = RdmaOptions::default();
         options.pin_all = self.pin_all;
@@ -152,6 +157,16 @@ impl ChannelArgs {
     /// How many channels.
     pub(super) fn count(&self) -> u8 {
         self.channels
+    }
+
+    /// As a client of the monitor has planned it.
+    pub(super) fn follow(&mut self, plan: &Plan) {
+        self.channels = if plan.has("multifd") { byte(plan, "multifd-channels") } else { 0 };
+        self.compression = match plan.text("multifd-compression") {
+            "zlib" if plan.has("multifd") => Packing::Zlib(byte(plan, "multifd-zlib-level")),
+            "zstd" if plan.has("multifd") => Packing::Zstd(byte(plan, "multifd-zstd-level")),
+            _ => Packing::Plain,
+        };
     }
 
     /// Under QEMU's names.
@@ -212,15 +227,30 @@ impl SourceChannelArgs {
         self.both.count()
     }
 
-    /// Pages are lent to the kernel.
-    pub(super) fn lends(&self) -> bool {
-        self.send_pages == PageSending::ZeroCopy
+    /// Under QEMU's names.
+    pub(super) fn plan(&self, plan: Plan) -> Plan {
+        self.both.plan(plan).having("zero-copy-send", self.send_pages == PageSending::ZeroCopy)
+    }
+
+    /// As a client of the monitor has planned it.
+    pub(super) fn follow(&mut self, plan: &Plan) {
+        self.both.follow(plan);
+        match (plan.has("zero-copy-send"), self.send_pages) {
+            (true, _) => self.send_pages = PageSending::ZeroCopy,
+            (false, PageSending::ZeroCopy) => self.send_pages = PageSending::Copy,
+            (false, _) => {}
+        }
     }
 
     /// What the other end has to know as well.
     pub(super) fn both(&self) -> &ChannelArgs {
         &self.both
     }
+}
+
+/// A parameter whose bounds fit a byte.
+fn byte(plan: &Plan, name: &str) -> u8 {
+    u8::try_from(plan.number(name)).unwrap_or(u8::MAX)
 }
 
 /// 32 hexadecimal digits, with or without dashes.

@@ -5,6 +5,7 @@ mod args;
 mod bench;
 mod common;
 mod converge;
+mod ctl;
 mod demo;
 mod devices;
 mod guardian;

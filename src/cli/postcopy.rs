@@ -16,8 +16,9 @@ pub(super) struct PostcopyArgs {
     /// postcopy-ram, also at the destination)
     #[arg(long)]
     pub(super) postcopy: bool,
-    /// With --postcopy: only after so many rounds (3) or so much time (20s), unless what is left fits the downtime by then
-    #[arg(long, value_name = "ROUNDS|SECONDSs", requires = "postcopy", value_parser = rule)]
+    /// With --postcopy: only after so many rounds (3) or so much time (20s), or when a client of --qmp says so (command),
+    /// unless what is left fits the downtime by then
+    #[arg(long, value_name = "ROUNDS|SECONDSs|command", requires = "postcopy", value_parser = rule)]
     postcopy_after: Option<PostcopyRule>,
     /// With --postcopy: most bytes a second of the memory that nobody waits for; 0 is no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
@@ -38,12 +39,15 @@ pub(super) struct ReconnectArgs {
 }
 
 fn rule(text: &str) -> Result<PostcopyRule, String> {
+    if text == "command" {
+        return Ok(PostcopyRule::OnCommand);
+    }
     match text.strip_suffix('s') {
         Some(time) => seconds(time).map(PostcopyRule::AfterTime),
         None => text
             .parse()
             .map(PostcopyRule::AfterRounds)
-            .map_err(|_| format!("{text:?} is neither a number of rounds (3) nor a time (20s)")),
+            .map_err(|_| format!("{text:?} is neither a number of rounds (3), a time (20s) nor \"command\"")),
     }
 }
 
@@ -51,6 +55,15 @@ impl PostcopyArgs {
     /// Under QEMU's names.
     pub(super) fn plan(&self, plan: Plan) -> Plan {
         plan.having("postcopy-ram", self.postcopy).with("max-postcopy-bandwidth", self.max_postcopy_bandwidth)
+    }
+
+    /// As a client of the monitor has planned it: one that switches a capability on says when, too.
+    pub(super) fn follow(&mut self, plan: &Plan) {
+        if plan.has("postcopy-ram") != self.postcopy {
+            self.postcopy = plan.has("postcopy-ram");
+            self.postcopy_after = self.postcopy.then_some(PostcopyRule::OnCommand);
+        }
+        self.max_postcopy_bandwidth = plan.number("max-postcopy-bandwidth");
     }
 
     /// Completes `settings`, whose timeout is set; one that switches announces it by itself.
@@ -74,6 +87,11 @@ impl ReconnectArgs {
         plan.having("postcopy-preempt", self.postcopy_preempt)
     }
 
+    /// As a client of the monitor has planned it.
+    pub(super) fn follow(&mut self, plan: &Plan) {
+        self.postcopy_preempt = plan.has("postcopy-preempt");
+    }
+
     /// Completes `settings`, whose postcopy is set.
     pub(super) fn apply(&self, settings: &mut SourceSettings) {
         if let Some(postcopy) = &mut settings.postcopy {
@@ -93,6 +111,7 @@ mod tests {
     fn a_switch_comes_after_rounds_or_after_a_time() {
         assert_eq!(rule("0"), Ok(PostcopyRule::AfterRounds(0)));
         assert_eq!(rule("3"), Ok(PostcopyRule::AfterRounds(3)));
+        assert_eq!(rule("command"), Ok(PostcopyRule::OnCommand));
         assert_eq!(rule("20s"), Ok(PostcopyRule::AfterTime(Duration::from_secs(20))));
         for wrong in ["", "s", "-1", "1.5", "20m"] {
             assert!(rule(wrong).is_err(), "{wrong}");

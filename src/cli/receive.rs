@@ -1,12 +1,15 @@
 //! `ramwire receive`.
 
 use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 
 use ramwire::engine::Ending;
 use ramwire::error::Remedy;
+use ramwire::observe::SharedStatistics;
 use ramwire::ram::BlockName;
 use ramwire::session::{
-    DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, ErrorKind,
+    CancelReply, Canceller, DestinationGuest, DestinationReport, DestinationSession, DestinationSettings,
+    ErrorKind,
 };
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, Way};
@@ -17,6 +20,7 @@ use super::common::{ChannelArgs, Timeouts, bytes, complain, failed, human_bytes,
 use super::metrics::MetricsArgs;
 use super::output::{note, result_line};
 use super::progress::Progress;
+use super::qmp::{Plan, QmpArgs, Role, Subject};
 use super::remedies::{hint, in_words};
 use super::signals::cancel_on_signal;
 use super::store::{ArrivingGuest, State, Store};
@@ -58,6 +62,8 @@ pub(super) struct Args {
     #[command(flatten)]
     metrics: MetricsArgs,
     #[command(flatten)]
+    qmp: QmpArgs,
+    #[command(flatten)]
     channels: ChannelArgs,
     #[command(flatten)]
     tls: DestinationTlsArgs,
@@ -83,6 +89,18 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let stop = Stop::on(&cancel);
     // Whoever reads where it listens may send a signal.
     let signals = cancel_on_signal(vec![cancel.clone()]);
+    let (statistics, canceller) = (SharedStatistics::default(), Arc::new(OnceLock::<Canceller>::new()));
+    let (early, late) = (cancel.clone(), Arc::clone(&canceller));
+    let cancels = move || match late.get() {
+        Some(canceller) => canceller.cancel(),
+        None => {
+            early.cancel();
+            CancelReply::Accepted
+        }
+    };
+    let subject = Subject::new(Role::Destination, statistics.clone(), Plan::default(), cancels);
+    // Dropped last: its clients are told how it ended.
+    let _monitor = args.qmp.serve("receive", &Arc::new(subject))?;
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.tls.at(&args.uri)?, allow, &stop)?;
@@ -119,7 +137,10 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         connection,
         settings,
     )
+    .with_statistics(statistics)
     .with_cancel(cancel);
+    // One session a process.
+    let _ = canceller.set(session.canceller());
     signals.ask(session.canceller());
     let left = guest.clone();
     signals.before_leaving(move |exit| {

@@ -31,6 +31,7 @@ use super::common::{
 use super::converge::{tell_if_it_does_not, tell_remedies};
 use super::guardian::Guardian;
 use super::output::{note, result_line, result_text};
+use super::qmp::{Monitor, Plan, QmpArgs, Role, Subject};
 use super::remedies::{hint, in_words};
 use super::render;
 use super::signals::cancel_on_signal;
@@ -85,6 +86,8 @@ pub(super) struct Args {
     listen_compression: Packing,
     #[command(flatten)]
     watch: WatchArgs,
+    #[command(flatten)]
+    qmp: QmpArgs,
     /// Of the connection to the far end
     #[command(flatten)]
     channels: SourceChannelArgs,
@@ -114,11 +117,14 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let control = RelayControl::default();
     let (asked, called_off) = (control.clone(), Arc::new(AtomicBool::new(false)));
     let by_signal = Arc::clone(&called_off);
-    signals.ask_by(move || {
+    let cancels = move || {
         let reply = asked.cancel();
         by_signal.fetch_or(reply == CancelReply::Accepted, Ordering::Relaxed);
         reply
-    });
+    };
+    signals.ask_by(cancels.clone());
+    // Dropped last: its clients are told how it ended.
+    let _monitor = args.monitor(&statistics, &control, &cancel, cancels)?;
     let stop = Stop::on(&cancel);
     let file = args.watch.create_log()?;
     tell_if_in_clear("relay", &args.connect, "use a network you trust or a tunnel");
@@ -219,6 +225,34 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
 }
 
 impl Args {
+    /// A monitor, if one was asked for. It cancels as a signal does: by `cancels`, and what is no session by `token`.
+    fn monitor(
+        &self,
+        statistics: &SharedStatistics,
+        control: &RelayControl,
+        token: &CancelToken,
+        cancels: impl Fn() -> CancelReply + Send + Sync + 'static,
+    ) -> Result<Option<Monitor>, String> {
+        let plan = Plan::default()
+            .with("max-bandwidth", self.max_bandwidth)
+            .with("downtime-limit", self.downtime_ms);
+        let mut plan = self.channels.plan(self.rdma.plan(plan));
+        if self.xbzrle_cache_size > 0 {
+            plan = plan.having("xbzrle", true).with("xbzrle-cache-size", self.xbzrle_cache_size);
+        }
+        let (token, control) = (token.clone(), control.clone());
+        let cancels = move || {
+            let reply = cancels();
+            if reply == CancelReply::Accepted {
+                token.cancel();
+            }
+            reply
+        };
+        let subject = Subject::new(Role::Relay, statistics.clone(), plan, cancels);
+        let subject = subject.controlled(move || control.outgoing());
+        self.qmp.serve("relay", &Arc::new(subject))
+    }
+
     fn settings(&self) -> BTreeMap<String, serde_json::Value> {
         RunDescription::default()
             .with("downtime_ms", self.downtime_ms)

@@ -4,7 +4,10 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod ctl;
+mod page;
 mod send;
+mod strangers;
 
 use std::path::{Path, PathBuf};
 
@@ -60,6 +63,9 @@ impl Bed {
         let mut waiting =
             Guest::new(version, MACHINE, &ram, MIB).incoming().start(self.path(), "destination");
         waiting.set_capabilities(capabilities);
+        if capabilities.contains(&"multifd") {
+            waiting.set_parameters(json!({"multifd-channels": 3}));
+        }
         let uri = waiting.listen_tcp();
         (waiting, uri)
     }

@@ -26,6 +26,14 @@ pub(super) enum Dropped {
     Broken(io::Error),
 }
 
+impl Dropped {
+    /// The client has gone, with or without having read all.
+    pub(super) fn is_its_leave(&self) -> bool {
+        let kinds = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
+        matches!(self, Self::Broken(error) if kinds.contains(&error.kind()))
+    }
+}
+
 impl fmt::Display for Dropped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -1,6 +1,7 @@
 //! The commands of the monitor: a row for each, with QEMU's name and arguments.
 
 use ramwire::observe::Status;
+use ramwire::session::Control;
 use serde_json::{Map, Value, json};
 
 use super::failure::Failure;
@@ -16,26 +17,37 @@ pub(super) struct Command {
     pub(super) name: &'static str,
     /// It may overtake others (`exec-oob`).
     pub(super) out_of_band: bool,
+    /// Where it is.
+    roles: &'static [Role],
     pub(super) arguments: &'static [Member],
     /// Does it. Nothing here waits for the migration.
     pub(super) run: fn(&Subject, &Arguments) -> Result<Value, Failure>,
 }
 
+/// What a row does.
+type Run = fn(&Subject, &Arguments) -> Result<Value, Failure>;
+
+const EVERYWHERE: &[Role] = &[Role::Source, Role::Destination, Role::Relay];
+const SENDS: &[Role] = &[Role::Source, Role::Relay];
+const SOURCE: &[Role] = &[Role::Source];
+
 const fn command(
     name: &'static str,
+    roles: &'static [Role],
     arguments: &'static [Member],
-    run: fn(&Subject, &Arguments) -> Result<Value, Failure>,
+    run: Run,
 ) -> Command {
-    Command { name, out_of_band: false, arguments, run }
+    Command { name, out_of_band: false, roles, arguments, run }
 }
 
 /// One that may overtake others.
 const fn urgent(
     name: &'static str,
+    roles: &'static [Role],
     arguments: &'static [Member],
-    run: fn(&Subject, &Arguments) -> Result<Value, Failure>,
+    run: Run,
 ) -> Command {
-    Command { name, out_of_band: true, arguments, run }
+    Command { name, out_of_band: true, roles, arguments, run }
 }
 
 /// What `enable` of qmp_capabilities may have.
@@ -44,6 +56,7 @@ pub(super) const OUT_OF_BAND: &str = "oob";
 /// Answered by the conversation itself.
 pub(super) static NEGOTIATE: Command = command(
     "qmp_capabilities",
+    EVERYWHERE,
     &[Member::optional("enable", Kind::List(&Kind::OneOf(&[OUT_OF_BAND])))],
     |_, _| Ok(json!({})),
 );
@@ -51,29 +64,38 @@ pub(super) static NEGOTIATE: Command = command(
 const CAPABILITY: Kind =
     Kind::Object(&[Member::needed("capability", Kind::Text), Member::needed("state", Kind::Bool)]);
 
+const URI: Member = Member::needed("uri", Kind::Text);
+
+/// `detach` is what older clients send, and means nothing.
+const MIGRATE: &[Member] =
+    &[URI, Member::optional("resume", Kind::Bool), Member::optional("detach", Kind::Bool)];
+
 static COMMANDS: &[Command] = &[
-    command("query-version", &[], |_, _| Ok(version())),
-    command("query-status", &[], |subject, _| Ok(query_status(subject))),
-    command("query-commands", &[], |subject, _| Ok(query_commands(subject))),
-    command("query-qmp-schema", &[], |subject, _| Ok(query_qmp_schema(subject))),
-    command("query-migrate", &[], |subject, _| Ok(subject.query_migrate())),
-    command("query-migrate-parameters", &[], |subject, _| Ok(subject.plan().parameters())),
-    command("migrate-set-parameters", &SETTABLE, |subject, arguments| {
+    command("query-version", EVERYWHERE, &[], |_, _| Ok(version())),
+    command("query-status", EVERYWHERE, &[], |subject, _| Ok(query_status(subject))),
+    command("query-commands", EVERYWHERE, &[], |subject, _| Ok(query_commands(subject))),
+    command("query-qmp-schema", EVERYWHERE, &[], |subject, _| Ok(query_qmp_schema(subject))),
+    command("query-migrate", EVERYWHERE, &[], |subject, _| Ok(subject.query_migrate())),
+    command("query-migrate-parameters", SENDS, &[], |subject, _| Ok(subject.plan().parameters())),
+    command("migrate-set-parameters", SENDS, &SETTABLE, |subject, arguments| {
         done(subject.set_parameters(arguments))
     }),
-    command("query-migrate-capabilities", &[], |subject, _| Ok(subject.plan().capabilities())),
+    command("query-migrate-capabilities", SENDS, &[], |subject, _| Ok(subject.plan().capabilities())),
     command(
         "migrate-set-capabilities",
+        SENDS,
         &[Member::needed("capabilities", Kind::List(&CAPABILITY))],
         set_capabilities,
     ),
-    command("migrate_cancel", &[], |subject, _| done(subject.cancel())),
-    command("migrate-continue", &[Member::needed("state", Kind::OneOf(STATES))], migrate_continue),
-    command("migrate-start-postcopy", &[], |subject, _| {
-        done(subject.ask(ramwire::session::Control::start_postcopy))
+    command("migrate", SOURCE, MIGRATE, migrate),
+    command("migrate_cancel", EVERYWHERE, &[], |subject, _| done(subject.cancel())),
+    command("migrate-continue", SOURCE, &[Member::needed("state", Kind::OneOf(STATES))], migrate_continue),
+    command("migrate-start-postcopy", SOURCE, &[], |subject, _| done(subject.ask(Control::start_postcopy))),
+    urgent("migrate-pause", SOURCE, &[], |subject, _| done(subject.ask(Control::pause))),
+    urgent("migrate-recover", SOURCE, &[URI], |subject, arguments| {
+        done(subject.recover(text(arguments, "uri")))
     }),
-    urgent("migrate-pause", &[], |subject, _| done(subject.ask(ramwire::session::Control::pause))),
-    command("quit", &[], |subject, _| done(subject.cancel())),
+    command("quit", EVERYWHERE, &[], |subject, _| done(subject.quit())),
 ];
 
 /// The parameters as arguments.
@@ -91,8 +113,14 @@ static SETTABLE: [Member; PARAMETERS.len()] = {
 const STATES: &[&str] = &["pre-switchover"];
 
 /// All commands that there are for `subject`, but for the negotiation.
-pub(super) fn of(_subject: &Subject) -> impl Iterator<Item = &'static Command> {
-    COMMANDS.iter()
+pub(super) fn of(subject: &Subject) -> impl Iterator<Item = &'static Command> {
+    let role = subject.role();
+    COMMANDS.iter().filter(move |command| command.roles.contains(&role))
+}
+
+/// An argument of type text that was checked to be there.
+fn text<'a>(arguments: &'a Arguments, name: &str) -> &'a str {
+    arguments.get(name).and_then(Value::as_str).unwrap_or_default()
 }
 
 fn done(what: Result<(), Failure>) -> Result<Value, Failure> {
@@ -115,8 +143,10 @@ fn query_status(subject: &Subject) -> Value {
         Status::Completed | Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyRecover
     );
     let status = match subject.role() {
-        Role::Source if gone => "postmigrate",
-        Role::Source => "paused",
+        Role::Source | Role::Relay if gone => "postmigrate",
+        Role::Destination if !gone => "inmigrate",
+        Role::Source | Role::Destination => "paused",
+        Role::Relay => "inmigrate",
     };
     json!({"status": status, "running": false})
 }
@@ -131,6 +161,12 @@ fn set_capabilities(subject: &Subject, arguments: &Arguments) -> Result<Value, F
     let pair = |item: &Value| Some((item["capability"].as_str()?.to_owned(), item["state"].as_bool()?));
     let pairs: Vec<_> = list.filter_map(pair).collect();
     done(subject.set_capabilities(pairs.iter().map(|(name, on)| (name.as_str(), *on))))
+}
+
+fn migrate(subject: &Subject, arguments: &Arguments) -> Result<Value, Failure> {
+    let resumes = arguments.get("resume").and_then(Value::as_bool) == Some(true);
+    let uri = text(arguments, "uri");
+    done(if resumes { subject.recover(uri) } else { subject.migrate(uri) })
 }
 
 fn migrate_continue(subject: &Subject, _: &Arguments) -> Result<Value, Failure> {

@@ -13,33 +13,49 @@ pub(super) static NAMES: &[(&str, &[Member])] = &[
     ("MIGRATION_PASS", &[Member::needed("pass", Kind::SIZE)]),
 ];
 
-/// Turns one into the other. Counts the syncs.
+/// Turns one into the other.
 #[derive(Debug, Default)]
 pub(super) struct Translator {
+    /// Merges of the dirty logs so far.
     passes: u64,
+    /// The guest stands still, and is held.
+    held: bool,
 }
 
 impl Translator {
-    /// The line that tells of `event`; `None` where QEMU has no event for it.
-    pub(super) fn translate(&mut self, event: &Event) -> Option<Value> {
+    /// What tells of `event`; nothing where QEMU has no event for it. `holds`: the migration waits before its
+    /// switchover for an order to go on; QEMU says `device` only behind that.
+    pub(super) fn translate(&mut self, event: &Event, holds: bool) -> Vec<Value> {
         let status = match &event.kind {
             EventKind::Setup => "setup",
             EventKind::Active => "active",
+            EventKind::Switchover if holds => return Vec::new(),
             EventKind::Switchover => "device",
+            EventKind::PreSwitchover => {
+                self.held = true;
+                "pre-switchover"
+            }
+            EventKind::SyncBegins { last: true } if self.held => "device",
             EventKind::PostcopyActive => "postcopy-active",
             EventKind::PostcopyPaused => "postcopy-paused",
+            EventKind::PostcopyRecover => "postcopy-recover",
             EventKind::Completed => "completed",
             EventKind::Failed { .. } => "failed",
-            EventKind::Cancelled => "cancelled",
+            // With QEMU it is a state of its own.
+            EventKind::Cancelled => return vec![state(event, "cancelling"), state(event, "cancelled")],
             EventKind::InDoubt { .. } => "in-doubt",
             EventKind::Synced { .. } => {
                 self.passes += 1;
-                return Some(line(event, "MIGRATION_PASS", &json!({"pass": self.passes})));
+                return vec![line(event, "MIGRATION_PASS", &json!({"pass": self.passes}))];
             }
-            _ => return None,
+            _ => return Vec::new(),
         };
-        Some(line(event, "MIGRATION", &json!({"status": status})))
+        vec![state(event, status)]
     }
+}
+
+fn state(event: &Event, status: &str) -> Value {
+    line(event, "MIGRATION", &json!({"status": status}))
 }
 
 fn line(event: &Event, name: &str, data: &Value) -> Value {

@@ -17,7 +17,7 @@ pub(super) const MAX_DEPTH: usize = 64;
 
 /// Why bytes are no value.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Damage {
+pub(in crate::cli) enum Damage {
     #[error("this is no JSON: {0}")]
     Syntax(String),
     #[error("byte 0x{0:02x} can't be in JSON; what came before it in the same value is left out")]
@@ -47,7 +47,7 @@ enum At {
 
 /// The bytes of a value that is not whole yet.
 #[derive(Debug)]
-pub(super) struct Framing {
+pub(in crate::cli) struct Framing {
     at: At,
     value: Vec<u8>,
     /// The closing bracket of each object and array that is open.
@@ -68,7 +68,7 @@ impl Framing {
     ///
     /// # Errors
     /// [`Damage`]; the next call goes on behind it.
-    pub(super) fn next(&mut self, input: &mut &[u8]) -> Option<Result<Value, Damage>> {
+    pub(in crate::cli) fn next(&mut self, input: &mut &[u8]) -> Option<Result<Value, Damage>> {
         while let Some((byte, rest)) = input.split_first() {
             // A word ends in front of what can't belong to it, which is looked at again.
             if self.at == At::Word && !is_of_word(*byte) {

@@ -22,10 +22,12 @@ use std::io;
 use std::sync::Arc;
 
 use super::output::note;
-use listener::{Listener, Place};
+pub(super) use framing::Framing;
+use listener::Listener;
+pub(super) use listener::Place;
 pub(super) use plan::Plan;
 pub(super) use server::Monitor;
-pub(super) use subject::Subject;
+pub(super) use subject::{Order, Role, Subject};
 
 /// The option.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -37,6 +39,11 @@ pub(super) struct QmpArgs {
 }
 
 impl QmpArgs {
+    /// True if other users may reach it: what a client says is then not what this user says.
+    pub(super) fn is_reached_by_others(&self) -> bool {
+        matches!(self.qmp, Some(Place::Tcp(_)))
+    }
+
     /// Takes commands for `subject` if that was asked for, until what it answers is dropped; says where on standard error.
     pub(super) fn serve(&self, command: &str, subject: &Arc<Subject>) -> Result<Option<Monitor>, String> {
         let Some(place) = &self.qmp else { return Ok(None) };

@@ -5,20 +5,34 @@ use serde_json::{Map, Value, json};
 
 use super::failure::Failure;
 use super::kind::{Kind, Member};
+use super::subject::Role;
 
 /// When a setting may change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum When {
+enum When {
     /// Also while the migration runs.
     Always,
+    /// The same where the guest's own source is here, which a relay is not.
+    AtItsSource,
     /// Only before it begins.
     Before,
+}
+
+impl When {
+    /// Whether it may change in a migration that runs.
+    fn is_now(self, role: Role) -> bool {
+        match self {
+            Self::Always => true,
+            Self::AtItsSource => role == Role::Source,
+            Self::Before => false,
+        }
+    }
 }
 
 /// A parameter that a source has.
 pub(super) struct Parameter {
     pub(super) member: Member,
-    pub(super) when: When,
+    when: When,
     default: Default,
 }
 
@@ -43,8 +57,8 @@ const fn number(name: &'static str, least: u64, most: u64, when: When, default: 
 /// All parameters, with units as QEMU has them: bytes, bytes a second, milliseconds.
 pub(super) static PARAMETERS: &[Parameter] = &[
     number("max-bandwidth", 0, u64::MAX, When::Always, 0),
-    number("downtime-limit", 0, MAX_DOWNTIME_MS, When::Always, 300),
-    number("max-postcopy-bandwidth", 0, u64::MAX, When::Always, 0),
+    number("downtime-limit", 0, MAX_DOWNTIME_MS, When::AtItsSource, 300),
+    number("max-postcopy-bandwidth", 0, u64::MAX, When::AtItsSource, 0),
     number("xbzrle-cache-size", 4096, u64::MAX, When::Always, 64 << 20),
     number("multifd-channels", 1, 255, When::Before, 2),
     parameter(
@@ -131,6 +145,11 @@ impl Plan {
         self.parameters.get(name).and_then(Value::as_u64).unwrap_or(0)
     }
 
+    /// A parameter of type text.
+    pub(in crate::cli) fn text(&self, name: &str) -> &str {
+        self.parameters.get(name).and_then(Value::as_str).unwrap_or_default()
+    }
+
     /// Whether a capability is on.
     pub(in crate::cli) fn has(&self, name: &str) -> bool {
         place_of(name).is_some_and(|at| self.capabilities[at])
@@ -163,24 +182,44 @@ impl Plan {
         rows.map(|(row, state)| json!({"capability": row.name, "state": state})).collect()
     }
 
-    /// The same with `changes`, whose names and types were checked. Once the migration has `begun`, what is decided by then may
-    /// be named as it is, and no more.
+    /// The same with `changes`, whose names and types were checked. Once the migration runs, at `running`, what is decided
+    /// by then may be named as it is, and no more.
     ///
     /// # Errors
     /// Nothing is changed.
-    pub(super) fn changed(&self, changes: &Map<String, Value>, begun: bool) -> Result<Self, Failure> {
+    pub(super) fn changed(
+        &self,
+        changes: &Map<String, Value>,
+        running: Option<Role>,
+    ) -> Result<Self, Failure> {
         let mut new = self.clone();
         for row in PARAMETERS {
             let name = row.member.name;
-            let Some(value) = changes.get(name) else { continue };
-            if begun && row.when == When::Before && self.parameters.get(name) != Some(value) {
+            let Some(value) = changes.get(name).filter(|value| self.parameters.get(name) != Some(value))
+            else {
+                continue;
+            };
+            if running.is_some_and(|role| !row.when.is_now(role)) {
                 return Err(Failure::generic(format!(
-                    "'{name}' is decided when the migration begins, and it has begun"
+                    "'{name}' can't change any more: the migration has begun"
                 )));
             }
             new.parameters.insert(name.to_owned(), value.clone());
         }
         Ok(new)
+    }
+
+    /// What goes together, before a migration begins.
+    pub(super) fn check(&self) -> Result<(), String> {
+        if self.has("multifd") && self.has("xbzrle") {
+            return Err("capabilities 'multifd' and 'xbzrle' exclude each other".into());
+        }
+        for (one, needed) in [("zero-copy-send", "multifd"), ("postcopy-preempt", "postcopy-ram")] {
+            if self.has(one) && !self.has(needed) {
+                return Err(format!("capability '{one}' needs '{needed}'"));
+            }
+        }
+        Ok(())
     }
 
     /// The same with capabilities on or off.

@@ -146,6 +146,7 @@ impl Server {
     }
 
     fn tell_events(&mut self) {
+        let holds = self.subject.plan().has("pause-before-switchover");
         loop {
             let event = match self.events.try_recv() {
                 Ok(event) => event,
@@ -155,12 +156,13 @@ impl Server {
                     return;
                 }
             };
-            let Some(told) = self.translator.translate(&event) else { continue };
-            let told = line(&told);
-            self.clients.retain_mut(|client| match client.tell(&told) {
-                Ok(()) => true,
-                Err(why) => is_dropped(client, &why),
-            });
+            for told in self.translator.translate(&event, holds) {
+                let told = line(&told);
+                self.clients.retain_mut(|client| match client.tell(&told) {
+                    Ok(()) => true,
+                    Err(why) => is_dropped(client, &why),
+                });
+            }
         }
     }
 
@@ -184,6 +186,153 @@ impl Server {
 }
 
 fn is_dropped(client: &Client, why: &Dropped) -> bool {
+    if why.is_its_leave() {
+        return false;
+    }
     note!("ramwire: {} was dropped by the monitor: {why}", client.name);
     false
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::path::{Path, PathBuf};
+
+    use ramwire::observe::{SharedStatistics, Status};
+    use ramwire::session::CancelReply;
+
+    use super::super::listener::Place;
+    use super::super::{Plan, Role};
+    use super::*;
+
+    struct Bed {
+        dir: tempfile::TempDir,
+        statistics: SharedStatistics,
+        monitor: Option<Monitor>,
+    }
+
+    impl Bed {
+        fn new() -> Self {
+            let (dir, statistics) = (tempfile::tempdir().unwrap(), SharedStatistics::default());
+            let cancels = || CancelReply::Accepted;
+            let subject = Subject::new(Role::Source, statistics.clone(), Plan::default(), cancels);
+            let listener = Listener::at(&Place::Unix(path(dir.path()))).unwrap();
+            let monitor = Some(Monitor::start(listener, Arc::new(subject)).unwrap());
+            Self { dir, statistics, monitor }
+        }
+
+        /// A client that has been greeted.
+        fn connect(&self) -> BufReader<UnixStream> {
+            let stream = UnixStream::connect(path(self.dir.path())).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            let mut client = BufReader::new(stream);
+            assert!(line_of(&mut client).contains("QMP"));
+            client
+        }
+
+        fn negotiated(&self) -> BufReader<UnixStream> {
+            let mut client = self.connect();
+            assert!(ask(&mut client, "{\"execute\": \"qmp_capabilities\"}").contains("return"));
+            client
+        }
+    }
+
+    fn path(dir: &Path) -> PathBuf {
+        dir.join("monitor")
+    }
+
+    fn line_of(client: &mut BufReader<UnixStream>) -> String {
+        let mut line = String::new();
+        client.read_line(&mut line).unwrap();
+        line
+    }
+
+    fn ask(client: &mut BufReader<UnixStream>, text: &str) -> String {
+        client.get_mut().write_all(text.as_bytes()).unwrap();
+        line_of(client)
+    }
+
+    #[test]
+    fn the_last_lines_reach_a_client_and_the_path_goes() {
+        let mut bed = Bed::new();
+        let mut client = bed.negotiated();
+        let mut deaf = bed.connect();
+        bed.statistics.update(|now| (now.status, now.ended) = (Status::Completed, true));
+        bed.monitor = None;
+        let mut rest = String::new();
+        client.read_to_string(&mut rest).unwrap();
+        assert!(rest.lines().count() == 1 && rest.contains("completed"), "{rest}");
+        assert_eq!(deaf.read_to_string(&mut String::new()).unwrap(), 0, "it has not negotiated");
+        assert!(!path(bed.dir.path()).exists());
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_is_dropped_and_the_others_are_served() {
+        let bed = Bed::new();
+        let (mut stalled, mut reads) = (bed.negotiated(), bed.negotiated());
+        let mut told = 0;
+        // Its socket takes some, and 1 MiB waits for it; an event has some 100 bytes.
+        while told < 200_000 {
+            for status in [Status::Setup, Status::Active] {
+                bed.statistics.update(|now| now.status = status);
+                assert!(line_of(&mut reads).contains("MIGRATION"), "event {told}");
+                told += 1;
+            }
+            if told % 1000 == 0 && stalled.get_mut().write_all(b" ").is_err() {
+                break;
+            }
+        }
+        assert!(told < 200_000, "it is still there");
+        assert!(ask(&mut reads, "{\"execute\": \"query-status\"}").contains("paused"));
+    }
+
+    /// Who asks without end and reads no answer is not heard any more, until it reads.
+    #[test]
+    fn commands_of_a_client_that_does_not_read_are_not_done() {
+        let bed = Bed::new();
+        let (mut floods, mut other) = (bed.negotiated(), bed.negotiated());
+        floods.get_mut().set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+        let ask_much = "{\"execute\": \"query-qmp-schema\"}".repeat(100);
+        let mut asked = 0;
+        while asked < 100_000 && floods.get_mut().write_all(ask_much.as_bytes()).is_ok() {
+            asked += 100;
+        }
+        assert!(asked < 100_000, "all was read");
+        assert!(ask(&mut other, "{\"execute\": \"query-status\"}").contains("paused"));
+        assert!(line_of(&mut floods).contains("MigrationCapability"));
+    }
+
+    #[test]
+    fn one_client_too_many_is_told_so_and_a_place_is_free_again() {
+        let bed = Bed::new();
+        let mut clients: Vec<_> = (0..MAX_CLIENTS).map(|_| bed.connect()).collect();
+        let mut refused = BufReader::new(UnixStream::connect(path(bed.dir.path())).unwrap());
+        let said = line_of(&mut refused);
+        assert!(said.contains("no place left"), "{said}");
+        assert_eq!(refused.read_to_string(&mut String::new()).unwrap(), 0);
+        drop(clients.pop());
+        let by = Instant::now() + Duration::from_secs(60);
+        loop {
+            let mut next = BufReader::new(UnixStream::connect(path(bed.dir.path())).unwrap());
+            if line_of(&mut next).contains("QMP") {
+                break;
+            }
+            assert!(Instant::now() < by, "no place becomes free");
+        }
+    }
+
+    /// As `printf .. | socat - UNIX:..` does it.
+    #[test]
+    fn a_client_that_has_said_all_gets_its_answers() {
+        let bed = Bed::new();
+        let mut client = bed.connect();
+        let text = "{\"execute\": \"qmp_capabilities\"}\n{\"execute\": \"query-migrate\"}";
+        client.get_mut().write_all(text.as_bytes()).unwrap();
+        client.get_mut().shutdown(std::net::Shutdown::Write).unwrap();
+        let mut rest = String::new();
+        client.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "{\"return\":{}}\r\n{\"return\":{}}\r\n");
+    }
 }

@@ -3,8 +3,10 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crossbeam::channel::Sender;
 use ramwire::observe::{SharedStatistics, Status};
-use ramwire::session::{CancelReply, Control};
+use ramwire::session::{CancelReply, Control, Error};
+use ramwire::transport::Address;
 use ramwire::units::Rate;
 use serde_json::{Map, Value, json};
 
@@ -17,43 +19,103 @@ use super::plan::Plan;
 pub(in crate::cli) enum Role {
     /// Sends a guest that stands still.
     Source,
+    /// Takes a guest.
+    Destination,
+    /// Takes one that runs elsewhere, and sends it on.
+    Relay,
+}
+
+/// What a client asks the command for, beyond what runs.
+#[derive(Clone, Debug, PartialEq)]
+pub(in crate::cli) enum Order {
+    /// Send the guest there, as the plan says.
+    Migrate(Box<(Address, Plan)>),
+    /// End the process: nothing runs.
+    Quit,
 }
 
 /// Asks for the end.
 type Cancels = Box<dyn Fn() -> CancelReply + Send + Sync>;
+/// What changes the migration while it runs, once that is there.
+type Controls = Box<dyn Fn() -> Option<Control> + Send + Sync>;
+/// An address that a client names, as it is to be spoken to; or why not.
+type Admits = Box<dyn Fn(&str) -> Result<Address, String> + Send + Sync>;
 
 /// What the commands act on. Nothing here waits for the migration.
 pub(in crate::cli) struct Subject {
     role: Role,
     statistics: SharedStatistics,
     cancels: Cancels,
+    controls: Controls,
+    admits: Admits,
+    orders: Option<Sender<Order>>,
     state: Mutex<State>,
 }
 
 struct State {
     plan: Plan,
-    /// There once the connection is.
-    control: Option<Control>,
+    /// The migration has begun, or is about to.
+    begun: bool,
+    /// A cancel was accepted.
+    cancelled: bool,
 }
 
 impl Subject {
-    /// A source whose migration begins as `plan` says. `cancels` is asked until there is a [`Control`].
-    pub(in crate::cli) fn source(
+    /// A migration with these figures. `cancels` asks it for its end.
+    pub(in crate::cli) fn new(
+        role: Role,
         statistics: SharedStatistics,
         plan: Plan,
         cancels: impl Fn() -> CancelReply + Send + Sync + 'static,
     ) -> Self {
-        let state = Mutex::new(State { plan, control: None });
-        Self { role: Role::Source, statistics, cancels: Box::new(cancels), state }
+        let state = Mutex::new(State { plan, begun: true, cancelled: false });
+        Self {
+            role,
+            statistics,
+            cancels: Box::new(cancels),
+            controls: Box::new(|| None),
+            admits: Box::new(|_| Err("no address is taken here".into())),
+            orders: None,
+            state,
+        }
     }
 
-    /// From here on changes go to the migration itself, what was changed before as well.
-    pub(in crate::cli) fn follow(&self, control: Control) {
-        let mut state = self.state();
-        apply(&control, None, &state.plan).unwrap_or_else(|failure| {
+    /// `controls` gives what changes it while it runs.
+    pub(in crate::cli) fn controlled(
+        mut self,
+        controls: impl Fn() -> Option<Control> + Send + Sync + 'static,
+    ) -> Self {
+        self.controls = Box::new(controls);
+        self
+    }
+
+    /// A client may name addresses that `admits` takes.
+    pub(in crate::cli) fn admitting(
+        mut self,
+        admits: impl Fn(&str) -> Result<Address, String> + Send + Sync + 'static,
+    ) -> Self {
+        self.admits = Box::new(admits);
+        self
+    }
+
+    /// It begins when a client says so, and the process ends when one says that.
+    pub(in crate::cli) fn waiting(mut self, orders: Sender<Order>) -> Self {
+        self.orders = Some(orders);
+        self.state().begun = false;
+        self
+    }
+
+    /// The control is there: it is told of what was changed before.
+    pub(in crate::cli) fn follow(&self, control: &Control) {
+        let plan = self.plan();
+        if let Err(failure) = apply(control, None, &plan) {
             tracing::warn!(?failure, "a parameter that was set while the connection was made has no effect");
-        });
-        state.control = Some(control);
+        }
+    }
+
+    /// What it is, or is to be.
+    pub(in crate::cli) fn plan(&self) -> Plan {
+        self.state().plan.clone()
     }
 
     pub(super) fn role(&self) -> Role {
@@ -64,16 +126,20 @@ impl Subject {
         &self.statistics
     }
 
-    pub(super) fn plan(&self) -> Plan {
-        self.state().plan.clone()
-    }
-
     /// Changes parameters, all or none.
     pub(super) fn set_parameters(&self, changes: &Map<String, Value>) -> Result<(), Failure> {
         let mut state = self.state();
-        let new = state.plan.changed(changes, true)?;
-        if let Some(control) = &state.control {
-            apply(control, Some(&state.plan), &new)?;
+        let new = state.plan.changed(changes, state.begun.then_some(self.role))?;
+        match (self.controls)() {
+            _ if new == state.plan => {}
+            Some(control) => apply(&control, Some(&state.plan), &new)?,
+            None if self.role == Role::Relay => {
+                return Err(Failure::generic(
+                    "the far end is not connected yet: only then it can be changed",
+                ));
+            }
+            // It is told by `follow`.
+            None => {}
         }
         state.plan = new;
         Ok(())
@@ -84,38 +150,65 @@ impl Subject {
         &self,
         changes: impl Iterator<Item = (&'a str, bool)>,
     ) -> Result<(), Failure> {
-        let plan = self.plan();
-        if plan.switched(changes)? == plan {
-            return Ok(());
+        let mut state = self.state();
+        let new = state.plan.switched(changes)?;
+        if state.begun && new != state.plan {
+            let text = "capabilities are decided when the migration begins, and it has begun";
+            return Err(Failure::generic(text));
         }
-        Err(Failure::generic("capabilities are decided when the migration begins, and it has begun"))
+        state.plan = new;
+        Ok(())
     }
 
-    /// Asks for the end.
+    /// Begins the migration.
+    pub(super) fn migrate(&self, uri: &str) -> Result<(), Failure> {
+        let mut state = self.state();
+        let Some(orders) = self.orders.as_ref().filter(|_| !state.begun) else {
+            return Err(Failure::generic("a migration has begun already, and there is one only"));
+        };
+        let address = (self.admits)(uri).map_err(Failure::generic)?;
+        state.plan.check().map_err(Failure::generic)?;
+        state.begun = true;
+        // The receiver lives as long as the command waits.
+        let _ = orders.send(Order::Migrate(Box::new((address, state.plan.clone()))));
+        Ok(())
+    }
+
+    /// Goes on over another connection.
+    pub(super) fn recover(&self, uri: &str) -> Result<(), Failure> {
+        let address = (self.admits)(uri).map_err(Failure::generic)?;
+        self.ask(|control| control.recover(address))
+    }
+
+    /// Asks for the end of what runs.
     pub(super) fn cancel(&self) -> Result<(), Failure> {
-        if self.statistics.snapshot().ended {
+        if !self.runs() {
             return Ok(());
         }
-        let control = self.state().control.clone();
-        let reply = match control {
-            Some(control) => control.cancel(),
-            None => (self.cancels)(),
-        };
-        match reply {
-            CancelReply::Accepted => Ok(()),
+        match (self.cancels)() {
+            CancelReply::Accepted => {
+                self.state().cancelled = true;
+                Ok(())
+            }
             CancelReply::TooLate => Err(Failure::generic(
                 "it is too late: the guest was given away, and the migration runs to its end",
             )),
         }
     }
 
+    /// Ends the process; what runs is cancelled before.
+    pub(super) fn quit(&self) -> Result<(), Failure> {
+        self.cancel()?;
+        if let Some(orders) = &self.orders {
+            // Without a receiver the process ends with its migration.
+            let _ = orders.send(Order::Quit);
+        }
+        Ok(())
+    }
+
     /// Does what only a migration that runs can.
-    pub(super) fn ask(
-        &self,
-        what: impl FnOnce(&Control) -> Result<(), ramwire::session::Error>,
-    ) -> Result<(), Failure> {
-        let control = self.state().control.clone();
-        let Some(control) = control.filter(|_| !self.statistics.snapshot().ended) else {
+    pub(super) fn ask(&self, what: impl FnOnce(&Control) -> Result<(), Error>) -> Result<(), Failure> {
+        let Some(control) = (self.controls)().filter(|_| self.runs()) else {
             return Err(Failure::generic("no migration runs"));
         };
         what(&control).map_err(|error| Failure::generic(in_words(&error)))
@@ -124,7 +217,25 @@ impl Subject {
     /// The answer to query-migrate.
     pub(super) fn query_migrate(&self) -> Value {
         let now = self.statistics.snapshot();
-        if now.status == Status::None { json!({}) } else { now.query_migrate() }
+        if now.status == Status::None {
+            return json!({});
+        }
+        let mut told = now.query_migrate();
+        if self.state().cancelled && !now.ended {
+            told["status"] = json!("cancelling");
+        }
+        // QEMU has figures of a migration that goes on, or has arrived.
+        if let (Status::Setup | Status::Failed | Status::Cancelled, Some(told)) =
+            (now.status, told.as_object_mut())
+        {
+            told.retain(|name, _| ["status", "error-desc"].contains(&name.as_str()));
+        }
+        told
+    }
+
+    /// True from the begin to the end.
+    fn runs(&self) -> bool {
+        self.state().begun && !self.statistics.snapshot().ended
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -6,11 +6,11 @@ use ramwire::session::CancelReply;
 use serde_json::{Value, json};
 
 use super::conversation::Conversation;
-use super::{Plan, Subject};
+use super::{Order, Plan, Role, Subject};
 
 fn subject() -> Subject {
     let plan = Plan::default().having("multifd", true).with("multifd-channels", 4);
-    Subject::source(SharedStatistics::default(), plan, || CancelReply::Accepted)
+    Subject::new(Role::Source, SharedStatistics::default(), plan, || CancelReply::Accepted)
 }
 
 fn say(conversation: &mut Conversation, subject: &Subject, text: &str) -> Vec<Value> {
@@ -143,10 +143,89 @@ fn what_only_a_running_migration_can_do_is_refused_else() {
     }
     let go_on = json!({"execute": "migrate-continue", "arguments": {"state": "pre-switchover"}});
     assert_eq!(class(&answer(&subject, go_on)), "GenericError");
-    assert_eq!(answer(&subject, json!({"execute": "migrate_cancel"})), json!({"return": {}}));
-    assert_eq!(answer(&subject, json!({"execute": "query-migrate"})), json!({"return": {}}));
+    let migrate = json!({"execute": "migrate", "arguments": {"uri": "tcp:host:1"}});
+    assert_eq!(class(&answer(&subject, migrate)), "GenericError", "it has begun");
+}
+
+#[test]
+fn a_cancel_is_told_until_the_end() {
+    let subject = subject();
+    let status = || answer(&subject, json!({"execute": "query-migrate"}))["return"]["status"].clone();
+    assert_eq!(status(), Value::Null, "not begun");
     subject.statistics().update(|now| now.status = Status::Active);
-    assert_eq!(answer(&subject, json!({"execute": "query-migrate"}))["return"]["status"], "active");
+    assert_eq!(status(), "active");
+    assert_eq!(answer(&subject, json!({"execute": "migrate_cancel"})), json!({"return": {}}));
+    assert_eq!(status(), "cancelling");
+    subject.statistics().update(|now| (now.status, now.ended) = (Status::Cancelled, true));
+    assert_eq!(status(), "cancelled");
+    let late =
+        Subject::new(Role::Source, SharedStatistics::default(), Plan::default(), || CancelReply::TooLate);
+    for command in ["migrate_cancel", "quit"] {
+        assert_eq!(class(&answer(&late, json!({"execute": command}))), "GenericError", "{command}");
+    }
+}
+
+#[test]
+fn a_migration_that_waits_is_planned_and_begins_once() {
+    let (give, orders) = crossbeam::channel::unbounded();
+    let subject =
+        Subject::new(Role::Source, SharedStatistics::default(), Plan::default(), || CancelReply::Accepted)
+            .admitting(|uri| uri.parse().map_err(|_| format!("{uri} is no address")))
+            .waiting(give);
+    let migrate = |uri: &str| {
+        let arguments = json!({"uri": uri, "detach": true, "resume": false});
+        answer(&subject, json!({"execute": "migrate", "arguments": arguments}))
+    };
+    let switch = |names: &[&str]| {
+        let list: Vec<_> = names.iter().map(|name| json!({"capability": name, "state": true})).collect();
+        answer(&subject, json!({"execute": "migrate-set-capabilities", "arguments": {"capabilities": list}}))
+    };
+    let done = json!({"return": {}});
+    assert_eq!(class(&migrate("nowhere")), "GenericError");
+    assert_eq!(switch(&["zero-copy-send"]), done);
+    assert_eq!(class(&migrate("tcp:host:1")), "GenericError", "what it needs is off");
+    assert_eq!(class(&switch(&["auto-converge"])), "GenericError");
+    assert_eq!(switch(&["multifd", "postcopy-ram"]), done);
+    let set = json!({"execute": "migrate-set-parameters", "arguments": {"multifd-channels": 7}});
+    assert_eq!(answer(&subject, set.clone()), done);
+    assert_eq!(migrate("tcp:host:1"), done);
+    let Ok(Order::Migrate(order)) = orders.try_recv() else { panic!("it begins") };
+    let (address, plan) = *order;
+    assert_eq!((address.to_string(), plan.number("multifd-channels")), ("tcp:host:1".into(), 7));
+    assert!(plan.has("multifd") && plan.has("postcopy-ram") && !plan.has("xbzrle"));
+    // From here on it runs.
+    assert_eq!(class(&migrate("tcp:host:1")), "GenericError");
+    assert_eq!(class(&switch(&["xbzrle"])), "GenericError");
+    assert_eq!(answer(&subject, set), done, "it is so already");
+    assert!(orders.try_recv().is_err());
+    assert_eq!(answer(&subject, json!({"execute": "quit"})), done);
+    assert_eq!(orders.try_recv(), Ok(Order::Quit));
+}
+
+#[test]
+fn each_side_has_the_commands_that_it_can_do() {
+    let commands = |role: Role| {
+        let subject =
+            Subject::new(role, SharedStatistics::default(), Plan::default(), || CancelReply::Accepted);
+        let told = answer(&subject, json!({"execute": "query-commands"}));
+        let names: Vec<_> =
+            told["return"].as_array().unwrap().iter().map(|row| row["name"].clone()).collect();
+        let pause = answer(&subject, json!({"exec-oob": "migrate-pause"}));
+        let known = names.contains(&json!("migrate-pause"));
+        assert_eq!(class(&pause), if known { "GenericError" } else { "CommandNotFound" }, "{role:?}");
+        names
+    };
+    let (source, relay, destination) =
+        (commands(Role::Source), commands(Role::Relay), commands(Role::Destination));
+    for (name, (at_source, at_relay, at_destination)) in [
+        ("migrate", (true, false, false)),
+        ("migrate-set-parameters", (true, true, false)),
+        ("migrate_cancel", (true, true, true)),
+    ] {
+        let name = json!(name);
+        let found = (source.contains(&name), relay.contains(&name), destination.contains(&name));
+        assert_eq!(found, (at_source, at_relay, at_destination), "{name}");
+    }
 }
 
 /// Every command that is there is described, by types that are there.

@@ -1,19 +1,22 @@
 //! `ramwire send`.
 
+mod controlled;
+
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use ramwire::engine::Outcome;
 use ramwire::guest::GuestMemory;
-use ramwire::observe::{RunDescription, SharedStatistics};
+use ramwire::observe::RunDescription;
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlockTable};
-use ramwire::session::{CancelReply, Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::session::{Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, ChannelOptions, ConnectionOptions, Way, open_source};
+use ramwire::transport::{Address, ConnectionOptions, Way, open_source};
 use ramwire::units::Rate;
 use serde_json::json;
+
+use clap::ValueEnum as _;
 
 use super::args::Exit;
 use super::common::{
@@ -23,15 +26,16 @@ use super::converge::{TimeoutArgs, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
 use super::postcopy::{PostcopyArgs, ReconnectArgs};
 use super::progress::Progress;
-use super::qmp::{Plan, QmpArgs, Subject};
+use super::qmp::{Plan, QmpArgs};
 use super::render;
-use super::signals::cancel_on_signal;
+use super::signals::{SignalWatch, cancel_on_signal};
 use super::store::{Block, Custody, Overrides, State, StoredGuest};
 use super::tls::{SourceTlsArgs, tell_if_in_clear};
 use super::watch::{WatchArgs, describe};
+use controlled::Controlled;
 
 /// Sends a stored guest. The folder's manifest says `sent` once the other end runs it, and `in-doubt` if that is not known.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "EXAMPLES:
     # Give a received guest to a QEMU started with -incoming tcp:0.0.0.0:4444
     ramwire send tcp:10.0.0.7:4444 --dir guest
@@ -49,10 +53,14 @@ use super::watch::{WatchArgs, describe};
     ramwire send tcp:10.0.0.7:4444 --from mapped:FILE
 
     # Only RAM, to another ramwire
-    ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin")]
+    ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin
+
+    # Wait until a tool that knows QEMU's monitor says how and where to send it, and stay until it says quit
+    ramwire send --dir guest --qmp unix:/run/guest.qmp")]
 pub(super) struct Args {
-    #[arg(help = uri_help("Where the destination listens"))]
-    uri: Address,
+    #[arg(help = uri_help("Where the destination listens; with --qmp it may be left out: then `migrate` says it"))]
+    #[arg(required_unless_present = "qmp")]
+    uri: Option<Address>,
     /// Folder that `ramwire receive` has filled
     #[arg(long, required_unless_present_any = ["ram", "from"])]
     dir: Option<PathBuf>,
@@ -82,6 +90,9 @@ pub(super) struct Args {
     /// Send changed pages as differences (XBZRLE) to copies kept in this much memory, for instance 64M; 0: never
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     xbzrle_cache_size: u64,
+    /// Hold the migration before its last pages until `migrate-continue` comes
+    #[arg(long, requires = "qmp")]
+    pause_before_switchover: bool,
     /// Send a guest that was sent before
     #[arg(long)]
     again: bool,
@@ -91,6 +102,9 @@ pub(super) struct Args {
     /// Send device state that has no VM description to prove it complete
     #[arg(long)]
     no_vmdesc: bool,
+    /// Bytes a second that the link will carry while the guest stands still; 0: as measured. Set by `migrate-set-parameters`
+    #[arg(skip)]
+    switchover_bandwidth: u64,
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
@@ -128,6 +142,10 @@ pub(super) enum ZeroPage {
 }
 
 impl ZeroPage {
+    fn named(name: &str) -> Self {
+        Self::from_str(name, false).unwrap_or(Self::Multifd)
+    }
+
     /// As it is written.
     fn name(self) -> &'static str {
         match self {
@@ -155,10 +173,9 @@ fn block(text: &str) -> Result<Block, String> {
 }
 
 pub(super) fn run(args: &Args) -> Exit {
-    let channels = match args.channels.options() {
-        Ok(channels) => channels,
-        Err(error) => return failed("send", &error),
-    };
+    if let Err(error) = args.channels.options() {
+        return failed("send", &error);
+    }
     let opened = match &args.dir {
         Some(dir) => StoredGuest::open(dir, &args.ram, overrides(args)).map_err(Into::into),
         None => match &args.from {
@@ -166,7 +183,7 @@ pub(super) fn run(args: &Args) -> Exit {
             None => StoredGuest::of_blocks(&args.ram).map_err(Into::into),
         },
     };
-    let sent = opened.and_then(|guest| send(args, channels, guest));
+    let sent = opened.and_then(|guest| serve(args, guest));
     sent.unwrap_or_else(|error: Box<dyn std::error::Error>| failed("send", &*error))
 }
 
@@ -180,6 +197,8 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings.framing = guest.framing();
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
     settings.max_bandwidth = Rate::limit(args.max_bandwidth);
+    settings.switchover_bandwidth = Rate::limit(args.switchover_bandwidth);
+    settings.pause_before_switchover = args.pause_before_switchover;
     settings.zero_detection = args.zero_page.into();
     settings.digest = args.digest;
     settings.guest_stands_still = true;
@@ -197,48 +216,74 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings
 }
 
-fn send(
-    args: &Args,
-    channels: ChannelOptions,
-    guest: StoredGuest,
-) -> Result<Exit, Box<dyn std::error::Error>> {
+/// Sends it at once, or when a client of the monitor says so.
+fn serve(args: &Args, guest: StoredGuest) -> Result<Exit, Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
-    let statistics = SharedStatistics::default();
-    let subject = args.subject(&statistics, &cancel);
+    let controlled = Controlled::new(args, &cancel);
     // Dropped last: its clients are told how it ended.
-    let _monitor = args.qmp.serve("send", &subject)?;
+    let monitor = args.qmp.serve("send", &controlled.subject)?;
+    let Some(uri) = &args.uri else {
+        let Some((uri, planned)) = controlled.told_to_migrate(args, &cancel) else {
+            return Ok(Exit::Cancelled);
+        };
+        let sent = send(&planned, &uri, guest, &cancel, &signals, &controlled);
+        let exit = sent.unwrap_or_else(|error| {
+            controlled.failed(&*error);
+            let exit = failed("send", &*error);
+            signals.ended(exit);
+            exit
+        });
+        controlled.told_to_quit(&cancel);
+        return Ok(exit);
+    };
+    let sent = send(args, uri, guest, &cancel, &signals, &controlled);
+    if let Err(error) = &sent {
+        controlled.failed(&**error);
+    }
+    drop(monitor);
+    sent
+}
+
+fn send(
+    args: &Args,
+    uri: &Address,
+    guest: StoredGuest,
+    cancel: &CancelToken,
+    signals: &SignalWatch,
+    controlled: &Controlled,
+) -> Result<Exit, Box<dyn std::error::Error>> {
     let memory = guest.memory();
     let log = args.watch.create_log()?;
     let mut options = ConnectionOptions::default();
     options.stream = args.timeouts.both.stream_options();
     options.rdma = args.rdma.options();
-    options.channels = channels;
+    options.channels = args.channels.options()?;
     options.delta_cache = args.xbzrle_cache_size;
     options.retry = args.timeouts.retry;
-    args.timeouts.tell_retry("send", &args.uri);
-    let address = args.tls.at(&args.uri)?;
+    args.timeouts.tell_retry("send", uri);
+    let address = args.tls.at(uri)?;
     let remedy = match address.scheme() {
         "tcp" => "use a network you trust, or TLS (--tls-dir DIR)",
         _ => "use a network you trust",
     };
     tell_if_in_clear("send", &address, remedy);
-    let connection = open_source(&address, memory.clone(), &options, &Stop::on(&cancel))?;
+    let connection = open_source(&address, memory.clone(), &options, &Stop::on(cancel))?;
     let way = connection.way.clone();
-    if args.uri.decides_late() {
+    if uri.decides_late() {
         note!("ramwire send: {}: {}", way.transport, way.why);
     }
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
     let again = Redial::new(address, options.stream);
     let session = SourceSession::new(source, connection, settings(args, &guest))
-        .with_statistics(statistics)
-        .with_cancel(cancel)
+        .with_statistics(controlled.statistics.clone())
+        .with_cancel(cancel.clone())
         .with_reconnect(Box::new(again));
     tell_if_it_does_not("send", &session.statistics(), REMEDIES);
     let metrics = args.watch.metrics.serve("send", session.statistics())?;
     let custody = guest.custody();
-    subject.follow(session.control());
+    controlled.follow(session.control());
     signals.ask(session.canceller());
     signals.follow(session.statistics());
     let left = custody.clone();
@@ -270,28 +315,34 @@ fn settle(custody: Option<&Custody>, exit: Exit) {
 }
 
 impl Args {
-    /// What a monitor speaks for.
-    fn subject(&self, statistics: &SharedStatistics, cancel: &CancelToken) -> Arc<Subject> {
-        let cancel = cancel.clone();
-        Arc::new(Subject::source(statistics.clone(), self.plan(), move || {
-            cancel.cancel();
-            CancelReply::Accepted
-        }))
-    }
-
     /// The options under QEMU's names.
     fn plan(&self) -> Plan {
-        let channels = self.channels.both();
-        let mut plan = Plan::default()
+        let plan = Plan::default()
             .with("max-bandwidth", self.max_bandwidth)
             .with("downtime-limit", self.downtime_ms)
-            .with("zero-page-detection", self.zero_page.name());
-        plan = channels.plan(self.postcopy.plan(self.reconnect.plan(self.rdma.plan(plan))));
-        plan = plan.having("zero-copy-send", self.channels.lends());
-        if self.xbzrle_cache_size > 0 {
-            plan = plan.having("xbzrle", true).with("xbzrle-cache-size", self.xbzrle_cache_size);
+            .with("zero-page-detection", self.zero_page.name())
+            .having("pause-before-switchover", self.pause_before_switchover);
+        let plan = self.channels.plan(self.postcopy.plan(self.reconnect.plan(self.rdma.plan(plan))));
+        if self.xbzrle_cache_size == 0 {
+            return plan;
         }
-        plan
+        plan.having("xbzrle", true).with("xbzrle-cache-size", self.xbzrle_cache_size)
+    }
+
+    /// The same with what a client of the monitor has planned.
+    fn following(&self, plan: &Plan) -> Self {
+        let mut planned = self.clone();
+        planned.max_bandwidth = plan.number("max-bandwidth");
+        planned.downtime_ms = plan.number("downtime-limit");
+        planned.zero_page = ZeroPage::named(plan.text("zero-page-detection"));
+        planned.pause_before_switchover = plan.has("pause-before-switchover");
+        planned.xbzrle_cache_size = if plan.has("xbzrle") { plan.number("xbzrle-cache-size") } else { 0 };
+        planned.switchover_bandwidth = plan.number("avail-switchover-bandwidth");
+        planned.channels.follow(plan);
+        planned.postcopy.follow(plan);
+        planned.reconnect.follow(plan);
+        planned.rdma.follow(plan);
+        planned
     }
 
     fn description(&self, way: &Way, table: &RamBlockTable) -> RunDescription {

@@ -1,0 +1,73 @@
+//! `ctl watch`: looks on until the migration ends.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::super::args::Exit;
+use super::super::output::result_line;
+use super::client::{Client, ClientError};
+use super::render::{line, word};
+
+/// How often the figures are asked for.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often events are looked for in between.
+const LOOKS: u32 = 10;
+
+/// Prints how it stands until it has ended.
+pub(super) fn run(monitor: &mut Client, json: bool) -> Result<Exit, ClientError> {
+    let nothing = json!({});
+    let mut last = None;
+    loop {
+        for look in 0..LOOKS {
+            let now = match monitor.execute("query-migrate", &nothing) {
+                Ok(now) => now,
+                // A ramwire ends with its migration; its last event has said how.
+                Err(ClientError::Closed) => {
+                    tell_events(monitor, json, &mut last);
+                    return last.as_deref().and_then(ended).ok_or(ClientError::Closed);
+                }
+                Err(error) => return Err(error),
+            };
+            tell_events(monitor, json, &mut last);
+            let exit = ended(&word(&now));
+            if look == 0 || exit.is_some() {
+                if json { result_line!("{now}") } else { result_line!("{}", line(&now)) }
+            }
+            if let Some(exit) = exit {
+                return Ok(exit);
+            }
+            std::thread::sleep(INTERVAL / LOOKS);
+        }
+    }
+}
+
+fn tell_events(monitor: &mut Client, json: bool, last: &mut Option<String>) {
+    for event in monitor.take_events() {
+        if let ("MIGRATION", Some(status)) = (name(&event), event["data"]["status"].as_str()) {
+            *last = Some(status.to_owned());
+        }
+        if json {
+            result_line!("{event}");
+        } else {
+            let data = event.get("data").map(|data| format!("  {data}")).unwrap_or_default();
+            result_line!("{}{data}", name(&event));
+        }
+    }
+}
+
+fn name(event: &Value) -> &str {
+    event["event"].as_str().unwrap_or_default()
+}
+
+/// How a migration has ended that is in this state.
+fn ended(status: &str) -> Option<Exit> {
+    Some(match status {
+        "completed" => Exit::Done,
+        "failed" => Exit::Failed,
+        "cancelled" => Exit::Cancelled,
+        "in-doubt" => Exit::InDoubt,
+        _ => return None,
+    })
+}
