@@ -137,6 +137,9 @@ fn name_of(host: &str) -> Result<ServerName<'static>, TlsError> {
 
 const CA: &str = "ca-cert.pem";
 
+/// Where QEMU's tls-creds-psk has its keys.
+const PSK: &str = "keys.psk";
+
 struct Folder<'a>(&'a Path);
 
 type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
@@ -154,7 +157,15 @@ impl Folder<'_> {
         let mut store = RootCertStore::empty();
         let found = self.certificates(CA)?;
         let found = found.ok_or_else(|| {
-            Self::missing(self.0.join(CA), "there is none; copy the authority's certificate there")
+            let what = match self.0.join(PSK).exists() {
+                // rustls has no cipher suites with pre-shared keys.
+                true => {
+                    "there is none, and the pre-shared keys in keys.psk are not used: only certificates are supported \
+                     (tls-creds-x509 at a QEMU, not tls-creds-psk)"
+                }
+                false => "there is none; copy the authority's certificate there",
+            };
+            Self::missing(self.0.join(CA), what)
         })?;
         for certificate in found {
             store.add(certificate).map_err(|error| self.wrong(CA, error))?;

@@ -96,6 +96,22 @@ fn a_stream_beyond_what_one_key_is_good_for_goes_on_with_others() {
 }
 
 #[test]
+fn a_folder_of_pre_shared_keys_is_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("keys.psk"), "qemu:00112233445566778899aabbccddeeff\n").unwrap();
+    for made in [
+        Tls::of_source(&TlsOptions::in_dir(dir.path())),
+        Tls::of_destination(&TlsOptions::in_dir(dir.path())),
+    ] {
+        let said = made.unwrap_err().to_string();
+        assert!(
+            said.contains("ca-cert.pem: there is none") && said.contains("only certificates are supported"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
 fn what_was_looked_at_stays_to_be_read_and_the_end_is_told() {
     let (mut near, mut far) = pair(ring::default_provider());
     let sender = thread::spawn(move || {
