@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! a ramwire source:  STATE_SENT -> load -> [digests compared] -> READY -> COMMIT -> resume -> RUNNING
+//! memory is passed:  STATE_SENT -> [digests compared] -> READY -> COMMIT -> load -> resume -> RUNNING
 //! a QEMU source:     end of the device state -> load -> resume -> SHUT(0)
 //! postcopy:          package -> serve faults, load and resume meanwhile -> last page -> SHUT(0), heard
 //! ```
@@ -10,6 +11,9 @@
 //!
 //! The guest never runs here before the source gave it away: without COMMIT (towards a QEMU: without the
 //! last byte of its device state) every end discards what arrived.
+//!
+//! Where memory was passed it is the source's until COMMIT, and loading device state may write to it: it is loaded after
+//! COMMIT.
 
 use std::time::Duration;
 
@@ -89,7 +93,8 @@ pub enum Ending {
     Incomplete,
     /// The source gave the guest away, but it could not be started: this is the only copy. RAM is whole and the device
     /// state is loaded, so that the VMM may start the guest itself, at any time; if it can't, an operator lets the guest
-    /// run at the source, which keeps it paused. Never both.
+    /// run at the source, which keeps it paused. Never both. Where memory was passed the device state may not be loaded, or
+    /// in part, and the same memory is the source's guest.
     Stranded,
 }
 
@@ -130,6 +135,7 @@ pub struct DestinationEngine {
     recoverable: bool,
     /// All pages of a guest that runs here since a switch to postcopy have come.
     whole: bool,
+    late_load: bool,
 }
 
 impl DestinationEngine {
@@ -147,12 +153,19 @@ impl DestinationEngine {
             committed: false,
             recoverable: false,
             whole: false,
+            late_load: false,
         }
     }
 
     /// Whether a lost connection may be followed by another, once the guest runs here among missing pages. May change.
     pub fn set_recoverable(&mut self, recoverable: bool) {
         self.recoverable = recoverable;
+    }
+
+    /// Memory was passed by a ramwire source, and nothing may be written to it before COMMIT: the device state is loaded after
+    /// it. Before STATE_SENT.
+    pub fn load_after_commit(&mut self) {
+        self.late_load = true;
     }
 
     /// True once the source speaks ramwire's words.
@@ -257,7 +270,7 @@ impl DestinationEngine {
             (Phase::Receiving, E::StateSent) if self.native && self.digest => {
                 self.go(Phase::Digesting, A::MakeDigest);
             }
-            (Phase::Receiving, E::StateSent) if self.native => self.go(Phase::Loading, A::LoadState),
+            (Phase::Receiving, E::StateSent) if self.native => self.load_or_wait(),
             (Phase::Receiving | Phase::Digesting, E::Digests) if self.digest => {
                 self.digests_here = true;
                 self.read_on();
@@ -265,8 +278,10 @@ impl DestinationEngine {
             (Phase::Digesting, E::Done) if self.digests_here => self.go(Phase::Comparing, A::CompareDigest),
             (Phase::Digesting, E::Done) => self.go(Phase::AwaitingDigests, A::Receive),
             (Phase::AwaitingDigests, E::Digests) => self.go(Phase::Comparing, A::CompareDigest),
-            (Phase::Comparing, E::Done) => self.go(Phase::Loading, A::LoadState),
-            (Phase::Loading, E::Done) if self.native => self.go(Phase::SendingReady, A::SendReady),
+            (Phase::Comparing, E::Done) => self.load_or_wait(),
+            (Phase::Loading, E::Done) if self.native && !self.committed => {
+                self.go(Phase::SendingReady, A::SendReady)
+            }
             (Phase::Loading, E::Done) => self.go(Phase::Resuming, A::Resume),
             (Phase::SendingReady, E::Done) => {
                 self.go(Phase::AwaitingCommit, A::Receive);
@@ -274,7 +289,10 @@ impl DestinationEngine {
             }
             (Phase::AwaitingCommit, E::Commit) => {
                 self.committed = true;
-                self.go(Phase::Resuming, A::Resume);
+                match self.late_load {
+                    true => self.go(Phase::Loading, A::LoadState),
+                    false => self.go(Phase::Resuming, A::Resume),
+                }
             }
             // A QEMU that is told of a failure lets its guest run, and ours may: it is told that the guest is here.
             (Phase::Resuming, E::MayRun) if !self.native => self.go(Phase::Keeping, A::SendRunning),
@@ -283,6 +301,14 @@ impl DestinationEngine {
             // The guest runs here: that the source could not be told changes nothing about it.
             (Phase::SendingRunning, _) => self.end(Ending::Running),
             _ => self.fail(),
+        }
+    }
+
+    /// Everything has come, as it was sent.
+    fn load_or_wait(&mut self) {
+        match self.late_load {
+            true => self.go(Phase::SendingReady, DestinationAction::SendReady),
+            false => self.go(Phase::Loading, DestinationAction::LoadState),
         }
     }
 

@@ -14,6 +14,6 @@ pub use events::{Event, EventKind, NotConverging, SharedStatistics};
 pub use latency::{Latency, LatencySummary};
 pub use record::{End, RUN_LOG_SCHEMA, Record, Recorder, RunDescription, Sample};
 pub use statistics::{
-    DeltaCounts, DeltaRates, DowntimeParts, PageCounts, RoundReport, SkippedPages, SpliceCounts, Statistics,
-    Status, ZeroCopyCounts,
+    DeltaCounts, DeltaRates, DowntimeParts, PageCounts, PassedMemory, RoundReport, SkippedPages,
+    SpliceCounts, Statistics, Status, ZeroCopyCounts,
 };

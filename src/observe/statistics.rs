@@ -58,6 +58,15 @@ pub struct SkippedPages {
     pub discarded: u64,
 }
 
+/// Memory that went to the destination as descriptors, and of which no page travelled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PassedMemory {
+    /// Blocks.
+    pub blocks: u64,
+    /// Their used lengths in bytes.
+    pub bytes: u64,
+}
+
 /// What deltas did, the parts of which `query-migrate` makes its `xbzrle-cache`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct DeltaCounts {
@@ -225,6 +234,8 @@ pub struct Statistics {
     pub pages: PageCounts,
     /// Pages that were left out, as of the last merge of the dirty logs.
     pub skipped: SkippedPages,
+    /// Memory that was passed to the other end as it is; the other figures are of what travels beside it.
+    pub passed: PassedMemory,
     /// Bytes of one target page.
     pub page_size: u64,
     /// Merges of the dirty logs.

@@ -71,6 +71,12 @@ impl DirtyMap {
         map.map_or(0, |map| map.dirty.set_range(run.first.0..run.end().0))
     }
 
+    /// Unmarks a run; returns how many pages were dirty before.
+    pub fn clear_run(&mut self, run: PageRun) -> u64 {
+        let map = self.blocks.get_mut(run.block.as_usize());
+        map.map_or(0, |map| map.dirty.clear_range(run.first.0..run.end().0))
+    }
+
     /// Marks every page of a group of `pages` of which one is dirty: host pages are dirty as a whole or not at all.
     pub fn widen(&mut self, block: BlockIndex, pages: u64) {
         let Some(map) = self.blocks.get_mut(block.as_usize()).filter(|_| pages > 1) else { return };

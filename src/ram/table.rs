@@ -82,7 +82,9 @@ pub enum Refusal {
         used_length: u64,
     },
     /// The block is shared by both ends: a page of it must not travel.
-    #[error("received a page at {offset} of RAM block {block}, which both ends share (x-ignore-shared)")]
+    #[error(
+        "received a page at {offset} of RAM block {block}, which both ends share (x-ignore-shared, or passed as it is)"
+    )]
     Ignored {
         /// The block.
         block: BlockName,

@@ -41,6 +41,10 @@ pub(super) enum Breakage {
     SkipComparing,
     /// Order 6: the destination says READY whatever was sent and not placed.
     SkipCounting,
+    /// Order 12: the device state is loaded into memory that was passed before it is given away.
+    LoadBeforeCommit,
+    /// Orders 4 and 12: after a failure memory that was passed is taken for the destination's.
+    ForgetPassed,
     /// Order 5: what is dirty at a switch to postcopy is not discarded.
     SkipDiscard,
     /// Order 5: the source ends a postcopy while pages are missing.
@@ -112,7 +116,7 @@ impl Breakage {
 
     /// All but `None` and what only a relay does.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 26] = [
+    pub(super) const ALL: [Self; 28] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
         Self::SkipBarrier,
@@ -128,6 +132,8 @@ impl Breakage {
         Self::DieOfPanic,
         Self::TrustPanickedStart,
         Self::ResumeBeforeCommit,
+        Self::LoadBeforeCommit,
+        Self::ForgetPassed,
         Self::SkipComparing,
         Self::SkipCounting,
         Self::RegisterUnpromised,

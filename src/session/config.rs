@@ -99,6 +99,13 @@ pub struct SourceSettings {
     /// migration ends with [`Error::Config`](super::Error::Config) before a page is sent. Empty: nothing. The destination
     /// finds it in [`Incoming::vmm_configuration`].
     pub vmm_configuration: Vec<u8>,
+    /// Memory that has a file behind it ([`HostRegion::shared_file`](crate::sys::HostRegion::shared_file)) goes as a descriptor, and
+    /// no page of it travels; the rest goes page by page. Only to a ramwire that
+    /// [takes it](DestinationSettings::take_memory), over a UNIX socket; elsewhere all memory goes page by page. Such files are
+    /// sealed against becoming shorter, where they can be, and stay so. After COMMIT nobody at the source may write to
+    /// memory that was passed ([`SourceReport::passed`](super::SourceReport::passed)), or punch holes into its file: it is the
+    /// destination's guest. Not together with [`postcopy`](Self::postcopy). False.
+    pub pass_memory: bool,
     /// Bytes of sections that go between the block list and the first page, as they were captured.
     pub early_sections: Vec<u8>,
     /// The guest stands still already, and does until it has arrived: nothing writes to its memory. Only such a guest may
@@ -144,6 +151,7 @@ impl SourceSettings {
             configuration,
             framing: Framing::default(),
             vmm_configuration: Vec::new(),
+            pass_memory: false,
             early_sections: Vec::new(),
             guest_stands_still: false,
             all_dirty_at_start: true,
@@ -187,6 +195,10 @@ pub struct DestinationSettings {
     /// Pages that were written by the file behind the memory are mapped behind their arrival, by a thread that runs only
     /// while a core is idle, so that the guest meets fewer faults. True; of no use where no guest runs here.
     pub map_behind: bool,
+    /// A source on this host may pass memory as descriptors ([`Incoming::passed`](super::Incoming::passed)), which the
+    /// [`MemoryProvider`](super::MemoryProvider) then maps instead of memory of its own. Nothing may write to it before the
+    /// device state is loaded, which comes after COMMIT then. False.
+    pub take_memory: bool,
     /// The device state is handed on as it came, by who stores it or sends it on; `false`: the state of a VMM without
     /// sections of its own is taken out of the section that it came in from a file or a pipe, as it was saved.
     pub state_as_it_came: bool,
@@ -204,6 +216,7 @@ impl Default for DestinationSettings {
             accept_missing_description: false,
             postcopy: false,
             map_behind: true,
+            take_memory: false,
             state_as_it_came: false,
             spawner: Spawner::default(),
         }

@@ -8,6 +8,7 @@ use crate::error::Remedy;
 use crate::guest::{DirtyError, GuestError, LayoutChange, ServeError};
 use crate::ram::BlockName;
 use crate::session::pager::HandedError;
+use crate::session::passed::NotPassed;
 use crate::stream::DecodeError;
 use crate::sys::Loss;
 use crate::transport::{ChannelError, MoveError, OpenError, Side};
@@ -169,6 +170,15 @@ pub enum Error {
     /// What another process says of its memory.
     #[error(transparent)]
     Handed(#[from] HandedError),
+    /// Memory of the guest could not be passed to the destination.
+    #[error("RAM block {block} can't be passed")]
+    Passed {
+        /// The block.
+        block: BlockName,
+        /// Why.
+        #[source]
+        why: NotPassed,
+    },
     /// A thread could not be started.
     #[error("thread {name} could not be started")]
     Thread {
@@ -209,6 +219,7 @@ impl Error {
         match self {
             Self::Config { .. } | Self::Channels(_) => ErrorKind::Config,
             Self::Handed(_) => ErrorKind::Peer,
+            Self::Passed { why, .. } => why.kind(),
             Self::Control { .. }
             | Self::Panicked { .. }
             | Self::StandsStill { .. }

@@ -10,6 +10,7 @@ mod digest;
 mod error;
 mod handle;
 mod pager;
+mod passed;
 mod relay;
 mod restore;
 mod run_log;
@@ -35,6 +36,7 @@ pub use digest::Mismatch;
 pub use error::{Error, ErrorKind};
 pub use handle::{CancelReply, Canceller, MigrationHandle};
 pub use pager::{HandedError, HandedRegion, LazyProgress, PageFailure, ServeSettings, ServedMemory};
+pub use passed::{NotPassed, PassedBlock};
 pub use relay::{
     ConnectFn, Guard, Held, Kept, Notice, NoticeFn, Relay, RelayControl, RelayReport, ScanReport,
 };

@@ -10,6 +10,7 @@
 //! PING(GREETING) PING(channels) PING(1)      PONG(GREETING) PONG(hello) PONG(channels) PONG(1)
 //! HELLO                                      HELLO
 //! VMM_CONFIGURATION*
+//! MEMORY* (each with a descriptor, where both ends said in HELLO that memory is passed)
 //! ... QEMU's stream up to the device state, which is one sized section ...
 //! UNSENT* (in front of that section)
 //! SENT STATE_SENT DIGEST*                    WORKING* (READY | REFUSED)
@@ -24,6 +25,7 @@ use super::page_counts;
 use super::qemu::section::{Framing, Item, SectionName, decode_item, encode_footer, encode_full};
 use super::reader::Reader;
 use super::writer::Writer;
+use crate::ram::BlockName;
 
 /// Value of the PING that asks "are you a ramwire?": `RWM1`.
 pub const GREETING: u32 = 0x5257_4d31;
@@ -104,12 +106,21 @@ pub struct Hello {
     pub digest: bool,
     /// Requested pages of a postcopy come on a connection of their own.
     pub urgent: bool,
+    /// Memory is passed as descriptors: the source may, the destination takes it.
+    pub passes: bool,
 }
 
 impl Hello {
     /// What this version says.
     pub fn ours(migration_id: [u8; 16], digest: bool) -> Self {
-        Self { min_version: MIN_VERSION, max_version: MAX_VERSION, migration_id, digest, urgent: false }
+        Self {
+            min_version: MIN_VERSION,
+            max_version: MAX_VERSION,
+            migration_id,
+            digest,
+            urgent: false,
+            passes: false,
+        }
     }
 
     /// The newest version both ends speak.
@@ -120,14 +131,14 @@ impl Hello {
 
     fn encode(&self, writer: &mut Writer<'_>) {
         writer.be16(self.min_version).be16(self.max_version).bytes(&self.migration_id);
-        writer.u8(u8::from(self.digest) | u8::from(self.urgent) << 1);
+        writer.u8(u8::from(self.digest) | u8::from(self.urgent) << 1 | u8::from(self.passes) << 2);
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let (min_version, max_version, migration_id) = (reader.be16()?, reader.be16()?, reader.array()?);
         let flags = reader.u8()?;
-        let (digest, urgent) = (flags & 1 != 0, flags & 2 != 0);
-        Ok(Self { min_version, max_version, migration_id, digest, urgent })
+        let (digest, urgent, passes) = (flags & 1 != 0, flags & 2 != 0, flags & 4 != 0);
+        Ok(Self { min_version, max_version, migration_id, digest, urgent, passes })
     }
 }
 
@@ -200,6 +211,16 @@ pub enum Order<'a> {
         /// Counts as [`super::page_counts`] writes them, at least one and at most [`MAX_COUNTS`].
         counts: &'a [u8],
     },
+    /// The memory of a block: no page of it travels. The descriptor of its file comes with the first byte of the command. Only
+    /// where both ends have said that memory is passed, before the list of blocks.
+    Memory {
+        /// Where the memory starts in the file, in bytes.
+        start: u64,
+        /// Bytes of memory, at least those that the block has in use.
+        len: u64,
+        /// The block.
+        block: &'a str,
+    },
     /// The guest is yours. The source never resumes it again by itself.
     Commit {
         /// The migration it is about.
@@ -219,6 +240,7 @@ impl Order<'_> {
                 Self::Unsent { .. } => 5,
                 Self::Sent { .. } => 6,
                 Self::VmmConfiguration { .. } => 7,
+                Self::Memory { .. } => 8,
             }
     }
 
@@ -239,6 +261,9 @@ impl Order<'_> {
             }
             Self::VmmConfiguration { part } => {
                 writer.bytes(part);
+            }
+            Self::Memory { start, len, block } => {
+                writer.be64(*start).be64(*len).bytes(block.as_bytes());
             }
             Self::Commit { migration_id } => {
                 writer.bytes(migration_id);
@@ -289,6 +314,12 @@ pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
             return (1..=MAX_CONFIGURATION_PART)
                 .contains(&part.len())
                 .then_some(Order::VmmConfiguration { part });
+        }
+        8 => {
+            let (start, len) = (reader.be64().ok()?, reader.be64().ok()?);
+            let block = std::str::from_utf8(reader.rest()).ok()?;
+            let fits = len > 0 && (1..=BlockName::MAX).contains(&block.len());
+            return fits.then_some(Order::Memory { start, len, block });
         }
         _ => return None,
     };
@@ -361,7 +392,7 @@ mod tests {
 
     #[test]
     fn orders_and_answers_survive_the_wire() {
-        let hello = Hello { urgent: true, ..Hello::ours([7; 16], true) };
+        let hello = Hello { urgent: true, passes: true, ..Hello::ours([7; 16], true) };
         let orders = [
             Order::Hello(hello),
             Order::StateSent,
@@ -371,6 +402,7 @@ mod tests {
             Order::Unsent { block: 0, why: Unsent::Unplugged, ranges: &[1; 16] },
             Order::Sent { counts: &[2; 48] },
             Order::VmmConfiguration { part: b"{}" },
+            Order::Memory { start: 4096, len: 1 << 30, block: "pc.ram" },
         ];
         for order in orders {
             let mut body = Vec::new();
@@ -391,7 +423,11 @@ mod tests {
 
     #[test]
     fn malformed_bodies_are_refused() {
-        let cases: [(u16, &[u8]); 14] = [
+        let cases: [(u16, &[u8]); 18] = [
+            (8, b""),
+            (8, &[1; 16]),
+            (8, &[0; 17]),
+            (8, b"starting\0\0\0\0\0\0\0\x01\xff"),
             (7, b""),
             (7, &[0; MAX_CONFIGURATION_PART + 1]),
             (6, b""),

@@ -127,7 +127,7 @@ impl Mapping {
     /// # Errors
     /// [`MappingError`].
     pub fn memfd(name: &str, len: u64) -> Result<Self, MappingError> {
-        let fd = memfd_create(name, MemfdFlags::CLOEXEC)
+        let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(|errno| kernel("making a memfd of", len, "its name has at most 249 bytes", errno))?;
         ftruncate(&fd, len).map_err(|errno| {
             let remedy = if errno == Errno::FBIG { remedy_of(errno) } else { ENOUGH_MEMORY };
@@ -145,7 +145,7 @@ impl Mapping {
         let no_pages = |errno: Errno| MappingError::HugePages { len, page, source: errno.into() };
         // memfd_create(2): log2 of the page size from bit MFD_HUGE_SHIFT on.
         let size = MemfdFlags::from_bits_retain(page.shift() << libc::MFD_HUGE_SHIFT);
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | size;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | size;
         let fd = memfd_create(name, flags).map_err(no_pages)?;
         ftruncate(&fd, rounded).map_err(no_pages)?;
         match Self::file(fd, 0, rounded) {

@@ -1,6 +1,6 @@
 //! A stream of bytes, in one direction each.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use crate::sys::{RecvPart, SendPart, Stop};
@@ -38,6 +38,25 @@ pub trait ByteSink: Send + Sealed {
         Ok(())
     }
 
+    /// True if a descriptor can travel with its bytes: to a process of this host, by a UNIX socket.
+    fn carries_descriptors(&self) -> bool {
+        false
+    }
+
+    /// Sends `bytes`, not none, and `descriptor` with the first of them.
+    ///
+    /// # Errors
+    /// [`ChannelError`], as of [`send`](Self::send); always where it [carries none](Self::carries_descriptors).
+    fn send_descriptor(
+        &mut self,
+        _bytes: &[u8],
+        _descriptor: BorrowedFd<'_>,
+        _stop: &Stop,
+    ) -> Result<(), ChannelError> {
+        let source = std::io::ErrorKind::Unsupported.into();
+        Err(ChannelError::Io { peer: "destination".into(), doing: "sending a descriptor", source })
+    }
+
     /// As [`ByteSource::outlast`], for both directions of the connection.
     fn outlast(&mut self, _limit: Duration) {}
 
@@ -68,6 +87,17 @@ pub trait ByteSource: Send + Sealed {
     /// Whether received bytes are acknowledged at once, where the connection can: a peer that holds a small message back until
     /// the one before is acknowledged (Nagle) then does not wait. `false` at first.
     fn set_prompt(&mut self, _prompt: bool) {}
+
+    /// Whether descriptors that come with the bytes are kept until they are [taken](Self::next_descriptor), from the next
+    /// read on; else they are closed unseen. Returns whether some may come here. `false` at first.
+    fn want_descriptors(&mut self, _wanted: bool) -> bool {
+        false
+    }
+
+    /// The next descriptor that has come: with a byte that has been read, or with one before it.
+    fn next_descriptor(&mut self) -> Option<OwnedFd> {
+        None
+    }
 
     /// The last byte of the stream has come: did its writer end well? A command's exit status tells, and what it writes after
     /// the stream is skipped; elsewhere there is nothing to check.

@@ -107,6 +107,7 @@ impl Collector for Figures {
         out.counter("channel", "Of them, on page channels", bytes.clone(), s.multifd_bytes)?;
         out.gauge("remaining", "Dirty and to be sent", bytes.clone(), s.remaining as f64)?;
         out.gauge("ram", "RAM that travels", bytes.clone(), s.total as f64)?;
+        out.gauge("passed", "RAM passed to the other end as it is", bytes.clone(), s.passed.bytes as f64)?;
         let kinds = [("normal", s.pages.normal), ("zero", s.pages.zero), ("delta", s.pages.delta)];
         out.counters("pages", "Pages sent or received, by what they travelled as", "kind", &kinds)?;
         let skipped = [("hint", s.skipped.hinted), ("unplugged", s.skipped.discarded)];

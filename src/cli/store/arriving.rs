@@ -321,6 +321,7 @@ mod tests {
                 serde_json::from_str::<Manifest>(&text).unwrap().state
             };
             let incoming = Incoming {
+                passed: Vec::new(),
                 configuration: Default::default(),
                 blocks: vec![RamBlock::new(BlockName::new("m0").unwrap(), 4096)],
                 vmm_configuration: Vec::new(),

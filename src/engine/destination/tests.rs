@@ -135,6 +135,41 @@ fn p11_a_loss_of_the_last_word_is_no_end_and_never_takes_the_guest_back() {
     assert_eq!(after(8).step(Input::Done), Action::Finish(Ending::Running));
 }
 
+/// Memory that was passed is the source's until COMMIT, and loading device state may write to it.
+#[test]
+fn device_state_is_loaded_after_commit_where_memory_was_passed() {
+    let late = [
+        (Input::Hello { digest: true }, Action::Receive),
+        (Input::StateSent, Action::MakeDigest),
+        (Input::Done, Action::Receive),
+        (Input::Digests, Action::CompareDigest),
+        (Input::Done, Action::SendReady),
+        (Input::Done, Action::Receive),
+        (Input::Commit, Action::LoadState),
+        (Input::Done, Action::Resume),
+        (Input::Done, Action::SendRunning),
+        (Input::Done, Action::Finish(Ending::Running)),
+    ];
+    let after = |count: usize| {
+        let mut engine = self::engine();
+        engine.load_after_commit();
+        late[..count].iter().for_each(|(input, action)| assert_eq!(engine.step(*input), *action));
+        engine
+    };
+    after(late.len());
+    for failed_at in 1..9 {
+        let mut engine = after(failed_at);
+        assert_eq!(engine.is_committed(), failed_at > 6);
+        assert_eq!(engine.step(Input::Failed), Action::SendFailed, "after {failed_at} steps");
+        let ending = if failed_at > 6 { Ending::Stranded } else { Ending::Discarded };
+        assert_eq!(engine.step(Input::Done), Action::Finish(ending), "after {failed_at} steps");
+    }
+    let mut plain = engine();
+    plain.load_after_commit();
+    plain.step(Input::Hello { digest: false });
+    assert_eq!(plain.step(Input::StateSent), Action::SendReady, "without a digest as well");
+}
+
 #[test]
 fn an_input_out_of_turn_is_a_failure() {
     let all = [Input::Tail, Input::StateSent, Input::Digests, Input::Commit, Input::Done];

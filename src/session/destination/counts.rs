@@ -5,7 +5,7 @@ use crate::engine::{agree_on_channels, compare_counts};
 use crate::error::Remedy;
 use crate::observe::PageCounts;
 use crate::ram::PageSet;
-use crate::session::{Breakage, Error};
+use crate::session::{Breakage, Error, PassedBlock};
 use crate::stream::native::channels_of_ping;
 use crate::stream::page_counts;
 use crate::stream::qemu::file::{Configuration, IGNORE_SHARED};
@@ -28,6 +28,9 @@ pub(super) struct SourceTold {
     /// Its page channels.
     channels: u8,
     pub(super) vmm_configuration: Vec<u8>,
+    /// It passes memory, which this end takes; what has come of it.
+    pub(super) passes: bool,
+    pub(super) passed: Vec<PassedBlock>,
     /// Pages it has sent.
     sent: Option<Vec<PageCounts>>,
     /// Bytes that came as zero in rounds by another link than the stream.

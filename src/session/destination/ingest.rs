@@ -255,6 +255,7 @@ mod tests {
             configuration: Configuration::default(),
             blocks: Vec::new(),
             vmm_configuration: Vec::new(),
+            passed: Vec::new(),
             early_sections: Vec::new(),
             has_return_path: true,
             seen: Seen::default(),

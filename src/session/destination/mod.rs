@@ -9,6 +9,7 @@ mod ingest;
 mod keepalive;
 mod mapper;
 mod owner;
+mod passing;
 mod placing;
 mod postcopy;
 mod preempt;
@@ -194,6 +195,7 @@ impl DestinationSession {
         };
         let mut reader = StreamReader::new(config);
         self.figures.begin();
+        self.await_memory();
         let ending = loop {
             let event = match self.driver.engine.poll() {
                 Some(DestinationAction::Finish(ending)) => break ending,
@@ -315,6 +317,7 @@ impl DestinationSession {
             DestinationAction::SendReady => {
                 // From here on the source may give the guest away at any moment: a cancel could only leave
                 // it in doubt. What ends the wait is its word, the connection's end, or time.
+                self.check_passed()?;
                 self.wire.stop = Stop::never();
                 // COMMIT may come late, after an outage. Longer than the engine's time, which so ends the wait.
                 self.wire.link.stream().outlast(self.settings.finish_timeout.saturating_mul(2));

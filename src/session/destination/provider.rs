@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use crate::error::Remedy;
-use crate::guest::{GuestControl, GuestError, GuestMemory};
+use crate::guest::{GuestControl, GuestError, GuestMemory, MappedGuest};
 use crate::ram::RamBlock;
-use crate::session::{Error, shared_blocks};
+use crate::session::{Error, PassedBlock, shared_blocks};
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::incoming::Seen;
+use crate::sys::{HostRegion, MappingError};
+use crate::units::PageSize;
 
 /// What the source announced, before any page.
 #[derive(Clone, Debug)]
@@ -19,12 +21,46 @@ pub struct Incoming {
     /// What the source's VMM tells ([`SourceSettings::vmm_configuration`](crate::session::SourceSettings::vmm_configuration)); empty
     /// if it tells nothing, or is a QEMU.
     pub vmm_configuration: Vec<u8>,
+    /// Memory that the source passes as descriptors, where this end takes it
+    /// ([`DestinationSettings::take_memory`](crate::session::DestinationSettings::take_memory)): for these blocks the provider gives mappings of
+    /// them. No page of them comes.
+    pub passed: Vec<PassedBlock>,
     /// Sections in front of the first page, as they came. Those that come later are part of the device state.
     pub early_sections: Vec<u8>,
     /// The source opened a return path: it can be told how it ended.
     pub has_return_path: bool,
     /// What the stream has shown of its sender; whole once everything has arrived.
     pub seen: Seen,
+}
+
+impl Incoming {
+    /// Memory for what was announced: mappings of what was [passed](Self::passed), and for each other block what `own` gives.
+    /// `page` is the target page, 4 KiB on x86.
+    ///
+    /// # Errors
+    /// [`Error::Passed`] if something can't be mapped; [`Error::Guest`] if it makes no guest; those of `own`.
+    pub fn map(
+        &self,
+        page: PageSize,
+        mut own: impl FnMut(&RamBlock) -> Result<HostRegion, Error>,
+    ) -> Result<Arc<MappedGuest>, Error> {
+        let mut builder = MappedGuest::builder(page);
+        for block in &self.blocks {
+            let passed = self.passed.iter().find(|passed| *passed.name() == block.name);
+            let region = match passed {
+                None => own(block)?,
+                Some(passed) => {
+                    let refused =
+                        |why: MappingError| Error::Passed { block: block.name.clone(), why: why.into() };
+                    passed.map().map_err(refused)?.region().clone()
+                }
+            };
+            let mut block = block.clone();
+            block.flags.shared |= passed.is_some();
+            builder = builder.region(block, region);
+        }
+        Ok(Arc::new(builder.build()?))
+    }
 }
 
 /// A guest that is to arrive.
@@ -41,6 +77,9 @@ pub trait MemoryProvider: Send {
     /// call until the migration has ended. It may hold old bytes, of an earlier migration say: a page that the source
     /// tells to be zero is zero here afterwards. What the source does not send at all is left as it is.
     ///
+    /// The memory of blocks that were [passed](Incoming::passed) is a mapping of what was passed. The source's guest may run in it:
+    /// nothing writes to it before the device state is loaded.
+    ///
     /// # Errors
     /// [`Error::Guest`] or [`Error::Config`] if this guest is not that guest.
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error>;
@@ -55,7 +94,7 @@ pub trait MemoryProvider: Send {
         false
     }
 
-    /// Everything has come, the device state is loaded next. `incoming` has the early sections now;
+    /// Everything has come, the device state is loaded next; where memory was passed the guest is ours by then. `incoming` has the early sections now;
     /// `native` if a ramwire sent it.
     fn arrived(&mut self, _incoming: &Incoming, _native: bool) {}
 }

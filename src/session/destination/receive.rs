@@ -149,14 +149,17 @@ impl DestinationSession {
             configuration: self.told.configuration.clone().unwrap_or_default(),
             blocks: announced.iter().map(described).collect(),
             vmm_configuration: std::mem::take(&mut self.told.vmm_configuration),
+            passed: std::mem::take(&mut self.told.passed),
             // What came in front of the list.
             early_sections: self.ingest.take_state(),
             has_return_path: self.told.return_path && self.wire.back.is_some(),
             seen: Seen::default(),
         };
+        self.all_was_passed(&incoming)?;
         let memory = named("calling MemoryProvider::provide", || self.guest.memory.provide(&incoming))?;
         self.switch.check_host_pages(memory.table())?;
         shared_blocks::check(&incoming, memory.table())?;
+        let memory = self.see_passed(&incoming, memory)?;
         let how = Placement {
             may_be_postcopy: self.switch.is_advised() || self.wire.link.abilities().on_demand,
             map_behind: self.settings.map_behind.then_some(&self.settings.spawner),
@@ -251,8 +254,10 @@ impl DestinationSession {
                         ),
                     });
                 }
-                let answer = Hello { min_version: version, max_version: version, ..theirs };
+                let passes = theirs.passes && self.takes_memory();
+                let answer = Hello { min_version: version, max_version: version, passes, ..theirs };
                 self.told.migration_id = Some(theirs.migration_id);
+                self.told.passes = passes;
                 self.send_message(Message::Native(Answer::Hello(answer)))?;
                 Ok(Some(DestinationEvent::Hello { digest: theirs.digest }))
             }
@@ -262,6 +267,7 @@ impl DestinationSession {
                 Err(out_of_turn("VMM_CONFIGURATION", "a ramwire's list of RAM blocks has not come"))
             }
             Order::VmmConfiguration { part } => self.vmm_configuration(part).map(|()| None),
+            Order::Memory { start, len, block } => self.take_memory(block, (start, len)).map(|()| None),
             Order::StateSent if !self.ingest.sections().ram_ended() => {
                 Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }

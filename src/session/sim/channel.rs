@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use super::guest::PAGE;
@@ -39,6 +40,8 @@ pub(super) struct Pipe {
     /// Nothing passes any more; what is sent piles up.
     stuck: Option<usize>,
     pub(super) may_stall: bool,
+    /// Descriptors on their way, each with the position of its byte.
+    descriptors: VecDeque<(u64, OwnedFd)>,
 }
 
 impl Pipe {
@@ -56,6 +59,7 @@ impl Pipe {
             grace: None,
             stuck: None,
             may_stall: false,
+            descriptors: VecDeque::new(),
         }
     }
 
@@ -270,6 +274,24 @@ impl ByteSink for SimSink {
         Ok(())
     }
 
+    fn carries_descriptors(&self) -> bool {
+        true
+    }
+
+    fn send_descriptor(
+        &mut self,
+        bytes: &[u8],
+        descriptor: BorrowedFd<'_>,
+        stop: &Stop,
+    ) -> Result<(), ChannelError> {
+        let copy = descriptor.try_clone_to_owned().unwrap();
+        let mut world = self.sim.world();
+        let pipe = &mut world.pipes[self.side as usize];
+        pipe.descriptors.push_back((pipe.sent, copy));
+        drop(world);
+        self.send(&[SendPart::Own(bytes)], stop)
+    }
+
     fn position(&self) -> u64 {
         let world = self.sim.world();
         let pages = if self.side == Side::Source { world.link.pages_offered } else { 0 };
@@ -334,6 +356,19 @@ impl ByteSource for SimSource {
         }
         turn.world.progress();
         Ok(got)
+    }
+
+    fn want_descriptors(&mut self, wanted: bool) -> bool {
+        wanted
+    }
+
+    fn next_descriptor(&mut self) -> Option<OwnedFd> {
+        let pipe = &mut self.sim.world().pipes[self.from as usize];
+        let (at, _) = pipe.descriptors.front()?;
+        if *at >= pipe.read {
+            return None;
+        }
+        pipe.descriptors.pop_front().map(|(_, descriptor)| descriptor)
     }
 }
 

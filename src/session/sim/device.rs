@@ -128,6 +128,9 @@ impl World {
             if self.device.left_out.contains(&page) {
                 self.violation(format!("{page:?} was sent for nothing: the guest said that it is free"));
             }
+            if self.marks.contains(&Mark::Passed) && self.plan.passed.contains(&page.0) {
+                self.violation(format!("{page:?} was sent although its memory is passed"));
+            }
             if self.plan.ignored == Some(page.0) {
                 self.violation(format!("{page:?} was sent although its block is ignored"));
             }

@@ -11,7 +11,8 @@ use super::plan::{Plan, Rng, Side};
 use super::world::{Mark, Sim, World};
 use crate::guest::{GuestError, GuestMemory, MappedGuest};
 use crate::ram::{BlockName, Landing, RamBlock, RamBlockTable};
-use crate::sys::{HostSpan, Mapping};
+use crate::session::{Error, Incoming, MemoryProvider};
+use crate::sys::{HostRegion, HostSpan, Mapping};
 use crate::units::{BlockIndex, PageSize};
 
 pub(super) use dirty_log::{LogState, SimLog};
@@ -45,7 +46,10 @@ fn mapped(plan: &Plan, other: Option<&MappedGuest>) -> Arc<MappedGuest> {
     for (index, (pages, _)) in plan.blocks.iter().enumerate() {
         let shared = other.filter(|_| plan.ignored == Some(index as u32));
         let shared = shared.and_then(|other| other.region(BlockIndex(index as u32)).cloned());
-        let own = || Mapping::anonymous(pages * PAGE as u64).unwrap().region().clone();
+        let own = || match plan.passed.contains(&(index as u32)) {
+            true => Mapping::memfd("sim", pages * PAGE as u64).unwrap().region().clone(),
+            false => Mapping::anonymous(pages * PAGE as u64).unwrap().region().clone(),
+        };
         let name = BlockName::new(&format!("block{index}")).unwrap();
         builder = builder.region(RamBlock::new(name, pages * PAGE as u64), shared.unwrap_or_else(own));
     }
@@ -177,8 +181,10 @@ impl Guest {
 impl World {
     /// The guest has gone, and whoever had its memory uses it for something else.
     pub(super) fn reuse_memory(&mut self) {
+        let marked_passed = self.marks.contains(&Mark::Passed);
         for (block, (pages, _)) in self.plan.blocks.iter().enumerate() {
-            if self.plan.ignored != Some(block as u32) {
+            let is_there = marked_passed && self.plan.passed.contains(&(block as u32));
+            if self.plan.ignored != Some(block as u32) && !is_there {
                 let region =
                     self.guest.memory[Side::Source as usize].region(BlockIndex(block as u32)).unwrap();
                 let span = region.span(0, pages * PAGE as u64).unwrap();
@@ -225,6 +231,51 @@ impl World {
     }
 }
 
+impl World {
+    /// A session reaches memory: not what was passed, which is the source's until COMMIT and the destination's after it.
+    fn touched_at(&mut self, side: Side, block: BlockIndex) {
+        if self.marks.contains(&Mark::Passed) && self.plan.passed.contains(&block.0) {
+            self.violation(format!("{side:?} touches block {} although its memory is passed", block.0));
+        }
+    }
+
+    /// A VMM that loads device state writes to guest memory.
+    fn load_touches(&mut self) {
+        let is_ours = self.commit.is_some_and(|end| self.pipes[0].read >= end);
+        if !self.marks.contains(&Mark::Passed) {
+            return;
+        }
+        let plan = Arc::clone(&self.plan);
+        for block in &plan.passed {
+            page_of(&self.guest.memory[Side::Target as usize], *block, 0).copy_from(&[0x77; 8]);
+            if is_ours {
+                self.guest.truth[Side::Source as usize][*block as usize][..8].fill(0x77);
+            }
+        }
+    }
+}
+
+/// The destination's memory: its own, and what the source passes.
+pub(super) struct SimProvider(pub(super) Sim);
+
+impl MemoryProvider for SimProvider {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        let mut builder = MappedGuest::builder(PageSize::SIZE_4K);
+        let mut world = self.0.world();
+        for (_, block, region) in world.guest.memory[Side::Target as usize].regions() {
+            let passed = incoming.passed.iter().find(|passed| *passed.name() == block.name);
+            let passed = passed.map(|passed| passed.map().unwrap().region().clone());
+            builder = builder.region(block.clone(), passed.unwrap_or_else(|| region.clone()));
+        }
+        world.guest.memory[Side::Target as usize] = Arc::new(builder.build().unwrap());
+        if !incoming.passed.is_empty() {
+            world.mark(Mark::Passed);
+        }
+        drop(world);
+        SimMemory::new(&self.0, Side::Target).provide(incoming)
+    }
+}
+
 /// The memory of one side as a session sees it.
 pub(super) struct SimMemory {
     sim: Sim,
@@ -258,11 +309,18 @@ impl GuestMemory for SimMemory {
         if self.side == Side::Source {
             turn.world.read(landing);
         }
+        turn.world.touched_at(self.side, landing.block());
         drop(turn);
         self.inner.span(landing)
     }
 
+    fn region(&self, block: BlockIndex) -> Option<HostRegion> {
+        let passed = self.sim.world().plan.passed.contains(&block.0);
+        self.inner.region(block).filter(|_| passed).cloned()
+    }
+
     fn discard(&self, landing: Landing) -> Result<(), GuestError> {
+        self.sim.world().touched_at(self.side, landing.block());
         self.inner.discard(landing)
     }
 }

@@ -67,6 +67,7 @@ impl Coverage {
         let marked = |mark| world.marks.contains(&mark);
         let pages = sent.statistics.pages;
         let digest = |error: &Option<Error>| matches!(error, Some(Error::Digest(_)));
+        let passes = marked(Mark::Passed);
         let facts = [
             ("completed", sent.outcome == Outcome::Completed),
             ("stayed: failed", sent.outcome == Outcome::StaysHere(Reason::Failed)),
@@ -129,6 +130,12 @@ impl Coverage {
                 marked(Mark::Unplugged) && sent.outcome == Outcome::Completed,
             ),
             ("memory plugged again", marked(Mark::Plugged)),
+            ("memory passed", passes && sent.outcome == Outcome::Completed),
+            (
+                "stayed: memory passed, paused",
+                passes && world.paused && matches!(sent.outcome, Outcome::StaysHere(_)),
+            ),
+            ("in doubt, memory passed", passes && sent.outcome == Outcome::InDoubt),
             ("block ignored", world.plan.ignored.is_some() && sent.outcome == Outcome::Completed),
         ];
         for (name, is_so) in facts {
@@ -221,6 +228,8 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::DieOfPanic => &["panicked"],
         Breakage::TrustPanickedStart => &["while it runs on the other side"],
         Breakage::ResumeBeforeCommit => &["while it runs on the other side"],
+        Breakage::LoadBeforeCommit => &["started with other memory", "the source's copy is not whole"],
+        Breakage::ForgetPassed => &["is not dirty"],
         Breakage::SkipCounting => &["started with other memory", "a page was lost on its way"],
         Breakage::SkipComparing => &["started with other memory"],
         // Of a switch to postcopy: `postcopy`.

@@ -216,6 +216,8 @@ pub(super) struct Plan {
     pub(super) unplugged: BTreeSet<Page>,
     /// A block whose memory both ends map.
     pub(super) ignored: Option<u32>,
+    /// Blocks whose memory is passed as descriptors, to a ramwire.
+    pub(super) passed: BTreeSet<u32>,
 }
 
 /// What a start of the destination's guest that panics leaves.
@@ -254,11 +256,15 @@ impl Plan {
         let flips = matches!(fault, Some(Fault::Wire { wire: Wire::Flip(_), .. }));
         let peer = if flips && peer == PeerKind::Qemu { PeerKind::Ramwire } else { peer };
         let Drawn { hint_every, plugs, unplugged, ignored } = Drawn::of(seed, &blocks);
+        let passed = draw_passed(seed, peer, &blocks, |block| {
+            ignored == Some(block) || plugs.iter().any(|page| page.0 == block)
+        });
         Self {
             hint_every,
             plugs,
             unplugged,
             ignored,
+            passed,
             used_every: draw_used(seed),
             panics: Rng::new(seed ^ 0xdead).one_in(2),
             started: Rng::new(seed ^ 0xbeef).pick(&[Started::Not, Started::Runs, Started::RunsOn]),
@@ -394,6 +400,22 @@ fn draw_drop(seed: u64, link: LinkKind, peer: PeerKind) -> Option<u64> {
     let batch = 1 + rng.below_one_of(&[4, 40]);
     let counted = matches!(link, LinkKind::Late(link) if link.barrier.is_some()) && peer != PeerKind::Qemu;
     (counted && rng.one_in(8)).then_some(batch)
+}
+
+/// A third of the ramwires are on the same host: drawn apart, too.
+fn draw_passed(
+    seed: u64,
+    peer: PeerKind,
+    blocks: &[(u64, PageSize)],
+    travels_otherwise: impl Fn(u32) -> bool,
+) -> BTreeSet<u32> {
+    let mut rng = Rng::new(seed ^ 0x9a55_ed00);
+    if peer == PeerKind::Qemu || !rng.one_in(3) {
+        return BTreeSet::new();
+    }
+    let most = rng.one_in(2);
+    let blocks = 0..blocks.len() as u32;
+    blocks.filter(|block| (most || rng.one_in(2)) && !travels_otherwise(*block)).collect()
 }
 
 fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::channel::{MIGRATION_ID, SimSink, SimSource};
 use super::device::{SimDiscards, hint_breakage};
-use super::guest::{Guest, PAGE, SimControl, SimLog, SimMemory, Watcher};
+use super::guest::{Guest, PAGE, SimControl, SimLog, SimMemory, SimProvider, Watcher};
 use super::link::{SimLink, SmallBatches};
 use super::plan::{Fault, LinkKind, PeerKind, Plan, Side, Wire};
 use super::world::{Mark, Sim, World};
@@ -73,6 +73,7 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
             PeerKind::Qemu => Some(Peer::Qemu),
         },
         clear_shift: ClearShift::new(plan.clear_shift).unwrap(),
+        pass_memory: !plan.passed.is_empty(),
         migration_id: MIGRATION_ID,
         ..SourceSettings::new(configuration)
     };
@@ -95,14 +96,14 @@ fn destination(sim: &Sim, breakage: Breakage) -> DestinationSession {
     let watched = sim.world().plan.watched;
     let session = DestinationSession::new(
         DestinationGuest {
-            memory: Box::new(SimMemory::new(sim, Side::Target)),
+            memory: Box::new(SimProvider(sim.clone())),
             control: Box::new(SimControl { sim: sim.clone(), side: Side::Target }),
         },
         DestinationConnection::new(
             Box::new(SimSource { sim: sim.clone(), from: Side::Source }),
             Some(Box::new(SimSink { sim: sim.clone(), side: Side::Target })),
         ),
-        DestinationSettings::default(),
+        DestinationSettings { take_memory: true, ..DestinationSettings::default() },
     );
     sim.world().cancel[1] = Some(session.cancel_token());
     let mut session = if watched { session.with_arrival(Box::new(Watcher::new(sim))) } else { session };
@@ -150,9 +151,11 @@ impl Run {
         };
         let (world, outcome, ending) = (&self.world, self.sent.outcome, self.arrived.ending);
         let [here, there] = world.guest.running;
+        let marked = |mark| world.marks.contains(&mark);
         must(self.sent.statistics.rounds.len() <= MAX_ROUNDS, "the rounds do not end");
         must(
             here || outcome == Outcome::Completed
+                || marked(Mark::Passed) && world.ran_there
                 || world.guest.differs(Side::Source, Side::Source).is_none(),
             "the source's copy is not whole",
         );
@@ -175,7 +178,6 @@ impl Run {
         if there && let Some(page) = world.guest.differs(Side::Target, Side::Target) {
             must(false, &format!("after the start: {page}"));
         }
-        let marked = |mark| world.marks.contains(&mark);
         must(
             outcome != Outcome::Completed || !marked(Mark::Dropped),
             "a page was lost on its way and the migration is called complete",
@@ -200,7 +202,12 @@ impl Run {
             must(outcome != Outcome::InDoubt, "a cancel at the destination left the guest in doubt");
         }
         if matches!(only, Some(Fault::Load)) {
-            must(matches!(outcome, Outcome::StaysHere(_)), "the peer refused and the guest is not here");
+            // Memory that was passed is given away before the device state is loaded.
+            let late = marked(Mark::Passed) && outcome == Outcome::InDoubt;
+            must(
+                late || matches!(outcome, Outcome::StaysHere(_)),
+                "the peer refused and the guest is not here",
+            );
         }
         let log_failed = matches!(world.plan.fault, Some(Fault::Log { .. }));
         must(world.throttle == 0, "the guest is throttled");

@@ -47,6 +47,7 @@ pub(super) enum Mark {
     Reused,
     Unplugged,
     Plugged,
+    Passed,
 }
 
 #[derive(Debug)]
@@ -69,6 +70,8 @@ pub(super) struct World {
     pub(super) ready: bool,
     pub(super) commit: Option<u64>,
     pub(super) refused: bool,
+    /// The destination's guest has run.
+    pub(super) ran_there: bool,
     pub(super) throttle: u8,
     pub(super) violations: Vec<String>,
     pub(super) marks: Vec<Mark>,
@@ -107,6 +110,7 @@ impl World {
             ready: false,
             commit: None,
             refused: false,
+            ran_there: false,
             throttle: 20,
             violations: Vec::new(),
             marks: Vec::new(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::engine::{Outcome, SourceEvent};
 use crate::error::Chain;
 use crate::observe::Statistics;
-use crate::ram::DirtyMap;
+use crate::ram::{BlockName, DirtyMap};
 use crate::sys::Stop;
 
 use super::SourceSession;
@@ -31,6 +31,9 @@ pub struct SourceReport {
     pub urgent_pages: u64,
     /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
     pub stands_still: bool,
+    /// Blocks whose memory was passed to the destination; none unless it may have the guest. Nobody here may write to them,
+    /// or take pages from their files, unless an operator has decided that the guest runs on here.
+    pub passed: Vec<BlockName>,
 }
 
 impl SourceReport {
@@ -82,6 +85,7 @@ impl SourceSession {
             dirty,
             urgent_pages: self.missing.urgent_pages,
             stands_still,
+            passed: self.departure.passed.into_blocks(),
         }
     }
 
@@ -104,6 +108,7 @@ impl SourceSession {
         self.note_overdue();
         self.wire.stop = Stop::never();
         let confirms = self.wire.link.abilities().confirms_placement;
+        self.take_memory_back();
         let given_back = guarded("taking pages back", || self.wire.link.reclaim());
         if given_back.is_err() {
             self.pages.mark_all_unsent();

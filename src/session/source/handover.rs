@@ -12,6 +12,7 @@ use crate::sys::{SendPart, Stop};
 use crate::transport::ChannelError;
 
 use super::SourceSession;
+use super::passing::Passed;
 use super::return_path::ReturnPath;
 use super::setup::{ORDINARY_PING, RAM_SECTION_ID};
 use crate::session::digest::{Digest, carried};
@@ -25,6 +26,8 @@ pub(super) struct Departure {
     /// The device state, or the package with it. Towards a QEMU and in postcopy the part behind `commit_at` is COMMIT.
     pub(super) state: Vec<u8>,
     pub(super) commit_at: usize,
+    /// Memory that goes as descriptors.
+    pub(super) passed: Passed,
 }
 
 impl Departure {

@@ -5,8 +5,8 @@ use std::time::Duration;
 use crate::engine::{Outcome, Reason, SourceAction, Throttler, Waiting};
 use crate::error::Chain;
 use crate::observe::{
-    DeltaCounts, Latency, PageCounts, RoundReport, SharedStatistics, SkippedPages, SpliceCounts, Status,
-    ZeroCopyCounts,
+    DeltaCounts, Latency, PageCounts, PassedMemory, RoundReport, SharedStatistics, SkippedPages,
+    SpliceCounts, Status, ZeroCopyCounts,
 };
 use crate::ram::{PageBatch, RamBlockTable, RoundKind};
 use crate::units::Rate;
@@ -92,6 +92,15 @@ impl Figures {
             rates: Rates::default(),
             first_page: None,
         }
+    }
+
+    /// Some memory is passed: `table` tells what is left to travel.
+    pub(super) fn passed(&mut self, table: &RamBlockTable, passed: PassedMemory) {
+        self.shared.update(|s| {
+            s.passed = passed;
+            s.total = table.travelling();
+            s.remaining = table.travelling();
+        });
     }
 
     /// When the first page had been handed over.

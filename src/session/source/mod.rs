@@ -7,6 +7,7 @@ mod handover;
 mod metrics;
 mod page_loop;
 mod pages;
+mod passing;
 mod peer;
 mod postcopy;
 mod rates;

@@ -8,6 +8,7 @@ use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, PageRun, RamBlockTable};
 use crate::session::Breakage;
 use crate::transport::Returned;
+use crate::units::{BlockIndex, PageIndex};
 
 use super::skips::Skips;
 
@@ -96,6 +97,13 @@ impl Pages {
         }
     }
 
+    /// Nothing of a block of `pages` pages travels.
+    pub(super) fn forget(&mut self, block: BlockIndex, pages: u64) {
+        let run = PageRun { block, first: PageIndex(0), pages };
+        self.dirty.clear_run(run);
+        self.skips.forget(run);
+    }
+
     /// Whatever was sent counts as not sent: pages may be in neither the map nor the connection.
     pub(super) fn mark_all_unsent(&mut self) {
         self.all_unsent = true;
@@ -179,7 +187,6 @@ mod tests {
     use crate::guest::GuestMemory;
     use crate::ram::{ClearShift, Verdict};
     use crate::session::tests::guest;
-    use crate::units::{BlockIndex, PageIndex};
 
     const PAGES: u64 = 64;
 

@@ -27,6 +27,7 @@ impl SourceSession {
         }
         self.refuse_what_nobody_does()?;
         self.refuse_postcopy()?;
+        self.refuse_passing()?;
         let registers =
             self.wire.link.abilities().registers_memory && !self.breakage.is(Breakage::RegisterUnpromised);
         if registers && !self.guest.control.forbid_discard(true) {

@@ -203,7 +203,8 @@ impl SourceSession {
 
     fn say_hello(&mut self) -> Result<(), Error> {
         let urgent = self.driver.engine.urgent().is_some();
-        let ours = Hello { urgent, ..Hello::ours(self.settings.migration_id, self.settings.digest) };
+        let passes = self.may_pass_memory();
+        let ours = Hello { urgent, passes, ..Hello::ours(self.settings.migration_id, self.settings.digest) };
         let mut order = Vec::new();
         Command::Native(Order::Hello(ours)).encode(&mut order);
         self.wire.send(&order)?;
@@ -228,7 +229,13 @@ impl SourceSession {
                 what: "urgent pages were to have a connection of their own, and the destination is an older ramwire".into(),
                 remedy: Remedy::Advice("let them go with the others, or take the same version at both ends"),
             }),
-            PeerMessage::Hello(theirs) => self.send_vmm_configuration(theirs.max_version),
+            PeerMessage::Hello(theirs) if theirs.passes && !passes => {
+                Err(Error::PeerFailed { why: "it takes memory that was not offered".into() })
+            }
+            PeerMessage::Hello(theirs) => {
+                self.send_vmm_configuration(theirs.max_version)?;
+                if theirs.passes { self.pass_memory() } else { Ok(()) }
+            }
             word => refuse_verdict(word),
         }
     }

@@ -111,6 +111,12 @@ impl Skips {
         self.discarded += self.unplugged.count() - kept;
     }
 
+    /// Nothing of a block travels: what is left out of it is of no account.
+    pub(super) fn forget(&mut self, run: PageRun) {
+        self.unsent.remove(run);
+        self.unplugged.remove(run);
+    }
+
     /// It is over: hints come too late, and what was left out is not at the destination.
     pub(super) fn give_up(&mut self, dirty: &mut DirtyMap, breakage: Breakage) {
         if let Some(hints) = &self.hints {

@@ -10,6 +10,7 @@ mod hostile_postcopy;
 mod mapped_file;
 mod outage;
 mod panics;
+mod passing;
 mod postcopy;
 mod promptness;
 pub(super) mod qemu_peer;

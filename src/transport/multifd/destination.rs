@@ -1,6 +1,6 @@
 //! The destination's link over several channels.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -152,6 +152,14 @@ impl ByteSource for MultifdDestination {
 
     fn set_quiet(&mut self, quiet: bool) {
         self.quiet = quiet;
+    }
+
+    fn want_descriptors(&mut self, wanted: bool) -> bool {
+        self.main.want_descriptors(wanted)
+    }
+
+    fn next_descriptor(&mut self) -> Option<OwnedFd> {
+        self.main.next_descriptor()
     }
 
     fn outlast(&mut self, limit: Duration) {

@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
 use socket2::SockRef;
 
+use super::descriptors::Waiting;
 use super::end::{millis, nature_of};
 use super::exec::ChildCommand;
 use super::low_watermark::LowWater;
@@ -32,6 +33,8 @@ pub struct StreamChannel {
     pub(super) low_water: LowWater,
     /// Encrypted.
     pub(super) tls: Option<Secured>,
+    /// Descriptors that have come, where they are wanted.
+    pub(super) waiting: Option<Waiting>,
 }
 
 impl Drop for StreamChannel {
@@ -95,6 +98,7 @@ impl StreamChannel {
             prompt: false,
             low_water: LowWater::new(nature),
             tls: None,
+            waiting: None,
         })
     }
 
@@ -103,7 +107,16 @@ impl StreamChannel {
         let low_water = LowWater::new(self.end.nature);
         let end = Arc::clone(&self.end);
         let tls = self.tls.as_ref().map(Secured::other_half);
-        let mut other = Self { end, sent: 0, stall: self.stall, quiet: false, prompt: false, low_water, tls };
+        let mut other = Self {
+            end,
+            sent: 0,
+            stall: self.stall,
+            quiet: false,
+            prompt: false,
+            low_water,
+            tls,
+            waiting: None,
+        };
         if other.tls.is_some() {
             other.low_water.switch_off();
         }

@@ -5,6 +5,7 @@
 //! call, so guest RAM is not copied by us.
 
 mod channel;
+mod descriptors;
 mod end;
 pub(super) mod exec;
 pub(super) mod file;

@@ -1,14 +1,15 @@
 //! Bytes out of parts and into parts.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::PollFlags;
 
+use super::descriptors;
 use super::low_watermark::BURST_TIMEOUT;
 use super::patience::Patience;
 use super::{End, Nature, StreamChannel};
-use crate::sys::{MAX_PARTS, RecvPart, SendPart, Stop, StopReason, queued_bytes, recv_parts, send_parts};
+use crate::sys::{MAX_PARTS, RecvPart, SendPart, Stop, StopReason, queued_bytes, send_parts};
 use crate::transport::{ByteSink, ByteSource, ChannelError};
 
 const SENDING: &str = "sending the stream";
@@ -99,6 +100,19 @@ impl ByteSink for StreamChannel {
         self.await_read_by_command(stop)
     }
 
+    fn carries_descriptors(&self) -> bool {
+        self.may_carry_descriptors()
+    }
+
+    fn send_descriptor(
+        &mut self,
+        bytes: &[u8],
+        descriptor: BorrowedFd<'_>,
+        stop: &Stop,
+    ) -> Result<(), ChannelError> {
+        self.send_carrying(bytes, descriptor, stop)
+    }
+
     fn outlast(&mut self, limit: Duration) {
         self.outlast_silence(limit);
     }
@@ -144,7 +158,7 @@ impl StreamChannel {
             }
             // Once the time is over there is only a look.
             if !std::mem::take(&mut wait_first) || reason.is_some() {
-                match recv_parts(fd, into) {
+                match descriptors::recv(fd, into, self.waiting.as_mut()) {
                     Ok(0) => return self.await_child(stop).map(|()| 0),
                     Ok(count) => {
                         self.low_water.took(count, room);
@@ -196,6 +210,14 @@ impl ByteSource for StreamChannel {
 
     fn set_prompt(&mut self, prompt: bool) {
         self.prompt = prompt;
+    }
+
+    fn want_descriptors(&mut self, wanted: bool) -> bool {
+        self.keep_descriptors(wanted)
+    }
+
+    fn next_descriptor(&mut self) -> Option<OwnedFd> {
+        self.take_descriptor()
     }
 
     fn outlast(&mut self, limit: Duration) {

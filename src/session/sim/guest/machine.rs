@@ -102,6 +102,7 @@ impl GuestControl for SimControl {
         }
         turn.world.guest.running[side as usize] = true;
         if side == Side::Target {
+            turn.world.ran_there = true;
             turn.world.guest.truth[1] = turn.world.guest.truth[0].clone();
             turn.world.guest.nothing[1] = turn.world.guest.nothing[0].clone();
             // Enough to see a page that is placed too late.
@@ -155,6 +156,7 @@ impl DeviceState for SimControl {
         let mut turn = self.sim.enter();
         turn.world.guest.loaded.clear();
         from.read_to_end(&mut turn.world.guest.loaded)?;
+        turn.world.load_touches();
         if turn.world.killed || turn.world.fails(|fault| *fault == Fault::Load) {
             return failed(&mut turn.world);
         }

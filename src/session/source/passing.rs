@@ -1,0 +1,98 @@
+//! Memory that is passed to a destination on the same host: its descriptors, and what no page travels of any more.
+
+use std::sync::Arc;
+
+use crate::guest::GuestMemory;
+use crate::observe::PassedMemory as Figures;
+use crate::ram::{BlockName, RamBlock};
+use crate::stream::native::Order;
+use crate::stream::qemu::command::Command;
+use crate::sys::SharedFile;
+use crate::units::BlockIndex;
+
+use super::SourceSession;
+use crate::session::passed::{PassedMemory, no_postcopy};
+use crate::session::{Breakage, Error};
+
+/// The memory that is passed in this migration.
+#[derive(Default)]
+pub(super) struct Passed {
+    blocks: Vec<BlockName>,
+    /// The guest's memory as the embedder gave it.
+    before: Option<Arc<dyn GuestMemory>>,
+}
+
+impl Passed {
+    /// The blocks that went as descriptors.
+    pub(super) fn into_blocks(self) -> Vec<BlockName> {
+        self.blocks
+    }
+}
+
+impl SourceSession {
+    /// Said in HELLO.
+    pub(super) fn may_pass_memory(&mut self) -> bool {
+        self.settings.pass_memory && self.wire.link.sink().carries_descriptors()
+    }
+
+    pub(super) fn refuse_passing(&self) -> Result<(), Error> {
+        match self.settings.pass_memory && self.settings.postcopy.is_some() {
+            true => Err(no_postcopy()),
+            false => Ok(()),
+        }
+    }
+
+    /// The destination takes memory: sends the descriptors of all blocks that have one, sealed where they can be. What has
+    /// none travels page by page.
+    pub(super) fn pass_memory(&mut self) -> Result<(), Error> {
+        let memory = Arc::clone(&self.guest.memory);
+        let mut figures = Figures::default();
+        let passable = passable(&*memory);
+        for (_, block, file) in &passable {
+            let (start, len) = (file.start(), block.max_length);
+            if !file.seal() {
+                tracing::warn!(
+                    block = block.name.as_str(),
+                    "this memory's file can't be sealed: whoever has it open can make it shorter"
+                );
+            }
+            let mut order = Vec::new();
+            Command::Native(Order::Memory { start, len, block: block.name.as_str() }).encode(&mut order);
+            self.wire.link.sink().send_descriptor(&order, file.descriptor(), &self.wire.stop)?;
+            figures.blocks += 1;
+            figures.bytes += block.used_length;
+            self.departure.passed.blocks.push(block.name.clone());
+        }
+        let names = &self.departure.passed.blocks;
+        let seen = PassedMemory::over(Arc::clone(&memory), |block| names.contains(&block.name))?;
+        self.figures.passed(seen.table(), figures);
+        for (index, block, _) in &passable {
+            self.pages.forget(*index, memory.table().pages_of(block));
+        }
+        self.guest.memory = seen;
+        self.departure.passed.before = Some(memory);
+        Ok(())
+    }
+
+    /// The migration has failed: the memory is this guest's alone, and none of it is at the destination.
+    pub(super) fn take_memory_back(&mut self) {
+        let Some(memory) = self.departure.passed.before.take() else { return };
+        self.departure.passed.blocks.clear();
+        if !self.breakage.is(Breakage::ForgetPassed) {
+            self.guest.memory = memory;
+            self.pages.mark_all_unsent();
+        }
+    }
+}
+
+/// The blocks that travel and have a file behind them.
+fn passable(memory: &dyn GuestMemory) -> Vec<(BlockIndex, RamBlock, SharedFile)> {
+    let blocks = (0..).map(BlockIndex).zip(memory.table().blocks());
+    let travelling = blocks.filter(|(_, block)| !block.flags.ignored);
+    let with_file = travelling.filter_map(|(index, block)| {
+        let file = memory.region(index)?.shared_file()?;
+        file.check(block.max_length).ok()?;
+        Some((index, block.clone(), file))
+    });
+    with_file.collect()
+}
