@@ -1,9 +1,9 @@
-//! RAM block tables: which memory a block index of the wire means.
+//! RAM block tables: they map a block index on the wire to memory.
 //!
 //! The source numbers its blocks in the order in which it announces them in the byte stream; that number is the block
-//! index of every later message. The destination learns the order name by name, then answers with one record per
-//! announced block. To the source, base and label in such a record are labels to compute with, nothing more: this
-//! destination uses label 0 and base 0, so no host address leaves the process.
+//! index of every later message. The destination receives the names in that order, then answers with one record per
+//! announced block. The source uses base and label in such a record only for arithmetic: this destination sends label 0
+//! and base 0, so no host address leaves the process.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use std::ops::Range;
 use crate::control::{BlockRecord, MAX_PAYLOAD_BYTES, Record};
 use crate::region::{HostRegion, OutOfRegion};
 
-/// Most blocks whose records fit into one message.
+/// Maximum number of blocks whose records fit into one message.
 pub const MAX_BLOCKS: usize = MAX_PAYLOAD_BYTES / BlockRecord::BYTES;
 
 /// Why a block, an index or a range is refused.
@@ -49,7 +49,7 @@ pub enum BlockError {
         /// The name.
         name: String,
     },
-    /// A block index nobody announced.
+    /// A block index that was not announced.
     #[error("block index {index} is refused: {count} blocks are announced")]
     NoSuchIndex {
         /// As received.
@@ -69,7 +69,7 @@ pub enum BlockError {
         /// Bytes in the block.
         length: u64,
     },
-    /// The peer answered with another number of blocks.
+    /// The peer answered with a different number of blocks.
     #[error("peer has {theirs} RAM blocks, this end announced {ours}")]
     CountMismatch {
         /// Records received.
@@ -192,7 +192,7 @@ pub fn check_records(ours: &[RamBlock], records: &[BlockRecord]) -> Result<(), B
     Ok(())
 }
 
-/// The destination's blocks: memory by name first, by announced index later.
+/// The destination's blocks: memory is looked up by name at first, later by announced index.
 #[derive(Debug, Default)]
 pub struct DestinationBlocks {
     known: HashMap<String, HostRegion>,

@@ -1,17 +1,17 @@
-//! What two ends tell each other in the private data of the connection handshake.
+//! The private data of the connection handshake.
 //!
-//! The first 8 bytes are QEMU's: a version (1) and flags, of which bit 0 (pin-all) is defined. A destination answers
-//! with the flags it was asked for and knows. Bit 31 is ours: a QEMU masks it away and reads only the first 8 bytes,
-//! so an [`Extension`] behind them is seen only by an end that knows it, and only a reply with the bit set turns the
-//! extension on. One protocol, better when both ends are this crate.
+//! The first 8 bytes are QEMU's: a version (1) and flags, of which only bit 0 (pin-all) is defined. A destination
+//! answers with those requested flags that it supports. Bit 31 is an addition of this crate. A QEMU masks it out and
+//! reads only the first 8 bytes, so only this crate reads the [`Extension`] after them. Only a reply with bit 31 set
+//! turns the extension on.
 //!
-//! Received private data is padded by the fabric (56 bytes in a request, 196 in a reply, on InfiniBand and RoCE).
+//! The fabric pads received private data (to 56 bytes in a request, 196 in a reply, on InfiniBand and RoCE).
 
-/// Version in the first four bytes; the only one there is.
+/// Version in the first four bytes; no other version exists.
 pub const VERSION: u32 = 1;
 /// Bytes of QEMU's struct.
 pub const BASE_BYTES: usize = 8;
-/// Bytes sent with the extension: all that a connection request can carry.
+/// Bytes sent with the extension: the maximum that a connection request can carry.
 pub const EXTENDED_BYTES: usize = BASE_BYTES + Extension::BYTES;
 
 const PIN_ALL: u32 = 1 << 0;
@@ -38,7 +38,7 @@ pub enum CapabilityError {
         /// Version of the peer.
         version: u32,
     },
-    /// The reply turns on what was never asked for.
+    /// The reply grants a capability that was not requested.
     #[error("peer granted capability bits {flags:#x}, asked were {asked:#x}")]
     NotAsked {
         /// Flags in the reply.
@@ -48,7 +48,7 @@ pub enum CapabilityError {
     },
 }
 
-/// Names one migration among all: binds its connections to each other.
+/// Identifies one migration and binds its connections to each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct MigrationId(pub [u8; 16]);
 
@@ -57,21 +57,21 @@ pub struct MigrationId(pub [u8; 16]);
 pub enum Role {
     /// Control messages, byte stream, and (with one queue pair) the writes.
     Main,
-    /// The way back, opened by the source.
+    /// The return path, opened by the source.
     ReturnPath,
     /// An additional queue pair for writes, counted from 1.
     Data(u16),
 }
 
-/// What a message may hold beyond QEMU's protocol. Off towards a QEMU; on between two ends that both want it.
+/// Messages beyond QEMU's protocol. Off towards a QEMU; on if both ends support them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
     /// One REGISTER REQUEST asks for many keys. A QEMU answers only the first of them.
     pub key_batches: bool,
     /// Zero ranges travel as lists ([`Kind::ZeroRuns`](crate::control::Kind::ZeroRuns)).
     pub zero_runs: bool,
-    /// In an open round the source says at least every second that it is alive
-    /// ([`Kind::Alive`](crate::control::Kind::Alive)), and the destination may take its silence for its end.
+    /// In an open round the source sends [`Kind::Alive`](crate::control::Kind::Alive) if it has sent nothing else for a
+    /// second. The destination may then treat silence as the end of the source.
     pub says_alive: bool,
 }
 
@@ -85,7 +85,7 @@ impl Features {
         u16::from(self.key_batches) | u16::from(self.zero_runs) << 1 | u16::from(self.says_alive) << 2
     }
 
-    /// Bits of a later version mean nothing here.
+    /// Ignores bits of later versions.
     fn from_bits(bits: u16) -> Self {
         Self { key_batches: bits & 1 != 0, zero_runs: bits & 2 != 0, says_alive: bits & 4 != 0 }
     }
@@ -101,16 +101,16 @@ impl Default for Features {
     }
 }
 
-/// What goes beyond QEMU, behind its struct. Fields that a later version adds read as zero here.
+/// This crate's extension, after QEMU's struct. Fields that a later version adds read as zero here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extension {
     /// Which connection this is.
     pub role: Role,
     /// Additional queue pairs: wanted in a request, granted in a reply.
     pub data_queues: u16,
-    /// READY credits the byte stream's receiver may have out at a time; 1 is QEMU's protocol.
+    /// Maximum number of READY credits that the byte stream's receiver may have outstanding; 1 is QEMU's protocol.
     pub window: u16,
-    /// Messages that hold more: wanted in a request, granted in a reply.
+    /// Messages beyond QEMU's: requested in a request, granted in a reply.
     pub features: Features,
     /// The migration this connection belongs to.
     pub migration: MigrationId,
@@ -154,7 +154,7 @@ impl Extension {
 pub struct Capabilities {
     /// Register every block as a whole before the first write.
     pub pin_all: bool,
-    /// What goes beyond QEMU.
+    /// The extension beyond QEMU's struct.
     pub extension: Option<Extension>,
 }
 
@@ -175,7 +175,8 @@ impl Capabilities {
         out
     }
 
-    /// Reads a source's request. Unknown bits mean nothing; the extension counts only if its bit and magic agree.
+    /// Reads a source's request. Unknown bits are ignored; the extension is used only if both its bit and its magic are
+    /// there.
     ///
     /// # Errors
     ///
@@ -193,8 +194,8 @@ impl Capabilities {
         Ok(Self { pin_all: flags & PIN_ALL != 0, extension })
     }
 
-    /// A destination's answer to `self`: pin-all as asked (a QEMU 7.2 source fails if it is not granted), and the
-    /// extension cut down to what `able` offers. Never a bit that was not asked for.
+    /// A destination's answer to `self`: pin-all as requested (a QEMU 7.2 source fails if it is not granted), and the
+    /// extension limited to what `able` offers. It grants no bit that was not requested.
     pub fn grant(&self, able: Option<&Extension>) -> Self {
         let extension = match (self.extension, able) {
             (Some(asked), Some(able)) => Some(Extension {
@@ -208,7 +209,7 @@ impl Capabilities {
         Self { pin_all: self.pin_all, extension }
     }
 
-    /// Reads a destination's reply to `self`. What is missing in it stays off.
+    /// Reads a destination's reply to `self`. A capability that is missing from it stays off.
     ///
     /// # Errors
     ///

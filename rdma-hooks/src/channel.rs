@@ -1,7 +1,8 @@
-//! One queue pair with its books: what is in flight, what has arrived, whether the peer is alive.
+//! One queue pair and its accounting: requests in flight, received messages, and whether the peer still answers.
 //!
-//! Writes gather in a chain that goes out with one doorbell; the last of a chain asks for a completion, which stands
-//! for all before it. Messages go out after the chain, so the order of calls is the order on the wire.
+//! Writes gather in a chain that is posted with one doorbell. Only the last write of a chain is signalled: its
+//! completion covers all writes before it. Messages are posted after the chain, so the order of calls is the order on
+//! the wire.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -15,20 +16,20 @@ use crate::fabric::{
 use crate::hooks::HooksError;
 use crate::stop::{Stop, Stopped};
 
-/// A quiet peer is probed this often.
+/// Interval between probes of a peer that sends nothing.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 /// A chain goes out at this many writes...
 const CHAIN_WRITES: usize = 16;
-/// ...or this many bytes, whatever comes first.
+/// ...or this many bytes, whichever comes first.
 const CHAIN_BYTES: u64 = 256 * 1024;
-/// Longest wait for a farewell ERROR to leave.
+/// Longest wait for the final ERROR to be sent.
 const FAREWELL: Duration = Duration::from_millis(100);
 /// Most latencies kept until they are collected.
 const MAX_LATENCIES: usize = 1 << 16;
 
-/// How every connection of this crate is made: room for a deep queue of page writes and for a few messages of at most
-/// `receive_bytes`. The buffers are populated and registered before the connection stands, so they are no longer than
-/// what may come.
+/// Connection parameters of this crate: room for a deep queue of page writes and for a few messages of at most
+/// `receive_bytes`. The buffers are populated and registered before the connection is established, so they are no
+/// longer than the longest message.
 pub(crate) fn connect_params(private_data: Vec<u8>, window: u16, receive_bytes: usize) -> ConnectParams {
     let receives = usize::from(window) + 3;
     ConnectParams { private_data, receives, receive_bytes, send_depth: 512 }
@@ -59,9 +60,9 @@ pub(crate) struct Channel {
     sends_out: usize,
     probe: Option<u64>,
     heard_at: Instant,
-    /// The last message left.
+    /// When the last message was sent.
     said_at: Instant,
-    /// The last look at the clock.
+    /// When the clock was last read.
     looked_at: Instant,
     inbox: VecDeque<usize>,
     scratch: Vec<Completion>,
@@ -110,7 +111,7 @@ impl Channel {
         self.endpoint.limits().send_depth.saturating_sub(self.flights.len() + self.chain.len() + 1)
     }
 
-    /// True if nothing posted is without completion.
+    /// True if every posted request has completed.
     pub(crate) fn is_idle(&self) -> bool {
         self.flights.is_empty() && self.chain.is_empty()
     }
@@ -125,7 +126,7 @@ impl Channel {
         self.next_id
     }
 
-    /// Adds a write to the chain; the caller saw to it that there is [`room`](Self::room).
+    /// Adds a write to the chain; the caller has checked that there is [`room`](Self::room).
     pub(crate) fn write(&mut self, mut request: WriteRequest, note: WriteNote) -> Result<(), HooksError> {
         request.id = self.id();
         request.signalled = false;
@@ -168,7 +169,7 @@ impl Channel {
         self.endpoint.post_send(id, parts).map_err(|error| self.fail(error))
     }
 
-    /// Takes in what has completed and arrived; true if there was anything.
+    /// Processes completions and received messages; true if there were any.
     pub(crate) fn pump(&mut self) -> Result<bool, HooksError> {
         let mut done = std::mem::take(&mut self.scratch);
         let polled = self.endpoint.poll(&mut done);
@@ -183,7 +184,7 @@ impl Channel {
             match completion {
                 Completion::Done { id } => self.retire(id),
                 Completion::Received { slot } => self.inbox.push_back(slot),
-                // Receives are flushed after whatever went wrong: no news in themselves.
+                // After any failure the receives are flushed: their errors carry no information of their own.
                 Completion::Failed {
                     operation: Operation::Receive,
                     status: CompletionStatus::Flushed,
@@ -204,7 +205,7 @@ impl Channel {
         }
     }
 
-    /// A request that failed because the link went away is better told as such.
+    /// If the link went down, reports that instead of the failed request.
     fn blame_link(&mut self, error: FabricError) -> FabricError {
         match (&error, self.endpoint.link()) {
             (
@@ -225,7 +226,7 @@ impl Channel {
                 None if self.probe == Some(flight.id) => self.probe = None,
                 None => self.sends_out -= 1,
             }
-            // Only the write that asked for the completion was timed to its end.
+            // Only a signalled write has a completion of its own, so only its time is known.
             if let (true, Some(list), Some(now), Some(posted)) =
                 (flight.id == id, &mut self.latencies, now, flight.posted_at)
                 && list.len() < MAX_LATENCIES
@@ -271,7 +272,7 @@ impl Channel {
         }
     }
 
-    /// When this end last looked at the clock; costs no look.
+    /// When this end last read the clock; does not read it again.
     pub(crate) fn checked_at(&self) -> Instant {
         self.looked_at
     }
@@ -285,8 +286,8 @@ impl Channel {
         self.said_at
     }
 
-    /// Takes in what has completed on a queue pair that nobody waits for. One that the peer has closed is no failure
-    /// before it is needed: a destination that has everything closes them all.
+    /// Processes completions of a queue pair that no caller is waiting on. It is no failure if the peer has closed an
+    /// unused one: a destination that has received everything closes them all.
     pub(crate) fn pump_data(&mut self) -> Result<bool, HooksError> {
         match self.pump() {
             Err(HooksError::Fabric(FabricError::Disconnected)) if self.oldest_ticket().is_none() => Ok(false),
@@ -294,18 +295,18 @@ impl Channel {
         }
     }
 
-    /// Looks after a queue pair that nobody waits for, and probes a quiet peer.
+    /// Polls a queue pair that no caller is waiting on, and probes a quiet peer.
     pub(crate) fn watch(&mut self, now: Instant) -> Result<(), HooksError> {
         self.pump_data()?;
         if self.broken { Ok(()) } else { self.probe_quiet_peer(now) }
     }
 
-    /// Sleeps for a moment, unless the link is down or the wait is over.
+    /// Sleeps briefly, unless the link is down or the wait is over.
     pub(crate) fn rest(&mut self, stop: &Stop) -> Result<(), HooksError> {
         self.ring()?;
         let link = self.endpoint.link().map_err(|error| self.fail(error))?;
         if link != LinkState::Up {
-            // What arrived before the news is still to be had: one more look before giving up.
+            // Messages that arrived before the link went down can still be read: poll once more before failing.
             if self.pump()? {
                 return Ok(());
             }
@@ -322,8 +323,8 @@ impl Channel {
         self.endpoint.wait(stop.slice(now)).map_err(|error| self.fail(error))
     }
 
-    /// A write without bytes is acknowledged by the peer's NIC, whatever its software does: if the peer is gone, it
-    /// fails after the transport's retries, and an idle wait does not last for ever.
+    /// The peer's NIC acknowledges a write without bytes, whatever the peer's software does. If the peer is gone, the
+    /// write fails after the transport's retries, so an idle wait ends.
     fn probe_quiet_peer(&mut self, now: Instant) -> Result<(), HooksError> {
         let quiet = now.saturating_duration_since(self.heard_at) >= PROBE_EVERY;
         if !quiet || !self.flights.is_empty() || self.room() == 0 {
@@ -342,7 +343,7 @@ impl Channel {
         error.into()
     }
 
-    /// Tells the peer that this end gives up, as far as that is possible within [`FAREWELL`], and disconnects.
+    /// Sends ERROR to the peer, waits at most [`FAREWELL`] for it to leave, and disconnects.
     pub(crate) fn abort(&mut self) {
         if !std::mem::replace(&mut self.said_goodbye, true) {
             let link_up = matches!(self.endpoint.link(), Ok(LinkState::Up));
@@ -366,11 +367,11 @@ impl Channel {
         self.endpoint.disconnect();
     }
 
-    /// Waits until the peer disconnects, at most until `stop`; then disconnects too. True if the peer did.
+    /// Waits until the peer disconnects, at most until `stop`; then disconnects too. True if the peer disconnected.
     pub(crate) fn part(&mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.said_goodbye = true;
         let parted = loop {
-            // A message of ours may be cut off by the peer leaving: it has what it needs.
+            // The peer may disconnect before it acknowledges our last message: it has what it needs.
             match self.rest(stop).and_then(|()| self.pump()) {
                 Ok(_) => {}
                 Err(HooksError::Fabric(FabricError::Disconnected)) => break true,
@@ -386,7 +387,7 @@ impl Channel {
     }
 }
 
-/// Messages without completion at a time; the endpoint has a buffer for each.
+/// Maximum number of messages without completion; the endpoint has a buffer for each.
 pub(crate) const SENDS_OUT: usize = 4;
 
 impl Drop for Channel {

@@ -1,10 +1,10 @@
-//! Chunks: how a block is cut for registration, how runs of pages merge, which keys are held.
+//! Chunks: how a block is divided for registration, how runs of pages merge, and which keys are held.
 //!
-//! A block is cut into chunks of 1 MiB counted from the block's own start. A write never crosses a chunk, and needs a
-//! key that covers the chunk. A *span* is one or more adjacent chunks registered by one request under one key.
+//! A block is divided into chunks of 1 MiB, counted from the block's own start. A write never crosses a chunk, and
+//! needs a key that covers the chunk. A *span* is one or more adjacent chunks registered by one request under one key.
 //!
-//! [`Merger`] turns neighbouring pieces of pages into one write; [`SpanTable`] knows which chunks are registered,
-//! plans how far the next request reaches, and picks what to give back when the pin budget is used up.
+//! [`Merger`] joins neighbouring pieces of pages into one write. [`SpanTable`] records which chunks are registered,
+//! decides how many chunks the next request covers, and chooses spans to unregister when the pin budget is used up.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -37,7 +37,7 @@ pub fn chunk_range(length: u64, first: u64, count: u64) -> Option<Range<u64>> {
     Some(start..end.min(length))
 }
 
-/// What is known about the bytes of a run.
+/// Whether the bytes of a run are known to be zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Travels as it is.
@@ -46,7 +46,7 @@ pub enum Content {
     Zero,
 }
 
-/// A piece of a block on its way.
+/// A piece of a block to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
     /// Position of the block in the announced list.
@@ -78,9 +78,9 @@ pub struct Merger {
 }
 
 impl Merger {
-    /// Takes a run that does not cross a chunk; hands out what must be written before it.
+    /// Takes a run that does not cross a chunk; returns the runs that must be written before it.
     ///
-    /// A short zero run between data is better written than cut out: below `zero_floor` bytes it joins data that it
+    /// A short zero run between data costs less if it is written: below `zero_floor` bytes it joins data that it
     /// touches.
     pub fn push(&mut self, run: Run, zero_floor: u64) -> Option<Run> {
         if run.is_empty() {
@@ -119,7 +119,7 @@ fn joins(pending: &Run, next: &Run, zero_floor: u64) -> bool {
     }
 }
 
-/// Names a span of a [`SpanTable`].
+/// Identifies a span of a [`SpanTable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SpanId(u32);
 
@@ -161,7 +161,7 @@ struct BlockChunks {
     length: u64,
     /// Per chunk: number of its span plus one; 0 for none. Grows with use, so an untouched block costs nothing.
     span_of: Vec<u32>,
-    /// Where the last span ended, and how long it was: a walk in address order takes ever longer spans.
+    /// Where the last span ended, and its length: a walk in address order requests longer and longer spans.
     next: u64,
     grown: u64,
 }
@@ -194,8 +194,8 @@ impl<L> SpanTable<L> {
         self.spans.get(id.0 as usize)?.as_ref()
     }
 
-    /// How many chunks from `chunk` the next request shall cover. One at first; twice the last number each time a
-    /// walk goes on where the last span ended, never into a registered chunk.
+    /// How many chunks from `chunk` the next request covers. The first request covers one; each request that continues
+    /// where the last span ended covers twice as many. A request never extends into a registered chunk.
     pub fn plan(&self, block: u32, chunk: u64) -> u64 {
         let Some(chunks) = self.blocks.get(block as usize) else { return 1 };
         let wish = if chunks.next == chunk { (chunks.grown * 2).min(self.max_chunks) } else { 1 };
@@ -225,7 +225,7 @@ impl<L> SpanTable<L> {
         chunk_range(length, first, chunks).map_or(0, |range| range.end - range.start)
     }
 
-    /// Which span must be given back before `bytes` more may be pinned: the one unused for longest that no write is
+    /// Which span must be unregistered before `bytes` more may be pinned: the least recently used one that no write is
     /// using. `Ok(None)`: there is room.
     ///
     /// # Errors
@@ -427,7 +427,7 @@ mod tests {
     }
 
     proptest! {
-        /// Merging changes where runs are cut, never which bytes travel or in which order.
+        /// Merging changes where runs are cut, never which bytes are sent or in which order.
         #[test]
         fn merging_keeps_every_byte(pages in prop::collection::vec((0u64..600, any::<bool>()), 1..200)) {
             let mut merger = Merger::default();

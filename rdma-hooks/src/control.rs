@@ -1,8 +1,8 @@
-//! Control messages: what is SENT on a queue pair, as bytes and as values.
+//! Control messages: the SENDs on a queue pair, as bytes and as values.
 //!
-//! Every SEND is one message: a 16-byte header, then its payload. All integers are big endian; padding is sent as
-//! zero and ignored on receive. This module reads and writes bytes and keeps no state; whose turn it is to speak is
-//! decided in [`exchange`](crate::exchange).
+//! Every SEND is one message: a 16-byte header, then its payload. All integers are big endian; padding is sent as zero
+//! and ignored on receive. This module reads and writes bytes and keeps no state; [`exchange`](crate::exchange) decides
+//! which end may send.
 //!
 //! # Source
 //!
@@ -19,19 +19,18 @@ pub use record::{BlockRecord, Compress, Record, RegisterRecord, RegisterResult};
 
 /// Bytes in front of every payload: length, type, repeat, padding.
 pub const HEADER_BYTES: usize = 16;
-/// Bytes of one control buffer: header and payload together. A QEMU's receive buffers have this size, and ours where a
-/// QEMU sends.
+/// Bytes of one control buffer: header and payload together. A QEMU's receive buffers have this size, and so have ours
+/// if the peer is a QEMU.
 pub const CONTROL_BUFFER_BYTES: usize = 512 * 1024;
 /// Longest payload a peer takes.
 pub const MAX_PAYLOAD_BYTES: usize = CONTROL_BUFFER_BYTES - HEADER_BYTES;
-/// Longest piece of the byte stream put into one message; QEMU never sends more, though it takes more.
+/// Longest piece of the byte stream put into one message. QEMU never sends more, but accepts more.
 pub const STREAM_PAYLOAD_BYTES: usize = 32 * 1024;
 /// Most records in one message.
 pub const MAX_REPEAT: u32 = 4096;
 /// Most keys a source of this crate asks for in one message.
 pub const MAX_KEY_BATCH: usize = 2048;
-/// Longest message of a source of this crate to a destination that it knows to be of this crate too: a full batch of
-/// requests for keys.
+/// Longest message that a source of this crate sends to a destination of this crate: a full batch of requests for keys.
 pub const NATIVE_MESSAGE_BYTES: usize = HEADER_BYTES + MAX_KEY_BATCH * RegisterRecord::BYTES;
 /// A full piece of the stream.
 pub const STREAM_MESSAGE_BYTES: usize = HEADER_BYTES + STREAM_PAYLOAD_BYTES;
@@ -52,7 +51,7 @@ const _: () = assert!(Compress::BYTES == 24 && BlockRecord::BYTES == 32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Kind {
-    /// The sender gives up; no text, no code.
+    /// The sender gives up; the message has no text and no error code.
     Error = 1,
     /// The receiver of the byte stream takes exactly one more message.
     Ready = 2,
@@ -76,11 +75,12 @@ pub enum Kind {
     UnregisterFinished = 11,
     /// Not QEMU's: marks the end of a round on an additional queue pair; `repeat` counts the rounds.
     Fence = 0x100,
-    /// Not QEMU's: the receiver has read the whole stream and only waits for the sender to close.
+    /// Not QEMU's: the receiver has read the whole stream and waits only for the sender to close.
     Done = 0x101,
     /// Not QEMU's: ranges of blocks read as zero from now on.
     ZeroRuns = 0x102,
-    /// Not QEMU's: the source is alive, in a round in which it has nothing else to say. Its writes show nothing of it.
+    /// Not QEMU's: keepalive of the source, in a round in which it has no other message to send. Its RDMA WRITEs are
+    /// not visible to the destination's software.
     Alive = 0x103,
 }
 
@@ -107,7 +107,7 @@ impl Kind {
         })
     }
 
-    /// True if the message is sent only against a READY of the peer.
+    /// True if the message may be sent only against a READY of the peer.
     pub const fn needs_credit(self) -> bool {
         matches!(
             self,
@@ -122,7 +122,7 @@ impl Kind {
         )
     }
 
-    /// The answer the receiver of this message owes, if any.
+    /// The answer that the receiver of this message must send, if any.
     pub const fn reply(self) -> Option<Self> {
         match self {
             Self::RamBlocksRequest => Some(Self::RamBlocksResult),
@@ -133,9 +133,9 @@ impl Kind {
     }
 }
 
-/// One control message as a value that cannot be wrong in itself.
+/// One control message as a value that is valid in itself.
 ///
-/// Whether its indices and ranges exist is for the receiver's block table to say.
+/// The receiver's block table checks whether its indices and ranges exist.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message<'a> {
     /// See [`Kind::Error`].

@@ -1,21 +1,21 @@
-//! What one end of a migration did, in numbers.
+//! Counters of one end of a migration.
 
 use std::ops::{AddAssign, Sub};
 
 use crate::fabric::Registration;
 
-/// Counts since the connection was made. All only grow.
+/// Counts since the connection was made. They only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// RDMA WRITEs of guest memory posted.
     pub writes_posted: u64,
-    /// Of these, those that asked for a completion.
+    /// Number of these that were signalled.
     pub writes_signalled: u64,
-    /// Times the device was told of new requests.
+    /// Number of doorbells: posts of new requests to the device.
     pub doorbells: u64,
     /// Bytes of guest memory in the writes.
     pub bytes_written: u64,
-    /// Zero ranges told instead of written.
+    /// Zero ranges sent as messages instead of written.
     pub zero_ranges: u64,
     /// Bytes in them.
     pub zero_bytes: u64,
@@ -37,7 +37,7 @@ pub struct Counters {
     pub probes: u64,
     /// Looks at the completion queues.
     pub polls: u64,
-    /// Sleeps until the device reports something; each costs a few system calls.
+    /// Sleeps until the device reports an event; each costs a few system calls.
     pub waits: u64,
 }
 

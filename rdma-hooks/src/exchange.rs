@@ -1,31 +1,31 @@
-//! Whose turn it is to speak: READY credits and replies, without I/O.
+//! Which end may send: READY credits and replies, without I/O.
 //!
 //! The receiver of the byte stream sends a READY when it can take one more message. A message of the sender costs one
 //! READY; an answer costs none. With QEMU there is at most one READY unused (the *window* is 1): a message without
-//! credit would overwrite the buffer the peer is parsing, so credit discipline is a matter of memory safety there.
-//! Two ends of this crate may agree on a larger window, so that messages need not wait for each other.
+//! credit would overwrite the buffer the peer is parsing, so the peer's memory safety depends on the credits. Two ends
+//! of this crate may agree on a larger window, so that messages need not wait for each other.
 //!
-//! [`Sender`] is the source's end of the main queue pair and the destination's end of the return path; [`Receiver`]
-//! is the other one. Both judge what arrives and refuse what is out of turn; neither sends anything itself.
+//! [`Sender`] is the source's end of the main queue pair and the destination's end of the return path; [`Receiver`] is
+//! the opposite end. Both check received messages and refuse one that is out of turn; neither sends anything itself.
 //!
-//! # When a message has been dealt with
+//! # When a message is finished
 //!
-//! The receiver grants `window` credits up front and then one for each message it has finished with. So message
-//! number `m` (from 1) is finished once `m + window` READYs have arrived. A range that was COMPRESSed may be written
-//! again only then.
+//! The receiver grants `window` credits at first and then one for each message that it has processed. So message number
+//! `m` (from 1) is finished once `m + window` READYs have arrived. A range that was COMPRESSed may be written again
+//! only then.
 
 use std::collections::VecDeque;
 
 use crate::control::Kind;
 
-/// A message that comes out of turn. The peer is broken or hostile; the connection is given up.
+/// A message that is out of turn. The peer is broken or hostile, so the connection is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExchangeError {
-    /// ERROR: the peer gave up and says no more about it.
+    /// ERROR: the peer gave up; the message carries no reason.
     #[error("the peer reported an error and gave up; its log says why")]
     PeerFailed,
-    /// More READYs than there may be.
+    /// More READYs than the window allows.
     #[error("peer sent READY with {unused} of {window} credits unused")]
     TooManyReady {
         /// Credits not yet used.
@@ -39,7 +39,7 @@ pub enum ExchangeError {
         /// What is due.
         missing: Kind,
     },
-    /// A message that has no place here.
+    /// A message that is not allowed in this state.
     #[error("peer sent {got:?} while {doing}")]
     Unexpected {
         /// What arrived.
@@ -71,7 +71,7 @@ pub enum SenderEvent {
     Ready,
     /// The answer to the oldest open request.
     Reply(Kind),
-    /// The peer has read everything there was.
+    /// The peer has read the whole stream.
     Done,
 }
 
@@ -98,12 +98,12 @@ impl Sender {
         Some(self.sent)
     }
 
-    /// True if the peer has finished with message number `message`.
+    /// True if the peer has processed message number `message`.
     pub fn is_finished(&self, message: u64) -> bool {
         self.readies >= message.saturating_add(self.window)
     }
 
-    /// Judges an arrived message.
+    /// Checks a received message.
     ///
     /// # Errors
     ///
@@ -150,25 +150,25 @@ pub enum Turn {
     Round,
 }
 
-/// The end that takes the byte stream and answers.
+/// The end that receives the byte stream and answers requests.
 #[derive(Debug)]
 pub struct Receiver {
     window: u64,
     granted: u64,
     arrived: u64,
     finished: u64,
-    /// Messages the sender may be ahead of its credits.
+    /// Number of messages by which the sender may exceed its credits.
     ahead: u64,
 }
 
 impl Receiver {
-    /// Nothing granted yet; at most `window` messages on the way at a time (1 towards QEMU).
+    /// Nothing granted yet; at most `window` messages in flight at a time (1 towards QEMU).
     pub fn new(window: u16) -> Self {
         Self { window: u64::from(window.max(1)), granted: 0, arrived: 0, finished: 0, ahead: 0 }
     }
 
-    /// For the return path: a QEMU sends its first message there without waiting for a credit, and stays one ahead.
-    /// There must be a buffer more than credits.
+    /// For the return path: a QEMU sends its first message there without waiting for a credit, and stays one message
+    /// ahead of its credits. So there must be one more receive buffer than credits.
     pub fn one_ahead(window: u16) -> Self {
         Self { ahead: 1, ..Self::new(window) }
     }
@@ -185,7 +185,7 @@ impl Receiver {
         may
     }
 
-    /// Judges that a message arrived at all.
+    /// Checks that the sender had a credit for a message.
     ///
     /// # Errors
     ///
@@ -201,7 +201,7 @@ impl Receiver {
         Ok(())
     }
 
-    /// Judges whether a message fits what this end is ready for.
+    /// Checks whether a message is allowed in this state.
     ///
     /// # Errors
     ///
@@ -214,7 +214,7 @@ impl Receiver {
         if fits { Ok(()) } else { Err(ExchangeError::Unexpected { got: kind, doing }) }
     }
 
-    /// Notes that the oldest message is dealt with and its buffer free.
+    /// Notes that the oldest message is processed and its buffer free.
     pub fn finish(&mut self) {
         self.finished = (self.finished + 1).min(self.arrived);
     }

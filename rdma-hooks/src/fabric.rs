@@ -1,15 +1,16 @@
-//! What the protocol needs from a network of queue pairs, and nothing more.
+//! The operations that the protocol needs from a network of queue pairs.
 //!
 //! A [`Fabric`] makes connections; an [`Endpoint`] is one end of a connected, reliable queue pair with its own receive
-//! buffers. Two fabrics exist: [`sim`](crate::sim) inside one process, and `verbs` over a real or emulated NIC. Time is
-//! asked of the fabric, so that a simulation can have its own.
+//! buffers. Two fabrics exist: [`sim`](crate::sim) inside one process, and `verbs` over a real or emulated NIC. The
+//! fabric supplies the clock, so that a simulation can have its own.
 //!
 //! # Rules every fabric keeps
 //!
-//! - What is posted on one endpoint takes effect at the peer in order; endpoints know nothing of each other.
+//! - What is posted on one endpoint takes effect at the peer in order; there is no order between endpoints.
 //! - A completion of a signalled request also completes everything posted before it on that endpoint.
-//! - No call waits longer than told, and none longer than [`TICK`](crate::stop::TICK) without looking at its [`Stop`].
-//! - Dropping a [`Registration`] deregisters; the memory is let go of afterwards, never before.
+//! - No call waits longer than its argument allows, and none longer than [`TICK`](crate::stop::TICK) without looking at
+//!   its [`Stop`].
+//! - Dropping a [`Registration`] deregisters first and releases the memory afterwards.
 
 mod error;
 
@@ -24,7 +25,7 @@ pub use error::{CompletionStatus, FabricError, Operation};
 use crate::region::HostRegion;
 use crate::stop::Stop;
 
-/// Who may use registered memory how. Least first.
+/// Access rights of registered memory, least first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// This end's NIC reads it: source of writes.
@@ -42,7 +43,7 @@ pub enum AddressBase {
     At(u64),
 }
 
-/// Registered memory. Dropping it deregisters, then lets go of the memory.
+/// Registered memory. Dropping it deregisters, then releases the memory.
 pub struct Registration {
     /// Names it in requests of this end.
     pub lkey: u32,
@@ -52,9 +53,9 @@ pub struct Registration {
     pub address: u64,
     /// Bytes.
     pub len: u64,
-    /// It need not be resident: its pages are there when the device uses them.
+    /// The memory need not be resident: its pages are faulted in when the device uses them.
     pub on_demand: bool,
-    /// What deregisters when dropped.
+    /// Deregisters the memory when dropped.
     pub guard: Box<dyn Any + Send + Sync>,
 }
 
@@ -64,9 +65,9 @@ impl fmt::Debug for Registration {
     }
 }
 
-/// Registers memory resident; memory that cannot be made resident (a file system with DAX) on demand, where the device
-/// offers that. Nobody asks for it where resident memory does: a write to a page that is not there costs the source's
-/// transport retries, which a QEMU source does not have. Returns which it became.
+/// Registers memory as resident. Memory that cannot be made resident (a file system with DAX) is registered on demand,
+/// where the device offers that. Resident registration is preferred: a write to a page that is not present costs the
+/// source's transport retries, which a QEMU source does not have. Returns which kind it became.
 ///
 /// # Errors
 ///
@@ -85,7 +86,7 @@ pub(crate) fn register_resident_or_on_demand<T>(
     }
 }
 
-/// One RDMA WRITE. Without bytes it is a probe: acknowledged by the peer's NIC, needs no key.
+/// One RDMA WRITE. A WRITE without bytes is a probe: the peer's NIC acknowledges it, and it needs no key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WriteRequest {
     /// Given back by the completion. Ids of an endpoint ascend.
@@ -128,21 +129,21 @@ pub enum Completion {
     },
 }
 
-/// State of a connection, as far as the connection manager knows.
+/// State of a connection, as the connection manager reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkState {
     /// Nothing is known to be wrong.
     Up,
-    /// The peer disconnected, or its host noticed that it died.
+    /// The peer disconnected, or the kernel of its host closed the connection after it died.
     Disconnected,
     /// This end's device is gone.
     DeviceRemoved,
 }
 
-/// What a device can do, in numbers.
+/// Limits and abilities of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Requests (sends and writes) that may be out at a time.
+    /// Maximum number of requests (sends and writes) outstanding at a time.
     pub send_depth: usize,
     /// Messages up to this many bytes travel inside the request.
     pub inline_bytes: usize,
@@ -155,13 +156,13 @@ pub struct Limits {
 /// How to connect or accept.
 #[derive(Clone, Debug)]
 pub struct ConnectParams {
-    /// Sent along; at most 56 bytes.
+    /// Private data to send; at most 56 bytes.
     pub private_data: Vec<u8>,
     /// Receive buffers, all posted before the peer can send.
     pub receives: usize,
     /// Bytes in each.
     pub receive_bytes: usize,
-    /// Requests that may be out at a time.
+    /// Maximum number of requests outstanding at a time.
     pub send_depth: usize,
 }
 
@@ -205,11 +206,11 @@ pub trait Listener: Send {
     fn next_request(&mut self, stop: &Stop) -> Result<Box<dyn Incoming>, FabricError>;
 }
 
-/// A peer that wants to connect. Dropping it rejects.
+/// A peer that wants to connect. Dropping it rejects the connection.
 pub trait Incoming: Send {
-    /// What the peer sent along, perhaps padded.
+    /// The peer's private data, possibly padded.
     fn private_data(&self) -> &[u8];
-    /// The peer's address, where it has one.
+    /// The peer's address, if it has one.
     fn peer(&self) -> Option<SocketAddr>;
     /// Connects.
     ///
@@ -222,7 +223,7 @@ pub trait Incoming: Send {
 
 /// One end of a connected queue pair. Dropping it disconnects and frees everything.
 pub trait Endpoint: Send {
-    /// What the peer sent along with its answer, perhaps padded. Empty on the accepting side.
+    /// The private data of the peer's reply, possibly padded. Empty on the accepting side.
     fn private_data(&self) -> &[u8];
 
     /// What the device can do.
@@ -253,7 +254,7 @@ pub trait Endpoint: Send {
         base: AddressBase,
     ) -> Result<Registration, FabricError>;
 
-    /// Posts a chain of writes with one doorbell. After an error the endpoint is good for nothing but its end.
+    /// Posts a chain of writes with one doorbell. After an error the endpoint can only be dropped.
     ///
     /// # Errors
     ///
@@ -284,24 +285,25 @@ pub trait Endpoint: Send {
     /// [`FabricError::Verb`].
     fn repost(&mut self, slot: usize) -> Result<(), FabricError>;
 
-    /// Sleeps until something may have completed or happened to the link, at most `at_most`.
+    /// Sleeps until a completion or a link event may have arrived, at most `at_most`.
     ///
     /// # Errors
     ///
     /// [`FabricError::Verb`].
     fn wait(&mut self, at_most: Duration) -> Result<(), FabricError>;
 
-    /// A number that changes when this end's device takes in what the peer sends, writes of memory as well as messages;
-    /// `None` if the device can't be asked. May cost it a command: for a wait now and then, not for the page path.
+    /// A number that changes when this end's device receives from the peer, RDMA WRITEs as well as messages; `None` if
+    /// the device can't be queried. The query may cost the device a command: use it in an occasional wait, not on the
+    /// page path.
     fn received_mark(&self) -> Option<u64>;
 
-    /// What the connection manager says. Never waits.
+    /// The state that the connection manager reports. Never waits.
     ///
     /// # Errors
     ///
     /// [`FabricError::Verb`].
     fn link(&mut self) -> Result<LinkState, FabricError>;
 
-    /// Ends the connection; requests still out are flushed.
+    /// Ends the connection; outstanding requests are flushed.
     fn disconnect(&mut self);
 }

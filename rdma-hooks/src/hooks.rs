@@ -1,9 +1,9 @@
-//! The five hooks, and the words they are spoken in.
+//! The five hooks and their types.
 //!
 //! | QEMU's page loop calls | here | does |
 //! |---|---|---|
 //! | `rdma_block_notification_handle` | [`DestinationHooks::block_notification`] | the destination learns the block order |
-//! | `rdma_registration_start` | [`SourceHooks::registration_start`] | opens a round; its mark is the stream's last word |
+//! | `rdma_registration_start` | [`SourceHooks::registration_start`] | opens a round; the mark is the last record of the stream before it |
 //! | `rdma_control_save_page` | [`SourceHooks::control_save_page`] | merges, registers on demand, writes |
 //! | `rdma_registration_stop` | [`SourceHooks::registration_stop`] | closes the round |
 //! | `rdma_registration_handle` | [`DestinationHooks::registration_handle`] | serves a round |
@@ -36,13 +36,13 @@ pub enum RamControl {
     Finish,
 }
 
-/// The word that ends the stream before a round. The embedder writes it, because the stream is the embedder's.
+/// The record that ends the stream before a round. The embedder writes it, because it owns the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "the destination does not enter the round without the mark in the stream"]
 pub struct HookMark(());
 
 impl HookMark {
-    /// The flag of a RAM section record that says: a round of RDMA follows.
+    /// The flag of a RAM section record that announces a round of RDMA.
     pub const FLAG: u64 = 0x80;
 
     /// The mark's bytes in the stream.
@@ -51,14 +51,14 @@ impl HookMark {
     }
 }
 
-/// What the embedder knows about pages it saves.
+/// What is known about the content of pages to save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageContent {
-    /// At least one byte is not zero, or nobody looked and the pages shall travel.
+    /// At least one byte is not zero, or the content was not checked and the pages are to be sent.
     Data,
     /// All read as zero.
     Zero,
-    /// Nobody looked yet: the hook looks, page by page.
+    /// The content was not checked: the hook checks it page by page.
     Unknown,
 }
 
@@ -82,15 +82,15 @@ pub struct Ticket(pub u64);
 /// What became of saved pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SaveDisposition {
-    /// They travel on their own; the embedder sends nothing for them. They have arrived once
-    /// [`SourceHooks::collect`] reports this ticket or a higher one.
+    /// The pages are sent by RDMA; the embedder sends nothing for them. They have arrived once [`SourceHooks::collect`]
+    /// reports this ticket or a higher one.
     Delayed {
         /// Number of this save.
         ticket: Ticket,
-        /// Where the last of the pages is now.
+        /// Where the last of the pages is.
         state: Delay,
     },
-    /// Not by this link: the embedder sends them in the stream, after the round.
+    /// Not by RDMA: the embedder sends the pages in the stream, after the round.
     NotSupported(Reason),
 }
 
@@ -101,25 +101,25 @@ pub enum Delay {
     Merging,
     /// Handed to the device.
     Posted,
-    /// The destination was told, or will be, that they are zero.
+    /// The destination receives, or has received, the message that they are zero.
     Zeroed,
 }
 
-/// Why pages do not travel by RDMA.
+/// Why pages are not sent by RDMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// Postcopy has begun: the destination places pages itself.
     Postcopy,
 }
 
-/// Why a hook failed. The migration over this connection is over; the source's guest is whole.
+/// Why a hook failed. The migration over this connection has ended; the source's guest is intact.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HooksError {
     /// The network or the device.
     #[error(transparent)]
     Fabric(FabricError),
-    /// The peer sent what is no message.
+    /// The peer sent bytes that are not a control message.
     #[error("peer broke the protocol")]
     Wire(#[from] WireError),
     /// The peer sent a message out of turn, or gave up.
@@ -139,15 +139,15 @@ pub enum HooksError {
         /// The chunk.
         chunk: u64,
     },
-    /// The peer keeps asking for registrations of the same memory.
+    /// The peer repeatedly requests registrations of the same memory.
     #[error("peer asked for {asked} registered bytes, there are {limit} to ask for")]
     TooMuchRegistered {
-        /// Bytes it would hold keys for.
+        /// Bytes for which it would hold keys.
         asked: u64,
         /// Most bytes it may.
         limit: u64,
     },
-    /// The peer gave back a key it does not hold.
+    /// The peer returned a key that it does not hold.
     #[error("peer gave back chunk {chunk} of block {block:?}, which it holds no key for")]
     NotRegistered {
         /// The block's name.
@@ -155,7 +155,7 @@ pub enum HooksError {
         /// The chunk.
         chunk: u64,
     },
-    /// The end of a round of an additional queue pair does not fit.
+    /// The end of a round on an additional queue pair has the wrong number.
     #[error("queue pair {queue} ended round {got}, round {want} is open")]
     Fence {
         /// The queue pair, from 1.
@@ -165,16 +165,16 @@ pub enum HooksError {
         /// The round under way.
         want: u32,
     },
-    /// The source has neither said nor, as far as this end's device tells, written anything in an open round.
+    /// In an open round the source has sent no message and, as far as this end's device reports, no write.
     #[error(
         "the source has sent nothing for {after:?} in an open round: it is stopped, or hangs (a longer \
          DestinationConfig::silence bears with one that is only slow)"
     )]
     Silent {
-        /// How long it was waited for.
+        /// Length of the wait.
         after: Duration,
     },
-    /// The embedder called hooks in an order that has no meaning.
+    /// The embedder called the hooks in an invalid order.
     #[error("hook called out of order: {0}")]
     OutOfOrder(&'static str),
     /// A wait was given up.
@@ -198,7 +198,7 @@ pub enum Blame {
     Local,
     /// The peer's.
     Peer,
-    /// The network's, or the peer is gone.
+    /// The network failed, or the peer is gone.
     Network,
     /// Asked for.
     Stopped,

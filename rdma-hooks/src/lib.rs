@@ -1,22 +1,22 @@
 //! QEMU's `rdma:` migration protocol as five hooks, over real verbs or a seeded simulation.
 //!
 //! Guest RAM travels by RDMA WRITE: the source's NIC reads it in place, the destination's NIC stores it in place, and
-//! nothing in between copies a page. What a VMM adds is its own migration stream, a few bytes per round. Either end
-//! may be a QEMU (7.2 and 10.0 are tested); two ends of this crate agree on more: several queue pairs, several
-//! messages on the way, keys asked for in batches, zero ranges in lists, an explicit end.
+//! nothing in between copies a page. The VMM sends only its own migration stream, a few bytes per round. Either end may
+//! be a QEMU (7.2 and 10.0 are tested); two ends of this crate agree on more: several queue pairs, several messages in
+//! flight, requests for keys in batches, zero ranges in lists, an explicit end.
 //!
-//! Registered memory is resident. Only memory that cannot be (a file system with DAX) is registered on demand, where the
-//! device offers that: soft-RoCE does since Linux 6.15, and is tested with 6.18. Such memory is named by its addresses in
-//! this process: soft-RoCE takes no others for it.
+//! Registered memory is resident. Only memory that cannot be (a file system with DAX) is registered on demand, where
+//! the device offers that: soft-RoCE does since Linux 6.15, and is tested with 6.18. Such memory is registered by its
+//! addresses in this process: soft-RoCE accepts no others for it.
 //!
 //! | module | duty |
 //! |--------|------|
 //! | [`hooks`] | what a VMM calls: [`SourceHooks`], [`DestinationHooks`], the return path |
 //! | [`control`], [`capabilities`] | bytes to values and back |
-//! | [`blocks`], [`chunk`], [`exchange`] | which memory, which keys, whose turn; no I/O |
-//! | [`fabric`] | what the protocol needs from a network |
+//! | [`blocks`], [`chunk`], [`exchange`] | which memory, which keys, which end may send; no I/O |
+//! | [`fabric`] | the operations that the protocol needs from a network |
 //! | [`sim`] | a network inside one process: virtual time, seeded faults |
-//! | [`tap`] | a fabric around another that tells what is posted |
+//! | [`tap`] | a fabric around another that reports each posted request |
 //! | [`verbs`] | the NIC |
 //!
 //! # How a VMM calls the hooks

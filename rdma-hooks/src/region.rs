@@ -1,8 +1,8 @@
-//! Guest memory as this crate sees it: something with a length that stays where it is.
+//! Guest memory as this crate sees it: an object with a length and a fixed place.
 //!
 //! Guest RAM is never a `&[u8]`: the guest and the NIC write to it at any time. The embedder implements
 //! [`RegionMemory`] over its mapping; a [`HostRegion`] is a shared handle on a part of it. A memory registration keeps
-//! its `HostRegion`, and with it the mapping, alive until the device has let go of it, so memory cannot be unmapped
+//! its `HostRegion`, and with it the mapping, alive until the device no longer uses it, so memory cannot be unmapped
 //! before it is deregistered.
 
 use std::fmt;
@@ -29,12 +29,12 @@ pub trait RegionMemory: Send + Sync {
     fn read(&self, offset: u64, into: &mut [u8]);
     /// Stores `from` at `offset`. Only the simulated fabric writes this way.
     fn write(&self, offset: u64, from: &[u8]);
-    /// Makes a range read as zero by storing to it, never by discarding. Pages that are zero already are better left
+    /// Makes a range read as zero by storing to it, never by discarding. Pages that are already zero should be left
     /// untouched: storing to them would populate them.
     fn zero(&self, offset: u64, len: u64);
-    /// True if the whole range reads as zero at the moment of the look.
+    /// True if the whole range reads as zero at the moment of the check.
     fn is_zero(&self, offset: u64, len: u64) -> bool;
-    /// Where the memory is, for a NIC; `None` keeps it to the simulated fabric.
+    /// The memory's address, for a NIC; `None` restricts it to the simulated fabric.
     fn pinned(&self) -> Option<PinnedSpan> {
         None
     }
@@ -136,7 +136,7 @@ impl HostRegion {
         Ok(self.memory.is_zero(self.start + offset, len))
     }
 
-    /// Address and length of this part, for a NIC; `None` if the memory has no address that stays.
+    /// Address and length of this part, for a NIC; `None` if the memory has no fixed address.
     pub fn pinned(&self) -> Option<(usize, u64)> {
         let whole = self.memory.pinned()?;
         let end = self.start.checked_add(self.len)?;

@@ -1,6 +1,6 @@
-//! When to give up waiting: a deadline, a cancel flag, or both.
+//! When a wait ends early: at a deadline, by a cancel flag, or both.
 //!
-//! Every wait of this crate takes a [`Stop`] and looks at it at least every [`TICK`], so a cancel is seen in well
+//! Every wait of this crate takes a [`Stop`] and checks it at least every [`TICK`], so a cancel is noticed in well
 //! under 100 ms whatever the peer or the device does.
 
 use std::fmt;
@@ -25,18 +25,18 @@ impl fmt::Debug for Cancel {
 }
 
 impl Cancel {
-    /// Also counts as cancelled once `watched` says so; for an embedder with a cancel flag of its own. Asked at least
-    /// every [`TICK`] of a wait.
+    /// Also counts as cancelled once `watched` returns true; for an embedder with a cancel flag of its own. `watched`
+    /// is called at least every [`TICK`] of a wait.
     pub fn watching(watched: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         Self { flag: Arc::default(), watched: Some(Arc::new(watched)) }
     }
 
-    /// Ends every wait that looks at this flag.
+    /// Ends every wait that checks this flag.
     pub fn cancel(&self) {
         self.flag.store(true, Ordering::Release);
     }
 
-    /// True once [`cancel`](Self::cancel) was called, or what is watched says so.
+    /// True once [`cancel`](Self::cancel) was called, or the watched function returned true.
     pub fn is_cancelled(&self) -> bool {
         self.flag.load(Ordering::Acquire) || self.watched.as_ref().is_some_and(|watched| watched())
     }
@@ -49,7 +49,7 @@ impl From<Arc<AtomicBool>> for Cancel {
     }
 }
 
-/// Why a wait ended without what it waited for.
+/// Why a wait ended early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Stopped {
     /// The embedder asked for it.
@@ -95,7 +95,7 @@ impl Stop {
         }
     }
 
-    /// How long to sleep before looking again: at most [`TICK`], and not past the deadline.
+    /// How long to sleep before the next check: at most [`TICK`], and not beyond the deadline.
     pub fn slice(&self, now: Instant) -> Duration {
         self.deadline.map_or(TICK, |deadline| deadline.saturating_duration_since(now).min(TICK))
     }

@@ -14,7 +14,7 @@ use crate::stop::Stop;
 /// Sends bytes and requests against READY credits.
 pub(crate) struct StreamSender {
     pub(crate) channel: Channel,
-    /// Additional queue pairs, which this end looks after while it waits.
+    /// Additional queue pairs, which this end polls while it waits.
     pub(crate) data_queues: Vec<Channel>,
     exchange: Sender,
     replies: VecDeque<Message<'static>>,
@@ -36,7 +36,7 @@ impl StreamSender {
         }
     }
 
-    /// Takes in completions and messages; true if there were any.
+    /// Processes completions and messages; true if there were any.
     pub(crate) fn pump(&mut self) -> Result<bool, HooksError> {
         let news = self.channel.pump()?;
         self.judge_arrived()?;
@@ -76,7 +76,7 @@ impl StreamSender {
         }
     }
 
-    /// Sleeps for a moment; the other queue pairs are polled meanwhile.
+    /// Sleeps briefly; polls the other queue pairs meanwhile.
     pub(crate) fn rest(&mut self, stop: &Stop) -> Result<(), HooksError> {
         let now = self.channel.checked_at();
         self.data_queues.iter_mut().try_for_each(|channel| channel.watch(now))?;
@@ -106,7 +106,7 @@ impl StreamSender {
         self.has_credit() && self.channel.can_send_now()
     }
 
-    /// The answer to the oldest open request, if it is here.
+    /// The answer to the oldest open request, if it has arrived.
     pub(crate) fn take_reply(&mut self) -> Option<Message<'static>> {
         self.replies.pop_front()
     }
@@ -116,12 +116,12 @@ impl StreamSender {
         self.wait_for(stop, |sender| sender.replies.pop_front())
     }
 
-    /// True if the peer has dealt with message number `message`.
+    /// True if the peer has processed message number `message`.
     pub(crate) fn is_finished(&self, message: u64) -> bool {
         self.exchange.is_finished(message)
     }
 
-    /// Appends bytes to the stream; full messages leave at once.
+    /// Appends bytes to the stream; full messages are sent at once.
     pub(crate) fn write(&mut self, mut bytes: &[u8], stop: &Stop) -> Result<(), HooksError> {
         while !bytes.is_empty() {
             let room = STREAM_PAYLOAD_BYTES - self.buffer.len();
@@ -150,7 +150,7 @@ impl StreamSender {
         Ok(())
     }
 
-    /// True if the peer said that it has read everything.
+    /// True if the peer has sent Done.
     pub(crate) fn peer_is_done(&self) -> bool {
         self.peer_is_done
     }
@@ -159,10 +159,10 @@ impl StreamSender {
 /// Receives bytes and requests, granting READY credits.
 pub(crate) struct StreamReceiver {
     pub(crate) channel: Channel,
-    /// Additional queue pairs, which this end looks after while it waits.
+    /// Additional queue pairs, which this end polls while it waits.
     pub(crate) data_queues: Vec<Channel>,
     exchange: Receiver,
-    /// The message being read: its buffer, and how far.
+    /// The message being read: its buffer and the position in it.
     current: Option<(usize, usize)>,
     /// Stream bytes that shared a message with a round's mark and come after it.
     leftover: VecDeque<u8>,
@@ -181,13 +181,13 @@ impl StreamReceiver {
         Ok(())
     }
 
-    /// True if there is something to read without asking for it.
+    /// True if there is a message or stream data that can be read without waiting.
     pub(crate) fn has_news(&mut self) -> Result<bool, HooksError> {
         self.channel.pump()?;
         Ok(self.current.is_some() || self.channel.has_arrived())
     }
 
-    /// Waits for the next message; returns its buffer, to be given back to [`finish`](Self::finish).
+    /// Waits for the next message; returns its buffer, which is returned with [`finish`](Self::finish).
     fn next(&mut self, stop: &Stop) -> Result<usize, HooksError> {
         self.grant(stop)?;
         loop {
@@ -242,7 +242,7 @@ impl StreamReceiver {
         Ok(count)
     }
 
-    /// Waits for the next request of a round. It counts as dealt with at [`done`](Self::done).
+    /// Waits for the next request of a round. It counts as processed at [`done`](Self::done).
     pub(crate) fn request(&mut self, stop: &Stop) -> Result<(usize, Message<'static>), HooksError> {
         if let Some((slot, at)) = self.current.take() {
             if let Message::Stream(bytes) = Message::decode(self.channel.received(slot))? {
@@ -271,7 +271,7 @@ impl StreamReceiver {
         self.finish(slot)
     }
 
-    /// Tells the sender that everything was read.
+    /// Sends Done to the sender: everything was read.
     pub(crate) fn say_done(&mut self, stop: &Stop) -> Result<(), HooksError> {
         self.channel.send(&[&header(Kind::Done, 0, 1)], stop)
     }

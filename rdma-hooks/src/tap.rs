@@ -1,4 +1,4 @@
-//! A fabric around another that tells of each request before it is posted: to count them, or to end a program at one.
+//! A fabric around another that reports each request before it is posted, to count requests or to end a program at one.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,9 +14,9 @@ use crate::stop::Stop;
 /// What is about to be posted, by either end of any connection of the fabric.
 #[derive(Clone, Copy, Debug)]
 pub enum Posting<'a> {
-    /// A chain of RDMA WRITEs; probes of a quiet peer among them.
+    /// A chain of RDMA WRITEs, including probes of a quiet peer.
     Writes(&'a [WriteRequest]),
-    /// A message, in the parts it is made of. The first begins with its header.
+    /// A message, in its parts. The first begins with its header.
     Message(&'a [&'a [u8]]),
 }
 
@@ -40,7 +40,7 @@ pub struct Tapped<F> {
 }
 
 impl<F: Fabric> Tapped<F> {
-    /// `tap` is called on the thread that posts, before it posts: whatever time it takes, the migration takes too.
+    /// `tap` is called on the thread that posts, before the post: its run time adds to that of the migration.
     pub fn new(inner: F, tap: impl Fn(Posting<'_>) + Send + Sync + 'static) -> Self {
         Self { inner, tap: Arc::new(tap) }
     }

@@ -1,4 +1,4 @@
-//! What a payload must be like, and what is wrong with one that is not.
+//! Checks of a payload, and the errors for one that fails them.
 
 use super::record::{Compress, Record, be32};
 use super::{Kind, MAX_REPEAT, Message};
@@ -61,7 +61,7 @@ pub enum WireError {
         /// Fill value.
         value: u32,
     },
-    /// A piece of the byte stream without bytes, which a QEMU would wait on for ever.
+    /// A piece of the byte stream without bytes, on which a QEMU would wait for ever.
     #[error("empty piece of the byte stream")]
     EmptyStream,
 }
@@ -86,7 +86,7 @@ impl<'a> Head<'a> {
         self.payload.chunks_exact(R::BYTES).map(R::read).collect()
     }
 
-    /// As many records as fit, no rest; perhaps none.
+    /// As many records as fit, with no remaining bytes; may be none.
     pub(super) fn whole_records<R: Record>(&self) -> Result<Vec<R>, WireError> {
         if self.payload.len().is_multiple_of(R::BYTES) {
             Ok(self.records())
@@ -95,7 +95,7 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// At least one record, no rest, and not more than `repeat`.
+    /// At least one record, no remaining bytes, and not more than `repeat`.
     pub(super) fn some_records<R: Record>(&self) -> Result<Vec<R>, WireError> {
         let records = self.whole_records()?;
         let fits = !records.is_empty() && records.len() <= self.repeat as usize;

@@ -10,7 +10,8 @@ pub trait Record: Sized {
     fn write(&self, out: &mut Vec<u8>);
 }
 
-/// Asks for a key ([`Kind::RegisterRequest`](super::Kind::RegisterRequest)), or gives one back ([`Kind::UnregisterRequest`](super::Kind::UnregisterRequest)).
+/// Requests a key ([`Kind::RegisterRequest`](super::Kind::RegisterRequest)) or returns one
+/// ([`Kind::UnregisterRequest`](super::Kind::UnregisterRequest)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RegisterRecord {
     /// To register: the destination's label of the block plus the offset in the block, bytes.
@@ -18,7 +19,7 @@ pub struct RegisterRecord {
     pub key: u64,
     /// Position of the block in the announced list.
     pub block: u32,
-    /// Chunks after the first one that the key shall cover too.
+    /// Number of chunks after the first one that the key must also cover.
     pub extra_chunks: u64,
 }
 

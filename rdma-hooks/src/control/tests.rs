@@ -14,7 +14,7 @@ fn hex(text: &str) -> Vec<u8> {
     digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
 }
 
-/// Bytes recorded between real QEMUs.
+/// Bytes recorded between QEMUs.
 #[test]
 fn r01_r02_golden_bytes_encode_and_decode() {
     let register = RegisterRecord { key: 0x20_1000, block: 0, extra_chunks: 0 };
@@ -111,7 +111,7 @@ fn r31_a_truncated_batch_reply_of_a_qemu_decodes() {
 }
 
 proptest! {
-    /// Whatever decodes encodes to the same bytes, but for padding and meaningless counts.
+    /// Every message that decodes encodes to the same bytes, except for padding and unused counts.
     #[test]
     fn decode_then_encode_is_stable(bytes in prop::collection::vec(any::<u8>(), 0..120), kind in 0u32..13) {
         let mut bytes = bytes;

@@ -1,11 +1,11 @@
-//! What can go wrong on a network of queue pairs.
+//! Errors of a network of queue pairs.
 
 use std::fmt;
 use std::io;
 
 use crate::stop::Stopped;
 
-/// Why the network or the device did not do what was asked.
+/// Why the network or the device failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FabricError {
@@ -44,7 +44,7 @@ pub enum FabricError {
         #[source]
         source: io::Error,
     },
-    /// The limit on locked memory is too small to begin with.
+    /// The limit on locked memory is too small even for the first registration.
     #[error(
         "{needed} bytes are to be locked in memory, the limit is {limit}; raise it (ulimit -l, LimitMEMLOCK=, \
          memlock in limits.conf) or give the process CAP_IPC_LOCK"
@@ -61,7 +61,7 @@ pub enum FabricError {
         /// Bytes of the region.
         bytes: u64,
     },
-    /// The connection manager reported something else than what was due.
+    /// The connection manager reported another event than the expected one.
     #[error("waiting for {wanted}, the connection manager reported {got} (status {status}); {remedy}")]
     Event {
         /// The step under way.

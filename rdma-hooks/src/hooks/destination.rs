@@ -1,4 +1,4 @@
-//! The destination's hooks: keys are granted, ranges zeroed, the byte stream arrives.
+//! The destination's hooks: they grant keys, zero ranges and receive the byte stream.
 
 mod grants;
 mod silence;
@@ -21,12 +21,12 @@ use crate::stop::Stop;
 use crate::stream::StreamReceiver;
 use grants::{Grants, mark};
 
-/// How long the source may take for its additional queue pairs.
+/// How long the source may take to open its additional queue pairs.
 const QUEUES_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the connection is kept for the source's last acknowledgement.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Registered bytes a source may hold keys for, as a multiple of the announced RAM. Spans that grow into each other
-/// cost at most twice the RAM; a source beyond this is asking for the same memory again and again.
+/// cost at most twice the RAM; a source that exceeds this requests the same memory repeatedly.
 const REGISTERED_FACTOR: u64 = 4;
 
 /// Decides about a peer by its address.
@@ -37,14 +37,14 @@ pub type PeerFilter = Arc<dyn Fn(SocketAddr) -> bool + Send + Sync>;
 pub struct DestinationConfig {
     /// Additional queue pairs a source of this crate may have.
     pub data_queues: u16,
-    /// Messages a source of this crate may have on the way; 0 and 1 mean one.
+    /// Messages that a source of this crate may have in flight; 0 and 1 mean one.
     pub window: u16,
-    /// Messages of a source of this crate that may hold more than QEMU's.
+    /// Messages beyond QEMU's that a source of this crate may send.
     pub features: Features,
-    /// Longest silence of a source in an open round; `None` waits as long as its NIC answers. Messages break it, and
-    /// writes too where this end's device keeps count of what it receives ([`Endpoint::received_mark`]). Where it does
-    /// not, a source that says that it is alive ([`Features::says_alive`]) has 8 s more, and one that does not, as a
-    /// QEMU, ten times as long.
+    /// Longest silence of a source in an open round; `None` waits as long as its NIC answers. A message ends the
+    /// silence, and so does a write if this end's device counts what it receives ([`Endpoint::received_mark`]). If the
+    /// device does not, a source that sends keepalives ([`Features::says_alive`]) has 8 s more, and a source that does
+    /// not, such as a QEMU, has ten times as long.
     ///
     /// [`Endpoint::received_mark`]: crate::fabric::Endpoint::received_mark
     pub silence: Option<Duration>,
@@ -74,8 +74,9 @@ pub struct RoundSummary {
 /// One thread drives it. The NIC writes guest memory between the hooks at any time; when
 /// [`registration_handle`](Self::registration_handle) returns, everything saved in the round is in memory.
 pub struct DestinationHooks {
-    /// Its queue pairs beside the main one receive writes, and the ends of rounds. Declared before the registrations, which
-    /// hold their domain themselves: given up, the last word leaves before the peer's writes fail for want of a key.
+    /// The additional queue pairs receive writes and the ends of rounds. They are declared before the registrations,
+    /// which keep their domain alive themselves: when the migration fails, the final ERROR is sent before the peer's
+    /// writes fail for lack of a key.
     stream: StreamReceiver,
     grants: Vec<Grants>,
     granted: Capabilities,
@@ -85,12 +86,12 @@ pub struct DestinationHooks {
     touched_bytes: Arc<AtomicU64>,
     rounds: u32,
     silence: Option<Duration>,
-    /// The devices' count of what they received, before the source could send.
+    /// The devices' count of what they had received before the source could send.
     mark: Option<u64>,
 }
 
 impl DestinationHooks {
-    /// Waits for a source. Connections that are no migration, or not admitted, are rejected, and the wait goes on.
+    /// Waits for a source. A connection that is no migration, or is not admitted, is rejected, and the wait continues.
     ///
     /// # Errors
     ///
@@ -133,7 +134,7 @@ impl DestinationHooks {
             let params = connect_params(granted.encode(), window, longest);
             let endpoint = match incoming.accept(&params, stop) {
                 Ok(endpoint) => endpoint,
-                // A stranger that connects and leaves must not end the wait for the source.
+                // A stray connection that closes must not end the wait for the source.
                 Err(error @ FabricError::Event { .. }) => {
                     tracing::warn!(?peer, error = chain(&error), "connection given up");
                     continue;
@@ -176,12 +177,12 @@ impl DestinationHooks {
         Ok(())
     }
 
-    /// What was agreed with the source.
+    /// The capabilities agreed with the source.
     pub fn granted(&self) -> &Capabilities {
         &self.granted
     }
 
-    /// Offers memory under a block's name. Before that block is announced.
+    /// Registers memory under a block's name, to be called before that block is announced.
     ///
     /// # Errors
     ///
@@ -201,7 +202,7 @@ impl DestinationHooks {
     }
 
     /// Reads at least one byte of the stream, at most what fits. Not between a round's mark and
-    /// [`registration_handle`](Self::registration_handle): there are no bytes then.
+    /// [`registration_handle`](Self::registration_handle): there are no bytes in between.
     ///
     /// # Errors
     ///
@@ -264,7 +265,7 @@ impl DestinationHooks {
         self.granted.extension.is_some_and(|extension| extension.features.zero_runs)
     }
 
-    /// The end of the round on every additional queue pair: what was written there is in memory.
+    /// Waits for the end of the round on every additional queue pair: then all their writes are in memory.
     fn wait_for_fences(&mut self, stop: &Stop) -> Result<(), HooksError> {
         for (index, channel) in self.stream.data_queues.iter_mut().enumerate() {
             channel.wait_for(stop, |channel| Ok(channel.has_arrived().then_some(())))?;
@@ -290,7 +291,7 @@ impl DestinationHooks {
         let bytes = self.blocks.announced().iter().map(|block| block.region.len()).sum();
         match self.stream.channel.endpoint().check_memory_lock(bytes) {
             Err(error) if self.granted.pin_all => return Err(error.into()),
-            // The source registers what has data, perhaps within a pin budget of its own: it may fit.
+            // The source registers only chunks that have data, perhaps within a pin budget of its own: this may fit.
             Err(error) => {
                 tracing::warn!(error = chain(&error), "the source may meet the limit in mid-migration")
             }
@@ -311,13 +312,13 @@ impl DestinationHooks {
         Ok(Message::RamBlocksResult(self.blocks.records(key)))
     }
 
-    /// Bytes of the chunks that were granted or zeroed for the first time while rounds were served, for a thread that looks
-    /// on: so far is a first round. Without chunks that were granted with the block tables (pin-all).
+    /// Bytes of the chunks that were granted or zeroed for the first time in the rounds so far. Another thread reads it
+    /// to see how far the first round is. Chunks that were granted with the block tables (pin-all) are not counted.
     pub fn touched_bytes(&self) -> &Arc<AtomicU64> {
         &self.touched_bytes
     }
 
-    /// Chunks of a block that were ever granted for writing or zeroed: nothing else can have changed.
+    /// Chunks of a block that were ever granted for writing or zeroed: no other chunk can have changed.
     pub fn touched_chunks(&self, block: u32) -> impl Iterator<Item = u64> + '_ {
         let words = self.grants.get(block as usize).map_or(&[][..], |grants| &grants.touched);
         let bits = |(word, bits): (usize, &u64)| {
@@ -327,7 +328,7 @@ impl DestinationHooks {
         words.iter().enumerate().flat_map(bits)
     }
 
-    /// Takes every key back: no write of the source lands any more. Before the guest runs here.
+    /// Revokes every key, so that no further write of the source lands. To be called before the guest runs here.
     pub fn revoke_all(&mut self) {
         for grants in &mut self.grants {
             grants.spans.clear();
@@ -336,8 +337,8 @@ impl DestinationHooks {
         self.registered_bytes = 0;
     }
 
-    /// Everything is read: takes the keys back and keeps the connection until the source closes it, at most 2 s, so
-    /// that its last message is acknowledged. True if the source closed it.
+    /// Ends the connection after everything was read: revokes the keys and waits until the source closes the
+    /// connection, at most 2 s, so that its last message is acknowledged. True if the source closed it.
     ///
     /// # Errors
     ///
@@ -354,7 +355,7 @@ impl DestinationHooks {
         Ok(parted)
     }
 
-    /// What this end did so far.
+    /// Counters of this end.
     pub fn counters(&self) -> Counters {
         let mut sum = self.stream.channel.counters;
         self.stream.data_queues.iter().for_each(|channel| sum += channel.counters);

@@ -1,4 +1,4 @@
-//! The way back: the destination's byte stream to the source, on a connection of its own.
+//! The return path: the destination's byte stream to the source, on a connection of its own.
 
 use std::time::{Duration, Instant};
 
@@ -11,8 +11,8 @@ use crate::hooks::HooksError;
 use crate::stop::{Stop, Stopped};
 use crate::stream::{StreamReceiver, StreamSender};
 
-/// A QEMU posts its first receive buffer a moment after the connection stands, and allows no second try: the first
-/// READY is sent this much later, or when its first message shows that it is there.
+/// A QEMU posts its first receive buffer shortly after the connection is established, and tolerates no retry. So the
+/// first READY is sent this much later, or when the QEMU's first message shows that the buffer is posted.
 const QEMU_SETTLES: Duration = Duration::from_millis(200);
 
 /// The source's end: reads.
@@ -21,9 +21,9 @@ pub struct ReturnReader {
     grant_from: Instant,
 }
 
-/// Messages the destination may have on the way back before the source reads any. A QEMU reads all the time, on a thread
-/// of its own; a source of this crate may be waiting for a credit to send, which the destination gives only once it has
-/// said what it has to say.
+/// Messages that the destination may have in flight on the return path before the source reads any. A QEMU reads all
+/// the time, on a thread of its own. A source of this crate may be waiting for a credit to send, which the destination
+/// grants only after it has sent its own messages.
 pub(crate) fn return_window(is_qemu: bool) -> u16 {
     if is_qemu { 1 } else { 8 }
 }
@@ -44,7 +44,7 @@ impl ReturnReader {
     ///
     /// # Errors
     ///
-    /// What the connection met; [`FabricError::Disconnected`](crate::FabricError::Disconnected) once the destination
+    /// The connection's errors; [`FabricError::Disconnected`](crate::FabricError::Disconnected) once the destination
     /// closed it and everything is read.
     pub fn read(&mut self, into: &mut [u8], stop: &Stop) -> Result<usize, HooksError> {
         while !self.stream.has_news()? && self.stream.channel.now() < self.grant_from {
@@ -55,7 +55,7 @@ impl ReturnReader {
 }
 
 impl Drop for ReturnReader {
-    /// The main connection tells how the migration went; this one just ends.
+    /// The main connection reports how the migration ended; this one is just closed.
     fn drop(&mut self) {
         self.stream.channel.leave();
     }
@@ -67,7 +67,7 @@ pub struct ReturnWriter {
 }
 
 impl ReturnWriter {
-    /// Waits for the source to open the way back. `main` is what was agreed on the main connection.
+    /// Waits for the source to open the return path. `main` holds the capabilities agreed on the main connection.
     ///
     /// # Errors
     ///
@@ -80,8 +80,8 @@ impl ReturnWriter {
         }
     }
 
-    /// Looks for the source's way back until `look` at the longest, for an embedder that reads the stream meanwhile: a
-    /// QEMU opens it before its first stream byte or never. `None` if no peer, or another one, has asked.
+    /// Waits for the source's return path until `look` at the latest, for an embedder that reads the stream meanwhile:
+    /// a QEMU opens it before its first stream byte or never. `None` if no peer, or another one, asked to connect.
     ///
     /// # Errors
     ///
@@ -99,7 +99,7 @@ impl ReturnWriter {
         }
     }
 
-    /// Connects a peer that asked for this migration's way back; anyone else is rejected.
+    /// Accepts a peer that asks for this migration's return path; rejects any other peer.
     fn answer(
         incoming: Box<dyn Incoming>,
         main: &Capabilities,
@@ -123,7 +123,7 @@ impl ReturnWriter {
         Ok(Some(Self { stream: StreamSender::new(Channel::new(endpoint), window) }))
     }
 
-    /// Appends bytes; they leave at the flush, or when 32 KiB have gathered.
+    /// Appends bytes; they are sent at the flush, or when 32 KiB have gathered.
     ///
     /// # Errors
     ///
@@ -142,8 +142,8 @@ impl ReturnWriter {
     }
 
     /// Sends the last bytes, waits until they have arrived, then for the source to close, until `stop`. True if both
-    /// happened. A source that closes at once after the last byte may cut off its acknowledgement: then nobody knows,
-    /// and the answer is false.
+    /// happened. A source that closes immediately after the last byte may lose its acknowledgement: then the outcome is
+    /// unknown, and the result is false.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! The source's hooks: pages leave, the byte stream leaves.
+//! The source's hooks: they send pages and the byte stream.
 
 mod keys;
 mod pages;
@@ -27,28 +27,28 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the destination may take to answer the second connection.
 const RETURN_PATH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest silence of a source in an open round.
+/// Interval at which the source sends keepalives in an open round.
 const SAY_ALIVE_EVERY: Duration = Duration::from_secs(1);
 
-/// What the source asks for.
+/// Configuration of the source.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
     /// Register all of RAM at both ends before the first page. Faster per page, slower to start, and all of RAM is
     /// resident at both ends.
     pub pin_all: bool,
-    /// Without pin-all: most bytes registered at a time; the longest unused are given back.
+    /// Without pin-all: maximum number of bytes registered at a time; the least recently used spans are unregistered.
     pub pin_budget_bytes: Option<u64>,
     /// Without pin-all: most chunks (of 1 MiB) per registration. A walk in address order reaches it by doubling.
     pub max_span_chunks: u64,
-    /// Zero runs from this many bytes on are told instead of written where a key is at hand. Towards a peer that takes
-    /// lists of them the floor is two pages at most.
+    /// Zero runs of at least this many bytes are sent as messages instead of written, even if a key is at hand. Towards
+    /// a peer that takes lists of zero ranges the minimum is at most two pages.
     pub zero_floor_bytes: u64,
-    /// Step in which [`PageContent::Unknown`](crate::hooks::PageContent::Unknown) is looked at.
+    /// Unit in which [`PageContent::Unknown`](crate::hooks::PageContent::Unknown) is checked for zeros.
     pub page_bytes: u64,
-    /// Offer what goes beyond QEMU: additional queue pairs and a window of credits. A QEMU ignores it.
+    /// Offer this crate's extension: additional queue pairs and a window of credits. A QEMU ignores it.
     pub extension: Option<ExtensionOffer>,
-    /// Most RAM blocks there will be: the destination's table of them must fit a buffer that is made before they are
-    /// known. Up to 1024 cost nothing.
+    /// Maximum number of RAM blocks: the destination's table of them must fit a buffer that is allocated before they
+    /// are known. Up to 1024 blocks need no larger buffer.
     pub most_blocks: usize,
     /// Keep the time each signalled write took, for [`SourceHooks::drain_latencies`].
     pub record_latencies: bool,
@@ -69,14 +69,14 @@ impl Default for SourceConfig {
     }
 }
 
-/// What goes beyond QEMU, as the source wants it.
+/// The extension that the source offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExtensionOffer {
-    /// Queue pairs for writes besides the main one.
+    /// Additional queue pairs for writes.
     pub data_queues: u16,
-    /// Messages that may be on the way at a time.
+    /// Maximum number of messages in flight.
     pub window: u16,
-    /// Messages that hold more than QEMU's.
+    /// Messages beyond QEMU's.
     pub features: Features,
     /// Random; binds the connections of this migration to each other.
     pub migration: MigrationId,
@@ -85,19 +85,19 @@ pub struct ExtensionOffer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Round {
     Closed,
-    /// The mark is on its way into the stream.
+    /// The mark was given to the embedder, which writes it into the stream.
     Marked(RamControl),
     Open(RamControl),
 }
 
 /// The source's end of a migration over RDMA.
 ///
-/// One thread drives it; it owns the byte stream too, because on this link no stream byte may pass while a round is
-/// open. Dropping it before [`finish`](Self::finish) tells the peer that this end gave up.
+/// One thread drives it. It also owns the byte stream, because no stream byte may be sent while a round is open.
+/// Dropping it before [`finish`](Self::finish) sends ERROR to the peer.
 pub struct SourceHooks {
-    /// Its queue pairs beside the main one are for writes only. Declared before the registrations, which hold their
-    /// domain themselves: a migration that is given up has writes under way, and they end with their queue pair, after its
-    /// last word has left, not with the memory under them.
+    /// The additional queue pairs are for writes only. They are declared before the registrations, which keep their
+    /// domain alive themselves: a migration that fails has writes in flight, and these must end with their queue pair,
+    /// after ERROR has been sent, not with the memory that they read.
     main: StreamSender,
     spans: SpanTable<Registration>,
     pinned: Vec<Pinned>,
@@ -185,12 +185,12 @@ impl SourceHooks {
         1 + self.main.data_queues.len()
     }
 
-    /// Opens the way back: a second connection that carries the destination's byte stream.
+    /// Opens the return path: a second connection that carries the destination's byte stream.
     ///
     /// # Errors
     ///
-    /// The fabric's; [`HooksError::Stopped`] if the destination does not answer within 5 s, as it happens when it was
-    /// not told to expect a return path.
+    /// The fabric's; [`HooksError::Stopped`] if the destination does not answer within 5 s, which happens if it is not
+    /// configured for a return path.
     pub fn open_return_path(&self, fabric: &dyn Fabric, stop: &Stop) -> Result<ReturnReader, HooksError> {
         let extension = self.granted.extension.and_then(|_| offer(&self.config, Role::ReturnPath));
         let caps = Capabilities { pin_all: self.config.pin_all, extension };
@@ -201,7 +201,8 @@ impl SourceHooks {
         ReturnReader::new(Channel::new(endpoint), is_qemu, &stop)
     }
 
-    /// Says which blocks migrate, in the order in which the stream announces them. Once, before the setup round.
+    /// Sets the blocks that migrate, in the order in which the stream announces them. To be called once, before the
+    /// setup round.
     ///
     /// # Errors
     ///
@@ -226,7 +227,7 @@ impl SourceHooks {
         Ok(())
     }
 
-    /// Appends bytes to the stream. They leave when 32 KiB have gathered, or at a flush or a round.
+    /// Appends bytes to the stream. They are sent when 32 KiB have gathered, or at a flush or a round.
     ///
     /// # Errors
     ///
@@ -251,8 +252,9 @@ impl SourceHooks {
         self.main.flush(stop)
     }
 
-    /// Hook: a round begins. The embedder writes the mark as the stream's next and last bytes; they leave with the
-    /// first page, or at [`registration_stop`](Self::registration_stop). `None` once postcopy has begun: no round.
+    /// Hook: a round begins. The embedder writes the mark as the next bytes of the stream and the last before the
+    /// round; they are sent with the first page, or at [`registration_stop`](Self::registration_stop). `None` once
+    /// postcopy has begun: no round.
     ///
     /// # Errors
     ///
@@ -271,7 +273,7 @@ impl SourceHooks {
         Ok(Some(HookMark(())))
     }
 
-    /// Sees that the mark has left before anything else of the round does.
+    /// Makes sure that the mark is sent before anything else of the round.
     fn enter_round(&mut self, stop: &Stop) -> Result<RamControl, HooksError> {
         match self.round {
             Round::Open(kind) => Ok(kind),
@@ -289,9 +291,9 @@ impl SourceHooks {
         }
     }
 
-    /// Hook: the round ends. Whatever was saved in it reaches the destination's memory before anything later does. In
-    /// the setup round the block tables are exchanged (and with pin-all everything is registered, at both ends at
-    /// once); at the end of the last round everything has taken effect.
+    /// Hook: the round ends. All pages saved in it reach the destination's memory before anything that follows. In the
+    /// setup round the block tables are exchanged (and with pin-all everything is registered, at both ends at once). At
+    /// the end of the last round all writes have taken effect.
     ///
     /// # Errors
     ///
@@ -320,7 +322,7 @@ impl SourceHooks {
         Ok(())
     }
 
-    /// Looks what has arrived at the destination, without waiting. All saves up to the ticket have.
+    /// Returns the ticket up to which all saves have arrived at the destination; does not wait.
     ///
     /// # Errors
     ///
@@ -328,7 +330,7 @@ impl SourceHooks {
     pub fn collect(&mut self) -> Result<Ticket, HooksError> {
         self.ring()?;
         if !self.pump()? {
-            // An embedder that holds pages back looks in here, and nothing else tells the time then.
+            // An embedder that holds pages back calls this repeatedly, and nothing else reads the clock meanwhile.
             self.main.channel.check_clock();
             self.say_alive()?;
         }
@@ -345,8 +347,8 @@ impl SourceHooks {
         self.main.channel.room() > 1 && self.main.data_queues.iter().all(|channel| channel.room() > 1)
     }
 
-    /// Waits until all saves up to `ticket` have arrived; what was saved later stays on its way. An embedder that
-    /// bounds what is in flight by it measures how fast pages really leave.
+    /// Waits until all saves up to `ticket` have arrived; later saves stay in flight. An embedder that bounds the bytes
+    /// in flight this way measures the real rate of the pages.
     ///
     /// # Errors
     ///
@@ -381,8 +383,8 @@ impl SourceHooks {
     ///
     /// # Errors
     ///
-    /// [`HooksError::OutOfOrder`] while a round is open; what draining meets: a write after the destination discards
-    /// pages would land in memory that is no longer the guest's.
+    /// [`HooksError::OutOfOrder`] while a round is open; draining's errors: a write that arrived after the destination
+    /// discarded pages would land in memory that is no longer the guest's.
     pub fn begin_postcopy(&mut self, stop: &Stop) -> Result<(), HooksError> {
         if self.round != Round::Closed {
             return Err(HooksError::OutOfOrder("postcopy begins between rounds"));
@@ -392,16 +394,16 @@ impl SourceHooks {
         Ok(())
     }
 
-    /// Everything is said: sends the last bytes and waits for the destination to close the connection, so that
-    /// nothing it has not read yet is lost. True if it closed within 10 s; without a return path that is the only sign
-    /// that it read everything.
+    /// Ends the stream: sends the last bytes and waits for the destination to close the connection, so that no unread
+    /// byte is lost. True if it closed within 10 s; without a return path nothing else shows that it has read
+    /// everything.
     ///
     /// # Errors
     ///
     /// What the connection met; the destination may or may not have everything.
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.drain(stop)?;
-        // The destination closes its ends once it has the last byte: ours are gone by then.
+        // The destination closes its ends after the last byte: our writes have completed by then.
         for mut channel in std::mem::take(&mut self.main.data_queues) {
             match channel.wait_for(stop, |channel| Ok(channel.is_idle().then_some(()))) {
                 Ok(()) | Err(HooksError::Fabric(FabricError::Disconnected)) => channel.leave(),
@@ -412,7 +414,7 @@ impl SourceHooks {
         self.main.wait_for(stop, |main| main.channel.is_idle().then_some(()))?;
         let stop = stop.within(self.main.channel.now(), CLOSE_TIMEOUT);
         if self.granted.extension.is_some() {
-            // The peer says when it has read everything; a QEMU only closes.
+            // A peer of this crate sends Done when it has read everything; a QEMU only closes.
             self.main.wait_for(&stop, |main| main.peer_is_done().then_some(()))?;
             self.main.channel.leave();
             return Ok(true);
@@ -422,7 +424,7 @@ impl SourceHooks {
         Ok(parted)
     }
 
-    /// What this end did so far.
+    /// Counters of this end.
     pub fn counters(&self) -> Counters {
         let mut sum = self.main.channel.counters;
         self.main.data_queues.iter().for_each(|channel| sum += channel.counters);

@@ -1,4 +1,4 @@
-//! A fabric inside one process, for tests: virtual time, seeded delays, seeded faults.
+//! A fabric inside one process for tests, with virtual time, seeded delays and seeded faults.
 //!
 //! Two (or more) threads run real hooks over simulated queue pairs. Virtual time stands still while any of them runs
 //! and moves to the next event when all of them wait, so a seed gives the same history every time. Deliveries keep
@@ -39,12 +39,12 @@ pub enum Host {
 /// Something that goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The process dies when it sends its `message`-th message (from 0); the peer's host says so.
+    /// The process dies when it sends its `message`-th message (from 0); the kernel of its host disconnects.
     Killed {
         /// Messages sent before.
         message: u64,
     },
-    /// The host loses power when it sends its `message`-th message; nobody says so.
+    /// The host loses power when it sends its `message`-th message; the peer receives no disconnect.
     PowerLoss {
         /// Messages sent before.
         message: u64,
@@ -83,17 +83,17 @@ pub struct SimConfig {
     pub send_depth: usize,
     /// How long a registration takes, at the first host and at the second.
     pub registration_takes: [Duration; 2],
-    /// The devices keep count of what they receive ([`Endpoint::received_mark`]).
+    /// The devices count what they receive ([`Endpoint::received_mark`]).
     pub counts_received: bool,
-    /// Memory of the second host that cannot be made resident, as a file system with DAX has it: registering it is
-    /// refused unless it is on demand, which the device offers or not.
+    /// Memory of the second host that cannot be made resident, such as that of a file system with DAX: registering it
+    /// fails unless it is on demand, which the device may or may not offer.
     pub on_demand: OnDemand,
 }
 
-/// What there is of registrations that need not be resident.
+/// Whether memory needs on-demand registration, and whether the device offers it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnDemand {
-    /// Nobody needs them.
+    /// No memory needs them.
     #[default]
     Unneeded,
     /// The second host's memory needs them, and its device offers them.
@@ -133,7 +133,7 @@ impl Sim {
         SimFabric { shared: Arc::clone(&self.0), host }
     }
 
-    /// Registrations that exist now, on all hosts. Zero after a migration, or something leaks.
+    /// Registrations that exist now, on all hosts. A number above zero after a migration is a leak.
     pub fn live_registrations(&self) -> usize {
         self.0.lock().regions.len()
     }
@@ -143,7 +143,7 @@ impl Sim {
         self.0.lock().messages_sent(host)
     }
 
-    /// Messages that met no receive buffer. Zero, or one end broke the credit protocol.
+    /// Messages that found no receive buffer posted. A number above zero means that one end broke the credit protocol.
     pub fn unready_messages(&self) -> u64 {
         self.0.lock().unready_messages
     }
@@ -166,7 +166,7 @@ pub struct SimFabric {
     host: Host,
 }
 
-/// A thread's part in the simulation; dropping it lets time go on without the thread.
+/// A thread's participation in the simulation; when it is dropped, time advances without the thread.
 #[must_use = "the thread takes part while this lives"]
 pub struct Part {
     shared: Arc<Shared>,

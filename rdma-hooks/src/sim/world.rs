@@ -17,7 +17,7 @@ use crate::region::HostRegion;
 const RETRIES_TAKE: Duration = Duration::from_secs(2);
 /// A lost packet is sent again after this long.
 const RETRANSMIT: Duration = Duration::from_millis(4);
-/// The thread that should move time may have died: another one does it after this long by the real clock.
+/// The thread that should advance time may have died: another thread does so after this long by the real clock.
 const STALL: Duration = Duration::from_secs(3);
 pub(super) type EndpointId = usize;
 
@@ -146,7 +146,7 @@ pub(super) struct EndpointState {
     /// Requests not yet completed, oldest first: id, signalled, what.
     queue: VecDeque<(u64, bool, Operation)>,
     broken: bool,
-    /// Messages and writes that got here.
+    /// Messages and writes that have arrived.
     arrivals: u64,
     last_arrival: Duration,
     last_ack: Duration,
@@ -251,7 +251,8 @@ impl World {
         all_here && asleep == self.waiters.len() && asleep >= self.entered - self.left
     }
 
-    /// Moves time to the next event or deadline, lets all events of that moment happen, and wakes whom they concern.
+    /// Advances time to the next event or deadline, processes all events of that moment, and wakes the waiting threads
+    /// that they concern.
     fn advance(&mut self) {
         let deadline = self.waiters.iter().map(|waiter| waiter.until).min();
         let event = self.events.peek().map(|Reverse(timed)| timed.at);
@@ -284,7 +285,7 @@ impl World {
         self.events.push(Reverse(Timed { at, host, seq, event }));
     }
 
-    /// A delivery from `from`, in order behind what it sent before. `None`: lost for good.
+    /// When a delivery from `from` arrives, in order after what it sent before. `None`: lost permanently.
     fn arrival(&mut self, from: EndpointId, ack: bool) -> Option<Duration> {
         let (loss, span) = (self.config.loss_per_mille, self.config.max_delay.as_nanos() as u64 + 1);
         let now = self.now;
@@ -321,7 +322,7 @@ impl World {
         self.config.faults.iter().filter(move |(at, _)| *at == host).map(|&(_, fault)| fault)
     }
 
-    /// Everything of a host ends; its peers learn of it unless it went silently.
+    /// Everything of a host ends; its peers receive a disconnect unless it ended silently.
     fn end_host(&mut self, host: Host, silent: bool) {
         let state = self.hosts.entry(host).or_default();
         (state.dead, state.silent) = (true, silent);

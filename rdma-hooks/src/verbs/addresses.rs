@@ -1,8 +1,8 @@
 //! Which of this host's IP addresses are a device's.
 //!
-//! A GID does not tell: on InfiniBand it is made of the port's GUID, on iWARP it is a hardware address, and with RoCE it may
-//! be the address of an interface in another network namespace. The connection manager does: an id bound to an address
-//! has the device and port that connections of that address go by.
+//! A GID does not show it: on InfiniBand it is made of the port's GUID, on iWARP it is a hardware address, and with
+//! RoCE it may be the address of an interface in another network namespace. The connection manager shows it: an id
+//! bound to an address has the device and port that connections of that address use.
 //!
 //! # Source
 //!
@@ -27,8 +27,8 @@ pub(super) struct BoundAddress {
     pub(super) state: PortState,
 }
 
-/// The IP address of a device that carries traffic, an IPv4 one first, which every QEMU takes. `Err` in the answer: the
-/// names of all devices, none of which has such an address.
+/// The IP address of a device that carries traffic, preferring IPv4, which every QEMU accepts. `Err` inside the result:
+/// the names of all devices, none of which has such an address.
 ///
 /// # Errors
 ///
@@ -54,7 +54,7 @@ pub(super) fn of_port(bound: &[BoundAddress], device: &str, port: u8) -> Vec<IpA
     here.map(|bound| bound.ip).collect()
 }
 
-/// Asks no further than needed: each device that is found takes milliseconds to open.
+/// Stops at the first match: each device that is found takes milliseconds to open.
 fn first_active(
     local: Vec<IpAddr>,
     bind: impl FnMut(IpAddr) -> Result<Option<BoundAddress>, FabricError>,
@@ -73,8 +73,8 @@ fn bound(
     candidates.into_iter().filter_map(move |ip| bind(ip).transpose())
 }
 
-/// The addresses that another host may know this one by: no loopback, and no IPv6 link-local one, which names no interface
-/// by itself.
+/// The addresses by which another host may reach this one: no loopback, and no IPv6 link-local address, which does not
+/// identify an interface by itself.
 fn candidates(mut local: Vec<IpAddr>) -> Vec<IpAddr> {
     local.retain(|ip| match ip.to_canonical() {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_unspecified(),
@@ -87,7 +87,7 @@ fn candidates(mut local: Vec<IpAddr>) -> Vec<IpAddr> {
     local
 }
 
-/// Binds an id of its own to the address: one that failed to bind keeps the interface it was tried with.
+/// Binds a new id to the address: an id that failed to bind keeps the interface of that attempt.
 fn bind(ip: IpAddr) -> Result<Option<BoundAddress>, FabricError> {
     let id = Id::new()?;
     if let Err(error) = id.bind(SocketAddr::new(ip, 0)) {
@@ -100,7 +100,7 @@ fn bind(ip: IpAddr) -> Result<Option<BoundAddress>, FabricError> {
     // SAFETY: the id is alive, so its context is open; a context has a device.
     let device = std::ptr::NonNull::new(unsafe { context.as_ref().device });
     let device = device.map(device_name).unwrap_or_default();
-    // A device that does not answer hides no other.
+    // A device whose query fails must not hide the others.
     Ok(port_state(context, port).ok().map(|state| BoundAddress { ip, device, port, state }))
 }
 
@@ -150,8 +150,8 @@ mod tests {
 
     use super::*;
 
-    /// What the kernel's connection manager answers on a host with a device of each kind: an IPoIB interface's address and
-    /// an iWARP interface's, neither of which is a GID, and a soft-RoCE one's.
+    /// The connection manager's answers on a host with a device of each kind: the addresses of an IPoIB and of an iWARP
+    /// interface, neither of which is a GID, and that of a soft-RoCE interface.
     const HOST: [(&str, &str, u8, PortState); 6] = [
         ("10.3.0.1", "mlx5_0", 2, PortState::Inactive(1)),
         ("fd01::1", "mlx5_0", 1, PortState::Active),

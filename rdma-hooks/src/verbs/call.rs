@@ -4,8 +4,8 @@ use std::io;
 
 use crate::fabric::FabricError;
 
-/// Turns a return value into a result. The libraries know three dialects: 0 or -1 with `errno`, 0 or a positive errno,
-/// and (where a library or function is missing) a negative errno.
+/// Turns a return value into a result. The libraries use three conventions: 0 or -1 with `errno`, 0 or a positive
+/// errno, and (where a library or function is missing) a negative errno.
 pub(super) fn check(returned: i32, verb: &'static str) -> Result<(), FabricError> {
     match returned {
         0 => Ok(()),
@@ -24,7 +24,7 @@ pub(super) fn check_ptr<T: ?Sized>(
 
 fn failed(verb: &'static str, source: io::Error) -> FabricError {
     let remedy = match source.raw_os_error() {
-        // The library is there, and asked all devices.
+        // The library is present and has queried all devices.
         Some(libc::ENODEV) if verb.starts_with("rdma_resolve") || verb.starts_with("rdma_bind") => {
             return FabricError::Unavailable {
                 what: verb,

@@ -101,7 +101,7 @@ impl Id {
             Ok(Self { id: request, channel })
         });
         if migrated.is_err() {
-            // SAFETY: nobody else knows the id; it is destroyed once.
+            // SAFETY: no other code has the id; it is destroyed once.
             let _ = unsafe { rdma_destroy_id(request.as_ptr()) };
         }
         migrated

@@ -33,7 +33,7 @@ pub enum LinkLayer {
 pub enum PortState {
     /// It does.
     Active,
-    /// It does not; the number is the state of the InfiniBand specification (1 is down).
+    /// The port is not active; the number is the state of the InfiniBand specification (1 is down).
     Inactive(u32),
 }
 
@@ -50,9 +50,9 @@ pub struct PortInfo {
     pub mtu_bytes: u32,
     /// Longest message, bytes.
     pub max_message_bytes: u32,
-    /// This host's IP addresses whose connections go by it, as the connection manager says; IPv4 ones first.
+    /// This host's IP addresses whose connections use this port, as the connection manager reports; IPv4 ones first.
     pub addresses: Vec<IpAddr>,
-    /// Its GIDs that are set, at most 16, in network byte order. Those of RoCE are IP addresses, no others.
+    /// Its GIDs that are set, at most 16, in network byte order. Only those of RoCE are IP addresses.
     pub gids: Vec<[u8; 16]>,
 }
 
@@ -71,8 +71,8 @@ pub struct DeviceInfo {
     pub max_requests: u32,
     /// Most queue pairs.
     pub max_queue_pairs: u32,
-    /// Bytes that may travel inside a request, of those that control messages have at most; 0: none. Saves the device a
-    /// read of memory for each.
+    /// Maximum number of bytes inside a request, up to the longest control message; 0: none. It saves the device a read
+    /// of memory for each.
     pub max_inline_bytes: u32,
     /// Registered memory need not be resident (on-demand paging) for RDMA WRITE on reliable connections.
     pub on_demand: bool,
@@ -185,7 +185,7 @@ impl OpenDevice {
         })
     }
 
-    /// A device tells only of a queue pair that is there: one is made and let go of.
+    /// A device reports this only for an existing queue pair, so one is created and destroyed.
     fn inline_limit(&self) -> Option<u32> {
         // SAFETY: the context is open; what is made from it here is destroyed in reverse order below.
         unsafe {

@@ -16,7 +16,7 @@ use crate::fabric::chain;
 use crate::fabric::{Access, AddressBase, FabricError, Registration, register_resident_or_on_demand};
 use crate::region::HostRegion;
 
-/// Addresses that differ below this cannot name the same byte to a device.
+/// The device maps whole pages: addresses that differ in these low bits cannot name the same byte.
 const PAGE: u64 = 4096;
 
 /// A protection domain on one device, shared by the queue pairs of a migration.
@@ -66,7 +66,7 @@ impl Domain {
     ) -> Result<Registration, FabricError> {
         let bytes = region.len();
         let (address, _) = region.pinned().ok_or(FabricError::NotPinned { bytes })?;
-        // A device maps whole pages: an address of our choice must have the same place in its page.
+        // A device maps whole pages: an address of our choice must have the same offset in its page.
         let start = match base {
             AddressBase::At(start) if (start ^ address as u64).is_multiple_of(PAGE) => start,
             _ => address as u64,
@@ -78,8 +78,8 @@ impl Domain {
             }
         };
         let (mr, on_demand) = register_resident_or_on_demand(self.on_demand, |without_residence| {
-            // Soft-RoCE (6.18) looks the pages of such a registration up by their addresses in the process whatever it was
-            // given: with others it finds no page, or another.
+            // Soft-RoCE (6.18) looks up the pages of such a registration by their addresses in the process, whatever
+            // address was passed: with other addresses it finds no page, or the wrong one.
             let (start, more) = match without_residence {
                 true => (address as u64, ibv_access_flags::IBV_ACCESS_ON_DEMAND.0),
                 false => (start, 0),
@@ -133,7 +133,7 @@ impl Drop for Domain {
     }
 }
 
-/// A memory registration. Deregistered when dropped, before it lets go of the memory.
+/// A memory registration. Dropping it deregisters before the memory is released.
 #[derive(Debug)]
 pub(super) struct Mr {
     mr: NonNull<ibv_mr>,
@@ -247,8 +247,8 @@ impl Buffer {
                 at.checked_add(part.len()).is_some_and(|end| end <= self.bytes.0.len()),
                 "inside the buffer"
             );
-            // SAFETY: in bounds, as asserted; `part` is not in the buffer, which gives out no `&mut`; nobody else
-            // uses the range, by the caller's promise.
+            // SAFETY: in bounds, as asserted; `part` is not in the buffer, which gives out no `&mut`; no request uses
+            // the range, by the caller's promise.
             unsafe {
                 self.bytes.0.cast::<u8>().as_ptr().add(at).copy_from_nonoverlapping(part.as_ptr(), part.len())
             };

@@ -25,7 +25,7 @@ use crate::region::HostRegion;
 const RECEIVE: u64 = 1 << 63;
 /// Bytes of a send buffer: a full piece of the stream. Longer messages (large block tables) get one of their own.
 const SEND_BYTES: usize = STREAM_PAYLOAD_BYTES + HEADER_BYTES;
-/// Send buffers: one more than may be out, for a farewell.
+/// Send buffers: one more than the maximum number outstanding, for a final ERROR.
 const SEND_SLOTS: usize = SENDS_OUT + 1;
 
 /// What a send in flight occupies.
@@ -312,7 +312,7 @@ impl Endpoint for VerbsEndpoint {
             std::hint::spin_loop();
         }
         self.queue.arm()?;
-        // What completed before the queues were armed raises no event.
+        // Completions from before the queues were armed raise no event.
         self.poll_queues()?;
         if !self.found.is_empty() {
             return Ok(());
@@ -324,7 +324,8 @@ impl Endpoint for VerbsEndpoint {
         Ok(())
     }
 
-    /// The packet that is expected next: acknowledgements of what this end sends, probes too, do not move it.
+    /// The packet sequence number that is expected next: acknowledgements of this end's sends and probes do not change
+    /// it.
     fn received_mark(&self) -> Option<u64> {
         self.queue.expected_packet().map(u64::from)
     }

@@ -122,8 +122,8 @@ impl VerbsFabric {
     }
 }
 
-/// The kernel lets a loopback address be listened at although no device has it: nobody could ever connect. There are devices
-/// that do (siw on the loopback interface), so the way there is asked for.
+/// The kernel allows listening at a loopback address although no device has it, so that no peer could ever connect.
+/// Some devices do have one (siw on the loopback interface), so this resolves the address to find out.
 fn self_reachable(address: SocketAddr) -> Result<(), FabricError> {
     if !address.ip().to_canonical().is_loopback() {
         return Ok(());
@@ -161,7 +161,7 @@ pub(super) fn resolve_name(host: &str, port: u16, stop: &Stop) -> Result<Vec<Soc
     let (answer, answered) = channel();
     let name = host.to_owned();
     let lookup = move || {
-        // The receiver is gone if the wait was given up.
+        // The receiver is gone if the wait ended early.
         let _ = answer.send((name.as_str(), port).to_socket_addrs().map(Iterator::collect::<Vec<_>>));
     };
     std::thread::Builder::new().name("rdma-lookup".into()).spawn(lookup).map_err(no_address)?;
@@ -180,7 +180,7 @@ pub(super) fn resolve_name(host: &str, port: u16, stop: &Stop) -> Result<Vec<Soc
     }
 }
 
-/// A QEMU on Ethernet takes no IPv6 connection.
+/// Moves IPv4 addresses to the front: a QEMU on Ethernet accepts no IPv6 connection.
 fn ipv4_first(mut addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     addresses.sort_by_key(SocketAddr::is_ipv6);
     addresses

@@ -1,9 +1,9 @@
 //! A connected queue pair with one registered buffer at each end, to measure a device with.
 //!
 //! The migration's own [`Endpoint`](crate::fabric::Endpoint) writes to guest memory and never reads the peer's; its
-//! waits sleep. A measurement wants the bare verbs: WRITE, READ and SEND between two buffers, completions by polling,
-//! and a look at a byte that the peer's NIC writes. A lane has these and nothing else. Both ends trust each other: each
-//! may read and write all of the other's buffer.
+//! waits sleep. A measurement needs the bare verbs: WRITE, READ and SEND between two buffers, completions by polling,
+//! and a read of a byte that the peer's NIC writes. A lane offers only these. Both ends trust each other: each may read
+//! and write all of the other's buffer.
 //!
 //! # Source
 //!
@@ -26,7 +26,7 @@ use super::queue::Queue;
 use crate::fabric::{ConnectParams, FabricError, Operation};
 use crate::stop::Stop;
 
-/// READs of one end under way at a time.
+/// Maximum number of READs of one end in flight.
 const READS: u8 = 16;
 /// Marks the ids of receive requests.
 const RECEIVE: u64 = 1 << 63;
@@ -38,7 +38,7 @@ const DESCRIPTION: usize = 20;
 pub struct LaneParams {
     /// Bytes of the buffer.
     pub bytes: usize,
-    /// Requests that may be out at a time.
+    /// Maximum number of requests outstanding.
     pub depth: usize,
     /// Receives that may be posted at a time.
     pub receives: usize,
@@ -159,7 +159,7 @@ impl Lane {
             wr_t { rdma: rdma_t { remote_addr: self.peer.address + there as u64, rkey: self.peer.rkey } };
         (request.sg_list, request.num_sge) = (&mut list, 1);
         // SAFETY: request and list outlive the call; the bytes are inside the buffer, as asserted, which lives longer
-        // than the queue (field order). Nobody holds a reference into it, so the device may write to it.
+        // than the queue (field order). There is no reference into it, so the device may write to it.
         unsafe { self.queue.post_send(&mut request) }
     }
 

@@ -1,11 +1,11 @@
-//! How much memory the process may lock, which registering memory needs.
+//! How much memory the process may lock; registering memory needs it.
 
 use std::fs;
 
 use crate::fabric::FabricError;
 
-/// The user namespace that a machine boots in (`PROC_USER_INIT_INO` of linux/proc_ns.h). The kernel asks for
-/// CAP_IPC_LOCK there: one of another namespace, as in a container, lifts nothing.
+/// The user namespace that a machine boots in (`PROC_USER_INIT_INO` of linux/proc_ns.h). The kernel checks CAP_IPC_LOCK
+/// in this namespace: the capability in another namespace, as in a container, does not lift the limit.
 const FIRST_USER_NAMESPACE: &str = "user:[4026531837]";
 
 /// Bit of CAP_IPC_LOCK in a capability set, which lifts the limit.
@@ -34,7 +34,8 @@ impl MemoryLock {
     }
 }
 
-/// Reads the calling process's limit (`Max locked memory`) and capabilities. What cannot be read does not limit.
+/// Reads the calling process's limit (`Max locked memory`) and capabilities. A value that cannot be read counts as no
+/// limit.
 pub fn memory_lock() -> MemoryLock {
     let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -50,7 +51,7 @@ fn soft_limit(limits: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// `namespace` is empty where /proc does not tell.
+/// `namespace` is empty if /proc does not show it.
 fn is_lifted(status: &str, namespace: &str) -> bool {
     has_capability(status, CAP_IPC_LOCK) && (namespace.is_empty() || namespace == FIRST_USER_NAMESPACE)
 }

@@ -1,8 +1,8 @@
 //! The fabric over librdmacm and libibverbs, and the promise that makes memory fit for it.
 //!
-//! The libraries are loaded at run time: where they or a device are missing, [`VerbsFabric::open`] says so, and the
-//! same binary runs. This is the only module of this crate with `unsafe` code. Its types own what they name, and what
-//! they depend on is kept alive by `Arc`:
+//! The libraries are loaded at run time: if they or a device are missing, [`VerbsFabric::open`] reports it, and the
+//! same binary still runs. This is the only module of this crate with `unsafe` code. Its types own what they name, and
+//! what they depend on is kept alive by `Arc`:
 //!
 //! ```text
 //! Endpoint -> Queue (QP, CQs, buffers) -> Id (connection manager) -> EventChannel

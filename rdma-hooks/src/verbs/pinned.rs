@@ -18,7 +18,7 @@ impl PinnedSpan {
     /// As long as the [`RegionMemory`](crate::RegionMemory) that returns this span is alive:
     /// - `start..start + len` is one mapping (or several, adjacent) with read and write access;
     /// - it is not unmapped, remapped or discarded (`munmap`, `mremap`, `MADV_DONTNEED`, hole punching);
-    /// - nobody holds a Rust reference into it: the device writes to it at any time.
+    /// - there is no Rust reference into it: the device writes to it at any time.
     pub unsafe fn new(start: NonNull<u8>, len: u64) -> Self {
         Self { address: start.as_ptr() as usize, len }
     }

@@ -16,7 +16,7 @@ use super::cm::{Id, set_nonblocking};
 use super::domain::Domain;
 use crate::fabric::FabricError;
 
-/// Bytes asked for inside a request: enough for a control message, too little for stream bytes.
+/// Requested inline capacity in bytes: enough for a control message, too little for stream bytes.
 pub(super) const INLINE_BYTES: u32 = 220;
 /// Completions taken at a time.
 pub(super) const BATCH: usize = 32;
@@ -215,7 +215,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Asks for an event at the next completion. What completed before is to be polled after this call.
+    /// Asks for an event at the next completion. Completions from before must be polled after this call.
     pub(super) fn arm(&mut self) -> Result<(), FabricError> {
         self.send.arm()?;
         self.receive.arm()

@@ -44,7 +44,7 @@ impl DestinationHooks {
             let endpoint = self.stream.channel.endpoint();
             endpoint.register(region, Access::RemoteWrite, AddressBase::At(offset))
         };
-        // Key 0 means "no key" on the wire: should a device ever give it out, hold it and take the next one.
+        // Key 0 means "no key" on the wire. If a device returns it, keep that registration and make another.
         let first = register()?;
         let registration = if first.rkey == 0 { register()? } else { first };
         if registration.rkey == 0 {
@@ -60,7 +60,7 @@ impl DestinationHooks {
         Ok(registration)
     }
 
-    /// The block's position among the grants, which exist only once the tables are exchanged.
+    /// The block with this index; granted blocks exist only after the tables are exchanged.
     pub(super) fn granted_block(&self, index: u32) -> Result<&RamBlock, HooksError> {
         let block = self.blocks.get(index)?;
         match self.grants.get(index as usize) {
@@ -84,7 +84,7 @@ impl DestinationHooks {
             len: record.extra_chunks.saturating_mul(CHUNK_BYTES),
             length,
         };
-        // A span that reaches past the block is cut at its end; one whose size makes no sense is refused.
+        // A span that extends beyond the block is cut at the block's end; one with an impossible size is refused.
         let count = record.extra_chunks.checked_add(1).ok_or_else(out_of_block)?;
         let range = chunk_range(length, first, count).ok_or_else(out_of_block)?;
         let count = chunks_in(range.end) - first;
@@ -96,7 +96,7 @@ impl DestinationHooks {
         }
         let registration = self.register(&region, range.start)?;
         summary.registered_bytes += region.len();
-        // A device that cannot take an address of our choice names the bytes by their own.
+        // A device that cannot use an address of our choice uses the process's addresses.
         let block_base = registration.address.wrapping_sub(range.start);
         let rkey = registration.rkey;
         self.touch(index, length, first, count);
@@ -105,7 +105,7 @@ impl DestinationHooks {
         Ok(RegisterResult { rkey, block_base })
     }
 
-    /// A key that covers the chunks already, or was given out for the same first chunk before.
+    /// A key that already covers the chunks, or that was granted for the same first chunk before.
     pub(super) fn existing_key(&mut self, index: usize, first: u64, count: u64) -> Option<RegisterResult> {
         let grants = self.grants.get_mut(index)?;
         if let Some(whole) = &grants.whole {

@@ -7,20 +7,20 @@ use crate::control::Message;
 use crate::hooks::HooksError;
 use crate::stop::{Stop, Stopped};
 
-/// A silent source's round is looked at this many times before the source is given up, and at least so often.
+/// Number of checks of a silent source's round before the connection fails; they are also at most this far apart.
 const LOOKS: u32 = 4;
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// What may be on its way in front of a message: 8 MiB on a link of 1 MiB/s.
+/// Data that may be in flight before a message: 8 MiB on a link of 1 MiB/s.
 const ON_ITS_WAY: Duration = Duration::from_secs(8);
-/// How much longer than anyone else a source may be silent that has no word for being alive, where its writes aren't
-/// counted: its last round takes as long as its operator allows the downtime to be.
+/// Factor on the allowed silence of a source that sends no keepalives, if its writes aren't counted: its last round may
+/// take as long as the downtime limit that its operator set.
 const UNSEEN_FACTOR: u32 = 10;
-/// Slowest registration of memory that counts as going on, bytes a second.
+/// Slowest memory registration that counts as progress, in bytes a second.
 const PINNED_PER_SECOND: u64 = 128 << 20;
 
 impl DestinationHooks {
-    /// Waits for the next message of an open round. The queue pair's state says that writes arrive, which nothing else
-    /// does: probes are answered by the NIC of a source whose process is stopped.
+    /// Waits for the next message of an open round. Only the state of the queue pair shows that writes arrive: the NIC
+    /// of a source whose process is stopped still answers probes.
     pub(super) fn next_request(&mut self, stop: &Stop) -> Result<(usize, Message<'static>), HooksError> {
         let Some(silence) = self.silence else { return self.stream.request(stop) };
         let mut seen: Option<(Option<u64>, Instant)> = None;
@@ -39,27 +39,27 @@ impl DestinationHooks {
                 continue;
             }
             let silence = silence.saturating_add(self.registering());
-            // A device that has not counted the stream's messages counts nothing.
+            // A device that has not counted the stream's messages does not count.
             let after = match (mark != self.mark, self.hears_alive()) {
                 (true, _) => silence,
                 (false, true) => silence.saturating_add(ON_ITS_WAY),
                 (false, false) => silence.saturating_mul(UNSEEN_FACTOR),
             };
-            // Should this end have been stopped meanwhile, what the source said is here by now.
+            // If this end was stopped meanwhile, the source's messages have arrived by now.
             if now.saturating_duration_since(since) >= after && !self.stream.has_news()? {
                 return Err(HooksError::Silent { after });
             }
         }
     }
 
-    /// In the setup round with pin-all the source registers all its memory, and says and writes nothing meanwhile.
+    /// In the setup round with pin-all the source registers all its memory, and meanwhile sends and writes nothing.
     fn registering(&self) -> Duration {
         let everything = self.granted.pin_all && self.rounds == 1;
         let announced = self.blocks.announced().iter().filter(|_| everything);
         Duration::from_secs(announced.map(|block| block.region.len()).sum::<u64>() / PINNED_PER_SECOND)
     }
 
-    /// What the devices have received, all queue pairs together: any that moves moves the sum.
+    /// Sum over all queue pairs of what the devices have received: it changes if any of them receives.
     pub(super) fn received_mark(&self) -> Option<u64> {
         let channels = std::iter::once(&self.stream.channel).chain(&self.stream.data_queues);
         channels.map(|channel| channel.endpoint().received_mark()).sum()

@@ -1,4 +1,4 @@
-//! Keys to write with: asked for chunk by chunk, ahead of a walk, or for everything at once.
+//! Keys for writes: requested chunk by chunk, ahead of a walk, or for everything at once.
 
 use super::SourceHooks;
 use crate::blocks::{BlockError, check_records};
@@ -25,7 +25,7 @@ pub(super) struct Keys {
     pub(super) span: Option<SpanId>,
 }
 
-/// Adjacent chunks a key is wanted for.
+/// Adjacent chunks for which a key is needed.
 #[derive(Clone, Copy, Debug)]
 struct Wanted {
     block: u32,
@@ -39,7 +39,7 @@ impl Wanted {
     }
 }
 
-/// A request for keys that is on its way.
+/// A request for keys that is in flight.
 #[derive(Debug)]
 pub(super) struct Asked {
     block: u32,
@@ -54,7 +54,7 @@ impl SourceHooks {
         self.remote.get(block as usize).map_or(0, |record| record.label)
     }
 
-    /// The keys for a run inside one chunk; asks the destination if there are none yet.
+    /// The keys for a run inside one chunk; requests them from the destination if there are none yet.
     pub(super) fn keys(&mut self, run: &Run, stop: &Stop) -> Result<Keys, HooksError> {
         if let Some(pinned) = self.pinned.get(run.block as usize) {
             return Ok(Keys {
@@ -80,8 +80,9 @@ impl SourceHooks {
         })
     }
 
-    /// Says which pages will be saved next. Where the destination takes it, all keys they lack are asked for in one
-    /// message instead of one by one; otherwise, and for pages not known to be data, nothing happens.
+    /// Announces which pages will be saved next. If the destination supports it, one message requests all keys that
+    /// these pages lack, instead of one message for each. Otherwise, and for pages not known to be data, nothing
+    /// happens.
     ///
     /// # Errors
     ///
@@ -104,11 +105,11 @@ impl SourceHooks {
                 }
             }
         }
-        // One alone is asked for on demand, and a walk ahead of itself.
+        // A single key is requested on demand, and a walk requests its next span ahead.
         if wanted.len() > 1 { self.register_all(wanted, stop) } else { Ok(()) }
     }
 
-    /// Adds a chunk to what is wanted: to the last span if it is adjacent, else as a span of its own.
+    /// Adds a chunk to the wanted spans: to the last span if it is adjacent, otherwise as a new span.
     fn want(&self, wanted: &mut Vec<Wanted>, block: u32, chunk: u64) {
         let most = self.spans.max_chunks();
         if let Some(last) = wanted.last_mut().filter(|last| last.block == block) {
@@ -125,9 +126,9 @@ impl SourceHooks {
         }
     }
 
-    /// Asks for all these keys in one message. What does not fit the pin budget is left to be asked for on demand.
+    /// Requests all these keys in one message. Those that do not fit the pin budget are requested later, on demand.
     fn register_all(&mut self, mut wanted: Vec<Wanted>, stop: &Stop) -> Result<(), HooksError> {
-        // Pages out of address order may want a chunk twice.
+        // Pages out of address order may need a chunk twice.
         wanted.sort_unstable_by_key(|wanted| (wanted.block, wanted.first));
         wanted.dedup_by(|next, last| last.block == next.block && next.first < last.end());
         let mut left = self.config.pin_budget_bytes.map_or(u64::MAX, |budget| budget / 2);
@@ -145,7 +146,7 @@ impl SourceHooks {
         self.make_room(bytes, stop)?;
         let records = wanted.iter().map(|wanted| self.record(wanted)).collect();
         self.main.send(&Message::RegisterRequest(records), stop)?;
-        // This end registers while the other one does.
+        // This end registers while the peer does.
         let mut asked = Vec::with_capacity(wanted.len());
         for wanted in &wanted {
             asked.push(self.register_here(wanted)?);
@@ -174,8 +175,9 @@ impl SourceHooks {
         self.take_keys(asked, reply)
     }
 
-    /// Asks for the next span while the current one is being written, so that a walk in address order never waits for
-    /// keys. Only behind a walk that has gone on at least once, with a credit at hand and room in the pin budget.
+    /// Requests the next span while the current one is being written, so that a walk in address order never waits for
+    /// keys. It does so only after the walk has continued at least once, with a credit available and room in the pin
+    /// budget.
     pub(super) fn ask_ahead(&mut self, id: SpanId, chunk: u64, stop: &Stop) -> Result<(), HooksError> {
         let Some(span) = self.spans.get(id) else { return Ok(()) };
         let (block, next) = (span.block, span.first + span.chunks);
@@ -190,7 +192,7 @@ impl SourceHooks {
         Ok(())
     }
 
-    /// Takes in keys that were asked for ahead, if they are here.
+    /// Takes keys that were requested ahead, if they have arrived.
     pub(super) fn take_keys_ahead(&mut self) -> Result<(), HooksError> {
         if self.asked.is_some()
             && let Some(reply) = self.main.take_reply()
@@ -201,7 +203,7 @@ impl SourceHooks {
         Ok(())
     }
 
-    /// Answers come in order: one that was asked for ahead comes first.
+    /// Answers come in order: that to the request sent ahead comes first.
     fn wait_for_keys_ahead(&mut self, stop: &Stop) -> Result<(), HooksError> {
         if let Some(asked) = self.asked.take() {
             let reply = self.reply(stop)?;
@@ -213,7 +215,7 @@ impl SourceHooks {
     fn ask(&mut self, block: u32, chunk: u64, count: u64, stop: &Stop) -> Result<Asked, HooksError> {
         let wanted = Wanted { block, first: chunk, count };
         self.main.send(&Message::RegisterRequest(vec![self.record(&wanted)]), stop)?;
-        // This end registers while the other one does.
+        // This end registers while the peer does.
         self.register_here(&wanted)
     }
 
@@ -222,7 +224,7 @@ impl SourceHooks {
         RegisterRecord { key, block: wanted.block, extra_chunks: wanted.count - 1 }
     }
 
-    /// This end's registration of chunks that were asked for.
+    /// This end's registration of chunks that were requested.
     fn register_here(&mut self, wanted: &Wanted) -> Result<Asked, HooksError> {
         let &Wanted { block, first, count } = wanted;
         let ram = &self.blocks[block as usize];
@@ -257,7 +259,7 @@ impl SourceHooks {
         Ok(self.spans.insert(block, first, count, result.rkey, result.block_base, local))
     }
 
-    /// Gives registrations back until `bytes` more fit the pin budget.
+    /// Unregisters spans until `bytes` more fit the pin budget.
     fn make_room(&mut self, bytes: u64, stop: &Stop) -> Result<(), HooksError> {
         loop {
             match self.spans.victim(bytes) {

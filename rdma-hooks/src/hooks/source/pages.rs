@@ -1,4 +1,4 @@
-//! Pages on their way: merged to runs, written or told to be zero, in an order that keeps every byte right.
+//! Sending pages: merged to runs, written or reported as zero, in an order that keeps every byte correct.
 
 use std::ops::Range;
 
@@ -11,8 +11,8 @@ use crate::hooks::{BlockSpan, Delay, HooksError, PageContent, RamControl, Reason
 use crate::stop::Stop;
 
 impl SourceHooks {
-    /// Hook: pages to save. They join neighbouring ones into one write per chunk; keys are asked for on demand; zero
-    /// runs are told, not written. Waits only for keys, credits and room in the queue.
+    /// Hook: pages to save. They join neighbouring ones into one write per chunk; keys are requested on demand; zero
+    /// runs are sent as messages, not written. Waits only for keys, credits and room in the queue.
     ///
     /// The dirty log's bits of the pages must be cleared before the call, and each page comes at most once between two
     /// rounds' ends with the latest content: the device reads memory at some time after the call.
@@ -86,7 +86,7 @@ impl SourceHooks {
             if let Some(ready) = self.merger.push(run, self.zero_floor()) {
                 self.write_out(ready, stop)?;
             }
-            // Nothing can join a run that reaches its chunk's end.
+            // No later run can join a run that ends at its chunk's end.
             let full = |run: &Run| run.content == Content::Data && run.range.end.is_multiple_of(CHUNK_BYTES);
             if self.merger.pending().is_some_and(full)
                 && let Some(ready) = self.merger.take()
@@ -111,7 +111,7 @@ impl SourceHooks {
         self.tell_zero(run, stop)
     }
 
-    /// A few zeros where the key is at hand cost less as bytes than as a message.
+    /// A few zeros cost less as written bytes than as a message, if the key is at hand.
     fn is_better_written(&self, run: &Run) -> bool {
         let chunks = chunk_of(run.range.start)..=chunk_of(run.range.end - 1);
         run.len() < self.zero_floor()
@@ -153,7 +153,7 @@ impl SourceHooks {
         }
     }
 
-    /// A chunk's writes all take one queue pair, so they keep their order.
+    /// All writes to a chunk use one queue pair, so they keep their order.
     pub(super) fn queue_of(&self, block: u32, chunk: u64) -> usize {
         let queues = self.queue_pairs() as u64;
         ((chunk + u64::from(block)) % queues) as usize

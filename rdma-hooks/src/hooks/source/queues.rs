@@ -1,4 +1,4 @@
-//! The queue pairs of a source: what they have taken, finished and received.
+//! The source's queue pairs: posting, completions and received messages.
 
 use super::{Round, SAY_ALIVE_EVERY, SourceHooks};
 use crate::channel::Channel;
@@ -14,11 +14,11 @@ impl SourceHooks {
         }
     }
 
-    /// Sleeps until something happens on a queue pair; the others are looked after.
+    /// Sleeps until an event on a queue pair; polls the others.
     pub(super) fn rest(&mut self, queue: usize, stop: &Stop) -> Result<(), HooksError> {
         let now = self.channel(queue).checked_at();
         for other in (0..self.queue_pairs()).filter(|other| *other != queue) {
-            // What the main one has received is judged by the next pump.
+            // The next pump checks the messages that the main queue pair has received.
             self.channel(other).watch(now)?;
         }
         self.channel(queue).rest(stop)
@@ -29,13 +29,13 @@ impl SourceHooks {
         self.main.data_queues.iter().position(|channel| !channel.is_idle()).map_or(0, |index| index + 1)
     }
 
-    /// Hands gathered writes to the device.
+    /// Posts gathered writes to the device.
     pub(super) fn ring(&mut self) -> Result<(), HooksError> {
         self.main.channel.ring()?;
         self.main.data_queues.iter_mut().try_for_each(Channel::ring)
     }
 
-    /// Takes in completions and messages of all queue pairs; true if there were any.
+    /// Processes completions and messages of all queue pairs; true if there were any.
     pub(super) fn pump(&mut self) -> Result<bool, HooksError> {
         let mut news = self.main.pump()?;
         for channel in &mut self.main.data_queues {
@@ -51,8 +51,9 @@ impl SourceHooks {
         Ok(news)
     }
 
-    /// The destination sees nothing of a round's writes: where it asks for keepalives, one is sent when
-    /// nothing else was for a second. Without a credit it has a message to deal with, which tells as much.
+    /// The destination does not see a round's writes. If it asked for keepalives, one is sent after a second without
+    /// any other message. If there is no credit, the destination still has an unprocessed message, which shows the
+    /// same.
     pub(super) fn say_alive(&mut self) -> Result<(), HooksError> {
         let wanted = self.granted.extension.is_some_and(|extension| extension.features.says_alive);
         if !wanted || !matches!(self.round, Round::Open(_)) {

@@ -1,7 +1,8 @@
-//! Zero ranges: told one by one in QEMU's words, or in lists where the destination takes them.
+//! Zero ranges: sent one by one in QEMU's messages, or in lists if the destination supports them.
 //!
-//! Ranges gather until a credit is at hand, while pages go on being written. A list goes once the list before is dealt
-//! with, so a fast network gets short lists at once and a slow one long lists, without a timer.
+//! Ranges gather until a credit is available, while writes of pages continue. The next list is sent when the
+//! destination has processed the one before. So a fast network gets short lists immediately and a slow one gets long
+//! lists, without a timer.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -12,14 +13,14 @@ use crate::control::{Compress, Message};
 use crate::hooks::HooksError;
 use crate::stop::Stop;
 
-/// Ranges in one list. Every write is compared with all of them.
+/// Maximum number of ranges in one list. Every write is compared with all of them.
 const LIST_RANGES: usize = 256;
-/// Bytes in one list: the destination looks at them in the thread that also answers.
+/// Maximum number of bytes in one list: the destination zeroes them in the thread that also answers requests.
 const LIST_BYTES: u64 = 1 << 30;
-/// Where lists are taken, a zero page alone between data is still better written.
+/// If lists are supported, a single zero page between data still costs less if it is written.
 const LIST_FLOOR_BYTES: u64 = 8 << 10;
 
-/// A zero range the destination has not dealt with yet.
+/// A zero range that the destination has not processed yet.
 #[derive(Debug)]
 struct Zeroing {
     block: u32,
@@ -33,17 +34,17 @@ impl Zeroing {
     }
 }
 
-/// Zero ranges on their way, oldest first.
+/// Zero ranges not yet processed, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Zeros {
-    /// With the number of the message that told them.
+    /// With the number of the message that carried them.
     told: VecDeque<(u64, Zeroing)>,
     gathered: VecDeque<Zeroing>,
     gathered_bytes: u64,
 }
 
 impl Zeros {
-    /// Forgets what the destination has dealt with.
+    /// Removes the ranges that the destination has processed.
     pub(super) fn settle(&mut self, is_finished: impl Fn(u64) -> bool) {
         while self.told.front().is_some_and(|(message, _)| is_finished(*message)) {
             self.told.pop_front();
@@ -64,13 +65,13 @@ impl SourceHooks {
         self.granted.extension.is_some_and(|extension| extension.features.zero_runs)
     }
 
-    /// Bytes from which on zeros are told where they could be written.
+    /// Minimum length in bytes of a zero run that is sent as a message although it could be written.
     pub(super) fn zero_floor(&self) -> u64 {
         let floor = self.config.zero_floor_bytes;
         if self.takes_lists() { floor.min(LIST_FLOOR_BYTES) } else { floor }
     }
 
-    /// Tells the destination of a zero run, now or with the next list.
+    /// Sends a zero run to the destination, now or with the next list.
     pub(super) fn tell_zero(&mut self, run: Run, stop: &Stop) -> Result<(), HooksError> {
         self.wait_for_chunks(&run, stop)?;
         self.main.channel.counters.zero_ranges += 1;
@@ -82,7 +83,7 @@ impl SourceHooks {
         if full { self.tell_gathered(stop) } else { self.tell_gathered_at_leisure() }
     }
 
-    /// Sends what can be sent without a wait: a list once the destination has dealt with the one before, or one range.
+    /// Sends what needs no wait: a list if the destination has processed the one before, or one range.
     pub(super) fn tell_gathered_at_leisure(&mut self) -> Result<(), HooksError> {
         let may = !self.takes_lists() || self.zeros.told.is_empty();
         if may && !self.zeros.gathered.is_empty() && self.main.can_send_now() {
@@ -116,7 +117,7 @@ impl SourceHooks {
                 Message::ZeroRuns(ranges)
             }
         };
-        // They stay where a write to them is held back until they are told.
+        // Until they are sent they stay where a write to them is held back.
         let number = self.main.send(&message, stop)?;
         for zeroing in self.zeros.gathered.drain(..count) {
             self.zeros.gathered_bytes -= zeroing.range.end - zeroing.range.start;
@@ -125,7 +126,7 @@ impl SourceHooks {
         Ok(())
     }
 
-    /// The destination zeroes in its own time: a write into the same range waits until it has.
+    /// The destination zeroes asynchronously: a write into the same range waits until it has.
     pub(super) fn wait_for_zeroing(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
         if self.zeros.gathered.iter().any(|zeroing| zeroing.overlaps(run)) {
             self.tell_gathered(stop)?;
@@ -137,8 +138,8 @@ impl SourceHooks {
         Ok(())
     }
 
-    /// Writes on other queue pairs know no order with a message on the main one: before a range is zeroed, writes in
-    /// flight to its chunks complete.
+    /// Writes on other queue pairs have no order relative to a message on the main one: before a range is zeroed,
+    /// writes in flight to its chunks must complete.
     fn wait_for_chunks(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
         if self.main.data_queues.is_empty() {
             return Ok(());

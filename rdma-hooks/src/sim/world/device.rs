@@ -1,4 +1,4 @@
-//! What the simulated devices do: memory is registered, requests are posted, delivered, placed and completed.
+//! The simulated devices: registration, posting, delivery, placement and completion.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ impl World {
         (self.endpoints[id].send_depth, self.config.on_demand == OnDemand::Offered)
     }
 
-    /// A device that does not count stands still, as some do that answer even so.
+    /// The number of a device that does not count stays constant, as with some devices that still answer the query.
     pub(in crate::sim) fn received_mark(&self, id: EndpointId) -> Option<u64> {
         Some(if self.config.counts_received { self.endpoints[id].arrivals } else { 0 })
     }

@@ -1,4 +1,4 @@
-//! What happens when an event is due.
+//! Processing of an event that is due.
 
 use super::connection::{REQUEST_BYTES, padded};
 use super::{EndpointId, Event, RETRIES_TAKE, World};
@@ -87,7 +87,7 @@ impl World {
         }
     }
 
-    /// A message longer than the buffer it would go to ends both ends' queue pairs.
+    /// A message that is longer than its receive buffer ends the queue pairs of both ends.
     fn refuse_long(&mut self, to: EndpointId, from: EndpointId) {
         let (operation, status) = (Operation::Receive, CompletionStatus::LocalLength);
         self.endpoints[to].completions.push_back(Completion::Failed { operation, status, vendor: 0 });
