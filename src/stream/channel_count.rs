@@ -1,4 +1,4 @@
-//! How many page channels each of two ramwires has.
+//! Exchange of the number of page channels between two ramwires.
 
 /// A source and a destination with different numbers of page channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

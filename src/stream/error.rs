@@ -1,7 +1,7 @@
-//! What can be wrong with bytes from a peer or a file.
+//! Errors in bytes from a peer or a file.
 //!
-//! Two answers that a caller must never confuse: *more bytes are needed* ([`DecodeError::Truncated`]) and *no
-//! further byte can help* ([`DecodeError::Corrupt`]). The second says where the bytes stopped making sense.
+//! Two errors that a caller must never confuse: *more bytes are needed* ([`DecodeError::Truncated`]) and *no further
+//! byte can help* ([`DecodeError::Corrupt`]). The second gives the offset of the first invalid byte.
 
 use crate::error::Remedy;
 use crate::units::BlockOffset;
@@ -9,8 +9,8 @@ use crate::units::BlockOffset;
 /// Why bytes did not decode.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
-    /// The bytes so far are fine, but the value is not complete. Nothing was taken: call again with at least
-    /// `needed` bytes, counted from the same start. The only error that more input can cure.
+    /// The bytes so far are fine, but the value is not complete. Nothing was taken: call again with at least `needed`
+    /// bytes, counted from the same start. More input can resolve no other error.
     #[error("the stream ends inside a value: {have} bytes are here, {needed} are needed")]
     Truncated {
         /// Bytes without which decoding cannot go further, counted from the start of the input.
@@ -23,7 +23,7 @@ pub enum DecodeError {
     Corrupt(#[from] Corrupt),
 }
 
-/// A fault of a stream and where it was found.
+/// An error in a stream and its offset.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("at byte {at} ({at:#x}) of the stream: {fault}")]
 pub struct Corrupt {
@@ -35,7 +35,7 @@ pub struct Corrupt {
 }
 
 impl DecodeError {
-    /// A fault found `at` bytes from the start of the input.
+    /// A fault `at` bytes from the start of the input.
     pub(crate) fn corrupt(at: usize, fault: Fault) -> Self {
         Self::Corrupt(Corrupt { at: at as u64, fault })
     }
@@ -61,7 +61,7 @@ impl DecodeError {
         }
     }
 
-    /// What would help, where a setting does.
+    /// The remedy, if a setting helps.
     pub fn remedy(&self) -> Option<Remedy> {
         match self {
             Self::Corrupt(Corrupt { fault: Fault::TooMuchRam { .. }, .. }) => Some(Remedy::RaiseRamLimit),
@@ -70,13 +70,13 @@ impl DecodeError {
         }
     }
 
-    /// True if more input may cure it.
+    /// True if more input may resolve it.
     pub fn is_truncated(&self) -> bool {
         matches!(self, Self::Truncated { .. })
     }
 }
 
-/// What is wrong with a stream. Fields hold the facts as they were found.
+/// What is wrong with a stream. The fields hold the received values.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Fault {
@@ -136,7 +136,7 @@ pub enum Fault {
         /// The version that is read.
         supported: u32,
     },
-    /// A byte that begins no item, or an item that is not legal here.
+    /// A byte that begins no item, or an item that is not allowed here.
     #[error("byte {found:#04x} begins nothing that is legal here")]
     Item {
         /// The type byte.
@@ -158,19 +158,19 @@ pub enum Fault {
         /// Id in the footer.
         found: u32,
     },
-    /// A section goes on that never started.
+    /// A section continues that never started.
     #[error("section {id} continues but never started")]
     UnknownSection {
         /// Its id.
         id: u32,
     },
-    /// Two sections that are alive share an id.
+    /// Two open sections share an id.
     #[error("section id {id} is in use already")]
     SectionIdTaken {
         /// The id.
         id: u32,
     },
-    /// A section whose length cannot be known, since its content is not understood.
+    /// A section of unknown length, since its content is not understood.
     #[error(
         "section {idstr:?} (instance {instance}) has a format of its own and no length, so the stream cannot be \
          followed past it: remove the device or switch the feature off at the source"
@@ -195,7 +195,7 @@ pub enum Fault {
         /// Its announced length.
         len: u16,
     },
-    /// The peer answers by TLS, where nothing is encrypted.
+    /// The peer answers with TLS, but this end does not use TLS.
     #[error("the peer answers with a TLS alert, and nothing is encrypted here; {}", Remedy::AlignTls)]
     TlsAlert,
     /// A message type of the return path that does not exist.
@@ -204,7 +204,7 @@ pub enum Fault {
         /// The type word.
         number: u16,
     },
-    /// Something valid at a moment at which it is not.
+    /// A valid item at a moment at which it is not allowed.
     #[error("{what} is not legal here: {why}")]
     OutOfOrder {
         /// What came.
@@ -243,7 +243,7 @@ pub enum Fault {
         /// The byte.
         byte: u8,
     },
-    /// A block list that does not add up.
+    /// A block list whose lengths do not add up.
     #[error("block {name:?} announces {length} bytes: {why}")]
     BlockLength {
         /// Name of the block.
@@ -289,10 +289,10 @@ pub enum Fault {
         /// The highest accepted.
         limit: u64,
     },
-    /// A part of the device state or of its description that does not fit the other.
+    /// A part of the device state or of its description that contradicts the other.
     #[error("device state: {0}")]
     Device(&'static str),
-    /// A block of a mapped-ram file whose header or bitmap can't be.
+    /// A block of a mapped-ram file whose header or bitmap is impossible.
     #[error(
         "mapped-ram, block {name:?}: {field} is {value:#x}: {why}; the file is damaged, save the guest again"
     )]
@@ -306,7 +306,7 @@ pub enum Fault {
         /// Why that can't be.
         why: &'static str,
     },
-    /// A file that leaves shared blocks out in a way that nobody can read.
+    /// A file that leaves shared blocks out in a way that cannot be read.
     #[error(
         "under x-ignore-shared this mapped-ram file leaves no block out: QEMU 10.2 and older write it so that nobody can \
          read it; save the guest without x-ignore-shared, or by QEMU 11.0 or newer"

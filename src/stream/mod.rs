@@ -1,9 +1,9 @@
 //! The migration stream: bytes in, values out.
 //!
-//! No file of this room reads a socket, starts a thread or looks at a clock. Every decoder is a function from bytes
-//! to a value and the number of bytes it took, or to a [`DecodeError`], which keeps *more bytes are needed* apart
-//! from *these bytes are wrong*. Nothing is allocated by a peer's number before the bytes behind it have arrived or
-//! the number has passed a named limit.
+//! No file of this module reads a socket, starts a thread or reads a clock. Every decoder is a function from bytes to a
+//! value and the number of bytes it took, or to a [`DecodeError`], which keeps *more bytes are needed* apart from
+//! *these bytes are wrong*. No allocation follows a peer's number before the bytes that it announces have arrived or
+//! the number is checked against a named limit.
 
 pub mod channel_count;
 mod error;

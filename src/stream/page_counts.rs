@@ -7,7 +7,7 @@ use crate::observe::PageCounts;
 /// Bytes of one count on the wire.
 pub const LEN: usize = 24;
 
-/// The counts, one behind the other.
+/// The counts, one after the other.
 pub fn encode(counts: &[PageCounts]) -> Vec<u8> {
     let mut out = Vec::with_capacity(counts.len() * LEN);
     let mut writer = Writer::new(&mut out);
@@ -17,7 +17,7 @@ pub fn encode(counts: &[PageCounts]) -> Vec<u8> {
     out
 }
 
-/// The counts in `bytes`; a last one that is cut is left out.
+/// The counts in `bytes`; an incomplete last one is left out.
 pub fn decode(bytes: &[u8]) -> Vec<PageCounts> {
     let count = |bytes| {
         let mut reader = Reader::new(bytes);

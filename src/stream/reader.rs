@@ -1,8 +1,8 @@
 //! A cursor over bytes that have arrived.
 //!
-//! Reads big-endian integers and length-prefixed names. A read past the end is
-//! [`Truncated`](DecodeError::Truncated) and says how many bytes, counted from the start of the input, are needed
-//! at least; so a caller keeps its bytes, waits for that many and starts the same decode again.
+//! Reads big-endian integers and length-prefixed names. A read past the end is [`Truncated`](DecodeError::Truncated)
+//! and gives the minimum number of bytes needed, counted from the start of the input. The caller keeps its bytes, waits
+//! for that many and starts the same decode again.
 
 use super::error::{DecodeError, Fault};
 
@@ -29,12 +29,12 @@ impl<'a> Reader<'a> {
         self.pos
     }
 
-    /// What has not been taken yet.
+    /// The bytes that have not been consumed.
     pub fn rest(&self) -> &'a [u8] {
         self.input.get(self.pos..).unwrap_or(&[])
     }
 
-    /// Takes `len` bytes. Costs nothing but the bounds check, whatever `len` is.
+    /// Takes `len` bytes. Costs only the bounds check, for any `len`.
     #[inline]
     pub fn bytes(&mut self, len: usize) -> Result<&'a [u8], DecodeError> {
         let end = self.pos.saturating_add(len);

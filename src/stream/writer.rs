@@ -2,7 +2,7 @@
 
 /// An encoder at the end of a byte vector.
 ///
-/// Encoding cannot fail: names are cut to 255 bytes by their types before they come here.
+/// Encoding cannot fail: their types have already cut names to 255 bytes.
 #[derive(Debug)]
 pub struct Writer<'a> {
     out: &'a mut Vec<u8>,

@@ -1,4 +1,4 @@
-//! XBZRLE: a page as its difference to what the other side holds already.
+//! XBZRLE: a page as its difference to the content that the peer already has.
 //!
 //! ```text
 //! page   := pair+
@@ -10,7 +10,7 @@
 //!
 //! An unchanged run at the end is not encoded, an unchanged page has no encoding at all.
 
-/// Longest run that has an encoding.
+/// Longest run that can be encoded.
 pub const MAX_RUN: usize = (1 << 14) - 1;
 
 /// How an XBZRLE page breaks the rules.
@@ -29,7 +29,7 @@ pub enum XbzrleFault {
     /// A length of more than two bytes.
     #[error("a run length has more than two bytes")]
     Length,
-    /// A run that changes nothing, or skips nothing behind the first.
+    /// A run that changes nothing, or a later run that skips nothing.
     #[error("a run is empty")]
     EmptyRun,
     /// A run leaves the page.
@@ -37,7 +37,7 @@ pub enum XbzrleFault {
     Overrun,
 }
 
-/// Applies an encoding to `page`, which holds the content before.
+/// Applies an encoding to `page`, which holds the previous content.
 ///
 /// An empty `input` leaves the page as it is.
 ///
@@ -70,7 +70,7 @@ pub fn decode(mut input: &[u8], page: &mut [u8]) -> Result<(), XbzrleFault> {
     Ok(())
 }
 
-/// Two bytes must be there even where the length takes one: a run of either kind is never the last byte.
+/// Two bytes must remain even if the length takes only one: a run of either kind is never the last byte.
 fn take_length(input: &mut &[u8]) -> Result<usize, XbzrleFault> {
     let [low, high, ..] = **input else { return Err(XbzrleFault::Short) };
     let (value, used) = match (low & 0x80 != 0, high & 0x80 != 0) {
@@ -82,12 +82,12 @@ fn take_length(input: &mut &[u8]) -> Result<usize, XbzrleFault> {
     Ok(value)
 }
 
-/// What became of a page that was to be encoded.
+/// Result of encoding a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoded {
     /// Both pages are equal: nothing is to be sent.
     Unchanged,
-    /// The first so many bytes of the output are the encoding.
+    /// The encoding is this many bytes at the start of the output.
     Delta(usize),
     /// The encoding does not fit: the whole page is to be sent. The output is undefined.
     Overflow,
@@ -127,7 +127,7 @@ pub fn encode(old: &[u8], new: &[u8], out: &mut [u8]) -> Encoded {
     if used == 0 { Encoded::Unchanged } else { Encoded::Delta(used) }
 }
 
-/// Bytes at the start that are equal: lines of the cache first, in a loop that the compiler makes vectors of.
+/// Length of the equal prefix: compares cache lines first, in a loop that the compiler vectorizes.
 fn equal_run(old: &[u8], new: &[u8]) -> usize {
     let (old_lines, _) = old.as_chunks::<64>();
     let (new_lines, _) = new.as_chunks::<64>();
@@ -154,7 +154,8 @@ fn is_equal_line(old: &[u8; 64], new: &[u8; 64]) -> bool {
     old.iter().zip(new).map(differs).fold(0, |all, word| all | word) == 0
 }
 
-/// Bytes at the start that differ, found a word at a time: a word with no zero byte in `old ^ new` differs throughout.
+/// Length of the differing prefix, found a word at a time: a word with no zero byte in `old ^ new` differs in every
+/// byte.
 fn changed_run(old: &[u8], new: &[u8]) -> usize {
     const ONES: u64 = 0x0101_0101_0101_0101;
     let (old_words, _) = old.as_chunks::<8>();
@@ -162,7 +163,7 @@ fn changed_run(old: &[u8], new: &[u8]) -> usize {
     let mut at = 0;
     for (a, b) in old_words.iter().zip(new_words) {
         let word = u64::from_le_bytes(*a) ^ u64::from_le_bytes(*b);
-        // The lowest mark is that of the first zero byte; a borrow makes wrong ones above it only.
+        // The lowest mark is that of the first zero byte; a borrow can set wrong marks only above it.
         let zeros = word.wrapping_sub(ONES) & !word & (ONES << 7);
         if zeros != 0 {
             return at + first_byte(zeros);
@@ -172,12 +173,12 @@ fn changed_run(old: &[u8], new: &[u8]) -> usize {
     at + old[at..].iter().zip(&new[at..]).take_while(|(a, b)| a != b).count()
 }
 
-/// The first byte, in memory's order, of a word read as little-endian that is not zero.
+/// Index in memory of the first non-zero byte of a word that was read as little-endian.
 fn first_byte(word: u64) -> usize {
     word.trailing_zeros() as usize / 8
 }
 
-/// Writes a length into `out`, which has two bytes at least.
+/// Writes a length into `out`, which has at least two bytes.
 fn put_length(len: usize, out: &mut [u8]) -> usize {
     if len < 0x80 {
         out[0] = len as u8;

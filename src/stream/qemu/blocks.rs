@@ -1,4 +1,4 @@
-//! The list of RAM blocks behind a MEM_SIZE record.
+//! The list of RAM blocks after a MEM_SIZE record.
 //!
 //! Until the announced lengths add up to the total of the record:
 //!
@@ -9,9 +9,9 @@
 //! [mapped-ram header]         capability mapped-ram: see `mapped`
 //! ```
 //!
-//! Whether the first optional field is present is nowhere said. It need not be: behind the length stands either a
-//! power of two from 4 KiB to 1 GiB, or the length byte of the next name (never zero), or a record word, whose flag
-//! bits no such power of two has.
+//! The stream does not announce whether the first optional field is present. The next bytes show it: after the length
+//! comes either a power of two from 4 KiB to 1 GiB, or the length byte of the next name (never zero), or a record word,
+//! whose flag bits no such power of two has.
 
 use super::super::error::{DecodeError, Fault};
 use super::super::reader::Reader;
@@ -30,9 +30,9 @@ pub struct BlockAnnouncement {
     pub name: BlockName,
     /// Bytes in use, a non-zero multiple of the target page size.
     pub used_length: u64,
-    /// Page size of the memory behind it, announced where it is not the normal one and postcopy is possible.
+    /// Page size of the memory that backs it, announced if it is not the normal one and postcopy is possible.
     pub host_page: Option<PageSize>,
-    /// Where the guest sees it, announced under `x-ignore-shared`; zero for what is mapped nowhere.
+    /// Guest physical address, announced under `x-ignore-shared`; zero for a block that is not mapped.
     pub guest_addr: Option<GuestAddr>,
 }
 
@@ -51,7 +51,7 @@ pub struct ListForm {
 /// # Errors
 ///
 /// [`Fault::Name`]; [`Fault::BlockLength`] for a length of zero, above `remaining` or no multiple of the page size;
-/// [`DecodeError::Truncated`]. Duplicates are the caller's to find.
+/// [`DecodeError::Truncated`]. The caller checks for duplicates.
 pub fn decode_block(
     input: &[u8],
     form: ListForm,

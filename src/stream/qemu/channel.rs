@@ -6,14 +6,14 @@ use super::multifd::{Init, Method, Packet, Pages, decode_init, decode_packet};
 use super::packet_numbers::PacketNumbers;
 use crate::units::{BlockIndex, BlockOffset, PageSize};
 
-/// Follows one channel. The caller reads the bytes; the machine says what they are and when to stop.
+/// Parses one channel. The caller reads the bytes; the machine reports what they are and when to stop.
 ///
 /// ```text
 /// next -> Opened -> next -> Packet -> (caller takes payload bytes) payload_taken -> next -> ...
 ///                           Barrier -> (main reaches its barrier)  release       -> next -> ...
 /// ```
 ///
-/// Payload bytes never pass through here, so that they can go from the socket to guest memory.
+/// Payload bytes never pass through here, so that the caller can read them from the socket into guest memory.
 #[derive(Clone, Debug)]
 pub struct Channel {
     page: PageSize,
@@ -44,9 +44,9 @@ pub struct Plan {
     pub block: Option<BlockIndex>,
     /// Pages whose bytes follow, in that order.
     pub normal: Vec<BlockOffset>,
-    /// Pages that are to be cleared.
+    /// Pages to clear.
     pub zero: Vec<BlockOffset>,
-    /// Bytes that follow: the normal pages, as they are or compressed.
+    /// Bytes that follow: the normal pages, uncompressed or compressed.
     pub payload: u32,
 }
 
@@ -60,41 +60,40 @@ pub enum ChannelStep {
         /// Number of the channel.
         id: u8,
     },
-    /// A packet with pages: do what [`Channel::packet`] says, take its payload, then call
-    /// [`Channel::payload_taken`].
+    /// A packet with pages: process [`Channel::packet`], read its payload, then call [`Channel::payload_taken`].
     Packet {
         /// Bytes of the header, which have been taken. The payload follows.
         consumed: usize,
     },
-    /// Stop reading until all channels stand at a barrier and main has reached its own; then call
-    /// [`Channel::release`]. Told again until then.
+    /// Stop reading until all channels are at a barrier and the main channel has reached its own; then call
+    /// [`Channel::release`]. Returned again until then.
     Barrier {
         /// Bytes taken.
         consumed: usize,
     },
-    /// The input holds the beginning of a packet only.
+    /// The input holds only the beginning of a packet.
     NeedMore {
-        /// Bytes taken and remembered: empty packets.
+        /// Bytes that were consumed: empty packets.
         consumed: usize,
-        /// Bytes that are needed, counted behind those consumed.
+        /// Bytes that are needed, counted after those consumed.
         needed: usize,
     },
 }
 
 impl Channel {
-    /// A channel in front of its first byte; `uuid` and `channels` are as for [`decode_init`].
+    /// A channel before its first byte; `uuid` and `channels` are as for [`decode_init`].
     pub fn new(page: PageSize, method: Method, uuid: Option<[u8; 16]>, channels: u8) -> Self {
         let (state, plan, numbers) = (State::Init, Plan::default(), PacketNumbers::default());
         Self { page, method, uuid, channels, state, position: 0, id: None, barriers: 0, numbers, plan }
     }
 
     /// Takes the next packet's header from `input`, which begins at the first byte that was not consumed. Empty
-    /// packets, which old senders leave behind, are passed over.
+    /// packets, which old senders send, are skipped.
     ///
     /// # Errors
     ///
-    /// Only [`DecodeError::Corrupt`], with the offset from the start of the channel. One broken channel breaks the
-    /// whole migration: the caller must stop the others, too.
+    /// Only [`DecodeError::Corrupt`], with the offset from the start of the channel. If one channel fails, the whole
+    /// migration fails: the caller must stop the others, too.
     pub fn next(&mut self, input: &[u8], blocks: &AnnouncedBlocks) -> Result<ChannelStep, DecodeError> {
         let mut consumed = 0;
         loop {
@@ -178,12 +177,12 @@ impl Channel {
         Ok(())
     }
 
-    /// What the last packet asks for.
+    /// Pages and payload of the last packet.
     pub fn packet(&self) -> &Plan {
         &self.plan
     }
 
-    /// The payload of the last packet has been read. Does nothing at any other moment.
+    /// The payload of the last packet has been read. Does nothing in any other state.
     pub fn payload_taken(&mut self) {
         if let State::Payload { then_sync } = self.state {
             self.position += u64::from(self.plan.payload);
@@ -191,7 +190,7 @@ impl Channel {
         }
     }
 
-    /// All channels and main stood at the barrier. Does nothing at any other moment.
+    /// All channels and the main channel reached the barrier. Does nothing in any other state.
     pub fn release(&mut self) {
         if self.state == State::Barrier {
             self.barriers += 1;
@@ -199,22 +198,22 @@ impl Channel {
         }
     }
 
-    /// Number of the channel, once it has said it.
+    /// Number of the channel, once it has arrived.
     pub fn id(&self) -> Option<u8> {
         self.id
     }
 
-    /// UUID of the VM, once the channel has said it; zero before, and if the VM has none.
+    /// UUID of the VM, once it has arrived; zero before, and if the VM has none.
     pub fn uuid(&self) -> [u8; 16] {
         self.uuid.unwrap_or_default()
     }
 
-    /// Barriers that are behind it.
+    /// Number of barriers that the channel has passed.
     pub fn barriers(&self) -> u64 {
         self.barriers
     }
 
-    /// Numbers of the packets that have come since the last call.
+    /// Numbers of the packets that have arrived since the last call.
     pub fn take_numbers(&mut self) -> PacketNumbers {
         std::mem::take(&mut self.numbers)
     }
@@ -279,7 +278,7 @@ mod tests {
         assert_eq!(channel.next(&sync(), &blocks()), Ok(ChannelStep::Barrier { consumed: 1344 }));
         assert_eq!(channel.next(&pages("pc.ram", &[0]), &blocks()), Ok(ChannelStep::Barrier { consumed: 0 }));
         channel.release();
-        // SYNC on a packet with pages: pages first. Then an empty packet with stale values.
+        // SYNC on a packet with pages: the pages come first. Then an empty packet with stale values.
         let mut both = pages("pc.ram", &[0x3000, 0]);
         both[11] |= 1;
         assert_eq!(channel.next(&both, &blocks()), Ok(ChannelStep::Packet { consumed: 1344 }));

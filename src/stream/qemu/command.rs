@@ -1,7 +1,7 @@
-//! Commands: short orders to the destination, between the sections.
+//! Commands to the destination, between the sections.
 //!
-//! `08, be16 number, be16 length, body`. A command has no section id and no footer. Numbers and body lengths are
-//! fixed; a receiver refuses any other.
+//! `08, be16 number, be16 length, body`. A command has no section id and no footer. Numbers and body lengths are fixed;
+//! a receiver refuses any others.
 //!
 //! To add a command: a variant, its number in `number`, its body in `encode` and in `decode_body`.
 
@@ -11,9 +11,9 @@ use super::super::reader::Reader;
 use super::super::writer::Writer;
 use super::section::COMMAND;
 
-/// Most ranges a sender puts into one discard command.
+/// Maximum number of ranges that a sender puts into one discard command.
 pub const MAX_DISCARD_RANGES: usize = 12;
-/// Bytes in front of a command's body: type byte, number and length.
+/// Bytes before a command's body: type byte, number and length.
 pub const HEAD_LEN: usize = 5;
 
 /// A command from the source.
@@ -33,13 +33,13 @@ pub enum Command<'a> {
         /// Target page size in bytes.
         target_page: u64,
     },
-    /// A second reader takes over the connection; faults may be asked for from here on.
+    /// A second reader takes over the connection; from here on the destination may request pages.
     PostcopyListen,
     /// The guest starts at the destination.
     PostcopyRun,
-    /// Forget ranges of a block: they will be sent again.
+    /// Discard ranges of a block: they will be sent again.
     PostcopyRamDiscard(Discard<'a>),
-    /// `size` bytes follow *behind* the command: a stream of items that is to be read whole before it is acted on.
+    /// `size` bytes follow *after* the command: a stream of items that must be received whole before it is processed.
     Packaged {
         /// Length of the package in bytes.
         size: u32,
@@ -53,13 +53,13 @@ pub enum Command<'a> {
         /// Name of the block.
         block: &'a str,
     },
-    /// The VM has stopped; what follows is the last part. Only newer peers know it.
+    /// The VM has stopped; the last part follows. Only newer peers support this command.
     SwitchoverStart,
     /// Between ramwire ends only.
     Native(Order<'a>),
 }
 
-/// Ranges of one block that are to be forgotten.
+/// Ranges of one block to discard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Discard<'a> {
     block: &'a str,
@@ -101,7 +101,7 @@ impl Command<'_> {
         }
     }
 
-    /// The name QEMU's engineers know it by.
+    /// The command's name in QEMU's documentation and logs.
     pub fn name(&self) -> &'static str {
         name_of(self.number()).unwrap_or("an unnamed command")
     }
@@ -158,7 +158,7 @@ fn name<'w, 'o>(writer: &'w mut Writer<'o>, block: &str) -> &'w mut Writer<'o> {
     writer.u8(bytes.len() as u8).bytes(bytes)
 }
 
-/// Fills in the length of the command that begins at `start`. Bodies written above stay below 64 KiB.
+/// Fills in the length of the command that begins at `start`. All bodies are below 64 KiB.
 fn patch_length(out: &mut [u8], start: usize) {
     let len = (out.len() - start - HEAD_LEN) as u16;
     if let Some(field) = out.get_mut(start + 3..start + HEAD_LEN) {
@@ -217,7 +217,7 @@ fn fixed_length(number: u16) -> Option<u16> {
     }
 }
 
-/// `None` if the body does not have the form its command asks for. Everything in `body` must be used.
+/// `None` if the body does not have the form of its command. All bytes of `body` must be used.
 fn decode_body(number: u16, body: &[u8]) -> Option<Command<'_>> {
     let mut reader = Reader::new(body);
     let command = match number {

@@ -1,14 +1,14 @@
-//! Sections beside RAM whose format is known, so that the stream can be followed past them.
+//! Sections other than RAM whose format is known, so that the parser can skip them.
 //!
 //! - `.../virtio-mem-device-early`: a FULL section between `ram` START and the first page.
 //! - `dirty-bitmap`: an iterable of its own, always a list of sized chunks.
 //!
-//! Both are passed on as they came; only their lengths matter here.
+//! Both are passed on unchanged; only their lengths matter here.
 
 use super::super::error::{DecodeError, Fault};
 use super::super::reader::Reader;
 
-/// The end of the name of an early virtio-mem section; the device's path stands in front.
+/// The end of the name of an early virtio-mem section; the device's path comes before it.
 pub const VIRTIO_MEM_SUFFIX: &str = "virtio-mem-device-early";
 /// Name of the dirty-bitmap iterable.
 pub const DIRTY_BITMAP: &str = "dirty-bitmap";
@@ -27,7 +27,7 @@ pub fn is_early_virtio_mem(idstr: &str) -> bool {
     }
 }
 
-/// What an early virtio-mem section says in front of its bitmap.
+/// The fields of an early virtio-mem section before its bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioMem {
     /// Guest physical address of the region.
@@ -76,14 +76,14 @@ pub fn decode_virtio_mem(input: &[u8]) -> Result<(VirtioMem, usize), DecodeError
     Ok((mem, reader.position()))
 }
 
-/// What a chunk of a dirty-bitmap section means for the length of the section.
+/// How a chunk of a dirty-bitmap section affects the length of the section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BitmapChunk {
     /// The section's payload ends with this chunk.
     Last,
     /// Another chunk follows.
     More,
-    /// So many bytes of a bitmap follow, then another chunk, or the footer if `last`.
+    /// A bitmap of this many bytes follows, then another chunk, or the footer if `last`.
     Bits {
         /// Bytes that follow, at most [`MAX_BITMAP_BYTES`].
         len: u64,
@@ -92,7 +92,7 @@ pub enum BitmapChunk {
     },
 }
 
-/// The payload of a dirty-bitmap section that tells nothing.
+/// The payload of an empty dirty-bitmap section.
 pub const NOTHING: [u8; 1] = [EOS];
 
 const EOS: u8 = 0x01;
@@ -104,7 +104,7 @@ const COMPLETE: u8 = 0x20;
 const BITS: u8 = 0x40;
 const MORE_FLAGS: u8 = 0x80;
 
-/// Decodes the head of a chunk of a dirty-bitmap section: all of it but the bytes of a bitmap.
+/// Decodes the head of a chunk of a dirty-bitmap section: all of it except the bytes of a bitmap.
 ///
 /// ```text
 /// u8 flags: 01 last, 02 all zero, 04 bitmap name, 08 node name, 10 START, 20 COMPLETE, 40 BITS

@@ -5,7 +5,7 @@
 //! subsection := 05, u8 n, n bytes name, be32 version 1, payload
 //! ```
 //!
-//! Neither has a length or a footer; the configuration ends where no further `05 .. "configuration/` follows.
+//! Neither has a length or a footer; the configuration ends when no further `05 .. "configuration/` follows.
 
 use super::super::error::{DecodeError, Fault};
 use super::super::reader::Reader;
@@ -37,16 +37,16 @@ pub const IGNORE_SHARED: &str = "x-ignore-shared";
 /// Capability that gives every page a fixed place in a file.
 pub const MAPPED_RAM: &str = "mapped-ram";
 
-/// What the source says about its machine before anything else.
+/// What the source announces about its machine at the start of the stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Configuration {
     /// Resolved machine name, for instance `pc-i440fx-7.2`; 0 to 255 bytes.
     pub machine: String,
-    /// Size of a target page, where the source announces it. Targets with one fixed size, as x86, never do.
+    /// Size of a target page, if the source announces it. Targets with one fixed size, such as x86, never do.
     pub page_size: Option<PageSize>,
     /// Validated capabilities that are on, in stream order. Empty: no such subsection.
     pub capabilities: Vec<String>,
-    /// UUID of the VM, where capability `validate-uuid` is on.
+    /// UUID of the VM, if capability `validate-uuid` is on.
     pub uuid: Option<[u8; 16]>,
 }
 
@@ -110,8 +110,8 @@ fn clip(name: &str) -> &[u8] {
 
 /// Decodes the configuration section, from its type byte to the last subsection.
 ///
-/// Whether another subsection follows is seen from the bytes behind, so decoding asks for as much of the next item
-/// as it takes to tell them apart: at least one byte must follow the section.
+/// Only the next bytes show whether another subsection follows, so decoding needs as many bytes of the next item as
+/// distinguish the two: at least one byte must follow the section.
 ///
 /// # Errors
 ///
@@ -136,7 +136,7 @@ pub fn decode_configuration(input: &[u8]) -> Result<(Configuration, usize), Deco
     Ok((config, reader.position()))
 }
 
-/// The name of the next subsection of the configuration and where it stands; `None` if something else follows.
+/// The name of the next subsection of the configuration and its offset; `None` if something else follows.
 fn next_subsection<'a>(reader: &mut Reader<'a>) -> Result<Option<(&'a str, usize)>, DecodeError> {
     let mut peek = reader.clone();
     if peek.u8()? != SUBSECTION {

@@ -1,7 +1,7 @@
-//! mapped-ram: a file in which every page has its place.
+//! mapped-ram: a file in which every page has a fixed offset.
 //!
-//! Behind each entry of the block list stand a header of 28 bytes, a bitmap and the pages, at absolute offsets in the
-//! file; bit i of byte i/8 of the bitmap says that page i is present, absent pages are zero.
+//! After each entry of the block list come a header of 28 bytes, a bitmap and the pages, at absolute offsets in the
+//! file; bit i of byte i/8 of the bitmap is set if page i is present; absent pages are zero.
 //!
 //! ```text
 //! counted name, be64 used length [, be64 guest address]
@@ -11,7 +11,7 @@
 //! used length bytes of pages; the next entry, or what ends the list, follows at once
 //! ```
 //!
-//! Under `x-ignore-shared` a block that is not in the file has a header with both offsets zero, and nothing behind it.
+//! Under `x-ignore-shared` a block that is not in the file has a header with both offsets zero and nothing after it.
 
 use super::super::error::{DecodeError, Fault};
 use super::super::reader::Reader;
@@ -23,15 +23,15 @@ use crate::units::PageSize;
 pub const VERSION: u32 = 1;
 /// Bytes of the header.
 pub const HEADER_LEN: usize = 28;
-/// The pages of a block begin at a multiple of this in a file that is written here or by QEMU.
+/// In a file written here or by QEMU, the pages of a block begin at a multiple of this.
 pub const REGION_ALIGN: u64 = 1 << 20;
 
-/// Where the fields of the header stand in it.
+/// Offsets of the fields in the header.
 const PAGE_SIZE_AT: usize = 4;
 const BITMAP_AT: usize = 12;
 const PAGES_AT: usize = 20;
 
-/// Where the pages of a block stand in the file.
+/// The offsets of a block's pages in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MappedHeader {
     /// Target page size.
@@ -43,7 +43,7 @@ pub struct MappedHeader {
 }
 
 impl MappedHeader {
-    /// The places of a block of `length` bytes whose header ends at `here`, as QEMU gives them. `None` where numbers end.
+    /// The offsets of a block of `length` bytes whose header ends at `here`, as QEMU assigns them. `None` on overflow.
     pub fn behind(here: u64, length: u64, page_size: PageSize) -> Option<Self> {
         let bitmap_end = here.checked_add(bitmap_len(length / page_size.bytes()))?;
         let pages_offset = bitmap_end.checked_next_multiple_of(REGION_ALIGN)?;
@@ -61,12 +61,12 @@ impl MappedHeader {
         (self.bitmap_offset, self.pages_offset) == (0, 0)
     }
 
-    /// Where what follows the block begins: the end of its pages. The block has `length` bytes, its header ends at `here`,
-    /// and the file has `file_len` bytes where that is known.
+    /// Offset of the next item after the block: the end of its pages. The block has `length` bytes, its header ends at
+    /// `here`, and the file has `file_len` bytes where that is known.
     ///
     /// # Errors
-    /// [`Fault::MappedRam`] at the field that is wrong, counted from the header: a bitmap or pages that lie in front of
-    /// `here`, in each other, or outside the file.
+    /// [`Fault::MappedRam`] at the field that is wrong, counted from the header: a bitmap or pages that lie before
+    /// `here`, overlap, or lie outside the file.
     pub fn end(&self, name: &str, length: u64, here: u64, file_len: Option<u64>) -> Result<u64, DecodeError> {
         let wrong = |at, field, value, why| {
             Err(DecodeError::corrupt(at, Fault::MappedRam { name: name.into(), field, value, why }))
@@ -95,12 +95,12 @@ impl MappedHeader {
     }
 }
 
-/// Bytes of the bitmap of a block with so many pages: whole 64-bit words.
+/// Bytes of the bitmap of a block of `pages` pages: whole 64-bit words.
 pub const fn bitmap_len(pages: u64) -> u64 {
     pages.div_ceil(64).saturating_mul(8)
 }
 
-/// Decodes the header of block `name`, 28 bytes. What it says of places is for [`MappedHeader::end`] to check.
+/// Decodes the header of block `name`, 28 bytes. [`MappedHeader::end`] checks its offsets.
 ///
 /// # Errors
 ///
@@ -291,7 +291,7 @@ mod tests {
             }
         }
 
-        /// Whatever stands in a header: bitmap and pages that are accepted lie behind it, in the file, and apart.
+        /// For any header: an accepted bitmap and accepted pages lie after it, inside the file, and do not overlap.
         #[test]
         fn s70_what_is_accepted_overlaps_nothing(
             bitmap_offset in prop_oneof![any::<u64>(), 0u64..1 << 16],

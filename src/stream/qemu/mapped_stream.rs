@@ -1,7 +1,8 @@
-//! The stream of a mapped-ram file and the plain one that says the same, each from the other.
+//! Conversion between the stream of a mapped-ram file and a plain stream with the same content.
 //!
-//! In a plain stream pages come in records or on page channels; in a mapped-ram file they have places, and the block list
-//! names those. All else is alike. So a file is read as a stream whose page channels are the places, and written as one.
+//! In a plain stream pages come in records or on page channels. In a mapped-ram file pages have fixed offsets, which
+//! the block list contains. Everything else is the same. So a file is read as a plain stream whose page channels are
+//! the offsets in the file, and written in the same way.
 
 use std::io;
 
@@ -15,15 +16,15 @@ use super::ram::Record;
 use super::section::Phase;
 use crate::units::PageSize;
 
-/// Bytes that are read at once.
+/// Bytes per read.
 const READ: usize = 256 << 10;
 
-/// A RAM block and its places in the file.
+/// A RAM block and its offsets in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Places {
     /// The block, as it is announced.
     pub block: BlockAnnouncement,
-    /// Where its bitmap and its pages stand.
+    /// Offsets of its bitmap and its pages.
     pub header: MappedHeader,
 }
 
@@ -43,7 +44,7 @@ impl Places {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MappedReadError {
-    /// The stream makes no sense at an offset, which is counted from the beginning of the stream.
+    /// The stream is invalid at an offset, which is counted from the beginning of the stream.
     #[error(transparent)]
     Decode(#[from] DecodeError),
     /// It ends too early.
@@ -52,7 +53,7 @@ pub enum MappedReadError {
         /// Where, in the file.
         at: u64,
     },
-    /// It begins with zeros: the writer puts its first word in place last.
+    /// It begins with zeros: the writer writes its first word last.
     #[error("the save into it did not end: there is no whole guest in it, save the guest again")]
     NotEnded,
     /// A stream without places.
@@ -68,21 +69,21 @@ pub enum MappedReadError {
     },
 }
 
-/// A mapped-ram file as a plain stream whose pages come beside it.
+/// A mapped-ram file as a plain stream whose pages are read separately.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlainStream {
-    /// The stream: without the capability `mapped-ram`, with a plain list of blocks, and with a barrier behind that list
-    /// and, where it ends RAM by itself, in front of that end.
+    /// The stream: without the capability `mapped-ram`, with a plain list of blocks, and with a barrier after that
+    /// list. If the stream has an end of RAM, a second barrier comes before it.
     pub bytes: Vec<u8>,
     /// The blocks in the order of the list.
     pub places: Vec<Places>,
-    /// A second barrier follows in front of the end of RAM.
+    /// A second barrier comes before the end of RAM.
     pub has_end: bool,
 }
 
 impl PlainStream {
-    /// Reads the whole file but its pages: `read` fills a buffer from an offset in the file on as far as there are bytes. The
-    /// stream begins at `config.starts_at`.
+    /// Reads the whole file except its pages: `read` fills a buffer from an offset in the file, as far as the file has
+    /// bytes. The stream begins at `config.starts_at`.
     ///
     /// # Errors
     /// [`MappedReadError`].
@@ -106,7 +107,7 @@ impl PlainStream {
                     start += consumed;
                     if matches!(event, Event::MappedBlock { .. }) {
                         let skipped = usize::try_from(stream.skip_mapped()).unwrap_or(usize::MAX);
-                        // What was read of the pages is not looked at.
+                        // Bytes of the pages that were read are skipped.
                         start = start.saturating_add(skipped).min(end);
                     }
                     if made.bytes.len() > most {
@@ -145,14 +146,14 @@ fn not_ended(error: DecodeError) -> MappedReadError {
     }
 }
 
-/// A plain stream in the making.
+/// A plain stream under construction.
 #[derive(Default)]
 struct Making {
     bytes: Vec<u8>,
     places: Vec<Places>,
     is_mapped: bool,
     listed: bool,
-    /// Of the section of RAM that is open.
+    /// Phase of the open RAM section.
     phase: Option<Phase>,
     parts: u64,
     has_end: bool,
@@ -193,14 +194,14 @@ impl Making {
         Ok(())
     }
 
-    /// Bytes without an event of their own. In the list they are entries, which are written anew.
+    /// Copies bytes without an event of their own. In the list these are entries, which are written again later.
     fn quiet(&mut self, raw: &[u8]) {
         if self.listed {
             self.bytes.extend_from_slice(raw);
         }
     }
 
-    /// A PART holds nothing but its end: one of them says all that any number does.
+    /// A PART contains nothing but its end, so only the first one is kept.
     fn ram(&mut self, raw: &[u8]) {
         if self.phase != Some(Phase::Part) || self.parts == 1 {
             self.bytes.extend_from_slice(raw);
@@ -223,7 +224,7 @@ impl Making {
     }
 }
 
-/// Bytes and their place in a file.
+/// Bytes and their offset in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Piece {
     /// Offset in the file.
@@ -232,15 +233,15 @@ pub struct Piece {
     pub bytes: Vec<u8>,
 }
 
-/// Turns a plain stream into that of a mapped-ram file. Pages must not be in it, nor barriers.
+/// Converts a plain stream into that of a mapped-ram file. It must contain neither pages nor barriers.
 ///
-/// The first [`HEADER_LEN`] bytes of the file's stream are not among the pieces: they are for the writer to put in place
-/// once all others are.
+/// The first [`HEADER_LEN`] bytes of the file's stream are not among the pieces: the writer writes them after all
+/// others.
 #[derive(Debug)]
 pub struct ToMapped {
     machine: IncomingStream,
     page: PageSize,
-    /// Bytes of the plain stream that are not understood yet; unused once the blocks are listed.
+    /// Bytes of the plain stream that are not parsed yet; unused once the blocks are listed.
     unread: Vec<u8>,
     places: Option<Vec<Places>>,
     /// Where the next byte goes.
@@ -262,22 +263,22 @@ impl ToMapped {
         }
     }
 
-    /// The places of all blocks, once they have been listed.
+    /// The offsets of all blocks, once they have been listed.
     pub fn places(&self) -> Option<&[Places]> {
         self.places.as_deref()
     }
 
-    /// Where the next byte of the stream goes.
+    /// Offset of the next byte of the stream in the file.
     pub fn position(&self) -> u64 {
         self.at
     }
 
-    /// What is to be written, in no order that matters.
+    /// The pieces to write, in any order.
     pub fn take_pieces(&mut self) -> Vec<Piece> {
         std::mem::take(&mut self.pieces)
     }
 
-    /// Bytes that are to be written.
+    /// Number of bytes to write.
     pub fn len(&self) -> usize {
         self.pieces.iter().map(|piece| piece.bytes.len()).sum()
     }
@@ -308,7 +309,7 @@ impl ToMapped {
                     self.take(&event, raw).map_err(|fault| DecodeError::corrupt(0, fault).based(base))?;
                 }
                 Step::NeedMore { consumed, .. } => {
-                    // Of the list, which is written anew: its entries are known once it is whole.
+                    // Bytes of the list, which is written again: its entries are known once it is complete.
                     self.unread = unread[start + consumed..].to_vec();
                     return Ok(());
                 }

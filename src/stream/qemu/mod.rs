@@ -7,14 +7,14 @@
 //! | [`command`] | commands to the destination |
 //! | [`ram`] | records of the `ram` section |
 //! | [`blocks`] | the list of RAM blocks |
-//! | [`mapped`], [`mapped_stream`] | fixed page places in a file (mapped-ram), and the stream around them |
+//! | [`mapped`], [`mapped_stream`] | fixed page offsets in a file (mapped-ram), and the stream around them |
 //! | [`compressed`] | pages as zlib streams |
-//! | [`early`] | sections beside RAM that must be passed over |
-//! | [`tail`], [`vmdesc`], [`state`] | device sections: where they end, how they are cut, how they are kept |
-//! | [`multifd`], [`packed`], [`channel`] | packets of further channels, their compression, and one such channel |
+//! | [`early`] | sections other than RAM that must be skipped |
+//! | [`tail`], [`vmdesc`], [`state`] | device sections: where they end, how they are split and stored |
+//! | [`multifd`], [`packed`], [`channel`] | packets of the multifd channels, their compression, and one such channel |
 //! | [`package`] | the device state of a switchover to postcopy |
 //! | [`return_path`] | messages back to the source |
-//! | [`style`] | the dialects of senders |
+//! | [`style`] | differences between senders |
 //! | [`incoming`] | all of it in order: a whole stream on one channel |
 
 pub mod blocks;

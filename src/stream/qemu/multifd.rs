@@ -1,7 +1,7 @@
 //! Packets of the multifd channels.
 //!
-//! A channel begins with an initial packet of 64 bytes and goes on with packets: a header of one fixed size, then the
-//! pages it lists. All pages of a packet are of one block.
+//! A channel begins with an initial packet of 64 bytes. After it come packets: a header of fixed size, then the pages
+//! that it lists. All pages of a packet belong to one block.
 //!
 //! ```text
 //!   0 be32 magic 0x11223344        24 be64 packet number
@@ -12,8 +12,8 @@
 //!  20 be32 bytes that follow
 //! ```
 //!
-//! P is half a MiB counted in pages. Data on different channels is not ordered; a SYNC packet on each channel pairs
-//! with a barrier on the main channel. [`channel`](super::channel) follows one channel.
+//! P is the number of pages in 512 KiB. Data on different channels is not ordered; a SYNC packet on each channel pairs
+//! with a barrier on the main channel. [`channel`](super::channel) parses one channel.
 
 use super::super::error::{DecodeError, Fault};
 use super::super::reader::Reader;
@@ -26,9 +26,9 @@ pub const MAGIC: u32 = 0x1122_3344;
 pub const VERSION: u32 = 1;
 /// Bytes of the initial packet.
 pub const INIT_LEN: usize = 64;
-/// Bytes of pages that one packet lists at most.
+/// Maximum number of bytes of pages that one packet lists.
 pub const PACKET_BYTES: u64 = 512 << 10;
-/// Longest compressed payload that is read.
+/// Longest compressed payload that is accepted.
 pub const MAX_COMPRESSED: u32 = 1 << 20;
 
 const SYNC: u32 = 0x01;
@@ -38,7 +38,7 @@ const NAME_AT: usize = 64;
 const NAME_LEN: usize = 256;
 const OFFSETS_AT: usize = NAME_AT + NAME_LEN;
 
-/// How the pages of a channel are compressed. Both sides are configured alike; a packet only repeats it.
+/// How the pages of a channel are compressed. Both sides must be configured alike; a packet only repeats the setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Method {
     /// Not at all.
@@ -59,7 +59,7 @@ impl Method {
     }
 }
 
-/// What a channel says first.
+/// The initial packet of a channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Init {
     /// UUID of the VM; zero if it has none.
@@ -69,7 +69,7 @@ pub struct Init {
 }
 
 /// Decodes the initial packet, 64 bytes. `uuid` is the UUID of the local VM, zero if it has none; `None` takes any. Ids
-/// are below `channels`. That no id comes twice is the caller's to check.
+/// are below `channels`. The caller checks that no id comes twice.
 ///
 /// # Errors
 ///
@@ -113,7 +113,7 @@ fn magic(reader: &mut Reader<'_>) -> Result<(), DecodeError> {
     Ok(())
 }
 
-/// Pages that one packet lists at most: 128 of 4 KiB.
+/// Maximum number of pages that one packet lists: 128 of 4 KiB.
 pub const fn packet_pages(page: PageSize) -> u64 {
     PACKET_BYTES >> page.shift()
 }
@@ -126,7 +126,7 @@ pub const fn header_len(page: PageSize) -> usize {
 /// Header of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet<'a> {
-    /// The channel stops behind this packet until main has reached its barrier.
+    /// The channel stops after this packet until the main channel has reached its barrier.
     pub sync: bool,
     /// Counts packets over all channels: [`packet_numbers`](super::packet_numbers).
     pub number: u64,
@@ -139,7 +139,7 @@ pub struct Packet<'a> {
 pub struct Pages<'a> {
     /// Name of their block.
     pub block: &'a str,
-    /// Bytes that follow the header: the normal pages, as they are or compressed.
+    /// Bytes that follow the header: the normal pages, uncompressed or compressed.
     pub payload: u32,
     normal: &'a [[u8; 8]],
     zero: &'a [[u8; 8]],
@@ -159,11 +159,11 @@ impl<'a> Pages<'a> {
 
 /// Decodes the header of a packet: [`header_len`] bytes; [`Pages::payload`] bytes follow.
 ///
-/// In a packet without pages nothing but flags and number is looked at: old senders leave stale values in the rest.
+/// In a packet without pages only flags and number are read: old senders leave stale values in the rest.
 ///
 /// # Errors
 ///
-/// [`Fault::Multifd`] for everything the rules forbid, device-state packets included; [`Fault::Limit`] for a payload
+/// [`Fault::Multifd`] for every violation of the format, including device-state packets; [`Fault::Limit`] for a payload
 /// above [`MAX_COMPRESSED`]; [`DecodeError::Truncated`].
 pub fn decode_packet(
     input: &[u8],
@@ -208,7 +208,7 @@ pub fn decode_packet(
     Ok((packet, head.len()))
 }
 
-/// Bytes that follow a packet with `normal` pages; the announced number must fit them.
+/// Length of the payload of a packet with `normal` pages; the announced number must fit them.
 fn checked_payload(payload: u32, normal: u32, page: PageSize, method: Method) -> Result<u32, DecodeError> {
     if normal == 0 {
         return Ok(0);
@@ -229,7 +229,7 @@ fn checked_payload(payload: u32, normal: u32, page: PageSize, method: Method) ->
     Ok(payload)
 }
 
-/// The block name: up to the first NUL, of which the last byte always is one.
+/// The block name: up to the first NUL; the last byte always is one.
 fn name(head: &[u8]) -> Result<&str, DecodeError> {
     let field = head.get(NAME_AT..OFFSETS_AT - 1).unwrap_or(&[]);
     let name = field.split(|byte| *byte == 0).next().unwrap_or(&[]);
@@ -237,7 +237,7 @@ fn name(head: &[u8]) -> Result<&str, DecodeError> {
     text.ok_or_else(|| DecodeError::corrupt(NAME_AT, Fault::Name { what: "block name" }))
 }
 
-/// What a packet that is written says.
+/// Content of a packet to write.
 #[derive(Clone, Copy, Debug)]
 pub struct NewPacket<'a> {
     /// Counts packets over all channels.
@@ -248,13 +248,13 @@ pub struct NewPacket<'a> {
     pub block: &'a str,
     /// Pages whose bytes follow, at most [`packet_pages`] together with `zero`.
     pub normal: &'a [BlockOffset],
-    /// Pages that are zero. Only for peers that know them: others lose them without a word.
+    /// Pages that are zero. Only for peers that support this: others lose them silently.
     pub zero: &'a [BlockOffset],
     /// Bytes that follow.
     pub payload: u32,
 }
 
-/// Appends the header of a packet with pages. Offsets beyond [`packet_pages`] are left out, so the caller splits.
+/// Appends the header of a packet with pages. Offsets beyond [`packet_pages`] are left out, so the caller must split.
 pub fn encode_packet(packet: &NewPacket<'_>, page: PageSize, out: &mut Vec<u8>) {
     let room = packet_pages(page) as usize;
     debug_assert!(packet.normal.len() + packet.zero.len() <= room && packet.block.len() < NAME_LEN);

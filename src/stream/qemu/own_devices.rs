@@ -1,18 +1,19 @@
-//! The device state of a VMM that has no sections of its own, in a stream that nobody answers: one section, so that the
-//! stream has an end that proves itself.
+//! The device state of a VMM without QEMU device sections, for a stream without a return path: it is one section, so
+//! that the stream's end can be verified.
 
 use super::section::{
     Framing, Item, SectionName, decode_item, encode_eof, encode_full, encode_vm_description,
 };
 use super::tail::{Tail, without_devices};
 
-/// Name of the section. A QEMU knows no such device, and refuses the guest by this name.
+/// Name of the section. A QEMU has no such device, and its error for the guest gives this name.
 const OWN_DEVICES: &str = "ramwire/devices";
-/// Its id: above every id that a QEMU gives.
+/// Id of the section: above every id that a QEMU assigns.
 const OWN_DEVICES_ID: u32 = 0x5257_0002;
 
-/// What stands behind the pages for a guest whose VMM has saved `state`: the same if that is a QEMU's, whole sections with
-/// their description; a section of our own around it if it is not; of no device if it is empty. Pages have `page_size` bytes.
+/// The tail after the pages for a guest whose VMM has saved `state`. If `state` is QEMU's (complete sections with their
+/// description), the tail is `state`. If it is not, the tail wraps it in a section of our own. If it is empty, the tail
+/// has no device. Pages have `page_size` bytes.
 pub fn tail_of(state: Vec<u8>, page_size: u64, framing: Framing) -> Vec<u8> {
     if state.is_empty() {
         return without_devices(page_size);
@@ -33,7 +34,7 @@ pub fn tail_of(state: Vec<u8>, page_size: u64, framing: Framing) -> Vec<u8> {
     out
 }
 
-/// The VMM's own state in a tail that [`tail_of`] has made around it; `None` for any other tail.
+/// The VMM's own state in a tail made by [`tail_of`]; `None` for any other tail.
 pub fn own_state(tail: &[u8], framing: Framing) -> Option<&[u8]> {
     let (Item::Full(name), _) = decode_item(tail).ok()? else { return None };
     if name.idstr != OWN_DEVICES {

@@ -1,14 +1,14 @@
 //! The package of a switchover to postcopy: the device state between LISTEN and RUN.
 //!
-//! `LISTEN, device sections, PING(3) [, PING(0x42)], RUN`. The sections have no length that is known here, so the commands
-//! are found at both ends: sections never end in a command.
+//! `LISTEN, device sections, PING(3) [, PING(0x42)], RUN`. The length of the sections is unknown here, so the commands
+//! are found from both ends: sections never end in a command.
 
 use super::super::error::{DecodeError, Fault};
 use super::command::{Command, HEAD_LEN, decode_command};
 
 /// PING inside the package: all device sections have been read.
 pub const PING_LOADED: u32 = 3;
-/// PING before RUN from QEMU 10.2 on: its answer says that the destination has taken the guest.
+/// PING before RUN from QEMU 10.2 on: its answer means that the destination has taken over the guest.
 pub const PING_TAKEN: u32 = 0x42;
 
 /// A package taken apart.
@@ -16,7 +16,7 @@ pub const PING_TAKEN: u32 = 0x42;
 pub struct Package<'a> {
     /// The device sections.
     pub sections: &'a [u8],
-    /// Values of the PINGs behind them, to be answered in this order once the state is loaded.
+    /// Values of the PINGs after them, to be answered in this order once the state is loaded.
     pub pings: Vec<u32>,
 }
 

@@ -1,6 +1,7 @@
 //! The compressed payload of multifd packets: one zlib stream or one zstd frame for the life of a channel.
 //!
-//! Each packet ends with a flush, so that its pages can be had without the next one; neither stream is ever finished.
+//! Each packet ends with a flush, so that its pages can be decompressed without the next packet. The stream or frame is
+//! never finished.
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress};
 use zstd::stream::raw::{CParameter, DParameter, Decoder, Encoder, InBuffer, Operation, OutBuffer};
@@ -8,9 +9,9 @@ use zstd::stream::raw::{CParameter, DParameter, Decoder, Encoder, InBuffer, Oper
 use super::super::error::Fault;
 use super::multifd::Method;
 
-/// Largest zstd window that is accepted: what the highest level a QEMU offers (20) asks for, 32 MiB.
+/// Largest zstd window that is accepted: 32 MiB, which the highest level that QEMU offers (20) requires.
 const MAX_WINDOW_LOG: u32 = 25;
-/// Room that is made for output at a time.
+/// Bytes by which the output buffer grows at a time.
 const STEP: usize = 64 << 10;
 
 /// How a sender compresses the pages of its channels.
@@ -26,7 +27,7 @@ pub enum Packing {
 }
 
 impl Packing {
-    /// What the packets say of it.
+    /// The compression method in the packets.
     pub fn method(self) -> Method {
         match self {
             Self::Plain => Method::Plain,
@@ -46,7 +47,7 @@ impl std::fmt::Display for Packing {
     }
 }
 
-/// A packing that does not exist.
+/// An unknown compression setting.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("compression {0:?} is unknown: use none, zlib[:0 to 9] or zstd[:0 to 20]")]
 pub struct UnknownPacking(String);
@@ -54,7 +55,7 @@ pub struct UnknownPacking(String);
 impl std::str::FromStr for Packing {
     type Err = UnknownPacking;
 
-    /// `none`, `zlib`, `zstd`, with `:LEVEL` perhaps; 1 without, as QEMU's default is.
+    /// `none`, `zlib` or `zstd`, optionally with `:LEVEL`; the default level is 1, as in QEMU.
     fn from_str(text: &str) -> Result<Self, UnknownPacking> {
         let unknown = || UnknownPacking(text.to_owned());
         let (name, level) = text.split_once(':').unwrap_or((text, "1"));
@@ -84,7 +85,7 @@ impl std::fmt::Debug for PacketDeflater {
 }
 
 impl PacketDeflater {
-    /// A channel in front of its first packet.
+    /// A channel before its first packet.
     ///
     /// # Errors
     ///
@@ -97,19 +98,19 @@ impl PacketDeflater {
             }
             Packing::Zstd(level) => {
                 let mut encoder = Encoder::new(level.into())?;
-                // The header of a frame without size and checksum is what a stream's is.
+                // The header of a frame without size and checksum is the same as that of a stream.
                 encoder.set_parameter(CParameter::ChecksumFlag(false))?;
                 Deflate::Zstd(Box::new(encoder))
             }
         }))
     }
 
-    /// True if payloads go as they are.
+    /// True if payloads are not compressed.
     pub fn is_plain(&self) -> bool {
         matches!(self.0, Deflate::Plain)
     }
 
-    /// Appends the payload of a packet whose pages are `pages` to `out`; a plain one is the pages themselves.
+    /// Appends the payload of a packet whose pages are `pages` to `out`; uncompressed, it is the pages themselves.
     ///
     /// # Errors
     ///
@@ -124,7 +125,7 @@ impl PacketDeflater {
                     let taken = (stream.total_in() - begun) as usize;
                     let rest = pages.get(taken..).unwrap_or(&[]);
                     stream.compress_vec(rest, out, FlushCompress::Sync)?;
-                    // Room that is left over means that the flush is complete.
+                    // If room is left in the output, the flush is complete.
                     if stream.total_in() - begun == pages.len() as u64 && out.len() < out.capacity() {
                         break;
                     }
@@ -171,7 +172,7 @@ impl std::fmt::Debug for PacketInflater {
 }
 
 impl PacketInflater {
-    /// A channel in front of its first packet; `None` where payloads are the pages themselves.
+    /// A channel before its first packet; `None` if payloads are the pages themselves.
     ///
     /// # Errors
     ///
@@ -197,8 +198,8 @@ impl PacketInflater {
         let broken = || Fault::Multifd("the payload of a packet does not inflate");
         let size = Fault::Multifd("the payload of a packet does not give exactly its pages");
         let mut filled = 0;
-        // A byte of room behind the pages lets the decoder take the end of the packet, and shows what is too much:
-        // the decoder may hold output back until there is room, so it is asked until nothing moves.
+        // One byte of room after the pages lets the decoder process the end of the packet, and detects excess output.
+        // The decoder may hold output back until there is room, so it is called until it makes no more progress.
         let mut beyond = [0u8; 1];
         while filled <= out.len() {
             let room = out.get_mut(filled..).filter(|room| !room.is_empty()).unwrap_or(&mut beyond);
@@ -284,7 +285,7 @@ mod tests {
         }
     }
 
-    /// A whole packet of what does not compress: its end may not wait in the compressor for the next one.
+    /// A complete packet of incompressible data: its end must not wait in the compressor for the next packet.
     #[test]
     fn s47_each_packet_gives_all_its_pages_by_itself() {
         let mut noise = 1u64;
@@ -305,7 +306,7 @@ mod tests {
         }
     }
 
-    /// What would grow to gigabytes costs no more than the room its packet has.
+    /// A payload that would expand to gigabytes needs no more memory than its packet's pages.
     #[test]
     fn s48_a_bomb_fills_no_more_than_its_pages() {
         for packing in [Packing::Zlib(9), Packing::Zstd(20)] {

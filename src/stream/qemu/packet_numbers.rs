@@ -1,13 +1,14 @@
-//! Packets that must exist since others are numbered behind them.
+//! Detection of missing packets from the packet numbers.
 //!
-//! A source numbers the packets of all its page channels in one row, from 0. At a barrier it has sent all that came before
-//! on any channel. So where fewer have come than the highest number tells, there is a channel that nobody reads: its SYNC
-//! packets have numbers too. One barrier may not show it, if the highest numbers are its own; the next one does.
+//! A source numbers the packets of all its page channels in one sequence, from 0. At a barrier it has sent all earlier
+//! packets on every channel. So if fewer packets have arrived than the highest number implies, this end does not read
+//! one of the channels: that channel's SYNC packets have numbers too. One barrier may not show this, if the missing
+//! channel has the highest numbers; the next barrier does.
 //!
-//! An old QEMU (7.2) may put a SYNC on a packet with pages that has its number already. Then the packet takes the number of
-//! the SYNC, its own is never seen, and an empty packet without SYNC follows that repeats the number.
+//! An old QEMU (7.2) may put a SYNC on a packet with pages that has its number already. Then the packet gets the number
+//! of the SYNC, its own number is never sent, and an empty packet without SYNC follows that repeats the number.
 
-/// Numbers of the packets that have come.
+/// Numbers of the packets that have arrived.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PacketNumbers {
     /// Numbers that these packets have used up.
@@ -16,10 +17,10 @@ pub struct PacketNumbers {
     end: u64,
 }
 
-/// Packets that were sent and have not come.
+/// Packets that were sent but have not arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MissingPackets {
-    /// What the highest number tells.
+    /// Number of packets that the highest number implies.
     pub sent: u64,
     /// What has come.
     pub came: u64,
@@ -42,7 +43,7 @@ impl PacketNumbers {
         self.end = self.end.max(other.end);
     }
 
-    /// All channels stand at a barrier.
+    /// To be called when all channels are at a barrier.
     ///
     /// # Errors
     /// [`MissingPackets`]: there is a channel that nobody reads. A source whose numbers do not count packets is believed.
@@ -74,7 +75,7 @@ mod tests {
 
     #[test]
     fn a_sync_that_takes_the_place_of_a_number_is_no_loss() {
-        // Number 1 became 2 when the SYNC was put on its packet, and an empty packet repeats it.
+        // Number 1 became 2 when the SYNC was added to its packet, and an empty packet repeats it.
         let seen = numbers(&[(0, true, false), (2, true, true), (2, false, false)]);
         assert_eq!(seen.check(), Ok(()));
     }

@@ -1,8 +1,8 @@
 //! Records of the `ram` section.
 //!
-//! The payload of each ram section is a list of records that ends with an end-of-section record. A record begins
-//! with a big-endian word: the byte offset in the block, page aligned, and in the bits below the page size exactly
-//! one kind, perhaps with [`CONTINUE`]. Unless that is set, the name of the block follows, which becomes the current
+//! The payload of each ram section is a list of records that ends with an end-of-section record. A record begins with a
+//! big-endian word: the byte offset in the block, page aligned, and in the bits below the page size exactly one kind,
+//! optionally with [`CONTINUE`]. Unless [`CONTINUE`] is set, the name of the block follows, which becomes the current
 //! block of the channel, also for later sections.
 //!
 //! ```text
@@ -11,7 +11,7 @@
 //! 00000000_00000010                              end of section
 //! ```
 //!
-//! Decoding is the hot path of every receiver: no state, no allocation, names borrow. Encoding of a page's header
+//! Decoding is the hot path of every receiver: no state, no allocation, borrowed names. Encoding of a page's header
 //! gives 8 bytes by value, so that a sender can place thousands of them between guest pages in one vectored write.
 
 use super::super::error::{DecodeError, Fault};
@@ -25,7 +25,7 @@ pub const IDSTR: &str = "ram";
 /// Version of the section, the only one in use.
 pub const VERSION: u32 = 4;
 
-/// Record: a page of one repeated byte, which is zero.
+/// Record: a page filled with one byte, which is zero.
 pub const ZERO: u64 = 0x002;
 /// Record: the list of blocks.
 pub const MEM_SIZE: u64 = 0x004;
@@ -35,7 +35,7 @@ pub const PAGE: u64 = 0x008;
 pub const EOS: u64 = 0x010;
 /// Modifier: the current block, no name follows.
 pub const CONTINUE: u64 = 0x020;
-/// Record: a page as its difference to the page before.
+/// Record: a page as its difference to the previous content.
 pub const XBZRLE: u64 = 0x040;
 /// Record: the transport takes over (RDMA).
 pub const HOOK: u64 = 0x080;
@@ -44,18 +44,18 @@ pub const COMPRESS_PAGE: u64 = 0x100;
 /// Record: barrier of the multifd channels.
 pub const MULTIFD_FLUSH: u64 = 0x200;
 
-/// Longest record in front of its payload: word, longest name, encoding byte and length.
+/// Longest record head: word, longest name, encoding byte and length.
 pub const MAX_HEAD_LEN: usize = 8 + 1 + BlockName::MAX + 4;
 
 /// Bytes before a whole page of the block that is current.
 pub const PAGE_HEAD: usize = 8;
 
-/// What a record says, without the bytes of its page.
+/// A record, without the bytes of its page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Record<'a> {
-    /// The page's bytes follow: one page size of them.
+    /// The page's bytes follow.
     Page(PageAt<'a>),
-    /// The page is filled with one byte, by senders of today always zero.
+    /// The page is filled with one byte; current senders use only zero.
     Zero {
         /// Which page.
         at: PageAt<'a>,
@@ -83,7 +83,7 @@ pub enum Record<'a> {
     },
     /// Barrier of the multifd channels.
     MultifdFlush,
-    /// The transport's own round begins; the word's upper bits are its business.
+    /// The transport's own round begins; the transport defines the word's upper bits.
     Hook {
         /// The word without flags.
         argument: u64,
@@ -107,7 +107,7 @@ pub const fn compress_bound(page: PageSize) -> u64 {
     n + (n >> 12) + (n >> 14) + (n >> 25) + 13
 }
 
-/// Decodes the head of the next record: everything in front of a page's bytes.
+/// Decodes the head of the next record: everything before a page's bytes.
 ///
 /// Returns the record and the number of bytes it took, 8 to [`MAX_HEAD_LEN`]. The bytes that belong to it and follow
 /// are: one page for [`Record::Page`], `len` for [`Record::Xbzrle`] and [`Record::Compressed`], the block list for
@@ -202,7 +202,7 @@ pub const fn continued_zero(offset: BlockOffset) -> [u8; 9] {
 pub const EOS_RECORD: [u8; 8] = EOS.to_be_bytes();
 
 impl Record<'_> {
-    /// Appends the head of the record: all of it except the bytes of a page or the list of blocks.
+    /// Appends the head of the record: everything except the bytes of a page or the list of blocks.
     ///
     /// Offsets must be multiples of the page size; a `block` is 1 to 255 bytes, as [`BlockName`] has it.
     pub fn encode(&self, out: &mut Vec<u8>) {
@@ -326,7 +326,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever encodes decodes to itself, at every page size, and takes exactly its bytes.
+        /// Every encoded record decodes to itself, at every page size, and consumes exactly its bytes.
         #[test]
         fn heads_round_trip((name, raw, kind, len) in any_record(), shift in 10u32..=16) {
             let page = PageSize::from_bytes(1 << shift).unwrap();

@@ -1,7 +1,7 @@
 //! The return path: messages from the destination to the source.
 //!
-//! `be16 type, be16 length, body`. The bitmap of a RECV_BITMAP follows *behind* the message:
-//! `be64 size, size bytes, be64 end mark`, bit i of byte i/8 being page i.
+//! `be16 type, be16 length, body`. The bitmap of a RECV_BITMAP follows *after* the message: `be64 size, size bytes,
+//! be64 end mark`, bit i of byte i/8 being page i.
 //!
 //! To add a message: a variant, its number in `number`, its body in `encode` and in `decode_body`.
 
@@ -10,25 +10,25 @@ use super::super::native::{self, Answer};
 use super::super::reader::Reader;
 use super::super::writer::Writer;
 
-/// Longest body that is read, in bytes.
+/// Longest body that is accepted, in bytes.
 pub const MAX_BODY: u16 = 512;
-/// Stands behind a received bitmap.
+/// Follows a received bitmap.
 pub const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
-/// Bytes in front of a message's body.
+/// Bytes before a message's body.
 pub const HEAD_LEN: usize = 4;
 
 /// A message from the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Message<'a> {
-    /// The last message. `status` 0: all is loaded and the destination owns the guest; else: loading failed.
+    /// The last message. `status` 0: everything is loaded and the destination owns the guest; otherwise loading failed.
     Shut {
         /// 0 or an error.
         status: u32,
     },
     /// Answer to a PING of the same value.
     Pong(u32),
-    /// Wants pages of the named block, which becomes the block of later [`Message::RequestPages`].
+    /// Requests pages of the named block, which becomes the block of later [`Message::RequestPages`].
     RequestPagesOf {
         /// Name of the block.
         block: &'a str,
@@ -37,19 +37,19 @@ pub enum Message<'a> {
         /// Length in bytes.
         length: u32,
     },
-    /// Wants pages of the block asked for last.
+    /// Requests pages of the block requested last.
     RequestPages {
         /// First byte.
         start: u64,
         /// Length in bytes.
         length: u32,
     },
-    /// The received bitmap of the block follows behind the message; see [`decode_bitmap`].
+    /// The received bitmap of the block follows the message; see [`decode_bitmap`].
     ReceivedBitmap {
         /// Name of the block.
         block: &'a str,
     },
-    /// Recovery: the destination goes on. 1 is the only value.
+    /// Recovery: the destination continues. 1 is the only value.
     ResumeAck(u32),
     /// The destination is ready for the switchover.
     SwitchoverAck,
@@ -104,7 +104,7 @@ fn name(writer: &mut Writer<'_>, block: &str) {
     writer.u8(bytes.len() as u8).bytes(bytes);
 }
 
-/// The first bytes of a TLS alert, as a message's number: the record's kind and the major version.
+/// The first bytes of a TLS alert, read as a message type: the record type and the major version.
 const TLS_ALERT: u16 = 0x1503;
 
 /// Decodes one message, 4 to 516 bytes.
@@ -153,7 +153,7 @@ fn name_of(number: u16) -> Option<&'static str> {
     })
 }
 
-/// `None` if the body does not have the form its type asks for. Everything in `body` must be used.
+/// `None` if the body does not have the form of its type. All bytes of `body` must be used.
 fn decode_body(number: u16, body: &[u8]) -> Option<Message<'_>> {
     let mut reader = Reader::new(body);
     let message = match number {
@@ -176,15 +176,15 @@ fn decode_body(number: u16, body: &[u8]) -> Option<Message<'_>> {
     reader.rest().is_empty().then_some(message)
 }
 
-/// Bytes of the received bitmap of a block with so many pages: whole 64-bit words.
+/// Bytes of the received bitmap of a block of `pages` pages: whole 64-bit words.
 pub const fn bitmap_len(pages: u64) -> u64 {
     pages.div_ceil(64).saturating_mul(8)
 }
 
-/// Decodes the bitmap behind a [`Message::ReceivedBitmap`] for a block of `pages` pages: 16 bytes and the bitmap.
+/// Decodes the bitmap after a [`Message::ReceivedBitmap`] for a block of `pages` pages: 16 bytes and the bitmap.
 ///
-/// The result borrows the bitmap, bit i of byte i/8 being page i. Its length is checked against `pages` before any
-/// byte of it is asked for.
+/// The result borrows the bitmap, bit i of byte i/8 being page i. Its length is checked against `pages` before the
+/// decoder requires any byte of the bitmap.
 ///
 /// # Errors
 ///
@@ -205,7 +205,7 @@ pub fn decode_bitmap(input: &[u8], pages: u64) -> Result<(&[u8], usize), DecodeE
     Ok((bits, reader.position()))
 }
 
-/// Appends a bitmap behind a [`Message::ReceivedBitmap`], padded with zeros to whole 64-bit words.
+/// Appends the bitmap of a [`Message::ReceivedBitmap`], padded with zeros to whole 64-bit words.
 pub fn encode_bitmap(bits: &[u8], out: &mut Vec<u8>) {
     let len = bits.len().next_multiple_of(8);
     let mut writer = Writer::new(out);

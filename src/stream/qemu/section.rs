@@ -6,11 +6,11 @@
 //! | 01 | START | be32 id, counted idstr, be32 instance, be32 version, payload, footer |
 //! | 02, 03 | PART, END | be32 id, payload, footer |
 //! | 04 | FULL | as START |
-//! | 06 | VM description | be32 length, JSON; only behind the end of file |
+//! | 06 | VM description | be32 length, JSON; only after the end of file |
 //! | 08 | command | see [`command`](super::command) |
 //! | 7e | footer | be32 id of the section it ends |
 //!
-//! Sections carry no length: what stands between header and footer must be understood to be passed over.
+//! Sections carry no length: the content between header and footer must be parsed to skip it.
 
 use super::super::error::{DecodeError, Fault};
 use super::super::reader::Reader;
@@ -40,11 +40,11 @@ pub const FOOTER_LEN: usize = 5;
 
 /// What a source puts around its sections.
 ///
-/// Nothing announces it: a QEMU follows its machine type (up to 2.3 it writes neither), or its properties
-/// `migration.send-configuration` and `migration.send-section-footer`, and its destination must expect the same.
+/// The stream does not announce it. A QEMU follows its machine type (up to 2.3 it writes neither), or its properties
+/// `migration.send-configuration` and `migration.send-section-footer`, and its destination must be configured alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Framing {
-    /// A configuration section stands behind the file header.
+    /// A configuration section follows the file header.
     pub configuration: bool,
     /// Each section ends with a footer.
     pub footers: bool,
@@ -110,15 +110,15 @@ impl Phase {
 pub struct SectionName<'a> {
     /// Chosen by the sender, unique in the stream.
     pub id: u32,
-    /// Who the section belongs to, 1 to 255 bytes.
+    /// The owner of the section, 1 to 255 bytes.
     pub idstr: &'a str,
-    /// Tells equal names apart.
+    /// Distinguishes equal names.
     pub instance: u32,
     /// Version of the payload's format.
     pub version: u32,
 }
 
-/// What stands where an item is due.
+/// The next item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Item<'a> {
     /// The items end.
@@ -131,9 +131,9 @@ pub enum Item<'a> {
     End(u32),
     /// FULL: the payload follows.
     Full(SectionName<'a>),
-    /// A VM description of so many bytes follows.
+    /// A VM description of this many bytes follows.
     VmDescription(u32),
-    /// A command; nothing of it has been taken, not even the type byte.
+    /// A command; none of its bytes have been consumed, not even the type byte.
     Command,
 }
 

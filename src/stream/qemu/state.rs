@@ -1,15 +1,15 @@
-//! Device state as it is carried and kept: sections of dirty bitmaps that came behind the first page, then the tail.
+//! Device state as it is passed on and stored: sections of dirty bitmaps that came after the first page, then the tail.
 //!
-//! A source may write sections of `dirty-bitmap` between sections of pages, and it writes the last one behind `ram` END.
-//! They are passed on behind the last page, in front of the device sections and in their own order. A receiver takes them
-//! there: it knows a section by its id, which START has bound.
+//! A source may write `dirty-bitmap` sections between sections of pages, and it writes the last one after `ram` END.
+//! They are passed on after the last page, before the device sections and in their own order. A receiver accepts them
+//! there: it identifies a section by its id, which START has bound.
 
 use super::early::{BitmapChunk, DIRTY_BITMAP, decode_bitmap_chunk};
 use super::section::{Framing, Item, decode_item};
 use super::tail::Tail;
 use crate::stream::DecodeError;
 
-/// Where the tail begins in `state`: behind whole sections of dirty bitmaps, 0 if there are none.
+/// Offset of the tail in `state`: after complete sections of dirty bitmaps, 0 if there are none.
 pub fn tail_at(state: &[u8], framing: Framing) -> usize {
     let mut at = 0;
     while let Some(len) = state.get(at..).and_then(|rest| bitmap_section(rest, framing).ok().flatten()) {
@@ -18,8 +18,8 @@ pub fn tail_at(state: &[u8], framing: Framing) -> usize {
     at
 }
 
-/// Offset in `state` of the byte that ends the device sections, if a VM description behind it proves that they are
-/// whole.
+/// Offset in `state` of the byte that ends the device sections, if the VM description after it proves that they are
+/// complete.
 pub fn sections_end(state: &[u8], framing: Framing) -> Option<usize> {
     let at = tail_at(state, framing);
     let mut tail = Tail::new(framing);
@@ -27,8 +27,8 @@ pub fn sections_end(state: &[u8], framing: Framing) -> Option<usize> {
     tail.description().map(|end| at + end.eof_at)
 }
 
-/// Bytes of the dirty-bitmap section at the front of `input`; `None` if another item stands there. Iterables other than
-/// RAM and dirty bitmaps never get so far.
+/// Length of the dirty-bitmap section at the front of `input`; `None` if it begins with another item. The stream parser
+/// refuses other iterables than RAM and dirty bitmaps before this.
 fn bitmap_section(input: &[u8], framing: Framing) -> Result<Option<usize>, DecodeError> {
     let (item, mut at) = decode_item(input)?;
     let id = match item {

@@ -1,7 +1,7 @@
-//! The dialect of a peer.
+//! How a peer writes its stream.
 //!
-//! What a QEMU writes and accepts follows its *machine type*, not its version, and is announced nowhere. The
-//! differences come down to four switches of the sender. Receivers need none of them: they detect.
+//! What a QEMU writes and accepts depends on its *machine type*, not on its version, and the stream does not announce
+//! it. There are four settings of the sender. Receivers need none of them: they detect the differences.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,7 +11,7 @@ use super::incoming::Seen;
 /// How to write for a peer, or how a peer writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PeerStyle {
-    /// Send SWITCHOVER_START in front of the last part. A peer that does not know it fails.
+    /// Send SWITCHOVER_START before the last part. A peer that does not support it fails.
     pub switchover_start: bool,
     /// What is a barrier for the multifd channels.
     pub barrier: BarrierStyle,
@@ -35,7 +35,7 @@ pub enum BarrierStyle {
 pub enum ZeroPageStyle {
     /// As records on the main channel. Every receiver takes them.
     Main,
-    /// Listed in multifd packets. A receiver that does not know it loses them without a word.
+    /// Listed in multifd packets. A receiver that does not support this loses them silently.
     Multifd,
 }
 
@@ -65,7 +65,7 @@ impl PeerStyle {
         preempt: PreemptStyle::Late,
     };
 
-    /// Another ramwire, which reads everything and is written to in the newest way.
+    /// Another ramwire, which reads every style and receives the newest one.
     pub const RAMWIRE: Self = Self::QEMU_10_0;
 
     /// The style of a machine type of version `major.minor`.
@@ -79,17 +79,17 @@ impl PeerStyle {
         }
     }
 
-    /// The style behind a machine name such as `pc-i440fx-7.2` or `virt-9.0`; `None` for unversioned machines
-    /// (`microvm`, `none`), which tell nothing.
+    /// The style of a machine name such as `pc-i440fx-7.2` or `virt-9.0`; `None` for unversioned machines (`microvm`,
+    /// `none`), whose name does not show it.
     pub fn of_machine(name: &str) -> Option<Self> {
         let (major, minor) = name.split('-').rev().find_map(version_of)?;
         Some(Self::of_version(major, minor))
     }
 
-    /// The style of a source, from its machine name and, where that tells nothing, from what its stream has shown.
+    /// The style of a source, from its machine name or, if the name does not show it, from its stream so far.
     ///
-    /// `None` if neither tells: then no SWITCHOVER_START and zero pages on the main channel are safe, and multifd or
-    /// preempt need to be told.
+    /// `None` if neither shows it: then no SWITCHOVER_START and zero pages on the main channel are safe, and multifd or
+    /// preempt need a configured style.
     pub fn of_source(machine: &str, seen: &Seen) -> Option<Self> {
         if let Some(style) = Self::of_machine(machine) {
             return Some(style);
@@ -109,7 +109,7 @@ fn version_of(part: &str) -> Option<(u32, u32)> {
     numbers.all(|rest| rest.parse::<u32>().is_ok()).then_some((major, minor))
 }
 
-/// A name of a style that does not exist.
+/// An unknown style name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("peer {0:?} is unknown: use qemu-7.2, qemu-10.0 or ramwire")]
 pub struct UnknownStyle(String);

@@ -1,9 +1,9 @@
-//! The tail: device sections, end of file and VM description, carried and not understood.
+//! The tail: device sections, end of file and VM description, copied without being parsed.
 //!
-//! Nothing in front of the tail tells its length, and a source with a return path keeps the connection open while it
-//! waits for the answer. So its end is looked for while it arrives: `00 06 be32 L {"` announces a VM description of L
-//! bytes, and the tail ends behind it if those bytes are one. A source may leave the description out; then only the
-//! end of the connection ends the tail.
+//! The tail's length is not announced before it, and a source with a return path keeps the connection open while it
+//! waits for the answer. So the parser searches for the tail's end while it arrives: `00 06 be32 L {"` announces a VM
+//! description of L bytes, and the tail ends after it if those bytes are one. A source may omit the description; then
+//! only the end of the connection ends the tail.
 
 use super::super::error::Fault;
 use super::section::{
@@ -11,16 +11,16 @@ use super::section::{
 };
 use super::vmdesc::{Split, VmDescription, split};
 
-/// Bytes of a candidate that are looked at: end of file, type byte, length, and the first two of the JSON.
+/// Bytes of a candidate that are examined: end of file, type byte, length, and the first two of the JSON.
 const MARK_LEN: usize = 8;
-/// Bytes in front of the JSON: end of file, type byte and length.
+/// Bytes before the JSON: end of file, type byte and length.
 const JSON_AT: usize = 6;
-/// Candidates that wait for their end at one time. A real tail has one; more are not worth their memory.
+/// Maximum number of incomplete candidates. A real tail has one; more are not worth their memory.
 const MAX_CANDIDATES: usize = 256;
-/// Bytes of JSON that are read in vain before the search is given up.
+/// Bytes of JSON that are parsed in vain before the search ends.
 const MAX_WASTE: usize = 256 << 20;
 
-/// The bytes behind RAM, as far as they have arrived.
+/// The bytes after RAM that have arrived so far.
 #[derive(Clone, Debug, Default)]
 pub struct Tail {
     framing: Framing,
@@ -40,13 +40,13 @@ struct Candidate {
 /// A VM description that ends a tail.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
-    /// Offset of the end-of-file byte in the tail; the device sections stand in front of it.
+    /// Offset of the end-of-file byte in the tail; the device sections come before it.
     pub eof_at: usize,
-    /// The device sections, as the description cuts them.
+    /// The device sections, as the description divides them.
     pub split: Split,
 }
 
-/// The tail of a guest without device sections: end of file, and a description of none over pages of `page_size` bytes.
+/// The tail of a guest without device sections: end of file, and an empty description with pages of `page_size` bytes.
 pub fn without_devices(page_size: u64) -> Vec<u8> {
     let mut out = Vec::new();
     encode_eof(&mut out);
@@ -60,7 +60,7 @@ impl Tail {
         Self { framing, ..Self::default() }
     }
 
-    /// Appends bytes up to the end of the tail and says how many of `input` belong to it.
+    /// Appends bytes up to the end of the tail and returns how many of `input` belong to the tail.
     ///
     /// # Errors
     ///
@@ -93,7 +93,7 @@ impl Tail {
         self.scanned += (unseen.len() + 1).saturating_sub(MARK_LEN);
     }
 
-    /// Ends the tail at the first candidate that has arrived whole and holds a description.
+    /// Ends the tail at the first complete candidate that holds a description.
     fn try_candidates(&mut self) {
         let here = self.bytes.len();
         let mut arrived: Vec<Candidate> = self.candidates.iter().copied().filter(|c| c.end <= here).collect();
@@ -113,8 +113,8 @@ impl Tail {
         }
     }
 
-    /// A description whose sizes do not fit the sections (arrays with holes are described wrongly) is taken only if it
-    /// names the first section, the last one has its footer, and nothing has arrived behind it.
+    /// A description whose sizes do not fit the sections (arrays with holes are described wrongly) is accepted only if
+    /// it names the first section, the last section has its footer, and nothing has arrived after it.
     fn describe(&self, candidate: Candidate) -> Option<Description> {
         let json = self.bytes.get(candidate.eof_at + JSON_AT..candidate.end)?;
         if json.last() != Some(&b'}') {
@@ -131,7 +131,7 @@ impl Tail {
         (split.is_exact() || plausible()).then_some(Description { eof_at: candidate.eof_at, split })
     }
 
-    /// Everything that has arrived, from the first device section on.
+    /// All bytes so far, from the first device section on.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -146,9 +146,9 @@ impl Tail {
         self.end.as_ref()
     }
 
-    /// True if the tail may be whole although no description has ended it: its last byte is an end of file, behind the
-    /// footer of a section that is in it. A source that leaves the description out ends so; a broken connection hardly
-    /// ever, unless there are no footers: then the last byte is all that tells.
+    /// True if the tail may be complete although no description has ended it: its last byte is an end of file, after
+    /// the footer of a section of the tail. A source that omits the description ends in this way. A broken connection
+    /// hardly ever does, unless there are no footers: then only the last byte shows it.
     pub fn may_end_here(&self) -> bool {
         let Some((&EOF, sections)) = self.bytes.split_last() else { return self.end.is_some() };
         if !self.framing.footers {
@@ -251,7 +251,7 @@ mod tests {
         let mut found = Tail::default();
         push_all(&mut found, &whole[..sections], 64);
         assert!(found.description().is_none() && found.may_end_here());
-        // Zero bytes stand at many places, and the end is at one.
+        // Zero bytes occur at many offsets, but the end is at one.
         for cut in 1..sections {
             let mut broken = Tail::default();
             push_all(&mut broken, &tail(&[0; 10])[..cut], 64);

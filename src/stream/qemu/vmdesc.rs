@@ -1,8 +1,8 @@
-//! The VM description: JSON behind the device sections that tells their sizes.
+//! The VM description: JSON after the device sections that contains their sizes.
 //!
-//! Device sections carry no length, so a stream of them cannot be cut into sections while it is read. The description
-//! that follows lists them in stream order with the size of every field; with it the blob is cut exactly, and each
-//! footer that is found where it should be confirms the cut.
+//! Device sections carry no length, so a stream of them cannot be split into sections while it is read. The description
+//! that follows lists them in stream order with the size of every field. With it the bytes can be split exactly, and
+//! each footer at its expected offset confirms the split.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::section::{Framing, Item, SectionName, decode_item};
 
-/// What the JSON says, as far as lengths depend on it.
+/// The fields of the JSON that affect lengths.
 #[derive(Clone, Debug, Deserialize)]
 pub struct VmDescription {
     /// Target page size in bytes.
@@ -27,7 +27,7 @@ pub struct Device {
     pub name: String,
     /// Its instance.
     pub instance_id: u32,
-    /// Absent for sections in the old style, whose `size` counts.
+    /// Absent for sections in the old format, where `size` counts.
     #[serde(default)]
     vmsd_name: Option<String>,
     #[serde(default)]
@@ -55,12 +55,12 @@ struct Subsection {
 }
 
 impl VmDescription {
-    /// Reads the JSON; `None` if it is no VM description.
+    /// Parses the JSON; `None` if it is no VM description.
     pub fn parse(json: &[u8]) -> Option<Self> {
         serde_json::from_slice(json).ok()
     }
 
-    /// True if the first section in `sections` is the first one described, early sections apart.
+    /// True if the first section in `sections` is the first described one, ignoring early sections.
     pub fn begins_with(&self, sections: &[u8]) -> bool {
         let first = self.devices.iter().find(|device| !super::early::is_early_virtio_mem(&device.name));
         let Ok((Item::Full(name), _)) = decode_item(sections) else { return false };
@@ -102,31 +102,31 @@ pub struct DeviceSection {
     pub id: u32,
     /// Version of its format.
     pub version: u32,
-    /// Where its payload stands, counted from the start of the tail.
+    /// Range of its payload, counted from the start of the tail.
     pub payload: Range<usize>,
 }
 
-/// The device sections as the description cuts them.
+/// The device sections, as the description divides them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Split {
-    /// Sections whose header and footer stand where the description says, from the front.
+    /// Sections whose header and footer are at the described offsets, from the front.
     pub sections: Vec<DeviceSection>,
-    /// Why the rest could not be cut, and the offset in the tail at which; `None`: everything fits.
+    /// Why the rest could not be split, and from which offset in the tail on; `None`: everything fits.
     pub unreliable: Option<(usize, &'static str)>,
 }
 
 impl Split {
-    /// True if every byte belongs to a section whose footer, where there are any, was found.
+    /// True if every byte belongs to a section whose footer, if the stream has footers, was found.
     pub fn is_exact(&self) -> bool {
         self.unreliable.is_none()
     }
 }
 
-/// Cuts `sections`, the bytes from the first device section to the end-of-file byte (exclusive), with `description`.
+/// Splits `sections`, the bytes from the first device section to the end-of-file byte (exclusive), with `description`.
 ///
-/// Entries in front that name early sections, which stand elsewhere in the stream, are passed over. Nothing is
-/// trusted: a header or footer that is not where it should be ends the cut. Without footers the next header alone
-/// confirms a cut.
+/// Leading entries that name early sections, which are elsewhere in the stream, are skipped. Everything is checked: a
+/// header or footer that is not at its expected offset ends the split. Without footers only the next header confirms a
+/// split.
 pub fn split(sections: &[u8], description: &VmDescription, framing: Framing) -> Split {
     let mut split = Split::default();
     let mut at = 0;

@@ -1,4 +1,4 @@
-//! What an incoming stream says, one step at a time.
+//! Events of an incoming stream, one step at a time.
 
 use super::super::blocks::BlockAnnouncement;
 use super::super::command::Command;
@@ -11,32 +11,32 @@ use crate::units::{BlockIndex, BlockOffset};
 /// The answer to some bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step<'a> {
-    /// The first `consumed` bytes of the input mean this.
+    /// The event of the first `consumed` bytes of the input.
     Event {
         /// Bytes taken; may be zero.
         consumed: usize,
         /// What they mean.
         event: Event<'a>,
     },
-    /// The input is used up, or holds the beginning of a value only.
+    /// The input is used up, or holds only the beginning of a value.
     NeedMore {
-        /// Bytes taken and remembered: not to be given again.
+        /// Bytes that were consumed: not to be passed again.
         consumed: usize,
-        /// Bytes that are needed at least, counted behind those consumed.
+        /// Minimum number of bytes that are needed, counted after those consumed.
         needed: usize,
     },
 }
 
-/// Whose section it is. Other iterables are refused where they start.
+/// The owner of a section. Other iterables are refused at their start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SectionKind {
     /// Guest RAM.
     Ram,
     /// Dirty bitmaps of disks.
     DirtyBitmap,
-    /// Which parts of a memory device are plugged, told in front of the first page.
+    /// Which parts of a memory device are plugged, sent before the first page.
     EarlyVirtioMem,
-    /// Device state between ramwire ends: a section with a length, behind which commands follow.
+    /// Device state between ramwire ends: a section with a length, after which commands follow.
     NativeState,
 }
 
@@ -45,7 +45,7 @@ pub enum SectionKind {
 /// A block is named by its position in the announced list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// Header and configuration have arrived. Where there is no configuration section it is empty.
+    /// Header and configuration have arrived. The configuration is empty if the stream has no such section.
     Configuration(Configuration),
     /// A command between the sections.
     Command(Command<'a>),
@@ -53,7 +53,7 @@ pub enum Event<'a> {
     PackageBytes(&'a [u8]),
     /// The package has arrived whole.
     PackageEnd,
-    /// A section begins; its header has been taken.
+    /// A section begins; its header has been consumed.
     SectionStart {
         /// START, PART, END or FULL.
         phase: Phase,
@@ -62,23 +62,24 @@ pub enum Event<'a> {
         /// Whose it is.
         kind: SectionKind,
     },
-    /// The section's footer has arrived and was right.
+    /// The section's footer has arrived and is correct.
     SectionEnd {
         /// START, PART, END or FULL.
         phase: Phase,
         /// Whose it was.
         kind: SectionKind,
     },
-    /// The list of RAM blocks has arrived whole. It comes again if the source repeats it, which it may do unchanged.
+    /// The list of RAM blocks has arrived completely. It comes again if the source repeats it, which it may do
+    /// unchanged.
     Blocks(Vec<BlockAnnouncement>),
     /// A block of a file with fixed page places: header and bitmap position. Only under `mapped-ram`.
     MappedBlock {
         /// The block, next in the list.
         block: BlockAnnouncement,
-        /// Where its bitmap and pages stand in the file.
+        /// Position of its bitmap and pages in the file.
         header: MappedHeader,
     },
-    /// The bytes between a mapped-ram header and the next item: bitmap, gap and pages.
+    /// The bytes from a mapped-ram header to the next item: bitmap, gap and pages.
     MappedBytes(&'a [u8]),
     /// A whole page.
     Page {
@@ -130,47 +131,48 @@ pub enum Event<'a> {
     },
     /// Barrier of the multifd channels.
     MultifdFlush,
-    /// The records of a `ram` section end: the barrier of the multifd channels where no record is. Its footer may come
-    /// only after the barrier is passed.
+    /// The records of a `ram` section end. This is the barrier of the multifd channels for senders without a barrier
+    /// record. The footer may be read only after the barrier is passed.
     RecordsEnd,
     /// An early virtio-mem section; [`VirtioMem::bitmap_len`] bytes follow as [`Event::SectionBytes`].
     VirtioMem(VirtioMem),
     /// The head of a chunk of a dirty-bitmap section.
     BitmapChunk,
-    /// Bytes of a section that is only carried.
+    /// Bytes of a section that is copied without being parsed.
     SectionBytes(&'a [u8]),
-    /// The items end without device sections. In postcopy [`Event::Done`] follows at once; otherwise a VM description
-    /// is waited for, as behind device sections.
+    /// The items end without device sections. In postcopy [`Event::Done`] follows immediately; otherwise a VM
+    /// description must follow, as after device sections.
     Eof,
-    /// Bytes of the tail. They are kept in [`IncomingStream::tail`](super::IncomingStream::tail) too.
+    /// Bytes of the tail. [`IncomingStream::tail`](super::IncomingStream::tail) keeps them too.
     TailBytes(&'a [u8]),
-    /// The stream is whole. Every later call answers the same and takes nothing.
+    /// The stream is complete. Every later call returns the same and consumes nothing.
     Done,
 }
 
-/// What a stream has shown of its sender, so far.
+/// What the stream has shown about its sender so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Seen {
-    /// What stands around the sections; footers are taken for granted until the first section has ended.
+    /// Whether there are a configuration section and footers; footers are assumed until the first section has ended.
     pub framing: Framing,
     /// A SWITCHOVER_START came.
     pub switchover_start: bool,
-    /// A multifd barrier record stood in the `ram` START, whose records have ended; `None`: not reached yet.
+    /// A multifd barrier record was in the `ram` START, whose records have ended; `None`: not reached yet.
     pub barrier_in_start: Option<bool>,
     /// The return path was opened.
     pub return_path: bool,
     /// Postcopy of RAM was advised.
     pub postcopy_advised: bool,
-    /// `ram` END came, and with it the whole RAM.
+    /// `ram` END was received, and with it the whole RAM.
     pub ram_end: bool,
 }
 
-/// How a stream ended whose channel was closed in order.
+/// How a stream ended whose channel was closed in an orderly way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// Every part has come, [`Event::Done`] has been told.
+    /// All parts were received and [`Event::Done`] was returned.
     Whole,
-    /// No VM description came. The last byte is an end of file, so the device state may be whole; nothing proves it.
+    /// No VM description was received. The last byte is an end of file, so the device state may be complete; nothing
+    /// proves it.
     NoDescription,
 }

@@ -57,7 +57,8 @@ fn stream(framing: Framing) -> Vec<u8> {
     out
 }
 
-/// Reads `bytes` in pieces of `piece`; the machine behind them and whether it was told that they are whole.
+/// Reads `bytes` in pieces of `piece` bytes. Returns the machine, whether it reported the stream as complete, and the
+/// number of zero pages.
 fn read(bytes: &[u8], piece: usize) -> Result<(IncomingStream, bool, u64), DecodeError> {
     let mut stream = IncomingStream::new(IncomingConfig::default());
     let (mut at, mut come, mut zeros) = (0, 0, 0);

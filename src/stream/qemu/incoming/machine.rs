@@ -1,4 +1,4 @@
-//! The state machine behind [`IncomingStream`].
+//! The state machine of [`IncomingStream`].
 
 use super::super::super::error::{DecodeError, Fault};
 use super::super::super::reader::Reader;
@@ -40,13 +40,13 @@ pub struct IncomingStream {
     listed: bool,
     ram_id: Option<u32>,
     bitmap_id: Option<u32>,
-    /// A section has ended, so that footers are known.
+    /// A section has ended, so it is known whether there are footers.
     footers_known: bool,
-    /// A barrier stood in the open START.
+    /// A barrier record was in the open START.
     barrier: bool,
     /// A ram PART or END has begun.
     pages_began: bool,
-    /// A package came: what follows is postcopy.
+    /// A package was received: what follows is postcopy.
     postcopy: bool,
     seen: Seen,
     tail: Tail,
@@ -76,7 +76,7 @@ enum State {
     VirtioMem,
     /// A chunk of a dirty-bitmap section.
     Bitmap,
-    /// Bytes of a section that is carried, then a chunk or the footer.
+    /// Bytes of a section that is copied without being parsed, then a chunk or the footer.
     Carried { left: u64, chunk_follows: bool },
     /// The length of a ramwire's device state.
     NativeLength,
@@ -84,13 +84,13 @@ enum State {
     Footer,
     /// Bytes of a package.
     Package { left: u32 },
-    /// Device sections and what is behind them.
+    /// Device sections and everything after them.
     Tail,
     /// Nothing.
     Done,
 }
 
-/// One transition: bytes taken, with or without something to tell.
+/// One transition: bytes consumed, with or without an event.
 enum Progress<'a> {
     Told(usize, Event<'a>),
     Quiet(usize),
@@ -101,7 +101,7 @@ use Progress::{Quiet, Told};
 type Advance<'a> = Result<Progress<'a>, DecodeError>;
 
 impl IncomingStream {
-    /// A machine in front of the first byte of a stream.
+    /// A machine before the first byte of a stream.
     pub fn new(config: IncomingConfig) -> Self {
         Self {
             page: config.page_size,
@@ -127,8 +127,8 @@ impl IncomingStream {
         }
     }
 
-    /// Continues on a new channel after postcopy was interrupted: the next byte begins an item, no header comes, a
-    /// half-received section is forgotten, and the next record names its block. The end of RAM is said again.
+    /// Continues on a new channel after postcopy was interrupted: the next byte begins an item without a header before
+    /// it, a partially received section is discarded, and the next record names its block. The end of RAM is sent again.
     pub fn restart(&mut self) {
         self.state = State::Items;
         self.position = 0;
@@ -136,12 +136,12 @@ impl IncomingStream {
         self.blocks.forget_current();
     }
 
-    /// Takes the next meaningful piece of `input`, which begins at the first byte that was not consumed.
+    /// Decodes the next item of `input`, which begins at the first byte that was not consumed.
     ///
     /// # Errors
     ///
-    /// Only [`DecodeError::Corrupt`], with the offset from the start of the stream: truncation is
-    /// [`Step::NeedMore`]. The stream is then useless, since nothing tells where the next item begins.
+    /// Only [`DecodeError::Corrupt`], with the offset from the start of the stream: truncation is [`Step::NeedMore`].
+    /// The stream is then unusable, since the start of the next item is unknown.
     #[inline]
     pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<'a>, DecodeError> {
         let mut consumed = 0;
@@ -162,7 +162,7 @@ impl IncomingStream {
         }
     }
 
-    /// Says what the orderly end of the channel means, after [`Step::NeedMore`].
+    /// Returns what the orderly end of the channel means, after [`Step::NeedMore`].
     ///
     /// # Errors
     ///
@@ -181,8 +181,8 @@ impl IncomingStream {
         self.position
     }
 
-    /// Behind [`Event::MappedBlock`]: passes over the bitmap and the pages, which the caller need not have read. The next
-    /// byte of the stream is so many bytes behind the last that was consumed; elsewhere that is none.
+    /// After [`Event::MappedBlock`]: skips the bitmap and the pages, which the caller need not have read. The next byte
+    /// of the stream is this many bytes after the last consumed one; after any other event it is 0.
     pub fn skip_mapped(&mut self) -> u64 {
         match &mut self.state {
             State::Mapped { left, .. } => {
@@ -208,13 +208,13 @@ impl IncomingStream {
         &self.blocks
     }
 
-    /// Id of the ram section, once it has started. A stream written anew needs an id of its own, another than any
-    /// in the tail.
+    /// Id of the ram section, once it has started. A stream that is written again needs an id of its own that does not
+    /// occur in the tail.
     pub fn ram_section_id(&self) -> Option<u32> {
         self.ram_id
     }
 
-    /// What the stream has shown of its sender.
+    /// What the stream has shown about its sender.
     pub fn seen(&self) -> &Seen {
         &self.seen
     }
@@ -229,7 +229,7 @@ impl IncomingStream {
         self.tail
     }
 
-    /// The largest `needed` that [`Step::NeedMore`] can hold, in bytes: a buffer of this size always gets on.
+    /// The largest `needed` that [`Step::NeedMore`] can hold, in bytes: a buffer of this size is always sufficient.
     pub fn most_needed(&self) -> usize {
         const COMMAND: usize = 5 + u16::MAX as usize;
         COMMAND.max(ram::MAX_HEAD_LEN + ram::compress_bound(self.page) as usize)
@@ -277,7 +277,7 @@ impl IncomingStream {
             }
             State::Package { left } => {
                 let (piece, left) = piece(input, left.into())?;
-                // Cannot fail: what is left only shrinks.
+                // Cannot fail: the remaining length only shrinks.
                 self.state = State::Package { left: u32::try_from(left).unwrap_or(0) };
                 Ok(Told(piece.len(), Event::PackageBytes(piece)))
             }
@@ -415,7 +415,7 @@ fn out_of_order(what: &'static str, why: &'static str) -> DecodeError {
     DecodeError::corrupt(0, Fault::OutOfOrder { what, why })
 }
 
-/// As many of the `left` bytes as have arrived, at least one, and how many are then left.
+/// As many of the `left` bytes as have arrived, at least one, and how many then remain.
 fn piece(input: &[u8], left: u64) -> Result<(&[u8], u64), DecodeError> {
     let len = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());
     match input.get(..len) {

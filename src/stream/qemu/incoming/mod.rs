@@ -1,6 +1,6 @@
 //! A whole incoming stream on one channel, step by step.
 //!
-//! [`IncomingStream`] is told bytes and answers with what they mean. It owns no socket and waits for nothing:
+//! [`IncomingStream`] takes bytes and returns events. It owns no socket and never waits:
 //!
 //! ```
 //! use ramwire::stream::DecodeError;
@@ -30,25 +30,25 @@
 //! }
 //! ```
 //!
-//! - **Drain first, then read.** Call [`next`](IncomingStream::next) until it answers [`Step::NeedMore`]; an event may
+//! - **Drain first, then read.** Call [`next`](IncomingStream::next) until it returns [`Step::NeedMore`]; an event may
 //!   be due without further input.
 //! - **Events borrow the input**, never the machine: the bytes of a page are a slice of the caller's buffer. `needed`
-//!   never exceeds [`most_needed`](IncomingStream::most_needed), some 70 KiB, so a buffer of 256 KiB does.
+//!   never exceeds [`most_needed`](IncomingStream::most_needed), some 70 KiB, so a buffer of 256 KiB is sufficient.
 //! - **The raw bytes of an event** are the `consumed` bytes it took. A relay keeps a configuration or a section it does
 //!   not understand by copying them.
 //! - **Positions in errors** count from the first byte of the stream.
 //!
 //! # What it checks
 //!
-//! Order and form of the items, section ids, footers, the block list, the current block, that each page lies inside
-//! its block, limits. What it cannot know is left to the caller: which blocks exist here and which are ignored,
-//! whether the configuration fits, what a command means for the migration.
+//! Order and form of the items, section ids, footers, the block list, the current block, that each page lies inside its
+//! block, limits. The caller checks the rest: which blocks exist here and which are ignored, whether the configuration
+//! fits, what a command means for the migration.
 //!
 //! # Where RAM ends
 //!
-//! Behind RAM stand device sections without length. The machine passes from parsing to carrying at the first FULL
-//! section after `ram` END, or, where a snapshot has no END, after a PART. From there every byte is
-//! [`Event::TailBytes`] until the VM description has arrived whole; see [`tail`](super::tail).
+//! After RAM come device sections without length. The machine changes from parsing to copying at the first FULL section
+//! after `ram` END, or, where a snapshot has no END, after a PART. From there every byte is [`Event::TailBytes`] until
+//! the VM description has arrived whole; see [`tail`](super::tail).
 
 mod event;
 #[cfg(test)]
@@ -64,23 +64,23 @@ pub use table::AnnouncedBlocks;
 
 use crate::units::PageSize;
 
-/// What an [`IncomingStream`] is told before the first byte.
+/// Configuration of an [`IncomingStream`].
 #[derive(Clone, Debug)]
 pub struct IncomingConfig {
     /// Target page size: 4 KiB on x86.
     pub page_size: PageSize,
-    /// Take the target page size of the stream where it announces one, instead of refusing another than `page_size`.
+    /// Use the target page size that the stream announces, instead of refusing one other than `page_size`.
     pub adopt_page_size: bool,
-    /// Accept zero-page records with a fill byte other than zero, as old receivers do. They come as
+    /// Accept zero-page records with a fill byte other than zero, as old receivers do. They are returned as
     /// [`Event::Filled`].
     pub accept_fill: bool,
-    /// Accept RDMA marks, which are legal on that transport only.
+    /// Accept RDMA marks, which are allowed on that transport only.
     pub accept_hooks: bool,
-    /// Where in its file the stream begins: a mapped-ram file counts places from the file's first byte.
+    /// Offset in its file at which the stream begins: a mapped-ram file counts offsets from the file's first byte.
     pub starts_at: u64,
-    /// Bytes of the file, where the stream is in one: no place of a mapped-ram file may lie behind.
+    /// Length of the file in bytes, if the stream is in one: no offset of a mapped-ram file may lie beyond.
     pub file_len: Option<u64>,
-    /// Bounds on what the peer may announce.
+    /// Limits on what the peer may announce.
     pub limits: StreamLimits,
 }
 
@@ -98,7 +98,7 @@ impl Default for IncomingConfig {
     }
 }
 
-/// Bounds on what the peer may announce. All are checked before memory is taken.
+/// Limits on what the peer may announce. All are checked before memory is allocated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamLimits {
     /// All RAM blocks together, in bytes.

@@ -1,4 +1,4 @@
-//! The announced blocks and which of them is current.
+//! The announced blocks and the current one.
 
 use std::collections::HashMap;
 
@@ -16,7 +16,7 @@ pub struct AnnouncedBlocks {
     current: Option<Current>,
 }
 
-/// The current block with what the hot path compares.
+/// The current block with the fields that the hot path compares.
 #[derive(Clone, Copy, Debug)]
 struct Current {
     block: BlockIndex,
@@ -37,7 +37,7 @@ impl AnnouncedBlocks {
         Ok(blocks)
     }
 
-    /// Adds a block behind the others.
+    /// Appends a block.
     pub(super) fn push(&mut self, block: BlockAnnouncement) -> Result<BlockIndex, Fault> {
         if self.blocks.len() >= MAX_BLOCKS {
             let (value, limit) = (self.blocks.len() as u64 + 1, MAX_BLOCKS as u64);

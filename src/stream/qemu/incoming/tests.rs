@@ -1,4 +1,4 @@
-//! What an incoming stream may say when, by numbered requirement.
+//! Which items an incoming stream may have when, by numbered requirement.
 
 #![allow(clippy::unwrap_used)]
 
@@ -16,7 +16,7 @@ use crate::units::{BlockIndex, BlockOffset, GuestAddr};
 const RAM: u32 = 0x77;
 const PAGE: usize = 4096;
 
-/// What a case is for, a good beginning, what is added to it, and the fault with its offset in what was added.
+/// Name of the case, a valid beginning, what is appended to it, and the fault with its offset in the appended bytes.
 type Case = (&'static str, Bytes, Box<dyn FnOnce(Bytes) -> Bytes>, (u64, Fault));
 
 /// A stream in the making.
@@ -34,7 +34,7 @@ impl Bytes {
         Self(out)
     }
 
-    /// Header, START with a block `ram` of four pages and `vga` of one, its end.
+    /// Header, START with a block `ram` of four pages and `vga` of one, and its end.
     fn started() -> Self {
         Self::new().start().list(&[block("ram", 4), block("vga", 1)]).eos()
     }
@@ -110,7 +110,7 @@ fn at(block: Option<&str>, offset: u64) -> PageAt<'_> {
     PageAt { block, offset: BlockOffset(offset) }
 }
 
-/// What a run over a whole stream has told.
+/// Events of a run over a whole stream.
 #[derive(Debug, Default)]
 struct Told {
     trace: Vec<String>,

@@ -34,7 +34,7 @@ fn block(name: &str, pages: u64) -> BlockAnnouncement {
     BlockAnnouncement { name, used_length: pages * 4096, host_page: None, guest_addr: None }
 }
 
-/// Header to the list, which `list` writes, and a stream behind it.
+/// A stream from the header to the list, which `list` writes, and the items after it.
 fn stream(capabilities: &[&str], list: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let capabilities = capabilities.iter().map(|name| (*name).to_owned()).collect();
     let configuration = Configuration { machine: "none".into(), capabilities, ..Configuration::default() };
@@ -65,7 +65,7 @@ fn plain(blocks: &[BlockAnnouncement]) -> Vec<u8> {
     stream(&[], |out| encode_block_list(blocks, out))
 }
 
-/// As a writer puts it on a disk, with its first word.
+/// The file as a writer leaves it on disk, with its first word.
 fn written(plain: &[u8], starts_at: u64, cuts: usize) -> (Vec<u8>, Vec<Places>) {
     let mut to = ToMapped::new(starts_at, PageSize::SIZE_4K);
     let mut file = vec![0; starts_at as usize];
@@ -83,7 +83,7 @@ fn written(plain: &[u8], starts_at: u64, cuts: usize) -> (Vec<u8>, Vec<Places>) 
     (file, to.places().unwrap().to_vec())
 }
 
-/// The records that are barriers taken away, which a plain stream without page channels does not have.
+/// The stream without its barrier records, which a plain stream without page channels does not have.
 fn without_barriers(stream: &PlainStream) -> Vec<u8> {
     let mut barrier = Vec::new();
     Record::MultifdFlush.encode(&mut barrier);
@@ -103,8 +103,8 @@ fn captured() -> Vec<u8> {
     bytes
 }
 
-/// A file of QEMU's own is read, and what is made of it is written as QEMU has written it, byte for byte, but for the
-/// PARTs, the pages and the bitmaps.
+/// A file written by QEMU is read and written again. The result equals QEMU's file byte for byte, except for the PARTs,
+/// the pages and the bitmaps.
 #[test]
 fn s69_s72_a_file_of_qemu_becomes_a_plain_stream_and_that_stream_the_same_file() {
     let file = captured();
@@ -168,7 +168,8 @@ fn s70_s71_what_is_no_whole_mapped_file_is_refused_with_its_offset() {
     assert!(matches!(failing, Err(MappedReadError::Io { at: 0, .. })));
 }
 
-/// A block with both offsets zero is not in the file; without one nobody knows what an older QEMU has written.
+/// A block with both offsets zero is not in the file. Without such a header it is unknown what an older QEMU has
+/// written.
 #[test]
 fn s29_s69_shared_blocks_are_left_out_as_qemu_11_does() {
     let list = |absent: bool, addr: Option<GuestAddr>| {
@@ -202,7 +203,7 @@ fn s29_s69_shared_blocks_are_left_out_as_qemu_11_does() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
-    /// However the bytes come, wherever the stream begins: what is written is read again.
+    /// For any split of the input and any start of the stream: what is written can be read again.
     #[test]
     fn s69_s70_what_is_written_is_read(
         pages in prop::collection::vec(1u64..300, 1..4),
@@ -220,7 +221,7 @@ proptest! {
         prop_assert!(without_barriers(&read) == plain);
     }
 
-    /// Whatever byte is another: no panic, and places that are accepted lie apart and in the file.
+    /// For any changed byte: no panic, and accepted bitmaps and pages do not overlap and lie inside the file.
     #[test]
     fn s70_a_damaged_file_is_refused_or_read(at in 0usize..400, bit in 0u32..8) {
         let (mut file, _) = written(&plain(&[block("m", 4), block("vga", 1)]), 0, usize::MAX);

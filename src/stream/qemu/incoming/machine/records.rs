@@ -29,8 +29,8 @@ impl IncomingStream {
         }
     }
 
-    /// Takes the records of whole pages at the front of `rest`, the bytes behind the page at `offset` of `block`, as far as
-    /// each is for the page behind the one before it and all of it has come. How many they are; each is
+    /// Consumes the records of whole pages at the front of `rest`, which is the input after the page at `offset` of
+    /// `block`. It stops at the first record that is incomplete or not for the next page. Returns their number; each is
     /// [`PAGE_HEAD`](ram::PAGE_HEAD) bytes of head and a page.
     pub fn take_following(&mut self, rest: &[u8], block: BlockIndex, offset: BlockOffset) -> u64 {
         let page = self.page.bytes();
@@ -69,7 +69,7 @@ impl IncomingStream {
         match record {
             Record::Eos => {
                 if self.open.phase == Phase::Start {
-                    // A second START, which repeats the first, may not take back what the first has shown.
+                    // A second START, which repeats the first, must not clear what the first has shown.
                     let before = self.seen.barrier_in_start.unwrap_or(false);
                     self.seen.barrier_in_start = Some(before || self.barrier);
                 }
@@ -171,7 +171,7 @@ impl IncomingStream {
     }
 }
 
-/// The `len` bytes behind a head of `head` bytes, and the bytes of both.
+/// The `len` bytes after a head of `head` bytes, and the length of both together.
 #[inline]
 fn payload(input: &[u8], head: usize, len: usize) -> Result<(&[u8], usize), DecodeError> {
     let end = head + len;

@@ -1,4 +1,4 @@
-//! Sections: where each begins and ends, and which may come when.
+//! Sections: where each begins and ends, and which is allowed when.
 
 use super::super::event::{Event, SectionKind};
 use super::Progress::{self, Told};
@@ -119,7 +119,7 @@ impl IncomingStream {
                 return Err(DecodeError::Truncated { needed: 1, have: 0 });
             };
             self.footers_known = true;
-            // No item begins with this byte, so it tells.
+            // No item begins with this byte, so it shows whether there are footers.
             self.seen.framing.footers = first == FOOTER;
             self.tail = Tail::new(self.seen.framing);
         }
