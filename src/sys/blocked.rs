@@ -1,4 +1,5 @@
-//! Tests: a thread that has begun to wait, seen from another thread. Test programs include this file by its path.
+//! Tests: detects that a thread has begun to wait, seen from another thread. Test programs include this file by its
+//! path.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,7 @@ pub(crate) fn own_thread() -> i32 {
     rustix::thread::gettid().as_raw_nonzero().get()
 }
 
-/// Returns when thread `thread` of this process waits in a system call, one for a lock excepted.
+/// Returns when thread `thread` of this process waits in a system call other than one for a lock.
 ///
 /// # Panics
 ///

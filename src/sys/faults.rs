@@ -1,4 +1,4 @@
-//! How often a thread met memory that the kernel had not mapped yet.
+//! Counts the faults of a thread on memory that the kernel had not mapped yet.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -18,14 +18,15 @@ pub(crate) fn thread_page_faults() -> io::Result<u64> {
     Ok(u64::try_from(unsafe { usage.assume_init() }.ru_minflt).unwrap_or(0))
 }
 
-/// Faults between two looks from which on it pays to take the next pages ahead.
+/// Number of faults between two checks from which on it pays to populate the next pages ahead.
 const WORTH: u64 = 16;
 
-/// Looks for which memory that met faults, and was then written to by other means, is taken for unmapped still.
+/// Number of checks for which memory is still assumed to be unmapped, after it had faults and was then written by other
+/// means.
 const TRUSTED: u32 = 64;
 
-/// Sees whether memory that is written to is met by faults: then taking a run of it at once costs less, or writing it by
-/// its file. Memory that is mapped already has none, and nothing is asked of the kernel but their count.
+/// Detects whether writes to memory fault: then populating a run of it at once, or writing it through its file, costs
+/// less. Memory that is already mapped has no faults, and the check only reads the kernel's fault counter.
 #[derive(Debug, Default)]
 pub(crate) struct FaultWatch {
     faults: Option<u64>,
@@ -33,8 +34,8 @@ pub(crate) struct FaultWatch {
 }
 
 impl FaultWatch {
-    /// True if the calling thread has met many faults since the last look. The first look, and a kernel that does not
-    /// say, give false: every page is then met by its fault.
+    /// True if the calling thread has had many faults since the last check. The first check returns false, and so does
+    /// one where the kernel does not report the count: every page is then mapped by its fault.
     pub(crate) fn look(&mut self) -> bool {
         if self.trusted > 0 {
             self.trusted -= 1;
@@ -49,8 +50,8 @@ impl FaultWatch {
         many
     }
 
-    /// What a look called unmapped was written by its file, which faults nowhere: the next looks say true as well, then
-    /// one says false, so that a write through the mapping shows whether it still faults.
+    /// Memory that a check found unmapped was written through its file, which never faults. The next checks return true
+    /// as well; then one returns false, so that a write through the mapping shows whether it still faults.
     pub(crate) fn by_file(&mut self) {
         if self.trusted == 0 {
             self.trusted = TRUSTED;

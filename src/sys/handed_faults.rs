@@ -1,7 +1,7 @@
-//! A userfaultfd(2) that another process made for its own memory, and handed to this one.
+//! A userfaultfd(2) that another process created for its own memory and passed to this one.
 //!
-//! All addresses are of that process. Events are read and pages placed by one thread at a time, as the kernel demands: until
-//! the event of a removed page is read, it places nothing (EAGAIN).
+//! All addresses are of that process. One thread at a time reads events and places pages, as the kernel requires: until
+//! the event of a removed page is read, it places no page (EAGAIN).
 
 use std::fs;
 use std::io;
@@ -14,7 +14,7 @@ use userfaultfd::{Error, Event, Uffd};
 /// linux/userfaultfd.h: `UFFD_FEATURE_EVENT_REMOVE`.
 const EVENT_REMOVE: u64 = 1 << 3;
 
-/// What the kernel calls such a descriptor.
+/// The kernel's name for such a descriptor.
 const LINK: &str = "anon_inode:[userfaultfd]";
 
 /// A descriptor that can't be used.
@@ -24,10 +24,10 @@ pub enum HandedFaultsError {
     /// It is of another kind.
     #[error("the descriptor is no userfaultfd but {what}")]
     Other {
-        /// What the kernel says of it.
+        /// The kernel's description of it.
         what: String,
     },
-    /// UFFDIO_API was not called on it, or not with what is needed.
+    /// UFFDIO_API was not called on it, or not with the required features.
     #[error(
         "the userfaultfd does not tell of removed pages (UFFD_FEATURE_EVENT_REMOVE), so that a balloon's pages would come \
          back as they were; ask for that feature by UFFDIO_API"
@@ -43,27 +43,27 @@ pub enum HandedFaultsError {
     },
 }
 
-/// What has happened in the other process.
+/// An event in the other process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HandedEvent {
     /// A thread waits for the page at this address.
     Fault(usize),
-    /// These addresses were given back (MADV_DONTNEED, MADV_REMOVE) or unmapped: they hold nothing any more.
+    /// These addresses were freed (MADV_DONTNEED, MADV_REMOVE) or unmapped: they no longer have contents.
     Removed(Range<usize>),
     /// Something else.
     Other,
 }
 
-/// What has become of pages that were to be placed.
+/// Result of placing pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
-    /// So many bytes are in place, from the first on.
+    /// This many bytes were placed, from the first on.
     Placed(usize),
-    /// At the first page something is there.
+    /// The first page is already present.
     There,
-    /// An event is to be read first.
+    /// An event must be read first.
     Later,
-    /// The first page is no memory of the other process any more.
+    /// The first page no longer is memory of the other process.
     Unmapped,
     /// The other process has ended.
     Gone,
@@ -120,7 +120,7 @@ impl HandedFaults {
         }
     }
 
-    /// Puts `bytes` in place at an address of the other process, whole pages of its memory there. Nobody is woken.
+    /// Places `bytes` at an address of the other process; they are whole pages of its memory there. It wakes no thread.
     ///
     /// # Errors
     /// The kernel's answer: ENOMEM, ENOSPC.
@@ -129,7 +129,7 @@ impl HandedFaults {
         // kernel refuses what is not registered there, and fills only pages that are missing, which have no contents.
         match unsafe { self.uffd.copy(bytes.as_ptr().cast(), at as *mut _, bytes.len(), false) } {
             Ok(count) => Ok(Placement::Placed(count)),
-            // The count is an error number where nothing was copied.
+            // The count is an error number if nothing was copied.
             Err(Error::PartiallyCopied(count)) => Ok(match usize::try_from(count as isize) {
                 Ok(count) if count > 0 => Placement::Placed(count),
                 _ => Placement::Later,
@@ -161,10 +161,10 @@ impl HandedFaults {
         }
     }
 
-    /// Threads that wait for pages of these addresses try again.
+    /// Wakes the threads that wait for pages of these addresses; they access the page again.
     pub fn wake(&self, at: usize, len: usize) {
         if let Err(error) = self.uffd.wake(at as *mut _, len) {
-            // Unmapped meanwhile, or the process has ended: nobody waits.
+            // Unmapped meanwhile, or the process has ended: no thread waits.
             tracing::debug!(%error, "nobody was woken");
         }
     }
@@ -179,7 +179,7 @@ fn placement(errno: i32) -> io::Result<Placement> {
     }
 }
 
-/// The features that were agreed on, from what `/proc/self/fdinfo` tells: `API: aa:FEATURES:IOCTLS`, hexadecimal.
+/// The enabled features, from `/proc/self/fdinfo`: `API: aa:FEATURES:IOCTLS`, hexadecimal.
 fn features(told: &str) -> Option<u64> {
     let api = told.lines().find_map(|line| line.strip_prefix("API:"))?;
     u64::from_str_radix(api.trim().split(':').nth(1)?, 16).ok()
@@ -234,7 +234,7 @@ mod tests {
         std::thread::scope(|scope| {
             let span = mapping.region().span(4096, 4096).unwrap();
             scope.spawn(move || crate::sys::discard(span, crate::units::PageSize::SIZE_4K).unwrap());
-            // Nothing is placed until the event is read. It may not have begun.
+            // No page can be placed until the event is read. The removal may not have begun.
             let event = loop {
                 match faults.place(at(3), &[9; 4096]).unwrap() {
                     Placement::Later => break faults.next_event().unwrap(),
@@ -246,7 +246,7 @@ mod tests {
             };
             assert_eq!(event, Some(HandedEvent::Removed(at(1)..at(2))));
         });
-        // Behind the event the page is missing again.
+        // After the event the page is missing again.
         let again = loop {
             match faults.place_zero(at(1), 4096).unwrap() {
                 Placement::Later => std::thread::yield_now(),

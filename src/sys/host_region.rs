@@ -1,9 +1,8 @@
 //! Guest RAM as this process sees it: an address and a length, never a slice.
 //!
-//! The guest writes its RAM at any time, from vCPUs and devices, so no `&[u8]` of it is ever made: bytes
-//! leave and enter by copy, or by an address that the kernel or the NIC reads. Every copy goes through the
-//! C library's `memcpy`, `memset` and `memcmp`, which the compiler can't see into and so can't assume still
-//! memory for.
+//! The guest writes its RAM at any time, from vCPUs and devices, so no `&[u8]` of it is ever made: bytes are copied out
+//! and in, or the kernel or the NIC reads them at their address. Every copy uses the C library's `memcpy`, `memset` and
+//! `memcmp`. They are opaque to the compiler, so it cannot assume that the memory does not change.
 
 use std::any::Any;
 use std::io::{self, IoSlice};
@@ -32,17 +31,17 @@ pub struct OutOfRegion {
     pub region_len: u64,
 }
 
-/// Mapped memory behind one RAM block. Clones share the mapping; the last one lets it go.
+/// Mapped memory of one RAM block. Clones share the mapping; it is released with the last one.
 #[derive(Clone)]
 pub struct HostRegion {
     base: NonNull<u8>,
     len: usize,
     page: PageSize,
-    /// Address at which the dirty source finds the same memory; another process's, perhaps.
+    /// Address at which the dirty source tracks the same memory, possibly in another process.
     tracked: usize,
     file: Option<MemoryFile>,
     backing: Backing,
-    /// In front of the owner: faults are no longer answered when the memory goes.
+    /// Declared before the owner: faults are no longer handled when the memory is released.
     watched: Arc<Watched>,
     _owner: Arc<dyn Any + Send + Sync>,
 }
@@ -60,9 +59,9 @@ impl std::fmt::Debug for HostRegion {
 }
 
 impl HostRegion {
-    /// Takes memory that the caller mapped.
+    /// A region over memory that the caller mapped.
     ///
-    /// `page` is the page size of the backing; `owner` is dropped when the last clone is.
+    /// `page` is the page size of the backing; `owner` is dropped together with the last clone.
     ///
     /// # Safety
     /// `base..base + len` must be mapped readable and writable until `owner` is dropped, and no Rust
@@ -85,19 +84,19 @@ impl HostRegion {
         }
     }
 
-    /// As [`from_raw`](Self::from_raw), for a shared mapping of `file` (a memfd, a file on tmpfs, hugetlbfs or a disk) that
-    /// shows its bytes from `start` on. The page size is the file system's. Knowing the file saves page faults at a
-    /// destination, keeps holes of the memory holes, and lets a migration notice that the file was made shorter.
+    /// As [`from_raw`](Self::from_raw), for a shared mapping of `file` (a memfd, a file on tmpfs, hugetlbfs or a disk)
+    /// that shows its bytes from `start` on. The page size is the file system's. With the file, a destination has fewer
+    /// page faults, holes of the memory remain holes, and a migration notices that the file was truncated.
     ///
     /// The descriptor is kept as long as the region; `file` may be a duplicate.
     ///
     /// # Errors
-    /// InvalidInput if the file ends before the mapping does, or `start` is not at one of its pages; what the kernel says
-    /// of the descriptor.
+    /// InvalidInput if the file ends before the mapping does, or `start` is not at one of its pages; the kernel's error
+    /// for the descriptor.
     ///
     /// # Safety
     /// As for [`from_raw`](Self::from_raw). Besides, `base..base + len` must be a `MAP_SHARED` mapping of `file` at
-    /// `start`: bytes that are written to the file are taken for the memory's.
+    /// `start`: bytes written to the file are treated as written to the memory.
     pub unsafe fn from_raw_file(
         base: NonNull<u8>,
         len: usize,
@@ -123,14 +122,14 @@ impl HostRegion {
         Ok(region.with_backing(Backing::File(Arc::new(file), start)))
     }
 
-    /// As if the memory were of larger pages.
+    /// As if the memory had larger pages.
     #[cfg(test)]
     pub(crate) fn with_page(mut self, page: PageSize) -> Self {
         self.page = page;
         self
     }
 
-    /// What the region is a mapping of.
+    /// Sets the backing of the region.
     pub(super) fn with_backing(mut self, backing: Backing) -> Self {
         self.file = match &backing {
             Backing::File(file, start) => MemoryFile::new(file, *start),
@@ -148,18 +147,18 @@ impl HostRegion {
         &self.backing
     }
 
-    /// Fills `out` with the bytes from `offset` on as [`HostSpan::copy_to`] does, but without taking memory from the
-    /// host for pages that were never written. `false` where that can't be done: not a memory file of base pages, or
-    /// not inside the region.
+    /// Fills `out` with the bytes from `offset` on as [`HostSpan::copy_to`] does, but without allocating pages that
+    /// were never written. Returns `false` if that is not possible: not a memory file of base pages, or not inside the
+    /// region.
     pub fn read_sparse(&self, offset: u64, out: &mut [u8]) -> bool {
         let inside = self.span(offset, out.len() as u64).is_ok();
         inside && self.file.as_ref().is_some_and(|file| file.read(offset, out))
     }
 
-    /// Writes `parts`, one behind the other, from `offset` on as [`HostSpan::copy_from`] does, but by the file behind the
-    /// memory: for memory that this process has not mapped, where it costs half of a first store. Page tables do not see
-    /// it, so neither does a dirty source that reads them. `false` where that can't be done; the bytes then go through a
-    /// span, some of them perhaps for the second time.
+    /// Writes `parts`, one after the other, from `offset` on as [`HostSpan::copy_from`] does, but by pwrite to the
+    /// backing file. For memory that this process has not mapped this costs half of a first store. Page tables do not
+    /// show the write, so a dirty source that reads them does not see it. Returns `false` if that is not possible; the
+    /// caller then writes the bytes through a span, some of them possibly for the second time.
     ///
     /// # Errors
     /// What pwritev(2) says where a span would fare no better: no memory, no room in the file system.
@@ -171,8 +170,8 @@ impl HostRegion {
         }
     }
 
-    /// The same memory, whose writes are found at `address` (of the process whose pagemap and
-    /// userfaultfd the dirty source was given).
+    /// The same memory, whose writes are tracked at `address` (of the process whose pagemap and userfaultfd the dirty
+    /// source was given).
     pub fn tracked_at(mut self, address: usize) -> Self {
         self.tracked = address;
         self
@@ -268,7 +267,7 @@ impl<'a> HostSpan<'a> {
 
     /// Copies the first bytes of the span into `out`; returns how many (the shorter length).
     ///
-    /// The copy may mix old and new bytes if the guest writes meanwhile; the same write marks the page.
+    /// The copy may mix old and new bytes if the guest writes meanwhile; that write also marks the page dirty.
     pub fn copy_to(self, out: &mut [u8]) -> usize {
         let len = out.len().min(self.len);
         // SAFETY: both sides are valid for `len` bytes and can't overlap (no slice of guest RAM exists);
@@ -295,15 +294,15 @@ impl<'a> HostSpan<'a> {
         len
     }
 
-    /// As [`copy_from`](Self::copy_from), past the caches where the processor can: for bytes that nobody
-    /// here reads soon. A store to cold memory otherwise first reads the line it overwrites.
+    /// As [`copy_from`](Self::copy_from), bypassing the caches if the processor supports it: for bytes that this
+    /// process does not read soon. Otherwise a store to cold memory first reads the line that it overwrites.
     ///
     /// The bytes are in place for other threads when this returns.
     pub fn stream_from(self, bytes: &[u8]) -> usize {
         self.stream_pages(std::iter::once(bytes))
     }
 
-    /// As [`stream_from`](Self::stream_from), from pieces that lie apart and come to lie one behind the other; returns how
+    /// As [`stream_from`](Self::stream_from), from separate pieces that are stored one after the other; returns how
     /// many bytes.
     pub fn stream_pages<'b>(self, pieces: impl Iterator<Item = &'b [u8]>) -> usize {
         let mut at = 0;
@@ -312,14 +311,14 @@ impl<'a> HostSpan<'a> {
             at += room.stream_piece(piece);
         }
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: SSE2 is part of x86_64. The fence puts the stores before whatever the caller does next.
+        // SAFETY: SSE2 is part of x86_64. The fence orders the stores before the caller's next accesses.
         unsafe {
             std::arch::x86_64::_mm_sfence();
         }
         at
     }
 
-    /// One piece, whose stores others may see late: until a fence.
+    /// Stores one piece. Other threads may see the stores late, until a fence.
     fn stream_piece(self, bytes: &[u8]) -> usize {
         let len = bytes.len().min(self.len);
         #[cfg(target_arch = "x86_64")]
@@ -343,7 +342,7 @@ impl<'a> HostSpan<'a> {
         self.copy_from(bytes)
     }
 
-    /// Stores zeros. Never by punching a hole: the NIC may know the physical pages.
+    /// Stores zeros. Never punches a hole: the NIC may hold the physical pages.
     pub fn fill_zero(self) {
         // SAFETY: the span is valid and writable for its length.
         unsafe { libc::memset(self.ptr.as_ptr().cast(), 0, self.len) };
@@ -372,8 +371,8 @@ mod tests {
         assert_eq!(span.part(4, 4).unwrap().address(), region.address() + 4100);
     }
 
-    /// A VMM that has mapped a memfd gives address and file: what is written by the file is in the memory, and holes of
-    /// the memory stay holes.
+    /// A VMM that has mapped a memfd passes address and file: bytes written through the file are in the memory, and
+    /// holes of the memory remain holes.
     #[test]
     fn memory_given_with_its_file_is_written_by_the_file() {
         const PAGE: usize = 4096;

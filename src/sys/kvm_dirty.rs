@@ -2,7 +2,7 @@
 //!
 //! # Source
 //! The kernel's virt/kvm/api: KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-//! KVM_SET_USER_MEMORY_REGION. The descriptor is the VM's; any crate may have made it.
+//! KVM_SET_USER_MEMORY_REGION. The descriptor is that of the VM; any crate may have created it.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -25,19 +25,19 @@ const SET_USER_MEMORY_REGION: Opcode = opcode::write::<kvm_userspace_memory_regi
 const ENABLE_CAP: Opcode = opcode::write::<kvm_enable_cap>(IO, 0xa3);
 const CLEAR_DIRTY_LOG: Opcode = opcode::read_write::<kvm_clear_dirty_log>(IO, 0xc0);
 
-/// The VM descriptor, as far as its dirty log is concerned.
+/// The VM descriptor, for its dirty log.
 #[derive(Debug)]
 pub(crate) struct KvmLog {
     vm: OwnedFd,
 }
 
 impl KvmLog {
-    /// Takes a (duplicated) descriptor of a VM.
+    /// A log over a (duplicated) descriptor of a VM.
     pub(crate) fn new(vm: OwnedFd) -> Self {
         Self { vm }
     }
 
-    /// True if pages can be cleared and protected by the chunk.
+    /// True if pages can be cleared and protected chunk by chunk.
     ///
     /// # Errors
     /// ENOTTY if the descriptor is no VM.
@@ -46,7 +46,7 @@ impl KvmLog {
         Ok(flags & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0)
     }
 
-    /// What the VM says of a capability; 0 if it has it not.
+    /// KVM's answer for a capability; 0 if the VM does not have it.
     ///
     /// # Errors
     /// ENOTTY if the descriptor is no VM.
@@ -69,7 +69,7 @@ impl KvmLog {
         self.vm.as_raw_fd()
     }
 
-    /// With `on`, reading the log leaves bits and protection alone until [`clear`](Self::clear).
+    /// With `on`, reading the log does not change bits and protection until [`clear`](Self::clear).
     ///
     /// # Errors
     /// EINVAL where [`has_manual_protect`](Self::has_manual_protect) is false.
@@ -79,8 +79,8 @@ impl KvmLog {
         self.enable(&cap)
     }
 
-    /// True if the VM has memory at `guest_addr`, in the address space of `slot`. KVM has no call that asks: a slot of
-    /// the `page`, under the last number there is, can't be made where another is; one that could is taken away again.
+    /// True if the VM has memory at `guest_addr`, in the address space of `slot`. KVM has no call for this. A slot of
+    /// the `page`, under the last slot number, can't be created where another slot is; if it can, it is removed again.
     ///
     /// # Errors
     /// EINVAL if the VMM uses the last number itself; what the kernel says.
@@ -93,24 +93,24 @@ impl KvmLog {
             memory_size: page.len() as u64,
             userspace_addr: page.address() as u64,
         };
-        // SAFETY: the call reads one struct. Should it make a slot, its memory stays mapped as long as `page`, and
-        // the slot is gone before this returns.
+        // SAFETY: the call reads one struct. If it makes a slot, its memory stays mapped as long as `page`, and the
+        // slot is gone before this returns.
         let made = self.call(unsafe { libc::ioctl(self.raw(), SET_USER_MEMORY_REGION as _, &probe) });
         match made {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(true),
             Err(error) => Err(error),
             Ok(()) => {
                 probe.memory_size = 0;
-                // SAFETY: the call reads one struct; it takes away what was made above.
+                // SAFETY: the call reads one struct; it removes what was made above.
                 let gone = unsafe { libc::ioctl(self.raw(), SET_USER_MEMORY_REGION as _, &probe) };
                 self.call(gone).map(|()| false)
             }
         }
     }
 
-    /// Makes a slot, or sets the flags of one that is mapped at `guest_addr` over `memory` already
-    /// ([`has_memory_at`](Self::has_memory_at)); with no `memory` takes it away. The caller that makes a slot keeps its memory
-    /// mapped until it is taken away.
+    /// Creates a slot, or sets the flags of one that is already mapped at `guest_addr` over `memory`
+    /// ([`has_memory_at`](Self::has_memory_at)); without `memory` it removes the slot. A caller that creates a slot
+    /// keeps its memory mapped until the slot is removed.
     ///
     /// # Errors
     /// EINVAL or EEXIST if the slot is not what it is said to be.
@@ -129,8 +129,8 @@ impl KvmLog {
             userspace_addr: memory.address() as u64,
         };
         // SAFETY: the call reads one struct. KVM refuses to change a slot's size or memory in place, and to make or
-        // move one to an address that is taken, so the guest sees the memory that its VMM gave it, for as long as
-        // the VMM said; what KvmMemory makes it keeps mapped.
+        // move one to an address that is taken. So the guest sees the memory that its VMM gave it, for as long as the
+        // VMM promised; KvmMemory keeps the memory of its own slots mapped.
         self.call(unsafe { libc::ioctl(self.raw(), SET_USER_MEMORY_REGION as _, &region) })
     }
 
@@ -139,8 +139,8 @@ impl KvmLog {
     /// # Errors
     /// ENOENT if the slot has no log; EINVAL if `bits` is too short.
     ///
-    /// `pages` must be the slot's: the caller has set the slot's flags with that length before, which KVM
-    /// refuses for any other.
+    /// `pages` must be the number of the slot's pages: the caller has set the slot's flags with that length before,
+    /// which KVM refuses for any other length.
     pub(crate) fn get(&self, slot: u32, pages: u64, bits: &mut [u64]) -> io::Result<()> {
         if (bits.len() as u64) < pages.div_ceil(64) {
             return Err(io::ErrorKind::InvalidInput.into());

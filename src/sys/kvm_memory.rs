@@ -1,4 +1,4 @@
-//! Guest RAM given to a KVM virtual machine, and taken away again before it is unmapped.
+//! Memory slots of a KVM virtual machine, which are removed before their memory is unmapped.
 //!
 //! # Source
 //! The kernel's virt/kvm/api: KVM_SET_USER_MEMORY_REGION.
@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 
 use super::{HostRegion, KvmLog};
 
-/// The memory slots of a VM that were made here. Each keeps its memory mapped; dropping this takes the slots away.
+/// The memory slots of a VM that were created here. Each keeps its memory mapped; dropping this removes the slots.
 #[derive(Debug)]
 pub struct KvmMemory {
     vm: KvmLog,
@@ -21,7 +21,7 @@ impl KvmMemory {
         Self { vm: KvmLog::new(vm), made: Vec::new() }
     }
 
-    /// Shows `len` bytes of `region` from `offset` on to the guest at `guest_addr`, as slot number `slot`.
+    /// Maps `len` bytes of `region` from `offset` on into the guest at `guest_addr`, as slot number `slot`.
     ///
     /// # Errors
     /// InvalidInput outside the region; EEXIST where the slot or the addresses are taken; EINVAL for less than whole pages.
@@ -49,7 +49,7 @@ impl Drop for KvmMemory {
         for (slot, guest_addr, region) in self.made.drain(..) {
             let none = region.span(0, 0).map(|span| self.vm.set_slot(slot, guest_addr, span, 0));
             if !matches!(none, Ok(Ok(()))) {
-                // The guest may reach the memory still: it stays mapped for good.
+                // The guest may still access the memory: it stays mapped permanently.
                 std::mem::forget(region);
             }
         }

@@ -1,4 +1,5 @@
-//! The dirty rings of a KVM virtual machine: one a vCPU, filled by the kernel with the pages that the vCPU wrote.
+//! The dirty rings of a KVM virtual machine: one for each vCPU, which the kernel fills with the pages that the vCPU
+//! wrote.
 //!
 //! # Source
 //! The kernel's virt/kvm/api: KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_RESET_DIRTY_RINGS. A ring is
@@ -21,22 +22,22 @@ const RESET_DIRTY_RINGS: Opcode = opcode::none(KVMIO as u8, 0xc7);
 const ENTRY: u32 = size_of::<kvm_dirty_gfn>() as u32;
 /// Bit 0 of an entry's flags: the kernel has filled it in.
 const DIRTY: u32 = 1;
-/// Bit 1: we have taken it, and the next reset may protect its page again.
+/// Bit 1: the entry was taken, and the next reset may protect its page again.
 const RESET: u32 = 2;
 
 impl KvmLog {
-    /// Most entries that a vCPU's ring may have; 0 if this kernel has no rings.
+    /// Maximum number of entries of a vCPU's ring; 0 if this kernel has no rings.
     pub(crate) fn max_ring_entries(&self) -> u32 {
         let bytes = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING].map(|cap| self.check(cap));
         bytes.into_iter().find_map(|bytes| bytes.ok().filter(|bytes| *bytes > 0)).unwrap_or(0) / ENTRY
     }
 
-    /// Gives each vCPU made from here on a ring of `entries`, a power of two.
+    /// Gives each vCPU that is created later a ring of `entries`, a power of two.
     ///
     /// # Errors
     /// EINVAL if the VM has a vCPU already, has rings already, or for another number.
     pub(crate) fn enable_rings(&self, entries: u32) -> io::Result<()> {
-        // An old kernel on x86 has the first name only; there, loads and stores are ordered anyway.
+        // An old kernel on x86 has only the first capability; there, loads and stores are ordered anyway.
         let ordered = self.check(KVM_CAP_DIRTY_LOG_RING_ACQ_REL).is_ok_and(|bytes| bytes > 0);
         let cap = if ordered { KVM_CAP_DIRTY_LOG_RING_ACQ_REL } else { KVM_CAP_DIRTY_LOG_RING };
         let mut enable = kvm_enable_cap { cap, ..Default::default() };
@@ -62,13 +63,13 @@ pub(crate) struct DirtyRing {
     map: MmapRaw,
     entries: u32,
     next: u32,
-    /// Keeps the vCPU, whose ring this is.
+    /// Keeps the vCPU of this ring open.
     _vcpu: OwnedFd,
 }
 
 impl DirtyRing {
-    /// Maps the ring of the vCPU behind the (duplicated) descriptor. `entries` is what
-    /// [`enable_rings`](KvmLog::enable_rings) was told.
+    /// Maps the ring of a vCPU, given by its (duplicated) descriptor. `entries` is the number passed to
+    /// [`enable_rings`](KvmLog::enable_rings).
     ///
     /// # Errors
     /// EINVAL if the descriptor is no vCPU with a ring of this size.
@@ -83,7 +84,7 @@ impl DirtyRing {
     /// Takes the entries that the kernel has filled in and calls `each` with the slot and the page inside it. Returns
     /// how many there were. Their pages stay unprotected until [`reset_rings`](KvmLog::reset_rings).
     pub(crate) fn take(&mut self, mut each: impl FnMut(u32, u64)) -> u64 {
-        // A ring once round at most, so that a vCPU that keeps writing can't hold us here.
+        // At most one pass over the ring, so that a vCPU that keeps writing can't keep this loop running.
         for taken in 0..u64::from(self.entries) {
             let (entry, flags) = self.entry(self.next);
             if flags.load(Ordering::Acquire) & (DIRTY | RESET) != DIRTY {
@@ -105,13 +106,13 @@ impl DirtyRing {
         self.entries
     }
 
-    /// True if half of the entries or more wait to be taken.
+    /// True if at least half of the entries wait to be taken.
     pub(crate) fn is_half_full(&self) -> bool {
         let (_, flags) = self.entry(self.next.wrapping_add(self.entries / 2));
         flags.load(Ordering::Relaxed) & (DIRTY | RESET) == DIRTY
     }
 
-    /// An entry and its flags, numbered on and on (the length divides 2^32).
+    /// An entry and its flags. Numbers only increase (the length divides 2^32).
     fn entry(&self, number: u32) -> (*mut kvm_dirty_gfn, &AtomicU32) {
         let at = (number % self.entries) as usize;
         // SAFETY: `at` is below the number of entries that the mapping holds; it is page aligned and lives as long as

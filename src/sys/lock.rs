@@ -1,9 +1,10 @@
-//! Locks that a thread's panic does not close for the others.
+//! Locks that stay usable after a thread panicked while it held one.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks that are taken although a thread panicked while it held one. A panic ends its own thread and is reported where that
-/// thread is joined; the others still have to give the guest back, and what such a lock guards is whole after each store.
+/// Takes locks even if a thread panicked while it held one. A panic ends its own thread and is reported when that
+/// thread is joined. The other threads still have to return the guest, and the data under such a lock is consistent
+/// after each store.
 pub(crate) trait Lock<T: ?Sized> {
     /// Waits for the lock.
     fn locked(&self) -> MutexGuard<'_, T>;

@@ -1,10 +1,11 @@
-//! Memory that the kernel can't give any more: a mapped file that was made shorter, a full file system behind a hole, a
-//! pool of huge pages that ran dry. A read or store there raises SIGBUS, which ends the process.
+//! Memory that the kernel can no longer supply: a mapped file was truncated, a file system is full and the page is a
+//! hole, or the pool of huge pages is exhausted. A read or store there raises SIGBUS, which ends the process.
 //!
-//! Who calls [`survive_lost_memory`] gets zero pages in its place, and the region says so ([`HostRegion::loss`]), which
-//! ends a migration of it before COMMIT. That is a signal handler for the whole process, so it is the program's choice:
-//! the library never installs it. It answers for faults in memory that a [`HostRegion`] holds and passes any other on to
-//! the handler that was there before. Without it a shorter file is still found between two slices by its length.
+//! After a call of [`survive_lost_memory`] the kernel's refusal yields zero pages instead, and the region reports it
+//! ([`HostRegion::loss`]), which ends a migration of it before COMMIT. This is a signal handler for the whole process,
+//! so it is the program's choice: the library never installs it. It handles faults in memory that a [`HostRegion`]
+//! holds and passes any other on to the previous handler. Without it a truncated file is still detected between two
+//! slices by its length.
 //!
 //! # Source
 //! mmap(2) (SIGBUS), sigaction(2) (`si_addr`, `si_code`, `BUS_MCEERR_AR`), signal-safety(7).
@@ -20,11 +21,11 @@ use rustix::fs::fstat;
 use super::HostRegion;
 use super::untouched::Backing;
 
-/// What has become of a region's memory.
+/// How a region lost memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Loss {
-    /// The file behind it was made shorter.
+    /// Its backing file was truncated.
     #[error("the file behind it ends after {left} of its {of} bytes")]
     Shortened {
         /// Bytes of the region that the file still has.
@@ -32,7 +33,7 @@ pub enum Loss {
         /// Bytes of the region.
         of: u64,
     },
-    /// The kernel had no page to give.
+    /// The kernel had no page to supply.
     #[error(
         "the kernel has no page for byte {at:#x}: its file was made shorter, or its file system or pool of huge pages is full"
     )]
@@ -42,7 +43,7 @@ pub enum Loss {
     },
 }
 
-/// Addresses whose faults are answered. Entries are never freed, only used again: the handler walks them without a lock.
+/// Addresses whose faults are handled. Entries are never freed, only reused: the handler walks them without a lock.
 struct Entry {
     start: AtomicUsize,
     /// 0: not in use.
@@ -56,7 +57,7 @@ struct Entry {
 static FIRST: AtomicPtr<Entry> = AtomicPtr::new(ptr::null_mut());
 static UNUSED: Mutex<Vec<&'static Entry>> = Mutex::new(Vec::new());
 
-/// Faults of a range are answered until this is dropped.
+/// Faults of a range are handled until this is dropped.
 pub(super) struct Watched(&'static Entry);
 
 impl Watched {
@@ -66,7 +67,7 @@ impl Watched {
         entry.start.store(start, Ordering::Relaxed);
         entry.page.store(page, Ordering::Relaxed);
         entry.lost.store(0, Ordering::Relaxed);
-        // From here on the handler sees it.
+        // From here on the handler sees the entry.
         entry.len.store(len, Ordering::Release);
         Self(entry)
     }
@@ -85,7 +86,7 @@ impl Drop for Watched {
 }
 
 impl Entry {
-    /// A new one, in front of the list.
+    /// Allocates an entry and adds it at the head of the list.
     fn leaked() -> &'static Self {
         let entry: &'static Self = Box::leak(Box::new(Self {
             start: AtomicUsize::new(0),
@@ -105,7 +106,7 @@ impl Entry {
         }
     }
 
-    /// The entry that `address` is in.
+    /// The entry that contains `address`.
     fn of(address: usize) -> Option<&'static Self> {
         let mut at = FIRST.load(Ordering::Acquire);
         // SAFETY: entries come from `leaked`, which never frees them, or are null.
@@ -122,8 +123,8 @@ impl Entry {
 }
 
 impl HostRegion {
-    /// What has become of the memory since it was mapped: its file was made shorter, or the kernel had no page for it
-    /// (known where [`survive_lost_memory`] was called). What was read of it since can't be trusted.
+    /// How the memory was lost since it was mapped: its file was truncated, or the kernel had no page for it (known
+    /// only after [`survive_lost_memory`]). Bytes read from it since then can't be trusted.
     pub fn loss(&self) -> Option<Loss> {
         if let Some(at) = self.watched().lost_at() {
             return Some(Loss::NoPage { at });
@@ -135,15 +136,16 @@ impl HostRegion {
     }
 }
 
-/// The handler that was there before; set before ours is.
+/// The previous handler; set before ours is installed.
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
 
-/// From here on SIGBUS in memory of a [`HostRegion`] puts a zero page there and goes on; [`HostRegion::loss`] tells. For
-/// the whole process, once; a SIGBUS anywhere else, or by broken hardware, goes to the handler that was there before.
+/// From here on a SIGBUS in memory of a [`HostRegion`] maps a zero page there and continues; [`HostRegion::loss`]
+/// reports it. It applies to the whole process and is called once. A SIGBUS anywhere else, or by a hardware error, goes
+/// to the previous handler.
 ///
-/// A running guest then goes on with the zero page where it would have died with the process: its program must look at
-/// [`HostRegion::loss`] and stop it.
+/// A running guest then continues with the zero page, where it would otherwise have died with the process: its program
+/// must check [`HostRegion::loss`] and stop it.
 ///
 /// # Errors
 /// What sigaction(2) says.
@@ -151,7 +153,7 @@ pub fn survive_lost_memory() -> io::Result<()> {
     let install = || {
         // SAFETY: a sigaction of zeros is one without flags and with an empty mask.
         let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
-        // SAFETY: only asks for the handler in place.
+        // SAFETY: only queries the current handler.
         if unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut before) } != 0 {
             return Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL));
         }
@@ -187,13 +189,13 @@ extern "C" fn on_bus_error(signal: i32, info: *mut libc::siginfo_t, context: *mu
     pass_on(signal, info, context);
 }
 
-/// Maps zeros over the page at `start`; false if the kernel does not.
+/// Maps zeros over the page at `start`; false if the kernel refuses.
 fn put_zero_page(start: usize, len: usize) -> bool {
     let (protection, flags) = (
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
     );
-    // SAFETY: errno is the thread's own; it is put back, since the interrupted code may be about to read it.
+    // SAFETY: errno is the thread's own; it is restored, since the interrupted code may be about to read it.
     let errno = unsafe { *libc::__errno_location() };
     // SAFETY: the page is in memory of a region, which its owner keeps mapped and holds only guest bytes. The kernel has
     // just refused to give it.
@@ -207,7 +209,8 @@ fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) 
     let before = BEFORE.get();
     match before.map_or(libc::SIG_DFL, |before| before.sa_sigaction) {
         libc::SIG_DFL | libc::SIG_IGN => {
-            // SAFETY: puts the default in place; the instruction is tried again, and ends the process as it would have.
+            // SAFETY: restores the default action; the instruction is executed again, and ends the process as it would
+            // have.
             unsafe { libc::signal(signal, libc::SIG_DFL) };
         }
         handler if before.is_some_and(|before| before.sa_flags & libc::SA_SIGINFO != 0) => {
@@ -269,13 +272,13 @@ mod tests {
         lost.region().span(3 * PAGE, 1).unwrap().copy_from(b"x");
         assert_eq!(lost.region().loss(), Some(Loss::NoPage { at: 2 * PAGE + 5 }));
         assert_eq!((byte(&other, 2), other.region().loss()), (7, None));
-        // The next region at this place starts without it.
+        // The next region at this address starts without a loss.
         let address = lost.region().address();
         drop(lost);
         assert!(Entry::of(address).is_none_or(|entry| entry.lost.load(Ordering::Relaxed) == 0));
     }
 
-    /// Memory of 2 MiB pages that nothing was reserved for, as an embedder may map it.
+    /// Memory of 2 MiB pages without a reservation, as an embedder may map it.
     #[cfg(feature = "vm-memory")]
     fn unreserved(pages: usize) -> HostRegion {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -301,7 +304,7 @@ mod tests {
         let [Some(free), Some(more)] = ["free_hugepages", "nr_overcommit_hugepages"].map(pool) else {
             return;
         };
-        // Pages that other tests have set aside are theirs.
+        // Pages that other tests have reserved remain theirs.
         survive_lost_memory().unwrap();
         let region = unreserved(free + more + 1);
         let mut lost = None;
@@ -314,12 +317,12 @@ mod tests {
             }
         }
         assert!(lost.is_some(), "{free} free pages and {more} more were enough for one page too many");
-        // Others of the same pool are not touched, and memory of small pages is there.
+        // Other mappings of the same pool are not affected, and memory of small pages is available.
         let (_, other) = file(4);
         assert_eq!((byte(&other, 2), other.region().loss()), (7, None));
     }
 
-    /// Alone in its process, which ends by the signal.
+    /// Runs alone in its process, which the signal ends.
     #[test]
     #[ignore = "started by the test below"]
     fn elsewhere() {
@@ -329,7 +332,7 @@ mod tests {
         // SAFETY: no reference to the mapping is made.
         let map = memmap2::MmapOptions::new().map_raw(&file).unwrap();
         file.set_len(0).unwrap();
-        // SAFETY: mapped; the kernel has no page for it, which is what is tried.
+        // SAFETY: mapped; the kernel has no page for it, which is what the test tries.
         unsafe { map.as_ptr().read_volatile() };
     }
 

@@ -1,14 +1,14 @@
-//! How much must have come before a socket counts as readable.
+//! How many bytes must arrive before a socket counts as readable.
 
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Sets how many bytes must wait in a TCP socket before `poll(2)` calls it readable (SO_RCVLOWAT, socket(7)). 1 is
-/// what a new socket has.
+/// Sets how many bytes must be in a TCP socket before `poll(2)` reports it as readable (SO_RCVLOWAT, socket(7)). A new
+/// socket has 1.
 ///
-/// The end of the stream, an error and a window that is all but closed make it readable at any time. The kernel
-/// takes half of the receive buffer's limit at most, and makes the buffer larger where it is free to.
+/// The end of the stream, an error and a nearly closed window make it readable at any time. The kernel caps the number
+/// at half of the receive buffer's limit, and enlarges the buffer if it may.
 ///
 /// # Errors
 /// What `setsockopt(2)` says.

@@ -1,8 +1,9 @@
-//! Shared memory, read and written by its file and not through the mapping.
+//! Shared memory, read and written through its file instead of the mapping.
 //!
-//! A read through the mapping makes the kernel allocate a page for every page of a hole, and fault once for each. A
-//! read(2) of the same memory file does neither, and sees what is in swap. A write(2) of whole pages takes the memory
-//! without clearing it first and without an entry in the page tables: half of what a first store through the mapping costs.
+//! A read through the mapping makes the kernel allocate a page for every page of a hole, with one fault for each. A
+//! read(2) of the same memory file does neither, and also reads pages in swap. A write(2) of whole pages allocates the
+//! memory without clearing it first and without an entry in the page tables: this costs half of a first store through
+//! the mapping.
 
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
@@ -15,12 +16,12 @@ use rustix::process::{Resource, getrlimit};
 /// `TMPFS_MAGIC` of statfs(2): memfds of base pages, /dev/shm.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// The memory file behind a shared mapping, and where the mapping starts in it.
+/// The memory file of a shared mapping, and the offset of the mapping in it.
 #[derive(Clone, Debug)]
 pub(super) struct MemoryFile {
     fd: Arc<OwnedFd>,
     start: u64,
-    /// Where in the file a write must end: 0 where none is to be tried.
+    /// The offset in the file at which a write must end; 0 if no write is to be tried.
     writable: u64,
 }
 
@@ -31,8 +32,8 @@ impl MemoryFile {
         (kind == TMPFS_MAGIC).then(|| Self { fd: Arc::clone(fd), start, writable: writable(fd) })
     }
 
-    /// Writes `parts`, one behind the other, to the mapping's bytes from `offset` on. `false` if the file can't be written
-    /// to: the bytes then go through the mapping, some of them perhaps for the second time.
+    /// Writes `parts`, one after the other, to the mapping's bytes from `offset` on. `false` if the file can't be
+    /// written: the caller then writes the bytes through the mapping, some of them possibly for the second time.
     ///
     /// # Errors
     /// What pwritev(2) says where the mapping would fare no better: no memory, no room in the file system.
@@ -44,7 +45,8 @@ impl MemoryFile {
         }
         let mut done = 0;
         while done < len {
-            // A write that was cut short goes on part by part: the kernel is short of something and will say so.
+            // A write that was cut short continues part by part: the kernel lacks a resource, and a later write returns
+            // the error.
             let mut skip = usize::try_from(done).unwrap_or(usize::MAX);
             let mut rest = parts;
             while let Some(first) = rest.first().filter(|first| skip >= first.len()) {
@@ -64,7 +66,7 @@ impl MemoryFile {
         Ok(true)
     }
 
-    /// Fills `out` with the mapping's bytes from `offset` on. `false` if the kernel does not give all of them.
+    /// Fills `out` with the mapping's bytes from `offset` on. `false` if the kernel does not return all of them.
     pub(super) fn read(&self, offset: u64, out: &mut [u8]) -> bool {
         let mut at = 0;
         while at < out.len() {
@@ -80,8 +82,8 @@ impl MemoryFile {
     }
 }
 
-/// Bytes of the file that may be written by descriptor. Appending descriptors write elsewhere than they are told, and a
-/// write beyond the process's limit raises SIGXFSZ (setrlimit(2)): neither is tried.
+/// Bytes of the file that may be written by descriptor. A descriptor in append mode ignores the offset, and a write
+/// beyond the process's limit raises SIGXFSZ (setrlimit(2)): neither is tried.
 fn writable(fd: &OwnedFd) -> u64 {
     let for_both = |flags: OFlags| flags & OFlags::RWMODE == OFlags::RDWR && !flags.contains(OFlags::APPEND);
     if !fcntl_getfl(fd).is_ok_and(for_both) {
@@ -106,7 +108,7 @@ mod tests {
         let mut file = File::from(memfd);
         file.write_all(&[9; PAGE as usize]).unwrap();
         file.set_len(65 * PAGE).unwrap();
-        // The mapping starts a page behind the file's first.
+        // The mapping starts one page after the file's first.
         let mapping = Mapping::file(file.into(), PAGE, 64 * PAGE).unwrap();
         let region = mapping.region();
         let blocks = || rustix::fs::fstat(mapping.backing().unwrap().0).unwrap().st_blocks;
@@ -120,8 +122,8 @@ mod tests {
         assert!(!Mapping::anonymous(PAGE).unwrap().region().read_sparse(0, &mut out[..1]), "no file");
     }
 
-    /// What is written by the file is what the mapping shows, no other page is taken, and a file that appends or is sealed
-    /// is left to the mapping.
+    /// Bytes written through the file appear in the mapping, no other page is allocated, and a file in append mode or
+    /// with a seal is written through the mapping.
     #[test]
     fn pages_written_by_the_file_are_in_the_mapping() {
         const PAGE: u64 = 4096;

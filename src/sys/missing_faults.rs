@@ -1,4 +1,4 @@
-//! Faults of memory that is not there yet: userfaultfd(2) in its missing mode, and the calls that put pages in place.
+//! Faults of missing memory: userfaultfd(2) in its missing mode, and the calls that place pages.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,7 +14,7 @@ use crate::units::PageSize;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MissingFaultsError {
-    /// The kernel, or what this process may do, rules it out.
+    /// The kernel or the privileges of this process do not allow it.
     #[error("userfaultfd: {what} failed ({remedy})")]
     Kernel {
         /// What was tried.
@@ -31,14 +31,15 @@ pub enum MissingFaultsError {
     Memory,
 }
 
-/// A userfaultfd for missing pages. All addresses are of this process. Dropping it lets every waiting thread run on, and
-/// what is still missing then reads as zero: so it is dropped only when no page is missing, or nobody runs any more.
+/// A userfaultfd for missing pages. All addresses are of this process. When it is dropped, every waiting thread
+/// continues, and pages that are still missing read as zero. So it is dropped only when no page is missing, or no such
+/// thread runs any more.
 #[derive(Debug)]
 pub struct MissingFaults {
     uffd: Uffd,
 }
 
-/// Room in which a userfaultfd says which page a thread waits for, in bytes of address.
+/// Address granularity, in bytes, of the fault that a userfaultfd reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FaultAt(pub usize);
 
@@ -52,8 +53,8 @@ impl MissingFaults {
         Self::with(false)
     }
 
-    /// A descriptor for faults of user mode only, which needs no privilege. Enough for a guest whose memory only threads
-    /// of this process touch in user mode: not for KVM.
+    /// A descriptor for faults of user mode only, which needs no privilege. This is enough for a guest whose memory
+    /// only threads of this process access in user mode: not for KVM.
     ///
     /// # Errors
     /// [`MissingFaultsError::Kernel`].
@@ -75,13 +76,14 @@ impl MissingFaults {
         Ok(Self { uffd })
     }
 
-    /// Takes a descriptor that the embedder made: non-blocking, its features agreed on (UFFDIO_API), of this process.
+    /// Takes a descriptor that the embedder created: non-blocking, with its features enabled (UFFDIO_API), of this
+    /// process.
     pub fn adopt(fd: OwnedFd) -> Self {
         // SAFETY: the descriptor is owned and moves in.
         Self { uffd: unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) } }
     }
 
-    /// From here on a first access to a page of `span` that is not there waits. `span` is in whole pages of the memory.
+    /// From here on the first access to a missing page of `span` waits. `span` is in whole pages of the memory.
     ///
     /// # Errors
     /// [`MissingFaultsError`].
@@ -100,7 +102,7 @@ impl MissingFaults {
         }
     }
 
-    /// Accesses wait no more; threads that do run on.
+    /// Accesses no longer wait; waiting threads continue.
     ///
     /// # Errors
     /// The kernel's answer.
@@ -108,9 +110,9 @@ impl MissingFaults {
         self.uffd.unregister(span.as_ptr().cast(), span.len()).map_err(to_io)
     }
 
-    /// Puts `bytes` in place as the contents of `span`, memory in pages of `page` bytes: each page at once, and only where
-    /// none is there. Threads that wait run on after [`wake`](Self::wake). `false` where some page was there already: it is
-    /// left as it is, and the others are placed.
+    /// Places `bytes` as the contents of `span`, memory in pages of `page` bytes. Each page is placed atomically, and
+    /// only if it is missing. Waiting threads continue after [`wake`](Self::wake). `false` if some page was already
+    /// present: it is left unchanged, and the others are placed.
     ///
     /// # Errors
     /// The kernel's answer: ENOMEM, ENOSPC (a huge page pool is empty), ESRCH.
@@ -120,11 +122,11 @@ impl MissingFaults {
         while done < bytes.len().min(span.len()) {
             let (from, left) = (bytes[done..].as_ptr().cast(), span.len() - done);
             // SAFETY: `from` is valid for `left` bytes; the target lies in a registered range of guest memory, and the
-            // kernel refuses any other. What is missing there has no contents that could be lost.
+            // kernel refuses any other. A missing page has no contents that could be lost.
             match unsafe { self.uffd.copy(from, span.as_ptr().add(done).cast(), left, false) } {
                 Ok(count) => done += count,
-                // EAGAIN: a page that is there stands behind those that were copied, or a change of the address space came
-                // between, and the count is an error number. What was copied counts, the rest is tried again.
+                // EAGAIN: either the page after the copied ones is present, or the address space changed meanwhile and
+                // the count is an error number. The copied pages count, and the rest is tried again.
                 Err(userfaultfd::Error::PartiallyCopied(count)) => match usize::try_from(count as isize) {
                     Ok(count) if count > 0 => done += count,
                     _ => std::thread::yield_now(),
@@ -138,7 +140,7 @@ impl MissingFaults {
         Ok(all)
     }
 
-    /// Puts zero pages in place, as [`place`](Self::place).
+    /// Places zero pages, as [`place`](Self::place).
     ///
     /// # Errors
     /// As [`place`](Self::place).
@@ -165,7 +167,7 @@ impl MissingFaults {
                     libc::EEXIST => return Ok(false),
                     // Not every kernel has zero pages for shared memory.
                     libc::EINVAL => return self.place(span, &vec![0; span.len()], page),
-                    // A change of the address space came between.
+                    // The address space changed meanwhile.
                     libc::EAGAIN => std::thread::yield_now(),
                     _ => return Err(io::Error::from_raw_os_error(errno as i32)),
                 },
@@ -174,7 +176,7 @@ impl MissingFaults {
         }
     }
 
-    /// Threads that wait for a page of `span` try again.
+    /// Wakes the threads that wait for a page of `span`; they access it again.
     ///
     /// # Errors
     /// The kernel's answer.
@@ -182,7 +184,7 @@ impl MissingFaults {
         self.uffd.wake(span.as_ptr().cast(), span.len()).map_err(to_io)
     }
 
-    /// The next page that a thread waits for, without waiting: `None` if there is none. Events of other kinds are left out.
+    /// The next page that a thread waits for, without waiting: `None` if there is none. Other events are skipped.
     ///
     /// # Errors
     /// The kernel's answer.
@@ -230,7 +232,7 @@ mod tests {
         faults.next().unwrap().unwrap()
     }
 
-    /// A thread that reads a page waits for it; a page is placed whole and once; zero pages are zero.
+    /// A thread that reads a page waits for it; a page is placed completely and once; zero pages are zero.
     #[test]
     fn a_thread_waits_until_its_page_is_placed() {
         for mapping in [Mapping::anonymous(4 * 4096).unwrap(), Mapping::memfd("missing", 4 * 4096).unwrap()] {
@@ -262,7 +264,7 @@ mod tests {
         }
     }
 
-    /// Pages that are there, at the start, in the middle and at the end, keep none of the others away.
+    /// Pages that are present, at the start, in the middle and at the end, do not keep the others from being placed.
     #[test]
     fn what_is_there_is_left_and_the_pages_around_it_are_placed() {
         const PAGES: u64 = 8;

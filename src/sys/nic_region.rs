@@ -1,4 +1,4 @@
-//! Mapped guest RAM in the form a NIC takes it: an address that stays.
+//! Mapped guest RAM as a NIC needs it: at a fixed address.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use rdma_hooks::{PinnedSpan, RegionMemory};
 
 use super::{HostRegion, HostSpan, is_zero};
 
-/// Zeroed and looked at in steps of this size, so that a page which is zero already is not touched.
+/// Step in which memory is zeroed and checked, so that a page that is already zero is not touched.
 const STEP: u64 = 4096;
 
 /// The first bytes of a region. Clones of the region keep the mapping.
@@ -18,8 +18,8 @@ struct NicMemory {
 impl HostRegion {
     /// The first `len` bytes for a NIC; `None` if the region has fewer.
     ///
-    /// The memory must not be discarded while the answer or a part of it lives: the NIC would go on with the pages it
-    /// was given (`GuestControl::forbid_discard`).
+    /// The memory must not be discarded while the result or a part of it exists: the NIC would continue to use the old
+    /// pages (`GuestControl::forbid_discard`).
     pub(crate) fn for_nic(&self, len: u64) -> Option<rdma_hooks::HostRegion> {
         self.span(0, len).ok()?;
         Some(rdma_hooks::HostRegion::new(Arc::new(NicMemory { region: self.clone(), len })))
@@ -27,7 +27,7 @@ impl HostRegion {
 }
 
 impl NicMemory {
-    /// `None` for a range outside, which the caller never asks for.
+    /// `None` for a range outside, which the caller never requests.
     fn span(&self, offset: u64, len: u64) -> Option<HostSpan<'_>> {
         self.region.span(offset, len).ok()
     }
@@ -68,7 +68,7 @@ impl RegionMemory for NicMemory {
         let start = std::ptr::NonNull::new(self.span(0, self.len)?.as_ptr())?;
         // SAFETY: the region holds at least `len` bytes, mapped readable and writable until its last clone is dropped,
         // and this value holds a clone; no Rust reference into it exists (both by `HostRegion::from_raw`). The crate
-        // never remaps a region, and nothing is discarded while a NIC knows it (`for_nic`).
+        // never remaps a region, and no page is discarded while a NIC has it registered (`for_nic`).
         Some(unsafe { PinnedSpan::new(start, self.len) })
     }
 }

@@ -20,7 +20,7 @@ pub struct NumaNode {
     pub cpus: Vec<u32>,
 }
 
-/// The nodes of this machine that have processors, by number; none where the kernel tells nothing.
+/// The nodes of this machine that have processors, by number; empty if the kernel does not report them.
 pub fn numa_nodes() -> Vec<NumaNode> {
     nodes_in(Path::new("/sys/devices/system/node"))
 }
@@ -43,7 +43,7 @@ pub(crate) fn cpu_list(text: &str) -> Option<Vec<u32>> {
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
-        // More than a kernel can have would only be memory for nothing.
+        // More than a kernel can have would only waste memory.
         if last < first || last as usize >= CpuSet::MAX_CPU {
             return None;
         }
@@ -61,8 +61,8 @@ pub fn own_cpus() -> io::Result<Vec<u32>> {
     Ok((0..CpuSet::MAX_CPU).filter(|cpu| set.is_set(*cpu)).map(|cpu| cpu as u32).collect())
 }
 
-/// From here on the calling thread runs only on those of `cpus` that it may run on already. `false`, and nothing changes,
-/// if there is none: its starter has put it elsewhere.
+/// From here on the calling thread runs only on those of `cpus` that it may run on already. `false`, without a change,
+/// if there is none: the thread was started with another affinity.
 ///
 /// # Errors
 /// What sched_setaffinity(2) says; a filter's EPERM.
@@ -76,7 +76,7 @@ pub fn keep_to_cpus(cpus: &[u32]) -> io::Result<bool> {
     Ok(true)
 }
 
-/// The node of each page of this process at `addresses`; `None` for one that is not in memory. Nothing is touched.
+/// The node of each page of this process at `addresses`; `None` for one that is not in memory. No page is touched.
 ///
 /// # Errors
 /// ENOSYS in a kernel without NUMA; what move_pages(2) says.
@@ -102,17 +102,17 @@ pub fn nodes_of_pages(addresses: &[usize]) -> io::Result<Vec<Option<u32>>> {
     Ok(status.into_iter().map(|node| u32::try_from(node).ok()).collect())
 }
 
-/// The node of the network device that has the address `ip`, where it has one.
+/// The node of the network device that has the address `ip`, if it has one.
 pub(crate) fn node_of_address(ip: IpAddr) -> Option<u32> {
     let device = Path::new("/sys/class/net").join(interface_of(ip)?).join("device");
-    // A virtio device has none itself, but the PCI device that it is on.
+    // A virtio device itself has no node, but its PCI device has one.
     let read = |path: &str| std::fs::read_to_string(device.join(path)).ok()?.trim().parse().ok();
     read("numa_node").or_else(|| read("../numa_node"))
 }
 
 fn interface_of(ip: IpAddr) -> Option<String> {
     let mut list = std::ptr::null_mut();
-    // SAFETY: getifaddrs writes one pointer, to a list that is given back below.
+    // SAFETY: getifaddrs writes one pointer, to a list that is freed below.
     if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
         return None;
     }
@@ -175,7 +175,7 @@ mod tests {
         }
     }
 
-    /// In a thread of its own: the affinity stays until it ends.
+    /// Runs in a thread of its own: the affinity stays until the thread ends.
     #[test]
     fn a_thread_keeps_to_processors_that_it_may_run_on() {
         let thread = std::thread::spawn(|| {

@@ -1,4 +1,4 @@
-//! Which pages were written, and which are there: the PAGEMAP_SCAN call on /proc/PID/pagemap (Linux 6.7).
+//! Which pages were written, and which are present: the PAGEMAP_SCAN call on /proc/PID/pagemap (Linux 6.7).
 //!
 //! # Source
 //! linux/fs.h (`struct pm_scan_arg`) and the kernel's admin-guide/mm/pagemap.
@@ -15,14 +15,14 @@ const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 /// The same two in an entry of the file, which every kernel has.
 const ENTRY_IS_THERE: u64 = 3 << 62;
-/// Entries that are read at once.
+/// Number of entries per read.
 const ENTRIES: usize = 4096;
 const PM_SCAN_WP_MATCHING: u64 = 1;
 const PM_SCAN_CHECK_WPASYNC: u64 = 2;
 
-/// Regions taken from the kernel in one call: as many as it gathers before it copies them out (512 on x86-64). With room
-/// for more it goes on by itself, but then tells as the end of its walk where it last stopped to copy, and all from there
-/// on would be walked twice.
+/// Number of regions in one call: as many as the kernel gathers before it copies them out (512 on x86-64). With room
+/// for more, the kernel continues by itself, but then returns as the end of its walk the place where it last copied,
+/// and the rest from there on would be walked twice.
 const REGIONS: usize = 512;
 
 /// `struct pm_scan_arg`.
@@ -52,7 +52,7 @@ struct PageRegion {
     categories: u64,
 }
 
-/// The page map of a process, asked for written pages. Addresses are that process's.
+/// The page map of a process, queried for written pages. Addresses are that process's.
 #[derive(Debug)]
 pub(crate) struct Pagemap {
     fd: OwnedFd,
@@ -72,12 +72,12 @@ impl Pagemap {
         Self { fd }
     }
 
-    /// Calls `each` with every written range of `range` and protects it again, both in one step under the
-    /// page table's lock: a write is either reported now or leaves its mark for the next call.
+    /// Calls `each` with every written range of `range` and protects it again, both in one step under the page table's
+    /// lock: a write is either reported now or in the next call.
     ///
     /// # Errors
-    /// EPERM if a part of `range` is not under asynchronous write protection, ENOTTY before Linux 6.7. What
-    /// was reported before the error is protected again and reported nowhere else.
+    /// EPERM if a part of `range` is not under asynchronous write protection, ENOTTY before Linux 6.7. Pages reported
+    /// before the error are protected again and not reported a second time.
     pub(crate) fn take_written(
         &self,
         range: Range<usize>,
@@ -99,7 +99,7 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Asks without changing anything whether `range` can be tracked.
+    /// Checks, without changing anything, whether `range` can be tracked.
     ///
     /// # Errors
     /// As [`take_written`](Self::take_written).
@@ -108,8 +108,8 @@ impl Pagemap {
         self.scan(PM_SCAN_CHECK_WPASYNC, range, &mut [PageRegion::default()]).map(drop)
     }
 
-    /// Calls `each` with every range of `range` that has pages, in memory or swapped out, in order. Of private anonymous
-    /// memory all the rest is zero.
+    /// Calls `each` with every range of `range` that has pages, in memory or swapped out, in order. All other pages of
+    /// private anonymous memory are zero.
     ///
     /// # Errors
     /// What the kernel says; ranges that were told before stay told.
@@ -164,8 +164,8 @@ impl Pagemap {
     fn scan(&self, flags: u64, range: Range<u64>, regions: &mut [PageRegion]) -> io::Result<(usize, u64)> {
         let arg = ScanArg {
             flags,
-            // Exactly this mask and nothing else takes the kernel's fast way, on which a page that is not
-            // there counts as written: shared memory unmapped by reclaim keeps its mark.
+            // Only exactly this mask takes the kernel's fast path, on which a missing page counts as written: shared
+            // memory that reclaim unmapped keeps its mark.
             category_mask: PAGE_IS_WRITTEN,
             return_mask: PAGE_IS_WRITTEN,
             ..ScanArg::default()
@@ -186,7 +186,7 @@ impl Pagemap {
         // SAFETY: PAGEMAP_SCAN reads and writes one struct pm_scan_arg, whose layout ScanArg has, and writes
         // at most vec_len regions at vec, which is borrowed mutably for the call.
         let found = unsafe { libc::ioctl(self.fd.as_raw_fd(), PAGEMAP_SCAN as _, &mut arg) };
-        // Interrupted only by a signal that kills, so there is nothing to try again.
+        // Only a signal that kills interrupts the call, so there is no retry.
         let found = usize::try_from(found).map_err(|_| io::Error::last_os_error())?;
         Ok((found.min(regions.len()), arg.walk_end))
     }
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
     use crate::sys::{Mapping, WriteProtector};
 
-    /// Both ways tell the same, runs of any length.
+    /// Both methods return the same, for runs of any length.
     #[test]
     fn pages_that_are_there_are_found_by_call_and_by_entry() {
         let page = rustix::param::page_size();
@@ -219,12 +219,12 @@ mod tests {
         pagemap.present_by_entry(range.clone(), |run| by_entry.push(run)).unwrap();
         let (by_call, by_entry) = (all(by_call), all(by_entry));
         assert_eq!(by_call, by_entry);
-        // The kernel may have given larger pages than were asked for.
+        // The kernel may have used larger pages than requested.
         assert!(wanted.iter().all(|at| by_call.contains(at)));
     }
 
-    /// With less room than the runs there are a call stops where its room ends; with room left it has walked all. So no
-    /// part is walked twice, which took a quarter of a sync with a thousand runs.
+    /// With less room than there are runs, a call stops where its room ends; with room left it has walked the whole
+    /// range. So no part is walked twice, which took a quarter of a sync with a thousand runs.
     #[test]
     fn no_part_is_walked_twice() {
         let page = rustix::param::page_size();

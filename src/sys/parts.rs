@@ -1,4 +1,4 @@
-//! Scattered bytes, own or the guest's, given to the kernel in one call.
+//! Separate byte ranges, our own or the guest's, passed to the kernel in one call.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -53,32 +53,33 @@ impl RecvPart<'_> {
     }
 }
 
-/// Most parts one call takes (`UIO_MAXIOV`, writev(2)).
+/// Maximum number of parts in one call (`UIO_MAXIOV`, writev(2)).
 pub(crate) const MAX_PARTS: usize = 1024;
 
-/// Most bytes one call takes, so that a write to a slow disk comes back to be stopped.
+/// Maximum number of bytes in one call, so that a write to a slow disk returns and can be stopped.
 const MAX_CALL: usize = 8 << 20;
 
 /// How a descriptor is written and read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FdKind {
-    /// A socket: `sendmsg` without a signal where the peer is gone.
+    /// A socket: `sendmsg` without SIGPIPE if the peer is gone.
     Socket,
-    /// A socket that [`allow_zero_copy`](super::allow_zero_copy) was called for: as `Socket`, from the pages themselves,
-    /// which must be guest RAM: own bytes may be others by the time that the kernel reads them.
+    /// A socket that [`allow_zero_copy`](super::allow_zero_copy) was called for: as `Socket`, sent from the pages
+    /// themselves. These must be guest RAM, since own bytes may change before the kernel reads them.
     ZeroCopy,
-    /// As `Socket`, with the word that more follows at once (MSG_MORE): the bytes leave with those.
+    /// As `Socket`, with the flag that more data follows immediately (MSG_MORE): the bytes are sent together with that
+    /// data.
     More,
     /// A pipe or a file: `writev`.
     Other,
 }
 
-/// Sends from the parts, the first `skip` bytes of which are left out; returns how many bytes went.
+/// Sends from the parts, without their first `skip` bytes; returns how many bytes were sent.
 ///
-/// At most [`MAX_PARTS`] parts and a few MiB go in one call; the caller goes on with the rest.
+/// One call sends at most [`MAX_PARTS`] parts and a few MiB; the caller continues with the rest.
 ///
 /// # Errors
-/// What `sendmsg(2)` or `writev(2)` says; `WouldBlock` on a non-blocking descriptor. `InvalidInput` for own bytes by
+/// The error of `sendmsg(2)` or `writev(2)`; `WouldBlock` on a non-blocking descriptor. `InvalidInput` for own bytes by
 /// [`FdKind::ZeroCopy`].
 pub(crate) fn send_parts(
     fd: BorrowedFd<'_>,
@@ -91,9 +92,9 @@ pub(crate) fn send_parts(
     }
     let mut iov = NO_PARTS;
     let used = gather(parts, skip, MAX_CALL, &mut iov);
-    // SAFETY: every iovec names bytes borrowed by `parts` (for guest spans: mapped as long as the borrow),
-    // which outlives the call; the kernel only reads them. What it reads later (ZeroCopy) it reads by references to the
-    // pages that it took itself, so that memory unmapped meanwhile is not another's.
+    // SAFETY: every iovec names bytes borrowed by `parts` (for guest spans: mapped as long as the borrow), which
+    // outlives the call; the kernel only reads them. What it reads later (ZeroCopy) it reads by its own references to
+    // the pages, so that pages unmapped meanwhile are not reused.
     let sent = unsafe {
         match kind {
             FdKind::Socket | FdKind::ZeroCopy | FdKind::More => {
@@ -113,13 +114,13 @@ pub(crate) fn send_parts(
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-/// Room for what one call is told.
+/// Room for the parts of one call.
 pub(super) type PartList = [libc::iovec; MAX_PARTS];
 
 pub(super) const NO_PARTS: PartList =
     [const { libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 } }; MAX_PARTS];
 
-/// Lists the parts for a call that takes at most `room` bytes, without the first `skip`; how many entries.
+/// Lists the parts for a call of at most `room` bytes, without the first `skip`; returns the number of entries.
 pub(super) fn gather(parts: &[SendPart<'_>], skip: usize, room: usize, list: &mut PartList) -> usize {
     let (mut skip, mut room, mut used) = (skip, room, 0);
     for part in parts {
@@ -143,12 +144,12 @@ pub(super) fn gather(parts: &[SendPart<'_>], skip: usize, room: usize, list: &mu
     used
 }
 
-/// True if some bytes are this program's.
+/// True if some bytes are this program's own.
 pub(super) fn has_own(parts: &[SendPart<'_>]) -> bool {
     parts.iter().any(|part| matches!(part, SendPart::Own(_)))
 }
 
-/// Fills the parts in order with what is there; 0 is the end of the stream (or no room given).
+/// Fills the parts in order with the available bytes; 0 is the end of the stream (or no room was given).
 ///
 /// # Errors
 /// What `readv(2)` says; `WouldBlock` on a non-blocking descriptor.

@@ -1,10 +1,10 @@
-//! Who is at the other end of a UNIX socket.
+//! The process at the other end of a UNIX socket.
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// The process that connected, as it was then.
+/// The process that connected, with its ids at that time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerProcess {
     /// Its id; `None` for one outside of this process's namespace.
@@ -13,7 +13,7 @@ pub struct PeerProcess {
     pub uid: u32,
 }
 
-/// Who connected (`SO_PEERCRED`, unix(7)).
+/// The process that connected (`SO_PEERCRED`, unix(7)).
 ///
 /// # Errors
 /// What `getsockopt(2)` says: it is no UNIX socket.

@@ -1,4 +1,4 @@
-//! Guest RAM read from a place in a file, and written to one: the kernel copies between the two.
+//! Guest RAM read from and written to an offset of a file: the kernel copies between the two.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -6,10 +6,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use super::HostSpan;
 use super::parts::{NO_PARTS, SendPart, gather};
 
-/// Most bytes of one call, so that it comes back to be stopped.
+/// Maximum number of bytes in one call, so that the call returns and can be stopped.
 const MAX_CALL: usize = 8 << 20;
 
-/// Fills the first bytes of `span` with those at `offset` of a file; how many, and 0 only at the file's end.
+/// Fills the first bytes of `span` with those at `offset` of a file; returns how many, and 0 only at the file's end.
 ///
 /// # Errors
 /// What `pread(2)` says; `EFAULT` for guest memory that is lost.
@@ -21,7 +21,7 @@ pub(crate) fn read_at(fd: BorrowedFd<'_>, span: HostSpan<'_>, offset: u64) -> io
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
-/// Writes `parts`, without the first `skip` bytes of them, to `offset` of a file; how many bytes went.
+/// Writes `parts`, without their first `skip` bytes, to `offset` of a file; returns how many bytes were written.
 ///
 /// # Errors
 /// What `pwritev(2)` says.

@@ -1,6 +1,6 @@
-//! Numbers nobody can guess.
+//! Unpredictable numbers.
 
-/// 128 bits from the kernel; from the clock and the address space where it has none to give. Names a migration.
+/// 128 bits from the kernel, or from the clock and the address space if the kernel has none. It identifies a migration.
 pub(crate) fn random_id() -> [u8; 16] {
     let mut id = [0; 16];
     let got = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::NONBLOCK);

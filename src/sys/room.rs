@@ -1,4 +1,4 @@
-//! How much memory this process can still take: what the machine has, and what its control groups leave.
+//! How much memory this process can still allocate: limited by the machine and by its control groups.
 //!
 //! # Source
 //! proc(5) (`MemAvailable`, /proc/PID/cgroup); the kernel's admin-guide/cgroup-v2 (`memory.max`, `memory.current`,
@@ -8,17 +8,17 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-/// Memory that can be had, and what bounds it.
+/// Available memory, and its limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryRoom {
-    /// Bytes, about: others take and give memory meanwhile.
+    /// Approximate number of bytes: other processes allocate and free memory meanwhile.
     pub bytes: u64,
-    /// What there is no more of.
+    /// The limit that is reached first.
     pub bound: MemoryBound,
 }
 
-/// What bounds the memory of a process.
+/// A limit on the memory of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MemoryBound {
@@ -37,10 +37,11 @@ impl fmt::Display for MemoryBound {
     }
 }
 
-/// Memory that this process can still take. `None` where /proc does not tell.
+/// Memory that this process can still allocate. `None` if /proc does not report it.
 ///
-/// A VMM asks before it makes the memory of a guest that arrives: what is made by `mmap(2)` is not taken yet, and the
-/// out-of-memory killer ends a process for what it touches later. Huge pages of hugetlbfs are reserved apart from it.
+/// A VMM calls this before it creates the memory of an incoming guest: `mmap(2)` itself allocates no pages yet, and the
+/// out-of-memory killer ends a process for pages that it touches later. Huge pages of hugetlbfs are reserved
+/// separately.
 pub fn memory_room() -> Option<MemoryRoom> {
     room_under(Path::new("/"))
 }
@@ -56,7 +57,7 @@ fn room_under(root: &Path) -> Option<MemoryRoom> {
     groups.chain([machine]).min_by_key(|room| room.bytes)
 }
 
-/// What each control group of a line of /proc/self/cgroup leaves: the process's own and those above it.
+/// What each control group of a line of /proc/self/cgroup still allows: the process's own group and its ancestors.
 fn groups_of(line: &str, read: &impl Fn(&str) -> Option<String>) -> Vec<MemoryRoom> {
     let mut fields = line.splitn(3, ':').skip(1);
     let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { return Vec::new() };
@@ -71,7 +72,7 @@ fn groups_of(line: &str, read: &impl Fn(&str) -> Option<String>) -> Vec<MemoryRo
         let number =
             |name: &str| read(&format!("{base}/{}/{name}", group.display()))?.trim().parse::<u64>().ok();
         let (limit, used) = (number(limit)?, number(usage)?);
-        // Pages of files that were not used lately go first.
+        // Pages of files that were not used lately are reclaimed first.
         let stat = read(&format!("{base}/{}/memory.stat", group.display())).unwrap_or_default();
         let names = ["inactive_file ", "total_inactive_file "];
         let cached = stat.lines().filter_map(|line| names.iter().find_map(|name| line.strip_prefix(name)));
@@ -103,7 +104,7 @@ mod tests {
         let machine = room_under(root).unwrap();
         assert_eq!((machine.bytes, machine.bound), (8000 * 1024, MemoryBound::Machine));
         put(root, "proc/self/cgroup", "9:pids:/x\n4:memory:/a/b\n0::/vm/one\n");
-        // No limit of its own; the one above leaves 3 MB, and 1 MB of it is cache that can go.
+        // This group has no limit of its own; its parent allows 3 MB, of which 1 MB is reclaimable cache.
         put(root, "sys/fs/cgroup/vm/one/memory.max", "max\n");
         put(root, "sys/fs/cgroup/vm/one/memory.current", "7\n");
         put(root, "sys/fs/cgroup/vm/memory.max", "5000000\n");

@@ -1,17 +1,17 @@
 //! The zero test, in place.
 //!
-//! The C library's `memcmp` against a page of zeros: it picks the widest vectors of the CPU at run time,
-//! returns at the first difference, and, being opaque to the compiler, may look at memory that the guest
-//! writes meanwhile. A page that begins with zeros lets the lines of the page behind it be fetched meanwhile:
-//! the CPU's own prefetchers stop at page boundaries. `benches/zero_scan.rs` holds it against our own AVX2, SSE2 and
-//! scalar loops: on memory that comes from DRAM, as in a migration, it is ahead of them all.
+//! The C library's `memcmp` against a page of zeros: it picks the widest vectors of the CPU at run time, returns at the
+//! first difference, and, being opaque to the compiler, may read memory that the guest writes meanwhile. While a page
+//! that begins with zeros is scanned, the lines of the next page are prefetched: the CPU's own prefetchers stop at page
+//! boundaries. `benches/zero_scan.rs` compares it with our own AVX2, SSE2 and scalar loops: on memory that comes from
+//! DRAM, as in a migration, it is faster than all of them.
 
 use super::HostSpan;
 
-/// Bytes of a page that decide whether it is worth fetching the next one: most pages with data have some there.
+/// Bytes of a page that decide whether to prefetch the next one: most pages with data have some of it there.
 const HEAD: usize = 128;
 
-/// How far ahead [`look_ahead`] fetches: pages that begin with data are looked at faster than a line comes.
+/// How many pages ahead [`look_ahead`] prefetches: a page that begins with data is scanned faster than a line arrives.
 const PAGES_AHEAD: usize = 8;
 
 static ZEROS: [u8; 4096] = [0; 4096];
@@ -38,10 +38,10 @@ pub fn is_zero(span: HostSpan<'_>) -> bool {
     true
 }
 
-/// Lets the CPU fetch the first line of a page that is looked at soon: on memory that is not zero, waiting for it would be
-/// all that [`is_zero`] costs.
+/// Prefetches the first line of a page that is scanned soon: on memory that is not zero, the wait for this line is the
+/// whole cost of [`is_zero`].
 ///
-/// Called for each page of `span`, number `index` of `page` bytes, before it is looked at.
+/// Called for each page of `span`, number `index` of `page` bytes, before it is scanned.
 #[inline]
 pub(crate) fn look_ahead(span: HostSpan<'_>, index: usize, page: usize) {
     fetch_line(span.as_ptr().wrapping_add((index + PAGES_AHEAD) * page));
@@ -50,17 +50,17 @@ pub(crate) fn look_ahead(span: HostSpan<'_>, index: usize, page: usize) {
 /// Whether `len` bytes of `span` from `at` on are zero; at most a page, inside the span.
 fn equals_zeros(span: HostSpan<'_>, at: usize, len: usize) -> bool {
     debug_assert!(at + len <= span.len() && len <= ZEROS.len());
-    // SAFETY: at + len <= span.len() and len <= ZEROS.len(), so both sides are mapped for `len` bytes; memcmp is opaque,
-    // so concurrent writers can only change its answer.
+    // SAFETY: at + len <= span.len() and len <= ZEROS.len(), so both sides are mapped for `len` bytes; memcmp is
+    // opaque, so concurrent writers can only change its result.
     unsafe { libc::memcmp(span.as_ptr().add(at).cast(), ZEROS.as_ptr().cast(), len) == 0 }
 }
 
-/// Asks the CPU for the lines of the page at `start`, which need not be mapped.
+/// Prefetches the lines of the page at `start`, which need not be mapped.
 fn fetch_page(start: *const u8) {
     (0..ZEROS.len()).step_by(64).for_each(|line| fetch_line(start.wrapping_add(line)));
 }
 
-/// Asks the CPU for the line of `at`, which need not be mapped.
+/// Prefetches the line of `at`, which need not be mapped.
 #[inline]
 fn fetch_line(at: *const u8) {
     #[cfg(target_arch = "x86_64")]

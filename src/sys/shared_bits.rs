@@ -13,8 +13,8 @@ pub(crate) struct SharedBitmap {
 }
 
 impl SharedBitmap {
-    /// All bits of `region`, which are left as they are; whole 64-bit words count. `None` if the region does
-    /// not start at a multiple of 8.
+    /// All bits of `region`, which are left unchanged; only whole 64-bit words count. `None` if the region does not
+    /// start at a multiple of 8.
     pub(crate) fn new(region: HostRegion) -> Option<Self> {
         let aligned = region.address().is_multiple_of(align_of::<AtomicU64>());
         aligned.then(|| Self { bits: region.len() / 8 * 64, region })
@@ -33,10 +33,10 @@ impl SharedBitmap {
         });
     }
 
-    /// Clears `bits` and calls `each` with the number of the first bit of a word and the bits taken of it.
+    /// Clears `bits` and calls `each` with the number of the first bit of a word and the bits that were set in it.
     pub(crate) fn take(&self, bits: Range<u64>, mut each: impl FnMut(u64, u64)) {
         self.for_words(bits, |first, word, mask| {
-            // The plain look first: most words of a sparse log are zero and need no locked operation.
+            // A plain load first: most words of a sparse log are zero and need no locked operation.
             if u64::from_le(word.load(Ordering::Relaxed)) & mask != 0 {
                 let taken = u64::from_le(word.fetch_and(!mask.to_le(), Ordering::AcqRel)) & mask;
                 each(first, taken);

@@ -1,20 +1,20 @@
-//! Calls that raise SIGPIPE where the other end is gone and have no flag against it, as `splice(2)` to a socket.
+//! Calls that raise SIGPIPE if the other end is gone and have no flag against it, such as `splice(2)` to a socket.
 //!
-//! Whether SIGPIPE ends the process is the embedder's choice, so the signal is kept from the thread instead: the kernel
-//! sends it to the thread that made the call (`send_sig` to `current`), where it waits while it is blocked, and is
-//! taken from there.
+//! Whether SIGPIPE ends the process is the embedder's choice, so the thread blocks the signal instead: the kernel sends
+//! it to the thread that made the call (`send_sig` to `current`). There it stays pending while it is blocked, and is
+//! removed afterwards.
 
 use std::mem::MaybeUninit;
 
 use rustix::io::Errno;
 
-/// Makes `call`, which is to move `wanted` bytes; a SIGPIPE that it raises goes nowhere. The thread's signal mask is as
-/// before when this returns.
+/// Makes `call`, which moves up to `wanted` bytes, and discards a SIGPIPE that it raises. The thread's signal mask is
+/// restored when this returns.
 ///
-/// A call that has moved some bytes and then finds the other end gone raises the signal too, and returns how many went:
-/// EPIPE alone does not tell.
+/// A call that has moved some bytes and then finds the other end gone raises the signal too, and returns how many bytes
+/// it moved: EPIPE is not the only sign.
 ///
-/// Where the thread blocked SIGPIPE before, the signal stays pending: that is as its owner wants it.
+/// If the thread blocked SIGPIPE before, the signal stays pending, as the thread's owner wants it.
 pub(super) fn without_sigpipe(
     wanted: usize,
     call: impl FnOnce() -> Result<usize, Errno>,
@@ -41,7 +41,7 @@ pub(super) fn without_sigpipe(
             && Errno::from_io_error(&std::io::Error::last_os_error()) == Some(Errno::INTR)
         {}
     }
-    // SAFETY: puts back the mask that the call above has written.
+    // SAFETY: restores the mask that the call above has written.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut()) };
     answer
 }
@@ -53,12 +53,12 @@ mod tests {
 
     use super::*;
 
-    /// The thread of the test: others of this process may raise the signal too.
+    /// The thread of the test: other threads of this process may raise the signal too.
     static THREAD: AtomicI32 = AtomicI32::new(0);
     static HEARD: AtomicU32 = AtomicU32::new(0);
 
     extern "C" fn hear(_: libc::c_int) {
-        // SAFETY: asks for a number.
+        // SAFETY: only queries a number.
         if unsafe { libc::gettid() } == THREAD.load(Ordering::Relaxed) {
             HEARD.fetch_add(1, Ordering::Relaxed);
         }
@@ -72,7 +72,7 @@ mod tests {
             assert_eq!(rustix::io::write(&writer, &[0]), Err(Errno::PIPE));
             answer
         };
-        // SAFETY: asks for a number; the handler touches atomic numbers only.
+        // SAFETY: only queries a number; the handler touches atomic numbers only.
         let before = unsafe {
             THREAD.store(libc::gettid(), Ordering::Relaxed);
             libc::signal(libc::SIGPIPE, hear as *const () as libc::sighandler_t)
@@ -81,7 +81,7 @@ mod tests {
             assert_eq!(without_sigpipe(2, || raise_and(answer)), answer);
             assert_eq!(HEARD.swap(0, Ordering::Relaxed), heard, "{answer:?}");
         }
-        // SAFETY: puts back what was there.
+        // SAFETY: restores the previous handler.
         unsafe { libc::signal(libc::SIGPIPE, before) };
     }
 }

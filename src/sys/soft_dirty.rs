@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 const SOFT_DIRTY: u64 = 1 << 55;
-/// Pages asked for in one read: 64 KiB of entries, 32 MiB of memory.
+/// Pages per read: 64 KiB of entries, 32 MiB of memory.
 const ENTRIES: usize = 8192;
 
 /// The bits of this process.
@@ -31,8 +31,8 @@ impl SoftDirtyBits {
         Ok(Self { pagemap: File::open("/proc/self/pagemap")?, clear_refs, page: rustix::param::page_size() })
     }
 
-    /// Clears the bits of every page of the process. A write between a [`read`](Self::read) and this leaves
-    /// no mark: nobody may write meanwhile.
+    /// Clears the bits of every page of the process. A write between a [`read`](Self::read) and this call is lost: no
+    /// thread may write meanwhile.
     ///
     /// # Errors
     /// EINVAL where the kernel does not know the number.
@@ -40,7 +40,7 @@ impl SoftDirtyBits {
         (&self.clear_refs).write_all(b"4")
     }
 
-    /// Calls `each` with every page of `range` (whole pages) whose bit is set; neighbours come together.
+    /// Calls `each` with every page of `range` (whole pages) whose bit is set; adjacent pages come in one call.
     ///
     /// # Errors
     /// The read's.

@@ -1,9 +1,9 @@
 //! Pages sent by reference: `vmsplice(2)` puts references to guest pages into a pipe, `splice(2)` moves them on to a socket.
 //!
-//! Nothing is copied here. What the socket's queue holds are the pages themselves, by references that the kernel took at
-//! the `vmsplice`: they stay whatever becomes of the mapping, and what travels is what they hold when it leaves (or, on
-//! the same host, when the other end reads). So this is for memory whose writer says that it wrote, and never for bytes
-//! that are used again. There is no word of when the references are gone, and none is needed for the memory's sake.
+//! Nothing is copied here. The socket's queue holds references to the pages, which the kernel took at the `vmsplice`:
+//! the pages stay even if they are unmapped, and the bytes sent are those at the time of transmission (or, on the same
+//! host, of the peer's read). So this is only for memory whose writes are tracked, and never for buffers that are
+//! reused. The kernel does not report when it drops the references, and memory safety does not depend on it.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -15,12 +15,12 @@ use super::SendPart;
 use super::parts::{NO_PARTS, gather, has_own};
 use super::sigpipe::without_sigpipe;
 
-/// A pipe through which guest pages go to a socket.
+/// A pipe that passes guest pages to a socket.
 #[derive(Debug)]
 pub(crate) struct PagePipe {
     reader: OwnedFd,
     writer: OwnedFd,
-    /// Bytes of whole pages that find room: the pipe counts pages (pipe(7)).
+    /// Bytes of whole pages that fit: the pipe counts pages (pipe(7)).
     room: usize,
     held: usize,
 }
@@ -44,32 +44,32 @@ impl PagePipe {
         Ok(Self { reader, writer, room, held: 0 })
     }
 
-    /// Bytes that went in and are not out.
+    /// Number of bytes in the pipe.
     pub(crate) fn held(&self) -> usize {
         self.held
     }
 
-    /// Puts references to the pages of `parts` in, the first `skip` bytes of which are left out; as many as find room.
-    /// Returns how many bytes.
+    /// Adds references to the pages of `parts`, without their first `skip` bytes, as many as fit. Returns how many
+    /// bytes.
     ///
     /// # Errors
-    /// What `vmsplice(2)` says: EFAULT for memory that can't be referred to, as a device's. `WouldBlock` if the pipe is
-    /// full, `InvalidInput` for own bytes, which others may stand in before they leave.
+    /// The error of `vmsplice(2)`: EFAULT for memory that can't be referenced, such as a device's. `WouldBlock` if the
+    /// pipe is full, `InvalidInput` for own bytes, which may change before they are sent.
     pub(crate) fn refer_to(&mut self, parts: &[SendPart<'_>], skip: usize) -> io::Result<usize> {
         if has_own(parts) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // A page that has left in part takes its place in the pipe as a whole.
+        // A page that was sent in part still occupies a whole slot of the pipe.
         let room = self.room.saturating_sub(self.held.next_multiple_of(rustix::param::page_size()));
         if room == 0 {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let mut list = NO_PARTS;
         let used = gather(parts, skip, room, &mut list);
-        // SAFETY: every entry names guest RAM that is mapped as long as the borrow of `parts`, which outlives the call. The
-        // kernel only reads the memory, now or later; later by references to the pages that it takes here, so that memory
-        // that is unmapped or given back meanwhile is not another's. The pages are not gifts: they stay the guest's, who
-        // may write them, and no Rust reference to them exists (`HostRegion`).
+        // SAFETY: every entry names guest RAM that is mapped as long as the borrow of `parts`, which outlives the call.
+        // The kernel only reads the memory, now or later; later by references to the pages that it takes here, so that
+        // pages unmapped or freed meanwhile are not reused. The pages are not gifts: they stay the guest's, which may
+        // write them, and no Rust reference to them exists (`HostRegion`).
         let put =
             unsafe { libc::vmsplice(self.writer.as_raw_fd(), list.as_ptr(), used, libc::SPLICE_F_NONBLOCK) };
         let put = usize::try_from(put).map_err(|_| io::Error::last_os_error())?;
@@ -77,9 +77,10 @@ impl PagePipe {
         Ok(put)
     }
 
-    /// Moves what is in the pipe on to a socket, as much as that takes; how many bytes. `more`: others follow at once.
+    /// Moves the pipe's content to a socket, as much as fits; returns how many bytes. `more`: more data follows
+    /// immediately.
     ///
-    /// What a failed call leaves in the pipe is of no use to anybody else: the pipe is to be dropped.
+    /// After a failed call the rest of the pipe's content is unusable: drop the pipe.
     ///
     /// # Errors
     /// What `splice(2)` says; EPIPE without a signal. `WouldBlock` if a non-blocking socket has no room.
@@ -170,7 +171,7 @@ mod tests {
             [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset].contains(&error.kind()),
             "{error}"
         );
-        // Tests of how the process fares: tests/multifd/splice.rs.
+        // tests/multifd/splice.rs tests the effect on the process.
         let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
         let mask = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();

@@ -1,4 +1,4 @@
-//! When a wait must end: a deadline, a cancel, or both. No wait of this crate ignores it.
+//! When a wait must end: at a deadline, by a cancel, or both. No wait of this crate ignores it.
 
 use std::fmt;
 use std::io;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-/// Why a wait ended without what it waited for.
+/// Why a wait ended early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopReason {
     /// The deadline passed.
@@ -34,12 +34,12 @@ pub struct CancelToken(Arc<Flag>);
 #[derive(Debug)]
 struct Flag {
     raised: Arc<AtomicBool>,
-    /// Readable from the moment the flag is raised. `None` where the kernel had no descriptor left: waits
-    /// then look at the flag every [`POLL_INTERVAL`].
+    /// Readable from the moment the flag is raised. `None` if the kernel had no descriptor left: waits then check the
+    /// flag every [`POLL_INTERVAL`].
     event: Option<OwnedFd>,
 }
 
-/// How often a wait without an event descriptor looks at the flag.
+/// Interval at which a wait without an event descriptor checks the flag.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 impl Default for CancelToken {
@@ -54,7 +54,7 @@ impl CancelToken {
     pub fn cancel(&self) {
         self.0.raised.store(true, Ordering::Release);
         if let Some(event) = &self.0.event {
-            // A full counter means the flag is readable already.
+            // A full counter means that the flag is already readable.
             let _ = rustix::io::write(event, &1u64.to_ne_bytes());
         }
     }
@@ -79,7 +79,7 @@ impl Stop {
     }
 
     /// Waits end only by themselves, or by a deadline that [`within`](Self::within) adds. Costs no system call: all of
-    /// these share one token that nobody can raise.
+    /// these share one token that is never raised.
     pub fn never() -> Self {
         static NEVER: OnceLock<CancelToken> = OnceLock::new();
         Self::on(NEVER.get_or_init(CancelToken::default))
@@ -100,12 +100,12 @@ impl Stop {
         self.deadline.map(|at| at.saturating_duration_since(Instant::now()))
     }
 
-    /// The flag behind the cancel token, for waits of another crate: true means cancelled.
+    /// The cancel token's flag, for waits of another crate: true means cancelled.
     pub fn cancel_flag(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.cancel.0.raised)
     }
 
-    /// The reason to stop now, if there is one.
+    /// The reason to stop now, if any.
     pub fn reason(&self) -> Option<StopReason> {
         if self.cancel.is_cancelled() {
             return Some(StopReason::Cancelled);
@@ -113,7 +113,7 @@ impl Stop {
         (self.left() == Some(Duration::ZERO)).then_some(StopReason::Deadline)
     }
 
-    /// Waits until `fd` is ready for `what` (or broken, which the next call on it will tell).
+    /// Waits until `fd` is ready for `what` (or broken, which the next call on it reports).
     ///
     /// # Errors
     /// What `poll(2)` says. `Ok(Some(reason))` if the wait was stopped.
@@ -128,7 +128,7 @@ impl Stop {
         }
     }
 
-    /// Waits until one of `fds` is readable (or broken, which the next call on it will tell).
+    /// Waits until one of `fds` is readable (or broken, which the next call on it reports).
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -151,8 +151,8 @@ impl Stop {
         }
     }
 
-    /// Longest time of one poll: to the deadline, and where no event tells of a cancel to the next look at it. Rounded up
-    /// to a millisecond, so that a short rest does not spin.
+    /// Longest time of one poll: to the deadline, or without an event descriptor to the next check of the flag. Rounded
+    /// up to a millisecond, so that a short rest does not spin.
     fn time_to_poll(&self) -> Option<Duration> {
         let left = match (&self.cancel.0.event, self.left()) {
             (Some(_), left) => left,
@@ -161,9 +161,9 @@ impl Stop {
         left.map(|left| left.max(Duration::from_millis(1)))
     }
 
-    /// Waits for a moment that is too short to be told why it ended: at most `time`, to the microsecond and not to the
-    /// millisecond of [`wait`](Self::wait). What ended it is told by the next call on `fd`, and by [`reason`](Self::reason).
-    /// True if `fd` is ready.
+    /// Waits for a very short time without reporting why it ended: at most `time`, with a resolution of a microsecond
+    /// instead of the millisecond of [`wait`](Self::wait). The next call on `fd`, and [`reason`](Self::reason), show
+    /// why it ended. True if `fd` is ready.
     ///
     /// # Errors
     /// What `poll(2)` says.
@@ -184,14 +184,14 @@ impl Stop {
         }
     }
 
-    /// Sleeps for `time`, less if stopped; the reason if stopped.
+    /// Sleeps for `time`, or less if stopped; returns the reason if stopped.
     pub fn sleep(&self, time: Duration) -> Option<StopReason> {
         let until = self.within(time);
         loop {
             if let Some(reason) = self.reason() {
                 return Some(reason);
             }
-            // `None`: a time beyond the clock's end, for which only a cancel is waited for.
+            // `None`: a time beyond the clock's range, so only a cancel ends the wait.
             let left = until.left();
             if left == Some(Duration::ZERO) {
                 return None;

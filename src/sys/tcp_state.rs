@@ -1,4 +1,4 @@
-//! What the kernel knows about bytes under way: how many wait, and whether the peer answers.
+//! What the kernel reports about bytes in flight: how many are queued, and whether the peer answers.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -6,27 +6,27 @@ use std::time::Duration;
 
 use super::FdKind;
 
-/// A TCP connection's signs of life (`struct tcp_info`, tcp(7)).
+/// State of a TCP connection that shows whether the peer answers (`struct tcp_info`, tcp(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TcpState {
     /// Segments sent and not acknowledged.
     pub unacked: u32,
-    /// Times the oldest of them was sent again since the last acknowledgement of data.
+    /// How often the oldest of them was retransmitted since the last acknowledgement of data.
     pub retransmits: u8,
-    /// Probes of a closed window without an answer.
+    /// Unanswered probes of a closed window.
     pub probes: u8,
     /// Time since any acknowledgement came.
     pub last_ack: Duration,
-    /// Bytes the peer has room for; `None` where the kernel does not say.
+    /// Bytes that the peer has room for; `None` if the kernel does not report it.
     pub send_window: Option<u32>,
 }
 
-/// Asks the kernel for the state of a TCP socket.
+/// Queries the kernel for the state of a TCP socket.
 ///
 /// # Errors
 /// What `getsockopt(2)` says; another kind of socket has no such state.
 pub(crate) fn tcp_state(fd: BorrowedFd<'_>) -> io::Result<TcpState> {
-    // Offsets of `struct tcp_info`, which only ever grows; the kernel fills what it knows.
+    // Offsets in `struct tcp_info`, which only grows; the kernel fills the fields that it supports.
     const RETRANSMITS: usize = 2;
     const PROBES: usize = 3;
     const UNACKED: usize = 24;
@@ -57,7 +57,7 @@ pub(crate) fn tcp_state(fd: BorrowedFd<'_>) -> io::Result<TcpState> {
     })
 }
 
-/// Bytes written and not yet taken by the other end: unacknowledged (TCP) or unread (UNIX sockets, pipes).
+/// Bytes written but not yet received by the other end: unacknowledged (TCP) or unread (UNIX sockets, pipes).
 ///
 /// # Errors
 /// What `ioctl(2)` says; a file has no such queue.

@@ -1,4 +1,4 @@
-//! What several test modules need of the machine.
+//! Setup of the machine that several test modules need.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[cfg(feature = "kvm")]
@@ -12,8 +12,8 @@ use super::HostRegion;
 use super::{KvmMemory, Mapping, duplicate};
 use crate::units::PageSize;
 
-/// Lets the kernel hand out `pages` huge pages on demand, as an administrator does before starting VMs with
-/// them. Only ever raises the limit; needs root once after a boot.
+/// Lets the kernel allocate `pages` huge pages on demand, as an administrator does before starting VMs with them. Only
+/// ever raises the limit; needs root once after a boot.
 pub(crate) fn huge_pages(page: PageSize, pages: u64) {
     let kib = page.bytes() / 1024;
     let path = format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_overcommit_hugepages");
@@ -24,18 +24,18 @@ pub(crate) fn huge_pages(page: PageSize, pages: u64) {
     }
 }
 
-/// Memory that can be read and has no pages to refer to, as a device's: the page from which the vDSO reads the time.
+/// Memory that can be read but has no pages to reference, like a device's: the page from which the vDSO reads the time.
 pub(crate) fn memory_of_the_kernel() -> HostRegion {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let line = maps.lines().find(|line| line.ends_with("[vvar]")).expect("this kernel maps a [vvar]");
     let base = usize::from_str_radix(line.split_once('-').unwrap().0, 16).unwrap();
     let base = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(base)).unwrap();
-    // SAFETY: mapped as long as the process lives, and nobody makes a reference to it. It is not writable: whoever asks
-    // for it only reads.
+    // SAFETY: mapped as long as the process lives, without any reference to it. It is not writable: the callers only
+    // read.
     unsafe { HostRegion::from_raw(base, 4096, PageSize::SIZE_4K, Arc::new(())) }
 }
 
-/// A KVM guest without devices: one vCPU in flat 32-bit mode that writes pages as told.
+/// A KVM guest without devices: one vCPU in flat 32-bit mode that writes the requested pages.
 #[cfg(feature = "kvm")]
 pub(crate) struct TestVm {
     vcpu: kvm_ioctls::VcpuFd,
@@ -102,18 +102,18 @@ impl TestVm {
         duplicate(&self.vcpu).unwrap()
     }
 
-    /// Shows a part of `region` to the guest.
+    /// Maps a part of `region` into the guest.
     pub(crate) fn map(&mut self, slot: u32, guest_addr: u64, region: &HostRegion, offset: u64, len: u64) {
         self.memory.add(slot, guest_addr, region, offset, len).unwrap();
     }
 
-    /// Lets the vCPU write `pages` pages at `guest_addr`, one after the other.
+    /// Makes the vCPU write `pages` pages at `guest_addr`, one after the other.
     pub(crate) fn write_pages(&mut self, guest_addr: u64, pages: u64, stamp: u32) {
         self.run_pages(guest_addr, pages, stamp, &mut || panic!("the vCPU's dirty ring is full"));
     }
 
-    /// As [`write_pages`](Self::write_pages), calling `ring_full` each time the vCPU stops because its dirty ring is full.
-    /// The vCPU leaves the guest every few pages, so that also a KVM that emulates it looks at its ring in time.
+    /// As [`write_pages`](Self::write_pages), calling `ring_full` each time the vCPU stops because its dirty ring is
+    /// full. The vCPU exits the guest every few pages, so that a KVM that emulates it also checks its ring in time.
     pub(crate) fn write_pages_with(
         &mut self,
         guest_addr: u64,
@@ -127,7 +127,7 @@ impl TestVm {
         }
     }
 
-    /// Runs the vCPU until it has written its pages; stops for good where `ring_full` leaves its ring full.
+    /// Runs the vCPU until it has written its pages; stops for good if `ring_full` leaves its ring full.
     pub(crate) fn run_pages(&mut self, guest_addr: u64, pages: u64, stamp: u32, ring_full: &mut dyn FnMut()) {
         let regs = kvm_bindings::kvm_regs {
             rax: stamp.into(),

@@ -1,4 +1,4 @@
-//! How a thread is started: by the embedder, who sets affinity and filters.
+//! Starting of threads: the embedder can do it, to set affinity and filters.
 
 use std::io;
 use std::thread::JoinHandle;
@@ -17,7 +17,7 @@ pub fn spawn_thread(name: &'static str, job: Job) -> io::Result<JoinHandle<()>> 
     std::thread::Builder::new().name(name.to_owned()).spawn(job)
 }
 
-/// From here on the calling thread runs only while a core has nothing else to do (SCHED_IDLE, sched(7)).
+/// From here on the calling thread runs only while a core is otherwise idle (SCHED_IDLE, sched(7)).
 ///
 /// # Errors
 /// What sched_setscheduler(2) says: the call is forbidden.

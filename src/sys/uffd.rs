@@ -1,10 +1,9 @@
-//! Write protection that the kernel lifts by itself: userfaultfd in its asynchronous mode.
+//! Write protection that the kernel removes by itself: userfaultfd in its asynchronous mode.
 //!
-//! A first write to a protected page clears the protection of that page and goes on; nobody is woken and
-//! nothing waits. Which pages lost their protection is asked by [`Pagemap`](super::Pagemap). Needs Linux
-//! 6.7. The descriptor is opened for faults of user mode only, which needs no privilege; the asynchronous
-//! mode nevertheless sees writes by the kernel too (read(2) into guest RAM, KVM's vCPUs), because it hands
-//! no fault to anybody.
+//! A first write to a protected page clears the protection of that page and continues; no thread waits or is woken.
+//! [`Pagemap`](super::Pagemap) finds the pages that lost their protection. Needs Linux 6.7. The descriptor is opened
+//! for faults of user mode only, which needs no privilege; the asynchronous mode nevertheless records writes by the
+//! kernel too (read(2) into guest RAM, KVM's vCPUs), because it passes no fault to user space.
 
 use std::io;
 use std::ops::Range;
@@ -18,8 +17,8 @@ use userfaultfd::{RegisterMode, Uffd};
 const UFFD_API: u64 = 0xAA;
 /// linux/userfaultfd.h.
 const UFFD_USER_MODE_ONLY: u32 = 1;
-/// linux/userfaultfd.h: write protection of anonymous memory, of shared memory and huge pages, of pages not
-/// there yet, and lifted without anybody being asked.
+/// linux/userfaultfd.h: write protection of anonymous memory, of shared memory and huge pages, of missing pages, and
+/// without a fault to user space.
 const FEATURES: u64 = 1 | 1 << 12 | 1 << 13 | 1 << 15;
 
 /// `struct uffdio_api` of linux/userfaultfd.h.
@@ -30,7 +29,7 @@ struct UffdioApi {
     ioctls: u64,
 }
 
-/// Why there is no such descriptor here.
+/// Why such a descriptor is not available here.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(crate) enum UffdError {
@@ -50,8 +49,8 @@ pub(crate) enum UffdError {
     },
 }
 
-/// A userfaultfd in asynchronous write-protect mode. All ranges are addresses of the process that made it,
-/// in whole pages of the memory there. Dropping the last descriptor takes all protection off.
+/// A userfaultfd in asynchronous write-protect mode. All ranges are addresses of the process that made it, in whole
+/// pages of the memory there. Dropping the last descriptor removes all protection.
 #[derive(Debug)]
 pub(crate) struct WriteProtector {
     uffd: Uffd,
@@ -67,7 +66,7 @@ impl WriteProtector {
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK | user_mode_only;
         // SAFETY: the descriptor is used for asynchronous write protection only, which moves no contents.
         let fd = unsafe { userfaultfd(flags) };
-        // Before 5.11 the flag is unknown; such a kernel lacks the features anyway and says so next.
+        // Before 5.11 the flag is unknown; such a kernel lacks the features too, which the next call reports.
         let fd = fd.map_err(|errno| UffdError::Open { source: errno.into() })?;
         let mut api = UffdioApi { api: UFFD_API, features: FEATURES, ioctls: 0 };
         const API: rustix::ioctl::Opcode = opcode::read_write::<UffdioApi>(UFFD_API as u8, 0x3F);
@@ -77,8 +76,8 @@ impl WriteProtector {
         Ok(Self::adopt(fd))
     }
 
-    /// Takes a descriptor that another process made and already set up with the same features; ranges are
-    /// then addresses of that process.
+    /// Takes a descriptor that another process created and set up with the same features; ranges are then addresses of
+    /// that process.
     pub(crate) fn adopt(fd: OwnedFd) -> Self {
         // SAFETY: the descriptor is owned and moves in.
         Self { uffd: unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) } }
@@ -94,7 +93,7 @@ impl WriteProtector {
         Ok(())
     }
 
-    /// Protects every page of `range`, those not populated too.
+    /// Protects every page of `range`, including missing ones.
     ///
     /// # Errors
     /// ENOENT if a part of the range is not registered.
@@ -102,7 +101,7 @@ impl WriteProtector {
         self.uffd.write_protect(range.start as *mut _, range.len()).map_err(to_io)
     }
 
-    /// Takes protection off `range` and forgets it.
+    /// Removes the protection of `range` and unregisters it.
     ///
     /// # Errors
     /// EINVAL if the range is no longer mapped.

@@ -1,8 +1,8 @@
-//! Which parts of a mapping may hold anything: memory that was never written reads as zero.
+//! Which parts of a mapping may hold data: memory that was never written reads as zero.
 //!
 //! # Source
 //! The kernel's admin-guide/mm/pagemap (bits 62 and 63 of an entry), proc(5) (`maps`), lseek(2) (`SEEK_DATA`: a page
-//! that is swapped out counts as data, which mincore(2) does not tell).
+//! that is swapped out counts as data, which mincore(2) does not report).
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -16,28 +16,28 @@ use rustix::io::{Errno, pread};
 use super::mapping::HUGETLBFS_MAGIC;
 use super::{HostRegion, Pagemap};
 
-/// What stands behind mapped memory.
+/// The backing of mapped memory.
 #[derive(Clone, Debug, Default)]
 pub(super) enum Backing {
-    /// Another owner mapped it and gave no promise.
+    /// Another owner mapped it, and its backing is unknown.
     #[default]
     Unknown,
-    /// Nothing: private memory that is zero until it is written.
+    /// None: private memory that is zero until it is written.
     Anonymous,
     /// A shared mapping of a file, from this offset on.
     File(Arc<OwnedFd>, u64),
 }
 
 impl HostRegion {
-    /// Calls `each` with every range of the region, in order, that may hold something but zeros. The rest was never
-    /// written since it was mapped. Neither takes memory, nor reads any.
+    /// Calls `each` with every range of the region, in order, that may hold anything other than zeros. The rest was
+    /// never written since it was mapped. It neither allocates nor reads memory.
     ///
-    /// Where the kernel can't tell (shared memory whose file is not known, a hidden /proc) that is the whole region.
+    /// If the kernel can't report it (shared memory whose file is not known, a hidden /proc), this is the whole region.
     pub fn touched(&self, each: impl FnMut(Range<u64>)) {
         self.touched_in(0..self.len(), each);
     }
 
-    /// The same of a part of the region, in whole pages; ranges are offsets in the region.
+    /// The same for a part of the region, in whole pages; ranges are offsets in the region.
     pub(crate) fn touched_in(&self, part: Range<u64>, mut each: impl FnMut(Range<u64>)) {
         let part = part.start.min(self.len())..part.end.min(self.len());
         if let Err(error) = self.ask_for_touched(part.clone(), &mut each) {
@@ -66,13 +66,13 @@ impl HostRegion {
 
 /// Calls `each` with the data of `range` of a file, counted from its start.
 fn data_of(file: BorrowedFd<'_>, range: Range<u64>, each: &mut impl FnMut(Range<u64>)) -> io::Result<()> {
-    // This file system knows no holes, but how many pages a file has.
+    // This file system does not report holes, but reports how many pages a file has.
     if fstatfs(file)?.f_type == HUGETLBFS_MAGIC && fstat(file)?.st_blocks == 0 {
         return Ok(());
     }
     let before = seek(file, SeekFrom::Current(0))?;
     let found = walk_data(file, range, each);
-    // The position belongs to all who share the descriptor.
+    // The position is shared by all users of the descriptor.
     seek(file, SeekFrom::Start(before))?;
     found
 }
@@ -95,10 +95,10 @@ fn walk_data(file: BorrowedFd<'_>, range: Range<u64>, each: &mut impl FnMut(Rang
     Ok(())
 }
 
-/// Gives back the room that the first `len` bytes of `file` take for zeros, whether reserved (fallocate(2)) or written:
-/// bytes. Reads see zeros as before. Nobody may write to the file meanwhile.
+/// Frees the space that zeros occupy in the first `len` bytes of `file`, whether reserved (fallocate(2)) or written;
+/// returns the number of bytes. Reads return zeros as before. No other writer may write to the file meanwhile.
 ///
-/// What SEEK_DATA calls data is read: pages of the page cache count there although only reads have made them.
+/// It reads what SEEK_DATA reports as data: this includes pages of the page cache that only reads have created.
 ///
 /// # Errors
 /// What the file system says; one that can't has reserved nothing, mostly.
@@ -144,19 +144,19 @@ pub fn release_zeros(file: impl AsFd, len: u64) -> io::Result<u64> {
     Ok(released)
 }
 
-/// True if all of `range` is private memory without a file behind it, by /proc/self/maps.
+/// True if all of `range` is private memory without a backing file, by /proc/self/maps.
 fn is_private_anonymous(range: &Range<usize>) -> io::Result<bool> {
     covers(BufReader::new(File::open("/proc/self/maps")?), range, |inode, _| inode == "0")
 }
 
-/// True if all of `range` is private memory in huge pages without a file of its own behind it, by /proc/self/maps.
+/// True if all of `range` is private memory in huge pages without a file of its own, by /proc/self/maps.
 pub(super) fn is_private_huge(range: &Range<usize>) -> io::Result<bool> {
     let maps = BufReader::new(File::open("/proc/self/maps")?);
     covers(maps, range, |_, path| path.is_some_and(|path| path.starts_with("/anon_hugepage")))
 }
 
-/// True if all of `range` is private memory with the `inode` and path that are asked for. `maps` has lines as
-/// `7f00-7f40 rw-p 00000000 00:00 0    [heap]`.
+/// True if all of `range` is private memory with the given `inode` and path. `maps` has lines as `7f00-7f40 rw-p
+/// 00000000 00:00 0    [heap]`.
 fn covers(
     maps: impl BufRead,
     range: &Range<usize>,
@@ -187,7 +187,7 @@ fn covers(
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    /// Room that was reserved and not used goes back; what was written stays.
+    /// Reserved but unused space is freed; written data stays.
     #[test]
     fn reserved_room_of_zeros_is_given_back() {
         const MIB: u64 = 1 << 20;
@@ -199,7 +199,7 @@ mod tests {
             assert!(taken() >= 16 * MIB, "{folder}: {}", taken());
             mapping.region().span(5 * MIB, MIB).unwrap().copy_from(&vec![7; MIB as usize]);
             keep.sync_all().unwrap();
-            // Reads through the mapping, and written zeros, make no data of it.
+            // Reads through the mapping, and written zeros, do not turn a hole into data.
             let mut out = vec![1; 16 * MIB as usize];
             mapping.region().span(0, 16 * MIB).unwrap().copy_to(&mut out);
             mapping.region().span(9 * MIB, MIB).unwrap().copy_from(&vec![0; MIB as usize]);
@@ -243,7 +243,7 @@ mod tests {
         fd
     }
 
-    /// Whoever mapped it: what was written is told, nothing else is, and nothing is taken by the look.
+    /// For any owner of the mapping: written ranges are reported, no others are, and the check allocates no memory.
     #[test]
     fn only_what_was_written_may_hold_something() {
         let on_disk = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
@@ -261,7 +261,7 @@ mod tests {
                 region.span(page * PAGE, 1).unwrap().copy_from(&[7]);
             }
             let found = touched(&region);
-            // Larger pages than base ones may be behind it.
+            // The memory may have larger pages than base pages.
             for page in [0, 300, 1023] {
                 assert!(
                     found.iter().any(|(start, end)| (*start..*end).contains(&(page * PAGE))),
@@ -269,7 +269,7 @@ mod tests {
                 );
             }
             let bytes: u64 = found.iter().map(|(start, end)| end - start).sum();
-            // A file system may make more of a file real than was written.
+            // A file system may allocate more of a file than was written.
             assert!(bytes < region.len() || what == "file", "{what}: {found:?}");
         }
     }
@@ -286,7 +286,7 @@ mod tests {
     #[test]
     fn memory_that_nothing_is_known_of_is_taken_for_used() {
         let shared = MmapOptions::new().len(4 << 20).map_raw(&memfd()).unwrap();
-        // SAFETY: nobody truncates the file, and no slice of the map is taken.
+        // SAFETY: the test does not truncate the file, and no slice of the map is taken.
         let private = unsafe { MmapOptions::new().len(4 << 20).map_copy(&memfd()).unwrap() };
         for region in [foreign(shared), foreign(private.into())] {
             assert_eq!(touched(&region), [(0, 4 << 20)]);

@@ -14,7 +14,8 @@ use super::untouched::Backing;
 use crate::units::PageSize;
 
 impl HostRegion {
-    /// The memory of a region of `vm-memory`, which stays mapped as long as this lives, even if the VMM drops the region.
+    /// The memory of a region of `vm-memory`, which stays mapped as long as this exists, even if the VMM drops the
+    /// region.
     ///
     /// # Errors
     /// PermissionDenied if the region is not both readable and writable; what the kernel says of the file behind it.
@@ -31,20 +32,20 @@ impl HostRegion {
             page = page_of_file(&fstatfs(file.file())?);
             backing = match is_shared {
                 true => Backing::File(Arc::new(file.file().try_clone()?.into()), file.start()),
-                // What was not written yet is the file's.
+                // Bytes that were never written are those of the file.
                 false => Backing::Unknown,
             };
         }
         let (base, len) = (mapping.as_ptr(), mapping.size());
         let base = NonNull::new(base).ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: the range is mapped, readable and writable as was looked at, until the mapping is dropped, which is the
-        // owner here. vm-memory reaches it by volatile accesses and makes no reference to it.
+        // SAFETY: the range is mapped, readable and writable, as was checked, until the mapping is dropped, which is
+        // the owner here. vm-memory accesses it by volatile accesses and makes no reference to it.
         Ok(unsafe { Self::from_raw(base, len, page, mapping) }.with_backing(backing))
     }
 }
 
 /// Page size of memory without a file, from the flags it was mapped with (mmap(2): log2 of the size above
-/// MAP_HUGE_SHIFT; without it the usual huge page).
+/// MAP_HUGE_SHIFT; without it the default huge page).
 fn anonymous_page(flags: i32) -> PageSize {
     if flags & libc::MAP_HUGETLB == 0 {
         return base_page();

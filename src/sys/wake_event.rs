@@ -1,4 +1,4 @@
-//! A descriptor that is readable while something waits to be taken, for loops of poll(2) or epoll(7).
+//! A descriptor that is readable while an item waits to be taken, for loops of poll(2) or epoll(7).
 //!
 //! # Source
 //! eventfd(2).
@@ -23,7 +23,7 @@ impl WakeEvent {
 
     /// Never blocks; safe to call twice.
     pub(crate) fn raise(&self) {
-        // A full counter means that it is readable already.
+        // A full counter means that it is already readable.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 

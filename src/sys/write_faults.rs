@@ -19,7 +19,7 @@ const WP_UNPOPULATED: u64 = 1 << 13;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WriteFaultsError {
-    /// The kernel, or what this process may do, rules it out.
+    /// The kernel or the privileges of this process do not allow it.
     #[error("userfaultfd: {what} failed ({remedy})")]
     Kernel {
         /// What was tried.
@@ -37,12 +37,12 @@ pub enum WriteFaultsError {
     Memory,
 }
 
-/// A userfaultfd for writes. All addresses are of this process. Dropping it takes all protection off, and every thread that
-/// waits runs on.
+/// A userfaultfd for writes. All addresses are of this process. Dropping it removes all protection, and every waiting
+/// thread continues.
 #[derive(Debug)]
 pub(crate) struct WriteFaults {
     uffd: Uffd,
-    /// Pages that are not there yet can be protected, too (Linux 6.4).
+    /// Missing pages can be protected, too (Linux 6.4).
     protects_unpopulated: bool,
 }
 
@@ -71,13 +71,13 @@ impl WriteFaults {
         Ok(Self { uffd, protects_unpopulated })
     }
 
-    /// Whether [`protect`](Self::protect) protects pages of private memory that are not there yet. Otherwise the first write to
-    /// such a page is not held.
+    /// Whether [`protect`](Self::protect) protects missing pages of private memory. Otherwise the first write to such a
+    /// page is not held.
     pub(crate) fn protects_unpopulated(&self) -> bool {
         self.protects_unpopulated
     }
 
-    /// Writes to `span` can be held from here on; none is yet. `span` is in whole pages of the memory.
+    /// Writes to `span` can be held from here on; none is held yet. `span` is in whole pages of the memory.
     ///
     /// # Errors
     /// [`WriteFaultsError`].
@@ -108,7 +108,7 @@ impl WriteFaults {
         retried(|| self.uffd.write_protect(span.as_ptr().cast(), span.len()))
     }
 
-    /// Writes to `span` go through; threads that wait for one run on.
+    /// Writes to `span` proceed; threads that wait for one continue.
     ///
     /// # Errors
     /// The kernel's answer.
@@ -116,7 +116,7 @@ impl WriteFaults {
         retried(|| self.uffd.remove_write_protection(span.as_ptr().cast(), span.len(), true))
     }
 
-    /// The next page that a thread waits to write, without waiting: `None` if there is none.
+    /// The next page whose writer waits, without waiting itself: `None` if there is none.
     ///
     /// # Errors
     /// The kernel's answer.
@@ -186,7 +186,7 @@ mod tests {
         ]
     }
 
-    /// Until the protection is lifted a writer waits, and the page is as it was; reads wait for nobody.
+    /// Until the protection is removed a writer waits and the page is unchanged; readers do not wait.
     #[test]
     fn a_writer_waits_until_the_protection_is_lifted() {
         for mapping in kinds() {
@@ -224,7 +224,7 @@ mod tests {
         }
     }
 
-    /// Whatever becomes of whoever serves the faults.
+    /// Also if the thread that serves the faults is gone.
     #[test]
     fn a_writer_runs_on_when_the_descriptor_is_gone() {
         for mapping in kinds() {

@@ -1,7 +1,8 @@
-//! Sends that the kernel makes from the pages themselves (MSG_ZEROCOPY), and its word that it is done with them.
+//! Sends that the kernel makes from the pages themselves (MSG_ZEROCOPY), and the kernel's notification that it no
+//! longer uses the pages.
 //!
 //! Every send with [`FdKind::ZeroCopy`](super::FdKind) that takes bytes gets a number, from 0 on for each socket. The
-//! receipt with that number comes by the socket's error queue once nothing below needs the pages any more.
+//! receipt with that number arrives in the socket's error queue once the kernel and the NIC no longer use the pages.
 //! (Documentation/networking/msg_zerocopy.rst)
 
 use std::io;
@@ -12,14 +13,14 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 const ORIGIN_ZEROCOPY: u8 = 5;
 const CODE_COPIED: u8 = 1;
 
-/// The kernel is done with the pages of some sends.
+/// Receipt: the kernel no longer uses the pages of some sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ZeroCopyReceipt {
     /// Number of the first send, counted modulo 2^32.
     pub first: u32,
-    /// Number of the last one; not below `first` but for the wrap.
+    /// Number of the last one; not below `first`, except after a wrap.
     pub last: u32,
-    /// The kernel has copied the bytes after all.
+    /// The kernel has copied the bytes instead.
     pub copied: bool,
 }
 
@@ -38,7 +39,7 @@ pub(crate) fn allow_zero_copy(fd: BorrowedFd<'_>) -> io::Result<()> {
     if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Room for what one receipt brings with it: the error, and the address of whom it is about. Words, so that the headers
+/// Room for the control data of one receipt: the error, and the address that it is about. In words, so that the headers
 /// in it are aligned.
 type Control = [MaybeUninit<u64>; 32];
 
@@ -80,7 +81,7 @@ fn receipt_in(message: &libc::msghdr) -> Option<ZeroCopyReceipt> {
         );
         let holds = size_of::<libc::cmsghdr>() + size_of::<libc::sock_extended_err>();
         if is_error && header.cmsg_len >= holds {
-            // SAFETY: the header says that so many bytes follow it; read as they lie, aligned or not.
+            // SAFETY: by the header, this many bytes follow it; they are read unaligned.
             let error: libc::sock_extended_err =
                 unsafe { libc::CMSG_DATA(header).cast::<libc::sock_extended_err>().read_unaligned() };
             if error.ee_errno == 0 && error.ee_origin == ORIGIN_ZEROCOPY {
@@ -103,7 +104,7 @@ mod tests {
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
-    /// On the loopback the receiver would read the sender's own pages: the kernel copies, and says so.
+    /// On the loopback the receiver would read the sender's own pages: the kernel copies, and reports that.
     #[test]
     fn the_loopback_copies_and_says_so() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -12,7 +12,7 @@ fn fill(region: &HostRegion, value: u8) {
     region.span(0, region.len()).unwrap().copy_from(&vec![value; region.len() as usize]);
 }
 
-/// All backings behave the same: zero at first, kept by populate, zero where discarded and nowhere else.
+/// All backings behave the same: zero at first, preserved by populate, zero where discarded and nowhere else.
 #[test]
 fn every_backing_populates_and_discards() {
     huge_pages(PageSize::SIZE_2M, 16);
@@ -73,7 +73,7 @@ fn a_private_file_mapping_is_zeroed_by_store() {
     let file = tempfile::tempfile_in("/dev/shm").unwrap();
     file.set_len(8192).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[9; 8192], 0).unwrap();
-    // SAFETY: nobody truncates the file, and no slice of the map is taken.
+    // SAFETY: the test does not truncate the file, and no slice of the map is taken.
     let mut map = unsafe { MmapOptions::new().map_copy(&file).unwrap() };
     let base = NonNull::new(map.as_mut_ptr()).unwrap();
     // SAFETY: the map lives in the Arc.
