@@ -1,4 +1,4 @@
-//! Both ends' sides of a connection: what a session is given, whatever the connection was made of.
+//! The two sides of a connection: what a session receives, for every kind of connection.
 
 use std::sync::Arc;
 
@@ -9,20 +9,20 @@ use crate::transport::{
     InlineLink, MultifdDestination, OpenError, SourceLink, StreamChannel, multifd,
 };
 
-/// What messages call connections that the caller made.
+/// How messages name connections that the caller made.
 const HANDED_IN: &str = "the connections that were handed in";
 
 /// The way that was taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Way {
-    /// A scheme, as `rdma` or `tcp`; `channel` where the embedder made the connection.
+    /// A scheme, such as `rdma` or `tcp`; `channel` if the embedder made the connection.
     pub transport: &'static str,
-    /// Why it was this one; where it was `auto:` and not RDMA: what stood in the way.
+    /// Why this transport was used; for an `auto:` address without RDMA: why RDMA was not possible.
     pub why: String,
 }
 
 impl Way {
-    /// The way that an address names.
+    /// The transport that an address names.
     pub(super) fn named(address: &Address) -> Self {
         Self { transport: address.scheme(), why: "the address says so".into() }
     }
@@ -37,7 +37,7 @@ impl Way {
 pub struct SourceConnection {
     /// Where pages and bytes go.
     pub link: Box<dyn SourceLink>,
-    /// Where the destination's messages come from; `None` for files and pipes.
+    /// Source of the destination's messages; `None` for files and pipes.
     pub back: Option<Box<dyn ByteSource>>,
     /// What was opened, and why.
     pub way: Way,
@@ -49,7 +49,8 @@ impl SourceConnection {
         Self { link, back, way: Way::handed_in() }
     }
 
-    /// Pages of `memory` go in the stream over `channel`; answers come back on it if it is a socket.
+    /// Pages of `memory` are sent in the stream over `channel`; the destination's messages come back on it if it is a
+    /// socket.
     pub fn over(channel: StreamChannel, memory: Arc<dyn GuestMemory>) -> Self {
         let (sink, back) = channel.with_return_path();
         let link = Box::new(InlineLink::new(Box::new(sink), memory));
@@ -57,13 +58,14 @@ impl SourceConnection {
     }
 
     /// Pages of `memory` go over `pages`, connected sockets of the caller's own, and everything else over `main`; the
-    /// destination must be given as many. For a VMM that may open no addresses. `count` of the options is not looked at.
+    /// destination must be given the same number. For a VMM that may open no addresses. `count` of the options is
+    /// ignored.
     ///
     /// Starts the channels' threads, as the options say.
     ///
     /// # Errors
     /// [`OpenError::Channels`] for none, or more than 255 page channels; [`OpenError::NoSuchSending`] if pages can't be
-    /// sent as the options ask; [`OpenError::Channel`] if a thread can't be started.
+    /// sent as configured; [`OpenError::Channel`] if a thread can't be started.
     pub fn over_channels(
         main: StreamChannel,
         pages: Vec<StreamChannel>,
@@ -91,7 +93,7 @@ fn wrong(what: &str) -> OpenError {
     OpenError::Channels { address: HANDED_IN.to_owned(), what: what.to_owned() }
 }
 
-/// How many page channels that is.
+/// The number of page channels.
 fn count_of(pages: usize) -> Result<u8, OpenError> {
     u8::try_from(pages)
         .ok()
@@ -102,11 +104,11 @@ fn count_of(pages: usize) -> Result<u8, OpenError> {
 /// The destination's side of a connection.
 #[non_exhaustive]
 pub struct DestinationConnection {
-    /// Where bytes and pages come from.
+    /// The source of bytes and pages.
     pub link: Box<dyn DestinationLink>,
-    /// Where messages to the source go; `None` for files and pipes.
+    /// Sink for messages to the source; `None` for files and pipes.
     pub back: Option<Box<dyn ByteSink>>,
-    /// By what the source came, and why.
+    /// The transport that the source used, and why.
     pub way: Way,
 }
 
@@ -121,20 +123,21 @@ impl DestinationConnection {
         Self::new(Box::new(InlineDestination::new(stream)), back)
     }
 
-    /// All pages come in the stream over `channel`; answers go back on it if it is a socket.
+    /// All pages come in the stream over `channel`; messages to the source are sent on it if it is a socket.
     pub fn over(channel: StreamChannel) -> Self {
         let (stream, back) = channel.with_return_path();
         Self::of_stream(Box::new(stream), back.map(|back| Box::new(back) as Box<_>))
     }
 
-    /// The main connection and the page channels of one source, connected sockets of the caller's own, in any order: their
-    /// first bytes tell which is which. Waits for these, so the source's session must have been started, or be started by
-    /// another thread. `count` of the options is not looked at.
+    /// The main connection and the page channels of one source, connected sockets of the caller's own, in any order:
+    /// their first bytes show which is which. Waits for these bytes, so the source's session must have been started, or
+    /// be started by another thread. `count` of the options is ignored.
     ///
     /// # Errors
     /// [`OpenError::Channels`] if none or several are the main connection, or one is of no migration;
     /// [`OpenError::OtherChannels`] if the source, a ramwire, has another number of page channels;
-    /// [`OpenError::Channel`] if one breaks, is no socket, or says nothing within the dead-peer time of the options.
+    /// [`OpenError::Channel`] if one breaks, is no socket, or receives nothing within the dead-peer time of the
+    /// options.
     pub fn over_channels(
         channels: Vec<StreamChannel>,
         options: &ConnectionOptions,

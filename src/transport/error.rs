@@ -1,4 +1,4 @@
-//! Why bytes or pages did not move.
+//! Errors of moving bytes or pages.
 
 use std::io;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::transport::TlsError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChannelError {
-    /// The other end closed where more was expected.
+    /// The other end closed while more was expected.
     #[error("{peer} closed the connection while {doing}")]
     Closed {
         /// Who.
@@ -21,7 +21,7 @@ pub enum ChannelError {
         /// What this end was doing.
         doing: &'static str,
     },
-    /// No byte moved for the stall time.
+    /// No byte moved within the stall time.
     #[error("{peer} did not move a byte for {} s while {doing}; {}", after.as_secs(), Remedy::RaiseStallTimeout)]
     Stalled {
         /// Who.
@@ -31,25 +31,25 @@ pub enum ChannelError {
         /// The stall time.
         after: Duration,
     },
-    /// The peer's host no longer answers: dead, cut off, or its network is down.
+    /// The peer's host no longer answers: it is dead or disconnected, or its network is down.
     #[error("{peer} has not answered for {} s while {doing}; see whether its host and the network are up", after.as_secs())]
     Silent {
         /// Who.
         peer: String,
         /// What this end was doing.
         doing: &'static str,
-        /// How long a silence was borne.
+        /// Length of the silence.
         after: Duration,
     },
-    /// The command behind `exec:` failed.
+    /// The command of `exec:` failed.
     #[error("`{command}` failed: {status}; run it by hand to see why")]
     CommandFailed {
         /// The command line.
         command: String,
-        /// Its exit status in words.
+        /// Its exit status as text.
         status: String,
     },
-    /// The command behind `exec:` was stopped by the kernel, since it wants to use the terminal.
+    /// The kernel stopped the command of `exec:`, since it tried to use the terminal.
     #[error(
         "`{command}` stands still: it asks something at the terminal, which it can't use from here; have it ask nothing \
          (ssh: a key, a known host, -o BatchMode=yes), or start it by hand and use unix: or fd:"
@@ -66,15 +66,15 @@ pub enum ChannelError {
         /// What this end was doing.
         doing: &'static str,
     },
-    /// A page channel whose bytes make no sense.
+    /// A page channel whose bytes are invalid.
     #[error("{channel} is not understood")]
     Packet {
         /// Which.
         channel: String,
-        /// What and where, from the channel's start.
+        /// The fault and its offset from the channel's start.
         source: DecodeError,
     },
-    /// The RDMA device, or the protocol spoken over it.
+    /// The RDMA device, or its protocol, failed.
     #[error("{peer}: {doing}")]
     Rdma {
         /// Who.
@@ -86,14 +86,14 @@ pub enum ChannelError {
         /// What happened, with the remedy.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// TLS refused it, at one of the ends.
+    /// One of the ends refused the TLS connection.
     #[error("{peer}: {doing}")]
     Tls {
         /// Who.
         peer: String,
         /// What this end was doing.
         doing: &'static str,
-        /// What was refused, with the remedy.
+        /// The reason, with the remedy.
         source: TlsError,
     },
     /// The kernel's answer.
@@ -109,7 +109,7 @@ pub enum ChannelError {
 }
 
 impl ChannelError {
-    /// What would help, where a setting does.
+    /// The remedy, if a setting helps.
     pub fn remedy(&self) -> Option<Remedy> {
         match self {
             Self::Stalled { .. } => Some(Remedy::RaiseStallTimeout),
@@ -120,7 +120,7 @@ impl ChannelError {
     }
 }
 
-/// On which side a fault lies.
+/// On which side the fault is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// This host.
@@ -138,7 +138,7 @@ pub enum MoveError {
     /// The byte channel failed.
     #[error(transparent)]
     Channel(#[from] ChannelError),
-    /// Guest memory could not be reached.
+    /// Guest memory could not be accessed.
     #[error(transparent)]
     Guest(#[from] GuestError),
     /// The embedder's code panicked on the thread of a page channel.
@@ -149,13 +149,13 @@ pub enum MoveError {
         /// What `panic!` was given.
         text: String,
     },
-    /// Page channels are written in another way for each version of QEMU, and nothing tells which it is.
+    /// The format of page channels depends on the version of QEMU, which is unknown here.
     #[error("nothing tells how the peer wants its page channels; {}", Remedy::NamePeer)]
     UnknownStyle,
 }
 
 impl MoveError {
-    /// What would help, where a setting does.
+    /// The remedy, if a setting helps.
     pub fn remedy(&self) -> Option<Remedy> {
         match self {
             Self::Channel(error) => error.remedy(),

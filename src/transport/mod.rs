@@ -1,13 +1,13 @@
-//! How bytes and pages leave this host and enter it.
+//! How bytes and pages are sent from and received on this host.
 //!
 //! | | the source's end | the destination's |
 //! |---|---|---|
 //! | a stream of bytes | [`ByteSink`] | [`ByteSource`] |
-//! | what pages travel by, with the stream of the same connection | [`SourceLink`] | [`DestinationLink`] |
-//! | all that a session is given | [`SourceConnection`] | [`DestinationConnection`] |
+//! | the transport of pages, with the stream of the same connection | [`SourceLink`] | [`DestinationLink`] |
+//! | everything that a session receives | [`SourceConnection`] | [`DestinationConnection`] |
 //!
-//! Bytes and pages of a connection have one owner: on some links bytes must flush pages first, and on some no byte
-//! may pass while a round is open.
+//! Bytes and pages of a connection have one owner: on some links bytes must flush pages first, and on some no byte may
+//! be sent while a round is open.
 
 mod bytes;
 mod connection;

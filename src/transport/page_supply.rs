@@ -1,4 +1,4 @@
-//! Where the pages are read of a guest that runs already.
+//! Where pages of an already running guest are read from.
 
 use std::fs::File;
 use std::io;
@@ -12,9 +12,9 @@ use super::MappedDestination;
 use crate::ram::PageBitmap;
 use crate::units::{BlockIndex, PageIndex, PageSize};
 
-/// Memory at rest, whose pages are read in any order, by several threads side by side.
+/// Unchanging memory, whose pages several threads may read in any order and in parallel.
 pub trait PageSupply: Send + Sync {
-    /// Fills `into` with the contents of a block from `offset` bytes on. What it has nothing of is zero.
+    /// Fills `into` with the contents of a block from `offset` bytes on. Parts without data are zero.
     ///
     /// # Errors
     /// The bytes could not be read; they may be asked for again.
@@ -24,8 +24,8 @@ pub trait PageSupply: Send + Sync {
     fn name(&self) -> String;
 }
 
-/// Memory at rest in one piece: a file of nothing else, or the RAM blocks of a mapped-ram file in the order of its list, one
-/// behind the other.
+/// Unchanging memory in one piece: a file that contains nothing else, or the RAM blocks of a mapped-ram file, one after
+/// the other in the order of its list.
 pub struct StoredMemory {
     parts: Vec<Part>,
     contents: Contents,
@@ -49,7 +49,7 @@ impl std::fmt::Debug for StoredMemory {
 }
 
 impl StoredMemory {
-    /// A file that is memory from its first byte to its last. It must not change while it is used.
+    /// A file that contains only memory. It must not change while it is used.
     ///
     /// # Errors
     /// It can't be opened, or is no plain file.
@@ -75,7 +75,7 @@ impl StoredMemory {
         Self { parts: parts.collect(), contents: Contents::Mapped(pages) }
     }
 
-    /// Bytes of it.
+    /// Its length in bytes.
     pub fn len(&self) -> u64 {
         self.parts.last().map_or(0, |part| part.start + part.len)
     }
@@ -117,11 +117,11 @@ impl StoredMemory {
         }
     }
 
-    /// Which pages of a part of it hold something, the first one at `offset`: the others are zero.
+    /// Which pages of a part of it hold data, the first one at `offset`: the others are zero.
     pub fn present(&self, offset: u64, len: u64, page: PageSize) -> PageBitmap {
         let mut map = PageBitmap::new(len / page.bytes());
         let end = offset.saturating_add(len);
-        // Whatever touches a page makes it one that holds something.
+        // Any data in a page makes it one that holds data.
         let mut mark = |from: u64, to: u64| {
             let (from, to) = (from.clamp(offset, end) - offset, to.clamp(offset, end) - offset);
             if from < to {
@@ -146,8 +146,8 @@ impl StoredMemory {
     }
 }
 
-/// Tells of the runs of a file that are no holes. A file system that does not tell has none. What a file has lost since it was
-/// opened is no hole: it can't be read.
+/// Calls back for the runs of a file that are not holes. A file system that does not report holes has none. A part by
+/// which the file was truncated since it was opened is no hole: it can't be read.
 fn data(file: &File, mut at: u64, end: u64, mut mark: impl FnMut(u64, u64)) {
     while at < end {
         let start = match seek(file, SeekFrom::Data(at)) {
@@ -162,7 +162,7 @@ fn data(file: &File, mut at: u64, end: u64, mut mark: impl FnMut(u64, u64)) {
         mark(start, stop);
         at = stop;
     }
-    // Behind the search, so that a cut in the middle of it is noticed.
+    // Read after the search, so that a truncation in the middle of it is noticed.
     let len = file.metadata().map_or(0, |about| about.len());
     mark(len.min(end), end);
 }
@@ -192,7 +192,7 @@ mod tests {
         assert!(bytes[..50] == [0; 50] && bytes[50..150] == [7; 100]);
         assert!(stored.read_at(63 * 4096 + 1, &mut bytes).is_err());
         assert!(StoredMemory::plain(Path::new("/dev/null")).is_err());
-        // What is cut off is not zero.
+        // The truncated part is not zero.
         file.set_len(20 * 4096).unwrap();
         let map = stored.present(0, 64 * 4096, PageSize::SIZE_4K);
         assert_eq!((map.count(), map.get(PageIndex(19)), map.get(PageIndex(20))), (45, false, true));

@@ -1,9 +1,9 @@
-//! Pages as differences to what the destination has (XBZRLE): the cache of what was sent.
+//! Pages as differences to the destination's content (XBZRLE): the cache of sent pages.
 //!
-//! # The order that must hold
+//! # Required order
 //!
-//! What the cache holds for a page is what the destination has. A page is therefore copied before it is encoded, and
-//! one that goes whole into the cache is sent from there: the guest may write meanwhile.
+//! The cache's copy of a page equals the destination's content. A page is therefore copied before it is encoded, and a
+//! whole page that enters the cache is sent from the cache: the guest may write meanwhile.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,16 +15,16 @@ use crate::observe::DeltaCounts;
 use crate::stream::xbzrle::{Encoded, encode};
 use crate::sys::HostSpan;
 
-/// Generations for which a page keeps its place against another one.
+/// Generations for which a page keeps its slot against another page.
 const PROTECTED: u64 = 2;
 
-/// Bytes of the cache; 0: no deltas. May be changed while a migration runs; what finds room stays in the cache. Clones
-/// share the size.
+/// Size of the cache in bytes; 0: no deltas. May be changed while a migration runs; copies that still fit stay in the
+/// cache. Clones share the size.
 #[derive(Clone, Debug, Default)]
 pub struct DeltaCacheSize(Arc<AtomicU64>);
 
 impl DeltaCacheSize {
-    /// `bytes`; what is used is the largest power of two of pages in them, and no more than the guest has pages.
+    /// `bytes`; the cache uses the largest power of two of pages that fits, and no more pages than the guest has.
     pub fn new(bytes: u64) -> Self {
         Self(Arc::new(AtomicU64::new(bytes)))
     }
@@ -43,13 +43,13 @@ impl DeltaCacheSize {
 /// What a page travels as.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Travels<'a> {
-    /// It is what the destination has.
+    /// Not at all: the destination has this content.
     NotAtAll,
     /// The encoding of its difference.
     Delta(&'a [u8]),
-    /// These bytes, which the cache holds now.
+    /// These bytes, which are now in the cache.
     Copy(&'a [u8]),
-    /// The guest's memory, as without a cache.
+    /// From the guest's memory, as without a cache.
     Whole,
 }
 
@@ -61,7 +61,7 @@ struct Slot {
 }
 
 impl Slot {
-    /// Takes the place for `page` if it is free, its own, or its owner has not been used lately.
+    /// Takes the slot for `page` if it is free, already holds `page`, or its page has not been used lately.
     fn claim(&mut self, page: u64, generation: u64) -> bool {
         let is_own = self.page == page + 1;
         if self.page != 0 && !is_own && self.used + PROTECTED > generation {
@@ -72,11 +72,11 @@ impl Slot {
     }
 }
 
-/// Places of copies, with the copies.
+/// Slots and their copies.
 #[derive(Debug)]
 struct Store {
     slots: Vec<Slot>,
-    /// Mapped, not allocated: the kernel can refuse, and gives memory only where a copy is written.
+    /// Mapped, not allocated: the kernel can refuse, and supplies memory only when a copy is written.
     copies: MmapMut,
     page_bytes: usize,
 }
@@ -99,7 +99,7 @@ impl Store {
         &mut self.copies[at * self.page_bytes..(at + 1) * self.page_bytes]
     }
 
-    /// Takes over what `from` holds; of two copies for one place the one that was used last.
+    /// Takes over the copies of `from`; of two copies for one slot, the more recently used one.
     fn take_over(&mut self, from: &Self) {
         for (at, slot) in from.slots.iter().enumerate().filter(|(_, slot)| slot.page != 0) {
             let to = self.slot_of(slot.page - 1);
@@ -111,7 +111,7 @@ impl Store {
     }
 }
 
-/// Copies of pages as they were sent, each in the one place its number gives it.
+/// Copies of pages as they were sent, each in the slot that its number determines.
 #[derive(Debug)]
 pub(super) struct DeltaCache {
     size: DeltaCacheSize,
@@ -128,7 +128,7 @@ pub(super) struct DeltaCache {
 }
 
 impl DeltaCache {
-    /// An empty one for a guest of `guest_pages`; memory is taken when the second round begins.
+    /// An empty cache for a guest of `guest_pages`; memory is allocated when the second round begins.
     pub(super) fn new(size: DeltaCacheSize, page_bytes: u64, guest_pages: u64) -> Self {
         let page_bytes = page_bytes as usize;
         Self {
@@ -151,7 +151,8 @@ impl DeltaCache {
         self.size.clone()
     }
 
-    /// A round of pages begins; the last one changes nothing here any more. The first has nothing to differ from.
+    /// A round of pages begins; the last one does not change the cache any more. In the first there is nothing to
+    /// compare with.
     pub(super) fn round(&mut self, last: bool) {
         self.rounds += 1;
         self.generation += 1;
@@ -177,19 +178,19 @@ impl DeltaCache {
                 self.counts.cache_size = (slots * self.page_bytes) as u64;
                 self.store = Some(store);
             }
-            // Deltas are a help, no need: the migration goes on without.
+            // Deltas are optional: the migration continues without them.
             Err(error) => {
                 tracing::warn!(error = %Chain(&error), bytes = wanted, "no memory for a cache of pages: no deltas")
             }
         }
     }
 
-    /// True if pages may travel as deltas in this round.
+    /// True if pages may be sent as deltas in this round.
     pub(super) fn is_active(&self) -> bool {
         self.store.is_some()
     }
 
-    /// Page number `page` is to be sent and reads as `span`; it is copied first.
+    /// How to send page number `page`, which reads as `span`; the page is copied first.
     pub(super) fn page(&mut self, page: u64, span: HostSpan<'_>) -> Travels<'_> {
         let Some(store) = &mut self.store else { return Travels::Whole };
         let at = store.slot_of(page);
@@ -320,7 +321,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is written and however pages share places: what the receiver makes of it is the guest's memory.
+        /// For any writes and any sharing of slots: the receiver's result is the guest's memory.
         #[test]
         fn s35_the_receiver_always_ends_with_what_the_guest_has(
             rounds in prop::collection::vec(

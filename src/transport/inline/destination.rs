@@ -1,4 +1,4 @@
-//! The destination's end: everything comes in the stream.
+//! The destination's end of a link whose pages come in the stream.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::sys::Stop;
 use crate::transport::{ByteSource, ChannelError, DestinationAbilities, DestinationLink, MoveError};
 
-/// The link of a plain byte stream: the session finds the pages in it and places them.
+/// The link of a plain byte stream: the session parses the pages in it and places them.
 pub struct InlineDestination {
     stream: Box<dyn ByteSource>,
 }
@@ -34,7 +34,7 @@ impl DestinationLink for InlineDestination {
         Ok(())
     }
 
-    /// Nobody but the reader of the stream places a page.
+    /// Only the reader of the stream places pages.
     fn revoke(&mut self) {}
 
     /// A stream has no end beyond its own.

@@ -1,8 +1,8 @@
-//! Pages in the byte stream, each behind its header: what every QEMU understands.
+//! Pages in the byte stream, each after its header: every QEMU supports this.
 //!
-//! A batch leaves in vectored sends of header, page, header, page; the kernel reads the pages in place.
-//! Order is the stream's own, so that a fence costs nothing and every batch is released when its send
-//! returns. Nothing tells that a page was placed before the migration's end.
+//! A batch is sent in vectored sends of header, page, header, page; the kernel reads the pages in place. The stream
+//! keeps the order, so that a fence costs nothing and every batch is released when its send returns. There is no
+//! confirmation of placed pages before the migration's end.
 
 mod delta;
 mod destination;
@@ -20,24 +20,24 @@ pub use delta::DeltaCacheSize;
 use delta::{DeltaCache, Travels};
 pub use destination::InlineDestination;
 
-/// Whole pages in one vectored send: a header and a page each fill the kernel's limit of parts.
+/// Whole pages in one vectored send: a header and a page each, up to the kernel's limit of parts.
 const PAGES_PER_SEND: usize = MAX_PARTS / 2;
 
 /// Bytes of headers, deltas and copies after which they are sent.
 const MAX_HEADERS: usize = 64 << 10;
 
-/// Bytes of a record's offset and flags, which a delta's figures leave out.
+/// Bytes of a record's offset and flags, which the counters of deltas leave out.
 const WORD: usize = 8;
 
-/// Writes batches as records of the stream; what a link of its own declines goes this way, too.
+/// Writes batches as records of the stream; also used for pages that another link declines.
 pub struct InlinePages {
     guest: Arc<dyn GuestMemory>,
-    /// The block of the last record; the next one of the same block carries no name.
+    /// The block of the last record; the next record of the same block carries no name.
     current: Option<BlockIndex>,
     headers: Vec<u8>,
-    /// What pages may be differences to.
+    /// The cache that deltas are computed against.
     deltas: Option<DeltaCache>,
-    /// Number of each block's first page over all blocks.
+    /// Number of each block's first page, counted over all blocks.
     numbers: Vec<u64>,
     /// Records written.
     counts: PageCounts,
@@ -56,7 +56,7 @@ impl InlinePages {
         }
     }
 
-    /// Pages written so far, by what they travelled as. A page that is what the destination has did not travel.
+    /// Pages written so far, by the form in which they were sent. A page with the destination's content was not sent.
     pub fn counts(&self) -> PageCounts {
         self.counts
     }
@@ -90,7 +90,7 @@ impl InlinePages {
         let table = guest.table();
         let landing = table.admit_run(piece.run).map_err(crate::guest::GuestError::from)?;
         let zero = piece.verdict == Verdict::Zero;
-        // Of zero pages there may be no bytes.
+        // A zero page may have no bytes in memory.
         let span = if zero { None } else { Some(crate::guest::span_of(&**guest, landing)?) };
         let page = table.page();
         let bytes = page.bytes() as usize;
@@ -118,10 +118,10 @@ impl InlinePages {
         }
     }
 
-    /// A page whole, where it lies or from the cache, or as a difference, or not at all.
+    /// Sends a page whole, from guest memory or from the cache, or as a difference, or not at all.
     fn write_page<'g>(&mut self, at: At, page: HostSpan<'g>, chunk: &mut Chunk<'g>) {
         let number = self.number_of(at);
-        // Out and back in: the record's head is written in between.
+        // Taken out and put back: the record's head is written in between.
         let Some(mut deltas) = self.deltas.take_if(|deltas| deltas.is_active()) else {
             self.write_head(at, Kind::Page);
             return chunk.pages.push((self.headers.len(), page));
@@ -177,7 +177,7 @@ impl InlinePages {
         self.current = Some(block);
     }
 
-    /// Sends what was gathered: each page behind the header bytes that end where it is due.
+    /// Sends the gathered parts: each page after its header bytes.
     fn flush_chunk(
         &mut self,
         chunk: &mut Chunk<'_>,
@@ -213,7 +213,7 @@ enum Kind {
     Delta(u16),
 }
 
-/// Pages of one vectored send, each with the length of the headers in front of it.
+/// Pages of one vectored send, each with the length of the headers before it.
 struct Chunk<'g> {
     pages: Vec<(usize, HostSpan<'g>)>,
 }
@@ -224,7 +224,7 @@ impl Default for Chunk<'_> {
     }
 }
 
-/// The source's link that every byte channel is.
+/// The source's link over any byte channel.
 pub struct InlineLink {
     sink: Box<dyn ByteSink>,
     pages: InlinePages,
@@ -234,12 +234,12 @@ pub struct InlineLink {
 }
 
 impl InlineLink {
-    /// Pages of `guest` go into `sink`.
+    /// Pages of `guest` are sent into `sink`.
     pub fn new(sink: Box<dyn ByteSink>, guest: Arc<dyn GuestMemory>) -> Self {
         Self { sink, pages: InlinePages::new(guest), finished: Vec::new(), failed: Vec::new(), tickets: 0 }
     }
 
-    /// Pages that were sent before may travel as differences (XBZRLE) from the second round on, while `size` is not 0.
+    /// Pages that were sent before may be sent as differences (XBZRLE) from the second round on, while `size` is not 0.
     #[must_use]
     pub fn with_deltas(mut self, size: DeltaCacheSize) -> Self {
         let table = self.pages.guest.table();

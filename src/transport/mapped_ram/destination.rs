@@ -1,4 +1,4 @@
-//! The destination's link to a file: the stream that is in it, and its places as page channels.
+//! The destination's link to a file: its stream, with the page offsets as page channels.
 
 use std::ops::Range;
 use std::path::Path;
@@ -25,20 +25,20 @@ use crate::transport::{
 };
 use crate::units::PageIndex;
 
-/// Longest time between two looks at the caller's [`Stop`].
+/// Longest time between two checks of the caller's [`Stop`].
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Bytes that are looked at and cleared at once.
+/// Bytes that are checked and cleared at a time.
 const CLEARED: usize = 1 << 20;
 
 const WAITING: &str = "waiting for pages that are read";
 
-/// A mapped-ram file, read whole but for its pages.
+/// A mapped-ram file, completely read except for its pages.
 pub struct MappedDestination {
     file: Arc<MappedFile>,
     stream: PlainStream,
     present: Vec<PageBitmap>,
-    /// Bytes of the stream that were given out.
+    /// Bytes of the stream that were returned so far.
     at: usize,
     threads: usize,
     spawn: Arc<SpawnFn>,
@@ -59,14 +59,14 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.cancel.cancel();
         for thread in self.threads.drain(..) {
-            // A panic there left pages unread; nobody counts on them any more.
+            // A panic of the thread left pages unread; they are no longer needed.
             let _ = thread.join();
         }
     }
 }
 
-/// Opens the file whose stream begins at `starts_at`, and reads all of it but its pages, which `asked` threads read later; 0:
-/// as many as are good for this host.
+/// Opens the file whose stream begins at `starts_at`, and reads all of it except its pages, which `asked` threads read
+/// later; 0: a number that suits this host.
 pub(in crate::transport) fn open(
     path: &Path,
     starts_at: u64,
@@ -96,7 +96,7 @@ fn read_bitmap(file: &MappedFile, places: &Places) -> Result<PageBitmap, MappedR
     if places.header.is_absent() {
         return Ok(PageBitmap::new(0));
     }
-    // Not more than the file has: its places were compared with its length.
+    // Not more than the file has: its offsets were compared with its length.
     let mut bytes = vec![0; usize::try_from(places.bitmap_len()).unwrap_or(usize::MAX)];
     let at = places.header.bitmap_offset;
     file.read_all(&mut bytes, at).map_err(|source| MappedReadError::Io { at, source })?;
@@ -105,7 +105,7 @@ fn read_bitmap(file: &MappedFile, places: &Places) -> Result<PageBitmap, MappedR
 }
 
 impl MappedDestination {
-    /// Its pages are read by so many threads, which `spawn` starts; 0: as many as are good for this host.
+    /// Sets the number of threads that read the pages, which `spawn` starts; 0: a number that suits this host.
     #[must_use]
     pub fn read_by(mut self, threads: u8, spawn: Arc<SpawnFn>) -> Self {
         (self.threads, self.spawn) = (super::threads(threads), spawn);
@@ -117,12 +117,12 @@ impl MappedDestination {
         self.file.name()
     }
 
-    /// The stream that is in it, as a plain one.
+    /// The stream of the file, as a plain one.
     pub fn stream(&self) -> &PlainStream {
         &self.stream
     }
 
-    /// The file behind `address`, whose memory is then mapped instead of read into another.
+    /// The file at `address`, whose memory is then mapped instead of being read.
     ///
     /// # Errors
     /// [`OpenError`]; [`OpenError::NotMapped`] for an address of another kind.
@@ -134,8 +134,8 @@ impl MappedDestination {
         }
     }
 
-    /// The memory of a block, by its place in the list, mapped where it lies in the file; pages that are not in it are zero.
-    /// What is written to it never gets into the file. `None` for a block that was left out.
+    /// The memory of a block, by its place in the list, mapped from the file; pages that are not in the file are zero.
+    /// Writes to the mapping do not change the file. `None` for a block that was left out.
     ///
     /// # Errors
     /// [`MappingError`].
@@ -157,7 +157,7 @@ impl MappedDestination {
         Ok(Some(mapping))
     }
 
-    /// Places of pages that are not in the file may hold old bytes.
+    /// Offsets of pages that are not in the file may hold old bytes.
     fn clear_stale(&self, mapping: &Mapping, start: u64, bytes: Range<u64>) {
         for at in bytes.clone().step_by(CLEARED) {
             let len = (CLEARED as u64).min(bytes.end - at);
@@ -168,7 +168,7 @@ impl MappedDestination {
         }
     }
 
-    /// A block that is not in the file must be one that this end has from elsewhere.
+    /// A block that is not in the file must be one that this end has from another source.
     fn check_left_out(&self, placer: &Placer) -> Result<(), MoveError> {
         let table = placer.memory().table();
         for places in self.stream.places.iter().filter(|places| places.header.is_absent()) {
@@ -186,7 +186,7 @@ impl MappedDestination {
         Ok(())
     }
 
-    /// The pages that are in it, to be read in any order for the guest whose memory `placer` fills.
+    /// The pages in the file, to be read in any order for the guest whose memory `placer` fills.
     ///
     /// # Errors
     /// A block is missing, there or here.
@@ -203,7 +203,7 @@ impl MappedDestination {
         Ok(MappedPages { file: Arc::clone(&self.file), blocks })
     }
 
-    /// All pages that are in it, by the blocks of its own list.
+    /// All pages in the file, by the blocks of the file's own list.
     pub fn own_pages(&self) -> MappedPages {
         let of = |(places, present): (&Places, &PageBitmap)| {
             (!places.header.is_absent()).then(|| (places.clone(), present.clone()))
@@ -212,7 +212,7 @@ impl MappedDestination {
         MappedPages { file: Arc::clone(&self.file), blocks }
     }
 
-    /// The pages that are in it, block by block; of a block that was left out, none.
+    /// The pages in the file, block by block; none of a block that was left out.
     pub fn present(&self) -> &[PageBitmap] {
         &self.present
     }
@@ -247,7 +247,7 @@ impl DestinationLink for MappedDestination {
         self
     }
 
-    /// There is memory now: the threads begin to read.
+    /// Memory is available now: the threads begin to read.
     fn announce(&mut self, placer: &Arc<Placer>, _blocks: &AnnouncedBlocks) -> Result<(), MoveError> {
         self.check_left_out(placer)?;
         let (tell, told) = unbounded();
@@ -273,7 +273,7 @@ impl DestinationLink for MappedDestination {
         Ok(())
     }
 
-    /// The first barrier stands behind the list of blocks. Where another stands in front of the end of RAM, that one waits.
+    /// The first barrier comes after the list of blocks. If another comes before the end of RAM, that one waits.
     fn barrier(&mut self, stop: &Stop) -> Result<(), MoveError> {
         self.barriers += 1;
         if self.stream.has_end && self.barriers == 1 {

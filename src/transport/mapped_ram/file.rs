@@ -1,4 +1,4 @@
-//! The file itself: opened, locked, and named in errors.
+//! The mapped-ram file: opened and locked, and named in errors.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -15,15 +15,15 @@ use rustix::io::Errno;
 use crate::sys::{HostSpan, Mapping, MappingError, SendPart, read_at, write_at};
 use crate::transport::{ChannelError, OpenError};
 
-/// A file of places, and where its stream begins.
+/// A mapped-ram file, and the offset at which its stream begins.
 #[derive(Debug)]
 pub(super) struct MappedFile {
     file: File,
-    /// For pages, past the page cache.
+    /// Direct I/O for pages, bypassing the page cache.
     direct: Option<Direct>,
     path: PathBuf,
     pub(super) starts_at: u64,
-    /// What is done to the file fails from this step on.
+    /// Operations on the file fail from this step on.
     #[cfg(test)]
     pub(super) breaks_at: std::sync::atomic::AtomicI64,
 }
@@ -32,14 +32,14 @@ pub(super) struct MappedFile {
 #[derive(Debug)]
 struct Direct {
     file: File,
-    /// Addresses, offsets and lengths are multiples of it, as the file system asks.
+    /// Required alignment of addresses, offsets and lengths, as the file system reports it.
     align: usize,
-    /// It has refused pages that fit: the rest goes through the page cache.
+    /// Direct I/O failed for aligned pages: the rest uses the page cache.
     refused: AtomicBool,
 }
 
 impl Direct {
-    /// `None` where the file system has none, or does not tell what it asks (STATX_DIOALIGN, Linux 6.1).
+    /// `None` if the file system has no direct I/O, or does not report its alignment (STATX_DIOALIGN, Linux 6.1).
     fn of(file: &File) -> Option<Self> {
         let told = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
         let known = StatxFlags::from_bits_retain(told.stx_mask).contains(StatxFlags::DIOALIGN);
@@ -53,7 +53,7 @@ impl Direct {
         Some(Self { file, align, refused: AtomicBool::new(false) })
     }
 
-    /// `None` if the bytes can't go this way: they go through the page cache.
+    /// `None` if direct I/O is not possible for these bytes: the page cache is used.
     fn write(&self, span: HostSpan<'_>, skip: usize, at: u64) -> Option<io::Result<usize>> {
         let offset = usize::try_from(at).ok()?;
         let fits =
@@ -62,7 +62,7 @@ impl Direct {
             return None;
         }
         match write_at(self.file.as_fd(), &[SendPart::Guest(span)], skip, at) {
-            // Memory that can't be pinned, or a file system that thinks again.
+            // Memory that can't be pinned, or a file system that now refuses.
             Err(error)
                 if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EFAULT | libc::EOPNOTSUPP)) =>
             {
@@ -76,21 +76,21 @@ impl Direct {
 }
 
 impl MappedFile {
-    /// Opens a file that is there, to be read. Nobody of our kind writes to it meanwhile.
+    /// Opens an existing file for reading. No process of this program writes to it meanwhile.
     pub(super) fn to_read(path: &Path, starts_at: u64) -> io::Result<Self> {
         Self::locked(path, starts_at, OpenOptions::new().read(true), FlockOperation::NonBlockingLockShared)
     }
 
-    /// Opens or makes a file to write to. What it held behind `starts_at` is gone, for good: what stands there from now on
-    /// is of this guest.
+    /// Opens or creates a file for writing. Its old content after `starts_at` is deleted permanently: what is there
+    /// from now on belongs to this guest.
     pub(super) fn to_write(path: &Path, starts_at: u64) -> io::Result<Self> {
         let mut options = OpenOptions::new();
-        // It holds a guest's memory: a new one is its owner's alone.
+        // The file holds a guest's memory: only its owner may access a new one.
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let mut this = Self::locked(path, starts_at, &options, FlockOperation::NonBlockingLockExclusive)?;
         this.direct = Direct::of(&this.file);
         this.cut(starts_at)?;
-        // On the disk, too: an old first word must not stand in front of new pages after a crash.
+        // Also on the disk: an old first word must not precede new pages after a crash.
         this.sync()?;
         Ok(this)
     }
@@ -101,7 +101,7 @@ impl MappedFile {
             return Err(io::Error::other("it is no plain file: only there have pages places"));
         }
         match flock(&file, how) {
-            // Some file systems have no locks.
+            // Some file systems do not support locks.
             Ok(()) | Err(Errno::NOTSUP | Errno::NOLCK | Errno::NOSYS) => {}
             Err(Errno::WOULDBLOCK) => {
                 let why = "another process reads it or writes to it; wait for it to end";
@@ -119,13 +119,13 @@ impl MappedFile {
         })
     }
 
-    /// Whether pages go past the page cache; `None` where the file system has no such way.
+    /// Whether pages are written by direct I/O; `None` if the file system does not support it.
     #[cfg(test)]
     pub(super) fn is_direct(&self) -> Option<bool> {
         self.direct.as_ref().map(|direct| !direct.refused.load(Ordering::Relaxed))
     }
 
-    /// In front of everything that is done to the file.
+    /// Called before every operation on the file.
     fn step(&self) -> io::Result<()> {
         #[cfg(test)]
         if self.breaks_at.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) <= 0 {
@@ -139,7 +139,7 @@ impl MappedFile {
         Ok(self.file.metadata()?.len())
     }
 
-    /// Fills `into` from `at` on, as far as there are bytes.
+    /// Fills `into` from `at` on, as far as the file has bytes.
     pub(super) fn read(&self, into: &mut [u8], at: u64) -> io::Result<usize> {
         self.file.read_at(into, at)
     }
@@ -149,17 +149,17 @@ impl MappedFile {
         self.file.read_exact_at(into, at)
     }
 
-    /// Fills guest memory from `at` on; how many bytes, 0 at the end of the file.
+    /// Fills guest memory from `at` on; returns the number of bytes, 0 at the end of the file.
     pub(super) fn read_pages(&self, span: HostSpan<'_>, at: u64) -> io::Result<usize> {
         read_at(self.file.as_fd(), span, at)
     }
 
-    /// A copy of a part of it in memory, which takes room only where it is written.
+    /// A private mapping of a part of the file, which takes memory only for written pages.
     pub(super) fn map(&self, at: u64, len: u64) -> Result<Mapping, MappingError> {
         Mapping::file_copy(self.file.as_fd(), at, len)
     }
 
-    /// False if there is nothing but holes from `at` on for `len` bytes.
+    /// False if there are only holes in the `len` bytes from `at` on.
     pub(super) fn may_hold(&self, at: u64, len: u64) -> bool {
         match seek(&self.file, SeekFrom::Data(at)) {
             Ok(data) => data < at.saturating_add(len),
@@ -172,7 +172,7 @@ impl MappedFile {
         self.file.write_all_at(bytes, at)
     }
 
-    /// Writes guest memory but the first `skip` bytes of it, past the page cache where that can be; how many bytes went.
+    /// Writes guest memory without its first `skip` bytes, by direct I/O if possible; returns the number of bytes.
     pub(super) fn write_pages(&self, span: HostSpan<'_>, skip: usize, at: u64) -> io::Result<usize> {
         self.step()?;
         if let Some(written) = self.direct.as_ref().and_then(|direct| direct.write(span, skip, at)) {
@@ -187,7 +187,7 @@ impl MappedFile {
         self.file.set_len(len)
     }
 
-    /// All that was written is on the disk when this returns.
+    /// Returns after all written bytes are on the disk.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.step()?;
         self.file.sync_all()
@@ -198,7 +198,7 @@ impl MappedFile {
         name(&self.path)
     }
 
-    /// The kernel's answer, as an error of this file.
+    /// The kernel's error, as an error of this file.
     pub(super) fn failed(&self, doing: &'static str, source: io::Error) -> ChannelError {
         ChannelError::Io { peer: self.name(), doing, source }
     }
@@ -208,20 +208,20 @@ impl MappedFile {
         self.failed(doing, io::Error::new(source.kind(), format!("at offset {at:#x}: {source}")))
     }
 
-    /// Gives the room of `len` bytes from `at` on back: they read as zero. Where the file system can't, they stay.
+    /// Frees the space of `len` bytes from `at` on: they then read as zero. If the file system can't, they stay.
     pub(super) fn punch(&self, at: u64, len: u64) -> io::Result<()> {
         self.step()?;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         unless_unsupported(fallocate(&self.file, flags, at, len))
     }
 
-    /// Takes room for `len` bytes from `at` on without making the file longer, where the file system can.
+    /// Reserves space for `len` bytes from `at` on without changing the file's length, if the file system can.
     pub(super) fn reserve(&self, at: u64, len: u64) -> io::Result<()> {
         self.step()?;
         unless_unsupported(fallocate(&self.file, FallocateFlags::KEEP_SIZE, at, len))
     }
 
-    /// The file's name is on the disk, too.
+    /// Makes sure that the file's name is on the disk, too.
     pub(super) fn sync_folder(&self) -> io::Result<()> {
         let folder = self.path.parent().filter(|path| !path.as_os_str().is_empty());
         File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
@@ -239,7 +239,7 @@ fn name(path: &Path) -> String {
     format!("mapped:{}", path.display())
 }
 
-/// Why it could not be opened.
+/// Why the file could not be opened.
 pub(super) fn not_opened(path: &Path) -> impl Fn(io::Error) -> OpenError {
     let address = name(path);
     move |source| OpenError::Open {

@@ -1,4 +1,4 @@
-//! The source's link to a file: pages to their places, by several threads, and the stream around them.
+//! The source's link to a file: several threads write pages to their offsets, and the stream is written around them.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,21 +19,21 @@ use crate::transport::{ByteSink, ChannelError, MoveError, Offer, OpenError, Retu
 
 /// Pages of one batch: 2 MiB of 4 KiB pages.
 const BATCH_PAGES: u32 = 512;
-/// Batches that wait for each thread, beside the one it writes.
+/// Batches that wait for each thread, besides the one that it writes.
 const QUEUED: usize = 2;
-/// Longest time between two looks at the caller's [`Stop`].
+/// Longest time between two checks of the caller's [`Stop`].
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 const WRITING: &str = "writing pages";
 
-/// Pages at their places in a file, everything else around them.
+/// Pages at their offsets in a file, everything else around them.
 pub struct MappedLink {
     file: Arc<MappedFile>,
     sink: MappedSink,
     written: Arc<Written>,
     /// `None` once the threads have been ended.
     queue: Option<Sender<(Ticket, PageBatch)>>,
-    /// The other end: what the threads leave there is the guest's again.
+    /// The receiving end: batches left in the queue are returned to the guest.
     left: Receiver<(Ticket, PageBatch)>,
     done: Receiver<Done>,
     threads: Vec<JoinHandle<()>>,
@@ -45,7 +45,7 @@ pub struct MappedLink {
     tickets: u64,
 }
 
-/// Makes or empties the file, and starts the threads.
+/// Creates or empties the file, and starts the threads.
 pub(in crate::transport) fn create(
     path: &Path,
     starts_at: u64,
@@ -103,12 +103,12 @@ impl MappedLink {
         }
     }
 
-    /// Waits for the next answer, and not beyond `stop`.
+    /// Waits for the next result, but not beyond `stop`.
     fn wait(&mut self, stop: &Stop) -> Result<(), MoveError> {
         loop {
             match self.done.recv_timeout(POLL_INTERVAL) {
                 Ok(done) => return self.take(done),
-                // A thread that is gone by a panic answers no more.
+                // A thread that ended by a panic sends no more results.
                 Err(RecvTimeoutError::Timeout) if self.threads.iter().any(JoinHandle::is_finished) => {
                     return Err(self.gone());
                 }
@@ -121,7 +121,7 @@ impl MappedLink {
         }
     }
 
-    /// The file fails from this step on, counted from now.
+    /// Makes the file's operations fail from this step on, counted from now.
     #[cfg(test)]
     pub(crate) fn break_at(&self, step: i64) {
         self.file.breaks_at.store(step, Ordering::Relaxed);
@@ -154,15 +154,15 @@ impl MappedLink {
     fn stop_threads(&mut self) {
         self.cancel.cancel();
         self.queue = None;
-        // Before the threads see it: they would write it.
+        // Taken before the threads see these batches: they would write them.
         let left: Vec<_> = self.left.try_iter().collect();
         self.unsent.extend(left.into_iter().map(|(_, batch)| batch));
         for thread in self.threads.drain(..) {
-            // A panic there has left its batch unwritten; after a failure nothing counts as sent.
+            // A panic of the thread left its batch unwritten; after a failure nothing counts as sent.
             let _ = thread.join();
         }
         while let Ok(done) = self.done.try_recv() {
-            // Why one failed was told when it did, or is of no interest any more.
+            // A failure has already been reported, or no longer matters.
             let _ = self.take(done);
         }
     }
@@ -231,8 +231,8 @@ impl SourceLink for MappedLink {
         Ok(())
     }
 
-    /// A page travels once in a round, so that all that is needed between two is that the first is over. It is on the disk
-    /// then: what waited in memory would have to get there while the guest stands still.
+    /// A page is sent once in a round, so between two rounds it is enough that the first has ended. Its pages are then
+    /// synced to the disk: otherwise they would have to be synced while the guest is stopped.
     fn close_round(&mut self, kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
         self.wait_all(stop)?;
         match kind {

@@ -1,4 +1,5 @@
-//! A file in which every page has its place (`mapped:`), as QEMU 9.0 and newer write and read by `file:` with mapped-ram.
+//! A file in which every page has a fixed offset (`mapped:`), as QEMU 9.0 and newer write and read by `file:` with
+//! mapped-ram.
 //!
 //! ```text
 //! a guest -- stream --> head and tail of the file, but its first word
@@ -9,8 +10,9 @@
 //! places ---------------------> threads: pread into guest RAM
 //! ```
 //!
-//! Nobody answers here. COMMIT is the first word of the file's stream: what it stands in front of is whole and on the disk,
-//! and without it there is no guest in the file. So a save that breaks off, at whatever byte, leaves a file that says so.
+//! A file has no peer that answers. Its COMMIT is the first word of the file's stream: once it is written, everything
+//! after it is complete and on the disk, and without it there is no guest in the file. So a save that stops at any byte
+//! leaves a file that is recognizably incomplete.
 
 mod destination;
 mod file;
@@ -30,10 +32,10 @@ use link::create;
 pub use pages::MappedPages;
 pub(super) use scheme::SCHEME;
 
-/// Most threads that read or write pages, where nobody says how many.
+/// Maximum number of threads that read or write pages, if no number is configured.
 const MAX_THREADS: usize = 4;
 
-/// Threads for pages: as many as were asked for, or one for each core.
+/// Number of threads for pages: as configured, or one for each core.
 fn threads(asked: u8) -> usize {
     match asked {
         0 => std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS),

@@ -9,7 +9,7 @@ use crate::stream::qemu::mapped_stream::Places;
 use crate::transport::PageSupply;
 use crate::units::{BlockIndex, PageIndex};
 
-/// The pages in a mapped-ram file, by the blocks of the guest that they are for.
+/// The pages in a mapped-ram file, by the blocks of the guest that they belong to.
 pub struct MappedPages {
     pub(super) file: Arc<MappedFile>,
     /// The guest's blocks; `None` for one that is not in the file.
@@ -22,19 +22,19 @@ impl MappedPages {
         self.blocks.get(block.as_usize())?.as_ref().map(|(_, present)| present)
     }
 
-    /// Bytes of a block in the file.
+    /// Length of a block in the file, in bytes.
     pub fn len(&self, block: BlockIndex) -> Option<u64> {
         self.blocks.get(block.as_usize())?.as_ref().map(|(places, _)| places.block.used_length)
     }
 
-    /// Blocks that it was made for, those that are not in the file as well.
+    /// The blocks that it was made for, including those that are not in the file.
     pub fn blocks(&self) -> impl Iterator<Item = BlockIndex> {
         (0..self.blocks.len() as u32).map(BlockIndex)
     }
 }
 
 impl PageSupply for MappedPages {
-    /// The places of pages that are not in the file may hold old bytes: they are not looked at.
+    /// The offsets of pages that are not in the file may hold old bytes: these are not read.
     fn read(&self, block: BlockIndex, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let Some(Some((places, present))) = self.blocks.get(block.as_usize()) else {
             into.fill(0);

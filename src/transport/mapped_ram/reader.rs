@@ -1,4 +1,4 @@
-//! A thread that reads pages from their places into guest RAM.
+//! A thread that reads pages from their offsets into guest RAM.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -15,7 +15,8 @@ use crate::units::{BlockIndex, PageIndex};
 
 /// Pages that a thread takes at a time: 8 MiB of 4 KiB pages.
 const SLICE: u64 = 2048;
-/// Bytes that are read into a buffer at once for memory that is written by its file: they stay in the second-level cache.
+/// Bytes read into a buffer at a time, for memory that is written through its file: they stay in the second-level
+/// cache.
 const BUFFER: usize = 128 << 10;
 
 const READING: &str = "reading pages";
@@ -33,7 +34,7 @@ pub(super) struct Common {
     pub(super) bytes: Arc<AtomicU64>,
 }
 
-/// One thread. It tells its end, whatever that is.
+/// One thread. It always reports its end.
 pub(super) struct Reader {
     pub(super) common: Arc<Common>,
     pub(super) told: Sender<Result<(), MoveError>>,
@@ -57,7 +58,7 @@ impl Common {
 }
 
 impl Reader {
-    /// Reads slices until there are no more.
+    /// Reads slices until none is left.
     pub(super) fn run(self) {
         let mut writer = PageWriter::default();
         let mut buffer = Vec::new();
@@ -68,11 +69,11 @@ impl Reader {
                 break Err(error);
             }
         };
-        // Nobody listens once the migration is over.
+        // The receiver is gone once the migration is over.
         let _ = self.told.send(ended);
     }
 
-    /// Runs of pages that are there are read, those between are zero.
+    /// Runs of pages that are present are read; those between are zero.
     fn read_slice(
         &self,
         block: usize,
@@ -106,7 +107,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Straight into place, or where a backing file takes the bytes for less, by way of `buffer`.
+    /// Reads directly into place, or through `buffer` if writing through the backing file costs less.
     fn read_run(
         &self,
         landing: Landing,

@@ -15,7 +15,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     form: "mapped:PATH[,offset=N]",
     hint: "mapped:/path/of/the/file or mapped:/path/of/the/file,offset=4096",
     parse: parse_mapped,
-    // What is asked for as page channels are threads here.
+    // The number of page channels is here the number of threads.
     abilities: SchemeAbilities { page_channels: true, pages_in_stream: false, decides_late: false },
     open: write,
     connect: no_stream,
@@ -30,7 +30,7 @@ fn write(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
     Ok(SourceConnection::new(Box::new(link), None).by(Way::named(address)))
 }
 
-/// In a file of places pages lie as they are.
+/// In a mapped-ram file pages are stored uncompressed.
 fn check_plain_pages(address: &Address, channels: &ChannelOptions) -> Result<(), OpenError> {
     if channels.packing == Packing::Plain {
         return Ok(());
@@ -38,7 +38,7 @@ fn check_plain_pages(address: &Address, channels: &ChannelOptions) -> Result<(),
     Err(OpenError::Compressed { address: address.to_string() })
 }
 
-/// A file that is there to be read.
+/// An existing file to read.
 #[derive(Debug)]
 struct Stored(Address);
 

@@ -1,4 +1,4 @@
-//! Where the stream goes: into the file around the places, its first word last.
+//! The sink for the stream: it writes the stream into the file around the pages, and its first word last.
 
 use std::io;
 use std::sync::Arc;
@@ -17,8 +17,8 @@ use crate::units::PageSize;
 /// Bytes that are gathered before they are written.
 const GATHERED: usize = 1 << 20;
 
-/// Room that is taken for the end of the stream before the guest is given away, so that a full disk is found before: a VM
-/// description has some 50 KiB.
+/// Space that is reserved for the end of the stream before the guest is handed over, so that a full disk is detected
+/// before: a VM description has some 50 KiB.
 const RESERVED: u64 = 1 << 20;
 
 const WRITING: &str = "writing the stream";
@@ -30,7 +30,7 @@ pub(super) struct MappedSink {
     to: ToMapped,
     /// Bytes of the plain stream.
     position: u64,
-    /// The last page is in its place.
+    /// The last page is at its offset.
     complete: bool,
     has_bitmaps: bool,
     ended: bool,
@@ -42,7 +42,7 @@ impl MappedSink {
         Self { file, written, to, position: 0, complete: false, has_bitmaps: false, ended: false }
     }
 
-    /// No page comes any more: what is flushed from here on is on the disk.
+    /// No more pages follow: everything flushed from here on is on the disk.
     pub(super) fn pages_end(&mut self) {
         self.complete = true;
     }
@@ -79,7 +79,7 @@ impl MappedSink {
         self.file.reserve(at, RESERVED).map_err(|error| self.file.failed_at("taking room", at, &error))
     }
 
-    /// All that came is on the disk when this returns.
+    /// Returns after all received bytes are on the disk.
     fn settle(&mut self) -> Result<(), ChannelError> {
         self.write()?;
         if !self.has_bitmaps {
@@ -125,11 +125,11 @@ impl ByteSink for MappedSink {
             return Ok(());
         }
         self.settle()?;
-        // What was reserved and is not used.
+        // Frees space that was reserved but not used.
         let cut = self.file.cut(self.to.position());
         cut.map_err(|source| self.file.failed("giving room back", source))?;
         if let Err(source) = self.write_first_word() {
-            // As far as that still can be: what may not be on the disk must not be taken for whole later.
+            // As far as still possible: a file that may not be on the disk must not be taken for complete later.
             let _ = self.file.write(&[0; 8], self.file.starts_at);
             let _ = self.file.sync();
             return Err(self.file.failed("writing the first word", source));

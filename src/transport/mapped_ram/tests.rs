@@ -1,4 +1,4 @@
-//! Saves and loads of a file, whole, broken off at each step, and damaged.
+//! Saves and loads of a file: complete, interrupted at each step, and damaged.
 
 #![allow(clippy::unwrap_used)]
 
@@ -115,7 +115,7 @@ impl Save {
         Ok(self.link.sink().finish(&Stop::never())?)
     }
 
-    /// All of memory, then a page turns zero and another is written again, while the guest stands still.
+    /// Sends all of memory; then, while the guest is stopped, a page becomes zero and another is written again.
     fn whole(&mut self, guest: &Guest) -> Result<(), MoveError> {
         self.set_up(guest)?;
         let half = run(0, PAGES / 2);
@@ -162,7 +162,7 @@ fn scratch() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
 }
 
-/// In memory, where there is such a place: what is synced there costs nothing.
+/// On a file system in memory, if there is one: a sync costs nothing there.
 fn scratch_in_memory() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| scratch())
 }
@@ -209,7 +209,7 @@ fn s69_s70_s72_a_guest_is_saved_in_rounds_and_loaded_over_old_memory() {
     }
 }
 
-/// Past the page cache where the file system lets pages go so; what is in the file is the same.
+/// By direct I/O if the file system supports it; the content of the file is the same.
 #[test]
 fn pages_go_past_the_page_cache_where_that_can_be() {
     let dir = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
@@ -230,8 +230,8 @@ fn pages_go_past_the_page_cache_where_that_can_be() {
     assert!(there.bytes() == guest.bytes());
 }
 
-/// The process is killed, the disk is full or gone: at whatever step, the file is whole or says that it is not, and it is
-/// whole only where that is so.
+/// The process is killed, the disk is full or gone: at every step the file is complete or recognizably incomplete, and
+/// it is complete only if all of it was written.
 #[test]
 fn a_save_that_breaks_off_at_any_step_leaves_no_file_that_claims_to_be_whole() {
     let dir = scratch_in_memory();
@@ -263,7 +263,7 @@ fn a_save_that_breaks_off_at_any_step_leaves_no_file_that_claims_to_be_whole() {
                 break;
             }
             (Ok(()), None) => panic!("step {step}: success was told, and nothing is there"),
-            // Only behind the first word: all of it was on the disk before.
+            // Only after the first word: all of it was on the disk before.
             (Err(_), Some(source)) => {
                 let there = Guest::new();
                 load(source, &there).unwrap();
@@ -296,7 +296,7 @@ fn what_is_no_whole_mapped_file_is_refused_by_name() {
     assert!(crate::error::Chain(&folder).to_string().contains("plain file"));
 }
 
-/// The disk makes the file shorter, or another process does, while pages are read.
+/// The disk or another process truncates the file while pages are read.
 #[test]
 fn a_file_that_shrinks_while_it_is_read_is_an_error_with_its_place() {
     let dir = scratch();
@@ -312,7 +312,7 @@ fn a_file_that_shrinks_while_it_is_read_is_an_error_with_its_place() {
     assert!(text.contains("offset 0x") && text.contains("shorter"), "{text}");
 }
 
-/// As QEMU leaves them: a page that turned zero is taken out of the bitmap, and its bytes stay.
+/// As QEMU leaves such pages: a page that became zero is cleared in the bitmap, and its bytes stay.
 #[test]
 fn s70_old_bytes_of_pages_that_are_not_in_the_file_are_not_seen() {
     let dir = scratch();

@@ -1,4 +1,4 @@
-//! A thread that writes pages to their places in the file.
+//! A thread that writes pages to their offsets in the file.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -16,7 +16,7 @@ use crate::units::PageIndex;
 
 const WRITING: &str = "writing pages";
 
-/// Where the pages of a block go.
+/// The offsets of a block's pages.
 #[derive(Debug)]
 pub(super) struct Slots {
     pub(super) bitmap_offset: u64,
@@ -41,10 +41,10 @@ impl Slots {
     }
 }
 
-/// What has been written, by whatever thread.
+/// What all threads have written.
 #[derive(Debug, Default)]
 pub(super) struct Written {
-    /// By the block's position in the list; there once the list was written.
+    /// By the block's position in the list; set once the list was written.
     pub(super) slots: OnceLock<Vec<Slots>>,
     pub(super) bytes: AtomicU64,
     normal: AtomicU64,
@@ -52,7 +52,7 @@ pub(super) struct Written {
 }
 
 impl Written {
-    /// Pages so far, each time that it was written.
+    /// Number of pages so far; a page counts each time that it is written.
     pub(super) fn counts(&self) -> PageCounts {
         let [normal, zero] = [&self.normal, &self.zero].map(|count| count.load(Ordering::Relaxed));
         PageCounts { normal, zero, delta: 0 }
@@ -62,13 +62,13 @@ impl Written {
 /// What a thread answers.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// The pages are in the file, or known to be zero. Those that were not looked at have a verdict now.
+    /// The pages are in the file, or known to be zero. Pages that were not scanned have a verdict now.
     Written(Returned),
     /// They are not.
     Failed(PageBatch, MoveError),
 }
 
-/// One thread and what it needs.
+/// One thread and its resources.
 pub(super) struct PageWriter {
     pub(super) file: Arc<MappedFile>,
     pub(super) guest: Arc<dyn GuestMemory>,
@@ -79,7 +79,7 @@ pub(super) struct PageWriter {
 }
 
 impl PageWriter {
-    /// Works until the queue is closed. Nobody listens to `done` only when the link is gone.
+    /// Works until the queue is closed. `done` has no receiver only after the link is gone.
     pub(super) fn run(self) {
         let mut spare = PageBatch::default();
         while let Ok((ticket, batch)) = self.work.recv() {
@@ -156,7 +156,7 @@ impl PageWriter {
         Ok(())
     }
 
-    /// Zero pages are not in the file; those that were, in an earlier round, become holes.
+    /// Zero pages are not in the file; pages that were there in an earlier round become holes.
     fn clear(&self, run: PageRun) -> Result<(), MoveError> {
         let slots = self.slots(run)?;
         let in_file = |page: u64| slots.present.get(PageIndex(page));

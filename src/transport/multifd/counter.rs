@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::observe::PageCounts;
 
-/// What a channel has carried. At a barrier, whose message orders the two threads, the numbers are whole.
+/// Pages that a channel has sent or placed. At a barrier, whose message orders the two threads, the numbers are
+/// consistent.
 #[derive(Debug, Default)]
 pub(super) struct PageCounter {
     normal: AtomicU64,
@@ -12,7 +13,7 @@ pub(super) struct PageCounter {
 }
 
 impl PageCounter {
-    /// A packet with so many pages was sent, or placed.
+    /// A packet with this many pages was sent, or placed.
     pub(super) fn add(&self, normal: u64, zero: u64) {
         self.normal.fetch_add(normal, Ordering::Relaxed);
         self.zero.fetch_add(zero, Ordering::Relaxed);

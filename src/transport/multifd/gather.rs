@@ -1,8 +1,8 @@
-//! Which of the connections that come is the main channel, and whether there are as many as are expected.
+//! Finds the main channel among the incoming connections, and checks their number.
 //!
-//! A QEMU 7.2 connects main first and the channels after it; later ones connect in any order and are told apart by
-//! their first four bytes, which older ones write as well. A ramwire tells on main how many channels it has, in front of
-//! anything that depends on them: with another number it is refused at once, while its connections still wait.
+//! A QEMU 7.2 connects main first and the channels after it; later ones connect in any order and are distinguished by
+//! their first four bytes, which older ones write as well. A ramwire sends the number of its channels on main before
+//! anything that depends on them. If the number differs, it is refused immediately, while its connections still wait.
 
 use std::time::Duration;
 
@@ -16,32 +16,32 @@ use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 use crate::transport::open::OpenError;
 use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel, StreamOptions};
 
-/// Longest time between two looks at what the source tells on main.
+/// Longest time between two checks of what the source sends on main.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Bytes of main that are looked at: header, configuration and the greeting are far shorter.
+/// Bytes of main that are examined: header, configuration and the greeting are far shorter.
 const GREETING_WITHIN: usize = 4096;
 
-/// How long a source that is refused may take to read it.
+/// How long a source that is refused may take to read the refusal.
 const REFUSED_WITHIN: Duration = Duration::from_secs(5);
 
-/// What the beginning of main tells.
+/// What the beginning of main shows.
 #[derive(Debug, PartialEq, Eq)]
 enum Told {
     /// Not enough has come.
     Open,
-    /// The source is a ramwire and has so many page channels.
+    /// The source is a ramwire and has this many page channels.
     Channels(u8),
     /// It is none.
     Nothing,
 }
 
-/// The main channel and `count` page channels, each taken by `accept`. The first may take its time; the others
+/// The main channel and `count` page channels, each taken by `accept`. There is no time limit for the first; the others
 /// must come within `options.dead_peer`, and so must the first bytes of all.
 ///
 /// # Errors
-/// [`OpenError::OtherChannels`] if the source says that it has another number, and is told so;
-/// [`OpenError::Channels`] if fewer or more come, or none or several of them are the main channel.
+/// [`OpenError::OtherChannels`] if the source has another number, which is then refused; [`OpenError::Channels`] if
+/// fewer or more come, or none or several of them are the main channel.
 pub(in crate::transport) fn accept(
     count: u8,
     address: &str,
@@ -56,7 +56,7 @@ pub(in crate::transport) fn accept(
         .map_err(wrong)??;
     let soon = stop.within(options.dead_peer);
     loop {
-        // What a source has left behind that was refused before.
+        // Connections that a source has left behind after it was refused.
         came.pages.retain(|channel| !was_abandoned(channel));
         match (&came.main, came.pages.len()) {
             (Some(_), pages) if pages == usize::from(count) => break,
@@ -110,7 +110,7 @@ struct Came {
 }
 
 impl Came {
-    /// Puts a connection where its first word says; in words if there is no such place.
+    /// Assigns a connection by its first word; returns the reason as text if this is not possible.
     fn take(&mut self, channel: StreamChannel, stop: &Stop) -> Result<Result<(), OpenError>, String> {
         let word = match channel.peek_word(stop) {
             Ok(word) => u32::from_be_bytes(word),
@@ -128,8 +128,8 @@ impl Came {
         Ok(Ok(()))
     }
 
-    /// Tells the source why it is refused. The page channels stay open until it has read that: their end would only break
-    /// its connections.
+    /// Sends the reason of the refusal to the source. The page channels stay open until the source has read it: closing
+    /// them would only break its connections.
     fn refuse(self, mismatch: ChannelMismatch) -> OpenError {
         let why = mismatch.to_string();
         let told = self.main.map_or(Ok(()), |main| tell_refused(main, &why));
@@ -140,16 +140,16 @@ impl Came {
     }
 }
 
-/// True for a page channel that was closed behind its first packet: it carries nothing.
+/// True for a page channel that was closed after its first packet: it carries no pages.
 fn was_abandoned(channel: &StreamChannel) -> bool {
     let come = channel.peek(&mut [0; multifd::INIT_LEN + 1]);
     channel.has_been_closed() && come.is_ok_and(|come| come <= multifd::INIT_LEN)
 }
 
-/// Whether a ramwire's greeting stands at the beginning of main, which stays to be read.
+/// Whether main begins with a ramwire's greeting, which is left to be read later.
 fn told(main: &StreamChannel) -> Told {
     let mut head = [0; GREETING_WITHIN];
-    // The next read finds that a connection has failed.
+    // If the connection has failed, the next read returns the error.
     let have = main.peek(&mut head).unwrap_or(0);
     let mut stream = IncomingStream::new(IncomingConfig::default());
     let (mut at, mut greeted) = (0, false);
@@ -173,14 +173,15 @@ fn told(main: &StreamChannel) -> Told {
     Told::Nothing
 }
 
-/// Says REFUSED and waits until the source has closed: an end with bytes unread would be a reset, which may overtake it.
+/// Sends REFUSED and waits until the source has closed: closing with unread bytes would be a reset, which may overtake
+/// the message.
 fn tell_refused(mut main: StreamChannel, why: &str) -> Result<(), ChannelError> {
     let stop = Stop::never().within(REFUSED_WITHIN);
     let mut refused = Vec::new();
     Message::Native(Answer::Refused { why }).encode(&mut refused);
     main.send(&[SendPart::Own(&refused)], &stop)?;
     let mut rest = [0; GREETING_WITHIN];
-    // What comes is taken beyond a deadline too, so it is looked at as well.
+    // recv returns bytes that have arrived even after a deadline, so the deadline is checked as well.
     while stop.reason().is_none() && main.recv(&mut [RecvPart::Own(&mut rest)], &stop)? > 0 {}
     Ok(())
 }

@@ -1,13 +1,13 @@
-//! Page channels beside the main one (`multifd`): each with a thread, a connection and packets of its own.
+//! Page channels besides the main one (`multifd`): each with a thread, a connection and packets of its own.
 //!
 //! ```text
 //! session -- batches --> queue of a channel -> thread: packets -> socket ... socket -> thread -> guest RAM
 //!        \-- bytes, zero records, barriers --> main ............. main --------------> session
 //! ```
 //!
-//! Data on different channels is not ordered. A round is closed by a SYNC on each channel and one barrier on main: the
-//! destination's threads stop at their SYNC until main has reached the barrier and all of them theirs, so that nothing
-//! of the next round is placed before everything of this one. Between two barriers a page travels once.
+//! Data on different channels is not ordered. A round ends with a SYNC on each channel and one barrier on main. The
+//! destination's threads stop at their SYNC until main has reached the barrier and all of them have reached theirs, so
+//! that no page of the next round is placed before all pages of this one. Between two barriers a page is sent once.
 
 mod counter;
 mod destination;
@@ -39,29 +39,30 @@ use crate::transport::StreamChannel;
 /// Channels over a network that carry pages, for each core of the source.
 const CARRIERS_A_CORE: usize = 4;
 
-/// Most of `channels` that carry pages, where the options leave it open.
+/// Maximum number of `channels` that carry pages, if the options do not set it.
 fn carriers_of(channels: &[StreamChannel]) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let here = channels.iter().all(StreamChannel::stays_within_host);
     if here { cores } else { CARRIERS_A_CORE * cores }
 }
 
-/// Page channels of a migration, alike at both ends.
+/// Page channels of a migration; both ends must use the same settings.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct ChannelOptions {
-    /// How many, beside the main one; 0: pages go in the stream.
+    /// Number of page channels, besides the main one; 0: pages are sent in the stream.
     pub count: u8,
     /// How pages are compressed.
     pub packing: Packing,
-    /// At a source: most channels that carry pages; the others only take part in barriers. `None`: one for each core
-    /// where all of them end on this host, since there more only take turns; else four for each core, since a connection
-    /// over a network waits for the network, too.
+    /// At a source: maximum number of channels that carry pages; the others only take part in barriers. `None`: one for
+    /// each core if all of them end on this host, since more would only take turns; otherwise four for each core, since
+    /// a connection over a network also waits for the network.
     pub carriers: Option<usize>,
-    /// At a source: how pages get into the sockets' queues. Other ways than copies are not for compression. By
-    /// [`PageSending::Splice`] the threads make calls that a filter must know (docs/embedding.md).
+    /// At a source: how pages get into the sockets' queues. Only copies can be combined with compression. With
+    /// [`PageSending::Splice`] the threads make system calls that a seccomp filter must allow (docs/embedding.md).
     pub sending: PageSending,
-    /// UUID of the VM, as every channel begins with it; zero if it has none. A destination compares it with its own.
+    /// UUID of the VM, which is in the first packet of every channel; zero if it has none. A destination compares it
+    /// with its own.
     pub uuid: [u8; 16],
     /// On which NUMA nodes their threads work; [`Numa::Off`] unless given.
     pub numa: Numa,
@@ -70,7 +71,7 @@ pub struct ChannelOptions {
 }
 
 impl ChannelOptions {
-    /// Why pages can't be sent as asked for, and what would help; `None` if they can.
+    /// Why pages can't be sent as configured, and the remedy; `None` if they can.
     pub fn no_such_sending(&self) -> Option<(&'static str, Remedy)> {
         match (self.sending, self.count, self.packing) {
             (PageSending::Copy, ..) => None,

@@ -1,8 +1,8 @@
 //! On which NUMA node the thread of each page channel works.
 //!
-//! A thread's first touch takes memory of its own node, and reading memory or a network device of another node is slower.
-//! So threads of page channels are spread over the nodes, each kept to the processors of one. Where there is one node only,
-//! nothing is looked for and nothing is set.
+//! A thread's first touch allocates memory on its own node, and reading memory or a network device of another node is
+//! slower. So threads of page channels are spread over the nodes, each pinned to the processors of one. With only one
+//! node, nothing is queried and nothing is set.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -16,17 +16,17 @@ use crate::sys::{
 use crate::transport::StreamChannel;
 use crate::units::BlockIndex;
 
-/// Pages of a block whose node is looked for.
+/// Pages of a block whose node is queried.
 const SAMPLES: u64 = 64;
 
-/// A node holds the guest's memory if it has at least one of so many pages.
+/// A node counts as holding the guest's memory if it has at least one in this many pages.
 const SHARE: usize = 8;
 
 /// Where the threads of page channels run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Numa {
-    /// Spread over the nodes that this process may use; at a source over those that hold the guest's memory, if they have
-    /// a processor for each channel. The node of the network device comes first.
+    /// Spread over the nodes that this process may use; at a source only over those that hold the guest's memory, if
+    /// they have a processor for each channel. The node of the network device comes first.
     Auto,
     /// Where the embedder starts them.
     #[default]
@@ -36,11 +36,11 @@ pub enum Numa {
 }
 
 impl Numa {
-    /// A node of the list that this machine lacks, and those that it has.
+    /// A node of the list that this machine does not have, and the nodes that it has.
     pub fn missing(&self) -> Option<(u32, Vec<u32>)> {
         let Self::Nodes(list) = self else { return None };
         let here: Vec<u32> = numa_nodes().iter().map(|node| node.number).collect();
-        // A kernel that tells of no nodes has one, which needs no choice.
+        // A kernel that reports no nodes has one, so there is no choice.
         list.iter().find(|node| !here.is_empty() && !here.contains(node)).map(|node| (*node, here.clone()))
     }
 }
@@ -73,17 +73,17 @@ impl fmt::Display for Numa {
     }
 }
 
-/// What was chosen: channels take the nodes in turn. None: threads stay where they are started.
+/// The chosen nodes: channels take them in turn. Empty: threads stay where they are started.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Placement(Arc<[NumaNode]>);
 
 impl Placement {
-    /// For `channels`, which send pages of `memory`.
+    /// For `channels` that send pages of `memory`.
     pub(super) fn of_source(choice: &Numa, channels: &[StreamChannel], memory: &dyn GuestMemory) -> Self {
         Self::choose(choice, channels, || nodes_of(memory))
     }
 
-    /// For `channels`, by which pages come into memory that is not there yet.
+    /// For `channels` that receive pages into memory that is not populated yet.
     pub(super) fn of_destination(choice: &Numa, channels: &[StreamChannel]) -> Self {
         Self::choose(choice, channels, Vec::new)
     }
@@ -105,7 +105,7 @@ impl Placement {
         Self(chosen.into())
     }
 
-    /// What the thread of this channel runs: first it goes to its node.
+    /// Wraps the job of this channel's thread: the thread first sets its affinity.
     pub(super) fn keep(&self, channel: usize, job: Job) -> Job {
         let Some(at) = channel.checked_rem(self.0.len()) else { return job };
         let nodes = Arc::clone(&self.0);
@@ -121,7 +121,7 @@ impl Placement {
     }
 }
 
-/// What a choice is made of.
+/// The inputs of a choice.
 struct Machine {
     nodes: Vec<NumaNode>,
     /// Processors that this process may use.
@@ -149,7 +149,7 @@ impl Machine {
                 let near: Vec<NumaNode> = self.held.iter().filter_map(named).collect();
                 let room: usize = near.iter().map(|node| node.cpus.len()).sum();
                 let mut chosen = if room >= channels.max(1) { near } else { usable.clone() };
-                // A stable sort: the others keep their order.
+                // A stable sort: the other nodes keep their order.
                 chosen.sort_by_key(|node| Some(node.number) != self.nic);
                 chosen
             }
@@ -157,7 +157,7 @@ impl Machine {
     }
 }
 
-/// The nodes that hold the guest's memory, by a few pages of each block.
+/// The nodes that hold the guest's memory, found by a sample of pages of each block.
 fn nodes_of(memory: &dyn GuestMemory) -> Vec<u32> {
     let table = memory.table();
     let mut addresses = Vec::new();
@@ -253,7 +253,7 @@ mod tests {
         }
     }
 
-    /// On this machine's own first node, whatever it is.
+    /// On this machine's own first node.
     #[test]
     fn a_job_runs_on_its_node_and_without_one_where_it_is_started() {
         let before = own_cpus().unwrap();

@@ -1,4 +1,4 @@
-//! A byte stream that carries packets of guest pages: copied, by reference, or lent to the kernel.
+//! A byte stream that carries packets of guest pages, sent by copy, by reference, or lent to the kernel.
 
 use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock};
@@ -17,7 +17,7 @@ pub enum PageSending {
     Copy,
     /// By reference (`vmsplice(2)` and `splice(2)`), also on the loopback.
     Splice,
-    /// Lent, with a receipt when the kernel is done with them (MSG_ZEROCOPY); on the loopback it copies.
+    /// Lent, with a receipt when the kernel no longer uses them (MSG_ZEROCOPY); on the loopback the kernel copies.
     ZeroCopy,
 }
 
@@ -44,7 +44,7 @@ impl std::fmt::Display for PageSending {
     }
 }
 
-/// A way of sending that is given up for good, with the first reason for it.
+/// A sending method that can be disabled permanently, with the first reason for it.
 #[derive(Debug)]
 pub(super) struct Switch {
     what: &'static str,
@@ -74,7 +74,7 @@ impl Switch {
     }
 }
 
-/// What the ways that are not copies came to, on all channels of a connection.
+/// Counters of the methods other than copies, for all channels of a connection.
 #[derive(Clone, Debug)]
 pub(super) enum Tally {
     Copy,
@@ -100,7 +100,7 @@ impl Tally {
     }
 }
 
-/// A channel whose pages go by the best way there is while that pays.
+/// A channel that sends its pages by the best available method, as long as that pays.
 #[derive(Debug)]
 pub(super) struct PageChannel {
     channel: StreamChannel,
@@ -115,7 +115,7 @@ enum Way {
 }
 
 impl PageChannel {
-    /// Copies where the kernel can't do what the tally is of.
+    /// Uses copies if the kernel does not support the tally's method.
     pub(super) fn new(channel: StreamChannel, tally: &Tally) -> Self {
         let way = match tally {
             Tally::Copy => Way::Copy,
@@ -140,7 +140,7 @@ impl PageChannel {
         self.channel.position()
     }
 
-    /// True while the kernel may read pages later than they are sent: nothing else may go in their call.
+    /// True while the kernel may read pages after they are sent: no other bytes may be in the same call.
     pub(super) fn sends_apart(&self) -> bool {
         match &self.way {
             Way::Copy => false,
@@ -149,7 +149,7 @@ impl PageChannel {
         }
     }
 
-    /// Sends bytes that are copied. `more`: pages follow at once.
+    /// Sends bytes by copy. `more`: pages follow immediately.
     pub(super) fn send(
         &mut self,
         parts: &[SendPart<'_>],
@@ -163,7 +163,8 @@ impl PageChannel {
         }
     }
 
-    /// Sends guest pages. Lent ones may be read until [`is_done`](Self::is_done) says so of the mark that is returned.
+    /// Sends guest pages. The kernel may read lent pages until [`is_done`](Self::is_done) returns true for the returned
+    /// mark.
     pub(super) fn send_pages(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<u64, ChannelError> {
         match &mut self.way {
             Way::Copy => self.channel.send(parts, stop).map(|()| 0),
@@ -172,12 +173,12 @@ impl PageChannel {
         }
     }
 
-    /// Says that nothing follows, where the connection has words for it.
+    /// Announces that nothing follows, if the connection has a message for it.
     pub(super) fn say_end(&self) {
         self.channel.say_end_at_once();
     }
 
-    /// True if the kernel is done with everything up to `mark`. Looks for receipts and does not wait.
+    /// True if the kernel no longer uses any pages up to `mark`. Checks for receipts and does not wait.
     pub(super) fn is_done(&mut self, mark: u64) -> Result<bool, ChannelError> {
         match &mut self.way {
             Way::Copy | Way::Splice(_) => Ok(true),
@@ -185,7 +186,7 @@ impl PageChannel {
         }
     }
 
-    /// Waits until some pages have come back, if any are out.
+    /// Waits until some lent pages are returned, if there are any.
     pub(super) fn await_some(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         match &mut self.way {
             Way::Copy | Way::Splice(_) => Ok(()),

@@ -1,14 +1,15 @@
-//! Guest pages that go to a socket by reference ([`PagePipe`]): nothing is copied on their way into its queue.
+//! Guest pages that are sent to a socket by reference ([`PagePipe`]): no copy is made for its queue.
 //!
-//! The queue refers to the guest's own pages, and what travels is what they hold when they leave or, on one host, when the
-//! other end reads. The guest may write them meanwhile: the bytes are then newer, or a mix of old and new. The write
-//! has marked the page, since its bit was cleared before the batch was made, so it travels again behind this copy: on one
-//! channel it follows in the stream, on another it waits behind the barrier. In the last round nobody writes. No bytes go
-//! this way that must agree with others here: headers and compressed pages are copied, and page channels have no deltas.
+//! The queue refers to the guest's own pages. The bytes sent are those at the time of transmission or, on one host, of
+//! the peer's read. The guest may write the pages meanwhile: the bytes are then newer, or a mix of old and new. Such a
+//! write marks the page dirty, since its bit was cleared before the batch was made. So the page is sent again after
+//! this copy: on the same channel it follows in the stream, on another it waits after the barrier. In the last round
+//! the guest does not write. Bytes that must agree with others are not sent by reference: headers and compressed pages
+//! are copied, and page channels have no deltas.
 //!
-//! There are no receipts: the references are the queue's own, so memory may be unmapped or given back once the batch has
-//! come back, and the pages stay until they have left. Their contents are another matter: a guest's memory is not to be
-//! used for anything else before the peer has said that it has all of it (order 3).
+//! There are no receipts. The queue has its own references, so memory may be unmapped or freed once the batch is
+//! returned, and the pages stay until they have been sent. But their contents must not change: a guest's memory must
+//! not be reused before the peer has confirmed that it has all of it (order 3).
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -22,14 +23,14 @@ use crate::sys::{FdKind, PagePipe, SendPart, Stop, send_parts};
 use crate::transport::stream::{End, Giving, Nature};
 use crate::transport::{ChannelError, StreamChannel};
 
-/// Bytes of the pipe: a whole packet of pages. More was not faster.
+/// Size of the pipe in bytes: a whole packet of pages. A larger one was not faster.
 const PIPE_BYTES: usize = 512 << 10;
-/// With a smaller pipe there are so many calls that copying takes less time.
+/// With a smaller pipe there are so many calls that copying is faster.
 const LEAST_BYTES: usize = 64 << 10;
 
 const SLOWER_ON_UNIX: &str = "on a UNIX socket pages move faster by copies";
 
-/// What sending by reference came to on all channels of a connection, and whether it is still tried.
+/// Counters of sending by reference on all channels of a connection, and whether it is still tried.
 #[derive(Debug)]
 pub(super) struct SpliceTally {
     bytes: AtomicU64,
@@ -53,7 +54,7 @@ impl SpliceTally {
     }
 }
 
-/// The way of one channel's pages.
+/// Sending by reference on one channel.
 #[derive(Debug)]
 pub(super) struct Splicing {
     tally: Arc<SpliceTally>,
@@ -61,7 +62,7 @@ pub(super) struct Splicing {
 }
 
 impl Splicing {
-    /// `None`, and the reason in the tally, where pages can't go this way or should not.
+    /// `None`, with the reason in the tally, if pages can't or should not be sent by reference.
     pub(super) fn over(channel: &StreamChannel, tally: &Arc<SpliceTally>) -> Option<Self> {
         let end = channel.end().0;
         if end.nature != Nature::Tcp {
@@ -83,7 +84,7 @@ impl Splicing {
         self.tally.switch.is_on()
     }
 
-    /// Own bytes, behind which `more` says that pages follow: they leave together.
+    /// Sends own bytes; `more` means that pages follow and both are sent together.
     pub(super) fn send_head(
         &mut self,
         channel: &mut StreamChannel,
@@ -118,11 +119,11 @@ impl Giving for Copied {
     }
 }
 
-/// The pages of one packet on their way. What is in the pipe are those behind the ones that the socket has, in order, so
-/// that nothing is lost or doubled where the rest goes by copies.
+/// The pages of one packet while it is sent. The pipe holds those that follow the ones in the socket, in order, so that
+/// no page is lost or duplicated when the rest is copied.
 struct Packet<'a> {
     way: &'a mut Splicing,
-    /// What is left of the packet is copied.
+    /// The rest of the packet is copied.
     by_copy: bool,
 }
 
@@ -133,15 +134,15 @@ impl Packet<'_> {
         Ok(count)
     }
 
-    /// Fills the pipe up with what follows what is in it. `false` if it stays empty: the pages can only be copied.
+    /// Fills the pipe with the pages that follow its content. `false` if it stays empty: the pages can only be copied.
     fn fill(&mut self, parts: &[SendPart<'_>], skip: usize) -> bool {
         let Splicing { tally, pipe } = &mut *self.way;
         let held = pipe.held();
         let Err(error) = pipe.refer_to(parts, skip + held) else { return pipe.held() > 0 };
         match Errno::from_io_error(&error) {
-            // What is in goes first; whatever it is, it will be told again.
+            // The content of the pipe is sent first; the error will be reported again.
             _ if held > 0 => true,
-            // Memory of a device, or without pages of its own: others may have them.
+            // Memory of a device, or without pages of its own: other pages may still be referenced.
             Some(Errno::FAULT) => false,
             _ => {
                 tally.switch.turn_off(format!("the kernel refers to no pages: {error}"));
@@ -168,7 +169,7 @@ impl Giving for Packet<'_> {
             }
             Ok(_) => "it takes nothing".to_owned(),
             Err(error) => match Errno::from_io_error(&error) {
-                // Not of the connection, but of the call: forbidden, or unknown to this kind of socket.
+                // Not an error of the connection but of the call: forbidden, or unsupported by this kind of socket.
                 Some(Errno::INVAL | Errno::PERM | Errno::NOSYS | Errno::OPNOTSUPP | Errno::ACCESS) => {
                     error.to_string()
                 }
@@ -176,7 +177,7 @@ impl Giving for Packet<'_> {
             },
         };
         tally.switch.turn_off(format!("the socket takes no references to pages: {why}"));
-        // The pipe is not used again: what is in it is copied from where it lies.
+        // The pipe is not used again: its pages are copied from memory.
         self.by_copy = true;
         self.copy(end, parts, skip)
     }
@@ -223,7 +224,7 @@ mod tests {
         (parts, bytes)
     }
 
-    /// Through a pipe and a socket that take the packet in many pieces.
+    /// Through a pipe and a socket that accept the packet only in many pieces.
     #[test]
     fn headers_and_pages_arrive_in_order_whatever_the_pieces() {
         let (mut near, mut far) = pair();
@@ -271,7 +272,7 @@ mod tests {
         assert_eq!((counts.bytes, counts.copied, counts.off), (3 * PAGE as u64, 2 * PAGE as u64, None));
     }
 
-    /// A socket that refuses: what stood in the pipe goes by copies, once.
+    /// A socket that refuses the call: the pages in the pipe are copied, once.
     #[test]
     fn a_refusal_between_pipe_and_socket_loses_and_doubles_nothing() {
         let (near, mut far) = pair();
@@ -280,7 +281,7 @@ mod tests {
         let tally = Arc::new(SpliceTally::default());
         let mut way = Splicing::over(&near, &tally).unwrap();
         let mut packet = Packet { way: &mut way, by_copy: false };
-        // Filled, and then told to copy, as after a refusal.
+        // Filled, and then set to copy, as after a refusal.
         assert!(packet.fill(&parts, 0) && packet.way.pipe.held() == 16 * PAGE);
         packet.by_copy = true;
         let mut sent = 0;

@@ -1,4 +1,4 @@
-//! The one order that channels must keep, and what happens without it.
+//! The order that channels must keep, and the result without it.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};
@@ -96,8 +96,8 @@ fn sync() -> Vec<u8> {
     out
 }
 
-/// Page 0 goes as 1 on a slow channel in one round and as 2 on a fast one in the next; what it holds in the end.
-/// `fenced`: the fast channel says where the round ended.
+/// Sends page 0 as 1 on a slow channel in one round and as 2 on a fast one in the next; returns its final content.
+/// `fenced`: the fast channel receives the end of the round.
 fn the_slow_copy_comes_last(fenced: bool) -> u8 {
     let (main, _main_far) = UnixStream::pair().unwrap();
     let pairs = [UnixStream::pair().unwrap(), UnixStream::pair().unwrap()];
@@ -117,7 +117,7 @@ fn the_slow_copy_comes_last(fenced: bool) -> u8 {
     let ended = if fenced { sync() } else { Vec::new() };
     fast_far.write_all(&[ended, page_zero(2)].concat()).unwrap();
     if !fenced {
-        // Nothing holds the new copy back: it is there before the old one has even left.
+        // Nothing delays the new copy: it arrives before the old one has even been sent.
         while memory.first_byte(0) != 2 {
             std::thread::yield_now();
         }
@@ -139,7 +139,7 @@ fn s43_s44_an_older_copy_never_overtakes_a_newer_one_on_another_channel() {
     assert_eq!(the_slow_copy_comes_last(true), 2);
 }
 
-/// The order broken on purpose: the guest would go on with the older copy.
+/// Without the order the guest would continue with the older copy.
 #[test]
 fn s43_without_a_sync_on_every_channel_the_older_copy_wins() {
     assert_eq!(the_slow_copy_comes_last(false), 1);
@@ -165,7 +165,7 @@ fn whole_block() -> PageBatch {
     batch
 }
 
-/// What nobody looked at comes back with a verdict, and the pages travel as that.
+/// Pages that were not scanned come back with a verdict, and are sent accordingly.
 #[test]
 fn s46_pages_are_looked_at_on_the_channels_where_the_peer_reads_it() {
     let (mut link, memory, _far) = link(2);
@@ -180,7 +180,7 @@ fn s46_pages_are_looked_at_on_the_channels_where_the_peer_reads_it() {
     link.collect(&mut back).unwrap();
     let batch = &back[0].batch;
     assert_eq!((back.len(), batch.whole_pages(), batch.zero_pages()), (1, 1, 3));
-    // A channel without a batch may say its first word later.
+    // A channel without a batch may send its first packet later.
     let all = 2 * 64 + 1344 + 4096;
     while link.channel_bytes() < all {
         std::thread::yield_now();
@@ -196,7 +196,7 @@ fn s45_a_peer_of_unknown_style_gets_no_channels() {
     assert!(matches!(link.open_round(RoundKind::Setup, &stop()), Err(MoveError::UnknownStyle)));
 }
 
-/// Every batch that did not leave comes back, whichever channel it waited for, and no thread stays.
+/// Every unsent batch is returned, whichever channel it waited for, and no thread remains.
 #[test]
 fn s50_batches_of_a_channel_that_fails_come_back() {
     let (mut link, _memory, far) = link(2);
@@ -216,7 +216,7 @@ fn s50_batches_of_a_channel_that_fails_come_back() {
     assert_eq!(link.reclaim().len(), offered);
 }
 
-/// A connection whose far end takes next to nothing before it is read, and whose near end holds much.
+/// A connection whose far end buffers almost nothing before it reads, and whose near end buffers much.
 fn narrow_tcp() -> (StreamChannel, std::net::TcpStream) {
     let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     listener.set_recv_buffer_size(1).unwrap();
@@ -228,7 +228,7 @@ fn narrow_tcp() -> (StreamChannel, std::net::TcpStream) {
     (channel, listener.accept().unwrap().0.into())
 }
 
-/// All bytes are with the kernel, and the batch is not back: the kernel would still read the pages.
+/// The kernel has all bytes, but the batch is not returned: the kernel would still read the pages.
 #[test]
 fn a_lent_batch_is_out_until_the_kernel_is_done_with_it() {
     let (main, _main_far) = UnixStream::pair().unwrap();
@@ -265,7 +265,7 @@ fn a_lent_batch_is_out_until_the_kernel_is_done_with_it() {
     assert!(counts.off.is_some_and(|why| why.contains("copies")));
 }
 
-/// The connection breaks while pages are lent: the batch comes back, and it does not count as sent.
+/// The connection breaks while pages are lent: the batch is returned, and it does not count as sent.
 #[test]
 fn a_lent_batch_comes_back_unsent_when_its_channel_breaks() {
     let (main, _main_far) = UnixStream::pair().unwrap();
@@ -282,7 +282,7 @@ fn a_lent_batch_comes_back_unsent_when_its_channel_breaks() {
     while link.zero_copy().unwrap().sends == 0 {
         std::thread::yield_now();
     }
-    // With unread bytes the far end's close is a reset, which lets go of everything that waits.
+    // With unread bytes the far end's close is a reset, which releases everything that waits.
     drop(far);
     let _ = link.drain(&stop());
     let mut back = Vec::new();
@@ -299,7 +299,7 @@ fn within_a_host_each_core_has_one_channel_and_over_a_network_four() {
     let (unix, _far) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut channels = vec![channel(tcp.into()), channel(unix.into())];
     assert_eq!(super::carriers_of(&channels), cores);
-    // Nobody knows where a pipe leads.
+    // It is unknown where a pipe leads.
     let (_reader, writer) = std::io::pipe().unwrap();
     channels.push(channel(writer.into()));
     assert_eq!(super::carriers_of(&channels), 4 * cores);

@@ -1,9 +1,10 @@
-//! Guest pages that are lent to a byte stream: the kernel sends from the pages themselves, and says when it is done.
+//! Guest pages that are lent to a byte stream: the kernel sends from the pages themselves, and reports when it no
+//! longer uses them.
 //!
-//! Lent memory may be written by the guest all the time, and what travels is then a mix of old and new bytes, as with a
-//! copy. The write has marked the page, so it travels again, and its bytes of that time are read later still: on one
-//! channel they follow in the stream, on another they wait behind the barrier. A segment that TCP sends twice may
-//! differ, in such a page only. In the last round nobody writes, and nothing ends before every page has come back.
+//! The guest may write lent memory at any time; the bytes sent are then a mix of old and new, as with a copy. Such a
+//! write marks the page dirty, so it is sent again, and those bytes are read even later: on the same channel they
+//! follow in the stream, on another they wait after the barrier. A segment that TCP retransmits may differ, but only in
+//! such a page. In the last round the guest does not write, and the round does not end before every page is returned.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -22,14 +23,14 @@ use crate::transport::{ChannelError, StreamChannel};
 
 const TAKING_BACK: &str = "waiting until the kernel is done with lent pages";
 
-/// Rest after a wait that brought nothing: what ended it is told by the next call.
+/// Rest after a wait that brought nothing: the next call reports what ended it.
 const RETRY_INTERVAL: Duration = Duration::from_millis(2);
 
 const COPIES: &str = "the kernel copies all the same on this way, as it always does on the loopback";
 const MAY_NOT_LOCK: &str = "the kernel may lock no memory for it: raise the limit on locked memory (ulimit -l) \
                             or net.core.optmem_max";
 
-/// What zero copy came to on all channels of a connection, and whether it is still tried.
+/// Counters of zero copy on all channels of a connection, and whether it is still tried.
 #[derive(Debug)]
 pub(super) struct ZeroCopyTally {
     sends: AtomicU64,
@@ -64,13 +65,13 @@ impl ZeroCopyTally {
     }
 }
 
-/// Which sends the kernel is done with. It counts them modulo 2^32 and tells of them in ranges, mostly in order.
+/// Which sends the kernel has completed. It numbers them modulo 2^32 and reports them in ranges, mostly in order.
 #[derive(Debug, Default)]
 struct Ledger {
     sends: u64,
     /// All sends below are done.
     done: u64,
-    /// Ranges beyond that are done too.
+    /// Completed ranges beyond `done`.
     early: Vec<std::ops::Range<u64>>,
 }
 
@@ -79,12 +80,13 @@ impl Ledger {
         self.sends += 1;
     }
 
-    /// True if the kernel still reads lent pages.
+    /// True if the kernel still uses lent pages.
     fn is_out(&self) -> bool {
         self.done < self.sends
     }
 
-    /// Takes a receipt; how many sends it is for. Numbers that are not out say nothing.
+    /// Processes a receipt; returns the number of sends that it completes. Numbers that are not outstanding are
+    /// ignored.
     fn receipt(&mut self, receipt: ZeroCopyReceipt) -> u64 {
         let first = self.done + u64::from(receipt.first.wrapping_sub(self.done as u32));
         let end = first + u64::from(receipt.last.wrapping_sub(receipt.first)) + 1;
@@ -100,7 +102,7 @@ impl Ledger {
     }
 }
 
-/// The way of one channel's pages.
+/// Zero-copy sending on one channel.
 #[derive(Debug)]
 pub(super) struct Lending {
     tally: Arc<ZeroCopyTally>,
@@ -116,7 +118,7 @@ impl Lending {
         self.tally.switch.is_on()
     }
 
-    /// Sends bytes that are copied: receipts end each wait for room, and must be taken.
+    /// Sends bytes by copy: receipts end each wait for room, and must be read.
     pub(super) fn send_copied(
         &mut self,
         channel: &mut StreamChannel,
@@ -126,8 +128,8 @@ impl Lending {
         channel.send_by(&mut Copied(self), parts, stop)
     }
 
-    /// Sends guest pages, which the kernel may read until [`is_done`](Self::is_done) says so of the mark that is
-    /// returned.
+    /// Sends guest pages, which the kernel may read until [`is_done`](Self::is_done) returns true for the returned
+    /// mark.
     pub(super) fn lend(
         &mut self,
         channel: &mut StreamChannel,
@@ -138,7 +140,7 @@ impl Lending {
         Ok(self.ledger.sends)
     }
 
-    /// True if the kernel is done with everything up to `mark`. Looks for receipts and does not wait.
+    /// True if the kernel no longer uses any pages up to `mark`. Checks for receipts and does not wait.
     pub(super) fn is_done(&mut self, channel: &StreamChannel, mark: u64) -> Result<bool, ChannelError> {
         if self.ledger.done < mark {
             self.take_receipts(channel.end().0)?;
@@ -146,7 +148,7 @@ impl Lending {
         Ok(self.ledger.done >= mark)
     }
 
-    /// Waits until some pages have come back, if any are out.
+    /// Waits until some lent pages are returned, if there are any.
     pub(super) fn await_some(&mut self, channel: &StreamChannel, stop: &Stop) -> Result<(), ChannelError> {
         if !self.ledger.is_out() {
             return Ok(());
@@ -154,7 +156,7 @@ impl Lending {
         let (end, stall) = channel.end();
         let mut patience = Patience::new(end, TAKING_BACK, stall);
         while self.take_receipts(end)? == 0 {
-            // The error queue is waited for whatever is asked of poll(2).
+            // poll(2) always reports the error queue, whatever events are requested.
             patience.wait(PollFlags::empty(), stop)?;
             if self.take_receipts(end)? > 0 {
                 break;
@@ -167,7 +169,7 @@ impl Lending {
         Ok(())
     }
 
-    /// Takes what receipts there are; for how many sends they were.
+    /// Reads the available receipts; returns the number of sends that they complete.
     fn take_receipts(&mut self, end: &End) -> Result<u64, ChannelError> {
         let mut released = 0;
         while self.ledger.is_out() {
@@ -191,7 +193,7 @@ impl Giving for Lending {
             match send_parts(end.fd.as_fd(), FdKind::ZeroCopy, parts, skip) {
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => {
                     self.tally.forbidden.fetch_add(1, Ordering::Relaxed);
-                    // With nothing lent it will not be otherwise later.
+                    // With nothing lent the result will not change later.
                     if !self.ledger.is_out() {
                         self.tally.switch.turn_off(MAY_NOT_LOCK);
                     }
@@ -209,7 +211,7 @@ impl Giving for Lending {
         send_parts(end.fd.as_fd(), end.kind(), parts, skip)
     }
 
-    /// The error queue ends every wait at once as long as it holds something.
+    /// The error queue ends every wait immediately as long as it is not empty.
     fn before_wait(&mut self, end: &End) -> Result<(), ChannelError> {
         self.take_receipts(end).map(drop)
     }

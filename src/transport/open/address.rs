@@ -1,6 +1,6 @@
-//! Where a stream goes or comes from, written as QEMU writes it: a scheme, a colon, and what the scheme needs.
+//! The address of a stream, written as QEMU writes it: a scheme, a colon, and the scheme's parameters.
 //!
-//! This module only reads and writes the words; [the table of schemes](super::scheme) opens what they name.
+//! This module only parses and prints addresses; [the table of schemes](super::scheme) opens them.
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -17,17 +17,17 @@ use crate::transport::stream::{tcp, unix};
 pub struct Address {
     scheme: &'static Scheme,
     target: Target,
-    /// How it is spoken to, where that is TLS.
+    /// TLS settings of its connections, if they use TLS.
     tls: Option<Tls>,
 }
 
-/// What an address names, without its scheme.
+/// The parameters of an address, without its scheme.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Target {
     /// `HOST:PORT`.
     Host {
-        /// Name or literal address, without brackets; empty for loopback where the scheme takes it.
+        /// Name or literal address, without brackets; empty for loopback if the scheme allows it.
         host: String,
         /// Port; 0 lets the kernel choose one to listen on.
         port: u16,
@@ -38,7 +38,7 @@ pub enum Target {
     PathAt {
         /// The file.
         path: PathBuf,
-        /// Where its stream begins, in bytes.
+        /// Offset at which its stream begins, in bytes.
         offset: u64,
     },
     /// `N`, a descriptor this process was started with.
@@ -72,39 +72,39 @@ impl Address {
         Self { scheme, target: Target::Host { host: host.into(), port }, tls: None }
     }
 
-    /// The same address, spoken to by TLS: every connection to it, or every one that comes. It is written as before.
+    /// The same address with TLS: on every connection to it, or on every incoming one. It is written as before.
     #[must_use]
     pub fn with_tls(self, tls: Tls) -> Self {
         Self { tls: Some(tls), ..self }
     }
 
-    /// How it is spoken to, where that is TLS.
+    /// TLS settings of its connections, if they use TLS.
     pub fn tls(&self) -> Option<&Tls> {
         self.tls.as_ref()
     }
 
-    /// The forms that can be parsed, in one line: what help says of an address.
+    /// The supported forms of addresses in one line, for the help text.
     pub fn forms() -> &'static str {
         forms()
     }
 
-    /// What stands before the first colon.
+    /// The text before the first colon.
     pub fn scheme(&self) -> &'static str {
         self.scheme.name
     }
 
-    /// What stands behind it.
+    /// The parameters after the colon.
     pub fn target(&self) -> &Target {
         &self.target
     }
 
-    /// True of `auto:`: which transport it is, is decided when it is opened, and [`Way`](crate::transport::Way) tells.
+    /// True for `auto:`: the transport is chosen when it is opened, and [`Way`](crate::transport::Way) reports it.
     pub fn decides_late(&self) -> bool {
         self.scheme.abilities.decides_late
     }
 
-    /// True where RAM would travel over a network unencrypted and unauthenticated: a host that is not this one, without TLS.
-    /// A name is taken for another host's, unless it is `localhost`. Where a descriptor or a command leads nobody knows:
+    /// True if RAM would be sent over a network unencrypted and unauthenticated: to a host other than this one, without
+    /// TLS. A name counts as another host, unless it is `localhost`. For a descriptor or a command it is unknown:
     /// false.
     pub fn is_in_clear(&self) -> bool {
         let Some((host, _)) = self.host_and_port() else { return false };
@@ -115,7 +115,7 @@ impl Address {
         !loopback && self.tls.is_none()
     }
 
-    /// Host and port, where it names such.
+    /// Host and port, if the address has them.
     pub fn host_and_port(&self) -> Option<(&str, u16)> {
         match &self.target {
             Target::Host { host, port } => Some((host, *port)),
@@ -123,7 +123,7 @@ impl Address {
         }
     }
 
-    /// The path, where it names one.
+    /// The path, if the address has one.
     pub fn path(&self) -> Option<&Path> {
         match &self.target {
             Target::Path(path) | Target::PathAt { path, .. } => Some(path),
@@ -131,9 +131,9 @@ impl Address {
         }
     }
 
-    // What a scheme's row asks for, its `parse` has given.
+    // The `parse` of a scheme has set the parameters that its row uses.
 
-    /// Host and port of a scheme that has such.
+    /// Host and port of a scheme that has them.
     pub(in crate::transport) fn host(&self) -> (&str, u16) {
         self.host_and_port().unwrap_or_default()
     }
@@ -143,7 +143,7 @@ impl Address {
         self.path().unwrap_or(Path::new(""))
     }
 
-    /// Path of a scheme that has one, and where in the file it begins.
+    /// Path of a scheme that has one, and the offset in the file at which it begins.
     pub(in crate::transport) fn file_at(&self) -> (&Path, u64) {
         match &self.target {
             Target::PathAt { path, offset } => (path, *offset),
@@ -172,7 +172,7 @@ impl Address {
     }
 }
 
-/// Why a text is not an [`Address`].
+/// Why a text is not a valid [`Address`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AddressError {
@@ -182,7 +182,7 @@ pub enum AddressError {
         /// What was given.
         text: String,
     },
-    /// The scheme is known, the rest is not what it needs.
+    /// The scheme is known, but the parameters are not valid for it.
     #[error("`{text}`: {problem}; write {form}")]
     Malformed {
         /// What was given.
@@ -261,7 +261,7 @@ fn checked_path(rest: &str) -> Result<PathBuf, &'static str> {
     if rest.contains('\0') {
         return Err("a path can't hold a NUL byte");
     }
-    // What is printed is read back line by line.
+    // The output is parsed line by line.
     if rest.contains(char::is_control) {
         return Err("the path holds a control character, which can't be printed");
     }
@@ -270,14 +270,14 @@ fn checked_path(rest: &str) -> Result<PathBuf, &'static str> {
 
 /// The path of a plain stream.
 pub(in crate::transport) fn parse_file(rest: &str) -> Result<Target, &'static str> {
-    // QEMU takes an offset here. Taking it for a part of the name would write to a surprising file.
+    // QEMU accepts an offset here. Treating it as part of the name would write to the wrong file.
     if rest.contains(",offset=") {
         return Err("a plain stream starts at offset 0 (mapped: takes one)");
     }
     parse_path(rest)
 }
 
-/// `PATH[,offset=N]`. The offset is decimal, or hexadecimal behind 0x.
+/// `PATH[,offset=N]`. The offset is decimal, or hexadecimal after 0x.
 pub(in crate::transport) fn parse_mapped(rest: &str) -> Result<Target, &'static str> {
     let at = |path: &str, offset| Ok(Target::PathAt { path: checked_path(path)?, offset });
     let Some((path, offset)) = rest.rsplit_once(",offset=") else { return at(rest, 0) };
@@ -290,10 +290,10 @@ pub(in crate::transport) fn parse_mapped(rest: &str) -> Result<Target, &'static 
         None if digits(offset, false) => offset.parse().ok(),
         _ => return Err("the offset is not a number"),
     };
-    // A file's offsets are signed numbers to the kernel.
+    // File offsets are signed numbers in the kernel.
     let number =
         number.filter(|number| i64::try_from(*number).is_ok()).ok_or("no file has so high an offset")?;
-    // What is printed is read back: a name that ends so would be read as an offset.
+    // The output is parsed again: a name that ends like this would be parsed as an offset.
     if number == 0 && path.contains(",offset=") {
         return Err("there are two offsets");
     }

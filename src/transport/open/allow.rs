@@ -14,17 +14,17 @@ struct Network {
     prefix: u8,
 }
 
-/// Why a text is not a list of networks.
+/// Why a text is not a valid list of networks.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AllowError {
-    /// Not an address, perhaps with a prefix length.
+    /// Not an address, optionally with a prefix length.
     #[error("`{text}` is not a network; write an address or ADDRESS/BITS, like 10.1.0.0/16")]
     NotANetwork {
         /// What was given.
         text: String,
     },
-    /// The address has bits set that the prefix leaves out: one of the two is a slip.
+    /// The address has bits set beyond the prefix: one of the two is a mistake.
     #[error(
         "`{text}` has address bits beyond its prefix; write {network} for the network, or the address alone"
     )]
@@ -37,8 +37,8 @@ pub enum AllowError {
 }
 
 impl AllowList {
-    /// True if `host` may connect. A host of the old family that came by a socket of the new one
-    /// (`::ffff:10.0.0.1`) counts as what it is.
+    /// True if `host` may connect. An IPv4 host that connected to an IPv6 socket (`::ffff:10.0.0.1`) counts as its IPv4
+    /// address.
     pub fn allows(&self, host: IpAddr) -> bool {
         self.0.is_empty() || self.0.iter().any(|network| network.holds(host.to_canonical()))
     }
@@ -48,7 +48,7 @@ impl AllowList {
         self.0.is_empty()
     }
 
-    /// The hosts of both lists. Nothing added to an empty list leaves it empty.
+    /// Adds the hosts of the other list. Adding an empty list to an empty one leaves it empty.
     pub fn extend(&mut self, other: Self) {
         self.0.extend(other.0);
     }

@@ -1,4 +1,4 @@
-//! `auto:HOST:PORT`: RDMA if both ends have a device that reaches the other, else TCP, and why.
+//! `auto:HOST:PORT`: RDMA if both ends have a device that reaches the other, otherwise TCP, with the reason.
 //!
 //! The destination listens for both at one port. The source tries RDMA first, within [`DECISION_TIMEOUT`].
 
@@ -23,7 +23,7 @@ use crate::transport::{
 use crate::transport::{Obstacle, RdmaOptions};
 use crate::units::BlockIndex;
 
-/// How often a destination looks who came by the other way.
+/// Interval at which a destination checks for a source on the other transport.
 #[cfg(feature = "rdma")]
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -38,7 +38,7 @@ pub(super) static SCHEME: Scheme = Scheme {
     listen: |address, allow, stop| Ok(Box::new(AutoListener::bind(address, allow, stop)?)),
 };
 
-/// Opens the better of both ways to `host:port`.
+/// Opens the better of both transports to `host:port`.
 fn open(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
     let (host, port) = opening.address.host();
     let why = match by_rdma(opening) {
@@ -65,7 +65,7 @@ fn open(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
 fn by_rdma(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
     let Opening { address, memory, options, stop } = *opening;
     check_rdma(&**memory, options).map_err(|why| OpenError::NoRdma { address: address.to_string(), why })?;
-    // From here on: what it took to look at this host's devices leaves the peer no less time to answer.
+    // The limit starts here, so that the time spent on this host's devices does not shorten the peer's time to answer.
     let mut options = options.clone();
     options.stream.dead_peer = DECISION_TIMEOUT;
     let (host, port) = address.host();
@@ -74,7 +74,7 @@ fn by_rdma(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
     (rdma_scheme().open)(&opening)
 }
 
-/// Asked here first: once the peer has taken the connection, nobody waits for another.
+/// Checked before connecting: once the peer has accepted the connection, it waits for no other.
 fn check_rdma(memory: &dyn GuestMemory, options: &ConnectionOptions) -> Result<(), WhyNoRdma> {
     let rdma = &options.rdma;
     if rdma.may_discard {
@@ -89,25 +89,26 @@ fn check_rdma(memory: &dyn GuestMemory, options: &ConnectionOptions) -> Result<(
     rdma_address(locked).map(drop)
 }
 
-/// Waits for a source by either way.
+/// Waits for a source on either transport.
 #[derive(Debug)]
 pub(super) struct AutoListener {
     tcp: TcpListener,
     #[cfg(feature = "rdma")]
     rdma: Option<RdmaListener>,
-    /// Why only TCP is listened on.
+    /// Why it listens on TCP only.
     why_not: Option<String>,
 }
 
 impl AutoListener {
-    /// TCP decides about the port; RDMA is left out where it can't be had.
+    /// TCP chooses the port; RDMA is omitted if it is not available.
     fn bind(address: &Address, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
         let (host, port) = address.host();
         let tcp = TcpListener::bind(host, port, allow.clone(), stop)?;
         #[cfg(feature = "rdma")]
         {
             if tcp.is_loopback() {
-                // Without a host that is this machine alone; on a device everybody who reaches it could connect.
+                // Without a host, only this machine can connect; on an RDMA device every host that reaches it could
+                // connect.
                 let no_device = Obstacle::NoDevice;
                 let why_not =
                     format!("RDMA did not work: {no_device}: the loopback has none; name an address of one");
@@ -141,7 +142,7 @@ impl Endpoint for AutoListener {
         !self.tcp.is_loopback()
     }
 
-    /// The first source that comes, by whatever way.
+    /// The first source that connects, by either transport.
     fn accept_connection(
         &mut self,
         candidates: &mut Candidates,
@@ -167,14 +168,14 @@ impl Endpoint for AutoListener {
     }
 }
 
-/// Whether RAM can be locked is known only when a guest is here; a host's own is a bound for it.
+/// Whether RAM can be locked is known only when the guest arrives; the host's own RAM is an upper bound.
 #[cfg(feature = "rdma")]
 fn host_memory() -> u64 {
     let info = rustix::system::sysinfo();
     (info.totalram as u64).saturating_mul(u64::from(info.mem_unit))
 }
 
-/// Both are waited for at once, RDMA on a thread of its own, since its handshake must not be cut into slices.
+/// Waits for both at once, RDMA on a thread of its own, since its handshake must not be cut into slices.
 #[cfg(feature = "rdma")]
 fn accept_either(
     (tcp, candidates): (&TcpListener, &mut Candidates),
@@ -214,7 +215,7 @@ fn accept_either(
             }
         };
         enough.cancel();
-        // A connection by RDMA at the same moment is the same source, and it has decided.
+        // A simultaneous RDMA connection is from the same source, which has chosen RDMA.
         if let Ok(connection) = connections.recv() {
             return Ok(connection);
         }

@@ -1,8 +1,9 @@
-//! Connections that have come and have not yet said what they are.
+//! Connections that have been accepted but have not sent their first word.
 //!
-//! A port check, a health probe or a scanner connects, says nothing or something else, and goes again or stays. None of
-//! them may use up the place of the source or make it wait. So all that come are held side by side, and the first that
-//! begins as a migration does is taken; its bytes stay to be read. The others are closed, and a warning says why.
+//! A port check, a health probe or a scanner connects, sends nothing or other bytes, and disconnects or stays. None of
+//! them may take the place of the source or delay it. So all connections are held in parallel, and the first one that
+//! begins like a migration is taken; its bytes are left to be read. The others are closed, and a warning gives the
+//! reason.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -17,13 +18,13 @@ use crate::transport::{ChannelError, StreamChannel, StreamOptions};
 
 const ACCEPTING: &str = "waiting for a connection";
 
-/// How long a connection may be silent where the options set no stall time. It is in nobody's way meanwhile.
+/// How long a connection may be silent if the options set no stall time. It does not block other connections meanwhile.
 const SILENT: Duration = Duration::from_secs(30);
 
-/// Time after which a word that has begun is looked at again: the bytes that are there wake no wait.
+/// Time after which an incomplete first word is checked again: bytes that have already arrived wake no wait.
 const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Connections that may be silent at a time, beside those that are expected.
+/// Maximum number of silent connections, besides the expected ones.
 const STRANGERS: usize = 16;
 
 /// The first byte of a TLS handshake; the version follows.
@@ -42,14 +43,14 @@ pub(crate) trait Listening {
     /// Where that is, for messages.
     fn place(&self) -> String;
 
-    /// A connection that has come, from a host that may connect; waits for none.
+    /// An incoming connection from an allowed host; does not wait.
     ///
     /// # Errors
     /// [`ChannelError::Io`].
     fn take(&self, options: &StreamOptions) -> Result<Option<StreamChannel>, ChannelError>;
 }
 
-/// Waits for the next connection, whatever it says.
+/// Waits for the next connection, whatever it sends.
 ///
 /// # Errors
 /// [`ChannelError`].
@@ -66,7 +67,7 @@ pub(crate) fn accept(
     }
 }
 
-/// Waits until something has come to a listening socket or to one of `others`.
+/// Waits until data or a connection arrives at a listening socket or at one of `others`.
 fn wait(listening: &dyn Listening, others: &[BorrowedFd<'_>], stop: &Stop) -> Result<(), ChannelError> {
     let mut sockets = listening.sockets();
     sockets.extend_from_slice(others);
@@ -78,14 +79,14 @@ fn wait(listening: &dyn Listening, others: &[BorrowedFd<'_>], stop: &Stop) -> Re
     ended.map_or(Ok(()), |reason| Err(ChannelError::Stopped { reason, doing: ACCEPTING }))
 }
 
-/// Strangers that are told of by name: a scanner may send thousands.
+/// Maximum number of strangers that are reported individually: a scanner may send thousands.
 const TOLD: u32 = 100;
 const TOLD_LAST: u32 = TOLD + 1;
 
-/// Told of a connection that was closed, and why.
+/// Receives a report of each connection that was closed, with the reason.
 pub(crate) type TellFn = dyn Fn(&str) + Send + Sync;
 
-/// Connections whose first word has not come yet.
+/// Connections whose first word has not arrived yet.
 #[derive(Default)]
 pub(crate) struct Candidates {
     /// Oldest first.
@@ -104,13 +105,13 @@ impl std::fmt::Debug for Candidates {
 struct Candidate {
     channel: StreamChannel,
     since: Instant,
-    /// Some bytes of the word are there.
+    /// Some bytes of the word have arrived.
     begun: bool,
 }
 
-/// What is known of a connection.
+/// Result of checking a connection.
 enum Verdict {
-    /// It is one of those wanted.
+    /// It begins with a wanted word.
     Wanted,
     /// Nothing yet, or a beginning.
     Open { begun: bool },
@@ -124,8 +125,8 @@ impl Candidates {
         self.tell = Some(tell);
     }
 
-    /// Waits for a connection that begins with one of `wanted`. At most `expected` of these and a bounded number of others
-    /// are held at a time; the one that was silent longest makes room.
+    /// Waits for a connection that begins with one of `wanted`. At most `expected` of these and a bounded number of
+    /// others are held at a time; when there are too many, the one that was silent longest is closed.
     ///
     /// # Errors
     /// [`OpenError::Channel`].
@@ -139,7 +140,7 @@ impl Candidates {
         let most = expected + STRANGERS;
         let patience = options.stall.unwrap_or(SILENT);
         loop {
-            // No more than there is room for: then those that are here are looked at.
+            // No more than fit: then the present ones are checked.
             for _ in 0..most {
                 let Some(channel) = listening.take(options)? else { break };
                 self.waiting.push_back(Candidate { channel, since: Instant::now(), begun: false });
@@ -170,7 +171,7 @@ impl Candidates {
         }
     }
 
-    /// Says why a connection is closed, in front of its end.
+    /// Reports why a connection is closed, before it is closed.
     fn dismiss(&mut self, channel: &StreamChannel, why: &str) {
         self.told = self.told.saturating_add(1);
         let text = match self.told {
@@ -184,7 +185,7 @@ impl Candidates {
         }
     }
 
-    /// Looks at all; gives the first that is wanted, and closes those that are not.
+    /// Checks all; returns the first that is wanted, and closes those that are not.
     fn look(&mut self, wanted: &[u32]) -> Option<StreamChannel> {
         let mut at = 0;
         while let Some(candidate) = self.waiting.get_mut(at) {

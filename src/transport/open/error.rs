@@ -26,12 +26,12 @@ pub enum OpenError {
         address: String,
         /// How.
         doing: &'static str,
-        /// What can be done about it.
+        /// The remedy.
         remedy: &'static str,
         /// The kernel's answer.
         source: io::Error,
     },
-    /// A mapped-ram file that is none, or not whole.
+    /// A mapped-ram file that is invalid or incomplete.
     #[error("{address} can't be read")]
     Unreadable {
         /// The address.
@@ -47,17 +47,17 @@ pub enum OpenError {
     NoRdma {
         /// The address.
         address: String,
-        /// Why not, and what would help.
+        /// The reason and the remedy.
         #[source]
         why: WhyNoRdma,
     },
-    /// An `rdma:` address where only a byte stream will do.
+    /// An `rdma:` address where only a byte stream is possible.
     #[error("{address} is no byte stream; give a tcp: or unix: address here, or file:")]
     NotAStream {
         /// The address.
         address: String,
     },
-    /// There can be no TLS connection to an address.
+    /// TLS is not possible for this address.
     #[error("{address}: no TLS connection")]
     Tls {
         /// The address.
@@ -65,13 +65,13 @@ pub enum OpenError {
         /// Why not.
         source: TlsError,
     },
-    /// TLS where nothing connects, or by RDMA.
+    /// TLS for an address without connections, or for RDMA.
     #[error("{address} can't be encrypted; use tcp: or unix: with TLS")]
     NoTls {
         /// The address.
         address: String,
     },
-    /// An `auto:` address that neither way reaches.
+    /// An `auto:` address that neither transport reaches.
     #[error("{address}: {rdma}; and by TCP neither")]
     Neither {
         /// The address.
@@ -82,7 +82,7 @@ pub enum OpenError {
         #[source]
         tcp: Box<OpenError>,
     },
-    /// The connections of a source with page channels did not come as they should.
+    /// The connections of a source with page channels are not as expected.
     #[error("{address}: {what}; {}", Remedy::AlignChannels)]
     Channels {
         /// The address.
@@ -93,31 +93,31 @@ pub enum OpenError {
     /// The source, a ramwire, has another number of page channels.
     #[error(transparent)]
     OtherChannels(#[from] ChannelMismatch),
-    /// Deltas where pages do not go in the stream.
+    /// Deltas on a transport that does not send pages in the stream.
     #[error("{address}: only pages in the stream can travel as deltas; {}", Remedy::DropDeltasOrChannels)]
     NoDeltas {
         /// The address.
         address: String,
     },
-    /// Compressed pages where each has a place of its size.
+    /// Compressed pages in a file with fixed page offsets.
     #[error("{address}: pages that have places in a file are not compressed; leave the compression out")]
     Compressed {
         /// The address.
         address: String,
     },
-    /// Another address where a file of places is wanted.
+    /// Another address where a mapped-ram file is needed.
     #[error("{address} is no file of places; write mapped:PATH")]
     NotMapped {
         /// The address.
         address: String,
     },
-    /// Page channels where there is one stream only.
+    /// Page channels for an address that has only one stream.
     #[error("{address} has no page channels; {}", Remedy::DropChannels)]
     NoChannels {
         /// The address.
         address: String,
     },
-    /// Pages that can't be sent in the way that was asked for.
+    /// Pages that can't be sent by the requested method.
     #[error("{address}: {sending} {why}; {remedy}")]
     NoSuchSending {
         /// The address.
@@ -129,7 +129,7 @@ pub enum OpenError {
         /// What would help.
         remedy: Remedy,
     },
-    /// A stream that exists once was asked for again.
+    /// A stream that exists only once was opened again.
     #[error("{address} carries one stream only; give a tcp: or unix: address for more channels")]
     OnlyOne {
         /// The address.
@@ -138,7 +138,7 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// What would help, where a setting does.
+    /// The remedy, if a setting helps.
     pub fn remedy(&self) -> Option<Remedy> {
         match self {
             Self::Open { remedy, .. } => Some(Remedy::Advice(remedy)),
@@ -161,16 +161,16 @@ pub enum WhyNoRdma {
     /// The program was built without it.
     #[error("this ramwire was built without the `rdma` feature")]
     NotBuilt,
-    /// No library, no device, or too little memory may be locked.
+    /// No library, no device, or the limit on locked memory is too small.
     #[error(transparent)]
     Unusable(Box<dyn std::error::Error + Send + Sync>),
-    /// The memory behind a block may be given back or remapped while a NIC knows it.
+    /// The memory of a block may be freed or remapped while it is registered with a NIC.
     #[error("the memory of RAM block {block} does not promise to stay in place")]
     NotInPlace {
         /// The block.
         block: String,
     },
-    /// The guest gives memory back, or may, while a NIC knows it.
+    /// The guest frees memory, or may do so, while it is registered with a NIC.
     #[error(
         "the guest does not promise to keep its memory in place while a NIC knows it; take balloon and free page \
          reporting off it"

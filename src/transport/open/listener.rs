@@ -12,9 +12,9 @@ use crate::transport::{
     ChannelError, DestinationConnection, MultifdDestination, StreamChannel, StreamOptions, Tls, Way, multifd,
 };
 
-/// The destination's side of an address: waits for connections, or opens what is there to be read.
+/// The destination's side of an address: waits for connections, or opens a file to read.
 ///
-/// Dropped once the migration has its channels, it closes to everybody else.
+/// It is dropped once the migration has its channels, so that no other host can connect.
 #[derive(Debug)]
 pub struct Listener {
     endpoint: Box<dyn Endpoint>,
@@ -24,7 +24,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens. Of a TCP address without a host only this machine can connect; `allow` narrows who may.
+    /// Listens. For a TCP address without a host only this machine can connect; `allow` restricts the hosts further.
     ///
     /// # Errors
     /// [`OpenError`].
@@ -35,17 +35,17 @@ impl Listener {
         Ok(Self { endpoint, addresses, candidates: Candidates::default() })
     }
 
-    /// Where it listens, with the port the kernel chose: the first of [`addresses`](Self::addresses).
+    /// The address it listens on, with the port that the kernel chose: the first of [`addresses`](Self::addresses).
     pub fn address(&self) -> &Address {
         &self.addresses[0]
     }
 
-    /// All it listens on: a host's name may have several addresses. A source can be told any of them as it is written.
+    /// All addresses it listens on: a host's name may have several. A source can use any of them as printed.
     pub fn addresses(&self) -> &[Address] {
         &self.addresses
     }
 
-    /// What the operator should know before a guest comes this way.
+    /// A warning for the operator before a guest arrives by this transport.
     pub fn warning(&self) -> Option<String> {
         let address = self.address();
         let plain = self.endpoint.is_open_to_network() && address.tls().is_none();
@@ -54,18 +54,18 @@ impl Listener {
         })
     }
 
-    /// Has `tell` told of each connection that was closed because it does not begin as a migration does, up to a number;
-    /// without it only the log has them.
+    /// Makes it call `tell` for each connection that was closed because it does not begin like a migration, up to a
+    /// maximum number; without it only the log has them.
     pub fn on_stranger(&mut self, tell: impl Fn(&str) + Send + Sync + 'static) {
         self.candidates.tell(Box::new(tell));
     }
 
-    /// Why an `auto:` address is listened on by TCP only.
+    /// Why it listens on TCP only for an `auto:` address.
     pub fn why_no_rdma(&self) -> Option<&str> {
         self.endpoint.why_no_rdma()
     }
 
-    /// Waits for a source, whatever its connection is made of.
+    /// Waits for a source, by any kind of connection.
     ///
     /// # Errors
     /// As [`accept`](Self::accept).
@@ -80,7 +80,7 @@ impl Listener {
         self.endpoint.accept_connection(&mut self.candidates, options, stop)
     }
 
-    /// Waits for the next connection that is a byte stream, whatever it says.
+    /// Waits for the next connection that is a byte stream, whatever it sends.
     ///
     /// # Errors
     /// [`OpenError`]; [`OpenError::OnlyOne`] at the second call where the address is one stream.
@@ -89,17 +89,17 @@ impl Listener {
     }
 }
 
-/// Sockets that are listened on: each connection is a byte stream, and a migration may take several.
+/// Listening sockets: each connection is a byte stream, and a migration may use several.
 #[derive(Debug)]
 pub(in crate::transport) struct Sockets<L> {
     pub(in crate::transport) listening: L,
     pub(in crate::transport) addresses: Vec<Address>,
     pub(in crate::transport) open_to_network: bool,
-    /// Each connection is to be encrypted.
+    /// TLS settings, if each connection is to be encrypted.
     pub(in crate::transport) tls: Option<Tls>,
 }
 
-/// Listening sockets whose connections are encrypted where they must be.
+/// Listening sockets whose connections use TLS if required.
 impl<L: Listening> Listening for Sockets<L> {
     fn sockets(&self) -> Vec<BorrowedFd<'_>> {
         self.listening.sockets()
@@ -155,10 +155,10 @@ impl<L: Listening + std::fmt::Debug + Send> Endpoint for Sockets<L> {
     }
 }
 
-/// Opens the one stream there is at an address, to be read.
+/// Opens the only stream of an address for reading.
 pub(in crate::transport) type OpenFn = fn(&Address, &StreamOptions) -> Result<StreamChannel, OpenError>;
 
-/// One stream, opened by the first accept: by this program, and by nobody else.
+/// A single stream, opened by the first accept, only by this program.
 #[derive(Debug)]
 pub(in crate::transport) struct OneStream {
     address: Address,

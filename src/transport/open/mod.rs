@@ -1,6 +1,6 @@
-//! Opens what an [`Address`] names.
+//! Opens an [`Address`].
 //!
-//! Which schemes there are, and who opens them, stands in [the table](scheme) and nowhere else.
+//! [The table](scheme) is the only place that lists the schemes and their open functions.
 
 mod address;
 mod allow;
@@ -33,12 +33,12 @@ pub(super) use scheme::{Endpoint, Opening, Scheme, SchemeAbilities, no_stream};
 pub(super) use source::open_stream;
 pub use source::{connect, open_source};
 
-/// Why RDMA was not taken where a caller may choose another way: what stood in its way, and the details.
+/// Why RDMA was not used where a caller may choose another transport: the obstacle and its details.
 pub fn why_no_rdma(error: &OpenError) -> String {
     obstacle::why(error)
 }
 
-/// An address of an RDMA device here that carries traffic, an IPv4 one first, if this process may lock `bytes` of memory.
+/// An address of an active RDMA device on this host, preferring IPv4, if this process may lock `bytes` of memory.
 ///
 /// # Errors
 /// [`WhyNoRdma`].

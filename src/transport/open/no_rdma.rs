@@ -1,4 +1,4 @@
-//! `rdma:` in a program that was built without it: the address is understood, and nothing opens.
+//! `rdma:` in a program that was built without it: the address can be parsed but not opened.
 
 use super::address::parse_rdma_host;
 use super::scheme::{Scheme, SchemeAbilities, no_stream};

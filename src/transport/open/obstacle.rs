@@ -1,4 +1,4 @@
-//! What stood in the way of RDMA, in the terms an operator acts on.
+//! Why RDMA is not possible, in terms that an operator can act on.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,10 +6,10 @@ use std::time::Duration;
 use crate::error::Chain;
 use crate::transport::{ChannelError, OpenError, WhyNoRdma};
 
-/// Longest time for which a source that may choose waits for an answer by RDMA, once it has looked at its own devices.
+/// Longest time for which an `auto:` source waits for an answer by RDMA, after it has checked its own devices.
 pub const DECISION_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What stood in the way of RDMA.
+/// Why RDMA is not possible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Obstacle {
@@ -17,15 +17,15 @@ pub enum Obstacle {
     NotBuilt,
     /// rdma-core's libraries are not installed here.
     NoLibrary,
-    /// There is no device here, or none with a port that is up and has an address.
+    /// There is no device on this host, or none with an active port and an address.
     NoDevice,
-    /// No device here reaches the peer, or nobody answers there.
+    /// No device on this host reaches the peer, or there is no answer.
     NoRoute,
-    /// The peer said no: it has no device there, or nobody listens.
+    /// The peer refused: it has no device, or no process listens.
     Refused,
-    /// Too little memory may be locked.
+    /// The limit on locked memory is too small.
     MemoryLock,
-    /// The guest, or the memory behind a block, does not promise to stay in place.
+    /// The guest, or the memory of a block, does not promise to stay in place.
     MayDiscard,
     /// Something else failed.
     Other,
@@ -58,13 +58,13 @@ impl WhyNoRdma {
     }
 }
 
-/// Why RDMA was not taken: the obstacle and its details, in one sentence.
+/// Why RDMA was not used: the obstacle and its details, in one sentence.
 pub(super) fn why(error: &OpenError) -> String {
     let detail = match error {
         OpenError::NoRdma { why, .. } => {
             return format!("RDMA did not work: {}: {}", why.obstacle(), Chain(why));
         }
-        // The caller's own limit, and no reason to raise it.
+        // This is the caller's own limit, so raising it is no remedy.
         OpenError::Channel(ChannelError::Stalled { peer, .. } | ChannelError::Silent { peer, .. }) => {
             format!("nobody answered at {peer} within {} s", DECISION_TIMEOUT.as_secs())
         }

@@ -1,4 +1,4 @@
-//! Tries again where nobody listens yet: a destination may be started after its source.
+//! Retries while no process listens yet: a destination may be started after its source.
 
 use std::io;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use super::{Address, Obstacle, OpenError, obstacle};
 use crate::sys::{Stop, StopReason};
 use crate::transport::ChannelError;
 
-/// Time between two tries: a listener begins without an event that its peers could wait for.
+/// Time between two tries: peers get no event when a listener starts.
 const AGAIN: Duration = Duration::from_millis(100);
 
 /// Calls `open` until a process listens at `address`, for at most `time` from now.
@@ -44,7 +44,7 @@ pub(super) fn until_heard<T>(
     }
 }
 
-/// True if the connection was not taken since nobody listens there yet, or the host is not up.
+/// True if the connection failed because no process listens there yet, or because the host is not up.
 fn nobody_listens(error: &OpenError) -> bool {
     match error {
         OpenError::Channel(ChannelError::Io { source, .. }) => matches!(
@@ -76,7 +76,7 @@ mod tests {
         connect(address, &StreamOptions::default(), &Stop::never()).map(drop)
     }
 
-    /// A port at which nobody listens: the connection by which it was chosen goes out from it.
+    /// A port without a listener: the connection that reserved it uses it as its local port.
     fn free_port() -> (u16, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let connected = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -114,7 +114,7 @@ mod tests {
         assert!(tries > 1, "{tries}");
     }
 
-    /// Not asked for, or for another reason than a missing listener: once.
+    /// Without the option, or for an error other than a missing listener: one try.
     #[test]
     fn what_waiting_can_not_mend_is_tried_once() {
         let (port, _held) = free_port();

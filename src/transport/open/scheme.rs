@@ -1,4 +1,4 @@
-//! The table of URI schemes. A new one is a row here and a file or folder that the row names.
+//! The table of URI schemes. A new scheme is a row here and the file or folder that the row names.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -17,7 +17,7 @@ use crate::transport::rdma;
 use crate::transport::stream::{exec, file, inherited, tcp, unix};
 use crate::transport::{DestinationConnection, SourceConnection, StreamChannel, StreamOptions};
 
-/// All schemes, in the order in which messages and help name them.
+/// All schemes, in the order in which messages and the help text list them.
 static SCHEMES: [&Scheme; 8] = [
     &tcp::SCHEME,
     &rdma::SCHEME,
@@ -31,13 +31,13 @@ static SCHEMES: [&Scheme; 8] = [
 
 type ListenFn = fn(&Address, AllowList, &Stop) -> Result<Box<dyn Endpoint>, OpenError>;
 
-/// What stands in front of an address's first colon, and what it stands for.
+/// A scheme: its name before the colon, and its functions.
 pub(in crate::transport) struct Scheme {
     /// As it is written.
     pub(in crate::transport) name: &'static str,
     /// The whole address, with placeholders.
     pub(in crate::transport) form: &'static str,
-    /// How an address should look that does not.
+    /// The correct form of an address, for the error of an invalid one.
     pub(in crate::transport) hint: &'static str,
     /// Reads what follows the colon.
     ///
@@ -56,11 +56,11 @@ pub(in crate::transport) struct Scheme {
 /// What the connections of a scheme can do.
 #[derive(Clone, Copy, Debug, Default)]
 pub(in crate::transport) struct SchemeAbilities {
-    /// Several connections may be made: page channels beside the main one.
+    /// Several connections are possible: page channels besides the main one.
     pub(in crate::transport) page_channels: bool,
-    /// Pages travel in the stream, and so may travel as differences.
+    /// Pages are sent in the stream, so they may be sent as differences.
     pub(in crate::transport) pages_in_stream: bool,
-    /// Which transport it is, is decided when it is opened.
+    /// The transport is chosen when the address is opened.
     pub(in crate::transport) decides_late: bool,
 }
 
@@ -74,7 +74,7 @@ pub(in crate::transport) struct Opening<'a> {
 
 /// The destination's side of an address.
 pub(in crate::transport) trait Endpoint: fmt::Debug + Send {
-    /// What is listened on, with the port the kernel chose. Never empty.
+    /// The addresses it listens on, with the port that the kernel chose. Never empty.
     fn addresses(&self) -> Vec<Address>;
 
     /// True if hosts of a network can connect.
@@ -82,8 +82,8 @@ pub(in crate::transport) trait Endpoint: fmt::Debug + Send {
         false
     }
 
-    /// Waits for the next connection, and for whatever belongs to it. Where strangers may come, `candidates` holds
-    /// those that have not said what they are.
+    /// Waits for the next connection, and for all connections that belong to it. If strangers can connect, `candidates`
+    /// holds the connections that have not sent their first word.
     ///
     /// # Errors
     /// [`OpenError`].
@@ -94,13 +94,13 @@ pub(in crate::transport) trait Endpoint: fmt::Debug + Send {
         stop: &Stop,
     ) -> Result<DestinationConnection, OpenError>;
 
-    /// Waits for the next connection that is a byte stream, whatever it says.
+    /// Waits for the next connection that is a byte stream, whatever it sends.
     ///
     /// # Errors
     /// [`OpenError`].
     fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError>;
 
-    /// Why RDMA is not among what is listened for, where it could have been.
+    /// Why it does not listen for RDMA, although it could have.
     fn why_no_rdma(&self) -> Option<&str> {
         None
     }
@@ -113,12 +113,12 @@ impl Scheme {
     }
 }
 
-/// The row of `rdma:`, whether it was built in or not.
+/// The row of `rdma:`, whether it is built in or not.
 pub(super) fn rdma_scheme() -> &'static Scheme {
     &rdma::SCHEME
 }
 
-/// The forms of all addresses, for messages and help.
+/// The forms of all addresses, for messages and the help text.
 pub(super) fn forms() -> &'static str {
     static FORMS: LazyLock<String> = LazyLock::new(|| {
         let forms: Vec<_> = SCHEMES.iter().map(|scheme| scheme.form).collect();
@@ -151,7 +151,7 @@ impl Hash for Scheme {
     }
 }
 
-/// Not a byte stream: for the row of a scheme whose pages go another way.
+/// Not a byte stream: for a scheme whose pages are sent in another way.
 pub(in crate::transport) fn no_stream(
     address: &Address,
     _options: &StreamOptions,

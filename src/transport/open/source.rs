@@ -12,7 +12,7 @@ use crate::transport::{
     multifd,
 };
 
-/// Opens the best connection there is to `address` for the pages of `memory`.
+/// Opens the best available connection to `address` for the pages of `memory`.
 ///
 /// # Errors
 /// [`OpenError`].
@@ -51,7 +51,7 @@ pub fn open_source(
     retry::until_heard(address, options.retry, stop, || (scheme.open)(&opening))
 }
 
-/// Opens the way to a destination as a bare byte stream: connects, starts the command or makes the file.
+/// Opens a destination as a bare byte stream: connects, starts the command or makes the file.
 ///
 /// # Errors
 /// [`OpenError`].
@@ -59,7 +59,7 @@ pub fn connect(address: &Address, options: &StreamOptions, stop: &Stop) -> Resul
     dial(address, options, stop)?.shaken(stop)
 }
 
-/// The same; a TLS handshake is left to the first bytes.
+/// The same, but the TLS handshake is left to the first bytes.
 fn dial(address: &Address, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
     check_tls(address)?;
     let channel = (address.row().connect)(address, options, stop)?;
@@ -73,7 +73,7 @@ fn dial(address: &Address, options: &StreamOptions, stop: &Stop) -> Result<Strea
     secured.map_err(|source| OpenError::Tls { address: address.to_string(), source })
 }
 
-/// TLS is for connections that are made here, and for nothing else.
+/// TLS is only possible for connections that are made here.
 pub(super) fn check_tls(address: &Address) -> Result<(), OpenError> {
     match address.tls() {
         Some(_) if !address.row().abilities.page_channels => {
@@ -83,7 +83,7 @@ pub(super) fn check_tls(address: &Address) -> Result<(), OpenError> {
     }
 }
 
-/// A byte stream, and page channels beside it where some are asked for: how most schemes open the source's side.
+/// Opens a byte stream, and page channels if any are configured: how most schemes open the source's side.
 pub(in crate::transport) fn open_stream(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
     let Opening { address, memory, options, stop } = *opening;
     let (sink, back) = connect(address, &options.stream, stop)?.with_return_path();
@@ -93,8 +93,8 @@ pub(in crate::transport) fn open_stream(opening: &Opening<'_>) -> Result<SourceC
                 .with_deltas(DeltaCacheSize::new(options.delta_cache)),
         ),
         _ => {
-            // Handshakes are made by the channels' threads: a QEMU begins the next one only after the first bytes behind the
-            // one before.
+            // The channels' threads make the handshakes: a QEMU begins the next handshake only after the first bytes
+            // that follow the previous one.
             let open = || dial(address, &options.stream, stop);
             Box::new(multifd::connect(Box::new(sink), Arc::clone(memory), &options.channels, open)?)
         }

@@ -29,13 +29,13 @@ const SERVING: &str = "serving a round of pages";
 const ANSWERING: &str = "answering the source";
 const PARTING: &str = "closing the connection";
 
-/// How long is looked for one thing before the other: the stream's first bytes, a way back.
+/// How long it waits for one event before it checks the other: the stream's first bytes, or a return path.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// How long a ramwire source may take for its way back.
+/// How long a ramwire source may take to open its return path.
 const RETURN_PATH_TIMEOUT: Duration = Duration::from_secs(10);
-/// The unit in which a source asks for keys.
+/// The unit in which a source requests keys.
 const CHUNK_BYTES: u64 = rdma_hooks::chunk::CHUNK_BYTES;
-/// First bytes taken while a way back may still come: one message's worth of a stream.
+/// First bytes that are read while a return path may still be opened: one message of the stream.
 const AHEAD_BYTES: usize = 32 << 10;
 
 /// Waits for a source.
@@ -68,7 +68,7 @@ impl RdmaListener {
         Ok(Self { listener, fabric, allow, address })
     }
 
-    /// Where it listens, with the port that was chosen.
+    /// The address it listens on, with the chosen port.
     pub fn address(&self) -> &Address {
         &self.address
     }
@@ -78,8 +78,8 @@ impl RdmaListener {
         self.listener.port()
     }
 
-    /// Waits for a source, and for its way back if it has one: a ramwire does, a QEMU opens it before its first stream
-    /// byte or never.
+    /// Waits for a source, and for its return path if it has one: a ramwire has one, a QEMU opens it before its first
+    /// stream byte or never.
     ///
     /// # Errors
     /// [`ChannelError`].
@@ -93,7 +93,8 @@ impl RdmaListener {
         let allow = self.allow.clone();
         let config = DestinationConfig {
             data_queues: MAX_DATA_QUEUES,
-            // With one credit at a time the source has to wait for the next one, which it gets when it is read on.
+            // With one credit at a time the source has to wait for the next one, which it gets when the destination
+            // continues to read.
             window: if rdma.wait_after_round { 1 } else { WINDOW },
             features: Features::ALL,
             silence: options.stall,
@@ -162,16 +163,16 @@ struct Announced {
 
 /// The stream, and the rounds between its parts.
 pub struct RdmaDestination {
-    /// Gone once the connection has ended.
+    /// `None` once the connection has ended.
     hooks: Option<DestinationHooks>,
     end: End,
-    /// The peer may be silent for now: its NIC answers probes as long as it lives.
+    /// The peer may be silent for now: its NIC answers probes as long as its host is alive.
     quiet: bool,
-    /// Stream bytes taken before the session began.
+    /// Stream bytes that were read before the session began.
     ahead: Vec<u8>,
     blocks: Vec<Announced>,
     page_bytes: u64,
-    /// Chunks told to the session already: block and chunk.
+    /// Chunks that were already reported to the session: block and chunk.
     touched: HashSet<(u32, u64)>,
 }
 
@@ -218,15 +219,15 @@ impl ByteSource for RdmaDestination {
         self.quiet = quiet;
     }
 
-    /// An outage that lasts longer than the NIC tries again ends the connection all the same.
+    /// An outage longer than the NIC's retries still ends the connection.
     fn outlast(&mut self, _limit: Duration) {
         self.end.stall = None;
     }
 }
 
 impl DestinationLink for RdmaDestination {
-    /// The end of a round takes a credit. The next one is given when the next message is waited for, and without it the
-    /// source can't open another round.
+    /// The end of a round uses a credit. The next one is granted when the destination waits for the next message, and
+    /// without it the source can't open another round.
     fn abilities(&self) -> DestinationAbilities {
         let window = |hooks: &DestinationHooks| hooks.granted().extension.map_or(1, |more| more.window);
         DestinationAbilities {
@@ -262,8 +263,8 @@ impl DestinationLink for RdmaDestination {
         Ok(())
     }
 
-    /// May last as long as something comes. The NIC's writes show no sign here, and its answers to probes tell nothing of
-    /// the source's process: the hooks look whether the queue pair takes anything in, and give the source up after the
+    /// May last as long as data arrives. RDMA WRITEs are not visible here, and the NIC's answers to probes do not show
+    /// that the source's process runs. So the hooks check whether the queue pair receives anything, and fail after the
     /// stall time without.
     fn receive_round(&mut self, stop: &Stop) -> Result<RoundReceived, MoveError> {
         let bounds = self.end.patient(stop);

@@ -1,4 +1,4 @@
-//! Connections by this host's verbs devices.
+//! Connections through this host's verbs devices.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -68,7 +68,7 @@ impl Endpoint for RdmaListener {
         vec![self.address().clone()]
     }
 
-    /// A device has no loopback: its peers come from the network.
+    /// An RDMA device has no loopback: its peers come from the network.
     fn is_open_to_network(&self) -> bool {
         true
     }
@@ -87,7 +87,7 @@ impl Endpoint for RdmaListener {
     }
 }
 
-/// An address of a device that carries traffic, an IPv4 one first, if this process may lock `bytes` of memory.
+/// An address of an active device, preferring IPv4, if this process may lock `bytes` of memory.
 ///
 /// # Errors
 /// [`WhyNoRdma`].

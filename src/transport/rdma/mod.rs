@@ -1,20 +1,21 @@
 //! Pages by RDMA WRITE, bytes by message: QEMU's `rdma:` protocol.
 //!
-//! The protocol is in `rdma_hooks`; here its five hooks carry pages and bytes of a link.
+//! `rdma_hooks` implements the protocol; this module maps a link's pages and bytes to its five hooks.
 //!
 //! | here | hook |
 //! |------|------|
-//! | [`RdmaLink`]'s `open_round` | `registration_start`; its mark is the stream's last word before the round |
+//! | [`RdmaLink`]'s `open_round` | `registration_start`; its mark is the stream's last record before the round |
 //! | `offer` | `control_save_page`, once a run |
 //! | `close_round` | `registration_stop` |
 //! | [`RdmaDestination`]'s `announce` | `block_notification` |
 //! | `receive_round` | `registration_handle` |
 //!
-//! # Orders that hold
+//! # Required orders
 //!
-//! No stream byte passes while a round is open. Keys at the destination are dead before the guest runs there. Nobody
-//! disconnects before the other end has everything: [`ByteSink::finish`](crate::transport::ByteSink::finish) of a connection
-//! without a way back waits until the destination closes.
+//! No stream byte is sent while a round is open. Keys at the destination are revoked before the guest runs there.
+//! Neither end disconnects before the other has received everything:
+//! [`ByteSink::finish`](crate::transport::ByteSink::finish) of a connection without a return path waits until the
+//! destination closes.
 
 mod destination;
 mod here;
@@ -37,9 +38,9 @@ pub use here::usable_address;
 pub(super) use simulated::simulated;
 pub use source::{RdmaLink, RdmaReturnSource, connect_over};
 
-/// Messages two ramwires may have on the way at a time.
+/// Messages that two ramwires may have in flight at a time.
 const WINDOW: u16 = 8;
-/// Queue pairs beside the main one that a source may have.
+/// Queue pairs besides the main one that a source may have.
 const MAX_DATA_QUEUES: u16 = 15;
 
 /// One end of the connection, for the bounds and the errors of its waits.
@@ -51,7 +52,7 @@ struct End {
 }
 
 impl End {
-    /// Bounds for a wait of at most the stall time and `more`, and what a failure in it means.
+    /// Bounds for a wait of at most the stall time and `more`, with the error for exceeding them.
     fn bounds(&self, stop: &Stop, more: Duration) -> Bounds<'_> {
         let stall = self.stall.map(|stall| stall.saturating_add(more));
         let left = stop.left();
@@ -75,7 +76,7 @@ impl End {
 struct Bounds<'a> {
     end: &'a End,
     hooks: rdma_hooks::Stop,
-    /// The stall time, if it ends sooner than the caller's own deadline.
+    /// The stall time, if it ends before the caller's own deadline.
     stall: Option<Duration>,
 }
 
@@ -106,7 +107,7 @@ impl Bounds<'_> {
     }
 }
 
-/// What an error of the crate means to an operator.
+/// The obstacle that an error of the crate shows to an operator.
 pub(super) fn obstacle_of(error: &(dyn std::error::Error + Send + Sync + 'static)) -> Obstacle {
     let fabric = match error.downcast_ref() {
         Some(HooksError::Fabric(error)) => Some(error),
@@ -118,7 +119,7 @@ pub(super) fn obstacle_of(error: &(dyn std::error::Error + Send + Sync + 'static
         Some(FabricError::NotPinned { .. }) => Obstacle::MayDiscard,
         Some(FabricError::DeviceRemoved) => Obstacle::NoDevice,
         Some(FabricError::Unavailable { source, .. }) if is_missing_call(source) => Obstacle::NoLibrary,
-        // A library that finds no device for an address says ENODEV.
+        // A library that finds no device for an address returns ENODEV.
         Some(FabricError::Unavailable { what, .. }) if what.starts_with("rdma_resolve") => Obstacle::NoRoute,
         Some(FabricError::Unavailable { .. }) => Obstacle::NoDevice,
         Some(FabricError::Verb { verb, .. }) if verb.starts_with("rdma_resolve") => Obstacle::NoRoute,
@@ -128,12 +129,12 @@ pub(super) fn obstacle_of(error: &(dyn std::error::Error + Send + Sync + 'static
     }
 }
 
-/// What the bindings answer where the library behind a call could not be loaded.
+/// The bindings' error if the library of a call could not be loaded.
 fn is_missing_call(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error())
 }
 
-/// A call of ours that has no meaning: after the connection ended, or against the orders of the link.
+/// An invalid call of ours: after the connection ended, or in the wrong order.
 fn misused(peer: &str, doing: &'static str, what: &'static str) -> ChannelError {
     let source = Box::new(HooksError::OutOfOrder(what));
     ChannelError::Rdma { peer: peer.to_owned(), doing, side: Side::Here, source }

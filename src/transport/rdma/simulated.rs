@@ -12,12 +12,12 @@ use crate::sys::Stop;
 use crate::transport::testing::conformance::Ends;
 use crate::transport::{AllowList, RdmaOptions, StreamOptions};
 
-/// Each end takes part in the simulation's time from now until its thread is done.
+/// Each end takes part in the simulation's time from now until its thread ends.
 pub(in crate::transport) fn simulated(memory: Arc<dyn GuestMemory>, queue_pairs: u16) -> Ends {
     let sim = Sim::new(SimConfig::default());
     let (here, there) = (sim.fabric(Host::A), sim.fabric(Host::B));
     let (near, far) = (here.enter(), there.enter());
-    // A round is looked at when it is over, as a relay does.
+    // A round is processed when it is over, as a relay does.
     let rdma = RdmaOptions { queue_pairs, wait_after_round: true, ..RdmaOptions::default() };
     let options = StreamOptions::default();
     let mut listener = RdmaListener::bind(Arc::new(there), "10.0.0.2", 4444, AllowList::default()).unwrap();

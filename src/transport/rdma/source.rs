@@ -27,19 +27,19 @@ const WRITING: &str = "writing pages";
 const FINISHING: &str = "finishing the stream";
 const LISTENING: &str = "waiting for an answer";
 
-/// Bytes of pages on their way at most. More fills no link any better, and hides from the page loop how fast pages
-/// really leave: 8 MiB are under way for 0.7 ms on a link of 100 Gb/s.
+/// Maximum number of bytes of pages in flight. More would not use a link better, and would hide the real rate of the
+/// pages from the page loop: 8 MiB are in flight for 0.7 ms on a link of 100 Gb/s.
 const IN_FLIGHT_BYTES: u64 = 8 << 20;
 /// Pages in a batch: two chunks.
 const BATCH_PAGES: u32 = 512;
-/// The slowest device that still counts as moving, for bounds on waits for much.
+/// Rate of the slowest device that still counts as moving, for limits on waits for many bytes.
 const SLOWEST_BYTES_PER_SECOND: u64 = 1 << 20;
-/// Declined guest pages are copied through a buffer of this size: messages carry own bytes only.
+/// Guest pages that RDMA declines are copied through a buffer of this size: messages carry only own bytes.
 const COPY_BYTES: usize = 32 << 10;
 
 /// Connects to `rdma:HOST:PORT` over `fabric`, for the pages of `memory`.
 ///
-/// The way back is there if the destination is a ramwire, or if `rdma` asks a QEMU for it.
+/// There is a return path if the destination is a ramwire, or if `rdma` requests it from a QEMU.
 ///
 /// # Errors
 /// [`ChannelError`]: [`ChannelError::Rdma`] with the reason, for instance the limit on locked memory.
@@ -105,7 +105,7 @@ fn blocks_of(memory: &dyn GuestMemory) -> Result<Vec<rdma_hooks::RamBlock>, Hook
     nic.collect()
 }
 
-/// A batch whose pages are on their way.
+/// A batch whose pages are in flight.
 struct Flight {
     ticket: Ticket,
     last: Save,
@@ -131,7 +131,7 @@ pub struct RdmaLink {
 
 /// The byte stream of the connection.
 struct Wire {
-    /// Gone once the connection has ended.
+    /// `None` once the connection has ended.
     hooks: Option<SourceHooks>,
     end: End,
     round_open: bool,
@@ -188,7 +188,7 @@ impl ByteSink for Wire {
         hooks.flush_stream(&bounds.hooks).map_err(|error| bounds.error(SENDING, error))
     }
 
-    /// Waits until the destination closes: the only sign that it has everything, where there is no way back.
+    /// Waits until the destination closes: without a return path, nothing else shows that it has received everything.
     fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         let Some(hooks) = self.hooks.take() else { return Ok(()) };
         let bounds = self.end.patient(stop);
@@ -222,7 +222,8 @@ fn time_for(bytes: u64) -> Duration {
 }
 
 impl RdmaLink {
-    /// Hands over the pages of `batch`; the number of the last save, or `None` if the link does not take them.
+    /// Passes the pages of `batch` to the hooks; returns the number of the last save, or `None` if the link does not
+    /// take them.
     fn save(&mut self, batch: &PageBatch, stop: &Stop) -> Result<Option<Save>, MoveError> {
         let hooks = Wire::hooks(&mut self.wire.hooks, &self.wire.end, WRITING)?;
         let bounds = self.wire.end.bounds(stop, time_for(self.in_flight));
@@ -249,7 +250,7 @@ impl RdmaLink {
         Ok(last)
     }
 
-    /// Takes back the batches up to save `done`.
+    /// Returns the batches up to save `done`.
     fn retire(&mut self, done: Save) {
         while self.flights.front().is_some_and(|flight| flight.last <= done) {
             let Some(flight) = self.flights.pop_front() else { break };
@@ -259,7 +260,7 @@ impl RdmaLink {
         }
     }
 
-    /// Waits until less than [`IN_FLIGHT_BYTES`] are on their way.
+    /// Waits until less than [`IN_FLIGHT_BYTES`] are in flight.
     fn make_room(&mut self, stop: &Stop) -> Result<(), MoveError> {
         while self.in_flight > IN_FLIGHT_BYTES {
             let Some(oldest) = self.flights.front().map(|flight| flight.last) else { break };
@@ -277,7 +278,7 @@ impl crate::transport::Sealed for RdmaLink {}
 impl SourceLink for RdmaLink {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {
-            // The hooks could; but what they found would not come back with the batch.
+            // The hooks could; but their result would not come back with the batch.
             classifies: false,
             takes_deltas: false,
             exclusive_round: true,
@@ -293,7 +294,8 @@ impl SourceLink for RdmaLink {
         &mut self.wire
     }
 
-    /// Zero pages, which are told by messages. A whole page is written by the NIC, whose completion tells that it is placed.
+    /// Zero pages, which are sent as messages, and whole pages. The NIC writes a whole page, and its completion
+    /// confirms that the page is placed.
     fn sent_pages(&self) -> Vec<PageCounts> {
         let zero_bytes = self.wire.hooks.as_ref().map_or(0, |hooks| hooks.counters().zero_bytes);
         vec![PageCounts { zero: zero_bytes / self.page_bytes, ..PageCounts::default() }]
@@ -377,7 +379,7 @@ impl SourceLink for RdmaLink {
         Ok(self.wire.finish(stop)?)
     }
 
-    /// The connection goes first: no write of ours is on its way any more, and nothing is registered.
+    /// The connection is dropped first: none of our writes is in flight any more, and no memory is registered.
     fn reclaim(&mut self) -> Vec<PageBatch> {
         drop(self.wire.hooks.take());
         let flights = self.flights.drain(..).map(|flight| flight.batch);
@@ -396,7 +398,7 @@ pub struct RdmaReturnSource {
 impl crate::transport::Sealed for RdmaReturnSource {}
 
 impl ByteSource for RdmaReturnSource {
-    /// No stall time: the destination speaks only when it has something to say.
+    /// No stall time: the destination sends only when it has a message.
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         let Some(room) = own_room(into) else { return Ok(0) };
         let bounds = self.end.patient(stop);

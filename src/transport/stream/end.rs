@@ -1,4 +1,4 @@
-//! The descriptor behind a stream, shared by its halves.
+//! The descriptor of a stream, shared by its halves.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use super::exec::ChildCommand;
 use crate::sys::{FdKind, queued_bytes};
 use crate::transport::{ChannelError, TlsError};
 
-/// What lies behind the descriptor.
+/// The kind of the descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::transport) enum Nature {
     Tcp,
@@ -22,16 +22,16 @@ pub(in crate::transport) enum Nature {
     File,
 }
 
-/// The descriptor and what both halves know of it.
+/// The descriptor and the state that both halves share.
 #[derive(Debug)]
 pub(in crate::transport) struct End {
     pub(in crate::transport) fd: OwnedFd,
     pub(in crate::transport) nature: Nature,
     pub(in crate::transport) peer: String,
-    /// In milliseconds: both halves follow when it changes.
+    /// In milliseconds: both halves use a changed value.
     pub(super) dead_peer: AtomicU64,
     pub(super) sync_file: bool,
-    /// Status flags to put back: another process may use the same pipe or terminal after us.
+    /// Status flags to restore: another process may use the same pipe or terminal after us.
     pub(super) flags_before: Option<OFlags>,
     pub(super) child: Option<ChildCommand>,
 }
@@ -44,7 +44,7 @@ impl End {
         }
     }
 
-    /// How long the peer's kernel may answer nothing.
+    /// How long the peer's kernel may leave everything unanswered.
     pub(in crate::transport) fn dead_peer(&self) -> Duration {
         Duration::from_millis(self.dead_peer.load(Ordering::Relaxed))
     }
@@ -64,12 +64,12 @@ impl End {
     }
 }
 
-/// Tells what waits in a connection's queue, and does not keep it open.
+/// Reports the length of a connection's queue, and does not keep the connection open.
 #[derive(Debug)]
 pub(in crate::transport) struct Queue(pub(super) Weak<End>);
 
 impl Queue {
-    /// Bytes that were sent and have not left this host; 0 where the kernel does not tell.
+    /// Bytes that were sent and have not left this host; 0 if the kernel does not report it.
     pub(in crate::transport) fn bytes(&self) -> u64 {
         self.0.upgrade().and_then(|end| queued_bytes(end.fd.as_fd(), end.kind()).ok()).unwrap_or(0)
     }
@@ -78,20 +78,20 @@ impl Queue {
 impl Drop for End {
     fn drop(&mut self) {
         if let Some(flags) = self.flags_before {
-            // Nothing can be done about a failure; the descriptor closes next.
+            // A failure has no remedy; the descriptor closes next.
             let _ = rustix::fs::fcntl_setfl(&self.fd, flags);
         }
     }
 }
 
-/// Breaks a connection that other threads use. Clones break the same one.
+/// Breaks a connection that other threads use. Clones break the same connection.
 #[derive(Clone, Debug)]
 pub struct StreamBreaker(pub(super) Arc<End>);
 
 impl StreamBreaker {
-    /// Closes both directions in order; what was sent still arrives. Waits of both halves end.
+    /// Closes both directions in an orderly way; bytes that were sent still arrive. Waits of both halves end.
     pub fn close(&self) {
-        // A connection that is gone already needs no closing; pipes and files have no such call.
+        // A connection that is already gone needs no closing; pipes and files do not support the call.
         let _ = rustix::net::shutdown(&self.0.fd, Shutdown::Both);
     }
 

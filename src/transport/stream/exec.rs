@@ -1,9 +1,9 @@
 //! A shell command at the other end of a stream (`exec:`).
 //!
-//! The source writes to the command's standard input, the destination reads its standard output; the other
-//! stream of the two is not used, and what the command prints besides goes to standard error. The command
-//! gets a process group of its own, so that nothing it started is left behind when we give up. The terminal
-//! stays ours: a command that asks there (ssh, for a password) is stopped by the kernel, which is an error here.
+//! The source writes to the command's standard input, the destination reads its standard output; the other stream of
+//! the two is not used, and further output of the command goes to standard error. The command gets a process group of
+//! its own, so that all its processes are killed on failure. The terminal stays ours: the kernel stops a command that
+//! reads from it (ssh, for a password), which is an error here.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,7 +25,7 @@ use crate::transport::{ChannelError, StreamChannel, StreamOptions};
 
 const DOING: &str = "waiting for the command to end";
 
-/// Longest time between two looks at a command that is waited for: no event tells that it was stopped.
+/// Longest time between two checks of a running command: there is no event for a stopped one.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 pub(in crate::transport) static SCHEME: Scheme = Scheme {
@@ -45,7 +45,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
 
 const REMEDY: &str = "the command needs a shell `sh` on the PATH";
 
-/// A running command; killed with everything it started if nobody waited for its end.
+/// A running command; killed with everything it started, unless its end was awaited.
 #[derive(Debug)]
 pub(crate) struct ChildCommand {
     command: String,
@@ -57,7 +57,7 @@ pub(crate) struct ChildCommand {
 #[derive(Debug)]
 struct Running {
     child: Child,
-    /// Waited for: its id may be another's by now.
+    /// Reaped: its id may belong to another process by now.
     reaped: bool,
 }
 
@@ -71,8 +71,8 @@ impl Running {
     }
 }
 
-/// Starts `command` and writes the stream to its standard input, a socket: writing to a command that has
-/// ended is then an error and not a signal.
+/// Starts `command` and writes the stream to its standard input, a socket: writing to a command that has ended is then
+/// an error instead of a signal.
 fn write_to(command: &str, options: &StreamOptions) -> io::Result<StreamChannel> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     let stderr = Stdio::from(io::stderr().as_fd().try_clone_to_owned()?);
@@ -108,12 +108,12 @@ impl ChildCommand {
         &self.command
     }
 
-    /// Whether it still can do its work.
+    /// Checks that the command still runs.
     ///
     /// # Errors
     /// [`ChannelError::CommandAsks`] if the kernel has stopped it because it wants to use the terminal.
     pub(crate) fn check(&self) -> Result<(), ChannelError> {
-        // Its end is left for the one who waits for it; an operator may continue it.
+        // Its status is left for the caller that waits for it; an operator may continue a stopped command.
         let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let found = waitid(WaitId::PidFd(self.ended.as_fd()), options).ok().flatten();
         let signal = found.and_then(|found| found.stopping_signal());
@@ -154,7 +154,7 @@ impl ChildCommand {
 }
 
 fn in_words(status: ExitStatus) -> String {
-    // A shell that has no such command exits with 127, which is worth saying.
+    // A shell that does not find the command exits with 127, which the error mentions.
     match status.code() {
         Some(127) => "exit status 127, command not found".to_owned(),
         _ => status.to_string(),

@@ -26,7 +26,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
 
 const REMEDY: &str = "check that the path exists and may be opened";
 
-/// Opens `path` to write the stream from its start; what it held is gone. A new file is its owner's alone,
+/// Opens `path` to write the stream from its start; the old content is deleted. Only the owner may access a new file,
 /// since it holds a guest's memory.
 fn write_to(path: &Path, options: &StreamOptions) -> io::Result<StreamChannel> {
     let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;

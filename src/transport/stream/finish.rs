@@ -1,4 +1,4 @@
-//! The end of a stream in good order.
+//! The orderly end of a stream.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -17,8 +17,8 @@ const FINISHING: &str = "finishing the stream";
 const MAX_TRAILING: usize = 1 << 20;
 
 impl StreamChannel {
-    /// Ends the stream in good order: says that no byte follows, waits until the peer's kernel has them all
-    /// (TCP), the bytes are on the disk (files, where asked for) or the command has ended.
+    /// Ends the stream in an orderly way: announces that no byte follows, then waits until the peer's kernel has all
+    /// bytes (TCP), the bytes are on the disk (files, if configured) or the command has ended.
     ///
     /// # Errors
     /// [`ChannelError`]; what was sent may then not have arrived. Syncing a file can't be stopped.
@@ -39,7 +39,7 @@ impl StreamChannel {
 
     fn close_sending(&self) -> Result<(), ChannelError> {
         match rustix::net::shutdown(&self.end.fd, Shutdown::Write) {
-            // The peer closed first: everything it wanted it had.
+            // The peer closed first: it has received everything that it needs.
             Ok(()) | Err(Errno::NOTCONN) => Ok(()),
             Err(errno) => Err(self.end.broken(FINISHING, errno.into())),
         }
@@ -57,12 +57,12 @@ impl StreamChannel {
             if let Ok(Some(error)) = socket2::SockRef::from(&fd).take_error() {
                 return Err(self.end.broken(FINISHING, error));
             }
-            // No event tells of the last acknowledgement.
+            // There is no event for the last acknowledgement.
             patience.rest(RETRY_INTERVAL, stop)?;
         }
     }
 
-    /// A command may stand still, or have ended: what waits in the socket to it is not with it.
+    /// A command may be stopped, or have ended: it has not read the bytes that are still in its socket.
     pub(super) fn await_read_by_command(&self, stop: &Stop) -> Result<(), ChannelError> {
         const READING: &str = "waiting for the command to read the stream";
         const RETRY_INTERVAL: Duration = Duration::from_millis(2);
@@ -84,13 +84,13 @@ impl StreamChannel {
 
     fn sync_file(&self) -> Result<(), ChannelError> {
         match rustix::fs::fsync(&self.end.fd) {
-            // Opened for reading, or a device that has nothing to sync.
+            // Opened for reading, or a device without sync.
             Ok(()) | Err(Errno::INVAL | Errno::ROFS) => Ok(()),
             Err(errno) => Err(self.end.broken(FINISHING, errno.into())),
         }
     }
 
-    /// Takes what a command prints after the stream's end, so that it does not die of a closed pipe.
+    /// Reads the output of a command after the stream's end, so that the command does not die of a closed pipe.
     pub(super) fn read_out(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         let mut scratch = vec![0; 1 << 16];
         let mut taken = 0;

@@ -1,9 +1,9 @@
-//! Waits that end when much has come, and not with its first segment.
+//! Waits that end when many bytes have arrived, instead of with the first segment.
 //!
-//! A receiver that is faster than its sender sleeps, and is woken for each segment. On a fast link, and most over the
-//! loopback, where the sender does the waking, that costs both ends. So where it is known how much must come, the kernel
-//! is told to wake for that (SO_RCVLOWAT); where more of the same follows at a great pace, a moment is waited for much of
-//! it. TCP only: a UNIX socket takes the mark and does not heed it, and one of vsock has no room beyond it.
+//! A receiver that is faster than its sender sleeps, and is woken for each segment. On a fast link this costs both ends
+//! time, most over the loopback, where the sender does the waking. So if it is known how many bytes must come, the
+//! kernel wakes the receiver for that number (SO_RCVLOWAT). While data arrives fast, it waits up to 500 us so that one
+//! read takes more. TCP only: a UNIX socket accepts the mark but ignores it, and a vsock socket has no room beyond it.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -11,48 +11,49 @@ use std::time::{Duration, Instant};
 use super::Nature;
 use crate::sys::set_low_water;
 
-/// Fewest bytes that a wait is for: they come in one or two segments anyway.
+/// Minimum number of bytes to wait for: fewer come in one or two segments anyway.
 const FEWEST: usize = 32 << 10;
 
-/// Bytes that a wait is for where they need not come, by pace.
+/// Numbers of bytes to wait for if they need not come, chosen by the data rate.
 const MARKS: [usize; 4] = [1 << 20, 512 << 10, 256 << 10, 128 << 10];
 
-/// Most bytes that any wait is for. The kernel's own limit is half of what it gives a receive buffer, 3 MiB by default.
+/// Maximum number of bytes to wait for. The kernel's own limit is half of the receive buffer's maximum, 3 MiB by
+/// default.
 const MOST: usize = MARKS[0];
 
-/// Longest wait for bytes that need not come: once at the end of all that came at a great pace.
+/// Longest wait for bytes that need not come: it happens once at the end of data that arrived fast.
 pub(super) const BURST_TIMEOUT: Duration = Duration::from_micros(500);
 
-/// What a receiving half knows of its socket.
+/// State of a receiving half's socket.
 #[derive(Debug)]
 pub(super) struct LowWater {
-    /// The socket can be told, as far as is known.
+    /// The socket supports the mark, as far as is known.
     able: bool,
-    /// The mark that the kernel was told last.
+    /// The mark that was set last.
     mark: usize,
-    /// The last read took all there was.
+    /// The last read returned all available bytes.
     drained: bool,
-    /// More follows, like the last bytes.
+    /// More data follows, like the last bytes.
     bulk: bool,
-    /// When the last wait among those began.
+    /// When the last of these waits began.
     waited_at: Option<Instant>,
     /// Bytes since then.
     bytes: usize,
 }
 
 impl LowWater {
-    /// Of a socket that nobody has told anything.
+    /// For a socket whose mark was never set.
     pub(super) fn new(nature: Nature) -> Self {
         let able = nature == Nature::Tcp;
         Self { able, mark: 1, drained: false, bulk: false, waited_at: None, bytes: 0 }
     }
 
-    /// From here on a wait is for a byte.
+    /// From here on a wait is for one byte.
     pub(super) fn switch_off(&mut self) {
         self.able = false;
     }
 
-    /// More of the same follows the last bytes, or that is not known.
+    /// Whether more data like the last bytes follows; false if unknown.
     pub(super) fn set_bulk(&mut self, bulk: bool) {
         self.bulk = bulk && self.able;
         if !self.bulk {
@@ -60,17 +61,17 @@ impl LowWater {
         }
     }
 
-    /// What a wait is for, `due` bytes being sure to come.
+    /// Number of bytes to wait for if `due` bytes are certain to come.
     fn worth(&self, due: usize) -> usize {
         if self.able && due >= FEWEST { due.min(MOST) } else { 1 }
     }
 
-    /// True if a wait pays before there is another look at what has come: little, where `due` bytes must.
+    /// True if a wait pays before the next read: few bytes are available, but `due` bytes must come.
     pub(super) fn waits_first(&self, due: usize) -> bool {
         self.drained && self.worth(due) > 1
     }
 
-    /// True if it pays to wait for a [`BURST_TIMEOUT`] before the next read; the kernel knows then what for.
+    /// True if it pays to wait for a [`BURST_TIMEOUT`] before the next read; the mark is then set.
     pub(super) fn waits_briefly(&mut self, fd: BorrowedFd<'_>) -> bool {
         if !(self.bulk && self.drained) {
             return false;
@@ -82,24 +83,24 @@ impl LowWater {
         mark.is_some_and(|mark| self.tell(fd, mark) > 1)
     }
 
-    /// Before a wait: tells the kernel what it is for. True if bytes may stay there meanwhile, short of the mark.
+    /// Before a wait: sets the mark. True if fewer bytes than the mark may stay in the socket meanwhile.
     pub(super) fn before_wait(&mut self, fd: BorrowedFd<'_>, due: usize) -> bool {
         self.tell(fd, self.worth(due)) > 1
     }
 
-    /// A read has taken `count` bytes and had room for `room`.
+    /// A read has returned `count` bytes and had room for `room`.
     pub(super) fn took(&mut self, count: usize, room: usize) {
         self.drained = count < room;
         self.bytes += count;
     }
 
-    /// The mark that the kernel was told last.
+    /// The mark that was set last.
     #[cfg(test)]
     pub(super) fn mark(&self) -> usize {
         self.mark
     }
 
-    /// As it was found: another process may use the socket after us.
+    /// Restores the initial mark: another process may use the socket after us.
     pub(super) fn put_back(&mut self, fd: BorrowedFd<'_>) {
         self.tell(fd, 1);
     }
@@ -118,7 +119,7 @@ impl LowWater {
     }
 }
 
-/// The largest mark that half of a [`BURST_TIMEOUT`] is enough for where `bytes` came in `time`.
+/// The largest mark that arrives within half of a [`BURST_TIMEOUT`] if `bytes` came in `time`.
 fn mark_at_pace(bytes: usize, time: Duration) -> Option<usize> {
     let comes = bytes as u128 * (BURST_TIMEOUT / 2).as_nanos();
     MARKS.into_iter().find(|mark| *mark as u128 * time.as_nanos() <= comes)

@@ -1,9 +1,8 @@
-//! How long a wait for the other end goes on.
+//! How long a wait for the other end lasts.
 //!
-//! Three clocks run: the caller's [`Stop`], the stall time (no byte moved in either queue or call), and for
-//! TCP the time without any answer from the peer's kernel. The last is looked at here and not left to
-//! `TCP_USER_TIMEOUT`, which also cuts off a peer that answers every probe but has no room (tcp(7)): a
-//! destination that is slow to read is alive.
+//! Three clocks run: the caller's [`Stop`], the stall time (no byte moved in either queue or call), and for TCP the
+//! time without any answer from the peer's kernel. The last is checked here instead of by `TCP_USER_TIMEOUT`, which
+//! also disconnects a peer that answers every probe but has no room (tcp(7)): a destination that reads slowly is alive.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -15,22 +14,22 @@ use super::{End, Nature};
 use crate::sys::{Stop, StopReason, TcpState, queued_bytes, tcp_state};
 use crate::transport::ChannelError;
 
-/// Longest time between two looks at the connection.
+/// Longest time between two checks of the connection.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Longest wait for as much as a socket's low-water mark says: what came short of it is taken then.
+/// Longest wait for a socket's low-water mark: fewer bytes are read afterwards.
 const SHORT_OF_MARK: Duration = Duration::from_millis(50);
 
-/// One wait, from the last byte that moved on.
+/// One wait, starting with the last byte that moved.
 pub(crate) struct Patience<'a> {
     end: &'a End,
     doing: &'static str,
     stall: Option<Duration>,
     moved_at: Instant,
     queued: Option<u64>,
-    /// The last wait for a mark ended without.
+    /// The last wait for a mark ended without it.
     short_of_mark: bool,
-    /// Since when every look found bytes under way and no answer.
+    /// Since when every check found bytes in flight and no answer.
     silent_since: Option<Instant>,
 }
 
@@ -41,9 +40,9 @@ impl<'a> Patience<'a> {
         Self { end, doing, stall, moved_at, queued: None, short_of_mark: false, silent_since: None }
     }
 
-    /// Waits until the descriptor is ready. A wait to send also comes back after a while without: poll(2)
-    /// calls a socket writable only when a third of its buffer is free, a send succeeds before. So does a wait for
-    /// nothing but the error queue.
+    /// Waits until the descriptor is ready. A wait to send also returns after a while if it is not: poll(2) reports a
+    /// socket as writable only when a third of its buffer is free, but a send succeeds before that. So does a wait for
+    /// only the error queue.
     pub(crate) fn wait(&mut self, what: PollFlags, stop: &Stop) -> Result<(), ChannelError> {
         let sending = !what.contains(PollFlags::IN);
         if sending && self.queued.is_none() {
@@ -67,8 +66,8 @@ impl<'a> Patience<'a> {
         }
     }
 
-    /// Waits until as much has come as the socket's low-water mark says, or a while has passed: what has come then is to be
-    /// read. The clocks are looked at only when that was nothing, by the next wait.
+    /// Waits until the socket's low-water mark is reached, or a while has passed: the bytes so far are then to be read.
+    /// Only if there were none, the next wait checks the clocks.
     pub(crate) fn wait_for_mark(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         if self.short_of_mark {
             self.look(false)?;
@@ -82,7 +81,7 @@ impl<'a> Patience<'a> {
         Ok(())
     }
 
-    /// Rests for a moment in a wait that no event ends, and looks at the clocks as `wait` does.
+    /// Rests briefly in a wait that no event ends, and checks the clocks as `wait` does.
     pub(crate) fn rest(&mut self, time: Duration, stop: &Stop) -> Result<(), ChannelError> {
         match stop.sleep(time) {
             Some(reason) => Err(self.stopped(reason)),
@@ -94,7 +93,7 @@ impl<'a> Patience<'a> {
         let now = Instant::now();
         self.end.child.as_ref().map_or(Ok(()), ChildCommand::check)?;
         if sending {
-            // Bytes that left the kernel's queue moved, even if there is no room for new ones yet.
+            // Bytes that left the kernel's queue count as moved, even if there is no room for new ones yet.
             let queued = self.queue();
             if queued < self.queued {
                 self.moved_at = now;
@@ -136,8 +135,8 @@ impl<'a> Patience<'a> {
     }
 }
 
-/// True if the peer's kernel owes an answer: data sent again, or a probe of its closed window. Data beyond a
-/// window it has since closed is not owed one.
+/// True if the peer's kernel must answer: to retransmitted data, or to a probe of its closed window. Data beyond a
+/// window that the peer has since closed needs no answer.
 fn waits_for_an_answer(state: &TcpState) -> bool {
     let data = state.unacked > 0 && state.retransmits > 0 && state.send_window != Some(0);
     data || state.probes > 0

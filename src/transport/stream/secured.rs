@@ -1,4 +1,4 @@
-//! A byte stream that is encrypted: the same waits as of a plain one, around [`TlsSession`].
+//! An encrypted byte stream: the same waits as for a plain one, around [`TlsSession`].
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ const OUTBOX: usize = 128 << 10;
 
 const SHAKING: &str = "making a TLS connection";
 
-/// What a half of an encrypted stream has of its own, and the state that both share.
+/// The own state of one half of an encrypted stream, and the state that both share.
 #[derive(Debug)]
 pub(super) struct Secured {
     session: Arc<TlsSession>,
@@ -31,11 +31,11 @@ impl Secured {
 }
 
 impl StreamChannel {
-    /// Speaks TLS on a connected socket; its handshake is made when bytes are first wanted. `host`: as it is named in the
+    /// Uses TLS on a connected socket; the handshake happens when bytes are first needed. `host`: as it is named in the
     /// address, at the end that connects.
     pub(in crate::transport) fn over_tls(mut self, tls: &Tls, host: &str) -> Result<Self, TlsError> {
         let session = Arc::new(tls.session(host)?);
-        // A mark counts bytes of the socket, and nobody knows how many of them a page takes.
+        // A mark counts bytes of the socket, and it is unknown how many of them a page takes.
         self.low_water.switch_off();
         self.tls = Some(Secured { session, outbox: Vec::new() });
         Ok(self)
@@ -46,7 +46,8 @@ impl StreamChannel {
         self.tls.is_some()
     }
 
-    /// The handshake, if it is not over. The end that connects makes it at once: its errors are those of the opening.
+    /// Makes the handshake, if it is not over. The end that connects makes it immediately, so its errors are errors of
+    /// opening.
     pub(in crate::transport) fn shaken(self, stop: &Stop) -> Result<Self, OpenError> {
         if let Some(Secured { session, .. }) = &self.tls {
             shake_hands(session, &self.end, self.stall, stop)?;
@@ -129,17 +130,18 @@ impl StreamChannel {
         self.tls.as_ref().is_some_and(|tls| !tls.session.is_open())
     }
 
-    /// As [`say_end`](Self::say_end), if there is room for it.
+    /// As [`say_end`](Self::say_end), but only if there is room for it.
     pub(in crate::transport) fn say_end_at_once(&self) {
         let Some(Secured { session, .. }) = &self.tls else { return };
         if session.is_open() {
             session.close();
-            // A peer that does not hear it takes the stream for one that was cut off.
+            // A peer that does not receive this treats the stream as truncated.
             let _ = session.push(self.end.fd.as_fd());
         }
     }
 
-    /// Says that no byte follows, where TLS says that: a peer tells by it a stream that has ended from one that was cut off.
+    /// Announces that no byte follows, if TLS is used: with it, a peer distinguishes a stream that has ended from a
+    /// truncated one.
     pub(in crate::transport) fn say_end(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         const ENDING: &str = "ending the TLS connection";
         let Some(Secured { session, .. }) = &self.tls else { return Ok(()) };
@@ -191,7 +193,7 @@ fn push(
                     .get_or_insert_with(|| Patience::new(end, doing, stall))
                     .wait(PollFlags::OUT, stop)?;
             }
-            // The peer may have said why in front of its end.
+            // The peer may have sent the reason before it closed.
             Err(error) => return Err(end.broken(doing, session.why_broken(fd).unwrap_or(error))),
         }
     }

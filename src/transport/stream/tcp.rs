@@ -1,4 +1,4 @@
-//! TCP: names, connecting, listening, and how soon a dead peer is noticed.
+//! TCP: names, connecting, listening, and detection of a dead peer.
 
 use std::collections::HashSet;
 use std::io;
@@ -40,32 +40,32 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     },
 };
 
-/// Keepalive probes without an answer after which the peer is dead.
+/// Number of unanswered keepalive probes after which the peer counts as dead.
 const PROBES: u32 = 5;
 
-/// Longest time between two probes that a kernel takes (MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL).
+/// Longest interval between two probes that a kernel accepts (MAX_TCP_KEEPIDLE, MAX_TCP_KEEPINTVL).
 const MAX_IDLE: Duration = Duration::from_secs(32767);
 
-/// Congestion control within a host: every kernel has it and lets everyone choose it. It sends what there is room for,
-/// where BBR, which many hosts have as their default, waits for a timer between the segments.
+/// Congestion control within a host: every kernel has it and lets every process choose it. It sends as much as there is
+/// room for. BBR, which many hosts have as their default, waits for a timer between the segments.
 const WITHIN_HOST: &[u8] = b"reno";
 
 /// Connections that may wait to be accepted: a main channel and its page channels.
 const BACKLOG: i32 = 256;
 
-/// How often another port is tried where any will do and a host has several addresses.
+/// How often another port is tried if any port will do and a host has several addresses.
 const FREE_PORT_TRIES: u32 = 16;
 
-/// Sends at once what is written, and lets the kernel probe an idle connection so that a peer that answers
-/// nothing is dead after `dead_peer`: half of it idle, then probes. What waits for an acknowledgement is
-/// watched by the waits themselves. Buffer sizes are left to the kernel, which fits them to the path;
-/// a fixed size would switch that off (tcp(7)) and gained nothing over loopback. So is the congestion control of a network;
-/// within this host there is none to be careful of.
+/// Sends written bytes immediately, and lets the kernel probe an idle connection so that a peer that answers nothing
+/// counts as dead after `dead_peer`: half of it idle, then probes. The waits themselves watch bytes that wait for an
+/// acknowledgement. Buffer sizes are left to the kernel, which adapts them to the path; a fixed size would switch that
+/// off (tcp(7)) and gained nothing over loopback. The congestion control of a network is also left to the kernel;
+/// within this host none is needed.
 pub(crate) fn tune(fd: BorrowedFd<'_>, dead_peer: Duration) -> io::Result<()> {
     let socket = SockRef::from(&fd);
     socket.set_tcp_nodelay(true)?;
     if is_within_host(&socket) {
-        // A kernel that does not let us is slower, and no less right.
+        // If the kernel does not allow it, the connection is slower but still correct.
         let _ = socket.set_tcp_congestion(WITHIN_HOST);
     }
     keep_alive(&socket, dead_peer)
@@ -88,8 +88,8 @@ pub(crate) fn is_within_host(socket: &SockRef<'_>) -> bool {
     near.zip(far).is_some_and(|(near, far)| near == far || near.is_loopback() && far.is_loopback())
 }
 
-/// Addresses of a host. Empty: loopback. The system's resolver can't be stopped, so it runs on a thread of
-/// its own that is left to itself when the caller stops; a literal address needs none.
+/// Addresses of a host. Empty: loopback. The system's resolver can't be interrupted, so it runs on a thread of its own,
+/// which is detached when the caller stops; a literal address needs none.
 fn resolve(host: &str, port: u16, stop: &Stop) -> Result<Vec<SocketAddr>, OpenError> {
     let failed = |source| OpenError::Resolve { host: host.to_owned(), source };
     if host.is_empty() {
@@ -103,7 +103,7 @@ fn resolve(host: &str, port: u16, stop: &Stop) -> Result<Vec<SocketAddr>, OpenEr
     let name = host.to_owned();
     let look_up = move || {
         let _open_until_done = ended;
-        // Nobody listens any more if the caller was stopped.
+        // The receiver is gone if the caller was stopped.
         let _ = sender.send((name.as_str(), port).to_socket_addrs().map(Vec::from_iter));
     };
     std::thread::Builder::new().name("resolve".into()).spawn(look_up).map_err(failed)?;
@@ -144,7 +144,8 @@ fn connect_one(
         Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).map_err(broken)?;
     socket.set_nonblocking(true).map_err(broken)?;
     if address.ip().to_canonical().is_loopback() {
-        // Before it is connected: a socket that BBR has once begun on is paced from then on, whatever sends by it.
+        // Set before connecting: after BBR has started on a socket, the socket stays paced, whatever congestion control
+        // follows.
         let _ = socket.set_tcp_congestion(WITHIN_HOST);
     }
     match socket.connect(&address.into()) {
@@ -175,8 +176,9 @@ pub(crate) struct TcpListener {
 }
 
 impl TcpListener {
-    /// Listens on all addresses of `host`, at one port. One that this host does not have, as a `::1` in `/etc/hosts` where
-    /// IPv6 is off, is left out if there is another; one that is taken is not, since a source would meet the other program.
+    /// Listens on all addresses of `host`, at one port. An address that this host does not have (such as `::1` from
+    /// `/etc/hosts` with IPv6 off) is left out if there is another. An address whose port is in use is an error, since
+    /// a source would connect to the other program.
     pub(crate) fn bind(host: &str, port: u16, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
         let mut addresses = resolve(host, port, stop)?;
         let mut seen = HashSet::new();
@@ -184,7 +186,7 @@ impl TcpListener {
         let mut bound = Self::bind_all(&addresses);
         for _ in 1..FREE_PORT_TRIES {
             match &bound {
-                // The port that was free at the first address is not at another.
+                // The port that was free at the first address is in use at another.
                 Err(error) if port == 0 && error.kind() == io::ErrorKind::AddrInUse => {
                     bound = Self::bind_all(&addresses);
                 }
@@ -231,13 +233,13 @@ impl TcpListener {
         if sockets.is_empty() { Err(missing) } else { Ok(sockets) }
     }
 
-    /// `one_of_several`: an IPv6 socket leaves IPv4 to the others.
+    /// `one_of_several`: an IPv6 socket leaves IPv4 to the other sockets.
     fn bind_one(address: SocketAddr, one_of_several: bool) -> io::Result<(Socket, SocketAddr)> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
         if one_of_several && address.is_ipv6() {
             socket.set_only_v6(true)?;
         }
-        // The port of a migration that has just ended may be used again at once.
+        // The port of a migration that has just ended may be reused immediately.
         socket.set_reuse_address(true)?;
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
@@ -246,7 +248,7 @@ impl TcpListener {
         Ok((socket, local.ok_or_else(|| io::Error::other("the socket has no address"))?))
     }
 
-    /// What is listened on; never empty.
+    /// The addresses it listens on; never empty.
     pub(crate) fn locals(&self) -> impl Iterator<Item = SocketAddr> + '_ {
         self.sockets.iter().map(|(_, local)| *local)
     }
@@ -294,7 +296,8 @@ impl Listening for TcpListener {
     }
 }
 
-/// As a host in an address: a link-local address names its interface, without which nobody can connect to it.
+/// As the host part of an address: a link-local address includes its interface, without which no peer can connect to
+/// it.
 pub(crate) fn host_of(local: SocketAddr) -> String {
     match local {
         SocketAddr::V6(local) if local.scope_id() != 0 => format!("{}%{}", local.ip(), local.scope_id()),
@@ -302,12 +305,12 @@ pub(crate) fn host_of(local: SocketAddr) -> String {
     }
 }
 
-/// True if this host does not have the address, or not its family.
+/// True if this host does not have the address, or its address family.
 fn is_not_here(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
 }
 
-/// True if the connection went away before it was accepted (accept(2)).
+/// True if the connection was closed before it was accepted (accept(2)).
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted)
@@ -328,7 +331,7 @@ mod tests {
                 continue;
             };
             let port = listener.local_addr().unwrap().port();
-            // IPv4 to a socket of both kinds: its address is then a mapped one.
+            // IPv4 to a socket of both families: its address is then a mapped one.
             let near = TcpStream::connect((if host == "::" { "127.0.0.2" } else { host }, port)).unwrap();
             let (far, _) = listener.accept().unwrap();
             for end in [&near, &far] {
@@ -363,7 +366,8 @@ mod tests {
             let served = crate::transport::open::candidates::accept(&listener, &options, &stop).unwrap();
             assert_eq!(served.peer(), format!("tcp:{}", near.local_addr().unwrap()));
         }
-        // One that is not this host's is left out beside others, and alone it is an error; one that is taken always is.
+        // An address that is not this host's is left out if there are others, and is an error if it is the only one;
+        // one that is in use always is an error.
         let foreign = any("192.0.2.1");
         assert_eq!(TcpListener::bind_all(&[foreign, any("127.0.0.1")]).unwrap().len(), 1);
         let error = TcpListener::bind_all(&[foreign]).unwrap_err();

@@ -1,4 +1,4 @@
-//! Waits for more than a byte: they end by what comes, by the end, by a stop, and by time.
+//! Waits for more than one byte: they end by bytes that arrive, by the end, by a stop, and by time.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};
@@ -36,7 +36,7 @@ fn soon() -> Stop {
     Stop::on(&CancelToken::default()).within(SOON)
 }
 
-/// What is there, in a read that waits for `DUE` bytes and has room for all that the test sends.
+/// The result of a read that waits for `DUE` bytes and has room for everything that the test sends.
 fn take(channel: &mut StreamChannel, due: usize) -> Result<usize, ChannelError> {
     channel.recv_due(&mut [RecvPart::Own(&mut vec![0; 2 * MARK])], due, &soon())
 }
@@ -59,7 +59,7 @@ fn a_peer_that_stops_a_byte_short_of_what_is_due_is_read_soon() {
     take_all(&mut far, DUE - 2 - first);
     near.write_all(&[1]).unwrap();
     assert_eq!(take(&mut far, 1).unwrap(), 1);
-    // Nothing is there: the wait before this read is for its first byte again.
+    // The socket is empty: the wait before this read is again for its first byte.
     let reader = own_thread();
     let writer = std::thread::spawn(move || {
         until_blocked(reader);
@@ -77,7 +77,7 @@ fn a_burst_that_ends_a_byte_short_of_a_mark_goes_on_within_a_moment() {
     let (mut near, far) = tcp();
     let mut far = channel(far, 60 * SOON);
     far.set_bulk(true);
-    // A pace at which any mark is waited for.
+    // A data rate at which it waits for any mark.
     far.low_water.took(1, 2);
     assert!(!far.low_water.waits_briefly(far.end.fd.as_fd()));
     far.low_water.took(1 << 40, 1 << 41);

@@ -31,7 +31,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
 /// Connects to the socket at `path`.
 fn connect(path: &Path, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
     const CONNECTING: &str = "connecting";
-    /// Time after which a listener with a full queue is tried again: no event tells of its room.
+    /// Time after which a connection to a listener with a full queue is retried: there is no event when it has room.
     const AGAIN: Duration = Duration::from_millis(10);
     let peer = format!("unix:{}", path.display());
     let broken = |source| ChannelError::Io { peer: peer.clone(), doing: CONNECTING, source };
@@ -52,18 +52,18 @@ fn connect(path: &Path, options: &StreamOptions, stop: &Stop) -> Result<StreamCh
     Ok(StreamChannel::from_fd(socket.into(), peer.clone(), options).map_err(broken)?)
 }
 
-/// A listening UNIX socket; its path goes with it.
+/// A listening UNIX socket; its path is removed with it.
 #[derive(Debug)]
 pub(crate) struct UnixListener {
     socket: Socket,
     path: PathBuf,
-    /// Device and inode of the path we made.
+    /// Device and inode of the path that this process created.
     identity: (u64, u64),
 }
 
 impl UnixListener {
-    /// Listens at `path`, which only its owner may connect to. A socket left there by a program that is gone
-    /// is replaced; anything else is not touched.
+    /// Listens at `path`, to which only its owner may connect. A socket left there by a program that has ended is
+    /// replaced; any other file is left alone.
     pub(crate) fn bind(path: &Path) -> Result<Self, OpenError> {
         let address = || format!("unix:{}", path.display());
         Self::try_bind(path).map_err(|source| {
@@ -88,7 +88,7 @@ impl UnixListener {
             }
             bound => bound?,
         }
-        // Nobody can connect before listen, so there is no moment at which others may.
+        // No process can connect before listen, so other users never can.
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
         let made = std::fs::symlink_metadata(path)?;
         socket.listen(16)?;
@@ -119,10 +119,11 @@ impl Listening for UnixListener {
     }
 }
 
-/// True if `path` is a socket that no program has any more.
+/// True if `path` is a socket that no program uses any more.
 ///
-/// Asked with a socket of another type: where a program has the path, the kernel refuses it by its type (EPROTOTYPE), and
-/// that program sees nothing of it. A connection would take the place of the source that it waits for.
+/// The check uses a socket of another type. If a program uses the path, the kernel refuses it because of the type
+/// (EPROTOTYPE), and that program does not notice. A connection would take the place of the source that the program
+/// waits for.
 fn is_left_over(path: &Path, address: &SockAddr) -> bool {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     let refused = || Socket::new(Domain::UNIX, Type::DGRAM, None)?.connect(address);

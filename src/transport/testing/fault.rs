@@ -1,4 +1,4 @@
-//! Faults at chosen bytes of a stream, to see what both ends make of them.
+//! Faults at chosen bytes of a stream, to test how both ends react.
 
 use std::io;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use crate::transport::{ByteSink, ByteSource, ChannelError, StreamBreaker};
 
 const PEER: &str = "fault injection";
 const DOING: &str = "carrying the stream";
-/// Longest sleep of a hang between two looks at its [`Stop`].
+/// Longest sleep of a hang between two checks of its [`Stop`].
 const HANG: Duration = Duration::from_secs(3600);
 
 /// What happens to a stream.
@@ -18,9 +18,9 @@ const HANG: Duration = Duration::from_secs(3600);
 pub enum FaultKind {
     /// The connection closes in order.
     Cut,
-    /// The connection breaks with a reset, where it can.
+    /// The connection breaks, with a reset if possible.
     Reset,
-    /// This end moves no byte any more and keeps the connection: it is half open.
+    /// This end moves no more bytes but keeps the connection open: it is half open.
     Hang,
     /// Bit `.0` (modulo 8) of the byte is flipped.
     FlipBit(u8),
@@ -28,7 +28,7 @@ pub enum FaultKind {
     Delay(Duration),
 }
 
-/// A fault and the byte it meets.
+/// A fault and the byte at which it happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Bytes that pass before it.
@@ -38,7 +38,7 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// The fault that `seed` stands for, at one of the first `within` bytes.
+    /// The fault for `seed`, at one of the first `within` bytes.
     pub fn seeded(seed: u64, within: u64) -> Self {
         let at = Random(seed).draw() % within.max(1);
         let draw = Random(seed ^ u64::MAX).draw();
@@ -53,7 +53,7 @@ impl Fault {
     }
 }
 
-/// A sink or a source with faults. Bytes are counted in the direction it is used in.
+/// A sink or a source with faults. Bytes are counted in the direction in which it is used.
 #[derive(Debug)]
 pub struct Faulty<T> {
     /// Gone after a cut.
@@ -64,23 +64,23 @@ pub struct Faulty<T> {
     breaker: Option<StreamBreaker>,
 }
 
-/// What the bytes before the next fault may do.
+/// What happens to the bytes before the next fault.
 enum Next {
     /// So many bytes pass unharmed.
     Pass(u64),
-    /// One byte passes with this mask on it.
+    /// One byte passes with this mask applied.
     Flip(u8),
 }
 
 impl<T> Faulty<T> {
-    /// Wraps `inner`. `breaker` is the connection's, where another half of it lives elsewhere.
+    /// Wraps `inner`. `breaker` is that of the connection, if another half of it exists elsewhere.
     pub fn new(inner: T, faults: impl IntoIterator<Item = Fault>, breaker: Option<StreamBreaker>) -> Self {
         let mut faults: Vec<_> = faults.into_iter().collect();
         faults.sort_by_key(|fault| std::cmp::Reverse(fault.at));
         Self { inner: Some(inner), faults, at: 0, breaker }
     }
 
-    /// Lets the faults due at this byte happen.
+    /// Triggers the faults that are due at this byte.
     fn next(&mut self, stop: &Stop) -> Result<(&mut T, Next), ChannelError> {
         let mut next = Next::Pass(u64::MAX);
         while let Some(fault) = self.faults.last().copied() {
@@ -157,8 +157,8 @@ impl<T: ByteSink> ByteSink for Faulty<T> {
                 self.at += count as u64;
             }
         }
-        // A fault right behind the last byte happens now and not at a send that may never come; a flip needs
-        // the byte.
+        // A fault directly after the last byte happens now instead of at a send that may never come; a flip needs the
+        // byte.
         match self.faults.last() {
             Some(Fault { kind: FaultKind::FlipBit(_), .. }) => Ok(()),
             _ => self.next(stop).map(drop),

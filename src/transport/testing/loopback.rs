@@ -1,4 +1,4 @@
-//! Both ends of a byte stream inside one process, with bounded room and no kernel between.
+//! Both ends of a byte stream inside one process, with a bounded buffer and without the kernel.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -7,13 +7,13 @@ use std::time::Duration;
 use crate::sys::{Lock as _, RecvPart, SendPart, Stop, StopReason};
 use crate::transport::{ByteSink, ByteSource, ChannelError};
 
-/// How often a wait looks at its [`Stop`].
+/// Interval at which a wait checks its [`Stop`].
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 const PEER: &str = "loopback";
 const SENDING: &str = "sending the stream";
 const RECEIVING: &str = "waiting for the stream";
 
-/// One end: a way out and a way in.
+/// One end: a sending and a receiving half.
 #[derive(Debug)]
 pub struct Loopback {
     /// Bytes to the other end.
@@ -22,7 +22,7 @@ pub struct Loopback {
     pub source: LoopbackSource,
 }
 
-/// Two connected ends. In each direction at most `capacity` bytes are under way, 1 at the least.
+/// Two connected ends. In each direction at most `capacity` bytes are in flight, at least 1.
 pub fn loopback(capacity: usize) -> (Loopback, Loopback) {
     let (there, from_near) = one_way(capacity);
     let (back, from_far) = one_way(capacity);
@@ -55,7 +55,7 @@ impl Pipe {
         self.state.locked()
     }
 
-    /// Waits until `ready` says so or an end is gone.
+    /// Waits until `ready` returns true or an end is gone.
     fn wait(
         &self,
         doing: &'static str,
@@ -81,7 +81,7 @@ impl Pipe {
     }
 }
 
-/// The way out. Dropped, it is the end of the stream for the other end.
+/// The sending half. When it is dropped, the stream ends for the other end.
 #[derive(Debug)]
 pub struct LoopbackSink {
     pipe: Arc<Pipe>,
@@ -144,7 +144,7 @@ impl Drop for LoopbackSink {
     }
 }
 
-/// The way in. Dropped, it refuses what the other end still sends.
+/// The receiving half. When it is dropped, further sends of the other end fail.
 #[derive(Debug)]
 pub struct LoopbackSource {
     pipe: Arc<Pipe>,

@@ -19,7 +19,8 @@ impl Random {
 mod tests {
     use super::*;
 
-    /// The first numbers of seed 0, as its authors' program prints them: a seed of the simulation means the same for ever.
+    /// The first numbers of seed 0, as its authors' program prints them: a seed of the simulation never changes its
+    /// meaning.
     #[test]
     fn numbers_of_a_seed_are_those_of_the_published_generator() {
         let mut random = Random(0);

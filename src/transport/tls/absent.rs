@@ -1,4 +1,4 @@
-//! In a program that was built without TLS: it can be asked for, and is refused.
+//! In a program that was built without TLS: it can be requested, and is refused.
 
 use std::convert::Infallible;
 use std::io;
@@ -7,12 +7,12 @@ use std::os::fd::BorrowedFd;
 use super::{TlsError, TlsOptions};
 use crate::sys::RecvPart;
 
-/// How an end makes TLS connections: none can be made.
+/// TLS settings of an end: no connection can be made.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Tls(Infallible);
 
 impl Tls {
-    /// Of a source, which is the client.
+    /// For a source, which is the client.
     ///
     /// # Errors
     /// [`TlsError::NotBuilt`].
@@ -20,7 +20,7 @@ impl Tls {
         Err(TlsError::NotBuilt)
     }
 
-    /// Of a destination, which is the server.
+    /// For a destination, which is the server.
     ///
     /// # Errors
     /// [`TlsError::NotBuilt`].

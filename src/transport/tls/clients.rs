@@ -1,4 +1,4 @@
-//! Which clients may come in, by the names in their certificates.
+//! Which clients may connect, by the names in their certificates.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,12 +15,12 @@ use webpki::EndEntityCert;
 const SEQUENCE: u8 = 0x30;
 const SET: u8 = 0x31;
 const OBJECT: u8 = 0x06;
-/// Strings that are UTF-8 or a part of it: UTF8String, PrintableString, IA5String.
+/// Types of strings that are UTF-8 or a subset: UTF8String, PrintableString, IA5String.
 const STRINGS: [u8; 3] = [0x0c, 0x13, 0x16];
 /// id-at-commonName (X.520), 2.5.4.3.
 const COMMON_NAME: [u8; 3] = [0x55, 0x04, 0x03];
 
-/// Takes a certificate that another verifier takes, if one of its names is listed.
+/// Accepts a certificate that another verifier accepts, if one of its names is listed.
 #[derive(Debug)]
 pub(super) struct Listed {
     pub(super) verifier: Arc<dyn ClientCertVerifier>,
@@ -36,7 +36,7 @@ impl fmt::Display for NotListed {
         f.write_str("the other end's certificate names ")?;
         match self.0.as_slice() {
             [] => f.write_str("nobody")?,
-            // What a certificate says is printed as text and nothing else.
+            // The content of a certificate is only printed as text.
             names => {
                 let names: Vec<_> = names.iter().map(|name| format!("`{}`", name.escape_debug())).collect();
                 f.write_str(&names.join(", "))?;
@@ -90,7 +90,7 @@ impl ClientCertVerifier for Listed {
     }
 }
 
-/// The common names of the subject and the DNS names; none of one that can't be read.
+/// The common names of the subject and the DNS names; empty for a certificate that can't be parsed.
 fn names_of(certificate: &CertificateDer<'_>) -> Vec<String> {
     let Ok(read) = EndEntityCert::try_from(certificate) else { return Vec::new() };
     let mut names = common_names(read.subject());
@@ -98,7 +98,7 @@ fn names_of(certificate: &CertificateDer<'_>) -> Vec<String> {
     names
 }
 
-/// Those in a subject, which is given without its outermost tag: sets of pairs of a type and a value.
+/// The common names in a subject, which is given without its outermost tag: sets of pairs of a type and a value.
 fn common_names(mut subject: &[u8]) -> Vec<String> {
     let mut names = Vec::new();
     while let Some((SET, mut set)) = next(&mut subject) {
@@ -115,7 +115,8 @@ fn common_names(mut subject: &[u8]) -> Vec<String> {
     names
 }
 
-/// The next element of `rest`, its tag and contents. `None` at the end, and for one that is cut short or longer than 64 KiB.
+/// The next element of `rest`, its tag and contents. `None` at the end, and for one that is truncated or longer than 64
+/// KiB.
 fn next<'a>(rest: &mut &'a [u8]) -> Option<(u8, &'a [u8])> {
     let (tag, behind) = rest.split_first()?;
     let (first, behind) = behind.split_first()?;

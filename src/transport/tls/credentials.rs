@@ -1,4 +1,4 @@
-//! The folder of certificates, as QEMU lays it out, and the settings that are made of it.
+//! The certificate folder, in QEMU's layout, and the TLS settings made from it.
 
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -14,8 +14,8 @@ use rustls::{ClientConfig, ClientConnection, Connection, RootCertStore, ServerCo
 use super::clients::Listed;
 use super::{TlsError, TlsOptions, TlsSession};
 
-/// How an end makes TLS connections: certificates and settings, read once. An [`Address`](crate::transport::Address) that
-/// has it is spoken to by TLS.
+/// How an end makes TLS connections: certificates and settings, read once. Connections of an
+/// [`Address`](crate::transport::Address) that has it use TLS.
 #[derive(Clone, Debug)]
 pub struct Tls(Arc<Role>);
 
@@ -26,7 +26,7 @@ enum Role {
 }
 
 impl PartialEq for Tls {
-    /// The same one, not a like one.
+    /// Equal only if it is the same object.
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
@@ -41,8 +41,8 @@ impl Hash for Tls {
 }
 
 impl Tls {
-    /// Of a source, which is the client on every connection. Without a certificate of its own, a destination that asks for
-    /// one refuses it.
+    /// For a source, which is the client on every connection. If it has no certificate of its own, a destination that
+    /// requires one refuses it.
     ///
     /// # Errors
     /// [`TlsError::File`].
@@ -69,12 +69,12 @@ impl Tls {
                 .map_err(|error| folder.wrong("client-cert.pem", error))?,
             None => config.with_no_client_auth(),
         };
-        // Each connection stands for itself, as QEMU's do.
+        // Each connection has its own full handshake, as with QEMU.
         config.resumption = Resumption::disabled();
         Ok(Self(Arc::new(Role::Client { config: Arc::new(config), hostname: options.hostname.clone() })))
     }
 
-    /// Of a destination, which is the server.
+    /// For a destination, which is the server.
     ///
     /// # Errors
     /// [`TlsError::File`].
@@ -113,7 +113,7 @@ impl Tls {
         Ok(Self(Arc::new(Role::Server { config: Arc::new(config) })))
     }
 
-    /// A connection that has not begun. `host`: of the address that is connected to.
+    /// A connection that has not begun. `host`: that of the address to connect to.
     pub(in crate::transport) fn session(&self, host: &str) -> Result<TlsSession, TlsError> {
         let refused = |error: rustls::Error| super::refusal::refused(&error);
         let connection = match &*self.0 {
@@ -129,7 +129,7 @@ impl Tls {
     }
 }
 
-/// What a certificate must be for. A link-local address stands there without its interface.
+/// The name that a certificate must be for. A link-local address is used without its interface.
 fn name_of(host: &str) -> Result<ServerName<'static>, TlsError> {
     let plain = host.split_once('%').map_or(host, |(address, _zone)| address);
     ServerName::try_from(plain.to_owned()).map_err(|_| TlsError::NoName { name: host.to_owned() })
@@ -203,7 +203,7 @@ impl Folder<'_> {
     }
 }
 
-/// All of a kind in a file; `None` if there is no file.
+/// All items of a kind in a file; `None` if there is no file.
 fn read_all<T: PemObject>(path: &Path) -> Result<Option<Vec<T>>, String> {
     let found = match T::pem_file_iter(path) {
         Ok(items) => items.collect::<Result<Vec<_>, _>>(),

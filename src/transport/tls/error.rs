@@ -1,4 +1,4 @@
-//! Why there is no TLS connection, and what would help.
+//! Why there is no TLS connection, and the remedy.
 
 use std::path::PathBuf;
 
@@ -16,19 +16,19 @@ pub enum TlsError {
     File {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it, and what would help.
+        /// What is wrong with it, and the remedy.
         what: String,
     },
     /// There is no name that the destination's certificate could be for.
     #[error("{name:?} is no name that a certificate can be for; {}", Remedy::NameTlsHost)]
     NoName {
-        /// What the address has in place of one; empty for a path.
+        /// The host of the address; empty for a path.
         name: String,
     },
-    /// The handshake, or what came later, was refused by one of the ends.
+    /// One of the ends refused the handshake, or a later message.
     #[error("{what}; {remedy}")]
     Refused {
-        /// What was refused, and by whom.
+        /// What was refused, and by which end.
         what: String,
         /// What would help.
         remedy: Remedy,
@@ -36,7 +36,7 @@ pub enum TlsError {
 }
 
 impl TlsError {
-    /// What would help, where a setting does.
+    /// The remedy, if a setting helps.
     pub fn remedy(&self) -> Option<Remedy> {
         match self {
             Self::NoName { .. } => Some(Remedy::NameTlsHost),

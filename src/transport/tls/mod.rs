@@ -1,7 +1,7 @@
 //! TLS for byte streams, as QEMU does it with `tls-creds-x509`: the same folder, the source is the client on every
 //! connection, and each connection has a handshake of its own.
 //!
-//! What is encrypted when, is decided here; the descriptor is read and written in `stream::secured`.
+//! This module decides what is encrypted when; `stream::secured` reads and writes the descriptor.
 
 #[cfg(not(feature = "tls"))]
 mod absent;
@@ -29,11 +29,11 @@ pub use error::TlsError;
 #[cfg(feature = "tls")]
 pub(in crate::transport) use session::TlsSession;
 
-/// Where an end finds its certificates, and what it asks of its peer.
+/// Where an end finds its certificates, and what it requires of its peer.
 ///
-/// The folder is QEMU's (`tls-creds-x509,dir=`): `ca-cert.pem`; `ca-crl.pem` if there is a list of revoked certificates;
-/// `server-cert.pem` and `server-key.pem` at a destination; `client-cert.pem` and `client-key.pem` at a source whose
-/// destination asks for a certificate.
+/// The folder is QEMU's (`tls-creds-x509,dir=`): `ca-cert.pem`; `ca-crl.pem` if there is a list of revoked
+/// certificates; `server-cert.pem` and `server-key.pem` at a destination; `client-cert.pem` and `client-key.pem` at a
+/// source whose destination requires a certificate.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct TlsOptions {
@@ -43,9 +43,9 @@ pub struct TlsOptions {
     pub hostname: Option<String>,
     /// At a destination: a source must show a certificate of the same authority (QEMU: `verify-peer`).
     pub verify_peer: bool,
-    /// At a destination: names of the sources that may come in, each a common name or a DNS name of their certificates, letter by
-    /// letter. Empty: every source with a certificate of the authority. Otherwise a certificate is asked for even without
-    /// `verify_peer`.
+    /// At a destination: names of the sources that may connect, each a common name or a DNS name of their certificates,
+    /// compared exactly. Empty: every source with a certificate of the authority. Otherwise a certificate is required
+    /// even without `verify_peer`.
     pub clients: Vec<String>,
 }
 

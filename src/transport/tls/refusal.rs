@@ -1,4 +1,4 @@
-//! What TLS refuses, in words, and what would help.
+//! The texts for a refusal of TLS, with the remedies.
 
 use std::io;
 
@@ -8,7 +8,7 @@ use super::TlsError;
 use super::clients::NotListed;
 use crate::error::Remedy;
 
-/// The words for what went wrong.
+/// The text of an error.
 pub(super) fn refused(error: &Error) -> TlsError {
     let (what, remedy) = match error {
         Error::InvalidCertificate(error) => of_certificate(error),
@@ -87,7 +87,7 @@ fn of_certificate(error: &CertificateError) -> (String, Remedy) {
     (format!("the other end's certificate {what}"), Remedy::Advice(remedy))
 }
 
-/// A name of a certificate, without what rustls puts around it: `DnsName("host")`.
+/// A name of a certificate, without the decoration that rustls adds: `DnsName("host")`.
 fn bare(name: &str) -> &str {
     let inner = name.split_once('(').and_then(|(_, inner)| inner.strip_suffix(')'));
     inner.map_or(name, |inner| inner.trim_matches('"'))
@@ -99,7 +99,7 @@ fn of_alert(alert: AlertDescription) -> (String, Remedy) {
         A::CertificateRequired => {
             ("it asks for a certificate", "put client-cert.pem and client-key.pem into the folder")
         }
-        // GnuTLS, and so QEMU, says this where a client has shown none.
+        // GnuTLS, and so QEMU, sends this if a client has not sent a certificate.
         A::HandshakeFailure => (
             "no handshake with what this end offers",
             "put client-cert.pem and client-key.pem into the folder, if it verifies who comes; see its log",

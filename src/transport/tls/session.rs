@@ -1,9 +1,9 @@
 //! One TLS connection, which two threads may use at once: one reads, one writes.
 //!
-//! The state of a TLS connection is one for both directions: what comes may make the next bytes that leave another key's.
-//! So it lies behind a lock, and no call in here waits while it is held: the descriptor is non-blocking, and what has no
-//! room stays in the order in which it was encrypted. Whoever comes next, sends it on. Both directions may be full
-//! without either thread holding up the other.
+//! Both directions share the state of a TLS connection: a received message may change the key of the next sent bytes.
+//! So a lock protects it, and no call in here waits while it is held: the descriptor is non-blocking, and encrypted
+//! bytes without room stay queued in their order. The next call of either thread sends them. Both directions may be
+//! full without either thread blocking the other.
 
 use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
@@ -17,21 +17,21 @@ use super::TlsError;
 use super::refusal::{cut_off, refused};
 use crate::sys::{Lock as _, RecvPart};
 
-/// Bytes of one read of the descriptor: some records of 16 KiB.
+/// Bytes of one read of the descriptor: several records of 16 KiB.
 const INBOX: usize = 128 << 10;
 
-/// A connection, from before its handshake.
+/// A connection, including its handshake.
 #[derive(Debug)]
 pub(in crate::transport) struct TlsSession(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
     tls: Connection,
-    /// Came and was not decrypted yet: `from..to`.
+    /// Received but not decrypted yet: `from..to`.
     inbox: Vec<u8>,
     from: usize,
     to: usize,
-    /// Decrypted and looked at, and not taken yet.
+    /// Decrypted and peeked at, but not read yet.
     seen: Vec<u8>,
     /// Nothing comes any more.
     ended: bool,
@@ -39,7 +39,7 @@ struct State {
 
 impl TlsSession {
     pub(super) fn new(mut tls: Connection) -> Self {
-        // What is encrypted at a time is bounded by who sends.
+        // The sender bounds how much is encrypted at a time.
         tls.set_buffer_limit(None);
         let (inbox, seen) = (Vec::new(), Vec::new());
         Self(Mutex::new(State { tls, inbox, from: 0, to: 0, seen, ended: false }))
@@ -50,38 +50,38 @@ impl TlsSession {
         !self.0.locked().tls.is_handshaking()
     }
 
-    /// Goes on with the handshake as far as it can without waiting; true when it is over.
+    /// Continues the handshake as far as possible without waiting; true when it is over.
     ///
     /// # Errors
     /// `WouldBlock` where the peer's bytes are missing; [`TlsError`] inside, or the kernel's.
     pub(in crate::transport) fn shake_hands(&self, fd: BorrowedFd<'_>) -> io::Result<bool> {
         self.0.locked().shake_hands(fd).map_err(|error| match error.kind() {
-            // A peer that takes the handshake for something else leaves it unread, which is a reset.
+            // A peer that does not use TLS leaves the handshake unread and closes, which is a reset.
             io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => cut_off(),
             _ => error,
         })
     }
 
-    /// Encrypts bytes, which wait to be sent behind those of before.
+    /// Encrypts bytes, which are queued after earlier ones.
     pub(in crate::transport) fn encrypt(&self, plain: &[u8]) -> io::Result<()> {
         self.0.locked().tls.writer().write_all(plain)
     }
 
-    /// Sends what waits; false if there was not room for all.
+    /// Sends the queued bytes; false if there was not room for all.
     pub(in crate::transport) fn push(&self, fd: BorrowedFd<'_>) -> io::Result<bool> {
         self.0.locked().push(fd)
     }
 
-    /// Says that no byte follows.
+    /// Announces that no byte follows.
     pub(in crate::transport) fn close(&self) {
         self.0.locked().tls.send_close_notify();
     }
 
-    /// Why the peer ended the connection, if it has said so: a send fails without telling.
+    /// Why the peer ended the connection, if it has sent a reason: a failed send does not show it.
     pub(in crate::transport) fn why_broken(&self, fd: BorrowedFd<'_>) -> Option<io::Error> {
         let mut state = self.0.locked();
         loop {
-            // What the peer has sent in front of it stays to be read; more than there is room for is no alert.
+            // Bytes that the peer sent before it are left to be read; if they do not fit, it is no alert.
             match state.take_in(fd) {
                 Ok(true) => {}
                 Ok(false) => return None,
@@ -92,7 +92,7 @@ impl TlsSession {
         }
     }
 
-    /// Fills the parts with what has come; 0 is the end.
+    /// Fills the parts with the received bytes; 0 is the end.
     ///
     /// # Errors
     /// `WouldBlock` where nothing has; [`TlsError`] inside, or the kernel's.
@@ -104,7 +104,7 @@ impl TlsSession {
         self.0.locked().recv(fd, into)
     }
 
-    /// The first bytes that have come, which stay to be read; 0 is the end.
+    /// The first received bytes, which stay to be read; 0 is the end.
     ///
     /// # Errors
     /// As [`recv`](Self::recv).
@@ -160,7 +160,7 @@ impl State {
         Ok(count)
     }
 
-    /// What has not been looked at.
+    /// Reads bytes that were not peeked at.
     fn recv_new(&mut self, fd: BorrowedFd<'_>, into: &mut [RecvPart<'_>]) -> io::Result<usize> {
         let room: usize = into.iter().map(RecvPart::len).sum();
         let mut filled = 0;
@@ -169,7 +169,7 @@ impl State {
             if filled == room || self.ended {
                 return Ok(filled);
             }
-            // Another read of the descriptor only if nothing is there.
+            // Reads the descriptor again only if no bytes are available.
             if self.from == self.to && filled > 0 {
                 return Ok(filled);
             }
@@ -177,7 +177,7 @@ impl State {
         }
     }
 
-    /// Decrypted bytes into the parts, behind the first `skip` of them.
+    /// Copies decrypted bytes into the parts, after their first `skip` bytes.
     fn take_plain(&mut self, into: &mut [RecvPart<'_>], mut skip: usize) -> io::Result<usize> {
         let mut taken = 0;
         for part in into {
@@ -209,7 +209,7 @@ impl State {
         Ok(taken)
     }
 
-    /// Decrypts what has come, or reads the descriptor once; false at its end.
+    /// Decrypts received bytes, or reads the descriptor once; false at its end.
     fn take_in(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
         if self.from == self.to {
             self.inbox.resize(INBOX, 0);
@@ -228,7 +228,7 @@ impl State {
         self.tls.read_tls(&mut come)?;
         self.from += before - come.len();
         let done = self.tls.process_new_packets();
-        // Answers of the handshake, of a change of keys, and what tells the peer why it is refused.
+        // Handshake messages, key updates, and alerts with the reason of a refusal.
         let pushed = self.push(fd);
         let state = done.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, refused(&error)))?;
         pushed?;
@@ -260,7 +260,7 @@ fn scatter(mut bytes: &[u8], into: &mut [RecvPart<'_>]) -> usize {
     all - bytes.len()
 }
 
-/// Takes what a socket has room for.
+/// Writes as much as a socket has room for.
 struct Descriptor<'a>(BorrowedFd<'a>);
 
 impl Write for Descriptor<'_> {

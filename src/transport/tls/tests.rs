@@ -53,7 +53,8 @@ fn is_full(channel: &StreamChannel) -> bool {
     rustix::event::poll(&mut room, Some(&Timespec::default())).unwrap() == 0
 }
 
-/// Each end has one thread that sends more than any buffer holds, and one that begins to read when nothing moves any more.
+/// Each end has one thread that sends more than any buffer holds, and one that starts to read when no byte moves any
+/// more.
 #[test]
 fn both_directions_may_be_full_at_once() {
     const MUCH: usize = 8 << 20;
@@ -73,7 +74,7 @@ fn both_directions_may_be_full_at_once() {
     });
 }
 
-/// The provider of the library, with keys that are changed after so many records.
+/// The provider of the library, with keys that change after `records` records.
 fn changing_keys_after(records: u64) -> CryptoProvider {
     let Some(suite) = ring::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13() else { unreachable!() };
     let suite = Tls13CipherSuite {

@@ -70,7 +70,7 @@ impl Sender {
         Ok(self.link.sink().send(&[SendPart::Own(bytes)], stop)?)
     }
 
-    /// Everything in front of the first page.
+    /// Sends everything that comes before the first page.
     pub(super) fn set_up(&mut self, stop: &Stop) -> Result<(), MoveError> {
         let mut head = Vec::new();
         encode_header(&mut head);
@@ -100,7 +100,7 @@ impl Sender {
         Ok(self.link.sink().flush(stop)?)
     }
 
-    /// A round of `runs`, whose pages may be written to again when it returns.
+    /// A round of `runs`, whose pages may be written again when it returns.
     pub(super) fn round(
         &mut self,
         kind: RoundKind,
@@ -115,7 +115,7 @@ impl Sender {
         self.link.collect(&mut self.returned)
     }
 
-    /// No page follows, and nothing else.
+    /// Ends the pages and the stream.
     pub(super) fn finish(&mut self, stop: &Stop) -> Result<(), MoveError> {
         let mut end = Vec::new();
         encode_eof(&mut end);
@@ -156,15 +156,15 @@ impl Sender {
         Ok(())
     }
 
-    /// Pages of batches that came back, the rest of them from a link that is given up.
+    /// Number of pages of returned batches, including those that a failed link still had.
     pub(super) fn given_back(&mut self) -> u64 {
         let reclaimed: u64 = self.link.reclaim().iter().map(PageBatch::pages).sum();
-        // What a broken link had finished by then it still gives back, behind the errors of its channels.
+        // A broken link still returns the batches that it had finished, after the errors of its channels.
         while self.link.collect(&mut self.returned).is_err() {}
         reclaimed + self.come_back()
     }
 
-    /// Pages of batches that have come back.
+    /// Number of pages of batches that were returned.
     pub(super) fn come_back(&self) -> u64 {
         self.returned.iter().map(|returned| returned.batch.pages()).sum()
     }
@@ -173,7 +173,7 @@ impl Sender {
 /// How reading ended.
 #[derive(Debug)]
 pub(super) enum Ended {
-    /// The last section of RAM is over, and the stream.
+    /// The last section of RAM and the stream have ended.
     Whole,
     /// The stream ended before.
     Cut,
@@ -235,8 +235,8 @@ impl Reader {
         }
     }
 
-    /// Reads to the end of RAM. `at_round` is called where a round of pages is over and nothing of the next one may be
-    /// in place; it says whether to go on.
+    /// Reads to the end of RAM. `at_round` is called when a round of pages is over and no page of the next one may be
+    /// placed yet; it returns whether to continue.
     pub(super) fn read(&mut self, stop: &Stop, mut at_round: impl FnMut(&MappedGuest) -> bool) -> Ended {
         match self.try_read(stop, &mut at_round) {
             Ok(ended) | Err(ended) => ended,
@@ -338,7 +338,7 @@ impl Reader {
         Ok((of_pages && !at_round(&self.memory)).then_some(Ended::Cut))
     }
 
-    /// Nobody places a page any more.
+    /// No thread places pages any more.
     pub(super) fn end(&mut self, stop: &Stop) {
         self.link.revoke();
         self.link.revoke();

@@ -1,4 +1,4 @@
-//! Every way to make a connection, for the suite.
+//! Every kind of connection, for the suite.
 
 use std::any::Any;
 use std::os::unix::net::UnixStream;
@@ -12,12 +12,12 @@ use crate::transport::{
     SourceConnection, StreamChannel, StreamOptions, open_source,
 };
 
-/// What keeps a connection's surroundings alive while a thread works on it.
+/// Keeps the surroundings of a connection alive while a thread works on it.
 pub(in crate::transport) type Held = Box<dyn Any + Send>;
 /// Makes one end, on the thread that works on it.
 pub(in crate::transport) type Make<C> = Box<dyn FnOnce() -> Result<(C, Held), OpenError> + Send>;
 
-/// Both ends of a connection that is to be made.
+/// Both ends of a connection to make.
 pub(in crate::transport) struct Ends {
     pub(in crate::transport) source: Make<SourceConnection>,
     pub(in crate::transport) destination: Make<DestinationConnection>,
@@ -28,11 +28,11 @@ pub(super) struct Kind {
     pub(super) name: &'static str,
     /// The scheme whose links it has.
     pub(super) scheme: &'static str,
-    /// Both ends are there at a time. Otherwise the source's end is done before the destination's is made.
+    /// Both ends exist at the same time. Otherwise the source's end finishes before the destination's is created.
     pub(super) both_at_once: bool,
-    /// The destination sees each round; elsewhere a page has one place, and what came last is in it.
+    /// The destination sees each round; on other links a page has one offset, which holds its last content.
     pub(super) keeps_rounds: bool,
-    /// What errors name the peer by, or one of its channels.
+    /// How errors name the peer or one of its channels.
     pub(super) peer: &'static [&'static str],
     pub(super) make: fn(Arc<dyn GuestMemory>) -> Ends,
 }
@@ -167,7 +167,7 @@ fn unix_socket(memory: Arc<dyn GuestMemory>, options: ConnectionOptions) -> Ends
     Ends { source, destination: Box::new(destination) }
 }
 
-/// What `fd:N` opens: N must have been there when the program began, so that it can't be opened by its address here.
+/// Opens `fd:N`: N must have existed when the program began, so the test can't open it by its address.
 fn descriptor(memory: Arc<dyn GuestMemory>) -> Ends {
     let channel = |socket: UnixStream, name| {
         StreamChannel::from_fd(socket.into(), name, &StreamOptions::default()).unwrap()

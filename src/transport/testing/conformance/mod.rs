@@ -1,6 +1,6 @@
 //! One suite for every link: the same cases for both ends of every kind of connection.
 //!
-//! A new transport is a row in [`kinds`]; a test counts that each scheme has one.
+//! A new transport is a row in [`kinds`]; a test checks that each scheme has one.
 
 #![allow(clippy::unwrap_used)]
 
@@ -28,7 +28,7 @@ fn stop() -> Stop {
     Stop::on(&CancelToken::default()).within(LIMIT)
 }
 
-/// Lets `source` and `destination` work on the two ends of a connection of `kind`.
+/// Runs `source` and `destination` on the two ends of a connection of `kind`.
 fn connect<S: Send, D: Send>(
     kind: &Kind,
     (from, to): (&Arc<MappedGuest>, &Arc<MappedGuest>),
@@ -228,7 +228,7 @@ fn a_source_that_leaves_in_a_round_is_no_end_of_ram() {
         let arrives = |reader: Result<Reader, OpenError>| {
             let mut reader = match reader {
                 Ok(reader) => reader,
-                // Some see at once that it is not whole.
+                // Some notice immediately that it is incomplete.
                 Err(error) if names_peer(kind, &error) => return,
                 Err(error) => panic!("{}: {}", kind.name, Chain(&error)),
             };
@@ -251,7 +251,7 @@ fn a_cancel_ends_a_wait_at_the_destination() {
     for kind in KINDS.iter().filter(|kind| kind.both_at_once) {
         let (from, to) = (memory(7), memory(0));
         let sends = |mut sender: Sender| {
-            // It fails when the other end has left.
+            // It fails when the other end has disconnected.
             let _ = sender.set_up(&stop());
         };
         let waits = |reader: Result<Reader, OpenError>| {
