@@ -1,42 +1,44 @@
-//! How far ahead of its peer a source in postcopy is with pages that nobody waits for.
+//! How far ahead of its peer a source in postcopy is with background pages.
 //!
-//! A page that somebody waits for stands behind all that went before it on the same connection: in this host's queue, on the
-//! way, and in the peer's queue, which alone may hold megabytes that are not placed yet. So marks (PING) stand between the
-//! pages, and the peer answers each where it reads it. Pages behind the last answered mark are under way; only so many may
-//! be that the connection stays busy. While there is no room the source reads what the peer says: no send that waits keeps
-//! it from a request.
+//! A requested page waits for all earlier bytes on the same connection: in this host's queue, on the wire, and in the
+//! peer's queue, which alone may hold megabytes that are not placed yet. So the source sends marks (PING) between the
+//! pages, and the peer answers each mark when it reads it. Pages after the last answered mark are in flight; only as
+//! many may be in flight as keep the connection busy. While there is no room, the source reads the peer's messages: no
+//! blocking send keeps it from reading a request.
 //!
-//! The room follows the time in which marks are answered. A mark that is answered later than the fastest one has waited in a
-//! queue. Of several answers the fastest counts, since one late answer may be a thread that was not scheduled.
+//! The room follows the time in which marks are answered. A mark that is answered later than the fastest one has waited
+//! in a queue. Of several answers the fastest counts, since one late answer may come from a thread that was not
+//! scheduled.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::Pace;
 
-/// Target pages that may be under way at first, and at the least.
+/// Target pages that may be in flight at first; this is also the minimum.
 pub(crate) const FIRST_ROOM: u64 = 64;
-/// The same at the most: 64 MiB of ordinary pages, what 10 Gbit/s carry in 50 ms.
+/// The maximum: 64 MiB of ordinary pages, which 10 Gbit/s carry in 50 ms.
 const MAX_ROOM: u64 = 16 << 10;
-/// Fewest pages between two marks, and what the room grows by. Always the same: what stands in front of a mark alone is no
-/// queue.
+/// Minimum number of pages between two marks, and the step by which the room grows. It is constant: the pages before a
+/// mark alone are no queue.
 const PIECE: u64 = 32;
-/// Fewest answers after which the room may change.
+/// Minimum number of answers before the room may change.
 const ANSWERS: u32 = 8;
-/// With a queue shorter than this there is more room, with one longer than that there is less.
+/// With a shorter queue than this the room grows, with a longer one than the next it shrinks.
 const SHORT_QUEUE: Duration = Duration::from_micros(100);
 const LONG_QUEUE: Duration = Duration::from_micros(200);
-/// Marks are PINGs with these values, whose low bits count: no PING of QEMU's, and none of a ramwire's greeting.
+/// Marks are PINGs with these values, whose low bits count. No PING of QEMU has such a value, and none of a ramwire's
+/// greeting.
 const MARK: u32 = 0x5250_0000;
 
 /// What a source in postcopy does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NextMissing {
-    /// Sends what somebody waits for.
+    /// Sends requested pages.
     Requested,
-    /// Sends pages that nobody waits for.
+    /// Sends background pages.
     Background,
-    /// Waits for so long, the limit of bytes a second, or for a request.
+    /// Waits for this long because of the bandwidth limit, or until a request.
     Pause(Duration),
     /// Waits for the peer's next message.
     Full,
@@ -46,28 +48,28 @@ pub enum NextMissing {
 #[derive(Clone, Copy, Debug)]
 struct Mark {
     value: u32,
-    /// Pages in front of it, since the beginning.
+    /// Pages sent before the mark, since the beginning.
     behind: u64,
     sent_at: Duration,
 }
 
-/// Answers since the room was changed last.
+/// Answers since the room was last changed.
 #[derive(Clone, Copy, Debug, Default)]
 struct Answers {
     count: u32,
-    /// Pages that had been sent by then.
+    /// Pages that had been sent at that time.
     since: u64,
     fastest: Option<Duration>,
     /// There was no room meanwhile.
     full: bool,
 }
 
-/// The pages under way on one connection, and how fast those may leave that nobody waits for.
+/// The pages in flight on one connection, and how fast background pages may be sent.
 #[derive(Debug)]
 pub struct Background {
     pace: Pace,
     room: u64,
-    /// Pages that were sent, and of them those that the peer has read.
+    /// Pages that were sent, and how many of them the peer has read.
     sent: u64,
     read: u64,
     marks: VecDeque<Mark>,
@@ -75,12 +77,12 @@ pub struct Background {
     /// The fastest answer of all.
     fastest: Option<Duration>,
     answers: Answers,
-    /// No queue has been long yet: the room doubles.
+    /// No queue has been long yet: the room still doubles.
     starting: bool,
 }
 
 impl Background {
-    /// Nothing sent yet. `pace` is for pages that nobody waits for.
+    /// Nothing sent yet. `pace` limits background pages.
     pub fn new(pace: Pace) -> Self {
         Self {
             pace,
@@ -95,12 +97,12 @@ impl Background {
         }
     }
 
-    /// Another connection follows. The limit of bytes a second goes on.
+    /// Another connection follows. The bandwidth limit continues.
     pub fn forget_connection(&mut self) {
         *self = Self::new(std::mem::take(&mut self.pace));
     }
 
-    /// What to do next. `asked`: somebody waits for pages.
+    /// What to do next. `asked`: there are requested pages.
     pub fn next(&mut self, now: Duration, asked: bool) -> NextMissing {
         let delay = self.pace.delay(now);
         match () {
@@ -114,7 +116,7 @@ impl Background {
         }
     }
 
-    /// Pages that somebody waits for, or not, have left, of whatever kind: one that is zero takes the peer about as long as
+    /// Requested or background pages have been sent, of any kind: the peer takes about as long for a zero page as for
     /// another.
     pub fn sent(&mut self, now: Duration, pages: u64, bytes: u64, asked: bool) {
         if !asked {
@@ -123,7 +125,7 @@ impl Background {
         self.sent += pages;
     }
 
-    /// The value of the PING that is to follow now; `None` while none is due.
+    /// The value of the PING to send now; `None` while none is due.
     pub fn mark(&mut self, now: Duration) -> Option<u32> {
         let last = self.marks.back().map_or(self.read, |mark| mark.behind);
         if self.sent - last < PIECE {
@@ -135,7 +137,7 @@ impl Background {
         Some(value)
     }
 
-    /// The peer has answered a PING of this value, which need not be a mark.
+    /// The peer has answered a PING with this value, which need not be a mark.
     pub fn answered(&mut self, now: Duration, value: u32) {
         let Some(at) = self.marks.iter().position(|mark| mark.value == value) else { return };
         let Some(mark) = self.marks.drain(..=at).next_back() else { return };
@@ -145,7 +147,7 @@ impl Background {
         self.fastest = faster(self.fastest);
         self.answers.fastest = faster(self.answers.fastest);
         self.answers.count += 1;
-        // Once that what left with the present room has been read.
+        // Only after the peer has read the pages that were sent with the present room.
         if self.answers.count >= ANSWERS && self.read > self.answers.since {
             let next = Answers { since: self.sent, ..Answers::default() };
             let answers = std::mem::replace(&mut self.answers, next);
@@ -181,11 +183,11 @@ mod tests {
         Background::new(Pace::new(BandwidthLimit::new(limit)))
     }
 
-    /// Pages that are sent at a time.
+    /// Pages per batch.
     const BATCH: u64 = 16;
 
-    /// A connection that takes `there` each way, to a peer that takes `page` to place one: how long the last page of a second
-    /// waited behind others, and pages a second.
+    /// A connection with a delay of `there` each way, to a peer that takes `page` to place one page: how long the last
+    /// page of a second waited in queues, and pages a second.
     fn run(there: Duration, page: Duration) -> (Duration, u64) {
         let mut background = background(0);
         let (mut now, end) = (Duration::ZERO, Duration::from_secs(4));
@@ -208,13 +210,13 @@ mod tests {
             if let Some(value) = background.mark(now) {
                 answers.push_back((free_at + there, value));
             }
-            // To hand a piece to the kernel.
+            // Time to pass a piece to the kernel.
             now += Duration::from_micros(10);
         }
         (queue, placed * 2 / end.as_secs())
     }
 
-    /// Whatever the connection is, what is under way keeps the peer busy and is no more than that.
+    /// For any connection, the pages in flight keep the peer busy and are no more than needed for that.
     #[test]
     fn the_peer_is_kept_busy_and_a_page_waits_for_less_than_a_millisecond() {
         for (there, page) in [(5, 1), (5, 4), (50, 3), (500, 4), (5000, 8), (20_000, 4), (5, 400)] {
@@ -244,7 +246,7 @@ mod tests {
         assert_eq!(background.sent - background.read, 0, "twice is once");
     }
 
-    /// Pages that somebody waits for leave whatever the limit is, and take nothing of it from the others.
+    /// Requested pages are sent whatever the limit is, and do not count against the limit of background pages.
     #[test]
     fn requests_do_not_count_against_the_limit() {
         let (mut background, now) = (background(1_000_000), Duration::from_secs(1));

@@ -1,14 +1,14 @@
-//! In what order the pages of a guest are read that runs already: what a thread waits for, then what was touched the last
-//! time, then what lies behind the last fault, then the rest.
+//! In what order the pages of an already running guest are read: first pages that a thread waits for, then pages that
+//! were touched the last time, then pages after the last fault, then the rest.
 //!
-//! Several readers work side by side. Whoever serves a fault reads its page at once, whatever else is being read; a reader of
-//! the rest asks [`Fill::next_run`] for a run and tells what became of it.
+//! Several readers work in parallel. A reader that serves a fault reads its page immediately, whatever else is being
+//! read. A reader of the rest calls [`Fill::next_run`] for a run and reports the result.
 //!
-//! # Orders that hold
+//! # Required orders
 //!
-//! A page is out of the list of what is to be read when somebody has it to read, and out of the list of what is missing only
-//! when it is in place: faults are served until nothing is missing. A page that could not be read stays missing, and is read
-//! again when somebody says so.
+//! A page is removed from the list of unread pages when a reader takes it, and from the list of missing pages only when
+//! it is placed: faults are served until no page is missing. A page that could not be read stays missing, and is read
+//! again after a call of [`Fill::retry`].
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -18,30 +18,30 @@ use crate::observe::Latency;
 use crate::ram::{PageBitmap, PageRun};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
-/// Bytes that are read at once, where nobody waits for them.
+/// Bytes that are read at a time, for pages that no thread waits for.
 const READ: u64 = 1 << 20;
 
-/// Most runs of pages that are remembered in the order in which they were touched.
+/// Maximum number of runs whose order of first access is recorded.
 const MAX_TOUCHED: usize = 1 << 20;
 
 /// A block whose pages are to be read.
 #[derive(Clone, Debug)]
 pub struct BlockToFill {
-    /// Pages that hold something, where they are read from.
+    /// Pages that hold data in the source that they are read from.
     pub present: PageBitmap,
-    /// Pages of the host's memory, which are placed whole.
+    /// Page size of the host's memory; host pages are placed whole.
     pub host_page: PageSize,
 }
 
 #[derive(Debug)]
 struct Block {
-    /// Nobody has them to read.
+    /// No reader has taken them.
     unread: PageBitmap,
     /// They are not in place.
     missing: PageBitmap,
     /// They could not be read.
     failed: PageBitmap,
-    /// Target pages of a host page.
+    /// Target pages per host page.
     host: u64,
 }
 
@@ -49,13 +49,13 @@ struct Block {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FillCounts {
-    /// Pages that hold something and are not in place.
+    /// Pages that hold data and are not placed yet.
     pub missing: u64,
-    /// Of them, those that could not be read.
+    /// Of these, pages that could not be read.
     pub failed: u64,
     /// Faults that were reported.
     pub faults: u64,
-    /// Pages that were read because a thread waited for them, counted once each.
+    /// Pages that were read because a thread waited for them, each counted once.
     pub urgent: u64,
 }
 
@@ -65,11 +65,11 @@ pub struct Fill {
     pager: Pager,
     page: PageSize,
     blocks: Vec<Block>,
-    /// What is read before the rest.
+    /// Runs to read before the rest.
     first: VecDeque<PageRun>,
-    /// Behind the last fault.
+    /// The page after the last fault.
     behind: Option<(BlockIndex, PageIndex)>,
-    /// The rest, in the order of addresses, begins here.
+    /// Where the rest begins, in address order.
     rest: (BlockIndex, PageIndex),
     /// The rest may be read.
     is_open: bool,
@@ -84,13 +84,13 @@ pub struct Fill {
 enum FillBreakage {
     #[default]
     None,
-    /// A page counts as there when it is given out.
+    /// A page counts as placed when a reader takes it.
     WholeWhenRead,
-    /// What could not be read is not read again.
+    /// Pages that could not be read are not read again.
     ForgetFailed,
-    /// A page is given out again and again until it is there.
+    /// A page is given to readers repeatedly until it is placed.
     GiveTwice,
-    /// A fault is not remembered once somebody reads its page.
+    /// A fault is forgotten once a reader takes its page.
     ForgetWaiting,
 }
 
@@ -101,7 +101,8 @@ impl FillBreakage {
 }
 
 impl Fill {
-    /// What is to be read of `blocks`, whose target pages have `page` bytes. A host page that holds something is read whole.
+    /// The pages to read of `blocks`, whose target pages have `page` bytes. A host page that holds any data is read
+    /// whole.
     pub fn new(page: PageSize, blocks: Vec<BlockToFill>) -> Self {
         let blocks = blocks.into_iter().map(|block| {
             let host = (block.host_page.bytes() / page.bytes()).max(1);
@@ -131,18 +132,19 @@ impl Fill {
         }
     }
 
-    /// These are read first, in this order: what was touched when the same memory was filled before.
+    /// These runs are read first, in this order: those that were touched when the same memory was filled before.
     pub fn read_first(&mut self, runs: Vec<PageRun>) {
         self.first.extend(runs.iter().copied());
         self.touched = runs;
     }
 
-    /// From here on [`next_run`](Self::next_run) gives the rest, too.
+    /// From here on [`next_run`](Self::next_run) returns the rest, too.
     pub fn open(&mut self) {
         self.is_open = true;
     }
 
-    /// A thread waits for a host page since `now`. [`FaultAnswer::Ask`]: read it now. `received` as [`Pager::fault`] says.
+    /// A thread waits for a host page since `now`. [`FaultAnswer::Ask`]: read it now. `received` is as for
+    /// [`Pager::fault`].
     pub fn fault(&mut self, now: Duration, page: PageRun, received: impl FnOnce() -> bool) -> FaultAnswer {
         let answer = self.pager.fault(now, self.host_page(page), received);
         if answer == FaultAnswer::Received {
@@ -168,7 +170,7 @@ impl Fill {
         }
     }
 
-    /// What to read next, in whole host pages of one block; it is nobody else's. `None`: nothing for now.
+    /// The next run to read, in whole host pages of one block; no other reader has it. `None`: nothing for now.
     pub fn next_run(&mut self) -> Option<PageRun> {
         let run = self.next_recorded().or_else(|| self.next_of_rest())?;
         let block = self.blocks.get_mut(run.block.as_usize())?;
@@ -218,11 +220,11 @@ impl Fill {
         None
     }
 
-    /// The first run of a block, from a page on, that nobody has to read: whole host pages.
+    /// The first run of a block, from a page on, that no reader has taken: whole host pages.
     fn unread_from(&self, block: BlockIndex, from: PageIndex) -> Option<PageRun> {
         let of = self.blocks.get(block.as_usize())?;
         let most = (READ / self.page.bytes()).max(1).next_multiple_of(of.host);
-        // The marks of a host page are alike.
+        // All target pages of a host page have the same marks.
         let from = PageIndex(from.0 / of.host * of.host);
         let run = of.unread.next_run(from, most)?;
         Some(PageRun { block, first: PageIndex(run.start), pages: run.end - run.start })
@@ -247,11 +249,11 @@ impl Fill {
         }
     }
 
-    /// A run could not be read. Whoever waits for a page of it waits on.
+    /// A run could not be read. A thread that waits for a page of it keeps waiting.
     pub fn failed(&mut self, run: PageRun) {
         let Some(block) = self.blocks.get_mut(run.block.as_usize()) else { return };
         let mut from = run.first;
-        // Somebody else may have placed a part of it meanwhile.
+        // Another reader may have placed a part of it meanwhile.
         while let Some(part) = block.missing.next_run(from, u64::MAX).filter(|part| part.start < run.end().0)
         {
             let part = part.start..part.end.min(run.end().0);
@@ -261,7 +263,8 @@ impl Fill {
         }
     }
 
-    /// What could not be read is read again, what somebody waits for first. How many pages those are.
+    /// Pages that could not be read are read again, first those that a thread waits for. Returns the number of these
+    /// pages.
     pub fn retry(&mut self) -> u64 {
         let mut again = 0;
         for block in &mut self.blocks {
@@ -283,17 +286,17 @@ impl Fill {
         again
     }
 
-    /// Pages of a block that hold something and are not in place.
+    /// Pages of a block that hold data and are not placed yet.
     pub fn missing(&self, block: BlockIndex) -> Option<&PageBitmap> {
         self.blocks.get(block.as_usize()).map(|block| &block.missing)
     }
 
-    /// Nothing is missing: faults need not be served any more.
+    /// No page is missing: faults need not be served any more.
     pub fn is_whole(&self) -> bool {
         self.blocks.iter().all(|block| block.missing.count() == 0)
     }
 
-    /// All that is missing could not be read.
+    /// All missing pages are ones that could not be read.
     pub fn is_stuck(&self) -> bool {
         let FillCounts { missing, failed, .. } = self.counts();
         failed > 0 && failed == missing
@@ -310,12 +313,12 @@ impl Fill {
         }
     }
 
-    /// From a fault to its page in place.
+    /// Time from a fault until its page is placed.
     pub fn latency(&self) -> &Latency {
         self.pager.latency()
     }
 
-    /// What was touched, in the order of the faults; what was to be read first comes first.
+    /// The touched runs, in the order of the faults, after those that were to be read first.
     pub fn touched(&self) -> &[PageRun] {
         &self.touched
     }

@@ -92,20 +92,21 @@ fn what_could_not_be_read_is_read_again_when_told_and_what_is_waited_for_first()
     assert_eq!(fill.retry(), 3);
     assert!(!fill.is_stuck());
     assert_eq!((fill.next_run(), fill.next_run()), (Some(run(0, 500, 1)), Some(run(0, 10, 2))));
-    // One of them fails again, though somebody else has placed it.
+    // One of them fails again, although another reader has placed it.
     fill.placed(at(5), run(0, 500, 1));
     fill.placed(at(5), run(0, 10, 2));
     fill.failed(run(0, 500, 1));
     assert!(fill.is_whole() && fill.next_run().is_none());
 }
 
-/// A guest that runs while it is filled: threads that touch pages, readers that are slow and fail, until all is there.
+/// A guest that runs while its memory is filled: threads touch pages, readers are slow and fail, until all pages are
+/// placed.
 struct World {
     fill: Fill,
     holds: Vec<bool>,
     placed: Vec<bool>,
     waiting: Vec<bool>,
-    /// Given out, and nothing told of them.
+    /// Runs given to readers, without a result yet.
     reading: Vec<PageRun>,
     given: Vec<u32>,
     broken: bool,
@@ -139,7 +140,7 @@ impl World {
         self.fill.placed(at(1), run);
     }
 
-    /// One step; false if an order was broken.
+    /// One step; false if an order was violated.
     fn step(&mut self, state: &mut u64) -> bool {
         let any = Self::draw(state, self.holds.len() as u64);
         match Self::draw(state, 10) {
@@ -174,11 +175,11 @@ impl World {
             _ => {}
         }
         let all = self.holds.iter().zip(&self.placed).all(|(holds, placed)| !holds || *placed);
-        // Faults are served no more from that moment on: what is not there reads as zero.
+        // From that moment on faults are not served: a missing page reads as zero.
         !self.fill.is_whole() || all
     }
 
-    /// The disk is whole again, and somebody says so: first what is waited for, then all.
+    /// The disk works again and this is reported: first the pages that threads wait for are read, then all.
     fn mended(&mut self) -> bool {
         for run in std::mem::take(&mut self.reading) {
             self.ended(run, false);
@@ -205,8 +206,8 @@ fn is_right(seed: u64, breakage: FillBreakage) -> bool {
     (0..300).all(|_| world.step(&mut state)) && world.mended()
 }
 
-/// Whatever comes when: no page is taken for there that is not, none is read by two readers of the rest, and once the disk
-/// reads again all come, those first that somebody waits for.
+/// In any order of events: no missing page is treated as placed, no page is read by two readers of the rest, and once
+/// the disk works again all pages are placed, first those that a thread waits for.
 #[test]
 fn all_pages_come_whatever_fails_and_each_order_is_needed() {
     for seed in 0..2000 {

@@ -1,11 +1,11 @@
-//! Whether what was sent has been placed.
+//! Whether all sent pages were placed.
 //!
-//! Both ends count each page each time it travels, apart for the stream and for each page channel. The destination
-//! compares before READY: a page that was sent and did not arrive is never part of a success.
+//! Both ends count each page each time it is sent, separately for the stream and for each page channel. The destination
+//! compares before READY: a migration in which a sent page did not arrive never succeeds.
 
 use crate::observe::PageCounts;
 
-/// Pages that were sent and not placed, or the other way round.
+/// A difference between the sent and the placed pages, in either direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{} lost pages: the source sent {}, the destination placed {}; the guest runs on at the source; start the \
@@ -32,7 +32,7 @@ fn counted(count: &PageCounts) -> String {
 }
 
 /// Compares the counts of both ends: first those of the stream, then those of each page channel by its id. An end that
-/// has fewer ways than the other has moved nothing on the rest.
+/// has fewer channels than the other has moved no page on the missing ones.
 ///
 /// # Errors
 /// [`LostPages`] of the first way that differs.

@@ -1,8 +1,8 @@
 //! Decides what happens next in a migration.
 //!
-//! Nothing here has a socket, a clock or a thread. A state machine has an inbox and an outbox: `handle(now, event)` takes an
-//! event at any time, `poll()` gives the next thing to do, `wake_at()` says when to come back. Time is an argument. Who does
-//! it is the session's business, so that a whole migration, with faults, runs in a unit test under a seed.
+//! Nothing here has a socket, a clock or a thread. A state machine has an inbox and an outbox: `handle(now, event)`
+//! takes an event at any time, `poll()` returns the next action, `wake_at()` returns when to call it again. Time is an
+//! argument. The session performs the actions, so a whole migration, with faults, runs in a unit test under a seed.
 
 mod background;
 pub mod destination;

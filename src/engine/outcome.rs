@@ -1,4 +1,4 @@
-//! Who owns the guest, and what a migration ended as.
+//! Who owns the guest, and how a migration ended.
 
 /// How ownership passes to the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -7,17 +7,17 @@ pub enum Handover {
     Native,
     /// The peer is a QEMU with a return path: the byte that ends the device state is COMMIT, SHUT is RUNNING.
     Shut,
-    /// Nobody answers (a file, a pipe): the same byte is COMMIT, an orderly close is RUNNING.
+    /// There is no peer that answers (a file, a pipe): the same byte is COMMIT, an orderly close is RUNNING.
     OneWay,
 }
 
 impl Handover {
-    /// True if the peer says when it is ready to take the guest.
+    /// True if the peer reports when it is ready to take over the guest.
     pub fn has_ready(self) -> bool {
         self == Self::Native
     }
 
-    /// True if the peer says when the guest runs.
+    /// True if the peer reports when the guest runs.
     pub fn has_running(self) -> bool {
         self != Self::OneWay
     }
@@ -28,20 +28,20 @@ impl Handover {
 pub enum Reason {
     /// It was cancelled on request.
     Cancelled,
-    /// Something failed; the session holds the error.
+    /// An error; the session holds it.
     Failed,
 }
 
-/// What a migration ended as, seen from the source.
+/// How a migration ended, from the source's point of view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The guest runs at the destination; the source's copy is to be dropped.
+    /// The guest runs at the destination; the source must drop its copy.
     Completed,
     /// The guest runs here, whole.
     StaysHere(Reason),
     /// COMMIT was sent and no RUNNING arrived: the source keeps the guest paused until an operator decides.
     InDoubt,
-    /// The guest runs at the destination, where pages may be missing that only the source has: the connection was lost in
-    /// postcopy. The source keeps them, and never resumes the guest.
+    /// The guest runs at the destination, where pages may be missing that only the source has: the connection was lost
+    /// in postcopy. The source keeps these pages, and never resumes the guest.
     Incomplete,
 }

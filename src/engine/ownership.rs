@@ -1,20 +1,20 @@
-//! Who has a guest whose source has switched to postcopy, as far as its destination knows.
+//! Who owns a guest whose source has switched to postcopy, as far as its destination knows.
 //!
 //! ```text
 //! [source] -> answer sent -> [unknown] -> proof -> [here]
 //!     \________ lost ____________\__ given up __> [given up]
 //! ```
 //!
-//! A source that waits for an answer to its package gives the guest away when that answer arrives. Between the answer's first
-//! byte and a proof that it has arrived, the destination can't know which end has the guest: it neither runs nor discards it.
-//! Proof is the acknowledgement of the answer's bytes, or RESUME on another connection: a source that has its guest back
-//! never sends it.
+//! A source that waits for an answer to its package hands over the guest when that answer arrives. Between sending the
+//! answer's first byte and a proof that it has arrived, the destination can't know which end owns the guest, so it
+//! neither runs nor discards it. The proof is the acknowledgement of the answer's bytes, or RESUME on another
+//! connection: a source that has resumed its guest never sends RESUME.
 //!
-//! # Order that must hold
+//! # Required order
 //!
-//! A guest that was given up never runs here, and one that is here is never given up.
+//! A guest that was given up never runs here, and a guest that is owned here is never given up.
 
-/// Who has the guest.
+/// The owner of the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Ownership {
     /// The source: it resumes its guest when the connection is lost.
@@ -24,12 +24,12 @@ pub(crate) enum Ownership {
     Unknown,
     /// This end.
     Here,
-    /// Nothing is started here any more, whatever comes.
+    /// The guest never starts here any more, whatever arrives.
     GivenUp,
 }
 
 impl Ownership {
-    /// The answer by which the source gives its guest away is sent next. `false`: it must not be.
+    /// The answer that makes the source hand over its guest is sent next. `false`: it must not be sent.
     #[must_use = "a guest that was given up is not asked for"]
     pub(crate) fn answering(&mut self) -> bool {
         if *self == Self::Source {
@@ -38,7 +38,7 @@ impl Ownership {
         *self != Self::GivenUp
     }
 
-    /// The source has given the guest away. `false`: the guest was given up here, and must not run.
+    /// The source has handed over the guest. `false`: the guest was given up here, and must not run.
     #[must_use = "a guest that was given up must not run"]
     pub(crate) fn proven(&mut self) -> bool {
         if *self != Self::GivenUp {
@@ -47,7 +47,8 @@ impl Ownership {
         *self == Self::Here
     }
 
-    /// The connection is lost, or of no more use. `another`: the source may connect again. `true`: what has come is kept.
+    /// The connection is lost, or no longer usable. `another`: the source may connect again. `true`: the received state
+    /// is kept.
     #[must_use = "what has come is discarded, or not"]
     pub(crate) fn lost(&mut self, another: bool) -> bool {
         if *self == Self::Source || (*self == Self::Unknown && !another) {
@@ -56,7 +57,7 @@ impl Ownership {
         *self != Self::GivenUp
     }
 
-    /// No proof can come any more.
+    /// No proof can arrive any more.
     pub(crate) fn give_up(&mut self) {
         if *self != Self::Here {
             *self = Self::GivenUp;
@@ -68,12 +69,13 @@ impl Ownership {
 mod tests {
     use super::*;
 
-    /// What a destination may see, and what its source does at that moment.
+    /// What a destination may observe, and what its source does at that moment.
     const EVENTS: [&str; 7] =
         ["answer", "arrives", "acknowledged", "lost for good", "lost", "resume", "give up"];
 
-    /// Goes through every sequence of seven events beside a source that does what it must: it has its guest until the answer
-    /// arrives, resumes it if the connection is lost before that, and sends RESUME only if it has given it away.
+    /// Goes through every sequence of seven events, together with a source that follows its rules: it owns its guest
+    /// until the answer arrives, resumes the guest if the connection is lost before that, and sends RESUME only if it
+    /// has handed over the guest.
     #[test]
     fn a_guest_runs_at_one_side_at_most_whatever_comes_when() {
         let (mut runs, mut doubts) = (0, 0);

@@ -6,16 +6,17 @@ use std::time::Duration;
 
 use crate::units::Rate;
 
-/// What may leave at once without waiting, as time at the limit.
+/// What may be sent at once without waiting, as time at the limit.
 const BURST: Duration = Duration::from_micros(1500);
 /// What one batch may hold, as time at the limit: a larger one would be a burst of its own.
 const BATCH: Duration = Duration::from_millis(2);
-/// What a sender that was kept from sending makes up for, as time at the limit.
+/// How much an interrupted sender may catch up, as time at the limit.
 const MADE_UP: Duration = Duration::from_millis(200);
-/// How fast it does, in percent of the limit. With a burst and a batch that is less than 1.1 of it in any 100 ms.
+/// Rate of catching up, in percent of the limit. Together with a burst and a batch it is less than 1.1 of the limit in
+/// any 100 ms.
 const FASTER: u32 = 106;
 
-/// Most bytes a second; may be changed while a migration runs. Clones share the limit.
+/// Maximum number of bytes a second; may be changed while a migration runs. Clones share the limit.
 #[derive(Clone, Debug, Default)]
 pub struct BandwidthLimit(Arc<AtomicU64>);
 
@@ -37,16 +38,16 @@ impl BandwidthLimit {
     }
 }
 
-/// Spreads what is sent evenly over time. The moment up to which the bytes so far are paid for runs ahead of the clock
-/// by no more than what was sent last. Where it falls behind, because the sender had no time or the connection no room, the
-/// bytes are made up for at a little more than the limit.
+/// Spreads the sent bytes evenly over time. `paid_until` is the time that the bytes so far take at the limit. It is
+/// ahead of the clock by at most the last batch. If it falls behind the clock, because the sender had no time or the
+/// connection no room, the sender catches up at a little more than the limit.
 #[derive(Debug, Default)]
 pub struct Pace {
     limit: BandwidthLimit,
     paid_until: Duration,
-    /// The same by the limit itself: behind the clock, there is something to make up for.
+    /// The same at exactly the limit: if it is behind the clock, there is something to catch up.
     even: Duration,
-    /// The limit by which they were reckoned.
+    /// The limit that was used for both.
     by: Option<Rate>,
 }
 
@@ -61,7 +62,7 @@ impl Pace {
         let ahead = self.paid_until.saturating_sub(now);
         match (self.by, self.limit.get()) {
             (_, None) => Duration::ZERO,
-            // What is ahead is so many bytes: at another limit they take another time.
+            // The time ahead of the clock stands for a number of bytes: at another limit they take another time.
             (Some(by), Some(limit)) if by != limit => {
                 limit.time_for(by.bytes_in(ahead)).unwrap_or(Duration::ZERO)
             }
@@ -89,7 +90,7 @@ impl Pace {
         self.paid_until = self.paid_until.max(now.saturating_sub(BURST)).saturating_add(took);
     }
 
-    /// `bytes` that were charged did not leave: their pages were found to be zero.
+    /// `bytes` that were charged were not sent: their pages were found to be zero.
     pub fn refund(&mut self, bytes: u64) {
         let Some(took) = self.limit.get().and_then(|limit| limit.time_for(bytes)) else { return };
         self.paid_until = self.paid_until.saturating_sub(took);
@@ -101,8 +102,8 @@ impl Pace {
 mod tests {
     use super::*;
 
-    /// A sender that does nothing but wait and send for `seconds`; how much left in each millisecond. Of each second it is
-    /// kept away for `away`.
+    /// A sender that only waits and sends for `seconds`; returns how much it sent in each millisecond. In each second
+    /// it is interrupted for `away`.
     fn run(pace: &mut Pace, page_bytes: u64, seconds: u64, away: Duration) -> Vec<u64> {
         let mut sent = vec![0; seconds as usize * 1000];
         let mut now = Duration::ZERO;
@@ -136,7 +137,7 @@ mod tests {
             let all: u64 = sent.iter().sum();
             assert!(all.abs_diff(10 * limit) * 100 <= 10 * limit, "{limit}, {away:?}: {all} in 10 s");
             let most = sent.windows(100).map(|window| window.iter().sum::<u64>()).max().unwrap_or(0);
-            // A page is what can't be divided.
+            // A page can't be divided.
             assert!(most <= limit / 10 * 11 / 10 + 4096, "{limit}, {away:?}: {most} in 100 ms");
         }
     }

@@ -1,16 +1,16 @@
-//! What dirty pages will take on the wire where they travel as differences.
+//! Estimates how many bytes dirty pages will take on the wire if they are sent as differences.
 
-/// Bytes of the last two rounds behind the first, and how many pages they were of.
+/// Bytes and pages of the last two rounds after the first.
 ///
-/// A page that is dirty again mostly changes as it did before, so its difference is about as long. Two rounds must tell the
-/// same, each of at least half as many pages as are dirty now, and the dearer one counts: one in which pages came for the
-/// first time, as whole ones, is not forgotten at once.
+/// A page that is dirty again mostly changes as it did before, so its difference is about as long. The estimate needs
+/// two rounds, each with at least half as many pages as are dirty now, and uses the more expensive one. So a round in
+/// which pages were sent for the first time, as whole pages, still counts in the next.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PageCost {
     rounds: [(u64, u64); 2],
 }
 
-/// What is put on top, in percent: rounds differ.
+/// Margin in percent: rounds differ.
 const MARGIN: u64 = 25;
 
 impl PageCost {

@@ -1,7 +1,7 @@
-//! Which missing pages are asked for: once a host page, at once, and again after the connection was lost.
+//! Which missing pages are requested: once for each host page, immediately, and again after the connection was lost.
 //!
-//! The pager knows no memory, no socket and no clock. It is told of faults and of pages that are in place, and answers
-//! with what to do about each.
+//! The pager knows no memory, no socket and no clock. Its inputs are faults and placed pages, and it returns what to do
+//! about each.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,14 +18,14 @@ pub struct HostPage {
     pub offset: u64,
 }
 
-/// What to do about a fault.
+/// What to do for a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultAnswer {
-    /// Ask the source for the page.
+    /// Request the page from the source.
     Ask,
-    /// It was asked for: it comes.
+    /// The page was already requested.
     Wait,
-    /// It has been received: answer the fault here.
+    /// The page has been received: resolve the fault here.
     Received,
 }
 
@@ -39,8 +39,8 @@ pub struct Pager {
 }
 
 impl Pager {
-    /// A thread waits for `page` since `now`. `received` is asked after the page counts as outstanding, so that a page that
-    /// is placed at the same moment is found by one side or the other.
+    /// A thread waits for `page` since `now`. `received` is called after the page counts as outstanding, so that a page
+    /// that is placed at the same moment is noticed by one of the two threads.
     pub fn fault(&mut self, now: Duration, page: HostPage, received: impl FnOnce() -> bool) -> FaultAnswer {
         self.faults += 1;
         let known = self.outstanding.contains_key(&page);
@@ -56,14 +56,14 @@ impl Pager {
         FaultAnswer::Ask
     }
 
-    /// A page is in place. The time since it was asked for, if it was.
+    /// A page is placed. Returns the time since it was requested, if it was.
     pub fn placed(&mut self, now: Duration, page: HostPage) -> Option<Duration> {
         let took = now.saturating_sub(self.outstanding.remove(&page)?);
         self.latency.record(took);
         Some(took)
     }
 
-    /// Pages that are to be asked for again on a new connection, ascending.
+    /// Pages to request again on a new connection, ascending.
     pub fn outstanding(&self) -> impl Iterator<Item = HostPage> + '_ {
         self.outstanding.keys().copied()
     }
@@ -102,7 +102,7 @@ mod tests {
     }
 
     /// Faults, placements and lost connections in any order: every page that a thread waits for is either received or
-    /// asked for on the present connection.
+    /// requested on the present connection.
     #[test]
     fn no_thread_waits_for_a_page_that_nobody_was_asked_for() {
         for seed in 0..2000u64 {

@@ -1,11 +1,11 @@
-//! Whether rounds bring a migration nearer to its end.
+//! Whether rounds bring a migration closer to its end.
 
 /// Rounds without progress after which a migration counts as stalled.
 const MAX_ROUNDS: u32 = 8;
-/// Progress is at least this share of what remained at best, in percent: less is noise.
+/// Progress is at least this share of the smallest remainder so far, in percent: less is noise.
 const NOTABLE: u64 = 5;
 
-/// Watches what remains from round to round.
+/// Tracks how much remains from round to round.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Progress {
     least: Option<u64>,
@@ -23,12 +23,12 @@ impl Progress {
         }
     }
 
-    /// Rounds since less remained than ever before.
+    /// Rounds since the smallest remainder so far.
     pub fn rounds_without(&self) -> u32 {
         self.rounds
     }
 
-    /// True if nothing suggests that the rounds will end.
+    /// True if there is no sign that the rounds will end.
     pub fn is_stalled(&self) -> bool {
         self.rounds >= MAX_ROUNDS
     }

@@ -1,4 +1,4 @@
-//! How fast pages leave, measured over time in which something was sent.
+//! How fast pages are sent, measured only over time in which something was sent.
 
 use std::time::Duration;
 
@@ -7,23 +7,24 @@ use crate::units::Rate;
 /// Shortest time a rate is measured over; the seed's window.
 const WINDOW: Duration = Duration::from_millis(100);
 
-/// What was handed to the connection: guest memory by its own length, and all bytes on the wire. Compressed pages and
-/// differences take fewer on the wire, headers and device state are no guest memory.
+/// What was passed to the connection: guest memory by its own length, and all bytes on the wire. Compressed pages and
+/// differences take fewer bytes on the wire; headers and device state are not guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sent {
-    /// Bytes of the pages that were sent, zero pages apart.
+    /// Bytes of the sent pages, without zero pages.
     pub guest: u64,
     /// Bytes on the wire.
     pub wire: u64,
 }
 
-/// Rates of what has left, a window at a time, so that one slow call does not decide a switchover. Many short rounds make
-/// a window as one long one does: no sample is dropped, or short rounds would never correct a rate that is out of date.
+/// Rates of the bytes that have left this host, a window at a time, so that one slow call does not decide a switchover.
+/// Many short rounds make a window as one long round does: no sample is dropped, otherwise short rounds would never
+/// correct an outdated rate.
 ///
-/// What a socket's buffer takes at once has not left: it counts when it does.
+/// Bytes in a socket's buffer have not left: they count when they do.
 #[derive(Debug, Default)]
 pub struct RateWindow {
-    /// Up to when the window's time was counted, while sending goes on or the link is busy.
+    /// The time up to which the window was counted, while sending continues or the link is busy.
     counted: Option<Duration>,
     took: Duration,
     sent: Sent,
@@ -35,8 +36,8 @@ pub struct RateWindow {
 }
 
 impl RateWindow {
-    /// A round begins, with `under_way` bytes that were sent and have not left. If there are some the link has been busy
-    /// since the last round: that time counts.
+    /// A round begins, with `under_way` bytes that were sent but have not left this host. If there are some, the link
+    /// has been busy since the last round, and that time counts.
     pub fn resume(&mut self, under_way: u64, now: Duration) {
         match self.counted {
             Some(counted) if under_way > 0 => {
@@ -48,7 +49,7 @@ impl RateWindow {
         (self.counted, self.under_way) = (Some(now), under_way);
     }
 
-    /// So much more was `sent` by `now`; `under_way` bytes of all that was have not left yet.
+    /// By `now` a further `sent` was sent; `under_way` of all sent bytes have not left this host yet.
     pub fn add(&mut self, sent: Sent, under_way: u64, now: Duration) {
         let counted = self.counted.replace(now).unwrap_or(now);
         self.took += now.saturating_sub(counted);
@@ -57,7 +58,7 @@ impl RateWindow {
         self.left += (sent.wire + self.under_way).saturating_sub(under_way);
         self.under_way = under_way;
         let is_whole = self.took >= WINDOW;
-        // A shorter time tells something only while there is nothing better.
+        // A shorter time is used only while there is no better measurement.
         if is_whole || !self.whole {
             self.measure();
         }
@@ -67,7 +68,7 @@ impl RateWindow {
         }
     }
 
-    /// Where all that left did so between the rounds, the link is faster than what was sent.
+    /// If all bytes left between the rounds, the link is faster than the sending.
     fn measure(&mut self) {
         let Sent { guest, wire } = self.sent;
         let left = if self.left > 0 { self.left } else { wire };
@@ -77,12 +78,12 @@ impl RateWindow {
         (self.wire, self.guest) = (rate(left).or(self.wire), guest);
     }
 
-    /// How fast pages leave, by their own length; `None` before one was sent.
+    /// Rate of the pages, by their own length; `None` before one was sent.
     pub fn guest(&self) -> Option<Rate> {
         self.guest
     }
 
-    /// How fast bytes leave; `None` before any was sent.
+    /// Rate of the bytes on the wire; `None` before any was sent.
     pub fn wire(&self) -> Option<Rate> {
         self.wire
     }
@@ -115,7 +116,7 @@ mod tests {
         assert_eq!(window.wire(), Some(Rate(1500)), "10 ms do not replace a whole window");
     }
 
-    /// The rate of a loaded moment would be kept for ever otherwise.
+    /// Otherwise the rate of a moment under load would be kept for ever.
     #[test]
     fn short_rounds_come_to_a_window() {
         let mut window = RateWindow::default();
@@ -134,13 +135,13 @@ mod tests {
         window.resume(0, ms(0));
         window.add(Sent { guest: 100_000, wire: 1000 }, 0, ms(100));
         assert_eq!((window.guest(), window.wire()), (Some(Rate(1_000_000)), Some(Rate(10_000))));
-        // Headers alone say nothing of pages.
+        // Headers alone are no measurement of pages.
         window.resume(0, ms(100));
         window.add(Sent { guest: 0, wire: 100 }, 0, ms(1100));
         assert_eq!((window.guest(), window.wire()), (Some(Rate(1_000_000)), Some(Rate(100))));
     }
 
-    /// A link of 1000 bytes a millisecond behind a buffer that takes 4000 at once.
+    /// A link of 1000 bytes a millisecond after a buffer that takes 4000 at once.
     #[test]
     fn what_a_buffer_takes_has_not_left() {
         let mut window = RateWindow::default();
@@ -155,7 +156,7 @@ mod tests {
         assert!((950_000..=1_050_000).contains(&rate), "{rate}");
     }
 
-    /// All of each round leaves before the next one: a rate is known even so.
+    /// All bytes of each round leave before the next round: a rate is known nevertheless.
     #[test]
     fn a_link_that_is_always_done_in_between_has_a_rate() {
         let mut window = RateWindow::default();

@@ -1,19 +1,20 @@
-//! A relay between a guest's source and a far end: whom it asks for the guest, to whom it gives it, and what it tells the
-//! source.
+//! A relay between a guest's source and a far end: when it requests the guest, when it hands the guest over, and what
+//! it reports to the source.
 //!
 //! ```text
 //! receiving -> RAM complete -> device state here -> far end ready -> source asked -> guest given to us
 //!   -> guarded -> given away -> [in doubt] -> source told
 //! ```
 //!
-//! # Orders that must hold
+//! # Required orders
 //!
-//! - The source is asked for the guest only after the far end could take it.
-//! - The far end is given the guest only after the source gave it to us, and after a guard holds the source's connection:
-//!   a source whose connection closes behind its own COMMIT resumes its guest.
-//! - The source is told that the guest runs only after the far end has said so. It is told that the migration failed only
-//!   if the guest was not given away, the far end has said that it does not run there, or the operator has.
-//! - In doubt the source is told nothing. Only the far end, the operator or the end of the source ends the doubt.
+//! - The relay requests the guest from the source only after the far end is ready to take it over.
+//! - The relay hands the guest to the far end only after the source handed it to the relay, and after a guard process
+//!   holds the source's connection: a source whose connection closes after its own COMMIT resumes its guest.
+//! - The relay reports to the source that the guest runs only after the far end has reported it. It reports a failure
+//!   only if the guest was not handed over, or if the far end or the operator has confirmed that it does not run there.
+//! - In doubt the relay reports nothing to the source. Only the far end, the operator or the end of the source ends the
+//!   doubt.
 
 mod flow;
 
@@ -22,75 +23,75 @@ use std::time::Duration;
 
 pub use flow::{RelayFlow, Traffic};
 
-/// What a relay is told.
+/// An event for a relay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RelayEvent {
-    /// The guest's last page has come: it stands still at its source.
+    /// The guest's last page has arrived: the guest is stopped at its source.
     RamComplete,
     /// The device state has come.
     StateArrived,
-    /// The far end has everything and could take the guest.
+    /// The far end has received everything and is ready to take over the guest.
     FarReady,
-    /// The source gave the guest to us. `waits`: it waits for what becomes of it, and can be told.
+    /// The source handed the guest to the relay. `waits`: the source waits for the outcome, and can be sent a report.
     GuestGiven {
         /// See above.
         waits: bool,
     },
-    /// The source's connection is held, whatever becomes of this process.
+    /// A guard process holds the source's connection, even if this process ends.
     Guarded,
     /// It can't be held.
     NotGuarded,
-    /// The far end was given the guest and has said nothing in time; its connection stands.
+    /// The guest was handed to the far end, which has not answered in time; its connection is still open.
     FarSilent,
-    /// The side towards the far end has ended.
+    /// The connection to the far end has ended.
     FarEnded(FarEnd),
-    /// The source's connection has ended, or the side towards it has.
+    /// The source's connection has ended, or the relay's half that serves it.
     SourceGone,
-    /// The operator asks for the end.
+    /// The operator requests the end.
     Cancel,
-    /// The operator has seen that the guest does not run at the far end.
+    /// The operator has confirmed that the guest does not run at the far end.
     NotThere,
-    /// The source has been told, as far as it could be.
+    /// The source has received the report, as far as possible.
     Told,
-    /// What has come and what has left.
+    /// Pages that arrived and that were sent.
     Moved(Traffic),
 }
 
-/// What the side towards the far end ended as.
+/// How the connection to the far end ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FarEnd {
     /// The guest runs there.
     Runs,
-    /// It does not: it was not given away, or the far end has said so.
+    /// The guest does not run there: it was not handed over, or the far end has reported this.
     DoesNotRun,
-    /// The connection broke after the guest was given away.
+    /// The connection broke after the guest was handed over.
     Unknown,
 }
 
-/// What is to be done next, by the side that waits for it.
+/// The next action, for the half that waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RelayAction {
-    /// Towards the far end: the last round, since the guest stands still.
+    /// To the far end: the last round, since the guest is stopped.
     SendLastRound,
-    /// Towards the far end: the device state.
+    /// To the far end: the device state.
     SendState,
-    /// Towards the source: the guest may come.
+    /// To the source: request the guest.
     AskForGuest,
     /// Hold the source's connection beyond the end of this process; answer with [`RelayEvent::Guarded`].
     Guard,
-    /// Towards the far end: the guest is theirs.
+    /// To the far end: hand over the guest.
     GiveAway,
-    /// Tell the operator that nobody knows where the guest runs.
+    /// Report to the operator that it is unknown where the guest runs.
     ReportDoubt,
-    /// Towards the source: the guest runs.
+    /// To the source: the guest runs.
     TellRunning,
-    /// Towards the source: the migration failed, the guest does not run at the far end.
+    /// To the source: the migration failed, the guest does not run at the far end.
     TellFailed,
-    /// Towards the source: nothing, and nobody is there to be told.
+    /// To the source: no report, since there is no source to receive it.
     TellNothing,
-    /// Towards the far end: end, or stop waiting for its answer.
+    /// To the far end: end, or stop waiting for its answer.
     Abandon,
-    /// Nothing more to do; the guard is not needed any more.
+    /// Everything is done; the guard is no longer needed.
     Finish(RelayEnding),
 }
 
@@ -101,7 +102,7 @@ pub enum RelayEnding {
     Running,
     /// The guest does not run at the far end.
     Failed,
-    /// The guest was given away and nobody has said that it runs.
+    /// The guest was handed over, and no message confirmed that it runs.
     InDoubt,
 }
 
@@ -122,7 +123,7 @@ enum Phase {
 #[derive(Debug)]
 pub struct RelayEngine {
     phase: Phase,
-    /// The source waits for what becomes of the guest.
+    /// The source waits for the outcome.
     source_waits: bool,
     far_ended: bool,
     outbox: VecDeque<RelayAction>,
@@ -130,7 +131,7 @@ pub struct RelayEngine {
 }
 
 impl RelayEngine {
-    /// Nothing has come. `downtime_limit`: see [`RelayFlow::new`].
+    /// Nothing has arrived. `downtime_limit`: see [`RelayFlow::new`].
     pub fn new(downtime_limit: Duration) -> Self {
         Self {
             phase: Phase::Receiving,
@@ -146,27 +147,28 @@ impl RelayEngine {
         self.flow = RelayFlow::new(limit);
     }
 
-    /// True from the moment at which the far end may have the guest, until it is known where the guest is.
+    /// True from the moment at which the far end may own the guest, until it is known where the guest runs.
     pub fn is_given_away(&self) -> bool {
         matches!(self.phase, Phase::GivenAway | Phase::InDoubt)
     }
 
-    /// True while nobody knows where the guest runs.
+    /// True while it is unknown where the guest runs.
     pub fn is_in_doubt(&self) -> bool {
         self.phase == Phase::InDoubt
     }
 
-    /// True while a cancel is in time: the source was not asked for the guest yet, which it may give at any moment then.
+    /// True while a cancel is in time: the guest was not requested yet. After the request the source may hand it over
+    /// at any moment.
     pub fn may_cancel(&self) -> bool {
         matches!(self.phase, Phase::Receiving | Phase::RamComplete | Phase::StateHere)
     }
 
-    /// True if it has failed: the guest does not run at the far end, and never will.
+    /// True after a failure: the guest does not run at the far end, and never will.
     pub fn has_failed(&self) -> bool {
         matches!(self.phase, Phase::Telling(RelayEnding::Failed) | Phase::Ended(RelayEnding::Failed))
     }
 
-    /// How it ended, or what is true until it has.
+    /// How it ended, or how it would end now.
     pub fn ending(&self) -> RelayEnding {
         match self.phase {
             Phase::Telling(ending) | Phase::Ended(ending) => ending,
@@ -177,7 +179,7 @@ impl RelayEngine {
 
     /// True while more may be read from the source.
     pub fn may_read(&self) -> bool {
-        // What has left the source's hands is to be kept, whatever became of the far end.
+        // Bytes that the source has already sent must be kept, whatever happened at the far end.
         self.far_ended || self.flow.may_read()
     }
 
@@ -186,8 +188,8 @@ impl RelayEngine {
         self.outbox.pop_front()
     }
 
-    /// Takes an event at any time. What is out of turn fails the migration where the guest can stay, and changes nothing
-    /// where it was given away.
+    /// Takes an event at any time. An event out of turn fails the migration if the guest can stay at the source, and
+    /// changes nothing if it was handed over.
     pub fn handle(&mut self, now: Duration, event: RelayEvent) {
         use RelayEvent as E;
         self.far_ended |= matches!(event, E::FarEnded(_));
@@ -200,7 +202,7 @@ impl RelayEngine {
                 self.source_waits = waits;
                 match waits {
                     true => self.go(Phase::Guarding, RelayAction::Guard),
-                    // Its connection tells it nothing: there is nothing to hold.
+                    // This source does not evaluate its connection: there is nothing to hold.
                     false => self.go(Phase::GivenAway, RelayAction::GiveAway),
                 }
             }
@@ -223,20 +225,20 @@ impl RelayEngine {
                 self.outbox.push_back(RelayAction::Abandon);
                 self.tell(RelayEnding::InDoubt);
             }
-            // The far end answers, or the doubt is told; neither is for us to decide.
+            // The far end answers, or the doubt is reported; the relay decides neither.
             (Phase::GivenAway | Phase::InDoubt, _) => {}
             (Phase::Telling(ending), E::Told) => self.go(Phase::Ended(ending), RelayAction::Finish(ending)),
             (Phase::Telling(_) | Phase::Ended(_), _) => {}
-            // The source may have given the guest away: it alone decides.
+            // The source may have handed over the guest: only the source decides.
             (Phase::Asked | Phase::Guarding, E::Cancel) => {}
-            // The far end can't decide before it was given the guest, and nobody else gives it away.
+            // The far end can't decide before the guest was handed to it, and only the relay hands it over.
             (_, E::Guarded | E::Told | E::NotThere | E::FarSilent) => {}
             (_, E::FarEnded(_) | E::Cancel | E::SourceGone | E::NotGuarded) => self.fail(),
             (_, E::RamComplete | E::StateArrived | E::FarReady | E::GuestGiven { .. }) => self.fail(),
         }
     }
 
-    /// The guest was not given away: it stays.
+    /// The guest was not handed over: it stays at the source.
     fn fail(&mut self) {
         self.outbox.push_back(RelayAction::Abandon);
         self.tell(RelayEnding::Failed);

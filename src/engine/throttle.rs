@@ -1,36 +1,37 @@
-//! How a guest that writes faster than its pages leave is slowed down.
+//! Throttling of a guest that writes faster than its pages are sent.
 //!
-//! Two means, as QEMU has them. *Auto-converge* takes a share of the time of all vCPUs, more each time it does not help.
-//! *Dirty limit* gives each vCPU a quota of what it may write, and lets those that write more rest. Both begin when what
-//! was written in a period exceeds a share of what was sent in it, for the second time.
+//! Two methods, as in QEMU. *Auto-converge* takes a share of the time of all vCPUs, which grows each time it is not
+//! enough. *Dirty limit* gives each vCPU a quota of bytes that it may write, and makes vCPUs that write more rest.
+//! Throttling begins when, for the second time, the bytes written in a period exceed a share of the bytes sent in it.
 
 use std::time::Duration;
 
 use crate::units::{Percent, Rate, RestShare};
 
-/// Shortest time over which what is written and what is sent are compared.
+/// Shortest period over which written and sent bytes are compared.
 const PERIOD: Duration = Duration::from_secs(1);
-/// How often the comparison must be lost before something is done.
+/// How often the limit must be exceeded before throttling begins or increases.
 const TIMES: u32 = 2;
-/// Time between two looks at what the vCPUs write.
+/// Interval between two readings of the vCPUs' writes.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// A vCPU that is that close to its quota is left alone.
+/// A vCPU whose rate is this close to its quota is not changed.
 const NEAR: u64 = 25 << 20;
-/// A vCPU that is further away than this share is brought near at once, else in small steps.
+/// A vCPU that is further off than this share is corrected in one step, otherwise in small steps.
 const FAR: u64 = 50;
 /// A small step: a tenth of the time that the vCPU runs.
 const STEP: u64 = 10;
 
-/// What slows a guest down, with the names and the defaults of QEMU's parameters.
+/// Throttling methods, with the names and the defaults of QEMU's parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ThrottlePolicy {
     /// A share of all vCPUs' time.
     AutoConverge {
-        /// `cpu-throttle-initial`: the share to begin with; 20.
+        /// `cpu-throttle-initial`: the initial share; 20.
         initial: Percent,
-        /// `cpu-throttle-increment`: what is added each time; 10.
+        /// `cpu-throttle-increment`: the increment of the share; 10.
         increment: Percent,
-        /// `cpu-throttle-tailslow`: add no more than would be enough if writing followed the share; false.
+        /// `cpu-throttle-tailslow`: do not add more than would be enough if the writes were proportional to the
+        /// remaining time; false.
         tailslow: bool,
         /// `max-cpu-throttle`: the largest share; 99.
         max: Percent,
@@ -43,7 +44,7 @@ pub enum ThrottlePolicy {
 }
 
 impl ThrottlePolicy {
-    /// Auto-converge as QEMU does it unless told otherwise.
+    /// Auto-converge with QEMU's defaults.
     pub fn auto_converge() -> Self {
         let percent = |value| Percent::new(value).unwrap_or_default();
         Self::AutoConverge { initial: percent(20), increment: percent(10), tailslow: false, max: percent(99) }
@@ -55,7 +56,7 @@ impl ThrottlePolicy {
     }
 }
 
-/// Decides how much a guest is slowed down. Told what was written and sent; time is an argument.
+/// Decides how much to throttle a guest. Its inputs are the written and the sent bytes; time is an argument.
 #[derive(Debug)]
 pub struct Throttler {
     means: Option<ThrottlePolicy>,
@@ -68,14 +69,14 @@ pub struct Throttler {
     vcpus: Option<Vcpus>,
 }
 
-/// What becomes of a guest whose means to slow it down change.
+/// What happens to a guest when the throttling method changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// It stays as slow as it is, or gets this share of all vCPUs' time taken.
+    /// It stays throttled as it is, or this share of all vCPUs' time is taken.
     Goes(Option<Percent>),
-    /// It is let go: all vCPUs' time, and the rests of so many vCPUs.
+    /// Throttling ends: for all vCPUs' time, and the rests of this many vCPUs.
     LetGo {
-        /// vCPUs that may have been told to rest.
+        /// vCPUs that may have a rest set.
         vcpus: usize,
     },
 }
@@ -89,8 +90,7 @@ struct Vcpus {
 }
 
 impl Throttler {
-    /// Nothing is slowed down yet. `threshold` is QEMU's `throttle-trigger-threshold`: the share of what was sent that
-    /// may be written.
+    /// No throttling yet. `threshold` is QEMU's `throttle-trigger-threshold`: written bytes as a share of sent bytes.
     pub fn new(means: Option<ThrottlePolicy>, threshold: Percent) -> Self {
         Self {
             means,
@@ -104,12 +104,12 @@ impl Throttler {
         }
     }
 
-    /// What slows the guest down; `None`: nothing does.
+    /// The throttling method; `None`: no throttling.
     pub fn means(&self) -> Option<ThrottlePolicy> {
         self.means
     }
 
-    /// Other means from now on, `sent` bytes after the start: what is to be done to the guest at once.
+    /// Another method from now on, `sent` bytes after the start; returns what to do to the guest immediately.
     pub fn change(&mut self, now: Duration, sent: u64, means: Option<ThrottlePolicy>) -> Change {
         let before = std::mem::replace(&mut self.means, means);
         match (before, means) {
@@ -130,8 +130,8 @@ impl Throttler {
         }
     }
 
-    /// The guest wrote `dirtied` bytes of pages since the last call, and `sent` bytes have left since the start. The share
-    /// of all vCPUs' time that is to be taken from now on, where it changes.
+    /// The guest wrote `dirtied` bytes of pages since the last call, and `sent` bytes have been sent since the start.
+    /// Returns the share of all vCPUs' time to take from now on, if it changes.
     pub fn synced(&mut self, now: Duration, dirtied: u64, sent: u64) -> Option<Percent> {
         self.dirtied += dirtied;
         let means = self.means?;
@@ -152,7 +152,7 @@ impl Throttler {
         match means {
             ThrottlePolicy::AutoConverge { initial, increment, tailslow, max } => {
                 let left = 100 - u64::from(self.share);
-                // What would be left if it were enough.
+                // The remaining share that would be enough.
                 let ideal = if tailslow { scaled(left, limit, dirtied) } else { 0 };
                 let step = (left - ideal.min(left)).min(increment.get().into()) as u8;
                 let share = if self.share == 0 { initial.get() } else { self.share.saturating_add(step) };
@@ -166,12 +166,13 @@ impl Throttler {
         }
     }
 
-    /// True if [`vcpus`](Self::vcpus) has to be called: once in a while while the guest runs.
+    /// True if [`vcpus`](Self::vcpus) has to be called: at intervals while the guest runs.
     pub fn wants_vcpus(&self, now: Duration) -> bool {
         self.vcpus.as_ref().is_some_and(|vcpus| vcpus.pages.is_empty() || now >= vcpus.looked + POLL_INTERVAL)
     }
 
-    /// What each vCPU has written so far, in pages: how it is to rest from now on, for those for which it changes.
+    /// `pages`: the number of pages that each vCPU has written so far. Returns the new rest of each vCPU for which it
+    /// changes.
     pub fn vcpus(&mut self, now: Duration, pages: &[u64], page_bytes: u64) -> Vec<(usize, RestShare)> {
         let (Some(ThrottlePolicy::DirtyLimit { quota }), Some(vcpus)) = (self.means, &mut self.vcpus) else {
             return Vec::new();
@@ -209,13 +210,13 @@ impl Throttler {
     }
 }
 
-/// How a vCPU that writes at `rate` and rests for `rest` percent of the time it runs is to rest.
+/// The new rest of a vCPU that writes at `rate` and rests for `rest` percent of the time it runs.
 fn rest(quota: Rate, rate: Rate, rest: u16) -> u16 {
     let off = quota.0.abs_diff(rate.0);
     if off <= NEAR {
         return rest;
     }
-    // A vCPU that writes nothing at all would be infinitely far.
+    // A vCPU that writes nothing would be infinitely far off.
     let share = scaled(off, 100, quota.0.max(rate.0)).min(99);
     let step = if share > FAR { share * 100 / (100 - share) } else { STEP };
     let step = u16::try_from(step).unwrap_or(u16::MAX);
@@ -239,7 +240,7 @@ mod tests {
         Percent::new(value).unwrap_or_default()
     }
 
-    /// Syncs a second apart, in each of which `dirtied` is written and `sent` is sent: the shares that are asked for.
+    /// Syncs a second apart, with `dirtied` bytes written and `sent` bytes sent in each; returns the requested shares.
     fn shares(means: ThrottlePolicy, dirtied: u64, sent: u64, seconds: u64) -> Vec<u8> {
         let mut throttle = Throttler::new(Some(means), percent(50));
         let sync = |second| throttle.synced(Duration::from_secs(second), dirtied, second * sent);
@@ -287,7 +288,8 @@ mod tests {
             tailslow: true,
             max: percent(99),
         };
-        // At 20 % the guest writes 60 where 50 are allowed: of the 80 left 66 would do, 14 more are to be taken.
+        // At 20 % the guest writes 60 where 50 are allowed: of the remaining 80, 66 would be enough, so 14 more are
+        // taken.
         assert_eq!(shares(slow(20, 30), 60, 100, 4), [20, 34]);
         assert_eq!(shares(slow(20, 10), 60, 100, 4), [20, 30], "never more than the increment");
         assert_eq!(shares(slow(20, 30), 500, 100, 4), [20, 50]);
@@ -341,14 +343,14 @@ mod tests {
         assert_eq!(rest(quota, Rate(75 * MIB), 7), 7);
         assert_eq!(rest(quota, Rate(126 * MIB), 7), 17);
         assert_eq!(rest(quota, Rate(74 * MIB), 7), 0);
-        // 75 % off: three times as long as it runs.
+        // 75 % too much: it rests three times as long as it runs.
         assert_eq!(rest(quota, Rate(400 * MIB), 0), 300);
         assert_eq!(rest(quota, Rate(20 * MIB), 1000), 600);
         assert_eq!(rest(quota, Rate(0), 9900), 0, "it writes nothing");
         assert_eq!(rest(Rate(MIB), Rate(u64::MAX), 1), 9900, "never more");
     }
 
-    /// A guest whose vCPUs write as fast as they may comes to its quota and stays there.
+    /// A guest whose vCPUs write as fast as allowed reaches its quota and stays there.
     #[test]
     fn a_dirty_limit_holds_each_vcpu_near_its_quota() {
         let quota = 40;

@@ -1,57 +1,58 @@
-//! How much a relay takes ahead of its far end.
+//! How far a relay reads ahead of its far end.
 //!
-//! A source decides by the rate at which its bytes leave when it pauses its guest. A relay that takes faster than its far
-//! end does makes that rate wrong, and what it has taken ahead adds to the downtime. So it takes ahead what the far end
-//! takes in a few milliseconds, by the rate at which the far end's host has acknowledged bytes while there was something to
-//! send. What sockets have swallowed is not taken yet: their buffers take gigabytes a second.
+//! A source decides when to pause its guest by the rate at which its bytes are sent. If a relay reads faster than its
+//! far end does, that rate is wrong, and the pages that it has read ahead add to the downtime. So it reads ahead only
+//! as much as the far end takes in a few milliseconds. This uses the rate at which the far end's host has acknowledged
+//! bytes while there was something to send. Bytes in the sockets' buffers do not count as taken: the buffers accept
+//! gigabytes a second.
 
 use std::time::Duration;
 
 use crate::units::Rate;
 
-/// Longest time the far end may need for what is waiting: it adds to the guest's downtime.
+/// Longest time that the far end may need for the waiting pages: it adds to the guest's downtime.
 const MAX_BACKLOG_TIME: Duration = Duration::from_millis(20);
 
-/// Of the downtime limit, the part that the backlog may take.
+/// The part of the downtime limit that the backlog may take.
 const SHARE_OF_DOWNTIME: u32 = 10;
 
 /// Bytes that may wait before the far end's rate is known.
 const FIRST_BACKLOG: u64 = 4 << 20;
 
-/// Bytes that may wait at any rate: less than that makes rounds of nothing but their heads.
+/// Bytes that may wait at any rate: with fewer, rounds would consist only of headers.
 const MIN_BACKLOG: u64 = 256 << 10;
 
 /// Busy time over which the rate is measured.
 const WINDOW: Duration = Duration::from_millis(50);
 
-/// Bytes that a zero page takes on the wire, about.
+/// Approximate number of bytes that a zero page takes on the wire.
 const ZERO_PAGE_BYTES: u64 = 16;
 
-/// What has come and what has left; totals since the start but for `waiting`.
+/// Pages and bytes that arrived and were sent; all but `waiting` are totals since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Bytes of a page.
     pub page_bytes: u64,
-    /// Pages that have come and were not sent on since.
+    /// Pages that have arrived and were not sent on since.
     pub waiting: u64,
-    /// Pages that came with their bytes, repeats included.
+    /// Pages that arrived with their bytes, including repeats.
     pub whole_came: u64,
-    /// Pages that were sent on with their bytes, repeats included.
+    /// Pages that were sent on with their bytes, including repeats.
     pub whole_left: u64,
     /// Bytes that the far end's host has acknowledged.
     pub acknowledged: u64,
 }
 
-/// Decides whether more is read from the source.
+/// Decides whether to read more from the source.
 #[derive(Debug)]
 pub struct RelayFlow {
     most_time: Duration,
     rate: Option<Rate>,
     allowed: u64,
-    /// Bytes that wait, by what they take on the wire.
+    /// Waiting bytes, by their size on the wire.
     backlog: u64,
     last: Option<(Duration, Traffic)>,
-    /// Whole pages that came again before they were sent: they wait once.
+    /// Whole pages that arrived again before they were sent: they wait only once.
     merged: u64,
     busy_time: Duration,
     busy_bytes: u64,
@@ -72,11 +73,11 @@ impl RelayFlow {
         }
     }
 
-    /// Takes note of what has come and left by `now`.
+    /// Records what has arrived and was sent by `now`.
     pub fn moved(&mut self, now: Duration, traffic: Traffic) {
         self.backlog = self.wire_bytes(&traffic);
         let before = self.last.replace((now, traffic));
-        // An idle far end shows the source's rate, not its own.
+        // If the far end was idle, the result would be the source's rate instead of its own.
         let Some((since, before)) = before.filter(|(_, before)| before.waiting > 0) else { return };
         self.busy_time += now.saturating_sub(since);
         self.busy_bytes += traffic.acknowledged.saturating_sub(before.acknowledged);
@@ -86,7 +87,7 @@ impl RelayFlow {
         }
     }
 
-    /// True while no more waits than the far end takes in the time that a backlog may take.
+    /// True while the backlog is at most what the far end takes in the allowed time.
     pub fn may_read(&self) -> bool {
         self.backlog <= self.allowed
     }
@@ -96,21 +97,21 @@ impl RelayFlow {
         self.allowed
     }
 
-    /// The far end's rate as measured; `None` before a window is full.
+    /// The far end's measured rate; `None` before a window is full.
     pub fn rate(&self) -> Option<Rate> {
         self.rate
     }
 
     fn measured(&mut self, rate: Rate) {
         self.rate = Some(rate);
-        // At most twice as much as before: one window may have met an empty buffer.
+        // At most twice as much as before: a single window may have found an empty buffer.
         let most = self.allowed.saturating_mul(2);
         self.allowed = rate.bytes_in(self.most_time).min(most).max(MIN_BACKLOG);
     }
 
     fn wire_bytes(&mut self, traffic: &Traffic) -> u64 {
         let ahead = traffic.whole_came.saturating_sub(traffic.whole_left);
-        // More than there are: some were replaced by newer ones while they waited.
+        // More than are waiting: some were replaced by newer ones while they waited.
         self.merged = self.merged.max(ahead.saturating_sub(traffic.waiting));
         let whole = ahead.saturating_sub(self.merged).min(traffic.waiting);
         whole * traffic.page_bytes + (traffic.waiting - whole) * ZERO_PAGE_BYTES
@@ -124,7 +125,7 @@ mod tests {
     const PAGE: u64 = 4096;
     const TICK: Duration = Duration::from_millis(2);
 
-    /// A far end that takes `rate` bytes a second behind a socket that swallows `buffer` at once.
+    /// A far end that takes `rate` bytes a second, after a socket that buffers `buffer` at once.
     struct FarEnd {
         rate: u64,
         buffer: u64,
@@ -137,7 +138,7 @@ mod tests {
             Self { rate, buffer, swallowed: 0, sent: 0 }
         }
 
-        /// Takes for a tick, and swallows of `waiting` pages what there is room for; how many are left.
+        /// Takes for a tick, and buffers as many of the `waiting` pages as there is room for; returns how many remain.
         fn tick(&mut self, waiting: u64) -> u64 {
             self.swallowed -= (self.rate / 500).min(self.swallowed);
             let pages = ((self.buffer - self.swallowed) / PAGE).min(waiting);
@@ -147,7 +148,8 @@ mod tests {
         }
     }
 
-    /// A source that gives `pages_a_tick` while it is read from; most bytes that waited from `settled` on.
+    /// A source that sends `pages_a_tick` while the relay reads; returns the maximum number of bytes that waited from
+    /// `settled` on.
     fn most_waiting(rate: u64, pages_a_tick: u64, settled: u64) -> (u64, RelayFlow) {
         let mut flow = RelayFlow::new(Duration::from_millis(300));
         let mut far = FarEnd::new(rate, 2 << 20);
@@ -176,7 +178,7 @@ mod tests {
     #[test]
     fn a_fast_source_gets_no_further_ahead_than_the_far_end_takes_in_a_few_milliseconds() {
         for rate in [10_000_000, 300_000_000, 1_200_000_000] {
-            // 5 GB/s, as a socket's buffer takes them.
+            // 5 GB/s, at which a socket's buffer accepts them.
             let a_read = 2441;
             let (ever, flow) = most_waiting(rate, a_read, 0);
             let (settled, _) = most_waiting(rate, a_read, 500);

@@ -1,4 +1,4 @@
-//! How long the guest would stand still.
+//! Estimate of the guest's downtime.
 
 use std::time::Duration;
 
@@ -6,20 +6,19 @@ use super::SourceEngine;
 use crate::engine::{PageCost, RateWindow};
 use crate::units::Rate;
 
-/// What is known of the way that pages take.
+/// Measurements of the path that pages take.
 #[derive(Debug, Default)]
 pub(super) struct PagePath {
     pub(super) rate: RateWindow,
     pub(super) page_cost: PageCost,
-    /// Pages travel as differences: a dirty one need not take its whole length.
+    /// Pages are sent as differences: a dirty page need not take its whole length.
     pub(super) deltas: bool,
-    /// Bytes that were sent and have not left this host.
+    /// Bytes that were sent but have not left this host.
     pub(super) under_way: u64,
 }
 
 impl SourceEngine {
-    /// How long the guest would stand still if it were paused with `dirty_pages`; `None` before a rate is
-    /// known.
+    /// Expected downtime if the guest were paused with `dirty_pages`; `None` before a rate is known.
     pub fn expected_downtime(&self, dirty_pages: u64) -> Option<Duration> {
         self.downtime_behind(self.path.under_way, dirty_pages)
     }
@@ -30,8 +29,8 @@ impl SourceEngine {
         Some(self.unavoidable().saturating_add(pages).saturating_add(waiting))
     }
 
-    /// Pages are reckoned by their own length, and so is their rate: whether they compress is part of it. Differences are
-    /// reckoned by what they took on the wire.
+    /// Pages count by their own length, and so does their rate, which includes their compression. Differences count by
+    /// the bytes they took on the wire.
     fn time_of_pages(&self, dirty_pages: u64) -> Option<Duration> {
         let page = self.config.page_bytes;
         match dirty_pages {
@@ -44,8 +43,8 @@ impl SourceEngine {
         }
     }
 
-    /// What no round makes shorter: the fixed part, and the device state at the rate of the wire. It is not compressed, so
-    /// where pages are that may be too long, and never too short.
+    /// The part that no round shortens: the fixed part, and the device state at the rate of the wire. Device state is
+    /// not compressed, so with compressed pages this may be too long, but never too short.
     fn unavoidable(&self) -> Duration {
         let state = self.config.state_bytes;
         let state = self.wire_rate().filter(|_| state > 0).and_then(|rate| rate.time_for(state));
@@ -56,10 +55,10 @@ impl SourceEngine {
         self.config.switchover_rate.or(self.path.rate.wire())
     }
 
-    /// True if pausing now keeps the limit. Before the first round nothing has been sent: never.
+    /// True if a pause now would keep the limit. Before the first round nothing has been sent, so the result is false.
     ///
-    /// Where what no round makes shorter (the fixed part, the device state) exceeds the limit alone, no amount of rounds
-    /// helps; a tenth of the limit is then left for pages, and the report tells by how much the limit was missed.
+    /// If the part that no round shortens (the fixed part, the device state) exceeds the limit alone, more rounds do
+    /// not help. A tenth of the limit is then left for pages, and the report contains by how much the limit was missed.
     pub(super) fn fits(&self, downtime: Option<Duration>) -> bool {
         let limit = self.config.downtime_limit;
         let limit = limit.max(self.unavoidable().saturating_add(limit / 10));

@@ -1,4 +1,4 @@
-//! The switch to postcopy: when it is due, and what follows it.
+//! The switch to postcopy: when it is due, and what follows.
 
 use std::time::Duration;
 
@@ -6,22 +6,22 @@ use super::{BehindUrgent, OnTimeout, Phase, PostcopyRule, SourceAction, SourceEn
 use crate::engine::Handover;
 use crate::ram::RoundKind;
 
-/// How far a switch has come.
+/// Progress of a switch.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Switch {
     /// Asked for by command.
     pub(super) wanted: bool,
     /// The guest is paused for it.
     pub(super) begun: bool,
-    /// The peer has loaded the device state and says that it takes the guest.
+    /// The peer has loaded the device state and reported that it takes over the guest.
     pub(super) taken: bool,
     /// A lost connection may be followed by another.
     pub(super) recoverable: bool,
 }
 
 impl SourceEngine {
-    /// The switch is asked for. Of no effect where it was not announced to the peer, or the guest is paused already. A
-    /// slice under way ends with its batch.
+    /// The switch is requested. No effect if postcopy was not announced to the peer, or if the guest is already paused.
+    /// A slice in progress ends with its batch.
     pub(super) fn start_postcopy(&mut self) {
         let announced = self.config.postcopy.is_some();
         let runs = matches!(
@@ -51,7 +51,7 @@ impl SourceEngine {
         self.postcopy.begun
     }
 
-    /// True if the rule says so; what converges is not switched.
+    /// True if the rule requires the switch; a migration that converges is not switched.
     pub(super) fn switch_is_due(&self, now: Duration) -> bool {
         match self.config.postcopy {
             None => false,
@@ -60,7 +60,7 @@ impl SourceEngine {
         }
     }
 
-    /// What need not wait for the end of a round.
+    /// Conditions that need not wait for the end of a round.
     pub(super) fn switches_within_round(&self, now: Duration) -> bool {
         let timed_out = self.is_late(now) && matches!(self.config.timeout, Some((_, OnTimeout::Postcopy)));
         match self.config.postcopy {
@@ -79,7 +79,8 @@ impl SourceEngine {
         self.wake_at = Some(now + self.config.slice);
     }
 
-    /// The end may be said once nothing is left and the guest was taken: until then the peer may still give it back.
+    /// The end may be sent once no page is left and the peer took over the guest: until then the peer may still return
+    /// it.
     pub(super) fn filled(&mut self, now: Duration, pages_left: u64) {
         match (pages_left, self.postcopy.taken) {
             (0, true) => self.go(Phase::EndingPostcopy, SourceAction::EndPostcopy),
@@ -88,7 +89,7 @@ impl SourceEngine {
         }
     }
 
-    /// The peer has taken the guest.
+    /// The peer has taken over the guest.
     pub(super) fn taken(&mut self) {
         self.postcopy.taken = true;
         if self.phase == Phase::AwaitingTaken {
@@ -96,12 +97,12 @@ impl SourceEngine {
         }
     }
 
-    /// True once the peer has said that it takes the guest.
+    /// True once the peer has reported that it takes over the guest.
     pub fn is_taken(&self) -> bool {
         self.postcopy.taken
     }
 
-    /// True if a peer that says that it failed has not started the guest.
+    /// True if a failure that the peer reports means that it has not started the guest.
     pub(super) fn refusal_gives_back(&self) -> bool {
         match self.postcopy {
             Switch { begun: true, taken, .. } => !taken,

@@ -1,23 +1,23 @@
-//! A connection that is lost after the switch to postcopy: both ends keep what they have, and the source connects again.
+//! A connection that is lost after the switch to postcopy: both ends keep their state, and the source connects again.
 //!
 //! ```text
 //! [lost] -> reconnect -> compare what was received -> resume -> missing pages as before
 //! ```
 //!
-//! A loss in any of these steps begins again with the first. The guest was given away: it never runs here again, however this
-//! ends.
+//! After a loss in any of these steps the recovery begins again with the first. The guest was handed over: it never
+//! runs here again, whatever the result.
 
 use std::time::Duration;
 
 use super::{BehindUrgent, Phase, SourceAction, SourceEngine, UrgentChannel};
 
 impl SourceEngine {
-    /// Says whether a lost connection may be followed by another.
+    /// Sets whether a lost connection may be followed by another.
     pub fn set_recoverable(&mut self, recoverable: bool) {
         self.postcopy.recoverable = recoverable;
     }
 
-    /// True while the ends agree, on a new connection, about what is missing.
+    /// True while the ends determine, on a new connection, which pages are missing.
     pub fn is_recovering(&self) -> bool {
         matches!(
             self.phase,
@@ -28,7 +28,8 @@ impl SourceEngine {
         )
     }
 
-    /// True if the loss of the connection is no end: RUN may have left, and the peer may wait for another connection.
+    /// True if the loss of the connection does not end the migration: RUN may have been sent, and the peer may wait for
+    /// another connection.
     pub fn may_recover(&self) -> bool {
         let lives = matches!(
             self.phase,
@@ -51,7 +52,7 @@ impl SourceEngine {
             Phase::Reconnecting => self.go(Phase::AskingReceived, SourceAction::AskReceived),
             Phase::AskingReceived => self.open_urgent(UrgentChannel::Early, BehindUrgent::Compare),
             Phase::ComparingReceived => {
-                // A peer that has not taken the guest does not tell what it has received.
+                // A peer that has not taken over the guest does not send its received bitmap.
                 self.postcopy.taken = true;
                 self.open_urgent(UrgentChannel::Late, BehindUrgent::Resume);
             }

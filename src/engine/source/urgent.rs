@@ -1,15 +1,15 @@
-//! When the connection for urgent pages is made. QEMU 7.2 reads nothing before it is there; later ones take it for another
-//! migration if it comes before they have read from the main connection.
+//! When the connection for urgent pages is opened. QEMU 7.2 reads nothing before it is open; later versions treat it as
+//! another migration if it is opened before they have read from the main connection.
 
 use super::{BehindUrgent, Phase, SourceAction, SourceEngine, UrgentChannel};
 
 impl SourceEngine {
-    /// When the connection for urgent pages is made, if there is one.
+    /// When the connection for urgent pages is opened, if there is one.
     pub fn urgent(&self) -> Option<UrgentChannel> {
         self.config.urgent
     }
 
-    /// Makes the connection if this is the time for it, and goes on with `next`.
+    /// Opens the connection if this is the time for it, and continues with `next`.
     pub(super) fn open_urgent(&mut self, time: UrgentChannel, next: BehindUrgent) {
         if self.config.urgent == Some(time) {
             return self.go(Phase::OpeningUrgent(next), SourceAction::OpenUrgent);

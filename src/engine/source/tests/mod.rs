@@ -12,7 +12,7 @@ const PAGE: u64 = 4096;
 enum Next {
     Does(A),
     Waits(Waiting),
-    /// The action under way goes on.
+    /// The current action continues.
     GoesOn,
 }
 
@@ -78,8 +78,8 @@ fn end_of(outcome: Outcome) -> Next {
     Does(A::Finish(outcome))
 }
 
-/// Nothing that a peer, a fault or a user does at the wrong moment is more than a failure, and never gives the guest away or
-/// takes it back.
+/// No event at the wrong moment, from a peer, a fault or a user, does more than fail the migration. It never hands over
+/// the guest or takes it back.
 #[test]
 fn any_event_at_any_moment_keeps_the_guest_on_one_side() {
     let all = [
@@ -104,7 +104,7 @@ fn any_event_at_any_moment_keeps_the_guest_on_one_side() {
         E::UpstreamStopped,
         E::GuestGiven,
     ];
-    // Any two events behind every prefix of a migration, polled or not.
+    // Any two events after every prefix of a migration, polled or not.
     let walk = [
         E::Begin,
         E::Done,

@@ -20,8 +20,8 @@ fn switching(handover: Handover, rule: PostcopyRule) -> SourceEngine {
     started(SourceEngine::new(config))
 }
 
-/// Each step fails, is refused, or is cancelled. RUN commits, and the peer's word that it takes the guest ends what a
-/// refusal can give back.
+/// Each step fails, is refused, or is cancelled. RUN commits, and after the peer has reported that it takes over the
+/// guest, a refusal no longer returns it.
 #[test]
 fn p8_p12_a_switch_gives_the_guest_away_once() {
     let (committed, taken) = (4, 8);
@@ -56,7 +56,7 @@ fn p8_p12_a_switch_gives_the_guest_away_once() {
 #[test]
 fn a_switch_comes_by_rule_or_by_command_unless_all_fits() {
     let secs = Duration::from_secs;
-    // Much is dirty, and stays so.
+    // Many pages are dirty, and stay so.
     let much = E::Synced { dirty_pages: 1_000_000 };
     let mut engine = switching(Handover::Shut, PostcopyRule::AfterRounds(2));
     one_round(&mut engine, 0, 1_000_000, 1000);
@@ -105,8 +105,8 @@ fn a_switch_comes_by_rule_or_by_command_unless_all_fits() {
     );
 }
 
-/// The connection is lost at each step behind RUN, again in each step of the recovery, and for good. The guest never runs here
-/// again, and pages go on only after the ends have compared.
+/// The connection is lost at each step after RUN, again in each step of the recovery, and permanently. The guest never
+/// runs here again, and pages continue only after the ends have compared their bitmaps.
 #[test]
 fn p9_p11_a_lost_connection_is_followed_by_another_as_often_as_it_is_lost() {
     let (committed, taken) = (4, 8);
@@ -131,7 +131,7 @@ fn p9_p11_a_lost_connection_is_followed_by_another_as_often_as_it_is_lost() {
             engine
         };
         let mut engine = lost();
-        // Connecting is tried again by whoever does it, and its failure is the end.
+        // The session retries connecting, and its failure is the end.
         for lost_again_at in 2..recovery.len() {
             for (event, next) in &recovery[..=lost_again_at] {
                 assert_eq!(engine.step(Duration::ZERO, *event), *next, "lost at {lost_at}");
@@ -151,8 +151,8 @@ fn p9_p11_a_lost_connection_is_followed_by_another_as_often_as_it_is_lost() {
     }
 }
 
-/// The connection for urgent pages comes behind the first bytes of each main one, or before the pause and before pages go on. It
-/// fails: before RUN the guest runs on here, behind it another connection follows.
+/// The connection for urgent pages is opened after the first bytes of each main connection, or before the pause and
+/// before pages continue. If it fails before RUN, the guest continues here; after RUN, another connection follows.
 #[test]
 fn the_connection_for_urgent_pages_is_made_when_the_peer_takes_it() {
     let now = Duration::ZERO;

@@ -8,7 +8,7 @@ fn pauses_when_the_rest_fits_the_downtime() {
     assert_eq!(engine.step(Duration::from_secs(2), E::Synced { dirty_pages: 29_000 }), Does(A::PauseGuest));
 }
 
-/// A guest that makes all its pages dirty again in any round, however short: 400 MB of them, or 10 MB of differences.
+/// A guest that dirties all its pages again in any round, however short: 400 MB of them, or 10 MB of differences.
 #[test]
 fn differences_are_reckoned_as_what_they_take() {
     let mut engine = started(engine());
@@ -21,7 +21,8 @@ fn differences_are_reckoned_as_what_they_take() {
     assert_eq!(again, Does(A::PauseGuest));
 }
 
-/// What waits in the kernel delays the last pages: the guest runs on until it has left, and no round is made of nothing.
+/// Bytes in the kernel's queue delay the last pages: the guest continues until they have left, and there are no empty
+/// rounds.
 #[test]
 fn what_is_under_way_is_waited_for() {
     let mut engine = started(engine());
@@ -40,7 +41,7 @@ fn what_is_under_way_is_waited_for() {
     assert_eq!(engine.step(at, E::Synced { dirty_pages: 100 }), Does(A::PauseGuest));
 }
 
-/// On page channels a short round leaves as a whole while it is closed.
+/// On page channels a short round leaves this host as a whole while it is closed.
 #[test]
 fn what_leaves_at_the_fence_makes_the_rate() {
     for left in [0, 100_000_000] {
@@ -53,7 +54,7 @@ fn what_leaves_at_the_fence_makes_the_rate() {
         engine.set_sent_at_fence(Sent { guest: left, wire: left });
         engine.step(ms(1000), E::Done);
         assert_eq!(engine.rate(), (left > 0).then_some(Rate(left)));
-        // Whether a rate is known or not: no round of nothing follows another for ever.
+        // Whether a rate is known or not: empty rounds do not follow each other for ever.
         assert_eq!(engine.step(ms(1000), E::Synced { dirty_pages: 0 }), Does(A::PauseGuest));
     }
 }
@@ -77,7 +78,7 @@ fn the_fixed_part_counts_and_never_blocks_for_ever() {
     assert_eq!(engine.step(Duration::from_secs(2), rest), Does(A::PauseGuest));
 }
 
-/// What is sent while the guest stands still counts, and an assumed rate replaces the measured one.
+/// Bytes that are sent while the guest is stopped count, and an assumed rate replaces the measured one.
 #[test]
 fn device_state_and_an_assumed_rate_count() {
     let mut engine = started(engine());
@@ -157,7 +158,7 @@ fn rounds_that_bring_nothing_are_counted() {
     assert_eq!(engine.progress().rounds_without(), 8);
 }
 
-/// A stored guest: one round, and then nothing is dirty. Whatever is wrong with the estimate, it arrives.
+/// A stored guest: one round, then no page is dirty. It arrives whatever the estimate is.
 #[test]
 fn nothing_dirty_is_never_followed_by_a_round() {
     for (downtime, state, fixed, wire) in [
@@ -178,8 +179,8 @@ fn nothing_dirty_is_never_followed_by_a_round() {
     }
 }
 
-/// 128 MiB that compress to 1 MiB: the wire's rate says nothing of how fast pages leave, and the device state, which is
-/// not compressed, takes longer at it than the limit. 400 pages more are a moment's work.
+/// 128 MiB that compress to 1 MiB: the wire's rate does not show how fast pages are sent, and at that rate the
+/// uncompressed device state takes longer than the limit. 400 more pages take only a moment.
 #[test]
 fn pages_that_compress_are_reckoned_by_their_length_and_device_state_never_blocks() {
     let mut config = SourceConfig::new(PAGE, Handover::Native);
@@ -197,8 +198,8 @@ fn pages_that_compress_are_reckoned_by_their_length_and_device_state_never_block
     assert_eq!(engine.step(Duration::from_secs(1), E::Synced { dirty_pages: 100 }), Does(A::PauseGuest));
 }
 
-/// A first round at a rate that is far too low (a loaded moment, many zero pages), then rounds of a millisecond: they
-/// correct it, although each alone is too short to.
+/// A first round at a rate that is far too low (load, many zero pages), then rounds of a millisecond: together they
+/// correct the rate, although each alone is too short for it.
 #[test]
 fn short_rounds_correct_a_rate() {
     let mut engine = started(engine());
