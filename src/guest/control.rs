@@ -1,13 +1,13 @@
-//! The machine around the memory: [`GuestControl`] runs it, [`DeviceState`] saves and loads it.
+//! The VM besides its memory: [`GuestControl`] pauses and resumes it, [`DeviceState`] saves and loads it.
 
 use std::io::{self, Read, Write};
 
 use crate::observe::named;
 use crate::units::{Percent, RestShare};
 
-/// Runs the machine around the memory; implemented by the VMM.
+/// Controls vCPUs and devices; implemented by the VMM.
 pub trait GuestControl: Send {
-    /// Stops all vCPUs and every device that writes guest RAM; returns when none does any more.
+    /// Stops all vCPUs and every device that writes guest RAM; returns when none of them writes any more.
     ///
     /// # Errors
     /// The VMM's own; the migration then fails and the guest runs on.
@@ -19,39 +19,41 @@ pub trait GuestControl: Send {
     /// The VMM's own.
     fn resume(&mut self) -> io::Result<()>;
 
-    /// The state of vCPUs and devices: usually `Some(self)`. `None` if there is none: then nothing is sent, and a
-    /// destination refuses a guest that has some.
+    /// The state of vCPUs and devices: usually `Some(self)`. `None` if there is none: then no device state is sent, and
+    /// a destination refuses a guest that has some.
     fn devices(&mut self) -> Option<&mut dyn DeviceState> {
         None
     }
 
-    /// Slows all vCPUs down by `share` of their time; 0 ends it. A VMM that leaves this out has no throttling of this
-    /// kind.
+    /// Takes `share` of all vCPUs' time; 0 ends the throttling. A VMM that does not implement this has no auto-converge
+    /// throttling.
     fn throttle(&mut self, _share: Percent) {}
 
-    /// Pages that each vCPU has written so far; only ever more. A page counts each time it was found dirty. Empty where
-    /// the VMM can't tell which vCPU wrote (KVM's dirty rings tell it): such a guest has no dirty limit.
+    /// Number of pages that each vCPU has written so far; it only grows. A page counts each time it was found dirty.
+    /// Empty if the VMM can't determine which vCPU wrote a page (KVM's dirty rings can): such a guest has no dirty
+    /// limit.
     fn vcpu_dirty_pages(&mut self) -> Vec<u64> {
         Vec::new()
     }
 
-    /// Lets vCPU number `vcpu` of [`vcpu_dirty_pages`](Self::vcpu_dirty_pages) rest for a share of the time that it runs,
-    /// in addition to [`throttle`](Self::throttle); 0 ends it.
+    /// Makes vCPU number `vcpu` of [`vcpu_dirty_pages`](Self::vcpu_dirty_pages) rest for a share of the time that it
+    /// runs, in addition to [`throttle`](Self::throttle); 0 ends the rests.
     fn throttle_vcpu(&mut self, _vcpu: usize, _rest: RestShare) {}
 
-    /// Promises (or no longer promises) that no page is given back to the kernel meanwhile. `false` if the
-    /// guest can't promise: then no NIC may register its memory.
+    /// Promises (or no longer promises) that no page is freed meanwhile. `false` if the guest can't promise this: then
+    /// no NIC may register its memory.
     fn forbid_discard(&mut self, _forbid: bool) -> bool {
         false
     }
 }
 
-/// The state of vCPUs and devices, everything of a guest but its RAM.
+/// The state of vCPUs and devices: everything of a guest except its RAM.
 ///
-/// A machine that only leaves implements [`save`](Self::save), one that only arrives [`load`](Self::load). The other one
-/// refuses, which ends the migration before COMMIT.
+/// A VM that is only a source implements [`save`](Self::save), one that is only a destination [`load`](Self::load). The
+/// default of the other returns an error, which ends the migration before COMMIT.
 pub trait DeviceState {
-    /// Bytes that [`save`](Self::save) will write, about: they count against the downtime limit. The guest runs.
+    /// Approximate number of bytes that [`save`](Self::save) will write: they count against the downtime limit. The
+    /// guest runs.
     fn size(&mut self) -> u64 {
         0
     }
@@ -78,7 +80,7 @@ pub(crate) fn state_size(control: &mut dyn GuestControl) -> u64 {
     named("calling DeviceState::size", || control.devices().map_or(0, DeviceState::size))
 }
 
-/// [`DeviceState::save`] of what `control` has: no bytes if there is none.
+/// [`DeviceState::save`] for the device state of `control`: no bytes if there is none.
 pub(crate) fn save_state(control: &mut dyn GuestControl) -> io::Result<Vec<u8>> {
     let mut state = Vec::new();
     named("calling DeviceState::save", || {

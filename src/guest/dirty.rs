@@ -1,4 +1,4 @@
-//! What knows of the guest's writes: [`DirtySource`].
+//! Tracking of the guest's writes: [`DirtySource`].
 
 use std::io;
 
@@ -7,11 +7,11 @@ use crate::ram::{PageBitmap, PageRun, RamBlock};
 use crate::sys::HostRegion;
 use crate::units::BlockIndex;
 
-/// Why a dirty source can't be used, or failed in use.
+/// Why a dirty source can't be used, or failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DirtyError {
-    /// The kernel, the VMM or this memory can't do it: another source is needed.
+    /// The kernel, the VMM or this memory does not support it: another source is needed.
     #[error("{source_name} can't track this guest: {reason}")]
     Unsupported {
         /// Name of the dirty source.
@@ -19,7 +19,7 @@ pub enum DirtyError {
         /// Why, and what would help.
         reason: String,
     },
-    /// A call failed in use; the dirty log can't be trusted any more.
+    /// A call failed during use; the dirty log can't be trusted any more.
     #[error("{source_name}: {what} failed")]
     Kernel {
         /// Name of the dirty source.
@@ -43,16 +43,16 @@ impl DirtyError {
     }
 }
 
-/// Knows which pages were written since it was last asked.
+/// Reports which pages were written since the last sync.
 ///
-/// A guest has a list of sources and every sync ORs all of them: the KVM log sees only vCPU writes, write
-/// protection only this process's page tables, a vhost-user backend's writes come by a software map.
-/// Methods take `&self`, so that walkers of several blocks can share a source.
+/// A guest has a list of sources and every sync ORs all of them: the KVM log sees only vCPU writes, write protection
+/// only this process's page tables, a vhost-user backend's writes are reported through its own log. Methods take
+/// `&self`, so that walkers of several blocks can share a source.
 pub trait DirtySource: Send + Sync {
     /// Short name for reports: `uffd-wp`, `soft-dirty`, `software`, `kvm-log`, `kvm-ring`.
     fn name(&self) -> &'static str;
 
-    /// Writes a page of scratch memory and looks whether the write is reported.
+    /// Writes a page of scratch memory and checks that the write is reported.
     ///
     /// # Errors
     /// [`DirtyError::Unsupported`] with the reason and the remedy.
@@ -64,8 +64,8 @@ pub trait DirtySource: Send + Sync {
     /// [`DirtyError`].
     fn start(&self) -> Result<(), DirtyError>;
 
-    /// Begins a sync: called once before [`sync_into`](Self::sync_into) is called for each block. A source
-    /// whose kernel log covers all blocks at once takes it here; most sources have nothing to do.
+    /// Begins a sync: called once before [`sync_into`](Self::sync_into) is called for each block. A source whose kernel
+    /// log covers all blocks at once reads it here; most sources do nothing here.
     ///
     /// # Errors
     /// [`DirtyError`].
@@ -89,14 +89,14 @@ pub trait DirtySource: Send + Sync {
         Ok(())
     }
 
-    /// Stops tracking and takes all protection off. Safe to call twice, and after an error.
+    /// Stops tracking and removes all protection. Safe to call twice, and after an error.
     ///
     /// # Errors
     /// [`DirtyError`].
     fn stop(&self) -> Result<(), DirtyError>;
 }
 
-/// The first block that travels and has no [`region`](GuestMemory::region): the kernel can't be asked about it.
+/// The first migrated block without a [`region`](GuestMemory::region): the kernel can't track it.
 #[derive(Debug)]
 pub(super) struct NoRegion(Option<String>);
 
@@ -110,7 +110,7 @@ impl NoRegion {
     }
 }
 
-/// What `tracked` makes of each block that travels and of the region behind it; `None` for a block without one.
+/// The result of `tracked` for each migrated block and its region; `None` for a block that is not migrated.
 pub(super) fn regions_of<T>(
     guest: &dyn GuestMemory,
     tracked: impl Fn(&RamBlock, HostRegion) -> T,
@@ -137,7 +137,7 @@ mod tests {
     use crate::ram::{Landing, RamBlockTable};
     use crate::sys::{HostSpan, Mapping};
 
-    /// A VMM's own memory, which promises no region.
+    /// A VMM's own memory, which provides no region.
     struct Own(MappedGuest);
 
     impl GuestMemory for Own {

@@ -1,24 +1,24 @@
-//! Memory that a guest has not plugged (virtio-mem): it is not read, and does not travel.
+//! Memory that a guest has not plugged (virtio-mem): it is neither read nor sent.
 
 use super::{DirtyError, DirtySource, SoftwareBitmap};
 use crate::ram::{AtomicBitmap, PageBitmap, PageRun, RamBlockTable};
 use crate::units::{BlockIndex, PageIndex};
 
-/// Knows which memory is unplugged: nobody needs its bytes, and reading them could take memory for them.
+/// Reports which memory is unplugged: its contents are not needed, and reading it could allocate memory.
 ///
-/// Asked when a migration starts and after each read of the dirty logs, on the migration's thread. An unplug takes
-/// effect at the next sync: pages of it may be read until then. A VMM that can't have that refuses to unplug while a
-/// migration runs, as QEMU's virtio-mem does.
+/// It is called when a migration starts and after each read of the dirty logs, on the migration's thread. An unplug
+/// takes effect at the next sync: its pages may be read until then. A VMM that can't allow this refuses to unplug while
+/// a migration runs, as QEMU's virtio-mem does.
 ///
-/// What was unplugged at the last sync and is not at this one is found dirty. A range that was unplugged and plugged
-/// again between two syncs nobody sees here: a VMM that lets that happen marks it in a dirty source, once it is plugged.
-/// [`PlugMap`] does.
+/// Memory that was unplugged at the last sync and is not at this one counts as dirty. A range that was unplugged and
+/// plugged again between two syncs is not detected here: a VMM that allows this must mark the range in a dirty source
+/// after it is plugged. [`PlugMap`] does so.
 pub trait DiscardManager: Send + Sync {
-    /// Tells every run of `block` that is unplugged, in any order; called with whole runs of pages only.
+    /// Calls `found` for every unplugged run of `block`, in any order and only with whole pages.
     fn unplugged(&self, block: BlockIndex, found: &mut dyn FnMut(PageRun));
 }
 
-/// Which pages are unplugged, as a device tells it from any thread. Give it to a migration both as its
+/// Which pages are unplugged, as a device reports it from any thread. Pass it to a migration both as its
 /// [`DiscardManager`] and as one of its dirty sources.
 #[derive(Debug)]
 pub struct PlugMap {
@@ -33,14 +33,14 @@ impl PlugMap {
         Self { unplugged: blocks.collect(), plugged_again: SoftwareBitmap::new(table) }
     }
 
-    /// Nobody needs the pages of `run` from here on.
+    /// The pages of `run` are not needed from here on.
     pub fn unplug(&self, run: PageRun) {
         if let Some(map) = self.unplugged.get(run.block.as_usize()) {
             map.set(run.first, run.pages);
         }
     }
 
-    /// The pages of `run` are there, and are the guest's once this returns.
+    /// The pages of `run` are plugged, and are the guest's once this returns.
     pub fn plug(&self, run: PageRun) {
         if let Some(map) = self.unplugged.get(run.block.as_usize()) {
             map.clear(run.first, run.pages);

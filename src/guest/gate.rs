@@ -1,4 +1,4 @@
-//! The gate between those who control a VM and the threads that run it.
+//! The gate between the control of a VM and its vCPU threads.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::sys::Lock as _;
 use crate::units::{Percent, RestShare};
 
-/// A kick that came just before a vCPU entered the guest is lost: it is given again after this long.
+/// A kick that comes just before a vCPU enters the guest is lost: it is repeated after this long.
 const AGAIN: Duration = Duration::from_millis(1);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,16 +24,17 @@ struct State {
     standing: u32,
 }
 
-/// Lets the vCPU threads of a VM run, stand still, slow down and end: what [`GuestControl`](super::GuestControl) asks of them,
-/// for VMMs that have no such thing yet.
+/// Lets the vCPU threads of a VM run, pause, slow down and end, as [`GuestControl`](super::GuestControl) requires, for
+/// VMMs without a mechanism of their own.
 ///
-/// A vCPU's thread calls [`arrive`](Self::arrive) once, then runs its vCPU as long as [`is_open`](Self::is_open), with a
-/// [`rest`](Self::rest) for each few milliseconds that it ran, and else calls [`stand_still`](Self::stand_still).
+/// A vCPU's thread calls [`arrive`](Self::arrive) once. Then it runs its vCPU as long as [`is_open`](Self::is_open),
+/// with a call of [`rest`](Self::rest) after each few milliseconds of run time. Otherwise it calls
+/// [`stand_still`](Self::stand_still).
 #[derive(Debug)]
 pub struct VcpuGate {
     state: Mutex<State>,
     changed: Condvar,
-    /// `state.mode == Run`, for looks that must cost nothing.
+    /// `state.mode == Run`, for checks without cost.
     open: AtomicBool,
     /// Percent of its time that is taken from every vCPU.
     throttle: AtomicU8,
@@ -42,7 +43,7 @@ pub struct VcpuGate {
 }
 
 impl VcpuGate {
-    /// Closed. A vCPU without a thread counts as standing still.
+    /// Closed. A vCPU without a thread counts as paused.
     pub fn new(vcpus: u32) -> Self {
         Self {
             state: Mutex::new(State { mode: Mode::Pause, standing: vcpus }),
@@ -78,8 +79,8 @@ impl VcpuGate {
         drop(self.set(Mode::Run));
     }
 
-    /// Closes the gate and returns when every vCPU stands still. `kick` makes those that are in the guest leave it; it is
-    /// called each millisecond until then.
+    /// Closes the gate and returns when every vCPU is paused. `kick` forces vCPUs out of the guest; it is called each
+    /// millisecond until then.
     ///
     /// # Errors
     /// `TimedOut` if some don't stand still `within` that time; the gate stays closed.
@@ -98,36 +99,37 @@ impl VcpuGate {
         Ok(())
     }
 
-    /// Lets the vCPUs' threads end. Those in the guest need a kick.
+    /// Ends the vCPUs' threads. Those in the guest need a kick.
     pub fn end(&self) {
         drop(self.set(Mode::End));
     }
 
-    /// True while vCPUs may run. Costs a load.
+    /// True while vCPUs may run. The check costs one load.
     pub fn is_open(&self) -> bool {
         self.open.load(Ordering::Acquire)
     }
 
-    /// True while the gate is closed and every vCPU stands still.
+    /// True while the gate is closed and every vCPU is paused.
     pub fn is_closed(&self) -> bool {
         let state = self.lock();
         state.mode == Mode::Pause && self.all_stand(&state)
     }
 
-    /// A vCPU's thread has begun: waits, as one that has stood still so far, until the gate opens. `false`: it ends.
+    /// To be called when a vCPU's thread begins: waits, counted as paused, until the gate opens. `false`: the thread
+    /// must end.
     #[must_use]
     pub fn arrive(&self) -> bool {
         self.wait_open(self.lock())
     }
 
-    /// A vCPU's thread finds the gate closed, and nothing that the guest has not finished: waits until it opens. `false`:
-    /// it ends.
+    /// To be called when a vCPU's thread finds the gate closed, with no unfinished exit of the guest: waits until the
+    /// gate opens. `false`: the thread must end.
     #[must_use]
     pub fn stand_still(&self) -> bool {
         self.wait_open(self.stand())
     }
 
-    /// As [`stand_still`](Self::stand_still) for a vCPU that can't run any more: waits for the end.
+    /// As [`stand_still`](Self::stand_still), for a vCPU that can't run any more: waits for the end.
     pub fn stand_for_good(&self) {
         let state = self.stand();
         drop(self.changed.wait_while(state, |state| state.mode != Mode::End));
@@ -161,7 +163,7 @@ impl VcpuGate {
         self.changed.notify_all();
     }
 
-    /// Lets `vcpu` rest so from now on, beside what is taken of all. One that is not there is left alone.
+    /// Sets the rest of `vcpu` from now on, in addition to the share taken from all vCPUs. An unknown vCPU is ignored.
     pub fn set_rest(&self, vcpu: usize, rest: RestShare) {
         if let Some(slot) = self.rests.get(vcpu) {
             slot.store(rest.percent_of_run(), Ordering::Relaxed);
@@ -170,15 +172,15 @@ impl VcpuGate {
         }
     }
 
-    /// Parts of 10,000 of its time in which `vcpu` may run, at least 1; `None` if it is not throttled.
+    /// Share of its time in which `vcpu` may run, in parts of 10,000, at least 1; `None` if it is not throttled.
     pub fn run_share(&self, vcpu: usize) -> Option<u32> {
         let throttle = u32::from(self.throttle.load(Ordering::Relaxed).min(99));
         let rest = self.rests.get(vcpu).map_or(0, |rest| u32::from(rest.load(Ordering::Relaxed)));
         (throttle + rest > 0).then(|| ((100 - throttle) * WHOLE / (100 + rest)).max(1))
     }
 
-    /// Sleeps as `vcpu` must for having run for `ran`; true if it did. Ends early when the gate closes, and follows a change of its throttle
-    /// that changes meanwhile.
+    /// Sleeps as long as `vcpu` must rest after it ran for `ran`; true if it slept. Ends early when the gate closes,
+    /// and adapts if the vCPU's throttle changes meanwhile.
     pub fn rest(&self, vcpu: usize, ran: Duration) -> bool {
         let (began, mut rested) = (Instant::now(), false);
         let mut state = self.lock();
@@ -193,8 +195,8 @@ impl VcpuGate {
         rested
     }
 
-    /// For a thread that kicks throttled vCPUs out of the guest, so that they check their limits: waits at most `time`, less
-    /// if something changes. `None`: the end; else whether a vCPU is throttled.
+    /// For a thread that kicks throttled vCPUs out of the guest, so that they check their limits: waits at most `time`,
+    /// or less if something changes. `None`: the end; otherwise whether any vCPU is throttled.
     pub fn watch(&self, time: Duration) -> Option<bool> {
         let mut state = self.lock();
         if state.mode != Mode::End {
@@ -218,7 +220,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// Threads that count as long as they may; none counts behind a closed gate, and all end.
+    /// Threads count as long as the gate is open; none counts after it is closed, and all end.
     #[test]
     fn nobody_runs_behind_a_closed_gate_and_all_end() {
         let gate = Arc::new(VcpuGate::new(3));

@@ -1,12 +1,12 @@
-//! Pages that the guest says are free (QEMU's free page optimisation): their bytes need not travel.
+//! Pages that the guest reports as free (QEMU's free page optimisation): they need not be sent.
 //!
-//! # Orders that must hold
+//! # Required orders
 //!
-//! A hint is good between two syncs. Before the logs are read every hint that was taken has had its effect, and from
-//! then until the sync is over none is taken: a page that was written meanwhile would be cleared after the log had told
-//! of it. A hint arms the log of its pages again before it is taken: a log that is cleared by the chunk would else say
-//! nothing of a write between the hint and the chunk's turn. So whatever is written after [`PageHints::free`] has
-//! returned is found by the next sync, and is sent.
+//! A hint is valid between two syncs. Every accepted hint is applied before the logs are read, and from then until the
+//! sync is over no hint is accepted: otherwise a page that was written meanwhile would be cleared after the log had
+//! reported it. The log of the hinted pages is armed again before the hint is accepted: a log that is cleared chunk by
+//! chunk would otherwise miss a write between the hint and the clearing of its chunk. So the next sync finds every
+//! write that follows the return of [`PageHints::free`], and the page is sent.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,29 +16,29 @@ use super::{DirtyError, DirtySource};
 use crate::ram::{PageRun, RamBlockTable, Refusal};
 use crate::sys::Lock as _;
 
-/// Runs that wait for the page loop at most; it takes them before each batch.
+/// Maximum number of runs that wait for the page loop, which takes them before each batch.
 const MAX_WAITING: usize = 64 << 10;
 
-/// The time between two syncs in which hints are good.
+/// The time between two syncs in which hints are valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HintEpoch(u64);
 
 /// What became of a hint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hinted {
-    /// Pages of it that are still to be sent are left out, unless they are written again.
+    /// Its unsent pages are not sent, unless they are written again.
     Taken,
-    /// Its time is over, and it changes nothing.
+    /// It came too late and has no effect.
     TooLate,
-    /// Tens of thousands of hints wait for the page loop already: this one changes nothing.
+    /// Tens of thousands of hints already wait for the page loop: this one has no effect.
     Full,
 }
 
-/// Why a hint could not be taken; it changes nothing.
+/// Why a hint was refused; it has no effect.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HintError {
-    /// The run is not in a block, or its block does not travel.
+    /// The run is not in a block, or its block is not migrated.
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// A dirty log could not be armed for its pages.
@@ -50,16 +50,16 @@ pub enum HintError {
 ///
 /// # What the guest promises
 ///
-/// It holds the pages free from some moment in the epoch until [`free`](Self::free) has returned. A balloon
-/// device learns from events that a sync begins and tells its guest then that the pages are its own again; hints that
-/// are still on their way come too late, which is safe.
+/// It holds the pages free from some moment in the epoch until [`free`](Self::free) has returned. A balloon device
+/// receives an event when a sync begins, and then returns the pages to its guest. Later hints come too late, which is
+/// safe.
 #[derive(Clone)]
 pub struct PageHints(Arc<Shared>);
 
 struct Shared {
     table: RamBlockTable,
     sources: Vec<Arc<dyn DirtySource>>,
-    /// There is something to take: the page loop looks here once a batch, without the lock.
+    /// True if there are hints: the page loop checks this once a batch, without the lock.
     any: AtomicBool,
     told: Mutex<Told>,
     #[cfg(test)]
@@ -72,18 +72,18 @@ struct Told {
     free: Vec<PageRun>,
 }
 
-/// Orders of this file switched off, for the simulation.
+/// Switches off orders of this file, for the simulation.
 #[cfg(test)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct HintBreakage {
-    /// The log of the pages is left as it is.
+    /// The log of the pages is not armed again.
     pub(crate) unprotected: bool,
-    /// The epoch of a hint is not looked at.
+    /// The epoch of a hint is not checked.
     pub(crate) any_epoch: bool,
 }
 
 impl PageHints {
-    /// Hints about the memory that `table` describes and `sources` watch. None is taken before the first
+    /// Hints about the memory that `table` describes and `sources` track. None is accepted before the first
     /// [`open`](Self::open).
     pub(crate) fn new(table: &RamBlockTable, sources: &[Arc<dyn DirtySource>]) -> Self {
         Self(Arc::new(Shared {
@@ -100,14 +100,15 @@ impl PageHints {
         self.0.told.locked()
     }
 
-    /// The epoch that hints are good for now; `None` while the logs are read, before the first sync and after the last.
+    /// The epoch in which hints are valid now; `None` while the logs are read, before the first sync and after the
+    /// last.
     pub fn epoch(&self) -> Option<HintEpoch> {
         let told = self.told();
         told.open.then_some(HintEpoch(told.epoch))
     }
 
-    /// The guest needs nothing that is in the pages of `run`, and holds them until this returns. Waits for a sync's
-    /// beginning at most as long as other calls of this take.
+    /// The guest does not need the contents of the pages of `run`, and keeps them free until this returns. It delays
+    /// the beginning of a sync at most until the current calls end.
     ///
     /// # Errors
     /// [`HintError`]; the pages then travel as all others.
@@ -134,7 +135,7 @@ impl PageHints {
         Ok(Hinted::Taken)
     }
 
-    /// From here on a write to the pages of `run` is new to every log.
+    /// From here on every log reports a write to the pages of `run` again.
     fn arm(&self, run: PageRun) -> Result<(), DirtyError> {
         #[cfg(test)]
         if self.breakage().unprotected {
@@ -143,19 +144,19 @@ impl PageHints {
         self.0.sources.iter().try_for_each(|source| source.reprotect(run))
     }
 
-    /// A sync is over: hints are taken from here on.
+    /// A sync is over: hints are accepted from here on.
     pub(crate) fn open(&self) {
         let mut told = self.told();
         told.epoch += 1;
         told.open = true;
     }
 
-    /// The logs are about to be read: no hint is taken from here on.
+    /// The logs are about to be read: no hint is accepted from here on.
     pub(crate) fn close(&self) {
         self.told().open = false;
     }
 
-    /// Every run that was told of since the last call.
+    /// Calls `each` for every run that was hinted since the last call.
     pub(crate) fn drain(&self, each: impl FnMut(PageRun)) {
         if self.0.any.load(Ordering::Acquire) {
             let mut told = self.told();

@@ -7,7 +7,7 @@ use crate::ram::{Landing, RamBlock, RamBlockTable};
 use crate::sys::{HostRegion, HostSpan, Mapping, OutOfRegion, discard};
 use crate::units::{BlockIndex, PageSize};
 
-/// The memory of a guest: its blocks and the mapped region behind each.
+/// The memory of a guest: its blocks and the mapped region of each.
 ///
 /// ```
 /// use ramwire::guest::{GuestMemory, MappedGuest};
@@ -47,7 +47,7 @@ impl GuestBuilder {
         self
     }
 
-    /// Adds a block over memory that we mapped; memory with a file behind it is marked shared.
+    /// Adds a block over memory that this library mapped; memory with a backing file is marked as shared.
     #[must_use]
     pub fn mapping(self, mut block: RamBlock, mapping: &Mapping) -> Self {
         block.flags.shared |= mapping.backing().is_some();
@@ -76,9 +76,9 @@ impl MappedGuest {
         GuestBuilder { page, blocks: Vec::new(), regions: Vec::new() }
     }
 
-    /// The VMM has resized, added or taken away a block, which this knows nothing of: a migration of it ends, and the
-    /// next one is of a new `MappedGuest`. From any thread; the first change counts. Blocks that are ignored as shared
-    /// may change.
+    /// To be called when the VMM has resized, added or removed a block, which this object does not know: a running
+    /// migration of it ends, and the next one needs a new `MappedGuest`. May be called from any thread; the first
+    /// change counts. Blocks that are ignored as shared may change.
     pub fn layout_changed(&self, change: LayoutChange) {
         let (LayoutChange::Resized { block, .. }
         | LayoutChange::Added { block }
@@ -90,7 +90,7 @@ impl MappedGuest {
         }
     }
 
-    /// The region behind a block.
+    /// The region of a block.
     pub fn region(&self, block: BlockIndex) -> Option<&HostRegion> {
         self.regions.get(block.as_usize())
     }

@@ -1,4 +1,4 @@
-//! Guest RAM as a migration reaches it: [`GuestMemory`].
+//! Guest RAM as a migration accesses it: [`GuestMemory`].
 
 use std::io;
 
@@ -7,11 +7,11 @@ use crate::ram::{BlockError, BlockName, Landing, RamBlockTable, Refusal, TableEr
 use crate::sys::{HostRegion, HostSpan, Loss, OutOfRegion, WriteFaultsError};
 use crate::units::BlockIndex;
 
-/// Why guest memory could not be reached.
+/// Why guest memory could not be accessed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GuestError {
-    /// More host pages were begun than one channel may have unfinished.
+    /// More host pages were begun than one channel may leave incomplete.
     #[error("RAM block {block}: a page of the host page at {offset:#x} came while others were unfinished")]
     Unfinished {
         /// The block.
@@ -19,16 +19,16 @@ pub enum GuestError {
         /// Offset of the host page in bytes.
         offset: u64,
     },
-    /// The range is not in a block, or must not travel.
+    /// The range is not in a block, or the block is not migrated.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The blocks do not make a table.
+    /// The blocks do not form a valid table.
     #[error(transparent)]
     Table(#[from] TableError),
-    /// A block can't be called so.
+    /// The name of a block is invalid.
     #[error(transparent)]
     Name(#[from] BlockError),
-    /// The mapping behind a block is shorter than the block.
+    /// The mapping of a block is shorter than the block.
     #[error("RAM block {block} is longer than its mapping")]
     Unmapped {
         /// The block.
@@ -54,14 +54,14 @@ pub enum GuestError {
         block: String,
         /// The operation.
         what: &'static str,
-        /// What can be done about it.
+        /// The remedy.
         remedy: &'static str,
         /// The kernel's answer.
         source: io::Error,
     },
 }
 
-/// What has become of a guest's RAM blocks while they were in use.
+/// How a guest's RAM blocks changed while they were in use.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayoutChange {
@@ -79,12 +79,12 @@ pub enum LayoutChange {
         /// The block.
         block: BlockName,
     },
-    /// The kernel has lost memory of a block: its file was made shorter, or what it takes pages from is full.
+    /// The kernel has lost memory of a block: its file was truncated, or its file system or pool is full.
     #[error("RAM block {block} has lost memory: {loss}")]
     Lost {
         /// The block.
         block: BlockName,
-        /// What has become of it.
+        /// What happened to it.
         loss: Loss,
     },
     /// A block is gone; its memory stays mapped until the migration is over.
@@ -97,37 +97,38 @@ pub enum LayoutChange {
 
 /// Guest RAM, block by block.
 ///
-/// All methods take `&self`: the page loop, channels and the guest itself reach the memory side by side.
+/// All methods take `&self`: the page loop, channels and the guest itself access the memory in parallel.
 pub trait GuestMemory: Send + Sync {
     /// The blocks, in the order of the stream's block list.
     fn table(&self) -> &RamBlockTable;
 
-    /// Where the bytes of `landing` are in this process. The kernel and the NIC read and write there.
+    /// The memory of `landing` in this process. The kernel and the NIC read and write there.
     ///
     /// # Errors
     /// [`GuestError::Unmapped`] if `landing` is of another table.
     fn span(&self, landing: Landing) -> Result<HostSpan<'_>, GuestError>;
 
-    /// The memory behind a block in a form that outlives the borrow, for a NIC that reads and writes there by itself.
-    /// `None` if it can't promise to stay mapped where it is.
+    /// The memory of a block in a form that outlives the borrow, for a NIC that reads and writes it by itself. `None`
+    /// if it can't promise to stay mapped at its address.
     fn region(&self, _block: BlockIndex) -> Option<HostRegion> {
         None
     }
 
-    /// What has changed since this was made, and is not in [`table`](Self::table): that ends a migration of it, before
-    /// COMMIT, and the guest runs on. Looked at before each sync, once a slice, and before the device state is saved.
+    /// A change since this was created that is not in [`table`](Self::table): it ends a migration of this memory before
+    /// COMMIT, and the guest continues. It is checked before each sync, once a slice, and before the device state is
+    /// saved.
     fn layout_change(&self) -> Option<LayoutChange> {
         None
     }
 
-    /// The bytes of `landing` are given up (postcopy, balloon); reads see zero afterwards.
+    /// Discards the bytes of `landing` (postcopy, balloon); reads return zero afterwards.
     ///
     /// # Errors
     /// [`GuestError::Kernel`]; never called on memory a NIC has registered.
     fn discard(&self, landing: Landing) -> Result<(), GuestError>;
 }
 
-/// [`GuestMemory::span`], whose panic is told by its name.
+/// [`GuestMemory::span`]; a panic in it is reported with its name.
 pub(crate) fn span_of(memory: &dyn GuestMemory, landing: Landing) -> Result<HostSpan<'_>, GuestError> {
     named("calling GuestMemory::span", || memory.span(landing))
 }

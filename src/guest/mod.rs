@@ -1,4 +1,4 @@
-//! The virtual machine as a migration sees it: its memory, what it wrote, and how it is controlled.
+//! The virtual machine as a migration sees it: its memory, its writes, and its control.
 
 mod control;
 mod dirty;

@@ -1,4 +1,4 @@
-//! Races writers against syncs: a copy that follows only what is reported must end up equal to the memory.
+//! Races writers against syncs: a copy that is updated only from the reported pages must end up equal to the memory.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::units::{BlockIndex, PageIndex, PageSize};
 
 const PAGE: u64 = 4096;
 const WRITERS: u64 = 3;
-/// Syncs that at least fall into each pass; writers wait for them, so that none runs beside no sync.
+/// Minimum number of syncs in each pass; writers wait for them, so that each writer runs in parallel with syncs.
 const SYNCS: u64 = 6;
 
 /// Blocks named b0, b1, ... over the mappings.
@@ -30,14 +30,14 @@ pub(super) fn guest_of(mappings: &[Mapping]) -> MappedGuest {
 /// How the race ended.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Outcome {
-    /// Pages whose copy differs from the memory: writes that were reported by no sync.
+    /// Pages whose copy differs from the memory: writes that no sync reported.
     pub(super) lost: u64,
-    /// Pages that syncs during the passes reported.
+    /// Pages that syncs reported during the passes.
     pub(super) reported: u64,
 }
 
-/// Runs `passes` races. In each, three writers write every page exactly once (nothing later makes a lost
-/// write good) while syncs go on beside, and afterwards the copy is compared.
+/// Runs `passes` races. In each, three writers write every page exactly once (no later write hides a lost one) while
+/// syncs run in parallel, and afterwards the copy is compared.
 ///
 /// `write` stores the bytes the way the tracked writers do.
 pub(super) fn race(
@@ -68,8 +68,8 @@ pub(super) fn race(
     })
 }
 
-/// As [`race`], with any writers: `pass` makes the writes of a pass, given its number (from 1) and the count
-/// of syncs so far, and returns when all are made.
+/// As [`race`], with any writers: `pass` makes the writes of a pass, given its number (from 1) and the count of syncs
+/// so far, and returns after the last write.
 pub(super) fn race_passes(
     guest: &MappedGuest,
     sources: &[Arc<dyn DirtySource>],
@@ -113,14 +113,14 @@ fn run_of(guest: &MappedGuest, mut page: u64) -> PageRun {
     unreachable!("pages are counted over the table")
 }
 
-/// Stores `stamp` at a place in the page that follows from it; the plain writer of this process.
+/// Stores `stamp` at an offset in the page that depends on the stamp; the plain writer of this process.
 pub(super) fn store(guest: &MappedGuest, run: PageRun, stamp: [u8; 16]) {
     let span = guest.span(guest.table().admit_run(run).unwrap()).unwrap();
     let at = usize::from(stamp[8]) * 16 % (PAGE as usize - 16);
     span.part(at, 16).unwrap().copy_from(&stamp);
 }
 
-/// A copy of guest memory that is brought up to date by dirty pages only.
+/// A copy of guest memory that is updated only with dirty pages.
 pub(super) struct Follower<'a> {
     guest: &'a MappedGuest,
     dirty: DirtyMap,
@@ -141,7 +141,7 @@ impl<'a> Follower<'a> {
         }
     }
 
-    /// A round as the engine makes it: sync, clear the bits, re-protect, read. Returns the pages copied.
+    /// A round like the engine's: sync, clear the bits, re-protect, read. Returns the number of pages copied.
     pub(super) fn sync(&mut self, sources: &[Arc<dyn DirtySource>]) -> Result<u64, DirtyError> {
         let table = self.guest.table();
         sync_all(sources, table, &mut self.dirty)?;

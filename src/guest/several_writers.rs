@@ -1,4 +1,4 @@
-//! Writers that no single source sees: a vCPU, a device thread and another process, at once.
+//! Writers that no single source reports: a vCPU, a device thread and another process, in parallel.
 //!
 //! The other process is this test program again, started with [`ROLE`] in its environment so that only
 //! [`second_process`] runs; it maps the guest's memory by the descriptor of its parent.
@@ -25,11 +25,11 @@ use crate::units::{BlockIndex, BlockOffset, GuestAddr, PageIndex, PageSize};
 /// Descriptors of the memory and of the log in the parent, which the second process opens by /proc.
 const ROLE: &str = "RAMWIRE_TEST_SECOND_PROCESS";
 const PAGES: u64 = 2048;
-/// The second process's pages; the vCPU has the first thousand, the device thread those between.
+/// The second process's pages; the vCPU writes the first thousand, the device thread those between.
 const THEIRS: std::ops::Range<u64> = 1400..2048;
 const GUEST_ADDR: u64 = 0x10_0000;
 
-/// What runs in the other process: it writes its pages each time it is told so, and logs them after.
+/// The code of the other process: it writes its pages each time it receives a message, and logs them afterwards.
 #[test]
 fn second_process() {
     let Ok(role) = std::env::var(ROLE) else { return };
@@ -143,7 +143,7 @@ fn a_vcpu_a_device_thread_and_a_second_process_at_once_lose_nothing() {
     let outcome = race_passes(&guest, &all, 4, &pass).unwrap();
     assert!(outcome.lost == 0 && outcome.reported > 0, "{outcome:?}");
 
-    // No source is there in vain: without any one of them its writer's pages are lost.
+    // Every source is needed: without any one of them its writer's pages are lost.
     for (missing, pages) in [(0, 1000), (1, 400), (2, 648)] {
         let two: Vec<_> = (0..3).filter(|at| *at != missing).map(|at| all[at].clone()).collect();
         let outcome = race_passes(&guest, &two, 1, &|number, synced| {
@@ -153,7 +153,8 @@ fn a_vcpu_a_device_thread_and_a_second_process_at_once_lose_nothing() {
     }
 }
 
-/// Another process's memory by its own userfaultfd and page map: its writes are seen, ours are not.
+/// Another process's memory, tracked by that process's own userfaultfd and page map: its writes are reported, ours are
+/// not.
 #[test]
 fn another_process_is_tracked_by_its_own_descriptors() {
     let (ram, log, block) = memory();
@@ -170,7 +171,7 @@ fn another_process_is_tracked_by_its_own_descriptors() {
     let pass = |pass: u64, _: &AtomicU64| second.lock().unwrap().write_pages(pass);
     let outcome = race_passes(&guest, std::slice::from_ref(&source), 3, &pass).unwrap();
     assert!(outcome.lost == 0, "{outcome:?}");
-    // What this process writes through its own mapping is not theirs.
+    // Writes by this process through its own mapping do not belong to that process.
     source.start().unwrap();
     store(&guest, PageRun { block: BlockIndex(0), first: PageIndex(3), pages: 1 }, [1; 16]);
     second.lock().unwrap().write_pages(9);

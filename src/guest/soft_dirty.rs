@@ -1,12 +1,12 @@
 //! Written pages by soft-dirty bits: private memory of this process, on kernels before 6.7.
 //!
-//! The kernel has no call that reads the bits and clears them in one step: a write to a clean page between
-//! the two would leave no mark. So every writer must stand still for that moment, which the embedder does
-//! ([`Standstill`]): a sync costs a short stop of the guest, some 10 ms a GiB, where
-//! [`WrittenPages`](super::WrittenPages) costs none. Clearing is for the whole process, so one sync takes the
-//! bits of all blocks ([`begin_sync`](DirtySource::begin_sync)), and there is one such source a process.
+//! The kernel has no call that reads the bits and clears them in one step: a write to a clean page between the two
+//! would be lost. So every writer must be stopped for that moment, which the embedder does ([`Standstill`]): a sync
+//! costs a short stop of the guest, some 10 ms per GiB, while [`WrittenPages`](super::WrittenPages) costs none.
+//! Clearing affects the whole process, so one sync reads the bits of all blocks
+//! ([`begin_sync`](DirtySource::begin_sync)), and there can be only one such source per process.
 //!
-//! Memory that is mapped beside a block may become one mapping with it; the kernel then reports the whole
+//! Memory that is mapped next to a block may be merged with it into one mapping; the kernel then reports the whole
 //! block once.
 //!
 //! Not for shared memory, whose bits get lost when a page is unmapped by reclaim, and not for huge pages,
@@ -27,12 +27,12 @@ use crate::units::{BlockIndex, PageSize};
 
 const NAME: &str = "soft-dirty";
 
-/// True while a source of this process is started; the bits are the process's, not the source's.
+/// True while a source of this process is started; the bits belong to the process, not to the source.
 static IN_USE: AtomicBool = AtomicBool::new(false);
 
-/// Holds every writer of guest RAM still for a moment: vCPUs, device threads, system calls under way.
+/// Stops every writer of guest RAM for a moment: vCPUs, device threads, system calls in progress.
 pub trait Standstill: Send + Sync {
-    /// Stops all writers, calls `during` once, and lets them go on. Called while the guest is paused, too.
+    /// Stops all writers, calls `during` once, and lets them continue. Also called while the guest is paused.
     ///
     /// # Errors
     /// If the writers could not be stopped; `during` was not called then.
@@ -59,9 +59,9 @@ struct Tracked {
 #[derive(Debug)]
 struct Running {
     bits: SoftDirtyBits,
-    /// Taken from the kernel and not yet handed out, by block.
+    /// Pages read from the kernel and not yet handed out, by block.
     taken: Vec<PageBitmap>,
-    /// Blocks that were handed out since the bits were taken: asked again, they know nothing new.
+    /// Blocks that were handed out since the bits were read: a second call reports nothing new.
     handed_out: Vec<bool>,
 }
 
@@ -72,8 +72,8 @@ impl std::fmt::Debug for SoftDirty {
 }
 
 impl SoftDirty {
-    /// Tracks the blocks of `guest`, whose writers `writers` can hold still. [`probe`](DirtySource::probe) refuses a
-    /// block without a [`region`](GuestMemory::region).
+    /// Tracks the blocks of `guest`, whose writers `writers` can stop. [`probe`](DirtySource::probe) refuses a block
+    /// without a [`region`](GuestMemory::region).
     pub fn new(guest: &dyn GuestMemory, writers: Arc<dyn Standstill>) -> Self {
         let tracked = |block: &RamBlock, region: HostRegion| {
             let len = block.max_length.min(region.len()).next_multiple_of(region.page().bytes());
@@ -88,7 +88,7 @@ impl SoftDirty {
         self.running.locked()
     }
 
-    /// Reads the bits of all blocks into `running.taken`, then clears them; nobody writes meanwhile.
+    /// Reads the bits of all blocks into `running.taken`, then clears them; no thread writes meanwhile.
     fn take(&self, running: &mut Running) -> io::Result<()> {
         let blocks = self.blocks.iter().zip(&mut running.taken);
         for (tracked, taken) in blocks.filter_map(|(tracked, taken)| Some((tracked.as_ref()?, taken))) {
@@ -120,7 +120,7 @@ impl DirtySource for SoftDirty {
             };
             return Err(DirtyError::unsupported(NAME, format!("RAM block {} {why}", tracked.block)));
         }
-        // A probe clears the process's bits: a source at work would lose its own, and is proof enough.
+        // A probe clears the process's bits: a source in use would lose its own, and proves that the bits work.
         if IN_USE.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
@@ -144,7 +144,7 @@ impl DirtySource for SoftDirty {
             let reason = "another migration of this process uses the bits; run one at a time";
             return Err(DirtyError::unsupported(NAME, reason.to_owned()));
         }
-        // No standstill: what was written before travels in the first round.
+        // Without a stop of the writers: earlier writes are sent in the first round.
         if let Err(error) = bits.clear_all() {
             IN_USE.store(false, Ordering::Release);
             return Err(DirtyError::kernel(NAME, "clearing /proc/self/clear_refs", error));
@@ -197,12 +197,12 @@ impl DirtySource for SoftDirty {
 
 impl Drop for SoftDirty {
     fn drop(&mut self) {
-        // Nobody is left to tell, and there is nothing that fails.
+        // There is no caller to return an error to, and nothing here fails.
         drop(self.stop());
     }
 }
 
-/// Writes one of two scratch pages after a clear and looks for it.
+/// Writes one of two scratch pages after a clear and checks that it is reported.
 fn probe_scratch() -> Result<(), DirtyError> {
     let failed = |what: &'static str| {
         move |error: io::Error| DirtyError::unsupported(NAME, format!("{what}: {error}"))
@@ -262,7 +262,7 @@ mod tests {
     use crate::sys::testing::huge_pages;
     use crate::units::PageIndex;
 
-    /// Writers write under the read lock; the standstill takes the other one.
+    /// Writers write under the read lock; the stop takes the write lock.
     #[derive(Default)]
     struct Turnstile(RwLock<()>);
 
@@ -280,7 +280,7 @@ mod tests {
         (guest, turnstile, source)
     }
 
-    /// The kernels of today's distributions differ in this; a kernel without the bits must be found out.
+    /// Kernels of current distributions differ in this; a kernel without the bits must be detected.
     #[test]
     fn the_probe_passes_or_names_the_missing_option() {
         let (_, _, source) = source_over(&[Mapping::anonymous(8192).unwrap()]);
@@ -289,7 +289,7 @@ mod tests {
         }
     }
 
-    /// Debian's kernel has the bits. The tests run one after the other: the bits are the process's.
+    /// Debian's kernel has the bits. The tests run one after the other: the bits belong to the process.
     mod in_rxe_guest {
         use super::*;
 
@@ -319,7 +319,7 @@ mod tests {
             follower.copy_all();
             store(&guest, run(0, 5), [2; 16]);
             store(&guest, run(1, 63), [3; 16]);
-            // Two, unless a mapping made meanwhile has joined the blocks.
+            // Two, unless a new mapping has joined the blocks.
             assert!(follower.sync(&sources).unwrap() >= 2);
             assert_eq!(follower.differing(), 0);
             assert!((0..5).any(|_| follower.sync(&sources).unwrap() == 0), "a write is reported once");
@@ -330,7 +330,7 @@ mod tests {
             second.probe().unwrap();
         }
 
-        /// Why there must be a standstill.
+        /// Why the writers must be stopped.
         #[test]
         #[ignore = "runs in ci/rxe-guest"]
         fn a_write_between_reading_and_clearing_leaves_no_mark() {

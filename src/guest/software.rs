@@ -1,14 +1,16 @@
-//! Dirty pages that are reported to us: a VMM's own writes, a device thread, a backend in another process.
+//! Dirty pages that are reported to this library: writes by a VMM itself, a device thread, or a backend in another
+//! process.
 
 use super::{DirtyError, DirtySource};
 use crate::ram::{AtomicBitmap, Landing, PageBitmap, PageRun, RamBlock, RamBlockTable};
 use crate::units::{BlockIndex, BlockOffset, GuestAddr, PageIndex, PageSize};
 
-/// One bit a page, set by writers of guest RAM that the other sources don't see; any thread of this process.
+/// One bit per page, set by writers of guest RAM that the other sources don't report, from any thread of this process.
 ///
-/// # Order that must hold
+/// # Required order
 ///
-/// Write the bytes, then mark. A mark before the write can be taken by a sync that still reads the old bytes.
+/// Write the bytes, then mark. If a page is marked before the write, a sync in between clears the mark and still reads
+/// the old bytes.
 #[derive(Debug)]
 pub struct SoftwareBitmap {
     blocks: Vec<AtomicBitmap>,
@@ -32,8 +34,8 @@ impl SoftwareBitmap {
     }
 
     /// Marks the pages of `len` bytes from the guest-physical address `at` on, whose bytes were written. The range may
-    /// cross blocks. `false` if a part of it is in no block with a [`guest_addr`](RamBlock::guest_addr); the rest is marked
-    /// nevertheless.
+    /// cross blocks. `false` if a part of it is in no block with a [`guest_addr`](RamBlock::guest_addr); the rest is
+    /// still marked.
     #[must_use = "what is not RAM was not marked"]
     pub fn mark_guest(&self, at: GuestAddr, len: u64) -> bool {
         let end = at.0.saturating_add(len);
@@ -63,13 +65,13 @@ impl DirtySource for SoftwareBitmap {
         "software"
     }
 
-    /// Nothing of the kernel is needed. Whether the writers mark what they write, only they know.
+    /// Nothing of the kernel is needed. Whether the writers mark their writes can't be tested.
     fn probe(&self) -> Result<(), DirtyError> {
         Ok(())
     }
 
     fn start(&self) -> Result<(), DirtyError> {
-        // What was marked before belongs to the first round, which takes every page.
+        // Earlier marks belong to the first round, which sends every page.
         for map in &self.blocks {
             map.take_into(&mut PageBitmap::new(map.len()));
         }
@@ -112,7 +114,7 @@ mod tests {
         assert!(outcome.lost == 0 && outcome.reported > 0, "{outcome:?}");
     }
 
-    /// The order of the type's documentation keeps the write; the other one loses it to a sync in between.
+    /// The order in the type's documentation keeps the write; the opposite order loses it to a sync in between.
     #[test]
     fn a_mark_before_the_write_is_lost_to_a_sync_in_between() {
         let guest = guest_of(&[Mapping::anonymous(8192).unwrap()]);

@@ -1,4 +1,4 @@
-//! Several dirty sources as one: asked together, and chosen by probing.
+//! Several dirty sources as one: synced together, and chosen by probing.
 
 use std::fmt;
 use std::io;
@@ -9,8 +9,8 @@ use crate::observe::named;
 use crate::ram::{DirtyMap, RamBlockTable};
 use crate::units::BlockIndex;
 
-/// One sync: every source is asked about every block that travels, all answers are ORed into `dirty`.
-/// Returns how many pages became dirty that were clean before.
+/// One sync: every source is synced for every migrated block, and all results are ORed into `dirty`. Returns how many
+/// pages became dirty that were clean before.
 ///
 /// # Errors
 /// The first source's that fails; what was reported before stays in `dirty`.
@@ -36,7 +36,7 @@ pub fn sync_all(
     Ok(fresh)
 }
 
-/// What helps where a file of /proc could not be opened: `missing`, unless the kernel has named a limit.
+/// The remedy if a file of /proc could not be opened: `missing`, unless the kernel's error names a limit.
 pub(super) fn no_proc(error: &io::Error, missing: &'static str) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EMFILE) => "raise the limit of open files (RLIMIT_NOFILE)",
@@ -45,7 +45,7 @@ pub(super) fn no_proc(error: &io::Error, missing: &'static str) -> &'static str 
     }
 }
 
-/// The dirty source that passed its probe, and why those before it did not.
+/// The dirty source that passed its probe, and why those before it failed.
 pub struct Choice {
     /// The first source that works here.
     pub source: Arc<dyn DirtySource>,
@@ -74,7 +74,7 @@ pub struct NoSource {
     pub refused: Vec<DirtyError>,
 }
 
-/// Probes `candidates`, alternatives for the same writers, in order and takes the first that works.
+/// Probes `candidates`, alternatives for the same writers, in order and returns the first that works.
 ///
 /// # Errors
 /// [`NoSource`] with every reason.
@@ -96,7 +96,7 @@ mod tests {
     use crate::ram::{BlockName, ClearShift, PageBitmap, RamBlock};
     use crate::units::PageSize;
 
-    /// Reports one page of every block, or refuses.
+    /// Reports one page of every block, or fails.
     struct Fixed(&'static str, Option<u64>);
 
     impl DirtySource for Fixed {
@@ -147,7 +147,7 @@ mod tests {
         assert_eq!(sync_all(&two, &table, &mut dirty).unwrap(), 0);
         let counts = [0, 1, 2].map(|index| dirty.block(BlockIndex(index)).unwrap().count());
         assert_eq!(counts, [2, 0, 2]);
-        // What the first source said before the second failed is not lost.
+        // Pages that the first source reported before the second failed are not lost.
         let failing = sources(&[("x", Some(5)), ("y", None)]);
         assert!(sync_all(&failing, &table, &mut dirty).is_err());
         assert_eq!(dirty.block(BlockIndex(0)).unwrap().count(), 3);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use super::{DeviceState, GuestControl};
 use crate::sys::Lock as _;
 
-/// A machine without a vCPU: it knows whether it runs, and its device state is a string of bytes. Clones are one machine.
+/// A VM without a vCPU: it records whether it runs, and its device state is a string of bytes. Clones are the same VM.
 #[derive(Clone, Debug, Default)]
 pub struct TestMachine(Arc<Mutex<Inner>>);
 
@@ -18,14 +18,14 @@ struct Inner {
 }
 
 impl TestMachine {
-    /// It runs, and saves `state`. The default stands still and waits for one.
+    /// A running VM that saves `state`. The default is paused and waits for a state.
     pub fn running(state: &[u8]) -> Self {
         let machine = Self::default();
         *machine.0.locked() = Inner { runs: true, state: state.to_vec(), keeps_memory: false };
         machine
     }
 
-    /// Promises, when it is asked, that no page is given back to the kernel: a NIC may register its memory.
+    /// Makes it promise, when requested, that no page is freed: a NIC may register its memory.
     #[must_use]
     pub fn keeping_memory(self) -> Self {
         self.0.locked().keeps_memory = true;
@@ -37,7 +37,7 @@ impl TestMachine {
         self.0.locked().runs
     }
 
-    /// Its device state: what it was made with, or what it has loaded.
+    /// Its device state: the initial one, or the loaded one.
     pub fn state(&self) -> Vec<u8> {
         self.0.locked().state.clone()
     }

@@ -1,5 +1,5 @@
-//! Dirty pages from another process, by a log in shared memory: a vhost-user backend's, or any that keeps
-//! to its form.
+//! Dirty pages from another process, through a log in shared memory: that of a vhost-user backend, or any other in its
+//! format.
 //!
 //! # Source
 //! vhost-user protocol, "Migration": one bit for each 4 KiB page of guest physical address space (VHOST_LOG_PAGE
@@ -17,14 +17,14 @@ const LOG_PAGE: PageSize = PageSize::SIZE_4K;
 #[derive(Debug)]
 pub struct VhostLog {
     log: Option<SharedBitmap>,
-    /// For each block its name and first and end bit; `None` where the guest has no address for it.
+    /// For each block its name and first and end bit; `None` if the block has no guest physical address.
     blocks: Vec<Option<(String, u64, u64)>>,
     page: PageSize,
 }
 
 impl VhostLog {
-    /// Takes the log that was given to the backend (`VHOST_USER_SET_LOG_BASE`). Blocks without a guest
-    /// physical address are not in it.
+    /// Uses the log that was passed to the backend (`VHOST_USER_SET_LOG_BASE`). It does not cover blocks without a
+    /// guest physical address.
     pub fn new(guest: &dyn GuestMemory, log: HostRegion) -> Self {
         let blocks = guest.table().blocks().iter().map(|block| {
             let first = block.guest_addr?.0 >> LOG_PAGE.shift();
@@ -72,7 +72,7 @@ impl DirtySource for VhostLog {
 
     fn start(&self) -> Result<(), DirtyError> {
         self.probe()?;
-        // What was set before belongs to the first round, which takes every page.
+        // Earlier bits belong to the first round, which sends every page.
         self.log()?.take(0..u64::MAX, |_, _| {});
         Ok(())
     }
@@ -85,7 +85,7 @@ impl DirtySource for VhostLog {
                 let run = (bits >> start).trailing_ones();
                 let page = word_at + u64::from(start) - first;
                 into.set_range(page..page + u64::from(run));
-                // A run may end the word: a shift by 64 is none.
+                // A run may end at the word's end: a shift by 64 would overflow.
                 bits &= u64::MAX.checked_shl(start + run).unwrap_or(0);
             }
         });
@@ -109,7 +109,7 @@ mod tests {
     use crate::sys::Mapping;
     use crate::units::{GuestAddr, PageIndex};
 
-    /// Two blocks, at odd places of the guest's address space.
+    /// Two blocks, at odd positions of the guest's address space.
     fn guest() -> MappedGuest {
         let block = |name, at: u64, pages: u64| {
             let block = RamBlock::new(BlockName::new(name).unwrap(), pages * 4096);
@@ -126,7 +126,7 @@ mod tests {
     fn log_for(guest: &MappedGuest) -> (SharedBitmap, VhostLog) {
         let memory = Mapping::memfd("log", VhostLog::bytes_for(guest)).unwrap();
         let (fd, _) = memory.backing().unwrap();
-        // The backend maps the log for itself.
+        // The backend maps the log itself.
         let theirs = Mapping::file(fd.try_clone_to_owned().unwrap(), 0, memory.region().len()).unwrap();
         let theirs = SharedBitmap::new(theirs.region().clone()).unwrap();
         (theirs, VhostLog::new(guest, memory.region().clone()))

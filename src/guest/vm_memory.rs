@@ -9,10 +9,11 @@ use crate::sys::HostRegion;
 use crate::units::{GuestAddr, PageSize};
 
 impl GuestBuilder {
-    /// Adds a block over a region of `vm-memory`, seen by the guest where the region says. The memory stays mapped as long
-    /// as the guest that is built, also if the region is taken out of its collection.
+    /// Adds a block over a region of `vm-memory`, at the region's guest address. The memory stays mapped as long as the
+    /// built guest, even if the region is removed from its collection.
     ///
-    /// What the VMM itself writes through `vm-memory` needs a dirty source of its own beside those of its vCPUs.
+    /// Writes of the VMM itself through `vm-memory` need a dirty source of their own, in addition to those of the
+    /// vCPUs.
     ///
     /// # Errors
     /// [`GuestError::Kernel`] for memory that is not mapped readable and writable.
@@ -35,8 +36,8 @@ impl GuestBuilder {
 }
 
 impl MappedGuest {
-    /// A block for each region of `memory`, in the order of guest addresses; `name` gives each its name, which the other
-    /// end must use too.
+    /// A block for each region of `memory`, in the order of guest addresses; `name` returns the name of each, which the
+    /// other end must use too.
     ///
     /// ```
     /// use ramwire::guest::{GuestMemory, MappedGuest};
@@ -106,7 +107,7 @@ mod tests {
             .collect();
         let at = |address| Some(GuestAddr(address));
         assert_eq!(seen, [("ram0", 16384, at(0), false), ("ram1", 32768, at(1 << 32), true)]);
-        // Written by one, read by the other; the memory outlives the collection.
+        // Written through one, read through the other; the memory outlives the collection.
         memory.write_slice(b"from the VMM", GuestAddress((1 << 32) + 4096 + 7)).unwrap();
         let landing = guest.table().admit(BlockIndex(1), BlockOffset(4096 + 7), 12).unwrap();
         let span = guest.span(landing).unwrap();

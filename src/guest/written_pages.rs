@@ -1,15 +1,14 @@
-//! Written pages by write protection that the kernel lifts by itself: any memory of this process.
+//! Written pages by write protection that the kernel removes by itself: any memory of this process.
 //!
-//! Sees every write through the tracked process's page tables: its threads, system calls that fill its
-//! memory, and KVM vCPUs (whose second-level tables follow). Does not see a write that another process makes
-//! to shared memory through a mapping of its own, nor a device that writes pinned pages: those need a
-//! source of their own ([`SoftwareBitmap`](super::SoftwareBitmap), a vhost log).
+//! Reports every write through the tracked process's page tables: by its threads, by system calls that fill its memory,
+//! and by KVM vCPUs (whose second-level tables follow). It does not report a write by another process to shared memory
+//! through its own mapping, nor one by a device to pinned pages: those need a source of their own
+//! ([`SoftwareBitmap`](super::SoftwareBitmap), a vhost log).
 //!
-//! Taking the marks and protecting again are one step in the kernel, so that a write is in this sync or in
-//! the next; nothing is to be cleared later ([`reprotect`](DirtySource::reprotect) does nothing). Pages of
-//! the host count: one write to a 2 MiB huge page reports its 512 target pages. Transparent huge pages are
-//! split on the first write. Page tables of the whole range are made at the start, 2 MiB a GiB, as the first
-//! round of a migration would do anyway.
+//! The kernel reads the marks and protects again in one step, so that a write is in this sync or in the next; nothing
+//! needs to be cleared later ([`reprotect`](DirtySource::reprotect) does nothing). The unit is the host page: one write
+//! to a 2 MiB huge page reports its 512 target pages. Transparent huge pages are split on the first write. Page tables
+//! of the whole range are created at the start, 2 MiB per GiB, as the first round of a migration would do anyway.
 
 use std::io;
 use std::ops::Range;
@@ -32,7 +31,7 @@ pub struct WrittenPages {
     blocks: Vec<Option<Tracked>>,
     no_region: NoRegion,
     page: PageSize,
-    /// Another process's descriptors, if they were handed in.
+    /// Another process's descriptors, if they were passed in.
     given: Option<Arc<Armed>>,
     armed: Mutex<Option<Arc<Armed>>>,
 }
@@ -62,8 +61,8 @@ impl WrittenPages {
 
     /// Tracks the blocks in another process, at their [`tracked_address`](HostRegion::tracked_address).
     ///
-    /// `uffd` is a descriptor that process made with the features of `WriteProtector::new`; `pagemap` is
-    /// its open `/proc/PID/pagemap`.
+    /// `uffd` is a descriptor that process created with the features of `WriteProtector::new`; `pagemap` is its open
+    /// `/proc/PID/pagemap`.
     pub fn of_process(guest: &dyn GuestMemory, uffd: OwnedFd, pagemap: OwnedFd) -> Self {
         let armed = Armed { protector: WriteProtector::adopt(uffd), pagemap: Pagemap::adopt(pagemap) };
         Self::build(guest, Some(Arc::new(armed)))
@@ -124,7 +123,7 @@ impl DirtySource for WrittenPages {
     fn start(&self) -> Result<(), DirtyError> {
         self.stop()?;
         let armed = self.open()?;
-        // From here on stop() takes off what was put on, also if a later block fails.
+        // From here on stop() reverts this, also if a later block fails.
         *self.lock() = Some(armed.clone());
         let arm = |tracked: &Tracked| {
             let range = tracked.range.clone();
@@ -156,11 +155,11 @@ impl DirtySource for WrittenPages {
     fn stop(&self) -> Result<(), DirtyError> {
         let Some(armed) = self.lock().take() else { return Ok(()) };
         if self.given.is_none() {
-            // The last descriptor takes protection and registration along; a sync under way ends first.
+            // The last descriptor to be dropped removes protection and registration; a sync in progress ends first.
             return Ok(());
         }
         let results = self.tracked().map(|tracked| armed.protector.unregister(tracked.range.clone()));
-        // All are tried before the first error is told.
+        // All are tried before the first error is returned.
         let results: Vec<_> = results.collect();
         results
             .into_iter()
@@ -171,7 +170,7 @@ impl DirtySource for WrittenPages {
 
 impl Drop for WrittenPages {
     fn drop(&mut self) {
-        // Nobody is left to tell.
+        // There is no caller to return the error to.
         drop(self.stop());
     }
 }
@@ -188,7 +187,7 @@ fn open_own() -> Result<Armed, DirtyError> {
     Ok(Armed { protector, pagemap })
 }
 
-/// Writes one of two scratch pages and looks for it.
+/// Writes one of two scratch pages and checks that it is reported.
 fn probe_own_memory() -> Result<(), DirtyError> {
     let armed = open_own()?;
     let page = rustix::param::page_size();
@@ -275,7 +274,7 @@ mod tests {
         WrittenPages::new(&guest).probe().unwrap();
     }
 
-    /// A kernel before 6.7 (Debian's 6.1) is found out and named.
+    /// A kernel before 6.7 (Debian's 6.1) is detected and named.
     mod in_rxe_guest {
         use super::*;
 
@@ -290,7 +289,7 @@ mod tests {
         }
     }
 
-    /// Exactly the host pages written are reported, once, populated before the start or not.
+    /// Exactly the written host pages are reported, once, whether populated before the start or not.
     #[test]
     fn each_write_is_reported_once_on_every_backing() {
         for (what, mapping) in every_backing() {
@@ -345,7 +344,7 @@ mod tests {
         }
     }
 
-    /// The race can fail: a source that forgets one written page in a hundred is found.
+    /// The race test can fail: a source that omits one written page in a hundred is detected.
     #[test]
     fn the_race_finds_a_source_that_forgets() {
         struct Forgetful(WrittenPages, std::sync::atomic::AtomicU64);
@@ -392,7 +391,7 @@ mod tests {
         assert!(error.contains("RAM block b1") && error.contains("end that snapshot"), "{error}");
         let run = PageRun { block: BlockIndex(0), first: PageIndex(0), pages: 1 };
         store(&guest, run, [1; 16]);
-        // The first block was let go of: another descriptor may have it.
+        // The first block was released: another descriptor may track it.
         let start = free.region().address();
         other.register(start..start + 8192).unwrap();
         let mut map = PageBitmap::new(2);

@@ -1,4 +1,4 @@
-//! The embedder's callbacks and their panics: which of them a thread is in, and what it said.
+//! The embedder's callbacks and their panics: which of them a thread is in, and the panic's message.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -11,19 +11,19 @@ thread_local! {
 /// A panic that was caught.
 #[derive(Debug)]
 pub(crate) struct Caught {
-    /// What was being done; `calling ..` where the callback is known.
+    /// The activity; `calling ..` if the callback is known.
     pub(crate) during: &'static str,
     /// What `panic!` was given.
     pub(crate) text: String,
 }
 
-/// Calls code that may call the embedder's. What `call` changes is left as the panic left it.
+/// Calls code that may call the embedder's. State that `call` changes is left as the panic left it.
 pub(crate) fn caught<T>(during: &'static str, call: impl FnOnce() -> T) -> Result<T, Caught> {
     catch_unwind(AssertUnwindSafe(call))
         .map_err(|panic| Caught { during: CALLBACK.take().unwrap_or(during), text: text_of(&*panic) })
 }
 
-/// Makes one `call` of the embedder's code. `name` is `calling` and which: a panic is told by it.
+/// Makes one `call` of the embedder's code. `name` is `calling` and which: a panic is reported with it.
 pub(crate) fn named<T>(name: &'static str, call: impl FnOnce() -> T) -> T {
     let before = CALLBACK.replace(Some(name));
     let answer = call();
@@ -48,7 +48,7 @@ mod tests {
         let inner = caught("sending", || named("calling it", || panic!("its words")));
         let Err(Caught { during, text }) = inner;
         assert_eq!((during, &*text), ("calling it", "its words"));
-        // A later one, outside of any, is not told by that name.
+        // A later panic, outside of any callback, is not reported with that name.
         assert_eq!(ended("sending"), Err::<(), _>(("sending", "its words".to_owned())));
     }
 }

@@ -1,4 +1,4 @@
-//! The events of a migration on their way to a reader, which may wait for them by a descriptor.
+//! The queue of a migration's events for a reader, which may wait for them by a descriptor.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,16 +12,16 @@ use crossbeam::channel::{self, Receiver, Sender, TrySendError, bounded};
 use super::Event;
 use crate::sys::WakeEvent;
 
-/// Events that wait for a reader at most.
+/// Maximum number of events that wait for a reader.
 pub(super) const MAX_WAITING: usize = 4096;
 
-/// Of them, places that rounds and syncs leave for changes of state: a migration has fewer of those.
+/// Number of these that rounds and syncs leave for changes of state: a migration has fewer of those.
 pub(super) const FOR_STATES: usize = 16;
 
-/// What happens in a migration, in order, until it ends. Any thread may read; clones read from the same queue, and each
+/// The events of a migration, in order, until it ends. Any thread may read; clones read from the same queue, and each
 /// event goes to one of them.
 ///
-/// Where a VMM waits with epoll(7), it adds [`descriptor`](Self::descriptor) for reading and takes events by
+/// A VMM that waits with epoll(7) adds [`descriptor`](Self::descriptor) for reading and takes events by
 /// [`try_recv`](Self::try_recv) until there is none.
 #[derive(Clone, Debug)]
 pub struct Events {
@@ -49,7 +49,7 @@ impl Events {
         })
     }
 
-    /// The next event, if it is there. An answer of [`TryRecvError::Empty`] makes the [descriptor](Self::descriptor)
+    /// The next event, if there is one. A result of [`TryRecvError::Empty`] makes the [descriptor](Self::descriptor)
     /// unreadable until there is one.
     ///
     /// # Errors
@@ -58,7 +58,7 @@ impl Events {
         let mut taken = self.queue.try_recv();
         if let (Err(channel::TryRecvError::Empty), Some(wake)) = (&taken, self.wake.get()) {
             wake.clear();
-            // What came in between would wake nobody.
+            // An event that came in between would not wake the reader.
             taken = self.queue.try_recv();
             if !matches!(taken, Err(channel::TryRecvError::Empty)) {
                 wake.raise();
@@ -80,17 +80,17 @@ impl Events {
         std::iter::from_fn(|| self.recv().ok())
     }
 
-    /// A descriptor (an eventfd) that is readable while events wait, and for good once the migration has ended: for
-    /// poll(2), select(2) and epoll(7). Don't read from it. Made at the first call; clones have the same one.
+    /// A descriptor (an eventfd) that is readable while events wait, and permanently once the migration has ended: for
+    /// poll(2), select(2) and epoll(7). Don't read from it. It is created at the first call; clones share it.
     ///
     /// # Errors
     /// No descriptor left (EMFILE, ENFILE), or no memory.
     pub fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
         if self.wake.get().is_none() {
             let new = WakeEvent::new()?;
-            // What was there before it has not raised it; the reader looks once.
+            // Earlier events have not raised it, so the reader checks the queue once.
             new.raise();
-            // If another thread's came first, this one is closed again.
+            // If another thread has set one first, this one is closed again.
             let _ = self.wake.set(new);
             // Either the writer sees the descriptor, or the reader sees the event.
             fence(Ordering::SeqCst);
@@ -98,13 +98,13 @@ impl Events {
         Ok(self.wake.get().ok_or(io::ErrorKind::Other)?.as_fd())
     }
 
-    /// For a thread that waits for other channels too.
+    /// For a thread that also waits for other channels.
     pub(crate) fn queue(&self) -> &Receiver<Event> {
         &self.queue
     }
 }
 
-/// Where events of a migration go to one queue. Dropped with the migration's end.
+/// The sending half of a queue. Dropped when the migration ends.
 #[derive(Debug)]
 pub(super) struct EventSender {
     /// `None` only while it is dropped.
@@ -119,7 +119,7 @@ impl EventSender {
         (Self { queue: Some(sender), wake: Arc::clone(&wake) }, Events { queue, wake })
     }
 
-    /// False if nobody reads there any more. Does not wait for a slow reader, which misses frequent events then.
+    /// False if the queue has no reader any more. Does not wait for a slow reader, which then misses frequent events.
     pub(super) fn send(&self, event: &Event) -> bool {
         let Some(queue) = &self.queue else { return false };
         if event.kind.is_frequent() && queue.len() >= MAX_WAITING - FOR_STATES {
@@ -195,7 +195,8 @@ mod tests {
         assert!(readable(&events));
     }
 
-    /// A reader that sleeps in poll(2) whenever nothing is there misses no event, however writer and reader interleave.
+    /// A reader that sleeps in poll(2) whenever the queue is empty misses no event, for any interleaving with the
+    /// writer.
     #[test]
     fn a_reader_that_waits_by_the_descriptor_misses_nothing() {
         const EVENTS: usize = 20_000;

@@ -1,4 +1,4 @@
-//! The figures as the migration's threads write and anybody reads them, and what happened as a stream of events.
+//! The figures, which the migration's threads write and any thread reads, and the stream of events.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -9,7 +9,7 @@ use super::event_queue::EventSender;
 use super::{Events, RoundReport, Statistics, Status, named};
 use crate::sys::Lock as _;
 
-/// Something that happened in a migration.
+/// An event of a migration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
     /// When.
@@ -18,65 +18,65 @@ pub struct Event {
     pub kind: EventKind,
 }
 
-/// What happened, in this order; a round has one sync before it, and the last one comes while the guest stands still.
-/// A migration begins with [`Setup`](Self::Setup) and ends with one of the last four before
+/// The kinds of events, in this order; a round has one sync before it, and the last sync comes while the guest is
+/// paused. A migration begins with [`Setup`](Self::Setup) and ends with one of the last four before
 /// [`CleanedUp`](Self::CleanedUp).
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum EventKind {
-    /// It begins: dirty logs are started, the peer is greeted.
+    /// It begins: dirty logs are started, the peer receives the greeting.
     Setup,
-    /// Setup is over. Pages travel while the guest runs.
+    /// Setup is over. Pages are sent while the guest runs.
     Active,
-    /// The dirty logs are about to be read (at the source). No hint is taken any more
-    /// ([`PageHints`](crate::guest::PageHints)): a balloon's guest may have its pages back.
+    /// The dirty logs are about to be read (at the source). No hint is accepted any more
+    /// ([`PageHints`](crate::guest::PageHints)): a balloon may return pages to its guest.
     SyncBegins {
         /// The guest stands still.
         last: bool,
     },
-    /// The dirty logs were read (at the source). Hints are taken from here on, but after the last one.
+    /// The dirty logs were read (at the source). Hints are accepted from here on, except after the last sync.
     Synced {
-        /// Pages that are to be sent.
+        /// Number of pages to send.
         dirty_pages: u64,
         /// The guest stands still.
         last: bool,
     },
     /// A round was closed (at the source).
     Round(RoundReport),
-    /// Nothing suggests that the rounds will end (at the source). Once; the migration goes on.
+    /// There is no sign that the rounds will end (at the source). Reported once; the migration continues.
     NotConverging(NotConverging),
-    /// The guest is asked to stand still: the downtime begins (at the source).
+    /// The guest is about to be paused: the downtime begins (at the source).
     Switchover,
-    /// The guest stands still and its embedder is waited for
+    /// The guest is paused, and the migration waits for its embedder
     /// ([`Control::continue_switchover`](crate::session::Control::continue_switchover), at the source).
     PreSwitchover,
-    /// COMMIT is due: from here on the guest is not the source's (at the source).
+    /// COMMIT is due: from here on the source no longer owns the guest (at the source).
     GivenAway,
     /// The guest runs at the destination, and its pages follow; also after a recovery.
     PostcopyActive,
-    /// The connection was lost in postcopy: nothing is lost, and another is waited for.
+    /// The connection was lost in postcopy: no page is lost, and both ends wait for another connection.
     PostcopyPaused,
-    /// Another connection is there, and the ends agree on what is missing.
+    /// Another connection is open, and the ends compare which pages are missing.
     PostcopyRecover,
     /// The guest runs at the destination.
     Completed,
-    /// It failed; the guest is the source's.
+    /// It failed; the source owns the guest.
     Failed {
         /// Why.
         why: String,
     },
-    /// It was cancelled; the guest is the source's.
+    /// It was cancelled; the source owns the guest.
     Cancelled,
-    /// The guest was given away, and no RUNNING arrived.
+    /// The guest was handed over, and no RUNNING arrived.
     InDoubt {
-        /// Why it is not known whether the guest runs.
+        /// Why it is unknown whether the guest runs.
         why: String,
     },
-    /// The connection is gone, the logs are off, and the memory is its owner's again. Nothing follows.
+    /// The connection is closed, the logs are stopped, and the memory is its owner's again. No event follows.
     CleanedUp,
 }
 
-/// How a migration stands that does not converge. Sizes in bytes, rates in bytes a second.
+/// State of a migration that does not converge. Sizes in bytes, rates in bytes a second.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NotConverging {
     /// Rounds so far.
@@ -87,7 +87,7 @@ pub struct NotConverging {
     pub written_per_second: u64,
     /// What leaves.
     pub sent_per_second: u64,
-    /// How long the guest would stand still if it were paused now, in milliseconds.
+    /// Expected downtime if the guest were paused now, in milliseconds.
     pub expected_downtime_ms: Option<f64>,
     /// How long it may.
     pub downtime_limit_ms: f64,
@@ -112,7 +112,7 @@ impl fmt::Display for NotConverging {
 }
 
 impl EventKind {
-    /// It tells how the migration ended: only [`CleanedUp`](Self::CleanedUp) follows.
+    /// It reports how the migration ended: only [`CleanedUp`](Self::CleanedUp) follows.
     pub fn is_last(&self) -> bool {
         matches!(self, Self::Completed | Self::Failed { .. } | Self::Cancelled | Self::InDoubt { .. })
     }
@@ -122,14 +122,14 @@ impl EventKind {
         matches!(self, Self::Round(_) | Self::SyncBegins { .. } | Self::Synced { .. })
     }
 
-    /// What a change from `before` to `now` means, in order.
+    /// The events of a change from `before` to `now`, in order.
     fn of_change(before: &Seen, now: &Statistics) -> impl Iterator<Item = Self> {
         let round = now.rounds.last().filter(|round| round.round != before.round);
         let state = match now.status {
             _ if now.ended || now.status == before.status => None,
             Status::Setup => Some(Self::Setup),
             Status::Active => Some(Self::Active),
-            // Held after its pause, and let go on: told before.
+            // Held after its pause, and continued: already reported.
             Status::Device if before.status == Status::PreSwitchover => None,
             Status::Device => Some(Self::Switchover),
             Status::HandingOver => Some(Self::GivenAway),
@@ -154,7 +154,7 @@ impl EventKind {
     }
 }
 
-/// What of the figures makes events.
+/// The part of the figures that makes events.
 struct Seen {
     status: Status,
     round: u32,
@@ -164,7 +164,7 @@ struct Seen {
 /// A callback that runs while the migration waits.
 type Listener = Box<dyn FnMut(&Event) + Send>;
 
-/// The figures as the migration's threads write and anybody reads them.
+/// The figures, which the migration's threads write and any thread reads.
 #[derive(Clone, Debug, Default)]
 pub struct SharedStatistics(Arc<Inner>);
 
@@ -181,12 +181,12 @@ struct Listeners(Mutex<Vec<Listener>>);
 struct Shared {
     statistics: Statistics,
     readers: Vec<EventSender>,
-    /// How many are told while the migration waits.
+    /// Number of listeners that are called while the migration waits.
     listeners: usize,
     refresh: Refresh,
 }
 
-/// Brings figures up to date before they are read.
+/// Updates figures before they are read.
 type Refresher = Box<dyn FnMut(&mut Statistics) + Send>;
 
 #[derive(Default)]
@@ -247,7 +247,7 @@ impl SharedStatistics {
         self.call(&events);
     }
 
-    /// Something happened that no figure tells.
+    /// Reports an event that no figure shows.
     pub(crate) fn tell(&self, kind: EventKind) {
         let mut shared = self.lock();
         if shared.is_heard() {
@@ -265,7 +265,7 @@ impl SharedStatistics {
         let mut panicked = None;
         for event in events {
             for listener in listeners.iter_mut() {
-                // The others are called even so.
+                // The other listeners are still called.
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(|| listener(event))) {
                     panicked.get_or_insert(panic);
                 }
@@ -277,16 +277,16 @@ impl SharedStatistics {
         }
     }
 
-    /// Calls `listener` for everything that happens from now on, on the migration's own thread, which waits for it: for
-    /// what must be done before the migration goes on. It may read figures and cancel; it may not wait for the
-    /// migration's end, nor ask for another listener. What it takes while the guest stands still is downtime. Its panic ends
-    /// a migration as a failure does; from [`EventKind::GivenAway`] on it is only logged.
+    /// Calls `listener` for every event from now on, on the migration's own thread, which waits for it: for actions
+    /// that must happen before the migration continues. It may read figures and cancel; it may not wait for the
+    /// migration's end, nor add another listener. Its time while the guest is paused is downtime. Its panic ends a
+    /// migration like a failure; from [`EventKind::GivenAway`] on it is only logged.
     pub fn listen(&self, listener: impl FnMut(&Event) + Send + 'static) {
         self.listeners().push(Box::new(listener));
         self.lock().listeners += 1;
     }
 
-    /// Everything of the migration is gone: tells so, and ends the channels.
+    /// All resources of the migration are released: reports it, and ends the channels.
     pub(crate) fn cleaned_up(&self) {
         let told = catch_unwind(AssertUnwindSafe(|| self.tell(EventKind::CleanedUp)));
         self.close();
@@ -296,7 +296,7 @@ impl SharedStatistics {
         }
     }
 
-    /// Nobody writes any more: channels of events end.
+    /// No events follow: ends their channels.
     pub(crate) fn close(&self) {
         let mut shared = self.lock();
         shared.readers.clear();
@@ -315,20 +315,20 @@ impl SharedStatistics {
         shared.statistics.clone()
     }
 
-    /// Has `refresh` bring the figures up to date whenever they are looked at. It must not look at them itself.
+    /// Sets `refresh` to update the figures whenever they are read. It must not read them itself.
     pub(crate) fn refresh_by(&self, refresh: impl FnMut(&mut Statistics) + Send + 'static) {
         self.lock().refresh = Refresh(Some(Box::new(refresh)));
     }
 
-    /// The figures are brought up to date for the last time.
+    /// Updates the figures for the last time.
     pub(crate) fn refresh_no_more(&self) {
         let mut shared = self.lock();
         shared.refresh();
         shared.refresh = Refresh::default();
     }
 
-    /// What happens from now on. Nobody waits for a slow reader: it misses rounds and syncs where thousands wait for it, and
-    /// never a change of state. The channel ends with the migration.
+    /// The events from now on. The migration does not wait for a slow reader: it misses rounds and syncs while
+    /// thousands of events wait, but never a change of state. The channel ends with the migration.
     pub fn events(&self) -> Events {
         let (sender, events) = EventSender::pair();
         let mut shared = self.lock();

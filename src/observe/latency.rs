@@ -5,10 +5,10 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-/// Longest latency told apart; longer ones count as this.
+/// Longest latency that is distinguished; longer ones count as this.
 const MAX_MICROS: u64 = 60_000_000;
 
-/// How long something took, many times.
+/// A distribution of durations.
 #[derive(Clone, Debug)]
 pub struct Latency {
     /// `None` only if the histogram's own bounds were refused, which the test below rules out.
@@ -59,7 +59,7 @@ impl Latency {
         })
     }
 
-    /// Samples in steps that double: upper end in microseconds, samples. Empty steps are left out.
+    /// Samples in intervals that double: upper end in microseconds, number of samples. Empty intervals are left out.
     pub fn steps(&self) -> Vec<(u64, u64)> {
         let Some(histogram) = &self.histogram else { return Vec::new() };
         let steps = histogram.iter_log(1, 2.0);

@@ -1,13 +1,13 @@
-//! The figures in the shape of QEMU's `query-migrate`; docs/statistics.md says where each is counted.
+//! The figures in the format of QEMU's `query-migrate`; docs/statistics.md describes where each is counted.
 
 use serde_json::{Value, json};
 
 use super::{DeltaCounts, Statistics, Status};
 
 impl Statistics {
-    /// The same figures in the shape of QEMU's `query-migrate`: its names, its JSON types, its units.
+    /// The same figures in the format of QEMU's `query-migrate`: its names, its JSON types, its units.
     pub fn query_migrate(&self) -> Value {
-        // QEMU has no name of its own for that moment.
+        // QEMU has no name of its own for this state.
         let status = if self.status == Status::HandingOver { Status::Device } else { self.status };
         let mut out = json!({
             "status": status,
@@ -55,7 +55,8 @@ impl Statistics {
         })
     }
 
-    /// `xbzrle-cache`: QEMU counts every page that was found in the cache, whatever became of it. Rates of the last period.
+    /// `xbzrle-cache`: QEMU counts every page that was found in the cache, whatever was sent for it. Rates of the last
+    /// period.
     fn xbzrle(&self) -> Value {
         let DeltaCounts { cache_size, bytes, cache_misses, overflows, .. } = self.deltas;
         json!({

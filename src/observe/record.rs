@@ -8,15 +8,15 @@ use serde_json::Value;
 
 use super::{DowntimeParts, EventKind, LatencySummary, PageCounts, RoundReport, Statistics, Status};
 
-/// The version of the lines; a reader refuses others. Fields may be added without a new one.
+/// The version of the lines; a reader refuses others. Fields may be added without a new version.
 pub const RUN_LOG_SCHEMA: u32 = 1;
 
-/// What a log's first line says of the run.
+/// Description of the run in a log's first line.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunDescription {
-    /// Who migrates: a command's name, or the embedder's.
+    /// The program that migrates: a command's name, or the embedder's.
     pub command: String,
-    /// `tcp`, `rdma`, ... as the transport's way names it.
+    /// `tcp`, `rdma`, ... as the transport reports it.
     pub transport: String,
     /// Why it was this one.
     pub why: String,
@@ -24,7 +24,7 @@ pub struct RunDescription {
     pub ram_bytes: u64,
     /// Bytes of a page.
     pub page_bytes: u64,
-    /// What was asked for, by name.
+    /// The configured settings, by name.
     pub settings: BTreeMap<String, Value>,
 }
 
@@ -59,9 +59,9 @@ pub enum Record {
     Round {
         /// When it ended.
         at_ms: f64,
-        /// Bytes that were to be sent when it began.
+        /// Bytes to send when it began.
         remaining: u64,
-        /// How long they would have taken at its rate; `None` where nothing left in it.
+        /// How long they would have taken at its rate; `None` if no bytes were sent in it.
         eta_ms: Option<f64>,
         /// Its figures.
         #[serde(flatten)]
@@ -73,10 +73,10 @@ pub enum Record {
         at_ms: f64,
         /// Its name, as `active`.
         event: String,
-        /// Why, where there is a reason.
+        /// The reason, if there is one.
         why: Option<String>,
     },
-    /// The last one. A file without it was cut off.
+    /// The last line. A file without it is truncated.
     End(Box<End>),
 }
 
@@ -87,21 +87,21 @@ pub struct Sample {
     pub at_ms: f64,
     /// Where the migration stands.
     pub status: Status,
-    /// The round under way or the last one; 0 before the first is closed.
+    /// The current round or the last one; 0 before the first is closed.
     pub round: u32,
     /// Bytes to be sent.
     pub remaining: u64,
     /// Bytes sent.
     pub transferred: u64,
-    /// Bytes a second in the last window; 0 if nothing was sent since the sample before.
+    /// Bytes a second in the last window; 0 if nothing was sent since the previous sample.
     pub throughput: u64,
     /// Pages a second that the guest wrote.
     pub dirty_pages_rate: u64,
-    /// How much the guest is held back.
+    /// How much the guest is throttled.
     pub throttle_percent: u8,
-    /// What the downtime would be now; `None` before a rate is known.
+    /// Expected downtime if the guest were paused now; `None` before a rate is known.
     pub expected_downtime_ms: Option<f64>,
-    /// How long what remains takes at the last window's rate; `None` before there is one.
+    /// How long the remaining bytes take at the last window's rate; `None` before there is one.
     pub eta_ms: Option<f64>,
     /// Pages sent so far.
     pub pages: PageCounts,
@@ -118,9 +118,9 @@ pub struct End {
     pub error: Option<String>,
     /// Of the migration.
     pub total_ms: f64,
-    /// Of it, until the first sync.
+    /// Part of it before the first sync.
     pub setup_ms: f64,
-    /// Of it, while the guest stood still.
+    /// Part of it while the guest was paused.
     pub downtime_ms: f64,
     /// What that was spent on.
     pub downtime_parts: DowntimeParts,
@@ -132,7 +132,7 @@ pub struct End {
     pub rounds: u32,
     /// Bytes a second over all rounds.
     pub throughput: u64,
-    /// Handing a batch to the transport.
+    /// Passing a batch to the transport.
     pub batch_latency: LatencySummary,
     /// Closing a round.
     pub fence_latency: LatencySummary,
@@ -177,7 +177,7 @@ impl Recorder {
         })
     }
 
-    /// What happened at `at`; `None` for what rounds tell better.
+    /// An event at `at`; `None` if the rounds report it in more detail.
     pub fn event(&self, at: Duration, kind: &EventKind) -> Option<Record> {
         let at_ms = millis(at);
         let (event, why) = match kind {

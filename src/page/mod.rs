@@ -1,4 +1,4 @@
-//! Which page is next, and as what it travels.
+//! Which page is next, and how it is sent.
 
 mod search;
 mod verdict;

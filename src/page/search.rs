@@ -1,11 +1,11 @@
 //! Picks the next run of pages to send.
 //!
-//! Two lists compete: pages that threads at the destination wait for, and pages that are merely dirty. Requested pages always
-//! win; dirty ones are taken block by block in address order, from where the last run ended, so that
-//! neighbours share a transfer.
+//! There are two lists: pages that the destination requested, and dirty pages. Requested pages always come first; dirty
+//! ones are taken block by block in address order, from the end of the last run, so that adjacent pages share a
+//! transfer.
 //!
-//! This module decides *which* pages. What becomes of a page is decided in [`classify`](super::classify),
-//! how it travels in [`transport`](crate::transport).
+//! This module decides *which* pages are sent. [`classify`](super::classify) decides in which form, and
+//! [`transport`](crate::transport) how.
 
 use std::collections::VecDeque;
 
@@ -21,12 +21,12 @@ pub struct PageSearch {
 }
 
 impl PageSearch {
-    /// Asks for a run ahead of all dirty pages. Pages of it that are clean by then are not sent again.
+    /// Requests a run, which is sent before other dirty pages. Pages of it that are clean by then are not sent again.
     pub fn request(&mut self, run: PageRun) {
         self.requested.push_back(run);
     }
 
-    /// Requested runs that wait, clean ones included.
+    /// Number of requested runs that wait, including clean ones.
     pub fn asked(&self) -> usize {
         self.requested.len()
     }
@@ -38,8 +38,8 @@ impl PageSearch {
 
     /// The next run, at most `max_pages` long; its dirty bits are cleared. `None` once nothing is dirty.
     ///
-    /// The walk goes on behind the last run, a requested one too, since its neighbours are likely to be wanted next. It wraps
-    /// once around all blocks.
+    /// The walk continues after the last run, even a requested one, since the adjacent pages are likely to be requested
+    /// next. It wraps once around all blocks.
     pub fn next_run(&mut self, dirty: &mut DirtyMap, max_pages: u64) -> Option<PageRun> {
         if let Some(run) = self.next_requested(dirty, max_pages) {
             return Some(run);
@@ -47,11 +47,12 @@ impl PageSearch {
         self.next_dirty(dirty, max_pages)
     }
 
-    /// The next run of what was asked for and is dirty, as [`next_run`](Self::next_run) gives it first.
+    /// The next requested and dirty run, which [`next_run`](Self::next_run) returns first.
     pub fn next_requested(&mut self, dirty: &mut DirtyMap, max_pages: u64) -> Option<PageRun> {
         while let Some(run) = self.requested.pop_front() {
             let found = dirty.take_run(run.block, run.first, max_pages.min(run.pages));
-            // take_run looks on beyond the request: what it found there goes back, unless it was asked for.
+            // take_run searches beyond the request: pages found there are marked dirty again, unless they were
+            // requested.
             match found {
                 Some(found) if found.first < run.end() => {
                     let (wanted, rest) = found.split_at(run.end().0 - found.first.0);
@@ -79,7 +80,7 @@ impl PageSearch {
             return None;
         }
         let blocks = dirty.block_count();
-        // The block of the cursor is looked at twice: behind the cursor first, from its start last.
+        // The block of the cursor is searched twice: from the cursor first, and from its start last.
         for _ in 0..=blocks {
             if let Some(run) = dirty.take_run(BlockIndex(self.block), PageIndex(self.page), max_pages) {
                 self.page = run.end().0;

@@ -1,4 +1,4 @@
-//! What a page travels as: zero or whole, or whatever the transport finds.
+//! The form in which a page is sent: zero or whole, or left to the transport.
 
 use crate::guest::{GuestError, GuestMemory, span_of};
 use crate::ram::{PageBatch, PageRun, Verdict};
@@ -10,26 +10,24 @@ use crate::units::PageIndex;
 pub enum ZeroDetection {
     /// Nowhere: every page travels whole.
     None,
-    /// In the page loop, before a page is handed to the transport.
+    /// In the page loop, before a page is passed to the transport.
     Legacy,
-    /// On the threads of the transport's channels, where it has any and the peer understands it; else in the page
-    /// loop.
+    /// On the threads of the transport's channels, if it has any and the peer supports it; otherwise in the page loop.
     #[default]
     Channels,
 }
 
 impl ZeroDetection {
-    /// What it comes to with a transport that looks itself, or does not.
+    /// The effective setting for a transport that detects zero pages itself, or does not.
     #[must_use]
     pub fn with(self, transport_looks: bool) -> Self {
         if self == Self::Channels && !transport_looks { Self::Legacy } else { self }
     }
 }
 
-/// Looks at the pages of `run`, whose dirty bits are cleared, and adds them to `batch`.
+/// Scans the pages of `run`, whose dirty bits are cleared, and adds them to `batch`.
 ///
-/// The bytes are read in place. A page written after it was found zero is marked dirty by that write and
-/// travels again.
+/// The bytes are read in place. A page written after it was found zero is marked dirty by that write and sent again.
 ///
 /// # Errors
 /// [`GuestError`] if the run is not in the guest.

@@ -1,27 +1,27 @@
-//! What a transport can do, as numbers, and the rounds it does it in.
+//! What a transport can do, and the kinds of rounds.
 
-/// What the page loop may ask of a transport. Policy reads these; nobody asks which transport it is.
+/// What the page loop may use of a transport. Policy depends only on these values, never on the kind of transport.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MoverAbilities {
-    /// The transport finds zero pages itself: runs may travel as [`Verdict::Unknown`](super::Verdict).
+    /// The transport finds zero pages itself: runs may be sent as [`Verdict::Unknown`](super::Verdict).
     pub classifies: bool,
     /// Deltas against an earlier copy may be sent.
     pub takes_deltas: bool,
-    /// While a round is open no byte may pass on the byte channel.
+    /// While a round is open no byte may be sent on the byte channel.
     pub exclusive_round: bool,
     /// The peer confirms that a page is in its RAM before the migration ends.
     pub confirms_placement: bool,
-    /// Bytes follow pages in order on the same channel; a fence is then free.
+    /// Bytes follow pages in order on the same channel; a fence then costs nothing.
     pub ordered: bool,
-    /// The transport registers guest memory with a device: none of it may be discarded meanwhile.
+    /// The transport registers guest memory with a device: no memory may be discarded meanwhile.
     pub registers_memory: bool,
-    /// Batches that may be out at once.
+    /// Maximum number of batches in flight.
     pub batches_in_flight: u32,
-    /// Pages that fit one batch best.
+    /// Best number of pages in one batch.
     pub batch_pages: u32,
 }
 
-/// Which round of a migration it is.
+/// Kind of a round of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RoundKind {
     /// Block lists are exchanged; no pages.

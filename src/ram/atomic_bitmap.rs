@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::{PageBitmap, PageRun, RamBlockTable};
 use crate::units::{BlockIndex, PageIndex};
 
-/// One bit a page of one block, set from any thread.
+/// One bit per page of one block, set from any thread.
 #[derive(Debug)]
 pub struct AtomicBitmap {
     words: Box<[AtomicU64]>,
@@ -88,7 +88,7 @@ impl AtomicBitmap {
     fn take(&self, into: &mut PageBitmap) -> (u64, u64) {
         let (mut taken, mut fresh) = (0, 0);
         for (at, word) in self.words.iter().enumerate() {
-            // The plain look first: most words of a sparse map are zero and need no locked swap.
+            // A plain load first: most words of a sparse map are zero and need no locked swap.
             if word.load(Ordering::Relaxed) != 0 {
                 let bits = word.swap(0, Ordering::AcqRel);
                 taken += u64::from(bits.count_ones());
@@ -104,7 +104,7 @@ impl AtomicBitmap {
     }
 }
 
-/// Which pages have arrived, over all blocks; channels mark it side by side.
+/// Which pages have arrived, over all blocks; channels mark it in parallel.
 #[derive(Debug)]
 pub struct ReceivedMap {
     blocks: Vec<AtomicBitmap>,
@@ -127,7 +127,7 @@ impl ReceivedMap {
         fresh
     }
 
-    /// The pages of a run have to arrive again.
+    /// The pages of a run have to be received again.
     pub fn forget(&self, run: PageRun) {
         let map = self.blocks.get(run.block.as_usize());
         let gone = map.map_or(0, |map| map.clear(run.first, run.pages));
@@ -139,7 +139,8 @@ impl ReceivedMap {
         self.blocks.get(block.as_usize())
     }
 
-    /// Pages that have arrived and not been forgotten. Costs nothing: they are counted as they come.
+    /// Number of pages that have arrived and were not forgotten. The call costs nothing: pages are counted as they
+    /// arrive.
     pub fn count(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }

@@ -1,15 +1,15 @@
-//! A batch of runs on its way to a transport.
+//! A batch of runs for a transport.
 
 use super::PageRun;
 
-/// What a run of pages travels as.
+/// The form in which a run of pages is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
-    /// All bytes are zero; only that fact travels.
+    /// All bytes are zero; the bytes are not sent.
     Zero,
     /// Every byte travels.
     Whole,
-    /// Not looked at: the transport looks itself.
+    /// Not scanned: the transport detects zero pages.
     Unknown,
 }
 
@@ -22,7 +22,7 @@ pub struct Piece {
     pub verdict: Verdict,
 }
 
-/// Runs that travel together. A batch is moved, never copied, so that a page has one owner at a time.
+/// Runs that are sent together. A batch is moved, never copied, so that a page has one owner at a time.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct PageBatch {
     pieces: Vec<Piece>,
@@ -63,7 +63,7 @@ impl PageBatch {
         self.pages
     }
 
-    /// Pages whose bytes travel, or may.
+    /// Pages whose bytes are sent, or may be.
     pub fn whole_pages(&self) -> u64 {
         self.whole_pages
     }
@@ -78,7 +78,7 @@ impl PageBatch {
         self.pieces.is_empty()
     }
 
-    /// Forgets the runs and keeps the room.
+    /// Removes the runs and keeps the allocated room.
     pub fn clear(&mut self) {
         self.pieces.clear();
         self.pages = 0;

@@ -1,4 +1,4 @@
-//! A bitmap of the pages of one block, walked in runs, its count kept exactly.
+//! A bitmap of the pages of one block, walked in runs, with an exact count.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use bitvec::vec::BitVec;
 
 use crate::units::PageIndex;
 
-/// One bit a page, and how many are set.
+/// One bit per page, and how many are set.
 ///
 /// Single bits go through `bitvec`; walks and merges use its raw words, because whole words are what
 /// makes a sparse map of 1 TiB (32 MiB of bits) walk at memory speed.
@@ -94,7 +94,7 @@ impl PageBitmap {
         Some(start..end)
     }
 
-    /// The words behind the bits, least significant bit first.
+    /// The words of the bitmap, least significant bit first.
     pub fn words(&self) -> &[u64] {
         self.bits.as_raw_slice()
     }
@@ -141,7 +141,7 @@ impl PageBitmap {
     }
 }
 
-/// Index of the first word with a picked bit; eight words a step, so that the compiler can use vectors.
+/// Index of the first word with a picked bit; eight words per step, so that the compiler can use vectors.
 fn first_nonzero(words: &[u64], pick: &impl Fn(u64) -> u64) -> Option<usize> {
     let mut chunks = words.chunks_exact(8);
     let mut base = 0;

@@ -49,10 +49,10 @@ impl fmt::Debug for BlockName {
     }
 }
 
-/// What is to become of a block in a migration.
+/// How a migration treats a block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockFlags {
-    /// Both ends map the same memory: the block is announced, its pages do not travel.
+    /// Both ends map the same memory: the block is announced, its pages are not sent.
     pub ignored: bool,
     /// The backing is shared with other processes.
     pub shared: bool,
@@ -72,11 +72,11 @@ pub struct RamBlock {
     pub used_length: u64,
     /// Bytes the block may grow to.
     pub max_length: u64,
-    /// Page size of the memory behind the block.
+    /// Page size of the block's backing.
     pub host_page: PageSize,
-    /// Where the guest sees the block, if it is mapped.
+    /// Guest physical address of the block, if it is mapped.
     pub guest_addr: Option<GuestAddr>,
-    /// What is to become of it.
+    /// How a migration treats it.
     pub flags: BlockFlags,
 }
 
@@ -94,7 +94,7 @@ impl RamBlock {
     }
 }
 
-/// Why a block can't be described.
+/// Why a block is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BlockError {

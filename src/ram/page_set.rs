@@ -3,7 +3,7 @@
 use super::{PageBitmap, PageRun, RamBlockTable};
 use crate::units::{BlockIndex, PageIndex};
 
-/// Pages of all blocks. Takes no memory before the first page is added.
+/// Pages of all blocks. Allocates no memory before the first page is added.
 #[derive(Clone, Debug, Default)]
 pub struct PageSet {
     blocks: Vec<PageBitmap>,

@@ -1,12 +1,12 @@
 //! Pages written by vCPUs: KVM's own dirty log.
 //!
-//! Sees what vCPUs write, and KVM itself on their behalf. Does not see the VMM, its device threads or
-//! backends: those need a source of their own beside this one.
+//! Reports writes by vCPUs, and by KVM itself on their behalf. It does not report writes by the VMM, its device threads
+//! or backends: those need a source of their own in addition.
 //!
-//! Where KVM can (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2), reading the log clears nothing; bits are cleared and
-//! pages protected by the chunk, when the page loop comes to it ([`reprotect`](DirtySource::reprotect)), so
-//! that a round does not begin with one long stop of all vCPUs' page tables. Only bits that a sync has
-//! handed out are ever cleared: a write after that sync keeps its bit for the next one.
+//! If KVM supports it (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2), reading the log clears nothing. Bits are cleared and pages
+//! protected chunk by chunk, when the page loop reaches the chunk ([`reprotect`](DirtySource::reprotect)), so that a
+//! round does not begin with one long lock of all vCPUs' page tables. Only bits that a sync has handed out are ever
+//! cleared: a write after that sync keeps its bit for the next one.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -24,16 +24,16 @@ const NAME: &str = "kvm-log";
 #[derive(Debug)]
 pub struct KvmDirtyLog {
     slots: Slots,
-    /// Bits of each slot that were handed out by a sync and are set in KVM still.
+    /// Bits of each slot that a sync has handed out and that are still set in KVM.
     handed_out: Vec<Mutex<Vec<u64>>>,
-    /// Reading the log leaves the bits; they are cleared by `reprotect`.
+    /// Reading the log does not clear bits; `reprotect` clears them.
     manual: AtomicBool,
     started: AtomicBool,
 }
 
 impl KvmDirtyLog {
-    /// Tracks `slots` of the VM behind the (duplicated) descriptor `vm`. While tracking is on, the VMM must
-    /// not change these slots.
+    /// Tracks `slots` of the VM of the (duplicated) descriptor `vm`. While tracking is on, the VMM must not change
+    /// these slots.
     ///
     /// # Errors
     /// [`DirtyError::Unsupported`] for a slot that is not in whole pages inside its block.
@@ -64,8 +64,8 @@ impl DirtySource for KvmDirtyLog {
         NAME
     }
 
-    /// Switches the log of the first slot on, reads it and switches it off; a write needs a vCPU of the
-    /// guest and can't be made here.
+    /// Enables the log of the first slot, reads it and disables it; a write needs a vCPU of the guest and can't be made
+    /// here.
     fn probe(&self) -> Result<(), DirtyError> {
         if self.started.load(Ordering::Acquire) {
             return Ok(());
@@ -87,10 +87,10 @@ impl DirtySource for KvmDirtyLog {
             self.handed_out.iter().for_each(|bits| lock(bits).fill(0));
             self.slots.set_logging(true)
         };
-        // Before the first call, so that stop() takes back what was done if a later one fails.
+        // Set before the first call, so that stop() reverts the earlier calls if a later one fails.
         self.started.store(true, Ordering::Release);
         start().map_err(|error| {
-            // The first error is the one to tell.
+            // The first error is the one to return.
             drop(self.stop());
             DirtyError::kernel(NAME, "switching the log on", error)
         })
@@ -123,8 +123,8 @@ impl DirtySource for KvmDirtyLog {
             if first == end {
                 continue;
             }
-            // Whole words, as KVM asks for. Pages of these words outside the run were handed out too and are
-            // read later, so clearing them now is as early as clearing them then.
+            // Whole words, as KVM requires. A sync has also handed out the pages of these words outside the run, and
+            // they are read later, so clearing them now is as early as clearing them then.
             let words = (first / 64) as usize..end.div_ceil(64) as usize;
             let bits = &mut handed_out[words.clone()];
             if bits.iter().all(|word| *word == 0) {
@@ -154,7 +154,7 @@ impl DirtySource for KvmDirtyLog {
 
 impl Drop for KvmDirtyLog {
     fn drop(&mut self) {
-        // Nobody is left to tell.
+        // There is no caller to return the error to.
         drop(self.stop());
     }
 }
@@ -203,7 +203,7 @@ mod tests {
         assert!(outcome.lost == 0 && outcome.reported > 0, "{outcome:?}");
     }
 
-    /// A vCPU writes through the process's page tables: write protection alone sees it.
+    /// A vCPU writes through the process's page tables: write protection alone reports it.
     #[test]
     fn a_racing_vcpu_is_seen_by_write_protection_too() {
         let (guest, vm, slots) = machine(|_| ());
@@ -211,8 +211,8 @@ mod tests {
         assert!(outcome.lost == 0 && outcome.reported > 0, "{outcome:?}");
     }
 
-    /// A write between the sync and the clearing of its chunk keeps its bit, because only bits that were
-    /// handed out are cleared; clearing the whole chunk would lose it.
+    /// A write between the sync and the clearing of its chunk keeps its bit, because only handed-out bits are cleared;
+    /// clearing the whole chunk would lose it.
     #[test]
     fn a_write_between_sync_and_reprotect_is_in_the_next_sync() {
         let (guest, mut vm, slots) = machine(|_| ());
@@ -272,7 +272,7 @@ mod tests {
         assert!(with(&|slot| slot.slot = 0).contains("as the VMM set them"), "another slot");
         let nowhere = with(&|slot| (slot.slot, slot.guest_addr.0) = (7, 0x8000_0000));
         assert!(nowhere.contains("no memory at 0x80000000"), "{nowhere}");
-        // Nothing was left behind: the VMM can still use the address.
+        // No slot is left over: the VMM can still use the address.
         let mut vm = vm;
         vm.map(7, 0x8000_0000, guest.region(BlockIndex(0)).unwrap(), 0, 4096);
         let no_vm = KvmDirtyLog::new(&guest, std::fs::File::open("/dev/null").unwrap().into(), &slots);

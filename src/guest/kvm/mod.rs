@@ -1,4 +1,4 @@
-//! Pages written by vCPUs, as KVM tells them: the dirty log, and the dirty ring of each vCPU.
+//! Pages written by vCPUs, as KVM reports them: the dirty log, and the dirty ring of each vCPU.
 
 mod log;
 mod ring;
@@ -18,21 +18,21 @@ const LOG_PAGE: PageSize = PageSize::SIZE_4K;
 /// `KVM_MEM_LOG_DIRTY_PAGES`.
 const LOG_DIRTY_PAGES: u32 = 1;
 
-/// A memory slot as the VMM set it, and the part of a block that it shows to the guest. It must exist: KVM has
-/// one call for making a slot and for changing its flags.
+/// A memory slot as the VMM set it, and the part of a block that it maps into the guest. The slot must exist: KVM has
+/// one call for creating a slot and for changing its flags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvmSlot {
     /// Number of the slot, the address space in the upper 16 bits.
     pub slot: u32,
     /// Where the guest sees it.
     pub guest_addr: GuestAddr,
-    /// The block behind it.
+    /// The block that backs it.
     pub block: BlockIndex,
-    /// Where in the block it starts.
+    /// The offset in the block at which it starts.
     pub offset: BlockOffset,
     /// Length in bytes.
     pub len: u64,
-    /// Flags the slot has while no migration runs; the log's flag is added and taken away.
+    /// Flags of the slot while no migration runs; the log's flag is added and removed.
     pub flags: u32,
 }
 
@@ -53,7 +53,7 @@ impl Slot {
     }
 }
 
-/// The tracked slots of a VM. Whichever way KVM tells of writes, it is switched on and off by a flag of each slot.
+/// The tracked slots of a VM. For both reporting methods of KVM, a flag of each slot enables and disables it.
 #[derive(Debug)]
 struct Slots {
     source_name: &'static str,
@@ -96,8 +96,8 @@ impl Slots {
         DirtyError::Unsupported { source_name: self.source_name, reason }
     }
 
-    /// Switches the flag of the first slot on, lets `look` use it, and switches it off. A write needs a vCPU of the guest
-    /// and can't be made here.
+    /// Sets the flag of the first slot, lets `look` use it, and clears it. A write needs a vCPU of the guest and can't
+    /// be made here.
     fn probe(&self, look: impl FnOnce(&Slot) -> io::Result<()>) -> Result<(), DirtyError> {
         if self.page != LOG_PAGE {
             let reason = format!("KVM counts {LOG_PAGE} pages, the guest {} pages", self.page);
@@ -117,7 +117,7 @@ impl Slots {
         self.set_slot(slot, false).and(looked).map_err(refused)
     }
 
-    /// Switches the flag of every slot; off means all, also after an error, of which the first is told.
+    /// Sets or clears the flag of every slot. Clearing continues after an error, of which the first is returned.
     fn set_logging(&self, on: bool) -> io::Result<()> {
         if on {
             return self.list.iter().try_for_each(|slot| self.set_slot(slot, true));
@@ -150,8 +150,8 @@ mod tests {
     use crate::sys::Mapping;
     use crate::sys::testing::TestVm;
 
-    /// One block behind two slots that meet at an odd page, far apart in the guest's address space, and a
-    /// block of one page.
+    /// One block in two slots that meet at an odd page and are far apart in the guest's address space, and a block of
+    /// one page.
     pub(super) fn machine(prepare: impl FnOnce(OwnedFd)) -> (MappedGuest, TestVm, Vec<KvmSlot>) {
         let guest = guest_of(&[Mapping::anonymous(16 << 20).unwrap(), Mapping::memfd("b1", 4096).unwrap()]);
         let slot = |slot, at, block, first: u64, pages: u64| KvmSlot {

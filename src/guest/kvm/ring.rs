@@ -1,25 +1,25 @@
 //! Pages written by vCPUs: KVM's dirty rings.
 //!
-//! The kernel puts each page that a vCPU writes into that vCPU's ring, so a sync costs what was written and not what
-//! the guest has, and it is known which vCPU wrote. It sees what [`KvmDirtyLog`](super::KvmDirtyLog) sees: vCPUs, and
-//! KVM itself on their behalf.
+//! The kernel puts each page that a vCPU writes into that vCPU's ring, so the cost of a sync depends on the number of
+//! written pages instead of the size of the guest, and it is known which vCPU wrote. It reports the same writes as
+//! [`KvmDirtyLog`](super::KvmDirtyLog): those by vCPUs, and by KVM itself on their behalf.
 //!
 //! # A full ring
 //!
-//! A vCPU whose ring is full leaves KVM_RUN with KVM_EXIT_DIRTY_RING_FULL and can't run on before the VMM has emptied
+//! A vCPU whose ring is full leaves KVM_RUN with KVM_EXIT_DIRTY_RING_FULL and can't continue before the VMM has emptied
 //! the ring: its thread calls [`KvmDirtyRing::collect`] and runs again.
 //!
-//! The kernel keeps a reserve in each ring for what a vCPU writes until it can be stopped. Where it emulates the guest's
-//! instructions, with an entry for each store and no look at the ring before the next exit to the VMM, that reserve can
-//! be overrun: [`collect`](KvmDirtyRing::collect) finds it out and says so, and [`relieve`](KvmDirtyRing::relieve) at each exit
-//! keeps it from happening.
+//! The kernel keeps a reserve in each ring for the writes of a vCPU until it can be stopped. If KVM emulates the
+//! guest's instructions, it makes an entry for each store and does not check the ring before the next exit to the VMM,
+//! so that the reserve can overflow. [`collect`](KvmDirtyRing::collect) detects this and returns an error; a call of
+//! [`relieve`](KvmDirtyRing::relieve) at each exit prevents it.
 //!
-//! # Order that must hold
+//! # Required order
 //!
 //! Entries are taken, then their pages protected again (one reset for all), then a sync hands the pages out, then their
-//! bytes are read. A write before the reset is in those bytes; one after it makes a new entry. Where the processor logs
-//! writes into a buffer of its own (Intel's page-modification logging), entries come when the vCPU leaves the guest, so
-//! the last sync follows a pause, in which each vCPU does.
+//! bytes are read. A write before the reset is in those bytes; one after it makes a new entry. If the processor logs
+//! writes into a buffer of its own (Intel's page-modification logging), the entries are made when the vCPU leaves the
+//! guest. So the last sync follows a pause, in which each vCPU leaves it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -33,18 +33,18 @@ use crate::sys::{DirtyRing, KvmLog, Lock as _};
 use crate::units::{BlockIndex, PageIndex};
 
 const NAME: &str = "kvm-ring";
-/// The kernel keeps some entries back for what the processor has logged when a vCPU stops (64, and 512 with page
+/// The kernel reserves some entries for what the processor has logged when a vCPU stops (64, and 512 with page
 /// modification logging): a ring must be longer than that.
 const FEWEST: u32 = 1024;
 
-/// The length of a VM's dirty rings: proof that they were enabled.
+/// The length of a VM's dirty rings; it proves that they were enabled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingSize(u32);
 
 impl RingSize {
-    /// Gives every vCPU that the VM behind `vm` will have a ring of `entries`, rounded up to a power of two and kept between
-    /// 1024 and what the kernel offers (65536 is a common maximum). Called before the first vCPU is made. The VM's
-    /// dirty log can't be read any more.
+    /// Gives every vCPU that the VM of `vm` will have a ring of `entries`, rounded up to a power of two and limited to
+    /// between 1024 and the kernel's maximum (65536 is common). Must be called before the first vCPU is created. The
+    /// VM's dirty log can't be read any more.
     ///
     /// # Errors
     /// [`DirtyError::Unsupported`] with the reason: no rings in this kernel, or a vCPU that exists.
@@ -79,13 +79,13 @@ pub struct KvmDirtyRing {
     rings: Mutex<Vec<DirtyRing>>,
     /// Pages each vCPU has written.
     written: Vec<AtomicU64>,
-    /// Taken from the rings and not yet handed out, a map a block.
+    /// Pages taken from the rings and not yet handed out, one map for each block.
     pending: Vec<AtomicBitmap>,
     started: AtomicBool,
 }
 
 impl KvmDirtyRing {
-    /// Tracks `slots` of the VM behind the (duplicated) descriptor `vm` by the rings of all its `vcpus`. While tracking is
+    /// Tracks `slots` of the VM of the (duplicated) descriptor `vm` by the rings of all its `vcpus`. While tracking is
     /// on, the VMM must not change these slots.
     ///
     /// # Errors
@@ -116,8 +116,8 @@ impl KvmDirtyRing {
         })
     }
 
-    /// Empties all rings; their pages go to the next sync. Called by a vCPU's thread after KVM_EXIT_DIRTY_RING_FULL, which
-    /// may then run it again; by any thread at any time. Returns how many entries there were.
+    /// Empties all rings; their pages go to the next sync. A vCPU's thread calls it after KVM_EXIT_DIRTY_RING_FULL, and
+    /// may then run the vCPU again; any thread may call it at any time. Returns the number of entries.
     ///
     /// # Errors
     /// [`DirtyError::Kernel`]; the vCPU must not run on.
@@ -130,7 +130,7 @@ impl KvmDirtyRing {
             let entries = ring.take(|slot, page| pages += self.note(slot, page));
             written.fetch_add(pages, Ordering::Relaxed);
             taken += entries;
-            // With a reserve kept, no entry is ever the last free one.
+            // Within its reserve the kernel never uses the last free entry.
             overrun = overrun.or((entries == u64::from(ring.entries())).then_some(vcpu));
         }
         if taken > 0 {
@@ -148,8 +148,8 @@ impl KvmDirtyRing {
         }
     }
 
-    /// As [`collect`](Self::collect) if a ring is half full or more; else costs a look at each. For a vCPU's thread to call
-    /// after any exit, so that the ring is rarely full.
+    /// As [`collect`](Self::collect) if a ring is at least half full; otherwise it only checks each ring. A vCPU's
+    /// thread calls it after any exit, so that its ring is rarely full.
     ///
     /// # Errors
     /// As [`collect`](Self::collect).
@@ -159,15 +159,15 @@ impl KvmDirtyRing {
         if half_full { self.collect() } else { Ok(0) }
     }
 
-    /// Pages that each vCPU has written while tracking was on, in the order the vCPUs were given; only ever more. A page
-    /// counts once between two syncs, for the vCPU whose write was seen first.
+    /// Pages that each vCPU has written while tracking was on, in the order of the given vCPUs; the numbers only grow.
+    /// A page counts once between two syncs, for the vCPU whose write was found first.
     pub fn pages_written(&self) -> Vec<u64> {
         self.written.iter().map(|written| written.load(Ordering::Relaxed)).collect()
     }
 
     /// Marks a page; 1 if it was not marked yet.
     fn note(&self, slot: u32, page: u64) -> u64 {
-        // Few slots; a slot of the VMM's own that logs for another purpose is not ours to report.
+        // There are few slots. A slot that the VMM logs for another purpose is not reported here.
         let tracked = self.slots.list().iter().find(|tracked| tracked.given.slot == slot);
         let Some(tracked) = tracked.filter(|tracked| page < tracked.pages()) else { return 0 };
         let map = self.pending.get(tracked.given.block.as_usize());
@@ -186,7 +186,7 @@ impl DirtySource for KvmDirtyRing {
         NAME
     }
 
-    /// That the kernel has rings was found out when they were enabled. Switches the log of the first slot on and off.
+    /// Enabling the rings has already shown that the kernel has them. Enables and disables the log of the first slot.
     fn probe(&self) -> Result<(), DirtyError> {
         if self.started.load(Ordering::Acquire) {
             return Ok(());
@@ -196,10 +196,10 @@ impl DirtySource for KvmDirtyRing {
 
     fn start(&self) -> Result<(), DirtyError> {
         self.stop()?;
-        // Before the first call, so that stop() takes back what was done if a later one fails.
+        // Set before the first call, so that stop() reverts the earlier calls if a later one fails.
         self.started.store(true, Ordering::Release);
         self.slots.set_logging(true).map_err(|error| {
-            // The first error is the one to tell.
+            // The first error is the one to return.
             drop(self.stop());
             DirtyError::kernel(NAME, "switching the log on", error)
         })
@@ -227,7 +227,7 @@ impl DirtySource for KvmDirtyRing {
                 .set_logging(false)
                 .map_err(|error| DirtyError::kernel(NAME, "switching the log off", error));
         }
-        // What is in the rings still belongs to the migration that ends; a full one must not stop its vCPU later.
+        // Remaining entries of the rings belong to the migration that ends; a full ring must not stop its vCPU later.
         result = result.and(self.collect().map(drop));
         self.forget_pending();
         result
@@ -236,7 +236,7 @@ impl DirtySource for KvmDirtyRing {
 
 impl Drop for KvmDirtyRing {
     fn drop(&mut self) {
-        // Nobody is left to tell.
+        // There is no caller to return the error to.
         drop(self.stop());
     }
 }
@@ -271,8 +271,8 @@ mod tests {
         (0..4096).filter(|page| map.get(PageIndex(*page))).collect()
     }
 
-    /// Writers against syncs; a pass writes four times as many pages as the ring holds. The first to come empties it: a
-    /// sync, or the vCPU's thread once it is full.
+    /// Writers race with syncs; each pass writes four times as many pages as the ring holds. Either a sync empties it,
+    /// or the vCPU's thread once it is full.
     #[test]
     fn a_racing_vcpu_loses_nothing_whoever_empties_its_ring() {
         let (guest, vm, slots, ring) = tracked();
@@ -309,12 +309,12 @@ mod tests {
         assert_eq!(synced(&ring), (1027..4096).collect::<Vec<_>>());
     }
 
-    /// A ring without a free entry may have lost some: told, not taken for good.
+    /// A ring without a free entry may have lost some: this is reported, and the ring is not trusted.
     #[test]
     fn an_overrun_ring_is_told() {
         let (_guest, mut vm, _slots, ring) = tracked();
         ring.start().unwrap();
-        // Where KVM executes the guest instead of emulating it, it stops the vCPU in time.
+        // If KVM executes the guest instead of emulating it, it stops the vCPU in time.
         let mut stopped_in_time = false;
         let mut told = Ok(0);
         vm.run_pages(0x4000_0000, 1024, 1, &mut || {

@@ -1,10 +1,11 @@
-//! Pages that are not there yet while the guest runs: placed whole, once; then the threads that wait for them run on.
+//! Pages that are missing while the guest runs: each is placed whole and once; then the threads that wait for it
+//! continue.
 //!
-//! # Orders that must hold
+//! # Required orders
 //!
-//! What is to come again is discarded before the memory is registered. A page's bytes are in place, then it is marked
-//! received, then waiting threads are woken. A page that is marked received is either mapped, or it came as zero and was
-//! never touched: a fault on it is answered here and asked of nobody.
+//! Pages that will be sent again are discarded before the memory is registered. A page is placed first, then marked
+//! received, then waiting threads are woken. A page that is marked received is either mapped, or it was received as
+//! zero and never touched: a fault on it is resolved here without a request to the source.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -18,12 +19,12 @@ use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 /// The memory whose missing pages are served.
 pub(super) struct Missing {
     faults: Arc<MissingFaults>,
-    /// Told of each host page once it is in place, marked, and woken.
+    /// Called for each host page once it is placed, marked, and woken.
     placed: Box<dyn Fn(Landing) + Send + Sync>,
-    /// Address ranges of the blocks, ascending, with their place in the guest's own table.
+    /// Address ranges of the blocks, ascending, with their index in the guest's own table.
     ranges: Vec<(std::ops::Range<usize>, BlockIndex, PageSize)>,
-    /// Held while pages are placed that several threads may have read: a page is placed once. What the guest has given back
-    /// since is not there again.
+    /// Held while pages are placed that several threads may have read: a page is placed once. A page that the guest has
+    /// freed since is missing again.
     turn: Mutex<()>,
 }
 
@@ -39,14 +40,14 @@ impl Placer {
             .collect()
     }
 
-    /// Before the first page of a migration that may switch to postcopy: all memory reads as zero and is not there, and
-    /// the kernel puts no huge page over several of its pages.
+    /// To be called before the first page of a migration that may switch to postcopy: all memory reads as zero and is
+    /// missing, and the kernel maps no huge page over several of its pages.
     ///
     /// # Errors
     /// [`GuestError`]: memory can't be discarded.
     pub fn empty(&mut self) -> Result<(), GuestError> {
         for (landing, page) in self.servable()? {
-            // Memory of kinds that never has them says EINVAL.
+            // Memory of kinds that never have huge pages returns EINVAL.
             let _ = set_huge_pages(self.target(landing)?, false);
             self.memory.discard(landing)?;
             self.check_missing(landing, page)?;
@@ -55,8 +56,8 @@ impl Placer {
         Ok(())
     }
 
-    /// What was discarded is missing. Huge pages that the kernel can't drop were zeroed instead: they would be there, and never
-    /// asked for.
+    /// Discarded memory is missing. Huge pages that the kernel can't free were zeroed instead: they would be present,
+    /// and never requested.
     fn check_missing(&self, landing: Landing, page: PageSize) -> Result<(), GuestError> {
         let is_there = page > self.memory.table().page() && is_there(self.target(landing)?).unwrap_or(true);
         if !is_there {
@@ -81,8 +82,8 @@ impl Placer {
         self.memory.discard(landing)
     }
 
-    /// From here on a first access to a missing page waits for it, and pages are placed as [`PageWriter`](super::PageWriter)
-    /// says; `placed` is told of each whole host page. Once.
+    /// From here on a first access to a missing page waits for it, and pages are placed as
+    /// [`PageWriter`](super::PageWriter) describes; `placed` is called for each whole host page. To be called once.
     ///
     /// # Errors
     /// [`MissingFaultsError`]; [`GuestError`] for memory that is not of this process.
@@ -102,7 +103,7 @@ impl Placer {
         Ok(())
     }
 
-    /// All pages have come: accesses wait no more.
+    /// All pages have been received: accesses no longer wait.
     pub fn stop_serving(&self) {
         let Some(missing) = self.missing.get() else { return };
         for (landing, _) in self.servable().unwrap_or_default() {
@@ -124,7 +125,7 @@ impl Placer {
         self.memory.table().admit(*block, BlockOffset(offset), page.bytes()).ok()
     }
 
-    /// A thread waits for a page that is marked received: it came as zero, or is there by now.
+    /// A thread waits for a page that is marked received: it was received as zero, or is present by now.
     ///
     /// # Errors
     /// The kernel's answer.
@@ -136,21 +137,21 @@ impl Placer {
         placed.map_err(|source| self.unplaced(landing, source))
     }
 
-    /// True if every page of `landing` has come.
+    /// True if every page of `landing` has been received.
     pub fn has_all(&self, landing: Landing) -> bool {
         let run = self.run(landing);
         let mut pages = (run.first.0..run.end().0).map(PageIndex);
         self.received.block(run.block).is_some_and(|map| pages.all(|page| map.get(page)))
     }
 
-    /// The first page of a run that has not come.
+    /// The first page of a run that has not been received.
     pub fn first_missing(&self, run: PageRun) -> Option<PageRun> {
         let map = self.received.block(run.block)?;
         let page = (run.first.0..run.end().0).map(PageIndex).find(|page| !map.get(*page))?;
         Some(PageRun { block: run.block, first: page, pages: 1 })
     }
 
-    /// The received bitmap of a block as a source reads it: bit i of byte i / 8 is page i.
+    /// The received bitmap of a block in the source's format: bit i of byte i / 8 is page i.
     pub fn received_bits(&self, block: BlockIndex) -> Vec<u8> {
         let Some(map) = self.received.block(block) else { return Vec::new() };
         let mut bits = vec![0; map.len().div_ceil(8) as usize];
@@ -169,7 +170,7 @@ impl Placer {
         self.memory.table().get(landing.block()).map_or(self.memory.table().page(), |block| block.host_page)
     }
 
-    /// Puts a whole host page, or several, in place. Pages that are there already are left as they are.
+    /// Places a whole host page, or several. Pages that are already present are left unchanged.
     fn place_missing(
         &self,
         missing: &Missing,
@@ -184,11 +185,11 @@ impl Placer {
         placed.map(drop).map_err(|source| self.unplaced(landing, source))
     }
 
-    /// Puts whole host pages in place that were read at once, by one of several readers: those of them that have not come.
-    /// They are marked, and the threads that wait run on.
+    /// Places whole host pages that one of several readers has read at once, without those already received. The placed
+    /// pages are marked, and the threads that wait for them continue.
     ///
     /// # Errors
-    /// The kernel's answer; pages in front of the one that it is about are in place.
+    /// The kernel's error; the pages before the failed one are placed.
     pub fn place_read(&self, landing: Landing, bytes: &[u8]) -> Result<(), GuestError> {
         let Some(missing) = self.missing.get() else { return Ok(()) };
         debug_assert_eq!(landing.len(), bytes.len() as u64);
@@ -239,7 +240,7 @@ impl Placer {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// The kernel, or this process's rights.
+    /// The kernel or the privileges of this process do not allow it.
     #[error(transparent)]
     Faults(#[from] MissingFaultsError),
     /// The guest's memory.
@@ -247,13 +248,13 @@ pub enum ServeError {
     Guest(#[from] GuestError),
 }
 
-/// Host pages of one channel that have come in part: they are placed when all their target pages are here.
+/// Incomplete host pages of one channel: each is placed when all its target pages have been received.
 #[derive(Debug, Default)]
 pub(super) struct HostPages {
     parts: HashMap<(BlockIndex, u64), Part>,
 }
 
-/// Most host pages that one channel may have begun: a QEMU has one, and one more where it was interrupted.
+/// Maximum number of incomplete host pages of one channel: a QEMU has one, and one more after an interruption.
 const MAX_PARTS: usize = 4;
 
 #[derive(Debug)]
@@ -265,7 +266,7 @@ struct Part {
 }
 
 impl HostPages {
-    /// Takes one target page, `None` for zero. The whole host page is placed and committed with its last one.
+    /// Takes one target page, `None` for zero. The whole host page is placed and committed with its last target page.
     pub(super) fn take(
         &mut self,
         placer: &Placer,
@@ -273,7 +274,7 @@ impl HostPages {
         bytes: Option<&[u8]>,
     ) -> Result<(), GuestError> {
         let Some(missing) = placer.missing.get() else { return Ok(()) };
-        // What has come may have been written by the guest since.
+        // The guest may have written the received page since.
         if placer.has_all(landing) {
             return Ok(());
         }
@@ -323,7 +324,7 @@ impl HostPages {
         Ok(())
     }
 
-    /// The channel is gone: what it had begun will come again.
+    /// The channel is gone: its incomplete host pages will be sent again.
     pub(super) fn drop_parts(&mut self) {
         self.parts.clear();
     }

@@ -21,7 +21,7 @@ fn bytes_of(placer: &Placer, landing: Landing) -> Vec<u8> {
     bytes
 }
 
-/// One check of bounds carries a run through the choice of the way, the store, the mark and the counters.
+/// After one check of bounds a run passes through the choice of the method, the store, the mark and the counters.
 #[test]
 fn bounds_are_checked_once_a_run_on_every_way_into_memory() {
     for mapping in [Mapping::memfd("once", PAGES * 4096).unwrap(), Mapping::anonymous(PAGES * 4096).unwrap()]
@@ -76,8 +76,8 @@ fn a_zero_page_clears_what_came_before_and_touches_nothing_else() {
     assert_eq!(blocks, 8, "memory was taken for the one page that held something");
 }
 
-/// Memory that begins at a host page, as that of huge pages does. What lies askew is zeroed by store at its edges, and is
-/// there afterwards.
+/// Memory that begins at a host page, as huge pages require. Its unaligned edges are zeroed by stores, and are present
+/// afterwards.
 fn aligned(host_page: usize) -> Mapping {
     let mut between = Vec::new();
     loop {
@@ -99,7 +99,7 @@ fn missing() -> (Arc<Placer>, Arc<MissingFaults>, mpsc::Receiver<Landing>) {
     assert_eq!(guest.table().get(BlockIndex(0)).unwrap().host_page, block.host_page);
     let mut placer = Placer::new(Arc::new(guest), &[block], None).unwrap();
     placer.empty().unwrap();
-    // In the first rounds: as zero, and never touched.
+    // In the first rounds: received as zero, and never touched.
     let zero = placer.admit(BlockIndex(0), BlockOffset(60 * 4096), 4 * 4096).unwrap();
     placer.zero(zero).unwrap();
     let (tell, placed) = mpsc::channel();
@@ -112,7 +112,7 @@ fn target_page(placer: &Placer, page: u64) -> Landing {
     placer.admit(BlockIndex(0), BlockOffset(page * 4096), 4096).unwrap()
 }
 
-/// A source that begins host page after host page and finishes none gets no memory for them.
+/// A source that begins one host page after the other and completes none gets no memory for them.
 #[test]
 fn host_pages_that_are_begun_and_not_finished_are_limited() {
     let (placer, _faults, _placed) = missing();
@@ -121,16 +121,16 @@ fn host_pages_that_are_begun_and_not_finished_are_limited() {
     (0..4).for_each(|host_page| put(4 * host_page).unwrap());
     let error = put(16).unwrap_err();
     assert!(matches!(error, GuestError::Unfinished { offset: 0x10000, .. }), "{error}");
-    // One of them may be finished, and another begun.
+    // One of them may be completed, and another begun.
     (1..4).for_each(|page| put(page).unwrap());
     put(16).unwrap();
-    // A lost connection takes them all.
+    // A lost connection drops them all.
     writer.forget_parts();
     (0..4)
         .for_each(|host_page| writer.place_zero(&placer, target_page(&placer, 32 + 4 * host_page)).unwrap());
 }
 
-/// A thread touches a page that came as zero before memory was served: nobody has it but us.
+/// A thread touches a page that was received as zero before memory was served: only this end has the page.
 #[test]
 fn a_fault_on_a_page_that_came_as_zero_is_answered_here() {
     let (placer, faults, _placed) = missing();

@@ -1,11 +1,11 @@
-//! A guest without a machine: threads that keep writing pages which describe themselves.
+//! A guest without a VM: threads that keep writing self-describing pages.
 //!
-//! Each writer owns a part of the working set and writes its pages one after the other, in a fixed order and
-//! round again, counting. What every page must hold follows from the configuration and one number a writer:
-//! how many writes it has done. That number travels in the device state, not in RAM, so that a page which
-//! missed the last round is found even though it is a whole, valid page: it holds an older write.
+//! Each writer owns a part of the working set. It writes its pages one after the other, in a fixed order and
+//! repeatedly, and counts the writes. The expected content of every page follows from the configuration and one number
+//! for each writer: how many writes it has done. That number is sent in the device state, not in RAM. So a page that
+//! missed the last round is found, although it is a complete, valid page: it holds an older write.
 //!
-//! A writer finishes its page and marks it in the guest's [`SoftwareBitmap`] before it stands still.
+//! A writer finishes its page and marks it in the guest's [`SoftwareBitmap`] before it pauses.
 
 mod pace;
 mod page;
@@ -35,7 +35,7 @@ use crate::ram::PageRun;
 use crate::sys::{HostSpan, Lock as _};
 use crate::units::{BlockIndex, PageIndex, Percent, Rate, RestShare};
 
-/// A writer finishes the page it is at before it stands still: microseconds, unless the machine is stuck.
+/// A writer finishes its current page before it pauses: this takes microseconds, unless the machine is stuck.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A guest whose threads write self-describing pages. Clones are handles of the same guest; the last one
@@ -45,7 +45,7 @@ pub struct SyntheticGuest {
     memory: Arc<MappedGuest>,
     software: Arc<SoftwareBitmap>,
     machine: Arc<Mutex<Option<Machine>>>,
-    /// Its threads look at all memory on arrival.
+    /// Its threads read all memory on arrival.
     reads: bool,
 }
 
@@ -65,27 +65,27 @@ struct Shared {
     gate: VcpuGate,
     /// Writes done, one a writer.
     done: Vec<AtomicU64>,
-    /// What `done` was when the device state was loaded; `None` where the guest was made.
+    /// The value of `done` when the device state was loaded; `None` on the host where the guest was created.
     loaded: Option<Vec<u64>>,
     readers: Readers,
     faults: Mutex<Faults>,
 }
 
 impl SyntheticGuest {
-    /// A guest that waits for a device state, over memory into which a migration comes.
+    /// A guest that waits for a device state, over memory that a migration fills.
     pub fn empty(memory: Arc<MappedGuest>) -> Self {
         let software = Arc::new(SoftwareBitmap::new(memory.table()));
         Self { memory, software, machine: Arc::default(), reads: false }
     }
 
-    /// From its arrival on as many threads as it has writers look once at each page, in an order that jumps, and compare those
-    /// that no writer writes. After a switch to postcopy they fault on what is missing.
+    /// From its arrival on as many threads as it has writers read each page once, in a scattered order, and compare
+    /// those that no writer writes. After a switch to postcopy they fault on missing pages.
     #[must_use]
     pub fn reading(self) -> Self {
         Self { reads: true, ..self }
     }
 
-    /// A guest over fresh zero memory, filled as `config` says and standing still.
+    /// A paused guest over fresh zero memory, filled as `config` describes.
     ///
     /// # Errors
     /// A configuration that [`load`](DeviceState::load) would refuse too.
@@ -108,24 +108,24 @@ impl SyntheticGuest {
         self.software.clone()
     }
 
-    /// Pages written so far by all writers, those on the host before included.
+    /// Number of pages written so far by all writers, including those on the source host.
     pub fn pages_written(&self) -> u64 {
         let sum = |machine: &mut Machine| machine.shared.done.iter().map(|n| n.load(Ordering::Relaxed)).sum();
         self.with(|machine| machine.map_or(0, sum))
     }
 
-    /// Pages that threads have looked at since its arrival, for [`reading`](Self::reading).
+    /// Number of pages that threads have read since its arrival, for [`reading`](Self::reading).
     pub fn pages_read(&self) -> u64 {
         self.with(|machine| machine.map_or(0, |machine| machine.shared.readers.read()))
     }
 
-    /// True if there is no page left that threads are to look at.
+    /// True if threads have no page left to read.
     pub fn is_read(&self) -> bool {
         self.with(|machine| machine.is_none_or(|machine| machine.shared.readers.are_through()))
     }
 
-    /// Checks every page of every block that travels against what was written last; the guest must stand
-    /// still. Pages that the writers overwrote since the device state was loaded were checked by them before.
+    /// Checks every page of every migrated block against its last write; the guest must be paused. The writers have
+    /// already checked the pages that they overwrote since the device state was loaded.
     ///
     /// # Errors
     /// `InvalidInput` if the guest runs or has no state yet.
@@ -156,7 +156,7 @@ impl SyntheticGuest {
         shared
     }
 
-    /// The machine if it stands still.
+    /// The machine if it is paused.
     fn still(&self) -> io::Result<Arc<Shared>> {
         let shared =
             self.with(|machine| machine.map(|machine| machine.shared.clone())).ok_or_else(no_state)?;
@@ -214,7 +214,7 @@ impl GuestControl for SyntheticGuest {
         self.with(|machine| machine.iter().for_each(|machine| machine.shared.gate.set_rest(vcpu, rest)));
     }
 
-    /// The synthetic guest gives no page back.
+    /// The synthetic guest frees no pages.
     fn forbid_discard(&mut self, _forbid: bool) -> bool {
         true
     }
@@ -236,7 +236,7 @@ impl DeviceState for SyntheticGuest {
         out.write_all(&state::encode(self.memory.table(), &shared.plan.config, &done))
     }
 
-    /// Replaces what the guest was; its memory is what has arrived.
+    /// Replaces the guest's state; its memory is the received memory.
     fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let (config, done) = state::decode(self.memory.table(), from)?;
         self.install(Plan::new(self.memory.table(), config), done, true);
@@ -248,7 +248,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.shared.gate.end();
         for thread in self.threads.drain(..) {
-            // A writer that panicked has told so; there is nothing to end.
+            // A panic of a writer was already reported; there is nothing to end.
             drop(thread.join());
         }
     }
@@ -274,17 +274,17 @@ impl Shared {
         }
     }
 
-    /// The writer's next write, whole: bytes, mark, count. `false` if it has no page to write.
+    /// The writer's next complete write: bytes, mark, count. `false` if it has no page to write.
     fn write_next(&self, writer: u32, buffer: &mut [u8]) -> bool {
         let Some(done) = self.done.get(writer as usize) else { return false };
         let sequence = done.load(Ordering::Relaxed) + 1;
         let Some((block, page)) = self.plan.place(writer, sequence) else { return false };
         let run = PageRun { block: BlockIndex(block), first: PageIndex(page), pages: 1 };
         let Some(span) = self.span(run) else { return false };
-        // The first lap after an arrival overwrites what travelled: the last chance to look at it.
+        // The first pass after an arrival overwrites the received pages: this is the last chance to check them.
         let loaded = self.loaded.as_ref().and_then(|loaded| loaded.get(writer as usize));
         if loaded.is_some_and(|loaded| sequence <= loaded + self.plan.pages_of(writer)) {
-            // May wait for a page that is missing: nothing is locked.
+            // May wait for a missing page, so no lock is held.
             span.copy_to(buffer);
             let expected = self.plan.before(writer, sequence, block, page);
             self.faults().check(&self.memory, run, expected, page::read(buffer, self.plan.config.seed));

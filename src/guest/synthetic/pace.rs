@@ -1,19 +1,19 @@
-//! Keeps a writer at its rate and inside its throttle limits.
+//! Keeps a writer at its rate and within its throttle limits.
 
 use std::time::{Duration, Instant};
 
 use crate::guest::gate::{VcpuGate, WHOLE};
 use crate::units::Rate;
 
-/// A writer that fell behind its rate makes up for at most this much.
+/// A writer that fell behind its rate catches up at most this much.
 const BURST: Duration = Duration::from_millis(20);
 /// Shorter sleeps cost more than they save.
 const NAP: Duration = Duration::from_millis(1);
 /// A throttled writer runs and rests within this time.
 const PERIOD: Duration = Duration::from_millis(10);
 
-/// Keeps one writer at its rate and inside its throttle. A writer with a rate stands for a vCPU that is busy all the time:
-/// what the throttle takes of its time it takes of the rate.
+/// Keeps one writer at its rate and within its throttle. A writer with a rate models a vCPU that is always busy: the
+/// throttle's share of its time is also taken from its rate.
 #[derive(Debug)]
 pub(super) struct Pace {
     writer: u32,
@@ -29,7 +29,7 @@ impl Pace {
         Self { writer, rate, next: now, period: now }
     }
 
-    /// The writer stood still; nothing is made up for.
+    /// The writer was paused; it does not catch up.
     pub(super) fn restart(&mut self) {
         (self.next, self.period) = (Instant::now(), Instant::now());
     }
@@ -39,7 +39,7 @@ impl Pace {
         self.rate == Some(Rate(0))
     }
 
-    /// Sleeps as the rate and the throttle demand after `bytes` were written.
+    /// Sleeps as long as the rate and the throttle require after `bytes` were written.
     pub(super) fn wrote(&mut self, bytes: u64, gate: &VcpuGate) {
         let share = gate.run_share(self.writer as usize);
         let now = Instant::now();

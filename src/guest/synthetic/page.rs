@@ -1,4 +1,4 @@
-//! What a page of the synthetic guest holds, and what is found in one.
+//! The content of a page of the synthetic guest, and the check of it.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ const HEADER: usize = 5;
 /// The writer of the pages that were filled before any writer ran.
 pub(super) const FILL: u32 = u32::MAX;
 
-/// Who wrote a page, as which of their writes.
+/// The writer of a page, and the number of its write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
     /// Position of the block in the table.
@@ -58,8 +58,8 @@ impl fmt::Display for Content {
     }
 }
 
-/// Fills `page`, whose length is a multiple of 8 and at least 1 KiB, with `stamp` and a body of which the first
-/// `changes` bytes follow from it; the rest is the page's own, by every writer.
+/// Fills `page`, whose length is a multiple of 8 and at least 1 KiB, with `stamp` and a body. The first `changes` bytes
+/// of the body depend on the stamp; the rest depends only on the page, for every writer.
 pub(super) fn write(page: &mut [u8], seed: u64, stamp: Stamp, changes: u32) {
     let (fresh, lasting) = (mix(seed, stamp), mix(seed, Stamp { writer: FILL, sequence: 0, ..stamp }));
     let changed = HEADER + changes as usize / 8;
@@ -90,7 +90,7 @@ pub(super) fn read(page: &[u8], seed: u64) -> Content {
     Content::Stamped(Stamp { block, writer, page: word(3), sequence: word(4) })
 }
 
-/// Spreads a stamp over 64 bits; pages and sequences that differ in one bit give unlike bodies.
+/// Spreads a stamp over 64 bits; pages and sequences that differ in one bit give very different bodies.
 pub(super) fn mix(seed: u64, stamp: Stamp) -> u64 {
     let who = u64::from(stamp.block) << 32 | u64::from(stamp.writer);
     let words = [seed, who, stamp.page, stamp.sequence].map(u64::to_le_bytes);

@@ -1,26 +1,26 @@
-//! Which pages a writer writes, in which order: so that one number a writer tells what every page must hold.
+//! Which pages a writer writes, and in which order, so that one number per writer determines the content of every page.
 
 use super::page::{FILL, Stamp, mix};
 use crate::ram::RamBlockTable;
 use crate::units::{Percent, Rate};
 
-/// Most writers a guest may have; bounds what a device state can make us start.
+/// Maximum number of writers of a guest; it limits how many threads a device state can start.
 pub(super) const MAX_WRITERS: u32 = 256;
 
-/// What a synthetic guest is to be. The same configuration over the same blocks fills the same bytes.
+/// Configuration of a synthetic guest. The same configuration over the same blocks fills the same bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SyntheticConfig {
-    /// Draws the fill and the place of the working set.
+    /// Determines the fill and the position of the working set.
     pub seed: u64,
     /// Share of the pages that are zero at the start.
     pub zero: Percent,
-    /// Bytes that are written over and over, spread over the blocks by their size; at least a page a writer.
+    /// Bytes that are written repeatedly, spread over the blocks by their size; at least a page per writer.
     pub working_set: u64,
-    /// Bytes written per second by all writers; `None` for as fast as they can, 0 for an idle guest.
+    /// Bytes written per second by all writers together; `None` for as fast as possible, 0 for an idle guest.
     pub rate: Option<Rate>,
     /// Writer threads, 1 to 256.
     pub writers: u32,
-    /// Bytes of a page that each write changes beside its header of 40; [`u32::MAX`] for all.
+    /// Bytes of a page that each write changes besides its header of 40; [`u32::MAX`] for all.
     pub changes: u32,
 }
 
@@ -53,7 +53,7 @@ struct Extent {
     pages: u64,
 }
 
-/// The configuration laid over the blocks.
+/// The configuration applied to the blocks.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) config: SyntheticConfig,
@@ -88,8 +88,8 @@ impl Plan {
         self.lanes.get(writer as usize).map_or(0, |(own, _)| *own)
     }
 
-    /// The block and page of a writer's write number `sequence` (from 1): its pages one after the other in a
-    /// fixed order that jumps, and round again. `None` if the writer has no page.
+    /// The block and page of a writer's write number `sequence` (from 1): its pages one after the other in a fixed
+    /// scattered order, repeatedly. `None` if the writer has no page.
     pub(super) fn place(&self, writer: u32, sequence: u64) -> Option<(u32, u64)> {
         let (own, stride) = *self.lanes.get(writer as usize)?;
         let turn = (sequence.checked_sub(1)?).checked_rem(own)?;
@@ -112,7 +112,7 @@ impl Plan {
         self.extents.iter().any(holds)
     }
 
-    /// What a page held when no writer had written it yet.
+    /// Content of a page before any writer has written it.
     pub(super) fn initial(&self, block: u32, page: u64) -> Expected {
         let stamp = Stamp { block, writer: FILL, page, sequence: 0 };
         if mix(!self.config.seed, stamp) % 100 < u64::from(self.config.zero.get()) {
@@ -122,7 +122,7 @@ impl Plan {
         }
     }
 
-    /// What a writer's page held before its write number `sequence`.
+    /// Content of a writer's page before its write number `sequence`.
     pub(super) fn before(&self, writer: u32, sequence: u64, block: u32, page: u64) -> Expected {
         match sequence.checked_sub(self.pages_of(writer)) {
             Some(sequence) if sequence > 0 => Expected::Stamped(Stamp { block, writer, page, sequence }),
@@ -130,7 +130,7 @@ impl Plan {
         }
     }
 
-    /// The last write to each page of the working set, after each writer has done the given number.
+    /// The last write to each page of the working set, after each writer has done the given number of writes.
     pub(super) fn last_writes(&self, sequences: &[u64]) -> LastWrites {
         let empty = |extent: &Extent| (*extent, vec![None; extent.pages as usize]);
         let mut last = LastWrites(self.extents.iter().map(empty).collect());
@@ -166,7 +166,7 @@ impl LastWrites {
     }
 }
 
-/// A step that visits each of `pages` once before it comes round.
+/// A step that visits each of `pages` once before it repeats.
 pub(in crate::guest) fn stride(pages: u64) -> u64 {
     (pages * 5 / 8..).find(|stride| gcd(*stride, pages) == 1).unwrap_or(1)
 }
@@ -191,7 +191,7 @@ mod tests {
         Plan::new(&table, SyntheticConfig { writers, working_set, ..SyntheticConfig::default() })
     }
 
-    /// The closed form agrees with a plain replay of every write, whatever number of them was done.
+    /// The closed form agrees with a plain replay of every write, for any number of writes.
     #[test]
     fn the_last_write_of_each_page_follows_from_one_number_a_writer() {
         for (writers, working_set, done) in

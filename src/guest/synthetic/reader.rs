@@ -1,5 +1,5 @@
-//! Threads of an arrived guest that look once at each page, while its writers write and, after a switch to postcopy, while
-//! pages are missing: then each look at a missing one is a fault.
+//! Threads of an arrived guest that read each page once, while its writers write and, after a switch to postcopy, while
+//! pages are missing: then each read of a missing page is a fault.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,9 +12,9 @@ use crate::units::{BlockIndex, PageIndex};
 /// The readers' common order and count.
 #[derive(Debug, Default)]
 pub(super) struct Readers {
-    /// Threads; each takes every so manyth page of the order.
+    /// Number of threads; each takes every n-th page of the order.
     pub(super) threads: u32,
-    /// Each block that travels, with its pages.
+    /// Each migrated block, with its number of pages.
     blocks: Vec<(BlockIndex, u64)>,
     /// Pages of all of them.
     pages: u64,
@@ -34,12 +34,12 @@ impl Readers {
         self.read.load(Ordering::Acquire)
     }
 
-    /// True if there is none left to look at.
+    /// True if no page is left to read.
     pub(super) fn are_through(&self) -> bool {
         self.threads == 0 || self.read() >= self.pages
     }
 
-    /// The page at `step` of an order that jumps; `None` behind the last.
+    /// The page at `step` of a scattered order; `None` after the last.
     fn place(&self, step: u64) -> Option<PageRun> {
         let jump = u128::from(step) * u128::from(stride(self.pages)) % u128::from(self.pages.max(1));
         let mut at = jump as u64;
@@ -54,7 +54,7 @@ impl Readers {
 }
 
 impl Shared {
-    /// Looks at each of its pages while the gate is open, then stands still until the end.
+    /// Reads each of its pages while the gate is open, then pauses until the end.
     pub(super) fn run_reader(&self, reader: u32) {
         let mut buffer = vec![0; self.memory.table().page().bytes() as usize];
         let mut step = u64::from(reader);
@@ -68,10 +68,10 @@ impl Shared {
         }
     }
 
-    /// Touches a page, and compares it unless a writer may be at it, who then has compared it or will.
+    /// Reads a page, and compares it unless a writer may write it, since the writer compares it.
     fn read_page(&self, run: PageRun, buffer: &mut [u8]) {
         let Some(span) = self.span(run) else { return };
-        // May wait for a page that is missing: nothing is locked.
+        // May wait for a missing page, so no lock is held.
         span.copy_to(buffer);
         let (block, page) = (run.block.0, run.first.0);
         if !self.plan.is_written(block, page) {

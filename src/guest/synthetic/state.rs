@@ -1,4 +1,4 @@
-//! The device state of the synthetic guest: what it is, over which blocks, and how far each writer came.
+//! The device state of the synthetic guest: its configuration, its blocks, and the count of each writer.
 //!
 //! | bytes | field (little endian) |
 //! |-------|-----------------------|
@@ -23,7 +23,7 @@ const MAGIC: [u8; 8] = *b"ramguest";
 const FIXED: usize = 8 * 3 + 4 * 2 + 8 + 4 + 4;
 const NO_LIMIT: u64 = u64::MAX;
 
-/// Blocks as a number: another guest's memory is refused, not misread.
+/// The blocks as a number, so that another guest's memory is refused instead of misread.
 fn fingerprint(table: &RamBlockTable) -> u64 {
     let mut hash = Xxh3::new();
     for block in table.blocks() {

@@ -22,7 +22,8 @@ fn config(rate: Option<Rate>) -> SyntheticConfig {
     SyntheticConfig { seed: 7, working_set: 2 << 20, rate, writers: 3, ..SyntheticConfig::default() }
 }
 
-/// Seconds are enough. A virtual machine's CPU may stand still for longer, and those of the writers with it that sleep there.
+/// Seconds are enough normally. But a virtual machine's CPU may be stopped for longer, and with it the writers that
+/// sleep there.
 const LIMIT: Duration = Duration::from_secs(120);
 
 fn run_until(guest: &SyntheticGuest, pages: u64) {
@@ -34,7 +35,7 @@ fn run_until(guest: &SyntheticGuest, pages: u64) {
     }
 }
 
-/// Until each writer has written all its pages once more, however unevenly they get their time.
+/// Runs until each writer has written all its pages once more, however unevenly they are scheduled.
 fn run_a_lap(guest: &SyntheticGuest) {
     let mut guest = guest.clone();
     let goal: Vec<u64> = (0..)
@@ -48,7 +49,7 @@ fn run_a_lap(guest: &SyntheticGuest) {
     }
 }
 
-/// Copies all memory, in the way of a migration whose rounds are over.
+/// Copies all memory, like a migration whose rounds are over.
 fn copy(from: &MappedGuest, to: &MappedGuest) {
     for (block, ram, region) in from.regions() {
         let mut bytes = vec![0; ram.used_length as usize];
@@ -110,7 +111,7 @@ fn what_is_asked_of_a_running_or_stateless_guest_is_refused() {
     assert!(empty.resume().is_err() && empty.pause().is_err() && empty.verify().is_err());
 }
 
-/// A page that missed the last round is found although it is whole, on the page and by the writer's count.
+/// A page that missed the last round is found although it is complete, by the page and by the writer's count.
 #[test]
 fn a_lost_last_write_a_torn_page_and_a_foreign_one_are_named() {
     let mut source = SyntheticGuest::filled(blocks(), config(None)).unwrap();
@@ -169,7 +170,7 @@ fn a_resumed_guest_checks_what_it_overwrites() {
     assert_eq!((report.wrong, report.faults[0].page.0), (1, page), "{report:?}");
 }
 
-/// The guest, tracked and copied while it runs at full speed, arrives whole.
+/// The guest, tracked and copied while it runs at full speed, arrives intact.
 #[test]
 fn a_running_guest_followed_by_its_dirty_pages_arrives_whole() {
     let memory = blocks();
@@ -195,10 +196,10 @@ fn a_running_guest_followed_by_its_dirty_pages_arrives_whole() {
 fn rate_and_throttle_hold_the_writers_back() {
     // 8 MiB/s are 2048 pages a second, by three writers.
     const RATE: f64 = 2048.0;
-    /// What each may be ahead or makes up for: 20 ms of its rate, and the page at which it pauses.
+    /// How far each writer may be ahead or catch up: 20 ms of its rate, and the page at which it pauses.
     const BURST: f64 = RATE / 3.0 * 0.02 + 1.0;
     let mut guest = SyntheticGuest::filled(blocks(), config(Some(Rate(8 << 20)))).unwrap();
-    // A machine that is busy takes longer, never less.
+    // A busy machine takes longer, never less.
     let seconds_for = |guest: &mut SyntheticGuest, pages, share| {
         guest.throttle(Percent::new(share).unwrap());
         let (until, begun) = (guest.pages_written() + pages, Instant::now());
@@ -219,7 +220,7 @@ fn rate_and_throttle_hold_the_writers_back() {
     assert!(ran[0] as f64 <= took * RATE / 3.0 * 0.01 + BURST, "{ran:?} in {took} s");
 }
 
-/// Pages that nobody writes are compared by readers, and the first writes of a guest that had written none compare too.
+/// Readers compare pages that no writer writes, and the first writes of a guest that had written none compare too.
 #[test]
 fn the_threads_of_an_arrived_guest_find_what_is_wrong_while_it_runs() {
     let mut source = SyntheticGuest::filled(blocks(), config(None)).unwrap();

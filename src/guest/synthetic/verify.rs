@@ -13,12 +13,12 @@ use crate::ram::PageRun;
 use crate::sys::is_zero;
 use crate::units::{BlockIndex, PageIndex};
 
-/// Faults kept for the report; the rest is counted.
+/// Number of faults kept for the report; further ones are only counted.
 const MAX_FAULTS: usize = 64;
 /// Pages a thread takes at a time.
 const STRETCH: u64 = 4096;
 
-/// A page that does not hold what was last written to it.
+/// A page that does not hold its last write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageFault {
     /// Name of the block.
@@ -46,18 +46,18 @@ impl fmt::Display for PageFault {
     }
 }
 
-/// What a check of the whole memory found.
+/// Result of a check of the whole memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VerifyReport {
     /// Pages looked at.
     pub pages: u64,
     /// Right pages that hold zeros.
     pub zero: u64,
-    /// Right pages that hold the fill from before the start.
+    /// Correct pages that hold the fill from before the start.
     pub filled: u64,
-    /// Right pages that hold a writer's last write.
+    /// Correct pages that hold a writer's last write.
     pub written: u64,
-    /// Wrong pages, those that writers found before they overwrote them included.
+    /// Wrong pages, including those that writers found before they overwrote them.
     pub wrong: u64,
     /// The first 64 wrong pages.
     pub faults: Vec<PageFault>,
@@ -78,7 +78,7 @@ pub(super) struct Faults {
 }
 
 impl Faults {
-    /// Compares; `true` if the page is right.
+    /// Compares; `true` if the page is correct.
     pub(super) fn check(
         &mut self,
         memory: &MappedGuest,
@@ -108,7 +108,7 @@ impl Faults {
     }
 }
 
-/// Writes the fill of every page that travels; pages to be zero are left alone.
+/// Writes the fill of every migrated page; pages that are to be zero are left alone.
 pub(super) fn fill(shared: &Shared) -> io::Result<()> {
     let seed = shared.plan.config.seed;
     side_by_side(shared, |buffer: &mut Vec<u8>, run| {
@@ -175,7 +175,7 @@ impl Check {
     }
 }
 
-/// Calls `each` once for every page that travels, on all cores, and returns what the threads gathered.
+/// Calls `each` once for every migrated page, on all cores, and returns the results of the threads.
 fn side_by_side<T: From<Vec<u8>> + Send>(
     shared: &Shared,
     each: impl Fn(&mut T, PageRun) + Sync,
