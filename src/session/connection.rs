@@ -1,4 +1,4 @@
-//! What an operator may do about the connection of a postcopy, while the source runs it.
+//! Control of the connection of a postcopy by an operator, while the source uses it.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -8,7 +8,7 @@ use crate::transport::Address;
 
 use super::Error;
 
-/// The connection behind a switch to postcopy, as its session and an operator share it. Clones share it.
+/// The connection after a switch to postcopy, shared by its session and an operator. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ConnectionHandle(Arc<Mutex<State>>);
 
@@ -17,30 +17,30 @@ struct State {
     stage: Stage,
     /// Ends the waits of the present connection, or the wait for the next.
     token: CancelToken,
-    /// Where the next connection is to go.
+    /// Address of the next connection.
     address: Option<Address>,
-    /// No connection is tried until an address is given.
+    /// No connection is attempted until an address is given.
     held: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Stage {
-    /// The guest runs here, or is being moved whole.
+    /// The guest runs here, or is being migrated without postcopy.
     #[default]
     Before,
-    /// It was given away, and the connection is in use.
+    /// It was handed over, and the connection is in use.
     Connected,
-    /// It was given away, and there is no connection.
+    /// It was handed over, and there is no connection.
     Lost,
 }
 
-/// How the next connection is to be tried.
+/// How to attempt the next connection.
 pub(super) struct Attempt {
-    /// Where; `None`: where the destination is known to listen.
+    /// The address; `None`: the known address of the destination.
     pub(super) address: Option<Address>,
     /// Not now.
     pub(super) held: bool,
-    /// Ends when something else is asked for.
+    /// Ends when another command arrives.
     pub(super) stop: Stop,
 }
 
@@ -49,7 +49,7 @@ impl ConnectionHandle {
         self.0.locked()
     }
 
-    /// Gives the connection up; none is tried until [`recover`](Self::recover).
+    /// Closes the connection; none is attempted until [`recover`](Self::recover).
     pub(super) fn pause(&self) -> Result<(), Error> {
         let mut state = self.lock();
         state.must_be_behind_the_switch()?;
@@ -67,23 +67,23 @@ impl ConnectionHandle {
         Ok(())
     }
 
-    /// A connection is in use behind the switch; the waits on it end by the answer.
+    /// A connection is in use after the switch; the returned `Stop` ends the waits on it.
     pub(super) fn connected(&self) -> Stop {
         let mut state = self.lock();
         state.stage = Stage::Connected;
-        // What was asked for while the last connection was made is still to be done.
+        // A command that arrived while this connection was made is still to be executed.
         if state.address.is_none() && !state.held {
             state.token = CancelToken::default();
         }
         Stop::on(&state.token)
     }
 
-    /// The waits on the present connection end by this.
+    /// The `Stop` that ends the waits on the present connection.
     pub(super) fn stop(&self) -> Stop {
         Stop::on(&self.lock().token)
     }
 
-    /// There is no connection: what is to be tried next. An address is told once.
+    /// There is no connection: returns what to attempt next. An address is returned only once.
     pub(super) fn next(&self) -> Attempt {
         let mut state = self.lock();
         (state.stage, state.token) = (Stage::Lost, CancelToken::default());
@@ -135,7 +135,7 @@ mod tests {
         let tries = connection.next();
         assert_eq!((tries.held, tries.address), (false, Some(address(2))));
         assert!(connection.next().address.is_none(), "by then it is where the destination is known to be");
-        // While a connection is made: it is given up for the one that was asked for.
+        // While a connection is being made: it is dropped for the requested one.
         connection.recover(address(3)).unwrap();
         assert!(connection.connected().reason().is_some());
         assert_eq!(connection.next().address, Some(address(3)));

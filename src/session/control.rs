@@ -1,8 +1,8 @@
-//! What may be changed while a migration runs.
+//! Settings that may be changed while a migration runs.
 //!
-//! A session is told once, by its settings, how it begins. Everything that may change later is in one [`Control`], whose
-//! parts the session reads where they have their effect: the limit at each batch, the cache at each round, the rest once a
-//! slice and before each sync.
+//! A session's settings determine how it begins. Everything that may change later is in one [`Control`]. The session
+//! reads its parts where they take effect: the limit at each batch, the cache at each round, the rest once a slice and
+//! before each sync.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -18,10 +18,10 @@ use super::config::SourceSettings;
 use super::connection::ConnectionHandle;
 use super::handle::{CancelReply, Canceller};
 
-/// Changes a migration while it runs, from any thread; clones change the same one. Nothing here waits for the migration, and
-/// nothing has an effect once it has ended.
+/// Changes a migration while it runs, from any thread; clones change the same one. No method waits for the migration,
+/// and none has an effect after it has ended.
 ///
-/// [`SourceSession::control`](super::SourceSession::control) gives it before the start,
+/// [`SourceSession::control`](super::SourceSession::control) returns it before the start,
 /// [`MigrationHandle::control`](super::MigrationHandle::control) while it runs.
 #[derive(Clone, Debug)]
 pub struct Control {
@@ -34,7 +34,7 @@ pub struct Control {
     limits: Arc<Mutex<Limits>>,
 }
 
-/// What the session reads once a slice.
+/// The values that the session reads once a slice.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
     downtime: Duration,
@@ -43,26 +43,26 @@ struct Limits {
     guest: Throttleable,
 }
 
-/// Whether the guest is to run at the destination before its memory has come.
+/// Whether the guest is to run at the destination before all its memory has arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Postcopy {
-    /// The destination is not told that it may.
+    /// Postcopy was not announced to the destination.
     NotAnnounced,
     Announced,
     Wanted,
 }
 
-/// What can slow the guest down.
+/// Which throttling is possible.
 #[derive(Clone, Copy, Debug)]
 struct Throttleable {
-    /// It runs at its own source, in front of a relay.
+    /// It runs at its own source, upstream of a relay.
     elsewhere: bool,
-    /// Its VMM tells what each vCPU writes; `None` until it was asked.
+    /// Its VMM reports how much each vCPU writes; `None` before it was queried.
     counts_vcpus: Option<bool>,
 }
 
 impl Control {
-    /// Begins as `settings` say; `delta_cache` is that of the connection.
+    /// Begins with `settings`; `delta_cache` is that of the connection.
     pub(super) fn new(settings: &SourceSettings, delta_cache: Option<DeltaCacheSize>) -> Self {
         let limits = Limits {
             downtime: settings.downtime_limit,
@@ -82,35 +82,35 @@ impl Control {
         }
     }
 
-    /// Asks for the end. Never blocks for long; the answer is final.
+    /// Requests the end. Never blocks for long; the reply is final.
     pub fn cancel(&self) -> CancelReply {
         self.canceller.cancel()
     }
 
-    /// The part of it that only cancels.
+    /// A part of it that can only cancel.
     pub fn canceller(&self) -> Canceller {
         self.canceller.clone()
     }
 
-    /// Most bytes a second while the guest runs, from the next batch of pages on; `None` is no limit. The last round, while
-    /// the guest stands still, has none.
+    /// Maximum number of bytes a second while the guest runs, from the next batch of pages on; `None` is no limit. The
+    /// last round, while the guest is paused, has none.
     pub fn set_max_bandwidth(&self, limit: Option<Rate>) {
         self.bandwidth.set(limit.map_or(0, |rate| rate.0));
     }
 
-    /// The limit of bytes a second.
+    /// The bandwidth limit.
     pub fn max_bandwidth(&self) -> Option<Rate> {
         self.bandwidth.get()
     }
 
-    /// Most bytes a second after a switch to postcopy (QEMU's `max-postcopy-bandwidth`), from the next batch on. Pages that a
-    /// thread waits for leave at once even so.
+    /// Maximum number of bytes a second after a switch to postcopy (QEMU's `max-postcopy-bandwidth`), from the next
+    /// batch on. Requested pages are always sent immediately.
     pub fn set_postcopy_bandwidth(&self, limit: Option<Rate>) {
         self.postcopy_bandwidth.set(limit.map_or(0, |rate| rate.0));
     }
 
-    /// Asks for the switch to postcopy (QEMU's `migrate-start-postcopy`): the guest is paused as soon as
-    /// the batch of pages under way has left, whatever is dirty, unless it is already.
+    /// Requests the switch to postcopy (QEMU's `migrate-start-postcopy`): the guest is paused as soon as the current
+    /// batch of pages is sent, however many pages are dirty, unless it is already paused.
     ///
     /// # Errors
     /// [`Error::Config`]: the destination was not told that the migration may switch.
@@ -126,8 +126,8 @@ impl Control {
         Ok(())
     }
 
-    /// Gives up the connection of a migration that has switched to postcopy (QEMU's `migrate-pause`), in whatever step it is.
-    /// The guest runs on at the destination, and waits where it touches a page that is missing. Nothing is lost, until
+    /// Closes the connection of a migration that has switched to postcopy (QEMU's `migrate-pause`), in any step. The
+    /// guest continues at the destination; a thread that touches a missing page waits. No page is lost, until
     /// [`recover`](Self::recover) or the [time](super::PostcopySettings::reconnect_timeout) for it ends the wait.
     ///
     /// # Errors
@@ -136,10 +136,10 @@ impl Control {
         self.connection.pause()
     }
 
-    /// Goes on over another connection to `address` (QEMU's `migrate` with `resume`), where the destination of this
-    /// migration listens again: after a loss, a [`pause`](Self::pause), or instead of a connection that stands. An address
-    /// that can't be reached is tried again until another one is given, as long as
-    /// [`reconnect_timeout`](super::PostcopySettings::reconnect_timeout) says.
+    /// Continues over another connection to `address` (QEMU's `migrate` with `resume`), where the destination of this
+    /// migration listens again: after a loss, after a [`pause`](Self::pause), or in place of a working connection. An
+    /// unreachable address is retried until another one is given, for at most
+    /// [`reconnect_timeout`](super::PostcopySettings::reconnect_timeout).
     ///
     /// # Errors
     /// As [`pause`](Self::pause).
@@ -147,20 +147,20 @@ impl Control {
         self.connection.recover(address)
     }
 
-    /// Longest time that the guest may stand still. Decides from the end of the round under way on whether the guest is
-    /// paused; of no effect once it is.
+    /// Longest permitted downtime. From the end of the current round on it decides whether the guest is paused; it has
+    /// no effect once the guest is paused.
     pub fn set_downtime_limit(&self, limit: Duration) {
         self.limits().downtime = limit;
     }
 
-    /// The longest time that the guest may stand still.
+    /// The longest permitted downtime.
     pub fn downtime_limit(&self) -> Duration {
         self.limits().downtime
     }
 
-    /// How the guest is slowed down from now on: within 50 ms while pages are sent. A guest that is slowed down by other
-    /// means than these is let go first. Auto-converge with other figures goes on from the share that it has reached, and
-    /// with a smaller `max` goes back to that.
+    /// Sets the throttling from now on: within 50 ms while pages are sent. If the method changes, the previous
+    /// throttling ends first. Auto-converge with other figures continues from the share that it has reached, and is
+    /// reduced to a smaller `max`.
     ///
     /// # Errors
     /// [`Error::Config`] where the guest can't be slowed down so; nothing has changed.
@@ -171,13 +171,13 @@ impl Control {
         Ok(())
     }
 
-    /// How the guest is slowed down.
+    /// The throttling.
     pub fn throttling(&self) -> Option<ThrottlePolicy> {
         self.limits().throttling
     }
 
-    /// Bytes of the cache of sent pages (QEMU's `xbzrle-cache-size`), from the next round on; 0: no page travels as a
-    /// difference. What finds room stays in it. The last round changes nothing.
+    /// Bytes of the cache of sent pages (QEMU's `xbzrle-cache-size`), from the next round on; 0: no page is sent as a
+    /// difference. Copies that still fit stay in it. The last round changes nothing.
     ///
     /// # Errors
     /// [`Error::Config`]: pages travel by page channels, by RDMA, or by a link of the caller's that has no cache.
@@ -193,24 +193,24 @@ impl Control {
         Ok(())
     }
 
-    /// Bytes of the cache of sent pages; `None` where there can be none.
+    /// Size of the cache of sent pages in bytes; `None` if there can be none.
     pub fn delta_cache(&self) -> Option<u64> {
         self.delta_cache.as_ref().map(DeltaCacheSize::get)
     }
 
-    /// Lets a migration go on that waits with its paused guest
-    /// ([`pause_before_switchover`](SourceSettings::pause_before_switchover)); may come before the guest is paused (QEMU's
-    /// `migrate-continue`).
+    /// Continues a migration that waits with its paused guest
+    /// ([`pause_before_switchover`](SourceSettings::pause_before_switchover)); may be called before the guest is paused
+    /// (QEMU's `migrate-continue`).
     pub fn continue_switchover(&self) {
         self.gate.open();
     }
 
-    /// The guest runs elsewhere and can't be slowed down from here.
+    /// The guest runs elsewhere and can't be throttled from here.
     pub(super) fn guest_is_elsewhere(&self) {
         self.limits().guest.elsewhere = true;
     }
 
-    /// Whether the VMM tells what each vCPU writes.
+    /// Sets whether the VMM reports how much each vCPU writes.
     ///
     /// # Errors
     /// [`Error::Config`]: then the guest can't be slowed down as was asked so far.
@@ -251,7 +251,7 @@ impl Control {
 }
 
 impl Throttleable {
-    /// A means that would do nothing is refused.
+    /// Refuses a method that would have no effect.
     fn check(self, throttling: Option<ThrottlePolicy>) -> Result<(), Error> {
         if throttling.is_some() && self.elsewhere {
             return Err(Error::Config {
@@ -269,7 +269,7 @@ impl Throttleable {
     }
 }
 
-/// Holds a migration between the pause of its guest and its last pages, until it is opened. Clones share it.
+/// Holds a migration between the pause of its guest and the last pages, until it is opened. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SwitchoverGate(Arc<(Mutex<bool>, Condvar)>);
 

@@ -1,6 +1,6 @@
-//! A migration on a thread of its own, in the hand of an embedder: how far it is, cancel, and its report.
+//! An embedder's handle for a migration on a thread of its own: progress, cancel, and its report.
 //!
-//! # Order that must hold
+//! # Required order
 //!
 //! A cancel and COMMIT are decided under one lock. After an accepted cancel the guest stays
 //! where it is; a cancel that comes too late changes nothing.
@@ -18,12 +18,12 @@ use crate::session::control::Control;
 use crate::session::workers::Spawner;
 use crate::session::{DestinationReport, DestinationSession, Error, SourceReport, SourceSession};
 
-/// Whether the guest has been given away, as a cancel may ask it.
+/// Whether the guest has been handed over, as a cancel needs to know it.
 #[derive(Debug, Default)]
 struct Commitment(Mutex<bool>);
 
 impl Commitment {
-    /// Runs one `step` of an engine, which tells whether it is committed afterwards.
+    /// Runs one `step` of an engine, which returns whether the guest is committed afterwards.
     fn decide<T>(&self, step: impl FnOnce() -> (T, bool)) -> T {
         let mut committed = self.0.locked();
         let (answer, now) = step();
@@ -41,7 +41,7 @@ impl Commitment {
     }
 }
 
-/// Asks a migration for its end, from any thread; clones ask the same one.
+/// Requests the end of a migration, from any thread; clones belong to the same one.
 #[derive(Clone, Debug, Default)]
 pub struct Canceller {
     commitment: Arc<Commitment>,
@@ -49,12 +49,12 @@ pub struct Canceller {
 }
 
 impl Canceller {
-    /// Asks for the end. Never blocks for long; the answer is final.
+    /// Requests the end. Never blocks for long; the reply is final.
     pub fn cancel(&self) -> CancelReply {
         self.commitment.cancel(&self.cancel)
     }
 
-    /// Of a token that the caller has already.
+    /// For a token that the caller already has.
     pub(super) fn over(cancel: CancelToken) -> Self {
         Self { commitment: Arc::default(), cancel }
     }
@@ -64,7 +64,8 @@ impl Canceller {
         self.cancel.clone()
     }
 
-    /// Runs one `step` of an engine, which tells whether it is committed afterwards. No cancel comes in between.
+    /// Runs one `step` of an engine, which returns whether the guest is committed afterwards. No cancel comes in
+    /// between.
     pub(super) fn decide<T>(&self, step: impl FnOnce() -> (T, bool)) -> T {
         self.commitment.decide(step)
     }
@@ -74,19 +75,18 @@ impl Canceller {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a cancel that came too late changes nothing: the guest goes to the destination"]
 pub enum CancelReply {
-    /// The guest stays at the source: a source resumes it, a destination discards what came. The report
-    /// comes as soon as the thread has cleaned up. Accepted too, and without effect, where the migration
-    /// has failed already.
+    /// The guest stays at the source: a source resumes it, a destination discards what it received. The report follows
+    /// as soon as the thread has cleaned up. Also accepted, without effect, if the migration has already failed.
     Accepted,
-    /// The guest was given to the destination, or a destination has said READY, and its source alone
-    /// decides; the migration runs to its end.
+    /// The guest was handed to the destination, or a destination has sent READY and only its source decides; the
+    /// migration runs to its end.
     TooLate,
 }
 
 /// A running migration. `R` is [`SourceReport`] or [`DestinationReport`].
 ///
-/// Dropping the handle cancels the migration and does not wait: nothing would be left to read in the
-/// report who owns the guest. A migration that has committed is past that: it runs to its end, which its
+/// Dropping the handle cancels the migration and does not wait, since the report, which says who owns the guest, could
+/// no longer be read. A committed migration can't be cancelled: it runs to its end, which its
 /// [`GuestControl`](crate::guest::GuestControl) sees.
 #[derive(Debug)]
 #[must_use = "dropping the handle cancels the migration"]
@@ -101,13 +101,14 @@ pub struct MigrationHandle<R> {
 }
 
 impl<R> MigrationHandle<R> {
-    /// The figures as they stand now; consistent with each other.
+    /// The current figures; consistent with each other.
     pub fn progress(&self) -> Statistics {
         self.statistics.snapshot()
     }
 
-    /// What has happened since the start and was not read yet; its [`descriptor`](Events::descriptor) can be waited for by
-    /// epoll(7). The events end with the migration; the report may come a moment later. Without a last event ([`EventKind::is_last`](crate::observe::EventKind::is_last)) its thread died.
+    /// The events since the start that were not read yet; epoll(7) can wait for them by the
+    /// [`descriptor`](Events::descriptor). The events end with the migration; the report may follow a moment later. If
+    /// there is no last event ([`EventKind::is_last`](crate::observe::EventKind::is_last)), its thread died.
     pub fn events(&self) -> &Events {
         &self.events
     }
@@ -117,7 +118,7 @@ impl<R> MigrationHandle<R> {
         self.statistics.clone()
     }
 
-    /// Asks for the end. Never blocks for long; the answer is final.
+    /// Requests the end. Never blocks for long; the reply is final.
     pub fn cancel(&self) -> CancelReply {
         self.canceller.cancel()
     }
@@ -127,20 +128,21 @@ impl<R> MigrationHandle<R> {
         self.control.as_ref()
     }
 
-    /// True once [`wait`](Self::wait) would not wait.
+    /// True once [`wait`](Self::wait) would not block.
     pub fn is_finished(&self) -> bool {
         !self.report.is_empty() || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Waits for the end. The session's own timeouts bound it, as far as the embedder's callbacks return.
+    /// Waits for the end. The session's own timeouts limit the wait, if the embedder's callbacks return.
     ///
     /// # Errors
-    /// [`Error::Thread`] if the thread died without a report, by a fault of this library: a callback that panics does not
-    /// end it. Whether the guest was given away by then is what [`cancel`](Self::cancel) answers before this call.
+    /// [`Error::Thread`] if the thread died without a report, by a fault of this library: a callback that panics does
+    /// not end it. The reply of a [`cancel`](Self::cancel) before this call shows whether the guest was handed over by
+    /// then.
     pub fn wait(mut self) -> Result<R, Error> {
         let report = self.report.recv();
         if let Some(thread) = self.thread.take() {
-            // A panic has left the report missing, which is told below.
+            // After a panic the report is missing, which is returned as an error below.
             let _ = thread.join();
         }
         report.map_err(|_| died(self.name))
@@ -149,7 +151,7 @@ impl<R> MigrationHandle<R> {
 
 impl<R> Drop for MigrationHandle<R> {
     fn drop(&mut self) {
-        // Nothing to be told once the report was taken.
+        // No warning if the report was taken.
         if self.thread.is_some() && matches!(self.report.try_recv(), Err(TryRecvError::Empty)) {
             let _ = self.cancel();
         }
@@ -181,7 +183,7 @@ fn start<R: Send + 'static>(
     let closes = Closes(statistics.clone());
     let job = move || {
         let _closes = closes;
-        // Without a receiver nobody wants the report any more.
+        // Without a receiver the report is not needed any more.
         let _ = give.send(run());
     };
     let thread = Some(spawner.spawn(name, Box::new(job))?);
@@ -189,7 +191,7 @@ fn start<R: Send + 'static>(
 }
 
 impl SourceSession {
-    /// Asks this session for its end while it runs; of the token that it has now.
+    /// Requests this session's end while it runs; uses its present token.
     pub fn canceller(&self) -> Canceller {
         self.control().canceller()
     }

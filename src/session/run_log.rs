@@ -11,8 +11,8 @@ use crate::observe::{Event, Events, Record, Recorder, RunDescription, SharedStat
 use crate::session::Error;
 use crate::session::workers::Spawner;
 
-/// Writes lines of JSON, as docs/run-log.md describes them, while a migration runs. A log that can't be written never
-/// disturbs the migration.
+/// Writes lines of JSON, as docs/run-log.md describes them, while a migration runs. A failure to write the log never
+/// affects the migration.
 #[derive(Debug)]
 pub struct RunLog {
     /// Dropped to end the thread.
@@ -22,11 +22,11 @@ pub struct RunLog {
 }
 
 impl RunLog {
-    /// Time between samples that gives pictures a time axis.
+    /// Interval between samples that gives charts a time axis.
     pub const EVERY: Duration = Duration::from_millis(100);
 
-    /// Starts to follow a migration that has not begun yet, on a thread `ramwire-log`. A line reaches `out` at once, in a
-    /// write of its own or with others that are due.
+    /// Starts to log a migration that has not begun yet, on a thread `ramwire-log`. A line is written to `out`
+    /// immediately, alone or with others that are due.
     ///
     /// # Errors
     /// [`Error::Thread`].
@@ -49,14 +49,14 @@ impl RunLog {
             out: BufWriter::new(out),
         };
         let job = move || {
-            // Without a receiver nobody asks any more.
+            // Without a receiver the result is not needed.
             let _ = give.send(follower.follow(run));
         };
         let thread = Some(spawner.spawn("ramwire-log", Box::new(job))?);
         Ok(Self { ends: Some(ends), result, thread })
     }
 
-    /// Waits until everything that has happened is written.
+    /// Waits until all events so far are written.
     ///
     /// # Errors
     /// What ended the writing early.
@@ -68,7 +68,7 @@ impl RunLog {
     fn end(&mut self) {
         drop(self.ends.take());
         if let Some(thread) = self.thread.take() {
-            // If it panicked its result is missing, which is told.
+            // If it panicked its result is missing, which is reported.
             let _ = thread.join();
         }
     }
@@ -90,7 +90,7 @@ struct Follower {
 }
 
 impl Follower {
-    /// Until the migration's end is written or nobody wants more.
+    /// Runs until the migration's end is written or the log is closed.
     fn follow(&mut self, run: RunDescription) -> io::Result<()> {
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let first = self.recorder.run(run, since_1970);
@@ -101,12 +101,12 @@ impl Follower {
                 self.out.flush()?;
             }
             let wait = crossbeam::channel::at(next);
-            // Biased: what happened is written before a sample taken after it.
+            // Biased: an event is written before a sample that was taken after it.
             select_biased! {
                 recv(self.events.queue()) -> event => match event {
                     Ok(event) if self.take(&event)? => return self.out.flush(),
                     Ok(_) => {}
-                    // Its thread died without a word.
+                    // Its thread died without a last event.
                     Err(_) => return self.out.flush(),
                 },
                 recv(self.ended) -> _ => return self.last_words(),
@@ -120,7 +120,7 @@ impl Follower {
         }
     }
 
-    /// What happened before the log was ended.
+    /// Events from before the log was ended.
     fn last_words(&mut self) -> io::Result<()> {
         while let Ok(event) = self.events.try_recv() {
             if self.take(&event)? {

@@ -1,5 +1,5 @@
-//! Blocks that both ends map (QEMU's `x-ignore-shared`): they are announced with their address, and no page of them
-//! travels.
+//! Blocks that both ends map (QEMU's `x-ignore-shared`): they are announced with their address, and none of their pages
+//! is sent.
 
 use crate::error::Remedy;
 use crate::ram::{BlockName, RamBlock, RamBlockTable};
@@ -9,7 +9,7 @@ use crate::units::GuestAddr;
 use crate::session::Error;
 use crate::session::destination::Incoming;
 
-/// A source that leaves blocks out says so: a QEMU compares the capability with its own.
+/// A source that leaves blocks out announces it: a QEMU compares the capability with its own.
 pub(super) fn announce(configuration: &mut Configuration, table: &RamBlockTable) {
     let ignores = table.blocks().iter().any(|block| block.flags.ignored);
     if ignores && !configuration.has(IGNORE_SHARED) {
@@ -17,7 +17,7 @@ pub(super) fn announce(configuration: &mut Configuration, table: &RamBlockTable)
     }
 }
 
-/// Blocks that are shared here must be shared at the source, at the same place in the guest.
+/// Blocks that are shared here must be shared at the source, at the same address in the guest.
 ///
 /// # Errors
 /// [`Error::Config`], which names the block.

@@ -1,4 +1,4 @@
-//! Threads, started the way the embedder wants them.
+//! Threads, started in the embedder's way.
 
 use std::io;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use crate::session::callback::guarded;
 use crate::sys::spawn_thread;
 pub use crate::sys::{Job, SpawnFn};
 
-/// How often long work lets its caller do something else.
+/// Interval at which long work calls its caller back.
 const STILL_AT_IT: Duration = Duration::from_secs(1);
 
-/// How threads are started, and how many share work that fills a core. Clones share the callback.
+/// How threads are started, and how many share work that uses a whole core. Clones share the callback.
 #[derive(Clone)]
 pub struct Spawner {
     spawn: Arc<SpawnFn>,
@@ -35,7 +35,7 @@ impl std::fmt::Debug for Spawner {
 }
 
 impl Spawner {
-    /// Threads are started by `spawn`; work is shared by as many as this host has cores for this process.
+    /// Threads are started by `spawn`; work is shared by one thread for each core that this process may use.
     ///
     /// The cores are counted here, since the count reads files that a session's own threads may not be
     /// allowed to open.
@@ -46,7 +46,7 @@ impl Spawner {
         Self { spawn: Arc::new(spawn), workers }
     }
 
-    /// Work that fills a core is shared by `workers` threads, at least one.
+    /// Work that uses a whole core is shared by `workers` threads, at least one.
     #[must_use]
     pub fn with_workers(mut self, workers: usize) -> Self {
         self.workers = workers.max(1);
@@ -58,7 +58,7 @@ impl Spawner {
         Arc::clone(&self.spawn)
     }
 
-    /// How many threads share work that fills a core.
+    /// Number of threads that share work that uses a whole core.
     pub fn workers(&self) -> usize {
         self.workers
     }
@@ -71,8 +71,8 @@ impl Spawner {
         (self.spawn)(name, job).map_err(|source| Error::Thread { name, source })
     }
 
-    /// Runs `work` for every item of `0..items` on up to [`workers`](Self::workers) threads and
-    /// gathers the answers in order.
+    /// Runs `work` for every item of `0..items` on up to [`workers`](Self::workers) threads and returns the results in
+    /// order.
     ///
     /// # Errors
     /// [`Error::Thread`] if not even one thread could be started; an item whose thread died is missing then
@@ -134,10 +134,10 @@ impl Spawner {
                 }
             }
         };
-        // The threads see it at their next item.
+        // The threads notice it at their next item.
         drop(take);
         for handle in running {
-            // A panic in a worker leaves its answer missing, which is told below.
+            // A panic in a worker leaves its result missing, which is reported below.
             let _ = handle.join();
         }
         watched?;
@@ -171,7 +171,7 @@ mod tests {
         let spawner = Spawner::default().with_workers(1);
         let (enough, done) = crossbeam::channel::bounded::<()>(0);
         let work = move |item: usize| {
-            // The first item goes on until the watcher has looked; without that it would for ever.
+            // The first item runs until the watcher was called; otherwise it would run for ever.
             if item == 0 {
                 let _ = done.recv();
             }

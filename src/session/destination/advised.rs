@@ -1,4 +1,4 @@
-//! A source that may switch to postcopy, up to the package that gives its guest away.
+//! A source that may switch to postcopy, up to the package that hands over its guest.
 
 use crate::error::Remedy;
 use crate::guest::{Placer, ServeError};
@@ -11,7 +11,7 @@ use super::DestinationSession;
 use super::receive::out_of_turn;
 use crate::session::Error;
 
-/// What the source has sent from ADVISE on, before its guest has moved.
+/// What the source has sent from ADVISE on, before the guest has moved.
 pub(super) struct Advised {
     faults: MissingFaults,
     /// The source's host page sizes, ORed.
@@ -22,13 +22,13 @@ pub(super) struct Advised {
 }
 
 impl Advised {
-    /// What a switch needs is tried before the first page comes.
+    /// Checks everything that a switch needs before the first page arrives.
     ///
     /// # Errors
     /// There is no userfaultfd for this process.
     pub(super) fn new(host_pages: u64) -> Result<Self, Error> {
-        // A descriptor for faults of user mode only needs no right, but KVM and read(2) access the guest from the kernel:
-        // that would fail after RUN, when the source does not take its guest back any more.
+        // A descriptor for faults of user mode only needs no privilege, but KVM and read(2) access the guest from the
+        // kernel: that would fail after RUN, when the source does not take its guest back any more.
         let faults = MissingFaults::new().map_err(ServeError::from)?;
         Ok(Self::with(faults, host_pages))
     }
@@ -37,7 +37,7 @@ impl Advised {
         Self { faults, host_pages, package: Vec::new(), owed: PageSet::default() }
     }
 
-    /// The source's host page sizes must be ours, or pages would be placed in parts.
+    /// The source's host page sizes must equal ours, otherwise pages would be placed in parts.
     ///
     /// # Errors
     /// They differ.
@@ -57,7 +57,7 @@ impl Advised {
         })
     }
 
-    /// A piece of the package; false if it is longer than `limit` with it.
+    /// Appends a piece of the package; false if the package would be longer than `limit`.
     pub(super) fn package_bytes(&mut self, bytes: &[u8], limit: u64) -> bool {
         let fits = (self.package.len() + bytes.len()) as u64 <= limit;
         if fits {
@@ -66,7 +66,7 @@ impl Advised {
         fits
     }
 
-    /// A discard at the switchover: these pages come again.
+    /// A discard at the switchover: these pages will be sent again.
     ///
     /// # Errors
     /// They are no whole pages of a block.
@@ -91,7 +91,7 @@ impl Advised {
         Ok(())
     }
 
-    /// The package is whole: what faults are read from, the package, and the pages that come again.
+    /// The package is complete: returns the descriptor for faults, the package, and the pages that will be sent again.
     pub(super) fn into_parts(self) -> (MissingFaults, Vec<u8>, PageSet) {
         (self.faults, self.package, self.owed)
     }

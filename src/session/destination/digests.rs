@@ -6,7 +6,7 @@ use crate::session::{Breakage, Error};
 
 use super::receive::out_of_turn;
 
-/// What has come of the source's digest, and what was made of our own.
+/// The received part of the source's digest, and our own digest.
 #[derive(Debug, Default)]
 pub(super) struct Digests {
     theirs: Vec<u64>,
@@ -15,7 +15,7 @@ pub(super) struct Digests {
 }
 
 impl Digests {
-    /// A piece of the source's has come; true once it is whole.
+    /// Takes a piece of the source's digest; true once it is complete.
     ///
     /// # Errors
     /// It does not follow what has come, or there is more than `table` has.

@@ -1,5 +1,5 @@
-//! The figures of a destination. Threads that place pages only count; a reader of the figures brings
-//! them up to date, so that they are true in a silent stream, too.
+//! The figures of a destination. Threads that place pages only count; reading the figures updates them, so that they
+//! are correct in a silent stream, too.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -9,7 +9,7 @@ use crate::guest::Placer;
 use crate::observe::{SharedStatistics, Statistics, Status};
 use crate::transport::LiveBytes;
 
-/// Shortest time that a rate is taken over, as at the source.
+/// Shortest time over which a rate is measured, as at the source.
 const WINDOW: Duration = Duration::from_millis(100);
 
 /// The destination's part in the shared figures.
@@ -18,14 +18,14 @@ pub(super) struct Figures {
     counts: Arc<Counts>,
 }
 
-/// What has come, as its threads count it.
+/// Counters of the threads that receive.
 #[derive(Default)]
 struct Counts {
     /// Bytes read of the stream.
     stream: AtomicU64,
     /// The last page has come.
     ram_complete: AtomicBool,
-    /// Bytes that a NIC has written for the first time, of rounds whose pages are marked as received.
+    /// Bytes that a NIC has written for the first time, in rounds whose pages are marked as received.
     nic_marked: AtomicU64,
     guest: OnceLock<ArrivingGuest>,
 }
@@ -56,7 +56,7 @@ impl Figures {
         self.shared.clone()
     }
 
-    /// The migration begins. Figures follow it from now on.
+    /// The migration begins. Figures are updated from now on.
     pub(super) fn begin(&self) {
         self.shared.update(|s| s.status = Status::Setup);
         let (counts, began, mut window) = (Arc::clone(&self.counts), Instant::now(), None);
@@ -68,12 +68,12 @@ impl Figures {
         self.counts.stream.store(bytes, Ordering::Relaxed);
     }
 
-    /// The guest's memory is there, and `total` bytes of it travel; `live` counts bytes beside the stream.
+    /// The guest's memory exists, and `total` bytes of it are migrated; `live` counts bytes outside the stream.
     pub(super) fn arriving(&self, placer: &Arc<Placer>, total: u64, live: LiveBytes) {
         let since = Duration::from_secs_f64(self.shared.snapshot().total_time / 1e3);
         let guest = ArrivingGuest { placer: Arc::clone(placer), total, since, live };
         let page_size = guest.placer.page_bytes();
-        // Asked for once, by the first list of blocks.
+        // Set once, by the first list of blocks.
         let _ = self.counts.guest.set(guest);
         self.shared.update(|s| {
             s.status = Status::Active;
@@ -82,18 +82,18 @@ impl Figures {
         });
     }
 
-    /// A round by NIC is over, and the pages that it wrote are marked as received.
+    /// An RDMA round is over, and the pages that it wrote are marked as received.
     pub(super) fn round_marked(&self) {
         let nic = self.counts.guest.get().map_or(0, ArrivingGuest::by_nic);
         self.counts.nic_marked.store(nic, Ordering::Relaxed);
     }
 
-    /// The last page has come. What has not come by now is not needed.
+    /// The last page has been received. Pages that have not been received by now are not needed.
     pub(super) fn ram_complete(&self) {
         self.counts.ram_complete.store(true, Ordering::Relaxed);
     }
 
-    /// The end: nothing follows the counters any more.
+    /// The end: the figures no longer follow the counters.
     pub(super) fn end(&self, completed: bool) {
         self.shared.refresh_no_more();
         self.shared.update(|s| {
@@ -206,12 +206,12 @@ mod tests {
             ((PAGES - 16) * 4096, 1_010_000, 101_000),
             "a page that comes twice is left once"
         );
-        // A round by NIC is open: its pages are not marked yet.
+        // An RDMA round is open: its pages are not marked yet.
         nic.store(8 * 4096, Ordering::Relaxed);
         assert_eq!(look(250), ((PAGES - 24) * 4096, 8 * 4096 * 10, 101_000));
         (16..24).for_each(|at| placer.written(placer.run(page(at))));
         counts.nic_marked.store(8 * 4096, Ordering::Relaxed);
-        // Nothing has come for a second: the rate is that.
+        // Nothing has arrived for a second: the rate reflects that.
         assert_eq!(look(1250), ((PAGES - 24) * 4096, 0, 101_000));
         counts.ram_complete.store(true, Ordering::Relaxed);
         assert_eq!(look(1300), (0, 0, 101_000), "pages that were left out are not waited for");

@@ -1,8 +1,7 @@
-//! A destination that is at work reports it to its source.
+//! Keepalives of a busy destination to its source.
 //!
-//! What stands between the last byte and READY takes its time: a digest of all RAM, a guest's state, a folder's
-//! `fsync`, a relay's far end. The source takes long silence for a dead peer, and can't be asked to wait for hours just
-//! in case.
+//! The work between the last byte and READY takes time: a digest of all RAM, a guest's state, a folder's `fsync`, a
+//! relay's far end. The source treats a long silence as a dead peer, and should not wait for hours without a sign.
 
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -19,7 +18,7 @@ use super::DestinationSession;
 use super::return_path::ReturnPathWriter;
 use crate::session::workers::Spawner;
 
-/// Longest time in which a destination that is at work is silent.
+/// Longest silence of a destination that is busy.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Sends WORKING to a ramwire source.
@@ -30,7 +29,7 @@ pub(super) struct Keepalive {
 }
 
 impl Keepalive {
-    /// For a source that takes a silence of `stall_timeout` for a dead peer.
+    /// For a source that treats a silence of `stall_timeout` as a dead peer.
     pub(super) fn new(stall_timeout: Duration) -> Self {
         Self { interval: (stall_timeout / 4).min(KEEPALIVE_INTERVAL), threads: Vec::new() }
     }
@@ -52,7 +51,7 @@ impl Keepalive {
                 let Some(back) = &*back else { return };
                 let stop = Stop::never().within(patience);
                 if let Err(error) = back.message(Message::Native(Answer::Working), &stop) {
-                    // The next message of the session meets the same error, and ends the migration.
+                    // The next message of the session gets the same error, and ends the migration.
                     tracing::warn!(error = %Chain(&error), "the source can't be told that we are at it");
                     return;
                 }
@@ -66,16 +65,16 @@ impl Keepalive {
         Speaking { back, _done: done }
     }
 
-    /// Waits for the threads: nothing of a session is left when it has ended.
+    /// Waits for the threads: no thread of a session remains when it has ended.
     pub(super) fn join(&mut self) {
         for thread in self.threads.drain(..) {
-            // A panic in the embedder's spawner has told itself.
+            // A panic in the embedder's spawner was already reported.
             let _ = thread.join();
         }
     }
 }
 
-/// WORKING is sent while this lives.
+/// WORKING is sent while this exists.
 struct Speaking {
     back: Arc<Mutex<Option<ReturnPathWriter>>>,
     /// Its end ends the thread.
@@ -84,14 +83,14 @@ struct Speaking {
 
 impl Drop for Speaking {
     fn drop(&mut self) {
-        // The thread sends nothing from here on. Its end is not waited for: it may not even have begun, and the guest
-        // stands still.
+        // The thread sends nothing from here on. Its end is not awaited: it may not even have begun, and the guest is
+        // paused.
         *self.back.locked() = None;
     }
 }
 
 impl DestinationSession {
-    /// Does `work`; meanwhile a thread sends WORKING to a ramwire source.
+    /// Runs `work`; meanwhile a thread sends WORKING to a ramwire source.
     pub(super) fn with_keepalive<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
         let tells = self.driver.engine.is_native() && self.told.return_path;
         let back = self.wire.back.clone().filter(|_| tells);
@@ -112,7 +111,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
-    /// What comes on `far`, to its end, in front of `last`.
+    /// The bytes received on `far`, to its end, before `last`.
     fn in_front_of(mut far: UnixStream, last: Message<'_>) -> Vec<u8> {
         let (mut came, mut end) = (Vec::new(), Vec::new());
         far.read_to_end(&mut came).unwrap();

@@ -1,9 +1,9 @@
-//! Maps pages after their arrival: those that were written by the file behind the memory, which no page table of this
-//! process has yet.
+//! Maps pages after their arrival: those that were written through the backing file, which are in no page table of this
+//! process yet.
 //!
-//! The thread runs only while a core has nothing else to do, so that it takes nothing from the migration; what it has not
-//! come to is met by a fault each, as without it. It looks only at pages that came whole: a page that travelled as zero
-//! never costs memory.
+//! The thread runs only while a core is otherwise idle, so that it does not slow the migration. A page that it has not
+//! reached is mapped by a fault, as without it. It only maps pages that were received whole: a page that was sent as
+//! zero never costs memory.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,10 +17,10 @@ use crate::units::{BlockIndex, PageIndex};
 
 use crate::session::workers::Spawner;
 
-/// Rest of the thread where nothing has come.
+/// Rest of the thread while no page has arrived.
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Pages that are mapped by one call: short, so that an end is not waited for.
+/// Pages that are mapped by one call: few, so that the end does not wait long.
 const PAGES_A_CALL: u64 = 64;
 
 /// The thread, which ends with this value.
@@ -32,7 +32,7 @@ pub(super) struct Mapper {
 }
 
 impl Mapper {
-    /// Starts the thread, where there is memory with a file behind it. Without it only faults are more.
+    /// Starts the thread, if there is memory with a backing file. Without the thread there are only more faults.
     pub(super) fn start(placer: &Arc<Placer>, spawner: &Spawner) -> Option<Self> {
         if !placer.has_files() {
             return None;
@@ -45,12 +45,12 @@ impl Mapper {
         Some(Self { cancel, mapped, thread: Some(thread) })
     }
 
-    /// No more pages than those of the call under way are mapped.
+    /// After this, only the pages of the current call are still mapped.
     pub(super) fn stop(&self) {
         self.cancel.cancel();
     }
 
-    /// Waits for the thread's end; pages it has mapped.
+    /// Waits for the thread's end; returns the number of pages it has mapped.
     pub(super) fn finish(mut self) -> u64 {
         self.end();
         self.mapped.load(Ordering::Relaxed)
@@ -59,7 +59,7 @@ impl Mapper {
     fn end(&mut self) {
         self.stop();
         if let Some(thread) = self.thread.take() {
-            // A panic there left pages unmapped, which faults make up for.
+            // A panic there left pages unmapped, which faults will map.
             let _ = thread.join();
         }
     }
@@ -71,7 +71,7 @@ impl Drop for Mapper {
     }
 }
 
-/// Maps what has come, block after block, until stopped.
+/// Maps received pages, block after block, until stopped.
 fn follow(placer: &Placer, stop: &Stop, mapped: &AtomicU64) {
     if let Err(error) = only_when_idle() {
         tracing::debug!(%error, "the mapping thread runs beside the others");
@@ -90,7 +90,7 @@ fn follow(placer: &Placer, stop: &Stop, mapped: &AtomicU64) {
                 let (first, pages) = (PageIndex(run.start), run.end - run.start);
                 let run = PageRun { block: BlockIndex(index as u32), first, pages };
                 let landing = placer.memory().table().admit_run(run).map_err(GuestError::from);
-                // A kernel that can't is no matter: the pages are there, and a fault maps them.
+                // A kernel without support is no problem: the pages are present, and a fault maps them.
                 if landing.and_then(|landing| placer.target(landing)).is_ok_and(|span| populate(span).is_ok())
                 {
                     mapped.fetch_add(pages, Ordering::Relaxed);
@@ -122,7 +122,8 @@ mod tests {
         Arc::new(Placer::new(Arc::new(guest), &[block], None).unwrap())
     }
 
-    /// Pages that came by the file are mapped, no other takes memory, and the bytes are those that came.
+    /// Pages that were written through the file are mapped, no other page takes memory, and the bytes are those that
+    /// arrived.
     #[test]
     fn what_came_by_the_file_is_mapped_and_nothing_else() {
         const PAGES: u64 = 1000;

@@ -1,11 +1,12 @@
-//! Who has the guest after a switch to postcopy, between the thread that loads its state and the one that reads the stream.
+//! Ownership of the guest after a switch to postcopy, shared by the thread that loads its state and the one that reads
+//! the stream.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::engine::Ownership;
 use crate::sys::Lock as _;
 
-/// The engine's [`Ownership`], and a wait for what comes of it.
+/// The engine's [`Ownership`], and a wait for its result.
 #[derive(Default)]
 pub(super) struct Owner {
     known: Mutex<Known>,
@@ -15,12 +16,12 @@ pub(super) struct Owner {
 #[derive(Default)]
 struct Known {
     owner: Ownership,
-    /// No thread takes another connection of the source.
+    /// No thread accepts another connection of the source.
     last_connection: bool,
 }
 
 impl Owner {
-    /// Of a source that waits for no answer, and so has given its guest away.
+    /// For a source that waits for no answer, and so has already handed over its guest.
     pub(super) fn here() -> Self {
         let known = Known { owner: Ownership::Here, last_connection: false };
         Self { known: Mutex::new(known), ..Self::default() }
@@ -37,13 +38,13 @@ impl Owner {
         self.known.locked().owner
     }
 
-    /// From here on no thread takes another connection: a wait for what it would prove ends.
+    /// From here on no thread accepts another connection: a wait for its proof ends.
     pub(super) fn is_on_its_last_connection(&self) {
         self.known.locked().last_connection = true;
         self.changed.notify_all();
     }
 
-    /// Waits until it is known, or can't become known; true if the guest is here.
+    /// Waits until ownership is known, or can't become known; true if the guest is owned here.
     pub(super) fn wait_until_known(&self) -> bool {
         let waits = |known: &mut Known| known.owner == Ownership::Unknown && !known.last_connection;
         let known = self.changed.wait_while(self.known.locked(), waits);

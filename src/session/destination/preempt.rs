@@ -1,13 +1,13 @@
 //! The source's connection for urgent pages (QEMU: postcopy-preempt), so that a page that a thread waits for is not queued
 //! after others.
 //!
-//! A source opens it between its first bytes and the package, and writes nothing on it before the first request. Nothing in
-//! the stream announces it. So from the package on a thread waits for it, and leaves off when the migration has ended. What
-//! it carries are records of pages without a section around them, with a current block of its own; a QEMU up to 7.2 writes
-//! a mark after the last one.
+//! A source opens it between its first bytes and the package, and writes nothing on it before the first request.
+//! Nothing in the stream announces it. So from the package on a thread waits for it, and stops when the migration has
+//! ended. The connection carries records of pages without a section around them, with a current block of its own; a
+//! QEMU up to 7.2 writes a mark after the last one.
 //!
-//! A source that connects again after a loss may be faster than our own notice of that loss. Its first byte tells: a
-//! command, which no record of a page begins with.
+//! A source that reconnects after a loss may do so before this end has noticed the loss. The first byte shows it: a
+//! command, with which no record of a page begins.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -31,29 +31,29 @@ use crate::session::workers::Spawner;
 
 /// Bytes read at a time.
 const BUFFER: usize = 64 << 10;
-/// How long the source may take to close the connection once it knows that the guest runs.
+/// How long the source may take to close the connection after it knows that the guest runs.
 const PART_WITHIN: Duration = Duration::from_secs(2);
-/// Between two checks for another connection while one is silent, and how long each takes.
+/// Interval between two checks for another connection while one is silent, and the length of each check.
 const NEXT_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 const NEXT_CHECK_TIME: Duration = Duration::from_millis(1);
-/// Most connections that are kept while they say nothing.
+/// Maximum number of silent connections that are kept.
 const MAX_SILENT: usize = 8;
-/// Between two checks whether it has.
+/// Interval between two checks whether it has closed.
 const PART_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Where the connections after the first come from: one thread has it at a time.
+/// Source of the connections after the first: one thread has it at a time.
 #[derive(Clone, Default)]
 pub(super) struct SharedNext(Arc<Next>);
 
 #[derive(Default)]
 struct Next {
     slot: Mutex<Option<Connections>>,
-    /// There is one; a thread may have it.
+    /// There is one, and a thread may take it.
     there: AtomicBool,
 }
 
 impl SharedNext {
-    /// Gives it back; `None`: there is none any more.
+    /// Returns it; `None`: there is none any more.
     pub(super) fn put(&self, next: Option<Connections>) {
         self.0.there.store(next.is_some(), Ordering::Release);
         *self.0.slot.locked() = next;
@@ -68,17 +68,17 @@ impl SharedNext {
     }
 }
 
-/// What a connection is by its first byte.
+/// The use of a connection, determined by its first byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Use {
-    /// The stream goes on here: a command.
+    /// The stream continues here: a command.
     Main,
     /// Urgent pages.
     Urgent,
 }
 
-/// Connections after the first. A source that has lost one may leave others behind, and strangers connect, too: so a
-/// connection that is silent does not delay the next.
+/// Connections after the first. A source that has lost one may leave others open, and strangers connect, too: so a
+/// silent connection does not delay the next.
 pub(super) struct Connections {
     next: Box<dyn NextConnection>,
     silent: Vec<StreamChannel>,
@@ -89,7 +89,8 @@ impl Connections {
         Self { next, silent: Vec::new() }
     }
 
-    /// Waits for a connection on which bytes have come. `watch` is called at each change: is there a silent one?
+    /// Waits for a connection on which bytes have arrived. `watch` is called at each change with whether there is a
+    /// silent one.
     ///
     /// # Errors
     /// No other connection can come, or the stop.
@@ -124,7 +125,7 @@ impl Connections {
         }
     }
 
-    /// The first on which bytes have come. Closed ones are dropped.
+    /// The first connection on which bytes have arrived. Closed ones are dropped.
     fn spoken(&mut self) -> Option<(StreamChannel, Use)> {
         let mut at = 0;
         while let Some(channel) = self.silent.get(at) {
@@ -148,16 +149,16 @@ impl Connections {
     }
 }
 
-/// What the thread and the session share.
+/// State shared by the thread and the session.
 #[derive(Default)]
 struct State {
     pages: AtomicU64,
     bytes: AtomicU64,
     /// The connection is there.
     connected: AtomicBool,
-    /// The main connection has brought its last page.
+    /// The main connection has received its last page.
     main_ended: AtomicBool,
-    /// A main connection that took the place of a lost one, and was met here.
+    /// A main connection that replaces a lost one and was accepted here.
     early: Mutex<Option<StreamChannel>>,
 }
 
@@ -176,7 +177,7 @@ impl Preempt {
         Self { blocks, next, spawner, state: Arc::default(), thread: None }
     }
 
-    /// Waits for the connection from here on, where connections can come.
+    /// Waits for the connection from here on, if connections can be accepted.
     pub(super) fn start(&mut self, shared: &Arc<Shared>) -> Result<(), Error> {
         let Some(next) = self.next.take() else { return Ok(()) };
         self.state.main_ended.store(false, Ordering::Release);
@@ -205,28 +206,28 @@ impl Preempt {
         Ok(())
     }
 
-    /// True while urgent pages may come.
+    /// True while urgent pages may arrive.
     pub(super) fn is_expected(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
-    /// The main connection has brought its last page: the source may close this one.
+    /// The main connection has received its last page: the source may close this one.
     pub(super) fn main_ended(&self) {
         self.state.main_ended.store(true, Ordering::Release);
     }
 
-    /// Waits for the end of the thread, which the loss of the connection ends. The source's next main connection, if it
-    /// came here.
+    /// Waits for the end of the thread, which the loss of the connection ends. Returns the source's next main
+    /// connection, if it was accepted here.
     pub(super) fn end(&mut self) -> Option<StreamChannel> {
         if let Some(thread) = self.thread.take() {
-            // A panic was taken for an error before.
+            // A panic was treated as an error before.
             let _ = thread.join();
         }
         self.state.early.locked().take()
     }
 
-    /// The migration has ended: lets the source close the connection, which may have its last mark to write, and ends the
-    /// thread. Target pages and bytes that came.
+    /// The migration has ended: lets the source close the connection, on which it may still write its last mark, and
+    /// ends the thread. Returns the numbers of target pages and bytes received.
     pub(super) fn finish(&mut self, shared: &Shared) -> (u64, u64) {
         let stop = shared.stop().within(PART_WITHIN);
         while self.state.connected.load(Ordering::Acquire) {
@@ -272,7 +273,7 @@ impl Urgent {
             if self.state.main_ended.load(Ordering::Acquire) && read.is_ok() || stop.reason().is_some() {
                 return Ok(());
             }
-            // One that brought no page is not the source's, or the source has given it up.
+            // A connection without any page is not the source's, or the source has closed it.
             if self.state.pages.load(Ordering::Relaxed) > before {
                 let doing = "waiting for urgent pages";
                 let closed = || ChannelError::Closed { peer: channel.peer().into(), doing }.into();
@@ -283,7 +284,7 @@ impl Urgent {
         }
     }
 
-    /// Places what comes, to the end of the connection.
+    /// Places the received pages, to the end of the connection.
     fn read(&mut self, channel: &mut StreamChannel, stop: &Stop) -> Result<(), Error> {
         let (mut buffer, mut start, mut end) = (vec![0; BUFFER], 0, 0);
         self.blocks.forget_current();
@@ -299,7 +300,7 @@ impl Urgent {
                         return Ok(());
                     }
                     end += got;
-                    // A QEMU leaves Nagle's algorithm on here. The kernel forgets this setting with the next bytes.
+                    // A QEMU leaves Nagle's algorithm enabled here. The kernel resets this setting with the next bytes.
                     channel.acknowledge_at_once();
                     self.state.bytes.fetch_add(got as u64, Ordering::Relaxed);
                 }
@@ -308,7 +309,7 @@ impl Urgent {
         }
     }
 
-    /// Places the page of the record at the front of `input`; the bytes that it took.
+    /// Places the page of the record at the front of `input`; returns the number of bytes it took.
     fn record(&mut self, input: &[u8]) -> Result<usize, Error> {
         let placer = &self.shared.placer;
         let page = placer.memory().table().page();

@@ -9,7 +9,8 @@ use crate::sys::{Lock as _, SendPart, Stop};
 use crate::transport::{ByteSink, ChannelError};
 use crate::units::BlockIndex;
 
-/// The return path, which several threads write messages to, one message at a time, and which a later connection takes over.
+/// The return path. Several threads write messages to it, one message at a time, and a later connection replaces its
+/// sink.
 #[derive(Clone)]
 pub(super) struct ReturnPathWriter(Arc<Mutex<Back>>);
 
@@ -17,7 +18,7 @@ struct Back {
     sink: Option<Box<dyn ByteSink>>,
     /// The block of the last request: the next one of the same block need not name it.
     last: Option<BlockIndex>,
-    /// The source takes requests: not between two connections, and not before it has said RESUME on the second.
+    /// The source accepts requests: not between two connections, and on the second not before it has sent RESUME.
     takes_requests: bool,
 }
 
@@ -30,7 +31,7 @@ impl ReturnPathWriter {
         self.0.locked()
     }
 
-    /// The connection is gone, or another is there. Requests wait for [`resume`](Self::resume).
+    /// The connection is gone, or another was opened. Requests wait for [`resume`](Self::resume).
     pub(super) fn replace(&self, sink: Option<Box<dyn ByteSink>>) {
         *self.lock() = Back { sink, last: None, takes_requests: false };
     }
@@ -50,13 +51,13 @@ impl ReturnPathWriter {
         self.write(&bytes, stop)
     }
 
-    /// Asks for a host page; later, where the source takes no requests now.
+    /// Requests a host page; later, if the source accepts no requests now.
     pub(super) fn ask(&self, placer: &Placer, landing: Landing, stop: &Stop) -> Result<(), ChannelError> {
         let mut back = self.lock();
         if back.takes_requests { back.ask(placer, landing, stop) } else { Ok(()) }
     }
 
-    /// The source takes requests again: sends `message`, and asks for each of `pages`.
+    /// The source accepts requests again: sends `message`, and requests each of `pages`.
     pub(super) fn resume(
         &self,
         message: Message<'_>,
@@ -69,7 +70,7 @@ impl ReturnPathWriter {
         let mut back = self.lock();
         back.write(&bytes, stop)?;
         back.takes_requests = true;
-        // A fault that is not among them yet waits for this lock, and asks then.
+        // A fault that is not among them yet waits for this lock, and then sends its request.
         pages().into_iter().try_for_each(|page| back.ask(placer, page, stop))
     }
 }

@@ -1,4 +1,4 @@
-//! Pages that come beside the stream: between a mark in it and the round's end, or on channels of their own.
+//! Pages that arrive outside the stream: between a mark in it and the round's end, or on channels of their own.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +21,8 @@ use crate::session::{Breakage, Error, ErrorKind};
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl DestinationSession {
-    /// The blocks are known, and there is memory for them: pages may come. Memory that is offered to the peer stays in place
-    /// from here on.
+    /// The blocks are known, and memory for them exists: pages may arrive. Memory that is registered for the peer stays
+    /// in place from here on.
     pub(super) fn announce(&mut self, announced: &[BlockAnnouncement]) -> Result<(), Error> {
         let able = self.wire.link.abilities();
         if able.has_rounds && !self.guest.control.forbid_discard(true) {
@@ -60,12 +60,12 @@ impl DestinationSession {
         placing.placer().count_zero(round.zero_bytes / page);
         round.touched.into_iter().for_each(|run| placing.written(run));
         self.figures.round_marked();
-        // The setup round has no pages; those of the last one are looked for when the section ends, while the source
-        // goes on with its device state.
+        // The setup round has no pages. Those of the last round are scanned when the section ends, while the source
+        // continues with its device state.
         if self.ingest.sections().pages_follow() { self.scan() } else { Ok(()) }
     }
 
-    /// No page comes any more: what the last round brought is looked for.
+    /// No more pages follow: scans for those of the last round.
     pub(super) fn last_scan(&mut self) -> Result<(), Error> {
         if self.breakage.is(Breakage::ScanBeforeFinish) { Ok(()) } else { self.scan() }
     }
@@ -74,38 +74,38 @@ impl DestinationSession {
         self.ingest.scan(&self.settings.spawner, &self.wire.stop)
     }
 
-    /// The stream has reached a barrier: what came before it on any channel is in place when this returns, and
-    /// nothing of what comes after it.
+    /// The stream has reached a barrier: when this returns, all earlier pages of any channel are placed, and no later
+    /// ones.
     pub(super) fn barrier(&mut self) -> Result<(), Error> {
         if self.wire.link.abilities().page_channels == 0 {
             return Err(no_channels_here());
         }
         if !self.breakage.is(Breakage::SkipBarrier) {
-            // A channel that does not come to it is one of those here: no sign of more.
+            // A channel that does not reach the barrier is one of the known channels: this is no sign of further ones.
             self.wire.link.barrier(&self.wire.stop)?;
         }
         self.check_packets()?;
-        // Pressure is handed back before the channels go on.
+        // Pressure is passed to the source before the channels continue.
         self.ingest.placing()?.between_reads()?;
         self.wire.link.release();
         Ok(())
     }
 
-    /// The end of a section's records is a barrier of the page channels where no record is. Channels that we
-    /// were not told of show in what has come when RAM ends.
+    /// The end of a section's records is a barrier of the page channels for senders without a barrier record. Unknown
+    /// further channels are detected from the received packets when RAM ends.
     pub(super) fn records_ended(&mut self, seen: Seen) -> Result<(), Error> {
         let is_barrier = self.wire.link.abilities().page_channels > 0 && seen.barrier_in_start == Some(false);
         if is_barrier { self.barrier() } else { Ok(()) }
     }
 
-    /// The connection ends: in good order if the guest runs here, else the peer is told.
+    /// The connection ends: in an orderly way if the guest runs here, otherwise the peer receives an error.
     pub(super) fn close_link(&mut self, ending: Ending) {
         self.wire.link.revoke();
         if ending == Ending::Running {
             let stop = Stop::never().within(CLOSE_TIMEOUT);
             if let Err(error) = self.wire.link.close(&stop) {
                 let error = Error::from(error);
-                // A source that left first has what it needs.
+                // A source that disconnected first has what it needs.
                 if error.kind() != ErrorKind::Channel {
                     tracing::warn!(error = %Chain(&error), "the guest runs here, but its connection did not end in good order");
                 }

@@ -1,23 +1,23 @@
-//! Where the stream stands between its sections.
+//! The position of the stream between its sections.
 
 use crate::stream::qemu::incoming::{Event, SectionKind};
 use crate::stream::qemu::section::Phase;
 
-/// What the sections so far have shown.
+/// State from the sections so far.
 #[derive(Debug, Default)]
 pub(super) struct Sections {
-    /// Of the section of RAM that was begun last.
+    /// Phase of the RAM section that was begun last.
     ram_phase: Option<Phase>,
     ram_ended: bool,
-    /// The last that came was the end of a section of RAM, or of its records.
+    /// The last item was the end of a section of RAM, or of its records.
     between_rounds: bool,
     in_native_state: bool,
-    /// Where the section that is carried began in what carries it.
+    /// Where the copied section begins in the buffer.
     carried_at: usize,
 }
 
 impl Sections {
-    /// Takes note of an event that is no page.
+    /// Records an event that is not a page.
     pub(super) fn note(&mut self, event: &Event<'_>) {
         match event {
             Event::SectionStart { kind: SectionKind::Ram, phase, .. } => self.ram_phase = Some(*phase),
@@ -33,17 +33,17 @@ impl Sections {
         };
     }
 
-    /// More pages follow a page. Not in the last section: the source's guest waits for its end.
+    /// Whether more pages follow a page. Not in the last section: the source's guest waits for its end.
     pub(super) fn pages_follow(&self) -> bool {
         self.ram_phase == Some(Phase::Part)
     }
 
-    /// The section of RAM that was begun last is the one that ends it.
+    /// The RAM section that was begun last is the final one.
     pub(super) fn is_last_round(&self) -> bool {
         self.ram_phase == Some(Phase::End)
     }
 
-    /// Pages have begun: other sections come after them from here on.
+    /// Pages have begun: from here on other sections come after pages.
     pub(super) fn pages_began(&self) -> bool {
         matches!(self.ram_phase, Some(Phase::Part | Phase::End))
     }
@@ -53,17 +53,17 @@ impl Sections {
         self.ram_ended
     }
 
-    /// Between two rounds, where a source may be silent for long. The end of the setup is no such place.
+    /// Between two rounds, where a source may be silent for long. The end of the setup does not count.
     pub(super) fn between_rounds(&self) -> bool {
         self.between_rounds && self.ram_phase == Some(Phase::Part) && !self.ram_ended
     }
 
-    /// A section that is carried begins there.
+    /// A copied section begins at this offset.
     pub(super) fn carried_from(&mut self, at: usize) {
         self.carried_at = at;
     }
 
-    /// Where the section that is carried began.
+    /// Where the copied section began.
     pub(super) fn carried_at(&self) -> usize {
         self.carried_at
     }

@@ -1,4 +1,4 @@
-//! Pages that a ramwire source says it has not sent in their last state.
+//! Pages whose last state a ramwire source has not sent.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use super::receive::out_of_turn;
 use crate::session::Error;
 
 impl DestinationSession {
-    /// The digest leaves them out; where they are unplugged the memory that an earlier state of them took is given back.
+    /// The digest leaves them out; for unplugged pages, memory that an earlier state occupied is freed.
     pub(super) fn not_sent(&mut self, announced: u32, why: Unsent, ranges: &[u8]) -> Result<(), Error> {
         let registered = self.wire.link.abilities().has_rounds;
         let placer = Arc::clone(self.ingest.placing()?.placer());
@@ -28,7 +28,7 @@ impl DestinationSession {
             let landing = found.ok_or_else(|| refused(format!("{pages} pages from page {first} on")))?;
             let run = landing.run(table.page());
             self.told.unsent.add(run);
-            // An observer has copied what came, and uses its copy.
+            // An observer has copied the received pages, and uses its copy.
             if why == Unsent::Free || placer.observer().is_some() {
                 continue;
             }

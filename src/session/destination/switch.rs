@@ -1,4 +1,4 @@
-//! A switch to postcopy: from ADVISE, which says that there may be one, to the last page.
+//! A switch to postcopy: from ADVISE, which announces it as possible, to the last page.
 
 use crate::guest::Placer;
 use crate::ram::RamBlockTable;
@@ -11,7 +11,7 @@ use super::preempt::{Connections, SharedNext};
 use super::receive::out_of_turn;
 use crate::session::Error;
 
-/// How far a switch to postcopy has come.
+/// Progress of a switch to postcopy.
 #[derive(Default)]
 pub(super) struct Switch {
     /// From the package on.
@@ -56,7 +56,7 @@ impl Switch {
         self.advised.as_ref().map_or(Ok(()), |advised| advised.check_host_pages(table))
     }
 
-    /// A piece of the package; `limit` bytes of it at most.
+    /// Appends a piece of the package, which may have at most `limit` bytes.
     ///
     /// # Errors
     /// It is longer.
@@ -66,7 +66,7 @@ impl Switch {
         if fits { Ok(()) } else { Err(too_much()) }
     }
 
-    /// A discard at the switchover: these pages come again.
+    /// A discard at the switchover: these pages will be sent again.
     ///
     /// # Errors
     /// Out of turn, or of pages that don't exist.
@@ -105,13 +105,13 @@ impl Switch {
         self.next.is_there() && !failed
     }
 
-    /// A step failed, or the connection: true if what has come is kept, since the guest runs here although pages are missing,
-    /// or may have been given away. `another`: the source may connect again.
+    /// A step or the connection failed. True if the received state is kept, since the guest runs here although pages
+    /// are missing, or may have been handed over. `another`: the source may connect again.
     pub(super) fn outlives_loss(&self, another: bool) -> bool {
         self.running.as_ref().is_some_and(|postcopy| postcopy.shared.outlives_loss(another))
     }
 
-    /// No cancel ends what the source gave away; the failure of a postcopy's thread does.
+    /// A cancel does not end a guest that the source has handed over; the failure of a postcopy's thread does.
     pub(super) fn stop_after_commit(&self) -> Stop {
         self.running.as_ref().map_or_else(Stop::never, |postcopy| postcopy.shared.stop())
     }
@@ -130,7 +130,7 @@ mod tests {
 
     const PAGE: u64 = 4096;
 
-    /// What a switch says to the discard of these ranges of `block0`, which has 3 pages.
+    /// The result of a discard of these ranges of `block0`, which has 3 pages.
     fn discard(switch: &mut Switch, placer: &Placer, ranges: &[(u64, u64)]) -> Result<(), String> {
         let mut bytes = Vec::new();
         encode_discards("block0", ranges, &mut bytes);

@@ -1,4 +1,4 @@
-//! The connection to the source: where pages come from, where answers go, and what ends a wait on it.
+//! The connection to the source: source of pages, sink for messages, and what ends a wait on it.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::return_path::ReturnPathWriter;
 /// A connection, and what ends each wait on it.
 pub(super) struct Wire {
     pub(super) link: Box<dyn DestinationLink>,
-    /// Where the connection has a way back. The source reads it from the command that opens it on.
+    /// The sink, if the connection has a return path. The source reads it after the command that opens it.
     pub(super) back: Option<ReturnPathWriter>,
     pub(super) stop: Stop,
 }
@@ -22,7 +22,7 @@ impl Wire {
         Self { link: connection.link, back, stop: Stop::on(cancel) }
     }
 
-    /// Answers the source, where there is a way back; within `time`.
+    /// Sends a message to the source within `time`, if there is a return path.
     pub(super) fn answer(&self, message: Message<'_>, time: Duration) -> Result<(), ChannelError> {
         let Some(back) = &self.back else { return Ok(()) };
         back.message(message, &self.stop.within(time))
@@ -60,7 +60,7 @@ mod tests {
         }
     }
 
-    /// What writes to it next says so, instead of losing its message.
+    /// The next message after a failure returns the error, instead of being lost.
     #[test]
     fn no_answer_is_taken_for_sent_on_a_connection_that_was_let_go() {
         let (wire, _far) = wire(true, &CancelToken::default());

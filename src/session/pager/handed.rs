@@ -1,4 +1,5 @@
-//! Memory of another process, whose faults it has handed to this one: a VMM that starts a guest of its own from a snapshot.
+//! Memory of another process that has handed its faults to this one: a VMM that starts a guest of its own from a
+//! snapshot.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,7 +15,7 @@ use crate::units::{BlockIndex, PageIndex, PageSize};
 
 use super::memory::{PagedMemory, PlaceError};
 
-/// The unit in which is remembered what has come.
+/// The unit in which received pages are recorded.
 pub(super) const PAGE: PageSize = PageSize::SIZE_4K;
 
 /// Most regions of one memory.
@@ -23,16 +24,16 @@ const MAX_REGIONS: usize = 4096;
 /// Addresses of user space end below this.
 const MAX_ADDRESS: u64 = 1 << 56;
 
-/// A part of another process's memory, and where its contents lie.
+/// A part of another process's memory, and the position of its contents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HandedRegion {
     /// Its first address in that process.
     pub address: u64,
     /// Its length in bytes.
     pub len: u64,
-    /// Bytes of a page of that memory.
+    /// Page size of that memory in bytes.
     pub page: u64,
-    /// Where its contents begin in the stored memory, in bytes.
+    /// Offset of its contents in the stored memory, in bytes.
     pub offset: u64,
 }
 
@@ -40,7 +41,7 @@ pub struct HandedRegion {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandedError {
-    /// There is nothing to serve, or too much.
+    /// There are no regions to serve, or too many.
     #[error("{count} regions of memory were handed over; 1 to {MAX_REGIONS} are served")]
     Count {
         /// How many.
@@ -61,12 +62,12 @@ pub enum HandedError {
     /// The descriptor.
     #[error(transparent)]
     Faults(#[from] HandedFaultsError),
-    /// No descriptor is left for waiting, or no memory.
+    /// No descriptor is available for waiting, or no memory.
     #[error("waiting for faults can't be set up")]
     Kernel(#[from] io::Error),
 }
 
-/// Checks what another process says of its memory, of which `stored` bytes are at rest.
+/// Checks another process's description of its memory, whose stored contents have `stored` bytes.
 pub(super) fn checked(regions: &[HandedRegion], stored: u64) -> Result<(), HandedError> {
     if regions.is_empty() || regions.len() > MAX_REGIONS {
         return Err(HandedError::Count { count: regions.len() });
@@ -109,20 +110,20 @@ pub(super) fn checked(regions: &[HandedRegion], stored: u64) -> Result<(), Hande
 struct Region {
     range: Range<usize>,
     page: PageSize,
-    /// Pages that were placed, are zero, or were given back.
+    /// Pages that were placed, are zero, or were freed.
     come: AtomicBitmap,
 }
 
-/// The memory as the threads see it that fill it.
+/// The memory, as used by the threads that fill it.
 ///
-/// # Orders that hold
+/// # Required orders
 ///
-/// The event of a removed page is read and the page marked in one step, as other threads see it, and pages are placed in
-/// another: what was given back is never placed again.
+/// Reading the event of a removed page and marking the page is one atomic step for other threads, and placing pages is
+/// another: a freed page is never placed again.
 pub(super) struct HandedPages {
     faults: HandedFaults,
     regions: Vec<Region>,
-    /// Held while events are read and pages placed. Faults that were read to get at other events.
+    /// Held while events are read and pages placed. Contains faults that were read only to get to later events.
     turn: Mutex<VecDeque<PageRun>>,
     /// Raised while there are such faults.
     left: WakeEvent,
@@ -192,7 +193,7 @@ impl HandedPages {
         }
     }
 
-    /// Something has to be read before anything is placed.
+    /// Reads all events, which is required before a page can be placed.
     fn read_events(&self, faults: &mut VecDeque<PageRun>) -> Result<(), PlaceError> {
         while let Some(fault) = self.read_fault()? {
             faults.push_back(fault);
@@ -206,8 +207,8 @@ impl HandedPages {
         Some((region, region.range.start + (run.first.0 * PAGE.bytes()) as usize))
     }
 
-    /// Places a host page and those behind it that have not come either, as many as the kernel takes at once. How many target
-    /// pages were dealt with.
+    /// Places a host page and the pages after it that have not been placed either, as many as the kernel accepts at
+    /// once. Returns the number of processed target pages.
     fn place_some(&self, run: PageRun, bytes: &[u8]) -> Result<u64, PlaceError> {
         let Some((region, address)) = self.address(run) else { return Ok(run.pages) };
         let host = region.page.bytes() / PAGE.bytes();
@@ -225,7 +226,7 @@ impl HandedPages {
             Placement::Later => {
                 self.read_events(&mut faults)?;
                 drop(faults);
-                // The one that gives pages back goes on.
+                // Lets the thread that frees pages continue.
                 std::thread::yield_now();
                 return Ok(0);
             }
@@ -263,7 +264,7 @@ impl PagedMemory for HandedPages {
                 done => rest = run_left.split_at(done).1,
             }
         }
-        // Who waits for a page that was given back meanwhile asks again.
+        // A thread that waits for a page that was freed meanwhile faults again.
         if let Some((_, address)) = self.address(run) {
             self.faults.wake(address, (run.pages * PAGE.bytes()) as usize);
         }

@@ -12,9 +12,9 @@ use crate::units::{BlockIndex, PageSize};
 /// Why a page could not be placed, or a fault not be read.
 #[derive(Debug)]
 pub(in crate::session) enum PlaceError {
-    /// The process whose memory it is has ended.
+    /// The process that owns the memory has ended.
     Gone,
-    /// The kernel's answer, in words.
+    /// The kernel's error, as text.
     Failed(String),
 }
 
@@ -26,11 +26,12 @@ impl From<GuestError> for PlaceError {
 
 /// Memory whose missing pages are served: of this process, or of another.
 ///
-/// # Orders that hold
+/// # Required orders
 ///
-/// A page is placed once, whoever reads it: what its owner has given back since is zero, and not there again.
+/// A page is placed once, whichever thread reads it: a page that its owner has freed since is zero, and is not placed
+/// again.
 pub(in crate::session) trait PagedMemory: Send + Sync {
-    /// Readable while a fault is to be read.
+    /// Readable while there is a fault to read.
     fn descriptor(&self) -> BorrowedFd<'_>;
 
     /// The next host page that a thread waits for, without waiting for one.
@@ -42,13 +43,13 @@ pub(in crate::session) trait PagedMemory: Send + Sync {
     /// True if the page has been placed, or is zero and was never missing.
     fn has_come(&self, page: PageRun) -> bool;
 
-    /// Puts whole host pages in place, those of them that have not come, and wakes who waits for them.
+    /// Places those of the host pages that have not been placed, and wakes the threads that wait for them.
     ///
     /// # Errors
     /// [`PlaceError`].
     fn place(&self, run: PageRun, bytes: &[u8]) -> Result<(), PlaceError>;
 
-    /// A thread waits for a page that has come: it is zero, or there by now.
+    /// A thread waits for a page that was already received: it is zero, or present by now.
     ///
     /// # Errors
     /// [`PlaceError`].
@@ -71,7 +72,7 @@ pub(in crate::session) struct GuestPages {
 }
 
 impl GuestPages {
-    /// Of a placer that [serves](Placer::serve_missing) `faults`.
+    /// The pages of a placer that [serves](Placer::serve_missing) `faults`.
     pub(in crate::session) fn new(placer: Arc<Placer>, faults: Arc<MissingFaults>) -> Self {
         Self { placer, faults }
     }

@@ -23,10 +23,11 @@ pub(super) use memory::{GuestPages, PagedMemory, PlaceError};
 pub(super) use served::holes;
 pub use served::{ServeSettings, ServedMemory};
 
-/// Bytes that are placed at once: no fault is answered meanwhile.
+/// Bytes that are placed at a time: no fault is resolved meanwhile.
 const PLACE: u64 = 64 << 10;
 
-/// A page that could not be read or placed. Whoever touches it waits, until it is tried again and is there; nothing is lost.
+/// A page that could not be read or placed. A thread that touches it waits until a retry has placed it; no page is
+/// lost.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the page at {offset:#x} of RAM block {block} could not be had from {file} ({why}); who touches it waits; mend what \
@@ -44,29 +45,29 @@ pub struct PageFailure {
     pub why: String,
 }
 
-/// How far a memory is that is filled while it is used.
+/// Progress of a memory that is filled while it is used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LazyProgress {
-    /// Target pages that are still to come.
+    /// Target pages that are still missing.
     pub missing: u64,
-    /// Of them, those that could not be read.
+    /// Of these, those that could not be read.
     pub failed: u64,
     /// Faults: threads that had to wait for a page.
     pub faults: u64,
-    /// Target pages that were read for them.
+    /// Target pages that were read for these faults.
     pub urgent: u64,
-    /// From the fault to the page in place.
+    /// Time from the fault until the page is placed.
     pub latency: LatencySummary,
 }
 
-/// What the threads of a memory share.
+/// State shared by the threads of a memory.
 pub(super) struct Filling {
     memory: Box<dyn PagedMemory>,
     supply: Arc<dyn PageSupply>,
     page: PageSize,
     state: Mutex<State>,
-    /// Raised with each change of [`state`](Self::state) that somebody may wait for.
+    /// Notified at each change of [`state`](Self::state) that a thread may wait for.
     changed: Condvar,
     began: Instant,
     over: CancelToken,
@@ -75,11 +76,11 @@ pub(super) struct Filling {
 /// What changes.
 pub(super) struct State {
     pub(super) fill: Fill,
-    /// The first page that could not be had, since the last time that somebody said to try again.
+    /// The first page that could not be read or placed, since the last retry.
     pub(super) failure: Option<PageFailure>,
-    /// Faults are served no more: all is in place, or nobody is there to be served.
+    /// Faults are no longer served: all pages are placed, or there is no process to serve any more.
     pub(super) is_over: bool,
-    /// Its owner has said that nobody runs on it any more.
+    /// Its owner has declared that no thread uses it any more.
     pub(super) is_abandoned: bool,
 }
 
@@ -110,7 +111,7 @@ impl Filling {
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the state, and tells those who wait.
+    /// Changes the state, and notifies the waiting threads.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let answer = change(&mut self.state());
         self.changed.notify_all();
@@ -128,7 +129,7 @@ impl Filling {
         self.change(|state| state.is_over = true);
     }
 
-    /// Serves faults until all is over.
+    /// Serves faults until the end.
     pub(super) fn serve_faults(&self) {
         let (stop, mut buffer) = (Stop::on(&self.over), Vec::new());
         while let Ok(None) = stop.wait(self.memory.descriptor(), PollFlags::IN) {
@@ -162,7 +163,7 @@ impl Filling {
         }
     }
 
-    /// Reads what nobody waits for, until all is in place or over.
+    /// Reads pages that no thread waits for, until all pages are placed or the end.
     pub(super) fn read_rest(&self) {
         let mut buffer = Vec::new();
         loop {
@@ -181,7 +182,7 @@ impl Filling {
         }
     }
 
-    /// Reads a run and puts it in place. Of one that can't be read, what can.
+    /// Reads a run and places it. If a part of the run can't be read, places the rest.
     fn read(&self, run: PageRun, buffer: &mut Vec<u8>) {
         let offset = run.offset(self.page).map_or(u64::MAX, |offset| offset.0);
         let len = run.bytes(self.page).unwrap_or(0);
@@ -253,7 +254,7 @@ impl Filling {
         }
     }
 
-    /// What could not be had is tried again. How many target pages those are.
+    /// Retries pages that could not be read or placed. Returns the number of these target pages.
     pub(super) fn retry(&self) -> u64 {
         self.change(|state| {
             state.failure = None;
@@ -261,7 +262,8 @@ impl Filling {
         })
     }
 
-    /// The memory is not served any more: accesses wait no longer. Behind the last thread that serves faults.
+    /// The memory is no longer served: accesses no longer wait. To be called after the last thread that serves faults
+    /// has ended.
     pub(super) fn let_go(&self) {
         self.memory.let_go();
     }

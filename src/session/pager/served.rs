@@ -1,4 +1,4 @@
-//! Another process's memory, served until that process ends.
+//! Another process's memory, which is served until that process ends.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -18,9 +18,9 @@ use crate::session::workers::Spawner;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ServeSettings {
-    /// Threads that serve faults, at least one. 1.
+    /// Number of threads that serve faults, at least one. Default 1.
     pub fault_threads: u8,
-    /// Threads that read what nobody waits for. 1; with 0 only what is touched is read.
+    /// Threads that read pages that no thread waits for. Default 1; with 0 only touched pages are read.
     pub readers: u8,
     /// How threads are started.
     pub spawner: Spawner,
@@ -32,15 +32,15 @@ impl Default for ServeSettings {
     }
 }
 
-/// Memory of another process, which is filled from a stored memory. Dropping it ends that: the other process then waits for
-/// ever where it touches what is missing.
+/// Memory of another process, which is filled from a stored memory. Dropping it ends this: a thread of the other
+/// process that touches a missing page then waits for ever.
 #[derive(Debug)]
 pub struct ServedMemory {
     filling: Arc<Filling>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// The stored memory, as the regions lie in it.
+/// The stored memory, with the positions of the regions in it.
 struct Regions {
     stored: Arc<StoredMemory>,
     offsets: Vec<u64>,
@@ -58,7 +58,7 @@ impl PageSupply for Regions {
 }
 
 impl ServedMemory {
-    /// Serves the faults that come by `fd`, a userfaultfd(2) of the process whose `regions` these are, and reads the rest.
+    /// Serves the faults that arrive on `fd`, a userfaultfd(2) of the process that owns `regions`, and reads the rest.
     ///
     /// # Errors
     /// [`Error::Handed`]: what was handed over makes no sense. [`Error::Thread`].
@@ -100,28 +100,28 @@ impl ServedMemory {
         Ok(this)
     }
 
-    /// How far it is; the pages have 4 KiB.
+    /// Its progress; the pages have 4 KiB.
     pub fn progress(&self) -> LazyProgress {
         self.filling.progress()
     }
 
-    /// The first page that could not be had, since the last [`retry`](Self::retry).
+    /// The first page that could not be read or placed, since the last [`retry`](Self::retry).
     pub fn failure(&self) -> Option<PageFailure> {
         self.filling.state().failure.clone()
     }
 
-    /// Tries again what could not be had; pages that somebody waits for first. How many those are.
+    /// Retries pages that could not be read or placed, requested pages first. Returns the number of these pages.
     pub fn retry(&self) -> u64 {
         self.filling.retry()
     }
 
-    /// Serves it no more. How far it came, with what its threads had under way.
+    /// Stops serving it. Returns its progress, including the work that its threads had in progress.
     pub fn end(mut self) -> LazyProgress {
         self.end_threads();
         self.progress()
     }
 
-    /// True once nobody is there any more to be served: the other process has ended, or its faults can't be read.
+    /// True once there is no process to serve any more: the other process has ended, or its faults can't be read.
     pub fn is_over(&self) -> bool {
         self.filling.state().is_over
     }

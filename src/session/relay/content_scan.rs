@@ -1,30 +1,31 @@
 //! Pages that a NIC has written, found by their content.
 //!
-//! A NIC's writes touch no page table, so no dirty source sees them, and a source registers a chunk once and writes to
-//! it in any later round. A relay that must know what a round has brought therefore keeps a fingerprint of every page
-//! that the source could ever write to, and takes them all again when a round is over: a page whose fingerprint is
-//! another one has come.
+//! A NIC's writes touch no page table, so no dirty source reports them, and a source registers a chunk once and writes
+//! to it in any later round. So a relay that must know which pages a round has written keeps a fingerprint of every
+//! page that the source could ever write to. It computes all of them again when a round is over: a page whose
+//! fingerprint has changed was written.
 //!
-//! # Orders that hold
+//! # Required orders
 //!
-//! - The fingerprint is taken first, then the page is told of, then its bytes are read to be sent on: what is written
-//!   in between is found by the next scan.
-//! - The source writes nothing while a scan is under way: it waits for a word that it gets when the stream is read on
-//!   ([`DestinationLink::waits_after_round`](crate::transport::DestinationLink::waits_after_round)). A round writes a
-//!   page once at most, as every pass over a dirty bitmap does, so between two scans no page can become something else
-//!   and then what it was.
+//! - The fingerprint is computed first, then the page is reported, then its bytes are read to be sent on: the next scan
+//!   finds a write in between.
+//! - The source writes no page during a scan: it waits for a message that it receives when the relay continues to read
+//!   the stream ([`DestinationLink::waits_after_round`](crate::transport::DestinationLink::waits_after_round)). A round
+//!   writes a page once at most, as every pass over a dirty bitmap does, so between two scans no page can change and
+//!   then change back.
 //! - The last scan comes after the last round. Its time adds to the guest's downtime.
 //!
 //! # What it costs
 //!
-//! 16 bytes for each page that may be written to: 1/256 of 4 KiB pages, allocated chunk by chunk as the source asks for
+//! 16 bytes for each page that may be written to: 1/256 of 4 KiB pages, allocated chunk by chunk as the source requests
 //! them. A scan reads all those pages on all cores.
 //!
 //! Fingerprints are XXH3 with 128 bits under a secret of this run, of which 127 count. A page is missed if its new
 //! content has the fingerprint of its old one, so what counts is the number of changed pages that are compared, not of
-//! their pairs: 1 TiB of 4 KiB pages all changed in each of 1000 rounds are 2^38 comparisons, and one of them fails with
-//! a probability of 2^-89. (64 bits would give 2^-26, too much for a guest that nobody checks afterwards.) XXH3 stops
-//! no forger; but only the guest writes its pages, and it would have to guess the secret to harm itself.
+//! their pairs: 1 TiB of 4 KiB pages all changed in each of 1000 rounds are 2^38 comparisons, and one of them fails
+//! with a probability of 2^-89. (64 bits would give 2^-26, too much for a guest that is not verified afterwards.) XXH3
+//! is not secure against forgery; but only the guest writes its pages, and it would have to guess the secret to harm
+//! itself.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -41,11 +42,11 @@ use crate::sys::{HostSpan, Lock as _, Stop, is_zero, random_id};
 use crate::transport::ChannelError;
 use crate::units::{BlockIndex, PageIndex};
 
-/// The fingerprint of a page nobody has looked at yet: equal to none.
+/// The fingerprint of a page that was never scanned: equal to no other.
 const UNKNOWN: u128 = 0;
 /// The fingerprint of a zero page. Those of other pages are odd.
 const ZERO: u128 = 2;
-/// Bytes of the secret: what XXH3 takes by default.
+/// Length of the secret in bytes: XXH3's default.
 const SECRET_BYTES: usize = 192;
 
 /// What scans did.
@@ -55,11 +56,11 @@ pub struct ScanReport {
     pub scans: u32,
     /// Pages looked at, repeats included.
     pub pages: u64,
-    /// Pages found to have changed, repeats included.
+    /// Pages found to have changed, including repeats.
     pub found: u64,
-    /// All of them together.
+    /// Duration of all of them together.
     pub took: Duration,
-    /// The last one, while the guest stood still.
+    /// Duration of the last one, while the guest was paused.
     pub last: Duration,
     /// Bytes that the fingerprints take.
     pub memory: u64,
@@ -68,11 +69,11 @@ pub struct ScanReport {
 /// Some pages that the source may write to, and their fingerprints.
 struct Chunk {
     run: PageRun,
-    /// Locked by the one thread that scans the chunk.
+    /// Locked by the thread that scans the chunk.
     prints: Mutex<Box<[u128]>>,
 }
 
-/// Fingerprints of all pages that were ever open to the source.
+/// Fingerprints of all pages that the source was ever allowed to write.
 pub(crate) struct ContentScan {
     memory: Arc<dyn GuestMemory>,
     watcher: Arc<dyn PageObserver>,
@@ -83,14 +84,14 @@ pub(crate) struct ContentScan {
 }
 
 impl ContentScan {
-    /// Tells `watcher` of the pages of `memory` that change.
+    /// Reports changed pages of `memory` to `watcher`.
     pub(crate) fn new(memory: Arc<dyn GuestMemory>, watcher: Arc<dyn PageObserver>) -> Self {
         let secret = std::iter::repeat_with(random_id).flatten().take(SECRET_BYTES).collect();
         Self { memory, watcher, secret, chunks: BTreeMap::new(), report: ScanReport::default() }
     }
 
-    /// The source may write to `run` from now on. The first scan tells of all of it: what the far end has there is not
-    /// known (a QEMU's ROMs and tables are not zero).
+    /// The source may write to `run` from now on. The first scan reports all of it: the far end's content is not known
+    /// (a QEMU's ROMs and tables are not zero).
     pub(crate) fn open(&mut self, run: PageRun) {
         let pages = usize::try_from(run.pages).unwrap_or(usize::MAX);
         self.chunks.entry((run.block.0, run.first.0)).or_insert_with(|| {
@@ -99,7 +100,7 @@ impl ContentScan {
         });
     }
 
-    /// `page` came in the stream, which reported it: its fingerprint is out of date.
+    /// `page` was received in the stream, which reported it: its fingerprint is out of date.
     pub(crate) fn forget(&mut self, block: BlockIndex, page: PageIndex) {
         let Some((_, chunk)) = self.chunks.range(..=(block.0, page.0)).next_back() else { return };
         let inside = chunk.run.block == block && page.0 < chunk.run.end().0;
@@ -109,7 +110,7 @@ impl ContentScan {
         }
     }
 
-    /// Looks at every page and tells of those that have changed, each as soon as it is found.
+    /// Scans every page and reports those that have changed, each as soon as it is found.
     ///
     /// # Errors
     /// [`Error::Guest`], [`Error::Thread`]; [`Error::Cancelled`] and the like if `stop` says so.
@@ -146,7 +147,7 @@ impl Chunk {
         self.prints.locked()
     }
 
-    /// Takes the fingerprints again; returns how many pages changed.
+    /// Computes the fingerprints again; returns how many pages changed.
     fn look(
         &self,
         memory: &dyn GuestMemory,
@@ -239,26 +240,26 @@ mod tests {
             told.take()
         };
         assert_eq!(look(&mut scan), []);
-        // The whole of a new chunk is told of, its zero pages too; a second word about it changes nothing.
+        // All of a new chunk is reported, including zero pages; announcing it again changes nothing.
         for chunk in [run(0, 256, 256), run(0, 512, 88), run(0, 256, 256), run(1, 0, 3)] {
             scan.open(chunk);
         }
         assert_eq!(look(&mut scan), [(0, 256, 256), (0, 512, 88), (1, 0, 3)]);
         assert_eq!(look(&mut scan), []);
-        // One byte anywhere in a page; pages outside of what the source may write to don't count.
+        // One byte anywhere in a page; pages that the source may not write to don't count.
         for (block, page, at) in
             [(0, 255, 0), (0, 256, 0), (0, 257, 4095), (0, 511, 9), (0, 599, 4095), (1, 2, 1)]
         {
             write(block, page, at, 1);
         }
         assert_eq!(look(&mut scan), [(0, 256, 2), (0, 511, 1), (0, 599, 1), (1, 2, 1)]);
-        // To zero again, and two bytes that change places.
+        // To zero again, and two bytes that are swapped.
         write(0, 256, 0, 0);
         for (at, byte) in [(4095, 0), (4094, 1)] {
             write(0, 257, at, byte);
         }
         assert_eq!(look(&mut scan), [(0, 256, 2)]);
-        // A page that came in the stream is reported again whatever it holds.
+        // A page that was received in the stream is reported again, whatever its content.
         for (block, page) in [(0, 300), (0, 599), (0, 10), (1, 2)] {
             scan.forget(BlockIndex(block), PageIndex(page));
         }

@@ -1,4 +1,4 @@
-//! A relay from a QEMU to a QEMU whose far end takes the guest and says nothing in time.
+//! A relay from a QEMU to a QEMU whose far end takes the guest and sends nothing in time.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{self, Read, Write};
@@ -23,10 +23,10 @@ use crate::stream::qemu::return_path::Message;
 use crate::sys::CancelToken;
 use crate::transport::InlineLink;
 
-/// Longest wait for anything: a failure.
+/// Longest wait of any kind; exceeding it is a failure.
 const WAIT: Duration = Duration::from_secs(60);
 
-/// Writes down what is asked of it.
+/// Records the calls.
 struct Noting(Arc<Mutex<Vec<&'static str>>>, bool);
 
 impl Guard for Noting {
@@ -51,7 +51,7 @@ struct Running {
 }
 
 impl Running {
-    /// The source has sent everything; the far end answers no more than the first PING.
+    /// The source has sent everything; the far end answers only the first PING.
     fn begin(guard_holds: bool) -> Self {
         let [(source, upstream), (downstream, far)] = [(); 2].map(|()| UnixStream::pair().unwrap());
         let connect = {
@@ -104,7 +104,7 @@ impl Running {
         running
     }
 
-    /// Reads what the far end gets, up to `end` or the end of the connection.
+    /// Reads what the far end receives, up to `end` or the end of the connection.
     fn read_far(&mut self, end: &str) -> Vec<u8> {
         let (mut read, mut buffer) = (Vec::new(), [0; 4096]);
         while !read.ends_with(end.as_bytes()) {
@@ -120,7 +120,7 @@ impl Running {
         self.far.write_all(&encoded(Message::Shut { status })).unwrap();
     }
 
-    /// What the source has been told when the relay has ended, and how that was.
+    /// What the source has received when the relay has ended, and its report.
     fn ended(self) -> (Vec<u8>, RelayReport) {
         let report = self.relay.join().unwrap();
         let mut told = Vec::new();
@@ -136,7 +136,7 @@ fn a_late_answer_of_the_far_end_ends_the_doubt_and_reaches_the_source() {
         [(0, Ending::Running, Outcome::Completed), (1, Ending::Discarded, Outcome::InDoubt)]
     {
         let mut running = Running::in_doubt();
-        // A cancel decides nothing, however it comes.
+        // A cancel decides nothing, however it arrives.
         assert_eq!(running.control.cancel(), CancelReply::TooLate);
         running.cancel.cancel();
         running.far_says(status);
@@ -151,7 +151,7 @@ fn a_late_answer_of_the_far_end_ends_the_doubt_and_reaches_the_source() {
 #[test]
 fn a_source_that_has_gone_ends_the_relay_and_is_told_nothing() {
     let running = Running::in_doubt();
-    // It still reads, so that anything that is said is seen.
+    // It still reads, so that any message is seen.
     running.source.shutdown(Shutdown::Write).unwrap();
     let (told, report) = running.ended();
     assert_eq!(told, [0u8; 0]);
@@ -173,13 +173,13 @@ fn an_operator_who_has_seen_the_far_end_dead_lets_the_source_go_on() {
 fn nobody_decides_before_there_is_a_doubt_and_a_connection_that_breaks_in_doubt_decides_nothing() {
     let mut running = Running::in_doubt();
     running.far.shutdown(Shutdown::Both).unwrap();
-    // Until the far side has seen it; then it has ended, and the doubt goes on.
+    // Until the far side has noticed it; then it has ended, and the doubt continues.
     let mut rest = Vec::new();
     running.far.read_to_end(&mut rest).unwrap();
     assert!(running.control.is_in_doubt());
     assert!(running.control.far_end_is_dead());
     let control = running.control.clone();
-    // A second signal of an operator asks again.
+    // A second signal of an operator requests it again.
     assert_eq!(control.cancel(), CancelReply::Accepted, "the guest is the source's");
     assert_eq!(running.ended().0, encoded(Message::Shut { status: 1 }));
     assert!(!control.far_end_is_dead());
@@ -189,7 +189,7 @@ fn nobody_decides_before_there_is_a_doubt_and_a_connection_that_breaks_in_doubt_
 fn what_can_not_be_held_is_not_given_away() {
     let mut running = Running::begin(false);
     let arrived = running.read_far("\"fields\": []}]}");
-    // The byte that ends the sections commits: it is not there.
+    // The byte that ends the sections commits: it was not sent.
     assert!(!arrived.ends_with(b"]}"), "{} bytes", arrived.len());
     let report = running.relay.join().unwrap();
     assert!(matches!(report.sent.unwrap().outcome, Outcome::StaysHere(_)));

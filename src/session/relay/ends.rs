@@ -1,4 +1,4 @@
-//! The two sessions of a relay as its engine knows them: each tells what has happened and waits for what it may do.
+//! The two sessions of a relay as its engine sees them: each reports events and waits for what it may do.
 
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,26 +20,27 @@ use super::forward::Arrivals;
 use super::hub::Hub;
 use super::{ConnectFn, Notice, NoticeFn};
 
-/// Longest time between two looks at the far end's figures while pages come.
+/// Longest time between two checks of the far end's figures while pages arrive.
 const FIGURES_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Pages that may come between two looks: 256 KiB of small ones.
+/// Pages that may arrive between two checks: 256 KiB of small ones.
 const PAGES_A_LOOK: u64 = 64;
 
-/// Time between two looks at a cancel and at the source's connection while the other side is waited for.
+/// Interval between two checks for a cancel and of the source's connection, while waiting for the other side.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Pages for which an idle far side begins a round at once; fewer wait for more, a slice at most.
+/// Number of pages for which an idle far side begins a round immediately; with fewer it waits for more, at most a
+/// slice.
 const WORTH_A_ROUND: u64 = 256;
 
-/// The far side's session as it ended.
+/// The far side's session after its end.
 pub(super) struct FarReport {
     pub(super) report: SourceReport,
     pub(super) began: Instant,
     pub(super) first_page_sent: Option<Duration>,
 }
 
-/// Sees pages arrive, and starts the far side with the first of them.
+/// Observes the pages that arrive, and starts the far side with the first of them.
 pub(super) struct Middle {
     pub(super) hub: Arc<Hub>,
     pub(super) connect: Option<Box<ConnectFn>>,
@@ -47,7 +48,7 @@ pub(super) struct Middle {
     pub(super) give: Option<Sender<FarReport>>,
     pub(super) cancel: CancelToken,
     pub(super) notice: Arc<NoticeFn>,
-    /// What has come, and what has left.
+    /// Figures of what arrived, and of what was sent.
     pub(super) came: SharedStatistics,
     pub(super) left: SharedStatistics,
     pub(super) began: Instant,
@@ -56,7 +57,7 @@ pub(super) struct Middle {
     pub(super) meter: Option<Meter>,
 }
 
-/// Measures what waits to be sent on.
+/// Measures the pages that wait to be sent on.
 pub(super) struct Meter {
     arrivals: Arc<Arrivals>,
     came: SharedStatistics,
@@ -69,7 +70,7 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    /// True if enough has changed since the last look.
+    /// True if enough has changed since the last check.
     fn is_due(&self) -> bool {
         self.looked.elapsed() >= FIGURES_INTERVAL || self.arrivals.pending() >= self.waiting + PAGES_A_LOOK
     }
@@ -137,7 +138,7 @@ impl Middle {
     }
 }
 
-/// Tells the engine that the far side has ended, also if it panics.
+/// Reports to the engine that the far side has ended, also if it panics.
 struct FarSideEnds(Arc<Hub>);
 
 impl FarSideEnds {
@@ -155,7 +156,7 @@ impl FarSideEnds {
 
 impl Drop for FarSideEnds {
     fn drop(&mut self) {
-        // Without effect where the end was told.
+        // No effect if the end was already reported.
         self.0.post(RelayEvent::FarEnded(FarEnd::Unknown));
     }
 }
@@ -171,7 +172,7 @@ impl Arrival for Middle {
         arrivals
     }
 
-    /// Holds the source back while the far end has more to take than it can soon.
+    /// Stops reading from the source while the far end's backlog is too long.
     ///
     /// # Errors
     /// The far side has ended: nothing that still comes can be handed on, and the source can be told.
@@ -186,7 +187,8 @@ impl Arrival for Middle {
             if inner.has(RelayAction::TellFailed) && meter.source_can_be_told {
                 return Err(Error::PeerFailed { why: format!("the far end of the relay: {}", inner.why()) });
             }
-            // Else the source may have written its last byte already and let go: what comes is to be kept.
+            // Otherwise the source may have written its last byte already and released its guest: the received bytes
+            // must be kept.
             inner.held_back = !inner.may_read();
             let held_back = inner.held_back;
             drop(inner);
@@ -213,8 +215,8 @@ impl Arrival for Middle {
     }
 }
 
-/// What the far side's session asks. It goes on as soon as there is enough to send, so that the last pages leave while
-/// their successors still come.
+/// The far side's session's view of the relay. It continues as soon as there is enough to send, so that the last pages
+/// are sent while further ones still arrive.
 struct FarSide {
     hub: Arc<Hub>,
     arrivals: Arc<Arrivals>,
@@ -262,7 +264,7 @@ fn source_lost() -> Error {
     Error::PeerFailed { why: "the guest's source ended its migration; the guest runs on there".into() }
 }
 
-/// The far side's guest: it stood still before it got here, and its device state comes from its source.
+/// The far side's guest: it was paused before it arrived here, and its device state comes from its source.
 struct StateOfSource(Arc<Hub>);
 
 impl GuestControl for StateOfSource {
@@ -285,7 +287,7 @@ impl GuestControl for StateOfSource {
 }
 
 impl DeviceState for StateOfSource {
-    /// The source's own session bounds the wait.
+    /// The source's own session limits the wait.
     fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         loop {
             let inner = self.0.wait(POLL_INTERVAL, |inner| {
@@ -300,7 +302,7 @@ impl DeviceState for StateOfSource {
     }
 }
 
-/// The source side's guest: it "runs" when the far end says so.
+/// The source side's guest: it "runs" when the far end reports it.
 pub(super) struct SourceSide {
     pub(super) hub: Arc<Hub>,
     pub(super) cancel: CancelToken,
@@ -309,7 +311,7 @@ pub(super) struct SourceSide {
 }
 
 impl SourceSide {
-    /// Looks what to tell the source, after a moment at most.
+    /// Checks what to report to the source, waiting for a short time at most.
     fn answer(&self, go: RelayAction) -> Option<io::Result<()>> {
         let tells = [go, RelayAction::TellFailed, RelayAction::TellNothing];
         let inner = self.hub.wait(POLL_INTERVAL, |inner| tells.iter().any(|action| inner.has(*action)));
@@ -339,7 +341,7 @@ impl GuestControl for SourceSide {
         Ok(())
     }
 
-    /// The guest is ours: hand it on, and come back with the far end's answer.
+    /// The guest was handed to the relay: hands it on, and returns the far end's answer.
     fn resume(&mut self) -> io::Result<()> {
         self.hub.post(RelayEvent::GuestGiven { waits: self.waits.load(Ordering::Acquire) });
         loop {
@@ -358,7 +360,8 @@ impl GuestControl for SourceSide {
 }
 
 impl DeviceState for SourceSide {
-    /// Only when the far end could take it may the guest be asked for: the far side's own timeouts bound the wait.
+    /// The guest may be requested only when the far end is ready to take it over: the far side's own timeouts limit the
+    /// wait.
     fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let mut state = Vec::new();
         from.read_to_end(&mut state)?;
@@ -375,7 +378,7 @@ impl DeviceState for SourceSide {
     }
 }
 
-/// Where the source is told, until nothing may be told any more.
+/// The sink for messages to the source, until no more may be sent.
 pub(super) struct Voice {
     sink: Box<dyn ByteSink>,
     silenced: Arc<AtomicBool>,

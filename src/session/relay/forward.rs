@@ -1,4 +1,4 @@
-//! Pages that have come, as the dirty pages of the session that sends them on.
+//! Received pages as the dirty pages of the session that sends them on.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,8 +8,8 @@ use crate::units::BlockIndex;
 
 use crate::guest::PageObserver;
 
-/// One bit a page that has come and was not yet taken. Unlike a log of a running guest it counts from before
-/// its start: nothing that came is ever dropped.
+/// One bit for each page that was received and not taken yet. Unlike the log of a running guest it also counts pages
+/// from before its start: no received page is ever dropped.
 #[derive(Debug)]
 pub(in crate::session) struct Arrivals {
     blocks: Vec<AtomicBitmap>,
@@ -22,7 +22,7 @@ impl Arrivals {
         Self { blocks, pending: AtomicU64::new(0) }
     }
 
-    /// Pages are there to be sent on.
+    /// Marks pages to be sent on.
     pub(in crate::session) fn mark(&self, run: PageRun) {
         if let Some(map) = self.blocks.get(run.block.as_usize()) {
             // Counted first, so that the count never falls below zero.
@@ -32,7 +32,7 @@ impl Arrivals {
         }
     }
 
-    /// Pages that have come and were not taken.
+    /// Number of pages that were received and not taken.
     pub(in crate::session) fn pending(&self) -> u64 {
         self.pending.load(Ordering::Relaxed)
     }

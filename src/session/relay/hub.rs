@@ -1,4 +1,5 @@
-//! Where the two sides of a relay meet: events go in, the engine decides, and each side waits for what it may do.
+//! The connection between the two sides of a relay: it passes events to the engine, which decides, and each side waits
+//! for what it may do.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,7 +19,7 @@ use crate::sys::{CancelToken, FdKind, Lock as _, queued_bytes};
 use super::guard::{Guard, Held};
 use super::{Notice, NoticeFn};
 
-/// The engine, what it has decided so far, and what belongs to it.
+/// The engine, its decisions so far, and related state.
 #[derive(Default)]
 pub(in crate::session) struct Hub {
     inner: Mutex<Inner>,
@@ -28,11 +29,11 @@ pub(in crate::session) struct Hub {
 pub(in crate::session) struct Inner {
     pub(in crate::session) engine: RelayEngine,
     clock: Box<dyn Clock>,
-    /// What the engine has decided, in order.
+    /// The engine's decisions, in order.
     decided: Vec<RelayAction>,
-    /// The guest's, once it has come.
+    /// The guest's device state, once it has arrived.
     pub(super) device_state: Option<Vec<u8>>,
-    /// Why the far end has not got the guest, or is silent.
+    /// Why the far end does not have the guest, or is silent.
     why: Option<String>,
     guard: Option<Box<dyn Guard>>,
     cancel: CancelToken,
@@ -42,14 +43,14 @@ pub(in crate::session) struct Inner {
     far_end: Side,
     /// Pages wait to be read from the source until the far end has taken more.
     pub(super) held_back: bool,
-    /// The far end was said to be ready.
+    /// The far end was reported as ready.
     pub(super) far_is_ready: bool,
-    /// The far side's, once it was started.
+    /// The far side's control, once it was started.
     outgoing: Option<Control>,
     breakage: Breakage,
 }
 
-/// What is known of the connection to one side.
+/// State of the connection to one side.
 #[derive(Default)]
 struct Side {
     native: bool,
@@ -89,12 +90,12 @@ impl Inner {
         self.engine.may_read() || self.breakage.is(Breakage::ReadWithoutBound)
     }
 
-    /// Why the far end has not got the guest.
+    /// Why the far end does not have the guest.
     pub(super) fn why(&self) -> String {
         self.why.clone().unwrap_or_else(|| "it was cancelled".into())
     }
 
-    /// Hands an event to the engine and does what it decides, as far as no side has to do it.
+    /// Passes an event to the engine and performs its decisions, except for those that a side must perform.
     fn take(&mut self, event: RelayEvent) -> Vec<Notice> {
         let (now, mut notices) = (self.clock.now(), Vec::new());
         self.far_is_ready |= event == RelayEvent::FarReady;
@@ -114,13 +115,13 @@ impl Inner {
             self.break_orders(action);
         }
         if matches!(event, RelayEvent::FarEnded(_)) {
-            // Its peer is to see that the connection ends.
+            // Its peer must see that the connection ends.
             self.far_end.connection = None;
         }
         notices
     }
 
-    /// The source's connection outlives this process from here on, where that is possible.
+    /// From here on the source's connection outlives this process, if possible.
     fn hold(&mut self, notices: &mut Vec<Notice>) -> RelayEvent {
         let Some(guard) = &mut self.guard else { return RelayEvent::Guarded };
         let Some(source) = &self.source.connection else {
@@ -165,7 +166,7 @@ impl Inner {
     }
 }
 
-/// What a relay is made of that its sides have to know.
+/// The parts of a relay that its sides need.
 pub(in crate::session) struct Parts {
     pub(in crate::session) downtime_limit: Duration,
     pub(in crate::session) guard: Option<Box<dyn Guard>>,
@@ -220,7 +221,7 @@ impl Hub {
         self.lock().far_end.native = handover == Handover::Native;
     }
 
-    /// Why the far end has not got the guest, unless it was told to end for a reason of ours.
+    /// Records why the far end does not have the guest, unless this end stopped the far side for a reason of its own.
     pub(super) fn because(&self, why: &Error) {
         let mut inner = self.lock();
         if !inner.has(RelayAction::Abandon) {
@@ -232,12 +233,12 @@ impl Hub {
         self.inner.locked()
     }
 
-    /// Something that no event tells of may be worth a look.
+    /// Wakes the sides for a change without an event.
     pub(super) fn nudge(&self) {
         self.changed.notify_all();
     }
 
-    /// Hands an event to the engine, and wakes the sides that wait for its decision.
+    /// Passes an event to the engine, and wakes the sides that wait for its decision.
     pub(in crate::session) fn post(&self, event: RelayEvent) {
         let mut inner = self.lock();
         let notices = inner.take(event);
@@ -245,7 +246,7 @@ impl Hub {
         drop(inner);
         self.changed.notify_all();
         for due in notices {
-            // Told by a thread of its own: a terminal that takes nothing must not keep the far end's answer waiting.
+            // Reported by a thread of its own: a blocked terminal must not delay the far end's answer.
             let notice = Arc::clone(&notice);
             let tell = move || quietly("telling what an operator must know", || notice(&due));
             if let Err(error) = spawner.spawn("ramwire-notice", Box::new(tell)) {
@@ -254,14 +255,14 @@ impl Hub {
         }
     }
 
-    /// The same for what nobody waits for: figures.
+    /// The same for events that no side waits for: figures.
     pub(in crate::session) fn post_quietly(&self, event: RelayEvent) {
         let mut inner = self.lock();
         let now = inner.clock.now();
         inner.engine.handle(now, event);
     }
 
-    /// Bytes that wait in this host's queue towards the far end; 0 where the kernel does not tell.
+    /// Bytes in this host's queue towards the far end; 0 if the kernel does not report it.
     pub(super) fn queued(&self) -> u64 {
         let inner = self.lock();
         let connection = inner.far_end.connection.as_ref();
@@ -275,7 +276,7 @@ impl Hub {
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// True if the source has closed its connection, or it broke. False where that can't be seen.
+    /// True if the source has closed its connection, or it broke. False if that can't be detected.
     pub(super) fn source_is_gone(&self) -> bool {
         let inner = self.lock();
         let Some(connection) = &inner.source.connection else { return false };

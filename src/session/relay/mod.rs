@@ -5,17 +5,16 @@
 //!                               marks what came  ----------> sync takes it
 //! ```
 //!
-//! The guest runs on at its source until the source switches over by itself; then the relay sends what is
-//! left, the device state, and passes back what the far end says.
+//! The guest continues at its source until the source switches over by itself. Then the relay sends the remaining pages
+//! and the device state, and passes back the far end's answer.
 //!
-//! Pages that come by RDMA are seen by nobody as they come; they are found by their content when a round is over
-//! (`scan`).
+//! The arrival of pages by RDMA is not visible; they are found by their content when a round is over (`scan`).
 //!
-//! # Order that must hold
+//! # Required order
 //!
-//! The upstream is asked for the guest (READY) only after the far end could take it, and told `complete` only after the
-//! far end has said so. The bytes of a page are in place
-//! before it is marked, and the mark is taken before the bytes are read again.
+//! The relay requests the guest from the upstream (READY) only after the far end is ready to take it over, and sends
+//! `complete` only after the far end has reported it. The bytes of a page are placed before it is marked, and the mark
+//! is taken before the bytes are read again.
 
 mod content_scan;
 #[cfg(test)]
@@ -58,26 +57,26 @@ use ends::{Middle, SourceSide, Voice};
 pub use guard::{Guard, Held};
 use hub::{Hub, Parts};
 
-/// Makes the way to the far end once the guest's memory is there.
+/// Opens the connection to the far end once the guest's memory exists.
 pub type ConnectFn = dyn FnOnce(Arc<dyn GuestMemory>) -> Result<SourceConnection, Error> + Send;
 
-/// What an operator must know while a relay runs.
+/// Notices for an operator while a relay runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
-    /// The source opened no return path: it can't be told whether its guest arrived.
+    /// The source opened no return path: it can't receive a report whether its guest arrived.
     NoReturnPath,
-    /// The far end was given the guest and fell silent. The source is told nothing, since either answer may let the
-    /// guest run twice. The relay goes on listening to the far end; [`RelayControl::far_end_is_dead`] decides.
+    /// The far end received the guest and does not answer. The source receives nothing, since either answer may let the
+    /// guest run twice. The relay keeps listening to the far end; [`RelayControl::far_end_is_dead`] decides.
     InDoubt {
         /// What happened.
         why: String,
     },
-    /// The guest is given away and the source's connection is none that a [`Guard`] can hold: should this process die
-    /// in doubt, the source may let the guest run again.
+    /// The guest is handed over and a [`Guard`] can't hold the source's connection: if this process dies in doubt, the
+    /// source may resume the guest.
     NotGuarded,
 }
 
-/// Told of a [`Notice`] the moment it is due, on a thread of its own.
+/// Called with a [`Notice`] immediately, on a thread of its own.
 pub type NoticeFn = dyn Fn(&Notice) + Send + Sync;
 
 /// How a relay ended.
@@ -88,13 +87,13 @@ pub struct RelayReport {
     pub ending: RelayEnding,
     /// The side towards the guest's source.
     pub received: DestinationReport,
-    /// The side towards the far end; `None` if it came to nothing before.
+    /// The side towards the far end; `None` if the relay ended before it began.
     pub sent: Option<SourceReport>,
-    /// When the first page reached the far end's connection, since the relay began.
+    /// When the first page was sent on the far end's connection, since the relay began.
     pub first_page_sent: Option<Duration>,
-    /// When the last page of the guest's first round had come, since the relay began.
+    /// When the last page of the guest's first round had arrived, since the relay began.
     pub ram_complete: Option<Duration>,
-    /// The guest as it stood, for keeping it where neither side has it for certain.
+    /// The guest's state, to be kept if neither side has it for certain.
     pub kept: Option<Kept>,
 }
 
@@ -104,7 +103,7 @@ pub struct Kept {
     pub incoming: Incoming,
     /// The pages.
     pub memory: Arc<dyn GuestMemory>,
-    /// The device state, if it has come.
+    /// The device state, if it has arrived.
     pub state: Option<Vec<u8>>,
 }
 
@@ -114,7 +113,7 @@ impl std::fmt::Debug for Kept {
     }
 }
 
-/// Decides about a relay while it runs. Clones are the same relay's.
+/// Decides about a relay while it runs. Clones belong to the same relay.
 #[derive(Clone, Default)]
 pub struct RelayControl(Arc<Hub>);
 
@@ -125,30 +124,31 @@ impl std::fmt::Debug for RelayControl {
 }
 
 impl RelayControl {
-    /// Asks for the end. Accepted until the source has been asked for its guest: the guest then stays there for certain,
-    /// also if this process ends at once.
+    /// Requests the end. Accepted until the guest was requested from the source: the guest then certainly stays there,
+    /// even if this process ends immediately.
     pub fn cancel(&self) -> CancelReply {
         self.0.cancel()
     }
 
-    /// Changes the side towards the far end while it runs: its bandwidth and its cache of sent pages. `None` before the source
-    /// has announced its guest. The guest runs at its own source, which alone slows it down and decides when it is paused.
+    /// Changes the side towards the far end while it runs: its bandwidth and its cache of sent pages. `None` before the
+    /// source has announced its guest. The guest runs at its own source, which alone throttles it and decides when to
+    /// pause it.
     pub fn outgoing(&self) -> Option<Control> {
         self.0.outgoing()
     }
 
-    /// True while nobody knows where the guest runs.
+    /// True while it is unknown where the guest runs.
     pub fn is_in_doubt(&self) -> bool {
         self.0.lock().engine.is_in_doubt()
     }
 
-    /// True from the moment at which the far end may have the guest, until it is known where the guest is.
+    /// True from the moment at which the far end may own the guest, until it is known where the guest is.
     pub fn is_given_away(&self) -> bool {
         self.0.lock().engine.is_given_away()
     }
 
-    /// In doubt: the caller has seen that the guest does not run at the far end, and never will. The source is told that
-    /// the migration failed, and lets the guest run again. False, and without effect, where nothing is in doubt.
+    /// In doubt: the caller has confirmed that the guest does not run at the far end, and never will. The source
+    /// receives a failure, and resumes the guest. False, and without effect, if there is no doubt.
     pub fn far_end_is_dead(&self) -> bool {
         let in_doubt = self.is_in_doubt();
         self.0.post(RelayEvent::NotThere);
@@ -160,25 +160,25 @@ impl RelayControl {
 pub struct Relay {
     /// To the guest's own source.
     pub connection: DestinationConnection,
-    /// Makes the way to the far end.
+    /// Opens the connection to the far end.
     pub connect: Box<ConnectFn>,
-    /// For the side towards the upstream.
+    /// Settings for the side towards the upstream.
     ///
-    /// A relay can't pass a switch to postcopy on, so [`postcopy`](DestinationSettings::postcopy) has no effect here: a source
-    /// that may switch is refused before its first page.
+    /// A relay can't forward a switch to postcopy, so [`postcopy`](DestinationSettings::postcopy) has no effect here: a
+    /// source that may switch is refused before its first page.
     pub incoming: DestinationSettings,
-    /// For the far side; completed with what the upstream announces.
+    /// Settings for the far side; completed with the upstream's announcements.
     pub outgoing: SourceSettings,
-    /// Ask for huge pages for the guest's RAM ([`Mapping::advise_huge_pages`]).
+    /// Request huge pages for the guest's RAM ([`Mapping::advise_huge_pages`]).
     pub huge_pages: bool,
-    /// Ends the relay before the guest is asked for; the guest then stays at its source.
+    /// Ends the relay before the guest is requested; the guest then stays at its source.
     pub cancel: CancelToken,
     /// Decides about it while it runs.
     pub control: RelayControl,
-    /// Holds the source's connection while the guest is given away. Without one the death of this process in doubt may
+    /// Holds the source's connection while the guest is handed over. Without it, the death of this process in doubt may
     /// let the guest run twice.
     pub guard: Option<Box<dyn Guard>>,
-    /// Told what an operator must know.
+    /// Called with notices for an operator.
     pub notice: Arc<NoticeFn>,
     /// The far side's figures while it runs.
     pub statistics: SharedStatistics,
@@ -204,7 +204,7 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         notice,
         statistics,
     } = relay;
-    // The far end would not be advised of it, and pages that the source discards would be taken for placed.
+    // The far end would not receive ADVISE, and pages that the source discards would be treated as placed.
     incoming.postcopy = false;
     let hub = control.0;
     hub.begin(Parts {
@@ -213,7 +213,7 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         cancel: cancel.clone(),
         notice: Arc::clone(&notice),
         spawner: outgoing.spawner.clone(),
-        // Without a descriptor left the relay goes on, and says so when the guest is given away.
+        // If no descriptor is left the relay continues, and reports it when the guest is handed over.
         source: connection.link.stream().descriptor().and_then(|descriptor| duplicate(&descriptor).ok()),
     });
     let (give, far_end) = bounded(1);
@@ -244,7 +244,7 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     session = session.with_arrival(Box::new(middle));
     session.break_order(breakage);
     let received = session.run();
-    // Whatever happened: the far side must not wait for us any more.
+    // In any case the far side must not wait for this side any more.
     hub.post(RelayEvent::SourceGone);
     hub.post(RelayEvent::Told);
     let report = far_end.recv().ok();
@@ -270,12 +270,12 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     }
 }
 
-/// Anonymous memory for whatever is announced.
+/// Anonymous memory for any announced block.
 struct RelayMemory {
     made: Arc<Mutex<Option<Arc<dyn GuestMemory>>>>,
     huge_pages: bool,
     hub: Arc<Hub>,
-    /// The source waits for what becomes of its guest.
+    /// The source waits for the outcome of its guest.
     source_waits: Arc<AtomicBool>,
 }
 

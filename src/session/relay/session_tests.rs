@@ -1,7 +1,7 @@
 //! A relay between a source whose pages a NIC writes and a far end on a socket.
 //!
-//! The NIC is a copy into the relay's memory, between the mark of a round and its end, seen by nobody. As on real ones
-//! the source can't open a round before the relay has read on behind the last one.
+//! The NIC is a copy into the relay's memory, between the mark of a round and its end, which nothing reports. As with
+//! real NICs, the source can't open a round before the relay has continued to read after the last one.
 #![allow(clippy::unwrap_used)]
 
 use std::os::unix::net::UnixStream;
@@ -27,12 +27,12 @@ use crate::transport::{
 use crate::units::{BlockIndex, PageIndex};
 
 const PAGES: u64 = 1000;
-/// Pages in what is opened to the source at a time.
+/// Pages per chunk that the source is granted.
 const CHUNK: u64 = 256;
-/// Longest wait for the other side: a failure.
+/// Longest wait for the other side; exceeding it is a failure.
 const WAIT: Duration = Duration::from_secs(20);
 
-/// The relay's memory, once it is there.
+/// The relay's memory, once it exists.
 type There = Arc<Mutex<Option<Arc<dyn GuestMemory>>>>;
 
 fn run_of(first: u64, pages: u64) -> PageRun {
@@ -93,7 +93,7 @@ impl SourceLink for NicSource {
         }
         self.rounds += 1;
         self.sink.send(&[SendPart::Own(&HOOK.to_be_bytes())], stop)?;
-        // What the relay does before the round, it does before the first page.
+        // The relay does before the first page what it does before a round.
         Ok(self.serves.recv_timeout(WAIT).map_err(|_| closed("opening a round"))?)
     }
 
@@ -202,8 +202,8 @@ struct Scribbler {
 }
 
 impl Scribbler {
-    /// What sync number `at` finds written: page, byte. The first page takes turns between two contents, one becomes
-    /// zero, one lies in a chunk that nothing was in before.
+    /// What sync number `at` finds written: page, byte. The first page alternates between two contents, one becomes
+    /// zero, and one is in a chunk without earlier pages.
     fn writes(at: u64) -> Vec<(u64, u8)> {
         let takes_turns = (7, 1 + (at % 2) as u8);
         let becomes_zero = (300, if at == 3 { 0 } else { 9 });
@@ -227,7 +227,7 @@ impl DirtySource for Scribbler {
     fn sync_into(&self, _block: BlockIndex, into: &mut PageBitmap) -> Result<(), DirtyError> {
         let mut syncs = self.syncs.lock().unwrap();
         *syncs += 1;
-        // One with nothing to report makes the source pause; the last one comes after that.
+        // A sync without dirty pages makes the source pause; the last sync comes after that.
         if *syncs != WRITING + 1 && *syncs <= WRITING + 2 {
             for (at, byte) in Self::writes(*syncs) {
                 page(&*self.memory, at).copy_from(&[byte; 4096]);
@@ -314,7 +314,7 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
         rounds: 0,
     };
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    // Only a sync that finds nothing makes it pause.
+    // Only a sync without dirty pages makes it pause.
     settings.downtime_limit = Duration::ZERO;
     let machine = Machine::running(b"devices");
     let scribbler = Arc::new(Scribbler { memory: from.clone(), syncs: Mutex::default() });
@@ -348,7 +348,7 @@ fn pages_that_a_nic_wrote_in_later_rounds_and_in_the_last_one_reach_the_far_end(
 
 #[test]
 fn a_scan_before_the_last_round_loses_its_pages() {
-    // On a busy machine a page found early may be read so late that it holds the last round's bytes all the same.
+    // On a busy machine a page that was found early may be read so late that it already holds the last round's bytes.
     let lost = (0..20).any(|_| {
         let Relayed { source, equal, .. } = relayed(Breakage::ScanBeforeFinish, true);
         assert_eq!(source.outcome, Outcome::Completed, "nobody notices: {source:?}");

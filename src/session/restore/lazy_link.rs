@@ -1,4 +1,4 @@
-//! The link to a file whose pages come when they are touched.
+//! The link to a file whose pages are read when they are touched.
 
 use std::sync::{Arc, Mutex};
 
@@ -17,13 +17,13 @@ use super::lazy_pages::LazyPages;
 use super::{RestoreSettings, working_set};
 use crate::session::pager::{Filling, GuestPages, holes};
 
-/// The stream of a file; faults are served from the moment on that there is memory.
+/// The stream of a file; faults are served from the moment on that memory exists.
 pub(super) struct LazyLink {
     file: MappedDestination,
     faults: Arc<MissingFaults>,
     supply: Option<Arc<dyn PageSupply>>,
     settings: RestoreSettings,
-    /// Where the pages go on when the session is over.
+    /// Where the pages are passed to when the session is over.
     begun: Arc<Mutex<Option<LazyPages>>>,
 }
 
@@ -56,7 +56,7 @@ impl DestinationLink for LazyLink {
         DestinationLink::stream(&mut self.file)
     }
 
-    /// The memory is there, and empty: from here on who touches it waits for its pages.
+    /// The memory exists and is empty: from here on a thread that touches it waits for its pages.
     fn announce(&mut self, placer: &Arc<Placer>, _blocks: &AnnouncedBlocks) -> Result<(), MoveError> {
         let pages = self.file.pages(placer)?;
         let table = placer.memory().table();
@@ -99,7 +99,7 @@ impl DestinationLink for LazyLink {
     }
 }
 
-/// Pages that are not in the file are zero: they have come.
+/// Pages that are not in the file are zero: they count as received.
 fn mark_holes(placer: &Placer, fill: &Fill) {
     let table = placer.memory().table();
     for (index, block) in (0..).map(BlockIndex).zip(table.blocks()) {

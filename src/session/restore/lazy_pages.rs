@@ -1,4 +1,4 @@
-//! The pages that come while a guest runs, in the hand of an embedder.
+//! An embedder's handle for the pages that are read while a guest runs.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,27 +10,28 @@ use super::{RestoreSettings, working_set};
 use crate::session::Error;
 use crate::session::pager::{Filling, LazyProgress, PageFailure};
 
-/// Threads that serve faults: while one reads a page, the other answers.
+/// Threads that serve faults: while one reads a page, the other is available.
 const FAULT_THREADS: usize = 2;
 
-/// Most threads that read the rest, where nobody says how many.
+/// Maximum number of threads that read the rest, if no number is configured.
 const MAX_READERS: usize = 4;
 
 /// The memory of a guest that runs while it is read from a file.
 ///
-/// Dropping it changes nothing: threads of this process read on until all is in place. Who touches a page that is missing
-/// waits until then, and never sees zeros in its place.
+/// Dropping it changes nothing: threads of this process continue until all pages are placed. A thread that touches a
+/// missing page waits for it, and never reads zeros instead.
 #[derive(Debug)]
 pub struct LazyPages {
     filling: Arc<Filling>,
     keeper: Option<JoinHandle<()>>,
 }
 
-/// Where the working set is written at the end, and the memory that it is of.
+/// The file to which the working set is written at the end, and the memory that it belongs to.
 pub(super) type Record = Option<(PathBuf, Arc<dyn GuestMemory>)>;
 
 impl LazyPages {
-    /// Starts the threads. Of what nobody waits for they read what was touched the last time.
+    /// Starts the threads. Of the pages that no thread waits for, they first read those that were touched the last
+    /// time.
     pub(super) fn start(filling: Filling, settings: &RestoreSettings, record: Record) -> Result<Self, Error> {
         let filling = Arc::new(filling);
         match start_threads(&filling, settings, record) {
@@ -52,17 +53,17 @@ impl LazyPages {
         self.filling.progress()
     }
 
-    /// The first page that could not be read, since the last [`retry`](Self::retry). The others are read all the same.
+    /// The first page that could not be read, since the last [`retry`](Self::retry). The others are still read.
     pub fn failure(&self) -> Option<PageFailure> {
         self.filling.state().failure.clone()
     }
 
-    /// Tries again what could not be read; pages that somebody waits for first. How many target pages those are.
+    /// Retries pages that could not be read, requested pages first. Returns the number of these target pages.
     pub fn retry(&self) -> u64 {
         self.filling.retry()
     }
 
-    /// Waits until all pages are in place, and accesses wait no more.
+    /// Waits until all pages are placed, so that accesses no longer wait.
     ///
     /// # Errors
     /// Pages could not be read, and nothing else is missing. Call it again after [`retry`](Self::retry).
@@ -78,13 +79,13 @@ impl LazyPages {
         }
     }
 
-    /// True once [`wait`](Self::wait) would not wait.
+    /// True once [`wait`](Self::wait) would not block.
     pub fn is_finished(&self) -> bool {
         let state = self.filling.state();
         state.is_over || state.fill.is_stuck()
     }
 
-    /// The guest runs no more and will not again: what is missing is not read, and reads as zero.
+    /// The guest no longer runs and never will: missing pages are not read, and read as zero.
     pub fn end(mut self) {
         self.filling.change(|state| state.is_abandoned = true);
         self.filling.end();
@@ -118,7 +119,7 @@ fn start_threads(
     spawner.spawn("ramwire-restore", Box::new(move || keep(&keeping, threads, record)))
 }
 
-/// Waits until nothing is missing, then lets the memory go.
+/// Waits until no page is missing, then releases the memory.
 fn keep(filling: &Arc<Filling>, threads: Vec<JoinHandle<()>>, record: Record) {
     let mut state = filling.state();
     while !state.is_over && !state.fill.is_whole() {
@@ -127,7 +128,7 @@ fn keep(filling: &Arc<Filling>, threads: Vec<JoinHandle<()>>, record: Record) {
     let (is_whole, is_abandoned) = (state.fill.is_whole(), state.is_abandoned);
     let touched = state.fill.touched().to_vec();
     drop(state);
-    // A fault of a page that has come is answered by the end of the serving, and could not be answered behind it.
+    // The end of the serving resolves a fault of an already received page; after it, the fault could not be resolved.
     filling.stop_serving();
     for thread in threads {
         // A panic there was reported where it happened; the others have done its work.
@@ -141,7 +142,7 @@ fn keep(filling: &Arc<Filling>, threads: Vec<JoinHandle<()>>, record: Record) {
             tracing::warn!(%error, path = %path.display(), "the working set could not be kept");
         }
     } else if !is_abandoned {
-        // Behind the last descriptor what is missing would read as zero, and the guest go on with it.
+        // If the last descriptor were closed, missing pages would read as zero, and the guest would continue with them.
         std::mem::forget(Arc::clone(filling));
     }
     filling.end();

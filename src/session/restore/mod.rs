@@ -1,8 +1,8 @@
 //! A guest that is started from a file: its memory is read first, or while it runs.
 //!
-//! Both ways are a [`DestinationSession`] over the file. Read first (eager), the places of the file are page channels. Read
-//! while the guest runs (lazy), the session brings device state alone; its memory is empty and under userfaultfd(2) by then,
-//! and [`LazyPages`] reads what threads wait for, and the rest behind it.
+//! Both modes are a [`DestinationSession`] over the file. Eager: the memory is read first, with the file's pages as
+//! page channels. Lazy: the session loads only the device state; by then its memory is empty and under userfaultfd(2),
+//! and [`LazyPages`] reads first the pages that threads wait for, then the rest.
 
 mod lazy_link;
 mod lazy_pages;
@@ -27,7 +27,7 @@ pub enum RestoreWay {
     /// All of it before the guest runs.
     #[default]
     Eager,
-    /// What it touches, when it touches it; the rest while it runs.
+    /// Pages when the guest touches them; the rest while it runs.
     Lazy,
 }
 
@@ -37,25 +37,26 @@ pub enum RestoreWay {
 pub struct RestoreSettings {
     /// When memory is read.
     pub way: RestoreWay,
-    /// Threads that read pages, lazily those that nobody waits for; 0, the default: one for each core, at most four.
+    /// Number of threads that read pages (lazy: those that no thread waits for); 0, the default: one for each core, at
+    /// most four.
     pub threads: u8,
-    /// Lazy: only threads of this process in user mode touch the memory: no KVM guest, and no system call that is given its
-    /// addresses. Then no privilege is needed. False.
+    /// Lazy: only threads of this process in user mode access the memory: no KVM guest, and no system call with its
+    /// addresses. Then no privilege is needed. Default false.
     pub user_mode_only: bool,
-    /// Lazy: a file beside the snapshot that remembers which pages were touched, in that order. What it holds is read first;
-    /// when all pages are in place it is written anew. None.
+    /// Lazy: a file next to the snapshot that records which pages were touched, in that order. These pages are read
+    /// first; when all pages are placed the file is written again. Default none.
     pub working_set: Option<PathBuf>,
-    /// What a destination is told.
+    /// Settings of the destination.
     pub destination: DestinationSettings,
 }
 
-/// What has become of a guest in a file.
+/// Result of starting a guest from a file.
 #[derive(Debug)]
 #[must_use = "the memory of a guest that was restored lazily is read behind it"]
 pub struct Restored {
-    /// As of any guest that arrives. [`Ending::Running`]: it runs.
+    /// As for any arriving guest. [`Ending::Running`]: it runs.
     pub report: DestinationReport,
-    /// The pages that come while it runs: lazy, where it runs or may.
+    /// The pages that are read while it runs: if lazy and it runs or may run.
     pub pages: Option<LazyPages>,
 }
 
@@ -81,12 +82,12 @@ pub struct RestoreSession {
     guest: DestinationGuest,
     file: MappedDestination,
     settings: RestoreSettings,
-    /// Reads pages in place of the file.
+    /// Source of pages in place of the file.
     supply: Option<Arc<dyn PageSupply>>,
 }
 
 impl RestoreSession {
-    /// Opens the file behind a `mapped:` address, and reads all of it but its pages.
+    /// Opens the file of a `mapped:` address, and reads all of it except its pages.
     ///
     /// # Errors
     /// [`OpenError`]: there is no whole guest in it, or the address is of another kind.
@@ -98,14 +99,14 @@ impl RestoreSession {
         Ok(Self { guest, file: MappedDestination::open(address)?, settings, supply: None })
     }
 
-    /// Reads pages from `supply` instead of the file, which still tells which there are. Lazy only.
+    /// Reads pages from `supply` instead of the file, which still determines which pages exist. Lazy only.
     #[must_use]
     pub fn with_supply(mut self, supply: Arc<dyn PageSupply>) -> Self {
         self.supply = Some(supply);
         self
     }
 
-    /// Starts the guest, on this thread. Lazy: returns when it runs, or can't.
+    /// Starts the guest, on this thread. Lazy: returns when it runs, or has failed.
     ///
     /// # Errors
     /// Lazy: [`Error::Serve`] where this process may not serve faults. Nothing has been done then. What fails later is in the
@@ -130,7 +131,7 @@ impl RestoreSession {
         let report = DestinationSession::new(guest, connection, destination).run();
         let pages: Option<LazyPages> = begun.locked().take();
         let pages = match (report.ending, pages) {
-            // Nobody runs on that memory.
+            // No thread uses that memory.
             (Ending::Discarded, Some(pages)) => {
                 pages.end();
                 None

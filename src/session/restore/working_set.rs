@@ -1,4 +1,4 @@
-//! Which pages of a guest were touched, and in what order, when it was restored: kept beside its file.
+//! Which pages of a guest were touched, and in what order, when it was restored: stored next to its file.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 use crate::ram::{PageRun, PageSet, RamBlockTable};
 use crate::units::PageIndex;
 
-/// Most bytes that are read of such a file.
+/// Maximum number of bytes of such a file.
 const MAX_BYTES: u64 = 64 << 20;
 
-/// The number of the form below.
+/// Version of the format below.
 const FORMAT: u32 = 1;
 
 /// What is in the file.
@@ -25,8 +25,8 @@ struct WorkingSet {
     runs: Vec<(String, u64, u64)>,
 }
 
-/// What was touched the last time; nothing where there is no such file. One that makes no sense is left out and told of: it
-/// only makes a restore faster.
+/// The pages that were touched the last time; empty if there is no such file. An invalid file is ignored with a
+/// warning: it only makes a restore faster.
 pub(super) fn read(path: &Path, table: &RamBlockTable) -> Vec<PageRun> {
     match decoded(path, table) {
         Ok(runs) => runs,
@@ -62,7 +62,7 @@ fn decoded(path: &Path, table: &RamBlockTable) -> io::Result<Vec<PageRun>> {
     Ok(runs)
 }
 
-/// Replaces the file in one step. A page that was touched again is left out.
+/// Replaces the file atomically. Repeated pages are left out.
 pub(super) fn write(path: &Path, table: &RamBlockTable, touched: &[PageRun]) -> io::Result<()> {
     let mut seen = PageSet::new(table);
     let fresh = touched.iter().filter(|run| seen.add(**run) > 0);

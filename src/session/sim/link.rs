@@ -1,8 +1,8 @@
 //! A link that reads pages late and lets them overtake each other, as far as the trait allows.
 //!
-//! A batch waits in its channel, is read from guest memory (from then on its bytes are fixed), and is
-//! placed at the destination, past the byte stream. Channels know nothing of each other but the fences: the world holds
-//! them there until all have come, or, for channels as those of multifd, the destination's session does.
+//! A batch waits in its channel, is read from guest memory (from then on its bytes are fixed), and is placed at the
+//! destination, outside the byte stream. Channels are synchronized only by fences: there the world stops them until all
+//! have arrived, or, for channels like those of multifd, the destination's session does.
 
 mod handles;
 mod moves;
@@ -17,7 +17,7 @@ use crate::units::{BlockIndex, PageIndex};
 
 pub(super) use handles::{SimLink, SmallBatches};
 
-/// Steps after which a link that moves nothing has stalled.
+/// Number of steps after which a link without progress counts as stalled.
 pub(super) const STALL_STEPS: u32 = 5000;
 
 #[derive(Debug)]
@@ -29,7 +29,7 @@ enum Item {
 #[derive(Debug)]
 struct Batch {
     order: u64,
-    /// Bytes of the stream that the destination has taken before it lets the page in.
+    /// Bytes of the stream that the destination must have read before it accepts the page.
     behind: u64,
     ticket: Ticket,
     /// Gone once it was returned.
@@ -43,9 +43,9 @@ struct Batch {
 pub(super) struct LinkState {
     kind: Option<LateLink>,
     channels: Vec<VecDeque<Item>>,
-    /// Fences that each channel may pass; the destination's session says so.
+    /// Fences that each channel may pass; the destination's session sets it.
     passes: Vec<u32>,
-    /// The destination's threads are at work.
+    /// The destination's threads are running.
     pub(super) receives: bool,
     finished: Vec<Returned>,
     tickets: u64,
@@ -54,16 +54,16 @@ pub(super) struct LinkState {
     failed: bool,
     last_placed: u64,
     pub(super) pages_offered: u64,
-    /// Pages by channel, as the source and as the destination count them.
+    /// Pages by channel, as the source and the destination count them.
     pub(super) sent: Vec<PageCounts>,
     pub(super) placed: Vec<PageCounts>,
-    /// The batch of this number loses a page on its way.
+    /// The batch with this number loses a page.
     drops: Option<u64>,
-    /// The NIC knows the guest's memory.
+    /// The guest's memory is registered with the NIC.
     pub(super) registered: bool,
-    /// Pages that were given back since: the NIC goes on with the old ones, which hold this.
+    /// Pages that were freed since: the NIC continues to use the old ones, which hold this.
     old_pages: BTreeMap<(u32, u64), Vec<u8>>,
-    /// Pages whose last offered bytes are at the destination for certain, and not reported written since.
+    /// Pages whose last offered bytes are certainly at the destination, and which were not reported written since.
     pub(super) confirmed: Vec<PageBitmap>,
 }
 
@@ -95,12 +95,12 @@ impl LinkState {
         }
     }
 
-    /// True if a NIC may come to know the guest's memory.
+    /// True if the guest's memory may be registered with a NIC.
     pub(super) fn registers(&self) -> bool {
         self.kind.is_some_and(|link| link.registers)
     }
 
-    /// The guest gives back a page that holds `bytes`.
+    /// The guest frees a page that holds `bytes`.
     pub(super) fn given_back(&mut self, block: u32, page: u64, bytes: Vec<u8>) {
         if self.registered {
             self.old_pages.entry((block, page)).or_insert(bytes);
@@ -120,18 +120,18 @@ impl LinkState {
         self.kind.is_some_and(|link| link.by_reference)
     }
 
-    /// The destination's session holds the channels at fences, and that is all that does.
+    /// The destination's session stops the channels at fences, and nothing else does.
     pub(super) fn has_barriers(&self) -> bool {
         self.barrier().is_some()
     }
 
-    /// True if every channel stands at a fence. `None`: the channels are closed.
+    /// True if every channel is at a fence. `None`: the channels are closed.
     pub(super) fn is_at_barrier(&self) -> Option<bool> {
         let stands = |channel: &VecDeque<Item>| matches!(channel.front(), Some(Item::Fence));
         (!self.failed).then(|| self.channels.iter().all(stands))
     }
 
-    /// Each channel may pass its next fence, whether it has come to it or not.
+    /// Each channel may pass its next fence, whether it has reached it or not.
     pub(super) fn release(&mut self) {
         self.passes.iter_mut().for_each(|passes| *passes += 1);
     }
@@ -146,12 +146,12 @@ impl LinkState {
         self.channels.iter().flatten().filter(held).count()
     }
 
-    /// Batches that the source waits for.
+    /// Number of batches that the source waits for.
     fn inside(&self) -> usize {
         if self.has_barriers() { self.tickets_out() } else { self.under_way() }
     }
 
-    /// Pages of `block` that were reported written are not at the destination any more.
+    /// Pages of `block` that were reported written no longer count as at the destination.
     pub(super) fn unconfirm(&mut self, block: BlockIndex, written: &PageBitmap) {
         let mut from = PageIndex(0);
         while let Some(run) = written.next_run(from, u64::MAX) {

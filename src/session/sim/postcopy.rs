@@ -1,7 +1,8 @@
 //! A source that switches to postcopy, towards a modelled destination, with faults, under a seed.
 //!
-//! Real are the source's session and all below it. The destination is a machine inside the connection: it reads what is
-//! sent when it is sent, and acts when the source looks for an answer. So there is one thread, and a seed replays exactly:
+//! The source's session and everything below it are real. The destination is a state machine inside the connection: it
+//! reads bytes when they are sent, and acts when the source reads its answer. So there is one thread, and a seed
+//! replays exactly:
 //!
 //! ```text
 //! RAMWIRE_SIM_SEED=1234 cargo test --lib session::sim::postcopy -- --nocapture
@@ -42,9 +43,10 @@ const PAGE: usize = 4096;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     None,
-    /// The connection breaks at this byte of what the source sends, and no other follows.
+    /// The connection breaks at this byte of what the source sends, and no other connection follows.
     Cut(u64),
-    /// It breaks so, and the next ones when the source has sent up to so many bytes on each, so often. Others follow.
+    /// It breaks in this way, and each later connection after this many bytes, this many times. Other connections
+    /// follow.
     Cuts {
         at: u64,
         next: u64,
@@ -52,26 +54,26 @@ enum Fault {
     },
     /// The destination can't load the device state.
     Load,
-    /// The source is asked for its end when it has sent so many bytes.
+    /// The source is cancelled when it has sent this many bytes.
     Cancel(u64),
-    /// The destination asks for pages that there are not.
+    /// The destination requests pages that do not exist.
     Hostile,
 }
 
-/// All that a seed decides before the first step.
+/// All decisions of a seed before the first step.
 #[derive(Clone, Debug)]
 struct Plan {
-    /// Pages of each block, and target pages of its host pages.
+    /// Pages of each block, and target pages per host page.
     blocks: Vec<(u64, u64)>,
     rule: PostcopyRule,
     native: bool,
-    /// The guest writes in one of so many looks at the clock; 0: never.
+    /// The guest writes in one of this many readings of the clock; 0: never.
     write_every: u64,
-    /// A thread there waits for a page in one of so many steps.
+    /// A thread there waits for a page in one of this many steps.
     fault_every: u64,
     fault: Fault,
     limit: u64,
-    /// The destination wants a connection for urgent pages.
+    /// The destination requires a connection for urgent pages.
     urgent: Option<UrgentChannel>,
 }
 
@@ -137,7 +139,7 @@ impl Here {
     }
 }
 
-/// The number at the start of a page stands for all of it.
+/// The number at the start of a page represents the whole page.
 fn store(memory: &MappedGuest, block: u32, page: u64, value: u64) {
     let span = memory.region(BlockIndex(block)).unwrap().span(page * PAGE as u64, 8).unwrap();
     span.copy_from(&value.to_ne_bytes());
@@ -205,7 +207,7 @@ impl DeviceState for Control {
     }
 }
 
-/// Memory whose blocks claim the plan's host pages.
+/// Memory whose blocks claim the plan's host page sizes.
 struct Claims {
     memory: Arc<MappedGuest>,
     table: RamBlockTable,
@@ -257,7 +259,7 @@ struct Run {
     requests: u64,
     recoveries: u64,
     lost_recovering: u64,
-    /// Pages that came as urgent, and those behind a lost connection.
+    /// Pages received as urgent, and urgent pages after a lost connection.
     urgent_pages: (u64, u64),
     runs_there: bool,
     violations: Vec<String>,
@@ -324,7 +326,7 @@ fn run(seed: u64, breakage: Breakage) -> Run {
     }
 }
 
-/// What must hold after any run.
+/// Conditions that must hold after any run.
 fn check(plan: &Plan, report: &SourceReport, there: &mut Destination, whole: &[Vec<u64>]) {
     let mut must = |holds: bool, what: &str| {
         if !holds {
@@ -347,13 +349,13 @@ fn check(plan: &Plan, report: &SourceReport, there: &mut Destination, whole: &[V
     must(report.outcome == Outcome::Completed || report.error.is_some(), "no reason is given");
     let expected = match plan.fault {
         Fault::None => report.outcome == Outcome::Completed,
-        // What fits before the switch moves whole, in a stream without package.
+        // A guest that fits before the switch moves without postcopy, in a stream without a package.
         Fault::Load => matches!(report.outcome, Outcome::StaysHere(_)) || !there.packaged,
         Fault::Cancel(_) => !matches!(report.outcome, Outcome::InDoubt | Outcome::Incomplete),
         Fault::Hostile if there.asked_nonsense => {
             matches!(&report.error, Some(Error::OutOfTurn { what, .. }) if what.contains("a request for"))
         }
-        // Only a guest that was not given away, or that the destination has lost, is not whole there in the end.
+        // Only a guest that was not handed over, or that the destination has lost, is incomplete there in the end.
         Fault::Cuts { .. } if there.may_be_reached => {
             matches!(report.outcome, Outcome::Completed | Outcome::StaysHere(_))
         }

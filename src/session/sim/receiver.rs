@@ -1,4 +1,4 @@
-//! The destination's link: its session says when page channels may pass a fence.
+//! The destination's link: its session decides when page channels may pass a fence.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ impl DestinationLink for SimSource {
         self
     }
 
-    /// Pages are placed by the world, as the threads of a real link do it while the session does something else.
+    /// The world places pages, as the threads of a real link do while the session is busy.
     fn announce(&mut self, _: &Arc<Placer>, _: &AnnouncedBlocks) -> Result<(), MoveError> {
         if self.abilities().page_channels > 0 {
             self.sim.enter().world.link.receives = true;

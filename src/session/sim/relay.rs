@@ -1,7 +1,8 @@
 //! A relay between a source and a far end, with faults, under a seed.
 //!
-//! Real are the relay's engine, the hub that performs what it decides, and the bitmap of what has come. The two sessions, the
-//! source and the far end are machines that take a step at a time, in an order that follows from the seed:
+//! The relay's engine, the hub that performs its decisions, and the bitmap of received pages are real. The two
+//! sessions, the source and the far end are state machines that take one step at a time, in an order that follows from
+//! the seed:
 //!
 //! ```text
 //! RAMWIRE_SIM_SEED=1234 cargo test --lib session::sim::relay -- --nocapture
@@ -22,16 +23,16 @@ use crate::session::Breakage;
 
 /// Seeds of an ordinary test run.
 const SEEDS: u64 = 3000;
-/// Seeds among which each order that is switched off must be found.
+/// Seeds among which the violation of each switched-off order must be found.
 const MUTANT_SEEDS: u64 = 1000;
-/// Steps after which nothing moves any more.
+/// Steps after which there is no more progress.
 const STEPS: u64 = 8000;
 /// Pages of the guest.
 const PAGES: usize = 40;
-/// Pages that a relay may have taken ahead: its first backlog, and what the fastest far end takes in its time.
+/// Pages that a relay may have read ahead: its first backlog, and what the fastest far end takes in its time.
 const MAX_AHEAD: u64 = 4 + 20 + 4;
 
-/// The whole of it.
+/// The whole simulated world.
 struct World {
     plan: Plan,
     rng: Rng,
@@ -39,7 +40,7 @@ struct World {
     given_at: Option<u64>,
     source: Source,
     relay: Option<Relay>,
-    /// The source's connection is held by another process, which listens to the far end.
+    /// Another process holds the source's connection, and listens to the far end.
     guarded: bool,
     far: Far,
     seen: Vec<&'static str>,
@@ -96,7 +97,8 @@ impl World {
         self.check();
     }
 
-    /// When the fault falls due: counted from the start, or from when the source has given the guest away.
+    /// When the fault happens: counted from the start, or from the moment at which the source has handed over the
+    /// guest.
     fn fault_at(&mut self) -> Option<u64> {
         if self.source.gave_away {
             self.given_at.get_or_insert(self.now);
@@ -128,7 +130,7 @@ impl World {
         }
     }
 
-    /// The relay's process is gone: its connections close, but for what is held elsewhere.
+    /// The relay's process is gone: its connections close, except for those held elsewhere.
     fn relay_ends(&mut self) {
         let Some(relay) = self.relay.take() else { return };
         self.guarded = relay.is_held();
@@ -139,7 +141,7 @@ impl World {
         }
     }
 
-    /// Another process holds the source's connection and takes the far end's answer there.
+    /// Another process holds the source's connection and receives the far end's answer there.
     fn guard_steps(&mut self) {
         if !self.guarded {
             return;
@@ -158,7 +160,7 @@ impl World {
         }
     }
 
-    /// Somebody looks at the far end while the guest is in doubt.
+    /// An operator checks the far end while the guest is in doubt.
     fn operator_looks(&mut self) {
         let in_doubt = self.relay.as_ref().map_or(self.guarded, Relay::is_in_doubt);
         if !in_doubt || !self.plan.operator {
@@ -197,11 +199,11 @@ impl World {
         if self.plan.fault.is_none() && !self.plan.far_refuses {
             self.must(there, "nothing was wrong and the guest did not move");
         }
-        // A guest whose host dies while it runs there is lost, whatever anybody does.
+        // A guest whose host dies while it runs there is lost in any case.
         let source_whole = !self.source.dead || !given;
         let relay_whole = self.relay.is_some() && given;
         self.must(there || self.far.ran || source_whole || relay_whole, "the guest is whole nowhere");
-        // A guest that nobody has given away runs on; one that was refused runs again where its source can let it.
+        // A guest that was not handed over continues; a refused one resumes if its source can do so.
         if !given && !self.source.dead {
             self.must(here, "the guest was not given away and does not run");
         }
@@ -258,7 +260,7 @@ fn simulated_relays_give_the_guest_to_one_side() {
     }
 }
 
-/// What is seen of an order that is switched off: one of these.
+/// Symptoms of a switched-off order: one of these.
 fn symptoms(order: Breakage) -> &'static [&'static str] {
     match order {
         Breakage::TellBeforeFarEnd => &["was told that the guest runs before it did"],

@@ -1,4 +1,4 @@
-//! Where a snapshot goes: a thread that writes the stream, and pages as they come.
+//! The output of a snapshot: a thread that writes the stream, and pages as they arrive.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -21,26 +21,26 @@ use crate::sys::{CancelToken, SendPart, Stop, WakeEvent};
 use crate::transport::{Offer, SourceConnection, SourceLink};
 use crate::units::PageIndex;
 
-/// How often a link that still has pages is asked for what it is done with.
+/// Interval at which a link that still has pages is asked for finished ones.
 const COLLECT_INTERVAL: Duration = Duration::from_millis(1);
-/// Most zero pages in a batch.
+/// Maximum number of zero pages in a batch.
 const MAX_ZERO_PAGES: u64 = 16 * 1024;
 
-/// What the thread is to do, in order.
+/// Commands for the thread, in order.
 enum Order {
     Open,
     Pages(PageBatch),
-    /// All pages but these were given; they are zero. Then the device state, and the end.
+    /// All pages except these were passed; these are zero. Then the device state, and the end.
     Close {
         unused: PageSet,
         state: Vec<u8>,
     },
 }
 
-/// What has become of it.
+/// Results of the thread.
 pub(super) enum News {
     Opened,
-    /// The link reads these pages no more.
+    /// The link no longer reads these pages.
     Left(PageBatch),
     Closed(Sent),
     Failed(Error),
@@ -53,7 +53,7 @@ pub(super) struct Sent {
     pub(super) bytes: u64,
 }
 
-/// The thread, as the session sees it. Dropping it ends what it does.
+/// The session's handle for the thread. Dropping it stops the thread.
 pub(super) struct Outlet {
     orders: Option<Sender<Order>>,
     news: Receiver<News>,
@@ -62,7 +62,7 @@ pub(super) struct Outlet {
 }
 
 impl Outlet {
-    /// Starts the thread `ramwire-snap-tx`; `wake` is raised with each news.
+    /// Starts the thread `ramwire-snap-tx`; `wake` is raised with each result.
     pub(super) fn start(
         connection: SourceConnection,
         guest: Arc<dyn GuestMemory>,
@@ -86,7 +86,7 @@ impl Outlet {
         Ok(Self { orders: Some(orders), news, halt, thread })
     }
 
-    /// Writes what comes before the pages, and waits for it.
+    /// Writes everything that comes before the pages, and waits for it.
     pub(super) fn open(&self, stop: &Stop) -> Result<(), Error> {
         self.order(Order::Open)?;
         match self.wait(stop)? {
@@ -105,7 +105,7 @@ impl Outlet {
 
     fn order(&self, order: Order) -> Result<(), Error> {
         let sent = self.orders.as_ref().is_some_and(|orders| orders.send(order).is_ok());
-        // Why it has ended is in its news.
+        // The reason for its end is in its results.
         if sent { Ok(()) } else { Err(gone()) }
     }
 
@@ -114,7 +114,7 @@ impl Outlet {
         self.news.try_recv().ok()
     }
 
-    /// The next news; the end of `stop` ends what the thread does.
+    /// The next result; the end of `stop` ends the thread's work.
     pub(super) fn wait(&self, stop: &Stop) -> Result<News, Error> {
         use crate::transport::ChannelError;
         const INTERVAL: Duration = Duration::from_millis(50);
@@ -131,12 +131,12 @@ impl Outlet {
         }
     }
 
-    /// Nothing more is written, and what was is not whole.
+    /// No more is written, and the output is incomplete.
     pub(super) fn abandon(&mut self) {
         self.halt.cancel();
         self.orders = None;
         if let Some(thread) = self.thread.take() {
-            // A panic was told as news.
+            // A panic was reported as a result.
             let _ = thread.join();
         }
     }
@@ -153,7 +153,7 @@ fn gone() -> Error {
     Error::Thread { name: "ramwire-snap-tx", source }
 }
 
-/// What a snapshot can't go by.
+/// Refuses a link that a snapshot can't use.
 fn refuse(link: &dyn SourceLink) -> Result<(), Error> {
     let why = match () {
         () if link.abilities().registers_memory => "RDMA reads the guest's memory itself",
@@ -173,7 +173,7 @@ struct Tell {
 }
 
 impl Tell {
-    /// Nobody listens only when the session has ended.
+    /// The receiver is gone only after the session has ended.
     fn tell(&self, news: News) {
         let _ = self.news.send(news);
         self.wake.raise();
@@ -186,7 +186,7 @@ struct Writer {
     guest: Arc<dyn GuestMemory>,
     settings: SnapshotSettings,
     stop: Stop,
-    /// Batches that have not come back.
+    /// Number of batches that were not returned.
     out: usize,
     tell: Tell,
 }

@@ -1,4 +1,4 @@
-//! Snapshots of guests whose threads write pages that tell by a number which write they are of.
+//! Snapshots of guests whose threads write numbered pages: the number identifies the write.
 #![allow(clippy::unwrap_used)]
 
 use std::io;
@@ -59,7 +59,7 @@ fn to_file(session: SnapshotSession, path: &Path) -> SnapshotReport {
     session.run(SourceConnection::new(Box::new(link), None))
 }
 
-/// What came, let run: the guest itself knows whether all of it is of one moment.
+/// Resumes the received guest: it checks itself whether all of it is from one moment.
 fn arrived(connection: DestinationConnection, len: u64) -> SyntheticGuest {
     let guest = SyntheticGuest::empty(memory_of(&Mapping::anonymous(len).unwrap()));
     let memory = Box::new(guest.memory().clone());
@@ -85,7 +85,7 @@ fn assert_whole(mut guest: SyntheticGuest) {
     assert!(found.is_whole(), "{found:?}");
 }
 
-/// It runs: each of its threads goes on, whatever it waited for.
+/// It runs: each of its threads continues, whatever it waited for.
 fn assert_writes(guest: &mut SyntheticGuest) {
     let before = guest.vcpu_dirty_pages();
     let began = std::time::Instant::now();
@@ -143,7 +143,7 @@ fn a_stream_brings_one_moment_of_a_guest_that_writes_on() {
     assert_whole(guest);
 }
 
-/// Memory that was never used is neither read nor taken, and what is used later is not in the snapshot.
+/// Memory that was never used is neither read nor allocated, and memory that is used later is not in the snapshot.
 #[test]
 fn unused_memory_is_zero_and_stays_unused() {
     for mapping in [Mapping::anonymous(64 * MIB).unwrap(), Mapping::memfd("ram", 64 * MIB).unwrap()] {
@@ -163,7 +163,7 @@ fn unused_memory_is_zero_and_stays_unused() {
     }
 }
 
-/// Each action fails in turn, and each step that is done to the file.
+/// Each action fails in turn, and each operation on the file.
 #[test]
 fn a_snapshot_that_fails_leaves_its_guest_running_and_no_file_that_says_it_is_whole_and_is_not() {
     let dir = folder();
@@ -192,7 +192,7 @@ fn a_snapshot_that_fails_leaves_its_guest_running_and_no_file_that_says_it_is_wh
                 SnapshotOutcome::Failed => {
                     assert!(report.error.is_some());
                     if let Some(there) = loaded(&path) {
-                        // Only whether the last word of it is on the disk is not known.
+                        // It is only unknown whether the last word of the stream is on the disk.
                         assert!(by_file, "failure {at}: the file says that it is whole");
                         assert_whole(arrived(there, 2 * MIB));
                     }
@@ -206,7 +206,7 @@ fn a_snapshot_that_fails_leaves_its_guest_running_and_no_file_that_says_it_is_wh
     assert_whole(guest);
 }
 
-/// Nobody reads what is written, until the guest's threads wait too.
+/// The output is not read, until the guest's threads wait too.
 #[test]
 fn a_cancel_lets_threads_that_wait_run_on() {
     let mut guest = writing(&Mapping::anonymous(32 * MIB).unwrap());
@@ -214,7 +214,7 @@ fn a_cancel_lets_threads_that_wait_run_on() {
     let session = session_of(&guest);
     let link = Box::new(InlineLink::new(plain(&near), session.memory()));
     let handle = session.spawn(SourceConnection::new(link, None)).unwrap();
-    // As soon as nothing is written any more.
+    // As soon as no thread writes any more.
     let mut seen = Vec::new();
     while seen.len() < 300 || seen[seen.len() - 300..].iter().any(|n| n != seen.last().unwrap()) {
         seen.push(guest.pages_written());
@@ -267,7 +267,7 @@ fn what_there_can_be_no_snapshot_of_is_refused_with_the_reason() {
     }
 }
 
-/// A callback that writes to guest memory itself, as a paravirtual clock's does: it waits as any writer.
+/// A callback that writes to guest memory itself, like a paravirtual clock's: it waits like any writer.
 #[test]
 fn a_resume_that_writes_to_guest_memory_does_not_wait_for_itself() {
     struct Clock(TestMachine, Arc<MappedGuest>);

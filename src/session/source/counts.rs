@@ -1,4 +1,4 @@
-//! SENT: what has left, for the destination to compare.
+//! SENT: the counts of sent pages, for the destination to compare.
 
 use crate::stream::native::Order;
 use crate::stream::page_counts;
@@ -7,11 +7,11 @@ use crate::stream::qemu::command::Command;
 use super::SourceSession;
 
 impl SourceSession {
-    /// SENT: every page that has left, by the way it went.
+    /// SENT: every page that was sent, by its transport.
     pub(super) fn encode_counts(&self, out: &mut Vec<u8>) {
         let mut counts = self.wire.link.sent_pages();
         if let Some(stream) = counts.first_mut() {
-            // As deltas none of these travels.
+            // None of these was sent as a delta.
             let aside = self.pages.aside();
             stream.normal += aside.normal;
             stream.zero += aside.zero;

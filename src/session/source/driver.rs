@@ -1,11 +1,11 @@
-//! What decides, when, and what may change it: the engine, its clock, and the embedder's commands.
+//! The engine, its clock, and the embedder's commands.
 
 use std::time::{Duration, Instant};
 
 use crate::engine::{SourceEngine, SourceEvent};
 use crate::session::control::Control;
 
-/// Time as the engine counts it.
+/// Time for the engine.
 pub(crate) trait Clock: Send {
     /// Since the start of the migration.
     fn now(&self) -> Duration;
@@ -26,7 +26,7 @@ impl Clock for WallClock {
     }
 }
 
-/// What decides, when, and what the embedder wants: the engine and its inbox.
+/// The engine and its inbox, with the embedder's commands.
 pub(super) struct Driver {
     pub(super) engine: SourceEngine,
     pub(super) clock: Box<dyn Clock>,
@@ -34,7 +34,7 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    /// Tells the engine what has come of its last action, or of the wait for an event.
+    /// Reports to the engine the result of its last action, or of the wait for an event.
     pub(super) fn tell(&mut self, event: SourceEvent) {
         let canceller = self.control.canceller();
         // A cancel comes before this step or after it, never in between: the step may be COMMIT.
@@ -46,7 +46,7 @@ impl Driver {
         });
     }
 
-    /// Tells the engine what the embedder has asked for.
+    /// Passes the embedder's commands to the engine.
     fn tell_commands(&mut self, now: Duration) {
         if self.control.wants_postcopy() {
             self.engine.handle(now, SourceEvent::StartPostcopy);
@@ -56,7 +56,7 @@ impl Driver {
         }
     }
 
-    /// True if the engine has something else to do by now, or the time of its slice is over.
+    /// True if the engine has another action by now, or the time of its slice is over.
     pub(super) fn is_called(&mut self) -> bool {
         let now = self.clock.now();
         self.tell_commands(now);

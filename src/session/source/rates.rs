@@ -1,13 +1,13 @@
-//! Rates that are taken over a time: what the guest writes, what is sent, what deltas save.
+//! Rates that are measured over a time: the guest's writes, the sent bytes, the savings of deltas.
 
 use std::time::Duration;
 
 use crate::observe::{DeltaCounts, DeltaRates};
 
-/// Shortest time over which the rates of deltas are taken.
+/// Shortest time over which the rates of deltas are measured.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Shortest time that pages a second are counted over, as QEMU's.
+/// Shortest time over which pages a second are counted, as in QEMU.
 const WINDOW: Duration = Duration::from_millis(100);
 
 /// The rates of a migration.
@@ -35,7 +35,7 @@ struct Period {
     pages: u64,
 }
 
-/// Pages of every kind that are sent, a window at a time.
+/// Pages of every kind that were sent, a window at a time.
 #[derive(Default)]
 struct Window {
     began: Option<(Duration, u64)>,
@@ -43,8 +43,9 @@ struct Window {
 }
 
 impl Rates {
-    /// A sync found `fresh` more pages: pages a second that the guest wrote, where enough time has passed. Between the two
-    /// syncs around the pause lie microseconds. A shorter time counts only while there is no better one.
+    /// A sync found `fresh` more pages: returns the pages a second that the guest wrote, if enough time has passed.
+    /// Between the two syncs around the pause there are only microseconds. A shorter time is used only while there is
+    /// no better measurement.
     pub(super) fn written(&mut self, now: Duration, fresh: u64) -> Option<u64> {
         let written = &mut self.written;
         let Some(last) = written.last_sync else {
@@ -61,7 +62,8 @@ impl Rates {
         Some((std::mem::take(&mut written.fresh) as f64 / took.as_secs_f64()) as u64)
     }
 
-    /// `pages` were sent by now: the rate of the window that ends now, if one does; the first ends at the first look.
+    /// `pages` were sent by now. Returns the rate of the window that ends now, if one does; the first window ends at
+    /// the first call.
     pub(super) fn sent(&mut self, now: Duration, pages: u64) -> Option<u64> {
         let window = &mut self.sent;
         let (since, before) = *window.began.get_or_insert((now, 0));
@@ -73,7 +75,7 @@ impl Rates {
         Some((pages.saturating_sub(before) as f64 / took.as_secs_f64()) as u64)
     }
 
-    /// What deltas save, where a period is over; `pages` of `page_bytes` were looked at by now.
+    /// The savings of deltas, if a period is over; `pages` of `page_bytes` were checked by now.
     pub(super) fn deltas(
         &mut self,
         now: Duration,

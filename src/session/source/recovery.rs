@@ -1,4 +1,4 @@
-//! Another connection after one was lost behind the switch to postcopy.
+//! Another connection after one was lost after the switch to postcopy.
 //!
 //! ```text
 //! S->D  RECV_BITMAP(block) for each block          D->S  RECV_BITMAP(block), bitmap
@@ -6,10 +6,10 @@
 //! S->D  pages as before
 //! ```
 //!
-//! # Order that must hold
+//! # Required order
 //!
-//! What the destination has not received is dirty, whatever was sent: no page that was under way is lost. The guest never runs
-//! here again.
+//! A page that the destination has not received is dirty, even if it was sent: no page in flight is lost. The guest
+//! never runs here again.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -33,20 +33,20 @@ use super::return_path::{PeerMessage, ReturnPath, check_deadline};
 use crate::session::callback::named;
 use crate::session::{Breakage, Error, ErrorKind};
 
-/// Between two attempts to connect: the first, and the longest.
+/// Shortest and longest interval between two attempts to connect.
 const FIRST_RETRY_INTERVAL: Duration = Duration::from_millis(5);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// Each of so many lost connections is followed by one attempt, however late.
+/// Each of this many lost connections is followed by one attempt, even after the timeout.
 const LATE_ATTEMPTS: u32 = 8;
-/// Bitmaps that are asked for ahead of their answers. A peer that writes one reads no request meanwhile, so few enough that
-/// they fit into any connection.
+/// Maximum number of bitmaps that are requested ahead of their answers. A peer that writes one reads no request
+/// meanwhile, so there are few enough that they fit into any connection.
 const MAX_ASKED: usize = 8;
 
 /// Both directions of another connection to the destination.
 pub struct NewConnection {
     /// Where pages and bytes go.
     pub(crate) sink: Box<dyn ByteSink>,
-    /// Where the destination's messages come from.
+    /// Source of the destination's messages.
     pub(crate) back: Box<dyn ByteSource>,
 }
 
@@ -58,16 +58,16 @@ impl NewConnection {
     }
 }
 
-/// Opens further connections to the destination of a migration under way.
+/// Opens further connections to the destination of a running migration.
 pub trait Reconnect: Send {
-    /// Connects to `address`; `None`: to where the destination is known to listen.
+    /// Connects to `address`; `None`: to the known address of the destination.
     ///
     /// # Errors
-    /// [`OpenError`]. It is called again, as long as the migration's settings say.
+    /// [`OpenError`]. It is called again, for as long as the migration's settings allow.
     fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError>;
 }
 
-/// Connects to one address, or to the last one that was given instead.
+/// Connects to one address, or to the one that last replaced it.
 #[derive(Clone, Debug)]
 pub struct Redial {
     address: Address,
@@ -75,8 +75,8 @@ pub struct Redial {
 }
 
 impl Redial {
-    /// To `address`, a `tcp:` or `unix:` one; of `auto:` the TCP address. Another address that it is told later is spoken
-    /// to by TLS if this one is.
+    /// Connects to `address`, a `tcp:` or `unix:` one; for `auto:` to the TCP address. A later address uses TLS if this
+    /// one does.
     pub fn new(address: Address, options: StreamOptions) -> Self {
         let tcp = address.host_and_port().filter(|_| address.decides_late());
         let address = tcp.map(|(host, port)| Address::tcp(host, port)).unwrap_or(address);
@@ -94,7 +94,7 @@ impl Reconnect for Redial {
             *self = Self::new(address, self.options);
         }
         let once = || OpenError::OnlyOne { address: self.address.to_string() };
-        // A descriptor, a command or a file is there once.
+        // A descriptor, a command or a file exists only once.
         if !matches!(self.address.scheme(), "tcp" | "unix") {
             return Err(once());
         }
@@ -103,21 +103,21 @@ impl Reconnect for Redial {
     }
 }
 
-/// What the source knows of connections behind the first.
+/// State of the connections after the first.
 #[derive(Default)]
 pub(super) struct Recovery {
     reconnect: Option<Box<dyn Reconnect>>,
-    /// From the loss of a connection until the ends have agreed to go on.
+    /// Set from the loss of a connection until the ends have agreed to continue.
     loss: Option<Loss>,
 }
 
-/// A connection was lost, and perhaps others after it, before the ends agreed to go on.
+/// A connection was lost, and possibly others after it, before the ends agreed to continue.
 struct Loss {
     since: Instant,
-    /// Before the next attempt. It grows with each, also where one succeeds and the connection is lost again at once: a
-    /// listener that accepts and closes does not keep the source busy.
+    /// Pause before the next attempt. It grows with each attempt, even if one succeeds and the connection is lost again
+    /// immediately: a listener that accepts and closes does not keep the source busy.
     pause: Duration,
-    /// Attempts after the end of the time that may still be made.
+    /// Number of attempts that may still be made after the timeout.
     late: u32,
 }
 
@@ -126,13 +126,13 @@ impl Loss {
         Self { since: Instant::now(), pause: Duration::ZERO, late: LATE_ATTEMPTS }
     }
 
-    /// How long to wait before the next attempt. The first is made at once.
+    /// How long to wait before the next attempt. The first attempt is immediate.
     fn next_pause(&mut self) -> Duration {
         let longer = (self.pause * 2).clamp(FIRST_RETRY_INTERVAL, MAX_RETRY_INTERVAL);
         std::mem::replace(&mut self.pause, longer)
     }
 
-    /// True where one more attempt may be made although the time is over.
+    /// True if one more attempt may be made although the time is over.
     fn takes_late_attempt(&mut self) -> bool {
         let may = self.late > 0;
         self.late = self.late.saturating_sub(1);
@@ -145,7 +145,7 @@ impl Recovery {
         self.reconnect.is_some()
     }
 
-    /// One more connection to the destination.
+    /// Opens one more connection to the destination.
     pub(super) fn connect(&mut self, to: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError> {
         match &mut self.reconnect {
             Some(reconnect) => named("calling Reconnect::connect", || reconnect.connect(to, stop)),
@@ -154,7 +154,7 @@ impl Recovery {
     }
 }
 
-/// In the place of a connection that is gone.
+/// Placeholder for a connection that is gone.
 struct Gone;
 
 impl crate::transport::Sealed for Gone {}
@@ -174,8 +174,8 @@ impl ByteSink for Gone {
 }
 
 impl SourceSession {
-    /// How the destination is reached again when the connection was lost behind a switch to postcopy, for as long as
-    /// [`reconnect_timeout`](crate::session::PostcopySettings::reconnect_timeout) says.
+    /// How to reach the destination again if the connection is lost after a switch to postcopy, for as long as
+    /// [`reconnect_timeout`](crate::session::PostcopySettings::reconnect_timeout) allows.
     pub fn with_reconnect(mut self, reconnect: Box<dyn Reconnect>) -> Self {
         let allowed = self.settings.postcopy.as_ref().is_some_and(|p| p.reconnect_timeout > Duration::ZERO);
         self.driver.engine.set_recoverable(allowed);
@@ -183,22 +183,22 @@ impl SourceSession {
         self
     }
 
-    /// True if an error says no more than that the present connection is of no use.
+    /// True if an error only means that the present connection is unusable.
     pub(super) fn is_lost(&self, error: &Error) -> bool {
         let agreeing = self.driver.engine.is_recovering();
         let no_answer = matches!(error, Error::NoAnswer { .. });
         self.driver.engine.may_recover()
             && match error.kind() {
                 ErrorKind::Channel => agreeing || !no_answer,
-                // An operator gave it up: nobody else ends a wait behind the switch.
+                // An operator closed it: nothing else cancels a wait after the switch.
                 ErrorKind::Cancelled => true,
-                // What it says of its memory is not to be counted on; the next connection may be to another.
+                // Its bitmaps can't be trusted; the next connection may be to another peer.
                 ErrorKind::Peer => agreeing && !matches!(error, Error::PeerFailed { .. }),
                 ErrorKind::Config | ErrorKind::Local => false,
             }
     }
 
-    /// Lets the old connection go and makes another.
+    /// Drops the old connection and opens another.
     ///
     /// # Errors
     /// The time for it is over.
@@ -227,7 +227,7 @@ impl SourceSession {
         while let Some(loss) = &mut recovery.loss {
             let left = after.saturating_sub(loss.since.elapsed());
             let late = left == Duration::ZERO;
-            // Each loss is worth one attempt, however late.
+            // Each loss gets one attempt, however late.
             if late && (tried || !loss.takes_late_attempt()) {
                 break;
             }
@@ -255,8 +255,9 @@ impl SourceSession {
         Err(unreachable_again(after))
     }
 
-    /// A QEMU from 10.1 on with postcopy-preempt goes on listening. It takes a connection that comes before it has seen the loss
-    /// for a stranger's and ends, with the guest: so somebody must have looked that it waits.
+    /// A QEMU from 10.1 on with postcopy-preempt keeps listening. If a connection arrives before it has noticed the
+    /// loss, it treats it as a stranger's and ends, together with the guest. So an operator must first check that it
+    /// waits.
     fn must_be_told(&self) -> bool {
         self.driver.engine.handover() == Handover::Shut
             && self.driver.engine.urgent().is_some()
@@ -274,8 +275,8 @@ impl SourceSession {
         }
     }
 
-    /// The first bytes of the new connection: the first request, whose answer is taken later. A peer takes the connection by
-    /// them for the one that goes on.
+    /// Sends the first bytes of the new connection: the first request, whose answer is read later. They show the peer
+    /// that this connection continues the migration.
     pub(super) fn ask_received(&mut self) -> Result<SourceEvent, Error> {
         let memory = Arc::clone(&self.guest.memory);
         let first = memory.table().blocks().iter().find(|block| !block.flags.ignored);
@@ -288,7 +289,7 @@ impl SourceSession {
         Ok(SourceEvent::Done)
     }
 
-    /// Asks which pages the peer has. All others are dirty.
+    /// Requests which pages the peer has. All others are dirty.
     pub(super) fn compare_received(&mut self) -> Result<SourceEvent, Error> {
         if self.breakage.is(Breakage::SkipBitmaps) {
             return Ok(SourceEvent::Done);
@@ -298,7 +299,7 @@ impl SourceSession {
         let stop = self.wire.stop.within(self.settings.stall_timeout);
         let mut dirty = DirtyMap::new(table, self.settings.clear_shift);
         let mut blocks = (0..).map(BlockIndex).zip(table.blocks()).filter(|(_, block)| !block.flags.ignored);
-        // The first is asked for already.
+        // The first is already requested.
         let mut asked: VecDeque<_> = blocks.next().into_iter().collect();
         loop {
             while asked.len() < MAX_ASKED
@@ -316,7 +317,7 @@ impl SourceSession {
             missing_runs(&bits, pages).for_each(|(first, pages)| {
                 dirty.set_run(PageRun { block: index, first: PageIndex(first), pages });
             });
-            // The target pages of a host page come together.
+            // The target pages of a host page are sent together.
             dirty.widen(index, table.page().pages_in(block.host_page.bytes()).max(1));
         }
         self.pages.dirty = dirty;
@@ -345,7 +346,7 @@ impl SourceSession {
         }
     }
 
-    /// Tells the peer that pages follow, and waits until it has heard.
+    /// Announces to the peer that pages follow, and waits for its acknowledgement.
     pub(super) fn resume_pages(&mut self) -> Result<SourceEvent, Error> {
         let mut out = Vec::new();
         Command::PostcopyResume.encode(&mut out);

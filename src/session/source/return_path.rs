@@ -10,7 +10,7 @@ use crate::session::Error;
 
 use std::time::Duration;
 
-/// Pages that somebody at the destination waits for.
+/// Pages that a thread at the destination waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PageRequest {
     /// Name of their block; `None`: that of the last request.
@@ -21,7 +21,7 @@ pub(super) struct PageRequest {
     pub(super) length: u32,
 }
 
-/// A message as the source needs it.
+/// A message, in the form that the source needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum PeerMessage {
     Pong(u32),
@@ -52,13 +52,13 @@ impl ReturnPath {
         Self { source, buffer: [0; 1024], filled: 0, at: 0 }
     }
 
-    /// The peer is told at once that a message has come: requests of one that sends no second small message before follow each
-    /// other without a wait.
+    /// Acknowledges received messages to the peer immediately: a peer that delays a second small message until the
+    /// first is acknowledged can then send its requests without a wait.
     pub(super) fn acknowledge_at_once(&mut self) {
         self.source.set_prompt(true);
     }
 
-    /// The next message if it is here already.
+    /// The next message if it has already arrived.
     pub(super) fn poll(&mut self) -> Result<Option<PeerMessage>, Error> {
         let now = Stop::never().within(Duration::ZERO);
         match self.next(&now) {
@@ -71,8 +71,8 @@ impl ReturnPath {
     /// Waits for the next message.
     ///
     /// # Errors
-    /// The channel's, [`ChannelError::Closed`] if the peer closes; [`Error::Decode`] and [`Error::OutOfTurn`].
-    /// A close is no word: it does not say that the guest does not run there.
+    /// The channel's, [`ChannelError::Closed`] if the peer closes; [`Error::Decode`] and [`Error::OutOfTurn`]. A close
+    /// is not a message: it does not show that the guest does not run there.
     pub(super) fn next(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
         loop {
             match decode_message(&self.buffer[..self.filled]) {
@@ -96,7 +96,7 @@ impl ReturnPath {
         }
     }
 
-    /// The bitmap behind [`PeerMessage::Received`], for a block of `pages` pages: bit i of byte i / 8 is page i.
+    /// The bitmap after [`PeerMessage::Received`], for a block of `pages` pages: bit i of byte i / 8 is page i.
     ///
     /// # Errors
     /// As [`next`](Self::next); a bitmap of another size is refused at its first bytes.
@@ -114,7 +114,7 @@ impl ReturnPath {
         Ok(bits)
     }
 
-    /// Reads on until `bytes` has `len`.
+    /// Reads until `bytes` has `len` bytes.
     fn fill(&mut self, bytes: &mut Vec<u8>, len: usize, stop: &Stop) -> Result<(), Error> {
         let here = self.filled.min(len.saturating_sub(bytes.len()));
         bytes.extend_from_slice(&self.buffer[..here]);
@@ -134,8 +134,7 @@ impl ReturnPath {
         Ok(())
     }
 
-    /// Waits for a message, leaving out PONGs and acks that may come at any time. A peer that says nothing
-    /// else is no reason to wait longer.
+    /// Waits for a message, skipping PONGs and acks, which may arrive at any time. These alone do not extend the wait.
     pub(super) fn next_verdict(&mut self, stop: &Stop) -> Result<PeerMessage, Error> {
         loop {
             match self.next(stop)? {
@@ -146,7 +145,7 @@ impl ReturnPath {
     }
 }
 
-/// The reason to stop, if there is one by now: a wait that always finds bytes does not look at it.
+/// The reason to stop, if there is one by now: a wait that always finds bytes does not check it.
 pub(super) fn check_deadline(stop: &Stop) -> Result<(), ChannelError> {
     match stop.reason() {
         Some(reason) => {
@@ -190,7 +189,7 @@ mod tests {
     use super::*;
     use crate::transport::{StreamChannel, StreamOptions};
 
-    /// Prints what it costs to look whether the peer has said something, which is done behind each batch.
+    /// Prints the cost of checking for a message of the peer, which is done after each batch.
     #[test]
     #[ignore = "measures"]
     fn a_look_at_a_silent_peer_costs_one_system_call() {

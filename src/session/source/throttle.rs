@@ -1,4 +1,4 @@
-//! What slows the guest down, what the embedder changes, and the wait before the switchover.
+//! Throttling of the guest, changes by the embedder, and the wait before the switchover.
 
 use std::time::Duration;
 
@@ -12,25 +12,26 @@ use super::{ROUND_TIMEOUT, SourceSession};
 use crate::session::Error;
 use crate::session::callback::{named, quietly};
 
-/// A relay's rounds never end by themselves; when so many times the guest's RAM has passed, its source gets nowhere.
+/// A relay's rounds never end by themselves; when the guest's RAM was sent this many times, its source does not
+/// converge.
 const RELAYED_TIMES: u64 = 4;
 
-/// What the downtime takes whatever is dirty.
+/// The part of the downtime that does not depend on dirty pages.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct FixedCosts {
     /// Both ends' digests.
     pub(super) digest: Duration,
-    /// From a question to the peer's answer.
+    /// Time from a question to the peer's answer.
     pub(super) round_trip: Duration,
     /// The last live sync.
     pub(super) sync: Duration,
 }
 
-/// Whether the rounds lead anywhere, and what is done about it.
+/// Whether the rounds converge, and the reaction.
 pub(super) struct Convergence {
     pub(super) throttle: Throttler,
     pub(super) fixed: FixedCosts,
-    /// It was told that they do not.
+    /// It was reported that they do not.
     told: bool,
 }
 
@@ -41,15 +42,15 @@ impl Convergence {
 }
 
 impl SourceSession {
-    /// A block list that was sent holds to the end: a guest whose memory has changed since can't arrive.
+    /// A block list that was sent is valid to the end: a guest whose memory has changed since can't arrive.
     pub(super) fn check_layout(&self) -> Result<(), Error> {
         self.guest.memory.layout_change().map_or(Ok(()), |change| Err(change.into()))
     }
 
-    /// What the downtime takes whatever is dirty, as far as it is known: for the engine's estimate.
+    /// Passes the known part of the downtime that does not depend on dirty pages to the engine's estimate.
     pub(super) fn estimate_fixed(&mut self) {
         let FixedCosts { digest, round_trip, sync } = self.convergence.fixed;
-        // READY is an answer to the digest, RUNNING one to COMMIT; a QEMU's SHUT is one to the last byte.
+        // READY answers the digest, RUNNING answers COMMIT; a QEMU's SHUT answers the last byte.
         let answers = if self.driver.engine.handover().has_ready() {
             2
         } else {
@@ -61,7 +62,7 @@ impl SourceSession {
         self.driver.engine.set_under_way(self.wire.link.under_way());
     }
 
-    /// Says once that the rounds lead nowhere, and what would help.
+    /// Reports once that the rounds do not converge, with a remedy.
     pub(super) fn check_progress(&mut self) {
         let progress = self.driver.engine.progress();
         let travelling = self.guest.memory.table().travelling();
@@ -86,7 +87,7 @@ impl SourceSession {
         }
     }
 
-    /// Takes over what the embedder has changed. Once a slice, and before it is decided whether the guest is paused.
+    /// Applies the embedder's changes. Called once a slice, and before the decision whether to pause the guest.
     pub(super) fn follow_control(&mut self) {
         self.driver.engine.set_downtime_limit(self.driver.control.downtime_limit());
         let means = self.driver.control.throttling();
@@ -109,7 +110,7 @@ impl SourceSession {
         self.figures.throttled(&self.convergence.throttle);
     }
 
-    /// After a live sync that found `fresh` more pages: slows the guest down if it writes too much.
+    /// After a live sync that found `fresh` more pages: throttles the guest if it writes too much.
     pub(super) fn throttle(&mut self, fresh: u64) {
         let page = self.guest.memory.table().page().bytes();
         let (now, sent) = (self.driver.clock.now(), self.wire.position());
@@ -120,7 +121,7 @@ impl SourceSession {
         self.figures.throttled(&self.convergence.throttle);
     }
 
-    /// Keeps each vCPU near its quota, where there is one. Once a slice.
+    /// Keeps each vCPU near its quota, if there is one. Called once a slice.
     pub(super) fn throttle_vcpus(&mut self) {
         let now = self.driver.clock.now();
         if self.driver.engine.is_last_round() || !self.convergence.throttle.wants_vcpus(now) {
@@ -134,7 +135,7 @@ impl SourceSession {
         self.figures.throttled(&self.convergence.throttle);
     }
 
-    /// Order 4: whatever the end, no throttling is left on.
+    /// Order 4: whatever the result, no throttling remains.
     pub(super) fn end_throttling(&mut self) {
         let control = &mut self.guest.control;
         quietly("ending the throttling", || control.throttle(Percent::default()));

@@ -1,7 +1,7 @@
-//! The connection for urgent pages (QEMU: postcopy-preempt): requested pages stand behind no others there.
+//! The connection for urgent pages (QEMU: postcopy-preempt): there, requested pages do not wait for other pages.
 //!
-//! What it carries are records of pages without a section around them, with a current block of its own. A source towards a
-//! machine up to 7.2 writes a mark behind the last one.
+//! It carries records of pages without a section around them, with a current block of its own. A source towards a
+//! machine up to 7.2 writes a mark after the last one.
 
 use std::sync::Arc;
 
@@ -40,8 +40,8 @@ impl Urgent {
     }
 }
 
-/// When the connection is made, where one was asked for. Who answers before it is there is no QEMU 7.2: so only a peer that is
-/// known to be one gets it early.
+/// When the connection is opened, if one is configured. A peer that answers before it is open is not a QEMU 7.2: so
+/// only a peer that is known to be one gets it early.
 pub(super) fn time_of(settings: &SourceSettings) -> Option<UrgentChannel> {
     let asked = settings.postcopy.as_ref().is_some_and(|postcopy| postcopy.preempt);
     let style = settings.style.filter(|_| settings.peer != Some(Peer::Ramwire));
@@ -67,8 +67,8 @@ impl SourceSession {
         Ok(SourceEvent::Done)
     }
 
-    /// Sends what was asked for first; false if there is nothing to send here. A page that has left in part goes on where it
-    /// began, at once: however often it is asked for.
+    /// Sends requested pages first; false if there is nothing to send here. A partly sent host page continues where it
+    /// began, and immediately, however often it is requested.
     pub(super) fn send_requested(&mut self) -> Result<bool, Error> {
         if self.wire.urgent.is_none() {
             return Ok(false);
@@ -96,7 +96,7 @@ impl SourceSession {
         Ok(true)
     }
 
-    /// The main connection has brought its last page: so has this one.
+    /// The main connection has sent its last page: this one has, too.
     pub(super) fn end_urgent(&mut self) -> Result<(), Error> {
         let ends = self.driver.engine.urgent() == Some(UrgentChannel::Early);
         let Some(urgent) = &mut self.wire.urgent else { return Ok(()) };
@@ -110,7 +110,7 @@ impl SourceSession {
 }
 
 impl Missing {
-    /// True if `run` is of the host page that has left in part.
+    /// True if `run` is in the partly sent host page.
     fn has_begun(&self, run: PageRun) -> bool {
         let begun =
             |rest: PageRun| rest.block == run.block && rest.first < run.end() && run.first < rest.end();

@@ -1,4 +1,4 @@
-//! The connection to the destination: where pages and bytes go, where messages come from, and how long it is waited for.
+//! The connection to the destination: sink for pages and bytes, source of messages, and the time limits of waits.
 
 use std::time::Duration;
 
@@ -16,11 +16,11 @@ pub(super) struct Wire {
     pub(super) link: Box<dyn SourceLink>,
     pub(super) back: Option<ReturnPath>,
     pub(super) stop: Stop,
-    /// Where requested pages go, if not with the others.
+    /// The connection for requested pages, if it is separate.
     pub(super) urgent: Option<Urgent>,
-    /// When bytes last left for a peer that waits for more.
+    /// When bytes were last sent to a peer that waits for more.
     last_sign: Duration,
-    /// Bytes that were sent on connections that are gone.
+    /// Bytes that were sent on earlier connections.
     sent_before: u64,
 }
 
@@ -38,20 +38,20 @@ impl Wire {
         self.link.sink().flush(&self.stop)
     }
 
-    /// Bytes sent so far, on whatever channel.
+    /// Bytes sent so far, on all channels.
     pub(super) fn position(&mut self) -> u64 {
         let urgent = self.urgent.as_ref().map_or(0, Urgent::position);
         self.sent_before + self.link.sink().position() + self.link.channel_bytes() + urgent
     }
 
-    /// Goes on over another connection, whose bytes count on.
+    /// Continues over another connection; the byte count continues.
     pub(super) fn replace(&mut self, link: Box<dyn SourceLink>, back: Option<ReturnPath>) {
         self.sent_before = self.position();
         (self.link, self.back, self.urgent) = (link, back, None);
     }
 
-    /// A PING where none has left for `every`: a ramwire takes long silence for a dead peer, and both kinds of peer answer a
-    /// PING between sections.
+    /// Sends a PING if none was sent for `every`: a ramwire treats a long silence as a dead peer, and both kinds of
+    /// peer answer a PING between sections.
     pub(super) fn send_keepalive(&mut self, now: Duration, every: Duration) -> Result<(), ChannelError> {
         if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
             return Ok(());

@@ -1,5 +1,5 @@
-//! What an embedder hears and may do on the way: events in their order, the gate before the switchover, memory that
-//! changes.
+//! Events and commands of an embedder during a migration: events in their order, the gate before the switchover, memory
+//! that changes.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{self, Write};
@@ -19,7 +19,7 @@ use crate::units::{BlockIndex, PageSize, Rate};
 
 type Heard = Arc<Mutex<Vec<(EventKind, String)>>>;
 
-/// Writes down what is told, and on which thread.
+/// Records the events, and on which thread they were called.
 fn listening(statistics: &SharedStatistics) -> Heard {
     let heard = Heard::default();
     let list = Arc::clone(&heard);
@@ -30,7 +30,7 @@ fn listening(statistics: &SharedStatistics) -> Heard {
     heard
 }
 
-/// The names of what was told, in one line; all of it on `thread`.
+/// The names of the recorded events in one line; all must be on `thread`.
 fn order(heard: &Heard, thread: &str) -> String {
     let heard = heard.lock().unwrap();
     assert!(heard.iter().all(|(_, on)| on == thread), "{heard:?}");
@@ -109,7 +109,7 @@ fn memory_that_changes_ends_the_migration() {
     }
 }
 
-/// A memory that grows while it moves arrives as it is then, by the next migration.
+/// Memory that grows while it migrates arrives at its new size, by the next migration.
 #[test]
 fn a_guest_whose_block_has_grown_moves_as_it_is_then() {
     const MOST: u64 = 16 * 4096;
@@ -142,7 +142,7 @@ fn a_guest_whose_block_has_grown_moves_as_it_is_then() {
     assert!(there.iter().all(|byte| *byte == 5));
 }
 
-/// The paused guest waits for its embedder: to go on, or to be let run again.
+/// The paused guest waits for its embedder: to continue, or to be resumed.
 #[test]
 fn a_switchover_waits_for_its_gate() {
     for cancels in [false, true] {
@@ -155,7 +155,7 @@ fn a_switchover_waits_for_its_gate() {
             assert!(began.elapsed() < Duration::from_secs(20), "{:?}", source.progress());
             std::thread::sleep(Duration::from_millis(2));
         }
-        // Longer than a look at cancel and peer.
+        // Longer than the interval at which cancel and peer are checked.
         std::thread::sleep(Duration::from_millis(120));
         let held = source.progress();
         assert_eq!(held.status, Status::PreSwitchover, "it waits");
@@ -175,7 +175,7 @@ fn a_switchover_waits_for_its_gate() {
     }
 }
 
-/// A machine with more device state than any link carries in a moment.
+/// A VM with more device state than any link sends in a moment.
 struct Heavy(Machine);
 
 impl GuestControl for Heavy {
@@ -199,7 +199,7 @@ impl DeviceState for Heavy {
     }
 }
 
-/// Nothing is dirty behind the first round: no further one brings anything, whatever the limit is.
+/// No page is dirty after the first round: a further round would send nothing, whatever the limit is.
 #[test]
 fn device_state_that_takes_longer_than_the_limit_makes_no_empty_rounds() {
     for downtime in [0, 1, 300] {
@@ -215,7 +215,7 @@ fn device_state_that_takes_longer_than_the_limit_makes_no_empty_rounds() {
     }
 }
 
-/// Page channels and compression: 8 MiB of pages that become a few KiB, 16 TiB of device state by its own word.
+/// Page channels and compression: 8 MiB of pages that become a few KiB, and a device state that claims 16 TiB.
 #[test]
 fn pages_that_compress_on_channels_make_no_empty_rounds() {
     use crate::sys::{CancelToken, Stop};

@@ -1,4 +1,5 @@
-//! A source that switches to postcopy and says what no source may say: it is refused, by name, and the guest does not start.
+//! A source that switches to postcopy and sends what no source may send: it is refused, with a specific error, and the
+//! guest does not start.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::{Read, Write};
@@ -31,7 +32,7 @@ fn command(command: Command<'_>) -> Vec<u8> {
     out
 }
 
-/// Up to the end of the `ram` START of two blocks of 3 and 2 pages.
+/// The stream up to the end of the `ram` START of two blocks of 3 and 2 pages.
 fn start(advise: Option<Command<'_>>) -> Vec<u8> {
     let mut out = Vec::new();
     file::encode_header(&mut out);
@@ -97,7 +98,7 @@ fn end() -> Vec<u8> {
     out
 }
 
-/// Gives a destination these bytes, and closes.
+/// Sends these bytes to a destination, and closes.
 fn received(stream: &[u8]) -> (DestinationReport, Machine, Arc<MappedGuest>) {
     let (mut near, far) = UnixStream::pair().unwrap();
     let (machine, memory) = (Machine::default(), guest(&[3, 2]));
@@ -110,14 +111,14 @@ fn received(stream: &[u8]) -> (DestinationReport, Machine, Arc<MappedGuest>) {
     );
     drop(far);
     let session = std::thread::spawn(move || session.run());
-    // It may refuse, and close, before all is written.
+    // It may refuse, and close, before all bytes are written.
     let _ = near.write_all(stream);
     let _ = near.shutdown(std::net::Shutdown::Write);
     let _ = near.read_to_end(&mut Vec::new());
     (session.join().unwrap(), machine, memory)
 }
 
-/// The least a source may say: no page discarded (P-0), no page sent.
+/// The minimum that a source may send: no page discarded (P-0), no page sent.
 #[test]
 fn p0_p2_p6_a_switchover_without_a_discard_is_accepted_and_pages_come_again_behind_one() {
     let (report, machine, memory) = received(&[advised(), pages(&[0, 1], 7), package(), end()].concat());
@@ -135,7 +136,7 @@ fn p0_p2_p6_a_switchover_without_a_discard_is_accepted_and_pages_come_again_behi
 fn p12_p17_what_no_source_may_say_in_front_of_the_package_is_refused_and_the_guest_does_not_start() {
     let d = |start: u64, length: u64| discard("block0", &[(start, length)]);
     let long_name = |len: u16, name_len: u8| {
-        // The length of the command ends inside the name, or in front of the ranges.
+        // The command ends inside the name, or before the ranges.
         [&b"\x08\0\x06"[..], &len.to_be_bytes(), &[0, name_len], &[b'a'; 300][..usize::from(len) - 2]]
             .concat()
     };
@@ -172,7 +173,7 @@ fn p12_p17_what_no_source_may_say_in_front_of_the_package_is_refused_and_the_gue
         ("COLO", command(Command::EnableColo), "EnableColo"),
     ];
     for (what, bytes, named) in cases {
-        // All that would start the guest follows.
+        // Everything that would start the guest follows.
         let (report, machine, _) = received(&[advised(), pages(&[0], 7), bytes, package(), end()].concat());
         let error = Chain(report.error.as_ref().expect(what)).to_string();
         assert_eq!((report.ending, machine.runs()), (Ending::Discarded, false), "{what}: {error}");
@@ -200,7 +201,7 @@ fn p17_advises_that_do_not_fit_and_switchovers_without_one_are_refused() {
     assert!(error.contains("without ADVISE"), "{error}");
 }
 
-/// The guest has moved: it runs here, and what follows can only end the connection.
+/// The guest has moved: it runs here, and later errors can only end the connection.
 #[test]
 fn p12_p20_what_no_source_may_say_behind_the_package_ends_the_connection_and_changes_no_page() {
     let mut outside = Vec::new();
@@ -230,7 +231,7 @@ fn p12_p20_what_no_source_may_say_behind_the_package_ends_the_connection_and_cha
         let error = Chain(report.error.as_ref().expect(what)).to_string();
         assert_eq!(report.ending, Ending::Incomplete, "{what}: {error}");
         assert!(error.contains(named), "{what}: {error}");
-        // The other pages never came: reading them would wait for ever.
+        // The other pages were never received: reading them would wait for ever.
         let mut first = [0; 4096];
         memory.region(BlockIndex(0)).unwrap().span(0, PAGE).unwrap().copy_to(&mut first);
         assert_eq!(first, [7; 4096], "{what}");
@@ -240,7 +241,7 @@ fn p12_p20_what_no_source_may_say_behind_the_package_ends_the_connection_and_cha
     assert_eq!(report.ending, Ending::Incomplete, "a connection that ends");
 }
 
-/// A page that has come may have been written by the guest since: it is left as it is.
+/// The guest may have written a received page since: it is left unchanged.
 #[test]
 fn a_page_for_a_page_that_has_come_changes_nothing() {
     let again = discard("block0", &[(2 * PAGE, PAGE)]);
@@ -252,7 +253,8 @@ fn a_page_for_a_page_that_has_come_changes_nothing() {
     assert_eq!(report.pages.normal, 2);
 }
 
-/// Zero pages as whole ones, as QEMUs from 10.1 on with multifd send them behind the package: they are in place, and no old byte is.
+/// Zero pages sent as whole pages, as QEMUs from 10.1 on with multifd do after the package: they are placed, and no old
+/// byte remains.
 #[test]
 fn p25_zero_pages_may_come_as_whole_ones() {
     let again = discard("block0", &[(0, 3 * PAGE)]);
@@ -263,7 +265,7 @@ fn p25_zero_pages_may_come_as_whole_ones() {
     assert_eq!((report.pages.normal, report.pages.zero), (6, 0));
 }
 
-/// P-23: ranges by the dozen, and one more.
+/// P-23: a dozen ranges, and one more.
 #[test]
 fn p23_discards_of_12_and_13_ranges_are_taken() {
     for count in [12, 13] {
@@ -278,8 +280,8 @@ fn p23_discards_of_12_and_13_ranges_are_taken() {
     }
 }
 
-/// Strangers on the listener: a connection that says nothing, one that closes, and one that sends what is no page do not
-/// keep the source's own from being read.
+/// Strangers on the listener: a silent connection, one that closes, and one that sends other bytes do not keep the
+/// destination from reading the source's connection.
 #[test]
 fn p14_connections_of_strangers_keep_no_urgent_page_away() {
     let (mut near, far) = UnixStream::pair().unwrap();
@@ -322,14 +324,15 @@ fn p14_connections_of_strangers_keep_no_urgent_page_away() {
     let again = discard("block0", &[(0, 3 * PAGE)]);
     near.write_all(&[advised(), pages(&[0], 7), again, package(), pages(&[0, 1], 9)].concat()).unwrap();
     near.write_all(&end()).unwrap();
-    // The last page comes here, behind the end of the others.
+    // The last page arrives here, after the end of the others.
     let at = PageAt { block: Some("block0"), offset: BlockOffset(2 * PAGE) };
     let mut record = Vec::new();
     Record::Page(at).encode(&mut record);
     record.extend_from_slice(&[9; PAGE as usize]);
     record.extend_from_slice(&ram::EOS_RECORD);
     urgent.write_all(&record).unwrap();
-    // As a source does, it stays open until the destination has reported its end: closed earlier, it counts as lost.
+    // Like a source, it stays open until the destination has reported its end: if it closed earlier, it would count as
+    // lost.
     let (mut answers, mut shut, mut byte) = (Vec::new(), Vec::new(), [0]);
     Message::Shut { status: 0 }.encode(&mut shut);
     while !answers.ends_with(&shut) {

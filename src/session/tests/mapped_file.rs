@@ -1,4 +1,4 @@
-//! A guest that is saved to a file of places: it is whole at its source, in the file, or nobody can know.
+//! A guest that is saved to a mapped-ram file: it is complete at its source or in the file, or this is unknown.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -24,7 +24,7 @@ fn saved(from: &Arc<MappedGuest>, path: &std::path::Path, step: i64) -> (SourceR
     (SourceSession::new(sent, SourceConnection::new(Box::new(link), None), settings).run(), machine)
 }
 
-/// What is in the file, if there is a whole guest.
+/// The content of the file, if it holds a complete guest.
 fn loaded(path: &std::path::Path) -> Option<Vec<u8>> {
     let stop = Stop::on(&CancelToken::default());
     let address = format!("mapped:{}", path.display()).parse().unwrap();
@@ -42,7 +42,7 @@ fn loaded(path: &std::path::Path) -> Option<Vec<u8>> {
     Some(bytes(&to, 0))
 }
 
-/// Everything that is done to the file fails from some step on, for each step of a save.
+/// All operations on the file fail from some step on, for each step of a save.
 #[test]
 fn a_guest_whose_save_fails_runs_on_and_no_file_claims_to_hold_it() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap());
@@ -75,6 +75,6 @@ fn a_guest_whose_save_fails_runs_on_and_no_file_claims_to_hold_it() {
             other => panic!("step {step}: {other:?}"),
         }
     }
-    // The rest of the stream, its sync, the cut, the first word and its sync.
+    // The rest of the stream, its sync, the truncation, the first word and its sync.
     assert!(stayed >= 8 && doubted <= 6, "{stayed} stayed, {doubted} in doubt");
 }

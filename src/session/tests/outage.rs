@@ -1,4 +1,4 @@
-//! A network that is away for a while behind COMMIT.
+//! A network outage after COMMIT.
 
 use std::io;
 use std::net::{TcpListener, TcpStream};
@@ -12,7 +12,7 @@ use crate::session::*;
 use crate::stream::qemu::file::Configuration;
 use crate::transport::{StreamChannel, StreamOptions};
 
-/// A destination's machine that is cut off from the network while it starts.
+/// A destination's VM that is disconnected from the network while it starts.
 struct CutOff(Machine, Vec<OwnedFd>);
 
 impl GuestControl for CutOff {
@@ -24,7 +24,7 @@ impl GuestControl for CutOff {
         for socket in &self.1 {
             socket2::SockRef::from(&socket.as_fd()).attach_filter(&[drop_all()])?;
         }
-        // Six seconds are the least that a kernel waits which was told of one.
+        // A kernel that had this timeout set waits for at least six seconds.
         std::thread::sleep(Duration::from_secs(8));
         for socket in &self.1 {
             socket2::SockRef::from(&socket.as_fd()).detach_filter()?;
@@ -36,7 +36,7 @@ impl GuestControl for CutOff {
     }
 }
 
-/// Both ends would have given each other up after a second before COMMIT; behind it the finish timeout alone counts.
+/// Before COMMIT both ends would have closed the connection after a second; after it only the finish timeout counts.
 #[test]
 fn an_outage_behind_commit_that_ends_within_the_finish_timeout_leaves_no_doubt() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

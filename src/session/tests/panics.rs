@@ -1,4 +1,4 @@
-//! Callbacks that panic: the guest runs on, and the report tells what the panic said.
+//! Callbacks that panic: the guest continues, and the report contains the panic's message.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{self, Read, Write};
@@ -15,7 +15,7 @@ use crate::units::BlockIndex;
 
 const TEXT: &str = "the embedder's own words";
 
-/// Every callback of both ends; the one that is named panics.
+/// Every callback of both ends; the named one panics.
 #[derive(Clone)]
 struct Embedder {
     panics: &'static str,
@@ -205,7 +205,7 @@ fn a_panic_of_the_destination_before_commit_leaves_the_guest_at_the_source() {
         assert!(said.contains(TEXT) && said.contains(name_of(callback)), "{callback}: {said}");
         assert_eq!((arrived.ending, runs), (Ending::Discarded, (true, false)), "{callback}");
         assert!(sent.guest_is_safe_here(), "{callback}: {:?}", sent.outcome);
-        // One that still sends pages may meet the closed connection first.
+        // An end that still sends pages may find the closed connection first.
         let told = text(&sent.error).contains(TEXT);
         assert!(told || !callback.starts_with("load"), "{callback}: the source is told: {:?}", sent.error);
     }

@@ -1,5 +1,5 @@
-//! The peer and the embedder are heard while a slice is under way: the next batch but one is never sent before. Counted in
-//! batches and pages, not in time; a slice of 50 ms holds them all.
+//! Messages of the peer and commands of the embedder are processed during a slice: at most one more batch is sent
+//! before. Counted in batches and pages, not in time; a slice of 50 ms holds them all.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::VecDeque;
@@ -25,10 +25,10 @@ use crate::units::BlockIndex;
 
 /// Enough for many slices.
 const PAGES: u64 = 20_000;
-/// Whole pages of a batch that nobody waits for, after a switch to postcopy.
+/// Background pages of a batch, after a switch to postcopy.
 const BACKGROUND: u64 = 16;
 
-/// The return path, and what is said on it beside what the peer says.
+/// The return path, with messages in addition to the peer's.
 #[derive(Clone, Default)]
 struct Said(Arc<Mutex<VecDeque<u8>>>);
 
@@ -66,7 +66,7 @@ impl ByteSource for Back {
     }
 }
 
-/// Is called with the number of each batch.
+/// Called with the number of each batch.
 type AtBatch = Box<dyn FnMut(u64) + Send>;
 
 /// A link whose batches hold one page.
@@ -109,7 +109,7 @@ impl SourceLink for Counted {
     }
 }
 
-/// Is called with the number of each page that leaves, as it stands in its first bytes.
+/// Calls back with the number of each page that is sent, which is in its first bytes.
 struct Watched {
     inner: Box<Plain>,
     at_page: Box<dyn FnMut(u64) + Send>,
@@ -144,7 +144,7 @@ struct Setup {
     destination: DestinationSession,
 }
 
-/// A guest whose pages hold their number. `at_batch` and `at_page` get what the migration is told by.
+/// A guest whose pages hold their number. `at_batch` and `at_page` receive the object that controls the migration.
 fn setup(
     pages: u64,
     at_batch: impl FnOnce(Said) -> AtBatch,
@@ -206,7 +206,7 @@ fn a_destination_that_fails_is_heard_at_the_next_batch() {
     assert!(machine.runs());
 }
 
-/// The control is there before the link that gives the command: they meet in a slot.
+/// The control exists before the link that gives the command: a slot connects them.
 fn commanded(command: impl Fn(&Control) + Send + 'static) -> (SourceReport, DestinationReport, u64) {
     let slot: Arc<Mutex<Option<Control>>> = Arc::default();
     let taken = Arc::clone(&slot);
@@ -257,11 +257,11 @@ fn a_request_is_answered_behind_the_batch_under_way() {
     assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running), "{:?}", sent.error);
     let seen = at.lock().unwrap();
     let answered = seen.iter().position(|page| *page == PAGES - 7).unwrap() as u64;
-    // Those of the batch that it was asked beside, no more.
+    // Only those of the current batch, no more.
     assert!(answered < 100 + BACKGROUND, "the {answered}th page");
 }
 
-/// Prints how long a request waits at the source: from its arrival to its page on its way.
+/// Prints how long a request waits at the source: from its arrival until its page is sent.
 ///
 /// ```text
 /// cargo test --release --lib session::tests::promptness -- --ignored --nocapture

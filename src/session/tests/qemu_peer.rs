@@ -1,4 +1,4 @@
-//! A destination and a relay whose source is a QEMU 7.2: what they say back and when, and what they pass on.
+//! A destination and a relay whose source is a QEMU 7.2: which messages they send back and when, and what they pass on.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};
@@ -23,7 +23,8 @@ use crate::stream::qemu::section::{
 use crate::sys::CancelToken;
 use crate::transport::InlineLink;
 
-/// Up to the end of the `ram` START: the return path is open, PING(1) waits for its answer, no page was sent.
+/// The stream up to the end of the `ram` START: the return path is open, PING(1) waits for its answer, no page was
+/// sent.
 pub(in crate::session) fn start() -> Vec<u8> {
     let mut out = Vec::new();
     file::encode_header(&mut out);
@@ -92,11 +93,11 @@ fn bitmap_section(phase: Phase, chunks: &[u8]) -> Vec<u8> {
     out
 }
 
-/// What a guest's source says of its dirty bitmap.
+/// The content of a source's dirty bitmap.
 struct Bitmap {
     /// START: name, granularity, flags.
     start: Vec<u8>,
-    /// PART: 16 bytes of bits. The source's PARTs with nothing in them look like its end.
+    /// PART: 16 bytes of bits. Empty PARTs of the source look like its end.
     part: Vec<u8>,
     /// END.
     end: Vec<u8>,
@@ -113,7 +114,7 @@ impl Bitmap {
         }
     }
 
-    /// A whole stream with it, and many PARTs that tell nothing.
+    /// A complete stream with it, and many empty PARTs.
     fn stream(&self) -> Vec<u8> {
         let idle = bitmap_section(Phase::Part, &[1]).repeat(1000);
         let (page, end) = (page_of_block0(), page_and_end());
@@ -133,7 +134,7 @@ impl Bitmap {
         .concat()
     }
 
-    /// What of it belongs to the device state.
+    /// Its part of the device state.
     fn state(&self) -> Vec<u8> {
         [&self.part[..], &self.end, &devices()].concat()
     }
@@ -158,20 +159,20 @@ fn s55_s65_s77_a_qemu_source_hears_its_pong_before_it_sends_a_page_then_one_shut
     let session = std::thread::spawn(move || session.run());
     near.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     near.write_all(&start()).unwrap();
-    // S-65: a source may wait for this with its first page.
+    // S-65: a source may wait for this before its first page.
     let pong = encoded(Message::Pong(1));
     let mut heard = vec![0; pong.len()];
     near.read_exact(&mut heard).unwrap();
     assert_eq!(heard, pong);
     near.write_all(&rest()).unwrap();
-    // S-55: to its end the return path holds no SWITCHOVER_ACK, which a QEMU 7.2 does not know, and no word of ours.
+    // S-55: the return path holds no SWITCHOVER_ACK, which a QEMU 7.2 does not support, and no native message.
     let mut heard = Vec::new();
     near.read_to_end(&mut heard).unwrap();
     assert_eq!(heard, encoded(Message::Shut { status: 0 }));
     let report = session.join().unwrap();
     assert_eq!((report.ending, machine.runs()), (Ending::Running, true), "{:?}", report.error);
     assert!(!report.native && !report.verified);
-    // S-77: a block of which no page came is a block of zeros.
+    // S-77: a block without received pages is a block of zeros.
     assert!(bytes(&memory, 0) == [[0; 4096], [7; 4096], [0; 4096]].concat());
     assert!(bytes(&memory, 1) == [0; 2 * 4096]);
 }

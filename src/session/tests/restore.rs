@@ -1,4 +1,4 @@
-//! A guest that is started from a mapped-ram file, before its memory is read or behind it.
+//! A guest that is started from a mapped-ram file, before or after its memory is read.
 #![allow(clippy::unwrap_used)]
 
 use std::io;
@@ -23,7 +23,7 @@ fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
 
-/// The first eight bytes of a page say which it is; every fifth page is zero.
+/// The first eight bytes of a page hold its number; every fifth page is zero.
 fn written(guest: &MappedGuest, pages: u64) {
     for page in (0..pages).filter(|page| page % 5 != 0) {
         let mut bytes = [page as u8 | 1; 4096];
@@ -114,7 +114,7 @@ fn a_guest_runs_with_all_its_memory_whichever_way_it_is_restored() {
     written(&from, PAGES);
     save(&from, &path);
     for way in [RestoreWay::Eager, RestoreWay::Lazy] {
-        // What was in the memory before is gone.
+        // The previous content of the memory is gone.
         let (to, machine) = (guest(&[PAGES, 7]), Machine::default());
         to.region(BlockIndex(0))
             .unwrap()
@@ -126,7 +126,7 @@ fn a_guest_runs_with_all_its_memory_whichever_way_it_is_restored() {
         assert!(machine.runs() && !machine.state().is_empty());
         assert_eq!(restored.pages.is_some(), way == RestoreWay::Lazy);
         if let Some(pages) = restored.pages {
-            // Threads touch pages while they come, each in an order of its own.
+            // Threads touch pages while they arrive, each in a different order.
             std::thread::scope(|scope| {
                 for thread in 0..4u64 {
                     let to = &to;
@@ -147,7 +147,7 @@ fn a_guest_runs_with_all_its_memory_whichever_way_it_is_restored() {
     }
 }
 
-/// Reads of a file, counted; some of its pages can't be read as long as the disk is broken.
+/// Reads of a file, counted; some of its pages can't be read while the disk is broken.
 struct Counted {
     pages: crate::transport::MappedPages,
     reads: Arc<AtomicU64>,
@@ -184,7 +184,8 @@ impl Stand {
     }
 }
 
-/// Who touches a page that can't be read waits; all others come; an error names block, page and file; nothing is lost.
+/// A thread that touches an unreadable page waits; all other pages arrive; an error names block, page and file; no page
+/// is lost.
 #[test]
 fn a_page_that_can_not_be_read_is_waited_for_until_it_can() {
     let folder = folder();
@@ -207,7 +208,7 @@ fn a_page_that_can_not_be_read_is_waited_for_until_it_can() {
     assert!(text.contains("Input/output error") && text.contains(&path.display().to_string()), "{text}");
     assert_eq!((pages.progress().missing, pages.progress().failed), (2, 2), "all others are there");
     assert!(told.try_recv().is_err(), "who touches it waits");
-    // It is still broken: the same again.
+    // It is still broken: the same result.
     assert_eq!(pages.retry(), 2);
     assert_eq!(pages.wait().unwrap_err().block, "block0");
     assert!(told.try_recv().is_err());
@@ -218,7 +219,7 @@ fn a_page_that_can_not_be_read_is_waited_for_until_it_can() {
     assert!(bytes(&to, 0) == bytes(&from, 0));
 }
 
-/// What a guest waits for that is over is not read.
+/// Pages that a guest waited for are not read after its end.
 #[test]
 fn a_restore_that_is_abandoned_ends_its_threads() {
     let folder = folder();
@@ -238,7 +239,7 @@ fn a_restore_that_is_abandoned_ends_its_threads() {
     assert_eq!(number(&to, 1), 0, "and nobody waits");
 }
 
-/// Notes what had been done when the guest was started.
+/// Records what had been done when the guest was started.
 struct Starts {
     machine: Machine,
     reads: Arc<AtomicU64>,
@@ -260,8 +261,8 @@ impl GuestControl for Starts {
     }
 }
 
-/// However large it is: of 64 GiB, of which a few pages hold something, none is read before the guest runs, and none that
-/// holds nothing takes memory.
+/// For any size: of 64 GiB, of which a few pages hold data, none is read before the guest runs, and none without data
+/// takes memory.
 #[test]
 fn a_large_guest_runs_before_a_page_of_it_is_read() {
     const LARGE: u64 = (64 << 30) / 4096;
@@ -299,7 +300,7 @@ fn a_large_guest_runs_before_a_page_of_it_is_read() {
     assert!(blocks <= 5 * 8, "{blocks} blocks for three pages and two that were looked at");
 }
 
-/// What was touched in one restore is read before the rest in the next one, in that order.
+/// Pages that were touched in one restore are read before the rest in the next one, in that order.
 #[test]
 fn a_working_set_is_recorded_and_read_first() {
     let folder = folder();
@@ -314,13 +315,15 @@ fn a_working_set_is_recorded_and_read_first() {
         let mut session = session(&path, &to, Box::new(Machine::default()), RestoreWay::Lazy);
         session.settings_mut().working_set = Some(set.clone());
         session.settings_mut().threads = 1;
-        // The rest can't be read before the pages were touched: then each is met by a fault, or came of the working set.
+        // The rest can't be read before the pages were touched: then each has a fault, or was read from the working
+        // set.
         stand.broken.store(true, Ordering::SeqCst);
         let supply = stand.in_front_of(&path, if round == 0 { 0..PAGES * 4096 } else { 0..0 });
         let session = session.with_supply(supply);
         let pages = session.run().unwrap().pages.unwrap();
         if round == 0 {
-            // Nothing can be read yet. Each is touched by a thread of its own, the next when the one before is known.
+            // Nothing can be read yet. Each page is touched by a thread of its own, the next after the previous fault
+            // is known.
             let threads: Vec<_> = (0..)
                 .zip(touched)
                 .map(|(before, page)| {

@@ -16,7 +16,7 @@ use crate::units::{BlockIndex, PageSize};
 
 const PAGES: u64 = 256;
 
-/// A destination that can't load the device state: it discards what came.
+/// A destination that can't load the device state: it discards the received pages.
 struct Refuses;
 
 impl GuestControl for Refuses {
@@ -97,7 +97,7 @@ fn what_a_discarded_migration_left_is_zero_where_the_guest_is() {
     }
 }
 
-/// Whether the kernel is asked or the provider promises: a page that was never written takes no memory.
+/// Whether the kernel is queried or the provider promises it: a page that was never written takes no memory.
 #[test]
 fn untouched_memory_stays_untouched() {
     for (promised, channels) in [(false, 0), (false, 2), (true, 0), (true, 2)] {

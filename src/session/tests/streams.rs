@@ -1,9 +1,9 @@
-//! What a destination makes of a stream that is given to it whole.
+//! A destination's result for a complete given stream.
 #![allow(clippy::unwrap_used)]
 
 use super::*;
 
-/// What a destination makes of a whole stream of bytes.
+/// A destination's result for a complete stream of bytes.
 pub(super) fn received(stream: Vec<u8>, to: Arc<MappedGuest>) -> (DestinationReport, Machine) {
     let (mut near, far) = crate::transport::loopback(1 << 20);
     let machine = Machine::default();
@@ -60,7 +60,7 @@ fn state_section(len: usize) -> Vec<u8> {
 fn a_source_that_leaves_out_ram_starts_no_guest() {
     use crate::stream::native::Order;
     use crate::stream::qemu::command::Command;
-    // All is said to be sent, without a last section of pages.
+    // Everything is reported as sent, without a last section of pages.
     let mut early = native_start(&[("block0", 3), ("block1", 1)]);
     Command::Native(Order::StateSent).encode(&mut early);
     Command::Native(Order::Commit { migration_id: [1; 16] }).encode(&mut early);
@@ -127,7 +127,7 @@ fn undescribed(return_path: bool) -> Vec<u8> {
     out
 }
 
-/// Who opened a return path and closes without our word has given up: its guest may run on there.
+/// A source that opened a return path and closes before our message has given up: its guest may continue there.
 #[test]
 fn s15_a_missing_description_is_taken_only_from_a_source_that_expects_no_answer() {
     for (return_path, ending) in [(false, Ending::Running), (true, Ending::Discarded)] {

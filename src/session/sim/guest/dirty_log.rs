@@ -1,4 +1,4 @@
-//! The dirty logs, each of a kind of its own.
+//! The dirty logs, each of a different kind.
 
 use std::io;
 
@@ -14,7 +14,7 @@ pub(in crate::session::sim) struct LogState {
     kind: LogKind,
     pub(in crate::session::sim) on: bool,
     written: Vec<PageBitmap>,
-    /// What was read and not cleared, or what was taken when the sync began.
+    /// Bits that were read and not cleared, or that were taken when the sync began.
     read: Vec<PageBitmap>,
 }
 
@@ -127,7 +127,7 @@ impl DirtySource for SimLog {
             }
             let (written, read) =
                 (&mut log.written[run.block.as_usize()], &mut log.read[run.block.as_usize()]);
-            // Only what was read is cleared: a page written since for the first time is not known yet.
+            // Only bits that were read are cleared: a page first written since then is not known yet.
             for page in
                 (run.first.0..run.end().0).filter(|page| read.get(PageIndex(*page))).collect::<Vec<_>>()
             {

@@ -1,4 +1,4 @@
-//! Who sees each page arrive, as a relay does.
+//! An observer of each arriving page, like a relay.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use crate::ram::PageRun;
 use crate::session::sim::world::Sim;
 use crate::session::{Arrival, Error, Incoming};
 
-/// Copies each page the moment it is said to be there, as a relay may.
+/// Copies each page as soon as it is reported, as a relay may.
 pub(in crate::session::sim) struct Watcher {
     pub(in crate::session::sim) sim: Sim,
     copies: Arc<Copies>,

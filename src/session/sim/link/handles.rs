@@ -1,4 +1,4 @@
-//! The links that a source's session gets: the late one, and the real one with small batches.
+//! The links that a source's session uses: the late one, and the real one with small batches.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ impl SimLink {
         Self { sim: sim.clone(), sink: SimSink { sim: sim.clone(), side: Side::Source }, link }
     }
 
-    /// A call, which is a step; it fails from the moment the plan says so, or the destination is gone.
+    /// A call, which is a step; it fails from the planned moment on, or if the destination is gone.
     fn call<T>(&self, act: impl FnOnce(&mut World) -> T) -> Result<T, MoveError> {
         let mut turn = self.sim.enter();
         let calls = turn.world.link.calls;
@@ -48,7 +48,7 @@ impl SimLink {
         Ok(act(&mut turn.world))
     }
 
-    /// Waits until nothing is inside, or, where the destination keeps the fences, until all is on its way.
+    /// Waits until the link is empty or, if the destination keeps the fences, until all batches are in flight.
     fn wait_until_empty(&self, stop: &Stop) -> Result<(), MoveError> {
         const DOING: &str = "waiting for pages";
         for _ in 0..STALL_STEPS {
@@ -92,7 +92,7 @@ impl SourceLink for SimLink {
         if self.link.barrier.is_some() { self.link.channels as u8 } else { 0 }
     }
 
-    /// What a NIC writes is not counted by the destination.
+    /// The destination does not count a NIC's writes.
     fn sent_pages(&self) -> Vec<PageCounts> {
         let channels = self.sim.world().link.sent.clone();
         let counted = channels.into_iter().filter(|_| self.link.barrier.is_some());
@@ -217,7 +217,7 @@ impl Drop for SimLink {
     }
 }
 
-/// The real link with batches as small as the plan wants them.
+/// The real link with batches as small as the plan requires.
 pub(in crate::session::sim) struct SmallBatches {
     pub(in crate::session::sim) sim: Sim,
     pub(in crate::session::sim) link: InlineLink,

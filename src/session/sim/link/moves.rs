@@ -1,4 +1,4 @@
-//! What happens inside the late link: batches are read and placed, when and in which order the seed says.
+//! Activity of the late link: batches are read and placed at a time and in an order determined by the seed.
 
 use super::{Batch, Item};
 use crate::guest::MappedGuest;
@@ -10,7 +10,7 @@ use crate::session::sim::world::{Mark, World};
 use crate::transport::{Receipt, Returned};
 
 impl World {
-    /// Some batch may be read or placed.
+    /// A batch may be read or placed.
     pub(in crate::session::sim) fn link_moves(&mut self) {
         if self.link.channels.is_empty() {
             return;
@@ -34,14 +34,14 @@ impl World {
             if self.rng.one_in(2) {
                 self.read_one(channel);
             } else if !self.link.refers() || self.rng.one_in(8) {
-                // A queue that nobody has to wait for is a long one.
+                // A queue that the source need not wait for becomes long.
                 self.place_one(channel);
             }
         }
     }
 
-    /// Reads the first batch of a channel that was not read yet and stands before the fence; a fence that the
-    /// destination keeps is none for the source.
+    /// Reads the first unread batch of a channel that is before the fence; a fence that the destination keeps does not
+    /// count for the source.
     fn read_one(&mut self, channel: usize) {
         let (releases, passes) = (!self.link.confirms(), self.link.has_barriers());
         let items = self.link.channels[channel].iter_mut();
@@ -92,7 +92,7 @@ impl World {
             if now != bytes {
                 self.mark(Mark::Newer);
             }
-            // Each line of a page is as old as it happens to be: read between the send and now.
+            // Each cache line of a page has any age between the send and now.
             for (old, new) in bytes.chunks_mut(64).zip(now.chunks(64)) {
                 if !self.rng.one_in(4) {
                     old.copy_from_slice(new);
@@ -127,7 +127,7 @@ impl World {
         }
     }
 
-    /// Bytes leave on the stream while a round may be open.
+    /// Bytes are sent on the stream while a round may be open.
     pub(in crate::session::sim) fn link_sees_bytes(&mut self) {
         if self.link.open && self.link.kind.is_some_and(|link| link.exclusive) {
             self.violation("bytes were sent while a round of an exclusive link was open");
@@ -140,7 +140,7 @@ pub(super) fn count(counts: &mut PageCounts, piece: &Piece) {
     *if piece.verdict == Verdict::Zero { &mut counts.zero } else { &mut counts.normal } += pages;
 }
 
-/// What the whole pages of `pieces` hold, one behind the other.
+/// The content of the whole pages of `pieces`, one after the other.
 fn bytes_of(memory: &MappedGuest, pieces: &[Piece]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for piece in pieces.iter().filter(|piece| piece.verdict != Verdict::Zero) {

@@ -22,25 +22,25 @@ pub(super) use channel::{Again, Sink};
 
 pub(super) type Shared = Arc<Mutex<Destination>>;
 
-/// Pages of a batch that nobody waits for, at the most; it ends with a host page.
+/// Maximum number of background pages in a batch; it ends with a host page.
 const BATCH: u64 = 64;
 
-/// How far the guest's start has come.
+/// Progress of the guest's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Start {
     NotYet,
-    /// The device state is being loaded, for so many steps; devices ask for pages as well.
+    /// The device state is being loaded, for this many steps; devices request pages as well.
     Loading(u64),
     Done,
     Failed,
 }
 
-/// The host page that has come in part on a connection.
+/// The host page that was partly received on a connection.
 #[derive(Clone, Debug, Default)]
 struct Part {
     /// Its block and first page.
     at: Option<(usize, u64)>,
-    /// Numbers of the pages that have come.
+    /// Numbers of the received pages.
     numbers: Vec<u64>,
 }
 
@@ -53,18 +53,18 @@ pub(super) struct Urgent {
     ended: bool,
     input: Vec<u8>,
     block: usize,
-    /// Pages that came on it, and those behind a lost connection.
+    /// Pages received on it, and those after a lost connection.
     pub(super) pages: u64,
     pub(super) again: u64,
 }
 
 impl Urgent {
-    /// A QEMU 7.2 reads nothing before the connection is there.
+    /// A QEMU 7.2 reads nothing before the connection is open.
     fn is_waited_for(&self) -> bool {
         self.wanted == Some(UrgentChannel::Early) && !self.connected
     }
 
-    /// It is lost with the main one.
+    /// It is lost together with the main one.
     fn lose(&mut self) {
         (self.connected, self.ended) = (false, false);
         self.input.clear();
@@ -82,7 +82,7 @@ pub(super) struct Destination {
     pub(super) ended: bool,
     pub(super) requests: u64,
     pub(super) asked_nonsense: bool,
-    /// Times that the source went on over another connection, and that such a one was lost before.
+    /// How often the source continued over another connection, and how often such a connection was lost before that.
     pub(super) recoveries: u64,
     pub(super) lost_recovering: u64,
     /// The guest was not lost with a connection: another one finds it.
@@ -95,33 +95,33 @@ pub(super) struct Destination {
     stream: IncomingStream,
     input: Vec<u8>,
     sent: u64,
-    /// Of this connection, and where it breaks.
+    /// Bytes sent on this connection, and where it breaks.
     sent_here: u64,
     breaks_at: Option<u64>,
     cut: bool,
-    /// Bytes that the source takes for sent, and that were lost with a connection.
+    /// Bytes that the source counts as sent, and that were lost with a connection.
     pub(super) swallowed: u64,
-    /// Another connection is there, and the source has not said RESUME on it.
+    /// Another connection is open, and the source has not sent RESUME on it.
     recovering: bool,
-    /// Marks between pages that are not answered yet, with the pages in front of each.
+    /// Unanswered marks between pages, with the number of pages before each.
     marks: VecDeque<(u32, u64)>,
-    /// Pages that came behind the package and nobody waited for, and of them those that the source knows of; `None` until it
-    /// knows of any.
+    /// Background pages received after the package, and how many of them the source knows to be received; `None` until
+    /// it knows of any.
     filled: u64,
     known: Option<u64>,
-    /// Host pages that were asked for and have not come, by block and first page.
+    /// Host pages that were requested and not received, by block and first page.
     outstanding: Vec<(usize, u64)>,
     replies: VecDeque<u8>,
-    /// Target pages of host pages, and the number of each page that is in place.
+    /// Target pages per host page, and the number of each placed page.
     hosts: Vec<u64>,
     pages: Vec<Vec<Option<u64>>>,
-    /// The connection for urgent pages, if it wants one.
+    /// The connection for urgent pages, if it requires one.
     pub(super) urgent: Urgent,
-    /// Tells the source to go on over another connection, where it waits for that.
+    /// Makes the source continue over another connection, if it waits for that.
     pub(super) operator: Option<Control>,
-    /// The loss has been seen here, and the source was told to go on.
+    /// The loss was noticed here, and the source was told to continue.
     told: bool,
-    /// What has come in part, on the main connection and on that one.
+    /// Partly received host pages, on the main connection and on the urgent one.
     parts: [Part; 2],
     discards: u64,
     package: Vec<u8>,
@@ -285,7 +285,7 @@ impl Destination {
                 self.violations.push(format!("{command:?} comes on a connection that was not lost"));
             }
             Command::Native(Order::Hello(theirs)) => self.say(Message::Native(Answer::Hello(theirs))),
-            // A ramwire's precopy: all is loaded at once.
+            // A ramwire's precopy: everything is loaded at once.
             Command::Native(Order::StateSent) => self.say(Message::Native(Answer::Ready)),
             Command::Native(Order::Commit { .. }) => {
                 (self.committed, self.ended) = (true, true);
@@ -313,7 +313,7 @@ impl Destination {
         if self.recovering {
             self.violations.push("a page comes in front of RESUME".into());
         }
-        // A page that has come may have been written by the guest since. What a lost connection broke off comes again whole.
+        // The guest may have written a received page since. A page that a lost connection cut off is sent again whole.
         let was_here = self.pages[block][page as usize].is_some();
         if was_here {
             self.violations.push("a page comes that is there and was not forgotten".into());
@@ -334,7 +334,8 @@ impl Destination {
         }
     }
 
-    /// The connection is lost: what has come of a host page is dropped, and what had not started may be lost with it.
+    /// The connection is lost: a partly received host page is dropped, and a guest that had not started may be lost
+    /// with it.
     fn lose(&mut self) {
         self.cut = true;
         self.parts = Default::default();
@@ -344,7 +345,7 @@ impl Destination {
         self.marks.clear();
         (self.filled, self.known) = (0, None);
         self.told = !self.must_be_seen();
-        // Or the loss is never seen here. Refused in front of the switch.
+        // Or the loss is never noticed here. Refused before the switch.
         match &self.operator {
             _ if self.told => {}
             Some(operator) if !self.rng.one_in(3) => {
@@ -354,21 +355,21 @@ impl Destination {
         }
         self.lost_recovering += u64::from(self.recovering);
         match self.start {
-            // A QEMU before 10.2 has given itself up by RUN, and starts the guest; a later one discards it.
+            // A QEMU before 10.2 has committed itself by RUN, and starts the guest; a later one discards it.
             Start::Loading(_) if self.rng.one_in(2) && self.fault != Fault::Load => {
                 self.start = Start::Done;
                 self.run();
             }
             Start::Loading(_) => (self.start, self.may_be_reached) = (Start::Failed, false),
             Start::NotYet => self.may_be_reached = false,
-            // Its last word is lost as well.
+            // Its last message is lost as well.
             Start::Done if self.shut => self.may_be_reached = false,
             Start::Done | Start::Failed => {}
         }
     }
 
-    /// The source makes another connection: what it is for is seen by its first byte. One that is silent, while there is a main
-    /// one, is for urgent pages.
+    /// The source opens another connection: its first byte shows its use. A silent one, while there is a main one, is
+    /// for urgent pages.
     fn connect(&mut self) -> bool {
         if self.cut && !self.told {
             self.violations.push("a connection comes before it has seen the loss".into());
@@ -383,7 +384,8 @@ impl Destination {
         true
     }
 
-    /// A QEMU with a connection for urgent pages goes on listening, and ends on one that comes before it has seen the loss.
+    /// A QEMU with a connection for urgent pages keeps listening, and ends on a connection that arrives before it has
+    /// noticed the loss.
     fn must_be_seen(&self) -> bool {
         !self.native && self.urgent.wanted.is_some()
     }
@@ -399,7 +401,7 @@ impl Destination {
             return false;
         }
         if !self.cut {
-            // The source has given it up by itself.
+            // The source has closed it by itself.
             self.lose();
         }
         if let Fault::Cuts { next, times, .. } = &mut self.fault {
@@ -446,7 +448,7 @@ impl Destination {
         }
     }
 
-    /// One step of its own: a device or a thread waits for a page, the start goes on.
+    /// One step of its own: a device or a thread waits for a page, or the start progresses.
     fn act(&mut self) {
         let resumed = self.recoveries > 0 && !self.recovering;
         let waits = resumed && self.urgent.wanted.is_some() && !self.urgent.connected;
@@ -528,7 +530,7 @@ impl Destination {
     }
 
     fn ask(&mut self) {
-        // Behind the end there is nothing that anybody could wait for.
+        // After the end there is nothing to wait for.
         if self.shut || self.recovering || self.ended {
             return;
         }
@@ -557,7 +559,7 @@ impl Destination {
         self.say(Message::RequestPagesOf { block: &name, start, length });
     }
 
-    /// The source is gone: what was given away may start yet.
+    /// The source is gone: a guest that was handed over may still start.
     pub(super) fn end(&mut self) {
         if matches!(self.start, Start::Loading(_)) && self.fault != Fault::Load {
             self.run();

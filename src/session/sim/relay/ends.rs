@@ -1,4 +1,4 @@
-//! The guest's source and the far end, as a relay meets them.
+//! The guest's source and the far end, as seen by a relay.
 
 use std::collections::VecDeque;
 
@@ -14,7 +14,7 @@ pub(super) enum Item {
     Commit,
 }
 
-/// Items under way at most: a socket's buffer.
+/// Maximum number of items in flight: a socket's buffer.
 const ROOM: usize = 4;
 
 /// The guest's source.
@@ -23,7 +23,7 @@ pub(super) struct Source {
     pub(super) runs: bool,
     pub(super) dead: bool,
     pub(super) gave_away: bool,
-    /// It has ended its side of the connection, or seen the other end's.
+    /// It has closed its side of the connection, or noticed that the other end did.
     closed: bool,
     pub(super) memory: [u32; PAGES],
     dirty: VecDeque<usize>,
@@ -54,7 +54,7 @@ impl Source {
         }
     }
 
-    /// The relay sees that it has gone.
+    /// The relay notices that it has disconnected.
     pub(super) fn is_gone(&self) -> bool {
         self.closed
     }
@@ -72,11 +72,11 @@ impl Source {
         (self.dead, self.runs, self.closed) = (true, false, true);
     }
 
-    /// The migration is over as it sees it, without success.
+    /// From its view the migration has failed.
     fn fails(&mut self) {
         self.closed = true;
         self.wire.clear();
-        // A ramwire never lets a guest run again that it gave away; one that expects no answer has let go.
+        // A ramwire never resumes a guest that it handed over; a source that expects no answer has released it.
         let resumes = !self.gave_away || self.kind == SourceKind::Qemu;
         self.runs |= resumes && !self.dead;
     }
@@ -127,7 +127,7 @@ impl World {
         } else if !source.state_sent {
             source.state_sent = true;
             source.wire.push_back(Item::State);
-            // The last byte of a QEMU's state gives the guest away.
+            // The last byte of a QEMU's state hands over the guest.
             source.gave_away = source.kind != SourceKind::Ramwire;
         } else if source.kind == SourceKind::Ramwire && source.asked && !source.gave_away {
             source.gave_away = true;
@@ -142,7 +142,7 @@ pub(super) struct Far {
     pub(super) runs: bool,
     pub(super) ran: bool,
     dead: bool,
-    /// No byte comes any more behind what is on the wire.
+    /// No bytes follow those on the wire.
     ended: bool,
     memory: [u32; PAGES],
     state: bool,
@@ -152,7 +152,7 @@ pub(super) struct Far {
     committed: bool,
     slowness: u64,
     pub(super) wire: VecDeque<Item>,
-    /// True: it runs. False: it does not.
+    /// True: it runs. False: it does not run.
     answers: VecDeque<bool>,
     pub(super) taken: u64,
 }
@@ -186,7 +186,7 @@ impl Far {
         self.dead
     }
 
-    /// Its host dies; the guest with it.
+    /// Its host dies, together with the guest.
     pub(super) fn dies(&mut self) {
         (self.dead, self.runs) = (true, false);
         self.answers.clear();
@@ -198,7 +198,7 @@ impl Far {
         self.ended = true;
     }
 
-    /// Nobody reads its answers any more.
+    /// Its answers have no reader any more.
     pub(super) fn answers_close(&mut self) {
         self.answers.clear();
     }
@@ -208,7 +208,7 @@ impl Far {
         self.answers.pop_front()
     }
 
-    /// Gives up: no guest will run here.
+    /// It fails: the guest will not run here.
     fn refuses(&mut self) {
         self.answers.push_back(false);
         self.dead = true;

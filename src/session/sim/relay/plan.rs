@@ -1,15 +1,15 @@
-//! What a seed stands for: who the source and the far end are, and what goes wrong.
+//! The plan of a seed: the kinds of source and far end, and the fault.
 
 use crate::session::sim::plan::Rng;
 
 /// What the guest's source is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SourceKind {
-    /// Gives the guest away with its last byte, and lets it run again if its connection closes or says so.
+    /// Hands over the guest with its last byte, and resumes it if its connection closes or reports a failure.
     Qemu,
     /// The same without a return path: it receives nothing, and has released the guest.
     OneWay,
-    /// Gives the guest away when it is asked for it, and never lets it run again by itself then.
+    /// Hands over the guest when it is requested, and never resumes it by itself after that.
     Ramwire,
 }
 
@@ -35,17 +35,17 @@ pub(super) struct Plan {
     pub(super) far: FarKind,
     /// Rounds before the guest is paused.
     pub(super) rounds: u64,
-    /// Chances of the far end, of which it takes one.
+    /// The far end makes progress in one of this many steps.
     pub(super) far_slowness: u64,
     /// Steps of the far end between COMMIT and its answer.
     pub(super) far_thinks: u64,
     /// It can't load the device state.
     pub(super) far_refuses: bool,
     pub(super) fault: Option<Fault>,
-    /// The step at which it falls due.
+    /// The step at which it happens.
     pub(super) at: u64,
     pub(super) counts_from_giving: bool,
-    /// Somebody looks after a guest in doubt.
+    /// An operator handles a guest in doubt.
     pub(super) operator: bool,
 }
 

@@ -20,7 +20,7 @@ use crate::session::{Breakage, CancelReply, Clock, Guard, Held, Spawner};
 use crate::sys::CancelToken;
 use crate::units::{BlockIndex, PageIndex, PageSize};
 
-/// Bytes that a page stands for: so large that a few of them are a backlog.
+/// Bytes per page: so large that a few pages are a backlog.
 const PAGE_BYTES: u64 = 1 << 20;
 /// Steps for which the far end may be silent after COMMIT.
 const FINISH_STEPS: u64 = 100;
@@ -34,7 +34,7 @@ impl Clock for Steps {
     }
 }
 
-/// Another process, which holds what it is given.
+/// Another process, which holds the passed connections.
 struct Holding(Arc<AtomicBool>);
 
 impl Guard for Holding {
@@ -47,11 +47,11 @@ impl Guard for Holding {
     }
 }
 
-/// Where the side towards the source stands.
+/// State of the side towards the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Near {
     Reading,
-    /// A page of which half has been written.
+    /// A page that is half written.
     Writing(usize, u32),
     AwaitsQuestion,
     AwaitsCommit,
@@ -59,7 +59,7 @@ enum Near {
     Ended,
 }
 
-/// Where the side towards the far end stands.
+/// State of the side towards the far end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FarSide {
     Live,
@@ -97,7 +97,7 @@ impl Relay {
             guard,
             cancel: CancelToken::default(),
             notice: Arc::new(|_| ()),
-            // Nothing of this is told by a thread.
+            // No thread reports anything here.
             spawner: Spawner::new(|_, _| Err(io::Error::other("none here"))),
             source: UnixStream::pair().ok().map(|(source, _)| OwnedFd::from(source)),
         });
@@ -164,7 +164,7 @@ impl Relay {
         self.hub.lock().may_read()
     }
 
-    /// Pages that have come are to be sent on.
+    /// Received pages are to be sent on.
     fn sync(&mut self) {
         let mut taken = PageBitmap::new(PAGES as u64);
         self.arrivals.sync_into(BlockIndex(0), &mut taken).unwrap();
@@ -244,7 +244,7 @@ impl World {
         relay.hub.post(RelayEvent::SourceGone);
         relay.hub.post(RelayEvent::Told);
         relay.near = Near::Ended;
-        // Nothing is told twice, and what closes now has been told or can't be.
+        // Nothing is reported twice, and a connection that closes now has received the report or can't receive it.
         self.source.connection_ends();
     }
 
@@ -290,7 +290,7 @@ impl World {
         match relay.far_side {
             FarSide::Live if !self.far.has_room() => {}
             FarSide::Live => {
-                // The order that counts: whether all has come is asked before what has come is taken.
+                // The required order: it checks whether all pages have arrived before it takes the received pages.
                 let is_last = relay.has(RelayAction::SendLastRound);
                 if relay.dirty.is_empty() {
                     relay.sync();

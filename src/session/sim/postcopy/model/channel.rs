@@ -1,4 +1,4 @@
-//! The connection to the modelled destination, which breaks where the plan says.
+//! The connection to the modelled destination, which breaks at the planned byte.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,16 +11,16 @@ use crate::transport::{Address, ByteSink, ByteSource, ChannelError, OpenError};
 
 /// Waits for less are looks.
 const LOOK: Duration = Duration::from_secs(1);
-/// Steps in which an answer that is waited for must come.
+/// Steps within which an awaited answer must arrive.
 const STEPS: usize = 5000;
 
 /// Both directions of the connection.
 pub(in crate::session::sim::postcopy) struct Sink(pub(in crate::session::sim::postcopy) Shared);
 
-/// A connection behind the first.
+/// A connection after the first.
 struct Further {
     shared: Shared,
-    /// It is the main one; not known before its first byte.
+    /// Set if it is the main one; unknown before its first byte.
     main: Option<Sink>,
 }
 
@@ -93,7 +93,7 @@ impl ByteSink for Sink {
             let left = at.saturating_sub(there.sent_here) as usize;
             there.receive(&bytes[..left]);
             there.lose();
-            // The sender's host takes what it can't deliver any more, until it hears of the loss.
+            // The sender's host accepts bytes that it can't deliver any more, until it notices the loss.
             if there.rng.one_in(2) {
                 there.swallowed += (bytes.len() - left) as u64;
                 there.sent_here = after;
