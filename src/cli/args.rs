@@ -1,4 +1,4 @@
-//! The command line, and which status a run ends with.
+//! The command line, and the exit status of a run.
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -76,7 +76,7 @@ enum What {
     Man,
 }
 
-/// How a run of the command ended.
+/// Result of a run of the command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Exit {
     Done,
@@ -107,9 +107,9 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// Parses the command line and does what it says.
+/// Parses the command line and executes it.
 pub fn run() -> ExitCode {
-    // Before anything takes memory or starts a thread.
+    // Before anything allocates memory or starts a thread.
     if std::env::args_os().nth(1).is_some_and(|first| first == guardian::ARGUMENT) {
         return guardian::run();
     }
@@ -201,14 +201,14 @@ mod tests {
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
-    /// Every subcommand that is shown, and each of its long options, stands in each text.
+    /// Every visible subcommand and each of its long options is in each text.
     #[test]
     fn completions_and_man_page_have_every_subcommand_and_option() {
         let mut command = Cli::command();
         command.build();
         let shown = |command: &&clap::Command| !command.is_hide_set() && command.get_name() != "help";
         for what in What::value_variants() {
-            // A man page writes each hyphen as an escape.
+            // A man page escapes each hyphen.
             let text = String::from_utf8(generated(*what).unwrap()).unwrap().replace("\\-", "-");
             for subcommand in command.get_subcommands().filter(shown) {
                 let name = subcommand.get_name();

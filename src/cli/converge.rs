@@ -1,4 +1,4 @@
-//! Options that bring a migration to its end although the guest writes fast.
+//! Options that make a migration converge although the guest writes fast.
 
 use std::time::Duration;
 
@@ -72,7 +72,7 @@ pub(super) const REMEDIES: &str = "raise --max-bandwidth or --downtime-ms, send 
                                    guest down (--auto-converge or --dirty-limit), or end it by --timeout and \
                                    --timeout-action finish";
 
-/// Says, while it goes on, that a migration does not converge, and what would help.
+/// Reports, during the migration, that it does not converge, with a remedy.
 pub(super) fn tell_if_it_does_not(
     command: &'static str,
     statistics: &SharedStatistics,
@@ -85,7 +85,7 @@ pub(super) fn tell_if_it_does_not(
     });
 }
 
-/// The options behind the remedies of a migration that did not.
+/// Reports the options for the remedies of a migration that did not converge.
 pub(super) fn tell_remedies(command: &str, error: Option<&Error>, remedies: &str) {
     if let Some(Error::NotConverged { .. }) = error {
         note!("ramwire {command}: {remedies}");
@@ -116,12 +116,12 @@ fn within(text: &str, least: u8, most: u8) -> Result<Percent, String> {
 }
 
 impl ConvergeArgs {
-    /// True if nothing was asked for: neither throttling nor an end.
+    /// True if nothing is configured: neither throttling nor a time limit.
     pub(super) fn is_empty(&self) -> bool {
         !self.auto_converge && !self.dirty_limit && self.timeout.timeout.is_none()
     }
 
-    /// Completes `settings` with what was asked for.
+    /// Sets the configured values in `settings`.
     pub(super) fn apply(&self, settings: &mut SourceSettings) -> Result<(), Usage> {
         if self.auto_converge {
             if self.max_cpu_throttle < self.cpu_throttle_initial {

@@ -1,4 +1,4 @@
-//! `ramwire devices`: what this host has for RDMA, and what stands in a migration's way.
+//! `ramwire devices`: RDMA devices of this host, and obstacles to a migration by RDMA.
 
 use serde_json::{Value, json};
 
@@ -28,7 +28,7 @@ pub(super) fn run(args: &Args) -> Exit {
 
 /// What was found.
 struct Found {
-    /// The address a guest can be sent to and from, or why there is none, with the remedy.
+    /// The address that a guest can be sent to and from, or why there is none, with the remedy.
     usable: Result<String, String>,
     /// Bytes this process may lock; `None` for no limit.
     memory_lock: Option<u64>,
@@ -51,10 +51,10 @@ struct Port {
     state: String,
     link_layer: String,
     mtu: u32,
-    /// IP addresses whose connections go by it.
+    /// IP addresses whose connections use it.
     addresses: Vec<String>,
     gids: Vec<String>,
-    /// Fit for a migration, or what to do about it.
+    /// Fit for a migration, or the remedy.
     verdict: Result<(), &'static str>,
 }
 
@@ -63,7 +63,7 @@ struct Limit {
     name: &'static str,
     value: String,
     verdict: Verdict,
-    /// What to do about it; empty where nothing is to be done.
+    /// The remedy; empty if none is needed.
     remedy: &'static str,
 }
 
@@ -71,7 +71,7 @@ struct Limit {
 enum Verdict {
     /// It does not matter.
     Good,
-    /// A migration works, at a cost, or not every one.
+    /// A migration works, but at a cost, or not every migration works.
     Limits,
     /// No migration works.
     Blocks,
@@ -103,11 +103,11 @@ impl Limit {
     }
 }
 
-/// What a registration spans at least: the protocol's chunk.
+/// Minimum size of a registration: the protocol's chunk.
 const CHUNK_BYTES: u64 = 1 << 20;
-/// Registrations that a large guest with scattered pages comes to.
+/// Number of registrations that a large guest with scattered pages needs.
 const MANY_REGISTRATIONS: u32 = 1024;
-/// A request for one key: the control message that travels most.
+/// Size of a request for one key: the most frequent control message.
 const CONTROL_BYTES: u32 = 40;
 
 /// How much this process may lock; registered memory is locked.

@@ -1,10 +1,10 @@
-//! All that the command prints.
+//! All output of the command.
 //!
-//! What becomes of the output never decides what becomes of a guest: nothing here panics, fails, or holds a migration up.
+//! A failure of the output never affects a guest: nothing here panics, fails, or delays a migration.
 //!
-//! Notes, errors and logs go to standard error through a queue and a thread, so that a terminal that stands still or a
-//! pipe that is not read stops that thread and no other. What the queue can't hold is left out and counted. Results go
-//! to standard output once all is decided, and wait for their reader as those of any program do.
+//! Notes, errors and logs go to standard error through a queue and a thread, so that a stopped terminal or an unread
+//! pipe blocks only that thread. Lines that do not fit the queue are dropped and counted. Results go to standard output
+//! once the outcome is final, and wait for their reader like those of any program.
 
 use std::fmt::Arguments;
 use std::io::{self, Write};
@@ -17,10 +17,10 @@ use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 
 use super::args::Exit;
 
-/// Most bytes that wait for standard error.
+/// Maximum number of bytes that wait for standard error.
 const MAX_WAITING: usize = 16 << 20;
 
-/// How long the command's end waits for standard error to take the last lines.
+/// How long the end of the command waits until standard error has accepted the last lines.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// A line to standard error.
@@ -29,13 +29,13 @@ macro_rules! note {
 }
 pub(super) use note;
 
-/// A line of the result to standard output.
+/// Writes a line of the result to standard output.
 macro_rules! result_line {
     ($($text:tt)*) => { $crate::cli::output::result(::std::format_args!("{}\n", ::std::format_args!($($text)*))) };
 }
 pub(super) use result_line;
 
-/// The result's text to standard output, as it is.
+/// Writes the result's text to standard output, unchanged.
 macro_rules! result_text {
     ($($text:tt)*) => { $crate::cli::output::result(::std::format_args!($($text)*)) };
 }
@@ -43,7 +43,7 @@ pub(super) use result_text;
 
 enum Order {
     Write(Vec<u8>),
-    /// Answer once everything in front of this is written.
+    /// Answer once everything before this is written.
     Answer(Sender<()>),
 }
 
@@ -55,7 +55,7 @@ struct Queue {
 }
 
 impl Queue {
-    /// A queue whose thread writes to `out`; `None` where no thread is to be had.
+    /// A queue whose thread writes to `out`; `None` if no thread can be started.
     fn start(out: impl Write + Send + 'static) -> Option<Self> {
         let (orders, taken) = unbounded();
         let waiting = Arc::new(AtomicUsize::new(0));
@@ -65,7 +65,7 @@ impl Queue {
         Some(Self { orders, waiting, left_out: AtomicU64::new(0) })
     }
 
-    /// Puts `text` in the queue, or leaves it out where too much waits. Never blocks.
+    /// Puts `text` into the queue, or drops it if too much waits. Never blocks.
     fn put(&self, text: &[u8]) {
         if self.waiting.load(Ordering::Acquire) + text.len() > MAX_WAITING {
             self.left_out.fetch_add(1, Ordering::Relaxed);
@@ -79,11 +79,11 @@ impl Queue {
         }
         line.extend_from_slice(text);
         self.waiting.fetch_add(line.len(), Ordering::AcqRel);
-        // Its thread ends with the process only.
+        // Its thread ends only with the process.
         let _ = self.orders.send(Order::Write(line));
     }
 
-    /// Waits until all that was put is written, at most `time`.
+    /// Waits until everything in the queue is written, at most `time`.
     fn flush(&self, time: Duration) {
         let (done, written) = bounded(1);
         if self.orders.send(Order::Answer(done)).is_ok() {
@@ -105,7 +105,7 @@ fn write_all(orders: &Receiver<Order>, waiting: &AtomicUsize, mut out: impl Writ
     }
 }
 
-/// The queue of standard error; `None` where no thread is to be had: then each line is written at once.
+/// The queue of standard error; `None` if no thread can be started: then each line is written immediately.
 fn errors() -> Option<&'static Queue> {
     static ERRORS: OnceLock<Option<Queue>> = OnceLock::new();
     ERRORS.get_or_init(|| Queue::start(io::stderr())).as_ref()
@@ -123,7 +123,7 @@ pub(super) fn note_line(text: Arguments<'_>) {
     put(format!("{text}\n").as_bytes());
 }
 
-/// Prints a result to standard output. That it can't be is noted, and changes no exit status.
+/// Prints a result to standard output. A failure is noted on standard error, and changes no exit status.
 pub(super) fn result(text: Arguments<'_>) {
     if let Err(error) = product(text.to_string().as_bytes())
         && error.kind() != io::ErrorKind::BrokenPipe
@@ -132,32 +132,32 @@ pub(super) fn result(text: Arguments<'_>) {
     }
 }
 
-/// Prints what a command is run for, as completions: without it the command has failed.
+/// Prints the product of a command, such as completions: without it the command has failed.
 ///
 /// # Errors
 /// What writing says.
 pub(super) fn product(text: &[u8]) -> io::Result<()> {
-    // What was noted before stands in front of it on a terminal.
+    // On a terminal, earlier notes come before it.
     flush();
     let mut out = io::stdout().lock();
     out.write_all(text)?;
     out.flush()
 }
 
-/// Waits a moment until standard error has taken what was noted.
+/// Waits briefly until standard error has accepted the notes.
 pub(super) fn flush() {
     if let Some(queue) = errors() {
         queue.flush(LAST_LINES);
     }
 }
 
-/// The process's status, once standard error has had the time to take the last lines.
+/// The process's status, after standard error has had time to accept the last lines.
 pub(super) fn status(exit: Exit) -> ExitCode {
     flush();
     exit.into()
 }
 
-/// Ends the process at once, from any thread.
+/// Ends the process immediately, from any thread.
 pub(super) fn leave(exit: Exit) -> ! {
     flush();
     std::process::exit(exit.code().into())
@@ -183,7 +183,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    /// Takes nothing until it is told to, then keeps all.
+    /// Accepts nothing until it is released, then keeps everything.
     struct Stopped(Receiver<()>, Sender<Vec<u8>>);
 
     impl Write for Stopped {
@@ -202,11 +202,11 @@ mod tests {
         let ((go, stopped), (give, taken)) = (bounded(0), unbounded());
         let queue = Queue::start(Stopped(stopped, give)).unwrap();
         let line = vec![b'x'; 1 << 20];
-        // Each of these returns although none is written.
+        // Each of these returns although no line is written.
         (0..20).for_each(|_| queue.put(&line));
         assert!(queue.waiting.load(Ordering::Acquire) <= MAX_WAITING);
         assert_eq!(queue.left_out.load(Ordering::Relaxed), 4);
-        // From here on everything is taken.
+        // From here on every line is accepted.
         drop(go);
         queue.flush(Duration::from_secs(60));
         queue.put(b"last\n");

@@ -8,11 +8,11 @@ use plotters::prelude::*;
 
 /// Height of labels in pixels.
 const LABEL: u32 = 14;
-/// Room beside the axes for their labels, in pixels.
+/// Room next to the axes for their labels, in pixels.
 const LEFT: u32 = 80;
 const BELOW: u32 = 48;
 
-/// Colours that are told apart by people who see fewer of them, too.
+/// Colours that people with impaired colour vision can distinguish, too.
 const COLORS: [RGBColor; 6] = [
     RGBColor(0x00, 0x72, 0xb2),
     RGBColor(0xd5, 0x5e, 0x00),
@@ -26,18 +26,18 @@ fn color(index: usize) -> RGBColor {
     COLORS[index % COLORS.len()]
 }
 
-/// What a chart is drawn on.
+/// The canvas of a chart.
 #[derive(Clone, Debug)]
 pub(super) struct Canvas {
     /// Width and height in pixels.
     pub(super) size: (u32, u32),
-    /// Whether a chart of several lines names them; else what it stands in does.
+    /// Whether a chart of several lines has a legend; otherwise its surroundings name them.
     pub(super) legend: bool,
-    /// A part of the x axis that is shaded.
+    /// A shaded part of the x axis.
     pub(super) band: Option<Range<f64>>,
-    /// Ticks of the x axis at most; `None`: as many as have room.
+    /// Maximum number of ticks of the x axis; `None`: as many as fit.
     pub(super) ticks: Option<usize>,
-    /// The y axis goes at least as far.
+    /// The y axis extends at least this far.
     pub(super) up_to: f64,
 }
 
@@ -48,18 +48,18 @@ impl Default for Canvas {
 }
 
 impl Canvas {
-    /// How many labels of 100 pixels fit below.
+    /// How many labels of 100 pixels fit below the chart.
     fn labels_across(&self) -> usize {
         self.ticks.unwrap_or((self.size.0.saturating_sub(LEFT) / 100).max(2) as usize)
     }
 
-    /// How many labels fit beside.
+    /// How many labels fit next to the chart.
     fn labels_up(&self) -> usize {
         (self.size.1.saturating_sub(BELOW) / 45).max(2) as usize
     }
 }
 
-/// `svg` in the colours of the page it stands in, and on the page's own ground: `--ink` and `--c0` to `--c5` of its style.
+/// `svg` in the colours of its page, on the page's own background: `--ink` and `--c0` to `--c5` of the page's style.
 pub(super) fn themed(svg: &str) -> String {
     let hex = |color: RGBColor| format!("\"#{:02X}{:02X}{:02X}\"", color.0, color.1, color.2);
     let mut out = svg.replace(&hex(BLACK), "\"var(--ink)\"").replace(&hex(WHITE), "\"none\"");
@@ -81,9 +81,9 @@ fn failed(error: impl std::fmt::Display) -> PlotError {
 /// One axis.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Axis<'a> {
-    /// What it shows, with its unit.
+    /// The quantity, with its unit.
     pub(super) label: &'a str,
-    /// Whether every power of ten takes the same room; values must then be above 0.
+    /// Whether every power of ten takes the same width; values must then be above 0.
     pub(super) logarithmic: bool,
     /// Text at a tick.
     pub(super) tick: fn(f64) -> String,
@@ -120,7 +120,7 @@ pub(super) fn plain(value: f64) -> String {
     }
 }
 
-/// Draws `lines` over common axes, with a legend where there are several. The answer is a whole SVG document.
+/// Draws `lines` over common axes, with a legend if there are several. Returns a complete SVG document.
 ///
 /// # Errors
 /// [`PlotError`] without any point that can be drawn.
@@ -128,7 +128,7 @@ pub(super) fn lines(title: &str, x: Axis<'_>, y: Axis<'_>, lines: &[Line]) -> Re
     lines_on(&Canvas::default(), title, x, y, lines)
 }
 
-/// As [`lines`], on a canvas of one's own; without room for a title where that is empty.
+/// As [`lines`], on a given canvas; without room for a title if it is empty.
 ///
 /// # Errors
 /// [`PlotError`] without any point that can be drawn.
@@ -158,7 +158,7 @@ pub(super) fn lines_on(
     }
 }
 
-/// All values and some room; a linear axis starts at 0.
+/// A range of all values with a margin; a linear axis starts at 0.
 fn range(axis: Axis<'_>, values: impl Iterator<Item = f64>) -> Option<Range<f64>> {
     let (low, high) = values
         .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
@@ -230,8 +230,8 @@ where
     Ok(svg)
 }
 
-/// Draws one bar for each of `bars`, each with its interval as a whisker, over the axis `y` from 0. The answer is a
-/// whole SVG document.
+/// Draws one bar for each of `bars`, each with its interval as a whisker, over the axis `y` from 0. Returns a complete
+/// SVG document.
 ///
 /// # Errors
 /// [`PlotError`] without any bar that can be drawn.
@@ -246,7 +246,7 @@ pub(super) fn bars(title: &str, y: Axis<'_>, bars: &[Bar]) -> Result<String, Plo
         builder.caption(title, ("sans-serif", LABEL + 6)).margin(12);
         builder.y_label_area_size(LEFT).x_label_area_size(BELOW);
         let mut chart = builder.build_cartesian_2d(0.0..bars.len() as f64, up).map_err(failed)?;
-        // A name stands in the middle below its bar; the other ticks stay without text.
+        // A name is centred below its bar; the other ticks have no text.
         let name = |x: &f64| match ((x * 2.0).round() as usize, (x * 2.0).fract() == 0.0) {
             (halves, true) if halves % 2 == 1 => {
                 bars.get(halves / 2).map_or_else(String::new, |bar| bar.name.clone())
@@ -277,7 +277,7 @@ pub(super) fn bars(title: &str, y: Axis<'_>, bars: &[Bar]) -> Result<String, Plo
     Ok(svg)
 }
 
-/// Draws `bars` one below the other, each with its name before it and its value behind it. The answer is a whole SVG
+/// Draws `bars` one below the other, each with its name before it and its value after it. Returns a complete SVG
 /// document.
 ///
 /// # Errors
@@ -323,7 +323,7 @@ pub(super) fn bars_across(canvas: &Canvas, x: Axis<'_>, bars: &[(&str, f64)]) ->
 }
 
 /// Draws a group of bars for each of `groups`: its name and one height for each kind, over the logarithmic axis `y`. A
-/// height below 1 is no bar. The answer is a whole SVG document.
+/// height below 1 has no bar. Returns a complete SVG document.
 ///
 /// # Errors
 /// [`PlotError`] without any group.
@@ -392,7 +392,7 @@ mod tests {
             assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
             assert!(svg.contains("a &lt; b") && !svg.contains("a < b"));
             assert!(svg.contains(x.label) && svg.contains(y.label) && svg.contains("theirs"));
-            // One for each line and one for each entry of the legend, beside those of the mesh.
+            // One for each line and one for each entry of the legend, in addition to those of the mesh.
             assert!(count(&svg, "stroke-width=\"2\"") >= 4, "{svg}");
         }
     }

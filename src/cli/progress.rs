@@ -1,4 +1,4 @@
-//! A progress line on a terminal, nothing anywhere else.
+//! A progress line on a terminal, otherwise no output.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use indicatif::{ProgressBar, ProgressStyle};
 use ramwire::observe::{SharedStatistics, Statistics};
 
-/// How often the line is drawn.
+/// Interval between two drawings of the line.
 const TICK: Duration = Duration::from_millis(100);
 
 /// How long the last drawing may take.
@@ -28,7 +28,7 @@ impl Progress {
         Self::draw(statistics, |now| format!("round {}  {}", now.round_count() + 1, line(now)))
     }
 
-    /// Follows a destination's, which knows of no rounds.
+    /// Follows a destination's figures, which have no rounds.
     pub(super) fn follow_destination(statistics: SharedStatistics) -> Self {
         Self::draw(statistics, line)
     }
@@ -44,7 +44,7 @@ impl Progress {
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             while !stop.load(Ordering::Acquire) {
                 let now = statistics.snapshot();
-                // Of nothing, all is done: a total that is not known yet is no zero.
+                // A total of zero would count as complete: a total that is not known yet is not zero.
                 bar.set_length(now.total.max(1));
                 bar.set_position(now.total.saturating_sub(now.remaining));
                 bar.set_message(line(&now));
@@ -60,7 +60,7 @@ impl Progress {
 }
 
 impl Drop for Progress {
-    /// A terminal that stands still keeps the line, and not the migration's end.
+    /// A stopped terminal delays the line, but not the migration's end.
     fn drop(&mut self) {
         self.done.store(true, Ordering::Release);
         if let Some(ended) = self.ended.take() {

@@ -100,7 +100,7 @@ pub(super) struct Args {
     timeouts: SourceTimeouts,
 }
 
-/// What helps where the guest's source does not come to its switchover.
+/// What helps if the guest's source does not reach its switchover.
 const REMEDIES: &str = "its source decides when to switch over: raise its downtime limit or bandwidth there, have it slow \
                         the guest down (auto-converge), or give the relay more time (--timeout)";
 
@@ -263,7 +263,7 @@ impl Args {
     }
 }
 
-/// Without the process that holds the source's connection no guest is taken.
+/// Without the process that holds the source's connection the relay takes no guest.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "no process can be started to hold the source's connection, should this one end while the guest is in doubt \
@@ -273,7 +273,7 @@ struct NoGuardian {
     source: std::io::Error,
 }
 
-/// What is said when this process ends while the guest is in doubt.
+/// The message if this process ends while the guest is in doubt.
 fn left_in_doubt(guardian: u32) -> String {
     format!(
         "ramwire relay: in doubt, and this process ends: process {guardian} goes on holding the source's connection and \
@@ -281,7 +281,7 @@ fn left_in_doubt(guardian: u32) -> String {
     )
 }
 
-/// SIGUSR1 says that the guest does not run at the far end.
+/// SIGUSR1 means that the guest does not run at the far end.
 fn decide_on_signal(control: RelayControl) {
     let Ok(mut signals) = Signals::new([SIGUSR1]) else {
         tracing::warn!("no signal handler for SIGUSR1: a guest in doubt is decided by ending its source");
@@ -375,20 +375,20 @@ fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport, called
     }
     match report.ending {
         RelayEnding::Running => Exit::Done,
-        // A ramwire that has given its guest away never lets it run again by itself.
+        // A ramwire that has handed over its guest never resumes it by itself.
         RelayEnding::Failed if report.received.ending == Ending::Stranded => Exit::InDoubt,
         RelayEnding::InDoubt => Exit::InDoubt,
-        // Either end may see first that the other has gone: what was asked for decides, not what was met.
+        // Either end may notice first that the other has gone: the request decides, not the error.
         RelayEnding::Failed if called_off => Exit::Cancelled,
         RelayEnding::Failed => Exit::Failed,
     }
 }
 
-/// A guest whose device state has come and whose source may have let go is written down.
+/// Saves a guest whose device state has arrived and whose source may have released it.
 fn keep_guest(args: &Args, report: &RelayReport) {
     let Some(kept) = &report.kept else { return };
     let Some(state) = &kept.state else { return };
-    // A source that was told of the failure lets the guest run again.
+    // A source that received the failure resumes the guest.
     let told = kept.incoming.has_return_path && report.received.ending != Ending::Stranded;
     let may_run = told || report.ending == RelayEnding::InDoubt;
     let Some(dir) = &args.keep else {

@@ -1,4 +1,4 @@
-//! An error as the command tells it: with its causes, and with the options behind its remedy.
+//! The command's text for an error: with its causes, and with the options for its remedy.
 
 use std::error::Error;
 
@@ -8,7 +8,7 @@ use ramwire::stream::DecodeError;
 use ramwire::sys::MappingError;
 use ramwire::transport::{ChannelError, MoveError, OpenError};
 
-/// The options of this command that do what the remedy says.
+/// The options of this command for a remedy.
 pub(super) fn options(remedy: Remedy) -> &'static [&'static str] {
     match remedy {
         Remedy::RaiseStallTimeout => &["--stall-timeout"],
@@ -24,9 +24,9 @@ pub(super) fn options(remedy: Remedy) -> &'static [&'static str] {
         Remedy::NameTlsHost => &["--tls-hostname"],
         Remedy::AlignTls => &["--tls-dir"],
         Remedy::ListTlsClients => &["--tls-authz"],
-        // Each command tells its own (see `converge::tell_remedies`).
+        // Each command reports its own (see `converge::tell_remedies`).
         Remedy::HelpConvergence => &[],
-        // Advice is no setting's; what the library may learn to say later has no option yet.
+        // Advice has no option; remedies that the library adds later have no option yet.
         _ => &[],
     }
 }
@@ -41,7 +41,7 @@ pub(super) fn hint(remedy: Option<Remedy>) -> String {
 
 /// The remedy of an error or of one of its causes.
 fn remedy_of(error: &(dyn Error + 'static)) -> Option<Remedy> {
-    // An I/O error stands for the one inside, which is no cause of it.
+    // An I/O error wraps the error inside, which is not one of its causes.
     if let Some(inside) = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
         return remedy_of(inside);
     }
@@ -54,7 +54,7 @@ fn remedy_of(error: &(dyn Error + 'static)) -> Option<Remedy> {
     own.or_else(|| remedy_of(error.source()?))
 }
 
-/// What to do about a limit of this process that the kernel named, where the errors themselves have no remedy.
+/// The remedy for a limit of this process that the kernel's error names, if the errors themselves have no remedy.
 fn limit_in(error: &(dyn Error + 'static)) -> Option<&'static str> {
     if error.is::<MappingError>() {
         return None;
@@ -62,7 +62,7 @@ fn limit_in(error: &(dyn Error + 'static)) -> Option<&'static str> {
     limit_of(error).or_else(|| limit_in(error.source()?))
 }
 
-/// The remedy of an answer of the kernel's.
+/// The remedy for an error of the kernel.
 fn limit_of(error: &(dyn Error + 'static)) -> Option<&'static str> {
     match error.downcast_ref::<std::io::Error>()?.raw_os_error()? {
         libc::EFBIG => Some("raise the limit of file sizes (ulimit -f)"),

@@ -1,5 +1,5 @@
-//! SIGINT, SIGTERM and SIGHUP: the first cancels, a second one ends the process without waiting, with the status that is
-//! true at that moment.
+//! SIGINT, SIGTERM and SIGHUP: the first cancels, a second one ends the process immediately, with the status that is
+//! correct at that moment.
 
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -13,16 +13,16 @@ use signal_hook::iterator::Signals;
 use super::args::Exit;
 use super::output::{self, note};
 
-/// What is put in order before the process ends by a signal; it is told the status.
+/// Cleanup before the process ends by a signal; it receives the status.
 type Tidy = Box<dyn FnOnce(Exit) + Send>;
 
-/// Asks for the end of what runs.
+/// Requests the end of the running work.
 type Asks = Box<dyn Fn() -> CancelReply + Send + Sync>;
 
-/// What to say while a guest is in doubt whose connection another process holds: this one may then end.
+/// Returns a message while a guest is in doubt whose connection another process holds: this process may then end.
 type SaysInDoubt = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
-/// Tells the signal thread how far the migration is.
+/// Gives the signal thread the state of the migration.
 #[derive(Clone, Default)]
 pub(super) struct SignalWatch(Arc<Watch>);
 
@@ -36,35 +36,35 @@ struct Watch {
     ended: OnceLock<Exit>,
 }
 
-/// What a signal is to do.
+/// The action of a signal.
 #[derive(Debug, PartialEq, Eq)]
 enum Answer {
     Cancelling,
     TooLate,
-    /// Another process goes on with a guest in doubt.
+    /// Another process continues with a guest in doubt.
     LeaveInDoubt(String),
     Leave(Exit),
 }
 
 impl SignalWatch {
-    // One session a process: what was set first stays.
+    // There is one session per process: the first one set stays.
 
-    /// From here on a signal asks this session for its end, whose answer is exact.
+    /// From here on a signal requests the end of this session, whose reply is exact.
     pub(super) fn ask(&self, canceller: Canceller) {
         self.ask_by(move || canceller.cancel());
     }
 
-    /// The same of what is no session.
+    /// The same for something other than a session.
     pub(super) fn ask_by(&self, cancel: impl Fn() -> CancelReply + Send + Sync + 'static) {
         let _ = self.0.canceller.set(Box::new(cancel));
     }
 
-    /// From here on a signal ends the process at once while `says` has something to say.
+    /// From here on a signal ends the process immediately while `says` returns a message.
     pub(super) fn in_doubt(&self, says: impl Fn() -> Option<String> + Send + Sync + 'static) {
         let _ = self.0.in_doubt.set(Box::new(says));
     }
 
-    /// From here on a signal knows by these figures whether the guest was given away.
+    /// From here on these figures show whether the guest was handed over.
     pub(super) fn follow(&self, statistics: SharedStatistics) {
         let _ = self.0.statistics.set(statistics);
     }
@@ -74,7 +74,7 @@ impl SignalWatch {
         *self.0.tidy.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(tidy));
     }
 
-    /// All is decided: from here on a signal ends the process with this status.
+    /// The outcome is final: from here on a signal ends the process with this status.
     pub(super) fn ended(&self, exit: Exit) {
         let _ = self.0.ended.set(exit);
     }
@@ -85,7 +85,7 @@ impl Watch {
         self.statistics.get().map(|statistics| statistics.snapshot().status)
     }
 
-    /// The answer to signal number `count`, from 0 on.
+    /// The action for signal number `count`, from 0 on.
     fn signalled(&self, count: usize) -> Answer {
         if let Some(exit) = self.ended.get() {
             return Answer::Leave(*exit);
@@ -104,13 +104,13 @@ impl Watch {
             }
             None => CancelReply::Accepted,
         };
-        // The tokens are of what is not the session, too.
+        // The tokens belong also to other work than the session.
         self.tokens.iter().for_each(CancelToken::cancel);
         match (reply, count) {
             (CancelReply::Accepted, 0) => Answer::Cancelling,
             (CancelReply::TooLate, 0) => Answer::TooLate,
             (CancelReply::Accepted, _) => Answer::Leave(Exit::Cancelled),
-            // Only the connection is still being parted.
+            // Only the disconnect is still in progress.
             (CancelReply::TooLate, _) if self.status() == Some(Status::Completed) => {
                 Answer::Leave(Exit::Done)
             }
@@ -126,17 +126,18 @@ impl Watch {
     }
 }
 
-/// The first SIGINT, SIGTERM or SIGHUP cancels, a second one exits at once: 4, or 5 once the guest was given away. SIGHUP
-/// stays ignored where it was, as under nohup(1).
+/// The first SIGINT, SIGTERM or SIGHUP cancels, a second one exits immediately: status 4, or 5 once the guest was
+/// handed over. SIGHUP stays ignored if it was, as under nohup(1).
 pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
     let watch = SignalWatch(Arc::new(Watch { tokens, ..Watch::default() }));
     let seen = Arc::clone(&watch.0);
     let hang_up = (!is_ignored(SIGHUP)).then_some(SIGHUP);
-    // The thread first: handlers without one would swallow each signal (RLIMIT_NPROC), and only SIGKILL would be left.
+    // The thread is started first: handlers without it would swallow each signal (RLIMIT_NPROC), and only SIGKILL would
+    // be left.
     let (made, ready) = std::sync::mpsc::sync_channel(1);
     let spawned = std::thread::Builder::new().name("ramwire-signals".into()).spawn(move || {
         let signals = Signals::new([SIGINT, SIGTERM].into_iter().chain(hang_up));
-        // The other end waits for this one answer.
+        // The other end waits for this one message.
         let _ = made.send(signals.is_ok());
         let Ok(mut signals) = signals else { return };
         for (count, _) in signals.forever().enumerate() {
@@ -172,13 +173,13 @@ pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
     watch
 }
 
-/// Signals that a file can cause become errors of the call or of the guest's memory: a mapped file that was made shorter
-/// (SIGBUS), a file beyond the process's limit (SIGXFSZ).
+/// Signals that a file can cause become errors of the call or of the guest's memory: a truncated mapped file (SIGBUS),
+/// a file beyond the process's limit (SIGXFSZ).
 pub(super) fn survive_faults_of_files() {
     if let Err(error) = survive_lost_memory() {
         tracing::warn!(%error, "a RAM file that gets shorter ends the process");
     }
-    // Where SIGXFSZ has a handler the call says EFBIG.
+    // With a handler for SIGXFSZ the call returns EFBIG.
     if let Err(error) = signal_hook::flag::register(SIGXFSZ, Arc::default()) {
         tracing::warn!(%error, "a file beyond the limit of file sizes ends the process");
     }

@@ -1,4 +1,4 @@
-//! Sizes and times as they are written on a command line. benches/peers compiles this file too.
+//! Sizes and times in the format of the command line. benches/peers compiles this file too.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! A link that carries so many bytes a second and no more, on a machine whose loopback carries thousands of times that: TCP
-//! connections pass through this process and are held back. Towards the destination only; answers pass as they come.
+//! A link with a limited rate, on a machine whose loopback is thousands of times faster: TCP connections pass through
+//! this process and are delayed. Only the direction towards the destination is limited.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -11,16 +11,16 @@ use std::time::{Duration, Instant};
 use ramwire::units::Rate;
 use socket2::SockRef;
 
-/// What one step carries, as time at the rate.
+/// Amount that one step carries, as time at the rate.
 const STEP: Duration = Duration::from_millis(1);
-/// What bytes that waited are made up for, where this thread was late: a wire would not have been.
+/// How much waiting bytes catch up if this thread was late: a wire would not have been late.
 const LATE: Duration = Duration::from_millis(50);
 /// A read that took longer had to wait for bytes: the link was idle.
 const IDLE: Duration = Duration::from_millis(1);
-/// Bytes that may lie inside the link: few, as in a switch.
+/// Maximum number of bytes inside the link: few, as in a switch.
 const INSIDE: usize = 128 << 10;
 
-/// The link. Dropping it ends it for new connections; those that stand end with their ends.
+/// The link. Dropping it ends it for new connections; existing ones end with their ends.
 #[derive(Debug)]
 pub(super) struct SlowLink {
     address: SocketAddr,
@@ -28,7 +28,7 @@ pub(super) struct SlowLink {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Until when the bytes so far keep the wire busy; all connections share it.
+/// Until when the bytes so far occupy the wire; all connections share it.
 type Busy = Arc<Mutex<Instant>>;
 
 impl SlowLink {
@@ -65,7 +65,7 @@ impl SlowLink {
 impl Drop for SlowLink {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::Release);
-        // Wakes it; a listener that is gone already has ended by itself.
+        // Wakes it; a listener that is already gone has ended by itself.
         if TcpStream::connect(self.address).is_ok()
             && let Some(thread) = self.thread.take()
         {
@@ -85,7 +85,7 @@ fn join(near: TcpStream, far: SocketAddr, rate: Rate, busy: Busy) -> io::Result<
     Ok(())
 }
 
-/// Carries bytes until either end closes; then the other is closed too.
+/// Carries bytes until either end closes; then closes the other.
 fn carry(mut from: TcpStream, mut into: TcpStream, limit: Option<(Rate, Busy)>) {
     let step = limit.as_ref().map_or(INSIDE, |(rate, _)| rate.bytes_in(STEP) as usize);
     let mut bytes = vec![0; step.clamp(1500, INSIDE)];
@@ -116,7 +116,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    /// What comes out is what went in, both ways, and no sooner than the rate allows.
+    /// The output equals the input, in both directions, and does not arrive earlier than the rate allows.
     #[test]
     fn bytes_pass_whole_and_take_their_time() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -24,7 +24,7 @@ pub(super) struct SourceTlsArgs {
 }
 
 impl SourceTlsArgs {
-    /// How the address is to be spoken to.
+    /// The address with the configured TLS settings.
     pub(super) fn at(&self, address: &Address) -> Result<Address, Box<dyn std::error::Error>> {
         let Some(dir) = &self.tls_dir else { return Ok(plain(address, self.require_tls)?) };
         let mut options = TlsOptions::in_dir(dir);
@@ -53,7 +53,7 @@ pub(super) struct DestinationTlsArgs {
 }
 
 impl DestinationTlsArgs {
-    /// How the address is to be listened on.
+    /// The address to listen on, with the configured TLS settings.
     pub(super) fn at(&self, address: &Address) -> Result<Address, Box<dyn std::error::Error>> {
         let Some(dir) = &self.tls_dir else { return Ok(plain(address, self.require_tls)?) };
         let mut options = TlsOptions::in_dir(dir);
@@ -63,9 +63,9 @@ impl DestinationTlsArgs {
     }
 }
 
-/// The address without TLS, unless that is refused.
+/// The address without TLS, unless this is refused.
 fn plain(address: &Address, require_tls: bool) -> Result<Address, Usage> {
-    // Where a descriptor or a command leads nobody knows.
+    // It is unknown where a descriptor or a command leads.
     let may_leave = address.is_in_clear() || matches!(address.scheme(), "fd" | "exec");
     if require_tls && may_leave {
         let remedy = match address.scheme() {
@@ -79,7 +79,7 @@ fn plain(address: &Address, require_tls: bool) -> Result<Address, Usage> {
     Ok(address.clone())
 }
 
-/// Says once that what is sent to this address can be read on its way.
+/// Warns once that data sent to this address can be read on the network.
 pub(super) fn tell_if_in_clear(command: &str, address: &Address, remedy: &str) {
     if address.is_in_clear() {
         note!("ramwire {command}: {address}: guest RAM travels unencrypted and unauthenticated; {remedy}");

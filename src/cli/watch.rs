@@ -1,4 +1,4 @@
-//! What looks on while a migration runs: the log of rounds, the figures for Prometheus, the progress line.
+//! Observers of a running migration: the log of rounds, the figures for Prometheus, the progress line.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -32,7 +32,8 @@ pub(super) fn describe(command: &str, transport: &str, why: &str, table: &RamBlo
     }
 }
 
-/// The file of a log, made before anything is sent: a path that can't be written is told while nothing has happened.
+/// The file of a log, created before anything is sent: a path that can't be written is reported before the migration
+/// begins.
 pub(super) struct LogFile(Option<(PathBuf, File)>);
 
 impl WatchArgs {
@@ -65,7 +66,8 @@ impl LogFile {
 pub(super) struct Log(Option<(PathBuf, RunLog)>);
 
 impl Log {
-    /// Waits until its end is in the file; says if it could not be written, which is no failure of the migration.
+    /// Waits until the log's end is in the file; reports if it could not be written, which is no failure of the
+    /// migration.
     pub(super) fn finish(self) {
         if let Some((path, log)) = self.0
             && let Err(error) = log.finish()

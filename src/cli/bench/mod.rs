@@ -1,4 +1,4 @@
-//! `ramwire bench`: how long messages take between two hosts, and how many go through.
+//! `ramwire bench`: the latency and the rate of messages between two hosts.
 
 mod probe;
 
@@ -15,7 +15,7 @@ use super::signals::cancel_on_signal;
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// The other end said no.
+    /// The other end refused.
     #[error("{who} refused {what}: {answer}")]
     Refused {
         /// Who.
@@ -68,7 +68,7 @@ pub(super) fn run(args: &BenchArgs) -> Exit {
     };
     match done {
         Ok(()) => Exit::Done,
-        // A measurement that the signal broke reports whatever it broke on.
+        // A measurement that the signal interrupted returns whatever error that caused.
         Err(_) if cancel.is_cancelled() => Exit::Cancelled,
         Err(error) => {
             common::complain("bench", &error);

@@ -1,4 +1,4 @@
-//! The demo's RAM blocks: both processes make the same ones.
+//! The demo's RAM blocks: both processes create the same ones.
 
 use std::fmt;
 use std::str::FromStr;
@@ -41,7 +41,7 @@ impl BlockSpec {
         Ok(Self { length, page })
     }
 
-    /// True for pages that are reserved apart from other memory.
+    /// True for pages that are reserved separately from other memory.
     pub(super) fn is_reserved(&self) -> bool {
         self.page != PageSize::SIZE_4K
     }
@@ -57,7 +57,7 @@ impl BlockSpec {
         std::iter::once(Self::new(ram, hugepages)).chain(others).collect()
     }
 
-    /// Fresh zero memory for `blocks`: shared, or private where the kernel is asked for `huge_pages` beside those of
+    /// Fresh zero memory for `blocks`: shared, or private if `huge_pages` are requested in addition to those of
     /// hugetlbfs.
     pub(super) fn memory(
         blocks: &[Self],

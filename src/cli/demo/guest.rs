@@ -1,4 +1,4 @@
-//! The guests that the demo can move, behind what it asks of them.
+//! The guests that the demo can migrate, with a common trait.
 
 use std::io;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub(super) enum GuestKind {
 }
 
 impl GuestKind {
-    /// As the command line has it.
+    /// Its name on the command line.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Synthetic => "synthetic",
@@ -28,7 +28,7 @@ impl GuestKind {
         }
     }
 
-    /// A guest over fresh memory, filled and standing still, and what tells of its writes.
+    /// A paused guest over fresh, filled memory, and its dirty sources.
     pub(super) fn filled(
         self,
         args: &Args,
@@ -43,7 +43,7 @@ impl GuestKind {
         }
     }
 
-    /// A guest that waits for its state; one that is `reading` looks at all memory while it runs there.
+    /// A guest that waits for its state; one that is `reading` reads all memory while it runs there.
     pub(super) fn empty(
         self,
         memory: Arc<MappedGuest>,
@@ -65,23 +65,23 @@ impl GuestKind {
 #[cfg(not(feature = "kvm"))]
 const NO_KVM: &str = "--guest kvm: this ramwire was built without the feature kvm";
 
-/// What a look at every page found.
+/// Result of a check of every page.
 pub(super) struct Found {
     pub(super) pages: u64,
     pub(super) wrong: u64,
-    /// The first wrong ones in words.
+    /// The first wrong ones, as text.
     pub(super) faults: Vec<String>,
 }
 
-/// A guest that can tell whether all of it arrived.
+/// A guest that can check whether all of it arrived.
 pub(super) trait DemoGuest {
     /// A handle that controls it.
     fn control(&self) -> Box<dyn GuestControl>;
 
-    /// Looks at every page; the guest stands still.
+    /// Checks every page; the guest is paused.
     fn verify(&self) -> io::Result<Found>;
 
-    /// Pages that its threads have looked at while it ran here, and whether none is left that they are to look at.
+    /// Number of pages that its threads have read while it ran here, and whether none is left to read.
     fn read_so_far(&self) -> (u64, bool) {
         (0, true)
     }
@@ -118,7 +118,7 @@ fn synthetic(args: &Args, memory: Arc<MappedGuest>) -> Result<(Box<dyn DemoGuest
     Ok((Box::new(guest), choice))
 }
 
-/// The VM of docs/examples/tiny-vmm, which is a user of the library as this command is.
+/// The VM of docs/examples/tiny-vmm, which uses the library as this command does.
 #[cfg(feature = "kvm")]
 mod kvm {
     use std::io;
@@ -141,7 +141,7 @@ mod kvm {
         }
     }
 
-    /// With dirty rings where the kernel has them, else with the dirty log.
+    /// With dirty rings if the kernel has them, otherwise with the dirty log.
     pub(super) fn filled(
         args: &Args,
         memory: Arc<MappedGuest>,
@@ -165,7 +165,7 @@ mod kvm {
         Ok((Box::new(vm), choice))
     }
 
-    /// It does not leave again, so nobody asks what it writes.
+    /// It is not migrated again, so its writes are not tracked.
     pub(super) fn empty(memory: Arc<MappedGuest>) -> Result<Box<dyn DemoGuest>, Failure> {
         Ok(Box::new(TinyVm::empty(memory, Log::Bitmap)?))
     }

@@ -1,5 +1,5 @@
-//! `ramwire demo --restore FILE`: a guest is started from a file, and checks itself. With `--lazy` it reads all of its memory
-//! while that comes.
+//! `ramwire demo --restore FILE`: starts a guest from a file; the guest checks itself. With `--lazy` it reads all of
+//! its memory while the pages arrive.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,16 +1,16 @@
 //! The folder of a UNIX socket between the demo's two processes.
 //!
-//! The destination makes it and removes it as soon as the demo has connected. It notices when the demo is gone, so the
-//! folder goes even if the demo is killed before that; the demo removes it where the destination could not.
+//! The destination creates it and removes it as soon as the demo has connected. It notices when the demo has ended, so
+//! the folder is removed even if the demo is killed before that. The demo removes it if the destination could not.
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-/// Most bytes in the path of a UNIX socket (unix(7)), without the zero behind it.
+/// Maximum length in bytes of the path of a UNIX socket (unix(7)), without the terminating zero.
 const MAX_PATH: usize = 107;
 
-/// Where the socket of this run will be.
+/// The path of this run's socket.
 ///
 /// # Errors
 /// The folder for temporary files is no folder, or its path is too long for a socket.
@@ -34,7 +34,7 @@ fn socket_in(temporary: &Path) -> Result<PathBuf, String> {
     Ok(path)
 }
 
-/// A socket's folder, removed with everything in it.
+/// A socket's folder, removed with all its files.
 pub(super) struct Scratch(PathBuf);
 
 impl Scratch {
@@ -51,7 +51,7 @@ impl Scratch {
         })
     }
 
-    /// The folder of `socket`, which another process makes.
+    /// The folder of `socket`, which another process creates.
     pub(super) fn of(socket: &Path) -> Self {
         Self(socket.parent().map_or_else(PathBuf::new, Path::to_owned))
     }

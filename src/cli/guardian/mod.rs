@@ -1,10 +1,10 @@
 //! The guardian of a relay: a small process that holds the source's connection while the guest may run at the far end.
 //!
-//! A QEMU that has given its guest away lets it run again when its connection closes without an answer. So a relay that is
-//! killed between COMMIT and the far end's answer must not take that connection with it. This command starts itself again
-//! in a hidden mode before it takes a guest. Before COMMIT it hands that process duplicates of both connections. The process
-//! ends with the relay, unless the relay ends in doubt: then it goes on until the far end answers, the source has gone, or
-//! an operator decides.
+//! A QEMU that has handed over its guest resumes it when its connection closes without an answer. So if a relay is
+//! killed between COMMIT and the far end's answer, that connection must stay open. This command starts itself again in
+//! a hidden mode before it takes a guest. Before COMMIT it passes duplicates of both connections to that process. The
+//! process ends with the relay, unless the relay ends in doubt: then it continues until the far end answers, the source
+//! has disconnected, or an operator decides.
 
 mod process;
 mod words;
@@ -24,19 +24,19 @@ pub(super) use process::run;
 /// The hidden first argument that makes this command a guardian.
 pub(super) const ARGUMENT: &str = "relay-guardian";
 
-/// From the relay: both connections are with this message, and who is at them.
+/// From the relay: this message carries both connections, and the kinds of their peers.
 const HOLD: u8 = b'h';
-/// From the relay: nothing has to be held any more.
+/// From the relay: the connections need not be held any more.
 const RELEASE: u8 = b'r';
-/// From the guardian: it runs, and ignores what ends other processes.
+/// From the guardian: it runs, and ignores the signals that end other processes.
 const UP: u8 = b'u';
 /// From the guardian: it has the connections.
 const HOLDS: u8 = b'k';
 
-/// Longest time in which the process must have started: before a guest is taken.
+/// Longest time in which the process must start: before a guest is taken.
 const START: Duration = Duration::from_secs(30);
 
-/// Longest time for its answer while the guest stands still.
+/// Longest time for its answer while the guest is paused.
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// The relay's end of it.
@@ -46,13 +46,13 @@ pub(super) struct Guardian {
 }
 
 impl Guardian {
-    /// Starts the process and waits until it is there.
+    /// Starts the process and waits until it runs.
     ///
     /// # Errors
     /// What starting a process says, or that it ended at once.
     pub(super) fn start() -> io::Result<Self> {
         let (mut control, theirs) = UnixStream::pair()?;
-        // The program that runs, even if its file has been replaced since; or, without /proc, the file.
+        // The running program, even if its file has been replaced since; or, without /proc, the file.
         let program = match std::fs::metadata("/proc/self/exe") {
             Ok(_) => "/proc/self/exe".into(),
             Err(_) => std::env::current_exe()?,
@@ -112,7 +112,7 @@ impl Guard for Guardian {
 }
 
 impl Drop for Guardian {
-    /// Without effect after [`release`](Guard::release): the process has ended.
+    /// No effect after [`release`](Guard::release): the process has ended.
     fn drop(&mut self) {
         self.end();
     }

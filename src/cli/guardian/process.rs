@@ -19,10 +19,10 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 use super::words::say;
 use super::{HOLD, HOLDS, RELEASE, UP};
 
-/// Longest time between two looks at signals, which may come just before a wait.
+/// Longest time between two checks for signals, which may come just before a wait.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How long the source may take to read what it was told.
+/// How long the source may take to read the message.
 const TOLD: Duration = Duration::from_secs(60);
 
 /// What is held.
@@ -31,7 +31,7 @@ struct Connections {
     source_is_native: bool,
     far_end: Option<OwnedFd>,
     far_end_is_native: bool,
-    /// Bytes of an answer that has not come whole.
+    /// Bytes of an incomplete answer.
     answer: Vec<u8>,
 }
 
@@ -54,7 +54,7 @@ pub(in crate::cli) fn run() -> ExitCode {
 }
 
 fn guard() -> io::Result<()> {
-    // Its own session: neither a terminal that closes nor a signal to the relay's group ends it.
+    // Its own session, so that neither a closing terminal nor a signal to the relay's group ends it.
     let _ = rustix::process::setsid();
     let (ignored, decided) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
@@ -69,7 +69,7 @@ fn guard() -> io::Result<()> {
         return Ok(());
     }
     let pid = std::process::id();
-    // The far end is to see the end of the relay's stream: what has not left it by now never will.
+    // The far end must see the end of the relay's stream: bytes that have not left the relay by now never will.
     if let Some(far_end) = &held.far_end {
         let _ = rustix::net::shutdown(far_end, Shutdown::Write);
     }
@@ -84,7 +84,7 @@ fn guard() -> io::Result<()> {
     Ok(())
 }
 
-/// Waits for the connections; `None` if they are not to be held.
+/// Waits for the connections; `None` if they need not be held.
 fn receive(relay: &mut UnixStream) -> io::Result<Option<Connections>> {
     let mut words = [0; 3];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
@@ -116,13 +116,13 @@ fn receive(relay: &mut UnixStream) -> io::Result<Option<Connections>> {
     }
 }
 
-/// Waits for the relay's end; true if it ended without saying that nothing is in doubt.
+/// Waits for the relay's end; true if it ended without reporting that there is no doubt.
 fn outlives(relay: &mut UnixStream, decided: &AtomicBool) -> io::Result<bool> {
     loop {
         if decided.swap(false, Ordering::Relaxed)
             && let Some(parent) = getppid()
         {
-            // It is alive, and knows more.
+            // The relay is alive, and has more information.
             let _ = kill_process(parent, Signal::USR1);
         }
         if ready(&[(relay.as_fd(), PollFlags::IN)])?[0].is_empty() {
@@ -140,7 +140,7 @@ fn outlives(relay: &mut UnixStream, decided: &AtomicBool) -> io::Result<bool> {
     }
 }
 
-/// What each descriptor is ready for, after a look's time at most.
+/// Which events each descriptor is ready for, after at most one poll interval.
 fn ready(of: &[(std::os::fd::BorrowedFd<'_>, PollFlags)]) -> io::Result<Vec<PollFlags>> {
     let mut fds: Vec<_> = of.iter().map(|(fd, what)| PollFd::from_borrowed_fd(*fd, *what)).collect();
     let time = Timespec::try_from(POLL_INTERVAL).map_err(io::Error::other)?;
@@ -172,7 +172,7 @@ impl Connections {
         }
     }
 
-    /// Reads what the far end says.
+    /// Reads the far end's answer.
     fn read_end(&mut self) -> Option<End> {
         let mut buffer = [0; 1024];
         let far_end = self.far_end.as_ref()?;
@@ -222,7 +222,7 @@ impl Connections {
         }
     }
 
-    /// Tells the source how it ended, and sees that it can read that.
+    /// Sends the result to the source, and makes sure that the source can read it.
     fn tell(&self, end: &End) {
         let (text, message) = match end {
             End::SourceGone => {
@@ -257,7 +257,7 @@ impl Connections {
         self.let_go(until);
     }
 
-    /// A connection that closes with unread bytes resets, and takes with it what the source has not read yet.
+    /// A connection that closes with unread bytes sends a reset, which discards bytes that the source has not read yet.
     fn let_go(&self, until: Instant) {
         let _ = rustix::net::shutdown(&self.source, Shutdown::Write);
         let mut buffer = [0; 4096];

@@ -1,4 +1,4 @@
-//! What a guardian says: to standard error and to the system's log, where anything reads them.
+//! Messages of a guardian: to standard error and to the system's log, if anything reads them.
 
 use std::io::Write;
 use std::os::unix::net::UnixDatagram;
@@ -11,7 +11,7 @@ const LOG: &str = "/dev/log";
 /// Facility user, severity alert (RFC 5424).
 const PRIORITY: u8 = 8 + 1;
 
-/// A line to both. Nothing waits for a reader: this process must go on holding what it holds.
+/// Writes a line to both. It never waits for a reader: this process must keep the connections.
 pub(super) fn say(text: &str) {
     let line = format!("ramwire relay: {text}\n");
     let mut errors = std::io::stderr().lock();
@@ -25,7 +25,7 @@ pub(super) fn say(text: &str) {
     let pid = std::process::id();
     let entry = format!("<{PRIORITY}>ramwire[{pid}]: {text}");
     if log.set_nonblocking(true).is_ok() {
-        // A host without a log is told by standard error alone.
+        // On a host without a log only standard error is used.
         let _ = log.send_to(entry.as_bytes(), LOG);
     }
 }

@@ -38,7 +38,7 @@ pub(super) struct Args {
     json: bool,
 }
 
-/// Ends with `Done` for a whole stream, `Failed` for a cut or damaged one or if it can't be read.
+/// Ends with `Done` for a complete stream, `Failed` for a truncated or damaged one or if it can't be read.
 pub(super) fn run(args: &Args) -> Exit {
     let mut text = Vec::new();
     let whole = if args.file == Path::new("-") {
@@ -61,7 +61,7 @@ pub(super) fn run(args: &Args) -> Exit {
 enum Input<R> {
     /// Only forwards.
     Pipe(R),
-    /// A file, its length, and where the stream begins: the pages in it need not be read.
+    /// A file, its length, and the offset at which the stream begins: its pages need not be read.
     File(File, u64, u64),
 }
 
@@ -91,7 +91,7 @@ fn open(name: &Path) -> io::Result<Input<io::Empty>> {
     Ok(Input::File(file, meta.len(), offset))
 }
 
-/// Reads a stream to its end and prints what it is made of; true if it is whole.
+/// Reads a stream to its end and prints its structure; true if it is complete.
 ///
 /// # Errors
 ///
@@ -164,13 +164,13 @@ fn inspect<R: Read>(mut input: Input<R>) -> io::Result<Report> {
                 report.damaged(&stream, at, &fault.to_string());
                 return Ok(report);
             }
-            // The machine says NeedMore instead.
+            // The machine returns NeedMore instead.
             Err(error @ DecodeError::Truncated { .. }) => return Err(io::Error::other(error)),
         }
     }
 }
 
-/// What the bitmap of a block says: pages in the file, or that it makes no sense.
+/// The result of a block's bitmap: the number of pages in the file, or an error.
 fn count_present(
     file: &File,
     name: &str,
@@ -270,7 +270,7 @@ mod tests {
         }
     }
 
-    /// As a QEMU with dirty bitmaps writes: beside each section of pages one of bitmaps.
+    /// As a QEMU with dirty bitmaps writes it: a section of bitmaps after each section of pages.
     #[test]
     fn sections_of_two_kinds_that_take_turns_are_two_rows() {
         let whole = capture("q72-none.gz");
@@ -300,7 +300,7 @@ mod tests {
         assert_eq!(mapped["blocks"][0]["pages_present"], serde_json::Value::Null, "a pipe does not go back");
     }
 
-    /// A file is looked at without its pages, and its bitmaps are counted; behind whatever stands in front.
+    /// A file is inspected without reading its pages, and its bitmaps are counted; after any prefix.
     #[test]
     fn a_mapped_file_shows_the_pages_that_are_in_it() {
         let dir = tempfile::tempdir().unwrap();
@@ -329,7 +329,7 @@ mod tests {
         let far = look(&format!("mapped:{},offset=4", path.display()));
         assert_eq!(far["end"], "damaged");
     }
-    /// What the captures' own list says of each: records by kind, blocks and lengths, devices, and where they begin.
+    /// The captures' own list for each: records by kind, blocks and lengths, devices, and their offsets.
     #[test]
     fn every_captured_stream_is_counted_as_its_list_says() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors");
@@ -372,7 +372,7 @@ mod tests {
                     assert_eq!(device[ours], told[theirs], "{name}: {device}");
                 }
             }
-            // The items cover the stream: each begins where the one before it ends.
+            // The items cover the stream: each begins at the end of the one before it.
             let mut at = 0;
             for item in report["items"].as_array().unwrap() {
                 assert!(item["at"].as_u64().unwrap() >= at, "{name}: {item}");
@@ -386,7 +386,7 @@ mod tests {
         assert!(seen >= 10, "{seen} captures");
     }
 
-    /// Broken in the middle: what came before is still shown, by people and by programs, and where it broke.
+    /// Broken in the middle: the items before it are still shown, as text and as JSON, with the offset of the break.
     #[test]
     fn a_damaged_stream_is_shown_up_to_the_damage_with_its_offset() {
         let whole = capture("q100-microvm-xbzrle.gz");

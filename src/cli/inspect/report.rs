@@ -1,4 +1,4 @@
-//! What `inspect` has found, ready to be printed.
+//! The findings of `inspect`, ready to be printed.
 
 use ramwire::stream::qemu::blocks::BlockAnnouncement;
 use ramwire::stream::qemu::incoming::{Ending, Event, IncomingStream, SectionKind};
@@ -7,15 +7,15 @@ use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::units::BlockIndex;
 use serde::Serialize;
 
-/// Most rows and anomalies that are kept: a stream may have millions of sections.
+/// Maximum number of rows and anomalies that are kept: a stream may have millions of sections.
 const MAX_ROWS: usize = 10_000;
 
 /// The structure of a stream.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Report {
-    /// How far it could be followed.
+    /// How far it could be parsed.
     pub(super) end: End,
-    /// Bytes that were understood or carried.
+    /// Bytes that were parsed or copied.
     pub(super) bytes: u64,
     pub(super) machine: Option<String>,
     /// It has a configuration section.
@@ -25,30 +25,30 @@ pub(super) struct Report {
     pub(super) page_size: u64,
     pub(super) capabilities: Vec<String>,
     pub(super) uuid: Option<String>,
-    /// Dialect of the sender, where machine name or stream tell it.
+    /// Style of the sender, if machine name or stream show it.
     pub(super) style: Option<String>,
     /// Pages by kind.
     pub(super) pages: Pages,
     pub(super) blocks: Vec<Block>,
-    /// Items in stream order; equal neighbours are one row, also where two kinds take turns.
+    /// Items in stream order; equal neighbours share one row, also if two kinds alternate.
     pub(super) items: Vec<Row>,
-    /// A block's bitmap makes no sense.
+    /// A block's bitmap is invalid.
     #[serde(skip)]
     has_bad_bitmap: bool,
-    /// The row of the item that is open.
+    /// The row of the open item.
     #[serde(skip)]
     open: usize,
     pub(super) device_state: Option<DeviceState>,
     pub(super) anomalies: Vec<Anomaly>,
 }
 
-/// How far a stream could be followed.
+/// How far a stream could be parsed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum End {
     /// To its end.
     Whole,
-    /// To an end of file that no VM description proves.
+    /// To an end of file that no VM description confirms.
     NoDescription,
     /// It stops inside a value.
     #[default]
@@ -78,7 +78,7 @@ pub(super) struct Block {
     pub(super) pages_at: Option<u64>,
     /// Pages that are in such a file.
     pub(super) pages_present: Option<u64>,
-    /// Pages that are not, and read as zero.
+    /// Pages that are not in it, and read as zero.
     pub(super) holes: Option<u64>,
     pub(super) pages: Pages,
 }
@@ -92,12 +92,12 @@ pub(super) struct Row {
     pub(super) count: u64,
 }
 
-/// Device sections as the VM description cuts them.
+/// Device sections as the VM description divides them.
 #[derive(Debug, Serialize)]
 pub(super) struct DeviceState {
     pub(super) at: u64,
     pub(super) bytes: u64,
-    /// Every footer stands where the description puts it.
+    /// Every footer is at its described offset.
     pub(super) exact: bool,
     pub(super) sections: Vec<Device>,
 }
@@ -120,7 +120,7 @@ pub(super) struct Anomaly {
 }
 
 impl Report {
-    /// Takes one event, which stands at `at` and has `len` bytes.
+    /// Adds one event, which is at `at` and has `len` bytes.
     pub(super) fn add(&mut self, at: u64, len: u64, event: &Event<'_>) {
         match event {
             Event::Configuration(_) => self.row(at, len, "configuration".into()),
@@ -170,7 +170,7 @@ impl Report {
         }
     }
 
-    /// What the bitmap of the block that was listed last says.
+    /// The result of the bitmap of the block listed last.
     pub(super) fn present(&mut self, present: Result<u64, String>, pages: u64) {
         let Some(block) = self.blocks.last_mut() else { return };
         let pages_at = block.pages_at.unwrap_or(0);
@@ -193,7 +193,7 @@ impl Report {
         }
     }
 
-    /// The stream has come to its end; `trailing` bytes follow.
+    /// The stream has ended; `trailing` bytes follow.
     pub(super) fn finish(&mut self, stream: &IncomingStream, trailing: u64) {
         self.end = if self.has_bad_bitmap { End::Damaged } else { End::Whole };
         if trailing > 0 {
@@ -221,7 +221,7 @@ impl Report {
         self.sum_up(stream);
     }
 
-    /// The byte at `at` makes no sense.
+    /// The byte at `at` is invalid.
     pub(super) fn damaged(&mut self, stream: &IncomingStream, at: u64, what: &str) {
         self.end = End::Damaged;
         self.anomaly(at, what.to_owned());
@@ -270,8 +270,8 @@ impl Report {
         }
     }
 
-    /// Begins an item, or adds to a row of its kind: the last one, or the one before. A guest with dirty bitmaps sends a
-    /// section of them beside every section of pages.
+    /// Begins an item, or adds to a row of its kind: the last one, or the one before. A guest with dirty bitmaps sends
+    /// a section of them after every section of pages.
     fn row(&mut self, at: u64, bytes: u64, what: String) {
         let near = self.items.len().saturating_sub(2);
         let same = self.items.get(near..).and_then(|rows| rows.iter().rposition(|row| row.what == what));
@@ -294,7 +294,7 @@ impl Report {
         }
     }
 
-    /// A piece of an item that comes in as many as the input has.
+    /// A piece of an item; the number of pieces depends on the input.
     fn piece(&mut self, at: u64, bytes: u64, what: &str) {
         if self.items.get(self.open).is_some_and(|row| row.what == what) {
             self.extend_row(bytes);
@@ -303,7 +303,7 @@ impl Report {
         }
     }
 
-    /// Adds bytes to the item that is open.
+    /// Adds bytes to the open item.
     pub(super) fn extend_row(&mut self, bytes: u64) {
         if let Some(row) = self.items.get_mut(self.open) {
             row.bytes += bytes;

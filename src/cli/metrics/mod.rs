@@ -1,7 +1,7 @@
 //! `--metrics`: the figures of a running migration for a Prometheus server.
 //!
-//! One thread answers one connection at a time, each within [`ANSWER`] and from a head of at most [`MAX_HEAD`] bytes. It
-//! only reads the figures, so a client can't disturb the migration.
+//! One thread answers one connection at a time, each within [`ANSWER`] and from a head of at most [`MAX_HEAD`] bytes.
+//! It only reads the figures, so a client can't affect the migration.
 
 mod families;
 
@@ -17,16 +17,16 @@ use rustix::event::PollFlags;
 
 use super::output::note;
 
-/// Longest time that one client may keep the others waiting.
+/// Longest time that one client may delay the others.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// Most bytes of a request; a Prometheus server sends some 300.
+/// Maximum length of a request in bytes; a Prometheus server sends some 300.
 const MAX_HEAD: usize = 8192;
 
-/// Most header lines of a request.
+/// Maximum number of header lines of a request.
 const MAX_HEADERS: usize = 64;
 
-/// Rest after an accept that failed, as where no descriptor is left.
+/// Rest after a failed accept, for example if no descriptor is left.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The option.
@@ -39,7 +39,7 @@ pub(super) struct MetricsArgs {
 }
 
 impl MetricsArgs {
-    /// Serves `statistics` if that was asked for, until what it answers is dropped; says where on standard error.
+    /// Serves `statistics` if configured, until the returned value is dropped; prints the address on standard error.
     pub(super) fn serve(
         &self,
         command: &str,
@@ -140,7 +140,7 @@ fn answer(client: &mut TcpStream, statistics: &SharedStatistics, stop: &Stop) ->
     client.shutdown(std::net::Shutdown::Write)
 }
 
-/// The request up to its empty line, or as much as is too much.
+/// The request up to its empty line, or up to the limit.
 fn head_of(client: &mut TcpStream, stop: &Stop) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
     let mut part = [0; 1024];

@@ -1,8 +1,8 @@
-//! What Firecracker says to whoever serves its memory: one message, a JSON array of the regions with the userfaultfd.
+//! Firecracker's message to the process that serves its memory: a JSON array of the regions, with the userfaultfd.
 //!
-//! Each element has `base_host_virt_addr`, `size`, `offset` (in the memory file) and `page_size`, all in bytes. The field
-//! `page_size_kib`, in spite of its name in bytes, is not looked at. There is no length in front, no answer, and nothing
-//! later: the connection stays open as long as the VMM lives.
+//! Each element has `base_host_virt_addr`, `size`, `offset` (in the memory file) and `page_size`, all in bytes. The
+//! field `page_size_kib`, in spite of its name in bytes, is ignored. There is no length before it, no answer, and no
+//! later message: the connection stays open as long as the VMM runs.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -18,16 +18,16 @@ use serde::Deserialize;
 
 use super::handoff::{HandOff, HandOffError, Handed};
 
-/// Most bytes of the message; Firecracker's has some 150 for each region.
+/// Maximum length of the message in bytes; Firecracker's has some 150 for each region.
 const MAX_MESSAGE: usize = 1 << 20;
 
-/// Most descriptors that are taken, so that more than one is noticed.
+/// Maximum number of received descriptors: more than one, so that extra ones are noticed.
 const MAX_DESCRIPTORS: usize = 8;
 
 /// Firecracker's way.
 pub(super) struct Firecracker;
 
-/// As it is in the message. Other fields are left out.
+/// A region in the message. Other fields are ignored.
 #[derive(Debug, Deserialize)]
 struct Region {
     base_host_virt_addr: u64,
@@ -56,7 +56,7 @@ impl HandOff for Firecracker {
     }
 }
 
-/// Appends what has come. How many bytes; 0 at the end.
+/// Appends received bytes. Returns how many; 0 at the end.
 fn receive_part(
     connection: &UnixStream,
     text: &mut Vec<u8>,
@@ -95,7 +95,7 @@ fn only(mut descriptors: Vec<OwnedFd>) -> Result<OwnedFd, HandOffError> {
     }
 }
 
-/// The regions; `None` if more is to come.
+/// The regions; `None` if more bytes must follow.
 fn regions(text: &[u8]) -> Result<Option<Vec<HandedRegion>>, HandOffError> {
     let regions: Vec<Region> = match serde_json::from_slice(text) {
         Ok(regions) => regions,

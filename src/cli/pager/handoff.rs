@@ -1,4 +1,4 @@
-//! How a VMM hands its memory over: a protocol of its own for each kind of VMM.
+//! How a VMM hands its memory over: each kind of VMM has its own protocol.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,7 +12,7 @@ use ramwire::sys::Stop;
 pub(super) struct Handed {
     /// The memory, in pieces.
     pub(super) regions: Vec<HandedRegion>,
-    /// By what its faults are told.
+    /// The descriptor that reports its faults.
     pub(super) faults: OwnedFd,
 }
 
@@ -33,7 +33,7 @@ pub(super) enum HandOffError {
 
 /// A VMM's protocol.
 pub(super) trait HandOff: Send + Sync {
-    /// Takes what the VMM behind `connection` hands over.
+    /// Receives the VMM's hand-off on `connection`.
     ///
     /// # Errors
     /// [`HandOffError`].

@@ -1,4 +1,4 @@
-//! The socket that VMMs connect to, and who may.
+//! The socket that VMMs connect to, and which processes may connect.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,27 +13,28 @@ use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 use super::super::local_socket::LocalSocket;
 use super::super::output::note;
 
-/// Rest after an accept that failed, as where no descriptor is left.
+/// Rest after a failed accept, for example if no descriptor is left.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The socket. Its file is taken away at the end.
+/// The socket. Its file is removed at the end.
 pub(super) struct Listening {
     socket: LocalSocket,
     allowed: Vec<u32>,
 }
 
-/// A process that has connected, and may.
+/// A connected process that is allowed.
 pub(super) struct Stranger {
     pub(super) connection: UnixStream,
-    /// Readable when the process has ended; `None` where that can't be watched.
+    /// Readable when the process has ended; `None` if that can't be watched.
     pub(super) process: Option<OwnedFd>,
     pub(super) name: String,
 }
 
 impl Listening {
-    /// Listens at `path`. A socket that nobody listens at any more is replaced.
+    /// Listens at `path`. A socket without a listener is replaced.
     pub(super) fn at(path: &Path, allow: &[u32]) -> Result<Self, String> {
-        // Who may is decided by who connects; who may not need not reach it, where that is only ourselves.
+        // The peer's credentials decide; the file's mode keeps other users out if only this process's own user may
+        // connect.
         let mode = if allow.is_empty() { 0o600 } else { 0o666 };
         let socket = LocalSocket::at(path, mode).map_err(|error| {
             let hint = if error.kind() == io::ErrorKind::AddrInUse {
@@ -46,7 +47,7 @@ impl Listening {
         Ok(Self { socket, allowed: [&[0, geteuid().as_raw()], allow].concat() })
     }
 
-    /// The next process that may be served; `None` when it is time to stop.
+    /// The next allowed process; `None` when it is time to stop.
     ///
     /// # Errors
     /// What poll(2) says.

@@ -52,7 +52,7 @@ pub(super) struct Args {
     max_vmms: u16,
 }
 
-/// A memory that is to be served.
+/// A memory to serve.
 #[derive(Clone, Debug)]
 enum From {
     Plain(String),

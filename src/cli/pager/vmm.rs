@@ -1,4 +1,4 @@
-//! One VMM: what it hands over is served until it has ended.
+//! One VMM: its memory is served until it has ended.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use super::super::output::note;
 use super::handoff::{HandOff, Handed};
 use super::listen::Stranger;
 
-/// A VMM that has connected says what it has to say within this time.
+/// Time in which a connected VMM must send its hand-off.
 const HAND_OFF_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Between two looks at how far it is; pages that could not be read are tried again.
+/// Interval between two checks of the progress; pages that could not be read are retried.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What one thread serves.
@@ -38,7 +38,7 @@ impl Vmm {
             Ok((served, bytes)) => {
                 note!("ramwire pager: {name}: {} of memory are served", human_bytes(bytes));
                 self.watch(&served);
-                // A guest may have ended before the thread that gave it its last page had counted that.
+                // A guest may have ended before the thread that placed its last page has counted it.
                 let progress = served.end();
                 let latency = progress.latency;
                 note!(
@@ -65,14 +65,14 @@ impl Vmm {
         served.map(|served| (served, bytes)).map_err(|error| Chain(&error).to_string())
     }
 
-    /// Until the VMM has ended, or this command is to.
+    /// Runs until the VMM has ended, or this command must end.
     fn watch(&self, served: &ServedMemory) {
         let name = &self.stranger.name;
         let (mut told, mut is_connected, mut is_whole) = (None::<PageFailure>, true, false);
         loop {
             let watched: &[BorrowedFd<'_>] = match (is_connected, &self.stranger.process) {
                 (true, _) => &[self.stranger.connection.as_fd()],
-                // It has hung up and lives: its guest needs its memory.
+                // It has closed the connection but still runs: its guest needs its memory.
                 (false, Some(process)) => &[process.as_fd()],
                 (false, None) => return,
             };
@@ -102,7 +102,7 @@ impl Vmm {
         }
     }
 
-    /// What it says beside its hand-off is not listened to.
+    /// Any message other than its hand-off is ignored.
     fn has_hung_up(&self) -> bool {
         match recv(&self.stranger.connection, &mut [0u8; 4096][..], RecvFlags::DONTWAIT) {
             Ok((0, _)) => true,

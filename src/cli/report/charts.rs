@@ -1,25 +1,25 @@
-//! The pictures of a report: each drawn twice, for a wide and a narrow page, in the page's own colours.
+//! The charts of a report: each is drawn twice, for a wide and a narrow page, in the page's own colours.
 
 use super::read::Run;
 use crate::cli::plot::{Axis, Canvas, Line, PlotError, bars_across, groups, lines_on, plain, themed};
 
-/// Points of a line at most: more than a screen has columns.
+/// Maximum number of points of a line: more than a screen has columns.
 const MAX_POINTS: usize = 1200;
 
-/// Rounds that are drawn, the first and the last; all of them are in the file.
+/// Rounds that are drawn, the first and the last ones; the file has all of them.
 const FIRST_ROUNDS: usize = 15;
 const LAST_ROUNDS: usize = 25;
 
-/// Heights of a chart on a wide and on a narrow page, whose widths they have.
+/// Heights of a chart on a wide and on a narrow page; the widths are those of the pages.
 const WIDE: u32 = 1040;
 const NARROW: u32 = 372;
 
 /// One picture in both sizes.
 pub(super) struct Picture {
     pub(super) title: &'static str,
-    /// What the colours mean, in their order; empty for one colour.
+    /// The meaning of the colours, in their order; empty for one colour.
     pub(super) legend: Vec<&'static str>,
-    /// A sentence about what is seen.
+    /// A sentence that describes the chart.
     pub(super) says: String,
     pub(super) wide: String,
     pub(super) narrow: String,
@@ -59,12 +59,12 @@ fn both(
     Ok((on((WIDE, heights.0))?, on((NARROW, heights.1))?))
 }
 
-/// What the page names in its own words.
+/// The canvas of a chart whose labels are on the page.
 fn bare() -> Canvas {
     Canvas { legend: false, ..Canvas::default() }
 }
 
-/// At most [`MAX_POINTS`]: of each stretch the lowest and the highest, so that no peak is lost.
+/// At most [`MAX_POINTS`]: the lowest and the highest of each section, so that no peak is lost.
 fn thinned(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
     if points.len() <= MAX_POINTS {
         return points;
@@ -80,7 +80,7 @@ fn thinned(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
     ends.collect()
 }
 
-/// The pictures that this run has something for.
+/// The charts for which this run has data.
 pub(super) fn pictures(run: &Run) -> Result<Vec<Picture>, PlotError> {
     let mut out = vec![remaining(run)?, rates(run)?, throttle(run)?];
     out.extend(pages(run)?);
@@ -134,7 +134,7 @@ fn rates(run: &Run) -> Result<Picture, PlotError> {
         run.samples.iter().map(|sample| (sample.at_ms / 1e3, rate(sample))).collect()
     };
     let (mut sent, mut written) = (of(&|s| s.throughput as f64), of(&|s| s.dirty_pages_rate as f64 * page));
-    // A run that was over before a few samples were taken has only its rounds.
+    // A run that ended before a few samples were taken has only its rounds.
     if sent.len() < 4 {
         for round in run.rounds.iter().filter(|round| round.report.took_ms >= 1.0) {
             let (end, took) = (round.at_ms / 1e3, round.report.took_ms / 1e3);

@@ -1,4 +1,4 @@
-//! The page: what happened in words and numbers, then the pictures. Every text goes through the template's escaping.
+//! The page: the result in words and numbers, then the charts. The template escapes every text.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use ramwire::observe::Status;
@@ -9,7 +9,7 @@ use crate::cli::common::human_bytes;
 
 const STYLE: &str = include_str!("style.css");
 
-/// Rounds in the table at most; each end of a longer run.
+/// Maximum number of rounds in the table; a longer run shows both ends.
 const MAX_ROWS: usize = 200;
 
 /// The whole page.
@@ -39,7 +39,7 @@ pub(super) fn page(run: &Run, pictures: &[Picture]) -> String {
     .into_string()
 }
 
-/// How it ended, and the class of its colour.
+/// The result, and the class of its colour.
 fn outcome(run: &Run) -> (String, &'static str) {
     match run.end.as_ref().map(|end| end.status) {
         Some(Status::Completed) => ("completed".into(), "good"),
@@ -77,7 +77,7 @@ fn head(run: &Run) -> Markup {
     }
 }
 
-/// What a log without an end still says.
+/// The information in a log without an end.
 fn cut_off(run: &Run) -> Markup {
     let last = run.events.last();
     html! {

@@ -1,16 +1,16 @@
-//! Reads a run's log. Nothing in the file is trusted: sizes are bounded, and what is wrong is told with its line.
+//! Reads a run's log. The file is not trusted: sizes are limited, and an error names its line.
 
 use std::io::{self, BufRead, Read};
 
 use ramwire::observe::{DowntimeParts, End, RUN_LOG_SCHEMA, Record, RoundReport, RunDescription, Sample};
 
-/// Longest line; our own have some 400 bytes and a first line's settings.
+/// Longest line; our own have some 400 bytes, plus the settings in the first line.
 const MAX_LINE: u64 = 1 << 20;
 
-/// Most lines: ten days of samples.
+/// Maximum number of lines: ten days of samples.
 const MAX_LINES: usize = 10_000_000;
 
-/// Longest time that a log may tell, a hundred years in milliseconds: what is drawn stays finite.
+/// Longest duration in a log, a hundred years in milliseconds: charts stay finite.
 const MAX_MS: f64 = 3.2e12;
 
 /// A log that can't be read.
@@ -42,7 +42,7 @@ pub(super) struct Happened {
     pub(super) why: Option<String>,
 }
 
-/// A run as its log tells it, each list in the order of time.
+/// A run according to its log, each list in the order of time.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Run {
     pub(super) version: String,
@@ -50,9 +50,9 @@ pub(super) struct Run {
     pub(super) samples: Vec<Sample>,
     pub(super) rounds: Vec<Round>,
     pub(super) events: Vec<Happened>,
-    /// `None` if the log was cut off.
+    /// `None` if the log is truncated.
     pub(super) end: Option<End>,
-    /// The last line is not whole.
+    /// The last line is incomplete.
     pub(super) torn: bool,
 }
 
@@ -91,7 +91,7 @@ pub(super) fn read(mut from: impl BufRead) -> Result<Run, ReadError> {
         }
         let taken = parse(&text).and_then(|record| take(&mut run, line, record));
         if let Err(why) = taken {
-            // A process that was killed leaves half a line, which says nothing against the lines before it.
+            // A killed process leaves half a line; the lines before it are still valid.
             if whole || line == 1 {
                 return Err(ReadError::Line { line, why });
             }
@@ -101,7 +101,7 @@ pub(super) fn read(mut from: impl BufRead) -> Result<Run, ReadError> {
     Err(ReadError::Line { line: MAX_LINES, why: "no run's log has more lines".into() })
 }
 
-/// A line may be written a moment after one that happened later.
+/// A line may be written shortly after the line of a later event.
 fn sort(run: &mut Run) {
     run.samples.sort_by(|a, b| a.at_ms.total_cmp(&b.at_ms));
     run.rounds.sort_by(|a, b| a.at_ms.total_cmp(&b.at_ms));

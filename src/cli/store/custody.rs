@@ -1,13 +1,13 @@
-//! What a folder says of its guest while the guest is sent.
+//! The state of a guest in its folder's manifest while the guest is sent.
 //!
-//! Until the device state leaves nothing has been given away, and the manifest stays as it was: the process may be killed
-//! at any moment. From there on until the end is known it says `sending`.
+//! Before the device state is sent the guest is not handed over, and the manifest stays as it was: the process may be
+//! killed at any moment. From then on until the result is known its state is `sending`.
 
 use std::sync::{Mutex, PoisonError};
 
 use super::{Manifest, State, Store, StoreError};
 
-/// The manifest of a guest that is sent. All threads may mark it.
+/// The manifest of a guest that is sent. Any thread may mark it.
 pub struct Custody {
     before: State,
     inner: Mutex<Inner>,
@@ -23,7 +23,7 @@ impl Custody {
         Self { before: manifest.unless_given(), inner: Mutex::new(Inner { store, manifest }) }
     }
 
-    /// Puts the new state on the disk.
+    /// Writes the new state to the disk.
     ///
     /// # Errors
     /// [`StoreError`]; the old state stands.
@@ -38,8 +38,8 @@ impl Custody {
         Ok(())
     }
 
-    /// The guest stays: what was known of it before holds. A guest in doubt was only taken because that destination does
-    /// not run it; one that runs elsewhere still does.
+    /// The guest stays: its previous state is restored. A guest in doubt was sent again only because that destination
+    /// does not run it; one that runs elsewhere still does.
     ///
     /// # Errors
     /// As [`mark`](Self::mark).
@@ -75,7 +75,7 @@ mod tests {
         }
     }
 
-    /// Sent once more, in doubt or killed on its way, and sent again with an override, which fails.
+    /// Sent again while in doubt or after the process was killed, and sent again with an override; the migration fails.
     #[test]
     fn a_doubt_about_the_last_destination_hides_nothing_of_the_one_before() {
         let dir = tempfile::tempdir().unwrap();

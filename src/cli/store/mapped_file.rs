@@ -1,4 +1,4 @@
-//! A guest in a mapped-ram file, to be sent on from where it lies.
+//! A guest in a mapped-ram file, to be sent directly from the file.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use ramwire::units::PageSize;
 use super::arriving::{nothing, style_seen};
 use super::{FORMAT, Manifest, State, StoredGuest};
 
-/// What a stream holds beside RAM.
+/// The parts of a stream other than RAM.
 #[derive(Default)]
 struct Beside {
     configuration: Configuration,
-    /// Sections in front of the first page.
+    /// Sections before the first page.
     early: Vec<u8>,
-    /// Those behind it.
+    /// Sections after it.
     state: Vec<u8>,
     pages_began: bool,
 }
@@ -48,8 +48,8 @@ impl Beside {
 }
 
 impl StoredGuest {
-    /// A guest in the file behind `address`. Nothing is said of it anywhere: it can be sent any number of times.
-    /// `no_vmdesc`: even if nothing proves that its device state is whole.
+    /// A guest in the file at `address`. There is no manifest: it can be sent any number of times. `no_vmdesc`: even if
+    /// nothing proves that its device state is complete.
     ///
     /// # Errors
     /// Why it can't be read, or is not whole.

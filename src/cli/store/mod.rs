@@ -1,4 +1,4 @@
-//! A guest kept in a folder: one file a RAM block, the rest of its stream, and a manifest.
+//! A guest in a folder: one file for each RAM block, the rest of its stream, and a manifest.
 //!
 //! ```text
 //! DIR/manifest.json     what is here and in which state (format version 1)
@@ -8,8 +8,8 @@
 //! DIR/lock              held while a process works on the folder
 //! ```
 //!
-//! The source lets its guest go once it is told of success, so success is told only after everything is on
-//! the disk and the manifest that says `whole` has been renamed into place.
+//! The source releases its guest when it receives success, so success is sent only after everything is on the disk and
+//! the manifest with the state `whole` has been renamed into place.
 
 mod arriving;
 mod custody;
@@ -40,21 +40,21 @@ const EARLY: &str = "early.bin";
 const TAIL: &str = "tail.bin";
 const LOCK: &str = "lock";
 
-/// How far a folder's guest has come.
+/// State of a folder's guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// A migration is coming in, or broke off.
+    /// A migration is arriving, or was interrupted.
     Arriving,
-    /// Everything is here; the guest runs nowhere.
+    /// Everything has arrived; the guest runs nowhere.
     Whole,
-    /// Here, but its device state ended without the VM description that proves it complete.
+    /// Everything has arrived, but the device state ended without the VM description that proves it complete.
     Incomplete,
     /// On its way out.
     Sending,
     /// It runs at another place.
     Sent,
-    /// It may run at another place.
+    /// It may run at another host.
     InDoubt,
 }
 
@@ -76,9 +76,9 @@ pub struct BlockEntry {
     pub file: String,
     /// Bytes.
     pub used_length: u64,
-    /// Guest-physical address, where the stream announced one.
+    /// Guest physical address, if the stream announced one.
     pub guest_addr: Option<u64>,
-    /// Both ends map its memory (`x-ignore-shared`): it is not in the folder, and does not travel.
+    /// Both ends map its memory (`x-ignore-shared`): it is not in the folder, and is not sent.
     #[serde(default)]
     pub ignored: bool,
 }
@@ -90,16 +90,16 @@ pub struct Manifest {
     pub format: u32,
     /// How far it has come.
     pub state: State,
-    /// While it is on its way out or in doubt: what holds if that comes to nothing, where this is not `whole`.
+    /// While it is being sent or in doubt: the state to restore on failure, if it is not `whole`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub otherwise: Option<State>,
     /// Machine name.
     pub machine: String,
     /// Validated capabilities.
     pub capabilities: Vec<String>,
-    /// UUID of the VM, in hex, where the stream announced one.
+    /// UUID of the VM, in hex, if the stream announced one.
     pub uuid: Option<String>,
-    /// Target page size, where the stream announced one.
+    /// Target page size, if the stream announced one.
     pub page_size: Option<u64>,
     /// Its stream has a configuration section.
     #[serde(default = "present")]
@@ -107,22 +107,22 @@ pub struct Manifest {
     /// Its sections have footers.
     #[serde(default = "present")]
     pub footers: bool,
-    /// Who sent it: `qemu` or `ramwire`.
+    /// The kind of source: `qemu` or `ramwire`.
     pub source: String,
-    /// The style its stream has shown where the machine's name tells none, as `--peer` writes it.
+    /// The style that its stream has shown, if the machine's name does not show it, as `--peer` writes it.
     #[serde(default)]
     pub peer_style: Option<String>,
     /// The blocks in stream order.
     pub blocks: Vec<BlockEntry>,
 }
 
-/// Folders of before that was noted hold guests that have both.
+/// Older folders without this field hold guests that have both.
 fn present() -> bool {
     true
 }
 
 impl Manifest {
-    /// What holds of the guest if the destination that was given it last does not run it.
+    /// The guest's state if the destination that it was last handed to does not run it.
     pub fn unless_given(&self) -> State {
         match self.state {
             State::Sending | State::InDoubt => self.otherwise.unwrap_or(State::Whole),
@@ -137,7 +137,7 @@ impl Manifest {
         Self { state, otherwise, ..self.clone() }
     }
 
-    /// What stands around the sections of its stream.
+    /// Whether its stream has a configuration section and footers.
     pub fn framing(&self) -> Framing {
         Framing { configuration: self.configuration, footers: self.footers }
     }
@@ -156,7 +156,7 @@ pub enum StoreError {
         /// The answer.
         source: io::Error,
     },
-    /// An open folder that may be in use for other things.
+    /// An open folder that may be used for other purposes.
     #[error(
         "{path} is open to others (mode {mode:04o}) and {}; name a folder of its own{}",
         foreign.as_ref().map_or("meant to be shared".to_owned(), |name| format!("holds {name:?}, which is no guest's")),
@@ -167,12 +167,12 @@ pub enum StoreError {
         path: PathBuf,
         /// Its mode.
         mode: u32,
-        /// Something in it that is not ours.
+        /// A file in it that is not ours.
         foreign: Option<String>,
-        /// Nobody else needs it, as far as can be told.
+        /// It is not needed by other users, as far as can be determined.
         may_close: bool,
     },
-    /// Pages of unknown blocks will not come.
+    /// Pages of unknown blocks are refused.
     #[error(
         "the source leaves shared RAM blocks out (x-ignore-shared): say which of {blocks} they are by --ignore-shared"
     )]
@@ -180,7 +180,7 @@ pub enum StoreError {
         /// Names of all blocks.
         blocks: String,
     },
-    /// A block that is to be left out is none of the guest's.
+    /// A block that is to be left out does not belong to the guest.
     #[error("no RAM block is called {name:?}; the source has {blocks}")]
     NoSuchBlock {
         /// The name.
@@ -188,7 +188,7 @@ pub enum StoreError {
         /// Names of all blocks.
         blocks: String,
     },
-    /// Guest memory is not written through links, nor to devices.
+    /// Guest memory is not written through links or to devices.
     #[error("{path} is {is}, not a file of this folder's own; remove it")]
     NotPlain {
         /// Where.
@@ -208,14 +208,14 @@ pub enum StoreError {
         /// Of what.
         of: String,
     },
-    /// A RAM file is not the one any more that the guest arrived in.
+    /// A RAM file is no longer the one that the guest was received into.
     #[error(
         "{path} was {what} while the guest arrived; keep other programs out of the folder and receive again"
     )]
     Changed {
         /// The file.
         path: PathBuf,
-        /// What has become of it.
+        /// What happened to it.
         what: &'static str,
     },
     /// Another process works on it.
@@ -260,7 +260,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Takes the folder; makes it (mode 0700) if it is not there, closes it to others if it is open to them.
+    /// Locks the folder; creates it (mode 0700) if it does not exist, and removes access for other users.
     ///
     /// # Errors
     /// [`StoreError::Io`], [`StoreError::Locked`], [`StoreError::Shared`], [`StoreError::NotPlain`].
@@ -302,7 +302,7 @@ impl Store {
         Ok(Some(manifest))
     }
 
-    /// Puts the manifest in place: written aside, synced, renamed, the folder synced.
+    /// Replaces the manifest: writes it to a temporary file, syncs, renames, and syncs the folder.
     ///
     /// # Errors
     /// [`StoreError::Io`]; the old manifest is then still there.
@@ -313,7 +313,7 @@ impl Store {
         self.put(MANIFEST, text.as_bytes())
     }
 
-    /// Takes the manifest away, where there is one.
+    /// Removes the manifest, if there is one.
     ///
     /// # Errors
     /// [`StoreError::Io`].
@@ -325,7 +325,7 @@ impl Store {
         }
     }
 
-    /// Puts a file in place, durably.
+    /// Replaces a file durably.
     ///
     /// # Errors
     /// [`StoreError::Io`].

@@ -1,7 +1,7 @@
 //! Files and folders that only their owner may read: they hold guest memory.
 //!
-//! A folder may have been there before, with files in it and open to others. What is written here is a new file each
-//! time, so nobody holds it open from before; links are refused, since what stands behind them is not ours to change.
+//! A folder may already exist, with files in it and with access for others. Each written file is a new one, so that no
+//! other process has it open; links are refused, since their targets are not ours to change.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
@@ -11,12 +11,12 @@ use std::path::{Path, PathBuf};
 use super::super::output::note;
 use super::{EARLY, MANIFEST, StoreError, TAIL, failed};
 
-/// Bits of a mode that let others in.
+/// Bits of a mode that give others access.
 const OTHERS: u32 = 0o077;
-/// A folder in which everybody may make files, such as /tmp.
+/// A folder in which every user may create files, such as /tmp.
 const STICKY: u32 = 0o1000;
 
-/// The folder: made with mode 0700, or closed to others if it holds nothing but a guest of ours.
+/// The folder: created with mode 0700, or access for others is removed if it holds only a guest of ours.
 ///
 /// # Errors
 /// [`StoreError::Shared`] for an open folder that others may have a use for, [`StoreError::Io`].
@@ -40,12 +40,12 @@ pub(super) fn folder(path: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// True for the root and the folders in it: a machine whose `/` or `/etc` is closed to others works no more.
+/// True for the root and the folders in it: without access for others to `/` or `/etc` a machine no longer works.
 fn is_of_the_system(path: &Path) -> bool {
     path.canonicalize().is_ok_and(|whole| whole.ancestors().count() <= 2)
 }
 
-/// The name of something in the folder that no `receive` has put there.
+/// The name of a file in the folder that `receive` has not created.
 fn foreign(path: &Path) -> Result<Option<String>, StoreError> {
     let entries = fs::read_dir(path).map_err(failed(path, "listing"))?;
     for entry in entries {
@@ -64,7 +64,7 @@ fn is_ram(name: &str) -> bool {
     block.is_some_and(|n| !n.is_empty() && n.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// Removes the RAM files of a guest that never arrived; what is no file is left alone.
+/// Removes the RAM files of a guest that never arrived; anything other than a file is left alone.
 ///
 /// # Errors
 /// [`StoreError::Io`].
@@ -80,7 +80,7 @@ pub(super) fn remove_ram(folder: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// A new, empty file of mode 0600, in the place of one that was there.
+/// A new, empty file of mode 0600, which replaces an existing one.
 ///
 /// # Errors
 /// [`StoreError::NotPlain`] where something else than a file is, [`StoreError::Io`].
@@ -96,7 +96,7 @@ pub(super) fn create(path: &Path) -> Result<File, StoreError> {
     options.open(path).map_err(failed(path, "making"))
 }
 
-/// The file others lock too, so an old one is kept; its mode becomes 0600.
+/// The file that other processes lock too, so an existing one is kept; its mode becomes 0600.
 ///
 /// # Errors
 /// As [`create`].
@@ -121,7 +121,7 @@ pub(super) fn lock_file(path: &Path) -> Result<File, StoreError> {
 /// # Errors
 /// As [`create`].
 pub(super) fn plain(path: &Path, options: &mut OpenOptions) -> Result<File, StoreError> {
-    // Without O_NONBLOCK a pipe would wait here for its other end.
+    // Without O_NONBLOCK opening a pipe would wait here for its other end.
     let opened = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
     let file = match opened {
         Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
@@ -153,7 +153,7 @@ mod tests {
     use super::super::Store;
     use super::*;
 
-    /// Neither is closed, nor is the operator told to.
+    /// Neither is changed, nor is the operator advised to change it.
     #[test]
     fn folders_of_the_system_are_not_to_be_closed() {
         for path in ["/", "/usr", "/../usr/."] {
@@ -209,7 +209,7 @@ mod tests {
             name.into_iter().for_each(|name| fs::write(path.join(name), "").unwrap());
             set_mode(&path, before);
             let error = Store::open(&path).unwrap_err().to_string();
-            // One that is meant to be shared, such as /tmp, is not the operator's to close.
+            // A folder that is meant to be shared, such as /tmp, is not for the operator to restrict.
             assert_eq!(error.contains("chmod 700"), name.is_some(), "{error}");
             assert!(name.is_none_or(|name| error.contains(name)), "{error}");
             assert_eq!(mode(&path), before);

@@ -1,7 +1,7 @@
 //! The file of one RAM block while its guest arrives.
 //!
-//! Its whole length is reserved at the beginning, so that a full disk is found before the source has sent a page. What
-//! stays zero is given back at the end.
+//! Its whole length is reserved at the beginning, so that a full disk is detected before the source has sent a page.
+//! The space of zero pages is freed at the end.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -15,24 +15,24 @@ use super::{Store, StoreError, failed, private};
 /// `f_type` of tmpfs and ramfs (statfs(2)): their files are memory.
 const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 
-/// With more blocks than this no descriptor of each is kept: the usual limit of them is 1024.
+/// With more blocks than this their descriptors are not kept open: the usual limit of descriptors is 1024.
 pub(super) const MAX_KEPT_OPEN: usize = 128;
 
-/// A block's file and the memory in front of it.
+/// A block's file and its memory.
 pub(super) struct RamFile {
     pub(super) name: String,
     pub(super) mapping: Mapping,
     /// Device and inode.
     identity: (u64, u64),
-    /// The memory is not the file's own and goes there at the end.
+    /// The memory is not the file's own and is written to the file at the end.
     is_copied: bool,
 }
 
 impl RamFile {
-    /// A new file of `length` bytes, mapped; with `held` memory beside it that is written out at the end.
+    /// A new file of `length` bytes, mapped; with `held` separate memory that is written to the file at the end.
     pub(super) fn make(store: &Store, name: String, length: u64, held: bool) -> Result<Self, StoreError> {
         let path = store.file(&name);
-        // New: a file of an earlier attempt may hold old pages, and memory must begin as zero.
+        // New, since a file of an earlier attempt may hold old pages, and memory must begin as zero.
         let file = private::create(&path)?;
         let meta = file.metadata().map_err(failed(&path, "looking at"))?;
         let mapping = match held {
@@ -43,12 +43,12 @@ impl RamFile {
         Ok(Self { name, mapping, identity: (meta.dev(), meta.ino()), is_copied: held })
     }
 
-    /// Lets the descriptor go; the memory stays.
+    /// Closes the descriptor; the memory stays.
     pub(super) fn detached(self) -> Self {
         Self { mapping: self.mapping.detached(), ..self }
     }
 
-    /// All of it is on the disk when this returns, in the file that has its name.
+    /// Returns after all of it is on the disk, in the file of that name.
     pub(super) fn put(&self, store: &Store) -> Result<(), StoreError> {
         let path = store.file(&self.name);
         let file = self.reopened(&path)?;
@@ -58,7 +58,7 @@ impl RamFile {
         file.sync_all().map_err(failed(&path, "syncing RAM"))
     }
 
-    /// Gives back what was reserved and stayed zero; bytes.
+    /// Frees space that was reserved and stayed zero; returns the number of bytes.
     pub(super) fn release(&self, store: &Store) -> Result<u64, StoreError> {
         let path = store.file(&self.name);
         let file = self.reopened(&path)?;
@@ -66,7 +66,7 @@ impl RamFile {
             .map_err(failed(&path, "giving back what stayed zero"))
     }
 
-    /// The file by its name, if it is still the one that was made and as long.
+    /// Opens the file by its name, if it is still the created one with the same length.
     fn reopened(&self, path: &Path) -> Result<File, StoreError> {
         let changed = |what| StoreError::Changed { path: path.to_owned(), what };
         let file = match private::plain(path, OpenOptions::new().read(true).write(true)) {
@@ -86,14 +86,14 @@ impl RamFile {
     }
 }
 
-/// Refuses a guest that finds no room: of `ram` bytes, held in memory too where it is `held` there.
+/// Refuses a guest of `ram` bytes for which there is no room, on the disk and, if it is `held` in memory, there too.
 pub(super) fn check_room(folder: &Path, ram: u64, held: bool) -> Result<(), StoreError> {
     let looking = |errno: rustix::io::Errno| failed(folder, "looking at its file system")(errno.into());
     let room = rustix::fs::statvfs(folder).map_err(looking)?;
     let kind = rustix::fs::statfs(folder).map_err(looking)?.f_type;
     let in_memory = IN_MEMORY.contains(&kind);
     let free = room.f_bavail.saturating_mul(room.f_frsize);
-    // ramfs has no size, and says 0 blocks.
+    // ramfs has no size, and reports 0 blocks.
     let on_disk = (room.f_blocks > 0).then(|| (free, "on its file system".to_owned()));
     let memory = memory_room().filter(|_| in_memory || held).map(|room| (room.bytes, room.bound.to_string()));
     match on_disk.into_iter().chain(memory).min() {
@@ -108,7 +108,7 @@ pub(super) fn is_tmpfs(folder: &Path) -> Result<bool, StoreError> {
     Ok(kind.f_type == IN_MEMORY[0])
 }
 
-/// Memory into its file; zero pieces stay holes.
+/// Writes memory into its file; zero pieces stay holes.
 fn write_out(mapping: &Mapping, file: &File) -> io::Result<()> {
     const PIECE: u64 = 1 << 20;
     let region = mapping.region();

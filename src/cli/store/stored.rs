@@ -21,27 +21,27 @@ use super::ram_file::MAX_KEPT_OPEN;
 use super::{ArrivingGuest, Custody, EARLY, Manifest, State, Store, StoreError, TAIL, failed, private};
 use crate::cli::remedies::in_words;
 
-/// What `ramwire send` may do although the manifest speaks against it.
+/// What `ramwire send` may do against the manifest.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Overrides {
-    /// Send a guest that was sent already.
+    /// Send a guest that was already sent.
     pub again: bool,
-    /// Send a guest that may run at its destination or its source: somebody saw that it does not.
+    /// Send a guest that may run at its destination or its source: an operator confirmed that it does not.
     pub destination_is_dead: bool,
     /// Send a guest whose device state has no VM description.
     pub no_vmdesc: bool,
 }
 
-/// A RAM block in a file of the caller's.
+/// A RAM block in a file that the caller gives.
 #[derive(Clone, Debug)]
 pub struct Block {
     /// Its name.
     pub name: BlockName,
-    /// The file; all of it is the block.
+    /// The file; it contains only the block.
     pub path: PathBuf,
 }
 
-/// A guest that stands still: memory in files, device state as it was captured.
+/// A paused guest: memory in files, and the device state as it was received.
 pub struct StoredGuest {
     pub(super) custody: Option<Arc<Custody>>,
     pub(super) manifest: Manifest,
@@ -49,12 +49,12 @@ pub struct StoredGuest {
     pub(super) configuration: Configuration,
     pub(super) early: Vec<u8>,
     pub(super) tail: Vec<u8>,
-    /// Locked against those that would write to it, as long as its memory is mapped.
+    /// Locked against writers as long as its memory is mapped.
     pub(super) _file: Option<MappedDestination>,
 }
 
 impl StoredGuest {
-    /// Opens a folder; `replaced` blocks come from elsewhere.
+    /// Opens a folder; `replaced` blocks come from other files.
     ///
     /// # Errors
     /// [`StoreError::NotWhole`] unless the manifest says `whole` or an override allows it.
@@ -100,7 +100,7 @@ impl StoredGuest {
         Ok(Self { custody, manifest, memory: Arc::new(memory), configuration, early, tail, _file: None })
     }
 
-    /// A guest of nothing but the caller's RAM files: no device state, machine `none`.
+    /// A guest that consists only of the caller's RAM files: no device state, machine `none`.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -138,17 +138,17 @@ impl StoredGuest {
         Arc::clone(&self.memory)
     }
 
-    /// What its stream said of the machine.
+    /// The configuration that its stream announced.
     pub fn configuration(&self) -> &Configuration {
         &self.configuration
     }
 
-    /// What stands around the sections of its stream.
+    /// Whether its stream has a configuration section and footers.
     pub fn framing(&self) -> Framing {
         self.manifest.framing()
     }
 
-    /// The style its source has shown, where the machine's name tells none.
+    /// The style that its source has shown, if the machine's name does not show it.
     pub fn peer_style(&self) -> Option<PeerStyle> {
         self.manifest.peer_style.as_deref().and_then(|name| name.parse().ok())
     }
@@ -158,23 +158,23 @@ impl StoredGuest {
         &self.early
     }
 
-    /// True if it has device state to send: more than the end of a stream that had none.
+    /// True if it has device state to send: more than the end of a stream without devices.
     pub fn has_state(&self) -> bool {
         !self.tail.is_empty() && sections_end(&self.tail, self.framing()) != Some(0)
     }
 
-    /// The machine for the session: it stands still all the time.
+    /// The session's control of this guest, which is always paused.
     pub fn control(&self) -> Box<dyn GuestControl> {
         Box::new(StandingMachine { tail: self.tail.clone(), custody: self.custody() })
     }
 
-    /// What the folder says of it; `None` for files alone.
+    /// Its state in the folder's manifest; `None` for files without a folder.
     pub fn custody(&self) -> Option<Arc<Custody>> {
         self.custody.clone()
     }
 }
 
-/// Writes a guest that could not be handed on into a folder of its own. `may_run`: at another place, so that it is in
+/// Writes a guest that could not be passed on into a folder of its own. `may_run`: on another host, so that it is in
 /// doubt.
 ///
 /// # Errors
@@ -215,7 +215,7 @@ pub fn keep(
     guest.settle()
 }
 
-/// With the last destination dead, what was known of the guest before holds, and needs its own override.
+/// If the last destination is dead, the guest's previous state counts, and needs its own override.
 fn allowed(path: &Path, manifest: &Manifest, overrides: Overrides) -> Result<(), StoreError> {
     let open = manifest.state != manifest.unless_given();
     let state = if overrides.destination_is_dead { manifest.unless_given() } else { manifest.state };
@@ -239,7 +239,7 @@ fn allowed(path: &Path, manifest: &Manifest, overrides: Overrides) -> Result<(),
     Err(StoreError::NotWhole { path: path.to_owned(), state, why })
 }
 
-/// `own`: a file of the folder, which is no link; a caller's own file may be one.
+/// `own`: a file of the folder, which must not be a link; a caller's own file may be one.
 fn mapped(path: &Path, length: Option<u64>, own: bool) -> Result<Mapping, StoreError> {
     let mut options = OpenOptions::new();
     options.read(true).write(true);
@@ -293,7 +293,7 @@ impl GuestControl for StandingMachine {
         Some(self)
     }
 
-    /// Files are mapped here, and nobody gives their pages back.
+    /// Files are mapped here, and their pages are never freed.
     fn forbid_discard(&mut self, _forbid: bool) -> bool {
         true
     }
@@ -304,7 +304,7 @@ impl DeviceState for StandingMachine {
         self.tail.len() as u64
     }
 
-    /// Behind this the guest may be given away at any moment.
+    /// After this the guest may be handed over at any moment.
     fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
         if let Some(custody) = &self.custody {
             custody.mark(State::Sending).map_err(io::Error::other)?;

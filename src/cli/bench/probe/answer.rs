@@ -7,8 +7,8 @@ use super::sockets;
 use super::words::{Carrier, Reply, Request, Words, failed};
 use crate::cli::output::result_line;
 
-/// Waits at `address` (HOST:PORT) for one asking end and answers it until it closes. Says on standard output where it
-/// waits.
+/// Waits at `address` (HOST:PORT) for one asking end and answers it until it closes. Prints its address on standard
+/// output.
 ///
 /// # Errors
 /// [`BenchError`].
@@ -55,12 +55,12 @@ pub fn answer_all(words: &mut Words, host: Option<&str>) -> Result<(), BenchErro
     }
 }
 
-/// What the asking end says.
+/// A message of the asking end.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ToAnswer {
     /// The next measurement.
     Measure(Request),
-    /// The measurement under way is over.
+    /// The current measurement is over.
     Done,
 }

@@ -10,7 +10,7 @@ use super::super::BenchError;
 use super::record::Recorded;
 use super::words::failed;
 
-/// Lines between two halvings of the distance to 100 %, as the format's tools have it.
+/// Lines between two halvings of the distance to 100 %, as in the format's own tools.
 const TICKS: u32 = 5;
 /// Histograms hold nanoseconds; the files show microseconds, the log's maxima milliseconds.
 const NANOS_PER_MICRO: f64 = 1e3;

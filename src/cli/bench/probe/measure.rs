@@ -1,4 +1,4 @@
-//! The loops of a measurement, whatever carries its messages.
+//! The loops of a measurement, for any transport of its messages.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use super::record::Recorded;
 
 /// Messages that are answered.
 pub trait Echo {
-    /// Sends one and waits for its answer.
+    /// Sends a message and waits for its answer.
     ///
     /// # Errors
     /// [`BenchError`], also where the other end is silent.
@@ -25,13 +25,14 @@ pub trait Flow {
     /// [`BenchError`].
     fn post(&mut self) -> Result<(), BenchError>;
 
-    /// How many more have completed; does not wait.
+    /// How many more requests have completed; does not wait.
     ///
     /// # Errors
     /// [`BenchError`].
     fn completed(&mut self) -> Result<usize, BenchError>;
 
-    /// All that was posted has arrived at the other end, which takes a while where only it knows.
+    /// Waits until all posted requests have arrived at the other end; this takes a while if only the other end can
+    /// confirm it.
     ///
     /// # Errors
     /// [`BenchError`].
@@ -45,18 +46,18 @@ pub trait Flow {
 pub struct Pace {
     /// How long.
     pub duration: Duration,
-    /// Time from one message's begin to the next's; `None`: as soon as possible.
+    /// Time from the start of one message to the start of the next; `None`: as soon as possible.
     pub every: Option<Duration>,
 }
 
 impl Pace {
-    /// When message `number` should begin, from the start.
+    /// When message `number` should start, from the start of the measurement.
     fn due(&self, number: u32) -> Option<Duration> {
         self.every.map(|every| every * number)
     }
 }
 
-/// Waits until `due` after `start`; spins at the end, since a sleep wakes late.
+/// Waits until `due` after `start`; spins at the end, since a sleep wakes up late.
 fn wait_until(start: Instant, due: Duration) {
     const SPIN: Duration = Duration::from_micros(200);
     if let Some(left) = due.checked_sub(start.elapsed()).and_then(|left| left.checked_sub(SPIN)) {
@@ -67,7 +68,7 @@ fn wait_until(start: Instant, due: Duration) {
     }
 }
 
-/// Half the round trips of `echo`, one after the other. Some before are not counted.
+/// Half the round trips of `echo`, one after the other. The first ones are not counted.
 ///
 /// # Errors
 /// [`BenchError`].
@@ -170,7 +171,7 @@ mod tests {
         fn completed(&mut self) -> Result<usize, BenchError> {
             let done = if self.out >= 2 { 2 } else { 0 };
             self.out -= done;
-            // The last one alone completes too.
+            // The last one completes alone.
             if done == 0 && self.most >= 2 { Ok(std::mem::take(&mut self.out)) } else { Ok(done) }
         }
     }

@@ -105,7 +105,7 @@ pub fn run(args: &ProbeArgs, kind: Kind, cancel: &CancelToken) -> Result<(), Ben
     if let Some(address) = &args.listen {
         return answer::serve(address, args.host.as_deref());
     }
-    // Killed at the end, whatever the end is.
+    // Killed at the end, also after an error.
     let mut _other = None;
     let address = match &args.connect {
         Some(address) => address.clone(),
@@ -236,7 +236,7 @@ fn write_files(prefix: &std::path::Path, report: &Report) -> Result<(), BenchErr
     write(".json", serde_json::json!(report).to_string().as_bytes())
 }
 
-/// The answering end on this host: this program once more.
+/// The answering end on this host: another process of this program.
 struct Other {
     child: Child,
     address: String,
@@ -264,7 +264,7 @@ impl Other {
 
 impl Drop for Other {
     fn drop(&mut self) {
-        // Both fail for a process that was waited for.
+        // Both calls fail for a process that was already reaped.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

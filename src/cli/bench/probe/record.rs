@@ -1,23 +1,23 @@
-//! Latencies as they come: histograms of nanoseconds, overall and by the second.
+//! Recording of latencies: histograms of nanoseconds, overall and by the second.
 //!
-//! Without a rate the next message begins when the one before has ended: a slow one delays those after it, which are
-//! then not counted as slow ("coordinated omission"). With a rate every message has its time to begin. Then each
-//! latency is recorded twice: from where it did begin (uncorrected), and from where it should have (corrected).
+//! Without a rate the next message starts when the one before has ended: a slow one delays those after it, which are
+//! then not counted as slow ("coordinated omission"). With a rate every message has a scheduled start. Then each
+//! latency is recorded twice: from its actual start (uncorrected), and from its scheduled start (corrected).
 
 use std::time::{Duration, SystemTime};
 
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-/// Longest latency told apart, in nanoseconds; longer ones count as this.
+/// Longest latency that is distinguished, in nanoseconds; longer ones count as this.
 const MAX_NANOS: u64 = 60_000_000_000;
 /// Most intervals kept.
 const MAX_INTERVALS: u32 = 600;
 
-/// What is recorded in two ways.
+/// A value recorded in both ways.
 #[derive(Clone, Debug)]
 pub struct Interval {
-    /// From the start of the measurement.
+    /// Time from the start of the measurement.
     pub start: Duration,
     /// How long.
     pub length: Duration,
@@ -65,16 +65,16 @@ pub struct Recorded {
     pub began: SystemTime,
     /// How long it took.
     pub length: Duration,
-    /// From where each message did begin.
+    /// From each message's actual start.
     pub uncorrected: Histogram<u64>,
-    /// From where each should have begun; `None` without a rate.
+    /// From each message's scheduled start; `None` without a rate.
     pub corrected: Option<Histogram<u64>>,
-    /// By the second, or longer where there would be too many.
+    /// One for each second, or longer ones if there would be too many.
     pub intervals: Vec<Interval>,
 }
 
 impl Recorded {
-    /// Nothing yet; `paced` where messages have a time to begin.
+    /// Nothing recorded yet; `paced` if messages have a scheduled start.
     pub fn new(paced: bool) -> Self {
         Self {
             began: SystemTime::now(),
@@ -85,7 +85,8 @@ impl Recorded {
         }
     }
 
-    /// Counts a message that ended `at` after the start and took `took`; it began `late` after its time.
+    /// Counts a message that ended `at` after the start of the measurement and took `took`; it started `late` after its
+    /// scheduled time.
     pub fn record(&mut self, at: Duration, took: Duration, late: Duration) {
         let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(MAX_NANOS).clamp(1, MAX_NANOS);
         self.length = self.length.max(at);
@@ -109,7 +110,7 @@ impl Recorded {
     }
 }
 
-/// Bounds and digits are constants that the histogram takes, which the test below shows.
+/// Limits and digits are constants that the histogram accepts, as the test below shows.
 #[allow(clippy::expect_used)]
 fn empty() -> Histogram<u64> {
     Histogram::new_with_bounds(1, MAX_NANOS, 3).expect("bounds that a histogram takes")
@@ -141,7 +142,7 @@ mod tests {
     }
 
     /// A pause of 100 ms at 1000 messages a second: the uncorrected figures show one slow message, the corrected ones
-    /// all that had to wait.
+    /// all delayed messages.
     #[test]
     fn what_a_pause_delays_counts_as_late() {
         let mut recorded = Recorded::new(true);

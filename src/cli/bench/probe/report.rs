@@ -1,4 +1,4 @@
-//! What a measurement prints and draws.
+//! The output of a measurement: text and charts.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::cli::common::human_bytes;
 use crate::cli::plot::{self, Axis, Line};
 
 const MB: f64 = 1e6;
-/// Rows of the picture at most, and the longest bar.
+/// Maximum number of rows of the chart, and the longest bar.
 const ROWS: usize = 14;
 const BAR: usize = 50;
 
@@ -30,9 +30,9 @@ pub struct Case {
     pub mb_per_s: f64,
     /// Messages a second, each way.
     pub messages_per_s: f64,
-    /// From where each message did begin: not corrected for coordinated omission.
+    /// From each message's actual start: not corrected for coordinated omission.
     pub uncorrected: Summary,
-    /// From where each should have begun, where a rate was given: corrected for coordinated omission.
+    /// From each message's scheduled start, if a rate was given: corrected for coordinated omission.
     pub corrected: Option<Summary>,
     #[serde(skip)]
     recorded: Recorded,
@@ -75,7 +75,7 @@ impl Case {
         format!("{carrier}-{op}-{size}")
     }
 
-    /// A few lines and a picture.
+    /// A few lines and a chart.
     pub fn text(&self) -> String {
         let mut out = String::new();
         // Writing to a String can't fail.
@@ -120,7 +120,7 @@ fn picture(histogram: &Histogram<u64>) -> String {
         return out;
     }
     let (low, high) = (histogram.min().max(1) as f64, histogram.max().max(1) as f64);
-    // Not finer than what the histogram tells apart.
+    // Not finer than the histogram's resolution.
     let step = (high / low).powf(1.0 / ROWS as f64).max(1.01);
     let mut rows: Vec<(f64, u64)> = Vec::new();
     for value in histogram.iter_recorded() {
@@ -147,7 +147,7 @@ pub struct Report {
     pub version: u32,
     /// Latency or bandwidth.
     pub kind: Kind,
-    /// Messages a second that were asked for.
+    /// Requested messages a second.
     pub rate: Option<f64>,
     /// Processors this process may use.
     pub cpus: usize,
@@ -165,7 +165,7 @@ impl Report {
         Self { version: 1, kind, rate, cpus, kernel: kernel.trim().to_owned(), cases }
     }
 
-    /// Latencies over percentiles, one line for each measurement; a second one where it is corrected.
+    /// Latencies over percentiles, one line for each measurement; a second one for corrected latencies.
     ///
     /// # Errors
     /// [`plot::PlotError`].
@@ -184,7 +184,7 @@ impl Report {
     }
 }
 
-/// x is 1 / (1 - quantile), so that every further nine takes the same room.
+/// x is 1 / (1 - quantile), so that every further nine takes the same width.
 fn points(histogram: &Histogram<u64>) -> Vec<(f64, f64)> {
     let steps = histogram.iter_quantiles(5).filter(|step| step.quantile_iterated_to() < 1.0);
     steps

@@ -22,7 +22,7 @@ pub struct Sockets {
 }
 
 impl Sockets {
-    /// Connects to where the other end waits.
+    /// Connects to the address where the other end waits.
     ///
     /// # Errors
     /// [`BenchError`].
@@ -56,7 +56,7 @@ impl Echo for Sockets {
     }
 }
 
-/// A socket tells when it has taken the bytes, not when they have arrived.
+/// A socket reports when it has accepted the bytes, not when they have arrived.
 impl Flow for Sockets {
     fn post(&mut self) -> Result<(), BenchError> {
         self.stream.write_all(&self.message).map_err(failed("sending"))?;
@@ -68,7 +68,7 @@ impl Flow for Sockets {
         Ok(std::mem::take(&mut self.posted))
     }
 
-    /// A last message of ones is answered once everything before it has been read.
+    /// A last message of ones is answered once all earlier messages have been read.
     fn settle(&mut self) -> Result<(), BenchError> {
         self.message.fill(0xff);
         self.stream.write_all(&self.message).map_err(failed("sending"))?;
@@ -76,7 +76,7 @@ impl Flow for Sockets {
     }
 }
 
-/// A UNIX socket's place, gone with this value.
+/// The path of a UNIX socket, removed with this value.
 struct Place(PathBuf);
 
 impl Drop for Place {

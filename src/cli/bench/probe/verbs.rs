@@ -10,9 +10,9 @@ use super::super::BenchError;
 use super::measure::{Echo, Flow, silent};
 use super::words::{ANSWER_TIMEOUT, Op, Reply, Request, Words};
 
-/// Looks at memory or at a completion queue between two looks at the clock or at the other end.
+/// How often memory or a completion queue is checked between two checks of the clock or the other end.
 const LOOKS: u32 = 1 << 16;
-/// Receives that are posted at a time.
+/// Number of receives posted at a time.
 const RECEIVES: usize = 64;
 
 fn rdma(error: FabricError) -> BenchError {
@@ -23,7 +23,7 @@ fn soon() -> Stop {
     Stop::new(Some(Instant::now() + ANSWER_TIMEOUT), Cancel::default())
 }
 
-/// The first half of a buffer leaves, the second is where the peer's bytes arrive.
+/// The first half of a buffer is sent, the second is where the peer's bytes arrive.
 fn params(request: &Request) -> LaneParams {
     LaneParams { bytes: 2 * request.size, depth: request.depth.max(16), receives: RECEIVES }
 }
@@ -35,9 +35,9 @@ struct End {
     /// Requests without a completion yet.
     out: usize,
     most_out: usize,
-    /// Messages received and not yet taken.
+    /// Messages received and not yet processed.
     received: usize,
-    /// Changes with every WRITE, so that a new one is told from the last.
+    /// Changes with every WRITE, to distinguish a new one from the last.
     mark: u8,
 }
 
@@ -47,7 +47,7 @@ impl End {
         Self { lane, size: request.size, out: 0, most_out, received: 0, mark: 0 }
     }
 
-    /// Takes completions; how many requests of ours were among them.
+    /// Processes completions; returns how many of them were our requests.
     fn poll(&mut self) -> Result<usize, BenchError> {
         let polled = self.lane.poll().map_err(rdma)?;
         self.out -= polled.requests.min(self.out);
@@ -73,7 +73,7 @@ impl End {
         self.post(LaneOp::Write)
     }
 
-    /// Looks until `arrived`; `ended` is asked now and then. `false` if it had ended.
+    /// Polls until `arrived` returns true; calls `ended` occasionally. `false` if it had ended.
     fn look(
         &mut self,
         mut arrived: impl FnMut(&mut Self) -> Result<bool, BenchError>,
@@ -96,13 +96,13 @@ impl End {
         Ok(self.lane.byte(2 * self.size - 1) == self.mark)
     }
 
-    /// True if a message is here. The own completions are taken by the way.
+    /// True if a message has arrived. Also processes our own completions.
     fn message_is_here(&mut self) -> Result<bool, BenchError> {
         self.poll()?;
         Ok(self.received > 0)
     }
 
-    /// After something was posted: takes completions, and waits for one where no more may be out.
+    /// To be called after a post: processes completions, and waits for one if no more requests may be outstanding.
     fn make_room(&mut self) -> Result<(), BenchError> {
         self.poll()?;
         let begun = Instant::now();
@@ -123,7 +123,7 @@ pub struct Verbs {
 }
 
 impl Verbs {
-    /// Connects to where the other end waits.
+    /// Connects to the address where the other end waits.
     ///
     /// # Errors
     /// [`BenchError`].
@@ -172,8 +172,8 @@ impl Flow for Verbs {
     }
 }
 
-/// The answering end: waits, connects, and answers until the other says that it is done. `host` is an address of the
-/// device; without it that of the first usable one.
+/// The answering end: waits, connects, and answers until the other reports that it is done. `host` is an address of the
+/// device; by default that of the first usable one.
 ///
 /// # Errors
 /// [`BenchError`].

@@ -1,4 +1,4 @@
-//! What the two ends of a measurement tell each other: one JSON value a line over a TCP connection of its own.
+//! The messages between the two ends of a measurement: one JSON value per line over a TCP connection of its own.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, TcpStream};
@@ -15,7 +15,7 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 const MAX_LINE: u64 = 4096;
 /// Largest message of a measurement.
 pub const MAX_BYTES: usize = 64 << 20;
-/// Most requests on the way at a time.
+/// Maximum number of outstanding requests.
 pub const MAX_REQUESTS: usize = 1024;
 
 /// By what the bytes of a measurement travel.
@@ -75,25 +75,25 @@ impl Request {
         self.kind == Kind::Latency && matches!(self.op, Op::Write | Op::Send)
     }
 
-    /// True if sizes are within what this program allots.
+    /// True if the sizes are within what this program allocates.
     pub fn is_sound(&self) -> bool {
         (1..=MAX_BYTES).contains(&self.size) && (1..=MAX_REQUESTS).contains(&self.depth)
     }
 }
 
-/// The answering end's word.
+/// A message of the answering end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reply {
-    /// It waits there: an IP address or, of a UNIX socket, a path with port 0.
+    /// It waits at this address: an IP address or, for a UNIX socket, a path with port 0.
     At(String, u16),
-    /// It is connected and goes on as asked.
+    /// It is connected and continues as requested.
     Ready,
     /// It can't.
     No(String),
 }
 
-/// The connection for words.
+/// The connection for these messages.
 #[derive(Debug)]
 pub struct Words {
     lines: BufReader<TcpStream>,
@@ -111,7 +111,7 @@ impl Words {
         Ok(Self { lines: BufReader::new(socket) })
     }
 
-    /// Says one thing.
+    /// Sends one value.
     ///
     /// # Errors
     /// [`BenchError::Io`].
@@ -134,7 +134,7 @@ impl Words {
         serde_json::from_str(&line).map(Some).map_err(|error| failed("listening")(error.into()))
     }
 
-    /// True if the other end has said something more, or is gone.
+    /// True if the other end has sent more, or is gone.
     #[cfg(any(feature = "rdma", test))]
     pub fn has_more(&self) -> bool {
         let socket = self.lines.get_ref();
@@ -146,7 +146,7 @@ impl Words {
         socket.set_nonblocking(false).is_err() || !waiting
     }
 
-    /// Waits until the other end says something more or is gone, however long it takes.
+    /// Waits until the other end sends more or is gone, without a time limit.
     pub fn wait_for_more(&self) {
         while self.lines.buffer().is_empty() {
             match self.lines.get_ref().peek(&mut [0]) {
