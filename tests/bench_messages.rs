@@ -1,5 +1,4 @@
-//! `ramwire bench latency` and `bandwidth` from end to end: their figures mean nothing here, their counts, files
-//! and checks do.
+//! `ramwire bench latency` and `bandwidth` from end to end: the tests check counts, files and checks, not the figures.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader};

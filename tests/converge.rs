@@ -1,4 +1,4 @@
-//! Guests that write faster than the link carries: they arrive where something is done about it, and it is said where not.
+//! Guests that write faster than the link: with throttling they arrive, without it the command reports it.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -6,7 +6,7 @@ mod common;
 use common::{Deadline, ramwire::Ramwire, scratch};
 use serde_json::Value;
 
-/// 16 MiB are written over and over, through a link of 8 MiB/s; they fit the downtime in no round, even if a busy machine
+/// 16 MiB are written repeatedly, over a link of 8 MiB/s; they fit the downtime in no round, even if a busy machine
 /// leaves the writers a quarter of their rate.
 const GUEST: [&str; 3] = ["--ram=32M", "--working-set=16M", "--zero=50"];
 const WAY: [&str; 6] =
@@ -55,7 +55,7 @@ fn differences_bring_it_home() {
     assert_eq!(out["throttle_percent_most"], 0);
 }
 
-/// Told nothing, a demo ends all the same: it says so and slows its guest down.
+/// Without options a demo ends nevertheless: it reports the problem and throttles its guest.
 #[test]
 fn a_demo_helps_itself_over_a_slow_link() {
     let (out, errors) = demo(&[LINK, "--dirty-rate=72M"], 0);
@@ -72,8 +72,8 @@ fn auto_converge_brings_it_home() {
 
 #[test]
 fn a_dirty_limit_brings_it_home() {
-    // Within 25 MiB/s of its quota a vCPU is left alone, and what is written twice in a round counts once: the link carries
-    // several times as much, so that a slow machine's writers are held back too.
+    // Within 25 MiB/s of its quota a vCPU is not throttled, and a page that is written twice in a round counts once:
+    // the link carries several times as much, so that a slow machine's writers are throttled too.
     let fast = ["--ram=96M", "--working-set=64M", "--dirty-rate=800M", "--max-bandwidth=160M"];
     let (out, _) = demo_of(&[&WAY[..], &fast, &["--dirty-limit", "--vcpu-dirty-limit=1M"]].concat(), 0);
     assert_eq!((&out["status"], &out["verified"]), (&"completed".into(), &true.into()), "{out}");

@@ -1,4 +1,4 @@
-//! The programs in docs/examples/ do what they say.
+//! The programs in docs/examples/ work as described.
 #![allow(clippy::unwrap_used)]
 
 #[path = "../docs/examples/embed.rs"]

@@ -1,5 +1,4 @@
-//! Guests of real QEMUs whose streams hold more, or less, than that of a new machine: through a folder, and through a
-//! relay.
+//! Guests of QEMUs whose streams hold more, or less, than that of a new machine: through a folder, and through a relay.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -21,14 +20,14 @@ use serde_json::{Value, json};
 
 const MIB: usize = 32;
 
-/// The two ways from a QEMU to a QEMU.
+/// The two paths from a QEMU to a QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Folder,
     Relay,
 }
 
-/// Both ends of a guest's way and the folder between them.
+/// Both ends of a guest's path and the folder between them.
 struct Ends {
     source: Qemu,
     destination: Qemu,
@@ -76,7 +75,7 @@ fn ends(dir: &Path, version: Version, machine: Machine, extra: [&[String]; 2]) -
     Ends { source, destination, folder: dir.join("guest") }
 }
 
-/// A disk image, and the arguments that give it to a guest.
+/// A disk image, and the arguments that attach it to a guest.
 fn disk(path: &Path) -> Vec<String> {
     qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "64M"]);
     [
@@ -100,14 +99,14 @@ fn run(program: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
 }
 
-/// The dirty bitmaps of the guest's disk, as its QEMU tells them.
+/// The dirty bitmaps of the guest's disk, as its QEMU reports them.
 fn bitmaps(qemu: &mut Qemu) -> Value {
     let nodes = qemu.execute("query-named-block-nodes", json!({}));
     let disk = nodes.as_array().unwrap().iter().find(|node| node["node-name"] == "disk0").unwrap();
     disk["dirty-bitmaps"].clone()
 }
 
-/// What an incremental backup needs: the bitmap of a disk, which knows of 3 MiB that were written.
+/// The input of an incremental backup: the bitmap of a disk, with 3 MiB that were written.
 #[test]
 fn s20_a_persistent_dirty_bitmap_goes_with_its_guest() {
     if !peers_present() {
@@ -147,7 +146,7 @@ fn s20_a_persistent_dirty_bitmap_goes_with_its_guest() {
     }
 }
 
-/// Machine types of long ago, and what they write on a new one.
+/// Old machine types, and what they write on a new one.
 #[test]
 fn s02_s08_a_guest_without_configuration_section_or_footers_goes_its_way() {
     if !peers_present() {
@@ -197,8 +196,8 @@ fn s02_s08_a_guest_without_configuration_section_or_footers_goes_its_way() {
     }
 }
 
-/// A destination without postcopy says so before the source can switch over to it: the guest runs on at its source, and
-/// goes without the capability.
+/// A destination without postcopy refuses before the source can switch over to it: the guest continues at its source,
+/// and can be migrated without the capability.
 #[test]
 fn a_source_that_may_switch_to_postcopy_is_refused_at_once_and_its_guest_runs_on() {
     if !peers_present() {
@@ -248,8 +247,8 @@ fn a_source_that_may_switch_to_postcopy_is_refused_at_once_and_its_guest_runs_on
     }
 }
 
-/// A stream comes whole out of a command that then says that it was damaged, as gunzip does of a checksum at the end of
-/// its input, or that fails or never ends.
+/// A command outputs the whole stream and then reports that it was damaged, as gunzip does for a checksum at the end of
+/// its input, or fails, or never ends.
 #[test]
 fn what_a_command_says_at_its_end_decides_whether_its_guest_arrived() {
     let vector = common::project_root().join("tests/vectors/q72-none.gz");
@@ -275,7 +274,7 @@ fn what_a_command_says_at_its_end_decides_whether_its_guest_arrived() {
         let (found, said) = receiver.ended(Deadline::seconds(60));
         assert_eq!(found, *status, "{command}: {said}");
         assert!(said.contains(says), "{command}: {said}");
-        // What did not arrive is removed.
+        // A partly received guest is removed.
         let state = fs::read(folder.join("manifest.json")).ok().map(|manifest| {
             let manifest: Value = serde_json::from_slice(&manifest).unwrap();
             manifest["state"].as_str().unwrap().to_owned()
@@ -284,7 +283,7 @@ fn what_a_command_says_at_its_end_decides_whether_its_guest_arrived() {
     }
 }
 
-/// A health probe and a silent scanner come before the source.
+/// A health probe and a silent scanner connect before the source.
 #[test]
 fn a_destination_waits_on_when_strangers_connect() {
     let vector = fs::File::open(common::project_root().join("tests/vectors/q72-none.gz")).unwrap();
@@ -310,8 +309,8 @@ fn a_destination_waits_on_when_strangers_connect() {
     assert!(said.contains("begins with \"GET \""), "{said}");
 }
 
-/// QEMU's own snapshot of a running guest: a stream without the end of RAM, behind which the guest runs on at its source. The
-/// firmware writes at both ends of the memory; between them it is as it was filled.
+/// QEMU's own snapshot of a running guest: a stream without the end of RAM, after which the guest continues at its
+/// source. The firmware writes at both ends of the memory; between them it is as it was filled.
 #[test]
 fn s76_a_background_snapshot_of_a_running_qemu_goes_by_a_folder_to_another_qemu() {
     if !peers_present() {

@@ -1,4 +1,5 @@
-//! A running Linux guest between two QEMUs alone: the control of every live migration, and the guest's own proof.
+//! A running Linux guest between two QEMUs alone: the control of every live migration, and a test of the guest's own
+//! check.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -19,7 +20,7 @@ fn images() -> Option<Images> {
     if peers_present() { writer::images() } else { None }
 }
 
-/// Migrates a guest while it writes, and sees that it goes on, whole, at the other end.
+/// Migrates a guest while it writes, and checks that it continues, intact, at the other end.
 fn migrate_live(images: &Images, from: Version, to: Version, machine: Machine) {
     let dir = scratch();
     let consoles =
@@ -74,7 +75,7 @@ fn a_live_guest_goes_from_each_qemu_to_each_other() {
     }
 }
 
-/// The guest finds what a lossy migration would do: here the test itself spoils pages behind its back.
+/// The guest detects the effect of a lossy migration: here the test itself corrupts its pages.
 #[test]
 fn a_spoiled_page_is_found_by_the_guest() {
     let Some(images) = images() else { return };
@@ -86,7 +87,7 @@ fn a_spoiled_page_is_found_by_the_guest() {
     console.wait_tick("boot", Deadline::seconds(BOOT), |tick| tick.passes >= 1 && tick.bad == 0);
 
     let memory = OpenOptions::new().read(true).write(true).open(&ram).unwrap();
-    // Page 7 of the guest's was its eighth write.
+    // Page 7 of the guest was its eighth write.
     let pages = (0..(WRITER_RAM_KIB as u64) / 4).filter(|page| {
         let mut head = [0; 16];
         memory.read_exact_at(&mut head, page * 4096).unwrap();

@@ -1,4 +1,4 @@
-//! Files with a place for every page (mapped-ram), from real QEMUs and to them.
+//! Files with a fixed offset for every page (mapped-ram), from QEMUs and to them.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -16,7 +16,7 @@ use common::{
 };
 use serde_json::{Value, json};
 
-/// QEMUs that know the format; 7.2 does not.
+/// QEMUs that support the format; 7.2 does not.
 const VERSIONS: [Version; 2] = [Version::Qemu100, Version::Newest];
 
 const MIB: usize = 24;
@@ -44,7 +44,7 @@ impl How {
     }
 }
 
-/// A paused guest of `version` with memory of a guest writes itself to `file`.
+/// A paused guest of `version` with patterned memory saves itself to `file`.
 fn save(version: Version, how: How, dir: &Path, ram: &Path, file: &str) {
     let mut source = Guest::new(version, Machine::Q35, ram, MIB).start(dir, "source");
     how.set(&mut source);
@@ -54,7 +54,7 @@ fn save(version: Version, how: How, dir: &Path, ram: &Path, file: &str) {
     source.kill();
 }
 
-/// A guest of `version` loads itself from `file`, and goes on.
+/// A guest of `version` loads itself from `file`, and continues.
 fn load(version: Version, how: How, dir: &Path, file: &str) -> PathBuf {
     let ram = dir.join("loaded");
     fill(&ram, MIB, Pattern::Zero);
@@ -70,7 +70,7 @@ fn load(version: Version, how: How, dir: &Path, file: &str) -> PathBuf {
     loaded
 }
 
-/// File in the folder that holds RAM block `m0`.
+/// The file of RAM block `m0` in the folder.
 fn ram_file(folder: &Path) -> PathBuf {
     let text = std::fs::read_to_string(folder.join("manifest.json")).unwrap();
     let manifest: Value = serde_json::from_str(&text).unwrap();
@@ -142,7 +142,7 @@ fn s69_s70_s72_a_guest_goes_from_the_newest_qemu_by_files_to_a_folder_and_back()
     }
 }
 
-/// As libvirt has it: a header of its own in front.
+/// As libvirt writes it: after a header of its own.
 #[test]
 fn s69_streams_begin_behind_what_stands_in_front() {
     if !peers_present() {
@@ -171,7 +171,8 @@ fn s69_streams_begin_behind_what_stands_in_front() {
     }
 }
 
-/// A running QEMU's guest is saved while it runs, loaded by another QEMU, and goes on writing and checking its memory.
+/// A running QEMU's guest is saved while it runs, loaded by another QEMU, and continues writing and checking its
+/// memory.
 #[test]
 fn s72_a_live_guest_is_saved_through_a_relay_and_runs_on_elsewhere() {
     let Some(images) = peers_present().then(writer::images).flatten() else { return };
@@ -214,7 +215,7 @@ fn s72_a_live_guest_is_saved_through_a_relay_and_runs_on_elsewhere() {
     }
 }
 
-/// A file goes to a QEMU of any version by a relay, without a folder in between.
+/// A relay sends a file to a QEMU of any version, without a folder in between.
 #[test]
 fn s70_a_file_goes_straight_to_another_qemu() {
     if !peers_present() {
@@ -242,7 +243,8 @@ fn s70_a_file_goes_straight_to_another_qemu() {
         same(&format!("{from} to {to}"), &sent, &arrived);
         destination.kill();
 
-        // The same from where the pages lie, by page channels where the QEMU understands ours; the file stays as it is.
+        // The same directly from the pages in the file, by page channels if the QEMU supports ours; the file stays
+        // unchanged.
         let before = std::fs::read(&file).unwrap();
         let again = path.join("again");
         fill(&again, MIB, Pattern::Zero);

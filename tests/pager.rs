@@ -1,5 +1,5 @@
-//! `ramwire pager` serves the memory of processes that hand it over as Firecracker does: this program again, with one
-//! ignored test that is the VMM's side and checks each page that it gets.
+//! `ramwire pager` serves the memory of processes that hand it over like Firecracker does: this program again, with one
+//! ignored test that is the VMM's side and checks each page that it receives.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -32,13 +32,13 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
 
-/// How the stand-in learns what to do.
+/// How the stand-in receives its task.
 const STAND_IN: &str = "RAMWIRE_PAGER_STAND_IN";
 
 /// Pages of the stored memory.
 const PAGES: u64 = 3000;
 
-/// The first bytes of a page say which it is; every fifth is zero, and in the middle there is a hole.
+/// The first bytes of a page hold its number; every fifth page is zero, and in the middle there is a hole.
 fn expected(page: u64) -> u64 {
     if page.is_multiple_of(5) || (1000..1200).contains(&page) { 0 } else { page }
 }
@@ -141,14 +141,14 @@ fn stand_in() {
         return say("read");
     }
     let first = if does == "half" { pages / 2 } else { pages };
-    // The balloon is every seventh host page: one thread gives them back, the others read and write the rest.
+    // The balloon is every seventh host page: one thread frees them, the others read and write the rest.
     let unit = page.bytes() / 4096;
     let is_balloon = |page: u64| (page / unit).is_multiple_of(7);
     std::thread::scope(|scope| {
         for thread in 0..4u64 {
             scope.spawn(move || {
                 for step in 0..first {
-                    // Each thread touches all of them, in an order of its own.
+                    // Each thread touches all of them, in a different order.
                     let page = (step * [7, 11, 13, 17][thread as usize] + thread * 131) % first;
                     if is_balloon(page) {
                         continue;
@@ -165,7 +165,7 @@ fn stand_in() {
         }
         scope.spawn(|| {
             for unit_at in (0..first / unit).map(|at| at * unit).filter(|page| is_balloon(*page)) {
-                // Some before they were ever touched, some behind, some again.
+                // Some before they were ever touched, some after, some again.
                 if (unit_at / unit).is_multiple_of(2) {
                     assert_eq!(read(unit_at), expected(unit_at));
                 }
@@ -181,7 +181,7 @@ fn stand_in() {
     if does == "half" {
         told();
     }
-    // What was written stays, what was given back stays zero.
+    // Written pages keep their content, freed pages stay zero.
     for page in 0..first {
         let want = match is_balloon(page) {
             true => 0,
@@ -194,7 +194,7 @@ fn stand_in() {
 
 // The test's side.
 
-/// A stand-in that runs; dropping it kills it.
+/// A running stand-in; dropping it kills it.
 struct StandIn {
     child: Child,
     lines: std::sync::mpsc::Receiver<String>,
@@ -270,7 +270,7 @@ impl Pager {
         json!({"socket": self.socket, "does": does, "huge": false, "pages": PAGES})
     }
 
-    /// Waits until it has said something.
+    /// Waits until it has printed something.
     fn has_said(&self, what: &str) -> String {
         let errors = || self.ramwire.errors();
         Deadline::seconds(120).poll(what, errors, || Some(errors()).filter(|said| said.contains(what)))
@@ -300,7 +300,7 @@ fn a_guest_gets_its_pages_while_threads_touch_and_its_balloon_gives_back() {
     assert!(!pager.socket.exists());
 }
 
-/// One of several is killed in the middle; then the server, and another takes its place.
+/// One of several is killed in the middle; then the server, and another replaces it.
 #[test]
 fn several_guests_are_served_at_once_and_one_that_is_killed_harms_no_other() {
     let folder = common::scratch();
@@ -328,7 +328,7 @@ fn several_guests_are_served_at_once_and_one_that_is_killed_harms_no_other() {
         guest.says("whole");
         guest.ends_well();
     }
-    // The socket of a server that was killed is taken over by the next one.
+    // The next server replaces the socket of a killed one.
     pager.signal(Signal::KILL);
     drop(pager);
     let pager = Pager::start(folder.path(), &[], path.to_str().unwrap());
@@ -338,14 +338,14 @@ fn several_guests_are_served_at_once_and_one_that_is_killed_harms_no_other() {
     guest.ends_well();
 }
 
-/// A page that can't be read is told of by name and waited for; when it can be, its guest runs on.
+/// A page that can't be read is reported by name, and its thread waits; when it can be read, its guest continues.
 #[test]
 fn a_page_that_can_not_be_read_is_named_and_tried_again() {
     let folder = common::scratch();
     let path = memory_file(folder.path(), PAGES);
     let file = File::options().write(true).open(&path).unwrap();
     let pager = Pager::start(folder.path(), &[], path.to_str().unwrap());
-    // What was there is gone, and nothing of it has been read.
+    // The old content is gone, and none of it has been read.
     file.set_len((PAGES - 1) * 4096).unwrap();
     let guest = StandIn::start(&pager.orders("last"), None);
     guest.says("handed over");
@@ -390,7 +390,7 @@ fn what_is_handed_over_wrong_is_refused_by_what_is_wrong() {
     ] {
         let socket = UnixStream::connect(&pager.socket).unwrap();
         if message.len() > 1 << 20 {
-            // It hangs up before all is written.
+            // It closes the connection before all bytes are written.
             let _ = (&socket).write_all(message.as_bytes());
         } else {
             hand_over(&socket, message, descriptors);
@@ -398,7 +398,7 @@ fn what_is_handed_over_wrong_is_refused_by_what_is_wrong() {
         drop(socket);
         pager.has_said(why);
     }
-    // Another user: what it sends is not even read.
+    // Another user: its bytes are not even read.
     if rustix::process::geteuid().is_root() {
         let opened = fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755));
         opened.unwrap();
@@ -409,7 +409,7 @@ fn what_is_handed_over_wrong_is_refused_by_what_is_wrong() {
     }
 }
 
-/// Pages of 2 MiB, as Firecracker's snapshots with huge pages have, which can be restored in no other way.
+/// Pages of 2 MiB, as in Firecracker's snapshots with huge pages, which can be restored in no other way.
 #[test]
 fn huge_pages_are_served_whole() {
     const HUGE: u64 = 8;
@@ -426,7 +426,7 @@ fn huge_pages_are_served_whole() {
     guest.ends_well();
 }
 
-/// A huge page of which the file has a part comes whole, one of which it has nothing is zero.
+/// A huge page that is partly in the file is placed whole, one that is not in it is zero.
 #[test]
 fn a_guest_in_huge_pages_is_restored_while_it_runs() {
     const HUGE: u64 = 4;

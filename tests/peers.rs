@@ -1,4 +1,4 @@
-//! The control of every test with a real QEMU: two QEMUs alone. What fails here is not ramwire's fault.
+//! The control of every test with a QEMU: two QEMUs alone. A failure here is not ramwire's.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;

@@ -1,5 +1,5 @@
-//! A guest that runs here before its memory has come: postcopy from stock QEMUs into a process whose threads touch every
-//! page in an order of their own, and wait for those that are missing.
+//! A guest that runs here before its memory has arrived: postcopy from unmodified QEMUs into a process whose threads
+//! touch every page in different orders, and wait for missing ones.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -32,7 +32,7 @@ use serde_json::json;
 const RAM_MIB: usize = 64;
 const PAGE: usize = 4096;
 
-/// Of what kind the memory is that the guest arrives in.
+/// The kind of memory that the guest is received into.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Kind {
     #[default]
@@ -42,7 +42,7 @@ enum Kind {
     Huge,
 }
 
-/// Memory of any list of blocks, made when it is announced.
+/// Memory for any list of blocks, created when it is announced.
 #[derive(Clone, Default)]
 struct Memory(Arc<OnceLock<Arc<MappedGuest>>>, Kind);
 
@@ -64,7 +64,7 @@ impl MemoryProvider for Memory {
     }
 }
 
-/// A page of block `m0`, as a thread that runs in the guest reads it.
+/// A page of block `m0`, as a thread of the guest reads it.
 fn page_of(guest: &MappedGuest, page: usize) -> [u8; PAGE] {
     let index = guest.table().find("m0").unwrap();
     let mut bytes = [0; PAGE];
@@ -72,7 +72,7 @@ fn page_of(guest: &MappedGuest, page: usize) -> [u8; PAGE] {
     bytes
 }
 
-/// "vCPUs": threads that begin when the guest is started and touch all pages. Each gives the pages that were wrong.
+/// "vCPUs": threads that begin when the guest is started and touch all pages. Each returns the wrong pages.
 #[derive(Clone)]
 struct Vcpus {
     memory: Memory,
@@ -163,12 +163,12 @@ impl Destination {
             tell.send(session.statistics()).unwrap();
             session.run()
         });
-        // The session's figures are there once the source has connected.
+        // The session's figures exist once the source has connected.
         let figures = Figures::Awaited(figures);
         Self { uri, vcpus, session, figures, breakers }
     }
 
-    /// Breaks all connections, as a lost network does.
+    /// Breaks all connections, like a network outage.
     fn cut(&self) {
         self.breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
     }
@@ -227,7 +227,7 @@ fn source_of(version: Version, dir: &Path, ram: &Path, capabilities: &[&str]) ->
     source
 }
 
-/// Migrates, switches over once some pages have left, and waits for the end: no page is wrong.
+/// Migrates, switches over after some pages were sent, and waits for the end: no page is wrong.
 fn switch_over(source: &mut Qemu, destination: Destination, what: &str) -> MissingPages {
     source.migrate(&destination.uri);
     let deadline = Deadline::seconds(60);
@@ -260,7 +260,7 @@ fn p2_p5_a_guest_runs_here_before_its_memory_has_come_from_any_qemu() {
     }
 }
 
-/// Urgent pages come on their own connection, which the source opens at once (7.2) or when it switches over.
+/// Urgent pages arrive on their own connection, which the source opens immediately (7.2) or when it switches over.
 #[test]
 fn p4_p14_urgent_pages_come_beside_the_others() {
     if !peers_present() {
@@ -282,7 +282,7 @@ fn p4_p14_urgent_pages_come_beside_the_others() {
     }
 }
 
-/// Host pages of 2 MiB come in 512 records each, on either connection, and are placed whole.
+/// Host pages of 2 MiB arrive in 512 records each, on either connection, and are placed whole.
 #[test]
 fn p15_p16_p23_huge_pages_are_placed_whole() {
     let Some(_pages) = peers_present().then(|| HugePages::reserve(2048, 2 * RAM_MIB as u64)).flatten() else {
@@ -296,7 +296,7 @@ fn p15_p16_p23_huge_pages_are_placed_whole() {
             let expected = std::fs::read(&patterned).unwrap();
             // The QEMU opens this process's descriptor, and finds the page size by it.
             let Ok(ram) = Mapping::memfd_huge("sent", expected.len() as u64, PageSize::SIZE_2M) else {
-                // Not a lack of rights: nothing that a test could do about it.
+                // Not a missing privilege: a test can't change it.
                 let lacks = "the machine's memory has too few free stretches of 2 MiB";
                 let _ = writeln!(io::stderr(), "SKIPPED: postcopy of huge pages: {lacks}");
                 return;
@@ -311,8 +311,8 @@ fn p15_p16_p23_huge_pages_are_placed_whole() {
     }
 }
 
-/// The connection is cut again and again while pages follow, also while the ends agree on what is missing. The guest runs on
-/// all the time and no page is lost.
+/// The connection is cut repeatedly while pages follow, also while the ends compare which pages are missing. The guest
+/// keeps running and no page is lost.
 #[test]
 fn p9_p11_a_connection_that_is_lost_in_postcopy_loses_nothing() {
     if !peers_present() {
@@ -328,8 +328,8 @@ fn p9_p11_a_connection_that_is_lost_in_postcopy_loses_nothing() {
         source.execute("migrate-start-postcopy", json!({}));
         for cut in 0..6_u64 {
             destination.wait(&mut source, &what, |figures| figures.status == Status::PostcopyActive);
-            // A QEMU that has not yet read the answer to its package, or that is still in the step which sends it, takes a lost
-            // connection for a failed migration.
+            // A QEMU that has not yet read the answer to its package, or is still in the step that sends it, treats a
+            // lost connection as a failed migration.
             wait_status(&mut source, "postcopy-active");
             let placed = destination.figures().pages;
             let wanted = placed.normal + 1 + 150 * cut;
@@ -337,7 +337,8 @@ fn p9_p11_a_connection_that_is_lost_in_postcopy_loses_nothing() {
             destination.cut();
             destination.wait(&mut source, &what, |figures| figures.status == Status::PostcopyPaused);
             wait_paused(&mut source);
-            // Lost again before the ends have agreed. A QEMU 7.2 then waits for bitmaps for ever, and can't be told to pause.
+            // Lost again before the ends have compared. A QEMU 7.2 then waits for bitmaps for ever, and can't be
+            // paused.
             if cut % 2 == 1 && version != Version::Qemu72 {
                 source.execute("migrate", json!({"uri": destination.uri, "resume": true}));
                 destination.wait(&mut source, &what, |figures| figures.status != Status::PostcopyPaused);
@@ -374,7 +375,7 @@ fn wait_paused(source: &mut Qemu) {
         let info = source.query_migrate();
         match info["status"].as_str() {
             Some("postcopy-paused") => return,
-            // A QEMU that waits for bitmaps does not notice that nobody sends them until it is told to pause.
+            // A QEMU that waits for bitmaps does not notice the lost connection until it is told to pause.
             Some("postcopy-recover") => drop(source.try_execute("migrate-pause", json!({}))),
             _ => {}
         }

@@ -1,4 +1,4 @@
-//! A stored guest that starts at once at a stock QEMU: its memory follows on demand.
+//! A stored guest that starts immediately at an unmodified QEMU: its memory follows on demand.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -43,7 +43,7 @@ fn waiting_with(guest: Guest, dir: &Path, name: &str, capabilities: &[&str]) -> 
     (destination, uri)
 }
 
-/// Every page of a guest that stands still comes behind the switch, or in front of none: after a round all of it fits.
+/// Every page of a paused guest is sent after the switch, or before none: after a round all of it fits.
 #[test]
 fn p1_p13_a_stored_guest_goes_to_any_qemu_in_postcopy() {
     if !peers_present() {
@@ -77,7 +77,7 @@ fn p1_p13_a_stored_guest_goes_to_any_qemu_in_postcopy() {
     }
 }
 
-/// The connection is lost again and again behind the switch, at whichever end: the source connects again, no page is lost.
+/// The connection is lost repeatedly after the switch, by either end: the source connects again, no page is lost.
 #[test]
 fn p9_p11_p24_a_lost_connection_to_any_qemu_loses_no_page() {
     if !peers_present() {
@@ -111,7 +111,7 @@ fn p9_p11_p24_a_lost_connection_to_any_qemu_loses_no_page() {
     }
 }
 
-/// Breaks the connection for the `lost`th time, and has the QEMU listen again.
+/// Breaks the connection for the `lost`th time, and makes the QEMU listen again.
 fn lose_and_recover(qemu: &mut Qemu, lost: usize, uri: &str, what: &str) {
     let deadline = Deadline::seconds(100);
     let mut is_lost = false;
@@ -120,9 +120,9 @@ fn lose_and_recover(qemu: &mut Qemu, lost: usize, uri: &str, what: &str) {
         is_lost |= qemu.stderr().matches("Migration paused").count() >= lost;
         match info["status"].as_str() {
             Some("postcopy-active") if is_lost => return,
-            // One that has just gone on passes over a pause now and then.
+            // A QEMU that has just resumed sometimes ignores a pause.
             Some("postcopy-active") => drop(qemu.try_execute("migrate-pause", json!({}))),
-            // A QEMU 7.2 may still listen from the last time, and the source be there already.
+            // A QEMU 7.2 may still listen from the last time, and the source may already be connected.
             Some("postcopy-paused") => drop(qemu.try_execute("migrate-recover", json!({"uri": uri}))),
             _ => {}
         }
@@ -131,7 +131,8 @@ fn lose_and_recover(qemu: &mut Qemu, lost: usize, uri: &str, what: &str) {
     }
 }
 
-/// A guest that checks its memory runs while nearly all of it is missing, and goes on checking until all has come.
+/// A guest that checks its memory runs while nearly all of it is missing, and keeps checking until all pages have
+/// arrived.
 #[test]
 fn p2_p4_p6_a_stored_live_guest_starts_at_once_at_any_qemu() {
     if !peers_present() {
@@ -158,7 +159,7 @@ fn p2_p4_p6_a_stored_live_guest_starts_at_once_at_any_qemu() {
         let mut send =
             vec!["send", &uri, "--json", "--again", "--postcopy", "--max-postcopy-bandwidth", "4M"];
         if preempt {
-            // The machine's version is 7.2, as which every QEMU is sent to; and a later one as such.
+            // The machine's version is 7.2, which is the style for every QEMU; a later QEMU also gets its own style.
             let peer = if version == Version::Newest { "qemu-10.0" } else { "qemu-7.2" };
             send.extend(["--postcopy-preempt", "--peer", peer]);
         }

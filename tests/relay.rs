@@ -1,4 +1,4 @@
-//! A running Linux guest goes QEMU -> `ramwire relay` -> QEMU and keeps writing and checking its memory.
+//! A running Linux guest is migrated QEMU -> `ramwire relay` -> QEMU and keeps writing and checking its memory.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -15,13 +15,13 @@ use serde_json::{Value, json};
 
 const LOAD: Load = Load { mib: 32, pages_per_second: 2000, small: false };
 
-/// More than a relay's first backlog, written faster: what a relay takes ahead of its far end would show.
+/// More than a relay's first backlog, written faster: the pages that a relay reads ahead of its far end would show.
 const MEASURED: Load = Load { mib: 96, pages_per_second: 3000, small: false };
 
-/// QEMU's own downtime limit unless it is told another.
+/// QEMU's default downtime limit.
 const LIMIT_MS: u64 = 300;
 
-/// What a relay may add to the median: its backlog of 20 ms and a second queue of two sockets.
+/// What a relay may add to the median: its backlog of 20 ms and the queues of two more sockets.
 const ADDED_MS: u64 = 60;
 
 fn load() -> Load {
@@ -66,8 +66,8 @@ fn migrate_live(
     (info, report)
 }
 
-/// How often each pair runs. More than once for a figure: `RAMWIRE_LIVE_RUNS=30 cargo test --release --test relay
-/// a_live -- --nocapture --test-threads 1` prints medians, and compares them with the limits.
+/// How often each pair runs. More than once to measure: `RAMWIRE_LIVE_RUNS=30 cargo test --release --test relay a_live
+/// -- --nocapture --test-threads 1` prints medians, and compares them with the limits.
 fn runs() -> usize {
     std::env::var("RAMWIRE_LIVE_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(1)
 }
@@ -77,7 +77,7 @@ fn median(mut values: Vec<u64>) -> u64 {
     values[values.len() / 2]
 }
 
-/// The direct run is the control: what is lost there too is QEMU's own.
+/// The direct run is the control: pages lost there too are QEMU's own bug.
 fn through_the_relay(images: &Images, from: Version, to: Version, machine: Machine) {
     let downtime = |info: &Value| info["downtime"].as_u64().unwrap();
     let (mut direct, mut relayed) = (Vec::new(), Vec::new());
@@ -100,7 +100,8 @@ fn through_the_relay(images: &Images, from: Version, to: Version, machine: Machi
         median(direct.clone()),
         median(relayed.clone()),
     );
-    // A figure of one run says nothing, and one of a busy machine little: only whoever measures asks for the limits.
+    // The figure of a single run means nothing, and one of a busy machine little: the limits are checked only in
+    // measurements.
     if runs() > 1 && direct.iter().all(|ms| *ms <= LIMIT_MS) {
         assert!(relayed.iter().all(|ms| *ms <= LIMIT_MS), "{relayed:?} ms through the relay");
         let (direct, relayed) = (median(direct), median(relayed));
@@ -165,7 +166,7 @@ fn a_source_without_a_return_path_is_told_of_and_kept_when_the_far_end_fails() {
     let dir = scratch();
     let (ram, keep) = (dir.path().join("ram"), dir.path().join("kept"));
     fill(&ram, 32, Pattern::Mixed { seed: 4 });
-    // The far end has other memory: it refuses the guest when it sees the block list.
+    // The far end has different memory: it refuses the guest when it receives the block list.
     let wrong = dir.path().join("wrong");
     fill(&wrong, 16, Pattern::Zero);
     let machine = Machine::Q35;
@@ -184,8 +185,8 @@ fn a_source_without_a_return_path_is_told_of_and_kept_when_the_far_end_fails() {
     compare(&ram, &keep.join("ram-000.bin")).unwrap_or_else(|d| panic!("{d:?}"));
 }
 
-/// The far end or the relay itself dies in the middle of a round: the guest runs on at its source, whole, and goes to
-/// another destination at once.
+/// The far end or the relay itself dies in the middle of a round: the guest continues at its source, intact, and can be
+/// migrated to another destination immediately.
 #[test]
 fn a_running_guest_stays_at_its_source_when_the_far_end_or_the_relay_dies() {
     let Some(images) = peers_present().then(writer::images).flatten() else { return };
@@ -202,7 +203,7 @@ fn a_running_guest_stays_at_its_source_when_the_far_end_or_the_relay_dies() {
     here.wait_tick("boot", Deadline::seconds(300), |tick| tick.number >= 3);
     source.set_capabilities(&["return-path"]);
     for dying in ["far", "relay"] {
-        // Slow enough to die in the middle.
+        // Slow enough that it dies in the middle.
         source.set_parameters(json!({"max-bandwidth": 16 << 20}));
         let mut far = guest(dying).0.incoming().start(dir.path(), dying);
         let arguments = ["relay", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"];

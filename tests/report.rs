@@ -1,4 +1,5 @@
-//! `--log-rounds`, `ramwire report` and `--metrics`: real runs, their logs against the docs, their pages in a browser.
+//! `--log-rounds`, `ramwire report` and `--metrics`: real runs, their logs compared with the docs, their pages in a
+//! browser.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -30,7 +31,7 @@ const BUSY: [&str; 11] = [
     "--timeout-action=finish",
 ];
 
-/// Runs the demo with a log in `dir`: its lines.
+/// Runs the demo with a log in `dir`; returns its lines.
 fn logged(dir: &Path) -> Vec<Value> {
     let log = format!("--log-rounds={}", dir.join("run.jsonl").display());
     let out = Ramwire::start(dir, &BUSY, log).finished(Deadline::seconds(60), 0);
@@ -112,13 +113,13 @@ fn the_log_has_the_documented_fields_and_its_report_stands_in_a_browser() {
     in_a_browser(dir.path());
 }
 
-/// The page's size in a browser whose window is so wide: nothing is wider than the window.
+/// The page's size in a browser window of this width: nothing is wider than the window.
 fn in_a_browser(dir: &Path) {
     if !Command::new("chromium").arg("--version").output().is_ok_and(|output| output.status.success()) {
         skip("there is no chromium to look at a report with; run ci/setup");
         return;
     }
-    // A window of a browser has a least width; a frame has none. Scripts of this page measure the report inside.
+    // A browser window has a minimum width; a frame has none. Scripts of this page measure the report inside.
     let measure = r#"<!doctype html><body><script>
         let out = [];
         for (const width of [1280, 400]) {
@@ -151,7 +152,7 @@ fn in_a_browser(dir: &Path) {
         .unwrap();
     let dom = String::from_utf8_lossy(&out.stdout);
     let found = dom.split("data-found=\"").nth(1).and_then(|rest| rest.split('"').next());
-    // Six pictures are shown at either width, and none makes the page wider than its window.
+    // Six charts are shown at either width, and none makes the page wider than its window.
     assert_eq!(found, Some("1280:true:6 400:true:6"), "{dom} {}", String::from_utf8_lossy(&out.stderr));
 }
 
@@ -210,7 +211,7 @@ fn a_log_that_cannot_be_written_is_told_before_anything_happens_or_after_all_wen
     assert!(run.errors().contains("the log is not whole"), "{}", run.errors());
 }
 
-/// The text a Prometheus server reads: every sample belongs to a family that was described before it.
+/// The text that a Prometheus server reads: every sample belongs to a family that was described before it.
 fn assert_open_metrics(text: &str) -> BTreeMap<String, f64> {
     let (mut families, mut samples) = (BTreeMap::new(), BTreeMap::new());
     let body = text.strip_suffix("# EOF\n").expect("the end mark");
@@ -261,7 +262,7 @@ fn curl_reads_the_metrics_of_a_running_migration_and_bad_clients_disturb_nothing
         "--ram=96M",
         "--working-set=1M",
         "--dirty-rate=1M",
-        // Fourteen seconds, in which all that follows is asked.
+        // Fourteen seconds, in which all following requests are made.
         "--max-bandwidth=5M",
         "--transport=unix",
     ];
@@ -298,14 +299,14 @@ fn curl_reads_the_metrics_of_a_running_migration_and_bad_clients_disturb_nothing
     };
     assert!(client(b"\x00\xff\x16garbage\r\n\r\n").starts_with("HTTP/1.1 400"));
     client(&[b'x'; 100_000]);
-    // One that says nothing is put off after two seconds, and the next is served.
+    // A silent client is dropped after two seconds, and the next is served.
     assert_eq!(client(b"GET /metrics HT"), "");
     assert_open_metrics(&curl(&[], &url).unwrap());
     let out = run.finished(Deadline::seconds(60), 0);
     assert_eq!(out["verified"], true, "{out}");
 }
 
-/// Where a command says that its metrics are.
+/// The address of a command's metrics, as it reports it.
 fn metrics_of(run: &Ramwire) -> String {
     Deadline::seconds(20).poll("the address of the metrics", String::new, || {
         let said = run.errors();
@@ -314,7 +315,7 @@ fn metrics_of(run: &Ramwire) -> String {
     })
 }
 
-/// One guest on its way through all three, each asked while pages travel.
+/// One guest is sent through all three, each queried while pages are sent.
 #[test]
 fn sender_relay_and_receiver_tell_their_figures_while_a_guest_passes() {
     const RAM: usize = 48 << 20;
@@ -343,7 +344,7 @@ fn sender_relay_and_receiver_tell_their_figures_while_a_guest_passes() {
     }
     for (name, samples) in ["send", "relay", "receive"].iter().zip(&seen) {
         assert_eq!(samples["ramwire_ram_bytes"], RAM as f64, "{name}");
-        // What a relay has left is what has come and not gone on.
+        // A relay's remaining bytes are those that it has received and not sent on.
         let left = samples["ramwire_remaining_bytes"];
         assert!(*name == "relay" || (left > 0.0 && left < RAM as f64), "{name}: {samples:?}");
         assert!(samples["ramwire_total_seconds"] > 0.0, "{name}: {samples:?}");

@@ -1,4 +1,5 @@
-//! The figures: field by field beside a real QEMU's `query-migrate`, and number by number in migrations of known size.
+//! The figures: field by field compared with a QEMU's `query-migrate`, and number by number in migrations of known
+//! size.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -54,7 +55,7 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// Our fields in every state that shows some.
+/// Our fields in every state that shows any.
 fn ours() -> BTreeMap<String, Value> {
     let deltas = DeltaCounts { cache_size: 1 << 20, ..DeltaCounts::default() };
     let mut active = Statistics::default();
@@ -80,7 +81,7 @@ fn the_table_names_our_fields_and_no_others() {
     assert_eq!(ours().keys().map(String::as_str).collect::<Vec<_>>(), table);
 }
 
-/// Answers of a QEMU: while it migrates, once completed, once failed, and its destination's.
+/// Answers of a QEMU: while it migrates, after completion, after a failure, and its destination's.
 fn answers_of_qemu(version: Version, dir: &Path, capabilities: &[&str]) -> Vec<Value> {
     let (sent, arrived) = (dir.join("sent"), dir.join("arrived"));
     fill(&sent, 32, Pattern::Random { seed: 3 });
@@ -134,7 +135,7 @@ fn every_field_of_qemus_answer_is_ours_or_said_not_to_apply() {
     }
 }
 
-/// Sends a file of memory to a `ramwire receive`: what both said.
+/// Sends a file of memory to a `ramwire receive`; returns both reports.
 fn known_migration(ram: &Path, dir: &Path, options: &[&str]) -> (Value, Value) {
     let listen: Vec<&str> =
         options.iter().copied().filter(|option| option.starts_with("--channels")).collect();

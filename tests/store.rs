@@ -1,4 +1,4 @@
-//! `ramwire receive` and `ramwire send` between real QEMUs: a guest rests in a folder on its way.
+//! `ramwire receive` and `ramwire send` between QEMUs: a guest is stored in a folder on its way.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -76,7 +76,7 @@ fn every_machine_rests_in_a_folder_and_goes_on() {
     }
 }
 
-/// The RAM of both QEMUs is one file (`share=on`): it does not travel, and everything else does.
+/// The RAM of both QEMUs is one file (`share=on`): it is not sent, and everything else is.
 #[test]
 fn shared_ram_stays_where_it_is_under_ignore_shared() {
     if !peers_present() {
@@ -119,7 +119,7 @@ fn shared_ram_stays_where_it_is_under_ignore_shared() {
         assert_eq!((&block["ignored"], &block["file"]), (&json!(true), &json!("")), "{what}: {block}");
         source.kill();
 
-        // The same through a relay, which needs to be told nothing: what does not come does not go.
+        // The same through a relay, which needs no option for it: blocks that are not received are not sent.
         let mut far = Guest::new(to, machine, &ram, 64).incoming().start(dir.path(), "far");
         far.set_capabilities(&["x-ignore-shared"]);
         let relay = ["relay", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"];

@@ -1,4 +1,4 @@
-//! `--timeout` and `--retry` on every command that sends, and what becomes of the guest then.
+//! `--timeout` and `--retry` on every command that sends, and the guest's state afterwards.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use common::{Deadline, ramwire::Ramwire, scratch};
 
-/// Far more than leaves within the time that is given.
+/// Far more than can be sent within the given time.
 const RAM: usize = 48 << 20;
 const SLOW: [&str; 3] = ["--json", "--max-bandwidth=1M", "--timeout=1"];
 
@@ -69,7 +69,7 @@ fn a_relay_that_is_late_leaves_the_guest_at_its_source() {
     receiver.failed(Deadline::seconds(60), 3);
 }
 
-/// A sender or a relay that has been refused once, and tries again.
+/// A sender or a relay that has been refused once, and retries.
 fn tries(command: &Ramwire, what: &str) {
     let errors = || command.errors();
     Deadline::seconds(60).poll(what, errors, || errors().contains("trying again for 600 s").then_some(()));

@@ -9,7 +9,7 @@ fn tiny_vmm(arguments: &[&str]) -> String {
     let deps = std::env::current_exe().unwrap();
     let program = deps.ancestors().nth(2).unwrap().join("examples/tiny-vmm");
     assert!(program.exists(), "{} is missing: cargo build --example tiny-vmm", program.display());
-    // A migration that never ends is ended: ten times what the longest takes.
+    // Ends a migration that never ends: ten times the duration of the longest.
     let out = Command::new("timeout").arg("600").arg(program).args(arguments).output().unwrap();
     let (text, errors) = (String::from_utf8(out.stdout).unwrap(), String::from_utf8_lossy(&out.stderr));
     assert!(out.status.success(), "{arguments:?}:\n{text}\n{errors}");
@@ -20,7 +20,7 @@ fn twenty_times(log: &str, vcpus: &str) -> String {
     tiny_vmm(&["--memory", "12M", "--rate", "30M", "--migrations", "20", "--log", log, "--vcpus", vcpus])
 }
 
-/// Every migration is reported with all pages verified, none wrong; and after each the guest went on writing.
+/// Every migration is reported with all pages verified, none wrong; and after each the guest has continued to write.
 fn assert_twenty_whole_arrivals(text: &str) {
     for number in 1..=20 {
         let line = text.lines().find(|line| line.starts_with(&format!("{number}: "))).unwrap_or(text);
@@ -53,8 +53,8 @@ fn while_pages_followed(text: &str, number: u32) -> (u64, u64) {
     (before(" written while pages followed"), before(" faults "))
 }
 
-/// Nothing is sent before the switch, and the background would take 3 s for what the vCPUs ask for at once: each waits in
-/// KVM_RUN for the pages of its lane, and a page that came wrong or twice would stop it.
+/// No page is sent before the switch, and the background would take 3 s for the pages that the vCPUs request
+/// immediately: each waits in KVM_RUN for the pages of its lane, and a page that arrived wrong or twice would stop it.
 #[test]
 fn vcpus_run_before_their_memory_has_come_and_wait_where_it_is_missing() {
     for (log, vcpus) in [("log", "2"), ("ring", "3")] {
@@ -70,8 +70,8 @@ fn vcpus_run_before_their_memory_has_come_and_wait_where_it_is_missing() {
     }
 }
 
-/// The first round brings everything, and what was written meanwhile is missing at the switch: pages that are there
-/// already and are older must not be seen. Nothing fits a downtime of 0, so each migration switches.
+/// The first round sends all pages, and pages written meanwhile are missing at the switch: the older pages that are
+/// already present must not be read. Nothing fits a downtime of 0, so each migration switches.
 #[test]
 fn what_was_written_in_the_first_round_is_missing_at_the_switch() {
     for log in ["log", "ring"] {
@@ -86,8 +86,8 @@ fn what_was_written_in_the_first_round_is_missing_at_the_switch() {
     }
 }
 
-/// A guest that writes its memory over and over faster than the limit lets leave: it arrives whole, and at most so much was
-/// taken from its vCPUs, in the words of the throttle.
+/// A guest that writes its memory repeatedly and faster than the limit allows to send: it arrives intact, and its vCPUs
+/// were throttled by at most this much, as the throttle reports it.
 fn throttled(log: &str, kind: &str, guest: &str) -> u32 {
     let arguments = format!("{guest} --migrations 1 --log {log} --throttle {kind} --vcpu-dirty-limit 1M");
     let text = tiny_vmm(&arguments.split(' ').collect::<Vec<_>>());
@@ -99,16 +99,16 @@ fn throttled(log: &str, kind: &str, guest: &str) -> u32 {
 #[test]
 fn auto_converge_takes_time_from_every_vcpu_and_brings_it_home() {
     for log in ["log", "ring"] {
-        // It writes five times what is let pass without a step.
+        // It writes five times the limit without a pause.
         let guest = "--memory 16M --vcpus 2 --rate 32M --max-bandwidth 12M --downtime-ms 200";
         let taken = throttled(log, "auto-converge", guest);
         assert!((20..=99).contains(&taken), "{log}: {taken}");
     }
 }
 
-/// A vCPU within 25 MiB/s of its quota would be left alone, and a ring tells a page once between two syncs: so much has to be
-/// written in a round. It would never arrive unless it rests; only on a busy machine, where it writes less than the link
-/// takes, it does without.
+/// A vCPU within 25 MiB/s of its quota would not be throttled, and a ring reports a page once between two syncs: so
+/// this much has to be written in a round. It would never arrive without rests; only on a busy machine, where it writes
+/// less than the link carries, it needs none.
 #[test]
 fn a_dirty_limit_lets_a_vcpu_rest_and_brings_it_home() {
     for log in ["log", "ring"] {
@@ -118,8 +118,9 @@ fn a_dirty_limit_lets_a_vcpu_rest_and_brings_it_home() {
     }
 }
 
-/// The vCPUs write all the time, and wait in KVM_RUN where a page is not copied yet. By their registers in the file each page
-/// of it must be of one moment; a VM made of it runs on, and so does the guest itself, which is looked at in the end.
+/// The vCPUs write all the time, and wait in KVM_RUN for pages that are not copied yet. By their registers in the file
+/// each page of it must be of one moment; a VM made from it runs, and so does the guest itself, which is checked in the
+/// end.
 #[test]
 fn twenty_snapshots_of_running_vcpus_hold_the_whole_guest_and_it_runs_on() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap());
@@ -140,7 +141,8 @@ fn twenty_snapshots_of_running_vcpus_hold_the_whole_guest_and_it_runs_on() {
     }
 }
 
-/// Read first or read behind it: the vCPUs go on where they were saved, and check every page before they write it.
+/// Memory is read before or while the guest runs: the vCPUs continue where they were saved, and check every page before
+/// they write it.
 #[test]
 fn a_guest_is_started_from_its_file_at_once_or_when_it_is_read() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap());

@@ -1,4 +1,4 @@
-//! Encrypted streams: with real QEMUs, and against peers that should not come in.
+//! Encrypted streams: with QEMUs, and against peers that must not be accepted.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -57,7 +57,7 @@ fn there_and_back(version: Version, channels: u8, unix: bool) {
 
     let near = if unix { format!("unix:{}", path("near").display()) } else { "tcp:127.0.0.1:0".into() };
     let mut receive = vec!["receive", &near, "--json", &tls, &count];
-    // The common name that the source's certificate has.
+    // The common name in the source's certificate.
     receive.extend((!unix).then_some("--tls-authz=client"));
     receive.push("--dir");
     let mut receiver = Ramwire::start(dir.path(), &receive, &folder);
@@ -99,7 +99,7 @@ fn a_guest_goes_encrypted_from_every_qemu_and_to_it() {
     }
 }
 
-/// The certificate is good at both tries; the list has the one's name alone, or the common name of all.
+/// The certificate is valid in both attempts; the list has only the name of one, or the common name of all.
 #[test]
 fn only_a_client_that_is_listed_comes_in() {
     let ours = Authority::new("the authority");
@@ -141,7 +141,7 @@ fn page_channels_are_encrypted_each_from_every_qemu_and_to_it() {
     }
 }
 
-/// What one of the ends has in its folder.
+/// Content of the folder of one end.
 #[derive(Clone, Copy, Debug)]
 enum Has {
     Certificate(Wanted),
@@ -157,8 +157,8 @@ const EXPIRED: Wanted = Wanted { years: (2020, 2021), ..Wanted::GOOD };
 const EARLY: Wanted = Wanted { years: (2199, 2200), ..Wanted::GOOD };
 const REVOKED: Wanted = Wanted { serial: 66, ..Wanted::GOOD };
 
-/// A certificate that the source or its destination should not take: which end's, and what each end says. The destination
-/// is then the same for a good source, if its own certificate is good.
+/// A certificate that the source or its destination must refuse: which end's, and the messages of both ends. The
+/// destination then accepts a valid source, if its own certificate is valid.
 #[test]
 fn what_should_not_come_in_is_refused_by_name_and_listening_goes_on() {
     let (good, own) = (Has::Certificate(Wanted::GOOD), Wanted::GOOD);
@@ -217,7 +217,7 @@ fn what_should_not_come_in_is_refused_by_name_and_listening_goes_on() {
             receiver.errors().contains("listening goes on").then(|| receiver.errors())
         });
         assert!(heard.contains(there), "{what}: there {there:?}: {heard}");
-        // The same source that has what it needs comes in.
+        // The same source is accepted with a valid certificate.
         if let Has::Certificate(Wanted { serial: 1, names: [_, _, _], years: (2020, 2200) }) = destination {
             let report = send("again", good).finished(Deadline::seconds(60), 0);
             assert_eq!(report["status"], "completed", "{what}: {report}");
@@ -226,7 +226,7 @@ fn what_should_not_come_in_is_refused_by_name_and_listening_goes_on() {
     }
 }
 
-/// One that says nothing and one that stops in the handshake are in nobody's way, and are closed after a while.
+/// A silent connection and one that stops in the handshake do not block others, and are closed after a while.
 #[test]
 fn a_source_that_stops_in_the_handshake_makes_nobody_wait() {
     let dir = scratch();
@@ -237,7 +237,7 @@ fn a_source_that_stops_in_the_handshake_makes_nobody_wait() {
     let uri = receiver.listening();
     let silent = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
     let mut stopped = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
-    // A record of a handshake: 512 bytes are announced, and four come.
+    // A handshake record: 512 bytes are announced, and four follow.
     stopped.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252]).unwrap();
     let told = || receiver.errors();
     Deadline::seconds(60).poll("both are closed", told, || {
@@ -254,7 +254,7 @@ fn a_source_that_stops_in_the_handshake_makes_nobody_wait() {
     drop((silent, stopped));
 }
 
-/// Somebody on the way who cuts the connection without TLS's own end: nothing arrives, and both ends say what happened.
+/// The connection is cut without TLS's own end: no guest arrives, and both ends report what happened.
 #[test]
 fn a_stream_that_is_cut_on_its_way_does_not_arrive() {
     for carried in [200, 20_000, 1 << 20] {
@@ -272,7 +272,7 @@ fn a_stream_that_is_cut_on_its_way_does_not_arrive() {
         let cut = ["reset by peer", "Broken pipe", "ended", "closed", "handshake"];
         assert!(cut.iter().any(|word| said.contains(word)), "{carried}: the source: {said}");
         if carried < 1000 {
-            // No stream has begun: the next source is waited for.
+            // No stream has begun: the destination waits for the next source.
             let told = || receiver.errors();
             Deadline::seconds(60).poll("the destination's word", told, || {
                 let heard = receiver.errors();
@@ -286,7 +286,7 @@ fn a_stream_that_is_cut_on_its_way_does_not_arrive() {
     }
 }
 
-/// An address that leads to another one, until so many bytes have gone there; then both ends see an end of the connection.
+/// A forwarder to another address that carries this many bytes to it; then both ends see an end of the connection.
 fn cut_after(uri: &str, carried: u64) -> (String, std::thread::JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let here = format!("tcp:127.0.0.1:{}", listener.local_addr().unwrap().port());
@@ -299,7 +299,7 @@ fn cut_after(uri: &str, carried: u64) -> (String, std::thread::JoinHandle<()>) {
         std::io::copy(&mut (&source).take(carried), &mut &destination).unwrap();
         destination.shutdown(Shutdown::Both).unwrap();
         source.shutdown(Shutdown::Both).unwrap();
-        // It has met the end, or an error.
+        // It has reached the end, or an error.
         let _ = answering.join().unwrap();
     };
     (here, std::thread::spawn(carry))
@@ -322,7 +322,7 @@ fn what_could_travel_in_clear_is_refused_where_tls_is_required_and_told_where_no
     let at_the_loopback = ["receive", "tcp:127.0.0.1:0", "--json", "--require-tls", "--dir"];
     let mut receiver = Ramwire::start(dir.path(), &at_the_loopback, dir.path().join("guest"));
     let (told, port) = ("travels unencrypted and unauthenticated", receiver.listening());
-    // This host, by an address that is not known for the loopback's.
+    // This host, by an address that is not recognized as the loopback's.
     let port = port.rsplit(':').next().unwrap();
     let uri = format!("tcp:0.0.0.0:{port}");
     let mut sender = Ramwire::start(dir.path(), &["send", &uri, "--json", "--peer=ramwire", "--ram"], &block);
@@ -332,8 +332,8 @@ fn what_could_travel_in_clear_is_refused_where_tls_is_required_and_told_where_no
     assert!(!receiver.errors().contains(told), "{}", receiver.errors());
 }
 
-/// The guest starts at once, its urgent pages on an encrypted connection of their own. Or the connection is lost
-/// once, and the source makes another one.
+/// The guest starts immediately, with its urgent pages on an encrypted connection of their own. Or the connection is
+/// lost once, and the source opens another.
 #[test]
 fn a_postcopy_goes_encrypted_with_urgent_pages_apart_or_over_another_connection() {
     if !peers_present() {
@@ -372,7 +372,7 @@ fn a_postcopy_goes_encrypted_with_urgent_pages_apart_or_over_another_connection(
         let uri = destination.listen_tcp();
         let mut send = vec!["send", &uri, "--json", "--again", "--postcopy", &tls];
         if preempt {
-            // The machine is of 7.2, as which a QEMU is sent to; a later one as such.
+            // The machine's version is 7.2, which is the style for every QEMU; a later QEMU also gets its own style.
             send.extend(["--postcopy-preempt", "--peer", version.peer()]);
         }
         if lost {
@@ -391,7 +391,7 @@ fn a_postcopy_goes_encrypted_with_urgent_pages_apart_or_over_another_connection(
     }
 }
 
-/// Breaks the connection once, and has the QEMU listen again.
+/// Breaks the connection once, and makes the QEMU listen again.
 fn lose_and_recover(qemu: &mut Qemu, uri: &str, what: &str) {
     let deadline = Deadline::seconds(100);
     loop {

@@ -1,4 +1,5 @@
-//! Descriptors after connections of every kind, ended well and badly. Alone in its process: it counts.
+//! Descriptors after connections of every kind, ended successfully and with errors. Alone in its process, because it
+//! counts.
 #![allow(clippy::unwrap_used)]
 
 use std::time::{Duration, Instant};
@@ -48,7 +49,7 @@ fn no_descriptor_and_no_child_is_left() {
     for _ in 0..5 {
         use_every_scheme(dir.path());
     }
-    // The resolver's thread closes its end of a pipe a moment after its answer.
+    // The resolver's thread closes its end of a pipe shortly after its answer.
     let until = Instant::now() + Duration::from_secs(10);
     while open_descriptors() != before {
         assert!(Instant::now() < until, "{} descriptors, {before} before", open_descriptors());

@@ -1,4 +1,4 @@
-//! Pages as differences (XBZRLE) between QEMU and ramwire, both ways, with a guest that runs and checks itself.
+//! Pages as differences (XBZRLE) between QEMU and ramwire, in both directions, with a running guest that checks itself.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -12,7 +12,7 @@ use common::{
 };
 use serde_json::{Value, json};
 
-/// Every page of 24 MiB is written anew within a second or two, and each write changes little of it.
+/// Every page of 24 MiB is written again within a second or two, and each write changes little of it.
 const LOAD: Load = Load { mib: 24, pages_per_second: 5000, small: true };
 const CACHE: &str = "--xbzrle-cache-size=256M";
 
@@ -36,7 +36,7 @@ impl Bed {
         writer::guest(&self.images, version, machine, LOAD, &ram, &self.console(name))
     }
 
-    /// A guest that has written for a while on a QEMU that is to send deltas, in several rounds.
+    /// A guest that has written for a while on a QEMU that is configured to send deltas, in several rounds.
     fn source(&self, version: Version, machine: Machine) -> Qemu {
         let mut source = self.guest(version, machine, "source").start(self.dir.path(), "source");
         self.console("source").wait_tick("boot", Deadline::seconds(300), |tick| tick.number >= 3);
@@ -47,7 +47,7 @@ impl Bed {
         source
     }
 
-    /// The guest goes on where it was, and everything it checks is right.
+    /// The guest continues where it was, and all its checks succeed.
     fn goes_on(&self, destination: &mut Qemu) {
         let consoles = [self.console("source"), self.console("destination")];
         destination.wait_status("running", Deadline::seconds(10));
@@ -64,7 +64,8 @@ fn counted(cache: &Value, name: &str) -> u64 {
     cache[name].as_u64().unwrap_or_else(|| panic!("{name} is no count: {cache}"))
 }
 
-/// Deltas in, deltas out: what the relay's memory holds, its own cache and the far end agree, or the guest would see it.
+/// Deltas in, deltas out: the relay's memory, its own cache and the far end must agree, otherwise the guest would
+/// detect it.
 fn through_a_relay(from: Version, to: Version, machine: Machine) {
     let Some(bed) = Bed::new() else { return };
     let mut source = bed.source(from, machine);
@@ -107,7 +108,7 @@ fn s34_to_s37_deltas_go_through_a_relay_between_two_of_the_newest_qemu() {
     through_a_relay(Version::Newest, Version::Newest, Machine::Q35);
 }
 
-/// A running guest arrives in a folder by deltas, and goes on from there on another QEMU.
+/// A running guest is received into a folder by deltas, and continues from there on another QEMU.
 fn through_a_folder(from: Version, to: Version) {
     let Some(bed) = Bed::new() else { return };
     let machine = Machine::PcI440fx72;

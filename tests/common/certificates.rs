@@ -1,4 +1,4 @@
-//! Certificates of an authority that lives as long as a test.
+//! Certificates of an authority that exists for one test.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,13 +8,13 @@ use rcgen::{
     IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
 };
 
-/// Who issues them.
+/// The authority that issues them.
 pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     pem: String,
 }
 
-/// What a certificate is to be.
+/// Properties of a certificate.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted {
     /// Hosts it is for; none: it has no subjectAltName.
@@ -70,7 +70,7 @@ impl Authority {
         dir
     }
 
-    /// Puts a list of revoked certificates into a folder.
+    /// Writes a list of revoked certificates into a folder.
     pub(crate) fn revoke(&self, dir: &Path, serials: &[u64]) {
         let revoked = |serial: &u64| RevokedCertParams {
             serial_number: SerialNumber::from(*serial),

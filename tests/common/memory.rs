@@ -1,4 +1,4 @@
-//! Guest memory in files: filled with a pattern before, compared after.
+//! Guest memory in files: filled with a pattern before, compared afterwards.
 
 use std::{
     fs::File,
@@ -10,18 +10,18 @@ use std::{
 pub(crate) const MIB: usize = 1 << 20;
 const PAGE: usize = 4096;
 
-/// What a file of guest memory holds at first.
+/// The initial content of a file of guest memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Pattern {
     /// A hole: every page zero.
     Zero,
     /// Every page random.
     Random { seed: u64 },
-    /// As in a guest: of 8 pages 3 are zero, 1 has one repeated byte, 1 is zero but for its last byte, 3 are random.
+    /// As in a guest: of 8 pages 3 are zero, 1 has one repeated byte, 1 is zero except for its last byte, 3 are random.
     Mixed { seed: u64 },
 }
 
-/// SplitMix64: small, seeded, good enough to make no two pages equal.
+/// SplitMix64: small, seeded, and sufficient to make all pages different.
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
@@ -64,18 +64,18 @@ pub(crate) fn fill(path: &Path, mib: usize, pattern: Pattern) {
     out.flush().expect("cannot write guest memory");
 }
 
-/// Where two files of guest memory differ.
+/// Differences between two files of guest memory.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Difference {
     /// Lengths in bytes.
     pub(crate) lengths: (u64, u64),
-    /// Runs of 4 KiB pages that are not equal, at most the first 16.
+    /// Runs of 4 KiB pages that differ, at most the first 16.
     pub(crate) page_runs: Vec<Range<usize>>,
-    /// How many pages are not equal.
+    /// Number of pages that differ.
     pub(crate) pages: usize,
 }
 
-/// Compares two files page by page; `Ok` tells the pages that are not zero in both.
+/// Compares two files page by page; `Ok` contains the number of pages that are not zero in both.
 pub(crate) fn compare(left: &Path, right: &Path) -> Result<usize, Difference> {
     let open = |path: &Path| File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let files = (open(left), open(right));
@@ -102,21 +102,21 @@ pub(crate) fn compare(left: &Path, right: &Path) -> Result<usize, Difference> {
     if found.pages == 0 && found.lengths.0 == found.lengths.1 { Ok(filled) } else { Err(found) }
 }
 
-/// KiB of private memory in huge pages that the process has (`AnonHugePages` of /proc/PID/smaps_rollup).
+/// KiB of private memory in huge pages of the process (`AnonHugePages` of /proc/PID/smaps_rollup).
 pub(crate) fn anonymous_huge_kib(pid: u32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("AnonHugePages:")).unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// How often the kernel has looked for a huge page of 2 MiB and had none.
+/// How often the kernel found no huge page of 2 MiB to allocate.
 pub(crate) fn huge_pages_not_found() -> u64 {
     let text = std::fs::read_to_string("/proc/vmstat").unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("thp_fault_fallback "));
     line.map_or(0, |count| count.parse().unwrap())
 }
 
-/// False, said aloud, where the kernel gives nobody huge pages for private memory.
+/// False, with a message, if the kernel never uses huge pages for private memory.
 pub(crate) fn has_huge_pages() -> bool {
     let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
     let has = enabled.is_ok_and(|enabled| !enabled.contains("[never]"));

@@ -1,4 +1,4 @@
-//! What the integration tests share: real QEMUs as peers, memory with a known pattern, waits that end.
+//! Shared code of the integration tests: QEMUs as peers, memory with a known pattern, waits with a time limit.
 //!
 //! Each test program compiles this module for itself and uses a part of it.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
@@ -29,7 +29,7 @@ pub(crate) struct Deadline {
 }
 
 impl Deadline {
-    /// `allowed` on a machine of its own; six times that inside the emulated one of `ci/rxe-guest`.
+    /// `allowed` from now on; six times that inside the emulated machine of `ci/rxe-guest`.
     pub(crate) fn after(allowed: Duration) -> Self {
         let allowed = allowed * if in_rxe_guest() { 6 } else { 1 };
         Self { at: Instant::now() + allowed, allowed }
@@ -43,7 +43,7 @@ impl Deadline {
         Instant::now() >= self.at
     }
 
-    /// Asks `ready` every 10 ms until it answers.
+    /// Calls `ready` every 10 ms until it returns a value.
     ///
     /// # Panics
     ///
@@ -64,7 +64,7 @@ impl Deadline {
     }
 }
 
-/// A folder of one test, in memory where the machine has a tmpfs for that, gone when dropped.
+/// A folder of one test, in memory if the machine has a tmpfs for it, removed when dropped.
 pub(crate) fn scratch() -> tempfile::TempDir {
     let prefix = "ramwire-test-";
     tempfile::Builder::new()
@@ -74,7 +74,7 @@ pub(crate) fn scratch() -> tempfile::TempDir {
         .expect("no scratch folder")
 }
 
-/// Says that a test is skipped and why, past the capture of test output. A failure where `CI=true`.
+/// Reports that a test is skipped and why, bypassing the capture of test output. A failure where `CI=true`.
 ///
 /// # Panics
 ///
@@ -82,7 +82,7 @@ pub(crate) fn scratch() -> tempfile::TempDir {
 pub(crate) fn skip(lacks: &str) {
     assert!(std::env::var("CI").as_deref() != Ok("true"), "with CI=true nothing may be skipped: {lacks}");
     let test = thread::current().name().unwrap_or("a test").to_owned();
-    // Not eprintln!, which the test runner would keep to itself.
+    // Not eprintln!, which the test runner would capture.
     let _ = writeln!(std::io::stderr(), "SKIPPED: {test}: {lacks}");
 }
 

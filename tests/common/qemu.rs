@@ -1,4 +1,4 @@
-//! A real QEMU as source or destination: its memory is a file, its monitor a socket, its end certain.
+//! A QEMU as source or destination: its memory is a file, its monitor a socket, and it always ends with the test.
 
 use std::{
     env,
@@ -29,7 +29,7 @@ pub(crate) enum Version {
 impl Version {
     pub(crate) const ALL: [Self; 3] = [Self::Qemu72, Self::Qemu100, Self::Newest];
 
-    /// Each with each other, in both directions. Machine type [`Machine::PcI440fx72`] is in all of them.
+    /// All pairs of versions, in both directions. All of them have machine type [`Machine::PcI440fx72`].
     pub(crate) fn pairs() -> impl Iterator<Item = (Self, Self)> {
         let all = |from| Self::ALL.into_iter().map(move |to| (from, to));
         Self::ALL.into_iter().flat_map(all).filter(|(from, to)| from != to)
@@ -43,7 +43,7 @@ impl Version {
         }
     }
 
-    /// Which of ramwire's names for a peer (`--peer`) means it.
+    /// Its name for ramwire's `--peer`.
     pub(crate) fn peer(self) -> &'static str {
         match self {
             Self::Qemu72 => "qemu-7.2",
@@ -51,7 +51,7 @@ impl Version {
         }
     }
 
-    /// The program, as named by the environment or made by `ci/setup`.
+    /// The program, as given by the environment or built by `ci/setup`.
     pub(crate) fn program(self) -> Option<PathBuf> {
         let variable = match self {
             Self::Qemu72 => "RAMWIRE_QEMU72",
@@ -73,7 +73,7 @@ impl fmt::Display for Version {
     }
 }
 
-/// The version that the newest QEMU tells of itself.
+/// The version that the newest QEMU reports.
 fn newest_version() -> &'static str {
     static TOLD: OnceLock<String> = OnceLock::new();
     TOLD.get_or_init(|| {
@@ -86,7 +86,7 @@ fn newest_version() -> &'static str {
     })
 }
 
-/// True if all QEMUs are there; else says aloud that the calling test is skipped, or fails it where `CI=true`.
+/// True if all QEMUs are present; otherwise reports that the calling test is skipped, or fails it if `CI=true`.
 pub(crate) fn peers_present() -> bool {
     let missing: Vec<String> =
         Version::ALL.iter().filter(|version| version.program().is_none()).map(ToString::to_string).collect();
@@ -102,9 +102,9 @@ pub(crate) enum Machine {
     Pc,
     Q35,
     Microvm,
-    /// The newest type that all versions know, and so the one that travels between them.
+    /// The newest type that all versions support, and so the one that can be migrated between them.
     PcI440fx72,
-    /// Old enough to write neither configuration section nor footers; QEMU 10.0 has it no more.
+    /// Old enough to write neither configuration section nor footers; QEMU 10.0 no longer has it.
     PcI440fx23,
 }
 
@@ -122,7 +122,7 @@ impl Machine {
     }
 }
 
-/// How a QEMU is started. Unless said otherwise it has no devices, is paused, and expects no migration.
+/// How to start a QEMU. By default it has no devices, is paused, and expects no migration.
 #[derive(Clone, Debug)]
 pub(crate) struct Guest {
     pub(crate) version: Version,
@@ -176,9 +176,9 @@ impl Guest {
         arguments
     }
 
-    /// Starts it and connects to its monitor. `name` tells it from others in `dir` and in messages.
+    /// Starts it and connects to its monitor. `name` distinguishes it from others in `dir` and in messages.
     ///
-    /// The kernel ends the QEMU together with the calling thread, so that a killed test leaves nothing behind.
+    /// The kernel ends the QEMU together with the calling thread, so that a killed test leaves no process running.
     ///
     /// # Panics
     ///
@@ -211,7 +211,7 @@ impl Guest {
     }
 }
 
-/// Ends a QEMU whose monitor never came.
+/// Ends a QEMU whose monitor did not appear.
 struct Starting {
     child: Option<Child>,
 }
@@ -225,7 +225,7 @@ impl Drop for Starting {
     }
 }
 
-/// A QEMU that runs; dropping it kills it.
+/// A running QEMU; dropping it kills it.
 pub(crate) struct Qemu {
     child: Child,
     qmp: Qmp,
@@ -243,7 +243,7 @@ impl Drop for Qemu {
 }
 
 impl Qemu {
-    /// What it has said on stderr, with its name: for failure messages.
+    /// Its output on stderr, with its name: for failure messages.
     pub(crate) fn stderr(&self) -> String {
         format!("stderr of {}:\n{}", self.label, fs::read_to_string(&self.errors).unwrap_or_default())
     }
@@ -269,7 +269,7 @@ impl Qemu {
         }
     }
 
-    /// Events that came so far, oldest first.
+    /// Events received so far, oldest first.
     pub(crate) fn events(&self) -> &[Value] {
         &self.qmp.events
     }
@@ -286,14 +286,14 @@ impl Qemu {
 
     /// Lets a guest started with [`Guest::incoming`] listen on a free TCP port of this machine.
     ///
-    /// The answer is the URI to migrate to.
+    /// Returns the URI to migrate to.
     pub(crate) fn listen_tcp(&mut self) -> String {
         self.listen("tcp:127.0.0.1:0");
         let port = self.execute("query-migrate", json!({}))["socket-address"][0]["port"].clone();
         format!("tcp:127.0.0.1:{}", port.as_str().expect("QEMU tells its port"))
     }
 
-    /// Lets it listen on a unix socket in its folder; the answer is the URI to migrate to.
+    /// Makes it listen on a unix socket in its folder; returns the URI to migrate to.
     pub(crate) fn listen_unix(&mut self) -> String {
         let name = self.label.split(' ').next().unwrap_or("guest");
         let uri = format!("unix:{}", self.dir.join(format!("{name}.migration")).display());
@@ -306,7 +306,7 @@ impl Qemu {
         self.execute("migrate-incoming", json!({ "uri": uri }));
     }
 
-    /// Begins a migration to `uri`; QEMU's own bandwidth limit of 128 MiB/s holds unless a parameter says otherwise.
+    /// Begins a migration to `uri`; QEMU's own bandwidth limit of 128 MiB/s applies unless a parameter changes it.
     pub(crate) fn migrate(&mut self, uri: &str) {
         self.execute("migrate", json!({ "uri": uri }));
     }
@@ -316,7 +316,7 @@ impl Qemu {
         self.execute("query-migrate", json!({}))
     }
 
-    /// Waits until the migration has ended one way or another; the answer is the last `query-migrate`.
+    /// Waits until the migration has ended in any way; returns the last `query-migrate`.
     pub(crate) fn wait_migration(&mut self, deadline: Deadline) -> Value {
         loop {
             let info = self.query_migrate();
@@ -328,7 +328,7 @@ impl Qemu {
         }
     }
 
-    /// Waits until the migration has completed; the answer is the last `query-migrate`.
+    /// Waits until the migration has completed; returns the last `query-migrate`.
     ///
     /// # Panics
     ///
@@ -339,7 +339,7 @@ impl Qemu {
         info
     }
 
-    /// As [`wait_completed`](Self::wait_completed), of a guest that writes: see
+    /// As [`wait_completed`](Self::wait_completed), for a guest that writes: see
     /// [`wait_migration_within`](Self::wait_migration_within).
     pub(crate) fn wait_completed_within(&mut self, passes: u64, deadline: Deadline) -> Value {
         let info = self.wait_migration_within(passes, deadline);
@@ -347,8 +347,8 @@ impl Qemu {
         info
     }
 
-    /// As [`wait_migration`](Self::wait_migration), of a guest that writes: once memory has been gone over `passes` times,
-    /// any downtime will do. So it ends on a machine, too, that moves less than the guest writes.
+    /// As [`wait_migration`](Self::wait_migration), for a guest that writes: after `passes` passes over its memory any
+    /// downtime is accepted. So the migration also ends on a machine that sends less than the guest writes.
     pub(crate) fn wait_migration_within(&mut self, passes: u64, deadline: Deadline) -> Value {
         loop {
             let info = self.query_migrate();
@@ -381,7 +381,7 @@ impl Qemu {
         }
     }
 
-    /// Kills it as a crash would (SIGKILL).
+    /// Kills it like a crash would (SIGKILL).
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

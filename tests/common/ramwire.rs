@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::Deadline;
 
-/// A `ramwire` that runs; dropping it kills it.
+/// A running `ramwire`; dropping it kills it.
 pub(crate) struct Ramwire {
     child: Child,
     label: String,
@@ -27,7 +27,7 @@ impl Drop for Ramwire {
 impl Ramwire {
     /// Starts the command with `arguments` and `last`; its output goes to files in `dir`.
     ///
-    /// The kernel ends it together with the calling thread, so that a killed test leaves nothing behind.
+    /// The kernel ends it together with the calling thread, so that a killed test leaves no process running.
     pub(crate) fn start(dir: &Path, arguments: &[&str], last: impl AsRef<OsStr>) -> Self {
         let label = format!("ramwire {}", arguments.join(" "));
         let unique = format!("{}-{}", arguments[0], fs::read_dir(dir).map_or(0, Iterator::count));
@@ -50,17 +50,17 @@ impl Ramwire {
         self.child.id()
     }
 
-    /// The file that its standard output goes to.
+    /// The file of its standard output.
     pub(crate) fn output(&self) -> PathBuf {
         self.out.clone()
     }
 
-    /// What it has printed to standard error.
+    /// Its output on standard error.
     pub(crate) fn errors(&self) -> String {
         fs::read_to_string(&self.errors).unwrap_or_default()
     }
 
-    /// Where it says that it listens.
+    /// The address on which it reports that it listens.
     pub(crate) fn listening(&mut self) -> String {
         let label = self.label.clone();
         let errors = self.errors.clone();
@@ -92,12 +92,12 @@ impl Ramwire {
         serde_json::from_str(&out).unwrap_or_else(|error| panic!("{}: {error}: {out}{errors}", self.label))
     }
 
-    /// Waits for its end, and gives its status and what it said to standard error.
+    /// Waits for its end, and returns its status and its output on standard error.
     pub(crate) fn ended(&mut self, deadline: Deadline) -> (i32, String) {
         (self.status(deadline), self.errors())
     }
 
-    /// Waits for its end with `status` and gives what it said to standard error.
+    /// Waits for its end with `status` and returns its output on standard error.
     pub(crate) fn failed(&mut self, deadline: Deadline, status: i32) -> String {
         let found = self.status(deadline);
         let errors = self.errors();

@@ -1,5 +1,5 @@
-//! The smallest guest that never stops writing: a multiboot image of 23 instruction bytes, for machines on which a Linux
-//! would take minutes to boot.
+//! The smallest guest that never stops writing: a multiboot image of 23 instruction bytes, for machines on which a
+//! Linux would take minutes to boot.
 
 use std::{
     fs::{self, File},
@@ -17,7 +17,7 @@ const RAM_KIB: usize = (16 << 10) + 8;
 const LOADED_AT: u32 = 0x10_0000;
 /// The first of the pages it writes.
 const PAGES_AT: u32 = 0x20_0000;
-/// How many: 1 MiB, so that they fit into a downtime at the rate of an emulated NIC.
+/// Number of pages: 1 MiB, so that they fit into a downtime at the rate of an emulated NIC.
 const PAGES: u32 = 256;
 
 /// Counts up the first word of every page, for ever.
@@ -34,7 +34,7 @@ fn program() -> Vec<u8> {
     code
 }
 
-/// The image, with its header in front (Multiboot Specification 0.6.96, section 3.1).
+/// The image, with its header first (Multiboot Specification 0.6.96, section 3.1).
 fn image() -> Vec<u8> {
     const MAGIC: u32 = 0x1bad_b002;
     const HAS_ADDRESSES: u32 = 1 << 16;
@@ -48,7 +48,7 @@ fn image() -> Vec<u8> {
     words.flat_map(u32::to_le_bytes).chain(code).collect()
 }
 
-/// A guest that boots it; with [`Guest::incoming`] the destination of one, which stays paused.
+/// A guest that boots it; with [`Guest::incoming`] its destination, which stays paused.
 pub(crate) fn guest(version: Version, machine: Machine, dir: &Path, name: &str) -> Guest {
     let kernel = dir.join("scribbler");
     fs::write(&kernel, image()).expect("cannot write the guest's program");
@@ -60,7 +60,7 @@ pub(crate) fn guest(version: Version, machine: Machine, dir: &Path, name: &str) 
     guest
 }
 
-/// How often it has counted up its last page.
+/// The counter in its last page.
 pub(crate) fn count(ram: &PathBuf) -> u32 {
     let mut word = [0; 4];
     let at = u64::from(PAGES_AT + (PAGES - 1) * 4096);

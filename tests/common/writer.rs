@@ -1,4 +1,4 @@
-//! The live Linux guest of `ci/linux-guest`: it keeps writing and checking its memory and tells how that goes.
+//! The live Linux guest of `ci/linux-guest`: it keeps writing and checking its memory and prints the results.
 
 use std::{
     fs::{self, File},
@@ -13,9 +13,9 @@ use super::{
 
 /// Guest memory of a writer; the kernel needs about 100 MiB of it.
 ///
-/// Not a multiple of 256 KiB, because emulated guests of QEMU 7.2 lose writes otherwise: where a block's length is one,
-/// its dirty bitmap is taken 64 pages at a time, and then the emulator is not told that these pages are clean again
-/// (mended in QEMU 9.0). Page by page it is told.
+/// Not a multiple of 256 KiB, because emulated guests of QEMU 7.2 lose writes otherwise: if a block's length is a
+/// multiple, its dirty bitmap is read 64 pages at a time, and the emulator is not notified that these pages are clean
+/// again (fixed in QEMU 9.0). Page by page it is notified.
 pub(crate) const WRITER_RAM_KIB: usize = (192 << 10) + 8;
 
 /// What a writer boots from.
@@ -25,7 +25,7 @@ pub(crate) struct Images {
     disk: PathBuf,
 }
 
-/// Kernel and disk, made on the first call; else says aloud what is missing (and fails where `CI=true`).
+/// Kernel and disk, made on the first call; otherwise reports what is missing (and fails if `CI=true`).
 pub(crate) fn images() -> Option<Images> {
     let script = super::project_root().join("ci/linux-guest");
     let made =
@@ -52,9 +52,9 @@ pub(crate) struct Load {
     pub(crate) small: bool,
 }
 
-/// A running guest that boots the writer; with [`Guest::incoming`] the destination of one.
+/// A running guest that boots the writer; with [`Guest::incoming`] its destination.
 ///
-/// `ram` becomes an empty file, and `console` what the guest prints.
+/// `ram` becomes an empty file, and `console` receives the guest's output.
 pub(crate) fn guest(
     images: &Images,
     version: Version,
@@ -65,8 +65,8 @@ pub(crate) fn guest(
 ) -> Guest {
     let file = File::create(ram).expect("cannot create guest memory");
     file.set_len(WRITER_RAM_KIB as u64 * 1024).expect("cannot size guest memory");
-    // On a busy host an emulated timer is late and the kernel would give up; those of a microvm are no reference for
-    // its calibration, which would never end.
+    // On a busy host an emulated timer is late and the kernel would fail; a microvm's timers are no reference for its
+    // calibration, which would never end.
     let clocks = if machine == Machine::Microvm { "acpi=off lpj=4000000" } else { "" };
     let options = format!(
         "console=ttyS0 quiet panic=-1 nokaslr mitigations=off random.trust_cpu=on no_timer_check {clocks} WRITER_MIB={} WRITER_RATE={} WRITER_SMALL={}",
@@ -90,7 +90,7 @@ pub(crate) struct Tick {
     pub(crate) number: u64,
     /// Pages written so far.
     pub(crate) sequence: u64,
-    /// How often all memory has been checked.
+    /// How often all memory was checked.
     pub(crate) passes: u64,
     /// Pages found wrong so far.
     pub(crate) bad: u64,
@@ -114,7 +114,7 @@ impl Tick {
     }
 }
 
-/// What a writer printed on one host.
+/// The output of a writer on one host.
 #[derive(Clone, Debug)]
 pub(crate) struct Console {
     path: PathBuf,
@@ -134,7 +134,7 @@ impl Console {
         ticks(&self.text())
     }
 
-    /// Waits until a tick is as asked, and tells it.
+    /// Waits until a tick satisfies the condition, and returns it.
     ///
     /// # Panics
     ///
@@ -149,17 +149,17 @@ impl Console {
 }
 
 fn ticks(console: &str) -> Vec<Tick> {
-    // A line that is still being printed has no end yet.
+    // A line that is still being printed has no newline yet.
     console.split_inclusive('\n').filter(|line| line.ends_with('\n')).filter_map(Tick::parse).collect()
 }
 
-/// Judges a guest's whole life, told by the consoles of the hosts it ran on, in order.
+/// Checks a guest's whole life, from the consoles of the hosts it ran on, in order.
 ///
 /// # Panics
 ///
 /// If a page was wrong, a tick is missing or came twice, or the counts went backwards.
 pub(crate) fn assert_unbroken(consoles: &[&Console]) -> Tick {
-    // A line begun on one host is ended on the next.
+    // A line that begins on one host ends on the next.
     let text: String = consoles.iter().map(|console| console.text()).collect();
     assert!(!text.contains("CORRUPT"), "{text}");
     let ticks = ticks(&text);

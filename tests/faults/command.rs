@@ -64,10 +64,10 @@ fn a_signal_cancels_whoever_waits() {
     }
 }
 
-/// A demo whose first round takes a while.
+/// A demo with a long first round.
 const LONG: [&str; 5] = ["demo", "--ram", "384M", "--zero", "0"];
 
-/// Waits until the demo's destination has got some pages; gives that process.
+/// Waits until the demo's destination has received some pages; returns that process.
 fn destination_of(demo: &Ramwire) -> u32 {
     let children = format!("/proc/{0}/task/{0}/children", demo.pid());
     Deadline::seconds(40).poll(
@@ -75,12 +75,12 @@ fn destination_of(demo: &Ramwire) -> u32 {
         || demo.errors(),
         || {
             let child = fs::read_to_string(&children).ok()?.split_whitespace().next()?.parse().ok()?;
-            // Until it is the new program it has the demo's own files.
+            // Until it has executed the new program it has the demo's own files.
             let words = |pid: u32| fs::read(format!("/proc/{pid}/cmdline")).ok();
             if words(child)? == words(demo.pid())? {
                 return None;
             }
-            // Its memory, mapped or not: pages of the file behind it, in blocks of 512 bytes.
+            // Its memory, mapped or not: pages of the backing file, in blocks of 512 bytes.
             let mut files =
                 fs::read_dir(format!("/proc/{child}/fd")).ok()?.flatten().map(|entry| entry.path());
             let is_memory = |file: &PathBuf| {
@@ -110,7 +110,7 @@ fn a_demo_whose_destination_is_killed_says_so_and_the_guest_stays() {
     let mut demo = Ramwire::start(dir.path(), &LONG, "--json");
     let child = destination_of(&demo);
     signal(child, Signal::KILL);
-    // It may be dead before it listened, or in the middle of the migration: the status is the same.
+    // It may have died before it listened, or in the middle of the migration: the status is the same.
     let said = demo.failed(Deadline::seconds(15), 3);
     assert!(said.contains("ramwire demo: "), "{said}");
 }
@@ -138,7 +138,7 @@ fn a_demo_that_is_killed_leaves_no_process_no_folder_and_no_panic() {
         let folder = || fs::read_dir(&temporary).unwrap().next();
         let child = Deadline::seconds(60).poll("its destination", read, || {
             let child = children_of(demo.id()).first().copied()?;
-            // Its socket's folder is there for a moment only.
+            // Its socket's folder exists only for a moment.
             let far_enough = !listens || folder().is_some() || mapped(child) > 1 << 20;
             far_enough.then_some(child)
         });
@@ -151,14 +151,14 @@ fn a_demo_that_is_killed_leaves_no_process_no_folder_and_no_panic() {
     }
 }
 
-/// Bytes that a process has in memory, of shared files.
+/// Resident bytes of a process that belong to shared files.
 fn mapped(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:"));
     line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0) * 1024
 }
 
-/// A folder that holds a guest of 2 MiB, and the file it came from.
+/// A folder that holds a guest of 2 MiB, and the file that it came from.
 pub(crate) fn received(dir: &Path) -> (PathBuf, PathBuf) {
     let (ram, folder) = (dir.join("ram"), dir.join("guest"));
     fill(&ram, 2, Pattern::Mixed { seed: 8 });
@@ -210,7 +210,7 @@ fn a_folder_is_sent_only_when_it_may_be() {
     assert!(text.contains("in use by another ramwire"), "{text}");
     drop(lock);
 
-    // Nobody listens: the folder is as it was, and goes at once to somebody who does.
+    // Without a listener the folder stays as it was, and its guest can immediately be sent to another destination.
     let text = Ramwire::start(dir.path(), &["send", "tcp:127.0.0.1:1", "--dir"], &folder)
         .failed(Deadline::seconds(10), 3);
     assert!(text.contains("127.0.0.1:1"), "{text}");
@@ -229,11 +229,11 @@ fn a_full_disk_refuses_the_guest_and_says_what_is_missing() {
     let (ram, disk) = (dir.path().join("ram"), dir.path().join("disk"));
     fill(&ram, 4, Pattern::Random { seed: 1 });
     fs::create_dir(&disk).unwrap();
-    // A file system of its own, in a namespace of its own: it is gone with the process.
+    // A file system of its own, in a namespace of its own: it is removed with the process.
     let script =
         r#"mount -t tmpfs -o size=1M none "$1" && exec "$2" receive "unix:$3" --dir "$1/guest" 2> "$4""#;
     let (socket, errors) = (dir.path().join("socket"), dir.path().join("errors"));
-    // Root needs no user namespace, which a container may not allow.
+    // Root needs no user namespace, which a container may forbid.
     let alone: &[&str] = if rustix::process::geteuid().is_root() {
         &["--mount"]
     } else {
@@ -265,7 +265,7 @@ fn a_guest_without_its_description_is_kept_as_incomplete_and_told_by_the_status(
     let mut stream = Vec::new();
     let captured = include_bytes!("../vectors/q72-microvm-compress.gz");
     flate2::read::GzDecoder::new(&captured[..]).read_to_end(&mut stream).unwrap();
-    // The description is a byte 6, its length in four, and JSON to the end.
+    // The description is a byte 6, its length in four bytes, and JSON to the end.
     let json = br#"{"page_size""#;
     let at = stream.windows(json.len()).rposition(|window| window == json).unwrap() - 5;
     assert_eq!(stream[at], 6);
@@ -293,7 +293,7 @@ fn ram_alone_sent_to_a_file_can_be_received_from_it() {
     let report = receiver(&uri, &first).finished(Deadline::seconds(20), 0);
     assert_eq!(report["state"], "whole");
     compare(&ram, &first.join("ram-000.bin")).unwrap();
-    // Still a guest that only a ramwire can take.
+    // This guest still needs a ramwire as destination.
     let mut receiver = receiver("tcp:127.0.0.1:0", &second);
     let uri = receiver.listening();
     Ramwire::start(dir.path(), &["send", &uri, "--json", "--dir"], &first).finished(Deadline::seconds(20), 0);

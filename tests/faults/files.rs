@@ -1,4 +1,5 @@
-//! RAM files that change while a guest is sent from them or arrives in them: an error, and never a signal's death.
+//! RAM files that change while a guest is sent from them or received into them: the result is an error, never death by
+//! a signal.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -12,7 +13,7 @@ use crate::common::{
     scratch,
 };
 
-/// Random pages, so that each has to travel, and at this rate takes minutes.
+/// Random pages, so that each has to be sent, and at this rate that takes minutes.
 const SLOW: [&str; 2] = ["--max-bandwidth", "40K"];
 
 fn logged(process: &Ramwire, text: &str) {
@@ -38,7 +39,7 @@ fn a_ram_file_that_gets_shorter_while_it_is_sent_ends_the_migration_and_no_proce
     receiver.failed(Deadline::seconds(60), 3);
 }
 
-/// A `receive` into `folder` whose first page has come, and its slow `send`.
+/// A `receive` into `folder` whose first page has arrived, and its slow `send`.
 fn arriving(dir: &Path, ram: &Path, folder: &Path) -> (Ramwire, Ramwire) {
     let listen = ["--log", "trace", "receive", "tcp:127.0.0.1:0", "--dir"];
     let mut receiver = Ramwire::start(dir, &listen, folder);
@@ -53,7 +54,7 @@ fn arriving(dir: &Path, ram: &Path, folder: &Path) -> (Ramwire, Ramwire) {
 
 #[test]
 fn a_ram_file_that_gets_shorter_while_its_guest_arrives_refuses_the_guest() {
-    // On a disk, whose pages come through the mapping, and in memory, where they come by the file.
+    // On a disk, where pages are written through the mapping, and in memory, where they are written through the file.
     let on_disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     let in_memory = scratch();
     for dir in [on_disk.path(), in_memory.path()] {
@@ -78,7 +79,7 @@ fn a_ram_file_that_is_replaced_while_its_guest_arrives_refuses_the_guest() {
     let block = format!("m0={}", ram.display());
     let uri = format!("file:{}", written.display());
     Ramwire::start(dir.path(), &["send", &uri, "--json", "--ram"], &block).finished(Deadline::seconds(60), 0);
-    // A stream that stands still in the middle until the file was replaced.
+    // A stream that stops in the middle until the file was replaced.
     let bytes = fs::read(&written).unwrap();
     let uri = format!("exec:cat {}", stream.display());
     let mut receiver = Ramwire::start(dir.path(), &["receive", &uri, "--dir"], &folder);
@@ -106,7 +107,7 @@ fn a_limit_of_file_sizes_is_an_error_with_its_remedy() {
     for arguments in
         [&["receive", &to, "--dir", "into"][..], &["send", "file:other", "--again", "--dir", "guest"]]
     {
-        // In units of 512 or 1024 bytes, as the shell has it: less than the guest's 2 MiB in any.
+        // In units of 512 or 1024 bytes, depending on the shell: less than the guest's 2 MiB in both.
         let ended = Command::new("sh")
             .args(["-c", "ulimit -f 1024; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_ramwire")])
             .args(arguments)
@@ -119,7 +120,7 @@ fn a_limit_of_file_sizes_is_an_error_with_its_remedy() {
     }
 }
 
-/// `receive` into `folder`, of files of RAM; what both say, and the receiver's status.
+/// Runs `receive` into `folder` from files of RAM; returns the output of both, and the receiver's status.
 fn moved(dir: &Path, files: &[&Path], folder: &Path, status: i32) -> (String, String) {
     let mut receiver = Ramwire::start(dir, &["receive", "tcp:127.0.0.1:0", "--dir"], folder);
     let uri = receiver.listening();
@@ -181,7 +182,7 @@ fn a_mostly_empty_guest_takes_the_room_of_its_pages_alone() {
     }
 }
 
-/// A file system that reserves nothing, in a namespace of its own.
+/// A file system without reservations, in a namespace of its own.
 #[test]
 fn a_file_system_without_fallocate_takes_a_guest() {
     let dir = scratch();

@@ -1,7 +1,8 @@
-//! What a QEMU makes of a flipped byte: the whole stream as a map of what a flip can show and what is data.
+//! A QEMU's reaction to a flipped byte: a map of the whole stream, which shows where a flip is detected and where it is
+//! data.
 //!
-//! QEMU's stream has no checksum. The map says of every position of the stream that `send` sends what becomes of the
-//! lowest bit flipped there; a sample of positions is tried against the real thing.
+//! QEMU's stream has no checksum. For every position of the stream that `send` sends, the map predicts the effect of
+//! flipping the lowest bit there; a sample of positions is tested against a QEMU.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -23,37 +24,38 @@ const PAGE: u64 = 4096;
 /// What stands at a position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
-    /// Held against what must be there: refused.
+    /// Compared with the expected value: refused.
     Frame,
     /// Bytes of a page.
     Page,
-    /// Bits of a page's offset with which it lands in another place of its block.
+    /// Bits of a page's offset with which it is placed at another offset of its block.
     PageOffset,
-    /// The same of a zero page.
+    /// The same for a zero page.
     ZeroOffset,
-    /// The byte that zero pages are filled with; QEMU 10.0 refuses any other than zero.
+    /// The fill byte of zero pages; QEMU 10.0 refuses any other than zero.
     Fill,
-    /// Address bits of an end mark, which nobody reads.
+    /// Address bits of an end mark, which are ignored.
     EndMark,
-    /// Payload and version of a device: the device may see it, or not.
+    /// Payload and version of a device: the device may notice the flip, or not.
     Device,
     /// The VM description, which a destination skips.
     Description,
-    /// Values of commands that are only answered, and lengths that are only skipped by.
+    /// Values of commands that are only echoed, and lengths that are only used to skip.
     Answered,
 }
 
-/// The parts of a stream that are no frame, in order. What is between them is frame.
+/// The parts of a stream that are not frame, in order. Everything between them is frame.
 #[derive(Debug)]
 struct Map {
     data: Vec<(Range<u64>, Kind)>,
-    /// Pages whose bytes lie in the block that is compared: where they begin.
+    /// Offsets of pages whose bytes are in the block that is compared.
     compared: Vec<u64>,
     len: u64,
 }
 
 impl Map {
-    /// Of the stream that `send` sends to a QEMU: as to a file, with the return path's commands in front of RAM.
+    /// The map of the stream that `send` sends to a QEMU: the same as to a file, with the return path's commands before
+    /// RAM.
     fn of(stream: &[u8], version: Version) -> Self {
         let mut map = Self { data: Vec::new(), compared: Vec::new(), len: stream.len() as u64 + COMMANDS };
         let mut parser = IncomingStream::new(IncomingConfig::default());
@@ -63,7 +65,7 @@ impl Map {
             let bytes = &stream[at..at + consumed];
             let place = at as u64 + COMMANDS;
             match event {
-                // OPEN_RETURN_PATH and four PINGs stand behind it; a PING is head (5 bytes) and value.
+                // OPEN_RETURN_PATH and four PINGs follow it; a PING is head (5 bytes) and value.
                 Event::Configuration(_) => {
                     let pings = at as u64 + consumed as u64 + 5;
                     for value in (0..4).map(|ping| pings + 9 * ping + 5) {
@@ -100,7 +102,7 @@ impl Map {
             let payload = device.payload.start as u64 - 4..device.payload.end as u64;
             map.add(tail + payload.start..tail + payload.end, Kind::Device);
         }
-        // Behind the byte that ends the sections: type, length, text.
+        // After the byte that ends the sections: type, length, text.
         let text = tail + description.eof_at as u64 + 6;
         map.add(text - 5..text, Kind::Answered);
         map.add(text..map.len, Kind::Description);
@@ -113,7 +115,8 @@ impl Map {
         }
     }
 
-    /// Bytes of a record's word whose lowest bit, flipped, leaves the offset inside the block and the kind as it is.
+    /// Bytes of a record's word whose lowest bit can be flipped without moving the offset out of the block or changing
+    /// the kind.
     fn add_offset(&mut self, record: &[u8], place: u64, length: u64, kind: Kind) {
         let word = u64::from_be_bytes(record[..8].try_into().unwrap());
         for byte in 0..8 {
@@ -124,7 +127,8 @@ impl Map {
         }
     }
 
-    /// Ranges and bytes of each kind, frame included. The parts lie in order, apart, and inside the stream.
+    /// Ranges and bytes of each kind, including frame. The parts are in order, do not overlap, and are inside the
+    /// stream.
     fn counts(&self) -> BTreeMap<Kind, (u64, u64)> {
         let mut counts = BTreeMap::new();
         let mut at = 0;
@@ -145,7 +149,7 @@ impl Map {
         part.map_or(Kind::Frame, |(_, kind)| *kind)
     }
 
-    /// `count` positions of `kind`, spread over the stream; of pages only those of the memory that is compared.
+    /// `count` positions of `kind`, spread over the stream; for pages only those of the compared memory.
     fn sample(&self, kind: Kind, count: usize, random: &mut Random) -> Vec<u64> {
         let pages = || self.compared.iter().map(|begin| *begin..begin + PAGE).collect();
         let parts =
@@ -160,7 +164,7 @@ impl Map {
         if ranges.is_empty() { Vec::new() } else { (0..count).map(pick).collect() }
     }
 
-    /// The frame in places that a draw by size would miss: there is a byte of it for each page.
+    /// Frame positions that a selection by size would miss: there is one byte of it for each page.
     fn frames(&self, stream: &[u8]) -> Vec<u64> {
         let find = |needle: &[u8]| stream.windows(needle.len()).position(|w| w == needle).unwrap() as u64;
         let middle = self.compared[self.compared.len() / 2];
@@ -178,7 +182,7 @@ impl Map {
     }
 }
 
-/// What a QEMU does with a stream that is flipped at `at`, and whether that is what the map says.
+/// A QEMU's reaction to a stream that is flipped at `at`, and whether it is as predicted.
 fn flip(dir: &Path, folder: &Path, version: Version, at: u64, kind: Kind) {
     let (mut destination, uri) = waiting(dir, version, "flip");
     let proxy = Proxy::start(&uri, When::Flip(at), || ());
@@ -204,14 +208,14 @@ fn flip(dir: &Path, folder: &Path, version: Version, at: u64, kind: Kind) {
             println!("{what}: refused: {}", text.trim());
             assert_eq!(state_of(folder), stays, "{what}");
         }
-        // It closes without a word (7.2), and by then the source may have sent everything.
+        // It closes without a message (7.2), and by then the source may have sent everything.
         (Kind::Frame, 5) => {
             assert!(!destination.wait_exit(Deadline::seconds(20)).success(), "{what}");
             assert!(destination.stderr().contains("load of migration failed"), "{}", destination.stderr());
             println!("{what}: refused without a word: {}", destination.stderr().trim());
             assert_eq!(state_of(folder), "in-doubt", "{what}");
         }
-        // A device that sees it refuses its state before COMMIT, or dies over it.
+        // A device that notices it refuses its state before COMMIT, or QEMU dies of it.
         (Kind::Device, 3 | 5) => {
             println!("{what}: seen by the device: {}", text.trim());
             assert_eq!(state_of(folder), if status == 3 { stays.as_str() } else { "in-doubt" }, "{what}");
@@ -234,7 +238,7 @@ fn flip(dir: &Path, folder: &Path, version: Version, at: u64, kind: Kind) {
     proxy.end();
 }
 
-/// Each kind with its ranges and bytes, then 24 positions and more against the real QEMU.
+/// Prints each kind with its ranges and bytes, then tests at least 24 positions against a QEMU.
 fn every_kind_of_byte(version: Version) {
     if !peers_present() {
         return;

@@ -1,4 +1,4 @@
-//! The peer is a process of its own that is killed, frozen or resets its connection at a chosen stage.
+//! The peer is a process of its own that is killed or stopped, or that resets its connection, at a chosen stage.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -27,41 +27,41 @@ use crate::live::{
 
 /// Stall and finish timeouts of the end that survives.
 const IMPATIENT: Duration = Duration::from_secs(3);
-/// The latest moment at which it must have given up, on a busy machine.
+/// The latest time at which it must have given up, on a busy machine.
 const GIVEN_UP: Duration = Duration::from_secs(30);
 const JOB: &str = "RAMWIRE_TEST_PEER";
 
-/// What the peer does to itself.
+/// What happens to the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Act {
     /// SIGKILL.
     Die,
-    /// SIGSTOP: it neither reads nor writes any more, its kernel still answers.
+    /// SIGSTOP: the process neither reads nor writes any more, but its kernel still answers.
     Freeze,
     /// The connection is reset, the process ends.
     Reset,
 }
 
-/// When. The word in front names the peer's side.
+/// The stage. A prefix names the peer's side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// The connection stands, nothing was said.
+    /// The connection is established, no message was sent.
     Connected,
     /// The blocks are announced (destination) or about to be (source).
     Setup,
-    /// Half of the pages have passed.
+    /// Half of the pages have been sent.
     MidRound,
-    /// The source has paused its guest; the destination has everything.
+    /// The source has paused its guest; the destination has received everything.
     Switchover,
     /// The source has saved its device state; the destination has loaded it.
     State,
-    /// READY was said; the source has not heard it yet.
+    /// READY was sent; the source has not received it yet.
     Ready,
     /// The source is about to send COMMIT; the destination has read it.
     Commit,
-    /// The source has sent COMMIT; the destination runs and is about to say so.
+    /// The source has sent COMMIT; the destination runs and is about to report it.
     Committed,
-    /// All is said.
+    /// All messages were sent.
     LastByte,
 }
 
@@ -93,17 +93,17 @@ impl Doom {
         if self.act == Act::Reset {
             std::process::exit(0);
         }
-        // The signal may be a moment late; nothing may happen after it.
+        // The signal may be slightly late; nothing may happen after it.
         std::thread::sleep(PATIENT);
     }
 }
 
-/// Wraps what the doomed end uses and counts what it says and hears.
+/// Wraps the connection of the doomed end and counts what it sends and receives.
 struct Doomed<T> {
     inner: T,
     doom: Doom,
     passed: u64,
-    /// Answers said since the device state was loaded.
+    /// Answers sent since the device state was loaded.
     answers: u64,
     state_done: Arc<AtomicU64>,
 }
@@ -222,7 +222,7 @@ impl ramwire::transport::Sealed for Doomed<StreamChannel> {}
 
 impl ByteSource for Doomed<StreamChannel> {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
-        // Only the source hears anything after its state is saved.
+        // Only the source receives messages after its state is saved.
         if self.state_done.load(Ordering::Acquire) == 1 {
             self.doom.reached(Ready);
         }
@@ -232,7 +232,7 @@ impl ByteSource for Doomed<StreamChannel> {
     }
 }
 
-/// The other end of the tests below; they start it. Alone it has nothing to do.
+/// The other end of the tests below, which start it. By itself it does nothing.
 #[test]
 #[ignore = "started by the tests that need a peer"]
 fn peer() {
@@ -265,7 +265,7 @@ fn peer() {
     doom.reached(Connected);
     let live = Live::empty();
     let (from, back) = channel.split();
-    // The source's reader counts answers as well as pages; here only pages are counted.
+    // The source's reader counts answers as well as pages; here only pages count.
     let from = Box::new(Doomed::new(from, &doom, &Arc::default()));
     let back = Box::new(DoomedAnswers(Doomed::new(back, &doom, &state_done)));
     let provider = Box::new(DoomedProvider(live.clone(), doom.clone()));
@@ -312,7 +312,7 @@ fn address_in(file: &Path) -> Address {
         .unwrap()
 }
 
-/// The guest goes to a destination that ends at `stage`.
+/// The guest is sent to a destination that ends at `stage`.
 fn destination_ends(dir: &Path, live: &Live, stage: Stage, act: Act) {
     let what = format!("destination, {act:?} at {stage:?}");
     let file: PathBuf = dir.join(format!("{stage:?}-{act:?}"));
@@ -345,12 +345,12 @@ fn judge_source(what: &str, live: &Live, sent: &SourceReport, stage: Stage) {
             assert_stayed(what, live, sent);
             live.assert_runs_on(what);
         }
-        // READY was said, and perhaps heard: the source may have given the guest away.
+        // READY was sent, and perhaps received: the source may have handed over the guest.
         Ready if !sent.outcome.eq(&Outcome::InDoubt) => assert_stayed(what, live, sent),
         Ready | Commit | Committed => {
             assert_eq!(sent.outcome, Outcome::InDoubt, "{what}: {error:?}");
             assert!(!live.runs() && error.is_some(), "{what}: {error:?}");
-            // Somebody has seen the destination dead: the guest goes on here, whole.
+            // An operator has confirmed that the destination is dead: the guest continues here, intact.
             live.assert_whole(what);
             live.clone().resume().unwrap();
             live.assert_runs_on(what);
@@ -363,7 +363,7 @@ fn judge_source(what: &str, live: &Live, sent: &SourceReport, stage: Stage) {
     }
 }
 
-/// A guest comes from a source that ends at `stage`.
+/// A guest is received from a source that ends at `stage`.
 fn source_ends(stage: Stage, act: Act) {
     let what = format!("source, {act:?} at {stage:?}");
     let stop = Stop::on(&CancelToken::default()).within(PATIENT);
@@ -387,7 +387,7 @@ fn judge_destination(what: &str, there: &Live, arrived: &DestinationReport, stag
             assert_eq!(arrived.ending, Ending::Discarded, "{what}: {error:?}");
             assert!(!there.runs() && error.is_some(), "{what}");
         }
-        // A reset throws away what was not read, COMMIT perhaps.
+        // A reset discards unread bytes, perhaps COMMIT.
         Committed if act == Act::Reset && arrived.ending == Ending::Discarded => {
             assert!(!there.runs() && error.is_some(), "{what}");
         }
@@ -440,7 +440,7 @@ fn belongings() -> (usize, usize) {
     (count("fd"), count("task"))
 }
 
-/// Alone in its process: it counts.
+/// Runs alone in its process, because it counts.
 #[test]
 #[ignore = "started by the test below"]
 fn leak() {

@@ -1,4 +1,4 @@
-//! `ramwire send` is ended by signals at each of its stages: its status and its folder say what is true.
+//! `ramwire send` is ended by signals at each of its stages: its status and its folder must be correct.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -14,14 +14,15 @@ use rustix::process::Signal;
 use crate::command::{received, signal};
 use crate::common::{Deadline, memory::compare, ramwire::Ramwire, scratch};
 
-/// What a destination says at most, before it is silent.
+/// The last message that a destination sends before it is silent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Says {
     Hello,
     Ready,
 }
 
-/// What the destination says, at which rate the source sends, and the action that it then comes to.
+/// The last message of the destination, the rate at which the source sends, and the action that the source then
+/// reaches.
 type Stage = (Says, &'static str, &'static str);
 
 /// The guest's pages take minutes.
@@ -29,7 +30,7 @@ const IN_A_ROUND: Stage = (Says::Hello, "4K", "action=Send\n");
 const WITHOUT_READY: Stage = (Says::Hello, "0", "waiting=Ready");
 const WITHOUT_RUNNING: Stage = (Says::Ready, "0", "waiting=Running");
 
-/// A destination that is silent from some moment on. Ends when the source does; true if COMMIT came.
+/// A destination that is silent from some moment on. Ends when the source does; true if COMMIT was received.
 fn silent_after(says: Says, listener: &TcpListener) -> bool {
     let (mut source, _) = listener.accept().unwrap();
     let (mut heard, mut buffer, mut turn) = (Vec::new(), vec![0; 1 << 16], 0);
@@ -41,7 +42,7 @@ fn silent_after(says: Says, listener: &TcpListener) -> bool {
     };
     while let Ok(got @ 1..) = source.read(&mut buffer) {
         heard.extend_from_slice(&buffer[..got]);
-        // An order may lie across two reads.
+        // An order may be split across two reads.
         let news = &heard[heard.len().saturating_sub(got + 64)..];
         if turn == 0 {
             let pongs = [GREETING, hello_pong(MAX_VERSION), 1].map(Message::Pong);
@@ -64,7 +65,8 @@ fn silent_after(says: Says, listener: &TcpListener) -> bool {
     find(&heard, &[8, 0x52, 4]).is_some()
 }
 
-/// A `send` of `folder` whose destination is silent, once it performs `action`; at `rate` bytes a second, 0 for any.
+/// A `send` of `folder` whose destination is silent, once it performs `action`; at `rate` bytes a second, 0 for no
+/// limit.
 fn stuck(dir: &Path, folder: &Path, stage: Stage) -> (Ramwire, thread::JoinHandle<bool>) {
     stuck_with(dir, folder, stage, &[])
 }
@@ -105,11 +107,11 @@ fn whatever_signals_end_a_send_its_folder_says_what_is_true() {
         (IN_A_ROUND, &[term, term], 4, "whole"),
         (IN_A_ROUND, &[hup, int, term], 4, "whole"),
         (IN_A_ROUND, &[kill], -1, "whole"),
-        // The device state has left, and the destination may not run it without COMMIT.
+        // The device state was sent, and the destination may not run it without COMMIT.
         (WITHOUT_READY, &[hup], 4, "whole"),
         (WITHOUT_READY, &[term, term], 4, "whole"),
         (WITHOUT_READY, &[hup, hup], 4, "whole"),
-        // Nothing is left that could know.
+        // No process is left that could know.
         (WITHOUT_READY, &[kill], -1, "sending"),
     ] {
         let what = format!("{stage:?}: {signals:?}");
@@ -120,7 +122,7 @@ fn whatever_signals_end_a_send_its_folder_says_what_is_true() {
         assert_eq!(state(&folder), left, "{what}: {errors}");
         assert!(!far.join().unwrap(), "{what}: COMMIT was said");
     }
-    // The last one was killed: its operator has looked at the destination.
+    // The last one was killed: its operator has checked the destination.
     let next = dir.path().join("next");
     let mut receiver = Ramwire::start(dir.path(), &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &next);
     let uri = receiver.listening();
@@ -129,13 +131,13 @@ fn whatever_signals_end_a_send_its_folder_says_what_is_true() {
     receiver.finished(Deadline::seconds(60), 0);
     assert_eq!((&*state(&folder), &*state(&next)), ("sent", "whole"));
     compare(&ram, &next.join("ram-000.bin")).unwrap();
-    // A guest that runs elsewhere does so although it was to be sent once more.
+    // A guest that runs elsewhere still does, although it was to be sent again.
     let again = ["send", "tcp:127.0.0.1:1", "--again", "--dir"];
     Ramwire::start(dir.path(), &again, &folder).failed(Deadline::seconds(60), 3);
     assert_eq!(state(&folder), "sent");
 }
 
-/// A guest that runs elsewhere, is sent once more, and is in doubt then.
+/// A guest that runs elsewhere, is sent again, and is then in doubt.
 #[test]
 fn a_doubt_about_the_last_destination_does_not_make_a_guest_whole_that_runs_at_another() {
     let dir = scratch();
@@ -205,7 +207,7 @@ fn under_nohup_a_send_outlives_its_terminal() {
     let read = || fs::read_to_string(&log).unwrap_or_default();
     Deadline::seconds(60).poll("its start", read, || read().contains("action=Send\n").then_some(()));
     signal(sender.id(), Signal::HUP);
-    // Were the first one taken, this would be the second.
+    // If the first one were accepted, this would be the second.
     signal(sender.id(), Signal::TERM);
     assert_eq!(sender.wait().unwrap().code(), Some(4), "{}", read());
     assert!(!read().contains("once more"), "{}", read());

@@ -1,4 +1,4 @@
-//! The output is closed, full or not read: every status is what it is anyhow, and no migration waits for it.
+//! The output is closed, full or not read: every status is the usual one, and no migration waits for the output.
 
 use std::fs::File;
 use std::io::{PipeWriter, Write};
@@ -18,7 +18,7 @@ enum Taker {
 impl Taker {
     fn stdio(self) -> Stdio {
         match self {
-            // Its reader is gone with this line.
+            // Its reader is closed with this line.
             Self::Closed => std::io::pipe().unwrap().1.into(),
             Self::Full => File::options().write(true).open("/dev/full").unwrap().into(),
         }
@@ -83,13 +83,13 @@ fn every_status_holds_whatever_becomes_of_the_output() {
                 assert_eq!(ended, Some(status), "{what}");
             }
         }
-        // What is run for its output has failed without it.
+        // A command that runs for its output has failed without it.
         let ended = Running::start(&["generate", "man"], taker.stdio(), taker.stdio()).status("generate");
         assert_eq!(ended, Some(3), "{taker:?}");
     }
 }
 
-/// A pipe that takes nothing more, and what keeps it open.
+/// A pipe that accepts no more bytes, and the end that keeps it open.
 fn clogged() -> (PipeWriter, std::io::PipeReader) {
     let (reader, mut writer) = std::io::pipe().unwrap();
     rustix::io::ioctl_fionbio(&writer, true).unwrap();

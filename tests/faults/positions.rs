@@ -1,4 +1,5 @@
-//! A stream cut, and a stream with one flipped bit, at every byte that is no page's and at samples of the pages' bytes.
+//! A truncated stream, and a stream with one flipped bit, at every byte outside of pages and at samples of the pages'
+//! bytes.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -20,15 +21,15 @@ use crate::live::{
     settings, source,
 };
 
-/// How long the ends wait for bytes that a changed length has promised.
+/// How long the ends wait for bytes that a changed length has announced.
 const IMPATIENT: Duration = Duration::from_millis(400);
 /// Bytes between two samples of a page.
 const SAMPLE: usize = 389;
 const WORKERS: usize = 4;
-/// Where a flipped bit may change nothing, so that the guest arrives, whole and compared: the ordinary PING's value,
-/// which is only echoed; the PING that tells of no page channels, which a source of before did not send; the newest
-/// version of a HELLO; the bits of an end record that QEMU ignores (S-27); the place of a
-/// zero page, if the page that it should have named is zero or comes again.
+/// Where a flipped bit may have no effect, so that the guest arrives intact and is compared: the ordinary PING's value,
+/// which is only echoed; the PING that announces no page channels, which older sources do not send; the newest version
+/// of a HELLO; the bits of an end record that QEMU ignores (S-27); the offset of a zero page, if the page that it
+/// should have named is zero or is sent again.
 const HARMLESS: [&str; 6] = [
     "Command(Ping(1))",
     "Command(Ping(1381450496))",
@@ -38,14 +39,14 @@ const HARMLESS: [&str; 6] = [
     "Zero { ",
 ];
 
-/// What lies where in the stream.
+/// The positions in the stream.
 struct Map {
     len: u64,
-    /// Bytes of pages: where in the stream, and where in RAM.
+    /// Bytes of pages: their ranges in the stream, and their positions in RAM.
     pages: Vec<(Range<u64>, u32, u64)>,
     /// The first byte of COMMIT.
     commit: u64,
-    /// What each byte belongs to, for messages.
+    /// The event of each byte, for messages.
     events: Vec<(Range<u64>, String)>,
 }
 
@@ -71,13 +72,13 @@ impl Map {
         map
     }
 
-    /// Where in RAM the byte at `position` goes, if it is a page's.
+    /// The position in RAM of the byte at `position`, if it is a page's.
     fn page_at(&self, position: u64) -> Option<(u32, u64)> {
         let found = self.pages.iter().find(|(range, ..)| range.contains(&position))?;
         Some((found.1, found.2 + position - found.0.start))
     }
 
-    /// All positions but the pages', and samples of those.
+    /// All positions outside of pages, and samples inside.
     fn positions(&self) -> (Vec<u64>, Vec<u64>) {
         let frame = (0..self.len).filter(|at| self.page_at(*at).is_none()).collect();
         let data = self.pages.iter().flat_map(|(range, ..)| range.clone().step_by(SAMPLE)).collect();
@@ -91,7 +92,7 @@ struct Run {
     there: Live,
 }
 
-/// One migration with faults on the way there and on the way back; `seen` keeps what was said, if asked.
+/// One migration with faults in both directions; `seen` records the sent bytes, if given.
 fn migrate(
     live: &Live,
     there: &[Fault],
@@ -115,7 +116,7 @@ fn migrate(
     Run { sent, arrived: thread.join().unwrap(), there: arrival }
 }
 
-/// What the guest is owed after every run, whatever happened. Leaves it running at the source.
+/// Conditions that must hold after every run. Leaves the guest running at the source.
 fn judge(what: &str, live: &Live, run: &Run) {
     let Run { sent, arrived, there } = run;
     let errors = format!("{what}: source {:?}, destination {:?}", sent.error, arrived.error);
@@ -140,7 +141,7 @@ fn judge(what: &str, live: &Live, run: &Run) {
     live.clone().resume().unwrap();
 }
 
-/// Runs `jobs` on several threads, each with a guest of its own that goes through all of its faults.
+/// Runs `jobs` on several threads, each with a guest of its own that is used for all of its faults.
 fn in_parallel<J: Sync>(jobs: &[J], work: impl Fn(&Live, &J) + Sync) {
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -161,7 +162,7 @@ fn in_parallel<J: Sync>(jobs: &[J], work: impl Fn(&Live, &J) + Sync) {
     });
 }
 
-/// A clean run's bytes in both directions.
+/// The bytes of a run without faults in both directions.
 fn recorded() -> (Vec<u8>, Vec<u8>) {
     let live = Live::running(7, 0);
     let seen: [Arc<Mutex<Vec<u8>>>; 2] = Default::default();
@@ -171,7 +172,7 @@ fn recorded() -> (Vec<u8>, Vec<u8>) {
     (there, back)
 }
 
-/// A bit that differs from byte to byte, so that every flag and length is met at another one.
+/// A bit that differs from byte to byte, so that flags and lengths are flipped at different bits.
 fn bit_of(position: u64) -> u8 {
     (position.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 61) as u8
 }
@@ -205,7 +206,7 @@ fn a_flipped_bit_at_any_byte_is_refused_and_never_runs() {
     in_parallel(&positions, |live, at| {
         let kind = FaultKind::FlipBit(bit_of(*at));
         let what = format!("bit {} of byte {at} of {} flipped", bit_of(*at), map.len);
-        // A page's byte changes no length: nothing is waited for in vain, and the digest has to see it.
+        // A page's byte changes no length: no end waits in vain, and the digest must detect it.
         let patience = if map.page_at(*at).is_some() { PATIENT } else { IMPATIENT };
         let run = migrate(live, &[Fault { at: *at, kind }], &[], patience, None);
         match run.sent.outcome {
@@ -235,7 +236,7 @@ fn a_flipped_bit_at_any_byte_is_refused_and_never_runs() {
     }
 }
 
-/// Who saw it.
+/// The check that detected it.
 fn reason(error: Option<&Error>) -> &'static str {
     match error {
         None => "not at all: the guest arrived whole",
@@ -305,7 +306,7 @@ fn a_writing_guest_survives_seeded_faults_and_moves_at_last() {
                 while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let mut fault = Fault::seeded(*seed, len);
                     if fault.kind == FaultKind::Hang {
-                        // A wrapper that hangs has no stall timeout; the test above has the hangs.
+                        // A wrapper that hangs has no stall timeout; the test above covers hangs.
                         fault.kind = FaultKind::Cut;
                     }
                     let what = format!("seed {seed}: {fault:?}");

@@ -1,4 +1,4 @@
-//! Real QEMUs as the peer that dies, in both roles.
+//! QEMUs as the peer that dies, in both roles.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -23,33 +23,33 @@ use crate::common::{
 const MIB: usize = 32;
 const MACHINE: Machine = Machine::Q35;
 
-/// When the one between the two ends acts.
+/// When the proxy between the two ends acts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum When {
-    /// So many bytes have passed towards the destination.
+    /// This many bytes have passed towards the destination.
     Bytes(u64),
-    /// The stream has come to this place.
+    /// The stream has reached this position.
     Reaches(Place),
-    /// The source has ended. Everything passed, and the lowest bit of the byte at this position was flipped.
+    /// The source has ended. Everything passed, with the lowest bit of the byte at this position flipped.
     Flip(u64),
-    /// The source says nothing more. What the destination answers is held back until then.
+    /// The source sends nothing more. The destination's answers are held back until then.
     Silence,
 }
 
 /// A place in a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// Behind the list of RAM blocks.
+    /// After the list of RAM blocks.
     Setup,
-    /// Behind the hundredth page.
+    /// After the hundredth page.
     MidRound,
-    /// Behind the head of the last section of RAM: the guest was paused.
+    /// After the head of the last section of RAM: the guest was paused.
     Switchover,
-    /// Behind so many bytes of device state.
+    /// After this many bytes of device state.
     State(u64),
 }
 
-/// Follows a stream as it passes.
+/// Parses a stream as it passes.
 struct Follower {
     parser: IncomingStream,
     unread: Vec<u8>,
@@ -64,7 +64,7 @@ impl Follower {
         Self { parser, unread: Vec::new(), pages: 0, state: 0, place }
     }
 
-    /// How many of `bytes` lie behind the place; `None` while it is not reached.
+    /// How many of `bytes` come after the position; `None` while it is not reached.
     fn behind(&mut self, bytes: &[u8]) -> Option<usize> {
         self.unread.extend_from_slice(bytes);
         let mut at = 0;
@@ -97,7 +97,7 @@ impl Follower {
     }
 }
 
-/// Stands between source and destination, passes bytes on, and acts once.
+/// A proxy between source and destination that forwards bytes, and acts once.
 pub(crate) struct Proxy {
     pub(crate) uri: String,
     thread: JoinHandle<()>,
@@ -114,7 +114,7 @@ impl Proxy {
             let (mut from_far, mut to_near) = (destination.try_clone().unwrap(), source.try_clone().unwrap());
             let muted = when == When::Silence;
             let back = std::thread::spawn(move || {
-                // The answers to the greeting and to the first look at the round trip pass in any case: four PONGs.
+                // The answers to the greeting and to the first measurement of the round trip always pass: four PONGs.
                 let passed = (0..if muted { 4 } else { 0 }).try_for_each(|_| {
                     let mut pong = [0; 8];
                     from_far.read_exact(&mut pong).and_then(|()| to_near.write_all(&pong))
@@ -150,7 +150,7 @@ fn pass(mut source: &TcpStream, mut destination: &TcpStream, when: When) {
         When::Reaches(place) => Some(Follower::new(place)),
         _ => None,
     };
-    // Only a source that waits for an answer in vain is silent; others end.
+    // Only a source that waits in vain for an answer is silent; others end.
     let silence = (when == When::Silence).then_some(Duration::from_secs(2));
     source.set_read_timeout(silence).unwrap();
     let mut buffer = vec![0; 1 << 16];
@@ -174,7 +174,7 @@ fn pass(mut source: &TcpStream, mut destination: &TcpStream, when: When) {
     }
 }
 
-/// A folder with a guest that came from a QEMU; the RAM it had.
+/// A folder with a guest received from a QEMU; returns its RAM.
 pub(crate) fn folder(dir: &Path, version: Version) -> std::path::PathBuf {
     let (ram, folder) = (dir.join("ram"), dir.join("guest"));
     fill(&ram, MIB, Pattern::Mixed { seed: 21 });
@@ -195,8 +195,8 @@ pub(crate) fn state_of(folder: &Path) -> String {
     manifest(folder)["state"].as_str().unwrap().to_owned()
 }
 
-/// What the folder says when the guest that is sent now stays: of one in doubt `--destination-is-dead` has said that it
-/// does not run at its last destination, and what was known before holds again.
+/// The folder's state if the guest that is now sent stays: for one in doubt, `--destination-is-dead` has declared that
+/// it does not run at its last destination, and its previous state is restored.
 pub(crate) fn kept(folder: &Path) -> String {
     let manifest = manifest(folder);
     let before = match manifest["state"].as_str().unwrap() {
@@ -244,7 +244,7 @@ fn a_qemu_destination_that_dies_before_the_end_leaves_the_guest_to_send_again() 
     compare(&dir.path().join("ram"), &destination.ram).unwrap_or_else(|difference| panic!("{difference:?}"));
 }
 
-/// Where the last section of RAM begins in what `send` sends to a QEMU, and where the byte is that commits.
+/// Offsets of the last section of RAM and of the byte that commits in the stream that `send` sends to a QEMU.
 fn last_places(folder: &Path) -> (u64, u64) {
     let mut last_section = 0;
     let commit = for_each_event(folder, |at, event| {
@@ -255,7 +255,8 @@ fn last_places(folder: &Path) -> (u64, u64) {
     (last_section, commit)
 }
 
-/// Around COMMIT it depends on what had left when the destination died; what is said fits what is kept either way.
+/// Around COMMIT the result depends on what had been sent when the destination died; the report matches the folder in
+/// any case.
 #[test]
 fn a_qemu_destination_that_dies_around_commit_leaves_the_guest_or_a_doubt() {
     if !peers_present() {
@@ -347,7 +348,7 @@ fn a_receiver_that_dies_fails_a_qemu_source_which_migrates_again_at_once() {
             "{at}"
         );
     }
-    // A folder in which a guest never arrived is taken again.
+    // A folder in which a guest never arrived can be used again.
     let arguments = ["receive", "tcp:127.0.0.1:0", "--json", "--dir"];
     let folder = dir.path().join("mid-round");
     let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
@@ -361,7 +362,7 @@ pub(crate) fn state_or_none(folder: &Path) -> String {
     if folder.join("manifest.json").exists() { state_of(folder) } else { "none".into() }
 }
 
-/// Bytes of device state before the one that commits. A paused guest's are the same each time; rounds are not.
+/// Bytes of device state before the byte that commits. For a paused guest they are the same each time; rounds are not.
 fn state_before_commit(version: Version, ram: &Path, dir: &Path) -> u64 {
     let file = dir.join("stream");
     let mut source = Guest::new(version, MACHINE, ram, MIB).start(dir, "recorded");
@@ -380,7 +381,7 @@ fn state_before_commit(version: Version, ram: &Path, dir: &Path) -> u64 {
     parser.tail().description().unwrap().eof_at as u64
 }
 
-/// The folder says whole only of a guest that came whole, and incomplete of one whose description is missing.
+/// The folder's state is whole only for a completely received guest, and incomplete for one without its description.
 #[test]
 fn a_qemu_source_that_dies_at_any_stage_leaves_a_folder_that_says_how_much_came() {
     if !peers_present() {
@@ -411,7 +412,7 @@ fn a_qemu_source_that_dies_at_any_stage_leaves_a_folder_that_says_how_much_came(
             let proxy = Proxy::start(&receiver.listening(), when, move || kill_pid(pid));
             source.migrate(&proxy.uri);
             if at == "connect" {
-                // Whoever closes without a byte was no source: the receiver waits on for one.
+                // A connection that closes without a byte was no source: the receiver keeps waiting for one.
                 let closed = || receiver.errors().contains("it closed without a byte").then_some(());
                 Deadline::seconds(60).poll(at, || receiver.errors(), closed);
                 signal(receiver.pid(), Signal::TERM);
@@ -425,7 +426,7 @@ fn a_qemu_source_that_dies_at_any_stage_leaves_a_folder_that_says_how_much_came(
                 "setup" => (3, "none"),
                 "after COMMIT" => (6, "incomplete"),
                 "after the last byte" => (0, "whole"),
-                // The guest runs on at its source or is lost with it: what came is of no use.
+                // The guest continues at its source or is lost with it: the received part is useless.
                 _ => (3, "none"),
             };
             assert_eq!((status, &*state), expected, "{version}: {at}: {text}");
@@ -437,11 +438,11 @@ fn a_qemu_source_that_dies_at_any_stage_leaves_a_folder_that_says_how_much_came(
     }
 }
 
-/// A file gets the same stream as a QEMU but for the return path's commands: OPEN_RETURN_PATH, the greeting's three PINGs,
-/// and the one by which the round trip is measured.
+/// A file gets the same stream as a QEMU, except for the return path's commands: OPEN_RETURN_PATH, the greeting's three
+/// PINGs, and the one that measures the round trip.
 pub(crate) const COMMANDS: u64 = 5 + 4 * 9;
 
-/// The stream that `send` sends, as a file gets it.
+/// The stream that `send` sends, as written to a file.
 pub(crate) fn recorded(folder: &Path) -> Vec<u8> {
     let file = folder.with_extension("stream");
     let uri = format!("file:{}", file.display());
@@ -450,8 +451,8 @@ pub(crate) fn recorded(folder: &Path) -> Vec<u8> {
     std::fs::read(&file).unwrap()
 }
 
-/// The stream that `send` sends to a QEMU, event by event: where it begins, what it is. Returns where the byte is
-/// that ends its sections.
+/// Calls `each` for every event of the stream that `send` sends to a QEMU, with its offset. Returns the offset of the
+/// byte that ends the sections.
 fn for_each_event(folder: &Path, mut each: impl FnMut(u64, &Event<'_>)) -> u64 {
     let stream = recorded(folder);
     let mut parser = IncomingStream::new(IncomingConfig::default());
@@ -470,8 +471,8 @@ fn for_each_event(folder: &Path, mut each: impl FnMut(u64, &Event<'_>)) -> u64 {
     tail.unwrap() + eof
 }
 
-/// A QEMU that waits for its operator between the pause of its guest and its last pages (for a disk job, say) sends
-/// nothing, for longer than the stall time here.
+/// A QEMU that waits for its operator between the pause of its guest and its last pages (for a disk job, for example)
+/// sends nothing, for longer than the stall time here.
 #[test]
 fn a_source_that_holds_its_switchover_is_not_taken_for_a_stalled_one() {
     if !peers_present() {

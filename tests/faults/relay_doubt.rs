@@ -1,6 +1,7 @@
-//! A relay whose process ends at any moment: its source is let go at once before COMMIT, and held from COMMIT on.
+//! A relay whose process ends at any moment: before COMMIT its source is released immediately, from COMMIT on it is
+//! held.
 //!
-//! The source and the far end are QEMUs as far as their bytes go.
+//! The source and the far end send the bytes of QEMUs.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
@@ -65,7 +66,7 @@ fn round() -> Vec<u8> {
     out
 }
 
-/// The last round, the device state and, where the guest is given away, the byte that does it and what follows.
+/// The last round, the device state and, if the guest is handed over, the byte that does so and those after it.
 fn end(gives_away: bool) -> Vec<u8> {
     let mut out = Vec::new();
     encode_end(2, &mut out);
@@ -96,7 +97,7 @@ enum Output {
     Full,
 }
 
-/// A relay between two sockets that the test holds.
+/// A relay between two sockets of the test.
 struct Relayed {
     source: UnixStream,
     far: UnixStream,
@@ -113,7 +114,7 @@ impl Drop for Relayed {
 }
 
 impl Relayed {
-    /// The source has sent its setup and a round, and the far end has got them.
+    /// The source has sent its setup and a round, and the far end has received them.
     fn start(dir: &Path, output: Output, options: &[&str]) -> Self {
         let [near, far] = ["near", "far"].map(|name| dir.join(name));
         let [errors, out] = ["errors", "out"].map(|name| dir.join(name));
@@ -173,14 +174,14 @@ impl Relayed {
         fs::read_to_string(&self.errors).unwrap_or_default()
     }
 
-    /// The far end has got everything, and says nothing.
+    /// The far end has received everything, and sends nothing.
     fn give_away(&mut self) {
         self.source.write_all(&end(true)).unwrap();
         self.far_gets(DESCRIPTION);
     }
 
     fn signal(&self, signal: Signal) {
-        // It may have ended by the one before.
+        // It may have ended by the previous signal.
         let _ = kill_process(Pid::from_raw(self.relay.id() as i32).unwrap(), signal);
     }
 
@@ -190,7 +191,7 @@ impl Relayed {
         Deadline::seconds(60).poll("the relay ends", said, || self.relay.try_wait().unwrap()).code()
     }
 
-    /// What the source has been told, up to the end of its connection. A reset is an end too.
+    /// The messages that the source received, up to the end of its connection. A reset counts as an end too.
     fn told(&mut self) -> Vec<u8> {
         let mut told = Vec::new();
         if let Err(error) = self.source.read_to_end(&mut told) {
@@ -199,7 +200,8 @@ impl Relayed {
         told
     }
 
-    /// Sends these at once, and the last of them until the relay has ended: two of a kind may count as one (signal(7)).
+    /// Sends these signals immediately, and the last of them repeatedly until the relay has ended: two of a kind may
+    /// count as one (signal(7)).
     fn ends_by(&mut self, signals: &[Signal]) -> Option<i32> {
         signals.iter().for_each(|signal| self.signal(*signal));
         let pid = Pid::from_raw(self.relay.id() as i32).unwrap();
@@ -215,8 +217,8 @@ impl Relayed {
         Deadline::seconds(60).poll("the relay ends", said, ended).code()
     }
 
-    /// The source's connection is open, and nothing was said. Whatever the relay's end closes is closed when its process
-    /// has ended.
+    /// The source's connection is open, and no message was sent. Descriptors that the relay's end closes are closed
+    /// when its process has ended.
     fn source_is_held(&self, what: &str) {
         self.source.set_nonblocking(true).unwrap();
         let read = (&self.source).read(&mut [0; 16]);
@@ -228,14 +230,14 @@ impl Relayed {
     fn guardian_ends(&self) {
         let ended = || {
             let stat = fs::read_to_string(format!("/proc/{}/stat", self.guardian)).unwrap_or_default();
-            // A process that nobody waits for is left as a zombie in some containers.
+            // An unreaped process stays a zombie in some containers.
             (stat.is_empty() || stat.contains(") Z ")).then_some(())
         };
         Deadline::seconds(60).poll("the guardian ends", || self.said(), ended);
     }
 
     fn decide(&self) {
-        // It may have ended by the one before.
+        // It may have ended by the previous signal.
         let _ = kill_process(Pid::from_raw(self.guardian as i32).unwrap(), Signal::USR1);
     }
 }
@@ -258,7 +260,7 @@ fn before_commit_the_end_of_a_relay_frees_its_source_at_once() {
         let status = relayed.ends_by(signals);
         let cancelled = signals != ENDS[0];
         assert_eq!(status, cancelled.then_some(4), "{at} {signals:?}: {}", relayed.said());
-        // A failure said or a connection that closes: either lets the source go on.
+        // A failure message or a closed connection: either makes the source continue.
         let told = relayed.told();
         assert!(told.is_empty() || told == shut(1), "{at} {signals:?}: {told:?}");
         relayed.guardian_ends();
@@ -281,7 +283,7 @@ fn after_commit_the_end_of_a_relay_leaves_its_source_held_until_the_far_end_answ
         let mut told = vec![0; shut(status).len()];
         relayed.source.read_exact(&mut told).unwrap();
         assert_eq!(told, shut(status), "{what}");
-        // A QEMU closes when it has been told.
+        // A QEMU closes when it has received the message.
         relayed.source.shutdown(std::net::Shutdown::Both).unwrap();
         relayed.guardian_ends();
     }
@@ -295,7 +297,7 @@ fn whoever_looks_after_a_guest_in_doubt_decides_also_when_the_relay_is_gone() {
         relayed.give_away();
         relayed.signal(Signal::KILL);
         relayed.status();
-        // Signals as a service manager or a terminal send them to all processes of a relay change nothing.
+        // Signals that a service manager or a terminal sends to all processes of a relay have no effect.
         for signal in [Signal::TERM, Signal::HUP, Signal::INT] {
             kill_process(Pid::from_raw(relayed.guardian as i32).unwrap(), signal).unwrap();
         }
@@ -332,7 +334,7 @@ fn a_relay_in_doubt_lives_on_whatever_becomes_of_its_output_and_hears_a_late_ans
             }
             match answer {
                 Some(status) => relayed.far.write_all(&shut(status)).unwrap(),
-                // Without effect until the guest is in doubt.
+                // No effect until the guest is in doubt.
                 None => Deadline::seconds(60).poll("a decision", String::new, || {
                     relayed.decide();
                     std::thread::sleep(Duration::from_millis(20));
@@ -348,7 +350,7 @@ fn a_relay_in_doubt_lives_on_whatever_becomes_of_its_output_and_hears_a_late_ans
                 relayed.said()
             );
             assert_eq!(relayed.told(), shut(status), "{output:?} {answer:?}");
-            // The guest runs at one of the two, so that what is kept is in doubt at best.
+            // The guest runs at one of the two, so the saved guest is at best in doubt.
             assert_ne!(state_or_none(&keep), "whole", "{output:?} {answer:?}");
             relayed.guardian_ends();
         }
@@ -371,7 +373,7 @@ fn a_relay_in_doubt_whose_source_has_gone_ends_and_says_in_doubt() {
     relayed.guardian_ends();
 }
 
-/// A QEMU that gets no answer lets its guest run again: until it has been told the folder must not say `whole`.
+/// A QEMU that gets no answer resumes its guest: until it has received one the folder must not be `whole`.
 #[test]
 fn a_receiver_whose_source_can_not_be_told_leaves_its_guest_in_doubt() {
     for told in [true, false] {
@@ -383,7 +385,7 @@ fn a_receiver_whose_source_can_not_be_told_leaves_its_guest_in_doubt() {
         receiver.listening();
         let mut source = UnixStream::connect(&socket).unwrap();
         if !told {
-            // Before the last byte: the answer may follow it at once.
+            // Before the last byte: the answer may follow immediately.
             source.shutdown(std::net::Shutdown::Read).unwrap();
         }
         source.write_all(&[setup_of(false), round(), end(true)].concat()).unwrap();
@@ -406,7 +408,7 @@ fn a_receiver_whose_source_can_not_be_told_leaves_its_guest_in_doubt() {
     }
 }
 
-/// Its source writes as much as it may, round after round, and never comes to its end.
+/// Its source writes as much as allowed, round after round, and never ends.
 #[test]
 fn a_relay_whose_rounds_bring_nothing_says_so_and_that_its_source_decides() {
     let dir = scratch();
@@ -441,6 +443,6 @@ fn a_guardian_is_small() {
     let (data, stack, own) = (kib("VmData:"), kib("VmStk:"), kib("RssAnon:"));
     println!("{data} KiB of data, {stack} KiB of stack; {own} KiB of its own, {} KiB in all", kib("VmRSS:"));
     assert!(data + stack < 1024, "{status}");
-    // With what the loader relocates, which grows with the program: 700 KiB of an unoptimised one.
+    // Includes the loader's relocations, which grow with the program: 700 KiB for an unoptimised one.
     assert!(own < 2048, "{status}");
 }

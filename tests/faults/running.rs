@@ -1,4 +1,4 @@
-//! A running Linux guest whose destination dies at each stage: it runs on, whole, on one side only.
+//! A running Linux guest whose destination dies at each stage: it continues, intact, on one side only.
 
 use std::path::Path;
 
@@ -46,7 +46,7 @@ impl Writer {
     }
 }
 
-/// It runs here, and finds its memory whole twice more.
+/// It runs here, and finds its memory correct twice more.
 fn runs_on(what: &str, source: &mut Qemu, here: &Console) {
     source.wait_status("running", Deadline::seconds(20));
     let left = here.ticks().last().copied().unwrap();
@@ -66,7 +66,7 @@ fn a_running_guest_goes_on_at_its_source_whenever_the_far_end_of_a_relay_dies() 
     let writer = Writer { images, version: Version::Qemu100, machine: Machine::Q35 };
     let dir = scratch();
     let (mut source, here) = writer.booted(dir.path());
-    // Silence: everything has passed, and the far end's guest runs until it is killed.
+    // Silence: all bytes have passed, and the far end's guest runs until it is killed.
     for (at, when) in STAGES.into_iter().chain([("after the last byte", When::Silence)]) {
         let mut far = writer.guest(dir.path(), &format!("far-{at}")).0.incoming().start(dir.path(), "far");
         let uri = far.listen_tcp();
@@ -75,7 +75,7 @@ fn a_running_guest_goes_on_at_its_source_whenever_the_far_end_of_a_relay_dies() 
         let arguments = ["relay", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"];
         let mut relay = Ramwire::start(dir.path(), &arguments, &proxy.uri);
         source.migrate(&relay.listening());
-        // Around COMMIT it depends on what had left when the far end died.
+        // Around COMMIT the result depends on what had been sent when the far end died.
         let ends = || {
             let failed = source.query_migrate()["status"] == "failed";
             (failed || relay.errors().contains("in doubt")).then_some(failed)
@@ -83,7 +83,7 @@ fn a_running_guest_goes_on_at_its_source_whenever_the_far_end_of_a_relay_dies() 
         let told = Deadline::seconds(60).poll("the source or an operator is told", || relay.errors(), ends);
         assert!(told || !matches!(at, "connect" | "setup" | "mid-round"), "{at}: {}", relay.errors());
         if !told {
-            // Nobody but an operator can tell: who has seen the far end dead says so to the relay.
+            // Only an operator can know: one who has confirmed that the far end is dead reports it to the relay.
             assert_ne!(source.status(), "running", "{at}: the source waits");
             kill_process(Pid::from_raw(relay.pid() as i32).unwrap(), Signal::USR1).unwrap();
         }
@@ -117,7 +117,7 @@ fn a_running_guest_goes_on_at_its_source_whenever_its_receiver_dies() {
         assert_ne!(state, "whole", "{at}");
         runs_on(at, &mut source, &here);
     }
-    // Nothing of all that is in the way of a migration that nobody disturbs.
+    // None of this affects a migration without faults.
     let folder = dir.path().join("whole");
     let mut receiver =
         Ramwire::start(dir.path(), &["receive", "tcp:127.0.0.1:0", "--json", "--dir"], &folder);
@@ -127,11 +127,11 @@ fn a_running_guest_goes_on_at_its_source_whenever_its_receiver_dies() {
     assert_eq!(state_or_none(&folder), "whole");
 }
 
-/// The source's host dies with its guest: nothing is started from half a guest, and one that came whole runs.
+/// The source's host dies with its guest: nothing is started from a partial guest, and a completely received one runs.
 fn source_dies(version: Version, machine: Machine) {
     let Some(images) = peers_present().then(writer::images).flatten() else { return };
     let writer = Writer { images, version, machine };
-    // Silence: all has passed, COMMIT too, and the source waits for an answer.
+    // Silence: all bytes have passed, including COMMIT, and the source waits for an answer.
     for (at, when) in STAGES[1..4].iter().copied().chain([("after COMMIT", When::Silence)]) {
         let dir = scratch();
         let (mut source, here) = writer.booted(dir.path());
@@ -156,7 +156,7 @@ fn source_dies(version: Version, machine: Machine) {
         }
         assert_eq!(status, 3, "{at}: {text}");
         assert!(text.contains("the stream ended after"), "{at}: {text}");
-        // A QEMU whose migration fails ends; one that nothing was sent to goes on waiting. Neither has run a guest.
+        // A QEMU whose migration fails ends; one that received nothing keeps waiting. Neither has run a guest.
         match far.try_execute("query-status", json!({})) {
             Ok(status) if at == "setup" => assert_eq!(status["status"], "inmigrate", "{at}: {status}"),
             _ => drop(far.wait_exit(Deadline::seconds(20))),

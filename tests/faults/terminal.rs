@@ -1,4 +1,4 @@
-//! At a terminal: a command behind `exec:` that asks there, and the line that shows how far a guest is.
+//! At a terminal: a command of `exec:` that reads from it, and the progress line.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use crate::common::memory::{Pattern, fill};
 use crate::common::{Deadline, ramwire::Ramwire, scratch};
 
-/// A `ramwire` at a terminal of its own, whose foreground it is; the terminal goes when this is dropped.
+/// A `ramwire` in the foreground of a terminal of its own; dropping this closes the terminal.
 struct AtTerminal {
     script: Child,
     shown: PathBuf,
@@ -54,7 +54,7 @@ fn state(folder: &Path) -> Option<String> {
     manifest["state"].as_str().map(str::to_owned)
 }
 
-/// A folder that holds a guest of so many bytes.
+/// A folder that holds a guest of this many bytes.
 fn arrived(dir: &Path, bytes: usize) -> PathBuf {
     let (ram, folder) = (dir.join("ram"), dir.join("guest"));
     fs::write(&ram, vec![7; bytes]).unwrap();
@@ -66,7 +66,7 @@ fn arrived(dir: &Path, bytes: usize) -> PathBuf {
     folder
 }
 
-/// Also where all of the guest fits into the socket to the command.
+/// Also if the whole guest fits into the socket to the command.
 #[test]
 fn a_command_that_asks_at_the_terminal_is_no_destination_and_the_guest_stays() {
     [64 << 10, 4 << 20].into_iter().for_each(command_that_asks);
@@ -92,7 +92,7 @@ fn command_that_asks(bytes: usize) {
         assert_eq!(state(&folder).as_deref(), Some("whole"), "{command}: {shown}");
         assert!(!file.exists(), "{command}: it went on");
     }
-    // Another that reads all of it has the guest.
+    // Another command that reads everything has the guest.
     let command = format!("exec:cat >{}", file.display());
     let arguments = ["send", &command, "--peer=qemu-10.0", "--dir", folder_name];
     let (status, shown) = AtTerminal::start(dir.path(), &arguments).ended();

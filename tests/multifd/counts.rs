@@ -1,5 +1,5 @@
-//! Ends with different numbers of page channels, and pages that get lost on their way: never a success, and both ends
-//! name the reason. The listener stays open throughout, as a VMM's does.
+//! Ends with different numbers of page channels, and pages that are lost in transit: never a success, and both ends
+//! report the reason. The listener stays open throughout, like a VMM's.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -28,7 +28,7 @@ use crate::common::{
     scratch,
 };
 
-/// 4 MiB, a batch for each of two channels: it fits into the buffers of a socket that nobody reads.
+/// 4 MiB, a batch for each of two channels: it fits into the buffers of a socket that is not read.
 pub(crate) const PAGES: u64 = 1024;
 
 pub(crate) fn guest(mapping: &Mapping) -> Arc<MappedGuest> {
@@ -57,7 +57,7 @@ pub(crate) fn options(channels: u8) -> ConnectionOptions {
         options.carriers = Some(255);
         options
     };
-    // A destination waits so long for connections that do not come.
+    // How long a destination waits for connections that are not made.
     let mut stream = StreamOptions::default();
     stream.dead_peer = Duration::from_secs(60);
     let mut options = ConnectionOptions::default();
@@ -74,7 +74,7 @@ pub(crate) fn bind() -> Listener {
     Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), AllowList::default(), &stop()).unwrap()
 }
 
-/// How both ends ended: the destination may have failed before there was a session.
+/// The results of both ends: the destination may have failed before there was a session.
 struct Ended {
     source: SourceReport,
     destination: Result<DestinationReport, String>,
@@ -97,7 +97,7 @@ impl Ended {
         }
     }
 
-    /// The guest runs on at the source, and only there.
+    /// The guest continues at the source, and only there.
     fn assert_it_stayed(&self) {
         let (source, destination) = (self.source_error(), self.destination_error());
         let lost = !self.same;
@@ -113,7 +113,7 @@ impl Ended {
     }
 }
 
-/// Migrates by `sends` channels to `address` into a destination behind `listener` that has `receives`.
+/// Migrates by `sends` channels to `address` into a destination of `listener` that has `receives`.
 fn migrate_to(
     listener: &mut Listener,
     address: &Address,
@@ -178,7 +178,7 @@ fn a_source_with_fewer_channels_than_its_destination_is_refused_by_name() {
     assert_both_name(1, 4, "the source has 1 page channel and the destination 4;");
 }
 
-/// A connection that says nothing takes no channel's place, and does not hide what differs.
+/// A silent connection takes no channel's place, and does not hide the difference.
 #[test]
 fn a_silent_connection_is_no_channel() {
     let mut listener = bind();
@@ -196,7 +196,7 @@ fn a_silent_connection_is_no_channel() {
     assert!(ended.same);
 }
 
-/// Makes the memory of whatever guest comes.
+/// Creates the memory of any arriving guest.
 #[derive(Default)]
 struct Any(Vec<Mapping>);
 
@@ -212,7 +212,7 @@ impl MemoryProvider for Any {
     }
 }
 
-/// A QEMU does not tell how many channels it has: the numbers of its packets do, or what has not come.
+/// A QEMU does not announce its number of channels: the numbers of its packets show it, or the missing packets.
 #[test]
 fn a_qemu_with_more_channels_than_its_destination_is_refused() {
     if !peers_present() {
@@ -225,7 +225,7 @@ fn a_qemu_with_more_channels_than_its_destination_is_refused() {
     }
 }
 
-/// An error with all that caused it.
+/// An error with all its causes.
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
@@ -235,12 +235,12 @@ fn qemu_with_surplus_channels(version: Version, sends: u8, receives: u8) {
     let what = format!("{version}: {sends} to {receives}");
     let dir = scratch();
     let ram = dir.path().join("ram");
-    // Little travels: it fits into the buffers of sockets that nobody reads.
+    // Little is sent: it fits into the buffers of sockets that are not read.
     fill(&ram, 16, Pattern::Zero);
     let mut source = Guest::new(version, Machine::Q35, &ram, 16).running().start(dir.path(), "source");
     source.set_capabilities(&["return-path", "multifd"]);
     source.set_parameters(json!({"multifd-channels": sends}));
-    // Open to the end, as a VMM's is.
+    // Open to the end, like a VMM's.
     let mut listener = bind();
     source.migrate(&listener.address().to_string());
     let connection =
@@ -269,7 +269,8 @@ fn qemu_with_surplus_channels(version: Version, sends: u8, receives: u8) {
         "page channels (multifd) that nobody reads",
         "exceeds the number of channels",
     ];
-    // A channel that comes while main is awaited is closed as a stranger's. The source fails by that, or waits without end.
+    // A channel that arrives while main is awaited is closed as a stranger's. The source then fails, or waits without
+    // end.
     let ends = ["the source has failed", "did not move a byte"];
     let closed = ends.iter().any(|end| said.contains(end));
     assert!(closed || named.iter().any(|named| said.contains(named)), "{what}: {said}");
@@ -282,8 +283,8 @@ fn qemu_with_surplus_channels(version: Version, sends: u8, receives: u8) {
     source.wait_status("running", Deadline::seconds(30));
 }
 
-/// A QEMU 7.2 may crash when a channel is refused while its main connection ends. It may also miss the failure of a channel
-/// that it waits for, and be "active" until it is cancelled. Its guest never goes away.
+/// A QEMU 7.2 may crash when a channel is refused while its main connection ends. It may also miss the failure of a
+/// channel that it waits for, and stay "active" until it is cancelled. Its guest always stays.
 fn runs_or_died(source: &mut Qemu, what: &str) {
     let deadline = Deadline::seconds(120);
     while let Ok(info) = source.try_execute("query-status", json!({})) {
@@ -299,7 +300,7 @@ fn runs_or_died(source: &mut Qemu, what: &str) {
 const INIT: usize = 64;
 const HEADER: usize = 320 + 128 * 8;
 
-/// Hands the bytes of one channel on, without its first packet of pages.
+/// Forwards the bytes of one channel, without its first packet of pages.
 fn lose_a_packet(mut from: TcpStream, mut to: TcpStream, mut loses: bool) -> io::Result<()> {
     let mut init = [0; INIT];
     from.read_exact(&mut init)?;
@@ -316,7 +317,8 @@ fn lose_a_packet(mut from: TcpStream, mut to: TcpStream, mut loses: bool) -> io:
     }
 }
 
-/// Stands between a source and the destination at `to`; the first page channel that brings a packet of pages loses it.
+/// A proxy between a source and the destination at `to`; the first page channel with a packet of pages loses that
+/// packet.
 fn lossy_proxy(to: std::net::SocketAddr, channels: usize, loses: bool) -> Address {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -346,7 +348,7 @@ fn migrate_through_proxy(loses: bool) -> Ended {
     migrate_to(&mut listener, &proxy, (2, 2), |_| {})
 }
 
-/// Without a digest, and though every connection is read to its end.
+/// Without a digest, and although every connection is read to its end.
 #[test]
 fn a_page_that_gets_lost_is_found_before_ready() {
     let ended = migrate_through_proxy(true);

@@ -1,5 +1,5 @@
-//! Sources that break the rules of page channels, played from captured streams: each is refused with a reason, in time,
-//! and nothing counts as a guest.
+//! Sources that break the rules of page channels, replayed from captured streams: each is refused with a reason, in
+//! time, and no guest is accepted.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -10,7 +10,7 @@ use flate2::read::GzDecoder;
 
 use crate::common::{Deadline, project_root, ramwire::Ramwire, scratch};
 
-/// Longest time a refusal may take; the stall time of these runs is 2 s.
+/// Longest time of a refusal; the stall time of these runs is 2 s.
 const IN_TIME: Duration = Duration::from_secs(16);
 
 /// A captured migration over two channels.
@@ -32,13 +32,13 @@ impl Capture {
     }
 }
 
-/// What is sent on a connection, and whether it stays open behind that.
+/// The bytes to send on a connection, and whether it stays open afterwards.
 struct Played {
     bytes: Vec<u8>,
     stays: bool,
 }
 
-/// Plays connections into `ramwire receive` with two channels; its exit status and what it said.
+/// Replays connections into `ramwire receive` with two channels; returns its exit status and its output.
 fn play(method: &str, connections: Vec<Played>) -> (i32, String, Duration) {
     let dir = scratch();
     let compression = format!("--compression={method}");
@@ -48,11 +48,11 @@ fn play(method: &str, connections: Vec<Played>) -> (i32, String, Duration) {
     let began = Instant::now();
     let address = address.strip_prefix("tcp:").unwrap();
     let streams: Vec<_> = connections.iter().map(|_| TcpStream::connect(address).unwrap()).collect();
-    // Each on a thread of its own: a barrier may hold one back for another.
+    // Each on a thread of its own: a barrier may make one wait for another.
     std::thread::scope(|scope| {
         for (played, mut stream) in connections.iter().zip(streams) {
             scope.spawn(move || {
-                // A receiver that has given up closes: that is its answer.
+                // A receiver that has given up closes the connection.
                 let sent = stream.write_all(&played.bytes);
                 let mut answer = [0; 64];
                 if played.stays && sent.is_ok() {
@@ -96,7 +96,7 @@ fn s38_to_s49_captured_migrations_arrive_whatever_the_order_of_connections() {
     }
 }
 
-/// Offset of the first packet with pages on a channel: behind the initial packet and SYNCs.
+/// Offset of the first packet with pages on a channel: after the initial packet and SYNCs.
 fn first_pages(channel: &[u8]) -> usize {
     let count = |at: usize| u32::from_be_bytes(channel[at + 16..at + 20].try_into().unwrap());
     let mut at = 64;
@@ -140,7 +140,7 @@ fn s38_s40_s43_s48_s50_hostile_channels_are_refused_with_the_reason() {
         let mut spoilt = capture.clone();
         spoil(&mut spoilt);
         let mut connections = connections(&spoilt);
-        // A source that is cut off closes; else it waits for an answer.
+        // A truncated source closes; otherwise it waits for an answer.
         let cut = spoilt.channels[0].len() < capture.channels[0].len() && !what.starts_with("pages before");
         connections[1].stays = !cut;
         let (status, said, took) = play("none", connections);
@@ -150,7 +150,7 @@ fn s38_s40_s43_s48_s50_hostile_channels_are_refused_with_the_reason() {
     }
 }
 
-/// A channel that lacks its SYNC, says nothing, or never comes.
+/// A channel without its SYNC, a silent one, and one that never connects.
 #[test]
 fn s44_s50_a_channel_that_does_not_come_on_ends_the_wait() {
     let capture = Capture::of("q100-microvm-multifd-none");
@@ -174,7 +174,7 @@ fn s44_s50_a_channel_that_does_not_come_on_ends_the_wait() {
     }
 }
 
-/// A payload that would grow beyond its pages, and one that is none.
+/// A payload that would grow beyond its pages, and an invalid one.
 #[test]
 fn s47_s48_hostile_payloads_are_refused() {
     use ramwire::stream::qemu::packed::{PacketDeflater, Packing};

@@ -1,4 +1,4 @@
-//! Page channels (`multifd`): with QEMUs, and against sources that do not keep the rules.
+//! Page channels (`multifd`): with QEMUs, and against sources that break the rules.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../common/mod.rs"]

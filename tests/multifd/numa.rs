@@ -1,4 +1,5 @@
-//! `ChannelOptions::numa` and `--numa`: threads of page channels on the nodes they are to be on, and the memory they take.
+//! `ChannelOptions::numa` and `--numa`: whether threads of page channels run on the configured nodes, and allocate
+//! memory there.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -33,8 +34,8 @@ fn bytes(mapping: &Mapping) -> Vec<u8> {
     bytes
 }
 
-/// Nodes that hold more than a tenth of the pages. The kernel takes the local node's memory as long as it likes to: single
-/// pages of another node are seen in a machine that has run other tests before.
+/// Nodes that hold more than a tenth of the pages. The kernel prefers the local node's memory but does not guarantee
+/// it: on a machine that has run other tests before, single pages are on another node.
 fn nodes(mapping: &Mapping) -> BTreeSet<u32> {
     let start = mapping.region().address();
     let addresses: Vec<usize> = (0..PAGES as usize).map(|page| start + page * 4096).collect();
@@ -46,11 +47,11 @@ fn nodes(mapping: &Mapping) -> BTreeSet<u32> {
     found.into_iter().filter(|node| count(*node) > nodes.len() / 10).collect()
 }
 
-/// Which processors each thread of a page channel had when its work was done, `tx` and `rx`.
+/// The affinity of each page channel's thread when its work was done, `tx` and `rx`.
 type Seen = Arc<Mutex<Vec<(&'static str, Vec<u32>)>>>;
 
-/// Threads as the standard library starts them, with a look at where they ended up. The embedder may have put them to
-/// processors of its own before.
+/// Threads as the standard library starts them, with a check of their final affinity. The embedder may have set an
+/// affinity of its own before.
 fn watched(seen: &Seen, count: u8, embedder: Option<Vec<u32>>, numa: &Numa) -> ConnectionOptions {
     let seen = Arc::clone(seen);
     let spawn = move |name: &'static str, job: Job| {
@@ -71,7 +72,7 @@ fn watched(seen: &Seen, count: u8, embedder: Option<Vec<u32>>, numa: &Numa) -> C
     options
 }
 
-/// Migrates `from` to `to` by `count` channels; where their threads were.
+/// Migrates `from` to `to` by `count` channels; returns where their threads ran.
 fn migrate(from: &Mapping, to: &Mapping, count: u8, numa: &Numa, embedder: Option<Vec<u32>>) -> Seen {
     let seen = Seen::default();
     let options = watched(&seen, count, embedder, numa);
@@ -87,7 +88,7 @@ fn migrate(from: &Mapping, to: &Mapping, count: u8, numa: &Numa, embedder: Optio
     let mut settings = SourceSettings::new(Configuration::default());
     settings.guest_stands_still = true;
     let source = SourceSession::new(source, near, settings);
-    // Which connection is which its first bytes tell.
+    // The first bytes of a connection show which one it is.
     let source = std::thread::spawn(move || source.run());
     let connection = listener.accept_connection(&options, &stop).unwrap();
     let mut settings = DestinationSettings::default();
@@ -124,15 +125,16 @@ fn in_rxe_guest_threads_are_on_the_nodes_chosen_and_pages_on_the_nodes_of_their_
     let cpus_of = |node: u32| there.iter().find(|there| there.number == node).unwrap().cpus.clone();
     assert_eq!(there.len(), 2, "{there:?}");
     let all = own_cpus().unwrap();
-    // The kernel takes memory of another node before it gives cached files up: those that other tests have read would fill one.
+    // The kernel uses another node's memory before it drops cached files: those that other tests have read would fill
+    // one.
     std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
-    // All of it on node 1, where there are not processors enough for each channel.
+    // All memory on node 1, which does not have enough processors for each channel.
     let far = cpus_of(1);
     let from = std::thread::spawn(move || keep_to_cpus(&far).map(|_| filled())).join().unwrap().unwrap();
     assert_eq!(nodes(&from), [1].into());
     for (choice, expected) in [("0", vec![0]), ("1", vec![1]), ("auto", vec![0, 1]), ("off", vec![])] {
         for memfd in [false, true] {
-            // A channel takes a batch when it is free: of this little memory those of one node may get none.
+            // A free channel takes a batch: with so little memory, those of one node may get none.
             let mut found = BTreeSet::new();
             for _ in 0..100 {
                 let to = match memfd {
@@ -154,12 +156,12 @@ fn in_rxe_guest_threads_are_on_the_nodes_chosen_and_pages_on_the_nodes_of_their_
             assert!(choice == "off" || found.iter().eq(&expected), "{choice}: {found:?}");
         }
     }
-    // One channel: the node that holds the memory has a processor for it. The destination's has none yet.
+    // One channel: the node that holds the memory has a processor for it. The destination's memory has no node yet.
     let to = Mapping::anonymous(PAGES * 4096).unwrap();
     let seen = migrate(&from, &to, 1, &Numa::Auto, None);
     let of_end = |end| seen.lock().unwrap().iter().find(|(name, _)| *name == end).unwrap().1.clone();
     assert_eq!((of_end("tx"), of_end("rx"), nodes(&to)), (cpus_of(1), cpus_of(0), [0].into()));
-    // An embedder that has put its threads somewhere is not overruled.
+    // The affinity that an embedder has set is not overruled.
     let to = Mapping::anonymous(PAGES * 4096).unwrap();
     let seen = migrate(&from, &to, 1, &Numa::Auto, Some(cpus_of(0)));
     assert!(seen.lock().unwrap().iter().all(|(_, cpus)| *cpus == cpus_of(0)), "{seen:?}");
@@ -167,7 +169,7 @@ fn in_rxe_guest_threads_are_on_the_nodes_chosen_and_pages_on_the_nodes_of_their_
     the_demos_threads_are_on_node_1();
 }
 
-/// As many of each end's threads on each of the nodes `expected`; with `off` none is bound.
+/// Each end has the same number of threads on each of the nodes `expected`; with `off` none is bound.
 fn threads_are_on(
     choice: &str,
     expected: &[u32],
@@ -188,10 +190,10 @@ fn threads_are_on(
     }
 }
 
-/// The command's own threads, by /proc: both processes of a demo that lasts until they were seen.
+/// The command's own threads, by /proc: both processes of a demo that lasts until they were found.
 fn the_demos_threads_are_on_node_1() {
     let dir = scratch();
-    // Several seconds, in which its threads are looked for.
+    // Several seconds, in which the test searches for its threads.
     let sizes = ["--ram", "24M", "--working-set", "4M", "--dirty-rate", "500K", "--max-bandwidth", "4M"];
     let bound = ["--timeout", "30", "--timeout-action", "finish"];
     let options = ["demo", "--json", "--no-digest", "--transport", "tcp", "--channels", "2"];

@@ -58,7 +58,7 @@ fn said(error: Option<&Error>) -> String {
     error.map(|error| ramwire::error::Chain(error).to_string()).unwrap_or_default()
 }
 
-/// Each end's error, of a migration in which the memory of one of them panics.
+/// The error of each end, for a migration in which the memory of one of them panics.
 fn migrate(at_source: bool) -> (String, String) {
     let (from, to) = (filled(), Mapping::anonymous(PAGES * 4096).unwrap());
     let (here, there) = (TestMachine::running(b"devices"), TestMachine::default());

@@ -1,7 +1,7 @@
-//! Page channels (`multifd`) between QEMU and ramwire, every way and version.
+//! Page channels (`multifd`) between QEMU and ramwire, in both directions and with every version.
 //!
-//! By default each combination of version, channels, compression and zero pages is met once somewhere;
-//! `RAMWIRE_MULTIFD=all` (`ci/test --all`) runs every one, and through a relay every two values together.
+//! By default each value of version, channels, compression and zero pages occurs at least once; `RAMWIRE_MULTIFD=all`
+//! (`ci/test --all`) runs every one, and through a relay every two values together.
 use std::path::Path;
 
 use crate::common::{
@@ -18,7 +18,7 @@ const METHODS: [&str; 3] = ["none", "zlib", "zstd"];
 const COUNTS: [u8; 4] = [1, 2, 4, 8];
 const MIB: usize = 48;
 
-/// One way to send: QEMU's parameters and ramwire's options alike.
+/// One configuration for sending: QEMU's parameters and ramwire's options alike.
 #[derive(Clone, Copy, Debug)]
 struct Way {
     channels: u8,
@@ -46,13 +46,13 @@ fn is_all() -> bool {
     std::env::var("RAMWIRE_MULTIFD").is_ok_and(|value| value == "all")
 }
 
-/// Every combination, or a few in which each value comes up.
+/// Every combination, or a few in which each value occurs.
 fn ways() -> Vec<Way> {
     let mut ways = Vec::new();
     for (at, channels) in COUNTS.into_iter().enumerate() {
         for (which, method) in METHODS.into_iter().enumerate() {
             for (kind, zero) in ["multifd", "legacy", "none"].into_iter().enumerate() {
-                // Without compression everything; of the rest what a Latin square picks.
+                // Without compression all of them; of the rest those that a Latin square picks.
                 let picked = (method == "none" && kind == at % 3) || (at + which + kind) % 6 == 5;
                 if is_all() || picked {
                     ways.push(Way { channels, method, zero });
@@ -151,7 +151,7 @@ fn versions_and_unversioned_machines_understand_each_other() {
     }
 }
 
-/// A running guest through a relay that has `near` channels in front and `far` behind.
+/// A running guest through a relay that has `near` channels towards the source and `far` towards the far end.
 fn live_through_a_relay(
     images: &Images,
     version: Version,
@@ -205,7 +205,7 @@ fn live_through_a_relay(
     assert!(last.sequence > left.sequence, "{what}");
 }
 
-/// What a relay has in front and behind: `few`, or sixteen in which every two values meet.
+/// The relay's configurations on both sides: `few`, or sixteen in which every pair of values occurs.
 fn around_a_relay(
     few: [(Option<Way>, Option<Way>); 3],
     zero: &'static str,
@@ -216,7 +216,7 @@ fn around_a_relay(
     let mut pairs = vec![(few[1].0, None), (None, few[2].1)];
     for (a, near) in COUNTS.into_iter().enumerate() {
         for (b, far) in COUNTS.into_iter().enumerate() {
-            // Any two of a, b, a + b and a + 2b decide about the other two.
+            // Any two of a, b, a + b and a + 2b determine the other two.
             let way = |channels, method: usize| Some(Way { channels, method: METHODS[method % 3], zero });
             pairs.push((way(near, a + b), way(far, a + 2 * b)));
         }
@@ -257,13 +257,13 @@ fn a_live_guest_goes_through_a_relay_with_channels_on_either_side_newest() {
     }
 }
 
-/// A QEMU with channels towards a `receive` that was not told of them: both ends fail, nothing is taken for a guest.
+/// A QEMU with channels towards a `receive` that is not configured for them: both ends fail, and no guest is accepted.
 #[test]
 fn channels_that_one_end_does_not_have_fail_both() {
     if !peers_present() {
         return;
     }
-    // Most of the time passes in waits, so that all may wait at once.
+    // Most of the time is waiting, so all cases run in parallel.
     std::thread::scope(|scope| {
         for version in Version::ALL {
             for (theirs, ours) in [(2, 0), (0, 2), (2, 3), (3, 2)] {
@@ -273,7 +273,8 @@ fn channels_that_one_end_does_not_have_fail_both() {
     });
 }
 
-/// A folder sent by more channels than a QEMU has, or by fewer: it does not arrive, it stays whole, and goes by as many.
+/// A folder sent with more channels than a QEMU has, or with fewer: it does not arrive, it stays whole, and can be sent
+/// with the same number.
 #[test]
 fn a_folder_sent_by_other_channels_than_a_qemu_has_stays_here() {
     if !peers_present() {
@@ -342,7 +343,7 @@ fn channels_do_not_fit(version: Version, theirs: u8, ours: u8) {
     }
     source.migrate(&receiver.listening());
     let said = receiver.failed(Deadline::seconds(60), 3);
-    // A QEMU 7.2 whose channel is refused may crash, or not notice that it was.
+    // A QEMU 7.2 whose channel is refused may crash, or not notice it.
     if version != Version::Qemu72 || theirs <= ours {
         let info = source.wait_migration(Deadline::seconds(60));
         assert_eq!(info["status"], "failed", "{what}: {info}; {said}");

@@ -1,4 +1,4 @@
-//! `--send-pages splice`: pages that leave by reference, with QEMUs, and where the connection or the kernel says no.
+//! `--send-pages splice`: pages sent by reference, with QEMUs, and when the connection or the kernel refuses.
 
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::ExitStatusExt;
@@ -20,7 +20,7 @@ use crate::common::{
 };
 use crate::zero_copy::send_by;
 
-/// How the child learns what to do.
+/// How the child receives its task.
 const SCENARIO: &str = "RAMWIRE_SIGPIPE_SCENARIO";
 
 #[test]
@@ -63,7 +63,7 @@ fn by_the_library() {
     let _main = listener.accept().unwrap();
     let (channel, _) = listener.accept().unwrap();
     link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
-    // Closed with nothing unread: the first bytes are answered by a reset, and what is sent then is a broken pipe.
+    // Closed with nothing unread: the peer answers the first bytes by a reset, and later sends get a broken pipe.
     drop(channel);
     let mut back = Vec::new();
     let error = loop {
@@ -80,7 +80,7 @@ fn by_the_library() {
 #[ignore = "a process of the other tests"]
 #[allow(unsafe_code)]
 fn sigpipe_child() {
-    // SAFETY: what a process that was not started by Rust has; no handler is involved.
+    // SAFETY: the default of a process that was not started by Rust; no handler is involved.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     if std::env::var(SCENARIO).is_ok_and(|scenario| scenario == "library") {
         for _ in 0..20 {

@@ -1,5 +1,5 @@
-//! `--send-pages zerocopy` where the kernel won't: on the loopback, beyond the limit on locked memory, with compression.
-//! (Where it does: `ci/zero-copy`.)
+//! `--send-pages zerocopy` when the kernel refuses: on the loopback, beyond the limit on locked memory, with
+//! compression. (When it works: `ci/zero-copy`.)
 
 use std::path::Path;
 use std::process::Command;
@@ -16,12 +16,12 @@ use crate::common::{
 
 const MIB: usize = 16;
 
-/// Sends a file to a waiting QEMU, by `through` in front of the command; what the report says of zero copy.
+/// Sends a file to a waiting QEMU, with `through` before the command; returns the zero-copy part of the report.
 fn send(dir: &Path, version: Version, through: &[&str]) -> Value {
     send_by("zerocopy", dir, version, through)["zero-copy"].take()
 }
 
-/// The same by any way of sending pages; the report.
+/// The same for any method of sending pages; returns the report.
 pub(crate) fn send_by(sending: &str, dir: &Path, version: Version, through: &[&str]) -> Value {
     let (sent, arrived) = (dir.join("sent"), dir.join("arrived"));
     fill(&sent, MIB, Pattern::Mixed { seed: 4 });
@@ -75,7 +75,7 @@ fn the_loopback_copies_so_it_is_given_up_and_said() {
     }
 }
 
-/// A process that may lock no memory: everything arrives by copies, and the report names the limit.
+/// A process that may lock no memory: all pages are sent by copies, and the report names the limit.
 #[test]
 fn without_memory_to_lock_it_is_given_up_and_said() {
     if !peers_present() {

@@ -1,4 +1,4 @@
-//! What `auto` takes and says, and `devices`: with RDMA, and with each thing that may stand in its way.
+//! The choice and the messages of `auto`, and `devices`: with RDMA, and with each possible obstacle.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -21,10 +21,10 @@ use crate::common::{
 };
 use crate::demo;
 
-/// Takes away root's right to lock as much memory as it likes, and all but 64 KiB.
+/// Removes root's right to lock unlimited memory, and limits it to 64 KiB.
 const LIMITED: &str = "ulimit -l 64; set -- setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock \"$@\";";
 
-/// rdma-core's libraries are no libraries any more, for this command alone.
+/// Hides rdma-core's libraries, for this command alone.
 const HIDDEN: &str = "set -- unshare --mount sh -c 'for name in libibverbs.so.1 librdmacm.so.1; do \
     ldconfig -p | sed -n \"s|.*$name .*=> ||p\" | while read -r file; do mount --bind /dev/null \"$(realpath \"$file\")\"; done; \
     done; exec \"$@\"' sh \"$@\";";
@@ -35,7 +35,7 @@ fn devices() -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// A small guest by `auto:` from a `send` to a `receive` at `listen`; what each of them reports.
+/// Sends a small guest by `auto:` from a `send` to a `receive` at `listen`; returns both reports.
 fn send_by_auto(listen: &str, prepare: &str) -> (Value, Value) {
     let dir = scratch();
     let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
@@ -73,7 +73,7 @@ fn in_rxe_guest_auto_takes_rdma_where_it_works_and_says_exactly_what_stands_in_i
         (LIMITED, ["RDMA did not work: memory-lock limit: ", "limit is 65536"]),
         (HIDDEN, ["RDMA did not work: no library: ", "install rdma-core"]),
     ] {
-        // The source alone has the obstacle, and comes by TCP to the same listener.
+        // Only the source has the obstacle, and connects by TCP to the same listener.
         let (sent, received) = send_by_auto(&listen, prepare);
         assert_why(&sent, "tcp", &parts);
         assert_why(&received, "tcp", &["the source came by TCP"]);
@@ -96,7 +96,7 @@ fn in_rxe_guest_auto_takes_rdma_where_it_works_and_says_exactly_what_stands_in_i
         let parts =
             [&uri, "no RDMA device of this host has, or reaches, that address", "loopback", "`rdma link`"];
         assert!(status != 0 && parts.iter().all(|part| text.contains(part)), "{status}: {text}");
-        // Nobody could reach a receiver there either, although the kernel would let it listen.
+        // No peer could reach a receiver there either, although the kernel would let it listen.
         let mut receiver = Ramwire::start(dir.path(), &["receive", &uri, "--dir"], dir.path().join("none"));
         let (status, text) = receiver.ended(Deadline::seconds(10));
         assert!(status != 0 && parts.iter().all(|part| text.contains(part)), "{status}: {text}");
@@ -112,7 +112,7 @@ fn one_page() -> Arc<MappedGuest> {
     Arc::new(builder.build().unwrap())
 }
 
-/// The subnet of the device has no such host, and its interface drops what is sent.
+/// The device's subnet has no such host, and its interface drops the packets.
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_a_peer_that_answers_nothing_is_given_up_within_two_seconds() {
@@ -126,7 +126,7 @@ fn in_rxe_guest_a_peer_that_answers_nothing_is_given_up_within_two_seconds() {
     let Err(OpenError::Neither { rdma, tcp, .. }) = opened else { panic!("there is no such host") };
     println!("{took:?}: {rdma}; {tcp}");
     assert!(rdma.contains("no route: nobody answered at rdma:10.9.0.77:4444 within 2 s"), "{rdma}");
-    // Two seconds for RDMA, half a one for TCP, the rest for a machine that is emulated.
+    // Two seconds for RDMA, half a second for TCP, the rest for an emulated machine.
     assert!(took < Duration::from_secs(5), "{took:?}");
 }
 
@@ -149,7 +149,8 @@ fn in_rxe_guest_devices_tells_what_there_is_and_each_limit_with_a_verdict() {
     assert_eq!((limits.len(), &found["memory_lock"]["verdict"]), (5, &json!("good")), "{found}");
 }
 
-/// A network namespace sees the device, whose GIDs are addresses of another one: nobody there can be reached by them.
+/// A network namespace sees the device, but its GIDs are addresses of another namespace: no peer there can be reached
+/// by them.
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_a_gid_that_is_no_address_of_this_host_is_not_taken_for_one() {
@@ -200,7 +201,7 @@ fn in_rxe_guest_without_rdma_core_everything_but_rdma_works() {
     }
 }
 
-/// Where the guest's memory may move it goes by TCP, whatever devices there are.
+/// If the guest's memory may move, it is sent by TCP, whatever devices exist.
 #[test]
 fn memory_that_cannot_promise_to_stay_goes_by_tcp_and_the_report_says_so() {
     let stop = Stop::on(&CancelToken::default());
@@ -216,7 +217,7 @@ fn memory_that_cannot_promise_to_stay_goes_by_tcp_and_the_report_says_so() {
     assert_eq!(way.transport, "tcp");
     let promise = "RDMA did not work: memory that can't promise not to be discarded: ";
     assert!(way.why.starts_with(promise), "{}", way.why);
-    // Memory without an address that stays, of a guest that would promise.
+    // Memory without a fixed address, of a guest that would promise it.
     let moving: Arc<dyn GuestMemory> = Arc::new(Moving(one_page()));
     let way = open_source(&address, moving, &ConnectionOptions::default(), &stop).unwrap().way;
     assert!(way.transport == "tcp" && way.why.starts_with(promise), "{}", way.why);
@@ -238,7 +239,7 @@ impl GuestMemory for Moving {
     }
 }
 
-/// With a device this host reaches only others by it, never its loopback.
+/// With a device, this host reaches only other hosts by it, never its loopback.
 #[test]
 fn an_auto_address_falls_back_to_tcp_and_says_why() {
     let (sent, received) = send_by_auto("auto:127.0.0.1:0", "");
@@ -246,7 +247,7 @@ fn an_auto_address_falls_back_to_tcp_and_says_why() {
     assert_why(&received, "tcp", &["RDMA did not work: "]);
 }
 
-/// On a machine without a device; with one the other tests say more.
+/// On a machine without a device; with one the other tests cover more.
 #[test]
 fn a_host_says_what_it_has_for_rdma() {
     let found = devices();

@@ -23,7 +23,7 @@ use common::{
 use serde_json::{Value, json};
 
 const RAM_MIB: usize = 16;
-/// However slow the emulated machine is, it arrives.
+/// However slow the emulated machine is, the guest arrives.
 const DEMO: [&str; 10] = [
     "demo",
     "--json",
@@ -37,7 +37,7 @@ const DEMO: [&str; 10] = [
     "finish",
 ];
 
-/// Runs the demo to its end, perhaps behind a shell that changes its limits first; its report.
+/// Runs the demo to its end, optionally through a shell that changes its limits first; returns its report.
 fn demo(shell: &str, arguments: &[&str]) -> Value {
     let mut command = Command::new("sh");
     command.args(["-c", &format!("{shell} exec \"$@\""), "demo", env!("CARGO_BIN_EXE_ramwire")]);
@@ -64,7 +64,7 @@ fn in_rxe_guest_the_demo_goes_over_rdma_and_every_page_arrives() {
         let report = demo("", &[&["--transport", "rdma"], more].concat());
         assert_eq!(report["transport"], "rdma", "{report}");
         assert!(report["pages"]["zero"].as_u64().unwrap() > 0, "a quarter of the pages is zero: {report}");
-        // Every round goes through the same loop and figures as over TCP, and writes have a histogram of their own.
+        // Every round uses the same loop and figures as over TCP, and writes have a histogram of their own.
         assert_eq!(report["dirty_source"].as_str().map(str::is_empty), Some(false), "{report}");
         let rounds = report["round_log"].as_array().unwrap().len() as u64;
         assert_eq!(
@@ -80,14 +80,14 @@ fn in_rxe_guest_the_demo_goes_over_rdma_and_every_page_arrives() {
         );
     }
     let output = Command::new(env!("CARGO_BIN_EXE_ramwire"))
-        // The emulated device is slow: the guest writes faster, and is paused all the same.
+        // The emulated device is slow: the guest writes faster, but is paused nevertheless.
         .args(["demo", "--ram", "8M", "--transport", "rdma", "--downtime-ms", "2000"])
         .output();
     let text = String::from_utf8(output.unwrap().stdout).unwrap();
     assert!(text.contains("\nwrite ") && text.contains("verified: "), "{text}");
 }
 
-/// 48 MiB of RAM through 32 MiB that either end may lock, the buffers of messages among them.
+/// 48 MiB of RAM, although either end may lock only 32 MiB, including the message buffers.
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_a_budget_for_locked_memory_lets_a_larger_guest_through() {
@@ -133,8 +133,8 @@ fn memory_file(folder: &Path) -> std::path::PathBuf {
     folder.join(block["file"].as_str().unwrap())
 }
 
-/// Memory that can't be registered resident (a file system with DAX) on a device that registers on demand: into it from a
-/// QEMU and out of it to a QEMU.
+/// Memory that can't be registered resident (a file system with DAX) on a device that registers on demand: received
+/// from a QEMU and sent to a QEMU.
 #[test]
 #[ignore = "runs in ci/rxe-guest --kernel odp"]
 fn in_odp_guest_a_guest_goes_over_rdma_into_a_folder_with_dax_and_on_to_qemu() {

@@ -12,7 +12,7 @@ use crate::common::{
     scratch, scribbler,
 };
 
-/// On which side the RDMA is.
+/// The side with RDMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
     Near,
@@ -27,7 +27,7 @@ struct Way {
 }
 
 impl Way {
-    /// Of a version's QEMU at the RDMA end: 7.2 has no return path over RDMA.
+    /// For a version's QEMU at the RDMA end: 7.2 has no return path over RDMA.
     fn of(version: Version) -> [Self; 4] {
         let both = [false, true].map(|pin_all| {
             let return_path = version != Version::Qemu72 && !pin_all;
@@ -52,7 +52,7 @@ fn set(qemu: &mut Qemu, capabilities: Vec<(&'static str, bool)>) {
     qemu.execute("migrate-set-capabilities", json!({ "capabilities": list }));
 }
 
-/// The relay's report. The guest is paused at the far end then, and its memory is what it was at the source.
+/// Returns the relay's report. The guest is then paused at the far end, and its memory equals that of the source.
 fn relay(way: Way, dir: &Path, source: &mut Qemu, far: &Guest, port: u16) -> Value {
     let mut destination = far.start(dir, "far");
     set(&mut destination, way.capabilities(Side::Far));
@@ -84,7 +84,7 @@ fn relay(way: Way, dir: &Path, source: &mut Qemu, far: &Guest, port: u16) -> Val
     report
 }
 
-/// A guest goes through every way of its version, one after the other, from `port` on.
+/// A guest is sent by every way of its version, one after the other, from `port` on.
 fn every_way(version: Version, port: u16) {
     assert!(peers_present(), "nothing is skipped in the guest");
     let dir = scratch();
@@ -100,8 +100,8 @@ fn every_way(version: Version, port: u16) {
         assert!(dirty >= 1, "{report}");
         if way.side == Side::Near {
             let number = |field: &str| report["scan"][field].as_f64().unwrap();
-            // One a round of the source's: at least the first, and the last behind its pause. How many there are between
-            // is up to its own estimate of the downtime.
+            // One for each round of the source: at least the first, and the last after its pause. The number in between
+            // depends on the source's own estimate of the downtime.
             assert!(number("scans") >= 2.0 && number("last_ms") > 0.0, "{report}");
             assert_eq!(report["far"]["downtime-parts"]["scan_ms"], report["scan"]["last_ms"]);
             let pages = number("memory_bytes") / 16.0;
@@ -109,7 +109,7 @@ fn every_way(version: Version, port: u16) {
         }
         let (scan, took) = (&report["scan"], began.elapsed());
         println!("{version} {way:?}: {dirty} rounds with dirty pages, scans {scan}, {took:?}");
-        // The same guest goes on at its source, and by another way.
+        // The same guest continues at its source, and is sent by another way.
         source.execute("cont", json!({}));
     }
 }

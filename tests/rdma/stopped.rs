@@ -1,4 +1,4 @@
-//! An end that is stopped (SIGSTOP) in an open round: its NIC goes on answering for it.
+//! An end that is stopped (SIGSTOP) in an open round: its NIC still answers for it.
 
 use std::path::Path;
 use std::process::Command;
@@ -52,7 +52,7 @@ fn in_rxe_guest_a_ramwire_that_is_stopped_in_a_round_ends_the_other_end_in_secon
         // The first round stays open for seconds.
         let arguments = ["send", &uri, "--max-bandwidth", "1M", "--stall-timeout", STALL, "--ram"];
         let mut sender = Ramwire::start(dir.path(), &arguments, block);
-        // The buffers of the connection and of the way back are four; guest memory comes on top.
+        // The buffers of the connection and of the return path are four; guest memory is additional.
         let registered = || (registrations(Some(receiver.pid())) > 4).then_some(());
         Deadline::seconds(20).poll("pages travel", || sender.errors(), registered);
         let (stopped, lives) =
@@ -71,8 +71,8 @@ fn in_rxe_guest_a_ramwire_that_is_stopped_in_a_round_ends_the_other_end_in_secon
     }
 }
 
-/// Its first pass takes seconds, in rounds that follow on each other and, with pin-all, have no message but their end: it is
-/// stopped in one of them, sooner or later.
+/// Its first pass takes seconds, in rounds without a pause between them. With pin-all they have no message except their
+/// end, so it will be stopped in one of them.
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_a_qemu_that_is_stopped_in_a_round_ends_its_destination_in_seconds() {
@@ -90,7 +90,7 @@ fn in_rxe_guest_a_qemu_that_is_stopped_in_a_round_ends_its_destination_in_second
         let folder = dir.path().join(format!("guest-{attempt}"));
         let mut receiver = receiver(dir.path(), &folder);
         source.migrate(&receiver.listening());
-        // Guest memory, beside the buffers of the connection.
+        // Guest memory, in addition to the buffers of the connection.
         let registered = || (registrations(Some(receiver.pid())) > 2).then_some(());
         Deadline::seconds(20).poll("pages travel", || receiver.errors(), registered);
         std::thread::sleep(Duration::from_millis(300 + 70 * attempt));
@@ -103,7 +103,7 @@ fn in_rxe_guest_a_qemu_that_is_stopped_in_a_round_ends_its_destination_in_second
         assert_eq!(source.wait_migration(Deadline::seconds(20))["status"], "failed");
         source.wait_status("running", Deadline::seconds(10));
         scribbler::wait_until_it_writes(&source.ram, Deadline::seconds(10));
-        // It says that it failed before it has let go of everything.
+        // It reports its failure before it has released everything.
         let count = || registrations(None).to_string();
         let none = || (registrations(None) == 0).then_some(());
         Deadline::seconds(10).poll("nothing is registered", count, none);
@@ -113,7 +113,7 @@ fn in_rxe_guest_a_qemu_that_is_stopped_in_a_round_ends_its_destination_in_second
     is_waited_for_in_a_long_round(&mut source, dir.path());
 }
 
-/// The last round alone takes longer than the stall timeout, and with pin-all there is not a single message in it.
+/// The last round alone takes longer than the stall timeout, and with pin-all it contains no message.
 fn is_waited_for_in_a_long_round(source: &mut Qemu, dir: &Path) {
     let (folder, address) = (dir.join("whole"), format!("rdma:{RXE_ADDRESS}:0"));
     let arguments = ["receive", &address, "--stall-timeout", "1", "--json", "--dir"];
@@ -127,8 +127,8 @@ fn is_waited_for_in_a_long_round(source: &mut Qemu, dir: &Path) {
     compare(&source.ram, &memory_file(&folder)).unwrap_or_else(|difference| panic!("{difference:?}"));
 }
 
-/// A QEMU that waits for its operator between the pause of its guest and its last pages is silent for longer than the stall
-/// time, in no round.
+/// A QEMU that waits for its operator between the pause of its guest and its last pages is silent for longer than the
+/// stall time, outside of any round.
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_a_qemu_that_holds_its_switchover_is_not_taken_for_a_stalled_one() {
@@ -150,7 +150,7 @@ fn in_rxe_guest_a_qemu_that_holds_its_switchover_is_not_taken_for_a_stalled_one(
         || receiver.errors(),
         || (source.query_migrate()["status"] == "pre-switchover").then_some(()),
     );
-    // Three times the stall time, and more than ten times the times between looks at the connection.
+    // Three times the stall time, and more than ten times the interval between checks of the connection.
     std::thread::sleep(Duration::from_secs(3));
     source.execute("migrate-continue", json!({"state": "pre-switchover"}));
     source.wait_completed(Deadline::seconds(60));

@@ -1,4 +1,4 @@
-//! Into a file and out of it.
+//! Saving to a file and loading from it.
 
 use std::collections::HashMap;
 
@@ -16,8 +16,8 @@ use seccompiler::BpfProgram;
 use super::PAGES;
 use super::machine::{Machine, spawner};
 
-/// A guest that stands still goes into a `mapped:` file and comes out of it. The sessions run on this thread, which no filter
-/// holds; the threads that write and read pages are held by theirs.
+/// A paused guest is saved to a `mapped:` file and loaded from it. The sessions run on this thread, without a filter;
+/// the threads that write and read pages run under their filters.
 pub(crate) fn through_a_file(filters: Option<HashMap<String, BpfProgram>>) {
     let (here, there) = (Machine::new(), Machine::new());
     (0..PAGES).filter(|page| page % 5 > 0).for_each(|page| here.write(page, page + 1));
@@ -53,7 +53,7 @@ pub(crate) fn through_a_file(filters: Option<HashMap<String, BpfProgram>>) {
     println!("migrated");
 }
 
-/// Starts a guest from a file before its memory is read, twice: with a working set that is not there yet, and with one.
+/// Starts a guest from a file before its memory is read, twice: without and with a working set.
 pub(crate) fn restore(filters: Option<HashMap<String, BpfProgram>>) {
     let folder = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap());
     let (path, set) = (folder.path().join("guest"), folder.path().join("working-set"));

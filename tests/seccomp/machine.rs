@@ -1,4 +1,4 @@
-//! A guest whose writer no filter holds, and a spawner that puts threads under their filters.
+//! A guest whose writer runs without a filter, and a spawner that puts threads under their filters.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -18,7 +18,7 @@ use seccompiler::{BpfProgram, apply_filter};
 
 use super::{PAGES, SLOW};
 
-/// Starts threads from a thread of its own, which no filter holds, and puts each under its filter.
+/// Starts threads from a thread of its own, which has no filter, and puts each under its filter.
 pub(crate) fn spawner(filters: Option<HashMap<String, BpfProgram>>) -> Spawner {
     type Request = (&'static str, Job, mpsc::Sender<io::Result<JoinHandle<()>>>);
     let (ask, asked) = mpsc::channel::<Request>();
@@ -44,14 +44,14 @@ pub(crate) fn spawner(filters: Option<HashMap<String, BpfProgram>>) -> Spawner {
     })
 }
 
-/// A guest whose writer is a thread that no filter holds.
+/// A guest whose writer is a thread without a filter.
 #[derive(Clone)]
 pub(crate) struct Machine {
     pub(crate) memory: Arc<MappedGuest>,
     pub(crate) written: Arc<SoftwareBitmap>,
     runs: Arc<Mutex<bool>>,
     pub(crate) ended: Arc<AtomicBool>,
-    /// Pages that the writer may have written by now.
+    /// Pages that the writer may have written so far.
     allowed: Arc<AtomicU64>,
 }
 
@@ -120,7 +120,7 @@ impl DeviceState for Machine {
     }
     fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         self.ended.store(true, Ordering::Relaxed);
-        // Devices touch memory: in postcopy a page that is missing.
+        // Devices touch memory: in postcopy a missing page.
         let page = self.memory.table().admit(BlockIndex(0), BlockOffset((PAGES - 2) * 4096), 8).unwrap();
         self.memory.span(page).unwrap().copy_to(&mut [0; 8]);
         rest(SLOW);
@@ -128,8 +128,8 @@ impl DeviceState for Machine {
     }
 }
 
-/// Allows the guest a quarter as many writes after each sync as after the one before, and none in the end: on however slow
-/// a machine, what is left fits the downtime after at most eight rounds.
+/// After each sync, allows the guest a quarter as many writes as after the previous one, and none in the end: even on a
+/// slow machine, the rest fits the downtime after at most eight rounds.
 pub(crate) struct Paced {
     source: Arc<dyn DirtySource>,
     machine: Machine,
@@ -169,7 +169,8 @@ impl DirtySource for Paced {
     }
 }
 
-/// Keeps the peer waiting, so that it looks at its connection. A wait for a lock: no call of its own.
+/// Makes the peer wait, so that it checks its connection. It waits for a lock, so that it makes no system call of its
+/// own.
 pub(crate) fn rest(time: Duration) {
     let (_give, take) = mpsc::channel::<()>();
     assert_eq!(take.recv_timeout(time), Err(mpsc::RecvTimeoutError::Timeout));

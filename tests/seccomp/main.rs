@@ -1,5 +1,5 @@
 //! A whole migration whose threads may make only the system calls that docs/seccomp.json lists, with the ioctls that it
-//! names; docs/embedding.md says what each is for.
+//! names; docs/embedding.md describes the purpose of each.
 //!
 //! A thread that makes another call ends its process by SIGSYS, so each migration runs in a process of its
 //! own: this program again, with one ignored test and a scenario in the environment.
@@ -20,17 +20,17 @@ use std::time::Duration;
 use seccompiler::{TargetArch, compile_from_json};
 use serde_json::Value;
 
-/// How the child learns what to do: `WAY END DIRTY-SOURCE FILTERS`. With the way `file` the end is `completed`.
+/// How the child receives its task: `WAY END DIRTY-SOURCE FILTERS`. With the way `file` the end is `completed`.
 const SCENARIO: &str = "RAMWIRE_SECCOMP_SCENARIO";
 const PAGES: u64 = 24 << 8;
-/// Longer than a wait goes on without a look at the connection.
+/// Longer than a wait lasts without a check of the connection.
 const SLOW: Duration = Duration::from_millis(1500);
-/// A quarter of it is shorter than [`SLOW`]: while the destination loads, it reports to the source that it is at work.
+/// A quarter of it is shorter than [`SLOW`]: while the destination loads, it sends keepalives to the source.
 const STALL: Duration = Duration::from_secs(5);
 
 type Calls = BTreeMap<String, BTreeSet<String>>;
 
-/// The calls of each thread, from the tables of docs/embedding.md: threads head the columns, calls the rows.
+/// The calls of each thread, from the tables of docs/embedding.md: columns are threads, rows are calls.
 fn documented() -> Calls {
     let mut calls = Calls::new();
     let mut threads: Vec<String> = Vec::new();
@@ -52,7 +52,7 @@ fn documented() -> Calls {
     calls
 }
 
-/// The filters of docs/seccomp.json, one a thread. Any other call ends the process.
+/// The filters of docs/seccomp.json, one for each thread. Any other call ends the process.
 fn listed() -> Value {
     serde_json::from_str(include_str!("../../docs/seccomp.json")).unwrap()
 }
@@ -77,7 +77,8 @@ fn the_filters_list_the_calls_of_the_tables() {
     assert_eq!(calls, documented());
 }
 
-/// The kernel keeps 15 characters of a name (pthread_setname_np(3)): two longer ones look alike in `top -H`.
+/// The kernel keeps 15 characters of a name (pthread_setname_np(3)): two longer names with the same beginning look
+/// equal in `top -H`.
 #[test]
 fn names_of_threads_fit_the_kernel_and_are_documented() {
     let table = include_str!("../../docs/embedding.md");
@@ -176,7 +177,7 @@ fn a_migration_that_asks_the_kernel_for_written_pages_needs_no_other_call() {
 
 #[test]
 fn page_channels_need_no_other_call() {
-    // They rest most of the time: at once, each in its process.
+    // They are idle most of the time: all run in parallel, each in its process.
     std::thread::scope(|scope| {
         for scenario in [
             "channels completed software all",
@@ -190,7 +191,7 @@ fn page_channels_need_no_other_call() {
     });
 }
 
-/// Two nodes: the threads of page channels go to theirs.
+/// Two nodes: the threads of page channels run on theirs.
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_threads_that_go_to_their_node_need_no_other_call() {

@@ -25,7 +25,7 @@ use seccompiler::BpfProgram;
 use super::PAGES;
 use super::machine::{Machine, spawner};
 
-/// Gives the one connection for urgent pages, then none until the migration's end.
+/// Returns the one connection for urgent pages, then none until the migration's end.
 fn one_more(connection: UnixStream) -> Box<dyn NextConnection> {
     let mut there = Some(connection);
     Box::new(move |stop: &Stop| match there.take() {
@@ -38,8 +38,8 @@ fn one_more(connection: UnixStream) -> Box<dyn NextConnection> {
     })
 }
 
-/// A switch to postcopy by a source with a connection for urgent pages: here a stream made by hand. The last pages are
-/// discarded, and come on that connection.
+/// A switch to postcopy by a source with a connection for urgent pages: here a hand-written stream. The last pages are
+/// discarded, and are sent on that connection.
 pub(crate) fn urgent(filters: Option<HashMap<String, BpfProgram>>) {
     const MISSING: u64 = 3;
     let there = Machine::new();

@@ -1,4 +1,4 @@
-//! The captured streams and what their manifest promises.
+//! The captured streams and the expected results in their manifest.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -9,7 +9,7 @@ use flate2::read::GzDecoder;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-/// What a capture must decode to.
+/// Expected result of decoding a capture.
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct Promise {
     pub(crate) file: Option<String>,
@@ -68,12 +68,12 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors")
 }
 
-/// All promises by name of the capture.
+/// All expected results by name of the capture.
 pub(crate) fn manifest() -> BTreeMap<String, Promise> {
     serde_json::from_reader(File::open(folder().join("manifest.json")).unwrap()).unwrap()
 }
 
-/// Captures of one whole stream on one file: the main channel of multifd included, postcopy excluded.
+/// Captures of one complete stream on one file: including the main channel of multifd, without postcopy.
 pub(crate) fn whole_streams() -> Vec<(String, Promise, Vec<u8>)> {
     let whole = manifest().into_iter().filter(|(_, promise)| promise.file.is_some());
     whole

@@ -1,7 +1,7 @@
 //! Bodies of the fuzz targets. Plain functions, so that the captures and their mutations run as tests too.
 //!
-//! Not crashing is the least of it: what decodes must encode back to the same bytes, a request for more bytes must be
-//! honest, and what a stream makes us keep must stay in proportion to what it sent.
+//! Not crashing is not enough: every decoded value must encode back to the same bytes, a request for more bytes must be
+//! correct, and the memory that a stream uses must stay in proportion to its length.
 
 use ramwire::ram::BlockName;
 use ramwire::stream::DecodeError;
@@ -20,7 +20,7 @@ pub(crate) fn record(data: &[u8]) {
         Ok((record, used)) => {
             let mut again = Vec::new();
             record.encode(&mut again);
-            // Two records are accepted whatever their offset says, and written with zero.
+            // Two records are accepted with any offset, and written with zero.
             if !matches!(record, ram::Record::Eos | ram::Record::MultifdFlush) {
                 assert_eq!(again, &data[..used], "{record:?}");
             }
@@ -53,7 +53,7 @@ pub(crate) fn message(data: &[u8]) {
     }
 }
 
-/// One XBZRLE page: never outside the page, and what a plain reading of the rules makes of it.
+/// One XBZRLE page: the decoder never writes outside the page, and agrees with a plain implementation of the rules.
 pub(crate) fn xbzrle_page(data: &[u8]) {
     const PAGE: usize = 4096;
     let mut room = [0xa5; 3 * PAGE];
@@ -95,7 +95,7 @@ fn plain_xbzrle(data: &[u8], mut page: Vec<u8>) -> Option<Vec<u8>> {
     Some(page)
 }
 
-/// A whole stream. Returns how far it was understood.
+/// A whole stream. Returns how far it was parsed.
 pub(crate) fn stream(data: &[u8]) -> usize {
     let mut stream = IncomingStream::new(IncomingConfig::default());
     let mut at = 0;

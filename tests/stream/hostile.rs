@@ -1,4 +1,4 @@
-//! Cut and damaged captures: refused or asked to go on, never a panic.
+//! Truncated and damaged captures: refused or incomplete, never a panic.
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
@@ -10,7 +10,7 @@ use ramwire::stream::qemu::multifd::Method;
 use super::replay::Replay;
 use super::{captures, fuzz_bodies};
 
-/// A prefix of a good stream always asks for more; only one with the whole device state may be taken as an end.
+/// A prefix of a valid stream always needs more bytes; only one with the whole device state may be accepted as an end.
 #[test]
 fn a_capture_cut_anywhere_is_truncated_never_corrupt() {
     for (name, promise, bytes) in
@@ -69,7 +69,7 @@ fn s79_flipped_bytes_are_refused_or_pass_within_bounds() {
     TestRunner::new(config)
         .run(&cases, |(which, flips, in_front)| {
             let mut bytes = which.get(&captures).clone();
-            // Half the cases aim at the front, where headers and the block list stand.
+            // Half the cases aim at the front, where headers and the block list are.
             let reach = if in_front { bytes.len().min(300) } else { bytes.len() };
             for (at, byte) in flips {
                 bytes[at.index(reach)] ^= byte;
@@ -87,7 +87,7 @@ fn s79_flipped_bytes_are_refused_or_pass_within_bounds() {
         .unwrap();
 }
 
-/// Every single byte of the smallest stream, changed: the machine stays within its bounds.
+/// Every single byte of the smallest stream, changed: the machine stays within its limits.
 #[test]
 fn s79_every_byte_of_a_small_stream_may_be_wrong() {
     let bytes = captures::read("q100-none.gz");
@@ -101,7 +101,7 @@ fn s79_every_byte_of_a_small_stream_may_be_wrong() {
             fuzz_bodies::stream(&bad);
         }
     }
-    // Most bytes of the RAM part are offsets, flags and fill bytes, whose change is noticed.
+    // Most bytes of the RAM part are offsets, flags and fill bytes, whose change is detected.
     assert!(refused > 5000, "only {refused} of {} changes were refused", 3 * bytes.len());
 }
 

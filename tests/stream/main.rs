@@ -1,4 +1,4 @@
-//! The stream room against streams that real QEMUs wrote.
+//! The stream module against streams that QEMUs wrote.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 

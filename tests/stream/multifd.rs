@@ -13,7 +13,7 @@ use super::captures::{self, Promise, sha256};
 
 const PAGE: usize = 4096;
 
-/// One channel of a capture and what was counted on it.
+/// One channel of a capture and its counters.
 struct Peer {
     bytes: Vec<u8>,
     at: usize,
@@ -33,7 +33,7 @@ impl Peer {
         *self.counts.entry(what).or_default() += by as u64;
     }
 
-    /// Applies everything up to the next barrier; false if the channel ends first.
+    /// Applies all packets up to the next barrier; false if the channel ends first.
     fn epoch(&mut self, blocks: &AnnouncedBlocks, memory: &mut [Vec<u8>]) -> bool {
         loop {
             match self.channel.next(&self.bytes[self.at..], blocks).unwrap() {
@@ -84,11 +84,11 @@ struct Result {
     blocks: AnnouncedBlocks,
     peers: Vec<Peer>,
     barriers: u64,
-    /// Barriers at which the packets of the first channel alone, or the second, are known not to be all.
+    /// Number of barriers at which the packets of the first channel alone, or the second, are detected as incomplete.
     half_seen: [u64; 2],
 }
 
-/// Replays a capture; `per_round` tells which record of main is the barrier.
+/// Replays a capture; `per_round` determines which record of main is the barrier.
 fn replay(promise: &Promise, method: Method, per_round: bool) -> Result {
     let main = captures::read(promise.file.as_deref().unwrap());
     let mut peers: Vec<Peer> =

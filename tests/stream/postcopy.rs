@@ -15,7 +15,7 @@ fn part(qemu: &str, part: &str) -> Vec<u8> {
     captures::read(&format!("{qemu}-microvm-postcopy-preempt-recover-{part}.gz"))
 }
 
-/// Drains `bytes` and tells each event; the rest after the last whole one.
+/// Drains `bytes` and passes each event to `tell`; returns the rest after the last complete one.
 fn drain<'a>(stream: &mut IncomingStream, bytes: &'a [u8], mut tell: impl FnMut(Event<'a>)) -> &'a [u8] {
     let mut at = 0;
     loop {

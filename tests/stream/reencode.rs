@@ -1,4 +1,4 @@
-//! What is decoded from a capture encodes to the very bytes it came from.
+//! Values decoded from a capture encode to the same bytes.
 
 use ramwire::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, SectionKind, Step};
 use ramwire::stream::qemu::section::{self, Item, Phase, SectionName};
@@ -53,7 +53,7 @@ fn encode(event: &Event<'_>, ram_id: Option<u32>, raw: &[u8], out: &mut Vec<u8>)
         Event::Blocks(list) if !raw.is_empty() => blocks::encode_block_list(list, out),
         Event::Blocks(_) => {}
         Event::MappedBlock { block, header } => {
-            // The first entry comes with the word in front of the list, whose total counts all blocks.
+            // The first entry comes with the word before the list, whose total counts all blocks.
             if let Ok((record @ ram::Record::MemSize { .. }, _)) = ram::decode_record(raw, PageSize::SIZE_4K)
             {
                 record.encode(out);

@@ -1,4 +1,4 @@
-//! Applies a stream to zeroed memory and counts what it is made of.
+//! Applies a stream to zeroed memory and counts its items.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use ramwire::units::{BlockIndex, BlockOffset};
 
 const PAGE: usize = 4096;
 
-/// The destination of a test: memory, counts, and the machine that was fed.
+/// The destination of a test: memory, counts, and the machine.
 pub(crate) struct Replay {
     pub(crate) stream: IncomingStream,
     pub(crate) memory: Vec<Vec<u8>>,
@@ -25,7 +25,7 @@ pub(crate) struct Replay {
     mapped: Option<Mapped>,
 }
 
-/// The mapped-ram block that is arriving.
+/// The mapped-ram block that is being received.
 struct Mapped {
     header: MappedHeader,
     seen: usize,
@@ -66,7 +66,7 @@ impl Replay {
         }
     }
 
-    /// Takes every event that `input` holds; returns the bytes taken and how many are needed next.
+    /// Takes every event in `input`; returns the consumed bytes and how many are needed next.
     pub(crate) fn drain(&mut self, input: &[u8]) -> Result<(usize, usize), DecodeError> {
         let mut at = 0;
         loop {
@@ -142,7 +142,7 @@ impl Replay {
         &mut self.memory[block.as_usize()][start..start + PAGE]
     }
 
-    /// Bitmap, gap and pages of the last block, in file order; the bitmap stands right behind the header. Pages whose
+    /// Bitmap, gap and pages of the last block, in file order; the bitmap follows the header immediately. Pages whose
     /// bit is clear are stale and stay zero.
     fn mapped_bytes(&mut self, bytes: &[u8]) {
         let Some(mapped) = &mut self.mapped else { return };

@@ -1,4 +1,4 @@
-//! Every capture parses to what its manifest promises, however the bytes arrive.
+//! Every capture parses to the result in its manifest, for any split of the bytes.
 
 use std::collections::BTreeMap;
 
@@ -75,7 +75,7 @@ fn check_devices(name: &str, promise: &Promise, replay: &Replay) {
 #[test]
 fn the_size_of_the_pieces_changes_nothing() {
     for (name, promise, bytes) in captures::whole_streams() {
-        // Byte by byte costs too much for files of megabytes.
+        // Byte by byte takes too long for files of megabytes.
         let rooms: &[usize] = if bytes.len() < 400_000 { &[1, 7, 4104, 70_000] } else { &[4104, 70_000] };
         for room in rooms {
             let mut replay = Replay::new();

@@ -1,4 +1,4 @@
-//! Every wait ends: by cancel, by deadline, by the peer's end.
+//! Every wait ends: by a cancel, by a deadline, by the peer's end.
 
 use std::sync::mpsc;
 use std::time::Instant;
@@ -20,7 +20,7 @@ fn a_deadline_of_zero_takes_what_is_there() {
         let nothing = far.recv(&mut [RecvPart::Own(&mut room)], &now);
         assert!(matches!(nothing, Err(ChannelError::Stopped { .. })), "{nothing:?}");
         send(&mut near, &[7]).unwrap();
-        // What was sent takes its way through the kernel.
+        // The bytes pass through the kernel.
         let begun = Instant::now();
         let got = loop {
             match far.recv(&mut [RecvPart::Own(&mut room)], &now) {

@@ -1,9 +1,9 @@
 //! Connections over real sockets, pipes, commands and files.
 //!
-//! - `ways`: bytes by each kind of address, and what can't be opened.
-//! - `patience`: a slow peer is waited for, a silent or dead one is not.
-//! - `strays`: connections of strangers, in front of the source.
-//! - `ends`: every wait ends by cancel, deadline, or the peer's end.
+//! - `ways`: bytes by each kind of address, and addresses that can't be opened.
+//! - `patience`: an end waits for a slow peer, but not for a silent or dead one.
+//! - `strays`: connections of strangers, before that of the source.
+//! - `ends`: every wait ends by a cancel, a deadline, or the peer's end.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../../src/sys/blocked.rs"]
@@ -24,7 +24,7 @@ use ramwire::transport::{
 };
 
 const SECOND: Duration = Duration::from_secs(1);
-/// Far more than a wait takes that has been ended, on however busy a machine, and less than [`stop`] waits.
+/// Far more than an ended wait takes, on a busy machine too, and less than [`stop`] waits.
 const SOON: Duration = Duration::from_secs(10);
 
 fn stop() -> Stop {
@@ -45,7 +45,7 @@ fn listen(text: &str) -> Listener {
     Listener::bind(&address(text), AllowList::default(), &stop()).unwrap()
 }
 
-/// Both ends of a connection by way of `text`, which is listened on.
+/// Both ends of a connection to `text`, where one end listens.
 fn pair(text: &str, options: &StreamOptions) -> (StreamChannel, StreamChannel) {
     let mut listener = listen(text);
     let near = connect(listener.address(), options, &stop()).unwrap();
@@ -70,14 +70,14 @@ fn read_all(source: &mut impl ByteSource) -> Result<Vec<u8>, ChannelError> {
     }
 }
 
-/// Bytes that repeat only after 251.
+/// Bytes that repeat only after 251 bytes.
 fn pattern(len: usize) -> Vec<u8> {
     let mut bytes = (0..251u8).collect::<Vec<_>>().repeat(len / 251 + 1);
     bytes.truncate(len);
     bytes
 }
 
-/// A connection with little room in the kernel, so that a slow reader is felt.
+/// A connection with small kernel buffers, so that a slow reader has an effect.
 fn slow_pair(text: &str, stall_ms: u64) -> (StreamChannel, StreamChannel) {
     let options = impatient(stall_ms);
     let (near, far): (OwnedFd, OwnedFd) = if text == "unix" {
@@ -91,7 +91,7 @@ fn slow_pair(text: &str, stall_ms: u64) -> (StreamChannel, StreamChannel) {
     (take(near), take(far))
 }
 
-/// Connected sockets with so much room in the kernel for what far receives and near sends.
+/// Connected sockets with these buffer sizes for far's receives and near's sends.
 fn tcp_sockets(receive: Option<usize>, send: Option<usize>) -> (OwnedFd, OwnedFd) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     if let Some(receive) = receive {
@@ -105,13 +105,13 @@ fn tcp_sockets(receive: Option<usize>, send: Option<usize>) -> (OwnedFd, OwnedFd
     (near.into(), far.into())
 }
 
-/// A socket that takes no packet any more: its host is gone as far as the peer can tell.
+/// Makes a socket drop all packets: to the peer its host is gone.
 fn cut_off(fd: &OwnedFd) {
     let drop_all = socket2::SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
     socket2::SockRef::from(fd).attach_filter(&[drop_all]).unwrap();
 }
 
-/// A listener that answers no further connection, and the connections that fill its queue.
+/// A listener that accepts no further connection, and the connections that fill its queue.
 fn full_queue() -> (TcpListener, Vec<socket2::Socket>) {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();

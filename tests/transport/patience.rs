@@ -1,4 +1,4 @@
-//! A peer that is slow is waited for as long as it moves; one that is silent, hangs or is dead is not.
+//! An end waits for a slow peer as long as bytes move; it does not wait for one that is silent, hangs or is dead.
 
 use std::time::Instant;
 
@@ -12,7 +12,7 @@ fn a_stream_that_moves_slowly_never_counts_as_stalled() {
         for text in ["tcp", "unix"] {
             scope.spawn(move || slow_but_moving(text, slow_pair(text, 800)));
         }
-        // A large send buffer: poll(2) says writable only when a third of it is free, far later than bytes move.
+        // A large send buffer: poll(2) reports writable only when a third of it is free, far later than bytes move.
         scope.spawn(move || {
             let (near, far) = tcp_sockets(Some(64 << 10), None);
             let take = |fd| StreamChannel::from_fd(fd, "the other end", &impatient(800)).unwrap();
@@ -42,7 +42,7 @@ fn a_half_open_peer_is_noticed_on_each_side_within_the_stall_time() {
     for text in ["tcp::0", "unix"] {
         let (mut near, mut far) = slow_pair(text, 300);
         let begun = Instant::now();
-        // Nobody reads what near sends, and nobody sends what far waits for.
+        // The far end does not read what near sends, and near does not send what far waits for.
         let error = send(&mut near, &pattern(20 << 20)).unwrap_err();
         let took = begun.elapsed();
         assert!(matches!(error, ChannelError::Stalled { .. }), "{text}: {error}");
@@ -66,7 +66,7 @@ fn drain(channel: &mut StreamChannel, sent: u64) {
 #[test]
 fn a_hanging_reader_is_noticed_by_the_sender() {
     let (mut near, mut far) = pair("tcp::0", &impatient(300));
-    // It waits for the first byte as long as the sender takes to make it.
+    // It waits for the first byte as long as the sender takes to produce it.
     far.set_stall(None);
     let mut far = Faulty::new(far, [Fault { at: 100_000, kind: FaultKind::Hang }], None);
     let cancel = CancelToken::default();
@@ -87,7 +87,7 @@ fn a_dead_host_is_noticed_by_a_sender_and_by_a_waiting_receiver() {
     options.stall = None;
     options.dead_peer = 2 * SECOND;
     std::thread::scope(|scope| {
-        // Little and much data under way, a full window, and only keepalive.
+        // Few and many bytes in flight, a full window, and only keepalive.
         for amount in [10, 32 << 20, 0] {
             scope.spawn(move || {
                 let (near, far) = tcp_sockets(Some(1 << 20), Some(1 << 20));
@@ -138,14 +138,14 @@ fn a_host_without_room_that_answers_is_not_dead() {
     reader.join().unwrap();
 }
 
-/// Behind the moment at which a guest is given away the caller's time rules, whatever the network does meanwhile.
+/// After the guest is handed over only the caller's time limit counts, whatever the network does meanwhile.
 #[test]
 fn an_outage_that_ends_in_time_is_outlasted_where_only_the_callers_time_counts() {
     let mut options = StreamOptions::default();
     options.stall = Some(SECOND);
     options.dead_peer = SECOND;
     std::thread::scope(|scope| {
-        // Bytes under way, and only keepalive.
+        // Bytes in flight, and only keepalive.
         for amount in [10, 0] {
             scope.spawn(move || {
                 let (near, far) = tcp_sockets(None, None);
@@ -157,7 +157,7 @@ fn an_outage_that_ends_in_time_is_outlasted_where_only_the_callers_time_counts()
                 cut_off(&filtered);
                 send(&mut near, &pattern(amount)).unwrap();
                 let back = std::thread::spawn(move || {
-                    // A kernel that was told of one second gives up after six.
+                    // A kernel with a timeout of one second gives up after six.
                     std::thread::sleep(8 * SECOND);
                     socket2::SockRef::from(&filtered).detach_filter().unwrap();
                     send(&mut far, b"here").unwrap();
@@ -188,7 +188,7 @@ fn a_peer_that_may_be_silent_is_waited_for_while_its_connection_answers() {
                 });
                 assert_eq!(recv(&mut near, &mut [0]).unwrap(), 1, "{text}");
                 let _far = late.join().unwrap();
-                // In the middle of something it may not.
+                // In the middle of an item it may not be silent.
                 near.set_quiet(false);
                 let error = recv(&mut near, &mut [0]).unwrap_err();
                 assert!(matches!(error, ChannelError::Stalled { .. }), "{text}: {error}");

@@ -34,7 +34,7 @@ fn try_call(address: &Address) -> std::io::Result<Box<dyn Caller>> {
     Ok(Box::new(socket))
 }
 
-/// What a destination reads of a source that sends `QEVM` and 8 bytes more.
+/// The bytes that a destination reads from a source that sends `QEVM` and 8 more bytes.
 fn first_bytes(connection: &mut DestinationConnection) -> Vec<u8> {
     let mut got = Vec::new();
     while got.len() < 12 {
@@ -47,7 +47,7 @@ fn first_bytes(connection: &mut DestinationConnection) -> Vec<u8> {
     got
 }
 
-/// True if the other end has closed it, orderly or not.
+/// True if the other end has closed it, in an orderly way or not.
 fn is_closed(caller: &mut dyn Caller) -> bool {
     match caller.read(&mut [0]) {
         Ok(count) => count == 0,
@@ -65,7 +65,7 @@ fn strangers_neither_take_the_place_of_the_source_nor_make_it_wait() {
     for text in every_kind(dir.path()) {
         let mut listener = listen(&text);
         let place = listener.address().clone();
-        // A port check, a silent one that stays, a browser, one that stops inside a word, a page channel.
+        // A port check, a silent connection that stays, a browser, one that stops inside a word, a page channel.
         drop(call(&place));
         let mut silent = call(&place);
         let mut browser = call(&place);
@@ -78,7 +78,7 @@ fn strangers_neither_take_the_place_of_the_source_nor_make_it_wait() {
             let connection = listener.accept_connection(&ConnectionOptions::default(), &stop()).unwrap();
             (connection, listener)
         });
-        // They are gone while the listener waits on: nothing else can have closed them.
+        // They are closed while the listener keeps waiting: nothing else can have closed them.
         assert!(is_closed(&mut *browser) && is_closed(&mut *page_channel), "{text}");
         let mut source = call(&place);
         for piece in [&b"Q"[..], b"EVM", b"12345678"] {
@@ -100,11 +100,12 @@ fn a_crowd_of_silent_ones_is_bounded_and_each_is_silent_for_the_stall_time_at_mo
         let options = ConnectionOptions::of_stream(impatient(200));
         let waiting = std::thread::spawn(move || listener.accept_connection(&options, &stop()).map(drop));
         let mut crowd: Vec<_> = (0..100).map(|_| call(&place)).collect();
-        // With no source to be taken in their place only time or number can have closed them.
+        // Without a source that replaces them, only time or number can have closed them.
         for silent in &mut crowd {
             assert!(is_closed(&mut **silent), "{text}");
         }
-        // On a busy machine a source may be slower than the stall time between its connection and its word: the next is not.
+        // On a busy machine a source may take longer than the stall time between its connection and its first word; the
+        // next one does not.
         let mut sources = Vec::new();
         while !waiting.is_finished() {
             let mut source = try_call(&place).ok();
@@ -151,7 +152,7 @@ fn a_second_listener_at_a_path_is_refused_and_takes_nothing_from_the_first() {
     let error = Listener::bind(&address(&text), AllowList::default(), &stop()).unwrap_err();
     assert!(matches!(error, OpenError::Open { .. }), "{error}");
     assert!(error.to_string().contains("another program listens there"), "{error}");
-    // Nothing has come to the first one: it sees the source and nobody before it.
+    // Nothing has arrived at the first listener: it sees only the source.
     let none = first.accept(&StreamOptions::default(), &stop().within(Duration::ZERO)).map(drop);
     assert!(matches!(none, Err(OpenError::Channel(ChannelError::Stopped { .. }))), "{none:?}");
     let mut source = call(first.address());
@@ -190,7 +191,7 @@ fn what_is_listened_on_is_taken_back_as_it_is_printed() {
     }
 }
 
-/// A link-local address of this host with the interface that it is of, if there is one.
+/// A link-local address of this host with its interface, if there is one.
 fn link_local() -> Option<String> {
     let table = std::fs::read_to_string("/proc/net/if_inet6").ok()?;
     let line = table.lines().find(|line| line.starts_with("fe80"))?;

@@ -1,4 +1,4 @@
-//! Bytes by each kind of address, and what can't be opened.
+//! Bytes by each kind of address, and addresses that can't be opened.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -141,7 +141,7 @@ fn a_command_carries_the_stream_and_its_failure_is_told() {
     assert!(matches!(&error, ChannelError::CommandFailed { status, .. } if status.contains("9")), "{error}");
     let mut back = listen("exec:no-such-command 2>/dev/null").accept(&options, &stop()).unwrap();
     assert!(Chain(&read_all(&mut back).unwrap_err()).to_string().contains("command not found"));
-    // A command that leaves early is an error of the write, not a signal.
+    // If a command ends early, the write fails with an error, not a signal.
     let mut out = connect(&address("exec:exec true"), &options, &stop()).unwrap();
     assert!(matches!(
         send(&mut out, &pattern(10_000_000)),
@@ -206,7 +206,7 @@ fn a_pipe_handed_in_keeps_its_flags_for_its_next_user() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// Whatever the sizes of the parts and of the kernel's buffer, the bytes arrive in order and once.
+    /// For any sizes of the parts and of the kernel's buffer, the bytes arrive in order and once.
     #[test]
     fn odd_parts_arrive_as_their_concatenation(
         sizes in proptest::collection::vec(prop_oneof![3 => 0usize..40, 2 => 4000usize..4100, 1 => 60_000usize..140_000], 0..200),

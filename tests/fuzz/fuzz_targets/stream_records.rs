@@ -4,7 +4,7 @@
 #[allow(dead_code)]
 mod fuzz_bodies;
 
-// The first byte says what the rest is.
+// The first byte selects the type of the rest.
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     if let Some((&what, bytes)) = data.split_first() {
         match what % 4 {
