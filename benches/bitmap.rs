@@ -21,7 +21,7 @@ fn every(step: u64, pages: u64) -> PageBitmap {
     map
 }
 
-/// Runs and pages of a whole walk.
+/// Number of runs and pages of a whole walk.
 fn walk(map: &PageBitmap) -> (u64, u64) {
     let (mut runs, mut pages, mut from) = (0, 0, PageIndex(0));
     while let Some(run) = map.next_run(from, u64::MAX) {
@@ -42,7 +42,7 @@ fn main() {
         assert_eq!(walk(&map).1, map.count(), "wrong answers are not worth timing");
         group.bench_function(name, |b| b.iter(|| walk(black_box(&map))));
     }
-    // What memory speed is, with the same bytes.
+    // Memory speed, with the same bytes.
     let map = every(TIB, TIB);
     group.bench_function("sum_of_words", |b| {
         b.iter(|| black_box(&map).words().iter().fold(0u64, |sum, word| sum.wrapping_add(*word)))

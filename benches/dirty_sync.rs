@@ -1,8 +1,8 @@
 //! What does a sync of 1 GiB with 1000 dirty pages cost over the bare kernel call?
 //!
-//! `source` is `WrittenPages::sync_into`, which also sets the bits of a map (and here clears them); `bare` is PAGEMAP_SCAN with a
-//! buffer that takes all regions at once and nothing done with them. Each iteration writes the pages first,
-//! untimed. Then both in turn, each going first every other time: the ratio's median and its interval of 95 %.
+//! `source` is `WrittenPages::sync_into`, which also sets the bits of a map (and here clears them); `bare` is
+//! PAGEMAP_SCAN with a buffer for all regions, whose result is not used. Each iteration writes the pages first,
+//! untimed. Then both run alternately, each first every other time. It prints the ratio's median and its 95 % interval.
 #![allow(unsafe_code, missing_docs, clippy::unwrap_used)]
 
 use std::fs::File;
@@ -49,7 +49,8 @@ fn timed(iterations: u64, region: &HostRegion, mut sync: impl FnMut() -> u64) ->
     total
 }
 
-/// The source's time by the bare call's, one of each in turn; prints the median and the order statistics around it.
+/// The source's time divided by the bare call's, one of each alternately; prints the median and the order statistics
+/// around it.
 fn ratio(backing: &str, mut source: impl FnMut() -> Duration, mut bare: impl FnMut() -> Duration) {
     const PAIRS: usize = 1000;
     let one_pair = |pair: usize| {

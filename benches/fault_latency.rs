@@ -1,6 +1,6 @@
-//! From the touch of a missing page to its contents: `ServedMemory` beside a loop that does nothing but read the fault, read the
-//! page (pread) and place it (UFFDIO_COPY). Pairs of runs over the same file in the page cache, one thread that touches pages
-//! in an order without neighbours, no reader of the rest.
+//! Time from the touch of a missing page to its contents: `ServedMemory` compared with a loop that only reads the
+//! fault, reads the page (pread) and places it (UFFDIO_COPY). Pairs of runs over the same file in the page cache, one
+//! thread that touches pages in an order without neighbours, no reader of the rest.
 //!
 //!     cargo bench --features testing --bench fault_latency
 #![allow(unsafe_code, missing_docs, clippy::unwrap_used)]
@@ -29,7 +29,7 @@ fn made() -> (Mapping, Uffd) {
     (mapping, uffd)
 }
 
-/// Touches every page once; how long each took, ascending.
+/// Touches every page once; returns how long each took, ascending.
 fn touched(mapping: &Mapping) -> Vec<Duration> {
     let mut took: Vec<Duration> = (0..PAGES)
         .map(|step| {
@@ -62,7 +62,7 @@ fn bare(file: &File) -> Vec<Duration> {
                     }
                 };
                 file.read_exact_at(&mut buffer, (address - start) as u64).unwrap();
-                // SAFETY: the page is missing, and the buffer is as long as it.
+                // SAFETY: the page is missing, and the buffer has its length.
                 unsafe { uffd.copy(buffer.as_ptr().cast(), address as *mut _, 4096, true) }.unwrap();
             }
         });

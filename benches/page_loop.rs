@@ -1,5 +1,5 @@
-//! What does the page loop cost beside the send? Heads of records, and batches made of a dirty map: the walk, the zero
-//! test and the batch together, for memory that is all zero, random, or dirty here and there.
+//! What does the page loop cost in addition to the send? Heads of records, and batches made from a dirty map: the walk,
+//! the zero test and the batch together, for memory that is all zero, random, or sparsely dirty.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod reading;
@@ -45,7 +45,7 @@ fn heads(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Every batch of a round, as the source's session gathers them; pages and zero pages.
+/// Every batch of a round, as the source's session gathers them; returns the numbers of pages and zero pages.
 fn gather(guest: &MappedGuest, dirty: &mut DirtyMap, detection: ZeroDetection) -> (u64, u64) {
     let (mut search, mut batch) = (PageSearch::default(), PageBatch::default());
     let (mut pages, mut zero) = (0, 0);
@@ -108,7 +108,7 @@ fn batches(criterion: &mut Criterion) {
             });
         }
     }
-    // What memory allows, with the same bytes.
+    // The limit that memory sets, with the same bytes.
     group.bench_function("sweep", |b| b.iter(|| reading::a_word_a_line(black_box(span))));
     group.finish();
 }

@@ -1,4 +1,4 @@
-//! What does following the stream cost a receiver, beside moving the bytes?
+//! What does parsing the stream cost a receiver, in addition to moving the bytes?
 
 #![allow(missing_docs)]
 
@@ -36,7 +36,7 @@ fn prefix() -> Vec<u8> {
     out
 }
 
-/// Follows `stream` through a window of 256 KiB, as a receiver with such a buffer does; counts pages.
+/// Parses `stream` through a window of 256 KiB, like a receiver with such a buffer; counts pages.
 fn follow(machine: &mut IncomingStream, stream: &[u8]) -> u64 {
     const WINDOW: usize = 256 << 10;
     let (mut at, mut pages) = (0, 0);

@@ -11,7 +11,7 @@ use ramwire::stream::xbzrle::{Encoded, decode, encode};
 const PAGE: usize = 4096;
 const PAGES: usize = 4096;
 
-/// `changes` places of eight bytes in every page, spread evenly.
+/// Changes `changes` groups of eight bytes in every page, spread evenly.
 fn changed(old: &[u8], changes: usize) -> Vec<u8> {
     let mut new = old.to_vec();
     for page in new.chunks_mut(PAGE) {

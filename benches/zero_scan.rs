@@ -1,7 +1,7 @@
 //! Which zero test? The library's `is_zero` against loops of our own, on memory that comes from DRAM (the
 //! case of a migration) and on one page that stays in the cache.
 //!
-//! Compare the cases of one run; absolute figures belong to the machine.
+//! Compare the cases of one run; absolute figures depend on the machine.
 #![allow(unsafe_code, missing_docs, clippy::unwrap_used)]
 
 mod reading;
@@ -22,7 +22,7 @@ fn by_is_zero(region: &HostRegion, page: u64) -> bool {
 
 fn by_scalar(region: &HostRegion, page: u64) -> bool {
     let start = region.span(page * PAGE, PAGE).unwrap().address() as *const u64;
-    // SAFETY: the page is mapped and nobody writes it during the bench.
+    // SAFETY: the page is mapped and no thread writes it during the bench.
     (0..64)
         .all(|line| (0..8).fold(0, |all, at| all | unsafe { start.add(line * 8 + at).read_volatile() }) == 0)
 }
@@ -34,7 +34,7 @@ mod simd {
 
     pub(super) fn by_sse2(region: &HostRegion, page: u64) -> bool {
         let start = region.span(page * PAGE, PAGE).unwrap().address() as *const __m128i;
-        // SAFETY: SSE2 is part of x86-64; the page is mapped, aligned and still.
+        // SAFETY: SSE2 is part of x86-64; the page is mapped, aligned and unchanging.
         (0..64).all(|line| unsafe {
             let at = start.add(line * 4);
             let low = _mm_or_si128(_mm_load_si128(at), _mm_load_si128(at.add(1)));
@@ -51,7 +51,7 @@ mod simd {
     #[target_feature(enable = "avx2")]
     unsafe fn avx2(start: *const __m256i) -> bool {
         for step in 0..32 {
-            // SAFETY: 32 steps of 128 bytes are the page, which is mapped, aligned and still.
+            // SAFETY: 32 steps of 128 bytes are the page, which is mapped, aligned and unchanging.
             let any = unsafe {
                 let at = start.add(step * 4);
                 let low = _mm256_or_si256(_mm256_load_si256(at), _mm256_load_si256(at.add(1)));
@@ -91,7 +91,7 @@ fn main() {
             b.iter(|| (0..COLD / PAGE).filter(|p| test(memory.region(), *p)).count())
         });
     }
-    // What reading the memory costs at least: a word of every line.
+    // The minimum cost of reading the memory: a word of every line.
     let all = memory.region().span(0, COLD).unwrap();
     group.bench_function("sweep", |b| b.iter(|| reading::a_word_a_line(black_box(all))));
     group.finish();

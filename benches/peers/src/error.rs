@@ -8,7 +8,7 @@ use ramwire::transport::{ChannelError, OpenError};
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// A program to compare with is not here.
+    /// A program to compare with was not found.
     #[error("{program} was not found; {remedy}")]
     Missing {
         /// The program.
@@ -16,7 +16,7 @@ pub enum BenchError {
         /// What would help.
         remedy: String,
     },
-    /// The memory could not be had.
+    /// The memory could not be allocated.
     #[error("{}; --ram is needed twice over in --memory-dir", path.display())]
     Memory {
         /// The file.
@@ -24,7 +24,7 @@ pub enum BenchError {
         /// The kernel's answer.
         source: io::Error,
     },
-    /// A contestant said no.
+    /// A contestant refused.
     #[error("{who} refused {what}: {answer}")]
     Refused {
         /// Who.
@@ -34,7 +34,7 @@ pub enum BenchError {
         /// What it said.
         answer: String,
     },
-    /// The memory that arrived is not the memory that left.
+    /// The memory that arrived differs from the memory that was sent.
     #[error("{who} moved other bytes than there were, from byte {at:#x} on; no figures of it count")]
     Differs {
         /// Who.
@@ -45,7 +45,7 @@ pub enum BenchError {
     /// RDMA can't be used.
     #[error(transparent)]
     NoRdma(Box<dyn std::error::Error + Send + Sync>),
-    /// A contestant that knows no such transport.
+    /// A contestant that does not support the transport.
     #[error("{who} does not go by this transport; compare with {known}")]
     NotThisWay {
         /// Who.

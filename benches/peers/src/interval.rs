@@ -1,4 +1,4 @@
-//! Medians with an interval that assumes nothing about how figures are spread.
+//! Medians with an interval that makes no assumption about the distribution.
 
 use serde::Serialize;
 
@@ -11,15 +11,15 @@ pub struct Median {
     pub low: f64,
     /// Upper end of the interval.
     pub high: f64,
-    /// Chance in percent that the interval holds the true median. 95 or more from 6 values on; below, the
-    /// interval is all there is.
+    /// Chance in percent that the interval contains the true median. 95 or more from 6 values on; with fewer, the
+    /// interval covers all values.
     pub confidence: f64,
     /// Values it is made of.
     pub count: usize,
 }
 
 impl Median {
-    /// The median of `values`; `None` without any. Values that are not numbers are left out.
+    /// The median of `values`; `None` without any. Values that are not numbers are ignored.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut sorted: Vec<f64> = values.into_iter().filter(|value| value.is_finite()).collect();
         sorted.sort_by(f64::total_cmp);
@@ -36,7 +36,7 @@ impl Median {
     }
 }
 
-/// How many values of each end may be left out with 95 % confidence kept, and the confidence in percent:
+/// How many values at each end may be left out while the confidence is at least 95 %, and the confidence in percent:
 /// the median lies below the k-th smallest value with the chance of fewer than k heads in `count` throws.
 fn skipped(count: usize) -> (usize, f64) {
     let tail_allowed = 0.025;
@@ -89,7 +89,7 @@ mod tests {
         assert_eq!((median.median, median.low, median.high, median.count), (2.5, 1.0, 10.0, 4));
     }
 
-    /// The interval must hold the true median about as often as it says.
+    /// The interval must contain the true median about as often as its confidence states.
     #[test]
     fn the_interval_holds_the_true_median_as_often_as_it_says() {
         let mut state = 1u64;

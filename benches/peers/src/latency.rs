@@ -1,4 +1,4 @@
-//! `ramwire-bench latency`: half the round trip of RDMA WRITEs, ours and that of perftest's `ib_write_lat` in turns.
+//! `ramwire-bench latency`: half the round trip of RDMA WRITEs, ours and that of perftest's `ib_write_lat` alternately.
 
 use std::process::Stdio;
 
@@ -48,7 +48,7 @@ struct Case {
     p99_ratio: Option<Median>,
 }
 
-/// One measurement: median, 99th percentile, and how many messages it is made of.
+/// One measurement: median, 99th percentile, and its number of messages.
 struct Measured {
     p50: f64,
     p99: f64,
@@ -100,7 +100,7 @@ pub fn run(args: &LatencyArgs, cancel: &CancelToken) -> Result<(), BenchError> {
     };
     let mut cases = Vec::new();
     for size in &args.size {
-        // One of ours first: it tells how many messages go through in that time.
+        // One of ours first: it shows how many messages are possible in that time.
         let mut last = ours(args, &host, *size)?;
         let mut turns = Vec::new();
         for turn in 0..args.pairs {

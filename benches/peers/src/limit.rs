@@ -1,7 +1,7 @@
 //! `ramwire-bench limit`: whether `--max-bandwidth` holds, over all of a run and over each tenth of a second.
 //!
-//! A `ramwire demo` whose guest writes as much as that is ended after some seconds; the log of its run tells what had left
-//! when ([`RunLog`](ramwire::session::RunLog)).
+//! A `ramwire demo` whose guest writes at that rate is ended after some seconds; the log of its run shows how much was
+//! sent when ([`RunLog`](ramwire::session::RunLog)).
 
 use std::path::Path;
 use std::process::Stdio;
@@ -45,12 +45,12 @@ pub struct LimitArgs {
     program: Program,
 }
 
-/// How much the rate over all of a run may be off.
+/// Permitted deviation of the rate over a whole run.
 const OFF: f64 = 0.05;
-/// How much of the limit may leave in a tenth of a second.
+/// Maximum in a tenth of a second, as a multiple of the limit.
 const BURST: f64 = 1.1;
-/// Memory that the guest keeps writing at the rate of the limit, in seconds of it: no round comes near its end within the
-/// downtime, and the guest takes as little of the machine as it can.
+/// Memory that the guest keeps writing at the rate of the limit, in seconds of it: no round gets near its end within
+/// the downtime, and the guest uses as little of the machine as possible.
 const WRITES: u64 = 2;
 
 #[derive(Debug, Serialize)]
@@ -59,7 +59,7 @@ struct Held {
     channels: u8,
     limit: u64,
     seconds: f64,
-    /// What left in a second, of the limit.
+    /// Bytes sent in a second, as a share of the limit.
     rate: f64,
     /// The same in the busiest and the idlest tenth of a second.
     most: f64,
@@ -132,7 +132,7 @@ fn demo(args: &LimitArgs, log: &Path) -> Result<(), BenchError> {
         .stdin(Stdio::null())
         .output()
         .map_err(|error| failed(args, error.to_string()))?;
-    // It is ended by its time, which counts as failed and safe.
+    // Its time limit ends it, which counts as failed with the guest intact.
     match out.status.code() {
         Some(0 | 3) if log.exists() => Ok(()),
         _ => Err(failed(args, String::from_utf8_lossy(&out.stderr).into_owned())),

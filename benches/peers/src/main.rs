@@ -1,14 +1,14 @@
-//! `ramwire-bench`: ramwire beside other programs. It measures the project; no operator needs it.
+//! `ramwire-bench`: ramwire compared with other programs. It measures the project; operators do not need it.
 //!
 //! | command | question |
 //! |---|---|
-//! | `migrate` | how fast is a whole migration beside QEMU's, bare loops, iperf3, memcpy and bare RDMA WRITEs? |
+//! | `migrate` | how fast is a whole migration compared with QEMU's, bare loops, iperf3, memcpy and bare RDMA WRITEs? |
 //! | `converge` | does a guest that writes as fast as the link carries, or faster, still arrive? |
 //! | `limit` | does `--max-bandwidth` hold, over all of a run and over each tenth of a second? |
-//! | `latency` | how long does an RDMA WRITE take beside perftest's? |
+//! | `latency` | how long does an RDMA WRITE take compared with perftest's? |
 //!
-//! `converge`, `limit` and `latency` run the command `ramwire`, which lies beside this program after
-//! `cargo build --release`.
+//! `converge`, `limit` and `latency` run the command `ramwire`, which is next to this program after `cargo build
+//! --release`.
 #![allow(unreachable_pub)]
 
 mod converge;
@@ -72,9 +72,9 @@ enum Command {
 /// How a run ended: 0, 3 or 4, as with the command `ramwire`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// It measured, and what it asks holds.
+    /// It measured, and the tested limits hold.
     Done,
-    /// It could not measure, or what it asks does not hold.
+    /// It could not measure, or the tested limits do not hold.
     Failed,
     /// A signal ended it.
     Cancelled,
@@ -100,7 +100,7 @@ fn main() -> ExitCode {
         }
     }
     let cancel = CancelToken::default();
-    // The other process ends with the one that started it, by its connection or by the terminal's signal.
+    // The other process ends with the one that started it, through its connection or the terminal's signal.
     if !matches!(cli.command, Command::Peer(_)) {
         signal::cancel(cancel.clone());
     }
@@ -114,7 +114,7 @@ fn main() -> ExitCode {
     };
     match done {
         Ok(exit) => exit,
-        // A run that the signal broke reports whatever it broke on.
+        // A run that the signal interrupted returns whatever error that caused.
         Err(_) if cancel.is_cancelled() => Exit::Cancelled,
         Err(error) => {
             output::note!("ramwire-bench: {}", Chain(&error));

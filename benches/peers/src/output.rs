@@ -1,4 +1,4 @@
-//! What the program prints. A result that can't be printed is noted, and stops nothing.
+//! The output of the program. A failed print is reported on standard error, and has no other effect.
 
 use std::fmt::Arguments;
 use std::io::{self, Write};
@@ -9,13 +9,13 @@ macro_rules! note {
 }
 pub(crate) use note;
 
-/// A line of the result to standard output.
+/// Writes a line of the result to standard output.
 macro_rules! result_line {
     ($($text:tt)*) => { $crate::output::result(::std::format_args!("{}\n", ::std::format_args!($($text)*))) };
 }
 pub(crate) use result_line;
 
-/// The result's text to standard output, as it is.
+/// Writes the result's text to standard output, unchanged.
 macro_rules! result_text {
     ($($text:tt)*) => { $crate::output::result(::std::format_args!($($text)*)) };
 }

@@ -1,4 +1,4 @@
-//! The programs of perftest: what bare RDMA WRITEs reach on a device.
+//! The programs of perftest: the performance of bare RDMA WRITEs on a device.
 
 use std::io;
 use std::net::IpAddr;
@@ -13,9 +13,9 @@ use crate::{BenchError, migrate::Run};
 const WRITE_BYTES: u64 = 1 << 20;
 /// The unit of its figures, which it calls MB.
 const MIB: f64 = (1u64 << 20) as f64;
-/// Runs until a figure must have been told.
+/// Maximum number of runs until a figure is printed.
 const ATTEMPTS: u32 = 3;
-/// How long the client tries to find the server listening.
+/// How long the client retries until the server listens.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A device and an address of it.
@@ -26,7 +26,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// The device that has `host` among its addresses.
+    /// The device with the address `host`.
     ///
     /// # Errors
     /// [`BenchError`] if no device has, or perftest is not installed.
@@ -49,7 +49,7 @@ impl Device {
         Ok(Self { name: found.ok_or_else(missing)?.name, host: host.to_owned() })
     }
 
-    /// `ib_write_bw` of 1 MiB, until `bytes` bytes have moved.
+    /// `ib_write_bw` of 1 MiB, until `bytes` bytes were written.
     ///
     /// # Errors
     /// [`BenchError`].
@@ -78,8 +78,8 @@ impl Device {
         Ok((median, p99))
     }
 
-    /// Runs a test until it tells a figure. It counts processor cycles and divides by a frequency that it reads or measures;
-    /// on a busy emulated machine that now and then makes a figure of 0, `inf` or `nan`.
+    /// Runs a test until it prints a figure. It counts processor cycles and divides by a frequency that it reads or
+    /// measures; on a busy emulated machine this sometimes gives 0, `inf` or `nan`.
     fn measured(
         &self,
         program: &str,
@@ -98,7 +98,7 @@ impl Device {
         Err(BenchError::Refused { who: program.to_owned(), what: "to measure".into(), answer })
     }
 
-    /// Runs a test's server and its client: what the client said.
+    /// Runs a test's server and its client; returns the client's output.
     fn run(&self, program: &str, arguments: &[String]) -> Result<String, BenchError> {
         let port = crate::qemu::free_port().map_err(failed(program, "choosing a port"))?;
         let command = || {
@@ -132,7 +132,7 @@ impl Device {
     }
 }
 
-/// The numbers of the line under the line that begins with `#bytes`.
+/// The numbers of the line after the line that begins with `#bytes`.
 fn figures(text: &str) -> Option<Vec<f64>> {
     let mut lines = text.lines().skip_while(|line| !line.trim_start().starts_with("#bytes"));
     let line = lines.nth(1)?;
@@ -143,7 +143,7 @@ struct Server(Child);
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Both fail for a process that was waited for.
+        // Both calls fail for a process that was already reaped.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

@@ -1,4 +1,4 @@
-//! The command `ramwire`, which some of the questions are about.
+//! The command `ramwire`, which some benches run.
 
 use std::path::PathBuf;
 use std::process::Command;

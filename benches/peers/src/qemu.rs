@@ -15,9 +15,9 @@ use crate::migrate::watch::{Unwatched, Watcher};
 use crate::qmp::Monitor;
 use crate::{BenchError, migrate::Run};
 
-/// Longest migration that is waited for.
+/// Longest wait for a migration.
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);
-/// Bytes a second that no limit should hold back.
+/// Bytes a second, higher than any real limit.
 const NO_LIMIT: u64 = 1 << 40;
 
 /// A QEMU program and how it migrates.
@@ -48,8 +48,8 @@ pub enum Way {
 }
 
 impl Qemu {
-    /// Finds the program of `version` (`7.2`, `10.0`): the one given, else the launcher that `ci/setup`
-    /// writes, else one on the PATH that says it is that version.
+    /// Finds the program of `version` (`7.2`, `10.0`): the given one, otherwise the launcher that `ci/setup` writes,
+    /// otherwise one on the PATH that reports that version.
     ///
     /// # Errors
     /// [`BenchError::Missing`] with what would help.
@@ -86,7 +86,7 @@ impl Qemu {
         self.run_watched(bed, &mut Unwatched)
     }
 
-    /// As [`run`](Self::run), while somebody watches.
+    /// As [`run`](Self::run), with an observer.
     ///
     /// # Errors
     /// [`BenchError`].
@@ -109,7 +109,7 @@ impl Qemu {
             }
             monitor.call("migrate-set-parameters", parameters)?;
         }
-        // A port that was free a moment ago; a QEMU does not tell the one it chose for `tcp::0`.
+        // A port that was free a moment ago; a QEMU does not report which one it chose for `tcp::0`.
         let port = free_port().map_err(self.failed("choosing a port"))?;
         let uri = match &self.way {
             Way::Stream { .. } => format!("tcp:127.0.0.1:{port}"),
@@ -129,7 +129,7 @@ impl Qemu {
             let address = private_memory(pid, bed.bytes()).map_err(self.failed("finding its memory"))?;
             bed::copy_back(pid, address, bed.bytes(), &bed.destination())?;
         }
-        // QEMU 7.2 says that it has completed a moment before it has its figures.
+        // QEMU 7.2 reports completion shortly before its figures are complete.
         let state = source.monitor.call("query-migrate", json!({}))?;
         let [near, far] = [0, 1].map(|at| Some(after[at]?.since(before[at]?)));
         let total_ms = state["total-time"].as_f64();
@@ -180,7 +180,7 @@ impl Qemu {
     }
 }
 
-/// Where process `pid` has a mapping of `bytes` bytes with no file behind it (proc_pid_maps(5)).
+/// Address of a mapping of `bytes` bytes without a backing file in process `pid` (proc_pid_maps(5)).
 fn private_memory(pid: u32, bytes: u64) -> io::Result<u64> {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let found = maps.lines().find_map(|line| {
@@ -193,7 +193,7 @@ fn private_memory(pid: u32, bytes: u64) -> io::Result<u64> {
     found.ok_or_else(|| io::Error::other(format!("no private mapping of {bytes} bytes")))
 }
 
-/// The version a QEMU program says it is, like `10.0.2`.
+/// The version that a QEMU program reports, like `10.0.2`.
 fn version_of(program: &Path) -> Option<String> {
     let output = Command::new(program).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -208,7 +208,7 @@ pub fn free_port() -> io::Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-/// A QEMU that runs; killed when dropped.
+/// A running QEMU; killed when dropped.
 pub struct Running(pub Child);
 
 impl Drop for Running {

@@ -1,4 +1,4 @@
-//! QEMU's machine protocol, as far as a migration needs it: one JSON value a line, each way.
+//! QEMU's machine protocol, as far as a migration needs it: one JSON value per line in each direction.
 
 use std::io;
 use std::path::Path;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::BenchError;
 
-/// Longest time a QEMU may take to answer; populating its memory comes before the first answer.
+/// Longest time until a QEMU answers; it populates its memory before the first answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 /// Longest line: an answer of any command used here is far shorter.
 const MAX_LINE: usize = 1 << 20;
@@ -20,12 +20,12 @@ const MAX_LINE: usize = 1 << 20;
 pub struct Monitor {
     channel: StreamChannel,
     who: String,
-    /// Bytes read and not yet taken.
+    /// Bytes read and not yet parsed.
     pending: Vec<u8>,
 }
 
 impl Monitor {
-    /// Connects to the socket at `path`, which the QEMU makes once it runs, and says hello. `alive` tells
+    /// Connects to the socket at `path`, which the QEMU creates once it runs, and makes the handshake. `alive` returns
     /// whether that QEMU still runs.
     ///
     /// # Errors
@@ -50,7 +50,7 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// Runs a command; its answer without the envelope.
+    /// Runs a command; returns its answer without the envelope.
     ///
     /// # Errors
     /// [`BenchError::Refused`] with QEMU's reason.
@@ -72,7 +72,7 @@ impl Monitor {
         }
     }
 
-    /// Asks until `field` of the migration's state says that it is over; the whole state.
+    /// Polls until the migration's state shows that it is over; returns the whole state.
     ///
     /// # Errors
     /// [`BenchError::Refused`] if the migration failed.

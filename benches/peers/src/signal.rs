@@ -1,4 +1,4 @@
-//! The first SIGINT or SIGTERM cancels, a second one ends the program at once.
+//! The first SIGINT or SIGTERM cancels, a second one ends the program immediately.
 
 use ramwire::sys::CancelToken;
 use signal_hook::consts::{SIGINT, SIGTERM};

@@ -1,4 +1,4 @@
-//! `ramwire-bench` from end to end, small: its figures mean nothing here, its checks do.
+//! `ramwire-bench` from end to end, small: the tests check its checks, not its figures.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -52,7 +52,7 @@ fn every_peer_moves_the_memory_and_its_figures_are_paired() {
         assert!(picture.contains("<svg") && peers.iter().all(|peer| picture.contains(peer)), "{picture}");
         let contestants = report["contestants"].as_array().unwrap();
         let names: Vec<_> = contestants.iter().map(|c| c["name"].as_str().unwrap()).collect();
-        // A bare loop's name tells its buffer, too.
+        // A bare loop's name also contains its buffer.
         let first_words: Vec<_> = names.iter().map(|name| name.split(' ').next().unwrap()).collect();
         assert_eq!((first_words[0], &first_words[1..]), ("ramwire", &peers[..]));
         for contestant in contestants {
@@ -109,7 +109,7 @@ fn a_ramwire_that_is_not_there_is_named() {
     assert!(output.status.code() == Some(3) && errors.contains("--ramwire"), "{errors}");
 }
 
-/// A signal ends the bench between two runs at the latest and leaves no memory behind.
+/// A signal ends the bench after the current run at the latest, and no memory is left over.
 #[test]
 fn a_signal_cancels_and_frees_the_memory() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -130,8 +130,8 @@ fn a_signal_cancels_and_frees_the_memory() {
     assert_eq!(left_over(dir.path()), 0);
 }
 
-/// The other benches from end to end, small: a guest that arrives by itself, and a limit watched for a moment. They run
-/// the command, which `cargo test --workspace` builds beside this program.
+/// The other benches from end to end, small: a guest that arrives by itself, and a limit that is measured briefly. They
+/// run the command, which `cargo test --workspace` builds next to this program.
 #[test]
 fn converging_and_limited_demos_are_measured() {
     let run = |arguments: &[&str]| {

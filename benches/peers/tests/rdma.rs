@@ -1,4 +1,5 @@
-//! Migrations and messages over RDMA beside other programs, small: their figures mean nothing here, their counts and checks do.
+//! Migrations and messages over RDMA compared with other programs, small: the tests check counts and checks, not the
+//! figures.
 #![cfg(feature = "rdma")]
 #![allow(clippy::unwrap_used)]
 
@@ -57,7 +58,7 @@ fn in_rxe_guest_migrations_are_compared_and_counted() {
             assert!(number("total") > number("doorbells") && number("doorbells") > 0, "{counted}");
         }
     }
-    // 16 MiB in chunks of 1 MiB are 16 writes at least.
+    // 16 MiB in chunks of 1 MiB are at least 16 writes.
     assert!(contestants[0]["counted"]["requests"].as_u64().unwrap() >= 16, "{}", contestants[0]);
     assert!(contestants[2]["counted"].is_null());
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);

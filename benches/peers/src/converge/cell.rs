@@ -1,4 +1,4 @@
-//! What the runs of a rate with one means come to: the table and the pictures.
+//! Results of the runs of a rate with one method: the table and the charts.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -10,7 +10,7 @@ use crate::plot::{self, Axis, Bar, Line, PlotError};
 /// How much of the limit a single downtime may exceed.
 const SLACK: f64 = 1.2;
 
-/// Seconds since the start, and what then remained, in MiB.
+/// Seconds since the start, and the remaining MiB at that time.
 pub(super) type Point = (f64, f64);
 
 /// One migration.
@@ -18,27 +18,27 @@ pub(super) type Point = (f64, f64);
 pub(super) struct Run {
     pub(super) converged: bool,
     pub(super) verified: bool,
-    /// It said that its rounds led nowhere, or ended by its time.
+    /// It reported that its rounds did not converge, or ended by its time limit.
     pub(super) said_so: bool,
     pub(super) total_ms: f64,
     pub(super) downtime_ms: f64,
-    /// What the downtime was expected to be when the guest was paused, where that is told.
+    /// The expected downtime when the guest was paused, if it is reported.
     pub(super) expected_ms: Option<f64>,
     pub(super) downtime_parts: Value,
     pub(super) rounds: u64,
-    /// What the guest wrote until its pause, of what it would have without a migration.
+    /// What the guest wrote until its pause, as a share of what it would have written without a migration.
     pub(super) speed: f64,
-    /// What it wrote before the migration, as a multiple of the bandwidth, where it may not have come to its rate.
+    /// What it wrote before the migration, as a multiple of the bandwidth, if it may not have reached its rate.
     pub(super) reached: Option<f64>,
     pub(super) throttle_percent_most: u64,
     pub(super) vcpu_rest_percent: u64,
-    /// It can't be had here, in the peer's words.
+    /// It is not available here: the peer's error.
     pub(super) refused: Option<String>,
     #[serde(skip)]
     pub(super) remaining: Vec<Point>,
 }
 
-/// All migrations of a rate with one means.
+/// All migrations of a rate with one method.
 #[derive(Debug, Serialize)]
 pub(super) struct Cell {
     who: &'static str,
@@ -47,14 +47,14 @@ pub(super) struct Cell {
     means: Means,
     runs: usize,
     converged: usize,
-    /// Every one arrived whole, or stayed and said why.
+    /// Every one arrived intact, or stayed with a reason.
     sound: bool,
     refused: Option<String>,
     total_ms: Option<Median>,
     rounds: Option<Median>,
     downtime_ms: Option<Median>,
     downtime_ms_most: f64,
-    /// Median within the limit, the longest within 1.2 of it; for those that converged.
+    /// Median within the limit, the longest within 1.2 of it; for converged runs.
     downtime_kept: bool,
     guest_speed: Option<Median>,
     throttle_percent_most: u64,
@@ -95,7 +95,7 @@ impl Cell {
         }
     }
 
-    /// A QEMU's figures are told as they are; ours must be sound, and keep the downtime where something is done.
+    /// A QEMU's figures are only reported; ours must be sound, and keep the downtime if a method is used.
     pub(super) fn is_good(&self) -> bool {
         let helped = self.means != Means::None;
         let kept = self.downtime_kept && (!helped || self.converged == self.runs);
@@ -131,7 +131,7 @@ impl Cell {
         )
     }
 
-    /// What was taken from the guest at most, in the words of the means.
+    /// The maximum throttling of the guest, in the terms of the method.
     fn taken(&self) -> String {
         match self.means {
             Means::AutoConverge => format!("{} % of its time", self.throttle_percent_most),
@@ -174,7 +174,7 @@ pub(super) fn progress(args: &ConvergeArgs, (rate, means): (f64, Means), done: &
     format!("{head}: {:.1} s, downtime {:.0} ms{over}{wrong}", run.total_ms / 1e3, run.downtime_ms)
 }
 
-/// For each rate what remained over time, in the first run of each means; and the downtimes of all.
+/// For each rate the remaining memory over time, in the first run of each method; and the downtimes of all.
 pub(super) fn pictures(args: &ConvergeArgs, cells: &[Cell]) -> Result<Vec<(String, String)>, PlotError> {
     let axis = |label| Axis { label, logarithmic: false, tick: plot::plain };
     let mut pictures = Vec::new();

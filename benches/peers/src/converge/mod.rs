@@ -1,8 +1,8 @@
 //! `ramwire-bench converge`: whether a guest that writes as fast as the link carries, or faster, still arrives.
 //!
-//! Each run is a migration of its own through a link that carries no more than the limit ([`SlowLink`]), so that the last
-//! round takes its time as it would between two hosts. The guest checks every page on arrival. A QEMU moves a guest that
-//! writes as ours does through the same link.
+//! Each run is a migration of its own through a link that carries no more than the limit ([`SlowLink`]), so that the
+//! last round takes as long as between two hosts. The guest checks every page on arrival. For comparison, a QEMU
+//! migrates a guest with the same writes over the same link.
 
 mod cell;
 mod ours;
@@ -116,12 +116,12 @@ impl ConvergeArgs {
         (self.bandwidth as f64 * rate) as u64
     }
 
-    /// What a vCPU may write under a dirty limit; the guest has one.
+    /// The quota of a vCPU under a dirty limit; the guest has one vCPU.
     fn quota(&self) -> u64 {
         self.bandwidth / 4
     }
 
-    /// A cache that holds what is written twice over: two pages that share a place take it from each other.
+    /// A cache of twice the written memory, since two pages that share a slot evict each other.
     fn cache(&self) -> u64 {
         self.working_set * 2
     }
@@ -130,7 +130,7 @@ impl ConvergeArgs {
         if means == Means::None { self.patience } else { WITH_HELP }
     }
 
-    /// Every pair of a rate and a means.
+    /// Every pair of a rate and a method.
     fn pairs(&self) -> impl Iterator<Item = (f64, Means)> {
         self.rates.iter().flat_map(|rate| self.means.iter().map(|means| (*rate, *means)))
     }
@@ -164,7 +164,7 @@ pub fn run(args: &ConvergeArgs, cancel: &CancelToken) -> Result<Exit, BenchError
     Ok(if cells.iter().all(Cell::is_good) { Exit::Done } else { Exit::Failed })
 }
 
-/// `runs` of each pair, `jobs` at a time; every pair has its turn before any has the next.
+/// `runs` of each pair, `jobs` at a time; every pair runs once before any runs again.
 fn measure(
     args: &ConvergeArgs,
     who: &'static str,
@@ -198,7 +198,7 @@ fn measure(
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
         let ended = workers.into_iter().map(|worker| worker.join());
-        // All have ended before the first error is told.
+        // All have ended before the first error is returned.
         let ended: Vec<_> = ended.collect();
         ended.into_iter().try_for_each(|ended| ended.unwrap_or(Err(BenchError::Cancelled)))
     })?;

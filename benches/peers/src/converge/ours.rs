@@ -1,4 +1,4 @@
-//! A migration of ours: a `ramwire demo` of its own.
+//! A migration by ramwire: a `ramwire demo` of its own.
 
 use std::process::Stdio;
 
@@ -71,7 +71,7 @@ pub(super) fn run(args: &ConvergeArgs, rate: f64, means: Means, seed: u32) -> Re
     })
 }
 
-/// What remained when each round began.
+/// The remaining memory when each round began.
 fn remaining(told: &Value, rounds: &[Value]) -> Vec<Point> {
     let mut at = told["setup_ms"].as_f64().unwrap_or(0.0);
     let point = |round: &Value| {

@@ -1,5 +1,5 @@
-//! The same between two QEMUs: an emulated Linux guest whose only process writes pages in turn at a set rate and checks them
-//! (ci/guest/init.c), moved through the same link under QEMU's own limit.
+//! The same between two QEMUs: an emulated Linux guest whose only process writes pages in turn at a set rate and checks
+//! them (ci/guest/init.c), migrated over the same link under QEMU's own limit.
 
 use std::fs::File;
 use std::io;
@@ -15,16 +15,16 @@ use super::{BenchError, ConvergeArgs, Means, SlowLink};
 use crate::qemu::{Qemu, Running, Way, free_port};
 use crate::qmp::Monitor;
 
-/// Memory of the guest beside what it writes: its kernel's.
+/// Memory of the guest in addition to the written part: that of its kernel.
 const BESIDE: u64 = 128 << 20;
 /// How long a guest may take to boot, and to check all its memory on arrival.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(120);
 /// Time between two looks.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// How long the guest writes before it is moved: what it then writes is what its slowdown is measured by.
+/// How long the guest writes before it is migrated: this rate is the reference for its slowdown.
 const WRITES: Duration = Duration::from_secs(2);
 
-/// The QEMUs to be, and what their guest boots from.
+/// The QEMUs to start, and the files that their guest boots from.
 pub(super) struct Pair {
     program: PathBuf,
     kernel: PathBuf,
@@ -34,7 +34,7 @@ pub(super) struct Pair {
 /// The last line of a guest's console.
 #[derive(Clone, Copy, Default)]
 struct Tick {
-    /// Writes so far, and how often all memory has been checked.
+    /// Writes so far, and how often all memory was checked.
     writes: u64,
     passes: u64,
     wrong: bool,
@@ -87,7 +87,7 @@ impl Pair {
         let ran = (run.total_ms - run.downtime_ms).max(1.0) / 1e3;
         run.speed = left.writes.saturating_sub(before.writes) as f64 / ran / unhindered;
         run.reached = Some(unhindered * 4096.0 / args.bandwidth as f64);
-        // Wherever it runs now, it looks at all its memory once more.
+        // Wherever it runs now, it checks all its memory once more.
         let here = if run.converged { &target } else { &source };
         let last = here.wait("checking its memory", |tick| tick.passes >= left.passes + 2)?;
         run.verified = !last.wrong && last.writes > left.writes;
@@ -139,7 +139,7 @@ impl Pair {
     }
 }
 
-/// Sets what is done about the guest; what QEMU says if it can't be.
+/// Configures the method for the guest; returns QEMU's error if it is not possible.
 fn help(args: &ConvergeArgs, means: Means, monitor: &mut Monitor) -> Result<Option<String>, BenchError> {
     let limits = json!({ "max-bandwidth": args.bandwidth, "downtime-limit": args.downtime_ms });
     monitor.call("migrate-set-parameters", limits)?;
@@ -158,7 +158,7 @@ fn help(args: &ConvergeArgs, means: Means, monitor: &mut Monitor) -> Result<Opti
     }
 }
 
-/// Looks at the migration until it has ended, or is ended because `limit` is over.
+/// Polls the migration until it has ended, or cancels it after `limit`.
 fn follow(monitor: &mut Monitor, limit: Duration) -> Result<Run, BenchError> {
     let began = Instant::now();
     let (mut remaining, mut throttle, mut rounds) = (Vec::<Point>::new(), 0, 0);
@@ -175,7 +175,7 @@ fn follow(monitor: &mut Monitor, limit: Duration) -> Result<Run, BenchError> {
             "completed" | "cancelled" | "failed" => {
                 return Ok(Run {
                     converged: status == "completed",
-                    // QEMU leaves it to whoever watches to end it by its time.
+                    // QEMU has no time limit of its own: the caller ends it.
                     said_so: status == "cancelled",
                     total_ms: began.elapsed().as_secs_f64() * 1e3,
                     downtime_ms: number(&state["downtime"]),
@@ -224,7 +224,7 @@ impl Side {
     }
 }
 
-/// A folder of this run's own.
+/// A folder for this run.
 struct Folder(PathBuf);
 
 impl Folder {

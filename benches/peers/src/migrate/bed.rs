@@ -1,4 +1,4 @@
-//! The memory that every contestant moves: one file to read from, one to write to.
+//! The memory that every contestant migrates: one file to read from, one to write to.
 
 use std::cell::Cell;
 use std::fmt;
@@ -21,9 +21,9 @@ const MIB: usize = 1 << 20;
 pub enum Fill {
     /// Pages of random bytes.
     Random,
-    /// So many percent of the pages random, the others zero.
+    /// This many percent of the pages are random, the others zero.
     Mixed(u8),
-    /// Zero pages that the host backs.
+    /// Zero pages that are backed by host memory.
     Zero,
 }
 
@@ -62,7 +62,7 @@ impl Fill {
     }
 }
 
-/// What a destination's memory is; a source's is a file in memory that both map.
+/// The kind of the destination's memory; a source's is a file in memory that both map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Memory {
     /// A file in memory, mapped shared
@@ -71,14 +71,14 @@ pub enum Memory {
     Huge,
 }
 
-/// Two files of the same length in memory, gone with this value.
+/// Two files of the same length in memory, removed with this value.
 #[derive(Debug)]
 pub struct Bed {
     folder: PathBuf,
     bytes: u64,
     populated: Populated,
     memory: Memory,
-    /// What arrives in private memory is to be in the file afterwards, too.
+    /// Data that arrives in private memory must be copied to the file, too.
     kept: Cell<bool>,
 }
 
@@ -112,7 +112,7 @@ impl Bed {
         self.folder.join("destination")
     }
 
-    /// A place for sockets and logs.
+    /// A folder for sockets and logs.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -122,7 +122,7 @@ impl Bed {
         self.bytes
     }
 
-    /// What the memory is before the clock starts.
+    /// The state of the memory before the clock starts.
     pub fn populated(&self) -> Populated {
         self.populated
     }
@@ -132,12 +132,12 @@ impl Bed {
         self.memory
     }
 
-    /// True where a destination that holds its memory for itself leaves a copy in the file.
+    /// True if a destination with private memory leaves a copy in the file.
     pub fn copies_back(&self) -> bool {
         self.memory == Memory::Huge && self.kept.get()
     }
 
-    /// One run into zeroed memory, and the first byte at which the two files differ then.
+    /// One run into zeroed memory; returns also the first byte at which the two files then differ.
     ///
     /// # Errors
     /// The run's, [`BenchError::Memory`].
@@ -152,7 +152,7 @@ impl Bed {
         Ok((run?, self.difference()?))
     }
 
-    /// Makes the destination all zero: pages that are there, or holes.
+    /// Makes the destination all zero: present pages, or holes.
     ///
     /// # Errors
     /// [`BenchError::Memory`].
@@ -167,8 +167,8 @@ impl Bed {
         cleared.map_err(|source| failed(&path, source))
     }
 
-    /// Before each run: an unpopulated destination is populated and loses its pages again, so that every contestant
-    /// finds a host that has them. The seconds that the populate took.
+    /// Before each run an unpopulated destination is populated and freed again, so that every contestant starts with
+    /// enough free memory on the host. Returns the seconds that the populate took.
     ///
     /// # Errors
     /// [`BenchError::Memory`].
@@ -205,8 +205,8 @@ fn failed(path: &Path, source: io::Error) -> BenchError {
     BenchError::Memory { path: path.to_owned(), source }
 }
 
-/// Writes every page, so that the host backs it. Random pages differ from each other: each holds bytes of a
-/// generator that never starts anew.
+/// Writes every page, so that the host backs it. Random pages differ from each other: their bytes come from a generator
+/// that is never restarted.
 fn write_filled(path: &Path, bytes: u64, fill: Fill) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
     file.set_len(bytes)?;
@@ -217,7 +217,7 @@ fn write_filled(path: &Path, bytes: u64, fill: Fill) -> io::Result<()> {
     while left > 0 {
         let now = usize::try_from(left).unwrap_or(MIB).min(MIB);
         for page in chunk[..now].chunks_mut(4096) {
-            // Spreads the random pages evenly: the sum of the percentages passes a whole number there.
+            // Spreads the random pages evenly: at each of them the sum of the percentages passes a whole number.
             let percent = fill.percent();
             let random = (page_number + 1) * percent / 100 > page_number * percent / 100;
             page_number += 1;
@@ -277,7 +277,7 @@ impl Memory {
     }
 }
 
-/// Copies what lies at `address` of process `pid` to the file `path`.
+/// Copies the memory at `address` of process `pid` to the file `path`.
 ///
 /// # Errors
 /// [`BenchError::Memory`].

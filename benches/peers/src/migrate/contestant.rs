@@ -1,4 +1,4 @@
-//! Who takes part in `ramwire-bench migrate`: names as given, and what runs under them.
+//! The contestants of `ramwire-bench migrate`: their names, and the programs.
 
 use std::fmt;
 use std::str::FromStr;
@@ -18,7 +18,7 @@ use crate::qemu::{self, Qemu};
 pub enum Against {
     /// This program.
     Ramwire(Way),
-    /// A QEMU, with so many multifd channels.
+    /// A QEMU with this many multifd channels.
     Qemu {
         /// `7.2` or `10.0`.
         version: &'static str,
@@ -109,7 +109,7 @@ impl fmt::Display for Against {
     }
 }
 
-/// Somebody who moves the memory.
+/// A program that migrates the memory.
 pub enum Mover {
     /// This program.
     Ramwire(Way),
@@ -126,7 +126,7 @@ pub enum Mover {
 }
 
 impl Mover {
-    /// Who runs under that name.
+    /// The program of that name.
     ///
     /// # Errors
     /// [`BenchError::Missing`] for a program that is not here.
@@ -154,7 +154,7 @@ impl Mover {
         })
     }
 
-    /// Ready for the rounds: a bare loop has found its best buffer.
+    /// Prepares for the rounds: a bare loop finds its best buffer.
     ///
     /// # Errors
     /// [`BenchError`].
@@ -178,7 +178,7 @@ impl Mover {
         !matches!(self, Self::Sweep | Self::Memcpy | Self::Iperf3)
     }
 
-    /// One run, from memory as `--populated` says.
+    /// One run, from memory in the state of `--populated`.
     ///
     /// # Errors
     /// [`BenchError`].

@@ -1,16 +1,17 @@
-//! What a run cost a process: processor time and page faults, of all its threads.
+//! The cost of a run for a process: processor time and page faults, of all its threads.
 
 use std::io;
 
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-/// What a process has used, or used more than before.
+/// Resources that a process has used, in total or since an earlier measurement.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cost {
     /// Processor time in seconds, user and system.
     pub cpu_seconds: f64,
-    /// Of it, in the program itself: the kernel and what it does for a software device are left out. In steps of 10 ms.
+    /// Part of it in the program itself: time in the kernel, including its work for a software device, is left out. In
+    /// steps of 10 ms.
     pub user_seconds: f64,
     /// Page faults that needed no I/O.
     pub page_faults: u64,
@@ -28,10 +29,10 @@ impl Cost {
         Ok(Self { cpu_seconds, ..seen })
     }
 
-    /// Of another process so far, its ended threads too (proc(5): fields 10, 14 and 15 of stat).
+    /// For another process so far, including its ended threads (proc(5): fields 10, 14 and 15 of stat).
     pub fn of_process(id: u32) -> Option<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
-        // The name in parentheses may hold anything, also spaces and parentheses; field 3 comes next.
+        // The name in parentheses may contain anything, also spaces and parentheses; field 3 comes next.
         let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
         let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
         let seconds = |ticks: u64| ticks as f64 / rustix::param::clock_ticks_per_second() as f64;
@@ -61,7 +62,7 @@ mod tests {
         let own = Cost::own().unwrap().since(before);
         assert!(own.page_faults >= 1 && touched[4096] == 1, "{own:?}");
         let (own, seen) = (Cost::own().unwrap(), Cost::of_process(std::process::id()).unwrap());
-        // The kernel tells ticks of 10 ms there, and a rest of each thread's.
+        // There the kernel reports ticks of 10 ms, rounded for each thread.
         assert!((own.cpu_seconds - seen.cpu_seconds).abs() < 1.0, "{own:?} {seen:?}");
         assert!(own.page_faults.abs_diff(seen.page_faults) < 10_000, "{own:?} {seen:?}");
         assert_eq!(Cost::of_process(u32::MAX), None);

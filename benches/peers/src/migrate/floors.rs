@@ -1,4 +1,4 @@
-//! Bare loops over a TCP connection: what the kernel allows before any engine costs anything.
+//! Bare loops over a TCP connection: the limit that the kernel sets, without the cost of an engine.
 //!
 //! | pattern | sends | receives |
 //! |---------|-------|----------|
@@ -7,7 +7,7 @@
 //! | packet | header and a buffer of pages a call | header, then straight into RAM |
 //!
 //! The stream pattern is that of pages inside the byte stream, the packet pattern that of page channels. Each pattern
-//! is tried with buffers from 64 KiB to 4 MiB, and the best one stands for it.
+//! is tried with buffers from 64 KiB to 4 MiB, and the best one counts.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -28,7 +28,7 @@ use crate::BenchError;
 const PAGE: usize = 4096;
 const STREAM_HEADER: usize = 8;
 const STREAM_PAGES: usize = 512;
-/// Bytes that a receiver wants to be woken for.
+/// Bytes for which a receiver is woken.
 const LOW_WATER: usize = 256 << 10;
 /// Buffers that are tried.
 const BUFFERS: [usize; 7] = [64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20];
@@ -81,7 +81,7 @@ impl Floor {
         self.buffer / PAGE
     }
 
-    /// As large as the header of a page channel's packet: fixed fields and an offset a page.
+    /// As large as the header of a page channel's packet: fixed fields and one offset per page.
     fn packet_header(self) -> usize {
         64 + 256 + self.pages() * 8
     }
@@ -90,13 +90,13 @@ impl Floor {
         match self.pattern {
             Pattern::Direct => send_direct(socket, memory, self.buffer),
             Pattern::Stream => send_framed(socket, memory, STREAM_HEADER, 1, STREAM_PAGES),
-            // The kernel takes 1024 parts a call.
+            // The kernel accepts 1024 parts per call.
             Pattern::Packet => send_framed(socket, memory, self.packet_header(), self.pages(), self.pages()),
         }
     }
 }
 
-/// The loop of `pattern` with its best buffer, by one run each.
+/// The loop of `pattern` with its best buffer, found by one run for each.
 ///
 /// # Errors
 /// [`BenchError`].
@@ -117,7 +117,7 @@ pub fn best(pattern: Pattern, bed: &Bed, cancel: &CancelToken) -> Result<Floor, 
     Ok(best.map_or_else(|| Floor::new(pattern), |(_, floor)| floor))
 }
 
-/// Moves the bed's memory to another process by a bare loop.
+/// Sends the bed's memory to another process by a bare loop.
 ///
 /// # Errors
 /// [`BenchError`].
@@ -132,7 +132,7 @@ pub fn run(floor: Floor, bed: &Bed) -> Result<Run, BenchError> {
     let (begun, before) = (Instant::now(), cost()?);
     floor.send(&mut socket, memory).map_err(failed("sending"))?;
     socket.shutdown(Shutdown::Write).map_err(failed("sending"))?;
-    // The last page is in place when the other process says so.
+    // The last page is in place when the other process reports it.
     socket.read_exact(&mut [0]).map_err(failed("waiting for the end"))?;
     let (seconds, source) = (begun.elapsed().as_secs_f64(), Some(cost()?.since(before)));
     Ok(Run { seconds, source, destination: Some(peer.finish()?), ..Run::default() })
@@ -176,7 +176,7 @@ fn failed(doing: &'static str) -> impl Fn(io::Error) -> BenchError {
     move |source| BenchError::Io { who: "the bare loop".into(), doing, source }
 }
 
-/// A connection as ramwire makes it within a host: not paced from its beginning on.
+/// A connection as ramwire makes it within a host: without pacing from its beginning on.
 fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
     let address = SocketAddr::new(host.parse().map_err(io::Error::other)?, port);
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
@@ -186,7 +186,7 @@ fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
     Ok(socket.into())
 }
 
-/// One word of every 64 bytes: the least that looking at memory can cost.
+/// One word of every 64 bytes: the minimum cost of reading memory.
 fn read_lines(memory: &[u8]) -> u64 {
     let words = memory.chunks_exact(64).filter_map(|line| line.first_chunk());
     words.fold(0, |all, word| all | u64::from_ne_bytes(*word))
@@ -204,8 +204,8 @@ fn send_direct(socket: &mut TcpStream, memory: &[u8], buffer: usize) -> io::Resu
     memory.chunks(buffer).try_for_each(|part| socket.write_all(part))
 }
 
-/// A header of `header` bytes that starts with the first page's offset, before every `pages` pages;
-/// `a_call` pages go in one call.
+/// Sends a header of `header` bytes that starts with the first page's offset, before every `pages` pages; `a_call`
+/// pages go in one call.
 fn send_framed(
     socket: &mut TcpStream,
     memory: &[u8],
@@ -239,7 +239,7 @@ fn send_framed(
 /// [`BenchError`].
 pub fn receive(floor: Floor, mut socket: TcpStream, mapping: &mut Mapping) -> Result<(), BenchError> {
     let memory = bytes_mut(mapping);
-    // As ramwire waits: for much. What is asked for and the end of the stream bound it.
+    // Like ramwire it waits for many bytes. The requested length and the end of the stream limit the wait.
     set_low_water(socket.as_fd(), LOW_WATER).map_err(failed("receiving"))?;
     let received = match floor.pattern {
         Pattern::Direct => receive_direct(&mut socket, memory, floor.buffer),
@@ -249,7 +249,7 @@ pub fn receive(floor: Floor, mut socket: TcpStream, mapping: &mut Mapping) -> Re
     received.and_then(|()| socket.write_all(&[1])).map_err(failed("receiving"))
 }
 
-/// Fills `memory`, with at most `buffer` bytes a call.
+/// Fills `memory`, with at most `buffer` bytes per call.
 fn receive_direct(socket: &mut TcpStream, memory: &mut [u8], buffer: usize) -> io::Result<()> {
     let mut at = 0;
     while at < memory.len() {
@@ -314,7 +314,7 @@ mod tests {
     use crate::migrate::{Memory, Populated};
     use std::net::TcpListener;
 
-    /// Figures of a loop that moves something else than the memory would be worth nothing.
+    /// Figures of a loop that does not move exactly the memory would be worthless.
     #[test]
     fn every_pattern_moves_the_memory_whole() {
         let base = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! iperf3 as a contestant: one buffer, sent again and again.
+//! iperf3 as a contestant: one buffer, sent repeatedly.
 
 use std::io;
 use std::process::{Child, Command, Stdio};
@@ -11,7 +11,7 @@ use super::bed::Bed;
 use super::cost::Cost;
 use crate::BenchError;
 
-/// A server that is waited for, or killed.
+/// A server that is awaited, or killed.
 struct Server(Child);
 
 impl Drop for Server {
@@ -48,7 +48,7 @@ pub fn run(bed: &Bed) -> Result<Run, BenchError> {
         let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         match figures(&report) {
             Some(run) => return Ok(run),
-            // The server takes a moment to listen.
+            // The server needs a moment until it listens.
             None if begun.elapsed() < Duration::from_secs(5) => std::thread::sleep(Duration::from_millis(50)),
             None => {
                 let answer = report["error"].as_str().unwrap_or("no figures").to_owned();

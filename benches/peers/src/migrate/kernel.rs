@@ -1,4 +1,5 @@
-//! What the bare loops need beside the standard library: the memory as plain bytes, and a socket's low-water mark.
+//! Functions for the bare loops in addition to the standard library: the memory as plain bytes, and a socket's
+//! low-water mark.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -6,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use ramwire::sys::Mapping;
 
-/// The memory of a bare loop's sender. Nobody writes it meanwhile: no guest runs in a bench.
+/// The memory of a bare loop's sender. No other thread writes it meanwhile: no guest runs in a bench.
 pub fn bytes(mapping: &Mapping) -> &[u8] {
     let region = mapping.region();
     // SAFETY: the region is mapped readable for its whole length as long as the borrow of `mapping`, and nothing in this
@@ -14,7 +15,7 @@ pub fn bytes(mapping: &Mapping) -> &[u8] {
     unsafe { std::slice::from_raw_parts(region.address() as *const u8, region.len() as usize) }
 }
 
-/// The memory of a bare loop's receiver, which alone reads and writes it.
+/// The memory of a bare loop's receiver, the only one that reads and writes it.
 pub fn bytes_mut(mapping: &mut Mapping) -> &mut [u8] {
     let region = mapping.region();
     // SAFETY: the region is mapped writable for its whole length as long as the borrow of `mapping`, which is exclusive; no
@@ -22,7 +23,8 @@ pub fn bytes_mut(mapping: &mut Mapping) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(region.address() as *mut u8, region.len() as usize) }
 }
 
-/// Sets how many bytes must wait in a socket before a read returns or `poll(2)` calls it readable (SO_RCVLOWAT, socket(7)).
+/// Sets how many bytes must be in a socket before a read returns or `poll(2)` reports it as readable (SO_RCVLOWAT,
+/// socket(7)).
 ///
 /// # Errors
 /// What `setsockopt(2)` says.

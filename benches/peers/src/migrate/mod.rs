@@ -1,4 +1,4 @@
-//! `ramwire-bench migrate`: whole migrations beside other programs' on the same memory, in turns.
+//! `ramwire-bench migrate`: whole migrations compared with other programs' on the same memory, alternately.
 
 pub mod bed;
 mod contestant;
@@ -38,15 +38,15 @@ use crate::sizes;
 pub struct Run {
     /// Wall time in seconds.
     pub seconds: f64,
-    /// Of it, before the first page: connecting, registering memory. Told where that counts, over RDMA.
+    /// Part of it before the first page: connecting, registering memory. Reported where it matters, over RDMA.
     pub setup_seconds: Option<f64>,
-    /// What the sending process cost, where it could be read.
+    /// Cost of the sending process, if it could be read.
     pub source: Option<Cost>,
-    /// What the receiving process cost, where there is one and it could be read.
+    /// Cost of the receiving process, if there is one and it could be read.
     pub destination: Option<Cost>,
-    /// Downtime in ms, where there is such a thing.
+    /// Downtime in ms, if there is one.
     pub downtime_ms: Option<f64>,
-    /// Seconds that a bare populate of the same memory took right before, where the destination has none.
+    /// Seconds that a bare populate of the same memory took directly before, if the destination has no pages.
     pub populate_seconds: Option<f64>,
 }
 
@@ -139,7 +139,7 @@ pub struct MigrateArgs {
     no_verify: bool,
 }
 
-/// A size that both a QEMU and huge pages take.
+/// A size that is valid for both a QEMU and huge pages.
 fn parse_size(text: &str) -> Result<u64, String> {
     let bytes = sizes::bytes(text)?;
     let whole = bytes > 0 && bytes.is_multiple_of(2 << 20);
@@ -147,7 +147,7 @@ fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 impl MigrateArgs {
-    /// Memory that only its process has is either in the page tables or not there.
+    /// Memory that only its process has is either in the page tables or not present.
     fn check(&self) -> Result<(), BenchError> {
         match (self.memory, self.populated) {
             (Memory::Huge, Populated::Backed) => Err(BenchError::NotBacked),
@@ -256,7 +256,7 @@ fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchErro
     let default = [Against::Qemu { version: "10.0", channels: 0 }, Against::Floor(Pattern::Stream)];
     let given = args.against.as_deref().unwrap_or(&default);
     let against = || std::iter::once(Against::Ramwire(way)).chain(given.iter().copied());
-    // Found before the memory is filled.
+    // Checked before the memory is filled.
     let found = against().map(|one| Mover::of(one, args)).collect::<Result<Vec<_>, _>>()?;
     let bed = Bed::make(&args.memory_dir, args.ram, args.fill, args.populated, args.memory)?;
     let mut movers = Vec::new();
@@ -285,7 +285,7 @@ fn name_of(value: &impl clap::ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
-/// `pairs` rounds in which every one of `movers` runs once; every other round goes backwards. One row per round.
+/// `pairs` rounds in which every one of `movers` runs once; every other round has the reverse order. One row per round.
 fn turns(
     pairs: u32,
     movers: usize,

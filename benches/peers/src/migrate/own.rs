@@ -1,6 +1,6 @@
-//! ramwire's own run: two sessions in two processes, as an embedder or the command would hold them.
+//! ramwire's own run: two sessions in two processes, as in an embedder or the command.
 //!
-//! Nobody writes the memory and no dirty log runs, as with the stopped QEMUs it is compared with.
+//! No guest writes the memory and no dirty log runs, as with the stopped QEMUs that it is compared with.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,7 +25,7 @@ use super::cost::Cost;
 use super::peer::{Peer, Role};
 use crate::BenchError;
 
-/// A machine without devices. Nobody but the migration touches its memory.
+/// A VM without devices. Only the migration accesses its memory.
 pub fn standing_still() -> TestMachine {
     TestMachine::default().keeping_memory()
 }

@@ -1,7 +1,7 @@
-//! The other process of a run: this program once more, told over its standard output.
+//! The other process of a run: another process of this program, which reports on its standard output.
 //!
-//! It maps its memory, listens, says `ready ADDRESS`, serves one connection and says what it cost as a JSON
-//! line. Its processor time counts from ready on, so that starting and populating are left out.
+//! It maps its memory, listens, prints `ready ADDRESS`, serves one connection and prints its cost as a JSON line. Its
+//! processor time counts from ready on, so that starting and populating are left out.
 
 use std::io;
 use std::net::TcpListener;
@@ -19,7 +19,7 @@ use super::own::{self, Way};
 use crate::BenchError;
 use crate::output::result_line;
 
-/// Longest time a run may take to say anything: populating and moving far more memory than a machine has.
+/// Longest time until a run prints something: enough to populate and move far more memory than a machine has.
 const RUN_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// What the other process does.
@@ -92,7 +92,7 @@ fn cost() -> Result<Cost, BenchError> {
     Cost::own().map_err(failed("counting its cost"))
 }
 
-/// Serves a bare loop; what this process had cost when it was ready.
+/// Serves a bare loop; returns this process's cost when it was ready.
 fn serve_loop(floor: Floor, mapping: &mut Mapping) -> Result<Cost, BenchError> {
     let listener = TcpListener::bind("127.0.0.1:0").map_err(failed("listening"))?;
     let port = listener.local_addr().map_err(failed("listening"))?.port();
@@ -120,7 +120,7 @@ fn failed(doing: &'static str) -> impl Fn(io::Error) -> BenchError {
     move |source| BenchError::Io { who: "the other process".into(), doing, source }
 }
 
-/// The other process, seen from this one; killed if it was not waited for.
+/// The other process, as seen from this one; killed if it was not awaited.
 #[derive(Debug)]
 pub struct Peer {
     child: Child,
@@ -141,7 +141,7 @@ impl Peer {
         Self::start_with(role, bed, &more)
     }
 
-    /// Starts one that takes a migration over RDMA, at the address `host` of a device.
+    /// Starts one that receives a migration over RDMA, at the address `host` of a device.
     ///
     /// # Errors
     /// [`BenchError`].
@@ -182,7 +182,7 @@ impl Peer {
         self.child.id()
     }
 
-    /// Waits for its end and reads what it cost.
+    /// Waits for its end and reads its cost.
     ///
     /// # Errors
     /// [`BenchError`].
@@ -215,7 +215,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // Both fail for a process that was waited for.
+        // Both calls fail for a process that was already reaped.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! What a bench prints: a table for people, one object for programs.
+//! The output of a bench: a table as text, or one JSON object.
 
 use std::fmt::Write;
 
@@ -10,19 +10,19 @@ use crate::plot::{self, Axis, Bar, PlotError};
 
 const GB: f64 = 1e9;
 
-/// Two destinations' memory differs too much for a pair if populating it took so many times as long.
+/// The memory of two destinations is not comparable if populating one took this many times as long.
 const UNLIKE: f64 = 1.2;
 
-/// What all runs have in common.
+/// Common settings of all runs.
 #[derive(Clone, Debug, Serialize)]
 pub struct Setting {
     /// Bytes of guest RAM that each run moves.
     pub ram_bytes: u64,
     /// What the memory holds.
     pub fill: String,
-    /// What the memory was before each run, as `--populated` says it.
+    /// The state of the memory before each run, as given by `--populated`.
     pub populated: String,
-    /// What the destination's memory was, as `--memory` says it.
+    /// The kind of the destination's memory, as given by `--memory`.
     pub memory: String,
     /// Whether the destination's memory was compared after each contestant's first run.
     pub verified: bool,
@@ -31,7 +31,7 @@ pub struct Setting {
 /// One contestant's figures over all rounds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Contestant {
-    /// Its name in `--against`, with a bare loop's buffer behind it; ramwire's first.
+    /// Its name in `--against`, followed by a bare loop's buffer; ramwire's first.
     pub name: String,
     /// Bytes of guest RAM a second, in GB (10^9).
     pub gb_per_s: Option<Median>,
@@ -43,19 +43,19 @@ pub struct Contestant {
     pub destination_cpu_s_per_gb: Option<Median>,
     /// Page faults per GB of guest RAM, both processes together.
     pub page_faults_per_gb: Option<Median>,
-    /// Downtime in ms, where there is such a thing.
+    /// Downtime in ms, if there is one.
     pub downtime_ms: Option<Median>,
-    /// GB a second of a bare populate before each run, where the destination has no memory yet.
+    /// GB a second of a bare populate before each run, if the destination has no memory yet.
     pub populate_gb_per_s: Option<Median>,
-    /// ramwire's throughput over this contestant's, of the same round.
+    /// ramwire's throughput divided by this contestant's in the same round.
     pub throughput_ratio: Option<Median>,
-    /// ramwire's processor time over this contestant's, of the same round.
+    /// ramwire's processor time divided by this contestant's in the same round.
     pub cpu_ratio: Option<Median>,
     /// The same of the sending processes alone.
     pub source_cpu_ratio: Option<Median>,
-    /// Rounds that count for no ratio, since the populates before the two runs differ by more than 20 %.
+    /// Rounds that are excluded from the ratios, since the populates before the two runs differ by more than 20 %.
     pub pairs_dropped: usize,
-    /// Every round, so that others can compute what they like.
+    /// Every round, so that other figures can be computed.
     pub runs: Vec<Run>,
 }
 
@@ -93,7 +93,7 @@ impl Contestant {
 pub struct Report {
     /// Version of this object's layout.
     pub version: u32,
-    /// What all runs have in common.
+    /// Common settings of all runs.
     #[serde(flatten)]
     pub setting: Setting,
     /// Processors this process may use.
@@ -105,7 +105,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Puts the runs together: `runs` has one column per name and one row per round, ramwire's first.
+    /// Combines the runs: `runs` has one column per name and one row per round, ramwire's first.
     pub fn new(setting: Setting, names: &[String], rounds: &[Vec<Run>]) -> Self {
         let column = |at: usize| rounds.iter().filter_map(|round| round.get(at).copied()).collect::<Vec<_>>();
         let gigabytes = setting.ram_bytes as f64 / GB;
@@ -199,7 +199,7 @@ impl Report {
         plot::bars(&title, Axis { label: "GB/s", logarithmic: false, tick: plot::plain }, &bars)
     }
 
-    /// How fast the host gave memory before each run: figures of an unpopulated destination mean little without.
+    /// How fast the host supplied memory before each run: figures of an unpopulated destination mean little without it.
     fn add_populates(&self, out: &mut String) {
         for one in &self.contestants {
             if let Some(populate) = one.populate_gb_per_s {

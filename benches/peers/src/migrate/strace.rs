@@ -1,4 +1,4 @@
-//! System calls of foreign processes, counted by strace(1) in a run of its own, so that it disturbs no timing.
+//! System calls of other processes, counted by strace(1) in a run of its own, so that it does not affect timing.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,10 +12,10 @@ use serde::Serialize;
 use super::watch::Watcher;
 use crate::BenchError;
 
-/// Longest time until a process is attached to.
+/// Longest time until strace is attached to a process.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(20);
 /// How a verbs library rings a doorbell by a system call: `IB_USER_VERBS_CMD_POST_SEND` (28) in the first byte of a
-/// write(2) to the device (ib_user_verbs.h). Devices with doorbells of their own need no call.
+/// write(2) to the device (ib_user_verbs.h). Devices with their own doorbells need no call.
 const POST_SEND: &str = "\"\\x1c\\x00\\x00\\x00\"";
 
 /// System calls of one process during a migration.
@@ -23,18 +23,18 @@ const POST_SEND: &str = "\"\\x1c\\x00\\x00\\x00\"";
 pub struct Calls {
     /// All of them.
     pub total: u64,
-    /// Of these, doorbells of a verbs device: each tells it of one new chain of requests.
+    /// Of these, doorbells of a verbs device: each posts one new chain of requests.
     pub doorbells: u64,
     /// By name.
     pub by_name: BTreeMap<String, u64>,
 }
 
 impl Calls {
-    /// Reads what `strace -f -xx -s 4` wrote.
+    /// Parses the output of `strace -f -xx -s 4`.
     fn parse(log: &str) -> Self {
         let mut calls = Self::default();
         for line in log.lines() {
-            // `PID name(arguments...`; ends of calls that were cut in two begin with `<`, signals with `-`, exits with `+`.
+            // `PID name(arguments...`; ends of split calls begin with `<`, signals with `-`, exits with `+`.
             let line = line.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start();
             let Some((name, arguments)) = line.split_once('(') else { continue };
             if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
@@ -48,12 +48,12 @@ impl Calls {
     }
 }
 
-/// Counts what two processes call while they migrate.
+/// Counts the system calls of two processes while they migrate.
 #[derive(Debug)]
 pub struct Strace {
     folder: PathBuf,
     running: Vec<(Child, PathBuf)>,
-    /// Source's and destination's calls, once it has ended.
+    /// Source's and destination's calls, after the end.
     calls: Vec<Calls>,
 }
 
@@ -73,7 +73,7 @@ impl Strace {
         }
     }
 
-    /// The source's calls and the destination's, of a run that has ended.
+    /// The source's calls and the destination's, for a run that has ended.
     pub fn into_calls(mut self) -> Vec<Calls> {
         std::mem::take(&mut self.calls)
     }
@@ -99,14 +99,14 @@ impl Strace {
 
 impl Watcher for Strace {
     fn begin(&mut self, source: u32, destination: u32) -> Result<(), BenchError> {
-        // The source may be this process: once it is watched, whatever it starts is watched too.
+        // The source may be this process: once it is traced, its new children are traced too.
         self.attach(destination)?;
         self.attach(source)
     }
 
     fn end(&mut self) -> Result<(), BenchError> {
         for (mut child, log) in self.running.drain(..).rev() {
-            // It lets go of the process and writes the rest of its log.
+            // strace detaches from the process and writes the rest of its log.
             interrupt(&child);
             child.wait().map_err(failed("ending"))?;
             let text = std::fs::read_to_string(&log).map_err(failed("reading its log"))?;

@@ -1,8 +1,8 @@
-//! Somebody who watches two processes migrate, from beside.
+//! An observer of two migrating processes.
 
 use crate::BenchError;
 
-/// Told when a migration between two processes begins and when it has ended.
+/// Called when a migration between two processes begins and when it has ended.
 pub trait Watcher {
     /// Source and destination are ready, and the migration is about to begin.
     ///
@@ -17,7 +17,7 @@ pub trait Watcher {
     fn end(&mut self) -> Result<(), BenchError>;
 }
 
-/// Nobody: for timing.
+/// No observer: for timing.
 pub struct Unwatched;
 
 impl Watcher for Unwatched {

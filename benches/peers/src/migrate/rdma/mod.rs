@@ -1,7 +1,8 @@
-//! `ramwire-bench migrate --transport rdma`: ours and QEMU's migrations over one device, beside bare RDMA WRITEs.
+//! `ramwire-bench migrate --transport rdma`: ours and QEMU's migrations over one device, compared with bare RDMA
+//! WRITEs.
 //!
-//! All contestants run in turns on the same memory, as over TCP. What the device itself costs is the same for all and
-//! hides what a program costs, so the programs' own costs are counted too: processor time outside of the kernel in
+//! All contestants run alternately on the same memory, as over TCP. The cost of the device itself is the same for all
+//! and hides that of a program, so the programs' own costs are counted too: processor time outside of the kernel in
 //! every run, system calls and requests in one more run each that is not timed.
 
 mod ours;
@@ -27,11 +28,11 @@ use report::Counted;
 
 pub use report::Report;
 
-/// Somebody who moves the memory over RDMA.
+/// A program that migrates the memory over RDMA.
 enum Mover {
     Ours(Ours),
     Qemu(Qemu),
-    /// Bare WRITEs of 1 MiB, as many bytes as there are of RAM.
+    /// Bare WRITEs of 1 MiB, as many bytes as the RAM has.
     IbWriteBw(perftest::Device),
 }
 
@@ -71,7 +72,7 @@ impl Mover {
         }
     }
 
-    /// One more run that nobody times.
+    /// One more run, without timing.
     fn count(&self, bed: &Bed) -> Result<Option<Counted>, BenchError> {
         bed.renew()?;
         let mut strace = Strace::new(bed.folder().to_owned())?;

@@ -29,12 +29,12 @@ use crate::{BenchError, migrate::Run};
 pub struct Ours {
     /// An address of the device.
     pub host: String,
-    /// What is asked of the connection.
+    /// Options of the connection.
     pub options: RdmaOptions,
 }
 
 impl Ours {
-    /// Migrates the bed's memory to another process. With `posted` its requests are counted on the way.
+    /// Migrates the bed's memory to another process. With `posted` its requests are counted.
     ///
     /// # Errors
     /// [`BenchError`].

@@ -1,4 +1,4 @@
-//! What a bench over RDMA prints.
+//! The output of a bench over RDMA.
 
 use std::fmt::Write;
 
@@ -14,19 +14,19 @@ use crate::plot::{self, Axis, Bar, PlotError};
 const GB: f64 = 1e9;
 const MB: f64 = 1e6;
 
-/// What one run that was not timed called and posted.
+/// Calls and posted requests of one run without timing.
 #[derive(Clone, Debug, Serialize)]
 pub struct Counted {
     /// The source's system calls.
     pub source: Calls,
     /// The destination's.
     pub destination: Calls,
-    /// Requests the source posted, where its program tells. A QEMU posts one for each doorbell.
+    /// Requests that the source posted, if its program reports them. A QEMU posts one for each doorbell.
     pub requests: Option<u64>,
 }
 
 impl Counted {
-    /// Of two processes; `None` unless there are two.
+    /// For two processes; `None` unless there are two.
     pub fn new(calls: Vec<Calls>, requests: Option<u64>) -> Option<Self> {
         let [source, destination] = <[Calls; 2]>::try_from(calls).ok()?;
         Some(Self { source, destination, requests })
@@ -49,12 +49,12 @@ pub struct Contestant {
     pub downtime_ms: Option<Median>,
     /// Processor seconds in the program per GB of guest RAM: source, destination.
     pub user_s_per_gb: [Option<Median>; 2],
-    /// Processor seconds in the kernel per GB, which on a software device holds the device's own work.
+    /// Processor seconds in the kernel per GB, which for a software device include the device's own work.
     pub system_s_per_gb: [Option<Median>; 2],
-    /// ramwire's throughput over this contestant's, of the same round: of whole migrations; where the contestant has
+    /// ramwire's throughput divided by this contestant's in the same round: of whole migrations; if the contestant has
     /// no setup, ramwire's from its first page on.
     pub throughput_ratio: Option<Median>,
-    /// ramwire's processor time in the program, both ends, over this contestant's, of the same round.
+    /// ramwire's processor time in the program, both ends, divided by this contestant's in the same round.
     pub user_ratio: Option<Median>,
     /// System calls and requests of one more run.
     pub counted: Option<Counted>,
@@ -90,7 +90,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Puts the runs together: `rounds` has one row per round with one run per name, ramwire's first.
+    /// Combines the runs: `rounds` has one row per round with one run per name, ramwire's first.
     pub fn new(
         args: &MigrateArgs,
         host: &str,
@@ -184,7 +184,7 @@ impl Report {
         plot::bars(&title, Axis { label: "MB/s", logarithmic: false, tick: plot::plain }, &bars)
     }
 
-    /// What was counted, per GB of guest RAM.
+    /// The counts, per GB of guest RAM.
     fn counts(&self, out: &mut String) {
         let counted =
             |contestant: &'_ Contestant| Some((contestant.name.clone(), contestant.counted.clone()?));
