@@ -1,14 +1,14 @@
-//! What all errors of this library have in common: their remedies, and how a whole chain of them is told.
+//! Common parts of this library's errors: their remedies, and the text of a whole chain of errors.
 
 use std::error::Error;
 use std::fmt;
 
-/// What would help against an error. Its text speaks of this library's settings; a program that has names of its own for
-/// them, as the command's options, tells those beside it.
+/// The remedy for an error. Its text names this library's settings; a program with names of its own for them, such as
+/// the command's options, adds those.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Remedy {
-    /// Nothing that a setting of this library changes: this text says what to do.
+    /// No setting of this library helps: this text is the advice.
     Advice(&'static str),
     /// A longer [`StreamOptions::stall`](crate::transport::StreamOptions::stall) or `stall_timeout`.
     RaiseStallTimeout,
@@ -16,11 +16,11 @@ pub enum Remedy {
     RaiseFinishTimeout,
     /// A longer `greeting_timeout`.
     RaiseGreetingTimeout,
-    /// A higher limit on the RAM that a destination takes.
+    /// A higher limit on the RAM that a destination accepts.
     RaiseRamLimit,
-    /// A guest that writes too fast: more bandwidth, more downtime, deltas, throttling, or an end by force.
+    /// For a guest that writes too fast: more bandwidth, more downtime, deltas, throttling, or a forced end.
     HelpConvergence,
-    /// Page channels are written in another way for each version of QEMU: which peer is it?
+    /// The peer's version: the format of page channels depends on the version of QEMU.
     NamePeer,
     /// As many page channels as the source has.
     AskForChannels,
@@ -34,13 +34,13 @@ pub enum Remedy {
     CopyPagesOrAskForChannels,
     /// Pages copied into the sockets, or no compression.
     CopyPagesOrDropCompression,
-    /// Who may connect.
+    /// The hosts that may connect.
     AllowPeers,
     /// The name that the destination's certificate is for.
     NameTlsHost,
     /// TLS at both ends, or at none.
     AlignTls,
-    /// The names of the sources that may come in.
+    /// The names of the sources that may connect.
     ListTlsClients,
 }
 
@@ -71,8 +71,8 @@ impl fmt::Display for Remedy {
     }
 }
 
-/// An error and all of its causes in one line. The errors of this library tell what their own level knows; each cause is
-/// behind [`Error::source`], and in no other text.
+/// An error and all its causes in one line. The text of each error of this library contains only what its own level
+/// knows; its cause is in [`Error::source`] and in no other text.
 #[derive(Clone, Copy, Debug)]
 pub struct Chain<'a>(pub &'a (dyn Error + 'static));
 

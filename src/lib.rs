@@ -1,10 +1,11 @@
 //! `ramwire` moves the RAM of a running virtual machine to another host, in QEMU's own migration stream. Either end may
 //! be a stock QEMU (7.2, 10.0 and 11.1 are tested).
 //!
-//! A VMM hands over its guest's memory ([`guest::GuestMemory`]), what knows of writes to it ([`guest::DirtySource`]), its
-//! control ([`guest::GuestControl`]) and a connection ([`transport`]), and gets a handle
-//! ([`session::MigrationHandle`]). Dirty pages are sent in rounds while the guest runs; then it is paused, the rest is sent, and
-//! ownership passes to the destination at one moment. Before it every failure leaves the guest running at its source.
+//! A VMM hands over its guest's memory ([`guest::GuestMemory`]), the sources that report writes to it
+//! ([`guest::DirtySource`]), its control ([`guest::GuestControl`]) and a connection ([`transport`]), and receives a
+//! handle ([`session::MigrationHandle`]). Dirty pages are sent in rounds while the guest runs; then it is paused, the
+//! rest is sent, and ownership passes to the destination at one moment. Before it every failure leaves the guest
+//! running at its source.
 //!
 //! # A migration in one process
 //!
@@ -55,8 +56,8 @@
 //! # }
 //! ```
 //!
-//! `docs/examples/embed.rs` shows a VMM with its own memory, dirty bitmap and control; `docs/examples/tiny-vmm` one with KVM;
-//! `docs/embedding.md` what a VMM must keep to.
+//! `docs/examples/embed.rs` shows a VMM with its own memory, dirty bitmap and control; `docs/examples/tiny-vmm` one
+//! with KVM; `docs/embedding.md` describes the rules for a VMM.
 //!
 //! # The parts
 //!
@@ -64,10 +65,10 @@
 //!
 //! | layer | module | duty |
 //! |-------|--------|------|
-//! | 4 | [`session`] | threads that do what the engines decide |
-//! | 3 | `page` | which page is next, and as what it travels |
+//! | 4 | [`session`] | threads that perform the engines' decisions |
+//! | 3 | `page` | which page is next, and in which form it is sent |
 //! | 3 | `engine` | what happens next: state machines without socket, clock or thread |
-//! | 3 | [`transport`] | how bytes and pages leave and enter |
+//! | 3 | [`transport`] | sending and receiving of bytes and pages |
 //! | 2 | [`guest`] | memory, dirty sources, control of a VM |
 //! | 2 | `stream` | QEMU's migration stream: bytes in, values out |
 //! | 1 | [`ram`] | blocks, bitmaps, runs, batches |
@@ -77,11 +78,11 @@
 //!
 //! # What is stable
 //!
-//! The stream is: what goes to a QEMU is QEMU's, and two ramwires of different versions agree by the greeting. The API is
-//! not before 1.0. `engine`, `page` and `stream`, and the tools of the tests, are the library's own: feature `testing`
-//! shows them, and they change whenever the work needs it. What a VMM needs of them is named by [`session`] and
-//! [`transport`]. Settings, options, figures and most enums are `#[non_exhaustive]`: take the default and set fields, and
-//! match with a rest. `docs/api/` lists every public item; a change of it is seen in a diff.
+//! The stream is stable: towards a QEMU it is QEMU's format, and two ramwires of different versions negotiate in the
+//! greeting. The API is not stable before 1.0. `engine`, `page` and `stream`, and the test tools, are internal: feature
+//! `testing` exposes them, and they may change at any time. [`session`] and [`transport`] re-export the parts that a
+//! VMM needs. Settings, options, figures and most enums are `#[non_exhaustive]`: start from the default and set fields,
+//! and match with a wildcard. `docs/api/` lists every public item, so that a diff shows every change.
 //!
 //! # Features
 //!
@@ -92,7 +93,7 @@
 //! | `tls` | TLS for `tcp:` and `unix:` (`transport::Tls`), as QEMU's `tls-creds-x509` | a C compiler |
 //! | `vm-memory` | RAM blocks over the memory of rust-vmm's `vm-memory` | |
 //! | `cli` | the command `ramwire`; brings `testing` | |
-//! | `testing` | a guest without a machine (`guest::synthetic`), links that fail on purpose, and the inner modules | |
+//! | `testing` | a guest without a VM (`guest::synthetic`), links that fail on purpose, and the internal modules | |
 //!
 //! All are on by default; an embedder turns `cli` off. Every build needs libclang, for the bindings of userfaultfd.
 //!

@@ -1,6 +1,6 @@
-//! Numbers with units, so that a page is never taken for a byte.
+//! Numbers with units, so that a page number can't be mistaken for a byte offset.
 //!
-//! Every conversion between the units stands here and fails instead of wrapping.
+//! All conversions between the units are here; they fail instead of wrapping.
 
 use std::fmt;
 use std::time::Duration;
@@ -75,7 +75,7 @@ impl PageSize {
         self.shift as u32
     }
 
-    /// The only road from pages to bytes. `None` if the result exceeds `u64`.
+    /// The only conversion from pages to bytes. `None` if the result exceeds `u64`.
     pub const fn offset_of(self, page: PageIndex) -> Option<BlockOffset> {
         match page.0.checked_mul(self.bytes()) {
             Some(bytes) => Some(BlockOffset(bytes)),
@@ -88,7 +88,7 @@ impl PageSize {
         PageIndex(offset.0 >> self.shift)
     }
 
-    /// Pages needed to hold `bytes`, the last one perhaps in part.
+    /// Pages needed to hold `bytes`; the last one may be partial.
     pub const fn pages_in(self, bytes: u64) -> u64 {
         (bytes >> self.shift) + if bytes & (self.bytes() - 1) != 0 { 1 } else { 0 }
     }

@@ -30,7 +30,7 @@ fn check_summary(summary: &Value) -> u64 {
     count
 }
 
-/// The files of one measurement hold as many samples as its figures say.
+/// The files of one measurement hold as many samples as its figures state.
 fn check_files(prefix: &Path, name: &str, count: u64, corrected: bool) {
     let file = |suffix: &str| {
         let path = format!("{}{suffix}", prefix.display());

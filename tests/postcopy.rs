@@ -130,7 +130,7 @@ struct Destination {
 }
 
 impl Destination {
-    /// Listens, and receives what comes.
+    /// Listens, and receives a guest.
     fn start(expected: Vec<u8>, threads: usize) -> Self {
         Self::in_memory(Kind::Memfd, expected, threads)
     }

@@ -4,7 +4,7 @@
 
 use std::process::Command;
 
-/// The example's program; `cargo test` builds it beside the tests.
+/// The example's program; `cargo test` builds it next to the tests.
 fn tiny_vmm(arguments: &[&str]) -> String {
     let deps = std::env::current_exe().unwrap();
     let program = deps.ancestors().nth(2).unwrap().join("examples/tiny-vmm");

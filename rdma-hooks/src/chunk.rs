@@ -95,12 +95,12 @@ impl Merger {
         }
     }
 
-    /// Hands out what is pending.
+    /// Returns the pending run.
     pub fn take(&mut self) -> Option<Run> {
         self.pending.take()
     }
 
-    /// What is pending.
+    /// The pending run.
     pub fn pending(&self) -> Option<&Run> {
         self.pending.as_ref()
     }
@@ -230,7 +230,7 @@ impl<L> SpanTable<L> {
     ///
     /// # Errors
     ///
-    /// [`AllBusy`]: every span is in use; try again when a write has completed.
+    /// [`AllBusy`]: every span is in use; retry when a write has completed.
     pub fn victim(&self, bytes: u64) -> Result<Option<SpanId>, AllBusy> {
         match self.budget_bytes {
             Some(budget) if self.pinned_bytes.saturating_add(bytes) > budget && self.pinned_bytes > 0 => {

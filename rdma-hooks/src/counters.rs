@@ -35,7 +35,7 @@ pub struct Counters {
     pub stream_bytes: u64,
     /// Probes of a quiet peer.
     pub probes: u64,
-    /// Looks at the completion queues.
+    /// Polls of the completion queues.
     pub polls: u64,
     /// Sleeps until the device reports an event; each costs a few system calls.
     pub waits: u64,
@@ -84,7 +84,7 @@ impl AddAssign for Counters {
 impl Sub for Counters {
     type Output = Self;
 
-    /// What was counted since `earlier`.
+    /// The counts since `earlier`.
     fn sub(self, earlier: Self) -> Self {
         self.with(earlier, u64::saturating_sub)
     }

@@ -36,7 +36,7 @@ pub enum ExchangeError {
     /// READY before the answer that is due.
     #[error("peer sent READY before its {missing:?}")]
     ReadyBeforeReply {
-        /// What is due.
+        /// The expected answer.
         missing: Kind,
     },
     /// A message that is not allowed in this state.
@@ -107,7 +107,7 @@ impl Sender {
     ///
     /// # Errors
     ///
-    /// Any message but a READY or the answer that is due.
+    /// Any message other than a READY or the expected answer.
     pub fn on_arrival(&mut self, kind: Kind) -> Result<SenderEvent, ExchangeError> {
         match kind {
             Kind::Error => Err(ExchangeError::PeerFailed),

@@ -6,7 +6,7 @@
 //!
 //! # Rules every fabric keeps
 //!
-//! - What is posted on one endpoint takes effect at the peer in order; there is no order between endpoints.
+//! - Requests posted on one endpoint take effect at the peer in order; there is no order between endpoints.
 //! - A completion of a signalled request also completes everything posted before it on that endpoint.
 //! - No call waits longer than its argument allows, and none longer than [`TICK`](crate::stop::TICK) without looking at
 //!   its [`Stop`].
@@ -71,7 +71,7 @@ impl fmt::Debug for Registration {
 ///
 /// # Errors
 ///
-/// The registration's.
+/// The registration's error.
 pub(crate) fn register_resident_or_on_demand<T>(
     offered: bool,
     mut register: impl FnMut(bool) -> Result<T, FabricError>,
@@ -120,7 +120,7 @@ pub enum Completion {
     },
     /// A request failed; everything after it will fail too.
     Failed {
-        /// What was posted.
+        /// The posted request.
         operation: Operation,
         /// How it ended.
         status: CompletionStatus,
@@ -173,7 +173,7 @@ pub trait Fabric: Send + Sync {
     ///
     /// # Errors
     ///
-    /// Whatever kept the connection from being made, with the step's name.
+    /// The reason why the connection could not be made, with the step's name.
     fn connect(
         &self,
         host: &str,
@@ -216,7 +216,7 @@ pub trait Incoming: Send {
     ///
     /// # Errors
     ///
-    /// Whatever kept the connection from being made.
+    /// The reason why the connection could not be made.
     fn accept(self: Box<Self>, params: &ConnectParams, stop: &Stop)
     -> Result<Box<dyn Endpoint>, FabricError>;
 }
@@ -268,7 +268,7 @@ pub trait Endpoint: Send {
     /// [`FabricError::QueueFull`], [`FabricError::Verb`].
     fn post_send(&mut self, id: u64, parts: &[&[u8]]) -> Result<(), FabricError>;
 
-    /// Appends what has completed; never waits.
+    /// Appends the completions; never waits.
     ///
     /// # Errors
     ///

@@ -162,7 +162,7 @@ pub enum HooksError {
         queue: usize,
         /// As received.
         got: u32,
-        /// The round under way.
+        /// The current round.
         want: u32,
     },
     /// In an open round the source has sent no message and, as far as this end's device reports, no write.
@@ -191,7 +191,7 @@ impl From<FabricError> for HooksError {
     }
 }
 
-/// Whose doing a failure is.
+/// Which side caused a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Blame {
     /// The embedder's or this host's.
@@ -205,7 +205,7 @@ pub enum Blame {
 }
 
 impl HooksError {
-    /// Whose doing it is.
+    /// Which side caused it.
     pub fn blame(&self) -> Blame {
         match self {
             Self::Fabric(error) => match error {

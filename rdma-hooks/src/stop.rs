@@ -84,7 +84,7 @@ impl Stop {
 
     /// # Errors
     ///
-    /// Why the wait is over. A cancel outranks a deadline.
+    /// The reason why the wait ended. A cancel outranks a deadline.
     pub fn check(&self, now: Instant) -> Result<(), Stopped> {
         if self.cancel.is_cancelled() {
             return Err(Stopped::Cancelled);

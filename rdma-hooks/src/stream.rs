@@ -135,7 +135,7 @@ impl StreamSender {
         Ok(())
     }
 
-    /// Sends what is buffered.
+    /// Sends the buffered bytes.
     pub(crate) fn flush(&mut self, stop: &Stop) -> Result<(), HooksError> {
         if self.buffer.is_empty() {
             return Ok(());

@@ -26,7 +26,7 @@ pub(super) fn run(args: &Args) -> Exit {
     Exit::Done
 }
 
-/// What was found.
+/// The devices that were found.
 struct Found {
     /// The address that a guest can be sent to and from, or why there is none, with the remedy.
     usable: Result<String, String>,

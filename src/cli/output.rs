@@ -135,7 +135,7 @@ pub(super) fn result(text: Arguments<'_>) {
 /// Prints the product of a command, such as completions: without it the command has failed.
 ///
 /// # Errors
-/// What writing says.
+/// The error of the write.
 pub(super) fn product(text: &[u8]) -> io::Result<()> {
     // On a terminal, earlier notes come before it.
     flush();

@@ -35,7 +35,7 @@ impl SlowLink {
     /// A link to `far`, reached at [`address`](Self::address).
     ///
     /// # Errors
-    /// What the kernel says to a socket or a thread.
+    /// The kernel's error for a socket or a thread.
     pub(super) fn to(far: SocketAddr, rate: Rate) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         SockRef::from(&listener).set_recv_buffer_size(INSIDE)?;

@@ -35,7 +35,7 @@ fn counted(count: &PageCounts) -> String {
 /// has fewer channels than the other has moved no page on the missing ones.
 ///
 /// # Errors
-/// [`LostPages`] of the first way that differs.
+/// [`LostPages`] of the first channel that differs.
 pub fn compare_counts(sent: &[PageCounts], placed: &[PageCounts]) -> Result<(), LostPages> {
     for at in 0..sent.len().max(placed.len()) {
         let of = |counts: &[PageCounts]| counts.get(at).copied().unwrap_or_default();

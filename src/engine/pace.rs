@@ -62,7 +62,7 @@ impl Pace {
         let ahead = self.paid_until.saturating_sub(now);
         match (self.by, self.limit.get()) {
             (_, None) => Duration::ZERO,
-            // The time ahead of the clock stands for a number of bytes: at another limit they take another time.
+            // The time ahead of the clock represents a number of bytes: at another limit they take another time.
             (Some(by), Some(limit)) if by != limit => {
                 limit.time_for(by.bytes_in(ahead)).unwrap_or(Duration::ZERO)
             }

@@ -28,7 +28,7 @@ pub use flow::{RelayFlow, Traffic};
 pub enum RelayEvent {
     /// The guest's last page has arrived: the guest is stopped at its source.
     RamComplete,
-    /// The device state has come.
+    /// The device state has arrived.
     StateArrived,
     /// The far end has received everything and is ready to take over the guest.
     FarReady,

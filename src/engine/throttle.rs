@@ -204,7 +204,7 @@ impl Throttler {
         RestShare::new(rests.iter().copied().max().unwrap_or(0))
     }
 
-    /// vCPUs that may have been told to rest.
+    /// vCPUs that may have a rest set.
     pub fn vcpu_count(&self) -> usize {
         self.vcpus.as_ref().map_or(0, |vcpus| vcpus.rests.len())
     }

@@ -10,13 +10,13 @@ pub trait GuestControl: Send {
     /// Stops all vCPUs and every device that writes guest RAM; returns when none of them writes any more.
     ///
     /// # Errors
-    /// The VMM's own; the migration then fails and the guest runs on.
+    /// The VMM's own error; the migration then fails and the guest continues.
     fn pause(&mut self) -> io::Result<()>;
 
     /// Lets the guest run (again). On the destination: for the first time.
     ///
     /// # Errors
-    /// The VMM's own.
+    /// The VMM's own error.
     fn resume(&mut self) -> io::Result<()>;
 
     /// The state of vCPUs and devices: usually `Some(self)`. `None` if there is none: then no device state is sent, and
@@ -61,7 +61,7 @@ pub trait DeviceState {
     /// Writes the state; the guest is paused.
     ///
     /// # Errors
-    /// The VMM's own or the writer's.
+    /// An error of the VMM or of the writer.
     fn save(&mut self, _out: &mut dyn Write) -> io::Result<()> {
         Err(io::Error::new(io::ErrorKind::Unsupported, "this machine can't save its device state"))
     }
@@ -69,7 +69,7 @@ pub trait DeviceState {
     /// Reads what [`save`](Self::save) wrote on the other host; the guest does not run yet.
     ///
     /// # Errors
-    /// The VMM's own or the reader's; the destination then refuses the guest.
+    /// An error of the VMM or of the reader; the destination then refuses the guest.
     fn load(&mut self, _from: &mut dyn Read) -> io::Result<()> {
         Err(io::Error::new(io::ErrorKind::Unsupported, "this machine can't load a device state"))
     }

@@ -26,7 +26,7 @@ pub enum DirtyError {
         source_name: &'static str,
         /// The operation.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
 }

@@ -83,7 +83,7 @@ impl VcpuGate {
     /// millisecond until then.
     ///
     /// # Errors
-    /// `TimedOut` if some don't stand still `within` that time; the gate stays closed.
+    /// `TimedOut` if some are not paused `within` that time; the gate stays closed.
     pub fn close(&self, within: Duration, mut kick: impl FnMut()) -> io::Result<()> {
         let began = Instant::now();
         let mut state = self.set(Mode::Pause);

@@ -111,7 +111,7 @@ impl PageHints {
     /// the beginning of a sync at most until the current calls end.
     ///
     /// # Errors
-    /// [`HintError`]; the pages then travel as all others.
+    /// [`HintError`]; the pages are then sent like all others.
     pub fn free(&self, epoch: HintEpoch, run: PageRun) -> Result<Hinted, HintError> {
         self.0.table.admit_run(run)?;
         let mut told = self.told();

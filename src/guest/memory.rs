@@ -56,7 +56,7 @@ pub enum GuestError {
         what: &'static str,
         /// The remedy.
         remedy: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
 }

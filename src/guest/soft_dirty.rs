@@ -9,8 +9,7 @@
 //! Memory that is mapped next to a block may be merged with it into one mapping; the kernel then reports the whole
 //! block once.
 //!
-//! Not for shared memory, whose bits get lost when a page is unmapped by reclaim, and not for huge pages,
-//! which have none.
+//! Not for shared memory, whose bits are lost when reclaim unmaps a page, and not for huge pages, which have none.
 
 use std::io;
 use std::ops::Range;

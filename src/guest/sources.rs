@@ -13,7 +13,7 @@ use crate::units::BlockIndex;
 /// pages became dirty that were clean before.
 ///
 /// # Errors
-/// The first source's that fails; what was reported before stays in `dirty`.
+/// The error of the first source that fails; pages reported before stay in `dirty`.
 pub fn sync_all(
     sources: &[Arc<dyn DirtySource>],
     table: &RamBlockTable,

@@ -54,7 +54,7 @@ impl MappedGuest {
     /// ```
     ///
     /// # Errors
-    /// A name's error; [`GuestError`] for memory that can't be used.
+    /// An error of a name; [`GuestError`] for memory that can't be used.
     pub fn of_vm_memory<B: Bitmap + Send + Sync + 'static>(
         memory: &GuestMemoryMmap<B>,
         page: PageSize,

@@ -41,7 +41,7 @@ impl Events {
     /// The next event; waits at most `time`.
     ///
     /// # Errors
-    /// As [`recv`](Self::recv), or none came in time.
+    /// As [`recv`](Self::recv), or none arrived in time.
     pub fn recv_timeout(&self, time: Duration) -> Result<Event, RecvTimeoutError> {
         self.queue.recv_timeout(time).map_err(|error| match error {
             channel::RecvTimeoutError::Timeout => RecvTimeoutError::Timeout,
@@ -53,7 +53,7 @@ impl Events {
     /// unreadable until there is one.
     ///
     /// # Errors
-    /// As [`recv`](Self::recv), or none is there.
+    /// As [`recv`](Self::recv), or there is none.
     pub fn try_recv(&self) -> Result<Event, TryRecvError> {
         let mut taken = self.queue.try_recv();
         if let (Err(channel::TryRecvError::Empty), Some(wake)) = (&taken, self.wake.get()) {

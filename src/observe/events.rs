@@ -31,14 +31,14 @@ pub enum EventKind {
     /// The dirty logs are about to be read (at the source). No hint is accepted any more
     /// ([`PageHints`](crate::guest::PageHints)): a balloon may return pages to its guest.
     SyncBegins {
-        /// The guest stands still.
+        /// The guest is paused.
         last: bool,
     },
     /// The dirty logs were read (at the source). Hints are accepted from here on, except after the last sync.
     Synced {
         /// Number of pages to send.
         dirty_pages: u64,
-        /// The guest stands still.
+        /// The guest is paused.
         last: bool,
     },
     /// A round was closed (at the source).
@@ -81,7 +81,7 @@ pub enum EventKind {
 pub struct NotConverging {
     /// Rounds so far.
     pub rounds: u32,
-    /// What is left to send.
+    /// Bytes left to send.
     pub remaining: u64,
     /// What the guest writes.
     pub written_per_second: u64,

@@ -85,7 +85,7 @@ pub enum Record {
 pub struct Sample {
     /// When.
     pub at_ms: f64,
-    /// Where the migration stands.
+    /// State of the migration.
     pub status: Status,
     /// The current round or the last one; 0 before the first is closed.
     pub round: u32,

@@ -113,7 +113,7 @@ impl Control {
     /// batch of pages is sent, however many pages are dirty, unless it is already paused.
     ///
     /// # Errors
-    /// [`Error::Config`]: the destination was not told that the migration may switch.
+    /// [`Error::Config`]: postcopy was not announced to the destination.
     pub fn start_postcopy(&self) -> Result<(), Error> {
         let mut limits = self.limits();
         if limits.postcopy == Postcopy::NotAnnounced {
@@ -131,7 +131,7 @@ impl Control {
     /// [`recover`](Self::recover) or the [time](super::PostcopySettings::reconnect_timeout) for it ends the wait.
     ///
     /// # Errors
-    /// [`Error::Config`]: the guest was not given away yet, or the migration has ended.
+    /// [`Error::Config`]: the guest was not handed over yet, or the migration has ended.
     pub fn pause(&self) -> Result<(), Error> {
         self.connection.pause()
     }
@@ -163,7 +163,7 @@ impl Control {
     /// reduced to a smaller `max`.
     ///
     /// # Errors
-    /// [`Error::Config`] where the guest can't be slowed down so; nothing has changed.
+    /// [`Error::Config`] if this throttling is not possible; nothing has changed.
     pub fn set_throttling(&self, throttling: Option<ThrottlePolicy>) -> Result<(), Error> {
         let mut limits = self.limits();
         limits.guest.check(throttling)?;
@@ -180,7 +180,7 @@ impl Control {
     /// difference. Copies that still fit stay in it. The last round changes nothing.
     ///
     /// # Errors
-    /// [`Error::Config`]: pages travel by page channels, by RDMA, or by a link of the caller's that has no cache.
+    /// [`Error::Config`]: pages are sent by page channels, by RDMA, or by a link of the caller's without a cache.
     pub fn set_delta_cache(&self, bytes: u64) -> Result<(), Error> {
         let Some(size) = &self.delta_cache else {
             return Err(Error::Config {
@@ -213,7 +213,7 @@ impl Control {
     /// Sets whether the VMM reports how much each vCPU writes.
     ///
     /// # Errors
-    /// [`Error::Config`]: then the guest can't be slowed down as was asked so far.
+    /// [`Error::Config`]: the throttling set so far is then not possible.
     pub(super) fn guest_counts_vcpus(&self, counts: bool) -> Result<(), Error> {
         let mut limits = self.limits();
         limits.guest.counts_vcpus = Some(counts);

@@ -2,8 +2,8 @@
 //!
 //! # Required order
 //!
-//! A cancel and COMMIT are decided under one lock. After an accepted cancel the guest stays
-//! where it is; a cancel that comes too late changes nothing.
+//! A cancel and COMMIT are decided under one lock. After an accepted cancel the guest stays where it is; a cancel that
+//! is too late has no effect.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -71,7 +71,7 @@ impl Canceller {
     }
 }
 
-/// What becomes of a cancel.
+/// Result of a cancel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a cancel that came too late changes nothing: the guest goes to the destination"]
 pub enum CancelReply {

@@ -86,10 +86,10 @@ impl Spawner {
         self.map_watched(name, items, work, || Ok(()))
     }
 
-    /// As [`map`](Self::map), and calls `still_at_it` about once a second while the work goes on.
+    /// As [`map`](Self::map), and calls `still_at_it` about once a second during the work.
     ///
     /// # Errors
-    /// As [`map`](Self::map), and whatever `still_at_it` answers: the work is then left after the items under way.
+    /// As [`map`](Self::map), and the error of `still_at_it`: the work then stops after the current items.
     pub fn map_watched<T: Send + 'static>(
         &self,
         name: &'static str,

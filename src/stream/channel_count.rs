@@ -18,7 +18,8 @@ fn channels(count: u8) -> String {
 }
 
 /// # Errors
-/// [`ChannelMismatch`]: pages of the surplus channels would not be read, or channels that do not exist waited for.
+/// [`ChannelMismatch`]: the pages of surplus channels would not be read, or the destination would wait for channels
+/// that do not exist.
 pub fn agree_on_channels(at_source: u8, at_destination: u8) -> Result<(), ChannelMismatch> {
     if at_source == at_destination { Ok(()) } else { Err(ChannelMismatch { at_source, at_destination }) }
 }

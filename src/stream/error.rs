@@ -30,7 +30,7 @@ pub struct Corrupt {
     /// Offset of the first offending byte, from the start of the input of the function that reports it;
     /// [`DecodeError::based`] turns it into an offset from the start of the stream.
     pub at: u64,
-    /// What is wrong there.
+    /// The fault.
     pub fault: Fault,
 }
 
@@ -101,7 +101,7 @@ pub enum Fault {
     /// A length-prefixed name is empty or no UTF-8.
     #[error("the {what} is empty or no text")]
     Name {
-        /// Whose name it is.
+        /// The named item.
         what: &'static str,
     },
     /// A subsection of the configuration that is not known, or comes twice.
@@ -207,7 +207,7 @@ pub enum Fault {
     /// A valid item at a moment at which it is not allowed.
     #[error("{what} is not legal here: {why}")]
     OutOfOrder {
-        /// What came.
+        /// The received item.
         what: &'static str,
         /// Why not now.
         why: &'static str,
@@ -250,7 +250,7 @@ pub enum Fault {
         name: Box<str>,
         /// Its announced length in bytes.
         length: u64,
-        /// What is wrong with it.
+        /// The problem.
         why: &'static str,
     },
     /// A block that is announced twice.
@@ -301,7 +301,7 @@ pub enum Fault {
         name: Box<str>,
         /// Which field.
         field: &'static str,
-        /// What stands there.
+        /// Its value.
         value: u64,
         /// Why that can't be.
         why: &'static str,

@@ -12,7 +12,7 @@ pub(crate) fn own_thread() -> i32 {
 ///
 /// # Panics
 ///
-/// If it does not within 20 s, or ends before.
+/// If it does not wait within 20 s, or ends before.
 pub(crate) fn until_blocked(thread: i32) {
     let until = Instant::now() + Duration::from_secs(20);
     let path = format!("/proc/self/task/{thread}/syscall");

@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 /// Pages mapped by [`populate`](super::populate) count too.
 ///
 /// # Errors
-/// What the kernel says: the call itself is forbidden.
+/// The kernel's error: the call itself is forbidden.
 pub(crate) fn thread_page_faults() -> io::Result<u64> {
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
     // SAFETY: the kernel fills the structure it is given room for.

@@ -33,10 +33,10 @@ pub enum HandedFaultsError {
          back as they were; ask for that feature by UFFDIO_API"
     )]
     Features,
-    /// The kernel's answer.
+    /// The kernel's error.
     #[error("{doing} failed")]
     Kernel {
-        /// What was tried.
+        /// The failed call.
         doing: &'static str,
         /// The answer.
         source: io::Error,
@@ -103,7 +103,7 @@ impl HandedFaults {
     /// The next event, without waiting for one.
     ///
     /// # Errors
-    /// The kernel's answer.
+    /// The kernel's error.
     pub fn next_event(&self) -> io::Result<Option<HandedEvent>> {
         loop {
             return match self.uffd.read_event() {
@@ -123,7 +123,7 @@ impl HandedFaults {
     /// Places `bytes` at an address of the other process; they are whole pages of its memory there. It wakes no thread.
     ///
     /// # Errors
-    /// The kernel's answer: ENOMEM, ENOSPC.
+    /// The kernel's error: ENOMEM, ENOSPC.
     pub fn place(&self, at: usize, bytes: &[u8]) -> io::Result<Placement> {
         // SAFETY: `bytes` is valid for its length. The target is an address of the process that made the descriptor: the
         // kernel refuses what is not registered there, and fills only pages that are missing, which have no contents.

@@ -161,7 +161,7 @@ impl HostRegion {
     /// caller then writes the bytes through a span, some of them possibly for the second time.
     ///
     /// # Errors
-    /// What pwritev(2) says where a span would fare no better: no memory, no room in the file system.
+    /// The error of pwritev(2), if a span would fail as well: no memory, no room in the file system.
     pub fn write_by_file(&self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<bool> {
         let len = parts.iter().map(|part| part.len() as u64).sum();
         match &self.file {

@@ -56,10 +56,10 @@ impl KvmLog {
         u32::try_from(answer).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Switches a capability on.
+    /// Enables a capability.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub(super) fn enable(&self, capability: &kvm_enable_cap) -> io::Result<()> {
         // SAFETY: KVM_ENABLE_CAP reads one struct kvm_enable_cap.
         self.call(unsafe { libc::ioctl(self.raw(), ENABLE_CAP as _, capability) })
@@ -83,7 +83,7 @@ impl KvmLog {
     /// the `page`, under the last slot number, can't be created where another slot is; if it can, it is removed again.
     ///
     /// # Errors
-    /// EINVAL if the VMM uses the last number itself; what the kernel says.
+    /// EINVAL if the VMM uses the last number itself; the kernel's error.
     pub(crate) fn has_memory_at(&self, slot: u32, guest_addr: u64, page: HostSpan<'_>) -> io::Result<bool> {
         let last = self.check(KVM_CAP_NR_MEMSLOTS)?.saturating_sub(1);
         let mut probe = kvm_userspace_memory_region {
@@ -113,7 +113,7 @@ impl KvmLog {
     /// keeps its memory mapped until the slot is removed.
     ///
     /// # Errors
-    /// EINVAL or EEXIST if the slot is not what it is said to be.
+    /// EINVAL or EEXIST if the slot differs from its description.
     pub(crate) fn set_slot(
         &self,
         slot: u32,

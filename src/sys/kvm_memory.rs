@@ -24,7 +24,8 @@ impl KvmMemory {
     /// Maps `len` bytes of `region` from `offset` on into the guest at `guest_addr`, as slot number `slot`.
     ///
     /// # Errors
-    /// InvalidInput outside the region; EEXIST where the slot or the addresses are taken; EINVAL for less than whole pages.
+    /// InvalidInput outside the region; EEXIST if the slot or the addresses are in use; EINVAL for less than whole
+    /// pages.
     pub fn add(
         &mut self,
         slot: u32,

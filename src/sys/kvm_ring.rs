@@ -48,7 +48,7 @@ impl KvmLog {
     /// Protects the pages of all entries that were taken, and lets the kernel fill these entries again.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub(crate) fn reset_rings(&self) -> io::Result<()> {
         // SAFETY: the call has no argument and touches no memory of ours but the entries' flags, which we touch by
         // atomic operations only.

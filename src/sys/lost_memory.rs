@@ -148,7 +148,7 @@ static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
 /// must check [`HostRegion::loss`] and stop it.
 ///
 /// # Errors
-/// What sigaction(2) says.
+/// The error of sigaction(2).
 pub fn survive_lost_memory() -> io::Result<()> {
     let install = || {
         // SAFETY: a sigaction of zeros is one without flags and with an empty mask.

@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// at half of the receive buffer's limit, and enlarges the buffer if it may.
 ///
 /// # Errors
-/// What `setsockopt(2)` says.
+/// The error of `setsockopt(2)`.
 pub(crate) fn set_low_water(fd: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
     let len = size_of::<libc::c_int>() as libc::socklen_t;

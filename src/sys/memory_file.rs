@@ -36,7 +36,7 @@ impl MemoryFile {
     /// written: the caller then writes the bytes through the mapping, some of them possibly for the second time.
     ///
     /// # Errors
-    /// What pwritev(2) says where the mapping would fare no better: no memory, no room in the file system.
+    /// The error of pwritev(2), if the mapping would fail as well: no memory, no room in the file system.
     pub(super) fn write(&self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<bool> {
         let len: u64 = parts.iter().map(|part| part.len() as u64).sum();
         let start = self.start.checked_add(offset);

@@ -17,11 +17,11 @@ pub enum MissingFaultsError {
     /// The kernel or the privileges of this process do not allow it.
     #[error("userfaultfd: {what} failed ({remedy})")]
     Kernel {
-        /// What was tried.
+        /// The failed call.
         what: &'static str,
         /// What helps.
         remedy: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The memory is of a kind whose missing pages the kernel does not report.
@@ -105,7 +105,7 @@ impl MissingFaults {
     /// Accesses no longer wait; waiting threads continue.
     ///
     /// # Errors
-    /// The kernel's answer.
+    /// The kernel's error.
     pub fn unregister(&self, span: HostSpan<'_>) -> io::Result<()> {
         self.uffd.unregister(span.as_ptr().cast(), span.len()).map_err(to_io)
     }
@@ -115,7 +115,7 @@ impl MissingFaults {
     /// present: it is left unchanged, and the others are placed.
     ///
     /// # Errors
-    /// The kernel's answer: ENOMEM, ENOSPC (a huge page pool is empty), ESRCH.
+    /// The kernel's error: ENOMEM, ENOSPC (a huge page pool is empty), ESRCH.
     pub fn place(&self, span: HostSpan<'_>, bytes: &[u8], page: PageSize) -> io::Result<bool> {
         debug_assert_eq!(span.len(), bytes.len());
         let (mut done, mut all) = (0, true);
@@ -179,7 +179,7 @@ impl MissingFaults {
     /// Wakes the threads that wait for a page of `span`; they access it again.
     ///
     /// # Errors
-    /// The kernel's answer.
+    /// The kernel's error.
     pub fn wake(&self, span: HostSpan<'_>) -> io::Result<()> {
         self.uffd.wake(span.as_ptr().cast(), span.len()).map_err(to_io)
     }
@@ -187,7 +187,7 @@ impl MissingFaults {
     /// The next page that a thread waits for, without waiting: `None` if there is none. Other events are skipped.
     ///
     /// # Errors
-    /// The kernel's answer.
+    /// The kernel's error.
     pub fn next(&self) -> io::Result<Option<FaultAt>> {
         loop {
             match self.uffd.read_event() {

@@ -65,7 +65,7 @@ pub fn own_cpus() -> io::Result<Vec<u32>> {
 /// if there is none: the thread was started with another affinity.
 ///
 /// # Errors
-/// What sched_setaffinity(2) says; a filter's EPERM.
+/// The error of sched_setaffinity(2); EPERM from a seccomp filter.
 pub fn keep_to_cpus(cpus: &[u32]) -> io::Result<bool> {
     let mut set = CpuSet::new();
     own_cpus()?.into_iter().filter(|cpu| cpus.contains(cpu)).for_each(|cpu| set.set(cpu as usize));
@@ -79,7 +79,7 @@ pub fn keep_to_cpus(cpus: &[u32]) -> io::Result<bool> {
 /// The node of each page of this process at `addresses`; `None` for one that is not in memory. No page is touched.
 ///
 /// # Errors
-/// ENOSYS in a kernel without NUMA; what move_pages(2) says.
+/// ENOSYS in a kernel without NUMA; the error of move_pages(2).
 pub fn nodes_of_pages(addresses: &[usize]) -> io::Result<Vec<Option<u32>>> {
     let mut status = vec![0i32; addresses.len()];
     let no_nodes: *const i32 = std::ptr::null();
@@ -120,7 +120,7 @@ fn interface_of(ip: IpAddr) -> Option<String> {
     let mut found = None;
     // SAFETY: the list is getifaddrs's own until freeifaddrs: each entry is null or whole.
     while let Some(entry) = unsafe { at.as_ref() } {
-        // SAFETY: as above; an address is null or as long as its family says.
+        // SAFETY: as above; an address is null or as long as its family requires.
         if unsafe { address_of(entry.ifa_addr) } == Some(ip) {
             // SAFETY: each entry has a name that ends with a zero.
             found = unsafe { CStr::from_ptr(entry.ifa_name) }.to_str().ok().map(str::to_owned);
@@ -134,7 +134,7 @@ fn interface_of(ip: IpAddr) -> Option<String> {
 }
 
 /// # Safety
-/// `address` is null or points to a socket address that is as long as its family says.
+/// `address` is null or points to a socket address that is as long as its family requires.
 unsafe fn address_of(address: *const libc::sockaddr) -> Option<IpAddr> {
     // SAFETY: the caller's promise; reads are unaligned because the pointer's type promises little.
     unsafe {

@@ -62,7 +62,7 @@ impl Pagemap {
     /// The page map of this process.
     ///
     /// # Errors
-    /// EACCES or ENOENT where /proc is hidden.
+    /// EACCES or ENOENT if /proc is hidden.
     pub(crate) fn own() -> io::Result<Self> {
         Ok(Self { fd: File::open("/proc/self/pagemap")?.into() })
     }
@@ -112,7 +112,7 @@ impl Pagemap {
     /// private anonymous memory are zero.
     ///
     /// # Errors
-    /// What the kernel says; ranges that were told before stay told.
+    /// The kernel's error; ranges that were reported before remain valid.
     pub(crate) fn present(&self, range: Range<usize>, mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
         let mut regions = vec![PageRegion::default(); REGIONS];
         let mut at = range.start as u64;

@@ -152,7 +152,7 @@ pub(super) fn has_own(parts: &[SendPart<'_>]) -> bool {
 /// Fills the parts in order with the available bytes; 0 is the end of the stream (or no room was given).
 ///
 /// # Errors
-/// What `readv(2)` says; `WouldBlock` on a non-blocking descriptor.
+/// The error of `readv(2)`; `WouldBlock` on a non-blocking descriptor.
 pub(crate) fn recv_parts(fd: BorrowedFd<'_>, parts: &mut [RecvPart<'_>]) -> io::Result<usize> {
     let mut iov = [const { libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 } }; 64];
     let mut used = 0;

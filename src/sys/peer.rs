@@ -16,7 +16,7 @@ pub struct PeerProcess {
 /// The process that connected (`SO_PEERCRED`, unix(7)).
 ///
 /// # Errors
-/// What `getsockopt(2)` says: it is no UNIX socket.
+/// The error of `getsockopt(2)`: it is no UNIX socket.
 pub fn peer_process(socket: BorrowedFd<'_>) -> io::Result<PeerProcess> {
     let mut who = MaybeUninit::<libc::ucred>::zeroed();
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;

@@ -12,7 +12,7 @@ const MAX_CALL: usize = 8 << 20;
 /// Fills the first bytes of `span` with those at `offset` of a file; returns how many, and 0 only at the file's end.
 ///
 /// # Errors
-/// What `pread(2)` says; `EFAULT` for guest memory that is lost.
+/// The error of `pread(2)`; `EFAULT` for guest memory that is lost.
 pub(crate) fn read_at(fd: BorrowedFd<'_>, span: HostSpan<'_>, offset: u64) -> io::Result<usize> {
     let at = libc::off64_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
     let len = span.len().min(MAX_CALL);
@@ -24,7 +24,7 @@ pub(crate) fn read_at(fd: BorrowedFd<'_>, span: HostSpan<'_>, offset: u64) -> io
 /// Writes `parts`, without their first `skip` bytes, to `offset` of a file; returns how many bytes were written.
 ///
 /// # Errors
-/// What `pwritev(2)` says.
+/// The error of `pwritev(2)`.
 pub(crate) fn write_at(
     fd: BorrowedFd<'_>,
     parts: &[SendPart<'_>],

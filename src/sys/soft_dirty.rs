@@ -25,7 +25,7 @@ impl SoftDirtyBits {
     /// Opens the two files.
     ///
     /// # Errors
-    /// ENOENT or EACCES where /proc is hidden or read-only.
+    /// ENOENT or EACCES if /proc is hidden or read-only.
     pub(crate) fn open() -> io::Result<Self> {
         let clear_refs = OpenOptions::new().write(true).open("/proc/self/clear_refs")?;
         Ok(Self { pagemap: File::open("/proc/self/pagemap")?, clear_refs, page: rustix::param::page_size() })
@@ -35,7 +35,7 @@ impl SoftDirtyBits {
     /// thread may write meanwhile.
     ///
     /// # Errors
-    /// EINVAL where the kernel does not know the number.
+    /// EINVAL if the kernel does not know the number.
     pub(crate) fn clear_all(&self) -> io::Result<()> {
         (&self.clear_refs).write_all(b"4")
     }
@@ -43,7 +43,7 @@ impl SoftDirtyBits {
     /// Calls `each` with every page of `range` (whole pages) whose bit is set; adjacent pages come in one call.
     ///
     /// # Errors
-    /// The read's.
+    /// The error of the read.
     pub(crate) fn read(&self, range: Range<usize>, mut each: impl FnMut(Range<usize>)) -> io::Result<()> {
         let mut entries = vec![0; 8 * ENTRIES.min(range.len() / self.page)];
         let mut at = range.start;

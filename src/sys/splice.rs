@@ -30,7 +30,7 @@ impl PagePipe {
     /// `pipe-user-pages-soft`, proc(5)).
     ///
     /// # Errors
-    /// What `pipe(2)` says; EPERM if not even `least` is allowed.
+    /// The error of `pipe(2)`; EPERM if not even `least` is allowed.
     pub(crate) fn with_room(wanted: usize, least: usize) -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
         let mut size = wanted;
@@ -83,7 +83,7 @@ impl PagePipe {
     /// After a failed call the rest of the pipe's content is unusable: drop the pipe.
     ///
     /// # Errors
-    /// What `splice(2)` says; EPIPE without a signal. `WouldBlock` if a non-blocking socket has no room.
+    /// The error of `splice(2)`; EPIPE without a signal. `WouldBlock` if a non-blocking socket has no room.
     pub(crate) fn pass_on(&mut self, to: BorrowedFd<'_>, more: bool) -> io::Result<usize> {
         let more = if more { SpliceFlags::MORE } else { SpliceFlags::empty() };
         let flags = SpliceFlags::NONBLOCK | more;

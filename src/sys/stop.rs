@@ -116,7 +116,7 @@ impl Stop {
     /// Waits until `fd` is ready for `what` (or broken, which the next call on it reports).
     ///
     /// # Errors
-    /// What `poll(2)` says. `Ok(Some(reason))` if the wait was stopped.
+    /// The error of `poll(2)`. `Ok(Some(reason))` if the wait was stopped.
     pub fn wait(&self, fd: BorrowedFd<'_>, what: PollFlags) -> io::Result<Option<StopReason>> {
         loop {
             if let Some(reason) = self.reason() {
@@ -166,7 +166,7 @@ impl Stop {
     /// why it ended. True if `fd` is ready.
     ///
     /// # Errors
-    /// What `poll(2)` says.
+    /// The error of `poll(2)`.
     pub fn wait_briefly(&self, fd: BorrowedFd<'_>, what: PollFlags, time: Duration) -> io::Result<bool> {
         self.poll_once(fd, what, Some(time))
     }

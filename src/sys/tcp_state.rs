@@ -15,7 +15,7 @@ pub(crate) struct TcpState {
     pub retransmits: u8,
     /// Unanswered probes of a closed window.
     pub probes: u8,
-    /// Time since any acknowledgement came.
+    /// Time since the last acknowledgement.
     pub last_ack: Duration,
     /// Bytes that the peer has room for; `None` if the kernel does not report it.
     pub send_window: Option<u32>,
@@ -24,7 +24,7 @@ pub(crate) struct TcpState {
 /// Queries the kernel for the state of a TCP socket.
 ///
 /// # Errors
-/// What `getsockopt(2)` says; another kind of socket has no such state.
+/// The error of `getsockopt(2)`; another kind of socket has no such state.
 pub(crate) fn tcp_state(fd: BorrowedFd<'_>) -> io::Result<TcpState> {
     // Offsets in `struct tcp_info`, which only grows; the kernel fills the fields that it supports.
     const RETRANSMITS: usize = 2;
@@ -60,7 +60,7 @@ pub(crate) fn tcp_state(fd: BorrowedFd<'_>) -> io::Result<TcpState> {
 /// Bytes written but not yet received by the other end: unacknowledged (TCP) or unread (UNIX sockets, pipes).
 ///
 /// # Errors
-/// What `ioctl(2)` says; a file has no such queue.
+/// The error of `ioctl(2)`; a file has no such queue.
 pub(crate) fn queued_bytes(fd: BorrowedFd<'_>, kind: FdKind) -> io::Result<u64> {
     let request = match kind {
         // SIOCOUTQ, by its other name.

@@ -12,7 +12,7 @@ pub type SpawnFn = dyn Fn(&'static str, Job) -> io::Result<JoinHandle<()>> + Sen
 /// Starts a thread as the standard library does.
 ///
 /// # Errors
-/// What the kernel says: no memory, or too many threads.
+/// The kernel's error: no memory, or too many threads.
 pub fn spawn_thread(name: &'static str, job: Job) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name(name.to_owned()).spawn(job)
 }
@@ -20,7 +20,7 @@ pub fn spawn_thread(name: &'static str, job: Job) -> io::Result<JoinHandle<()>> 
 /// From here on the calling thread runs only while a core is otherwise idle (SCHED_IDLE, sched(7)).
 ///
 /// # Errors
-/// What sched_setscheduler(2) says: the call is forbidden.
+/// The error of sched_setscheduler(2): the call is forbidden.
 pub(crate) fn only_when_idle() -> io::Result<()> {
     // SAFETY: all fields are integers, and zero is the one priority of this policy.
     let priority: libc::sched_param = unsafe { std::mem::zeroed() };

@@ -38,13 +38,13 @@ pub(crate) enum UffdError {
         "userfaultfd is not to be had; allow the system call in the seccomp filter (CONFIG_USERFAULTFD=y)"
     )]
     Open {
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel has no asynchronous write protection.
     #[error("userfaultfd has no asynchronous write protection; Linux 6.7 or later has it")]
     Features {
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -86,7 +86,7 @@ impl WriteProtector {
     /// Puts `range` under this descriptor.
     ///
     /// # Errors
-    /// EBUSY if another userfaultfd watches it, EINVAL if it is not mapped or not in whole pages.
+    /// EBUSY if another userfaultfd is registered on it, EINVAL if it is not mapped or not in whole pages.
     pub(crate) fn register(&self, range: Range<usize>) -> io::Result<()> {
         let mode = RegisterMode::WRITE_PROTECT;
         self.uffd.register_with_mode(range.start as *mut _, range.len(), mode).map_err(to_io)?;

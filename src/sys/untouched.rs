@@ -101,7 +101,7 @@ fn walk_data(file: BorrowedFd<'_>, range: Range<u64>, each: &mut impl FnMut(Rang
 /// It reads what SEEK_DATA reports as data: this includes pages of the page cache that only reads have created.
 ///
 /// # Errors
-/// What the file system says; one that can't has reserved nothing, mostly.
+/// The file system's error; a file system without support has usually reserved nothing.
 pub fn release_zeros(file: impl AsFd, len: u64) -> io::Result<u64> {
     const PIECE: usize = 64 << 10;
     static ZEROS: [u8; PIECE] = [0; PIECE];

@@ -18,7 +18,7 @@ impl HostRegion {
     /// region.
     ///
     /// # Errors
-    /// PermissionDenied if the region is not both readable and writable; what the kernel says of the file behind it.
+    /// PermissionDenied if the region is not both readable and writable; the kernel's error for its file.
     pub fn of_vm_memory<B: Bitmap + Send + Sync + 'static>(region: &GuestRegionMmap<B>) -> io::Result<Self> {
         let mapping = region.get_mmap();
         let both = libc::PROT_READ | libc::PROT_WRITE;

@@ -22,11 +22,11 @@ pub enum WriteFaultsError {
     /// The kernel or the privileges of this process do not allow it.
     #[error("userfaultfd: {what} failed ({remedy})")]
     Kernel {
-        /// What was tried.
+        /// The failed call.
         what: &'static str,
         /// What helps.
         remedy: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The memory is of a kind whose writes the kernel does not hold.
@@ -111,7 +111,7 @@ impl WriteFaults {
     /// Writes to `span` proceed; threads that wait for one continue.
     ///
     /// # Errors
-    /// The kernel's answer.
+    /// The kernel's error.
     pub(crate) fn lift(&self, span: HostSpan<'_>) -> io::Result<()> {
         retried(|| self.uffd.remove_write_protection(span.as_ptr().cast(), span.len(), true))
     }
@@ -119,7 +119,7 @@ impl WriteFaults {
     /// The next page whose writer waits, without waiting itself: `None` if there is none.
     ///
     /// # Errors
-    /// The kernel's answer.
+    /// The kernel's error.
     pub(crate) fn next(&self) -> io::Result<Option<FaultAt>> {
         loop {
             match self.uffd.read_event() {

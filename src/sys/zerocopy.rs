@@ -27,7 +27,7 @@ pub(crate) struct ZeroCopyReceipt {
 /// Lets `fd` send from the pages themselves (SO_ZEROCOPY, socket(7)).
 ///
 /// # Errors
-/// EOPNOTSUPP or ENOTSUPP for sockets that can't, as UNIX ones.
+/// EOPNOTSUPP or ENOTSUPP for sockets without support, such as UNIX ones.
 pub(crate) fn allow_zero_copy(fd: BorrowedFd<'_>) -> io::Result<()> {
     let on: libc::c_int = 1;
     let len = size_of::<libc::c_int>() as libc::socklen_t;
@@ -46,7 +46,7 @@ type Control = [MaybeUninit<u64>; 32];
 /// The next receipt, without waiting; `None` if there is none. Anything else that the error queue holds is skipped.
 ///
 /// # Errors
-/// What `recvmsg(2)` says.
+/// The error of `recvmsg(2)`.
 pub(crate) fn zero_copy_receipt(fd: BorrowedFd<'_>) -> io::Result<Option<ZeroCopyReceipt>> {
     loop {
         let mut control: Control = [MaybeUninit::zeroed(); 32];
@@ -55,7 +55,7 @@ pub(crate) fn zero_copy_receipt(fd: BorrowedFd<'_>) -> io::Result<Option<ZeroCop
         message.msg_control = control.as_mut_ptr().cast();
         message.msg_controllen = size_of::<Control>() as _;
         let flags = libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT;
-        // SAFETY: the message has room for control data of the length it says, and for no bytes.
+        // SAFETY: the message has room for control data of the length in it, and for no bytes.
         if unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, flags) } < 0 {
             match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),

@@ -39,7 +39,7 @@ pub struct SourceConnection {
     pub link: Box<dyn SourceLink>,
     /// Source of the destination's messages; `None` for files and pipes.
     pub back: Option<Box<dyn ByteSource>>,
-    /// What was opened, and why.
+    /// The transport that was used, and why.
     pub way: Way,
 }
 
@@ -61,7 +61,7 @@ impl SourceConnection {
     /// destination must be given the same number. For a VMM that may open no addresses. `count` of the options is
     /// ignored.
     ///
-    /// Starts the channels' threads, as the options say.
+    /// Starts the channels' threads according to the options.
     ///
     /// # Errors
     /// [`OpenError::Channels`] for none, or more than 255 page channels; [`OpenError::NoSuchSending`] if pages can't be

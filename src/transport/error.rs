@@ -16,7 +16,7 @@ pub enum ChannelError {
     /// The other end closed while more was expected.
     #[error("{peer} closed the connection while {doing}")]
     Closed {
-        /// Who.
+        /// The peer.
         peer: String,
         /// What this end was doing.
         doing: &'static str,
@@ -24,7 +24,7 @@ pub enum ChannelError {
     /// No byte moved within the stall time.
     #[error("{peer} did not move a byte for {} s while {doing}; {}", after.as_secs(), Remedy::RaiseStallTimeout)]
     Stalled {
-        /// Who.
+        /// The peer.
         peer: String,
         /// What this end was doing.
         doing: &'static str,
@@ -34,7 +34,7 @@ pub enum ChannelError {
     /// The peer's host no longer answers: it is dead or disconnected, or its network is down.
     #[error("{peer} has not answered for {} s while {doing}; see whether its host and the network are up", after.as_secs())]
     Silent {
-        /// Who.
+        /// The peer.
         peer: String,
         /// What this end was doing.
         doing: &'static str,
@@ -77,11 +77,11 @@ pub enum ChannelError {
     /// The RDMA device, or its protocol, failed.
     #[error("{peer}: {doing}")]
     Rdma {
-        /// Who.
+        /// The peer.
         peer: String,
         /// What this end was doing.
         doing: &'static str,
-        /// Whose doing it is.
+        /// Which side caused it.
         side: Side,
         /// What happened, with the remedy.
         source: Box<dyn std::error::Error + Send + Sync>,
@@ -89,17 +89,17 @@ pub enum ChannelError {
     /// One of the ends refused the TLS connection.
     #[error("{peer}: {doing}")]
     Tls {
-        /// Who.
+        /// The peer.
         peer: String,
         /// What this end was doing.
         doing: &'static str,
         /// The reason, with the remedy.
         source: TlsError,
     },
-    /// The kernel's answer.
+    /// The kernel's error.
     #[error("{peer}: {doing}")]
     Io {
-        /// Who.
+        /// The peer.
         peer: String,
         /// What this end was doing.
         doing: &'static str,

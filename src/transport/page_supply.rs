@@ -17,7 +17,7 @@ pub trait PageSupply: Send + Sync {
     /// Fills `into` with the contents of a block from `offset` bytes on. Parts without data are zero.
     ///
     /// # Errors
-    /// The bytes could not be read; they may be asked for again.
+    /// The bytes could not be read; the caller may try again.
     fn read(&self, block: BlockIndex, offset: u64, into: &mut [u8]) -> io::Result<()>;
 
     /// What errors call it.
@@ -52,7 +52,7 @@ impl StoredMemory {
     /// A file that contains only memory. It must not change while it is used.
     ///
     /// # Errors
-    /// It can't be opened, or is no plain file.
+    /// It can't be opened, or is not a plain file.
     pub fn plain(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let about = file.metadata()?;
@@ -96,7 +96,7 @@ impl StoredMemory {
     /// Fills `into` from `offset` on.
     ///
     /// # Errors
-    /// What read(2) says; the file was made shorter meanwhile.
+    /// The error of read(2), or the file was made shorter meanwhile.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         match &self.contents {
             Contents::Plain { file, .. } => file.read_exact_at(into, offset),

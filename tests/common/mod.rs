@@ -47,7 +47,7 @@ impl Deadline {
     ///
     /// # Panics
     ///
-    /// At the deadline, with `what` and what `state` tells.
+    /// At the deadline, with `what` and the text of `state`.
     pub(crate) fn poll<T>(
         &self,
         what: &str,

@@ -182,7 +182,7 @@ impl Guest {
     ///
     /// # Panics
     ///
-    /// If it does not come up within 20 s, with its stderr.
+    /// If it does not start within 20 s, with its stderr.
     pub(crate) fn start(&self, dir: &Path, name: &str) -> Qemu {
         let program = self.version.program().expect("ask peers_present() first");
         let monitor = dir.join(format!("{name}.qmp"));

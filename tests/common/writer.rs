@@ -157,7 +157,7 @@ fn ticks(console: &str) -> Vec<Tick> {
 ///
 /// # Panics
 ///
-/// If a page was wrong, a tick is missing or came twice, or the counts went backwards.
+/// If a page was wrong, a tick is missing or duplicated, or the counts decreased.
 pub(crate) fn assert_unbroken(consoles: &[&Console]) -> Tick {
     // A line that begins on one host ends on the next.
     let text: String = consoles.iter().map(|console| console.text()).collect();

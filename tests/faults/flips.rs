@@ -21,7 +21,7 @@ use crate::qemu::{COMMANDS, Proxy, When, folder, kept, recorded, state_of, waiti
 
 const PAGE: u64 = 4096;
 
-/// What stands at a position.
+/// The kind of a position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     /// Compared with the expected value: refused.

@@ -91,7 +91,7 @@ fn shut(status: u32) -> Vec<u8> {
 #[derive(Clone, Copy, Debug)]
 enum Output {
     File,
-    /// Pipes whose readers have gone.
+    /// Pipes whose readers are closed.
     Gone,
     /// A device without room.
     Full,

@@ -40,7 +40,7 @@ impl Way {
         let by_rdma = side == self.side;
         vec![
             ("rdma-pin-all", self.pin_all && by_rdma),
-            // Over TCP everybody has one.
+            // Over TCP every version has one.
             ("return-path", self.return_path || (!by_rdma && side == Side::Near)),
         ]
     }

@@ -21,23 +21,23 @@ pub enum BenchError {
     Memory {
         /// The file.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
     /// A contestant refused.
     #[error("{who} refused {what}: {answer}")]
     Refused {
-        /// Who.
+        /// The contestant.
         who: String,
         /// What it was asked.
         what: String,
-        /// What it said.
+        /// Its answer.
         answer: String,
     },
     /// The memory that arrived differs from the memory that was sent.
     #[error("{who} moved other bytes than there were, from byte {at:#x} on; no figures of it count")]
     Differs {
-        /// Who.
+        /// The contestant.
         who: String,
         /// First byte that differs.
         at: u64,
@@ -48,21 +48,21 @@ pub enum BenchError {
     /// A contestant that does not support the transport.
     #[error("{who} does not go by this transport; compare with {known}")]
     NotThisWay {
-        /// Who.
+        /// The contestant.
         who: String,
-        /// Who does.
+        /// The contestants that support it.
         known: &'static str,
     },
     /// Private memory is the process's own.
     #[error("--memory huge is there with its process only: give --populated yes or no")]
     NotBacked,
-    /// A signal came.
+    /// A signal arrived.
     #[error("cancelled")]
     Cancelled,
     /// A call failed.
     #[error("{who}: {doing}")]
     Io {
-        /// Who.
+        /// The contestant.
         who: String,
         /// What it was doing.
         doing: &'static str,

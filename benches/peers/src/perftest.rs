@@ -18,7 +18,7 @@ const ATTEMPTS: u32 = 3;
 /// How long the client retries until the server listens.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A device and an address of it.
+/// A device and one of its addresses.
 #[derive(Clone, Debug)]
 pub struct Device {
     name: String,

@@ -14,7 +14,7 @@ pub struct Program {
 }
 
 impl Program {
-    /// A call of it.
+    /// A call of the program.
     ///
     /// # Errors
     /// [`BenchError::Missing`] if there is none.

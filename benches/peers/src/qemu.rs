@@ -52,7 +52,7 @@ impl Qemu {
     /// otherwise one on the PATH that reports that version.
     ///
     /// # Errors
-    /// [`BenchError::Missing`] with what would help.
+    /// [`BenchError::Missing`] with the remedy.
     pub fn find(name: &str, version: &str, given: Option<&Path>, way: Way) -> Result<Self, BenchError> {
         let launcher = PathBuf::from("target/peers").join(format!("qemu-{version}"));
         let on_path = PathBuf::from("qemu-system-x86_64");
@@ -203,7 +203,7 @@ fn version_of(program: &Path) -> Option<String> {
 /// A TCP port that is free now.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's error.
 pub fn free_port() -> io::Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }

@@ -64,7 +64,7 @@ pub enum FabricError {
     /// The connection manager reported another event than the expected one.
     #[error("waiting for {wanted}, the connection manager reported {got} (status {status}); {remedy}")]
     Event {
-        /// The step under way.
+        /// The current step.
         wanted: &'static str,
         /// Name of the event.
         got: &'static str,
@@ -76,7 +76,7 @@ pub enum FabricError {
     /// A posted request completed with an error; the queue pair is unusable.
     #[error("{operation} completed with {status} (vendor code {vendor:#x}); {}", .status.remedy())]
     Completion {
-        /// What was posted.
+        /// The posted request.
         operation: Operation,
         /// How it ended.
         status: CompletionStatus,
@@ -113,7 +113,7 @@ fn in_brackets(remedy: &str) -> String {
     if remedy.is_empty() { String::new() } else { format!(" ({remedy})") }
 }
 
-/// What was posted.
+/// The posted request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// A control message.

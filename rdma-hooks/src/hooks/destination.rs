@@ -95,7 +95,7 @@ impl DestinationHooks {
     ///
     /// # Errors
     ///
-    /// The fabric's.
+    /// The fabric's error.
     pub fn accept(
         listener: &mut dyn Listener,
         config: &DestinationConfig,
@@ -186,7 +186,7 @@ impl DestinationHooks {
     ///
     /// # Errors
     ///
-    /// [`HooksError::Block`] for a name offered twice.
+    /// [`HooksError::Block`] for a duplicate name.
     pub fn add_block(&mut self, block: RamBlock) -> Result<(), HooksError> {
         Ok(self.blocks.add(block)?)
     }
@@ -206,7 +206,7 @@ impl DestinationHooks {
     ///
     /// # Errors
     ///
-    /// What the connection met; [`FabricError::Disconnected`] once the source is gone and everything is read.
+    /// The connection's error; [`FabricError::Disconnected`] once the source is gone and everything is read.
     pub fn read_stream(&mut self, into: &mut [u8], stop: &Stop) -> Result<usize, HooksError> {
         self.stream.read(into, stop)
     }
@@ -342,7 +342,7 @@ impl DestinationHooks {
     ///
     /// # Errors
     ///
-    /// What the connection met; everything was read even so.
+    /// The connection's error; everything was still read.
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.revoke_all();
         self.stream.data_queues.iter_mut().for_each(Channel::leave);

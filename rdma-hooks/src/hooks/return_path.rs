@@ -71,7 +71,7 @@ impl ReturnWriter {
     ///
     /// # Errors
     ///
-    /// The fabric's. Connections of anyone else are rejected.
+    /// The fabric's. Other peers' connections are rejected.
     pub fn accept(listener: &mut dyn Listener, main: &Capabilities, stop: &Stop) -> Result<Self, HooksError> {
         loop {
             if let Some(writer) = Self::answer(listener.next_request(stop)?, main, stop)? {
@@ -85,7 +85,7 @@ impl ReturnWriter {
     ///
     /// # Errors
     ///
-    /// The fabric's.
+    /// The fabric's error.
     pub fn accept_within(
         listener: &mut dyn Listener,
         main: &Capabilities,
@@ -127,16 +127,16 @@ impl ReturnWriter {
     ///
     /// # Errors
     ///
-    /// What the connection met.
+    /// The connection's error.
     pub fn write(&mut self, bytes: &[u8], stop: &Stop) -> Result<(), HooksError> {
         self.stream.write(bytes, stop)
     }
 
-    /// Sends what has gathered.
+    /// Sends the gathered bytes.
     ///
     /// # Errors
     ///
-    /// What the connection met.
+    /// The connection's error.
     pub fn flush(&mut self, stop: &Stop) -> Result<(), HooksError> {
         self.stream.flush(stop)
     }
@@ -147,7 +147,7 @@ impl ReturnWriter {
     ///
     /// # Errors
     ///
-    /// What else the connection met.
+    /// Any other error of the connection.
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.stream.flush(stop)?;
         match self.stream.wait_for(stop, |stream| stream.channel.is_idle().then_some(())) {

@@ -123,7 +123,7 @@ impl SourceHooks {
     ///
     /// # Errors
     ///
-    /// The fabric's, and [`HooksError::Capability`] if the peer's answer makes no sense.
+    /// The fabric's, and [`HooksError::Capability`] if the peer's answer is invalid.
     pub fn connect(
         fabric: &dyn Fabric,
         host: &str,
@@ -231,7 +231,7 @@ impl SourceHooks {
     ///
     /// # Errors
     ///
-    /// [`HooksError::OutOfOrder`] while a round is open; what the connection meets.
+    /// [`HooksError::OutOfOrder`] while a round is open; the connection's error.
     pub fn write_stream(&mut self, bytes: &[u8], stop: &Stop) -> Result<(), HooksError> {
         if matches!(self.round, Round::Open(_)) {
             return Err(HooksError::OutOfOrder("stream bytes while a round is open"));
@@ -247,7 +247,7 @@ impl SourceHooks {
     ///
     /// # Errors
     ///
-    /// What the connection meets.
+    /// The connection's error.
     pub fn flush_stream(&mut self, stop: &Stop) -> Result<(), HooksError> {
         self.main.flush(stop)
     }
@@ -326,7 +326,7 @@ impl SourceHooks {
     ///
     /// # Errors
     ///
-    /// What the connection met: pages after the last ticket reported may not have arrived.
+    /// The connection's error: pages after the last ticket reported may not have arrived.
     pub fn collect(&mut self) -> Result<Ticket, HooksError> {
         self.ring()?;
         if !self.pump()? {
@@ -352,7 +352,7 @@ impl SourceHooks {
     ///
     /// # Errors
     ///
-    /// What the connection met.
+    /// The connection's error.
     pub fn wait_for(&mut self, ticket: Ticket, stop: &Stop) -> Result<(), HooksError> {
         let held = [self.merger.pending().map(|run| run.ticket), self.zeros.oldest_gathered()];
         if held.into_iter().flatten().any(|held| held <= ticket.0) {
@@ -369,7 +369,7 @@ impl SourceHooks {
     ///
     /// # Errors
     ///
-    /// What the connection met.
+    /// The connection's error.
     pub fn drain(&mut self, stop: &Stop) -> Result<(), HooksError> {
         self.flush_pages(stop)?;
         while self.collect()? < Ticket(self.ticket) {
@@ -400,7 +400,7 @@ impl SourceHooks {
     ///
     /// # Errors
     ///
-    /// What the connection met; the destination may or may not have everything.
+    /// The connection's error; the destination may or may not have everything.
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.drain(stop)?;
         // The destination closes its ends after the last byte: our writes have completed by then.

@@ -1,10 +1,10 @@
 //! A fabric inside one process for tests, with virtual time, seeded delays and seeded faults.
 //!
-//! Two (or more) threads run real hooks over simulated queue pairs. Virtual time stands still while any of them runs
-//! and moves to the next event when all of them wait, so a seed gives the same history every time. Deliveries keep
-//! their order on a queue pair and overtake each other across queue pairs, as on a network. The simulated device
-//! checks what a NIC checks: keys, ranges, access, receive buffers, queue depth; it reads memory when a write is
-//! delivered, not when it is posted.
+//! Two (or more) threads run real hooks over simulated queue pairs. Virtual time stops while any of them runs and moves
+//! to the next event when all of them wait, so a seed gives the same history every time. Deliveries keep their order on
+//! a queue pair and overtake each other across queue pairs, as on a network. The simulated device checks what a NIC
+//! checks: keys, ranges, access, receive buffers, queue depth; it reads memory when a write is delivered, not when it
+//! is posted.
 //!
 //! # Example
 //!
@@ -69,9 +69,9 @@ pub enum Fault {
 /// How the simulated network behaves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SimConfig {
-    /// Everything random comes from it.
+    /// The seed of all random decisions.
     pub seed: u64,
-    /// Threads that take part; time stands still until all have called [`SimFabric::enter`].
+    /// Threads that take part; time stops until all have called [`SimFabric::enter`].
     pub threads: usize,
     /// Longest delay of a delivery.
     pub max_delay: Duration,

@@ -1,6 +1,6 @@
 //! Which of this host's IP addresses are a device's.
 //!
-//! A GID does not show it: on InfiniBand it is made of the port's GUID, on iWARP it is a hardware address, and with
+//! A GID does not show it: on InfiniBand it is built from the port's GUID, on iWARP it is a hardware address, and with
 //! RoCE it may be the address of an interface in another network namespace. The connection manager shows it: an id
 //! bound to an address has the device and port that connections of that address use.
 //!
@@ -32,7 +32,8 @@ pub(super) struct BoundAddress {
 ///
 /// # Errors
 ///
-/// [`FabricError`] if there is no library or no device, or the connection manager or the list of addresses can't be had.
+/// [`FabricError`] if there is no library or no device, or the connection manager or the list of addresses is not
+/// available.
 pub fn first_address() -> Result<Result<IpAddr, Vec<String>>, FabricError> {
     let devices = DeviceList::get()?;
     let found = first_active(local_addresses()?, bind)?;
@@ -116,7 +117,7 @@ fn local_addresses() -> Result<Vec<IpAddr>, FabricError> {
     let (mut at, mut found) = (list, Vec::new());
     // SAFETY: the list is getifaddrs's own until freeifaddrs: each entry is null or whole.
     while let Some(entry) = unsafe { at.as_ref() } {
-        // SAFETY: as above; an address is null or as long as its family says.
+        // SAFETY: as above; an address is null or as long as its family requires.
         found.extend(unsafe { ip_of(entry.ifa_addr) });
         at = entry.ifa_next;
     }
@@ -126,7 +127,7 @@ fn local_addresses() -> Result<Vec<IpAddr>, FabricError> {
 }
 
 /// # Safety
-/// `address` is null or points to a socket address that is as long as its family says.
+/// `address` is null or points to a socket address that is as long as its family requires.
 unsafe fn ip_of(address: *const libc::sockaddr) -> Option<IpAddr> {
     // SAFETY: the caller's promise; reads are unaligned because the pointer's type promises little.
     unsafe {

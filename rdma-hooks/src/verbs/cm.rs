@@ -130,7 +130,7 @@ impl Id {
     /// Binds the id to an address of this host, and to the device that has it.
     pub(super) fn bind(&self, address: SocketAddr) -> Result<(), FabricError> {
         let mut sockaddr = SockAddr::new(address);
-        // SAFETY: the id is alive; the address outlives the call and is as long as its family says.
+        // SAFETY: the id is alive; the address outlives the call and is as long as its family requires.
         check(unsafe { rdma_bind_addr(self.as_ptr(), sockaddr.as_ptr()) }, "rdma_bind_addr")
     }
 
@@ -210,7 +210,7 @@ impl Id {
     }
 
     pub(super) fn disconnect(&self) {
-        // SAFETY: the id is alive. It fails if there is no connection, which is what is wanted.
+        // SAFETY: the id is alive. It fails if there is no connection, which is fine.
         let _ = unsafe { rdma_disconnect(self.as_ptr()) };
     }
 

@@ -187,7 +187,7 @@ impl OpenDevice {
 
     /// A device reports this only for an existing queue pair, so one is created and destroyed.
     fn inline_limit(&self) -> Option<u32> {
-        // SAFETY: the context is open; what is made from it here is destroyed in reverse order below.
+        // SAFETY: the context is open; objects made from it here are destroyed in reverse order below.
         unsafe {
             let domain = NonNull::new(ibv_alloc_pd(self.context.as_ptr()))?;
             let queue = ibv_create_cq(self.context.as_ptr(), 1, ptr::null_mut(), ptr::null_mut(), 0);

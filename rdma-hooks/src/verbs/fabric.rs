@@ -24,7 +24,7 @@ const RNR_RETRY_COUNT: u8 = 7;
 const READS: u8 = 2;
 /// How long the kernel may take to find the device of an own address.
 const LOOPBACK_RESOLVES: Duration = Duration::from_secs(5);
-/// Looked at the completion queues for this long before going to sleep; waking up takes longer.
+/// How long the completion queues are polled before going to sleep; waking up takes longer.
 const SPIN: Duration = Duration::from_micros(20);
 
 type Domains = Arc<Mutex<HashMap<usize, Weak<Domain>>>>;

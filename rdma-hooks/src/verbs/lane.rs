@@ -33,7 +33,7 @@ const RECEIVE: u64 = 1 << 63;
 /// Bytes that describe a buffer to the peer: address, key, length.
 const DESCRIPTION: usize = 20;
 
-/// What a lane is made of.
+/// Parameters of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LaneParams {
     /// Bytes of the buffer.
@@ -55,7 +55,7 @@ pub enum LaneOp {
     Send,
 }
 
-/// What has completed.
+/// Completed requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Polled {
     /// Requests.
@@ -86,7 +86,7 @@ impl Lane {
     ///
     /// # Errors
     ///
-    /// Whatever kept the connection from being made, with the step's name.
+    /// The reason why the connection could not be made, with the step's name.
     pub fn connect(host: &str, port: u16, params: &LaneParams, stop: &Stop) -> Result<Self, FabricError> {
         let mut last = None;
         for address in resolve_name(host, port, stop)? {
@@ -138,7 +138,7 @@ impl Lane {
     ///
     /// # Panics
     ///
-    /// If the bytes are not inside both buffers: that is the caller's mistake.
+    /// If the bytes are not inside both buffers: that is an error of the caller.
     pub fn post(&mut self, op: LaneOp, at: usize, there: usize, len: usize) -> Result<(), FabricError> {
         self.assert_inside(at, len);
         let end = there as u64 + len as u64;
@@ -178,7 +178,7 @@ impl Lane {
         self.queue.post_receive(RECEIVE, address, len as u32, self.buffer.lkey())
     }
 
-    /// Takes what has completed; never waits.
+    /// Takes the completions; never waits.
     ///
     /// # Errors
     ///
@@ -283,7 +283,7 @@ impl LaneListener {
     ///
     /// # Errors
     ///
-    /// [`FabricError::Stopped`], or whatever kept the connection from being made.
+    /// [`FabricError::Stopped`], or the reason why the connection could not be made.
     pub fn accept(&mut self, params: &LaneParams, stop: &Stop) -> Result<Lane, FabricError> {
         let event = self.id.wait_for(rdma_cm_event_type::RDMA_CM_EVENT_CONNECT_REQUEST, stop)?;
         let request =

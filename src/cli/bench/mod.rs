@@ -18,23 +18,23 @@ pub enum BenchError {
     /// The other end refused.
     #[error("{who} refused {what}: {answer}")]
     Refused {
-        /// Who.
+        /// The other end.
         who: String,
         /// What it was asked.
         what: String,
-        /// What it said.
+        /// Its answer.
         answer: String,
     },
     /// RDMA can't be used.
     #[error(transparent)]
     NoRdma(Box<dyn std::error::Error + Send + Sync>),
-    /// A signal came.
+    /// A signal arrived.
     #[error("cancelled")]
     Cancelled,
     /// A call failed.
     #[error("{who}: {doing}")]
     Io {
-        /// Who.
+        /// The other end.
         who: String,
         /// What it was doing.
         doing: &'static str,

@@ -13,7 +13,7 @@ const MAX_PATH: usize = 107;
 /// The path of this run's socket.
 ///
 /// # Errors
-/// The folder for temporary files is no folder, or its path is too long for a socket.
+/// The path for temporary files is no folder, or its path is too long for a socket.
 pub(super) fn socket_path() -> Result<PathBuf, String> {
     socket_in(&std::env::temp_dir())
 }
@@ -41,7 +41,7 @@ impl Scratch {
     /// Makes the folder of `socket`.
     ///
     /// # Errors
-    /// In words, with the folder.
+    /// The error as text, with the folder.
     pub(super) fn make(socket: &Path) -> Result<Self, String> {
         let folder = socket.parent().unwrap_or(socket);
         let made = DirBuilder::new().mode(0o700).create(folder);

@@ -39,7 +39,7 @@ const START: Duration = Duration::from_secs(30);
 /// Longest time for its answer while the guest is paused.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// The relay's end of it.
+/// The relay's handle for the guardian.
 pub(super) struct Guardian {
     control: UnixStream,
     child: Child,
@@ -49,7 +49,7 @@ impl Guardian {
     /// Starts the process and waits until it runs.
     ///
     /// # Errors
-    /// What starting a process says, or that it ended at once.
+    /// The error of starting a process, or that it ended immediately.
     pub(super) fn start() -> io::Result<Self> {
         let (mut control, theirs) = UnixStream::pair()?;
         // The running program, even if its file has been replaced since; or, without /proc, the file.

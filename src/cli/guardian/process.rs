@@ -25,7 +25,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// How long the source may take to read the message.
 const TOLD: Duration = Duration::from_secs(60);
 
-/// What is held.
+/// The held connections.
 struct Connections {
     source: OwnedFd,
     source_is_native: bool,

@@ -57,7 +57,7 @@ pub(super) fn run(args: &Args) -> Exit {
     }
 }
 
-/// Where a stream comes from.
+/// Source of a stream.
 enum Input<R> {
     /// Only forwards.
     Pipe(R),
@@ -95,7 +95,7 @@ fn open(name: &Path) -> io::Result<Input<io::Empty>> {
 ///
 /// # Errors
 ///
-/// What reading and writing say. A damaged stream is no error but a report.
+/// An error of reading or writing. A damaged stream is not an error but is reported.
 fn print<R: Read>(input: Input<R>, json: bool, out: &mut impl Write) -> io::Result<bool> {
     let report = inspect(input)?;
     if json {

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use ramwire::session::HandedRegion;
 use ramwire::sys::Stop;
 
-/// What was handed over.
+/// The memory that was handed over.
 #[derive(Debug)]
 pub(super) struct Handed {
     /// The memory, in pieces.

@@ -50,7 +50,7 @@ impl Listening {
     /// The next allowed process; `None` when it is time to stop.
     ///
     /// # Errors
-    /// What poll(2) says.
+    /// The error of poll(2).
     pub(super) fn next(&self, stop: &Stop) -> io::Result<Option<Stranger>> {
         while stop.wait(self.socket.as_fd(), PollFlags::IN)?.is_none() {
             let connection = match self.socket.accept() {

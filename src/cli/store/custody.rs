@@ -26,7 +26,7 @@ impl Custody {
     /// Writes the new state to the disk.
     ///
     /// # Errors
-    /// [`StoreError`]; the old state stands.
+    /// [`StoreError`]; the old state remains.
     pub fn mark(&self, state: State) -> Result<(), StoreError> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if inner.manifest.state == state {

@@ -52,7 +52,7 @@ impl StoredGuest {
     /// nothing proves that its device state is complete.
     ///
     /// # Errors
-    /// Why it can't be read, or is not whole.
+    /// Why it can't be read, or is incomplete.
     pub fn of_file(address: &Address, no_vmdesc: bool) -> Result<Self, Box<dyn std::error::Error>> {
         let file = MappedDestination::open(address)?;
         let config = IncomingConfig { adopt_page_size: true, ..IncomingConfig::default() };

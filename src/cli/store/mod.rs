@@ -50,7 +50,7 @@ pub enum State {
     Whole,
     /// Everything has arrived, but the device state ended without the VM description that proves it complete.
     Incomplete,
-    /// On its way out.
+    /// Being sent.
     Sending,
     /// It runs at another place.
     Sent,
@@ -83,12 +83,12 @@ pub struct BlockEntry {
     pub ignored: bool,
 }
 
-/// What stands in `manifest.json`.
+/// Content of `manifest.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Version of the format.
     pub format: u32,
-    /// How far it has come.
+    /// Its state.
     pub state: State,
     /// While it is being sent or in doubt: the state to restore on failure, if it is not `whole`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -146,12 +146,12 @@ impl Manifest {
 /// Why a folder can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The kernel's answer.
+    /// The kernel's error.
     #[error("{path}: {doing}")]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What was being done.
+        /// The failed operation.
         doing: &'static str,
         /// The answer.
         source: io::Error,

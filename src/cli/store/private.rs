@@ -19,7 +19,7 @@ const STICKY: u32 = 0o1000;
 /// The folder: created with mode 0700, or access for others is removed if it holds only a guest of ours.
 ///
 /// # Errors
-/// [`StoreError::Shared`] for an open folder that others may have a use for, [`StoreError::Io`].
+/// [`StoreError::Shared`] for an open folder that others may use, [`StoreError::Io`].
 pub(super) fn folder(path: &Path) -> Result<(), StoreError> {
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.map_err(failed(path, "making the folder"))?;
@@ -83,7 +83,7 @@ pub(super) fn remove_ram(folder: &Path) -> Result<(), StoreError> {
 /// A new, empty file of mode 0600, which replaces an existing one.
 ///
 /// # Errors
-/// [`StoreError::NotPlain`] where something else than a file is, [`StoreError::Io`].
+/// [`StoreError::NotPlain`] for anything other than a file, [`StoreError::Io`].
 pub(super) fn create(path: &Path) -> Result<File, StoreError> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -120,7 +120,7 @@ impl KvmDirtyRing {
     /// may then run the vCPU again; any thread may call it at any time. Returns the number of entries.
     ///
     /// # Errors
-    /// [`DirtyError::Kernel`]; the vCPU must not run on.
+    /// [`DirtyError::Kernel`]; the vCPU must not continue.
     pub fn collect(&self) -> Result<u64, DirtyError> {
         let mut rings = self.rings.locked();
         let mut taken = 0;

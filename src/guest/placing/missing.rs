@@ -72,7 +72,7 @@ impl Placer {
         })
     }
 
-    /// Pages that will come again: they are missing until then.
+    /// Pages that will be sent again: they are missing until then.
     ///
     /// # Errors
     /// [`GuestError`]: memory can't be discarded.
@@ -128,7 +128,7 @@ impl Placer {
     /// A thread waits for a page that is marked received: it was received as zero, or is present by now.
     ///
     /// # Errors
-    /// The kernel's answer.
+    /// The kernel's error.
     pub fn answer_received(&self, landing: Landing) -> Result<(), GuestError> {
         let Some(missing) = self.missing.get() else { return Ok(()) };
         let span = self.target(landing)?;

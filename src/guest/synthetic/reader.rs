@@ -16,7 +16,7 @@ pub(super) struct Readers {
     pub(super) threads: u32,
     /// Each migrated block, with its number of pages.
     blocks: Vec<(BlockIndex, u64)>,
-    /// Pages of all of them.
+    /// Number of pages of all these blocks.
     pages: u64,
     read: AtomicU64,
 }
@@ -29,7 +29,7 @@ impl Readers {
         Self { threads, blocks, pages, read: AtomicU64::new(0) }
     }
 
-    /// Pages looked at.
+    /// Number of pages read.
     pub(super) fn read(&self) -> u64 {
         self.read.load(Ordering::Acquire)
     }

@@ -49,7 +49,7 @@ impl fmt::Display for PageFault {
 /// Result of a check of the whole memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VerifyReport {
-    /// Pages looked at.
+    /// Number of checked pages.
     pub pages: u64,
     /// Right pages that hold zeros.
     pub zero: u64,

@@ -69,7 +69,7 @@ impl Advised {
     /// A discard at the switchover: these pages will be sent again.
     ///
     /// # Errors
-    /// They are no whole pages of a block.
+    /// They are not whole pages of a block.
     pub(super) fn discard(&mut self, discard: Discard<'_>, placer: &Placer) -> Result<(), Error> {
         let table = placer.memory().table();
         let index = table.find(discard.block()).map_err(|error| refused(&error.to_string()))?;

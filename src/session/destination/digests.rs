@@ -18,7 +18,7 @@ impl Digests {
     /// Takes a piece of the source's digest; true once it is complete.
     ///
     /// # Errors
-    /// It does not follow what has come, or there is more than `table` has.
+    /// It does not continue the received part, or it is longer than `table` requires.
     pub(super) fn take(&mut self, first: u32, values: &[u8], table: &RamBlockTable) -> Result<bool, Error> {
         let due = digests_of(table);
         let count = values.len() / 8;

@@ -23,7 +23,7 @@ pub(super) struct Figures {
 struct Counts {
     /// Bytes read of the stream.
     stream: AtomicU64,
-    /// The last page has come.
+    /// The last page has been received.
     ram_complete: AtomicBool,
     /// Bytes that a NIC has written for the first time, in rounds whose pages are marked as received.
     nic_marked: AtomicU64,

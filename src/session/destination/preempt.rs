@@ -93,7 +93,7 @@ impl Connections {
     /// silent one.
     ///
     /// # Errors
-    /// No other connection can come, or the stop.
+    /// No other connection is possible, or the stop.
     pub(super) fn first_to_speak(
         &mut self,
         stop: &Stop,

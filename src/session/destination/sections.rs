@@ -48,7 +48,7 @@ impl Sections {
         matches!(self.ram_phase, Some(Phase::Part | Phase::End))
     }
 
-    /// The last page has come.
+    /// The last page has been received.
     pub(super) fn ram_ended(&self) -> bool {
         self.ram_ended
     }

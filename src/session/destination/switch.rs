@@ -33,7 +33,7 @@ impl Switch {
         &self.next
     }
 
-    /// ADVISE has come.
+    /// ADVISE was received.
     pub(super) fn advise(&mut self, advised: Advised) {
         self.advised = Some(advised);
     }

@@ -41,7 +41,7 @@ pub struct PageFailure {
     pub offset: u64,
     /// Where it was read from.
     pub file: String,
-    /// The kernel's answer.
+    /// The kernel's error.
     pub why: String,
 }
 

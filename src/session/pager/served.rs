@@ -61,7 +61,7 @@ impl ServedMemory {
     /// Serves the faults that arrive on `fd`, a userfaultfd(2) of the process that owns `regions`, and reads the rest.
     ///
     /// # Errors
-    /// [`Error::Handed`]: what was handed over makes no sense. [`Error::Thread`].
+    /// [`Error::Handed`]: the handed-over regions are invalid. [`Error::Thread`].
     pub fn serve(
         fd: OwnedFd,
         regions: &[HandedRegion],

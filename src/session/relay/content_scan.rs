@@ -54,7 +54,7 @@ const SECRET_BYTES: usize = 192;
 pub struct ScanReport {
     /// How many there were.
     pub scans: u32,
-    /// Pages looked at, repeats included.
+    /// Scanned pages, including repeats.
     pub pages: u64,
     /// Pages found to have changed, including repeats.
     pub found: u64,
@@ -113,7 +113,7 @@ impl ContentScan {
     /// Scans every page and reports those that have changed, each as soon as it is found.
     ///
     /// # Errors
-    /// [`Error::Guest`], [`Error::Thread`]; [`Error::Cancelled`] and the like if `stop` says so.
+    /// [`Error::Guest`], [`Error::Thread`]; [`Error::Cancelled`] and the like if `stop` ends the scan.
     pub(crate) fn scan(&mut self, spawner: &Spawner, stop: &Stop) -> Result<(), Error> {
         let began = Instant::now();
         let chunks: Vec<Arc<Chunk>> = self.chunks.values().cloned().collect();

@@ -175,7 +175,7 @@ impl Arrival for Middle {
     /// Stops reading from the source while the far end's backlog is too long.
     ///
     /// # Errors
-    /// The far side has ended: nothing that still comes can be handed on, and the source can be told.
+    /// The far side has ended: further pages can't be passed on, and the source can receive an error.
     fn between_reads(&mut self) -> Result<(), Error> {
         let Some(meter) = &mut self.meter else { return Ok(()) };
         if !meter.is_due() {

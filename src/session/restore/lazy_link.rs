@@ -87,7 +87,7 @@ impl DestinationLink for LazyLink {
         Ok(())
     }
 
-    /// Pages come when they do.
+    /// There is no time limit for pages.
     fn barrier(&mut self, _stop: &Stop) -> Result<(), MoveError> {
         Ok(())
     }

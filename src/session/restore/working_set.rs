@@ -15,7 +15,7 @@ const MAX_BYTES: u64 = 64 << 20;
 /// Version of the format below.
 const FORMAT: u32 = 1;
 
-/// What is in the file.
+/// Content of the file.
 #[derive(Debug, Serialize, Deserialize)]
 struct WorkingSet {
     format: u32,

@@ -46,7 +46,7 @@ pub(super) enum News {
     Failed(Error),
 }
 
-/// What was written.
+/// The written pages.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Sent {
     pub(super) pages: PageCounts,

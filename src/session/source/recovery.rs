@@ -201,7 +201,7 @@ impl SourceSession {
     /// Drops the old connection and opens another.
     ///
     /// # Errors
-    /// The time for it is over.
+    /// The time limit was reached.
     pub(super) fn reconnect(&mut self) -> Result<SourceEvent, Error> {
         self.drop_connection();
         if self.breakage.is(Breakage::ResumeAfterLoss) {

@@ -53,7 +53,7 @@ impl VirtioMem {
 ///
 /// # Errors
 ///
-/// [`Fault::Device`] if the sizes make no sense, [`Fault::Limit`] above [`MAX_PLUGGED_BYTES`];
+/// [`Fault::Device`] if the sizes are invalid, [`Fault::Limit`] above [`MAX_PLUGGED_BYTES`];
 /// [`DecodeError::Truncated`].
 pub fn decode_virtio_mem(input: &[u8]) -> Result<(VirtioMem, usize), DecodeError> {
     let mut reader = Reader::new(input);

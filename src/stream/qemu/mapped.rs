@@ -140,7 +140,8 @@ pub fn encode_header(header: &MappedHeader, out: &mut Vec<u8>) {
 /// Decodes the bitmap of block `name`, which has `pages` pages: [`bitmap_len`] bytes.
 ///
 /// # Errors
-/// [`Fault::MappedRam`] at the word that says that a page behind the block's end is present; [`DecodeError::Truncated`].
+/// [`Fault::MappedRam`] at the word in which a page beyond the block's end is marked present;
+/// [`DecodeError::Truncated`].
 pub fn decode_bitmap(input: &[u8], name: &str, pages: u64) -> Result<PageBitmap, DecodeError> {
     let needed = usize::try_from(bitmap_len(pages)).unwrap_or(usize::MAX);
     let Some(bytes) = input.get(..needed) else {

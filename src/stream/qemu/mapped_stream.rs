@@ -59,7 +59,7 @@ pub enum MappedReadError {
     /// A stream without places.
     #[error("the stream has no mapped-ram pages: it is a plain one, read it by file:")]
     Plain,
-    /// The kernel's answer.
+    /// The kernel's error.
     #[error("reading at {at:#x}")]
     Io {
         /// Where, in the file.
@@ -229,7 +229,7 @@ impl Making {
 pub struct Piece {
     /// Offset in the file.
     pub at: u64,
-    /// What is written there.
+    /// The bytes to write there.
     pub bytes: Vec<u8>,
 }
 

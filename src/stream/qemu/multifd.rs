@@ -1,7 +1,7 @@
 //! Packets of the multifd channels.
 //!
-//! A channel begins with an initial packet of 64 bytes. After it come packets: a header of fixed size, then the pages
-//! that it lists. All pages of a packet belong to one block.
+//! A channel begins with an initial packet of 64 bytes. Packets follow: a header of fixed size, then the pages that it
+//! lists. All pages of a packet belong to one block.
 //!
 //! ```text
 //!   0 be32 magic 0x11223344        24 be64 packet number

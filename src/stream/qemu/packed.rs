@@ -89,7 +89,7 @@ impl PacketDeflater {
     ///
     /// # Errors
     ///
-    /// What the library says: no memory for its tables.
+    /// The library's error: no memory for its tables.
     pub fn new(packing: Packing) -> std::io::Result<Self> {
         Ok(Self(match packing {
             Packing::Plain => Deflate::Plain,
@@ -114,7 +114,7 @@ impl PacketDeflater {
     ///
     /// # Errors
     ///
-    /// What the library says; the channel is then of no more use.
+    /// The library's error; the channel is then unusable.
     pub fn deflate(&mut self, pages: &[u8], out: &mut Vec<u8>) -> std::io::Result<()> {
         match &mut self.0 {
             Deflate::Plain => out.extend_from_slice(pages),
@@ -176,7 +176,7 @@ impl PacketInflater {
     ///
     /// # Errors
     ///
-    /// What the library says: no memory for its tables.
+    /// The library's error: no memory for its tables.
     pub fn new(method: Method) -> std::io::Result<Option<Self>> {
         Ok(match method {
             Method::Plain => None,
@@ -193,7 +193,7 @@ impl PacketInflater {
     ///
     /// # Errors
     ///
-    /// [`Fault::Multifd`] if it is none, or gives more or fewer bytes; the channel is then useless.
+    /// [`Fault::Multifd`] if it is invalid, or gives more or fewer bytes; the channel is then unusable.
     pub fn inflate(&mut self, mut payload: &[u8], out: &mut [u8]) -> Result<(), Fault> {
         let broken = || Fault::Multifd("the payload of a packet does not inflate");
         let size = Fault::Multifd("the payload of a packet does not give exactly its pages");

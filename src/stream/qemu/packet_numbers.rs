@@ -22,12 +22,12 @@ pub struct PacketNumbers {
 pub struct MissingPackets {
     /// Number of packets that the highest number implies.
     pub sent: u64,
-    /// What has come.
+    /// The packets that have arrived.
     pub came: u64,
 }
 
 impl PacketNumbers {
-    /// A packet has come.
+    /// A packet has arrived.
     pub fn took(&mut self, number: u64, sync: bool, has_pages: bool) {
         self.used += match (sync, has_pages) {
             (true, true) => 2,
@@ -46,7 +46,8 @@ impl PacketNumbers {
     /// To be called when all channels are at a barrier.
     ///
     /// # Errors
-    /// [`MissingPackets`]: there is a channel that nobody reads. A source whose numbers do not count packets is believed.
+    /// [`MissingPackets`]: this end does not read one of the channels. A source whose numbers do not count packets is
+    /// trusted.
     pub fn check(&self) -> Result<(), MissingPackets> {
         if self.used >= self.end { Ok(()) } else { Err(MissingPackets { sent: self.end, came: self.used }) }
     }

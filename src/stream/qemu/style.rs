@@ -13,7 +13,7 @@ use super::incoming::Seen;
 pub struct PeerStyle {
     /// Send SWITCHOVER_START before the last part. A peer that does not support it fails.
     pub switchover_start: bool,
-    /// What is a barrier for the multifd channels.
+    /// The barrier of the multifd channels.
     pub barrier: BarrierStyle,
     /// Where zero pages go when there are multifd channels.
     pub zero_pages: ZeroPageStyle,
@@ -21,7 +21,7 @@ pub struct PeerStyle {
     pub preempt: PreemptStyle,
 }
 
-/// What is a barrier for the multifd channels.
+/// The barrier of the multifd channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum BarrierStyle {
     /// Every end of a ram section.

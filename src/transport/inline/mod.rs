@@ -64,7 +64,7 @@ impl InlinePages {
     /// Sends the pages of `batch` into `sink`, inside a ram section.
     ///
     /// # Errors
-    /// [`MoveError`]; how many pages went is then unknown.
+    /// [`MoveError`]; the number of sent pages is then unknown.
     pub fn write(
         &mut self,
         batch: &PageBatch,

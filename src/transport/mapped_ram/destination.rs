@@ -189,7 +189,7 @@ impl MappedDestination {
     /// The pages in the file, to be read in any order for the guest whose memory `placer` fills.
     ///
     /// # Errors
-    /// A block is missing, there or here.
+    /// A block is missing in the file or here.
     pub fn pages(&self, placer: &Placer) -> Result<MappedPages, MoveError> {
         self.check_left_out(placer)?;
         let table = placer.memory().table();

@@ -81,8 +81,8 @@ impl MappedFile {
         Self::locked(path, starts_at, OpenOptions::new().read(true), FlockOperation::NonBlockingLockShared)
     }
 
-    /// Opens or creates a file for writing. Its old content after `starts_at` is deleted permanently: what is there
-    /// from now on belongs to this guest.
+    /// Opens or creates a file for writing. Its old content after `starts_at` is deleted permanently: everything
+    /// written there from now on belongs to this guest.
     pub(super) fn to_write(path: &Path, starts_at: u64) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         // The file holds a guest's memory: only its owner may access a new one.

@@ -28,7 +28,7 @@ const REFUSED_WITHIN: Duration = Duration::from_secs(5);
 /// What the beginning of main shows.
 #[derive(Debug, PartialEq, Eq)]
 enum Told {
-    /// Not enough has come.
+    /// Not enough bytes have arrived.
     Open,
     /// The source is a ramwire and has this many page channels.
     Channels(u8),

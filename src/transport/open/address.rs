@@ -179,15 +179,15 @@ pub enum AddressError {
     /// No known scheme before the first colon.
     #[error("`{text}` does not start with a known scheme; write {}", forms())]
     UnknownScheme {
-        /// What was given.
+        /// The given text.
         text: String,
     },
     /// The scheme is known, but the parameters are not valid for it.
     #[error("`{text}`: {problem}; write {form}")]
     Malformed {
-        /// What was given.
+        /// The given text.
         text: String,
-        /// What is wrong with it.
+        /// The problem.
         problem: &'static str,
         /// How it should look.
         form: &'static str,

@@ -21,7 +21,7 @@ pub enum AllowError {
     /// Not an address, optionally with a prefix length.
     #[error("`{text}` is not a network; write an address or ADDRESS/BITS, like 10.1.0.0/16")]
     NotANetwork {
-        /// What was given.
+        /// The given text.
         text: String,
     },
     /// The address has bits set beyond the prefix: one of the two is a mistake.
@@ -29,7 +29,7 @@ pub enum AllowError {
         "`{text}` has address bits beyond its prefix; write {network} for the network, or the address alone"
     )]
     HostBits {
-        /// What was given.
+        /// The given text.
         text: String,
         /// The network it lies in.
         network: String,

@@ -22,13 +22,13 @@ pub enum OpenError {
     /// A listener, a file, a descriptor or a command could not be opened.
     #[error("{address}: {doing} failed ({remedy})")]
     Open {
-        /// What was to be opened.
+        /// The address to open.
         address: String,
         /// How.
         doing: &'static str,
         /// The remedy.
         remedy: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
     /// A mapped-ram file that is invalid or incomplete.
@@ -87,7 +87,7 @@ pub enum OpenError {
     Channels {
         /// The address.
         address: String,
-        /// What was found.
+        /// The problem.
         what: String,
     },
     /// The source, a ramwire, has another number of page channels.

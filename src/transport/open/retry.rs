@@ -13,9 +13,9 @@ const AGAIN: Duration = Duration::from_millis(100);
 /// Calls `open` until a process listens at `address`, for at most `time` from now.
 ///
 /// # Errors
-/// The last one.
+/// The error of the last try.
 ///
-/// Only a connection that was never taken is tried again: a destination that takes one source has lost its only one.
+/// Only a connection that was never accepted is retried: a destination that accepts a single source has lost it.
 pub(super) fn until_heard<T>(
     address: &Address,
     time: Duration,

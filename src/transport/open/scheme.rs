@@ -39,10 +39,10 @@ pub(in crate::transport) struct Scheme {
     pub(in crate::transport) form: &'static str,
     /// The correct form of an address, for the error of an invalid one.
     pub(in crate::transport) hint: &'static str,
-    /// Reads what follows the colon.
+    /// Parses the text after the colon.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The problem, as text.
     pub(in crate::transport) parse: fn(&str) -> Result<Target, &'static str>,
     pub(in crate::transport) abilities: SchemeAbilities,
     /// Opens the source's side, for the pages of a guest.
@@ -64,7 +64,7 @@ pub(in crate::transport) struct SchemeAbilities {
     pub(in crate::transport) decides_late: bool,
 }
 
-/// What is to be opened.
+/// The connection to open.
 pub(in crate::transport) struct Opening<'a> {
     pub(in crate::transport) address: &'a Address,
     pub(in crate::transport) memory: &'a Arc<dyn GuestMemory>,

@@ -111,7 +111,7 @@ impl ChildCommand {
     /// Checks that the command still runs.
     ///
     /// # Errors
-    /// [`ChannelError::CommandAsks`] if the kernel has stopped it because it wants to use the terminal.
+    /// [`ChannelError::CommandAsks`] if the kernel has stopped it because it tried to use the terminal.
     pub(crate) fn check(&self) -> Result<(), ChannelError> {
         // Its status is left for the caller that waits for it; an operator may continue a stopped command.
         let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;

@@ -20,7 +20,7 @@ const SHAKING: &str = "making a TLS connection";
 #[derive(Debug)]
 pub(super) struct Secured {
     session: Arc<TlsSession>,
-    /// What is encrypted next.
+    /// The bytes to encrypt next.
     outbox: Vec<u8>,
 }
 

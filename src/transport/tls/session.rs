@@ -33,7 +33,7 @@ struct State {
     to: usize,
     /// Decrypted and peeked at, but not read yet.
     seen: Vec<u8>,
-    /// Nothing comes any more.
+    /// No more bytes follow.
     ended: bool,
 }
 
@@ -53,7 +53,7 @@ impl TlsSession {
     /// Continues the handshake as far as possible without waiting; true when it is over.
     ///
     /// # Errors
-    /// `WouldBlock` where the peer's bytes are missing; [`TlsError`] inside, or the kernel's.
+    /// `WouldBlock` if the peer's bytes are missing; an error with a [`TlsError`] inside, or the kernel's error.
     pub(in crate::transport) fn shake_hands(&self, fd: BorrowedFd<'_>) -> io::Result<bool> {
         self.0.locked().shake_hands(fd).map_err(|error| match error.kind() {
             // A peer that does not use TLS leaves the handshake unread and closes, which is a reset.
@@ -95,7 +95,7 @@ impl TlsSession {
     /// Fills the parts with the received bytes; 0 is the end.
     ///
     /// # Errors
-    /// `WouldBlock` where nothing has; [`TlsError`] inside, or the kernel's.
+    /// `WouldBlock` if there are none; an error with a [`TlsError`] inside, or the kernel's error.
     pub(in crate::transport) fn recv(
         &self,
         fd: BorrowedFd<'_>,

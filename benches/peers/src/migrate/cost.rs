@@ -21,7 +21,7 @@ impl Cost {
     /// Of this process so far.
     ///
     /// # Errors
-    /// The kernel does not say.
+    /// The kernel does not report it.
     pub fn own() -> io::Result<Self> {
         let time = clock_gettime(ClockId::ProcessCPUTime);
         let cpu_seconds = time.tv_sec as f64 + time.tv_nsec as f64 / 1e9;
@@ -40,7 +40,7 @@ impl Cost {
         Some(Self { cpu_seconds: user + system, user_seconds: user, page_faults: field(10)? })
     }
 
-    /// What came since `before`.
+    /// The cost since `before`.
     pub fn since(self, before: Self) -> Self {
         Self {
             cpu_seconds: self.cpu_seconds - before.cpu_seconds,

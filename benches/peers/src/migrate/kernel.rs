@@ -27,7 +27,7 @@ pub fn bytes_mut(mapping: &mut Mapping) -> &mut [u8] {
 /// socket(7)).
 ///
 /// # Errors
-/// What `setsockopt(2)` says.
+/// The error of `setsockopt(2)`.
 pub fn set_low_water(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
     let len = size_of::<libc::c_int>() as libc::socklen_t;

@@ -14,8 +14,8 @@ impl SourceHooks {
     /// Hook: pages to save. They join neighbouring ones into one write per chunk; keys are requested on demand; zero
     /// runs are sent as messages, not written. Waits only for keys, credits and room in the queue.
     ///
-    /// The dirty log's bits of the pages must be cleared before the call, and each page comes at most once between two
-    /// rounds' ends with the latest content: the device reads memory at some time after the call.
+    /// The dirty log's bits of the pages must be cleared before the call, and each page is saved at most once between
+    /// two rounds' ends with the latest content: the device reads memory at some time after the call.
     ///
     /// # Errors
     ///

@@ -68,7 +68,7 @@ impl SourceHooks {
         Ok(())
     }
 
-    /// Books what has taken effect.
+    /// Records the completed requests.
     pub(super) fn settle(&mut self) {
         let channels = std::iter::once(&mut self.main.channel).chain(&mut self.main.data_queues);
         for note in channels.flat_map(|channel| channel.retired.drain(..)) {

@@ -25,7 +25,7 @@ pub fn serve(address: &str, host: Option<&str>) -> Result<(), BenchError> {
 /// Answers one request after the other.
 ///
 /// # Errors
-/// [`BenchError`] if the connection for words broke. What went wrong with one measurement is told to the other end.
+/// [`BenchError`] if the connection for messages broke. The error of a single measurement is sent to the other end.
 pub fn answer_all(words: &mut Words, host: Option<&str>) -> Result<(), BenchError> {
     loop {
         words.wait_for_more();

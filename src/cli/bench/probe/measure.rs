@@ -13,7 +13,7 @@ pub trait Echo {
     /// Sends a message and waits for its answer.
     ///
     /// # Errors
-    /// [`BenchError`], also where the other end is silent.
+    /// [`BenchError`], also if the other end is silent.
     fn exchange(&mut self) -> Result<(), BenchError>;
 }
 
@@ -142,7 +142,7 @@ pub fn requests(
     if cancel.is_cancelled() { Err(BenchError::Cancelled) } else { Ok(recorded) }
 }
 
-/// Nothing came for too long.
+/// Nothing arrived for too long.
 pub fn silent() -> BenchError {
     super::words::failed("waiting for the other end")(std::io::ErrorKind::TimedOut.into())
 }

@@ -19,7 +19,7 @@ const BAR: usize = 50;
 /// One measurement's figures.
 #[derive(Clone, Debug, Serialize)]
 pub struct Case {
-    /// What was measured.
+    /// The measured request.
     #[serde(flatten)]
     pub request: Request,
     /// Whether latencies are half of round trips.
@@ -55,7 +55,7 @@ impl Case {
         }
     }
 
-    /// What was recorded.
+    /// The recorded latencies.
     pub fn recorded(&self) -> &Recorded {
         &self.recorded
     }

@@ -70,7 +70,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// True if messages come back.
+    /// True if messages are echoed.
     pub fn is_echo(&self) -> bool {
         self.kind == Kind::Latency && matches!(self.op, Op::Write | Op::Send)
     }
@@ -103,7 +103,7 @@ impl Words {
     /// Takes over a connection.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's error.
     pub fn new(socket: TcpStream) -> io::Result<Self> {
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;

@@ -42,7 +42,7 @@ pub(in crate::session::sim) struct SimLog {
 }
 
 impl SimLog {
-    /// One call, which is a step, and fails if the plan says so.
+    /// One call, which is a step, and fails if planned.
     fn call(&self, act: impl FnOnce(&mut World, usize)) -> Result<(), DirtyError> {
         self.sim.device_acts(Side::Source);
         let mut turn = self.sim.enter();

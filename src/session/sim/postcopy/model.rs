@@ -49,7 +49,7 @@ struct Part {
 pub(super) struct Urgent {
     wanted: Option<UrgentChannel>,
     connected: bool,
-    /// Its last mark has come.
+    /// Its last mark was received.
     ended: bool,
     input: Vec<u8>,
     block: usize,

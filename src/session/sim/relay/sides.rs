@@ -130,7 +130,7 @@ impl Relay {
         self.hub.lock().engine.is_given_away()
     }
 
-    /// False: it comes too late.
+    /// False: it is too late.
     pub(super) fn cancel(&self) -> bool {
         self.hub.cancel() == CancelReply::Accepted
     }

@@ -59,14 +59,14 @@ pub enum Event<'a> {
         phase: Phase,
         /// Its id.
         id: u32,
-        /// Whose it is.
+        /// Its owner.
         kind: SectionKind,
     },
     /// The section's footer has arrived and is correct.
     SectionEnd {
         /// START, PART, END or FULL.
         phase: Phase,
-        /// Whose it was.
+        /// Its owner.
         kind: SectionKind,
     },
     /// The list of RAM blocks has arrived completely. It comes again if the source repeats it, which it may do
@@ -155,7 +155,7 @@ pub enum Event<'a> {
 pub struct Seen {
     /// Whether there are a configuration section and footers; footers are assumed until the first section has ended.
     pub framing: Framing,
-    /// A SWITCHOVER_START came.
+    /// A SWITCHOVER_START was received.
     pub switchover_start: bool,
     /// A multifd barrier record was in the `ram` START, whose records have ended; `None`: not reached yet.
     pub barrier_in_start: Option<bool>,

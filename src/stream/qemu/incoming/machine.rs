@@ -59,7 +59,7 @@ struct Open {
     kind: SectionKind,
 }
 
-/// What is due next.
+/// The expected item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// File header and configuration.

@@ -87,7 +87,7 @@ impl Mover {
     }
 }
 
-/// Runs everybody in turns.
+/// Runs all contestants alternately.
 ///
 /// # Errors
 /// [`BenchError`].
