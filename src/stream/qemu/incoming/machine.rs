@@ -128,7 +128,8 @@ impl IncomingStream {
     }
 
     /// Continues on a new channel after postcopy was interrupted: the next byte begins an item without a header before
-    /// it, a partially received section is discarded, and the next record names its block. The end of RAM is sent again.
+    /// it, a partially received section is discarded, and the next record names its block. The end of RAM is sent
+    /// again.
     pub fn restart(&mut self) {
         self.state = State::Items;
         self.position = 0;
