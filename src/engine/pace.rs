@@ -38,8 +38,8 @@ impl BandwidthLimit {
     }
 }
 
-/// Spreads the sent bytes evenly over time. `paid_until` is the time that the bytes so far take at the limit. It is
-/// ahead of the clock by at most the last batch. If it falls behind the clock, because the sender had no time or the
+/// Spreads the sent bytes evenly over time. `paid_until` is the moment up to which the bytes so far use the limit. It
+/// is ahead of the clock by at most the last batch. If it falls behind the clock, because the sender had no time or the
 /// connection no room, the sender catches up at a little more than the limit.
 #[derive(Debug, Default)]
 pub struct Pace {

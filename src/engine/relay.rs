@@ -43,9 +43,9 @@ pub enum RelayEvent {
     NotGuarded,
     /// The guest was handed to the far end, which has not answered in time; its connection is still open.
     FarSilent,
-    /// The connection to the far end has ended.
+    /// The session with the far end has ended.
     FarEnded(FarEnd),
-    /// The source's connection has ended, or the relay's half that serves it.
+    /// The source's connection has ended, or the relay's session with it.
     SourceGone,
     /// The operator requests the end.
     Cancel,
@@ -57,7 +57,7 @@ pub enum RelayEvent {
     Moved(Traffic),
 }
 
-/// How the connection to the far end ended.
+/// How the session with the far end ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FarEnd {
     /// The guest runs there.
@@ -68,7 +68,7 @@ pub enum FarEnd {
     Unknown,
 }
 
-/// The next action, for the half that waits for it.
+/// The next action, for the side that waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RelayAction {
     /// To the far end: the last round, since the guest is stopped.

@@ -39,7 +39,7 @@ pub struct MissingFaults {
     uffd: Uffd,
 }
 
-/// Address granularity, in bytes, of the fault that a userfaultfd reports.
+/// Address of a fault in this process, as a userfaultfd reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FaultAt(pub usize);
 

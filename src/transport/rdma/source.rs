@@ -294,8 +294,8 @@ impl SourceLink for RdmaLink {
         &mut self.wire
     }
 
-    /// Zero pages, which are sent as messages, and whole pages. The NIC writes a whole page, and its completion
-    /// confirms that the page is placed.
+    /// Counts only zero pages, which are sent as messages. The NIC writes whole pages, and its completion confirms that
+    /// they are placed.
     fn sent_pages(&self) -> Vec<PageCounts> {
         let zero_bytes = self.wire.hooks.as_ref().map_or(0, |hooks| hooks.counters().zero_bytes);
         vec![PageCounts { zero: zero_bytes / self.page_bytes, ..PageCounts::default() }]
