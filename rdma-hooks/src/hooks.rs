@@ -3,7 +3,7 @@
 //! | QEMU's page loop calls | here | does |
 //! |---|---|---|
 //! | `rdma_block_notification_handle` | [`DestinationHooks::block_notification`] | the destination learns the block order |
-//! | `rdma_registration_start` | [`SourceHooks::registration_start`] | opens a round; its mark ends the stream |
+//! | `rdma_registration_start` | [`SourceHooks::registration_start`] | opens a round; its mark is the last record |
 //! | `rdma_control_save_page` | [`SourceHooks::control_save_page`] | merges, registers on demand, writes |
 //! | `rdma_registration_stop` | [`SourceHooks::registration_stop`] | closes the round |
 //! | `rdma_registration_handle` | [`DestinationHooks::registration_handle`] | serves a round |

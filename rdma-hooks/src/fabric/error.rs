@@ -44,7 +44,7 @@ pub enum FabricError {
         #[source]
         source: io::Error,
     },
-    /// The limit on locked memory is too small even for the first registration.
+    /// The limit on locked memory is too small, found before the first registration.
     #[error(
         "{needed} bytes are to be locked in memory, the limit is {limit}; raise it (ulimit -l, LimitMEMLOCK=, \
          memlock in limits.conf) or give the process CAP_IPC_LOCK"
