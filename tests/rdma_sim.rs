@@ -10,7 +10,7 @@ use ramwire::guest::{MappedGuest, TestMachine};
 use ramwire::ram::{BlockName, RamBlock, RoundKind};
 use ramwire::session::{
     DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, Peer, SourceGuest,
-    SourceReport, SourceSession, SourceSettings,
+    SourceReport, SourceSession, SourceSettings, Verify,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, RecvPart, SendPart, Stop};
@@ -93,7 +93,7 @@ fn migrate(config: SimConfig, rdma: RdmaOptions, digest: bool, keeps_memory: boo
     let connection = connect_over(Arc::new(here), "10.0.0.2", 4444, from.clone(), &options, &rdma, &stop);
     let source = connection.ok().map(|connection| {
         let mut settings = SourceSettings::new(Configuration { machine: "sim".into(), ..Default::default() });
-        settings.digest = digest;
+        settings.verify = if digest { Verify::Full } else { Verify::Off };
         settings.guest_stands_still = true;
         settings.peer = Some(Peer::Ramwire);
         let machine = TestMachine::running(b"state");

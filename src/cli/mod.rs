@@ -30,6 +30,7 @@ mod sizes;
 mod slow_link;
 mod store;
 mod tls;
+mod verify;
 mod watch;
 
 pub use args::run;

@@ -9,7 +9,7 @@ use ramwire::observe::SharedStatistics;
 use ramwire::ram::BlockName;
 use ramwire::session::{
     CancelReply, Canceller, DestinationGuest, DestinationReport, DestinationSession, DestinationSettings,
-    ErrorKind,
+    ErrorKind, MemoryCheck,
 };
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, Way};
@@ -25,6 +25,7 @@ use super::remedies::{hint, in_words};
 use super::signals::cancel_on_signal;
 use super::store::{ArrivingGuest, State, Store};
 use super::tls::DestinationTlsArgs;
+use super::verify::in_json;
 
 /// Takes one migration, then stops listening. Success is told to the source only after everything is on the disk.
 #[derive(Debug, clap::Args)]
@@ -165,13 +166,18 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     signals.ended(exit);
     tell(args, &way, &guest, &report);
-    Ok(exit)
+    // The guest is here all the same.
+    let differs = matches!(report.memory_check, Some(MemoryCheck::Differs { .. }));
+    Ok(if differs && exit == Exit::Done { Exit::NotVerified } else { exit })
 }
 
 fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationReport) {
     let state = guest.manifest().map_or(State::Arriving, |manifest| manifest.state);
     if let Some(error) = &report.error {
         complain("receive", error);
+    }
+    if let Some(check) = &report.memory_check {
+        note!("ramwire receive: {check}");
     }
     let arrived = report.ending == Ending::Running;
     if args.json {
@@ -183,6 +189,7 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
             "why": way.why,
             "source": if report.native { "ramwire" } else { "qemu" },
             "verified": report.verified,
+            "memory_check": in_json(report.memory_check.as_ref()),
             "bytes_received": report.bytes,
             "ram_bytes": report.statistics.total,
             "took_ms": report.statistics.total_time,

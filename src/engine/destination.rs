@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! a ramwire source:  STATE_SENT -> load -> [digests compared] -> READY -> COMMIT -> resume -> RUNNING
+//!                    [-> what the source finds in its memory]
 //! memory is passed:  STATE_SENT -> [digests compared] -> READY -> COMMIT -> load -> resume -> RUNNING
 //! a QEMU source:     end of the device state -> load -> resume -> SHUT(0)
 //! postcopy:          package -> serve faults, load and resume meanwhile -> last page -> SHUT(0), heard
@@ -25,6 +26,8 @@ pub enum DestinationEvent {
     Hello {
         /// It will send a digest.
         digest: bool,
+        /// It will compare its memory with what it has sent, once the guest runs here, and tell.
+        memory_check: bool,
     },
     /// A QEMU's device state is complete, the byte that commits included.
     Tail,
@@ -76,6 +79,8 @@ pub enum DestinationAction {
     Resume,
     /// Tell the source that the guest runs: RUNNING or SHUT(0).
     SendRunning,
+    /// The guest runs here. Wait for what the source finds in its memory.
+    AwaitMemoryCheck,
     /// Tell the source that it failed, as far as it can be told.
     SendFailed,
     /// Nothing more to do.
@@ -113,6 +118,7 @@ enum Phase {
     AwaitingCommit,
     Resuming,
     SendingRunning,
+    AwaitingMemoryCheck,
     Keeping,
     Failing(Ending),
     Ended(Ending),
@@ -131,6 +137,7 @@ pub struct DestinationEngine {
     native: bool,
     digest: bool,
     digests_here: bool,
+    memory_check: bool,
     committed: bool,
     recoverable: bool,
     /// All pages of a guest that runs here since a switch to postcopy have come.
@@ -150,6 +157,7 @@ impl DestinationEngine {
             native: false,
             digest: false,
             digests_here: false,
+            memory_check: false,
             committed: false,
             recoverable: false,
             whole: false,
@@ -236,8 +244,8 @@ impl DestinationEngine {
         match (self.phase, event) {
             (Phase::Failing(ending), _) => self.end(ending),
             (Phase::Ended(_), _) => {}
-            (Phase::Receiving, E::Hello { digest }) => {
-                (self.native, self.digest) = (true, digest);
+            (Phase::Receiving, E::Hello { digest, memory_check }) => {
+                (self.native, self.digest, self.memory_check) = (true, digest, memory_check);
                 self.read_on();
             }
             (Phase::Receiving, E::Tail) if !self.native => {
@@ -298,8 +306,11 @@ impl DestinationEngine {
             (Phase::Resuming, E::MayRun) if !self.native => self.go(Phase::Keeping, A::SendRunning),
             (Phase::Keeping, _) => self.end(Ending::Stranded),
             (Phase::Resuming, E::Done) => self.go(Phase::SendingRunning, A::SendRunning),
-            // The guest runs here: that the source could not be told changes nothing about it.
-            (Phase::SendingRunning, _) => self.end(Ending::Running),
+            (Phase::SendingRunning, E::Done) if self.memory_check && self.native => {
+                self.go(Phase::AwaitingMemoryCheck, A::AwaitMemoryCheck);
+            }
+            // The guest runs here: that the source could not be told changes nothing about it, nor what it finds.
+            (Phase::SendingRunning | Phase::AwaitingMemoryCheck, _) => self.end(Ending::Running),
             _ => self.fail(),
         }
     }

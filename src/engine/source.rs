@@ -4,6 +4,7 @@
 //! ```text
 //! start logs -> header -> setup -> sync -> [ open round -> send slices -> close round -> sync ]*
 //!   -> pause -> (hold) -> last sync -> last round -> drain -> state -> digest -> READY -> COMMIT -> RUNNING -> release
+//!   [ -> memory compared with what was sent ]
 //! postcopy, from the last sync on:
 //!   -> discards -> package without RUN -> COMMIT (RUN) -> [ send missing pages ]* -> taken -> end -> SHUT -> release
 //! the connection lost behind RUN:
@@ -247,7 +248,8 @@ impl SourceEngine {
             (Phase::SendingState | Phase::Digesting, E::Done) => self.commit(),
             (Phase::Committing, E::Done) => self.await_running(now),
             (Phase::Reporting, E::Done) => self.wait(Phase::Listening, None),
-            (Phase::Releasing, E::Done) => self.finish(Outcome::Completed),
+            (Phase::Releasing, E::Done) => self.released(),
+            (Phase::CheckingMemory, _) => self.finish(Outcome::Completed),
             (Phase::RollingBack(reason), E::Done) => self.finish(Outcome::StaysHere(reason)),
             // The answer to something else: whether that was done is not known.
             _ => self.abandon(Reason::Failed),
@@ -269,9 +271,10 @@ impl SourceEngine {
         match self.phase {
             Phase::New | Phase::Finished(_) => {}
             // They are done as far as they can be, and not once more.
-            Phase::Releasing if was_busy => self.finish(Outcome::Completed),
+            Phase::Releasing if was_busy => self.released(),
+            Phase::CheckingMemory if was_busy => self.finish(Outcome::Completed),
             Phase::RollingBack(reason) if was_busy => self.finish(Outcome::StaysHere(reason)),
-            Phase::Releasing | Phase::RollingBack(_) => {}
+            Phase::Releasing | Phase::CheckingMemory | Phase::RollingBack(_) => {}
             // A peer that answers the last byte, or the package, with an error status has not started the guest: nothing is
             // in doubt. In precopy a ramwire said READY before COMMIT, so its refusal after it proves nothing. Once a guest
             // was taken among missing pages nobody can give it back.
@@ -281,6 +284,14 @@ impl SourceEngine {
             _ if event == SourceEvent::Lost && self.may_recover() => self.reconnect(),
             _ => self.abandon(Reason::Failed),
         }
+    }
+
+    /// The guest runs at the peer, and all here is as it was. What is found in memory changes nothing about who has the guest.
+    fn released(&mut self) {
+        if self.config.memory_check && self.config.handover.has_ready() && !self.postcopy.begun {
+            return self.go(Phase::CheckingMemory, SourceAction::CheckMemory);
+        }
+        self.finish(Outcome::Completed);
     }
 
     fn abandon(&mut self, reason: Reason) {

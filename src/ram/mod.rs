@@ -9,6 +9,7 @@ mod batch;
 mod bitmap;
 mod block;
 mod dirty_map;
+mod fingerprints;
 mod page_set;
 mod run;
 mod table;
@@ -19,6 +20,7 @@ pub use batch::{PageBatch, Piece, Verdict};
 pub use bitmap::PageBitmap;
 pub use block::{BlockError, BlockFlags, BlockName, RamBlock};
 pub use dirty_map::{ClearShift, DirtyMap};
+pub use fingerprints::Fingerprints;
 pub use page_set::PageSet;
 pub use run::PageRun;
 #[cfg(test)]

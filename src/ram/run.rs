@@ -28,6 +28,11 @@ impl PageRun {
         (head, Some(Self { first: head.end(), pages: self.pages - pages, ..self }))
     }
 
+    /// Its pages, each as a run of its own.
+    pub fn each(self) -> impl Iterator<Item = Self> {
+        (self.first.0..self.end().0).map(move |page| Self { first: PageIndex(page), pages: 1, ..self })
+    }
+
     /// Offset of the first byte; `None` beyond `u64`.
     pub fn offset(self, page: PageSize) -> Option<BlockOffset> {
         page.offset_of(self.first)

@@ -45,6 +45,14 @@ pub(super) enum Breakage {
     LoadBeforeCommit,
     /// Orders 4 and 12: after a failure memory that was passed is taken for the destination's.
     ForgetPassed,
+    /// Order 6: the destination says READY whatever the fingerprints say.
+    SkipFingerprints,
+    /// Order 2: the destination places an older copy of a page behind a newer one.
+    PlaceStale,
+    /// The destination counts a page that it does not place.
+    SkipPage,
+    /// A dirty source loses a write.
+    LoseDirtyBit,
     /// Order 5: what is dirty at a switch to postcopy is not discarded.
     SkipDiscard,
     /// Order 5: the source ends a postcopy while pages are missing.
@@ -116,7 +124,7 @@ impl Breakage {
 
     /// All but `None` and what only a relay does.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 28] = [
+    pub(super) const ALL: [Self; 32] = [
         Self::ReadBeforeProtect,
         Self::SkipFence,
         Self::SkipBarrier,
@@ -136,6 +144,10 @@ impl Breakage {
         Self::ForgetPassed,
         Self::SkipComparing,
         Self::SkipCounting,
+        Self::SkipFingerprints,
+        Self::PlaceStale,
+        Self::SkipPage,
+        Self::LoseDirtyBit,
         Self::RegisterUnpromised,
         Self::TrustMemory,
         Self::MarkBeforeCopy,

@@ -42,6 +42,25 @@ impl PostcopySettings {
     }
 }
 
+/// How both ends make sure that the destination has what the source sent. Only between ramwire ends: towards a QEMU, and
+/// over a connection without a return path, the migration ends with [`Error::Config`](super::Error::Config) before a page is
+/// sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verify {
+    /// Only the numbers of pages are compared.
+    #[default]
+    Off,
+    /// A fingerprint (64 bits) of each page, made when it is sent and when it is placed, is compared after each round, and
+    /// before READY. The cost in the downtime follows the pages of the last round. Once the guest runs at the destination the
+    /// source compares its memory, which stands still, with what it has sent: that finds a write that a dirty source has
+    /// lost ([`MemoryCheck`](super::MemoryCheck)). Both sessions end after it. Takes 0.2 % of RAM at the source, and 0.4 % at
+    /// the destination.
+    Fast,
+    /// A digest of all RAM and the device state is made at both ends while the guest stands still, and compared before the
+    /// guest is handed over.
+    Full,
+}
+
 /// Settings of a source: how it begins. What may change while it runs is in its [`Control`](super::Control).
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -68,10 +87,8 @@ pub struct SourceSettings {
     pub pause_before_switchover: bool,
     /// Where zero pages are found.
     pub zero_detection: ZeroDetection,
-    /// Compare a digest of RAM and device state before the guest is handed over. Only between ramwire ends: towards a QEMU,
-    /// and over a connection without a return path, the migration ends with [`Error::Config`](super::Error::Config)
-    /// before a page is sent.
-    pub digest: bool,
+    /// What is compared beside the numbers of pages; nothing.
+    pub verify: Verify,
     /// Both ends are on this host and share its cores: what both do at once takes twice as long. Counts for the
     /// estimate of the downtime.
     pub same_host: bool,
@@ -140,7 +157,7 @@ impl SourceSettings {
             switchover_bandwidth: None,
             pause_before_switchover: false,
             zero_detection: ZeroDetection::default(),
-            digest: false,
+            verify: Verify::Off,
             same_host: false,
             greeting_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(30),

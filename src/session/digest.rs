@@ -149,7 +149,7 @@ pub(crate) fn digests_of(table: &RamBlockTable) -> usize {
     ranges(table).len() + 1
 }
 
-fn ranges(table: &RamBlockTable) -> Vec<Landing> {
+pub(super) fn ranges(table: &RamBlockTable) -> Vec<Landing> {
     let mut ranges = Vec::new();
     for (index, block) in table.blocks().iter().enumerate() {
         let mut offset = 0;

@@ -8,6 +8,7 @@ mod control;
 mod destination;
 mod digest;
 mod error;
+mod fingerprints;
 mod handle;
 mod pager;
 mod passed;
@@ -24,7 +25,7 @@ mod tests;
 mod workers;
 
 use breakage::Breakage;
-pub use config::{DestinationSettings, PostcopySettings, SourceSettings};
+pub use config::{DestinationSettings, PostcopySettings, SourceSettings, Verify};
 pub use control::Control;
 #[cfg(test)]
 pub(crate) use destination::Arrival;
@@ -34,6 +35,7 @@ pub use destination::{
 };
 pub use digest::Mismatch;
 pub use error::{Error, ErrorKind};
+pub use fingerprints::MemoryCheck;
 pub use handle::{CancelReply, Canceller, MigrationHandle};
 pub use pager::{HandedError, HandedRegion, LazyProgress, PageFailure, ServeSettings, ServedMemory};
 pub use passed::{NotPassed, PassedBlock};

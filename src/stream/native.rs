@@ -15,10 +15,16 @@
 //! UNSENT* (in front of that section)
 //! SENT STATE_SENT DIGEST*                    WORKING* (READY | REFUSED)
 //! COMMIT                                     RUNNING
+//! MEMORY_CHECK
 //! ```
+//!
+//! With fingerprints in HELLO, FINGERPRINTS* follow each round, and the last ones the device state; MEMORY_CHECK follows
+//! RUNNING.
 //!
 //! PING([`channels_ping`]) tells how many page channels the source has. A destination with another number answers
 //! REFUSED, also before HELLO: the greeting has told it that the source is a ramwire.
+
+mod finding;
 
 use super::error::DecodeError;
 use super::page_counts;
@@ -26,6 +32,7 @@ use super::qemu::section::{Framing, Item, SectionName, decode_item, encode_foote
 use super::reader::Reader;
 use super::writer::Writer;
 use crate::ram::BlockName;
+pub use finding::Finding;
 
 /// Value of the PING that asks "are you a ramwire?": `RWM1`.
 pub const GREETING: u32 = 0x5257_4d31;
@@ -33,8 +40,10 @@ pub const GREETING: u32 = 0x5257_4d31;
 pub const MIN_VERSION: u16 = 2;
 /// Oldest version that knows VMM_CONFIGURATION.
 pub const VMM_CONFIGURATION_VERSION: u16 = 3;
+/// Oldest version that knows FINGERPRINTS and MEMORY_CHECK.
+pub const FINGERPRINTS_VERSION: u16 = 4;
 /// Newest version of these words that is spoken.
-pub const MAX_VERSION: u16 = 3;
+pub const MAX_VERSION: u16 = 4;
 /// First number of a native command or message.
 pub const FIRST_NUMBER: u16 = 0x5200;
 /// Most digests in one DIGEST command; its length is counted in 16 bits.
@@ -47,6 +56,8 @@ pub const MAX_REASON: usize = 400;
 pub const MAX_RANGES: usize = 2048;
 /// Most counts in one SENT command: the stream's and those of 255 page channels.
 pub const MAX_COUNTS: usize = 256;
+/// Most fingerprints of one run in one FINGERPRINTS command.
+pub const MAX_FINGERPRINTS: usize = 4000;
 /// Name of the section that holds the device state between ramwire ends: `be64 length`, then the bytes.
 pub const STATE_SECTION: &str = "ramwire/state";
 
@@ -108,6 +119,8 @@ pub struct Hello {
     pub urgent: bool,
     /// Memory is passed as descriptors: the source may, the destination takes it.
     pub passes: bool,
+    /// Fingerprints of pages are compared after each round, and the source's memory once the guest runs.
+    pub fingerprints: bool,
 }
 
 impl Hello {
@@ -120,6 +133,7 @@ impl Hello {
             digest,
             urgent: false,
             passes: false,
+            fingerprints: false,
         }
     }
 
@@ -131,14 +145,15 @@ impl Hello {
 
     fn encode(&self, writer: &mut Writer<'_>) {
         writer.be16(self.min_version).be16(self.max_version).bytes(&self.migration_id);
-        writer.u8(u8::from(self.digest) | u8::from(self.urgent) << 1 | u8::from(self.passes) << 2);
+        let flags = [self.digest, self.urgent, self.passes, self.fingerprints];
+        writer.u8(flags.iter().rev().fold(0, |bits, flag| bits << 1 | u8::from(*flag)));
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let (min_version, max_version, migration_id) = (reader.be16()?, reader.be16()?, reader.array()?);
         let flags = reader.u8()?;
-        let (digest, urgent, passes) = (flags & 1 != 0, flags & 2 != 0, flags & 4 != 0);
-        Ok(Self { min_version, max_version, migration_id, digest, urgent, passes })
+        let [digest, urgent, passes, fingerprints] = [1, 2, 4, 8].map(|bit| flags & bit != 0);
+        Ok(Self { min_version, max_version, migration_id, digest, urgent, passes, fingerprints })
     }
 }
 
@@ -176,6 +191,9 @@ impl Range {
         numbers.map(|both| Self { first: (both >> 64) as u64, pages: both as u64 })
     }
 }
+
+/// Stands for device state and configuration where a block is named.
+pub const STATE_BLOCK: u32 = u32::MAX;
 
 /// A command of the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,6 +239,17 @@ pub enum Order<'a> {
         /// The block.
         block: &'a str,
     },
+    /// Fingerprints of pages as they were sent last, 64 bits each, big endian.
+    Fingerprints {
+        /// Position of their block in the stream's list; [`STATE_BLOCK`]: the one of device state and configuration.
+        block: u32,
+        /// Number of the first page.
+        first: u64,
+        /// 8 bytes each, at least one and at most [`MAX_FINGERPRINTS`].
+        values: &'a [u8],
+    },
+    /// What the source has found in its memory, which stands still since it gave the guest away.
+    MemoryCheck(Finding),
     /// The guest is yours. The source never resumes it again by itself.
     Commit {
         /// The migration it is about.
@@ -241,6 +270,8 @@ impl Order<'_> {
                 Self::Sent { .. } => 6,
                 Self::VmmConfiguration { .. } => 7,
                 Self::Memory { .. } => 8,
+                Self::Fingerprints { .. } => 9,
+                Self::MemoryCheck(_) => 10,
             }
     }
 
@@ -265,6 +296,10 @@ impl Order<'_> {
             Self::Memory { start, len, block } => {
                 writer.be64(*start).be64(*len).bytes(block.as_bytes());
             }
+            Self::Fingerprints { block, first, values } => {
+                writer.be32(*block).be64(*first).bytes(values);
+            }
+            Self::MemoryCheck(finding) => finding.encode(&mut writer),
             Self::Commit { migration_id } => {
                 writer.bytes(migration_id);
             }
@@ -321,6 +356,17 @@ pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
             let fits = len > 0 && (1..=BlockName::MAX).contains(&block.len());
             return fits.then_some(Order::Memory { start, len, block });
         }
+        9 => {
+            let (block, first) = (reader.be32().ok()?, reader.be64().ok()?);
+            let values = reader.rest();
+            let whole = !values.is_empty() && values.len().is_multiple_of(8);
+            return (whole && values.len() / 8 <= MAX_FINGERPRINTS).then_some(Order::Fingerprints {
+                block,
+                first,
+                values,
+            });
+        }
+        10 => Order::MemoryCheck(Finding::decode(&mut reader).ok()??),
         _ => return None,
     };
     reader.rest().is_empty().then_some(order)
@@ -386,93 +432,4 @@ pub fn decode_answer(number: u16, body: &[u8]) -> Option<Answer<'_>> {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn orders_and_answers_survive_the_wire() {
-        let hello = Hello { urgent: true, passes: true, ..Hello::ours([7; 16], true) };
-        let orders = [
-            Order::Hello(hello),
-            Order::StateSent,
-            Order::Digest { first: 9, values: &[1; 16] },
-            Order::Commit { migration_id: [3; 16] },
-            Order::Unsent { block: 2, why: Unsent::Free, ranges: &[1; 32] },
-            Order::Unsent { block: 0, why: Unsent::Unplugged, ranges: &[1; 16] },
-            Order::Sent { counts: &[2; 48] },
-            Order::VmmConfiguration { part: b"{}" },
-            Order::Memory { start: 4096, len: 1 << 30, block: "pc.ram" },
-        ];
-        for order in orders {
-            let mut body = Vec::new();
-            order.encode_body(&mut body);
-            assert_eq!(decode_order(order.number(), &body), Some(order));
-        }
-        let long = "ä".repeat(500);
-        let words = [Answer::Ready, Answer::Running, Answer::Working, Answer::Refused { why: "no" }];
-        for answer in words.into_iter().chain([Answer::Hello(hello)]) {
-            let mut body = Vec::new();
-            answer.encode_body(&mut body);
-            assert_eq!(decode_answer(answer.number(), &body), Some(answer));
-        }
-        let mut body = Vec::new();
-        Answer::Refused { why: &long }.encode_body(&mut body);
-        assert_eq!(decode_answer(FIRST_NUMBER + 4, &body), Some(Answer::Refused { why: &long[..400] }));
-    }
-
-    #[test]
-    fn malformed_bodies_are_refused() {
-        let cases: [(u16, &[u8]); 18] = [
-            (8, b""),
-            (8, &[1; 16]),
-            (8, &[0; 17]),
-            (8, b"starting\0\0\0\0\0\0\0\x01\xff"),
-            (7, b""),
-            (7, &[0; MAX_CONFIGURATION_PART + 1]),
-            (6, b""),
-            (6, &[0; page_counts::LEN - 1]),
-            (6, &[0; page_counts::LEN * (MAX_COUNTS + 1)]),
-            (5, b"\0\0\0\0\0"),
-            (5, b"\0\0\0\0\x02aaaabbbbccccdddd"),
-            (0, b""),
-            (1, b"\0\x01"),
-            (2, b"x"),
-            (3, b"\0\0\0\0"),
-            (3, b"\0\0\0\0\x01"),
-            (4, b""),
-            (9, b""),
-        ];
-        for (number, body) in cases {
-            assert_eq!(decode_order(FIRST_NUMBER + number, body), None, "{number} {body:?}");
-        }
-        assert_eq!(decode_order(1, b""), None);
-        assert_eq!(decode_answer(FIRST_NUMBER + 2, b"x"), None);
-        assert_eq!(decode_answer(FIRST_NUMBER + 4, b"\xff"), None);
-        let too_many = vec![0; 4 + 8 * (MAX_DIGESTS + 1)];
-        assert_eq!(decode_order(FIRST_NUMBER + 3, &too_many), None);
-    }
-
-    #[test]
-    fn versions_meet_at_the_newest_common_one() {
-        let hello =
-            |min_version, max_version| Hello { min_version, max_version, ..Hello::ours([0; 16], false) };
-        assert_eq!(hello(1, 5).common_version(), Some(3));
-        assert_eq!(hello(1, 2).common_version(), Some(2));
-        assert_eq!(hello(4, 5).common_version(), None);
-        assert_eq!(hello(1, 1).common_version(), None, "it would not tell what it has sent");
-        assert_eq!(hello(0, 0).common_version(), None);
-        assert_eq!(version_of_pong(hello_pong(1)), Some(1));
-        assert_eq!(version_of_pong(GREETING), None);
-    }
-
-    #[test]
-    fn a_number_of_channels_survives_the_wire() {
-        for channels in [0, 1, 255] {
-            assert_eq!(channels_of_ping(channels_ping(channels)), Some(channels));
-        }
-        for other in [GREETING, hello_pong(2), 1, 0] {
-            assert_eq!(channels_of_ping(other), None);
-        }
-    }
-}
+mod tests;

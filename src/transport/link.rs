@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::guest::Placer;
 use crate::observe::{DeltaCounts, PageCounts, SpliceCounts, ZeroCopyCounts};
-use crate::ram::{MoverAbilities, PageBatch, PageRun, RoundKind};
+use crate::ram::{Fingerprints, MoverAbilities, PageBatch, PageRun, RoundKind};
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packet_numbers::MissingPackets;
 use crate::stream::qemu::style::PeerStyle;
@@ -110,6 +110,12 @@ pub trait SourceLink: Send + Sealed {
     /// [`MoveError::UnknownStyle`] from a link that must know.
     fn write_for(&mut self, _style: Option<PeerStyle>) -> Result<(), MoveError> {
         Ok(())
+    }
+
+    /// Pages get fingerprints from here on. True if this link makes them itself, of all pages that are offered as other than
+    /// zero, before the round is closed; before the first page.
+    fn keep_fingerprints(&mut self, _prints: &Arc<Fingerprints>) -> bool {
+        false
     }
 
     /// Opens a round for pages.

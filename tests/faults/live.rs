@@ -12,7 +12,7 @@ use ramwire::guest::{DeviceState, GuestControl, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
     DestinationConnection, DestinationGuest, DestinationReport, DestinationSession, DestinationSettings,
-    Peer, SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings,
+    Peer, SourceConnection, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::Mapping;
@@ -130,7 +130,7 @@ pub(crate) fn options(stall: Duration) -> StreamOptions {
 pub(crate) fn settings(patience: Duration) -> SourceSettings {
     let machine = "ramwire-test".into();
     let mut settings = SourceSettings::new(Configuration { machine, ..Configuration::default() });
-    settings.digest = true;
+    settings.verify = Verify::Full;
     settings.peer = Some(Peer::Ramwire);
     settings.migration_id = *b"the one and only";
     (settings.stall_timeout, settings.finish_timeout) = (patience, patience);

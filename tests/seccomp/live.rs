@@ -14,7 +14,7 @@ use ramwire::observe::RunDescription;
 use ramwire::session::{
     CancelReply, DestinationConnection, DestinationGuest, DestinationSession, DestinationSettings, Error,
     Incoming, MemoryProvider, PostcopySettings, RunLog, SourceConnection, SourceGuest, SourceSession,
-    SourceSettings, Spawner,
+    SourceSettings, Spawner, Verify,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
@@ -112,11 +112,11 @@ pub(crate) fn migrate(way: &str, end: &str, dirty: &str, filters: Option<HashMap
     let guest =
         SourceGuest { memory: here.memory.clone(), dirty: vec![dirty], control: Box::new(here.clone()) };
     let mut settings = SourceSettings::new(Configuration::default());
-    settings.digest = true;
+    settings.verify = Verify::Full;
     settings.spawner = spawner.clone();
     settings.downtime_limit = Duration::from_millis(20);
     if end == "postcopy" {
-        settings.digest = false;
+        settings.verify = Verify::Off;
         let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
         // What is asked for comes at once, the rest so slowly that it is missing when it is touched.
         postcopy.max_bandwidth = Rate::limit(4 << 20);

@@ -27,7 +27,7 @@ use ramwire::session::{
     Configuration, DestinationGuest, DestinationSession, DestinationSettings, Ending, MissingPages, Outcome,
     PostcopyRule, PostcopySettings, RestoreSession, RestoreSettings, RestoreWay, SnapshotGuest,
     SnapshotReport, SnapshotSession, SnapshotSettings, SourceGuest, SourceReport, SourceSession,
-    SourceSettings, ThrottlePolicy,
+    SourceSettings, ThrottlePolicy, Verify,
 };
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, open_source};
@@ -214,7 +214,7 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
         SourceSettings::new(Configuration { machine: "tiny-vmm".into(), ..Configuration::default() });
     settings.downtime_limit = Duration::from_millis(args.downtime_ms);
     // Memory that arrives while the guest writes it has no digest.
-    settings.digest = args.postcopy.is_none();
+    settings.verify = if args.postcopy.is_none() { Verify::Full } else { Verify::Off };
     settings.postcopy = args.postcopy.map(|rounds| {
         let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(rounds));
         postcopy.max_bandwidth = Rate::limit(args.max_bandwidth);

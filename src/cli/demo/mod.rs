@@ -23,7 +23,7 @@ use ramwire::engine::{Outcome, ThrottlePolicy};
 use ramwire::guest::GuestMemory;
 use ramwire::observe::RunDescription;
 use ramwire::ram::RamBlockTable;
-use ramwire::session::{Redial, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::session::{Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop, memory_room};
 use ramwire::units::{Percent, Rate};
@@ -42,6 +42,7 @@ use super::output::{note, result_line, result_text};
 use super::postcopy::PostcopyArgs;
 use super::progress::Progress;
 use super::signals::{SignalWatch, cancel_on_signal};
+use super::verify::{VerifyBy, word_of};
 use super::watch::{WatchArgs, describe};
 
 /// Migrates a guest whose threads keep writing pages that describe themselves, from this process to one that it starts,
@@ -108,9 +109,13 @@ pub(super) struct Args {
     /// Touch the destination's memory before the guest comes, so that the kernel's making it counts for nothing
     #[arg(long, overrides_with = "populate")]
     populate: bool,
-    /// Leave out the digest of RAM and device state that is compared before the guest is handed over; one that may switch to
-    /// postcopy has none
-    #[arg(long)]
+    /// What the ends compare: nothing but the numbers of pages (off); a fingerprint of each page as it goes, and the source's
+    /// memory once the guest runs (fast); a digest of RAM and device state while the guest stands still (full). One that may
+    /// switch to postcopy has none
+    #[arg(long, value_name = "HOW", default_value = "full")]
+    verify: VerifyBy,
+    /// As --verify off
+    #[arg(long, hide = true, conflicts_with = "verify")]
     no_digest: bool,
     /// Draws what the synthetic guest writes
     #[arg(long, default_value = "1")]
@@ -145,7 +150,7 @@ pub(super) struct Args {
 }
 
 /// What is of a migration only.
-const NOT_WITH_SNAPSHOT: [&str; 22] = [
+const NOT_WITH_SNAPSHOT: [&str; 23] = [
     "transport",
     "downtime_ms",
     "xbzrle_cache_size",
@@ -153,6 +158,7 @@ const NOT_WITH_SNAPSHOT: [&str; 22] = [
     "link_rate",
     "populate",
     "no_digest",
+    "verify",
     "json",
     "log_rounds",
     "metrics",
@@ -259,8 +265,7 @@ fn settings(args: &Args) -> Result<SourceSettings, Usage> {
         postcopy.reconnect_timeout = RECONNECT;
     }
     let postcopy = settings.postcopy.is_some();
-    // Missing pages have no digest; the guest looks at them where it runs.
-    settings.digest = !args.no_digest && !postcopy;
+    settings.verify = args.verify();
     if args.converge.is_empty() && args.xbzrle_cache_size == 0 && !postcopy {
         settings.throttling = Some(helping_itself());
     }
@@ -304,6 +309,11 @@ fn check_room(args: &Args, blocks: &[BlockSpec]) -> Result<(), Failure> {
 }
 
 impl Args {
+    /// Missing pages can't be compared; the guest looks at them where it runs.
+    fn verify(&self) -> Verify {
+        if self.no_digest || self.postcopy.postcopy { Verify::Off } else { self.verify.into() }
+    }
+
     fn description(&self, way: &Way, table: &RamBlockTable) -> RunDescription {
         let run = describe("demo", way.transport, &way.why, table);
         run.with("working_set", self.working_set)
@@ -315,7 +325,7 @@ impl Args {
             .with("link_rate", self.link_rate)
             .with("xbzrle_cache_size", self.xbzrle_cache_size)
             .with("channels", self.channels.count())
-            .with("digest", !self.no_digest && !self.postcopy.postcopy)
+            .with("verify", word_of(self.verify()))
             .with("postcopy", self.postcopy.postcopy)
             .with("cut", self.cut)
     }

@@ -10,6 +10,7 @@ use super::cuts::Recovery;
 use super::destination::{Postcopy, Verdict};
 use crate::cli::common::human_bytes;
 use crate::cli::render;
+use crate::cli::verify::in_json;
 
 /// One run of the demo.
 pub(super) struct Run<'a> {
@@ -47,6 +48,7 @@ impl Run<'_> {
             "throughput_bytes_per_s": s.throughput,
             "dirty_source": self.dirty_source,
             "digest_compared": self.arrived.digest_compared,
+            "memory_check": in_json(self.report.memory_check.as_ref()),
             "pages_checked": self.arrived.pages,
             "pages_wrong": self.arrived.wrong,
             "faults": self.arrived.faults,
@@ -106,7 +108,7 @@ impl Run<'_> {
             true if check > 0.0 => writeln!(
                 out,
                 "the guest stood still for {:.1} ms: {:.1} ms to switch over, {check:.1} ms to check all of RAM at both \
-                 ends (--no-digest: not)",
+                 ends (--verify fast: not)",
                 s.downtime,
                 s.downtime - check,
             ),
@@ -143,6 +145,9 @@ impl Run<'_> {
             (true, false) => writeln!(out, "NOT VERIFIED: {wrong} of {pages} pages are wrong"),
             (false, _) => writeln!(out, "the guest did not run at the destination"),
         };
+        if let Some(check) = &self.report.memory_check {
+            let _ = writeln!(out, "{check}");
+        }
         for fault in faults {
             let _ = writeln!(out, "  {fault}");
         }

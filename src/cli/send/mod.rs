@@ -10,7 +10,9 @@ use ramwire::guest::GuestMemory;
 use ramwire::observe::RunDescription;
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlockTable};
-use ramwire::session::{Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings};
+use ramwire::session::{
+    MemoryCheck, Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify,
+};
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, ConnectionOptions, Way, open_source};
 use ramwire::units::Rate;
@@ -31,6 +33,7 @@ use super::render;
 use super::signals::{SignalWatch, cancel_on_signal};
 use super::store::{Block, Custody, Overrides, State, StoredGuest};
 use super::tls::{SourceTlsArgs, tell_if_in_clear};
+use super::verify::{VerifyBy, in_json, word_of};
 use super::watch::{WatchArgs, describe};
 use controlled::Controlled;
 
@@ -77,9 +80,13 @@ pub(super) struct Args {
     /// Where zero pages are found: none sends them whole
     #[arg(long, value_name = "WHERE", default_value = "multifd")]
     zero_page: ZeroPage,
-    /// Compare a digest of RAM and device state before the guest is handed over; only a ramwire can, any other destination
-    /// is refused
-    #[arg(long)]
+    /// What the ends compare beside the numbers of pages: nothing (off); a fingerprint of each page as it goes, and this
+    /// memory once the guest runs there (fast); a digest of RAM and device state before the guest is handed over (full).
+    /// Only a ramwire can, any other destination is refused
+    #[arg(long, value_name = "HOW", default_value = "off")]
+    verify: VerifyBy,
+    /// As --verify full
+    #[arg(long, hide = true, conflicts_with = "verify")]
     digest: bool,
     /// Longest time the guest may stand still, in milliseconds
     #[arg(long, value_name = "MS", default_value = "300")]
@@ -200,7 +207,7 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     settings.switchover_bandwidth = Rate::limit(args.switchover_bandwidth);
     settings.pause_before_switchover = args.pause_before_switchover;
     settings.zero_detection = args.zero_page.into();
-    settings.digest = args.digest;
+    settings.verify = args.verify();
     settings.guest_stands_still = true;
     args.timeouts.set(&mut settings);
     args.timeout.apply(&mut settings);
@@ -297,7 +304,9 @@ fn send(
     settle(custody.as_deref(), exit);
     signals.ended(exit);
     tell(args, &way, &report);
-    Ok(exit)
+    // The guest is gone all the same.
+    let differs = matches!(report.memory_check, Some(MemoryCheck::Differs { .. }));
+    Ok(if differs { Exit::NotVerified } else { exit })
 }
 
 /// Puts into the folder how it ended. A folder that takes no more says less than is known, and never that the guest may
@@ -345,6 +354,10 @@ impl Args {
         planned
     }
 
+    fn verify(&self) -> Verify {
+        if self.digest { Verify::Full } else { self.verify.into() }
+    }
+
     fn description(&self, way: &Way, table: &RamBlockTable) -> RunDescription {
         let run = describe("send", way.transport, &way.why, table);
         run.with("downtime_ms", self.downtime_ms)
@@ -352,7 +365,7 @@ impl Args {
             .with("xbzrle_cache_size", self.xbzrle_cache_size)
             .with("channels", self.channels.count())
             .with("postcopy", self.postcopy.postcopy)
-            .with("digest", self.digest)
+            .with("verify", word_of(self.verify()))
     }
 }
 
@@ -377,6 +390,9 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
             dir.display()
         );
     }
+    if let Some(check) = &report.memory_check {
+        note!("ramwire send: {check}");
+    }
     if args.json {
         let mut out = report.statistics.query_migrate();
         out["transport"] = json!(way.transport);
@@ -386,6 +402,7 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
         out["zero-copy"] = json!(report.statistics.zero_copy);
         out["splice"] = json!(report.statistics.splice);
         out["urgent-pages"] = json!(report.urgent_pages);
+        out["memory-check"] = in_json(report.memory_check.as_ref());
         result_line!("{out}");
     } else if report.outcome == Outcome::Completed {
         result_text!("{}", render::statistics(&report.statistics));

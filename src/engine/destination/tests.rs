@@ -18,7 +18,7 @@ impl Step for DestinationEngine {
 }
 
 const NATIVE: [(Input, Action); 10] = [
-    (Input::Hello { digest: true }, Action::Receive),
+    (Input::Hello { digest: true, memory_check: false }, Action::Receive),
     (Input::StateSent, Action::MakeDigest),
     (Input::Done, Action::Receive),
     (Input::Digests, Action::CompareDigest),
@@ -50,6 +50,34 @@ fn the_guest_runs_here_only_after_commit() {
     }
 }
 
+/// What the source finds, or that nothing is heard of it, changes nothing about who has the guest.
+#[test]
+fn the_sources_memory_is_heard_of_only_once_the_guest_runs_here() {
+    let steps = [
+        (Input::Hello { digest: false, memory_check: true }, Action::Receive),
+        (Input::StateSent, Action::LoadState),
+        (Input::Done, Action::SendReady),
+        (Input::Done, Action::Receive),
+        (Input::Commit, Action::Resume),
+        (Input::Done, Action::SendRunning),
+        (Input::Done, Action::AwaitMemoryCheck),
+    ];
+    for end in [Input::Done, Input::Failed, Input::Lost] {
+        let mut engine = self::engine();
+        steps.iter().for_each(|(input, action)| assert_eq!(engine.step(*input), *action));
+        engine.handle(Duration::ZERO, Input::Cancel);
+        assert_eq!(engine.poll(), None, "the guest is ours");
+        assert_eq!(engine.step(end), Action::Finish(Ending::Running), "{end:?}");
+    }
+    let mut untold = self::engine();
+    steps[..6].iter().for_each(|(input, action)| assert_eq!(untold.step(*input), *action));
+    assert_eq!(
+        untold.step(Input::Failed),
+        Action::Finish(Ending::Running),
+        "a source that is gone says nothing"
+    );
+}
+
 #[test]
 fn a_guest_that_may_run_here_is_not_let_run_at_the_source() {
     let mut qemu = engine();
@@ -67,7 +95,7 @@ fn a_guest_that_may_run_here_is_not_let_run_at_the_source() {
 #[test]
 fn p8_a_postcopy_that_fails_before_the_start_is_given_back_and_never_after_it() {
     let mut native = engine();
-    native.step(Input::Hello { digest: false });
+    native.step(Input::Hello { digest: false, memory_check: false });
     assert_eq!(native.step(Input::Package), Action::Listen);
     assert_eq!(native.step(Input::Failed), Action::SendFailed);
     assert_eq!(native.step(Input::Done), Action::Finish(Ending::Discarded));
@@ -139,7 +167,7 @@ fn p11_a_loss_of_the_last_word_is_no_end_and_never_takes_the_guest_back() {
 #[test]
 fn device_state_is_loaded_after_commit_where_memory_was_passed() {
     let late = [
-        (Input::Hello { digest: true }, Action::Receive),
+        (Input::Hello { digest: true, memory_check: false }, Action::Receive),
         (Input::StateSent, Action::MakeDigest),
         (Input::Done, Action::Receive),
         (Input::Digests, Action::CompareDigest),
@@ -166,7 +194,7 @@ fn device_state_is_loaded_after_commit_where_memory_was_passed() {
     }
     let mut plain = engine();
     plain.load_after_commit();
-    plain.step(Input::Hello { digest: false });
+    plain.step(Input::Hello { digest: false, memory_check: false });
     assert_eq!(plain.step(Input::StateSent), Action::SendReady, "without a digest as well");
 }
 
@@ -177,7 +205,7 @@ fn an_input_out_of_turn_is_a_failure() {
         assert_eq!(engine().step(input), Action::SendFailed, "{input:?}");
     }
     let mut native = engine();
-    native.step(Input::Hello { digest: false });
+    native.step(Input::Hello { digest: false, memory_check: false });
     assert_eq!(native.step(Input::Tail), Action::SendFailed);
 }
 
@@ -195,7 +223,7 @@ fn a_qemu_commits_with_its_last_byte() {
 #[test]
 fn any_event_at_any_moment_starts_no_guest_that_is_not_ours() {
     let all = [
-        Input::Hello { digest: true },
+        Input::Hello { digest: true, memory_check: false },
         Input::Tail,
         Input::Package,
         Input::StateSent,

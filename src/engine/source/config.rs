@@ -100,6 +100,8 @@ pub struct SourceConfig {
     pub handover: Handover,
     /// Whether a digest of RAM and state is compared before READY.
     pub digest: bool,
+    /// Whether memory is compared with what was sent of it once the guest runs at the peer.
+    pub memory_check: bool,
 }
 
 impl SourceConfig {
@@ -121,6 +123,7 @@ impl SourceConfig {
             switchover: Switchover::WhenItFits,
             handover,
             digest: false,
+            memory_check: false,
         }
     }
 }

@@ -44,6 +44,7 @@ pub(super) enum Phase {
     Reporting,
     Listening,
     Releasing,
+    CheckingMemory,
     RollingBack(Reason),
     Finished(Outcome),
 }
@@ -75,6 +76,7 @@ impl Phase {
                 | Self::Reporting
                 | Self::Listening
                 | Self::Releasing
+                | Self::CheckingMemory
                 | Self::Finished(Outcome::Completed | Outcome::InDoubt | Outcome::Incomplete)
         )
     }

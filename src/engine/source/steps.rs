@@ -133,6 +133,8 @@ pub enum SourceAction {
     RefuseCancel,
     /// Success: logs off, memory may go.
     Release,
+    /// The guest runs at the peer, and memory stands still here: compare it with what was sent of it, and tell the peer.
+    CheckMemory,
     /// Failure before COMMIT: unsent pages back into the map, logs off, guest runs.
     RollBack,
     /// Nothing more to do.

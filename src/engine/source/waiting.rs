@@ -45,7 +45,14 @@ impl SourceEngine {
     /// The peer says something.
     pub(super) fn received(&mut self, now: Duration, event: SourceEvent) {
         match (self.phase, event) {
-            (Phase::New | Phase::RollingBack(_) | Phase::Releasing | Phase::Finished(_), _) => {}
+            (
+                Phase::New
+                | Phase::RollingBack(_)
+                | Phase::Releasing
+                | Phase::CheckingMemory
+                | Phase::Finished(_),
+                _,
+            ) => {}
             _ if !self.expects(event) => self.abandon(Reason::Failed),
             (Phase::AwaitingReady { by }, SourceEvent::Working) => self.await_sign(now, by),
             (_, SourceEvent::Ready) => self.commit(),

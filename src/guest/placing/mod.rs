@@ -24,7 +24,7 @@ pub use writer::PageWriter;
 
 use super::{GuestError, GuestMemory, span_of};
 use crate::observe::PageCounts;
-use crate::ram::{AtomicBitmap, Landing, PageBitmap, PageRun, RamBlock, ReceivedMap};
+use crate::ram::{AtomicBitmap, Fingerprints, Landing, PageBitmap, PageRun, RamBlock, ReceivedMap};
 use crate::sys::{HostRegion, HostSpan, is_zero};
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
@@ -60,6 +60,8 @@ pub struct Placer {
     used: Vec<Option<PageBitmap>>,
     page_bytes: u64,
     counters: Counters,
+    /// Where the fingerprints of placed pages go, if anybody wants them.
+    prints: Option<Arc<Fingerprints>>,
     /// Set once the guest may run while pages are missing.
     missing: OnceLock<Missing>,
 }
@@ -94,6 +96,7 @@ impl Placer {
             used: vec![None; table_len],
             page_bytes,
             counters: Counters::default(),
+            prints: None,
             missing: OnceLock::new(),
             memory,
         })
@@ -108,6 +111,40 @@ impl Placer {
                 *used = Some(used_pages(region.as_ref(), table.pages_of(block), self.page_bytes));
             }
         }
+    }
+
+    /// Before the first page comes: the fingerprint of each is kept in `prints`, by the guest's own table. Pages that a NIC
+    /// writes have none.
+    pub fn keep_fingerprints(&mut self, prints: Arc<Fingerprints>) {
+        self.prints = Some(prints);
+    }
+
+    /// Whole pages with `bytes` go to where `skip` bytes into `landing` are.
+    pub(crate) fn print(&self, landing: Landing, skip: u64, bytes: &[u8]) {
+        let Some(prints) = &self.prints else { return };
+        let first = (landing.offset().0 + skip) / self.page_bytes;
+        for (page, bytes) in (first..).zip(bytes.chunks(self.page_bytes as usize)) {
+            prints.set(landing.block(), PageIndex(page), prints.of(bytes));
+        }
+    }
+
+    /// As [`print`](Self::print) for bytes that are in place already.
+    ///
+    /// # Errors
+    /// As [`target`](Self::target).
+    pub(crate) fn print_placed(&self, landing: Landing, window: &mut Vec<u8>) -> Result<(), GuestError> {
+        if self.prints.is_none() {
+            return Ok(());
+        }
+        let (span, page) = (self.target(landing)?, self.page_bytes as usize);
+        window.resize(page, 0);
+        let mut at = 0;
+        while let Some(bytes) = span.part(at, page) {
+            bytes.copy_to(window);
+            self.print(landing, at as u64, window);
+            at += page;
+        }
+        Ok(())
     }
 
     /// The memory that fills.
@@ -246,6 +283,9 @@ impl Placer {
             if !is_zero(span) {
                 span.fill_zero();
             }
+        }
+        if let Some(prints) = &self.prints {
+            prints.set_zero(self.run(landing));
         }
         self.mark(landing);
         self.count_zero(landing.len() / self.page_bytes);

@@ -89,7 +89,7 @@ impl PageWriter {
         self.host_pages.drop_parts();
     }
 
-    /// Writes `parts`, one after the other, from `skip` bytes into `landing` on. They are not marked received yet: that is
+    /// Writes `parts`, whole target pages each, one after the other, from `skip` bytes into `landing` on. They are not marked received yet: that is
     /// [`Placer::commit`]'s.
     ///
     /// # Errors
@@ -101,6 +101,11 @@ impl PageWriter {
         skip: u64,
         parts: impl Iterator<Item = &'a [u8]> + Clone,
     ) -> Result<(), GuestError> {
+        let mut at = skip;
+        for part in parts.clone() {
+            placer.print(landing, at, part);
+            at += part.len() as u64;
+        }
         // Waiting for the turn would cost more than populating.
         if self.unmapped
             && placer.region(landing).is_some()

@@ -14,6 +14,7 @@ use crate::transport::ChannelError;
 
 use super::DestinationSession;
 use super::digests::Digests;
+use super::fingerprints::Compared;
 use super::receive::out_of_turn;
 
 /// What the source has told of itself and of the pages it sent.
@@ -38,6 +39,7 @@ pub(super) struct SourceTold {
     /// Pages that it has not sent in their last state.
     pub(super) unsent: PageSet,
     pub(super) digests: Digests,
+    pub(super) compared: Compared,
 }
 
 impl SourceTold {

@@ -83,7 +83,7 @@ mod tests {
     #[test]
     fn behind_ready_a_cancel_comes_too_late() {
         use DestinationEvent::{Commit, Done, Hello, StateSent};
-        let mut driver = driver([Hello { digest: false }, StateSent, Done, Done]);
+        let mut driver = driver([Hello { digest: false, memory_check: false }, StateSent, Done, Done]);
         assert_eq!(driver.canceller().cancel(), CancelReply::TooLate);
         assert!(driver.time_left().is_some_and(|left| left <= Duration::from_secs(60)), "COMMIT is due");
         // The bare token can be raised even so.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::guest::{GuestMemory, LayoutChange};
 use crate::observe::PageCounts;
-use crate::ram::RamBlock;
+use crate::ram::{Fingerprints, RamBlock};
 use crate::stream::qemu::early::NOTHING;
 use crate::stream::qemu::incoming::{Event, Seen};
 use crate::stream::qemu::section::PART_LEN;
@@ -25,6 +25,8 @@ pub(super) struct Placement<'a> {
     pub(super) may_be_postcopy: bool,
     /// Pages that were written by the file behind the memory are mapped, by a thread of this spawner.
     pub(super) map_behind: Option<&'a Spawner>,
+    /// Where the fingerprints of pages go.
+    pub(super) prints: Option<Arc<Fingerprints>>,
     pub(super) breakage: Breakage,
 }
 
@@ -77,8 +79,7 @@ impl Ingest {
         how: &Placement<'_>,
     ) -> Result<(), Error> {
         let arrival = self.arrival.take();
-        let placing =
-            Placing::new(memory, announced, known_zero, how.may_be_postcopy, arrival, how.breakage)?;
+        let placing = Placing::new(memory, announced, known_zero, how, arrival)?;
         // A page that is mapped after it was discarded would be there, as zero, and never asked for.
         if let Some(spawner) = how.map_behind.filter(|_| !how.may_be_postcopy) {
             self.mapper = Mapper::start(placing.placer(), spawner);
@@ -313,7 +314,12 @@ mod tests {
     fn a_page_is_placed_and_counted_in_the_memory_that_was_provided() {
         let (mut ingest, memory) = (announced(), guest(&[2]));
         let blocks = memory.table().blocks().to_vec();
-        let how = Placement { may_be_postcopy: false, map_behind: None, breakage: Breakage::default() };
+        let how = Placement {
+            may_be_postcopy: false,
+            map_behind: None,
+            prints: None,
+            breakage: Breakage::default(),
+        };
         ingest.place_in(memory.clone(), &blocks, |_| true, &how).unwrap();
         ingest.placing().unwrap().pages(BlockIndex(0), BlockOffset(4096), &[9; 4096], &[]).unwrap();
         let arrived = ingest.finish();

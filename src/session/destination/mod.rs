@@ -5,6 +5,7 @@ mod counts;
 mod digests;
 mod driver;
 mod figures;
+mod fingerprints;
 mod ingest;
 mod keepalive;
 mod mapper;
@@ -337,6 +338,7 @@ impl DestinationSession {
                 self.send_message(if native { running } else { Message::Shut { status: 0 } })?;
                 self.await_heard()?;
             }
+            DestinationAction::AwaitMemoryCheck => self.await_memory_check(reader),
             DestinationAction::SendFailed => {
                 // A source that hears it may resume its guest.
                 self.give_up_the_guest();

@@ -163,6 +163,7 @@ impl DestinationSession {
         let how = Placement {
             may_be_postcopy: self.switch.is_advised() || self.wire.link.abilities().on_demand,
             map_behind: self.settings.map_behind.then_some(&self.settings.spawner),
+            prints: self.told.compared.begin(memory.table(), self.told.migration_id),
             breakage: self.breakage,
         };
         let known_zero = |block: &RamBlock| {
@@ -259,7 +260,9 @@ impl DestinationSession {
                 self.told.migration_id = Some(theirs.migration_id);
                 self.told.passes = passes;
                 self.send_message(Message::Native(Answer::Hello(answer)))?;
-                Ok(Some(DestinationEvent::Hello { digest: theirs.digest }))
+                self.told.compared.agree(theirs.fingerprints);
+                let Hello { digest, fingerprints: memory_check, .. } = theirs;
+                Ok(Some(DestinationEvent::Hello { digest, memory_check }))
             }
             Order::VmmConfiguration { .. }
                 if self.ingest.incoming().is_some() || self.told.migration_id.is_none() =>
@@ -273,8 +276,13 @@ impl DestinationSession {
             }
             Order::StateSent => {
                 self.compare_counts()?;
+                self.compare_fingerprints()?;
                 Ok(Some(DestinationEvent::StateSent))
             }
+            Order::Fingerprints { block, first, values } => {
+                self.fingerprints(block, first, values).map(|()| None)
+            }
+            Order::MemoryCheck(_) => Err(out_of_turn("MEMORY_CHECK", "the guest does not run here yet")),
             Order::Sent { counts } => self.source_sent(counts).map(|()| None),
             Order::Unsent { .. }
                 if !self.ingest.sections().ram_ended() || !self.driver.engine.is_native() =>

@@ -6,9 +6,9 @@ use crate::observe::{PageCounts, Statistics, Status};
 
 use super::postcopy::MissingPages;
 use super::{DestinationSession, Incoming};
-use crate::session::Error;
 use crate::session::callback::quietly;
 use crate::session::relay::ScanReport;
+use crate::session::{Error, MemoryCheck};
 
 /// How a migration ended, seen from the destination.
 #[derive(Debug)]
@@ -29,8 +29,11 @@ pub struct DestinationReport {
     pub pages_mapped_behind: u64,
     /// Bytes that came, in the stream and on page channels; not those that a NIC wrote.
     pub bytes: u64,
-    /// A digest was compared and found equal.
+    /// A digest, or fingerprints of all pages, were compared before the guest was handed over, and found equal.
     pub verified: bool,
+    /// What the source has found in its memory once the guest ran here; `None` where nobody looked
+    /// ([`Verify::Fast`](crate::session::Verify::Fast)).
+    pub memory_check: Option<MemoryCheck>,
     /// The source is a ramwire.
     pub native: bool,
     /// What it took to find pages by their content: in front of a relay, where they came by RDMA.
@@ -72,7 +75,8 @@ impl DestinationSession {
             pages_mapped_behind: arrived.mapped_behind,
             incoming: arrived.incoming,
             bytes,
-            verified: self.told.digests.verified(),
+            verified: self.told.digests.verified() || self.told.compared.verified(),
+            memory_check: self.told.compared.check.take(),
             native: self.driver.engine.is_native(),
             scan: arrived.scan,
             missing_pages,

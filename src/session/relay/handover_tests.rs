@@ -99,7 +99,7 @@ fn a_relay_asks_for_the_guest_only_when_its_far_end_could_take_it() {
 #[test]
 fn a_relay_refuses_a_switch_to_postcopy_whatever_its_settings_say() {
     let postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
-    let from = ends_with(|settings| (settings.digest, settings.postcopy) = (false, Some(postcopy)));
+    let from = ends_with(|settings| (settings.verify, settings.postcopy) = (Verify::Off, Some(postcopy)));
     let incoming = DestinationSettings { postcopy: true, ..Default::default() };
     let far = Machine::default();
     let (sent, relayed, _, source_machine) = relayed(from, Some(far.clone()), incoming);

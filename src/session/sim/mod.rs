@@ -41,11 +41,14 @@ mod world;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
+use self::guest::{Guest, PAGE};
 use self::plan::Plan;
-use self::run::{Run, flipped, run_plan, run_seed};
+use self::run::{Run, flipped, run, run_plan, run_seed};
 use self::world::Mark;
 use crate::engine::{Ending, Outcome, Reason};
-use crate::session::{Breakage, Error};
+use crate::guest::{GuestMemory, MappedGuest};
+use crate::session::{Breakage, Error, MemoryCheck, Mismatch, Verify};
+use crate::units::BlockOffset;
 
 /// Seeds of an ordinary test run.
 const SEEDS: u64 = 3000;
@@ -81,8 +84,17 @@ impl Coverage {
             ("four rounds or more", sent.statistics.rounds.len() >= 4),
             ("completed into used memory", world.plan.used_every > 0 && sent.outcome == Outcome::Completed),
             ("page sent again", pages.normal + pages.zero > world.plan.total_pages()),
-            ("digest equal", arrived.verified),
-            ("flip refused by the digest", flipped(&world.plan) && digest(&arrived.error)),
+            ("digest equal", arrived.verified && world.plan.verify == Verify::Full),
+            ("fingerprints equal", arrived.verified && world.plan.verify == Verify::Fast),
+            ("memory compared behind the hand-over", arrived.memory_check.is_some()),
+            (
+                "flip refused by fingerprints",
+                flipped(&world.plan) && world.plan.verify == Verify::Fast && digest(&arrived.error),
+            ),
+            (
+                "flip refused by the digest",
+                flipped(&world.plan) && world.plan.verify == Verify::Full && digest(&arrived.error),
+            ),
             (
                 "flip refused by framing",
                 flipped(&world.plan) && matches!(arrived.error, Some(Error::Decode(_))),
@@ -231,7 +243,11 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::LoadBeforeCommit => &["started with other memory", "the source's copy is not whole"],
         Breakage::ForgetPassed => &["is not dirty"],
         Breakage::SkipCounting => &["started with other memory", "a page was lost on its way"],
-        Breakage::SkipComparing => &["started with other memory"],
+        Breakage::SkipComparing | Breakage::SkipFingerprints => &["started with other memory"],
+        Breakage::PlaceStale | Breakage::SkipPage => {
+            &["started with other memory", "differs from the source's"]
+        }
+        Breakage::LoseDirtyBit => &["was not found to be what was sent", "differs from the source's"],
         // Of a switch to postcopy: `postcopy`.
         Breakage::SkipDiscard
         | Breakage::EndEarly
@@ -285,4 +301,69 @@ fn each_order_switched_off_is_found() {
     }
     let missed: Vec<_> = found.iter().filter(|(_, found)| found.is_none()).collect();
     assert!(missed.is_empty(), "no seed below {MUTANT_SEEDS} finds {missed:?}");
+}
+
+/// Fingerprints say where, and at the right moment: what is not placed as it was sent is refused, what was not sent because
+/// a log lost it is found once the guest runs there.
+#[test]
+fn fingerprints_tell_which_page_differs() {
+    const WANTED: usize = 5;
+    for order in [Breakage::PlaceStale, Breakage::SkipPage, Breakage::LoseDirtyBit] {
+        let found =
+            spread(0..MUTANT_SEEDS, |seed| found_by_fingerprints(seed, order).map(|what| (seed, what)));
+        let found: Vec<_> = found.into_iter().flatten().collect();
+        println!("{order:?}: found in {} of {MUTANT_SEEDS} seeds: {:?}", found.len(), found.first());
+        assert!(found.len() >= WANTED, "{order:?}");
+    }
+}
+
+/// What was said about the pages that differ, if anything was, which is proved to be true.
+fn found_by_fingerprints(seed: u64, order: Breakage) -> Option<String> {
+    let plan = Plan::of(seed).verified_by_fingerprints();
+    let pages = |from: BlockOffset, to: u64| from.0 / PAGE as u64..to / PAGE as u64;
+    let run = run(plan.clone(), Guest::new(&plan), order)
+        .unwrap_or_else(|broken| panic!("seed {seed}: {broken:#?}"));
+    let lost = run.world.violations.iter().find(|broken| broken.contains("started with other memory"));
+    if let Some(Error::Digest(mismatch)) = &run.arrived.error {
+        assert!(
+            lost.is_none() && run.arrived.ending == Ending::Discarded,
+            "seed {seed}: the guest ran there"
+        );
+        if order == Breakage::LoseDirtyBit {
+            // Written between its fingerprint and its last send: the bytes are there, by chance.
+            return None;
+        }
+        let Mismatch::Ram { block, from, to } = mismatch else { panic!("seed {seed}: {mismatch}") };
+        let [here, there] = &run.world.guest.memory;
+        let index = here.table().find(block.as_str()).unwrap();
+        for page in pages(*from, *to) {
+            let bytes = |guest: &MappedGuest| {
+                let mut bytes = vec![0; PAGE];
+                guest
+                    .region(index)
+                    .unwrap()
+                    .span(page * PAGE as u64, PAGE as u64)
+                    .unwrap()
+                    .copy_to(&mut bytes);
+                bytes
+            };
+            assert!(
+                bytes(here) != bytes(there),
+                "seed {seed}: page {page} of {block} is what it was at the source"
+            );
+        }
+        return Some(mismatch.to_string());
+    }
+    let lost = lost?;
+    assert_eq!(order, Breakage::LoseDirtyBit, "seed {seed}: {lost}");
+    assert_eq!(run.sent.memory_check, run.arrived.memory_check, "seed {seed}");
+    let Some(MemoryCheck::Differs { block, from, to, .. }) = &run.arrived.memory_check else {
+        panic!("seed {seed}: {lost}, and {:?}", run.arrived.memory_check)
+    };
+    let page = pages(*from, *to).start;
+    assert!(
+        lost.contains(&format!("page {page} of {block} ")),
+        "seed {seed}: {lost}, and block {block} from {from}"
+    );
+    Some(lost.clone())
 }

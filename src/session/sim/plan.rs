@@ -2,7 +2,11 @@
 
 use std::collections::BTreeSet;
 
+mod faults;
+
+use self::faults::{draw_fault, draw_second};
 use super::device::{Drawn, Page};
+use crate::session::Verify;
 use crate::transport::Random;
 use crate::units::PageSize;
 
@@ -190,7 +194,7 @@ pub(super) struct Plan {
     pub(super) logs: Vec<LogKind>,
     pub(super) clear_shift: u8,
     pub(super) peer: PeerKind,
-    pub(super) digest: bool,
+    pub(super) verify: Verify,
     pub(super) link: LinkKind,
     /// Somebody looks at the pages as they arrive, as a relay does.
     pub(super) watched: bool,
@@ -277,7 +281,7 @@ impl Plan {
             logs: draw_logs(&mut rng),
             clear_shift: rng.pick(&[6, 6, 7, 18]),
             peer,
-            digest: flips || rng.one_in(2),
+            verify: draw_verify(seed, flips || rng.one_in(2)),
             watched: matches!(link, LinkKind::Inline { .. }) && rng.one_in(3),
             link,
             state_bytes: rng.below(400),
@@ -308,6 +312,23 @@ impl Plan {
             drops: None,
             stands_still: false,
             ..plan
+        }
+    }
+
+    /// The same guest towards a ramwire, with fingerprints, and nothing else goes wrong. Refused, it stands still, so that its
+    /// memory can be looked at.
+    pub(super) fn verified_by_fingerprints(self) -> Self {
+        Self {
+            verify: Verify::Fast,
+            peer: PeerKind::Ramwire,
+            fault: None,
+            also: None,
+            drops: None,
+            stands_still: true,
+            hint_every: 0,
+            plugs: Vec::new(),
+            unplugged: BTreeSet::new(),
+            ..self
         }
     }
 
@@ -394,6 +415,15 @@ fn draw_used(seed: u64) -> u64 {
     Rng::new(seed ^ 0x01d_0000).pick(&[0, 0, 1, 3])
 }
 
+/// Half of those that verify do it by fingerprints; drawn apart as well.
+fn draw_verify(seed: u64, verifies: bool) -> Verify {
+    match (verifies, Rng::new(seed ^ 0xf157).one_in(2)) {
+        (false, _) => Verify::Off,
+        (true, true) => Verify::Fast,
+        (true, false) => Verify::Full,
+    }
+}
+
 /// Drawn apart, as references are. Towards a QEMU nothing counts pages.
 fn draw_drop(seed: u64, link: LinkKind, peer: PeerKind) -> Option<u64> {
     let mut rng = Rng::new(seed ^ 0xd509_9ed0);
@@ -416,55 +446,4 @@ fn draw_passed(
     let most = rng.one_in(2);
     let blocks = 0..blocks.len() as u32;
     blocks.filter(|block| (most || rng.one_in(2)) && !travels_otherwise(*block)).collect()
-}
-
-fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {
-    let from = rng.pick(&[Side::Source, Side::Target]);
-    let at = match from {
-        Side::Source => rng.below(total_pages * 6000),
-        Side::Target => rng.below(80),
-    };
-    let cut = Wire::Cut { both: rng.one_in(2), grace: rng.pick(&[0, 9000]) };
-    let wire = rng.pick(&[cut, Wire::Reset, Wire::Stall]);
-    rng.one_in(4).then_some((from, at, wire))
-}
-
-fn draw_fault(rng: &mut Rng, total_pages: u64, link: LinkKind) -> Option<Fault> {
-    let late = matches!(link, LinkKind::Late(_));
-    // Most of what can go wrong in the last moments needs a place near them.
-    let anchor = if rng.one_in(2) { Anchor::Pause } else { Anchor::Start };
-    let steps = match anchor {
-        Anchor::Start => rng.below_one_of(&[10, 100, 1500]),
-        Anchor::Pause => rng.below_one_of(&[20, 150]),
-    };
-    Some(match rng.below(20) {
-        0..=2 => return None,
-        3..=10 => {
-            let from = rng.pick(&[Side::Source, Side::Source, Side::Target]);
-            let at = match (from, anchor) {
-                (Side::Source, Anchor::Start) => rng.below_one_of(&[200, total_pages * 6000]),
-                (Side::Source, Anchor::Pause) => rng.below_one_of(&[600, 1500, 20_000]),
-                (Side::Target, Anchor::Start) => rng.below(80),
-                (Side::Target, Anchor::Pause) => rng.below(16),
-            };
-            let wire = match rng.below(6) {
-                0 | 1 => Wire::Cut { both: rng.one_in(2), grace: rng.pick(&[0, 50, 9000]) },
-                2 => Wire::Reset,
-                3 => Wire::Stall,
-                _ => Wire::Flip(rng.below(8) as u8),
-            };
-            Fault::Wire { from, anchor, at, wire }
-        }
-        11 | 12 => {
-            Fault::Cancel { side: rng.pick(&[Side::Source, Side::Source, Side::Target]), anchor, at: steps }
-        }
-        13 => Fault::Kill { anchor, at: steps },
-        14 => Fault::Log { call: rng.below_one_of(&[2, 40]) },
-        15 => Fault::Pause { stands: rng.one_in(2) },
-        16 => rng.pick(&[Fault::Save, Fault::Load]),
-        17 => Fault::Start,
-        _ if late => Fault::Link { call: rng.below(40) },
-        18 => Fault::Log { call: rng.below_one_of(&[2, 8]) },
-        _ => Fault::Kill { anchor, at: steps },
-    })
 }

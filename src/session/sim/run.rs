@@ -14,8 +14,8 @@ use crate::guest::DirtySource;
 use crate::ram::ClearShift;
 use crate::session::{
     Breakage, Clock, DestinationConnection, DestinationGuest, DestinationReport, DestinationSession,
-    DestinationSettings, Error, Peer, SourceConnection, SourceGuest, SourceReport, SourceSession,
-    SourceSettings,
+    DestinationSettings, Error, MemoryCheck, Peer, SourceConnection, SourceGuest, SourceReport,
+    SourceSession, SourceSettings, Verify,
 };
 use crate::stream::qemu::file::Configuration;
 use crate::transport::{InlineLink, SourceLink};
@@ -66,7 +66,7 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
     let micros = plan.downtime_pages * PAGE as u64 * 1000 / plan.bytes_per_ms;
     let settings = SourceSettings {
         downtime_limit: Duration::from_micros(micros),
-        digest: plan.digest && plan.peer != PeerKind::Qemu,
+        verify: if plan.peer == PeerKind::Qemu { Verify::Off } else { plan.verify },
         peer: match plan.peer {
             PeerKind::Greeted => None,
             PeerKind::Ramwire => Some(Peer::Ramwire),
@@ -192,6 +192,17 @@ impl Run {
         if faultless {
             must(outcome == Outcome::Completed, "nothing was wrong and the guest did not move");
             must(self.arrived.verified == self.digest_is_due(), "the digest was not compared");
+            let looked = self.digest_is_due() && world.plan.verify == Verify::Fast;
+            let equal = |check: &Option<MemoryCheck>| matches!(check, Some(MemoryCheck::Equal { .. }));
+            let checks = [&self.sent.memory_check, &self.arrived.memory_check];
+            must(
+                checks.iter().all(|check| equal(check) == looked),
+                "the source's memory was not found to be what was sent",
+            );
+            must(
+                looked || checks.iter().all(|check| check.is_none()),
+                "memory was looked at, and nobody asked for it",
+            );
         }
         if matches!(only, Some(Fault::Cancel { side: Side::Source, .. })) {
             must(outcome != Outcome::InDoubt, "a cancel left the guest in doubt");
@@ -252,7 +263,7 @@ impl Run {
     }
 
     fn digest_is_due(&self) -> bool {
-        self.world.plan.digest && self.world.plan.peer != PeerKind::Qemu
+        self.world.plan.verify != Verify::Off && self.world.plan.peer != PeerKind::Qemu
     }
 
     /// Where nothing confirms, every page is; else every page that was not confirmed.
@@ -294,7 +305,7 @@ pub(super) fn run_plan(planned: &Plan, breakage: Breakage) -> Result<Run, Vec<St
     let plan = Plan {
         writes: 30,
         peer: PeerKind::Ramwire,
-        digest: true,
+        verify: Verify::Full,
         link: LinkKind::Inline { batch_pages: 64 },
         fault: None,
         also: None,

@@ -10,7 +10,7 @@ use crate::sys::Stop;
 
 use super::SourceSession;
 use crate::session::callback::{guarded, quietly};
-use crate::session::{Breakage, Error};
+use crate::session::{Breakage, Error, MemoryCheck};
 
 /// How a migration ended, seen from the source.
 #[derive(Debug)]
@@ -29,6 +29,9 @@ pub struct SourceReport {
     /// Pages that left on the connection for urgent ones
     /// ([`PostcopySettings::preempt`](crate::session::PostcopySettings::preempt)).
     pub urgent_pages: u64,
+    /// What was found in memory once the guest ran at the destination; `None` where nobody looked
+    /// ([`Verify::Fast`](crate::session::Verify::Fast)).
+    pub memory_check: Option<MemoryCheck>,
     /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
     pub stands_still: bool,
     /// Blocks whose memory was passed to the destination; none unless it may have the guest. Nobody here may write to them,
@@ -76,7 +79,8 @@ impl SourceSession {
         quietly("telling of the end", || self.figures.shared().cleaned_up());
         let statistics = self.figures.shared().snapshot();
         let first_page_sent = self.figures.first_page();
-        let (dirty, stands_still) = (self.pages.dirty, self.departure.paused);
+        let (dirty, memory_check) = (self.pages.dirty, self.pages.prints.found);
+        let stands_still = self.departure.paused;
         SourceReport {
             outcome,
             error: self.error,
@@ -84,6 +88,7 @@ impl SourceSession {
             first_page_sent,
             dirty,
             urgent_pages: self.missing.urgent_pages,
+            memory_check,
             stands_still,
             passed: self.departure.passed.into_blocks(),
         }

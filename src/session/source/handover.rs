@@ -78,6 +78,7 @@ impl SourceSession {
         let mut end = Vec::new();
         self.settings.framing.encode_footer(id, &mut end);
         self.encode_counts(&mut end);
+        self.encode_state_fingerprints(state, &mut end);
         Command::Native(Order::StateSent).encode(&mut end);
         let parts = [SendPart::Own(&head), SendPart::Own(state), SendPart::Own(&end)];
         Ok(self.wire.link.sink().send(&parts, &self.wire.stop)?)

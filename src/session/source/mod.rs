@@ -3,6 +3,7 @@
 mod counts;
 mod driver;
 mod ending;
+mod fingerprints;
 mod handover;
 mod metrics;
 mod page_loop;
@@ -40,7 +41,7 @@ pub use ending::SourceReport;
 pub(super) use setup::{RAM_SECTION_ID, announcements, described};
 
 use crate::session::callback::{guarded, named, quietly};
-use crate::session::config::SourceSettings;
+use crate::session::config::{SourceSettings, Verify};
 use crate::session::control::Control;
 use crate::session::handle::Canceller;
 use crate::session::workers::Spawner;
@@ -243,7 +244,10 @@ impl SourceSession {
         let now = self.driver.clock.now();
         match action {
             // Too late to give up, and nothing to give up for.
-            SourceAction::Commit | SourceAction::ReportSilence | SourceAction::Release => {
+            SourceAction::Commit
+            | SourceAction::ReportSilence
+            | SourceAction::Release
+            | SourceAction::CheckMemory => {
                 quietly("telling of a step", || self.figures.step(now, action));
             }
             _ => self.figures.step(now, action),
@@ -287,6 +291,7 @@ impl SourceSession {
                 self.end_throttling();
                 self.stop_logs()
             }
+            SourceAction::CheckMemory => self.check_memory(),
             SourceAction::RollBack => self.roll_back(),
             SourceAction::RefuseCancel | SourceAction::Finish(_) => Ok(SourceEvent::Done),
         }
@@ -296,7 +301,8 @@ impl SourceSession {
 fn engine_config(settings: &SourceSettings, table: &RamBlockTable, handover: Handover) -> SourceConfig {
     let mut config = SourceConfig::new(table.page().bytes(), handover);
     config.downtime_limit = settings.downtime_limit;
-    config.digest = settings.digest;
+    config.digest = settings.verify == Verify::Full;
+    config.memory_check = settings.verify == Verify::Fast;
     config.timeout = settings.timeout;
     config.switchover_rate = settings.switchover_bandwidth;
     config.holds = settings.pause_before_switchover;

@@ -83,6 +83,10 @@ impl SourceSession {
                 return Err(error);
             }
         }
+        if let Err(error) = self.pages.prints.make(&*self.guest.memory, &batch) {
+            self.pages.mark_unsent(&batch);
+            return Err(error);
+        }
         Ok(batch)
     }
 

@@ -10,6 +10,7 @@ use crate::session::Breakage;
 use crate::transport::Returned;
 use crate::units::{BlockIndex, PageIndex};
 
+use super::fingerprints::Prints;
 use super::skips::Skips;
 
 /// Bytes of a page's header in the stream, about.
@@ -21,6 +22,7 @@ pub(super) struct Pages {
     pub(super) search: PageSearch,
     pub(super) skips: Skips,
     pub(super) pace: Pace,
+    pub(super) prints: Prints,
     spare: Vec<PageBatch>,
     pub(super) returned: Vec<Returned>,
     aside: Aside,
@@ -45,6 +47,7 @@ impl Pages {
             search: PageSearch::default(),
             skips: Skips::default(),
             pace,
+            prints: Prints::default(),
             spare: Vec::new(),
             returned: Vec::new(),
             aside: Aside::default(),
@@ -80,6 +83,7 @@ impl Pages {
     pub(super) fn next_run(&mut self, room: u64) -> Option<PageRun> {
         let run = self.search.next_run(&mut self.dirty, room)?;
         self.skips.sent(run);
+        self.prints.sent(run);
         Some(run)
     }
 

@@ -229,6 +229,7 @@ impl SourceSession {
         let handover = self.driver.engine.handover();
         if let PeerMessage::Pong(value) = message {
             self.missing.background.answered(self.driver.clock.now(), value);
+            self.pages.prints.answered(value);
         }
         let event = match &message {
             PeerMessage::Working => SourceEvent::Working,

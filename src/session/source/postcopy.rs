@@ -29,6 +29,7 @@ use super::return_path::{PageRequest, PeerMessage, check_deadline};
 use super::setup;
 use super::urgent;
 use super::wire::Wire;
+use crate::session::config::Verify;
 use crate::session::{Breakage, Error};
 
 /// Whole pages of a batch that nobody waits for: few, so that a request does not wait behind them.
@@ -116,9 +117,13 @@ impl SourceSession {
             () if self.upstream.is_some() => {
                 refused("a relay's guest is switched by its own source", "ask that source for postcopy")
             }
-            () if self.settings.digest => {
+            () if self.settings.verify == Verify::Full => {
                 refused("a digest can't be compared while pages are missing", "ask for one of them")
             }
+            () if self.settings.verify == Verify::Fast => refused(
+                "fingerprints are compared before the guest is handed over, and pages would be missing then",
+                "ask for one of them",
+            ),
             () if self.wire.link.abilities().registers_memory || self.wire.link.page_channels() > 0 => {
                 refused(
                     "its pages travel in the stream only",

@@ -61,6 +61,9 @@ impl SourceSession {
         self.pages.skip_before_sync(self.breakage);
         self.figures.shared().tell(EventKind::SyncBegins { last });
         let fresh = sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.pages.dirty)?;
+        if last && self.breakage.is(Breakage::LoseDirtyBit) {
+            let _lost = self.pages.search.next_run(&mut self.pages.dirty, 1);
+        }
         self.pages.skip_after_sync(self.guest.memory.table(), last, self.breakage);
         let (hinted, discarded) = self.pages.skips.counts();
         self.figures.skipped(hinted, discarded);
@@ -111,11 +114,13 @@ impl SourceSession {
         self.figures.written(&writes);
         self.figures.deltas(self.wire.link.deltas());
         self.figures.channel_bytes(self.wire.link.channel_bytes());
+        self.send_fingerprints()?;
         let sent = self.wire.position();
         let guest = self.figures.whole_bytes() - guest_before;
         self.driver.engine.set_sent_at_fence(Sent { guest, wire: sent - before });
         self.driver.engine.set_under_way(self.wire.link.under_way());
         self.figures.round_closed(self.driver.clock.now(), sent);
+        self.await_compared(kind)?;
         Ok(SourceEvent::Done)
     }
 }

@@ -23,6 +23,7 @@ use crate::units::{GuestAddr, PageSize};
 use super::SourceSession;
 use super::peer::refuse_verdict;
 use super::return_path::{PeerMessage, check_deadline};
+use crate::session::config::Verify;
 use crate::session::digest::Digest;
 use crate::session::{Error, ErrorKind, Peer};
 
@@ -66,9 +67,7 @@ impl SourceSession {
     /// Who the peer is, and the block list.
     pub(super) fn send_setup(&mut self) -> Result<SourceEvent, Error> {
         let handover = if self.greets() { self.find_out_peer()? } else { self.driver.engine.handover() };
-        if self.settings.digest && handover != Handover::Native {
-            return Err(no_digest("the destination is a QEMU"));
-        }
+        self.refuse_verify(handover, "the destination is a QEMU")?;
         if !self.settings.vmm_configuration.is_empty() && handover != Handover::Native {
             return Err(no_vmm_configuration("the destination is a QEMU"));
         }
@@ -86,7 +85,7 @@ impl SourceSession {
         end.extend_from_slice(&self.settings.early_sections);
         self.wire.send(&end)?;
         self.wire.link.sink().flush(&self.wire.stop)?;
-        if self.settings.digest && handover == Handover::Native {
+        if self.settings.verify == Verify::Full && handover == Handover::Native {
             self.estimate_digest()?;
         }
         let position = self.wire.position();
@@ -116,8 +115,8 @@ impl SourceSession {
             _ if self.wire.back.is_none() => "the connection carries no answers",
             _ => return Ok(()),
         };
+        self.refuse_verify(Handover::Shut, why)?;
         match &self.settings {
-            settings if settings.digest => Err(no_digest(why)),
             settings if !settings.vmm_configuration.is_empty() => Err(no_vmm_configuration(why)),
             _ => Ok(()),
         }
@@ -204,7 +203,9 @@ impl SourceSession {
     fn say_hello(&mut self) -> Result<(), Error> {
         let urgent = self.driver.engine.urgent().is_some();
         let passes = self.may_pass_memory();
-        let ours = Hello { urgent, passes, ..Hello::ours(self.settings.migration_id, self.settings.digest) };
+        let verify = self.settings.verify;
+        let (digest, fingerprints) = (verify == Verify::Full, verify == Verify::Fast);
+        let ours = Hello { urgent, passes, fingerprints, ..Hello::ours(self.settings.migration_id, digest) };
         let mut order = Vec::new();
         Command::Native(Order::Hello(ours)).encode(&mut order);
         self.wire.send(&order)?;
@@ -233,6 +234,7 @@ impl SourceSession {
                 Err(Error::PeerFailed { why: "it takes memory that was not offered".into() })
             }
             PeerMessage::Hello(theirs) => {
+                self.agree_on_fingerprints(theirs.fingerprints, theirs.max_version)?;
                 self.send_vmm_configuration(theirs.max_version)?;
                 if theirs.passes { self.pass_memory() } else { Ok(()) }
             }
@@ -311,15 +313,6 @@ fn no_vmm_configuration(why: &str) -> Error {
         remedy: Remedy::Advice(
             "migrate to a ramwire of the same version over a connection of both directions, or leave the configuration out \
              (SourceSettings::vmm_configuration)",
-        ),
-    }
-}
-
-fn no_digest(why: &str) -> Error {
-    Error::Config {
-        what: format!("a digest was asked for, and {why}: only two ramwires compare one"),
-        remedy: Remedy::Advice(
-            "migrate to a ramwire over a connection of both directions, or do not ask for the digest",
         ),
     }
 }

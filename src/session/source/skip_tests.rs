@@ -30,7 +30,7 @@ pub(crate) fn moved<T: Send>(
 ) -> (SourceReport, DestinationReport, T) {
     let (near, far) = UnixStream::pair().unwrap();
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.digest = true;
+    settings.verify = Verify::Full;
     settings.guest_stands_still = dirty.is_empty();
     settings.max_bandwidth = Rate::limit(rate);
     let link = Box::new(InlineLink::new(plain(&near), from.clone()));

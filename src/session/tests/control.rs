@@ -112,7 +112,7 @@ fn moved_with(
     let (from, to) = (guest(&[PAGES]), guest(&[PAGES]));
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.downtime_limit = Duration::ZERO;
-    settings.digest = postcopy.is_none();
+    settings.verify = if postcopy.is_none() { Verify::Full } else { Verify::Off };
     let switches = postcopy.is_some();
     settings.postcopy = postcopy;
     let shares = Arc::new(Mutex::new(Vec::new()));

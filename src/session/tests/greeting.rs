@@ -103,18 +103,19 @@ fn arrives_late(what: &str, channels: u8, state: &[u8], set: impl FnOnce(&mut So
     for block in 0..2 {
         assert!(bytes(&sender.memory, block) == bytes(&memory, block), "{what}: block {block} differs");
     }
-    assert_eq!(arrived.verified, what == "digest", "{what}");
+    assert_eq!(arrived.verified, ["digest", "fingerprints"].contains(&what), "{what}");
 }
 
 #[test]
 fn a_ramwire_that_begins_to_read_late_is_still_a_ramwire() {
     type Set = fn(&mut SourceSettings);
-    let cases: [(&str, u8, &[u8], Set); 6] = [
+    let cases: [(&str, u8, &[u8], Set); 7] = [
         ("plain", 0, b"devices", |_| {}),
         ("state of zeros", 0, &[0; 64], |_| {}),
         ("no state", 0, b"", |_| {}),
         ("page channels", 2, b"devices", |_| {}),
-        ("digest", 0, b"devices", |settings| settings.digest = true),
+        ("digest", 0, b"devices", |settings| settings.verify = Verify::Full),
+        ("fingerprints", 0, b"devices", |settings| settings.verify = Verify::Fast),
         ("peer given", 0, b"devices", |settings| settings.peer = Some(Peer::Ramwire)),
     ];
     std::thread::scope(|scope| {
@@ -171,11 +172,13 @@ fn qemu(mut stream: TcpStream) {
 /// The answer to the ordinary PING says that it is none, however late it comes.
 #[test]
 fn a_slow_qemu_is_a_qemu_and_compares_no_digest() {
-    for (digest, peer) in [(true, None), (false, Some(Peer::Ramwire)), (false, None)] {
+    let cases =
+        [(Verify::Full, None), (Verify::Fast, None), (Verify::Off, Some(Peer::Ramwire)), (Verify::Off, None)];
+    for (verify, peer) in cases {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("tcp:{}", listener.local_addr().unwrap()).parse().unwrap();
         let sender = send(&address, 0, b"devices", |settings| {
-            (settings.digest, settings.peer) = (digest, peer);
+            (settings.verify, settings.peer) = (verify, peer);
             settings.finish_timeout = Duration::from_millis(100);
         });
         let (stream, _) = listener.accept().unwrap();
@@ -186,14 +189,15 @@ fn a_slow_qemu_is_a_qemu_and_compares_no_digest() {
         let sent = sender.handle.wait().unwrap();
         far.join().unwrap();
         let text = sent.error.as_ref().unwrap().to_string();
-        let says = match (digest, peer) {
-            (true, _) => "only two ramwires compare one",
+        let says = match (verify, peer) {
+            (Verify::Full, _) => "only two ramwires compare one",
+            (Verify::Fast, _) => "only two ramwires do",
             (_, Some(_)) => "answers the greeting as a QEMU does",
             // All of it went, and nobody said that it runs.
             _ => "did not say that the guest runs",
         };
         assert!(text.contains(says), "{text}");
-        let goes = (digest, peer) == (false, None);
+        let goes = (verify, peer) == (Verify::Off, None);
         assert_eq!(sent.outcome == Outcome::InDoubt, goes);
         assert_eq!((sent.statistics.pages.normal > 0, sender.machine.runs()), (goes, !goes));
     }
@@ -201,18 +205,20 @@ fn a_slow_qemu_is_a_qemu_and_compares_no_digest() {
 
 #[test]
 fn a_digest_that_nobody_can_compare_is_refused_before_the_first_byte() {
-    for (peer, answers) in [(Some(Peer::Qemu), true), (None, false), (Some(Peer::Ramwire), false)] {
+    let peers = [(Some(Peer::Qemu), true), (None, false), (Some(Peer::Ramwire), false)];
+    let ways = [(Verify::Full, "digest"), (Verify::Fast, "fingerprints")];
+    for ((peer, answers), (verify, says)) in peers.into_iter().flat_map(|peer| ways.map(|way| (peer, way))) {
         let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
         let (memory, machine) = (guest(&PAGES), Machine::running(b""));
         let mut settings = SourceSettings::new(Configuration::default());
-        (settings.digest, settings.peer, settings.guest_stands_still) = (true, peer, true);
+        (settings.verify, settings.peer, settings.guest_stands_still) = (verify, peer, true);
         let link = Box::new(InlineLink::new(plain(&near), memory.clone()));
         let back = answers.then(|| plain(&near) as Box<_>);
         let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(machine.clone()) };
         let sent = SourceSession::new(source, SourceConnection::new(link, back), settings).run();
         let error = sent.error.as_ref().unwrap();
         assert_eq!(error.kind(), ErrorKind::Config, "{error}");
-        assert!(error.to_string().contains("digest"), "{error}");
+        assert!(error.to_string().contains(says), "{error}");
         assert!(sent.guest_is_safe_here() && machine.runs());
         assert_eq!(sent.statistics.transferred, 0);
     }

@@ -45,7 +45,7 @@ fn pages_travel_on_channels_that_were_handed_in_whatever_their_order() {
         let mut settings =
             SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
         settings.guest_stands_still = true;
-        settings.digest = true;
+        settings.verify = Verify::Full;
         let sending = SourceSession::new(source, connection, settings).spawn().unwrap();
 
         let stop = Stop::never().within(Duration::from_secs(60));

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod control;
+mod fingerprints;
 mod greeting;
 mod handed_in;
 mod hooks;
@@ -139,7 +140,7 @@ pub(super) fn ends_with(set: impl FnOnce(&mut SourceSettings)) -> Ends {
     let source_machine = Machine::running(b"devices");
     let destination_machine = Machine::default();
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.digest = true;
+    settings.verify = Verify::Full;
     settings.guest_stands_still = true;
     set(&mut settings);
     let link = Box::new(InlineLink::new(plain(&near), from.clone()));

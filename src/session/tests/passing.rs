@@ -180,7 +180,7 @@ fn moves_over(
     let source = Machine::running(b"devices");
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.guest_stands_still = true;
-    settings.digest = true;
+    settings.verify = Verify::Full;
     set(&mut settings);
     let given = Arc::clone(&vmm.given);
     let seen = Arc::new(Seen { inner: Arc::clone(from), given, touched: AtomicU64::new(0) });
@@ -311,7 +311,7 @@ fn a_file_that_shrinks_before_commit_ends_the_handover() {
 fn memory_is_not_passed_and_emptied_for_postcopy_at_once() {
     let (near, far) = UnixStream::pair().unwrap();
     let set = |settings: &mut SourceSettings| {
-        (settings.pass_memory, settings.digest) = (true, false);
+        (settings.pass_memory, settings.verify) = (true, Verify::Off);
         settings.postcopy = Some(PostcopySettings::new(PostcopyRule::OnCommand));
     };
     let moved = moves_over(channel(near), channel(far), &from(), Vmm::new(Does::Nothing), set, true);

@@ -27,7 +27,7 @@ fn p2_a_guest_switches_to_postcopy_between_two_ramwires() {
         let rule = if command { PostcopyRule::OnCommand } else { PostcopyRule::AfterRounds(0) };
         let postcopy = PostcopySettings::new(rule);
         let mut ends = ends_with(|settings| {
-            settings.digest = false;
+            settings.verify = Verify::Off;
             settings.postcopy = Some(postcopy);
         });
         ends.destination.settings_mut().postcopy = true;
@@ -52,7 +52,7 @@ fn p2_a_guest_switches_to_postcopy_between_two_ramwires() {
 #[test]
 fn p3_a_switch_that_can_not_be_is_refused_and_the_guest_runs_on() {
     let postcopy = || Some(PostcopySettings::new(PostcopyRule::AfterRounds(0)));
-    let ends = ends_with(|settings| (settings.digest, settings.postcopy) = (false, postcopy()));
+    let ends = ends_with(|settings| (settings.verify, settings.postcopy) = (Verify::Off, postcopy()));
     let thread = std::thread::spawn(move || ends.destination.run());
     let sent = ends.source.run();
     assert_eq!(thread.join().unwrap().ending, Ending::Discarded);
@@ -277,7 +277,7 @@ fn what_is_missing_for_good_never_reads_as_zero() {
 #[test]
 fn a_destination_that_sees_no_fault_of_the_kernel_refuses_before_a_page_comes() {
     let postcopy = Some(PostcopySettings::new(PostcopyRule::AfterRounds(0)));
-    let mut ends = ends_with(|settings| (settings.digest, settings.postcopy) = (false, postcopy));
+    let mut ends = ends_with(|settings| (settings.verify, settings.postcopy) = (Verify::Off, postcopy));
     ends.destination.settings_mut().postcopy = true;
     let destination = ends.destination;
     let thread = std::thread::spawn(move || {
@@ -349,7 +349,7 @@ fn a_connection_for_urgent_pages_that_can_not_be_is_refused_and_the_guest_runs_o
     postcopy.preempt = true;
     for can_connect in [true, false] {
         let mut ends = ends_with(|settings| {
-            (settings.digest, settings.postcopy) = (false, Some(postcopy.clone()));
+            (settings.verify, settings.postcopy) = (Verify::Off, Some(postcopy.clone()));
         });
         ends.destination.settings_mut().postcopy = true;
         let again = Redial::new("tcp:127.0.0.1:1".parse().unwrap(), StreamOptions::default());

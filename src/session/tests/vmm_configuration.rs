@@ -66,7 +66,7 @@ fn a_configuration_that_nobody_would_get_is_refused_before_the_first_byte() {
     ];
     for (why, set) in cases {
         let mut ends = ends_with(|settings| settings.vmm_configuration = vec![1]);
-        ends.source.settings_mut().digest = false;
+        ends.source.settings_mut().verify = Verify::Off;
         set(&mut ends);
         let sent = ends.source.run();
         let error = sent.error.unwrap();

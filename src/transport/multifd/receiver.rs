@@ -203,6 +203,7 @@ impl PageReceiver {
             false => {
                 let spans = runs.iter().map(|run| placer.target(*run)).collect::<Result<Vec<_>, _>>()?;
                 self.receive_into(&spans)?;
+                runs.iter().try_for_each(|run| placer.print_placed(*run, &mut self.pages))?;
             }
         }
         runs.into_iter().for_each(|run| placer.commit(run));

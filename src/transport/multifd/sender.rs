@@ -1,8 +1,8 @@
 //! The source's thread of one channel: batches become packets.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError};
 
@@ -11,7 +11,7 @@ use super::page_channel::PageChannel;
 use super::source::{gone, panicked};
 use crate::guest::{GuestError, GuestMemory, span_of};
 use crate::observe::caught;
-use crate::ram::{PageBatch, PageRun, Piece, Verdict};
+use crate::ram::{Fingerprints, PageBatch, PageRun, Piece, Verdict};
 use crate::stream::qemu::multifd::{
     Init, MAX_COMPRESSED, Method, NewPacket, encode_init, encode_packet, encode_sync, packet_pages,
 };
@@ -70,6 +70,8 @@ pub(super) struct PageSender {
     pub(super) bytes: Arc<AtomicU64>,
     /// Pages of this one so far.
     pub(super) counter: Arc<PageCounter>,
+    /// Where the fingerprints of pages go, once they are wanted.
+    pub(super) prints: Arc<OnceLock<Arc<Fingerprints>>>,
     pub(super) work: Receiver<Work>,
     pub(super) done: Sender<Done>,
     pub(super) stop: Stop,
@@ -181,6 +183,9 @@ impl PageSender {
                 }
                 packet.block = Some(piece.run.block);
                 let verdict = packet.add(piece, offset, bytes);
+                if let Some(prints) = self.prints.get() {
+                    packet.print(prints, (piece.run.block, at), verdict, bytes);
+                }
                 looked_at.push(PageRun { first: at, pages: 1, ..piece.run }, verdict);
             }
         }
@@ -279,6 +284,8 @@ struct Packet {
     header: Vec<u8>,
     payload: Vec<u8>,
     copy: Vec<u8>,
+    /// One page, for its fingerprint.
+    window: Vec<u8>,
 }
 
 impl Packet {
@@ -294,6 +301,7 @@ impl Packet {
             header: Vec::new(),
             payload: Vec::new(),
             copy: Vec::new(),
+            window: Vec::new(),
         }
     }
 
@@ -319,6 +327,23 @@ impl Packet {
         }
         self.normal.push(offset);
         Verdict::Whole
+    }
+
+    /// Keeps the fingerprint of a page that was just taken. A write of the guest meanwhile marks the page dirty, and it is sent
+    /// and fingerprinted again.
+    fn print(
+        &mut self,
+        prints: &Fingerprints,
+        (block, first): (BlockIndex, PageIndex),
+        verdict: Verdict,
+        bytes: HostSpan<'_>,
+    ) {
+        if verdict == Verdict::Zero {
+            return prints.set_zero(PageRun { block, first, pages: 1 });
+        }
+        self.window.resize(bytes.len(), 0);
+        bytes.copy_to(&mut self.window);
+        prints.set(block, first, prints.of(&self.window));
     }
 
     /// The normal pages as offset and length of what lies together.

@@ -1,8 +1,8 @@
 //! The source's link over several channels.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use super::sender::{Done, PageSender, Work};
 use super::{ChannelOptions, carriers_of};
 use crate::guest::GuestMemory;
 use crate::observe::{Caught, PageCounts, SpliceCounts, ZeroCopyCounts};
-use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
+use crate::ram::{Fingerprints, MoverAbilities, PageBatch, RoundKind, Verdict};
 use crate::stream::qemu::ram::Record;
 use crate::stream::qemu::style::{BarrierStyle, PeerStyle, ZeroPageStyle};
 use crate::sys::{CancelToken, SendPart, Stop};
@@ -49,6 +49,8 @@ pub struct MultifdLink {
     style: PeerStyle,
     style_is_known: bool,
     bytes: Arc<AtomicU64>,
+    /// Where the channels' threads keep the fingerprints of pages, once they are wanted.
+    prints: Arc<OnceLock<Arc<Fingerprints>>>,
     /// Pages of each channel so far.
     counters: Vec<Arc<PageCounter>>,
     tally: Tally,
@@ -86,6 +88,7 @@ pub(in crate::transport) fn connect(
         style: PeerStyle::QEMU_7_2,
         style_is_known: false,
         bytes: Arc::default(),
+        prints: Arc::default(),
         counters: channels.iter().map(|_| Arc::default()).collect(),
         tally: Tally::of(options.sending),
         finished: Vec::new(),
@@ -98,6 +101,7 @@ pub(in crate::transport) fn connect(
         tickets: 0,
     };
     let packets = Arc::new(AtomicU64::new(0));
+    let prints = Arc::clone(&link.prints);
     for (id, (channel, counter)) in (0..).zip(channels.into_iter().zip(link.counters.clone())) {
         let (queue, work) = bounded(QUEUED);
         let peer = channel.peer().to_owned();
@@ -111,6 +115,7 @@ pub(in crate::transport) fn connect(
             packets: Arc::clone(&packets),
             bytes: Arc::clone(&link.bytes),
             counter,
+            prints: Arc::clone(&prints),
             work: work.clone(),
             done: give.clone(),
             stop: Stop::on(&link.cancel),
@@ -294,6 +299,10 @@ impl SourceLink for MultifdLink {
         self.style = style;
         self.style_is_known = true;
         Ok(())
+    }
+
+    fn keep_fingerprints(&mut self, prints: &Arc<Fingerprints>) -> bool {
+        self.prints.set(Arc::clone(prints)).is_ok()
     }
 
     fn open_round(&mut self, _kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {

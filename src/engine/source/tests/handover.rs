@@ -54,6 +54,31 @@ fn before_commit_the_guest_stays_after_it_never_resumes() {
     }
 }
 
+/// Memory is looked at only where the guest is known to run elsewhere, and nothing that happens then is a failure.
+#[test]
+fn memory_is_compared_once_the_guest_runs_there() {
+    for (at_release, at_check) in
+        [(E::Done, E::Done), (E::Failed, E::Done), (E::Done, E::Failed), (E::Done, E::Lost)]
+    {
+        let mut config = SourceConfig::new(PAGE, Handover::Native);
+        config.memory_check = true;
+        let mut engine = started(SourceEngine::new(config));
+        one_round(&mut engine, 0, 100, 0);
+        engine.step(Duration::ZERO, E::Synced { dirty_pages: 0 });
+        let to_ready =
+            [E::Done, E::Synced { dirty_pages: 0 }, E::Done, sent(0, PAGE), E::Done, E::Done, E::Done];
+        for event in to_ready {
+            engine.step(Duration::ZERO, event);
+        }
+        assert_eq!(engine.step(Duration::ZERO, E::Ready), Does(A::Commit));
+        assert_eq!(engine.step(Duration::ZERO, E::Done), Waits(Waiting::Running));
+        assert_eq!(engine.step(Duration::ZERO, E::Running), Does(A::Release));
+        assert_eq!(engine.step(Duration::ZERO, at_release), Does(A::CheckMemory));
+        assert!(!engine.cancel_at_once(), "the guest is given away");
+        assert_eq!(engine.step(Duration::ZERO, at_check), end_of(Outcome::Completed));
+    }
+}
+
 #[test]
 fn a_step_that_fails_after_a_cancel_was_cancelled() {
     let mut engine = started(engine());

@@ -1,0 +1,165 @@
+//! What becomes of fingerprints at either end: guest memory against them.
+//!
+//! A fingerprint of a source is made after the page's dirty bit is cleared, before, while or after the page is sent. If the
+//! guest writes to the page from the clearing on, the page is dirty again, is sent again, and has another one. So only the
+//! last one of a page counts, and no write lies between it and the bytes that were sent last: however late those were read
+//! (order 1).
+
+use std::sync::Arc;
+
+use crate::guest::{GuestError, GuestMemory, span_of};
+use crate::ram::{BlockName, Fingerprints, Landing, PageRun, PageSet, RamBlockTable};
+use crate::session::Error;
+use crate::session::digest::ranges;
+use crate::session::workers::Spawner;
+use crate::stream::native::{Finding, Range};
+use crate::units::{BlockIndex, BlockOffset, PageIndex};
+
+/// What the source has found in its memory, which stands still, once the guest ran at the destination: whether it holds what
+/// was sent of it last. Pages that were left out are not looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MemoryCheck {
+    /// It does: no write was lost by a dirty source.
+    Equal {
+        /// Pages that were compared.
+        pages: u64,
+    },
+    /// It does not: the guest runs at the destination without what was written there last.
+    Differs {
+        /// The first block that differs.
+        block: BlockName,
+        /// Start of the first range of it that does.
+        from: BlockOffset,
+        /// End of that range.
+        to: u64,
+        /// All pages that differ.
+        pages: u64,
+    },
+    /// It was not compared, or nobody could tell the result.
+    NotMade {
+        /// Why.
+        why: String,
+    },
+}
+
+impl std::fmt::Display for MemoryCheck {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Equal { pages } => write!(f, "the source's memory is what was sent of it ({pages} pages)"),
+            Self::Differs { block, from, to, pages } => write!(
+                f,
+                "the source's memory is not what was sent of it: RAM block {block} between {from} and {to:#x}, {pages} pages \
+                 in all; a dirty source has lost a write, and the guest runs at the destination without it"
+            ),
+            Self::NotMade { why } => {
+                write!(f, "the source's memory was not compared with what was sent of it: {why}")
+            }
+        }
+    }
+}
+
+impl MemoryCheck {
+    /// What was found, in terms of `table`, which is in the order of the stream's list.
+    pub(crate) fn of(finding: Finding, table: &RamBlockTable, announced: &[BlockName]) -> Self {
+        match finding {
+            Finding::Equal { pages } => Self::Equal { pages },
+            Finding::Differs { block, range, pages } => {
+                let bytes = |pages: u64| pages.saturating_mul(table.page().bytes());
+                match usize::try_from(block).ok().and_then(|block| announced.get(block)) {
+                    Some(name) => Self::Differs {
+                        block: name.clone(),
+                        from: BlockOffset(bytes(range.first)),
+                        to: bytes(range.first.saturating_add(range.pages)),
+                        pages,
+                    },
+                    None => Self::NotMade { why: "the source names a block that it did not announce".into() },
+                }
+            }
+            Finding::NotMade => Self::NotMade { why: "the source could not".into() },
+        }
+    }
+}
+
+/// The fingerprint of what a page holds now. `window` is a page of room.
+pub(super) fn of_memory(
+    guest: &dyn GuestMemory,
+    prints: &Fingerprints,
+    (block, page): (BlockIndex, PageIndex),
+    window: &mut Vec<u8>,
+) -> Result<u64, GuestError> {
+    let landing = guest.table().admit_run(PageRun { block, first: page, pages: 1 })?;
+    window.resize(guest.table().page().bytes() as usize, 0);
+    let region = guest.region(block);
+    // Reading by the file maps nothing.
+    if !region.as_ref().is_some_and(|region| region.read_sparse(landing.offset().0, window)) {
+        span_of(guest, landing)?.copy_to(window);
+    }
+    Ok(prints.of(window))
+}
+
+/// Pages of a range that were compared, those that differ, and the first run of these.
+#[derive(Clone, Copy, Default)]
+struct Part {
+    compared: u64,
+    differ: u64,
+    first: Option<PageRun>,
+}
+
+/// Compares all of `guest`, which stands still, with `prints`, but what is in `unsent`. `whole`: every page was sent, so that
+/// one without a fingerprint differs, too. `still_at_it` is called about once a second.
+///
+/// # Errors
+/// [`Error::Guest`], [`Error::Thread`] and what `still_at_it` answers.
+pub(super) fn compare_memory(
+    guest: &Arc<dyn GuestMemory>,
+    prints: &Arc<Fingerprints>,
+    (unsent, whole): (PageSet, bool),
+    spawner: &Spawner,
+    still_at_it: impl FnMut() -> Result<(), Error>,
+) -> Result<Finding, Error> {
+    let ranges = ranges(guest.table());
+    let (memory, prints, work) = (Arc::clone(guest), Arc::clone(prints), ranges.clone());
+    let compare = move |item: usize| compare_range(&*memory, &prints, work[item], (&unsent, whole));
+    let parts = spawner.map_watched("ramwire-digest", ranges.len(), compare, still_at_it)?;
+    let (mut compared, mut differ, mut first) = (0, 0, None);
+    for part in parts {
+        let part = part?;
+        compared += part.compared;
+        differ += part.differ;
+        first = first.or(part.first);
+    }
+    Ok(match first {
+        None => Finding::Equal { pages: compared },
+        Some(PageRun { block, first, pages }) => {
+            Finding::Differs { block: block.0, range: Range { first: first.0, pages }, pages: differ }
+        }
+    })
+}
+
+fn compare_range(
+    guest: &dyn GuestMemory,
+    prints: &Fingerprints,
+    landing: Landing,
+    (unsent, whole): (&PageSet, bool),
+) -> Result<Part, GuestError> {
+    let run = landing.run(guest.table().page());
+    let (mut part, mut window) = (Part::default(), Vec::new());
+    for page in (run.first.0..run.end().0).map(PageIndex) {
+        let sent = prints.get(run.block, page);
+        if unsent.contains(run.block, page) || sent.is_none() && !whole {
+            continue;
+        }
+        part.compared += 1;
+        if sent == Some(of_memory(guest, prints, (run.block, page), &mut window)?) {
+            continue;
+        }
+        part.differ += 1;
+        match &mut part.first {
+            None => part.first = Some(PageRun { block: run.block, first: page, pages: 1 }),
+            Some(first) if first.end() == page => first.pages += 1,
+            Some(_) => {}
+        }
+    }
+    Ok(part)
+}

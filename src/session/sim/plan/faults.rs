@@ -1,0 +1,54 @@
+//! What goes wrong in a plan, and when.
+
+use super::{Anchor, Fault, LinkKind, Rng, Side, Wire};
+
+pub(super) fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {
+    let from = rng.pick(&[Side::Source, Side::Target]);
+    let at = match from {
+        Side::Source => rng.below(total_pages * 6000),
+        Side::Target => rng.below(80),
+    };
+    let cut = Wire::Cut { both: rng.one_in(2), grace: rng.pick(&[0, 9000]) };
+    let wire = rng.pick(&[cut, Wire::Reset, Wire::Stall]);
+    rng.one_in(4).then_some((from, at, wire))
+}
+
+pub(super) fn draw_fault(rng: &mut Rng, total_pages: u64, link: LinkKind) -> Option<Fault> {
+    let late = matches!(link, LinkKind::Late(_));
+    // Most of what can go wrong in the last moments needs a place near them.
+    let anchor = if rng.one_in(2) { Anchor::Pause } else { Anchor::Start };
+    let steps = match anchor {
+        Anchor::Start => rng.below_one_of(&[10, 100, 1500]),
+        Anchor::Pause => rng.below_one_of(&[20, 150]),
+    };
+    Some(match rng.below(20) {
+        0..=2 => return None,
+        3..=10 => {
+            let from = rng.pick(&[Side::Source, Side::Source, Side::Target]);
+            let at = match (from, anchor) {
+                (Side::Source, Anchor::Start) => rng.below_one_of(&[200, total_pages * 6000]),
+                (Side::Source, Anchor::Pause) => rng.below_one_of(&[600, 1500, 20_000]),
+                (Side::Target, Anchor::Start) => rng.below(80),
+                (Side::Target, Anchor::Pause) => rng.below(16),
+            };
+            let wire = match rng.below(6) {
+                0 | 1 => Wire::Cut { both: rng.one_in(2), grace: rng.pick(&[0, 50, 9000]) },
+                2 => Wire::Reset,
+                3 => Wire::Stall,
+                _ => Wire::Flip(rng.below(8) as u8),
+            };
+            Fault::Wire { from, anchor, at, wire }
+        }
+        11 | 12 => {
+            Fault::Cancel { side: rng.pick(&[Side::Source, Side::Source, Side::Target]), anchor, at: steps }
+        }
+        13 => Fault::Kill { anchor, at: steps },
+        14 => Fault::Log { call: rng.below_one_of(&[2, 40]) },
+        15 => Fault::Pause { stands: rng.one_in(2) },
+        16 => rng.pick(&[Fault::Save, Fault::Load]),
+        17 => Fault::Start,
+        _ if late => Fault::Link { call: rng.below(40) },
+        18 => Fault::Log { call: rng.below_one_of(&[2, 8]) },
+        _ => Fault::Kill { anchor, at: steps },
+    })
+}
