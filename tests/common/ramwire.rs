@@ -50,6 +50,12 @@ impl Ramwire {
         self.child.id()
     }
 
+    /// Asks it to end (SIGTERM).
+    pub(crate) fn terminate(&self) {
+        let sent = Command::new("kill").args(["-TERM", &self.pid().to_string()]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "{}: no signal", self.label);
+    }
+
     /// The file of its standard output.
     pub(crate) fn output(&self) -> PathBuf {
         self.out.clone()

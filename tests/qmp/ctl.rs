@@ -195,3 +195,51 @@ fn a_relay_and_a_destination_are_watched() {
     assert_eq!(watched, 0, "{told}");
     assert!(told.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{told}");
 }
+
+/// Two stock QEMUs: the destination listens anew by the same word by which the source connects anew.
+#[test]
+fn a_postcopy_between_two_qemus_is_paused_and_recovered() {
+    if !peers_present() {
+        return;
+    }
+    let bed = Bed::new();
+    let monitor = |name: &str| bed.path().join(name).with_extension("monitor");
+    let start = |name: &str, seed: Pattern, incoming: bool| {
+        let ram = bed.path().join(name).with_extension("ram");
+        fill(&ram, MIB, seed);
+        let option = format!("unix:{},server=on,wait=off", monitor(name).display());
+        let guest = Guest::new(Version::Qemu100, MACHINE, &ram, MIB).with(["-qmp", &option]);
+        let guest = if incoming { guest.incoming() } else { guest };
+        let mut qemu = guest.start(bed.path(), name);
+        qemu.set_capabilities(&["postcopy-ram"]);
+        qemu
+    };
+    let mut destination = start("there", Pattern::Random { seed: 3 }, true);
+    let mut source = start("here", Pattern::Mixed { seed: 23 }, false);
+    source.set_parameters(json!({"max-bandwidth": 1 << 20, "max-postcopy-bandwidth": 1 << 20}));
+    let uri = destination.listen_tcp();
+    source.migrate(&uri);
+    let (here, there) = (monitor("here"), monitor("there"));
+    let wait = |which: &Path, wanted: &str| {
+        let what = format!("{}: {wanted}", which.display());
+        let is_there = || (status(which)["status"] == wanted).then_some(());
+        Deadline::seconds(100).poll(&what, || status(which).to_string(), is_there);
+    };
+    wait(&here, "active");
+    done(&here, &["postcopy"]);
+    wait(&here, "postcopy-active");
+    done(&here, &["pause"]);
+    for which in [&here, &there] {
+        wait(which, "postcopy-paused");
+    }
+    let again = format!("unix:{}", bed.path().join("again").display());
+    done(&there, &["recover", &again]);
+    done(&here, &["recover", &again]);
+    wait(&here, "postcopy-active");
+    done(&here, &["set", "postcopy-bandwidth", "0"]);
+    // A QEMU's monitor has one client at a time.
+    let (watched, told) = Watch::start(&here, &[]).end();
+    assert!(watched == 0 && told.contains("completed"), "{told}");
+    destination.wait_completed(Deadline::seconds(20));
+    compare(&source.ram, &destination.ram).unwrap();
+}

@@ -1,7 +1,8 @@
 //! The client qemu.qmp, by which QEMU's own tests drive it, has the same said by ramwire's monitor and by a QEMU's.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -146,4 +147,23 @@ fn by_ramwire(bed: &Bed, library: &Path, scenario: &str, capabilities: &[&str]) 
         compare(&bed.ram, &destination.ram).unwrap_or_else(|d| panic!("{scenario}: {d:?}"));
     }
     told
+}
+
+/// The shell that comes with it: a person's lines, and answers as JSON.
+#[test]
+fn its_shell_looks_at_a_migration_and_cancels_it() {
+    let (true, Some(library)) = (peers_present(), library()) else { return };
+    let bed = Bed::new();
+    let (_destination, uri) = bed.waiting(Version::Qemu100, &[]);
+    let (mut sender, client) = bed.send(&uri, &["--max-bandwidth", "1M"]);
+    drop(client);
+    let mut python = Command::new("/usr/bin/python3");
+    python.env("PYTHONPATH", library).env("HOME", bed.path()).args(["-m", "qemu.qmp.qmp_shell"]);
+    let mut shell = python.arg(bed.socket()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let lines = b"migrate-set-parameters downtime-limit=77\nquery-migrate-parameters\nmigrate_cancel\n";
+    shell.stdin.take().unwrap().write_all(lines).unwrap();
+    let out = shell.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(said.contains("\"downtime-limit\": 77") && !said.contains("\"error\""), "{said}");
+    assert_eq!(sender.ended(Deadline::seconds(20)).0, 4, "{}", sender.errors());
 }

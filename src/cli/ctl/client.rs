@@ -19,6 +19,8 @@ pub(super) enum ClientError {
     Unreachable { place: Place, source: io::Error },
     #[error("{place} is no monitor: it says {said}")]
     NoMonitor { place: Place, said: String },
+    #[error("{0} says nothing: a QEMU's monitor serves one client at a time; end the other one")]
+    Busy(Place),
     #[error("{command} was refused: {why}")]
     Refused { command: String, why: String },
     #[error("the monitor closed the connection")]
@@ -48,7 +50,12 @@ impl Client {
             open(place).map_err(|source| ClientError::Unreachable { place: place.clone(), source })?;
         let (framing, input, events) = Default::default();
         let mut client = Self { stream, framing, input, events, out_of_band: false, commands: 0 };
-        let greeting = client.read()?;
+        let greeting = client.read().map_err(|error| match error {
+            ClientError::Io(error) if error.kind() == io::ErrorKind::TimedOut => {
+                ClientError::Busy(place.clone())
+            }
+            other => other,
+        })?;
         let Some(abilities) = greeting["QMP"]["capabilities"].as_array() else {
             let said = greeting["error"]["desc"].as_str().map_or_else(|| greeting.to_string(), str::to_owned);
             return Err(ClientError::NoMonitor { place: place.clone(), said });

@@ -119,6 +119,8 @@ impl Client {
         }
         let taken = self.input.len() - left.len();
         self.input.drain(..taken);
+        // It gets the answer that says why.
+        self.said_all |= self.conversation.is_strange();
     }
 
     fn read(&mut self) -> Result<(), Dropped> {

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::commands::{self, Arguments, Command, NEGOTIATE, OUT_OF_BAND};
 use super::failure::Failure;
-use super::framing::Framing;
+use super::framing::{Damage, Framing};
 use super::kind::check_members;
 use super::subject::Subject;
 
@@ -18,6 +18,8 @@ pub(super) struct Conversation {
     negotiated: bool,
     /// `exec-oob` was asked for.
     out_of_band: bool,
+    /// It is no client of this protocol.
+    strange: bool,
 }
 
 /// A command as it was understood.
@@ -38,10 +40,24 @@ impl Conversation {
         self.negotiated
     }
 
+    /// True once something was said before the negotiation that is no JSON: by a browser, say, which a web page has sent to a
+    /// port of this host with commands behind its own lines. Nothing is done that it says.
+    pub(super) fn is_strange(&self) -> bool {
+        self.strange
+    }
+
     /// Takes bytes off `input` up to the end of one command, does that on `subject`, and gives the answer. `None`: all bytes
     /// are taken, and no command is whole.
     pub(super) fn next(&mut self, input: &mut &[u8], subject: &Subject) -> Option<String> {
+        if self.strange {
+            *input = &[];
+            return None;
+        }
         let (answer, id) = match self.framing.next(input)? {
+            Err(Damage::Syntax(text)) if !self.negotiated => {
+                self.strange = true;
+                (Err(Failure::generic(format!("this is a monitor, and that is no JSON: {text}"))), None)
+            }
             Err(damage) => (Err(Failure::generic(damage.to_string())), None),
             Ok(Value::Object(mut object)) => {
                 let id = object.remove("id");

@@ -59,6 +59,26 @@ fn nothing_is_done_before_the_negotiation_which_comes_once() {
     assert!(urgent[0]["error"]["desc"].as_str().unwrap().contains("qmp_capabilities"), "not asked for");
 }
 
+/// A web page may have a browser post commands to a port of this host.
+#[test]
+fn who_begins_with_other_words_than_json_is_not_obeyed() {
+    let (subject, mut client) = (subject(), Conversation::default());
+    let posted = "POST / HTTP/1.1\r\nHost: 127.0.0.1:4444\r\n\r\n{\"execute\": \"qmp_capabilities\"}{\"execute\": \"quit\"}";
+    let said = say(&mut client, &subject, posted);
+    assert_eq!(said.iter().map(class).collect::<Vec<_>>(), ["GenericError"], "told once");
+    assert!(client.is_strange() && !client.hears_events());
+    assert!(say(&mut client, &subject, r#"{"execute":"qmp_capabilities"}"#).is_empty());
+    // A byte to begin anew is no such word, nor is anything behind the negotiation.
+    let mut client = Conversation::default();
+    let said = say(
+        &mut client,
+        &subject,
+        "\u{1}{\"execute\": \"qmp_capabilities\"} what {\"execute\": \"query-status\"}",
+    );
+    let kinds: Vec<_> = said.iter().map(|answer| answer.get("return").is_some()).collect();
+    assert_eq!(kinds, [false, true, false, true], "{said:?}");
+}
+
 #[test]
 fn every_command_gets_one_answer_with_its_id() {
     let subject = subject();

@@ -26,11 +26,13 @@ pub(super) struct Controlled {
     pub(super) subject: Arc<Subject>,
     control: Arc<OnceLock<Control>>,
     orders: Receiver<Order>,
+    /// Raised by a signal, and by no client.
+    stopped: CancelToken,
 }
 
 impl Controlled {
-    /// Until the session is there, a cancel raises `cancel`.
-    pub(super) fn new(args: &Args, cancel: &CancelToken) -> Self {
+    /// Until the session is there, a cancel raises `cancel`. A signal raises `stopped` too, and ends the wait for a client.
+    pub(super) fn new(args: &Args, cancel: &CancelToken, stopped: CancelToken) -> Self {
         let statistics = SharedStatistics::default();
         let (give, orders) = unbounded();
         let control: Arc<OnceLock<Control>> = Arc::default();
@@ -59,7 +61,7 @@ impl Controlled {
         if args.uri.is_none() {
             subject = subject.waiting(give);
         }
-        Self { statistics, subject: Arc::new(subject), control, orders }
+        Self { statistics, subject: Arc::new(subject), control, orders, stopped }
     }
 
     /// The session is there.
@@ -70,8 +72,8 @@ impl Controlled {
     }
 
     /// Waits until a client says where to: the address and the options as planned. `None`: the process is to end.
-    pub(super) fn told_to_migrate(&self, args: &Args, cancel: &CancelToken) -> Option<(Address, Args)> {
-        match self.next(cancel)? {
+    pub(super) fn told_to_migrate(&self, args: &Args) -> Option<(Address, Args)> {
+        match self.next()? {
             Order::Quit => None,
             Order::Migrate(what) => {
                 let (address, plan) = *what;
@@ -82,33 +84,34 @@ impl Controlled {
     }
 
     /// The migration has ended: waits until a client lets the process end.
-    pub(super) fn told_to_quit(&self, cancel: &CancelToken) {
-        let _ = self.next(cancel);
+    pub(super) fn told_to_quit(&self) {
+        // The only order that is left, or a signal.
+        let _ = self.next();
     }
 
     /// Ended before it was a migration.
-    pub(super) fn failed(&self, error: &(dyn Error + 'static)) {
+    pub(super) fn failed(&self, error: &(dyn Error + 'static), cancel: &CancelToken) {
         let why = in_words(error);
+        let status = if cancel.is_cancelled() { Status::Cancelled } else { Status::Failed };
         self.statistics.update(|now| {
             if !now.ended {
-                (now.status, now.error, now.ended) = (Status::Failed, Some(why), true);
+                (now.status, now.error, now.ended) = (status, Some(why), true);
             }
         });
     }
 
-    fn next(&self, cancel: &CancelToken) -> Option<Order> {
+    fn next(&self) -> Option<Order> {
         loop {
             if let Ok(order) = self.orders.recv_timeout(LOOK_INTERVAL) {
                 return Some(order);
             }
-            if cancel.is_cancelled() {
+            if self.stopped.is_cancelled() {
                 return None;
             }
         }
     }
 }
 
-/// For tests of what goes there and back.
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

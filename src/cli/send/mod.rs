@@ -226,27 +226,28 @@ fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
 /// Sends it at once, or when a client of the monitor says so.
 fn serve(args: &Args, guest: StoredGuest) -> Result<Exit, Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
-    let signals = cancel_on_signal(vec![cancel.clone()]);
-    let controlled = Controlled::new(args, &cancel);
+    let stopped = CancelToken::default();
+    let signals = cancel_on_signal(vec![cancel.clone(), stopped.clone()]);
+    let controlled = Controlled::new(args, &cancel, stopped);
     // Dropped last: its clients are told how it ended.
     let monitor = args.qmp.serve("send", &controlled.subject)?;
     let Some(uri) = &args.uri else {
-        let Some((uri, planned)) = controlled.told_to_migrate(args, &cancel) else {
+        let Some((uri, planned)) = controlled.told_to_migrate(args) else {
             return Ok(Exit::Cancelled);
         };
         let sent = send(&planned, &uri, guest, &cancel, &signals, &controlled);
         let exit = sent.unwrap_or_else(|error| {
-            controlled.failed(&*error);
+            controlled.failed(&*error, &cancel);
             let exit = failed("send", &*error);
             signals.ended(exit);
             exit
         });
-        controlled.told_to_quit(&cancel);
+        controlled.told_to_quit();
         return Ok(exit);
     };
     let sent = send(args, uri, guest, &cancel, &signals, &controlled);
     if let Err(error) = &sent {
-        controlled.failed(&**error);
+        controlled.failed(&**error, &cancel);
     }
     drop(monitor);
     sent
