@@ -82,8 +82,14 @@ impl Client {
         if ready.intersects(PollFlags::IN | PollFlags::HUP) && !self.said_all && self.input.is_empty() {
             self.read()?;
         }
-        self.answer(subject);
-        self.write()?;
+        loop {
+            self.answer(subject);
+            self.write()?;
+            // What is left waits for the client to read.
+            if self.input.is_empty() || !self.output.is_empty() {
+                break;
+            }
+        }
         if ready.contains(PollFlags::ERR) {
             return Err(Dropped::Broken(io::ErrorKind::BrokenPipe.into()));
         }

@@ -91,8 +91,9 @@ impl Server {
                 Ok(ready) => ready,
                 Err(error) => return note!("ramwire: the monitor ends: {error}"),
             };
-            self.tell_events();
+            // First: who is told of an event may be dropped by that, and be another's place in the list.
             self.go_on(&ready.clients);
+            self.tell_events();
             if ready.ending {
                 break;
             }
@@ -302,6 +303,17 @@ mod tests {
         assert!(asked < 100_000, "all was read");
         assert!(ask(&mut other, "{\"execute\": \"query-status\"}").contains("paused"));
         assert!(line_of(&mut floods).contains("MigrationCapability"));
+    }
+
+    /// More answers than may wait, to commands that came at once.
+    #[test]
+    fn a_client_that_reads_gets_all_answers_however_many_it_asked_for() {
+        const ASKED: usize = 400;
+        let bed = Bed::new();
+        let mut client = bed.negotiated();
+        let text = "{\"execute\": \"query-qmp-schema\"}".repeat(ASKED);
+        client.get_mut().write_all(text.as_bytes()).unwrap();
+        assert!((0..ASKED).all(|_| line_of(&mut client).contains("MigrationCapability")));
     }
 
     #[test]
