@@ -105,10 +105,11 @@ impl Subject {
         self
     }
 
-    /// The control is there: it is told of what was changed before.
+    /// The control is there for `controls` to give: it is told of what was changed before.
     pub(in crate::cli) fn follow(&self, control: &Control) {
-        let plan = self.plan();
-        if let Err(failure) = apply(control, None, &plan) {
+        // Held: a change that comes meanwhile is not undone by an older one.
+        let state = self.state();
+        if let Err(failure) = apply(control, None, &state.plan) {
             tracing::warn!(?failure, "a parameter that was set while the connection was made has no effect");
         }
     }

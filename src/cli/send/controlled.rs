@@ -66,9 +66,9 @@ impl Controlled {
 
     /// The session is there.
     pub(super) fn follow(&self, control: Control) {
-        self.subject.follow(&control);
         // One session a process.
-        let _ = self.control.set(control);
+        let _ = self.control.set(control.clone());
+        self.subject.follow(&control);
     }
 
     /// Waits until a client says where to: the address and the options as planned. `None`: the process is to end.
