@@ -119,11 +119,10 @@ impl SourceSession {
         if out.is_empty() { Ok(()) } else { Ok(self.wire.send(&out)?) }
     }
 
-    /// Pages that came past the stream are read again where they are compared. That takes its time, which must not be a part
-    /// of the downtime: the guest is not paused before it is over.
+    /// The destination compares a round when it has placed all of it, and reads pages again that came by RDMA. The guest is not
+    /// paused before that is done: it must not be a part of the downtime.
     pub(super) fn await_compared(&mut self, kind: RoundKind) -> Result<(), Error> {
-        let past_stream = self.wire.link.abilities().registers_memory;
-        if self.pages.prints.table.is_none() || !past_stream || kind == RoundKind::Final {
+        if self.pages.prints.table.is_none() || kind == RoundKind::Final {
             return Ok(());
         }
         self.pages.prints.compared = false;
