@@ -22,6 +22,7 @@ use super::Failure;
 use super::blocks::BlockSpec;
 use super::cuts::{CutMemory, Cuts, Recovery};
 use super::guest::{DemoGuest, GuestKind};
+use super::same_host::Arriving;
 use super::scratch::Scratch;
 use crate::cli::args::Exit;
 use crate::cli::common::{ChannelArgs, complain, local_options};
@@ -94,6 +95,8 @@ pub(in crate::cli) struct Args {
     postcopy: bool,
     #[arg(long, default_value = "0")]
     cut: u32,
+    #[arg(long)]
+    same_host: bool,
     #[command(flatten)]
     channels: ChannelArgs,
 }
@@ -113,11 +116,13 @@ impl Process {
     ) -> Result<Self, Failure> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("demo-destination").arg(address.to_string()).args(["--guest", demo.guest.name()]);
-        for block in blocks {
+        // Memory that is passed says itself how long it is.
+        for block in blocks.iter().filter(|_| !demo.same_host) {
             command.arg("--block").arg(block.to_string());
         }
         command.args(demo.populate.then_some("--populate")).args(demo.huge_pages.then_some("--thp"));
         command.args(postcopy.then_some("--postcopy")).arg(format!("--cut={}", demo.cut));
+        command.args(demo.same_host.then_some("--same-host"));
         command.args(demo.channels.both().arguments());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or_else(|| io::Error::other("the destination has no output"))?;
@@ -219,7 +224,11 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
             populate(memory.span(table.admit_run(run)?)?)?;
         }
     }
-    let guest = args.guest.empty(Arc::clone(&memory), args.postcopy)?;
+    let passed = args.same_host.then(|| Arriving::new(args.guest));
+    let guest: Box<dyn DemoGuest> = match &passed {
+        Some(passed) => Box::new(passed.clone()),
+        None => args.guest.empty(Arc::clone(&memory), args.postcopy)?,
+    };
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     cancel_on_signal(vec![cancel.clone()]);
@@ -230,6 +239,7 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     let stop_waiting = stop.within(Duration::from_secs(60));
     let mut settings = DestinationSettings::default();
     settings.postcopy = args.postcopy;
+    settings.take_memory = args.same_host;
     let cuts = Cuts::new(args.cut, &memory);
     let session = if args.cut > 0 {
         let mut accept = accept_cut(listener, scratch, cuts.clone());
@@ -242,7 +252,11 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
         options.channels = args.channels.options()?;
         let connection = listener.accept_connection(&options, &stop_waiting)?;
         drop((listener, scratch));
-        DestinationSession::new(arriving(Zeroed(memory), &*guest), connection, settings)
+        let arriving = match passed {
+            Some(passed) => arriving(passed, &*guest),
+            None => arriving(Zeroed(memory), &*guest),
+        };
+        DestinationSession::new(arriving, connection, settings)
     };
     cuts.follow(&session.statistics());
     let runs_since = Arc::new(OnceLock::new());

@@ -74,7 +74,7 @@ pub(super) struct Found {
 }
 
 /// A guest that can check whether all of it arrived.
-pub(super) trait DemoGuest {
+pub(super) trait DemoGuest: Send {
     /// A handle that controls it.
     fn control(&self) -> Box<dyn GuestControl>;
 

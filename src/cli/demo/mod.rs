@@ -6,6 +6,7 @@ mod destination;
 mod guest;
 mod report;
 mod restore;
+mod same_host;
 mod scratch;
 mod snapshot;
 // The example's VM is the demo's KVM guest: both are users of the library, and the example uses more of it.
@@ -53,6 +54,7 @@ use super::watch::{WatchArgs, describe};
     ramwire demo --ram 4G --working-set 256M --dirty-rate 500M --transport tcp
     ramwire demo --postcopy --link-rate 125M --transport tcp
     ramwire demo --postcopy --cut 5
+    ramwire demo --same-host
     ramwire demo --guest kvm --ram 256M --dirty-rate 20M --write-size 64
     ramwire demo --snapshot demo.save --ram 512M
     ramwire demo --restore demo.save --ram 512M --lazy
@@ -93,6 +95,10 @@ pub(super) struct Args {
     /// How the guest travels
     #[arg(long, value_name = "TRANSPORT", default_value = "auto")]
     transport: Transport,
+    /// Copy nothing: the guest's memory is passed to the other process as it is (memfds over a UNIX socket), as a VMM does that
+    /// replaces itself by a newer version
+    #[arg(long, conflicts_with_all = NOT_ON_SAME_HOST)]
+    same_host: bool,
     /// Longest time the guest may stand still, in milliseconds
     #[arg(long, value_name = "MS", default_value = "300")]
     downtime_ms: u64,
@@ -174,6 +180,28 @@ const NOT_WITH_SNAPSHOT: [&str; 23] = [
     "pin_all",
     "pin_budget",
     "queue_pairs",
+];
+
+/// What is of memory that travels only.
+const NOT_ON_SAME_HOST: [&str; 18] = [
+    "cut",
+    "transport",
+    "huge_pages",
+    "xbzrle_cache_size",
+    "max_bandwidth",
+    "link_rate",
+    "populate",
+    "postcopy",
+    "snapshot",
+    "restore",
+    "channels",
+    "compression",
+    "carriers",
+    "send_pages",
+    "pin_all",
+    "pin_budget",
+    "queue_pairs",
+    "avail_switchover_bandwidth",
 ];
 
 fn percent(text: &str) -> Result<Percent, String> {
@@ -266,6 +294,7 @@ fn settings(args: &Args) -> Result<SourceSettings, Usage> {
     }
     let postcopy = settings.postcopy.is_some();
     settings.verify = args.verify();
+    settings.pass_memory = args.same_host;
     if args.converge.is_empty() && args.xbzrle_cache_size == 0 && !postcopy {
         settings.throttling = Some(helping_itself());
     }
@@ -293,10 +322,18 @@ fn refuse_postcopy(args: &Args) -> Result<(), Usage> {
 fn check_room(args: &Args, blocks: &[BlockSpec]) -> Result<(), Failure> {
     let total: u64 = blocks.iter().filter(|block| !block.is_reserved()).map(BlockSpec::length).sum();
     let filled = total / 100 * u64::from(100 - args.zero.get());
+    if args.same_host {
+        // One copy, which this process makes.
+        return room_for(filled, "the guest needs");
+    }
     let need = filled + if args.populate || args.huge_pages { total } else { filled };
+    room_for(need, "two copies of the guest need")
+}
+
+fn room_for(need: u64, who: &str) -> Result<(), Failure> {
     let Some(room) = memory_room() else { return Ok(()) };
     let told = format!(
-        "two copies of the guest need {} of memory, and {} are free {}",
+        "{who} {} of memory, and {} are free {}",
         human_bytes(need),
         human_bytes(room.bytes),
         room.bound
@@ -311,7 +348,9 @@ fn check_room(args: &Args, blocks: &[BlockSpec]) -> Result<(), Failure> {
 impl Args {
     /// Missing pages can't be compared; the guest looks at them where it runs.
     fn verify(&self) -> Verify {
-        if self.no_digest || self.postcopy.postcopy { Verify::Off } else { self.verify.into() }
+        // Memory that is passed is not compared; the guest looks at it where it runs.
+        let passed = self.same_host;
+        if self.no_digest || self.postcopy.postcopy || passed { Verify::Off } else { self.verify.into() }
     }
 
     fn description(&self, way: &Way, table: &RamBlockTable) -> RunDescription {

@@ -45,6 +45,7 @@ impl Run<'_> {
             "downtime_parts": s.downtime_parts,
             "bytes_sent": s.transferred,
             "pages": s.pages,
+            "passed": s.passed,
             "throughput_bytes_per_s": s.throughput,
             "dirty_source": self.dirty_source,
             "digest_compared": self.arrived.digest_compared,
@@ -85,6 +86,10 @@ impl Run<'_> {
         let mut out = String::new();
         let s = &self.report.statistics;
         let pages = s.pages.normal + s.pages.zero + s.pages.delta;
+        if s.passed.blocks > 0 {
+            let passed = human_bytes(s.passed.bytes);
+            let _ = writeln!(out, "passed {passed} of guest memory as it is; {pages} pages were sent");
+        }
         // The check goes through all of RAM at both ends and moves nothing: the destination's part is in `ready`, beside
         // which loading this guest's devices is nothing.
         let parts = &s.downtime_parts;
@@ -92,18 +97,20 @@ impl Run<'_> {
         let moving = (s.total_time - s.setup_time - check).max(1.0) / 1e3;
         let a_second = |count: u64| (count as f64 / moving) as u64;
         // Writing to a string does not fail.
-        let _ = writeln!(
-            out,
-            "moved {} of guest memory in {moving:.2} s: {} pages/s, {}/s; {}",
-            human_bytes(pages * s.page_size),
-            a_second(pages),
-            human_bytes(a_second(pages * s.page_size)),
-            if self.populated {
-                "the destination had its memory before"
-            } else {
-                "the destination's kernel made its memory meanwhile (--populate: before)"
-            },
-        );
+        if s.passed.blocks == 0 {
+            let _ = writeln!(
+                out,
+                "moved {} of guest memory in {moving:.2} s: {} pages/s, {}/s; {}",
+                human_bytes(pages * s.page_size),
+                a_second(pages),
+                human_bytes(a_second(pages * s.page_size)),
+                if self.populated {
+                    "the destination had its memory before"
+                } else {
+                    "the destination's kernel made its memory meanwhile (--populate: before)"
+                },
+            );
+        }
         let _ = match s.status == Status::Completed {
             true if check > 0.0 => writeln!(
                 out,

@@ -81,6 +81,7 @@ impl Way {
         let unix = |why| open("unix", &Address::unix(scratch::socket_path()?), why, None);
         let tcp = |why| open("tcp", &Address::tcp("127.0.0.1", 0), why, None);
         match args.transport {
+            _ if args.same_host => unix("memory is passed over a UNIX socket (--same-host)".into()),
             Transport::Rdma => rdma("--transport rdma", None),
             Transport::Tcp => tcp("--transport tcp".into()),
             Transport::Unix => unix("--transport unix".into()),
