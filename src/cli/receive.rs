@@ -1,6 +1,6 @@
 //! `ramwire receive`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use ramwire::engine::Ending;
@@ -9,10 +9,10 @@ use ramwire::observe::SharedStatistics;
 use ramwire::ram::BlockName;
 use ramwire::session::{
     CancelReply, Canceller, DestinationGuest, DestinationReport, DestinationSession, DestinationSettings,
-    ErrorKind, MemoryCheck,
+    ErrorKind, MemoryCheck, PassedBlock,
 };
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, Way};
+use ramwire::transport::{Address, AllowList, ConnectionOptions, CprListener, Listener, StreamOptions, Way};
 use serde_json::json;
 
 use super::args::Exit;
@@ -37,6 +37,9 @@ use super::verify::in_json;
     # The same of a QEMU with x-ignore-shared, whose RAM m0 is a file that the next QEMU opens too
     ramwire receive tcp:0.0.0.0:4444 --allow 10.0.0.0/8 --dir guest --ignore-shared m0
 
+    # Take the memory of a QEMU on this host without a stream of pages (mode cpr-transfer: a main channel and one of type cpr)
+    ramwire receive unix:main.sock --cpr unix:cpr.sock --dir guest
+
     # Read a stream that QEMU wrote with `migrate exec:cat>FILE`
     ramwire receive file:FILE --dir guest
 
@@ -54,6 +57,10 @@ pub(super) struct Args {
     /// A RAM block that both ends of the guest's way map, where the source has x-ignore-shared: no page of it comes. Repeat for more
     #[arg(long, value_name = "BLOCK", value_parser = block_name)]
     ignore_shared: Vec<BlockName>,
+    /// The source is a QEMU on this host that passes its memory (mode cpr-transfer): where to listen for its channel of type
+    /// cpr. The folder gets a copy of that memory, made while the guest stands still
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_path, conflicts_with_all = ["ignore_shared", "channels"])]
+    cpr: Option<PathBuf>,
     /// Refuse a guest with more RAM than this
     #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
     max_ram: u64,
@@ -74,6 +81,24 @@ pub(super) struct Args {
 
 fn block_name(text: &str) -> Result<BlockName, String> {
     BlockName::new(text).map_err(|error| error.to_string())
+}
+
+fn unix_path(text: &str) -> Result<PathBuf, String> {
+    let path = text.strip_prefix("unix:").filter(|path| !path.is_empty());
+    path.map(PathBuf::from).ok_or_else(|| format!("{text:?} is no UNIX socket; write unix:PATH"))
+}
+
+/// Listens for memory of a QEMU on this host and waits until it has come.
+fn passed_memory(
+    path: &Path,
+    options: &StreamOptions,
+    stop: &Stop,
+) -> Result<Vec<PassedBlock>, Box<dyn std::error::Error>> {
+    let listener = CprListener::bind(path, options)?;
+    note!("listening on unix:{} for memory (cpr)", path.display());
+    let memory = listener.accept(stop)?.hang_up();
+    let blocks = memory.into_iter().map(|(name, descriptor)| PassedBlock::of_file(name, descriptor));
+    Ok(blocks.collect::<Result<_, _>>()?)
 }
 
 pub(super) fn run(args: &Args) -> Exit {
@@ -118,6 +143,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     let mut options = ConnectionOptions::of_stream(args.timeouts.stream_options());
     options.channels = channels;
+    let passed = args.cpr.as_deref().map(|path| passed_memory(path, &options.stream, &stop)).transpose()?;
     let connection = listener.accept_connection(&options, &stop)?;
     // One migration: nobody else gets in.
     drop(listener);
@@ -142,6 +168,10 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     .with_cancel(cancel);
     // One session a process.
     let _ = canceller.set(session.canceller());
+    let session = match passed {
+        Some(passed) => session.with_memory(passed),
+        None => session,
+    };
     signals.ask(session.canceller());
     let left = guest.clone();
     signals.before_leaving(move |exit| {
@@ -195,6 +225,7 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
             "took_ms": report.statistics.total_time,
             "throughput": report.statistics.throughput,
             "pages": report.pages,
+            "passed": report.statistics.passed,
             "pages_by_file": report.pages_by_file,
             "blocks": blocks,
             "error": report.error.as_ref().map(|error| in_words(error)),
@@ -205,7 +236,7 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
         result_line!(
             "arrived in {}: {} of RAM, {} received in {:.1} s ({}/s), {} pages whole, {} zero{}",
             args.dir.display(),
-            human_bytes(report.statistics.total),
+            human_bytes(report.statistics.total + report.statistics.passed.bytes),
             human_bytes(report.bytes),
             report.statistics.total_time / 1e3,
             human_bytes(report.statistics.throughput),

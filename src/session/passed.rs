@@ -28,6 +28,16 @@ pub struct PassedBlock {
 }
 
 impl PassedBlock {
+    /// A whole file, as a QEMU passes the memory of a block ahead of its migration
+    /// ([`CprMemory`](crate::transport::CprMemory)).
+    ///
+    /// # Errors
+    /// [`Error::Passed`]: the descriptor is of something else than memory.
+    pub fn of_file(name: BlockName, descriptor: OwnedFd) -> Result<Self, Error> {
+        let len = rustix::fs::fstat(&descriptor).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0));
+        Self::received(name, Some(descriptor), (0, len))
+    }
+
     /// What a MEMORY command tells, with the descriptor that came with it.
     ///
     /// # Errors
@@ -136,6 +146,18 @@ pub(super) fn check_announced(passed: &[PassedBlock], announced: &[RamBlock]) ->
         return Err(Error::Passed { block: name.clone(), why });
     }
     Ok(())
+}
+
+/// Where all memory was to come ahead of the stream, each block of the list has some.
+///
+/// # Errors
+/// [`Error::Passed`].
+pub(super) fn check_all(passed: &[PassedBlock], announced: &[RamBlock]) -> Result<(), Error> {
+    let has_come = |block: &&RamBlock| passed.iter().any(|passed| passed.name == block.name);
+    match announced.iter().find(|block| !has_come(block)) {
+        Some(block) => Err(Error::Passed { block: block.name.clone(), why: NotPassed::NoDescriptor }),
+        None => Ok(()),
+    }
 }
 
 /// The memory that was provided for what was passed is what was passed. A guest in other memory would find it empty.

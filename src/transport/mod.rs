@@ -11,6 +11,7 @@
 
 mod bytes;
 mod connection;
+mod cpr;
 mod error;
 mod inline;
 mod link;
@@ -26,9 +27,11 @@ mod stream;
 mod testing;
 mod tls;
 
+pub use crate::stream::qemu::cpr::CprStateError;
 pub use crate::stream::qemu::packed::Packing;
 pub use bytes::{ByteSink, ByteSource};
 pub use connection::{DestinationConnection, SourceConnection, Way};
+pub use cpr::{CprError, CprListener, CprMemory};
 pub use error::{ChannelError, MoveError, Side};
 pub use inline::{DeltaCacheSize, InlineDestination, InlineLink, InlinePages};
 pub use link::{

@@ -188,8 +188,13 @@ impl Inner {
                 continue;
             }
             let file = format!("ram-{index:03}.bin");
-            let made = RamFile::make(&self.store, file.clone(), block.used_length, self.held)?;
-            let made = if incoming.blocks.len() > MAX_KEPT_OPEN { made.detached() } else { made };
+            let passed = incoming.passed.iter().find(|passed| *passed.name() == block.name);
+            let made = match passed {
+                Some(passed) => RamFile::passed(&self.store, file.clone(), block.used_length, passed)?,
+                None => RamFile::make(&self.store, file.clone(), block.used_length, self.held)?,
+            };
+            let detaches = passed.is_none() && incoming.blocks.len() > MAX_KEPT_OPEN;
+            let made = if detaches { made.detached() } else { made };
             block.flags.shared = true;
             builder = builder.mapping(block.clone(), &made.mapping);
             self.files.push(made);

@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
+use ramwire::session::PassedBlock;
 use ramwire::sys::{Mapping, is_zero, memory_room, release_zeros};
 
 use super::{Store, StoreError, failed, private};
@@ -41,6 +42,22 @@ impl RamFile {
         };
         let mapping = mapping.map_err(|error| failed(&path, "mapping")(io::Error::other(error)))?;
         Ok(Self { name, mapping, identity: (meta.dev(), meta.ino()), is_copied: held })
+    }
+
+    /// A new file for memory that is another process's as well: it is written out at the end.
+    pub(super) fn passed(
+        store: &Store,
+        name: String,
+        length: u64,
+        passed: &PassedBlock,
+    ) -> Result<Self, StoreError> {
+        let path = store.file(&name);
+        let file = private::create(&path)?;
+        let meta = file.metadata().map_err(failed(&path, "looking at"))?;
+        let mapping = passed.file().map(length);
+        let mapping =
+            mapping.map_err(|error| failed(&path, "mapping memory for")(io::Error::other(error)))?;
+        Ok(Self { name, mapping, identity: (meta.dev(), meta.ino()), is_copied: true })
     }
 
     /// Closes the descriptor; the memory stays.

@@ -32,6 +32,8 @@ pub(super) struct SourceTold {
     /// It passes memory, which this end takes; what has come of it.
     pub(super) passes: bool,
     pub(super) passed: Vec<PassedBlock>,
+    /// All memory came ahead of the stream.
+    pub(super) passed_ahead: bool,
     /// Pages it has sent.
     sent: Option<Vec<PageCounts>>,
     /// Bytes that came as zero in rounds by another link than the stream.

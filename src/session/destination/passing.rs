@@ -12,10 +12,21 @@ use crate::ram::BlockName;
 
 use super::receive::out_of_turn;
 use super::{DestinationSession, Incoming};
-use crate::session::passed::{NotPassed, PassedBlock, PassedMemory, check_announced, check_provided};
+use crate::session::passed::{
+    NotPassed, PassedBlock, PassedMemory, check_all, check_announced, check_provided,
+};
 use crate::session::{Breakage, Error};
 
 impl DestinationSession {
+    /// All of the guest's memory has come ahead of the stream, from a QEMU in mode cpr-transfer
+    /// ([`CprListener`](crate::transport::CprListener)): no page of it travels. The provider finds it in
+    /// [`Incoming::passed`]. A block without memory, and memory without a block, end the migration.
+    #[must_use]
+    pub fn with_memory(mut self, passed: Vec<PassedBlock>) -> Self {
+        (self.told.passed, self.told.passed_ahead) = (passed, true);
+        self
+    }
+
     /// Before the first read: a descriptor comes with the byte that it belongs to, or is lost.
     pub(super) fn await_memory(&mut self) {
         if self.settings.take_memory {
@@ -52,6 +63,9 @@ impl DestinationSession {
     pub(super) fn all_was_passed(&mut self, incoming: &Incoming) -> Result<(), Error> {
         if self.told.passes {
             self.wire.link.stream().want_descriptors(false);
+        }
+        if self.told.passed_ahead {
+            check_all(&incoming.passed, &incoming.blocks)?;
         }
         check_announced(&incoming.passed, &incoming.blocks)
     }

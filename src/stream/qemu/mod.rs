@@ -9,6 +9,7 @@
 //! | [`blocks`] | the list of RAM blocks |
 //! | [`mapped`], [`mapped_stream`] | fixed page offsets in a file (mapped-ram), and the stream around them |
 //! | [`compressed`] | pages as zlib streams |
+//! | [`cpr`] | the names of descriptors that are passed ahead of a migration (cpr-transfer) |
 //! | [`early`] | sections other than RAM that must be skipped |
 //! | [`tail`], [`vmdesc`], [`state`] | device sections: where they end, how they are split and stored |
 //! | [`multifd`], [`packed`], [`channel`] | packets of the multifd channels, their compression, and one such channel |
@@ -21,6 +22,7 @@ pub mod blocks;
 pub mod channel;
 pub mod command;
 pub mod compressed;
+pub mod cpr;
 pub mod early;
 pub mod file;
 pub mod incoming;
