@@ -211,6 +211,25 @@ fn a_connection_that_is_cut_again_and_again_in_postcopy_loses_no_page() {
     assert_eq!(out["postcopy"]["recoveries"], Value::Array(Vec::new()), "{out}");
 }
 
+/// The source's process has less of the guest in memory with each page that the destination proves to have, all cuts included.
+#[test]
+fn the_sources_memory_is_given_back_to_the_kernel() {
+    const MIB: u64 = 1 << 20;
+    for kind in [&["--thp"][..], &[]] {
+        let sizes = ["--ram", "48M", "--zero", "0", "--working-set", "2M", "--dirty-rate", "30M"];
+        let postcopy = ["--postcopy", "--transport", "tcp", "--cut", "2"];
+        let out = demo(&[&postcopy[..], &sizes[..], kind, &["--release-ram"]].concat());
+        let came = &out["postcopy"];
+        let count = |name: &str| came[name].as_u64().unwrap();
+        assert_eq!((&came["released_pages"], &out["pages_checked"]), (&pages(48), &pages(48)), "{came}");
+        assert!(count("resident_before") > 48 * MIB, "{came}");
+        assert!(count("resident_after") + 40 * MIB < count("resident_before"), "{came}");
+        let out = demo(&[&postcopy[..], &sizes[..], kind].concat());
+        let (before, after) = (&out["postcopy"]["resident_before"], &out["postcopy"]["resident_after"]);
+        assert!(after.as_u64().unwrap() + 8 * MIB > before.as_u64().unwrap(), "kept: {out}");
+    }
+}
+
 #[test]
 fn a_switch_to_postcopy_comes_after_rounds_or_is_not_needed() {
     let after = ["--postcopy", "--postcopy-after", "1", "--transport", "tcp"];

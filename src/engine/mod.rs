@@ -16,6 +16,7 @@ mod pager;
 mod progress;
 mod rate;
 mod relay;
+mod release;
 mod snapshot;
 mod source;
 mod throttle;
@@ -35,6 +36,7 @@ pub use pager::{FaultAnswer, HostPage, Pager};
 pub use progress::Progress;
 pub use rate::{RateWindow, Sent};
 pub use relay::{FarEnd, RelayAction, RelayEnding, RelayEngine, RelayEvent, RelayFlow, Traffic};
+pub(crate) use release::Release;
 #[cfg(test)]
 pub(crate) use snapshot::SnapshotBreakage;
 pub use snapshot::{

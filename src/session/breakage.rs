@@ -67,6 +67,10 @@ pub(super) enum Breakage {
     SkipUrgentAgain,
     /// A lost connection to a QEMU with one for urgent pages is followed by another although nobody says so.
     ReconnectUntold,
+    /// Memory is given back when its pages have been sent.
+    ReleaseSent,
+    /// Memory is given back before the peer has taken the guest.
+    ReleaseUntaken,
     /// The connection for urgent pages ends without its mark.
     SkipUrgentEnd,
     /// Order 5: after a lost connection the source takes what it has sent for received.

@@ -33,12 +33,23 @@ pub struct PostcopySettings {
     /// [`Control::recover`](super::Control::recover) says so, which is to be called once that QEMU is `postcopy-paused` and
     /// listens: a QEMU from 10.1 on ends on a connection that comes before. [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect) says how it is made.
     pub preempt: bool,
+    /// Behind the switch the guest's memory is given back to the kernel ([`GuestMemory::discard`](crate::guest::GuestMemory::discard))
+    /// as the destination proves that it has it, a ramwire or a QEMU; false. Unlike QEMU's `release-ram`, which gives pages back
+    /// as they are sent, it leaves a lost connection replaceable. Not for memory whose bytes are kept elsewhere by the same
+    /// mapping: a shared file loses them. If the guest is lost at the destination, nothing of it is left here.
+    pub release_ram: bool,
 }
 
 impl PostcopySettings {
-    /// No limit; a lost connection is the end; requested pages go with the others.
+    /// No limit; a lost connection is the end; requested pages go with the others; memory is kept.
     pub fn new(rule: PostcopyRule) -> Self {
-        Self { rule, max_bandwidth: None, reconnect_timeout: Duration::ZERO, preempt: false }
+        Self {
+            rule,
+            max_bandwidth: None,
+            reconnect_timeout: Duration::ZERO,
+            preempt: false,
+            release_ram: false,
+        }
     }
 }
 

@@ -76,6 +76,7 @@ fn source(plan: &Plan, dir: &Path) {
     let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(plan.rounds));
     postcopy.reconnect_timeout = Plan::RECONNECT;
     postcopy.preempt = plan.preempt;
+    postcopy.release_ram = plan.release;
     postcopy.max_bandwidth = plan.bandwidth.map(Rate);
     let mut settings =
         SourceSettings::new(Configuration { machine: "none".into(), ..Configuration::default() });
@@ -100,7 +101,8 @@ fn source(plan: &Plan, dir: &Path) {
     let runs = matches!(report.outcome, Outcome::StaysHere(_));
     let wrong = wrong(&guest);
     let outcome = if runs { "StaysHere".into() } else { format!("{:?}", report.outcome) };
-    log.line(&format!("source ended {outcome} wrong={wrong} error={:?}", report.error));
+    let released = report.released_pages;
+    log.line(&format!("source ended {outcome} wrong={wrong} released={released} error={:?}", report.error));
 }
 
 fn destination(plan: &Plan, dir: &Path) {

@@ -29,6 +29,8 @@ pub(crate) struct Plan {
     pub(crate) rounds: u32,
     /// Pages that are waited for go on a connection of their own.
     pub(crate) preempt: bool,
+    /// The source gives memory back that the destination has.
+    pub(crate) release: bool,
     /// Bytes a second of pages that nobody waits for.
     pub(crate) bandwidth: Option<u64>,
     /// Bytes a second that the guest writes.
@@ -68,6 +70,7 @@ impl Plan {
             seed,
             rounds,
             preempt: below(3) == 0,
+            release: below(2) == 0,
             bandwidth: [None, Some(2 << 20), Some(20 << 20)][below(3) as usize],
             writes: [0, 5 << 20, 40 << 20][below(3) as usize],
             faults,

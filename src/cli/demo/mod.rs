@@ -147,6 +147,9 @@ pub(super) struct Args {
     /// time after the same number of pages; both ends go on over another connection
     #[arg(long, value_name = "N", default_value = "0", requires = "postcopy")]
     cut: u32,
+    /// With --postcopy: give the guest's memory at the source back to the kernel as the destination proves that it has it
+    #[arg(long, requires = "postcopy")]
+    release_ram: bool,
     #[command(flatten)]
     converge: ConvergeArgs,
     #[command(flatten)]
@@ -274,11 +277,13 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let log = log.follow(session.statistics(), run);
     let written = || guest.control().vcpu_dirty_pages().iter().sum::<u64>();
     let before = written();
+    let resident = resident_memory();
     let report = session.run();
+    let resident = [resident, resident_memory()];
     let wrote = written().saturating_sub(before) * report.statistics.page_size;
     log.finish();
     drop((progress, metrics));
-    finish(args, &report, wrote, way, &choice.to_string(), &signals)
+    finish(args, &report, (wrote, resident), way, &choice.to_string(), &signals)
 }
 
 fn settings(args: &Args) -> Result<SourceSettings, Usage> {
@@ -289,8 +294,9 @@ fn settings(args: &Args) -> Result<SourceSettings, Usage> {
     settings.same_host = true;
     args.converge.apply(&mut settings)?;
     args.postcopy.apply(&mut settings);
-    if let Some(postcopy) = settings.postcopy.as_mut().filter(|_| args.cut > 0) {
-        postcopy.reconnect_timeout = RECONNECT;
+    if let Some(postcopy) = &mut settings.postcopy {
+        postcopy.reconnect_timeout = if args.cut > 0 { RECONNECT } else { Duration::ZERO };
+        postcopy.release_ram = args.release_ram;
     }
     let postcopy = settings.postcopy.is_some();
     settings.verify = args.verify();
@@ -367,14 +373,22 @@ impl Args {
             .with("verify", word_of(self.verify()))
             .with("postcopy", self.postcopy.postcopy)
             .with("cut", self.cut)
+            .with("release_ram", self.release_ram)
     }
 }
 
-/// `wrote`: bytes that the guest wrote at the source meanwhile.
+/// Bytes of this process that are in memory, by /proc; 0 where it does not say.
+fn resident_memory() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm").ok();
+    let pages = pages.and_then(|text| text.split(' ').nth(1)?.parse::<u64>().ok());
+    pages.unwrap_or(0) * rustix::param::page_size() as u64
+}
+
+/// `wrote`: bytes that the guest wrote at the source meanwhile; `resident`: bytes of the source in memory, before and after.
 fn finish(
     args: &Args,
     report: &SourceReport,
-    wrote: u64,
+    (wrote, resident): (u64, [u64; 2]),
     way: Way,
     dirty_source: &str,
     signals: &SignalWatch,
@@ -387,7 +401,16 @@ fn finish(
     let exit = if exit == Exit::Done && !arrived.verified { Exit::NotVerified } else { exit };
     signals.ended(exit);
     let populated = args.populate;
-    let run = report::Run { transport, why: &why, dirty_source, report, wrote, arrived: &arrived, populated };
+    let run = report::Run {
+        transport,
+        why: &why,
+        dirty_source,
+        report,
+        wrote,
+        resident,
+        arrived: &arrived,
+        populated,
+    };
     if args.json {
         result_line!("{}", run.json());
     } else {

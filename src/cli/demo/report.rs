@@ -20,6 +20,8 @@ pub(super) struct Run<'a> {
     pub(super) report: &'a SourceReport,
     /// Bytes that the guest wrote while the migration ran at its source.
     pub(super) wrote: u64,
+    /// Bytes of the source's process in memory, before the migration and after it.
+    pub(super) resident: [u64; 2],
     pub(super) arrived: &'a Verdict,
     /// The destination's memory was touched before the guest came.
     pub(super) populated: bool,
@@ -78,6 +80,9 @@ impl Run<'_> {
             "bytes": self.report.statistics.postcopy_bytes,
             "pages_read": self.arrived.pages_read,
             "recoveries": came.recoveries,
+            "released_pages": self.report.released_pages,
+            "resident_before": self.resident[0],
+            "resident_after": self.resident[1],
         })
     }
 
@@ -139,6 +144,14 @@ impl Run<'_> {
                 "{faults} faults of missing pages, {requests} requests; its threads looked at {read} pages while it ran"
             );
             let _ = writeln!(out, "fault  {}", render::latency(fault_latency));
+            if self.report.released_pages > 0 {
+                let [before, after] = self.resident.map(human_bytes);
+                let released = self.report.released_pages;
+                let _ = writeln!(
+                    out,
+                    "{released} pages given back at the source: {before} in memory before, {after} after"
+                );
+            }
             for (number, Recovery { pages_there, took_ms }) in (1..).zip(recoveries) {
                 let _ = writeln!(
                     out,

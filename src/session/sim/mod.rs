@@ -255,6 +255,8 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::SplitHostPage
         | Breakage::OpenUrgentLate
         | Breakage::SkipUrgentAgain
+        | Breakage::ReleaseSent
+        | Breakage::ReleaseUntaken
         | Breakage::SkipUrgentEnd
         | Breakage::ReconnectUntold
         | Breakage::SkipBitmaps

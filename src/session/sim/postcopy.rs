@@ -75,6 +75,8 @@ struct Plan {
     limit: u64,
     /// The destination requires a connection for urgent pages.
     urgent: Option<UrgentChannel>,
+    /// The source gives memory back that the destination has.
+    release: bool,
 }
 
 impl Plan {
@@ -108,6 +110,7 @@ impl Plan {
             fault,
             limit: rng.pick(&[0, 0, 100_000_000]),
             urgent: rng.pick(&[None, Some(early), Some(UrgentChannel::Late)]),
+            release: rng.one_in(2),
         }
     }
 }
@@ -189,7 +192,11 @@ impl GuestControl for Control {
     }
 
     fn resume(&mut self) -> io::Result<()> {
+        let here = numbers(&self.0.memory);
         let mut there = self.shared();
+        if !there.paused_with.is_empty() && there.paused_with != here {
+            there.violations.push("the guest goes on here with memory that was given back".into());
+        }
         there.runs_here = true;
         there.look_at_both_sides();
         Ok(())
@@ -289,6 +296,7 @@ fn run(seed: u64, breakage: Breakage) -> Run {
         _ => Duration::ZERO,
     };
     postcopy.preempt = plan.urgent.is_some();
+    postcopy.release_ram = plan.release;
     settings.postcopy = Some(postcopy);
     let early = plan.urgent == Some(UrgentChannel::Early) && breakage != Breakage::OpenUrgentLate;
     settings.style = early.then_some(PeerStyle::QEMU_7_2);
@@ -328,6 +336,8 @@ fn run(seed: u64, breakage: Breakage) -> Run {
 
 /// Conditions that must hold after any run.
 fn check(plan: &Plan, report: &SourceReport, there: &mut Destination, whole: &[Vec<u64>]) {
+    let unchanged = there.paused_with == whole;
+    let nowhere = !there.paused_with.is_empty() && there.is_nowhere(whole);
     let mut must = |holds: bool, what: &str| {
         if !holds {
             let error = &report.error;
@@ -336,7 +346,8 @@ fn check(plan: &Plan, report: &SourceReport, there: &mut Destination, whole: &[V
     };
     let (here, runs) = (there.runs_here, there.runs);
     let paused = !there.paused_with.is_empty();
-    must(here || !paused || there.paused_with == whole, "the source's copy has changed");
+    must(here || !paused || plan.release || unchanged, "the source's copy has changed");
+    must(here || !paused || !nowhere, "a page is at neither end");
     match report.outcome {
         Outcome::Completed => {
             must(!here && runs, "the guest is complete where it does not run");
@@ -393,6 +404,15 @@ fn a_switch_to_postcopy_loses_no_page_and_no_guest() {
             ("urgent pages", run.urgent_pages.0 > 0 && run.plan.urgent == Some(UrgentChannel::Late)),
             ("urgent pages early", run.urgent_pages.0 > 0 && run.plan.urgent == Some(UrgentChannel::Early)),
             ("urgent pages again", run.urgent_pages.1 > 0 && outcome == Outcome::Completed),
+            ("memory given back", run.report.released_pages > 0 && outcome == Outcome::Completed),
+            (
+                "memory given back, and recovered",
+                run.report.released_pages > 0 && run.recoveries > 0 && outcome == Outcome::Completed,
+            ),
+            (
+                "memory given back, and incomplete",
+                run.report.released_pages > 0 && outcome == Outcome::Incomplete,
+            ),
             ("nonsense refused", run.plan.fault == Fault::Hostile && outcome == Outcome::Incomplete),
         ];
         for (name, is_so) in facts {
@@ -425,6 +445,8 @@ fn each_order_of_a_switch_is_needed() {
         (Breakage::SkipBitmaps, "while pages are missing"),
         (Breakage::KeepCurrentBlock, "is not understood"),
         (Breakage::ResumeAfterLoss, "runs on both sides"),
+        (Breakage::ReleaseSent, "at neither end"),
+        (Breakage::ReleaseUntaken, "memory that was given back"),
     ] {
         let sees = |seed: &u64| run(*seed, order).violations.iter().any(|what| what.contains(symptom));
         let found = (0..SEEDS).find(sees);

@@ -32,6 +32,8 @@ pub struct SourceReport {
     /// What was found in memory once the guest ran at the destination; `None` where nobody looked
     /// ([`Verify::Fast`](crate::session::Verify::Fast)).
     pub memory_check: Option<MemoryCheck>,
+    /// Pages whose memory was given back ([`PostcopySettings::release_ram`](crate::session::PostcopySettings::release_ram)).
+    pub released_pages: u64,
     /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
     pub stands_still: bool,
     /// Blocks whose memory was passed to the destination; none unless it may have the guest. Nobody here may write to them,
@@ -89,6 +91,7 @@ impl SourceSession {
             dirty,
             urgent_pages: self.missing.urgent_pages,
             memory_check,
+            released_pages: self.missing.released_pages(),
             stands_still,
             passed: self.departure.passed.into_blocks(),
         }

@@ -13,6 +13,7 @@ mod peer;
 mod postcopy;
 mod rates;
 mod recovery;
+mod release;
 mod return_path;
 mod rounds;
 mod setup;
@@ -289,6 +290,7 @@ impl SourceSession {
             SourceAction::ReportSilence => self.report_silence(),
             SourceAction::Release => {
                 self.end_throttling();
+                self.release_all();
                 self.stop_logs()
             }
             SourceAction::CheckMemory => self.check_memory(),

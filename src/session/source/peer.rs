@@ -230,6 +230,9 @@ impl SourceSession {
         if let PeerMessage::Pong(value) = message {
             self.missing.background.answered(self.driver.clock.now(), value);
             self.pages.prints.answered(value);
+            if let Some(release) = &mut self.missing.release {
+                release.answered(value);
+            }
         }
         let event = match &message {
             PeerMessage::Working => SourceEvent::Working,

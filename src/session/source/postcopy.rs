@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use crate::engine::{Background, Handover, NextMissing, Pace, SourceEvent};
+use crate::engine::{Background, Handover, NextMissing, Pace, Release, SourceEvent};
 use crate::error::Remedy;
 use crate::guest::{GuestMemory, save_state};
 use crate::page::{PageSearch, classify};
@@ -56,6 +56,8 @@ pub(super) struct Missing {
     /// Pages that left on the connection for urgent ones.
     pub(super) urgent_pages: u64,
     pub(super) recovery: Recovery,
+    /// What may be given back; `None`: nothing.
+    pub(super) release: Option<Release>,
 }
 
 impl Missing {
@@ -68,6 +70,7 @@ impl Missing {
             rest_is_asked: false,
             urgent_pages: 0,
             recovery: Recovery::default(),
+            release: None,
         }
     }
 
@@ -76,6 +79,9 @@ impl Missing {
         self.asked_block = None;
         (self.rest, self.rest_is_asked) = (None, false);
         self.background.forget_connection();
+        if let Some(release) = &mut self.release {
+            release.forget_connection();
+        }
         if !breakage.is(Breakage::KeepCurrentBlock) {
             self.pages = InlinePages::new(Arc::clone(memory));
         }
@@ -176,6 +182,7 @@ impl SourceSession {
             let pages = pages_of_host_page(&*memory, block);
             self.pages.dirty.set_run(PageRun { block: BlockIndex(0), first: PageIndex(0), pages });
         }
+        self.keep_account_of_memory();
         let mut out = Vec::new();
         setup::before_last_section(self, &mut out);
         for (index, block) in (0..).map(BlockIndex).zip(table.blocks()) {
@@ -277,6 +284,7 @@ impl SourceSession {
                 NextMissing::Requested | NextMissing::Background => {}
                 NextMissing::Full if self.breakage.is(Breakage::FillUnbounded) => {}
                 _ if self.driver.is_called() || self.pages.dirty.count() == 0 => break,
+                _ if self.release_some() => continue,
                 NextMissing::Pause(delay) => {
                     let left = self.driver.engine.wake_at().map_or(delay, |at| at.saturating_sub(now));
                     self.listen_for(delay.min(left))?;
@@ -286,6 +294,9 @@ impl SourceSession {
                     self.await_message()?;
                     continue;
                 }
+            }
+            if next == NextMissing::Background {
+                self.release_some();
             }
             let batch = self.next_missing()?;
             if batch.is_empty() {
@@ -398,6 +409,9 @@ impl SourceSession {
         let bytes = self.wire.position() - before;
         self.missing.background.sent(now, batch.pages(), bytes, asked);
         self.figures.counted(&batch);
+        if let Some(release) = &mut self.missing.release {
+            release.sent(&batch);
+        }
         self.pages.done_with(batch);
         Ok(())
     }
@@ -409,6 +423,12 @@ impl SourceSession {
         let mut out = EOS_RECORD.to_vec();
         self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut out);
         Command::Ping(mark).encode(&mut out);
+        if let Some(release) = &mut self.missing.release {
+            release.marked(mark);
+            if self.breakage.is(Breakage::ReleaseSent) {
+                release.answered(mark);
+            }
+        }
         encode_part(setup::RAM_SECTION_ID, &mut out);
         Ok(self.wire.send(&out)?)
     }

@@ -320,6 +320,7 @@ impl SourceSession {
             // The target pages of a host page are sent together.
             dirty.widen(index, table.page().pages_in(block.host_page.bytes()).max(1));
         }
+        self.confirm_received(&dirty)?;
         self.pages.dirty = dirty;
         if !self.driver.engine.is_taken() {
             self.figures.taken(self.driver.clock.now());

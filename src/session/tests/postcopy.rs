@@ -342,6 +342,47 @@ fn p4_p14_urgent_pages_go_on_a_connection_of_their_own() {
     }
 }
 
+/// Pages of a block with memory behind them.
+fn resident(guest: &MappedGuest, block: u32, pages: u64) -> u64 {
+    let region = guest.region(BlockIndex(block)).unwrap();
+    let is_there = |page: &u64| crate::sys::is_there(region.span(page * 4096, 4096).unwrap()).unwrap();
+    (0..pages).filter(is_there).count() as u64
+}
+
+/// The source's memory goes as the destination proves that it has it, behind lost connections as well, and none of it sooner.
+#[test]
+fn the_sources_memory_is_given_back_as_its_pages_have_come() {
+    const PAGES: u64 = 2000;
+    for preempt in [false, true] {
+        let ends = SocketEnds::new(&[PAGES, 7], true, |postcopy| {
+            (postcopy.release_ram, postcopy.preempt) = (true, preempt);
+        });
+        let SocketEnds { source, destination, from, to, near, far, breakers, .. } = ends;
+        let expected = [bytes(&from, 0), bytes(&from, 1)];
+        assert_eq!(resident(&from, 0, PAGES), PAGES);
+        let control = source.control();
+        let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
+        until("it runs there", || far.runs());
+        for _ in 0..2 {
+            let came = destination.progress().pages.normal;
+            until("memory goes while pages follow", || {
+                let (resident, placed) = (resident(&from, 0, PAGES), destination.progress().pages.normal);
+                assert!(PAGES - resident <= placed, "{resident} are left, and {placed} have come");
+                placed > came + 70 && resident < PAGES - came
+            });
+            breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
+            until("another comes", || !breakers.lock().unwrap().is_empty());
+        }
+        control.set_postcopy_bandwidth(None);
+        let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
+        assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
+        assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
+        assert!(!near.runs() && far.runs());
+        assert_eq!((resident(&from, 0, PAGES), sent.released_pages), (0, PAGES + 7), "all of it is gone");
+        assert!(bytes(&to, 0) == expected[0] && bytes(&to, 1) == expected[1]);
+    }
+}
+
 /// A destination to which no other connection can come says so before a page is sent, and so does a source that can't make one.
 #[test]
 fn a_connection_for_urgent_pages_that_can_not_be_is_refused_and_the_guest_runs_on() {

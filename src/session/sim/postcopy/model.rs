@@ -189,6 +189,13 @@ impl Destination {
         }
     }
 
+    /// True if a page of the paused guest is neither in `whole`, the source's memory, nor here.
+    pub(super) fn is_nowhere(&self, whole: &[Vec<u64>]) -> bool {
+        let sides = self.paused_with.iter().zip(whole).zip(&self.pages);
+        let mut pages = sides.flat_map(|((was, source), here)| was.iter().zip(source).zip(here));
+        pages.any(|((was, source), here)| was != source && *here != Some(*was))
+    }
+
     fn say(&mut self, message: Message<'_>) {
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
