@@ -104,8 +104,10 @@ fn judge(log: &str) -> Result<Vec<&'static str>, String> {
         (killed("Cut"), killed("KillSource"), killed("KillDestination"));
     must(source.is_some() || dead_source, "the source has ended without a word")?;
     must(destination.is_some() != dead_destination, "the destination has ended without a word")?;
-    // Whatever has become of the guest, the memory that stands at its source is as it was, or was given back behind the start.
-    let kept = |line: &str| line.contains("wrong=0") || (ran_there && !line.contains("released=0"));
+    // The memory that stands at its source is as it was, whatever has become of the guest; or was given back once the
+    // destination had taken it, started or not.
+    let is_taken = |line: &str| line.contains("ended Completed") || line.contains("ended Incomplete");
+    let kept = |line: &str| line.contains("wrong=0") || (is_taken(line) && !line.contains("released=0"));
     must(source.is_none_or(|(line, _)| kept(line)), "pages at the source are wrong")?;
     let is = |end: Option<(&str, bool)>, what: &str| end.is_some_and(|(line, _)| line.contains(what));
     let arrived = is(destination, "ended Running wrong=0 read=937");
