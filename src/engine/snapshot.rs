@@ -4,119 +4,36 @@
 //!
 //! Every page is protected before the guest runs on, and copied once, before its protection is lifted. Whatever ends the
 //! snapshot, all protection is lifted before the guest is resumed or anything is waited for.
+//!
+//! Most of it is protected while the guest still runs. A write before the snapshot's moment is let through at once, and the
+//! piece of memory that it is in is protected again. The moment is when the guest stands still and its device state is saved:
+//! from there on nothing is let through that was not copied.
+
+mod ahead;
+mod events;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::observe::Latency;
 use crate::ram::{PageRun, PageSet};
-use crate::units::{BlockIndex, PageIndex};
-
-/// Where a copy lies until it has left.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// Room for one target page.
-    Slot,
-    /// Room for as many neighbours as [`SnapshotConfig::tray_pages`].
-    Tray,
-}
-
-/// What a snapshot is given.
-#[derive(Clone, Debug)]
-pub struct SnapshotConfig {
-    /// Places for single pages that the guest waits to write.
-    pub slots: u64,
-    /// Places for runs.
-    pub trays: u64,
-    /// Target pages of a tray: a power of two, no less than the largest host page.
-    pub tray_pages: u64,
-    /// Without a free place for so long, while pages are to be copied, the snapshot fails.
-    pub stall_timeout: Duration,
-}
-
-/// What to do next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SnapshotAction {
-    /// Write what comes before the pages. The guest runs.
-    Open,
-    /// Take the guest's promise to keep its memory, and get ready to protect it. Nothing is protected yet.
-    Arm,
-    /// Pause the guest.
-    Pause,
-    /// Save its device state.
-    SaveState,
-    /// Protect all memory that may hold something: [`SnapshotEvent::Protected`] tells which.
-    Protect,
-    /// Let the guest run, on a thread of its own as long as anything is protected: [`SnapshotEvent::Resumed`] comes later.
-    Resume,
-    /// Copy these pages and hand the copy over.
-    Copy {
-        /// In whole host pages.
-        run: PageRun,
-        /// Where to.
-        place: Place,
-    },
-    /// Lift the protection of these pages; whoever waits for them runs on.
-    Lift {
-        /// In whole host pages.
-        run: PageRun,
-    },
-    /// Lift all protection.
-    Disarm,
-    /// Write what comes behind the pages, and make it last.
-    Close,
-    /// Leave nothing that claims to be whole.
-    Abandon,
-    /// It is over.
-    Finish(SnapshotOutcome),
-}
-
-/// What has happened.
-#[derive(Clone, Debug)]
-pub enum SnapshotEvent {
-    /// Start.
-    Begin,
-    /// The action is done.
-    Done,
-    /// The action [`SnapshotAction::Protect`] is done: pages that may hold something, in whole host pages.
-    Protected(PageSet),
-    /// The action could not be done.
-    Failed,
-    /// The guest runs, or could not be let run.
-    Resumed {
-        /// It runs.
-        runs: bool,
-    },
-    /// A thread waits to write this host page.
-    Fault(PageRun),
-    /// A copy has left.
-    Freed(Place),
-    /// What takes the copies takes no more.
-    Lost,
-    /// Somebody asks for the end.
-    Cancel,
-    /// Nothing but time has passed.
-    Time,
-}
-
-/// How a snapshot ended. The guest runs on, whatever it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SnapshotOutcome {
-    /// It is whole where it was written to.
-    Taken,
-    /// It could not be taken.
-    Failed,
-    /// Somebody asked for the end.
-    Cancelled,
-}
+use crate::units::PageIndex;
+use ahead::{Ahead, Cursor, Next};
+#[cfg(test)]
+pub(crate) use events::SnapshotBreakage;
+pub use events::{Place, SnapshotAction, SnapshotConfig, SnapshotEvent, SnapshotOutcome};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Idle,
     Opening,
     Arming,
+    /// The guest runs, and memory is protected.
+    Ahead,
     Pausing,
     Saving,
+    /// The guest stands still, as it is to be kept.
+    Looking,
     Protecting,
     Resuming,
     Copying,
@@ -127,32 +44,20 @@ enum Phase {
     Ended,
 }
 
+/// What the guest does at our request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    Pause,
+    SaveState,
+    Resume,
+}
+
 /// Whether the paused guest has been let run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Resume {
     NotAsked,
     UnderWay,
     Over,
-}
-
-/// Orders that a test leaves out.
-#[cfg(test)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum SnapshotBreakage {
-    #[default]
-    None,
-    /// Protection is lifted before the page is copied.
-    LiftFirst,
-    /// A page that was copied for its writer is copied again in its turn.
-    CopyTwice,
-    /// The guest runs on before its memory is protected.
-    ResumeUnprotected,
-    /// A failure leaves the protection on.
-    StayProtected,
-    /// A failure leaves the guest paused.
-    StayPaused,
-    /// What was written is made last while the guest's resume may still fail.
-    CloseUnresumed,
 }
 
 /// The state of a snapshot.
@@ -165,11 +70,13 @@ pub struct SnapshotEngine {
     ending: Option<SnapshotOutcome>,
     armed: bool,
     paused: bool,
+    calling: Option<Call>,
     resume: Resume,
     abandoned: bool,
-    /// Protected, and not copied.
+    /// To be copied.
     pending: PageSet,
-    cursor: (u32, u64),
+    cursor: Cursor,
+    ahead: Ahead,
     /// Host pages that threads wait for, since when.
     faults: VecDeque<(Duration, PageRun)>,
     /// Copied, and still protected.
@@ -186,8 +93,10 @@ pub struct SnapshotEngine {
 /// What has been counted.
 #[derive(Clone, Debug, Default)]
 pub struct SnapshotFigures {
-    /// Writes that had to wait.
+    /// Writes that had to wait for a copy.
     pub faults: u64,
+    /// Writes before the moment that met protection.
+    pub early: u64,
     /// From the moment that a write was known of until it could go on.
     pub latency: Latency,
 }
@@ -201,10 +110,12 @@ impl SnapshotEngine {
             ending: None,
             armed: false,
             paused: false,
+            calling: None,
             resume: Resume::NotAsked,
             abandoned: false,
             pending: PageSet::default(),
-            cursor: (0, 0),
+            cursor: Cursor::default(),
+            ahead: Ahead::default(),
             faults: VecDeque::new(),
             copied: None,
             slots: config.slots,
@@ -250,7 +161,10 @@ impl SnapshotEngine {
             SnapshotEvent::Begin if self.phase == Phase::Idle => self.phase = Phase::Opening,
             SnapshotEvent::Begin => {}
             SnapshotEvent::Fault(run) => {
-                self.figures.faults += 1;
+                match self.is_before_the_moment() {
+                    true => self.figures.early += 1,
+                    false => self.figures.faults += 1,
+                }
                 self.faults.push_back((now, run));
             }
             SnapshotEvent::Freed(place) => {
@@ -260,17 +174,7 @@ impl SnapshotEngine {
                     Place::Tray => self.trays = self.config.trays.min(self.trays + 1),
                 }
             }
-            SnapshotEvent::Resumed { runs } => {
-                self.resume = Resume::Over;
-                if runs {
-                    self.paused = false;
-                } else {
-                    self.end(SnapshotOutcome::Failed);
-                }
-                if self.phase == Phase::Waiting {
-                    self.phase = Phase::Closing;
-                }
-            }
+            SnapshotEvent::Returned { done } => self.returned(done),
             SnapshotEvent::Cancel => {
                 if !self.is_closing() {
                     self.end(SnapshotOutcome::Cancelled);
@@ -278,9 +182,14 @@ impl SnapshotEngine {
             }
             SnapshotEvent::Lost => self.end(SnapshotOutcome::Failed),
             SnapshotEvent::Time => {}
-            SnapshotEvent::Done => self.answered(true, PageSet::default()),
-            SnapshotEvent::Protected(pages) => self.answered(true, pages),
-            SnapshotEvent::Failed => self.answered(false, PageSet::default()),
+            SnapshotEvent::Done => self.answered(true),
+            SnapshotEvent::Found(pages) => {
+                if self.doing == Some(SnapshotAction::Look) {
+                    self.found(&pages);
+                }
+                self.answered(true);
+            }
+            SnapshotEvent::Failed => self.answered(false),
         }
         if self.wake_at().is_some_and(|at| now >= at) {
             self.end(SnapshotOutcome::Failed);
@@ -319,7 +228,46 @@ impl SnapshotEngine {
         }
     }
 
-    fn answered(&mut self, done: bool, protected: PageSet) {
+    /// Pages that may hold something: to be protected, and to be copied.
+    fn found(&mut self, pages: &PageSet) {
+        if self.pending.blocks() == 0 {
+            self.pending = pages.clone();
+            self.ahead.open = pages.clone();
+            return;
+        }
+        #[cfg(test)]
+        if self.is_broken(SnapshotBreakage::LookOnce) {
+            return;
+        }
+        for run in pages.runs() {
+            self.pending.add(run);
+            self.ahead.open.add(run);
+        }
+    }
+
+    fn is_before_the_moment(&self) -> bool {
+        matches!(self.phase, Phase::Ahead | Phase::Pausing | Phase::Saving)
+    }
+
+    /// A call of the guest is over.
+    fn returned(&mut self, done: bool) {
+        let Some(call) = self.calling.take() else { return };
+        if call == Call::Resume {
+            self.resume = Resume::Over;
+            self.paused &= !done;
+        }
+        if !done {
+            self.end(SnapshotOutcome::Failed);
+        }
+        self.phase = match (call, self.phase) {
+            (Call::Pause, Phase::Pausing) if done => Phase::Saving,
+            (Call::SaveState, Phase::Saving) if done => self.behind_the_state(),
+            (Call::Resume, Phase::Waiting) => Phase::Closing,
+            (_, phase) => phase,
+        };
+    }
+
+    fn answered(&mut self, done: bool) {
         let Some(action) = self.doing.take() else { return };
         match action {
             SnapshotAction::Disarm => {
@@ -327,8 +275,6 @@ impl SnapshotEngine {
                 self.faults.clear();
             }
             SnapshotAction::Abandon => self.abandoned = true,
-            // Where no thread could be had: without protection none is needed.
-            SnapshotAction::Resume if !done && self.armed => self.resume = Resume::NotAsked,
             SnapshotAction::Resume if !done => self.resume = Resume::Over,
             _ => {}
         }
@@ -337,14 +283,28 @@ impl SnapshotEngine {
         }
         self.phase = match action {
             SnapshotAction::Open => Phase::Arming,
-            SnapshotAction::Arm => Phase::Pausing,
-            SnapshotAction::Pause => Phase::Saving,
-            SnapshotAction::SaveState => self.behind_the_state(),
-            SnapshotAction::Protect => {
-                self.pending = protected;
-                self.behind_the_protection()
+            SnapshotAction::Arm => {
+                self.ahead.begin(self.now);
+                Phase::Ahead
             }
-            SnapshotAction::Resume if self.phase == Phase::Resuming => self.behind_the_resume(),
+            SnapshotAction::Pause => self.calls(Call::Pause),
+            SnapshotAction::SaveState => self.calls(Call::SaveState),
+            SnapshotAction::Look if self.phase == Phase::Looking => {
+                self.ahead.rewind();
+                Phase::Protecting
+            }
+            SnapshotAction::Look => {
+                self.ahead.looked();
+                self.phase
+            }
+            SnapshotAction::Protect { run } => {
+                self.ahead.protected(run);
+                self.phase
+            }
+            SnapshotAction::Resume => {
+                self.calls(Call::Resume);
+                if self.phase == Phase::Resuming { self.behind_the_resume() } else { self.phase }
+            }
             SnapshotAction::Copy { run, .. } => {
                 self.copied(run);
                 self.phase
@@ -359,12 +319,17 @@ impl SnapshotEngine {
         };
     }
 
+    fn calls(&mut self, call: Call) -> Phase {
+        self.calling = Some(call);
+        self.phase
+    }
+
     fn behind_the_state(&self) -> Phase {
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::ResumeUnprotected) {
             return Phase::Resuming;
         }
-        Phase::Protecting
+        Phase::Looking
     }
 
     fn behind_the_protection(&self) -> Phase {
@@ -378,7 +343,7 @@ impl SnapshotEngine {
     fn behind_the_resume(&self) -> Phase {
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::ResumeUnprotected) {
-            return Phase::Protecting;
+            return Phase::Looking;
         }
         Phase::Copying
     }
@@ -411,6 +376,13 @@ impl SnapshotEngine {
         if self.copied == Some(run) {
             self.copied = None;
         }
+        if self.is_before_the_moment() {
+            self.ahead.opened(&self.pending, run);
+            #[cfg(test)]
+            if self.is_broken(SnapshotBreakage::LeaveOpen) {
+                self.ahead.open.remove(run);
+            }
+        }
         let (now, latency) = (self.now, &mut self.figures.latency);
         self.faults.retain(|(since, waited)| {
             let inside = waited.block == run.block && run.first <= waited.first && waited.end() <= run.end();
@@ -426,15 +398,58 @@ impl SnapshotEngine {
             Phase::Idle | Phase::Waiting => None,
             Phase::Opening => Some(SnapshotAction::Open),
             Phase::Arming => Some(SnapshotAction::Arm),
-            Phase::Pausing => Some(SnapshotAction::Pause),
-            Phase::Saving => Some(SnapshotAction::SaveState),
-            Phase::Protecting => Some(SnapshotAction::Protect),
+            Phase::Ahead => self.next_ahead(),
+            Phase::Pausing => self.let_through().or_else(|| self.unless_called(SnapshotAction::Pause)),
+            Phase::Saving => self.let_through().or_else(|| self.unless_called(SnapshotAction::SaveState)),
+            Phase::Looking => Some(SnapshotAction::Look),
+            Phase::Protecting => match self.ahead.next_open(&self.config) {
+                Some(run) => Some(SnapshotAction::Protect { run }),
+                None => {
+                    self.phase = self.behind_the_protection();
+                    self.next()
+                }
+            },
             Phase::Resuming => Some(SnapshotAction::Resume),
             Phase::Copying => self.next_page(),
             Phase::Disarming => Some(SnapshotAction::Disarm),
             Phase::Closing => Some(SnapshotAction::Close),
             Phase::Ended => Some(SnapshotAction::Finish(SnapshotOutcome::Taken)),
         }
+    }
+
+    /// Whoever waits is let through, then comes what is to be protected.
+    fn next_ahead(&mut self) -> Option<SnapshotAction> {
+        if let Some(lift) = self.let_through() {
+            return Some(lift);
+        }
+        match self.ahead.next(self.now, &self.config) {
+            Next::Look => Some(SnapshotAction::Look),
+            Next::Protect(run) => Some(SnapshotAction::Protect { run }),
+            Next::Pause => {
+                self.phase = Phase::Pausing;
+                self.next()
+            }
+        }
+    }
+
+    /// Before the moment: the piece that somebody waits to write in.
+    fn let_through(&self) -> Option<SnapshotAction> {
+        #[cfg(test)]
+        if self.is_broken(SnapshotBreakage::DeafWhilePausing) && self.phase != Phase::Ahead {
+            return None;
+        }
+        let (_, waited) = self.faults.front()?;
+        let size = self.config.lift_pages;
+        let first = waited.first.0 / size * size;
+        let pages = match self.pending.block(waited.block) {
+            Some(block) if waited.end().0 <= block.len() => block.len().min(first + size) - first,
+            _ => return Some(SnapshotAction::Lift { run: *waited }),
+        };
+        Some(SnapshotAction::Lift { run: PageRun { first: PageIndex(first), pages, ..*waited } })
+    }
+
+    fn unless_called(&self, action: SnapshotAction) -> Option<SnapshotAction> {
+        self.calling.is_none().then_some(action)
     }
 
     /// What was copied is lifted, then comes what threads wait for, then the next in order.
@@ -456,7 +471,7 @@ impl SnapshotEngine {
             };
             return self.unless_starved(place.map(|place| SnapshotAction::Copy { run, place }));
         }
-        let Some(run) = self.next_run() else {
+        let Some(run) = self.cursor.next(&self.pending, self.config.tray_pages) else {
             self.phase = Phase::Disarming;
             return Some(SnapshotAction::Disarm);
         };
@@ -473,24 +488,6 @@ impl SnapshotEngine {
         action
     }
 
-    /// The next pages in the order of their addresses, at most a tray full; trays are aligned.
-    fn next_run(&mut self) -> Option<PageRun> {
-        while (self.cursor.0 as usize) < self.pending.blocks() {
-            let block = BlockIndex(self.cursor.0);
-            let from = PageIndex(self.cursor.1);
-            let found =
-                self.pending.block(block).and_then(|pages| pages.next_run(from, self.config.tray_pages));
-            if let Some(found) = found {
-                let aligned = (found.start / self.config.tray_pages + 1) * self.config.tray_pages;
-                let end = found.end.min(aligned);
-                self.cursor.1 = found.start;
-                return Some(PageRun { block, first: PageIndex(found.start), pages: end - found.start });
-            }
-            self.cursor = (self.cursor.0 + 1, 0);
-        }
-        None
-    }
-
     /// All protection is lifted first: nobody waits for what comes after.
     fn undo(&mut self, outcome: SnapshotOutcome) -> Option<SnapshotAction> {
         #[cfg(test)]
@@ -504,7 +501,7 @@ impl SnapshotEngine {
         if self.armed {
             return Some(SnapshotAction::Disarm);
         }
-        if self.resume == Resume::UnderWay {
+        if self.calling.is_some() {
             return None;
         }
         if self.paused && self.resume == Resume::NotAsked {

@@ -26,6 +26,8 @@ pub(crate) struct WriteProtection {
     page: PageSize,
     /// Pages that may hold something, in whole host pages.
     used: PageSet,
+    /// Room for the guest's pages.
+    nothing: PageSet,
 }
 
 /// A block as this process maps it.
@@ -60,11 +62,11 @@ impl WriteProtection {
             remedy: "give memory whose GuestMemory::region is not None",
             source: io::Error::other(error),
         })?;
-        let mut this = Self { faults, blocks, page: table.page(), used: PageSet::new(table) };
+        let nothing = PageSet::new(table);
+        let this = Self { faults, blocks, page: table.page(), used: nothing.clone(), nothing };
         for block in this.blocks.iter().flatten() {
             this.register(block)?;
         }
-        this.look(true)?;
         Ok(this)
     }
 
@@ -83,17 +85,20 @@ impl WriteProtection {
         self.faults.register(span).map_err(refused)
     }
 
-    /// Adds what may hold something and is not known to: only the gaps are looked at.
-    fn look(&mut self, first: bool) -> Result<(), GuestError> {
+    /// Looks for pages that may hold something and are not known to: only the gaps are looked at. Answers the new ones, in whole
+    /// host pages.
+    ///
+    /// # Errors
+    /// [`GuestError::Kernel`].
+    pub(crate) fn look(&mut self) -> Result<PageSet, GuestError> {
         let merges = if self.faults.protects_unpopulated() { MAX_GAP } else { 0 };
+        let mut new = self.nothing.clone();
         for (index, block) in (0..).map(BlockIndex).zip(&self.blocks) {
             let Some(block) = block else { continue };
-            let gaps = self.gaps(index, block.pages);
             let host = block.region.page();
-            let mut last: Option<u64> = None;
-            for gap in gaps {
+            for gap in self.gaps(index, block.pages) {
+                let mut last: Option<u64> = None;
                 let bytes = gap.start << self.page.shift()..(gap.end << self.page.shift()).min(block.len);
-                let used = &mut self.used;
                 block.region.touched_in(bytes, |found| {
                     let near = last.filter(|last| found.start.saturating_sub(*last) <= merges);
                     let start = near.unwrap_or(found.start).min(found.start) & !(host.bytes() - 1);
@@ -101,14 +106,17 @@ impl WriteProtection {
                     last = Some(end);
                     let first = start >> self.page.shift();
                     let pages = (end >> self.page.shift()) - first;
-                    used.add(PageRun { block: index, first: PageIndex(first), pages });
+                    new.add(PageRun { block: index, first: PageIndex(first), pages });
                 });
             }
         }
-        if first && !self.faults.protects_unpopulated() {
-            self.populate()?;
+        for run in new.runs() {
+            self.used.add(run);
         }
-        Ok(())
+        if !self.faults.protects_unpopulated() {
+            self.populate(&new)?;
+        }
+        Ok(new)
     }
 
     /// Runs of pages that are not in use.
@@ -128,8 +136,8 @@ impl WriteProtection {
     }
 
     /// An older kernel protects only what is there. Where it could not tell, more is taken for used.
-    fn populate(&self) -> Result<(), GuestError> {
-        for run in self.used.runs() {
+    fn populate(&self, pages: &PageSet) -> Result<(), GuestError> {
+        for run in pages.runs() {
             let Some((block, span)) = self.span(run)? else { continue };
             populate_read(span).map_err(|source| GuestError::Kernel {
                 block: block.name.clone(),
@@ -141,17 +149,13 @@ impl WriteProtection {
         Ok(())
     }
 
-    /// Protects all that may hold something. The guest is paused. Answers those pages, in whole host pages.
+    /// A first write to the host pages of `run` waits from here on.
     ///
     /// # Errors
     /// [`GuestError::Kernel`]; a part may be protected.
-    pub(crate) fn protect(&mut self) -> Result<PageSet, GuestError> {
-        self.look(false)?;
-        for run in self.used.runs() {
-            let Some((block, span)) = self.span(run)? else { continue };
-            self.faults.protect(span).map_err(|source| block.failed("protecting it from writes", source))?;
-        }
-        Ok(self.used.clone())
+    pub(crate) fn protect(&self, run: PageRun) -> Result<(), GuestError> {
+        let Some((block, span)) = self.span(run)? else { return Ok(()) };
+        self.faults.protect(span).map_err(|source| block.failed("protecting it from writes", source))
     }
 
     /// The next host page that a thread waits to write, without waiting.

@@ -93,6 +93,7 @@ fn tell(path: &Path, report: &SnapshotReport, wrote: u64, found: &Found) {
     result_text!(
         "snapshot    {} in {}: {} pages with content, {} zero\n\
          took        {:.1} ms; the guest stood still for {:.2} ms (device state {:.2}, protecting its memory {:.2})\n\
+         before      most of its memory was protected within {:.1} ms, while it ran; {} writes met that\n\
          meanwhile   the guest wrote {wrote} pages; {} writes waited for a copy, p50 {} us, p99 {} us, longest {} us\n\
          {}    a guest made of the file ran, and looked at {} pages: {} wrong\n",
         human_bytes(report.bytes),
@@ -103,6 +104,8 @@ fn tell(path: &Path, report: &SnapshotReport, wrote: u64, found: &Found) {
         ms(report.pause),
         ms(report.state),
         ms(report.protect),
+        ms(report.ahead),
+        report.early_faults,
         report.faults,
         waits.p50_us,
         waits.p99_us,

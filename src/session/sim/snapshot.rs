@@ -41,6 +41,9 @@ enum Fault {
     Stalls(u64),
     /// Somebody asks for the end at this step.
     Cancel(u64),
+    /// The VMM can't pause its guest, or save its state.
+    Pause,
+    State,
     /// The VMM can't let its guest run on, and says so after so many steps.
     Resume(u64),
 }
@@ -52,8 +55,8 @@ struct Plan {
     blocks: Vec<(u64, u64)>,
     writers: usize,
     config: SnapshotConfig,
-    /// Steps until the guest's resume returns; it runs at some moment before.
-    resume_takes: u64,
+    /// Steps that a callback of the guest takes at most.
+    call_takes: u64,
     /// The target takes a copy in one of so many steps.
     takes_every: u64,
     fault: Fault,
@@ -66,18 +69,22 @@ impl Plan {
             ((1 + rng.below(10)) * host, host)
         };
         let blocks: Vec<_> = (0..1 + rng.below(3)).map(|_| block(rng)).collect();
-        let fault = match rng.below(8) {
+        let fault = match rng.below(10) {
             0 => Fault::Action(rng.below(30)),
             1 => Fault::Lost(rng.below(400)),
             2 => Fault::Stalls(rng.below(200)),
             3 => Fault::Cancel(rng.below(400)),
             4 => Fault::Resume(rng.pick(&[0, 20, 300])),
+            5 => rng.pick(&[Fault::Pause, Fault::State]),
             _ => Fault::None,
         };
         let config = SnapshotConfig {
             slots: 1 + rng.below(4),
             trays: 2 + rng.below(4),
             tray_pages: 8,
+            protect_pages: rng.pick(&[8, 16]),
+            lift_pages: 8,
+            pause_goal: STEP * rng.below(30) as u32,
             stall_timeout: STEP * STALL as u32,
         };
         let takes_every = rng.pick(&[1, 3, 20]);
@@ -85,7 +92,7 @@ impl Plan {
             blocks,
             writers: 1 + rng.below(4) as usize,
             config,
-            resume_takes: rng.below(60),
+            call_takes: rng.below(60),
             takes_every,
             fault,
         }
@@ -114,6 +121,14 @@ fn pages_of(run: PageRun) -> impl Iterator<Item = Page> {
     (run.first.0..run.end().0).map(move |page| (run.block.as_usize(), page))
 }
 
+/// What the VMM is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    Pause,
+    SaveState,
+    Resume,
+}
+
 struct World {
     plan: Plan,
     rng: Rng,
@@ -128,7 +143,10 @@ struct World {
     waiting: Vec<Option<(Page, u64)>>,
     /// The copy that is being made: pages to go, and values so far.
     copying: Option<(VecDeque<Page>, Copied)>,
-    resumes_at: Option<u64>,
+    /// What was told to the engine as found.
+    found: PageSet,
+    /// The callback under way, and when it returns.
+    calling: Option<(Call, u64)>,
     /// Copies on their way.
     out: Vec<Copied>,
     written: BTreeMap<Page, u64>,
@@ -162,7 +180,8 @@ impl World {
             runs: true,
             waiting: vec![None; plan.writers],
             copying: None,
-            resumes_at: None,
+            found: PageSet::new(&plan.table()),
+            calling: None,
             out: Vec::new(),
             written: BTreeMap::new(),
             actions: 0,
@@ -199,7 +218,7 @@ impl World {
             match self.rng.below(6) {
                 0 | 1 => self.writer_steps(),
                 2 => self.target_steps(),
-                3 => self.resume_steps(),
+                3 => self.call_steps(),
                 _ => self.engine_steps(),
             }
             if self.engine.wake_at().is_some_and(|at| STEP * self.now as u32 >= at) {
@@ -231,6 +250,11 @@ impl World {
         if !self.runs {
             return;
         }
+        self.write();
+    }
+
+    /// By a vCPU, or by the VMM itself.
+    fn write(&mut self) {
         let writer = self.rng.below(self.waiting.len() as u64) as usize;
         if self.waiting[writer].is_some() {
             return;
@@ -276,27 +300,45 @@ impl World {
         }
     }
 
-    fn resume_steps(&mut self) {
-        let Some(at) = self.resumes_at else { return };
-        let fails = match self.plan.fault {
-            Fault::Resume(after) => Some(at + after),
-            _ => None,
+    /// The VMM takes a step of what it is asked for.
+    fn call_steps(&mut self) {
+        let Some((call, at)) = self.calling else { return };
+        let over = self.now >= at;
+        let fails = match (call, self.plan.fault) {
+            (Call::Pause, Fault::Pause) | (Call::SaveState, Fault::State) => over,
+            (Call::Resume, Fault::Resume(after)) if self.now < at + after => return,
+            (Call::Resume, Fault::Resume(_)) => true,
+            _ => false,
         };
-        match fails {
-            Some(fails) if self.now >= fails => {
-                self.resumes_at = None;
-                self.saw("the guest could not run on");
-                self.tell(SnapshotEvent::Resumed { runs: false });
+        let waits = self.waiting.iter().any(Option::is_some);
+        match call {
+            _ if fails => self.saw("a callback failed"),
+            // A thread that waits for a page either gives up, and writes when it runs again, or is waited for.
+            Call::Pause if over && waits && self.rng.one_in(2) => {
+                self.saw("a writer gives up");
+                self.waiting.iter_mut().for_each(|waiting| *waiting = None);
+                self.runs = false;
             }
-            Some(_) => {}
-            None => {
+            Call::Pause if !over || waits => return,
+            Call::Pause => self.runs = false,
+            Call::SaveState if !over => return self.write(),
+            Call::SaveState if waits => return,
+            Call::SaveState => self.moment = self.memory.clone(),
+            Call::Resume => {
                 self.runs = true;
-                if self.now >= at {
-                    self.resumes_at = None;
-                    self.tell(SnapshotEvent::Resumed { runs: true });
+                if !over {
+                    return;
                 }
             }
         }
+        self.calling = None;
+        self.tell(SnapshotEvent::Returned { done: !fails });
+    }
+
+    fn calls(&mut self, call: Call) {
+        let at = self.now + self.rng.below(self.plan.call_takes + 1);
+        let alone = self.calling.replace((call, at)).is_none();
+        self.must(alone, "a callback is called while another one is under way");
     }
 
     fn engine_steps(&mut self) {
@@ -320,9 +362,6 @@ impl World {
             && !matches!(action, SnapshotAction::Disarm | SnapshotAction::Finish(_))
         {
             self.saw("an action failed");
-            if action == SnapshotAction::Pause {
-                self.runs = false;
-            }
             return self.tell(SnapshotEvent::Failed);
         }
         self.perform(action);
@@ -330,31 +369,37 @@ impl World {
 
     fn perform(&mut self, action: SnapshotAction) {
         match action {
-            SnapshotAction::Pause => {
-                self.runs = false;
-                self.moment = self.memory.clone();
-            }
-            SnapshotAction::Protect => {
-                let table = self.plan.table();
-                let mut pages = PageSet::new(&table);
-                let memory = self.memory.clone();
-                for ((block, page), value) in memory {
+            SnapshotAction::Pause => self.calls(Call::Pause),
+            SnapshotAction::SaveState => self.calls(Call::SaveState),
+            SnapshotAction::Resume => self.calls(Call::Resume),
+            SnapshotAction::Look => {
+                let mut new = PageSet::new(&self.plan.table());
+                for (&(block, page), &value) in &self.memory {
                     let run = self.plan.host_page(block, page);
-                    // Memory that holds nothing is protected only by chance, as its neighbours are.
-                    if value != 0 || self.rng.one_in(8) {
-                        pages.add(run);
-                        pages_of(run).for_each(|page| _ = self.protected.insert(page, true));
+                    // Memory that holds nothing is taken for used only by chance, as its neighbours are.
+                    if !self.found.touches(run) && (value != 0 || self.rng.one_in(8)) {
+                        new.add(run);
                     }
                 }
-                return self.tell(SnapshotEvent::Protected(pages));
+                new.runs().for_each(|run| _ = self.found.add(run));
+                return self.tell(SnapshotEvent::Found(new));
             }
-            SnapshotAction::Resume => {
-                self.resumes_at = Some(self.now + self.rng.below(self.plan.resume_takes + 1))
+            SnapshotAction::Protect { run } => {
+                for page in pages_of(run) {
+                    if self.protected.insert(page, true) == Some(false) && !self.moment.is_empty() {
+                        self.saw("protected again");
+                    }
+                }
             }
             SnapshotAction::Copy { run, place } => {
                 return self.copying = Some((pages_of(run).collect(), (Vec::new(), place)));
             }
-            SnapshotAction::Lift { run } => self.lift(pages_of(run)),
+            SnapshotAction::Lift { run } => {
+                if self.moment.is_empty() {
+                    self.saw("a writer is let through before the moment");
+                }
+                self.lift(pages_of(run));
+            }
             SnapshotAction::Disarm => {
                 let all: Vec<_> = self.protected.keys().copied().collect();
                 self.lift(all.into_iter());
@@ -369,10 +414,7 @@ impl World {
                 self.closed = true;
             }
             SnapshotAction::Finish(outcome) => return self.outcome = Some(outcome),
-            SnapshotAction::Open
-            | SnapshotAction::Arm
-            | SnapshotAction::SaveState
-            | SnapshotAction::Abandon => {}
+            SnapshotAction::Open | SnapshotAction::Arm | SnapshotAction::Abandon => {}
         }
         self.tell(SnapshotEvent::Done);
     }
@@ -438,7 +480,10 @@ fn a_snapshot_is_of_one_moment_and_its_guest_runs_on() {
         "stalled",
         "an action failed",
         "a writer waits",
-        "the guest could not run on",
+        "a callback failed",
+        "a writer is let through before the moment",
+        "a writer gives up",
+        "protected again",
     ];
     let missing: Vec<_> = all.iter().filter(|what| !coverage.contains_key(**what)).collect();
     assert!(seeds < SEEDS || missing.is_empty(), "never reached: {missing:?}");
@@ -453,6 +498,9 @@ fn each_order_of_a_snapshot_is_needed() {
         (SnapshotBreakage::StayProtected, "protection is left on"),
         (SnapshotBreakage::StayPaused, "does not run on"),
         (SnapshotBreakage::CloseUnresumed, "taken, and the guest does not run"),
+        (SnapshotBreakage::LeaveOpen, "not of one moment"),
+        (SnapshotBreakage::LookOnce, "not of one moment"),
+        (SnapshotBreakage::DeafWhilePausing, "it does not end"),
     ] {
         let sees = |seed: &u64| run(*seed, order).violations.iter().any(|what| what.contains(symptom));
         let found = (0..MUTANT_SEEDS).find(sees);

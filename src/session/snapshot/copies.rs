@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use crate::engine::{Place, SnapshotConfig};
+use crate::engine::Place;
 use crate::guest::{GuestError, GuestMemory, LayoutChange};
 use crate::page::{ZeroDetection, classify};
 use crate::ram::{Landing, PageBatch, PageRun, RamBlockTable, Verdict};
@@ -44,8 +44,7 @@ impl Copies {
     pub(super) fn new(guest: Arc<dyn GuestMemory>, bytes: u64) -> Result<Self, MappingError> {
         let table = guest.table();
         let page = table.page().bytes();
-        let largest = table.blocks().iter().map(|block| block.host_page.bytes() / page).max().unwrap_or(1);
-        let tray_pages = largest.max(TRAY_PAGES);
+        let tray_pages = largest_host_page(table).max(TRAY_PAGES);
         let trays = (bytes / 2 / (tray_pages * page)).max(MIN_TRAYS);
         let slots = (bytes / 2 / page).max(1);
         let room = Mapping::anonymous((slots + trays * tray_pages) * page)?;
@@ -57,10 +56,21 @@ impl Copies {
         Ok(Self { guest, room, slots, trays, tray_pages, taken: Mutex::new(taken) })
     }
 
-    /// How the engine counts it.
-    pub(super) fn config(&self, stall_timeout: std::time::Duration) -> SnapshotConfig {
-        let Self { slots, trays, tray_pages, .. } = self;
-        SnapshotConfig { slots: *slots, trays: *trays, tray_pages: *tray_pages, stall_timeout }
+    pub(super) fn slots(&self) -> u64 {
+        self.slots
+    }
+
+    pub(super) fn trays(&self) -> u64 {
+        self.trays
+    }
+
+    pub(super) fn tray_pages(&self) -> u64 {
+        self.tray_pages
+    }
+
+    /// Target pages of the guest's largest host page.
+    pub(super) fn largest_host_page(&self) -> u64 {
+        largest_host_page(self.guest.table())
     }
 
     /// Copies the pages of `run`. The batch tells which of them are zero; if all are, the place is free again, and `false`
@@ -118,6 +128,11 @@ impl Copies {
         let source = OutOfRegion { offset: landing.offset().0, len: landing.len(), region_len: 0 };
         GuestError::Unmapped { block, source }
     }
+}
+
+fn largest_host_page(table: &RamBlockTable) -> u64 {
+    let pages = |block: &crate::ram::RamBlock| block.host_page.bytes() / table.page().bytes();
+    table.blocks().iter().map(pages).max().unwrap_or(1).max(1)
 }
 
 impl Taken {

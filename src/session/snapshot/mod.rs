@@ -1,9 +1,11 @@
 //! A snapshot of a running guest that is one moment's state.
 //!
-//! The guest is paused while its device state is saved and its memory is protected from writes; then it runs on. Pages are
-//! copied in the background, and those first that the guest wants to write: their writers wait for the copy of that page,
-//! and for nothing else. A copy leaves whenever what takes it has time.
+//! Most of the guest's memory is protected from writes while it still runs. It is paused while its device state is saved and
+//! what it has written since is protected again; then it runs on. Pages are copied in the background, and those first that
+//! the guest wants to write: their writers wait for the copy of that page, and for nothing else. A copy leaves whenever what
+//! takes it has time.
 
+mod callbacks;
 mod copies;
 mod outlet;
 mod run;
@@ -83,15 +85,19 @@ pub struct SnapshotReport {
     pub pages: PageCounts,
     /// Bytes that were written.
     pub bytes: u64,
+    /// How long its memory was protected before that, while the guest ran.
+    pub ahead: Duration,
+    /// Writes of the guest meanwhile that met protection, which was lifted at once.
+    pub early_faults: u64,
     /// How long the guest stood still: from the call of [`GuestControl::pause`] until [`GuestControl::resume`] had returned.
     pub pause: Duration,
     /// Of it, until its device state was saved.
     pub state: Duration,
-    /// Of it, to protect its memory.
+    /// Of it, to protect memory that it had written or begun to use in the meantime.
     pub protect: Duration,
     /// How long it all took.
     pub total: Duration,
-    /// Writes of the guest that had to wait.
+    /// Writes of the guest that had to wait for a copy.
     pub faults: u64,
     /// How long they waited, as this process sees it.
     pub fault_latency: LatencySummary,
@@ -166,8 +172,7 @@ impl SnapshotSession {
         self
     }
 
-    /// Takes the snapshot on this thread, which serves the guest's writes meanwhile: no callback runs on it while memory is
-    /// protected. `connection` was opened with [`memory`](Self::memory); answers on it are not read.
+    /// Takes the snapshot on this thread, which serves the guest's writes meanwhile: no callback runs on it. `connection` was opened with [`memory`](Self::memory); answers on it are not read.
     pub fn run(self, connection: SourceConnection) -> SnapshotReport {
         Running::new(self, connection).run()
     }

@@ -4,39 +4,37 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, TryRecvError, bounded};
-
+use super::callbacks::{Answer, Call, Callbacks};
 use super::copies::Copies;
 use super::outlet::{News, Outlet, Sent};
 use super::{SnapshotReport, SnapshotSession, SnapshotSettings};
-use crate::engine::{Place, SnapshotAction, SnapshotEngine, SnapshotEvent, SnapshotOutcome};
+use crate::engine::{Place, SnapshotAction, SnapshotConfig, SnapshotEngine, SnapshotEvent, SnapshotOutcome};
 use crate::error::{Chain, Remedy};
-use crate::guest::{GuestControl, GuestMemory, WriteProtection, save_state};
+use crate::guest::{GuestControl, GuestMemory, WriteProtection};
 use crate::ram::{PageRun, PageSet};
-use crate::session::callback::{guarded, named, quietly};
+use crate::session::callback::guarded;
 use crate::session::handle::Canceller;
 use crate::session::{Error, SourceConnection};
-use crate::stream::qemu::own_devices::tail_of;
 use crate::sys::{Stop, WakeEvent};
 use crate::transport::ChannelError;
 use crate::units::BlockIndex;
 
-/// The guest's control, which a thread of its own has while it lets the guest run on.
-enum Control {
-    Here(Box<dyn GuestControl>),
-    Resuming(Receiver<Resumed>),
-    Lost,
-}
-
-/// What comes back of a resume.
-type Resumed = (Box<dyn GuestControl>, Result<(), Error>);
+/// Most bytes that are protected by one call: who writes meanwhile waits for it.
+const PROTECT: u64 = 2 << 20;
+/// Bytes that a write before the moment opens, and that are protected again.
+const LIFT: u64 = 256 << 10;
+/// What is left to protect when the guest is paused should take no longer.
+const PAUSE_GOAL: Duration = Duration::from_millis(1);
 
 /// Times of the pause.
 #[derive(Default)]
 struct Times {
+    armed_at: Option<Instant>,
+    ahead: Duration,
     paused_at: Option<Instant>,
     pause: Duration,
     state: Duration,
+    saved_at: Option<Instant>,
     protect: Duration,
 }
 
@@ -44,10 +42,10 @@ struct Times {
 struct Target {
     connection: Option<SourceConnection>,
     outlet: Option<Outlet>,
-    /// Raised with each news of it, and by a resume.
+    /// Raised with each news of it, and by a call that is over.
     wake: Option<Arc<WakeEvent>>,
-    /// Pages that hold nothing.
-    unused: PageSet,
+    /// Pages that may hold something: the others are zero.
+    used: PageSet,
     state: Vec<u8>,
     sent: Sent,
 }
@@ -57,7 +55,9 @@ pub(super) struct Running {
     engine: SnapshotEngine,
     memory: Arc<dyn GuestMemory>,
     copies: Arc<Copies>,
-    control: Control,
+    /// Until its memory may be protected; then `callbacks` has it.
+    control: Option<Box<dyn GuestControl>>,
+    callbacks: Option<Callbacks>,
     /// While writes are held. Dropping it lets them through, whatever ends this.
     protection: Option<WriteProtection>,
     target: Target,
@@ -73,18 +73,30 @@ pub(super) struct Running {
 impl Running {
     pub(super) fn new(session: SnapshotSession, connection: SourceConnection) -> Self {
         let SnapshotSession { guest, copies, settings, canceller, .. } = session;
-        let unused = PageSet::new(guest.memory.table());
+        let used = PageSet::new(guest.memory.table());
+        let page = guest.memory.table().page();
+        let pages = |bytes: u64| (bytes >> page.shift()).max(copies.largest_host_page());
+        let config = SnapshotConfig {
+            slots: copies.slots(),
+            trays: copies.trays(),
+            tray_pages: copies.tray_pages(),
+            protect_pages: pages(PROTECT),
+            lift_pages: pages(LIFT),
+            pause_goal: PAUSE_GOAL,
+            stall_timeout: settings.stall_timeout,
+        };
         Self {
-            engine: SnapshotEngine::new(copies.config(settings.stall_timeout)),
+            engine: SnapshotEngine::new(config),
             memory: guest.memory,
             copies,
-            control: Control::Here(guest.control),
+            control: Some(guest.control),
+            callbacks: None,
             protection: None,
             target: Target {
                 connection: Some(connection),
                 outlet: None,
                 wake: None,
-                unused,
+                used,
                 state: Vec::new(),
                 sent: Sent::default(),
             },
@@ -168,35 +180,34 @@ impl Running {
                 News::Opened | News::Closed(_) => {}
             }
         }
-        if let Control::Resuming(resumed) = &self.control {
-            match resumed.try_recv() {
-                Ok(resumed) => {
-                    any = true;
-                    self.resumed(resumed);
-                }
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => {
-                    self.control = Control::Lost;
-                    let source = std::io::Error::other("it ended before it had let the guest run");
-                    self.keep(Error::Thread { name: "ramwire-resume", source });
-                    self.tell(SnapshotEvent::Resumed { runs: false });
-                }
-            }
+        while let Some(answer) = self.callbacks.as_mut().and_then(Callbacks::next) {
+            any = true;
+            self.returned(answer);
         }
         Ok(any)
     }
 
-    fn resumed(&mut self, (control, done): Resumed) {
-        self.control = Control::Here(control);
-        let runs = done.is_ok();
-        if let Err(error) = done {
-            self.keep(error);
+    fn returned(&mut self, answer: Answer) {
+        let Answer { call, done, began, ended } = answer;
+        match call {
+            Call::SaveState => {
+                self.times.state = ended - began;
+                self.times.saved_at = Some(ended);
+            }
+            Call::Resume => {
+                self.times.pause = self.times.paused_at.map_or(Duration::ZERO, |at| ended - at);
+                if done.is_ok() {
+                    self.times.paused_at = None;
+                }
+            }
+            Call::Pause => {}
         }
-        self.times.pause = self.times.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
-        if runs {
-            self.times.paused_at = None;
+        let event = SnapshotEvent::Returned { done: done.is_ok() };
+        match done {
+            Ok(state) => self.target.state.extend(state),
+            Err(error) => self.keep(error),
         }
-        self.tell(SnapshotEvent::Resumed { runs });
+        self.tell(event);
     }
 
     /// Until something happens.
@@ -236,14 +247,23 @@ impl Running {
         match action {
             SnapshotAction::Open => self.open()?,
             SnapshotAction::Arm => self.arm()?,
-            SnapshotAction::Pause => {
-                self.times.paused_at = Some(Instant::now());
-                let paused = named("calling GuestControl::pause", || self.control()?.pause());
-                paused.map_err(|source| Error::Control { what: "pause", source })?;
+            SnapshotAction::Look => return self.look().map(SnapshotEvent::Found),
+            SnapshotAction::Protect { run } => {
+                if let Some(protection) = &self.protection {
+                    protection.protect(run)?;
+                }
             }
-            SnapshotAction::SaveState => self.save_state()?,
-            SnapshotAction::Protect => return self.protect().map(SnapshotEvent::Protected),
-            SnapshotAction::Resume => self.resume()?,
+            SnapshotAction::Pause => {
+                let now = Instant::now();
+                self.times.ahead = self.times.armed_at.map_or(Duration::ZERO, |at| now - at);
+                self.times.paused_at = Some(now);
+                self.call(Call::Pause)?;
+            }
+            SnapshotAction::SaveState => self.call(Call::SaveState)?,
+            SnapshotAction::Resume => {
+                self.times.protect = self.times.saved_at.map_or(Duration::ZERO, |at| at.elapsed());
+                self.call(Call::Resume)?;
+            }
             SnapshotAction::Copy { run, place } => self.copy(run, place)?,
             SnapshotAction::Lift { run } => {
                 if let Some(protection) = &self.protection {
@@ -264,15 +284,6 @@ impl Running {
         Ok(SnapshotEvent::Done)
     }
 
-    fn control(&mut self) -> std::io::Result<&mut dyn GuestControl> {
-        match &mut self.control {
-            Control::Here(control) => Ok(control.as_mut()),
-            Control::Resuming(_) | Control::Lost => {
-                Err(std::io::Error::other("its control was lost in a panic"))
-            }
-        }
-    }
-
     fn open(&mut self) -> Result<(), Error> {
         let wake = WakeEvent::new().map_err(|source| Error::Thread { name: "ramwire-snap", source })?;
         let wake = Arc::clone(self.target.wake.insert(Arc::new(wake)));
@@ -282,9 +293,12 @@ impl Running {
     }
 
     fn arm(&mut self) -> Result<(), Error> {
-        let promised =
-            named("calling GuestControl::forbid_discard", || Ok(self.control()?.forbid_discard(true)));
-        if !promised.map_err(|source| Error::Control { what: "promise to keep its memory", source })? {
+        let (Some(control), Some(wake)) = (self.control.take(), self.target.wake.clone()) else {
+            return Ok(());
+        };
+        let shape = (self.memory.table().page(), self.settings.framing);
+        let callbacks = Callbacks::start(control, shape, &self.settings.spawner, wake)?;
+        if !self.callbacks.insert(callbacks).keep_memory()? {
             return Err(Error::Config {
                 what: "the guest does not promise to keep its memory while a snapshot is taken: what it gave back would be \
                        missing there"
@@ -293,77 +307,27 @@ impl Running {
             });
         }
         self.protection = Some(WriteProtection::arm(&*self.memory, self.settings.user_mode_only)?);
+        self.times.armed_at = Some(Instant::now());
         Ok(())
     }
 
-    fn save_state(&mut self) -> Result<(), Error> {
-        let began = Instant::now();
-        let saved = self.control().and_then(save_state);
-        let saved = saved.map_err(|source| Error::Control { what: "save its device state", source })?;
-        self.target.state = tail_of(saved, self.memory.table().page().bytes(), self.settings.framing);
-        self.times.state = began.elapsed();
-        Ok(())
+    fn call(&mut self, call: Call) -> Result<(), Error> {
+        match &mut self.callbacks {
+            Some(callbacks) => callbacks.begin(call),
+            None => Ok(()),
+        }
     }
 
-    fn protect(&mut self) -> Result<PageSet, Error> {
-        let began = Instant::now();
+    fn look(&mut self) -> Result<PageSet, Error> {
         if let Some(change) = self.memory.layout_change() {
             return Err(change.into());
         }
         let Some(protection) = &mut self.protection else { return Ok(PageSet::default()) };
-        let used = protection.protect()?;
-        self.times.protect = began.elapsed();
-        let table = self.memory.table();
-        for index in (0..table.blocks().len() as u32).map(BlockIndex) {
-            if let Some(all) = table.whole(index) {
-                self.target.unused.add(all);
-            }
+        let found = protection.look()?;
+        for run in found.runs() {
+            self.target.used.add(run);
         }
-        used.runs().for_each(|run| self.target.unused.remove(run));
-        Ok(used)
-    }
-
-    /// While memory is protected the callback has a thread of its own: it may write to guest memory itself.
-    fn resume(&mut self) -> Result<(), Error> {
-        let Control::Here(mut control) = std::mem::replace(&mut self.control, Control::Lost) else {
-            return Err(Error::Control {
-                what: "resume",
-                source: std::io::Error::other("its control was lost"),
-            });
-        };
-        let call = |control: &mut dyn GuestControl| {
-            let resumed = guarded("calling GuestControl::resume", || control.resume())?;
-            resumed.map_err(|source| Error::Control { what: "resume", source })
-        };
-        if self.protection.is_none() {
-            let done = call(&mut *control);
-            self.resumed((control, done));
-            return Ok(());
-        }
-        let (give, take) = bounded(1);
-        let (hand_over, taken) = bounded::<Box<dyn GuestControl>>(1);
-        let wake = self.target.wake.clone();
-        let job = move || {
-            let Ok(mut control) = taken.recv() else { return };
-            let done = call(&mut *control);
-            let _ = give.send((control, done));
-            if let Some(wake) = wake {
-                wake.raise();
-            }
-        };
-        let started = self.settings.spawner.spawn("ramwire-resume", Box::new(job));
-        match started {
-            Ok(_) => {
-                // It waits for just that.
-                let _ = hand_over.send(control);
-                self.control = Control::Resuming(take);
-                Ok(())
-            }
-            Err(error) => {
-                self.control = Control::Here(control);
-                Err(error)
-            }
-        }
+        Ok(found)
     }
 
     fn copy(&mut self, run: PageRun, place: Place) -> Result<(), Error> {
@@ -380,14 +344,26 @@ impl Running {
     /// Closing the descriptor lifts all there is, and wakes whoever waits.
     fn disarm(&mut self) {
         self.protection = None;
-        if let Control::Here(control) = &mut self.control {
-            quietly("allowing discards", || _ = control.forbid_discard(false));
+        if let Some(callbacks) = &self.callbacks {
+            callbacks.allow_discards();
         }
     }
 
+    /// Pages that hold nothing.
+    fn unused(&self) -> PageSet {
+        let table = self.memory.table();
+        let mut unused = PageSet::new(table);
+        for index in (0..table.blocks().len() as u32).map(BlockIndex) {
+            if let Some(all) = table.whole(index) {
+                unused.add(all);
+            }
+        }
+        self.target.used.runs().for_each(|run| unused.remove(run));
+        unused
+    }
+
     fn close(&mut self) -> Result<(), Error> {
-        let (unused, state) =
-            (std::mem::take(&mut self.target.unused), std::mem::take(&mut self.target.state));
+        let (unused, state) = (self.unused(), std::mem::take(&mut self.target.state));
         let Some(outlet) = &self.target.outlet else { return Ok(()) };
         outlet.close(unused, state)?;
         loop {
@@ -415,9 +391,8 @@ impl Running {
     }
 
     fn report(mut self, outcome: SnapshotOutcome) -> SnapshotReport {
-        // A discard was forbidden, and the control was away when it was to be allowed again.
-        if let Control::Here(control) = &mut self.control {
-            quietly("allowing discards", || _ = control.forbid_discard(false));
+        if let Some(callbacks) = self.callbacks.take() {
+            callbacks.end();
         }
         if outcome == SnapshotOutcome::Cancelled && self.error.is_none() {
             self.error = Some(Error::Cancelled);
@@ -428,6 +403,8 @@ impl Running {
             error: self.error.filter(|_| outcome != SnapshotOutcome::Taken),
             pages: self.target.sent.pages,
             bytes: self.target.sent.bytes,
+            ahead: self.times.ahead,
+            early_faults: figures.early,
             pause: self.times.pause,
             state: self.times.state,
             protect: self.times.protect,
