@@ -391,6 +391,24 @@ fn a_snapshot_holds_the_whole_guest_whoever_reads_it() {
     }
     let (status, text, errors) = ramwire(&["receive", &mapped, "--dir", &folder]);
     assert_eq!(status, Some(0), "{text}{errors}");
+    let later = dir.path().join("later.save").display().to_string();
+    let mapped_later = format!("mapped:{later}");
+    for guest in ["synthetic", "kvm"] {
+        let demo =
+            [&["demo", "--guest", guest, "--snapshot", &later, "--base", &name], &sizes[..], &writes[..]];
+        let (status, text, errors) = ramwire(&demo.concat());
+        assert_eq!(status, Some(0), "{text}{errors}");
+        assert!(text.contains("looked at 4099 pages: 0 wrong"), "{text}");
+        let (status, text, errors) = ramwire(&["inspect", &mapped_later]);
+        assert_eq!(status, Some(0), "{text}{errors}");
+        assert!(text.contains("the changes since") && text.contains("in guest.save"), "{text}");
+        let restore = [&["demo", "--guest", guest, "--restore", &later, "--lazy"], &sizes[..], &writes[..]];
+        let (status, text, errors) = ramwire(&restore.concat());
+        assert_eq!(status, Some(0), "{text}{errors}");
+    }
+    std::fs::remove_file(&file).unwrap();
+    let (status, text, errors) = ramwire(&["inspect", &mapped_later]);
+    assert!(status == Some(3) && text.contains("put that one there again"), "{text}{errors}");
     let (status, _, errors) = ramwire(&["demo", "--snapshot", &name, "--postcopy"]);
     assert!(status == Some(2) && errors.contains("--postcopy"), "{errors}");
     let nowhere = dir.path().join("no/folder").display().to_string();

@@ -119,6 +119,17 @@ impl WriteProtection {
         Ok(new)
     }
 
+    /// Takes these pages, in whole host pages, for all that may hold something: what is not among them is not looked at.
+    ///
+    /// # Errors
+    /// [`GuestError::Kernel`].
+    pub(crate) fn take(&self, pages: PageSet) -> Result<PageSet, GuestError> {
+        if !self.faults.protects_unpopulated() {
+            self.populate(&pages)?;
+        }
+        Ok(pages)
+    }
+
     /// Runs of pages that are not in use.
     fn gaps(&self, index: BlockIndex, pages: u64) -> Vec<std::ops::Range<u64>> {
         let Some(used) = self.used.block(index) else { return Vec::new() };

@@ -44,7 +44,9 @@ pub use relay::{
 };
 pub use restore::{LazyPages, RestoreSession, RestoreSettings, RestoreWay, Restored};
 pub use run_log::RunLog;
-pub use snapshot::{SnapshotGuest, SnapshotHandle, SnapshotReport, SnapshotSession, SnapshotSettings};
+pub use snapshot::{
+    SnapshotBase, SnapshotGuest, SnapshotHandle, SnapshotReport, SnapshotSession, SnapshotSettings,
+};
 pub(crate) use source::{Clock, WallClock};
 pub use source::{NewConnection, Reconnect, Redial, SourceGuest, SourceReport, SourceSession};
 pub use workers::{Job, SpawnFn, Spawner};

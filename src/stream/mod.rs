@@ -11,6 +11,7 @@ pub mod native;
 pub mod page_counts;
 pub mod qemu;
 mod reader;
+pub mod snapshot_note;
 mod writer;
 pub mod xbzrle;
 

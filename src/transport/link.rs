@@ -10,8 +10,9 @@ use crate::ram::{Fingerprints, MoverAbilities, PageBatch, PageRun, RoundKind};
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packet_numbers::MissingPackets;
 use crate::stream::qemu::style::PeerStyle;
+use crate::stream::snapshot_note::SnapshotNote;
 use crate::sys::Stop;
-use crate::transport::{ByteSink, ByteSource, ChannelError, DeltaCacheSize, MoveError, Sealed};
+use crate::transport::{ByteSink, ByteSource, ChannelError, DeltaCacheSize, MoveError, Sealed, SnapshotFile};
 
 /// Names a batch handed to a link and not yet returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -94,6 +95,15 @@ pub trait SourceLink: Send + Sealed {
     /// What lending pages to the kernel came to, where that was asked for.
     fn zero_copy(&self) -> Option<ZeroCopyCounts> {
         None
+    }
+
+    /// What is written is the snapshot of this note, and goes by it later: before the first page. Answers the file; `None` where
+    /// no file keeps a note.
+    ///
+    /// # Errors
+    /// The file can't name its base.
+    fn keep_note(&mut self, _note: &SnapshotNote) -> Result<Option<SnapshotFile>, MoveError> {
+        Ok(None)
     }
 
     /// What sending pages by reference came to, where that was asked for.

@@ -38,7 +38,8 @@ pub use link::{
     DestinationAbilities, DestinationLink, LiveBytes, Offer, Receipt, Returned, RoundReceived, SourceLink,
     Ticket,
 };
-pub use mapped_ram::{MappedDestination, MappedLink, MappedPages};
+pub(crate) use mapped_ram::HeldFile;
+pub use mapped_ram::{MappedDestination, MappedLink, MappedPages, SnapshotFile};
 pub use multifd::{ChannelOptions, MultifdDestination, MultifdLink, Numa, PageSending};
 pub use open::{
     Address, AddressError, AllowError, AllowList, ConnectionOptions, DECISION_TIMEOUT, Listener, Obstacle,

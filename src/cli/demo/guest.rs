@@ -78,7 +78,10 @@ pub(super) trait DemoGuest: Send {
     /// A handle that controls it.
     fn control(&self) -> Box<dyn GuestControl>;
 
-    /// Checks every page; the guest is paused.
+    /// What tells of its writes without a userfaultfd, which a snapshot needs itself.
+    fn written(&self) -> Result<Arc<dyn DirtySource>, Failure>;
+
+    /// Looks at every page; the guest stands still.
     fn verify(&self) -> io::Result<Found>;
 
     /// Number of pages that its threads have read while it ran here, and whether none is left to read.
@@ -90,6 +93,10 @@ pub(super) trait DemoGuest: Send {
 impl DemoGuest for SyntheticGuest {
     fn control(&self) -> Box<dyn GuestControl> {
         Box::new(self.clone())
+    }
+
+    fn written(&self) -> Result<Arc<dyn DirtySource>, Failure> {
+        Ok(self.software())
     }
 
     fn verify(&self) -> io::Result<Found> {
@@ -124,7 +131,7 @@ mod kvm {
     use std::io;
     use std::sync::Arc;
 
-    use ramwire::guest::{Choice, DirtyError, GuestControl, MappedGuest, choose};
+    use ramwire::guest::{Choice, DirtyError, DirtySource, GuestControl, MappedGuest, choose};
 
     use super::{DemoGuest, Found};
     use crate::cli::demo::tiny_vm::{self, Log, Shape, TinyVm};
@@ -133,6 +140,10 @@ mod kvm {
     impl DemoGuest for TinyVm {
         fn control(&self) -> Box<dyn GuestControl> {
             Box::new(self.clone())
+        }
+
+        fn written(&self) -> Result<Arc<dyn DirtySource>, Failure> {
+            Ok(self.dirty_source()?)
         }
 
         fn verify(&self) -> io::Result<Found> {

@@ -130,6 +130,10 @@ pub(super) struct Args {
     /// file, which checks itself
     #[arg(long, value_name = "FILE", conflicts_with_all = NOT_WITH_SNAPSHOT)]
     snapshot: Option<PathBuf>,
+    /// With --snapshot: write a snapshot to this file first, let the guest run on, and write to the other file only what has
+    /// changed since
+    #[arg(long, value_name = "FILE", requires = "snapshot")]
+    base: Option<PathBuf>,
     /// Start the guest from such a file, --ram and --block as they were; it runs and checks itself
     #[arg(long, value_name = "FILE", conflicts_with = "snapshot", conflicts_with_all = NOT_WITH_SNAPSHOT)]
     restore: Option<PathBuf>,

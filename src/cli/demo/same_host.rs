@@ -5,11 +5,14 @@ use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ramwire::error::Remedy;
-use ramwire::guest::{DeviceState, GuestControl, GuestMemory};
+use ramwire::guest::{DeviceState, DirtySource, GuestControl, GuestMemory};
 use ramwire::session::{Error, Incoming, MemoryProvider};
 use ramwire::units::PageSize;
 
+use super::Failure;
 use super::guest::{DemoGuest, Found, GuestKind};
+
+const NOT_COME: &str = "the guest's memory has not come";
 
 /// The guest, once its memory has come.
 #[derive(Clone)]
@@ -26,13 +29,18 @@ impl Arriving {
 
     fn with<T>(&self, act: impl FnOnce(&dyn DemoGuest) -> io::Result<T>) -> io::Result<T> {
         let guest = self.guest.lock().unwrap_or_else(PoisonError::into_inner);
-        act(&**guest.as_ref().ok_or_else(|| io::Error::other("the guest's memory has not come"))?)
+        act(&**guest.as_ref().ok_or_else(|| io::Error::other(NOT_COME))?)
     }
 }
 
 impl DemoGuest for Arriving {
     fn control(&self) -> Box<dyn GuestControl> {
         Box::new(self.clone())
+    }
+
+    fn written(&self) -> Result<Arc<dyn DirtySource>, Failure> {
+        let guest = self.guest.lock().unwrap_or_else(PoisonError::into_inner);
+        guest.as_ref().ok_or(NOT_COME)?.written()
     }
 
     fn verify(&self) -> io::Result<Found> {

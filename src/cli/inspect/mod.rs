@@ -5,10 +5,13 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use ramwire::error::Chain;
+use ramwire::stream::qemu::file::encode_header;
 use ramwire::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
 use ramwire::stream::qemu::mapped::{MappedHeader, bitmap_len, decode_bitmap};
+use ramwire::stream::snapshot_note::{INCREMENTAL, SnapshotNote};
 use ramwire::stream::{Corrupt, DecodeError};
-use ramwire::transport::{Address, Target};
+use ramwire::transport::{Address, MappedDestination, Target};
 
 use super::args::Exit;
 use super::common::complain;
@@ -17,7 +20,7 @@ use super::output::result_text;
 mod render;
 mod report;
 
-use report::{End, Report};
+use report::{End, Report, Snapshot};
 
 /// Prints sections, blocks, page counts, device state and what is wrong, with offsets.
 #[derive(Debug, clap::Args)]
@@ -42,9 +45,9 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Exit {
     let mut text = Vec::new();
     let whole = if args.file == Path::new("-") {
-        print(Input::Pipe(io::stdin().lock()), args.json, &mut text)
+        print(Input::Pipe(io::stdin().lock()), None, args.json, &mut text)
     } else {
-        open(&args.file).and_then(|input| print(input, args.json, &mut text))
+        open(&args.file).and_then(|(input, noted)| print(input, noted, args.json, &mut text))
     };
     result_text!("{}", String::from_utf8_lossy(&text));
     match whole {
@@ -61,21 +64,28 @@ pub(super) fn run(args: &Args) -> Exit {
 enum Input<R> {
     /// Only forwards.
     Pipe(R),
-    /// A file, its length, and the offset at which the stream begins: its pages need not be read.
+    /// A file, where its stream ends, and where it begins: the pages in it need not be read.
     File(File, u64, u64),
 }
+
+/// What a file says of itself behind its stream, and why the snapshot can't be used without another file.
+type Noted = Option<(SnapshotNote, Option<String>)>;
 
 impl<R: Read> Read for Input<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Pipe(input) => input.read(into),
-            Self::File(file, ..) => file.read(into),
+            Self::File(file, end, _) => {
+                let left = end.saturating_sub(file.stream_position().unwrap_or(0));
+                let room = usize::try_from(left).unwrap_or(usize::MAX).min(into.len());
+                file.read(&mut into[..room])
+            }
         }
     }
 }
 
 /// A path, or an address with `mapped:`.
-fn open(name: &Path) -> io::Result<Input<io::Empty>> {
+fn open(name: &Path) -> io::Result<(Input<io::Empty>, Noted)> {
     let address = name.to_str().filter(|name| name.starts_with("mapped:")).map(str::parse);
     let address: Option<Address> = address.transpose().map_err(io::Error::other)?;
     let (path, offset) = match address.as_ref().map(Address::target) {
@@ -85,30 +95,52 @@ fn open(name: &Path) -> io::Result<Input<io::Empty>> {
     let mut file = File::open(path)?;
     let meta = file.metadata()?;
     if !meta.is_file() {
-        return Ok(Input::File(file, u64::MAX, 0));
+        return Ok((Input::File(file, u64::MAX, 0), None));
     }
+    let note = SnapshotNote::find(meta.len(), |at, into| file.read_exact_at(into, at));
+    let (note, len) = match note {
+        Ok(note) => note.map_or((None, 0), |(note, len)| (Some(note), len)),
+        // What it would say is found missing below.
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => (None, 0),
+        Err(error) => return Err(error),
+    };
+    let noted = note.map(|note| {
+        let why = note.base.is_some().then(|| unusable(path, offset)).flatten();
+        (note, why)
+    });
     file.seek(SeekFrom::Start(offset))?;
-    Ok(Input::File(file, meta.len(), offset))
+    Ok((Input::File(file, meta.len() - len, offset), noted))
+}
+
+/// Why the chain of files that begins with this one can't be read.
+fn unusable(path: &Path, offset: u64) -> Option<String> {
+    let address = match offset {
+        0 => format!("mapped:{}", path.display()),
+        _ => format!("mapped:{},offset={offset}", path.display()),
+    };
+    let address: Address = address.parse().ok()?;
+    MappedDestination::open(&address).err().map(|error| Chain(&error).to_string())
 }
 
 /// Reads a stream to its end and prints its structure; true if it is complete.
 ///
 /// # Errors
 ///
-/// An error of reading or writing. A damaged stream is not an error but is reported.
-fn print<R: Read>(input: Input<R>, json: bool, out: &mut impl Write) -> io::Result<bool> {
-    let report = inspect(input)?;
+/// What reading and writing say. A damaged stream is no error but a report.
+fn print<R: Read>(input: Input<R>, noted: Noted, json: bool, out: &mut impl Write) -> io::Result<bool> {
+    let report = inspect(input, noted)?;
     if json {
         serde_json::to_writer_pretty(&mut *out, &report)?;
         writeln!(out)?;
     } else {
         out.write_all(render::text(&report).as_bytes())?;
     }
-    Ok(report.end == End::Whole)
+    Ok(report.end == End::Whole
+        && report.snapshot.as_ref().is_none_or(|snapshot| snapshot.unusable.is_none()))
 }
 
 /// Reads a stream to its end, in memory that does not grow with it.
-fn inspect<R: Read>(mut input: Input<R>) -> io::Result<Report> {
+fn inspect<R: Read>(mut input: Input<R>, noted: Noted) -> io::Result<Report> {
     let (file_len, starts_at) = match &input {
         Input::File(_, len, starts_at) if *len < u64::MAX => (Some(*len), *starts_at),
         _ => (None, 0),
@@ -124,6 +156,19 @@ fn inspect<R: Read>(mut input: Input<R>) -> io::Result<Report> {
     let mut report = Report::default();
     let mut buffer = vec![0; stream.most_needed().max(256 << 10)];
     let (mut start, mut end) = (0, 0);
+    if noted.as_ref().is_some_and(|(note, _)| note.base.is_some()) {
+        let mut word = [0; INCREMENTAL.len()];
+        input.read_exact(&mut word)?;
+        // It stands for the word that the stream of a whole guest begins with.
+        let mut first = word.to_vec();
+        if word == INCREMENTAL {
+            first.clear();
+            encode_header(&mut first);
+        }
+        buffer[..first.len()].copy_from_slice(&first);
+        end = first.len();
+    }
+    report.snapshot = noted.map(Snapshot::new);
     loop {
         let unread = buffer.get(start..end).unwrap_or(&[]);
         let at = stream.position();
@@ -208,13 +253,13 @@ mod tests {
 
     fn text(bytes: &[u8]) -> String {
         let mut out = Vec::new();
-        print(Input::Pipe(bytes), false, &mut out).unwrap();
+        print(Input::Pipe(bytes), None, false, &mut out).unwrap();
         String::from_utf8(out).unwrap()
     }
 
     fn json(bytes: &[u8]) -> serde_json::Value {
         let mut out = Vec::new();
-        print(Input::Pipe(bytes), true, &mut out).unwrap();
+        print(Input::Pipe(bytes), None, true, &mut out).unwrap();
         serde_json::from_slice(&out).unwrap()
     }
 
@@ -309,7 +354,8 @@ mod tests {
         std::fs::write(&path, &bytes).unwrap();
         let look = |name: &str| {
             let mut out = Vec::new();
-            print(open(Path::new(name)).unwrap(), true, &mut out).unwrap();
+            let (input, noted) = open(Path::new(name)).unwrap();
+            print(input, noted, true, &mut out).unwrap();
             serde_json::from_slice::<serde_json::Value>(&out).unwrap()
         };
         let report = look(&format!("mapped:{}", path.display()));
@@ -321,7 +367,8 @@ mod tests {
         let (present, holes) = (&blocks[0]["pages_present"], &blocks[0]["holes"]);
         assert_eq!(look(path.to_str().unwrap()), report);
         let mut out = Vec::new();
-        print(open(&path).unwrap(), false, &mut out).unwrap();
+        let (input, noted) = open(&path).unwrap();
+        print(input, noted, false, &mut out).unwrap();
         assert!(
             String::from_utf8(out).unwrap().contains(&format!("{present} pages in the file, {holes} holes"))
         );

@@ -59,6 +59,18 @@ fn head(report: &Report, out: &mut String) {
     if let Some(uuid) = &report.uuid {
         line(out, format_args!("uuid: {uuid}"));
     }
+    if let Some(snapshot) = &report.snapshot {
+        match &snapshot.base {
+            None => line(out, format_args!("snapshot: {}", snapshot.id)),
+            Some((id, file)) => {
+                let file = printable(file);
+                line(out, format_args!("snapshot: {}, the changes since {id} in {file}", snapshot.id));
+            }
+        }
+        if let Some(why) = &snapshot.unusable {
+            line(out, format_args!("it can't be used as it lies here: {why}"));
+        }
+    }
     if let Some(style) = &report.style {
         line(out, format_args!("sender: {style}"));
     }

@@ -4,6 +4,7 @@ use ramwire::stream::qemu::blocks::BlockAnnouncement;
 use ramwire::stream::qemu::incoming::{Ending, Event, IncomingStream, SectionKind};
 use ramwire::stream::qemu::section::Phase;
 use ramwire::stream::qemu::style::PeerStyle;
+use ramwire::stream::snapshot_note::SnapshotNote;
 use ramwire::units::BlockIndex;
 use serde::Serialize;
 
@@ -25,7 +26,9 @@ pub(super) struct Report {
     pub(super) page_size: u64,
     pub(super) capabilities: Vec<String>,
     pub(super) uuid: Option<String>,
-    /// Style of the sender, if machine name or stream show it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) snapshot: Option<Snapshot>,
+    /// Dialect of the sender, where machine name or stream tell it.
     pub(super) style: Option<String>,
     /// Pages by kind.
     pub(super) pages: Pages,
@@ -42,7 +45,24 @@ pub(super) struct Report {
     pub(super) anomalies: Vec<Anomaly>,
 }
 
-/// How far a stream could be parsed.
+/// What a file says of the snapshot in it.
+#[derive(Debug, Serialize)]
+pub(super) struct Snapshot {
+    pub(super) id: String,
+    /// The one that it holds only the changes since: its id, and its file, seen from the folder of this one.
+    pub(super) base: Option<(String, String)>,
+    /// Why it can't be read with its bases.
+    pub(super) unusable: Option<String>,
+}
+
+impl Snapshot {
+    pub(super) fn new((note, unusable): (SnapshotNote, Option<String>)) -> Self {
+        let base = note.base.map(|base| (base.id.to_string(), base.path));
+        Self { id: note.id.to_string(), base, unusable }
+    }
+}
+
+/// How far a stream could be followed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum End {

@@ -6,6 +6,9 @@
 //! takes it has time.
 
 mod callbacks;
+#[cfg(test)]
+mod chain_tests;
+mod changes;
 mod copies;
 mod outlet;
 mod run;
@@ -19,12 +22,14 @@ use crossbeam::channel::{Receiver, bounded};
 
 use crate::engine::SnapshotOutcome;
 use crate::error::{Chain, Remedy};
-use crate::guest::{GuestControl, GuestMemory};
+use crate::guest::{DirtySource, GuestControl, GuestMemory};
 use crate::observe::{LatencySummary, PageCounts};
 use crate::session::handle::{CancelReply, Canceller};
 use crate::session::workers::Spawner;
 use crate::session::{Configuration, Error, Framing, SourceConnection};
 use crate::sys::CancelToken;
+use changes::Changes;
+pub use changes::SnapshotBase;
 use copies::Copies;
 use run::Running;
 
@@ -103,6 +108,9 @@ pub struct SnapshotReport {
     pub fault_latency: LatencySummary,
     /// The guest was paused and could not be let run on.
     pub stands_still: bool,
+    /// What the next snapshot may be taken against: this one, if its changes are [told of](SnapshotSession::tracked); where it
+    /// failed, the base that it had.
+    pub base: Option<SnapshotBase>,
 }
 
 /// A snapshot before it is taken.
@@ -111,6 +119,7 @@ pub struct SnapshotSession {
     copies: Arc<Copies>,
     settings: SnapshotSettings,
     canceller: Canceller,
+    changes: Changes,
     #[cfg(test)]
     fails_at: Option<u32>,
 }
@@ -151,9 +160,28 @@ impl SnapshotSession {
             copies: Arc::new(copies),
             settings,
             canceller,
+            changes: Changes::default(),
             #[cfg(test)]
             fails_at: None,
         })
+    }
+
+    /// `sources` tell what is written behind the snapshot's moment, so that a later one may hold only that:
+    /// [`SnapshotReport::base`]. Together they must know of all writers, as for a migration; they stay on with that base.
+    #[must_use]
+    pub fn tracked(mut self, sources: Vec<Arc<dyn DirtySource>>) -> Self {
+        self.changes = Changes::tracked(sources);
+        self
+    }
+
+    /// Only what has changed since `base` is written, into another `mapped:` file. What is read there needs the base's file.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: the guest's RAM blocks are not those of the base.
+    pub fn since(mut self, base: SnapshotBase) -> Result<Self, Error> {
+        base.check(&*self.guest.memory)?;
+        self.changes = Changes::since(base);
+        Ok(self)
     }
 
     /// What the connection must be opened with: its pages are the snapshot's, not what the guest has written since.

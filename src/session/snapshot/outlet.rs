@@ -17,8 +17,9 @@ use crate::session::{Error, SnapshotSettings};
 use crate::stream::qemu::blocks::encode_block_list;
 use crate::stream::qemu::section::{SectionName, encode_end, encode_part, encode_start};
 use crate::stream::qemu::{file, ram};
+use crate::stream::snapshot_note::SnapshotNote;
 use crate::sys::{CancelToken, SendPart, Stop, WakeEvent};
-use crate::transport::{Offer, SourceConnection, SourceLink};
+use crate::transport::{Offer, SnapshotFile, SourceConnection, SourceLink};
 use crate::units::PageIndex;
 
 /// Interval at which a link that still has pages is asked for finished ones.
@@ -68,8 +69,17 @@ impl Outlet {
         guest: Arc<dyn GuestMemory>,
         settings: &SnapshotSettings,
         wake: Arc<WakeEvent>,
-    ) -> Result<Self, Error> {
+        note: &SnapshotNote,
+    ) -> Result<(Self, Option<SnapshotFile>), Error> {
+        let mut connection = connection;
         refuse(&*connection.link)?;
+        let file = connection.link.keep_note(note)?;
+        if file.is_none() && note.base.is_some() {
+            return Err(Error::Config {
+                what: "changes since an earlier snapshot go into a file only, which names that one".into(),
+                remedy: Remedy::Advice("write it to a mapped: file, or take it without a base"),
+            });
+        }
         let (orders, work) = unbounded();
         let (tell, news) = unbounded();
         let halt = CancelToken::default();
@@ -83,7 +93,7 @@ impl Outlet {
         };
         let spawner: &Spawner = &settings.spawner;
         let thread = Some(spawner.spawn("ramwire-snap-tx", Box::new(move || writer.run(&work)))?);
-        Ok(Self { orders: Some(orders), news, halt, thread })
+        Ok((Self { orders: Some(orders), news, halt, thread }, file))
     }
 
     /// Writes everything that comes before the pages, and waits for it.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::callbacks::{Answer, Call, Callbacks};
+use super::changes::Changes;
 use super::copies::Copies;
 use super::outlet::{News, Outlet, Sent};
 use super::{SnapshotReport, SnapshotSession, SnapshotSettings};
@@ -15,8 +16,9 @@ use crate::ram::{PageRun, PageSet};
 use crate::session::callback::guarded;
 use crate::session::handle::Canceller;
 use crate::session::{Error, SourceConnection};
+use crate::stream::snapshot_note::SnapshotId;
 use crate::sys::{Stop, WakeEvent};
-use crate::transport::ChannelError;
+use crate::transport::{ChannelError, SnapshotFile};
 use crate::units::BlockIndex;
 
 /// Most bytes that are protected by one call: who writes meanwhile waits for it.
@@ -46,6 +48,8 @@ struct Target {
     wake: Option<Arc<WakeEvent>>,
     /// Pages that may hold something: the others are zero.
     used: PageSet,
+    /// Where it goes, if that keeps a note of which snapshot it is.
+    file: Option<(SnapshotId, SnapshotFile)>,
     state: Vec<u8>,
     sent: Sent,
 }
@@ -61,6 +65,7 @@ pub(super) struct Running {
     /// While writes are held. Dropping it lets them through, whatever ends this.
     protection: Option<WriteProtection>,
     target: Target,
+    changes: Changes,
     settings: SnapshotSettings,
     canceller: Canceller,
     began: Instant,
@@ -72,7 +77,7 @@ pub(super) struct Running {
 
 impl Running {
     pub(super) fn new(session: SnapshotSession, connection: SourceConnection) -> Self {
-        let SnapshotSession { guest, copies, settings, canceller, .. } = session;
+        let SnapshotSession { guest, copies, settings, canceller, changes, .. } = session;
         let used = PageSet::new(guest.memory.table());
         let page = guest.memory.table().page();
         let pages = |bytes: u64| (bytes >> page.shift()).max(copies.largest_host_page());
@@ -97,9 +102,11 @@ impl Running {
                 outlet: None,
                 wake: None,
                 used,
+                file: None,
                 state: Vec::new(),
                 sent: Sent::default(),
             },
+            changes,
             settings,
             canceller,
             began: Instant::now(),
@@ -288,7 +295,10 @@ impl Running {
         let wake = WakeEvent::new().map_err(|source| Error::Thread { name: "ramwire-snap", source })?;
         let wake = Arc::clone(self.target.wake.insert(Arc::new(wake)));
         let Some(connection) = self.target.connection.take() else { return Ok(()) };
-        let outlet = Outlet::start(connection, Arc::clone(&self.copies) as _, &self.settings, wake)?;
+        let note = self.changes.note();
+        let copies = Arc::clone(&self.copies) as _;
+        let (outlet, file) = Outlet::start(connection, copies, &self.settings, wake, &note)?;
+        self.target.file = file.map(|file| (note.id, file));
         self.target.outlet.insert(outlet).open(&Stop::on(&self.canceller.token()))
     }
 
@@ -306,6 +316,7 @@ impl Running {
                 remedy: Remedy::Advice("take balloon and free page reporting off the guest"),
             });
         }
+        self.changes.start()?;
         self.protection = Some(WriteProtection::arm(&*self.memory, self.settings.user_mode_only)?);
         self.times.armed_at = Some(Instant::now());
         Ok(())
@@ -323,7 +334,10 @@ impl Running {
             return Err(change.into());
         }
         let Some(protection) = &mut self.protection else { return Ok(PageSet::default()) };
-        let found = protection.look()?;
+        let found = match self.changes.look(&*self.memory)? {
+            Some(changed) => protection.take(changed)?,
+            None => protection.look()?,
+        };
         for run in found.runs() {
             self.target.used.add(run);
         }
@@ -353,6 +367,10 @@ impl Running {
     fn unused(&self) -> PageSet {
         let table = self.memory.table();
         let mut unused = PageSet::new(table);
+        if self.changes.has_base() {
+            // They are as they were.
+            return unused;
+        }
         for index in (0..table.blocks().len() as u32).map(BlockIndex) {
             if let Some(all) = table.whole(index) {
                 unused.add(all);
@@ -397,6 +415,10 @@ impl Running {
         if outcome == SnapshotOutcome::Cancelled && self.error.is_none() {
             self.error = Some(Error::Cancelled);
         }
+        // The file is closed, and may be held for the next one.
+        self.target.outlet = None;
+        let taken = self.target.file.as_ref().filter(|_| outcome == SnapshotOutcome::Taken);
+        let base = self.changes.end(taken.map(|(id, file)| (*id, file)), &*self.memory);
         let figures = self.engine.figures();
         SnapshotReport {
             outcome,
@@ -412,6 +434,7 @@ impl Running {
             faults: figures.faults,
             fault_latency: figures.latency.summary(),
             stands_still: self.times.paused_at.is_some(),
+            base,
         }
     }
 }

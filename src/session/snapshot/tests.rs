@@ -28,7 +28,7 @@ fn memory_of(mapping: &Mapping) -> Arc<MappedGuest> {
 }
 
 /// Runs, and writes most of its memory as fast as it can.
-fn writing(mapping: &Mapping) -> SyntheticGuest {
+pub(super) fn writing(mapping: &Mapping) -> SyntheticGuest {
     let config = SyntheticConfig {
         working_set: mapping.region().len() / 2,
         rate: None,
@@ -40,7 +40,7 @@ fn writing(mapping: &Mapping) -> SyntheticGuest {
     guest
 }
 
-fn settings() -> SnapshotSettings {
+pub(super) fn settings() -> SnapshotSettings {
     let mut settings = SnapshotSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     // This guest's threads write in user mode, and these tests need no privilege.
     settings.user_mode_only = true;
@@ -48,19 +48,19 @@ fn settings() -> SnapshotSettings {
     settings
 }
 
-fn session_of(guest: &SyntheticGuest) -> SnapshotSession {
+pub(super) fn session_of(guest: &SyntheticGuest) -> SnapshotSession {
     let memory = guest.memory().clone();
     let control = Box::new(guest.clone());
     SnapshotSession::new(SnapshotGuest { memory, control, other_writers: Vec::new() }, settings()).unwrap()
 }
 
-fn to_file(session: SnapshotSession, path: &Path) -> SnapshotReport {
+pub(super) fn to_file(session: SnapshotSession, path: &Path) -> SnapshotReport {
     let link = MappedLink::create(path, session.memory());
     session.run(SourceConnection::new(Box::new(link), None))
 }
 
-/// Resumes the received guest: it checks itself whether all of it is from one moment.
-fn arrived(connection: DestinationConnection, len: u64) -> SyntheticGuest {
+/// What came, let run: the guest itself knows whether all of it is of one moment.
+pub(super) fn arrived(connection: DestinationConnection, len: u64) -> SyntheticGuest {
     let guest = SyntheticGuest::empty(memory_of(&Mapping::anonymous(len).unwrap()));
     let memory = Box::new(guest.memory().clone());
     let arriving = DestinationGuest { memory, control: Box::new(guest.clone()) };
@@ -69,7 +69,7 @@ fn arrived(connection: DestinationConnection, len: u64) -> SyntheticGuest {
     guest
 }
 
-fn loaded(path: &Path) -> Option<DestinationConnection> {
+pub(super) fn loaded(path: &Path) -> Option<DestinationConnection> {
     let stop = Stop::never();
     let address = format!("mapped:{}", path.display()).parse().unwrap();
     let mut listener = Listener::bind(&address, AllowList::default(), &stop).unwrap();
@@ -79,14 +79,14 @@ fn loaded(path: &Path) -> Option<DestinationConnection> {
     }
 }
 
-fn assert_whole(mut guest: SyntheticGuest) {
+pub(super) fn assert_whole(mut guest: SyntheticGuest) {
     guest.pause().unwrap();
     let found = guest.verify().unwrap();
     assert!(found.is_whole(), "{found:?}");
 }
 
-/// It runs: each of its threads continues, whatever it waited for.
-fn assert_writes(guest: &mut SyntheticGuest) {
+/// It runs: each of its threads goes on, whatever it waited for.
+pub(super) fn assert_writes(guest: &mut SyntheticGuest) {
     let before = guest.vcpu_dirty_pages();
     let began = std::time::Instant::now();
     while guest.vcpu_dirty_pages().iter().zip(&before).any(|(now, before)| now <= before) {
@@ -95,7 +95,7 @@ fn assert_writes(guest: &mut SyntheticGuest) {
     }
 }
 
-fn folder() -> tempfile::TempDir {
+pub(super) fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
 }
 

@@ -1,7 +1,7 @@
 //! The destination's link to a file: its stream, with the page offsets as page channels.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -10,14 +10,15 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, unbounded};
 
 use super::file::{MappedFile, not_opened};
+use super::layers::{Layers, Opened};
 use super::pages::MappedPages;
-use super::reader::{Common, Reader};
+use super::reader::{Common, Reader, SLICE};
 use crate::guest::{GuestError, Placer};
 use crate::observe::PageCounts;
 use crate::ram::PageBitmap;
-use crate::stream::qemu::incoming::{AnnouncedBlocks, IncomingConfig};
-use crate::stream::qemu::mapped::decode_bitmap;
-use crate::stream::qemu::mapped_stream::{MappedReadError, Places, PlainStream};
+use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::mapped_stream::{Places, PlainStream};
+use crate::stream::snapshot_note::SnapshotNote;
 use crate::sys::{CancelToken, Mapping, MappingError, RecvPart, SpawnFn, Stop, is_zero, spawn_thread};
 use crate::transport::{
     Address, ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError,
@@ -37,8 +38,10 @@ const WAITING: &str = "waiting for pages that are read";
 pub struct MappedDestination {
     file: Arc<MappedFile>,
     stream: PlainStream,
-    present: Vec<PageBitmap>,
-    /// Bytes of the stream that were returned so far.
+    note: Option<SnapshotNote>,
+    /// Where its pages are: in it, and in the files that it was taken against.
+    layers: Arc<Layers>,
+    /// Bytes of the stream that were given out.
     at: usize,
     threads: usize,
     spawn: Arc<SpawnFn>,
@@ -74,15 +77,15 @@ pub(in crate::transport) fn open(
     spawn: &Arc<SpawnFn>,
 ) -> Result<MappedDestination, OpenError> {
     let file = MappedFile::to_read(path, starts_at).map_err(not_opened(path))?;
-    let unreadable = |source| OpenError::Unreadable { address: file.name(), source };
-    let file_len = Some(file.len().map_err(not_opened(path))?);
-    let config = IncomingConfig { starts_at, file_len, adopt_page_size: true, ..IncomingConfig::default() };
-    let stream = PlainStream::read(config, |at, into| file.read(into, at)).map_err(unreadable)?;
-    let present = stream.places.iter().map(|places| read_bitmap(&file, places)).collect::<Result<_, _>>();
+    let address = file.name();
+    let unreadable = |source| OpenError::Unreadable { address: address.clone(), source };
+    let opened = Opened::read(file).map_err(unreadable)?;
+    let Opened { file, stream, note, .. } = &opened;
     Ok(MappedDestination {
-        present: present.map_err(unreadable)?,
-        file: Arc::new(file),
-        stream,
+        layers: Arc::new(Layers::of(&opened).map_err(unreadable)?),
+        file: Arc::clone(file),
+        stream: stream.clone(),
+        note: note.clone(),
         at: 0,
         threads: super::threads(asked),
         spawn: Arc::clone(spawn),
@@ -90,18 +93,6 @@ pub(in crate::transport) fn open(
         barriers: 0,
         bytes: Arc::default(),
     })
-}
-
-fn read_bitmap(file: &MappedFile, places: &Places) -> Result<PageBitmap, MappedReadError> {
-    if places.header.is_absent() {
-        return Ok(PageBitmap::new(0));
-    }
-    // Not more than the file has: its offsets were compared with its length.
-    let mut bytes = vec![0; usize::try_from(places.bitmap_len()).unwrap_or(usize::MAX)];
-    let at = places.header.bitmap_offset;
-    file.read_all(&mut bytes, at).map_err(|source| MappedReadError::Io { at, source })?;
-    let present = decode_bitmap(&bytes, places.block.name.as_str(), places.pages());
-    Ok(present.map_err(|error| error.based(at.saturating_sub(file.starts_at)))?)
 }
 
 impl MappedDestination {
@@ -140,32 +131,47 @@ impl MappedDestination {
     /// # Errors
     /// [`MappingError`].
     pub fn map(&self, block: usize) -> Result<Option<Mapping>, MappingError> {
-        let (Some(places), Some(present)) = (self.stream.places.get(block), self.present.get(block)) else {
-            return Ok(None);
-        };
+        let Some((file, present, places)) = self.layers.lowest(block) else { return Ok(None) };
         if places.header.is_absent() {
             return Ok(None);
         }
         let (start, page) = (places.header.pages_offset, places.header.page_size.bytes());
-        let mapping = self.file.map(start, places.block.used_length)?;
+        let mapping = file.map(start, places.block.used_length)?;
         let mut at = 0;
         while at < places.pages() {
             let run = present.next_run(PageIndex(at), u64::MAX).unwrap_or(places.pages()..places.pages());
-            self.clear_stale(&mapping, start, at * page..run.start * page);
+            clear_stale(file, &mapping, start, at * page..run.start * page);
             at = run.end;
         }
+        self.read_above(block, file, &mapping, page)?;
         Ok(Some(mapping))
     }
 
-    /// Offsets of pages that are not in the file may hold old bytes.
-    fn clear_stale(&self, mapping: &Mapping, start: u64, bytes: Range<u64>) {
-        for at in bytes.clone().step_by(CLEARED) {
-            let len = (CLEARED as u64).min(bytes.end - at);
-            let span = mapping.region().span(at, len).ok();
-            if let Some(span) = span.filter(|span| self.file.may_hold(start + at, len) && !is_zero(*span)) {
-                span.fill_zero();
+    /// Pages that are in other files than the one that is mapped are read into the copy.
+    fn read_above(
+        &self,
+        block: usize,
+        below: &MappedFile,
+        mapping: &Mapping,
+        page: u64,
+    ) -> Result<(), MappingError> {
+        let mut next = 0;
+        while let Some((file, run, at)) = self.layers.next_run(block, next, SLICE) {
+            next = run.end;
+            if std::ptr::eq(file, below) {
+                continue;
             }
+            let Ok(span) = mapping.region().span(run.start * page, (run.end - run.start) * page) else {
+                continue;
+            };
+            file.fill(span, at).map_err(|source| MappingError::Kernel {
+                what: "reading a snapshot into",
+                len: span.len() as u64,
+                remedy: "all files of the snapshot must stay as they are",
+                source,
+            })?;
         }
+        Ok(())
     }
 
     /// A block that is not in the file must be one that this end has from another source.
@@ -194,27 +200,48 @@ impl MappedDestination {
         self.check_left_out(placer)?;
         let table = placer.memory().table();
         let mut blocks = vec![None; table.blocks().len()];
-        for (places, present) in self.stream.places.iter().zip(&self.present) {
+        for (own, places) in self.stream.places.iter().enumerate() {
             let index = table.find(places.block.name.as_str()).map_err(GuestError::from)?;
             if !places.header.is_absent() {
-                blocks[index.as_usize()] = Some((places.clone(), present.clone()));
+                blocks[index.as_usize()] = Some((own, places.clone()));
             }
         }
-        Ok(MappedPages { file: Arc::clone(&self.file), blocks })
+        Ok(MappedPages { layers: Arc::clone(&self.layers), name: self.name(), blocks })
     }
 
     /// All pages in the file, by the blocks of the file's own list.
     pub fn own_pages(&self) -> MappedPages {
-        let of = |(places, present): (&Places, &PageBitmap)| {
-            (!places.header.is_absent()).then(|| (places.clone(), present.clone()))
-        };
-        let blocks = self.stream.places.iter().zip(&self.present).map(of).collect();
-        MappedPages { file: Arc::clone(&self.file), blocks }
+        let of =
+            |(own, places): (usize, &Places)| (!places.header.is_absent()).then(|| (own, places.clone()));
+        let blocks = self.stream.places.iter().enumerate().map(of).collect();
+        MappedPages { layers: Arc::clone(&self.layers), name: self.name(), blocks }
     }
 
-    /// The pages in the file, block by block; none of a block that was left out.
+    /// The pages that are in it or in its bases, block by block; of a block that was left out, none.
     pub fn present(&self) -> &[PageBitmap] {
-        &self.present
+        self.layers.present()
+    }
+
+    /// Which snapshot it is, and which one it was taken against, if [`SnapshotSession`](crate::session::SnapshotSession) has
+    /// written it.
+    pub fn note(&self) -> Option<&SnapshotNote> {
+        self.note.as_ref()
+    }
+
+    /// Files that its pages are in: itself, its base, the base of that one.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.layers.files().map(|file| file.path().to_owned()).collect()
+    }
+}
+
+/// Places of pages that are not in the file may hold old bytes.
+fn clear_stale(file: &MappedFile, mapping: &Mapping, start: u64, bytes: Range<u64>) {
+    for at in bytes.clone().step_by(CLEARED) {
+        let len = (CLEARED as u64).min(bytes.end - at);
+        let span = mapping.region().span(at, len).ok();
+        if let Some(span) = span.filter(|span| file.may_hold(start + at, len) && !is_zero(*span)) {
+            span.fill_zero();
+        }
     }
 }
 
@@ -252,10 +279,9 @@ impl DestinationLink for MappedDestination {
         self.check_left_out(placer)?;
         let (tell, told) = unbounded();
         let common = Arc::new(Common {
-            file: Arc::clone(&self.file),
+            layers: Arc::clone(&self.layers),
             placer: Arc::clone(placer),
             places: self.stream.places.clone(),
-            present: std::mem::take(&mut self.present),
             next: AtomicUsize::new(0),
             bytes: Arc::clone(&self.bytes),
         });

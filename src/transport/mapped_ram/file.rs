@@ -154,7 +154,22 @@ impl MappedFile {
         read_at(self.file.as_fd(), span, at)
     }
 
-    /// A private mapping of a part of the file, which takes memory only for written pages.
+    /// Fills all of the guest memory from `at` on.
+    pub(super) fn fill(&self, span: HostSpan<'_>, at: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < span.len() {
+            let Some(rest) = span.part(done, span.len() - done) else { break };
+            match self.read_pages(rest, at + done as u64) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(got) => done += got,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy of a part of it in memory, which takes room only where it is written.
     pub(super) fn map(&self, at: u64, len: u64) -> Result<Mapping, MappingError> {
         Mapping::file_copy(self.file.as_fd(), at, len)
     }
@@ -191,6 +206,11 @@ impl MappedFile {
     pub(super) fn sync(&self) -> io::Result<()> {
         self.step()?;
         self.file.sync_all()
+    }
+
+    /// Where it lies.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The name for errors.

@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, unbounded};
 
+use super::SnapshotFile;
 use super::file::{MappedFile, not_opened};
 use super::sink::MappedSink;
 use super::writer::{Done, PageWriter, Written};
 use crate::guest::GuestMemory;
 use crate::observe::PageCounts;
 use crate::ram::{MoverAbilities, PageBatch, RoundKind};
+use crate::stream::snapshot_note::SnapshotNote;
 use crate::sys::{CancelToken, SpawnFn, Stop};
 use crate::transport::{ByteSink, ChannelError, MoveError, Offer, OpenError, Returned, SourceLink, Ticket};
 
@@ -168,6 +170,12 @@ impl MappedLink {
     }
 }
 
+/// The name of a base: without a folder if both files are in the same one, so that both can be moved.
+fn seen_from(own: &Path, base: &Path) -> String {
+    let name = base.file_name().filter(|_| base.parent() == own.parent());
+    name.map_or_else(|| base.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
 impl crate::transport::Sealed for MappedLink {}
 
 impl SourceLink for MappedLink {
@@ -186,6 +194,18 @@ impl SourceLink for MappedLink {
 
     fn sink(&mut self) -> &mut dyn ByteSink {
         &mut self.sink
+    }
+
+    fn keep_note(&mut self, note: &SnapshotNote) -> Result<Option<SnapshotFile>, MoveError> {
+        let own = std::path::absolute(self.file.path());
+        let own = own.map_err(|source| self.file.failed("looking for its folder", source))?;
+        let mut note = note.clone();
+        if let Some(base) = &mut note.base {
+            base.path = seen_from(&own, Path::new(&base.path));
+            self.written.zeros_stay.store(true, Ordering::Relaxed);
+        }
+        self.sink.keep_note(note);
+        Ok(Some(SnapshotFile { path: own, starts_at: self.file.starts_at }))
     }
 
     fn channel_bytes(&self) -> u64 {

@@ -16,6 +16,7 @@
 
 mod destination;
 mod file;
+mod layers;
 mod link;
 mod pages;
 mod reader;
@@ -32,7 +33,28 @@ use link::create;
 pub use pages::MappedPages;
 pub(super) use scheme::SCHEME;
 
-/// Maximum number of threads that read or write pages, if no number is configured.
+/// A file that a snapshot was written to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotFile {
+    pub(crate) path: std::path::PathBuf,
+    pub(crate) starts_at: u64,
+}
+
+/// Keeps a snapshot's file from being written to while it is to be the base of another.
+#[derive(Debug)]
+pub(crate) struct HeldFile {
+    _file: file::MappedFile,
+}
+
+impl SnapshotFile {
+    /// # Errors
+    /// The file is not there any more, or somebody writes to it.
+    pub(crate) fn hold(&self) -> std::io::Result<HeldFile> {
+        Ok(HeldFile { _file: file::MappedFile::to_read(&self.path, self.starts_at)? })
+    }
+}
+
+/// Most threads that read or write pages, where nobody says how many.
 const MAX_THREADS: usize = 4;
 
 /// Number of threads for pages: as configured, or one for each core.

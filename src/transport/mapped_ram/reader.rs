@@ -6,28 +6,26 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crossbeam::channel::Sender;
 
 use super::file::MappedFile;
+use super::layers::Layers;
 use crate::guest::{PageWriter, Placer};
-use crate::ram::{Landing, PageBitmap};
+use crate::ram::Landing;
 use crate::stream::qemu::mapped_stream::Places;
 use crate::sys::Stop;
 use crate::transport::{ChannelError, MoveError};
 use crate::units::{BlockIndex, PageIndex};
 
 /// Pages that a thread takes at a time: 8 MiB of 4 KiB pages.
-const SLICE: u64 = 2048;
-/// Bytes read into a buffer at a time, for memory that is written through its file: they stay in the second-level
-/// cache.
+pub(super) const SLICE: u64 = 2048;
+/// Bytes that are read into a buffer at once for memory that is written by its file: they stay in the second-level cache.
 const BUFFER: usize = 128 << 10;
 
 const READING: &str = "reading pages";
 
 /// What all threads share.
 pub(super) struct Common {
-    pub(super) file: Arc<MappedFile>,
+    pub(super) layers: Arc<Layers>,
     pub(super) placer: Arc<Placer>,
     pub(super) places: Vec<Places>,
-    /// Pages that are in the file, block by block.
-    pub(super) present: Vec<PageBitmap>,
     /// The slice that is next, counted over all blocks.
     pub(super) next: AtomicUsize,
     /// Bytes read so far.
@@ -89,17 +87,18 @@ impl Reader {
             if let Some(reason) = self.stop.reason() {
                 return Err(ChannelError::Stopped { reason, doing: READING }.into());
             }
-            let run = common.present[block].next_run(PageIndex(at), pages.end - at);
-            let run = run.filter(|run| run.start < pages.end).unwrap_or(pages.end..pages.end);
-            let run = run.start..run.end.min(pages.end);
+            let found = common.layers.next_run(block, at, pages.end - at);
+            let found = found.filter(|(_, run, _)| run.start < pages.end);
+            let run =
+                found.as_ref().map_or(pages.end..pages.end, |(_, run, _)| run.start..run.end.min(pages.end));
             if let Some(hole) = common.placer.admit_pages(index, PageIndex(at), run.start - at)? {
                 common.placer.zero(hole)?;
             }
             if let Some(landing) =
                 common.placer.admit_pages(index, PageIndex(run.start), run.end - run.start)?
+                && let Some((file, _, from)) = found
             {
-                let from = common.places[block].header.pages_offset + run.start * common.placer.page_bytes();
-                self.read_run(landing, from, writer, buffer)?;
+                self.read_run(file, landing, from, writer, buffer)?;
                 common.placer.commit(landing);
             }
             at = run.end;
@@ -110,12 +109,13 @@ impl Reader {
     /// Reads directly into place, or through `buffer` if writing through the backing file costs less.
     fn read_run(
         &self,
+        file: &MappedFile,
         landing: Landing,
         from: u64,
         writer: &mut PageWriter,
         buffer: &mut Vec<u8>,
     ) -> Result<(), MoveError> {
-        let Common { file, placer, bytes, .. } = &*self.common;
+        let Common { placer, bytes, .. } = &*self.common;
         let by_buffer = writer.prepare(placer, &[landing]);
         let span = placer.target(landing)?;
         let mut done = 0;

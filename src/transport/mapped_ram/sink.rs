@@ -10,6 +10,7 @@ use crate::stream::DecodeError;
 use crate::stream::qemu::file::encode_header;
 use crate::stream::qemu::mapped::encode_bitmap;
 use crate::stream::qemu::mapped_stream::{Piece, ToMapped};
+use crate::stream::snapshot_note::{INCREMENTAL, SnapshotNote};
 use crate::sys::{SendPart, Stop};
 use crate::transport::{ByteSink, ChannelError};
 use crate::units::PageSize;
@@ -34,12 +35,19 @@ pub(super) struct MappedSink {
     complete: bool,
     has_bitmaps: bool,
     ended: bool,
+    /// Written behind the stream.
+    note: Option<SnapshotNote>,
 }
 
 impl MappedSink {
     pub(super) fn new(file: Arc<MappedFile>, written: Arc<Written>, page: PageSize) -> Self {
         let to = ToMapped::new(file.starts_at, page);
-        Self { file, written, to, position: 0, complete: false, has_bitmaps: false, ended: false }
+        Self { file, written, to, position: 0, complete: false, has_bitmaps: false, ended: false, note: None }
+    }
+
+    /// To be written behind the stream.
+    pub(super) fn keep_note(&mut self, note: SnapshotNote) {
+        self.note = Some(note);
     }
 
     /// No more pages follow: everything flushed from here on is on the disk.
@@ -91,6 +99,9 @@ impl MappedSink {
     fn write_first_word(&self) -> io::Result<()> {
         let mut word = Vec::new();
         encode_header(&mut word);
+        if self.note.as_ref().is_some_and(|note| note.base.is_some()) {
+            word = INCREMENTAL.to_vec();
+        }
         self.file.write(&word, self.file.starts_at)?;
         self.file.sync()?;
         self.file.sync_folder()
@@ -124,9 +135,15 @@ impl ByteSink for MappedSink {
         if self.ended {
             return Ok(());
         }
+        let (end, mut note) = (self.to.position(), Vec::new());
+        self.note.iter().for_each(|kept| kept.encode(&mut note));
+        if !note.is_empty() {
+            let written = self.file.write(&note, end);
+            written.map_err(|error| self.file.failed_at("writing its note", end, &error))?;
+        }
         self.settle()?;
-        // Frees space that was reserved but not used.
-        let cut = self.file.cut(self.to.position());
+        // What was reserved and is not used.
+        let cut = self.file.cut(end + note.len() as u64);
         cut.map_err(|source| self.file.failed("giving room back", source))?;
         if let Err(source) = self.write_first_word() {
             // As far as still possible: a file that may not be on the disk must not be taken for complete later.

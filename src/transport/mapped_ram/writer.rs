@@ -1,6 +1,6 @@
 //! A thread that writes pages to their offsets in the file.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crossbeam::channel::{Receiver, Sender};
@@ -47,6 +47,8 @@ pub(super) struct Written {
     /// By the block's position in the list; set once the list was written.
     pub(super) slots: OnceLock<Vec<Slots>>,
     pub(super) bytes: AtomicU64,
+    /// What is not in the file is in another one: a zero page is in it, as a hole.
+    pub(super) zeros_stay: AtomicBool,
     normal: AtomicU64,
     zero: AtomicU64,
 }
@@ -168,6 +170,9 @@ impl PageWriter {
             let punched = self.file.punch(offset, len);
             punched.map_err(|error| self.file.failed_at("making a hole", offset, &error))?;
             pages.start = end;
+        }
+        if self.written.zeros_stay.load(Ordering::Relaxed) {
+            slots.present.set(run.first, run.pages);
         }
         self.written.zero.fetch_add(run.pages, Ordering::Relaxed);
         Ok(())
