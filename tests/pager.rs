@@ -338,6 +338,55 @@ fn several_guests_are_served_at_once_and_one_that_is_killed_harms_no_other() {
     guest.ends_well();
 }
 
+/// As many as are served unless more are asked for; one is killed in the middle. The figures tell of all.
+#[test]
+fn sixty_four_guests_are_served_at_once_and_their_figures_are_told() {
+    const GUESTS: usize = 64;
+    const FEW: u64 = 200;
+    let folder = common::scratch();
+    let path = memory_file(folder.path(), FEW);
+    let pager = Pager::start(folder.path(), &["--metrics", "0"], path.to_str().unwrap());
+    let said = pager.has_said("metrics at http://");
+    let address = said.split("metrics at http://").nth(1).and_then(|rest| rest.split('/').next()).unwrap();
+    let figure = |name: &str| {
+        let mut client = std::net::TcpStream::connect(address).unwrap();
+        client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut client, &mut text).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("{name} is not in\n{text}")).parse::<f64>().unwrap()
+    };
+    let mut orders = pager.orders("half");
+    orders["pages"] = json!(FEW);
+    let mut guests: Vec<_> = (0..GUESTS).map(|_| StandIn::start(&orders, None)).collect();
+    guests.iter().for_each(|guest| guest.says("handed over"));
+    guests.iter().for_each(|guest| guest.says("touched"));
+    let is = |name: &str, number: f64| {
+        let what = format!("{name} is {number}");
+        Deadline::seconds(120).poll(
+            &what,
+            || figure(name).to_string(),
+            || (figure(name) == number).then_some(()),
+        );
+    };
+    is("ramwire_pager_vmms", GUESTS as f64);
+    let killed = guests.remove(GUESTS / 2);
+    let name = killed.name();
+    drop(killed);
+    pager.has_said(&format!("{name} has ended"));
+    is("ramwire_pager_vmms", GUESTS as f64 - 1.0);
+    guests.iter_mut().for_each(StandIn::tell);
+    for guest in guests {
+        guest.says("whole");
+        guest.ends_well();
+    }
+    is("ramwire_pager_vmms", 0.0);
+    is("ramwire_pager_missing_pages", 0.0);
+    assert_eq!(figure("ramwire_pager_connections_total{how=\"served\"}"), GUESTS as f64);
+    assert_eq!(figure("ramwire_pager_connections_total{how=\"refused\"}"), 0.0);
+    assert!(figure("ramwire_pager_faults_total") >= GUESTS as f64);
+}
+
 /// A page that can't be read is reported by name, and its thread waits; when it can be read, its guest continues.
 #[test]
 fn a_page_that_can_not_be_read_is_named_and_tried_again() {

@@ -187,8 +187,7 @@ fn features(told: &str) -> Option<u64> {
 
 impl AsFd for HandedFaults {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor lives as long as the borrow of `self`.
-        unsafe { BorrowedFd::borrow_raw(self.uffd.as_raw_fd()) }
+        self.uffd.as_fd()
     }
 }
 

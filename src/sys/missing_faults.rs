@@ -1,13 +1,14 @@
 //! Faults of missing memory: userfaultfd(2) in its missing mode, and the calls that place pages.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::fd::{FromRawFd, IntoRawFd};
 
 use rustix::io::Errno;
 use userfaultfd::{Event, FeatureFlags, IoctlFlags, RegisterMode, Uffd, UffdBuilder};
 
 use super::HostSpan;
+use super::uffd::to_io;
 use crate::units::PageSize;
 
 /// Why missing pages can't be served here.
@@ -203,19 +204,7 @@ impl MissingFaults {
 
 impl AsFd for MissingFaults {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor lives as long as the borrow of `self`.
-        unsafe { BorrowedFd::borrow_raw(self.uffd.as_raw_fd()) }
-    }
-}
-
-fn to_io(error: userfaultfd::Error) -> io::Error {
-    use userfaultfd::Error::{CopyFailed, OpenDevUserfaultfd, SystemError, ZeropageFailed};
-    match error {
-        SystemError(errno) | CopyFailed(errno) | ZeropageFailed(errno) => {
-            io::Error::from_raw_os_error(errno as i32)
-        }
-        OpenDevUserfaultfd(error) => error,
-        other => io::Error::other(other),
+        self.uffd.as_fd()
     }
 }
 

@@ -116,9 +116,14 @@ impl AsFd for WriteProtector {
     }
 }
 
-fn to_io(error: userfaultfd::Error) -> io::Error {
+/// The kernel's answer, whichever call it was to.
+pub(super) fn to_io(error: userfaultfd::Error) -> io::Error {
+    use userfaultfd::Error::{CopyFailed, OpenDevUserfaultfd, SystemError, ZeropageFailed};
     match error {
-        userfaultfd::Error::SystemError(errno) => errno.into(),
+        SystemError(errno) | CopyFailed(errno) | ZeropageFailed(errno) => {
+            io::Error::from_raw_os_error(errno as i32)
+        }
+        OpenDevUserfaultfd(error) => error,
         other => io::Error::other(other),
     }
 }

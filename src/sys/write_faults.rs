@@ -4,10 +4,11 @@
 //! ioctl_userfaultfd(2); linux/userfaultfd.h; the kernel's admin-guide/mm/userfaultfd.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use userfaultfd::{Event, FeatureFlags, IoctlFlags, RegisterMode, Uffd, UffdBuilder};
 
+use super::uffd::to_io;
 use super::{FaultAt, HostSpan};
 
 /// linux/userfaultfd.h: `UFFD_FEATURE_WP_HUGETLBFS_SHMEM`.
@@ -148,16 +149,7 @@ fn retried(call: impl Fn() -> userfaultfd::Result<()>) -> io::Result<()> {
 
 impl AsFd for WriteFaults {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor lives as long as the borrow of `self`.
-        unsafe { BorrowedFd::borrow_raw(self.uffd.as_raw_fd()) }
-    }
-}
-
-fn to_io(error: userfaultfd::Error) -> io::Error {
-    match error {
-        userfaultfd::Error::SystemError(errno) => errno.into(),
-        userfaultfd::Error::OpenDevUserfaultfd(error) => error,
-        other => io::Error::other(other),
+        self.uffd.as_fd()
     }
 }
 

@@ -14,8 +14,13 @@ pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0
 
 /// All families, with their end mark.
 pub(super) fn text(now: &Statistics) -> Result<String, Error> {
+    encoded(Box::new(Figures(now.clone())))
+}
+
+/// The families of a collector, with their end mark.
+pub(in crate::cli) fn encoded(figures: Box<dyn Collector>) -> Result<String, Error> {
     let mut registry = Registry::with_prefix("ramwire");
-    registry.register_collector(Box::new(Figures(now.clone())));
+    registry.register_collector(figures);
     let mut out = String::new();
     encode(&mut out, &registry)?;
     Ok(out)
@@ -27,15 +32,32 @@ struct Figures(Statistics);
 /// Label values and their numbers.
 type Parts<T> = [(&'static str, T)];
 
-struct Out<'a>(DescriptorEncoder<'a>);
+/// Writes families.
+pub(in crate::cli) struct Out<'a>(DescriptorEncoder<'a>);
 
-impl Out<'_> {
-    fn counter(&mut self, name: &str, help: &str, unit: Option<Unit>, value: u64) -> Result<(), Error> {
+impl<'a> Out<'a> {
+    pub(in crate::cli) fn new(encoder: DescriptorEncoder<'a>) -> Self {
+        Self(encoder)
+    }
+
+    pub(in crate::cli) fn counter(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<Unit>,
+        value: u64,
+    ) -> Result<(), Error> {
         let mut encoder = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
         encoder.encode_counter::<NoLabelSet, _, u64>(&value, None)
     }
 
-    fn counters(&mut self, name: &str, help: &str, label: &str, parts: &Parts<u64>) -> Result<(), Error> {
+    pub(in crate::cli) fn counters(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &str,
+        parts: &Parts<u64>,
+    ) -> Result<(), Error> {
         let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
         for (part, value) in parts {
             encoder.encode_family(&[(label, *part)])?.encode_counter::<NoLabelSet, _, u64>(value, None)?;
@@ -43,7 +65,13 @@ impl Out<'_> {
         Ok(())
     }
 
-    fn gauge(&mut self, name: &str, help: &str, unit: Option<Unit>, value: f64) -> Result<(), Error> {
+    pub(in crate::cli) fn gauge(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<Unit>,
+        value: f64,
+    ) -> Result<(), Error> {
         let mut encoder = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
         encoder.encode_gauge(&value)
     }

@@ -5,6 +5,8 @@
 
 mod families;
 
+pub(super) use families::{Out, encoded};
+
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
@@ -29,6 +31,12 @@ const MAX_HEADERS: usize = 64;
 /// Rest after a failed accept, for example if no descriptor is left.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Answers the figures as they are now, as OpenMetrics text.
+pub(super) type Figures = Box<dyn Fn() -> Result<String, std::fmt::Error> + Send>;
+
+/// The figures, as they are asked for.
+type Ask<'a> = &'a dyn Fn() -> Result<String, std::fmt::Error>;
+
 /// The option.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(super) struct MetricsArgs {
@@ -45,6 +53,11 @@ impl MetricsArgs {
         command: &str,
         statistics: SharedStatistics,
     ) -> Result<Option<Metrics>, String> {
+        self.serve_text(command, Box::new(move || families::text(&statistics.snapshot())))
+    }
+
+    /// As [`serve`](Self::serve), of figures of another kind.
+    pub(super) fn serve_text(&self, command: &str, figures: Figures) -> Result<Option<Metrics>, String> {
         let Some(place) = &self.metrics else { return Ok(None) };
         let failed = |error: io::Error| {
             format!("--metrics {place}: {error}; name an address of this host and a free port")
@@ -54,7 +67,7 @@ impl MetricsArgs {
         listener.set_nonblocking(true).map_err(failed)?;
         let cancel = CancelToken::default();
         let stop = Stop::on(&cancel);
-        let serve = move || serve(&listener, &statistics, &stop);
+        let serve = move || serve(&listener, &*figures, &stop);
         let thread =
             std::thread::Builder::new().name("ramwire-metrics".into()).spawn(serve).map_err(failed)?;
         note!("ramwire {command}: metrics at http://{address}/metrics");
@@ -86,10 +99,10 @@ impl Drop for Metrics {
     }
 }
 
-fn serve(listener: &TcpListener, statistics: &SharedStatistics, stop: &Stop) {
+fn serve(listener: &TcpListener, figures: Ask<'_>, stop: &Stop) {
     while let Ok(None) = stop.wait(listener.as_fd(), PollFlags::IN) {
         let answered = match listener.accept() {
-            Ok((mut client, _)) => answer(&mut client, statistics, &stop.within(ANSWER)),
+            Ok((mut client, _)) => answer(&mut client, figures, &stop.within(ANSWER)),
             Err(error) => {
                 stop.sleep(RETRY_INTERVAL);
                 Err(error)
@@ -117,9 +130,9 @@ impl Reply {
     }
 }
 
-fn answer(client: &mut TcpStream, statistics: &SharedStatistics, stop: &Stop) -> io::Result<()> {
+fn answer(client: &mut TcpStream, figures: Ask<'_>, stop: &Stop) -> io::Result<()> {
     client.set_nonblocking(true)?;
-    let Reply { status, kind, body, head_only } = reply_to(&head_of(client, stop)?, statistics);
+    let Reply { status, kind, body, head_only } = reply_to(&head_of(client, stop)?, figures);
     let allow = if status.starts_with("405") { "Allow: GET, HEAD\r\n" } else { "" };
     let mut out = format!(
         "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n{allow}Connection: close\r\n\r\n",
@@ -167,7 +180,7 @@ fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
-fn reply_to(head: &[u8], statistics: &SharedStatistics) -> Reply {
+fn reply_to(head: &[u8], figures: Ask<'_>) -> Reply {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
     match request.parse(head) {
@@ -185,7 +198,7 @@ fn reply_to(head: &[u8], statistics: &SharedStatistics) -> Reply {
         return Reply::of_error("405 Method Not Allowed");
     }
     let path = request.path.unwrap_or_default().split('?').next();
-    let reply = match (path, families::text(&statistics.snapshot())) {
+    let reply = match (path, figures()) {
         (Some("/metrics"), Ok(body)) => {
             Reply { status: "200 OK", kind: families::CONTENT_TYPE, body, head_only }
         }
@@ -199,8 +212,12 @@ fn reply_to(head: &[u8], statistics: &SharedStatistics) -> Reply {
 mod tests {
     use super::*;
 
+    fn none() -> Result<String, std::fmt::Error> {
+        families::text(&SharedStatistics::default().snapshot())
+    }
+
     fn status(request: &[u8]) -> &'static str {
-        reply_to(request, &SharedStatistics::default()).status
+        reply_to(request, &none).status
     }
 
     #[test]
@@ -223,7 +240,7 @@ mod tests {
         let many =
             [&b"GET /metrics HTTP/1.1\r\n"[..], &b"A: x\r\n".repeat(MAX_HEADERS + 1), b"\r\n"].concat();
         assert_eq!(status(&many), "431 Request Header Fields Too Large");
-        assert!(reply_to(b"HEAD /metrics HTTP/1.1\r\n\r\n", &SharedStatistics::default()).head_only);
+        assert!(reply_to(b"HEAD /metrics HTTP/1.1\r\n\r\n", &none).head_only);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `ramwire pager`: the memory of other VMMs' guests, read from a snapshot when it is touched.
 
+mod figures;
 mod firecracker;
 mod handoff;
 mod listen;
@@ -8,7 +9,6 @@ mod vmm;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ramwire::session::Spawner;
 use ramwire::sys::{CancelToken, Stop};
@@ -16,8 +16,10 @@ use ramwire::transport::{Address, MappedDestination, StoredMemory, Target};
 
 use super::args::Exit;
 use super::common::{failed, human_bytes};
+use super::metrics::MetricsArgs;
 use super::output::note;
 use super::signals::cancel_on_signal;
+use figures::Figures;
 use firecracker::Firecracker;
 use handoff::HandOff;
 use listen::Listening;
@@ -50,6 +52,8 @@ pub(super) struct Args {
     /// Most VMMs that are served at a time; another one is refused
     #[arg(long, value_name = "N", default_value = "64", value_parser = clap::value_parser!(u16).range(1..=4096))]
     max_vmms: u16,
+    #[command(flatten)]
+    metrics: MetricsArgs,
 }
 
 /// A memory to serve.
@@ -100,34 +104,38 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let _signals = cancel_on_signal(vec![cancel.clone()]);
     note!("ramwire pager: {} of memory from {}", human_bytes(memory.len()), memory.name());
     note!("listening on {}", args.listen);
-    let (stop, spawner, served) = (Stop::on(&cancel), Spawner::default(), Arc::new(AtomicUsize::new(0)));
+    let (stop, spawner, figures) = (Stop::on(&cancel), Spawner::default(), Arc::new(Figures::default()));
+    let asked = Arc::clone(&figures);
+    let _metrics = args.metrics.serve_text("pager", Box::new(move || asked.text()))?;
     let mut threads = Vec::new();
     while let Some(stranger) = listening.next(&stop)? {
         threads.retain(|thread: &std::thread::JoinHandle<()>| !thread.is_finished());
         let name = stranger.name.clone();
-        if served.load(Ordering::Acquire) >= usize::from(args.max_vmms) {
+        if threads.len() >= usize::from(args.max_vmms) {
+            figures.refused();
             note!(
                 "ramwire pager: {name} was refused: {} VMMs are served, which is the most (--max-vmms)",
                 args.max_vmms
             );
             continue;
         }
-        served.fetch_add(1, Ordering::AcqRel);
-        let vmm = Vmm { stranger, memory: Arc::clone(&memory), spawner: spawner.clone(), stop: stop.clone() };
-        let (count, protocol): (_, &'static dyn HandOff) = (Arc::clone(&served), &Firecracker);
-        let job = move || {
-            vmm.serve(protocol);
-            count.fetch_sub(1, Ordering::AcqRel);
+        let vmm = Vmm {
+            stranger,
+            memory: Arc::clone(&memory),
+            spawner: spawner.clone(),
+            figures: Arc::clone(&figures),
+            stop: stop.clone(),
         };
-        match spawner.spawn("ramwire-vmm", Box::new(job)) {
+        let protocol: &'static dyn HandOff = &Firecracker;
+        match spawner.spawn("ramwire-vmm", Box::new(move || vmm.serve(protocol))) {
             Ok(thread) => threads.push(thread),
             Err(error) => {
-                served.fetch_sub(1, Ordering::AcqRel);
+                figures.refused();
                 note!("ramwire pager: {name} was refused: {error}");
             }
         }
     }
-    let left = served.load(Ordering::Acquire);
+    let left = threads.iter().filter(|thread| !thread.is_finished()).count();
     if left > 0 {
         note!("ramwire pager: {left} VMMs are served no more; their guests wait where memory is missing");
     }

@@ -12,6 +12,7 @@ use rustix::net::{RecvFlags, recv};
 
 use super::super::common::human_bytes;
 use super::super::output::note;
+use super::figures::Figures;
 use super::handoff::{HandOff, Handed};
 use super::listen::Stranger;
 
@@ -26,6 +27,7 @@ pub(super) struct Vmm {
     pub(super) stranger: Stranger,
     pub(super) memory: Arc<StoredMemory>,
     pub(super) spawner: Spawner,
+    pub(super) figures: Arc<Figures>,
     pub(super) stop: Stop,
 }
 
@@ -34,12 +36,17 @@ impl Vmm {
     pub(super) fn serve(self, protocol: &dyn HandOff) {
         let name = &self.stranger.name;
         match self.take(protocol) {
-            Err(why) => note!("ramwire pager: {name} was refused: {why}"),
+            Err(why) => {
+                self.figures.refused();
+                note!("ramwire pager: {name} was refused: {why}");
+            }
             Ok((served, bytes)) => {
                 note!("ramwire pager: {name}: {} of memory are served", human_bytes(bytes));
-                self.watch(&served);
+                let number = self.figures.begun();
+                self.watch(&served, number);
                 // A guest may have ended before the thread that placed its last page has counted it.
                 let progress = served.end();
+                self.figures.ended(number, &progress);
                 let latency = progress.latency;
                 note!(
                     "ramwire pager: {name} has ended: {} faults, {} pages read for them, {} were still missing; from fault \
@@ -66,7 +73,7 @@ impl Vmm {
     }
 
     /// Runs until the VMM has ended, or this command must end.
-    fn watch(&self, served: &ServedMemory) {
+    fn watch(&self, served: &ServedMemory, number: u64) {
         let name = &self.stranger.name;
         let (mut told, mut is_connected, mut is_whole) = (None::<PageFailure>, true, false);
         loop {
@@ -85,7 +92,10 @@ impl Vmm {
             if served.is_over() {
                 return;
             }
-            if !is_whole && served.progress().missing == 0 {
+            let progress = served.progress();
+            let missing = progress.missing;
+            self.figures.is_at(number, progress);
+            if !is_whole && missing == 0 {
                 is_whole = true;
                 note!("ramwire pager: {name}: all of its memory is there");
             }

@@ -254,6 +254,11 @@ impl Filling {
         }
     }
 
+    /// The first page that could not be read, since the last retry.
+    pub(super) fn failure(&self) -> Option<PageFailure> {
+        self.state().failure.clone()
+    }
+
     /// Retries pages that could not be read or placed. Returns the number of these target pages.
     pub(super) fn retry(&self) -> u64 {
         self.change(|state| {

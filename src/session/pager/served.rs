@@ -107,7 +107,7 @@ impl ServedMemory {
 
     /// The first page that could not be read or placed, since the last [`retry`](Self::retry).
     pub fn failure(&self) -> Option<PageFailure> {
-        self.filling.state().failure.clone()
+        self.filling.failure()
     }
 
     /// Retries pages that could not be read or placed, requested pages first. Returns the number of these pages.

@@ -55,7 +55,7 @@ impl LazyPages {
 
     /// The first page that could not be read, since the last [`retry`](Self::retry). The others are still read.
     pub fn failure(&self) -> Option<PageFailure> {
-        self.filling.state().failure.clone()
+        self.filling.failure()
     }
 
     /// Retries pages that could not be read, requested pages first. Returns the number of these target pages.
