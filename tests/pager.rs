@@ -387,6 +387,29 @@ fn sixty_four_guests_are_served_at_once_and_their_figures_are_told() {
     assert!(figure("ramwire_pager_faults_total") >= GUESTS as f64);
 }
 
+#[test]
+fn memory_that_lies_on_another_host_comes_from_its_server() {
+    let folder = common::scratch();
+    let path = memory_file(folder.path(), PAGES);
+    let there = folder.path().join("there");
+    fs::create_dir(&there).unwrap();
+    let arguments = ["serve", "--listen", "tcp:127.0.0.1:0", "--from"];
+    let mut server = Ramwire::start(&there, &arguments, path.to_str().unwrap());
+    let address = server.listening();
+    let pager = Pager::start(folder.path(), &[], &address);
+    let guests = [(); 3].map(|()| StandIn::start(&pager.orders("touch"), None));
+    for guest in guests {
+        guest.says("handed over");
+        guest.says("touched");
+        guest.says("whole");
+        guest.ends_well();
+    }
+    assert!(server.errors().contains("has connected"), "{}", server.errors());
+    kill_process(Pid::from_raw(server.pid() as i32).unwrap(), Signal::TERM).unwrap();
+    let (status, said) = server.ended(Deadline::seconds(60));
+    assert_eq!(status, 0, "{said}");
+}
+
 /// A page that can't be read is reported by name, and its thread waits; when it can be read, its guest continues.
 #[test]
 fn a_page_that_can_not_be_read_is_named_and_tried_again() {

@@ -7,7 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use super::output::{self, note};
 use super::signals;
-use super::{bench, ctl, demo, devices, guardian, inspect, pager, receive, relay, report, send};
+use super::{bench, ctl, demo, devices, guardian, inspect, pager, receive, relay, report, send, serve};
 
 /// Moves the RAM of a running virtual machine to another host, in QEMU's own migration stream.
 #[derive(Debug, Parser)]
@@ -48,6 +48,8 @@ enum Command {
     Ctl(ctl::Args),
     /// Serve the memory of Firecracker guests from a snapshot
     Pager(pager::Args),
+    /// Serve the memory of a snapshot to pagers on other hosts
+    Serve(serve::Args),
     /// Print the structure of a captured stream
     Inspect(inspect::Args),
     /// Make a page with pictures of a run's log
@@ -134,6 +136,7 @@ pub fn run() -> ExitCode {
         Command::Send(args) => send::run(&args),
         Command::Ctl(args) => ctl::run(&args),
         Command::Pager(args) => pager::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Devices(args) => devices::run(&args),

@@ -25,6 +25,7 @@ mod remedies;
 mod render;
 mod report;
 mod send;
+mod serve;
 mod signals;
 mod sizes;
 mod slow_link;

@@ -9,6 +9,7 @@ pub mod channel_count;
 mod error;
 pub mod native;
 pub mod page_counts;
+pub mod page_requests;
 pub mod qemu;
 mod reader;
 pub mod snapshot_note;

@@ -18,6 +18,7 @@ mod link;
 mod mapped_ram;
 mod multifd;
 mod open;
+mod page_server;
 mod page_supply;
 #[cfg(feature = "rdma")]
 pub mod rdma;
@@ -45,6 +46,7 @@ pub use open::{
     Address, AddressError, AllowError, AllowList, ConnectionOptions, DECISION_TIMEOUT, Listener, Obstacle,
     OpenError, RdmaOptions, Target, WhyNoRdma, connect, open_source, rdma_address, why_no_rdma,
 };
+pub use page_server::{PageServer, RemoteMemory, ServedPages};
 pub use page_supply::{PageSupply, StoredMemory};
 #[cfg(not(any(test, feature = "testing")))]
 pub(crate) use sealed::Sealed;

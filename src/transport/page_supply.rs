@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
+use xxhash_rust::xxh3::xxh3_128;
 
 use super::MappedDestination;
 use crate::ram::PageBitmap;
@@ -40,6 +41,7 @@ struct Part {
 enum Contents {
     Plain { file: File, name: String },
     Mapped(super::MappedPages),
+    Remote(super::RemoteMemory),
 }
 
 impl std::fmt::Debug for StoredMemory {
@@ -75,6 +77,21 @@ impl StoredMemory {
         Self { parts: parts.collect(), contents: Contents::Mapped(pages) }
     }
 
+    /// The memory that a page server has.
+    pub fn remote(memory: super::RemoteMemory) -> Self {
+        let parts = vec![Part { block: BlockIndex(0), start: 0, len: memory.len() }];
+        Self { parts, contents: Contents::Remote(memory) }
+    }
+
+    /// 128 bits that another file has otherwise, and the same file after it was changed.
+    pub fn identity(&self) -> [u8; 16] {
+        match &self.contents {
+            Contents::Plain { file, .. } => identity_of([file]),
+            Contents::Mapped(pages) => identity_of(pages.files()),
+            Contents::Remote(memory) => memory.identity(),
+        }
+    }
+
     /// Its length in bytes.
     pub fn len(&self) -> u64 {
         self.parts.last().map_or(0, |part| part.start + part.len)
@@ -90,6 +107,7 @@ impl StoredMemory {
         match &self.contents {
             Contents::Plain { name, .. } => name.clone(),
             Contents::Mapped(pages) => pages.name(),
+            Contents::Remote(memory) => memory.name(),
         }
     }
 
@@ -100,6 +118,7 @@ impl StoredMemory {
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         match &self.contents {
             Contents::Plain { file, .. } => file.read_exact_at(into, offset),
+            Contents::Remote(memory) => memory.read_at(offset, into),
             Contents::Mapped(pages) => {
                 let (mut at, mut rest) = (offset, into);
                 for part in &self.parts {
@@ -130,6 +149,12 @@ impl StoredMemory {
         };
         match &self.contents {
             Contents::Plain { file, .. } => data(file, offset, end, mark),
+            Contents::Remote(memory) => {
+                if let Err(error) = memory.present(offset, end, &mut mark) {
+                    tracing::warn!(%error, "all pages are asked for, since it is not known which hold something");
+                    mark(offset, end);
+                }
+            }
             Contents::Mapped(pages) => {
                 for part in &self.parts {
                     let Some(present) = pages.present(part.block) else { continue };
@@ -144,6 +169,17 @@ impl StoredMemory {
         }
         map
     }
+}
+
+fn identity_of<'a>(files: impl IntoIterator<Item = &'a File>) -> [u8; 16] {
+    let mut bytes = Vec::new();
+    for about in files.into_iter().filter_map(|file| file.metadata().ok()) {
+        for number in [about.dev(), about.ino(), about.len(), about.mtime() as u64, about.mtime_nsec() as u64]
+        {
+            bytes.extend(number.to_le_bytes());
+        }
+    }
+    xxh3_128(&bytes).to_be_bytes()
 }
 
 /// Calls back for the runs of a file that are not holes. A file system that does not report holes has none. A part by

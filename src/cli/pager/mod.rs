@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use ramwire::session::Spawner;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, MappedDestination, StoredMemory, Target};
+use ramwire::transport::{Address, MappedDestination, RemoteMemory, StoredMemory, Target};
 
 use super::args::Exit;
 use super::common::{failed, human_bytes};
@@ -37,15 +37,19 @@ use vmm::Vmm;
     # The same of a file of QEMU's mapped-ram format, whose RAM blocks lie one behind the other
     ramwire pager --listen unix:/run/vm.uffd --from mapped:vm.save
 
+    # The same of memory that lies on another host, where `ramwire serve` runs
+    ramwire pager --listen unix:/run/vm.uffd --from tcp:10.0.0.7:4445
+
 A guest waits where it touches what is missing, and waits for ever if this process ends before it has read all: restart
 the VMM from its snapshot then.")]
 pub(super) struct Args {
     /// Where VMMs connect: unix:PATH
     #[arg(long, value_name = "unix:PATH")]
     listen: Address,
-    /// The memory: a file of nothing else (Firecracker's mem_file), or mapped:PATH. It must not change meanwhile
-    #[arg(long, value_name = "FILE|mapped:PATH")]
-    from: From,
+    /// The memory: a file of nothing else (Firecracker's mem_file), mapped:PATH, or the address of a `ramwire serve`. It must
+    /// not change meanwhile
+    #[arg(long, value_name = "FILE|mapped:PATH|tcp:HOST:PORT")]
+    from: Stored,
     /// Whose VMMs may connect, by user id, beside root's and this process's own; repeat for more
     #[arg(long, value_name = "UID")]
     allow_uid: Vec<u32>,
@@ -58,26 +62,32 @@ pub(super) struct Args {
 
 /// A memory to serve.
 #[derive(Clone, Debug)]
-enum From {
+pub(super) enum Stored {
     Plain(String),
     Mapped(Address),
+    Remote(Address),
 }
 
-impl FromStr for From {
+impl FromStr for Stored {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if !text.starts_with("mapped:") {
-            return Ok(Self::Plain(text.to_owned()));
-        }
-        text.parse().map(Self::Mapped).map_err(|error: ramwire::transport::AddressError| error.to_string())
+        let kind = match text.split_once(':') {
+            Some(("mapped", _)) => Self::Mapped,
+            Some(("tcp" | "unix", _)) => Self::Remote,
+            _ => return Ok(Self::Plain(text.to_owned())),
+        };
+        text.parse().map(kind).map_err(|error: ramwire::transport::AddressError| error.to_string())
     }
 }
 
-impl From {
-    fn open(&self) -> Result<StoredMemory, Box<dyn std::error::Error>> {
+impl Stored {
+    pub(super) fn open(&self) -> Result<StoredMemory, Box<dyn std::error::Error>> {
         match self {
             Self::Mapped(address) => Ok(StoredMemory::mapped(&MappedDestination::open(address)?)),
+            Self::Remote(address) => {
+                Ok(StoredMemory::remote(RemoteMemory::connect(address, Spawner::default().callback())?))
+            }
             Self::Plain(path) => Ok(StoredMemory::plain(Path::new(path))
                 .map_err(|error| format!("{path}: {error}; give the memory file of a snapshot"))?),
         }

@@ -208,6 +208,10 @@ impl MappedFile {
         self.file.sync_all()
     }
 
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Where it lies.
     pub(super) fn path(&self) -> &Path {
         &self.path

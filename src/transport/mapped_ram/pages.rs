@@ -1,5 +1,6 @@
 //! Pages of the file, read one by one in any order.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -27,6 +28,11 @@ impl MappedPages {
     /// Length of a block in the file, in bytes.
     pub fn len(&self, block: BlockIndex) -> Option<u64> {
         self.blocks.get(block.as_usize())?.as_ref().map(|(_, places)| places.block.used_length)
+    }
+
+    /// The files that they are in.
+    pub(in crate::transport) fn files(&self) -> impl Iterator<Item = &File> {
+        self.layers.files().map(|file| file.file())
     }
 
     /// The blocks that it was made for, including those that are not in the file.

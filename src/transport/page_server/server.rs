@@ -1,0 +1,100 @@
+//! The server's side: one connection at a time, which a thread of the caller's serves to its end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{fill, not_understood};
+use crate::stream::page_requests::{
+    ANSWER_LEN, Answer, Asked, HELLO_LEN, MAP_PAGE, MAX_WHY, REQUEST_LEN, Request, Welcome, decode_hello,
+};
+use crate::sys::{SendPart, Stop};
+use crate::transport::{ByteSink as _, ChannelError, StoredMemory, StreamChannel};
+use crate::units::PageSize;
+
+/// A client that has connected says HELLO within this time.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+const WAITING: &str = "waiting for a request for pages";
+
+/// Serves a stored memory, read only. Clones share it.
+#[derive(Clone, Debug)]
+pub struct PageServer {
+    memory: Arc<StoredMemory>,
+}
+
+/// What one client has read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ServedPages {
+    /// Reads that were answered.
+    pub reads: u64,
+    /// Bytes of memory in those answers.
+    pub bytes: u64,
+    /// Reads that failed here; their clients were told why.
+    pub failed: u64,
+}
+
+impl PageServer {
+    /// Serves `memory`.
+    pub fn new(memory: Arc<StoredMemory>) -> Self {
+        Self { memory }
+    }
+
+    /// Serves one client, on this thread, until it closes the connection.
+    ///
+    /// # Errors
+    /// [`ChannelError`]: the connection is lost, or what came makes no sense.
+    pub fn serve(&self, channel: StreamChannel, stop: &Stop) -> Result<ServedPages, ChannelError> {
+        let mut channel = channel;
+        let mut hello = [0; HELLO_LEN];
+        if !fill(&mut channel, &mut hello, WAITING, &stop.within(HELLO_TIMEOUT))? {
+            return Ok(ServedPages::default());
+        }
+        decode_hello(&hello).map_err(|error| not_understood(&channel, "greeting it", error))?;
+        let mut out = Vec::new();
+        Welcome { id: self.memory.identity(), len: self.memory.len() }.encode(&mut out);
+        channel.send(&[SendPart::Own(&out)], stop)?;
+        // A client whose guests touch nothing asks for nothing.
+        channel.set_stall(None);
+        let (mut served, mut buffer) = (ServedPages::default(), Vec::new());
+        loop {
+            let mut request = [0; REQUEST_LEN];
+            if !fill(&mut channel, &mut request, WAITING, stop)? {
+                return Ok(served);
+            }
+            let request = Request::decode(&request, self.memory.len())
+                .map_err(|error| not_understood(&channel, "taking a request for pages", error))?;
+            let done = self.look(&request, &mut buffer);
+            if let Err(error) = &done {
+                let why = error.to_string();
+                let end = (0..=why.len().min(MAX_WHY)).rev().find(|at| why.is_char_boundary(*at));
+                buffer = why.as_bytes()[..end.unwrap_or(0)].to_vec();
+                served.failed += 1;
+            } else if request.asked == Asked::Read {
+                served.reads += 1;
+                served.bytes += request.len;
+            }
+            let mut head = Vec::with_capacity(ANSWER_LEN);
+            Answer { number: request.number, is_done: done.is_ok(), len: buffer.len() as u64 }
+                .encode(&mut head);
+            channel.send(&[SendPart::Own(&head), SendPart::Own(&buffer)], stop)?;
+            channel.flush(stop)?;
+        }
+    }
+
+    /// Fills `into` with the answer. Its length was checked.
+    fn look(&self, request: &Request, into: &mut Vec<u8>) -> std::io::Result<()> {
+        into.clear();
+        into.resize(usize::try_from(request.answer_len()).unwrap_or(0), 0);
+        match request.asked {
+            Asked::Read => self.memory.read_at(request.offset, into),
+            Asked::Map => {
+                let len = request.len.next_multiple_of(MAP_PAGE);
+                let present = self.memory.present(request.offset, len, PageSize::SIZE_4K);
+                let bytes = present.words().iter().flat_map(|word| word.to_le_bytes());
+                into.iter_mut().zip(bytes).for_each(|(into, byte)| *into = byte);
+                Ok(())
+            }
+        }
+    }
+}
