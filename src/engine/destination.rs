@@ -5,28 +5,28 @@
 //!                    [-> what the source finds in its memory]
 //! memory is passed:  STATE_SENT -> [digests compared] -> READY -> COMMIT -> load -> resume -> RUNNING
 //! a QEMU source:     end of the device state -> load -> resume -> SHUT(0)
-//! postcopy:          package -> serve faults, load and resume meanwhile -> last page -> SHUT(0), heard
+//! postcopy:          package -> serve faults, load and resume meanwhile -> last page -> SHUT(0), received
 //! ```
 //!
 //! # Orders that must hold
 //!
-//! The guest never runs here before the source gave it away: without COMMIT (towards a QEMU: without the
-//! last byte of its device state) every end discards what arrived.
+//! The guest never runs here before the source has handed it over: without COMMIT (towards a QEMU: without the last
+//! byte of its device state) every end discards what arrived.
 //!
 //! Where memory was passed it is the source's until COMMIT, and loading device state may write to it: it is loaded after
 //! COMMIT.
 
 use std::time::Duration;
 
-/// What a destination is told. All but the answers may come at any time.
+/// Events for a destination. All but the answers may arrive at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DestinationEvent {
-    /// The source said HELLO.
+    /// The source sent HELLO.
     Hello {
         /// It will send a digest.
         digest: bool,
-        /// It will compare its memory with what it has sent, once the guest runs here, and tell.
+        /// It will compare its memory with what it has sent, once the guest runs here, and report the result.
         memory_check: bool,
     },
     /// A QEMU's device state is complete, the byte that commits included.
@@ -40,18 +40,18 @@ pub enum DestinationEvent {
     /// The guest is ours.
     Commit,
 
-    /// Answer: the action under way is done.
+    /// Answer: the current action is done.
     Done,
     /// Answer: whether the guest runs here is not known. Its start broke off, and it could not be stopped again.
     MayRun,
 
-    /// The action under way failed, or the stream did.
+    /// The current action failed, or the stream did.
     Failed,
     /// The connection, or a page, is lost after the guest was started among missing pages.
     Lost,
     /// The time of [`wake_at`](DestinationEngine::wake_at) is there.
     Woken,
-    /// The embedder asks for the end.
+    /// The embedder requests the end.
     Cancel,
 }
 
@@ -73,15 +73,15 @@ pub enum DestinationAction {
     AwaitRecovery,
     /// All pages are here: wait until that thread has started the guest.
     AwaitGuest,
-    /// Tell the source that COMMIT may come.
+    /// Tell the source, by READY, that it may send COMMIT.
     SendReady,
     /// Let the guest run.
     Resume,
-    /// Tell the source that the guest runs: RUNNING or SHUT(0).
+    /// Report to the source that the guest runs: RUNNING or SHUT(0).
     SendRunning,
     /// The guest runs here. Wait for what the source finds in its memory.
     AwaitMemoryCheck,
-    /// Tell the source that it failed, as far as it can be told.
+    /// Report the failure to the source, as far as that is possible.
     SendFailed,
     /// Nothing more to do.
     Finish(Ending),
@@ -92,7 +92,7 @@ pub enum DestinationAction {
 pub enum Ending {
     /// The guest runs here.
     Running,
-    /// The guest does not run here, and nothing of it is kept.
+    /// The guest does not run here, and everything that arrived is discarded.
     Discarded,
     /// The guest runs here, but the connection was lost while pages were missing that only the source has.
     Incomplete,
@@ -181,7 +181,7 @@ impl DestinationEngine {
         self.native
     }
 
-    /// True once the guest was given away by the source.
+    /// True once the source has handed over the guest.
     pub fn is_committed(&self) -> bool {
         self.committed
     }
@@ -191,7 +191,7 @@ impl DestinationEngine {
         self.whole
     }
 
-    /// True while the source alone decides: READY was said, or the guest was given away.
+    /// True while the source alone decides: READY was sent, or the guest was handed over.
     pub fn is_bound(&self) -> bool {
         self.committed || matches!(self.phase, Phase::SendingReady | Phase::AwaitingCommit)
     }
@@ -206,12 +206,13 @@ impl DestinationEngine {
         action
     }
 
-    /// When the action under way is to be broken off, with [`DestinationEvent::Woken`].
+    /// Time at which the current action is to be broken off, with [`DestinationEvent::Woken`].
     pub fn wake_at(&self) -> Option<Duration> {
         if self.outbox.is_some() { Some(Duration::ZERO) } else { self.wake_at }
     }
 
-    /// Takes an event at any time. `now` counts from the start of the migration. What a source says out of turn is a failure.
+    /// Takes an event at any time. `now` counts from the start of the migration. A message of the source that is out of
+    /// turn is a failure.
     pub fn handle(&mut self, now: Duration, event: DestinationEvent) {
         use DestinationEvent as E;
         match event {
@@ -223,13 +224,13 @@ impl DestinationEngine {
                 self.busy = false;
                 self.answered(now, event);
             }
-            // Without an action under way there is nothing to answer: another event has ended it.
+            // Without a current action this is no answer: another event has ended the action.
             _ if !std::mem::take(&mut self.busy) => {}
             _ => self.answered(now, event),
         }
     }
 
-    /// True while the source is to be told that the migration failed.
+    /// True while the failure of the migration is to be reported to the source.
     pub fn is_failing(&self) -> bool {
         matches!(self.phase, Phase::Failing(_))
     }
@@ -238,7 +239,7 @@ impl DestinationEngine {
         matches!(self.phase, Phase::Failing(_) | Phase::Ended(_))
     }
 
-    /// The action under way is done, or came to an end.
+    /// The current action is done, or was ended.
     fn answered(&mut self, now: Duration, event: DestinationEvent) {
         use {DestinationAction as A, DestinationEvent as E};
         match (self.phase, event) {
@@ -263,11 +264,12 @@ impl DestinationEngine {
                 self.whole = true;
                 self.go(Phase::SendingRunning, A::SendRunning);
             }
-            // The source never resumes after it gave the guest away, and the guest runs here: nobody is told of a failure.
+            // The source never resumes after it has handed over the guest, and the guest runs here: no failure is
+            // reported.
             (Phase::Filling | Phase::Recovering, E::Lost) if self.recoverable => {
                 self.go(Phase::Recovering, A::AwaitRecovery);
             }
-            // The source has not heard that all has come: it connects again to hear it.
+            // The source has not received the report that all pages have arrived: it connects again to receive it.
             (Phase::SendingRunning, E::Lost) if self.whole && self.recoverable => {
                 self.go(Phase::Recovering, A::AwaitRecovery);
             }
@@ -302,14 +304,15 @@ impl DestinationEngine {
                     false => self.go(Phase::Resuming, A::Resume),
                 }
             }
-            // A QEMU that is told of a failure lets its guest run, and ours may: it is told that the guest is here.
+            // A QEMU that receives a failure resumes its guest, and ours may run: it is told that the guest is here.
             (Phase::Resuming, E::MayRun) if !self.native => self.go(Phase::Keeping, A::SendRunning),
             (Phase::Keeping, _) => self.end(Ending::Stranded),
             (Phase::Resuming, E::Done) => self.go(Phase::SendingRunning, A::SendRunning),
             (Phase::SendingRunning, E::Done) if self.memory_check && self.native => {
                 self.go(Phase::AwaitingMemoryCheck, A::AwaitMemoryCheck);
             }
-            // The guest runs here: that the source could not be told changes nothing about it, nor what it finds.
+            // The guest runs here. A report that the source did not receive, or the result of its memory check, changes
+            // nothing about that.
             (Phase::SendingRunning | Phase::AwaitingMemoryCheck, _) => self.end(Ending::Running),
             _ => self.fail(),
         }
@@ -328,9 +331,9 @@ impl DestinationEngine {
         matches!(self.phase, Phase::Listening | Phase::Filling | Phase::Recovering | Phase::AwaitingGuest)
     }
 
-    /// A QEMU is told by SHUT(1) and resumes its guest, so what arrived is discarded although its last byte
-    /// came. A ramwire never resumes after COMMIT: then the only copy may be ours. Where pages are missing it can't be, and
-    /// a ramwire resumes as a QEMU does.
+    /// A QEMU receives SHUT(1) and resumes its guest, so what arrived is discarded although its last byte has arrived.
+    /// A ramwire never resumes after COMMIT: then the only copy may be ours. Where pages are missing it can't be, and a
+    /// ramwire resumes as a QEMU does.
     fn fail(&mut self) {
         if self.whole {
             return self.end(Ending::Running);
@@ -348,7 +351,7 @@ impl DestinationEngine {
         (self.phase, self.outbox, self.busy) = (Phase::Ended(ending), None, false);
     }
 
-    /// What was to be done before and has not begun is left out.
+    /// An action that was decided before and has not begun is dropped.
     fn go(&mut self, phase: Phase, action: DestinationAction) {
         (self.phase, self.outbox, self.busy, self.wake_at) = (phase, Some(action), false, None);
     }

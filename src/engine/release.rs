@@ -1,15 +1,15 @@
-//! Which pages of a guest that was given away its source needs no more, so that their memory may be given back.
+//! Which pages the source of a handed-over guest no longer needs, so that their memory may be released.
 //!
-//! A page is released when it can never be asked for again, behind a lost connection either: the destination has it in place
-//! and marked as received. Three things prove that. The answer to a mark behind pages on the main connection: both kinds of
-//! peer answer it after they have placed what stood in front. The answer to the package, for pages that were clean then. And
-//! the bitmap of received pages behind a lost connection. Pages on the connection for urgent ones have no mark: only a bitmap
-//! proves them.
+//! A page is released when it can never be requested again, not even after a lost connection: the destination has it in
+//! place and marked as received. Three things prove that. The answer to a mark that was sent after pages on the main
+//! connection: both kinds of peer answer it after they have placed all pages sent before it. The answer to the package,
+//! for pages that were clean then. And the bitmap of received pages after a lost connection. Pages on the connection
+//! for urgent pages have no mark: only a bitmap proves them.
 //!
 //! # Orders that must hold
 //!
-//! Confirmed, then released: a page that was only sent may be asked for again. Nothing is released before the destination has
-//! taken the guest: until then it may come back. Host pages are released whole.
+//! Confirmed, then released: a page that was only sent may be requested again. Nothing is released before the
+//! destination has taken the guest: until then the guest may return to the source. Host pages are released whole.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -26,7 +26,7 @@ pub(crate) struct Release {
     blocks: Vec<Block>,
     /// Pages that left since the last mark.
     open: Vec<PageRun>,
-    /// Pages in front of marks that are not answered yet.
+    /// Pages sent before marks that are not answered yet.
     marked: VecDeque<(u32, Vec<PageRun>)>,
     /// The destination has taken the guest.
     taken: bool,
@@ -55,7 +55,7 @@ impl Release {
         Self { blocks, open: Vec::new(), marked: VecDeque::new(), taken: false, released: 0 }
     }
 
-    /// What is not `dirty` is in place at the destination, by its own word.
+    /// Pages that are not `dirty` are in place at the destination, as it reports itself.
     pub(crate) fn confirm_clean(&mut self, dirty: &DirtyMap) {
         for (index, block) in (0..).map(BlockIndex).zip(&mut self.blocks) {
             let mut clean = PageIndex(0);
@@ -69,7 +69,8 @@ impl Release {
         }
     }
 
-    /// A page that `dirty` says is missing at the destination, and that was released because the destination had it.
+    /// A page that is missing at the destination according to `dirty`, and that was released because the destination
+    /// had it.
     pub(crate) fn lost(&self, dirty: &DirtyMap) -> Option<PageRun> {
         let lost = |(index, block): (BlockIndex, &Block)| {
             let mut from = PageIndex(0);
@@ -102,7 +103,7 @@ impl Release {
         runs.into_iter().for_each(|run| self.confirm(run));
     }
 
-    /// The connection is lost: what was under way may not have come.
+    /// The connection is lost: pages in flight may not have arrived.
     pub(crate) fn forget_connection(&mut self) {
         self.open.clear();
         self.marked.clear();
@@ -127,7 +128,7 @@ impl Release {
         Some(run)
     }
 
-    /// Memory can't be released: no more of it is.
+    /// Memory can't be released: from here on none is.
     pub(crate) fn stop(&mut self) {
         self.blocks.iter_mut().for_each(|block| block.ready = PageBitmap::new(0));
     }

@@ -1,13 +1,13 @@
-//! A snapshot of a running guest: which page is copied next, and what comes before and after.
+//! A snapshot of a running guest: which page is copied next, and which actions precede and follow the copying.
 //!
 //! # Orders that hold
 //!
 //! Every page is protected before the guest runs on, and copied once, before its protection is lifted. Whatever ends the
 //! snapshot, all protection is lifted before the guest is resumed or anything is waited for.
 //!
-//! Most of it is protected while the guest still runs. A write before the snapshot's moment is let through at once, and the
-//! piece of memory that it is in is protected again. The moment is when the guest stands still and its device state is saved:
-//! from there on nothing is let through that was not copied.
+//! Most of the memory is protected while the guest still runs. A write before the snapshot's moment is let through at
+//! once, and the piece of memory that it falls in is protected again. The moment is when the guest is paused and its
+//! device state is saved: from there on nothing is let through that was not copied.
 
 mod ahead;
 mod events;
@@ -32,7 +32,7 @@ enum Phase {
     Ahead,
     Pausing,
     Saving,
-    /// The guest stands still, as it is to be kept.
+    /// The guest is paused, in the state that the snapshot keeps.
     Looking,
     Protecting,
     Resuming,
@@ -65,7 +65,7 @@ enum Resume {
 pub struct SnapshotEngine {
     config: SnapshotConfig,
     phase: Phase,
-    /// What was asked for and not answered.
+    /// The requested action that is not answered yet.
     doing: Option<SnapshotAction>,
     ending: Option<SnapshotOutcome>,
     armed: bool,
@@ -90,7 +90,7 @@ pub struct SnapshotEngine {
     breakage: SnapshotBreakage,
 }
 
-/// What has been counted.
+/// Counters.
 #[derive(Clone, Debug, Default)]
 pub struct SnapshotFigures {
     /// Writes that had to wait for a copy.
@@ -139,17 +139,17 @@ impl SnapshotEngine {
         self.breakage == breakage
     }
 
-    /// What has been counted.
+    /// The counters.
     pub fn figures(&self) -> &SnapshotFigures {
         &self.figures
     }
 
-    /// True once nothing but the end of what is written is left: a cancel is too late.
+    /// True once only the end of the output is left to write: a cancel is too late.
     pub fn is_closing(&self) -> bool {
         matches!(self.phase, Phase::Closing | Phase::Ended) && self.ending.is_none()
     }
 
-    /// When to come back with [`SnapshotEvent::Time`], if nothing else happens.
+    /// When to call again with [`SnapshotEvent::Time`], if nothing else happens.
     pub fn wake_at(&self) -> Option<Duration> {
         Some(self.starved_since? + self.config.stall_timeout)
     }
@@ -206,13 +206,13 @@ impl SnapshotEngine {
             None => self.next()?,
         };
         match action {
-            // From here on, whatever comes of it.
+            // From here on, whether it succeeds or not.
             SnapshotAction::Arm => self.armed = true,
             SnapshotAction::Pause => self.paused = true,
             SnapshotAction::Resume => self.resume = Resume::UnderWay,
             SnapshotAction::Copy { place: Place::Slot, .. } => self.slots -= 1,
             SnapshotAction::Copy { place: Place::Tray, .. } => self.trays -= 1,
-            // Nobody answers it.
+            // This action gets no answer.
             SnapshotAction::Finish(_) => return Some(action),
             _ => {}
         }
@@ -356,7 +356,7 @@ impl SnapshotEngine {
         if self.resume == Resume::Over { Phase::Closing } else { Phase::Waiting }
     }
 
-    /// Order: only what is copied is lifted.
+    /// Order: protection is lifted only from pages that are copied.
     fn copied(&mut self, run: PageRun) {
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::CopyTwice) && self.faults.iter().any(|(_, waited)| *waited == run)
@@ -417,7 +417,7 @@ impl SnapshotEngine {
         }
     }
 
-    /// Whoever waits is let through, then comes what is to be protected.
+    /// Waiting threads are let through first; then pages are protected.
     fn next_ahead(&mut self) -> Option<SnapshotAction> {
         if let Some(lift) = self.let_through() {
             return Some(lift);
@@ -432,7 +432,7 @@ impl SnapshotEngine {
         }
     }
 
-    /// Before the moment: the piece that somebody waits to write in.
+    /// Before the moment: the piece that a thread waits to write in.
     fn let_through(&self) -> Option<SnapshotAction> {
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::DeafWhilePausing) && self.phase != Phase::Ahead {
@@ -452,7 +452,8 @@ impl SnapshotEngine {
         self.calling.is_none().then_some(action)
     }
 
-    /// What was copied is lifted, then comes what threads wait for, then the next in order.
+    /// Protection of the copied pages is lifted first; next are the pages that threads wait for, then the next in
+    /// order.
     fn next_page(&mut self) -> Option<SnapshotAction> {
         if let Some(run) = self.copied {
             return Some(SnapshotAction::Lift { run });
@@ -488,7 +489,7 @@ impl SnapshotEngine {
         action
     }
 
-    /// All protection is lifted first: nobody waits for what comes after.
+    /// All protection is lifted first: no thread waits for the steps that follow.
     fn undo(&mut self, outcome: SnapshotOutcome) -> Option<SnapshotAction> {
         #[cfg(test)]
         if self.armed && self.is_broken(SnapshotBreakage::StayProtected) {

@@ -1,4 +1,4 @@
-//! The source of a migration: rounds while the guest runs, one round while it stands still, and the one moment at which
+//! The source of a migration: rounds while the guest runs, one round while it is paused, and the one moment at which
 //! ownership passes.
 //!
 //! ```text
@@ -7,30 +7,30 @@
 //!   [ -> memory compared with what was sent ]
 //! postcopy, from the last sync on:
 //!   -> discards -> package without RUN -> COMMIT (RUN) -> [ send missing pages ]* -> taken -> end -> SHUT -> release
-//! the connection lost behind RUN:
+//! the connection lost after RUN:
 //!   -> reconnect -> compare what was received -> resume -> [ send missing pages ]* ...
 //! ```
 //!
-//! A connection for urgent pages is made behind the header and the first bytes of each further connection, or before the pause
-//! and before pages go on: that depends on the peer.
+//! A connection for urgent pages is made after the header and the first bytes of each further connection, or before the
+//! pause and before more pages are sent: that depends on the peer.
 //!
-//! A relay waits in front of COMMIT until the guest's own source has given the guest to it.
+//! A relay waits before COMMIT until the guest's own source has handed the guest over to it.
 //!
 //! # Orders that must hold
 //!
-//! A failure or a cancel before COMMIT leads to [`SourceAction::RollBack`], which gives unsent pages back to the
-//! dirty map, takes logs and throttle off and lets the guest run on. After COMMIT there is no way back:
-//! the guest never resumes here by itself, and a cancel is refused. Only a peer that says that it has not started the
-//! guest gives it back.
+//! A failure or a cancel before COMMIT leads to [`SourceAction::RollBack`], which gives unsent pages back to the dirty
+//! map, stops logs and throttling and lets the guest continue. After COMMIT there is no way back: the guest never
+//! resumes here by itself, and a cancel is refused. Only a peer that reports that it has not started the guest gives it
+//! back.
 //!
-//! In postcopy what is dirty is discarded before RUN, and the end is said when nothing is dirty and the peer has said that
-//! it took the guest.
+//! In postcopy the dirty pages are discarded before RUN, and the end is sent when no page is dirty and the peer has
+//! reported that it took the guest.
 //!
 //! # Inbox and outbox
 //!
 //! Events may come at any time, in any order: [`SourceEngine::handle`] takes each. One action at a time is taken from
-//! [`SourceEngine::poll`] and answered by one event. What ends a migration does so at once: the answer that an action under
-//! way still gets is of no account, and [`SourceEngine::wake_at`] calls the session back from it.
+//! [`SourceEngine::poll`] and answered by one event. An event that ends a migration does so at once: the answer that
+//! the current action still gets is ignored, and [`SourceEngine::wake_at`] calls the session back from that action.
 
 mod config;
 mod estimate;
@@ -90,42 +90,42 @@ impl SourceEngine {
         }
     }
 
-    /// Says when the guest is paused; before [`SourceEvent::Begin`].
+    /// Sets when the guest is paused; before [`SourceEvent::Begin`].
     pub fn set_switchover(&mut self, switchover: Switchover) {
         self.config.switchover = switchover;
     }
 
-    /// Says how long the guest may stand still; may change while it runs, and counts from the next sync on.
+    /// Sets the longest permitted downtime; may change while the guest runs, and applies from the next sync on.
     pub fn set_downtime_limit(&mut self, limit: Duration) {
         self.config.downtime_limit = limit;
     }
 
-    /// Says when a round behind the first is cut; may change while it runs.
+    /// Sets when a round after the first is cut; may change while the guest runs.
     pub fn set_longest_round(&mut self, time: Option<Duration>) {
         self.config.longest_round = time;
     }
 
-    /// Says what part of the downtime is spent whatever is dirty; may change while it runs.
+    /// Sets the part of the downtime that does not depend on the dirty pages; may change while the guest runs.
     pub fn set_fixed_downtime(&mut self, time: Duration) {
         self.config.fixed_downtime = time;
     }
 
-    /// Says how much device state there will be; may change while it runs.
+    /// Sets the size of the device state; may change while the guest runs.
     pub fn set_state_bytes(&mut self, bytes: u64) {
         self.config.state_bytes = bytes;
     }
 
-    /// Says whether pages travel as differences: a dirty one then need not take its whole length.
+    /// Sets whether pages are sent as differences: a dirty one then need not take its whole length.
     pub fn set_deltas(&mut self, deltas: bool) {
         self.path.deltas = deltas;
     }
 
-    /// Says how many bytes have been sent and not left this host: pages that are sent next wait for them.
+    /// Sets how many bytes have been sent and not left this host: pages that are sent next wait for them.
     pub fn set_under_way(&mut self, bytes: u64) {
         self.path.under_way = bytes;
     }
 
-    /// Says what was sent while the round was closed: on links with threads of their own often all of it.
+    /// Sets how much was sent while the round was closed: on links with threads of their own often all of it.
     pub fn set_sent_at_fence(&mut self, sent: Sent) {
         self.round.at_fence = sent;
     }
@@ -145,12 +145,12 @@ impl SourceEngine {
         self.phase.is_committed()
     }
 
-    /// True in the round that is sent while the guest stands still.
+    /// True in the round that is sent while the guest is paused.
     pub fn is_last_round(&self) -> bool {
         self.phase.is_last_round()
     }
 
-    /// The round under way, 0 before the first.
+    /// The current round, 0 before the first.
     pub fn round(&self) -> u32 {
         self.round.number
     }
@@ -192,7 +192,7 @@ impl SourceEngine {
             E::Working | E::Ready | E::Running | E::Taken | E::Requested => self.received(now, event),
             E::Woken | E::Continue | E::UpstreamStopped | E::GuestGiven => self.came(event),
             E::Done | E::SetUp { .. } | E::Synced { .. } | E::Sent { .. } | E::Filled { .. } => {
-                // Without an action under way there is nothing to answer: another event has ended it.
+                // Without a current action this is no answer: another event has ended the action.
                 if std::mem::take(&mut self.busy) {
                     self.answered(now, event);
                 }
@@ -200,7 +200,7 @@ impl SourceEngine {
         }
     }
 
-    /// The action under way is done.
+    /// The current action is done.
     fn answered(&mut self, now: Duration, answer: SourceEvent) {
         use {SourceAction as A, SourceEvent as E};
         match (self.phase, answer) {
@@ -265,7 +265,7 @@ impl SourceEngine {
         }
     }
 
-    /// The action under way failed, or the peer did.
+    /// The current action failed, or the peer did.
     fn failed(&mut self, event: SourceEvent) {
         let was_busy = std::mem::take(&mut self.busy);
         match self.phase {
@@ -275,9 +275,9 @@ impl SourceEngine {
             Phase::CheckingMemory if was_busy => self.finish(Outcome::Completed),
             Phase::RollingBack(reason) if was_busy => self.finish(Outcome::StaysHere(reason)),
             Phase::Releasing | Phase::CheckingMemory | Phase::RollingBack(_) => {}
-            // A peer that answers the last byte, or the package, with an error status has not started the guest: nothing is
-            // in doubt. In precopy a ramwire said READY before COMMIT, so its refusal after it proves nothing. Once a guest
-            // was taken among missing pages nobody can give it back.
+            // A peer that answers the last byte, or the package, with an error status has not started the guest:
+            // nothing is in doubt. In precopy a ramwire sent READY before COMMIT, so its refusal after COMMIT proves
+            // nothing. Once a guest was taken among missing pages it can't be given back.
             _ if event == SourceEvent::Refused && self.refusal_gives_back() => {
                 self.go(Phase::RollingBack(Reason::Failed), SourceAction::RollBack);
             }
@@ -286,7 +286,8 @@ impl SourceEngine {
         }
     }
 
-    /// The guest runs at the peer, and all here is as it was. What is found in memory changes nothing about who has the guest.
+    /// The guest runs at the peer, and memory here is unchanged. The result of its check changes nothing about who has
+    /// the guest.
     fn released(&mut self) {
         if self.config.memory_check && self.config.handover.has_ready() && !self.postcopy.begun {
             return self.go(Phase::CheckingMemory, SourceAction::CheckMemory);
@@ -321,7 +322,7 @@ impl SourceEngine {
         self.abandon(Reason::Failed);
     }
 
-    /// True if a live round ends although pages are left. The first one goes on: it is what there is to move.
+    /// True if a live round ends although pages are left. The first round is never cut: it is what there is to move.
     fn is_cut(&self, kind: RoundKind, now: Duration) -> bool {
         let took = now.saturating_sub(self.round.began);
         let is_long = self.round.number > 1 && self.config.longest_round.is_some_and(|most| took >= most);
@@ -355,10 +356,10 @@ impl SourceEngine {
             && !fits(self, self.path.under_way)
             && fits(self, 0);
         if waits {
-            // The link is busy all the same; what is sent now would be written again before it leaves.
+            // The link is busy in any case; pages sent now would be written again before they leave.
             return self.wait(Phase::Waiting, until);
         }
-        // A relay's rounds end when its guest's source says so.
+        // A relay's rounds end when its guest's source reports that it stopped the guest.
         if self.round.number > 0 && self.config.switchover == Switchover::WhenItFits {
             self.progress.round(dirty_pages);
         }
@@ -370,7 +371,7 @@ impl SourceEngine {
             Switchover::WhenUpstreamStops if dirty_pages == 0 => self.wait(Phase::Waiting, until),
             Switchover::WhenItFits if fits(self, self.path.under_way) => self.pause(),
             Switchover::WhenItFits if self.switch_is_due(now) => self.switch_to_postcopy(),
-            // A round of nothing gains nothing, whatever the estimate is.
+            // A round without pages gains nothing, however the estimate is.
             Switchover::WhenItFits
                 if dirty_pages == 0 && self.path.under_way == 0 && self.round.number > 0 =>
             {
@@ -394,7 +395,7 @@ impl SourceEngine {
         self.wake_at = Some(now + self.config.slice);
     }
 
-    /// Nobody gives away what is not theirs: a relay's guest first.
+    /// A guest must be owned before it is handed over: a relay first takes it from its source.
     fn commit(&mut self) {
         if self.config.switchover == Switchover::WhenUpstreamStops {
             return self.wait(Phase::AwaitingGuest, None);
@@ -406,7 +407,7 @@ impl SourceEngine {
         (self.phase, self.outbox, self.busy) = (Phase::Finished(outcome), None, false);
     }
 
-    /// What was to be done before and has not begun is left out.
+    /// An action that was decided before and has not begun is dropped.
     fn go(&mut self, phase: Phase, action: SourceAction) {
         (self.phase, self.outbox, self.busy, self.wake_at) = (phase, Some(action), false, None);
     }

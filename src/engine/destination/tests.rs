@@ -50,7 +50,7 @@ fn the_guest_runs_here_only_after_commit() {
     }
 }
 
-/// What the source finds, or that nothing is heard of it, changes nothing about who has the guest.
+/// The result of the source's memory check, or its absence, changes nothing about who has the guest.
 #[test]
 fn the_sources_memory_is_heard_of_only_once_the_guest_runs_here() {
     let steps = [
@@ -91,7 +91,8 @@ fn a_guest_that_may_run_here_is_not_let_run_at_the_source() {
     assert_eq!(native.step(Input::Done), Action::Finish(Ending::Stranded));
 }
 
-/// Before the guest is started a failure leaves it whole at the source; afterwards nobody is told to go on.
+/// Before the guest is started a failure leaves it intact at the source; afterwards no failure is reported to the
+/// source.
 #[test]
 fn p8_a_postcopy_that_fails_before_the_start_is_given_back_and_never_after_it() {
     let mut native = engine();
@@ -132,7 +133,8 @@ fn p8_a_postcopy_that_fails_before_the_start_is_given_back_and_never_after_it() 
     }
 }
 
-/// A source that has not heard that all has come connects again and hears it. Whether it does changes nothing about the guest.
+/// A source that has not received the report that all pages have arrived connects again and receives it. Whether it
+/// does changes nothing about the guest.
 #[test]
 fn p11_a_loss_of_the_last_word_is_no_end_and_never_takes_the_guest_back() {
     let steps = [
@@ -219,7 +221,8 @@ fn a_qemu_commits_with_its_last_byte() {
     assert_eq!(engine.step(Input::Failed), Action::Finish(Ending::Running));
 }
 
-/// Whatever comes and whenever: the guest is ours once only, and what was given away is never discarded by a cancel.
+/// Whatever event arrives, and at any time: the guest becomes ours only once, and a cancel never discards it after it
+/// was handed over.
 #[test]
 fn any_event_at_any_moment_starts_no_guest_that_is_not_ours() {
     let all = [

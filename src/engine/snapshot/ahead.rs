@@ -35,7 +35,7 @@ impl Cursor {
     }
 }
 
-/// What comes next while the guest runs.
+/// The next step while the guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
     Look,
@@ -43,7 +43,7 @@ pub(super) enum Next {
     Pause,
 }
 
-/// Passes over what is not protected. Each is shorter than the one before, since a guest opens less in less time.
+/// Passes over unprotected memory. Each is shorter than the one before, since a guest opens less in less time.
 #[derive(Debug, Default)]
 pub(super) struct Ahead {
     /// To be protected, again or for the first time.
@@ -71,11 +71,12 @@ impl Ahead {
     pub(super) fn protected(&mut self, run: PageRun) {
         self.open.remove(run);
         self.runs += 1;
-        // What is opened again behind it is left to the next pass, or a pass would never end.
+        // Pages that the cursor has passed and that are opened again are left to the next pass, otherwise a pass would
+        // never end.
         self.cursor = Cursor { block: run.block.0, page: run.end().0 };
     }
 
-    /// Protection of `run` was lifted; what of it is `known` is to be protected again.
+    /// Protection of `run` was lifted; those of its pages that are `known` are to be protected again.
     pub(super) fn opened(&mut self, known: &PageSet, run: PageRun) {
         let Some(pages) = known.block(run.block) else { return };
         let mut at = run.first;
@@ -91,7 +92,7 @@ impl Ahead {
         self.cursor = Cursor::default();
     }
 
-    /// What is left from here on.
+    /// The next open pages from here on.
     pub(super) fn next_open(&mut self, config: &SnapshotConfig) -> Option<PageRun> {
         self.cursor.next(&self.open, config.protect_pages)
     }
@@ -116,14 +117,14 @@ impl Ahead {
         if self.open.is_empty() || self.pass >= MAX_PASSES {
             return true;
         }
-        // What the first pass protects are large pieces; how long small ones take is known behind the second.
+        // The first pass protects large pieces; the time that small ones take is known only after the second.
         let Some(expected) = self.expected else { return false };
         let left = self.estimate(now);
         // A guest that opens as much as is protected.
         left <= config.pause_goal || left > expected / 4 * 3
     }
 
-    /// How long it would take to protect what is open.
+    /// Estimated time to protect all open pages.
     fn estimate(&self, now: Duration) -> Duration {
         let left = u32::try_from(self.open.runs().count()).unwrap_or(u32::MAX);
         now.saturating_sub(self.began) / self.runs.max(1) * left

@@ -1,4 +1,4 @@
-//! What a snapshot's engine asks for, and what it is told.
+//! Actions that a snapshot's engine requests, and events that it receives.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ pub struct SnapshotConfig {
     pub protect_pages: u64,
     /// Target pages that a write before the moment opens: a power of two, no less than the largest host page.
     pub lift_pages: u64,
-    /// The guest is paused as soon as what is left to protect takes no longer, if that can be reached.
+    /// The guest is paused as soon as protecting the rest takes no longer, if that can be reached.
     pub pause_goal: Duration,
     /// Without a free place for so long, while pages are to be copied, the snapshot fails.
     pub stall_timeout: Duration,
@@ -35,19 +35,19 @@ pub struct SnapshotConfig {
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SnapshotAction {
-    /// Write what comes before the pages. The guest runs.
+    /// Write the part before the pages. The guest runs.
     Open,
     /// Take the guest's promise to keep its memory, and get ready to protect it. Nothing is protected yet.
     Arm,
-    /// Find out which pages may hold something: [`SnapshotEvent::Found`] tells of those that were not told of before.
+    /// Find out which pages may hold data: [`SnapshotEvent::Found`] reports those that were not reported before.
     Look,
     /// Protect these pages.
     Protect {
         /// In whole host pages.
         run: PageRun,
     },
-    /// Begin to pause the guest, on another thread, since the guest's writes are served here until it stands still:
-    /// [`SnapshotEvent::Returned`] comes later. The same with the next two.
+    /// Begin to pause the guest, on another thread, since its writes are served here until it is paused:
+    /// [`SnapshotEvent::Returned`] follows later. The same holds for the next two.
     Pause,
     /// Begin to save its device state.
     SaveState,
@@ -60,14 +60,14 @@ pub enum SnapshotAction {
         /// Where to.
         place: Place,
     },
-    /// Lift the protection of these pages; whoever waits for them runs on.
+    /// Lift the protection of these pages; threads that wait for them continue.
     Lift {
         /// In whole host pages.
         run: PageRun,
     },
     /// Lift all protection.
     Disarm,
-    /// Write what comes behind the pages, and make it last.
+    /// Write the part after the pages, and make it durable.
     Close,
     /// Leave nothing that claims to be whole.
     Abandon,
@@ -75,7 +75,7 @@ pub enum SnapshotAction {
     Finish(SnapshotOutcome),
 }
 
-/// What has happened.
+/// Events.
 #[derive(Clone, Debug)]
 pub enum SnapshotEvent {
     /// Start.
@@ -87,7 +87,8 @@ pub enum SnapshotEvent {
     Found(PageSet),
     /// The action could not be done.
     Failed,
-    /// What was begun by [`SnapshotAction::Pause`], [`SnapshotAction::SaveState`] or [`SnapshotAction::Resume`] is over.
+    /// The call that [`SnapshotAction::Pause`], [`SnapshotAction::SaveState`] or [`SnapshotAction::Resume`] began has
+    /// returned.
     Returned {
         /// It was done.
         done: bool,
@@ -98,20 +99,20 @@ pub enum SnapshotEvent {
     Freed(Place),
     /// What takes the copies takes no more.
     Lost,
-    /// Somebody asks for the end.
+    /// The end is requested.
     Cancel,
     /// Nothing but time has passed.
     Time,
 }
 
-/// How a snapshot ended. The guest runs on, whatever it is.
+/// How a snapshot ended. The guest continues in every case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SnapshotOutcome {
     /// It is whole where it was written to.
     Taken,
     /// It could not be taken.
     Failed,
-    /// Somebody asked for the end.
+    /// The end was requested.
     Cancelled,
 }
 
@@ -131,12 +132,12 @@ pub(crate) enum SnapshotBreakage {
     StayProtected,
     /// A failure leaves the guest paused.
     StayPaused,
-    /// What was written is made last while the guest's resume may still fail.
+    /// The output is made durable while the guest's resume may still fail.
     CloseUnresumed,
     /// What a write before the moment has opened is not protected again.
     LeaveOpen,
-    /// Memory that is in use only since the first look is not looked for again.
+    /// Memory that is in use only since the first look is not found.
     LookOnce,
-    /// Nobody is let through while the guest is being paused.
+    /// No thread is let through while the guest is being paused.
     DeafWhilePausing,
 }

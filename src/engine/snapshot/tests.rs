@@ -33,7 +33,7 @@ fn config() -> SnapshotConfig {
 
 const NOW: Duration = Duration::ZERO;
 
-/// Does what is asked for, up to the action that `until` names, which is under way then.
+/// Performs the requested actions, up to the action `until`, which is then in progress.
 fn up_to(engine: &mut SnapshotEngine, until: SnapshotAction) {
     for _ in 0..100 {
         let action = engine.poll();
@@ -45,7 +45,7 @@ fn up_to(engine: &mut SnapshotEngine, until: SnapshotAction) {
     panic!("it does not come to {until:?}");
 }
 
-/// Pages that are told of once.
+/// Pages that are reported once.
 fn answer_to(action: Option<SnapshotAction>) -> SnapshotEvent {
     match action {
         Some(SnapshotAction::Look) => SnapshotEvent::Found(all(16)),
@@ -105,7 +105,8 @@ fn memory_is_protected_while_the_guest_runs_and_what_it_writes_again_while_it_st
     assert_eq!((engine.figures().early, engine.figures().faults), (3, 0));
 }
 
-/// A guest that opens as much as is protected is paused all the same; one that opens less and less, when little is left.
+/// A guest that opens as much as is protected is paused nevertheless; one that opens less and less, when little is
+/// left.
 #[test]
 fn passes_end_when_little_is_left_or_no_less() {
     for (opens, passes) in [([4, 4, 4, 4], 2), ([8, 4, 2, 1], 4)] {

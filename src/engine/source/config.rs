@@ -10,17 +10,17 @@ use crate::units::Rate;
 pub enum Switchover {
     /// When what is left fits the downtime limit at the measured rate.
     WhenItFits,
-    /// When the guest's own source says that it stopped (a relay).
+    /// When the guest's own source reports that it stopped (a relay).
     WhenUpstreamStops,
 }
 
-/// What becomes of a migration that has not come to its switchover in time.
+/// What happens to a migration that has not reached its switchover in time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnTimeout {
     /// It ends; the guest stays.
     #[default]
     Cancel,
-    /// The guest is paused and moves, however long it then stands still.
+    /// The guest is paused and migrates, however long the downtime is.
     Finish,
     /// The guest is paused for a moment and runs at the destination before its memory has come; only where postcopy was
     /// announced.
@@ -31,7 +31,7 @@ pub enum OnTimeout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PostcopyRule {
-    /// When it is asked for.
+    /// When it is requested.
     OnCommand,
     /// After so many rounds; 0: before the first page. A guest whose memory fits the downtime limit by then moves whole.
     AfterRounds(u32),
@@ -39,10 +39,11 @@ pub enum PostcopyRule {
     AfterTime(Duration),
 }
 
-/// When the connection for urgent pages of a postcopy is made (QEMU: postcopy-preempt), the first and each behind a lost one.
+/// When the connection for urgent pages of a postcopy is made (QEMU: postcopy-preempt), the first and each after a lost
+/// one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UrgentChannel {
-    /// Right behind the first bytes of the main connection: only then does the peer read on (QEMU 7.2).
+    /// Right after the first bytes of the main connection: only then does the peer read on (QEMU 7.2).
     Early,
     /// When the peer has shown that it reads, and before the guest is paused, or pages go on (QEMU from 8.0 on, a ramwire).
     Late,
@@ -51,7 +52,7 @@ pub enum UrgentChannel {
 /// How long the peer's answers are waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AnswerTimeouts {
-    /// From the last byte to READY, while the peer says that it is at work.
+    /// From the last byte to READY, while the peer reports that it is busy.
     pub ready: Duration,
     /// Without a sign of the peer.
     pub silence: Duration,
@@ -70,21 +71,22 @@ impl Default for AnswerTimeouts {
 /// What the source may do, and how long it may take.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
-    /// Longest time the guest may stand still.
+    /// Longest permitted downtime.
     pub downtime_limit: Duration,
-    /// Part of it that is spent whatever is dirty: the last sync, the digest, the peer's answers.
+    /// Part of it that does not depend on the dirty pages: the last sync, the digest, the peer's answers.
     pub fixed_downtime: Duration,
-    /// Bytes of device state, about, that are sent while the guest stands still.
+    /// Approximate number of bytes of device state that are sent while the guest is paused.
     pub state_bytes: u64,
-    /// What the link will carry while the guest stands still; `None`: what was measured.
+    /// Rate of the link while the guest is paused; `None`: the measured rate.
     pub switchover_rate: Option<Rate>,
-    /// When the guest must have been paused, from the start, and what becomes of the migration else.
+    /// When the guest must have been paused, counted from the start, and what happens to the migration otherwise.
     pub timeout: Option<(Duration, OnTimeout)>,
-    /// The peer is told that the guest may run there before its memory has come; the rule says when. `None`: it never does.
+    /// The peer is told that the guest may run there before all its memory has arrived; the rule gives the time.
+    /// `None`: it never does.
     pub postcopy: Option<PostcopyRule>,
     /// Requested pages have a connection of their own, which is made at this time. `None`: they go with the others.
     pub urgent: Option<UrgentChannel>,
-    /// A round behind the first that lasts longer is cut, so that the guest's writing is seen.
+    /// A round after the first that lasts longer is cut, so that the guest's writes are seen.
     pub longest_round: Option<Duration>,
     /// The paused guest waits for its embedder before its last pages are sent.
     pub holds: bool,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::engine::{Outcome, Reason, Sent};
 use crate::ram::RoundKind;
 
-/// Where a migration stands: an action of the session that is to be answered, or a wait.
+/// State of a migration: an action of the session that is to be answered, or a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     New,
@@ -35,7 +35,7 @@ pub(super) enum Phase {
     ComparingReceived,
     ResumingPages,
     AwaitingReady {
-        /// Whatever the peer says meanwhile.
+        /// Whatever the peer sends meanwhile.
         by: Duration,
     },
     AwaitingGuest,
@@ -81,14 +81,14 @@ impl Phase {
         )
     }
 
-    /// In the round that is sent while the guest stands still.
+    /// In the round that is sent while the guest is paused.
     pub(super) fn is_last_round(self) -> bool {
         use RoundKind::Final;
         matches!(self, Self::Opening(Final) | Self::Sending(Final) | Self::Closing(Final))
     }
 }
 
-/// What has become of a cancel that came too late.
+/// State of a cancel that came too late.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LateCancel {
     None,
@@ -106,6 +106,6 @@ pub(super) struct Round {
     /// Pages that it began with, and bytes that left in it.
     pub(super) pages: u64,
     pub(super) bytes: u64,
-    /// What was sent behind its last slice.
+    /// Bytes and pages sent after its last slice.
     pub(super) at_fence: Sent,
 }

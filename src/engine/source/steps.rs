@@ -1,18 +1,18 @@
-//! What a source is told, what it is to do, and what it waits for.
+//! Events that a source receives, actions that it is to perform, and what it waits for.
 
 use std::time::Duration;
 
 use crate::engine::{Handover, Outcome, Sent};
 use crate::ram::RoundKind;
 
-/// What a source is told. All but the answers may come at any time.
+/// Events for a source. All but the answers may arrive at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SourceEvent {
     /// Start.
     Begin,
 
-    /// Answer: the action under way is done.
+    /// Answer: the current action is done.
     Done,
     /// Answer: the setup is done; the peer turned out to be of this kind.
     SetUp {
@@ -37,29 +37,29 @@ pub enum SourceEvent {
         pages_left: u64,
     },
 
-    /// The action under way failed, or what is waited for can't come.
+    /// The current action failed, or the awaited event can't occur.
     Failed,
     /// The connection is lost.
     Lost,
     /// The time of [`wake_at`](super::SourceEngine::wake_at) is there.
     Woken,
 
-    /// The peer says that it is at work.
+    /// The peer reports that it is busy.
     Working,
     /// The peer has everything, and it is equal.
     Ready,
     /// The guest runs at the peer, or in postcopy: the peer has everything.
     Running,
-    /// Postcopy: the peer says that it takes the guest.
+    /// Postcopy: the peer reports that it takes the guest.
     Taken,
-    /// Postcopy: somebody at the peer waits for pages.
+    /// Postcopy: a thread at the peer waits for pages.
     Requested,
-    /// The peer says that it failed and that the guest does not run there.
+    /// The peer reports that it failed and that the guest does not run there.
     Refused,
 
-    /// The embedder asks for the end.
+    /// The embedder requests the end.
     Cancel,
-    /// The embedder asks for the switch to postcopy.
+    /// The embedder requests the switch to postcopy.
     StartPostcopy,
     /// The embedder lets a migration go on that waits with its paused guest.
     Continue,
@@ -83,7 +83,7 @@ pub enum SourceAction {
     OpenUrgent,
     /// Merge the dirty logs into the map.
     Sync {
-        /// The guest is paused: nothing may be dirty after this but what the map says.
+        /// The guest is paused: from here on only pages in the map may be dirty.
         last: bool,
     },
     /// Begin a round.
@@ -106,12 +106,11 @@ pub enum SourceAction {
     Drain,
     /// Send the device state, all but the byte that commits.
     SendState,
-    /// Postcopy: tell the peer which pages it is to forget.
+    /// Postcopy: send the peer the pages that it is to discard.
     SendDiscards,
     /// Postcopy: send the package with the device state, all but the command that starts the guest.
     SendPackage,
-    /// Postcopy: send missing pages, those first that somebody waits for, until
-    /// [`wake_at`](super::SourceEngine::wake_at).
+    /// Postcopy: send missing pages, requested ones first, until [`wake_at`](super::SourceEngine::wake_at).
     SendMissing,
     /// Postcopy: nothing is left; end the stream.
     EndPostcopy,
@@ -127,13 +126,14 @@ pub enum SourceAction {
     SendDigest,
     /// Give the guest away. From here on it is not ours.
     Commit,
-    /// A relay's peer was given the guest and has said nothing in time: tell the operator.
+    /// A relay's peer was given the guest and has sent nothing in time: report it to the operator.
     ReportSilence,
-    /// A cancel came when the guest was given away already. Said once; no answer is due.
+    /// A cancel arrived when the guest was already handed over. Reported once; no answer is due.
     RefuseCancel,
     /// Success: logs off, memory may go.
     Release,
-    /// The guest runs at the peer, and memory stands still here: compare it with what was sent of it, and tell the peer.
+    /// The guest runs at the peer, and memory here no longer changes: compare it with what was sent, and report the
+    /// result to the peer.
     CheckMemory,
     /// Failure before COMMIT: unsent pages back into the map, logs off, guest runs.
     RollBack,
@@ -141,13 +141,13 @@ pub enum SourceAction {
     Finish(Outcome),
 }
 
-/// What is waited for while nothing is to be done.
+/// What the source waits for while it has no action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Waiting {
-    /// What is under way to leave, or a relay's source to stop its guest.
+    /// Bytes in flight to leave, or a relay's source to stop its guest.
     Moment,
-    /// The guest stands still: the embedder lets the migration go on.
+    /// The guest is paused: the embedder to continue the migration.
     Embedder,
     /// The peer has everything.
     Ready,
@@ -155,9 +155,9 @@ pub enum Waiting {
     Guest,
     /// Postcopy: the peer takes the guest.
     Taken,
-    /// The peer says that the guest runs.
+    /// The peer's report that the guest runs.
     Running,
-    /// A relay in doubt: a late answer of the peer, for as long as it is of use.
+    /// A relay in doubt: a late answer of the peer, as long as it is of use.
     LateAnswer,
 }
 
@@ -167,7 +167,7 @@ pub enum Waiting {
 pub enum Overdue {
     /// The switchover.
     Switchover(Duration),
-    /// READY, though the peer went on saying that it is at work.
+    /// READY, though the peer went on reporting that it is busy.
     Ready(Duration),
     /// READY, and the peer was silent.
     Sign(Duration),

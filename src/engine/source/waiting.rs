@@ -1,4 +1,4 @@
-//! While nothing is to be done: what is waited for, until when, and what its coming means.
+//! Waits while there is no action: what the source waits for, until when, and what its arrival means.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use super::{Overdue, Phase, SourceAction, SourceEngine, SourceEvent, Switchover,
 use crate::engine::Reason;
 
 impl SourceEngine {
-    /// What is waited for; `None` while something is to be done or being done.
+    /// What the source waits for; `None` while there is an action, begun or not.
     pub fn waits_for(&self) -> Option<Waiting> {
         match self.phase {
             Phase::Waiting => Some(Waiting::Moment),
@@ -20,14 +20,13 @@ impl SourceEngine {
         }
     }
 
-    /// When the session is to come back, by the engine's clock: from the action under way, to the next
-    /// [`poll`](Self::poll), or from its wait, with [`SourceEvent::Woken`]. `None`: when the action is done, or with the
-    /// next event.
+    /// When the session is to return, by the engine's clock: from the current action, to the next [`poll`](Self::poll),
+    /// or from its wait, with [`SourceEvent::Woken`]. `None`: when the action is done, or with the next event.
     pub fn wake_at(&self) -> Option<Duration> {
         if self.has_news() { Some(Duration::ZERO) } else { self.wake_at }
     }
 
-    /// True if it is the peer's turn to say `event`. What it says out of turn fails the migration.
+    /// True if it is the peer's turn to send `event`. A message out of turn fails the migration.
     pub fn expects(&self, event: SourceEvent) -> bool {
         match event {
             SourceEvent::Ready => matches!(self.phase, Phase::AwaitingReady { .. }),
@@ -42,7 +41,7 @@ impl SourceEngine {
         self.overdue
     }
 
-    /// The peer says something.
+    /// The peer sent a message.
     pub(super) fn received(&mut self, now: Duration, event: SourceEvent) {
         match (self.phase, event) {
             (
@@ -96,7 +95,7 @@ impl SourceEngine {
         self.overdue = Some(overdue);
         let relays = self.config.switchover == Switchover::WhenUpstreamStops;
         if relays && matches!(overdue, Overdue::Running(_)) {
-            // Its far end may only have stood still.
+            // Its far end may only have been stalled.
             return self.go(Phase::Reporting, SourceAction::ReportSilence);
         }
         self.abandon(Reason::Failed);
@@ -112,7 +111,7 @@ impl SourceEngine {
         self.wake_at = Some(by.min(now + self.config.answers.silence));
     }
 
-    /// Where the peer does not say it, it is so.
+    /// Where the peer sends no RUNNING, the guest is taken to run.
     pub(super) fn await_running(&mut self, now: Duration) {
         if !self.config.handover.has_running() {
             return self.go(Phase::Releasing, SourceAction::Release);

@@ -54,7 +54,7 @@ fn before_commit_the_guest_stays_after_it_never_resumes() {
     }
 }
 
-/// Memory is looked at only where the guest is known to run elsewhere, and nothing that happens then is a failure.
+/// Memory is compared only where the guest is known to run elsewhere, and nothing that happens then is a failure.
 #[test]
 fn memory_is_compared_once_the_guest_runs_there() {
     for (at_release, at_check) in
@@ -132,7 +132,7 @@ fn a_held_switchover_waits_between_the_pause_and_the_last_sync() {
     assert_eq!(engine.step(at, E::Continue), Does(A::Sync { last: true }));
 }
 
-/// The waits for READY: of a peer that says that it is at work, and of one that says nothing.
+/// The waits for READY: of a peer that reports that it is busy, and of a silent one.
 #[test]
 fn an_answer_that_does_not_come_ends_the_wait() {
     let secs = Duration::from_secs;
@@ -168,7 +168,7 @@ fn an_answer_that_does_not_come_ends_the_wait() {
     assert_eq!(given.overdue(), Some(Overdue::Running(secs(20))));
 }
 
-/// A relay in doubt goes on listening, and a late answer ends the doubt.
+/// A relay in doubt continues to wait for messages, and a late answer ends the doubt.
 #[test]
 fn a_relay_whose_far_end_is_silent_reports_it_and_listens_on() {
     for (late, end) in [(E::Running, Does(A::Release)), (E::Failed, end_of(Outcome::InDoubt))] {
