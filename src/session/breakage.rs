@@ -29,25 +29,25 @@ pub(super) enum Breakage {
     ResumeAfterCommit,
     /// Order 6: a cancel breaks the wait for RUNNING.
     BreakOffAfterCommit,
-    /// Orders 3 and 6: the source says that it is done, and its memory free for others, when it has said COMMIT.
+    /// Orders 3 and 6: the source reports that it is done, and its memory free for other uses, when it has sent COMMIT.
     CompleteAtCommit,
     /// Order 4: a panic of a callback ends the session.
     DieOfPanic,
-    /// Order 6: a guest whose start panicked is taken for one that stands still.
+    /// Order 6: a guest whose start panicked is assumed to be paused.
     TrustPanickedStart,
     /// Order 6: the destination does not wait for COMMIT.
     ResumeBeforeCommit,
-    /// Order 6: the destination says READY whatever the digests say.
+    /// Order 6: the destination sends READY whatever the digests are.
     SkipComparing,
-    /// Order 6: the destination says READY whatever was sent and not placed.
+    /// Order 6: the destination sends READY whatever was sent and not placed.
     SkipCounting,
     /// Order 12: the device state is loaded into memory that was passed before it is given away.
     LoadBeforeCommit,
     /// Orders 4 and 12: after a failure memory that was passed is taken for the destination's.
     ForgetPassed,
-    /// Order 6: the destination says READY whatever the fingerprints say.
+    /// Order 6: the destination sends READY whatever the fingerprints are.
     SkipFingerprints,
-    /// Order 2: the destination places an older copy of a page behind a newer one.
+    /// Order 2: the destination places an older copy of a page after a newer one.
     PlaceStale,
     /// The destination counts a page that it does not place.
     SkipPage,
@@ -57,15 +57,15 @@ pub(super) enum Breakage {
     SkipDiscard,
     /// Order 5: the source ends a postcopy while pages are missing.
     EndEarly,
-    /// In postcopy the source sends pages that nobody waits for as long as the connection takes them.
+    /// In postcopy the source sends background pages as long as the connection takes them.
     FillUnbounded,
     /// A host page that has left in part on the main connection goes on as urgent.
     SplitHostPage,
     /// The connection for urgent pages of a peer that reads nothing before is made as later peers want it.
     OpenUrgentLate,
-    /// Behind a lost connection there is none for urgent pages.
+    /// After a lost connection there is none for urgent pages.
     SkipUrgentAgain,
-    /// A lost connection to a QEMU with one for urgent pages is followed by another although nobody says so.
+    /// A lost connection to a QEMU that has one for urgent pages is replaced without a command.
     ReconnectUntold,
     /// Memory is given back when its pages have been sent.
     ReleaseSent,
@@ -77,7 +77,7 @@ pub(super) enum Breakage {
     SkipBitmaps,
     /// After a lost connection the first page goes on in the block of the last.
     KeepCurrentBlock,
-    /// Order 6: the source lets the guest run when the connection is lost behind the switch.
+    /// Order 6: the source resumes the guest when the connection is lost after the switch.
     ResumeAfterLoss,
     /// A relay over RDMA looks for the pages of the last round before it.
     ScanBeforeFinish,
@@ -85,7 +85,7 @@ pub(super) enum Breakage {
     RegisterUnpromised,
     /// The destination takes memory that no page has come to for zero, whatever it held before.
     TrustMemory,
-    /// Bytes copied, then marked: the destination tells of a page before it is there.
+    /// Bytes are to be copied, then marked: the destination reports a page before it is there.
     MarkBeforeCopy,
     /// A hint leaves the log of its pages as it is.
     HintUnprotected,
@@ -99,11 +99,11 @@ pub(super) enum Breakage {
     ForgetPlugged,
     /// The digest covers pages that were left out.
     CompareSkipped,
-    /// A relay tells the source that the guest runs when it gives it away.
+    /// A relay reports to the source that the guest runs when it hands the guest over.
     TellBeforeFarEnd,
-    /// A relay takes a far end that says nothing for one that has failed.
+    /// A relay takes a silent far end for one that has failed.
     DoubtIsFailure,
-    /// A relay asks for the guest before its far end could take it.
+    /// A relay requests the guest before its far end could take it.
     AskBeforeFarEnd,
     /// A relay gives the guest away before it has it.
     GiveBeforeGiven,

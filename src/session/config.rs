@@ -20,23 +20,25 @@ use crate::session::{Incoming, Peer};
 pub struct PostcopySettings {
     /// When the switch comes of itself; [`Control::start_postcopy`](super::Control::start_postcopy) asks for it sooner.
     pub rule: PostcopyRule,
-    /// Most bytes a second after the switch (QEMU's `max-postcopy-bandwidth`); no limit. Pages that a thread waits for leave
-    /// at once all the same.
+    /// Maximum number of bytes a second after the switch (QEMU's `max-postcopy-bandwidth`); no limit. Requested pages
+    /// are always sent immediately.
     pub max_bandwidth: Option<Rate>,
-    /// How long a lost connection may be followed by another, each time that it is lost, where
-    /// [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect) says how. The guest runs on at the
-    /// destination meanwhile, and waits where it touches a page that is missing. 0: the loss is the end,
+    /// How long a lost connection may be followed by another, each time that it is lost, as defined by
+    /// [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect). Meanwhile the guest continues at the
+    /// destination; a thread that touches a missing page waits. 0: the loss is the end,
     /// [`Outcome::Incomplete`](crate::engine::Outcome::Incomplete).
     pub reconnect_timeout: Duration,
-    /// Requested pages go on a connection of their own, behind no others (QEMU's `postcopy-preempt`, which the destination must
-    /// have set as well); false. Towards a QEMU a lost connection is then followed by another only when
-    /// [`Control::recover`](super::Control::recover) says so, which is to be called once that QEMU is `postcopy-paused` and
-    /// listens: a QEMU from 10.1 on ends on a connection that comes before. [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect) says how it is made.
+    /// Requested pages are sent on a connection of their own, so that they wait for no others (QEMU's
+    /// `postcopy-preempt`, which the destination must have set as well); false. Towards a QEMU a lost connection is
+    /// then followed by another only after [`Control::recover`](super::Control::recover), which is to be called once
+    /// that QEMU is `postcopy-paused` and listens: a QEMU from 10.1 on ends on a connection that arrives earlier.
+    /// [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect) defines how it is made.
     pub preempt: bool,
-    /// Behind the switch the guest's memory is given back to the kernel ([`GuestMemory::discard`](crate::guest::GuestMemory::discard))
-    /// as the destination proves that it has it, a ramwire or a QEMU; false. Unlike QEMU's `release-ram`, which gives pages back
-    /// as they are sent, it leaves a lost connection replaceable. Not for memory whose bytes are kept elsewhere by the same
-    /// mapping: a shared file loses them. If the guest is lost at the destination, nothing of it is left here.
+    /// After the switch the guest's memory is given back to the kernel
+    /// ([`GuestMemory::discard`](crate::guest::GuestMemory::discard)) as the destination proves that it has it, a
+    /// ramwire or a QEMU; false. Unlike QEMU's `release-ram`, which gives pages back as they are sent, it leaves a lost
+    /// connection replaceable. Not for memory whose bytes are kept elsewhere by the same mapping: a shared file loses
+    /// them. If the guest is lost at the destination, nothing of it is left here.
     pub release_ram: bool,
 }
 
@@ -61,13 +63,13 @@ pub enum Verify {
     /// Only the numbers of pages are compared.
     #[default]
     Off,
-    /// A fingerprint (64 bits) of each page, made when it is sent and when it is placed, is compared after each round, and
-    /// before READY. The cost in the downtime follows the pages of the last round. Once the guest runs at the destination the
-    /// source compares its memory, which stands still, with what it has sent: that finds a write that a dirty source has
-    /// lost ([`MemoryCheck`](super::MemoryCheck)). Both sessions end after it. Takes 0.2 % of RAM at the source, and 0.4 % at
-    /// the destination.
+    /// A fingerprint (64 bits) of each page, made when it is sent and when it is placed, is compared after each round,
+    /// and before READY. The cost in the downtime follows the pages of the last round. Once the guest runs at the
+    /// destination the source compares its memory, which no longer changes, with what it has sent: that finds a write
+    /// that a dirty source has lost ([`MemoryCheck`](super::MemoryCheck)). Both sessions end after it. Takes 0.2 % of
+    /// RAM at the source, and 0.4 % at the destination.
     Fast,
-    /// A digest of all RAM and the device state is made at both ends while the guest stands still, and compared before the
+    /// A digest of all RAM and the device state is made at both ends while the guest is paused, and compared before the
     /// guest is handed over.
     Full,
 }
@@ -76,9 +78,9 @@ pub enum Verify {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct SourceSettings {
-    /// Longest time the guest may stand still; 300 ms.
+    /// Longest permitted downtime; 300 ms.
     pub downtime_limit: Duration,
-    /// Most bytes a second while the guest runs; no limit. Without effect while the guest stands still.
+    /// Maximum number of bytes a second while the guest runs; no limit. Without effect while the guest is paused.
     pub max_bandwidth: Option<Rate>,
     /// How a guest that writes faster than its pages leave is slowed down; not at all.
     pub throttling: Option<ThrottlePolicy>,
@@ -90,11 +92,11 @@ pub struct SourceSettings {
     /// The guest may run at the destination before its memory has come; both ends must agree (QEMU's `postcopy-ram`). The
     /// destination empties its memory for it. `None`: it moves whole.
     pub postcopy: Option<PostcopySettings>,
-    /// What the link will carry while the guest stands still, for the estimate of the downtime (QEMU's
-    /// `avail-switchover-bandwidth`); what was measured.
+    /// Rate of the link while the guest is paused, for the estimate of the downtime (QEMU's
+    /// `avail-switchover-bandwidth`); the measured rate.
     pub switchover_bandwidth: Option<Rate>,
-    /// The paused guest waits for [`Control::continue_switchover`](super::Control::continue_switchover), for what must be
-    /// handed over while it stands still, such as disks (QEMU's `pause-before-switchover`); false.
+    /// The paused guest waits for [`Control::continue_switchover`](super::Control::continue_switchover), for resources
+    /// that must be handed over while it is paused, such as disks (QEMU's `pause-before-switchover`); false.
     pub pause_before_switchover: bool,
     /// Where zero pages are found.
     pub zero_detection: ZeroDetection,
@@ -103,41 +105,42 @@ pub struct SourceSettings {
     /// Both ends are on this host and share its cores: what both do at once takes twice as long. Counts for the
     /// estimate of the downtime.
     pub same_host: bool,
-    /// How long a destination that is connected may take until it reads, and says by its answers whether it is a ramwire
-    /// or a QEMU; 30 s. Silence ends the migration before a page is sent: it tells nothing about the peer.
+    /// How long a destination that is connected may take until it reads, and shows by its answers whether it is a
+    /// ramwire or a QEMU; 30 s. Silence ends the migration before a page is sent, since it shows nothing about the
+    /// peer.
     pub greeting_timeout: Duration,
     /// Without a byte or an answer for this long before COMMIT the migration fails; 30 s.
     pub stall_timeout: Duration,
     /// Without RUNNING for this long after COMMIT the outcome is in doubt; 60 s.
     pub finish_timeout: Duration,
-    /// What the peer is, where the caller knows; else it is found out by the greeting. A ramwire is greeted all the same,
-    /// and a peer that is none ends the migration before a page is sent; a QEMU is not greeted.
+    /// The kind of the peer, if the caller knows it; otherwise the greeting finds it out. A ramwire is greeted in
+    /// either case, and a peer that is none ends the migration before a page is sent; a QEMU is not greeted.
     pub peer: Option<Peer>,
-    /// How a QEMU peer wants its stream. Follows the machine's name; a machine that tells nothing gets what every
+    /// How a QEMU peer wants its stream. Follows the machine's name; a machine whose name shows nothing gets what every
     /// QEMU reads, which page channels have not.
     pub style: Option<PeerStyle>,
     /// Pages in one chunk of the clear map.
     pub clear_shift: ClearShift,
-    /// What the stream says of the machine; a QEMU compares it with its own.
+    /// The machine as the stream describes it; a QEMU compares it with its own.
     pub configuration: Configuration,
     /// Whether there is a configuration section and footers: as the machine at the other end expects. Both.
     pub framing: Framing,
-    /// What this VMM tells the VMM at the other end before that provides memory, as bytes of their own making: its devices,
-    /// its CPU model, a version. Only between ramwires; towards a QEMU, and over a connection without a return path, the
-    /// migration ends with [`Error::Config`](super::Error::Config) before a page is sent. Empty: nothing. The destination
-    /// finds it in [`Incoming::vmm_configuration`].
+    /// Data that this VMM sends to the VMM at the other end before that provides memory, in a format of their own: its
+    /// devices, its CPU model, a version. Only between ramwires; towards a QEMU, and over a connection without a return
+    /// path, the migration ends with [`Error::Config`](super::Error::Config) before a page is sent. Empty: nothing. The
+    /// destination finds it in [`Incoming::vmm_configuration`].
     pub vmm_configuration: Vec<u8>,
-    /// Memory that has a file behind it ([`HostRegion::shared_file`](crate::sys::HostRegion::shared_file)) goes as a descriptor, and
-    /// no page of it travels; the rest goes page by page. Only to a ramwire that
-    /// [takes it](DestinationSettings::take_memory), over a UNIX socket; elsewhere all memory goes page by page. Such files are
-    /// sealed against becoming shorter, where they can be, and stay so. After COMMIT nobody at the source may write to
-    /// memory that was passed ([`SourceReport::passed`](super::SourceReport::passed)), or punch holes into its file: it is the
-    /// destination's guest. Not together with [`postcopy`](Self::postcopy). False.
+    /// Memory that has a backing file ([`HostRegion::shared_file`](crate::sys::HostRegion::shared_file)) is passed as a
+    /// descriptor, and none of its pages is sent; the rest is sent page by page. Only to a ramwire that [takes
+    /// it](DestinationSettings::take_memory), over a UNIX socket; elsewhere all memory is sent page by page. Such files
+    /// are sealed against becoming shorter, where they can be, and stay so. After COMMIT nothing at the source may
+    /// write to memory that was passed ([`SourceReport::passed`](super::SourceReport::passed)), or punch holes into its
+    /// file: it is the destination's guest. Not together with [`postcopy`](Self::postcopy). False.
     pub pass_memory: bool,
     /// Bytes of sections that go between the block list and the first page, as they were captured.
     pub early_sections: Vec<u8>,
-    /// The guest stands still already, and does until it has arrived: nothing writes to its memory. Only such a guest may
-    /// come without a dirty source; false. It is "paused" and, after a failure, "resumed" like any other: its
+    /// The guest is already paused, and stays so until it has arrived: nothing writes to its memory. Only such a guest
+    /// may have no dirty source; false. It is "paused" and, after a failure, "resumed" like any other: its
     /// [`GuestControl`](crate::guest::GuestControl) leaves it as it was.
     pub guest_stands_still: bool,
     /// Every page is sent at least once. Without it only what the dirty sources report travels.
@@ -188,8 +191,8 @@ impl SourceSettings {
         }
     }
 
-    /// Takes over what another source said of its machine, for sending its guest on. A style that was not
-    /// given follows the machine.
+    /// Takes over how another source described its machine, for sending its guest on. A style that was not given
+    /// follows the machine.
     pub fn adopt(&mut self, incoming: &Incoming) {
         if self.peer.is_none() {
             let style = PeerStyle::of_source(&incoming.configuration.machine, &incoming.seen);
@@ -217,10 +220,10 @@ pub struct DestinationSettings {
     /// Take a QEMU's device state that ends with the connection instead of its VM description. Only from a
     /// source without a return path: one with it waits for our word before it closes.
     pub accept_missing_description: bool,
-    /// Whether a source may switch to postcopy: the guest then runs here before its memory is whole. `false`: refused when
-    /// the source says that it may.
+    /// Whether a source may switch to postcopy: the guest then runs here before its memory is complete. `false`:
+    /// refused when the source announces that it may switch.
     pub postcopy: bool,
-    /// Pages that were written by the file behind the memory are mapped behind their arrival, by a thread that runs only
+    /// Pages that were written through the backing file are mapped after their arrival, by a thread that runs only
     /// while a core is idle, so that the guest meets fewer faults. True; of no use where no guest runs here.
     pub map_behind: bool,
     /// A source on this host may pass memory as descriptors ([`Incoming::passed`](super::Incoming::passed)), which the

@@ -1,7 +1,7 @@
-//! Whether RAM and device state arrived as they left.
+//! Checks that RAM and device state arrived as they were sent.
 //!
-//! XXH3 (64 bits) of every 16 MiB range of every block, made on all cores while the guest stands still: an
-//! earlier digest could not see a lost dirty bit. It guards against loss, not against a forger.
+//! XXH3 (64 bits) of every 16 MiB range of every block, made on all cores while the guest is paused: an earlier digest
+//! could not see a lost dirty bit. It guards against loss, not against a forger.
 
 use std::sync::Arc;
 
@@ -32,7 +32,7 @@ pub enum Mismatch {
         block: BlockName,
         /// Start of the first range that differs.
         from: BlockOffset,
-        /// End of the last range that differs without a gap behind it.
+        /// End of the last differing range that has no gap after it.
         to: u64,
     },
     /// The device state.
@@ -53,9 +53,9 @@ pub enum Mismatch {
 pub(crate) struct Digest(pub Vec<u64>);
 
 impl Digest {
-    /// Reads all RAM of `guest`, which must stand still, but the pages that were not sent: those count as zeros and are
-    /// not looked at. `carried` is what the stream tells beside RAM and
-    /// device state, as the session carries it. `still_at_it` is called about once a second.
+    /// Reads all RAM of `guest`, which must be paused, except the pages that were not sent: those count as zeros and
+    /// are not read. `carried` is the content of the stream other than RAM and device state, as the session carries it.
+    /// `still_at_it` is called about once a second.
     ///
     /// # Errors
     /// [`Error::Guest`], [`Error::Thread`] and what `still_at_it` answers.
@@ -129,7 +129,7 @@ impl Digest {
     }
 }
 
-/// What a stream tells of the machine and is not understood: a changed byte of it must be seen too.
+/// The part of the stream about the machine that is not interpreted: a changed byte in it must be detected, too.
 pub(super) fn carried(
     framing: Framing,
     (configuration, of_vmm): (&Configuration, &[u8]),

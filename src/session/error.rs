@@ -20,7 +20,7 @@ pub enum ErrorKind {
     Config,
     /// This host or this VMM could not do it.
     Local,
-    /// The peer broke the protocol or said that it failed.
+    /// The peer broke the protocol or reported that it failed.
     Peer,
     /// The connection failed.
     Channel,
@@ -87,13 +87,13 @@ pub enum Error {
         /// What was being received.
         inside: &'static str,
     },
-    /// The peer said that it failed.
+    /// The peer reported that it failed.
     #[error("the peer failed: {why}")]
     PeerFailed {
         /// Its words, or what it did.
         why: String,
     },
-    /// The peer said something at a moment at which it means nothing.
+    /// The peer sent a message at a moment at which it has no meaning.
     #[error("the peer sent {what} while {while_doing}{}", place(*at))]
     OutOfTurn {
         /// What came.
@@ -103,7 +103,7 @@ pub enum Error {
         /// What was due.
         while_doing: &'static str,
     },
-    /// The peer is there and does not say what is due.
+    /// The peer is connected and does not send the message that is due.
     #[error("the destination did not say {what} within {} s; {remedy}", after.as_secs_f32())]
     NoAnswer {
         /// What was due.
@@ -148,8 +148,8 @@ pub enum Error {
     /// The ends have different numbers of page channels.
     #[error(transparent)]
     Channels(#[from] ChannelMismatch),
-    /// The connection of a source with page channels failed before the first round was through, and the destination is no
-    /// ramwire, which would have said how many it has.
+    /// The connection of a source with page channels failed before the first round was through, and the destination is
+    /// no ramwire, which would have reported how many it has.
     #[error(
         "the connection failed before the end of the first round, with {channels} page channels; the destination may have another \
          number: {}",
@@ -167,7 +167,7 @@ pub enum Error {
     /// It was cancelled on request.
     #[error("cancelled; the guest runs on at the source")]
     Cancelled,
-    /// What another process says of its memory.
+    /// Wrong information from another process about its memory.
     #[error(transparent)]
     Handed(#[from] HandedError),
     /// Memory of the guest could not be passed to the destination.
@@ -261,7 +261,7 @@ impl Error {
         }
     }
 
-    /// Tells where in the peer's stream it was found: `at` bytes from its start.
+    /// States where in the peer's stream it was found: `at` bytes from its start.
     pub(super) fn at(self, offset: u64) -> Self {
         match self {
             Self::Decode(error) => Self::Decode(error.based(offset)),

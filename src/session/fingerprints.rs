@@ -15,8 +15,8 @@ use crate::session::workers::Spawner;
 use crate::stream::native::{Finding, Range};
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
-/// What the source has found in its memory, which stands still, once the guest ran at the destination: whether it holds what
-/// was sent of it last. Pages that were left out are not looked at.
+/// The result of the source's memory check, made after the guest ran at the destination: whether memory, which no
+/// longer changes, holds what was last sent of it. Pages that were left out are not compared.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MemoryCheck {
@@ -36,7 +36,7 @@ pub enum MemoryCheck {
         /// All pages that differ.
         pages: u64,
     },
-    /// It was not compared, or nobody could tell the result.
+    /// It was not compared, or the result could not be determined.
     NotMade {
         /// Why.
         why: String,
@@ -106,8 +106,8 @@ struct Part {
     first: Option<PageRun>,
 }
 
-/// Compares all of `guest`, which stands still, with `prints`, but what is in `unsent`. `whole`: every page was sent, so that
-/// one without a fingerprint differs, too. `still_at_it` is called about once a second.
+/// Compares all of `guest`, which is paused, with `prints`, except the pages in `unsent`. `whole`: every page was sent,
+/// so that one without a fingerprint differs, too. `still_at_it` is called about once a second.
 ///
 /// # Errors
 /// [`Error::Guest`], [`Error::Thread`] and what `still_at_it` answers.

@@ -38,7 +38,7 @@ impl PassedBlock {
         Self::received(name, Some(descriptor), (0, len))
     }
 
-    /// What a MEMORY command tells, with the descriptor that came with it.
+    /// The content of a MEMORY command, with the descriptor that arrived with it.
     ///
     /// # Errors
     /// [`Error::Passed`]: no descriptor came, or one of something else than this much memory.
@@ -182,10 +182,10 @@ pub(super) struct PassedMemory {
 }
 
 impl PassedMemory {
-    /// The memory of `inner`; `is_passed` tells which blocks.
+    /// The memory of `inner`; `is_passed` returns whether a block is passed.
     ///
     /// # Errors
-    /// None with a table that stands.
+    /// None with a valid table.
     pub(super) fn over(
         inner: Arc<dyn GuestMemory>,
         is_passed: impl Fn(&RamBlock) -> bool,

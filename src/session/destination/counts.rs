@@ -1,5 +1,5 @@
-//! What the source has told of itself and what it has sent: page channels are compared before the first page, pages
-//! before READY.
+//! What the source has reported about itself and what it has sent: page channels are compared before the first page,
+//! pages before READY.
 
 use crate::engine::{agree_on_channels, compare_counts};
 use crate::error::Remedy;
@@ -17,7 +17,7 @@ use super::digests::Digests;
 use super::fingerprints::Compared;
 use super::receive::out_of_turn;
 
-/// What the source has told of itself and of the pages it sent.
+/// What the source has reported about itself and about the pages it sent.
 #[derive(Debug, Default)]
 pub(super) struct SourceTold {
     /// It reads answers.
@@ -70,22 +70,22 @@ pub(super) fn no_channels_here() -> Error {
 }
 
 impl DestinationSession {
-    /// A connection that nobody reads loses its pages, and one that does not exist is waited for in vain.
+    /// A connection that is not read loses its pages, and one that does not exist would be waited for in vain.
     pub(super) fn agree_on_channels(&mut self) -> Result<(), Error> {
         let ours = self.wire.link.abilities().page_channels;
         Ok(agree_on_channels(self.told.channels, ours)?)
     }
 
-    /// Packets of page channels that were sent and have not come. A ramwire has told how many channels it has, and tells of
-    /// each page.
+    /// Packets of page channels that were sent and have not arrived. A ramwire has sent the number of its channels, and
+    /// reports each page.
     pub(super) fn check_packets(&mut self) -> Result<(), Error> {
         let missing = self.wire.link.missing_packets().filter(|_| !self.driver.engine.is_native());
         missing.map_or(Ok(()), |missing| Err(more_channels_there(missing)))
     }
 
-    /// A QEMU says nothing between two rounds while it waits for its operator (pause-before-switchover); the footer of the
-    /// last one may still be in its buffer then. It has sent pages before. One of which none has come may wait for somebody
-    /// to read its page channels. A ramwire says that it is alive.
+    /// A QEMU sends nothing between two rounds while it waits for its operator (pause-before-switchover); the footer of
+    /// the last round may still be in its buffer then. Such a QEMU has sent pages before. One from which no page has
+    /// arrived may be waiting until its page channels are read. A ramwire sends keepalives.
     pub(super) fn may_hold_its_switchover(&mut self) -> bool {
         self.ingest.sections().between_rounds()
             && !self.driver.engine.is_native()
@@ -121,11 +121,11 @@ impl DestinationSession {
         }
     }
 
-    /// RAM has ended, and not one whole page of it came in the stream, and some pages not at all: they went on page channels
-    /// that nobody reads. Of a QEMU whose barriers are no records (7.2) nothing else tells that it has some. What a guest
-    /// need not send, free pages say, is never all that holds anything.
+    /// RAM has ended, and not one whole page of it arrived in the stream, and some pages not at all: they were sent on
+    /// page channels that are not read. If the barriers of a QEMU are no records (7.2), nothing else shows that it has
+    /// page channels. The pages that a guest need not send, such as free pages, are never all pages with contents.
     pub(super) fn refuse_unread_channels(&mut self) -> Result<(), Error> {
-        // Only beside a socket are there connections that nobody reads.
+        // Only next to a socket can there be connections that are not read.
         let alone = self.wire.link.stream().descriptor().is_none();
         let able = self.wire.link.abilities();
         let beside = alone || able.page_channels > 0 || able.has_rounds;
@@ -136,8 +136,8 @@ impl DestinationSession {
         }
         let placing = self.ingest.placing()?;
         let PageCounts { normal, delta, zero } = placing.in_stream();
-        // A source with page channels that nobody reads sends its zero pages in the stream; one that sends no page at all
-        // has none to lose.
+        // A source with page channels that are not read sends its zero pages in the stream; a source that sends no page
+        // at all has none to lose.
         if zero == 0 || normal > 0 || delta > 0 || placing.placer().never_came() == 0 {
             return Ok(());
         }

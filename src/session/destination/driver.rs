@@ -7,7 +7,7 @@ use crate::session::handle::Canceller;
 use crate::session::{Clock, WallClock};
 use crate::sys::CancelToken;
 
-/// The engine, and what it is told beside the answers to its actions.
+/// The engine, and the events for it other than the answers to its actions.
 pub(super) struct Driver {
     pub(super) engine: DestinationEngine,
     clock: WallClock,
@@ -33,7 +33,7 @@ impl Driver {
         self.canceller.clone()
     }
 
-    /// Tells the engine what has come of its last action. True if it was cancelled before that.
+    /// Reports the result of the last action to the engine. True if it was cancelled before that.
     pub(super) fn tell(&mut self, event: DestinationEvent) -> bool {
         // A cancel comes before this step or after it, never in between: the step may bind us.
         self.canceller.decide(|| {
@@ -60,7 +60,7 @@ mod tests {
     use crate::engine::DestinationAction;
     use crate::session::handle::CancelReply;
 
-    /// A driver whose engine performs an action, after it was told each of `events`.
+    /// A driver whose engine performs an action, after it received each of `events`.
     fn driver(events: impl IntoIterator<Item = DestinationEvent>) -> Driver {
         let mut driver = Driver::new(DestinationEngine::new(Duration::from_secs(60)));
         let _ = driver.engine.poll();

@@ -1,8 +1,8 @@
-//! Fingerprints at the destination: those of the source beside those of what was placed.
+//! Fingerprints at the destination: those of the source compared with those of the placed pages.
 //!
-//! The source tells after each round, when all its pages are in place. A page that differs then is a suspect: most were
-//! written by the guest meanwhile, come again and are told of again. One that is still a suspect when everything has come is
-//! looked at once more, and refused if its memory is not what was sent last.
+//! The source sends its fingerprints after each round, when all its pages are in place. A page that differs then is a
+//! suspect: most were written by the guest meanwhile, and are sent again with another fingerprint. A page that is still
+//! a suspect when everything has arrived is compared once more, and refused if its memory is not what was sent last.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +27,7 @@ use crate::session::digest::carried;
 /// The source needs at most this for so many bytes of RAM to compare them with what it has sent.
 const COMPARE_BYTES: u64 = 64 << 20;
 
-/// What the source has told of its pages, and which of them differ here.
+/// The fingerprints that the source has sent, and the pages that differ here.
 #[derive(Debug, Default)]
 pub(super) struct Compared {
     /// Both ends have agreed: those of the pages here are made from the first one on.
@@ -107,7 +107,8 @@ impl Compared {
         }
     }
 
-    /// Everything has come: looks at what differed when it was told of, but pages that are in nobody's interest.
+    /// Everything has arrived: compares again the pages that differed when their fingerprints arrived, except those
+    /// whose bytes do not matter.
     fn settle(&mut self, memory: &dyn GuestMemory, unsent: &PageSet) -> Result<(), Error> {
         let Some(prints) = self.prints.clone() else { return Ok(()) };
         let (mut differs, mut window): (Option<PageRun>, _) = (None, Vec::new());

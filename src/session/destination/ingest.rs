@@ -23,7 +23,7 @@ use crate::session::{Breakage, Error};
 pub(super) struct Placement<'a> {
     /// Pages may be missing when the guest starts.
     pub(super) may_be_postcopy: bool,
-    /// Pages that were written by the file behind the memory are mapped, by a thread of this spawner.
+    /// Pages that were written through the backing file are mapped, by a thread of this spawner.
     pub(super) map_behind: Option<&'a Spawner>,
     /// Where the fingerprints of pages go.
     pub(super) prints: Option<Arc<Fingerprints>>,
@@ -65,12 +65,12 @@ impl Ingest {
         self.sections.note(event);
     }
 
-    /// Where the stream stands between its sections.
+    /// Position of the stream between its sections.
     pub(super) fn sections(&self) -> &Sections {
         &self.sections
     }
 
-    /// Pages are placed in `memory` from now on. `known_zero` says of a block that all of it reads as zero.
+    /// Pages are placed in `memory` from now on. `known_zero` returns whether all of a block reads as zero.
     pub(super) fn place_in(
         &mut self,
         memory: Arc<dyn GuestMemory>,
@@ -146,7 +146,7 @@ impl Ingest {
         }
     }
 
-    /// A round of pages that only their content tells of is over.
+    /// A round of pages that show only by their content is over.
     pub(super) fn scan(&mut self, spawner: &Spawner, stop: &Stop) -> Result<(), Error> {
         self.placing.as_mut().map_or(Ok(()), |placing| placing.scan(spawner, stop))
     }

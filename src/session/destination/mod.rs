@@ -70,7 +70,8 @@ pub(crate) trait Arrival: Send {
     /// Ends the migration.
     fn began(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error>;
 
-    /// The memory is there and nothing has come yet: who is told of each page, by whatever thread places it.
+    /// The memory exists and no page has arrived yet: returns the observer of each page, called by the thread that
+    /// places it.
     fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn PageObserver>;
 
     /// Called between reads; may wait to hand pressure back to the source.
@@ -79,8 +80,8 @@ pub(crate) trait Arrival: Send {
     /// Ends the migration.
     fn between_reads(&mut self) -> Result<(), Error>;
 
-    /// The last page has come: the source's guest stands still. `scan` is how long it took to find the last pages by
-    /// their content, where they came by a link that shows none.
+    /// The last page has arrived: the source's guest is paused. `scan` is the time taken to find the last pages by
+    /// their content, if they arrived by a link that reports none.
     ///
     /// # Errors
     /// Ends the migration.
@@ -95,7 +96,7 @@ pub struct DestinationSession {
     driver: Driver,
     ingest: Ingest,
     switch: Switch,
-    /// What the source has told of itself and of the pages it sent.
+    /// What the source has reported about itself and about the pages it sent.
     told: SourceTold,
     figures: Figures,
     keepalive: Keepalive,
@@ -104,7 +105,7 @@ pub struct DestinationSession {
 }
 
 impl DestinationSession {
-    /// A session over a connection that stands.
+    /// A session over an established connection.
     pub fn new(
         guest: DestinationGuest,
         connection: DestinationConnection,
@@ -132,11 +133,11 @@ impl DestinationSession {
         self
     }
 
-    /// Where a source connects again when the connection was lost in postcopy: then nothing is lost. Without it such a loss
-    /// ends the migration, [`Ending::Incomplete`](crate::session::Ending::Incomplete).
+    /// Where a source connects again after the connection was lost in postcopy: then nothing is lost. Without it such a
+    /// loss ends the migration, [`Ending::Incomplete`](crate::session::Ending::Incomplete).
     ///
-    /// It gives the connection for urgent pages as well, which a QEMU with the capability postcopy-preempt opens: no setting
-    /// tells of it. So it may be asked while the first connection is in use, by another thread.
+    /// It also provides the connection for urgent pages, which a QEMU with the capability postcopy-preempt opens: no
+    /// setting announces that connection. So it may be called while the first connection is in use, by another thread.
     pub fn with_next_connection(self, next: Box<dyn NextConnection>) -> Self {
         self.switch.may_reconnect(Connections::new(next));
         self
@@ -227,7 +228,7 @@ impl DestinationSession {
         }
     }
 
-    /// Tells the engine what has come of its last action.
+    /// Reports the result of the last action to the engine.
     fn tell(&mut self, event: DestinationEvent, reader: &StreamReader) {
         self.driver.engine.set_recoverable(self.may_recover());
         if self.driver.tell(event) {
@@ -257,7 +258,8 @@ impl DestinationSession {
         guarded("receiving the guest", || self.perform(action, reader)).unwrap_or_else(Err)
     }
 
-    /// Lets the guest run. A start that panics may have begun: the guest is stopped again before anybody is told.
+    /// Lets the guest run. A start that panics may have begun: the guest is stopped again before the failure is
+    /// reported.
     fn start_guest(&mut self) -> Result<DestinationEvent, Error> {
         let panic = match guarded("calling GuestControl::resume", || self.guest.control.resume()) {
             Ok(Ok(())) => return Ok(DestinationEvent::Done),
@@ -295,7 +297,7 @@ impl DestinationSession {
                 self.told.digests.compare(memory.table(), self.breakage)?;
             }
             DestinationAction::LoadState => {
-                // A decompressor tells only at its end that what it gave out was damaged.
+                // A decompressor reports only at its end that its output was damaged.
                 self.wire.link.stream().ended_well(&self.wire.stop)?;
                 self.ingest.lost_memory()?;
                 if let Some(incoming) = self.ingest.all_has_come(*reader.stream.seen()) {
@@ -328,7 +330,7 @@ impl DestinationSession {
                 }
             }
             DestinationAction::Resume => {
-                // Nobody else writes to its memory any more.
+                // Nothing else writes to its memory any more.
                 self.wire.link.revoke();
                 return self.start_guest();
             }
@@ -340,7 +342,7 @@ impl DestinationSession {
             }
             DestinationAction::AwaitMemoryCheck => self.await_memory_check(reader),
             DestinationAction::SendFailed => {
-                // A source that hears it may resume its guest.
+                // A source that receives it may resume its guest.
                 self.give_up_the_guest();
                 self.send_failed()?;
             }

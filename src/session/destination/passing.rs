@@ -92,7 +92,7 @@ impl DestinationSession {
         Ok(PassedMemory::over(memory, |block| is_passed(&block.name))?)
     }
 
-    /// Before READY: a file that nobody could seal may have become shorter, and memory that was touched may be lost.
+    /// Before READY: a file that could not be sealed may have become shorter, and memory that was touched may be lost.
     pub(super) fn check_passed(&self) -> Result<(), Error> {
         let Some(incoming) = self.ingest.incoming().filter(|incoming| !incoming.passed.is_empty()) else {
             return Ok(());

@@ -169,7 +169,7 @@ impl Placing {
         }
     }
 
-    /// From here on pages come that only their content tells of.
+    /// From here on pages arrive that show only by their content.
     pub(super) fn begin_scans(&mut self) {
         let memory = self.placer.memory();
         self.scan =

@@ -177,7 +177,7 @@ fn host_page(landing: Landing) -> HostPage {
     HostPage { block: landing.block(), offset: landing.offset().0 }
 }
 
-/// The guest's control comes back with the thread that used it.
+/// The guest's control, returned by the thread that used it.
 type Loaded = (Box<dyn GuestControl>, Result<(), Error>);
 
 /// A postcopy under way at the destination.
@@ -188,7 +188,7 @@ pub(super) struct Postcopy {
     pub(super) preempt: Preempt,
     /// Pages that were discarded at the switchover: each comes again before the end.
     owed: PageSet,
-    /// Another connection is there, and the source has not said RESUME on it yet.
+    /// Another connection exists, and the source has not sent RESUME on it yet.
     pub(super) recovering: bool,
     loaded: Arc<Mutex<Option<Loaded>>>,
     time_to_run: Arc<Mutex<Duration>>,
@@ -352,7 +352,7 @@ impl DestinationSession {
         Ok(())
     }
 
-    /// Waits for the loader, takes the guest's control back, and says how the start went.
+    /// Waits for the loader, takes the guest's control back, and returns the result of the start.
     fn take_control(&mut self) -> Result<(), Error> {
         let Some(postcopy) = self.switch.running_mut() else { return Ok(()) };
         if let Some(loader) = postcopy.loader.take() {
@@ -370,7 +370,7 @@ impl DestinationSession {
         }
     }
 
-    /// A step failed: what a thread of the postcopy says is the cause, where one does.
+    /// A step failed: the error of a thread of the postcopy is the cause, if there is one.
     pub(super) fn postcopy_failure(&mut self, error: Error) -> Error {
         let failed = self.switch.running().is_some_and(|postcopy| postcopy.shared.load_has_failed());
         if failed && let Err(cause) = self.take_control() {
@@ -430,7 +430,7 @@ fn load_and_run(
         match shared.owner.get() {
             // A source that does not wait for this answer has given the guest away by the package.
             Ownership::Here => {}
-            // The answer may have arrived all the same: another connection of the source proves it.
+            // The answer may have arrived nevertheless: another connection of the source proves it.
             Ownership::Unknown => {
                 connection.cancel();
                 if !shared.owner.wait_until_known() {
@@ -443,7 +443,7 @@ fn load_and_run(
     if !shared.owner.step(Ownership::proven) {
         return Err(given_up());
     }
-    // A connection that was lost meanwhile says so itself.
+    // A connection that was lost meanwhile reports that itself.
     shared.statistics.update(|s| {
         if s.status == Status::Device {
             s.status = Status::PostcopyActive;

@@ -18,8 +18,9 @@ pub struct Incoming {
     pub configuration: Configuration,
     /// The blocks in stream order.
     pub blocks: Vec<RamBlock>,
-    /// What the source's VMM tells ([`SourceSettings::vmm_configuration`](crate::session::SourceSettings::vmm_configuration)); empty
-    /// if it tells nothing, or is a QEMU.
+    /// Data of the source's VMM
+    /// ([`SourceSettings::vmm_configuration`](crate::session::SourceSettings::vmm_configuration)); empty if it sends
+    /// none, or is a QEMU.
     pub vmm_configuration: Vec<u8>,
     /// Memory that the source passes as descriptors, where this end takes it
     /// ([`DestinationSettings::take_memory`](crate::session::DestinationSettings::take_memory)): for these blocks the provider gives mappings of
@@ -27,7 +28,7 @@ pub struct Incoming {
     pub passed: Vec<PassedBlock>,
     /// Sections in front of the first page, as they came. Those that come later are part of the device state.
     pub early_sections: Vec<u8>,
-    /// The source opened a return path: it can be told how it ended.
+    /// The source opened a return path: the result can be reported to it.
     pub has_return_path: bool,
     /// What the stream has shown of its sender; whole once everything has arrived.
     pub seen: Seen,
@@ -73,9 +74,10 @@ pub struct DestinationGuest {
 
 /// Provides the memory a guest arrives in.
 pub trait MemoryProvider: Send {
-    /// The memory for what was announced: the same names, at least the same lengths. Nobody else writes to it from this
-    /// call until the migration has ended. It may hold old bytes, of an earlier migration say: a page that the source
-    /// tells to be zero is zero here afterwards. What the source does not send at all is left as it is.
+    /// The memory for what was announced: the same names, at least the same lengths. Nothing else writes to it from
+    /// this call until the migration has ended. It may hold old bytes, for example of an earlier migration: a page that
+    /// the source reports as zero is zero here afterwards. A page that the source does not send at all is left as it
+    /// is.
     ///
     /// The memory of blocks that were [passed](Incoming::passed) is a mapping of what was passed. The source's guest may run in it:
     /// nothing writes to it before the device state is loaded.
@@ -84,12 +86,12 @@ pub trait MemoryProvider: Send {
     /// [`Error::Guest`] or [`Error::Config`] if this guest is not that guest.
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error>;
 
-    /// True if all of a block of the memory that was [provided](Self::provide) just now is known to read as zero: it was
-    /// mapped or cleared for this migration, and nobody has written to it. Then nothing is looked at.
+    /// True if all of a block of the memory that was [provided](Self::provide) just now is known to read as zero: it
+    /// was mapped or cleared for this migration, and nothing has written to it. Then no page is checked.
     ///
-    /// Without this promise the kernel is asked, once and before any page comes, which pages were written since they were
-    /// mapped; those, and all where it can't tell, are looked at when the source says that they are zero, and cleared if
-    /// they are not. The answer `true` for memory that holds something loses zero pages.
+    /// Without this promise the kernel is asked, once and before any page comes, which pages were written since they
+    /// were mapped; those, and all where it can't tell, are checked when the source reports them as zero, and cleared
+    /// if they are not. The answer `true` for memory with other contents loses zero pages.
     fn is_zeroed(&self, _block: &RamBlock) -> bool {
         false
     }

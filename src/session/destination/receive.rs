@@ -214,8 +214,9 @@ impl DestinationSession {
                     self.send_message(Message::Pong(hello_pong(MAX_VERSION)))?;
                 }
             }
-            // Refused now the guest runs on at its source. Refused when the source has switched over to postcopy it stands
-            // still there, and on a QEMU 7.2 until an operator continues it. Without a return path no source can switch.
+            // If refused now, the guest continues at its source. If refused when the source has switched over to
+            // postcopy, it is paused there, and on a QEMU 7.2 until an operator continues it. Without a return path no
+            // source can switch.
             Command::PostcopyAdvise { host_pages, .. }
                 if self.told.return_path && self.wire.back.is_some() =>
             {
@@ -304,7 +305,7 @@ impl DestinationSession {
 }
 
 impl DestinationSession {
-    /// What the source's VMM tells comes in parts.
+    /// The data of the source's VMM arrives in parts.
     fn vmm_configuration(&mut self, part: &[u8]) -> Result<(), Error> {
         if (self.told.vmm_configuration.len() + part.len()) as u64 > self.settings.max_state {
             return Err(out_of_turn("more VMM configuration than is accepted", "a greeting"));

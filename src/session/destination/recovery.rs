@@ -45,8 +45,8 @@ impl DestinationSession {
         self.switch.may_recover() && !self.driver.cancel_token().is_cancelled()
     }
 
-    /// Waits until the source's host has the word that all has come: one that lost the connection before it would connect
-    /// again, and find nobody who tells it.
+    /// Waits until the source's host has received the report that all pages have arrived: a source that lost the
+    /// connection before that would connect again, and get no answer.
     ///
     /// # Errors
     /// The connection was lost with it.
@@ -76,8 +76,9 @@ impl DestinationSession {
         Ok(())
     }
 
-    /// Lets the old connection go and waits for the next one; a cancel ends the wait, and the finish timeout where it is not
-    /// known that the source has given the guest away, and where the source is only to hear that all has come.
+    /// Drops the old connection and waits for the next one. A cancel ends the wait. The finish timeout ends it as well,
+    /// if it is not known that the source has handed over the guest, or if the source only has to receive the report
+    /// that all pages have arrived.
     pub(super) fn await_recovery(&mut self, reader: &mut StreamReader) -> Result<(), Error> {
         let next = self.switch.next().clone();
         let Some(postcopy) = self.switch.running_mut() else {
@@ -107,7 +108,7 @@ impl DestinationSession {
             }
             (None, Some(mut connections)) => {
                 let connected = connections.first_to_speak(&stop, |_| {});
-                // Asked again after a failure it would say the same.
+                // After a failure a second call would return the same.
                 next.put(Some(connections).filter(|_| connected.is_ok()));
                 match connected {
                     Ok((_, Use::Urgent)) => {
@@ -155,7 +156,7 @@ impl DestinationSession {
         Ok(())
     }
 
-    /// Tells the source which pages of a block are here. Only after a loss: a QEMU asks at no other time.
+    /// Reports to the source which pages of a block are here. Only after a loss: a QEMU requests it at no other time.
     pub(super) fn send_received(&mut self, name: &str) -> Result<(), Error> {
         let Some(postcopy) = self.switch.running() else { return Ok(()) };
         if !postcopy.recovering {

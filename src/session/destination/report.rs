@@ -22,16 +22,16 @@ pub struct DestinationReport {
     pub incoming: Option<Incoming>,
     /// Pages that came.
     pub pages: PageCounts,
-    /// Of the whole pages, those that were written by the file behind the memory, since it was not mapped here: the
-    /// process meets them by a fault each when it first touches them.
+    /// Of the whole pages, those that were written through the backing file, since they were not mapped here: the
+    /// process takes a fault at each when it first touches them.
     pub pages_by_file: u64,
-    /// Of them, those that were mapped since, by a thread that had nothing else to do.
+    /// Of them, those that were mapped since, by an otherwise idle thread.
     pub pages_mapped_behind: u64,
     /// Bytes that came, in the stream and on page channels; not those that a NIC wrote.
     pub bytes: u64,
     /// A digest, or fingerprints of all pages, were compared before the guest was handed over, and found equal.
     pub verified: bool,
-    /// What the source has found in its memory once the guest ran here; `None` where nobody looked
+    /// The result of the source's memory check once the guest ran here; `None` if it was not made
     /// ([`Verify::Fast`](crate::session::Verify::Fast)).
     pub memory_check: Option<MemoryCheck>,
     /// The source is a ramwire.

@@ -110,7 +110,7 @@ fn a_relay_refuses_a_switch_to_postcopy_whatever_its_settings_say() {
     assert!(why.contains("postcopy"), "{why}");
 }
 
-/// The guest's own source, which says nothing for a while.
+/// The guest's own source, which is silent for a while.
 struct Silent(u32);
 
 impl Upstream for Silent {
@@ -145,7 +145,7 @@ fn a_far_end_does_not_take_an_idle_relay_for_a_dead_one() {
     let thread = std::thread::spawn(|| destination.run());
     let sent = source.run();
     let arrived = thread.join().unwrap();
-    // Nothing was dirty, so the digest differs; but nobody lost patience.
+    // Nothing was dirty, so the digest differs; but no wait timed out.
     let why = arrived.error.map(|error| crate::error::Chain(&error).to_string()).unwrap_or_default();
     assert!(why.contains("differs from the source's"), "{why} {:?}", sent.error);
 }

@@ -1,7 +1,7 @@
 //! What need not travel: a balloon device that passes hints on, memory that is plugged and unplugged, and what of it
 //! may be sent.
 //!
-//! A page that is free or unplugged has no contents that anybody counts on. A guest that takes a free page writes all
+//! A page that is free or unplugged has no contents that anything relies on. A guest that takes a free page writes all
 //! of it. Some hints are passed on at once; of others the guest holds the pages until a sync begins, and the device may
 //! come with them only after that.
 
@@ -111,7 +111,7 @@ impl World {
             self.mark(Mark::Plugged);
             self.guest.nothing[0].free.remove(&page);
             self.guest.make_zero(block, number);
-            // A manager that nobody has asked since its unplug tells a log.
+            // A manager that was not queried since its unplug reports the page to a log.
             if !self.device.known_unplugged.remove(&page) {
                 self.logs[0].wrote(block, number);
             }
@@ -233,7 +233,7 @@ impl Sim {
     }
 }
 
-/// What a session is told of plugs.
+/// Informs a session of unplugged memory.
 pub(super) struct SimDiscards(pub(super) Sim);
 
 impl DiscardManager for SimDiscards {
@@ -269,7 +269,7 @@ pub(super) struct Drawn {
 
 impl Drawn {
     pub(super) fn of(seed: u64, blocks: &[(u64, PageSize)]) -> Self {
-        // Of its own, so that a seed stands for the same guest with and without.
+        // A generator of its own, so that a seed means the same guest with and without these.
         let mut rng = Rng::new(seed ^ 0xba11_0000);
         if rng.one_in(2) {
             return Self { hint_every: 0, plugs: Vec::new(), unplugged: BTreeSet::new(), ignored: None };

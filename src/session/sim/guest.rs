@@ -30,7 +30,7 @@ pub(super) struct Guest {
     pub(super) running: [bool; 2],
     pub(super) writes_left: u64,
     stamp: u64,
-    /// The device state as it was saved, and where the byte that ends it stands.
+    /// The device state as it was saved, and the position of the byte that ends it.
     pub(super) state: Vec<u8>,
     pub(super) state_end: usize,
     pub(super) loaded: Vec<u8>,
@@ -119,7 +119,7 @@ impl Guest {
         let start = page as usize * PAGE;
         let truth = &mut self.truth[side as usize][block as usize][start..start + PAGE];
         if self.nothing[side as usize].free.remove(&(block, page)) {
-            // Whoever takes a free page leaves nothing of what was there.
+            // A guest that takes a free page overwrites all that was there.
             truth.fill(self.stamp as u8 | 1);
             span.copy_from(truth);
             return;
@@ -142,7 +142,7 @@ impl Guest {
         page_of(&self.memory[Side::Source as usize], block, page).fill_zero();
     }
 
-    /// A page of the source's memory has nothing in it that anybody may rely on.
+    /// A page of the source's memory has no contents that anything may rely on.
     pub(super) fn spoil(&mut self, block: u32, page: u64) {
         page_of(&self.memory[Side::Source as usize], block, page).copy_from(&[0xdd; PAGE]);
     }
@@ -179,7 +179,7 @@ impl Guest {
 }
 
 impl World {
-    /// The guest has gone, and whoever had its memory uses it for something else.
+    /// The guest has moved away, and its former host uses the memory for something else.
     pub(super) fn reuse_memory(&mut self) {
         let marked_passed = self.marks.contains(&Mark::Passed);
         for (block, (pages, _)) in self.plan.blocks.iter().enumerate() {

@@ -13,10 +13,10 @@
 //!
 //! | file | what |
 //! |------|------|
-//! | `plan` | what a seed stands for |
+//! | `plan` | what a seed means |
 //! | `world` | the shared state, steps and turns |
 //! | `guest` | both copies of the memory, the writer, logs, pause and resume |
-//! | `device` | hints, plugs, and what of them may be sent |
+//! | `device` | hints, plugs, and which of their pages may be sent |
 //! | `channel` | the two byte streams with cuts, resets, stalls and flipped bits |
 //! | `link` | pages past the stream |
 //! | `receiver` | the fences of page channels, as the destination keeps them |
@@ -235,7 +235,7 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::CommitBeforeReady => &["COMMIT was said before READY"],
         Breakage::ResumeAfterCommit => &["while it runs on the other side"],
         Breakage::BreakOffAfterCommit => &["a cancel left the guest in doubt"],
-        // Pages that are read when they are delivered are those of whoever has the memory by then.
+        // Pages that are read when they are delivered have the contents of the memory's owner at that time.
         Breakage::CompleteAtCommit => &["started with other memory"],
         Breakage::DieOfPanic => &["panicked"],
         Breakage::TrustPanickedStart => &["while it runs on the other side"],
@@ -305,8 +305,8 @@ fn each_order_switched_off_is_found() {
     assert!(missed.is_empty(), "no seed below {MUTANT_SEEDS} finds {missed:?}");
 }
 
-/// Fingerprints say where, and at the right moment: what is not placed as it was sent is refused, what was not sent because
-/// a log lost it is found once the guest runs there.
+/// Fingerprints locate a difference, and at the right moment: a page that is not placed as it was sent is refused, a
+/// page that was not sent because a log lost it is found once the guest runs there.
 #[test]
 fn fingerprints_tell_which_page_differs() {
     const WANTED: usize = 5;
@@ -319,7 +319,7 @@ fn fingerprints_tell_which_page_differs() {
     }
 }
 
-/// What was said about the pages that differ, if anything was, which is proved to be true.
+/// The report about the pages that differ, if there was one, after proof that it is true.
 fn found_by_fingerprints(seed: u64, order: Breakage) -> Option<String> {
     let plan = Plan::of(seed).verified_by_fingerprints();
     let pages = |from: BlockOffset, to: u64| from.0 / PAGE as u64..to / PAGE as u64;

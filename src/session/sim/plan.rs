@@ -1,4 +1,4 @@
-//! What a seed stands for: a guest, a peer, a link, and what goes wrong.
+//! What a seed means: a guest, a peer, a link, and the faults.
 
 use std::collections::BTreeSet;
 
@@ -87,7 +87,7 @@ pub(super) enum Anchor {
 /// What happens to a direction of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wire {
-    /// It ends in order. `both`: the other direction too; `grace`: bytes the sender loses before it is told.
+    /// It ends in order. `both`: the other direction too; `grace`: bytes the sender loses before it gets the error.
     Cut {
         both: bool,
         grace: u64,
@@ -145,7 +145,7 @@ pub(super) struct LateLink {
     pub(super) channels: usize,
     pub(super) depth: usize,
     pub(super) batch_pages: u32,
-    /// Batches come back when they are placed, not when they have been read.
+    /// Batches are returned when they are placed, not when they have been read.
     pub(super) confirms: bool,
     /// It can't carry one in four pages.
     pub(super) declines: bool,
@@ -156,13 +156,13 @@ pub(super) struct LateLink {
     pub(super) fence_waits: bool,
     /// Page channels as those of multifd: the destination's session holds them at each fence.
     pub(super) barrier: Option<Barrier>,
-    /// Batches come back before their bytes are read: the pages are read when they are delivered (splice(2)).
+    /// Batches are returned before their bytes are read: the pages are read when they are delivered (splice(2)).
     pub(super) by_reference: bool,
-    /// A NIC reads the pages: those that lay under the addresses when it was told of them.
+    /// A NIC reads the pages: those that were at the addresses when it received the request.
     pub(super) registers: bool,
 }
 
-/// How the stream tells where the channels have a fence.
+/// How the stream shows where the channels have a fence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Barrier {
     /// By a record.
@@ -196,7 +196,7 @@ pub(super) struct Plan {
     pub(super) peer: PeerKind,
     pub(super) verify: Verify,
     pub(super) link: LinkKind,
-    /// Somebody looks at the pages as they arrive, as a relay does.
+    /// The pages are observed as they arrive, as by a relay.
     pub(super) watched: bool,
     pub(super) state_bytes: u64,
     pub(super) capacity: usize,
@@ -213,7 +213,7 @@ pub(super) struct Plan {
     pub(super) drops: Option<u64>,
     /// Where the source's guest is to resume, it can't.
     pub(super) stands_still: bool,
-    /// A balloon tells of free pages at one of so many chances; 0: there is none.
+    /// A balloon reports free pages at one of so many chances; 0: there is none.
     pub(super) hint_every: u64,
     /// Pages that may be plugged and unplugged, and those that are unplugged at the start.
     pub(super) plugs: Vec<Page>,
@@ -227,7 +227,7 @@ pub(super) struct Plan {
 /// What a start of the destination's guest that panics leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Started {
-    /// The guest stands still.
+    /// The guest is paused.
     Not,
     /// It runs, and can be stopped.
     Runs,
@@ -235,7 +235,7 @@ pub(super) enum Started {
     RunsOn,
 }
 
-/// What the source is told of its peer, and what the peer is.
+/// The kind of peer that the source is set to, and the kind that it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PeerKind {
     /// A ramwire that is found by the greeting.
@@ -315,8 +315,8 @@ impl Plan {
         }
     }
 
-    /// The same guest towards a ramwire, with fingerprints, and nothing else goes wrong. Refused, it stands still, so that its
-    /// memory can be looked at.
+    /// The same guest towards a ramwire, with fingerprints and no other fault. After a refusal it stays paused, so that
+    /// its memory can be examined.
     pub(super) fn verified_by_fingerprints(self) -> Self {
         Self {
             verify: Verify::Fast,

@@ -163,7 +163,7 @@ impl Run {
             ending != Ending::Running || matches!(outcome, Outcome::Completed | Outcome::InDoubt),
             "the guest runs at the destination and the source does not let go",
         );
-        // Its start panicked, and it could not be stopped: a QEMU is told that it runs there.
+        // Its start panicked, and it could not be stopped: a QEMU receives the report that it runs there.
         let may_run = there && ending == Ending::Stranded && world.marks.contains(&Mark::Panicked);
         must(
             ending != Ending::Stranded
@@ -295,7 +295,7 @@ pub(super) fn run_plan(planned: &Plan, breakage: Breakage) -> Result<Run, Vec<St
     if !first.world.violations.is_empty() {
         return Err(first.world.violations);
     }
-    // In doubt, and the destination is seen dead or without the guest: somebody resumes it at the source.
+    // In doubt, and the destination is known to be dead or without the guest: the operator resumes it at the source.
     let resumed = first.sent.outcome == Outcome::InDoubt && first.arrived.ending == Ending::Discarded;
     if !first.sent.guest_is_safe_here() && !resumed {
         return Ok(first);

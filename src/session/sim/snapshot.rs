@@ -39,12 +39,12 @@ enum Fault {
     /// What takes the copies fails at this step, or takes nothing more from there on.
     Lost(u64),
     Stalls(u64),
-    /// Somebody asks for the end at this step.
+    /// The end is requested at this step.
     Cancel(u64),
     /// The VMM can't pause its guest, or save its state.
     Pause,
     State,
-    /// The VMM can't let its guest run on, and says so after so many steps.
+    /// The VMM can't resume its guest, and reports that after so many steps.
     Resume(u64),
 }
 
@@ -143,7 +143,7 @@ struct World {
     waiting: Vec<Option<(Page, u64)>>,
     /// The copy that is being made: pages to go, and values so far.
     copying: Option<(VecDeque<Page>, Copied)>,
-    /// What was told to the engine as found.
+    /// Pages that were reported to the engine as found.
     found: PageSet,
     /// The callback under way, and when it returns.
     calling: Option<(Call, u64)>,

@@ -66,7 +66,7 @@ pub(super) struct World {
     pub(super) killed: bool,
     /// The source's guest was asked to pause.
     pub(super) paused: bool,
-    /// READY was said by the destination, COMMIT by the source (and where it ends), SHUT(1) by a QEMU.
+    /// The destination has sent READY, the source COMMIT (and where it ends), a QEMU SHUT(1).
     pub(super) ready: bool,
     pub(super) commit: Option<u64>,
     pub(super) refused: bool,
@@ -334,8 +334,8 @@ impl Turn<'_> {
         Self { sim, side, world }
     }
 
-    /// Waits until `ready` has an answer. `None` if nobody is left who could bring it: where a peer may fall
-    /// silent that is a time that ran out, elsewhere it is a hang.
+    /// Waits until `ready` has an answer. `None` if no side is left that could provide one: if a peer may fall silent,
+    /// that is a timeout; otherwise it is a hang.
     pub(super) fn wait_for<T>(mut self, mut ready: impl FnMut(&mut World) -> Option<T>) -> (Self, Option<T>) {
         let (me, other) = (self.side as usize, self.side.other() as usize);
         loop {

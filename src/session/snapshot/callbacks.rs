@@ -98,7 +98,7 @@ impl Callbacks {
         }
     }
 
-    /// Behind the calls that were begun.
+    /// After the calls that were begun.
     pub(super) fn allow_discards(&self) {
         // A thread that has ended promises nothing.
         let _ = self.orders.send(Order::AllowDiscards);
@@ -126,7 +126,7 @@ fn serve(
     wake: &WakeEvent,
 ) {
     let keeps = guarded("calling GuestControl::forbid_discard", || control.forbid_discard(true));
-    // Without a session nobody wants to know; the orders end then.
+    // If the session is gone, the result has no receiver; the orders end then.
     let _ = promise.send(keeps);
     while let Ok(order) = work.recv() {
         match order {

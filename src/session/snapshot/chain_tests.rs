@@ -177,7 +177,7 @@ fn only_what_has_changed_is_written_and_all_is_read() {
         "2",
         "its name, since it is in the same folder"
     );
-    // While it is a base nobody writes to its file.
+    // While it is a base nothing writes to its file.
     let link = crate::transport::open_source(
         &address(&fourth),
         guest.memory.clone(),
@@ -187,7 +187,7 @@ fn only_what_has_changed_is_written_and_all_is_read() {
     assert!(link.is_err() && base.id().len() == 32);
 }
 
-/// Each action fails in turn: what has changed is in the next one all the same.
+/// Each action fails in turn: the changed pages are in the next snapshot nevertheless.
 #[test]
 fn a_snapshot_that_fails_leaves_its_base_with_all_that_has_changed() {
     let dir = folder();
@@ -240,7 +240,7 @@ fn a_base_that_is_missing_or_another_one_is_named() {
     guest.taken(&other);
     guest.base = None;
     let whole = std::fs::read(&first).unwrap();
-    // Nobody takes it for a whole guest.
+    // No other program takes it for a whole guest.
     assert_eq!(std::fs::read(&second).unwrap()[..8], INCREMENTAL);
     std::fs::remove_file(&first).unwrap();
     let error = refused(&second);

@@ -80,12 +80,12 @@ struct Base {
     note: BaseNote,
     held: HeldFile,
     changed: PageSet,
-    /// Were told of, as pages to be written.
+    /// Were reported, as pages to be written.
     told: PageSet,
 }
 
 impl Changes {
-    /// None is written about; these tell of the changes behind the moment.
+    /// There is no base; `sources` report the changes after the moment.
     pub(super) fn tracked(sources: Vec<Arc<dyn DirtySource>>) -> Self {
         Self { sources, log: None, base: None }
     }
@@ -106,7 +106,7 @@ impl Changes {
         SnapshotNote { id: SnapshotId(random_id()), base: self.base.as_ref().map(|base| base.note.clone()) }
     }
 
-    /// Changes are told of from here on.
+    /// Changes are reported from here on.
     pub(super) fn start(&mut self) -> Result<(), Error> {
         let sources = std::mem::take(&mut self.sources);
         if sources.is_empty() {
@@ -120,7 +120,8 @@ impl Changes {
 
     /// Reads the log. With a base: the pages that have changed since, in whole host pages, without those of earlier answers.
     ///
-    /// Once the guest stands still the log tells of this snapshot no more: what it tells later came behind the moment.
+    /// Once the guest is paused, the log is complete for this snapshot: pages that it reports later were written after
+    /// the moment.
     pub(super) fn look(&mut self, memory: &dyn GuestMemory) -> Result<Option<PageSet>, Error> {
         let Some(log) = &self.log else { return Ok(None) };
         let fresh = read(log, memory)?;

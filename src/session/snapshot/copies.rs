@@ -73,8 +73,8 @@ impl Copies {
         largest_host_page(self.guest.table())
     }
 
-    /// Copies the pages of `run`. The batch tells which of them are zero; if all are, the place is free again, and `false`
-    /// says so.
+    /// Copies the pages of `run`. The batch marks which of them are zero; if all are, the place is free again, and
+    /// `false` is returned.
     ///
     /// # Errors
     /// [`GuestError`] if the run is not in the guest.

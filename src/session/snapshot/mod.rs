@@ -48,7 +48,7 @@ pub struct SnapshotGuest {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct SnapshotSettings {
-    /// What the stream says of the machine; a QEMU compares it with its own.
+    /// The machine as the stream describes it; a QEMU compares it with its own.
     pub configuration: Configuration,
     /// Whether there is a configuration section and footers: as the machine that will load it expects. Both.
     pub framing: Framing,
@@ -57,8 +57,8 @@ pub struct SnapshotSettings {
     pub buffer: u64,
     /// Without a copy written for so long, while some wait, the snapshot fails and the guest runs on; 30 s.
     pub stall_timeout: Duration,
-    /// Hold writes of this process's own threads only; false. Needs no privilege. Writes that the kernel makes (KVM's vCPUs,
-    /// read(2) into guest memory) then fail in whoever makes them: only for a guest without such.
+    /// Hold writes of this process's own threads only; false. Needs no privilege. Writes that the kernel makes (KVM's
+    /// vCPUs, read(2) into guest memory) then fail for their caller: only for a guest without such writes.
     pub user_mode_only: bool,
     /// How threads are started.
     pub spawner: Spawner,
@@ -78,7 +78,7 @@ impl SnapshotSettings {
     }
 }
 
-/// How a snapshot ended, and its figures. The guest runs on unless it [stands still](Self::stands_still).
+/// How a snapshot ended, and its figures. The guest continues unless it [stands still](Self::stands_still).
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct SnapshotReport {
@@ -108,8 +108,8 @@ pub struct SnapshotReport {
     pub fault_latency: LatencySummary,
     /// The guest was paused and could not be let run on.
     pub stands_still: bool,
-    /// What the next snapshot may be taken against: this one, if its changes are [told of](SnapshotSession::tracked); where it
-    /// failed, the base that it had.
+    /// What the next snapshot may be taken against: this one, if its changes are [reported](SnapshotSession::tracked);
+    /// if it failed, the base that it had.
     pub base: Option<SnapshotBase>,
 }
 
@@ -166,8 +166,9 @@ impl SnapshotSession {
         })
     }
 
-    /// `sources` tell what is written behind the snapshot's moment, so that a later one may hold only that:
-    /// [`SnapshotReport::base`]. Together they must know of all writers, as for a migration; they stay on with that base.
+    /// `sources` report the writes after the snapshot's moment, so that a later one may hold only those pages:
+    /// [`SnapshotReport::base`]. Together they must know of all writers, as for a migration; they stay on with that
+    /// base.
     #[must_use]
     pub fn tracked(mut self, sources: Vec<Arc<dyn DirtySource>>) -> Self {
         self.changes = Changes::tracked(sources);
@@ -213,7 +214,7 @@ impl SnapshotSession {
         let (give, report) = bounded(1);
         let (spawner, canceller) = (self.settings.spawner.clone(), self.canceller());
         let job = move || {
-            // Without a receiver nobody wants the report any more.
+            // Without a receiver the report is no longer needed.
             let _ = give.send(self.run(connection));
         };
         drop(spawner.spawn("ramwire-snap", Box::new(job))?);

@@ -226,7 +226,7 @@ impl Running {
             return Ok(());
         }
         let stop = match self.canceller.token().is_cancelled() {
-            // It was told of that; what is left has its own end.
+            // The engine has received the cancel; the remaining work has its own end.
             true => Stop::never(),
             false => Stop::on(&self.canceller.token()),
         };
@@ -355,7 +355,7 @@ impl Running {
         Ok(())
     }
 
-    /// Closing the descriptor lifts all there is, and wakes whoever waits.
+    /// Closing the descriptor lifts all protection, and wakes the waiting threads.
     fn disarm(&mut self) {
         self.protection = None;
         if let Some(callbacks) = &self.callbacks {

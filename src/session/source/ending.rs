@@ -18,7 +18,7 @@ use crate::session::{Breakage, Error, MemoryCheck};
 pub struct SourceReport {
     /// Who owns the guest.
     pub outcome: Outcome,
-    /// Why it is not the destination, or why nobody knows.
+    /// Why it is not the destination, or why it is not known who has the guest.
     pub error: Option<Error>,
     /// The figures.
     pub statistics: Statistics,
@@ -29,15 +29,15 @@ pub struct SourceReport {
     /// Pages that left on the connection for urgent ones
     /// ([`PostcopySettings::preempt`](crate::session::PostcopySettings::preempt)).
     pub urgent_pages: u64,
-    /// What was found in memory once the guest ran at the destination; `None` where nobody looked
+    /// The result of the memory check once the guest ran at the destination; `None` if it was not made
     /// ([`Verify::Fast`](crate::session::Verify::Fast)).
     pub memory_check: Option<MemoryCheck>,
     /// Pages whose memory was given back ([`PostcopySettings::release_ram`](crate::session::PostcopySettings::release_ram)).
     pub released_pages: u64,
     /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
     pub stands_still: bool,
-    /// Blocks whose memory was passed to the destination; none unless it may have the guest. Nobody here may write to them,
-    /// or take pages from their files, unless an operator has decided that the guest runs on here.
+    /// Blocks whose memory was passed to the destination; none unless it may have the guest. Nothing here may write to
+    /// them, or take pages from their files, unless an operator has decided that the guest runs on here.
     pub passed: Vec<BlockName>,
 }
 
@@ -62,7 +62,7 @@ impl SourceSession {
         self.driver.control.connection().over();
         let given_away = matches!(outcome, Outcome::InDoubt | Outcome::Incomplete);
         if given_away && let Err(error) = self.stop_logs() {
-            // The guest stands still: a log left on costs, and loses nothing.
+            // The guest is paused: a log left on costs time, and loses nothing.
             tracing::warn!(error = %Chain(&error), "a dirty log could not be stopped");
         }
         let position = self.wire.position();
@@ -135,7 +135,7 @@ impl SourceSession {
             let resumed = guarded("calling GuestControl::resume", || self.guest.control.resume());
             let resumed = resumed.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
             if let Err(source) = resumed {
-                // More urgent than what led here: somebody must look after the guest.
+                // More urgent than the first error: the operator must look after the guest.
                 let why =
                     self.error.take().map_or_else(|| "cancelled".into(), |error| Chain(&error).to_string());
                 return Err(Error::StandsStill { why, source });

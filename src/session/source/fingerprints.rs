@@ -1,4 +1,4 @@
-//! Fingerprints at the source: made as pages are sent, told after each round, compared with memory at the end.
+//! Fingerprints at the source: made as pages are sent, reported after each round, compared with memory at the end.
 
 use std::sync::Arc;
 
@@ -22,10 +22,10 @@ use crate::session::fingerprints::{MemoryCheck, compare_memory};
 /// Bytes of fingerprints that are sent at once.
 const SEND_BYTES: usize = 256 << 10;
 
-/// Value of the PING behind the fingerprints of a round whose pages came past the stream: `RWF1`.
+/// Value of the PING after the fingerprints of a round whose pages were sent outside the stream: `RWF1`.
 const COMPARED_PING: u32 = 0x5257_4631;
 
-/// Fingerprints of what was sent, and which of them the destination was not told of yet.
+/// Fingerprints of the sent pages, and which of them were not sent to the destination yet.
 #[derive(Default)]
 pub(super) struct Prints {
     /// Once both ends have agreed.
@@ -35,7 +35,7 @@ pub(super) struct Prints {
     /// Pages of the round.
     round: PageSet,
     window: Vec<u8>,
-    /// The destination has compared all it was told of.
+    /// The destination has compared all fingerprints that it received.
     compared: bool,
     /// What was found in memory at the end.
     pub(super) found: Option<MemoryCheck>,
@@ -91,8 +91,8 @@ impl SourceSession {
         };
     }
 
-    /// The round is closed: tells the destination what was sent in it. Pages that the guest has written meanwhile may differ
-    /// from theirs; they are dirty, and told of again.
+    /// The round is closed: reports to the destination what was sent in it. Pages that the guest has written meanwhile
+    /// may differ from their fingerprints; they are dirty, and will be reported again.
     pub(super) fn send_fingerprints(&mut self) -> Result<(), Error> {
         let Some(table) = self.pages.prints.table.clone() else { return Ok(()) };
         let empty = PageSet::new(self.guest.memory.table());
@@ -140,7 +140,7 @@ impl SourceSession {
         Ok(())
     }
 
-    /// Of the device state, and of what the stream tells beside it and RAM.
+    /// Of the device state, and of the content of the stream other than it and RAM.
     pub(super) fn encode_state_fingerprints(&self, state: &[u8], out: &mut Vec<u8>) {
         let Some(table) = &self.pages.prints.table else { return };
         let settings = &self.settings;
@@ -150,8 +150,8 @@ impl SourceSession {
         Command::Native(Order::Fingerprints { block: STATE_BLOCK, first: 0, values: &values }).encode(out);
     }
 
-    /// The guest runs at the destination, and memory here stands still: is it what was sent of it? Whatever comes of it, the
-    /// migration is complete.
+    /// The guest runs at the destination, and memory here no longer changes: does it hold what was sent of it? Whatever
+    /// the result, the migration is complete.
     pub(super) fn check_memory(&mut self) -> Result<SourceEvent, Error> {
         let finding = match self.compare_all() {
             Ok(finding) => {
@@ -186,7 +186,7 @@ impl SourceSession {
         let whole = self.settings.all_dirty_at_start;
         let (guest, spawner) = (Arc::clone(&self.guest.memory), self.settings.spawner.clone());
         compare_memory(&guest, &table, (unsent, whole), &spawner, || {
-            // The destination waits for the result. If it is gone, the operator here is told all the same.
+            // The destination waits for the result. If it is gone, the operator here gets the result nevertheless.
             let mut ping = Vec::new();
             Command::Ping(ORDINARY_PING).encode(&mut ping);
             self.wire.stop = Stop::never().within(self.settings.stall_timeout);

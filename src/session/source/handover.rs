@@ -23,7 +23,7 @@ use crate::session::{Breakage, Error};
 pub(super) struct Departure {
     /// Paused here, and not resumed.
     pub(super) paused: bool,
-    /// The device state, or the package with it. Towards a QEMU and in postcopy the part behind `commit_at` is COMMIT.
+    /// The device state, or the package with it. Towards a QEMU and in postcopy the part from `commit_at` on is COMMIT.
     pub(super) state: Vec<u8>,
     pub(super) commit_at: usize,
     /// Memory that goes as descriptors.
@@ -84,8 +84,8 @@ impl SourceSession {
         Ok(self.wire.link.sink().send(&parts, &self.wire.stop)?)
     }
 
-    /// The peer makes its own digest meanwhile and compares. While ours is made PINGs tell that we are alive, and
-    /// a cancel is seen.
+    /// Meanwhile the peer makes its own digest and compares. While ours is made, PINGs serve as keepalives, and a
+    /// cancel is noticed.
     pub(super) fn send_digest(&mut self) -> Result<SourceEvent, Error> {
         let settings = &self.settings;
         let configuration = (&settings.configuration, &settings.vmm_configuration[..]);
@@ -148,8 +148,8 @@ impl SourceSession {
     }
 }
 
-/// Where a QEMU's device state commits: at the byte that ends its sections. The VM description behind it is
-/// only looked at by tools. Without one the byte is the last.
+/// Where a QEMU's device state commits: at the byte that ends its sections. The VM description after it is read only by
+/// tools. Without a description it is the last byte.
 pub(super) fn commit_at(state: &[u8], framing: Framing) -> usize {
     sections_end(state, framing).unwrap_or(state.len().saturating_sub(1))
 }

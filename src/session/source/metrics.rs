@@ -94,7 +94,7 @@ impl Figures {
         }
     }
 
-    /// Some memory is passed: `table` tells what is left to travel.
+    /// Some memory is passed: `table` has the blocks that are left to migrate.
     pub(super) fn passed(&mut self, table: &RamBlockTable, passed: PassedMemory) {
         self.shared.update(|s| {
             s.passed = passed;
@@ -189,7 +189,7 @@ impl Figures {
         self.shared.update(|s| s.status = Status::PostcopyActive);
     }
 
-    /// Postcopy: somebody waits for pages.
+    /// Postcopy: a thread waits for pages.
     pub(super) fn requested(&mut self) {
         self.shared.update(|s| s.postcopy_requests += 1);
     }

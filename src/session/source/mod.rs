@@ -56,7 +56,7 @@ pub use recovery::{NewConnection, Reconnect, Redial};
 use throttle::Convergence;
 use wire::Wire;
 
-/// A guest that may be slowed down is looked at that often, however long a round takes.
+/// Interval at which a guest that may be throttled is checked, however long a round takes.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A guest to be moved.
@@ -70,22 +70,22 @@ pub struct SourceGuest {
     pub control: Box<dyn GuestControl>,
 }
 
-/// A guest's own source, in front of a relay: tells when it has stopped its guest.
+/// A guest's own source, upstream of a relay: reports when it has stopped its guest.
 pub(crate) trait Upstream: Send {
-    /// Waits at most `time` for news; true once the guest stands still and its last page has come.
+    /// Waits at most `time` for news; true once the guest is paused and its last page has arrived.
     ///
     /// # Errors
     /// Whatever ended the upstream migration.
     fn wait(&mut self, time: Duration) -> Result<bool, Error>;
 
-    /// The peer has everything and may be given the guest, as `handover` says: waits at most `time` until its source has given it to
-    /// us. True once it is ours.
+    /// The peer has everything and may be given the guest, in the way `handover`: waits at most `time` until its source
+    /// has handed it over to us. True once it is ours.
     ///
     /// # Errors
     /// Whatever ended the upstream migration: the guest runs on there.
     fn wait_given(&mut self, handover: Handover, time: Duration) -> Result<bool, Error>;
 
-    /// The peer was given the guest and has not said in time that it runs; `why` tells how.
+    /// The peer was given the guest and has not reported in time that it runs; `why` is the reason.
     fn far_end_is_silent(&mut self, _why: &Error) {}
 
     /// In doubt: true while a late answer of the peer is still of use.
@@ -111,7 +111,7 @@ pub struct SourceSession {
 }
 
 impl SourceSession {
-    /// A session over a connection that stands.
+    /// A session over an established connection.
     pub fn new(guest: SourceGuest, connection: SourceConnection, mut settings: SourceSettings) -> Self {
         let table = guest.memory.table();
         shared_blocks::announce(&mut settings.configuration, table);
@@ -138,7 +138,7 @@ impl SourceSession {
         }
     }
 
-    /// The guest is paused when `upstream` says that its own source stopped it.
+    /// The guest is paused when `upstream` reports that its own source stopped it.
     pub(crate) fn with_upstream(mut self, upstream: Box<dyn Upstream>) -> Self {
         self.upstream = Some(upstream);
         self.driver.engine.set_switchover(Switchover::WhenUpstreamStops);
@@ -159,7 +159,7 @@ impl SourceSession {
         self
     }
 
-    /// Raise it to cancel. Refused, and said so, once COMMIT was sent.
+    /// Raise it to cancel. Refused, with a report, once COMMIT was sent.
     pub fn cancel_token(&self) -> CancelToken {
         self.driver.control.canceller().token()
     }

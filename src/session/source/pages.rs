@@ -16,7 +16,7 @@ use super::skips::Skips;
 /// Bytes of a page's header in the stream, about.
 const HEADER: u64 = 9;
 
-/// What is dirty, where the search for it stands, what is left out, how fast it may go, and batches for it.
+/// The dirty pages, the position of the search, the pages left out, the permitted rate, and batches.
 pub(super) struct Pages {
     pub(super) dirty: DirtyMap,
     pub(super) search: PageSearch,
@@ -31,7 +31,7 @@ pub(super) struct Pages {
     page_bytes: u64,
 }
 
-/// Batches of a round that the link can't carry: they go in the stream behind it.
+/// Batches of a round that the link can't carry: they are sent in the stream after it.
 #[derive(Default)]
 struct Aside {
     batches: Vec<PageBatch>,
@@ -87,7 +87,7 @@ impl Pages {
         Some(run)
     }
 
-    /// The next pages that somebody waits for, at most `most`; their bits are cleared.
+    /// The next requested pages, at most `most`; their bits are cleared.
     pub(super) fn next_requested(&mut self, most: u64) -> Option<PageRun> {
         let run = self.search.next_requested(&mut self.dirty, most)?;
         self.skips.sent(run);

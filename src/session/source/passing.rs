@@ -85,7 +85,7 @@ impl SourceSession {
     }
 }
 
-/// The blocks that travel and have a file behind them.
+/// The migrated blocks that have a backing file.
 fn passable(memory: &dyn GuestMemory) -> Vec<(BlockIndex, RamBlock, SharedFile)> {
     let blocks = (0..).map(BlockIndex).zip(memory.table().blocks());
     let travelling = blocks.filter(|(_, block)| !block.flags.ignored);

@@ -18,7 +18,7 @@ use crate::session::{Breakage, Error};
 /// Longest time in which a source with nothing to send is silent.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Between two looks at the peer while somebody else is waited for: the embedder, a relay's source.
+/// Interval between two checks of the peer while waiting for another party: the embedder, a relay's source.
 const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Between two looks whether a late answer is of any use still.
@@ -31,13 +31,14 @@ const SLOWEST_LOAD: u64 = 64 << 20;
 /// Most messages taken in one poll of the return path.
 const MAX_MESSAGES: usize = 64;
 
-/// Requests that wait here at most. Those behind wait in the connection.
+/// Maximum number of requests that wait here. Further ones wait in the connection.
 const MAX_REQUESTS: usize = 1024;
 
 /// How long the answers of the destination are waited for.
 pub(super) fn answer_timeouts(settings: &SourceSettings, table: &RamBlockTable) -> AnswerTimeouts {
     let running = settings.finish_timeout;
-    // It makes its own digest before, and puts RAM on a disk perhaps: as long as it says so, a cancel apart.
+    // Before READY it makes its own digest, and may write RAM to a disk: the wait lasts while it reports that it is
+    // busy, except for a cancel.
     let work = Duration::from_secs(table.travelling() / SLOWEST_LOAD);
     AnswerTimeouts { ready: running.saturating_add(work), silence: settings.stall_timeout, running }
 }
@@ -116,7 +117,7 @@ impl SourceSession {
     /// For an answer.
     fn wait_for_peer(&mut self) -> Result<SourceEvent, Error> {
         let stop = match self.time_left() {
-            // A peer that always has something to say makes no wait end.
+            // A peer that sends without a pause never makes a wait end, so check the time here.
             Some(Duration::ZERO) => return Ok(SourceEvent::Woken),
             Some(left) => self.wire.stop.within(left),
             None => self.wire.stop.clone(),
@@ -155,13 +156,13 @@ impl SourceSession {
         }
     }
 
-    /// A source that has nothing to send says so.
+    /// A source with nothing to send sends a keepalive.
     fn send_keepalive(&mut self) -> Result<(), Error> {
         let every = (self.settings.stall_timeout / 4).min(KEEPALIVE_INTERVAL);
         Ok(self.wire.send_keepalive(self.driver.clock.now(), every)?)
     }
 
-    /// Takes what the peer has said meanwhile. Waits for nothing.
+    /// Takes the messages that the peer has sent meanwhile. Never waits.
     pub(super) fn poll_return_path(&mut self) -> Result<(), Error> {
         // The rest is taken at the next poll: a peer that floods us with messages must not keep us from sending pages.
         for _ in 0..MAX_MESSAGES {
@@ -189,8 +190,8 @@ impl SourceSession {
         Ok(())
     }
 
-    /// Waits for a message that is an event; `None` at the deadline of `stop`. A peer that says other things is no reason
-    /// to wait longer.
+    /// Waits for a message that is an event; `None` at the deadline of `stop`. Other messages of the peer do not extend
+    /// the wait.
     fn next_event(&mut self, stop: &Stop) -> Result<Option<SourceEvent>, Error> {
         loop {
             let Some(back) = &mut self.wire.back else {
@@ -205,7 +206,7 @@ impl SourceSession {
                 return Ok(Some(event));
             }
             match stop.reason() {
-                // What is always there already is never waited for: the wait's own end must be looked at.
+                // A peer that sends without a pause never makes next() wait, so check the deadline here.
                 Some(StopReason::Deadline) => return Ok(None),
                 Some(StopReason::Cancelled) => return Err(Error::Cancelled),
                 None => {}
@@ -221,10 +222,10 @@ impl SourceSession {
         Ok(())
     }
 
-    /// What a message means for the engine; `None` if it means nothing to it.
+    /// The event of a message for the engine; `None` if it is no event.
     ///
     /// # Errors
-    /// The peer failed, or it is not its turn to say this.
+    /// The peer failed, or it is not its turn to send this.
     fn event_of(&mut self, message: PeerMessage) -> Result<Option<SourceEvent>, Error> {
         let handover = self.driver.engine.handover();
         if let PeerMessage::Pong(value) = message {
@@ -256,7 +257,7 @@ impl SourceSession {
         Ok(Some(event))
     }
 
-    /// Why the peer failed, if it said so before the connection broke. What else it said is of no account any more.
+    /// Why the peer failed, if it reported that before the connection broke. Its other messages no longer matter.
     pub(super) fn peer_failure(&mut self) -> Option<Error> {
         let back = self.wire.back.as_mut()?;
         for _ in 0..MAX_MESSAGES {
@@ -281,7 +282,7 @@ fn no_answer(overdue: Overdue) -> Error {
     }
 }
 
-/// A word that says the peer failed, or that is out of turn, as an error; harmless ones pass.
+/// Returns a message that reports the peer's failure, or that is out of turn, as an error; harmless ones pass.
 pub(super) fn refuse_verdict(word: PeerMessage) -> Result<(), Error> {
     match word {
         PeerMessage::Pong(_) | PeerMessage::SwitchoverAck => Ok(()),

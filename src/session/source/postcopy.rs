@@ -1,10 +1,10 @@
-//! Postcopy at the source: what is dirty is discarded, the guest is given away in a package, and its missing pages follow,
-//! those first that somebody waits for.
+//! Postcopy at the source: the dirty pages are discarded, the guest is handed over in a package, and its missing pages
+//! follow, requested ones first.
 //!
 //! # Orders that must hold
 //!
-//! What is dirty is discarded before RUN, which is the last command of the package and commits. The target pages of a host
-//! page leave together. The end is said when nothing is dirty and the peer has taken the guest.
+//! The dirty pages are discarded before RUN, which is the last command of the package and commits. The target pages of
+//! a host page leave together. The end is sent when no page is dirty and the peer has taken the guest.
 
 use std::sync::Arc;
 
@@ -32,13 +32,13 @@ use super::wire::Wire;
 use crate::session::config::Verify;
 use crate::session::{Breakage, Error};
 
-/// Whole pages of a batch that nobody waits for: few, so that a request does not wait behind them.
+/// Whole pages of a batch of background pages: few, so that a request does not wait for many of them.
 pub(super) const BACKGROUND_PAGES: u64 = 16;
 /// Pages of such a batch, zero ones included.
 const BACKGROUND_LOOKS: u64 = 64;
 /// Bytes of discards that leave together.
 const DISCARDS: usize = 64 << 10;
-/// PING in front of the package, and behind it.
+/// PING before the package, and after it.
 const PING_DISCARDED: u32 = 2;
 const PING_PACKAGED: u32 = 4;
 
@@ -46,11 +46,11 @@ const PING_PACKAGED: u32 = 4;
 pub(super) struct Missing {
     /// Writes records after the switchover: the first names its block, and none is a difference.
     pages: InlinePages,
-    /// How much of what nobody waits for may be under way.
+    /// Limits the background pages in flight.
     pub(super) background: Background,
     /// The block of the last request that named one.
     asked_block: Option<BlockIndex>,
-    /// What has not left of a host page that has left in part, and whether somebody waits for it.
+    /// The unsent part of a host page that was sent in part, and whether it was requested.
     pub(super) rest: Option<PageRun>,
     pub(super) rest_is_asked: bool,
     /// Pages that left on the connection for urgent ones.
@@ -152,7 +152,7 @@ impl SourceSession {
         }
     }
 
-    /// Says that postcopy may follow; the peer empties its memory for it.
+    /// Announces that postcopy may follow; the peer empties its memory for it.
     pub(super) fn advise(&mut self) -> Result<(), Error> {
         if self.settings.postcopy.is_none() {
             return Ok(());
@@ -164,10 +164,10 @@ impl SourceSession {
         Ok(self.wire.send(&out)?)
     }
 
-    /// Tells the peer to forget what is dirty here, in whole host pages, and at least one of them: a QEMU that was told to
-    /// forget nothing does not start the guest.
+    /// Tells the peer to discard the pages that are dirty here, in whole host pages, and at least one of them: a QEMU
+    /// that was told to discard nothing does not start the guest.
     pub(super) fn send_discards(&mut self) -> Result<SourceEvent, Error> {
-        // It may stand in the middle of a host page, which is to leave from its start.
+        // The search may be in the middle of a host page, which is to be sent from its start.
         self.pages.search = PageSearch::default();
         // A page that was left out is missing there, and may be asked for.
         self.pages.skip_no_more(self.breakage);
@@ -241,8 +241,8 @@ impl SourceSession {
         Ok(SourceEvent::Done)
     }
 
-    /// The next bytes commit. A peer that does not allow postcopy, or that failed before it was ready for missing pages, has
-    /// said so in front of this answer: then nothing is in doubt.
+    /// The next bytes commit. A peer that does not allow postcopy, or that failed before it was ready for missing
+    /// pages, has reported that before this answer: then nothing is in doubt.
     fn await_discarded(&mut self) -> Result<(), Error> {
         let after = self.settings.stall_timeout;
         let stop = self.wire.stop.within(after);
@@ -330,7 +330,7 @@ impl SourceSession {
         Ok(SourceEvent::Filled { pages_left })
     }
 
-    /// What somebody waits for, alone; else a few pages of the rest. Always whole host pages.
+    /// Requested pages, alone; otherwise a few background pages. Always whole host pages.
     fn next_missing(&mut self) -> Result<PageBatch, Error> {
         let mut batch = self.pages.fresh_batch();
         if self.wire.urgent.is_some() {
@@ -353,8 +353,8 @@ impl SourceSession {
         Ok(batch)
     }
 
-    /// A few pages of the rest. A host page may leave in pieces, since what somebody waits for meanwhile goes another way; its
-    /// pieces follow each other.
+    /// A few background pages. A host page may be sent in pieces, since pages that are requested meanwhile use another
+    /// connection; its pieces follow each other.
     fn gather_pieces(&mut self, batch: &mut PageBatch) -> Result<(), Error> {
         let memory = Arc::clone(&self.guest.memory);
         let detection = self.settings.zero_detection.with(false);
@@ -380,7 +380,7 @@ impl SourceSession {
         Ok(())
     }
 
-    /// Adds `run` and what it lacks of its last host page. The guest stands still: no log is armed.
+    /// Adds `run` and the missing rest of its last host page. The guest is paused: no log is armed.
     pub(super) fn classify_missing(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
         let memory = Arc::clone(&self.guest.memory);
         let detection = self.settings.zero_detection.with(false);
@@ -398,7 +398,7 @@ impl SourceSession {
         Ok(())
     }
 
-    /// Sends a batch; what somebody waits for has no limit.
+    /// Sends a batch; requested pages have no rate limit.
     fn write_missing(&mut self, batch: PageBatch, asked: bool) -> Result<(), Error> {
         let (now, before) = (self.driver.clock.now(), self.wire.position());
         let Self { missing, wire: Wire { link, stop, .. }, .. } = self;
@@ -416,7 +416,7 @@ impl SourceSession {
         Ok(())
     }
 
-    /// Between two sections, if it is time for one: a PING whose answer tells how far the peer has read.
+    /// Between two sections, if it is time for one: a PING whose answer shows how far the peer has read.
     fn write_mark(&mut self) -> Result<(), Error> {
         let now = self.driver.clock.now();
         let Some(mark) = self.missing.background.mark(now) else { return Ok(()) };
@@ -449,7 +449,7 @@ impl SourceSession {
         }
     }
 
-    /// Pages that somebody waits for. What has been sent is on its way: it is not sent again, and asking for it is no fault.
+    /// Requested pages. A page that was sent already is in flight: it is not sent again, and requesting it is no fault.
     pub(super) fn requested(&mut self, request: &PageRequest) -> Result<(), Error> {
         let &PageRequest { ref block, start, length } = request;
         let memory = Arc::clone(&self.guest.memory);

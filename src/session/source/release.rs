@@ -1,4 +1,4 @@
-//! Memory that is given back behind a switch to postcopy. Which pages, the engine decides ([`Release`]).
+//! Memory that is given back after a switch to postcopy. The engine decides which pages ([`Release`]).
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ impl Missing {
 }
 
 impl SourceSession {
-    /// What is dirty now is sent behind the switch. The rest is there.
+    /// The pages that are dirty now are sent after the switch. All others are at the destination.
     pub(super) fn keep_account_of_memory(&mut self) {
         if self.settings.postcopy.as_ref().is_some_and(|postcopy| postcopy.release_ram) {
             let mut release = Release::new(self.guest.memory.table());
@@ -27,10 +27,10 @@ impl SourceSession {
         }
     }
 
-    /// The destination tells, behind a lost connection, that it lacks what is `dirty` and has all else.
+    /// After a lost connection the destination reports that it lacks the pages in `dirty` and has all others.
     ///
     /// # Errors
-    /// It lacks what it had, and what is not here any more.
+    /// It lacks pages that it had, and that are no longer here.
     pub(super) fn confirm_received(&mut self, dirty: &DirtyMap) -> Result<(), Error> {
         let Some(release) = &mut self.missing.release else { return Ok(()) };
         if let Some(lost) = release.lost(dirty) {

@@ -1,8 +1,8 @@
 //! How a stream begins: header, who the peer is, what blocks there are.
 //!
-//! A ramwire and a QEMU both answer the ordinary PING as soon as they read, a ramwire says first what it is. So the peer's
-//! answers decide who it is, and no clock does. A destination that is connected but does not read yet, since its VM is
-//! still being made, is waited for; one that stays silent ends the migration before a page has left.
+//! A ramwire and a QEMU both answer the ordinary PING as soon as they read, a ramwire identifies itself first. So the
+//! peer's answers show its kind, and no time limit decides it. A destination that is connected but does not read yet,
+//! since its VM is still being made, is waited for; one that stays silent ends the migration before a page is sent.
 
 use crate::engine::{Handover, SourceEvent};
 use crate::error::Remedy;
@@ -94,7 +94,7 @@ impl SourceSession {
         Ok(SourceEvent::SetUp { handover })
     }
 
-    /// The digest is made while the guest stands still: it counts against the downtime limit.
+    /// The digest is made while the guest is paused: it counts against the downtime limit.
     fn estimate_digest(&mut self) -> Result<(), Error> {
         let before = self.driver.clock.now();
         let share =
@@ -108,7 +108,7 @@ impl SourceSession {
         Ok(())
     }
 
-    /// What was asked for and no peer behind this connection can do is refused before the first byte.
+    /// A requested feature that no peer on this connection can provide is refused before the first byte.
     pub(super) fn refuse_what_nobody_does(&self) -> Result<(), Error> {
         let why = match self.settings.peer {
             Some(Peer::Qemu) => "the destination is a QEMU",
@@ -122,8 +122,8 @@ impl SourceSession {
         }
     }
 
-    /// A QEMU does not tell how many page channels it waits for: it closes, or says nothing. Its page channels are closed as
-    /// soon as it knows, so that the first round meets it at the latest.
+    /// A QEMU does not report how many page channels it waits for: it closes, or sends nothing. It closes its page
+    /// channels as soon as it knows, so that the first round notices it at the latest.
     pub(super) fn blame_channels(&self, error: Error) -> Error {
         let channels = self.wire.link.page_channels();
         let may_differ = channels > 0
@@ -138,7 +138,7 @@ impl SourceSession {
         }
     }
 
-    /// Waits until the destination has said what it is, and greets a ramwire.
+    /// Waits until the destination has identified itself, and greets a ramwire.
     fn find_out_peer(&mut self) -> Result<Handover, Error> {
         let after = self.settings.greeting_timeout;
         let silent = || Error::NoAnswer { what: "what it is", after, remedy: Remedy::RaiseGreetingTimeout };
@@ -282,7 +282,7 @@ pub(super) fn before_last_section(session: &SourceSession, out: &mut Vec<u8>) {
     }
 }
 
-/// Where postcopy may follow a block says of what pages it is, unless they are the ordinary ones.
+/// If postcopy may follow, a block is announced with the size of its host pages, unless it is the ordinary one.
 pub(in crate::session) fn announcements(
     table: &RamBlockTable,
     with_addresses: bool,

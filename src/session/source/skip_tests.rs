@@ -53,7 +53,7 @@ pub(crate) fn moved<T: Send>(
     (sent, arrived, kept)
 }
 
-/// A vCPU that frees pages, tells of it, and takes them again; it stands still while its lock is held.
+/// A vCPU that frees pages, reports that, and takes them again; it is stopped while its lock is held.
 struct Vcpu {
     memory: Arc<MappedGuest>,
     /// What each page holds; 0: it is free.
@@ -144,7 +144,7 @@ fn pages_that_are_freed_and_used_again_on_another_thread_arrive() {
     }
 }
 
-/// A sparse memfd of `PAGES` pages; how many of them have memory is told by the kernel.
+/// A sparse memfd of `PAGES` pages; the kernel reports how many of them have memory.
 fn sparse(name: &str) -> (Arc<MappedGuest>, Mapping) {
     let mapping = Mapping::memfd(name, PAGES * 4096).unwrap();
     let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);

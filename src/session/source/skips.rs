@@ -1,4 +1,4 @@
-//! What need not travel: pages that the guest says are free, and memory that is not plugged.
+//! Pages that need not be sent: those that the guest reports as free, and memory that is not plugged.
 //!
 //! # Orders that must hold
 //!
@@ -40,7 +40,7 @@ impl Skips {
         self.discards.is_some()
     }
 
-    /// Pages whose bytes nobody may compare.
+    /// Pages whose bytes must not be compared.
     pub(super) fn unsent(&self) -> &PageSet {
         &self.unsent
     }
@@ -130,7 +130,7 @@ impl Skips {
         }
     }
 
-    /// Says to a ramwire which pages have no bytes to compare, and which have no memory behind them.
+    /// Reports to a ramwire which pages have no bytes to compare, and which have no memory.
     fn encode(&self, out: &mut Vec<u8>) {
         let mut hinted = self.unsent.clone();
         self.unplugged.runs().for_each(|run| hinted.remove(run));

@@ -1,5 +1,5 @@
-//! Everything that may change while a migration runs is changed while one runs, and has its effect. What paces these
-//! tests is the number of the round, told at its end.
+//! Everything that may change while a migration runs is changed while one runs, and has its effect. These tests are
+//! paced by the number of the round, reported at its end.
 
 use std::io;
 use std::os::unix::net::UnixStream;

@@ -6,7 +6,7 @@ use crate::transport::{AllowList, ChannelOptions, ConnectionOptions, Listener, o
 
 const PAGES: u64 = 700;
 
-/// Writes to its memory when it is paused, and nobody tells of it.
+/// Writes to its memory when it is paused, and no dirty source reports it.
 struct Sly {
     machine: Machine,
     memory: Arc<MappedGuest>,
@@ -46,7 +46,7 @@ fn memory(file: bool, seed: u8) -> Arc<MappedGuest> {
     guest
 }
 
-/// A migration to its end, with fingerprints. `sly`: the page that is written behind everybody's back.
+/// A migration to its end, with fingerprints. `sly`: the page that is written unnoticed.
 fn migrate(channels: u8, file: bool, sly: Option<u64>) -> (SourceReport, DestinationReport) {
     let stop = Stop::never();
     let (from, to) = (memory(file, 7), memory(file, 0));
@@ -89,7 +89,7 @@ fn all_pages_are_compared_before_the_guest_is_handed_over_and_the_sources_memory
     }
 }
 
-/// The migration is complete, and both ends say what is wrong with it.
+/// The migration is complete, and both ends report the difference.
 #[test]
 fn a_write_that_no_dirty_source_told_of_is_found_behind_the_hand_over() {
     for (channels, page) in [(0, 5), (2, 399)] {

@@ -169,7 +169,7 @@ fn qemu(mut stream: TcpStream) {
     }
 }
 
-/// The answer to the ordinary PING says that it is none, however late it comes.
+/// The answer to the ordinary PING shows that it is none, however late it arrives.
 #[test]
 fn a_slow_qemu_is_a_qemu_and_compares_no_digest() {
     let cases =
@@ -193,7 +193,7 @@ fn a_slow_qemu_is_a_qemu_and_compares_no_digest() {
             (Verify::Full, _) => "only two ramwires compare one",
             (Verify::Fast, _) => "only two ramwires do",
             (_, Some(_)) => "answers the greeting as a QEMU does",
-            // All of it went, and nobody said that it runs.
+            // All pages were sent, and no report arrived that the guest runs.
             _ => "did not say that the guest runs",
         };
         assert!(text.contains(says), "{text}");

@@ -87,7 +87,7 @@ fn connections_that_are_not_those_of_a_source_are_refused() {
         let far = begin.iter().map(|first| {
             let (mut near, far) = UnixStream::pair().unwrap();
             near.write_all(first).unwrap();
-            // The one that says nothing closes.
+            // The one that sends nothing closes.
             open.extend((!first.is_empty()).then_some(near));
             channel(far)
         });

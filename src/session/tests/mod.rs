@@ -177,7 +177,7 @@ fn a_guest_moves_between_two_ramwires() {
     assert!(statistics.downtime > 0.0 && statistics.remaining == 0);
 }
 
-/// No source could tell of a write; nothing is sent and nothing done to the guest.
+/// No source could report a write; nothing is sent and the guest is not touched.
 #[test]
 fn a_guest_that_may_write_needs_a_dirty_source() {
     let ends = ends_with(|settings| settings.guest_stands_still = false);
@@ -317,7 +317,8 @@ impl DeviceState for SlowLoader {
     }
 }
 
-/// A folder's `fsync` or a relay's far end may take hours: the source waits for one that says that it is at it.
+/// A folder's `fsync` or a relay's far end may take hours: the source waits for a destination that reports that it is
+/// busy.
 #[test]
 fn a_destination_at_work_is_waited_for_and_a_silent_one_is_not() {
     use std::time::Duration;
@@ -337,7 +338,8 @@ fn a_destination_at_work_is_waited_for_and_a_silent_one_is_not() {
     }
 }
 
-/// Whatever the moment: who is told Accepted has the guest, who is told TooLate has given it away.
+/// At any moment: a source whose cancel returns Accepted has the guest, one whose cancel returns TooLate has handed it
+/// over.
 #[test]
 fn the_answer_to_a_cancel_is_what_happens() {
     let mut answers = [0, 0];
@@ -363,7 +365,7 @@ fn the_answer_to_a_cancel_is_what_happens() {
 #[test]
 fn a_dropped_handle_cancels_before_commit_only() {
     let before = ends();
-    // Nobody has said READY yet, so the source can't have committed.
+    // READY was not sent yet, so the source can't have committed.
     drop(before.source.spawn().unwrap());
     assert_eq!(before.destination.spawn().unwrap().wait().unwrap().ending, Ending::Discarded);
     assert!(before.source_machine.runs());

@@ -225,7 +225,7 @@ fn memory_with_a_file_is_passed_and_private_memory_travels_page_by_page() {
     assert_eq!(moved.vmm.machine.state(), b"devices");
 }
 
-/// Unless both ends say so and the connection can carry descriptors, all memory travels.
+/// Unless both ends agree and the connection can carry descriptors, all memory is sent.
 #[test]
 fn memory_is_passed_only_where_both_ends_say_so() {
     for (passes, takes, tcp) in [(true, false, false), (false, true, false), (true, true, true)] {
@@ -320,7 +320,7 @@ fn memory_is_not_passed_and_emptied_for_postcopy_at_once() {
     assert!(moved.source.runs());
 }
 
-/// What a destination says to a source that passes `parts`, each with descriptors.
+/// The refusal that a destination sends to a source that passes `parts`, each with descriptors.
 fn refused(passes: bool, takes: bool, parts: &[(&str, u64, u64, Vec<OwnedFd>)], then: &[u8]) -> String {
     let (near, far) = UnixStream::pair().unwrap();
     let vmm = Vmm::new(Does::Nothing);

@@ -156,7 +156,8 @@ fn until(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-/// The connection breaks five times and is replaced; it is given up by command, and goes on at another address when told.
+/// The connection breaks five times and is replaced; it is closed by command, and continues at another address by
+/// command.
 #[test]
 fn p9_p11_two_ramwires_go_on_over_other_connections() {
     let ends = SocketEnds::new(&[2000, 7], true, |_| {});
@@ -171,7 +172,7 @@ fn p9_p11_two_ramwires_go_on_over_other_connections() {
         until("pages come", || destination.progress().pages.normal > pages + 4);
         if cut < 5 {
             breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
-            // The status may be what it was before anybody looks at it.
+            // The status may be the old one again before it is read.
             until("another comes", || !breakers.lock().unwrap().is_empty());
             continue;
         }
@@ -180,7 +181,7 @@ fn p9_p11_two_ramwires_go_on_over_other_connections() {
         assert!(!source.is_finished() && matches!(source.cancel(), CancelReply::TooLate));
         control.recover(elsewhere.clone()).unwrap();
         until("they go on elsewhere", || both(Status::PostcopyActive));
-        // One that stands is replaced as well.
+        // A working connection is replaced as well.
         control.recover(elsewhere.clone()).unwrap();
     }
     control.set_postcopy_bandwidth(None);
@@ -229,7 +230,8 @@ impl ByteSink for LosesLastWord {
     }
 }
 
-/// All pages are there, and the source does not hear it: it connects again, sends nothing but the end, and hears it then.
+/// All pages are there, and the source does not receive the report: it connects again, sends only the end, and receives
+/// the report then.
 #[test]
 fn p11_a_connection_lost_with_the_last_word_is_replaced_and_the_word_said_again() {
     let breakers = Arc::new(Mutex::new(Vec::new()));
@@ -250,7 +252,7 @@ fn p11_a_connection_lost_with_the_last_word_is_replaced_and_the_word_said_again(
     }
 }
 
-/// No other connection comes: whoever touches a page that is missing waits, and never sees zeros in its place.
+/// No other connection arrives: a thread that touches a missing page waits, and never sees zeros in its place.
 #[test]
 fn what_is_missing_for_good_never_reads_as_zero() {
     const PAGES: u64 = 2000;
@@ -273,7 +275,7 @@ fn what_is_missing_for_good_never_reads_as_zero() {
     assert!(read.is_err(), "a page that never came reads as {read:?}");
 }
 
-/// A process that is told of faults of user mode only would give a KVM guest zeros, or none of its memory, behind RUN.
+/// A process that receives only faults of user mode would give a KVM guest zeros, or none of its memory, after RUN.
 #[test]
 fn a_destination_that_sees_no_fault_of_the_kernel_refuses_before_a_page_comes() {
     let postcopy = Some(PostcopySettings::new(PostcopyRule::AfterRounds(0)));
@@ -289,7 +291,7 @@ fn a_destination_that_sees_no_fault_of_the_kernel_refuses_before_a_page_comes() 
     let sent = ends.source.run();
     let (has_rights, arrived) = thread.join().unwrap();
     if has_rights {
-        // vm.unprivileged_userfaultfd is 1: anybody sees them.
+        // vm.unprivileged_userfaultfd is 1: any process receives them.
         assert_eq!(arrived.ending, Ending::Running);
         return;
     }
@@ -309,7 +311,7 @@ fn touch(to: &MappedGuest, pages: std::ops::Range<u64>) {
     }
 }
 
-/// Pages that somebody waits for come on a connection of their own, behind a lost one on another.
+/// Requested pages arrive on a connection of their own, and after it was lost on another one.
 #[test]
 fn p4_p14_urgent_pages_go_on_a_connection_of_their_own() {
     const PAGES: u64 = 2000;
@@ -342,14 +344,15 @@ fn p4_p14_urgent_pages_go_on_a_connection_of_their_own() {
     }
 }
 
-/// Pages of a block with memory behind them.
+/// Pages of a block that have memory.
 fn resident(guest: &MappedGuest, block: u32, pages: u64) -> u64 {
     let region = guest.region(BlockIndex(block)).unwrap();
     let is_there = |page: &u64| crate::sys::is_there(region.span(page * 4096, 4096).unwrap()).unwrap();
     (0..pages).filter(is_there).count() as u64
 }
 
-/// The source's memory goes as the destination proves that it has it, behind lost connections as well, and none of it sooner.
+/// The source's memory is released as the destination proves that it has it, also after lost connections, and none of
+/// it earlier.
 #[test]
 fn the_sources_memory_is_given_back_as_its_pages_have_come() {
     const PAGES: u64 = 2000;
@@ -383,7 +386,8 @@ fn the_sources_memory_is_given_back_as_its_pages_have_come() {
     }
 }
 
-/// A destination to which no other connection can come says so before a page is sent, and so does a source that can't make one.
+/// A destination that can accept no other connection reports that before a page is sent, and so does a source that
+/// can't make one.
 #[test]
 fn a_connection_for_urgent_pages_that_can_not_be_is_refused_and_the_guest_runs_on() {
     let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));

@@ -1,4 +1,4 @@
-//! What the source's VMM tells the destination's before memory is provided.
+//! Data that the source's VMM sends to the destination's before memory is provided.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::{Arc, Mutex};
@@ -12,7 +12,7 @@ use crate::session::*;
 use crate::stream::native::{MAX_CONFIGURATION_PART, Order};
 use crate::stream::qemu::command::Command;
 
-/// A VMM that provides memory by what the other one has told it.
+/// A VMM that provides memory according to the data of the other one.
 struct Follows(Arc<MappedGuest>, Arc<Mutex<Option<Vec<u8>>>>);
 
 impl MemoryProvider for Follows {
@@ -22,7 +22,7 @@ impl MemoryProvider for Follows {
     }
 }
 
-/// How a migration with `configuration` ended, and what the destination's VMM was told.
+/// How a migration with `configuration` ended, and the data that the destination's VMM received.
 fn told(
     configuration: &[u8],
     set: impl FnOnce(&mut Ends),
@@ -75,7 +75,7 @@ fn a_configuration_that_nobody_would_get_is_refused_before_the_first_byte() {
     }
 }
 
-/// After the list of blocks it comes too late for the memory, and before HELLO from nobody.
+/// After the list of blocks it is too late for the memory, and before HELLO its sender is unknown.
 #[test]
 fn a_configuration_out_of_turn_is_refused() {
     let late = {

@@ -12,7 +12,7 @@ use crate::stream::qemu::section::{
 use crate::units::Percent;
 
 impl World {
-    /// An unplugged page that something is in at the destination, where a ramwire was told of it.
+    /// An unplugged page with contents at the destination, where a ramwire was informed of it.
     fn stale_page(&self) -> Option<(u32, u64)> {
         if !self.ready || self.plan.watched {
             return None;
