@@ -63,7 +63,7 @@ pub trait ByteSink: Send + Sealed {
     /// Bytes sent so far.
     fn position(&self) -> u64;
 
-    /// Of them, those that the peer's host does not have yet, where the kernel tells: what is sent next waits for them.
+    /// Of them, those that the peer's host does not have yet, if the kernel reports it: bytes sent next wait for them.
     fn under_way(&self) -> u64 {
         0
     }
@@ -99,11 +99,11 @@ pub trait ByteSource: Send + Sealed {
         None
     }
 
-    /// The last byte of the stream has come: did its writer end well? A command's exit status tells, and what it writes after
-    /// the stream is skipped; elsewhere there is nothing to check.
+    /// The last byte of the stream has arrived: did its writer end well? The exit status of a command shows it, and its
+    /// output after the stream is skipped; other sources have nothing to check.
     ///
     /// # Errors
-    /// [`ChannelError`]: what came is not to be counted on.
+    /// [`ChannelError`]: the received bytes are not to be relied on.
     fn ended_well(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
         Ok(())
     }
@@ -115,7 +115,7 @@ pub trait ByteSource: Send + Sealed {
     /// From here on the caller's [`Stop`] alone ends a wait: neither the stall time does, nor an outage of up to `limit`.
     fn outlast(&mut self, _limit: Duration) {}
 
-    /// The descriptor behind it, where closing it is what tells the peer that this end has gone.
+    /// Its descriptor, if closing that informs the peer that this end has gone.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }

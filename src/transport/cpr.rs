@@ -104,7 +104,8 @@ impl CprListener {
 }
 
 impl CprMemory {
-    /// Hangs up: the QEMU connects for its migration now, so somebody must listen for it. The memory, by its blocks.
+    /// Closes the connection: the QEMU connects for its migration now, and a listener must exist. Returns the memory,
+    /// by its blocks.
     pub fn hang_up(self) -> Vec<(BlockName, OwnedFd)> {
         self.memory
     }

@@ -67,7 +67,7 @@ pub trait SourceLink: Send + Sealed {
         0
     }
 
-    /// Bytes that were sent, on whatever channel, and have not left this host, as far as it tells.
+    /// Bytes that were sent, on any channel, and have not left this host, as far as it reports them.
     fn under_way(&mut self) -> u64 {
         self.sink().under_way()
     }
@@ -77,9 +77,9 @@ pub trait SourceLink: Send + Sealed {
         0
     }
 
-    /// Pages sent so far, each time that a page was sent: in the stream, then on each page channel in the order of their
-    /// ids. What the destination counts where it places them is compared with it before the guest is handed over, so they
-    /// are counted where they leave. Pages that a NIC writes are not in it: their completion tells of each.
+    /// Pages sent so far, each time that a page was sent: in the stream, then on each page channel in the order of
+    /// their ids. The destination's count of placed pages is compared with it before the guest is handed over, so pages
+    /// are counted where they are sent. Pages that a NIC writes are not included: each is confirmed by its completion.
     fn sent_pages(&self) -> Vec<PageCounts>;
 
     /// What deltas did so far, where pages may travel as such.
@@ -137,7 +137,7 @@ pub trait SourceLink: Send + Sealed {
     /// Hands a batch over.
     ///
     /// # Errors
-    /// [`MoveError`]; the batch then counts as unsent and comes back by [`reclaim`](Self::reclaim).
+    /// [`MoveError`]; the batch then counts as unsent and is returned by [`reclaim`](Self::reclaim).
     fn offer(&mut self, batch: PageBatch, stop: &Stop) -> Result<Offer, MoveError>;
 
     /// Takes back the batches that are finished, without waiting.
@@ -158,10 +158,10 @@ pub trait SourceLink: Send + Sealed {
     /// [`MoveError`].
     fn drain(&mut self, stop: &Stop) -> Result<(), MoveError>;
 
-    /// The peer has said that the guest runs there: closes the connection in good order.
+    /// The peer has reported that the guest runs there: closes the connection in order.
     ///
     /// # Errors
-    /// [`MoveError`]; the migration is complete even so.
+    /// [`MoveError`]; the migration is complete nevertheless.
     fn close(&mut self, _stop: &Stop) -> Result<(), MoveError> {
         Ok(())
     }
@@ -170,7 +170,7 @@ pub trait SourceLink: Send + Sealed {
     fn reclaim(&mut self) -> Vec<PageBatch>;
 }
 
-/// What a destination's link can do, and how pages come by it. Policy reads these; nobody asks which link it is.
+/// Abilities of a destination's link, and how pages arrive by it. Policy reads these; no code asks which link it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DestinationAbilities {
@@ -191,17 +191,17 @@ pub struct DestinationAbilities {
 pub struct RoundReceived {
     /// Pages that may have been written for the first time, by the guest's own table.
     pub touched: Vec<PageRun>,
-    /// Bytes the source told to be zero.
+    /// Bytes that the source reported as zero.
     pub zero_bytes: u64,
 }
 
-/// Bytes on page channels, as their threads count them, for a reader of the figures. `None`: nobody can, or there
-/// are none.
+/// Bytes on page channels, as their threads count them, for a reader of the figures. `None`: they can't be counted, or
+/// there are none.
 #[derive(Clone, Debug, Default)]
 pub struct LiveBytes {
-    /// What has come on page channels.
+    /// Bytes received on page channels.
     pub channels: Option<Arc<AtomicU64>>,
-    /// What the peer could write to for the first time, or said to be zero, counted while a round is served.
+    /// Bytes that the peer could write to for the first time, or reported as zero, counted while a round is served.
     pub rounds: Option<Arc<AtomicU64>>,
 }
 
@@ -250,7 +250,7 @@ pub trait DestinationLink: Send + Sealed {
         None
     }
 
-    /// Lets the page channels go on behind the barrier.
+    /// Lets the page channels continue after the barrier.
     fn release(&mut self) {}
 
     /// Bytes that have come on page channels.

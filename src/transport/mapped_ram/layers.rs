@@ -67,7 +67,7 @@ impl Opened {
             ..IncomingConfig::default()
         };
         let stream = PlainStream::read(config, |at, into| {
-            // The note is no part of the stream, and the first word of an incremental one stands for QEMU's.
+            // The note is no part of the stream, and the first word of an incremental stream replaces QEMU's.
             let room = usize::try_from(end.saturating_sub(at)).unwrap_or(usize::MAX).min(into.len());
             let got = file.read(&mut into[..room], at)?;
             if is_incremental && at == starts_at && got >= word.len() {
@@ -150,7 +150,8 @@ impl Layers {
         self.layers.iter().map(|layer| &layer.file)
     }
 
-    /// The next pages of a block from `from` on that one file has, that file, and where they stand in it. All between are zero.
+    /// The next pages of a block from `from` on that one file has, that file, and their position in it. All pages
+    /// between are zero.
     pub(super) fn next_run(
         &self,
         block: usize,

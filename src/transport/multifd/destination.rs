@@ -90,7 +90,7 @@ impl MultifdDestination {
         if bytes != progress.bytes {
             *progress = Progress { bytes, since: now };
         }
-        // A source that has sent packets which don't come waits for a channel that nobody reads.
+        // A source that has sent packets that don't arrive waits for a channel that is not read.
         match self.stall.filter(|_| !self.quiet || self.missing_packets().is_some()) {
             Some(after) if now.duration_since(progress.since) >= after => {
                 Err(ChannelError::Stalled { peer: self.main.peer().to_owned(), doing, after })
@@ -110,7 +110,7 @@ impl Running {
         Ok(())
     }
 
-    /// What the channels have told meanwhile.
+    /// Takes the reports that the channels have sent meanwhile.
     fn take_reports(&mut self) -> Result<(), MoveError> {
         while let Ok(told) = self.told.try_recv() {
             self.take(told)?;
@@ -124,7 +124,7 @@ impl Drop for Running {
         self.cancel.cancel();
         self.releases.clear();
         for thread in self.threads.drain(..) {
-            // A panic there left its page unplaced; nobody counts on it any more.
+            // A panic there left its page unplaced; nothing relies on that page any more.
             let _ = thread.join();
         }
     }
@@ -284,7 +284,7 @@ impl DestinationLink for MultifdDestination {
     fn release(&mut self) {
         let Some(running) = &mut self.running else { return };
         running.at_barrier = 0;
-        // A thread that has ended says so itself.
+        // A thread that has ended reports that itself.
         for release in &running.releases {
             let _ = release.try_send(());
         }

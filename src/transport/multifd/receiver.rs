@@ -28,10 +28,10 @@ const SPANS: usize = 32;
 /// written on.
 const BUFFER: usize = 128 << 10;
 
-/// What a channel's thread tells.
+/// A report of a channel's thread.
 #[derive(Debug)]
 pub(super) enum Told {
-    /// It stands at a SYNC.
+    /// It has reached a SYNC.
     AtBarrier,
     /// The peer closed it between two packets.
     Closed,
@@ -39,7 +39,7 @@ pub(super) enum Told {
     Failed(MoveError),
 }
 
-/// Tells the session of a thread that ends by a panic: main waits for no barrier that can't come.
+/// Informs the session that a thread ends by a panic: main waits for no barrier that can't come.
 struct LastWord(Sender<Told>);
 
 impl Drop for LastWord {
@@ -57,7 +57,7 @@ pub(super) struct Common {
     pub(super) page: PageSize,
     /// Numbers that channels have given themselves.
     pub(super) ids: Mutex<Vec<u8>>,
-    /// UUID that the first channel said.
+    /// UUID that the first channel sent.
     pub(super) uuid: Mutex<Option<[u8; 16]>>,
     /// Numbers of the packets of all channels.
     pub(super) numbers: Mutex<PacketNumbers>,
@@ -85,7 +85,7 @@ pub(super) struct PageReceiver {
 }
 
 impl PageReceiver {
-    /// Works until the peer closes, something fails, or nobody waits any more.
+    /// Works until the peer closes, something fails, or its reports have no receiver.
     pub(super) fn run(mut self) {
         let told = LastWord(self.told.clone());
         let ended = caught("placing pages of a page channel", || self.serve());
@@ -95,7 +95,7 @@ impl PageReceiver {
             Ok(()) => Told::Closed,
             Err(error) => Told::Failed(error),
         };
-        // Nobody listens once the migration is over.
+        // The receiver is gone after the migration.
         let _ = self.told.send(last);
     }
 
@@ -216,7 +216,7 @@ impl PageReceiver {
         Ok(())
     }
 
-    /// Payload straight into guest memory; what comes behind it is the next header.
+    /// Payload straight into guest memory; the bytes after it are the next header.
     fn receive_into(&mut self, spans: &[HostSpan<'_>]) -> Result<(), MoveError> {
         let (mut first, mut skip) = (0, 0);
         while let Some(span) = spans.get(first) {
@@ -260,7 +260,7 @@ impl PageReceiver {
             let mut filled = 0;
             while filled < want {
                 let room = RecvPart::Own(&mut self.pages[filled..want]);
-                // What comes behind the payload is the next header.
+                // The bytes after the payload are the next header.
                 let header = RecvPart::Own(&mut self.head[..if at + want == total { due } else { 0 }]);
                 let missing = total - at - filled;
                 let got = self.channel.recv_due(&mut [room, header], missing, &self.stop)?;
@@ -314,7 +314,7 @@ impl PageReceiver {
     }
 }
 
-/// Writes `bytes`, which begin `at` bytes after the first byte of a packet's pages, to where `runs` say.
+/// Writes `bytes`, which begin `at` bytes after the first byte of a packet's pages, to the places in `runs`.
 fn put(
     writer: &mut PageWriter,
     placer: &Placer,

@@ -34,7 +34,8 @@ pub(super) enum Work {
 /// What a channel answers.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// The pages have been handed to the kernel, and it reads them no more. Those that were not looked at have a verdict now.
+    /// The pages have been handed to the kernel, and it reads them no more. Those that were not examined have a verdict
+    /// now.
     Sent(Returned),
     /// The SYNC has.
     Synced,
@@ -44,7 +45,7 @@ pub(super) enum Done {
     Failed(MoveError),
 }
 
-/// Tells the link of a thread that ends by a panic, so that nobody waits for its answers.
+/// Informs the link that a thread ends by a panic, so that its answers are not waited for.
 struct LastWord(Sender<Done>);
 
 impl Drop for LastWord {
@@ -78,7 +79,7 @@ pub(super) struct PageSender {
 }
 
 impl PageSender {
-    /// Works until the queue is closed or something fails. Nobody listens to `done` only when the link is gone.
+    /// Works until the queue is closed or something fails. `done` has no receiver only when the link is gone.
     pub(super) fn run(mut self) {
         let _told = LastWord(self.done.clone());
         let deflater = PacketDeflater::new(self.packing).map_err(|source| self.failed("compressing", source));
@@ -319,7 +320,7 @@ impl Packet {
         self.zero.clear();
     }
 
-    /// Takes a page; a run that nobody has looked at is looked at here.
+    /// Takes a page; one that was not examined yet is examined here.
     fn add(&mut self, piece: &Piece, offset: BlockOffset, bytes: HostSpan<'_>) -> Verdict {
         if piece.verdict == Verdict::Unknown && is_zero(bytes) {
             self.zero.push(offset);

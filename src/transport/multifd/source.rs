@@ -73,7 +73,7 @@ pub(in crate::transport) fn connect(
     options: &ChannelOptions,
     mut open: impl FnMut() -> Result<StreamChannel, OpenError>,
 ) -> Result<MultifdLink, OpenError> {
-    // All are connected before the first thread starts: a failure leaves none behind.
+    // All are connected before the first thread starts: a failure leaves no thread running.
     let channels = (0..options.count).map(|_| open()).collect::<Result<Vec<_>, _>>()?;
     let placement = Placement::of_source(&options.numa, &channels, &*memory);
     let (give, done) = unbounded();
@@ -167,7 +167,7 @@ impl MultifdLink {
         }
     }
 
-    /// Puts a SYNC behind everything in the queue of `channel`; waits for room.
+    /// Puts a SYNC at the end of the queue of `channel`; waits for room.
     fn sync(&mut self, channel: usize, stop: &Stop) -> Result<(), MoveError> {
         loop {
             match self.queues[channel].try_send(Work::Sync) {
@@ -229,7 +229,7 @@ impl MultifdLink {
             let _ = thread.join();
         }
         while let Ok(done) = self.done.try_recv() {
-            // Why one failed was told when it did, or is of no interest any more.
+            // Why one failed was reported when it did, or is no longer of interest.
             let _ = self.take(done);
         }
         for work in std::mem::take(&mut self.left).iter().flat_map(Receiver::try_iter) {
@@ -334,7 +334,7 @@ impl SourceLink for MultifdLink {
         Ok(())
     }
 
-    /// A SYNC goes behind everything on each channel; the barrier on main is a record of its own or, for older
+    /// A SYNC is sent after everything else on each channel; the barrier on main is a record of its own or, for older
     /// peers, the end of the section that the session writes next.
     fn close_round(&mut self, _kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
         for channel in 0..self.queues.len() {

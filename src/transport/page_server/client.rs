@@ -76,10 +76,10 @@ impl fmt::Debug for RemoteMemory {
 }
 
 impl RemoteMemory {
-    /// Connects to the server behind `address`; `spawn` starts a thread for each connection.
+    /// Connects to the server at `address`; `spawn` starts a thread for each connection.
     ///
     /// # Errors
-    /// [`OpenError`]: nobody answers there, or no page server.
+    /// [`OpenError`]: nothing answers there, or no page server does.
     pub fn connect(address: &Address, spawn: Arc<SpawnFn>) -> Result<Self, OpenError> {
         let (link, welcome) = dial(address, &spawn)?;
         let link = Mutex::new(Dialed { link: Some(link), tried: Instant::now() });
@@ -184,7 +184,7 @@ fn dial(address: &Address, spawn: &Arc<SpawnFn>) -> Result<(Arc<Link>, Welcome),
     let welcome = Welcome::decode(&welcome).map_err(|error| not_understood(&channel, READING, error))?;
     let breaker = channel.breaker();
     let (sink, mut source) = channel.split();
-    // Nobody need touch a page; a dead host is noticed by TCP.
+    // There may be no page to request; a dead host is noticed by TCP.
     source.set_stall(None);
     let link = Arc::new(Link {
         sink: Mutex::new(sink),
@@ -241,7 +241,7 @@ impl Link {
         }
     }
 
-    /// Nobody waits for its answers any more.
+    /// Its answers are no longer waited for.
     fn lose(&self, why: &str) {
         let mut waiting = self.waiting.locked();
         self.is_lost.store(true, Ordering::Release);

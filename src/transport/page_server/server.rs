@@ -11,7 +11,7 @@ use crate::sys::{SendPart, Stop};
 use crate::transport::{ByteSink as _, ChannelError, StoredMemory, StreamChannel};
 use crate::units::PageSize;
 
-/// A client that has connected says HELLO within this time.
+/// A client that has connected must send HELLO within this time.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
 const WAITING: &str = "waiting for a request for pages";
@@ -30,7 +30,7 @@ pub struct ServedPages {
     pub reads: u64,
     /// Bytes of memory in those answers.
     pub bytes: u64,
-    /// Reads that failed here; their clients were told why.
+    /// Reads that failed here; their clients received the reason.
     pub failed: u64,
 }
 

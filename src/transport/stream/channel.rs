@@ -28,7 +28,7 @@ pub struct StreamChannel {
     pub(super) stall: Option<Duration>,
     /// The peer may be silent while its connection answers.
     pub(super) quiet: bool,
-    /// The peer is told at once what has come.
+    /// Received bytes are acknowledged to the peer at once.
     pub(super) prompt: bool,
     pub(super) low_water: LowWater,
     /// Encrypted.
@@ -51,7 +51,7 @@ impl StreamChannel {
     /// unless it asks not to.
     ///
     /// # Errors
-    /// What the kernel says; `InvalidInput` for a socket that is not a stream, or a directory.
+    /// The kernel's error; `InvalidInput` for a socket that is not a stream, or a directory.
     pub fn from_fd(fd: OwnedFd, peer: impl Into<String>, options: &StreamOptions) -> std::io::Result<Self> {
         Self::assemble(fd, peer.into(), options, None)
     }
@@ -164,8 +164,8 @@ impl StreamChannel {
         self.stall = stall;
     }
 
-    /// Tells a TCP peer at once what has come. A peer that holds a small message back until the one before it is
-    /// acknowledged (Nagle's algorithm) otherwise waits for our delayed acknowledgement, 40 ms.
+    /// Acknowledges received bytes to a TCP peer at once. A peer that holds a small message back until the one before
+    /// it is acknowledged (Nagle's algorithm) otherwise waits for our delayed acknowledgement, 40 ms.
     pub(crate) fn acknowledge_at_once(&self) {
         if self.end.nature == Nature::Tcp
             && let Err(error) = rustix::net::sockopt::set_tcp_quickack(&self.end.fd, true)
@@ -187,7 +187,7 @@ impl StreamChannel {
         Ok(peeked.map(|(_, come)| come)?)
     }
 
-    /// True if the peer of a socket has closed it: nothing comes behind what is there.
+    /// True if the peer of a socket has closed it: nothing follows the bytes that are there.
     pub(in crate::transport) fn has_been_closed(&self) -> bool {
         let mut ended = [PollFd::new(&self.end.fd, PollFlags::RDHUP)];
         let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
@@ -200,7 +200,7 @@ impl StreamChannel {
     /// # Errors
     /// [`ChannelError`].
     pub(in crate::transport) fn peek_word(&self, stop: &Stop) -> Result<[u8; 4], ChannelError> {
-        /// Time after which a word that has begun is looked at again: the bytes that are there wake no wait.
+        /// Time after which an incomplete word is read again: the bytes that are there end no wait.
         const RETRY_INTERVAL: Duration = Duration::from_millis(2);
         const PEEKING: &str = "waiting for the first bytes of a channel";
         let mut patience = Patience::new(&self.end, PEEKING, self.stall);
@@ -219,7 +219,7 @@ impl StreamChannel {
         }
     }
 
-    /// True if the other end is on this host: its address says so, or it is a UNIX socket.
+    /// True if the other end is on this host: its address shows it, or it is a UNIX socket.
     pub(in crate::transport) fn stays_within_host(&self) -> bool {
         let socket = SockRef::from(&self.end.fd);
         match self.end.nature {

@@ -122,7 +122,7 @@ impl ByteSink for StreamChannel {
     }
 
     fn under_way(&self) -> u64 {
-        // Where the kernel does not tell, as of a file, nothing is known to wait.
+        // If the kernel does not report it, as for a file, no waiting bytes are known.
         queued_bytes(self.end.fd.as_fd(), self.end.kind()).unwrap_or(0)
     }
 }
