@@ -1,8 +1,8 @@
-//! Words between two ramwire ends, spoken only after they have found each other.
+//! Messages between two ramwire ends, sent only after they have recognized each other.
 //!
-//! They travel in QEMU's own frames: commands from the source, messages on the return path, both with numbers
-//! from 0x5200 that no QEMU uses. The greeting: the source sends PING([`GREETING`]) and PING(1); a QEMU
-//! answers one PONG to each, a ramwire puts [`hello_pong`] between the two. A source that sees it sends HELLO.
+//! They are sent in QEMU's own frames: commands from the source, messages on the return path, both with numbers from
+//! 0x5200 that no QEMU uses. The greeting: the source sends PING([`GREETING`]) and PING(1); a QEMU answers one PONG to
+//! each, a ramwire puts [`hello_pong`] between the two. A source that sees it sends HELLO.
 //!
 //! ```text
 //! source                                     destination
@@ -10,7 +10,7 @@
 //! PING(GREETING) PING(channels) PING(1)      PONG(GREETING) PONG(hello) PONG(channels) PONG(1)
 //! HELLO                                      HELLO
 //! VMM_CONFIGURATION*
-//! MEMORY* (each with a descriptor, where both ends said in HELLO that memory is passed)
+//! MEMORY* (each with a descriptor, where both ends agreed in HELLO that memory is passed)
 //! ... QEMU's stream up to the device state, which is one sized section ...
 //! UNSENT* (in front of that section)
 //! SENT STATE_SENT DIGEST*                    WORKING* (READY | REFUSED)
@@ -21,8 +21,8 @@
 //! With fingerprints in HELLO, FINGERPRINTS* follow each round, and the last ones the device state; MEMORY_CHECK follows
 //! RUNNING.
 //!
-//! PING([`channels_ping`]) tells how many page channels the source has. A destination with another number answers
-//! REFUSED, also before HELLO: the greeting has told it that the source is a ramwire.
+//! PING([`channels_ping`]) reports how many page channels the source has. A destination with another number answers
+//! REFUSED, also before HELLO: the greeting has shown it that the source is a ramwire.
 
 mod finding;
 
@@ -94,7 +94,7 @@ pub const fn version_of_pong(value: u32) -> Option<u16> {
     if value >> 16 == 0x5258 { Some(value as u16) } else { None }
 }
 
-/// The PING that tells how many page channels a source has: `RWC`, then their number.
+/// The PING that reports how many page channels a source has: `RWC`, then their number.
 pub const fn channels_ping(channels: u8) -> u32 {
     0x5257_4300 | channels as u32
 }
@@ -104,7 +104,7 @@ pub const fn channels_of_ping(value: u32) -> Option<u8> {
     if value >> 8 == 0x52_5743 { Some(value as u8) } else { None }
 }
 
-/// What an end says of itself.
+/// How an end describes itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
     /// Oldest version it speaks.
@@ -124,7 +124,7 @@ pub struct Hello {
 }
 
 impl Hello {
-    /// What this version says.
+    /// The HELLO of this version.
     pub fn ours(migration_id: [u8; 16], digest: bool) -> Self {
         Self {
             min_version: MIN_VERSION,
@@ -162,7 +162,7 @@ impl Hello {
 pub enum Unsent {
     /// The guest does not need their bytes: they may be anything.
     Free,
-    /// They are unplugged: there is to be no memory behind them.
+    /// They are unplugged: they must have no memory.
     Unplugged,
 }
 
@@ -184,7 +184,7 @@ impl Range {
         (u128::from(self.first) << 64 | u128::from(self.pages)).to_be_bytes()
     }
 
-    /// The ranges in `bytes`; what is left of the last is not looked at.
+    /// The ranges in `bytes`; an incomplete last one is ignored.
     pub fn decode_all(bytes: &[u8]) -> impl Iterator<Item = Self> {
         let numbers =
             bytes.chunks_exact(Self::LEN).filter_map(|b| b.try_into().ok().map(u128::from_be_bytes));
@@ -200,7 +200,7 @@ pub const STATE_BLOCK: u32 = u32::MAX;
 pub enum Order<'a> {
     /// Who speaks.
     Hello(Hello),
-    /// The next part of what the source's VMM tells the destination's. Before the list of blocks.
+    /// The next part of the data that the source's VMM sends to the destination's. Before the list of blocks.
     VmmConfiguration {
         /// At least one byte, at most [`MAX_CONFIGURATION_PART`].
         part: &'a [u8],
@@ -214,7 +214,7 @@ pub enum Order<'a> {
         /// 8 bytes each, at most [`MAX_DIGESTS`].
         values: &'a [u8],
     },
-    /// Pages that did not travel in their last state; their bytes here are nobody's. After the last page.
+    /// Pages whose last state was not sent; their bytes here do not matter. After the last page.
     Unsent {
         /// Position of their block in the stream's list.
         block: u32,
@@ -229,8 +229,8 @@ pub enum Order<'a> {
         /// Counts as [`super::page_counts`] writes them, at least one and at most [`MAX_COUNTS`].
         counts: &'a [u8],
     },
-    /// The memory of a block: no page of it travels. The descriptor of its file comes with the first byte of the command. Only
-    /// where both ends have said that memory is passed, before the list of blocks.
+    /// The memory of a block: none of its pages is sent. The descriptor of its file arrives with the first byte of the
+    /// command. Only if both ends have agreed that memory is passed, before the list of blocks.
     Memory {
         /// Where the memory starts in the file, in bytes.
         start: u64,
@@ -248,7 +248,7 @@ pub enum Order<'a> {
         /// 8 bytes each, at least one and at most [`MAX_FINGERPRINTS`].
         values: &'a [u8],
     },
-    /// What the source has found in its memory, which stands still since it gave the guest away.
+    /// The result of the source's check of its memory, which no longer changes since it handed over the guest.
     MemoryCheck(Finding),
     /// The guest is yours. The source never resumes it again by itself.
     Commit {
@@ -386,7 +386,7 @@ pub enum Answer<'a> {
         /// Why, at most [`MAX_REASON`] bytes.
         why: &'a str,
     },
-    /// Everything has come and is being looked at and loaded: READY comes later.
+    /// Everything has arrived and is being checked and loaded: READY follows later.
     Working,
 }
 

@@ -51,9 +51,9 @@ pub enum PageWordsError {
     Field {
         /// Which.
         field: &'static str,
-        /// What it says.
+        /// Its value.
         value: u64,
-        /// The most it may say.
+        /// The greatest valid value.
         limit: u64,
     },
 }
@@ -80,7 +80,7 @@ pub struct Request {
     pub len: u64,
 }
 
-/// What a server says first.
+/// The first message of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Welcome {
     /// Which memory it is.
@@ -104,7 +104,7 @@ fn field(field: &'static str, value: u64, limit: u64) -> Result<(), PageWordsErr
     if value <= limit { Ok(()) } else { Err(PageWordsError::Field { field, value, limit }) }
 }
 
-/// The fields of a message whose length is known: there is none behind its end.
+/// The fields of a message whose length is known: after its end there are none.
 fn be64(reader: &mut Reader<'_>) -> u64 {
     reader.be64().unwrap_or(u64::MAX)
 }

@@ -1,8 +1,8 @@
-//! Which snapshot a mapped-ram file holds, and against which one it was taken: a note behind the stream.
+//! Which snapshot a mapped-ram file holds, and against which one it was taken: a note after the stream.
 //!
-//! A QEMU reads the stream to its end and nothing behind it. A file without a base is a mapped-ram file like any other. One
-//! with a base holds only what has changed since; no other program must take it for a whole guest, so its stream begins with
-//! [`INCREMENTAL`] in place of QEMU's first word. All else is alike.
+//! A QEMU reads the stream to its end and nothing after it. A file without a base is a mapped-ram file like any other.
+//! One with a base holds only what has changed since; no other program must take it for a whole guest, so its stream
+//! begins with [`INCREMENTAL`] in place of QEMU's first word. All else is the same.
 //!
 //! ```text
 //! be16 version   16 bytes id   u8 1 if there is a base, else 0
@@ -22,7 +22,7 @@ pub const INCREMENTAL: [u8; 8] = *b"RWIS\0\0\0\x01";
 
 const VERSION: u16 = 1;
 const MAGIC: [u8; 8] = *b"RWNOTE\r\n";
-/// Bytes behind the note's own: length, hash, magic.
+/// Bytes after the note's own: length, hash, magic.
 const END: usize = 4 + 8 + 8;
 /// Most bytes of a note: a path has at most 4096.
 const MAX_NOTE: u32 = 8192;
@@ -90,11 +90,11 @@ impl SnapshotNote {
         Writer::new(out).bytes(&body).be32(len).be64(hash).bytes(&MAGIC);
     }
 
-    /// Looks for a note at the end of a file of `file_len` bytes; `read` fills a buffer from an offset on. Answers it and how
-    /// many bytes it has; `None` if the file does not end with one.
+    /// Looks for a note at the end of a file of `file_len` bytes; `read` fills a buffer from an offset on. Returns it
+    /// and how many bytes it has; `None` if the file does not end with one.
     ///
     /// # Errors
-    /// What `read` says; [`NoteError`] as the source of an error of kind [`io::ErrorKind::InvalidData`].
+    /// The errors of `read`; [`NoteError`] as the source of an error of kind [`io::ErrorKind::InvalidData`].
     pub fn find(
         file_len: u64,
         mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
