@@ -1,8 +1,8 @@
 //! Memory for guest RAM: mapped by us (anonymous, memfd, file, huge pages), filled in ahead, given back.
 //!
-//! A mapping yields a [`HostRegion`]; where a file descriptor stands behind it, it is kept, since other
-//! processes (a vhost-user backend, a second VMM) map the same memory by it. Memory mapped by somebody else
-//! enters by [`HostRegion::from_raw`] and needs nothing of this file but [`populate`] and [`discard`].
+//! A mapping yields a [`HostRegion`]; if it has a file descriptor, that is kept, since other processes (a vhost-user
+//! backend, a second VMM) map the same memory by it. Memory mapped by other code enters by [`HostRegion::from_raw`] and
+//! needs nothing of this file but [`populate`] and [`discard`].
 
 use std::io;
 use std::num::NonZeroU64;
@@ -80,7 +80,7 @@ pub enum MappingError {
     },
 }
 
-/// Memory mapped by us: a region, and the file behind it if there is one.
+/// Memory mapped by us: a region, and its backing file if there is one.
 #[derive(Clone, Debug)]
 pub struct Mapping {
     region: HostRegion,
@@ -98,8 +98,8 @@ impl Mapping {
         Ok(Self { region: region_of(map.into(), base_page()).with_backing(Backing::Anonymous), file: None })
     }
 
-    /// As [`anonymous`](Self::anonymous); with `huge_pages` they are [asked for](Self::advise_huge_pages). A kernel that
-    /// has none is no error: the log says so, as a warning.
+    /// As [`anonymous`](Self::anonymous); with `huge_pages` they are [asked for](Self::advise_huge_pages). A kernel
+    /// that has none is no error: a warning is logged.
     ///
     /// # Errors
     /// [`MappingError`].
@@ -122,7 +122,7 @@ impl Mapping {
         Ok(Self { region: region_of(map.into(), page).with_backing(Backing::Anonymous), file: None })
     }
 
-    /// Shared memory of base pages behind a memfd called `name` (seen in /proc/PID/maps).
+    /// Shared memory of base pages with a memfd called `name` (seen in /proc/PID/maps).
     ///
     /// # Errors
     /// [`MappingError`].
@@ -136,7 +136,7 @@ impl Mapping {
         Self::file(fd, 0, len)
     }
 
-    /// Shared memory of huge `page`s behind a memfd; `len` is rounded up to whole ones.
+    /// Shared memory of huge `page`s with a memfd; `len` is rounded up to whole ones.
     ///
     /// # Errors
     /// [`MappingError::HugePages`] if too few are reserved, or the machine has none of that size.
@@ -204,9 +204,9 @@ impl Mapping {
         Ok(Self { region: region_of(map.into(), page).with_backing(Backing::Unknown), file: None })
     }
 
-    /// As [`file`](Self::file), for a file that is made longer if it ends before the range. With `allocate`
-    /// the blocks are taken now, so that a full disk is found here and not by SIGBUS later; where the file system can't
-    /// (EOPNOTSUPP), the log says so, as a warning.
+    /// As [`file`](Self::file), for a file that is made longer if it ends before the range. With `allocate` the blocks
+    /// are taken now, so that a full disk is found here and not by SIGBUS later; if the file system can't (EOPNOTSUPP),
+    /// a warning is logged.
     ///
     /// # Errors
     /// [`MappingError`].
@@ -230,8 +230,8 @@ impl Mapping {
     }
 
     /// Asks for huge pages where the kernel has some to give when the memory is first touched (MADV_HUGEPAGE;
-    /// /sys/kernel/mm/transparent_hugepage says for which memory). First touches are faster then, several times over for
-    /// private memory; a huge page takes memory for the zero pages in it, too.
+    /// /sys/kernel/mm/transparent_hugepage defines for which memory). First touches are faster then, several times over
+    /// for private memory; a huge page takes memory for the zero pages in it, too.
     ///
     /// # Errors
     /// EINVAL: a kernel without transparent huge pages, or memory of huge pages already.
@@ -254,7 +254,7 @@ impl Mapping {
         Self { region: self.region.with_backing(Backing::Unknown), file: None }
     }
 
-    /// The file behind the memory and the offset the memory starts at; `None` for anonymous memory.
+    /// The backing file and the offset in it at which the memory starts; `None` for anonymous memory.
     pub fn backing(&self) -> Option<(BorrowedFd<'_>, u64)> {
         self.file.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
     }
@@ -322,18 +322,18 @@ pub fn discard(span: HostSpan<'_>, page: PageSize) -> io::Result<()> {
     let edges = [span.part(0, head), span.part(head + whole, tail)];
     edges.into_iter().flatten().for_each(HostSpan::fill_zero);
     let Some(whole) = span.part(head, whole).filter(|whole| !whole.is_empty()) else { return Ok(()) };
-    // The kernel knows what the memory is: REMOVE says EINVAL where no file is behind it, EACCES where it is
-    // private to us, EOPNOTSUPP where the file system has no holes.
+    // The kernel knows what the memory is: REMOVE returns EINVAL if it has no backing file, EACCES if it is private to
+    // us, EOPNOTSUPP if the file system has no holes.
     // SAFETY: the range lies inside one live mapping and holds guest bytes only, which are given up here.
     match unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxRemove) } {
         Err(Errno::INVAL) => {
-            // SAFETY: as above; the mapping is anonymous, so the pages come back as zeros.
+            // SAFETY: as above; the mapping is anonymous, so the pages read as zeros afterwards.
             unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxDontNeed)? };
         }
         Err(Errno::ACCESS | Errno::OPNOTSUPP) => {
             let addresses = whole.address()..whole.address() + whole.len();
             let is_ours = page > rustix::param::page_size() && is_private_huge(&addresses).unwrap_or(false);
-            // SAFETY: as above; no file is behind it, so the pages come back as zeros.
+            // SAFETY: as above; it has no backing file, so the pages read as zeros afterwards.
             let drop = || unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxDontNeed) };
             if !is_ours || drop().is_err() {
                 whole.fill_zero();
@@ -347,7 +347,7 @@ pub fn discard(span: HostSpan<'_>, page: PageSize) -> io::Result<()> {
 /// True if the first page of `span` is there, so that no access to it faults.
 ///
 /// # Errors
-/// What mincore(2) says.
+/// The error of mincore(2).
 pub(crate) fn is_there(span: HostSpan<'_>) -> io::Result<bool> {
     let start = span.address() / rustix::param::page_size() * rustix::param::page_size();
     let mut first = [0u8; 1];

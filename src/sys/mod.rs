@@ -1,4 +1,4 @@
-//! The kernel's interfaces, one a file, behind safe functions. This crate's only unsafe code.
+//! The kernel's interfaces, one in each file, wrapped in safe functions. This crate's only unsafe code.
 #![allow(unsafe_code)]
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Descriptors that travel over a UNIX socket (`SCM_RIGHTS`, unix(7)).
 //!
-//! A descriptor belongs to a byte of the stream. The kernel ends a read after the message that carried one, so whoever has
-//! read that byte has the descriptor as well. A read without room for descriptors loses them: the kernel closes them.
+//! A descriptor belongs to a byte of the stream. The kernel ends a read after the message that carried one, so a reader
+//! of that byte has the descriptor as well. A read without room for descriptors loses them: the kernel closes them.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -18,7 +18,7 @@ const MAX_DESCRIPTORS: usize = 8;
 /// Sends some of `bytes`, and `descriptor` with the first of them. Returns how many bytes went.
 ///
 /// # Errors
-/// What `sendmsg(2)` says; `WouldBlock` on a non-blocking descriptor.
+/// The error of `sendmsg(2)`; `WouldBlock` on a non-blocking descriptor.
 pub(crate) fn send_with_descriptor(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
@@ -36,8 +36,8 @@ pub(crate) fn send_with_descriptor(
 /// came; 0 is the end of the stream.
 ///
 /// # Errors
-/// What `recvmsg(2)` says; `WouldBlock` on a non-blocking descriptor. `InvalidData` if more descriptors came at once than
-/// are taken, or than this process may have open.
+/// The error of `recvmsg(2)`; `WouldBlock` on a non-blocking descriptor. `InvalidData` if more descriptors came at once
+/// than are taken, or than this process may have open.
 pub(crate) fn recv_with_descriptors(
     socket: BorrowedFd<'_>,
     into: &mut [u8],

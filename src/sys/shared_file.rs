@@ -1,4 +1,4 @@
-//! The file behind shared memory, as another process may map it: a memfd, a file on tmpfs, hugetlbfs or a disk.
+//! The backing file of shared memory, as another process may map it: a memfd, a file on tmpfs, hugetlbfs or a disk.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,7 +9,7 @@ use rustix::fs::{FileType, OFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, 
 use super::untouched::Backing;
 use super::{HostRegion, Mapping, MappingError};
 
-/// Why a descriptor is not the memory that it is said to be.
+/// Why a descriptor is not the memory that it should be.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SharedFileError {
@@ -19,7 +19,7 @@ pub enum SharedFileError {
         /// What it is.
         kind: &'static str,
     },
-    /// Nobody can write to it.
+    /// It can't be written to.
     #[error("the descriptor is open for reading only; open the memory's file for reading and writing")]
     ReadOnly,
     /// The file ends before the memory does.
@@ -32,7 +32,7 @@ pub enum SharedFileError {
         /// Bytes the file has.
         file_len: u64,
     },
-    /// The kernel does not tell.
+    /// The kernel gives no information about it.
     #[error("the kernel tells nothing of the descriptor")]
     Kernel(#[from] io::Error),
 }
@@ -45,7 +45,7 @@ pub struct SharedFile {
 }
 
 impl SharedFile {
-    /// Takes a descriptor that another process says is `len` bytes of memory from `start` on.
+    /// Takes a descriptor that is, according to another process, `len` bytes of memory from `start` on.
     ///
     /// # Errors
     /// [`SharedFileError`]: it is no regular file, can't be written to, or is shorter than that.
@@ -84,13 +84,13 @@ impl SharedFile {
         }
     }
 
-    /// Sees to it that nobody can make the file shorter any more (F_SEAL_SHRINK, fcntl(2)), where the file can be sealed: a
-    /// memfd made with MFD_ALLOW_SEALING. True if it is so now.
+    /// Prevents the file from being made shorter (F_SEAL_SHRINK, fcntl(2)), if the file can be sealed: a memfd made
+    /// with MFD_ALLOW_SEALING. True if it is so now.
     pub fn seal(&self) -> bool {
         self.is_sealed() || fcntl_add_seals(&*self.fd, SealFlags::SHRINK).is_ok()
     }
 
-    /// True if nobody can make the file shorter.
+    /// True if the file can't be made shorter.
     pub fn is_sealed(&self) -> bool {
         fcntl_get_seals(&*self.fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
     }
@@ -128,8 +128,8 @@ impl SharedFile {
 }
 
 impl HostRegion {
-    /// The file behind the memory, if it is a shared mapping of one and its owner has said so
-    /// ([`from_raw_file`](Self::from_raw_file)): whoever maps it has the same memory.
+    /// The backing file, if the memory is a shared mapping of one and its owner has declared it
+    /// ([`from_raw_file`](Self::from_raw_file)): a process that maps it has the same memory.
     pub fn shared_file(&self) -> Option<SharedFile> {
         match self.backing() {
             Backing::File(fd, start) => Some(SharedFile { fd: Arc::clone(fd), start: *start }),
@@ -190,7 +190,7 @@ mod tests {
         assert!(matches!(refused(reading.into(), 0, LEN), SharedFileError::ReadOnly));
     }
 
-    /// A file that nobody has sealed is checked again before it is relied on.
+    /// A file that is not sealed is checked again before it is relied on.
     #[test]
     fn a_file_that_has_become_shorter_is_found() {
         let path = tempfile::NamedTempFile::new().unwrap();
