@@ -1,8 +1,8 @@
 //! Guest memory whose pages stay as they are until they were copied: write protection by userfaultfd, block by block.
 //!
-//! Memory that was never written is neither protected nor read: it is zero, whatever the guest writes there later. So nothing
-//! has to be populated, and page tables are made for what is used only. What is used is looked for while the guest runs;
-//! while it is paused only the gaps are looked at again.
+//! Memory that was never written is neither protected nor read: it is zero, whatever the guest writes there later. So
+//! nothing has to be populated, and page tables are made only for used pages. Used pages are searched for while the
+//! guest runs; while it is paused only the gaps are searched again.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -85,8 +85,8 @@ impl WriteProtection {
         self.faults.register(span).map_err(refused)
     }
 
-    /// Looks for pages that may hold something and are not known to: only the gaps are looked at. Answers the new ones, in whole
-    /// host pages.
+    /// Looks for pages that may have contents and are not known yet: only the gaps are searched. Returns the new ones,
+    /// in whole host pages.
     ///
     /// # Errors
     /// [`GuestError::Kernel`].
@@ -119,7 +119,7 @@ impl WriteProtection {
         Ok(new)
     }
 
-    /// Takes these pages, in whole host pages, for all that may hold something: what is not among them is not looked at.
+    /// Takes these pages, in whole host pages, for all that may have contents: other pages are not searched.
     ///
     /// # Errors
     /// [`GuestError::Kernel`].
@@ -146,7 +146,7 @@ impl WriteProtection {
         gaps
     }
 
-    /// An older kernel protects only what is there. Where it could not tell, more is taken for used.
+    /// An older kernel protects only populated pages. Where it can't tell which are used, more are taken for used.
     fn populate(&self, pages: &PageSet) -> Result<(), GuestError> {
         for run in pages.runs() {
             let Some((block, span)) = self.span(run)? else { continue };
@@ -196,7 +196,7 @@ impl WriteProtection {
         })
     }
 
-    /// Writes to the host pages of `run` go through; whoever waits for one runs on.
+    /// Writes to the host pages of `run` go through; threads that wait for one continue.
     ///
     /// # Errors
     /// [`GuestError::Kernel`].

@@ -60,7 +60,7 @@ pub struct Placer {
     used: Vec<Option<PageBitmap>>,
     page_bytes: u64,
     counters: Counters,
-    /// Where the fingerprints of placed pages go, if anybody wants them.
+    /// Where the fingerprints of placed pages go, if they are needed.
     prints: Option<Arc<Fingerprints>>,
     /// Set once the guest may run while pages are missing.
     missing: OnceLock<Missing>,
@@ -250,7 +250,7 @@ impl Placer {
         self.has_come(landing) || used.is_some_and(|map| pages.any(|page| map.get(page)))
     }
 
-    /// Pages that no source has told anything of, of blocks that travel.
+    /// Pages of migrated blocks of which no source has reported anything.
     pub fn never_came(&self) -> u64 {
         let table = self.memory.table();
         let travels = |index: &BlockIndex| !table.blocks()[index.as_usize()].flags.ignored;

@@ -153,7 +153,7 @@ impl PageWriter {
     }
 }
 
-/// A kernel that can't populate, or has no memory left, says so again at the fault.
+/// A kernel that can't populate, or has no memory left, reports that again at the fault.
 fn populated(span: HostSpan<'_>) {
     let _ = populate(span);
 }
