@@ -69,7 +69,7 @@ pub enum Refusal {
         /// Blocks in the table.
         blocks: u32,
     },
-    /// The range ends behind the block.
+    /// The range ends after the end of the block.
     #[error("RAM block {block}: {len} bytes at {offset} end behind the block ({used_length} bytes)")]
     OutOfBlock {
         /// The block.
@@ -182,7 +182,7 @@ impl RamBlockTable {
         &self.blocks
     }
 
-    /// The block behind an index.
+    /// The block with an index.
     pub fn get(&self, index: BlockIndex) -> Option<&RamBlock> {
         self.blocks.get(index.as_usize())
     }
@@ -195,7 +195,7 @@ impl RamBlockTable {
         self.by_name.get(name).copied().ok_or_else(|| Refusal::UnknownBlock { name: name.to_owned() })
     }
 
-    /// The block and offset behind a guest-physical address.
+    /// The block and offset of a guest-physical address.
     pub fn find_addr(&self, addr: GuestAddr) -> Option<(BlockIndex, BlockOffset)> {
         self.blocks.iter().enumerate().find_map(|(index, block)| {
             let offset = addr.0.checked_sub(block.guest_addr?.0)?;
