@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::LatencySummary;
 
-/// Where a migration stands, in QEMU's words.
+/// State of a migration, in QEMU's terms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Status {
@@ -19,8 +19,8 @@ pub enum Status {
     PreSwitchover,
     /// The guest is paused.
     Device,
-    /// COMMIT was sent: the guest is the destination's, which has yet to say that it runs. Every good migration is here
-    /// for a moment.
+    /// COMMIT was sent: the guest belongs to the destination, which has not yet reported that it runs. Every successful
+    /// migration is briefly in this state.
     HandingOver,
     /// The guest runs at the destination, and pages are missing there.
     PostcopyActive,
@@ -49,10 +49,10 @@ pub struct PageCounts {
     pub delta: u64,
 }
 
-/// Pages that were left out, since nobody needs their bytes.
+/// Pages that were left out, since their bytes are not needed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct SkippedPages {
-    /// Pages that were to be sent and that the guest said are free; each time it said so.
+    /// Pages that were to be sent and that the guest reported as free; each time it did so.
     pub hinted: u64,
     /// Pages found unplugged; each time they became so.
     pub discarded: u64,
@@ -92,7 +92,7 @@ pub struct ZeroCopyCounts {
     pub sends: u64,
     /// Of them, those that it is done with.
     pub released: u64,
-    /// Of these, those that it says it has copied all the same.
+    /// Of these, those that it reports as copied nevertheless.
     pub copied: u64,
     /// Sends that the limits on locked memory did not allow; they went as copies.
     pub forbidden: u64,
@@ -117,7 +117,7 @@ impl DeltaCounts {
         self.pages + self.unchanged + self.overflows
     }
 
-    /// The rates of what happened since `before`, among `pages` that were looked at. None of either kind gives 0.
+    /// The rates since `before`, among `pages` that were examined. None of either kind gives 0.
     pub fn rates_since(&self, before: &Self, pages: u64, page_bytes: u64) -> DeltaRates {
         let rate = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
         DeltaRates {
@@ -210,7 +210,7 @@ pub struct RoundReport {
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Statistics {
-    /// Where it stands.
+    /// The state of the migration.
     pub status: Status,
     /// Bytes written to the peer: headers, pages and device state. At a destination: bytes read from it.
     pub transferred: u64,
