@@ -17,7 +17,7 @@ use super::qmp::Plan;
 use super::remedies::{hint, in_words};
 pub(super) use super::sizes::{bytes, seconds};
 
-/// What help says of an address.
+/// The help text of an address.
 pub(super) fn uri_help(what: &str) -> String {
     format!("{what}: {}", Address::forms())
 }
@@ -265,7 +265,7 @@ pub(super) fn local_options() -> StreamOptions {
     StreamOptions::default()
 }
 
-/// What `--peer` says.
+/// The value of `--peer`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PeerOption {
     pub(super) peer: Peer,

@@ -29,7 +29,7 @@ impl LocalSocket {
             }
             bound => bound?,
         }
-        // Nobody can connect before listen, so there is no moment at which others may.
+        // No connection is possible before listen, so there is no moment at which others may connect.
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
         let made = fs::symlink_metadata(path)?;
         socket.listen(16)?;

@@ -57,7 +57,7 @@ impl PostcopyArgs {
         plan.having("postcopy-ram", self.postcopy).with("max-postcopy-bandwidth", self.max_postcopy_bandwidth)
     }
 
-    /// As a client of the monitor has planned it: one that switches a capability on says when, too.
+    /// As a client of the monitor has planned it: a client that switches the capability on also commands the switch.
     pub(super) fn follow(&mut self, plan: &Plan) {
         if plan.has("postcopy-ram") != self.postcopy {
             self.postcopy = plan.has("postcopy-ram");

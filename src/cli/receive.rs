@@ -113,7 +113,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let mut guest = ArrivingGuest::new(Store::open(&args.dir)?)?.sharing(&args.ignore_shared);
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
-    // Whoever reads where it listens may send a signal.
+    // A process that reads the printed address may send a signal.
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let (statistics, canceller) = (SharedStatistics::default(), Arc::new(OnceLock::<Canceller>::new()));
     let (early, late) = (cancel.clone(), Arc::clone(&canceller));
@@ -125,7 +125,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         }
     };
     let subject = Subject::new(Role::Destination, statistics.clone(), Plan::default(), cancels);
-    // Dropped last: its clients are told how it ended.
+    // Dropped last: its clients receive the result.
     let _monitor = args.qmp.serve("receive", &Arc::new(subject))?;
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
@@ -145,7 +145,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     options.channels = channels;
     let passed = args.cpr.as_deref().map(|path| passed_memory(path, &options.stream, &stop)).transpose()?;
     let connection = listener.accept_connection(&options, &stop)?;
-    // One migration: nobody else gets in.
+    // Only one migration: no other connection is accepted.
     drop(listener);
     if connection.way.transport == "rdma" {
         guest = guest.written_by_nic()?;
@@ -153,7 +153,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let way = connection.way.clone();
     let mut settings = DestinationSettings::default();
     settings.state_as_it_came = true;
-    // No guest runs here: nobody will touch the pages.
+    // No guest runs here: its pages will not be touched.
     settings.map_behind = false;
     settings.stall_timeout = args.timeouts.stall_timeout;
     settings.finish_timeout = args.timeouts.finish_timeout;
@@ -196,7 +196,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     signals.ended(exit);
     tell(args, &way, &guest, &report);
-    // The guest is here all the same.
+    // The guest is here in either case.
     let differs = matches!(report.memory_check, Some(MemoryCheck::Differs { .. }));
     Ok(if differs && exit == Exit::Done { Exit::NotVerified } else { exit })
 }
@@ -251,14 +251,14 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
     }
 }
 
-/// The status, with the manifest in the state that it stands for.
+/// The status, with the manifest in the matching state.
 fn settled(guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
     let exit = exit_of(guest, report);
     if report.ending != Ending::Running {
         return exit;
     }
     let doubt = match &report.error {
-        // The source could not be told, and may let its guest run again.
+        // The report did not reach the source, which may resume its guest.
         Some(error) if !report.native => Some(error.to_string()),
         _ => guest.settle().err().map(|error| error.to_string()),
     };

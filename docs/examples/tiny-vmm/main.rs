@@ -3,13 +3,14 @@
 //!     cargo run --release --example tiny-vmm -- --memory 256M --vcpus 2 --rate 50M --log ring --migrations 20
 //!
 //! The guest's vCPUs write pages at the given rate and check each before they write it again. The guest starts in this
-//! process, moves to a second one that this one starts, comes back, and so on. Wherever it arrives it runs on, and then
-//! its new process looks at every page from outside too. `vm/` is the VM; this file is what its VMM does to move it.
+//! process, moves to a second one that this one starts, returns, and so on. Wherever it arrives it continues, and then
+//! its new process checks every page from outside, too. `vm/` is the VM; this file is what its VMM does to move it.
 //!
-//! With `--snapshot FILE` it stays: a snapshot of it is written while it runs, and another VM is made of that and looked at.
-//! `--restore FILE` starts one of such a file, with `--lazy` before its memory is read.
+//! With `--snapshot FILE` it stays: a snapshot of it is written while it runs, and another VM is made from that and
+//! checked. `--restore FILE` starts one from such a file, with `--lazy` before its memory is read.
 //!
-//! With `--postcopy` it runs on there as soon as its vCPUs' registers are there, and they wait where a page is missing.
+//! With `--postcopy` it continues there as soon as its vCPUs' registers have arrived, and a vCPU that touches a missing
+//! page waits.
 
 mod vm;
 
@@ -39,7 +40,7 @@ use vm::{Found, Log, Shape, TinyVm};
 
 /// The second half of the RAM begins here: the guest has a hole in its memory, as a PC has.
 const SECOND_HALF: u64 = 3 << 29;
-/// How long an arrived guest runs before it is looked at.
+/// How long an arrived guest runs before it is checked.
 const RUNS: Duration = Duration::from_millis(50);
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -117,7 +118,7 @@ fn bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift.map_or(0, |unit| unit.1)).ok_or_else(|| format!("{text:?} is too much"))
 }
 
-/// What the process that gave the guest away has to tell.
+/// Report of the process that handed the guest over.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Left {
     completed: bool,
@@ -131,14 +132,14 @@ struct Left {
     error: Option<String>,
 }
 
-/// What the process that took it has to tell.
+/// Report of the process that took it.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Arrived {
     running: bool,
     pages: u64,
     wrong: u64,
     faults: Vec<String>,
-    /// Pages that the guest checked itself and wrote before it was looked at.
+    /// Pages that the guest checked itself and wrote before the check from outside.
     wrote: u64,
     postcopy: Option<Followed>,
     error: Option<String>,
@@ -200,13 +201,13 @@ impl Args {
     }
 }
 
-/// Gives the guest to whoever listens at `path`.
+/// Sends the guest to the process that listens at `path`.
 fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
     let memory = vm.memory().clone();
     let options = ConnectionOptions::default();
     let stop = Stop::on(&CancelToken::default()).within(Duration::from_secs(10));
     let connection = open_source(&Address::unix(path), memory.clone(), &options, &stop)?;
-    // The probe writes nothing: it finds out whether the kernel tracks this guest, and says why not.
+    // The probe writes nothing: it finds out whether the kernel tracks this guest, and returns the reason if not.
     let dirty = vm.dirty_source()?;
     dirty.probe()?;
     let guest = SourceGuest { memory, dirty: vec![dirty], control: Box::new(vm) };
@@ -234,7 +235,7 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
 fn snapshot(vm: &TinyVm, path: &Path) -> Result<SnapshotReport, Failure> {
     let configuration = Configuration { machine: "tiny-vmm".into(), ..Configuration::default() };
     let (memory, control) = (vm.memory().clone(), Box::new(vm.clone()));
-    // Nobody but the vCPUs writes to its memory.
+    // Only the vCPUs write to its memory.
     let guest = SnapshotGuest { memory, control, other_writers: Vec::new() };
     let session = SnapshotSession::new(guest, SnapshotSettings::new(configuration))?;
     let options = ConnectionOptions::default();
@@ -301,7 +302,7 @@ fn stay(args: &Args, path: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Starts a guest from a file. If its memory is read behind it, its vCPUs wait where it is missing.
+/// Starts a guest from a file. If its memory is read afterwards, a vCPU that touches a missing page waits.
 fn restore(args: &Args, path: &Path) -> Result<(), Failure> {
     let memory = args.memory()?;
     let mut vm = TinyVm::empty(memory.clone(), args.log())?;
@@ -379,7 +380,7 @@ fn listen(path: &Path) -> Result<Listener, Failure> {
     Ok(Listener::bind(&Address::unix(path), AllowList::default(), &stop)?)
 }
 
-/// The second process: does what the lines on its standard input say, and answers each in JSON.
+/// The second process: executes the lines on its standard input, and answers each in JSON.
 fn second(args: &Args) -> Result<(), Failure> {
     let mut here = None;
     for line in std::io::stdin().lines() {

@@ -32,7 +32,7 @@ pub(super) enum ClientError {
 trait Stream: Read + Write {}
 impl<T: Read + Write> Stream for T {}
 
-/// A connection behind the negotiation.
+/// A connection after the negotiation.
 pub(super) struct Client {
     stream: Box<dyn Stream>,
     framing: Framing,
@@ -76,7 +76,7 @@ impl Client {
         self.send(if self.out_of_band { "exec-oob" } else { "execute" }, command, arguments)
     }
 
-    /// Events that came so far; they are told once.
+    /// Events that have arrived so far; each is returned once.
     pub(super) fn take_events(&mut self) -> Vec<Value> {
         std::mem::take(&mut self.events)
     }
@@ -86,7 +86,7 @@ impl Client {
         let id = json!(self.commands);
         let request = json!({how: command, "arguments": arguments, "id": id});
         let sent = self.stream.write_all(format!("{request}\n").as_bytes());
-        // A monitor that has closed may have said why, or how it ended.
+        // A monitor that has closed may have sent the reason, or the result, before.
         let gone = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
         if let Err(error) = sent
             && !gone(&error)

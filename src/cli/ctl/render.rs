@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::super::common::human_bytes;
 
-/// How a migration stands, a line for each figure that is there.
+/// The state of a migration, a line for each figure that is there.
 pub(super) fn status(now: &Value) -> String {
     let ram = &now["ram"];
     let mut lines = vec![("status", word(now))];
@@ -35,7 +35,7 @@ pub(super) fn line(now: &Value) -> String {
     parts.into_iter().flatten().collect::<Vec<_>>().join("  ")
 }
 
-/// The status; `none` where the monitor tells none.
+/// The status; `none` if the monitor reports none.
 pub(super) fn word(now: &Value) -> String {
     now["status"].as_str().unwrap_or("none").to_owned()
 }

@@ -15,7 +15,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// How often events are looked for in between.
 const LOOKS: u32 = 10;
 
-/// Prints how it stands until it has ended.
+/// Prints the state of the migration until it has ended.
 pub(super) fn run(monitor: &mut Client, json: bool) -> Result<Exit, ClientError> {
     let nothing = json!({});
     let mut last = None;
@@ -23,7 +23,7 @@ pub(super) fn run(monitor: &mut Client, json: bool) -> Result<Exit, ClientError>
         for look in 0..LOOKS {
             let now = match monitor.execute("query-migrate", &nothing) {
                 Ok(now) => now,
-                // A ramwire ends with its migration; its last event has said how.
+                // A ramwire ends with its migration; its last event has the result.
                 Err(ClientError::Closed) => {
                     tell_events(monitor, json, &mut last);
                     return last.as_deref().and_then(ended).ok_or(ClientError::Closed);

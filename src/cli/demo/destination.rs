@@ -39,14 +39,14 @@ const READS: Duration = Duration::from_secs(200);
 /// How long the process may take until it listens; with --populate it touches all RAM before.
 const STARTS: Duration = Duration::from_secs(120);
 
-/// What the destination tells the demo when it ends.
+/// The destination's report to the demo when it ends.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Verdict {
     /// The guest ran here.
     pub(super) ran: bool,
     /// Every page held what it must.
     pub(super) verified: bool,
-    /// Pages looked at.
+    /// Pages checked.
     pub(super) pages: u64,
     /// Wrong ones.
     pub(super) wrong: u64,
@@ -56,7 +56,7 @@ pub(super) struct Verdict {
     pub(super) digest_compared: bool,
     /// The guest ran here before its memory had come.
     pub(super) postcopy: Option<Postcopy>,
-    /// Pages that the guest's own threads looked at while it ran here.
+    /// Pages that the guest's own threads read while it ran here.
     pub(super) pages_read: u64,
     /// What went wrong.
     pub(super) error: Option<String>,
@@ -116,7 +116,7 @@ impl Process {
     ) -> Result<Self, Failure> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("demo-destination").arg(address.to_string()).args(["--guest", demo.guest.name()]);
-        // Memory that is passed says itself how long it is.
+        // Memory that is passed has its own length.
         for block in blocks.iter().filter(|_| !demo.same_host) {
             command.arg("--block").arg(block.to_string());
         }
@@ -190,13 +190,13 @@ fn cancel_with_reader(cancel: CancelToken) -> io::Result<()> {
     std::thread::Builder::new().name("ramwire-reader".into()).spawn(watch).map(drop)
 }
 
-/// Waits until the guest's threads have looked at all memory, which has come by now: that takes as long as it takes to read.
+/// Waits until the guest's threads have read all memory, which has arrived by now: that takes as long as reading it.
 fn await_readers(guest: &dyn DemoGuest, stop: &Stop) {
     let stop = stop.within(READS);
     while !guest.read_so_far().1 && stop.sleep(Duration::from_millis(1)).is_none() {}
 }
 
-/// Takes each connection, and says which one a cut is to hit.
+/// Takes each connection, and returns which one a cut is to hit.
 fn accept_cut(
     mut listener: Listener,
     scratch: Option<Scratch>,

@@ -225,8 +225,8 @@ pub(super) fn run(args: &Args) -> Exit {
     done.unwrap_or_else(|error| failed("demo", &*error))
 }
 
-/// A demo that was told neither how to converge nor when to end slows its guest down where the link is slow: in larger
-/// steps than QEMU's, so that it ends soon.
+/// A demo without options about how to converge or when to end throttles its guest if the link is slow: in larger steps
+/// than QEMU's, so that it ends soon.
 fn helping_itself() -> ThrottlePolicy {
     let percent = |value| Percent::new(value).unwrap_or_default();
     ThrottlePolicy::AutoConverge {
@@ -241,13 +241,13 @@ fn helping_itself() -> ThrottlePolicy {
 const RECONNECT: Duration = Duration::from_secs(60);
 /// How long the guest at the destination may check itself.
 const VERDICT: Duration = Duration::from_secs(300);
-/// How long a destination that did not get the guest may take to say why.
+/// How long a destination that did not get the guest may take to report the reason.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 type Failure = Box<dyn std::error::Error>;
 
 fn demo(args: &Args) -> Result<Exit, Failure> {
-    // What can't be is said before anything starts.
+    // Impossible settings are reported before anything starts.
     args.channels.options()?;
     if args.link_rate > 0 && args.transport != Transport::Tcp {
         return Err(
@@ -381,7 +381,7 @@ impl Args {
     }
 }
 
-/// Bytes of this process that are in memory, by /proc; 0 where it does not say.
+/// Bytes of this process that are in memory, by /proc; 0 if it does not report them.
 fn resident_memory() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm").ok();
     let pages = pages.and_then(|text| text.split(' ').nth(1)?.parse::<u64>().ok());
@@ -398,7 +398,7 @@ fn finish(
     signals: &SignalWatch,
 ) -> Result<Exit, Failure> {
     let Way { transport, why, destination, .. } = way;
-    // A destination that failed, was killed or hangs has little or nothing to say.
+    // A destination that failed, was killed or hangs has little or nothing to report.
     let patience = if report.outcome == Outcome::Completed { VERDICT } else { LAST_WORDS };
     let arrived = destination.verdict(patience);
     let exit = super::common::exit_of(report);

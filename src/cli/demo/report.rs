@@ -1,4 +1,4 @@
-//! What the demo tells: for people, and as JSON whose fields docs/demo-json.md describes.
+//! The demo's report: for people, and as JSON whose fields docs/demo-json.md describes.
 
 use std::fmt::Write;
 

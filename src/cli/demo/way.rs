@@ -48,7 +48,7 @@ pub(super) struct Way {
 }
 
 impl Way {
-    /// Takes the way that `--transport` names; `auto` tries RDMA and says why it did not come to that.
+    /// Takes the way that `--transport` names; `auto` tries RDMA and reports why it was not used.
     pub(super) fn open(
         args: &Args,
         blocks: &[BlockSpec],

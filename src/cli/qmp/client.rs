@@ -1,4 +1,4 @@
-//! A client's connection: what it has said and not been answered, what it was told and has not read.
+//! A client's connection: its commands that are not answered yet, and the output that it has not read.
 
 use std::fmt;
 use std::io;
@@ -50,10 +50,10 @@ pub(super) struct Client {
     socket: OwnedFd,
     pub(super) name: String,
     conversation: Conversation,
-    /// Read, and not looked at.
+    /// Read, and not parsed.
     input: Vec<u8>,
     output: Vec<u8>,
-    /// The client will say nothing more.
+    /// The client will send nothing more.
     said_all: bool,
 }
 
@@ -96,7 +96,7 @@ impl Client {
         Ok(!(self.said_all && self.input.is_empty() && self.output.is_empty()))
     }
 
-    /// Tells of an event, if the client hears any.
+    /// Sends an event, if the client takes events.
     ///
     /// # Errors
     /// It reads nothing.
@@ -125,7 +125,7 @@ impl Client {
         }
         let taken = self.input.len() - left.len();
         self.input.drain(..taken);
-        // It gets the answer that says why.
+        // It receives the answer with the reason.
         self.said_all |= self.conversation.is_strange();
     }
 

@@ -30,18 +30,18 @@ struct Request<'a> {
 }
 
 impl Conversation {
-    /// What is said first.
+    /// The first message to a client.
     pub(super) fn greeting() -> String {
         line(&json!({"QMP": {"version": commands::version(), "capabilities": [OUT_OF_BAND]}}))
     }
 
-    /// True once events may be told.
+    /// True once events may be sent.
     pub(super) fn hears_events(&self) -> bool {
         self.negotiated
     }
 
-    /// True once something was said before the negotiation that is no JSON: by a browser, say, which a web page has sent to a
-    /// port of this host with commands behind its own lines. Nothing is done that it says.
+    /// True once the client has sent something before the negotiation that is no JSON: for example a browser, which a
+    /// web page made send commands to a port of this host after its own lines. None of its commands is executed.
     pub(super) fn is_strange(&self) -> bool {
         self.strange
     }

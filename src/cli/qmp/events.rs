@@ -18,13 +18,13 @@ pub(super) static NAMES: &[(&str, &[Member])] = &[
 pub(super) struct Translator {
     /// Merges of the dirty logs so far.
     passes: u64,
-    /// The guest stands still, and is held.
+    /// The guest is paused, and is held.
     held: bool,
 }
 
 impl Translator {
-    /// What tells of `event`; nothing where QEMU has no event for it. `holds`: the migration waits before its
-    /// switchover for an order to go on; QEMU says `device` only behind that.
+    /// The messages for `event`; none if QEMU has no event for it. `holds`: the migration waits before its switchover
+    /// for a command to continue; QEMU reports `device` only after that.
     pub(super) fn translate(&mut self, event: &Event, holds: bool) -> Vec<Value> {
         let status = match &event.kind {
             EventKind::Setup => "setup",

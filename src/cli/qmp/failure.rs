@@ -1,4 +1,4 @@
-//! Why a command was refused, as the protocol tells it.
+//! Why a command was refused, in the form of the protocol.
 
 use serde_json::{Value, json};
 
@@ -25,7 +25,7 @@ impl Failure {
         Self { class: Class::CommandNotFound, text: text.into() }
     }
 
-    /// What stands behind `error` in an answer.
+    /// The value of `error` in an answer.
     pub(super) fn to_json(&self) -> Value {
         json!({"class": self.class, "desc": self.text})
     }

@@ -3,9 +3,9 @@
 //! Pure: bytes in, values out. A value may come in any number of pieces, and several in one. No line end is needed
 //! between them.
 //!
-//! What is no JSON is told once, and what belongs to it is left out: up to the end of its line, or up to the control
-//! byte (0xFF, or one below a space that is no blank) that a client sends to begin anew. A value is held only up to
-//! [`MAX_VALUE`] bytes and [`MAX_DEPTH`] levels.
+//! Input that is no JSON is reported once, and the rest of it is skipped: up to the end of its line, or up to the
+//! control byte (0xFF, or one below a space that is no blank) that a client sends to begin anew. A value is held only
+//! up to [`MAX_VALUE`] bytes and [`MAX_DEPTH`] levels.
 
 use serde_json::Value;
 
@@ -39,9 +39,9 @@ enum At {
     Inside,
     /// In a string.
     Text { escaped: bool },
-    /// In a number or a word that stands alone.
+    /// In a number or a word outside objects and arrays.
     Word,
-    /// In what was refused, up to the end of its line.
+    /// In refused input, up to the end of its line.
     Refused,
 }
 
@@ -52,7 +52,7 @@ pub(in crate::cli) struct Framing {
     value: Vec<u8>,
     /// The closing bracket of each object and array that is open.
     open: Vec<u8>,
-    /// A value of this length is looked at when its line ends, whole or not. Doubled each time, so that all looks
+    /// A value of this length is parsed when its line ends, complete or not. Doubled each time, so that all attempts
     /// together take no longer than twice the last.
     look: usize,
 }
@@ -64,13 +64,13 @@ impl Default for Framing {
 }
 
 impl Framing {
-    /// Takes bytes off `input` up to the end of one value. `None`: all are taken, and no value is whole.
+    /// Takes bytes off `input` up to the end of one value. `None`: all are taken, and no value is complete.
     ///
     /// # Errors
-    /// [`Damage`]; the next call goes on behind it.
+    /// [`Damage`]; the next call continues after it.
     pub(in crate::cli) fn next(&mut self, input: &mut &[u8]) -> Option<Result<Value, Damage>> {
         while let Some((byte, rest)) = input.split_first() {
-            // A word ends in front of what can't belong to it, which is looked at again.
+            // A word ends before a byte that can't belong to it, which is read again.
             if self.at == At::Word && !is_of_word(*byte) {
                 return Some(self.finish());
             }
@@ -131,7 +131,7 @@ impl Framing {
         self.open.is_empty().then(|| self.finish())
     }
 
-    /// A value that goes on in the next line may be wrong already: who types it is told now.
+    /// A value that continues in the next line may be wrong already: a person who types it gets the error now.
     fn look_at_line(&mut self) -> Option<Result<Value, Damage>> {
         if self.value.len() < self.look {
             return None;
@@ -167,7 +167,7 @@ fn is_blank(byte: u8) -> bool {
     matches!(byte, b' ' | b'\t' | b'\r' | b'\n')
 }
 
-/// Of a number or a word that stands alone.
+/// Of a number or a word outside objects and arrays.
 fn is_of_word(byte: u8) -> bool {
     !is_blank(byte) && !matches!(byte, b'{' | b'}' | b'[' | b']' | b'"' | b',' | b':') && byte != 0xff
 }

@@ -1,4 +1,5 @@
-//! What an argument, a parameter or a capability may be: checked, and told to clients, from one description.
+//! The permitted values of an argument, a parameter or a capability: checked, and described to clients, from one
+//! description.
 
 use serde_json::{Map, Value, json};
 
@@ -19,7 +20,7 @@ pub(super) enum Kind {
     Object(&'static [Member]),
 }
 
-/// A member of an object: an argument of a command, say.
+/// A member of an object: for example an argument of a command.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Member {
     pub(super) name: &'static str,

@@ -1,8 +1,8 @@
 //! `--qmp`: a monitor that speaks QEMU's protocol (QMP), for tools that know QEMU's migration commands.
 //!
-//! `framing` finds values in bytes, `conversation` obeys one client's commands by the rows of `commands`, `subject` is the
-//! migration that they act on, and `server` is the one thread that has all clients. What changes a migration is behind the
-//! library's `session::Control`, as everything is that may change while it runs.
+//! `framing` finds values in bytes, `conversation` obeys one client's commands by the rows of `commands`, `subject` is
+//! the migration that they act on, and `server` is the one thread that has all clients. A migration is changed through
+//! the library's `session::Control`, as are all settings that may change while it runs.
 
 mod client;
 mod commands;
@@ -39,12 +39,13 @@ pub(super) struct QmpArgs {
 }
 
 impl QmpArgs {
-    /// True if other users may reach it: what a client says is then not what this user says.
+    /// True if other users may reach it: a client's commands are then not this user's commands.
     pub(super) fn is_reached_by_others(&self) -> bool {
         matches!(self.qmp, Some(Place::Tcp(_)))
     }
 
-    /// Takes commands for `subject` if that was asked for, until what it answers is dropped; says where on standard error.
+    /// Takes commands for `subject` if that was requested, until the returned monitor is dropped; prints where on
+    /// standard error.
     pub(super) fn serve(&self, command: &str, subject: &Arc<Subject>) -> Result<Option<Monitor>, String> {
         let Some(place) = &self.qmp else { return Ok(None) };
         let failed = |error: io::Error| {

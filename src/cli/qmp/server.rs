@@ -1,7 +1,7 @@
-//! The monitor's thread: takes clients, reads what they say, tells them what happens.
+//! The monitor's thread: accepts clients, reads their commands, sends them events.
 //!
-//! One thread has all clients. None of its calls waits for one of them, so a client that stands still costs the others
-//! and the migration nothing, and at most [`MAX_CLIENTS`] are served.
+//! One thread has all clients. None of its calls waits for one of them, so a stalled client costs the others and the
+//! migration nothing, and at most [`MAX_CLIENTS`] are served.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -29,7 +29,7 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 /// Rest after an accept that failed, as where no descriptor is left.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What a client is told that is one too many.
+/// The reply to a client above the limit.
 const TOO_MANY: &str = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"this monitor has no place left; end another \
                         client\"}}\r\n";
 
@@ -91,7 +91,8 @@ impl Server {
                 Ok(ready) => ready,
                 Err(error) => return note!("ramwire: the monitor ends: {error}"),
             };
-            // First: who is told of an event may be dropped by that, and be another's place in the list.
+            // This comes first: a client that is sent an event may be dropped by that, and another one takes its place
+            // in the list.
             self.go_on(&ready.clients);
             self.tell_events();
             if ready.ending {
@@ -115,7 +116,7 @@ impl Server {
     fn wait(&self, ending: Option<&OwnedFd>, time: Option<Duration>) -> io::Result<Ready> {
         let mut polled = Vec::with_capacity(3 + self.clients.len());
         let listener = self.listener.socket();
-        // Behind the last one its descriptor is readable for good.
+        // After the last event its descriptor stays readable.
         let events = if self.has_told_all { None } else { Some(self.events.descriptor()?) };
         if let Some(ending) = ending {
             polled.push(PollFd::new(ending, PollFlags::IN));
@@ -289,7 +290,7 @@ mod tests {
         assert!(ask(&mut reads, "{\"execute\": \"query-status\"}").contains("paused"));
     }
 
-    /// Who asks without end and reads no answer is not heard any more, until it reads.
+    /// A client that sends commands without end and reads no answer is not served until it reads.
     #[test]
     fn commands_of_a_client_that_does_not_read_are_not_done() {
         let bed = Bed::new();

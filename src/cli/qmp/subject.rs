@@ -17,7 +17,7 @@ use super::plan::Plan;
 /// Which side of a migration it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::cli) enum Role {
-    /// Sends a guest that stands still.
+    /// Sends a paused guest.
     Source,
     /// Takes a guest.
     Destination,
@@ -28,7 +28,7 @@ pub(in crate::cli) enum Role {
 /// What a client asks the command for, beyond what runs.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::cli) enum Order {
-    /// Send the guest there, as the plan says.
+    /// Send the guest there, according to the plan.
     Migrate(Box<(Address, Plan)>),
     /// End the process: nothing runs.
     Quit,
@@ -98,14 +98,14 @@ impl Subject {
         self
     }
 
-    /// It begins when a client says so, and the process ends when one says that.
+    /// It begins at a client's command, and the process ends at a client's command.
     pub(in crate::cli) fn waiting(mut self, orders: Sender<Order>) -> Self {
         self.orders = Some(orders);
         self.state().begun = false;
         self
     }
 
-    /// The control is there for `controls` to give: it is told of what was changed before.
+    /// `controls` returns the control from now on: applies the earlier changes to it.
     pub(in crate::cli) fn follow(&self, control: &Control) {
         // Held: a change that comes meanwhile is not undone by an older one.
         let state = self.state();
@@ -139,7 +139,7 @@ impl Subject {
                     "the far end is not connected yet: only then it can be changed",
                 ));
             }
-            // It is told by `follow`.
+            // Applied by `follow`.
             None => {}
         }
         state.plan = new;

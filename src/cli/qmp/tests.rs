@@ -19,7 +19,7 @@ fn say(conversation: &mut Conversation, subject: &Subject, text: &str) -> Vec<Va
     lines.map(|line| serde_json::from_str(line.strip_suffix("\r\n").unwrap()).unwrap()).collect()
 }
 
-/// What is answered to each command behind the negotiation.
+/// The answers to each command after the negotiation.
 fn answers(subject: &Subject, text: &str) -> Vec<Value> {
     let mut conversation = Conversation::default();
     let first =
@@ -68,7 +68,7 @@ fn who_begins_with_other_words_than_json_is_not_obeyed() {
     assert_eq!(said.iter().map(class).collect::<Vec<_>>(), ["GenericError"], "told once");
     assert!(client.is_strange() && !client.hears_events());
     assert!(say(&mut client, &subject, r#"{"execute":"qmp_capabilities"}"#).is_empty());
-    // A byte to begin anew is no such word, nor is anything behind the negotiation.
+    // A byte to begin anew is no such input, nor is any input after the negotiation.
     let mut client = Conversation::default();
     let said = say(
         &mut client,
@@ -129,7 +129,7 @@ fn parameters_have_bounds_and_change_all_or_none() {
         assert_eq!(class(&set(wrong.clone())), "GenericError", "{wrong}");
         assert_eq!(get("max-bandwidth"), json!(5_000_000), "{wrong}");
     }
-    // What is so already may be said.
+    // A value that is set already may be set again.
     assert_eq!(set(json!({"multifd-channels": 4})), json!({"return": {}}));
 }
 
@@ -149,7 +149,7 @@ fn a_migration_that_runs_has_the_capabilities_that_it_began_with() {
     {
         assert_eq!(class(&set(name, state)), "GenericError", "{name}");
     }
-    // What is so already may be said, and that what is not there is off.
+    // A state that is set already may be set again, and an absent capability may be set to off.
     for (name, state) in [("multifd", true), ("events", true), ("x-colo", false)] {
         assert_eq!(set(name, state), json!({"return": {}}), "{name}");
     }

@@ -1,4 +1,4 @@
-//! What the monitor of `send` acts on, and what it says to `send`.
+//! The subject of `send`'s monitor, and its orders to `send`.
 
 use std::error::Error;
 use std::sync::{Arc, OnceLock};
@@ -71,7 +71,8 @@ impl Controlled {
         self.subject.follow(&control);
     }
 
-    /// Waits until a client says where to: the address and the options as planned. `None`: the process is to end.
+    /// Waits until a client gives the destination: the address and the options as planned. `None`: the process is to
+    /// end.
     pub(super) fn told_to_migrate(&self, args: &Args) -> Option<(Address, Args)> {
         match self.next()? {
             Order::Quit => None,
@@ -133,7 +134,7 @@ mod tests {
         (args, plan)
     }
 
-    /// What the options say comes back from the plan, and what a plan says comes back from the options.
+    /// Options converted to a plan and back are unchanged, and so is a plan converted to options and back.
     #[test]
     fn options_and_plan_say_the_same() {
         let cases: &[&[&str]] = &[

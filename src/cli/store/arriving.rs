@@ -32,7 +32,7 @@ struct Inner {
     held: bool,
     early: Vec<u8>,
     native: bool,
-    /// The source may let the guest run again until it is told that the guest is here.
+    /// The source may resume the guest until it receives the report that the guest is here.
     source_waits: bool,
     /// Blocks that the guest's next place maps as its last one does.
     shared: Vec<BlockName>,
@@ -81,23 +81,24 @@ impl ArrivingGuest {
         Ok(self)
     }
 
-    /// It may run at another place, to the end: from [`resume`](GuestControl::resume) on the manifest says so.
+    /// It may run at another place, to the end: from [`resume`](GuestControl::resume) on the manifest states that.
     pub fn doubt(&self) {
         if let Some(manifest) = &mut self.lock().manifest {
             *manifest = manifest.in_state(State::InDoubt);
         }
     }
 
-    /// The source has been told that the guest is here, and lets it go: the manifest says how much of it is here.
+    /// The source has received the report that the guest is here, and gives it up: the manifest states how much of it
+    /// is here.
     ///
     /// # Errors
-    /// [`StoreError`]; the manifest says `in-doubt` then.
+    /// [`StoreError`]; the manifest then has the state `in-doubt`.
     pub fn settle(&self) -> Result<(), StoreError> {
         let inner = self.lock();
         inner.manifest.as_ref().map_or(Ok(()), |manifest| inner.store.put_manifest(manifest))
     }
 
-    /// The manifest as it stands.
+    /// The manifest in its current state.
     pub fn manifest(&self) -> Option<Manifest> {
         self.lock().manifest.clone()
     }
@@ -220,7 +221,7 @@ impl Inner {
         builder.build().map_err(|error| failed(&self.store.path, "mapping")(io::Error::other(error)))
     }
 
-    /// The source leaves out shared blocks: which they are it does not say.
+    /// The source leaves out shared blocks, but does not report which they are.
     fn check_shared(&self, incoming: &Incoming) -> Result<(), StoreError> {
         let names =
             || incoming.blocks.iter().map(|block| block.name.to_string()).collect::<Vec<_>>().join(", ");
@@ -235,7 +236,7 @@ impl Inner {
         Ok(())
     }
 
-    /// RAM, early sections and device state onto the disk; the manifest still says `arriving`.
+    /// RAM, early sections and device state onto the disk; the manifest still has the state `arriving`.
     fn put_state(&mut self, tail: &[u8]) -> Result<(), StoreError> {
         self.files.iter().try_for_each(|file| file.put(&self.store))?;
         self.store.put(EARLY, &self.early)?;
@@ -261,13 +262,13 @@ fn entry(index: usize, block: &RamBlock, file: String) -> BlockEntry {
     }
 }
 
-/// Addresses for a block whose memory is elsewhere; nobody reads or writes there.
+/// Addresses for a block whose memory is elsewhere; they are never read or written.
 pub(super) fn nothing(block: &RamBlock, path: &Path) -> Result<Mapping, StoreError> {
     let mapping = Mapping::memfd(block.name.as_str(), block.used_length);
     mapping.map_err(|error| failed(path, "mapping")(io::Error::other(error)))
 }
 
-/// The style of a source whose machine name tells nothing, from what its stream has shown.
+/// The style of a source whose machine name shows none, from the contents of its stream.
 pub(super) fn style_seen(machine: &str, seen: &Seen) -> Option<String> {
     let told = PeerStyle::of_machine(machine).is_some();
     let name = if seen.switchover_start { "qemu-10.0" } else { "qemu-8.1" };
@@ -280,8 +281,8 @@ impl GuestControl for ArrivingGuest {
         Ok(())
     }
 
-    /// "Runs" from here on: the manifest says so. A QEMU that waits for an answer lets its guest run again if it gets none:
-    /// until it has been told the guest is in doubt.
+    /// "Runs" from here on, according to the manifest. A QEMU that waits for an answer resumes its guest if it gets
+    /// none: until it has received the answer the guest is in doubt.
     fn resume(&mut self) -> io::Result<()> {
         let inner = self.lock();
         let Some(manifest) = &inner.manifest else { return Err(io::Error::other("nothing has arrived")) };
@@ -293,7 +294,7 @@ impl GuestControl for ArrivingGuest {
         Some(self)
     }
 
-    /// Files are mapped here, and nobody gives their pages back.
+    /// Files are mapped here, and their pages are never given back.
     fn forbid_discard(&mut self, _forbid: bool) -> bool {
         true
     }
