@@ -27,7 +27,7 @@ fn guest(version: Version, dir: &Path) -> Guest {
     Guest::new(version, Machine::Pc, unused, RAM_MIB).with(["-object", &backend, "-machine", machine])
 }
 
-/// The memfd behind the guest's RAM, by the process that has it open.
+/// The memfd of the guest's RAM, by the process that has it open.
 fn ram_of(qemu: &Qemu) -> PathBuf {
     let descriptors = fs::read_dir(format!("/proc/{}/fd", qemu.pid())).unwrap();
     let mut paths = descriptors.map(|entry| entry.unwrap().path());

@@ -162,7 +162,8 @@ fn memory_of_pages_of_1_gib_moves_idle_and_written() {
     }
 }
 
-/// The guest's threads want all its memory at once, and what nobody waits for would take minutes to come: they get it by faults.
+/// The guest's threads need all its memory at once, and background pages would take minutes to arrive: they get it by
+/// faults.
 #[test]
 fn a_guest_runs_there_before_its_memory_has_come() {
     for (transport, more) in
@@ -205,7 +206,7 @@ fn a_connection_that_is_cut_again_and_again_in_postcopy_loses_no_page() {
         assert!(recoveries.iter().all(|cut| cut["took_ms"].as_f64() > Some(0.0)), "{recoveries:?}");
         assert_eq!((&out["postcopy"]["pages_read"], &out["pages_checked"]), (&all.into(), &all.into()));
     }
-    // A guest that moves whole has no connection to lose behind it.
+    // A guest that is migrated without postcopy has no connection to lose afterwards.
     let idle = ["--postcopy", "--postcopy-after", "1", "--cut", "3", "--ram", "8M", "--working-set", "1M"];
     let out = demo(&[&idle[..], &["--dirty-rate", "0"]].concat());
     assert_eq!(out["postcopy"]["recoveries"], Value::Array(Vec::new()), "{out}");
@@ -285,7 +286,7 @@ fn an_end_that_is_killed_in_postcopy_leaves_no_process_and_is_told() {
         Deadline::seconds(60).poll("the switch", read, switched);
         let children = format!("/proc/{0}/task/{0}/children", demo.pid());
         let destination = fs::read_to_string(children).unwrap().trim().to_owned();
-        // One that has ended and that nobody has waited for yet has no command line.
+        // A process that has ended and was not waited for yet has no command line.
         let alive = || fs::read(format!("/proc/{destination}/cmdline")).is_ok_and(|line| !line.is_empty());
         assert!(alive(), "one child: {destination}");
         if kill_destination {
@@ -314,7 +315,7 @@ fn the_old_spellings_of_huge_pages_are_accepted_and_hidden() {
     }
 }
 
-/// The destination that the demo starts, looked at before a guest comes; and a guest that moves between two such ends.
+/// The destination that the demo starts, examined before a guest arrives; and a guest that moves between two such ends.
 #[test]
 fn private_memory_has_huge_pages_where_they_are_asked_for() {
     if !has_huge_pages() {
@@ -333,7 +334,7 @@ fn private_memory_has_huge_pages_where_they_are_asked_for() {
     for option in ["--thp", "--huge-pages"] {
         let before = huge_pages_not_found();
         let asked = held(option);
-        // Where memory is in pieces the kernel looks for a huge page and finds none: it was asked for all the same.
+        // If memory is fragmented the kernel looks for a huge page and finds none: it was requested nevertheless.
         let given = asked + (huge_pages_not_found() - before) * 2048;
         assert!(
             given >= 16 << 10,
@@ -346,7 +347,8 @@ fn private_memory_has_huge_pages_where_they_are_asked_for() {
     assert_eq!(out["pages_checked"], 32 * 256 + 3);
 }
 
-/// The VM of docs/examples/tiny-vmm: its vCPUs write, KVM tells which pages, and both the guest and its host look at them.
+/// The VM of docs/examples/tiny-vmm: its vCPUs write, KVM reports which pages, and both the guest and its host check
+/// them.
 #[test]
 fn a_kvm_guest_arrives_whole() {
     let sizes = ["--ram", "15M", "--block", "12K", "--block", "1M", "--working-set", "4M"];

@@ -27,14 +27,14 @@ use serde_json::json;
 const MACHINE: Machine = Machine::PcI440fx72;
 const RAM_MIB: usize = 32;
 
-/// A guest that came from a QEMU, and stands still in this process.
+/// A guest that came from a QEMU, and is paused in this process.
 #[derive(Clone, Default)]
 struct Held(Arc<Mutex<Parts>>);
 
 #[derive(Default)]
 struct Parts {
     memory: Option<Arc<MappedGuest>>,
-    /// The memory behind the guest's RAM.
+    /// The mapping of the guest's RAM.
     ram: Option<Mapping>,
     state: Vec<u8>,
 }
@@ -44,7 +44,7 @@ impl Held {
         Arc::clone(self.0.lock().unwrap().memory.as_ref().unwrap())
     }
 
-    /// Bytes of its RAM with memory behind them.
+    /// Bytes of its RAM that have memory.
     fn resident(&self) -> u64 {
         let parts = self.0.lock().unwrap();
         let (file, _) = parts.ram.as_ref().unwrap().backing().unwrap();
@@ -114,7 +114,7 @@ fn taken_from(source: &mut Qemu) -> (Held, Incoming) {
     (held, report.incoming.unwrap())
 }
 
-/// A session that gives the guest to the QEMU at `uri`, slowly enough to be looked at.
+/// A session that sends the guest to the QEMU at `uri`, slowly enough to be observed.
 fn session(held: &Held, incoming: &Incoming, uri: &str) -> SourceSession {
     let mut settings = SourceSettings::new(incoming.configuration.clone());
     settings.early_sections = incoming.early_sections.clone();
@@ -183,7 +183,8 @@ fn moves_to(version: Version, dir: &Path) {
     assert_eq!(destination.status(), "running", "{version}");
 }
 
-/// A QEMU answers a mark behind pages that it has placed: it never asks for them again, after a recovery either.
+/// A QEMU answers a mark after it has placed the pages before it: it never requests them again, not even after a
+/// recovery.
 #[test]
 fn p22_memory_is_given_back_while_any_qemu_takes_the_rest_and_a_lost_connection_is_replaced() {
     if !peers_present() {

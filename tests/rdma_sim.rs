@@ -176,7 +176,7 @@ fn r41_whatever_fails_leaves_the_guest_at_one_side_and_nothing_registered() {
                         assert!(source.error.is_some(), "{what}");
                         stayed += 1;
                     }
-                    // COMMIT was on its way when the fault came: nobody may guess.
+                    // COMMIT was in flight when the fault came: neither side may guess.
                     Outcome::InDoubt | Outcome::Incomplete => {}
                 }
             }

@@ -111,7 +111,7 @@ fn pass_on(from: &UnixStream, to: &UnixStream, direction: usize, passed: &Passed
     }
 }
 
-/// The connection between the source and the process, which is killed where `at` says.
+/// The connection between the source and the process, which is killed at the point `at`.
 fn between(near: UnixStream, destination: &Arc<Mutex<Destination>>, socket: &str, at: KillAt) -> Passed {
     let passed = Passed::default();
     let far = UnixStream::connect(socket.strip_prefix("unix:").unwrap()).unwrap();
@@ -245,7 +245,7 @@ fn the_demo_hands_its_guest_over_without_a_copy() {
     assert_eq!(out["pages_checked"], 64 * 256 + 3);
 }
 
-/// How long a guest of sparse memory stands still. Not a test: it prints.
+/// Measures the downtime of a guest of sparse memory. Not a test: it prints.
 #[test]
 #[ignore = "measures; run it with --ignored --nocapture"]
 fn handovers_of_sparse_memory() {

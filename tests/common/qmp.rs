@@ -31,7 +31,7 @@ pub(crate) struct Qmp {
 }
 
 impl Qmp {
-    /// Connects and leaves capability negotiation behind.
+    /// Connects and completes the capability negotiation.
     pub(crate) fn connect(socket: &Path) -> io::Result<Self> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(ANSWER))?;

@@ -143,7 +143,7 @@ fn state(announced: u64, bytes: &[u8]) -> Vec<u8> {
     })
 }
 
-/// A destination that hears `head`, then `again` until it has had enough; its answers are read unless `deaf`.
+/// A destination that receives `head`, then `again` until it refuses more; its answers are read unless `deaf`.
 fn hear(head: Vec<u8>, again: Vec<u8>, deaf: bool, cancel: Option<&CancelToken>) -> DestinationReport {
     let (near, far) = UnixStream::pair().unwrap();
     let (mut reader, mut writer) = (near.try_clone().unwrap(), near);
@@ -173,7 +173,7 @@ fn hear(head: Vec<u8>, again: Vec<u8>, deaf: bool, cancel: Option<&CancelToken>)
     report
 }
 
-/// A name, what is sent, and what the refusal says.
+/// A name, the bytes sent, and the texts in the refusal.
 type Case<'a> = (&'a str, Vec<u8>, &'a [&'a str]);
 
 fn refused(cases: &[Case<'_>]) {
@@ -347,7 +347,7 @@ fn floods_end_and_take_no_memory() {
     let text = told(hear(tail, vec![0xa5; 1 << 16], false, None));
     assert!(text.contains("at byte") && text.contains("limit"), "device state without end: {text}");
 
-    // What a guest that never rests or an idle source may also send ends when somebody says so.
+    // Input that a guest that never rests or an idle source may also send ends only by a cancel.
     let endless = [
         ("PINGs", h.clone(), pings),
         ("rounds without a page", stream(&[&h, &blocks]), part(&[]).repeat(500)),
@@ -370,7 +370,7 @@ fn floods_end_and_take_no_memory() {
     assert_bounded("floods from a source", before);
 }
 
-/// What a hostile destination says first.
+/// The first message of a hostile destination.
 fn greeting() -> Vec<u8> {
     let hello = Hello::ours(ID, true);
     let answers = [
@@ -386,7 +386,7 @@ fn said(message: &Message<'_>) -> Vec<u8> {
     made(|out| message.encode(out))
 }
 
-/// A source that hears `head` at once, then `again` without end; all it sends is swallowed.
+/// A source that receives `head` at once, then `again` without end; all it sends is discarded.
 fn answer(live: &Live, head: Vec<u8>, again: Vec<u8>) -> SourceReport {
     let (near, far) = UnixStream::pair().unwrap();
     let (mut reader, mut writer) = (far.try_clone().unwrap(), far);

@@ -28,7 +28,7 @@ use crate::plan::{PAGES, Plan, WORKING_SET};
 /// Between two looks whether the source lives.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// What a process is told: the seed, the folder of its run, and which end it is.
+/// The environment of a process: the seed, the folder of its run, and which end it is.
 pub(crate) const TOLD: [&str; 3] = ["RAMWIRE_KILL_SEED_OF_END", "RAMWIRE_KILL_DIR", "RAMWIRE_KILL_END"];
 
 #[test]
@@ -97,7 +97,7 @@ fn source(plan: &Plan, dir: &Path) {
     let report = SourceSession::new(of, connection, settings)
         .with_reconnect(Box::new(Redial::new(address, options)))
         .run();
-    // What stands still there stands as it was paused.
+    // A guest that is paused there is unchanged since its pause.
     let runs = matches!(report.outcome, Outcome::StaysHere(_));
     let wrong = wrong(&guest);
     let outcome = if runs { "StaysHere".into() } else { format!("{:?}", report.outcome) };

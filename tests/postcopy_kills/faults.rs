@@ -24,7 +24,7 @@ struct State {
     /// The next one last.
     due: Vec<(u64, Fault)>,
     at_accept: Vec<(u32, Fault)>,
-    /// Connections behind the first that were accepted.
+    /// Connections after the first that were accepted.
     accepted: u32,
     breakers: Vec<StreamBreaker>,
     figures: Option<SharedStatistics>,
@@ -94,7 +94,7 @@ fn kill(pid: Pid) {
     }
 }
 
-/// Guest memory that tells of each page that is placed.
+/// Guest memory that reports each page that is placed.
 pub(crate) struct Watched {
     pub(crate) memory: Arc<MappedGuest>,
     pub(crate) faults: Faults,

@@ -104,8 +104,8 @@ fn judge(log: &str) -> Result<Vec<&'static str>, String> {
         (killed("Cut"), killed("KillSource"), killed("KillDestination"));
     must(source.is_some() || dead_source, "the source has ended without a word")?;
     must(destination.is_some() != dead_destination, "the destination has ended without a word")?;
-    // The memory that stands at its source is as it was, whatever has become of the guest; or was given back once the
-    // destination had taken it, started or not.
+    // The paused memory at its source is unchanged, whatever happened to the guest; or it was given back once the
+    // destination had taken the guest, started or not.
     let is_taken = |line: &str| line.contains("ended Completed") || line.contains("ended Incomplete");
     let kept = |line: &str| line.contains("wrong=0") || (is_taken(line) && !line.contains("released=0"));
     must(source.is_none_or(|(line, _)| kept(line)), "pages at the source are wrong")?;
@@ -123,7 +123,7 @@ fn judge(log: &str) -> Result<Vec<&'static str>, String> {
         "a destination that says no reason",
     )?;
     if !dead_source && !dead_destination {
-        // Nobody was killed: the guest is whole at one end, and where it was started it is there.
+        // No process was killed: the guest is whole at one end, and where it was started it is there.
         must(!ran_there || arrived, "the guest was started, and not all of it has come")?;
         must(
             !ran_there || is(source, "ended Completed"),

@@ -31,13 +31,13 @@ pub(crate) struct Plan {
     pub(crate) preempt: bool,
     /// The source gives memory back that the destination has.
     pub(crate) release: bool,
-    /// Bytes a second of pages that nobody waits for.
+    /// Bytes a second of background pages.
     pub(crate) bandwidth: Option<u64>,
     /// Bytes a second that the guest writes.
     pub(crate) writes: u64,
     /// Faults by the number of pages that have come, ascending.
     pub(crate) faults: Vec<(u64, Fault)>,
-    /// Faults when the so-manieth connection behind the first is accepted: before anything is read of it.
+    /// Faults when the connection of this number after the first is accepted: before anything is read from it.
     pub(crate) at_accept: Vec<(u32, Fault)>,
 }
 

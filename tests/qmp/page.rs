@@ -1,4 +1,4 @@
-//! The example of docs/qmp.md, run as it stands there.
+//! Runs the example of docs/qmp.md as it is printed there.
 
 use std::process::{Command, Output};
 

@@ -14,7 +14,7 @@ use super::common::{
 };
 use super::{Bed, connect};
 
-/// The states that a migration was said to be in.
+/// The states of a migration that were reported.
 fn states(client: &Qmp) -> Vec<&str> {
     let states = client.events.iter().filter(|event| event["event"] == "MIGRATION");
     states.filter_map(|event| event["data"]["status"].as_str()).collect()
@@ -77,7 +77,7 @@ fn a_cancel_leaves_the_guest_where_it_is() {
     }
 }
 
-/// A client that waits for `migrate` to connect may still cancel it, and hears so.
+/// A client may still cancel a `migrate` that is connecting, and is informed of the end.
 #[test]
 fn a_cancel_while_nobody_listens_yet_is_told() {
     if !peers_present() {

@@ -1,4 +1,5 @@
-//! The client qemu.qmp, by which QEMU's own tests drive it, has the same said by ramwire's monitor and by a QEMU's.
+//! The client qemu.qmp, by which QEMU's own tests drive it, gets the same messages from ramwire's monitor as from a
+//! QEMU's.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -108,7 +109,7 @@ fn the_same_script_drives_a_qemu_and_a_ramwire() {
 
 fn far_end(bed: &Bed, scenario: &str, capabilities: &[&str]) -> (Option<common::qemu::Qemu>, String) {
     if scenario == "failed" {
-        // Nobody listens at port 1.
+        // There is no listener at port 1.
         return (None, "tcp:127.0.0.1:1".into());
     }
     let (qemu, uri) = bed.waiting(Version::Qemu100, capabilities);

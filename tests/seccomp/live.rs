@@ -28,7 +28,8 @@ use seccompiler::BpfProgram;
 use super::machine::{Machine, Paced, rest, spawner};
 use super::{SLOW, STALL};
 
-/// A destination that takes its time before it has memory, too: it tells that it is asked, and waits until it may go on.
+/// A destination that also takes time before it has memory: it reports that it is asked, and waits until it may
+/// continue.
 struct Slow {
     machine: Machine,
     asked: mpsc::Sender<()>,
