@@ -35,7 +35,7 @@ pub enum DestinationEvent {
     Package,
     /// A ramwire's RAM and device state are complete.
     StateSent,
-    /// The last digest has come.
+    /// The last digest has arrived.
     Digests,
     /// The guest is ours.
     Commit,
@@ -69,7 +69,7 @@ pub enum DestinationAction {
     LoadState,
     /// Serve missing pages from here on, and let a thread load the device state and start the guest.
     Listen,
-    /// Wait for the source's next connection, and go on with it.
+    /// Wait for the source's next connection, and continue with it.
     AwaitRecovery,
     /// All pages are here: wait until that thread has started the guest.
     AwaitGuest,
@@ -140,7 +140,7 @@ pub struct DestinationEngine {
     memory_check: bool,
     committed: bool,
     recoverable: bool,
-    /// All pages of a guest that runs here since a switch to postcopy have come.
+    /// All pages of a guest that runs here since a switch to postcopy have arrived.
     whole: bool,
     late_load: bool,
 }
@@ -176,7 +176,7 @@ impl DestinationEngine {
         self.late_load = true;
     }
 
-    /// True once the source speaks ramwire's words.
+    /// True once the source sends ramwire's messages.
     pub fn is_native(&self) -> bool {
         self.native
     }
@@ -318,7 +318,7 @@ impl DestinationEngine {
         }
     }
 
-    /// Everything has come, as it was sent.
+    /// Everything has arrived, as it was sent.
     fn load_or_wait(&mut self) {
         match self.late_load {
             true => self.go(Phase::SendingReady, DestinationAction::SendReady),

@@ -17,7 +17,7 @@ use std::ops::Range;
 use crate::ram::{DirtyMap, PageBatch, PageBitmap, PageRun, RamBlockTable};
 use crate::units::{BlockIndex, PageIndex};
 
-/// Most pages that are released at a time: a request that comes meanwhile waits for them.
+/// Maximum number of pages that are released at a time: a request that arrives meanwhile waits for them.
 const PIECE: u64 = 64;
 
 /// What a source knows of pages that it may release.

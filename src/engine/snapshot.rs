@@ -97,7 +97,7 @@ pub struct SnapshotFigures {
     pub faults: u64,
     /// Writes before the moment that met protection.
     pub early: u64,
-    /// From the moment that a write was known of until it could go on.
+    /// From the moment that a write was known until it could continue.
     pub latency: Latency,
 }
 

@@ -28,7 +28,7 @@
 //!
 //! # Inbox and outbox
 //!
-//! Events may come at any time, in any order: [`SourceEngine::handle`] takes each. One action at a time is taken from
+//! Events may arrive at any time, in any order: [`SourceEngine::handle`] takes each. One action at a time is taken from
 //! [`SourceEngine::poll`] and answered by one event. An event that ends a migration does so at once: the answer that
 //! the current action still gets is ignored, and [`SourceEngine::wake_at`] calls the session back from that action.
 

@@ -50,7 +50,7 @@ pub(super) struct Ahead {
     pub(super) open: PageSet,
     cursor: Cursor,
     pass: u32,
-    /// When the pass began, and what it has protected.
+    /// When the pass began, and the number of runs that it has protected.
     began: Duration,
     runs: u32,
     looked: bool,

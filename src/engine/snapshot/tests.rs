@@ -183,7 +183,7 @@ fn a_target_that_takes_nothing_more_fails_the_snapshot_and_no_thread_waits_on() 
     assert_eq!(engine.poll(), Some(SnapshotAction::Finish(SnapshotOutcome::Failed)));
 }
 
-/// Any two events at any moment: no panic, no order broken, and the end comes.
+/// Any two events at any moment: no panic, no order broken, and the engine ends.
 #[test]
 fn any_events_at_any_moment_come_to_an_end() {
     let events = |at: usize| {

@@ -8,7 +8,7 @@ use crate::units::Rate;
 /// When the guest is paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Switchover {
-    /// When what is left fits the downtime limit at the measured rate.
+    /// When the rest fits the downtime limit at the measured rate.
     WhenItFits,
     /// When the guest's own source reports that it stopped (a relay).
     WhenUpstreamStops,
@@ -22,8 +22,8 @@ pub enum OnTimeout {
     Cancel,
     /// The guest is paused and migrates, however long the downtime is.
     Finish,
-    /// The guest is paused for a moment and runs at the destination before its memory has come; only where postcopy was
-    /// announced.
+    /// The guest is paused for a moment and runs at the destination before all its memory has arrived; only if postcopy
+    /// was announced.
     Postcopy,
 }
 
@@ -33,9 +33,11 @@ pub enum OnTimeout {
 pub enum PostcopyRule {
     /// When it is requested.
     OnCommand,
-    /// After so many rounds; 0: before the first page. A guest whose memory fits the downtime limit by then moves whole.
+    /// After so many rounds; 0: before the first page. A guest whose memory fits the downtime limit by then is migrated
+    /// without postcopy.
     AfterRounds(u32),
-    /// After this time from the start. A guest whose memory fits the downtime limit by then moves whole.
+    /// After this time from the start. A guest whose memory fits the downtime limit by then is migrated without
+    /// postcopy.
     AfterTime(Duration),
 }
 
@@ -45,7 +47,8 @@ pub enum PostcopyRule {
 pub enum UrgentChannel {
     /// Right after the first bytes of the main connection: only then does the peer read on (QEMU 7.2).
     Early,
-    /// When the peer has shown that it reads, and before the guest is paused, or pages go on (QEMU from 8.0 on, a ramwire).
+    /// When the peer has shown that it reads, and before the guest is paused, or more pages are sent (QEMU from 8.0 on,
+    /// a ramwire).
     Late,
 }
 
@@ -102,7 +105,7 @@ pub struct SourceConfig {
     pub handover: Handover,
     /// Whether a digest of RAM and state is compared before READY.
     pub digest: bool,
-    /// Whether memory is compared with what was sent of it once the guest runs at the peer.
+    /// Whether memory is compared with the pages that were sent once the guest runs at the peer.
     pub memory_check: bool,
 }
 

@@ -28,7 +28,7 @@ pub enum SourceEvent {
     Sent {
         /// Pages still dirty in the map.
         pages_left: u64,
-        /// What was handed to the connection in this slice.
+        /// Bytes and pages that were handed to the connection in this slice.
         sent: Sent,
     },
     /// Answer: a slice of missing pages was sent.
@@ -61,7 +61,7 @@ pub enum SourceEvent {
     Cancel,
     /// The embedder requests the switch to postcopy.
     StartPostcopy,
-    /// The embedder lets a migration go on that waits with its paused guest.
+    /// The embedder continues a migration that waits with its paused guest.
     Continue,
     /// A relay's source has stopped its guest and sent its last page.
     UpstreamStopped,
@@ -120,7 +120,7 @@ pub enum SourceAction {
     AskReceived,
     /// Postcopy, on a new connection: find out which pages the peer has; the others are dirty.
     CompareReceived,
-    /// Postcopy, on a new connection: have the peer go on.
+    /// Postcopy, on a new connection: have the peer continue.
     ResumePages,
     /// Make the digest and send it.
     SendDigest,

@@ -64,7 +64,7 @@ impl SourceEngine {
         }
     }
 
-    /// Something else has come that is waited for, or may be later.
+    /// Another event has arrived that the source waits for, or may wait for later.
     pub(super) fn came(&mut self, event: SourceEvent) {
         self.upstream_stopped |= event == SourceEvent::UpstreamStopped;
         match (self.phase, event) {
