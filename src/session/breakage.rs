@@ -41,7 +41,7 @@ pub(super) enum Breakage {
     SkipComparing,
     /// Order 6: the destination sends READY whatever was sent and not placed.
     SkipCounting,
-    /// Order 12: the device state is loaded into memory that was passed before it is given away.
+    /// Order 12: the device state is loaded into memory that was passed before it is handed over.
     LoadBeforeCommit,
     /// Orders 4 and 12: after a failure memory that was passed is taken for the destination's.
     ForgetPassed,
@@ -53,13 +53,13 @@ pub(super) enum Breakage {
     SkipPage,
     /// A dirty source loses a write.
     LoseDirtyBit,
-    /// Order 5: what is dirty at a switch to postcopy is not discarded.
+    /// Order 5: pages that are dirty at a switch to postcopy are not discarded.
     SkipDiscard,
     /// Order 5: the source ends a postcopy while pages are missing.
     EndEarly,
     /// In postcopy the source sends background pages as long as the connection takes them.
     FillUnbounded,
-    /// A host page that has left in part on the main connection goes on as urgent.
+    /// A host page that was sent in part on the main connection continues as urgent.
     SplitHostPage,
     /// The connection for urgent pages of a peer that reads nothing before is made as later peers want it.
     OpenUrgentLate,
@@ -73,9 +73,9 @@ pub(super) enum Breakage {
     ReleaseUntaken,
     /// The connection for urgent pages ends without its mark.
     SkipUrgentEnd,
-    /// Order 5: after a lost connection the source takes what it has sent for received.
+    /// Order 5: after a lost connection the source takes the pages it has sent for received.
     SkipBitmaps,
-    /// After a lost connection the first page goes on in the block of the last.
+    /// After a lost connection the first page continues in the block of the last.
     KeepCurrentBlock,
     /// Order 6: the source resumes the guest when the connection is lost after the switch.
     ResumeAfterLoss,
@@ -83,15 +83,15 @@ pub(super) enum Breakage {
     ScanBeforeFinish,
     /// Order 7: memory is registered without the guest's promise not to discard it.
     RegisterUnpromised,
-    /// The destination takes memory that no page has come to for zero, whatever it held before.
+    /// The destination takes memory for which no page has arrived for zero, whatever it held before.
     TrustMemory,
     /// Bytes are to be copied, then marked: the destination reports a page before it is there.
     MarkBeforeCopy,
     /// A hint leaves the log of its pages as it is.
     HintUnprotected,
-    /// Hints that came before a sync have their effect after it.
+    /// Hints that arrived before a sync have their effect after it.
     HintAcrossSync,
-    /// Hints are taken whenever they come.
+    /// Hints are taken whenever they arrive.
     HintOfAnyEpoch,
     /// Pages that were left out are clean after a failure.
     ForgetSkipped,

@@ -14,11 +14,11 @@ use crate::units::{Percent, Rate};
 use crate::session::workers::Spawner;
 use crate::session::{Incoming, Peer};
 
-/// Postcopy at a source: the guest runs at the destination before its memory has come.
+/// Postcopy at a source: the guest runs at the destination before all its memory has arrived.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct PostcopySettings {
-    /// When the switch comes of itself; [`Control::start_postcopy`](super::Control::start_postcopy) asks for it sooner.
+    /// The rule for the switch; [`Control::start_postcopy`](super::Control::start_postcopy) requests it earlier.
     pub rule: PostcopyRule,
     /// Maximum number of bytes a second after the switch (QEMU's `max-postcopy-bandwidth`); no limit. Requested pages
     /// are always sent immediately.
@@ -84,13 +84,14 @@ pub struct SourceSettings {
     pub max_bandwidth: Option<Rate>,
     /// How a guest that writes faster than its pages leave is slowed down; not at all.
     pub throttling: Option<ThrottlePolicy>,
-    /// Share of what is sent that the guest may write before it is slowed down (QEMU's `throttle-trigger-threshold`);
+    /// Share of the sent bytes that the guest may write before it is throttled (QEMU's `throttle-trigger-threshold`);
     /// 50.
     pub throttle_trigger_threshold: Percent,
-    /// When the guest must have been paused, from the start, and what becomes of the migration else; never.
+    /// When the guest must have been paused, counted from the start, and what happens to the migration otherwise;
+    /// never.
     pub timeout: Option<(Duration, OnTimeout)>,
-    /// The guest may run at the destination before its memory has come; both ends must agree (QEMU's `postcopy-ram`). The
-    /// destination empties its memory for it. `None`: it moves whole.
+    /// The guest may run at the destination before all its memory has arrived; both ends must agree (QEMU's
+    /// `postcopy-ram`). The destination empties its memory for it. `None`: it is migrated without postcopy.
     pub postcopy: Option<PostcopySettings>,
     /// Rate of the link while the guest is paused, for the estimate of the downtime (QEMU's
     /// `avail-switchover-bandwidth`); the measured rate.
@@ -100,7 +101,7 @@ pub struct SourceSettings {
     pub pause_before_switchover: bool,
     /// Where zero pages are found.
     pub zero_detection: ZeroDetection,
-    /// What is compared beside the numbers of pages; nothing.
+    /// What is compared in addition to the numbers of pages; nothing.
     pub verify: Verify,
     /// Both ends are on this host and share its cores: what both do at once takes twice as long. Counts for the
     /// estimate of the downtime.
@@ -143,7 +144,7 @@ pub struct SourceSettings {
     /// may have no dirty source; false. It is "paused" and, after a failure, "resumed" like any other: its
     /// [`GuestControl`](crate::guest::GuestControl) leaves it as it was.
     pub guest_stands_still: bool,
-    /// Every page is sent at least once. Without it only what the dirty sources report travels.
+    /// Every page is sent at least once. Without it only the pages that the dirty sources report are sent.
     pub all_dirty_at_start: bool,
     /// Names this migration; 128 random bits.
     pub migration_id: [u8; 16],
@@ -217,8 +218,8 @@ pub struct DestinationSettings {
     pub max_ram: u64,
     /// Most bytes of device state that are accepted, and most of a VMM's configuration.
     pub max_state: u64,
-    /// Take a QEMU's device state that ends with the connection instead of its VM description. Only from a
-    /// source without a return path: one with it waits for our word before it closes.
+    /// Take a QEMU's device state that ends with the connection instead of its VM description. Only from a source
+    /// without a return path: a source with one waits for our message before it closes.
     pub accept_missing_description: bool,
     /// Whether a source may switch to postcopy: the guest then runs here before its memory is complete. `false`:
     /// refused when the source announces that it may switch.
@@ -227,11 +228,12 @@ pub struct DestinationSettings {
     /// while a core is idle, so that the guest meets fewer faults. True; of no use where no guest runs here.
     pub map_behind: bool,
     /// A source on this host may pass memory as descriptors ([`Incoming::passed`](super::Incoming::passed)), which the
-    /// [`MemoryProvider`](super::MemoryProvider) then maps instead of memory of its own. Nothing may write to it before the
-    /// device state is loaded, which comes after COMMIT then. False.
+    /// [`MemoryProvider`](super::MemoryProvider) then maps instead of memory of its own. Nothing may write to it before
+    /// the device state is loaded, which then follows COMMIT. False.
     pub take_memory: bool,
-    /// The device state is handed on as it came, by who stores it or sends it on; `false`: the state of a VMM without
-    /// sections of its own is taken out of the section that it came in from a file or a pipe, as it was saved.
+    /// The device state is handed on as it arrived, for programs that store it or send it on; `false`: the state of a
+    /// VMM without sections of its own is taken out of the section in which it arrived from a file or a pipe, as it was
+    /// saved.
     pub state_as_it_came: bool,
     /// How threads are started.
     pub spawner: Spawner,

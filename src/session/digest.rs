@@ -155,7 +155,7 @@ pub(super) fn ranges(table: &RamBlockTable) -> Vec<Landing> {
         let mut offset = 0;
         while offset < block.used_length {
             let len = RANGE.min(block.used_length - offset);
-            // An ignored block is refused here, as it is everywhere: its pages do not travel.
+            // An ignored block is refused here, as it is everywhere: its pages are not sent.
             let landing = table.admit(BlockIndex(index as u32), BlockOffset(offset), len);
             ranges.extend(landing.ok());
             offset += len;

@@ -16,7 +16,7 @@ use crate::transport::{ChannelError, MoveError, OpenError, Side};
 /// Whose fault an error is, for exit statuses and retries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// What was asked for does not make sense.
+    /// The request does not make sense.
     Config,
     /// This host or this VMM could not do it.
     Local,
@@ -32,7 +32,7 @@ pub enum ErrorKind {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// What was asked for does not make sense.
+    /// The request does not make sense.
     #[error("{what}; {remedy}")]
     Config {
         /// What is wrong.
@@ -90,23 +90,23 @@ pub enum Error {
     /// The peer reported that it failed.
     #[error("the peer failed: {why}")]
     PeerFailed {
-        /// Its words, or what it did.
+        /// The peer's reason, or its action.
         why: String,
     },
     /// The peer sent a message at a moment at which it has no meaning.
     #[error("the peer sent {what} while {while_doing}{}", place(*at))]
     OutOfTurn {
-        /// What came.
+        /// The message.
         what: String,
         /// Bytes of its stream before it, where they are counted.
         at: Option<u64>,
-        /// What was due.
+        /// The message or action that was due.
         while_doing: &'static str,
     },
     /// The peer is connected and does not send the message that is due.
     #[error("the destination did not say {what} within {} s; {remedy}", after.as_secs_f32())]
     NoAnswer {
-        /// What was due.
+        /// The message that was due.
         what: &'static str,
         /// How long it was waited for.
         after: Duration,
@@ -128,7 +128,7 @@ pub enum Error {
         /// The time that was given.
         after: Duration,
     },
-    /// The guest's memory is not what was announced any more.
+    /// The guest's memory no longer matches the announcement.
     #[error("{0} in the middle of the migration; the guest runs on here; start the migration again")]
     LayoutChanged(LayoutChange),
     /// The kernel has lost memory of the guest.
@@ -139,7 +139,7 @@ pub enum Error {
     MemoryLost {
         /// The block.
         block: BlockName,
-        /// What has become of it.
+        /// What happened to it.
         loss: Loss,
     },
     /// RAM or state arrived changed.
@@ -161,7 +161,7 @@ pub enum Error {
         /// What the connection met.
         source: Box<Error>,
     },
-    /// What was sent has not all been placed.
+    /// Not all pages that were sent have been placed.
     #[error(transparent)]
     LostPages(#[from] LostPages),
     /// It was cancelled on request.

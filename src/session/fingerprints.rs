@@ -1,4 +1,4 @@
-//! What becomes of fingerprints at either end: guest memory against them.
+//! The use of fingerprints at either end: guest memory is compared with them.
 //!
 //! A fingerprint of a source is made after the page's dirty bit is cleared, before, while or after the page is sent. If the
 //! guest writes to the page from the clearing on, the page is dirty again, is sent again, and has another one. So only the
@@ -25,11 +25,11 @@ pub enum MemoryCheck {
         /// Pages that were compared.
         pages: u64,
     },
-    /// It does not: the guest runs at the destination without what was written there last.
+    /// It does not: the guest runs at the destination without the last write there.
     Differs {
         /// The first block that differs.
         block: BlockName,
-        /// Start of the first range of it that does.
+        /// Start of its first range that differs.
         from: BlockOffset,
         /// End of that range.
         to: u64,
@@ -60,7 +60,7 @@ impl std::fmt::Display for MemoryCheck {
 }
 
 impl MemoryCheck {
-    /// What was found, in terms of `table`, which is in the order of the stream's list.
+    /// The result in terms of `table`, which is in the order of the stream's list.
     pub(crate) fn of(finding: Finding, table: &RamBlockTable, announced: &[BlockName]) -> Self {
         match finding {
             Finding::Equal { pages } => Self::Equal { pages },

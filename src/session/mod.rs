@@ -69,7 +69,7 @@ pub use crate::transport::{DestinationConnection, SourceConnection};
 /// What the other end is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
-    /// A QEMU: its own words only.
+    /// A QEMU: only its own messages.
     Qemu,
     /// A ramwire: READY, COMMIT, RUNNING.
     Ramwire,

@@ -1,4 +1,4 @@
-//! Memory that goes to the destination as a descriptor: no page of it travels, both ends map the same file.
+//! Memory that is passed to the destination as a descriptor: none of its pages is sent, both ends map the same file.
 //!
 //! A block whose memory is passed is a block that is ignored as shared ([`BlockFlags::ignored`]) for this migration only.
 //! Neither end need mark it so: both sessions look at their guest's memory through a [`PassedMemory`].
@@ -15,11 +15,12 @@ use crate::session::{Error, ErrorKind};
 use crate::sys::{HostRegion, HostSpan, Mapping, MappingError, SharedFile, SharedFileError};
 use crate::units::BlockIndex;
 
-/// A block of the guest whose memory came as a descriptor.
+/// A block of the guest whose memory arrived as a descriptor.
 ///
 /// The source's guest may still run in this memory: nothing here may write to it before
-/// [`GuestControl::resume`](crate::guest::GuestControl::resume), or [`DeviceState::load`](crate::guest::DeviceState::load), is
-/// called. Until then the migration may fail, and the guest runs on at the source.
+/// [`GuestControl::resume`](crate::guest::GuestControl::resume), or
+/// [`DeviceState::load`](crate::guest::DeviceState::load), is called. Until then the migration may fail, and the guest
+/// continues at the source.
 #[derive(Clone, Debug)]
 pub struct PassedBlock {
     name: BlockName,
@@ -41,7 +42,7 @@ impl PassedBlock {
     /// The content of a MEMORY command, with the descriptor that arrived with it.
     ///
     /// # Errors
-    /// [`Error::Passed`]: no descriptor came, or one of something else than this much memory.
+    /// [`Error::Passed`]: no descriptor arrived, or one that is not this much memory.
     pub(super) fn received(
         name: BlockName,
         descriptor: Option<OwnedFd>,
@@ -105,7 +106,7 @@ pub enum NotPassed {
     /// The source announced it twice, or it is not in its list of blocks.
     #[error("the source announced it {0}")]
     Announced(&'static str),
-    /// The block is longer than what was passed of it.
+    /// The block is longer than the part of it that was passed.
     #[error("the block has {used_length} bytes, and {len} of them were passed")]
     Part {
         /// Bytes of the block.
@@ -160,7 +161,7 @@ pub(super) fn check_all(passed: &[PassedBlock], announced: &[RamBlock]) -> Resul
     }
 }
 
-/// The memory that was provided for what was passed is what was passed. A guest in other memory would find it empty.
+/// Checks that the memory provided for passed blocks is the passed memory. A guest in other memory would find it empty.
 ///
 /// # Errors
 /// [`Error::Passed`].
@@ -221,7 +222,7 @@ impl GuestMemory for PassedMemory {
     }
 }
 
-/// What the embedder asked for and can't be.
+/// A request of the embedder that can't be fulfilled.
 pub(super) fn no_postcopy() -> Error {
     Error::Config {
         what: "memory is to be passed as it is, and a switch to postcopy would empty it".into(),

@@ -1,4 +1,5 @@
-//! What has come of a guest: its memory, what the source announced, and the sections that are kept as they came.
+//! The received parts of a guest: its memory, the source's announcements, and the sections that are kept as they
+//! arrived.
 
 use std::sync::Arc;
 
@@ -30,7 +31,7 @@ pub(super) struct Placement<'a> {
     pub(super) breakage: Breakage,
 }
 
-/// What came, for the report.
+/// The received parts, for the report.
 pub(super) struct Arrived {
     pub(super) incoming: Option<Incoming>,
     pub(super) pages: PageCounts,
@@ -39,7 +40,7 @@ pub(super) struct Arrived {
     pub(super) scan: Option<ScanReport>,
 }
 
-/// The part of a guest that has come so far.
+/// The part of a guest that has arrived so far.
 #[derive(Default)]
 pub(super) struct Ingest {
     /// Observes pages; here until there is memory for them.
@@ -80,7 +81,7 @@ impl Ingest {
     ) -> Result<(), Error> {
         let arrival = self.arrival.take();
         let placing = Placing::new(memory, announced, known_zero, how, arrival)?;
-        // A page that is mapped after it was discarded would be there, as zero, and never asked for.
+        // A page that is mapped after it was discarded would be there, as zero, and never requested.
         if let Some(spawner) = how.map_behind.filter(|_| !how.may_be_postcopy) {
             self.mapper = Mapper::start(placing.placer(), spawner);
         }
@@ -97,7 +98,8 @@ impl Ingest {
         self.incoming.as_ref()
     }
 
-    /// Everything has come: what the source announced, and what the stream has shown of its sender.
+    /// Everything has arrived: returns the source's announcements, with the properties of the sender that the stream
+    /// has shown.
     pub(super) fn all_has_come(&mut self, seen: Seen) -> Option<&Incoming> {
         let incoming = self.incoming.as_mut()?;
         incoming.seen = seen;
@@ -151,27 +153,27 @@ impl Ingest {
         self.placing.as_mut().map_or(Ok(()), |placing| placing.scan(spawner, stop))
     }
 
-    /// No page is mapped beside the downtime: that would take time from it.
+    /// No page is mapped during the downtime, which that would prolong.
     pub(super) fn stop_mapping(&self) {
         if let Some(mapper) = &self.mapper {
             mapper.stop();
         }
     }
 
-    /// The last page has come.
+    /// The last page has arrived.
     pub(super) fn ram_complete(&mut self) -> Result<(), Error> {
         let placing = self.placing.as_mut().ok_or_else(|| no_blocks("the end of RAM"))?;
         placing.ram_complete()
     }
 
-    /// The connection is lost: host pages that came in part come again.
+    /// The connection is lost: partially received host pages will be sent again.
     pub(super) fn forget_parts(&mut self) {
         if let Some(placing) = &mut self.placing {
             placing.forget_parts();
         }
     }
 
-    /// The device state, and what is kept with it.
+    /// The device state, and the bytes that are kept with it.
     pub(super) fn state(&self) -> &[u8] {
         &self.state
     }
@@ -180,12 +182,12 @@ impl Ingest {
         std::mem::take(&mut self.state)
     }
 
-    /// The device sections have come whole.
+    /// The device sections have arrived completely.
     pub(super) fn device_sections(&mut self, bytes: &[u8]) {
         self.state.extend_from_slice(bytes);
     }
 
-    /// Keeps a piece of a section that is not RAM and not understood; `limit` bytes of them at most.
+    /// Keeps a piece of a section that is not RAM and not interpreted; `limit` bytes of them at most.
     pub(super) fn keep(&mut self, raw: &[u8], limit: u64) -> Result<(), Error> {
         let kept = self.kept();
         if (kept.len() + raw.len()) as u64 > limit {
@@ -223,7 +225,7 @@ impl Ingest {
         }
     }
 
-    /// The migration has ended: ends the mapping thread. What came.
+    /// The migration has ended: ends the mapping thread. Returns the received parts.
     pub(super) fn finish(&mut self) -> Arrived {
         let mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
         let placing = self.placing.as_ref();

@@ -63,8 +63,7 @@ use wire::Wire;
 
 /// Sees pages as they arrive; a relay's.
 pub(crate) trait Arrival: Send {
-    /// The early sections have come and pages are next. Called again before each
-    /// section of pages.
+    /// The early sections have arrived and pages are next. Called again before each section of pages.
     ///
     /// # Errors
     /// Ends the migration.
@@ -318,8 +317,8 @@ impl DestinationSession {
             DestinationAction::AwaitRecovery => self.await_recovery(reader)?,
             DestinationAction::AwaitGuest => self.await_guest()?,
             DestinationAction::SendReady => {
-                // From here on the source may give the guest away at any moment: a cancel could only leave
-                // it in doubt. What ends the wait is its word, the connection's end, or time.
+                // From here on the source may hand the guest over at any moment: a cancel could only leave it in doubt.
+                // The wait ends by its message, the connection's end, or a timeout.
                 self.check_passed()?;
                 self.wire.stop = Stop::never();
                 // COMMIT may come late, after an outage. Longer than the engine's time, which so ends the wait.

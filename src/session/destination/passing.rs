@@ -1,5 +1,5 @@
-//! Memory that a source on the same host passes: what comes as descriptors, and the orders that keep the source's guest whole
-//! until it is given away.
+//! Memory that a source on the same host passes: the descriptors that arrive, and the orders that keep the source's
+//! guest whole until it is handed over.
 //!
 //! Until COMMIT this end only maps what was passed. No page is placed in it, and the device state is loaded after COMMIT: a
 //! VMM that loads it may write to guest memory.
@@ -18,8 +18,8 @@ use crate::session::passed::{
 use crate::session::{Breakage, Error};
 
 impl DestinationSession {
-    /// All of the guest's memory has come ahead of the stream, from a QEMU in mode cpr-transfer
-    /// ([`CprListener`](crate::transport::CprListener)): no page of it travels. The provider finds it in
+    /// All of the guest's memory has arrived before the stream, from a QEMU in mode cpr-transfer
+    /// ([`CprListener`](crate::transport::CprListener)): none of its pages is sent. The provider finds it in
     /// [`Incoming::passed`]. A block without memory, and memory without a block, end the migration.
     #[must_use]
     pub fn with_memory(mut self, passed: Vec<PassedBlock>) -> Self {
@@ -27,7 +27,7 @@ impl DestinationSession {
         self
     }
 
-    /// Before the first read: a descriptor comes with the byte that it belongs to, or is lost.
+    /// Before the first read: a descriptor arrives with the byte that it belongs to, or is lost.
     pub(super) fn await_memory(&mut self) {
         if self.settings.take_memory {
             self.wire.link.stream().want_descriptors(true);
@@ -59,7 +59,7 @@ impl DestinationSession {
         Ok(())
     }
 
-    /// The list of blocks is here: no more memory comes.
+    /// The list of blocks is here: no more memory follows.
     pub(super) fn all_was_passed(&mut self, incoming: &Incoming) -> Result<(), Error> {
         if self.told.passes {
             self.wire.link.stream().want_descriptors(false);
@@ -70,7 +70,7 @@ impl DestinationSession {
         check_announced(&incoming.passed, &incoming.blocks)
     }
 
-    /// The provided memory, of which what was passed is not written to.
+    /// The provided memory, of which the passed blocks are not written to.
     pub(super) fn see_passed(
         &mut self,
         incoming: &Incoming,

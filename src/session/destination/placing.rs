@@ -28,7 +28,7 @@ pub(super) struct Placing {
     writer: PageWriter,
     arrival: Option<Box<dyn Arrival>>,
     scratch: Vec<u8>,
-    /// Pages that came in the stream.
+    /// Pages that arrived in the stream.
     in_stream: PageCounts,
     /// For an observer of pages on a link that reports none of them.
     scan: Option<ContentScan>,
@@ -86,7 +86,7 @@ impl Placing {
         self.placer.counts()
     }
 
-    /// Pages that came in the stream, each time that a page came.
+    /// Pages that arrived in the stream, each time that a page arrived.
     pub(super) fn in_stream(&self) -> PageCounts {
         self.in_stream
     }
@@ -140,7 +140,7 @@ impl Placing {
         Ok(())
     }
 
-    /// What came of a page before, where that is to be placed again.
+    /// The copy of a page that arrived before, if that is to be placed again.
     fn older_copy(&mut self, landing: Landing, bytes: &[u8]) -> Option<Vec<u8>> {
         if !self.breakage.is(Breakage::PlaceStale) {
             return None;
@@ -156,7 +156,7 @@ impl Placing {
         Ok(())
     }
 
-    /// The connection is gone: host pages that came in part come again.
+    /// The connection is gone: partially received host pages will be sent again.
     pub(super) fn forget_parts(&mut self) {
         self.writer.forget_parts();
     }
@@ -186,7 +186,7 @@ impl Placing {
         self.scan.as_ref().map(ContentScan::report)
     }
 
-    /// A page that came in the stream was reported when it was placed; what a scan knew of it is out of date.
+    /// A page that arrived in the stream was reported when it was placed; a scan's knowledge of it is out of date.
     fn came_in_stream(&mut self, landing: Landing) {
         if let Some(scan) = &mut self.scan {
             let run = self.placer.run(landing);

@@ -34,13 +34,13 @@ use super::switch::Switch;
 use crate::session::Error;
 use crate::session::callback::guarded;
 
-/// Between two checks whether the last pages have come.
+/// Interval between two checks whether the last pages have arrived.
 const OWED_CHECK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// Between two checks whether the source's host has acknowledged an answer.
 pub(super) const ACK_CHECK_INTERVAL: Duration = Duration::from_micros(200);
 
-/// What faults of missing pages came to.
+/// Figures of the faults at missing pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MissingPages {
@@ -50,7 +50,7 @@ pub struct MissingPages {
     pub requests: u64,
     /// From the fault to the page in place.
     pub latency: LatencySummary,
-    /// Target pages that came on the source's connection for urgent pages (QEMU: postcopy-preempt).
+    /// Target pages that arrived on the source's connection for urgent pages (QEMU: postcopy-preempt).
     pub preempt_pages: u64,
     /// From the package's last byte until the guest was started.
     pub time_to_run: Duration,
@@ -106,7 +106,7 @@ impl Shared {
             && self.back.unacknowledged() > 0
             && stop.sleep(ACK_CHECK_INTERVAL).is_none()
         {}
-        // A connection that was let go has no bytes that are not acknowledged.
+        // A connection that was dropped has no bytes that are not acknowledged.
         match stop.reason().filter(|_| value == PING_TAKEN) {
             Some(reason) => {
                 Err(ChannelError::Stopped { reason, doing: "waiting until the source has our answer" })
@@ -180,13 +180,13 @@ fn host_page(landing: Landing) -> HostPage {
 /// The guest's control, returned by the thread that used it.
 type Loaded = (Box<dyn GuestControl>, Result<(), Error>);
 
-/// A postcopy under way at the destination.
+/// A running postcopy at the destination.
 pub(super) struct Postcopy {
     pub(super) shared: Arc<Shared>,
     faults: Option<JoinHandle<()>>,
     loader: Option<JoinHandle<()>>,
     pub(super) preempt: Preempt,
-    /// Pages that were discarded at the switchover: each comes again before the end.
+    /// Pages that were discarded at the switchover: each is sent again before the end.
     owed: PageSet,
     /// Another connection exists, and the source has not sent RESUME on it yet.
     pub(super) recovering: bool,
@@ -224,18 +224,18 @@ fn lent() -> io::Error {
 }
 
 impl Switch {
-    /// The source has sent its last page. Urgent ones may be under way on their own connection: waits until all that were
-    /// discarded are here.
+    /// The source has sent its last page. Urgent ones may be in flight on their own connection: waits until all that
+    /// were discarded have arrived.
     ///
     /// # Errors
-    /// Some do not come.
+    /// Some do not arrive.
     pub(super) fn await_owed(&mut self, stop: &Stop) -> Result<(), Error> {
         let Some(postcopy) = self.running_mut() else { return Ok(()) };
         let stop = stop.within(postcopy.shared.send_timeout);
         postcopy.preempt.main_ended();
         loop {
             let (placer, owed) = (&postcopy.shared.placer, &mut postcopy.owed);
-            // Checked once: a page that has come stays.
+            // Checked once: a page that has arrived stays.
             let missing = owed.runs().find_map(|run| placer.first_missing(run));
             let Some(page) = missing else {
                 *owed = PageSet::default();
@@ -335,12 +335,12 @@ impl DestinationSession {
         Ok(())
     }
 
-    /// All pages have come: waits for the guest's start.
+    /// All pages have arrived: waits for the guest's start.
     pub(super) fn await_guest(&mut self) -> Result<(), Error> {
         self.take_control()?;
         let Some(postcopy) = self.switch.running_mut() else { return Ok(()) };
-        // Nothing is asked for any more. A fault of a page that has come is answered until serving ends, and can't be
-        // answered after it.
+        // No page is requested any more. A fault at a page that has arrived is answered until serving ends, and can't
+        // be answered afterwards.
         postcopy.shared.over.cancel();
         if let Some(faults) = postcopy.faults.take() {
             let _ = faults.join();
@@ -387,7 +387,7 @@ impl DestinationSession {
         }
     }
 
-    /// Ends the threads; what faults came to.
+    /// Ends the threads; returns the figures of the faults.
     pub(super) fn end_postcopy(&mut self, ending: Ending) -> (Option<MissingPages>, u64) {
         self.give_up_the_guest();
         if let Err(error) = self.take_control() {
@@ -395,7 +395,7 @@ impl DestinationSession {
         }
         let Some(mut postcopy) = self.switch.take() else { return (None, 0) };
         if ending == Ending::Incomplete {
-            // With the last descriptor closed a missing page would read as zero, and the guest would go on with it.
+            // With the last descriptor closed a missing page would read as zero, and the guest would continue with it.
             std::mem::forget(Arc::clone(&postcopy.shared.faults));
         }
         let (preempt_pages, preempt_bytes) = postcopy.preempt.finish(&postcopy.shared);

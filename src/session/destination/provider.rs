@@ -1,4 +1,4 @@
-//! The guest that is to arrive, and who provides its memory.
+//! The guest that is to arrive, and the provider of its memory.
 
 use std::sync::Arc;
 
@@ -22,11 +22,11 @@ pub struct Incoming {
     /// ([`SourceSettings::vmm_configuration`](crate::session::SourceSettings::vmm_configuration)); empty if it sends
     /// none, or is a QEMU.
     pub vmm_configuration: Vec<u8>,
-    /// Memory that the source passes as descriptors, where this end takes it
-    /// ([`DestinationSettings::take_memory`](crate::session::DestinationSettings::take_memory)): for these blocks the provider gives mappings of
-    /// them. No page of them comes.
+    /// Memory that the source passes as descriptors, if this end takes it
+    /// ([`DestinationSettings::take_memory`](crate::session::DestinationSettings::take_memory)): for these blocks the
+    /// provider gives mappings of them. None of their pages arrives.
     pub passed: Vec<PassedBlock>,
-    /// Sections in front of the first page, as they came. Those that come later are part of the device state.
+    /// Sections before the first page, as they arrived. Later ones are part of the device state.
     pub early_sections: Vec<u8>,
     /// The source opened a return path: the result can be reported to it.
     pub has_return_path: bool,
@@ -35,11 +35,11 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Memory for what was announced: mappings of what was [passed](Self::passed), and for each other block what `own` gives.
-    /// `page` is the target page, 4 KiB on x86.
+    /// Memory for the announced blocks: mappings of the [passed](Self::passed) ones, and for each other block the
+    /// memory that `own` returns. `page` is the target page, 4 KiB on x86.
     ///
     /// # Errors
-    /// [`Error::Passed`] if something can't be mapped; [`Error::Guest`] if it makes no guest; those of `own`.
+    /// [`Error::Passed`] if something can't be mapped; [`Error::Guest`] if the blocks form no guest; those of `own`.
     pub fn map(
         &self,
         page: PageSize,
@@ -74,13 +74,13 @@ pub struct DestinationGuest {
 
 /// Provides the memory a guest arrives in.
 pub trait MemoryProvider: Send {
-    /// The memory for what was announced: the same names, at least the same lengths. Nothing else writes to it from
+    /// The memory for the announced blocks: the same names, at least the same lengths. Nothing else writes to it from
     /// this call until the migration has ended. It may hold old bytes, for example of an earlier migration: a page that
     /// the source reports as zero is zero here afterwards. A page that the source does not send at all is left as it
     /// is.
     ///
-    /// The memory of blocks that were [passed](Incoming::passed) is a mapping of what was passed. The source's guest may run in it:
-    /// nothing writes to it before the device state is loaded.
+    /// The memory of blocks that were [passed](Incoming::passed) is a mapping of the passed memory. The source's guest
+    /// may run in it: nothing writes to it before the device state is loaded.
     ///
     /// # Errors
     /// [`Error::Guest`] or [`Error::Config`] if this guest is not that guest.
@@ -89,15 +89,15 @@ pub trait MemoryProvider: Send {
     /// True if all of a block of the memory that was [provided](Self::provide) just now is known to read as zero: it
     /// was mapped or cleared for this migration, and nothing has written to it. Then no page is checked.
     ///
-    /// Without this promise the kernel is asked, once and before any page comes, which pages were written since they
+    /// Without this promise the kernel is asked, once and before any page arrives, which pages were written since they
     /// were mapped; those, and all where it can't tell, are checked when the source reports them as zero, and cleared
     /// if they are not. The answer `true` for memory with other contents loses zero pages.
     fn is_zeroed(&self, _block: &RamBlock) -> bool {
         false
     }
 
-    /// Everything has come, the device state is loaded next; where memory was passed the guest is ours by then. `incoming` has the early sections now;
-    /// `native` if a ramwire sent it.
+    /// Everything has arrived, the device state is loaded next; if memory was passed the guest is ours by then.
+    /// `incoming` has the early sections now; `native` if a ramwire sent it.
     fn arrived(&mut self, _incoming: &Incoming, _native: bool) {}
 }
 
@@ -131,7 +131,7 @@ impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
 }
 
 /// Provides memory that was mapped or cleared for this migration and never written since: with the promise of
-/// [`is_zeroed`](MemoryProvider::is_zeroed), so that nothing asks for it.
+/// [`is_zeroed`](MemoryProvider::is_zeroed), so that no check is needed.
 #[derive(Debug)]
 pub struct Zeroed<M>(pub Arc<M>);
 

@@ -24,7 +24,8 @@ use crate::session::{Error, shared_blocks};
 impl DestinationSession {
     /// Reads until something is to be decided.
     pub(super) fn receive(&mut self, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
-        // The last thing was a page, so more of them follow. Not in the last section: the source's guest waits for its end.
+        // The last item was a page, so more of them follow. Not in the last section: the source's guest waits for its
+        // end.
         let mut bulk = false;
         loop {
             let StreamReader { stream, buffer, start, end, .. } = reader;
@@ -75,8 +76,8 @@ impl DestinationSession {
         }
     }
 
-    /// The source closed. A tail may end so where its description is suppressed; but a source with a return
-    /// path that does not wait for our word has given up, and its guest may run on there.
+    /// The source closed the connection. A tail may end so if its description is suppressed; but a source with a return
+    /// path that does not wait for our message has given up, and its guest may continue there.
     fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
         let inside = if self.ingest.placed().is_none() { "the setup" } else { "RAM or device state" };
         let truncated = Error::Truncated { at: reader.at, inside };
@@ -150,7 +151,7 @@ impl DestinationSession {
             blocks: announced.iter().map(described).collect(),
             vmm_configuration: std::mem::take(&mut self.told.vmm_configuration),
             passed: std::mem::take(&mut self.told.passed),
-            // What came in front of the list.
+            // The sections before the list.
             early_sections: self.ingest.take_state(),
             has_return_path: self.told.return_path && self.wire.back.is_some(),
             seen: Seen::default(),

@@ -58,7 +58,7 @@ impl DestinationSession {
         let stop = Stop::never().within(self.settings.stall_timeout);
         while postcopy.shared.back.unacknowledged() > 0 {
             let piece = stop.within(ACK_CHECK_INTERVAL);
-            // No event is asked for: the wait ends early by the connection's end only.
+            // No event is requested: the wait ends early only by the connection's end.
             let lost = match connection {
                 Some(connection) => matches!(piece.wait(connection, PollFlags::empty()), Ok(None)),
                 None => {
@@ -171,7 +171,7 @@ impl DestinationSession {
         Ok(shared.back.write(&bytes, &self.wire.stop.within(shared.send_timeout))?)
     }
 
-    /// The source knows what is missing and goes on.
+    /// The source knows which pages are missing, and continues.
     pub(super) fn resume_requests(&mut self) -> Result<(), Error> {
         let Some(postcopy) = self.switch.running_mut() else { return Ok(()) };
         if !postcopy.recovering {

@@ -18,16 +18,16 @@ pub struct DestinationReport {
     pub ending: Ending,
     /// Why not.
     pub error: Option<Error>,
-    /// What the source announced, if it came so far.
+    /// The source's announcements, if they arrived.
     pub incoming: Option<Incoming>,
-    /// Pages that came.
+    /// Pages that arrived.
     pub pages: PageCounts,
     /// Of the whole pages, those that were written through the backing file, since they were not mapped here: the
     /// process takes a fault at each when it first touches them.
     pub pages_by_file: u64,
     /// Of them, those that were mapped since, by an otherwise idle thread.
     pub pages_mapped_behind: u64,
-    /// Bytes that came, in the stream and on page channels; not those that a NIC wrote.
+    /// Bytes that arrived, in the stream and on page channels; not those that a NIC wrote.
     pub bytes: u64,
     /// A digest, or fingerprints of all pages, were compared before the guest was handed over, and found equal.
     pub verified: bool,
@@ -36,9 +36,9 @@ pub struct DestinationReport {
     pub memory_check: Option<MemoryCheck>,
     /// The source is a ramwire.
     pub native: bool,
-    /// What it took to find pages by their content: in front of a relay, where they came by RDMA.
+    /// Cost of finding pages by their content: upstream of a relay, if they arrived by RDMA.
     pub scan: Option<ScanReport>,
-    /// What faults of missing pages came to, where the source switched to postcopy.
+    /// Figures of the faults at missing pages, if the source switched to postcopy.
     pub missing_pages: Option<MissingPages>,
     /// The figures.
     pub statistics: Statistics,

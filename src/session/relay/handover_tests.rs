@@ -1,4 +1,5 @@
-//! A relay between two ramwires, all three in one process: whom it asks for the guest, and how long it may be idle.
+//! A relay between two ramwires, all three in one process: from which end it requests the guest, and how long it may be
+//! idle.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{self, Read};

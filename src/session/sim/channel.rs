@@ -27,7 +27,7 @@ pub(super) struct Pipe {
     /// Bytes taken from the sender, bytes given to the receiver.
     pub(super) sent: u64,
     pub(super) read: u64,
-    /// Bytes the receiver is done with: it asks for more.
+    /// Bytes that the receiver has processed: it requests more.
     pub(super) taken: u64,
     /// What happens at which byte.
     pub(super) fault: Option<(u64, Wire)>,
@@ -37,7 +37,7 @@ pub(super) struct Pipe {
     reset: bool,
     /// Bytes the sender still loses unknowingly; the connection is cut.
     grace: Option<u64>,
-    /// Nothing passes any more; what is sent piles up.
+    /// No byte passes any more; sent bytes accumulate.
     stuck: Option<usize>,
     pub(super) may_stall: bool,
     /// Descriptors on their way, each with the position of its byte.
@@ -90,7 +90,7 @@ impl Pipe {
 }
 
 impl World {
-    /// Sends what has room, up to the byte a fault meets; returns how much went.
+    /// Sends as much as there is room for, up to the byte at which a fault is due; returns how much was sent.
     fn send_some(&mut self, side: Side, bytes: &[u8]) -> usize {
         let pipe = &mut self.pipes[side as usize];
         let mut take = bytes.len().min(pipe.room());
@@ -138,7 +138,7 @@ impl World {
         self.pipes.iter_mut().enumerate().filter(move |(at, _)| both || *at == cut).map(|(_, pipe)| pipe)
     }
 
-    /// A reset throws away what was not read.
+    /// A reset discards the bytes that were not read.
     fn reset(&mut self) {
         for pipe in &mut self.pipes {
             pipe.reset = true;
@@ -146,7 +146,7 @@ impl World {
         }
     }
 
-    /// Notes the words that decide about the guest, before the other end can have read them.
+    /// Records the messages that decide about the guest, before the other end can have read them.
     fn overhear(&mut self, side: Side, parts: &[SendPart<'_>], position: u64) {
         let [SendPart::Own(bytes)] = parts else { return };
         if side == Side::Target {
@@ -384,7 +384,7 @@ impl Drop for SimSource {
         let mut world = self.sim.world();
         let unread = !world.pipes[self.from as usize].bytes.is_empty();
         world.pipes[self.from as usize].reader_gone = true;
-        // A socket closed with unread bytes answers with a reset, which may overtake our last words.
+        // A socket closed with unread bytes answers with a reset, which may overtake our last messages.
         if unread && world.plan.fault.is_some() && world.rng.one_in(2) {
             world.mark(Mark::Rude);
             world.reset();

@@ -1,9 +1,9 @@
-//! What need not travel: a balloon device that passes hints on, memory that is plugged and unplugged, and what of it
-//! may be sent.
+//! Pages that need not be sent: a balloon device that passes hints on, memory that is plugged and unplugged, and which
+//! of its pages may be sent.
 //!
 //! A page that is free or unplugged has no contents that anything relies on. A guest that takes a free page writes all
 //! of it. Some hints are passed on at once; of others the guest holds the pages until a sync begins, and the device may
-//! come with them only after that.
+//! pass them on only after that.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -16,13 +16,13 @@ use crate::session::Breakage;
 use crate::units::{BlockIndex, PageIndex, PageSize};
 
 thread_local! {
-    /// The device is at it: what it calls does not call it again.
+    /// The device is acting: its own calls do not call it again.
     static ACTS: Cell<bool> = const { Cell::new(false) };
 }
 
 pub(super) type Page = (u32, u64);
 
-/// What has no contents.
+/// Pages without contents.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Nothing {
     pub(super) free: BTreeSet<Page>,
@@ -40,7 +40,7 @@ impl Nothing {
 pub(super) struct Device {
     /// Its own chances, so that a seed without it goes as it would go without all this.
     rng: Rng,
-    /// Memory comes and goes so often, so that every migration converges.
+    /// Number of plugs and unplugs that are left, so that every migration converges.
     plugs_left: u32,
     pub(super) hints: Option<PageHints>,
     /// Pages the guest holds, and the epoch they are held for.
@@ -95,7 +95,7 @@ fn pages(run: PageRun) -> impl Iterator<Item = Page> {
 }
 
 impl World {
-    /// Memory comes and goes.
+    /// Memory is plugged and unplugged.
     pub(super) fn plugs(&mut self) {
         let may = !self.plan.plugs.is_empty() && self.guest.running[0] && !self.guest.promised;
         if !may || self.device.plugs_left == 0 || !self.device.rng.one_in(12) {
@@ -122,7 +122,7 @@ impl World {
         }
     }
 
-    /// Pages are on their way: none of them for nothing.
+    /// Pages are being sent: none of them needlessly.
     pub(super) fn offered(&mut self, batch: &PageBatch) {
         for page in batch.pieces().iter().flat_map(|piece| pages(piece.run)) {
             if self.device.left_out.contains(&page) {
@@ -172,7 +172,7 @@ impl World {
     /// What the device does next: a hint to pass on.
     fn device_next(&mut self, hints: &PageHints) -> Option<(HintEpoch, Page, bool)> {
         let now = hints.epoch();
-        // A sync has begun: the guest takes its pages back, whatever the device has in its hands.
+        // A sync has begun: the guest takes its pages back, whichever of them the device holds.
         let (held, over) =
             std::mem::take(&mut self.device.held).into_iter().partition(|(e, _)| Some(*e) == now);
         self.device.held = held;
@@ -213,7 +213,7 @@ impl Sim {
         let Some((epoch, page, in_time)) = next else { return };
         let run = PageRun { block: BlockIndex(page.0), first: PageIndex(page.1), pages: 1 };
         ACTS.set(true);
-        // The guest holds the page while this is under way.
+        // The guest holds the page meanwhile.
         self.world().device.held.push((epoch, page));
         let hinted = hints.free(epoch, run);
         let mut world = self.world();
@@ -251,7 +251,7 @@ impl DiscardManager for SimDiscards {
     }
 }
 
-/// What of the hints' orders is switched off.
+/// Which of the hints' orders are switched off.
 pub(super) fn hint_breakage(breakage: Breakage) -> HintBreakage {
     HintBreakage {
         unprotected: breakage.is(Breakage::HintUnprotected),
@@ -259,7 +259,7 @@ pub(super) fn hint_breakage(breakage: Breakage) -> HintBreakage {
     }
 }
 
-/// What of the guest need not travel.
+/// Memory of the guest that need not be sent.
 pub(super) struct Drawn {
     pub(super) hint_every: u64,
     pub(super) plugs: Vec<Page>,

@@ -1,4 +1,4 @@
-//! The guest: its memory on both sides, and who writes to it.
+//! The guest: its memory on both sides, and its writers.
 
 mod dirty_log;
 mod machine;
@@ -90,7 +90,7 @@ impl Guest {
         guest
     }
 
-    /// The destination's memory holds what was there before.
+    /// The destination's memory keeps its previous contents.
     fn use_target(&self, plan: &Plan) {
         let mut rng = Rng::new(plan.seed ^ 0x01d);
         for (block, (pages, _)) in plan.blocks.iter().enumerate().filter(|_| plan.used_every > 0) {
@@ -232,7 +232,8 @@ impl World {
 }
 
 impl World {
-    /// A session reaches memory: not what was passed, which is the source's until COMMIT and the destination's after it.
+    /// A session accesses memory. Passed memory must not be accessed: it is the source's until COMMIT and the
+    /// destination's after it.
     fn touched_at(&mut self, side: Side, block: BlockIndex) {
         if self.marks.contains(&Mark::Passed) && self.plan.passed.contains(&block.0) {
             self.violation(format!("{side:?} touches block {} although its memory is passed", block.0));

@@ -18,7 +18,7 @@
 //! | `guest` | both copies of the memory, the writer, logs, pause and resume |
 //! | `device` | hints, plugs, and which of their pages may be sent |
 //! | `channel` | the two byte streams with cuts, resets, stalls and flipped bits |
-//! | `link` | pages past the stream |
+//! | `link` | pages outside the stream |
 //! | `receiver` | the fences of page channels, as the destination keeps them |
 //! | `postcopy` | a source that switches, towards a modelled destination |
 //! | `relay` | a relay's engine between modelled ends |
@@ -60,7 +60,7 @@ fn number_from(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|text| text.parse().expect("the variable holds a number"))
 }
 
-/// How many seeds came how far.
+/// How far the seeds got.
 #[derive(Default)]
 struct Coverage(BTreeMap<&'static str, u64>);
 
@@ -220,7 +220,7 @@ fn a_seed_replays_exactly() {
     }
 }
 
-/// What is seen of an order that is switched off: one of these.
+/// The symptoms of an order that is switched off: one of these.
 fn symptoms(order: Breakage) -> &'static [&'static str] {
     match order {
         Breakage::None => &[],

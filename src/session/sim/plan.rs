@@ -46,7 +46,7 @@ impl Rng {
     }
 }
 
-/// An end of the migration, also the direction of what it sends.
+/// An end of the migration, also the direction of the bytes that it sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
     Source,
@@ -67,7 +67,7 @@ impl Side {
 pub(super) enum LogKind {
     /// A sync reads and re-arms in one step, as PAGEMAP_SCAN does.
     AtSync,
-    /// A sync reads; what it has read is cleared and armed again chunk by chunk, as KVM's manual protection.
+    /// A sync reads; the pages it has read are cleared and armed again chunk by chunk, as with KVM's manual protection.
     ByChunk {
         /// Every page counts as written from the start.
         all_set: bool,
@@ -189,7 +189,7 @@ pub(super) struct Plan {
     pub(super) working_set: Vec<(u32, u64)>,
     /// The guest writes in one of so many steps.
     pub(super) write_every: u64,
-    /// Writes before it comes to rest, so that every migration converges.
+    /// Writes before it becomes idle, so that every migration converges.
     pub(super) writes: u64,
     pub(super) logs: Vec<LogKind>,
     pub(super) clear_shift: u8,
@@ -202,7 +202,7 @@ pub(super) struct Plan {
     pub(super) capacity: usize,
     /// Most bytes a read returns.
     pub(super) piece: u64,
-    /// The other side's turn comes once in so many steps.
+    /// Chance of the other side's turn: one in so many steps.
     pub(super) switch_every: u64,
     pub(super) bytes_per_ms: u64,
     pub(super) downtime_pages: u64,
@@ -242,7 +242,7 @@ pub(super) enum PeerKind {
     Greeted,
     /// A ramwire, and the source knows.
     Ramwire,
-    /// Addressed as a QEMU: its own words only.
+    /// Addressed as a QEMU: only its own messages.
     Qemu,
 }
 

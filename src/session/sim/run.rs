@@ -21,7 +21,7 @@ use crate::stream::qemu::file::Configuration;
 use crate::transport::{InlineLink, SourceLink};
 use crate::units::{BlockIndex, PageIndex};
 
-/// Most rounds a migration may take whose guest comes to rest.
+/// Maximum number of rounds of a migration whose guest becomes idle.
 const MAX_ROUNDS: usize = 250;
 
 /// Time as the simulated bytes take it.
@@ -141,7 +141,7 @@ pub(super) fn run(plan: Plan, guest: Guest, breakage: Breakage) -> Result<Run, V
 }
 
 impl Run {
-    /// Everything that must hold after any run, added to what was violated on the way.
+    /// All conditions that must hold after any run, added to the violations during the run.
     pub(super) fn check(&mut self) {
         let mut broken = Vec::new();
         let mut must = |holds: bool, what: &str| {
@@ -213,7 +213,7 @@ impl Run {
             must(outcome != Outcome::InDoubt, "a cancel at the destination left the guest in doubt");
         }
         if matches!(only, Some(Fault::Load)) {
-            // Memory that was passed is given away before the device state is loaded.
+            // Memory that was passed is handed over before the device state is loaded.
             let late = marked(Mark::Passed) && outcome == Outcome::InDoubt;
             must(
                 late || matches!(outcome, Outcome::StaysHere(_)),

@@ -139,13 +139,13 @@ struct World {
     /// What every page held when the guest was paused last.
     moment: BTreeMap<Page, u64>,
     runs: bool,
-    /// Where each writer waits, and what it writes there.
+    /// Where each writer waits, and the value that it writes there.
     waiting: Vec<Option<(Page, u64)>>,
     /// The copy that is being made: pages to go, and values so far.
     copying: Option<(VecDeque<Page>, Copied)>,
     /// Pages that were reported to the engine as found.
     found: PageSet,
-    /// The callback under way, and when it returns.
+    /// The current callback, and when it returns.
     calling: Option<(Call, u64)>,
     /// Copies on their way.
     out: Vec<Copied>,
@@ -300,7 +300,7 @@ impl World {
         }
     }
 
-    /// The VMM takes a step of what it is asked for.
+    /// The VMM takes a step of its current callback.
     fn call_steps(&mut self) {
         let Some((call, at)) = self.calling else { return };
         let over = self.now >= at;

@@ -22,7 +22,7 @@ thread_local! {
     static SIDE: Cell<Option<Side>> = const { Cell::new(None) };
 }
 
-/// Marks how far a seed came; counted over all seeds.
+/// Marks how far a seed got; counted over all seeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Mark {
     Full,

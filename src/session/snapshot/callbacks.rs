@@ -18,7 +18,7 @@ use crate::units::PageSize;
 /// The thread's name.
 const NAME: &str = "ramwire-snap-vm";
 
-/// What is asked of the guest.
+/// The calls to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Call {
     Pause,
@@ -46,7 +46,7 @@ pub(super) struct Callbacks {
     orders: Sender<Order>,
     promised: Receiver<Result<bool, Error>>,
     answers: Receiver<Answer>,
-    /// What it is at, since when.
+    /// The current call, and when it began.
     at: Option<(Call, Instant)>,
     thread: JoinHandle<()>,
 }
@@ -104,7 +104,7 @@ impl Callbacks {
         let _ = self.orders.send(Order::AllowDiscards);
     }
 
-    /// Waits for the end of what was begun. Nothing is protected.
+    /// Waits for the end of the calls that were begun. Nothing is protected.
     pub(super) fn end(self) {
         let Self { orders, thread, .. } = self;
         drop(orders);

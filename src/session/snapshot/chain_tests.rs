@@ -1,4 +1,4 @@
-//! Snapshots that hold only what has changed since another one.
+//! Snapshots that hold only the changes since another one.
 #![allow(clippy::unwrap_used)]
 
 use std::os::unix::fs::FileExt;
@@ -85,7 +85,7 @@ fn restored(path: &Path, way: RestoreWay) -> [Vec<u8>; 2] {
     [bytes(&to, 0), bytes(&to, 1)]
 }
 
-/// By whatever reads it.
+/// By each way to read it.
 fn assert_holds(path: &Path, contents: &[Vec<u8>; 2]) {
     for way in [RestoreWay::Eager, RestoreWay::Lazy] {
         assert!(restored(path, way) == *contents, "{way:?}, {}", path.display());

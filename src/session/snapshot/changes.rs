@@ -1,4 +1,5 @@
-//! What a guest has changed since an earlier snapshot, and what it changes from the next one's moment on.
+//! The pages that a guest has changed since an earlier snapshot, and those that it changes from the next one's moment
+//! on.
 
 use std::sync::Arc;
 
@@ -12,7 +13,8 @@ use crate::sys::random_id;
 use crate::transport::{HeldFile, SnapshotFile};
 use crate::units::{BlockIndex, PageIndex};
 
-/// A snapshot that a later one of the same guest may be taken against: that one then holds only what has changed since.
+/// A snapshot that a later one of the same guest may be taken against: the later one then holds only the pages that
+/// have changed since.
 ///
 /// It keeps the dirty sources on, and its file locked against being written to. Dropping it ends both.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ const TRAY_PAGES: u64 = 128;
 /// Fewest trays.
 const MIN_TRAYS: u64 = 4;
 
-/// Room for copies: slots of one target page, trays of many. What was not copied can't be read through it.
+/// Room for copies: slots of one target page, trays of many. Bytes that were not copied can't be read through it.
 pub(super) struct Copies {
     guest: Arc<dyn GuestMemory>,
     room: Mapping,
@@ -40,7 +40,7 @@ struct Copy {
 }
 
 impl Copies {
-    /// Room of about `bytes`, half of it for single pages.
+    /// Room for about `bytes`, half of it for single pages.
     pub(super) fn new(guest: Arc<dyn GuestMemory>, bytes: u64) -> Result<Self, MappingError> {
         let table = guest.table();
         let page = table.page().bytes();
@@ -185,7 +185,7 @@ mod tests {
     use crate::session::tests::guest;
     use crate::units::BlockIndex;
 
-    /// What is copied stays what it was, in one piece, until it is released; what is not can't be read.
+    /// A copy stays unchanged, in one piece, until it is released; memory that was not copied can't be read.
     #[test]
     fn a_copy_is_read_until_it_is_released() {
         let memory = guest(&[300, 7]);

@@ -1,9 +1,9 @@
 //! A snapshot of a running guest that is one moment's state.
 //!
-//! Most of the guest's memory is protected from writes while it still runs. It is paused while its device state is saved and
-//! what it has written since is protected again; then it runs on. Pages are copied in the background, and those first that
-//! the guest wants to write: their writers wait for the copy of that page, and for nothing else. A copy leaves whenever what
-//! takes it has time.
+//! Most of the guest's memory is protected from writes while it still runs. It is paused while its device state is
+//! saved and the pages it has written since are protected again; then it continues. Pages are copied in the background,
+//! those that the guest wants to write first: a writer waits for the copy of its page, and for nothing else. A copy is
+//! sent whenever its receiver has time.
 
 mod callbacks;
 #[cfg(test)]
@@ -39,8 +39,8 @@ pub struct SnapshotGuest {
     pub memory: Arc<dyn GuestMemory>,
     /// Pause, resume, device state, and the promise to keep its memory.
     pub control: Box<dyn GuestControl>,
-    /// Who else writes to its memory, past this process's page tables, by name: vhost-user back ends, other processes that
-    /// map it, devices with DMA (VFIO). Their writes are not seen, so a guest that has some is refused.
+    /// Other writers to its memory that bypass this process's page tables, by name: vhost-user back ends, other
+    /// processes that map it, devices with DMA (VFIO). Their writes are not seen, so a guest that has some is refused.
     pub other_writers: Vec<String>,
 }
 
@@ -94,11 +94,12 @@ pub struct SnapshotReport {
     pub ahead: Duration,
     /// Writes of the guest meanwhile that met protection, which was lifted at once.
     pub early_faults: u64,
-    /// How long the guest stood still: from the call of [`GuestControl::pause`] until [`GuestControl::resume`] had returned.
+    /// How long the guest was paused: from the call of [`GuestControl::pause`] until [`GuestControl::resume`] had
+    /// returned.
     pub pause: Duration,
-    /// Of it, until its device state was saved.
+    /// Part of it until the device state was saved.
     pub state: Duration,
-    /// Of it, to protect memory that it had written or begun to use in the meantime.
+    /// Part of it for protecting memory that the guest had written or begun to use in the meantime.
     pub protect: Duration,
     /// How long it all took.
     pub total: Duration,
@@ -175,7 +176,8 @@ impl SnapshotSession {
         self
     }
 
-    /// Only what has changed since `base` is written, into another `mapped:` file. What is read there needs the base's file.
+    /// Only the pages that have changed since `base` are written, into another `mapped:` file. Reading it needs the
+    /// base's file.
     ///
     /// # Errors
     /// [`Error::Config`]: the guest's RAM blocks are not those of the base.
@@ -190,7 +192,7 @@ impl SnapshotSession {
         Arc::clone(&self.copies) as Arc<dyn GuestMemory>
     }
 
-    /// Asks for the end while it runs. Too late once all pages have been copied.
+    /// Requests the end while it runs. Too late once all pages have been copied.
     pub fn canceller(&self) -> Canceller {
         self.canceller.clone()
     }
@@ -237,7 +239,7 @@ pub struct SnapshotHandle {
 }
 
 impl SnapshotHandle {
-    /// Asks for the end. Never blocks for long.
+    /// Requests the end. Never blocks for long.
     pub fn cancel(&self) -> CancelReply {
         self.canceller.cancel()
     }

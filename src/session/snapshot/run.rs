@@ -21,11 +21,11 @@ use crate::sys::{Stop, WakeEvent};
 use crate::transport::{ChannelError, SnapshotFile};
 use crate::units::BlockIndex;
 
-/// Most bytes that are protected by one call: who writes meanwhile waits for it.
+/// Maximum number of bytes that are protected by one call: writers wait for it meanwhile.
 const PROTECT: u64 = 2 << 20;
 /// Bytes that a write before the moment opens, and that are protected again.
 const LIFT: u64 = 256 << 10;
-/// What is left to protect when the guest is paused should take no longer.
+/// Protecting the rest when the guest is paused should take no longer.
 const PAUSE_GOAL: Duration = Duration::from_millis(1);
 
 /// Times of the pause.
@@ -40,11 +40,11 @@ struct Times {
     protect: Duration,
 }
 
-/// What is to be written, and by what.
+/// The output, and how it is written.
 struct Target {
     connection: Option<SourceConnection>,
     outlet: Option<Outlet>,
-    /// Raised with each news of it, and by a call that is over.
+    /// Raised with each report from it, and when a call is over.
     wake: Option<Arc<WakeEvent>>,
     /// Pages that may hold something: the others are zero.
     used: PageSet,
@@ -62,7 +62,7 @@ pub(super) struct Running {
     /// Until its memory may be protected; then `callbacks` has it.
     control: Option<Box<dyn GuestControl>>,
     callbacks: Option<Callbacks>,
-    /// While writes are held. Dropping it lets them through, whatever ends this.
+    /// Present while writes are held. Dropping it lets them through, for whatever reason this ends.
     protection: Option<WriteProtection>,
     target: Target,
     changes: Changes,
@@ -149,7 +149,7 @@ impl Running {
 
     fn tell(&mut self, event: SnapshotEvent) {
         let now = self.began.elapsed();
-        // A cancel comes before this step or after it: the step may be the last that can be given up.
+        // A cancel comes before this step or after it: this may be the last step that can be cancelled.
         self.canceller.decide(|| {
             if self.canceller.token().is_cancelled() {
                 self.engine.handle(now, SnapshotEvent::Cancel);
@@ -164,7 +164,7 @@ impl Running {
         self.error.get_or_insert(error);
     }
 
-    /// What has come by itself, without waiting.
+    /// Takes events that have occurred, without waiting.
     fn listen(&mut self) -> Result<bool, Error> {
         let mut any = false;
         while let Some(protection) = &self.protection {

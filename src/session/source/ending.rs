@@ -16,7 +16,7 @@ use crate::session::{Breakage, Error, MemoryCheck};
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct SourceReport {
-    /// Who owns the guest.
+    /// The owner of the guest.
     pub outcome: Outcome,
     /// Why it is not the destination, or why it is not known who has the guest.
     pub error: Option<Error>,

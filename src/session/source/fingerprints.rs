@@ -37,7 +37,7 @@ pub(super) struct Prints {
     window: Vec<u8>,
     /// The destination has compared all fingerprints that it received.
     compared: bool,
-    /// What was found in memory at the end.
+    /// The result of the memory check at the end.
     pub(super) found: Option<MemoryCheck>,
 }
 
@@ -49,7 +49,7 @@ impl Prints {
         }
     }
 
-    /// A PONG has come.
+    /// A PONG has arrived.
     pub(super) fn answered(&mut self, value: u32) {
         self.compared |= value == COMPARED_PING;
     }
@@ -119,8 +119,8 @@ impl SourceSession {
         if out.is_empty() { Ok(()) } else { Ok(self.wire.send(&out)?) }
     }
 
-    /// The destination compares a round when it has placed all of it, and reads pages again that came by RDMA. The guest is not
-    /// paused before that is done: it must not be a part of the downtime.
+    /// The destination compares a round when it has placed all of it, and reads pages again that arrived by RDMA. The
+    /// guest is not paused before that is done: it must not be a part of the downtime.
     pub(super) fn await_compared(&mut self, kind: RoundKind) -> Result<(), Error> {
         if self.pages.prints.table.is_none() || kind == RoundKind::Final {
             return Ok(());
@@ -195,7 +195,7 @@ impl SourceSession {
         })
     }
 
-    /// Fast was asked for: the peer must be able to.
+    /// Fast was requested: the peer must support it.
     pub(super) fn agree_on_fingerprints(&mut self, agreed: bool, version: u16) -> Result<(), Error> {
         if self.settings.verify != Verify::Fast {
             return Ok(());
@@ -207,7 +207,7 @@ impl SourceSession {
         Ok(())
     }
 
-    /// What was asked for and a peer of this kind can't do.
+    /// A requested check that a peer of this kind can't do.
     pub(super) fn refuse_verify(&self, handover: Handover, why: &str) -> Result<(), Error> {
         match self.settings.verify {
             _ if handover == Handover::Native => Ok(()),

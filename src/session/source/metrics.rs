@@ -27,7 +27,7 @@ enum Part {
     Handover,
 }
 
-/// The round under way.
+/// The current round.
 #[derive(Default)]
 struct Round {
     report: RoundReport,
@@ -144,7 +144,7 @@ impl Figures {
         }
     }
 
-    /// Nothing is to be done: the time is spent on what is waited for.
+    /// There is no action: the time counts for the wait.
     pub(super) fn waits(&mut self, now: Duration, waiting: Waiting) {
         let part = match waiting {
             Waiting::Embedder => {
@@ -226,7 +226,7 @@ impl Figures {
         });
     }
 
-    /// What was left out so far.
+    /// Number of pages left out so far.
     pub(super) fn skipped(&mut self, hinted: u64, discarded: u64) {
         self.shared.update(|s| s.skipped = SkippedPages { hinted, discarded });
     }
@@ -312,7 +312,7 @@ impl Figures {
         self.shared.update(|s| s.deltas = counts);
     }
 
-    /// What zero copy came to so far.
+    /// The figures of zero copy so far.
     pub(super) fn zero_copy(&mut self, counts: Option<ZeroCopyCounts>) {
         self.shared.update(|s| {
             s.missed_zero_copy = counts.as_ref().map_or(0, |counts| counts.copied + counts.forbidden);
@@ -320,7 +320,7 @@ impl Figures {
         });
     }
 
-    /// What sending by reference came to so far.
+    /// The figures of sending by reference so far.
     pub(super) fn spliced(&mut self, counts: Option<SpliceCounts>) {
         self.shared.update(|s| s.splice = counts);
     }

@@ -75,14 +75,14 @@ pub(crate) trait Upstream: Send {
     /// Waits at most `time` for news; true once the guest is paused and its last page has arrived.
     ///
     /// # Errors
-    /// Whatever ended the upstream migration.
+    /// The error that ended the upstream migration.
     fn wait(&mut self, time: Duration) -> Result<bool, Error>;
 
     /// The peer has everything and may be given the guest, in the way `handover`: waits at most `time` until its source
     /// has handed it over to us. True once it is ours.
     ///
     /// # Errors
-    /// Whatever ended the upstream migration: the guest runs on there.
+    /// The error that ended the upstream migration: the guest continues there.
     fn wait_given(&mut self, handover: Handover, time: Duration) -> Result<bool, Error>;
 
     /// The peer was given the guest and has not reported in time that it runs; `why` is the reason.
@@ -263,7 +263,7 @@ impl SourceSession {
             SourceAction::Send => self.send_slice(),
             SourceAction::CloseRound { kind } => self.close_round(kind),
             SourceAction::PauseGuest => {
-                // Paused from here on whatever the VMM answers: a failed pause is undone by resume as well.
+                // Counts as paused from here on, whatever the VMM returns: a failed pause is undone by resume as well.
                 self.departure.paused = true;
                 let paused = named("calling GuestControl::pause", || self.guest.control.pause());
                 paused.map_err(|source| Error::Control { what: "pause", source })?;

@@ -21,7 +21,7 @@ impl SourceSession {
     pub(super) fn send_slice(&mut self) -> Result<SourceEvent, Error> {
         self.poll_return_path()?;
         self.check_layout()?;
-        // Also where the limit lets no page leave for long: a link may have to show that we are alive.
+        // Also if the limit lets no page leave for long: a link may have to send a keepalive.
         self.take_returned()?;
         self.follow_control();
         self.throttle_vcpus();

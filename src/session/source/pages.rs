@@ -35,7 +35,7 @@ pub(super) struct Pages {
 #[derive(Default)]
 struct Aside {
     batches: Vec<PageBatch>,
-    /// Some have been declined, in whatever round.
+    /// Some have been declined, in any round.
     any: bool,
     sent: PageCounts,
 }
@@ -101,14 +101,14 @@ impl Pages {
         }
     }
 
-    /// Nothing of a block of `pages` pages travels.
+    /// No page of a block of `pages` pages is sent.
     pub(super) fn forget(&mut self, block: BlockIndex, pages: u64) {
         let run = PageRun { block, first: PageIndex(0), pages };
         self.dirty.clear_run(run);
         self.skips.forget(run);
     }
 
-    /// Whatever was sent counts as not sent: pages may be in neither the map nor the connection.
+    /// All pages that were sent count as not sent: pages may be in neither the map nor the connection.
     pub(super) fn mark_all_unsent(&mut self) {
         self.all_unsent = true;
     }
@@ -139,8 +139,8 @@ impl Pages {
         self.aside.sent
     }
 
-    /// Order 4: the migration failed. What `given_back` holds and what was put aside is dirty, and all is unless the link
-    /// `confirms` what it has placed.
+    /// Order 4: the migration failed. The pages in `given_back` and those put aside are dirty, and so are all others
+    /// unless the link `confirms` the pages it has placed.
     pub(super) fn give_back(&mut self, given_back: Vec<PageBatch>, confirms: bool, table: &RamBlockTable) {
         let aside = std::mem::take(&mut self.aside.batches);
         for batch in given_back.into_iter().chain(aside) {
@@ -167,12 +167,12 @@ impl Pages {
         self.skips.after_sync(table, &mut self.dirty, last, breakage);
     }
 
-    /// It is over, or the rest is asked for: nothing is left out any more.
+    /// It is over, or the rest was requested: no page is left out any more.
     pub(super) fn skip_no_more(&mut self, breakage: Breakage) {
         self.skips.give_up(&mut self.dirty, breakage);
     }
 
-    /// Takes the hints that have come. Once a batch.
+    /// Takes the hints that have arrived. Once a batch.
     pub(super) fn settle_hints(&mut self) {
         self.skips.settle(&mut self.dirty);
     }
@@ -226,7 +226,8 @@ mod tests {
         assert_eq!((whole, first), (2, Some(PageIndex(4))));
     }
 
-    /// Order 4. A link that confirms keeps what it has placed; one batch in the stream, or a panic, and nothing counts.
+    /// Order 4. A link that confirms keeps the pages it has placed; after one batch in the stream, or a panic, none
+    /// counts.
     #[test]
     fn after_a_failure_what_is_not_there_for_certain_is_dirty() {
         let given_back = || vec![batch(1, 2)];

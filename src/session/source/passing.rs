@@ -1,4 +1,5 @@
-//! Memory that is passed to a destination on the same host: its descriptors, and what no page travels of any more.
+//! Memory that is passed to a destination on the same host: its descriptors, and the blocks whose pages are no longer
+//! sent.
 
 use std::sync::Arc;
 
@@ -42,8 +43,8 @@ impl SourceSession {
         }
     }
 
-    /// The destination takes memory: sends the descriptors of all blocks that have one, sealed where they can be. What has
-    /// none travels page by page.
+    /// The destination takes memory: sends the descriptors of all blocks that have one, sealed where they can be.
+    /// Blocks without one are sent page by page.
     pub(super) fn pass_memory(&mut self) -> Result<(), Error> {
         let memory = Arc::clone(&self.guest.memory);
         let mut figures = Figures::default();

@@ -1,4 +1,4 @@
-//! Messages of the destination as the source takes them, and what it waits for while there is nothing to do.
+//! Messages of the destination that the source takes, and the source's waits while it has no action.
 
 use std::time::Duration;
 
@@ -24,8 +24,8 @@ const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(5);
 /// Between two looks whether a late answer is of any use still.
 const LATE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Bytes of RAM a second that a destination compares and puts away at the least: what bounds the wait for one that
-/// goes on saying that it is at it.
+/// Minimum number of bytes of RAM a second that a destination compares and stores: bounds the wait for one that goes on
+/// reporting that it is busy.
 const SLOWEST_LOAD: u64 = 64 << 20;
 
 /// Most messages taken in one poll of the return path.
@@ -44,7 +44,7 @@ pub(super) fn answer_timeouts(settings: &SourceSettings, table: &RamBlockTable) 
 }
 
 impl SourceSession {
-    /// There is nothing to do: waits for what comes next.
+    /// There is no action: waits for the next event.
     pub(super) fn wait_for_event(&mut self) -> Result<SourceEvent, Error> {
         let Some(waiting) = self.driver.engine.waits_for() else { return Ok(SourceEvent::Failed) };
         tracing::trace!(?waiting, "wait");
@@ -66,7 +66,7 @@ impl SourceSession {
         self.driver.engine.wake_at().map(|at| at.saturating_sub(now))
     }
 
-    /// For what is under way to leave, or for a relay's source to stop its guest.
+    /// For bytes in flight to leave, or for a relay's source to stop its guest.
     fn wait_moment(&mut self) -> Result<SourceEvent, Error> {
         let mut left = self.time_left().unwrap_or_default();
         self.send_keepalive()?;
@@ -125,7 +125,7 @@ impl SourceSession {
         self.next_event(&stop).map(|event| event.unwrap_or(SourceEvent::Woken))
     }
 
-    /// In doubt a relay goes on listening: its far end may only have stood still.
+    /// In doubt a relay continues to wait: its far end may only have been stalled.
     fn wait_for_late_answer(&mut self) -> Result<SourceEvent, Error> {
         while let Some(upstream) = &mut self.upstream
             && upstream.goes_on_listening()

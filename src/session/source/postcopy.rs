@@ -88,7 +88,7 @@ impl Missing {
     }
 }
 
-/// Host page sizes of the blocks that travel, ORed, in bytes: what both ends of a postcopy must have in common.
+/// Host page sizes of the migrated blocks, ORed, in bytes: what both ends of a postcopy must have in common.
 pub(super) fn host_pages(blocks: &[RamBlock]) -> u64 {
     let travels = blocks.iter().filter(|block| !block.flags.ignored);
     travels.fold(0, |all, block| all | block.host_page.bytes())
@@ -169,7 +169,7 @@ impl SourceSession {
     pub(super) fn send_discards(&mut self) -> Result<SourceEvent, Error> {
         // The search may be in the middle of a host page, which is to be sent from its start.
         self.pages.search = PageSearch::default();
-        // A page that was left out is missing there, and may be asked for.
+        // A page that was left out is missing there, and may be requested.
         self.pages.skip_no_more(self.breakage);
         let memory = Arc::clone(&self.guest.memory);
         let table = memory.table();
@@ -433,7 +433,7 @@ impl SourceSession {
         Ok(self.wire.send(&out)?)
     }
 
-    /// The peer has as much as it can place for now: takes its next message, which makes room or asks for a page.
+    /// The peer has as much as it can place for now: takes its next message, which makes room or requests a page.
     fn await_message(&mut self) -> Result<(), Error> {
         self.wire.link.sink().flush(&self.wire.stop)?;
         let after = self.settings.stall_timeout;

@@ -1,4 +1,4 @@
-//! How a stream begins: header, who the peer is, what blocks there are.
+//! How a stream begins: header, kind of the peer, list of blocks.
 //!
 //! A ramwire and a QEMU both answer the ordinary PING as soon as they read, a ramwire identifies itself first. So the
 //! peer's answers show its kind, and no time limit decides it. A destination that is connected but does not read yet,
@@ -59,12 +59,12 @@ impl SourceSession {
         Ok(SourceEvent::Done)
     }
 
-    /// Who answers is found out.
+    /// The kind of the peer is found out by its answers.
     fn greets(&self) -> bool {
         self.wire.back.is_some() && self.settings.peer.is_none_or(|peer| peer == Peer::Ramwire)
     }
 
-    /// Who the peer is, and the block list.
+    /// The kind of the peer, and the block list.
     pub(super) fn send_setup(&mut self) -> Result<SourceEvent, Error> {
         let handover = if self.greets() { self.find_out_peer()? } else { self.driver.engine.handover() };
         self.refuse_verify(handover, "the destination is a QEMU")?;
@@ -152,8 +152,9 @@ impl SourceSession {
                 let why = "it answers the greeting as a QEMU does, and was to be a ramwire".into();
                 Err(Error::PeerFailed { why })
             }
-            // Over RDMA a lone PING was left unread by a QEMU 10.0 on a busy machine, which waits for a completion that came
-            // before (5 of 43 migrations; without it none of 24); and a round trip there takes no part of a downtime.
+            // Over RDMA a lone PING was left unread by a QEMU 10.0 on a busy machine, which waits for a completion that
+            // arrived before (5 of 43 migrations; without it none of 24); and a round trip there takes no part of a
+            // downtime.
             (Peer::Qemu, _) if self.wire.link.abilities().registers_memory => Ok(Handover::Shut),
             (Peer::Qemu, _) => self.measure_round_trip().map(|()| Handover::Shut),
         }
@@ -220,7 +221,7 @@ impl SourceSession {
                 let why = format!("it speaks version {} of ramwire's words", theirs.max_version);
                 Err(Error::PeerFailed { why })
             }
-            // It repeats what it received: a lost digest flag would let it start the guest unchecked.
+            // The peer returns the fields that it received: a lost digest flag would let it start the guest unchecked.
             PeerMessage::Hello(theirs)
                 if (theirs.migration_id, theirs.digest) != (ours.migration_id, ours.digest) =>
             {
@@ -242,7 +243,7 @@ impl SourceSession {
         }
     }
 
-    /// In front of the list of blocks, with which the destination's VMM provides memory.
+    /// Before the list of blocks, with which the destination's VMM provides memory.
     fn send_vmm_configuration(&mut self, version: u16) -> Result<(), Error> {
         if self.settings.vmm_configuration.is_empty() {
             return Ok(());
@@ -274,7 +275,7 @@ fn nothing_but_a_name(configuration: &Configuration) -> bool {
     *configuration == Configuration { machine: configuration.machine.clone(), ..Configuration::default() }
 }
 
-/// What goes in front of the last ram section.
+/// Commands before the last ram section.
 pub(super) fn before_last_section(session: &SourceSession, out: &mut Vec<u8>) {
     let style = session.settings.style.unwrap_or(PeerStyle::QEMU_7_2);
     if style.switchover_start && session.driver.engine.handover() != Handover::Native {

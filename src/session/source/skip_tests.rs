@@ -87,7 +87,7 @@ impl Vcpu {
                     Hinted::TooLate => 1,
                     Hinted::Full => 2,
                 }] += 1;
-                // Half of them are used again at once, and what is written then must arrive.
+                // Half of them are used again at once, and the bytes written then must arrive.
                 if step >> 32 & 1 == 0 {
                     self.write(page, (step >> 40) as u8 | 1);
                 }
@@ -177,12 +177,12 @@ fn unplugged_memory_is_not_read_and_takes_no_memory_at_either_end() {
     assert_eq!((taken(&near), taken(&far)), (1000, 1000), "pages with memory behind them, here and there");
 }
 
-/// What was sent before its memory was unplugged has no memory at the destination; what is plugged again arrives.
+/// Pages sent before their memory was unplugged have no memory at the destination; pages plugged again arrive.
 #[test]
 fn memory_that_is_unplugged_and_plugged_while_it_moves_is_as_it_is_at_the_end() {
     struct Plugger(Arc<PlugMap>, Mapping);
     impl GuestControl for Plugger {
-        /// The device is stopped last: whatever it did before the pause counts.
+        /// The device is stopped last: all its actions before the pause count.
         fn pause(&mut self) -> io::Result<()> {
             let run = |first, pages| PageRun { block: BlockIndex(0), first: PageIndex(first), pages };
             self.0.unplug(run(0, 256));

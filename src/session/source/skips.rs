@@ -45,7 +45,7 @@ impl Skips {
         &self.unsent
     }
 
-    /// Takes the hints that have come. Once a batch.
+    /// Takes the hints that have arrived. Once a batch.
     pub(super) fn settle(&mut self, dirty: &mut DirtyMap) {
         let Self { hints: Some(hints), unsent, hinted, .. } = self else { return };
         hints.drain(|run| *hinted += dirty.skip_run(run, unsent));
@@ -111,13 +111,13 @@ impl Skips {
         self.discarded += self.unplugged.count() - kept;
     }
 
-    /// Nothing of a block travels: what is left out of it is of no account.
+    /// No page of a block is sent: pages left out of it do not matter.
     pub(super) fn forget(&mut self, run: PageRun) {
         self.unsent.remove(run);
         self.unplugged.remove(run);
     }
 
-    /// It is over: hints come too late, and what was left out is not at the destination.
+    /// It is over: hints are too late, and pages that were left out are not at the destination.
     pub(super) fn give_up(&mut self, dirty: &mut DirtyMap, breakage: Breakage) {
         if let Some(hints) = &self.hints {
             hints.close();
@@ -154,8 +154,8 @@ impl Skips {
 }
 
 impl SourceSession {
-    /// Takes the guest's hints about pages whose bytes it does not need; clones of what this answers go to whatever receives
-    /// it, from any thread. Hints are good for this migration only, between its syncs.
+    /// Takes the guest's hints about pages whose bytes it does not need; clones of the returned value may be given to
+    /// the receivers of hints, on any thread. Hints are good for this migration only, between its syncs.
     pub fn page_hints(&mut self) -> PageHints {
         let table = self.guest.memory.table();
         if !self.pages.skips.is_used() {
@@ -165,7 +165,7 @@ impl SourceSession {
         self.pages.skips.hints.get_or_insert_with(new).clone()
     }
 
-    /// Memory that `discards` calls unplugged is not read and does not travel.
+    /// Memory that `discards` calls unplugged is not read and not sent.
     pub fn with_discards(mut self, discards: Arc<dyn DiscardManager>) -> Self {
         if !self.pages.skips.is_used() {
             self.pages.skips.unsent = PageSet::new(self.guest.memory.table());
@@ -174,7 +174,7 @@ impl SourceSession {
         self
     }
 
-    /// What was left out, in words for a ramwire; nothing where nothing was.
+    /// The pages that were left out, as messages for a ramwire; nothing if there are none.
     pub(super) fn encode_skips(&self, out: &mut Vec<u8>) {
         self.pages.skips.encode(out);
     }

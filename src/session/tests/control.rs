@@ -18,7 +18,7 @@ use crate::transport::{DeltaCacheSize, InlineLink};
 use crate::units::{BlockIndex, Percent, RestShare};
 
 const PAGES: u64 = 64;
-/// No test needs as many rounds: what was changed had no effect.
+/// No test needs as many rounds: the change had no effect.
 const TOO_MANY: u32 = 200;
 
 /// A guest that writes each of its pages between two syncs.

@@ -1,4 +1,4 @@
-//! Who the peer is, whenever it answers.
+//! The kind of the peer is found out, whenever it answers.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};

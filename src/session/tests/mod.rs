@@ -80,7 +80,7 @@ impl ByteSink for Plain {
 impl ByteSource for Plain {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         loop {
-            // What is here already is taken whatever the time: a poll has none.
+            // Bytes that are already here are taken even if no time is left: a poll has none.
             match recv_parts(self.0.as_fd(), into) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::IN, stop)?,
                 got => {

@@ -43,7 +43,7 @@ fn from() -> Arc<MappedGuest> {
     Arc::new(guest)
 }
 
-/// What the source's session sees, and whether it reaches a block after it was given away.
+/// The memory that the source's session sees, and whether it accesses a block after it was handed over.
 struct Seen {
     inner: Arc<MappedGuest>,
     given: Arc<AtomicBool>,
@@ -80,7 +80,7 @@ enum Does {
 /// What happens while memory is provided.
 type Act = Box<dyn FnOnce() + Send>;
 
-/// A VMM at the destination: it maps what comes, and writes to memory whenever it may.
+/// A VMM at the destination: it maps the memory that arrives, and writes to it whenever permitted.
 #[derive(Clone)]
 struct Vmm {
     machine: Machine,
@@ -251,7 +251,7 @@ fn memory_is_passed_only_where_both_ends_say_so() {
     }
 }
 
-/// Whatever fails before COMMIT: the guest runs on at the source and finds its memory as it was.
+/// Whatever fails before COMMIT: the guest continues at the source and finds its memory unchanged.
 #[test]
 fn a_handover_that_fails_before_commit_leaves_memory_as_it_was() {
     for does in [Does::FailsToProvide, Does::ProvidesItsOwn] {
@@ -388,7 +388,7 @@ fn descriptors_that_are_not_what_was_said_start_no_guest() {
     assert!(text.contains("MEMORY"), "{text}");
 }
 
-/// A page of memory that was passed is refused: it would be written before the guest is given away.
+/// A page of memory that was passed is refused: it would be written before the guest is handed over.
 #[test]
 fn a_page_of_memory_that_was_passed_is_not_placed() {
     use crate::stream::qemu::ram::EOS_RECORD;

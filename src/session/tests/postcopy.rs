@@ -89,7 +89,8 @@ fn listen(breakers: &Arc<Mutex<Vec<StreamBreaker>>>) -> ([Address; 2], impl Next
     (addresses, next)
 }
 
-/// Two ends over sockets that switch to postcopy at once, at a pace by which all pages would take ten times what is needed.
+/// Two ends over sockets that switch to postcopy at once, at a rate at which all pages would take ten times as long as
+/// needed.
 struct SocketEnds {
     source: SourceSession,
     destination: DestinationSession,
@@ -195,7 +196,7 @@ fn p9_p11_two_ramwires_go_on_over_other_connections() {
     assert!(control.pause().is_err(), "it is over");
 }
 
-/// Loses the word that all has come with the connection that it is written to.
+/// Loses the report that all pages have arrived, with the connection that it is written to.
 struct LosesLastWord {
     sink: Box<dyn ByteSink>,
     lost: bool,
@@ -333,7 +334,7 @@ fn p4_p14_urgent_pages_go_on_a_connection_of_their_own() {
         assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
         assert!(!near.runs() && far.runs());
         assert!(bytes(&from, 0) == bytes(&to, 0));
-        // What was under way when a connection was lost was sent and has not come.
+        // Pages that were in flight when a connection was lost were sent and have not arrived.
         let came = arrived.missing_pages.unwrap().preempt_pages;
         assert!(
             came >= if cuts { 2 } else { 1 } && sent.urgent_pages >= came,
@@ -444,7 +445,7 @@ fn a_listener_that_closes_each_connection_at_once_does_not_keep_the_source_busy(
     assert!((1..=15).contains(&attempts), "{attempts}");
 }
 
-/// What is sent arrives, and is not acknowledged.
+/// Bytes that are sent arrive, and are not acknowledged.
 struct Unacknowledged(Box<dyn ByteSink>);
 
 impl Sealed for Unacknowledged {}
@@ -471,8 +472,8 @@ fn unacknowledged(back: Box<dyn ByteSink>) -> Box<dyn ByteSink> {
     Box::new(Unacknowledged(back))
 }
 
-/// The connection is lost while the destination can't know whether its answer has made the guest its own: it neither starts nor
-/// discards it until the source comes again.
+/// The connection is lost while the destination can't know whether its answer has made the guest its own: it neither
+/// starts nor discards it until the source connects again.
 #[test]
 fn a_loss_between_the_answer_and_its_acknowledgement_leaves_no_guest_that_runs_nowhere() {
     for round in 0..3 {
@@ -496,7 +497,7 @@ fn a_loss_between_the_answer_and_its_acknowledgement_leaves_no_guest_that_runs_n
     }
 }
 
-/// The source does not come again: what has come is discarded, and never started.
+/// The source does not connect again: the received pages are discarded, and the guest is never started.
 #[test]
 fn a_guest_that_its_source_may_have_is_not_started_where_no_other_connection_comes() {
     for closes in [true, false] {
