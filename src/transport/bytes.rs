@@ -20,8 +20,8 @@ pub trait ByteSink: Send + Sealed {
     /// [`ChannelError`].
     fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError>;
 
-    /// The stream ends here in good order: no byte follows, and what is buffered or on its way to a disk
-    /// has arrived there. The default is [`flush`](Self::flush).
+    /// The stream ends here in good order: no byte follows, and bytes that were buffered or in flight to a disk have
+    /// arrived there. The default is [`flush`](Self::flush).
     ///
     /// # Errors
     /// [`ChannelError`].
@@ -38,7 +38,7 @@ pub trait ByteSink: Send + Sealed {
         Ok(())
     }
 
-    /// True if a descriptor can travel with its bytes: to a process of this host, by a UNIX socket.
+    /// True if a descriptor can be sent with its bytes: to a process of this host, by a UNIX socket.
     fn carries_descriptors(&self) -> bool {
         false
     }
@@ -69,12 +69,12 @@ pub trait ByteSink: Send + Sealed {
     }
 }
 
-/// Where a byte stream comes from. Implemented by this library only.
+/// The receiving side of a byte stream. Implemented by this library only.
 pub trait ByteSource: Send + Sealed {
-    /// Fills the parts in order with what is there, waiting for the first byte. 0 is the end of the stream.
+    /// Fills the parts in order with the bytes that are there, waiting for the first byte. 0 is the end of the stream.
     ///
-    /// A deadline ends the wait, not the reading: what is there when it has passed is taken even so: with
-    /// a deadline of zero it polls.
+    /// A deadline ends the wait, not the reading: bytes that are there after it are still taken. With a deadline of
+    /// zero it polls.
     ///
     /// # Errors
     /// [`ChannelError`].
@@ -94,7 +94,7 @@ pub trait ByteSource: Send + Sealed {
         false
     }
 
-    /// The next descriptor that has come: with a byte that has been read, or with one before it.
+    /// The next descriptor that has arrived: with a byte that has been read, or with one before it.
     fn next_descriptor(&mut self) -> Option<OwnedFd> {
         None
     }

@@ -1,7 +1,7 @@
 //! The channel on which a QEMU passes its guest's memory in mode cpr-transfer, ahead of its migration.
 //!
-//! The QEMU stops its guest, sends the names of descriptors and the descriptors, and waits until this end hangs up. Then it
-//! connects for the migration itself, in which no page travels.
+//! The QEMU stops its guest, sends the names of descriptors and the descriptors, and waits until this end closes the
+//! connection. Then it connects for the migration itself, in which no page is sent.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -22,7 +22,7 @@ pub enum CprError {
     /// The connection.
     #[error("the cpr channel")]
     Channel(#[from] ChannelError),
-    /// What came is no list of descriptors.
+    /// The received bytes are no list of descriptors.
     #[error("what came on the cpr channel is not understood")]
     State(#[from] CprStateError),
     /// It is longer than any guest's.
@@ -31,9 +31,9 @@ pub enum CprError {
     /// Descriptors are missing, or there are more.
     #[error("{names} descriptors were announced on the cpr channel, and {came} came")]
     Descriptors {
-        /// Names that came.
+        /// Number of names that arrived.
         names: usize,
-        /// Descriptors that came.
+        /// Number of descriptors that arrived.
         came: usize,
     },
 }

@@ -1,4 +1,4 @@
-//! What pages travel by: a link at the source, and its counterpart at the destination.
+//! How pages are sent: a link at the source, and its counterpart at the destination.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -38,7 +38,7 @@ pub enum Receipt {
     Placed,
 }
 
-/// A batch that came back.
+/// A batch that was returned.
 #[derive(Debug)]
 pub struct Returned {
     /// The ticket [`SourceLink::offer`] gave.
@@ -72,7 +72,7 @@ pub trait SourceLink: Send + Sealed {
         self.sink().under_way()
     }
 
-    /// How many page channels there are beside the stream.
+    /// Number of page channels.
     fn page_channels(&self) -> u8 {
         0
     }
@@ -82,23 +82,23 @@ pub trait SourceLink: Send + Sealed {
     /// are counted where they are sent. Pages that a NIC writes are not included: each is confirmed by its completion.
     fn sent_pages(&self) -> Vec<PageCounts>;
 
-    /// What deltas did so far, where pages may travel as such.
+    /// Figures of the deltas so far, if pages may be sent as deltas.
     fn deltas(&self) -> DeltaCounts {
         DeltaCounts::default()
     }
 
-    /// The size of the cache of sent pages, which may be changed; `None` where no page can travel as a difference.
+    /// The size of the cache of sent pages, which may be changed; `None` if no page can be sent as a difference.
     fn delta_cache_size(&self) -> Option<DeltaCacheSize> {
         None
     }
 
-    /// What lending pages to the kernel came to, where that was asked for.
+    /// Figures of lending pages to the kernel, if that was requested.
     fn zero_copy(&self) -> Option<ZeroCopyCounts> {
         None
     }
 
-    /// What is written is the snapshot of this note, and goes by it later: before the first page. Answers the file; `None` where
-    /// no file keeps a note.
+    /// The output is the snapshot of this note, and is identified by it later: called before the first page. Returns
+    /// the file; `None` if no file keeps a note.
     ///
     /// # Errors
     /// The file can't name its base.
@@ -106,7 +106,7 @@ pub trait SourceLink: Send + Sealed {
         Ok(None)
     }
 
-    /// What sending pages by reference came to, where that was asked for.
+    /// Figures of sending pages by reference, if that was requested.
     fn spliced(&self) -> Option<SpliceCounts> {
         None
     }
@@ -146,7 +146,7 @@ pub trait SourceLink: Send + Sealed {
     /// [`MoveError`].
     fn collect(&mut self, out: &mut Vec<Returned>) -> Result<(), MoveError>;
 
-    /// Closes the round: nothing later overtakes what was offered.
+    /// Closes the round: nothing later overtakes the offered batches.
     ///
     /// # Errors
     /// [`MoveError`].
@@ -166,7 +166,7 @@ pub trait SourceLink: Send + Sealed {
         Ok(())
     }
 
-    /// After a failure: the batches that never came back. The link is of no more use.
+    /// After a failure: the batches that were never returned. The link is of no more use.
     fn reclaim(&mut self) -> Vec<PageBatch>;
 }
 
@@ -174,7 +174,8 @@ pub trait SourceLink: Send + Sealed {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DestinationAbilities {
-    /// Page channels beside the stream, whose pages are placed by threads of their own; the stream's barriers are theirs, too.
+    /// Page channels next to the stream, whose pages are placed by threads of their own; the stream's barriers are
+    /// theirs, too.
     pub page_channels: u8,
     /// Marks in the stream open rounds, in which the peer writes to guest memory itself. That memory is registered: none of
     /// it may be discarded.
@@ -207,14 +208,14 @@ pub struct LiveBytes {
 
 /// The destination's link: the counterpart of a [`SourceLink`].
 ///
-/// What only links with [rounds](DestinationAbilities::has_rounds) or [channels](DestinationAbilities::page_channels)
-/// have to do has a body for the others, which is never called there by a session.
+/// Methods that only links with [rounds](DestinationAbilities::has_rounds) or
+/// [channels](DestinationAbilities::page_channels) need have a body for the others, which a session never calls there.
 ///
 /// # Orders that hold
 ///
-/// Between [`barrier`](Self::barrier) and [`release`](Self::release) no page channel places anything: all that came before
-/// the barrier is in place, nothing that comes after it. Outside of [`receive_round`](Self::receive_round) the peer writes
-/// nothing. After [`revoke`](Self::revoke) nothing but the stream brings a page.
+/// Between [`barrier`](Self::barrier) and [`release`](Self::release) no page channel places anything: all that arrived
+/// before the barrier is in place, and nothing that arrives after it. Outside of [`receive_round`](Self::receive_round)
+/// the peer writes nothing. After [`revoke`](Self::revoke) pages arrive only by the stream.
 pub trait DestinationLink: Send + Sealed {
     /// What this link can do.
     fn abilities(&self) -> DestinationAbilities;
@@ -244,8 +245,8 @@ pub trait DestinationLink: Send + Sealed {
         Ok(())
     }
 
-    /// Packets of page channels that the source has sent, on whatever channel, and that have not come. Elsewhere than at a
-    /// barrier some may be on their way.
+    /// Packets of page channels that the source has sent, on any channel, and that have not arrived. Except at a
+    /// barrier some may be in flight.
     fn missing_packets(&self) -> Option<MissingPackets> {
         None
     }
@@ -253,7 +254,7 @@ pub trait DestinationLink: Send + Sealed {
     /// Lets the page channels continue after the barrier.
     fn release(&mut self) {}
 
-    /// Bytes that have come on page channels.
+    /// Bytes that have arrived on page channels.
     fn channel_bytes(&self) -> u64 {
         0
     }
@@ -263,7 +264,8 @@ pub trait DestinationLink: Send + Sealed {
         LiveBytes::default()
     }
 
-    /// Pages that came on each page channel, in the order of their ids, each time that a page came. Whole at a barrier.
+    /// Pages that arrived on each page channel, in the order of their ids, each time that a page arrived. Complete at a
+    /// barrier.
     fn placed_pages(&self) -> Vec<PageCounts> {
         Vec::new()
     }

@@ -25,7 +25,7 @@ struct Layer {
     own: Vec<PageBitmap>,
 }
 
-/// All files of the chain, the one that was asked for first. Blocks are those of its list.
+/// All files of the chain, the requested one first. Blocks are those of its list.
 pub(super) struct Layers {
     layers: Vec<Layer>,
     /// Pages that any of them has.
@@ -127,7 +127,7 @@ impl Layers {
         Ok(this)
     }
 
-    /// Adds the pages of a base; answers which of them no file above it has.
+    /// Adds the pages of a base; returns which of them no file above it has.
     fn add(&mut self, pages: &[PageBitmap]) -> Vec<PageBitmap> {
         let only = |(above, base): (&mut PageBitmap, &PageBitmap)| {
             let words: Vec<u64> =
@@ -145,7 +145,7 @@ impl Layers {
         &self.present
     }
 
-    /// Files, the one that was asked for first.
+    /// Files, the requested one first.
     pub(super) fn files(&self) -> impl Iterator<Item = &Arc<MappedFile>> {
         self.layers.iter().map(|layer| &layer.file)
     }

@@ -40,7 +40,7 @@ pub struct MultifdDestination {
     /// The source may be silent: it is between two rounds.
     quiet: bool,
     running: Option<Running>,
-    /// Bytes that came on page channels.
+    /// Bytes that arrived on page channels.
     bytes: Arc<AtomicU64>,
 }
 
@@ -54,8 +54,8 @@ struct Running {
     closed: usize,
 }
 
-/// When a byte last moved on any channel: main may be silent for long while the others are at work, and one of them
-/// while another has it all.
+/// When a byte last moved on any channel: main may be silent for long while the others receive, and so may one of them
+/// while another receives everything.
 struct Progress {
     bytes: u64,
     since: Instant,
@@ -172,8 +172,8 @@ impl ByteSource for MultifdDestination {
     }
 }
 
-/// Guest memory that could not be reached counts as a fault of this host's connection here: a byte stream has no
-/// other words.
+/// Guest memory that could not be accessed is reported as a fault of this host's connection here: a byte stream has no
+/// other errors.
 fn as_channel(error: MoveError) -> ChannelError {
     match error {
         MoveError::Channel(error) => error,

@@ -76,7 +76,7 @@ pub(super) struct PageReceiver {
     pub(super) told: Sender<Told>,
     pub(super) release: Receiver<()>,
     pub(super) stop: Stop,
-    /// A packet's header, as far as it has come.
+    /// A packet's header, as far as it has arrived.
     pub(super) head: Vec<u8>,
     pub(super) filled: usize,
     pub(super) payload: Vec<u8>,
@@ -133,7 +133,7 @@ impl PageReceiver {
         }
     }
 
-    /// Numbers of the packets that have come since the last time.
+    /// Reports the numbers of the packets that have arrived since the last call.
     fn tell_numbers(&mut self) {
         let mut all = self.common.numbers.locked();
         all.add(self.machine.take_numbers());

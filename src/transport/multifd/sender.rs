@@ -153,8 +153,8 @@ impl PageSender {
         }
     }
 
-    /// Sends the pages that are not known to be zero: those went as records on main. `looked_at` gets every page with
-    /// what it travelled as. Pages may be lent up to the mark that is returned.
+    /// Sends the pages that are not known to be zero: those were sent as records on main. `looked_at` gets every page
+    /// with the form in which it was sent. Pages may be lent up to the mark that is returned.
     fn send_batch(
         &mut self,
         batch: &PageBatch,

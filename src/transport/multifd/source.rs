@@ -28,7 +28,7 @@ use crate::transport::{
 
 /// Pages of one batch: four packets of 4 KiB pages.
 const BATCH_PAGES: u32 = 512;
-/// Batches that wait in front of one channel, beside the one it sends.
+/// Batches that wait for one channel, in addition to the one that it sends.
 const QUEUED: usize = 2;
 /// Longest time between two looks at the caller's [`Stop`].
 const POLL_INTERVAL: Duration = Duration::from_millis(50);

@@ -28,7 +28,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// Bytes of one request of a long read.
 const PART: u64 = 256 << 10;
-/// Requests of one long read that are under way.
+/// Requests of one long read that are in flight.
 const UNDER_WAY: usize = 8;
 
 const READING: &str = "reading pages from a page server";
@@ -47,7 +47,7 @@ struct Dialed {
     tried: Instant,
 }
 
-/// The bytes that were asked for, or why there are none.
+/// The requested bytes, or why there are none.
 type Answered = Result<Vec<u8>, String>;
 
 /// A part of a read, and its answer.
@@ -65,7 +65,7 @@ struct Link {
 #[derive(Default)]
 struct Waiting {
     next: u32,
-    /// By number: bytes of the answer, and who wants them.
+    /// By number: bytes of the answer, and its receiver.
     asked: BTreeMap<u32, (u64, Sender<Answered>)>,
 }
 
@@ -86,7 +86,7 @@ impl RemoteMemory {
         Ok(Self { address: address.clone(), welcome, spawn, link })
     }
 
-    /// Bytes of it.
+    /// Its bytes.
     pub(in crate::transport) fn len(&self) -> u64 {
         self.welcome.len
     }
@@ -100,7 +100,7 @@ impl RemoteMemory {
         self.address.to_string()
     }
 
-    /// Fills `into` from `offset` on; of a long read several requests are under way.
+    /// Fills `into` from `offset` on; of a long read several requests are in flight.
     pub(in crate::transport) fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let link = self.link()?;
         let mut parts: VecDeque<Part> = VecDeque::new();
@@ -246,7 +246,7 @@ impl Link {
         let mut waiting = self.waiting.locked();
         self.is_lost.store(true, Ordering::Release);
         for (_, (_, give)) in std::mem::take(&mut waiting.asked) {
-            // Who asked may wait for it no more.
+            // The requester may no longer wait for it.
             let _ = give.send(Err(why.to_owned()));
         }
         drop(waiting);

@@ -29,7 +29,7 @@ fn fill(
     Ok(true)
 }
 
-/// Words of the peer that make no sense.
+/// Messages of the peer that make no sense.
 fn not_understood(
     channel: &StreamChannel,
     doing: &'static str,

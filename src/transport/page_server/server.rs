@@ -43,7 +43,7 @@ impl PageServer {
     /// Serves one client, on this thread, until it closes the connection.
     ///
     /// # Errors
-    /// [`ChannelError`]: the connection is lost, or what came makes no sense.
+    /// [`ChannelError`]: the connection is lost, or a message makes no sense.
     pub fn serve(&self, channel: StreamChannel, stop: &Stop) -> Result<ServedPages, ChannelError> {
         let mut channel = channel;
         let mut hello = [0; HELLO_LEN];
@@ -54,7 +54,7 @@ impl PageServer {
         let mut out = Vec::new();
         Welcome { id: self.memory.identity(), len: self.memory.len() }.encode(&mut out);
         channel.send(&[SendPart::Own(&out)], stop)?;
-        // A client whose guests touch nothing asks for nothing.
+        // A client whose guests touch nothing requests nothing.
         channel.set_stall(None);
         let (mut served, mut buffer) = (ServedPages::default(), Vec::new());
         loop {

@@ -33,7 +33,7 @@ pub struct StreamChannel {
     pub(super) low_water: LowWater,
     /// Encrypted.
     pub(super) tls: Option<Secured>,
-    /// Descriptors that have come, where they are wanted.
+    /// Descriptors that have arrived, if they are wanted.
     pub(super) waiting: Option<Waiting>,
 }
 
@@ -142,7 +142,7 @@ impl StreamChannel {
         StreamBreaker(Arc::clone(&self.end))
     }
 
-    /// How long a wait for bytes may go on without any.
+    /// Longest wait for bytes in which none arrives.
     pub(super) fn stall_in_recv(&self) -> Option<Duration> {
         let answers = self.end.kind() == FdKind::Socket && self.end.child.is_none();
         self.stall.filter(|_| !(self.quiet && answers))
@@ -159,7 +159,7 @@ impl StreamChannel {
         }
     }
 
-    /// Changes the stall time of this half. `None`: waits go on as long as the peer is alive.
+    /// Changes the stall time of this half. `None`: waits continue as long as the peer is alive.
     pub fn set_stall(&mut self, stall: Option<Duration>) {
         self.stall = stall;
     }
@@ -178,7 +178,7 @@ impl StreamChannel {
     /// the end of the stream.
     ///
     /// # Errors
-    /// The kernel's; `WouldBlock` where nothing has come.
+    /// The kernel's; `WouldBlock` if nothing has arrived.
     pub(crate) fn peek(&self, into: &mut [u8]) -> std::io::Result<usize> {
         if let Some(tls) = &self.tls {
             return self.peek_secured(tls, into);

@@ -1,4 +1,4 @@
-//! Descriptors that travel with the bytes of a UNIX socket.
+//! Descriptors that are sent with the bytes of a UNIX socket.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,7 +10,7 @@ use crate::sys::{
 };
 use crate::transport::ChannelError;
 
-/// Most descriptors that wait to be taken: a reader takes each with the message that it came with.
+/// Maximum number of descriptors that wait to be taken: a reader takes each with the message that it arrived with.
 const MAX_WAITING: usize = 16;
 
 /// The first byte that leaves carries the descriptor.
@@ -27,7 +27,7 @@ impl Giving for WithDescriptor<'_> {
     }
 }
 
-/// Descriptors that have come and wait to be taken.
+/// Descriptors that have arrived and wait to be taken.
 #[derive(Debug, Default)]
 pub(super) struct Waiting(VecDeque<OwnedFd>);
 

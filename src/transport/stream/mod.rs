@@ -1,8 +1,8 @@
 //! A byte stream over a descriptor: a socket, a pipe or a file.
 //!
 //! The descriptor is non-blocking and every wait is a poll that watches the caller's [`Stop`](crate::sys::Stop) too;
-//! how long a wait goes on is decided in `patience`. Parts are handed to the kernel where they lie, up to 1024 a
-//! call, so guest RAM is not copied by us.
+//! how long a wait lasts is decided in `patience`. Parts are handed to the kernel where they lie, up to 1024 a call, so
+//! guest RAM is not copied by us.
 
 mod channel;
 mod descriptors;
@@ -28,7 +28,7 @@ pub use end::StreamBreaker;
 pub(super) use end::{End, Nature, Queue};
 pub(super) use transfer::Giving;
 
-/// How long waits go on, and what the end of a stream means.
+/// How long waits last, and what the end of a stream means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StreamOptions {
@@ -47,7 +47,7 @@ impl Default for StreamOptions {
     }
 }
 
-/// What opening a stream of this program's own came to.
+/// The result of opening a stream of this program's own.
 fn opened(
     address: &Address,
     remedy: &'static str,

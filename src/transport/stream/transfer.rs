@@ -17,7 +17,7 @@ const RECEIVING: &str = "waiting for the stream";
 
 /// How parts are handed to the kernel.
 pub(in crate::transport) trait Giving {
-    /// Hands over what has room; how many bytes that were.
+    /// Hands over as many bytes as there is room for; returns their number.
     fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize>;
 
     /// There is no room: before a wait until there is.
@@ -128,8 +128,8 @@ impl ByteSink for StreamChannel {
 }
 
 impl StreamChannel {
-    /// As [`recv`](ByteSource::recv), where `due` bytes are sure to come if the stream does not end: a wait may go on until
-    /// they are there, or many of them.
+    /// As [`recv`](ByteSource::recv), if `due` bytes are sure to arrive unless the stream ends: a wait may last until
+    /// all or many of them are there.
     pub(in crate::transport) fn recv_due(
         &mut self,
         into: &mut [RecvPart<'_>],
