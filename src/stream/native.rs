@@ -36,13 +36,13 @@ pub use finding::Finding;
 
 /// Value of the PING that asks "are you a ramwire?": `RWM1`.
 pub const GREETING: u32 = 0x5257_4d31;
-/// Oldest version of these words that is spoken. Version 1 did not compare what was sent with what was placed.
+/// Oldest supported version of these messages. Version 1 did not compare the sent pages with the placed ones.
 pub const MIN_VERSION: u16 = 2;
 /// Oldest version that knows VMM_CONFIGURATION.
 pub const VMM_CONFIGURATION_VERSION: u16 = 3;
 /// Oldest version that knows FINGERPRINTS and MEMORY_CHECK.
 pub const FINGERPRINTS_VERSION: u16 = 4;
-/// Newest version of these words that is spoken.
+/// Newest supported version of these messages.
 pub const MAX_VERSION: u16 = 4;
 /// First number of a native command or message.
 pub const FIRST_NUMBER: u16 = 0x5200;
@@ -198,7 +198,7 @@ pub const STATE_BLOCK: u32 = u32::MAX;
 /// A command of the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order<'a> {
-    /// Who speaks.
+    /// The sender's HELLO.
     Hello(Hello),
     /// The next part of the data that the source's VMM sends to the destination's. Before the list of blocks.
     VmmConfiguration {
@@ -375,7 +375,7 @@ pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
 /// A message of the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer<'a> {
-    /// Who speaks; `max_version` is the version both speak.
+    /// The sender's HELLO; `max_version` is the version that both support.
     Hello(Hello),
     /// All is loaded, the digest is equal: COMMIT may come.
     Ready,

@@ -1,4 +1,4 @@
-//! Words between a page server and those that read memory from it.
+//! Messages between a page server and clients that read memory from it.
 //!
 //! ```text
 //! client                                   server
@@ -8,9 +8,10 @@
 //!   be64 offset  be64 length                 as many bytes
 //! ```
 //!
-//! READ answers the bytes of memory. MAP answers which pages of 4 KiB hold something: bit i of byte i/8 is page i, counted
-//! from the offset; the others are zero. A request that failed answers why, as text, and may be repeated. The id is of the
-//! memory as it is: another file, or a file that has changed, has another one. There are several requests under way.
+//! READ returns the bytes of memory. MAP returns which pages of 4 KiB may have contents: bit i of byte i/8 is page i,
+//! counted from the offset; the others are zero. A request that failed returns the reason, as text, and may be
+//! repeated. The id is of the memory as it is: another file, or a file that has changed, has another one. Several
+//! requests may be in flight.
 
 use super::reader::Reader;
 use super::writer::Writer;
@@ -25,9 +26,9 @@ pub const WELCOME_LEN: usize = 36;
 pub const REQUEST_LEN: usize = 24;
 /// Bytes of the head of ANSWER.
 pub const ANSWER_LEN: usize = 16;
-/// Most bytes that one READ asks for.
+/// Maximum number of bytes that one READ requests.
 pub const MAX_READ: u64 = 1 << 20;
-/// Most bytes of memory that one MAP asks about.
+/// Maximum number of bytes of memory that one MAP asks about.
 pub const MAX_MAP: u64 = 8 << 30;
 /// Page size of MAP.
 pub const MAP_PAGE: u64 = 4096;
@@ -36,7 +37,7 @@ pub const MAX_WHY: usize = 400;
 
 const MAGIC: [u8; 8] = *b"RWPAGES\n";
 
-/// Words that make no sense.
+/// Messages that make no sense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PageWordsError {
@@ -58,7 +59,7 @@ pub enum PageWordsError {
     },
 }
 
-/// What is asked for.
+/// The kind of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asked {
     /// Bytes.
@@ -85,7 +86,7 @@ pub struct Request {
 pub struct Welcome {
     /// Which memory it is.
     pub id: [u8; 16],
-    /// Bytes of it.
+    /// Its bytes.
     pub len: u64,
 }
 
@@ -94,7 +95,7 @@ pub struct Welcome {
 pub struct Answer {
     /// The request's.
     pub number: u32,
-    /// The bytes that follow are what was asked for; otherwise why there is nothing.
+    /// The bytes that follow were requested; otherwise they are the reason why there are none.
     pub is_done: bool,
     /// Bytes that follow.
     pub len: u64,
@@ -197,7 +198,7 @@ impl Answer {
         Writer::new(out).be32(self.number).be32(u32::from(!self.is_done)).be64(self.len);
     }
 
-    /// The head of an answer; its length is compared with what was asked for by [`check`](Self::check).
+    /// The head of an answer; its length is compared with the request by [`check`](Self::check).
     ///
     /// # Errors
     /// [`PageWordsError`].

@@ -1,8 +1,8 @@
 //! Which snapshot a mapped-ram file holds, and against which one it was taken: a note after the stream.
 //!
 //! A QEMU reads the stream to its end and nothing after it. A file without a base is a mapped-ram file like any other.
-//! One with a base holds only what has changed since; no other program must take it for a whole guest, so its stream
-//! begins with [`INCREMENTAL`] in place of QEMU's first word. All else is the same.
+//! One with a base holds only the pages that have changed since; no other program must take it for a whole guest, so
+//! its stream begins with [`INCREMENTAL`] in place of QEMU's first word. All else is the same.
 //!
 //! ```text
 //! be16 version   16 bytes id   u8 1 if there is a base, else 0
@@ -17,7 +17,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::reader::Reader;
 use super::writer::Writer;
 
-/// In front of a file with a base, where another one has QEMU's magic and version.
+/// At the start of a file with a base, where another one has QEMU's magic and version.
 pub const INCREMENTAL: [u8; 8] = *b"RWIS\0\0\0\x01";
 
 const VERSION: u16 = 1;
@@ -42,7 +42,7 @@ impl std::fmt::Display for SnapshotId {
 pub struct SnapshotNote {
     /// Which snapshot it holds.
     pub id: SnapshotId,
-    /// What it holds only the changes since.
+    /// It holds only the changes since this one.
     pub base: Option<BaseNote>,
 }
 

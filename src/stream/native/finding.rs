@@ -2,10 +2,10 @@
 
 use super::{DecodeError, Range, Reader, Writer};
 
-/// What comparing all memory with what was sent of it has found.
+/// The result of comparing all memory with the pages that were sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finding {
-    /// It is what was sent.
+    /// It equals the pages that were sent.
     Equal {
         /// Pages that were compared.
         pages: u64,

@@ -1,8 +1,8 @@
-//! What a QEMU sends ahead of its migration in mode cpr-transfer: the names of the descriptors that it passes.
+//! The messages of a QEMU before its migration in mode cpr-transfer: the names of the descriptors that it passes.
 //!
 //! ```text
 //! be32 "QCPR"  be32 1
-//! each descriptor:  u8 1  be32 length  name and a zero byte  be32 id  u8 0x20, with which the descriptor itself comes
+//! each descriptor:  u8 1  be32 length  name and a zero byte  be32 id  u8 0x20, sent with the descriptor itself
 //! u8 0
 //! QEMU 10.1 and later:  u8 5  u8 21 "CprState/vfio devices"  be32 1  u8 0
 //! ```
@@ -15,7 +15,7 @@ use crate::ram::BlockName;
 /// `QCPR`.
 const MAGIC: u32 = 0x5143_5052;
 const VERSION: u32 = 1;
-/// Comes with each descriptor.
+/// Arrives with each descriptor.
 const WITH_DESCRIPTOR: u8 = 0x20;
 const SUBSECTION: u8 = 5;
 const DEVICES: &[u8] = b"CprState/vfio devices";
@@ -121,7 +121,7 @@ fn decode(reader: &mut Reader<'_>) -> Decoded<Result<Vec<BlockName>, CprStateErr
     }
 }
 
-/// As QEMU names what is no memory.
+/// QEMU's names for descriptors that are no memory.
 fn is_device(name: &str) -> bool {
     ["vfio", "iommufd", "tap", "vhost"].iter().any(|prefix| name.starts_with(prefix))
 }
