@@ -21,7 +21,7 @@ use super::{HostRegion, HostSpan};
 use crate::error::Chain;
 use crate::units::PageSize;
 
-/// `f_type` of hugetlbfs (statfs(2)); memfds with huge pages are files of it too.
+/// `f_type` of hugetlbfs (statfs(2)); memfds with huge pages are files of it, too.
 pub(super) const HUGETLBFS_MAGIC: i64 = 0x958458f6;
 
 /// Why memory could not be had.
@@ -31,7 +31,7 @@ pub enum MappingError {
     /// A length that is zero or beyond the address space.
     #[error("{len} bytes can't be mapped; ask for 1 byte up to the address space")]
     Length {
-        /// Bytes asked for.
+        /// Requested bytes.
         len: u64,
     },
     /// The kernel has no such huge page to give.
@@ -41,7 +41,7 @@ pub enum MappingError {
         pages = page.pages_in(*len), kib = page.bytes() / 1024
     )]
     HugePages {
-        /// Bytes asked for.
+        /// Requested bytes.
         len: u64,
         /// The page size.
         page: PageSize,
@@ -53,7 +53,7 @@ pub enum MappingError {
     FileTooShort {
         /// Start of the range in the file.
         offset: u64,
-        /// Bytes asked for.
+        /// Requested bytes.
         len: u64,
         /// Bytes the file has.
         file_len: u64,
@@ -71,7 +71,7 @@ pub enum MappingError {
     Kernel {
         /// The operation.
         what: &'static str,
-        /// Bytes asked for.
+        /// Requested bytes.
         len: u64,
         /// What can be done about it.
         remedy: &'static str,
@@ -219,7 +219,7 @@ impl Mapping {
         }
         if allocate {
             match fallocate(&fd, rustix::fs::FallocateFlags::empty(), offset, len) {
-                // Some file systems can't: only what is written there takes room.
+                // Some file systems can't: only written bytes take room.
                 Err(Errno::OPNOTSUPP | Errno::NOSYS) => tracing::warn!(
                     "this file system reserves no room (fallocate): that it is full is found by the page that finds none"
                 ),
@@ -247,8 +247,8 @@ impl Mapping {
         &self.region
     }
 
-    /// The same memory without the file's descriptor, which is closed with its last user: for a process with thousands of
-    /// mappings. What is done by the file ([`HostRegion::write_by_file`]) is not done then.
+    /// The same memory without the file's descriptor, which is closed with its last user: for a process with thousands
+    /// of mappings. Writes through the file ([`HostRegion::write_by_file`]) are then not possible.
     #[must_use]
     pub fn detached(self) -> Self {
         Self { region: self.region.with_backing(Backing::Unknown), file: None }
@@ -269,8 +269,8 @@ pub fn populate(span: HostSpan<'_>) -> io::Result<()> {
     populate_for(span, Advice::LinuxPopulateWrite)
 }
 
-/// Maps every page of `span` as a read does (MADV_POPULATE_READ): what was never written stays the kernel's zero page, or
-/// becomes an empty page of its file.
+/// Maps every page of `span` as a read does (MADV_POPULATE_READ): a page that was never written stays the kernel's zero
+/// page, or becomes an empty page of its file.
 ///
 /// # Errors
 /// As [`populate`].
@@ -351,7 +351,7 @@ pub fn discard(span: HostSpan<'_>, page: PageSize) -> io::Result<()> {
 pub(crate) fn is_there(span: HostSpan<'_>) -> io::Result<bool> {
     let start = span.address() / rustix::param::page_size() * rustix::param::page_size();
     let mut first = [0u8; 1];
-    // SAFETY: the kernel writes one byte for the one page that is asked for.
+    // SAFETY: the kernel writes one byte for the one requested page.
     match unsafe { libc::mincore(start as *mut libc::c_void, 1, first.as_mut_ptr()) } {
         0 => Ok(first[0] & 1 == 1),
         _ => Err(io::Error::last_os_error()),

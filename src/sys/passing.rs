@@ -1,4 +1,4 @@
-//! Descriptors that travel over a UNIX socket (`SCM_RIGHTS`, unix(7)).
+//! Descriptors that are sent over a UNIX socket (`SCM_RIGHTS`, unix(7)).
 //!
 //! A descriptor belongs to a byte of the stream. The kernel ends a read after the message that carried one, so a reader
 //! of that byte has the descriptor as well. A read without room for descriptors loses them: the kernel closes them.
@@ -15,7 +15,7 @@ use rustix::net::{
 /// Most descriptors that one read takes.
 const MAX_DESCRIPTORS: usize = 8;
 
-/// Sends some of `bytes`, and `descriptor` with the first of them. Returns how many bytes went.
+/// Sends some of `bytes`, and `descriptor` with the first of them. Returns how many bytes were sent.
 ///
 /// # Errors
 /// The error of `sendmsg(2)`; `WouldBlock` on a non-blocking descriptor.
@@ -32,12 +32,12 @@ pub(crate) fn send_with_descriptor(
     Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?)
 }
 
-/// Reads into `into` what is there, and appends the descriptors that came with it, closed on exec. Returns how many bytes
-/// came; 0 is the end of the stream.
+/// Reads the bytes that are there into `into`, and appends the descriptors that arrived with them, closed on exec.
+/// Returns how many bytes arrived; 0 is the end of the stream.
 ///
 /// # Errors
-/// The error of `recvmsg(2)`; `WouldBlock` on a non-blocking descriptor. `InvalidData` if more descriptors came at once
-/// than are taken, or than this process may have open.
+/// The error of `recvmsg(2)`; `WouldBlock` on a non-blocking descriptor. `InvalidData` if more descriptors arrived at
+/// once than are taken, or than this process may have open.
 pub(crate) fn recv_with_descriptors(
     socket: BorrowedFd<'_>,
     into: &mut [u8],

@@ -16,7 +16,7 @@ pub enum SharedFileError {
     /// It is no file.
     #[error("the descriptor is a {kind}, not a file that can be mapped")]
     NoFile {
-        /// What it is.
+        /// Its kind.
         kind: &'static str,
     },
     /// It can't be written to.
