@@ -162,14 +162,14 @@ impl Placer {
         self.observer.as_ref()
     }
 
-    /// Pages that came, by kind.
+    /// Pages that arrived, by kind.
     pub fn counts(&self) -> PageCounts {
         let Counters { normal, zero, delta, .. } = &self.counters;
         let [normal, zero, delta] = [normal, zero, delta].map(|count| count.load(Ordering::Relaxed));
         PageCounts { normal, zero, delta }
     }
 
-    /// Pages that are here: that have come at least once, or may have been written by a NIC.
+    /// Pages that are here: that have arrived at least once, or may have been written by a NIC.
     pub fn come(&self) -> u64 {
         self.received.count()
     }
@@ -235,14 +235,14 @@ impl Placer {
         span_of(&*self.memory, landing)
     }
 
-    /// True if a page of `landing` has come before.
+    /// True if a page of `landing` has arrived before.
     pub fn has_come(&self, landing: Landing) -> bool {
         let run = self.run(landing);
         let mut pages = (run.first.0..run.end().0).map(PageIndex);
         self.received.block(run.block).is_some_and(|map| pages.any(|page| map.get(page)))
     }
 
-    /// True if something may be in a page of `landing`: it has come, or was there before.
+    /// True if a page of `landing` may have contents: it has arrived, or was there before.
     pub fn may_hold(&self, landing: Landing) -> bool {
         let run = self.run(landing);
         let used = self.used.get(run.block.as_usize()).and_then(Option::as_ref);
@@ -267,7 +267,7 @@ impl Placer {
         self.counters.normal.fetch_add(landing.len() / self.page_bytes, Ordering::Relaxed);
     }
 
-    /// A page is in place that came as a difference.
+    /// A page that arrived as a difference is in place.
     pub fn commit_delta(&self, landing: Landing) {
         self.mark(landing);
         self.counters.delta.fetch_add(1, Ordering::Relaxed);
@@ -315,7 +315,7 @@ impl Placer {
         }
     }
 
-    /// Pages that came whole, or as zero, are in place.
+    /// Pages that arrived whole, or as zero, are in place.
     fn commit_kind(&self, landing: Landing, zero: bool) {
         if zero {
             self.mark(landing);
@@ -368,7 +368,7 @@ impl Placer {
     }
 }
 
-/// Pages of a block of `pages` pages that may hold something; all of them where its memory is not known.
+/// Pages of a block of `pages` pages that may have contents; all of them if its memory is not known.
 fn used_pages(region: Option<&HostRegion>, pages: u64, page_bytes: u64) -> PageBitmap {
     let mut used = PageBitmap::new(pages);
     match region {

@@ -84,7 +84,7 @@ impl PageWriter {
         }
     }
 
-    /// The connection that brought pages is gone: host pages that came in part will come again.
+    /// The connection that delivered pages is gone: partially received host pages will be sent again.
     pub fn forget_parts(&mut self) {
         self.host_pages.drop_parts();
     }
