@@ -56,7 +56,7 @@ impl DirtyMap {
         Self { blocks: table.blocks().iter().map(|b| block(table.pages_of(b))).collect(), shift }
     }
 
-    /// Marks every page of every block that travels.
+    /// Marks every page of every migrated block.
     pub fn set_all(&mut self, table: &RamBlockTable) {
         for (map, block) in self.blocks.iter_mut().zip(table.blocks()) {
             if !block.flags.ignored {
@@ -88,8 +88,8 @@ impl DirtyMap {
         }
     }
 
-    /// Takes a run out of the map, for pages that need not travel: what of it was dirty goes into `skipped`. Returns how
-    /// many pages those were.
+    /// Takes a run out of the map, for pages that need not be sent: its dirty pages go into `skipped`. Returns how many
+    /// pages those were.
     pub fn skip_run(&mut self, run: PageRun, skipped: &mut PageSet) -> u64 {
         let Some(map) = self.blocks.get_mut(run.block.as_usize()) else { return 0 };
         let (mut from, end, mut gone) = (run.first.0, run.end().0, 0);

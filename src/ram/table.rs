@@ -58,13 +58,13 @@ pub enum Refusal {
     /// The name is not in the table.
     #[error("no RAM block is called {name:?}; both ends must be started with the same memory")]
     UnknownBlock {
-        /// The name asked for.
+        /// The requested name.
         name: String,
     },
     /// The index is not in the table.
     #[error("there is no RAM block number {index} (there are {blocks})")]
     UnknownIndex {
-        /// The index asked for.
+        /// The requested index.
         index: u32,
         /// Blocks in the table.
         blocks: u32,
@@ -81,7 +81,7 @@ pub enum Refusal {
         /// Bytes the block has.
         used_length: u64,
     },
-    /// The block is shared by both ends: a page of it must not travel.
+    /// The block is shared by both ends: its pages must not be sent.
     #[error(
         "received a page at {offset} of RAM block {block}, which both ends share (x-ignore-shared, or passed as it is)"
     )]
@@ -208,7 +208,7 @@ impl RamBlockTable {
         self.total
     }
 
-    /// Bytes of the blocks whose pages travel.
+    /// Bytes of the blocks whose pages are sent.
     pub fn travelling(&self) -> u64 {
         self.blocks.iter().filter(|b| !b.flags.ignored).map(|b| b.used_length).sum()
     }
@@ -218,7 +218,7 @@ impl RamBlockTable {
         self.page.pages_in(block.used_length)
     }
 
-    /// Proves that `len` bytes at `offset` lie inside `block` and may travel.
+    /// Proves that `len` bytes at `offset` lie inside `block` and may be sent.
     ///
     /// # Errors
     /// [`Refusal`], which names the block and the range.
