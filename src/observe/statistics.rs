@@ -26,7 +26,7 @@ pub enum Status {
     PostcopyActive,
     /// As [`PostcopyActive`](Self::PostcopyActive), and the connection is lost: nothing is, and another is waited for.
     PostcopyPaused,
-    /// Another connection is there, and the ends agree on what is missing.
+    /// Another connection exists, and the ends agree on the missing pages.
     PostcopyRecover,
     /// The guest runs at the destination.
     Completed,
@@ -38,7 +38,7 @@ pub enum Status {
     InDoubt,
 }
 
-/// Pages by what they travelled as.
+/// Pages by the form in which they were sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageCounts {
     /// Whole pages.
@@ -58,7 +58,7 @@ pub struct SkippedPages {
     pub discarded: u64,
 }
 
-/// Memory that went to the destination as descriptors, and of which no page travelled.
+/// Memory that was passed to the destination as descriptors, and of which no page was sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PassedMemory {
     /// Blocks.
@@ -85,12 +85,12 @@ pub struct DeltaCounts {
     pub overflows: u64,
 }
 
-/// What sends from the pages themselves (MSG_ZEROCOPY) came to.
+/// Figures of the sends that read the pages themselves (MSG_ZEROCOPY).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ZeroCopyCounts {
     /// Sends that the kernel took without a copy, or so it was asked.
     pub sends: u64,
-    /// Of them, those that it is done with.
+    /// Of them, those that the kernel has finished.
     pub released: u64,
     /// Of these, those that it reports as copied nevertheless.
     pub copied: u64,
@@ -100,7 +100,7 @@ pub struct ZeroCopyCounts {
     pub off: Option<String>,
 }
 
-/// What sending pages by reference (`splice(2)`) came to.
+/// Figures of sending pages by reference (`splice(2)`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct SpliceCounts {
     /// Bytes of pages that went by reference.
@@ -112,7 +112,7 @@ pub struct SpliceCounts {
 }
 
 impl DeltaCounts {
-    /// Pages that were found in the cache, whatever became of them.
+    /// Pages that were found in the cache, however they were sent.
     pub fn hits(&self) -> u64 {
         self.pages + self.unchanged + self.overflows
     }
@@ -139,11 +139,11 @@ pub struct DeltaRates {
 /// Where the downtime went, in milliseconds. The parts add up to the whole but for rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DowntimeParts {
-    /// A relay's: the last look for pages that came by RDMA, after the guest's source had stopped it.
+    /// A relay's: the last search for pages that arrived by RDMA, after the guest's source had stopped it.
     pub scan_ms: f64,
-    /// Until the guest stood still.
+    /// Until the guest was paused.
     pub pause_ms: f64,
-    /// Until the embedder let the switchover go on, where it is asked.
+    /// Until the embedder continued the switchover, if it is asked to.
     pub hold_ms: f64,
     /// The last merge of the dirty logs.
     pub sync_ms: f64,
@@ -188,7 +188,7 @@ pub struct RoundReport {
     pub round: u32,
     /// Pages dirty when it began.
     pub dirty_pages: u64,
-    /// What was sent.
+    /// Sent pages.
     pub pages: PageCounts,
     /// Bytes that left.
     pub bytes: u64,
@@ -216,25 +216,25 @@ pub struct Statistics {
     pub transferred: u64,
     /// Of them, those of rounds while the guest ran, without those on page channels.
     pub precopy_bytes: u64,
-    /// Of them, those of the round while it stood still, without those on page channels and the device state.
+    /// Of them, those of the round while the guest was paused, without those on page channels and the device state.
     pub downtime_bytes: u64,
-    /// Of them, those of pages that went after a switch to postcopy.
+    /// Of them, those of pages that were sent after a switch to postcopy.
     pub postcopy_bytes: u64,
-    /// Requests for missing pages that came after it.
+    /// Requests for missing pages that arrived after it.
     pub postcopy_requests: u64,
-    /// Of all bytes, those on page channels beside the stream; at a destination those that came on them.
+    /// Of all bytes, those on page channels; at a destination those that arrived on them.
     pub multifd_bytes: u64,
     /// Sends that should have read pages in place and copied them instead.
     pub missed_zero_copy: u64,
     /// Dirty pages times the page size; 0 once completed.
     pub remaining: u64,
-    /// Used lengths of all blocks that travel.
+    /// Used lengths of all migrated blocks.
     pub total: u64,
     /// Pages by kind.
     pub pages: PageCounts,
     /// Pages that were left out, as of the last merge of the dirty logs.
     pub skipped: SkippedPages,
-    /// Memory that was passed to the other end as it is; the other figures are of what travels beside it.
+    /// Memory that was passed to the other end as it is; the other figures do not include it.
     pub passed: PassedMemory,
     /// Bytes of one target page.
     pub page_size: u64,
@@ -268,9 +268,9 @@ pub struct Statistics {
     pub rounds: Vec<RoundReport>,
     /// What deltas did.
     pub deltas: DeltaCounts,
-    /// What zero copy came to, where it was asked for.
+    /// Figures of zero copy, if it was requested.
     pub zero_copy: Option<ZeroCopyCounts>,
-    /// What sending by reference came to, where it was asked for.
+    /// Figures of sending by reference, if it was requested.
     pub splice: Option<SpliceCounts>,
     /// How they did of late.
     pub delta_rates: DeltaRates,
@@ -299,7 +299,7 @@ impl Statistics {
         self.rounds.push(round);
     }
 
-    /// How long what is left takes at the rate of the last window, in milliseconds; `None` before a rate is known.
+    /// Time that the rest takes at the rate of the last window, in milliseconds; `None` before a rate is known.
     pub fn eta_ms(&self) -> Option<f64> {
         let known = self.remaining == 0 || self.throughput > 0;
         known.then(|| self.remaining as f64 / self.throughput.max(1) as f64 * 1e3)
