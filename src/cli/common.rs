@@ -1,4 +1,4 @@
-//! What several commands share: options, numbers with units, errors in words.
+//! What several commands share: options, numbers with units, errors as text.
 
 use std::time::Duration;
 

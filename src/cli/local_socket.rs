@@ -17,8 +17,8 @@ pub(super) struct LocalSocket {
 }
 
 impl LocalSocket {
-    /// Listens at `path`, which those may connect to whom `mode` lets write. A socket that no program has any more is
-    /// replaced. Its calls don't block.
+    /// Listens at `path`; users with write permission by `mode` may connect. A socket that no program has open any more
+    /// is replaced. Its calls don't block.
     pub(super) fn at(path: &Path, mode: u32) -> io::Result<Self> {
         let address = SockAddr::unix(path)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -62,7 +62,7 @@ impl Drop for LocalSocket {
     }
 }
 
-/// Asked with a socket of another type: a program that has the path sees nothing of it.
+/// Checked with a socket of another type: a program that listens at the path does not notice it.
 fn is_left_over(path: &Path, address: &SockAddr) -> bool {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket());
     let refused = || Socket::new(Domain::UNIX, Type::DGRAM, None)?.connect(address);

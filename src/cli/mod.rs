@@ -1,4 +1,4 @@
-//! The command: words for people around the library.
+//! The command: the library's interface for people.
 #![allow(unreachable_pub)]
 
 mod args;

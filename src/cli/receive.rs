@@ -88,7 +88,7 @@ fn unix_path(text: &str) -> Result<PathBuf, String> {
     path.map(PathBuf::from).ok_or_else(|| format!("{text:?} is no UNIX socket; write unix:PATH"))
 }
 
-/// Listens for memory of a QEMU on this host and waits until it has come.
+/// Listens for memory of a QEMU on this host and waits until it has arrived.
 fn passed_memory(
     path: &Path,
     options: &StreamOptions,

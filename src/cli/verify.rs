@@ -1,4 +1,4 @@
-//! How the ends verify what has moved: the option, and its result.
+//! How the ends verify the migrated guest: the option, and its result.
 
 use clap::ValueEnum;
 use ramwire::session::{MemoryCheck, Verify};

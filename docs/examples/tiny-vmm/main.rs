@@ -345,7 +345,7 @@ fn left(report: &SourceReport) -> Left {
     }
 }
 
-/// Takes a guest that comes through `listener` into fresh memory, lets it run and looks at every page.
+/// Takes a guest that arrives through `listener` into fresh memory, lets it run and checks every page.
 fn receive(args: &Args, mut listener: Listener) -> Result<(TinyVm, Arrived), Failure> {
     let memory = args.memory()?;
     let mut vm = TinyVm::empty(memory.clone(), args.log())?;

@@ -37,7 +37,7 @@ pub(super) struct Client {
     stream: Box<dyn Stream>,
     framing: Framing,
     input: Vec<u8>,
-    /// Events that came while an answer was waited for, oldest first.
+    /// Events that arrived while waiting for an answer, oldest first.
     events: Vec<Value>,
     out_of_band: bool,
     commands: u64,
@@ -66,12 +66,12 @@ impl Client {
         Ok(client)
     }
 
-    /// Has a command done; the answer is what it returns.
+    /// Runs a command; returns its result.
     pub(super) fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, ClientError> {
         self.send("execute", command, arguments)
     }
 
-    /// The same in front of others that the monitor has not done yet, where it can.
+    /// The same, before other commands that the monitor has not run yet, if it can.
     pub(super) fn execute_first(&mut self, command: &str, arguments: &Value) -> Result<Value, ClientError> {
         self.send(if self.out_of_band { "exec-oob" } else { "execute" }, command, arguments)
     }

@@ -147,7 +147,7 @@ fn recover(monitor: &mut Client, uri: &str) -> Result<Value, ClientError> {
     }
 }
 
-/// Asks for the end and waits for it.
+/// Requests the end and waits for it.
 fn cancel(monitor: &mut Client, json: bool) -> Result<Exit, ClientError> {
     monitor.execute("migrate_cancel", &json!({}))?;
     let by = Instant::now() + CANCELLED;
@@ -174,14 +174,14 @@ fn cancel(monitor: &mut Client, json: bool) -> Result<Exit, ClientError> {
     Ok(if status == "completed" { Exit::Failed } else { Exit::Done })
 }
 
-/// QEMU's name and value for what is to be set.
+/// QEMU's name and value for a parameter to set.
 fn parameter<'a>(name: &'a str, value: &str) -> Result<(&'a str, Value), String> {
     Ok(match name {
         "bandwidth" => ("max-bandwidth", json!(bytes(value)?)),
         "postcopy-bandwidth" => ("max-postcopy-bandwidth", json!(bytes(value)?)),
         "cache" => ("xbzrle-cache-size", json!(bytes(value)?)),
         "downtime" => ("downtime-limit", json!(milliseconds(value)?)),
-        // A word that is no JSON is a string.
+        // A value that is no JSON is a string.
         _ => (name, serde_json::from_str(value).unwrap_or_else(|_| json!(value))),
     })
 }

@@ -1,4 +1,4 @@
-//! query-migrate in words; of a QEMU's answer what it has.
+//! query-migrate as text; of a QEMU's answer the fields that it has.
 
 use serde_json::Value;
 

@@ -9,7 +9,7 @@ use super::super::output::result_line;
 use super::client::{Client, ClientError};
 use super::render::{line, word};
 
-/// How often the figures are asked for.
+/// Interval between two queries of the figures.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often events are looked for in between.

@@ -22,7 +22,7 @@ const STARTS: Duration = Duration::from_secs(60);
 pub(super) struct Recovery {
     /// Pages of the guest that were there.
     pub(super) pages_there: u64,
-    /// Milliseconds until the ends had agreed on what is missing, over another connection.
+    /// Milliseconds until the ends had agreed on the missing pages, over another connection.
     pub(super) took_ms: f64,
 }
 
@@ -92,7 +92,7 @@ impl Cuts {
                     let took_ms = at.elapsed().as_secs_f64() * 1e3;
                     state.made.push(Recovery { pages_there, took_ms });
                 }
-                // What is missing is cut into parts of the same size.
+                // The missing pages are divided into parts of the same size.
                 let there = self.there(&state);
                 let missing = self.0.pages.saturating_sub(there);
                 state.stage = Stage::Due(there + missing / (u64::from(state.left) + 1));
@@ -136,7 +136,7 @@ impl Cuts {
     }
 }
 
-/// Guest memory that asks for each page whether a cut is due.
+/// Guest memory that checks at each page whether a cut is due.
 pub(super) struct CutMemory {
     memory: Arc<MappedGuest>,
     cuts: Cuts,

@@ -44,13 +44,13 @@ const STARTS: Duration = Duration::from_secs(120);
 pub(super) struct Verdict {
     /// The guest ran here.
     pub(super) ran: bool,
-    /// Every page held what it must.
+    /// Every page had the expected contents.
     pub(super) verified: bool,
     /// Pages checked.
     pub(super) pages: u64,
     /// Wrong ones.
     pub(super) wrong: u64,
-    /// The first wrong pages in words.
+    /// The first wrong pages as text.
     pub(super) faults: Vec<String>,
     /// A digest was compared.
     pub(super) digest_compared: bool,
@@ -62,7 +62,7 @@ pub(super) struct Verdict {
     pub(super) error: Option<String>,
 }
 
-/// What a switch to postcopy came to here.
+/// The figures of a switch to postcopy here.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Postcopy {
     /// Milliseconds from the device state's last byte until the guest was started.
@@ -154,7 +154,7 @@ impl Process {
         }
     }
 
-    /// What it found.
+    /// Returns its result.
     pub(super) fn verdict(mut self, patience: Duration) -> Verdict {
         let read = self.line(patience).and_then(|line| Ok(serde_json::from_str(&line)?));
         read.unwrap_or_else(|error| Verdict { error: Some(in_words(&*error)), ..Verdict::default() })
@@ -182,7 +182,7 @@ pub(in crate::cli) fn run(args: &Args) -> Exit {
 /// Cancels when the demo is gone, which reads what this process prints.
 fn cancel_with_reader(cancel: CancelToken) -> io::Result<()> {
     let watch = move || {
-        // Without any event asked for the wait ends by the pipe's breaking only.
+        // Without a requested event the wait ends only when the pipe breaks.
         if let Ok(None) = Stop::never().wait(io::stdout().as_fd(), PollFlags::empty()) {
             cancel.cancel();
         }

@@ -162,7 +162,7 @@ pub(super) struct Args {
     rdma: RdmaArgs,
 }
 
-/// What is of a migration only.
+/// Options of a migration only.
 const NOT_WITH_SNAPSHOT: [&str; 23] = [
     "transport",
     "downtime_ms",
@@ -189,7 +189,7 @@ const NOT_WITH_SNAPSHOT: [&str; 23] = [
     "queue_pairs",
 ];
 
-/// What is of memory that travels only.
+/// Options only for memory that is sent.
 const NOT_ON_SAME_HOST: [&str; 18] = [
     "cut",
     "transport",

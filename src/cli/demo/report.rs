@@ -23,7 +23,7 @@ pub(super) struct Run<'a> {
     /// Bytes of the source's process in memory, before the migration and after it.
     pub(super) resident: [u64; 2],
     pub(super) arrived: &'a Verdict,
-    /// The destination's memory was touched before the guest came.
+    /// The destination's memory was touched before the guest arrived.
     pub(super) populated: bool,
 }
 

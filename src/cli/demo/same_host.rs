@@ -1,5 +1,5 @@
-//! A guest that comes without a copy (`--same-host`): its memory is what the demo's process passes, and the guest is made of
-//! it once it has come.
+//! A guest that arrives without a copy (`--same-host`): its memory is the memory that the demo's process passes, and
+//! the guest is made from it once it has arrived.
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +14,7 @@ use super::guest::{DemoGuest, Found, GuestKind};
 
 const NOT_COME: &str = "the guest's memory has not come";
 
-/// The guest, once its memory has come.
+/// The guest, once its memory has arrived.
 #[derive(Clone)]
 pub(super) struct Arriving {
     kind: GuestKind,

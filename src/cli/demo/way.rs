@@ -1,4 +1,4 @@
-//! How the demo's guest travels: the choice, and the connection to the process at the other end.
+//! How the demo's guest is moved: the choice, and the connection to the process at the other end.
 
 use std::net::IpAddr;
 use std::sync::Arc;

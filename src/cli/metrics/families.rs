@@ -9,7 +9,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 use ramwire::observe::{LatencySummary, Statistics, Status};
 
-/// What a Prometheus server asks for first.
+/// The content type that a Prometheus server prefers.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// All families, with their end mark.

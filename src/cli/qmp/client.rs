@@ -65,7 +65,7 @@ impl Client {
         Self { socket, name, conversation, input: Vec::new(), output, said_all: false }
     }
 
-    /// What is waited for.
+    /// The events to wait for.
     pub(super) fn wants(&self) -> PollFlags {
         let mut wants = PollFlags::empty();
         wants.set(PollFlags::IN, !self.said_all && self.output.len() < ENOUGH_WAITING);
@@ -85,7 +85,7 @@ impl Client {
         loop {
             self.answer(subject);
             self.write()?;
-            // What is left waits for the client to read.
+            // The rest waits until the client reads.
             if self.input.is_empty() || !self.output.is_empty() {
                 break;
             }

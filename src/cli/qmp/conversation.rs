@@ -16,7 +16,7 @@ use super::subject::Subject;
 pub(super) struct Conversation {
     framing: Framing,
     negotiated: bool,
-    /// `exec-oob` was asked for.
+    /// `exec-oob` was requested.
     out_of_band: bool,
     /// It is no client of this protocol.
     strange: bool,

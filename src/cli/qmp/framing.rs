@@ -182,7 +182,7 @@ mod tests {
 
     type Found = Result<Value, Damage>;
 
-    /// What is found when `pieces` come one after the other.
+    /// The values found when `pieces` arrive one after the other.
     fn read<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<Found> {
         let mut framing = Framing::default();
         let mut found = Vec::new();
@@ -256,7 +256,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes, in whatever pieces: nothing panics, what is held is bounded, and after a control byte the next
+        /// Any input in any pieces: nothing panics, the held bytes are bounded, and after a control byte the next
         /// command is understood.
         #[test]
         fn damaged_input_is_survived(

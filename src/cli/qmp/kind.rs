@@ -12,7 +12,7 @@ pub(super) enum Kind {
     Number(u64, u64),
     Bool,
     Text,
-    /// One of these words.
+    /// One of these strings.
     OneOf(&'static [&'static str]),
     /// An array.
     List(&'static Kind),

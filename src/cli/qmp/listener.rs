@@ -97,7 +97,7 @@ impl Listener {
         }
     }
 
-    /// The next client with what it is called; `None` if it has left already.
+    /// The next client with its name; `None` if it has left already.
     pub(super) fn accept(&self) -> io::Result<Option<(OwnedFd, String)>> {
         let accepted = match self {
             Self::Unix(socket) => socket.accept(),

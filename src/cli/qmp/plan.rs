@@ -81,7 +81,7 @@ pub(super) static PARAMETERS: &[Parameter] = &[
 /// A capability that a source has.
 pub(super) struct Capability {
     pub(super) name: &'static str,
-    /// It is so, whatever is asked.
+    /// If set, its state, which can't be changed.
     pub(super) fixed: Option<bool>,
 }
 
@@ -102,7 +102,7 @@ pub(super) static CAPABILITIES: &[Capability] = &[
     capability("postcopy-preempt"),
 ];
 
-/// QEMU 10.0's other capabilities. Who sets all of them, these to false, is right.
+/// QEMU 10.0's other capabilities. A client that sets all capabilities, these to false, succeeds.
 static NOT_OURS: &[&str] = &[
     "auto-converge",
     "zero-blocks",

@@ -40,7 +40,7 @@ pub(in crate::cli) struct Monitor {
 }
 
 impl Monitor {
-    /// Serves `subject` to those who connect to `listener`.
+    /// Serves `subject` to clients that connect to `listener`.
     ///
     /// # Errors
     /// No thread or no descriptor left.
@@ -77,7 +77,7 @@ struct Server {
     clients: Vec<Client>,
 }
 
-/// What is ready.
+/// The descriptors that are ready.
 struct Ready {
     ending: bool,
     stranger: bool,
@@ -306,7 +306,7 @@ mod tests {
         assert!(line_of(&mut floods).contains("MigrationCapability"));
     }
 
-    /// More answers than may wait, to commands that came at once.
+    /// More answers than may wait, to commands that arrived at once.
     #[test]
     fn a_client_that_reads_gets_all_answers_however_many_it_asked_for() {
         const ASKED: usize = 400;

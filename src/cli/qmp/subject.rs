@@ -34,7 +34,7 @@ pub(in crate::cli) enum Order {
     Quit,
 }
 
-/// Asks for the end.
+/// Requests the end.
 type Cancels = Box<dyn Fn() -> CancelReply + Send + Sync>;
 /// What changes the migration while it runs, once that is there.
 type Controls = Box<dyn Fn() -> Option<Control> + Send + Sync>;
@@ -107,7 +107,7 @@ impl Subject {
 
     /// `controls` returns the control from now on: applies the earlier changes to it.
     pub(in crate::cli) fn follow(&self, control: &Control) {
-        // Held: a change that comes meanwhile is not undone by an older one.
+        // Held: a change that arrives meanwhile is not undone by an older one.
         let state = self.state();
         if let Err(failure) = apply(control, None, &state.plan) {
             tracing::warn!(?failure, "a parameter that was set while the connection was made has no effect");
@@ -175,13 +175,13 @@ impl Subject {
         Ok(())
     }
 
-    /// Goes on over another connection.
+    /// Continues over another connection.
     pub(super) fn recover(&self, uri: &str) -> Result<(), Failure> {
         let address = (self.admits)(uri).map_err(Failure::generic)?;
         self.ask(|control| control.recover(address))
     }
 
-    /// Asks for the end of what runs.
+    /// Requests the end of the running migration.
     pub(super) fn cancel(&self) -> Result<(), Failure> {
         if !self.runs() {
             return Ok(());
@@ -225,7 +225,7 @@ impl Subject {
         if self.state().cancelled && !now.ended {
             told["status"] = json!("cancelling");
         }
-        // QEMU has figures of a migration that goes on, or has arrived.
+        // QEMU has figures of a migration that continues, or has arrived.
         if let (Status::Setup | Status::Failed | Status::Cancelled, Some(told)) =
             (now.status, told.as_object_mut())
         {

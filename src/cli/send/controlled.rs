@@ -17,7 +17,7 @@ use super::Args;
 /// How often a signal is looked for while an order is waited for.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The only schemes that a client may name who need not be this user: others name files and commands of this host.
+/// The only schemes that a client may name that need not be this user: others name files and commands of this host.
 const NETWORK: [&str; 3] = ["tcp", "rdma", "auto"];
 
 /// A migration as clients of the monitor see it.

@@ -62,7 +62,7 @@ impl ArrivingGuest {
         Ok(Self(Arc::new(Mutex::new(inner))))
     }
 
-    /// The memory of these blocks is where the guest goes on, too: no page of them comes.
+    /// The memory of these blocks is also present where the guest continues: none of their pages arrives.
     pub fn sharing(self, blocks: &[BlockName]) -> Self {
         self.lock().shared = blocks.to_vec();
         self
@@ -103,7 +103,7 @@ impl ArrivingGuest {
         self.lock().manifest.clone()
     }
 
-    /// It did not arrive: what was made for it goes.
+    /// It did not arrive: removes its files.
     pub fn discard(&self) {
         let mut inner = self.lock();
         inner.files.clear();
@@ -115,7 +115,7 @@ impl ArrivingGuest {
         }
     }
 
-    /// It has arrived: gives back what was reserved for pages that stayed zero; bytes.
+    /// It has arrived: releases the space reserved for pages that stayed zero; returns its bytes.
     pub fn release(&self) -> u64 {
         let inner = self.lock();
         let released = inner.files.iter().map(|file| file.release(&inner.store));
@@ -151,7 +151,7 @@ impl MemoryProvider for ArrivingGuest {
         Ok(Arc::new(memory))
     }
 
-    /// Its file is new, whatever was in the folder.
+    /// Its file is new, whatever the folder contained.
     fn is_zeroed(&self, _block: &RamBlock) -> bool {
         true
     }
@@ -209,7 +209,7 @@ impl Inner {
             capabilities: configuration.capabilities.clone(),
             uuid: configuration.uuid.map(|uuid| uuid.iter().map(|byte| format!("{byte:02x}")).collect()),
             page_size: configuration.page_size.map(PageSize::bytes),
-            // Known once everything has come.
+            // Known once everything has arrived.
             configuration: true,
             footers: true,
             source: "qemu".into(),
@@ -242,7 +242,7 @@ impl Inner {
         self.store.put(EARLY, &self.early)?;
         self.store.put(TAIL, tail)?;
         if let Some(manifest) = &mut self.manifest {
-            // Between ramwire ends the state came with its length: nothing need prove that it is complete.
+            // Between ramwire ends the state arrived with its length: no proof is needed that it is complete.
             let complete = self.native || sections_end(tail, manifest.framing()).is_some();
             manifest.state = if complete { State::Whole } else { State::Incomplete };
             manifest.source = if self.native { "ramwire" } else { "qemu" }.into();
