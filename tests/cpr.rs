@@ -50,7 +50,7 @@ fn transfer(qemu: &mut Qemu, main: &Path, cpr: &Path) {
     qemu.execute("migrate", json!({ "channels": [channel("main", main), channel("cpr", cpr)] }));
 }
 
-/// The memory stays where it is, what the folder holds is what it held, and another QEMU runs on from there.
+/// The memory stays where it is, the folder's contents equal it, and another QEMU continues from there.
 #[test]
 fn a_qemu_passes_its_memory_and_the_guest_runs_on_elsewhere() {
     if !peers_present() {

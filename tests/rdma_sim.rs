@@ -254,7 +254,7 @@ fn silence_is_a_stall_only_where_the_peer_may_not_be_silent() {
             connect_over(Arc::new(here), "10.0.0.2", 4444, filled(), &options, &rdma, &stop).unwrap();
         connection.link.sink().send(&[SendPart::Own(b"head")], &stop).unwrap();
         connection.link.sink().flush(&stop).unwrap();
-        // Time passes while it waits for an answer that never comes.
+        // Time passes while it waits for an answer that never arrives.
         let back = connection.back.as_mut().unwrap();
         let answer = back.recv(&mut [RecvPart::Own(&mut [0; 64])], &stop.within(Duration::from_secs(3)));
         let _ = connection.link.sink().send(&[SendPart::Own(b"tail!")], &stop);

@@ -205,7 +205,7 @@ fn a_destination_that_dies_at_any_step_leaves_the_guest_running_and_whole() {
                     stayed_paused += usize::from(handed.report.statistics.downtime > 0.0);
                 }
                 Outcome::InDoubt => {
-                    // COMMIT has left, and no RUNNING came: only an operator can know that the process is dead.
+                    // COMMIT was sent, and no RUNNING arrived: only an operator can know that the process is dead.
                     assert!(handed.report.stands_still && handed.report.passed.len() == 1, "{what}");
                     in_doubt += 1;
                 }

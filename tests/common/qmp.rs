@@ -26,7 +26,7 @@ pub(crate) enum QmpError {
 
 pub(crate) struct Qmp {
     stream: BufReader<UnixStream>,
-    /// Events that came while waiting for answers, oldest first.
+    /// Events that arrived while waiting for answers, oldest first.
     pub(crate) events: Vec<Value>,
 }
 
@@ -42,7 +42,7 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// Runs a command; the answer is what it returns.
+    /// Runs a command; returns its result.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
         let channel = |source| QmpError::Channel { command: command.to_owned(), source };
         let request = format!("{}\n", json!({"execute": command, "arguments": arguments}));
@@ -60,7 +60,7 @@ impl Qmp {
         }
     }
 
-    /// Waits until an event came that `wanted` takes, which may be one that came before; the answer is what it carries.
+    /// Waits for an event that `wanted` accepts, which may have arrived before; returns its data.
     pub(crate) fn wait_event(&mut self, name: &str, wanted: impl Fn(&Value) -> bool) -> io::Result<Value> {
         let is_it = |event: &&Value| event["event"] == name && wanted(&event["data"]);
         loop {

@@ -38,7 +38,7 @@ fn words(name: &str) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Forgets the peak so far; gives what is resident now, in KiB.
+/// Resets the peak; returns the resident memory now, in KiB.
 fn reset_peak() -> u64 {
     let _ = fs::write("/proc/self/clear_refs", "5");
     words("VmRSS:")
@@ -525,7 +525,7 @@ fn answers_that_are_always_there_already_do_not_put_off_the_end_of_a_wait() {
 fn a_destination_that_falls_silent_after_commit_leaves_the_guest_in_doubt() {
     let live = Live::running(13, 500);
     let (near, far) = UnixStream::pair().unwrap();
-    // READY comes when it is due: after STATE_SENT, which the digests follow.
+    // READY is sent when it is due: after STATE_SENT, which the digests follow.
     let mut far_writer = far.try_clone().unwrap();
     let listening = std::thread::spawn(move || {
         let (mut far, mut heard, mut said_ready) = (far, Vec::new(), false);

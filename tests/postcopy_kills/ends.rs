@@ -81,7 +81,7 @@ fn source(plan: &Plan, dir: &Path) {
     let mut settings =
         SourceSettings::new(Configuration { machine: "none".into(), ..Configuration::default() });
     settings.postcopy = Some(postcopy);
-    // So that it always comes to the switch.
+    // So that it always reaches the switch.
     settings.downtime_limit = Duration::ZERO;
     let address: Address = fs::read_to_string(dir.join("address")).unwrap().parse().unwrap();
     let options = StreamOptions::default();

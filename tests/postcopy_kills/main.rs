@@ -1,5 +1,6 @@
-//! Two processes that switch a running guest to postcopy, again and again under seeds: connections are cut and ends are killed
-//! when so many pages have come. The guest never runs at both ends, and no page is lost but with the only end that has it.
+//! Two processes that switch a running guest to postcopy, again and again under seeds: connections are cut and ends are
+//! killed after so many pages have arrived. The guest never runs at both ends, and no page is lost except with the only
+//! end that has it.
 //!
 //! ```text
 //! RAMWIRE_KILL_SEED=17 cargo test --all-features --test postcopy_kills -- --nocapture
@@ -77,7 +78,7 @@ fn run(seed: u64) -> String {
     read("log")
 }
 
-/// What a run came to, by name; an error where it must not be.
+/// The kind of result of a run, by name; an error if it is not permitted.
 fn judge(log: &str) -> Result<Vec<&'static str>, String> {
     let must = |holds: bool, what: &str| if holds { Ok(()) } else { Err(what.to_owned()) };
     let (mut source_runs, mut ran_there, mut given) = (false, false, false);

@@ -7,10 +7,10 @@ use crate::common::memory::Random;
 /// Pages of the guest's two blocks.
 pub(crate) const PAGES: [u64; 2] = [900, 37];
 
-/// Pages of them that the guest writes.
+/// Of them, pages that the guest writes.
 pub(crate) const WORKING_SET: u64 = 200;
 
-/// What happens to the migration when so many pages have come, repeats included.
+/// A fault of the migration when so many pages have arrived, repeats included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// The connections break.
@@ -27,7 +27,7 @@ pub(crate) struct Plan {
     pub(crate) seed: u64,
     /// Rounds before the switch.
     pub(crate) rounds: u32,
-    /// Pages that are waited for go on a connection of their own.
+    /// Requested pages are sent on a connection of their own.
     pub(crate) preempt: bool,
     /// The source gives memory back that the destination has.
     pub(crate) release: bool,
@@ -35,7 +35,7 @@ pub(crate) struct Plan {
     pub(crate) bandwidth: Option<u64>,
     /// Bytes a second that the guest writes.
     pub(crate) writes: u64,
-    /// Faults by the number of pages that have come, ascending.
+    /// Faults by the number of pages that have arrived, ascending.
     pub(crate) faults: Vec<(u64, Fault)>,
     /// Faults when the connection of this number after the first is accepted: before anything is read from it.
     pub(crate) at_accept: Vec<(u32, Fault)>,
@@ -50,7 +50,7 @@ impl Plan {
         let mut below = |count: u64| random.draw() % count;
         let all: u64 = PAGES.iter().sum();
         let rounds = [0, 0, 1, 2][below(4) as usize];
-        // A round brings all pages once; what is written meanwhile comes again.
+        // A round sends all pages once; pages written meanwhile are sent again.
         let (first, span) = match (rounds, below(4)) {
             (0, _) => (0, all),
             (_, 0) => (0, all + WORKING_SET),

@@ -21,7 +21,7 @@ fn ctl(monitor: &Path, arguments: &[&str]) -> (i32, String, String) {
     (status.code().unwrap_or(-1), text(stdout), text(stderr))
 }
 
-/// What it prints where it succeeds.
+/// Its output if it succeeds.
 fn done(monitor: &Path, arguments: &[&str]) -> String {
     let (status, out, errors) = ctl(monitor, arguments);
     assert_eq!(status, 0, "{arguments:?}: {out}\n{errors}");
@@ -154,7 +154,7 @@ fn a_postcopy_is_begun_paused_and_recovered_by_command() {
     }
 }
 
-/// A relay's far side is slowed down and let go, and what it passes on is watched where it arrives.
+/// A relay's far side is throttled and released, and the guest that it passes on is watched where it arrives.
 #[test]
 fn a_relay_and_a_destination_are_watched() {
     if !peers_present() {
@@ -196,7 +196,7 @@ fn a_relay_and_a_destination_are_watched() {
     assert!(told.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{told}");
 }
 
-/// Two stock QEMUs: the destination listens anew by the same word by which the source connects anew.
+/// Two stock QEMUs: the destination listens again by the same command by which the source connects again.
 #[test]
 fn a_postcopy_between_two_qemus_is_paused_and_recovered() {
     if !peers_present() {

@@ -24,7 +24,7 @@ use serde_json::json;
 const MACHINE: Machine = Machine::PcI440fx72;
 const MIB: usize = 64;
 
-/// A guest in a folder, and what it had in memory.
+/// A guest in a folder, and its memory contents.
 struct Bed {
     dir: tempfile::TempDir,
     ram: PathBuf,

@@ -35,7 +35,7 @@ fn drive(library: &Path, socket: &Path, uri: &str, scenario: &str) -> Value {
     serde_json::from_str(&out).unwrap_or_else(|error| panic!("{scenario}: {error}: {out}"))
 }
 
-/// What of our answer is of another type than theirs, or not in theirs.
+/// Fields of our answer that have another type than theirs, or are not in theirs.
 fn differences(path: &str, ours: &Value, theirs: &Value) -> Vec<String> {
     let kind = |value: &Value| match value {
         Value::Null => "null",
@@ -150,7 +150,7 @@ fn by_ramwire(bed: &Bed, library: &Path, scenario: &str, capabilities: &[&str]) 
     told
 }
 
-/// The shell that comes with it: a person's lines, and answers as JSON.
+/// The shell that is shipped with it: a person's lines, and answers as JSON.
 #[test]
 fn its_shell_looks_at_a_migration_and_cancels_it() {
     let (true, Some(library)) = (peers_present(), library()) else { return };

@@ -119,7 +119,7 @@ pub(crate) fn migrate(way: &str, end: &str, dirty: &str, filters: Option<HashMap
     if end == "postcopy" {
         settings.verify = Verify::Off;
         let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
-        // What is asked for comes at once, the rest so slowly that it is missing when it is touched.
+        // Requested pages are sent at once, the rest so slowly that it is missing when it is touched.
         postcopy.max_bandwidth = Rate::limit(4 << 20);
         settings.postcopy = Some(postcopy);
         arrives.postcopy = true;
