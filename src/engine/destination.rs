@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! a ramwire source:  STATE_SENT -> load -> [digests compared] -> READY -> COMMIT -> resume -> RUNNING
-//!                    [-> what the source finds in its memory]
+//!                    [-> result of the source's memory check]
 //! memory is passed:  STATE_SENT -> [digests compared] -> READY -> COMMIT -> load -> resume -> RUNNING
 //! a QEMU source:     end of the device state -> load -> resume -> SHUT(0)
 //! postcopy:          package -> serve faults, load and resume meanwhile -> last page -> SHUT(0), received
@@ -31,7 +31,7 @@ pub enum DestinationEvent {
     },
     /// A QEMU's device state is complete, the byte that commits included.
     Tail,
-    /// The package of a switchover to postcopy is here: the source has given the guest away, pages are missing.
+    /// The package of a switchover to postcopy is here: the source has handed the guest over, pages are missing.
     Package,
     /// A ramwire's RAM and device state are complete.
     StateSent,
@@ -87,7 +87,7 @@ pub enum DestinationAction {
     Finish(Ending),
 }
 
-/// What a migration ended as, seen from the destination.
+/// How a migration ended, as the destination knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
     /// The guest runs here.
@@ -96,10 +96,10 @@ pub enum Ending {
     Discarded,
     /// The guest runs here, but the connection was lost while pages were missing that only the source has.
     Incomplete,
-    /// The source gave the guest away, but it could not be started: this is the only copy. RAM is whole and the device
-    /// state is loaded, so that the VMM may start the guest itself, at any time; if it can't, an operator lets the guest
-    /// run at the source, which keeps it paused. Never both. Where memory was passed the device state may not be loaded, or
-    /// in part, and the same memory is the source's guest.
+    /// The source handed the guest over, but it could not be started: this is the only copy. RAM is whole and the
+    /// device state is loaded, so that the VMM may start the guest itself, at any time; if it can't, an operator
+    /// resumes the guest at the source, which keeps it paused. Never both. Where memory was passed the device state may
+    /// not be loaded, or in part, and the same memory is the source's guest.
     Stranded,
 }
 

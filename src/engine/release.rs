@@ -20,7 +20,7 @@ use crate::units::{BlockIndex, PageIndex};
 /// Maximum number of pages that are released at a time: a request that arrives meanwhile waits for them.
 const PIECE: u64 = 64;
 
-/// What a source knows of pages that it may release.
+/// The source's record of pages that it may release.
 #[derive(Debug)]
 pub(crate) struct Release {
     blocks: Vec<Block>,

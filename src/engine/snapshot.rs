@@ -2,8 +2,8 @@
 //!
 //! # Orders that hold
 //!
-//! Every page is protected before the guest runs on, and copied once, before its protection is lifted. Whatever ends the
-//! snapshot, all protection is lifted before the guest is resumed or anything is waited for.
+//! Every page is protected before the guest continues, and copied once, before its protection is lifted. Whatever ends
+//! the snapshot, all protection is lifted before the guest is resumed or anything is waited for.
 //!
 //! Most of the memory is protected while the guest still runs. A write before the snapshot's moment is let through at
 //! once, and the piece of memory that it falls in is protected again. The moment is when the guest is paused and its
@@ -95,7 +95,7 @@ pub struct SnapshotEngine {
 pub struct SnapshotFigures {
     /// Writes that had to wait for a copy.
     pub faults: u64,
-    /// Writes before the moment that met protection.
+    /// Writes before the moment that hit a protected page.
     pub early: u64,
     /// From the moment that a write was known until it could continue.
     pub latency: Latency,

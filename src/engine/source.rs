@@ -174,7 +174,7 @@ impl SourceEngine {
         action
     }
 
-    /// True if [`poll`](Self::poll) has something that the session does not know of.
+    /// True if [`poll`](Self::poll) has something that the session has not taken yet.
     fn has_news(&self) -> bool {
         let finished = matches!(self.phase, Phase::Finished(_));
         finished || self.outbox.is_some() || self.late_cancel == LateCancel::Due
@@ -322,7 +322,8 @@ impl SourceEngine {
         self.abandon(Reason::Failed);
     }
 
-    /// True if a live round ends although pages are left. The first round is never cut: it is what there is to move.
+    /// True if a live round ends although pages are left. The first round is never cut: it has all the pages to be
+    /// sent.
     fn is_cut(&self, kind: RoundKind, now: Duration) -> bool {
         let took = now.saturating_sub(self.round.began);
         let is_long = self.round.number > 1 && self.config.longest_round.is_some_and(|most| took >= most);

@@ -6,10 +6,10 @@ use super::SnapshotConfig;
 use crate::ram::{PageRun, PageSet};
 use crate::units::{BlockIndex, PageIndex};
 
-/// Most passes before the guest is paused, however much is left.
+/// Maximum number of passes before the guest is paused, however much is left.
 const MAX_PASSES: u32 = 8;
 
-/// Where a set of pages is gone through, in the order of their addresses.
+/// The position of a walk through a set of pages, in the order of their addresses.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Cursor {
     block: u32,

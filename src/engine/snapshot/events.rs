@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::ram::{PageRun, PageSet};
 
-/// Where a copy lies until it has left.
+/// Where a copy is kept until it is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// Room for one target page.
@@ -13,7 +13,7 @@ pub enum Place {
     Tray,
 }
 
-/// What a snapshot is given.
+/// Settings of a snapshot.
 #[derive(Clone, Debug)]
 pub struct SnapshotConfig {
     /// Places for single pages that the guest waits to write.
@@ -22,7 +22,8 @@ pub struct SnapshotConfig {
     pub trays: u64,
     /// Target pages of a tray: a power of two, no less than the largest host page.
     pub tray_pages: u64,
-    /// Most target pages that are protected by one action: a power of two, no less than the largest host page.
+    /// Maximum number of target pages that are protected by one action: a power of two, no less than the largest host
+    /// page.
     pub protect_pages: u64,
     /// Target pages that a write before the moment opens: a power of two, no less than the largest host page.
     pub lift_pages: u64,
@@ -51,13 +52,13 @@ pub enum SnapshotAction {
     Pause,
     /// Begin to save its device state.
     SaveState,
-    /// Begin to let the guest run.
+    /// Begin to resume the guest.
     Resume,
     /// Copy these pages and hand the copy over.
     Copy {
         /// In whole host pages.
         run: PageRun,
-        /// Where to.
+        /// The place of the copy.
         place: Place,
     },
     /// Lift the protection of these pages; threads that wait for them continue.
@@ -126,7 +127,7 @@ pub(crate) enum SnapshotBreakage {
     LiftFirst,
     /// A page that was copied for its writer is copied again in its turn.
     CopyTwice,
-    /// The guest runs on before its memory is protected.
+    /// The guest continues before its memory is protected.
     ResumeUnprotected,
     /// A failure leaves the protection on.
     StayProtected,

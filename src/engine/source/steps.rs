@@ -65,7 +65,7 @@ pub enum SourceEvent {
     Continue,
     /// A relay's source has stopped its guest and sent its last page.
     UpstreamStopped,
-    /// A relay's source has given the guest to us.
+    /// A relay's source has handed the guest over to us.
     GuestGiven,
 }
 

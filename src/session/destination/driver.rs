@@ -47,7 +47,7 @@ impl Driver {
         })
     }
 
-    /// Until the engine wants the action under way to end.
+    /// Time until the engine wants to end the current action.
     pub(super) fn time_left(&self) -> Option<Duration> {
         let now = self.clock.now();
         self.engine.wake_at().map(|at| at.saturating_sub(now))

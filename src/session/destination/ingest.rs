@@ -26,7 +26,7 @@ pub(super) struct Placement<'a> {
     pub(super) may_be_postcopy: bool,
     /// Pages that were written through the backing file are mapped, by a thread of this spawner.
     pub(super) map_behind: Option<&'a Spawner>,
-    /// Where the fingerprints of pages go.
+    /// Takes the fingerprints of pages.
     pub(super) prints: Option<Arc<Fingerprints>>,
     pub(super) breakage: Breakage,
 }
@@ -106,7 +106,7 @@ impl Ingest {
         Some(incoming)
     }
 
-    /// Where pages are placed, if there is memory.
+    /// The placing of pages, if there is memory.
     pub(super) fn placed(&self) -> Option<&Placing> {
         self.placing.as_ref()
     }
@@ -120,7 +120,7 @@ impl Ingest {
         Ok(Arc::clone(placing.memory()))
     }
 
-    /// Pages that the kernel could not keep are an error before the guest can be given to us.
+    /// Pages that the kernel could not keep are an error before the guest can be handed over to us.
     pub(super) fn lost_memory(&self) -> Result<(), Error> {
         match self.placing.as_ref().and_then(|placing| placing.memory().layout_change()) {
             Some(lost @ LayoutChange::Lost { .. }) => Err(lost.into()),
@@ -216,8 +216,8 @@ impl Ingest {
         self.keep(raw, limit)
     }
 
-    /// Where such a section goes: to the early sections until the first page, to the device state after the last one. By then
-    /// a relay has passed the early ones on.
+    /// The buffer for such a section: the early sections until the first page, the device state after the last one. By
+    /// then a relay has passed the early ones on.
     fn kept(&mut self) -> &mut Vec<u8> {
         match &mut self.incoming {
             Some(incoming) if !self.sections.pages_began() => &mut incoming.early_sections,

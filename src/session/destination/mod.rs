@@ -142,7 +142,7 @@ impl DestinationSession {
         self
     }
 
-    /// Figures that the caller can see already.
+    /// Figures that the caller can read already.
     pub fn with_statistics(mut self, statistics: SharedStatistics) -> Self {
         self.figures = Figures::new(statistics);
         self
@@ -165,7 +165,7 @@ impl DestinationSession {
         self.driver.canceller()
     }
 
-    /// Where its threads come from.
+    /// The source of its threads.
     pub(in crate::session) fn spawner(&self) -> Spawner {
         self.settings.spawner.clone()
     }

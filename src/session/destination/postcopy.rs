@@ -99,7 +99,8 @@ impl Shared {
         Stop::on(&self.connection.locked())
     }
 
-    /// Waits until the source's host has the answer that makes the guest ours: without it that source lets its guest run on.
+    /// Waits until the source's host has the answer that makes the guest ours: without it that source resumes its
+    /// guest.
     fn delivered(&self, value: u32, stop: &Stop) -> Result<(), ChannelError> {
         let stop = stop.within(self.send_timeout);
         while value == PING_TAKEN
@@ -120,7 +121,7 @@ impl Shared {
         self.load_failed.load(Ordering::Acquire)
     }
 
-    /// True if a loss is no end; see [`Ownership::lost`].
+    /// True if a loss does not end the migration; see [`Ownership::lost`].
     pub(super) fn outlives_loss(&self, another: bool) -> bool {
         !self.load_has_failed() && self.owner.step(|owner| owner.lost(another))
     }
@@ -161,8 +162,8 @@ impl Shared {
         Ok(())
     }
 
-    /// A request that can't be sent stays outstanding: it is sent on the next connection. That one may be there by the time
-    /// that the failure is noticed here, and is not the one to give up.
+    /// A request that can't be sent stays outstanding: it is sent on the next connection. That one may be there by the
+    /// time that the failure is noticed here, and must not be dropped.
     fn ask(&self, landing: Landing) {
         let connection = self.connection.locked().clone();
         let stop = Stop::on(&connection).within(self.send_timeout);
@@ -428,7 +429,7 @@ fn load_and_run(
         let said = shared.back.message(Message::Pong(*value), &stop.within(shared.send_timeout));
         let Err(error) = said.and_then(|()| shared.delivered(*value, &stop)) else { continue };
         match shared.owner.get() {
-            // A source that does not wait for this answer has given the guest away by the package.
+            // A source that does not wait for this answer has handed the guest over by the package.
             Ownership::Here => {}
             // The answer may have arrived nevertheless: another connection of the source proves it.
             Ownership::Unknown => {

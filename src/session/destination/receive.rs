@@ -94,8 +94,8 @@ impl DestinationSession {
         }
     }
 
-    /// What an event means for memory, and for the engine. `raw` are the bytes it took, `seen` is what the
-    /// stream has shown so far.
+    /// Applies an event to memory, and returns its meaning for the engine. `raw` are the bytes it took, `seen` is what
+    /// the stream has shown so far.
     fn take(&mut self, event: Event<'_>, raw: &[u8], seen: Seen) -> Result<Option<DestinationEvent>, Error> {
         let limit = self.settings.max_state;
         match event {

@@ -29,7 +29,7 @@ pub trait NextConnection: Send {
     /// Waits for the next connection of the same source.
     ///
     /// # Errors
-    /// No connection will come. The guest runs on here, and waits for ever where it touches a missing page.
+    /// No connection will arrive. The guest continues here; a thread that touches a missing page waits for ever.
     fn next(&mut self, stop: &Stop) -> Result<StreamChannel, OpenError>;
 }
 

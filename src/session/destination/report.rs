@@ -10,7 +10,7 @@ use crate::session::callback::quietly;
 use crate::session::relay::ScanReport;
 use crate::session::{Error, MemoryCheck};
 
-/// How a migration ended, seen from the destination.
+/// How a migration ended, as the destination knows it.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct DestinationReport {

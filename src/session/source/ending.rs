@@ -12,7 +12,7 @@ use super::SourceSession;
 use crate::session::callback::{guarded, quietly};
 use crate::session::{Breakage, Error, MemoryCheck};
 
-/// How a migration ended, seen from the source.
+/// How a migration ended, as the source knows it.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct SourceReport {
@@ -37,12 +37,12 @@ pub struct SourceReport {
     /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
     pub stands_still: bool,
     /// Blocks whose memory was passed to the destination; none unless it may have the guest. Nothing here may write to
-    /// them, or take pages from their files, unless an operator has decided that the guest runs on here.
+    /// them, or take pages from their files, unless an operator has decided that the guest continues here.
     pub passed: Vec<BlockName>,
 }
 
 impl SourceReport {
-    /// True if the guest runs on, whole, at the source.
+    /// True if the guest continues, whole, at the source.
     pub fn guest_is_safe_here(&self) -> bool {
         matches!(self.outcome, Outcome::StaysHere(_)) && !self.stands_still
     }

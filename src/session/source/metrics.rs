@@ -14,7 +14,7 @@ use crate::units::Rate;
 use super::rates::Rates;
 use crate::session::Error;
 
-/// What a moment of the downtime is spent on.
+/// The parts of the downtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Pause,
@@ -33,7 +33,7 @@ struct Round {
     report: RoundReport,
     pages: PageCounts,
     began: Duration,
-    /// Where it began: bytes in all, bytes on page channels, deltas.
+    /// Its start: bytes in all, bytes on page channels, deltas.
     from: u64,
     from_channels: u64,
     from_deltas: DeltaCounts,

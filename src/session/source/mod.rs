@@ -63,7 +63,7 @@ const ROUND_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct SourceGuest {
     /// Its memory.
     pub memory: Arc<dyn GuestMemory>,
-    /// Everything that knows of writes to it; each sync ORs all. None only where
+    /// All sources of information about writes to it; each sync ORs all. None only where
     /// [`guest_stands_still`](SourceSettings::guest_stands_still).
     pub dirty: Vec<Arc<dyn DirtySource>>,
     /// Pause, resume, device state.
@@ -153,7 +153,7 @@ impl SourceSession {
         self
     }
 
-    /// Figures that the caller can see already.
+    /// Figures that the caller can read already.
     pub fn with_statistics(mut self, statistics: SharedStatistics) -> Self {
         self.figures = Figures::new(self.guest.memory.table(), statistics);
         self
@@ -169,7 +169,7 @@ impl SourceSession {
         self.driver.control.clone()
     }
 
-    /// Where its threads come from.
+    /// The source of its threads.
     pub(in crate::session) fn spawner(&self) -> Spawner {
         self.settings.spawner.clone()
     }
@@ -244,7 +244,7 @@ impl SourceSession {
     fn perform(&mut self, action: SourceAction) -> Result<SourceEvent, Error> {
         let now = self.driver.clock.now();
         match action {
-            // Too late to give up, and nothing to give up for.
+            // Too late to cancel, and no reason to.
             SourceAction::Commit
             | SourceAction::ReportSilence
             | SourceAction::Release

@@ -13,7 +13,7 @@ use super::wire::Wire;
 use crate::session::callback::named;
 use crate::session::{Breakage, Error};
 
-/// Most zero pages in a batch: they cost a header each and no look at the clock.
+/// Maximum number of zero pages in a batch: they cost a header each and no look at the clock.
 const MAX_BATCH_PAGES: u64 = 16 * 1024;
 
 impl SourceSession {
@@ -141,7 +141,7 @@ impl SourceSession {
         }
         self.pages.pace.charge(now, bytes);
         if self.driver.control.max_bandwidth().is_some() {
-            // A limit is to be seen at work between slices, too.
+            // The effect of a limit must show between slices, too.
             let position = self.wire.position();
             self.figures.position(position);
         }

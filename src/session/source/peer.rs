@@ -28,7 +28,7 @@ const LATE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// reporting that it is busy.
 const SLOWEST_LOAD: u64 = 64 << 20;
 
-/// Most messages taken in one poll of the return path.
+/// Maximum number of messages taken in one poll of the return path.
 const MAX_MESSAGES: usize = 64;
 
 /// Maximum number of requests that wait here. Further ones wait in the connection.
@@ -60,7 +60,7 @@ impl SourceSession {
         }
     }
 
-    /// Until then the engine wants no call.
+    /// Time during which the engine needs no call.
     fn time_left(&mut self) -> Option<Duration> {
         let now = self.driver.clock.now();
         self.driver.engine.wake_at().map(|at| at.saturating_sub(now))
@@ -147,7 +147,7 @@ impl SourceSession {
         Ok(SourceEvent::Done)
     }
 
-    /// Why the engine ended the migration, where it was for want of time.
+    /// Why the engine ended the migration, if it was because of a timeout.
     pub(super) fn note_overdue(&mut self) {
         if let (Some(overdue), None) = (self.driver.engine.overdue(), &self.error) {
             let error = no_answer(overdue);

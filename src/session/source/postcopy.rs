@@ -56,7 +56,7 @@ pub(super) struct Missing {
     /// Pages that left on the connection for urgent ones.
     pub(super) urgent_pages: u64,
     pub(super) recovery: Recovery,
-    /// What may be given back; `None`: nothing.
+    /// Pages that may be released; `None`: none.
     pub(super) release: Option<Release>,
 }
 

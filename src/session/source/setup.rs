@@ -179,7 +179,7 @@ impl SourceSession {
         }
     }
 
-    /// The answer to the greeting may have waited for the destination's start: a QEMU is asked once more.
+    /// The answer to the greeting may have waited for the destination's start: a QEMU is sent another PING.
     fn measure_round_trip(&mut self) -> Result<(), Error> {
         let mut ping = Vec::new();
         Command::Ping(ORDINARY_PING).encode(&mut ping);

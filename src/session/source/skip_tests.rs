@@ -44,7 +44,7 @@ pub(crate) fn moved<T: Send>(
         DestinationConnection::of_stream(plain(&far), back),
         DestinationSettings::default(),
     );
-    // Only the sessions hold the ends: the destination sees a source that leaves.
+    // Only the sessions hold the ends: the destination notices a source that closes.
     drop((near, far));
     let (sent, arrived) = std::thread::scope(|scope| {
         let far = scope.spawn(|| destination.run());
