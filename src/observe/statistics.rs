@@ -136,7 +136,7 @@ pub struct DeltaRates {
     pub encoding: f64,
 }
 
-/// Where the downtime went, in milliseconds. The parts add up to the whole but for rounding.
+/// The parts of the downtime, in milliseconds. The parts add up to the whole but for rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DowntimeParts {
     /// A relay's: the last search for pages that arrived by RDMA, after the guest's source had stopped it.
@@ -202,7 +202,7 @@ pub struct RoundReport {
     pub throttle_percent: u8,
     /// What the downtime would have been when it began, in milliseconds; `None` before a rate is known.
     pub expected_downtime_ms: Option<f64>,
-    /// The guest stood still.
+    /// The guest was paused.
     pub paused: bool,
 }
 
@@ -262,7 +262,7 @@ pub struct Statistics {
     pub rounds_without_progress: u32,
     /// At some time so many rounds had brought nothing that none suggested an end.
     pub stalled: bool,
-    /// Where the downtime went.
+    /// The parts of the downtime.
     pub downtime_parts: DowntimeParts,
     /// The last [`MAX_ROUNDS`](Self::MAX_ROUNDS) rounds; their numbers count from 1.
     pub rounds: Vec<RoundReport>,

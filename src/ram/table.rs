@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::{BlockName, PageRun, RamBlock};
 use crate::units::{BlockIndex, BlockOffset, GuestAddr, PageIndex, PageSize};
 
-/// Most blocks a table may hold; QEMU guests have tens. Bounds what a peer's list can make us allocate.
+/// Maximum number of blocks in a table; QEMU guests have tens. Bounds what a peer's list can make us allocate.
 pub const MAX_BLOCKS: usize = 4096;
 
 /// A range inside a block, proven to be in bounds by [`RamBlockTable::admit`].

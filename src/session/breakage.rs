@@ -25,7 +25,7 @@ pub(super) enum Breakage {
     StayPaused,
     /// Order 6: the source does not wait for READY.
     CommitBeforeReady,
-    /// Order 6: the source lets the guest run after COMMIT.
+    /// Order 6: the source resumes the guest after COMMIT.
     ResumeAfterCommit,
     /// Order 6: a cancel breaks the wait for RUNNING.
     BreakOffAfterCommit,

@@ -214,9 +214,9 @@ pub struct DestinationSettings {
     pub stall_timeout: Duration,
     /// Without COMMIT for this long after READY the migration fails; 60 s.
     pub finish_timeout: Duration,
-    /// Most bytes of RAM that are accepted.
+    /// Maximum number of bytes of RAM that are accepted.
     pub max_ram: u64,
-    /// Most bytes of device state that are accepted, and most of a VMM's configuration.
+    /// Maximum number of bytes of device state that are accepted, and of a VMM's configuration.
     pub max_state: u64,
     /// Take a QEMU's device state that ends with the connection instead of its VM description. Only from a source
     /// without a return path: a source with one waits for our message before it closes.

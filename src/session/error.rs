@@ -53,7 +53,7 @@ pub enum Error {
     Panicked {
         /// What the migration was doing.
         during: &'static str,
-        /// What `panic!` was given.
+        /// The argument of `panic!`.
         text: String,
     },
     /// The migration failed and the guest could not be let run again; it is whole at the source.
@@ -125,7 +125,7 @@ pub enum Error {
     /// The guest wrote faster than its pages left until the time was over.
     #[error("the migration did not converge within {} s; the guest runs on here; {}", after.as_secs_f32(), Remedy::HelpConvergence)]
     NotConverged {
-        /// The time that was given.
+        /// The time limit.
         after: Duration,
     },
     /// The guest's memory no longer matches the announcement.
@@ -158,7 +158,7 @@ pub enum Error {
     NotSetUp {
         /// Page channels of this source.
         channels: usize,
-        /// What the connection met.
+        /// The connection's error.
         source: Box<Error>,
     },
     /// Not all pages that were sent have been placed.

@@ -38,25 +38,25 @@ pub use finding::Finding;
 pub const GREETING: u32 = 0x5257_4d31;
 /// Oldest supported version of these messages. Version 1 did not compare the sent pages with the placed ones.
 pub const MIN_VERSION: u16 = 2;
-/// Oldest version that knows VMM_CONFIGURATION.
+/// Oldest version with VMM_CONFIGURATION.
 pub const VMM_CONFIGURATION_VERSION: u16 = 3;
-/// Oldest version that knows FINGERPRINTS and MEMORY_CHECK.
+/// Oldest version with FINGERPRINTS and MEMORY_CHECK.
 pub const FINGERPRINTS_VERSION: u16 = 4;
 /// Newest supported version of these messages.
 pub const MAX_VERSION: u16 = 4;
 /// First number of a native command or message.
 pub const FIRST_NUMBER: u16 = 0x5200;
-/// Most digests in one DIGEST command; its length is counted in 16 bits.
+/// Maximum number of digests in one DIGEST command; its length is counted in 16 bits.
 pub const MAX_DIGESTS: usize = 4096;
-/// Most bytes in one VMM_CONFIGURATION command.
+/// Maximum number of bytes in one VMM_CONFIGURATION command.
 pub const MAX_CONFIGURATION_PART: usize = 32 << 10;
 /// Longest text of a refusal in bytes; a message body has at most 512.
 pub const MAX_REASON: usize = 400;
-/// Most ranges in one UNSENT command.
+/// Maximum number of ranges in one UNSENT command.
 pub const MAX_RANGES: usize = 2048;
-/// Most counts in one SENT command: the stream's and those of 255 page channels.
+/// Maximum number of counts in one SENT command: the stream's and those of 255 page channels.
 pub const MAX_COUNTS: usize = 256;
-/// Most fingerprints of one run in one FINGERPRINTS command.
+/// Maximum number of fingerprints of one run in one FINGERPRINTS command.
 pub const MAX_FINGERPRINTS: usize = 4000;
 /// Name of the section that holds the device state between ramwire ends: `be64 length`, then the bytes.
 pub const STATE_SECTION: &str = "ramwire/state";
@@ -107,9 +107,9 @@ pub const fn channels_of_ping(value: u32) -> Option<u8> {
 /// How an end describes itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// Oldest version it speaks.
+    /// Oldest version it supports.
     pub min_version: u16,
-    /// Newest version it speaks; in the answer: the one both speak from here on.
+    /// Newest version it supports; in the answer: the one that both use from here on.
     pub max_version: u16,
     /// Names this migration on later channels.
     pub migration_id: [u8; 16],
@@ -137,7 +137,7 @@ impl Hello {
         }
     }
 
-    /// The newest version both ends speak.
+    /// The newest version that both ends support.
     pub fn common_version(&self) -> Option<u16> {
         let version = self.max_version.min(MAX_VERSION);
         (version >= self.min_version && version >= MIN_VERSION).then_some(version)
@@ -232,7 +232,7 @@ pub enum Order<'a> {
     /// The memory of a block: none of its pages is sent. The descriptor of its file arrives with the first byte of the
     /// command. Only if both ends have agreed that memory is passed, before the list of blocks.
     Memory {
-        /// Where the memory starts in the file, in bytes.
+        /// Offset of the memory in the file, in bytes.
         start: u64,
         /// Bytes of memory, at least those that the block has in use.
         len: u64,

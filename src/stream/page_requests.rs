@@ -16,7 +16,7 @@
 use super::reader::Reader;
 use super::writer::Writer;
 
-/// The version that is spoken.
+/// The version in use.
 pub const VERSION: u32 = 1;
 /// Bytes of HELLO.
 pub const HELLO_LEN: usize = 12;
@@ -44,7 +44,7 @@ pub enum PageWordsError {
     /// The other end is none of ours.
     #[error("it is no page server's connection (it begins with {0:02x?})")]
     Magic([u8; 8]),
-    /// A version that is not spoken here.
+    /// A version that is not supported here.
     #[error("it speaks version {0}, and this ramwire {VERSION}")]
     Version(u32),
     /// A field.
@@ -125,7 +125,7 @@ pub fn encode_hello(out: &mut Vec<u8>) {
 }
 
 /// # Errors
-/// [`PageWordsError`]. A later version speaks this one, too.
+/// [`PageWordsError`]. A later version supports this one, too.
 pub fn decode_hello(bytes: &[u8; HELLO_LEN]) -> Result<(), PageWordsError> {
     match version(&mut Reader::new(bytes))? {
         0 => Err(PageWordsError::Version(0)),

@@ -24,7 +24,7 @@ const VERSION: u16 = 1;
 const MAGIC: [u8; 8] = *b"RWNOTE\r\n";
 /// Bytes after the note's own: length, hash, magic.
 const END: usize = 4 + 8 + 8;
-/// Most bytes of a note: a path has at most 4096.
+/// Maximum number of bytes of a note: a path has at most 4096.
 const MAX_NOTE: u32 = 8192;
 
 /// Which snapshot it is: 128 bits that no other one has.
@@ -51,9 +51,9 @@ pub struct SnapshotNote {
 pub struct BaseNote {
     /// Which one.
     pub id: SnapshotId,
-    /// Its path, seen from the folder of the file that names it.
+    /// Its path, relative to the folder of the file that names it.
     pub path: String,
-    /// Where its stream begins in it.
+    /// Offset in it at which its stream begins.
     pub starts_at: u64,
 }
 

@@ -12,7 +12,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// Most descriptors that one read takes.
+/// Maximum number of descriptors that one read takes.
 const MAX_DESCRIPTORS: usize = 8;
 
 /// Sends some of `bytes`, and `descriptor` with the first of them. Returns how many bytes were sent.

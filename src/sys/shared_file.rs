@@ -25,7 +25,7 @@ pub enum SharedFileError {
     /// The file ends before the memory does.
     #[error("the memory has {len} bytes from {start:#x} on, and its file only {file_len} bytes")]
     Short {
-        /// Where the memory starts in the file.
+        /// Offset of the memory in the file.
         start: u64,
         /// Bytes of memory.
         len: u64,
@@ -100,7 +100,7 @@ impl SharedFile {
         self.fd.as_fd()
     }
 
-    /// Where the memory starts in the file, in bytes.
+    /// Offset of the memory in the file, in bytes.
     pub fn start(&self) -> u64 {
         self.start
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::sys::{RecvPart, SendPart, Stop};
 use crate::transport::{ChannelError, Sealed};
 
-/// Where a byte stream goes. Implemented by this library only.
+/// The sending side of a byte stream. Implemented by this library only.
 pub trait ByteSink: Send + Sealed {
     /// Sends all parts, in order. Guest spans are read by the kernel in place.
     ///

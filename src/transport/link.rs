@@ -114,7 +114,7 @@ pub trait SourceLink: Send + Sealed {
     /// Moves out how long writes to the peer's memory took from their post to their completion, where there are such.
     fn take_latencies(&mut self, _out: &mut Vec<Duration>) {}
 
-    /// The peer is known now, or is not: in what style it wants what only some links write.
+    /// The peer is known now, or is not: sets the style of the parts that only some links write.
     ///
     /// # Errors
     /// [`MoveError::UnknownStyle`] from a link that must know.
@@ -180,8 +180,8 @@ pub struct DestinationAbilities {
     /// Marks in the stream open rounds, in which the peer writes to guest memory itself. That memory is registered: none of
     /// it may be discarded.
     pub has_rounds: bool,
-    /// The peer writes nothing between a round's end and the next byte that is read of the stream, so that what a round
-    /// brought can be looked for in quiet.
+    /// The peer writes nothing between a round's end and the next byte that is read of the stream, so that a round's
+    /// pages can be searched for while nothing changes.
     pub waits_after_round: bool,
     /// Pages come when they are touched, and the guest runs before they have: its memory is emptied before the first one.
     pub on_demand: bool,
@@ -259,7 +259,7 @@ pub trait DestinationLink: Send + Sealed {
         0
     }
 
-    /// Counters to look at while the migration runs.
+    /// Counters to read while the migration runs.
     fn live_bytes(&self) -> LiveBytes {
         LiveBytes::default()
     }

@@ -76,7 +76,7 @@ pub(super) enum LogKind {
     Snapshot,
 }
 
-/// Where a fault counts from.
+/// The start of a fault's count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Anchor {
     Start,
@@ -200,7 +200,7 @@ pub(super) struct Plan {
     pub(super) watched: bool,
     pub(super) state_bytes: u64,
     pub(super) capacity: usize,
-    /// Most bytes a read returns.
+    /// Maximum number of bytes that a read returns.
     pub(super) piece: u64,
     /// Chance of the other side's turn: one in so many steps.
     pub(super) switch_every: u64,
@@ -211,7 +211,7 @@ pub(super) struct Plan {
     pub(super) also: Option<(Side, u64, Wire)>,
     /// A page channel loses a page of its batch of this number, towards a ramwire.
     pub(super) drops: Option<u64>,
-    /// Where the source's guest is to resume, it can't.
+    /// The source's guest can't be resumed when it should be.
     pub(super) stands_still: bool,
     /// A balloon reports free pages at one of so many chances; 0: there is none.
     pub(super) hint_every: u64,

@@ -93,7 +93,7 @@ impl World {
             fault = None;
         }
         if let Some((from, at, wire)) = plan.also {
-            // Where both meet the same direction the first counts.
+            // If both are in the same direction the first counts.
             pipes[from as usize].fault.get_or_insert((at, wire));
         }
         Self {
@@ -140,7 +140,7 @@ impl World {
         self.waiting = [false; 2];
     }
 
-    /// Sending takes its time.
+    /// Sending takes time.
     pub(super) fn bytes_leave(&mut self, bytes: u64) {
         self.now += Duration::from_nanos(bytes * 1_000_000 / self.plan.bytes_per_ms);
     }

@@ -155,7 +155,7 @@ impl GuestMemory for Copies {
         self.guest.table()
     }
 
-    /// Where the copy of these pages lies, which must be in one.
+    /// The memory that holds the copy of these pages, which must be in one.
     fn span(&self, landing: Landing) -> Result<HostSpan<'_>, GuestError> {
         let page = self.table().page();
         let run = landing.run(page);

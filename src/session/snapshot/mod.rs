@@ -55,7 +55,7 @@ pub struct SnapshotSettings {
     /// Bytes of copies that may wait to be written; 64 MiB. The guest waits when it is full, and needs at least four of its
     /// largest pages.
     pub buffer: u64,
-    /// Without a copy written for so long, while some wait, the snapshot fails and the guest runs on; 30 s.
+    /// Without a copy written for so long, while some wait, the snapshot fails and the guest continues; 30 s.
     pub stall_timeout: Duration,
     /// Hold writes of this process's own threads only; false. Needs no privilege. Writes that the kernel makes (KVM's
     /// vCPUs, read(2) into guest memory) then fail for their caller: only for a guest without such writes.
@@ -92,7 +92,7 @@ pub struct SnapshotReport {
     pub bytes: u64,
     /// How long its memory was protected before that, while the guest ran.
     pub ahead: Duration,
-    /// Writes of the guest meanwhile that met protection, which was lifted at once.
+    /// Writes of the guest meanwhile that hit a protected page, whose protection was lifted at once.
     pub early_faults: u64,
     /// How long the guest was paused: from the call of [`GuestControl::pause`] until [`GuestControl::resume`] had
     /// returned.
@@ -105,9 +105,9 @@ pub struct SnapshotReport {
     pub total: Duration,
     /// Writes of the guest that had to wait for a copy.
     pub faults: u64,
-    /// How long they waited, as this process sees it.
+    /// How long they waited, as this process measures it.
     pub fault_latency: LatencySummary,
-    /// The guest was paused and could not be let run on.
+    /// The guest was paused and could not be resumed.
     pub stands_still: bool,
     /// What the next snapshot may be taken against: this one, if its changes are [reported](SnapshotSession::tracked);
     /// if it failed, the base that it had.

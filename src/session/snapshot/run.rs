@@ -48,7 +48,7 @@ struct Target {
     wake: Option<Arc<WakeEvent>>,
     /// Pages that may hold something: the others are zero.
     used: PageSet,
-    /// Where it goes, if that keeps a note of which snapshot it is.
+    /// The file it is written to, if that keeps a note of which snapshot it is.
     file: Option<(SnapshotId, SnapshotFile)>,
     state: Vec<u8>,
     sent: Sent,

@@ -20,7 +20,7 @@ const WITH_DESCRIPTOR: u8 = 0x20;
 const SUBSECTION: u8 = 5;
 const DEVICES: &[u8] = b"CprState/vfio devices";
 
-/// Most bytes of a whole state that are read.
+/// Maximum number of bytes that are read of a whole state.
 pub const MAX_CPR_STATE: usize = 64 << 10;
 
 /// Why bytes are no such state.

@@ -14,7 +14,7 @@ use crate::stream::qemu::mapped_stream::{MappedReadError, Places, PlainStream};
 use crate::stream::snapshot_note::{BaseNote, INCREMENTAL, SnapshotNote};
 use crate::units::PageIndex;
 
-/// Most files of a chain.
+/// Maximum number of files of a chain.
 pub(super) const MAX_FILES: usize = 64;
 
 /// One file of the chain.
@@ -174,7 +174,7 @@ impl Layers {
     }
 }
 
-/// A path that is seen from the folder of `file`.
+/// A path relative to the folder of `file`.
 pub(super) fn beside(file: &Path, path: &str) -> PathBuf {
     file.parent().unwrap_or(Path::new("")).join(path)
 }

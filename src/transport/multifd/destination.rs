@@ -24,7 +24,7 @@ use crate::transport::{
     ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError, StreamChannel,
 };
 
-/// Longest time between two looks at the other channels.
+/// Longest time between two checks of the other channels.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 const RECEIVING: &str = "waiting for the stream";

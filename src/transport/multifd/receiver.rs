@@ -55,7 +55,7 @@ pub(super) struct Common {
     pub(super) placer: Arc<Placer>,
     pub(super) blocks: AnnouncedBlocks,
     pub(super) page: PageSize,
-    /// Numbers that channels have given themselves.
+    /// Numbers that channels have chosen.
     pub(super) ids: Mutex<Vec<u8>>,
     /// UUID that the first channel sent.
     pub(super) uuid: Mutex<Option<[u8; 16]>>,

@@ -20,7 +20,7 @@ use crate::sys::{HostSpan, MAX_PARTS, SendPart, Stop, is_zero, look_ahead};
 use crate::transport::{ChannelError, MoveError, Receipt, Returned, Ticket};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
-/// What a channel is given to do.
+/// Work for a channel.
 #[derive(Debug)]
 pub(super) enum Work {
     /// Send these pages.
@@ -71,7 +71,7 @@ pub(super) struct PageSender {
     pub(super) bytes: Arc<AtomicU64>,
     /// Pages of this one so far.
     pub(super) counter: Arc<PageCounter>,
-    /// Where the fingerprints of pages go, once they are wanted.
+    /// Takes the fingerprints of pages, once they are needed.
     pub(super) prints: Arc<OnceLock<Arc<Fingerprints>>>,
     pub(super) work: Receiver<Work>,
     pub(super) done: Sender<Done>,

@@ -30,7 +30,7 @@ use crate::transport::{
 const BATCH_PAGES: u32 = 512;
 /// Batches that wait for one channel, in addition to the one that it sends.
 const QUEUED: usize = 2;
-/// Longest time between two looks at the caller's [`Stop`].
+/// Longest time between two checks of the caller's [`Stop`].
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 const SENDING: &str = "sending pages on the channels";
@@ -49,7 +49,7 @@ pub struct MultifdLink {
     style: PeerStyle,
     style_is_known: bool,
     bytes: Arc<AtomicU64>,
-    /// Where the channels' threads keep the fingerprints of pages, once they are wanted.
+    /// Takes the channels' fingerprints of pages, once they are needed.
     prints: Arc<OnceLock<Arc<Fingerprints>>>,
     /// Pages of each channel so far.
     counters: Vec<Arc<PageCounter>>,
@@ -225,7 +225,7 @@ impl MultifdLink {
         self.cancel.cancel();
         self.queues.clear();
         for thread in self.threads.drain(..) {
-            // A panic there has closed its connection, which the peer sees.
+            // A panic there has closed its connection, which the peer notices.
             let _ = thread.join();
         }
         while let Ok(done) = self.done.try_recv() {
@@ -359,7 +359,7 @@ impl SourceLink for MultifdLink {
         Ok(self.main.flush(stop)?)
     }
 
-    /// A QEMU from 10.0 on wants to know of an encrypted channel that it was not cut off.
+    /// A QEMU from 10.0 on must be able to check that an encrypted channel was not cut off.
     fn close(&mut self, _stop: &Stop) -> Result<(), MoveError> {
         for queue in &self.queues {
             // One that has no room has not sent all, and one that has ended nothing to end.

@@ -187,8 +187,7 @@ impl StreamChannel {
 }
 
 impl ByteSource for StreamChannel {
-    /// At the end of a command's output its exit status decides between 0 and an error. No room given is
-    /// answered with 0 too.
+    /// At the end of a command's output its exit status decides between 0 and an error. Without room it returns 0, too.
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         self.recv_due(into, 1, stop)
     }
