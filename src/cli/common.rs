@@ -242,7 +242,7 @@ impl SourceChannelArgs {
         }
     }
 
-    /// What the other end has to know as well.
+    /// The options that the other end needs as well.
     pub(super) fn both(&self) -> &ChannelArgs {
         &self.both
     }

@@ -186,7 +186,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let exit = settled(&guest, &report);
     match report.ending {
         Ending::Running => {
-            // Not inside the macro, which looks at nothing while the level is off.
+            // Not inside the macro, which evaluates nothing while the level is off.
             let bytes = guest.release();
             tracing::info!(bytes, "room of pages that stayed zero was given back");
         }

@@ -231,7 +231,7 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
     Ok(SourceSession::new(guest, connection, settings).run())
 }
 
-/// Writes the running guest to the file at `path`; it runs on.
+/// Writes the running guest to the file at `path`; it continues.
 fn snapshot(vm: &TinyVm, path: &Path) -> Result<SnapshotReport, Failure> {
     let configuration = Configuration { machine: "tiny-vmm".into(), ..Configuration::default() };
     let (memory, control) = (vm.memory().clone(), Box::new(vm.clone()));

@@ -17,7 +17,7 @@ use client::{Client, ClientError};
 /// How long a cancel is waited for.
 const CANCELLED: Duration = Duration::from_secs(30);
 
-/// How often the monitor is asked while something is waited for.
+/// Interval between two queries of the monitor while waiting.
 const ASK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Watches and changes a migration by the monitor (QMP) of the ramwire or the QEMU that runs it.

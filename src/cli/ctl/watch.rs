@@ -12,7 +12,7 @@ use super::render::{line, word};
 /// Interval between two queries of the figures.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// How often events are looked for in between.
+/// Number of checks for events between two queries.
 const LOOKS: u32 = 10;
 
 /// Prints the state of the migration until it has ended.

@@ -33,7 +33,7 @@ use crate::cli::signals::cancel_on_signal;
 /// How long the guest runs at the destination before it checks itself.
 const RUN: Duration = Duration::from_millis(200);
 
-/// How long its threads may take to look at all memory, once it is there; less than the demo waits for the verdict.
+/// Longest time in which its threads may read all memory, once it is there; less than the demo waits for the verdict.
 const READS: Duration = Duration::from_secs(200);
 
 /// How long the process may take until it listens; with --populate it touches all RAM before.
@@ -101,7 +101,7 @@ pub(in crate::cli) struct Args {
     channels: ChannelArgs,
 }
 
-/// The process, seen by the demo. Dropping it ends it.
+/// The process, as the demo uses it. Dropping it ends it.
 pub(super) struct Process {
     child: Child,
     out: BufReader<ChildStdout>,
@@ -145,7 +145,7 @@ impl Process {
         Ok(line.trim_end().to_owned())
     }
 
-    /// Where it listens.
+    /// The address at which it listens.
     pub(super) fn address(&mut self) -> Result<Address, Failure> {
         let line = self.line(STARTS)?;
         match serde_json::from_str(&line) {

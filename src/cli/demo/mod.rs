@@ -311,7 +311,7 @@ fn settings(args: &Args) -> Result<SourceSettings, Usage> {
     Ok(settings)
 }
 
-/// Where a switch to postcopy can't be.
+/// Refuses a switch to postcopy where it is not possible.
 fn refuse_postcopy(args: &Args) -> Result<(), Usage> {
     let why = match () {
         () if args.transport == Transport::Rdma => {
@@ -356,9 +356,9 @@ fn room_for(need: u64, who: &str) -> Result<(), Failure> {
 }
 
 impl Args {
-    /// Missing pages can't be compared; the guest looks at them where it runs.
+    /// Missing pages can't be compared; the guest checks them where it runs.
     fn verify(&self) -> Verify {
-        // Memory that is passed is not compared; the guest looks at it where it runs.
+        // Memory that is passed is not compared; the guest checks it where it runs.
         let passed = self.same_host;
         if self.no_digest || self.postcopy.postcopy || passed { Verify::Off } else { self.verify.into() }
     }

@@ -86,7 +86,7 @@ impl Run<'_> {
         })
     }
 
-    /// What an operator asks first, then the parts.
+    /// The most important figures first, then the parts.
     pub(super) fn text(&self) -> String {
         let mut out = String::new();
         let s = &self.report.statistics;

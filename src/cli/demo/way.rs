@@ -41,7 +41,7 @@ pub(super) struct Way {
     pub(super) transport: &'static str,
     pub(super) why: String,
     pub(super) destination: Process,
-    /// Where the destination is reached.
+    /// The address of the destination.
     pub(super) address: Address,
     _link: Option<SlowLink>,
     _scratch: Option<Scratch>,

@@ -11,7 +11,7 @@ use ramwire::session::LazyProgress;
 
 use super::super::metrics::{Out, encoded};
 
-/// The figures of all VMMs. Those of one that is served are as old as the last look at it, at most a second.
+/// The figures of all VMMs. Those of one that is served are as old as their last update, at most a second.
 #[derive(Debug, Default)]
 pub(super) struct Figures(Mutex<Counts>);
 

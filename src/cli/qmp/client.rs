@@ -9,13 +9,14 @@ use rustix::event::PollFlags;
 use super::conversation::Conversation;
 use super::subject::Subject;
 
-/// Most bytes that wait for a client which does not read. One that lets more events come is dropped.
+/// Maximum number of bytes that wait for a client which does not read. A client for which more events arrive is
+/// dropped.
 const MAX_WAITING: usize = 1 << 20;
 
 /// While more than this waits for it, a client's commands are not read.
 const ENOUGH_WAITING: usize = 64 << 10;
 
-/// Most bytes that are read at a time.
+/// Maximum number of bytes that are read at a time.
 const READ: usize = 4 << 10;
 
 /// Why a connection ended that its client has not ended.

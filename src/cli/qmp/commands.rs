@@ -17,7 +17,7 @@ pub(super) struct Command {
     pub(super) name: &'static str,
     /// It may overtake others (`exec-oob`).
     pub(super) out_of_band: bool,
-    /// Where it is.
+    /// The roles in which it exists.
     roles: &'static [Role],
     pub(super) arguments: &'static [Member],
     /// Does it. Nothing here waits for the migration.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-/// The protocol's classes of errors. Clients look at them; what QEMU has no class of its own for is generic.
+/// The protocol's classes of errors. Clients evaluate them; errors for which QEMU has no class are generic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub(super) enum Class {
     GenericError,

@@ -9,10 +9,10 @@
 
 use serde_json::Value;
 
-/// Most bytes of one value. A command of QMP's has some hundred.
+/// Maximum number of bytes of one value. A command of QMP has some hundred.
 pub(super) const MAX_VALUE: usize = 64 << 10;
 
-/// Most objects and arrays inside each other; serde_json's own limit is 128.
+/// Maximum depth of nested objects and arrays; serde_json's own limit is 128.
 pub(super) const MAX_DEPTH: usize = 64;
 
 /// Why bytes are no value.
@@ -30,7 +30,7 @@ pub(in crate::cli) enum Damage {
     TooLong,
 }
 
-/// Where in a value the next byte is.
+/// Position of the next byte in a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum At {
     /// Between values.

@@ -85,7 +85,7 @@ pub(super) fn check_members(members: &[Member], object: &Map<String, Value>) -> 
     }
 }
 
-/// The answer to query-qmp-schema as it is made: types get names as they are met.
+/// The answer to query-qmp-schema as it is made: types get names in the order in which they are found.
 #[derive(Debug, Default)]
 pub(super) struct Schema(Vec<Value>);
 

@@ -1,4 +1,4 @@
-//! Where the monitor's clients connect.
+//! The socket that the monitor's clients connect to.
 
 use std::fmt;
 use std::io;
@@ -15,7 +15,7 @@ use super::super::local_socket::LocalSocket;
 /// When a client's host that answers nothing is asked, and how often.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 
-/// Where a monitor is.
+/// The address of a monitor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::cli) enum Place {
     Unix(PathBuf),
@@ -72,7 +72,7 @@ impl Listener {
         }
     }
 
-    /// Where it listens, as it is written.
+    /// The address at which it listens, as text.
     pub(super) fn place(&self) -> String {
         match self {
             Self::Unix(socket) => Place::Unix(socket.path().to_owned()).to_string(),

@@ -20,7 +20,7 @@ use super::events::Translator;
 use super::listener::Listener;
 use super::subject::Subject;
 
-/// Most clients at a time.
+/// Maximum number of clients at a time.
 pub(super) const MAX_CLIENTS: usize = 16;
 
 /// How long the end waits for clients to read the last lines.
@@ -33,7 +33,7 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 const TOO_MANY: &str = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"this monitor has no place left; end another \
                         client\"}}\r\n";
 
-/// Serves until it is dropped; then clients have a moment to read the last lines.
+/// Serves until it is dropped; then clients have a short time to read the last lines.
 pub(in crate::cli) struct Monitor {
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,

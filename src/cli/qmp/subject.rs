@@ -1,4 +1,4 @@
-//! The migration that a monitor speaks for.
+//! The migration that a monitor controls.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -25,7 +25,7 @@ pub(in crate::cli) enum Role {
     Relay,
 }
 
-/// What a client asks the command for, beyond what runs.
+/// A client's request to the command, other than about the running migration.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::cli) enum Order {
     /// Send the guest there, according to the plan.
@@ -38,7 +38,7 @@ pub(in crate::cli) enum Order {
 type Cancels = Box<dyn Fn() -> CancelReply + Send + Sync>;
 /// What changes the migration while it runs, once that is there.
 type Controls = Box<dyn Fn() -> Option<Control> + Send + Sync>;
-/// An address that a client names, as it is to be spoken to; or why not.
+/// Converts an address that a client names to the one to connect to; an error says why not.
 type Admits = Box<dyn Fn(&str) -> Result<Address, String> + Send + Sync>;
 
 /// What the commands act on. Nothing here waits for the migration.
@@ -61,7 +61,7 @@ struct State {
 }
 
 impl Subject {
-    /// A migration with these figures. `cancels` asks it for its end.
+    /// A migration with these figures. `cancels` requests its end.
     pub(in crate::cli) fn new(
         role: Role,
         statistics: SharedStatistics,
@@ -170,7 +170,7 @@ impl Subject {
         let address = (self.admits)(uri).map_err(Failure::generic)?;
         state.plan.check().map_err(Failure::generic)?;
         state.begun = true;
-        // The receiver lives as long as the command waits.
+        // The receiver exists as long as the command waits.
         let _ = orders.send(Order::Migrate(Box::new((address, state.plan.clone()))));
         Ok(())
     }

@@ -14,13 +14,13 @@ use super::super::qmp::{Order, Role, Subject};
 use super::super::remedies::in_words;
 use super::Args;
 
-/// How often a signal is looked for while an order is waited for.
+/// Interval between two checks for a signal while waiting for an order.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The only schemes that a client may name that need not be this user: others name files and commands of this host.
 const NETWORK: [&str; 3] = ["tcp", "rdma", "auto"];
 
-/// A migration as clients of the monitor see it.
+/// A migration as the monitor's clients control it.
 pub(super) struct Controlled {
     pub(super) statistics: SharedStatistics,
     pub(super) subject: Arc<Subject>,

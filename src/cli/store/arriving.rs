@@ -160,7 +160,7 @@ impl MemoryProvider for ArrivingGuest {
         let mut inner = self.lock();
         inner.early = incoming.early_sections.clone();
         inner.native = native;
-        // A ramwire has given the guest away by COMMIT, and never lets it run again by itself.
+        // A ramwire has handed the guest over by COMMIT, and never resumes it by itself.
         inner.source_waits = incoming.has_return_path && !native;
         if let Some(manifest) = &mut inner.manifest {
             let framing = incoming.seen.framing;
