@@ -113,7 +113,7 @@ fn migrate(config: SimConfig, rdma: RdmaOptions, digest: bool, keeps_memory: boo
 fn a_guest_goes_over_rdma_between_two_sessions() {
     let ways = [(false, 1), (true, 1), (false, 4), (true, 4)];
     for (seed, (pin_all, queue_pairs)) in (0..8).flat_map(|seed| ways.map(|way| (seed, way))) {
-        // As a relay has it: one message on the way at a time.
+        // As a relay does it: one message in flight at a time.
         let wait_after_round = seed % 2 == 1;
         let what = format!("seed {seed}, pin-all {pin_all}, {queue_pairs} queue pairs");
         let config = SimConfig { seed, loss_per_mille: 20, ..SimConfig::default() };
@@ -127,7 +127,7 @@ fn a_guest_goes_over_rdma_between_two_sessions() {
         assert_eq!(destination.ending, Ending::Running, "{what}: {destination:?}");
         assert!(destination.native && destination.verified && run.equal, "{what}");
         assert!(source.statistics.pages.zero > 0 && destination.pages.zero > 0, "{what}");
-        // Every key is given back, and no message met an end that was not ready.
+        // Every key is returned, and no message reached an end that was not ready.
         assert_eq!((run.sim.live_registrations(), run.sim.unready_messages()), (0, 0), "{what}");
     }
 }
@@ -224,8 +224,8 @@ fn no_stream_byte_passes_while_a_round_is_open() {
     assert!(destination.join().unwrap());
 }
 
-/// Bytes come three times the stall time after the ones before. Where the peer may be silent, or the caller's own time alone
-/// counts, they are waited for.
+/// Bytes come three times the stall time after the ones before. If the peer may be silent, or only the caller's own
+/// timeout counts, they are waited for.
 #[test]
 fn silence_is_a_stall_only_where_the_peer_may_not_be_silent() {
     for (quiet, outlasts) in [(false, false), (true, false), (false, true)] {
@@ -276,7 +276,7 @@ fn r45_a_qemu_is_asked_for_a_return_path_only_if_the_operator_says_so() {
         let (here, there) = (sim.fabric(Host::A), sim.fabric(Host::B));
         let part = there.enter();
         let mut listener = there.listen("10.0.0.2", 4444).unwrap();
-        // A QEMU: version 1, and nothing of what goes beyond it. It answers the first connection and looks for a second.
+        // A QEMU: version 1, and none of the later features. It answers the first connection and waits for a second.
         let qemu = std::thread::spawn(move || {
             let _part = part;
             let deadline = there.now() + Duration::from_secs(8);

@@ -175,7 +175,7 @@ fn verified(guest: &SyntheticGuest) {
     assert_eq!((found.wrong, found.pages), (0, RAM / 4096), "{:?}", found.faults);
 }
 
-/// The process dies after each so many bytes that it got, and after each that it sent.
+/// The process is killed after each so many bytes that it received, and after each so many that it sent.
 #[test]
 fn a_destination_that_dies_at_any_step_leaves_the_guest_running_and_whole() {
     let whole = hand_over(None);

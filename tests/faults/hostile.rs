@@ -1,5 +1,5 @@
-//! Peers that mean harm: bytes made by hand, in both directions. Each is refused with place and reason, soon, and
-//! without taking more memory than the limits allow.
+//! Hostile peers: bytes made by hand, in both directions. Each is refused with place and reason, soon, and without
+//! taking more memory than the limits allow.
 
 use std::fs;
 use std::io::{Read, Write};

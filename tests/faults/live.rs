@@ -64,7 +64,7 @@ impl Live {
         live
     }
 
-    /// Where a guest may arrive.
+    /// An empty guest: a guest may arrive in its memory.
     pub(crate) fn empty() -> Self {
         let memory = memory();
         Self { guest: SyntheticGuest::empty(Arc::clone(&memory)), memory, runs: Arc::default() }
@@ -172,7 +172,7 @@ pub(crate) fn destination(
     )
 }
 
-/// Moves `live` with nothing in the way, checks it at the other end, and takes it back to run here.
+/// Moves `live` without a fault, checks it at the other end, and takes it back to run here.
 pub(crate) fn migrate_cleanly(live: &Live, what: &str) {
     let (near, far) = pair(PATIENT);
     let there = Live::empty();

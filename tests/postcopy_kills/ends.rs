@@ -25,7 +25,7 @@ use crate::faults::{Faults, Watched};
 use crate::log::{Log, Recorded};
 use crate::plan::{PAGES, Plan, WORKING_SET};
 
-/// Between two looks whether the source lives.
+/// Interval between two checks whether the source is alive.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// The environment of a process: the seed, the folder of its run, and which end it is.

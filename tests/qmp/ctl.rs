@@ -108,7 +108,7 @@ fn a_ramwire_is_looked_at_changed_and_cancelled() {
     assert!(gone == 3 && errors.contains("can't be reached"), "{errors}");
 }
 
-/// Switched by command, given up, gone on with over another connection, and watched to its end.
+/// Switched by command, paused, continued over another connection, and watched to its end.
 #[test]
 fn a_postcopy_is_begun_paused_and_recovered_by_command() {
     if !peers_present() {
