@@ -304,7 +304,7 @@ impl DestinationEngine {
                     false => self.go(Phase::Resuming, A::Resume),
                 }
             }
-            // A QEMU that receives a failure resumes its guest, and ours may run: it is told that the guest is here.
+            // A QEMU that receives a failure resumes its guest, and ours may run: report that the guest is here.
             (Phase::Resuming, E::MayRun) if !self.native => self.go(Phase::Keeping, A::SendRunning),
             (Phase::Keeping, _) => self.end(Ending::Stranded),
             (Phase::Resuming, E::Done) => self.go(Phase::SendingRunning, A::SendRunning),

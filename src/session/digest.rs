@@ -32,7 +32,7 @@ pub enum Mismatch {
         block: BlockName,
         /// Start of the first range that differs.
         from: BlockOffset,
-        /// End of the last differing range that has no gap after it.
+        /// End of the last of the differing ranges that follow the first without a gap.
         to: u64,
     },
     /// The device state.

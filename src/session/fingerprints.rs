@@ -36,7 +36,7 @@ pub enum MemoryCheck {
         /// All pages that differ.
         pages: u64,
     },
-    /// It was not compared, or the result could not be determined.
+    /// It was not compared, or the result is not known.
     NotMade {
         /// Why.
         why: String,

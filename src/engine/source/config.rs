@@ -105,7 +105,7 @@ pub struct SourceConfig {
     pub handover: Handover,
     /// Whether a digest of RAM and state is compared before READY.
     pub digest: bool,
-    /// Whether memory is compared with the pages that were sent once the guest runs at the peer.
+    /// Whether memory is compared with the sent pages after the guest has started at the peer.
     pub memory_check: bool,
 }
 

@@ -174,7 +174,7 @@ impl Layers {
     }
 }
 
-/// A path relative to the folder of `file`.
+/// Resolves `path` from the folder of `file`.
 pub(super) fn beside(file: &Path, path: &str) -> PathBuf {
     file.parent().unwrap_or(Path::new("")).join(path)
 }
