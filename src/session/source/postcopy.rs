@@ -398,7 +398,7 @@ impl SourceSession {
         Ok(())
     }
 
-    /// Sends a batch; requested pages have no rate limit.
+    /// Sends a batch; requested pages have no limit.
     fn write_missing(&mut self, batch: PageBatch, asked: bool) -> Result<(), Error> {
         let (now, before) = (self.driver.clock.now(), self.wire.position());
         let Self { missing, wire: Wire { link, stop, .. }, .. } = self;
