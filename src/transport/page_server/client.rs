@@ -194,7 +194,7 @@ fn dial(address: &Address, spawn: &Arc<SpawnFn>) -> Result<(Arc<Link>, Welcome),
         cancel,
     });
     let reading = Arc::clone(&link);
-    let started = spawn("ramwire-pages-rx", Box::new(move || reading.take_answers(source)));
+    let started = spawn("ramwire-page-rx", Box::new(move || reading.take_answers(source)));
     started.map_err(|source| ChannelError::Io {
         peer: address.to_string(),
         doing: "starting a thread",
