@@ -40,7 +40,8 @@ pub(crate) use release::Release;
 #[cfg(test)]
 pub(crate) use snapshot::SnapshotBreakage;
 pub use snapshot::{
-    Place, SnapshotAction, SnapshotConfig, SnapshotEngine, SnapshotEvent, SnapshotFigures, SnapshotOutcome,
+    ChangedPages, NextBase, Place, SnapshotAction, SnapshotConfig, SnapshotEngine, SnapshotEvent,
+    SnapshotFigures, SnapshotOutcome,
 };
 pub use source::{
     AnswerTimeouts, OnTimeout, Overdue, PostcopyRule, SourceAction, SourceConfig, SourceEngine, SourceEvent,

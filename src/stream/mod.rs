@@ -12,6 +12,7 @@ pub mod page_counts;
 pub mod page_requests;
 pub mod qemu;
 mod reader;
+pub mod snapshot_chain;
 pub mod snapshot_note;
 mod writer;
 pub mod xbzrle;

@@ -38,6 +38,8 @@ pub struct SnapshotConfig {
 pub enum SnapshotAction {
     /// Write the part before the pages. The guest runs.
     Open,
+    /// Turn the dirty sources on, if the changes after the snapshot are to be known and they are not on.
+    Track,
     /// Take the guest's promise to keep its memory, and get ready to protect it. Nothing is protected yet.
     Arm,
     /// Find out which pages may hold data: [`SnapshotEvent::Found`] reports those that were not reported before.
@@ -141,4 +143,10 @@ pub(crate) enum SnapshotBreakage {
     LookOnce,
     /// No thread is let through while the guest is being paused.
     DeafWhilePausing,
+    /// Changes are logged only once all pages are copied.
+    TrackLate,
+    /// What a snapshot that failed has read from the log is left out of the next one.
+    ForgetFailed,
+    /// A base is kept although a part of the log is lost.
+    TrustLostLog,
 }

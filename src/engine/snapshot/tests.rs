@@ -2,14 +2,14 @@
 
 use super::*;
 use crate::ram::{BlockName, RamBlock, RamBlockTable};
-use crate::units::{BlockIndex, PageSize};
+use crate::units::{BlockIndex, PageIndex, PageSize};
 
-fn table(pages: u64) -> RamBlockTable {
+pub(super) fn table(pages: u64) -> RamBlockTable {
     let block = RamBlock::new(BlockName::new("ram").unwrap(), pages * 4096);
     RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap()
 }
 
-fn run(first: u64, pages: u64) -> PageRun {
+pub(super) fn run(first: u64, pages: u64) -> PageRun {
     PageRun { block: BlockIndex(0), first: PageIndex(first), pages }
 }
 
@@ -65,7 +65,7 @@ fn copying() -> SnapshotEngine {
 
 #[test]
 fn memory_is_protected_while_the_guest_runs_and_what_it_writes_again_while_it_stands_still() {
-    use SnapshotAction::{Arm, Lift, Look, Open, Pause, Protect, Resume, SaveState};
+    use SnapshotAction::{Arm, Lift, Look, Open, Pause, Protect, Resume, SaveState, Track};
     let mut engine = SnapshotEngine::new(config());
     engine.handle(NOW, SnapshotEvent::Begin);
     let none = || SnapshotEvent::Found(PageSet::new(&table(16)));
@@ -76,6 +76,7 @@ fn memory_is_protected_while_the_guest_runs_and_what_it_writes_again_while_it_st
     };
     let done = || SnapshotEvent::Done;
     step(&mut engine, Open, done());
+    step(&mut engine, Track, done());
     step(&mut engine, Arm, done());
     let mut first = PageSet::new(&table(16));
     first.add(run(0, 12));

@@ -22,7 +22,7 @@
 //! | `receiver` | the fences of page channels, as the destination keeps them |
 //! | `postcopy` | a source that switches, towards a modelled destination |
 //! | `relay` | a relay's engine between modelled ends |
-//! | `snapshot` | a snapshot's engine with modelled memory and target |
+//! | `snapshot` | a snapshot's engine with modelled memory and target; series of snapshots, each against the one before |
 //! | `run` | one migration, and what must hold at its end |
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 

@@ -4,14 +4,15 @@
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::tests::{
     arrived, assert_whole, assert_writes, folder, loaded, session_of, settings, to_file, writing,
 };
 use super::*;
 use crate::engine::Ending;
-use crate::guest::{MappedGuest, SoftwareBitmap, TestMachine};
-use crate::ram::PageRun;
+use crate::guest::{DirtyError, MappedGuest, SoftwareBitmap, TestMachine};
+use crate::ram::{PageBitmap, PageRun};
 use crate::session::tests::{bytes, guest, plain};
 use crate::session::{DestinationGuest, RestoreSession, RestoreSettings, RestoreWay};
 use crate::stream::snapshot_note::{BaseNote, INCREMENTAL, SnapshotId, SnapshotNote};
@@ -211,6 +212,59 @@ fn a_snapshot_that_fails_leaves_its_base_with_all_that_has_changed() {
     guest.write(1, 1);
     guest.taken(&third);
     assert_holds(&second, &two);
+    assert_holds(&third, &guest.contents());
+}
+
+/// A log that loses what it has read when it is to fail.
+struct Forgetful {
+    log: Arc<SoftwareBitmap>,
+    fails: AtomicBool,
+}
+
+impl DirtySource for Forgetful {
+    fn name(&self) -> &'static str {
+        "forgetful"
+    }
+    fn probe(&self) -> Result<(), DirtyError> {
+        self.log.probe()
+    }
+    fn start(&self) -> Result<(), DirtyError> {
+        self.log.start()
+    }
+    fn sync_into(&self, block: BlockIndex, into: &mut PageBitmap) -> Result<(), DirtyError> {
+        self.log.sync_into(block, into)?;
+        if !self.fails.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let source = std::io::Error::other("a test");
+        Err(DirtyError::Kernel { source_name: "forgetful", what: "reading it", source })
+    }
+    fn stop(&self) -> Result<(), DirtyError> {
+        self.log.stop()
+    }
+}
+
+/// What it has read and lost would be missing in every later snapshot.
+#[test]
+fn after_a_dirty_source_has_failed_there_is_no_base_and_a_whole_snapshot_can_be_taken() {
+    let dir = folder();
+    let [first, second, third] = ["1", "2", "3"].map(|name| dir.path().join(name));
+    let mut guest = ByHand::new();
+    guest.write(3, 3);
+    let log = Arc::new(Forgetful { log: guest.log.clone(), fails: AtomicBool::new(false) });
+    let report = to_file(guest.session().tracked(vec![log.clone()]), &first);
+    assert_eq!(report.outcome, SnapshotOutcome::Taken, "{:?}", report.error);
+    guest.base = report.base;
+    guest.write(4, 4);
+    log.fails.store(true, Ordering::Relaxed);
+    let report = to_file(guest.session(), &second);
+    assert_eq!(
+        (report.outcome, report.base.is_none()),
+        (SnapshotOutcome::Failed, true),
+        "{:?}",
+        report.error
+    );
+    guest.taken(&third);
     assert_holds(&third, &guest.contents());
 }
 

@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
+use crate::engine::{ChangedPages, NextBase};
 use crate::error::Remedy;
 use crate::guest::{DirtySource, GuestMemory, sync_all};
-use crate::ram::{ClearShift, DirtyMap, PageRun, PageSet, RamBlock, RamBlockTable};
+use crate::ram::{ClearShift, DirtyMap, PageSet, RamBlock, RamBlockTable};
 use crate::session::Error;
 use crate::session::callback::{guarded, named};
 use crate::stream::snapshot_note::{BaseNote, SnapshotId, SnapshotNote};
@@ -20,7 +21,7 @@ use crate::units::{BlockIndex, PageIndex};
 #[derive(Debug)]
 pub struct SnapshotBase {
     note: BaseNote,
-    _held: HeldFile,
+    held: HeldFile,
     log: Log,
     /// Read from the log since then, and in no snapshot.
     changed: PageSet,
@@ -69,43 +70,38 @@ impl Drop for Log {
 }
 
 /// The changes as a snapshot sees them while it is taken.
-#[derive(Default)]
 pub(super) struct Changes {
     /// To be turned on.
     sources: Vec<Arc<dyn DirtySource>>,
     log: Option<Log>,
-    base: Option<Base>,
-}
-
-/// The base but its log.
-struct Base {
-    note: BaseNote,
-    held: HeldFile,
-    changed: PageSet,
-    /// Were reported, as pages to be written.
-    told: PageSet,
+    base: Option<(BaseNote, HeldFile)>,
+    pages: ChangedPages,
 }
 
 impl Changes {
-    /// There is no base; `sources` report the changes after the moment.
+    /// There is no base; `sources`, if any, report the changes after the moment.
     pub(super) fn tracked(sources: Vec<Arc<dyn DirtySource>>) -> Self {
-        Self { sources, log: None, base: None }
+        Self { sources, log: None, base: None, pages: ChangedPages::of_all() }
     }
 
     pub(super) fn since(base: SnapshotBase) -> Self {
-        let SnapshotBase { note, _held: held, log, changed, table } = base;
-        let told = PageSet::new(&table);
-        Self { sources: Vec::new(), log: Some(log), base: Some(Base { note, held, changed, told }) }
+        let SnapshotBase { note, held, log, changed, .. } = base;
+        Self {
+            sources: Vec::new(),
+            log: Some(log),
+            base: Some((note, held)),
+            pages: ChangedPages::since(changed),
+        }
     }
 
     /// Only changes are written.
     pub(super) fn has_base(&self) -> bool {
-        self.base.is_some()
+        self.pages.has_base()
     }
 
     /// A new snapshot's note.
     pub(super) fn note(&self) -> SnapshotNote {
-        SnapshotNote { id: SnapshotId(random_id()), base: self.base.as_ref().map(|base| base.note.clone()) }
+        SnapshotNote { id: SnapshotId(random_id()), base: self.base.as_ref().map(|(note, _)| note.clone()) }
     }
 
     /// Changes are reported from here on.
@@ -117,47 +113,47 @@ impl Changes {
         // On as soon as one of them is.
         let log = self.log.insert(Log(sources));
         log.0.iter().try_for_each(|source| named("calling DirtySource::start", || source.start()))?;
+        self.pages.logged();
         Ok(())
     }
 
     /// Reads the log. With a base: the pages that have changed since, in whole host pages, without those of earlier answers.
-    ///
-    /// Once the guest is paused, the log is complete for this snapshot: pages that it reports later were written after
-    /// the moment.
     pub(super) fn look(&mut self, memory: &dyn GuestMemory) -> Result<Option<PageSet>, Error> {
         let Some(log) = &self.log else { return Ok(None) };
-        let fresh = read(log, memory)?;
-        let Some(base) = &mut self.base else { return Ok(None) };
-        fresh.runs().for_each(|run| _ = base.changed.add(run));
-        let mut new = PageSet::new(memory.table());
-        for run in base.changed.runs().flat_map(|run| outside(run, &base.told)) {
-            new.add(run);
+        match guarded("reading which pages have changed", || read(log, memory)).and_then(|read| read) {
+            Ok(fresh) => Ok(self.pages.read(&fresh)),
+            Err(error) => {
+                self.pages.lost();
+                Err(error)
+            }
         }
-        new.runs().for_each(|run| _ = base.told.add(run));
-        Ok(Some(new))
     }
 
-    /// What a next snapshot may be taken against. `taken`: this one, and where it is. Otherwise the base that it had, with all
-    /// that has changed since.
+    /// What a next snapshot may be taken against. `taken`: this one, and where it is.
     pub(super) fn end(
         self,
         taken: Option<(SnapshotId, &SnapshotFile)>,
         memory: &dyn GuestMemory,
     ) -> Option<SnapshotBase> {
         let (log, table) = (self.log?, memory.table().clone());
-        let Some((id, file)) = taken else {
-            let Base { note, held, changed, .. } = self.base?;
-            return Some(SnapshotBase { note, _held: held, log, changed, table });
-        };
-        let held = match file.hold() {
-            Ok(held) => held,
-            Err(error) => {
-                tracing::warn!(%error, file = ?file.path, "no snapshot can be taken against this one");
-                return None;
+        match (self.pages.end(taken.is_some()), taken) {
+            (NextBase::Same(changed), _) => {
+                let (note, held) = self.base?;
+                Some(SnapshotBase { note, held, log, changed, table })
             }
-        };
-        let note = BaseNote { id, path: file.path.display().to_string(), starts_at: file.starts_at };
-        Some(SnapshotBase { note, _held: held, log, changed: PageSet::new(&table), table })
+            (NextBase::This, Some((id, file))) => {
+                let held = match file.hold() {
+                    Ok(held) => held,
+                    Err(error) => {
+                        tracing::warn!(%error, file = ?file.path, "no snapshot can be taken against this one");
+                        return None;
+                    }
+                };
+                let note = BaseNote { id, path: file.path.display().to_string(), starts_at: file.starts_at };
+                Some(SnapshotBase { note, held, log, changed: PageSet::new(&table), table })
+            }
+            _ => None,
+        }
     }
 }
 
@@ -179,24 +175,4 @@ fn read(log: &Log, memory: &dyn GuestMemory) -> Result<PageSet, Error> {
         }
     }
     Ok(found)
-}
-
-/// The parts of `run` that are not in `known`.
-fn outside(run: PageRun, known: &PageSet) -> Vec<PageRun> {
-    let (mut parts, mut at) = (Vec::new(), run.first.0);
-    let mut part = |from: u64, to: u64| {
-        if from < to {
-            parts.push(PageRun { first: PageIndex(from), pages: to - from, ..run });
-        }
-    };
-    while let Some(found) = known
-        .block(run.block)
-        .and_then(|map| map.next_run(PageIndex(at), u64::MAX))
-        .filter(|f| f.start < run.end().0)
-    {
-        part(at, found.start);
-        at = found.end;
-    }
-    part(at, run.end().0);
-    parts
 }

@@ -110,7 +110,7 @@ pub struct SnapshotReport {
     /// The guest was paused and could not be resumed.
     pub stands_still: bool,
     /// What the next snapshot may be taken against: this one, if its changes are [reported](SnapshotSession::tracked);
-    /// if it failed, the base that it had.
+    /// if it failed, the base that it had. None after a dirty source has failed: the next snapshot must be a whole one.
     pub base: Option<SnapshotBase>,
 }
 
@@ -161,7 +161,7 @@ impl SnapshotSession {
             copies: Arc::new(copies),
             settings,
             canceller,
-            changes: Changes::default(),
+            changes: Changes::tracked(Vec::new()),
             #[cfg(test)]
             fails_at: None,
         })

@@ -253,6 +253,7 @@ impl Running {
         self.fail_in_turn(action)?;
         match action {
             SnapshotAction::Open => self.open()?,
+            SnapshotAction::Track => self.changes.start()?,
             SnapshotAction::Arm => self.arm()?,
             SnapshotAction::Look => return self.look().map(SnapshotEvent::Found),
             SnapshotAction::Protect { run } => {
@@ -316,7 +317,6 @@ impl Running {
                 remedy: Remedy::Advice("take balloon and free page reporting off the guest"),
             });
         }
-        self.changes.start()?;
         self.protection = Some(WriteProtection::arm(&*self.memory, self.settings.user_mode_only)?);
         self.times.armed_at = Some(Instant::now());
         Ok(())

@@ -11,25 +11,19 @@ use crate::stream::qemu::file::encode_header;
 use crate::stream::qemu::incoming::IncomingConfig;
 use crate::stream::qemu::mapped::decode_bitmap;
 use crate::stream::qemu::mapped_stream::{MappedReadError, Places, PlainStream};
+use crate::stream::snapshot_chain::{ChainError, MAX_SNAPSHOTS, SnapshotChain};
 use crate::stream::snapshot_note::{BaseNote, INCREMENTAL, SnapshotNote};
-use crate::units::PageIndex;
-
-/// Maximum number of files of a chain.
-pub(super) const MAX_FILES: usize = 64;
 
 /// One file of the chain.
 struct Layer {
     file: Arc<MappedFile>,
     places: Vec<Places>,
-    /// Pages that are read from it, block by block: no file above it has them.
-    own: Vec<PageBitmap>,
 }
 
 /// All files of the chain, the requested one first. Blocks are those of its list.
 pub(super) struct Layers {
     layers: Vec<Layer>,
-    /// Pages that any of them has.
-    present: Vec<PageBitmap>,
+    chain: SnapshotChain,
 }
 
 /// A file of a chain, read but for its pages.
@@ -81,10 +75,6 @@ impl Opened {
         let present = present.collect::<Result<_, _>>()?;
         Ok(Self { file: Arc::new(file), stream, note, present })
     }
-
-    fn base(&self) -> Option<&BaseNote> {
-        self.note.as_ref()?.base.as_ref()
-    }
 }
 
 fn read_bitmap(file: &MappedFile, places: &Places) -> Result<PageBitmap, MappedReadError> {
@@ -102,47 +92,27 @@ fn read_bitmap(file: &MappedFile, places: &Places) -> Result<PageBitmap, MappedR
 impl Layers {
     /// The files that `first` needs, as its note and theirs name them.
     pub(super) fn of(first: &Opened) -> Result<Self, MappedReadError> {
-        let layer = |opened: &Opened, own| Layer {
-            file: Arc::clone(&opened.file),
-            places: opened.stream.places.clone(),
-            own,
-        };
-        let mut this =
-            Self { layers: vec![layer(first, first.present.clone())], present: first.present.clone() };
-        let mut base = first.base().cloned();
+        let layer =
+            |opened: &Opened| Layer { file: Arc::clone(&opened.file), places: opened.stream.places.clone() };
+        let chain = SnapshotChain::new(first.note.as_ref(), first.present.clone());
+        let mut this = Self { layers: vec![layer(first)], chain };
         let mut path = first.file.path().to_owned();
-        while let Some(note) = base {
-            if this.layers.len() == MAX_FILES {
-                return Err(MappedReadError::LongChain { most: MAX_FILES });
-            }
+        while let Some(note) = this.chain.next_base().map_err(|error| refused(error, &path))? {
             path = beside(&path, &note.path);
-            let opened = open_base(&path, &note)?;
+            let opened = open_base(&path, note)?;
+            let added = this.chain.add(opened.note.as_ref(), &opened.present);
+            added.map_err(|error| refused(error, &path))?;
             if let Some(block) = differs(&first.stream.places, &opened.stream.places) {
                 return Err(MappedReadError::UnlikeBase { base: path.display().to_string(), block });
             }
-            let own = this.add(&opened.present);
-            this.layers.push(layer(&opened, own));
-            base = opened.base().cloned();
+            this.layers.push(layer(&opened));
         }
         Ok(this)
     }
 
-    /// Adds the pages of a base; returns which of them no file above it has.
-    fn add(&mut self, pages: &[PageBitmap]) -> Vec<PageBitmap> {
-        let only = |(above, base): (&mut PageBitmap, &PageBitmap)| {
-            let words: Vec<u64> =
-                base.words().iter().zip(above.words()).map(|(base, above)| base & !above).collect();
-            let mut own = PageBitmap::new(base.len());
-            own.merge_words(0, &words);
-            above.merge_words(0, &words);
-            own
-        };
-        self.present.iter_mut().zip(pages).map(only).collect()
-    }
-
     /// Pages that a file of the chain has, block by block; of a block that was left out, none.
     pub(super) fn present(&self) -> &[PageBitmap] {
-        &self.present
+        self.chain.present()
     }
 
     /// Files, the requested one first.
@@ -158,19 +128,18 @@ impl Layers {
         from: u64,
         most: u64,
     ) -> Option<(&MappedFile, Range<u64>, u64)> {
-        let runs = self.layers.iter().filter_map(|layer| {
-            let run = layer.own.get(block)?.next_run(PageIndex(from), most)?;
-            let header = layer.places.get(block)?.header;
-            let at = header.pages_offset.saturating_add(run.start.saturating_mul(header.page_size.bytes()));
-            Some((&*layer.file, run, at))
-        });
-        runs.min_by_key(|(_, run, _)| run.start)
+        let (number, run) = self.chain.next_run(block, from, most)?;
+        let layer = self.layers.get(number)?;
+        let header = layer.places.get(block)?.header;
+        let at = header.pages_offset.saturating_add(run.start.saturating_mul(header.page_size.bytes()));
+        Some((&*layer.file, run, at))
     }
 
     /// The last base.
     pub(super) fn lowest(&self, block: usize) -> Option<(&MappedFile, &PageBitmap, &Places)> {
-        let layer = self.layers.last()?;
-        Some((&layer.file, layer.own.get(block)?, layer.places.get(block)?))
+        let (number, layer) = self.layers.iter().enumerate().next_back()?;
+        let own = self.chain.own(number, block)?;
+        Some((&layer.file, own, layer.places.get(block)?))
     }
 }
 
@@ -183,14 +152,16 @@ fn open_base(path: &Path, note: &BaseNote) -> Result<Opened, MappedReadError> {
     let base = || path.display().to_string();
     let file = MappedFile::to_read(path, note.starts_at)
         .map_err(|source| MappedReadError::NoBase { base: base(), source })?;
-    let opened = Opened::read(file)
-        .map_err(|source| MappedReadError::BadBase { base: base(), source: Box::new(source) })?;
-    match &opened.note {
-        Some(found) if found.id == note.id => Ok(opened),
-        found => {
-            let found = found.as_ref().map_or_else(|| "none".to_owned(), |found| found.id.to_string());
-            Err(MappedReadError::OtherBase { base: base(), wanted: note.id.to_string(), found })
+    Opened::read(file).map_err(|source| MappedReadError::BadBase { base: base(), source: Box::new(source) })
+}
+
+/// What lies at `path` is not the next of the chain.
+fn refused(error: ChainError, path: &Path) -> MappedReadError {
+    match error {
+        ChainError::Other { wanted, found } => {
+            MappedReadError::OtherBase { base: path.display().to_string(), wanted, found }
         }
+        ChainError::Long => MappedReadError::LongChain { most: MAX_SNAPSHOTS },
     }
 }
 

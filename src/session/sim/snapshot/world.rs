@@ -1,123 +1,22 @@
-//! Snapshots of a writing guest, with faults, under a seed.
-//!
-//! Real is the snapshot's engine. Memory, its protection, the writers, and what takes the copies are machines that take a
-//! step at a time, in an order that follows from the seed; a run of pages is copied page by page, so that writers come in
-//! between:
-//!
-//! ```text
-//! RAMWIRE_SIM_SEED=1234 cargo test --lib session::sim::snapshot -- --nocapture
-//! ```
+//! One snapshot of a writing guest: memory, its protection, the writers, the VMM, and what takes the copies.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::Duration;
 
-use super::plan::Rng;
-use super::{number_from, spread};
+use super::super::plan::Rng;
+use super::guest::{Guest, Page};
+use super::plan::{Fault, Plan, STEP};
 use crate::engine::{
-    Place, SnapshotAction, SnapshotBreakage, SnapshotConfig, SnapshotEngine, SnapshotEvent, SnapshotOutcome,
+    ChangedPages, Place, SnapshotAction, SnapshotBreakage, SnapshotEngine, SnapshotEvent, SnapshotOutcome,
 };
-use crate::ram::{BlockName, PageRun, PageSet, RamBlock, RamBlockTable};
-use crate::units::{BlockIndex, PageIndex, PageSize};
+use crate::ram::{PageRun, PageSet};
 
-/// Seeds of an ordinary test run.
-const SEEDS: u64 = 2000;
-/// Seeds among which each order that is switched off must be found.
-const MUTANT_SEEDS: u64 = 1000;
 /// Steps after which nothing moves any more.
 const STEPS: u64 = 20_000;
-/// A step, as the engine's clock counts.
-const STEP: Duration = Duration::from_millis(1);
-/// Steps that a target may take nothing.
-const STALL: u64 = 1500;
-
-/// What goes wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    None,
-    /// The so manyth action can't be done.
-    Action(u64),
-    /// What takes the copies fails at this step, or takes nothing more from there on.
-    Lost(u64),
-    Stalls(u64),
-    /// The end is requested at this step.
-    Cancel(u64),
-    /// The VMM can't pause its guest, or save its state.
-    Pause,
-    State,
-    /// The VMM can't resume its guest, and reports that after so many steps.
-    Resume(u64),
-}
-
-/// All that a seed decides before the first step.
-#[derive(Clone, Debug)]
-struct Plan {
-    /// Pages of each block, and target pages of its host pages.
-    blocks: Vec<(u64, u64)>,
-    writers: usize,
-    config: SnapshotConfig,
-    /// Steps that a callback of the guest takes at most.
-    call_takes: u64,
-    /// The target takes a copy in one of so many steps.
-    takes_every: u64,
-    fault: Fault,
-}
-
-impl Plan {
-    fn of(rng: &mut Rng) -> Self {
-        let block = |rng: &mut Rng| {
-            let host = rng.pick(&[1, 1, 2, 8]);
-            ((1 + rng.below(10)) * host, host)
-        };
-        let blocks: Vec<_> = (0..1 + rng.below(3)).map(|_| block(rng)).collect();
-        let fault = match rng.below(10) {
-            0 => Fault::Action(rng.below(30)),
-            1 => Fault::Lost(rng.below(400)),
-            2 => Fault::Stalls(rng.below(200)),
-            3 => Fault::Cancel(rng.below(400)),
-            4 => Fault::Resume(rng.pick(&[0, 20, 300])),
-            5 => rng.pick(&[Fault::Pause, Fault::State]),
-            _ => Fault::None,
-        };
-        let config = SnapshotConfig {
-            slots: 1 + rng.below(4),
-            trays: 2 + rng.below(4),
-            tray_pages: 8,
-            protect_pages: rng.pick(&[8, 16]),
-            lift_pages: 8,
-            pause_goal: STEP * rng.below(30) as u32,
-            stall_timeout: STEP * STALL as u32,
-        };
-        let takes_every = rng.pick(&[1, 3, 20]);
-        Self {
-            blocks,
-            writers: 1 + rng.below(4) as usize,
-            config,
-            call_takes: rng.below(60),
-            takes_every,
-            fault,
-        }
-    }
-
-    fn table(&self) -> RamBlockTable {
-        let block = |(index, (pages, _)): (usize, &(u64, u64))| {
-            RamBlock::new(BlockName::new(&format!("b{index}")).unwrap(), pages * 4096)
-        };
-        RamBlockTable::new(PageSize::SIZE_4K, self.blocks.iter().enumerate().map(block).collect()).unwrap()
-    }
-
-    fn host_page(&self, block: usize, page: u64) -> PageRun {
-        let host = self.blocks[block].1;
-        PageRun { block: BlockIndex(block as u32), first: PageIndex(page / host * host), pages: host }
-    }
-}
-
-/// A page, by block and number.
-type Page = (usize, u64);
 
 /// Pages with what they held, and where the copy lies.
 type Copied = (Vec<(Page, u64)>, Place);
 
-fn pages_of(run: PageRun) -> impl Iterator<Item = Page> {
+pub(super) fn pages_of(run: PageRun) -> impl Iterator<Item = Page> {
     (run.first.0..run.end().0).map(move |page| (run.block.as_usize(), page))
 }
 
@@ -129,15 +28,18 @@ enum Call {
     Resume,
 }
 
-struct World {
-    plan: Plan,
+pub(super) struct World {
+    pub(super) plan: Plan,
     rng: Rng,
-    now: u64,
+    pub(super) now: u64,
     engine: SnapshotEngine,
-    memory: BTreeMap<Page, u64>,
+    pub(super) guest: Guest,
+    pub(super) changes: ChangedPages,
     protected: BTreeMap<Page, bool>,
     /// What every page held when the guest was paused last.
-    moment: BTreeMap<Page, u64>,
+    pub(super) moment: BTreeMap<Page, u64>,
+    /// Writes of the guest before it.
+    pub(super) moment_at: usize,
     runs: bool,
     /// Where each writer waits, and the value that it writes there.
     waiting: Vec<Option<(Page, u64)>>,
@@ -149,34 +51,37 @@ struct World {
     calling: Option<(Call, u64)>,
     /// Copies on their way.
     out: Vec<Copied>,
-    written: BTreeMap<Page, u64>,
+    pub(super) written: BTreeMap<Page, u64>,
     actions: u64,
+    log_reads: u64,
     lost: bool,
     closed: bool,
-    outcome: Option<SnapshotOutcome>,
-    violations: Vec<String>,
-    seen: Vec<&'static str>,
+    pub(super) outcome: Option<SnapshotOutcome>,
+    pub(super) violations: Vec<String>,
+    pub(super) seen: Vec<&'static str>,
 }
 
 impl World {
-    fn new(seed: u64, breakage: SnapshotBreakage) -> Self {
-        let mut rng = Rng::new(seed ^ 0x54a9);
-        let plan = Plan::of(&mut rng);
+    pub(super) fn new(
+        plan: Plan,
+        rng: Rng,
+        guest: Guest,
+        changes: ChangedPages,
+        breakage: SnapshotBreakage,
+    ) -> Self {
         let mut engine = SnapshotEngine::new(plan.config.clone());
         engine.break_order(breakage);
-        let pages = plan
-            .blocks
-            .iter()
-            .enumerate()
-            .flat_map(|(block, (pages, _))| (0..*pages).map(move |p| (block, p)));
-        let memory = pages.map(|page| (page, if rng.one_in(2) { rng.next() | 1 } else { 0 })).collect();
+        let mut changes = changes;
+        changes.break_order(breakage);
         Self {
             rng,
             now: 0,
             engine,
-            memory,
+            guest,
+            changes,
             protected: BTreeMap::new(),
             moment: BTreeMap::new(),
+            moment_at: 0,
             runs: true,
             waiting: vec![None; plan.writers],
             copying: None,
@@ -185,6 +90,7 @@ impl World {
             out: Vec::new(),
             written: BTreeMap::new(),
             actions: 0,
+            log_reads: 0,
             lost: false,
             closed: false,
             outcome: None,
@@ -210,7 +116,7 @@ impl World {
         self.engine.handle(STEP * self.now as u32, event);
     }
 
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         self.tell(SnapshotEvent::Begin);
         while self.now < STEPS && self.outcome.is_none() {
             self.now += 1;
@@ -259,16 +165,14 @@ impl World {
         if self.waiting[writer].is_some() {
             return;
         }
-        let block = self.rng.below(self.plan.blocks.len() as u64) as usize;
-        let page = (block, self.rng.below(self.plan.blocks[block].0));
-        let value = if self.rng.one_in(4) { 0 } else { self.rng.next() | 1 };
+        let (page, value) = self.guest.draw(&mut self.rng);
         if self.protected.get(&page) == Some(&true) {
             self.saw("a writer waits");
             self.waiting[writer] = Some((page, value));
-            let fault = SnapshotEvent::Fault(self.plan.host_page(block, page.1));
+            let fault = SnapshotEvent::Fault(self.plan.host_page(page.0, page.1));
             return self.tell(fault);
         }
-        self.memory.insert(page, value);
+        self.guest.write(page, value);
     }
 
     fn lift(&mut self, pages: impl Iterator<Item = Page>) {
@@ -276,7 +180,7 @@ impl World {
             self.protected.insert(page, false);
             for writer in 0..self.waiting.len() {
                 if let Some((_, value)) = self.waiting[writer].take_if(|(waited, _)| *waited == page) {
-                    self.memory.insert(page, value);
+                    self.guest.write(page, value);
                 }
             }
         }
@@ -323,7 +227,10 @@ impl World {
             Call::Pause => self.runs = false,
             Call::SaveState if !over => return self.write(),
             Call::SaveState if waits => return,
-            Call::SaveState => self.moment = self.memory.clone(),
+            Call::SaveState => {
+                self.moment = self.guest.memory.clone();
+                self.moment_at = self.guest.writes.len();
+            }
             Call::Resume => {
                 self.runs = true;
                 if !over {
@@ -344,7 +251,7 @@ impl World {
     fn engine_steps(&mut self) {
         if let Some((left, (done, place))) = &mut self.copying {
             if let Some(page) = left.pop_front() {
-                done.push((page, self.memory[&page]));
+                done.push((page, self.guest.memory[&page]));
                 return;
             }
             let (done, place) = (std::mem::take(done), *place);
@@ -373,16 +280,8 @@ impl World {
             SnapshotAction::SaveState => self.calls(Call::SaveState),
             SnapshotAction::Resume => self.calls(Call::Resume),
             SnapshotAction::Look => {
-                let mut new = PageSet::new(&self.plan.table());
-                for (&(block, page), &value) in &self.memory {
-                    let run = self.plan.host_page(block, page);
-                    // Memory that holds nothing is taken for used only by chance, as its neighbours are.
-                    if !self.found.touches(run) && (value != 0 || self.rng.one_in(8)) {
-                        new.add(run);
-                    }
-                }
-                new.runs().for_each(|run| _ = self.found.add(run));
-                return self.tell(SnapshotEvent::Found(new));
+                let answer = self.look().map_or(SnapshotEvent::Failed, SnapshotEvent::Found);
+                return self.tell(answer);
             }
             SnapshotAction::Protect { run } => {
                 for page in pages_of(run) {
@@ -414,9 +313,40 @@ impl World {
                 self.closed = true;
             }
             SnapshotAction::Finish(outcome) => return self.outcome = Some(outcome),
-            SnapshotAction::Open | SnapshotAction::Arm | SnapshotAction::Abandon => {}
+            SnapshotAction::Track if self.plan.tracked => {
+                self.guest.log.start();
+                self.changes.logged();
+            }
+            SnapshotAction::Track | SnapshotAction::Open | SnapshotAction::Arm | SnapshotAction::Abandon => {}
         }
         self.tell(SnapshotEvent::Done);
+    }
+
+    /// Pages that are to be written and were not reported before; `None` if that can't be found out.
+    fn look(&mut self) -> Option<PageSet> {
+        let table = self.plan.table();
+        if self.plan.tracked {
+            self.log_reads += 1;
+            let fresh = self.guest.log.read(&self.plan);
+            if self.plan.fault == Fault::Log(self.log_reads) {
+                self.saw("a log is lost");
+                self.changes.lost();
+                return None;
+            }
+            if let Some(changed) = self.changes.read(&fresh) {
+                return Some(changed);
+            }
+        }
+        let mut new = PageSet::new(&table);
+        for (&(block, page), &value) in &self.guest.memory {
+            let run = self.plan.host_page(block, page);
+            // Memory that holds nothing is taken for used only by chance, as its neighbours are.
+            if !self.found.touches(run) && (value != 0 || self.rng.one_in(8)) {
+                new.add(run);
+            }
+        }
+        new.runs().for_each(|run| _ = self.found.add(run));
+        Some(new)
     }
 
     /// What must hold after any run.
@@ -432,7 +362,10 @@ impl World {
         if outcome == SnapshotOutcome::Taken {
             self.saw("taken");
             self.must(self.runs, "taken, and the guest does not run");
-            let same = self.moment.iter().all(|(page, value)| self.written.get(page).unwrap_or(&0) == value);
+            // Of one with a base the pages that are not in it are as they were.
+            let changes_only = self.changes.has_base();
+            let same = changes_only
+                || self.moment.iter().all(|(page, value)| self.written.get(page).unwrap_or(&0) == value);
             self.must(same, "it is not of one moment");
         }
         if self.plan.fault == Fault::None {
@@ -443,68 +376,5 @@ impl World {
             SnapshotOutcome::Failed => self.saw("failed"),
             SnapshotOutcome::Taken => {}
         }
-    }
-}
-
-fn run(seed: u64, breakage: SnapshotBreakage) -> World {
-    let mut world = World::new(seed, breakage);
-    world.run();
-    world
-}
-
-#[test]
-fn a_snapshot_is_of_one_moment_and_its_guest_runs_on() {
-    if let Some(seed) = number_from("RAMWIRE_SIM_SEED") {
-        let world = run(seed, SnapshotBreakage::None);
-        println!("{:#?}\n{:?} after {} steps: {:?}", world.plan, world.outcome, world.now, world.seen);
-        assert!(world.violations.is_empty(), "{:#?}", world.violations);
-        return;
-    }
-    let seeds = number_from("RAMWIRE_SIM_SEEDS").unwrap_or(SEEDS);
-    let runs = spread(0..seeds, |seed| {
-        let world = run(seed, SnapshotBreakage::None);
-        (seed, world.seen, world.violations)
-    });
-    let mut coverage: BTreeMap<&str, u64> = BTreeMap::new();
-    for (_, seen, _) in &runs {
-        seen.iter().for_each(|what| *coverage.entry(what).or_default() += 1);
-    }
-    println!("of {seeds} seeds: {coverage:#?}");
-    let broken: Vec<_> = runs.iter().filter(|(_, _, violations)| !violations.is_empty()).take(5).collect();
-    assert!(broken.is_empty(), "replay a seed with RAMWIRE_SIM_SEED: {broken:#?}");
-    let all = [
-        "taken",
-        "failed",
-        "cancelled",
-        "cancel too late",
-        "stalled",
-        "an action failed",
-        "a writer waits",
-        "a callback failed",
-        "a writer is let through before the moment",
-        "a writer gives up",
-        "protected again",
-    ];
-    let missing: Vec<_> = all.iter().filter(|what| !coverage.contains_key(**what)).collect();
-    assert!(seeds < SEEDS || missing.is_empty(), "never reached: {missing:?}");
-}
-
-#[test]
-fn each_order_of_a_snapshot_is_needed() {
-    for (order, symptom) in [
-        (SnapshotBreakage::LiftFirst, "not of one moment"),
-        (SnapshotBreakage::CopyTwice, "not of one moment"),
-        (SnapshotBreakage::ResumeUnprotected, "not of one moment"),
-        (SnapshotBreakage::StayProtected, "protection is left on"),
-        (SnapshotBreakage::StayPaused, "does not run on"),
-        (SnapshotBreakage::CloseUnresumed, "taken, and the guest does not run"),
-        (SnapshotBreakage::LeaveOpen, "not of one moment"),
-        (SnapshotBreakage::LookOnce, "not of one moment"),
-        (SnapshotBreakage::DeafWhilePausing, "it does not end"),
-    ] {
-        let sees = |seed: &u64| run(*seed, order).violations.iter().any(|what| what.contains(symptom));
-        let found = (0..MUTANT_SEEDS).find(sees);
-        println!("{order:?}: found by seed {found:?}");
-        assert!(found.is_some(), "no seed below {MUTANT_SEEDS} finds {order:?}");
     }
 }

@@ -1,0 +1,172 @@
+//! What follows from the answer to an action, and from a call of the guest that has returned.
+
+#[cfg(test)]
+use super::SnapshotBreakage;
+use super::{Call, Phase, Resume, SnapshotAction, SnapshotEngine, SnapshotOutcome};
+use crate::ram::PageRun;
+
+impl SnapshotEngine {
+    /// A call of the guest is over.
+    pub(super) fn returned(&mut self, done: bool) {
+        let Some(call) = self.calling.take() else { return };
+        if call == Call::Resume {
+            self.resume = Resume::Over;
+            self.paused &= !done;
+        }
+        if !done {
+            self.end(SnapshotOutcome::Failed);
+        }
+        self.phase = match (call, self.phase) {
+            (Call::Pause, Phase::Pausing) if done => Phase::Saving,
+            (Call::SaveState, Phase::Saving) if done => self.behind_the_state(),
+            (Call::Resume, Phase::Waiting) => Phase::Closing,
+            (_, phase) => phase,
+        };
+    }
+
+    pub(super) fn answered(&mut self, done: bool) {
+        let Some(action) = self.doing.take() else { return };
+        match action {
+            SnapshotAction::Disarm => {
+                self.armed = false;
+                self.faults.clear();
+            }
+            SnapshotAction::Abandon => self.abandoned = true,
+            SnapshotAction::Resume if !done => self.resume = Resume::Over,
+            _ => {}
+        }
+        if !done {
+            return self.end(SnapshotOutcome::Failed);
+        }
+        self.phase = match action {
+            SnapshotAction::Open => self.behind_the_opening(),
+            SnapshotAction::Track if self.resume == Resume::NotAsked => Phase::Arming,
+            SnapshotAction::Track => self.behind_everything(),
+            SnapshotAction::Arm => {
+                self.ahead.begin(self.now);
+                Phase::Ahead
+            }
+            SnapshotAction::Pause => self.calls(Call::Pause),
+            SnapshotAction::SaveState => self.calls(Call::SaveState),
+            SnapshotAction::Look if self.phase == Phase::Looking => {
+                self.ahead.rewind();
+                Phase::Protecting
+            }
+            SnapshotAction::Look => {
+                self.ahead.looked();
+                self.phase
+            }
+            SnapshotAction::Protect { run } => {
+                self.ahead.protected(run);
+                self.phase
+            }
+            SnapshotAction::Resume => {
+                self.calls(Call::Resume);
+                if self.phase == Phase::Resuming { self.behind_the_resume() } else { self.phase }
+            }
+            SnapshotAction::Copy { run, .. } => {
+                self.copied(run);
+                self.phase
+            }
+            SnapshotAction::Lift { run } => {
+                self.lifted(run);
+                self.phase
+            }
+            SnapshotAction::Disarm if self.phase == Phase::Disarming => self.behind_the_pages(),
+            SnapshotAction::Close => Phase::Ended,
+            _ => self.phase,
+        };
+    }
+
+    fn calls(&mut self, call: Call) -> Phase {
+        self.calling = Some(call);
+        self.phase
+    }
+
+    /// Order: changes are logged before the snapshot's moment.
+    fn behind_the_opening(&self) -> Phase {
+        #[cfg(test)]
+        if self.is_broken(SnapshotBreakage::TrackLate) {
+            return Phase::Arming;
+        }
+        Phase::Tracking
+    }
+
+    fn behind_the_state(&self) -> Phase {
+        #[cfg(test)]
+        if self.is_broken(SnapshotBreakage::ResumeUnprotected) {
+            return Phase::Resuming;
+        }
+        Phase::Looking
+    }
+
+    pub(super) fn behind_the_protection(&self) -> Phase {
+        #[cfg(test)]
+        if self.is_broken(SnapshotBreakage::ResumeUnprotected) {
+            return Phase::Copying;
+        }
+        Phase::Resuming
+    }
+
+    fn behind_the_resume(&self) -> Phase {
+        #[cfg(test)]
+        if self.is_broken(SnapshotBreakage::ResumeUnprotected) {
+            return Phase::Looking;
+        }
+        Phase::Copying
+    }
+
+    fn behind_the_pages(&self) -> Phase {
+        #[cfg(test)]
+        if self.is_broken(SnapshotBreakage::TrackLate) {
+            return Phase::Tracking;
+        }
+        self.behind_everything()
+    }
+
+    /// Only the end of the output is left, once the guest's resume has returned.
+    fn behind_everything(&self) -> Phase {
+        #[cfg(test)]
+        if self.is_broken(SnapshotBreakage::CloseUnresumed) {
+            return Phase::Closing;
+        }
+        if self.resume == Resume::Over { Phase::Closing } else { Phase::Waiting }
+    }
+
+    /// Order: protection is lifted only from pages that are copied.
+    fn copied(&mut self, run: PageRun) {
+        #[cfg(test)]
+        if self.is_broken(SnapshotBreakage::CopyTwice) && self.faults.iter().any(|(_, waited)| *waited == run)
+        {
+            self.copied = Some(run);
+            return;
+        }
+        self.pending.remove(run);
+        #[cfg(test)]
+        if self.is_broken(SnapshotBreakage::LiftFirst) {
+            return;
+        }
+        self.copied = Some(run);
+    }
+
+    fn lifted(&mut self, run: PageRun) {
+        if self.copied == Some(run) {
+            self.copied = None;
+        }
+        if self.is_before_the_moment() {
+            self.ahead.opened(&self.pending, run);
+            #[cfg(test)]
+            if self.is_broken(SnapshotBreakage::LeaveOpen) {
+                self.ahead.open.remove(run);
+            }
+        }
+        let (now, latency) = (self.now, &mut self.figures.latency);
+        self.faults.retain(|(since, waited)| {
+            let inside = waited.block == run.block && run.first <= waited.first && waited.end() <= run.end();
+            if inside {
+                latency.record(now.saturating_sub(*since));
+            }
+            !inside
+        });
+    }
+}
