@@ -7,11 +7,12 @@
 //! its new process checks every page from outside, too. `vm/` is the VM; this file is what its VMM does to move it.
 //!
 //! With `--snapshot FILE` it stays: a snapshot of it is written while it runs, and another VM is made from that and
-//! checked. `--restore FILE` starts one from such a file, with `--lazy` before its memory is read.
+//! checked; with `--incremental` each holds what has changed since the one before. `--restore FILE` starts one from such a file, with `--lazy` before its memory is read.
 //!
 //! With `--postcopy` it continues there as soon as its vCPUs' registers have arrived, and a vCPU that touches a missing
 //! page waits.
 
+mod files;
 mod vm;
 
 use std::error::Error;
@@ -26,9 +27,8 @@ use ramwire::guest::{GuestControl, MappedGuest};
 use ramwire::ram::BlockName;
 use ramwire::session::{
     Configuration, DestinationGuest, DestinationSession, DestinationSettings, Ending, MissingPages, Outcome,
-    PostcopyRule, PostcopySettings, RestoreSession, RestoreSettings, RestoreWay, SnapshotGuest,
-    SnapshotReport, SnapshotSession, SnapshotSettings, SourceGuest, SourceReport, SourceSession,
-    SourceSettings, ThrottlePolicy, Verify,
+    PostcopyRule, PostcopySettings, SourceGuest, SourceReport, SourceSession, SourceSettings, ThrottlePolicy,
+    Verify,
 };
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, AllowList, ConnectionOptions, Listener, open_source};
@@ -86,6 +86,10 @@ struct Args {
     /// file, and look at that
     #[arg(long, value_name = "FILE", conflicts_with_all = ["postcopy", "throttle", "max_bandwidth", "downtime_ms"])]
     snapshot: Option<PathBuf>,
+    /// With --snapshot: each in a file of its own, FILE.1 and so on, and behind the first only what has changed since the one
+    /// before
+    #[arg(long, requires = "snapshot")]
+    incremental: bool,
     /// Start the guest from such a file; --memory and --log as they were
     #[arg(long, value_name = "FILE", conflicts_with_all = ["snapshot", "postcopy", "throttle", "max_bandwidth", "downtime_ms"])]
     restore: Option<PathBuf>,
@@ -229,106 +233,6 @@ fn send(args: &Args, vm: TinyVm, path: &Path) -> Result<SourceReport, Failure> {
         ThrottleMode::DirtyLimit => Some(ThrottlePolicy::DirtyLimit { quota: Rate(args.vcpu_dirty_limit) }),
     };
     Ok(SourceSession::new(guest, connection, settings).run())
-}
-
-/// Writes the running guest to the file at `path`; it continues.
-fn snapshot(vm: &TinyVm, path: &Path) -> Result<SnapshotReport, Failure> {
-    let configuration = Configuration { machine: "tiny-vmm".into(), ..Configuration::default() };
-    let (memory, control) = (vm.memory().clone(), Box::new(vm.clone()));
-    // Only the vCPUs write to its memory.
-    let guest = SnapshotGuest { memory, control, other_writers: Vec::new() };
-    let session = SnapshotSession::new(guest, SnapshotSettings::new(configuration))?;
-    let options = ConnectionOptions::default();
-    let stop = Stop::on(&CancelToken::default());
-    // Through the session's memory: what the guest writes meanwhile is not seen there.
-    let connection = open_source(&mapped(path)?, session.memory(), &options, &stop)?;
-    let report = session.spawn(connection)?.wait()?;
-    match report.error {
-        Some(error) => Err(error.into()),
-        None => Ok(report),
-    }
-}
-
-fn mapped(path: &Path) -> Result<Address, Failure> {
-    Ok(format!("mapped:{}", path.display()).parse()?)
-}
-
-/// Takes snapshots of a guest that runs all the time, and makes a VM of each.
-fn stay(args: &Args, path: &Path) -> Result<(), Failure> {
-    let mut vm = TinyVm::filled(args.memory()?, args.log(), args.shape())?;
-    vm.resume()?;
-    let (began, mut worst) = (Instant::now(), Duration::ZERO);
-    for number in 1..=args.migrations {
-        let before = vm.pages_written();
-        let report = snapshot(&vm, path)?;
-        let meanwhile = vm.pages_written() - before;
-        let stop = Stop::on(&CancelToken::default());
-        let (restored, arrived) =
-            receive(args, Listener::bind(&mapped(path)?, AllowList::default(), &stop)?)?;
-        drop(restored);
-        let (waits, ms) = (report.fault_latency, |time: Duration| time.as_secs_f64() * 1e3);
-        println!(
-            "{number}: {:.0} MB in {:.0} ms, paused {:.1} ms, {meanwhile} written meanwhile, {} writes waited (p50 {} us, p99 {} us); {} pages verified, {} wrong; {} written since",
-            report.bytes as f64 / 1e6,
-            ms(report.total),
-            ms(report.pause),
-            report.faults,
-            waits.p50_us,
-            waits.p99_us,
-            arrived.pages,
-            arrived.wrong,
-            arrived.wrote
-        );
-        arrived.faults.iter().for_each(|fault| println!("  {fault}"));
-        if let Some(error) = arrived.error {
-            return Err(error.into());
-        }
-        if !arrived.running || arrived.wrong > 0 {
-            return Err(format!("snapshot {number} does not hold the whole guest").into());
-        }
-        worst = worst.max(report.pause);
-    }
-    vm.pause()?;
-    let found = vm.verify()?;
-    if found.wrong > 0 {
-        return Err(format!("the guest itself is not whole any more: {:?}", found.faults).into());
-    }
-    let took = began.elapsed().as_secs_f64();
-    println!(
-        "{} snapshots in {took:.1} s, longest pause {:.1} ms, nothing lost",
-        args.migrations,
-        worst.as_secs_f64() * 1e3
-    );
-    Ok(())
-}
-
-/// Starts a guest from a file. If its memory is read afterwards, a vCPU that touches a missing page waits.
-fn restore(args: &Args, path: &Path) -> Result<(), Failure> {
-    let memory = args.memory()?;
-    let mut vm = TinyVm::empty(memory.clone(), args.log())?;
-    let mut settings = RestoreSettings::default();
-    settings.way = if args.lazy { RestoreWay::Lazy } else { RestoreWay::Eager };
-    let guest = DestinationGuest { memory: Box::new(memory), control: Box::new(vm.clone()) };
-    let began = Instant::now();
-    let restored = RestoreSession::open(guest, &mapped(path)?, settings)?.run()?;
-    let started = began.elapsed().as_secs_f64() * 1e3;
-    if let Some(error) = restored.report.error {
-        return Err(error.into());
-    }
-    let mut behind = String::new();
-    if let Some(pages) = restored.pages {
-        let missing = pages.progress().missing;
-        pages.wait()?;
-        behind = format!(", {missing} pages missing then, {} faults", pages.progress().faults);
-    }
-    std::thread::sleep(RUNS);
-    vm.pause()?;
-    let (Found { pages, wrong, faults }, wrote) = (vm.verify()?, vm.pages_written());
-    println!(
-        "started after {started:.1} ms{behind}; {pages} pages verified, {wrong} wrong; {wrote} written in all"
-    );
-    faults.iter().for_each(|fault| println!("  {fault}"));
-    if wrong > 0 { Err("the guest of the file is not whole".into()) } else { Ok(()) }
 }
 
 fn left(report: &SourceReport) -> Left {
@@ -511,8 +415,8 @@ fn first(args: &Args) -> Result<(), Failure> {
 fn main() -> Result<(), Failure> {
     let args = Args::parse();
     match (&args.snapshot, &args.restore) {
-        (Some(path), _) => stay(&args, path),
-        (None, Some(path)) => restore(&args, path),
+        (Some(path), _) => files::stay(&args, path),
+        (None, Some(path)) => files::restore(&args, path),
         _ if args.second => second(&args),
         _ => first(&args),
     }
