@@ -3,8 +3,10 @@
 
 mod common;
 
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use common::{
     Deadline,
@@ -14,6 +16,15 @@ use common::{
     scratch,
     writer::{self, Console, Load, assert_unbroken},
 };
+use ramwire::engine::Ending;
+use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest};
+use ramwire::session::{
+    Configuration, DestinationGuest, Incoming, MemoryProvider, RestoreSession, RestoreSettings,
+    SnapshotGuest, SnapshotOutcome, SnapshotSession, SnapshotSettings,
+};
+use ramwire::sys::{Mapping, Stop};
+use ramwire::transport::{Address, ConnectionOptions, open_source};
+use ramwire::units::PageSize;
 use serde_json::{Value, json};
 
 /// QEMUs that support the format; 7.2 does not.
@@ -161,6 +172,17 @@ fn s69_streams_begin_behind_what_stands_in_front() {
         Ramwire::start(path, &["receive", &uri, "--json", "--dir"], &folder)
             .finished(Deadline::seconds(60), 0);
         same(&format!("{version}: in the folder"), &sent, &ram_file(&folder));
+
+        // Where it begins is found.
+        let report = inspect(path, &format!("mapped:{file}"));
+        assert_eq!(report["end"], "whole", "{version}: {report:#}");
+        let (uri, found) = (format!("mapped:{file}"), path.join("found"));
+        let copied = format!("mapped:{}", path.join("copied").display());
+        Ramwire::start(path, &["send", &copied, "--json", "--from"], &uri).finished(Deadline::seconds(60), 0);
+        Ramwire::start(path, &["receive", &copied, "--json", "--dir"], &found)
+            .finished(Deadline::seconds(60), 0);
+        same(&format!("{version}: found and sent on"), &sent, &ram_file(&found));
+
         let ours = path.join("by-ramwire");
         std::fs::write(&ours, [b'v'; 8192]).unwrap();
         let uri = format!("mapped:{},offset=4096", ours.display());
@@ -168,6 +190,98 @@ fn s69_streams_begin_behind_what_stands_in_front() {
         assert!(std::fs::read(&ours).unwrap().starts_with(&[b'v'; 4096]));
         let loaded = load(version, How::Plain, path, &format!("{},offset=4096", ours.display()));
         same(&format!("{version}: loaded"), &sent, &loaded);
+    }
+}
+
+/// A VMM of ours that runs a QEMU's guest: its memory, and its devices as QEMU has saved them.
+#[derive(Clone, Default)]
+struct Adopted(Arc<Mutex<Kept>>);
+
+#[derive(Default)]
+struct Kept {
+    configuration: Configuration,
+    memory: Option<Arc<MappedGuest>>,
+    devices: Vec<u8>,
+}
+
+impl MemoryProvider for Adopted {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, ramwire::session::Error> {
+        assert!(incoming.early_sections.is_empty(), "they would be missing in the snapshot");
+        let memory = incoming.map(PageSize::SIZE_4K, |block| {
+            Ok(Mapping::memfd("qemu", block.used_length).unwrap().region().clone())
+        })?;
+        let mut kept = self.0.lock().unwrap();
+        kept.configuration = incoming.configuration.clone();
+        kept.memory = Some(memory.clone());
+        Ok(memory)
+    }
+}
+
+impl GuestControl for Adopted {
+    fn pause(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn resume(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn devices(&mut self) -> Option<&mut dyn DeviceState> {
+        Some(self)
+    }
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
+    }
+}
+
+impl DeviceState for Adopted {
+    fn save(&mut self, out: &mut dyn io::Write) -> io::Result<()> {
+        out.write_all(&self.0.lock().unwrap().devices)
+    }
+    fn load(&mut self, from: &mut dyn io::Read) -> io::Result<()> {
+        from.read_to_end(&mut self.0.lock().unwrap().devices).map(drop)
+    }
+}
+
+/// QEMU reads a snapshot's stream to its end and never sees the note behind it: plain, by several threads and past the
+/// page cache.
+#[test]
+fn s69_a_snapshot_with_its_note_behind_the_stream_is_a_file_for_qemu() {
+    if !peers_present() {
+        return;
+    }
+    for (version, how) in VERSIONS.into_iter().flat_map(|version| How::ALL.map(|how| (version, how))) {
+        let what = format!("{version}, {how:?}");
+        let dir = tempfile::tempdir_in(common::project_root().join("target")).unwrap();
+        let path = dir.path();
+        let sent = path.join("sent");
+        fill(&sent, MIB, Pattern::Mixed { seed: 16 });
+        let [by_qemu, ours] = ["by-qemu", "by-ramwire"].map(|name| path.join(name).display().to_string());
+        save(version, How::Plain, path, &sent, &by_qemu);
+
+        let adopted = Adopted::default();
+        let arriving =
+            DestinationGuest { memory: Box::new(adopted.clone()), control: Box::new(adopted.clone()) };
+        let address = format!("mapped:{by_qemu}").parse().unwrap();
+        let restored =
+            RestoreSession::open(arriving, &address, RestoreSettings::default()).unwrap().run().unwrap();
+        assert_eq!(restored.report.ending, Ending::Running, "{what}: {:?}", restored.report.error);
+
+        let (configuration, memory) = {
+            let kept = adopted.0.lock().unwrap();
+            (kept.configuration.clone(), kept.memory.clone().unwrap())
+        };
+        let mut settings = SnapshotSettings::new(configuration);
+        settings.user_mode_only = true;
+        let guest = SnapshotGuest { memory, control: Box::new(adopted), other_writers: Vec::new() };
+        let session = SnapshotSession::new(guest, settings).unwrap();
+        let address: Address = format!("mapped:{ours}").parse().unwrap();
+        let options = ConnectionOptions::default();
+        let connection = open_source(&address, session.memory(), &options, &Stop::never()).unwrap();
+        let report = session.run(connection);
+        assert_eq!(report.outcome, SnapshotOutcome::Taken, "{what}: {:?}", report.error);
+        assert!(std::fs::read(&ours).unwrap().ends_with(b"RWNOTE\r\n"), "{what}: the note is at its end");
+
+        let loaded = load(version, how, path, &ours);
+        same(&format!("{what}: loaded"), &sent, &loaded);
     }
 }
 
