@@ -73,7 +73,7 @@ pub(crate) use parts::{FdKind, MAX_PARTS, recv_parts, send_parts};
 pub use parts::{RecvPart, SendPart};
 pub(crate) use passing::{recv_with_descriptors, send_with_descriptor};
 pub use peer::{PeerProcess, peer_process};
-pub(crate) use placed_io::{read_at, write_at};
+pub(crate) use placed_io::{cached_bytes, read_at, write_at};
 pub(crate) use random::random_id;
 pub use room::{MemoryBound, MemoryRoom, memory_room};
 pub use scan::is_zero;

@@ -40,7 +40,7 @@ pub use link::{
     Ticket,
 };
 pub(crate) use mapped_ram::HeldFile;
-pub use mapped_ram::{MappedDestination, MappedLink, MappedPages, SnapshotFile};
+pub use mapped_ram::{MappedDestination, MappedLink, MappedPages, SnapshotFile, find_stream};
 pub use multifd::{ChannelOptions, MultifdDestination, MultifdLink, Numa, PageSending};
 pub use open::{
     Address, AddressError, AllowError, AllowList, ConnectionOptions, DECISION_TIMEOUT, Listener, Obstacle,

@@ -103,6 +103,11 @@ impl MappedDestination {
         self
     }
 
+    #[cfg(test)]
+    pub(super) fn is_direct(&self) -> Option<bool> {
+        self.file.is_direct()
+    }
+
     /// What errors call it.
     pub fn name(&self) -> String {
         self.file.name()

@@ -2,16 +2,17 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{
-    AtFlags, FallocateFlags, FlockOperation, SeekFrom, StatxFlags, fallocate, flock, seek, statx,
-};
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek};
 use rustix::io::Errno;
 
+use super::direct::Direct;
+#[cfg(test)]
+use super::journal::Op;
+use super::start::find_stream;
 use crate::sys::{HostSpan, Mapping, MappingError, SendPart, read_at, write_at};
 use crate::transport::{ChannelError, OpenError};
 
@@ -26,59 +27,23 @@ pub(super) struct MappedFile {
     /// Operations on the file fail from this step on.
     #[cfg(test)]
     pub(super) breaks_at: std::sync::atomic::AtomicI64,
-}
-
-/// The file, opened with O_DIRECT.
-#[derive(Debug)]
-struct Direct {
-    file: File,
-    /// Required alignment of addresses, offsets and lengths, as the file system reports it.
-    align: usize,
-    /// Direct I/O failed for aligned pages: the rest uses the page cache.
-    refused: AtomicBool,
-}
-
-impl Direct {
-    /// `None` if the file system has no direct I/O, or does not report its alignment (STATX_DIOALIGN, Linux 6.1).
-    fn of(file: &File) -> Option<Self> {
-        let told = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
-        let known = StatxFlags::from_bits_retain(told.stx_mask).contains(StatxFlags::DIOALIGN);
-        let aligns = [told.stx_dio_mem_align, told.stx_dio_offset_align];
-        if !known || aligns.contains(&0) {
-            return None;
-        }
-        let align = aligns.into_iter().max().and_then(|align| usize::try_from(align).ok())?;
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let file = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(path).ok()?;
-        Some(Self { file, align, refused: AtomicBool::new(false) })
-    }
-
-    /// `None` if direct I/O is not possible for these bytes: the page cache is used.
-    fn write(&self, span: HostSpan<'_>, skip: usize, at: u64) -> Option<io::Result<usize>> {
-        let offset = usize::try_from(at).ok()?;
-        let fits =
-            [span.address() + skip, span.len() - skip, offset].iter().all(|n| n.is_multiple_of(self.align));
-        if !fits || self.refused.load(Ordering::Relaxed) {
-            return None;
-        }
-        match write_at(self.file.as_fd(), &[SendPart::Guest(span)], skip, at) {
-            // Memory that can't be pinned, or a file system that now refuses.
-            Err(error)
-                if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EFAULT | libc::EOPNOTSUPP)) =>
-            {
-                tracing::debug!(%error, "pages are written through the page cache");
-                self.refused.store(true, Ordering::Relaxed);
-                None
-            }
-            written => Some(written),
-        }
-    }
+    #[cfg(test)]
+    pub(super) journal: super::journal::Journal,
 }
 
 impl MappedFile {
-    /// Opens an existing file for reading. No process of this program writes to it meanwhile.
+    /// Opens an existing file for reading. No process of this program writes to it meanwhile. A stream at its start that is
+    /// not there is looked for behind what stands in front of it.
     pub(super) fn to_read(path: &Path, starts_at: u64) -> io::Result<Self> {
-        Self::locked(path, starts_at, OpenOptions::new().read(true), FlockOperation::NonBlockingLockShared)
+        let how = FlockOperation::NonBlockingLockShared;
+        let mut this = Self::locked(path, starts_at, OpenOptions::new().read(true), how)?;
+        this.direct = Direct::to_read(&this.file);
+        if starts_at == 0
+            && let Some(found) = find_stream(&this.file)?
+        {
+            this.starts_at = found;
+        }
+        Ok(this)
     }
 
     /// Opens or creates a file for writing. Its old content after `starts_at` is deleted permanently: everything
@@ -88,7 +53,7 @@ impl MappedFile {
         // The file holds a guest's memory: only its owner may access a new one.
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let mut this = Self::locked(path, starts_at, &options, FlockOperation::NonBlockingLockExclusive)?;
-        this.direct = Direct::of(&this.file);
+        this.direct = Direct::to_write(&this.file);
         this.cut(starts_at)?;
         // Also on the disk: an old first word must not precede new pages after a crash.
         this.sync()?;
@@ -116,13 +81,15 @@ impl MappedFile {
             starts_at,
             #[cfg(test)]
             breaks_at: std::sync::atomic::AtomicI64::new(i64::MAX),
+            #[cfg(test)]
+            journal: super::journal::Journal::new(),
         })
     }
 
     /// Whether pages are written by direct I/O; `None` if the file system does not support it.
     #[cfg(test)]
     pub(super) fn is_direct(&self) -> Option<bool> {
-        self.direct.as_ref().map(|direct| !direct.refused.load(Ordering::Relaxed))
+        self.direct.as_ref().map(Direct::is_used)
     }
 
     /// Called before every operation on the file.
@@ -152,6 +119,11 @@ impl MappedFile {
     /// Fills guest memory from `at` on; returns the number of bytes, 0 at the end of the file.
     pub(super) fn read_pages(&self, span: HostSpan<'_>, at: u64) -> io::Result<usize> {
         read_at(self.file.as_fd(), span, at)
+    }
+
+    /// The file past the page cache, if the file system has direct I/O.
+    pub(super) fn direct(&self) -> Option<&Direct> {
+        self.direct.as_ref()
     }
 
     /// Fills all of the guest memory from `at` on.
@@ -184,12 +156,20 @@ impl MappedFile {
 
     pub(super) fn write(&self, bytes: &[u8], at: u64) -> io::Result<()> {
         self.step()?;
+        #[cfg(test)]
+        self.journal.add(|| Op::Write { at, bytes: bytes.to_vec() });
         self.file.write_all_at(bytes, at)
     }
 
     /// Writes guest memory without its first `skip` bytes, by direct I/O if possible; returns the number of bytes.
     pub(super) fn write_pages(&self, span: HostSpan<'_>, skip: usize, at: u64) -> io::Result<usize> {
         self.step()?;
+        #[cfg(test)]
+        self.journal.add(|| {
+            let mut bytes = vec![0; span.len()];
+            span.copy_to(&mut bytes);
+            Op::Write { at, bytes: bytes.split_off(skip) }
+        });
         if let Some(written) = self.direct.as_ref().and_then(|direct| direct.write(span, skip, at)) {
             return written;
         }
@@ -199,13 +179,18 @@ impl MappedFile {
     /// Makes it as long.
     pub(super) fn cut(&self, len: u64) -> io::Result<()> {
         self.step()?;
+        #[cfg(test)]
+        self.journal.add(|| Op::Cut { len });
         self.file.set_len(len)
     }
 
     /// Returns after all written bytes are on the disk.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.step()?;
-        self.file.sync_all()
+        self.file.sync_all()?;
+        #[cfg(test)]
+        self.journal.add(|| Op::Synced);
+        Ok(())
     }
 
     pub(super) fn file(&self) -> &File {
@@ -235,6 +220,8 @@ impl MappedFile {
     /// Frees the space of `len` bytes from `at` on: they then read as zero. If the file system can't, they stay.
     pub(super) fn punch(&self, at: u64, len: u64) -> io::Result<()> {
         self.step()?;
+        #[cfg(test)]
+        self.journal.add(|| Op::Punch { at, len });
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         unless_unsupported(fallocate(&self.file, flags, at, len))
     }

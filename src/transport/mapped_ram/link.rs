@@ -130,6 +130,11 @@ impl MappedLink {
     }
 
     #[cfg(test)]
+    pub(super) fn journal(&self) -> Vec<super::journal::Op> {
+        self.file.journal.ops()
+    }
+
+    #[cfg(test)]
     pub(super) fn is_direct(&self) -> Option<bool> {
         self.file.is_direct()
     }

@@ -15,13 +15,17 @@
 //! leaves a file that is recognizably incomplete.
 
 mod destination;
+mod direct;
 mod file;
+#[cfg(test)]
+mod journal;
 mod layers;
 mod link;
 mod pages;
 mod reader;
 mod scheme;
 mod sink;
+mod start;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -32,6 +36,7 @@ pub use link::MappedLink;
 use link::create;
 pub use pages::MappedPages;
 pub(super) use scheme::SCHEME;
+pub use start::find_stream;
 
 /// A file that a snapshot was written to.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crossbeam::channel::Sender;
 
+use super::direct::DirectBuffer;
 use super::file::MappedFile;
 use super::layers::Layers;
 use crate::guest::{PageWriter, Placer};
@@ -30,6 +31,13 @@ pub(super) struct Common {
     pub(super) next: AtomicUsize,
     /// Bytes read so far.
     pub(super) bytes: Arc<AtomicU64>,
+}
+
+/// Room of a thread for bytes that do not go straight into place.
+#[derive(Default)]
+struct Buffers {
+    direct: DirectBuffer,
+    cached: Vec<u8>,
 }
 
 /// One thread. It always reports its end.
@@ -59,11 +67,11 @@ impl Reader {
     /// Reads slices until none is left.
     pub(super) fn run(self) {
         let mut writer = PageWriter::default();
-        let mut buffer = Vec::new();
+        let mut buffers = Buffers::default();
         let ended = loop {
             let number = self.common.next.fetch_add(1, Ordering::Relaxed) as u64;
             let Some((block, pages)) = self.common.slice(number) else { break Ok(()) };
-            if let Err(error) = self.read_slice(block, pages, &mut writer, &mut buffer) {
+            if let Err(error) = self.read_slice(block, pages, &mut writer, &mut buffers) {
                 break Err(error);
             }
         };
@@ -77,7 +85,7 @@ impl Reader {
         block: usize,
         pages: std::ops::Range<u64>,
         writer: &mut PageWriter,
-        buffer: &mut Vec<u8>,
+        buffers: &mut Buffers,
     ) -> Result<(), MoveError> {
         let common = &*self.common;
         let index = BlockIndex(block as u32);
@@ -98,7 +106,9 @@ impl Reader {
                 common.placer.admit_pages(index, PageIndex(run.start), run.end - run.start)?
                 && let Some((file, _, from)) = found
             {
-                self.read_run(file, landing, from, writer, buffer)?;
+                // Windows may reach to the end of the slice: what lies between two runs is holes for the most part.
+                let end = from + (pages.end - run.start) * common.placer.page_bytes();
+                self.read_run((file, from, end), landing, writer, buffers)?;
                 common.placer.commit(landing);
             }
             at = run.end;
@@ -106,19 +116,47 @@ impl Reader {
         Ok(())
     }
 
+    /// Reads past the page cache where that costs less, in windows that end at `end` of the file; returns how many bytes. The
+    /// rest is read through the cache.
+    fn read_directly(
+        &self,
+        (file, from, end): (&MappedFile, u64, u64),
+        landing: Landing,
+        writer: &mut PageWriter,
+        window: &mut DirectBuffer,
+    ) -> Result<usize, MoveError> {
+        let Common { placer, bytes, .. } = &*self.common;
+        let (mut done, len) = (0, landing.len() as usize);
+        let Some(direct) = file.direct() else { return Ok(done) };
+        while done < len {
+            let at = from + done as u64;
+            if let Some(part) = window.part(direct, at, len - done) {
+                writer.write(placer, landing, done as u64, std::iter::once(part))?;
+                done += part.len();
+                bytes.fetch_add(part.len() as u64, Ordering::Relaxed);
+            } else if !direct.fill(window, at, end.saturating_sub(at)) {
+                break;
+            }
+            if let Some(reason) = self.stop.reason() {
+                return Err(ChannelError::Stopped { reason, doing: READING }.into());
+            }
+        }
+        Ok(done)
+    }
+
     /// Reads directly into place, or through `buffer` if writing through the backing file costs less.
     fn read_run(
         &self,
-        file: &MappedFile,
+        (file, from, end): (&MappedFile, u64, u64),
         landing: Landing,
-        from: u64,
         writer: &mut PageWriter,
-        buffer: &mut Vec<u8>,
+        buffers: &mut Buffers,
     ) -> Result<(), MoveError> {
         let Common { placer, bytes, .. } = &*self.common;
-        let by_buffer = writer.prepare(placer, &[landing]);
+        let mut done = self.read_directly((file, from, end), landing, writer, &mut buffers.direct)?;
+        let by_buffer = done < landing.len() as usize && writer.prepare(placer, &[landing]);
         let span = placer.target(landing)?;
-        let mut done = 0;
+        let buffer = &mut buffers.cached;
         while done < span.len() {
             let at = from + done as u64;
             let got = if by_buffer {

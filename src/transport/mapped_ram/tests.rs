@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -16,8 +17,8 @@ use crate::stream::qemu::mapped_stream::MappedReadError;
 use crate::stream::qemu::ram::{EOS_RECORD, IDSTR};
 use crate::stream::qemu::section::{self, SectionName};
 use crate::stream::qemu::tail::without_devices;
-use crate::sys::{Mapping, SendPart, Stop, spawn_thread};
-use crate::transport::{ByteSource, ChannelError, DestinationLink, MoveError, OpenError, SourceLink};
+use crate::sys::{Mapping, SendPart, Stop, cached_bytes, spawn_thread};
+use crate::transport::{ByteSource, ChannelError, DestinationLink, MoveError, OpenError, Random, SourceLink};
 use crate::units::{BlockIndex, PageIndex, PageSize};
 
 const PAGES: u64 = 700;
@@ -230,6 +231,37 @@ fn pages_go_past_the_page_cache_where_that_can_be() {
     assert!(there.bytes() == guest.bytes());
 }
 
+/// A long run that is not in the page cache is not there afterwards either; one that is there is read from it. What comes
+/// is the same.
+#[test]
+fn pages_that_no_cache_holds_are_read_past_it() {
+    let dir = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
+    let path = dir.path().join("guest");
+    let guest = Guest::new();
+    (0..PAGES).filter(|page| *page != 300).for_each(|page| guest.write(page, (page % 250) as u8 + 1));
+    Save::create(&path, 0, &guest).whole(&guest).unwrap();
+    let source = opened(&path, 0).unwrap();
+    let (at, len) = (source.stream().places[0].header.pages_offset, PAGES * 4096);
+    let file = std::fs::File::open(&path).unwrap();
+    let cached = || cached_bytes(file.as_fd(), at, len);
+    match (source.is_direct(), cached()) {
+        (Some(true), Ok(cached)) if cached < len / 2 => {}
+        unknown => {
+            eprintln!("SKIPPED: no direct I/O in target/, or cachestat(2) does not answer: {unknown:?}");
+            return;
+        }
+    }
+    let there = Guest::new();
+    load(source, &there).unwrap();
+    assert!(there.bytes() == guest.bytes());
+    assert!(cached().unwrap() < len / 2, "{:?} of {len} bytes are cached", cached());
+
+    std::fs::read(&path).unwrap();
+    let there = Guest::new();
+    load(opened(&path, 0).unwrap(), &there).unwrap();
+    assert!(there.bytes() == guest.bytes());
+}
+
 /// The process is killed, the disk is full or gone: at every step the file is complete or recognizably incomplete, and
 /// it is complete only if all of it was written.
 #[test]
@@ -277,6 +309,51 @@ fn a_save_that_breaks_off_at_any_step_leaves_no_file_that_claims_to_be_whole() {
         }
     }
     assert!(broken > 10, "{broken} steps");
+}
+
+/// The machine crashes at every operation: what was not synced yet may be on the disk or not, in any order, also in parts. A
+/// file that is read is the whole guest all the same, over a new file and over that of an earlier guest.
+#[test]
+fn a_machine_that_crashes_at_any_write_leaves_no_file_that_claims_to_be_whole_and_is_not() {
+    let dir = scratch_in_memory();
+    let old = {
+        let (path, guest) = (dir.path().join("old"), Guest::new());
+        guest.write(3, 5);
+        Save::create(&path, 0, &guest).whole(&guest).unwrap();
+        std::fs::read(&path).unwrap()
+    };
+    let guest = Guest::new();
+    guest.fill();
+    let path = dir.path().join("guest");
+    std::fs::write(&path, &old).unwrap();
+    journal::want(true);
+    let mut save = Save::create(&path, 0, &guest);
+    journal::want(false);
+    save.whole(&guest).unwrap();
+    let ops = save.link.journal();
+    drop(save);
+    let syncs = ops.iter().filter(|op| matches!(op, journal::Op::Synced)).count();
+    assert!(ops.len() > 10 && syncs >= 4, "{} operations, {syncs} syncs", ops.len());
+    let (mut whole, mut refused) = (0, 0);
+    for (seed, at) in (0..8).flat_map(|seed| (0..=ops.len()).map(move |at| (seed, at))) {
+        let left = dir.path().join("left");
+        std::fs::write(&left, &old).unwrap();
+        let file = std::fs::File::options().write(true).open(&left).unwrap();
+        journal::crash(&file, &ops, at, &mut Random(seed * 1000 + at as u64 + 1));
+        match opened(&left, 0) {
+            Ok(source) => {
+                let there = Guest::new();
+                load(source, &there).unwrap();
+                // Nothing was done yet, or all.
+                let (is_old, is_new) = (there.bytes()[3 * 4096] == 5, there.bytes() == guest.bytes());
+                assert!(is_new || is_old && at < 2, "crash at {at} of {}, seed {seed}", ops.len());
+                whole += usize::from(is_new);
+            }
+            Err(OpenError::Unreadable { .. }) => refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(whole >= 8 && refused > whole, "{whole} whole, {refused} refused");
 }
 
 #[test]
