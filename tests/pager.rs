@@ -338,6 +338,16 @@ fn several_guests_are_served_at_once_and_one_that_is_killed_harms_no_other() {
     guest.ends_well();
 }
 
+/// A figure of `--metrics`.
+fn figure(address: &str, name: &str) -> f64 {
+    let mut client = std::net::TcpStream::connect(address).unwrap();
+    client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut client, &mut text).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("{name} is not in\n{text}")).parse::<f64>().unwrap()
+}
+
 /// As many as are served unless more are asked for; one is killed in the middle. The figures tell of all.
 #[test]
 fn sixty_four_guests_are_served_at_once_and_their_figures_are_told() {
@@ -348,14 +358,7 @@ fn sixty_four_guests_are_served_at_once_and_their_figures_are_told() {
     let pager = Pager::start(folder.path(), &["--metrics", "0"], path.to_str().unwrap());
     let said = pager.has_said("metrics at http://");
     let address = said.split("metrics at http://").nth(1).and_then(|rest| rest.split('/').next()).unwrap();
-    let figure = |name: &str| {
-        let mut client = std::net::TcpStream::connect(address).unwrap();
-        client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
-        let mut text = String::new();
-        std::io::Read::read_to_string(&mut client, &mut text).unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.unwrap_or_else(|| panic!("{name} is not in\n{text}")).parse::<f64>().unwrap()
-    };
+    let figure = |name: &str| figure(address, name);
     let mut orders = pager.orders("half");
     orders["pages"] = json!(FEW);
     let mut guests: Vec<_> = (0..GUESTS).map(|_| StandIn::start(&orders, None)).collect();
@@ -393,9 +396,18 @@ fn memory_that_lies_on_another_host_comes_from_its_server() {
     let path = memory_file(folder.path(), PAGES);
     let there = folder.path().join("there");
     fs::create_dir(&there).unwrap();
-    let arguments = ["serve", "--listen", "tcp:127.0.0.1:0", "--from"];
+    let arguments = ["serve", "--metrics", "0", "--listen", "tcp:127.0.0.1:0", "--from"];
     let mut server = Ramwire::start(&there, &arguments, path.to_str().unwrap());
     let address = server.listening();
+    let said = Deadline::seconds(60).poll(
+        "metrics",
+        || server.errors(),
+        || {
+            let said = server.errors();
+            said.contains("/metrics").then_some(said)
+        },
+    );
+    let metrics = said.split("metrics at http://").nth(1).and_then(|rest| rest.split('/').next()).unwrap();
     let pager = Pager::start(folder.path(), &[], &address);
     let guests = [(); 3].map(|()| StandIn::start(&pager.orders("touch"), None));
     for guest in guests {
@@ -405,6 +417,18 @@ fn memory_that_lies_on_another_host_comes_from_its_server() {
         guest.ends_well();
     }
     assert!(server.errors().contains("has connected"), "{}", server.errors());
+    // One connection for all its VMMs.
+    for (name, number) in [
+        ("ramwire_serve_clients", 1.0),
+        ("ramwire_serve_connections_total{how=\"served\"}", 1.0),
+        ("ramwire_serve_connections_total{how=\"refused\"}", 0.0),
+        ("ramwire_serve_failed_reads_total", 0.0),
+    ] {
+        assert_eq!(figure(metrics, name), number, "{name}");
+    }
+    let (reads, bytes) =
+        (figure(metrics, "ramwire_serve_reads_total"), figure(metrics, "ramwire_serve_read_bytes_total"));
+    assert!(reads > 0.0 && bytes >= reads * 4096.0, "{reads} reads, {bytes} bytes");
     kill_process(Pid::from_raw(server.pid() as i32).unwrap(), Signal::TERM).unwrap();
     let (status, said) = server.ended(Deadline::seconds(60));
     assert_eq!(status, 0, "{said}");

@@ -1,16 +1,24 @@
 //! `ramwire serve`: memory at rest for pagers on other hosts.
 
+use std::fmt::Error;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::registry::Unit;
 use ramwire::error::Chain;
 use ramwire::session::Spawner;
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, Listener, PageServer, StreamChannel, StreamOptions};
+use ramwire::transport::{
+    Address, AllowList, Listener, PageServer, ServedPages, StreamChannel, StreamOptions,
+};
 
 use super::args::Exit;
 use super::common::{failed, human_bytes};
+use super::metrics::{MetricsArgs, Out, encoded};
 use super::output::note;
 use super::pager::Stored;
 use super::signals::cancel_on_signal;
@@ -41,6 +49,67 @@ pub(super) struct Args {
     /// Most clients that are served at a time; another one is hung up on
     #[arg(long, value_name = "N", default_value = "64", value_parser = clap::value_parser!(u16).range(1..=4096))]
     max_clients: u16,
+    #[command(flatten)]
+    metrics: MetricsArgs,
+}
+
+/// The clients so far.
+#[derive(Debug, Default)]
+struct Clients {
+    now: AtomicU64,
+    served: AtomicU64,
+    refused: AtomicU64,
+}
+
+/// A client that is being served.
+struct Served(Arc<Clients>);
+
+impl Served {
+    fn begins(clients: &Arc<Clients>) -> Self {
+        clients.now.fetch_add(1, Ordering::Relaxed);
+        clients.served.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(clients))
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.0.now.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The figures as they are at one time.
+#[derive(Clone, Copy, Debug)]
+struct Figures {
+    now: u64,
+    served: u64,
+    refused: u64,
+    pages: ServedPages,
+}
+
+impl Figures {
+    fn of(clients: &Clients, server: &PageServer) -> Self {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Self {
+            now: read(&clients.now),
+            served: read(&clients.served),
+            refused: read(&clients.refused),
+            pages: server.served(),
+        }
+    }
+}
+
+impl Collector for Figures {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
+        let mut out = Out::new(encoder);
+        out.gauge("serve_clients", "Pagers that are connected", None, self.now as f64)?;
+        let clients = [("served", self.served), ("refused", self.refused)];
+        out.counters("serve_connections", "Pagers that connected, by what became of them", "how", &clients)?;
+        out.counter("serve_reads", "Reads of memory that were answered", None, self.pages.reads)?;
+        let (read, bytes) = ("Memory in their answers", Some(Unit::Bytes));
+        out.counter("serve_read", read, bytes, self.pages.bytes)?;
+        out.counter("serve_failed_reads", "Reads that failed here", None, self.pages.failed)
+    }
 }
 
 pub(super) fn run(args: &Args) -> Exit {
@@ -68,7 +137,10 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     for address in listener.addresses() {
         note!("listening on {address}");
     }
-    let (server, spawner) = (PageServer::new(memory), Spawner::default());
+    let (server, spawner, clients) = (PageServer::new(memory), Spawner::default(), Arc::<Clients>::default());
+    let (of, by) = (Arc::clone(&clients), server.clone());
+    let figures = Box::new(move || encoded(Box::new(Figures::of(&of, &by))));
+    let _metrics = args.metrics.serve_text("serve", figures)?;
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     loop {
         let channel = match listener.accept(&StreamOptions::default(), &stop) {
@@ -84,15 +156,23 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         let name = channel.peer().to_owned();
         if threads.len() >= usize::from(args.max_clients) {
             let most = args.max_clients;
+            clients.refused.fetch_add(1, Ordering::Relaxed);
             note!(
                 "ramwire serve: {name} was refused: {most} clients are served, which is the most (--max-clients)"
             );
             continue;
         }
-        let (server, stop) = (server.clone(), stop.clone());
-        match spawner.spawn("ramwire-serve", Box::new(move || serve_one(&server, channel, &stop))) {
+        let (server, stop, served) = (server.clone(), stop.clone(), Served::begins(&clients));
+        let job = move || {
+            serve_one(&server, channel, &stop);
+            drop(served);
+        };
+        match spawner.spawn("ramwire-serve", Box::new(job)) {
             Ok(thread) => threads.push(thread),
-            Err(error) => note!("ramwire serve: {name} was refused: {}", Chain(&error)),
+            Err(error) => {
+                clients.refused.fetch_add(1, Ordering::Relaxed);
+                note!("ramwire serve: {name} was refused: {}", Chain(&error));
+            }
         }
     }
     for thread in threads {

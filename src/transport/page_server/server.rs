@@ -1,6 +1,7 @@
 //! The server's side: one connection at a time, which a thread of the caller's serves to its end.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::{fill, not_understood};
@@ -20,9 +21,18 @@ const WAITING: &str = "waiting for a request for pages";
 #[derive(Clone, Debug)]
 pub struct PageServer {
     memory: Arc<StoredMemory>,
+    all: Arc<Counts>,
 }
 
-/// What one client has read.
+/// What all clients have read so far.
+#[derive(Debug, Default)]
+struct Counts {
+    reads: AtomicU64,
+    bytes: AtomicU64,
+    failed: AtomicU64,
+}
+
+/// What clients have read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ServedPages {
@@ -37,7 +47,14 @@ pub struct ServedPages {
 impl PageServer {
     /// Serves `memory`.
     pub fn new(memory: Arc<StoredMemory>) -> Self {
-        Self { memory }
+        Self { memory, all: Arc::default() }
+    }
+
+    /// What all clients of this server and its clones have read so far, those that are connected too.
+    pub fn served(&self) -> ServedPages {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let Counts { reads, bytes, failed } = &*self.all;
+        ServedPages { reads: read(reads), bytes: read(bytes), failed: read(failed) }
     }
 
     /// Serves one client, on this thread, until it closes the connection.
@@ -70,9 +87,12 @@ impl PageServer {
                 let end = (0..=why.len().min(MAX_WHY)).rev().find(|at| why.is_char_boundary(*at));
                 buffer = why.as_bytes()[..end.unwrap_or(0)].to_vec();
                 served.failed += 1;
+                self.all.failed.fetch_add(1, Ordering::Relaxed);
             } else if request.asked == Asked::Read {
                 served.reads += 1;
                 served.bytes += request.len;
+                self.all.reads.fetch_add(1, Ordering::Relaxed);
+                self.all.bytes.fetch_add(request.len, Ordering::Relaxed);
             }
             let mut head = Vec::with_capacity(ANSWER_LEN);
             Answer { number: request.number, is_done: done.is_ok(), len: buffer.len() as u64 }
