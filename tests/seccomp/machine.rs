@@ -91,6 +91,11 @@ impl Machine {
         })
     }
 
+    /// It may write so many pages more.
+    pub(crate) fn allow(&self, pages: u64) {
+        self.allowed.fetch_add(pages, Ordering::Relaxed);
+    }
+
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let region = self.memory.region(BlockIndex(0)).unwrap();
         let mut out = vec![0; region.len() as usize];
@@ -110,6 +115,9 @@ impl GuestControl for Machine {
     }
     fn devices(&mut self) -> Option<&mut dyn DeviceState> {
         Some(self)
+    }
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
     }
 }
 

@@ -9,6 +9,7 @@
 mod files;
 mod live;
 mod machine;
+mod snapshot;
 mod urgent;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -138,6 +139,8 @@ fn child() {
         "file" if words[1] == "lazy" => files::restore(filters),
         "file" => files::through_a_file(filters),
         "urgent" => urgent::urgent(filters),
+        "snapshot" => snapshot::snapshots(filters),
+        "serve" => snapshot::served(words[1], filters),
         way => live::migrate(way, words[1], words[2], filters),
     }
 }
@@ -239,6 +242,25 @@ fn a_lazy_restore_needs_no_other_call() {
     must_migrate("file lazy none all");
     for without in ["ramwire-file-rx/UFFDIO_COPY", "ramwire-restore/UFFDIO_UNREGISTER"] {
         let output = run(&format!("file lazy none {without}"));
+        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
+    }
+}
+
+#[test]
+fn snapshots_of_a_running_guest_need_no_other_call() {
+    must_migrate("snapshot completed none all");
+    for without in ["ramwire-snap/UFFDIO_WRITEPROTECT", "ramwire-snap-tx/sendmsg", "ramwire-snap-vm/futex"] {
+        let output = run(&format!("snapshot completed none {without}"));
+        assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
+    }
+}
+
+#[test]
+fn a_server_of_pages_and_who_reads_from_it_need_no_other_call() {
+    must_migrate("serve tcp none all");
+    must_migrate("serve unix none all");
+    for without in ["ramwire-serve/pread64", "ramwire-page-rx/readv"] {
+        let output = run(&format!("serve unix none {without}"));
         assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
     }
 }
