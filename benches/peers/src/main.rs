@@ -5,6 +5,8 @@
 //! | `migrate` | how fast is a whole migration compared with QEMU's, bare loops, iperf3, memcpy and bare RDMA WRITEs? |
 //! | `converge` | does a guest that writes as fast as the link carries, or faster, still arrive? |
 //! | `limit` | does `--max-bandwidth` hold, over all of a run and over each tenth of a second? |
+//! | `snapshot` | how long does a running guest stand still for a snapshot, and how long do its writes wait? |
+//! | `restore` | how fast is a guest read from its file, and how soon does one run whose memory is read behind it? |
 //! | `latency` | how long does an RDMA WRITE take compared with perftest's? |
 //!
 //! `converge`, `limit` and `latency` run the command `ramwire`, which is next to this program after `cargo build
@@ -27,12 +29,14 @@ mod plot;
 mod program;
 mod qemu;
 mod qmp;
+mod restore;
 mod signal;
 #[path = "../../../src/cli/sizes.rs"]
 #[allow(dead_code, reason = "the command reads more")]
 mod sizes;
 #[path = "../../../src/cli/slow_link.rs"]
 mod slow_link;
+mod snapshot;
 
 use std::process::ExitCode;
 
@@ -61,6 +65,10 @@ enum Command {
     Converge(converge::ConvergeArgs),
     /// Whether a bandwidth limit holds, over all of a run and over each tenth of a second
     Limit(limit::LimitArgs),
+    /// How long a running guest stands still for a snapshot, how long its writes wait, and how many are left meanwhile
+    Snapshot(snapshot::SnapshotArgs),
+    /// How fast a guest is read from its file, and how soon one runs whose memory is read behind it
+    Restore(restore::RestoreArgs),
     /// How long an RDMA WRITE takes, paired with perftest's ib_write_lat
     #[cfg(feature = "rdma")]
     Latency(latency::LatencyArgs),
@@ -108,6 +116,8 @@ fn main() -> ExitCode {
         Command::Migrate(args) => migrate::run(args, &cancel).map(|()| Exit::Done),
         Command::Converge(args) => converge::run(args, &cancel),
         Command::Limit(args) => limit::run(args),
+        Command::Restore(args) => restore::run(args, &cancel),
+        Command::Snapshot(args) => snapshot::run(args, &cancel),
         #[cfg(feature = "rdma")]
         Command::Latency(args) => latency::run(args, &cancel).map(|()| Exit::Done),
         Command::Peer(args) => migrate::peer::serve(args).map(|()| Exit::Done),

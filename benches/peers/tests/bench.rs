@@ -151,3 +151,37 @@ fn converging_and_limited_demos_are_measured() {
     let held = run(&["limit", "--json", "--limit=8M", "--seconds=2"]);
     assert!(held["windows"].as_u64() >= Some(5) && held["rate"].as_f64() > Some(0.0), "{held}");
 }
+
+#[test]
+fn snapshots_are_measured_in_turns_and_their_files_removed() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ramwire-bench"));
+    command.args(["snapshot", "--ram", "8M,16M", "--pairs", "2", "--working-set", "2M", "--json", "--dir"]);
+    let output = command.arg(dir.path()).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    // 3: it measured, and a limit did not hold, as on a busy machine.
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{errors}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{errors}"));
+    let cases = report["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 2);
+    for case in cases {
+        assert_eq!(case["runs"].as_array().unwrap().len(), 2, "{case}");
+        assert!(case["pause_ms"]["median"].as_f64().unwrap() > 0.0, "{case}");
+    }
+    assert_eq!(left_over(dir.path()), 0);
+}
+
+#[test]
+fn restores_are_measured_beside_bare_reads_and_their_files_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ramwire-bench"));
+    command.args(["restore", "--ram", "16M", "--sparse", "1G", "--pairs", "2", "--json", "--dir"]);
+    let output = command.arg(dir.path()).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{errors}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{errors}"));
+    for name in ["eager_gb_per_s", "bare_gb_per_s", "eager_ratio", "lazy_start_ms", "sparse_start_ms"] {
+        assert_eq!(report[name]["count"], 2, "{name}: {report}");
+    }
+    assert_eq!(left_over(dir.path()), 0);
+}
