@@ -1,5 +1,6 @@
 //! What several commands share: options, numbers with units, errors as text.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use ramwire::engine::{Outcome, Reason};
@@ -285,6 +286,12 @@ impl std::str::FromStr for PeerOption {
 /// `1.5 GiB`.
 pub(super) fn human_bytes(bytes: u64) -> String {
     indicatif::HumanBytes(bytes).to_string()
+}
+
+/// The path in `unix:PATH`.
+pub(super) fn unix_path(text: &str) -> Result<PathBuf, String> {
+    let path = text.strip_prefix("unix:").filter(|path| !path.is_empty());
+    path.map(PathBuf::from).ok_or_else(|| format!("{text:?} is no UNIX socket; write unix:PATH"))
 }
 
 /// Prints an error with its causes and the options that help.

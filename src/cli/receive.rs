@@ -16,7 +16,7 @@ use ramwire::transport::{Address, AllowList, ConnectionOptions, CprListener, Lis
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{ChannelArgs, Timeouts, bytes, complain, failed, human_bytes, uri_help};
+use super::common::{ChannelArgs, Timeouts, bytes, complain, failed, human_bytes, unix_path, uri_help};
 use super::metrics::MetricsArgs;
 use super::output::{note, result_line};
 use super::progress::Progress;
@@ -81,11 +81,6 @@ pub(super) struct Args {
 
 fn block_name(text: &str) -> Result<BlockName, String> {
     BlockName::new(text).map_err(|error| error.to_string())
-}
-
-fn unix_path(text: &str) -> Result<PathBuf, String> {
-    let path = text.strip_prefix("unix:").filter(|path| !path.is_empty());
-    path.map(PathBuf::from).ok_or_else(|| format!("{text:?} is no UNIX socket; write unix:PATH"))
 }
 
 /// Listens for memory of a QEMU on this host and waits until it has arrived.

@@ -38,7 +38,7 @@ pub use error::{Error, ErrorKind};
 pub use fingerprints::MemoryCheck;
 pub use handle::{CancelReply, Canceller, MigrationHandle};
 pub use pager::{HandedError, HandedRegion, LazyProgress, PageFailure, ServeSettings, ServedMemory};
-pub use passed::{NotPassed, PassedBlock};
+pub use passed::{NotPassed, PassedBlock, memory_to_pass};
 pub use relay::{
     ConnectFn, Guard, Held, Kept, Notice, NoticeFn, Relay, RelayControl, RelayReport, ScanReport,
 };

@@ -114,6 +114,14 @@ pub enum NotPassed {
         /// Bytes passed.
         len: u64,
     },
+    /// Another process can't map it.
+    #[error(
+        "it is private memory here, and a QEMU takes none of it over this channel; give memory with a file (a memfd)"
+    )]
+    Private,
+    /// It is left out as shared.
+    #[error("it is left out as shared (x-ignore-shared), so this end does not have it to pass")]
+    LeftOut,
     /// The memory that was provided is other memory.
     #[error(
         "the memory that was provided for it is not a mapping of the descriptor that came (Incoming::passed): map that, and \
@@ -126,10 +134,30 @@ impl NotPassed {
     /// Whose fault it is.
     pub(super) fn kind(&self) -> ErrorKind {
         match self {
-            Self::OtherMemory | Self::Unmapped(_) => ErrorKind::Local,
+            Self::OtherMemory | Self::Unmapped(_) | Self::Private | Self::LeftOut => ErrorKind::Local,
             _ => ErrorKind::Peer,
         }
     }
+}
+
+/// All memory of a guest by its blocks, as it is passed ahead of a migration
+/// ([`CprSender`](crate::transport::CprSender)).
+///
+/// # Errors
+/// [`Error::Passed`]: a block has no file behind it, is not whole in it, or is not this guest's to pass.
+pub fn memory_to_pass(memory: &dyn GuestMemory) -> Result<Vec<(BlockName, SharedFile)>, Error> {
+    let blocks = (0..).map(BlockIndex).zip(memory.table().blocks());
+    let file_of = |(index, block): (BlockIndex, &RamBlock)| {
+        let refused = |why| Error::Passed { block: block.name.clone(), why };
+        if block.flags.ignored {
+            return Err(refused(NotPassed::LeftOut));
+        }
+        let file = memory.region(index).and_then(|region| region.shared_file());
+        let file = file.ok_or_else(|| refused(NotPassed::Private))?;
+        file.check(block.used_length).map_err(|source| refused(source.into()))?;
+        Ok((block.name.clone(), file))
+    };
+    blocks.map(file_of).collect()
 }
 
 /// Everything that was passed is a block of the list, whole.

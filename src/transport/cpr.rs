@@ -1,21 +1,27 @@
-//! The channel on which a QEMU passes its guest's memory in mode cpr-transfer, ahead of its migration.
+//! The channel on which memory is passed to or by a QEMU in mode cpr-transfer, ahead of its migration.
 //!
-//! The QEMU stops its guest, sends the names of descriptors and the descriptors, and waits until this end closes the
-//! connection. Then it connects for the migration itself, in which no page is sent.
+//! The source stops its guest, sends the names of descriptors and the descriptors, and waits until the destination
+//! closes the connection. Then it connects for the migration itself, in which no page is sent. Either end may be a
+//! QEMU, or both may be ramwires.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 
-use super::open::Listening;
+use super::open::{Listening, until_heard};
 use super::stream::unix::UnixListener;
 use crate::ram::BlockName;
-use crate::stream::qemu::cpr::{CprStateError, MAX_CPR_STATE, decode_cpr_state};
-use crate::sys::{RecvPart, Stop};
-use crate::transport::{ByteSource, ChannelError, OpenError, StreamChannel, StreamOptions};
+use crate::stream::qemu::cpr::{
+    CprStateError, MAX_CPR_STATE, WITH_DESCRIPTOR, decode_cpr_state, encode_cpr_state,
+};
+use crate::sys::{RecvPart, SendPart, SharedFile, Stop};
+use crate::transport::{
+    Address, ByteSink, ByteSource, ChannelError, OpenError, StreamChannel, StreamOptions, connect,
+};
 
-/// Why memory did not come.
+/// Why memory was not passed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CprError {
@@ -36,6 +42,11 @@ pub enum CprError {
         /// Number of descriptors that arrived.
         came: usize,
     },
+    /// The other end of the channel sends something itself.
+    #[error(
+        "the peer answered on the cpr channel, which a QEMU does not: see that it is the address of type cpr"
+    )]
+    Answered,
 }
 
 /// Listens for the channel.
@@ -111,6 +122,54 @@ impl CprMemory {
     }
 }
 
+/// The channel to a QEMU that waits for the memory of its guest.
+#[derive(Debug)]
+pub struct CprSender {
+    channel: StreamChannel,
+}
+
+impl CprSender {
+    /// Connects to `path`; tries again for at most `retry` while nobody listens there.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn connect(
+        path: &Path,
+        options: &StreamOptions,
+        retry: Duration,
+        stop: &Stop,
+    ) -> Result<Self, OpenError> {
+        let address = Address::unix(path.to_owned());
+        let channel = until_heard(&address, retry, stop, || connect(&address, options, stop))?;
+        Ok(Self { channel })
+    }
+
+    /// Passes memory by its RAM blocks, and waits until the peer has taken it and listens for the migration. A QEMU
+    /// takes its time: it makes its whole machine meanwhile.
+    ///
+    /// The peer maps the memory from here on, and its guest runs in it once the migration has completed.
+    ///
+    /// # Errors
+    /// [`CprError`]. A peer that ended can't be told from one that has taken the memory: nobody listens for the
+    /// migration then.
+    pub fn pass(mut self, memory: &[(BlockName, SharedFile)], stop: &Stop) -> Result<(), CprError> {
+        let parts = encode_cpr_state(memory.iter().map(|(name, _)| name));
+        let mut descriptors = memory.iter().map(|(_, file)| file.descriptor());
+        for part in &parts {
+            self.channel.send(&[SendPart::Own(part)], stop)?;
+            if let Some(descriptor) = descriptors.next() {
+                self.channel.send_descriptor(&[WITH_DESCRIPTOR], descriptor, stop)?;
+            }
+        }
+        self.channel.finish(stop)?;
+        self.channel.set_stall(None);
+        match self.channel.recv(&mut [RecvPart::Own(&mut [0])], stop)? {
+            0 => Ok(()),
+            _ => Err(CprError::Answered),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -150,6 +209,46 @@ mod tests {
         let came = passed(&["pc.bios", "r0"], 2, &[0]).unwrap();
         let sizes = came.iter().map(|(name, fd)| (name.as_str(), rustix::fs::fstat(fd).unwrap().st_size));
         assert_eq!(sizes.collect::<Vec<_>>(), [("pc.bios", 4096), ("r0", 8192)]);
+    }
+
+    #[test]
+    fn what_is_sent_arrives_and_the_sender_waits_for_the_hang_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cpr");
+        let options = StreamOptions::default();
+        let memory: Vec<_> = ["pc.bios", "r0"]
+            .map(|name| {
+                let file = Mapping::memfd(name, 8192).unwrap().region().shared_file().unwrap();
+                (BlockName::new(name).unwrap(), file)
+            })
+            .into();
+        let sent = memory.clone();
+        let to = path.clone();
+        let sender = std::thread::spawn(move || {
+            // Nobody listens yet.
+            let sender = CprSender::connect(&to, &options, Duration::from_secs(600), &Stop::never()).unwrap();
+            sender.pass(&sent, &Stop::never())
+        });
+        let came = CprListener::bind(&path, &options).unwrap().accept(&Stop::never()).unwrap();
+        assert!(!sender.is_finished(), "it has not been hung up on");
+        for ((name, descriptor), (due, file)) in came.hang_up().into_iter().zip(&memory) {
+            let descriptor = SharedFile::checked(descriptor, 0, 8192).unwrap();
+            assert!(name == *due && descriptor.is_same(file));
+        }
+        sender.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_peer_that_answers_or_listens_nowhere_is_no_qemu() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cpr");
+        let sender = || CprSender::connect(&path, &StreamOptions::default(), Duration::ZERO, &Stop::never());
+        assert!(matches!(sender(), Err(OpenError::Channel(ChannelError::Io { .. }))));
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let sender = sender().unwrap();
+        let mut peer = listener.accept().unwrap().0;
+        peer.write_all(b"QEVM").unwrap();
+        assert!(matches!(sender.pass(&[], &Stop::never()), Err(CprError::Answered)));
     }
 
     #[test]

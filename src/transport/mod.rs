@@ -32,7 +32,7 @@ pub use crate::stream::qemu::cpr::CprStateError;
 pub use crate::stream::qemu::packed::Packing;
 pub use bytes::{ByteSink, ByteSource};
 pub use connection::{DestinationConnection, SourceConnection, Way};
-pub use cpr::{CprError, CprListener, CprMemory};
+pub use cpr::{CprError, CprListener, CprMemory, CprSender};
 pub use error::{ChannelError, MoveError, Side};
 pub use inline::{DeltaCacheSize, InlineDestination, InlineLink, InlinePages};
 pub use link::{

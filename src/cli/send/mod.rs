@@ -14,7 +14,7 @@ use ramwire::session::{
     MemoryCheck, Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify,
 };
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, ConnectionOptions, Way, open_source};
+use ramwire::transport::{Address, ConnectionOptions, CprSender, Way, open_source};
 use ramwire::units::Rate;
 use serde_json::json;
 
@@ -22,7 +22,8 @@ use clap::ValueEnum as _;
 
 use super::args::Exit;
 use super::common::{
-    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, exit_of, failed, uri_help,
+    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, exit_of, failed, unix_path,
+    uri_help,
 };
 use super::converge::{TimeoutArgs, tell_if_it_does_not, tell_remedies};
 use super::output::{note, result_line, result_text};
@@ -58,6 +59,9 @@ use controlled::Controlled;
     # Only RAM, to another ramwire
     ramwire send unix:/run/guest.sock --ram pc.ram=ram.bin
 
+    # Let a QEMU on this host map the folder's RAM files (its second -incoming has channel type cpr): no page is copied
+    ramwire send unix:main.sock --cpr unix:cpr.sock --dir guest
+
     # Wait until a tool that knows QEMU's monitor says how and where to send it, and stay until it says quit
     ramwire send --dir guest --qmp unix:/run/guest.qmp")]
 pub(super) struct Args {
@@ -74,6 +78,10 @@ pub(super) struct Args {
     /// A RAM block in a file; with --dir it replaces the block of that name. Repeat for more
     #[arg(long, value_name = "NAME=PATH", value_parser = block)]
     ram: Vec<Block>,
+    /// The destination is a QEMU 10.0 or newer on this host with a second -incoming of channel type cpr, at this address: it
+    /// maps the RAM files instead of receiving pages, and its guest changes them. The folder can't be sent again then
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_path, conflicts_with_all = CPR_EXCLUDES)]
+    cpr: Option<PathBuf>,
     /// What the destination is, if it can't be found out: qemu-7.2, qemu-10.0 or ramwire
     #[arg(long, value_name = "PEER")]
     peer: Option<PeerOption>,
@@ -134,6 +142,9 @@ pub(super) struct Args {
     #[command(flatten)]
     reconnect: ReconnectArgs,
 }
+
+/// Options about pages: where memory is passed none is sent.
+const CPR_EXCLUDES: [&str; 5] = ["from", "channels", "postcopy", "xbzrle_cache_size", "verify"];
 
 /// What helps where the time was over.
 const REMEDIES: &str = "raise --max-bandwidth, --downtime-ms or --timeout";
@@ -276,7 +287,15 @@ fn send(
         _ => "use a network you trust",
     };
     tell_if_in_clear("send", &address, remedy);
-    let connection = open_source(&address, memory.clone(), &options, &Stop::on(cancel))?;
+    if let Some(path) = &args.cpr {
+        pass_memory(path, &guest, &options, &Stop::on(cancel))?;
+    }
+    let connection =
+        open_source(&address, memory.clone(), &options, &Stop::on(cancel)).inspect_err(|_| {
+            if args.cpr.is_some() {
+                note!("ramwire send: the QEMU closed its cpr channel; if it has ended it says why");
+            }
+        })?;
     let way = connection.way.clone();
     if uri.decides_late() {
         note!("ramwire send: {}: {}", way.transport, way.why);
@@ -288,6 +307,7 @@ fn send(
         .with_statistics(controlled.statistics.clone())
         .with_cancel(cancel.clone())
         .with_reconnect(Box::new(again));
+    let session = if args.cpr.is_some() { session.with_memory_passed() } else { session };
     tell_if_it_does_not("send", &session.statistics(), REMEDIES);
     let metrics = args.watch.metrics.serve("send", session.statistics())?;
     let custody = guest.custody();
@@ -308,6 +328,21 @@ fn send(
     // The guest is gone all the same.
     let differs = matches!(report.memory_check, Some(MemoryCheck::Differs { .. }));
     Ok(if differs { Exit::NotVerified } else { exit })
+}
+
+/// Lets a QEMU map the memory; returns when it listens for the migration.
+fn pass_memory(
+    path: &Path,
+    guest: &StoredGuest,
+    options: &ConnectionOptions,
+    stop: &Stop,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let memory = guest.memory_to_pass()?;
+    let sender = CprSender::connect(path, &options.stream, options.retry, stop)?;
+    if let Some(custody) = guest.custody() {
+        custody.pass();
+    }
+    Ok(sender.pass(&memory, stop)?)
 }
 
 /// Puts into the folder how it ended. A folder that takes no more says less than is known, and never that the guest may
@@ -367,6 +402,7 @@ impl Args {
             .with("channels", self.channels.count())
             .with("postcopy", self.postcopy.postcopy)
             .with("verify", word_of(self.verify()))
+            .with("cpr", self.cpr.is_some())
     }
 }
 
@@ -403,6 +439,7 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
         out["zero-copy"] = json!(report.statistics.zero_copy);
         out["splice"] = json!(report.statistics.splice);
         out["urgent-pages"] = json!(report.urgent_pages);
+        out["passed"] = json!(report.statistics.passed);
         out["memory-check"] = in_json(report.memory_check.as_ref());
         result_line!("{out}");
     } else if report.outcome == Outcome::Completed {

@@ -205,6 +205,7 @@ impl Inner {
             format: FORMAT,
             state: State::Arriving,
             otherwise: None,
+            passed: false,
             machine: configuration.machine.clone(),
             capabilities: configuration.capabilities.clone(),
             uuid: configuration.uuid.map(|uuid| uuid.iter().map(|byte| format!("{byte:02x}")).collect()),

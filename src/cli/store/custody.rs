@@ -3,7 +3,7 @@
 //! Before the device state is sent the guest is not handed over, and the manifest stays as it was: the process may be
 //! killed at any moment. From then on until the result is known its state is `sending`.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::{Manifest, State, Store, StoreError};
 
@@ -16,11 +16,13 @@ pub struct Custody {
 struct Inner {
     store: Store,
     manifest: Manifest,
+    /// The RAM files are the destination's memory.
+    passes: bool,
 }
 
 impl Custody {
     pub(super) fn new(store: Store, manifest: Manifest) -> Self {
-        Self { before: manifest.unless_given(), inner: Mutex::new(Inner { store, manifest }) }
+        Self { before: manifest.unless_given(), inner: Mutex::new(Inner { store, manifest, passes: false }) }
     }
 
     /// Writes the new state to the disk.
@@ -28,14 +30,14 @@ impl Custody {
     /// # Errors
     /// [`StoreError`]; the old state remains.
     pub fn mark(&self, state: State) -> Result<(), StoreError> {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if inner.manifest.state == state {
-            return Ok(());
-        }
-        let manifest = inner.manifest.in_state(state);
-        inner.store.put_manifest(&manifest)?;
-        inner.manifest = manifest;
-        Ok(())
+        let mut inner = self.inner();
+        let passed = inner.passes;
+        inner.put(state, passed)
+    }
+
+    /// The destination maps the RAM files, and the guest changes them once it runs there.
+    pub fn pass(&self) {
+        self.inner().passes = true;
     }
 
     /// The guest stays: its previous state is restored. A guest in doubt was sent again only because that destination
@@ -44,7 +46,24 @@ impl Custody {
     /// # Errors
     /// As [`mark`](Self::mark).
     pub fn keep(&self) -> Result<(), StoreError> {
-        self.mark(self.before)
+        // A guest that has run in the RAM files is not sent again: whoever has them now has not run it.
+        self.inner().put(self.before, false)
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn put(&mut self, state: State, passed: bool) -> Result<(), StoreError> {
+        if self.manifest.state == state && self.manifest.passed == passed {
+            return Ok(());
+        }
+        let manifest = Manifest { passed, ..self.manifest.in_state(state) };
+        self.store.put_manifest(&manifest)?;
+        self.manifest = manifest;
+        Ok(())
     }
 }
 
@@ -72,6 +91,26 @@ mod tests {
             drop(custody);
             let store = Store::open(dir.path()).unwrap();
             assert_eq!(store.manifest().unwrap().unwrap().state, after, "{before}");
+        }
+    }
+
+    /// A guest that runs in the RAM files of its folder has changed them.
+    #[test]
+    fn a_guest_that_was_passed_is_not_sent_again() {
+        for (state, passes) in [(State::Sent, true), (State::InDoubt, true), (State::Sent, false)] {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::open(dir.path()).unwrap();
+            let manifest = super::super::tests::manifest(State::Whole);
+            store.put_manifest(&manifest).unwrap();
+            let custody = Custody::new(store, manifest);
+            if passes {
+                custody.pass();
+            }
+            custody.mark(State::Sending).unwrap();
+            custody.mark(state).unwrap();
+            drop(custody);
+            let found = Store::open(dir.path()).unwrap().manifest().unwrap().unwrap();
+            assert_eq!((found.state, found.passed), (state, passes));
         }
     }
 

@@ -99,6 +99,7 @@ impl StoredGuest {
             footers: seen.framing.footers,
             source: "file".into(),
             otherwise: None,
+            passed: false,
             peer_style: style_seen(&beside.configuration.machine, &seen),
             blocks: Vec::new(),
         };

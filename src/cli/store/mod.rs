@@ -93,6 +93,9 @@ pub struct Manifest {
     /// While it is being sent or in doubt: the state to restore on failure, if it is not `whole`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub otherwise: Option<State>,
+    /// Its RAM files are mapped by the destination that it is sent to, or was sent to last.
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub passed: bool,
     /// Machine name.
     pub machine: String,
     /// Validated capabilities.
@@ -119,6 +122,12 @@ pub struct Manifest {
 /// Older folders without this field hold guests that have both.
 fn present() -> bool {
     true
+}
+
+/// For what is written only if it is so.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_not(flag: &bool) -> bool {
+    !flag
 }
 
 impl Manifest {
@@ -360,6 +369,7 @@ mod tests {
             format: FORMAT,
             state,
             otherwise: None,
+            passed: false,
             machine: "none".into(),
             capabilities: Vec::new(),
             uuid: None,

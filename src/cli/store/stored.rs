@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use ramwire::guest::{DeviceState, GuestControl, GuestMemory, MappedGuest};
 use ramwire::ram::{BlockName, RamBlock};
-use ramwire::session::Incoming;
+use ramwire::session::{Error, Incoming, memory_to_pass};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::stream::qemu::section::Framing;
 use ramwire::stream::qemu::state::sections_end;
 use ramwire::stream::qemu::style::PeerStyle;
-use ramwire::sys::Mapping;
+use ramwire::sys::{Mapping, SharedFile};
 use ramwire::transport::MappedDestination;
 use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
@@ -20,6 +20,10 @@ use super::arriving::nothing;
 use super::ram_file::MAX_KEPT_OPEN;
 use super::{ArrivingGuest, Custody, EARLY, Manifest, State, Store, StoreError, TAIL, failed, private};
 use crate::cli::remedies::in_words;
+
+/// A QEMU maps the greatest length that a RAM block may get, which no stream tells; only those of the ACPI tables may
+/// get longer, up to this. The rest of a longer file is a hole.
+const MIN_PASSED: u64 = 2 << 20;
 
 /// What `ramwire send` may do against the manifest.
 #[derive(Clone, Copy, Debug, Default)]
@@ -118,6 +122,7 @@ impl StoredGuest {
             format: super::FORMAT,
             state: State::Whole,
             otherwise: None,
+            passed: false,
             machine: "none".into(),
             capabilities: Vec::new(),
             uuid: None,
@@ -136,6 +141,24 @@ impl StoredGuest {
     /// Its memory.
     pub fn memory(&self) -> Arc<MappedGuest> {
         Arc::clone(&self.memory)
+    }
+
+    /// Its memory by block, for a process of this host that maps it: the files themselves, each of [`MIN_PASSED`] bytes at
+    /// least where that is possible.
+    ///
+    /// # Errors
+    /// [`Error::Passed`]: a block that has no open file of its own.
+    pub fn memory_to_pass(&self) -> Result<Vec<(BlockName, SharedFile)>, Error> {
+        let memory = memory_to_pass(&*self.memory)?;
+        for (name, file) in &memory {
+            if file.check(MIN_PASSED).is_err()
+                && let Err(errno) = rustix::fs::ftruncate(file.descriptor(), file.start() + MIN_PASSED)
+            {
+                // A memfd that is sealed has the length that its owner gave it.
+                tracing::debug!(block = name.as_str(), %errno, "its file keeps its length");
+            }
+        }
+        Ok(memory)
     }
 
     /// The configuration that its stream announced.
@@ -221,12 +244,19 @@ fn allowed(path: &Path, manifest: &Manifest, overrides: Overrides) -> Result<(),
     let state = if overrides.destination_is_dead { manifest.unless_given() } else { manifest.state };
     let why = match state {
         State::Whole => return Ok(()),
+        State::Sent if manifest.passed => {
+            "it runs elsewhere, in the RAM files of this folder: they are not the guest that arrived any more; receive it again"
+        }
         State::Sent if overrides.again => return Ok(()),
         State::Incomplete if overrides.no_vmdesc => return Ok(()),
         State::Sent if open => {
             "before that it was sent to another destination, where it runs; --again sends it once more"
         }
         State::Sent => "it runs elsewhere; --again sends it once more",
+        State::InDoubt | State::Sending if manifest.passed => {
+            "its destination may run it, in the RAM files of this folder; look there first: if it runs or has run there, receive \
+             the guest again; if it never did, give --destination-is-dead"
+        }
         State::InDoubt | State::Sending => {
             "its destination may run it, or the source that it came from; look there first: if one does, delete this \
              folder; if none does, give --destination-is-dead"

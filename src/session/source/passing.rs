@@ -21,6 +21,8 @@ pub(super) struct Passed {
     blocks: Vec<BlockName>,
     /// The guest's memory as the embedder gave it.
     before: Option<Arc<dyn GuestMemory>>,
+    /// The peer has all memory before the migration begins.
+    ahead: bool,
 }
 
 impl Passed {
@@ -31,13 +33,28 @@ impl Passed {
 }
 
 impl SourceSession {
+    /// All of the guest's memory was passed to the destination before
+    /// ([`memory_to_pass`](crate::session::memory_to_pass), [`CprSender`](crate::transport::CprSender)): none of its
+    /// pages is sent. The guest has stood still since.
+    ///
+    /// A QEMU maps the memory and loads device state before COMMIT. What it writes while it does so is in the memory of
+    /// this end too, as it is between two QEMUs.
+    #[must_use]
+    pub fn with_memory_passed(mut self) -> Self {
+        self.departure.passed.ahead = true;
+        self
+    }
+
     /// Said in HELLO.
     pub(super) fn may_pass_memory(&mut self) -> bool {
-        self.settings.pass_memory && self.wire.link.sink().carries_descriptors()
+        self.settings.pass_memory
+            && !self.departure.passed.ahead
+            && self.wire.link.sink().carries_descriptors()
     }
 
     pub(super) fn refuse_passing(&self) -> Result<(), Error> {
-        match self.settings.pass_memory && self.settings.postcopy.is_some() {
+        let passes = self.settings.pass_memory || self.departure.passed.ahead;
+        match passes && self.settings.postcopy.is_some() {
             true => Err(no_postcopy()),
             false => Ok(()),
         }
@@ -47,9 +64,8 @@ impl SourceSession {
     /// Blocks without one are sent page by page.
     pub(super) fn pass_memory(&mut self) -> Result<(), Error> {
         let memory = Arc::clone(&self.guest.memory);
-        let mut figures = Figures::default();
-        let passable = passable(&*memory);
-        for (_, block, file) in &passable {
+        let mut names = Vec::new();
+        for (block, file) in passable(&*memory) {
             let (start, len) = (file.start(), block.max_length);
             if !file.seal() {
                 tracing::warn!(
@@ -60,18 +76,35 @@ impl SourceSession {
             let mut order = Vec::new();
             Command::Native(Order::Memory { start, len, block: block.name.as_str() }).encode(&mut order);
             self.wire.link.sink().send_descriptor(&order, file.descriptor(), &self.wire.stop)?;
-            figures.blocks += 1;
-            figures.bytes += block.used_length;
-            self.departure.passed.blocks.push(block.name.clone());
+            names.push(block.name);
         }
-        let names = &self.departure.passed.blocks;
+        self.leave_out(names)
+    }
+
+    /// Before the first round.
+    pub(super) fn leave_out_passed_ahead(&mut self) -> Result<(), Error> {
+        match self.departure.passed.ahead {
+            true => self.leave_out(names_of(&*self.guest.memory)),
+            false => Ok(()),
+        }
+    }
+
+    /// The destination has the memory of these blocks: none of their pages is sent.
+    fn leave_out(&mut self, names: Vec<BlockName>) -> Result<(), Error> {
+        let memory = Arc::clone(&self.guest.memory);
         let seen = PassedMemory::over(Arc::clone(&memory), |block| names.contains(&block.name))?;
-        self.figures.passed(seen.table(), figures);
-        for (index, block, _) in &passable {
-            self.pages.forget(*index, memory.table().pages_of(block));
+        let mut figures = Figures::default();
+        for (index, block) in (0..).map(BlockIndex).zip(memory.table().blocks()) {
+            if names.contains(&block.name) {
+                figures.blocks += 1;
+                figures.bytes += block.used_length;
+                self.pages.forget(index, memory.table().pages_of(block));
+            }
         }
+        self.figures.passed(seen.table(), figures);
         self.guest.memory = seen;
         self.departure.passed.before = Some(memory);
+        self.departure.passed.blocks = names;
         Ok(())
     }
 
@@ -87,13 +120,19 @@ impl SourceSession {
 }
 
 /// The migrated blocks that have a backing file.
-fn passable(memory: &dyn GuestMemory) -> Vec<(BlockIndex, RamBlock, SharedFile)> {
+fn passable(memory: &dyn GuestMemory) -> Vec<(RamBlock, SharedFile)> {
     let blocks = (0..).map(BlockIndex).zip(memory.table().blocks());
     let travelling = blocks.filter(|(_, block)| !block.flags.ignored);
     let with_file = travelling.filter_map(|(index, block)| {
         let file = memory.region(index)?.shared_file()?;
         file.check(block.max_length).ok()?;
-        Some((index, block.clone(), file))
+        Some((block.clone(), file))
     });
     with_file.collect()
+}
+
+/// The migrated blocks.
+fn names_of(memory: &dyn GuestMemory) -> Vec<BlockName> {
+    let migrated = memory.table().blocks().iter().filter(|block| !block.flags.ignored);
+    migrated.map(|block| block.name.clone()).collect()
 }

@@ -39,6 +39,7 @@ impl SourceSession {
         if self.settings.all_dirty_at_start {
             self.pages.dirty.set_all(self.guest.memory.table());
         }
+        self.leave_out_passed_ahead()?;
         self.pages.skip_at_start(self.guest.memory.table(), self.breakage);
         for source in &self.guest.dirty {
             named("calling DirtySource::start", || source.start())?;

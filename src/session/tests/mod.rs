@@ -11,6 +11,7 @@ mod hostile_postcopy;
 mod mapped_file;
 mod outage;
 mod panics;
+mod passed_ahead;
 mod passing;
 mod postcopy;
 mod promptness;

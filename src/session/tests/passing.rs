@@ -70,7 +70,7 @@ impl GuestMemory for Seen {
 
 /// What a VMM at the destination does with the memory.
 #[derive(Clone, Copy, PartialEq)]
-enum Does {
+pub(super) enum Does {
     Nothing,
     FailsToProvide,
     ProvidesItsOwn,
@@ -78,21 +78,21 @@ enum Does {
 }
 
 /// What happens while memory is provided.
-type Act = Box<dyn FnOnce() + Send>;
+pub(super) type Act = Box<dyn FnOnce() + Send>;
 
 /// A VMM at the destination: it maps the memory that arrives, and writes to it whenever permitted.
 #[derive(Clone)]
-struct Vmm {
-    machine: Machine,
+pub(super) struct Vmm {
+    pub(super) machine: Machine,
     does: Does,
     guest: Arc<Mutex<Option<Arc<MappedGuest>>>>,
     passed: Arc<Mutex<Vec<String>>>,
     given: Arc<AtomicBool>,
-    during_provide: Arc<Mutex<Option<Act>>>,
+    pub(super) during_provide: Arc<Mutex<Option<Act>>>,
 }
 
 impl Vmm {
-    fn new(does: Does) -> Self {
+    pub(super) fn new(does: Does) -> Self {
         Self {
             machine: Machine::default(),
             does,
@@ -103,7 +103,7 @@ impl Vmm {
         }
     }
 
-    fn guest(&self) -> Arc<MappedGuest> {
+    pub(super) fn guest(&self) -> Arc<MappedGuest> {
         self.guest.lock().unwrap().clone().unwrap()
     }
 }
@@ -160,7 +160,7 @@ struct Moved {
     touched: u64,
 }
 
-fn channel(socket: UnixStream) -> StreamChannel {
+pub(super) fn channel(socket: UnixStream) -> StreamChannel {
     StreamChannel::from_fd(socket.into(), "peer", &StreamOptions::default()).unwrap()
 }
 

@@ -7,7 +7,11 @@
 //! QEMU 10.1 and later:  u8 5  u8 21 "CprState/vfio devices"  be32 1  u8 0
 //! ```
 //!
-//! The stream ends there. The newest name comes first. Memory has the name of its RAM block and the id 0.
+//! The stream ends there. The newest name comes first; a QEMU that reads them finds each by its name, whatever their
+//! order. Memory has the name of its RAM block and the id 0.
+//!
+//! A QEMU 10.1 and later reads a state without the part for devices as one without devices, and a QEMU 10.0 reads no
+//! state with it. So it is never written here.
 
 use super::super::reader::Reader;
 use crate::ram::BlockName;
@@ -15,8 +19,8 @@ use crate::ram::BlockName;
 /// `QCPR`.
 const MAGIC: u32 = 0x5143_5052;
 const VERSION: u32 = 1;
-/// Arrives with each descriptor.
-const WITH_DESCRIPTOR: u8 = 0x20;
+/// The byte that each descriptor is sent with.
+pub const WITH_DESCRIPTOR: u8 = 0x20;
 const SUBSECTION: u8 = 5;
 const DEVICES: &[u8] = b"CprState/vfio devices";
 
@@ -56,6 +60,29 @@ pub enum CprStateError {
         /// Its name.
         name: String,
     },
+}
+
+/// A state that passes memory of these names: one part before each descriptor, and the last one. A descriptor is sent
+/// with the byte [`WITH_DESCRIPTOR`] between two parts.
+pub fn encode_cpr_state<'a>(names: impl Iterator<Item = &'a BlockName>) -> Vec<Vec<u8>> {
+    let mut parts = Vec::new();
+    let mut part = [MAGIC.to_be_bytes(), VERSION.to_be_bytes()].concat();
+    for name in names {
+        part.push(1);
+        put_name(name, &mut part);
+        parts.push(std::mem::take(&mut part));
+    }
+    part.push(0);
+    parts.push(part);
+    parts
+}
+
+fn put_name(name: &BlockName, out: &mut Vec<u8>) {
+    let text = name.as_str();
+    out.extend_from_slice(&(text.len() as u32 + 1).to_be_bytes());
+    out.extend_from_slice(text.as_bytes());
+    // The end of the text, and the id.
+    out.extend_from_slice(&[0; 5]);
 }
 
 /// The names of the descriptors, in the order in which they come.
@@ -159,6 +186,17 @@ mod tests {
             assert_eq!(found, ["/rom@etc/acpi/rsdp", "pc.bios", "r0"]);
         }
         assert_eq!(decode_cpr_state(&state(&[], None)), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn what_is_written_is_what_a_qemu_100_writes() {
+        let names = ["/rom@etc/acpi/rsdp", "pc.bios", "r0"];
+        let blocks = names.map(|name| BlockName::new(name).unwrap());
+        let parts = encode_cpr_state(blocks.iter());
+        assert_eq!(parts.len(), names.len() + 1);
+        assert_eq!(parts.join(&WITH_DESCRIPTOR), state(&names.map(|name| (name, 0)), None));
+        let none = encode_cpr_state([].into_iter());
+        assert_eq!(none.join(&WITH_DESCRIPTOR), state(&[], None));
     }
 
     /// Wherever it ends, and whichever byte is another: no panic, and no more names than there are.

@@ -16,7 +16,7 @@ const AGAIN: Duration = Duration::from_millis(100);
 /// The error of the last try.
 ///
 /// Only a connection that was never accepted is retried: a destination that accepts a single source has lost it.
-pub(super) fn until_heard<T>(
+pub(in crate::transport) fn until_heard<T>(
     address: &Address,
     time: Duration,
     stop: &Stop,
