@@ -80,8 +80,11 @@ impl Placer {
         let find = |block: &RamBlock| table.find(block.name.as_str());
         let blocks = announced.iter().map(find).collect::<Result<_, _>>()?;
         let with_file = |region: &HostRegion| region.write_by_file(0, &[]).is_ok_and(|there_is| there_is);
-        let region = |index| memory.region(BlockIndex(index)).filter(with_file);
-        let regions: Vec<_> = (0..table.blocks().len() as u32).map(region).collect();
+        // No page comes to an ignored block: there is nothing to write to its file, and nothing to map afterwards.
+        let region = |(index, block): (u32, &RamBlock)| {
+            memory.region(BlockIndex(index)).filter(|region| !block.flags.ignored && with_file(region))
+        };
+        let regions: Vec<_> = (0..).zip(table.blocks()).map(region).collect();
         let map = |(region, block): (&Option<_>, _)| region.as_ref().map_or(0, |_| table.pages_of(block));
         let unmapped = regions.iter().zip(table.blocks()).map(map).map(AtomicBitmap::new).collect();
         let table_len = table.blocks().len();

@@ -44,6 +44,24 @@ fn bounds_are_checked_once_a_run_on_every_way_into_memory() {
     }
 }
 
+/// No page comes to it: its file is not written to, and nobody looks for pages of it that are to be mapped.
+#[test]
+fn an_ignored_block_has_no_file_and_no_map_of_pages() {
+    let block = |name, ignored| {
+        let mut block = RamBlock::new(BlockName::new(name).unwrap(), PAGES * 4096);
+        block.flags.ignored = ignored;
+        block
+    };
+    let blocks = [block("passed", true), block("ram", false)];
+    let mapping = Mapping::memfd("passed", PAGES * 4096).unwrap();
+    let builder = MappedGuest::builder(PageSize::SIZE_4K);
+    let guest =
+        builder.mapping(blocks[0].clone(), &mapping).mapping(blocks[1].clone(), &mapping).build().unwrap();
+    let placer = Placer::new(Arc::new(guest), &blocks, None).unwrap();
+    let lengths: Vec<u64> = placer.unmapped().iter().map(AtomicBitmap::len).collect();
+    assert_eq!((lengths, placer.has_files()), (vec![0, PAGES], true));
+}
+
 #[test]
 fn what_was_written_in_parts_lands_in_order_on_every_way() {
     for unmapped in [false, true] {
