@@ -221,6 +221,14 @@ fn a_switch_to_postcopy_needs_no_other_call() {
 }
 
 #[test]
+fn memory_that_is_passed_needs_no_other_call() {
+    must_migrate("passed completed software all");
+    let without = "ramwire-dest/recvmsg";
+    let output = run(&format!("passed completed software {without}"));
+    assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
+}
+
+#[test]
 fn a_connection_for_urgent_pages_needs_no_other_call() {
     must_migrate("urgent completed none all");
     let without = "ramwire-preempt/readv";
