@@ -5,6 +5,7 @@
 //! argument. The session performs the actions, so a whole migration, with faults, runs in a unit test under a seed.
 
 mod background;
+mod checkpoint;
 pub mod destination;
 mod fill;
 mod loss;
@@ -25,6 +26,12 @@ pub use crate::stream::channel_count::{ChannelMismatch, agree_on_channels};
 pub use background::{Background, NextMissing};
 #[cfg(test)]
 pub(crate) use background::{FIRST_ROOM, is_mark};
+#[cfg(test)]
+pub(crate) use checkpoint::CheckpointBreakage;
+pub use checkpoint::{
+    CheckpointAction, CheckpointConfig, CheckpointEngine, CheckpointEvent, CheckpointOutcome, StandbyAction,
+    StandbyEnding, StandbyEngine, StandbyEvent,
+};
 pub use destination::{DestinationAction, DestinationEngine, DestinationEvent, Ending};
 pub use fill::{BlockToFill, Fill, FillCounts};
 pub use loss::{LostPages, compare_counts};

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::engine::{ChannelMismatch, LostPages};
 use crate::error::Remedy;
-use crate::guest::{DirtyError, GuestError, LayoutChange, ServeError};
+use crate::guest::{CacheError, DirtyError, GuestError, LayoutChange, ServeError};
 use crate::ram::BlockName;
 use crate::session::pager::HandedError;
 use crate::session::passed::NotPassed;
@@ -179,6 +179,9 @@ pub enum Error {
         #[source]
         why: NotPassed,
     },
+    /// A checkpoint could not be kept or applied.
+    #[error("a checkpoint can't be kept here")]
+    Checkpoint(#[from] CacheError),
     /// A thread could not be started.
     #[error("thread {name} could not be started")]
     Thread {
@@ -224,6 +227,7 @@ impl Error {
             | Self::Panicked { .. }
             | Self::StandsStill { .. }
             | Self::Guest(_)
+            | Self::Checkpoint(_)
             | Self::Serve(_)
             | Self::Dirty(_)
             | Self::NotConverged { .. }

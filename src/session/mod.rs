@@ -2,6 +2,7 @@
 
 mod breakage;
 mod callback;
+mod checkpoint;
 mod config;
 mod connection;
 mod control;
@@ -25,6 +26,10 @@ mod tests;
 mod workers;
 
 use breakage::Breakage;
+pub use checkpoint::{
+    CheckpointHandle, CheckpointObserver, CheckpointReport, CheckpointSession, CheckpointSettings,
+    StandbyHandle, StandbyReport, StandbySession, StandbySettings,
+};
 pub use config::{DestinationSettings, PostcopySettings, SourceSettings, Verify};
 pub use control::Control;
 #[cfg(test)]
@@ -55,8 +60,8 @@ pub use workers::{Job, SpawnFn, Spawner};
 pub(crate) use source::Upstream;
 
 pub use crate::engine::{
-    ChannelMismatch, Ending, Handover, LostPages, OnTimeout, Outcome, PostcopyRule, Reason, RelayEnding,
-    SnapshotOutcome, ThrottlePolicy,
+    ChannelMismatch, CheckpointOutcome, Ending, Handover, LostPages, OnTimeout, Outcome, PostcopyRule,
+    Reason, RelayEnding, SnapshotOutcome, StandbyEnding, ThrottlePolicy,
 };
 pub use crate::page::ZeroDetection;
 pub use crate::stream::qemu::file::Configuration;

@@ -6,6 +6,7 @@
 //! the number is checked against a named limit.
 
 pub mod channel_count;
+pub mod checkpoints;
 mod error;
 pub mod native;
 pub mod page_counts;

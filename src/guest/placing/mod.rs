@@ -9,6 +9,7 @@
 //!
 //! The bytes are in place, then the page is marked, then the observer sees it.
 
+mod cache;
 mod missing;
 #[cfg(test)]
 mod tests;
@@ -18,6 +19,8 @@ use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
+pub use cache::CacheError;
+pub(crate) use cache::CheckpointCache;
 use missing::Missing;
 pub use missing::ServeError;
 pub use writer::PageWriter;

@@ -35,6 +35,19 @@ pub struct Incoming {
 }
 
 impl Incoming {
+    /// Blocks about which nothing else is known.
+    pub(in crate::session) fn of_blocks(blocks: Vec<RamBlock>) -> Self {
+        Self {
+            configuration: Configuration::default(),
+            blocks,
+            vmm_configuration: Vec::new(),
+            passed: Vec::new(),
+            early_sections: Vec::new(),
+            has_return_path: true,
+            seen: Seen::default(),
+        }
+    }
+
     /// Memory for the announced blocks: mappings of the [passed](Self::passed) ones, and for each other block the
     /// memory that `own` returns. `page` is the target page, 4 KiB on x86.
     ///

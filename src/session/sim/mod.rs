@@ -27,6 +27,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod channel;
+mod checkpoint;
 mod device;
 mod guest;
 mod link;

@@ -1,0 +1,47 @@
+//! Checkpoints: a source sends its guest's state again and again while the guest runs, and a standby holds the last whole
+//! one, from which the guest starts if the source dies.
+//!
+//! # Orders that hold
+//!
+//! A checkpoint is of one moment: its last pages and its device state are read while the guest is paused. The standby
+//! keeps what arrives apart from the guest's memory, and applies a checkpoint when it has all of it: whole or not at all.
+//! The source calls a checkpoint safe when the standby has confirmed it: from then on what the guest has sent to the
+//! network before that moment may leave. The guest starts at the standby only when the embedder says that the source is
+//! dead, and a source that learns of that does not let its guest run any more.
+
+mod source;
+mod standby;
+
+pub use source::{CheckpointAction, CheckpointConfig, CheckpointEngine, CheckpointEvent, CheckpointOutcome};
+pub use standby::{StandbyAction, StandbyEnding, StandbyEngine, StandbyEvent};
+
+/// Orders switched off, so that the simulation can prove that each is needed.
+#[cfg(test)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum CheckpointBreakage {
+    /// Nothing.
+    #[default]
+    None,
+    /// The guest runs on before its last pages were sent.
+    ResumeFirst,
+    /// The guest runs on before its device state was saved.
+    SaveRunning,
+    /// A checkpoint is called safe when it was sent.
+    SafeUnconfirmed,
+    /// A source whose guest was taken lets it run.
+    ResumeTaken,
+    /// After a failure the guest stays paused.
+    StayPaused,
+    /// The standby confirms a checkpoint that has begun to arrive, and the source believes it.
+    ConfirmEarly,
+    /// The standby starts in the middle of applying a checkpoint.
+    ActivateHalfApplied,
+    /// The standby starts as soon as the connection is lost.
+    ActivateOnLoss,
+    /// The standby starts although the source has ended the protection.
+    ActivateReleased,
+    /// A page that arrives goes straight to the guest's memory.
+    PlaceEarly,
+    /// The device state that arrives replaces the one before at once.
+    StateEarly,
+}

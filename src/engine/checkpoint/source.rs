@@ -1,0 +1,373 @@
+//! The source: when the next checkpoint is taken, and when the guest runs.
+
+use std::time::Duration;
+
+#[cfg(test)]
+use super::CheckpointBreakage;
+
+/// When checkpoints are taken.
+#[derive(Clone, Copy, Debug)]
+pub struct CheckpointConfig {
+    /// From the end of one pause to the beginning of the next. `None`: only when the embedder demands it.
+    pub interval: Option<Duration>,
+    /// Of the first checkpoint, which holds all memory: most rounds while the guest runs.
+    pub live_rounds: u32,
+    /// Of the first checkpoint: few enough dirty pages to pause the guest for.
+    pub live_pages: u64,
+    /// Longest wait for the standby to confirm a checkpoint that was sent.
+    pub confirm_timeout: Duration,
+}
+
+/// What has happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckpointEvent {
+    /// It begins.
+    Begin,
+    /// The action was performed.
+    Done,
+    /// [`CheckpointAction::Sync`] was performed, and so many pages are dirty.
+    Synced {
+        /// Dirty pages of all blocks.
+        dirty_pages: u64,
+    },
+    /// The action could not be performed.
+    Failed,
+    /// The connection is lost.
+    Lost,
+    /// The standby has all of this checkpoint.
+    Confirmed(u64),
+    /// The standby starts the guest from its last checkpoint.
+    Taken,
+    /// The embedder wants a checkpoint now.
+    Demand,
+    /// The embedder ends the protection.
+    Stop,
+    /// It is the time of [`CheckpointEngine::wake_at`], or later.
+    Time,
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckpointAction {
+    /// Start the dirty logs; all pages are dirty.
+    StartLogs,
+    /// Tell the standby what guest this is, and wait until it has memory for it.
+    Greet,
+    /// Begin checkpoint number n.
+    Open(u64),
+    /// Read the dirty logs.
+    Sync,
+    /// Send all dirty pages.
+    Send,
+    /// Pause the guest.
+    Pause,
+    /// Save and send the device state. What the guest sent to the network until here belongs to this checkpoint.
+    SaveState(u64),
+    /// Say that this is all of checkpoint n.
+    Close(u64),
+    /// Let the guest run.
+    Resume,
+    /// Tell the embedder that checkpoint n is safe.
+    ReportSafe(u64),
+    /// Tell the standby that the protection ends, and wait for its answer.
+    Release,
+    /// Stop the dirty logs.
+    StopLogs,
+    /// It is over.
+    Finish(CheckpointOutcome),
+}
+
+/// How protection ended at the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckpointOutcome {
+    /// The embedder has ended it, and the standby knows. The guest runs.
+    Stopped,
+    /// Something failed, or the connection was lost. The guest runs, and nothing protects it.
+    Unprotected,
+    /// The guest was started at the standby. It is paused here, and must not run again.
+    Taken,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Idle,
+    Starting,
+    Greeting,
+    Opening,
+    /// Of the first checkpoint: the guest runs.
+    LiveSync,
+    LiveSend,
+    Pausing,
+    LastSync,
+    LastSend,
+    Saving,
+    Closing,
+    Resuming,
+    /// The guest runs, and the standby has not confirmed.
+    Awaiting,
+    /// The guest runs until the next checkpoint.
+    Resting,
+    Ended,
+}
+
+/// The state of a source.
+#[derive(Debug)]
+pub struct CheckpointEngine {
+    config: CheckpointConfig,
+    phase: Phase,
+    /// The requested action that is not answered yet.
+    doing: Option<CheckpointAction>,
+    ending: Option<CheckpointOutcome>,
+    /// The checkpoint that is taken, or was taken last; from 1.
+    number: u64,
+    rounds: u32,
+    confirmed: u64,
+    paused: bool,
+    has_logs: bool,
+    demanded: bool,
+    stopping: bool,
+    due: Option<Duration>,
+    /// When the wait for the standby's answer is over.
+    overdue: Option<Duration>,
+    now: Duration,
+    #[cfg(test)]
+    breakage: CheckpointBreakage,
+}
+
+impl CheckpointEngine {
+    /// A protection that has not begun.
+    pub fn new(config: CheckpointConfig) -> Self {
+        Self {
+            config,
+            phase: Phase::Idle,
+            doing: None,
+            ending: None,
+            number: 0,
+            rounds: 0,
+            confirmed: 0,
+            paused: false,
+            has_logs: false,
+            demanded: false,
+            stopping: false,
+            due: None,
+            overdue: None,
+            now: Duration::ZERO,
+            #[cfg(test)]
+            breakage: CheckpointBreakage::None,
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn break_order(&mut self, breakage: CheckpointBreakage) {
+        self.breakage = breakage;
+    }
+
+    /// True once nothing more is sent.
+    pub fn is_ending(&self) -> bool {
+        self.ending.is_some()
+    }
+
+    /// When to call again with [`CheckpointEvent::Time`], if nothing else happens.
+    pub fn wake_at(&self) -> Option<Duration> {
+        match self.phase {
+            Phase::Awaiting if self.ending.is_none() => self.overdue,
+            Phase::Resting if self.ending.is_none() => self.due,
+            _ => None,
+        }
+    }
+
+    /// Takes an event, at any time.
+    pub fn handle(&mut self, now: Duration, event: CheckpointEvent) {
+        self.now = self.now.max(now);
+        match event {
+            CheckpointEvent::Begin if self.phase == Phase::Idle => self.phase = Phase::Starting,
+            CheckpointEvent::Begin | CheckpointEvent::Time => {}
+            CheckpointEvent::Done => self.answered(true, 0),
+            CheckpointEvent::Synced { dirty_pages } => self.answered(true, dirty_pages),
+            CheckpointEvent::Failed => {
+                self.end(CheckpointOutcome::Unprotected);
+                self.answered(false, 0);
+            }
+            CheckpointEvent::Lost => self.end(CheckpointOutcome::Unprotected),
+            // Nobody can have what was not sent.
+            CheckpointEvent::Confirmed(number) if self.is_unsent(number) => {
+                self.end(CheckpointOutcome::Unprotected);
+            }
+            CheckpointEvent::Confirmed(number) => self.confirmed = self.confirmed.max(number),
+            // Whatever else has happened: the guest runs there.
+            CheckpointEvent::Taken if self.phase != Phase::Ended => {
+                self.ending = Some(CheckpointOutcome::Taken);
+            }
+            CheckpointEvent::Taken => {}
+            CheckpointEvent::Demand => self.demanded = true,
+            CheckpointEvent::Stop => self.stopping = true,
+        }
+        let is_overdue = self.overdue.is_some_and(|at| self.now >= at);
+        if self.phase == Phase::Awaiting && is_overdue && !self.is_safe() {
+            self.end(CheckpointOutcome::Unprotected);
+        }
+    }
+
+    /// What to do next; `None` while an answer is due, or nothing is to be done before something happens.
+    pub fn poll(&mut self) -> Option<CheckpointAction> {
+        if self.doing.is_some() || self.phase == Phase::Ended {
+            return None;
+        }
+        let action = match self.ending {
+            Some(outcome) => self.undo(outcome),
+            None => self.next()?,
+        };
+        match action {
+            // From here on, whether it succeeds or not.
+            CheckpointAction::Pause => self.paused = true,
+            CheckpointAction::StartLogs => self.has_logs = true,
+            CheckpointAction::Open(number) => self.number = number,
+            // This action gets no answer.
+            CheckpointAction::Finish(_) => {
+                self.phase = Phase::Ended;
+                return Some(action);
+            }
+            _ => {}
+        }
+        self.doing = Some(action);
+        Some(action)
+    }
+
+    /// True for a checkpoint that the standby can't have all of.
+    fn is_unsent(&self, number: u64) -> bool {
+        #[cfg(test)]
+        if self.breakage == CheckpointBreakage::ConfirmEarly {
+            return false;
+        }
+        let is_taken = matches!(
+            self.phase,
+            Phase::Opening
+                | Phase::LiveSync
+                | Phase::LiveSend
+                | Phase::Pausing
+                | Phase::LastSync
+                | Phase::LastSend
+                | Phase::Saving
+        );
+        number > self.number.saturating_sub(u64::from(is_taken))
+    }
+
+    /// The first reason counts.
+    fn end(&mut self, outcome: CheckpointOutcome) {
+        if self.phase != Phase::Ended {
+            self.ending.get_or_insert(outcome);
+        }
+    }
+
+    fn undo(&mut self, outcome: CheckpointOutcome) -> CheckpointAction {
+        let is_taken = outcome == CheckpointOutcome::Taken;
+        #[cfg(test)]
+        let is_taken = is_taken && self.breakage != CheckpointBreakage::ResumeTaken;
+        let resumes = self.paused && !is_taken;
+        #[cfg(test)]
+        let resumes = resumes && self.breakage != CheckpointBreakage::StayPaused;
+        match () {
+            () if is_taken && !self.paused => CheckpointAction::Pause,
+            () if resumes => CheckpointAction::Resume,
+            () if self.has_logs => CheckpointAction::StopLogs,
+            () => CheckpointAction::Finish(outcome),
+        }
+    }
+
+    fn next(&mut self) -> Option<CheckpointAction> {
+        Some(match self.phase {
+            Phase::Idle | Phase::Ended => return None,
+            Phase::Starting => CheckpointAction::StartLogs,
+            Phase::Greeting => CheckpointAction::Greet,
+            Phase::Opening => CheckpointAction::Open(self.number + 1),
+            Phase::LiveSync | Phase::LastSync => CheckpointAction::Sync,
+            Phase::LiveSend | Phase::LastSend => CheckpointAction::Send,
+            Phase::Pausing => CheckpointAction::Pause,
+            Phase::Saving => CheckpointAction::SaveState(self.number),
+            Phase::Closing => CheckpointAction::Close(self.number),
+            Phase::Resuming => CheckpointAction::Resume,
+            Phase::Awaiting if !self.is_safe() => return None,
+            Phase::Awaiting => CheckpointAction::ReportSafe(self.number),
+            Phase::Resting if self.stopping => CheckpointAction::Release,
+            Phase::Resting if self.is_due() => {
+                (self.demanded, self.phase) = (false, Phase::Opening);
+                CheckpointAction::Open(self.number + 1)
+            }
+            Phase::Resting => return None,
+        })
+    }
+
+    fn is_safe(&self) -> bool {
+        #[cfg(test)]
+        if self.breakage == CheckpointBreakage::SafeUnconfirmed {
+            return true;
+        }
+        self.confirmed == self.number
+    }
+
+    fn is_due(&self) -> bool {
+        self.demanded || self.due.is_some_and(|at| self.now >= at)
+    }
+
+    fn answered(&mut self, done: bool, dirty_pages: u64) {
+        let Some(action) = self.doing.take() else { return };
+        match action {
+            CheckpointAction::StopLogs => self.has_logs = false,
+            // One that failed is not tried again: the report says that the guest stands still.
+            CheckpointAction::Resume => {
+                self.paused = false;
+                self.due = self.config.interval.map(|interval| self.now.saturating_add(interval));
+            }
+            _ => {}
+        }
+        if !done || self.ending.is_some() {
+            return;
+        }
+        self.phase = match action {
+            CheckpointAction::StartLogs => Phase::Greeting,
+            CheckpointAction::Greet => Phase::Opening,
+            CheckpointAction::Open(1) => Phase::LiveSync,
+            CheckpointAction::Open(_) => Phase::Pausing,
+            CheckpointAction::Sync if self.phase == Phase::LiveSync => self.behind_live_sync(dirty_pages),
+            CheckpointAction::Send if self.phase == Phase::LiveSend => Phase::LiveSync,
+            CheckpointAction::ReportSafe(_) => Phase::Resting,
+            CheckpointAction::Release => {
+                self.end(CheckpointOutcome::Stopped);
+                self.phase
+            }
+            CheckpointAction::Finish(_) => self.phase,
+            CheckpointAction::Close(_) => {
+                self.overdue = Some(self.now.saturating_add(self.config.confirm_timeout));
+                self.step_behind(self.phase)
+            }
+            _ => self.step_behind(self.phase),
+        };
+    }
+
+    /// Of the first checkpoint.
+    fn behind_live_sync(&mut self, dirty_pages: u64) -> Phase {
+        if dirty_pages <= self.config.live_pages || self.rounds >= self.config.live_rounds {
+            return Phase::Pausing;
+        }
+        self.rounds += 1;
+        Phase::LiveSend
+    }
+
+    /// The steps from the pause on, in their order.
+    fn step_behind(&self, step: Phase) -> Phase {
+        use Phase::{Awaiting, Closing, LastSend, LastSync, Pausing, Resuming, Saving};
+        let steps = [Pausing, LastSync, LastSend, Saving, Closing, Resuming, Awaiting];
+        #[cfg(test)]
+        let steps = match self.breakage {
+            CheckpointBreakage::ResumeFirst => {
+                [Pausing, LastSync, Resuming, LastSend, Saving, Closing, Awaiting]
+            }
+            CheckpointBreakage::SaveRunning => {
+                [Pausing, LastSync, LastSend, Resuming, Saving, Closing, Awaiting]
+            }
+            _ => steps,
+        };
+        let at = steps.iter().position(|one| *one == step);
+        at.and_then(|at| steps.get(at + 1)).copied().unwrap_or(step)
+    }
+}
