@@ -53,6 +53,17 @@ fn twenty_migrations_by_dirty_rings_lose_nothing() {
     assert_twenty_whole_arrivals(&twenty_times("ring", "3"));
 }
 
+/// Its process is killed at twenty moments: each time its standby runs on from a whole checkpoint, and from none that is
+/// older than what was let out.
+#[test]
+fn a_standby_runs_on_wherever_the_process_of_the_guest_is_killed() {
+    let text = tiny_vmm(&["--protect", "5", "--memory", "12M", "--rate", "30M", "--migrations", "20"]);
+    let went_on = text.lines().filter(|line| line.contains(" 3072 pages verified, 0 wrong;")).count();
+    let before = text.lines().filter(|line| line.ends_with("before the first checkpoint")).count();
+    assert!(went_on > 0 && went_on + before == 20, "{text}");
+    assert!(text.ends_with("20 kills, nothing contradicted\n"), "{text}");
+}
+
 /// The figures of a migration that switched to postcopy: pages written while pages followed, faults of the vCPUs.
 fn while_pages_followed(text: &str, number: u32) -> (u64, u64) {
     let line = text.lines().find(|line| line.starts_with(&format!("{number}: "))).unwrap_or(text);

@@ -11,8 +11,11 @@
 //!
 //! With `--postcopy` it continues there as soon as its vCPUs' registers have arrived, and a vCPU that touches a missing
 //! page waits.
+//!
+//! With `--protect` a second process runs it and is killed, and it goes on here from its last whole checkpoint.
 
 mod files;
+mod protect;
 mod vm;
 
 use std::error::Error;
@@ -96,6 +99,10 @@ struct Args {
     /// With --restore: let it run at once, and read its memory behind it
     #[arg(long, requires = "restore")]
     lazy: bool,
+    /// Instead of moving it: as often, let a second process run it with this one as its standby, a checkpoint every so many
+    /// milliseconds, kill that process and go on here
+    #[arg(long, value_name = "MS", num_args = 0..=1, default_missing_value = "20", conflicts_with_all = ["snapshot", "restore", "postcopy", "throttle", "max_bandwidth", "downtime_ms"])]
+    protect: Option<u64>,
     /// The second process is this program with this option
     #[arg(long, hide = true)]
     second: bool,
@@ -301,6 +308,7 @@ fn second(args: &Args) -> Result<(), Failure> {
                 let vm = here.take().ok_or("the guest is not here")?;
                 serde_json::to_string(&left(&send(args, vm, Path::new(path))?))?
             }
+            Some(("protect", path)) => return protect::source(args, Path::new(path)),
             _ => return Err(format!("{line:?} is no order").into()),
         };
         println!("{answer}");
@@ -418,6 +426,7 @@ fn main() -> Result<(), Failure> {
         (Some(path), _) => files::stay(&args, path),
         (None, Some(path)) => files::restore(&args, path),
         _ if args.second => second(&args),
+        _ if args.protect.is_some() => protect::protect(&args),
         _ => first(&args),
     }
 }
