@@ -5,6 +5,9 @@ mod common;
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use common::{
@@ -139,6 +142,63 @@ fn page_channels_are_encrypted_each_from_every_qemu_and_to_it() {
             there_and_back(version, 2, version == Version::Newest);
         }
     }
+}
+
+/// A listening socket of a service manager's is as good as one that `receive` has made itself.
+#[test]
+fn a_listening_socket_that_is_handed_over_takes_channels_and_tls() {
+    for (unix, encrypted, channels) in
+        [(false, true, 2), (false, false, 2), (true, true, 0), (true, false, 2)]
+    {
+        let what = format!("unix: {unix}, TLS: {encrypted}, {channels} channels");
+        let dir = scratch();
+        let path = |name: &str| dir.path().join(name);
+        let certificates = Authority::new("the authority").folder(path("certificates"));
+        let (tls, count) =
+            (format!("--tls-dir={}", certificates.display()), format!("--channels={channels}"));
+        let more: &[&str] = if encrypted { &[&tls, &count] } else { &[&count] };
+        fill(&path("ram"), MIB, Pattern::Mixed { seed: 11 });
+        let (socket, here): (OwnedFd, _) = if unix {
+            let near = path("near");
+            (UnixListener::bind(&near).unwrap().into(), format!("unix:{}", near.display()))
+        } else {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let here = format!("tcp:{}", listener.local_addr().unwrap());
+            (listener.into(), here)
+        };
+        let receive = [&["receive", "fd:0", "--json"], more, &["--dir"]].concat();
+        let mut receiver = Ramwire::start_on(dir.path(), &receive, path("guest"), socket.into());
+        let uri = receiver.listening();
+        assert_eq!(uri, here, "{what}");
+        let block = format!("m0={}", path("ram").display());
+        let send = ["send", &uri, "--json", "--peer=ramwire", "--tls-hostname=localhost"];
+        let send = if encrypted { &send[..] } else { &send[..4] };
+        let send = [send, more, &["--ram"]].concat();
+        let report = Ramwire::start(dir.path(), &send, &block).finished(Deadline::seconds(60), 0);
+        assert_eq!(report["status"], "completed", "{what}: {report}");
+        let report = receiver.finished(Deadline::seconds(60), 0);
+        assert_eq!(report["transport"], if unix { "unix" } else { "tcp" }, "{what}");
+        compare(&path("ram"), &ram_file(&path("guest"))).unwrap_or_else(|d| panic!("{what}: {d:?}"));
+        // It belongs to who has made it.
+        assert!(!unix || path("near").exists(), "{what}");
+    }
+}
+
+/// A descriptor that is one stream is not encrypted, and a socket that has no address is none to listen on.
+#[test]
+fn what_is_handed_over_and_can_not_be_listened_on_is_refused() {
+    let dir = scratch();
+    let certificates = Authority::new("the authority").folder(dir.path().join("certificates"));
+    let tls = format!("--tls-dir={}", certificates.display());
+    let (near, _far) = UnixStream::pair().unwrap();
+    let receive = ["receive", "fd:0", &tls, "--dir"];
+    let start =
+        |input: OwnedFd| Ramwire::start_on(dir.path(), &receive, dir.path().join("guest"), input.into());
+    let said = start(near.into()).failed(Deadline::seconds(60), 2);
+    assert!(said.contains("fd:0 can't be encrypted"), "{said}");
+    let name = SocketAddr::from_abstract_name(format!("ramwire-test-{}", std::process::id())).unwrap();
+    let said = start(UnixListener::bind_addr(&name).unwrap().into()).failed(Deadline::seconds(60), 3);
+    assert!(said.contains("it has no path") && said.contains("hand over a listening"), "{said}");
 }
 
 /// Content of the folder of one end.

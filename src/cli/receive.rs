@@ -22,6 +22,7 @@ use super::output::{note, result_line};
 use super::progress::Progress;
 use super::qmp::{Plan, QmpArgs, Role, Subject};
 use super::remedies::{hint, in_words};
+use super::service;
 use super::signals::cancel_on_signal;
 use super::store::{ArrivingGuest, State, Store};
 use super::tls::DestinationTlsArgs;
@@ -39,6 +40,9 @@ use super::verify::in_json;
 
     # Take the memory of a QEMU on this host without a stream of pages (mode cpr-transfer: a main channel and one of type cpr)
     ramwire receive unix:main.sock --cpr unix:cpr.sock --dir guest
+
+    # As a service that systemd starts at the first connection: the listening socket is descriptor 3 (see ramwire-receive@.socket)
+    ramwire receive fd:3 --tls-dir /etc/ramwire/tls --dir guest
 
     # Read a stream that QEMU wrote with `migrate exec:cat>FILE`
     ramwire receive file:FILE --dir guest
@@ -126,7 +130,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.tls.at(&args.uri)?, allow, &stop)?;
     if let Some(warning) = listener.warning() {
-        let encrypt = if args.uri.scheme() == "tcp" { " or encrypt it (--tls-dir DIR)" } else { "" };
+        let encrypt =
+            if listener.address().scheme() == "tcp" { " or encrypt it (--tls-dir DIR)" } else { "" };
         note!("ramwire receive: {warning}{}{encrypt}", hint(Some(Remedy::AllowPeers)));
     }
     if let Some(why) = listener.why_no_rdma() {
@@ -136,6 +141,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     for address in listener.addresses() {
         note!("listening on {address}");
     }
+    service::ready(&format!("listening on {}", listener.address()));
     let mut options = ConnectionOptions::of_stream(args.timeouts.stream_options());
     options.channels = channels;
     let passed = args.cpr.as_deref().map(|path| passed_memory(path, &options.stream, &stop)).transpose()?;

@@ -29,6 +29,11 @@ impl Ramwire {
     ///
     /// The kernel ends it together with the calling thread, so that a killed test leaves no process running.
     pub(crate) fn start(dir: &Path, arguments: &[&str], last: impl AsRef<OsStr>) -> Self {
+        Self::start_on(dir, arguments, last, Stdio::null())
+    }
+
+    /// The same with another standard input, which the command may have as `fd:0`.
+    pub(crate) fn start_on(dir: &Path, arguments: &[&str], last: impl AsRef<OsStr>, input: Stdio) -> Self {
         let label = format!("ramwire {}", arguments.join(" "));
         let unique = format!("{}-{}", arguments[0], fs::read_dir(dir).map_or(0, Iterator::count));
         let (out, errors) = (dir.join(format!("{unique}.out")), dir.join(format!("{unique}.err")));
@@ -37,7 +42,7 @@ impl Ramwire {
             .arg(env!("CARGO_BIN_EXE_ramwire"))
             .args(arguments)
             .arg(last)
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(File::create(&out).unwrap())
             .stderr(File::create(&errors).unwrap())
             .spawn()

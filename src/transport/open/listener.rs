@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use super::candidates::{self, Candidates, Listening, MAIN, MAIN_AND_PAGES};
 use super::scheme::Endpoint;
 use super::source::check_tls;
-use super::{Address, AllowList, ConnectionOptions, OpenError};
+use super::{Address, AllowList, ConnectionOptions, OpenError, Target};
 use crate::error::Remedy;
 use crate::sys::Stop;
 use crate::transport::{
@@ -25,11 +25,15 @@ pub struct Listener {
 
 impl Listener {
     /// Listens. For a TCP address without a host only this machine can connect; `allow` restricts the hosts further.
+    /// `fd:N` may be a socket that listens already.
     ///
     /// # Errors
     /// [`OpenError`].
     pub fn bind(address: &Address, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
-        check_tls(address)?;
+        // Whether a descriptor is a socket that others connect to is known when it is opened.
+        if !matches!(address.target(), Target::Descriptor(_)) {
+            check_tls(address)?;
+        }
         let endpoint = (address.row().listen)(address, allow, stop)?;
         let addresses = endpoint.addresses();
         Ok(Self { endpoint, addresses, candidates: Candidates::default() })

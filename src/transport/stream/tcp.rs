@@ -211,6 +211,11 @@ impl TcpListener {
         })
     }
 
+    /// A socket that listens at `local` already; it is non-blocking.
+    pub(super) fn handed_over(socket: Socket, local: SocketAddr, allow: AllowList) -> Self {
+        Self { sockets: vec![(socket, local)], allow }
+    }
+
     fn bind_all(addresses: &[SocketAddr]) -> io::Result<Vec<(Socket, SocketAddr)>> {
         let mut sockets: Vec<(Socket, SocketAddr)> = Vec::new();
         let mut missing = io::Error::other("no address");

@@ -52,13 +52,13 @@ fn connect(path: &Path, options: &StreamOptions, stop: &Stop) -> Result<StreamCh
     Ok(StreamChannel::from_fd(socket.into(), peer.clone(), options).map_err(broken)?)
 }
 
-/// A listening UNIX socket; its path is removed with it.
+/// A listening UNIX socket; a path that was made here is removed with it.
 #[derive(Debug)]
 pub(crate) struct UnixListener {
     socket: Socket,
     path: PathBuf,
-    /// Device and inode of the path that this process created.
-    identity: (u64, u64),
+    /// Device and inode of the path, if this process created it.
+    identity: Option<(u64, u64)>,
 }
 
 impl UnixListener {
@@ -93,7 +93,12 @@ impl UnixListener {
         let made = std::fs::symlink_metadata(path)?;
         socket.listen(16)?;
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, path: path.to_owned(), identity: (made.dev(), made.ino()) })
+        Ok(Self { socket, path: path.to_owned(), identity: Some((made.dev(), made.ino())) })
+    }
+
+    /// A socket that listens already, at a path of another program's; it is non-blocking.
+    pub(super) fn handed_over(socket: Socket, path: &Path) -> Self {
+        Self { socket, path: path.to_owned(), identity: None }
     }
 }
 
@@ -133,7 +138,7 @@ fn is_left_over(path: &Path, address: &SockAddr) -> bool {
 impl Drop for UnixListener {
     fn drop(&mut self) {
         let now = std::fs::symlink_metadata(&self.path).map(|meta| (meta.dev(), meta.ino()));
-        if now.is_ok_and(|now| now == self.identity) {
+        if self.identity.is_some() && now.ok() == self.identity {
             let _ = std::fs::remove_file(&self.path);
         }
     }
