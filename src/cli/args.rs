@@ -120,7 +120,9 @@ pub fn run() -> ExitCode {
         Ok(filter) => {
             let colours = io::stderr().is_terminal();
             let logs = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours);
-            logs.with_writer(|| output::Log).init();
+            let logs = logs.with_writer(output::Logs);
+            // The journal has time and level of its own.
+            if output::is_journal() { logs.without_time().with_level(false).init() } else { logs.init() }
         }
         Err(error) => {
             note!("ramwire: --log {}: {error}; try --log debug", cli.log);

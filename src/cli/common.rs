@@ -13,7 +13,7 @@ use ramwire::transport::{
 };
 
 use super::args::Exit;
-use super::output::note;
+use super::output::{note, note_line, priority};
 use super::qmp::Plan;
 use super::remedies::{hint, in_words};
 pub(super) use super::sizes::{bytes, seconds};
@@ -296,7 +296,7 @@ pub(super) fn unix_path(text: &str) -> Result<PathBuf, String> {
 
 /// Prints an error with its causes and the options that help.
 pub(super) fn complain(command: &str, error: &(dyn std::error::Error + 'static)) {
-    note!("ramwire {command}: {}", in_words(error));
+    note_line(priority::ERROR, format_args!("ramwire {command}: {}", in_words(error)));
 }
 
 /// Prints why a command ended before its session began, and gives its status: 4 if a signal ended it, 2 if its options

@@ -26,6 +26,7 @@ mod render;
 mod report;
 mod send;
 mod serve;
+mod service;
 mod signals;
 mod sizes;
 mod slow_link;

@@ -5,6 +5,9 @@
 //! Notes, errors and logs go to standard error through a queue and a thread, so that a stopped terminal or an unread
 //! pipe blocks only that thread. Lines that do not fit the queue are dropped and counted. Results go to standard output
 //! once the outcome is final, and wait for their reader like those of any program.
+//!
+//! If standard error is the journal's, each line begins with its priority (sd-daemon(3)), and logs have no time of their
+//! own.
 
 use std::fmt::Arguments;
 use std::io::{self, Write};
@@ -14,6 +17,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use tracing::{Level, Metadata};
+use tracing_subscriber::fmt::MakeWriter;
 
 use super::args::Exit;
 
@@ -23,9 +28,23 @@ const MAX_WAITING: usize = 16 << 20;
 /// How long the end of the command waits until standard error has accepted the last lines.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
+/// Priorities of lines in the journal, as of syslog(3).
+pub(super) mod priority {
+    /// It failed.
+    pub const ERROR: u8 = 3;
+    /// It may fail.
+    pub const WARNING: u8 = 4;
+    /// What an operator should know.
+    pub const NOTICE: u8 = 5;
+    /// What goes on.
+    pub const INFO: u8 = 6;
+    /// For developers.
+    pub const DEBUG: u8 = 7;
+}
+
 /// A line to standard error.
 macro_rules! note {
-    ($($text:tt)*) => { $crate::cli::output::note_line(::std::format_args!($($text)*)) };
+    ($($text:tt)*) => { $crate::cli::output::note_line($crate::cli::output::priority::NOTICE, ::std::format_args!($($text)*)) };
 }
 pub(super) use note;
 
@@ -119,8 +138,26 @@ fn put(text: &[u8]) {
 }
 
 /// See [`note!`].
-pub(super) fn note_line(text: Arguments<'_>) {
-    put(format!("{text}\n").as_bytes());
+pub(super) fn note_line(priority: u8, text: Arguments<'_>) {
+    put_lines(priority, &format!("{text}\n"));
+}
+
+fn put_lines(priority: u8, text: &str) {
+    if is_journal() { put(prefixed(priority, text).as_bytes()) } else { put(text.as_bytes()) }
+}
+
+/// Each line with its priority.
+fn prefixed(priority: u8, text: &str) -> String {
+    text.lines().map(|line| format!("<{priority}>{line}\n")).collect()
+}
+
+/// True if standard error is the journal's (systemd.exec(5), JOURNAL_STREAM).
+pub(super) fn is_journal() -> bool {
+    static JOURNAL: OnceLock<bool> = OnceLock::new();
+    *JOURNAL.get_or_init(|| {
+        let here = rustix::fs::fstat(io::stderr()).map(|stat| format!("{}:{}", stat.st_dev, stat.st_ino));
+        std::env::var("JOURNAL_STREAM").is_ok_and(|journal| here.is_ok_and(|here| here == journal))
+    })
 }
 
 /// Prints a result to standard output. A failure is noted on standard error, and changes no exit status.
@@ -165,11 +202,37 @@ pub(super) fn leave(exit: Exit) -> ! {
 
 /// Where logs go.
 #[derive(Clone, Copy)]
-pub(super) struct Log;
+pub(super) struct Logs;
+
+impl<'a> MakeWriter<'a> for Logs {
+    type Writer = Log;
+
+    fn make_writer(&'a self) -> Log {
+        Log { priority: priority::INFO }
+    }
+
+    fn make_writer_for(&'a self, about: &Metadata<'_>) -> Log {
+        Log { priority: priority_of(*about.level()) }
+    }
+}
+
+fn priority_of(level: Level) -> u8 {
+    match level {
+        Level::ERROR => priority::ERROR,
+        Level::WARN => priority::WARNING,
+        Level::INFO => priority::INFO,
+        Level::DEBUG | Level::TRACE => priority::DEBUG,
+    }
+}
+
+/// The writer of one event.
+pub(super) struct Log {
+    priority: u8,
+}
 
 impl Write for Log {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
-        put(text);
+        put_lines(self.priority, &String::from_utf8_lossy(text));
         Ok(text.len())
     }
 
@@ -215,6 +278,13 @@ mod tests {
         assert_eq!(all.len(), 17);
         let last = String::from_utf8(all[16].clone()).unwrap();
         assert_eq!(last, "ramwire: 4 lines were left out: standard error was not read\nlast\n");
+    }
+
+    #[test]
+    fn each_line_of_the_journal_has_a_priority() {
+        assert_eq!(prefixed(priority::ERROR, "in doubt:\nlook there\n"), "<3>in doubt:\n<3>look there\n");
+        let levels = [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE];
+        assert_eq!(levels.map(priority_of), [3, 4, 6, 7, 7], "as in syslog(3)");
     }
 
     /// Fails always.

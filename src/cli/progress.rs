@@ -1,4 +1,4 @@
-//! A progress line on a terminal, otherwise no output.
+//! A progress line on a terminal, otherwise no output; and the status line of a service.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -8,6 +8,8 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use indicatif::{ProgressBar, ProgressStyle};
 use ramwire::observe::{SharedStatistics, Statistics};
+
+use super::service::StatusLine;
 
 /// Interval between two drawings of the line.
 const TICK: Duration = Duration::from_millis(100);
@@ -20,6 +22,7 @@ pub(super) struct Progress {
     done: Arc<AtomicBool>,
     /// Disconnected when the thread ends.
     ended: Option<Receiver<()>>,
+    _service: StatusLine,
 }
 
 impl Progress {
@@ -34,6 +37,7 @@ impl Progress {
     }
 
     fn draw(statistics: SharedStatistics, line: impl Fn(&Statistics) -> String + Send + 'static) -> Self {
+        let service = StatusLine::follow(statistics.clone());
         let done = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&done);
         let (ending, ended) = bounded(0);
@@ -55,7 +59,7 @@ impl Progress {
         };
         let wanted = std::io::stderr().is_terminal();
         let thread = wanted.then(|| std::thread::Builder::new().name("ramwire-draws".into()).spawn(draw));
-        Self { done, ended: thread.and_then(Result::ok).map(|_| ended) }
+        Self { done, ended: thread.and_then(Result::ok).map(|_| ended), _service: service }
     }
 }
 

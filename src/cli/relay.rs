@@ -34,6 +34,7 @@ use super::output::{note, result_line, result_text};
 use super::qmp::{Monitor, Plan, QmpArgs, Role, Subject};
 use super::remedies::{hint, in_words};
 use super::render;
+use super::service::{self, StatusLine};
 use super::signals::cancel_on_signal;
 use super::store::keep;
 use super::tls::tell_if_in_clear;
@@ -138,6 +139,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     for address in listener.addresses() {
         note!("listening on {address}");
     }
+    service::ready(&format!("listening on {}", listener.address()));
     let options = args.timeouts.both.stream_options();
     let (count, packing) = (args.listen_channels, args.listen_compression);
     let mut near = ChannelOptions::default();
@@ -205,6 +207,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     tell_if_it_does_not("relay", &statistics, REMEDIES);
     let metrics = args.watch.metrics.serve("relay", statistics.clone())?;
+    let service = StatusLine::follow(statistics.clone());
     let near_way = connection.way.clone();
     let relay = Relay {
         connection,
@@ -220,7 +223,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     };
     let report = relay.run();
     std::mem::take(&mut *log.lock().unwrap_or_else(PoisonError::into_inner)).finish();
-    drop(metrics);
+    drop((metrics, service));
     Ok(tell(args, &near_way, far_way.get(), &report, called_off.load(Ordering::Relaxed)))
 }
 
