@@ -118,6 +118,25 @@ fn page_channels_go_by_tcp_unless_told_otherwise() {
 }
 
 #[test]
+#[cfg(feature = "tls")]
+fn a_guest_moves_encrypted_by_every_way_that_has_it() {
+    let dir = scratch();
+    let folder =
+        common::certificates::Authority::new("the authority").folder(dir.path().join("certificates"));
+    let tls = format!("--tls-dir={}", folder.display());
+    let sizes = ["--ram=32M", "--working-set=4M", "--dirty-rate=10M", &tls];
+    let demo = |more: &[&str]| demo(&[&sizes[..], more].concat());
+    let out = demo(&["--channels=2"]);
+    assert_eq!(out["transport"], "tcp");
+    assert!(out["why"].as_str().unwrap().contains("page channels"), "{}", out["why"]);
+    let out = demo(&[]);
+    assert!(out["why"].as_str().unwrap().contains("TLS (--tls-dir) needs a byte stream"), "{}", out["why"]);
+    demo(&["--transport=unix"]);
+    let out = demo(&["--postcopy", "--cut=2"]);
+    assert!(out["postcopy"]["faults"].as_u64().unwrap() > 0, "{out}");
+}
+
+#[test]
 fn a_busy_guest_takes_several_rounds_over_blocks_of_odd_sizes() {
     let blocks = ["--block", "12K", "--block", "5M", "--block", "4K", "--no-digest"];
     let out = demo(&[&["--transport", "unix", "--ram", "45M"], &blocks[..], &BUSY[..]].concat());

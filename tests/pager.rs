@@ -16,6 +16,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 
 use common::Deadline;
+#[cfg(feature = "tls")]
+use common::certificates::Authority;
 use common::huge_pages::HugePages;
 use common::ramwire::Ramwire;
 use ramwire::guest::{MappedGuest, TestMachine};
@@ -392,11 +394,43 @@ fn sixty_four_guests_are_served_at_once_and_their_figures_are_told() {
 
 #[test]
 fn memory_that_lies_on_another_host_comes_from_its_server() {
+    comes_from_its_server(&[]);
+}
+
+/// And a pager without a certificate is refused by name, while the server goes on.
+#[test]
+#[cfg(feature = "tls")]
+fn memory_that_lies_on_another_host_comes_encrypted() {
+    let dir = common::scratch();
+    let folder = Authority::new("the authority").folder(dir.path().join("certificates"));
+    comes_from_its_server(&["--tls-dir", folder.to_str().unwrap(), "--require-tls"]);
+    let path = memory_file(dir.path(), PAGES);
+    let tls = format!("--tls-dir={}", folder.display());
+    let arguments = ["serve", "--listen", "tcp:127.0.0.1:0", &tls, "--from"];
+    let mut server = Ramwire::start(dir.path(), &arguments, path.to_str().unwrap());
+    let address = server.listening();
+    for kind in ["cert", "key"] {
+        fs::remove_file(folder.join(format!("client-{kind}.pem"))).unwrap();
+    }
+    let listen = format!("--listen=unix:{}", dir.path().join("pager.sock").display());
+    let refused = Ramwire::start(dir.path(), &["pager", &listen, &tls, "--from"], &address)
+        .failed(Deadline::seconds(60), 3);
+    assert!(refused.contains("asks for a certificate; put client-cert.pem"), "{refused}");
+    let errors = || server.errors();
+    Deadline::seconds(60)
+        .poll("the server's word", errors, || server.errors().contains("shows no certificate").then_some(()));
+    let plain =
+        Ramwire::start(dir.path(), &["pager", &listen, "--from"], &address).failed(Deadline::seconds(60), 3);
+    assert!(plain.contains(&address), "{plain}");
+}
+
+fn comes_from_its_server(tls: &[&str]) {
     let folder = common::scratch();
     let path = memory_file(folder.path(), PAGES);
     let there = folder.path().join("there");
     fs::create_dir(&there).unwrap();
-    let arguments = ["serve", "--metrics", "0", "--listen", "tcp:127.0.0.1:0", "--from"];
+    let listen = ["serve", "--metrics", "0", "--listen", "tcp:127.0.0.1:0"];
+    let arguments = [&listen[..], tls, &["--from"]].concat();
     let mut server = Ramwire::start(&there, &arguments, path.to_str().unwrap());
     let address = server.listening();
     let said = Deadline::seconds(60).poll(
@@ -408,7 +442,7 @@ fn memory_that_lies_on_another_host_comes_from_its_server() {
         },
     );
     let metrics = said.split("metrics at http://").nth(1).and_then(|rest| rest.split('/').next()).unwrap();
-    let pager = Pager::start(folder.path(), &[], &address);
+    let pager = Pager::start(folder.path(), tls, &address);
     let guests = [(); 3].map(|()| StandIn::start(&pager.orders("touch"), None));
     for guest in guests {
         guest.says("handed over");
@@ -429,6 +463,7 @@ fn memory_that_lies_on_another_host_comes_from_its_server() {
     let (reads, bytes) =
         (figure(metrics, "ramwire_serve_reads_total"), figure(metrics, "ramwire_serve_read_bytes_total"));
     assert!(reads > 0.0 && bytes >= reads * 4096.0, "{reads} reads, {bytes} bytes");
+    assert!(!server.errors().contains("unencrypted"), "{}", server.errors());
     kill_process(Pid::from_raw(server.pid() as i32).unwrap(), Signal::TERM).unwrap();
     let (status, said) = server.ended(Deadline::seconds(60));
     assert_eq!(status, 0, "{said}");

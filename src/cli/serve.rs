@@ -21,7 +21,9 @@ use super::common::{failed, human_bytes};
 use super::metrics::{MetricsArgs, Out, encoded};
 use super::output::note;
 use super::pager::Stored;
+use super::service;
 use super::signals::cancel_on_signal;
+use super::tls::DestinationTlsArgs;
 
 /// Rest after an accept that failed, as where no descriptor is left.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
@@ -35,12 +37,16 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(100);
     # Where the guest is started from it
     ramwire pager --listen unix:/run/vm.uffd --from tcp:10.0.0.7:4445
 
-Memory travels unencrypted. Whoever may connect reads all of it; nothing can be written.")]
+    # The same, encrypted, for pagers that have a certificate of the same authority
+    ramwire serve --from vm.mem --listen tcp:10.0.0.7:4445 --tls-dir /etc/ramwire/tls
+    ramwire pager --listen unix:/run/vm.uffd --from tcp:10.0.0.7:4445 --tls-dir /etc/ramwire/tls
+
+Whoever may connect reads all of it; nothing can be written. Without --tls-dir memory travels unencrypted.")]
 pub(super) struct Args {
     /// The memory: a file of nothing else (Firecracker's mem_file), or mapped:PATH. It must not change meanwhile
     #[arg(long, value_name = "FILE|mapped:PATH")]
     from: Stored,
-    /// Where pagers connect: tcp:HOST:PORT or unix:PATH
+    /// Where pagers connect: tcp:HOST:PORT, unix:PATH, or fd:N of a socket that listens
     #[arg(long, value_name = "URI")]
     listen: Address,
     /// Who may connect: addresses or networks, separated by commas; repeat for more. Without it everybody who reaches it may
@@ -51,6 +57,8 @@ pub(super) struct Args {
     max_clients: u16,
     #[command(flatten)]
     metrics: MetricsArgs,
+    #[command(flatten)]
+    tls: DestinationTlsArgs,
 }
 
 /// The clients so far.
@@ -120,23 +128,25 @@ pub(super) fn run(args: &Args) -> Exit {
 }
 
 fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
-    if !["tcp", "unix"].contains(&args.listen.scheme()) {
+    if !["tcp", "unix", "fd"].contains(&args.listen.scheme()) {
         return Err(format!("--listen {}: pagers connect by tcp:HOST:PORT or unix:PATH", args.listen).into());
     }
+    let listen = args.tls.at(&args.listen)?;
     let memory = Arc::new(args.from.open()?);
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     let _signals = cancel_on_signal(vec![cancel.clone()]);
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
-    let mut listener = Listener::bind(&args.listen, allow, &stop)?;
+    let mut listener = Listener::bind(&listen, allow, &stop)?;
     if let Some(warning) = listener.warning() {
-        note!("ramwire serve: {warning} (--allow)");
+        note!("ramwire serve: {warning} (--allow) or encrypt it (--tls-dir DIR)");
     }
     note!("ramwire serve: {} of memory from {}", human_bytes(memory.len()), memory.name());
     for address in listener.addresses() {
         note!("listening on {address}");
     }
+    service::ready(&format!("{} of memory at {}", human_bytes(memory.len()), listener.address()));
     let (server, spawner, clients) = (PageServer::new(memory), Spawner::default(), Arc::<Clients>::default());
     let (of, by) = (Arc::clone(&clients), server.clone());
     let figures = Box::new(move || encoded(Box::new(Figures::of(&of, &by))));

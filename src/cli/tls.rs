@@ -1,5 +1,6 @@
 //! Options of encrypted connections.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use ramwire::transport::{Address, Tls, TlsOptions};
@@ -60,6 +61,45 @@ impl DestinationTlsArgs {
         options.verify_peer = !self.tls_any_peer;
         options.clients.clone_from(&self.tls_authz);
         Ok(address.clone().with_tls(Tls::of_destination(&options)?))
+    }
+}
+
+/// Of a command that has both ends on this host.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(super) struct OwnTlsArgs {
+    /// Encrypt all connections by TLS with the certificates in this folder, which has those of both ends: server-cert.pem and
+    /// client-cert.pem with their keys, ca-cert.pem, and ca-crl.pem if there is one. The server's is for localhost and
+    /// 127.0.0.1
+    #[arg(long, value_name = "DIR")]
+    tls_dir: Option<PathBuf>,
+}
+
+impl OwnTlsArgs {
+    /// TLS is requested.
+    pub(super) fn is_given(&self) -> bool {
+        self.tls_dir.is_some()
+    }
+
+    /// The address to connect to, with the configured TLS settings.
+    pub(super) fn of_source(&self, address: Address) -> Result<Address, Box<dyn std::error::Error>> {
+        let Some(dir) = &self.tls_dir else { return Ok(address) };
+        let mut options = TlsOptions::in_dir(dir);
+        // A UNIX socket has no host.
+        options.hostname = address.path().map(|_| "localhost".to_owned());
+        Ok(address.with_tls(Tls::of_source(&options)?))
+    }
+
+    /// The address to listen on, with the configured TLS settings.
+    pub(super) fn of_destination(&self, address: &Address) -> Result<Address, Box<dyn std::error::Error>> {
+        let Some(dir) = &self.tls_dir else { return Ok(address.clone()) };
+        Ok(address.clone().with_tls(Tls::of_destination(&TlsOptions::in_dir(dir))?))
+    }
+
+    /// The option for another process.
+    pub(super) fn argument(&self) -> Option<OsString> {
+        let mut argument = OsString::from("--tls-dir=");
+        argument.push(self.tls_dir.as_ref()?);
+        Some(argument)
     }
 }
 

@@ -29,6 +29,7 @@ use crate::cli::common::{ChannelArgs, complain, local_options};
 use crate::cli::output::result_line;
 use crate::cli::remedies::in_words;
 use crate::cli::signals::cancel_on_signal;
+use crate::cli::tls::OwnTlsArgs;
 
 /// How long the guest runs at the destination before it checks itself.
 const RUN: Duration = Duration::from_millis(200);
@@ -99,6 +100,8 @@ pub(in crate::cli) struct Args {
     same_host: bool,
     #[command(flatten)]
     channels: ChannelArgs,
+    #[command(flatten)]
+    tls: OwnTlsArgs,
 }
 
 /// The process, as the demo uses it. Dropping it ends it.
@@ -123,7 +126,7 @@ impl Process {
         command.args(demo.populate.then_some("--populate")).args(demo.huge_pages.then_some("--thp"));
         command.args(postcopy.then_some("--postcopy")).arg(format!("--cut={}", demo.cut));
         command.args(demo.same_host.then_some("--same-host"));
-        command.args(demo.channels.both().arguments());
+        command.args(demo.channels.both().arguments()).args(demo.tls.argument());
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or_else(|| io::Error::other("the destination has no output"))?;
         Ok(Self { child, out: BufReader::new(out) })
@@ -234,7 +237,7 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     cancel_on_signal(vec![cancel.clone()]);
     cancel_with_reader(cancel.clone())?;
     let scratch = args.uri.path().map(Scratch::make).transpose()?;
-    let mut listener = Listener::bind(&args.uri, AllowList::default(), &stop)?;
+    let mut listener = Listener::bind(&args.tls.of_destination(&args.uri)?, AllowList::default(), &stop)?;
     result_line!("{}", listener.address());
     let stop_waiting = stop.within(Duration::from_secs(60));
     let mut settings = DestinationSettings::default();

@@ -43,6 +43,7 @@ use super::output::{note, result_line, result_text};
 use super::postcopy::PostcopyArgs;
 use super::progress::Progress;
 use super::signals::{SignalWatch, cancel_on_signal};
+use super::tls::OwnTlsArgs;
 use super::verify::{VerifyBy, word_of};
 use super::watch::{WatchArgs, describe};
 
@@ -55,6 +56,7 @@ use super::watch::{WatchArgs, describe};
     ramwire demo --postcopy --link-rate 125M --transport tcp
     ramwire demo --postcopy --cut 5
     ramwire demo --same-host
+    ramwire demo --tls-dir certificates --channels 2
     ramwire demo --guest kvm --ram 256M --dirty-rate 20M --write-size 64
     ramwire demo --snapshot demo.save --ram 512M
     ramwire demo --restore demo.save --ram 512M --lazy
@@ -160,10 +162,13 @@ pub(super) struct Args {
     channels: SourceChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
+    #[command(flatten)]
+    tls: OwnTlsArgs,
 }
 
 /// Options of a migration only.
-const NOT_WITH_SNAPSHOT: [&str; 23] = [
+const NOT_WITH_SNAPSHOT: [&str; 24] = [
+    "tls_dir",
     "transport",
     "downtime_ms",
     "xbzrle_cache_size",
@@ -190,7 +195,8 @@ const NOT_WITH_SNAPSHOT: [&str; 23] = [
 ];
 
 /// Options only for memory that is sent.
-const NOT_ON_SAME_HOST: [&str; 18] = [
+const NOT_ON_SAME_HOST: [&str; 19] = [
+    "tls_dir",
     "cut",
     "transport",
     "huge_pages",
@@ -253,6 +259,9 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
         return Err(
             Usage("--link-rate holds back a TCP connection: give --transport tcp as well".into()).into()
         );
+    }
+    if args.tls.is_given() && args.transport == Transport::Rdma {
+        return Err(Usage("--tls-dir encrypts a byte stream: give --transport tcp or unix".into()).into());
     }
     let settings = settings(args)?;
     let postcopy = settings.postcopy.is_some();
@@ -375,6 +384,7 @@ impl Args {
             .with("xbzrle_cache_size", self.xbzrle_cache_size)
             .with("channels", self.channels.count())
             .with("verify", word_of(self.verify()))
+            .with("tls", self.tls.is_given())
             .with("postcopy", self.postcopy.postcopy)
             .with("cut", self.cut)
             .with("release_ram", self.release_ram)

@@ -60,6 +60,7 @@ impl Way {
             let scratch = address.path().map(Scratch::of);
             let mut destination = Process::start(address, args, blocks, postcopy)?;
             let (address, link) = through_link(destination.address()?, args.link_rate)?;
+            let address = args.tls.of_source(address)?;
             let mut options = ConnectionOptions::default();
             options.stream = local_options();
             options.rdma = args.rdma.options();
@@ -93,6 +94,9 @@ impl Way {
             }
             Transport::Auto if args.channels.count() > 0 => {
                 tcp(format!("page channels (--channels) need a byte stream, and {FASTER}"))
+            }
+            Transport::Auto if args.tls.is_given() => {
+                tcp(format!("TLS (--tls-dir) needs a byte stream, and {FASTER}"))
             }
             Transport::Auto => {
                 let tried = rdma("both ends have a working RDMA device", Some(DECISION_TIMEOUT));

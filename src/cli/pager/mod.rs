@@ -18,7 +18,9 @@ use super::args::Exit;
 use super::common::{failed, human_bytes};
 use super::metrics::MetricsArgs;
 use super::output::note;
+use super::service;
 use super::signals::cancel_on_signal;
+use super::tls::{SourceTlsArgs, tell_if_in_clear};
 use figures::Figures;
 use firecracker::Firecracker;
 use handoff::HandOff;
@@ -58,6 +60,9 @@ pub(super) struct Args {
     max_vmms: u16,
     #[command(flatten)]
     metrics: MetricsArgs,
+    /// Of the connection to a `ramwire serve`
+    #[command(flatten)]
+    tls: SourceTlsArgs,
 }
 
 /// A memory to serve.
@@ -82,6 +87,14 @@ impl FromStr for Stored {
 }
 
 impl Stored {
+    /// The address of another host's memory with the configured TLS settings.
+    fn secured(&self, tls: &SourceTlsArgs) -> Result<Self, Box<dyn std::error::Error>> {
+        Ok(match self {
+            Self::Remote(address) => Self::Remote(tls.at(address)?),
+            here => here.clone(),
+        })
+    }
+
     pub(super) fn open(&self) -> Result<StoredMemory, Box<dyn std::error::Error>> {
         match self {
             Self::Mapped(address) => Ok(StoredMemory::mapped(&MappedDestination::open(address)?)),
@@ -92,6 +105,12 @@ impl Stored {
                 .map_err(|error| format!("{path}: {error}; give the memory file of a snapshot"))?),
         }
     }
+}
+
+/// The figures of a pager that has served nobody.
+#[cfg(test)]
+pub(super) fn figures_at_first() -> String {
+    Figures::default().text().unwrap_or_default()
 }
 
 pub(super) fn run(args: &Args) -> Exit {
@@ -108,12 +127,17 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     if args.listen.scheme() != "unix" {
         return Err(format!("--listen {}: VMMs connect to a UNIX socket; give unix:PATH", args.listen).into());
     }
-    let memory = Arc::new(args.from.open()?);
+    let from = args.from.secured(&args.tls)?;
+    if let Stored::Remote(address) = &from {
+        tell_if_in_clear("pager", address, "encrypt it (--tls-dir DIR)");
+    }
+    let memory = Arc::new(from.open()?);
     let listening = Listening::at(path, &args.allow_uid)?;
     let cancel = CancelToken::default();
     let _signals = cancel_on_signal(vec![cancel.clone()]);
     note!("ramwire pager: {} of memory from {}", human_bytes(memory.len()), memory.name());
     note!("listening on {}", args.listen);
+    service::ready(&format!("{} of memory at {}", human_bytes(memory.len()), args.listen));
     let (stop, spawner, figures) = (Stop::on(&cancel), Spawner::default(), Arc::new(Figures::default()));
     let asked = Arc::clone(&figures);
     let _metrics = args.metrics.serve_text("pager", Box::new(move || asked.text()))?;

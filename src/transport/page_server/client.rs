@@ -164,6 +164,7 @@ impl RemoteMemory {
 impl Drop for RemoteMemory {
     fn drop(&mut self) {
         if let Some(link) = self.link.locked().link.take() {
+            link.sink.locked().say_end_at_once();
             link.lose("the memory is read no more");
         }
     }
