@@ -95,6 +95,9 @@ impl Qemu {
         let mut source = self.start(bed, "source", bed.populated().mapped(false))?;
         for monitor in [&mut target.monitor, &mut source.monitor] {
             let mut parameters = json!({ "max-bandwidth": NO_LIMIT });
+            if bed.tls().is_some() {
+                parameters["tls-creds"] = "tls0".into();
+            }
             let capability = match self.way {
                 Way::Stream { channels: 0 } | Way::Rdma { pin_all: false, .. } => None,
                 Way::Stream { channels } => {
@@ -167,6 +170,11 @@ impl Qemu {
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
         if side == "destination" {
             command.args(["-incoming", "defer"]);
+        }
+        if let Some(folder) = bed.tls() {
+            let endpoint = if side == "destination" { "server" } else { "client" };
+            let object = format!("tls-creds-x509,id=tls0,dir={},endpoint={endpoint}", folder.display());
+            command.args(["-object", &object]);
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let mut running = Running(command.spawn().map_err(self.failed("starting"))?);

@@ -78,6 +78,8 @@ pub struct Bed {
     bytes: u64,
     populated: Populated,
     memory: Memory,
+    /// Folder of certificates, if the migrations are encrypted.
+    tls: Option<PathBuf>,
     /// Data that arrives in private memory must be copied to the file, too.
     kept: Cell<bool>,
 }
@@ -96,10 +98,21 @@ impl Bed {
     ) -> Result<Self, BenchError> {
         let folder = base.join(format!("ramwire-bench-{}", std::process::id()));
         std::fs::create_dir(&folder).map_err(|source| failed(&folder, source))?;
-        let bed = Self { folder, bytes, populated, memory, kept: Cell::new(false) };
+        let bed = Self { folder, bytes, populated, memory, tls: None, kept: Cell::new(false) };
         write_filled(&bed.source(), bytes, fill).map_err(|source| failed(&bed.source(), source))?;
         bed.clear_destination()?;
         Ok(bed)
+    }
+
+    /// The same for migrations over TLS, with the certificates of `folder`.
+    pub fn encrypted(mut self, folder: Option<PathBuf>) -> Self {
+        self.tls = folder;
+        self
+    }
+
+    /// Folder of certificates, if the migrations are encrypted.
+    pub fn tls(&self) -> Option<&Path> {
+        self.tls.as_deref()
     }
 
     /// File to read from.

@@ -69,6 +69,7 @@ Examples:
   ramwire-bench migrate --against qemu10,floor --ram 4G --pairs 15
   ramwire-bench migrate --against qemu10:4,memcpy --fill mixed:70 --json > figures.json
   ramwire-bench migrate --against qemu10,qemu10:4 --ram 1G --populated no --memory huge
+  ramwire-bench migrate --tls-dir certificates --channels 2 --against qemu10:4,qemu10,ramwire --ram 1G
   ramwire-bench migrate --transport rdma --against qemu10,qemu72,ib_write_bw --ram 128M --pairs 5 --pin-all
 
 Peers over RDMA:
@@ -116,6 +117,10 @@ pub struct MigrateArgs {
     /// What a destination's memory is
     #[arg(long, value_enum, default_value_t = Memory::Shared)]
     memory: Memory,
+    /// Encrypt the migrations of ramwire and of QEMUs, with the certificates of both ends in this folder, as for `ramwire demo`;
+    /// the others stay as they are
+    #[arg(long, value_name = "DIR", conflicts_with = "host")]
+    tls_dir: Option<PathBuf>,
     /// Rounds; 15 and more for an interval that means something
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..10_000))]
     pairs: u32,
@@ -259,6 +264,7 @@ fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchErro
     // Checked before the memory is filled.
     let found = against().map(|one| Mover::of(one, args)).collect::<Result<Vec<_>, _>>()?;
     let bed = Bed::make(&args.memory_dir, args.ram, args.fill, args.populated, args.memory)?;
+    let bed = bed.encrypted(args.tls_dir.clone());
     let mut movers = Vec::new();
     for mover in found {
         movers.push(mover.settled(&bed, cancel)?);
@@ -276,6 +282,7 @@ fn migrate(args: &MigrateArgs, cancel: &CancelToken) -> Result<Report, BenchErro
         fill: args.fill.to_string(),
         populated: name_of(&args.populated),
         memory: name_of(&args.memory),
+        tls: args.tls_dir.is_some(),
         verified: !args.no_verify,
     };
     Ok(Report::new(setting, &names, &rounds))

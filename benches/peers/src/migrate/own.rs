@@ -2,6 +2,7 @@
 //!
 //! No guest writes the memory and no dirty log runs, as with the stopped QEMUs that it is compared with.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,7 +17,9 @@ use ramwire::session::{
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{Mapping, Stop};
-use ramwire::transport::{Address, ChannelOptions, ConnectionOptions, Listener, PageSending, open_source};
+use ramwire::transport::{
+    Address, ChannelOptions, ConnectionOptions, Listener, PageSending, Tls, TlsError, TlsOptions, open_source,
+};
 use ramwire::units::PageSize;
 
 use super::Run;
@@ -71,8 +74,12 @@ pub fn run(bed: &Bed, way: Way) -> Result<Run, BenchError> {
     let mapping = bed::map(&bed.source(), bed.bytes(), bed.populated().mapped(false))?;
     let memory = guest(&mapping)?;
     let peer = Peer::start(Role::Ramwire, bed, way, None)?;
+    let address = match bed.tls() {
+        Some(folder) => peer.address.clone().with_tls(Tls::of_source(&certificates(folder)).map_err(no_tls)?),
+        None => peer.address.clone(),
+    };
     let (begun, before) = (Instant::now(), cost()?);
-    let report = send(&peer.address, memory, way)?;
+    let report = send(&address, memory, way)?;
     let (seconds, source) = (begun.elapsed().as_secs_f64(), Some(cost()?.since(before)));
     if report.outcome != Outcome::Completed {
         let answer =
@@ -81,6 +88,18 @@ pub fn run(bed: &Bed, way: Way) -> Result<Run, BenchError> {
     }
     let (destination, downtime_ms) = (Some(peer.finish()?), Some(report.statistics.downtime));
     Ok(Run { seconds, source, destination, downtime_ms, ..Run::default() })
+}
+
+/// The certificates of both ends; a UNIX socket's destination is `localhost`.
+pub fn certificates(folder: &Path) -> TlsOptions {
+    let mut options = TlsOptions::in_dir(folder);
+    options.hostname = Some("localhost".into());
+    options
+}
+
+/// Certificates that can't be used.
+pub fn no_tls(error: TlsError) -> BenchError {
+    BenchError::Refused { who: "ramwire".into(), what: "TLS".into(), answer: Chain(&error).to_string() }
 }
 
 fn cost() -> Result<Cost, BenchError> {

@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use ramwire::sys::{Mapping, RecvPart, Stop};
-use ramwire::transport::{Address, AllowList, ByteSource, Listener, StreamChannel, StreamOptions};
+use ramwire::transport::{Address, AllowList, ByteSource, Listener, StreamChannel, StreamOptions, Tls};
 
 use super::bed::{self, Bed, Memory};
 use super::cost::Cost;
@@ -58,6 +58,9 @@ pub struct PeerArgs {
     /// How the migration goes.
     #[command(flatten)]
     way: Way,
+    /// Take encrypted connections, with the certificates of this folder.
+    #[arg(long)]
+    tls_dir: Option<PathBuf>,
     /// Receive buffer of a bare loop.
     #[arg(long, default_value_t = 256 << 10)]
     buffer: usize,
@@ -109,6 +112,13 @@ fn serve_migration(mapping: &Mapping, args: &PeerArgs) -> Result<Cost, BenchErro
         (None, true) => Address::unix(args.ram.with_extension("socket")),
         (None, false) => Address::tcp("127.0.0.1", 0),
     };
+    let address = match &args.tls_dir {
+        Some(folder) => {
+            let tls = Tls::of_destination(&own::certificates(folder)).map_err(own::no_tls)?;
+            address.with_tls(tls)
+        }
+        None => address,
+    };
     let mut listener = Listener::bind(&address, AllowList::default(), &Stop::never())?;
     result_line!("ready {}", listener.address());
     let before = cost()?;
@@ -137,6 +147,9 @@ impl Peer {
     pub fn start(role: Role, bed: &Bed, way: Way, buffer: Option<usize>) -> Result<Self, BenchError> {
         let mut more = vec![format!("--channels={}", way.channels)];
         more.extend(way.unix.then(|| "--unix".to_owned()));
+        if let (Role::Ramwire, Some(folder)) = (role, bed.tls()) {
+            more.push(format!("--tls-dir={}", folder.display()));
+        }
         more.extend(buffer.map(|buffer| format!("--buffer={buffer}")));
         Self::start_with(role, bed, &more)
     }

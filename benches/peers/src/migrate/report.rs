@@ -24,6 +24,8 @@ pub struct Setting {
     pub populated: String,
     /// The kind of the destination's memory, as given by `--memory`.
     pub memory: String,
+    /// Whether the migrations of ramwire and of QEMUs were encrypted.
+    pub tls: bool,
     /// Whether the destination's memory was compared after each contestant's first run.
     pub verified: bool,
 }
@@ -252,7 +254,8 @@ mod tests {
             .collect();
         let names = ["ramwire".to_owned(), "other".to_owned()];
         let (fill, populated, memory) = ("random".into(), "no".into(), "shared".into());
-        let setting = Setting { ram_bytes: 1_000_000_000, fill, populated, memory, verified: true };
+        let setting =
+            Setting { ram_bytes: 1_000_000_000, fill, populated, memory, tls: false, verified: true };
         let report = Report::new(setting, &names, &rounds);
         let other = &report.contestants[1];
         let ratio = other.throughput_ratio.unwrap();
