@@ -200,4 +200,57 @@ mod tests {
         }
         assert!(text.ends_with("# EOF\n"));
     }
+
+    /// Names in `expr` that begin like ours, each with the labels that stand in its braces.
+    fn selectors(expr: &str) -> Vec<(String, Vec<String>)> {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let mut found = Vec::new();
+        for (at, _) in expr.match_indices("ramwire_") {
+            let name: String = expr[at..].chars().take_while(|c| is_name(*c)).collect();
+            let braces = expr[at + name.len()..].strip_prefix('{').and_then(|rest| rest.split('}').next());
+            let labels = braces.unwrap_or_default().split(',').filter(|label| !label.is_empty());
+            found.push((
+                name,
+                labels.map(|label| label.chars().take_while(|c| is_name(*c)).collect()).collect(),
+            ));
+        }
+        found
+    }
+
+    fn texts<'a>(key: &str, value: &'a serde_json::Value, out: &mut Vec<&'a str>) {
+        match value {
+            serde_json::Value::Object(fields) => {
+                out.extend(fields.get(key).and_then(serde_json::Value::as_str));
+                fields.values().for_each(|value| texts(key, value, out));
+            }
+            serde_json::Value::Array(items) => items.iter().for_each(|value| texts(key, value, out)),
+            _ => {}
+        }
+    }
+
+    /// Every sample that the dashboard shows exists, with the labels that it asks for and names; and it shows every family.
+    #[test]
+    fn the_dashboard_shows_what_there_is_and_nothing_else() {
+        let dashboard = serde_json::from_str(include_str!("../../../docs/grafana.json")).unwrap();
+        let all = text(&Statistics::default()).unwrap() + &super::super::super::pager::figures_at_first();
+        let samples: Vec<&str> = all.lines().filter(|line| !line.starts_with('#')).collect();
+        let (mut shown, mut expressions) = (Vec::new(), Vec::new());
+        texts("expr", &dashboard, &mut expressions);
+        assert!(expressions.len() > 20, "{}", expressions.len());
+        for expr in expressions {
+            for (name, labels) in selectors(expr) {
+                let sample = samples.iter().find(|sample| sample.split(['{', ' ']).next() == Some(&name));
+                let sample =
+                    sample.unwrap_or_else(|| panic!("the dashboard shows {name}, which there is not"));
+                for label in labels.iter().filter(|label| *label != "instance") {
+                    assert!(sample.contains(&format!("{label}=\"")), "{name} has no label {label}");
+                }
+                shown.push(name);
+            }
+        }
+        for sample in samples {
+            let name = sample.split(['{', ' ']).next().unwrap();
+            assert!(shown.iter().any(|shown| shown == name), "the dashboard does not show {name}");
+        }
+    }
 }
