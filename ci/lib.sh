@@ -5,6 +5,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # What is fetched or built once and serves every clone: packages, kernels, initial RAM disks.
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/ramwire
 me=$(basename "$0")
+# Tools of cargo's that ci/setup has compiled.
+PATH=$cache/cargo-tools/bin:$PATH
 
 say() { printf '%s: %s\n' "$me" "$*" >&2; }
 die() {
