@@ -8,6 +8,7 @@ mod ctl;
 mod page;
 mod send;
 mod strangers;
+mod typed;
 
 use std::path::{Path, PathBuf};
 
