@@ -4,12 +4,12 @@ use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::client::{Resumption, UnbufferedClientConnection, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{ClientConfig, ClientConnection, Connection, RootCertStore, ServerConfig, ServerConnection};
+use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection, WebPkiClientVerifier};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 use super::clients::Listed;
 use super::{TlsError, TlsOptions, TlsSession};
@@ -116,16 +116,17 @@ impl Tls {
     /// A connection that has not begun. `host`: that of the address to connect to.
     pub(in crate::transport) fn session(&self, host: &str) -> Result<TlsSession, TlsError> {
         let refused = |error: rustls::Error| super::refusal::refused(&error);
-        let connection = match &*self.0 {
+        match &*self.0 {
             Role::Client { config, hostname } => {
                 let name = name_of(hostname.as_deref().unwrap_or(host))?;
-                Connection::from(ClientConnection::new(Arc::clone(config), name).map_err(refused)?)
+                let connection = UnbufferedClientConnection::new(Arc::clone(config), name);
+                Ok(TlsSession::of_client(connection.map_err(refused)?))
             }
             Role::Server { config } => {
-                Connection::from(ServerConnection::new(Arc::clone(config)).map_err(refused)?)
+                let connection = UnbufferedServerConnection::new(Arc::clone(config));
+                Ok(TlsSession::of_server(connection.map_err(refused)?))
             }
-        };
-        Ok(TlsSession::new(connection))
+        }
     }
 }
 

@@ -11,6 +11,8 @@ mod clients;
 mod credentials;
 mod error;
 #[cfg(feature = "tls")]
+mod records;
+#[cfg(feature = "tls")]
 mod refusal;
 #[cfg(feature = "tls")]
 mod session;

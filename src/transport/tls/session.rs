@@ -5,20 +5,25 @@
 //! bytes without room stay queued in their order. The next call of either thread sends them. Both directions may be
 //! full without either thread blocking the other.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 
-use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
-use rustls::Connection;
+use rustls::client::UnbufferedClientConnection;
+use rustls::server::UnbufferedServerConnection;
 
 use super::TlsError;
-use super::refusal::{cut_off, refused};
+use super::records::{Job, Queue, Records, Step};
+use super::refusal::cut_off;
 use crate::sys::{Lock as _, RecvPart};
 
-/// Bytes of one read of the descriptor: several records of 16 KiB.
+/// Bytes of one read of the descriptor: several records of 16 KiB. More than the longest record or message of a
+/// handshake.
 const INBOX: usize = 128 << 10;
+
+/// Maximum number of decrypted bytes that wait because a sender looks for the reason of a broken connection.
+const LOOKED_THROUGH: usize = 64 << 10;
 
 /// A connection, including its handshake.
 #[derive(Debug)]
@@ -26,23 +31,47 @@ pub(in crate::transport) struct TlsSession(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
-    tls: Connection,
-    /// Received but not decrypted yet: `from..to`.
-    inbox: Vec<u8>,
-    from: usize,
-    to: usize,
-    /// Decrypted and peeked at, but not read yet.
-    seen: Vec<u8>,
+    tls: Records,
+    inbox: Inbox,
+    /// Encrypted and not sent yet.
+    outbox: Queue,
+    /// Decrypted and not read yet: what was peeked at, and the rest of a record.
+    plain: Plain,
     /// No more bytes follow.
     ended: bool,
+    /// The peer was told that no byte follows.
+    closed: bool,
+    /// Why no byte follows those that were read last.
+    failed: Option<io::Error>,
+}
+
+/// Received and not decrypted yet: `from..to`.
+#[derive(Debug, Default)]
+struct Inbox {
+    bytes: Vec<u8>,
+    from: usize,
+    to: usize,
+}
+
+/// Decrypted bytes, of which `read` were read.
+#[derive(Debug, Default)]
+struct Plain {
+    bytes: Vec<u8>,
+    read: usize,
 }
 
 impl TlsSession {
-    pub(super) fn new(mut tls: Connection) -> Self {
-        // The sender bounds how much is encrypted at a time.
-        tls.set_buffer_limit(None);
-        let (inbox, seen) = (Vec::new(), Vec::new());
-        Self(Mutex::new(State { tls, inbox, from: 0, to: 0, seen, ended: false }))
+    pub(super) fn of_client(tls: UnbufferedClientConnection) -> Self {
+        Self::new(Records::Client(tls))
+    }
+
+    pub(super) fn of_server(tls: UnbufferedServerConnection) -> Self {
+        Self::new(Records::Server(tls))
+    }
+
+    fn new(tls: Records) -> Self {
+        let (inbox, outbox, plain) = (Inbox::default(), Queue::default(), Plain::default());
+        Self(Mutex::new(State { tls, inbox, outbox, plain, ended: false, closed: false, failed: None }))
     }
 
     /// True once the handshake is over.
@@ -64,7 +93,10 @@ impl TlsSession {
 
     /// Encrypts bytes, which are queued after earlier ones.
     pub(in crate::transport) fn encrypt(&self, plain: &[u8]) -> io::Result<()> {
-        self.0.locked().tls.writer().write_all(plain)
+        self.0.locked().perform(Job::Encrypt(plain)).and_then(|done| match done {
+            true => Ok(()),
+            false => Err(io::ErrorKind::NotConnected.into()),
+        })
     }
 
     /// Sends the queued bytes; false if there was not room for all.
@@ -74,15 +106,25 @@ impl TlsSession {
 
     /// Announces that no byte follows.
     pub(in crate::transport) fn close(&self) {
-        self.0.locked().tls.send_close_notify();
+        let mut state = self.0.locked();
+        if !std::mem::replace(&mut state.closed, true) {
+            // A connection that is not open, or has failed, has nobody to tell.
+            let _ = state.perform(Job::Close);
+        }
     }
 
     /// Why the peer ended the connection, if it has sent a reason: a failed send does not show it.
     pub(in crate::transport) fn why_broken(&self, fd: BorrowedFd<'_>) -> Option<io::Error> {
         let mut state = self.0.locked();
         loop {
-            // Bytes that the peer sent before it are left to be read; if they do not fit, it is no alert.
-            match state.take_in(fd) {
+            // Bytes that the peer sent before it are left to be read; if there are more, it is no alert.
+            let looked = match state.step(Job::None) {
+                Ok(Step::Idle) => state.fill(fd),
+                Ok(Step::Ended) => return None,
+                Ok(Step::Again | Step::Done) => Ok(state.plain.left().len() < LOOKED_THROUGH),
+                Err(error) => Err(error),
+            };
+            match looked {
                 Ok(true) => {}
                 Ok(false) => return None,
                 Err(error) => {
@@ -110,18 +152,22 @@ impl TlsSession {
     /// As [`recv`](Self::recv).
     pub(in crate::transport) fn peek(&self, fd: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<usize> {
         let mut state = self.0.locked();
-        let mut buffer = vec![0; into.len()];
-        while state.seen.len() < into.len() {
-            let room = into.len() - state.seen.len();
-            match state.recv_new(fd, &mut [RecvPart::Own(&mut buffer[..room])]) {
-                Ok(0) => break,
-                Ok(count) => state.seen.extend_from_slice(&buffer[..count]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !state.seen.is_empty() => break,
-                Err(error) => return Err(error),
+        while state.plain.left().len() < into.len() && !state.ended {
+            let filled = match state.step(Job::None) {
+                Ok(Step::Idle) => state.take_in(fd),
+                stepped => stepped.map(|_| true),
+            };
+            match filled {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !state.plain.left().is_empty() => {
+                    break;
+                }
+                Err(error) => return Err(state.after_alert(fd, error)),
             }
         }
-        let count = state.seen.len().min(into.len());
-        into[..count].copy_from_slice(&state.seen[..count]);
+        let come = state.plain.left();
+        let count = come.len().min(into.len());
+        into[..count].copy_from_slice(&come[..count]);
         Ok(count)
     }
 }
@@ -129,20 +175,57 @@ impl TlsSession {
 impl State {
     fn shake_hands(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
         while self.tls.is_handshaking() {
-            if !self.push(fd)? {
-                return Ok(false);
-            }
-            if self.tls.is_handshaking() && !self.take_in(fd)? {
-                return Err(cut_off());
+            match self.step(Job::None).map_err(|error| self.after_alert(fd, error))? {
+                Step::Again | Step::Done => {}
+                Step::Idle if !self.push(fd)? => return Ok(false),
+                Step::Idle => _ = self.fill(fd)?,
+                Step::Ended => return Err(cut_off()),
             }
         }
+        // The last message of the handshake.
+        while self.step(Job::None).map_err(|error| self.after_alert(fd, error))? == Step::Again {}
         self.push(fd)
     }
 
+    /// One step; decrypted bytes are queued to be read.
+    fn step(&mut self, job: Job<'_>) -> io::Result<Step> {
+        let Self { tls, inbox, outbox, plain, ended, .. } = self;
+        let mut take = |record: &[u8]| plain.bytes.extend_from_slice(record);
+        let (done, step) = tls.step(inbox.waiting(), outbox, job, &mut take)?;
+        inbox.from += done;
+        *ended |= step == Step::Ended;
+        Ok(step)
+    }
+
+    /// Takes what has come until the job can be done; false if the connection is not open.
+    fn perform(&mut self, job: Job<'_>) -> io::Result<bool> {
+        if self.tls.is_handshaking() {
+            return Ok(false);
+        }
+        let mut has_ended = false;
+        loop {
+            match self.step(job)? {
+                Step::Again => {}
+                Step::Done => return Ok(true),
+                Step::Idle => return Ok(false),
+                // The peer may end its direction and go on reading ours.
+                Step::Ended if !std::mem::replace(&mut has_ended, true) => {}
+                Step::Ended => return Ok(false),
+            }
+        }
+    }
+
+    /// The error, after the peer was sent the reason if there is room for it.
+    fn after_alert(&mut self, fd: BorrowedFd<'_>, error: io::Error) -> io::Error {
+        let _ = self.push(fd);
+        error
+    }
+
     fn push(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
-        while self.tls.wants_write() {
-            match self.tls.write_tls(&mut Descriptor(fd)) {
-                Ok(_) => {}
+        while !self.outbox.waiting().is_empty() {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match rustix::net::send(fd, self.outbox.waiting(), flags).map_err(io::Error::from) {
+                Ok(count) => self.outbox.sent(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -152,128 +235,108 @@ impl State {
     }
 
     fn recv(&mut self, fd: BorrowedFd<'_>, into: &mut [RecvPart<'_>]) -> io::Result<usize> {
-        if self.seen.is_empty() {
-            return self.recv_new(fd, into);
+        if let Some(error) = self.failed.take() {
+            return Err(error);
         }
-        let count = scatter(&self.seen, into);
-        self.seen.drain(..count);
-        Ok(count)
-    }
-
-    /// Reads bytes that were not peeked at.
-    fn recv_new(&mut self, fd: BorrowedFd<'_>, into: &mut [RecvPart<'_>]) -> io::Result<usize> {
         let room: usize = into.iter().map(RecvPart::len).sum();
-        let mut filled = 0;
-        loop {
-            filled += self.take_plain(into, filled)?;
-            if filled == room || self.ended {
-                return Ok(filled);
-            }
-            // Reads the descriptor again only if no bytes are available.
-            if self.from == self.to && filled > 0 {
-                return Ok(filled);
-            }
-            self.take_in(fd)?;
-        }
-    }
-
-    /// Copies decrypted bytes into the parts, after their first `skip` bytes.
-    fn take_plain(&mut self, into: &mut [RecvPart<'_>], mut skip: usize) -> io::Result<usize> {
-        let mut taken = 0;
-        for part in into {
-            if skip >= part.len() {
-                skip -= part.len();
-                continue;
-            }
-            let wanted = part.len() - skip;
-            let got = match part {
-                RecvPart::Own(room) => read_some(&mut self.tls, &mut room[skip..])?,
-                RecvPart::Guest(span) => {
-                    let mut got = 0;
-                    let mut piece = [0; 4096];
-                    while got < wanted {
-                        let most = piece.len().min(wanted - got);
-                        let count = read_some(&mut self.tls, &mut piece[..most])?;
-                        let Some(room) = span.part(skip + got, count).filter(|_| count > 0) else { break };
-                        room.copy_from(&piece[..count]);
-                        got += count;
-                    }
-                    got
+        let mut filled = self.plain.read_into(into);
+        while filled < room && !self.ended {
+            let Self { tls, inbox, outbox, plain, ended, .. } = self;
+            let mut take = |record: &[u8]| {
+                let count = scatter(record, into, filled);
+                filled += count;
+                plain.bytes.extend_from_slice(&record[count..]);
+            };
+            let step = match tls.step(inbox.waiting(), outbox, Job::None, &mut take) {
+                Ok((done, step)) => {
+                    inbox.from += done;
+                    step
+                }
+                Err(error) if filled == 0 => return Err(self.after_alert(fd, error)),
+                // What came before it is read first.
+                Err(error) => {
+                    self.failed = Some(self.after_alert(fd, error));
+                    return Ok(filled);
                 }
             };
-            (taken, skip) = (taken + got, 0);
-            if got < wanted {
-                break;
+            *ended |= step == Step::Ended;
+            if step == Step::Idle {
+                // The descriptor is read again only if no bytes are available.
+                if filled > 0 {
+                    break;
+                }
+                self.take_in(fd)?;
             }
         }
-        Ok(taken)
+        self.push(fd)?;
+        Ok(filled)
     }
 
-    /// Decrypts received bytes, or reads the descriptor once; false at its end.
+    /// Sends what the handshake or a key update has queued, and reads the descriptor once; false at its end.
     fn take_in(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
-        if self.from == self.to {
-            self.inbox.resize(INBOX, 0);
-            (self.from, self.to) = (0, 0);
-            self.to = match rustix::net::recv(fd, &mut self.inbox[..], RecvFlags::DONTWAIT) {
-                Ok((0, _)) => {
-                    self.ended = true;
-                    return if self.tls.is_handshaking() { Err(cut_off()) } else { Ok(false) };
-                }
-                Ok((count, _)) => count,
-                Err(errno) => return Err(errno.into()),
-            };
+        self.push(fd)?;
+        self.fill(fd)
+    }
+
+    /// Reads the descriptor once; false at its end.
+    fn fill(&mut self, fd: BorrowedFd<'_>) -> io::Result<bool> {
+        let count = rustix::net::recv(fd, self.inbox.room(), RecvFlags::DONTWAIT)?.0;
+        self.inbox.to += count;
+        self.ended |= count == 0;
+        if count == 0 && self.tls.is_handshaking() { Err(cut_off()) } else { Ok(count > 0) }
+    }
+}
+
+impl Inbox {
+    fn waiting(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.from..self.to]
+    }
+
+    /// Room behind the last byte: all but an unfinished record or message.
+    fn room(&mut self) -> &mut [u8] {
+        self.bytes.resize(INBOX, 0);
+        self.bytes.copy_within(self.from..self.to, 0);
+        (self.from, self.to) = (0, self.to - self.from);
+        &mut self.bytes[self.to..]
+    }
+}
+
+impl Plain {
+    fn left(&self) -> &[u8] {
+        &self.bytes[self.read..]
+    }
+
+    /// Fills the parts as far as it reaches.
+    fn read_into(&mut self, into: &mut [RecvPart<'_>]) -> usize {
+        let count = scatter(self.left(), into, 0);
+        self.read += count;
+        if self.read == self.bytes.len() {
+            self.bytes.clear();
+            self.read = 0;
         }
-        let mut come = &self.inbox[self.from..self.to];
-        let before = come.len();
-        self.tls.read_tls(&mut come)?;
-        self.from += before - come.len();
-        let done = self.tls.process_new_packets();
-        // Handshake messages, key updates, and alerts with the reason of a refusal.
-        let pushed = self.push(fd);
-        let state = done.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, refused(&error)))?;
-        pushed?;
-        self.ended |= state.peer_has_closed();
-        Ok(!self.ended)
+        count
     }
 }
 
-fn read_some(tls: &mut Connection, room: &mut [u8]) -> io::Result<usize> {
-    match tls.reader().read(room) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-        read => read,
-    }
-}
-
-/// Copies as much as fits.
-fn scatter(mut bytes: &[u8], into: &mut [RecvPart<'_>]) -> usize {
+/// Copies as much as fits into the parts, after their first `skip` bytes.
+fn scatter(mut bytes: &[u8], into: &mut [RecvPart<'_>], mut skip: usize) -> usize {
     let all = bytes.len();
     for part in into {
-        let count = part.len().min(bytes.len());
+        if skip >= part.len() {
+            skip -= part.len();
+            continue;
+        }
+        let count = (part.len() - skip).min(bytes.len());
         match part {
-            RecvPart::Own(room) => room[..count].copy_from_slice(&bytes[..count]),
+            RecvPart::Own(room) => room[skip..skip + count].copy_from_slice(&bytes[..count]),
             RecvPart::Guest(span) => {
-                span.copy_from(&bytes[..count]);
+                span.part(skip, count).map(|room| room.copy_from(&bytes[..count]));
             }
         }
-        bytes = &bytes[count..];
+        (bytes, skip) = (&bytes[count..], 0);
+        if bytes.is_empty() {
+            break;
+        }
     }
     all - bytes.len()
-}
-
-/// Writes as much as a socket has room for.
-struct Descriptor<'a>(BorrowedFd<'a>);
-
-impl Write for Descriptor<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        rustix::net::send(self.0, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).map_err(Errno::into)
-    }
-
-    fn write_vectored(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<usize> {
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        rustix::net::sendmsg(self.0, parts, &mut Default::default(), flags).map_err(Errno::into)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
