@@ -11,17 +11,20 @@ use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedS
 use super::refusal::refused;
 
 /// A connection of either end.
-pub(super) enum Records {
+pub(super) struct Records {
+    end: End,
+    /// Why it has failed: it takes nothing more.
+    failed: Option<rustls::Error>,
+}
+
+enum End {
     Client(UnbufferedClientConnection),
     Server(UnbufferedServerConnection),
 }
 
 impl fmt::Debug for Records {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Client(_) => "Records::Client",
-            Self::Server(_) => "Records::Server",
-        })
+        f.debug_struct("Records").field("failed", &self.failed).finish_non_exhaustive()
     }
 }
 
@@ -80,11 +83,27 @@ impl Queue {
 }
 
 impl Records {
+    pub(super) fn of_client(tls: UnbufferedClientConnection) -> Self {
+        Self { end: End::Client(tls), failed: None }
+    }
+
+    pub(super) fn of_server(tls: UnbufferedServerConnection) -> Self {
+        Self { end: End::Server(tls), failed: None }
+    }
+
     /// True until both ends are known and agree on the keys.
     pub(super) fn is_handshaking(&self) -> bool {
-        match self {
-            Self::Client(tls) => tls.is_handshaking(),
-            Self::Server(tls) => tls.is_handshaking(),
+        match &self.end {
+            End::Client(tls) => tls.is_handshaking(),
+            End::Server(tls) => tls.is_handshaking(),
+        }
+    }
+
+    /// Something is to be encoded.
+    fn wants_write(&self) -> bool {
+        match &self.end {
+            End::Client(tls) => tls.wants_write(),
+            End::Server(tls) => tls.wants_write(),
         }
     }
 
@@ -92,7 +111,7 @@ impl Records {
     /// decrypted bytes.
     ///
     /// # Errors
-    /// A [`TlsError`](super::TlsError) inside. The peer is told why by what is then in `out`.
+    /// A [`TlsError`](super::TlsError) inside, the same from then on. The peer is told why by what is then in `out`.
     pub(super) fn step(
         &mut self,
         come: &mut [u8],
@@ -100,7 +119,11 @@ impl Records {
         job: Job<'_>,
         take: &mut dyn FnMut(&[u8]),
     ) -> io::Result<(usize, Step)> {
-        let (mut discard, step) = self.step_once(come, out, job, take);
+        let told = |error: &rustls::Error| io::Error::new(io::ErrorKind::InvalidData, refused(error));
+        if let Some(error) = &self.failed {
+            return Err(told(error));
+        }
+        let (discard, step) = self.step_once(come, out, job, take);
         let error = match step {
             Ok(step) => return Ok((discard, step)),
             Err(Failed::Keys) => {
@@ -110,15 +133,13 @@ impl Records {
             }
             Err(Failed::Tls(error)) => error,
         };
-        // The alert for the peer. A failed connection takes nothing more.
-        while let Some(rest) = come.get_mut(discard..) {
-            let (more, step) = self.step_once(rest, out, Job::None, &mut |_| {});
-            if !matches!(step, Ok(Step::Again)) {
-                break;
-            }
-            discard += more;
+        // The alert for the peer, without a look at what has come.
+        while self.wants_write() && matches!(self.step_once(&mut [], out, Job::None, take).1, Ok(Step::Again))
+        {
         }
-        Err(io::Error::new(io::ErrorKind::InvalidData, refused(&error)))
+        let text = told(&error);
+        self.failed = Some(error);
+        Err(text)
     }
 
     fn step_once(
@@ -128,9 +149,9 @@ impl Records {
         job: Job<'_>,
         take: &mut dyn FnMut(&[u8]),
     ) -> (usize, Result<Step, Failed>) {
-        match self {
-            Self::Client(tls) => obey(tls.process_tls_records(come), out, job, take),
-            Self::Server(tls) => obey(tls.process_tls_records(come), out, job, take),
+        match &mut self.end {
+            End::Client(tls) => obey(tls.process_tls_records(come), out, job, take),
+            End::Server(tls) => obey(tls.process_tls_records(come), out, job, take),
         }
     }
 }

@@ -41,8 +41,6 @@ struct State {
     ended: bool,
     /// The peer was told that no byte follows.
     closed: bool,
-    /// Why no byte follows those that were read last.
-    failed: Option<io::Error>,
 }
 
 /// Received and not decrypted yet: `from..to`.
@@ -62,16 +60,16 @@ struct Plain {
 
 impl TlsSession {
     pub(super) fn of_client(tls: UnbufferedClientConnection) -> Self {
-        Self::new(Records::Client(tls))
+        Self::new(Records::of_client(tls))
     }
 
     pub(super) fn of_server(tls: UnbufferedServerConnection) -> Self {
-        Self::new(Records::Server(tls))
+        Self::new(Records::of_server(tls))
     }
 
     fn new(tls: Records) -> Self {
         let (inbox, outbox, plain) = (Inbox::default(), Queue::default(), Plain::default());
-        Self(Mutex::new(State { tls, inbox, outbox, plain, ended: false, closed: false, failed: None }))
+        Self(Mutex::new(State { tls, inbox, outbox, plain, ended: false, closed: false }))
     }
 
     /// True once the handshake is over.
@@ -235,9 +233,6 @@ impl State {
     }
 
     fn recv(&mut self, fd: BorrowedFd<'_>, into: &mut [RecvPart<'_>]) -> io::Result<usize> {
-        if let Some(error) = self.failed.take() {
-            return Err(error);
-        }
         let room: usize = into.iter().map(RecvPart::len).sum();
         let mut filled = self.plain.read_into(into);
         while filled < room && !self.ended {
@@ -253,9 +248,9 @@ impl State {
                     step
                 }
                 Err(error) if filled == 0 => return Err(self.after_alert(fd, error)),
-                // What came before it is read first.
+                // What came before it is read first; the next call fails again.
                 Err(error) => {
-                    self.failed = Some(self.after_alert(fd, error));
+                    self.after_alert(fd, error);
                     return Ok(filled);
                 }
             };
