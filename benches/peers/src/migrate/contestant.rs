@@ -41,8 +41,8 @@ impl FromStr for Against {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = "write ramwire (with :CHANNELS, +unix, +whole, +splice or +zerocopy perhaps), qemu72, qemu10 (with :CHANNELS perhaps), \
-                     floor, floor-packet, floor-direct, sweep, memcpy, iperf3 or ib_write_bw";
+        let known = "write ramwire (with :CHANNELS, +unix, +whole, +fast, +splice or +zerocopy perhaps), qemu72, qemu10 (with :CHANNELS \
+                     perhaps), floor, floor-packet, floor-direct, sweep, memcpy, iperf3 or ib_write_bw";
         let mut options = text.split('+');
         let text = options.next().unwrap_or_default();
         let (name, channels) = match text.split_once(':') {
@@ -55,6 +55,7 @@ impl FromStr for Against {
             match (name, option) {
                 ("ramwire", "unix") => way.unix = true,
                 ("ramwire", "whole") => way.whole = true,
+                ("ramwire", "fast") => way.fast = true,
                 ("ramwire", sending) if channels > 0 => {
                     way.sending = sending.parse().map_err(|_| known)?;
                 }
@@ -99,6 +100,7 @@ impl fmt::Display for Against {
             Self::Ramwire(way) => {
                 let unix = if way.unix { "+unix" } else { "" };
                 write!(f, "{unix}{}", if way.whole { "+whole" } else { "" })?;
+                f.write_str(if way.fast { "+fast" } else { "" })?;
                 match way.sending {
                     PageSending::Copy => Ok(()),
                     sending => write!(f, "+{sending}"),
@@ -210,6 +212,7 @@ mod tests {
             "ramwire:8",
             "ramwire+unix",
             "ramwire:2+unix+whole",
+            "ramwire:2+whole+fast",
             "ramwire:2+zerocopy",
             "ramwire:4+whole+splice",
             "qemu72",

@@ -78,8 +78,8 @@ Peers over RDMA:
 
 Peers over sockets:
   ramwire, ramwire:4   ramwire once more, with so many page channels; +unix: over a UNIX socket;
-                       +whole: without looking for zero pages; +splice, +zerocopy: how pages on
-                       channels are sent
+                       +whole: without looking for zero pages; +fast: with --verify fast;
+                       +splice, +zerocopy: how pages on channels are sent
   qemu72, qemu10       QEMU 7.2 or 10.0 to the same, plain stream; qemu10:4 with 4 multifd channels
   floor                bare loop of the plain stream's pattern: header and page, 512 pages a call
   floor-packet         bare loop of packets received straight into RAM
