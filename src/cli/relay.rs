@@ -105,6 +105,11 @@ pub(super) struct Args {
 const REMEDIES: &str = "its source decides when to switch over: raise its downtime limit or bandwidth there, have it slow \
                         the guest down (auto-converge), or give the relay more time (--timeout)";
 
+/// What an operator does when a connection was lost in postcopy.
+const GO_ON_WITHOUT: &str = "the guest was given to the far end, and what it misses there is at its source: keep both. \
+                             They go on without this relay: `migrate-recover` at the far end, then at the source \
+                             `migrate` to that address with `resume`";
+
 pub(super) fn run(args: &Args) -> Exit {
     run_relay(args).unwrap_or_else(|error| failed("relay", &*error))
 }
@@ -152,6 +157,9 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     listening.channels = near;
     listening.rdma = quiet;
     let connection = listener.accept_connection(&listening, &stop)?;
+    // A QEMU 7.2 with postcopy-preempt connects twice before it sends anything. A later one, which connects when it
+    // switches, then finds nobody, and its guest stays.
+    let urgent_came = args.listen_channels == 0 && listener.has_others();
     drop(listener);
     let guardian = Guardian::start().map_err(|error| NoGuardian { source: error })?;
     let (pid, doubted) = (guardian.pid(), control.clone());
@@ -197,6 +205,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     incoming.finish_timeout = args.timeouts.both.finish_timeout;
     incoming.max_ram = args.max_ram;
     incoming.accept_missing_description = true;
+    incoming.postcopy = true;
     let mut outgoing = SourceSettings::new(Configuration::default());
     outgoing.downtime_limit = Duration::from_millis(args.downtime_ms);
     outgoing.max_bandwidth = Rate::limit(args.max_bandwidth);
@@ -214,6 +223,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         connect: Box::new(open),
         incoming,
         outgoing,
+        urgent_came,
         huge_pages: args.huge_pages,
         cancel,
         control,
@@ -373,14 +383,16 @@ fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport, called
             );
         }
     }
-    if report.ending != RelayEnding::Running {
-        keep_guest(args, report);
+    match report.ending {
+        RelayEnding::Running => {}
+        RelayEnding::Incomplete => note!("ramwire relay: {GO_ON_WITHOUT}"),
+        RelayEnding::Failed | RelayEnding::InDoubt => keep_guest(args, report),
     }
     match report.ending {
         RelayEnding::Running => Exit::Done,
         // A ramwire that has handed over its guest never resumes it by itself.
         RelayEnding::Failed if report.received.ending == Ending::Stranded => Exit::InDoubt,
-        RelayEnding::InDoubt => Exit::InDoubt,
+        RelayEnding::InDoubt | RelayEnding::Incomplete => Exit::InDoubt,
         // Either end may notice first that the other has gone: the request decides, not the error.
         RelayEnding::Failed if called_off => Exit::Cancelled,
         RelayEnding::Failed => Exit::Failed,

@@ -4,6 +4,9 @@
 //! ```text
 //! receiving -> RAM complete -> device state here -> far end ready -> source asked -> guest given to us
 //!   -> guarded -> given away -> [in doubt] -> source told
+//! postcopy:
+//! receiving -> package here -> far end has discarded and has the package, but RUN -> guarded -> given away (RUN)
+//!   -> [in doubt] -> far end has taken the guest -> source knows -> pages and requests -> source told
 //! ```
 //!
 //! # Required orders
@@ -15,6 +18,10 @@
 //!   only if the guest was not handed over, or if the far end or the operator has confirmed that it does not run there.
 //! - In doubt the relay reports nothing to the source. Only the far end, the operator or the end of the source ends the
 //!   doubt.
+//! - Postcopy: the source's package hands the guest over, RUN to the far end hands it on. The relay answers the source
+//!   that the guest was taken only after the far end has. From then on the guest runs there, and no loss gives it back:
+//!   both connections end without a report, and each end keeps what it has. The guard holds the source's connection
+//!   until the source has that answer, since before that some QEMUs resume their guest when the connection closes.
 
 mod flow;
 
@@ -43,6 +50,16 @@ pub enum RelayEvent {
     NotGuarded,
     /// The guest was handed to the far end, which has not answered in time; its connection is still open.
     FarSilent,
+    /// The source has switched to postcopy: its package is here, with which it has handed the guest to the relay.
+    Switched {
+        /// It takes its guest back if its connection closes before it knows that the guest was taken (QEMU from 10.2
+        /// on), or waits for that. Otherwise it pauses, as later, and can go on with the far end.
+        waits: bool,
+    },
+    /// Postcopy: the far end reports that it takes the guest.
+    FarTook,
+    /// Postcopy: the source's host has the report that the guest was taken.
+    SourceKnows,
     /// The session with the far end has ended.
     FarEnded(FarEnd),
     /// The source's connection has ended, or the relay's session with it.
@@ -75,12 +92,18 @@ pub enum RelayAction {
     SendLastRound,
     /// To the far end: the device state.
     SendState,
+    /// To the far end, postcopy: what it is to discard, and the package, but for RUN.
+    SendSwitch,
     /// To the source: request the guest.
     AskForGuest,
     /// Hold the source's connection beyond the end of this process; answer with [`RelayEvent::Guarded`].
     Guard,
     /// To the far end: hand over the guest.
     GiveAway,
+    /// To the source, postcopy: the guest was taken. Answered by [`RelayEvent::SourceKnows`].
+    TellTaken,
+    /// Postcopy: the source's connection may end with this process again.
+    Unguard,
     /// Report to the operator that it is unknown where the guest runs.
     ReportDoubt,
     /// To the source: the guest runs.
@@ -89,6 +112,9 @@ pub enum RelayAction {
     TellFailed,
     /// To the source: no report, since there is no source to receive it.
     TellNothing,
+    /// To the source, postcopy: end the connection without a report. The guest runs at the far end, and each end keeps
+    /// what it has for the other.
+    Part,
     /// To the far end: end, or stop waiting for its answer.
     Abandon,
     /// Everything is done; the guard is no longer needed.
@@ -104,6 +130,9 @@ pub enum RelayEnding {
     Failed,
     /// The guest was handed over, and no message confirmed that it runs.
     InDoubt,
+    /// Postcopy: the far end was given the guest and has taken it, or the source takes it back in no case; and a
+    /// connection was lost while pages were missing there. Each end keeps what it has.
+    Incomplete,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,10 +140,16 @@ enum Phase {
     Receiving,
     RamComplete,
     StateHere,
+    /// Postcopy: the package is here.
+    Switching,
     Asked,
     Guarding,
     GivenAway,
     InDoubt,
+    /// Postcopy: the far end has taken the guest, and the source may not know.
+    Taken,
+    /// Postcopy: pages are missing at the far end.
+    Serving,
     Telling(RelayEnding),
     Ended(RelayEnding),
 }
@@ -126,6 +161,8 @@ pub struct RelayEngine {
     /// The source waits for the outcome.
     source_waits: bool,
     far_ended: bool,
+    /// The source has switched to postcopy.
+    switched: bool,
     outbox: VecDeque<RelayAction>,
     flow: RelayFlow,
 }
@@ -137,6 +174,7 @@ impl RelayEngine {
             phase: Phase::Receiving,
             source_waits: false,
             far_ended: false,
+            switched: false,
             outbox: VecDeque::new(),
             flow: RelayFlow::new(downtime_limit),
         }
@@ -173,14 +211,21 @@ impl RelayEngine {
         match self.phase {
             Phase::Telling(ending) | Phase::Ended(ending) => ending,
             Phase::GivenAway | Phase::InDoubt => RelayEnding::InDoubt,
+            Phase::Taken | Phase::Serving => RelayEnding::Incomplete,
             _ => RelayEnding::Failed,
         }
     }
 
+    /// True once the source has switched to postcopy.
+    pub fn has_switched(&self) -> bool {
+        self.switched
+    }
+
     /// True while more may be read from the source.
     pub fn may_read(&self) -> bool {
-        // Bytes that the source has already sent must be kept, whatever happened at the far end.
-        self.far_ended || self.flow.may_read()
+        // Bytes that the source has already sent must be kept, whatever happened at the far end. In postcopy a page
+        // that the far end waits for may be behind any others, and leaves before them.
+        self.far_ended || self.switched || self.flow.may_read()
     }
 
     /// The next thing to do.
@@ -206,7 +251,31 @@ impl RelayEngine {
                     false => self.go(Phase::GivenAway, RelayAction::GiveAway),
                 }
             }
+            (Phase::Receiving, E::Switched { waits }) => {
+                (self.switched, self.source_waits) = (true, waits);
+                self.go(Phase::Switching, RelayAction::SendSwitch);
+            }
+            (Phase::Switching, E::FarReady) if self.source_waits => {
+                self.go(Phase::Guarding, RelayAction::Guard);
+            }
+            (Phase::Switching, E::FarReady) => self.go(Phase::GivenAway, RelayAction::GiveAway),
             (Phase::Guarding, E::Guarded) => self.go(Phase::GivenAway, RelayAction::GiveAway),
+            (Phase::GivenAway | Phase::InDoubt, E::FarTook) if self.switched => {
+                self.go(Phase::Taken, RelayAction::TellTaken);
+            }
+            (Phase::Taken, E::SourceKnows) => self.go(Phase::Serving, RelayAction::Unguard),
+            (Phase::Taken | Phase::Serving, E::FarEnded(FarEnd::Runs)) => self.tell(RelayEnding::Running),
+            (Phase::GivenAway, E::FarEnded(FarEnd::Unknown) | E::SourceGone)
+                if self.switched && !self.source_waits =>
+            {
+                self.part();
+            }
+            (Phase::Taken, E::FarEnded(_)) if !self.source_waits => self.part(),
+            // Its connection must not close before it knows.
+            (Phase::Taken, E::FarEnded(_)) => self.go(Phase::InDoubt, RelayAction::ReportDoubt),
+            (Phase::Taken, E::SourceGone) => self.part(),
+            (Phase::Serving, E::FarEnded(_) | E::FarSilent | E::SourceGone) => self.part(),
+            (Phase::Taken | Phase::Serving, _) => {}
             (Phase::GivenAway | Phase::InDoubt, E::FarEnded(FarEnd::Runs)) => self.tell(RelayEnding::Running),
             (Phase::GivenAway | Phase::InDoubt, E::FarEnded(FarEnd::DoesNotRun)) => {
                 self.tell(RelayEnding::Failed);
@@ -230,11 +299,16 @@ impl RelayEngine {
             (Phase::Telling(ending), E::Told) => self.go(Phase::Ended(ending), RelayAction::Finish(ending)),
             (Phase::Telling(_) | Phase::Ended(_), _) => {}
             // The source may have handed over the guest: only the source decides.
-            (Phase::Asked | Phase::Guarding, E::Cancel) => {}
+            (Phase::Asked | Phase::Guarding | Phase::Switching, E::Cancel) => {}
             // The far end can't decide before the guest was handed to it, and only the relay hands it over.
-            (_, E::Guarded | E::Told | E::NotThere | E::FarSilent) => {}
+            (_, E::Guarded | E::Told | E::NotThere | E::FarSilent | E::FarTook | E::SourceKnows) => {}
             (_, E::FarEnded(_) | E::Cancel | E::SourceGone | E::NotGuarded) => self.fail(),
-            (_, E::RamComplete | E::StateArrived | E::FarReady | E::GuestGiven { .. }) => self.fail(),
+            (
+                _,
+                E::RamComplete | E::StateArrived | E::FarReady | E::GuestGiven { .. } | E::Switched { .. },
+            ) => {
+                self.fail();
+            }
         }
     }
 
@@ -244,6 +318,12 @@ impl RelayEngine {
         self.tell(RelayEnding::Failed);
     }
 
+    /// The guest runs at the far end among missing pages, and stays there.
+    fn part(&mut self) {
+        self.outbox.push_back(RelayAction::Abandon);
+        self.tell(RelayEnding::Incomplete);
+    }
+
     fn tell(&mut self, ending: RelayEnding) {
         self.go(
             Phase::Telling(ending),
@@ -251,6 +331,7 @@ impl RelayEngine {
                 RelayEnding::Running => RelayAction::TellRunning,
                 RelayEnding::Failed => RelayAction::TellFailed,
                 RelayEnding::InDoubt => RelayAction::TellNothing,
+                RelayEnding::Incomplete => RelayAction::Part,
             },
         );
     }
@@ -258,5 +339,95 @@ impl RelayEngine {
     fn go(&mut self, phase: Phase, action: RelayAction) {
         self.phase = phase;
         self.outbox.push_back(action);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use RelayAction as A;
+    use RelayEvent as E;
+
+    /// The actions that follow from `events`, in order.
+    fn after(events: &[RelayEvent]) -> (RelayEngine, Vec<RelayAction>) {
+        let mut engine = RelayEngine::new(Duration::from_millis(300));
+        events.iter().for_each(|event| engine.handle(Duration::ZERO, *event));
+        let actions = std::iter::from_fn(|| engine.poll()).collect();
+        (engine, actions)
+    }
+
+    /// A switch to postcopy up to the last page.
+    const SWITCH: [RelayEvent; 5] =
+        [E::Switched { waits: true }, E::FarReady, E::Guarded, E::FarTook, E::SourceKnows];
+    const DECIDED: [RelayAction; 5] = [A::SendSwitch, A::Guard, A::GiveAway, A::TellTaken, A::Unguard];
+
+    #[test]
+    fn a_switch_to_postcopy_is_passed_on_in_order() {
+        let whole = [&SWITCH[..], &[E::FarEnded(FarEnd::Runs), E::Told]].concat();
+        let (engine, actions) = after(&whole);
+        let end = [A::TellRunning, A::Finish(RelayEnding::Running)];
+        assert_eq!(actions, [&DECIDED[..], &end].concat());
+        assert!(engine.has_switched() && engine.may_read());
+    }
+
+    /// Before RUN the source is told of a failure, between RUN and the far end's answer the relay is in doubt, and from
+    /// the answer on the guest is the far end's.
+    #[test]
+    fn what_is_lost_in_postcopy_gives_the_guest_to_one_end() {
+        let lost = [E::FarEnded(FarEnd::Unknown), E::SourceGone];
+        for (step, loss) in (1..=5).flat_map(|step| lost.map(|loss| (step, loss))) {
+            let (engine, actions) = after(&[&SWITCH[..step], &[loss]].concat());
+            let (_, before) = after(&SWITCH[..step]);
+            let decided = &actions[before.len()..];
+            let expected: &[RelayAction] = match (step, loss) {
+                (1 | 2, _) => &[A::Abandon, A::TellFailed],
+                (3, E::SourceGone) => &[],
+                // The source may not know, and would resume its guest.
+                (3 | 4, E::FarEnded(_)) => &[A::ReportDoubt],
+                _ => &[A::Abandon, A::Part],
+            };
+            assert_eq!(decided, expected, "{loss:?} after {step} steps");
+            let ending = match expected {
+                [_, A::TellFailed] => RelayEnding::Failed,
+                [_, A::Part] => RelayEnding::Incomplete,
+                _ => RelayEnding::InDoubt,
+            };
+            assert_eq!(engine.ending(), ending, "{loss:?} after {step} steps");
+        }
+    }
+
+    /// A source that never takes its guest back need not be kept in doubt: both ends keep what they have.
+    #[test]
+    fn a_source_that_waits_for_no_answer_is_held_by_nobody() {
+        let switch = [E::Switched { waits: false }, E::FarReady, E::FarTook, E::SourceKnows];
+        for (step, ending) in
+            [RelayEnding::Failed, RelayEnding::Incomplete, RelayEnding::Incomplete].into_iter().enumerate()
+        {
+            for lost in [E::FarEnded(FarEnd::Unknown), E::SourceGone] {
+                let (engine, actions) = after(&[&switch[..=step], &[lost]].concat());
+                assert_eq!(engine.ending(), ending, "{lost:?} after {switch:?}");
+                assert!(!actions.contains(&A::Guard) && !actions.contains(&A::ReportDoubt));
+            }
+        }
+    }
+
+    #[test]
+    fn a_doubt_in_postcopy_ends_with_the_far_ends_answer() {
+        let doubt = [E::Switched { waits: true }, E::FarReady, E::Guarded, E::FarSilent];
+        let (engine, _) = after(&doubt);
+        assert!(engine.is_in_doubt());
+        let (engine, actions) = after(&[&doubt[..], &[E::FarTook, E::SourceKnows]].concat());
+        assert!(!engine.is_in_doubt() && actions.ends_with(&[A::TellTaken, A::Unguard]));
+        let (_, actions) = after(&[&doubt[..], &[E::FarEnded(FarEnd::DoesNotRun)]].concat());
+        assert_eq!(actions.last(), Some(&A::TellFailed));
+    }
+
+    #[test]
+    fn no_cancel_is_in_time_after_a_switch_to_postcopy() {
+        for step in 1..=SWITCH.len() {
+            let (engine, actions) = after(&[&SWITCH[..step], &[E::Cancel]].concat());
+            let (_, before) = after(&SWITCH[..step]);
+            assert!(!engine.may_cancel() && actions == before, "after {step} steps: {actions:?}");
+        }
     }
 }

@@ -111,12 +111,24 @@ pub(super) enum Breakage {
     ReadWithoutBound,
     /// Nothing holds the source's connection when a relay dies.
     LeaveUnguarded,
+    /// A relay reports to the source that the guest was taken when it passes on its start.
+    TakenBeforeFarEnd,
+    /// A relay gives up its hold of the source's connection before the source knows that the guest was taken.
+    UnguardEarly,
+    /// A relay reports a failure to the source when a connection is lost after the guest was taken.
+    LossIsFailure,
+    /// A relay in postcopy sends pages on that its source has discarded, as if they were there.
+    ForgetOwed,
+    /// A relay in postcopy does not ask its source for what its far end waits for.
+    AskNobody,
+    /// A relay in postcopy ends when it has sent what is here.
+    EndWithoutSource,
 }
 
 impl Breakage {
     /// What the simulation of a relay switches off.
     #[cfg(test)]
-    pub(super) const OF_RELAYS: [Self; 7] = [
+    pub(super) const OF_RELAYS: [Self; 13] = [
         Self::TellBeforeFarEnd,
         Self::DoubtIsFailure,
         Self::AskBeforeFarEnd,
@@ -124,6 +136,12 @@ impl Breakage {
         Self::ReadWithoutBound,
         Self::LeaveUnguarded,
         Self::MarkBeforeCopy,
+        Self::TakenBeforeFarEnd,
+        Self::UnguardEarly,
+        Self::LossIsFailure,
+        Self::ForgetOwed,
+        Self::AskNobody,
+        Self::EndWithoutSource,
     ];
 
     /// All but `None` and what only a relay does.

@@ -11,6 +11,7 @@ use crate::stream::qemu::style::PeerStyle;
 use crate::sys::random_id;
 use crate::units::{Percent, Rate};
 
+use crate::session::source::RAM_SECTION_ID;
 use crate::session::workers::Spawner;
 use crate::session::{Incoming, Peer};
 
@@ -148,6 +149,9 @@ pub struct SourceSettings {
     pub all_dirty_at_start: bool,
     /// Names this migration; 128 random bits.
     pub migration_id: [u8; 16],
+    /// Id of the section of pages: our own, or in postcopy through a relay that of the guest's source, so that both ends
+    /// can go on without the relay.
+    pub(in crate::session) ram_section: u32,
     /// How threads are started.
     pub spawner: Spawner,
 }
@@ -188,6 +192,7 @@ impl SourceSettings {
             guest_stands_still: false,
             all_dirty_at_start: true,
             migration_id: random_id(),
+            ram_section: RAM_SECTION_ID,
             spawner: Spawner::default(),
         }
     }

@@ -57,7 +57,7 @@ pub use source::{NewConnection, Reconnect, Redial, SourceGuest, SourceReport, So
 pub use workers::{Job, SpawnFn, Spawner};
 
 #[cfg(test)]
-pub(crate) use source::Upstream;
+use source::{News, Upstream};
 
 pub use crate::engine::{
     ChannelMismatch, CheckpointOutcome, Ending, Handover, LostPages, OnTimeout, Outcome, PostcopyRule,

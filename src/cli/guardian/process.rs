@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ramwire::stream::native::Answer;
+use ramwire::stream::qemu::package::{PING_LOADED, PING_TAKEN};
 use ramwire::stream::qemu::return_path::{Message, decode_message};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, Shutdown, recvmsg};
@@ -39,6 +40,8 @@ struct Connections {
 enum End {
     SourceGone,
     Runs,
+    /// Postcopy: the far end has taken the guest, and pages are missing there.
+    Taken,
     DoesNotRun(&'static str),
 }
 
@@ -213,6 +216,8 @@ impl Connections {
             Message::Shut { .. } if !self.far_end_is_native => {
                 Some(End::DoesNotRun("the far end says that it has not started the guest"))
             }
+            // Both ends then wait, and go on without the relay.
+            Message::Pong(PING_TAKEN) => Some(End::Taken),
             // After COMMIT a ramwire's refusal proves nothing.
             Message::Native(Answer::Refused { why }) => {
                 say(&format!("the far end says: {why}; look whether the guest runs there"));
@@ -224,22 +229,32 @@ impl Connections {
 
     /// Sends the result to the source, and makes sure that the source can read it.
     fn tell(&self, end: &End) {
-        let (text, message) = match end {
+        let (text, messages) = match end {
             End::SourceGone => {
                 return say(
                     "the source has gone: if the guest runs, it runs at the far end; nothing is held any more",
                 );
             }
             End::Runs if self.source_is_native => {
-                ("the guest runs at the far end; the source is told", Message::Native(Answer::Running))
+                ("the guest runs at the far end; the source is told", vec![Message::Native(Answer::Running)])
             }
-            End::Runs => ("the guest runs at the far end; the source is told", Message::Shut { status: 0 }),
-            End::DoesNotRun(why) if self.source_is_native => (*why, Message::Native(Answer::Refused { why })),
-            End::DoesNotRun(why) => (*why, Message::Shut { status: 1 }),
+            End::Runs => {
+                ("the guest runs at the far end; the source is told", vec![Message::Shut { status: 0 }])
+            }
+            End::Taken => (
+                "the guest runs at the far end, and what it misses is at its source, which is told: keep both. They go \
+                 on without the relay: `migrate-recover` at the far end, then at the source `migrate` to that address \
+                 with `resume`",
+                vec![Message::Pong(PING_LOADED), Message::Pong(PING_TAKEN)],
+            ),
+            End::DoesNotRun(why) if self.source_is_native => {
+                (*why, vec![Message::Native(Answer::Refused { why })])
+            }
+            End::DoesNotRun(why) => (*why, vec![Message::Shut { status: 1 }]),
         };
         say(text);
         let mut bytes = Vec::new();
-        message.encode(&mut bytes);
+        messages.iter().for_each(|message| message.encode(&mut bytes));
         let until = Instant::now() + TOLD;
         let mut left = &bytes[..];
         while !left.is_empty() && Instant::now() < until {

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{BehindUrgent, OnTimeout, Phase, PostcopyRule, SourceAction, SourceEngine, UrgentChannel};
+use super::{
+    BehindUrgent, OnTimeout, Phase, PostcopyRule, SourceAction, SourceEngine, Switchover, UrgentChannel,
+};
 use crate::engine::Handover;
 use crate::ram::RoundKind;
 
@@ -82,9 +84,11 @@ impl SourceEngine {
     /// The end may be sent once no page is left and the peer took over the guest: until then the peer may still return
     /// it.
     pub(super) fn filled(&mut self, now: Duration, pages_left: u64) {
+        // A relay's session waits for pages and for the peer at once, and in doubt as long as an answer is of use.
+        let relays = self.config.switchover == Switchover::WhenUpstreamStops;
         match (pages_left, self.postcopy.taken) {
             (0, true) => self.go(Phase::EndingPostcopy, SourceAction::EndPostcopy),
-            (0, false) => self.wait(Phase::AwaitingTaken, Some(now + self.config.answers.running)),
+            (0, false) if !relays => self.wait(Phase::AwaitingTaken, Some(now + self.config.answers.running)),
             _ => self.send_missing(now),
         }
     }

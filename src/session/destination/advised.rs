@@ -13,7 +13,8 @@ use crate::session::Error;
 
 /// What the source has sent from ADVISE on, before the guest has moved.
 pub(super) struct Advised {
-    faults: MissingFaults,
+    /// `None` if the guest would run elsewhere, at a relay's far end.
+    faults: Option<MissingFaults>,
     /// The source's host page sizes, ORed.
     host_pages: u64,
     package: Vec<u8>,
@@ -34,7 +35,16 @@ impl Advised {
     }
 
     pub(super) fn with(faults: MissingFaults, host_pages: u64) -> Self {
-        Self { faults, host_pages, package: Vec::new(), owed: PageSet::default() }
+        Self { faults: Some(faults), host_pages, package: Vec::new(), owed: PageSet::default() }
+    }
+
+    /// At a relay: no guest runs here.
+    pub(super) fn elsewhere(host_pages: u64) -> Self {
+        Self { faults: None, host_pages, package: Vec::new(), owed: PageSet::default() }
+    }
+
+    pub(super) fn serves_here(&self) -> bool {
+        self.faults.is_some()
     }
 
     /// The source's host page sizes must equal ours, otherwise pages would be placed in parts.
@@ -91,8 +101,9 @@ impl Advised {
         Ok(())
     }
 
-    /// The package is complete: returns the descriptor for faults, the package, and the pages that will be sent again.
-    pub(super) fn into_parts(self) -> (MissingFaults, Vec<u8>, PageSet) {
+    /// The package is complete: returns the descriptor for faults if the guest
+    /// runs here, the package, and the pages that will be sent again.
+    pub(super) fn into_parts(self) -> (Option<MissingFaults>, Vec<u8>, PageSet) {
         (self.faults, self.package, self.owed)
     }
 }
@@ -112,7 +123,10 @@ impl DestinationSession {
                 remedy: Remedy::Advice("turn postcopy-ram off at the source, or let it come over TCP"),
             });
         }
-        self.switch.advise(Advised::new(host_pages)?);
+        self.switch.advise(match self.ingest.relays_postcopy()? {
+            true => Advised::elsewhere(host_pages),
+            false => Advised::new(host_pages)?,
+        });
         Ok(())
     }
 }

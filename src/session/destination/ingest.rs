@@ -15,7 +15,7 @@ use super::mapper::Mapper;
 use super::placing::Placing;
 use super::receive::{no_blocks, out_of_turn};
 use super::sections::Sections;
-use super::{Arrival, Incoming};
+use super::{Arrival, Incoming, Switched};
 use crate::session::relay::ScanReport;
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Error};
@@ -137,15 +137,62 @@ impl Ingest {
     }
 
     /// The early sections are complete: an observer of pages may begin.
-    pub(super) fn pages_begin(&mut self, seen: Seen) -> Result<(), Error> {
+    pub(super) fn pages_begin(&mut self, seen: Seen, section: u32) -> Result<(), Error> {
         self.lost_memory()?;
         match (&mut self.placing, &mut self.incoming) {
             (Some(placing), Some(incoming)) => {
                 incoming.seen = seen;
-                placing.began(incoming)
+                placing.began(incoming, section)
             }
             _ => Err(no_blocks("a section of pages")),
         }
+    }
+
+    /// True at a relay: the guest of a source that switches to postcopy runs at its far end.
+    ///
+    /// # Errors
+    /// Such a source is refused.
+    pub(super) fn relays_postcopy(&self) -> Result<bool, Error> {
+        self.watcher().map_or(Ok(false), |arrival| arrival.relays_postcopy())
+    }
+
+    /// The source has switched to postcopy, at a relay: see [`Arrival::switched`].
+    pub(super) fn switched(&mut self, switched: Switched) -> Result<(), Error> {
+        let arrival = self.placing.as_mut().and_then(Placing::arrival);
+        arrival.map_or_else(|| Err(no_blocks("a package")), |arrival| arrival.switched(switched))
+    }
+
+    /// After the switch: what ends each wait for the source.
+    pub(super) fn stop(&self) -> Stop {
+        self.watcher().map_or_else(Stop::never, |arrival| arrival.stop())
+    }
+
+    /// After the switch: the last page has arrived; see [`Arrival::all_came`].
+    pub(super) fn all_came(&mut self) -> Result<(), Error> {
+        self.placing.as_mut().and_then(Placing::arrival).map_or(Ok(()), |arrival| arrival.all_came())
+    }
+
+    /// After the switch, at a relay: see [`Arrival::settle`].
+    pub(super) fn settle(&self) {
+        if let Some(arrival) = self.watcher() {
+            arrival.settle();
+        }
+    }
+
+    /// After the switch: true once the guest runs at a relay's far end.
+    pub(super) fn is_taken(&self) -> bool {
+        self.watcher().is_some_and(|arrival| arrival.is_taken())
+    }
+
+    /// After the switch: why a relay has ended it.
+    pub(super) fn why_ended(&self) -> Option<Error> {
+        self.watcher().and_then(|arrival| arrival.why_ended())
+    }
+
+    /// The observer of pages.
+    fn watcher(&self) -> Option<&dyn Arrival> {
+        let here = self.arrival.as_deref();
+        here.or_else(|| self.placing.as_ref().and_then(Placing::watcher))
     }
 
     /// A round of pages that show only by their content is over.
@@ -308,7 +355,7 @@ mod tests {
     fn pages_without_blocks_are_out_of_turn() {
         let mut ingest = Ingest::default();
         assert!(ingest.placing().is_err() && ingest.memory().is_err() && ingest.ram_complete().is_err());
-        assert!(ingest.pages_begin(Seen::default()).is_err());
+        assert!(ingest.pages_begin(Seen::default(), 2).is_err());
         assert!(ingest.lost_memory().is_ok() && ingest.between_reads().is_ok(), "there is none to be lost");
     }
 

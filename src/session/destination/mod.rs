@@ -18,6 +18,7 @@ mod provider;
 mod reader;
 mod receive;
 mod recovery;
+mod relayed;
 mod report;
 mod return_path;
 mod round;
@@ -57,17 +58,24 @@ pub use provider::{DestinationGuest, Incoming, MemoryProvider, Zeroed};
 use reader::StreamReader;
 use receive::out_of_turn;
 pub use recovery::NextConnection;
+pub(crate) use relayed::{Switched, ToSource};
 pub use report::DestinationReport;
 use switch::Switch;
 use wire::Wire;
 
 /// Sees pages as they arrive; a relay's.
 pub(crate) trait Arrival: Send {
-    /// The early sections have arrived and pages are next. Called again before each section of pages.
+    /// The early sections have arrived and pages are next. Called again before each section of pages, which have this
+    /// id.
     ///
     /// # Errors
     /// Ends the migration.
-    fn began(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error>;
+    fn began(
+        &mut self,
+        incoming: &Incoming,
+        memory: &Arc<dyn GuestMemory>,
+        section: u32,
+    ) -> Result<(), Error>;
 
     /// The memory exists and no page has arrived yet: returns the observer of each page, called by the thread that
     /// places it.
@@ -85,6 +93,49 @@ pub(crate) trait Arrival: Send {
     /// # Errors
     /// Ends the migration.
     fn ram_complete(&mut self, scan: Option<Duration>) -> Result<(), Error>;
+
+    /// True if the guest of a source that switches to postcopy runs elsewhere, at the far end of a relay.
+    ///
+    /// # Errors
+    /// Such a source is refused.
+    fn relays_postcopy(&self) -> Result<bool, Error> {
+        Ok(false)
+    }
+
+    /// The source has switched to postcopy: returns once the far end was given the guest.
+    ///
+    /// # Errors
+    /// It was not, and the guest does not run there.
+    fn switched(&mut self, _switched: Switched) -> Result<(), Error> {
+        Err(out_of_turn("a package", "a migration without ADVISE"))
+    }
+
+    /// After the switch: ends each wait for the source.
+    fn stop(&self) -> Stop {
+        Stop::never()
+    }
+
+    /// After the switch: the last page has arrived. Returns once the far end has everything.
+    ///
+    /// # Errors
+    /// It has not: its connection was lost.
+    fn all_came(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// After the switch: a step or the connection has failed. Returns when it is decided who has the guest, and the
+    /// source knows if it is the far end: until then the connection must not close, nor a failure be reported.
+    fn settle(&self) {}
+
+    /// After the switch: true once the guest runs at the far end, so that a loss gives it to nobody else.
+    fn is_taken(&self) -> bool {
+        false
+    }
+
+    /// After the switch: why the relay has ended it, if it has.
+    fn why_ended(&self) -> Option<Error> {
+        None
+    }
 }
 
 /// The destination's session before and while it runs.
@@ -214,12 +265,19 @@ impl DestinationSession {
 
     /// A step failed.
     fn keep(&mut self, error: Error, reader: &StreamReader) -> DestinationEvent {
+        if self.switch.relayed().is_some() {
+            tracing::warn!(error = %Chain(&error), at = reader.at, "the source, after its switch");
+            self.ingest.settle();
+        }
         // The kernel's answer for memory that it has lost names no block.
         let error = self.ingest.lost_memory().err().unwrap_or(error);
         let error = self.postcopy_failure(error);
         tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
         let overdue = error.is_deadline() && self.driver.time_left() == Some(Duration::ZERO);
         self.error.get_or_insert(error);
+        if let Some(event) = self.relayed_loss() {
+            return event;
+        }
         match () {
             () if self.switch.outlives_loss(self.may_recover()) => DestinationEvent::Lost,
             () if overdue => DestinationEvent::Woken,
@@ -241,7 +299,10 @@ impl DestinationSession {
         }
         if self.driver.engine.is_committed() {
             // The guest is ours: no cancel breaks it off any more.
-            self.wire.stop = self.switch.stop_after_commit();
+            self.wire.stop = match self.switch.relayed() {
+                Some(_) => self.ingest.stop(),
+                None => self.switch.stop_after_commit(),
+            };
         }
     }
 
@@ -313,7 +374,7 @@ impl DestinationSession {
                 });
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
-            DestinationAction::Listen => self.listen(reader.stream.blocks())?,
+            DestinationAction::Listen => self.listen(&reader.stream)?,
             DestinationAction::AwaitRecovery => self.await_recovery(reader)?,
             DestinationAction::AwaitGuest => self.await_guest()?,
             DestinationAction::SendReady => {

@@ -92,9 +92,18 @@ impl Placing {
     }
 
     /// Called at every section of pages; the watcher takes the first as its beginning.
-    pub(super) fn began(&mut self, incoming: &Incoming) -> Result<(), Error> {
+    pub(super) fn began(&mut self, incoming: &Incoming, section: u32) -> Result<(), Error> {
         let watcher = self.arrival.as_mut();
-        watcher.map_or(Ok(()), |arrival| arrival.began(incoming, self.placer.memory()))
+        watcher.map_or(Ok(()), |arrival| arrival.began(incoming, self.placer.memory(), section))
+    }
+
+    /// The observer of pages.
+    pub(super) fn watcher(&self) -> Option<&dyn Arrival> {
+        self.arrival.as_deref()
+    }
+
+    pub(super) fn arrival(&mut self) -> Option<&mut Box<dyn Arrival>> {
+        self.arrival.as_mut()
     }
 
     /// Before each read of the stream.

@@ -19,7 +19,7 @@ use crate::guest::{GuestControl, Placer, load_state};
 use crate::observe::{LatencySummary, SharedStatistics, Status};
 use crate::ram::{Landing, PageSet};
 use crate::stream::native::decode_state_section;
-use crate::stream::qemu::incoming::AnnouncedBlocks;
+use crate::stream::qemu::incoming::IncomingStream;
 use crate::stream::qemu::package::{PING_TAKEN, decode_package};
 use crate::stream::qemu::return_path::Message;
 use crate::sys::{CancelToken, Lock as _, MissingFaults, Stop, StopReason};
@@ -29,6 +29,7 @@ use super::DestinationSession;
 use super::owner::Owner;
 use super::preempt::Preempt;
 use super::receive::{no_blocks, out_of_turn};
+use super::relayed::never_came;
 use super::return_path::ReturnPathWriter;
 use super::switch::Switch;
 use crate::session::Error;
@@ -231,7 +232,7 @@ impl Switch {
     /// # Errors
     /// Some do not arrive.
     pub(super) fn await_owed(&mut self, stop: &Stop) -> Result<(), Error> {
-        let Some(postcopy) = self.running_mut() else { return Ok(()) };
+        let Some(postcopy) = self.running_mut() else { return self.relayed_all() };
         let stop = stop.within(postcopy.shared.send_timeout);
         postcopy.preempt.main_ended();
         loop {
@@ -243,12 +244,7 @@ impl Switch {
                 return Ok(());
             };
             if !postcopy.preempt.is_expected() || stop.sleep(OWED_CHECK_INTERVAL).is_some() {
-                let table = placer.memory().table();
-                let name = table.get(page.block).map_or("", |block| block.name.as_str());
-                let at = page.first.0 * placer.page_bytes();
-                let what =
-                    format!("the end of RAM, though the page at {at:#x} of RAM block {name} was discarded");
-                return Err(out_of_turn(&what, "waiting for missing pages"));
+                return Err(never_came(placer, page));
             }
         }
     }
@@ -256,11 +252,16 @@ impl Switch {
 
 impl DestinationSession {
     /// The package is whole: faults are served, and a thread loads the state and starts the guest.
-    pub(super) fn listen(&mut self, blocks: &AnnouncedBlocks) -> Result<(), Error> {
+    pub(super) fn listen(&mut self, stream: &IncomingStream) -> Result<(), Error> {
         let Some(advised) = self.switch.take_advised() else {
             return Err(out_of_turn("a package", "a migration without ADVISE"));
         };
         let (faults, package, owed) = advised.into_parts();
+        let Some(faults) = faults else {
+            // A source may switch before its first section of pages.
+            self.ingest.pages_begin(*stream.seen(), stream.ram_section_id().unwrap_or_default())?;
+            return self.relay_switch(&package, owed);
+        };
         let decoded = decode_package(&package)?;
         let Some(back) = self.wire.back.clone() else {
             return Err(out_of_turn("a package", "a stream without a return path"));
@@ -296,23 +297,18 @@ impl DestinationSession {
             shared: Arc::clone(&shared),
             faults: Some(faults),
             loader: None,
-            preempt: Preempt::new(blocks.clone(), self.switch.next().clone(), self.settings.spawner.clone()),
+            preempt: Preempt::new(
+                stream.blocks().clone(),
+                self.switch.next().clone(),
+                self.settings.spawner.clone(),
+            ),
             owed,
             recovering: false,
             loaded: Arc::default(),
             time_to_run: Arc::default(),
         };
         postcopy.preempt.start(&postcopy.shared)?;
-        let state = if self.driver.engine.is_native() {
-            decode_state_section(decoded.sections)
-                .ok_or_else(|| {
-                    out_of_turn("a package without a section of device state", "a ramwire's switch")
-                })?
-                .to_vec()
-        } else {
-            // As a precopy stream that ends without a VM description.
-            [&self.ingest.take_state()[..], decoded.sections, &[0]].concat()
-        };
+        let state = self.state_of_package(decoded.sections)?;
         if let Some(incoming) = self.ingest.incoming() {
             self.guest.memory.arrived(incoming, self.driver.engine.is_native());
         }
@@ -336,8 +332,21 @@ impl DestinationSession {
         Ok(())
     }
 
+    /// The device state of a package with these sections.
+    pub(super) fn state_of_package(&mut self, sections: &[u8]) -> Result<Vec<u8>, Error> {
+        if !self.driver.engine.is_native() {
+            // As a precopy stream that ends without a VM description.
+            return Ok([&self.ingest.take_state()[..], sections, &[0]].concat());
+        }
+        let missing = || out_of_turn("a package without a section of device state", "a ramwire's switch");
+        Ok(decode_state_section(sections).ok_or_else(missing)?.to_vec())
+    }
+
     /// All pages have arrived: waits for the guest's start.
     pub(super) fn await_guest(&mut self) -> Result<(), Error> {
+        if self.switch.relayed().is_some() {
+            return self.ingest.all_came();
+        }
         self.take_control()?;
         let Some(postcopy) = self.switch.running_mut() else { return Ok(()) };
         // No page is requested any more. A fault at a page that has arrived is answered until serving ends, and can't
@@ -373,6 +382,9 @@ impl DestinationSession {
 
     /// A step failed: the error of a thread of the postcopy is the cause, if there is one.
     pub(super) fn postcopy_failure(&mut self, error: Error) -> Error {
+        if let Some(why) = self.ingest.why_ended() {
+            return why;
+        }
         let failed = self.switch.running().is_some_and(|postcopy| postcopy.shared.load_has_failed());
         if failed && let Err(cause) = self.take_control() {
             return cause;

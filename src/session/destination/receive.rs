@@ -58,7 +58,9 @@ impl DestinationSession {
                     *start += consumed;
                     self.ingest.between_reads()?;
                     reader.make_room(needed);
-                    let quiet = reader.start == reader.end && self.may_hold_its_switchover();
+                    // After a switch a relay's source may have sent everything, and waits for the far end.
+                    let waits = self.may_hold_its_switchover() || self.switch.relayed().is_some();
+                    let quiet = reader.start == reader.end && waits;
                     let source = self.wire.link.stream();
                     source.set_bulk(bulk);
                     source.set_quiet(quiet);
@@ -110,11 +112,9 @@ impl DestinationSession {
             Event::Configuration(configuration) => self.told.configuration = Some(configuration),
             Event::Blocks(blocks) => self.blocks(&blocks)?,
             Event::Command(command) => return self.command(command),
-            Event::SectionStart {
-                kind: SectionKind::Ram, phase: phase @ (Phase::Part | Phase::End), ..
-            } => {
+            Event::SectionStart { kind: SectionKind::Ram, phase: phase @ (Phase::Part | Phase::End), id } => {
                 tracing::trace!(?phase, "pages begin");
-                self.ingest.pages_begin(seen)?;
+                self.ingest.pages_begin(seen, id)?;
             }
             Event::MultifdFlush => self.barrier()?,
             Event::RecordsEnd => self.records_ended(seen)?,
@@ -162,7 +162,7 @@ impl DestinationSession {
         shared_blocks::check(&incoming, memory.table())?;
         let memory = self.see_passed(&incoming, memory)?;
         let how = Placement {
-            may_be_postcopy: self.switch.is_advised() || self.wire.link.abilities().on_demand,
+            may_be_postcopy: self.switch.serves_here() || self.wire.link.abilities().on_demand,
             map_behind: self.settings.map_behind.then_some(&self.settings.spawner),
             prints: self.told.compared.begin(memory.table(), self.told.migration_id),
             breakage: self.breakage,
@@ -198,7 +198,8 @@ impl DestinationSession {
         self.last_scan()?;
         self.switch.await_owed(&self.wire.stop)?;
         self.figures.ram_complete();
-        self.ingest.ram_complete()
+        // After a switch the guest is handed over already.
+        if self.switch.relayed().is_some() { Ok(()) } else { self.ingest.ram_complete() }
     }
 
     fn command(&mut self, command: Command<'_>) -> Result<Option<DestinationEvent>, Error> {

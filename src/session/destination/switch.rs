@@ -9,6 +9,7 @@ use super::advised::{self, Advised};
 use super::postcopy::Postcopy;
 use super::preempt::{Connections, SharedNext};
 use super::receive::out_of_turn;
+use super::relayed::Relayed;
 use crate::session::Error;
 
 /// Progress of a switch to postcopy.
@@ -18,6 +19,8 @@ pub(super) struct Switch {
     running: Option<Postcopy>,
     /// From ADVISE to the package.
     advised: Option<Advised>,
+    /// From the package on, at a relay.
+    relayed: Option<Relayed>,
     /// Where the source may connect again.
     next: SharedNext,
 }
@@ -41,6 +44,20 @@ impl Switch {
     /// The source may switch, and its guest has not moved.
     pub(super) fn is_advised(&self) -> bool {
         self.advised.is_some()
+    }
+
+    /// True if the guest of such a source would run here, among missing pages.
+    pub(super) fn serves_here(&self) -> bool {
+        self.advised.as_ref().is_some_and(Advised::serves_here)
+    }
+
+    /// The guest runs at a relay's far end, and pages are missing.
+    pub(super) fn relay(&mut self, relayed: Relayed) {
+        self.relayed = Some(relayed);
+    }
+
+    pub(super) fn relayed(&self) -> Option<&Relayed> {
+        self.relayed.as_ref()
     }
 
     /// The package is whole.

@@ -27,7 +27,7 @@ use crate::transport::InlineLink;
 const WAIT: Duration = Duration::from_secs(60);
 
 /// Records the calls.
-struct Noting(Arc<Mutex<Vec<&'static str>>>, bool);
+pub(super) struct Noting(pub(super) Arc<Mutex<Vec<&'static str>>>, pub(super) bool);
 
 impl Guard for Noting {
     fn hold(&mut self, held: &Held<'_>) -> io::Result<()> {
@@ -72,6 +72,7 @@ impl Running {
             connect: Box::new(connect),
             incoming: DestinationSettings::default(),
             outgoing,
+            urgent_came: false,
             huge_pages: false,
             cancel: cancel.clone(),
             control: control.clone(),

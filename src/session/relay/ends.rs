@@ -7,17 +7,19 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
 
-use crate::engine::{FarEnd, Handover, Outcome, RelayAction, RelayEvent, Traffic};
+use crate::engine::{FarEnd, Handover, Outcome, PostcopyRule, RelayAction, RelayEvent, Traffic};
+use crate::error::Remedy;
 use crate::guest::{DeviceState, DirtySource, GuestControl, GuestMemory, PageObserver};
 use crate::observe::SharedStatistics;
-use crate::session::destination::{Arrival, Incoming};
-use crate::session::source::{SourceGuest, SourceReport, SourceSession, Upstream};
-use crate::session::{Error, SourceSettings};
+use crate::session::destination::{Arrival, Incoming, Switched};
+use crate::session::source::{News, SourceGuest, SourceReport, SourceSession, Upstream};
+use crate::session::{Error, PostcopySettings, SourceSettings};
 use crate::sys::{CancelToken, Lock as _, SendPart, Stop, duplicate};
 use crate::transport::{ByteSink, ChannelError};
 
 use super::forward::Arrivals;
-use super::hub::Hub;
+use super::hub::{Hub, Inner};
+use super::postcopy::{FarSwitch, Settled, SwitchedSource, why_ended};
 use super::{ConnectFn, Notice, NoticeFn};
 
 /// Longest time between two checks of the far end's figures while pages arrive.
@@ -27,7 +29,7 @@ const FIGURES_INTERVAL: Duration = Duration::from_millis(2);
 const PAGES_A_LOOK: u64 = 64;
 
 /// Interval between two checks for a cancel and of the source's connection, while waiting for the other side.
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Number of pages for which an idle far side begins a round immediately; with fewer it waits for more, at most a
 /// slice.
@@ -55,6 +57,12 @@ pub(super) struct Middle {
     pub(super) ram_complete: Arc<Mutex<Option<Duration>>>,
     pub(super) arrivals: Option<Arc<Arrivals>>,
     pub(super) meter: Option<Meter>,
+    /// The source has a connection for urgent pages, which nobody here reads.
+    pub(super) urgent_came: bool,
+    /// The source has switched to postcopy.
+    pub(super) switched: bool,
+    /// The source is told nothing any more.
+    pub(super) silenced: Arc<AtomicBool>,
 }
 
 /// Measures the pages that wait to be sent on.
@@ -90,7 +98,12 @@ impl Meter {
 }
 
 impl Middle {
-    fn start_far_side(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error> {
+    fn start_far_side(
+        &mut self,
+        incoming: &Incoming,
+        memory: &Arc<dyn GuestMemory>,
+        section: u32,
+    ) -> Result<(), Error> {
         let (Some(connect), Some(mut settings), Some(give), Some(arrivals)) =
             (self.connect.take(), self.outgoing.take(), self.give.take(), self.arrivals.clone())
         else {
@@ -101,6 +114,11 @@ impl Middle {
         }
         settings.adopt(incoming);
         settings.all_dirty_at_start = false;
+        if incoming.seen.postcopy_advised {
+            settings.postcopy = Some(PostcopySettings::new(PostcopyRule::OnCommand));
+            settings.ram_section = section;
+        }
+        let finish_timeout = settings.finish_timeout;
         let connection = connect(Arc::clone(memory))?;
         let descriptor = connection.back.as_ref().and_then(|back| back.descriptor());
         self.hub.far_end_connects(descriptor.and_then(|descriptor| duplicate(&descriptor).ok()));
@@ -120,7 +138,12 @@ impl Middle {
         };
         let spawner = settings.spawner.clone();
         let session = SourceSession::new(guest, connection, settings)
-            .with_upstream(Box::new(FarSide { hub: Arc::clone(&self.hub), arrivals }))
+            .with_upstream(Box::new(FarSide {
+                hub: Arc::clone(&self.hub),
+                arrivals,
+                memory: Arc::clone(memory),
+                finish_timeout,
+            }))
             .with_cancel(self.cancel.clone())
             .with_statistics(self.left.clone());
         self.hub.far_side_starts(session.control());
@@ -162,8 +185,13 @@ impl Drop for FarSideEnds {
 }
 
 impl Arrival for Middle {
-    fn began(&mut self, incoming: &Incoming, memory: &Arc<dyn GuestMemory>) -> Result<(), Error> {
-        self.start_far_side(incoming, memory)
+    fn began(
+        &mut self,
+        incoming: &Incoming,
+        memory: &Arc<dyn GuestMemory>,
+        section: u32,
+    ) -> Result<(), Error> {
+        self.start_far_side(incoming, memory, section)
     }
 
     fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn PageObserver> {
@@ -178,7 +206,8 @@ impl Arrival for Middle {
     /// The far side has ended: further pages can't be passed on, and the source can receive an error.
     fn between_reads(&mut self) -> Result<(), Error> {
         let Some(meter) = &mut self.meter else { return Ok(()) };
-        if !meter.is_due() {
+        // After a switch another token ends the reads.
+        if !meter.is_due() || self.switched {
             return Ok(());
         }
         loop {
@@ -213,6 +242,51 @@ impl Arrival for Middle {
         self.hub.post(RelayEvent::RamComplete);
         Ok(())
     }
+
+    fn relays_postcopy(&self) -> Result<bool, Error> {
+        if self.urgent_came { Err(no_urgent_channel()) } else { Ok(true) }
+    }
+
+    fn switched(&mut self, switched: Switched) -> Result<(), Error> {
+        self.switched = true;
+        if let Some(arrivals) = &self.arrivals {
+            arrivals.switch();
+        }
+        SwitchedSource(&self.hub).hand_on(switched)
+    }
+
+    fn stop(&self) -> Stop {
+        Stop::on(&self.hub.source_ends())
+    }
+
+    fn all_came(&mut self) -> Result<(), Error> {
+        *self.ram_complete.locked() = Some(self.began.elapsed());
+        SwitchedSource(&self.hub).await_end()
+    }
+
+    fn settle(&self) {
+        if SwitchedSource(&self.hub).settle() == Settled::Nothing {
+            self.silenced.store(true, Ordering::Release);
+        }
+    }
+
+    fn is_taken(&self) -> bool {
+        let inner = self.hub.lock();
+        self.switched && inner.has(RelayAction::TellTaken) && !inner.has(RelayAction::TellFailed)
+    }
+
+    fn why_ended(&self) -> Option<Error> {
+        why_ended(&self.hub.lock())
+    }
+}
+
+/// The source would send urgent pages on a connection of their own.
+fn no_urgent_channel() -> Error {
+    Error::Config {
+        what: "a second connection came with the source's, which is for urgent pages (postcopy-preempt): a relay can't pass them on"
+            .into(),
+        remedy: Remedy::Advice("turn postcopy-preempt off at both ends; postcopy-ram may stay on"),
+    }
 }
 
 /// The far side's session's view of the relay. It continues as soon as there is enough to send, so that the last pages
@@ -220,13 +294,16 @@ impl Arrival for Middle {
 struct FarSide {
     hub: Arc<Hub>,
     arrivals: Arc<Arrivals>,
+    memory: Arc<dyn GuestMemory>,
+    finish_timeout: Duration,
 }
 
 impl Upstream for FarSide {
-    fn wait(&mut self, time: Duration) -> Result<bool, Error> {
+    fn wait(&mut self, time: Duration) -> Result<News, Error> {
         let inner = self.hub.wait(time, |inner| {
             let pending = self.arrivals.pending();
             inner.has(RelayAction::SendLastRound)
+                || inner.has(RelayAction::SendSwitch)
                 || inner.has(RelayAction::Abandon)
                 || pending >= WORTH_A_ROUND
                 || inner.held_back && pending > 0
@@ -234,7 +311,14 @@ impl Upstream for FarSide {
         if inner.has(RelayAction::Abandon) {
             return Err(source_lost());
         }
-        Ok(inner.has(RelayAction::SendLastRound))
+        let (stopped, switched) = (inner.has(RelayAction::SendLastRound), inner.has(RelayAction::SendSwitch));
+        drop(inner);
+        if stopped {
+            return Ok(News::Stopped);
+        }
+        let table = self.memory.table();
+        let begun = switched.then(|| FarSwitch::begin(&self.hub, &self.arrivals, table, self.finish_timeout));
+        Ok(begun.flatten().map_or(News::None, |behind| News::Switched(Box::new(behind))))
     }
 
     fn wait_given(&mut self, handover: Handover, time: Duration) -> Result<bool, Error> {
@@ -260,7 +344,7 @@ impl Upstream for FarSide {
     }
 }
 
-fn source_lost() -> Error {
+pub(super) fn source_lost() -> Error {
     Error::PeerFailed { why: "the guest's source ended its migration; the guest runs on there".into() }
 }
 
@@ -289,13 +373,14 @@ impl GuestControl for StateOfSource {
 impl DeviceState for StateOfSource {
     /// The source's own session limits the wait.
     fn save(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        let may_leave =
+            |inner: &Inner| inner.has(RelayAction::SendState) || inner.has(RelayAction::SendSwitch);
         loop {
-            let inner = self.0.wait(POLL_INTERVAL, |inner| {
-                inner.has(RelayAction::SendState) || inner.has(RelayAction::Abandon)
-            });
+            let inner =
+                self.0.wait(POLL_INTERVAL, |inner| may_leave(inner) || inner.has(RelayAction::Abandon));
             match &inner.device_state {
                 _ if inner.has(RelayAction::Abandon) => return Err(io::Error::other(source_lost())),
-                Some(state) if inner.has(RelayAction::SendState) => return out.write_all(state),
+                Some(state) if may_leave(&inner) => return out.write_all(state),
                 _ => {}
             }
         }

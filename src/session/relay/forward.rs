@@ -1,9 +1,12 @@
 //! Received pages as the dirty pages of the session that sends them on.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::guest::{DirtyError, DirtySource};
 use crate::ram::{AtomicBitmap, PageBitmap, PageRun, RamBlockTable};
+use crate::sys::{Lock as _, WakeEvent};
 use crate::units::BlockIndex;
 
 use crate::guest::PageObserver;
@@ -14,12 +17,25 @@ use crate::guest::PageObserver;
 pub(in crate::session) struct Arrivals {
     blocks: Vec<AtomicBitmap>,
     pending: AtomicU64,
+    /// The source has switched to postcopy.
+    switched: AtomicBool,
+    /// Pages that came since, in the order of their arrival; each is in `blocks` as well, so that none is here twice.
+    queue: Mutex<Vec<PageRun>>,
+    /// Raised while `queue` holds something.
+    wake: Option<WakeEvent>,
 }
 
 impl Arrivals {
     pub(in crate::session) fn new(table: &RamBlockTable) -> Self {
         let blocks = table.blocks().iter().map(|block| AtomicBitmap::new(table.pages_of(block))).collect();
-        Self { blocks, pending: AtomicU64::new(0) }
+        Self {
+            blocks,
+            pending: AtomicU64::new(0),
+            switched: AtomicBool::new(false),
+            queue: Mutex::default(),
+            // Without one the far side looks from time to time.
+            wake: WakeEvent::new().ok(),
+        }
     }
 
     /// Marks pages to be sent on.
@@ -29,7 +45,50 @@ impl Arrivals {
             self.pending.fetch_add(run.pages, Ordering::Relaxed);
             let known = run.pages - map.set(run.first, run.pages);
             self.pending.fetch_sub(known, Ordering::Relaxed);
+            if known < run.pages && self.switched.load(Ordering::Acquire) {
+                self.put_in_queue(run);
+            }
         }
+    }
+
+    /// The source has switched to postcopy, and sends nothing before the far end was given the guest: pages that come
+    /// from now on are taken by [`take_queue`](Self::take_queue), in their order.
+    pub(in crate::session) fn switch(&self) {
+        self.switched.store(true, Ordering::Release);
+    }
+
+    fn put_in_queue(&self, run: PageRun) {
+        let mut queue = self.queue.locked();
+        match queue.last_mut() {
+            Some(last) if last.block == run.block && last.end() == run.first => last.pages += run.pages,
+            _ => queue.push(run),
+        }
+        if let Some(wake) = &self.wake {
+            wake.raise();
+        }
+    }
+
+    /// The pages that came since the last call, after [`switch`](Self::switch).
+    pub(in crate::session) fn take_queue(&self) -> Vec<PageRun> {
+        if self.pending() == 0 {
+            return Vec::new();
+        }
+        let mut queue = self.queue.locked();
+        if let Some(wake) = &self.wake {
+            wake.clear();
+        }
+        let runs = std::mem::take(&mut *queue);
+        for run in &runs {
+            if let Some(map) = self.blocks.get(run.block.as_usize()) {
+                self.pending.fetch_sub(map.clear(run.first, run.pages), Ordering::Relaxed);
+            }
+        }
+        runs
+    }
+
+    /// Readable while [`take_queue`](Self::take_queue) has something.
+    pub(in crate::session) fn wake(&self) -> Option<BorrowedFd<'_>> {
+        self.wake.as_ref().map(AsFd::as_fd)
     }
 
     /// Number of pages that were received and not taken.

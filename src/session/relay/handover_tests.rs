@@ -68,6 +68,7 @@ fn relayed(
         connect: Box::new(connect),
         incoming,
         outgoing: SourceSettings::new(Configuration::default()),
+        urgent_came: false,
         huge_pages: false,
         cancel: crate::sys::CancelToken::default(),
         control: RelayControl::default(),
@@ -96,29 +97,31 @@ fn a_relay_asks_for_the_guest_only_when_its_far_end_could_take_it() {
     assert!(why.contains("a device is missing"), "{why}");
 }
 
-/// A relay can't pass a switch on: its far end would take pages that the source has discarded for placed.
+/// The far end, or the relay itself, does not allow a switch: the guest stays where it is.
 #[test]
-fn a_relay_refuses_a_switch_to_postcopy_whatever_its_settings_say() {
-    let postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
-    let from = ends_with(|settings| (settings.verify, settings.postcopy) = (Verify::Off, Some(postcopy)));
-    let incoming = DestinationSettings { postcopy: true, ..Default::default() };
-    let far = Machine::default();
-    let (sent, relayed, _, source_machine) = relayed(from, Some(far.clone()), incoming);
-    assert!(sent.guest_is_safe_here() && source_machine.runs(), "{:?} {:?}", sent.outcome, sent.error);
-    assert_eq!((relayed.received.ending, sent.statistics.pages.normal), (Ending::Discarded, 0));
-    assert!(!far.runs());
-    let why = crate::error::Chain(&relayed.received.error.unwrap()).to_string();
-    assert!(why.contains("postcopy"), "{why}");
+fn a_switch_to_postcopy_that_is_not_allowed_on_the_whole_way_is_refused() {
+    for postcopy in [false, true] {
+        let settings = PostcopySettings::new(PostcopyRule::AfterRounds(0));
+        let from = ends_with(|from| (from.verify, from.postcopy) = (Verify::Off, Some(settings)));
+        let incoming = DestinationSettings { postcopy, ..Default::default() };
+        let far = Machine::default();
+        let (sent, relayed, _, source_machine) = relayed(from, Some(far.clone()), incoming);
+        assert!(sent.guest_is_safe_here() && source_machine.runs(), "{:?} {:?}", sent.outcome, sent.error);
+        assert_eq!((relayed.received.ending, sent.statistics.pages.normal), (Ending::Discarded, 0));
+        assert!(!far.runs());
+        let why = crate::error::Chain(&relayed.received.error.unwrap()).to_string();
+        assert!(why.contains("postcopy"), "{why}");
+    }
 }
 
 /// The guest's own source, which is silent for a while.
 struct Silent(u32);
 
 impl Upstream for Silent {
-    fn wait(&mut self, time: std::time::Duration) -> Result<bool, Error> {
+    fn wait(&mut self, time: std::time::Duration) -> Result<News, Error> {
         std::thread::sleep(time);
         self.0 -= 1;
-        Ok(self.0 == 0)
+        Ok(if self.0 == 0 { News::Stopped } else { News::None })
     }
     fn wait_given(&mut self, _: crate::engine::Handover, _time: std::time::Duration) -> Result<bool, Error> {
         Ok(true)

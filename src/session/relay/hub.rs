@@ -11,6 +11,7 @@ use crate::engine::{Handover, RelayAction, RelayEngine, RelayEvent};
 use crate::error::Chain;
 use crate::session::callback::{guarded, quietly};
 use crate::session::control::Control;
+use crate::session::destination::Switched;
 use crate::session::handle::CancelReply;
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Clock, Error, WallClock};
@@ -33,6 +34,10 @@ pub(in crate::session) struct Inner {
     decided: Vec<RelayAction>,
     /// The guest's device state, once it has arrived.
     pub(super) device_state: Option<Vec<u8>>,
+    /// The source's switch to postcopy, once it has switched.
+    switched: Option<Switched>,
+    /// Raised when the source is to read and write no more, after a switch.
+    source_ends: CancelToken,
     /// Why the far end does not have the guest, or is silent.
     why: Option<String>,
     guard: Option<Box<dyn Guard>>,
@@ -64,6 +69,8 @@ impl Default for Inner {
             clock: Box::new(WallClock::default()),
             decided: Vec::new(),
             device_state: None,
+            switched: None,
+            source_ends: CancelToken::default(),
             why: None,
             guard: None,
             cancel: CancelToken::default(),
@@ -109,7 +116,11 @@ impl Inner {
                     self.engine.handle(now, answer);
                 }
                 RelayAction::ReportDoubt => notices.push(Notice::InDoubt { why: self.why() }),
-                RelayAction::Finish(_) => self.release(),
+                RelayAction::Finish(_) | RelayAction::Unguard => self.release(),
+                RelayAction::TellFailed | RelayAction::TellNothing | RelayAction::Part => {
+                    self.source_ends.cancel();
+                }
+                RelayAction::Abandon => self.abandon(),
                 _ => {}
             }
             self.break_orders(action);
@@ -147,6 +158,15 @@ impl Inner {
         RelayEvent::NotGuarded
     }
 
+    /// The far side sends and waits no more. Before the guest is given away it looks for this decision itself.
+    fn abandon(&mut self) {
+        if let Some(far_side) = self.outgoing.as_ref().filter(|_| self.engine.has_switched())
+            && let Err(error) = far_side.pause()
+        {
+            tracing::debug!(%error, "the far side has not given the guest away");
+        }
+    }
+
     fn release(&mut self) {
         (self.source.connection, self.far_end.connection) = (None, None);
         let Some(mut guard) = self.guard.take() else { return };
@@ -160,9 +180,15 @@ impl Inner {
             RelayAction::ReportDoubt if self.breakage.is(Breakage::DoubtIsFailure) => RelayAction::TellFailed,
             RelayAction::SendState if self.breakage.is(Breakage::AskBeforeFarEnd) => RelayAction::AskForGuest,
             RelayAction::AskForGuest if self.breakage.is(Breakage::GiveBeforeGiven) => RelayAction::GiveAway,
+            RelayAction::GiveAway if self.breakage.is(Breakage::TakenBeforeFarEnd) => RelayAction::TellTaken,
+            RelayAction::TellTaken if self.breakage.is(Breakage::UnguardEarly) => RelayAction::Unguard,
+            RelayAction::Part if self.breakage.is(Breakage::LossIsFailure) => RelayAction::TellFailed,
             _ => return,
         };
         self.decided.push(broken);
+        if broken == RelayAction::Unguard {
+            self.release();
+        }
     }
 }
 
@@ -207,6 +233,26 @@ impl Hub {
 
     pub(in crate::session) fn outgoing(&self) -> Option<Control> {
         self.lock().outgoing.clone()
+    }
+
+    /// The source has switched to postcopy.
+    pub(in crate::session) fn source_has_switched(&self, mut switched: Switched) {
+        let waits = switched.waits;
+        let mut inner = self.lock();
+        inner.device_state = Some(std::mem::take(&mut switched.state));
+        inner.switched = Some(switched);
+        drop(inner);
+        self.post(RelayEvent::Switched { waits });
+    }
+
+    /// The source's switch; given away once.
+    pub(in crate::session) fn take_switch(&self) -> Option<Switched> {
+        self.lock().switched.take()
+    }
+
+    /// Raised when nothing more is read from a source that has switched.
+    pub(super) fn source_ends(&self) -> CancelToken {
+        self.lock().source_ends.clone()
     }
 
     pub(in crate::session) fn source_is(&self, native: bool) {

@@ -25,6 +25,10 @@ mod guard;
 #[cfg(test)]
 mod handover_tests;
 pub(super) mod hub;
+pub(super) mod owed;
+mod postcopy;
+#[cfg(test)]
+mod postcopy_tests;
 #[cfg(test)]
 mod session_tests;
 
@@ -52,6 +56,7 @@ use crate::session::{
 };
 pub(super) use content_scan::ContentScan;
 pub use content_scan::ScanReport;
+pub(super) use owed::Came;
 
 use ends::{Middle, SourceSide, Voice};
 pub use guard::{Guard, Held};
@@ -164,11 +169,14 @@ pub struct Relay {
     pub connect: Box<ConnectFn>,
     /// Settings for the side towards the upstream.
     ///
-    /// A relay can't forward a switch to postcopy, so [`postcopy`](DestinationSettings::postcopy) has no effect here: a
-    /// source that may switch is refused before its first page.
+    /// [`postcopy`](DestinationSettings::postcopy) allows the source to switch; the far end must allow it as well. The
+    /// guest then runs there, so nothing here needs a userfaultfd.
     pub incoming: DestinationSettings,
     /// Settings for the far side; completed with the upstream's announcements.
     pub outgoing: SourceSettings,
+    /// A second connection of the source came behind the first, on which it would send urgent pages (QEMU 7.2:
+    /// postcopy-preempt). A relay can't take it: a source that may switch is refused then.
+    pub urgent_came: bool,
     /// Request huge pages for the guest's RAM ([`Mapping::advise_huge_pages`]).
     pub huge_pages: bool,
     /// Ends the relay before the guest is requested; the guest then stays at its source.
@@ -195,8 +203,9 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     let Relay {
         mut connection,
         connect,
-        mut incoming,
+        incoming,
         outgoing,
+        urgent_came,
         huge_pages,
         cancel,
         control,
@@ -204,8 +213,6 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         notice,
         statistics,
     } = relay;
-    // The far end would not receive ADVISE, and pages that the source discards would be treated as placed.
-    incoming.postcopy = false;
     let hub = control.0;
     hub.begin(Parts {
         downtime_limit: outgoing.downtime_limit,
@@ -223,7 +230,12 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     let held = Arc::clone(&memory.made);
     let (silenced, waits) = (Arc::default(), Arc::clone(&memory.source_waits));
     connection.back = connection.back.map(|sink| Voice::over(sink, &silenced));
-    let side = Box::new(SourceSide { hub: Arc::clone(&hub), cancel: cancel.clone(), silenced, waits });
+    let side = Box::new(SourceSide {
+        hub: Arc::clone(&hub),
+        cancel: cancel.clone(),
+        silenced: Arc::clone(&silenced),
+        waits,
+    });
     let guest = DestinationGuest { memory: Box::new(memory), control: side };
     let mut session = DestinationSession::new(guest, connection, incoming).with_cancel(cancel.clone());
     let ram_complete = Arc::default();
@@ -240,6 +252,9 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         ram_complete: Arc::clone(&ram_complete),
         arrivals: None,
         meter: None,
+        urgent_came,
+        switched: false,
+        silenced: Arc::clone(&silenced),
     };
     session = session.with_arrival(Box::new(middle));
     session.break_order(breakage);

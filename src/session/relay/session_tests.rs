@@ -288,6 +288,7 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
         connect: Box::new(connect),
         incoming: DestinationSettings::default(),
         outgoing: SourceSettings::new(Configuration::default()),
+        urgent_came: false,
         huge_pages: true,
         cancel: CancelToken::default(),
         control: RelayControl::default(),

@@ -270,6 +270,12 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::GiveBeforeGiven
         | Breakage::ReadWithoutBound
         | Breakage::LeaveUnguarded
+        | Breakage::TakenBeforeFarEnd
+        | Breakage::UnguardEarly
+        | Breakage::LossIsFailure
+        | Breakage::ForgetOwed
+        | Breakage::AskNobody
+        | Breakage::EndWithoutSource
         | Breakage::ScanBeforeFinish => &[],
         Breakage::RegisterUnpromised => &["started with other memory", "differs from the source's"],
         Breakage::TrustMemory => &["started with other memory", "differs from the source's"],

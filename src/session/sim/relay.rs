@@ -10,6 +10,7 @@
 
 mod ends;
 mod plan;
+mod postcopy;
 mod sides;
 
 use std::collections::BTreeMap;
@@ -123,6 +124,7 @@ impl World {
                 self.saw("far end killed");
                 self.far.dies();
             }
+            Some(Fault::FarCut) => self.far_is_cut(),
             Some(Fault::SourceDies) => {
                 self.saw("source killed");
                 self.source.dies();
@@ -148,9 +150,16 @@ impl World {
         }
         if self.source.is_gone() {
             self.guarded = false;
+        } else if std::mem::take(&mut self.far.post.took) {
+            self.saw("taken told by the guard");
+            self.guarded = false;
+            self.tell_taken();
+            self.source.post.hears();
+            self.source.connection_ends();
         } else if let Some(runs) = self.far.answer() {
             match (runs, self.plan.far) {
                 (true, _) => self.tell_source(true),
+                (false, _) if self.far.post.switched => self.tell_source(false),
                 (false, FarKind::Qemu) => self.tell_source(false),
                 // A ramwire's refusal after COMMIT proves nothing.
                 (false, FarKind::Ramwire) => return,
@@ -166,7 +175,10 @@ impl World {
         if !in_doubt || !self.plan.operator {
             return;
         }
-        if self.far.runs {
+        if self.far.runs && self.source.post.switched {
+            // Its source has what it misses.
+            self.saw("in doubt in postcopy, and it runs");
+        } else if self.far.runs {
             self.saw("operator ended the source");
             self.source.dies();
         } else if self.far.is_dead() {
@@ -184,6 +196,7 @@ impl World {
     fn tell_source(&mut self, runs: bool) {
         let true_word = !runs || self.far.runs || self.far.ran;
         self.must(true_word, "the source was told that the guest runs before it did");
+        self.must(runs || !self.far.runs, "the source was told of a failure while the guest runs");
         self.source.told(runs);
     }
 
@@ -193,11 +206,13 @@ impl World {
         let doubt = self.relay.as_ref().map_or(self.guarded, Relay::is_in_doubt);
         if doubt {
             self.saw("in doubt to the end");
-            let known = there || self.far.is_dead();
+            let known = there || self.far.is_dead() || self.far.post.is_stuck();
             self.must(known, "in doubt although the far end has neither answered nor died");
         }
         if self.plan.fault.is_none() && !self.plan.far_refuses {
             self.must(there, "nothing was wrong and the guest did not move");
+            let whole = !self.far.post.switched || self.far.post.complete && self.source.is_gone();
+            self.must(whole, "nothing was wrong and the guest is not whole at the far end");
         }
         // A guest whose host dies while it runs there is lost in any case.
         let source_whole = !self.source.dead || !given;
@@ -255,6 +270,12 @@ fn simulated_relays_give_the_guest_to_one_side() {
         "in doubt",
         "late answer",
         "source held back",
+        "switched to postcopy",
+        "asked for what the relay did not have",
+        "whole in postcopy",
+        "the ends were left to each other",
+        "connection lost in postcopy",
+        "taken told by the guard",
     ] {
         assert!(seeds < SEEDS || reached.contains_key(what), "never reached: {what}");
     }
@@ -268,7 +289,13 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::AskBeforeFarEnd => &["asked for its guest before the far end could take it"],
         Breakage::GiveBeforeGiven => &["runs twice", "before its source gave it"],
         Breakage::ReadWithoutBound => &["pages wait to be sent on"],
-        Breakage::MarkBeforeCopy => &["started with other memory"],
+        Breakage::MarkBeforeCopy => &["started with other memory", "a page that is older"],
+        Breakage::TakenBeforeFarEnd => &["told that its guest was taken before it was", "runs twice"],
+        Breakage::UnguardEarly => &["runs twice"],
+        Breakage::LossIsFailure => &["told of a failure while the guest runs"],
+        Breakage::ForgetOwed => &["a page that is older"],
+        Breakage::AskNobody => &["waits for a page that nobody was asked for"],
+        Breakage::EndWithoutSource => &["ended while pages were missing"],
         _ => &[],
     }
 }

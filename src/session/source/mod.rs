@@ -1,5 +1,6 @@
 //! The source's session: does what the engine decides, on one thread.
 
+mod behind;
 mod counts;
 mod driver;
 mod ending;
@@ -37,6 +38,7 @@ use crate::ram::{DirtyMap, RamBlockTable};
 use crate::sys::{CancelToken, Stop};
 use crate::transport::SourceConnection;
 
+pub(super) use behind::Behind;
 pub(crate) use driver::{Clock, WallClock};
 pub use ending::SourceReport;
 pub(super) use setup::{RAM_SECTION_ID, announcements, described};
@@ -70,13 +72,23 @@ pub struct SourceGuest {
     pub control: Box<dyn GuestControl>,
 }
 
+/// What became of a guest at its own source.
+pub(in crate::session) enum News {
+    /// It is still there.
+    None,
+    /// It is paused, and its last page has arrived.
+    Stopped,
+    /// It is paused, and runs at our peer next, while pages are missing.
+    Switched(Box<dyn Behind>),
+}
+
 /// A guest's own source, upstream of a relay: reports when it has stopped its guest.
-pub(crate) trait Upstream: Send {
-    /// Waits at most `time` for news; true once the guest is paused and its last page has arrived.
+pub(in crate::session) trait Upstream: Send {
+    /// Waits at most `time` for news.
     ///
     /// # Errors
     /// The error that ended the upstream migration.
-    fn wait(&mut self, time: Duration) -> Result<bool, Error>;
+    fn wait(&mut self, time: Duration) -> Result<News, Error>;
 
     /// The peer has everything and may be given the guest, in the way `handover`: waits at most `time` until its source
     /// has handed it over to us. True once it is ours.
@@ -139,7 +151,7 @@ impl SourceSession {
     }
 
     /// The guest is paused when `upstream` reports that its own source stopped it.
-    pub(crate) fn with_upstream(mut self, upstream: Box<dyn Upstream>) -> Self {
+    pub(in crate::session) fn with_upstream(mut self, upstream: Box<dyn Upstream>) -> Self {
         self.upstream = Some(upstream);
         self.driver.engine.set_switchover(Switchover::WhenUpstreamStops);
         self.driver.control.guest_is_elsewhere();

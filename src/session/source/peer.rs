@@ -9,8 +9,8 @@ use crate::ram::RamBlockTable;
 use crate::stream::qemu::package::PING_TAKEN;
 use crate::sys::{Stop, StopReason};
 
-use super::SourceSession;
 use super::return_path::PeerMessage;
+use super::{News, SourceSession};
 use crate::session::callback::named;
 use crate::session::config::SourceSettings;
 use crate::session::{Breakage, Error};
@@ -61,7 +61,7 @@ impl SourceSession {
     }
 
     /// Time during which the engine needs no call.
-    fn time_left(&mut self) -> Option<Duration> {
+    pub(super) fn time_left(&mut self) -> Option<Duration> {
         let now = self.driver.clock.now();
         self.driver.engine.wake_at().map(|at| at.saturating_sub(now))
     }
@@ -79,8 +79,13 @@ impl SourceSession {
             let piece = left.min(PEER_CHECK_INTERVAL);
             left -= piece;
             let Some(upstream) = &mut self.upstream else { return Ok(SourceEvent::Woken) };
-            if named("calling Upstream::wait", || upstream.wait(piece))? {
-                return Ok(SourceEvent::UpstreamStopped);
+            match named("calling Upstream::wait", || upstream.wait(piece))? {
+                News::None => {}
+                News::Stopped => return Ok(SourceEvent::UpstreamStopped),
+                News::Switched(behind) => {
+                    self.missing.behind = Some(behind);
+                    return Ok(SourceEvent::StartPostcopy);
+                }
             }
             if left.is_zero() || self.wire.stop.reason().is_some() {
                 return Ok(SourceEvent::Woken);
@@ -250,7 +255,8 @@ impl SourceSession {
         match &message {
             PeerMessage::Request(request) => self.requested(request)?,
             PeerMessage::Pong(_) if !self.driver.engine.is_taken() => {
-                self.figures.taken(self.driver.clock.now())
+                self.figures.taken(self.driver.clock.now());
+                self.missing.behind.iter_mut().for_each(|behind| behind.taken());
             }
             _ => {}
         }

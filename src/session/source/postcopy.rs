@@ -22,6 +22,7 @@ use crate::transport::{ChannelError, InlinePages};
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
 use super::SourceSession;
+use super::behind::Behind;
 use super::handover::commit_at;
 use super::peer::refuse_verdict;
 use super::recovery::Recovery;
@@ -58,6 +59,8 @@ pub(super) struct Missing {
     pub(super) recovery: Recovery,
     /// Pages that may be released; `None`: none.
     pub(super) release: Option<Release>,
+    /// A relay's: the guest's own source, from its switch on.
+    pub(super) behind: Option<Box<dyn Behind>>,
 }
 
 impl Missing {
@@ -71,6 +74,7 @@ impl Missing {
             urgent_pages: 0,
             recovery: Recovery::default(),
             release: None,
+            behind: None,
         }
     }
 
@@ -120,9 +124,6 @@ impl SourceSession {
                     "say it (SourceSession::with_reconnect), or let urgent pages go with the others",
                 )
             }
-            () if self.upstream.is_some() => {
-                refused("a relay's guest is switched by its own source", "ask that source for postcopy")
-            }
             () if self.settings.verify == Verify::Full => {
                 refused("a digest can't be compared while pages are missing", "ask for one of them")
             }
@@ -136,7 +137,8 @@ impl SourceSession {
                     "use a tcp: or unix: address, without page channels",
                 )
             }
-            () if !self.settings.all_dirty_at_start => refused(
+            // A relay's pages are those that its source sends, or discards.
+            () if !self.settings.all_dirty_at_start && self.upstream.is_none() => refused(
                 "pages that are not sent would be missing for ever",
                 "send every page at least once (SourceSettings::all_dirty_at_start)",
             ),
@@ -173,6 +175,7 @@ impl SourceSession {
         self.pages.skip_no_more(self.breakage);
         let memory = Arc::clone(&self.guest.memory);
         let table = memory.table();
+        self.add_absent();
         for (index, block) in (0..).map(BlockIndex).zip(table.blocks()) {
             self.pages.dirty.widen(index, pages_of_host_page(&*memory, block));
         }
@@ -206,6 +209,7 @@ impl SourceSession {
         }
         Command::Ping(PING_DISCARDED).encode(&mut out);
         self.wire.send(&out)?;
+        self.remove_absent();
         Ok(SourceEvent::Done)
     }
 
@@ -271,6 +275,14 @@ impl SourceSession {
         let mut open = false;
         loop {
             self.poll_return_path()?;
+            self.take_what_came();
+            if self.awaits_more() {
+                if self.driver.is_called() {
+                    break;
+                }
+                self.await_more()?;
+                continue;
+            }
             let now = self.driver.clock.now();
             let asked = self.pages.search.is_asked();
             let next = self.missing.background.next(now, asked || self.missing.rest_is_asked);
@@ -305,7 +317,7 @@ impl SourceSession {
             }
             if !open {
                 let mut head = Vec::new();
-                encode_part(setup::RAM_SECTION_ID, &mut head);
+                encode_part(self.settings.ram_section, &mut head);
                 self.wire.send(&head)?;
                 open = true;
             }
@@ -317,14 +329,14 @@ impl SourceSession {
         }
         if open {
             let mut tail = EOS_RECORD.to_vec();
-            self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut tail);
+            self.settings.framing.encode_footer(self.settings.ram_section, &mut tail);
             self.wire.send(&tail)?;
         }
         self.wire.link.sink().flush(&self.wire.stop)?;
         let position = self.wire.position();
         self.figures.position(position);
         self.figures.postcopy(position - before);
-        let pages_left = self.pages.dirty.count();
+        let pages_left = self.pages_missing();
         self.figures.sent(self.driver.clock.now(), position - before, pages_left, None);
         let pages_left = if self.breakage.is(Breakage::EndEarly) { 0 } else { pages_left };
         Ok(SourceEvent::Filled { pages_left })
@@ -421,7 +433,7 @@ impl SourceSession {
         let now = self.driver.clock.now();
         let Some(mark) = self.missing.background.mark(now) else { return Ok(()) };
         let mut out = EOS_RECORD.to_vec();
-        self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut out);
+        self.settings.framing.encode_footer(self.settings.ram_section, &mut out);
         Command::Ping(mark).encode(&mut out);
         if let Some(release) = &mut self.missing.release {
             release.marked(mark);
@@ -429,7 +441,7 @@ impl SourceSession {
                 release.answered(mark);
             }
         }
-        encode_part(setup::RAM_SECTION_ID, &mut out);
+        encode_part(self.settings.ram_section, &mut out);
         Ok(self.wire.send(&out)?)
     }
 
@@ -477,6 +489,9 @@ impl SourceSession {
             .map_err(|error| refused(format!("which is refused: {error}")))?;
         let run = landing.run(table.page());
         self.figures.requested();
+        if self.missing.behind.as_mut().is_some_and(|behind| behind.ask(run)) {
+            return Ok(());
+        }
         let dirty = self.pages.dirty.block(index).and_then(|dirty| dirty.next_run(run.first, 1));
         if dirty.is_some_and(|found| found.start < run.end().0) {
             self.pages.search.request(run);
@@ -488,9 +503,9 @@ impl SourceSession {
     pub(super) fn end_postcopy(&mut self) -> Result<SourceEvent, Error> {
         debug_assert!(self.pages.dirty.count() == 0 || self.breakage.is(Breakage::EndEarly));
         let mut out = Vec::new();
-        encode_end(setup::RAM_SECTION_ID, &mut out);
+        encode_end(self.settings.ram_section, &mut out);
         out.extend_from_slice(&EOS_RECORD);
-        self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut out);
+        self.settings.framing.encode_footer(self.settings.ram_section, &mut out);
         encode_eof(&mut out);
         self.wire.send(&out)?;
         self.wire.link.sink().flush(&self.wire.stop)?;

@@ -8,6 +8,7 @@ use crate::transport::{ByteSource, ChannelError};
 
 use crate::session::Error;
 
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 /// Pages that a thread at the destination waits for.
@@ -56,6 +57,11 @@ impl ReturnPath {
     /// first is acknowledged can then send its requests without a wait.
     pub(super) fn acknowledge_at_once(&mut self) {
         self.source.set_prompt(true);
+    }
+
+    /// Its descriptor; bytes that were read of it may hold more messages.
+    pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.source.descriptor()
     }
 
     /// The next message if it has already arrived.

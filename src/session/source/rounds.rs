@@ -88,9 +88,9 @@ impl SourceSession {
         let mut head = Vec::new();
         if kind == RoundKind::Final {
             setup::before_last_section(self, &mut head);
-            section::encode_end(setup::RAM_SECTION_ID, &mut head);
+            section::encode_end(self.settings.ram_section, &mut head);
         } else {
-            section::encode_part(setup::RAM_SECTION_ID, &mut head);
+            section::encode_part(self.settings.ram_section, &mut head);
         }
         self.wire.send(&head)?;
         self.wire.link.open_round(kind, &self.wire.stop)?;
@@ -105,7 +105,7 @@ impl SourceSession {
         }
         self.send_declined()?;
         let mut tail = ram::EOS_RECORD.to_vec();
-        self.settings.framing.encode_footer(setup::RAM_SECTION_ID, &mut tail);
+        self.settings.framing.encode_footer(self.settings.ram_section, &mut tail);
         self.wire.send(&tail)?;
         self.wire.link.sink().flush(&self.wire.stop)?;
         self.figures.fenced(begun.elapsed());

@@ -81,7 +81,7 @@ impl SourceSession {
         self.wire.link.open_round(RoundKind::Setup, &self.wire.stop)?;
         self.wire.link.close_round(RoundKind::Setup, &self.wire.stop)?;
         let mut end = ram::EOS_RECORD.to_vec();
-        self.settings.framing.encode_footer(RAM_SECTION_ID, &mut end);
+        self.settings.framing.encode_footer(self.settings.ram_section, &mut end);
         end.extend_from_slice(&self.settings.early_sections);
         self.wire.send(&end)?;
         self.wire.link.sink().flush(&self.wire.stop)?;
@@ -260,7 +260,12 @@ impl SourceSession {
 
     fn announce_blocks(&mut self) -> Result<(), Error> {
         let mut out = Vec::new();
-        let name = SectionName { id: RAM_SECTION_ID, idstr: ram::IDSTR, instance: 0, version: ram::VERSION };
+        let name = SectionName {
+            id: self.settings.ram_section,
+            idstr: ram::IDSTR,
+            instance: 0,
+            version: ram::VERSION,
+        };
         encode_start(&name, &mut out);
         let with_addresses = self.settings.configuration.has(file::IGNORE_SHARED);
         let with_host_pages = self.settings.postcopy.is_some();

@@ -265,8 +265,8 @@ fn a_limit_is_changed_while_it_holds() {
 struct StandsStill;
 
 impl crate::session::Upstream for StandsStill {
-    fn wait(&mut self, _time: std::time::Duration) -> Result<bool, crate::session::Error> {
-        Ok(true)
+    fn wait(&mut self, _time: std::time::Duration) -> Result<crate::session::News, crate::session::Error> {
+        Ok(crate::session::News::Stopped)
     }
     fn wait_given(
         &mut self,

@@ -101,9 +101,9 @@ impl MemoryProvider for Embedder {
 }
 
 impl Upstream for Embedder {
-    fn wait(&mut self, _: Duration) -> Result<bool, Error> {
+    fn wait(&mut self, _: Duration) -> Result<News, Error> {
         self.call("wait");
-        Ok(true)
+        Ok(News::Stopped)
     }
     fn wait_given(&mut self, _: crate::engine::Handover, _: Duration) -> Result<bool, Error> {
         self.call("wait_given");

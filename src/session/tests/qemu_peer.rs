@@ -26,12 +26,18 @@ use crate::transport::InlineLink;
 /// The stream up to the end of the `ram` START: the return path is open, PING(1) waits for its answer, no page was
 /// sent.
 pub(in crate::session) fn start() -> Vec<u8> {
+    start_with(&[])
+}
+
+/// The same, with these commands before the list of blocks.
+pub(in crate::session) fn start_with(commands: &[Command<'_>]) -> Vec<u8> {
     let mut out = Vec::new();
     file::encode_header(&mut out);
     let machine = "pc-i440fx-7.2".into();
     file::encode_configuration(&Configuration { machine, ..Default::default() }, &mut out);
     Command::OpenReturnPath.encode(&mut out);
     Command::Ping(1).encode(&mut out);
+    commands.iter().for_each(|command| command.encode(&mut out));
     encode_start(&SectionName { id: 2, idstr: ram::IDSTR, instance: 0, version: ram::VERSION }, &mut out);
     let block = |name: &str, pages: u64| BlockAnnouncement {
         name: BlockName::new(name).unwrap(),
@@ -58,7 +64,20 @@ fn page_and_end() -> Vec<u8> {
     out
 }
 
-fn page_of_block0() -> Vec<u8> {
+/// A section with one page, of bytes `fill`, that names its block.
+pub(in crate::session) fn page_of_postcopy(block: &str, offset: u64, fill: u8) -> Vec<u8> {
+    let mut out = Vec::new();
+    encode_part(2, &mut out);
+    out.extend_from_slice(&(offset | ram::PAGE).to_be_bytes());
+    out.push(block.len() as u8);
+    out.extend_from_slice(block.as_bytes());
+    out.extend_from_slice(&[fill; 4096]);
+    out.extend_from_slice(&ram::EOS_RECORD);
+    encode_footer(2, &mut out);
+    out
+}
+
+pub(in crate::session) fn page_of_block0() -> Vec<u8> {
     let mut out = Vec::new();
     encode_part(2, &mut out);
     out.extend_from_slice(&(4096 | ram::PAGE).to_be_bytes());
@@ -222,6 +241,7 @@ fn s20_a_dirty_bitmap_goes_through_a_relay_also_where_it_stands_between_pages() 
         connect: Box::new(connect),
         incoming: DestinationSettings::default(),
         outgoing: SourceSettings::new(Configuration::default()),
+        urgent_came: false,
         huge_pages: false,
         cancel: CancelToken::default(),
         control: RelayControl::default(),

@@ -125,6 +125,11 @@ impl Candidates {
         self.tell = Some(tell);
     }
 
+    /// True while some have not said what they are.
+    pub(crate) fn are_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Waits for a connection that begins with one of `wanted`. At most `expected` of these and a bounded number of
     /// others are held at a time; when there are too many, the one that was silent longest is closed.
     ///

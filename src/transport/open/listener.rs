@@ -1,6 +1,7 @@
 //! The destination's side of an address.
 
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use super::candidates::{self, Candidates, Listening, MAIN, MAIN_AND_PAGES};
 use super::scheme::Endpoint;
@@ -90,6 +91,14 @@ impl Listener {
     /// [`OpenError`]; [`OpenError::OnlyOne`] at the second call where the address is one stream.
     pub fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
         self.endpoint.accept(options, stop)
+    }
+
+    /// True if other connections have come that have not said what they are: those of a stranger, or a source's
+    /// connection for urgent pages (QEMU 7.2: postcopy-preempt). They end with this listener. Waits a millisecond at
+    /// most.
+    pub fn has_others(&mut self) -> bool {
+        let stop = Stop::never().within(Duration::from_millis(1));
+        self.candidates.are_waiting() || self.accept(&StreamOptions::default(), &stop).is_ok()
     }
 }
 

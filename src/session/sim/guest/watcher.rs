@@ -45,7 +45,7 @@ impl Arrival for Watcher {
         Arc::clone(&self.copies) as Arc<dyn PageObserver>
     }
 
-    fn began(&mut self, _incoming: &Incoming, _memory: &Arc<dyn GuestMemory>) -> Result<(), Error> {
+    fn began(&mut self, _: &Incoming, _: &Arc<dyn GuestMemory>, _: u32) -> Result<(), Error> {
         Ok(())
     }
 

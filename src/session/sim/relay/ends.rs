@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use super::plan::{FarKind, Plan, SourceKind};
+use super::postcopy::{FarPost, SourcePost};
 use super::{PAGES, World};
 
 /// What travels.
@@ -12,21 +13,28 @@ pub(super) enum Item {
     RamEnd,
     State,
     Commit,
+    /// Postcopy: pages that come again, a bit for each.
+    Discard(u64),
+    /// Postcopy: the package; from a source with RUN, from the relay without it.
+    Package,
+    /// Postcopy: no page is left.
+    End,
 }
 
 /// Maximum number of items in flight: a socket's buffer.
-const ROOM: usize = 4;
+pub(super) const ROOM: usize = 4;
 
 /// The guest's source.
 pub(super) struct Source {
-    kind: SourceKind,
+    pub(super) kind: SourceKind,
     pub(super) runs: bool,
     pub(super) dead: bool,
     pub(super) gave_away: bool,
     /// It has closed its side of the connection, or noticed that the other end did.
-    closed: bool,
+    pub(super) closed: bool,
     pub(super) memory: [u32; PAGES],
-    dirty: VecDeque<usize>,
+    pub(super) dirty: VecDeque<usize>,
+    pub(super) post: SourcePost,
     rounds: u64,
     stamp: u32,
     ram_ended: bool,
@@ -45,6 +53,7 @@ impl Source {
             closed: false,
             memory: std::array::from_fn(|page| page as u32 + 1),
             dirty: (0..PAGES).collect(),
+            post: SourcePost::new(plan.old),
             rounds: plan.rounds,
             stamp: 1000,
             ram_ended: false,
@@ -76,6 +85,12 @@ impl Source {
     fn fails(&mut self) {
         self.closed = true;
         self.wire.clear();
+        if self.post.switched {
+            // Without the answer that the guest was taken a QEMU from 10.2 on takes it back; a ramwire is in doubt.
+            let resumes = self.kind == SourceKind::Qemu && !self.post.old && !self.post.taken;
+            self.runs |= resumes && !self.dead;
+            return;
+        }
         // A ramwire never resumes a guest that it handed over; a source that expects no answer has released it.
         let resumes = !self.gave_away || self.kind == SourceKind::Qemu;
         self.runs |= resumes && !self.dead;
@@ -84,6 +99,7 @@ impl Source {
     /// The connection closes without an answer.
     pub(super) fn connection_ends(&mut self) {
         if !self.closed {
+            self.post.answer_lost();
             self.fails();
         }
     }
@@ -93,6 +109,12 @@ impl Source {
         if self.closed || !self.has_return_path() {
             return;
         }
+        if self.post.switched && !runs {
+            (self.closed, self.post.taken) = (true, self.post.taken || self.post.answer_lost());
+            self.wire.clear();
+            self.runs |= !self.post.old && !self.post.taken && !self.dead;
+            return;
+        }
         if runs { self.closed = true } else { self.fails() }
     }
 }
@@ -100,8 +122,8 @@ impl Source {
 impl World {
     pub(super) fn source_steps(&mut self) {
         let source = &mut self.source;
-        if source.closed || source.wire.len() >= ROOM {
-            return;
+        if source.closed || source.post.switched || source.wire.len() >= ROOM {
+            return self.source_behind_switch();
         }
         if source.runs && source.stamp < 1050 && self.rng.one_in(2) {
             // The guest writes.
@@ -112,7 +134,11 @@ impl World {
                 source.dirty.push_back(page);
             }
         }
+        if source.runs && self.plan.switch.is_some_and(|after| source.post.left >= after) {
+            return self.source_switches();
+        }
         if let Some(page) = source.dirty.pop_front() {
+            source.post.left += 1;
             source.wire.push_back(Item::Page(page, source.memory[page]));
             return;
         }
@@ -138,22 +164,23 @@ impl World {
 
 /// The far end.
 pub(super) struct Far {
-    kind: FarKind,
+    pub(super) kind: FarKind,
     pub(super) runs: bool,
     pub(super) ran: bool,
-    dead: bool,
+    pub(super) dead: bool,
     /// No bytes follow those on the wire.
-    ended: bool,
-    memory: [u32; PAGES],
+    pub(super) ended: bool,
+    pub(super) memory: [u32; PAGES],
+    pub(super) post: FarPost,
     state: bool,
     pub(super) ready: bool,
-    refuses: bool,
-    thinks: u64,
-    committed: bool,
-    slowness: u64,
+    pub(super) refuses: bool,
+    pub(super) thinks: u64,
+    pub(super) committed: bool,
+    pub(super) slowness: u64,
     pub(super) wire: VecDeque<Item>,
     /// True: it runs. False: it does not run.
-    answers: VecDeque<bool>,
+    pub(super) answers: VecDeque<bool>,
     pub(super) taken: u64,
 }
 
@@ -166,6 +193,7 @@ impl Far {
             dead: false,
             ended: false,
             memory: [0; PAGES],
+            post: FarPost::new(plan),
             state: false,
             ready: false,
             refuses: plan.far_refuses,
@@ -191,6 +219,7 @@ impl Far {
         (self.dead, self.runs) = (true, false);
         self.answers.clear();
         self.wire.clear();
+        self.post.took = false;
     }
 
     /// The relay's process is gone, or its side has ended.
@@ -201,6 +230,7 @@ impl Far {
     /// Its answers have no reader any more.
     pub(super) fn answers_close(&mut self) {
         self.answers.clear();
+        self.post.took = false;
     }
 
     /// Its next answer.
@@ -209,7 +239,7 @@ impl Far {
     }
 
     /// It fails: the guest will not run here.
-    fn refuses(&mut self) {
+    pub(super) fn refuses(&mut self) {
         self.answers.push_back(false);
         self.dead = true;
     }
@@ -217,7 +247,13 @@ impl Far {
 
 impl World {
     pub(super) fn far_steps(&mut self) {
-        if self.far.dead || self.far.runs || !self.rng.one_in(self.far.slowness) {
+        if self.far.dead || !self.rng.one_in(self.far.slowness) {
+            return;
+        }
+        if self.far.post.switched {
+            return self.far_behind_switch();
+        }
+        if self.far.runs {
             return;
         }
         let far = &mut self.far;
@@ -236,6 +272,7 @@ impl World {
                 far.memory[page] = value;
                 far.taken += 1;
             }
+            Some(item @ (Item::Discard(_) | Item::Package | Item::End)) => self.far_switches(item),
             Some(Item::State) => {
                 far.state = true;
                 if far.kind == FarKind::Ramwire && far.refuses {

@@ -1,5 +1,6 @@
 //! The plan of a seed: the kinds of source and far end, and the fault.
 
+use super::PAGES;
 use crate::session::sim::plan::Rng;
 
 /// What the guest's source is.
@@ -24,6 +25,8 @@ pub(super) enum FarKind {
 pub(super) enum Fault {
     RelayDies,
     FarDies,
+    /// Its connection breaks after it was given the guest; it lives.
+    FarCut,
     SourceDies,
     Cancel,
 }
@@ -47,6 +50,16 @@ pub(super) struct Plan {
     pub(super) counts_from_giving: bool,
     /// An operator handles a guest in doubt.
     pub(super) operator: bool,
+    /// The source switches to postcopy after so many pages.
+    pub(super) switch: Option<u64>,
+    /// In postcopy a QEMU before 10.2: it never resumes a guest whose package it has sent.
+    pub(super) old: bool,
+    /// In postcopy the source sends at first only what it is asked for.
+    pub(super) lazy: bool,
+    /// Steps of the source for which an answer is on its way, about.
+    pub(super) answer_takes: u64,
+    /// The page that the far end touches while it loads the device state.
+    pub(super) loads: usize,
 }
 
 impl Plan {
@@ -60,7 +73,7 @@ impl Plan {
             _ => Some(Fault::Cancel),
         };
         let counts_from_giving = rng.one_in(2);
-        Self {
+        let plan = Self {
             seed,
             source: rng.pick(&[SourceKind::Qemu, SourceKind::Qemu, SourceKind::OneWay, SourceKind::Ramwire]),
             far: rng.pick(&[FarKind::Qemu, FarKind::Ramwire]),
@@ -72,6 +85,27 @@ impl Plan {
             at: if counts_from_giving { rng.below(600) } else { rng.below(2500) },
             counts_from_giving,
             operator: !rng.one_in(4),
+            switch: None,
+            old: false,
+            lazy: false,
+            answer_takes: 1,
+            loads: 0,
+        };
+        plan.or_postcopy(&mut rng)
+    }
+
+    fn or_postcopy(mut self, rng: &mut Rng) -> Self {
+        if self.source == SourceKind::OneWay || rng.one_in(2) {
+            return self;
         }
+        self.switch = Some(rng.below(60));
+        self.old = self.source == SourceKind::Qemu && rng.one_in(3);
+        self.lazy = rng.one_in(3);
+        self.answer_takes = rng.pick(&[1, 10, 60]);
+        self.loads = rng.below(PAGES as u64) as usize;
+        if self.fault == Some(Fault::FarDies) && rng.one_in(2) {
+            self.fault = Some(Fault::FarCut);
+        }
+        self
     }
 }

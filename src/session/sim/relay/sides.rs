@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::ends::Item;
 use super::plan::FarKind;
+use super::postcopy::RelayPost;
 use super::{MAX_AHEAD, PAGES, World};
 use crate::engine::{FarEnd, Handover, RelayAction, RelayEvent, Traffic};
 use crate::guest::DirtySource;
@@ -23,7 +24,7 @@ use crate::units::{BlockIndex, PageIndex, PageSize};
 /// Bytes per page: so large that a few pages are a backlog.
 const PAGE_BYTES: u64 = 1 << 20;
 /// Steps for which the far end may be silent after COMMIT.
-const FINISH_STEPS: u64 = 100;
+pub(super) const FINISH_STEPS: u64 = 100;
 
 /// A millisecond a step.
 struct Steps(Arc<AtomicU64>);
@@ -49,41 +50,51 @@ impl Guard for Holding {
 
 /// State of the side towards the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Near {
+pub(super) enum Near {
     Reading,
     /// A page that is half written.
     Writing(usize, u32),
     AwaitsQuestion,
     AwaitsCommit,
     AwaitsAnswer,
+    /// Postcopy: the package is here.
+    AwaitsGiving,
+    /// Postcopy: the source's last page is here.
+    AwaitsEnd,
     Ended,
 }
 
 /// State of the side towards the far end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum FarSide {
+pub(super) enum FarSide {
     Live,
     State,
     AwaitsReady,
     AwaitsGuest,
     AwaitsRunning(u64),
     Listens,
+    /// Postcopy: the package has left, but for RUN.
+    AwaitsDiscarded,
+    /// Postcopy: the far end has the guest, or will; until then it may be silent.
+    Filling(u64),
     Ended,
 }
 
 /// The relay's process.
 pub(super) struct Relay {
-    hub: Arc<Hub>,
+    pub(super) hub: Arc<Hub>,
     clock: Arc<AtomicU64>,
     held: Arc<AtomicBool>,
-    breakage: Breakage,
-    arrivals: Arrivals,
-    memory: [u32; PAGES],
-    dirty: VecDeque<usize>,
-    near: Near,
-    far_side: FarSide,
+    pub(super) breakage: Breakage,
+    pub(super) table: RamBlockTable,
+    pub(super) arrivals: Arrivals,
+    pub(super) memory: [u32; PAGES],
+    pub(super) dirty: VecDeque<usize>,
+    pub(super) post: RelayPost,
+    pub(super) near: Near,
+    pub(super) far_side: FarSide,
     came: u64,
-    left: u64,
+    pub(super) left: u64,
 }
 
 impl Relay {
@@ -109,8 +120,10 @@ impl Relay {
             held,
             breakage,
             arrivals: Arrivals::new(&table),
+            table,
             memory: [0; PAGES],
             dirty: VecDeque::new(),
+            post: RelayPost::default(),
             near: Near::Reading,
             far_side: FarSide::Live,
             came: 0,
@@ -139,7 +152,7 @@ impl Relay {
         self.hub.post(RelayEvent::NotThere);
     }
 
-    fn has(&self, action: RelayAction) -> bool {
+    pub(super) fn has(&self, action: RelayAction) -> bool {
         self.hub.lock().has(action)
     }
 
@@ -165,7 +178,7 @@ impl Relay {
     }
 
     /// Received pages are to be sent on.
-    fn sync(&mut self) {
+    pub(super) fn sync(&mut self) {
         let mut taken = PageBitmap::new(PAGES as u64);
         self.arrivals.sync_into(BlockIndex(0), &mut taken).unwrap();
         let fresh = (0..PAGES).filter(|page| taken.get(PageIndex(*page as u64)));
@@ -188,6 +201,12 @@ impl World {
     fn near(&mut self, relay: &mut Relay) {
         match relay.near {
             Near::Ended => {}
+            Near::AwaitsGiving | Near::AwaitsEnd => self.near_behind_switch(relay),
+            Near::Reading if relay.post.switched => {
+                if !self.near_is_over(relay) {
+                    self.near_reads(relay);
+                }
+            }
             Near::Reading if relay.has(RelayAction::TellFailed) => self.near_ends(relay, Some(false)),
             Near::Reading => self.near_reads(relay),
             Near::Writing(page, value) => {
@@ -234,7 +253,7 @@ impl World {
         relay.near = Near::AwaitsAnswer;
     }
 
-    fn near_ends(&mut self, relay: &mut Relay, word: Option<bool>) {
+    pub(super) fn near_ends(&mut self, relay: &mut Relay, word: Option<bool>) {
         if let Some(runs) = word {
             self.tell_source(runs);
         }
@@ -261,13 +280,17 @@ impl World {
                 }
                 relay.near = Near::Writing(page, value);
                 let waiting = relay.waiting();
-                self.must(waiting <= MAX_AHEAD, "more pages wait to be sent on than the far end takes soon");
+                self.must(
+                    relay.post.switched || waiting <= MAX_AHEAD,
+                    "more pages wait to be sent on than the far end takes soon",
+                );
             }
             Some(Item::RamEnd) => relay.hub.post(RelayEvent::RamComplete),
             Some(Item::State) => {
                 relay.hub.post(RelayEvent::StateArrived);
                 relay.near = Near::AwaitsQuestion;
             }
+            Some(item @ (Item::Discard(_) | Item::Package | Item::End)) => self.near_switches(relay, item),
             Some(Item::Commit) => self.must(false, "the guest was given before it was asked for"),
             None if self.source.is_gone() => self.near_ends(relay, None),
             None => {}
@@ -282,13 +305,19 @@ impl World {
     }
 
     fn far_side(&mut self, relay: &mut Relay) {
-        let before_commit =
-            !matches!(relay.far_side, FarSide::AwaitsRunning(_) | FarSide::Listens | FarSide::Ended);
+        let before_commit = !matches!(
+            relay.far_side,
+            FarSide::AwaitsRunning(_) | FarSide::Listens | FarSide::Filling(_) | FarSide::Ended
+        );
         if before_commit && (relay.has(RelayAction::Abandon) || self.far.is_dead()) {
             return self.far_side_ends(relay, FarEnd::DoesNotRun);
         }
         match relay.far_side {
+            FarSide::AwaitsDiscarded | FarSide::Filling(_) => self.far_side_behind_switch(relay),
             FarSide::Live if !self.far.has_room() => {}
+            FarSide::Live if relay.has(RelayAction::SendSwitch) && relay.dirty.is_empty() => {
+                self.far_side_switches(relay);
+            }
             FarSide::Live => {
                 // The required order: it checks whether all pages have arrived before it takes the received pages.
                 let is_last = relay.has(RelayAction::SendLastRound);
@@ -321,7 +350,11 @@ impl World {
             }
             FarSide::AwaitsGuest if relay.has(RelayAction::GiveAway) => {
                 self.far.wire.push_back(Item::Commit);
-                relay.far_side = FarSide::AwaitsRunning(self.now + FINISH_STEPS);
+                let until = self.now + FINISH_STEPS;
+                relay.far_side = match relay.post.switched {
+                    true => FarSide::Filling(until),
+                    false => FarSide::AwaitsRunning(until),
+                };
             }
             FarSide::AwaitsRunning(until) => {
                 if self.hears_answer(relay) {
@@ -355,7 +388,7 @@ impl World {
         true
     }
 
-    fn far_side_ends(&mut self, relay: &mut Relay, end: FarEnd) {
+    pub(super) fn far_side_ends(&mut self, relay: &mut Relay, end: FarEnd) {
         relay.hub.post(RelayEvent::FarEnded(end));
         relay.far_side = FarSide::Ended;
         self.far.stream_ends();
