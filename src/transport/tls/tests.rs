@@ -1,6 +1,9 @@
 #![allow(clippy::unwrap_used)]
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -94,6 +97,118 @@ fn a_stream_beyond_what_one_key_is_good_for_goes_on_with_others() {
         scope.spawn(move || near.send(&[SendPart::Own(&bytes(3, MUCH))], &Stop::never()).unwrap());
         assert!(read_all(far, MUCH) == bytes(3, MUCH));
     });
+}
+
+/// OpenSSL's own server, at the end of a UNIX socket.
+struct OpenSsl {
+    child: Child,
+    input: ChildStdin,
+    out: PathBuf,
+}
+
+impl OpenSsl {
+    /// `None` if there is no `openssl` here.
+    fn start(dir: &Path, certificates: &Path) -> Option<(Self, UnixStream)> {
+        let (socket, out) = (dir.join("socket"), dir.join("out"));
+        let file = |name: &str| certificates.join(name).into_os_string();
+        let child = Command::new("openssl")
+            .args(["s_server", "-naccept", "1", "-tls1_3", "-Verify", "1", "-verify_return_error", "-unix"])
+            .arg(&socket)
+            .args(["-cert".into(), file("server-cert.pem"), "-key".into(), file("server-key.pem")])
+            .args(["-CAfile".into(), file("ca-cert.pem")])
+            .stdin(Stdio::piped())
+            .stdout(std::fs::File::create(&out).unwrap())
+            .stderr(Stdio::null())
+            .spawn();
+        let Ok(mut child) = child else {
+            println!("SKIPPED: openssl, a TLS peer that was written elsewhere");
+            return None;
+        };
+        let input = child.stdin.take().unwrap();
+        let mut server = Self { child, input, out };
+        loop {
+            if let Ok(connected) = UnixStream::connect(&socket) {
+                return Some((server, connected));
+            }
+            assert!(server.child.try_wait().unwrap().is_none(), "{}", server.printed());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn printed(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.out).unwrap()).into_owned()
+    }
+
+    /// Types a line and waits until it was read: a letter is a command only at the beginning of what is read.
+    fn types(&mut self, line: &[u8]) {
+        self.input.write_all(line).unwrap();
+        while rustix::io::ioctl_fionread(&self.input).unwrap() > 0 {
+            assert!(self.child.try_wait().unwrap().is_none(), "{}", self.printed());
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for OpenSsl {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn without(text: Vec<u8>, word: &[u8]) -> Vec<u8> {
+    let mut left = text.as_slice();
+    let mut out = Vec::new();
+    while let Some(first) = left.first() {
+        match left.strip_prefix(word) {
+            Some(rest) => left = rest,
+            None => {
+                out.push(*first);
+                left = &left[1..];
+            }
+        }
+    }
+    out
+}
+
+/// A TLS that was written elsewhere asks for other keys, and follows ours.
+#[test]
+fn openssl_asks_for_other_keys_and_follows_ours() {
+    const MUCH: usize = 4 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let folder = Authority::new("the authority").folder(dir.path().join("certificates"));
+    let Some((mut server, socket)) = OpenSsl::start(dir.path(), &folder) else { return };
+    let tls = Tls::client(&TlsOptions::in_dir(&folder), Arc::new(changing_keys_after(10))).unwrap();
+    let channel = StreamChannel::from_fd(socket.into(), "openssl", &StreamOptions::default()).unwrap();
+    let channel = channel.over_tls(&tls, "localhost").unwrap().shaken(&Stop::never()).unwrap();
+    let (mut near, mut back) = channel.split();
+    let reads = |back: &mut StreamChannel, wanted: &[u8]| {
+        let mut come = Vec::new();
+        while come.len() < wanted.len() {
+            let mut room = vec![0; wanted.len() - come.len()];
+            let got = back.recv(&mut [RecvPart::Own(&mut room)], &Stop::never()).unwrap();
+            assert!(got > 0, "the stream ended");
+            come.extend_from_slice(&room[..got]);
+        }
+        assert_eq!(come, wanted);
+    };
+    server.types(b"with the first key\n");
+    reads(&mut back, b"with the first key\n");
+    // Its next key, and a request for our next one.
+    server.types(b"K\n");
+    server.types(b"with the second\n");
+    reads(&mut back, b"with the second\n");
+    near.send(&[SendPart::Own(&bytes(5, MUCH))], &Stop::never()).unwrap();
+    near.finish(&Stop::never()).unwrap();
+    // Its answers to our keys: with them unread, the end of the socket would be a reset.
+    assert_eq!(read_all_to_end(&mut back), 0);
+    drop((near, back));
+    assert!(server.child.wait().unwrap().success(), "{}", server.printed());
+    // It prints that whenever a record was none of data, as those of new keys are.
+    let printed = without(std::fs::read(&server.out).unwrap(), b"Read BLOCK\n");
+    let sent = bytes(5, MUCH);
+    let at = printed.windows(64).position(|window| window == &sent[..64]).unwrap();
+    assert!(printed[at..].starts_with(&sent), "it differs, from {at} on");
 }
 
 #[test]
