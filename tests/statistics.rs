@@ -15,7 +15,7 @@ use common::{
     ramwire::Ramwire,
     scratch,
 };
-use ramwire::observe::{DeltaCounts, Statistics, Status};
+use ramwire::observe::{DeltaCounts, PageWaits, Statistics, Status, VcpuWaits};
 use serde_json::{Value, json};
 
 /// First column of the tables in docs/statistics.md whose header begins with `header`.
@@ -66,6 +66,9 @@ fn ours() -> BTreeMap<String, Value> {
     active.expected_downtime = Some(300.0);
     let mut completed = Statistics::default();
     completed.status = Status::Completed;
+    let mut waits = PageWaits::default();
+    waits.vcpus.push(VcpuWaits::default());
+    completed.page_waits = Some(waits);
     let mut out = BTreeMap::new();
     for statistics in [active, completed] {
         let shape = statistics.query_migrate();

@@ -42,6 +42,10 @@ pub enum NextMissing {
     Pause(Duration),
     /// Waits for the peer's next message.
     Full,
+    /// Gives background pages to a page channel.
+    Spread,
+    /// Waits until a page channel has room.
+    Crowded,
 }
 
 /// A PING between pages.
@@ -79,6 +83,8 @@ pub struct Background {
     answers: Answers,
     /// No queue has been long yet: the room still doubles.
     starting: bool,
+    /// The peer has read the package, and serves faults.
+    serves: bool,
 }
 
 impl Background {
@@ -94,6 +100,7 @@ impl Background {
             fastest: None,
             answers: Answers::default(),
             starting: true,
+            serves: false,
         }
     }
 
@@ -102,12 +109,22 @@ impl Background {
         *self = Self::new(std::mem::take(&mut self.pace));
     }
 
-    /// What to do next. `asked`: there are requested pages.
-    pub fn next(&mut self, now: Duration, asked: bool) -> NextMissing {
+    /// The peer has answered the mark behind the package: from here on it places what comes on page channels as missing
+    /// pages.
+    pub fn serves(&mut self) {
+        self.serves = true;
+    }
+
+    /// What to do next. `asked`: there are requested pages. `channels`: background pages go on page channels, and one of
+    /// them has room or none. They then wait for no mark, since requested pages have another connection.
+    pub fn next(&mut self, now: Duration, asked: bool, channels: Option<bool>) -> NextMissing {
         let delay = self.pace.delay(now);
         match () {
             () if asked => NextMissing::Requested,
             () if delay > Duration::ZERO => NextMissing::Pause(delay),
+            () if channels.is_some() && !self.serves => NextMissing::Full,
+            () if channels == Some(false) => NextMissing::Crowded,
+            () if channels == Some(true) => NextMissing::Spread,
             () if self.sent - self.read >= self.room => {
                 self.answers.full = true;
                 NextMissing::Full
@@ -123,6 +140,11 @@ impl Background {
             self.pace.charge(now, bytes);
         }
         self.sent += pages;
+    }
+
+    /// Background pages have been given to a page channel.
+    pub fn sent_aside(&mut self, now: Duration, bytes: u64) {
+        self.pace.charge(now, bytes);
     }
 
     /// The value of the PING to send now; `None` while none is due.
@@ -198,7 +220,7 @@ mod tests {
                 answers.pop_front();
                 background.answered(at, value);
             }
-            if background.next(now, false) == NextMissing::Full {
+            if background.next(now, false, None) == NextMissing::Full {
                 now = answers.front().map_or(end, |(at, _)| *at);
                 continue;
             }
@@ -232,16 +254,16 @@ mod tests {
     #[test]
     fn a_request_waits_for_nothing_and_the_rest_for_room() {
         let (mut background, now) = (background(0), Duration::from_millis(1));
-        assert_eq!(background.next(now, false), NextMissing::Background);
+        assert_eq!(background.next(now, false, None), NextMissing::Background);
         background.sent(now, FIRST_ROOM, 0, false);
         let mark = background.mark(now);
         assert_eq!((mark, background.mark(now)), (Some(MARK), None), "once behind the same pages");
-        assert_eq!(background.next(now, false), NextMissing::Full);
-        assert_eq!(background.next(now, true), NextMissing::Requested);
+        assert_eq!(background.next(now, false, None), NextMissing::Full);
+        assert_eq!(background.next(now, true, None), NextMissing::Requested);
         background.answered(now, 4);
-        assert_eq!(background.next(now, false), NextMissing::Full, "another PING");
+        assert_eq!(background.next(now, false, None), NextMissing::Full, "another PING");
         background.answered(now, MARK);
-        assert_eq!(background.next(now, false), NextMissing::Background);
+        assert_eq!(background.next(now, false, None), NextMissing::Background);
         background.answered(now, MARK);
         assert_eq!(background.sent - background.read, 0, "twice is once");
     }
@@ -251,17 +273,32 @@ mod tests {
     fn requests_do_not_count_against_the_limit() {
         let (mut background, now) = (background(1_000_000), Duration::from_secs(1));
         background.sent(now, 1, 1_000_000, true);
-        assert_eq!(background.next(now, false), NextMissing::Background);
+        assert_eq!(background.next(now, false, None), NextMissing::Background);
         background.sent(now, 1, 10_000, false);
-        let NextMissing::Pause(delay) = background.next(now, false) else { panic!("there is a limit") };
+        let NextMissing::Pause(delay) = background.next(now, false, None) else { panic!("there is a limit") };
         assert!(delay > Duration::from_millis(5) && delay <= Duration::from_millis(10), "{delay:?}");
         background.sent(now, 1, 1_000_000, true);
         assert_eq!(
-            (background.next(now, true), background.next(now, false)),
+            (background.next(now, true, None), background.next(now, false, None)),
             (NextMissing::Requested, NextMissing::Pause(delay))
         );
         background.forget_connection();
-        assert_eq!(background.next(now, false), NextMissing::Pause(delay), "on any connection");
+        assert_eq!(background.next(now, false, None), NextMissing::Pause(delay), "on any connection");
+    }
+
+    #[test]
+    fn page_channels_carry_nothing_before_the_peer_serves_faults_and_wait_for_no_mark() {
+        let (mut background, now) = (background(0), Duration::ZERO);
+        assert_eq!(background.next(now, false, Some(true)), NextMissing::Full);
+        assert_eq!(background.next(now, true, Some(true)), NextMissing::Requested);
+        background.serves();
+        background.sent(now, 10 * FIRST_ROOM, 1, true);
+        assert_eq!(background.next(now, false, Some(true)), NextMissing::Spread);
+        assert_eq!(background.next(now, false, Some(false)), NextMissing::Crowded);
+        assert_eq!(background.next(now, true, Some(false)), NextMissing::Requested);
+        assert_eq!(background.next(now, false, None), NextMissing::Full, "on the main connection");
+        background.forget_connection();
+        assert_eq!(background.next(now, false, Some(true)), NextMissing::Full);
     }
 
     #[test]

@@ -13,7 +13,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::pager::{FaultAnswer, HostPage, Pager};
+use super::pager::{FaultAnswer, HostPage, Pager, Waiter};
 use crate::observe::Latency;
 use crate::ram::{PageBitmap, PageRun};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
@@ -146,7 +146,7 @@ impl Fill {
     /// A thread waits for a host page since `now`. [`FaultAnswer::Ask`]: read it now. `received` is as for
     /// [`Pager::fault`].
     pub fn fault(&mut self, now: Duration, page: PageRun, received: impl FnOnce() -> bool) -> FaultAnswer {
-        let answer = self.pager.fault(now, self.host_page(page), received);
+        let answer = self.pager.fault(now, self.host_page(page), Waiter::default(), received);
         if answer == FaultAnswer::Received {
             return answer;
         }

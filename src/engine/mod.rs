@@ -5,6 +5,7 @@
 //! argument. The session performs the actions, so a whole migration, with faults, runs in a unit test under a seed.
 
 mod background;
+mod blocktime;
 mod checkpoint;
 pub mod destination;
 mod fill;
@@ -39,7 +40,7 @@ pub use outcome::{Handover, Outcome, Reason};
 pub(crate) use ownership::Ownership;
 pub use pace::{BandwidthLimit, Pace};
 pub use page_cost::PageCost;
-pub use pager::{FaultAnswer, HostPage, Pager};
+pub use pager::{FaultAnswer, HostPage, Pager, Waiter};
 pub use progress::Progress;
 pub use rate::{RateWindow, Sent};
 pub use relay::{FarEnd, RelayAction, RelayEnding, RelayEngine, RelayEvent, RelayFlow, Traffic};

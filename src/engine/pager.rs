@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::observe::Latency;
+use super::blocktime::Blocktime;
+use crate::observe::{Latency, PageWaits};
 use crate::units::BlockIndex;
 
 /// A host page, by its block in the guest's own table and its offset in bytes.
@@ -16,6 +17,15 @@ pub struct HostPage {
     pub block: BlockIndex,
     /// Offset of its first byte.
     pub offset: u64,
+}
+
+/// A thread that waits for a page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waiter {
+    /// Its number in the kernel; 0: not known.
+    pub thread: u32,
+    /// The vCPU that it runs, if it is known to run one.
+    pub vcpu: Option<u32>,
 }
 
 /// What to do for a fault.
@@ -32,21 +42,46 @@ pub enum FaultAnswer {
 /// The pages that threads wait for.
 #[derive(Debug, Default)]
 pub struct Pager {
-    outstanding: BTreeMap<HostPage, Duration>,
+    outstanding: BTreeMap<HostPage, Wanted>,
     faults: u64,
     requests: u64,
     latency: Latency,
+    blocktime: Blocktime,
+}
+
+/// A page that was requested.
+#[derive(Debug)]
+struct Wanted {
+    since: Duration,
+    /// Each thread once: no more than there are threads.
+    waiters: Vec<(Waiter, Duration)>,
 }
 
 impl Pager {
+    /// The threads of these vCPUs are known from here on.
+    pub fn know(&mut self, now: Duration, vcpus: impl IntoIterator<Item = u32>) {
+        self.blocktime.know(now, vcpus);
+    }
+
     /// A thread waits for `page` since `now`. `received` is called after the page counts as outstanding, so that a page
     /// that is placed at the same moment is noticed by one of the two threads.
-    pub fn fault(&mut self, now: Duration, page: HostPage, received: impl FnOnce() -> bool) -> FaultAnswer {
+    pub fn fault(
+        &mut self,
+        now: Duration,
+        page: HostPage,
+        who: Waiter,
+        received: impl FnOnce() -> bool,
+    ) -> FaultAnswer {
         self.faults += 1;
         let known = self.outstanding.contains_key(&page);
-        self.outstanding.entry(page).or_insert(now);
+        let wanted =
+            self.outstanding.entry(page).or_insert_with(|| Wanted { since: now, waiters: Vec::new() });
+        if wanted.waiters.iter().all(|(waiter, _)| *waiter != who) {
+            wanted.waiters.push((who, now));
+            self.blocktime.blocked(now, who.vcpu);
+        }
         if received() {
-            self.outstanding.remove(&page);
+            self.go_on(now, page);
             return FaultAnswer::Received;
         }
         if known {
@@ -58,9 +93,18 @@ impl Pager {
 
     /// A page is placed. Returns the time since it was requested, if it was.
     pub fn placed(&mut self, now: Duration, page: HostPage) -> Option<Duration> {
-        let took = now.saturating_sub(self.outstanding.remove(&page)?);
+        let took = now.saturating_sub(self.go_on(now, page)?);
         self.latency.record(took);
         Some(took)
+    }
+
+    /// Nobody waits for a page any more. Returns since when it was wanted.
+    fn go_on(&mut self, now: Duration, page: HostPage) -> Option<Duration> {
+        let Wanted { since, waiters } = self.outstanding.remove(&page)?;
+        for (waiter, since) in waiters {
+            self.blocktime.goes_on(now, since, waiter.vcpu);
+        }
+        Some(since)
     }
 
     /// Pages to request again on a new connection, ascending.
@@ -71,6 +115,11 @@ impl Pager {
     /// Faults, and requests sent for them.
     pub fn counts(&self) -> (u64, u64) {
         (self.faults, self.requests)
+    }
+
+    /// How long threads waited.
+    pub fn waits(&self) -> PageWaits {
+        self.blocktime.figures()
     }
 
     /// Time from a page's request to its placement.
@@ -89,16 +138,25 @@ mod tests {
         HostPage { block: BlockIndex(0), offset: number * 4096 }
     }
 
+    fn thread(thread: u32) -> Waiter {
+        Waiter { thread, vcpu: thread.checked_sub(1) }
+    }
+
     #[test]
     fn a_page_is_asked_for_once_however_many_threads_wait_for_it() {
         let mut pager = Pager::default();
         let at = Duration::from_millis;
-        assert_eq!(pager.fault(at(1), page(3), || false), FaultAnswer::Ask);
-        assert_eq!(pager.fault(at(2), page(3), || false), FaultAnswer::Wait);
+        pager.know(at(0), [0, 1]);
+        assert_eq!(pager.fault(at(1), page(3), thread(1), || false), FaultAnswer::Ask);
+        assert_eq!(pager.fault(at(2), page(3), thread(2), || false), FaultAnswer::Wait);
+        assert_eq!(pager.fault(at(3), page(3), thread(2), || false), FaultAnswer::Wait);
         assert_eq!(pager.placed(at(5), page(3)), Some(at(4)), "since the first fault");
         assert_eq!(pager.placed(at(6), page(3)), None);
-        assert_eq!(pager.fault(at(7), page(3), || true), FaultAnswer::Received);
-        assert_eq!((pager.counts(), pager.outstanding().count()), ((3, 1), 0));
+        assert_eq!(pager.fault(at(7), page(3), thread(1), || true), FaultAnswer::Received);
+        assert_eq!((pager.counts(), pager.outstanding().count()), ((4, 1), 0));
+        let waits = pager.waits();
+        let blocked: Vec<_> = waits.vcpus.iter().map(|vcpu| vcpu.blocked_ns / 1_000_000).collect();
+        assert_eq!((blocked, waits.all_blocked_ns / 1_000_000, waits.all.count), (vec![4, 3], 3, 3));
     }
 
     /// Faults, placements and lost connections in any order: every page that a thread waits for is either received or
@@ -116,7 +174,7 @@ mod tests {
             for step in 0..200 {
                 let (now, number) = (Duration::from_micros(step), draw(16));
                 match draw(8) {
-                    0..4 => match pager.fault(now, page(number), || received.contains(&number)) {
+                    0..4 => match pager.fault(now, page(number), thread(0), || received.contains(&number)) {
                         FaultAnswer::Ask => {
                             waiting.insert(number);
                             asked.insert(number);

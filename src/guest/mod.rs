@@ -21,6 +21,7 @@ mod sources;
 pub mod synthetic;
 #[cfg(any(test, feature = "testing"))]
 mod testing;
+mod vcpu_threads;
 mod vhost_log;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
@@ -47,6 +48,7 @@ pub use software::SoftwareBitmap;
 pub use sources::{Choice, NoSource, choose, sync_all};
 #[cfg(any(test, feature = "testing"))]
 pub use testing::TestMachine;
+pub use vcpu_threads::VcpuThreads;
 pub use vhost_log::VhostLog;
 pub(crate) use write_protection::WriteProtection;
 pub use written_pages::WrittenPages;

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{DeltaCounts, Statistics, Status};
+use super::{DeltaCounts, PageWaits, Statistics, Status, VcpuWaits};
 
 impl Statistics {
     /// The same figures in the format of QEMU's `query-migrate`: its names, its JSON types, its units.
@@ -27,10 +27,28 @@ impl Statistics {
         if self.throttle_percent > 0 {
             out["cpu-throttle-percentage"] = json!(self.throttle_percent);
         }
+        if let Some(waits) = &self.page_waits {
+            Self::blocktime(waits, &mut out);
+        }
         if let Some(error) = &self.error {
             out["error-desc"] = json!(error);
         }
         out
+    }
+
+    /// What QEMU's destination tells with postcopy-blocktime: milliseconds that vCPUs were blocked, and nanoseconds
+    /// that faults took.
+    fn blocktime(waits: &PageWaits, out: &mut Value) {
+        out["postcopy-latency"] = json!(waits.all.mean_ns());
+        out["postcopy-latency-dist"] = json!(waits.distribution);
+        out["postcopy-non-vcpu-latency"] = json!(waits.others.mean_ns());
+        if waits.vcpus.is_empty() {
+            return;
+        }
+        let each = |value: fn(&VcpuWaits) -> u64| json!(waits.vcpus.iter().map(value).collect::<Vec<_>>());
+        out["postcopy-blocktime"] = json!(waits.all_blocked_ns / 1_000_000);
+        out["postcopy-vcpu-blocktime"] = each(|vcpu| vcpu.blocked_ns / 1_000_000);
+        out["postcopy-vcpu-latency"] = each(|vcpu| vcpu.waits.mean_ns());
     }
 
     fn ram(&self) -> Value {
@@ -95,6 +113,34 @@ mod tests {
         }
         statistics.throttle_percent = 20;
         assert_eq!(statistics.query_migrate()["cpu-throttle-percentage"], 20);
+    }
+
+    #[test]
+    fn waits_for_missing_pages_have_qemus_names_and_units() {
+        let mut waits = PageWaits::default();
+        waits.add(std::time::Duration::from_micros(5));
+        waits.others.add(std::time::Duration::from_micros(3));
+        waits.all_blocked_ns = 2_900_000;
+        let mut statistics = Statistics { page_waits: Some(waits.clone()), ..Statistics::default() };
+        let out = statistics.query_migrate();
+        assert_eq!(
+            (&out["postcopy-latency"], &out["postcopy-non-vcpu-latency"]),
+            (&json!(5000), &json!(3000))
+        );
+        assert_eq!(out["postcopy-latency-dist"].as_array().map(Vec::len), Some(24));
+        assert_eq!(out["postcopy-latency-dist"][2], 1);
+        for absent in ["postcopy-blocktime", "postcopy-vcpu-blocktime", "postcopy-vcpu-latency"] {
+            assert!(out.get(absent).is_none(), "{absent}: no vCPU is known");
+        }
+        let sum = super::super::WaitSum { count: 2, total_ns: 3000 };
+        waits.vcpus = vec![VcpuWaits { vcpu: 0, waits: sum, blocked_ns: 7_100_000 }, VcpuWaits::default()];
+        statistics.page_waits = Some(waits);
+        let out = statistics.query_migrate();
+        assert_eq!(
+            (&out["postcopy-blocktime"], &out["postcopy-vcpu-blocktime"]),
+            (&json!(2), &json!([7, 0]))
+        );
+        assert_eq!(out["postcopy-vcpu-latency"], json!([1500, 0]));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::LatencySummary;
+use super::{LatencySummary, PageWaits};
 
 /// State of a migration, in QEMU's terms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -222,6 +222,8 @@ pub struct Statistics {
     pub postcopy_bytes: u64,
     /// Requests for missing pages that arrived after it.
     pub postcopy_requests: u64,
+    /// How long threads waited for missing pages here, at a destination after a switch to postcopy.
+    pub page_waits: Option<PageWaits>,
     /// Of all bytes, those on page channels; at a destination those that arrived on them.
     pub multifd_bytes: u64,
     /// Sends that should have read pages in place and copied them instead.

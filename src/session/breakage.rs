@@ -59,6 +59,10 @@ pub(super) enum Breakage {
     EndEarly,
     /// In postcopy the source sends background pages as long as the connection takes them.
     FillUnbounded,
+    /// Order 5: the end of a postcopy does not wait for pages on page channels.
+    SkipLastBarrier,
+    /// Order 5: page channels carry missing pages before the destination serves faults.
+    SpreadEarly,
     /// A host page that was sent in part on the main connection continues as urgent.
     SplitHostPage,
     /// The connection for urgent pages of a peer that reads nothing before is made as later peers want it.
@@ -77,6 +81,10 @@ pub(super) enum Breakage {
     SkipBitmaps,
     /// After a lost connection the first page continues in the block of the last.
     KeepCurrentBlock,
+    /// Order 6: a destination that compares what it has received counts as one that has taken the guest.
+    TakenByBitmap,
+    /// The loss of the connection at the end, before the report that all has arrived, ends the migration.
+    EndUnheard,
     /// Order 6: the source resumes the guest when the connection is lost after the switch.
     ResumeAfterLoss,
     /// A relay over RDMA looks for the pages of the last round before it.

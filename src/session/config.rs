@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::engine::{OnTimeout, PostcopyRule, ThrottlePolicy};
+use crate::guest::VcpuThreads;
 use crate::page::ZeroDetection;
 use crate::ram::ClearShift;
 use crate::stream::qemu::file::Configuration;
@@ -240,6 +241,9 @@ pub struct DestinationSettings {
     /// VMM without sections of its own is taken out of the section in which it arrived from a file or a pipe, as it was
     /// saved.
     pub state_as_it_came: bool,
+    /// The threads of the vCPUs, so that after a switch to postcopy the time that each of them waits for missing pages
+    /// is known ([`PageWaits`](crate::observe::PageWaits)). None is known.
+    pub vcpu_threads: VcpuThreads,
     /// How threads are started.
     pub spawner: Spawner,
 }
@@ -256,6 +260,7 @@ impl Default for DestinationSettings {
             map_behind: true,
             take_memory: false,
             state_as_it_came: false,
+            vcpu_threads: VcpuThreads::default(),
             spawner: Spawner::default(),
         }
     }

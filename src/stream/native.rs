@@ -121,6 +121,8 @@ pub struct Hello {
     pub passes: bool,
     /// Fingerprints of pages are compared after each round, and the source's memory once the guest runs.
     pub fingerprints: bool,
+    /// Pages of a postcopy that nobody waits for come on the page channels.
+    pub spread: bool,
 }
 
 impl Hello {
@@ -134,6 +136,7 @@ impl Hello {
             urgent: false,
             passes: false,
             fingerprints: false,
+            spread: false,
         }
     }
 
@@ -145,15 +148,15 @@ impl Hello {
 
     fn encode(&self, writer: &mut Writer<'_>) {
         writer.be16(self.min_version).be16(self.max_version).bytes(&self.migration_id);
-        let flags = [self.digest, self.urgent, self.passes, self.fingerprints];
+        let flags = [self.digest, self.urgent, self.passes, self.fingerprints, self.spread];
         writer.u8(flags.iter().rev().fold(0, |bits, flag| bits << 1 | u8::from(*flag)));
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let (min_version, max_version, migration_id) = (reader.be16()?, reader.be16()?, reader.array()?);
         let flags = reader.u8()?;
-        let [digest, urgent, passes, fingerprints] = [1, 2, 4, 8].map(|bit| flags & bit != 0);
-        Ok(Self { min_version, max_version, migration_id, digest, urgent, passes, fingerprints })
+        let [digest, urgent, passes, fingerprints, spread] = [1, 2, 4, 8, 16].map(|bit| flags & bit != 0);
+        Ok(Self { min_version, max_version, migration_id, digest, urgent, passes, fingerprints, spread })
     }
 }
 

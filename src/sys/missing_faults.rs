@@ -44,6 +44,15 @@ pub struct MissingFaults {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FaultAt(pub usize);
 
+/// A thread waits for a missing page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MissingFault {
+    /// What it touched.
+    pub at: FaultAt,
+    /// The thread, by its number in the kernel (gettid(2)); 0 if the descriptor does not report it.
+    pub thread: u32,
+}
+
 impl MissingFaults {
     /// A descriptor that reports faults of the kernel's own accesses too (KVM's, read(2)'s): needs `/dev/userfaultfd`,
     /// CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd.
@@ -66,7 +75,8 @@ impl MissingFaults {
     fn with(user_mode_only: bool) -> Result<Self, MissingFaultsError> {
         let mut builder = UffdBuilder::new();
         builder.close_on_exec(true).non_blocking(true).user_mode_only(user_mode_only);
-        builder.require_features(FeatureFlags::MISSING_SHMEM | FeatureFlags::MISSING_HUGETLBFS);
+        let memory = FeatureFlags::MISSING_SHMEM | FeatureFlags::MISSING_HUGETLBFS;
+        builder.require_features(memory | FeatureFlags::THREAD_ID);
         let remedy = "give this process access to /dev/userfaultfd or CAP_SYS_PTRACE, set the sysctl \
                       vm.unprivileged_userfaultfd to 1, and allow the call in its seccomp filter";
         let uffd = builder.create().map_err(|error| MissingFaultsError::Kernel {
@@ -189,10 +199,13 @@ impl MissingFaults {
     ///
     /// # Errors
     /// The kernel's error.
-    pub fn next(&self) -> io::Result<Option<FaultAt>> {
+    pub fn next(&self) -> io::Result<Option<MissingFault>> {
         loop {
             match self.uffd.read_event() {
-                Ok(Some(Event::Pagefault { addr, .. })) => return Ok(Some(FaultAt(addr as usize))),
+                Ok(Some(Event::Pagefault { addr, thread_id, .. })) => {
+                    let thread = thread_id.as_raw().unsigned_abs();
+                    return Ok(Some(MissingFault { at: FaultAt(addr as usize), thread }));
+                }
                 Ok(Some(_)) => {}
                 Ok(None) => return Ok(None),
                 Err(userfaultfd::Error::SystemError(errno)) if errno as i32 == libc::EINTR => {}
@@ -215,7 +228,7 @@ mod tests {
     use crate::sys::Mapping;
     use rustix::event::{PollFd, PollFlags, poll};
 
-    fn next_fault(faults: &MissingFaults) -> FaultAt {
+    fn next_fault(faults: &MissingFaults) -> MissingFault {
         let mut fds = [PollFd::new(faults, PollFlags::IN)];
         poll(&mut fds, None).unwrap();
         faults.next().unwrap().unwrap()
@@ -234,16 +247,20 @@ mod tests {
                     span(page).copy_to(&mut out);
                     out
                 };
-                let reader = scope.spawn(move || (reads(2), reads(3)));
-                let FaultAt(at) = next_fault(&faults);
-                assert_eq!(at & !4095, span(2).address());
+                let (tell, told) = std::sync::mpsc::channel();
+                let reader = scope.spawn(move || {
+                    tell.send(crate::sys::this_thread()).unwrap();
+                    (reads(2), reads(3))
+                });
+                let MissingFault { at: FaultAt(at), thread } = next_fault(&faults);
+                assert_eq!((at & !4095, thread), (span(2).address(), told.recv().unwrap()));
                 assert!(faults.place(span(2), &[7; 4096], PageSize::SIZE_4K).unwrap());
                 assert!(
                     !faults.place(span(2), &[8; 4096], PageSize::SIZE_4K).unwrap(),
                     "what is there is not replaced"
                 );
                 faults.wake(span(2)).unwrap();
-                assert_eq!(next_fault(&faults).0 & !4095, span(3).address());
+                assert_eq!(next_fault(&faults).at.0 & !4095, span(3).address());
                 assert!(faults.place_zero(span(3), PageSize::SIZE_4K).unwrap());
                 faults.wake(span(3)).unwrap();
                 assert_eq!(reader.join().unwrap(), ([7; 4096], [0; 4096]));

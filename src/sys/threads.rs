@@ -17,6 +17,11 @@ pub fn spawn_thread(name: &'static str, job: Job) -> io::Result<JoinHandle<()>> 
     std::thread::Builder::new().name(name.to_owned()).spawn(job)
 }
 
+/// Number of the calling thread in the kernel (gettid(2)).
+pub(crate) fn this_thread() -> u32 {
+    rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs()
+}
+
 /// From here on the calling thread runs only while a core is otherwise idle (SCHED_IDLE, sched(7)).
 ///
 /// # Errors

@@ -77,6 +77,11 @@ pub trait SourceLink: Send + Sealed {
         0
     }
 
+    /// True if a batch that is offered now is taken without a wait.
+    fn has_room(&self) -> bool {
+        true
+    }
+
     /// Pages sent so far, each time that a page was sent: in the stream, then on each page channel in the order of
     /// their ids. The destination's count of placed pages is compared with it before the guest is handed over, so pages
     /// are counted where they are sent. Pages that a NIC writes are not included: each is confirmed by its completion.
@@ -253,6 +258,16 @@ pub trait DestinationLink: Send + Sealed {
 
     /// Lets the page channels continue after the barrier.
     fn release(&mut self) {}
+
+    /// The guest may run here from now on while pages are missing: calls `begin`, which makes that so, while no page
+    /// channel places anything. Later packets bring missing pages, if such are `expected`; otherwise they are refused.
+    ///
+    /// # Errors
+    /// A packet has come in part; `begin` was not called.
+    fn begin_missing(&mut self, _expected: bool, begin: &mut dyn FnMut()) -> Result<(), MoveError> {
+        begin();
+        Ok(())
+    }
 
     /// Bytes that have arrived on page channels.
     fn channel_bytes(&self) -> u64 {

@@ -413,8 +413,7 @@ fn a_destination_that_lies_is_refused_and_the_guest_runs_on() {
     let live = Live::running(11, 500);
     let g = greeting();
     let hello = |max_version, migration_id, digest| {
-        let (urgent, passes, fingerprints) = (false, false, false);
-        let hello = Hello { min_version: 1, max_version, migration_id, digest, urgent, passes, fingerprints };
+        let hello = Hello { min_version: 1, max_version, ..Hello::ours(migration_id, digest) };
         let pongs = &g[..g.len() - said(&Message::Native(Answer::Hello(hello))).len()];
         stream(&[pongs, &said(&Message::Native(Answer::Hello(hello)))])
     };

@@ -218,6 +218,10 @@ fn a_broken_connection_needs_no_other_call() {
 fn a_switch_to_postcopy_needs_no_other_call() {
     must_migrate("unix postcopy software all");
     must_migrate("tcp postcopy software all");
+    must_migrate("channels postcopy software all");
+    let without = "ramwire-chan-rx/UFFDIO_COPY";
+    let output = run(&format!("channels postcopy software {without}"));
+    assert_eq!(output.status.signal(), Some(libc::SIGSYS), "without {without}: {}", output.status);
 }
 
 #[test]

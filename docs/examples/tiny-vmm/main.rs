@@ -165,6 +165,9 @@ struct Followed {
     /// From a vCPU's fault to the page in place.
     p50_us: u64,
     p99_us: u64,
+    /// How long the vCPU that waited longest waited for pages, and how long all vCPUs did at once.
+    blocked_ms: f64,
+    all_blocked_ms: f64,
     /// From the last byte of the registers to the start of the vCPUs.
     start_ms: f64,
 }
@@ -173,18 +176,22 @@ impl Followed {
     fn new(missing: &MissingPages, wrote: u64) -> Self {
         let (p50_us, p99_us) = (missing.latency.p50_us, missing.latency.p99_us);
         let start_ms = missing.time_to_run.as_secs_f64() * 1e3;
-        Self { wrote, faults: missing.faults, p50_us, p99_us, start_ms }
+        let most = missing.waits.vcpus.iter().map(|vcpu| vcpu.blocked_ns).max().unwrap_or(0);
+        let [blocked_ms, all_blocked_ms] =
+            [most, missing.waits.all_blocked_ns].map(|nanos| nanos as f64 / 1e6);
+        Self { wrote, faults: missing.faults, p50_us, p99_us, blocked_ms, all_blocked_ms, start_ms }
     }
 }
 
 impl std::fmt::Display for Followed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { wrote, faults, p50_us, p99_us, start_ms } = self;
+        let Self { wrote, faults, p50_us, p99_us, blocked_ms, all_blocked_ms, start_ms } = self;
         write!(
             f,
             ", started after {start_ms:.1} ms, {wrote} written while pages followed, {faults} faults "
         )?;
-        write!(f, "(p50 {p50_us} us, p99 {p99_us} us)")
+        write!(f, "(p50 {p50_us} us, p99 {p99_us} us), a vCPU blocked for {blocked_ms:.1} ms at most, ")?;
+        write!(f, "all at once for {all_blocked_ms:.1} ms")
     }
 }
 
@@ -265,6 +272,7 @@ fn receive(args: &Args, mut listener: Listener) -> Result<(TinyVm, Arrived), Fai
     let control = Box::new(vm.clone());
     let mut settings = DestinationSettings::default();
     settings.postcopy = args.postcopy.is_some();
+    settings.vcpu_threads = vm.vcpu_threads();
     let report =
         DestinationSession::new(DestinationGuest { memory: Box::new(memory), control }, connection, settings)
             .run();

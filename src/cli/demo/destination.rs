@@ -76,6 +76,9 @@ pub(super) struct Postcopy {
     pub(super) requests: u64,
     /// From a fault to its page in place.
     pub(super) fault_latency: LatencySummary,
+    /// Milliseconds in which each of the guest's threads waited for pages, and in which all did.
+    pub(super) vcpu_blocked_ms: Vec<f64>,
+    pub(super) all_blocked_ms: f64,
     /// The connection was cut, and another took its place.
     pub(super) recoveries: Vec<Recovery>,
 }
@@ -243,6 +246,7 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     let mut settings = DestinationSettings::default();
     settings.postcopy = args.postcopy;
     settings.take_memory = args.same_host;
+    settings.vcpu_threads = guest.vcpu_threads();
     let cuts = Cuts::new(args.cut, &memory);
     let session = if args.cut > 0 {
         let mut accept = accept_cut(listener, scratch, cuts.clone());
@@ -280,6 +284,8 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
             faults: missing.faults,
             requests: missing.requests,
             fault_latency: missing.latency,
+            vcpu_blocked_ms: missing.waits.vcpus.iter().map(|vcpu| vcpu.blocked_ns as f64 / 1e6).collect(),
+            all_blocked_ms: missing.waits.all_blocked_ns as f64 / 1e6,
             recoveries: cuts.made(),
         }),
         error: report.error.as_ref().map(|error| in_words(error)),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 use ramwire::guest::synthetic::{SyntheticConfig, SyntheticGuest};
-use ramwire::guest::{Choice, DirtySource, GuestControl, MappedGuest, WrittenPages, choose};
+use ramwire::guest::{Choice, DirtySource, GuestControl, MappedGuest, VcpuThreads, WrittenPages, choose};
 use ramwire::units::Rate;
 
 use super::{Args, Failure};
@@ -81,6 +81,11 @@ pub(super) trait DemoGuest: Send {
     /// What tells of its writes without a userfaultfd, which a snapshot needs itself.
     fn written(&self) -> Result<Arc<dyn DirtySource>, Failure>;
 
+    /// The threads of its vCPUs, as far as they are known.
+    fn vcpu_threads(&self) -> VcpuThreads {
+        VcpuThreads::default()
+    }
+
     /// Looks at every page; the guest stands still.
     fn verify(&self) -> io::Result<Found>;
 
@@ -97,6 +102,10 @@ impl DemoGuest for SyntheticGuest {
 
     fn written(&self) -> Result<Arc<dyn DirtySource>, Failure> {
         Ok(self.software())
+    }
+
+    fn vcpu_threads(&self) -> VcpuThreads {
+        Self::vcpu_threads(self)
     }
 
     fn verify(&self) -> io::Result<Found> {
@@ -131,7 +140,7 @@ mod kvm {
     use std::io;
     use std::sync::Arc;
 
-    use ramwire::guest::{Choice, DirtyError, DirtySource, GuestControl, MappedGuest, choose};
+    use ramwire::guest::{Choice, DirtyError, DirtySource, GuestControl, MappedGuest, VcpuThreads, choose};
 
     use super::{DemoGuest, Found};
     use crate::cli::demo::tiny_vm::{self, Log, Shape, TinyVm};
@@ -144,6 +153,10 @@ mod kvm {
 
         fn written(&self) -> Result<Arc<dyn DirtySource>, Failure> {
             Ok(self.dirty_source()?)
+        }
+
+        fn vcpu_threads(&self) -> VcpuThreads {
+            Self::vcpu_threads(self)
         }
 
         fn verify(&self) -> io::Result<Found> {

@@ -326,8 +326,8 @@ fn refuse_postcopy(args: &Args) -> Result<(), Usage> {
         () if args.transport == Transport::Rdma => {
             "a guest that may switch to postcopy goes by a byte stream: give --transport tcp or unix"
         }
-        () if args.channels.count() > 0 => {
-            "a guest that may switch to postcopy goes by one stream: leave --channels out"
+        () if args.channels.count() > 0 && args.cut > 0 => {
+            "connections that are cut have no page channels: leave --channels out, or --cut"
         }
         () if args.guest != GuestKind::Synthetic => {
             "only the synthetic guest looks at its memory while it comes: leave --guest out, or move this one whole"

@@ -77,6 +77,8 @@ impl Run<'_> {
             "faults": came.faults,
             "requests": came.requests,
             "fault_latency": came.fault_latency,
+            "vcpu_blocked_ms": came.vcpu_blocked_ms,
+            "all_blocked_ms": came.all_blocked_ms,
             "bytes": self.report.statistics.postcopy_bytes,
             "pages_read": self.arrived.pages_read,
             "recoveries": came.recoveries,
@@ -130,9 +132,10 @@ impl Run<'_> {
         let _ = writeln!(out, "by {}: {}; dirty pages by {}", self.transport, self.why, self.dirty_source);
         out.push_str(&render::statistics(s));
         let Verdict { ran, verified, pages, wrong, faults, .. } = self.arrived;
-        if let Some(Postcopy { time_to_run_ms, all_came_ms, faults, requests, fault_latency, recoveries }) =
-            &self.arrived.postcopy
-        {
+        if let Some(came) = &self.arrived.postcopy {
+            let Postcopy { time_to_run_ms, all_came_ms, faults, requests, fault_latency, .. } = came;
+            let (recoveries, all_blocked_ms) = (&came.recoveries, came.all_blocked_ms);
+            let most = came.vcpu_blocked_ms.iter().copied().fold(0.0, f64::max);
             let read = self.arrived.pages_read;
             let _ = writeln!(
                 out,
@@ -144,6 +147,10 @@ impl Run<'_> {
                 "{faults} faults of missing pages, {requests} requests; its threads looked at {read} pages while it ran"
             );
             let _ = writeln!(out, "fault  {}", render::latency(fault_latency));
+            let _ = writeln!(
+                out,
+                "a thread waited for pages for {most:.1} ms at most, all of them at once for {all_blocked_ms:.1} ms"
+            );
             if self.report.released_pages > 0 {
                 let [before, after] = self.resident.map(human_bytes);
                 let released = self.report.released_pages;

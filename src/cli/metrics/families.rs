@@ -7,7 +7,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
-use ramwire::observe::{LatencySummary, Statistics, Status};
+use ramwire::observe::{LatencySummary, PageWaits, Statistics, Status};
 
 /// The content type that a Prometheus server prefers.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -91,6 +91,23 @@ impl<'a> Out<'a> {
         Ok(())
     }
 
+    /// Waits for missing pages, and of each vCPU.
+    fn waits(&mut self, waits: &PageWaits) -> Result<(), Error> {
+        let seconds = |nanos: u64| nanos as f64 / 1e9;
+        let (unit, all) = (Some(Unit::Seconds), waits.all);
+        self.counter("page_waits", "Times that a thread waited for a missing page", None, all.count)?;
+        let text = "Of all threads together, waiting for missing pages";
+        self.gauge("page_waited", text, unit.clone(), seconds(all.total_ns))?;
+        let text = "All vCPUs waited for missing pages";
+        self.gauge("vcpus_blocked", text, unit.clone(), seconds(waits.all_blocked_ns))?;
+        let text = "A vCPU waited for missing pages";
+        let mut encoder = self.0.encode_descriptor("vcpu_blocked", text, unit.as_ref(), MetricType::Gauge)?;
+        for vcpu in &waits.vcpus {
+            encoder.encode_family(&[("vcpu", vcpu.vcpu)])?.encode_gauge(&seconds(vcpu.blocked_ns))?;
+        }
+        Ok(())
+    }
+
     /// Quantiles as a gauge each: the histograms are kept with more digits than buckets would show.
     fn latency(&mut self, name: &str, help: &str, latency: &LatencySummary) -> Result<(), Error> {
         let LatencySummary { p50_us, p90_us, p99_us, p999_us, max_us, .. } = *latency;
@@ -163,7 +180,8 @@ impl Collector for Figures {
         out.gauges("downtime_part", "What the downtime was spent on", seconds, "part", &parts)?;
         out.latency("batch", "Handing a batch to the transport", &s.batch_latency)?;
         out.latency("fence", "Closing a round", &s.fence_latency)?;
-        out.latency("write", "A write to the peer's memory (RDMA)", &s.write_latency)
+        out.latency("write", "A write to the peer's memory (RDMA)", &s.write_latency)?;
+        out.waits(s.page_waits.as_ref().unwrap_or(&PageWaits::default()))
     }
 }
 
@@ -171,7 +189,7 @@ impl Collector for Figures {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use ramwire::observe::{PageCounts, SkippedPages};
+    use ramwire::observe::{PageCounts, SkippedPages, VcpuWaits};
 
     #[test]
     fn figures_come_with_units_kinds_and_an_end() {
@@ -182,8 +200,15 @@ mod tests {
         now.pages = PageCounts { normal: 3, zero: 5, delta: 1 };
         now.skipped = SkippedPages { hinted: 7, discarded: 2 };
         now.downtime = 1.5;
+        let mut waits = PageWaits::default();
+        waits.all.count = 4;
+        waits.vcpus = vec![VcpuWaits { vcpu: 3, blocked_ns: 2_500_000, ..VcpuWaits::default() }];
+        now.page_waits = Some(waits);
         let text = text(&now).unwrap();
         for line in [
+            "ramwire_page_waits_total 4",
+            "ramwire_vcpu_blocked_seconds{vcpu=\"3\"} 0.0025",
+            "ramwire_vcpus_blocked_seconds 0.0",
             "# TYPE ramwire_transferred_bytes counter",
             "# UNIT ramwire_transferred_bytes bytes",
             "ramwire_transferred_bytes_total 12345",

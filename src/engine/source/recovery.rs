@@ -10,6 +10,7 @@
 use std::time::Duration;
 
 use super::{BehindUrgent, Phase, SourceAction, SourceEngine, UrgentChannel};
+use crate::engine::Handover;
 
 impl SourceEngine {
     /// Sets whether a lost connection may be followed by another.
@@ -26,6 +27,12 @@ impl SourceEngine {
                 | Phase::ComparingReceived
                 | Phase::ResumingPages
         )
+    }
+
+    /// True if a peer that reports what it has received has taken over the guest: a QEMU. A ramwire may still be loading
+    /// the device state, and reports that it takes the guest afterwards, or that it could not.
+    pub fn has_taken_who_compares(&self) -> bool {
+        self.config.handover == Handover::Shut
     }
 
     /// True if the loss of the connection does not end the migration: RUN may have been sent, and the peer may wait for
@@ -52,8 +59,7 @@ impl SourceEngine {
             Phase::Reconnecting => self.go(Phase::AskingReceived, SourceAction::AskReceived),
             Phase::AskingReceived => self.open_urgent(UrgentChannel::Early, BehindUrgent::Compare),
             Phase::ComparingReceived => {
-                // A peer that has not taken over the guest does not send its received bitmap.
-                self.postcopy.taken = true;
+                self.postcopy.taken |= self.has_taken_who_compares();
                 self.open_urgent(UrgentChannel::Late, BehindUrgent::Resume);
             }
             _ => self.send_missing(now),

@@ -160,7 +160,7 @@ fn a_fault_on_a_page_that_came_as_zero_is_answered_here() {
         }
         std::thread::yield_now();
     };
-    let landing = placer.host_page_at(fault).unwrap();
+    let landing = placer.host_page_at(fault.at).unwrap();
     assert_eq!(placer.run(landing).first, PageIndex(60), "the whole host page");
     assert!(placer.has_all(landing) && !placer.has_all(target_page(&placer, 0)));
     placer.answer_received(landing).unwrap();

@@ -30,7 +30,7 @@ use self::pace::Pace;
 use self::plan::Plan;
 use self::reader::Readers;
 use self::verify::Faults;
-use super::{DeviceState, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap, VcpuGate};
+use super::{DeviceState, GuestControl, GuestMemory, MappedGuest, SoftwareBitmap, VcpuGate, VcpuThreads};
 use crate::ram::PageRun;
 use crate::sys::{HostSpan, Lock as _};
 use crate::units::{BlockIndex, PageIndex, Percent, Rate, RestShare};
@@ -47,6 +47,7 @@ pub struct SyntheticGuest {
     machine: Arc<Mutex<Option<Machine>>>,
     /// Its threads read all memory on arrival.
     reads: bool,
+    vcpus: VcpuThreads,
 }
 
 /// The writers and readers, and what they share.
@@ -75,7 +76,7 @@ impl SyntheticGuest {
     /// A guest that waits for a device state, over memory that a migration fills.
     pub fn empty(memory: Arc<MappedGuest>) -> Self {
         let software = Arc::new(SoftwareBitmap::new(memory.table()));
-        Self { memory, software, machine: Arc::default(), reads: false }
+        Self { memory, software, machine: Arc::default(), reads: false, vcpus: VcpuThreads::default() }
     }
 
     /// From its arrival on as many threads as it has writers read each page once, in a scattered order, and compare
@@ -96,6 +97,11 @@ impl SyntheticGuest {
         let shared = guest.install(plan, vec![0; writers], false);
         verify::fill(&shared)?;
         Ok(guest)
+    }
+
+    /// Its threads, each as a vCPU: the writers, then the readers.
+    pub fn vcpu_threads(&self) -> VcpuThreads {
+        self.vcpus.clone()
     }
 
     /// The guest's memory.
@@ -176,16 +182,22 @@ impl GuestControl for SyntheticGuest {
         self.with(|machine| {
             let machine = machine.ok_or_else(no_state)?;
             if machine.threads.is_empty() {
-                for writer in 0..machine.shared.plan.config.writers {
-                    let shared = machine.shared.clone();
-                    let name = format!("guest-writer-{writer}");
-                    let thread = std::thread::Builder::new().name(name);
-                    machine.threads.push(thread.spawn(move || shared.run_writer(writer))?);
+                let writers = machine.shared.plan.config.writers;
+                for writer in 0..writers {
+                    let (shared, vcpus) = (machine.shared.clone(), self.vcpus.clone());
+                    let thread = std::thread::Builder::new().name(format!("guest-writer-{writer}"));
+                    machine.threads.push(thread.spawn(move || {
+                        vcpus.enter(writer);
+                        shared.run_writer(writer);
+                    })?);
                 }
                 for reader in 0..machine.shared.readers.threads {
-                    let shared = machine.shared.clone();
+                    let (shared, vcpus) = (machine.shared.clone(), self.vcpus.clone());
                     let thread = std::thread::Builder::new().name(format!("guest-reader-{reader}"));
-                    machine.threads.push(thread.spawn(move || shared.run_reader(reader))?);
+                    machine.threads.push(thread.spawn(move || {
+                        vcpus.enter(writers + reader);
+                        shared.run_reader(reader);
+                    })?);
                 }
             }
             machine.shared.gate.open();

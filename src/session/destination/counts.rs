@@ -32,6 +32,8 @@ pub(super) struct SourceTold {
     /// It passes memory, which this end takes; what has come of it.
     pub(super) passes: bool,
     pub(super) passed: Vec<PassedBlock>,
+    /// Pages of a postcopy come on its page channels, too.
+    pub(super) spread: bool,
     /// All memory came ahead of the stream.
     pub(super) passed_ahead: bool,
     /// Pages it has sent.

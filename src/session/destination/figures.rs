@@ -2,11 +2,13 @@
 //! are correct in a silent stream, too.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use crate::engine::Pager;
 use crate::guest::Placer;
 use crate::observe::{SharedStatistics, Statistics, Status};
+use crate::sys::Lock as _;
 use crate::transport::LiveBytes;
 
 /// Shortest time over which a rate is measured, as at the source.
@@ -28,6 +30,8 @@ struct Counts {
     /// Bytes that a NIC has written for the first time, in rounds whose pages are marked as received.
     nic_marked: AtomicU64,
     guest: OnceLock<ArrivingGuest>,
+    /// The threads that wait for missing pages, from a switch to postcopy on.
+    pager: OnceLock<Arc<Mutex<Pager>>>,
 }
 
 /// The guest, once its blocks are known.
@@ -82,6 +86,12 @@ impl Figures {
         });
     }
 
+    /// The guest may run here while pages are missing: `pager` counts the threads that wait.
+    pub(super) fn waiting(&self, pager: &Arc<Mutex<Pager>>) {
+        // Set once, by the one package.
+        let _ = self.counts.pager.set(Arc::clone(pager));
+    }
+
     /// An RDMA round is over, and the pages that it wrote are marked as received.
     pub(super) fn round_marked(&self) {
         let nic = self.counts.guest.get().map_or(0, ArrivingGuest::by_nic);
@@ -128,6 +138,7 @@ impl Counts {
         s.total_time = millis(now);
         let stream = self.stream.load(Ordering::Relaxed);
         s.transferred = stream;
+        s.page_waits = self.pager.get().map(|pager| pager.locked().waits());
         let Some(guest) = self.guest.get() else { return };
         let beside = guest.by_channels();
         (s.transferred, s.multifd_bytes, s.pages) = (stream + beside, beside, guest.placer.counts());

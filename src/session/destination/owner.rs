@@ -63,13 +63,13 @@ mod tests {
         type End = fn(&Owner);
         let ends: [(End, bool); 4] = [
             (|owner| assert!(owner.step(Ownership::proven)), true),
-            (|owner| assert!(!owner.step(|owner| owner.lost(false))), false),
+            (|owner| assert!(!owner.step(|owner| owner.lost(false, true))), false),
             (|owner| owner.step(Ownership::give_up), false),
             (Owner::is_on_its_last_connection, false),
         ];
         for (end, here) in ends {
             let owner = Owner::default();
-            assert!(owner.step(Ownership::answering) && owner.step(|owner| owner.lost(true)));
+            assert!(owner.step(Ownership::answering) && owner.step(|owner| owner.lost(true, true)));
             std::thread::scope(|scope| {
                 let waits = scope.spawn(|| owner.wait_until_known());
                 end(&owner);

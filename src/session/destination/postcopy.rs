@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use std::os::fd::AsFd;
 
-use crate::engine::{Ending, FaultAnswer, HostPage, Ownership, Pager};
+use crate::engine::{Ending, FaultAnswer, HostPage, Ownership, Pager, Waiter};
 use crate::error::Chain;
-use crate::guest::{GuestControl, Placer, load_state};
-use crate::observe::{LatencySummary, SharedStatistics, Status};
+use crate::guest::{GuestControl, Placer, VcpuThreads, load_state};
+use crate::observe::{LatencySummary, PageWaits, SharedStatistics, Status};
 use crate::ram::{Landing, PageSet};
 use crate::stream::native::decode_state_section;
 use crate::stream::qemu::incoming::IncomingStream;
@@ -49,8 +49,11 @@ pub struct MissingPages {
     pub faults: u64,
     /// Requests that were sent for them.
     pub requests: u64,
-    /// From the fault to the page in place.
+    /// From the first fault at a page to the page in place.
     pub latency: LatencySummary,
+    /// How long threads waited, and the vCPUs among them
+    /// ([`DestinationSettings::vcpu_threads`](crate::session::DestinationSettings::vcpu_threads)).
+    pub waits: PageWaits,
     /// Target pages that arrived on the source's connection for urgent pages (QEMU: postcopy-preempt).
     pub preempt_pages: u64,
     /// From the package's last byte until the guest was started.
@@ -62,10 +65,15 @@ pub(super) struct Shared {
     pub(super) placer: Arc<Placer>,
     faults: Arc<MissingFaults>,
     pager: Arc<Mutex<Pager>>,
+    vcpus: VcpuThreads,
     pub(super) back: ReturnPathWriter,
     began: Instant,
     pub(super) send_timeout: Duration,
     pub(super) owner: Owner,
+    /// A ramwire: it keeps its guest paused until it has our answer.
+    native: bool,
+    /// The answer by which the source hands over its guest was sent, on whichever connection.
+    answered: AtomicBool,
     /// The device state could not be loaded, or the guest not started.
     load_failed: AtomicBool,
     /// Raised at the end of all.
@@ -118,13 +126,31 @@ impl Shared {
     }
 
     /// True if the device state could not be loaded, or the guest not started.
-    fn load_has_failed(&self) -> bool {
+    pub(super) fn load_has_failed(&self) -> bool {
         self.load_failed.load(Ordering::Acquire)
     }
 
     /// True if a loss does not end the migration; see [`Ownership::lost`].
     pub(super) fn outlives_loss(&self, another: bool) -> bool {
-        !self.load_has_failed() && self.owner.step(|owner| owner.lost(another))
+        !self.load_has_failed() && self.owner.step(|owner| owner.lost(another, !self.native))
+    }
+
+    /// A source that continues on another connection has not its guest: sends it the answer to the package again,
+    /// which may have been lost. Before the device state is loaded there is none, and the guest is not ours.
+    ///
+    /// # Errors
+    /// The connection is lost. The guest was given up.
+    pub(super) fn answer_again(&self, stop: &Stop) -> Result<(), Error> {
+        if self.native && !self.answered.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if self.native {
+            self.back.message(Message::Pong(PING_TAKEN), stop)?;
+        }
+        match self.owner.step(Ownership::proven) {
+            true => Ok(()),
+            false => Err(out_of_turn("RESUME", "a postcopy that was given up")),
+        }
     }
 
     /// Another connection is there.
@@ -140,20 +166,28 @@ impl Shared {
 
     /// Serves faults until all is over.
     fn serve_faults(&self) {
-        let stop = Stop::on(&self.over);
+        // Version of the list of vCPUs that the pager knows.
+        let (stop, mut known) = (Stop::on(&self.over), 0);
         while let Ok(None) = stop.wait(self.faults.as_fd(), PollFlags::IN) {
-            if let Err(error) = self.serve_all() {
+            if let Err(error) = self.serve_all(&mut known) {
                 self.fail(error);
                 return;
             }
         }
     }
 
-    fn serve_all(&self) -> Result<(), Error> {
+    fn serve_all(&self, known: &mut u64) -> Result<(), Error> {
         let reading = |source: io::Error| Error::Control { what: "read the faults of missing pages", source };
         while let Some(fault) = self.faults.next().map_err(reading)? {
-            let Some(landing) = self.placer.host_page_at(fault) else { continue };
-            let answer = self.pager().fault(self.now(), host_page(landing), || self.placer.has_all(landing));
+            let Some(landing) = self.placer.host_page_at(fault.at) else { continue };
+            let who = Waiter { thread: fault.thread, vcpu: self.vcpus.vcpu_of(fault.thread) };
+            let answer = {
+                let (mut pager, now) = (self.pager(), self.now());
+                if let Some(vcpus) = self.vcpus.changed(known) {
+                    pager.know(now, vcpus);
+                }
+                pager.fault(now, host_page(landing), who, || self.placer.has_all(landing))
+            };
             match answer {
                 FaultAnswer::Received => self.placer.answer_received(landing)?,
                 FaultAnswer::Wait => {}
@@ -269,20 +303,31 @@ impl DestinationSession {
         let placing = self.ingest.placed().ok_or_else(|| no_blocks("a package"))?;
         let faults = Arc::new(faults);
         let (pager, began) = (Arc::new(Mutex::new(Pager::default())), Instant::now());
+        self.figures.waiting(&pager);
         let waits = Arc::clone(&pager);
         let placed = move |landing: Landing| {
             let mut pager = waits.locked();
             pager.placed(began.elapsed(), host_page(landing));
         };
-        placing.placer().serve_missing(Arc::clone(&faults), Box::new(placed))?;
+        let placer = Arc::clone(placing.placer());
+        let (mut placed, mut begun) = (Some(Box::new(placed)), Ok(()));
+        self.wire.link.begin_missing(self.told.spread, &mut || {
+            if let Some(placed) = placed.take() {
+                begun = placer.serve_missing(Arc::clone(&faults), placed);
+            }
+        })?;
+        begun?;
         let shared = Arc::new(Shared {
-            placer: Arc::clone(placing.placer()),
+            placer,
             faults,
             pager,
+            vcpus: self.settings.vcpu_threads.clone(),
             back,
             began,
             send_timeout: self.settings.stall_timeout,
             owner: if decoded.pings.contains(&PING_TAKEN) { Owner::default() } else { Owner::here() },
+            native: self.driver.engine.is_native(),
+            answered: AtomicBool::new(false),
             load_failed: AtomicBool::new(false),
             over: CancelToken::default(),
             connection: Mutex::default(),
@@ -414,8 +459,9 @@ impl DestinationSession {
         let (preempt_pages, preempt_bytes) = postcopy.preempt.finish(&postcopy.shared);
         let (faults, requests) = postcopy.shared.pager().counts();
         let latency = postcopy.shared.pager().latency().summary();
+        let waits = postcopy.shared.pager().waits();
         let time_to_run = *postcopy.time_to_run.locked();
-        (Some(MissingPages { faults, requests, latency, preempt_pages, time_to_run }), preempt_bytes)
+        (Some(MissingPages { faults, requests, latency, waits, preempt_pages, time_to_run }), preempt_bytes)
     }
 }
 
@@ -432,12 +478,16 @@ fn load_and_run(
 ) -> Result<(), Error> {
     let loaded = guarded("loading the device state", || load_state(control.as_mut(), state))?;
     loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
-    let connection = shared.connection.locked().clone();
-    let stop = Stop::on(&connection);
     for value in pings {
-        if *value == PING_TAKEN && !shared.owner.step(Ownership::answering) {
-            return Err(given_up());
+        if *value == PING_TAKEN {
+            if !shared.owner.step(Ownership::answering) {
+                return Err(given_up());
+            }
+            // Before the connection is chosen: a RESUME on a later one finds it, and sends the answer there.
+            shared.answered.store(true, Ordering::Release);
         }
+        let connection = shared.connection.locked().clone();
+        let stop = Stop::on(&connection);
         let said = shared.back.message(Message::Pong(*value), &stop.within(shared.send_timeout));
         let Err(error) = said.and_then(|()| shared.delivered(*value, &stop)) else { continue };
         match shared.owner.get() {
@@ -450,6 +500,8 @@ fn load_and_run(
                     return Err(error.into());
                 }
             }
+            // It waits for the next answer, which may go on another connection.
+            Ownership::Source if shared.native => {}
             Ownership::Source | Ownership::GivenUp => return Err(error.into()),
         }
     }

@@ -261,7 +261,7 @@ impl DestinationSession {
                 let passes = theirs.passes && self.takes_memory();
                 let answer = Hello { min_version: version, max_version: version, passes, ..theirs };
                 self.told.migration_id = Some(theirs.migration_id);
-                self.told.passes = passes;
+                (self.told.passes, self.told.spread) = (passes, theirs.spread);
                 self.send_message(Message::Native(Answer::Hello(answer)))?;
                 self.told.compared.agree(theirs.fingerprints);
                 let Hello { digest, fingerprints: memory_check, .. } = theirs;

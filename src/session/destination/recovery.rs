@@ -152,6 +152,10 @@ impl DestinationSession {
         self.wire.link = Box::new(InlineDestination::new(Box::new(source)));
         self.error = None;
         reader.restart();
+        if postcopy.shared.load_has_failed() {
+            // The source is told, and has its guest back.
+            return Err(out_of_turn("another connection", "a device state that could not be loaded"));
+        }
         self.figures.shared().update(|s| s.status = Status::PostcopyRecover);
         Ok(())
     }
@@ -179,7 +183,7 @@ impl DestinationSession {
         }
         let shared = &postcopy.shared;
         // A source that has its guest back does not come here.
-        if !shared.owner.step(Ownership::proven) {
+        if shared.owner.get() == Ownership::GivenUp {
             return Err(out_of_turn("RESUME", "a postcopy that was given up"));
         }
         let table = shared.placer.memory().table();
@@ -190,9 +194,12 @@ impl DestinationSession {
         let pages = || shared.pager().outstanding().filter_map(page_at).collect();
         let stop = self.wire.stop.within(shared.send_timeout);
         shared.back.resume(Message::ResumeAck(1), &shared.placer, pages, &stop)?;
+        shared.answer_again(&stop)?;
+        let is_here = shared.owner.get() == Ownership::Here;
         postcopy.preempt.start(&postcopy.shared)?;
         postcopy.recovering = false;
-        self.figures.shared().update(|s| s.status = Status::PostcopyActive);
+        let status = if is_here { Status::PostcopyActive } else { Status::Device };
+        self.figures.shared().update(|s| s.status = status);
         Ok(())
     }
 }

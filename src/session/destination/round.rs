@@ -80,6 +80,9 @@ impl DestinationSession {
         if self.wire.link.abilities().page_channels == 0 {
             return Err(no_channels_here());
         }
+        if self.switch.is_running() && !self.told.spread {
+            return Err(out_of_turn("a barrier of page channels", "waiting for missing pages"));
+        }
         if !self.breakage.is(Breakage::SkipBarrier) {
             // A channel that does not reach the barrier is one of the known channels: this is no sign of further ones.
             self.wire.link.barrier(&self.wire.stop)?;
@@ -94,7 +97,10 @@ impl DestinationSession {
     /// The end of a section's records is a barrier of the page channels for senders without a barrier record. Unknown
     /// further channels are detected from the received packets when RAM ends.
     pub(super) fn records_ended(&mut self, seen: Seen) -> Result<(), Error> {
-        let is_barrier = self.wire.link.abilities().page_channels > 0 && seen.barrier_in_start == Some(false);
+        // After a switch to postcopy such a sender's pages come in the stream only, and its sections end for themselves.
+        let is_barrier = self.wire.link.abilities().page_channels > 0
+            && seen.barrier_in_start == Some(false)
+            && !self.switch.is_running();
         if is_barrier { self.barrier() } else { Ok(()) }
     }
 

@@ -87,7 +87,7 @@ impl PagedMemory for GuestPages {
         loop {
             let fault = self.faults.next().map_err(|error| PlaceError::Failed(error.to_string()))?;
             let Some(fault) = fault else { return Ok(None) };
-            if let Some(landing) = self.placer.host_page_at(fault) {
+            if let Some(landing) = self.placer.host_page_at(fault.at) {
                 return Ok(Some(self.placer.run(landing)));
             }
         }

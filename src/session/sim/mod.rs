@@ -262,6 +262,10 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::ReconnectUntold
         | Breakage::SkipBitmaps
         | Breakage::KeepCurrentBlock
+        | Breakage::SkipLastBarrier
+        | Breakage::SpreadEarly
+        | Breakage::TakenByBitmap
+        | Breakage::EndUnheard
         | Breakage::ResumeAfterLoss => &[],
         // Relays': `relay`, and `relay_tests`.
         Breakage::TellBeforeFarEnd

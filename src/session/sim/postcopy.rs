@@ -8,17 +8,21 @@
 //! RAMWIRE_SIM_SEED=1234 cargo test --lib session::sim::postcopy -- --nocapture
 //! ```
 
+mod channels;
 mod model;
+mod plan;
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use self::channels::ChannelLink;
 use self::model::{Again, Destination, Shared, Sink};
+use self::plan::{Fault, Plan};
 use super::plan::Rng;
 use super::{number_from, spread};
-use crate::engine::{Outcome, PostcopyRule, UrgentChannel};
+use crate::engine::{Outcome, UrgentChannel};
 use crate::guest::{
     DeviceState, DirtySource, GuestControl, GuestError, GuestMemory, MappedGuest, SoftwareBitmap,
 };
@@ -31,89 +35,13 @@ use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::style::PeerStyle;
 use crate::stream::qemu::tail::without_devices;
 use crate::sys::{CancelToken, HostSpan, Mapping};
-use crate::transport::InlineLink;
+use crate::transport::{InlineLink, SourceLink};
 use crate::units::{BlockIndex, PageIndex, PageSize, Rate};
 
 /// Seeds of an ordinary test run.
 const SEEDS: u64 = 1500;
 /// Bytes of a target page.
 const PAGE: usize = 4096;
-
-/// What goes wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    None,
-    /// The connection breaks at this byte of what the source sends, and no other connection follows.
-    Cut(u64),
-    /// It breaks in this way, and each later connection after this many bytes, this many times. Other connections
-    /// follow.
-    Cuts {
-        at: u64,
-        next: u64,
-        times: u32,
-    },
-    /// The destination can't load the device state.
-    Load,
-    /// The source is cancelled when it has sent this many bytes.
-    Cancel(u64),
-    /// The destination requests pages that do not exist.
-    Hostile,
-}
-
-/// All decisions of a seed before the first step.
-#[derive(Clone, Debug)]
-struct Plan {
-    /// Pages of each block, and target pages per host page.
-    blocks: Vec<(u64, u64)>,
-    rule: PostcopyRule,
-    native: bool,
-    /// The guest writes in one of this many readings of the clock; 0: never.
-    write_every: u64,
-    /// A thread there waits for a page in one of this many steps.
-    fault_every: u64,
-    fault: Fault,
-    limit: u64,
-    /// The destination requires a connection for urgent pages.
-    urgent: Option<UrgentChannel>,
-    /// The source gives memory back that the destination has.
-    release: bool,
-}
-
-impl Plan {
-    fn of(rng: &mut Rng) -> Self {
-        let block = |rng: &mut Rng| {
-            let host = rng.pick(&[1, 1, 4, 16, 64]);
-            let most = if rng.one_in(6) { 400 / host } else { 12.min(200 / host) };
-            ((1 + rng.below(most)) * host, host)
-        };
-        let blocks = (0..1 + rng.below(3)).map(|_| block(rng)).collect();
-        let fault = match rng.below(9) {
-            0 | 1 => Fault::None,
-            2 => Fault::Cut(rng.below_one_of(&[2000, 400_000])),
-            3 => Fault::Load,
-            6..=8 => Fault::Cuts {
-                at: rng.below_one_of(&[2000, 400_000]),
-                next: rng.pick(&[3, 12, 20, 30, 6000, 100_000]),
-                times: 1 + rng.below(4) as u32,
-            },
-            4 => Fault::Cancel(rng.below_one_of(&[2000, 400_000])),
-            _ => Fault::Hostile,
-        };
-        let native = rng.one_in(2);
-        let early = if native { UrgentChannel::Late } else { UrgentChannel::Early };
-        Self {
-            blocks,
-            rule: PostcopyRule::AfterRounds(rng.below(3) as u32),
-            native,
-            write_every: rng.pick(&[0, 1, 3]),
-            fault_every: rng.pick(&[1, 3, 20]),
-            fault,
-            limit: rng.pick(&[0, 0, 100_000_000]),
-            urgent: rng.pick(&[None, Some(early), Some(UrgentChannel::Late)]),
-            release: rng.one_in(2),
-        }
-    }
-}
 
 /// The guest at the source: its memory, and whether it runs.
 struct Here {
@@ -266,6 +194,11 @@ struct Run {
     requests: u64,
     recoveries: u64,
     lost_recovering: u64,
+    /// Recoveries before the guest was taken, and after the last word of a destination that has all.
+    early_recoveries: u64,
+    late_recoveries: u64,
+    /// Missing pages that came on page channels.
+    channel_pages: u64,
     /// Pages received as urgent, and urgent pages after a lost connection.
     urgent_pages: (u64, u64),
     runs_there: bool,
@@ -304,7 +237,11 @@ fn run(seed: u64, breakage: Breakage) -> Run {
     settings.peer = (!plan.native).then_some(Peer::Qemu);
     let claims = Arc::new(Claims::new(&memory, &plan));
     let sink = Box::new(Sink(Arc::clone(&shared)));
-    let link = Box::new(InlineLink::new(sink, claims.clone()));
+    let inline = InlineLink::new(sink, claims.clone());
+    let link: Box<dyn SourceLink> = match plan.channels {
+        true => Box::new(ChannelLink::new(inline, &memory, &shared)),
+        false => Box::new(inline),
+    };
     let connection = SourceConnection::new(link, Some(Box::new(Sink(Arc::clone(&shared)))));
     let guest = SourceGuest {
         memory: claims,
@@ -328,6 +265,9 @@ fn run(seed: u64, breakage: Breakage) -> Run {
         requests: there.requests,
         recoveries: there.recoveries,
         lost_recovering: there.lost_recovering,
+        early_recoveries: there.early_recoveries,
+        late_recoveries: there.late_recoveries,
+        channel_pages: there.channel_pages,
         urgent_pages: (there.urgent.pages, there.urgent.again),
         runs_there: there.runs,
         violations: std::mem::take(&mut there.violations),
@@ -401,6 +341,21 @@ fn a_switch_to_postcopy_loses_no_page_and_no_guest() {
             ("recovered", run.recoveries > 0 && outcome == Outcome::Completed),
             ("recovered three times", run.recoveries > 2 && outcome == Outcome::Completed),
             ("lost in a recovery", run.lost_recovering > 0 && outcome == Outcome::Completed),
+            ("recovered before it was taken", run.early_recoveries > 0 && outcome == Outcome::Completed),
+            (
+                "recovered, and given back",
+                run.early_recoveries > 0 && matches!(outcome, Outcome::StaysHere(_)),
+            ),
+            ("page channels", run.channel_pages > 0 && outcome == Outcome::Completed),
+            (
+                "page channels, and recovered",
+                run.channel_pages > 0 && run.recoveries > 0 && outcome == Outcome::Completed,
+            ),
+            (
+                "page channels, and urgent pages",
+                run.channel_pages > 0 && run.urgent_pages.0 > 0 && outcome == Outcome::Completed,
+            ),
+            ("the last word again", run.late_recoveries > 0 && outcome == Outcome::Completed),
             ("urgent pages", run.urgent_pages.0 > 0 && run.plan.urgent == Some(UrgentChannel::Late)),
             ("urgent pages early", run.urgent_pages.0 > 0 && run.plan.urgent == Some(UrgentChannel::Early)),
             ("urgent pages again", run.urgent_pages.1 > 0 && outcome == Outcome::Completed),
@@ -445,6 +400,10 @@ fn each_order_of_a_switch_is_needed() {
         (Breakage::SkipBitmaps, "while pages are missing"),
         (Breakage::KeepCurrentBlock, "is not understood"),
         (Breakage::ResumeAfterLoss, "runs on both sides"),
+        (Breakage::TakenByBitmap, "incomplete"),
+        (Breakage::EndUnheard, "had another effect"),
+        (Breakage::SkipLastBarrier, "while pages are missing"),
+        (Breakage::SpreadEarly, "before faults are served"),
         (Breakage::ReleaseSent, "at neither end"),
         (Breakage::ReleaseUntaken, "memory that was given back"),
     ] {

@@ -4,6 +4,7 @@ mod behind;
 mod counts;
 mod driver;
 mod ending;
+mod filling;
 mod fingerprints;
 mod handover;
 mod metrics;
@@ -21,6 +22,7 @@ mod setup;
 #[cfg(test)]
 pub(super) mod skip_tests;
 mod skips;
+mod spread;
 mod throttle;
 mod urgent;
 mod wire;
@@ -29,7 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::{
-    Handover, Pace, SourceAction, SourceConfig, SourceEngine, SourceEvent, Switchover, Throttler,
+    Handover, Pace, SourceAction, SourceConfig, SourceEngine, SourceEvent, Switchover, Throttler, Waiting,
 };
 use crate::error::{Chain, Remedy};
 use crate::guest::{DirtySource, GuestControl, GuestMemory};
@@ -50,10 +52,10 @@ use crate::session::handle::Canceller;
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Error, ErrorKind, shared_blocks};
 use driver::Driver;
+use filling::Missing;
 use handover::Departure;
 use metrics::Figures;
 use pages::Pages;
-use postcopy::Missing;
 pub use recovery::{NewConnection, Reconnect, Redial};
 use throttle::Convergence;
 use wire::Wire;
@@ -244,8 +246,10 @@ impl SourceSession {
             broken.then(|| self.peer_failure()).flatten().unwrap_or_else(|| self.blame_channels(error));
         let may_give_back =
             self.driver.engine.handover() == Handover::Shut || self.driver.engine.is_postcopy();
+        let at_the_end = self.driver.engine.waits_for() == Some(Waiting::Running);
         let event = match &error {
             Error::PeerFailed { .. } if may_give_back => SourceEvent::Refused,
+            _ if at_the_end && self.breakage.is(Breakage::EndUnheard) => SourceEvent::Failed,
             error if error.kind() == ErrorKind::Channel || self.is_lost(error) => SourceEvent::Lost,
             _ => SourceEvent::Failed,
         };

@@ -9,6 +9,7 @@ use crate::ram::RamBlockTable;
 use crate::stream::qemu::package::PING_TAKEN;
 use crate::sys::{Stop, StopReason};
 
+use super::postcopy::PING_PACKAGED;
 use super::return_path::PeerMessage;
 use super::{News, SourceSession};
 use crate::session::callback::named;
@@ -235,6 +236,9 @@ impl SourceSession {
         let handover = self.driver.engine.handover();
         if let PeerMessage::Pong(value) = message {
             self.missing.background.answered(self.driver.clock.now(), value);
+            if value == PING_PACKAGED && self.driver.engine.is_postcopy() {
+                self.missing.background.serves();
+            }
             self.pages.prints.answered(value);
             if let Some(release) = &mut self.missing.release {
                 release.answered(value);

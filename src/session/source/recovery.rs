@@ -322,17 +322,21 @@ impl SourceSession {
         }
         self.confirm_received(&dirty)?;
         self.pages.dirty = dirty;
-        if !self.driver.engine.is_taken() {
-            self.figures.taken(self.driver.clock.now());
+        let now = self.driver.clock.now();
+        if self.breakage.is(Breakage::TakenByBitmap) {
+            self.driver.engine.handle(now, SourceEvent::Taken);
+        }
+        if !self.driver.engine.is_taken() && self.driver.engine.has_taken_who_compares() {
+            self.figures.taken(now);
         }
         Ok(SourceEvent::Done)
     }
 
     fn received_bitmap(&mut self, name: &str, pages: u64, stop: &Stop) -> Result<Vec<u8>, Error> {
-        let Some(back) = &mut self.wire.back else {
-            return Err(silent("which pages it has", Duration::ZERO));
-        };
         loop {
+            let Some(back) = &mut self.wire.back else {
+                return Err(silent("which pages it has", Duration::ZERO));
+            };
             match back.next(stop)? {
                 PeerMessage::Received(block) if block == name => return back.bitmap(pages, stop),
                 PeerMessage::Received(block) => {
@@ -341,6 +345,8 @@ impl SourceSession {
                     return Err(Error::OutOfTurn { what, at: None, while_doing });
                 }
                 PeerMessage::Working => {}
+                // It may take the guest meanwhile.
+                taken @ PeerMessage::Pong(_) => self.take_message(taken)?,
                 word => refuse_verdict(word)?,
             }
             check_deadline(stop)?;
@@ -355,18 +361,20 @@ impl SourceSession {
         self.wire.link.sink().flush(&self.wire.stop)?;
         let after = self.settings.stall_timeout;
         let stop = self.wire.stop.within(after);
-        let Some(back) = &mut self.wire.back else { return Err(silent("that it goes on", after)) };
         loop {
+            let Some(back) = &mut self.wire.back else { return Err(silent("that it goes on", after)) };
             match back.next(&stop)? {
                 PeerMessage::Resumed => break,
                 PeerMessage::Working => {}
+                taken @ PeerMessage::Pong(_) => self.take_message(taken)?,
                 word => refuse_verdict(word)?,
             }
             check_deadline(&stop)?;
         }
         self.missing.recovery.loss = None;
         self.error = None;
-        self.figures.shared().update(|s| s.status = Status::PostcopyActive);
+        let status = if self.driver.engine.is_taken() { Status::PostcopyActive } else { Status::Device };
+        self.figures.shared().update(|s| s.status = status);
         Ok(SourceEvent::Done)
     }
 }

@@ -9,7 +9,7 @@ use crate::session::callback::guarded;
 use crate::session::{Breakage, Error};
 
 use super::SourceSession;
-use super::postcopy::Missing;
+use super::filling::Missing;
 
 impl Missing {
     pub(super) fn released_pages(&self) -> u64 {

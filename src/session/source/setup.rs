@@ -68,6 +68,7 @@ impl SourceSession {
     pub(super) fn send_setup(&mut self) -> Result<SourceEvent, Error> {
         let handover = if self.greets() { self.find_out_peer()? } else { self.driver.engine.handover() };
         self.refuse_verify(handover, "the destination is a QEMU")?;
+        self.refuse_spreading(handover)?;
         if !self.settings.vmm_configuration.is_empty() && handover != Handover::Native {
             return Err(no_vmm_configuration("the destination is a QEMU"));
         }
@@ -206,7 +207,9 @@ impl SourceSession {
         let passes = self.may_pass_memory();
         let verify = self.settings.verify;
         let (digest, fingerprints) = (verify == Verify::Full, verify == Verify::Fast);
-        let ours = Hello { urgent, passes, fingerprints, ..Hello::ours(self.settings.migration_id, digest) };
+        let spread = self.spreads();
+        let ours =
+            Hello { urgent, passes, fingerprints, spread, ..Hello::ours(self.settings.migration_id, digest) };
         let mut order = Vec::new();
         Command::Native(Order::Hello(ours)).encode(&mut order);
         self.wire.send(&order)?;
@@ -230,6 +233,10 @@ impl SourceSession {
             PeerMessage::Hello(theirs) if theirs.urgent != urgent => Err(Error::Config {
                 what: "urgent pages were to have a connection of their own, and the destination is an older ramwire".into(),
                 remedy: Remedy::Advice("let them go with the others, or take the same version at both ends"),
+            }),
+            PeerMessage::Hello(theirs) if theirs.spread != spread => Err(Error::Config {
+                what: "postcopy was asked for with page channels, and the destination is an older ramwire".into(),
+                remedy: Remedy::Advice("leave the page channels out, or take the same version at both ends"),
             }),
             PeerMessage::Hello(theirs) if theirs.passes && !passes => {
                 Err(Error::PeerFailed { why: "it takes memory that was not offered".into() })

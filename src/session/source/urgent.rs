@@ -16,7 +16,7 @@ use crate::sys::{SendPart, Stop};
 use crate::transport::{ByteSink, ChannelError, InlinePages, MoveError, OpenError};
 
 use super::SourceSession;
-use super::postcopy::{BACKGROUND_PAGES, Missing};
+use super::filling::{BACKGROUND_PAGES, Missing};
 
 /// The connection.
 pub(super) struct Urgent {
@@ -80,7 +80,8 @@ impl SourceSession {
             return Ok(false);
         }
         let mut batch = self.pages.fresh_batch();
-        if let Err(error) = self.classify_missing(run, &mut batch) {
+        let detection = self.settings.zero_detection.with(false);
+        if let Err(error) = self.classify_missing(run, detection, &mut batch) {
             self.pages.dirty.set_run(run);
             self.pages.mark_unsent(&batch);
             return Err(error);

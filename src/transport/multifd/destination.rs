@@ -2,7 +2,7 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use crate::stream::qemu::channel::Channel;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packed::PacketInflater;
 use crate::stream::qemu::packet_numbers::MissingPackets;
+use crate::stream::{Corrupt, DecodeError, Fault};
 use crate::sys::{CancelToken, Lock as _, RecvPart, Stop, StopReason};
 use crate::transport::{
     ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError, StreamChannel,
@@ -207,6 +208,7 @@ impl DestinationLink for MultifdDestination {
             ids: Mutex::default(),
             uuid: Mutex::default(),
             numbers: Mutex::default(),
+            missing: RwLock::default(),
             bytes: Arc::clone(&self.bytes),
             counters: (0..count).map(|_| PageCounter::default()).collect(),
         };
@@ -288,6 +290,26 @@ impl DestinationLink for MultifdDestination {
         for release in &running.releases {
             let _ = release.try_send(());
         }
+    }
+
+    fn begin_missing(&mut self, expected: bool, begin: &mut dyn FnMut()) -> Result<(), MoveError> {
+        let Some(running) = &self.running else {
+            begin();
+            return Ok(());
+        };
+        // A thread that waits for the rest of a packet would place it over newer pages.
+        let mut missing = match running.common.missing.try_write() {
+            Ok(missing) => missing,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                let fault = Fault::Multifd("the guest is handed over in the middle of a packet");
+                let source = DecodeError::Corrupt(Corrupt { at: 0, fault });
+                return Err(ChannelError::Packet { channel: "a page channel".into(), source }.into());
+            }
+        };
+        *missing = Some(expected);
+        begin();
+        Ok(())
     }
 
     fn channel_bytes(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! The destination's thread of one channel: packets become pages.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crossbeam::channel::{Receiver, Sender};
 
@@ -61,6 +61,9 @@ pub(super) struct Common {
     pub(super) uuid: Mutex<Option<[u8; 16]>>,
     /// Numbers of the packets of all channels.
     pub(super) numbers: Mutex<PacketNumbers>,
+    /// Pages are missing at a guest that may run: whether packets with such pages are expected. Read while a packet is
+    /// placed.
+    pub(super) missing: RwLock<Option<bool>>,
     /// Bytes of all channels.
     pub(super) bytes: Arc<AtomicU64>,
     /// Pages of each channel, by its id.
@@ -190,12 +193,18 @@ impl PageReceiver {
         let plan = self.machine.packet().clone();
         let Some(block) = plan.block else { return Ok(()) };
         let common = Arc::clone(&self.common);
+        let missing = common.missing.read().unwrap_or_else(PoisonError::into_inner);
+        if *missing == Some(false) {
+            let fault = Fault::Multifd("a packet of pages comes after the guest was handed over");
+            return Err(self.not_understood(DecodeError::Corrupt(Corrupt { at: 0, fault })));
+        }
+        let missing = missing.is_some();
         let placer = &common.placer;
         let admit = |(offset, bytes)| placer.admit(block, offset, bytes);
         let runs =
             runs_of(&plan.normal, common.page).into_iter().map(admit).collect::<Result<Vec<_>, _>>()?;
         self.writer.check_faults();
-        let buffered = self.writer.prepare(placer, &runs);
+        let buffered = missing || self.writer.prepare(placer, &runs);
         match self.inflater.is_some() {
             true if runs.is_empty() => {}
             true => self.expand_into(plan.payload as usize, placer, &runs)?,
@@ -206,9 +215,13 @@ impl PageReceiver {
                 runs.iter().try_for_each(|run| placer.print_placed(*run, &mut self.pages))?;
             }
         }
-        runs.into_iter().for_each(|run| placer.commit(run));
+        if !missing {
+            runs.into_iter().for_each(|run| placer.commit(run));
+        }
         let page = placer.page_bytes();
-        plan.zero.iter().try_for_each(|offset| placer.zero(placer.admit(block, *offset, page)?))?;
+        for offset in &plan.zero {
+            self.writer.place_zero(placer, placer.admit(block, *offset, page)?)?;
+        }
         // The parser has refused an id that is none of ours.
         if let Some(counter) = self.machine.id().and_then(|id| common.counters.get(usize::from(id))) {
             counter.add(plan.normal.len() as u64, plan.zero.len() as u64);
@@ -314,7 +327,8 @@ impl PageReceiver {
     }
 }
 
-/// Writes `bytes`, which begin `at` bytes after the first byte of a packet's pages, to the places in `runs`.
+/// Writes `bytes`, which begin `at` bytes after the first byte of a packet's pages, to the places in `runs`. Where
+/// missing pages are served they are whole pages, and are placed and committed.
 fn put(
     writer: &mut PageWriter,
     placer: &Placer,
@@ -329,7 +343,10 @@ fn put(
             continue;
         };
         let (now, rest) = bytes.split_at(bytes.len().min(room as usize));
-        writer.write(placer, *run, skip, std::iter::once(now))?;
+        match run.part(skip, now.len() as u64).filter(|_| placer.serves_missing()) {
+            Some(part) => writer.place(placer, part, now.chunks(placer.page_bytes() as usize))?,
+            None => writer.write(placer, *run, skip, std::iter::once(now))?,
+        }
         (bytes, skip) = (rest, 0);
         if bytes.is_empty() {
             break;

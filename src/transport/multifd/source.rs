@@ -281,6 +281,10 @@ impl SourceLink for MultifdLink {
         self.counters.len() as u8
     }
 
+    fn has_room(&self) -> bool {
+        self.queues.iter().take(self.carriers).any(|queue| !queue.is_full())
+    }
+
     fn sent_pages(&self) -> Vec<PageCounts> {
         let channels = self.counters.iter().map(|counter| counter.counts());
         std::iter::once(self.records.counts()).chain(channels).collect()

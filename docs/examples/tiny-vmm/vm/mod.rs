@@ -19,7 +19,7 @@ use std::time::Duration;
 use kvm_ioctls::{Kvm, VmFd};
 use ramwire::guest::{
     DeviceState, DirtyError, DirtySource, GuestControl, GuestMemory, KvmDirtyLog, KvmDirtyRing, KvmSlot,
-    MappedGuest, RingSize, VcpuGate,
+    MappedGuest, RingSize, VcpuGate, VcpuThreads,
 };
 use ramwire::sys::{KvmMemory, duplicate};
 use ramwire::units::{BlockIndex, BlockOffset, GuestAddr, Percent, Rate, RestShare};
@@ -82,6 +82,7 @@ pub(crate) struct TinyVm {
     /// Goes first: no vCPU runs any more when the memory is taken from the VM.
     machine: Arc<Mutex<Option<Machine>>>,
     board: Arc<Board>,
+    vcpu_threads: VcpuThreads,
 }
 
 /// What is there before it is known how many vCPUs there are.
@@ -137,7 +138,7 @@ impl TinyVm {
         };
         kick::prepare_kicks()?;
         let board = Board { memory, addresses, slots, ring, vm, _shown: shown };
-        Ok(Self { board: Arc::new(board), machine: Arc::default() })
+        Ok(Self { board: Arc::new(board), machine: Arc::default(), vcpu_threads: VcpuThreads::default() })
     }
 
     /// A VM over fresh zero memory, filled and standing before its first instruction.
@@ -167,6 +168,11 @@ impl TinyVm {
     /// The RAM blocks.
     pub(crate) fn memory(&self) -> &Arc<MappedGuest> {
         &self.board.memory
+    }
+
+    /// Which thread runs which vCPU.
+    pub(crate) fn vcpu_threads(&self) -> VcpuThreads {
+        self.vcpu_threads.clone()
     }
 
     /// Knows what the vCPUs write.
@@ -249,10 +255,10 @@ impl Machine {
         if self.gate.is_closed() { Ok(()) } else { Err(invalid("the VM runs; pause it first".into())) }
     }
 
-    fn start_threads(&mut self) -> io::Result<()> {
+    fn start_threads(&mut self, known: &VcpuThreads) -> io::Result<()> {
         let start = |(number, vcpu): (usize, &Arc<Vcpu>)| {
-            let vcpu = vcpu.clone();
-            std::thread::Builder::new().name(format!("vcpu-{number}")).spawn(move || vcpu.run())
+            let (vcpu, known) = (vcpu.clone(), known.clone());
+            std::thread::Builder::new().name(format!("vcpu-{number}")).spawn(move || vcpu.run(&known))
         };
         let threads = self.vcpus.iter().enumerate().map(start).collect::<io::Result<_>>()?;
         let threads = self.threads.get_or_init(|| threads);
@@ -286,7 +292,7 @@ impl GuestControl for TinyVm {
     fn resume(&mut self) -> io::Result<()> {
         self.with(|machine| {
             if machine.threads().is_empty() {
-                machine.start_threads()?;
+                machine.start_threads(&self.vcpu_threads)?;
             }
             machine.gate.open();
             Ok(())

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use ramwire::guest::{KvmDirtyRing, VcpuGate};
+use ramwire::guest::{KvmDirtyRing, VcpuGate, VcpuThreads};
 use ramwire::units::Rate;
 use serde::{Deserialize, Serialize};
 
@@ -121,7 +121,8 @@ impl Vcpu {
     }
 
     /// What the thread does.
-    pub(super) fn run(&self) {
+    pub(super) fn run(&self, threads: &VcpuThreads) {
+        threads.enter(self.number as u32);
         let mut runs = self.gate.arrive();
         while runs {
             let mut fd = self.fd();

@@ -1,27 +1,29 @@
 //! The modelled destination: a QEMU, or a ramwire, as the source sees it.
 
 mod channel;
+mod loss;
+mod pages;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
+use super::channels::{CHANNELS, PageInChannel};
 use super::{Fault, PAGE, Plan};
-use crate::engine::{FIRST_ROOM, UrgentChannel, is_mark};
+use crate::engine::{UrgentChannel, is_mark};
 use crate::session::Control;
 use crate::session::sim::plan::Rng;
 use crate::stream::native::{Answer, GREETING, MAX_VERSION, Order, decode_state_section, hello_pong};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::incoming::{Event, IncomingConfig, IncomingStream, Step};
-use crate::stream::qemu::package::decode_package;
-use crate::stream::qemu::ram::{Record, decode_record};
+use crate::stream::qemu::package::{PING_TAKEN, decode_package};
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::CancelToken;
-use crate::transport::Address;
-use crate::units::PageSize;
 pub(super) use channel::{Again, Sink};
 
 pub(super) type Shared = Arc<Mutex<Destination>>;
 
+/// The PING behind the package.
+const PING_PACKAGED: u32 = 4;
 /// Maximum number of background pages in a batch; it ends with a host page.
 const BATCH: u64 = 64;
 
@@ -85,10 +87,17 @@ pub(super) struct Destination {
     /// How often the source continued over another connection, and how often such a connection was lost before that.
     pub(super) recoveries: u64,
     pub(super) lost_recovering: u64,
+    /// Of the former, those before the guest was started, and those after the report that all has arrived.
+    pub(super) early_recoveries: u64,
+    pub(super) late_recoveries: u64,
     /// The guest was not lost with a connection: another one finds it.
     pub(super) may_be_reached: bool,
     pub(super) violations: Vec<String>,
     fault: Fault,
+    /// Loading the device state fails after a recovery.
+    loads_badly: bool,
+    /// The connection is lost with the report that all has arrived.
+    loses_last_word: bool,
     fault_every: u64,
     rng: Rng,
     cancel: CancelToken,
@@ -98,7 +107,7 @@ pub(super) struct Destination {
     /// Bytes sent on this connection, and where it breaks.
     sent_here: u64,
     breaks_at: Option<u64>,
-    cut: bool,
+    pub(super) cut: bool,
     /// Bytes that the source counts as sent, and that were lost with a connection.
     pub(super) swallowed: u64,
     /// Another connection is open, and the source has not sent RESUME on it.
@@ -121,8 +130,14 @@ pub(super) struct Destination {
     pub(super) operator: Option<Control>,
     /// The loss was noticed here, and the source was told to continue.
     told: bool,
-    /// Partly received host pages, on the main connection and on the urgent one.
-    parts: [Part; 2],
+    /// Partly received host pages, on the main connection, on the urgent one, and on page channels.
+    parts: [Part; 2 + CHANNELS],
+    /// Page channels: batches that were sent and not taken.
+    pub(super) channels: [VecDeque<Vec<PageInChannel>>; CHANNELS],
+    /// Missing pages that came on them.
+    pub(super) channel_pages: u64,
+    /// The PING behind the package was read, and whether it was answered: from then on they may carry missing pages.
+    serves: Option<bool>,
     discards: u64,
     package: Vec<u8>,
     start: Start,
@@ -146,6 +161,10 @@ impl Destination {
             asked_nonsense: false,
             recoveries: 0,
             lost_recovering: 0,
+            early_recoveries: 0,
+            late_recoveries: 0,
+            loads_badly: plan.loads_badly,
+            loses_last_word: plan.loses_last_word && matches!(plan.fault, Fault::Cuts { .. }),
             may_be_reached: true,
             violations: Vec::new(),
             fault: plan.fault,
@@ -174,6 +193,9 @@ impl Destination {
             operator: None,
             told: false,
             parts: Default::default(),
+            channels: Default::default(),
+            channel_pages: 0,
+            serves: None,
             discards: 0,
             package: Vec::new(),
             start: Start::NotYet,
@@ -242,6 +264,7 @@ impl Destination {
                 self.place(0, block.as_usize(), offset.0 / PAGE as u64, number);
             }
             Event::Zero { block, offset } => self.place(0, block.as_usize(), offset.0 / PAGE as u64, 0),
+            Event::MultifdFlush => (0..CHANNELS).for_each(|channel| while self.deliver(channel) {}),
             Event::PackageBytes(bytes) => self.package.extend_from_slice(bytes),
             Event::PackageEnd => self.package_is_whole(),
             Event::Done => self.stream_ends(),
@@ -256,6 +279,7 @@ impl Destination {
                 self.say(Message::Pong(hello_pong(MAX_VERSION)));
             }
             Command::Ping(value) if is_mark(value) => self.marks.push_back((value, self.filled)),
+            Command::Ping(PING_PACKAGED) => self.serves = Some(false),
             Command::Ping(value) => self.say(Message::Pong(value)),
             Command::PostcopyRamDiscard(discard) => {
                 let block =
@@ -283,9 +307,16 @@ impl Destination {
             Command::PostcopyResume if self.recovering => {
                 self.recovering = false;
                 self.recoveries += 1;
+                self.early_recoveries += u64::from(self.start != Start::Done);
+                self.late_recoveries += u64::from(self.shut);
+                self.shut = false;
                 self.say(Message::ResumeAck(1));
                 for (block, first) in self.outstanding.clone() {
                     self.request(block, first * PAGE as u64, (self.hosts[block] * PAGE as u64) as u32);
+                }
+                // The first answer may be lost.
+                if self.native && self.start == Start::Done {
+                    self.say(Message::Pong(PING_TAKEN));
                 }
             }
             Command::RecvBitmap { .. } | Command::PostcopyResume => {
@@ -301,123 +332,6 @@ impl Destination {
             }
             _ => {}
         }
-    }
-
-    fn place(&mut self, channel: usize, block: usize, page: u64, number: u64) {
-        if !self.packaged {
-            self.pages[block][page as usize] = Some(number);
-            return;
-        }
-        let host = self.hosts[block];
-        let first = page / host * host;
-        let part = &mut self.parts[channel];
-        if *part.at.get_or_insert((block, first)) != (block, first) {
-            self.violations.push("host pages interleave".into());
-        }
-        part.numbers.push(number);
-        let whole = part.numbers.len() as u64 == host;
-        let numbers = if whole { std::mem::take(part).numbers } else { Vec::new() };
-        if self.recovering {
-            self.violations.push("a page comes in front of RESUME".into());
-        }
-        // The guest may have written a received page since. A page that a lost connection cut off is sent again whole.
-        let was_here = self.pages[block][page as usize].is_some();
-        if was_here {
-            self.violations.push("a page comes that is there and was not forgotten".into());
-        }
-        if whole {
-            for (at, number) in (first..).zip(numbers) {
-                self.pages[block][at as usize] = Some(number);
-            }
-            match (self.outstanding.contains(&(block, first)), channel) {
-                (true, _) => {}
-                (false, 0) => self.filled += host,
-                (false, _) => self.violations.push("an urgent page that nobody asked for".into()),
-            }
-            if self.known.is_none() && self.filled > FIRST_ROOM + BATCH + host {
-                self.violations.push("too many pages are ahead of what was answered".into());
-            }
-            self.outstanding.retain(|page| *page != (block, first));
-        }
-    }
-
-    /// The connection is lost: a partly received host page is dropped, and a guest that had not started may be lost
-    /// with it.
-    fn lose(&mut self) {
-        self.cut = true;
-        self.parts = Default::default();
-        self.urgent.lose();
-        self.replies.clear();
-        self.input.clear();
-        self.marks.clear();
-        (self.filled, self.known) = (0, None);
-        self.told = !self.must_be_seen();
-        // Or the loss is never noticed here. Refused before the switch.
-        match &self.operator {
-            _ if self.told => {}
-            Some(operator) if !self.rng.one_in(3) => {
-                self.told = operator.recover(Address::tcp("127.0.0.1", 1)).is_ok();
-            }
-            _ => self.may_be_reached = false,
-        }
-        self.lost_recovering += u64::from(self.recovering);
-        match self.start {
-            // A QEMU before 10.2 has committed itself by RUN, and starts the guest; a later one discards it.
-            Start::Loading(_) if self.rng.one_in(2) && self.fault != Fault::Load => {
-                self.start = Start::Done;
-                self.run();
-            }
-            Start::Loading(_) => (self.start, self.may_be_reached) = (Start::Failed, false),
-            Start::NotYet => self.may_be_reached = false,
-            // Its last message is lost as well.
-            Start::Done if self.shut => self.may_be_reached = false,
-            Start::Done | Start::Failed => {}
-        }
-    }
-
-    /// The source opens another connection: its first byte shows its use. A silent one, while there is a main one, is
-    /// for urgent pages.
-    fn connect(&mut self) -> bool {
-        if self.cut && !self.told {
-            self.violations.push("a connection comes before it has seen the loss".into());
-        }
-        if self.cut || !self.violations.is_empty() {
-            return self.may_reconnect();
-        }
-        if self.sent_here == 0 {
-            self.violations.push("a connection overtakes the main one".into());
-        }
-        self.urgent.connected |= self.urgent.wanted.is_some();
-        true
-    }
-
-    /// A QEMU with a connection for urgent pages keeps listening, and ends on a connection that arrives before it has
-    /// noticed the loss.
-    fn must_be_seen(&self) -> bool {
-        !self.native && self.urgent.wanted.is_some()
-    }
-
-    fn may_reconnect(&self) -> bool {
-        let found = !self.violations.is_empty();
-        matches!(self.fault, Fault::Cuts { .. }) && self.start == Start::Done && !self.shut && !found
-    }
-
-    /// The source connects again.
-    fn reconnect(&mut self) -> bool {
-        if !self.may_reconnect() {
-            return false;
-        }
-        if !self.cut {
-            // The source has closed it by itself.
-            self.lose();
-        }
-        if let Fault::Cuts { next, times, .. } = &mut self.fault {
-            *times = times.saturating_sub(1);
-            self.breaks_at = (*times > 0).then_some(*next);
-        }
-        self.stream.restart();
-        (self.cut, self.recovering, self.ended, self.asked, self.sent_here) = (false, true, false, None, 0);
-        true
     }
 
     fn package_is_whole(&mut self) {
@@ -436,7 +350,10 @@ impl Destination {
                 break;
             }
         }
-        self.start = Start::Loading(self.rng.below(20));
+        self.start = Start::Loading(self.rng.below_one_of(&[20, 200]));
+        if matches!(self.fault, Fault::Cuts { .. }) && self.rng.one_in(3) {
+            self.breaks_at = Some(self.sent_here + self.rng.below(4000));
+        }
     }
 
     fn run(&mut self) {
@@ -471,8 +388,16 @@ impl Destination {
             self.known = Some(filled);
             self.say(Message::Pong(value));
         }
+        if self.serves == Some(false) && self.rng.one_in(3) {
+            self.serves = Some(true);
+            self.say(Message::Pong(PING_PACKAGED));
+        }
+        if self.rng.one_in(2) {
+            let channel = self.rng.below(CHANNELS as u64) as usize;
+            self.deliver(channel);
+        }
         match self.start {
-            Start::Loading(0) if self.fault == Fault::Load => {
+            Start::Loading(0) if self.fault == Fault::Load || (self.loads_badly && self.recoveries > 0) => {
                 self.start = Start::Failed;
                 match self.native {
                     true => self.say(Message::Native(Answer::Refused { why: "the state is broken" })),
@@ -489,6 +414,9 @@ impl Destination {
             Start::Loading(left) => self.start = Start::Loading(left - 1),
             Start::Done if self.ended && !self.shut && self.urgent_is_over() => {
                 self.shut = true;
+                if std::mem::take(&mut self.loses_last_word) {
+                    return self.lose();
+                }
                 match self.native {
                     true => self.say(Message::Native(Answer::Running)),
                     false => self.say(Message::Shut { status: 0 }),
@@ -501,39 +429,6 @@ impl Destination {
     /// A QEMU 7.2 waits for the last mark.
     fn urgent_is_over(&self) -> bool {
         self.urgent.wanted != Some(UrgentChannel::Early) || self.urgent.ended || !self.packaged
-    }
-
-    /// Records without a section.
-    fn receive_urgent(&mut self, bytes: &[u8]) {
-        self.sent_here += bytes.len() as u64;
-        self.urgent.input.extend_from_slice(bytes);
-        let input = std::mem::take(&mut self.urgent.input);
-        let mut rest = &input[..];
-        while let Ok((record, head)) = decode_record(rest, PageSize::SIZE_4K) {
-            let (at, page) = match &record {
-                Record::Page(at) => (at, PAGE),
-                Record::Zero { at, .. } => (at, 0),
-                Record::Eos => {
-                    self.urgent.ended = true;
-                    rest = &rest[head..];
-                    continue;
-                }
-                _ => {
-                    self.violations.push("the urgent stream is not understood".into());
-                    return;
-                }
-            };
-            let Some(bytes) = rest.get(head..head + page) else { break };
-            if let Some(name) = at.block {
-                self.urgent.block = (0..self.hosts.len()).find(|index| name == format!("b{index}")).unwrap();
-            }
-            let number = bytes.get(..8).map_or(0, |bytes| u64::from_ne_bytes(bytes.try_into().unwrap()));
-            self.urgent.pages += 1;
-            self.urgent.again += u64::from(self.recoveries > 0);
-            self.place(1, self.urgent.block, at.offset.0 / PAGE as u64, number);
-            rest = &rest[head + page..];
-        }
-        self.urgent.input = rest.to_vec();
     }
 
     fn ask(&mut self) {
@@ -568,7 +463,8 @@ impl Destination {
 
     /// The source is gone: a guest that was handed over may still start.
     pub(super) fn end(&mut self) {
-        if matches!(self.start, Start::Loading(_)) && self.fault != Fault::Load {
+        // A ramwire starts it only if it knows that its answer has arrived.
+        if matches!(self.start, Start::Loading(_)) && self.fault != Fault::Load && !self.native {
             self.run();
         }
     }

@@ -58,9 +58,7 @@ impl IncomingStream {
                 "under mapped-ram pages stand in the file, not in records",
             ));
         }
-        if self.postcopy
-            && matches!(record, Record::Xbzrle { .. } | Record::MemSize { .. } | Record::MultifdFlush)
-        {
+        if self.postcopy && matches!(record, Record::Xbzrle { .. } | Record::MemSize { .. }) {
             return Err(out_of_order(
                 "this RAM record",
                 "the guest has moved, only whole and zero pages may follow",

@@ -1,6 +1,10 @@
 //! A switch to postcopy between two ramwires.
 #![allow(clippy::unwrap_used)]
 
+mod channels;
+mod doubt;
+mod urgent;
+
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,13 +15,10 @@ use crate::engine::{Ending, Outcome, PostcopyRule};
 use crate::guest::MappedGuest;
 use crate::observe::Status;
 use crate::session::*;
-use crate::stream::native::Answer;
 use crate::stream::qemu::file::Configuration;
-use crate::stream::qemu::return_path::Message;
-use crate::sys::{SendPart, Stop};
+use crate::sys::Stop;
 use crate::transport::{
-    Address, AllowList, ByteSink, ChannelError, Listener, OpenError, Sealed, StreamBreaker, StreamChannel,
-    StreamOptions, connect,
+    Address, AllowList, ByteSink, Listener, OpenError, StreamBreaker, StreamChannel, StreamOptions, connect,
 };
 use crate::units::{BlockIndex, Rate};
 
@@ -196,63 +197,6 @@ fn p9_p11_two_ramwires_go_on_over_other_connections() {
     assert!(control.pause().is_err(), "it is over");
 }
 
-/// Loses the report that all pages have arrived, with the connection that it is written to.
-struct LosesLastWord {
-    sink: Box<dyn ByteSink>,
-    lost: bool,
-    breakers: Arc<Mutex<Vec<StreamBreaker>>>,
-}
-
-impl Sealed for LosesLastWord {}
-
-impl ByteSink for LosesLastWord {
-    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
-        let mut running = Vec::new();
-        Message::Native(Answer::Running).encode(&mut running);
-        if matches!(parts, [SendPart::Own(bytes)] if **bytes == *running) {
-            // The peer has it in no buffer, and this end has sent it.
-            self.breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
-            self.lost = true;
-            return Ok(());
-        }
-        self.sink.send(parts, stop)
-    }
-
-    fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {
-        if self.lost { Ok(()) } else { self.sink.flush(stop) }
-    }
-
-    fn position(&self) -> u64 {
-        self.sink.position()
-    }
-
-    fn under_way(&self) -> u64 {
-        if self.lost { 1 } else { self.sink.under_way() }
-    }
-}
-
-/// All pages are there, and the source does not receive the report: it connects again, sends only the end, and receives
-/// the report then.
-#[test]
-fn p11_a_connection_lost_with_the_last_word_is_replaced_and_the_word_said_again() {
-    let breakers = Arc::new(Mutex::new(Vec::new()));
-    let holder = Arc::clone(&breakers);
-    let lose =
-        move |sink| Box::new(LosesLastWord { sink, lost: false, breakers: holder }) as Box<dyn ByteSink>;
-    let ends = SocketEnds::with_back(&[300, 7], true, |postcopy| postcopy.max_bandwidth = None, lose);
-    breakers.lock().unwrap().append(&mut ends.breakers.lock().unwrap());
-    let SocketEnds { source, destination, from, to, near, far, .. } = ends;
-    let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
-    let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
-    assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
-    assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
-    assert!(!near.runs() && far.runs());
-    assert!(breakers.lock().unwrap().is_empty(), "the first connection was lost");
-    for block in 0..2 {
-        assert!(bytes(&from, block) == bytes(&to, block), "block {block} differs");
-    }
-}
-
 /// No other connection arrives: a thread that touches a missing page waits, and never sees zeros in its place.
 #[test]
 fn what_is_missing_for_good_never_reads_as_zero() {
@@ -312,108 +256,6 @@ fn touch(to: &MappedGuest, pages: std::ops::Range<u64>) {
     }
 }
 
-/// Requested pages arrive on a connection of their own, and after it was lost on another one.
-#[test]
-fn p4_p14_urgent_pages_go_on_a_connection_of_their_own() {
-    const PAGES: u64 = 2000;
-    for cuts in [false, true] {
-        let ends = SocketEnds::new(&[PAGES], true, |postcopy| postcopy.preempt = true);
-        let SocketEnds { source, destination, from, to, near, far, breakers, .. } = ends;
-        let control = source.control();
-        let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
-        until("it runs there", || far.runs());
-        touch(&to, PAGES - 30..PAGES);
-        if cuts {
-            breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
-            until("another comes", || !breakers.lock().unwrap().is_empty());
-            touch(&to, PAGES - 60..PAGES - 30);
-        }
-        control.set_postcopy_bandwidth(None);
-        let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
-        assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
-        assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
-        assert!(!near.runs() && far.runs());
-        assert!(bytes(&from, 0) == bytes(&to, 0));
-        // Pages that were in flight when a connection was lost were sent and have not arrived.
-        let came = arrived.missing_pages.unwrap().preempt_pages;
-        assert!(
-            came >= if cuts { 2 } else { 1 } && sent.urgent_pages >= came,
-            "{} {came}",
-            sent.urgent_pages
-        );
-        assert!(cuts || sent.urgent_pages == came, "{} {came}", sent.urgent_pages);
-    }
-}
-
-/// Pages of a block that have memory.
-fn resident(guest: &MappedGuest, block: u32, pages: u64) -> u64 {
-    let region = guest.region(BlockIndex(block)).unwrap();
-    let is_there = |page: &u64| crate::sys::is_there(region.span(page * 4096, 4096).unwrap()).unwrap();
-    (0..pages).filter(is_there).count() as u64
-}
-
-/// The source's memory is released as the destination proves that it has it, also after lost connections, and none of
-/// it earlier.
-#[test]
-fn the_sources_memory_is_given_back_as_its_pages_have_come() {
-    const PAGES: u64 = 2000;
-    for preempt in [false, true] {
-        let ends = SocketEnds::new(&[PAGES, 7], true, |postcopy| {
-            (postcopy.release_ram, postcopy.preempt) = (true, preempt);
-        });
-        let SocketEnds { source, destination, from, to, near, far, breakers, .. } = ends;
-        let expected = [bytes(&from, 0), bytes(&from, 1)];
-        assert_eq!(resident(&from, 0, PAGES), PAGES);
-        let control = source.control();
-        let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
-        until("it runs there", || far.runs());
-        for _ in 0..2 {
-            let came = destination.progress().pages.normal;
-            until("memory goes while pages follow", || {
-                let (resident, placed) = (resident(&from, 0, PAGES), destination.progress().pages.normal);
-                assert!(PAGES - resident <= placed, "{resident} are left, and {placed} have come");
-                placed > came + 70 && resident < PAGES - came
-            });
-            breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
-            until("another comes", || !breakers.lock().unwrap().is_empty());
-        }
-        control.set_postcopy_bandwidth(None);
-        let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
-        assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
-        assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
-        assert!(!near.runs() && far.runs());
-        assert_eq!((resident(&from, 0, PAGES), sent.released_pages), (0, PAGES + 7), "all of it is gone");
-        assert!(bytes(&to, 0) == expected[0] && bytes(&to, 1) == expected[1]);
-    }
-}
-
-/// A destination that can accept no other connection reports that before a page is sent, and so does a source that
-/// can't make one.
-#[test]
-fn a_connection_for_urgent_pages_that_can_not_be_is_refused_and_the_guest_runs_on() {
-    let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
-    postcopy.preempt = true;
-    for can_connect in [true, false] {
-        let mut ends = ends_with(|settings| {
-            (settings.verify, settings.postcopy) = (Verify::Off, Some(postcopy.clone()));
-        });
-        ends.destination.settings_mut().postcopy = true;
-        let again = Redial::new("tcp:127.0.0.1:1".parse().unwrap(), StreamOptions::default());
-        let source = match can_connect {
-            true => ends.source.with_reconnect(Box::new(again)),
-            false => ends.source,
-        };
-        let destination = ends.destination;
-        let thread = std::thread::spawn(move || destination.run());
-        let sent = source.run();
-        assert_eq!(thread.join().unwrap().ending, Ending::Discarded);
-        let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
-        assert!(text.contains("urgent pages"), "{text}");
-        assert!(sent.guest_is_safe_here() && ends.source_machine.runs(), "{:?}", sent.error);
-        assert_eq!((sent.statistics.pages.normal, sent.urgent_pages), (0, 0));
-    }
-}
-
 /// Accepts connections, counted, and closes each at once.
 #[derive(Default)]
 struct Closes(Arc<AtomicU32>);
@@ -443,80 +285,4 @@ fn a_listener_that_closes_each_connection_at_once_does_not_keep_the_source_busy(
     // At once, after 5, 10, 20, 40, 80 and 160 ms, and eight after the end of the time.
     let attempts = attempts.load(Ordering::Relaxed);
     assert!((1..=15).contains(&attempts), "{attempts}");
-}
-
-/// Bytes that are sent arrive, and are not acknowledged.
-struct Unacknowledged(Box<dyn ByteSink>);
-
-impl Sealed for Unacknowledged {}
-
-impl ByteSink for Unacknowledged {
-    fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
-        self.0.send(parts, stop)
-    }
-
-    fn flush(&mut self, stop: &Stop) -> Result<(), ChannelError> {
-        self.0.flush(stop)
-    }
-
-    fn position(&self) -> u64 {
-        self.0.position()
-    }
-
-    fn under_way(&self) -> u64 {
-        1
-    }
-}
-
-fn unacknowledged(back: Box<dyn ByteSink>) -> Box<dyn ByteSink> {
-    Box::new(Unacknowledged(back))
-}
-
-/// The connection is lost while the destination can't know whether its answer has made the guest its own: it neither
-/// starts nor discards it until the source connects again.
-#[test]
-fn a_loss_between_the_answer_and_its_acknowledgement_leaves_no_guest_that_runs_nowhere() {
-    for round in 0..3 {
-        let set = |postcopy: &mut PostcopySettings| postcopy.preempt = round == 1;
-        let ends = SocketEnds::with_back(&[2000, 7], true, set, unacknowledged);
-        let SocketEnds { source, destination, from, to, near, far, breakers, .. } = ends;
-        let control = source.control();
-        let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
-        until("the source has the answer", || source.progress().status == Status::PostcopyActive);
-        assert!(!far.runs() && !near.runs(), "not known there yet");
-        breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
-        until("it runs there", || far.runs());
-        control.set_postcopy_bandwidth(None);
-        let (sent, arrived) = (source.wait().unwrap(), destination.wait().unwrap());
-        assert!(sent.error.is_none() && arrived.error.is_none(), "{:?} {:?}", sent.error, arrived.error);
-        assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running));
-        assert!(!near.runs() && far.runs());
-        for block in 0..2 {
-            assert!(bytes(&from, block) == bytes(&to, block), "block {block} differs");
-        }
-    }
-}
-
-/// The source does not connect again: the received pages are discarded, and the guest is never started.
-#[test]
-fn a_guest_that_its_source_may_have_is_not_started_where_no_other_connection_comes() {
-    for closes in [true, false] {
-        let set = |postcopy: &mut PostcopySettings| postcopy.reconnect_timeout = Duration::from_secs(1);
-        let mut ends = SocketEnds::with_back(&[2000], true, set, unacknowledged);
-        ends.destination.settings_mut().finish_timeout = Duration::from_millis(300);
-        let source = if closes { ends.source.with_reconnect(Box::<Closes>::default()) } else { ends.source };
-        let control = source.control();
-        let (destination, source) = (ends.destination.spawn().unwrap(), source.spawn().unwrap());
-        until("the source has the answer", || source.progress().status == Status::PostcopyActive);
-        if !closes {
-            // It does not try.
-            control.pause().unwrap();
-        }
-        ends.breakers.lock().unwrap().drain(..).for_each(|breaker| breaker.reset());
-        let (arrived, sent) = (destination.wait().unwrap(), source.wait().unwrap());
-        assert_eq!((sent.outcome, arrived.ending), (Outcome::Incomplete, Ending::Discarded));
-        assert!(!ends.near.runs() && !ends.far.runs());
-        let text = arrived.error.as_ref().map(ToString::to_string).unwrap_or_default();
-        assert!(text.contains("no other connection") && text.contains("at its source"), "{text}");
-    }
 }
