@@ -115,7 +115,7 @@ fn taken_from(source: &mut Qemu) -> (Held, Incoming) {
 }
 
 /// A session that sends the guest to the QEMU at `uri`, slowly enough to be observed.
-fn session(held: &Held, incoming: &Incoming, uri: &str) -> SourceSession {
+fn session(held: &Held, incoming: &Incoming, uri: &str, preempt: bool) -> SourceSession {
     let mut settings = SourceSettings::new(incoming.configuration.clone());
     settings.early_sections = incoming.early_sections.clone();
     settings.framing = incoming.seen.framing;
@@ -123,7 +123,7 @@ fn session(held: &Held, incoming: &Incoming, uri: &str) -> SourceSession {
     let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
     postcopy.max_bandwidth = Some(Rate(8 << 20));
     postcopy.reconnect_timeout = std::time::Duration::from_secs(100);
-    postcopy.release_ram = true;
+    (postcopy.release_ram, postcopy.preempt) = (true, preempt);
     settings.postcopy = Some(postcopy);
     let (address, options): (Address, _) = (uri.parse().unwrap(), StreamOptions::default());
     let memory = held.memory() as Arc<dyn GuestMemory>;
@@ -134,8 +134,8 @@ fn session(held: &Held, incoming: &Incoming, uri: &str) -> SourceSession {
         .with_reconnect(Box::new(Redial::new(address, options)))
 }
 
-/// Breaks the connection, and has the QEMU listen again.
-fn lose(qemu: &mut Qemu, uri: &str) {
+/// Breaks the connection, and has the QEMU listen again; calls `listens` then.
+fn lose(qemu: &mut Qemu, uri: &str, listens: impl Fn()) {
     let deadline = Deadline::seconds(100);
     let mut is_lost = false;
     loop {
@@ -144,7 +144,9 @@ fn lose(qemu: &mut Qemu, uri: &str) {
         match info["status"].as_str() {
             Some("postcopy-active") if is_lost => return,
             Some("postcopy-active") => drop(qemu.try_execute("migrate-pause", json!({}))),
-            Some("postcopy-paused") => drop(qemu.try_execute("migrate-recover", json!({"uri": uri}))),
+            Some("postcopy-paused") if qemu.try_execute("migrate-recover", json!({"uri": uri})).is_ok() => {
+                listens();
+            }
             _ => {}
         }
         assert!(!deadline.is_over(), "{info}\n{}", qemu.stderr());
@@ -152,7 +154,7 @@ fn lose(qemu: &mut Qemu, uri: &str) {
     }
 }
 
-fn moves_to(version: Version, dir: &Path) {
+fn moves_to(version: Version, dir: &Path, preempt: bool) {
     let (sent, arrived) = (dir.join("sent"), dir.join("arrived"));
     fill(&sent, RAM_MIB, Pattern::Random { seed: 11 });
     fill(&arrived, RAM_MIB, Pattern::Random { seed: 3 });
@@ -162,16 +164,26 @@ fn moves_to(version: Version, dir: &Path) {
     let mut destination =
         Guest::new(version, MACHINE, &arrived, RAM_MIB).incoming().start(dir, "destination");
     destination.set_capabilities(&["postcopy-ram"]);
+    if preempt {
+        destination.set_capabilities(&["postcopy-preempt"]);
+    }
     let uri = destination.listen_tcp();
     let all = (RAM_MIB as u64) << 20;
     assert_eq!(held.resident(), all);
-    let migration = session(&held, &incoming, &uri).spawn().unwrap();
+    let session = session(&held, &incoming, &uri, preempt);
+    let control = session.control();
+    let migration = session.spawn().unwrap();
     let goes = |below: u64, what: &str| {
         let state = || format!("{} bytes are left, {:?}", held.resident(), migration.progress().status);
         Deadline::seconds(100).poll(what, state, || (held.resident() < below).then_some(()));
     };
     goes(all - (2 << 20), "memory goes while pages follow");
-    lose(&mut destination, &uri);
+    lose(&mut destination, &uri, || {
+        // A source with a connection for urgent pages waits for this word.
+        if preempt {
+            control.recover(uri.parse().unwrap()).unwrap();
+        }
+    });
     goes(all / 2, "memory goes behind a lost connection");
     let report = migration.wait().unwrap();
     assert_eq!(report.outcome, Outcome::Completed, "{version}: {:?}", report.error);
@@ -191,6 +203,17 @@ fn p22_memory_is_given_back_while_any_qemu_takes_the_rest_and_a_lost_connection_
         return;
     }
     for version in Version::ALL {
-        moves_to(version, scratch().path());
+        moves_to(version, scratch().path(), false);
+    }
+}
+
+/// The same with a connection for urgent pages, of which only the last word, or a recovery, proves that they came.
+#[test]
+fn p4_p22_memory_is_given_back_beside_a_connection_for_urgent_pages() {
+    if !peers_present() {
+        return;
+    }
+    for version in Version::ALL {
+        moves_to(version, scratch().path(), true);
     }
 }

@@ -62,7 +62,9 @@ fn p1_p13_a_stored_guest_goes_to_any_qemu_in_postcopy() {
             fill(&arrived, 64, Pattern::Random { seed: 3 });
             let guest = Guest::new(version, MACHINE, &arrived, 64);
             let (mut destination, uri) = waiting(guest, dir.path(), "destination");
-            let send = ["send", &uri, "--json", "--again", "--postcopy", "--postcopy-after", after, "--dir"];
+            let send =
+                ["send", &uri, "--json", "--again", "--postcopy", "--release-ram", "--postcopy-after", after];
+            let send = [&send[..], &["--dir"]].concat();
             let mut sender = Ramwire::start(dir.path(), &send, &folder);
             let report = sender.finished(Deadline::seconds(60), 0);
             assert_eq!(report["status"], "completed", "{what}: {report}");
@@ -72,6 +74,9 @@ fn p1_p13_a_stored_guest_goes_to_any_qemu_in_postcopy() {
             assert_eq!(destination.status(), "running", "{what}");
             let behind = report["ram"]["postcopy-bytes"].as_u64().unwrap();
             assert_eq!(behind > 32 << 20, switches, "{what}: {report}");
+            // The folder keeps what its memory is given back for: it is sent again.
+            let released = report["released-pages"].as_u64().unwrap();
+            assert_eq!(released > 64 << 8, switches, "{what}: {report}");
             destination.kill();
         }
     }

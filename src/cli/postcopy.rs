@@ -36,6 +36,10 @@ pub(super) struct ReconnectArgs {
     /// at the destination). Not with --reconnect: a newer QEMU ends on a connection that comes before it has seen the loss
     #[arg(long, requires = "postcopy", conflicts_with = "reconnect")]
     postcopy_preempt: bool,
+    /// With --postcopy: have the kernel take back the memory of pages that the destination has, as they come there (QEMU:
+    /// capability release-ram). The files keep them, and a lost connection can be replaced all the same
+    #[arg(long, requires = "postcopy")]
+    release_ram: bool,
 }
 
 fn rule(text: &str) -> Result<PostcopyRule, String> {
@@ -97,6 +101,7 @@ impl ReconnectArgs {
         if let Some(postcopy) = &mut settings.postcopy {
             postcopy.reconnect_timeout = self.reconnect;
             postcopy.preempt = self.postcopy_preempt;
+            postcopy.release_ram = self.release_ram;
         }
     }
 }

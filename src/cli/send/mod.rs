@@ -440,6 +440,7 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
         out["splice"] = json!(report.statistics.splice);
         out["urgent-pages"] = json!(report.urgent_pages);
         out["passed"] = json!(report.statistics.passed);
+        out["released-pages"] = json!(report.released_pages);
         out["memory-check"] = in_json(report.memory_check.as_ref());
         result_line!("{out}");
     } else if report.outcome == Outcome::Completed {

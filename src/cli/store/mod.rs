@@ -13,6 +13,7 @@
 
 mod arriving;
 mod custody;
+mod kept;
 mod mapped_file;
 mod private;
 mod ram_file;

@@ -17,6 +17,7 @@ use ramwire::transport::MappedDestination;
 use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
 use super::arriving::nothing;
+use super::kept::Kept;
 use super::ram_file::MAX_KEPT_OPEN;
 use super::{ArrivingGuest, Custody, EARLY, Manifest, State, Store, StoreError, TAIL, failed, private};
 use crate::cli::remedies::in_words;
@@ -139,8 +140,8 @@ impl StoredGuest {
     }
 
     /// Its memory.
-    pub fn memory(&self) -> Arc<MappedGuest> {
-        Arc::clone(&self.memory)
+    pub fn memory(&self) -> Arc<Kept> {
+        Arc::new(Kept::new(&self.memory))
     }
 
     /// Its memory by block, for a process of this host that maps it: the files themselves, each of [`MIN_PASSED`] bytes at
