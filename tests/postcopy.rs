@@ -25,9 +25,11 @@ use ramwire::session::{
     Error, Incoming, MemoryProvider, MissingPages,
 };
 use ramwire::sys::{Mapping, Stop};
-use ramwire::transport::{Address, AllowList, Listener, StreamBreaker, StreamChannel, StreamOptions};
+use ramwire::transport::{
+    Address, AllowList, ConnectionOptions, Listener, OpenError, StreamBreaker, StreamChannel, StreamOptions,
+};
 use ramwire::units::PageSize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const RAM_MIB: usize = 64;
 const PAGE: usize = 4096;
@@ -80,6 +82,8 @@ struct Vcpus {
     threads: usize,
     running: Arc<Mutex<Vec<JoinHandle<Vec<usize>>>>>,
     state: Arc<Mutex<Vec<u8>>>,
+    /// It takes the device state.
+    loads: bool,
 }
 
 impl GuestControl for Vcpus {
@@ -111,7 +115,8 @@ impl GuestControl for Vcpus {
 
 impl DeviceState for Vcpus {
     fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
-        from.read_to_end(&mut self.state.lock().unwrap()).map(drop)
+        from.read_to_end(&mut self.state.lock().unwrap())?;
+        if self.loads { Ok(()) } else { Err(io::Error::other("these devices are unknown")) }
     }
 }
 
@@ -136,27 +141,38 @@ impl Destination {
     }
 
     fn in_memory(kind: Kind, expected: Vec<u8>, threads: usize) -> Self {
+        Self::with(kind, expected, threads, 0, true)
+    }
+
+    /// With so many page channels in precopy. Without `loads` the device state is refused.
+    fn with(kind: Kind, expected: Vec<u8>, threads: usize, channels: u8, loads: bool) -> Self {
         let address: Address = "tcp:127.0.0.1:0".parse().unwrap();
         let mut listener = Listener::bind(&address, AllowList::default(), &Stop::never()).unwrap();
         let uri = listener.address().to_string();
         let memory = Memory(Arc::default(), kind);
         let (running, state) = (Arc::default(), Arc::default());
-        let vcpus = Vcpus { memory: memory.clone(), expected: Arc::new(expected), threads, running, state };
+        let expected = Arc::new(expected);
+        let vcpus = Vcpus { memory: memory.clone(), expected, threads, running, state, loads };
         let (control, breakers) = (vcpus.clone(), Arc::new(Mutex::new(Vec::new())));
         let (tell, figures) = std::sync::mpsc::channel();
         let holder = Arc::clone(&breakers);
         let session = std::thread::spawn(move || {
-            let mut accept = move |stop: &Stop| {
+            let mut options = ConnectionOptions::default();
+            options.channels.count = channels;
+            let several =
+                (channels > 0).then(|| listener.accept_connection(&options, &Stop::never()).unwrap());
+            let mut accept = move |stop: &Stop| -> Result<StreamChannel, OpenError> {
                 let channel = listener.accept(&StreamOptions::default(), stop)?;
                 holder.lock().unwrap().push(channel.breaker());
                 Ok(channel)
             };
-            let first: StreamChannel = accept(&Stop::never()).unwrap();
+            let first =
+                several.unwrap_or_else(|| DestinationConnection::over(accept(&Stop::never()).unwrap()));
             let mut settings = DestinationSettings::default();
             settings.postcopy = true;
             let session = DestinationSession::new(
                 DestinationGuest { memory: Box::new(memory), control: Box::new(control) },
-                DestinationConnection::over(first),
+                first,
                 settings,
             )
             .with_next_connection(Box::new(accept));
@@ -228,7 +244,7 @@ fn source_of(version: Version, dir: &Path, ram: &Path, capabilities: &[&str]) ->
 }
 
 /// Migrates, switches over after some pages were sent, and waits for the end: no page is wrong.
-fn switch_over(source: &mut Qemu, destination: Destination, what: &str) -> MissingPages {
+fn switch_over(source: &mut Qemu, destination: Destination, what: &str) -> (MissingPages, Statistics) {
     source.migrate(&destination.uri);
     let deadline = Deadline::seconds(60);
     while source.query_migrate()["ram"]["transferred"].as_u64().unwrap_or(0) < 1 << 20 {
@@ -240,11 +256,11 @@ fn switch_over(source: &mut Qemu, destination: Destination, what: &str) -> Missi
     assert!(report.error.is_none(), "{what}: {:?}\n{}", report.error, source.stderr());
     assert_eq!(report.ending, Ending::Running, "{what}");
     let info = source.wait_completed(Deadline::seconds(60));
-    let missing = report.missing_pages.expect("it switched to postcopy");
+    let (missing, statistics) = (report.missing_pages.expect("it switched to postcopy"), report.statistics);
     println!("{what}: {missing:?}");
     assert!(missing.faults > 0 && missing.requests > 0, "{what}: nobody had to wait: {missing:?}");
     assert!(info["ram"]["postcopy-requests"].as_u64().unwrap() > 0, "{what}: {info}");
-    missing
+    (missing, statistics)
 }
 
 #[test]
@@ -273,13 +289,57 @@ fn p4_p14_urgent_pages_come_beside_the_others() {
             fill(&ram, RAM_MIB, Pattern::Mixed { seed: 12 });
             let destination = Destination::start(std::fs::read(&ram).unwrap(), 4);
             let mut source = source_of(version, dir.path(), &ram, capabilities);
-            let missing = switch_over(&mut source, destination, &format!("{version}, {capabilities:?}"));
+            let (missing, _) = switch_over(&mut source, destination, &format!("{version}, {capabilities:?}"));
             assert_eq!(missing.preempt_pages > 0, capabilities.len() == 2, "{version}: {missing:?}");
             missing.latency
         });
         let [without, with] = latency.map(|l| (l.p50_us, l.p99_us));
         println!("{version}: p50 and p99 {without:?} us, with preempt {with:?} us");
     }
+}
+
+/// Zero pages that come on page channels before the switch take no memory. Threads that touch them after it get zeros, and
+/// nobody is asked for them.
+#[test]
+fn p13_p25_a_zero_page_that_came_on_a_page_channel_is_there_for_a_fault() {
+    if !peers_present() {
+        return;
+    }
+    let dir = scratch();
+    let ram = dir.path().join("sent");
+    fill(&ram, RAM_MIB, Pattern::Mixed { seed: 14 });
+    for kind in [Kind::Memfd, Kind::Anonymous] {
+        let destination = Destination::with(kind, std::fs::read(&ram).unwrap(), 4, 2, true);
+        let what = format!("page channels, to {kind:?}");
+        let mut source = source_of(Version::Newest, dir.path(), &ram, &["postcopy-ram", "multifd"]);
+        source.set_parameters(json!({"multifd-channels": 2, "zero-page-detection": "multifd"}));
+        let statistics = switch_over(&mut source, destination, &what).1;
+        assert!(statistics.multifd_bytes > 1 << 19 && statistics.pages.zero > 0, "{what}: {statistics:?}");
+    }
+}
+
+/// A QEMU 11 whose destination can't load the device state is `failing` before it has `failed`, and keeps its guest.
+#[test]
+fn p21_p26_a_newest_qemu_that_is_failing_has_its_guest_back() {
+    if !peers_present() {
+        return;
+    }
+    let dir = scratch();
+    let (mut source, expected) = source(Version::Newest, dir.path());
+    source.set_capabilities(&["events"]);
+    let mut destination = Destination::with(Kind::Memfd, expected, 1, 0, false);
+    source.migrate(&destination.uri.clone());
+    destination.wait(&mut source, "a destination that refuses", |figures| figures.transferred > 1 << 20);
+    source.execute("migrate-start-postcopy", json!({}));
+    let report = destination.finish("a destination that refuses");
+    assert_eq!(report.ending, Ending::Discarded, "{:?}", report.error);
+    let info = source.wait_migration(Deadline::seconds(60));
+    assert_eq!(info["status"], "failed", "{info}\n{}", source.stderr());
+    assert_ne!(source.status(), "postmigrate", "it is not the destination's");
+    let failing = |event: &Value| event["event"] == "MIGRATION" && event["data"]["status"] == "failing";
+    assert!(source.events().iter().any(failing), "{:?}", source.events());
+    source.execute("cont", json!({}));
+    assert_eq!(source.status(), "running");
 }
 
 /// Host pages of 2 MiB arrive in 512 records each, on either connection, and are placed whole.

@@ -71,3 +71,19 @@ fn ended(status: &str) -> Option<Exit> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// QEMU 11 has a state between the error and `failed`.
+    #[test]
+    fn p26_a_qemu_that_is_failing_has_not_ended() {
+        for goes_on in
+            ["failing", "postcopy-device", "postcopy-recover-setup", "postcopy-paused", "cancelling"]
+        {
+            assert!(ended(goes_on).is_none(), "{goes_on}");
+        }
+        assert!(matches!(ended("failed"), Some(Exit::Failed)));
+    }
+}
