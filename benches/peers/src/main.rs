@@ -7,6 +7,7 @@
 //! | `limit` | does `--max-bandwidth` hold, over all of a run and over each tenth of a second? |
 //! | `snapshot` | how long does a running guest stand still for a snapshot, and how long do its writes wait? |
 //! | `restore` | how fast is a guest read from its file, and how soon does one run whose memory is read behind it? |
+//! | `postcopy` | how long does a thread wait for a missing page, beside a bare handler; how fast does the rest follow? |
 //! | `latency` | how long does an RDMA WRITE take compared with perftest's? |
 //!
 //! `converge`, `limit` and `latency` run the command `ramwire`, which is next to this program after `cargo build
@@ -26,6 +27,7 @@ mod perftest;
 #[path = "../../../src/cli/plot.rs"]
 #[allow(dead_code, reason = "the command draws more")]
 mod plot;
+mod postcopy;
 mod program;
 mod qemu;
 mod qmp;
@@ -69,6 +71,8 @@ enum Command {
     Snapshot(snapshot::SnapshotArgs),
     /// How fast a guest is read from its file, and how soon one runs whose memory is read behind it
     Restore(restore::RestoreArgs),
+    /// How long a thread waits for a missing page, and how fast the rest follows, paired with a bare handler and precopy
+    Postcopy(postcopy::PostcopyArgs),
     /// How long an RDMA WRITE takes, paired with perftest's ib_write_lat
     #[cfg(feature = "rdma")]
     Latency(latency::LatencyArgs),
@@ -118,6 +122,7 @@ fn main() -> ExitCode {
         Command::Limit(args) => limit::run(args),
         Command::Restore(args) => restore::run(args, &cancel),
         Command::Snapshot(args) => snapshot::run(args, &cancel),
+        Command::Postcopy(args) => postcopy::run(args, &cancel).map(|()| Exit::Done),
         #[cfg(feature = "rdma")]
         Command::Latency(args) => latency::run(args, &cancel).map(|()| Exit::Done),
         Command::Peer(args) => migrate::peer::serve(args).map(|()| Exit::Done),

@@ -124,6 +124,14 @@ impl DestinationSession {
             });
         }
         self.switch.advise(match self.ingest.relays_postcopy()? {
+            true if self.told.spread => {
+                return Err(Error::Config {
+                    what: "the source may switch to postcopy with page channels, and a relay takes missing pages in \
+                           the stream only"
+                        .into(),
+                    remedy: Remedy::Advice("leave the page channels out, or migrate without a relay"),
+                });
+            }
             true => Advised::elsewhere(host_pages),
             false => Advised::new(host_pages)?,
         });

@@ -80,7 +80,7 @@ impl DestinationSession {
         if self.wire.link.abilities().page_channels == 0 {
             return Err(no_channels_here());
         }
-        if self.switch.is_running() && !self.told.spread {
+        if (self.switch.is_running() || self.switch.relayed().is_some()) && !self.told.spread {
             return Err(out_of_turn("a barrier of page channels", "waiting for missing pages"));
         }
         if !self.breakage.is(Breakage::SkipBarrier) {
@@ -100,7 +100,8 @@ impl DestinationSession {
         // After a switch to postcopy such a sender's pages come in the stream only, and its sections end for themselves.
         let is_barrier = self.wire.link.abilities().page_channels > 0
             && seen.barrier_in_start == Some(false)
-            && !self.switch.is_running();
+            && !self.switch.is_running()
+            && self.switch.relayed().is_none();
         if is_barrier { self.barrier() } else { Ok(()) }
     }
 

@@ -6,7 +6,7 @@ pub mod cost;
 mod floors;
 mod iperf;
 mod kernel;
-mod own;
+pub mod own;
 pub mod peer;
 #[cfg(feature = "rdma")]
 mod rdma;
