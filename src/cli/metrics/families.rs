@@ -257,7 +257,11 @@ mod tests {
     #[test]
     fn the_dashboard_shows_what_there_is_and_nothing_else() {
         let dashboard = serde_json::from_str(include_str!("../../../docs/grafana.json")).unwrap();
-        let all = text(&Statistics::default()).unwrap() + &super::super::super::pager::figures_at_first();
+        let mut statistics = Statistics::default();
+        let mut waits = PageWaits::default();
+        waits.vcpus = vec![VcpuWaits::default()];
+        statistics.page_waits = Some(waits);
+        let all = text(&statistics).unwrap() + &super::super::super::pager::figures_at_first();
         let samples: Vec<&str> = all.lines().filter(|line| !line.starts_with('#')).collect();
         let (mut shown, mut expressions) = (Vec::new(), Vec::new());
         texts("expr", &dashboard, &mut expressions);
